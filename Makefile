@@ -1,0 +1,40 @@
+# The two commands of the README, and what keeps them honest. Each sets up .venv by itself; a second run installs nothing.
+PYTHON ?= python3
+TORCH := torch==2.13.0
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: demo test lint unit lock clean
+
+# torch first and alone: whichever build this machine's pip offers. All else from locks with hashes.
+.venv/.runtime: requirements.lock
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements.lock
+	touch $@
+
+.venv/.dev: .venv/.runtime requirements-dev.lock
+	$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements-dev.lock
+	touch $@
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+unit: .venv/.dev
+	$(BIN)/pytest tests/unit
+
+test: lint
+	$(BIN)/pytest -m "not gpu"
+
+# Made anew only when pyproject.toml changes. torch and what it brings stay out: see above.
+lock:
+	printf '$(TORCH)\n' > .venv/torch.txt
+	$(BIN)/pip install --quiet uv==0.13.9
+	$(BIN)/uv pip compile -q --universal --generate-hashes --no-annotate --no-header --python-version 3.11 -c .venv/torch.txt pyproject.toml \
+		| $(BIN)/python -c "import re,sys; print(re.sub(r'(?ms)^(torch|triton|nvidia-\S+?|cuda-\S+?)==.*?(?=^\S|\Z)', '', sys.stdin.read()), end='')" > requirements.lock
+	$(BIN)/uv pip compile -q --universal --generate-hashes --no-annotate --no-header --python-version 3.11 --group dev -c requirements.lock -o requirements-dev.lock
+
+clean:
+	rm -rf .venv .demo .mypy_cache .ruff_cache .pytest_cache

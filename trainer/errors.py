@@ -1,0 +1,62 @@
+"""The job's errors, each with the exit code that engines decide by (BSD sysexits). Standard library only."""
+
+from __future__ import annotations
+
+
+class KilnError(Exception):
+    """A problem that the user can act on. The message names the variable or file, the value and the fix."""
+
+    exit_code = 70
+    advice = "This is a bug in Kiln or numbers gone bad: see the log above and run.log."
+
+
+class SettingsError(KilnError):
+    """A setting, dataset.json, prompts.txt or plan that cannot be carried out."""
+
+    exit_code = 78
+    advice = "Correct the settings named above and start again; nothing was trained."
+
+
+class GatedError(KilnError):
+    """The Hub refuses the model or dataset: no token, a wrong one, or a licence not accepted."""
+
+    exit_code = 77
+    advice = "Accept the licence on the page named above, set HF_TOKEN, and start again."
+
+
+class UnreachableError(KilnError):
+    """A network or service failure that retries did not cure."""
+
+    exit_code = 75
+    advice = "Start the same job again later: what was downloaded is kept."
+
+
+class StorageError(KilnError):
+    """No room, not writable, or an input/output error on a volume."""
+
+    exit_code = 74
+    advice = "Make room or fix the volume, then start the same job again: it resumes by itself."
+
+
+class DataError(KilnError):
+    """No usable training data."""
+
+    exit_code = 65
+    advice = "Mend the dataset as named above and start again."
+
+
+class NumbersError(KilnError):
+    """The loss or a gradient is not a finite number."""
+
+    exit_code = 70
+    advice = "Lower PARAMS_LEARNING_RATE or look at the pictures named above; the last checkpoint is sound."
+
+
+class Interrupted(KilnError):
+    """SIGTERM (143) or SIGINT (130); the state is saved."""
+
+    advice = "Start the same job again: it resumes by itself."
+
+    def __init__(self, message: str, *, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -1,0 +1,109 @@
+"""Model families, looked up by module name: a new family is one new file here.
+
+Importing a family imports no torch, so that plans can be made from its facts in milliseconds; its functions import what
+they need. Every family module has `FACTS: Facts` and the functions of the `Family` protocol.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from trainer.plan import Prompt
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A value of BASE_MODEL."""
+
+    source: str  # Hub repository, or the folder of an embedded miniature
+    files_gib: float  # what a download of the needed files takes on disk
+    gated: bool = False
+    resolution: int = 1024  # pixels; default of prompts and of dataset.json
+    defaults: dict[str, Any] = field(default_factory=dict)  # fields of plan.Prompt that differ from the family's
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a plan needs to know about a family, without its weights."""
+
+    name: str
+    models: dict[str, BaseModel]
+    files: tuple[str, ...]  # glob patterns of the files that training and sampling need in a Hub repository
+    multiple: int  # sides of pictures are multiples of this, in pixels
+    objective: str  # a key of trainer.objective.OBJECTIVES
+    timestep_samplings: tuple[str, ...]  # the first is the default
+    targets: tuple[str, ...]  # suffixes of the linear layers that get adapters
+    fused_targets: dict[str, tuple[str, ...]]  # fused projection → the separate ones of the diffusers model
+    prompt_steps: int
+    prompt_guidance: float
+    prompt_cfg: float
+
+
+class Family(Protocol):
+    """What a family module provides."""
+
+    FACTS: Facts
+
+    def load_vae(self, folder: Path) -> Any:
+        """The VAE in fp32 on the CPU, frozen."""
+
+    def load_encoders(self, folder: Path) -> Any:
+        """Tokenizers and text encoders, frozen, as one object for `encode_text`."""
+
+    def encode_text(self, encoders: Any, captions: list[str]) -> list[dict[str, torch.Tensor]]:
+        """One dictionary of tensors (without a batch axis) for each caption."""
+
+    def encode_images(self, vae: Any, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        """Mean and log-variance of the latents' distribution, (B, 2C, H/f, W/f), unscaled; pixels in [-1, 1]."""
+
+    def scale_latents(self, vae_config: Any, latents_BCHW: torch.Tensor) -> torch.Tensor:
+        """Latents as the VAE gives them → latents as the denoiser is trained on them."""
+
+    def load_denoiser(self, folder: Path) -> Any:
+        """The denoiser, frozen."""
+
+    def fuse_projections(self, denoiser: Any) -> None:
+        """Replace separate q, k, v by one projection each, in place."""
+
+    def predict(
+        self,
+        denoiser: Any,
+        noisy_BCHW: torch.Tensor,
+        t_B: torch.Tensor,
+        text: dict[str, torch.Tensor],
+        *,
+        guidance: float,
+    ) -> torch.Tensor:
+        """The denoiser's output for latents at times `t_B` in [0, 1] (1: pure noise), shaped like `noisy_BCHW`."""
+
+    def sample(
+        self, denoiser: Any, vae: Any, folder: Path, prompt: Prompt, text: dict[str, torch.Tensor], negative: Any
+    ) -> Image.Image:
+        """Draw one picture with diffusers' own pipeline."""
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """All families, by the modules that there are."""
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg))
+
+
+def family(name: str) -> Family:
+    """The module of family `name`; KeyError if there is none."""
+    if name not in names():
+        raise KeyError(name)
+    return cast(Family, importlib.import_module(f"{__name__}.{name}"))
+
+
+def base_models() -> dict[str, tuple[str, BaseModel]]:
+    """Every value of BASE_MODEL → its family and what is known about it."""
+    return {base: (name, model) for name in names() for base, model in family(name).FACTS.models.items()}
