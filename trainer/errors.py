@@ -52,7 +52,7 @@ class NumbersError(KilnError):
     advice = "Lower PARAMS_LEARNING_RATE or look at the pictures named above; the last checkpoint is sound."
 
 
-class Interrupted(KilnError):
+class StopRequestedError(KilnError):
     """SIGTERM (143) or SIGINT (130); the state is saved."""
 
     advice = "Start the same job again: it resumes by itself."

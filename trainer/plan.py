@@ -180,9 +180,9 @@ class Plan:
     optim: OptimPlan
     train: TrainPlan
     engine: EnginePlan
-    output: OutputPlan = neutral()
-    prompts: tuple[Prompt, ...] = neutral(())
-    reasons: tuple[str, ...] = neutral(())  # why each `auto` became what it is
+    output: OutputPlan = field(metadata={"neutral": True})
+    prompts: tuple[Prompt, ...] = field(default=(), metadata={"neutral": True})
+    reasons: tuple[str, ...] = field(default=(), metadata={"neutral": True})  # why each `auto` became what it is
     version: int = VERSION
 
     def to_json(self) -> str:
