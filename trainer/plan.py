@@ -152,6 +152,7 @@ class OutputPlan:
     path: str
     name: str
     cache: str
+    started: int = 0  # Unix seconds of the first start; goes into the LoRA's header
     save_every: int = 100  # optimiser steps; 0: only at the end
     sample_every: int = 200
     validate_every: int = 0

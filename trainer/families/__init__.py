@@ -42,6 +42,9 @@ class Facts:
     objective: str  # a key of trainer.objective.OBJECTIVES
     timestep_samplings: tuple[str, ...]  # the first is the default
     targets: tuple[str, ...]  # suffixes of the linear layers that get adapters
+    lora_prefix: str  # of the keys in LoRA files
+    architecture: str  # modelspec.architecture, without "/lora"
+    base_version: str  # ss_base_model_version
     fused_targets: dict[str, tuple[str, ...]]  # fused projection → the separate ones of the diffusers model
     prompt_steps: int
     prompt_guidance: float
@@ -49,44 +52,51 @@ class Facts:
 
 
 class Family(Protocol):
-    """What a family module provides."""
+    """What a family module provides. `text` is what `encode_text` gave for one caption, or such tensors batched."""
 
     FACTS: Facts
 
-    def load_vae(self, folder: Path) -> Any:
-        """The VAE in fp32 on the CPU, frozen."""
-
-    def load_encoders(self, folder: Path) -> Any:
+    def load_encoders(self, folder: Path, *, device: str, dtype: torch.dtype) -> Any:
         """Tokenizers and text encoders, frozen, as one object for `encode_text`."""
 
     def encode_text(self, encoders: Any, captions: list[str]) -> list[dict[str, torch.Tensor]]:
-        """One dictionary of tensors (without a batch axis) for each caption."""
+        """One dictionary of tensors, without a batch axis and on the CPU, for each caption."""
+
+    def load_vae(self, folder: Path, *, device: str) -> Any:
+        """The VAE in fp32, frozen."""
 
     def encode_images(self, vae: Any, pixels_BCHW: torch.Tensor) -> torch.Tensor:
-        """Mean and log-variance of the latents' distribution, (B, 2C, H/f, W/f), unscaled; pixels in [-1, 1]."""
+        """Mean and standard deviation of the latents' distribution, (B, 2C, H/f, W/f); pixels in [-1, 1].
 
-    def scale_latents(self, vae_config: Any, latents_BCHW: torch.Tensor) -> torch.Tensor:
-        """Latents as the VAE gives them → latents as the denoiser is trained on them."""
+        Scaled and shifted as the denoiser is trained on them.
+        """
 
-    def load_denoiser(self, folder: Path) -> Any:
+    def load_denoiser(self, folder: Path, *, device: str, dtype: torch.dtype) -> Any:
         """The denoiser, frozen."""
 
-    def fuse_projections(self, denoiser: Any) -> None:
-        """Replace separate q, k, v by one projection each, in place."""
+    def blocks(self, denoiser: Any) -> list[tuple[str, torch.nn.Module]]:
+        """The repeated blocks, by name, in order: where adapters go and what is compiled."""
 
     def predict(
         self,
         denoiser: Any,
         noisy_BCHW: torch.Tensor,
         t_B: torch.Tensor,
-        text: dict[str, torch.Tensor],
         *,
+        text: dict[str, torch.Tensor],
         guidance: float,
     ) -> torch.Tensor:
         """The denoiser's output for latents at times `t_B` in [0, 1] (1: pure noise), shaped like `noisy_BCHW`."""
 
     def sample(
-        self, denoiser: Any, vae: Any, folder: Path, prompt: Prompt, text: dict[str, torch.Tensor], negative: Any
+        self,
+        denoiser: Any,
+        vae: Any,
+        folder: Path,
+        *,
+        prompt: Prompt,
+        text: dict[str, torch.Tensor],
+        negative: dict[str, torch.Tensor],
     ) -> Image.Image:
         """Draw one picture with diffusers' own pipeline."""
 

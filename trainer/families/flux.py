@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer.families import BaseModel, Facts
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+    from PIL import Image
+
+    from trainer.plan import Prompt
 
 MINIATURE = str(Path(__file__).with_name("miniatures") / "flux")
 
@@ -49,6 +57,9 @@ FACTS = Facts(
         "proj_mlp",
         "proj_out",
     ),
+    lora_prefix="transformer",
+    architecture="flux-1-dev",
+    base_version="flux1",
     fused_targets={
         "attn.to_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
         "attn.to_added_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
@@ -57,3 +68,130 @@ FACTS = Facts(
     prompt_guidance=3.5,
     prompt_cfg=1.0,
 )
+
+
+def load_encoders(folder: Path, *, device: str, dtype: torch.dtype) -> FluxPipeline:
+    """A FluxPipeline of the two tokenizers and text encoders alone (CLIP-L's pooled output and T5's tokens)."""
+    from diffusers import FluxPipeline
+    from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+
+    clip = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype, use_safetensors=True)
+    t5 = T5EncoderModel.from_pretrained(folder / "text_encoder_2", dtype=dtype, use_safetensors=True)
+    return FluxPipeline(
+        scheduler=None,
+        vae=None,
+        transformer=None,
+        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        tokenizer_2=AutoTokenizer.from_pretrained(folder / "tokenizer_2"),
+        text_encoder=clip.requires_grad_(False).eval().to(device),
+        text_encoder_2=t5.requires_grad_(False).eval().to(device),
+    )
+
+
+def encode_text(encoders: FluxPipeline, captions: list[str]) -> list[dict[str, torch.Tensor]]:
+    """`tokens` (L, 4096) of T5 and `pooled` (768,) of CLIP-L for each caption, padded as the pipeline pads."""
+    import torch
+
+    length = min(512, encoders.tokenizer_2.model_max_length)
+    with torch.no_grad():
+        tokens_BLD, pooled_BD, _ = encoders.encode_prompt(
+            captions, captions, device=encoders.text_encoder.device, max_sequence_length=length
+        )
+    return [{"tokens": t.cpu(), "pooled": p.cpu()} for t, p in zip(tokens_BLD, pooled_BD, strict=True)]
+
+
+def load_vae(folder: Path, *, device: str) -> AutoencoderKL:
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(folder / "vae", use_safetensors=True)
+    return vae.requires_grad_(False).eval().to(device)
+
+
+def encode_images(vae: AutoencoderKL, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+    """Mean and standard deviation, (B, 32, H/8, W/8): scaling_factor * (latents - shift_factor)."""
+    import torch
+
+    with torch.no_grad():
+        spread = vae.encode(pixels_BCHW.to(vae.device, vae.dtype)).latent_dist
+    scale, shift = vae.config.scaling_factor, vae.config.shift_factor
+    return torch.cat([(spread.mean - shift) * scale, spread.std * scale], dim=1).float()
+
+
+def load_denoiser(folder: Path, *, device: str, dtype: torch.dtype) -> FluxTransformer2DModel:
+    from diffusers import FluxTransformer2DModel
+
+    model = FluxTransformer2DModel.from_pretrained(
+        folder / "transformer", torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=True
+    )
+    return model.requires_grad_(False).to(device)
+
+
+def blocks(denoiser: FluxTransformer2DModel) -> list[tuple[str, torch.nn.Module]]:
+    double = [(f"transformer_blocks.{i}", b) for i, b in enumerate(denoiser.transformer_blocks)]
+    return double + [(f"single_transformer_blocks.{i}", b) for i, b in enumerate(denoiser.single_transformer_blocks)]
+
+
+def predict(
+    denoiser: FluxTransformer2DModel,
+    noisy_BCHW: torch.Tensor,
+    t_B: torch.Tensor,
+    *,
+    text: dict[str, torch.Tensor],
+    guidance: float,
+) -> torch.Tensor:
+    """The velocity (noise - latents). `guidance`: the embedded scale, which schnell has none of."""
+    import torch
+
+    b, c, h, w = noisy_BCHW.shape
+    patches_BLD = noisy_BCHW.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * 4)
+    img_ids = torch.zeros(h // 2, w // 2, 3, device=noisy_BCHW.device, dtype=denoiser.dtype)
+    img_ids[..., 1] = torch.arange(h // 2, device=noisy_BCHW.device)[:, None]
+    img_ids[..., 2] = torch.arange(w // 2, device=noisy_BCHW.device)
+    out_BLD = denoiser(
+        hidden_states=patches_BLD.to(denoiser.dtype),
+        timestep=t_B,
+        guidance=t_B.new_full((b,), guidance) if denoiser.config.guidance_embeds else None,
+        pooled_projections=text["pooled"],
+        encoder_hidden_states=text["tokens"],
+        txt_ids=img_ids.new_zeros(text["tokens"].shape[1], 3),
+        img_ids=img_ids.view(-1, 3),
+        return_dict=False,
+    )[0]
+    return out_BLD.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
+
+
+def sample(
+    denoiser: FluxTransformer2DModel,
+    vae: AutoencoderKL,
+    folder: Path,
+    *,
+    prompt: Prompt,
+    text: dict[str, torch.Tensor],
+    negative: dict[str, torch.Tensor],
+) -> Image.Image:
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=denoiser,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    image: Image.Image = pipe(
+        prompt_embeds=text["tokens"],
+        pooled_prompt_embeds=text["pooled"],
+        negative_prompt_embeds=negative["tokens"],
+        negative_pooled_prompt_embeds=negative["pooled"],
+        true_cfg_scale=prompt.cfg,
+        guidance_scale=prompt.guidance,
+        num_inference_steps=prompt.steps,
+        width=prompt.width,
+        height=prompt.height,
+        generator=torch.Generator("cpu").manual_seed(prompt.seed),
+    ).images[0]
+    return image

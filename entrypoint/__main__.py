@@ -1,0 +1,133 @@
+"""`python -m entrypoint`: settings → manifest → hardware → plan → fetch → launch. Turns exceptions into exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+
+from entrypoint import hardware
+from entrypoint.manifest import read_manifest
+from entrypoint.plan import make_plan
+from entrypoint.settings import Settings, help_env, read_settings
+from trainer import __version__
+from trainer.errors import KilnError, StopRequestedError
+from trainer.families import family
+from trainer.plan import Plan
+
+log = logging.getLogger("entrypoint")
+
+
+def main(arguments: list[str]) -> int:
+    """Exit codes as in `trainer.errors`; 64 for a wrong command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m entrypoint",
+        description="Train a LoRA as the environment says: BASE_MODEL, DATASET_NAME, OUTPUT_PATH and more.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--check", action="store_true", help="validate, plan and preflight; no training")
+    parser.add_argument("--help-env", action="store_true", help="print every variable with default, range and meaning")
+    parser.add_argument("--version", action="version", version=f"kiln {__version__}")
+    try:
+        asked = parser.parse_args(arguments)
+    except (SystemExit, argparse.ArgumentError) as stop:
+        if isinstance(stop, argparse.ArgumentError):
+            print(f"{parser.format_usage()}{stop}", file=sys.stderr)  # noqa: T201
+            return 64
+        return 64 if stop.code else 0
+    if asked.help_env:
+        print(help_env())  # noqa: T201
+        return 0
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    try:
+        return job(os.environ, check=asked.check)
+    except KilnError as problem:
+        log.error("%s", problem)
+        log.error("%s [exit %d]", problem.advice, problem.exit_code)
+        return problem.exit_code
+    except Exception:
+        log.exception("Unexpected error.")
+        log.error("%s [exit %d]", KilnError.advice, KilnError.exit_code)
+        return KilnError.exit_code
+
+
+def job(environ: Mapping[str, str], *, check: bool) -> int:
+    """The whole job; returns the trainer's exit code, or 0. Raises the errors of `trainer.errors`."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, _stop)
+    settings = read_settings(environ)
+    manifest = read_manifest(settings.dataset_config, settings.sample_prompts)
+    plan = make_plan(settings, manifest, hardware.detect(), now=_now(environ))
+    plan, done = _continued(plan, named=settings.output_name is not None)
+    for reason in plan.reasons:
+        log.info("%s", reason)
+    if done:
+        log.info("This job is done: %s. Delete status.json to run it again.", done)
+        return 0
+
+    from entrypoint.preflight import preflight  # the Hub's client is slow to import: only now
+
+    token = settings.hf_token.reveal() if settings.hf_token else None
+    preflight(plan, token=token, hub_cache=settings.hf_home / "hub")
+    if check:
+        log.info("Checked: this job can run. Nothing was downloaded or trained.")
+        return 0
+    plan = _fetched(plan, settings, token=token)
+
+    from entrypoint.launch import launch
+
+    return launch(plan, environment=environ)
+
+
+def _stop(number: int, _frame: FrameType | None) -> None:
+    raise StopRequestedError(f"Stopped by {signal.Signals(number).name} before training began.", exit_code=128 + number)
+
+
+def _now(environ: Mapping[str, str]) -> datetime.datetime:
+    """The time; or SOURCE_DATE_EPOCH (reproducible-builds.org), which makes equal runs give equal files."""
+    epoch = environ.get("SOURCE_DATE_EPOCH", "")
+    return datetime.datetime.fromtimestamp(int(epoch) if epoch.isdecimal() else time.time(), datetime.UTC)
+
+
+def _continued(plan: Plan, *, named: bool) -> tuple[Plan, Path | None]:
+    """A restart goes on under the name and start time of its first start; also the LoRA, if it is there already."""
+    out = Path(plan.output.path)
+    try:
+        before = Plan.from_json((out / "plan.json").read_text(encoding="utf-8"))
+        status = json.loads((out / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return plan, None
+    if before.essence() != plan.essence():
+        return plan, None
+    name = plan.output.name if named else before.output.name
+    plan = dataclasses.replace(plan, output=dataclasses.replace(plan.output, name=name, started=before.output.started))
+    final = out / f"{name}.safetensors"
+    return plan, final if status.get("phase") == "done" and final.is_file() else None
+
+
+def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
+    """The plan with every model and source at a local path."""
+    from entrypoint.fetch import fetch_model, fetch_source
+
+    hub, cache = settings.hf_home / "hub", Path(plan.output.cache)
+    facts = family(plan.model.family).FACTS
+    model = fetch_model(plan.model, patterns=facts.files, token=token, hub_cache=hub)
+    datasets = []
+    for dataset in plan.data.datasets:
+        sources = [fetch_source(s.source, cache=cache, token=token, hub_cache=hub) for s in dataset.subsets]
+        subsets = [dataclasses.replace(s, source=f) for s, f in zip(dataset.subsets, sources, strict=True)]
+        datasets.append(dataclasses.replace(dataset, subsets=tuple(subsets)))
+    return dataclasses.replace(plan, model=model, data=dataclasses.replace(plan.data, datasets=tuple(datasets)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

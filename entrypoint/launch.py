@@ -1,0 +1,50 @@
+"""plan.json → the trainer's process; signals go in, the exit code comes out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+
+from trainer.plan import Plan
+
+log = logging.getLogger(__name__)
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def launch(plan: Plan, *, environment: Mapping[str, str]) -> int:
+    """Run the trainer on `plan` and return its exit code; 128 + n where signal n killed it.
+
+    The trainer gets no secret and needs no network: everything is on local paths by now.
+    """
+    with tempfile.TemporaryDirectory(prefix="kiln-") as folder:
+        path = Path(folder) / "plan.json"
+        path.write_text(plan.to_json(), encoding="utf-8")
+        # A list of arguments and no shell: nothing in the plan can become a command.
+        child = subprocess.Popen([sys.executable, "-m", "trainer", str(path)], env=child_environment(environment))  # noqa: S603
+
+        def forward(number: int, _frame: FrameType | None) -> None:
+            child.send_signal(number)
+
+        before = {number: signal.signal(number, forward) for number in FORWARDED}
+        try:
+            code = child.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    return code if code >= 0 else 128 - code
+
+
+def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """`environment` without secrets, settings and network access of the Hub's libraries."""
+    hidden = ("TOKEN", "SECRET", "PASSWORD", "API_KEY", "CONFIG_JSON")
+    kept = {k: v for k, v in environment.items() if not any(word in k.upper() for word in hidden)}
+    root = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(p for p in (root, environment.get("PYTHONPATH", "")) if p)
+    return {**kept, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}

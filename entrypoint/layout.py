@@ -1,0 +1,108 @@
+"""What a model's folder must hold: the diffusers layout, whole, with weights as safetensors only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from trainer.errors import SettingsError
+from trainer.families import base_models
+from trainer.plan import ModelPlan
+
+# Formats that run code when they are loaded, and weights of other frameworks: never downloaded, never read.
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+FOREIGN = (*PICKLES, ".msgpack", ".h5", ".onnx", ".onnx_data", ".gguf")
+
+
+def variable(model: ModelPlan) -> str:
+    """The variable that chose the model, with its value."""
+    known = base_models().get(model.base)
+    if known is not None and known[1].source == model.source:
+        return f"BASE_MODEL={model.base}"
+    return f"MODEL_PATH={model.source}"
+
+
+def is_local(model: ModelPlan) -> bool:
+    """Whether the model is a place on this machine and not a repository of the Hub."""
+    return model.source.startswith(("/", "./", "../", "~")) or Path(model.source).exists()
+
+
+def is_wanted(name: str, patterns: Collection[str]) -> bool:
+    """Whether the file `name` of a repository is needed for training and sampling."""
+    return any(fnmatchcase(name, p) for p in patterns) and not name.endswith(FOREIGN)
+
+
+def problems(names: Collection[str], patterns: Collection[str]) -> list[str]:
+    """What is missing or unfit in a model whose files have these names, relative to its folder."""
+    if "model_index.json" not in names:
+        return ["it has no model_index.json, so it is not a model in the folder layout of diffusers"]
+    found = []
+    for part in dict.fromkeys(p.split("/")[0] for p in patterns if "/" in p):
+        inside = [n for n in names if n.startswith(f"{part}/")]
+        pickles = [n for n in inside if n.endswith(PICKLES)]
+        if not inside:
+            found.append(f"the folder {part}/ is missing")
+        elif any(n.endswith(".safetensors") and is_wanted(n, patterns) for n in inside):
+            continue
+        elif pickles:
+            found.append(
+                f"{pickles[0]} is a pickle, which can run code when it is loaded, and no .safetensors is there"
+            )
+        elif f"{part}/config.json" in inside:
+            found.append(f"{part}/ has no .safetensors file")
+    return found
+
+
+def check_names(variable: str, names: Collection[str], patterns: Collection[str]) -> None:
+    """Raises SettingsError with all `problems`."""
+    if found := problems(names, patterns):
+        raise SettingsError(f"{variable} cannot be used: {'; '.join(found)}. Name a complete model, or mend this one.")
+
+
+def check_folder(variable: str, folder: Path, patterns: Collection[str]) -> None:
+    """Check that a model is whole: its parts, the shards that its indexes name, the lengths of its weights.
+
+    Reads headers only, so it takes milliseconds. Raises SettingsError.
+    """
+    if folder.is_file():
+        raise SettingsError(
+            f"{variable} is a single file. Name a folder in the layout of diffusers (with model_index.json), or a Hub "
+            "repository with one; diffusers' from_single_file(...).save_pretrained(...) makes such a folder."
+        )
+    if not folder.is_dir():
+        raise SettingsError(f"{variable}: there is no folder {folder}. Check the path and what is mounted there.")
+    names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    check_names(variable, names, patterns)
+    damaged = []
+    for name in sorted(n for n in names if is_wanted(n, patterns)):
+        if name.endswith(".safetensors.index.json"):
+            damaged += _missing_shards(folder / name)
+        elif name.endswith(".safetensors") and not _is_whole(folder / name):
+            damaged.append(f"{name} is damaged or cut short (or a Git LFS pointer)")
+    if damaged:
+        raise SettingsError(f"{variable} cannot be used: {'; '.join(damaged)}. Copy or download it again.")
+
+
+def _missing_shards(index: Path) -> list[str]:
+    try:
+        shards = {str(s) for s in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (ValueError, KeyError, AttributeError):
+        return [f"{index.name} is damaged"]
+    return [f"{index.parent.name}/{s} is missing" for s in sorted(shards) if not (index.parent / s).is_file()]
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the length of a safetensors file is what its header says."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 + length:
+            return False
+        try:
+            header = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return False
+    return bool(size == 8 + length + max(ends, default=0))

@@ -1,0 +1,363 @@
+"""Every environment variable: one row each. Reading (settings.py), help and README's table all come from here.
+
+A row's default is text, as a user would write it. An empty default means "not set" (None); what the plan then
+chooses is named in `otherwise`. A field is called like its variable, in small letters and without PARAMS_.
+"""
+# ruff: noqa: RUF009 (`row` only makes a dataclasses.field)
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from entrypoint.hardware import BACKENDS
+from trainer.families import base_models
+from trainer.optim import OPTIMIZERS, SCHEDULERS
+
+GROUPS = {  # the field that each group begins with
+    "base_model": "model",
+    "dataset_name": "data",
+    "max_epochs": "training",
+    "network_dim": "adapter",
+    "backend": "engine",
+    "output_path": "output",
+}
+MANY = 10**8
+# Those of diffusers' attention backends that torch itself carries: the others need packages that are not installed, or
+# have no backward pass.
+ATTENTION = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math", "flex")
+
+
+class Secret:
+    """A text that shows itself only when asked to."""
+
+    __slots__ = ("_text",)
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def reveal(self) -> str:
+        return self._text
+
+    def __repr__(self) -> str:
+        return "***"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and other._text == self._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variable."""
+
+    name: str
+    kind: str  # a key of settings.KINDS
+    default: str
+    means: str
+    group: str = ""
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None  # the range begins above this number
+    choices: Callable[[], Collection[str]] | None = None
+    otherwise: str = ""  # what the plan does where the variable is not set
+
+
+def row(
+    name: str,
+    kind: str,
+    *,
+    means: str,
+    default: str = "",
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: Callable[[], Collection[str]] | None = None,
+    otherwise: str = "",
+) -> Any:
+    """A field of Settings that is read from the variable `name`."""
+    variable = Row(name, kind, default, means, low=low, high=high, above=above, choices=choices, otherwise=otherwise)
+    return dataclasses.field(metadata={"row": variable})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What was asked for. None: not set, or auto."""
+
+    # model
+    base_model: str = row("BASE_MODEL", "choice", means="the model to train for", choices=base_models)
+    model_path: str | None = row(
+        "MODEL_PATH", "text", means="folder in diffusers layout, or Hub repository, instead of the base model's own"
+    )
+    model_revision: str | None = row("MODEL_REVISION", "text", means="branch, tag or commit of the model's repository")
+    hf_token: Secret | None = row(
+        "HF_TOKEN",
+        "secret",
+        means="access token of the Hugging Face Hub; also HUGGING_FACE_HUB_TOKEN, or HF_TOKEN_FILE with a file's path",
+    )
+    hf_home: Path = row("HF_HOME", "path", default="/workspace/hf", means="where downloads are kept")
+
+    # data
+    dataset_name: str | None = row(
+        "DATASET_NAME",
+        "text",
+        means="Hub dataset, folder, or .zip or .tar archive (path or URL); needed unless DATASET_CONFIG names sources",
+    )
+    dataset_config: str | None = row(
+        "DATASET_CONFIG",
+        "text",
+        means="dataset.json or .toml: path, URL, or the JSON itself",
+        otherwise="the dataset.json of this program",
+    )
+    dataset_revision: str | None = row(
+        "DATASET_REVISION", "text", means="branch, tag or commit of the Hub dataset DATASET_NAME"
+    )
+    dataset_split: str | None = row("DATASET_SPLIT", "text", means="split of Hub datasets", otherwise="train")
+    image_column: str | None = row("IMAGE_COLUMN", "text", means="column of the pictures", otherwise="found")
+    caption_column: str | None = row("CAPTION_COLUMN", "text", means="column of the captions", otherwise="found")
+    trigger_word: str | None = row(
+        "TRIGGER_WORD", "text", means="put before every caption, and before this program's own prompts"
+    )
+    strict_dataset: bool = row(
+        "STRICT_DATASET", "switch", default="false", means="stop at an unusable picture instead of skipping it"
+    )
+    cache_path: Path = row("CACHE_PATH", "path", default="/workspace/cache", means="where encoded pictures are kept")
+    batch_size: int | None = row(
+        "PARAMS_BATCH_SIZE", "integer", means="pictures at once", low=1, high=4096, otherwise="dataset.json's"
+    )
+    resolution: tuple[int, int] | None = row(
+        "PARAMS_RESOLUTION",
+        "size",
+        means="training area in pixels: side, or WIDTHxHEIGHT",
+        low=16,
+        high=8192,
+        otherwise="dataset.json's",
+    )
+    num_repeats: int | None = row(
+        "PARAMS_NUM_REPEATS",
+        "integer",
+        means="times that each picture is seen in an epoch",
+        low=1,
+        high=MANY,
+        otherwise="dataset.json's",
+    )
+    caption_dropout_rate: float | None = row(
+        "PARAMS_CAPTION_DROPOUT_RATE",
+        "number",
+        means="share of captions left empty",
+        low=0,
+        high=1,
+        otherwise="dataset.json's, 0",
+    )
+
+    # training
+    max_epochs: int = row(
+        "PARAMS_MAX_EPOCHS", "integer", default="5", means="passes over pictures times repeats", low=1, high=MANY
+    )
+    max_steps: int | None = row(
+        "PARAMS_MAX_STEPS",
+        "integer",
+        means="optimiser steps; overrides PARAMS_MAX_EPOCHS",
+        low=1,
+        high=MANY,
+        otherwise="by epochs",
+    )
+    optimizer_type: str = row(
+        "PARAMS_OPTIMIZER_TYPE", "choice", default="prodigy", means="optimiser", choices=lambda: OPTIMIZERS
+    )
+    optimizer_args: dict[str, Any] = row(
+        "PARAMS_OPTIMIZER_ARGS", "pairs", means="more arguments of the optimiser: key=value ..."
+    )
+    learning_rate: float | None = row(
+        "PARAMS_LEARNING_RATE",
+        "number",
+        means="learning rate",
+        above=0,
+        high=1000,
+        otherwise="the optimiser's: 1 with prodigy, 1e-4 with adamw",
+    )
+    d_coef: float | None = row(
+        "PARAMS_D_COEF", "number", means="factor of the step size that Prodigy finds", above=0, high=1000, otherwise="2"
+    )
+    weight_decay: float = row("PARAMS_WEIGHT_DECAY", "number", default="0.1", means="weight decay", low=0, high=100)
+    learning_scheduler: str = row(
+        "PARAMS_LEARNING_SCHEDULER",
+        "choice",
+        default="constant",
+        means="course of the learning rate",
+        choices=lambda: SCHEDULERS,
+    )
+    warmup_steps: int = row(
+        "PARAMS_WARMUP_STEPS",
+        "integer",
+        default="0",
+        means="steps in which the learning rate rises from 0",
+        low=0,
+        high=MANY,
+    )
+    num_cycles: int | None = row(
+        "PARAMS_NUM_CYCLES",
+        "integer",
+        means="restarts of cosine_with_restarts",
+        low=1,
+        high=MANY,
+        otherwise="a third of the epochs",
+    )
+    gradient_accumulation: int = row(
+        "PARAMS_GRADIENT_ACCUMULATION", "integer", default="1", means="batches to a step", low=1, high=MANY
+    )
+    max_grad_norm: float = row(
+        "PARAMS_MAX_GRAD_NORM", "number", default="1.0", means="largest gradient norm; 0 is no limit", low=0, high=1e6
+    )
+    seed: int = row("PARAMS_SEED", "integer", default="42", means="of all that is random", low=0, high=2**32 - 1)
+    timestep_sampling: str | None = row(
+        "PARAMS_TIMESTEP_SAMPLING",
+        "text",
+        means="how noise levels are drawn: uniform, sigmoid, shift or logit_normal, as far as the model has them",
+        otherwise="the model's",
+    )
+    discrete_flow_shift: float = row(
+        "PARAMS_DISCRETE_FLOW_SHIFT",
+        "number",
+        default="3.1582",
+        means="shift of the noise levels, with shift",
+        above=0,
+        high=1000,
+    )
+    loss_weighting: str = row(
+        "PARAMS_LOSS_WEIGHTING",
+        "choice",
+        default="none",
+        means="weight of the loss by noise level",
+        choices=lambda: ("none", "sigma_sqrt", "cosmap"),
+    )
+    guidance_scale: float = row(
+        "PARAMS_GUIDANCE_SCALE",
+        "number",
+        default="1.0",
+        means="embedded guidance in training, where the model has it",
+        low=0,
+        high=100,
+    )
+    noise_offset: float = row(
+        "PARAMS_NOISE_OFFSET", "number", default="0.1", means="brightness noise added to each channel", low=0, high=10
+    )
+    prior_loss_weight: float = row(
+        "PARAMS_PRIOR_LOSS_WEIGHT",
+        "number",
+        default="1.0",
+        means="weight of the loss of regularisation pictures",
+        low=0,
+        high=1000,
+    )
+    ema_decay: float = row(
+        "PARAMS_EMA_DECAY",
+        "number",
+        default="0",
+        means="decay of the averaged weights, 0.999 for example; 0 is off",
+        low=0,
+        high=0.999999,
+    )
+
+    # adapter
+    network_dim: int = row("PARAMS_NETWORK_DIM", "integer", default="32", means="rank of the LoRA", low=1, high=4096)
+    network_alpha: float = row(
+        "PARAMS_NETWORK_ALPHA", "number", default="4", means="the LoRA counts alpha divided by rank", above=0, high=1e6
+    )
+    split_qkv: bool = row(
+        "PARAMS_SPLIT_QKV", "switch", default="false", means="true: q, k and v get an adapter each; false: one together"
+    )
+    target_modules: tuple[str, ...] | None = row(
+        "PARAMS_TARGET_MODULES",
+        "names",
+        means="ends of the names of the layers that get adapters, with commas between",
+        otherwise="the model's",
+    )
+    resume_from: str | None = row(
+        "PARAMS_RESUME_FROM",
+        "text",
+        means="a LoRA file to start from (weights only), or a state folder (everything)",
+        otherwise="an interrupted run in OUTPUT_PATH goes on by itself",
+    )
+
+    # engine
+    backend: str = row("BACKEND", "choice", default="auto", means="what to run on", choices=lambda: ("auto", *BACKENDS))
+    precision: str | None = row("PARAMS_PRECISION", "auto_text", default="auto", means="format of the model's weights")
+    gradient_checkpointing: bool | None = row(
+        "PARAMS_GRADIENT_CHECKPOINTING",
+        "auto_switch",
+        default="auto",
+        means="recompute instead of keeping: slower, less memory",
+    )
+    compile: bool | None = row("PARAMS_COMPILE", "auto_switch", default="auto", means="compile the model's blocks")
+    attention: str = row(
+        "PARAMS_ATTENTION",
+        "choice",
+        default="auto",
+        means="implementation of attention, by diffusers' names",
+        choices=lambda: ("auto", *ATTENTION),
+    )
+    memory_limit_gib: float | None = row(
+        "MEMORY_LIMIT_GIB", "number", means="GiB of a device that may be used", above=0, high=100_000, otherwise="all"
+    )
+
+    # output
+    output_path: Path = row("OUTPUT_PATH", "path", default="/workspace/output", means="where everything is written")
+    output_name: str | None = row(
+        "OUTPUT_NAME",
+        "name",
+        means="name of the LoRA file, without .safetensors",
+        otherwise="hash of the job, and the start time",
+    )
+    sample_prompts: str | None = row(
+        "SAMPLE_PROMPTS",
+        "text",
+        means="prompts.txt, .json or .toml: path, URL, or a JSON list itself",
+        otherwise="the prompts.txt of this program",
+    )
+    sample_every_n_steps: int = row(
+        "PARAMS_SAMPLE_EVERY_N_STEPS",
+        "integer",
+        default="200",
+        means="steps between samples; 0 is off",
+        low=0,
+        high=MANY,
+    )
+    save_every_n_steps: int = row(
+        "PARAMS_SAVE_EVERY_N_STEPS",
+        "integer",
+        default="100",
+        means="steps between checkpoints; 0 is off",
+        low=0,
+        high=MANY,
+    )
+    validate_every_n_steps: int = row(
+        "PARAMS_VALIDATE_EVERY_N_STEPS",
+        "integer",
+        default="0",
+        means="steps between validations on held-out pictures; 0 is off",
+        low=0,
+        high=MANY,
+    )
+    keep_checkpoints: int = row(
+        "KEEP_CHECKPOINTS", "integer", default="3", means="checkpoints that are kept, the newest", low=1, high=MANY
+    )
+
+
+def _rows() -> dict[str, Row]:
+    found, group = {}, ""
+    for field in dataclasses.fields(Settings):
+        group = GROUPS.get(field.name, group)
+        found[field.name] = dataclasses.replace(field.metadata["row"], group=group)
+    return found
+
+
+ROWS = _rows()  # by the field of Settings
+CONFIG_JSON = "CONFIG_JSON"
+ALIASES = ("HF_TOKEN_FILE", "HUGGING_FACE_HUB_TOKEN")  # other ways to give HF_TOKEN
+NAMES: tuple[str, ...] = (*(r.name for r in ROWS.values()), *ALIASES, CONFIG_JSON)

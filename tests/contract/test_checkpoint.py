@@ -1,0 +1,66 @@
+"""States: whole or not there."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from trainer import checkpoint
+from trainer.errors import StorageError
+
+
+def tree(value):
+    return {"a": torch.full((3,), value), "b": {0: [torch.arange(4), None, True, 1.5, "text"]}, "empty": {}}
+
+
+def test_a_state_comes_back_as_it_was(tmp_path):
+    checkpoint.save(tmp_path, 7, tree(1.0))
+    state = checkpoint.latest(tmp_path)
+    assert state.step == 7
+    assert torch.equal(state.tree["a"], torch.ones(3))
+    assert torch.equal(state.tree["b"][0][0], torch.arange(4))
+    assert state.tree["b"][0][1:] == [None, True, 1.5, "text"] and state.tree["empty"] == {}
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_a_damaged_state_is_set_aside_for_the_one_before(tmp_path, name, damage):
+    for step in (10, 20):
+        checkpoint.save(tmp_path, step, tree(float(step)))
+    victim = tmp_path / "step-00000020" / name
+    data = bytearray(victim.read_bytes())
+    if damage == "delete":
+        victim.unlink()
+    else:
+        data[len(data) // 2] ^= 1
+        victim.write_bytes(data if damage == "flip" else data[:-3])
+    assert checkpoint.latest(tmp_path).step == 10
+    assert (tmp_path / "step-00000020.damaged").is_dir()
+
+
+def test_when_all_are_damaged_nothing_starts_anew_in_silence(tmp_path):
+    checkpoint.save(tmp_path, 10, tree(1.0))
+    (tmp_path / "step-00000010" / "state.json").write_text("{}")
+    with pytest.raises(StorageError, match="damaged"):
+        checkpoint.latest(tmp_path)
+
+
+def test_the_newest_are_kept_and_orphans_go(tmp_path):
+    (tmp_path / ".step-00000099.1.tmp").mkdir(parents=True)
+    for step in (10, 20, 30, 40):
+        checkpoint.save(tmp_path, step, tree(1.0))
+    assert checkpoint.prune(tmp_path, 2) == [30, 40]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000030", "step-00000040"]
+
+
+def test_random_generators_go_on_where_they_were(tmp_path):
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    draw()
+    checkpoint.save(tmp_path, 1, {"random": checkpoint.random_state()})
+    expected = draw()
+    draw()
+    checkpoint.set_random_state(checkpoint.latest(tmp_path).tree["random"])
+    assert draw() == expected

@@ -1,0 +1,127 @@
+"""Every optimiser: its table against its class, and a state that makes the next step the same step."""
+
+import importlib
+import inspect
+
+import pytest
+import torch
+
+from trainer import checkpoint, optim
+from trainer.loop import Ema
+from trainer.optim import OPTIMIZERS, SCHEDULERS
+
+
+def signature(name):
+    module, _, cls = OPTIMIZERS[name].path.rpartition(".")
+    return inspect.signature(getattr(importlib.import_module(module), cls).__init__)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_table_names_only_arguments_that_the_class_takes(name):
+    spec, parameters = OPTIMIZERS[name], signature(name).parameters
+    assert spec.arguments | spec.defaults.keys() <= parameters.keys()
+    assert not spec.arguments & {"lr", "params", "weight_decay", "warmup_steps"}
+
+
+def test_prodigy_is_as_the_interface_promises():
+    group = make("prodigy", [torch.nn.Parameter(torch.ones(2))]).param_groups[0]
+    assert group["decouple"] and not group["use_bias_correction"] and not group["safeguard_warmup"]
+    assert tuple(group["betas"]) == (0.9, 0.999) and group["d_coef"] == 2.0 and group["lr"] == 1.0
+
+
+def make(name, params):
+    spec = OPTIMIZERS[name]
+    optimizer = optim.make_optimizer(
+        name, params, learning_rate=spec.learning_rate, weight_decay=0.1, args=spec.defaults, warmup_steps=2
+    )
+    optim.set_training(optimizer, True)
+    return optimizer
+
+
+class Run:
+    """A least-squares problem with matrices large enough for 8-bit states."""
+
+    def __init__(self, name, scheduler):
+        torch.manual_seed(0)
+        self.params = [torch.nn.Parameter(torch.randn(96, 64)), torch.nn.Parameter(torch.zeros(64, 8))]
+        self.optimizer = make(name, self.params)
+        self.schedule = optim.make_schedule(scheduler, self.optimizer, warmup_steps=2, total_steps=12, num_cycles=2)
+        self.ema = Ema(self.params, 0.9)
+
+    def steps(self, numbers):
+        for n in numbers:
+            x = torch.randn(32, 96, generator=torch.Generator().manual_seed(n))
+            (x @ self.params[0] @ self.params[1] - x[:, :8]).square().mean().backward()
+            self.optimizer.step()
+            self.schedule.step()
+            self.optimizer.zero_grad()
+            self.ema.update(self.params)
+
+    def state(self):
+        return {
+            "params": [p.detach() for p in self.params],
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "ema": {"steps": self.ema.steps, "shadow": self.ema.shadow},
+        }
+
+    def restore(self, tree):
+        with torch.no_grad():
+            for p, v in zip(self.params, tree["params"], strict=True):
+                p.copy_(v)
+        optim.load_state(self.optimizer, tree["optimizer"])
+        self.schedule.load_state_dict(tree["schedule"])
+        self.ema.steps, self.ema.shadow = tree["ema"]["steps"], tree["ema"]["shadow"]
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler"),
+    [(n, "constant") for n in OPTIMIZERS] + [("adamw", s) for s in SCHEDULERS] + [("prodigy", "cosine_with_restarts")],
+)
+def test_a_resumed_run_is_bit_identical(tmp_path, name, scheduler):
+    whole = Run(name, scheduler)
+    whole.steps(range(1, 11))
+
+    first = Run(name, scheduler)
+    first.steps(range(1, 6))
+    checkpoint.save(tmp_path, 5, first.state())
+    second = Run(name, scheduler)
+    second.restore(checkpoint.latest(tmp_path).tree)
+    second.steps(range(6, 11))
+
+    for a, b in zip([*whole.params, *whole.ema.shadow], [*second.params, *second.ema.shadow], strict=True):
+        assert torch.equal(a, b)
+    assert second.optimizer.param_groups[0].get("d") == whole.optimizer.param_groups[0].get("d")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_optimizer_lowers_the_loss(name):
+    run = Run(name, "constant")
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["lr"] * (1 if OPTIMIZERS[name].prodigy else 30)
+    x = torch.randn(512, 96, generator=torch.Generator().manual_seed(99))
+
+    def loss():
+        return (x @ run.params[0] @ run.params[1] - x[:, :8]).square().mean().item()
+
+    before = loss()
+    run.steps(range(1, 120))
+    optim.set_training(run.optimizer, False)
+    assert loss() < 0.9 * before
+
+
+def test_schedules_end_where_their_names_say():
+    def rates(name):
+        run = Run("adamw", name)
+        out = []
+        for n in range(1, 13):
+            run.steps([n])
+            out.append(run.optimizer.param_groups[0]["lr"] / 1e-4)
+        return out
+
+    assert rates("constant") == [1.0] * 12
+    assert rates("constant_with_warmup")[:3] == [0.5, 1.0, 1.0]
+    assert rates("linear")[-1] == 0 and rates("linear")[6] == pytest.approx(0.5)
+    assert rates("cosine")[-1] == pytest.approx(0, abs=1e-9) and rates("cosine")[6] == pytest.approx(0.5)
+    assert rates("cosine_with_restarts")[6] == pytest.approx(1.0)  # two cycles: back at the top in the middle
+    assert rates("polynomial")[-1] == pytest.approx(1e-7 / 1e-4, rel=1e-3)

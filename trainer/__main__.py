@@ -1,0 +1,48 @@
+"""`python -m trainer plan.json`: run one plan; map failures to exit codes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+from trainer.errors import KilnError, SettingsError
+from trainer.plan import Plan
+from trainer.stop import StopFlag
+
+log = logging.getLogger("trainer")
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+
+def main(arguments: list[str]) -> int:
+    """Exit codes as in `trainer.errors`; 64 for a wrong command line."""
+    if len(arguments) != 1:
+        print("usage: python -m trainer plan.json", file=sys.stderr)  # noqa: T201
+        return 64
+    stop = StopFlag()
+    stop.listen()
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    os.environ.update(QUIET)
+    for chatty in ("torchao", "torch.utils._pytree", "PIL"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    try:
+        try:
+            plan = Plan.from_json(Path(arguments[0]).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as problem:
+            raise SettingsError(f"{arguments[0]}: {problem}") from problem
+        from trainer.run import run  # torch is imported only now, when signals are handled
+
+        run(plan, stop)
+    except KilnError as problem:
+        log.error("%s [exit %d]", problem.advice, problem.exit_code)
+        return problem.exit_code
+    except Exception:
+        log.exception("Unexpected error.")
+        log.error("%s [exit %d]", KilnError.advice, KilnError.exit_code)
+        return KilnError.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,162 @@
+"""Save and restore everything that makes the next step the same step.
+
+A state is a folder `state/step-00000100` with `state.safetensors` (every tensor) and `state.json` (all else, and the
+tensors' SHA-256). No pickle. It is written beside its place, flushed and renamed, so a state that is there is whole;
+one whose hash is wrong is set aside and the one before is used.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from trainer import files
+from trainer.errors import StorageError
+
+log = logging.getLogger(__name__)
+NAME = re.compile(r"step-(\d{8})")
+MARK = "tensor:"  # in the JSON, a string that stands for a tensor of the other file
+
+
+@dataclass(frozen=True)
+class State:
+    """A state read back."""
+
+    step: int
+    folder: Path
+    tree: dict[str, Any]
+
+
+def save(folder: Path, step: int, tree: dict[str, Any]) -> Path:
+    """Write `tree` (nested dicts and lists of tensors and JSON values) as the state of `step`; return its folder."""
+    final = folder / f"step-{step:08d}"
+    temporary = folder / f".step-{step:08d}.{os.getpid()}.tmp"
+    tensors: dict[str, torch.Tensor] = {}
+    values = _split(tree, tensors)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(tensors, temporary / "state.safetensors")
+        record = {"step": step, "sha256": files.sha256(temporary / "state.safetensors"), "tree": values}
+        text = json.dumps(record)
+        (temporary / "state.json").write_text(json.dumps({"sha256": files.digest(text), "text": text}))
+        for path in (temporary / "state.safetensors", temporary / "state.json", temporary):
+            files.flush(path)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        files.flush(folder)
+    except (OSError, SafetensorError) as problem:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise StorageError(f"The state of step {step} could not be written to {folder}: {problem}.") from problem
+    return final
+
+
+def latest(folder: Path) -> State | None:
+    """The newest whole state, by its step; damaged ones are renamed `….damaged` and said in the log.
+
+    Raises StorageError if there are states and none is whole: starting from nothing is not ours to decide.
+    """
+    found = sorted((p for p in folder.glob("step-*") if NAME.fullmatch(p.name)), reverse=True)
+    for path in found:
+        try:
+            return read(path)
+        except ValueError as problem:
+            log.warning("%s is damaged (%s): set aside, the state before it is used.", path, problem)
+            path.rename(path.with_name(f"{path.name}.damaged"))
+    if found:
+        raise StorageError(f"All {len(found)} states in {folder} are damaged. Move it away to start anew.")
+    return None
+
+
+def read(path: Path) -> State:
+    """The state in folder `path`. Raises ValueError if it is damaged or not a state."""
+    try:
+        outer = json.loads((path / "state.json").read_text())
+        if files.digest(outer["text"]) != outer["sha256"]:
+            raise ValueError("state.json is not what was written")
+        record = json.loads(outer["text"])
+        if files.sha256(path / "state.safetensors") != record["sha256"]:
+            raise ValueError("state.safetensors is not what was written")
+        tensors = load_file(path / "state.safetensors")
+    except (OSError, KeyError, TypeError, SafetensorError) as problem:
+        raise ValueError(str(problem)) from problem
+    return State(record["step"], path, _join(record["tree"], tensors))
+
+
+def prune(folder: Path, keep: int) -> list[int]:
+    """Remove all states but the newest `keep`; return the steps that are left. 0 keeps all."""
+    found = sorted(p for p in folder.glob("step-*") if NAME.fullmatch(p.name))
+    for path in found[:-keep] if keep else []:
+        shutil.rmtree(path)
+    for orphan in folder.glob(".step-*.tmp"):
+        shutil.rmtree(orphan, ignore_errors=True)
+    return [int(p.name[5:]) for p in (found[-keep:] if keep else found)]
+
+
+def random_state() -> dict[str, Any]:
+    """The global random generators of Python, NumPy and torch."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    state: dict[str, Any] = {
+        "python": json.loads(json.dumps(random.getstate())),
+        "numpy": [str(kind), [int(k) for k in keys], position, has_gauss, gauss],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put the global generators back to where `random_state` found them."""
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _split(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """`value` with every tensor moved into `tensors` and its number in its place."""
+    if isinstance(value, torch.Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return MARK + name
+    if isinstance(value, dict):
+        # Optimisers key their state by integers, which JSON has not.
+        return {"dict": [[k, _split(v, tensors)] for k, v in value.items()]}
+    if isinstance(value, tuple):
+        return {"tuple": [_split(v, tensors) for v in value]}
+    if isinstance(value, list):
+        return [_split(v, tensors) for v in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"a state cannot hold {type(value).__name__}")
+
+
+def _join(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, dict):
+        if "tuple" in value:
+            return tuple(_join(v, tensors) for v in value["tuple"])
+        return {k: _join(v, tensors) for k, v in value["dict"]}
+    if isinstance(value, list):
+        return [_join(v, tensors) for v in value]
+    if isinstance(value, str) and value.startswith(MARK):
+        return tensors[value.removeprefix(MARK)]
+    return value

@@ -1,0 +1,139 @@
+"""Adapters → a safetensors file with the header that users' tools read.
+
+Keys are diffusers' (`transformer.….lora_A.weight`). The scale alpha / rank is folded into B, so that alpha = rank holds
+and readers that know no alpha apply the trained strength.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+
+from trainer import __version__, files
+from trainer.errors import NumbersError, StorageError
+
+
+def to_file_tensors(adapters: Mapping[str, torch.Tensor], *, prefix: str, scale: float) -> dict[str, torch.Tensor]:
+    """Peft's tensors → those of the file, in fp32 on the CPU; B times `scale` = alpha / rank."""
+    return {
+        f"{prefix}.{k}": (v.float() * (scale if ".lora_B." in k else 1.0)).cpu().contiguous()
+        for k, v in sorted(adapters.items())
+    }
+
+
+def from_file_tensors(tensors: Mapping[str, torch.Tensor], *, scale: float) -> dict[str, torch.Tensor]:
+    """The inverse, for names without the prefix: B divided by `scale`."""
+    return {k: v / scale if ".lora_B." in k else v for k, v in tensors.items()}
+
+
+def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write, read back, compare, and only then rename to `path`.
+
+    Raises NumbersError for a value that is not finite, StorageError if the file is not what was written.
+    """
+    bad = [k for k, v in tensors.items() if not torch.isfinite(v).all()]
+    if bad:
+        raise NumbersError(f"{len(bad)} of {len(tensors)} tensors of the LoRA are not finite, {bad[0]} first.")
+    with files.replacing(path) as temporary:
+        with temporary.open("wb") as file:
+            file.writelines(_serialised(tensors, metadata))
+        back = load_file(temporary)
+        if back.keys() != tensors.keys() or any(not torch.equal(back[k], v) for k, v in tensors.items()):
+            raise StorageError(f"{path} does not read back as it was written.")
+
+
+def _serialised(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> tuple[bytes, bytes, memoryview]:
+    """A safetensors file in three parts, the same bytes for the same content: the library shuffles the metadata.
+
+    Adds the hash of the tensors' bytes without the header, as sd-scripts' `sshs_model_hash`.
+    """
+    raw = memoryview(save(tensors))
+    end = 8 + int.from_bytes(raw[:8], "little")
+    data = hashlib.sha256(raw[end:]).hexdigest()
+    complete = {**metadata, "sshs_model_hash": data, "modelspec.hash_sha256": f"0x{data}"}
+    header = {"__metadata__": dict(sorted(complete.items())), **json.loads(bytes(raw[8:end]))}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the tensors aligned
+    return len(text).to_bytes(8, "little"), text, raw[end:]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the header says about a run, besides the step."""
+
+    name: str
+    base: str
+    base_version: str
+    architecture: str
+    rank: int
+    alpha: float
+    started: int  # Unix seconds
+    optimizer: str
+    learning_rate: float
+    schedule: str
+    seed: int
+    noise_offset: float
+    resolution: tuple[int, int]
+    trigger: str | None
+    objective: str
+    buckets: dict[tuple[int, int], int]  # (width, height) → pictures
+    datasets: list[dict[str, Any]]
+    tags: dict[str, dict[str, int]]
+    pictures: int
+
+
+def metadata(run: Trained, *, step: int, epoch: int) -> dict[str, str]:
+    """The header of the file, every value a string (DATASET_SCHEMA of sd-scripts' `ss_*`, and modelspec 1.0.1)."""
+    date = datetime.datetime.fromtimestamp(run.started, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    resolution = f"{run.resolution[0]}x{run.resolution[1]}"
+    buckets = {
+        "buckets": {
+            str(i): {"resolution": list(size), "count": count}
+            for i, (size, count) in enumerate(sorted(run.buckets.items()))
+        }
+    }
+    directories = {d["name"]: {"n_repeats": d["repeats"], "img_count": d["pictures"]} for d in run.datasets}
+    values: dict[str, Any] = {
+        "ss_output_name": run.name,
+        "ss_sd_model_name": run.base,
+        "ss_base_model_version": run.base_version,
+        "ss_network_module": "networks.lora",
+        # The scale is folded into the weights: whoever reads these must find alpha = rank.
+        "ss_network_dim": run.rank,
+        "ss_network_alpha": run.rank,
+        "kiln_alpha": run.alpha,
+        "kiln_version": __version__,
+        "ss_training_started_at": float(run.started),
+        "ss_bucket_info": buckets,
+        "ss_resolution": f"({run.resolution[0]}, {run.resolution[1]})",
+        "ss_dataset_dirs": directories,
+        "ss_datasets": [{**d, "bucket_info": buckets} for d in run.datasets],
+        "ss_tag_frequency": run.tags,
+        "ss_num_train_images": run.pictures,
+        "ss_steps": step,
+        "ss_epoch": epoch,
+        "ss_optimizer": run.optimizer,
+        "ss_learning_rate": run.learning_rate,
+        "ss_lr_scheduler": run.schedule,
+        "ss_seed": run.seed,
+        "ss_noise_offset": run.noise_offset,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{run.architecture}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": run.name,
+        "modelspec.resolution": resolution,
+        "modelspec.date": date,
+        "modelspec.prediction_type": run.objective,
+        "modelspec.trigger_phrase": run.trigger or "",
+        "modelspec.license": "",
+        "modelspec.tags": "",
+    }
+    return {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in values.items()}

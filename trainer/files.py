@@ -1,0 +1,127 @@
+"""Files that outlive the process: written beside their place, flushed, and renamed. A name is never half a file."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import SettingsError, StorageError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` (same suffix); flushed and renamed over `path` if the body succeeds.
+
+    Raises StorageError where the volume is full, read-only or failing.
+    """
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        flush(temporary)
+        temporary.rename(path)
+        flush(path.parent)
+    except OSError as problem:
+        if problem.errno in FULL:
+            raise StorageError(f"{path}: {problem.strerror}.") from problem
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file `path` by `text` (UTF-8) in one step."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace the file `path` by `value` as JSON in one step."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def flush(path: Path) -> None:
+    """Force a file or folder to the disk (fsync)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(value: Any) -> str:
+    """Hex SHA-256 of a JSON value in its canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def weights_digest(folder: Path) -> str:
+    """A fingerprint of the safetensors and JSON files in `folder`, in milliseconds even for 10 GB of weights.
+
+    Hashes each header (names, shapes, offsets) and the first and last 512 bytes of every tensor, which another
+    training of the same architecture does not share.
+    """
+    total = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json", ".txt", ".model")):
+        total.update(f"{path.relative_to(folder)}:{path.stat().st_size}\n".encode())
+        if path.suffix != ".safetensors":
+            total.update(path.read_bytes())
+            continue
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(length)
+            total.update(header)
+            for name, entry in sorted(json.loads(header).items()):
+                if name != "__metadata__":
+                    begin, end = (8 + length + offset for offset in entry["data_offsets"])
+                    file.seek(begin)
+                    total.update(file.read(min(512, end - begin)))
+                    file.seek(max(begin, end - 512))
+                    total.update(file.read(min(512, end - begin)))
+    return total.hexdigest()
+
+
+@contextlib.contextmanager
+def locked(folder: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold `folder` for this process; the kernel lets go of it when the process dies, however it dies.
+
+    Raises SettingsError if another process holds it; StorageError if the folder cannot be written. With `on_wait` it
+    is called once and the lock is waited for instead.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = (folder / ".lock").open("a+", encoding="utf-8")
+    except OSError as problem:
+        raise StorageError(f"{folder} cannot be written: {problem.strerror}.") from problem
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as problem:
+            handle.seek(0)
+            owner = handle.read().strip() or "another process"
+            if on_wait is None:
+                raise SettingsError(
+                    f"OUTPUT_PATH {folder} is in use by {owner}. Wait for that job, or choose another OUTPUT_PATH."
+                ) from problem
+            on_wait()
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+        handle.flush()
+        yield

@@ -1,0 +1,296 @@
+"""Opening pictures and cutting them to size. Pillow and numpy; no torch, so that worker processes start fast.
+
+Whatever a file holds becomes upright 8-bit sRGB, or a named reason why it cannot: nothing is guessed or mended.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms, features
+
+# Never the formats that run programs (EPS), nest (PSD, ICNS) or link to other files.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
+MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb; 358 MB once decoded
+# Pillow's decoders raise any of these for a damaged file. UnidentifiedImageError is an OSError.
+DAMAGED = (
+    OSError,
+    EOFError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    OverflowError,
+    ZeroDivisionError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
+FLIP = Image.Transpose.FLIP_LEFT_RIGHT
+# EXIF orientation → what makes the picture upright.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+INTERPOLATIONS = {
+    "lanczos": Image.Resampling.LANCZOS,
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "box": Image.Resampling.BOX,
+    "area": Image.Resampling.BOX,  # enlarging; area shrinks by `_shrink_by_area`
+}
+NOT_A_PICTURE = "not a picture in a known format (JPEG, PNG, WebP, BMP, TIFF, GIF, AVIF)"
+EMPTY = "the file is empty (0 bytes)"
+TOO_LARGE = f"more than {MAX_PIXELS // 1_000_000} million pixels (a decompression bomb?): make it smaller"
+ANIMATED = "animated, or several pages: save the one picture that is meant"
+TRANSPARENT = "completely transparent"
+UNKNOWN_RANGE = "32-bit pixels outside 0 to 1 (floats) or 0 to 65535 (integers): save it with 8 or 16 bits"
+
+
+class UnusableImageError(Exception):
+    """A file that cannot be trained on; the text is the reason, fit for the report."""
+
+
+def open_upright(source: Path | bytes) -> tuple[Image.Image, Image.Image | None]:
+    """The picture as upright sRGB (mode RGB) over white, and its alpha (mode L) if it is not opaque everywhere.
+
+    16-bit samples are scaled, an ICC profile is converted to sRGB; CMYK without a profile converts by Pillow's formula.
+    Raises UnusableImageError.
+    """
+    image, orientation = _load(_read(source))
+    alpha = _alpha(image)
+    try:
+        colours = _to_rgb(image)
+        if alpha is not None:
+            white = Image.new("RGB", colours.size, "white")
+            colours = Image.composite(colours, white, alpha)
+        if orientation in UPRIGHT:
+            colours = colours.transpose(UPRIGHT[orientation])
+            alpha = alpha and alpha.transpose(UPRIGHT[orientation])
+    except DAMAGED as problem:
+        raise UnusableImageError(f"cannot be converted to RGB: {problem}") from problem
+    return colours, alpha
+
+
+def inspect(source: Path | bytes) -> tuple[int, int, bool]:
+    """Upright width and height in pixels, and whether it has transparency, having decoded the whole file.
+
+    Raises UnusableImageError for all that `open_upright` would refuse.
+    """
+    image, orientation = _load(_read(source), fast=True)
+    if image.mode in ("I", "F"):
+        _to_8_bits(image)
+    width, height = _jpeg_size(image)
+    if orientation >= 5:
+        width, height = height, width
+    return width, height, _alpha(image) is not None
+
+
+def open_mask(source: Path | bytes) -> Image.Image:
+    """A mask image as upright grey (mode L): white is trained, black is not. Raises UnusableImageError."""
+    return open_upright(source)[0].convert("L")
+
+
+def resize_crop(
+    image: Image.Image,
+    *,
+    scaled: tuple[int, int],
+    offset: tuple[int, int],
+    size: tuple[int, int],
+    interpolation: str | None = None,
+) -> Image.Image:
+    """Scale `image` (RGB or L) to `scaled`, then cut out `size` at `offset` (left, top); all (width, height) in pixels.
+
+    `interpolation`: a key of INTERPOLATIONS; None is area where both sides shrink, else lanczos. Only what stays is
+    computed, so that a long strip does not become a giant on the way.
+    """
+    shrinks = scaled[0] <= image.width and scaled[1] <= image.height
+    name = interpolation or ("area" if shrinks else "lanczos")
+    if scaled == image.size:
+        return image.crop((*offset, offset[0] + size[0], offset[1] + size[1]))
+    if name == "area" and shrinks:
+        return _shrink_by_area(image, scaled=scaled, offset=offset, size=size)
+    across, down = image.width / scaled[0], image.height / scaled[1]
+    box = (offset[0] * across, offset[1] * down, (offset[0] + size[0]) * across, (offset[1] + size[1]) * down)
+    # Rounding may put the last edge a hair outside, which Pillow refuses.
+    box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
+    return image.resize(size, INTERPOLATIONS[name], box=box)
+
+
+def vary_colour(image: Image.Image, seed: int) -> Image.Image:
+    """Turn the hue by up to 16 degrees or change the gamma by up to 5 %, as `seed` says."""
+    rng = random.Random(seed)
+    if rng.random() < 0.5:
+        hue, saturation, value = image.convert("HSV").split()
+        turn = round(rng.uniform(-16, 16) / 360 * 256)
+        return Image.merge("HSV", (hue.point([(i + turn) % 256 for i in range(256)]), saturation, value)).convert("RGB")
+    gamma = rng.uniform(0.95, 1.05)
+    return image.point([round(255 * (i / 255) ** gamma) for i in range(256)] * 3)
+
+
+def _read(source: Path | bytes) -> bytes:
+    if isinstance(source, bytes):
+        return source
+    try:
+        return source.read_bytes()
+    except OSError as problem:
+        raise UnusableImageError(f"cannot be read: {problem.strerror}") from problem
+
+
+def _load(data: bytes, *, fast: bool = False) -> tuple[Image.Image, int]:
+    """Decode `data`; return it with its EXIF orientation (1 to 8). `fast`: JPEG pixels may come out smaller."""
+    if not data:
+        raise UnusableImageError(EMPTY)
+    formats = [f for f in FORMATS if f != "AVIF" or features.check("avif")]
+    try:
+        image = Image.open(io.BytesIO(data), formats=formats)
+        # Known from the header: nothing is decoded yet. Not left to Pillow's warning, whose filters threads share.
+        if image.width * image.height > MAX_PIXELS:
+            raise UnusableImageError(TOO_LARGE)
+        # The further pictures in an MPO are the same scene for another eye or screen.
+        if getattr(image, "is_animated", False) and image.format != "MPO":
+            raise UnusableImageError(ANIMATED)
+        if fast and image.format == "JPEG":
+            image.info["full_size"] = image.size
+            image.draft(None, (image.width // 8, image.height // 8))  # all data is still read, so damage is still found
+        image.load()
+        return image, _orientation(image)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as problem:
+        raise UnusableImageError(TOO_LARGE) from problem
+    except MemoryError as problem:
+        raise UnusableImageError("needs more memory than a picture may take") from problem
+    except DAMAGED as problem:
+        if isinstance(problem, Image.UnidentifiedImageError):
+            known = any(Image.OPEN[f][1](data[:16]) for f in formats)  # type: ignore[misc]
+            raise UnusableImageError("damaged or cut short: its header" if known else NOT_A_PICTURE) from problem
+        raise UnusableImageError(f"damaged or cut short: {problem}") from problem
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8. Damaged EXIF is no reason to lose a picture that decodes; Pillow turns TIFF while loading."""
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except DAMAGED:
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _jpeg_size(image: Image.Image) -> tuple[int, int]:
+    size: tuple[int, int] = image.info.get("full_size", image.size)
+    return size
+
+
+def _alpha(image: Image.Image) -> Image.Image | None:
+    """The alpha channel (mode L), None where all is opaque. Raises UnusableImageError where nothing is visible."""
+    if not image.has_transparency_data or image.mode in ("I;16", "I;16B", "I", "F"):
+        return None
+    alpha = image.convert("RGBA").getchannel("A")
+    low, high = alpha.getextrema()
+    if high == 0:
+        raise UnusableImageError(TRANSPARENT)
+    return None if low == 255 else alpha
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Colours as sRGB, alpha left out."""
+    if image.mode.startswith(("I", "F")):
+        image = _to_8_bits(image)
+    elif image.mode in ("P", "PA", "RGBA", "RGBa", "RGBX"):
+        image = image.convert("RGBA").convert("RGB")
+    elif image.mode in ("LA", "1"):
+        image = image.convert("L")
+    profile = image.info.get("icc_profile")
+    converted = _apply_profile(image, profile) if profile else None
+    if converted is not None:
+        return converted
+    if image.mode == "LAB":
+        return _convert(image, ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")))
+    return image.convert("RGB")
+
+
+def _apply_profile(image: Image.Image, profile: bytes) -> Image.Image | None:
+    """`image` in sRGB; None if it is already, or if the profile is damaged or for another kind of colour."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if image.mode == "RGB" and "sRGB" in ImageCms.getProfileDescription(source):
+            return None  # by far the most common; a transform would cost time and round
+        return _convert(image, source)
+    except (ImageCms.PyCMSError, *DAMAGED):
+        return None
+
+
+def _convert(image: Image.Image, source: ImageCms.ImageCmsProfile) -> Image.Image:
+    target = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+    converted = ImageCms.profileToProfile(
+        image,
+        source,
+        target,
+        renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+        outputMode="RGB",
+        flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+    )
+    assert converted is not None  # None only where it works in place
+    return converted
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 or 32 bits → mode L, scaled (65535 → 255, and 1.0 → 255), not clipped."""
+    values = np.asarray(image)
+    full = 1.0 if image.mode == "F" else 65535.0
+    if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= full):
+        raise UnusableImageError(UNKNOWN_RANGE)
+    grey = Image.fromarray(np.rint(values * np.float32(255 / full)).astype(np.uint8))
+    grey.info.update(image.info)
+    return grey
+
+
+def _shrink_by_area(
+    image: Image.Image, *, scaled: tuple[int, int], offset: tuple[int, int], size: tuple[int, int]
+) -> Image.Image:
+    """Each pixel becomes the mean of the area that it covers, edge pixels weighed by their part.
+
+    Pillow's BOX takes or leaves whole pixels, which at 1.2:1 is a nearest-neighbour resize with its jagged edges.
+    """
+    left, right = _span(image.width, scaled[0], offset[0], size[0])
+    top, bottom = _span(image.height, scaled[1], offset[1], size[1])
+    pixels = np.asarray(image.crop((left, top, right, bottom)))
+    planes_HWC = pixels.reshape(*pixels.shape[:2], -1)
+    rows_HWC = _mean_rows(planes_HWC, ratio=image.height / scaled[1], first=offset[1], count=size[1], start=top)
+    columns_WHC = rows_HWC.transpose(1, 0, 2)
+    out_WHC = _mean_rows(columns_WHC, ratio=image.width / scaled[0], first=offset[0], count=size[0], start=left)
+    out_HWC = np.rint(out_WHC.transpose(1, 0, 2)).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(out_HWC[..., 0] if out_HWC.shape[2] == 1 else out_HWC)
+
+
+def _span(length: int, scaled: int, offset: int, size: int) -> tuple[int, int]:
+    """The pixels [a, b) of a side of `length` that the pixels [offset, offset + size) of `scaled` cover."""
+    return offset * length // scaled, min(length, -(-(offset + size) * length // scaled))
+
+
+def _mean_rows(rows_HWC: np.ndarray, *, ratio: float, first: int, count: int, start: int) -> np.ndarray:
+    """Rows first … first + count of the shrunk picture, each the mean of `ratio` rows; rows_HWC[0] is row `start`."""
+    out = np.empty((count, *rows_HWC.shape[1:]), np.float32)
+    block = 16  # rows at a time: the weights are dense, and memory stays small
+    for begin in range(0, count, block):
+        edges = (first + np.arange(begin, min(begin + block, count) + 1)) * ratio - start
+        low, high = max(0, int(edges[0])), min(len(rows_HWC), int(np.ceil(edges[-1])))
+        grid = np.arange(low, high)
+        covered = np.minimum(edges[1:, None], grid + 1) - np.maximum(edges[:-1, None], grid)
+        weights = np.maximum(covered, 0)
+        weights = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+        part = rows_HWC[low:high].astype(np.float32).reshape(high - low, -1)
+        out[begin : begin + block] = (weights @ part).reshape(-1, *rows_HWC.shape[1:])
+    return out

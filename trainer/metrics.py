@@ -1,0 +1,117 @@
+"""What a run tells about itself: metrics.jsonl, TensorBoard, status.json, and lines or one bar for people."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from trainer import files
+from trainer.loop import Step
+
+log = logging.getLogger(__name__)
+EVERY_S = 5.0  # between two plain lines, and two writes of status.json
+
+
+class Status:
+    """status.json: what the job is doing, renewed in one step."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "status.json"
+        self._values: dict[str, Any] = {"phase": "starting", "started": round(time.time(), 3)}
+
+    def update(self, values: dict[str, Any]) -> None:
+        """Change some values and write the file."""
+        self._values |= values
+        files.write_json(self._path, {**self._values, "updated": round(time.time(), 3)})
+
+    def phase(self, name: str) -> None:
+        """Tell what the job is doing now."""
+        log.info("Phase: %s.", name)
+        self.update({"phase": name})
+
+
+class Metrics:
+    """Writes one JSON line a step; the rest now and then. A resumed run goes on where its state is."""
+
+    def __init__(self, folder: Path, status: Status, *, total_steps: int, first_step: int) -> None:
+        self.total = total_steps
+        self.first = self.done = first_step
+        self._status = status
+        self._lines = _truncated(folder / "metrics.jsonl", first_step).open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "logs"), purge_step=first_step + 1)
+        self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
+        self._started = self._said = time.monotonic()
+        self._images = 0
+
+    def step(self, step: Step, *, learning_rate: float) -> None:
+        """One optimiser step is done."""
+        self.done = step.number
+        self._images += step.images
+        row = {
+            "step": step.number,
+            "epoch": step.epoch,
+            "loss": step.loss,
+            "grad_norm": step.grad_norm,
+            "lr": learning_rate,
+        }
+        self.record(row)
+        self._bar.update(1)
+        self._bar.set_postfix_str(f"loss {step.loss:.4f}")
+        now = time.monotonic()
+        if now - self._said < EVERY_S and step.number not in (self.first + 1, self.total):
+            return
+        self._said = now
+        speed, left = self.images_per_second(), self.eta_s()
+        self._status.update({**row, "images_per_second": round(speed, 3), "eta_s": round(left)})
+        if self._bar.disable:
+            log.info(
+                "step %d/%d  epoch %d  loss %.4f  %.2f images/s  %s left",
+                step.number, self.total, step.epoch, step.loss, speed, clock(left),
+            )  # fmt: skip
+
+    def record(self, row: dict[str, Any]) -> None:
+        """Append any numbers that have a `step`, to metrics.jsonl and TensorBoard."""
+        self._lines.write(json.dumps({**row, "time": round(time.time(), 3)}) + "\n")
+        self._lines.flush()
+        for key, value in row.items():
+            if key not in ("step", "epoch"):
+                self._board.add_scalar(key, value, row["step"])
+
+    def images_per_second(self) -> float:
+        return self._images / max(time.monotonic() - self._started, 1e-9)
+
+    def eta_s(self) -> float:
+        """Seconds that the remaining steps take at the mean speed so far."""
+        done = self.done - self.first
+        return (time.monotonic() - self._started) / done * (self.total - self.done) if done else 0.0
+
+    def close(self) -> None:
+        self._bar.close()
+        self._lines.close()
+        self._board.close()
+
+
+def _truncated(path: Path, step: int) -> Path:
+    """Drop lines after `step`, which the resumed run writes again, and a half-written last one."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(f"{line}\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    files.write_text(path, "".join(kept))
+    return path
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

@@ -1,0 +1,155 @@
+"""Optimisers and learning-rate schedules. The plan reads the tables, so torch is imported inside the functions."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """One value of PARAMS_OPTIMIZER_TYPE."""
+
+    path: str  # module and class
+    arguments: frozenset[str]  # what PARAMS_OPTIMIZER_ARGS may name
+    learning_rate: float = 1e-4  # where PARAMS_LEARNING_RATE is not given
+    defaults: dict[str, Any] = field(default_factory=dict)  # keyword arguments besides lr and weight_decay
+    schedule_free: bool = False  # keeps an average of its own: no schedule but a constant one, and train/eval modes
+
+    @property
+    def prodigy(self) -> bool:
+        """Whether it estimates its own step size `d`, so that PARAMS_D_COEF means something."""
+        return "d_coef" in self.arguments
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+OPTIMIZERS: dict[str, OptimizerSpec] = {
+    "prodigy": OptimizerSpec(
+        "prodigyopt.Prodigy",
+        _names("betas beta3 eps decouple use_bias_correction safeguard_warmup d0 d_coef growth_rate slice_p"),
+        learning_rate=1.0,
+        defaults={
+            "betas": [0.9, 0.999],
+            "decouple": True,
+            "use_bias_correction": False,
+            "safeguard_warmup": False,
+            "d_coef": 2.0,
+        },
+    ),
+    "adamw": OptimizerSpec("torch.optim.AdamW", _names("betas eps amsgrad")),
+    "adamw8bit": OptimizerSpec(
+        "bitsandbytes.optim.AdamW8bit",
+        _names("betas eps amsgrad min_8bit_size is_paged"),
+    ),
+    "lion": OptimizerSpec("bitsandbytes.optim.Lion", _names("betas min_8bit_size is_paged"), learning_rate=3e-5),
+    # torch's Adafactor always scales the step by the weights' size, which is zero where an adapter begins.
+    "adafactor": OptimizerSpec(
+        "transformers.optimization.Adafactor",
+        _names("eps clip_threshold decay_rate beta1 scale_parameter relative_step warmup_init"),
+        defaults={"scale_parameter": False, "relative_step": False, "warmup_init": False},
+    ),
+    "adamw-schedulefree": OptimizerSpec(
+        "schedulefree.AdamWScheduleFree",
+        _names("betas eps r weight_lr_power"),
+        learning_rate=1e-3,
+        schedule_free=True,
+    ),
+    "prodigy-schedulefree": OptimizerSpec(
+        "prodigyplus.ProdigyPlusScheduleFree",
+        _names(
+            "betas beta3 weight_decay_by_lr d0 d_coef d_limiter prodigy_steps schedulefree_c eps split_groups "
+            "split_groups_mean factored factored_fp32 use_bias_correction use_stableadamw use_speed use_cautious "
+            "use_grams use_adopt use_orthograd use_focus"
+        ),
+        learning_rate=1.0,
+        defaults={"d_coef": 2.0, "stochastic_rounding": False},
+        schedule_free=True,
+    ),
+}
+
+SCHEDULERS: tuple[str, ...] = (
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+)
+
+
+def make_optimizer(
+    name: str,
+    params: Iterable[torch.nn.Parameter],
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    args: dict[str, Any],
+    warmup_steps: int = 0,
+) -> torch.optim.Optimizer:
+    """The optimiser `name` of OPTIMIZERS. TypeError for an argument that its class does not take."""
+    module, _, cls = OPTIMIZERS[name].path.rpartition(".")
+    kind = getattr(importlib.import_module(module), cls)
+    ready = {k: tuple(v) if isinstance(v, list) else v for k, v in args.items()}
+    if "warmup_steps" in kind.__init__.__code__.co_varnames and OPTIMIZERS[name].schedule_free:
+        ready["warmup_steps"] = warmup_steps  # a schedule-free optimiser warms up by itself
+    with contextlib.redirect_stdout(io.StringIO()):  # some greet with print
+        optimizer: torch.optim.Optimizer = kind(list(params), lr=learning_rate, weight_decay=weight_decay, **ready)
+    return optimizer
+
+
+def make_schedule(
+    name: str, optimizer: torch.optim.Optimizer, *, warmup_steps: int, total_steps: int, num_cycles: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The schedule `name` of SCHEDULERS, one tick an optimiser step (diffusers' definitions)."""
+    from diffusers.optimization import get_scheduler
+
+    # diffusers' plain cosine counts half waves: 0.5 ends at zero, which is what "cosine" means to everyone.
+    cycles: float = num_cycles if name == "cosine_with_restarts" else 0.5
+    schedule: torch.optim.lr_scheduler.LambdaLR = get_scheduler(
+        name,
+        optimizer=optimizer,
+        num_warmup_steps=warmup_steps,
+        num_training_steps=total_steps,
+        num_cycles=cycles,
+    )
+    return schedule
+
+
+def set_training(optimizer: torch.optim.Optimizer, on: bool) -> None:
+    """Schedule-free optimisers hold two sets of weights: the ones to train at, and the averaged ones to use."""
+    switch = getattr(optimizer, "train" if on else "eval", None)
+    if switch is not None:
+        switch()
+
+
+def step_size(optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate in force; for Prodigy, times its estimate `d`."""
+    group = optimizer.param_groups[0]
+    return float(group["lr"]) * float(group.get("d", 1.0))
+
+
+def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """`load_state_dict` that keeps the types of the tensors.
+
+    torch casts every floating state to the parameter's type, which rounds nothing but makes an optimiser that keeps
+    some of its state in bf16 go on in fp32, and so elsewhere. Raises ValueError for a state of other parameters.
+    """
+    import torch
+
+    optimizer.load_state_dict(state)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, saved in state["state"].items():
+        for key, value in saved.items():
+            loaded = optimizer.state[params[number]]
+            if isinstance(value, torch.Tensor) and value.dtype != loaded[key].dtype:
+                loaded[key] = value.to(loaded[key].device, copy=True)

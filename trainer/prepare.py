@@ -1,0 +1,129 @@
+"""Pictures and captions → a cache of everything that the run will use. The encoders are gone when it returns."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from trainer import cache as caching
+from trainer import files
+from trainer.cache import Cache
+from trainer.dataset import Scan, scan
+from trainer.errors import DataError
+from trainer.families import Family
+from trainer.loop import MicroBatch
+from trainer.order import Batch, Order
+from trainer.plan import DataPlan, Prompt
+
+log = logging.getLogger(__name__)
+CAPTIONS = 16  # encoded at once
+
+
+def workers() -> int:
+    """Threads or processes that prepare pictures: all cores this process may use, 16 at most."""
+    return min(16, len(os.sched_getaffinity(0)))
+
+
+def scanned(data: DataPlan, *, report: Path) -> Scan:
+    """The usable pictures; says in / used / skipped, and writes the whole list to `report`. Raises DataError."""
+    started = time.monotonic()
+    found = scan(data, workers=workers())
+    files.write_text(report, found.report(limit=None))
+    for line in found.report(limit=20).splitlines():
+        log.info("%s", line)
+    log.info("Looked at the pictures in %.1f s.", time.monotonic() - started)
+    return found
+
+
+def open_cache(folder: Path, model: Path, *, precision: str) -> Cache:
+    """The cache of what the VAE and the text encoders in `model` make."""
+    parts = sorted(p for p in model.iterdir() if p.name.startswith(("text_encoder", "tokenizer")))
+    encoders = files.digest([precision, *((p.name, files.weights_digest(p)) for p in parts)])
+    return Cache(folder, vae=files.weights_digest(model / "vae"), encoders=encoders)
+
+
+def fill_texts(
+    cache: Cache,
+    captions: Sequence[str],
+    *,
+    family: Family,
+    model: Path,
+    device: str,
+    dtype: torch.dtype,
+    tick: Callable[[], None],
+) -> None:
+    """Encode the captions that the cache lacks; the text encoders are loaded only if there are any."""
+    if not caching.any_missing(cache.text_path(c) for c in dict.fromkeys(captions)):
+        log.info("All %d captions are in the cache.", len(set(captions)))
+        return
+    started = time.monotonic()
+    encoders = family.load_encoders(model, device=device, dtype=dtype)
+    count = caching.encode_texts(
+        cache, captions, encode=partial(family.encode_text, encoders), batch=CAPTIONS, tick=tick
+    )
+    del encoders
+    release()
+    log.info("Encoded %d of %d captions in %.1f s.", count, len(set(captions)), time.monotonic() - started)
+
+
+def fill_images(
+    cache: Cache,
+    order: Order,
+    *,
+    family: Family,
+    model: Path,
+    device: str,
+    tick: Callable[[], None],
+) -> None:
+    """Encode the views of pictures that the cache lacks. Raises DataError for one that does not decode after all."""
+    views = list(order.every_view())
+    if not caching.any_missing(cache.image_path(p, v) for p, v in views):
+        log.info("All %d latents are in the cache.", len(views))
+        return
+    started = time.monotonic()
+    vae = family.load_vae(model, device=device)
+    count, unusable = caching.encode_images(
+        cache, views, encode=partial(family.encode_images, vae), workers=workers(), tick=tick
+    )
+    del vae
+    release()
+    if unusable:
+        names = "; ".join(f"{picture.name}: {reason}" for picture, reason in unusable[:20])
+        raise DataError(f"{len(unusable)} pictures changed while they were read: {names}.")
+    log.info("Encoded %d of %d latents in %.1f s.", count, len(views), time.monotonic() - started)
+
+
+def release() -> None:
+    """Give memory back before the next model is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def micro_batch(cache: Cache, batch: Batch) -> MicroBatch:
+    """Read one batch from the cache."""
+    images = [caching.load(cache.image_path(e.picture, e.view)) for e in batch]
+    texts = [caching.load(cache.text_path(e.caption)) for e in batch]
+    mask = None
+    if any("mask" in i for i in images):
+        ones = torch.ones(1, *images[0]["moments"].shape[-2:])
+        mask = torch.stack([i.get("mask", ones) for i in images])
+    return MicroBatch(
+        moments_B2CHW=torch.stack([i["moments"] for i in images]),
+        text={key: torch.stack([t[key] for t in texts]) for key in texts[0]},
+        mask_B1HW=mask,
+        weight_B=torch.tensor([e.weight for e in batch]),
+        names=tuple(e.picture.name for e in batch),
+    )
+
+
+def prompt_texts(prompts: Sequence[Prompt]) -> list[str]:
+    """All texts that the samples need."""
+    return [text for p in prompts for text in (p.text, p.negative)]

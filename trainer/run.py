@@ -1,0 +1,240 @@
+"""One plan from start to end: wires the parts in order. The encoders are freed before the denoiser loads."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer import checkpoint, export, files, lora, optim, prepare
+from trainer.cache import Cache
+from trainer.dataset import Scan
+from trainer.errors import KilnError, SettingsError, StopRequestedError, StorageError
+from trainer.families import Family, family
+from trainer.loop import Ema
+from trainer.metrics import Status
+from trainer.order import Order, fingerprint, fingerprint_differences
+from trainer.plan import Plan, differences
+from trainer.precision import PRECISIONS
+from trainer.session import Session
+from trainer.stop import StopFlag
+from trainer.trainee import Trainee
+
+log = logging.getLogger(__name__)
+
+
+def run(plan: Plan, stop: StopFlag) -> None:
+    """Do all that `plan` says and return when the final LoRA is in its place.
+
+    Raises the errors of `trainer.errors`; StopRequestedError after a signal, with the state saved.
+    """
+    out = Path(plan.output.path)
+    with files.locked(out), _log_file(out / "run.log"), _told(Status(out)) as status:
+        state = _resumable(plan, out)
+        files.write_text(out / "plan.json", plan.to_json())
+        _limit_memory(plan.engine.device, plan.engine.memory_limit_gib)
+        _run(plan, stop, out, status=status, state=state)
+
+
+@contextlib.contextmanager
+def _told(status: Status) -> Iterator[Status]:
+    """status.json and run.log tell how the job ended, whatever ends it."""
+    ending: dict[str, Any] = {"phase": "failed", "exit_code": KilnError.exit_code}
+    try:
+        yield status
+        ending = {"phase": "done", "exit_code": 0}
+    except KilnError as problem:
+        log.error("%s", problem)
+        stopped = isinstance(problem, StopRequestedError)
+        phase = "stopped" if stopped else "failed"
+        ending = {"phase": phase, "exit_code": problem.exit_code, "message": str(problem)}
+        raise
+    finally:
+        with contextlib.suppress(OSError, StorageError):
+            status.update(ending)
+
+
+@contextlib.contextmanager
+def _log_file(path: Path) -> Iterator[None]:
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+def _run(plan: Plan, stop: StopFlag, out: Path, *, status: Status, state: checkpoint.State | None) -> None:
+    kind, model = family(plan.model.family), Path(plan.model.path)
+    status.phase("reading the dataset")
+    found = prepare.scanned(plan.data, report=out / "dataset-report.txt")
+    order = Order(
+        found.pictures,
+        plan.data,
+        seed=plan.train.seed,
+        caption_dropout_rate=plan.train.caption_dropout_rate,
+        prior_loss_weight=plan.train.prior_loss_weight,
+    )
+    _same_data(state, found)
+    steps_per_epoch = math.ceil(order.batches_per_epoch / plan.train.gradient_accumulation)
+    total = plan.train.max_steps or plan.train.max_epochs * steps_per_epoch
+    for line in order.describe():
+        log.info("%s", line)
+    log.info("%d optimiser steps, %d an epoch.", total, steps_per_epoch)
+
+    status.phase("encoding")
+    cache = _filled_cache(plan, order, kind=kind, model=model, stop=stop)
+
+    status.phase("loading the model")
+    started = time.monotonic()
+    trainee = _trainee(plan, kind, model=model, total=total)
+    log.info("Loaded the model and put %s on it in %.1f s.", _size(trainee.params), time.monotonic() - started)
+    stop.check()
+    session = Session(
+        plan,
+        kind,
+        out,
+        stop,
+        trainee=trainee,
+        order=order,
+        cache=cache,
+        found=found,
+        total=total,
+        steps_per_epoch=steps_per_epoch,
+    )
+    session.rehearse()
+    if state is not None:
+        trainee.restore(state.tree)
+        log.info("Resumed at step %d of %d.", state.step, total)
+    session.train(status, first=state.step if state else 0)
+    status.update({"output": f"{plan.output.name}.safetensors"})
+
+
+def _size(params: list[torch.nn.Parameter]) -> str:
+    return f"{len(params) // 2} adapters ({sum(p.numel() for p in params) / 1e6:.2f} M parameters)"
+
+
+def _limit_memory(device: str, limit_gib: float | None) -> None:
+    """Hold every phase of the job under a cap of device memory, set before the first allocation."""
+    if limit_gib and device == "cuda":
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gib * 2**30 / whole))
+
+
+def _resumable(plan: Plan, out: Path) -> checkpoint.State | None:
+    """The state to go on from: this output's own, or the folder PARAMS_RESUME_FROM. Refuses another plan's."""
+    state = checkpoint.latest(out / "state")
+    asked = Path(plan.lora.resume_from) if plan.lora.resume_from else None
+    if state is None and asked is not None and asked.is_dir():
+        try:
+            state = checkpoint.read(asked)
+        except ValueError as problem:
+            raise SettingsError(f"PARAMS_RESUME_FROM {asked} is not a whole state: {problem}.") from problem
+        changed = differences({**state.tree["essence"], "lora.resume_from": str(asked)}, plan.essence())
+    elif state is not None:
+        changed = differences(state.tree["essence"], plan.essence())
+    if state is None or not changed:
+        return state
+    if asked is not None and asked.is_file() and state.tree["essence"].get("lora.resume_from") != str(asked):
+        aside = out / f"state.before-{int(time.time())}"
+        (out / "state").rename(aside)
+        log.warning("The plan changed and PARAMS_RESUME_FROM is set: weights only; the old states are in %s.", aside)
+        return None
+    raise SettingsError(
+        f"OUTPUT_PATH {out} holds a run of another plan, at step {state.step}. What differs (then → now):\n  "
+        + "\n  ".join(changed)
+        + "\nPut it back to resume; or choose another OUTPUT_PATH; or set PARAMS_RESUME_FROM to a LoRA file of that "
+        "run to go on from its weights alone."
+    )
+
+
+def _same_data(state: checkpoint.State | None, found: Scan) -> None:
+    if state is None:
+        return
+    changed = fingerprint_differences(state.tree["data"], fingerprint(found.pictures))
+    if changed:
+        raise SettingsError(
+            "The dataset is not the one that this run began with:\n  " + "\n  ".join(changed) + "\nPut it back to "
+            "resume; or choose another OUTPUT_PATH; or set PARAMS_RESUME_FROM to a LoRA file to go on from its weights."
+        )
+
+
+def _filled_cache(plan: Plan, order: Order, *, kind: Family, model: Path, stop: StopFlag) -> Cache:
+    device, precision = plan.engine.device, plan.engine.precision
+    cache = prepare.open_cache(Path(plan.output.cache), model, precision=precision)
+    captions = [*order.every_caption(), *prepare.prompt_texts(plan.prompts)]
+    dtype = PRECISIONS[precision].torch_dtype
+    prepare.fill_texts(cache, captions, family=kind, model=model, device=device, dtype=dtype, tick=stop.check)
+    prepare.fill_images(cache, order, family=kind, model=model, device=device, tick=stop.check)
+    return cache
+
+
+def _trainee(plan: Plan, kind: Family, *, model: Path, total: int) -> Trainee:
+    """The denoiser with adapters, and their optimiser, as new; or with the weights of PARAMS_RESUME_FROM."""
+    engine, facts = plan.engine, kind.FACTS
+    start = None
+    if plan.lora.resume_from and Path(plan.lora.resume_from).is_file():
+        start = lora.read_file(Path(plan.lora.resume_from), prefix=facts.lora_prefix)
+    dtype = PRECISIONS[engine.precision].torch_dtype
+    denoiser = kind.load_denoiser(model, device=engine.device, dtype=dtype)
+    if engine.attention != "native":
+        denoiser.set_attention_backend(engine.attention)
+    fused = {} if plan.lora.split_qkv else facts.fused_targets
+    lora.fuse(kind.blocks(denoiser), fused=fused, targets=plan.lora.targets)
+    params = lora.add_adapters(
+        denoiser,
+        kind.blocks(denoiser),
+        targets=plan.lora.targets,
+        fused=fused,
+        rank=plan.lora.rank,
+        alpha=plan.lora.alpha,
+        seed=plan.train.seed,
+    )
+    if start is not None:
+        _start_from(denoiser, start, plan=plan, fused=fused)
+    if engine.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    if engine.compile:
+        for _, block in kind.blocks(denoiser):
+            block.compile()
+    optimizer = optim.make_optimizer(
+        plan.optim.name,
+        params,
+        learning_rate=plan.optim.learning_rate,
+        weight_decay=plan.optim.weight_decay,
+        args=plan.optim.args,
+        warmup_steps=plan.optim.warmup_steps,
+    )
+    optim.set_training(optimizer, True)
+    schedule = optim.make_schedule(
+        plan.optim.scheduler,
+        optimizer,
+        warmup_steps=plan.optim.warmup_steps,
+        total_steps=total,
+        num_cycles=plan.optim.num_cycles,
+    )
+    ema = Ema(params, plan.train.ema_decay) if plan.train.ema_decay else None
+    return Trainee(denoiser, params, optimizer, schedule, ema)
+
+
+def _start_from(denoiser: Any, tensors: dict[str, torch.Tensor], *, plan: Plan, fused: lora.Fused) -> None:
+    """Begin with the weights of a LoRA file. Raises SettingsError where they are not of this plan's shape."""
+    path = plan.lora.resume_from
+    try:
+        adapters = lora.join_fused(tensors, fused=fused) if fused else tensors
+        lora.load(denoiser, export.from_file_tensors(adapters, scale=plan.lora.alpha / plan.lora.rank))
+    except ValueError as problem:
+        ranks = sorted({t.shape[0] for k, t in tensors.items() if ".lora_A." in k})
+        raise SettingsError(
+            f"PARAMS_RESUME_FROM {path} has rank {ranks} and does not fit this plan (PARAMS_NETWORK_DIM="
+            f"{plan.lora.rank}, PARAMS_TARGET_MODULES={','.join(plan.lora.targets)}): {problem}."
+        ) from problem
+    log.info("Began with the weights of %s.", path)

@@ -1,0 +1,233 @@
+"""A run with everything loaded: the steps, and what is done between them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from trainer import cache as caching
+from trainer import checkpoint, export, lora, optim, prepare, sample
+from trainer.cache import Cache
+from trainer.dataset import Scan
+from trainer.errors import SettingsError
+from trainer.families import Family
+from trainer.loop import MicroBatch, losses, prefetched, seeded, train, validation_loss
+from trainer.metrics import Metrics, Status
+from trainer.objective import FlowMatching
+from trainer.order import Order, fingerprint
+from trainer.plan import Plan, Prompt
+from trainer.precision import PRECISIONS
+from trainer.stop import StopFlag
+from trainer.trainee import Trainee
+
+log = logging.getLogger(__name__)
+
+
+def due(step: int, every: int, total: int) -> bool:
+    """Whether periodic work is to be done after `step`: at multiples of `every`, and at the end; never if 0."""
+    return every > 0 and (step % every == 0 or step == total)
+
+
+@dataclass
+class Session:
+    """The parts of a run that is ready to train. `total`, `steps_per_epoch`: optimiser steps."""
+
+    plan: Plan
+    kind: Family
+    out: Path
+    stop: StopFlag
+    trainee: Trainee
+    order: Order
+    cache: Cache
+    found: Scan
+    total: int
+    steps_per_epoch: int
+
+    def predict(self, noisy_BCHW: torch.Tensor, t_B: torch.Tensor, text: dict[str, torch.Tensor]) -> torch.Tensor:
+        guidance = self.plan.train.guidance_scale
+        return self.kind.predict(self.trainee.denoiser, noisy_BCHW, t_B, text=text, guidance=guidance)
+
+    def goal(self) -> FlowMatching:
+        t = self.plan.train
+        return FlowMatching(t.timestep_sampling, t.discrete_flow_shift, t.loss_weighting, t.noise_offset)
+
+    def rehearse(self) -> None:
+        """One step at the largest batch, forgotten: memory runs out here, or never. Raises SettingsError if it does."""
+        largest = max(self.order.epoch(0), key=lambda b: (len(b) * math.prod(b[0].view.size), len(b)))
+        device = self.plan.engine.device
+        try:
+            batch = prepare.micro_batch(self.cache, largest).to(device)
+            generator = seeded(torch.Generator(device), self.plan.train.seed)
+            losses(self.predict, self.goal(), batch, generator=generator).mean().backward()
+        except torch.OutOfMemoryError as problem:
+            raise SettingsError(
+                f"The largest batch ({len(largest)} pictures of {largest[0].view.size}) does not fit in memory. "
+                "Lower PARAMS_BATCH_SIZE or PARAMS_RESOLUTION, or set PARAMS_GRADIENT_CHECKPOINTING=true."
+            ) from problem
+        self.trainee.optimizer.zero_grad(set_to_none=True)
+
+    def train(self, status: Status, *, first: int) -> None:
+        """All steps after `first`, with what is to be done between them; then the final LoRA."""
+        plan, metrics = self.plan, Metrics(self.out, status, total_steps=self.total, first_step=first)
+        with contextlib.closing(metrics):
+            if plan.output.sample_every and (first % plan.output.sample_every == 0):
+                status.phase("sampling")
+                self.sample(first)
+            status.phase("training")
+            saved = first
+            for step in train(
+                prefetched(self.groups(first)),
+                predict=self.predict,
+                goal=self.goal(),
+                params=self.trainee.params,
+                optimizer=self.trainee.optimizer,
+                schedule=self.trainee.schedule,
+                max_grad_norm=plan.train.max_grad_norm,
+                device=plan.engine.device,
+                seed=plan.train.seed,
+                first_step=first + 1,
+            ):
+                if self.trainee.ema:
+                    self.trainee.ema.update(self.trainee.params)
+                metrics.step(step, learning_rate=optim.step_size(self.trainee.optimizer))
+                if due(step.number, plan.output.validate_every, self.total):
+                    metrics.record({"step": step.number, "epoch": step.epoch, "validation_loss": self.validate()})
+                if due(step.number, plan.output.save_every, self.total) and step.number < self.total:
+                    self.save(step.number, step.epoch)
+                    saved = step.number
+                if due(step.number, plan.output.sample_every, self.total) and step.number < self.total:
+                    status.phase("sampling")
+                    self.sample(step.number)
+                    status.phase("training")
+                if self.stop.requested and step.number < self.total:
+                    if saved != step.number:
+                        self.save(step.number, step.epoch)
+                    self.stop.check()
+            status.phase("exporting")
+            self.finish(saved)
+
+    def groups(self, first: int) -> Iterator[tuple[int, list[MicroBatch]]]:
+        """The epoch (from 1) and the micro-batches of each step after `first`."""
+        size, left = self.plan.train.gradient_accumulation, self.total - first
+        epoch, begin = divmod(first, self.steps_per_epoch)
+        while left > 0:
+            batches = self.order.epoch(epoch)
+            for index in range(begin, min(begin + left, self.steps_per_epoch)):
+                some = batches[index * size : (index + 1) * size]
+                yield epoch + 1, [prepare.micro_batch(self.cache, batch) for batch in some]
+                left -= 1
+            epoch, begin = epoch + 1, 0
+
+    def validate(self) -> float:
+        batches = (prepare.micro_batch(self.cache, b) for b in self.order.validation())
+        with self.trainee.published():
+            return validation_loss(
+                batches,
+                predict=self.predict,
+                goal=self.goal(),
+                device=self.plan.engine.device,
+                seed=self.plan.train.seed,
+            )
+
+    def sample(self, step: int) -> None:
+        """Draw what is not there yet of the samples of `step`; a stop is looked for before each picture."""
+        prompts, folder = self.plan.prompts, self.out / "sample"
+        if not prompts or self.stop.requested:
+            return
+        started, device, model = time.monotonic(), self.plan.engine.device, Path(self.plan.model.path)
+        vae = self.kind.load_vae(model, device=device)
+
+        def draw(prompt: Prompt) -> Image.Image:
+            dtype = PRECISIONS[self.plan.engine.precision].torch_dtype
+            text, negative = (
+                {k: v[None].to(device, dtype) for k, v in caching.load(self.cache.text_path(c)).items()}
+                for c in (prompt.text, prompt.negative)
+            )
+            return self.kind.sample(self.trainee.denoiser, vae, model, prompt=prompt, text=text, negative=negative)
+
+        with self.trainee.published(), torch.no_grad():
+            count = sample.draw_all(folder, prompts, step=step, draw=draw, stopped=lambda: self.stop.requested)
+        prepare.release()
+        log.info("Drew %d samples of step %d in %.1f s.", count, step, time.monotonic() - started)
+
+    def save(self, step: int, epoch: int) -> None:
+        """The LoRA file and the state of `step`; the oldest beyond KEEP_CHECKPOINTS go."""
+        started, states = time.monotonic(), self.out / "state"
+        self.export(self.out / f"{self.plan.output.name}-step{step:08d}.safetensors", step=step, epoch=epoch)
+        tree = {"essence": self.plan.essence(), "data": fingerprint(self.found.pictures), **self.trainee.state()}
+        checkpoint.save(states, step, tree)
+        kept = checkpoint.prune(states, self.plan.output.keep_checkpoints)
+        for path in self.out.glob(f"{self.plan.output.name}-step*.safetensors"):
+            if int(path.stem[-8:]) not in kept:
+                path.unlink()
+        log.info("Saved step %d in %.2f s.", step, time.monotonic() - started)
+
+    def export(self, path: Path, *, step: int, epoch: int) -> None:
+        facts, plan = self.kind.FACTS, self.plan
+        with self.trainee.published():
+            adapters = lora.split_fused(lora.state(self.trainee.denoiser), fused=facts.fused_targets)
+            scale = plan.lora.alpha / plan.lora.rank
+            tensors = export.to_file_tensors(adapters, prefix=facts.lora_prefix, scale=scale)
+        export.write(
+            path, tensors, export.metadata(_trained(plan, self.kind, self.order, self.found), step=step, epoch=epoch)
+        )
+
+    def finish(self, saved: int) -> None:
+        """The last state, the final LoRA, the last samples; in this order, so that nothing is lost on the way."""
+        epoch = math.ceil(self.total / self.steps_per_epoch)
+        if saved != self.total and self.plan.output.save_every:
+            self.save(self.total, epoch)
+        final = self.out / f"{self.plan.output.name}.safetensors"
+        self.export(final, step=self.total, epoch=epoch)
+        if self.plan.output.sample_every:
+            self.sample(self.total)
+        log.info("Done: %s", final)
+
+
+def _trained(plan: Plan, kind: Family, order: Order, found: Scan) -> export.Trained:
+    """What the header of the LoRA file says about this run."""
+    facts, first = kind.FACTS, plan.data.datasets[0]
+    datasets: list[dict[str, Any]] = []
+    tags: dict[str, dict[str, int]] = {}
+    for d, dataset in enumerate(plan.data.datasets):
+        for i, subset in enumerate(dataset.subsets):
+            name = Path(subset.source.location).name
+            pictures = [p for p in found.pictures if (p.dataset, p.subset) == (d, i)]
+            shape = {"batch_size_per_device": dataset.batch_size, "resolution": list(dataset.resolution)}
+            datasets.append({"name": name, "repeats": subset.num_repeats, "pictures": len(pictures), **shape})
+            words = (t.strip() for p in pictures for t in (p.caption or "").split(subset.caption_separator))
+            tags[name] = dict(Counter(w for w in words if w))
+    buckets: Counter[tuple[int, int]] = Counter()
+    for (_, size), count in order.buckets.items():
+        buckets[size] += count
+    return export.Trained(
+        name=plan.output.name,
+        base=plan.model.base,
+        base_version=facts.base_version,
+        architecture=facts.architecture,
+        rank=plan.lora.rank,
+        alpha=plan.lora.alpha,
+        started=plan.output.started,
+        optimizer=plan.optim.name,
+        learning_rate=plan.optim.learning_rate,
+        schedule=plan.optim.scheduler,
+        seed=plan.train.seed,
+        noise_offset=plan.train.noise_offset,
+        resolution=first.resolution,
+        trigger=first.subsets[0].trigger_word,
+        objective=facts.objective,
+        buckets=buckets,
+        datasets=datasets,
+        tags=tags,
+        pictures=sum(d["pictures"] * d["repeats"] for d in datasets),
+    )
