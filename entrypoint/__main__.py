@@ -20,8 +20,8 @@ from entrypoint.manifest import read_manifest
 from entrypoint.plan import make_plan
 from entrypoint.settings import Settings, help_env, read_settings
 from trainer import __version__
-from trainer.errors import KilnError, StopRequestedError
-from trainer.families import family
+from trainer.errors import KilnError, StopRequestedError, UnreachableError
+from trainer.families import base_models, family
 from trainer.plan import Plan
 
 log = logging.getLogger("entrypoint")
@@ -67,6 +67,7 @@ def job(environ: Mapping[str, str], *, check: bool) -> int:
     settings = read_settings(environ)
     manifest = read_manifest(settings.dataset_config, settings.sample_prompts)
     plan = make_plan(settings, manifest, hardware.detect(), now=_now(environ))
+    _refuse_missing_accelerator(plan, asked=settings.backend)
     plan, done = _continued(plan, named=settings.output_name is not None)
     for reason in plan.reasons:
         log.info("%s", reason)
@@ -96,6 +97,15 @@ def _now(environ: Mapping[str, str]) -> datetime.datetime:
     """The time; or SOURCE_DATE_EPOCH (reproducible-builds.org), which makes equal runs give equal files."""
     epoch = environ.get("SOURCE_DATE_EPOCH", "")
     return datetime.datetime.fromtimestamp(int(epoch) if epoch.isdecimal() else time.time(), datetime.UTC)
+
+
+def _refuse_missing_accelerator(plan: Plan, *, asked: str) -> None:
+    """A rented machine may come back without its GPUs; training a full-size model on the CPU would only cost money."""
+    if plan.engine.device == "cpu" and asked == "auto" and base_models()[plan.model.base][1].files_gib:
+        raise UnreachableError(
+            f"No GPU answers here, and {plan.model.base} is not trained on a CPU. Give the container its GPUs (docker "
+            "run --gpus all; --device /dev/kfd --device /dev/dri), or set BACKEND=cpu to train on the CPU all the same."
+        )
 
 
 def _continued(plan: Plan, *, named: bool) -> tuple[Plan, Path | None]:

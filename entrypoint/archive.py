@@ -193,7 +193,7 @@ def _zip_entries(file: BinaryIO, budget: Budget) -> Iterator[Entry]:
                 raise DataError(f"{info.filename!r} is encrypted; make the archive without a password")
             if "\0" in info.orig_filename:
                 raise DataError(f"{info.filename!r} hides a part of its name")
-            yield Entry(info.filename, info.is_dir(), partial(_unzipped, container, info, budget))
+            yield Entry(info.filename, info.filename.endswith("/"), partial(_unzipped, container, info, budget))
 
 
 def _unzipped(container: zipfile.ZipFile, info: zipfile.ZipInfo, budget: Budget) -> _Metered:

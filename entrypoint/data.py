@@ -78,7 +78,7 @@ def _named_source(manifest: Manifest, overrides: Overrides, notes: Notes) -> Sou
     try:
         kind, location = classify(name)
     except ValueError as problem:
-        notes.add(f"DATASET_NAME={problem}.")
+        notes.add(f"DATASET_NAME: {problem}.")
         return nothing
     notes.chose("DATASET_NAME", location.split("?")[0], "a dataset of the Hub" if kind == "hub" else f"a {kind}")
     if overrides.revision and kind != "hub":

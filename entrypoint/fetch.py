@@ -189,7 +189,7 @@ def _unpack_hub_dataset(source: Source, repo: hub.Repo, listing: hub.Listing, fo
     def fill(target: Path) -> dict[str, Any]:
         if choice.has_sidecars:
             return rows.copy_files(snapshot, choice.names, target)
-        return rows.write_rows(
+        return rows.unpack(
             *(snapshot, target),
             variable=repo.variable,
             split=source.split,
@@ -201,6 +201,8 @@ def _unpack_hub_dataset(source: Source, repo: hub.Repo, listing: hub.Listing, fo
     logger.info("%s at commit %s: %s", repo.name, listing.commit[:12], facts)
     if facts.get("unlisted"):
         logger.warning("%s: %d picture files are in no row of its metadata.", repo.name, facts["unlisted"])
+    if facts.get("empty"):
+        logger.warning("%s: %d rows have no picture.", repo.name, facts["empty"])
 
 
 def _archive_folder(source: Source, *, cache: Path, token: str | None, patience: Patience) -> Path:

@@ -21,10 +21,15 @@ MARKER = ".kiln-complete.json"  # in every folder that `build_folder` made; hold
 GIB = 2**30
 
 
+def human(size: float) -> str:
+    """`size` in bytes, as people say it."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
+
+
 def storage_error(problem: OSError, path: Path) -> StorageError:
     """`problem` with `path` told as an error that says how much room is left."""
     try:
-        left = f"{shutil.disk_usage(path if path.exists() else path.parent).free / GIB:.2f} GiB are free there"
+        left = f"{human(shutil.disk_usage(path if path.exists() else path.parent).free)} are free there"
     except OSError:
         left = "the volume does not answer"
     return StorageError(f"{path}: {problem.strerror or problem}; {left}.")

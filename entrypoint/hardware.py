@@ -15,6 +15,7 @@ from trainer.errors import SettingsError, UnreachableError
 
 GIB = 2**30
 BACKENDS = {"cuda": "nvidia", "rocm": "amd", "cpu": "cpu"}  # a value of BACKEND → the vendor that it asks for
+FORMATS = ("fp32", "bf16")  # the entries of trainer.precision
 QUERY = ("nvidia-smi", "--query-gpu=index,compute_cap,memory.total,driver_version", "--format=csv,noheader,nounits")
 QUERY_SECONDS = 30.0  # without persistence mode the driver takes seconds to wake up
 _VIDEO_MEMORY = {"1", "2"}  # heap types of the kernel's topology: visible to the CPU, and not
@@ -46,7 +47,7 @@ class Hardware:
     def formats(self) -> tuple[str, ...]:
         """The values of PARAMS_PRECISION that this hardware computes in, the one to choose by default first."""
         if self.vendor == "cpu":
-            return ("fp32", "bf16")
+            return FORMATS
         if self.vendor == "nvidia" and _version(self.architecture) < (8, 0):
             return ("fp32",)  # bf16 runs there, but slower than fp32
         return ("bf16", "fp32")

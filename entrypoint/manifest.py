@@ -312,7 +312,7 @@ def _archive_url(location: str) -> str:
     url = urlsplit(location)
     path = url.path.lower()
     if url.scheme not in ("http", "https") or not url.hostname:
-        raise ValueError(f"{show(location.split('://')[0])} URLs are not read. Allowed: http and https")
+        raise ValueError(f"{show(location.split('@')[-1])} cannot be downloaded. Allowed: http and https URLs")
     if url.username or url.password:
         raise ValueError("a URL with a password in it would end up in plan.json. Fix: download the archive yourself")
     if re.fullmatch(r"/datasets/[^/]+/[^/]+/?", url.path) and url.hostname.endswith(("huggingface.co", "hf.co")):

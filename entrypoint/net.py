@@ -115,6 +115,7 @@ def persist(
     budget is spent, or at once when the server asks for a longer wait than is left.
     """
     cancelled = cancelled or threading.Event()
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs addresses, and with them what signs them
     began, wait, failures = time.monotonic(), patience.first_wait, 0
     while True:
         try:
@@ -261,7 +262,7 @@ def _receive(
                 raise TransientError("the server cannot go on at this place, so from the start")
             if response.status_code == 200 and part.size:  # it ignores ranges, or the file has changed
                 part.restart()
-            for block in response.iter_bytes(CHUNK):
+            for block in response.iter_bytes():  # as it comes: what is gathered first is lost at a cut
                 if cancelled.is_set():
                     raise TransientError("stopped")
                 part.append(block)

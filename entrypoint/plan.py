@@ -148,7 +148,7 @@ def _optim(settings: Settings, notes: Notes) -> OptimPlan:
             f"PARAMS_LEARNING_SCHEDULER={scheduler}: {name} needs no schedule and takes none. "
             f"Allowed: {', '.join(CONSTANT)}."
         )
-    if settings.warmup_steps and scheduler == "constant" and not spec.schedule_free:
+    if settings.warmup_steps and scheduler == "constant" and not spec.own_warmup:
         notes.add(
             f"PARAMS_WARMUP_STEPS={settings.warmup_steps}: PARAMS_LEARNING_SCHEDULER=constant has no warm-up. "
             f"Fix: PARAMS_LEARNING_SCHEDULER=constant_with_warmup."
@@ -245,7 +245,7 @@ def _engine(
     if settings.backend == "auto":
         notes.chose("BACKEND", hardware.backend, str(hardware))
     precision = settings.precision
-    if precision is None:
+    if precision == "auto":
         precision = hardware.formats[0]
         notes.chose("PARAMS_PRECISION", precision, f"best for {hardware}")
     elif precision not in hardware.formats:

@@ -8,12 +8,12 @@ import shutil
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from entrypoint import archive, fetch, hub, layout, net, rows
-from entrypoint.files import GIB, storage_error
+from entrypoint.files import human, storage_error
 from entrypoint.net import Patience
 from trainer.errors import DataError, GatedError, KilnError, SettingsError, StorageError, UnreachableError
 from trainer.families import family
@@ -63,6 +63,8 @@ def preflight(plan: Plan, *, token: str | None, hub_cache: Path, patience: Patie
     attempt(partial(_check_resume, plan.lora.resume_from))
     attempt(partial(_check_model, plan, needs, token=token, hub_cache=hub_cache, patience=patience))
     for source, pixels in _sources(plan):
+        if any(isinstance(p, UnreachableError) for p in problems):  # waited for long enough
+            patience = replace(patience, budget=0.0)
         attempt(partial(_check_source, source, pixels, needs, token=token, patience=patience))
     for variable in ("OUTPUT_PATH", "CACHE_PATH", "HF_HOME"):
         if variable != "HF_HOME" or needs.parts["HF_HOME"]:
@@ -216,13 +218,13 @@ def _too_full(needs: Needs) -> list[KilnError]:
         parts = {what: size for variable in group for what, size in needs.parts[variable].items()}
         place = _ground(needs.places[group[0]])
         free, need = shutil.disk_usage(place).free, sum(parts.values())
-        logger.info("Room on the volume of %s: about %.2f GiB needed, %.2f GiB free.", place, need / GIB, free / GIB)
+        logger.info("Room on the volume of %s: about %s needed, %s free.", place, human(need), human(free))
         if need > free:
-            made_of = ", ".join(f"{what} {size / GIB:.2f}" for what, size in parts.items())
+            made_of = ", ".join(f"{what}: {human(size)}" for what, size in parts.items())
             found.append(
                 StorageError(
-                    f"{', '.join(group)}: about {need / GIB:.2f} GiB are needed on the volume of {place} ({made_of}), "
-                    f"and {free / GIB:.2f} GiB are free. Free some room, or choose another volume."
+                    f"{', '.join(group)}: about {human(need)} are needed on the volume of {place} ({made_of}), and "
+                    f"{human(free)} are free. Free some room, or choose another volume."
                 )
             )
     return found

@@ -102,7 +102,7 @@ def _parse_line(line: str, *, place: str, problems: Problems) -> PromptRequest |
     text, *parts = re.split(r"(?:^|\s+)--", line)
     values: dict[str, Any] = {}
     for part in parts:
-        flag = "".join(part.split(maxsplit=1)[:1]) if part[:1].strip() else ""
+        flag = re.split(r"\s", part, maxsplit=1)[0]
         value = part.removeprefix(flag)
         name = FLAGS.get(flag.lower())
         if name is None:

@@ -1,12 +1,17 @@
-"""A dataset of the Hub as a folder of picture files with captions, read by the `datasets` library, row by row."""
+"""A dataset of the Hub as a folder of picture files with captions, read by the `datasets` library, row by row.
+
+The reading is done by a process of its own (`python -m entrypoint.rows`), which has no secrets and no network: its
+libraries take 300 MB that would stay for the whole training, and a damaged file may crash them.
+"""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 import zipfile
 from collections.abc import Collection, Iterator
@@ -15,9 +20,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from entrypoint.archive import Budget, Limits
-from trainer.errors import DataError, SettingsError
-
-logger = logging.getLogger(__name__)
+from entrypoint.files import storage_error
+from trainer.errors import DataError, KilnError, SettingsError, StorageError
 
 PICTURES = (
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"),
@@ -82,8 +86,50 @@ def copy_files(snapshot: Path, names: Collection[str], target: Path) -> dict[str
     return {"pictures": sum(n.lower().endswith(PICTURES) for n in names)}
 
 
-def write_rows(
+def unpack(
     snapshot: Path, target: Path, *, variable: str, split: str, image_column: str | None, caption_column: str | None
+) -> dict[str, Any]:
+    """`write_rows`, by a child process. Raises what it raises, and DataError if the child dies."""
+    job: dict[str, Any] = {"snapshot": str(snapshot), "target": str(target), "variable": variable, "split": split}
+    job |= {"image_column": image_column, "caption_column": caption_column}
+    with tempfile.TemporaryDirectory() as scratch:
+        kept = {k: os.environ[k] for k in ("PATH", "LANG", "LD_LIBRARY_PATH", "TMPDIR") if k in os.environ}
+        kept |= {"PYTHONPATH": str(Path(__file__).parents[1]), "HOME": scratch, "HF_HOME": scratch}
+        kept |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "USE_TORCH": "0"}
+        command = [sys.executable, "-m", "entrypoint.rows", json.dumps({**job, "scratch": scratch})]
+        done = subprocess.run(command, env=kept, stdout=subprocess.PIPE, text=True, encoding="utf-8", check=False)  # noqa: S603
+    answer = json.loads(done.stdout) if done.returncode == 0 else {}
+    if "facts" in answer:
+        return dict(answer["facts"])
+    kind = {k.__name__: k for k in (SettingsError, StorageError)}.get(answer.get("error", ""), DataError)
+    raise kind(answer.get("message") or f"{variable} cannot be read: its reader ended with code {done.returncode}.")
+
+
+def main() -> None:
+    """Do one job of `unpack` and print the outcome as JSON."""
+    job = json.loads(sys.argv[1])
+    snapshot, target = Path(job.pop("snapshot")), Path(job.pop("target"))
+    answer: dict[str, Any]
+    try:
+        answer = {"facts": write_rows(snapshot, target, **job)}
+    except KilnError as problem:
+        answer = {"error": type(problem).__name__, "message": str(problem)}
+    except OSError as problem:
+        answer = {"error": "StorageError", "message": str(storage_error(problem, target))}
+    sys.stdout.write(json.dumps(answer))
+    sys.stdout.flush()
+    os._exit(0)  # a normal end aborts where the reading was broken off: Arrow's threads are still at it
+
+
+def write_rows(
+    snapshot: Path,
+    target: Path,
+    *,
+    variable: str,
+    split: str,
+    image_column: str | None,
+    caption_column: str | None,
+    scratch: str,
 ) -> dict[str, Any]:
     """Write each row's picture, its bytes untouched, and metadata.jsonl (file_name, caption) into `target`.
 
@@ -95,22 +141,21 @@ def write_rows(
     import pyarrow
 
     unreadable = (ValueError, KeyError, TypeError, NotImplementedError)
-    with tempfile.TemporaryDirectory() as scratch:
+    try:
+        stream, files = _stream(snapshot, scratch, variable=variable, split=split)
+        images = find_image_column(variable, dict(stream.features), image_column)
+        captions = find_caption_column(variable, dict(stream.features), caption_column, images)
+        features = stream.features
+        stream = stream.select_columns([c for c in (images, captions) if c])
+        if isinstance(features[images], datasets.Image):
+            stream = stream.cast_column(images, datasets.Image(decode=False))
+        labels = getattr(features[captions], "names", None) if captions else None
         try:
-            stream, files = _stream(snapshot, scratch, variable=variable, split=split)
-            images = find_image_column(variable, dict(stream.features), image_column)
-            captions = find_caption_column(variable, dict(stream.features), caption_column, images)
-            features = stream.features
-            stream = stream.select_columns([c for c in (images, captions) if c])
-            if isinstance(features[images], datasets.Image):
-                stream = stream.cast_column(images, datasets.Image(decode=False))
-            labels = getattr(features[captions], "names", None) if captions else None
-            try:
-                facts = _write(iter(stream), target, images=images, captions=captions, labels=labels, source=snapshot)
-            except DataError as problem:
-                raise DataError(f"{variable} is refused: {problem}.") from problem
-        except (*unreadable, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as problem:
-            raise DataError(f"{variable}: its rows cannot be read ({type(problem).__name__}: {problem}).") from problem
+            facts = _write(iter(stream), target, images=images, captions=captions, labels=labels, source=snapshot)
+        except DataError as problem:
+            raise DataError(f"{variable} is refused: {problem}.") from problem
+    except (*unreadable, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as problem:
+        raise DataError(f"{variable}: its rows cannot be read ({type(problem).__name__}: {problem}).") from problem
     facts["unlisted"] = max(0, sum(f.lower().endswith(PICTURES) for f in files) - facts["pictures"])
     if not facts["pictures"]:
         raise DataError(f"{variable}: the split {split!r} is empty. Choose another with DATASET_SPLIT.")
@@ -264,8 +309,7 @@ class _Reader:
             with self._open_in_zip(place, member) if container else Path(place).open("rb") as file:
                 data = file.read(LARGEST_PICTURE + 1)
         except (FileNotFoundError, KeyError):
-            logger.warning("A row names the picture %s, which the dataset does not hold.", member)
-            return b""
+            return b""  # a row names a picture that the dataset does not hold
         if len(data) > LARGEST_PICTURE:
             raise DataError(f"the picture {member!r} is larger than {LARGEST_PICTURE // 2**20} MiB")
         return data
@@ -279,3 +323,7 @@ class _Reader:
     def close(self) -> None:
         if self.zip is not None:
             self.zip.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -191,7 +191,6 @@ def _allowed(row: Row) -> str:
         "size": f"side or WIDTHxHEIGHT, {limits} each",
         "switch": "true, false",
         "auto_switch": "auto, true, false",
-        "auto_text": "auto, or a format of the hardware: fp32, bf16, fp16",
         "pairs": "key=value, with spaces between",
         "names": "names, with commas between",
         "path": "path",
@@ -238,10 +237,6 @@ def _switch(text: str, _: Row) -> bool:
 
 def _auto_switch(text: str, row: Row) -> bool | None:
     return None if text.lower() in ("auto", "") else _switch(text, row)
-
-
-def _auto_text(text: str, _: Row) -> str | None:
-    return None if text.lower() in ("auto", "") else text.lower()
 
 
 def _size(text: str, row: Row) -> tuple[int, int] | None:
@@ -326,7 +321,6 @@ KINDS: dict[str, Callable[[str, Row], Any]] = {
     "number": _number,
     "switch": _switch,
     "auto_switch": _auto_switch,
-    "auto_text": _auto_text,
     "size": _size,
     "path": _path,
     "name": _name,

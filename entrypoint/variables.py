@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from entrypoint.hardware import BACKENDS
+from entrypoint.hardware import BACKENDS, FORMATS
 from trainer.families import base_models
 from trainer.optim import OPTIMIZERS, SCHEDULERS
 
@@ -287,7 +287,13 @@ class Settings:
 
     # engine
     backend: str = row("BACKEND", "choice", default="auto", means="what to run on", choices=lambda: ("auto", *BACKENDS))
-    precision: str | None = row("PARAMS_PRECISION", "auto_text", default="auto", means="format of the model's weights")
+    precision: str = row(
+        "PARAMS_PRECISION",
+        "choice",
+        default="auto",
+        means="format of the model's weights",
+        choices=lambda: ("auto", *FORMATS),
+    )
     gradient_checkpointing: bool | None = row(
         "PARAMS_GRADIENT_CHECKPOINTING",
         "auto_switch",

@@ -59,7 +59,7 @@ def nearest(picture: Size, sizes: tuple[Size, ...]) -> Size:
     if picture in sizes:
         return picture
     aspect = picture[0] / picture[1]
-    return min(sizes, key=lambda size: (abs(size[0] / size[1] - aspect), -size[0] * size[1]))
+    return min(sizes, key=lambda size: abs(size[0] / size[1] - aspect))
 
 
 def _cover(picture: Size, size: Size) -> Fit:
@@ -74,23 +74,37 @@ def _divided(dividend: int, divisor: int) -> int:
     return (2 * dividend + divisor) // (2 * divisor)
 
 
+def _rounded_root(number: int) -> int:
+    return (math.isqrt(4 * number) + 1) // 2
+
+
+def _floor_divided(dividend: int, divisor: int) -> int:
+    return dividend // divisor
+
+
 def _without_enlarging(picture: Size, resolution: Size, step: int) -> Fit | None:
     """Shrink a picture whose area is above the resolution's, so that one side is a multiple of `step`; then cut.
 
-    As in sd-scripts, but never above the area, which its rounding may exceed.
+    As in sd-scripts, but where its rounding would exceed the area, rounded down.
     """
     width, height = picture
     area = math.prod(resolution)
     if width * height <= area:
-        options = [picture]
-    else:
+        return _nearest_cut([picture], picture, step=step, area=area)
+    for root, divided in ((_rounded_root, _divided), (math.isqrt, _floor_divided)):
         # The widest multiple of `step` within the area at this aspect ratio, and likewise the highest.
-        wide = math.isqrt(area * width // height) // step * step
-        high = math.isqrt(area * height // width) // step * step
-        options = [(wide, _divided(wide * height, width)), (wide, wide * height // width)]
-        options += [(_divided(high * width, height), high), (high * width // height, high)]
+        wide = root(area * width // height) // step * step
+        high = root(area * height // width) // step * step
+        options = [(wide, divided(wide * height, width)), (divided(high * width, height), high)]
+        found = _nearest_cut(options, picture, step=step, area=area)
+        if found is not None:
+            return found
+    return None
+
+
+def _nearest_cut(options: list[Size], picture: Size, *, step: int, area: int) -> Fit | None:
+    """The option whose cut to multiples of `step` has the aspect ratio nearest to the picture's."""
     fits = [Fit(scaled, (scaled[0] // step * step, scaled[1] // step * step)) for scaled in options]
-    usable = [f for f in fits if min(f.size) > 0 and math.prod(f.size) <= area]
-    if not usable:
-        return None
-    return min(usable, key=lambda f: (abs(f.size[0] / f.size[1] - width / height), -math.prod(f.size)))
+    usable = [f for f in fits if 0 < math.prod(f.size) <= area]
+    aspect = picture[0] / picture[1]
+    return min(usable, key=lambda f: (abs(f.size[0] / f.size[1] - aspect), -math.prod(f.size)), default=None)

@@ -52,7 +52,8 @@ def decode(data: bytes) -> tuple[str, bool]:
 
 
 def clean(text: str) -> str:
-    """Lines stripped, empty lines left out."""
+    """Lines stripped, empty lines left out; halves of surrogate pairs, which no encoder takes, become `?`."""
+    text = text.encode("utf-8", "replace").decode("utf-8")
     # Not splitlines(), which also parts at characters that a caption may hold.
     return "\n".join(line.strip() for line in re.split(r"\r\n|\r|\n", text) if line.strip())
 

@@ -20,6 +20,7 @@ UNREADABLE = re.compile(
     r"\.(hei[cf]|jxl|jp2|psd|svg|eps|tga|ico|exr|hdr|cr[23]|nef|arw|dng|orf|rw2|raf)", re.IGNORECASE
 )
 LINK_OUT = "a link that leads out of its folder"
+BAD_NAME = "its name is not UTF-8: rename it"
 LINK_FOLDER = "a link to a folder: give that folder as a subset of its own"
 
 
@@ -134,11 +135,14 @@ def _refuse(problem: OSError) -> None:
 
 def _sort_in(file: Path, found: Folder, *, real: Path) -> None:
     """Add `file` to the names of its kind."""
-    name, suffix = file.relative_to(found.root).as_posix(), file.suffix
+    raw, suffix = file.relative_to(found.root).as_posix(), file.suffix
+    name = raw.encode("utf-8", "replace").decode("utf-8")  # reports and states are UTF-8
     if not (READABLE.fullmatch(suffix) or UNREADABLE.fullmatch(suffix)):
-        found.others.append(name)
+        found.others.append(raw)
     elif file.is_symlink() and not file.resolve().is_relative_to(real):
         found.skipped.append((name, LINK_OUT))
+    elif name != raw:
+        found.skipped.append((name, BAD_NAME))
     elif UNREADABLE.fullmatch(suffix):
         found.skipped.append((name, f"format {suffix} is not read: save it as PNG or JPEG"))
     else:

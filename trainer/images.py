@@ -9,6 +9,7 @@ import io
 import random
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ DAMAGED = (
     struct.error,
     zlib.error,
 )
+BLOCK = 16  # rows made at once when shrinking: their weights are a dense matrix, and memory stays small
 FLIP = Image.Transpose.FLIP_LEFT_RIGHT
 # EXIF orientation → what makes the picture upright.
 UPRIGHT = {
@@ -70,7 +72,7 @@ def open_upright(source: Path | bytes) -> tuple[Image.Image, Image.Image | None]
     16-bit samples are scaled, an ICC profile is converted to sRGB; CMYK without a profile converts by Pillow's formula.
     Raises UnusableImageError.
     """
-    image, orientation = _load(_read(source))
+    image, orientation, _ = _load(_read(source))
     alpha = _alpha(image)
     try:
         colours = _to_rgb(image)
@@ -90,10 +92,9 @@ def inspect(source: Path | bytes) -> tuple[int, int, bool]:
 
     Raises UnusableImageError for all that `open_upright` would refuse.
     """
-    image, orientation = _load(_read(source), fast=True)
+    image, orientation, (width, height) = _load(_read(source), fast=True)
     if image.mode in ("I", "F"):
         _to_8_bits(image)
-    width, height = _jpeg_size(image)
     if orientation >= 5:
         width, height = height, width
     return width, height, _alpha(image) is not None
@@ -150,8 +151,11 @@ def _read(source: Path | bytes) -> bytes:
         raise UnusableImageError(f"cannot be read: {problem.strerror}") from problem
 
 
-def _load(data: bytes, *, fast: bool = False) -> tuple[Image.Image, int]:
-    """Decode `data`; return it with its EXIF orientation (1 to 8). `fast`: JPEG pixels may come out smaller."""
+def _load(data: bytes, *, fast: bool = False) -> tuple[Image.Image, int, tuple[int, int]]:
+    """Decode `data`; return it with its EXIF orientation (1 to 8) and its size before turning.
+
+    `fast`: a JPEG's pixels may come out fewer; all of its data is still read, so that damage is still found.
+    """
     if not data:
         raise UnusableImageError(EMPTY)
     formats = [f for f in FORMATS if f != "AVIF" or features.check("avif")]
@@ -164,10 +168,12 @@ def _load(data: bytes, *, fast: bool = False) -> tuple[Image.Image, int]:
         if getattr(image, "is_animated", False) and image.format != "MPO":
             raise UnusableImageError(ANIMATED)
         if fast and image.format == "JPEG":
-            image.info["full_size"] = image.size
-            image.draft(None, (image.width // 8, image.height // 8))  # all data is still read, so damage is still found
+            size = image.size
+            image.draft(None, (image.width // 8, image.height // 8))
+            image.load()
+            return image, _orientation(image), size
         image.load()
-        return image, _orientation(image)
+        return image, _orientation(image), image.size
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as problem:
         raise UnusableImageError(TOO_LARGE) from problem
     except MemoryError as problem:
@@ -188,16 +194,11 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _jpeg_size(image: Image.Image) -> tuple[int, int]:
-    size: tuple[int, int] = image.info.get("full_size", image.size)
-    return size
-
-
 def _alpha(image: Image.Image) -> Image.Image | None:
     """The alpha channel (mode L), None where all is opaque. Raises UnusableImageError where nothing is visible."""
     if not image.has_transparency_data or image.mode in ("I;16", "I;16B", "I", "F"):
         return None
-    alpha = image.convert("RGBA").getchannel("A")
+    alpha = (image if "A" in image.getbands() else image.convert("RGBA")).getchannel("A")
     low, high = alpha.getextrema()
     if high == 0:
         raise UnusableImageError(TRANSPARENT)
@@ -208,8 +209,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """Colours as sRGB, alpha left out."""
     if image.mode.startswith(("I", "F")):
         image = _to_8_bits(image)
-    elif image.mode in ("P", "PA", "RGBA", "RGBa", "RGBX"):
-        image = image.convert("RGBA").convert("RGB")
+    elif image.mode in ("P", "PA", "RGBA", "RGBX"):
+        image = image.convert("RGB")
     elif image.mode in ("LA", "1"):
         image = image.convert("L")
     profile = image.info.get("icc_profile")
@@ -218,7 +219,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return converted
     if image.mode == "LAB":
         return _convert(image, ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _apply_profile(image: Image.Image, profile: bytes) -> Image.Image | None:
@@ -266,11 +267,21 @@ def _shrink_by_area(
     """
     left, right = _span(image.width, scaled[0], offset[0], size[0])
     top, bottom = _span(image.height, scaled[1], offset[1], size[1])
-    pixels = np.asarray(image.crop((left, top, right, bottom)))
-    planes_HWC = pixels.reshape(*pixels.shape[:2], -1)
-    rows_HWC = _mean_rows(planes_HWC, ratio=image.height / scaled[1], first=offset[1], count=size[1], start=top)
-    columns_WHC = rows_HWC.transpose(1, 0, 2)
-    out_WHC = _mean_rows(columns_WHC, ratio=image.width / scaled[0], first=offset[0], count=size[0], start=left)
+
+    def rows_of_image(low: int, high: int) -> np.ndarray:
+        pixels = np.asarray(image.crop((left, low, right, high)))
+        return pixels.reshape(high - low, right - left, -1)
+
+    rows_HWC = _mean_rows(
+        rows_of_image, end=bottom, ratio=image.height / scaled[1], first=offset[1], count=size[1], start=top
+    )
+
+    def columns_of_rows(low: int, high: int) -> np.ndarray:
+        return rows_HWC[:, low - left : high - left].transpose(1, 0, 2)
+
+    out_WHC = _mean_rows(
+        columns_of_rows, end=right, ratio=image.width / scaled[0], first=offset[0], count=size[0], start=left
+    )
     out_HWC = np.rint(out_WHC.transpose(1, 0, 2)).clip(0, 255).astype(np.uint8)
     return Image.fromarray(out_HWC[..., 0] if out_HWC.shape[2] == 1 else out_HWC)
 
@@ -280,17 +291,22 @@ def _span(length: int, scaled: int, offset: int, size: int) -> tuple[int, int]:
     return offset * length // scaled, min(length, -(-(offset + size) * length // scaled))
 
 
-def _mean_rows(rows_HWC: np.ndarray, *, ratio: float, first: int, count: int, start: int) -> np.ndarray:
-    """Rows first … first + count of the shrunk picture, each the mean of `ratio` rows; rows_HWC[0] is row `start`."""
-    out = np.empty((count, *rows_HWC.shape[1:]), np.float32)
-    block = 16  # rows at a time: the weights are dense, and memory stays small
-    for begin in range(0, count, block):
-        edges = (first + np.arange(begin, min(begin + block, count) + 1)) * ratio - start
-        low, high = max(0, int(edges[0])), min(len(rows_HWC), int(np.ceil(edges[-1])))
+def _mean_rows(
+    rows: Callable[[int, int], np.ndarray], *, start: int, end: int, ratio: float, first: int, count: int
+) -> np.ndarray:
+    """Rows first … first + count of the shrunk picture, each the mean of `ratio` rows of the picture.
+
+    `rows(a, b)` gives the rows a … b of it as (b - a, width, channels), for start ≤ a < b ≤ end.
+    """
+    blocks = []
+    for begin in range(first, first + count, BLOCK):
+        edges = np.arange(begin, min(begin + BLOCK, first + count) + 1) * ratio
+        low, high = max(start, int(edges[0])), min(end, int(np.ceil(edges[-1])))
         grid = np.arange(low, high)
         covered = np.minimum(edges[1:, None], grid + 1) - np.maximum(edges[:-1, None], grid)
         weights = np.maximum(covered, 0)
         weights = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
-        part = rows_HWC[low:high].astype(np.float32).reshape(high - low, -1)
-        out[begin : begin + block] = (weights @ part).reshape(-1, *rows_HWC.shape[1:])
-    return out
+        part = rows(low, high)
+        means = weights @ part.astype(np.float32).reshape(high - low, -1)
+        blocks.append(means.reshape(-1, *part.shape[1:]))
+    return np.concatenate(blocks)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,8 @@ class Metrics:
         self._lines = _truncated(folder / "metrics.jsonl", first_step).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "logs"), purge_step=first_step + 1)
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
-        self._started = self._said = time.monotonic()
+        self._said = -EVERY_S
+        self._began, self._spent = time.monotonic(), 0.0  # seconds of training alone
         self._images = 0
 
     def step(self, step: Step, *, learning_rate: float) -> None:
@@ -65,7 +68,7 @@ class Metrics:
         self._bar.update(1)
         self._bar.set_postfix_str(f"loss {step.loss:.4f}")
         now = time.monotonic()
-        if now - self._said < EVERY_S and step.number not in (self.first + 1, self.total):
+        if now - self._said < EVERY_S and step.number != self.total:
             return
         self._said = now
         speed, left = self.images_per_second(), self.eta_s()
@@ -84,13 +87,24 @@ class Metrics:
             if key not in ("step", "epoch"):
                 self._board.add_scalar(key, value, row["step"])
 
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside, time does not count as training."""
+        self._spent += time.monotonic() - self._began
+        yield
+        self._began = time.monotonic()
+
     def images_per_second(self) -> float:
-        return self._images / max(time.monotonic() - self._started, 1e-9)
+        """The mean over this process's training time."""
+        return self._images / max(self._seconds(), 1e-9)
 
     def eta_s(self) -> float:
         """Seconds that the remaining steps take at the mean speed so far."""
         done = self.done - self.first
-        return (time.monotonic() - self._started) / done * (self.total - self.done) if done else 0.0
+        return self._seconds() / done * (self.total - self.done) if done else 0.0
+
+    def _seconds(self) -> float:
+        return self._spent + time.monotonic() - self._began
 
     def close(self) -> None:
         self._bar.close()

@@ -22,6 +22,7 @@ class OptimizerSpec:
     learning_rate: float = 1e-4  # where PARAMS_LEARNING_RATE is not given
     defaults: dict[str, Any] = field(default_factory=dict)  # keyword arguments besides lr and weight_decay
     schedule_free: bool = False  # keeps an average of its own: no schedule but a constant one, and train/eval modes
+    own_warmup: bool = False  # warms up by itself
 
     @property
     def prodigy(self) -> bool:
@@ -63,6 +64,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
         _names("betas eps r weight_lr_power"),
         learning_rate=1e-3,
         schedule_free=True,
+        own_warmup=True,
     ),
     "prodigy-schedulefree": OptimizerSpec(
         "prodigyplus.ProdigyPlusScheduleFree",
@@ -100,8 +102,8 @@ def make_optimizer(
     module, _, cls = OPTIMIZERS[name].path.rpartition(".")
     kind = getattr(importlib.import_module(module), cls)
     ready = {k: tuple(v) if isinstance(v, list) else v for k, v in args.items()}
-    if "warmup_steps" in kind.__init__.__code__.co_varnames and OPTIMIZERS[name].schedule_free:
-        ready["warmup_steps"] = warmup_steps  # a schedule-free optimiser warms up by itself
+    if OPTIMIZERS[name].own_warmup:
+        ready["warmup_steps"] = warmup_steps
     with contextlib.redirect_stdout(io.StringIO()):  # some greet with print
         optimizer: torch.optim.Optimizer = kind(list(params), lr=learning_rate, weight_decay=weight_decay, **ready)
     return optimizer

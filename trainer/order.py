@@ -223,7 +223,7 @@ def fingerprint_differences(old: dict[str, str], new: dict[str, str], *, limit: 
 
 
 def _digest(caption: str | None) -> str:
-    return "-" if caption is None else hashlib.sha256(caption.encode("utf-8", "surrogatepass")).hexdigest()
+    return "-" if caption is None else hashlib.sha256(caption.encode()).hexdigest()
 
 
 def _batches(examples: Sequence[Example], size: int) -> list[Batch]:

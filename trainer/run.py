@@ -215,7 +215,7 @@ def _trainee(plan: Plan, kind: Family, *, model: Path, total: int) -> Trainee:
     )
     optim.set_training(optimizer, True)
     schedule = optim.make_schedule(
-        plan.optim.scheduler,
+        "constant" if optim.OPTIMIZERS[plan.optim.name].own_warmup else plan.optim.scheduler,
         optimizer,
         warmup_steps=plan.optim.warmup_steps,
         total_steps=total,

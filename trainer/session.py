@@ -79,12 +79,11 @@ class Session:
     def train(self, status: Status, *, first: int) -> None:
         """All steps after `first`, with what is to be done between them; then the final LoRA."""
         plan, metrics = self.plan, Metrics(self.out, status, total_steps=self.total, first_step=first)
+        saved = first
         with contextlib.closing(metrics):
-            if plan.output.sample_every and (first % plan.output.sample_every == 0):
-                status.phase("sampling")
-                self.sample(first)
+            if plan.output.sample_every and first % plan.output.sample_every == 0:
+                self.sample(first, status=status, metrics=metrics)
             status.phase("training")
-            saved = first
             for step in train(
                 prefetched(self.groups(first)),
                 predict=self.predict,
@@ -101,20 +100,22 @@ class Session:
                     self.trainee.ema.update(self.trainee.params)
                 metrics.step(step, learning_rate=optim.step_size(self.trainee.optimizer))
                 if due(step.number, plan.output.validate_every, self.total):
-                    metrics.record({"step": step.number, "epoch": step.epoch, "validation_loss": self.validate()})
-                if due(step.number, plan.output.save_every, self.total) and step.number < self.total:
+                    self.validate(step.number, metrics=metrics)
+                if due(step.number, plan.output.save_every, self.total) or self.stop.requested:
                     self.save(step.number, step.epoch)
                     saved = step.number
                 if due(step.number, plan.output.sample_every, self.total) and step.number < self.total:
-                    status.phase("sampling")
-                    self.sample(step.number)
-                    status.phase("training")
+                    self.sample(step.number, status=status, metrics=metrics)
                 if self.stop.requested and step.number < self.total:
                     if saved != step.number:
                         self.save(step.number, step.epoch)
                     self.stop.check()
             status.phase("exporting")
-            self.finish(saved)
+            final = self.out / f"{plan.output.name}.safetensors"
+            self.export(final, step=self.total, epoch=math.ceil(self.total / self.steps_per_epoch))
+            if plan.output.sample_every:
+                self.sample(self.total, status=status, metrics=metrics)
+        log.info("Done: %s", final)
 
     def groups(self, first: int) -> Iterator[tuple[int, list[MicroBatch]]]:
         """The epoch (from 1) and the micro-batches of each step after `first`."""
@@ -128,37 +129,37 @@ class Session:
                 left -= 1
             epoch, begin = epoch + 1, 0
 
-    def validate(self) -> float:
+    def validate(self, step: int, *, metrics: Metrics) -> None:
+        """Record the loss on the held-out pictures."""
         batches = (prepare.micro_batch(self.cache, b) for b in self.order.validation())
-        with self.trainee.published():
-            return validation_loss(
-                batches,
-                predict=self.predict,
-                goal=self.goal(),
-                device=self.plan.engine.device,
-                seed=self.plan.train.seed,
-            )
+        device, seed = self.plan.engine.device, self.plan.train.seed
+        with metrics.aside(), self.trainee.published():
+            loss = validation_loss(batches, predict=self.predict, goal=self.goal(), device=device, seed=seed)
+        metrics.record({"step": step, "validation_loss": loss})
+        log.info("Validation loss at step %d: %.4f", step, loss)
 
-    def sample(self, step: int) -> None:
+    def sample(self, step: int, *, status: Status, metrics: Metrics) -> None:
         """Draw what is not there yet of the samples of `step`; a stop is looked for before each picture."""
         prompts, folder = self.plan.prompts, self.out / "sample"
         if not prompts or self.stop.requested:
             return
+        status.phase("sampling")
         started, device, model = time.monotonic(), self.plan.engine.device, Path(self.plan.model.path)
+        dtype = PRECISIONS[self.plan.engine.precision].torch_dtype
         vae = self.kind.load_vae(model, device=device)
 
         def draw(prompt: Prompt) -> Image.Image:
-            dtype = PRECISIONS[self.plan.engine.precision].torch_dtype
             text, negative = (
                 {k: v[None].to(device, dtype) for k, v in caching.load(self.cache.text_path(c)).items()}
                 for c in (prompt.text, prompt.negative)
             )
             return self.kind.sample(self.trainee.denoiser, vae, model, prompt=prompt, text=text, negative=negative)
 
-        with self.trainee.published(), torch.no_grad():
+        with metrics.aside(), self.trainee.published(), torch.no_grad():
             count = sample.draw_all(folder, prompts, step=step, draw=draw, stopped=lambda: self.stop.requested)
         prepare.release()
         log.info("Drew %d samples of step %d in %.1f s.", count, step, time.monotonic() - started)
+        status.phase("training")
 
     def save(self, step: int, epoch: int) -> None:
         """The LoRA file and the state of `step`; the oldest beyond KEEP_CHECKPOINTS go."""
@@ -181,17 +182,6 @@ class Session:
         export.write(
             path, tensors, export.metadata(_trained(plan, self.kind, self.order, self.found), step=step, epoch=epoch)
         )
-
-    def finish(self, saved: int) -> None:
-        """The last state, the final LoRA, the last samples; in this order, so that nothing is lost on the way."""
-        epoch = math.ceil(self.total / self.steps_per_epoch)
-        if saved != self.total and self.plan.output.save_every:
-            self.save(self.total, epoch)
-        final = self.out / f"{self.plan.output.name}.safetensors"
-        self.export(final, step=self.total, epoch=epoch)
-        if self.plan.output.sample_every:
-            self.sample(self.total)
-        log.info("Done: %s", final)
 
 
 def _trained(plan: Plan, kind: Family, order: Order, found: Scan) -> export.Trained:

@@ -1,0 +1,75 @@
+"""How long many small pictures take to scan, bucket and order, and in how much memory: one JSON line.
+
+python -m bench.scan [--pictures 10000] [--side 256] [--workers 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from trainer.dataset import scan
+from trainer.order import Order
+from trainer.plan import DataPlan, Dataset, Source, Subset
+
+ASPECTS = (0.5, 0.75, 1.0, 1.333, 1.778)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pictures", type=int, default=10_000)
+    parser.add_argument("--side", type=int, default=256, help="square root of a picture's area, in pixels")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        draw(Path(folder), options.pictures, options.side)
+        print(json.dumps(measure(Path(folder), options.workers)))
+
+
+def draw(folder: Path, count: int, side: int) -> None:
+    """`count` different JPEG files with captions, of five aspect ratios."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        width = round(side * ASPECTS[i % len(ASPECTS)] ** 0.5)
+        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        coarse.resize((width, side * side // width)).save(folder / f"{i:06}.jpg")
+        (folder / f"{i:06}.txt").write_text(f"picture {i}, some tag, another tag", encoding="utf-8")
+
+
+def measure(folder: Path, workers: int) -> dict[str, float]:
+    """Seconds of each part, and the peak memory of this process and of the largest worker together."""
+    subset = Subset(Source("folder", "bench", path=str(folder)), num_repeats=2, flip_aug=True, shuffle_caption=True)
+    data = DataPlan((Dataset((subset,), (512, 512), batch_size=4, enable_bucket=True),))
+    begin = time.perf_counter()
+    found = scan(data, workers=workers)
+    scanned = time.perf_counter()
+    order = Order(found.pictures, data, seed=0)
+    batches = order.epoch(0)
+    views, captions = sum(1 for _ in order.every_view()), len(order.every_caption())
+    ordered = time.perf_counter()
+    own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return {
+        "pictures": found.found,
+        "used": len(found.pictures),
+        "batches": len(batches),
+        "buckets": len(order.buckets),
+        "views": views,
+        "captions": captions,
+        "scan_s": round(scanned - begin, 2),
+        "order_s": round(ordered - scanned, 2),
+        "seconds": round(ordered - begin, 2),
+        "workers": workers,
+        "peak_mib": round((own + workers * children) / 1024, 1),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Calls functions of the entrypoint in a process of its own: the Hub's client reads HF_ENDPOINT when it is imported.
+
+Reads one JSON object a line, {"call": "model" | "source" | "preflight", ...}; answers each with one: the exit code,
+what the function returned or the error, and what was logged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from entrypoint.fetch import fetch_model, fetch_source
+from entrypoint.net import Patience
+from entrypoint.preflight import preflight
+from trainer.errors import KilnError
+from trainer.plan import ModelPlan, Plan, Source
+
+
+class Lines(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(f"{record.levelname} {record.name}: {record.getMessage()}")
+
+
+def call(job: dict[str, Any]) -> dict[str, Any]:
+    patience, token, hub_cache = Patience(**job["patience"]), job["token"], Path(job["hub_cache"])
+    if job["call"] == "model":
+        model = ModelPlan(base="flux", family="flux", source=job["source"], **job["fields"])
+        patterns = tuple(job["patterns"])
+        return dataclasses.asdict(
+            fetch_model(model, patterns=patterns, token=token, hub_cache=hub_cache, patience=patience)
+        )
+    if job["call"] == "source":
+        source = Source(kind=job["kind"], location=job["source"], **job["fields"])
+        cache = Path(job["cache"])
+        return dataclasses.asdict(
+            fetch_source(source, cache=cache, token=token, hub_cache=hub_cache, patience=patience)
+        )
+    preflight(Plan.from_json(json.dumps(job["plan"])), token=token, hub_cache=hub_cache, patience=patience)
+    return {}
+
+
+def main() -> None:
+    handler = Lines()
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    for line in sys.stdin:
+        handler.lines.clear()
+        try:
+            code, data = 0, call(json.loads(line))
+        except KilnError as problem:
+            code, data = problem.exit_code, {"error": type(problem).__name__, "message": str(problem)}
+        print(json.dumps({"code": code, "data": data, "log": "\n".join(handler.lines)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

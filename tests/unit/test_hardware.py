@@ -1,0 +1,157 @@
+"""What is found on made-up machines, and what BACKEND makes of it."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from entrypoint.hardware import BACKENDS, FORMATS, Hardware, detect, select
+from trainer.errors import SettingsError, UnreachableError
+from trainer.precision import PRECISIONS
+
+CPU = Hardware("cpu", "x86_64", 32.0, 0, "", 32.0, 8)
+NVIDIA = Hardware("nvidia", "9.0", 80.0, 2, "550.1", 500.0, 32)
+AMD = Hardware("amd", "gfx942", 192.0, 8, "6.8", 1500.0, 96)
+
+
+def answering(text: str, code: int = 0) -> Callable[..., subprocess.CompletedProcess[str]]:
+    return lambda command, **_: subprocess.CompletedProcess(command, code, text, "")
+
+
+def missing(*_: object, **__: object) -> subprocess.CompletedProcess[str]:
+    raise FileNotFoundError("nvidia-smi")
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """A machine with 64 GiB and no accelerator."""
+    write(tmp_path, "proc/meminfo", "MemFree: 1 kB\nMemTotal:       67108864 kB\n")
+    return tmp_path
+
+
+def write(root: Path, name: str, text: str) -> None:
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_text(text)
+
+
+def nodes(root: Path, *, version: int = 90402, gpus: int = 2) -> None:
+    """The kernel's topology: a CPU and GPUs with 192 GiB each."""
+    write(root, "dev/kfd", "")
+    base = "sys/class/kfd/kfd/topology/nodes"
+    write(root, f"{base}/0/properties", "cpu_cores_count 96\nsimd_count 0\ngfx_target_version 0\n")
+    for i in range(1, gpus + 1):
+        write(root, f"{base}/{i}/properties", f"cpu_cores_count 0\nsimd_count 1216\ngfx_target_version {version}\n")
+        write(root, f"{base}/{i}/mem_banks/0/properties", f"heap_type 1\nsize_in_bytes {192 * 2**30}\n")
+        write(root, f"{base}/{i}/mem_banks/1/properties", f"heap_type 4\nsize_in_bytes {2**40}\n")
+
+
+def test_without_an_accelerator_there_is_the_cpu(root):
+    found = detect(run=missing, root=root, environ={})
+    assert (found.vendor, found.memory_gib, found.host_memory_gib, found.count) == ("cpu", 64.0, 64.0, 0)
+    assert found.cpu_count >= 1 and found.device == "cpu"
+
+
+def test_a_container_has_no_more_memory_and_cores_than_it_may_use(root):
+    write(root, "sys/fs/cgroup/memory.max", str(8 * 2**30))
+    write(root, "sys/fs/cgroup/cpu.max", "100000 100000")
+    found = detect(run=missing, root=root, environ={})
+    assert (found.memory_gib, found.cpu_count) == (8.0, 1)
+
+
+def test_the_smallest_of_several_gpus_counts(root):
+    text = "0, 9.0, 81559, 550.54.15\n1, 8.0, 40960, 550.54.15\n"
+    found = detect(run=answering(text), root=root, environ={})
+    assert (found.vendor, found.architecture, found.memory_gib) == ("nvidia", "8.0", 40.0)
+    assert (found.count, found.driver, found.host_memory_gib, found.device) == (2, "550.54.15", 64.0, "cuda")
+
+
+def test_architectures_are_compared_as_numbers(root):
+    text = "0, 12.0, 32607, 580.1\n1, 9.0, 32607, 580.1\n"
+    assert detect(run=answering(text), root=root, environ={}).architecture == "9.0"
+
+
+def test_a_gpu_that_shares_the_hosts_memory_has_as_much(root):
+    found = detect(run=answering("0, 12.1, [N/A], 580.1\n"), root=root, environ={})
+    assert (found.vendor, found.memory_gib) == ("nvidia", 64.0)
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"), [("0", 1), ("1,0", 2), ("", 0), ("-1", 0), ("0,-1,1", 1), ("7", 0), ("GPU-a", 1)]
+)
+def test_hidden_gpus_do_not_count(root, visible, count):
+    run = answering("0, 9.0, 81559, 550.1\n1, 9.0, 81559, 550.1\n")
+    assert detect(run=run, root=root, environ={"CUDA_VISIBLE_DEVICES": visible}).count == count
+
+
+@pytest.mark.parametrize(
+    "answer", [answering("No devices were found\n", 6), answering(""), answering("what?\n"), missing]
+)
+def test_a_driver_without_gpus_is_none(root, answer):
+    assert detect(run=answer, root=root, environ={}).vendor == "cpu"
+
+
+def test_a_driver_that_hangs_is_worth_another_try(root):
+    def hanging(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        raise subprocess.TimeoutExpired(command, 1)
+
+    with pytest.raises(UnreachableError):
+        detect(run=hanging, root=root, environ={})
+
+
+@pytest.mark.parametrize(
+    ("version", "name"), [(90402, "gfx942"), (90010, "gfx90a"), (90500, "gfx950"), (110000, "gfx1100")]
+)
+def test_the_kernel_tells_of_the_other_vendors_gpus(root, version, name):
+    nodes(root, version=version)
+    found = detect(run=missing, root=root, environ={})
+    assert (found.vendor, found.architecture, found.memory_gib, found.count) == ("amd", name, 192.0, 2)
+    assert found.device == "cuda"
+
+
+def test_gpus_of_the_host_that_the_container_was_not_given_do_not_count(root):
+    nodes(root)
+    (root / "dev/kfd").unlink()
+    assert detect(run=missing, root=root, environ={}).vendor == "cpu"
+
+
+@pytest.mark.parametrize("found", [CPU, NVIDIA, AMD])
+def test_auto_takes_what_there_is(found):
+    assert select(found, "auto") == found == select(found, found.backend)
+
+
+@pytest.mark.parametrize(("found", "backend"), [(CPU, "cuda"), (CPU, "rocm"), (NVIDIA, "rocm"), (AMD, "cuda")])
+def test_a_backend_that_is_not_there_is_refused(found, backend):
+    with pytest.raises(SettingsError, match=f"BACKEND='{backend}'"):
+        select(found, backend)
+
+
+@pytest.mark.parametrize("found", [CPU, NVIDIA, AMD])
+def test_the_cpu_is_always_there(found):
+    assert select(found, "cpu").device == "cpu" and select(found, "cpu").memory_gib == found.host_memory_gib
+
+
+def test_the_formats_are_those_that_the_trainer_has():
+    assert set(FORMATS) == PRECISIONS.keys()
+    assert all(set(hardware.formats) <= set(FORMATS) for hardware in (CPU, NVIDIA, AMD))
+
+
+def test_every_backend_has_a_vendor_of_its_own():
+    assert len(set(BACKENDS.values())) == len(BACKENDS)
+
+
+@pytest.mark.parametrize(
+    ("vendor", "architecture", "first"),
+    [
+        ("cpu", "x86_64", "fp32"),
+        ("nvidia", "9.0", "bf16"),
+        ("nvidia", "8.0", "bf16"),
+        ("nvidia", "12.0", "bf16"),
+        ("nvidia", "7.5", "fp32"),
+        ("amd", "gfx942", "bf16"),
+    ],
+)
+def test_the_first_format_is_the_best(vendor, architecture, first):
+    assert Hardware(vendor, architecture, 16.0, 1, "", 32.0, 8).formats[0] == first

@@ -1,0 +1,278 @@
+"""Which pictures are trained on when: a pure function of seed and epoch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.dataset import Picture
+from trainer.errors import DataError
+from trainer.order import VARIANTS, Order, fingerprint, fingerprint_differences, split
+from trainer.plan import DataPlan, Dataset, Source, Subset
+
+SHAPES = ((640, 480), (480, 640), (512, 512), (1000, 300))
+
+
+def subset(**keys) -> Subset:
+    return Subset(Source("folder", "pictures"), **keys)
+
+
+def plan(*subsets: Subset, **keys) -> DataPlan:
+    keys = {"enable_bucket": True, "batch_size": 3, **keys}
+    return DataPlan((Dataset(subsets or (subset(),), (512, 512), **keys),))
+
+
+def pictures(count: int, *, dataset: int = 0, subset: int = 0, caption: str | None = "a, b, c", first: int = 0):
+    return [
+        Picture(
+            name=f"{i:03}.png",
+            file=Path(f"/somewhere/{i:03}.png"),
+            sha256=f"{i:064x}",
+            width=SHAPES[i % len(SHAPES)][0],
+            height=SHAPES[i % len(SHAPES)][1],
+            dataset=dataset,
+            subset=subset,
+            caption=caption,
+        )
+        for i in range(first, first + count)
+    ]
+
+
+def order(data: DataPlan, some=None, *, seed: int = 0, **keys) -> Order:
+    return Order(pictures(10) if some is None else some, data, seed=seed, **keys)
+
+
+def examples(batches):
+    return [example for batch in batches for example in batch]
+
+
+# ---- an epoch
+
+
+@given(
+    st.integers(1, 30), st.integers(1, 4), st.integers(1, 5), st.integers(0, 2**63), st.integers(0, 50), st.booleans()
+)
+def test_every_picture_occurs_exactly_repeats_times(count, repeats, batch_size, seed, epoch, varied):
+    keys = {"flip_aug": varied, "random_crop": varied, "color_aug": varied, "shuffle_caption": varied}
+    data = plan(subset(num_repeats=repeats, **keys), batch_size=batch_size)
+    made = order(data, pictures(count), seed=seed)
+    batches = made.epoch(epoch)
+    assert Counter(e.picture.name for e in examples(batches)) == {p.name: repeats for p in pictures(count)}
+    assert len(batches) == made.batches_per_epoch
+    assert made.examples_per_epoch == count * repeats
+    assert all(len({e.view.size for e in batch}) == 1 and len(batch) <= batch_size for batch in batches)
+    assert batches == order(data, pictures(count), seed=seed).epoch(epoch)
+
+
+def test_the_last_smaller_batch_of_each_bucket_is_trained():
+    sizes = Counter(len(batch) for batch in order(plan(batch_size=3)).epoch(0))
+    assert sizes == {3: 2, 2: 2}  # buckets of 3, 3, 2 and 2 pictures
+
+
+def test_epochs_and_seeds_differ():
+    made = order(plan())
+    orders = [
+        [e.picture.name for e in examples(o.epoch(n))] for o, n in ((made, 0), (made, 1), (order(plan(), seed=1), 0))
+    ]
+    assert len({tuple(o) for o in orders}) == 3
+
+
+@given(st.integers(0, 3), st.integers(0, 12))
+@settings(max_examples=30)
+def test_resuming_anywhere_gives_the_same_rest(epoch, index):
+    data = plan(subset(num_repeats=2, flip_aug=True, random_crop=True, shuffle_caption=True, caption_dropout_rate=0.3))
+    whole = list(islice(order(data).from_position(0, 0), 60))
+    per_epoch = order(data).batches_per_epoch
+    index = min(index, per_epoch - 1)
+    start = epoch * per_epoch + index
+    assert list(islice(order(data).from_position(epoch, index), 60 - start)) == whole[start:]
+
+
+def test_datasets_are_never_mixed_and_keep_their_batch_size():
+    data = DataPlan(
+        (
+            Dataset((subset(),), (512, 512), batch_size=4),
+            Dataset((subset(),), (512, 512), batch_size=2),
+        )
+    )
+    made = order(data, pictures(8) + pictures(6, dataset=1))
+    batches = made.epoch(0)
+    assert Counter((batch[0].picture.dataset, len(batch)) for batch in batches) == {(0, 4): 2, (1, 2): 3}
+    assert all(len({e.picture.dataset for e in batch}) == 1 for batch in batches)
+    assert made.buckets == {(0, (512, 512)): 8, (1, (512, 512)): 6}
+
+
+# ---- regularisation
+
+
+@pytest.mark.parametrize(("regular", "repeats"), [(3, 1), (5, 2), (40, 1)])
+def test_regularisation_pictures_are_as_many_as_the_others(regular, repeats):
+    data = plan(subset(num_repeats=2), subset(is_reg=True, num_repeats=repeats))
+    made = order(data, pictures(10) + pictures(regular, subset=1, first=100), prior_loss_weight=0.5)
+    found = examples(made.epoch(0))
+    assert Counter(e.weight for e in found) == {1.0: 20, 0.5: 20}
+    turns = Counter(e.picture.name for e in found if e.weight == 0.5)
+    assert max(turns.values()) - min(turns.values()) <= 1
+    assert len(made.unused) == max(0, regular - 20)
+
+
+def test_a_dataset_of_regularisation_alone_is_trained_as_it_is():
+    found = examples(order(plan(subset(is_reg=True, num_repeats=3)), prior_loss_weight=0.5).epoch(0))
+    assert len(found) == 30 and {e.weight for e in found} == {0.5}
+
+
+# ---- variants, and what the cache must hold
+
+VARIED = {
+    "flip_aug": True,
+    "random_crop": True,
+    "color_aug": True,
+    "shuffle_caption": True,
+    "caption_tag_dropout_rate": 0.3,
+    "enable_wildcard": True,
+    "caption_dropout_rate": 0.2,
+}
+
+
+@pytest.mark.parametrize("keys", [{}, {"flip_aug": True}, {"random_crop": True}, {"caption_dropout_rate": 0.5}, VARIED])
+def test_the_cache_knows_everything_that_epochs_use_and_nothing_else(keys):
+    made = order(plan(subset(num_repeats=4, **keys), validation_split=0.2))
+    views, texts = list(made.every_view()), made.every_caption()
+    used = examples(b for n in range(40) for b in made.epoch(n)) + examples(made.validation())
+    assert {(e.picture, e.view) for e in used} == set(views) and len(views) == len(set(views))
+    assert {e.caption for e in used} == set(texts) and len(texts) == len(set(texts))
+
+
+def test_nothing_varies_unless_asked_for():
+    made = order(plan())
+    assert len(list(made.every_view())) == 10 and made.every_caption() == ["a, b, c"]
+    for _, view in made.every_view():
+        assert not view.flip and view.colour is None
+        assert view.offset == tuple((s - b) // 2 for s, b in zip(view.scaled, view.size, strict=True))
+
+
+def test_the_pools_are_bounded():
+    made = order(plan(subset(**VARIED)))
+    per_picture = Counter(p.name for p, _ in made.every_view())
+    assert max(per_picture.values()) <= VARIANTS
+    assert all({v.flip for p, v in made.every_view() if p.name == name} == {False, True} for name in per_picture)
+
+
+def test_a_flip_alone_is_two_views_each_used_about_half_the_time():
+    made = order(plan(subset(flip_aug=True, num_repeats=100)))
+    assert len(list(made.every_view())) == 20
+    flipped = sum(e.view.flip for e in examples(made.epoch(0)))
+    assert 400 < flipped < 600
+
+
+def test_random_crops_stay_inside():
+    made = order(plan(subset(random_crop=True)))
+    for _, view in made.every_view():
+        for offset, scaled, size in zip(view.offset, view.scaled, view.size, strict=True):
+            assert 0 <= offset <= scaled - size
+    assert len({v.offset for p, v in made.every_view() if p.name == "000.png"}) > 1
+
+
+def test_captions_are_dropped_as_often_as_asked():
+    made = order(plan(subset(num_repeats=300)), caption_dropout_rate=0.25)
+    dropped = sum(e.caption == "" for e in examples(made.epoch(0)))
+    assert abs(dropped / 3000 - 0.25) < 0.03
+    assert set(made.every_caption()) == {"a, b, c", ""}
+
+
+def test_every_second_epoch_without_captions():
+    made = order(plan(subset(caption_dropout_every_n_epochs=2)))
+    assert [{e.caption for e in examples(made.epoch(n))} for n in range(3)] == [{"a, b, c"}, {""}, {"a, b, c"}]
+
+
+def test_the_log_says_what_varies():
+    said = "\n".join(order(plan(subset(**VARIED)), caption_dropout_rate=0.1).describe())
+    assert f"crop and colours and flip vary: {VARIANTS} views of each picture are encoded" in said
+    assert f"{VARIANTS} wordings of each caption are encoded" in said
+    assert "captions are dropped in 0.2 of the occurrences" in said
+    assert "vary" not in "\n".join(order(plan()).describe())
+
+
+# ---- validation
+
+
+def test_held_out_pictures_are_never_trained():
+    made = order(plan(validation_split=0.3))
+    held = {p.name for p in made.held_out}
+    assert len(held) == 3
+    assert not held & {e.picture.name for n in range(5) for e in examples(made.epoch(n))}
+    assert {e.picture.name for e in examples(made.validation())} == held
+
+
+@pytest.mark.parametrize(("count", "share", "held"), [(10, 0.01, 1), (10, 0.5, 5), (2, 0.1, 1), (10, 0.0, 0)])
+def test_at_least_one_is_held_out(count, share, held):
+    assert len(order(plan(validation_split=share), pictures(count)).held_out) == held
+
+
+def test_the_split_follows_its_own_seed():
+    def held(seed, own):
+        data = plan(validation_split=0.3, validation_seed=own)
+        return [p.name for p in split(pictures(30), data, seed=seed)[1]]
+
+    assert held(1, 7) == held(2, 7) != held(1, 8)
+    assert held(1, None) != held(2, None)
+
+
+def test_copies_and_other_resolutions_of_a_held_out_picture_are_not_trained():
+    data = DataPlan((Dataset((subset(), subset()), (512, 512), validation_split=0.3), Dataset((subset(),), (256, 256))))
+    some = pictures(10) + pictures(10, subset=1) + pictures(10, dataset=1)
+    training, held = split(some, data, seed=0)
+    assert not {p.sha256 for p in training} & {p.sha256 for p in held}
+    assert len({p.sha256 for p in held}) == 3 and len(held) == 6
+
+
+def test_regularisation_pictures_are_not_held_out():
+    data = plan(subset(), subset(is_reg=True), validation_split=0.5)
+    _, held = split(pictures(4) + pictures(40, subset=1, first=100), data, seed=0)
+    assert [p.subset for p in held] == [0, 0]
+
+
+def test_validation_is_the_same_whatever_varies_in_training():
+    made = order(plan(subset(**VARIED), validation_split=0.3))
+    assert made.validation() == made.validation()
+    assert all(not e.view.flip and e.view.colour is None and e.caption for e in examples(made.validation()))
+
+
+def test_nothing_left_to_train_on_is_refused():
+    with pytest.raises(DataError, match=r"validation_split 0\.5 holds out 1 of 1"):
+        order(plan(validation_split=0.5), pictures(1))
+    with pytest.raises(DataError, match="No picture to train on"):
+        order(plan(), [])
+
+
+# ---- fingerprint
+
+
+def test_the_fingerprint_names_what_differs_and_no_local_path():
+    old = fingerprint(pictures(5))
+    moved = [p.__class__(**{**{k: getattr(p, k) for k in p.__slots__}, "file": Path("/else")}) for p in pictures(5)]
+    assert fingerprint(moved) == old and "somewhere" not in str(old)
+    new = fingerprint(pictures(1, caption="other") + pictures(2, first=2) + pictures(1, first=9))
+    assert fingerprint_differences(old, old) == []
+    assert fingerprint_differences(old, new) == [
+        "changed: 0.0/000.png (caption)",
+        "removed: 0.0/001.png",
+        "removed: 0.0/004.png",
+        "added: 0.0/009.png",
+    ]
+    assert fingerprint_differences(old, {}, limit=2) == ["removed: 0.0/000.png", "removed: 0.0/001.png", "and 3 more"]
+
+
+def test_changed_bytes_and_lost_captions_are_told_apart():
+    first, second = pictures(1)[0], pictures(1, caption=None, first=1)[0]
+    old, new = fingerprint([first]), {first.key: fingerprint([second])[second.key]}
+    assert fingerprint_differences(old, new) == ["changed: 0.0/000.png (picture, caption)"]
+
+
+def test_an_empty_caption_is_not_a_missing_one():
+    assert fingerprint(pictures(1, caption="")) != fingerprint(pictures(1, caption=None))

@@ -1,0 +1,442 @@
+"""Settings, manifest and hardware → the plan: every `auto` with its reason, every impossible request refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from entrypoint.hardware import Hardware
+from entrypoint.manifest import read_manifest
+from entrypoint.plan import make_plan
+from entrypoint.settings import read_settings
+from entrypoint.variables import NAMES
+from trainer.errors import SettingsError
+from trainer.families import base_models, family
+from trainer.optim import OPTIMIZERS, SCHEDULERS
+from trainer.plan import Dataset, Plan
+
+ROOT = Path(__file__).parents[2]
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+CPU = Hardware("cpu", "x86_64", 32.0, 0, "", 32.0, 8)
+LARGE_GPU = Hardware("nvidia", "9.0", 139.0, 1, "550.1", 500.0, 32)
+SMALL_GPU = Hardware("nvidia", "8.9", 24.0, 1, "550.1", 64.0, 16)
+MODELS = base_models()
+MINI = min(name for name, (_, model) in MODELS.items() if model.files_gib == 0)
+FULL = min(name for name, (_, model) in MODELS.items() if model.files_gib > 0)
+MULTIPLE = family(MODELS[MINI][0]).FACTS.multiple
+
+
+def plan(*, on: Hardware = CPU, config: Any = None, prompts: Any = None, **variables: str) -> Plan:
+    settings = read_settings({"BASE_MODEL": MINI, "DATASET_NAME": "org/pictures", **variables})
+    manifest = read_manifest(json.dumps(config) if config else None, json.dumps(prompts) if prompts else None)
+    return make_plan(settings, manifest, on, now=NOW)
+
+
+def refusal(**options: Any) -> str:
+    with pytest.raises(SettingsError) as caught:
+        plan(**options)
+    return str(caught.value)
+
+
+def config(subset: dict[str, Any] | None = None, **dataset: Any) -> dict[str, Any]:
+    return {"datasets": [{"resolution": 512, **dataset, "subsets": [subset or {}]}]}
+
+
+def dataset(**options: Any) -> Dataset:
+    return plan(**options).data.datasets[0]
+
+
+# ---- the whole
+
+
+def test_a_plan_survives_json():
+    made = plan()
+    assert Plan.from_json(made.to_json()) == made
+
+
+def test_the_same_request_makes_the_same_plan():
+    assert plan() == plan()
+
+
+def test_every_choice_has_a_reason():
+    words = "\n".join(plan().reasons)
+    for variable in ("BACKEND", "PARAMS_PRECISION", "PARAMS_COMPILE", "PARAMS_ATTENTION", "DATASET_NAME"):
+        assert re.search(rf"^{variable}: .+ \(.+\)$", words, re.MULTILINE)
+    for variable in ("PARAMS_GRADIENT_CHECKPOINTING", "PARAMS_LEARNING_RATE", "PARAMS_TIMESTEP_SAMPLING"):
+        assert re.search(rf"^{variable}: .+ \(.+\)$", words, re.MULTILINE)
+
+
+def test_what_was_asked_for_needs_no_reason():
+    asked = {"PARAMS_PRECISION": "fp32", "PARAMS_COMPILE": "false", "PARAMS_ATTENTION": "native", "BACKEND": "cpu"}
+    assert not [r for r in plan(**asked).reasons if r.split(":")[0] in asked]
+
+
+def test_everything_impossible_is_in_one_message():
+    message = refusal(
+        on=CPU,
+        config=config({"split": "test"}, bucket_reso_steps=MULTIPLE + 1, enable_bucket=True),
+        prompts=["a cat"],
+        BACKEND="cuda",
+        DATASET_NAME="/pictures",
+        PARAMS_TIMESTEP_SAMPLING="often",
+        PARAMS_OPTIMIZER_ARGS="beta=1",
+        PARAMS_VALIDATE_EVERY_N_STEPS="10",
+        PARAMS_RESUME_FROM="/nothing",
+        MODEL_PATH="/nothing",
+    )
+    for word in ("split", "bucket_reso_steps", "BACKEND", "PARAMS_TIMESTEP_SAMPLING", "PARAMS_OPTIMIZER_ARGS: beta=1"):
+        assert word in message
+    for word in ("PARAMS_VALIDATE_EVERY_N_STEPS", "PARAMS_RESUME_FROM", "MODEL_PATH"):
+        assert word in message
+
+
+def test_planning_imports_no_torch_and_takes_less_than_a_second():
+    program = f"""
+import sys, time
+from datetime import datetime
+from entrypoint import hardware, manifest, plan, settings
+asked = settings.read_settings({{"BASE_MODEL": {MINI!r}, "DATASET_NAME": "org/pictures"}})
+said = manifest.read_manifest(asked.dataset_config, asked.sample_prompts)
+plan.make_plan(asked, said, hardware.Hardware("cpu", "x86_64", 8.0, 0, "", 8.0, 2), now=datetime.now())
+print(time.process_time(), *(m for m in ("torch", "numpy", "diffusers", "transformers") if m in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    seconds, *modules = done.stdout.split()
+    assert float(seconds) < 1 and modules == []
+
+
+# ---- model
+
+
+def test_a_base_model_has_its_source_and_family():
+    name, model = MODELS[FULL]
+    made = plan(BASE_MODEL=FULL, on=LARGE_GPU).model
+    assert (made.base, made.family, made.source, made.revision) == (FULL, name, model.source, None)
+
+
+def test_another_repository_or_folder_may_take_its_place(tmp_path):
+    made = plan(BASE_MODEL=FULL, MODEL_PATH="org/model", MODEL_REVISION="v2").model
+    assert (made.source, made.revision) == ("org/model", "v2")
+    assert plan(MODEL_PATH=str(tmp_path)).model.source == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "path", ["/a/model.safetensors", "model.ckpt", __file__, "/nothing", "a/b/c", "name", "org/x.gguf"]
+)
+def test_anything_else_says_what_is_accepted(path):
+    message = refusal(MODEL_PATH=path)
+    assert f"MODEL_PATH={path!r}" in message and "model_index.json" in message
+
+
+def test_a_folder_has_no_revision():
+    assert "MODEL_REVISION" in refusal(MODEL_REVISION="v1")
+
+
+# ---- data
+
+
+def test_dataset_name_goes_to_every_subset_without_a_source(tmp_path):
+    both = {"datasets": [{"resolution": 512, "subsets": [{}, {"image_dir": str(tmp_path)}, {"split": "test"}]}]}
+    first, second, third = (s.source for s in dataset(config=both, DATASET_SPLIT="dev", IMAGE_COLUMN="img").subsets)
+    assert (first.kind, first.location, first.split, first.image_column) == ("hub", "org/pictures", "dev", "img")
+    assert (second.kind, second.location, second.split) == ("folder", str(tmp_path), "train")
+    assert (third.location, third.split) == ("org/pictures", "test")
+
+
+def test_a_subsets_own_revision_comes_before_the_datasets():
+    both = {"datasets": [{"resolution": 512, "subsets": [{}, {"revision": "v2"}]}]}
+    sources = [s.source for s in dataset(config=both, DATASET_REVISION="v1").subsets]
+    assert [s.revision for s in sources] == ["v1", "v2"]
+
+
+def test_without_a_name_every_subset_needs_a_source():
+    named = config({"dataset": "org/other"})
+    assert dataset(config=named, DATASET_NAME="").subsets[0].source.split == "train"
+    assert "DATASET_NAME is not set" in refusal(DATASET_NAME="")
+    assert "DATASET_NAME is not set" in refusal(config=config(), DATASET_NAME="")
+
+
+def test_a_name_that_no_subset_takes_is_refused():
+    assert "every subset" in refusal(config=config({"dataset": "org/other"}))
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "pictures.rar", "s3://a/b.zip"])
+def test_a_name_that_is_none_is_refused(name):
+    assert f"DATASET_NAME: {name!r}" in refusal(DATASET_NAME=name)
+
+
+@pytest.mark.parametrize("variable", ["DATASET_SPLIT", "DATASET_REVISION"])
+def test_a_folder_has_no_splits_and_revisions(variable):
+    assert variable in refusal(DATASET_NAME="/pictures", **{variable: "x"})
+
+
+def test_settings_override_dataset_json():
+    said = config({"num_repeats": 2, "caption_dropout_rate": 0.1}, batch_size=2)
+    made = dataset(config=said)
+    assert (made.resolution, made.batch_size) == ((512, 512), 2)
+    assert (made.subsets[0].num_repeats, made.subsets[0].caption_dropout_rate) == (2, 0.1)
+    asked = {"PARAMS_RESOLUTION": "640x384", "PARAMS_BATCH_SIZE": "3", "PARAMS_NUM_REPEATS": "4"}
+    made = dataset(config=said, **asked, PARAMS_CAPTION_DROPOUT_RATE="0", TRIGGER_WORD="sks")
+    assert (made.resolution, made.batch_size) == ((640, 384), 3)
+    subset = made.subsets[0]
+    assert (subset.num_repeats, subset.caption_dropout_rate, subset.trigger_word) == (4, 0.0, "sks")
+
+
+def test_a_caption_dropout_rate_is_the_runs_and_every_subsets():
+    made = plan(PARAMS_CAPTION_DROPOUT_RATE="0.2")
+    assert made.train.caption_dropout_rate == made.data.datasets[0].subsets[0].caption_dropout_rate == 0.2
+
+
+@pytest.mark.parametrize("base", MODELS)
+def test_without_a_dataset_json_the_resolution_is_the_models(base):
+    made, resolution = dataset(BASE_MODEL=base), MODELS[base][1].resolution
+    assert made.resolution == (resolution, resolution) and made.enable_bucket
+    assert made.min_bucket_reso <= resolution // 2 and made.max_bucket_reso >= 2 * resolution
+    assert made.subsets[0].caption_extension == ".txt"
+
+
+def test_a_miniature_has_buckets_of_its_size():
+    made = dataset()
+    assert (made.min_bucket_reso, made.max_bucket_reso, made.bucket_reso_steps) == (64, 256, MULTIPLE)
+
+
+def test_limits_that_the_user_has_set_stay():
+    said = config(enable_bucket=True, min_bucket_reso=96, bucket_reso_steps=2 * MULTIPLE)
+    made = dataset(config=said, PARAMS_RESOLUTION="128")
+    assert (made.min_bucket_reso, made.max_bucket_reso, made.bucket_reso_steps) == (96, 256, 2 * MULTIPLE)
+
+
+def test_the_usual_limits_stay_where_they_fit():
+    made = dataset(config=config(enable_bucket=True))
+    assert (made.min_bucket_reso, made.max_bucket_reso, made.bucket_reso_steps) == (256, 1024, 64)
+
+
+@pytest.mark.parametrize(
+    ("said", "word"),
+    [
+        ({"enable_bucket": True, "bucket_reso_steps": MULTIPLE * 3 // 2}, "bucket_reso_steps"),
+        ({"enable_bucket": True, "bucket_reso_steps": 1024}, "larger than the resolution"),
+        ({"enable_bucket": True, "min_bucket_reso": 1024, "max_bucket_reso": 512}, "min_bucket_reso"),
+        ({"resolution": 500}, f"multiples of {MULTIPLE}"),
+        ({"resolution": [512, 500]}, f"multiples of {MULTIPLE}"),
+        ({"resolution": None}, "resolution is missing"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_model_are_refused_with_their_place(said, word):
+    message = refusal(config=config(**said))
+    assert word in message and "datasets[0]" in message
+
+
+def test_with_buckets_any_resolution_fits():
+    assert dataset(config=config(resolution=500, enable_bucket=True)).resolution == (500, 500)
+
+
+# ---- adapter, optimiser, training
+
+
+def test_the_targets_are_the_familys_or_the_users():
+    assert plan().lora.targets == family(MODELS[MINI][0]).FACTS.targets
+    assert plan(PARAMS_TARGET_MODULES="to_q,to_k").lora.targets == ("to_q", "to_k")
+
+
+def test_a_lora_file_or_a_state_folder_may_be_gone_on_from(tmp_path):
+    file = tmp_path / "x.safetensors"
+    file.touch()
+    assert plan(PARAMS_RESUME_FROM=str(file)).lora.resume_from == str(file)
+    assert plan(PARAMS_RESUME_FROM=str(tmp_path)).lora.resume_from == str(tmp_path)
+    assert "PARAMS_RESUME_FROM" in refusal(PARAMS_RESUME_FROM=__file__)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_comes_with_its_defaults(name):
+    made = plan(PARAMS_OPTIMIZER_TYPE=name).optim
+    assert (made.learning_rate, made.args) == (OPTIMIZERS[name].learning_rate, OPTIMIZERS[name].defaults)
+
+
+def test_prodigy_is_as_the_existing_interface_has_it():
+    made = plan().optim
+    assert (made.name, made.learning_rate, made.weight_decay) == ("prodigy", 1.0, 0.1)
+    assert {"betas": [0.9, 0.999], "decouple": True, "d_coef": 2.0}.items() <= made.args.items()
+    assert not made.args["use_bias_correction"] and not made.args["safeguard_warmup"]
+
+
+def test_optimizer_arguments_are_added_to_the_defaults():
+    args = plan(PARAMS_OPTIMIZER_ARGS="betas=0.8,0.99 slice_p=11", PARAMS_D_COEF="0.5").optim.args
+    assert (args["betas"], args["slice_p"], args["d_coef"], args["decouple"]) == ([0.8, 0.99], 11, 0.5, True)
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        ("beta=0.9,0.99", "did you mean betas?"),
+        ("lr=1", "PARAMS_LEARNING_RATE"),
+        ("weight_decay=0", "PARAMS_WEIGHT_DECAY"),
+        ("betas=0.9", "two numbers"),
+        ("betas=0.9,2", "two numbers"),
+        ("betas=fast", "two numbers"),
+        ("decouple=1", "neither true nor false"),
+        ("d_coef=True", "no number"),
+        ("slice_p=abc", "is a word"),
+        ("slice_p=1,2", "is a list"),
+    ],
+)
+def test_wrong_optimizer_arguments_are_refused(args, word):
+    message = refusal(PARAMS_OPTIMIZER_ARGS=args)
+    assert f"PARAMS_OPTIMIZER_ARGS: {args.split('=')[0]}=" in message and word in message
+
+
+def test_an_argument_is_not_given_twice():
+    assert "PARAMS_D_COEF" in refusal(PARAMS_OPTIMIZER_ARGS="d_coef=1", PARAMS_D_COEF="1")
+
+
+def test_variables_of_other_optimizers_and_schedules_change_nothing_and_say_so():
+    made = plan(PARAMS_OPTIMIZER_TYPE="adamw", PARAMS_D_COEF="1", PARAMS_NUM_CYCLES="2")
+    assert made.optim.args == OPTIMIZERS["adamw"].defaults and made.optim.num_cycles == 1
+    assert {"PARAMS_D_COEF: not used (adamw has none)", "PARAMS_NUM_CYCLES: not used (constant has no cycles)"} <= set(
+        made.reasons
+    )
+
+
+@pytest.mark.parametrize(("epochs", "asked", "cycles"), [("2", "", 1), ("9", "", 3), ("9", "5", 5)])
+def test_cycles_are_a_third_of_the_epochs(epochs, asked, cycles):
+    scheduler = "cosine_with_restarts"
+    made = plan(PARAMS_LEARNING_SCHEDULER=scheduler, PARAMS_MAX_EPOCHS=epochs, PARAMS_NUM_CYCLES=asked)
+    assert made.optim.num_cycles == cycles
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_schedule_free_optimizers_take_no_schedule(scheduler):
+    free = next(name for name, spec in OPTIMIZERS.items() if spec.schedule_free)
+    options = {"PARAMS_OPTIMIZER_TYPE": free, "PARAMS_LEARNING_SCHEDULER": scheduler}
+    if scheduler.startswith("constant"):
+        assert plan(**options).optim.scheduler == scheduler
+    else:
+        assert f"PARAMS_LEARNING_SCHEDULER={scheduler}" in refusal(**options)
+
+
+def test_a_warm_up_needs_a_schedule_that_has_one():
+    assert "constant_with_warmup" in refusal(PARAMS_WARMUP_STEPS="10")
+    made = plan(PARAMS_WARMUP_STEPS="10", PARAMS_LEARNING_SCHEDULER="constant_with_warmup")
+    assert made.optim.warmup_steps == 10
+
+
+def test_the_timestep_sampling_is_one_of_the_familys():
+    samplings = family(MODELS[MINI][0]).FACTS.timestep_samplings
+    assert plan().train.timestep_sampling == samplings[0]
+    assert plan(PARAMS_TIMESTEP_SAMPLING=samplings[-1]).train.timestep_sampling == samplings[-1]
+    assert f"did you mean {samplings[0]}?" in refusal(PARAMS_TIMESTEP_SAMPLING=samplings[0][:-1])
+
+
+def test_validation_needs_pictures_that_are_held_out():
+    assert "validation_split" in refusal(PARAMS_VALIDATE_EVERY_N_STEPS="10")
+    made = plan(PARAMS_VALIDATE_EVERY_N_STEPS="10", config=config(validation_split=0.1))
+    assert made.output.validate_every == 10
+
+
+# ---- engine
+
+
+def test_a_cpu_computes_in_full_precision_and_compiles_nothing():
+    engine = plan(on=CPU).engine
+    assert (engine.device, engine.precision, engine.compile, engine.gradient_checkpointing) == (
+        "cpu",
+        "fp32",
+        False,
+        False,
+    )
+
+
+def test_an_accelerator_computes_in_half_precision_and_compiles():
+    engine = plan(on=LARGE_GPU).engine
+    assert (engine.device, engine.precision, engine.compile, engine.attention) == ("cuda", "bf16", True, "native")
+
+
+def test_what_the_hardware_cannot_do_is_refused():
+    old = dataclasses.replace(SMALL_GPU, architecture="7.5")
+    assert "PARAMS_PRECISION='bf16'" in refusal(on=old, PARAMS_PRECISION="bf16")
+
+
+@pytest.mark.parametrize(
+    ("hardware", "limit", "batch", "recompute"),
+    [(LARGE_GPU, "", "1", False), (LARGE_GPU, "24", "1", True), (LARGE_GPU, "", "8", True), (SMALL_GPU, "", "1", True)],
+)
+def test_it_recomputes_where_memory_is_short(hardware, limit, batch, recompute):
+    made = plan(on=hardware, BASE_MODEL=FULL, MEMORY_LIMIT_GIB=limit, PARAMS_BATCH_SIZE=batch)
+    assert made.engine.gradient_checkpointing is recompute
+
+
+def test_what_the_user_says_about_it_is_done():
+    assert plan(on=LARGE_GPU, PARAMS_GRADIENT_CHECKPOINTING="true").engine.gradient_checkpointing
+    assert not plan(on=SMALL_GPU, BASE_MODEL=FULL, PARAMS_GRADIENT_CHECKPOINTING="false").engine.gradient_checkpointing
+
+
+def test_a_backend_that_is_not_there_is_refused_and_the_cpu_always_is():
+    assert "BACKEND='cuda'" in refusal(on=CPU, BACKEND="cuda")
+    assert plan(on=LARGE_GPU, BACKEND="cpu").engine.device == "cpu"
+
+
+# ---- output, prompts
+
+
+def test_the_name_tells_the_job_and_the_start():
+    made = plan()
+    assert re.fullmatch(r"[0-9a-f]{8}-20260102-030405", made.output.name)
+    assert made.output.started == int(NOW.timestamp())
+    assert plan(OUTPUT_PATH="/elsewhere").output.name == made.output.name
+    assert plan(PARAMS_SEED="1").output.name != made.output.name
+    assert plan(OUTPUT_NAME="mine").output.name == "mine"
+
+
+def test_a_prompt_is_completed_from_the_model_and_the_seed():
+    facts = family(MODELS[MINI][0]).FACTS
+    first, second = plan(prompts=["a cat", "a dog"], PARAMS_SEED="7", PARAMS_RESOLUTION="144x96").prompts
+    assert (first.text, first.width, first.height) == ("a cat", 144, 96)
+    assert (first.steps, first.guidance, first.cfg) == (facts.prompt_steps, facts.prompt_guidance, facts.prompt_cfg)
+    assert (first.seed, second.seed, first.negative) == (7, 8, "")
+
+
+def test_flags_stay_and_sides_are_rounded_down():
+    side = MULTIPLE * 5
+    (made,) = plan(prompts=[f"a cat --w {side + 1} --h {side - 1} --d 3 --s 2 --l 1.5 --g 0 --n dark"]).prompts
+    assert (made.width, made.height, made.seed, made.steps) == (side, side - MULTIPLE, 3, 2)
+    assert (made.cfg, made.guidance, made.negative) == (1.5, 0.0, "dark")
+
+
+@pytest.mark.parametrize("base", MODELS)
+def test_a_model_may_have_defaults_of_its_own(base):
+    (made,) = plan(BASE_MODEL=base, prompts=["a cat"], on=LARGE_GPU).prompts
+    assert MODELS[base][1].defaults.items() <= dataclasses.asdict(made).items()
+
+
+def test_the_trigger_word_goes_before_the_packaged_prompts_alone():
+    assert all(p.text.startswith("sks, ") for p in plan(TRIGGER_WORD="sks").prompts)
+    assert plan(TRIGGER_WORD="sks", prompts=["a cat"]).prompts[0].text == "a cat"
+
+
+# ---- anything at all
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(NAMES), st.text(max_size=20) | st.sampled_from(["1", "true", "auto", "512", "a.zip"])
+    )
+)
+@hypothesis_settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_any_settings_make_a_plan_or_a_settings_error(variables):
+    variables = {k: v for k, v in variables.items() if k not in ("DATASET_CONFIG", "SAMPLE_PROMPTS", "HF_TOKEN_FILE")}
+    try:
+        made = plan(**variables)
+    except SettingsError:
+        return
+    assert Plan.from_json(made.to_json()) == made

@@ -1,0 +1,284 @@
+"""What is found before anything is downloaded: places, room, models and pictures. Without a network."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from entrypoint.fetch import fetch_model, fetch_source
+from entrypoint.layout import check_folder, problems
+from entrypoint.preflight import preflight
+from trainer.errors import DataError, KilnError, SettingsError, StorageError
+from trainer.families import family
+from trainer.plan import (
+    DataPlan,
+    Dataset,
+    EnginePlan,
+    LoraPlan,
+    ModelPlan,
+    OptimPlan,
+    OutputPlan,
+    Plan,
+    Source,
+    Subset,
+    TrainPlan,
+)
+
+ROOT = Path(__file__).parents[2]
+PATTERNS = family("flux").FACTS.files
+PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder in the layout of diffusers, with tiny weights."""
+    folder = tmp_path / "model"
+    for part in (*PARTS, "tokenizer", "tokenizer_2", "scheduler"):
+        (folder / part).mkdir(parents=True)
+        (folder / part / ("config.json" if part in PARTS else "other.json")).write_text("{}")
+    for part in PARTS:
+        save_file({"w": np.zeros(10, np.float32)}, folder / part / "model.safetensors")
+    (folder / "model_index.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "1.JPG").write_bytes(b"x")
+    return folder
+
+
+@pytest.fixture
+def plan(tmp_path: Path, model: Path, pictures: Path) -> Plan:
+    (tmp_path / "volume").mkdir()
+    return Plan(
+        model=ModelPlan("mini-flux", "flux", str(model)),
+        data=DataPlan((Dataset((Subset(Source("folder", str(pictures))),), (64, 64)),)),
+        lora=LoraPlan(),
+        optim=OptimPlan(),
+        train=TrainPlan(),
+        engine=EnginePlan(),
+        output=OutputPlan(str(tmp_path / "volume" / "out"), "x", str(tmp_path / "volume" / "cache")),
+    )
+
+
+def with_source(plan: Plan, *sources: Source) -> Plan:
+    return dataclasses.replace(plan, data=DataPlan((Dataset(tuple(Subset(s) for s in sources), (64, 64)),)))
+
+
+def check(plan: Plan, tmp_path: Path) -> None:
+    preflight(plan, token=None, hub_cache=tmp_path / "volume" / "hf" / "hub")
+
+
+def test_a_good_plan_passes_and_leaves_nothing_behind(plan: Plan, tmp_path: Path) -> None:
+    check(plan, tmp_path)
+    assert list((tmp_path / "volume").iterdir()) == []
+
+
+def test_it_is_quick_and_loads_no_client_of_the_hub_for_local_places(plan: Plan, tmp_path: Path) -> None:
+    code = (
+        "import sys, time; began = time.perf_counter()\n"
+        "from pathlib import Path; from trainer.plan import Plan; from entrypoint.preflight import preflight\n"
+        "preflight(Plan.from_json(sys.stdin.read()), token=None, hub_cache=Path('hf'))\n"
+        "heavy = {'torch', 'huggingface_hub', 'httpx', 'datasets', 'numpy', 'PIL'} & set(sys.modules)\n"
+        "print(heavy or '', time.perf_counter() - began)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        input=plan.to_json(),
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert float(run.stdout) < 0.7  # and nothing heavy before the number
+
+
+def test_all_problems_are_told_in_one_message(plan: Plan, tmp_path: Path, model: Path, pictures: Path) -> None:
+    (model / "model_index.json").unlink()
+    (pictures / "deep" / "1.JPG").unlink()
+    plan = dataclasses.replace(plan, lora=LoraPlan(resume_from=str(tmp_path / "no.safetensors")))
+    with pytest.raises(SettingsError) as problem:
+        check(plan, tmp_path)
+    assert all(word in str(problem.value) for word in ("PARAMS_RESUME_FROM=", "model_index.json", "no picture in it"))
+
+
+# --- places and room
+
+
+@pytest.mark.parametrize("variable", ["OUTPUT_PATH", "CACHE_PATH"])
+def test_a_place_that_is_a_file_is_named(plan: Plan, tmp_path: Path, variable: str) -> None:
+    name = {"OUTPUT_PATH": "out", "CACHE_PATH": "cache"}[variable]
+    (tmp_path / "volume" / name).write_text("a file")
+    with pytest.raises(SettingsError, match=f"{variable}=.*is a file"):
+        check(plan, tmp_path)
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
+def test_a_place_that_cannot_be_written_is_named(plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "volume").chmod(0o555)
+    with pytest.raises(StorageError, match=r"OUTPUT_PATH=.*cannot be written"):
+        check(plan, tmp_path)
+
+
+def test_a_place_without_files_is_named(plan: Plan, tmp_path: Path) -> None:
+    plan = dataclasses.replace(plan, output=dataclasses.replace(plan.output, path="/proc/kiln"))
+    with pytest.raises(StorageError, match=r"OUTPUT_PATH=/proc/kiln cannot be written.*choose another"):
+        check(plan, tmp_path)
+
+
+def test_too_little_room_shows_both_numbers(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def usage(path: Path) -> Usage:
+        asked.append(path)
+        return Usage(0, 0, 10 * 2**20)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    archive = tmp_path / "big.zip"
+    with zipfile.ZipFile(archive, "w") as container:
+        container.writestr("1.png", bytes(60 * 2**20))
+    with pytest.raises(StorageError) as problem:
+        check(with_source(plan, Source("archive", str(archive))), tmp_path)
+    assert asked and problem.value.exit_code == 74
+    assert all(
+        word in str(problem.value) for word in ("CACHE_PATH", "71 MiB are needed", "10 MiB are free", "unpacked")
+    )
+
+
+def test_checkpoints_count(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    save_file({"w": np.zeros(2**20, np.float32)}, model / "transformer" / "model.safetensors")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 10_000))
+    with pytest.raises(StorageError, match=r"OUTPUT_PATH.*4 checkpoints"):
+        check(plan, tmp_path)
+
+
+# --- pictures
+
+
+def test_a_folder_that_is_not_there(plan: Plan, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="DATASET_NAME=/nowhere"):
+        check(with_source(plan, Source("folder", "/nowhere")), tmp_path)
+
+
+def test_an_empty_folder(plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no picture"):
+        check(with_source(plan, Source("folder", str(tmp_path / "empty"))), tmp_path)
+
+
+def test_an_archive_without_pictures(plan: Plan, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as container:
+        container.writestr("1.txt", "x")
+    with pytest.raises(DataError, match="no picture"):
+        check(with_source(plan, Source("archive", str(tmp_path / "a.zip"))), tmp_path)
+
+
+def test_a_dangerous_archive(plan: Plan, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as container:
+        container.writestr("../1.png", "x")
+    with pytest.raises(DataError, match="leads out"):
+        check(with_source(plan, Source("archive", str(tmp_path / "a.zip"))), tmp_path)
+
+
+def test_a_folder_source_becomes_absolute(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(pictures.parent)
+    assert fetch_source(Source("folder", "pictures"), cache=tmp_path, token=None).path == str(pictures)
+
+
+# --- models
+
+
+def test_a_good_folder_is_taken_as_it_is(model: Path) -> None:
+    done = fetch_model(ModelPlan("flux", "flux", str(model)), patterns=PATTERNS, token=None)
+    assert done.path == str(model) and done.commit is None
+
+
+def refuse(model: Path) -> str:
+    with pytest.raises(SettingsError) as problem:
+        fetch_model(ModelPlan("flux", "flux", str(model)), patterns=PATTERNS, token=None)
+    assert "MODEL_PATH=" in str(problem.value)
+    return str(problem.value)
+
+
+def test_missing_parts_are_named_together(model: Path) -> None:
+    shutil.rmtree(model / "vae")
+    (model / "text_encoder" / "model.safetensors").unlink()
+    assert "vae/ is missing" in refuse(model) and "text_encoder/ has no .safetensors" in refuse(model)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.ckpt", "model.pt", "model.pth", "model.pkl"])
+def test_pickles_alone_are_refused_unopened(model: Path, name: str) -> None:
+    (model / "vae" / "model.safetensors").unlink()
+    (model / "vae" / name).write_bytes(b"cos\nsystem\n(S'touch evil'\ntR.")
+    assert f"vae/{name} is a pickle" in refuse(model) and not Path("evil").exists()
+
+
+def test_pickles_beside_safetensors_do_not_matter(model: Path) -> None:
+    (model / "vae" / "pytorch_model.bin").write_bytes(b"x")
+    check_folder("MODEL_PATH=x", model, PATTERNS)
+
+
+def test_a_missing_shard_is_named(model: Path) -> None:
+    index = {"weight_map": {"a": "model-00001.safetensors", "b": "model.safetensors"}}
+    (model / "transformer" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "transformer/model-00001.safetensors is missing" in refuse(model)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:-1],
+        lambda data: data + b"x",
+        lambda data: data[:4],
+        lambda data: b"",
+        lambda data: (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 1\n"
+        ),
+        lambda data: (2**60).to_bytes(8, "little") + data[8:],
+    ],
+)
+def test_damaged_weights_are_named(model: Path, damage: Callable[[bytes], bytes]) -> None:
+    path = model / "vae" / "model.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    assert "vae/model.safetensors is damaged" in refuse(model)
+
+
+def test_a_single_file_and_no_folder(model: Path, tmp_path: Path) -> None:
+    assert "single file" in refuse(model / "vae" / "model.safetensors")
+    assert "there is no folder" in refuse(tmp_path / "nowhere")
+
+
+def test_the_layout_is_judged_by_names_alone() -> None:
+    assert problems(["a.safetensors"], PATTERNS) == [
+        "it has no model_index.json, so it is not a model in the folder layout of diffusers"
+    ]
+    assert len(problems(["model_index.json"], PATTERNS)) == 7
+
+
+def test_the_embedded_miniature_is_whole(tmp_path: Path) -> None:
+    base = family("flux").FACTS.models["mini-flux"]
+    if not Path(base.source).is_dir():
+        pytest.skip("the miniature has not been made")
+    fetch_model(ModelPlan("mini-flux", "flux", base.source), patterns=PATTERNS, token=None)
+
+
+def test_every_error_has_an_exit_code() -> None:
+    assert {k.exit_code for k in (SettingsError, DataError, StorageError)} == {78, 65, 74}
+    assert all(issubclass(k, KilnError) for k in (SettingsError, DataError, StorageError))

@@ -1,0 +1,119 @@
+"""The rules that keep the house easy to live in, as far as they can be read off the code."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from trainer.families import base_models, names
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted(path for folder in ("entrypoint", "trainer") for path in (ROOT / folder).rglob("*.py"))
+FROM_TRAINER = {
+    "trainer",
+    "trainer.plan",
+    "trainer.errors",
+    "trainer.families",
+    "trainer.optim",
+}  # what the entrypoint may import
+VENDORS = r"nvidia|amd|rocm|geforce|radeon|hopper|ampere|mi[23]\d\dx?|gfx\d\w+|[ah]100|h200"
+WITH_VENDORS = {"entrypoint/hardware.py", "trainer/precision.py"}
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+every_file = pytest.mark.parametrize("path", FILES, ids=name)
+
+
+def walk(path: Path) -> Iterator[ast.AST]:
+    yield from ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def imports(path: Path) -> set[str]:
+    """The modules that are imported anywhere in a file."""
+    found = set()
+    for node in walk(path):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+    return found
+
+
+def found_in(path: Path, pattern: str) -> list[str]:
+    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+    return [f"{name(path)}:{i}: {line.strip()}" for i, line in lines if re.search(pattern, line, re.IGNORECASE)]
+
+
+@every_file
+def test_a_file_is_under_400_lines(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+@every_file
+def test_a_function_is_under_60_lines(path):
+    functions = [node for node in walk(path) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    assert [f.name for f in functions if (f.end_lineno or 0) - f.lineno >= 60] == []
+
+
+@every_file
+def test_no_signature_swallows_what_is_misspelt(path):
+    functions = [node for node in walk(path) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))]
+    assert [f.lineno for f in functions if f.args.kwarg] == []
+
+
+@every_file
+def test_only_the_two_main_files_catch_everything(path):
+    if path.name != "__main__.py":
+        caught = [ast.unparse(n.type) if n.type else "bare" for n in walk(path) if isinstance(n, ast.ExceptHandler)]
+        assert not [kind for kind in caught if re.search(r"\b(bare|Exception|BaseException)\b", kind)]
+
+
+@every_file
+def test_nothing_is_unpickled(path):
+    assert not imports(path) & {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal"}
+    assert found_in(path, r"torch\.load\b|allow_pickle\s*=\s*True|weights_only\s*=\s*False") == []
+
+
+@every_file
+def test_families_are_known_under_families_alone(path):
+    """Comments and docstrings may tell of them; code may not."""
+    if "families" in path.parts:
+        return
+    known = "|".join({re.escape(n) for n in (*names(), *base_models())} | {"sdxl", "sd3"})
+    # flux_shift is the name of a timestep sampling, which users set.
+    pattern = rf"(?<![a-z0-9])({known})(?!_shift)(?![a-z0-9])"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    texts = [t.value for t in ast.walk(tree) if isinstance(t, ast.Expr) and isinstance(t.value, ast.Constant)]
+    words = [(n, n.value) for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    words += [(n, n.id) for n in ast.walk(tree) if isinstance(n, ast.Name)]
+    words += [(n, n.attr) for n in ast.walk(tree) if isinstance(n, ast.Attribute)]
+    assert [w for n, w in words if n not in texts and re.search(pattern, w, re.IGNORECASE)] == []
+
+
+@every_file
+def test_vendors_are_named_where_they_must_be_alone(path):
+    if name(path) not in WITH_VENDORS:
+        assert found_in(path, rf"(?<![a-z0-9])({VENDORS})(?![a-z0-9])") == []
+
+
+@every_file
+def test_the_two_halves_share_the_plan_and_little_else(path):
+    used = imports(path)
+    if path.is_relative_to(ROOT / "entrypoint"):
+        assert {m for m in used if m.split(".")[0] == "trainer"} <= FROM_TRAINER
+        assert not {m for m in used if m.split(".")[0] in ("torch", "diffusers", "transformers", "peft")}
+    else:
+        assert not {m for m in used if m.split(".")[0] == "entrypoint"}
+
+
+@every_file
+def test_parameters_are_read_from_the_environment_in_one_place(path):
+    if name(path) != "entrypoint/settings.py":
+        assert found_in(path, r"(environ|getenv).*PARAMS_") == []

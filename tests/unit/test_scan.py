@@ -1,0 +1,388 @@
+"""Folders of pictures: every one is used, or skipped for a named reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from trainer import dataset as module
+from trainer import folders, images
+from trainer.dataset import Scan, Skipped, render, render_mask, scan, survey
+from trainer.errors import DataError, UnreachableError
+from trainer.images import UnusableImageError
+from trainer.order import Order
+from trainer.plan import DataPlan, Dataset, Source, Subset
+
+ROOT = Path(__file__).parents[2]
+
+
+def subset(folder: Path, **keys) -> Subset:
+    return Subset(Source("folder", folder.name, path=str(folder)), **keys)
+
+
+def plan(*subsets: Subset, strict: bool = False, **keys) -> DataPlan:
+    return DataPlan((Dataset(subsets, keys.pop("resolution", (64, 64)), **keys),), strict=strict)
+
+
+def surveyed(folder: Path, **keys) -> Scan:
+    return survey(plan(subset(folder, **keys)), workers=0)
+
+
+def reasons(found: Scan) -> dict[str, str]:
+    return {s.name: s.reason for s in found.skipped}
+
+
+def captions(found: Scan) -> dict[str, str | None]:
+    return {p.name: p.caption for p in found.pictures}
+
+
+# ---- files
+
+
+def test_pictures_in_folders_are_found_sorted_and_others_left_alone(make_folder):
+    folder = make_folder("a", 2)
+    (folder / "sub").mkdir()
+    for name in ("sub/b.PNG", ".hidden.png", "sub/._b.png"):
+        shutil.copy(folder / "00.png", folder / name)
+    for name in ("__MACOSX", ".git"):
+        (folder / name).mkdir()
+        shutil.copy(folder / "00.png", folder / name / "c.png")
+    (folder / "notes.md").write_text("x")
+    found = surveyed(folder)
+    assert [p.name for p in found.pictures] == ["00.png", "01.png", "sub/b.PNG"]
+    assert found.skipped == ()
+    assert "a (0.0): other files: 2 .txt, 1 .md" in found.report()
+
+
+def test_same_stem_is_two_pictures_and_copies_are_counted(make_folder):
+    folder = make_folder("a", 2)
+    shutil.copy(folder / "00.png", folder / "02.png")
+    Image.open(folder / "00.png").save(folder / "00.jpg")
+    found = surveyed(folder)
+    assert [p.name for p in found.pictures] == ["00.jpg", "00.png", "01.png", "02.png"]
+    assert captions(found)["00.jpg"] == captions(found)["00.png"] == "picture 0, a tag, another tag"
+    assert len({p.sha256 for p in found.pictures}) == 3
+    assert "1 pictures are byte for byte copies of another: all are used" in found.report()
+
+
+def test_links_that_leave_the_folder_are_refused(make_folder, tmp_path):
+    folder, outside = make_folder("a", 2), make_folder("b", 1)
+    (folder / "in.png").symlink_to(folder / "00.png")
+    (folder / "out.png").symlink_to(outside / "00.png")
+    (folder / "more").symlink_to(outside)
+    (folder / "round").symlink_to(folder)
+    found = surveyed(folder)
+    assert [p.name for p in found.pictures] == ["00.png", "01.png", "in.png"]
+    assert reasons(found) == {
+        "more": folders.LINK_FOLDER,
+        "out.png": folders.LINK_OUT,
+        "round": folders.LINK_FOLDER,
+    }
+
+
+def test_the_folder_itself_may_be_a_link(make_folder, tmp_path):
+    make_folder("a", 2)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert len(surveyed(tmp_path / "link").pictures) == 2
+
+
+def test_a_name_that_is_not_utf_8_is_a_reason(make_folder):
+    folder = make_folder("a", 1)
+    shutil.copy(os.fsencode(folder / "00.png"), os.fsencode(folder) + b"/caf\xe9.png")
+    found = surveyed(folder)
+    assert reasons(found) == {"caf?.png": folders.BAD_NAME}
+    assert found.report().encode()
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"image_dir gone: .* is not a folder"):
+        surveyed(tmp_path / "gone")
+
+
+# ---- unusable pictures
+
+
+def test_every_bad_picture_is_skipped_with_its_reason(make_folder, draw):
+    folder = make_folder("a", 40)
+    whole = (folder / "00.png").read_bytes()
+    draw(300, 200).save(folder / "whole.jpg")
+    photo = (folder / "whole.jpg").read_bytes()
+    for part in (10, 50, 90):
+        (folder / f"cut{part}.jpg").write_bytes(photo[: len(photo) * part // 100])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.png").write_text("a caption")
+    (folder / "raw.dng").write_bytes(whole)
+    frames = [draw(20, 20, seed=i) for i in range(2)]
+    frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
+    before = {f: f.read_bytes() for f in folder.iterdir()}
+    found = surveyed(folder)
+    told = reasons(found)
+    assert {k: v for k, v in told.items() if not k.startswith("cut")} == {
+        "empty.png": images.EMPTY,
+        "text.png": images.NOT_A_PICTURE,
+        "raw.dng": "format .dng is not read: save it as PNG or JPEG",
+        "moving.gif": images.ANIMATED,
+    }
+    assert all(told[f"cut{n}.jpg"].startswith("damaged or cut short") for n in (10, 50, 90))
+    assert len(found.pictures) == 41 and found.found == 48
+    assert {f: f.read_bytes() for f in folder.iterdir()} == before
+    assert f"  skipped empty.png: {images.EMPTY}" in found.report()
+
+
+def test_up_to_a_tenth_may_be_unusable_unless_strict(make_folder):
+    folder = make_folder("a", 9)
+    (folder / "bad.png").write_bytes(b"")
+    assert len(scan(plan(subset(folder)), workers=0).pictures) == 9
+    with pytest.raises(DataError, match=r"STRICT_DATASET is true and 1 of 10.*(?s:.*)bad\.png: the file is empty"):
+        scan(plan(subset(folder), strict=True), workers=0)
+    (folder / "worse.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"2 of 11 pictures are unusable(?s:.*)bad\.png(?s:.*)worse\.png"):
+        scan(plan(subset(folder)), workers=0)
+
+
+def test_nothing_usable_is_refused(tmp_path):
+    with pytest.raises(DataError, match="No usable picture"):
+        scan(plan(subset(tmp_path)), workers=0)
+
+
+def test_too_small_for_a_bucket_without_enlarging(make_folder):
+    folder = make_folder("a", 2, size=(60, 200))
+    data = plan(subset(folder), resolution=(128, 128), enable_bucket=True, bucket_no_upscale=True)
+    assert set(reasons(survey(data, workers=0)).values()) == {module.TOO_SMALL}
+
+
+def test_a_long_list_is_capped_but_counted_and_whole_on_request():
+    found = Scan((), tuple(Skipped(f"{i}.png", "bad") for i in range(50)), ())
+    assert "  skipped 30 more: bad" in found.report(limit=20)
+    assert found.report(limit=None).count("skipped") == 51
+
+
+# ---- captions
+
+
+def test_captions_by_sidecar_in_the_order_of_extensions(make_folder):
+    folder = make_folder("a", 4, captions=False)
+    for name in ("00.tags", "00.txt", "00.caption", "01.txt", "01.caption", "02.caption"):
+        (folder / name).write_text(name)
+    found = surveyed(folder, caption_extension=".tags")
+    assert captions(found) == {"00.png": "00.tags", "01.png": "01.txt", "02.png": "02.caption", "03.png": None}
+    assert "4 pictures, 3 captions" in found.report()
+    assert "1 captions missing: trained without caption" in found.report()
+
+
+def test_class_tokens_stand_in_for_missing_captions_not_for_empty_ones(make_folder):
+    folder = make_folder("a", 3, captions=False)
+    (folder / "00.txt").write_text("own")
+    (folder / "01.txt").write_text(" \n\t")
+    found = surveyed(folder, class_tokens="sks dog")
+    assert captions(found) == {"00.png": "own", "01.png": "", "02.png": "sks dog"}
+    assert "1 captions missing: class_tokens 'sks dog' is used" in found.report()
+    assert "1 captions are empty" in found.report()
+
+
+def test_encodings_and_several_lines_are_reported(make_folder):
+    folder = make_folder("a", 3, captions=False)
+    (folder / "00.txt").write_bytes("café".encode("latin-1"))
+    (folder / "01.txt").write_bytes(b"\xef\xbb\xbfa cat")
+    (folder / "02.txt").write_text("one\ntwo")
+    found = surveyed(folder)
+    assert captions(found) == {"00.png": "café", "01.png": "a cat", "02.png": "one\ntwo"}
+    assert "1 captions are not UTF-8" in found.report()
+    assert "1 captions have several lines: the first is used" in found.report()
+
+
+def test_no_captions_at_all_is_said_loudly(make_folder):
+    folder = make_folder("a", 2, captions=False)
+    assert "WARNING: no captions at all and no class_tokens" in surveyed(folder).report()
+    assert "WARNING" not in surveyed(folder, class_tokens="a cat").report()
+    assert "WARNING" not in surveyed(folder, trigger_word="sks").report()
+
+
+def test_metadata_files_come_before_sidecars_and_may_lie_in_any_folder(make_folder):
+    folder = make_folder("a", 3)
+    shutil.copytree(folder, folder / "train")
+    rows = [{"file_name": "00.png", "text": "from here"}, {"file_name": "gone.png", "text": "x"}]
+    (folder / "train/metadata.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    (folder / "metadata.csv").write_text("file_name,caption\n01.png,top\ntrain/01.png,below\n")
+    found = surveyed(folder)
+    assert captions(found) == {
+        "00.png": "picture 0, a tag, another tag",
+        "01.png": "top",
+        "02.png": "picture 2, a tag, another tag",
+        "train/00.png": "from here",
+        "train/01.png": "below",
+        "train/02.png": "picture 2, a tag, another tag",
+    }
+    assert "1 entries of metadata.jsonl name no picture that is there: gone.png" in found.report()
+
+
+def test_the_metadata_file_asked_for_is_the_only_one(make_folder, tmp_path):
+    folder = make_folder("a", 2)
+    (folder / "metadata.csv").write_text("file_name,caption\n01.png,not this\n")
+    (tmp_path / "mine.json").write_text(json.dumps({"00": {"caption": "a cat", "tags": "x"}}))
+    found = surveyed(folder, metadata_file=str(tmp_path / "mine.json"))
+    assert captions(found) == {"00.png": "a cat,x", "01.png": "picture 1, a tag, another tag"}
+
+
+# ---- masks
+
+
+def test_alpha_as_mask(make_folder):
+    folder = make_folder("a", 1)
+    image = Image.new("RGBA", (64, 48), (0, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 32, 48))
+    image.save(folder / "01.png")
+    found = surveyed(folder, alpha_mask=True)
+    opaque, clear = found.pictures
+    assert (opaque.has_alpha, clear.has_alpha, clear.mask_sha256) == (False, True, "alpha")
+    view = next(v for p, v in Order(found.pictures, plan(subset(folder)), seed=0).every_view() if p is clear)
+    mask = render_mask(clear, view)
+    assert mask.shape == (64, 64) and mask[:, :20].max() == 0 and mask[:, 44:].min() == 255
+    assert render_mask(opaque, view) is None
+    assert surveyed(folder).pictures[1].mask_sha256 is None
+    assert "1 pictures have transparency: the alpha weighs the loss" in found.report()
+
+
+def test_masks_of_the_same_stem_are_cut_and_flipped_like_the_picture(make_folder):
+    folder = make_folder("a", 3)
+    (folder / "masks").mkdir()
+    for name, size in {"00.png": (64, 48), "01.jpg": (128, 96)}.items():
+        mask = Image.new("L", size, 0)
+        mask.paste(255, (0, 0, size[0] // 2, size[1]))
+        mask.save(folder / "masks" / name)
+    found = surveyed(folder, conditioning_data_dir="masks", flip_aug=True)
+    assert [p.name for p in found.pictures] == ["00.png", "01.png"]
+    assert reasons(found) == {"02.png": module.NO_MASK}
+    for picture, view in Order(found.pictures, plan(subset(folder, flip_aug=True)), seed=0).every_view():
+        mask = render_mask(picture, view)
+        kept = mask[:, 44:] if view.flip else mask[:, :20]
+        gone = mask[:, :20] if view.flip else mask[:, 44:]
+        assert kept.min() > 250 and gone.max() < 5
+    assert len({p.mask_sha256 for p in found.pictures}) == 2
+
+
+def test_a_mask_of_another_shape_or_damaged_is_a_reason(make_folder):
+    folder, masks = make_folder("a", 2), make_folder("m", 1, size=(64, 64), captions=False)
+    (masks / "01.png").write_bytes(b"")
+    told = reasons(surveyed(folder, conditioning_data_dir=str(masks)))
+    assert told == {
+        "00.png": "its mask is 64×64, the picture 64×48: another shape",
+        "01.png": f"its mask 01.png: {images.EMPTY}",
+    }
+
+
+def test_a_missing_folder_of_masks_is_named(make_folder):
+    with pytest.raises(DataError, match="conditioning_data_dir gone is not a folder"):
+        surveyed(make_folder("a", 1), conditioning_data_dir="gone")
+
+
+# ---- pixels
+
+
+def test_rendering_is_the_view_and_nothing_else(make_folder):
+    folder = make_folder("a", 3)
+    keys = {"flip_aug": True, "random_crop": True, "color_aug": True}
+    found = surveyed(folder, **keys)
+    for picture, view in Order(found.pictures, plan(subset(folder, **keys)), seed=0).every_view():
+        pixels = render(picture.file, view, sha256=picture.sha256)
+        assert pixels.dtype == np.uint8 and pixels.shape == (64, 64, 3)
+        assert (render(picture.file, view) == pixels).all()
+        turned = render(picture.file, replace(view, flip=not view.flip, colour=None))
+        assert (render(picture.file, replace(view, colour=None)) == turned[:, ::-1]).all()
+
+
+def test_a_picture_changed_since_the_scan_is_noticed(make_folder):
+    folder = make_folder("a", 2)
+    found = surveyed(folder)
+    picture, view = next(Order(found.pictures, plan(subset(folder)), seed=0).every_view())
+    shutil.copy(folder / "01.png", folder / "00.png")
+    with pytest.raises(UnusableImageError, match="changed while the job ran"):
+        render(picture.file, view, sha256=picture.sha256)
+    picture.file.unlink()
+    with pytest.raises(UnusableImageError, match="cannot be read"):
+        render(picture.file, view)
+
+
+# ---- processes
+
+
+def test_workers_find_the_same_and_the_first_subset_comes_first(make_folder):
+    data = plan(subset(make_folder("b", 5)), subset(make_folder("a", 4)))
+    seen = []
+    found = survey(data, workers=2, progress=lambda done, total: seen.append((done, total)))
+    assert found == survey(data, workers=0)
+    assert [p.subset for p in found.pictures] == [0] * 5 + [1] * 4
+    assert seen == [(i, 9) for i in range(1, 10)]
+
+
+def test_a_folder_in_two_datasets_is_read_once(make_folder):
+    one = Dataset((subset(make_folder("a", 3)),), (64, 64))
+    seen = []
+    found = survey(DataPlan((one, replace(one, resolution=(32, 32)))), workers=0, progress=lambda *a: seen.append(a))
+    assert len(found.pictures) == 6 and len(seen) == 3
+
+
+def _die(file: Path) -> str:
+    if file.name == "02.png":
+        os.kill(os.getpid(), 9)
+    return "fine"
+
+
+def test_a_killed_worker_is_reported(make_folder, monkeypatch):
+    monkeypatch.setattr(module, "_examine", _die)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    started = time.monotonic()
+    with pytest.raises(UnreachableError, match=r"was killed .*02\.png"):
+        survey(plan(subset(make_folder("a", 4))), workers=1)
+    assert time.monotonic() - started < 30
+
+
+def test_the_data_modules_import_no_torch():
+    program = (
+        "import sys, trainer.order, trainer.dataset; print([m for m in ('torch', 'diffusers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+# ---- real photographs, and many
+
+
+def test_real_photographs(photographs):
+    data = DataPlan(
+        (
+            Dataset(
+                tuple(subset(photographs / name) for name in ("can", "dog", "teapot")),
+                (1024, 1024),
+                batch_size=2,
+                enable_bucket=True,
+            ),
+        )
+    )
+    found = scan(data, workers=2)
+    assert len(found.pictures) == 16 and not found.skipped
+    assert all(p.caption.startswith("a photo of sks") for p in found.pictures)
+    made = Order(found.pictures, data, seed=0)
+    assert len(made.buckets) >= 4  # `can` comes in five aspect ratios
+    for picture, view in made.every_view():
+        pixels = render(picture.file, view, sha256=picture.sha256)
+        assert pixels.shape == (view.size[1], view.size[0], 3)
+        assert 5 < pixels.std() < 120
+
+
+def test_a_thousand_pictures_take_seconds_and_little_memory():
+    command = [sys.executable, "-m", "bench.scan", "--pictures", "1000"]
+    figures = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+    assert figures["used"] == 1000
+    assert figures["seconds"] < 15
+    assert figures["peak_mib"] < 300

@@ -1,0 +1,100 @@
+"""The plan goes through JSON unharmed, and its essence is what decides the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from trainer.plan import VERSION, Plan, differences
+
+
+def anything(kind: Any) -> st.SearchStrategy[Any]:
+    """Values of an annotated type, as a plan may hold them."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        return st.builds(kind, **{f.name: anything(hints[f.name]) for f in dataclasses.fields(kind)})
+    if origin is tuple:
+        return (
+            st.lists(anything(args[0]), max_size=3).map(tuple) if args[-1] is ... else st.tuples(*map(anything, args))
+        )
+    if origin in (types.UnionType, typing.Union):
+        return st.none() | anything(next(a for a in args if a is not type(None)))
+    if origin is dict:
+        return st.dictionaries(
+            st.text(), st.booleans() | st.integers() | NUMBERS | st.text() | st.lists(NUMBERS), max_size=3
+        )
+    return {int: st.integers(), float: NUMBERS, bool: st.booleans(), str: st.text()}[kind]
+
+
+NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
+PLANS = anything(Plan).map(lambda plan: dataclasses.replace(plan, version=VERSION))
+SLOW = hypothesis_settings(max_examples=25, deadline=None)
+
+
+@given(PLANS)
+@SLOW
+def test_a_plan_survives_json(plan):
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+@given(PLANS)
+@SLOW
+def test_its_essence_survives_json_too(plan):
+    kept = json.loads(json.dumps(plan.essence()))
+    assert differences(kept, Plan.from_json(plan.to_json()).essence()) == []
+
+
+@given(PLANS, PLANS)
+@SLOW
+def test_neutral_fields_make_no_difference(plan, other):
+    model = dataclasses.replace(plan.model, commit=other.model.commit, path=other.model.path)
+    engine = dataclasses.replace(plan.engine, memory_limit_gib=other.engine.memory_limit_gib)
+    changed = dataclasses.replace(
+        plan, model=model, engine=engine, output=other.output, prompts=other.prompts, reasons=other.reasons
+    )
+    assert differences(plan.essence(), changed.essence()) == []
+
+
+@given(PLANS)
+@SLOW
+def test_everything_else_is_named_when_it_changes(plan):
+    changed = dataclasses.replace(
+        plan,
+        train=dataclasses.replace(plan.train, seed=plan.train.seed + 1),
+        lora=dataclasses.replace(plan.lora, split_qkv=not plan.lora.split_qkv),
+    )
+    assert differences(plan.essence(), changed.essence()) == [
+        f"lora.split_qkv: {plan.lora.split_qkv} → {not plan.lora.split_qkv}",
+        f"train.seed: {plan.train.seed} → {plan.train.seed + 1}",
+    ]
+
+
+def test_a_field_that_is_not_there_is_absent():
+    assert differences({"a": 1}, {"b": 2}) == ["a: 1 → absent", "b: absent → 2"]
+
+
+@given(PLANS, st.data())
+@SLOW
+def test_a_damaged_plan_is_a_value_error(plan, data):
+    raw = json.loads(plan.to_json())
+    section = data.draw(st.sampled_from(["model", "lora", "optim", "train", "engine", "output"]))
+    key = data.draw(st.sampled_from(sorted(raw[section])))
+    raw[section][key] = {"not": "this"} if key != "args" else 3.5
+    raw[section]["unheard_of" if key == "args" else key] = {"not": "this"}
+    with pytest.raises(ValueError, match="plan"):
+        Plan.from_json(json.dumps(raw))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"version": 0}', f'{{"version": {VERSION}}}'])
+def test_what_is_no_plan_is_a_value_error(text):
+    with pytest.raises(ValueError, match=r"plan|JSON|Expecting"):
+        Plan.from_json(text)
