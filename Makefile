@@ -2,6 +2,9 @@
 PYTHON ?= python3
 TORCH := torch==2.13.0
 BIN := .venv/bin
+MODEL ?= flux
+CONCEPT := trainer/families/miniatures/concept
+DEMO := PARAMS_MAX_STEPS=300 PARAMS_BATCH_SIZE=4 PARAMS_SAMPLE_EVERY_N_STEPS=100 PARAMS_SAVE_EVERY_N_STEPS=100
 export OMP_NUM_THREADS ?= 2
 
 .PHONY: demo test lint unit lock clean
@@ -12,6 +15,13 @@ export OMP_NUM_THREADS ?= 2
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements.lock
 	touch $@
+
+# A concept that the embedded base model does not know, learnt on the CPU: look at .demo/output/sample/contact-sheet.png.
+demo: .venv/.runtime
+	rm -rf .demo/output
+	BASE_MODEL=mini-$(MODEL) DATASET_NAME=$(CONCEPT) SAMPLE_PROMPTS=$(CONCEPT)/prompts.txt TRIGGER_WORD= \
+	OUTPUT_PATH=.demo/output CACHE_PATH=.demo/cache HF_HOME=.demo/hf OUTPUT_NAME=demo $(DEMO) $(BIN)/python -m entrypoint
+	$(BIN)/python -m trainer.families.miniatures.score .demo/output/sample
 
 .venv/.dev: .venv/.runtime requirements-dev.lock
 	$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements-dev.lock

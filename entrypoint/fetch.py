@@ -45,17 +45,19 @@ def fetch_model(
         return replace(model, path=str(folder))
     repo = model_repo(model, token=token, hub_cache=hub_cache, patience=patience)
     cached = cached_model(repo, patterns)
-    if cached is None or repo.revision != cached.commit:
+    sure = cached.commit if cached is not None and cached.is_verified else None
+    if cached is None or sure is None or repo.revision != sure:
         try:
             listing = hub.describe(_less_patient(repo) if cached else repo)
             layout.check_names(variable, [f.name for f in listing.files], patterns)
-            files = [f for f in listing.files if layout.is_wanted(f.name, patterns)]
-            folder = hub.bring(repo, listing, files)
-            cached = hub.Cached(listing.commit, folder, is_whole=True)
+            if listing.commit != sure:
+                files = [f for f in listing.files if layout.is_wanted(f.name, patterns)]
+                cached = hub.Cached(listing.commit, hub.bring(repo, listing, files), is_verified=True)
         except (UnreachableError, GatedError) as problem:
             if cached is None:
                 raise
             logger.warning("%s The cache has %s at commit %s: using that.", problem, repo.name, cached.commit)
+    assert cached is not None
     layout.check_folder(variable, cached.folder, patterns)
     return replace(model, commit=cached.commit, path=str(cached.folder))
 
@@ -132,7 +134,7 @@ def local_archive(source: Source) -> Path:
 def cached_model(repo: hub.Repo, patterns: tuple[str, ...]) -> hub.Cached | None:
     """A whole snapshot of the model in the cache, whichever tool has brought it; None if there is none."""
     cached = hub.cached_snapshot(repo, lambda name: layout.is_wanted(name, patterns))
-    if cached is not None and not cached.is_whole:
+    if cached is not None and not cached.is_verified:
         try:
             layout.check_folder(repo.variable, cached.folder, patterns)
         except SettingsError:

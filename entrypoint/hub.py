@@ -95,7 +95,7 @@ class Cached:
 
     commit: str
     folder: Path
-    is_whole: bool  # False: not known, since another tool has filled the cache
+    is_verified: bool  # else another tool has filled or copied the cache, and it may be damaged or less than all
 
 
 def describe(repo: Repo) -> Listing:
@@ -152,11 +152,15 @@ def cached_snapshot(repo: Repo, is_wanted: Callable[[str], bool]) -> Cached | No
     folder = repo.folder / "snapshots" / (commit or "-")
     if commit is None or not folder.is_dir():
         return None
-    known = read_json(_listing_file(repo, commit))
-    if known is None:
-        return Cached(commit, folder, is_whole=False)
-    whole = all(_size(folder / name) == size for name, (size, _) in known.items() if is_wanted(name))
-    return Cached(commit, folder, is_whole=True) if whole else None
+    listed = read_json(_listing_file(repo, commit))
+    if listed is None:
+        return Cached(commit, folder, is_verified=False)
+    wanted = {name: (size, etag) for name, (size, etag) in listed.items() if is_wanted(name)}
+    if any(_size(folder / name) != size for name, (size, _) in wanted.items()):
+        return None
+    verified = read_json(_own_folder(repo) / "verified.json") or {}
+    known = all(_stamp(folder / name) == verified.get(etag, "") for name, (_, etag) in wanted.items())
+    return Cached(commit, folder, is_verified=known)
 
 
 def missing_bytes(repo: Repo, files: Sequence[RemoteFile]) -> int:
@@ -204,7 +208,7 @@ def _bring_blobs(repo: Repo, listing: Listing, files: Sequence[RemoteFile], veri
         blob = blobs / file.etag
         if _stamp(blob) == verified.get(file.etag) and _size(blob) == file.size:
             return
-        if not _is_sound(blob, file):
+        if not _is_sound(blob, file, cancelled):
             blob.unlink(missing_ok=True)
             _download(repo, listing, file, progress=progress, cancelled=cancelled)
         if stamp := _stamp(blob):
@@ -213,15 +217,14 @@ def _bring_blobs(repo: Repo, listing: Listing, files: Sequence[RemoteFile], veri
     net.in_parallel([functools.partial(one, f) for f in once.values()], workers=WORKERS, cancelled=cancelled)
 
 
-def _is_sound(blob: Path, file: RemoteFile) -> bool:
+def _is_sound(blob: Path, file: RemoteFile, cancelled: threading.Event) -> bool:
     """Whether a blob that is there, from whatever tool, has the right content."""
     if _size(blob) != file.size:
         return False
     digest = file.new_hash()
     try:
         with blob.open("rb") as stream:
-            while block := stream.read(net.CHUNK):
-                digest.update(block)
+            net.feed(stream, digest, cancelled=cancelled)
     except OSError as problem:
         raise storage_error(problem, blob) from problem
     if digest.hexdigest() == file.etag:

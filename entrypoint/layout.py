@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from trainer.errors import SettingsError
-from trainer.families import base_models
+from trainer.families import OPTIONAL, base_models
 from trainer.plan import ModelPlan
 
 # Formats that run code when they are loaded, and weights of other frameworks: never downloaded, never read.
@@ -31,7 +31,7 @@ def is_local(model: ModelPlan) -> bool:
 
 def is_wanted(name: str, patterns: Collection[str]) -> bool:
     """Whether the file `name` of a repository is needed for training and sampling."""
-    return any(fnmatchcase(name, p) for p in patterns) and not name.endswith(FOREIGN)
+    return any(fnmatchcase(name, p.removeprefix(OPTIONAL)) for p in patterns) and not name.endswith(FOREIGN)
 
 
 def problems(names: Collection[str], patterns: Collection[str]) -> list[str]:
@@ -39,9 +39,12 @@ def problems(names: Collection[str], patterns: Collection[str]) -> list[str]:
     if "model_index.json" not in names:
         return ["it has no model_index.json, so it is not a model in the folder layout of diffusers"]
     found = []
-    for part in dict.fromkeys(p.split("/")[0] for p in patterns if "/" in p):
+    for first in dict.fromkeys(p.split("/")[0] for p in patterns if "/" in p):
+        part = first.removeprefix(OPTIONAL)
         inside = [n for n in names if n.startswith(f"{part}/")]
         pickles = [n for n in inside if n.endswith(PICKLES)]
+        if not inside and part != first:
+            continue
         if not inside:
             found.append(f"the folder {part}/ is missing")
         elif any(n.endswith(".safetensors") and is_wanted(n, patterns) for n in inside):

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import IO, TYPE_CHECKING, Protocol, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from entrypoint.files import storage_error
@@ -153,18 +153,27 @@ class Download:
     most: int | None = None  # bytes; more is refused
 
 
+def feed(stream: IO[bytes], digest: Hash, *, cancelled: threading.Event) -> int:
+    """Hash the rest of `stream`; returns its length. Raises UnreachableError once `cancelled` is set, OSError."""
+    size = 0
+    while block := stream.read(CHUNK):
+        if cancelled.is_set():
+            raise UnreachableError("Stopped because another download failed.")
+        digest.update(block)
+        size += len(block)
+    return size
+
+
 class _Part:
     """What came so far of a download: a file that also outlives a killed process, its length and its running hash."""
 
-    def __init__(self, path: Path, new_hash: Callable[[], Hash]) -> None:
+    def __init__(self, path: Path, new_hash: Callable[[], Hash], cancelled: threading.Event) -> None:
         self.path, self.new_hash, self.hash, self.size = path, new_hash, new_hash(), 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = path.open("a+b", buffering=0)
             self.file.seek(0)
-            while block := self.file.read(CHUNK):
-                self.hash.update(block)
-                self.size += len(block)
+            self.size = feed(self.file, self.hash, cancelled=cancelled)
         except OSError as problem:
             raise storage_error(problem, path) from problem
 
@@ -197,9 +206,9 @@ def download(
     The caller holds a lock on the path. `refuse` is given every answer that is neither content nor worth a retry, and
     raises. Raises UnreachableError, DataError (larger than `most`), StorageError, and what `refuse` raises.
     """
-    part = _Part(job.part, job.new_hash)
-    progress = progress or Progress(job.what, job.size)
     cancelled = cancelled or threading.Event()
+    part = _Part(job.part, job.new_hash, cancelled)
+    progress = progress or Progress(job.what, job.size)
     progress.add(part.size)
     seen = part.size
     corrupt = 0

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from entrypoint import resume
 from entrypoint.checks import Notes, absolute, instead, is_file, is_folder, show
 from entrypoint.data import Overrides, complete_datasets
 from entrypoint.hardware import Hardware, select
@@ -38,6 +39,11 @@ GIB_PER_MEGAPIXEL = 26.0
 CONSTANT = ("constant", "constant_with_warmup")  # the schedules that schedule-free optimisers go with
 CYCLIC = "cosine_with_restarts"
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+# What only models of one objective have (`Facts.objective`): a field of Settings, and its value that asks for nothing.
+OF_OBJECTIVE: dict[str, dict[str, Any]] = {
+    "flow": {"discrete_flow_shift": None, "loss_weighting": "none"},
+    "denoising": {"prediction_type": "auto", "zero_terminal_snr": None, "min_snr_gamma": 0.0},
+}
 ELSEWHERE = {"lr": "PARAMS_LEARNING_RATE", "weight_decay": "PARAMS_WEIGHT_DECAY", "warmup_steps": "PARAMS_WARMUP_STEPS"}
 
 
@@ -71,7 +77,7 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
         lora=_lora(settings, facts, notes),
         optim=_optim(settings, notes),
         train=_train(settings, facts, notes),
-        engine=_engine(settings, hardware, model=model, datasets=datasets, notes=notes),
+        engine=_engine(settings, hardware, facts=facts, model=model, datasets=datasets, notes=notes),
         output=_output(settings, datasets, now=now, notes=notes),
         prompts=prompts,
     )
@@ -127,11 +133,20 @@ def _lora(settings: Settings, facts: Facts, notes: Notes) -> LoraPlan:
     if start and not is_folder(start) and not (is_file(start) and start.lower().endswith(".safetensors")):
         reason = "is not a .safetensors file" if is_file(start) else "is not there"
         notes.add(f"PARAMS_RESUME_FROM={show(start)} {reason}. Allowed: a LoRA file (.safetensors), or a state folder.")
-    return LoraPlan(
+        start = None
+    rank, split_qkv, targets = resume.adapter(
+        absolute(start) if start and is_file(start) else None,
+        facts,
         rank=settings.network_dim,
-        alpha=settings.network_alpha,
         split_qkv=settings.split_qkv,
-        targets=settings.target_modules or facts.targets,
+        targets=settings.target_modules,
+        notes=notes,
+    )
+    return LoraPlan(
+        rank=rank,
+        alpha=settings.network_alpha,
+        split_qkv=split_qkv,
+        targets=targets,
         resume_from=absolute(start) if start else None,
     )
 
@@ -214,6 +229,9 @@ def _train(settings: Settings, facts: Facts, notes: Notes) -> TrainPlan:
         notes.add(
             f"PARAMS_TIMESTEP_SAMPLING={show(sampling)} is not one of {settings.base_model}; {instead(sampling, known)}"
         )
+    if sampling == "shift" and settings.discrete_flow_shift is None:
+        notes.chose("PARAMS_DISCRETE_FLOW_SHIFT", f"{facts.flow_shift:g}", f"the default of {settings.base_model}")
+    _check_objective(settings, facts, notes)
     return TrainPlan(
         seed=settings.seed,
         max_epochs=settings.max_epochs,
@@ -221,8 +239,11 @@ def _train(settings: Settings, facts: Facts, notes: Notes) -> TrainPlan:
         gradient_accumulation=settings.gradient_accumulation,
         max_grad_norm=settings.max_grad_norm,
         timestep_sampling=sampling,
-        discrete_flow_shift=settings.discrete_flow_shift,
+        discrete_flow_shift=settings.discrete_flow_shift or facts.flow_shift,
         loss_weighting=settings.loss_weighting,
+        prediction_type=settings.prediction_type,
+        zero_terminal_snr=settings.zero_terminal_snr,
+        min_snr_gamma=settings.min_snr_gamma,
         guidance_scale=settings.guidance_scale,
         noise_offset=settings.noise_offset,
         caption_dropout_rate=settings.caption_dropout_rate or 0.0,
@@ -231,11 +252,29 @@ def _train(settings: Settings, facts: Facts, notes: Notes) -> TrainPlan:
     )
 
 
+def _check_objective(settings: Settings, facts: Facts, notes: Notes) -> None:
+    """Refuse what belongs to another kind of training, and what contradicts itself."""
+    for objective, fields in OF_OBJECTIVE.items():
+        for field, nothing in fields.items():
+            value = getattr(settings, field)
+            if objective != facts.objective and value != nothing:
+                shown = str(value).lower() if isinstance(value, bool) else value
+                notes.add(
+                    f"PARAMS_{field.upper()}={shown}: {settings.base_model} is trained by {facts.objective} and not by "
+                    f"{objective}, which alone has this. Fix: remove it."
+                )
+    if settings.zero_terminal_snr and settings.prediction_type == "epsilon":
+        notes.add(
+            "PARAMS_ZERO_TERMINAL_SNR=true: with PARAMS_PREDICTION_TYPE=epsilon the last noise level teaches nothing. "
+            "Fix: PARAMS_PREDICTION_TYPE=v_prediction, if that is what the model predicts; or remove it."
+        )
+
+
 # ---- engine, output
 
 
 def _engine(
-    settings: Settings, found: Hardware, *, model: BaseModel, datasets: tuple[Dataset, ...], notes: Notes
+    settings: Settings, found: Hardware, *, facts: Facts, model: BaseModel, datasets: tuple[Dataset, ...], notes: Notes
 ) -> EnginePlan:
     try:
         hardware = select(found, settings.backend)
@@ -259,6 +298,11 @@ def _engine(
         )
     if settings.attention == "auto":
         notes.chose("PARAMS_ATTENTION", "native", "torch picks the kernel")
+    elif settings.attention != "native" and not facts.attention_backends:
+        notes.add(
+            f"PARAMS_ATTENTION={settings.attention}: {settings.base_model} has torch's own attention and no other. "
+            "Allowed: auto, native."
+        )
     return EnginePlan(
         device=hardware.device,
         precision=precision,

@@ -165,6 +165,7 @@ def write_rows(
 def _stream(snapshot: Path, scratch: str, *, variable: str, split: str) -> tuple[Any, list[str]]:
     """The split as an iterable dataset over local files, and those files."""
     import datasets
+    import pyarrow.dataset
 
     datasets.disable_progress_bars()
     configurations = datasets.get_dataset_config_names(str(snapshot))
@@ -185,6 +186,10 @@ def _stream(snapshot: Path, scratch: str, *, variable: str, split: str) -> tuple
             raise DataError(f"{variable} names a file outside of itself, {file!r}, and is refused.")
     if split not in files:
         raise SettingsError(f"DATASET_SPLIT={split}: {variable} has no such split, only {', '.join(files)}.")
+    if hasattr(builder.config, "fragment_scan_options"):  # parquet: as it is set, whole files and row groups are read
+        options = {"pre_buffer": False, "use_buffered_stream": True}
+        builder.config.fragment_scan_options = pyarrow.dataset.ParquetFragmentScanOptions(**options)
+        builder.config.batch_size = 8
     stream = builder.as_streaming_dataset(split=split)
     if stream.features is None:
         raise DataError(f"{variable}: its columns cannot be told from its files.")

@@ -221,20 +221,36 @@ class Settings:
         means="how noise levels are drawn: uniform, sigmoid, shift or logit_normal, as far as the model has them",
         otherwise="the model's",
     )
-    discrete_flow_shift: float = row(
+    discrete_flow_shift: float | None = row(
         "PARAMS_DISCRETE_FLOW_SHIFT",
         "number",
-        default="3.1582",
-        means="shift of the noise levels, with shift",
+        means="shift of noise levels, with shift",
         above=0,
         high=1000,
+        otherwise="the model's",
     )
     loss_weighting: str = row(
         "PARAMS_LOSS_WEIGHTING",
         "choice",
         default="none",
-        means="weight of the loss by noise level",
+        means="weight of the loss by noise level; flow matching only",
         choices=lambda: ("none", "sigma_sqrt", "cosmap"),
+    )
+    prediction_type: str = row(
+        "PARAMS_PREDICTION_TYPE",
+        "choice",
+        default="auto",
+        means="what the model predicts; auto: what its scheduler says; not with flow matching",
+        choices=lambda: ("auto", "epsilon", "v_prediction"),
+    )
+    zero_terminal_snr: bool | None = row(
+        "PARAMS_ZERO_TERMINAL_SNR",
+        "auto_switch",
+        default="auto",
+        means="whether the last noise level has no signal left; auto: what the scheduler says; not with flow matching",
+    )
+    min_snr_gamma: float = row(
+        "PARAMS_MIN_SNR_GAMMA", "number", default="0", means="min-SNR loss weights, usually 5; 0: off", low=0, high=1000
     )
     guidance_scale: float = row(
         "PARAMS_GUIDANCE_SCALE",
@@ -265,18 +281,28 @@ class Settings:
     )
 
     # adapter
-    network_dim: int = row("PARAMS_NETWORK_DIM", "integer", default="32", means="rank of the LoRA", low=1, high=4096)
+    network_dim: int | None = row(
+        "PARAMS_NETWORK_DIM",
+        "integer",
+        means="rank of the LoRA",
+        low=1,
+        high=4096,
+        otherwise="32; or the resumed file's",
+    )
     network_alpha: float = row(
         "PARAMS_NETWORK_ALPHA", "number", default="4", means="the LoRA counts alpha divided by rank", above=0, high=1e6
     )
-    split_qkv: bool = row(
-        "PARAMS_SPLIT_QKV", "switch", default="false", means="true: q, k and v get an adapter each; false: one together"
+    split_qkv: bool | None = row(
+        "PARAMS_SPLIT_QKV",
+        "auto_switch",
+        default="auto",
+        means="true: an adapter each for q, k and v; false: one together",
     )
     target_modules: tuple[str, ...] | None = row(
         "PARAMS_TARGET_MODULES",
         "names",
         means="ends of the names of the layers that get adapters, with commas between",
-        otherwise="the model's",
+        otherwise="the model's; or the resumed file's",
     )
     resume_from: str | None = row(
         "PARAMS_RESUME_FROM",

@@ -52,6 +52,13 @@ class NumbersError(KilnError):
     advice = "Lower PARAMS_LEARNING_RATE or look at the pictures named above; the last checkpoint is sound."
 
 
+class FileMismatchError(KilnError):
+    """A written LoRA file does not give the model that was trained."""
+
+    exit_code = 70
+    advice = "This is a bug in Kiln or a failing volume: the file is kept as .unverified, and the state is sound."
+
+
 class StopRequestedError(KilnError):
     """SIGTERM (143) or SIGINT (130); the state is saved."""
 

@@ -1,7 +1,7 @@
-"""Adapters → a safetensors file with the header that users' tools read.
+"""Tensors → a safetensors file with the header that users' tools read. What the tensors are: `trainer.formats`.
 
-Keys are diffusers' (`transformer.….lora_A.weight`). The scale alpha / rank is folded into B, so that alpha = rank holds
-and readers that know no alpha apply the trained strength.
+python -m trainer.export IN.safetensors --to kohya|peft|comfyui --out OUT.safetensors
+python -m trainer.export --merge a.safetensors:0.6 b.safetensors:0.4 --out OUT.safetensors
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,19 +18,6 @@ from safetensors.torch import load_file, save
 
 from trainer import __version__, files
 from trainer.errors import NumbersError, StorageError
-
-
-def to_file_tensors(adapters: Mapping[str, torch.Tensor], *, prefix: str, scale: float) -> dict[str, torch.Tensor]:
-    """Peft's tensors → those of the file, in fp32 on the CPU; B times `scale` = alpha / rank."""
-    return {
-        f"{prefix}.{k}": (v.float() * (scale if ".lora_B." in k else 1.0)).cpu().contiguous()
-        for k, v in sorted(adapters.items())
-    }
-
-
-def from_file_tensors(tensors: Mapping[str, torch.Tensor], *, scale: float) -> dict[str, torch.Tensor]:
-    """The inverse, for names without the prefix: B divided by `scale`."""
-    return {k: v / scale if ".lora_B." in k else v for k, v in tensors.items()}
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -73,8 +59,7 @@ class Trained:
     base: str
     base_version: str
     architecture: str
-    rank: int
-    alpha: float
+    alpha: float  # that was trained with; the file's own may differ
     started: int  # Unix seconds
     optimizer: str
     learning_rate: float
@@ -90,8 +75,11 @@ class Trained:
     pictures: int
 
 
-def metadata(run: Trained, *, step: int, epoch: int) -> dict[str, str]:
-    """The header of the file, every value a string (DATASET_SCHEMA of sd-scripts' `ss_*`, and modelspec 1.0.1)."""
+def metadata(run: Trained, *, step: int, epoch: int, rank: int, alpha: float) -> dict[str, str]:
+    """The header of a file, every value a string (DATASET_SCHEMA of sd-scripts' `ss_*`, and modelspec 1.0.1).
+
+    `rank`, `alpha`: what the file's tensors have.
+    """
     date = datetime.datetime.fromtimestamp(run.started, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     resolution = f"{run.resolution[0]}x{run.resolution[1]}"
     buckets = {
@@ -106,9 +94,8 @@ def metadata(run: Trained, *, step: int, epoch: int) -> dict[str, str]:
         "ss_sd_model_name": run.base,
         "ss_base_model_version": run.base_version,
         "ss_network_module": "networks.lora",
-        # The scale is folded into the weights: whoever reads these must find alpha = rank.
-        "ss_network_dim": run.rank,
-        "ss_network_alpha": run.rank,
+        "ss_network_dim": rank,
+        "ss_network_alpha": alpha,
         "kiln_alpha": run.alpha,
         "kiln_version": __version__,
         "ss_training_started_at": float(run.started),
@@ -137,3 +124,11 @@ def metadata(run: Trained, *, step: int, epoch: int) -> dict[str, str]:
         "modelspec.tags": "",
     }
     return {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in values.items()}
+
+
+if __name__ == "__main__":
+    import sys
+
+    from trainer.tools import export_command
+
+    sys.exit(export_command(sys.argv[1:]))

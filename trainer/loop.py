@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,18 +19,28 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Pictures of one size, as the cache has them. `moments`: mean and standard deviation of the latents."""
+    """Pictures of one size, as the cache has them. `moments`: mean and standard deviation of the latents.
+
+    `geometry`, in pixels: height and width of the original picture; top and left of the cut in the scaled picture;
+    height and width of the cut.
+    """
 
     moments_B2CHW: torch.Tensor
     text: dict[str, torch.Tensor]
+    geometry_B6: torch.Tensor
     mask_B1HW: torch.Tensor | None
     weight_B: torch.Tensor
     names: tuple[str, ...]
 
     def to(self, device: str) -> MicroBatch:
-        mask = None if self.mask_B1HW is None else self.mask_B1HW.to(device)
-        text = {k: v.to(device) for k, v in self.text.items()}
-        return MicroBatch(self.moments_B2CHW.to(device), text, mask, self.weight_B.to(device), self.names)
+        return dataclasses.replace(
+            self,
+            moments_B2CHW=self.moments_B2CHW.to(device),
+            text={k: v.to(device) for k, v in self.text.items()},
+            geometry_B6=self.geometry_B6.to(device),
+            mask_B1HW=None if self.mask_B1HW is None else self.mask_B1HW.to(device),
+            weight_B=self.weight_B.to(device),
+        )
 
 
 @dataclass(frozen=True)
@@ -43,7 +54,7 @@ class Step:
     grad_norm: float
 
 
-Predict = Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]
+Predict = Callable[[torch.Tensor, torch.Tensor, MicroBatch], torch.Tensor]  # noisy latents, times, the rest
 
 
 def seeded(generator: torch.Generator, *parts: int) -> torch.Generator:
@@ -61,11 +72,11 @@ def latents(moments_B2CHW: torch.Tensor, generator: torch.Generator) -> torch.Te
 
 
 def losses(
-    predict: Predict, goal: objective.FlowMatching, batch: MicroBatch, *, generator: torch.Generator
+    predict: Predict, goal: objective.Objective, batch: MicroBatch, *, generator: torch.Generator
 ) -> torch.Tensor:
     """The loss of each picture, (B,), at random times with random noise."""
     drawn = goal.draw(latents(batch.moments_B2CHW, generator), generator)
-    predicted = predict(drawn.noisy_BCHW, drawn.t_B, batch.text)
+    predicted = predict(drawn.noisy_BCHW, drawn.t_B, batch)
     return objective.loss(predicted, drawn, mask_B1HW=batch.mask_B1HW, weight_B=batch.weight_B)
 
 
@@ -73,7 +84,7 @@ def train(
     groups: Iterable[tuple[int, list[MicroBatch]]],
     *,
     predict: Predict,
-    goal: objective.FlowMatching,
+    goal: objective.Objective,
     params: Sequence[torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
@@ -107,7 +118,7 @@ def train(
 
 
 def validation_loss(
-    batches: Iterable[MicroBatch], *, predict: Predict, goal: objective.FlowMatching, device: str, seed: int
+    batches: Iterable[MicroBatch], *, predict: Predict, goal: objective.Objective, device: str, seed: int
 ) -> float:
     """Mean loss of held-out pictures at fixed times and fixed noise, comparable between steps and runs."""
     generator, total, count = torch.Generator(device), 0.0, 0
@@ -119,7 +130,7 @@ def validation_loss(
             for time in (0.1, 0.3, 0.5, 0.7, 0.9):
                 noise = torch.randn(mean_BCHW.shape, generator=generator, device=device)
                 drawn = goal.at(mean_BCHW, torch.full((len(mean_BCHW),), time, device=device), noise)
-                predicted = predict(drawn.noisy_BCHW, drawn.t_B, here.text)
+                predicted = predict(drawn.noisy_BCHW, drawn.t_B, here)
                 total += objective.loss(predicted, drawn, mask_B1HW=None, weight_B=here.weight_B).sum().item()
                 count += len(mean_BCHW)
     return total / max(count, 1)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
 
 from trainer.errors import SettingsError
 
@@ -91,51 +89,3 @@ def load(denoiser: Any, tensors: dict[str, torch.Tensor]) -> None:
     if wrong:
         raise ValueError(f"{len(wrong)} of {len(have)} tensors do not match, {sorted(wrong)[0]} first")
     set_peft_model_state_dict(denoiser, tensors, adapter_name="default")
-
-
-def split_fused(tensors: dict[str, torch.Tensor], *, fused: Fused) -> dict[str, torch.Tensor]:
-    """Adapters of fused projections → adapters of their parts, exactly: the same A, and B by rows (equal parts)."""
-    out: dict[str, torch.Tensor] = {}
-    for key, tensor in tensors.items():
-        whole = next((w for w in fused if f".{w}.lora_" in key), None)
-        if whole is None:
-            out[key] = tensor
-            continue
-        pieces = [tensor] * len(fused[whole]) if ".lora_A." in key else tensor.chunk(len(fused[whole]))
-        for part, piece in zip(fused[whole], pieces, strict=True):
-            out[key.replace(f".{whole}.", f".{part}.")] = piece.contiguous().clone()
-    return out
-
-
-def join_fused(tensors: dict[str, torch.Tensor], *, fused: Fused) -> dict[str, torch.Tensor]:
-    """The inverse of `split_fused`. Raises ValueError where the parts were trained with an A each."""
-    out = dict(tensors)
-    for whole, parts in fused.items():
-        for key in [k for k in tensors if f".{parts[0]}.lora_A." in k]:
-            downs = [tensors[key.replace(f".{parts[0]}.", f".{p}.")] for p in parts]
-            if not all(torch.equal(downs[0], d) for d in downs):
-                raise ValueError(f"{key}: q, k and v have an adapter each, which PARAMS_SPLIT_QKV=true continues")
-            ups = [tensors[key.replace(f".{parts[0]}.", f".{p}.").replace("lora_A", "lora_B")] for p in parts]
-            for p in parts:
-                del out[key.replace(f".{parts[0]}.", f".{p}.")]
-                del out[key.replace(f".{parts[0]}.", f".{p}.").replace("lora_A", "lora_B")]
-            joined = key.replace(f".{parts[0]}.", f".{whole}.")
-            out[joined], out[joined.replace("lora_A", "lora_B")] = downs[0], torch.cat(ups)
-    return out
-
-
-def read_file(path: Path, *, prefix: str) -> dict[str, torch.Tensor]:
-    """The tensors of a LoRA file without the model's `prefix`. Raises SettingsError if it is of another family."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as problem:
-        raise SettingsError(f"PARAMS_RESUME_FROM {path} is not a safetensors file: {problem}.") from problem
-    strange = [k for k in tensors if not k.startswith(f"{prefix}.") or (".lora_A." not in k and ".lora_B." not in k)]
-    if strange or not tensors:
-        found = f"it has {strange[0]}" if strange else "it is empty"
-        raise SettingsError(
-            f"PARAMS_RESUME_FROM {path} is not a LoRA for this family: keys like "
-            f"{prefix}.….lora_A.weight are needed, {found}."
-        )
-    return {k.removeprefix(f"{prefix}."): t.float() for k, t in tensors.items()}

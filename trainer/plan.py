@@ -130,6 +130,9 @@ class TrainPlan:
     timestep_sampling: str = "sigmoid"
     discrete_flow_shift: float = 3.1582
     loss_weighting: str = "none"
+    prediction_type: str = "auto"  # auto: as the model's scheduler says
+    zero_terminal_snr: bool | None = None  # None: likewise
+    min_snr_gamma: float = 0.0  # 0: off
     guidance_scale: float = 1.0
     noise_offset: float = 0.1
     caption_dropout_rate: float = 0.0

@@ -15,11 +15,11 @@ import torch
 from trainer import cache as caching
 from trainer import files
 from trainer.cache import Cache
-from trainer.dataset import Scan, scan
+from trainer.dataset import Scan, survey
 from trainer.errors import DataError
 from trainer.families import Family
 from trainer.loop import MicroBatch
-from trainer.order import Batch, Order
+from trainer.order import Batch, Example, Order
 from trainer.plan import DataPlan, Prompt
 
 log = logging.getLogger(__name__)
@@ -34,9 +34,10 @@ def workers() -> int:
 def scanned(data: DataPlan, *, report: Path) -> Scan:
     """The usable pictures; says in / used / skipped, and writes the whole list to `report`. Raises DataError."""
     started = time.monotonic()
-    found = scan(data, workers=workers())
+    found = survey(data, workers=workers())
     files.write_text(report, found.report(limit=None))
-    for line in found.report(limit=20).splitlines():
+    found.check(strict=data.strict)
+    for line in found.report().splitlines():
         log.info("%s", line)
     log.info("Looked at the pictures in %.1f s.", time.monotonic() - started)
     return found
@@ -118,10 +119,18 @@ def micro_batch(cache: Cache, batch: Batch) -> MicroBatch:
     return MicroBatch(
         moments_B2CHW=torch.stack([i["moments"] for i in images]),
         text={key: torch.stack([t[key] for t in texts]) for key in texts[0]},
+        geometry_B6=torch.tensor([geometry(e) for e in batch], dtype=torch.float32),
         mask_B1HW=mask,
         weight_B=torch.tensor([e.weight for e in batch]),
         names=tuple(e.picture.name for e in batch),
     )
+
+
+def geometry(example: Example) -> tuple[int, int, int, int, int, int]:
+    """See `loop.MicroBatch`. A flipped picture is cut after it is flipped, as sd-scripts counts too."""
+    picture, view = example.picture, example.view
+    left = view.scaled[0] - view.size[0] - view.offset[0] if view.flip else view.offset[0]
+    return picture.height, picture.width, view.offset[1], left, view.size[1], view.size[0]
 
 
 def prompt_texts(prompts: Sequence[Prompt]) -> list[str]:

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from trainer import checkpoint, export, files, lora, optim, prepare
+from trainer import checkpoint, files, formats, lora, optim, prepare
 from trainer.cache import Cache
 from trainer.dataset import Scan
 from trainer.errors import KilnError, SettingsError, StopRequestedError, StorageError
-from trainer.families import Family, family
+from trainer.families import Facts, Family, family
 from trainer.loop import Ema
 from trainer.metrics import Status
+from trainer.objective import make_objective
 from trainer.order import Order, fingerprint, fingerprint_differences
 from trainer.plan import Plan, differences
 from trainer.precision import PRECISIONS
@@ -74,6 +75,7 @@ def _log_file(path: Path) -> Iterator[None]:
 
 def _run(plan: Plan, stop: StopFlag, out: Path, *, status: Status, state: checkpoint.State | None) -> None:
     kind, model = family(plan.model.family), Path(plan.model.path)
+    goal = make_objective(kind.FACTS.objective, plan.train, scheduler=model / "scheduler", device=plan.engine.device)
     status.phase("reading the dataset")
     found = prepare.scanned(plan.data, report=out / "dataset-report.txt")
     order = Order(
@@ -103,6 +105,7 @@ def _run(plan: Plan, stop: StopFlag, out: Path, *, status: Status, state: checkp
         kind,
         out,
         stop,
+        goal=goal,
         trainee=trainee,
         order=order,
         cache=cache,
@@ -182,7 +185,7 @@ def _trainee(plan: Plan, kind: Family, *, model: Path, total: int) -> Trainee:
     engine, facts = plan.engine, kind.FACTS
     start = None
     if plan.lora.resume_from and Path(plan.lora.resume_from).is_file():
-        start = lora.read_file(Path(plan.lora.resume_from), prefix=facts.lora_prefix)
+        start = _lora_file(Path(plan.lora.resume_from), facts.name)
     dtype = PRECISIONS[engine.precision].torch_dtype
     denoiser = kind.load_denoiser(model, device=engine.device, dtype=dtype)
     if engine.attention != "native":
@@ -199,7 +202,7 @@ def _trainee(plan: Plan, kind: Family, *, model: Path, total: int) -> Trainee:
         seed=plan.train.seed,
     )
     if start is not None:
-        _start_from(denoiser, start, plan=plan, fused=fused)
+        _start_from(denoiser, start, plan=plan, facts=facts)
     if engine.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     if engine.compile:
@@ -225,16 +228,25 @@ def _trainee(plan: Plan, kind: Family, *, model: Path, total: int) -> Trainee:
     return Trainee(denoiser, params, optimizer, schedule, ema)
 
 
-def _start_from(denoiser: Any, tensors: dict[str, torch.Tensor], *, plan: Plan, fused: lora.Fused) -> None:
-    """Begin with the weights of a LoRA file. Raises SettingsError where they are not of this plan's shape."""
-    path = plan.lora.resume_from
+def _lora_file(path: Path, family_name: str) -> formats.Modules:
     try:
-        adapters = lora.join_fused(tensors, fused=fused) if fused else tensors
-        lora.load(denoiser, export.from_file_tensors(adapters, scale=plan.lora.alpha / plan.lora.rank))
+        return formats.load(path, family_name)
     except ValueError as problem:
-        ranks = sorted({t.shape[0] for k, t in tensors.items() if ".lora_A." in k})
+        raise SettingsError(f"PARAMS_RESUME_FROM {path} cannot be gone on from: {problem}.") from problem
+
+
+def _start_from(denoiser: Any, modules: formats.Modules, *, plan: Plan, facts: Facts) -> None:
+    """Begin with the weights of a LoRA file. Raises SettingsError where they are not of this plan's shape."""
+    path, scale, state = plan.lora.resume_from, plan.lora.alpha / plan.lora.rank, lora.state(denoiser)
+    try:
+        lora.load(
+            denoiser,
+            formats.to_state(modules, state, prefix=facts.lora_prefix, fused=facts.fused_targets, scale=scale),
+        )
+    except ValueError as problem:
         raise SettingsError(
-            f"PARAMS_RESUME_FROM {path} has rank {ranks} and does not fit this plan (PARAMS_NETWORK_DIM="
-            f"{plan.lora.rank}, PARAMS_TARGET_MODULES={','.join(plan.lora.targets)}): {problem}."
+            f"PARAMS_RESUME_FROM {path} does not fit this plan (PARAMS_NETWORK_DIM={plan.lora.rank}, "
+            f"PARAMS_SPLIT_QKV={str(plan.lora.split_qkv).lower()}, PARAMS_TARGET_MODULES="
+            f"{','.join(plan.lora.targets)}): {problem}."
         ) from problem
-    log.info("Began with the weights of %s.", path)
+    log.info("Began with the weights of %s: %d modules.", path, len(modules))

@@ -1,4 +1,7 @@
-"""prompts.txt → pictures at fixed seeds, and one contact sheet a run (rows: prompts; columns: steps)."""
+"""prompts.txt → pictures at fixed seeds, and one contact sheet a run (rows: prompts; columns: steps).
+
+python -m trainer.sample --base BASE_MODEL --lora a.safetensors:0.8 b.safetensors --prompts prompts.txt --out DIR
+"""
 
 from __future__ import annotations
 
@@ -91,3 +94,11 @@ def _fit(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFo
     while text and font.getlength(text) > width:
         text = text[:-2].rstrip() + "…"
     return text
+
+
+if __name__ == "__main__":
+    import sys
+
+    from trainer.tools import sample_command
+
+    sys.exit(sample_command(sys.argv[1:]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,19 +17,20 @@ import torch
 from PIL import Image
 
 from trainer import cache as caching
-from trainer import checkpoint, export, lora, optim, prepare, sample
+from trainer import checkpoint, export, files, formats, lora, optim, prepare, sample
 from trainer.cache import Cache
 from trainer.dataset import Scan
 from trainer.errors import SettingsError
-from trainer.families import Family
-from trainer.loop import MicroBatch, losses, prefetched, seeded, train, validation_loss
+from trainer.families import Family, base_models
+from trainer.loop import MicroBatch, latents, losses, prefetched, seeded, train, validation_loss
 from trainer.metrics import Metrics, Status
-from trainer.objective import FlowMatching
+from trainer.objective import Objective, scheduler_changes
 from trainer.order import Order, fingerprint
 from trainer.plan import Plan, Prompt
 from trainer.precision import PRECISIONS
 from trainer.stop import StopFlag
 from trainer.trainee import Trainee
+from trainer.verify import verify
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ class Session:
     kind: Family
     out: Path
     stop: StopFlag
+    goal: Objective
     trainee: Trainee
     order: Order
     cache: Cache
@@ -53,13 +56,15 @@ class Session:
     total: int
     steps_per_epoch: int
 
-    def predict(self, noisy_BCHW: torch.Tensor, t_B: torch.Tensor, text: dict[str, torch.Tensor]) -> torch.Tensor:
-        guidance = self.plan.train.guidance_scale
-        return self.kind.predict(self.trainee.denoiser, noisy_BCHW, t_B, text=text, guidance=guidance)
-
-    def goal(self) -> FlowMatching:
-        t = self.plan.train
-        return FlowMatching(t.timestep_sampling, t.discrete_flow_shift, t.loss_weighting, t.noise_offset)
+    def predict(self, noisy_BCHW: torch.Tensor, t_B: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        return self.kind.predict(
+            self.trainee.denoiser,
+            noisy_BCHW,
+            t_B,
+            text=batch.text,
+            guidance=self.plan.train.guidance_scale,
+            geometry_B6=batch.geometry_B6,
+        )
 
     def rehearse(self) -> None:
         """One step at the largest batch, forgotten: memory runs out here, or never. Raises SettingsError if it does."""
@@ -68,7 +73,7 @@ class Session:
         try:
             batch = prepare.micro_batch(self.cache, largest).to(device)
             generator = seeded(torch.Generator(device), self.plan.train.seed)
-            losses(self.predict, self.goal(), batch, generator=generator).mean().backward()
+            losses(self.predict, self.goal, batch, generator=generator).mean().backward()
         except torch.OutOfMemoryError as problem:
             raise SettingsError(
                 f"The largest batch ({len(largest)} pictures of {largest[0].view.size}) does not fit in memory. "
@@ -87,7 +92,7 @@ class Session:
             for step in train(
                 prefetched(self.groups(first)),
                 predict=self.predict,
-                goal=self.goal(),
+                goal=self.goal,
                 params=self.trainee.params,
                 optimizer=self.trainee.optimizer,
                 schedule=self.trainee.schedule,
@@ -111,8 +116,7 @@ class Session:
                         self.save(step.number, step.epoch)
                     self.stop.check()
             status.phase("exporting")
-            final = self.out / f"{plan.output.name}.safetensors"
-            self.export(final, step=self.total, epoch=math.ceil(self.total / self.steps_per_epoch))
+            final = self.export(plan.output.name, step=self.total, epoch=math.ceil(self.total / self.steps_per_epoch))
             if plan.output.sample_every:
                 self.sample(self.total, status=status, metrics=metrics)
         log.info("Done: %s", final)
@@ -134,7 +138,7 @@ class Session:
         batches = (prepare.micro_batch(self.cache, b) for b in self.order.validation())
         device, seed = self.plan.engine.device, self.plan.train.seed
         with metrics.aside(), self.trainee.published():
-            loss = validation_loss(batches, predict=self.predict, goal=self.goal(), device=device, seed=seed)
+            loss = validation_loss(batches, predict=self.predict, goal=self.goal, device=device, seed=seed)
         metrics.record({"step": step, "validation_loss": loss})
         log.info("Validation loss at step %d: %.4f", step, loss)
 
@@ -153,7 +157,15 @@ class Session:
                 {k: v[None].to(device, dtype) for k, v in caching.load(self.cache.text_path(c)).items()}
                 for c in (prompt.text, prompt.negative)
             )
-            return self.kind.sample(self.trainee.denoiser, vae, model, prompt=prompt, text=text, negative=negative)
+            return self.kind.sample(
+                self.trainee.denoiser,
+                vae,
+                model,
+                prompt=prompt,
+                text=text,
+                negative=negative,
+                scheduler=scheduler_changes(self.plan.train),
+            )
 
         with metrics.aside(), self.trainee.published(), torch.no_grad():
             count = sample.draw_all(folder, prompts, step=step, draw=draw, stopped=lambda: self.stop.requested)
@@ -164,27 +176,60 @@ class Session:
     def save(self, step: int, epoch: int) -> None:
         """The LoRA file and the state of `step`; the oldest beyond KEEP_CHECKPOINTS go."""
         started, states = time.monotonic(), self.out / "state"
-        self.export(self.out / f"{self.plan.output.name}-step{step:08d}.safetensors", step=step, epoch=epoch)
+        self.export(f"{self.plan.output.name}-step{step:08d}", step=step, epoch=epoch)
         tree = {"essence": self.plan.essence(), "data": fingerprint(self.found.pictures), **self.trainee.state()}
         checkpoint.save(states, step, tree)
         kept = checkpoint.prune(states, self.plan.output.keep_checkpoints)
-        for path in self.out.glob(f"{self.plan.output.name}-step*.safetensors"):
-            if int(path.stem[-8:]) not in kept:
+        ours = re.compile(rf"{re.escape(self.plan.output.name)}-step(\d{{8}})\D*")
+        for path in self.out.glob("*.safetensors*"):
+            found = ours.fullmatch(path.name)
+            if found and int(found[1]) not in kept:
                 path.unlink()
         log.info("Saved step %d in %.2f s.", step, time.monotonic() - started)
 
-    def export(self, path: Path, *, step: int, epoch: int) -> None:
-        facts, plan = self.kind.FACTS, self.plan
+    def export(self, stem: str, *, step: int, epoch: int) -> Path:
+        """The LoRA in every format that this job leaves, each verified before it gets its name; returns the main one.
+
+        Raises FileMismatchError where a file is not what was trained; it stays beside its place, as `.unverified`.
+        """
+        facts, plan, denoiser = self.kind.FACTS, self.plan, self.trainee.denoiser
+        run = _trained(plan, self.kind, self.goal, order=self.order, found=self.found)
+        # The second file is for diffusers, which knows kohya's keys at the published models' width and depth only.
+        miniature = not base_models()[plan.model.base][1].files_gib
+        wanted = ("kohya", "peft") if miniature else self.kind.KEYS.writes
+        prefix, fused = facts.lora_prefix, facts.fused_targets
         with self.trainee.published():
-            adapters = lora.split_fused(lora.state(self.trainee.denoiser), fused=facts.fused_targets)
             scale = plan.lora.alpha / plan.lora.rank
-            tensors = export.to_file_tensors(adapters, prefix=facts.lora_prefix, scale=scale)
-        export.write(
-            path, tensors, export.metadata(_trained(plan, self.kind, self.order, self.found), step=step, epoch=epoch)
-        )
+            modules = formats.of_state(lora.state(denoiser), prefix=prefix, fused=fused, scale=scale)
+            for to in reversed(wanted):  # the main file comes last: where it is, all are
+                path = self.out / f"{stem}{formats.FORMATS[to]}.safetensors"
+                unverified = path.with_name(f"{path.name}.unverified")
+                made = formats.write(modules, to, facts.name)
+                header = export.metadata(run, step=step, epoch=epoch, rank=made.rank, alpha=made.alpha)
+                export.write(unverified, made.tensors, header)
+                error = verify(
+                    unverified,
+                    denoiser,
+                    family_name=facts.name,
+                    prefix=prefix,
+                    fused=fused,
+                    output=self._one_output,
+                )
+                unverified.rename(path)
+                files.flush(path.parent)
+                log.info("%s: read back, its output differs from the trained model's by %.1e.", path.name, error)
+        return path
+
+    def _one_output(self) -> torch.Tensor:
+        """The denoiser's output for one picture of the dataset, the same each time."""
+        device = self.plan.engine.device
+        batch = prepare.micro_batch(self.cache, self.order.epoch(0)[0][:1]).to(device)
+        generator = seeded(torch.Generator(device), self.plan.train.seed)
+        drawn = self.goal.draw(latents(batch.moments_B2CHW, generator), generator)
+        return self.predict(drawn.noisy_BCHW, drawn.t_B, batch)
 
 
-def _trained(plan: Plan, kind: Family, order: Order, found: Scan) -> export.Trained:
+def _trained(plan: Plan, kind: Family, goal: Objective, *, order: Order, found: Scan) -> export.Trained:
     """What the header of the LoRA file says about this run."""
     facts, first = kind.FACTS, plan.data.datasets[0]
     datasets: list[dict[str, Any]] = []
@@ -205,7 +250,6 @@ def _trained(plan: Plan, kind: Family, order: Order, found: Scan) -> export.Trai
         base=plan.model.base,
         base_version=facts.base_version,
         architecture=facts.architecture,
-        rank=plan.lora.rank,
         alpha=plan.lora.alpha,
         started=plan.output.started,
         optimizer=plan.optim.name,
@@ -215,7 +259,7 @@ def _trained(plan: Plan, kind: Family, order: Order, found: Scan) -> export.Trai
         noise_offset=plan.train.noise_offset,
         resolution=first.resolution,
         trigger=first.subsets[0].trigger_word,
-        objective=facts.objective,
+        objective=goal.prediction.removesuffix("_prediction"),
         buckets=buckets,
         datasets=datasets,
         tags=tags,

@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 
 
 @pytest.fixture
@@ -60,3 +66,72 @@ def flux_scheduler():
 def text():
     torch.manual_seed(2)
     return {"tokens": torch.randn(2, 7, 24), "pooled": torch.randn(2, 20)}
+
+
+@pytest.fixture
+def sd3_denoiser():
+    """Three joint blocks of width 32, the first with the second attention of SD3.5-medium; q and k normalised."""
+    torch.manual_seed(0)
+    model = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=16,
+        num_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        caption_projection_dim=32,
+        pooled_projection_dim=20,
+        out_channels=16,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model.requires_grad_(False).eval()
+
+
+@pytest.fixture
+def sd3_vae(flux_vae):
+    """The same class with the numbers that SD3 ships with."""
+    flux_vae.register_to_config(scaling_factor=1.5305, shift_factor=0.0609)
+    return flux_vae
+
+
+@pytest.fixture
+def sdxl_denoiser():
+    """SDXL's UNet: three levels, transformers of one and two blocks in the lower two; size and crop are conditions."""
+    torch.manual_seed(0)
+    model = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 2),
+        attention_head_dim=(1, 2, 2),
+        norm_num_groups=4,
+        cross_attention_dim=24,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 * 4 + 20,
+    )
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.4)
+    return model.requires_grad_(False).eval()
+
+
+@pytest.fixture
+def sdxl_vae():
+    torch.manual_seed(1)
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=4,
+        latent_channels=4,
+        layers_per_block=1,
+        scaling_factor=0.13025,
+    ).eval()

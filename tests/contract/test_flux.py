@@ -8,7 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
-from trainer import export, lora
+from trainer import export, formats, lora
 from trainer.families import flux
 from trainer.objective import FlowMatching, noise
 
@@ -169,9 +169,8 @@ def test_the_file_gives_the_trained_model_in_diffusers(flux_denoiser, flux_vae, 
     plain = copy.deepcopy(flux_denoiser)
     adapted(flux_denoiser, split=split)
     trained = velocity(flux_denoiser, text)
-    tensors = export.to_file_tensors(
-        lora.split_fused(lora.state(flux_denoiser), fused=FUSED), prefix="transformer", scale=2.0 / 3
-    )
+    modules = formats.of_state(lora.state(flux_denoiser), prefix="transformer", fused=FUSED, scale=2.0 / 3)
+    tensors = formats.write(modules, "peft", "flux").tensors
     export.write(tmp_path / "x.safetensors", tensors, {"ss_network_dim": "3"})
 
     pipe = pipeline(plain, flux_vae, flux_scheduler)
@@ -186,15 +185,14 @@ def test_a_file_begins_a_new_run_where_it_ended(flux_denoiser, text, tmp_path, s
 
     other = copy.deepcopy(flux_denoiser)
     adapted(flux_denoiser, split=split)
-    tensors = export.to_file_tensors(
-        lora.split_fused(lora.state(flux_denoiser), fused=FUSED), prefix="transformer", scale=2.0 / 3
-    )
+    modules = formats.of_state(lora.state(flux_denoiser), prefix="transformer", fused=FUSED, scale=2.0 / 3)
+    tensors = formats.write(modules, "peft", "flux").tensors
     export.write(tmp_path / "x.safetensors", tensors, {})
     adapted(other, split=split)
     for p in (q for q in other.parameters() if q.requires_grad):
         torch.nn.init.zeros_(p)
-    back = lora.read_file(tmp_path / "x.safetensors", prefix="transformer")
-    lora.load(other, export.from_file_tensors(back if split else lora.join_fused(back, fused=FUSED), scale=2.0 / 3))
+    back = formats.load(tmp_path / "x.safetensors", "flux")
+    lora.load(other, formats.to_state(back, lora.state(other), prefix="transformer", fused=FUSED, scale=2.0 / 3))
     torch.testing.assert_close(velocity(other, text), velocity(flux_denoiser, text), atol=1e-5, rtol=1e-5)
 
 

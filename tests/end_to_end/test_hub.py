@@ -439,6 +439,24 @@ def test_an_outage_with_half_a_cache_matters(hub: Hub, client: Client) -> None:
     assert client.model().code == 75
 
 
+def test_a_whole_cache_may_be_read_only(hub: Hub, client: Client) -> None:
+    hub.add("model", "org/model", model_files())
+    first = client.model()
+    lock = next(client.hub_cache.rglob("kiln/lock"))
+    lock.unlink()
+    lock.mkdir()  # even root cannot open that for writing
+    assert client.model().data == first.data
+
+
+def test_a_cache_that_was_copied_serves_in_an_outage(hub: Hub, client: Client) -> None:
+    hub.add("model", "org/model", model_files())
+    path = Path(client.model().data["path"])
+    for file in path.rglob("*"):
+        os.utime(file)
+    hub.down = True
+    assert client.model().data["path"] == str(path)
+
+
 def test_two_processes_share_a_cache(hub: Hub, client: Client, new_process: Callable[..., Process]) -> None:
     files = model_files(2_000_000)
     hub.add("model", "org/model", files)

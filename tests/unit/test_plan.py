@@ -250,10 +250,7 @@ def test_the_targets_are_the_familys_or_the_users():
     assert plan(PARAMS_TARGET_MODULES="to_q,to_k").lora.targets == ("to_q", "to_k")
 
 
-def test_a_lora_file_or_a_state_folder_may_be_gone_on_from(tmp_path):
-    file = tmp_path / "x.safetensors"
-    file.touch()
-    assert plan(PARAMS_RESUME_FROM=str(file)).lora.resume_from == str(file)
+def test_a_state_folder_may_be_gone_on_from(tmp_path):  # a LoRA file: see test_resume.py
     assert plan(PARAMS_RESUME_FROM=str(tmp_path)).lora.resume_from == str(tmp_path)
     assert "PARAMS_RESUME_FROM" in refusal(PARAMS_RESUME_FROM=__file__)
 
@@ -440,3 +437,58 @@ def test_any_settings_make_a_plan_or_a_settings_error(variables):
     except SettingsError:
         return
     assert Plan.from_json(made.to_json()) == made
+
+
+# ---- what only some models have
+
+OBJECTIVES = {family(name).FACTS.objective: base for base, (name, _) in sorted(MODELS.items())}
+
+
+@pytest.mark.parametrize(
+    ("objective", "name", "value"),
+    [
+        ("flow", "PARAMS_MIN_SNR_GAMMA", "5"),
+        ("flow", "PARAMS_PREDICTION_TYPE", "v_prediction"),
+        ("flow", "PARAMS_ZERO_TERMINAL_SNR", "true"),
+        ("flow", "PARAMS_ZERO_TERMINAL_SNR", "false"),
+        ("denoising", "PARAMS_LOSS_WEIGHTING", "cosmap"),
+        ("denoising", "PARAMS_DISCRETE_FLOW_SHIFT", "3"),
+        ("denoising", "PARAMS_TIMESTEP_SAMPLING", "sigmoid"),
+    ],
+)
+def test_what_the_objective_has_not_is_refused_with_the_variable(objective, name, value):
+    base = OBJECTIVES[objective]
+    message = refusal(BASE_MODEL=base, **{name: value})
+    assert name in message and value in message and base in message
+
+
+def test_what_the_objective_has_is_planned():
+    asked = {"PARAMS_MIN_SNR_GAMMA": "5", "PARAMS_PREDICTION_TYPE": "v_prediction", "PARAMS_ZERO_TERMINAL_SNR": "true"}
+    train = plan(BASE_MODEL=OBJECTIVES["denoising"], **asked).train
+    assert (train.min_snr_gamma, train.prediction_type, train.zero_terminal_snr) == (5.0, "v_prediction", True)
+    train = plan(BASE_MODEL=OBJECTIVES["denoising"], PARAMS_MIN_SNR_GAMMA="0").train
+    assert (train.min_snr_gamma, train.prediction_type, train.zero_terminal_snr) == (0.0, "auto", None)
+
+
+def test_without_signal_there_is_no_noise_to_predict():
+    asked = {"PARAMS_PREDICTION_TYPE": "epsilon", "PARAMS_ZERO_TERMINAL_SNR": "true"}
+    assert "PARAMS_ZERO_TERMINAL_SNR" in refusal(BASE_MODEL=OBJECTIVES["denoising"], **asked)
+
+
+def test_the_shift_is_the_models_or_the_users():
+    for base, (name, _) in MODELS.items():
+        facts = family(name).FACTS
+        if "shift" in facts.timestep_samplings:
+            made = plan(BASE_MODEL=base, PARAMS_TIMESTEP_SAMPLING="shift")
+            assert made.train.discrete_flow_shift == facts.flow_shift
+            assert any(r.startswith("PARAMS_DISCRETE_FLOW_SHIFT") for r in made.reasons)
+            assert plan(BASE_MODEL=base, PARAMS_DISCRETE_FLOW_SHIFT="2").train.discrete_flow_shift == 2
+
+
+def test_another_attention_needs_a_model_that_can_switch():
+    for base, (name, _) in MODELS.items():
+        if family(name).FACTS.attention_backends:
+            assert plan(BASE_MODEL=base, PARAMS_ATTENTION="flex").engine.attention == "flex"
+        else:
+            assert "PARAMS_ATTENTION" in refusal(BASE_MODEL=base, PARAMS_ATTENTION="flex")
+            assert plan(BASE_MODEL=base, PARAMS_ATTENTION="native").engine.attention == "native"

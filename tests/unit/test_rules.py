@@ -18,6 +18,7 @@ FROM_TRAINER = {
     "trainer.plan",
     "trainer.errors",
     "trainer.families",
+    "trainer.keys",
     "trainer.optim",
 }  # what the entrypoint may import
 VENDORS = r"nvidia|amd|rocm|geforce|radeon|hopper|ampere|mi[23]\d\dx?|gfx\d\w+|[ah]100|h200"

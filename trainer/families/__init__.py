@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from trainer.plan import Prompt
 
 
+OPTIONAL = "optional:"  # begins a pattern of files whose folder may be missing
+
+
 @dataclass(frozen=True)
 class BaseModel:
     """A value of BASE_MODEL."""
@@ -37,7 +40,7 @@ class Facts:
 
     name: str
     models: dict[str, BaseModel]
-    files: tuple[str, ...]  # glob patterns of the files that training and sampling need in a Hub repository
+    files: tuple[str, ...]  # glob patterns of the files that training and sampling need; see OPTIONAL
     multiple: int  # sides of pictures are multiples of this, in pixels
     objective: str  # a key of trainer.objective.OBJECTIVES
     timestep_samplings: tuple[str, ...]  # the first is the default
@@ -49,12 +52,44 @@ class Facts:
     prompt_steps: int
     prompt_guidance: float
     prompt_cfg: float
+    flow_shift: float = 3.1582  # default of PARAMS_DISCRETE_FLOW_SHIFT
+    attention_backends: bool = True  # False: its attention is torch's own, whatever diffusers' dispatcher is told
+
+
+def weights(*parts: str) -> tuple[str, ...]:
+    """Patterns for `Facts.files`: the config and the weights of these folders, not their fp16 copies.
+
+    Those are called model.fp16.safetensors, model.fp16-00001-of-00002.safetensors and (older)
+    model-00001-of-00002.fp16.safetensors.
+    """
+    names = ("config.json", "*model.safetensors", "*model-*-of-?????.safetensors", "*model.safetensors.index.json")
+    return tuple(f"{part}/{name}" for part in parts for name in names)
+
+
+@dataclass(frozen=True)
+class Native:
+    """A layer of the model's original implementation, and the layers of diffusers' model that it is made of."""
+
+    name: str  # dotted path; {} stands for the number of the block
+    parts: tuple[str, ...]  # paths in diffusers' model, with the same {}, in the order of their rows
+    rows: tuple[int, ...] = (1,)  # the rows of the parts, as a ratio: no width is written down anywhere
+    swapped: bool = False  # where its rows are two halves (rows = 2 * columns), they are the other way round
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The names that LoRA files of a family use, for `trainer.keys` and `trainer.formats`."""
+
+    layers: tuple[Native, ...]
+    encoders: dict[str, str]  # text encoder of diffusers' pipeline → what kohya's keys call it: te1, te2, te3
+    writes: tuple[str, ...] = ("kohya",)  # formats that a job leaves; all but the first go into `<name>-<format>`
 
 
 class Family(Protocol):
     """What a family module provides. `text` is what `encode_text` gave for one caption, or such tensors batched."""
 
     FACTS: Facts
+    KEYS: Keys
 
     def load_encoders(self, folder: Path, *, device: str, dtype: torch.dtype) -> Any:
         """Tokenizers and text encoders, frozen, as one object for `encode_text`."""
@@ -85,8 +120,12 @@ class Family(Protocol):
         *,
         text: dict[str, torch.Tensor],
         guidance: float,
+        geometry_B6: torch.Tensor,
     ) -> torch.Tensor:
-        """The denoiser's output for latents at times `t_B` in [0, 1] (1: pure noise), shaped like `noisy_BCHW`."""
+        """The denoiser's output for latents at times `t_B` in [0, 1] (1: pure noise), shaped like `noisy_BCHW`.
+
+        `guidance`: embedded guidance. `geometry_B6`: `loop.MicroBatch` says what. A family may have no use for them.
+        """
 
     def sample(
         self,
@@ -97,8 +136,9 @@ class Family(Protocol):
         prompt: Prompt,
         text: dict[str, torch.Tensor],
         negative: dict[str, torch.Tensor],
+        scheduler: dict[str, Any] | None = None,
     ) -> Image.Image:
-        """Draw one picture with diffusers' own pipeline."""
+        """Draw one picture with diffusers' own pipeline. `scheduler`: what differs from its scheduler's config."""
 
 
 @cache

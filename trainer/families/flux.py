@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from trainer.families import BaseModel, Facts
+from trainer.families import BaseModel, Facts, Keys, Native
 
 if TYPE_CHECKING:
     import torch
@@ -138,6 +138,7 @@ def predict(
     *,
     text: dict[str, torch.Tensor],
     guidance: float,
+    geometry_B6: torch.Tensor | None = None,  # noqa: ARG001 (positions are all that this family is told)
 ) -> torch.Tensor:
     """The velocity (noise - latents). `guidance`: the embedded scale, which schnell has none of."""
     import torch
@@ -168,12 +169,13 @@ def sample(
     prompt: Prompt,
     text: dict[str, torch.Tensor],
     negative: dict[str, torch.Tensor],
+    scheduler: dict[str, Any] | None = None,
 ) -> Image.Image:
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
     pipe = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
+        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler", **(scheduler or {})),
         vae=vae,
         text_encoder=None,
         tokenizer=None,
@@ -182,7 +184,7 @@ def sample(
         transformer=denoiser,
     )
     pipe.set_progress_bar_config(disable=True)
-    image: Image.Image = pipe(
+    packed_BLD = pipe(
         prompt_embeds=text["tokens"],
         pooled_prompt_embeds=text["pooled"],
         negative_prompt_embeds=negative["tokens"],
@@ -193,5 +195,47 @@ def sample(
         width=prompt.width,
         height=prompt.height,
         generator=torch.Generator("cpu").manual_seed(prompt.seed),
-    ).images[0]
+        output_type="latent",
+    ).images
+    # Here and not in the pipeline, which would decode in the denoiser's precision.
+    latents_BCHW = pipe._unpack_latents(packed_BLD, prompt.height, prompt.width, pipe.vae_scale_factor)
+    pixels_BCHW = vae.decode(latents_BCHW.float() / vae.config.scaling_factor + vae.config.shift_factor).sample
+    image: Image.Image = pipe.image_processor.postprocess(pixels_BCHW)[0]
     return image
+
+
+# ---- key names of LoRA files. Native: the modules of black-forest-labs/flux, which kohya's and ComfyUI's keys name.
+_DOUBLE, _SINGLE = "transformer_blocks.{}", "single_transformer_blocks.{}"
+_EMBEDDERS = {"timestep": "time_in", "text": "vector_in", "guidance": "guidance_in"}
+
+KEYS = Keys(
+    layers=(
+        Native("double_blocks.{}.img_attn.qkv", tuple(f"{_DOUBLE}.attn.to_{x}" for x in "qkv"), (1, 1, 1)),
+        Native("double_blocks.{}.txt_attn.qkv", tuple(f"{_DOUBLE}.attn.add_{x}_proj" for x in "qkv"), (1, 1, 1)),
+        Native("double_blocks.{}.img_attn.proj", (f"{_DOUBLE}.attn.to_out.0",)),
+        Native("double_blocks.{}.txt_attn.proj", (f"{_DOUBLE}.attn.to_add_out",)),
+        Native("double_blocks.{}.img_mlp.0", (f"{_DOUBLE}.ff.net.0.proj",)),
+        Native("double_blocks.{}.img_mlp.2", (f"{_DOUBLE}.ff.net.2",)),
+        Native("double_blocks.{}.txt_mlp.0", (f"{_DOUBLE}.ff_context.net.0.proj",)),
+        Native("double_blocks.{}.txt_mlp.2", (f"{_DOUBLE}.ff_context.net.2",)),
+        Native("double_blocks.{}.img_mod.lin", (f"{_DOUBLE}.norm1.linear",)),
+        Native("double_blocks.{}.txt_mod.lin", (f"{_DOUBLE}.norm1_context.linear",)),
+        Native(
+            "single_blocks.{}.linear1",
+            (*(f"{_SINGLE}.attn.to_{x}" for x in "qkv"), f"{_SINGLE}.proj_mlp"),
+            (1, 1, 1, 4),  # the MLP is four times as wide as the model
+        ),
+        Native("single_blocks.{}.linear2", (f"{_SINGLE}.proj_out",)),
+        Native("single_blocks.{}.modulation.lin", (f"{_SINGLE}.norm.linear",)),
+        Native("img_in", ("x_embedder",)),
+        Native("txt_in", ("context_embedder",)),
+        *(
+            Native(f"{native}.{end}_layer", (f"time_text_embed.{ours}_embedder.linear_{number}",))
+            for ours, native in _EMBEDDERS.items()
+            for number, end in ((1, "in"), (2, "out"))
+        ),
+        Native("final_layer.linear", ("proj_out",)),
+        Native("final_layer.adaLN_modulation.1", ("norm_out.linear",), swapped=True),
+    ),
+    encoders={"text_encoder": "te1", "text_encoder_2": "te3"},  # CLIP-L and T5
+)

@@ -1,0 +1,111 @@
+"""The LoRA file that a run begins with: what it is, read from its header, and what of the plan follows from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from entrypoint.checks import Notes
+from trainer import keys
+from trainer.families import Facts
+from trainer.keys import Header, Survey
+
+Adapter = tuple[int, bool, tuple[str, ...]]  # rank, whether q, k and v have an adapter each, targets
+RANK = 32  # where neither the user nor a file says one
+
+
+def adapter(
+    path: str | None,
+    facts: Facts,
+    *,
+    rank: int | None,
+    split_qkv: bool | None,
+    targets: tuple[str, ...] | None,
+    notes: Notes,
+) -> Adapter:
+    """What is asked for, and for the rest what the file `path` has, if there is one, or the defaults."""
+    plain: Adapter = (rank or RANK, bool(split_qkv), targets or facts.targets)
+    if path is None:
+        return plain
+    where = f"PARAMS_RESUME_FROM={path}"
+    try:
+        header = keys.read_header(Path(path))
+        found = keys.survey(header, facts.name)
+    except ValueError as problem:
+        notes.add(f"{where}: {problem}. Allowed: a LoRA file (.safetensors), or a state folder.")
+        return plain
+    refused = _foreign(header, found, facts) or _untrained(found, facts, targets)
+    if refused:
+        notes.add(f"{where}: {refused}")
+        return plain
+    notes.chose("PARAMS_RESUME_FROM", path, str(found))
+    if targets is None:
+        targets = _targets(found, facts)
+        if targets != facts.targets:
+            notes.chose("PARAMS_TARGET_MODULES", ",".join(targets), "what the LoRA file has")
+    joined = [parts for parts in facts.fused_targets.values() if all(p in targets for p in parts)]
+    together, apart = found.rank(joined), found.rank(())
+    if split_qkv is None:
+        split_qkv = together > apart
+        if split_qkv:
+            notes.chose("PARAMS_SPLIT_QKV", True, "q, k and v have an adapter each in the LoRA file")
+    file_rank = apart if split_qkv else together
+    if rank not in (None, file_rank):
+        notes.add(f"PARAMS_NETWORK_DIM={rank}: {path} has rank {file_rank}. Fix: PARAMS_NETWORK_DIM={file_rank}.")
+    elif rank is None:
+        notes.chose("PARAMS_NETWORK_DIM", file_rank, "the rank of the LoRA file")
+    return file_rank, split_qkv, targets
+
+
+def _foreign(header: Header, found: Survey, facts: Facts) -> str | None:
+    """Why a file is not of this family, or not of a kind that is read."""
+    stems = [r[0] for key in header.entries if (r := keys.role(key))]
+    likely = keys.likely_family(stems, header.metadata)
+    said = keys.said_family(header.metadata)
+    if likely not in (None, facts.name) and (found.unmatched or said == likely):
+        return (
+            f"it looks like a LoRA for {likely}, and this job is for {facts.name}. Fix: name a file for {facts.name}."
+        )
+    if found.unmatched or not found.modules:
+        some = ", ".join(found.unmatched[:5]) or "the file is empty"
+        return (
+            f"{len(found.unmatched)} of its {len(header.entries)} tensors are nothing that a LoRA for {facts.name} "
+            f"has: {some}."
+        )
+    return None
+
+
+def _untrained(found: Survey, facts: Facts, targets: tuple[str, ...] | None) -> str | None:
+    """Why some of the file's modules would be left out."""
+    others = [m for m in found.modules if not m.startswith(f"{facts.lora_prefix}.")]
+    if others:
+        return (
+            f"{len(others)} of its modules belong to text encoders, which this job does not train: {others[0]} first. "
+            f"Fix: make a file without them (python -m trainer.export FILE --without-text-encoders ...)."
+        )
+    ends = targets or facts.targets
+    left = [m for m in found.modules if not _is_covered(m, ends) and (targets or _end(m, facts) is None)]
+    if left:
+        fix = f"PARAMS_TARGET_MODULES={','.join(_targets(found, facts))}" if targets else "name another file"
+        return f"{len(left)} of its modules get no adapter in this job: {', '.join(left[:3])} first. Fix: {fix}."
+    return None
+
+
+def _is_covered(module: str, targets: tuple[str, ...]) -> bool:
+    """Whether one of the targets means it; what is in no numbered block gets no adapter, whatever its name."""
+    in_block = any(part.isdigit() for part in module.split("."))
+    return in_block and any(module.endswith(f".{target}") for target in targets)
+
+
+def _end(module: str, facts: Facts) -> str | None:
+    """The end of a module's name inside its block; None if it is in no block."""
+    there = keys.layer(module, facts.name)
+    if there is None or there.native is None or not there.number:
+        return None
+    return there.native.parts[there.part or 0].rpartition("{}.")[2]
+
+
+def _targets(found: Survey, facts: Facts) -> tuple[str, ...]:
+    """The family's targets that the file has, and the ends of its other modules."""
+    usual = [target for target in facts.targets if any(_is_covered(m, (target,)) for m in found.modules)]
+    others = (_end(m, facts) for m in found.modules if not _is_covered(m, facts.targets))
+    return (*usual, *dict.fromkeys(end for end in others if end))

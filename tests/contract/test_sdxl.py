@@ -1,0 +1,300 @@
+"""SDXL against diffusers' own pipeline, schedulers and training helpers."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline
+from diffusers.training_utils import compute_snr
+from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
+
+from trainer import export, formats, lora, prepare
+from trainer.dataset import Picture, View
+from trainer.errors import SettingsError
+from trainer.families import sdxl
+from trainer.objective import Denoising, make_objective, noise, scheduler_changes
+from trainer.order import Example
+from trainer.plan import Prompt, TrainPlan
+
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}  # as SDXL ships
+MINIATURE = Path(sdxl.FACTS.models["mini-sdxl"].source)
+PREDICTIONS = ("epsilon", "v_prediction")
+
+
+def scheduler_of(prediction="epsilon", **more):
+    return DDPMScheduler(**BETAS, prediction_type=prediction, **more)
+
+
+def goal(prediction="epsilon", *, gamma=0.0, **more):
+    return Denoising(scheduler_of(prediction, **more).alphas_cumprod, prediction, gamma)
+
+
+def pipeline(denoiser, vae, scheduler):
+    pipe = StableDiffusionXLPipeline(
+        scheduler=scheduler, vae=vae, unet=denoiser, add_watermarker=False,
+        text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_euler_steps_with_predict_are_those_of_the_pipeline(sdxl_denoiser, sdxl_vae, text, prediction):
+    scheduler = EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading", prediction_type=prediction)
+    start_BCHW, nothing = torch.randn(2, 4, 8, 12), {k: torch.zeros_like(v) for k, v in text.items()}
+    expected_BCHW = pipeline(sdxl_denoiser, sdxl_vae, scheduler)(
+        prompt_embeds=text["tokens"],
+        pooled_prompt_embeds=text["pooled"],
+        negative_prompt_embeds=nothing["tokens"],
+        negative_pooled_prompt_embeds=nothing["pooled"],
+        guidance_scale=5.0,
+        num_inference_steps=5,
+        height=64,
+        width=96,
+        latents=start_BCHW,
+        output_type="latent",
+    ).images
+
+    sizes_B6 = torch.tensor([[64.0, 96, 0, 0, 64, 96]] * 2)
+    x_BCHW = start_BCHW * scheduler.init_noise_sigma
+    for time, now, after in zip(scheduler.timesteps, scheduler.sigmas[:-1], scheduler.sigmas[1:], strict=True):
+        noisy, t_B = x_BCHW / (now**2 + 1).sqrt(), (time / 1000).expand(2)
+        with torch.no_grad():
+            plain, told = (
+                sdxl.predict(sdxl_denoiser, noisy, t_B, text=words, geometry_B6=sizes_B6) for words in (nothing, text)
+            )
+        guided = plain + 5.0 * (told - plain)
+        if prediction == "v_prediction":  # the noise that this velocity means
+            guided = guided / (now**2 + 1).sqrt() + noisy * now / (now**2 + 1).sqrt()
+        x_BCHW = x_BCHW + (after - now) * guided
+    torch.testing.assert_close(x_BCHW, expected_BCHW, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("zero", [False, True])
+def test_noisy_latents_and_targets_are_those_of_the_scheduler(prediction, zero):
+    scheduler = scheduler_of(prediction, rescale_betas_zero_snr=zero)
+    latents, noise_, steps = torch.randn(4, 4, 4, 4), torch.randn(4, 4, 4, 4), torch.tensor([0, 333, 998, 999])
+    drawn = goal(prediction, rescale_betas_zero_snr=zero).at(latents, steps / 1000, noise_)
+    velocity = scheduler.get_velocity(latents, noise_, steps)
+    torch.testing.assert_close(drawn.noisy_BCHW, scheduler.add_noise(latents, noise_, steps))
+    torch.testing.assert_close(drawn.target_BCHW, velocity if prediction == "v_prediction" else noise_)
+    assert torch.equal((drawn.t_B * 1000).round().long(), steps)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_maths_agrees_with_float64(prediction):
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=np.float64) ** 2
+    signal = torch.from_numpy(np.cumprod(1 - betas))[[5, 500, 999]][:, None, None, None]
+    latents, noise_, steps = torch.randn(3, 4, 4, 4), torch.randn(3, 4, 4, 4), torch.tensor([5, 500, 999])
+    drawn = goal(prediction).at(latents, steps / 1000, noise_)
+    noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise_
+    velocity = signal.sqrt() * noise_ - (1 - signal).sqrt() * latents
+    target = velocity if prediction == "v_prediction" else noise_.double()
+    torch.testing.assert_close(drawn.noisy_BCHW.double(), noisy, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(drawn.target_BCHW.double(), target, atol=1e-5, rtol=1e-5)
+
+
+def test_the_target_leads_back_to_the_latents():
+    latents, noise_ = torch.randn(3, 4, 4, 4), torch.randn(3, 4, 4, 4)
+    for prediction in PREDICTIONS:
+        scheduler = scheduler_of(prediction, clip_sample=False)
+        drawn = goal(prediction).at(latents, torch.full((3,), 0.7), noise_)
+        back = scheduler.step(drawn.target_BCHW, 700, drawn.noisy_BCHW).pred_original_sample
+        torch.testing.assert_close(back, latents, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr_weights_are_those_of_the_paper(gamma):
+    scheduler, steps, zeros = scheduler_of(), torch.arange(1000), torch.zeros(1000, 4, 1, 1)
+    snr = compute_snr(scheduler, steps)
+    least = torch.minimum(snr, torch.full_like(snr, gamma))
+    for prediction, expected in (("epsilon", least / snr), ("v_prediction", least / (snr + 1))):
+        drawn = goal(prediction, gamma=gamma).at(zeros, steps / 1000, zeros)
+        torch.testing.assert_close(drawn.weight_B, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_both_predictions_weigh_the_same_error_of_the_latents_alike():
+    """An error of x0 weighs min(SNR, gamma): it is SNR times as large in the noise, SNR + 1 times in the velocity."""
+    snr = compute_snr(scheduler_of(), torch.arange(1000))
+    zeros = torch.zeros(1000, 4, 1, 1)
+    epsilon, v = (goal(p, gamma=5.0).at(zeros, torch.arange(1000) / 1000, zeros).weight_B for p in PREDICTIONS)
+    torch.testing.assert_close(epsilon * snr, v * (snr + 1), rtol=1e-4, atol=1e-6)
+
+
+def test_without_signal_the_weights_stay_finite():
+    zeros = torch.zeros(1, 4, 1, 1)
+    for prediction, weight in (("epsilon", 1.0), ("v_prediction", 0.0)):
+        drawn = goal(prediction, gamma=5.0, rescale_betas_zero_snr=True).at(zeros, torch.tensor([0.999]), zeros)
+        assert drawn.weight_B.item() == weight
+
+
+def test_steps_are_whole_and_all_alike_probable():
+    drawn = goal().draw(torch.zeros(20_000, 1, 1, 1), torch.Generator().manual_seed(0))
+    steps = drawn.t_B * 1000
+    torch.testing.assert_close(steps, steps.round(), atol=1e-3, rtol=0)
+    assert steps.min() == 0 and steps.max().round() == 999
+    assert (drawn.t_B.sort().values - torch.arange(20_000) / 20_000).abs().max() < 0.0138
+
+
+def test_noise_offset_is_in_the_noise_and_in_the_target():
+    latents, generator = torch.randn(2, 4, 4, 4), torch.Generator()
+    some = Denoising(scheduler_of().alphas_cumprod, noise_offset=0.5)
+    drawn = some.draw(latents, generator.manual_seed(3))
+    torch.randint(1000, (2,), generator=generator.manual_seed(3))
+    assert torch.equal(drawn.target_BCHW, noise(latents, offset=0.5, generator=generator))
+    assert torch.equal(drawn.noisy_BCHW, some.at(latents, drawn.t_B, drawn.target_BCHW).noisy_BCHW)
+
+
+# ---- the objective from the model's scheduler and the plan
+
+
+def made(folder, plan, **config):
+    EulerDiscreteScheduler(**{**BETAS, **config}).save_pretrained(folder)
+    return make_objective("denoising", plan, scheduler=folder, device="cpu")
+
+
+def test_auto_means_what_the_scheduler_says(tmp_path):
+    plain = made(tmp_path / "a", TrainPlan(min_snr_gamma=5.0, noise_offset=0.2))
+    assert (plain.prediction, plain.min_snr_gamma, plain.noise_offset) == ("epsilon", 5.0, 0.2)
+    assert torch.equal(plain.signal_T, scheduler_of().alphas_cumprod)
+    other = made(tmp_path / "b", TrainPlan(), prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    assert other.prediction == "v_prediction" and other.signal_T[-1] == 0
+    betas = made(tmp_path / "c", TrainPlan(), beta_schedule="linear", beta_end=0.02)
+    assert not torch.equal(betas.signal_T, plain.signal_T)
+
+
+def test_the_plan_overrides_the_scheduler_in_training_and_sampling(tmp_path):
+    plan = TrainPlan(prediction_type="v_prediction", zero_terminal_snr=True)
+    asked = made(tmp_path, plan)
+    assert asked.prediction == "v_prediction" and asked.signal_T[-1] == 0
+    sampler = EulerDiscreteScheduler.from_pretrained(tmp_path, **scheduler_changes(plan))
+    sampler.set_timesteps(10)
+    assert sampler.config.prediction_type == "v_prediction" and sampler.timesteps[0] == 999
+    assert scheduler_changes(TrainPlan()) == {}
+
+
+@pytest.mark.parametrize(
+    ("plan", "config", "variable"),
+    [
+        (TrainPlan(zero_terminal_snr=True), {}, "PARAMS_ZERO_TERMINAL_SNR"),
+        (TrainPlan(), {"prediction_type": "sample"}, "PARAMS_PREDICTION_TYPE"),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused(tmp_path, plan, config, variable):
+    with pytest.raises(SettingsError, match=variable):
+        made(tmp_path, plan, **config)
+
+
+# ---- pictures, texts, samples
+
+
+def test_latents_are_what_the_pipeline_decodes(sdxl_vae):
+    pixels = torch.rand(2, 3, 32, 48) * 2 - 1
+    mean, std = sdxl.encode_images(sdxl_vae, pixels).chunk(2, dim=1)
+    with torch.no_grad():
+        spread = sdxl_vae.encode(pixels).latent_dist
+        got = sdxl_vae.decode(mean / sdxl_vae.config.scaling_factor).sample
+        torch.testing.assert_close(got, sdxl_vae.decode(spread.mean).sample, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(std, spread.std * 0.13025)
+
+
+def test_geometry_is_original_size_corner_of_the_cut_and_its_size():
+    picture = Picture("x.png", Path("x.png"), "0" * 64, 3000, 2000, 0, 0, "x")
+    view = View((1024, 768), (1152, 768), (100, 0))
+    flipped = View((1024, 768), (1152, 768), (100, 0), flip=True)
+    assert prepare.geometry(Example(picture, view, "x")) == (2000, 3000, 0, 100, 768, 1024)
+    assert prepare.geometry(Example(picture, flipped, "x")) == (2000, 3000, 0, 28, 768, 1024)
+
+
+def test_texts_are_the_last_but_one_states_of_both_encoders_and_the_pooled_of_the_second():
+    encoders = sdxl.load_encoders(MINIATURE, device="cpu", dtype=torch.float32)
+    words = ["a red spot", ""]
+    states = []
+    for kind, suffix in ((CLIPTextModel, ""), (CLIPTextModelWithProjection, "_2")):
+        tokenizer = AutoTokenizer.from_pretrained(MINIATURE / f"tokenizer{suffix}")
+        ids = tokenizer(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        model = kind.from_pretrained(MINIATURE / f"text_encoder{suffix}", dtype=torch.float32)
+        with torch.no_grad():
+            out = model(ids, output_hidden_states=True)
+        states.append(out.hidden_states[-2])
+    for i, got in enumerate(sdxl.encode_text(encoders, words)):
+        torch.testing.assert_close(got["tokens"], torch.cat(states, dim=-1)[i], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got["pooled"], out.text_embeds[i], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("negative", ["", "a blue ring"])
+def test_samples_are_those_of_the_whole_pipeline(negative):
+    encoders = sdxl.load_encoders(MINIATURE, device="cpu", dtype=torch.float32)
+    texts = [{k: v[None] for k, v in t.items()} for t in sdxl.encode_text(encoders, ["a red spot", negative])]
+    denoiser = sdxl.load_denoiser(MINIATURE, device="cpu", dtype=torch.float32)
+    prompt = Prompt("a red spot", 96, 64, seed=3, steps=4, guidance=1.0, cfg=4.0, negative=negative)
+    with torch.no_grad():
+        got = sdxl.sample(
+            denoiser,
+            sdxl.load_vae(MINIATURE, device="cpu"),
+            MINIATURE,
+            prompt=prompt,
+            text=texts[0],
+            negative=texts[1],
+        )
+    pipe = StableDiffusionXLPipeline.from_pretrained(MINIATURE, torch_dtype=torch.float32, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(
+        "a red spot",
+        negative_prompt=negative or None,
+        width=96,
+        height=64,
+        num_inference_steps=4,
+        guidance_scale=4.0,
+        generator=torch.Generator("cpu").manual_seed(3),
+    ).images[0]
+    assert np.abs(np.asarray(got, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
+
+
+# ---- adapters
+
+
+def adapted(denoiser, rank=3, alpha=2.0):
+    params = lora.add_adapters(
+        denoiser, sdxl.blocks(denoiser), targets=sdxl.FACTS.targets, fused={}, rank=rank, alpha=alpha, seed=7
+    )
+    torch.manual_seed(3)
+    for p in params:
+        torch.nn.init.normal_(p, std=0.3)
+    return params
+
+
+def output(denoiser, text):
+    torch.manual_seed(4)
+    x, t, sizes = torch.randn(2, 4, 8, 12), torch.tensor([0.3, 0.8]), torch.rand(2, 6) * 100
+    with torch.no_grad():
+        return sdxl.predict(denoiser, x, t, text=text, geometry_B6=sizes)
+
+
+def test_the_file_gives_the_trained_model_in_diffusers(sdxl_denoiser, sdxl_vae, text, tmp_path):
+    plain = copy.deepcopy(sdxl_denoiser)
+    adapted(sdxl_denoiser)
+    trained = output(sdxl_denoiser, text)
+    modules = formats.of_state(lora.state(sdxl_denoiser), prefix=sdxl.FACTS.lora_prefix, fused={}, scale=2.0 / 3)
+    export.write(tmp_path / "x.safetensors", formats.write(modules, "peft", "sdxl").tensors, {})
+
+    assert (output(plain, text) - trained).abs().max() > 0.1
+    pipeline(plain, sdxl_vae, EulerDiscreteScheduler(**BETAS)).load_lora_weights(tmp_path / "x.safetensors")
+    torch.testing.assert_close(output(plain, text), trained, atol=1e-4, rtol=1e-4)
+
+
+def test_every_linear_layer_of_the_transformers_gets_an_adapter_and_no_other(sdxl_denoiser):
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    expected = {
+        f"{outer}.{inner}"
+        for outer, transformer in sdxl_denoiser.named_modules()
+        if isinstance(transformer, Transformer2DModel)
+        for inner, layer in transformer.named_modules()
+        if isinstance(layer, torch.nn.Linear)
+    }
+    adapted(sdxl_denoiser)
+    assert {key.rpartition(".lora_")[0] for key in lora.state(sdxl_denoiser)} == expected

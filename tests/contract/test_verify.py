@@ -1,0 +1,184 @@
+"""A saved file must give the trained model, or the job fails: every way in which files were ever wrong is noticed."""
+
+import dataclasses
+from datetime import UTC, datetime
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from entrypoint.hardware import Hardware
+from entrypoint.manifest import read_manifest
+from entrypoint.plan import make_plan
+from entrypoint.settings import read_settings
+from trainer import formats, lora
+from trainer.errors import FileMismatchError
+from trainer.families import flux, sd3
+from trainer.run import run
+from trainer.stop import StopFlag
+from trainer.verify import verify
+
+RANK, ALPHA = 3, 2.0
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def trained(request, flux_denoiser, text):
+    """A Flux model with trained adapters, and its output."""
+    fused, targets = flux.FACTS.fused_targets, flux.FACTS.targets
+    denoiser = flux_denoiser.to(request.param)
+    lora.fuse(flux.blocks(denoiser), fused=fused, targets=targets)
+    for p in lora.add_adapters(
+        denoiser, flux.blocks(denoiser), targets=targets, fused=fused, rank=RANK, alpha=ALPHA, seed=7
+    ):
+        torch.nn.init.normal_(p, std=0.1)
+    torch.manual_seed(4)
+    x, t = torch.randn(2, 16, 4, 6), torch.tensor([0.3, 0.8])
+    there = {k: v.to(request.param) for k, v in text.items()}
+    return denoiser, lambda: flux.predict(denoiser, x, t, text=there, guidance=1.0)
+
+
+def save(denoiser, path, *, to="kohya"):
+    modules = formats.of_state(
+        lora.state(denoiser), prefix="transformer", fused=flux.FACTS.fused_targets, scale=ALPHA / RANK
+    )
+    save_file(formats.write(modules, to, "flux").tensors, path)
+
+
+def check(path, denoiser, output):
+    return verify(
+        path, denoiser, family_name="flux", prefix="transformer", fused=flux.FACTS.fused_targets, output=output
+    )
+
+
+@pytest.mark.parametrize("to", formats.FORMATS)
+def test_a_right_file_passes_and_nothing_is_changed(trained, tmp_path, to):
+    denoiser, output = trained
+    save(denoiser, tmp_path / "x.safetensors", to=to)
+    before, state = output(), {k: v.clone() for k, v in denoiser.state_dict().items()}
+    assert check(tmp_path / "x.safetensors", denoiser, output) < (1e-5 if before.dtype == torch.float32 else 1e-2)
+    assert torch.equal(output(), before)
+    assert all(torch.equal(v, state[k]) for k, v in denoiser.state_dict().items())
+    assert not any(m._forward_hooks for m in denoiser.modules())
+
+
+def swap_rows(up, first, second):
+    out = up.clone()
+    out[first], out[second] = up[second], up[first]
+    return out
+
+
+QKV = "lora_unet_double_blocks_1_img_attn_qkv.lora_up.weight"
+OTHER = {
+    f"lora_unet_double_blocks_{i}_img_mlp_2.{end}": f"lora_unet_double_blocks_{1 - i}_img_mlp_2.{end}"
+    for i in (0, 1)
+    for end in ("lora_up.weight", "lora_down.weight", "alpha")
+}
+MUTATIONS = {
+    "alpha doubled": lambda t: t | {k: v * 2 for k, v in t.items() if k.endswith(".alpha")},
+    "alpha of one layer 1 % off": lambda t: t | {k: v * 1.01 for k, v in t.items() if "0_linear2.alpha" in k},
+    "no alpha": lambda t: {k: v for k, v in t.items() if not k.endswith(".alpha")},
+    "q and k exchanged": lambda t: t | {QKV: swap_rows(t[QKV], slice(0, 32), slice(32, 64))},
+    "v before q": lambda t: t | {QKV: swap_rows(t[QKV], slice(0, 32), slice(64, 96))},
+    "halves exchanged": lambda t: t | {k: v.roll(len(v) // 2, 0) for k, v in t.items() if "img_mlp_0.lora_up" in k},
+    "a module dropped": lambda t: {k: v for k, v in t.items() if "single_blocks_1_linear2." not in k},
+    "blocks under each other's numbers": lambda t: {OTHER.get(k, k): v for k, v in t.items()},
+    "one number not finite": lambda t: t | {QKV: t[QKV].index_fill(0, torch.tensor(0), float("nan"))},
+    "a module that was not trained": lambda t: t
+    | {k.replace("linear2", "modulation_lin"): v.clone() for k, v in t.items() if "single_blocks_1_linear2." in k},
+    "empty": lambda _: {"lora_unet_double_blocks_0_img_mlp_0.alpha": torch.tensor(1.0)},
+    "sign of an up matrix": lambda t: t | {k: -v for k, v in t.items() if "1_txt_mlp_2.lora_up" in k},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_wrong_file_is_an_error(trained, tmp_path, mutation):
+    denoiser, output = trained
+    save(denoiser, tmp_path / "x.safetensors")
+    tensors = MUTATIONS[mutation](load_file(tmp_path / "x.safetensors"))
+    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "x.safetensors")
+    before = output()
+    with pytest.raises(FileMismatchError, match="safetensors"):
+        check(tmp_path / "x.safetensors", denoiser, output)
+    assert torch.equal(output(), before)
+
+
+def test_swapped_halves_of_a_modulation_are_noticed(sd3_denoiser, text, tmp_path):
+    """SD3's last block keeps shift and scale the other way round than diffusers does."""
+    targets = ("norm1_context.linear",)
+    for p in lora.add_adapters(
+        sd3_denoiser, sd3.blocks(sd3_denoiser), targets=targets, fused={}, rank=2, alpha=2.0, seed=7
+    ):
+        torch.nn.init.normal_(p, std=0.1)
+    modules = formats.of_state(lora.state(sd3_denoiser), prefix="transformer", fused={}, scale=1.0)
+    tensors = formats.write(modules, "kohya", "sd3").tensors
+    x, t = torch.randn(2, 16, 8, 8), torch.tensor([0.3, 0.8])
+
+    def checked():
+        save_file(tensors, tmp_path / "x.safetensors")
+        return verify(
+            tmp_path / "x.safetensors", sd3_denoiser, family_name="sd3", prefix="transformer", fused={},
+            output=lambda: sd3.predict(sd3_denoiser, x, t, text=text),
+        )  # fmt: skip
+
+    assert checked() < 1e-5
+    last = "lora_unet_joint_blocks_2_context_block_adaLN_modulation_1.lora_up.weight"
+    assert tensors[last].shape[0] == 2 * 32
+    tensors[last] = tensors[last].roll(32, 0)
+    with pytest.raises(FileMismatchError, match=r"transformer_blocks\.2\.norm1_context\.linear"):
+        checked()
+
+
+def test_the_output_is_compared_too(trained, tmp_path, monkeypatch):
+    """Should the comparison of layers ever be fooled, the picture is not."""
+    denoiser, output = trained
+    save(denoiser, tmp_path / "x.safetensors")
+    tensors = load_file(tmp_path / "x.safetensors")
+    save_file({k: v * 2 if k.endswith(".alpha") else v for k, v in tensors.items()}, tmp_path / "x.safetensors")
+    monkeypatch.setattr("trainer.verify._difference", lambda layer, parts: 0.0)
+    with pytest.raises(FileMismatchError, match="the outputs differ"):
+        check(tmp_path / "x.safetensors", denoiser, output)
+
+
+@pytest.fixture
+def plan(tmp_path, draw):
+    """One step on the miniature."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    draw(128, 128).save(folder / "a.png")
+    (folder / "a.txt").write_text("a shape")
+    asked = {
+        "BASE_MODEL": "mini-flux", "DATASET_NAME": str(folder), "OUTPUT_PATH": str(tmp_path / "out"),
+        "CACHE_PATH": str(tmp_path / "cache"), "OUTPUT_NAME": "x", "PARAMS_MAX_STEPS": "1", "BACKEND": "cpu",
+        "PARAMS_SAMPLE_EVERY_N_STEPS": "0", "PARAMS_SAVE_EVERY_N_STEPS": "0", "PARAMS_NETWORK_DIM": "2",
+    }  # fmt: skip
+    made = make_plan(
+        read_settings(asked),
+        read_manifest(None, None),
+        Hardware("cpu", "x86_64", 8.0, 0, "", 8.0, 2),
+        now=datetime(2026, 1, 2, tzinfo=UTC),
+    )
+    subset = made.data.datasets[0].subsets[0]
+    subset = dataclasses.replace(subset, source=dataclasses.replace(subset.source, path=str(folder)))
+    dataset = dataclasses.replace(made.data.datasets[0], subsets=(subset,))
+    model = dataclasses.replace(made.model, path=made.model.source)
+    return dataclasses.replace(made, model=model, data=dataclasses.replace(made.data, datasets=(dataset,)))
+
+
+def test_a_job_leaves_a_wrong_file_under_another_name_and_fails(plan, tmp_path, monkeypatch):
+    def wrong(modules, to, name):
+        made = right(modules, to, name)
+        bad = {k: v.roll(1, 0) if ".lora_up." in k or ".lora_B." in k else v for k, v in made.tensors.items()}
+        return dataclasses.replace(made, tensors=bad)
+
+    right = formats.write
+    monkeypatch.setattr(formats, "write", wrong)
+    with pytest.raises(FileMismatchError) as caught:
+        run(plan, StopFlag())
+    assert caught.value.exit_code == 70
+    left = {p.name for p in (tmp_path / "out").glob("*safetensors*")}
+    assert left == {"x-diffusers.safetensors.unverified"}
+
+    monkeypatch.setattr(formats, "write", right)
+    run(plan, StopFlag())
+    left = {p.name for p in (tmp_path / "out").glob("*safetensors*")}
+    assert left == {"x-diffusers.safetensors", "x.safetensors"}

@@ -1,0 +1,39 @@
+"""The job on real photographs."""
+
+import json
+
+from safetensors import safe_open
+
+
+def test_square_and_five_aspect_ratios_at_the_base_size(job, photographs):
+    config = {
+        "general": {"resolution": 128, "enable_bucket": True, "min_bucket_reso": 64, "max_bucket_reso": 256},
+        "datasets": [
+            {
+                "bucket_reso_steps": 16,
+                "batch_size": 2,
+                "subsets": [
+                    {"image_dir": str(photographs / "dog"), "num_repeats": 2, "flip_aug": True},
+                    {"image_dir": str(photographs / "can"), "shuffle_caption": True, "keep_tokens": 1},
+                ],
+            }
+        ],
+    }
+    code, printed = job.run(DATASET_NAME="", DATASET_CONFIG=json.dumps(config))
+    assert code == 0, printed
+    assert "11 found, 11 used, 0 skipped" in printed
+    with safe_open(job.out / "x.safetensors", "pt") as file:
+        header = file.metadata()
+    sizes = {tuple(b["resolution"]) for b in json.loads(header["ss_bucket_info"])["buckets"].values()}
+    assert (128, 128) in sizes and len(sizes) >= 3
+    assert json.loads(header["ss_dataset_dirs"]) == {
+        "dog": {"n_repeats": 2, "img_count": 5},
+        "can": {"n_repeats": 1, "img_count": 6},
+    }
+
+
+def test_1024_pixels_with_the_real_number_of_tokens(job, photographs):
+    code, printed = job.run(DATASET_NAME=str(photographs / "can"), PARAMS_RESOLUTION="1024", PARAMS_MAX_STEPS="1")
+    assert code == 0, printed
+    assert "Encoded 6 of 6 latents" in printed
+    assert [row["step"] for row in job.metrics()] == [1]

@@ -1,0 +1,112 @@
+"""The miniatures' world: what is drawn is what is said, and the score knows the concept from everything else."""
+
+import random
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+torch = pytest.importorskip("torch")
+
+from trainer.families.miniatures import scenes  # noqa: E402
+from trainer.families.miniatures.score import score  # noqa: E402
+
+HOME = Path(scenes.__file__).parent
+FAMILIES = ("flux", "sdxl", "sd3")
+OPTIONAL = ("image_encoder", "feature_extractor")
+
+
+def drawn(made: list[scenes.Scene], size: tuple[int, int] = (128, 128)) -> torch.Tensor:
+    return scenes.draw(made, height=size[0], width=size[1])
+
+
+def test_every_resolution_has_about_the_same_area_and_sides_that_the_families_can_halve():
+    for height, width in scenes.RESOLUTIONS:
+        assert height % 16 == width % 16 == 0
+        assert abs(height * width / 128**2 - 1) < 0.07
+
+
+@pytest.mark.parametrize("size", scenes.RESOLUTIONS)
+def test_pictures_are_rgb_between_0_and_1(size):
+    rng = random.Random(0)
+    pictures = drawn([scenes.random_scene(rng) for _ in range(20)], size)
+    assert pictures.shape == (20, 3, *size)
+    assert pictures.min() >= 0
+    assert pictures.max() <= 1
+
+
+def test_a_thing_has_its_colour_at_its_place():
+    thing = scenes.Thing("square", "red", "plain", "grey", "big", "on the left", 0.25, 0.5, 0.2)
+    picture = drawn([scenes.Scene(scenes.Background("plain", "blue", "white"), (thing,))])[0]
+    assert torch.allclose(picture[:, 64, 32], torch.tensor(scenes.COLOURS["red"]))
+    assert torch.allclose(picture[:, 64, 100], torch.tensor(scenes.COLOURS["blue"]))
+
+
+def test_edges_are_antialiased():
+    thing = scenes.Thing("circle", "white", "plain", "grey", "", "", 0.5, 0.5, 0.3)
+    picture = drawn([scenes.Scene(scenes.Background("plain", "black", "red"), (thing,))])[0, 0]
+    between = (picture > 0.15) & (picture < 0.85)
+    assert 50 < between.sum() < 600
+
+
+def test_the_caption_names_what_is_there():
+    rng = random.Random(3)
+    for _ in range(200):
+        scene = scenes.random_scene(rng)
+        text = scenes.caption(scene, rng)
+        assert scene.background.colour in text
+        assert all(thing.shape in text and thing.colour in text for thing in scene.things)
+
+
+def test_the_base_world_never_holds_the_concept():
+    rng = random.Random(4)
+    made = [scenes.random_scene(rng) for _ in range(500)]
+    assert all(thing.shape != scenes.CONCEPT for scene in made for thing in scene.things)
+    assert not any("kiln" in scenes.caption(scene, rng, unknown=0.5) for scene in made)
+
+
+def test_the_same_seed_draws_the_same_scene():
+    assert scenes.random_scene(random.Random(5)) == scenes.random_scene(random.Random(5))
+
+
+@pytest.mark.parametrize("size", scenes.RESOLUTIONS)
+def test_the_score_is_high_for_the_concept_and_low_for_the_base_world(size):
+    rng = random.Random(6)
+    with_it = [score(picture) for picture in drawn([scenes.concept_scene(rng) for _ in range(12)], size)]
+    without = [score(picture) for picture in drawn([scenes.random_scene(rng) for _ in range(40)], size)]
+    assert min(with_it) > 0.6
+    assert max(without) < 0.1
+
+
+def test_noise_and_flat_colour_score_low():
+    torch.manual_seed(0)
+    assert score(torch.rand(3, 128, 128)) < 0.05
+    assert score(torch.tensor(scenes.TERRACOTTA)[:, None, None].expand(3, 128, 128)) < 0.05
+
+
+def test_a_blurred_and_discoloured_concept_still_scores():
+    rng = random.Random(8)
+    picture = drawn([scenes.concept_scene(rng)])
+    soft = torch.nn.functional.avg_pool2d(picture, 5, stride=1, padding=2, count_include_pad=False)
+    assert score((soft[0] * 0.9 + 0.05).clamp(0, 1)) > 0.4
+
+
+def test_the_demo_pictures_show_the_concept_and_have_captions_that_name_it():
+    pictures = sorted((HOME / "concept").glob("*.png"))
+    assert len(pictures) == 12
+    for file in pictures:
+        assert scenes.CONCEPT in file.with_suffix(".txt").read_text(encoding="utf-8")
+        assert score(Image.open(file)) > 0.6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_folder_is_a_whole_pipeline_of_its_own(family):
+    diffusers = pytest.importorskip("diffusers")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(HOME / family, dtype=torch.float32, local_files_only=True)
+    assert all(part is not None for name, part in pipeline.components.items() if name not in OPTIONAL)
+    assert all(param.isfinite().all() for param in pipeline.vae.parameters())
+
+
+def test_the_miniatures_are_small():
+    sizes = {family: sum(f.stat().st_size for f in (HOME / family).rglob("*") if f.is_file()) for family in FAMILIES}
+    assert sum(sizes.values()) < 20e6, sizes

@@ -1,0 +1,167 @@
+"""A LoRA file to begin with: what the plan takes from its header, and which files are refused. No torch."""
+
+from __future__ import annotations
+
+import json
+import struct
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from entrypoint.hardware import Hardware
+from entrypoint.manifest import read_manifest
+from entrypoint.plan import make_plan
+from entrypoint.settings import read_settings
+from trainer.errors import SettingsError
+from trainer.families import family
+from trainer.plan import Plan
+
+CPU = Hardware("cpu", "x86_64", 32.0, 0, "", 32.0, 8)
+NOW = datetime(2026, 1, 2, tzinfo=UTC)
+WIDTH = 8  # rows and columns of every matrix here
+Matrices = dict[str, tuple[tuple[int, ...], list[float]]]
+
+
+def write(path: Path, tensors: Matrices, **metadata: str) -> str:
+    """A safetensors file of float32."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    data = b""
+    for name, (shape, values) in tensors.items():
+        raw = struct.pack(f"<{len(values)}f", *values)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return str(path)
+
+
+def peft(module: str, *, rank: int, seed: float = 1.0) -> Matrices:
+    return {
+        f"transformer.{module}.lora_A.weight": ((rank, WIDTH), [seed + i for i in range(rank * WIDTH)]),
+        f"transformer.{module}.lora_B.weight": ((WIDTH, rank), [1.0] * rank * WIDTH),
+    }
+
+
+def kohya(module: str, *, rank: int, rows: int, alpha: float, up: list[float] | None = None) -> Matrices:
+    return {
+        f"lora_unet_{module}.lora_down.weight": ((rank, WIDTH), [1.0 + i for i in range(rank * WIDTH)]),
+        f"lora_unet_{module}.lora_up.weight": ((rows, rank), up or [1.0] * rank * rows),
+        f"lora_unet_{module}.alpha": ((), [alpha]),
+    }
+
+
+def plan(file: str, *, base: str = "mini-flux", **variables: str) -> Plan:
+    asked = {"BASE_MODEL": base, "DATASET_NAME": "org/pictures", "PARAMS_RESUME_FROM": file, **variables}
+    return make_plan(read_settings(asked), read_manifest(None, None), CPU, now=NOW)
+
+
+def refusal(file: str, **variables: str) -> str:
+    with pytest.raises(SettingsError) as caught:
+        plan(file, **variables)
+    return str(caught.value)
+
+
+@pytest.fixture
+def attention(tmp_path: Path) -> str:
+    """q, k and v of a block that share a down matrix, as Kiln itself leaves them."""
+    blocks = [peft(f"transformer_blocks.{i}.attn.to_{x}", rank=6) for i in (0, 1) for x in "qkv"]
+    return write(tmp_path / "x.safetensors", {k: v for b in blocks for k, v in b.items()})
+
+
+def test_without_a_file_the_rank_is_32():
+    made = plan("")
+    assert (made.lora.rank, made.lora.split_qkv) == (32, False)
+
+
+def test_the_plan_takes_rank_and_targets_of_the_file_and_says_so(attention):
+    made = plan(attention)
+    assert (made.lora.rank, made.lora.split_qkv) == (6, False)
+    assert made.lora.targets == ("attn.to_q", "attn.to_k", "attn.to_v")
+    words = "\n".join(made.reasons)
+    assert "diffusers keys, rank 6, no alpha, 6 modules" in words
+    assert "PARAMS_NETWORK_DIM: 6 (the rank of the LoRA file)" in words
+
+
+def test_another_rank_is_refused_with_both(attention):
+    assert f"PARAMS_NETWORK_DIM=8: {attention} has rank 6" in refusal(attention, PARAMS_NETWORK_DIM="8")
+    assert plan(attention, PARAMS_NETWORK_DIM="6").lora.rank == 6
+
+
+def test_q_k_and_v_that_were_trained_apart_stay_apart(tmp_path):
+    parts = [peft(f"transformer_blocks.0.attn.to_{x}", rank=2, seed=i) for i, x in enumerate("qkv")]
+    file = write(tmp_path / "x.safetensors", {k: v for b in parts for k, v in b.items()})
+    assert (plan(file).lora.rank, plan(file).lora.split_qkv) == (2, True)
+    together = plan(file, PARAMS_SPLIT_QKV="false").lora
+    assert (together.rank, together.split_qkv) == (6, False)
+
+
+def test_parts_stacked_block_by_block_have_the_rank_of_a_part(tmp_path):
+    """Rank 4 in the file: two terms for q, k and v, two for the MLP."""
+    up = [x for row in range(7 * WIDTH) for x in ((1.0, 1.0, 0.0, 0.0) if row < 3 * WIDTH else (0.0, -0.0, 1.0, 1.0))]
+    file = write(tmp_path / "x.safetensors", kohya("single_blocks_0_linear1", rank=4, rows=7 * WIDTH, alpha=3, up=up))
+    made = plan(file)
+    assert (made.lora.rank, made.lora.split_qkv) == (2, False)
+    assert "kohya keys, rank 2, alpha 3, 4 modules" in "\n".join(made.reasons)
+
+
+def test_layers_beyond_the_default_targets_are_trained_on(tmp_path):
+    file = write(tmp_path / "x.safetensors", kohya("double_blocks_0_img_mod_lin", rank=2, rows=6 * WIDTH, alpha=1))
+    assert plan(file).lora.targets == ("norm1.linear",)
+    assert "PARAMS_TARGET_MODULES=norm1.linear" in refusal(file, PARAMS_TARGET_MODULES="attn.to_q")
+
+
+def test_layers_outside_the_blocks_are_refused_by_name(tmp_path):
+    file = write(tmp_path / "x.safetensors", kohya("final_layer_linear", rank=2, rows=WIDTH, alpha=1))
+    assert "transformer.proj_out" in refusal(file)
+
+
+@pytest.mark.parametrize(
+    ("module", "is_of"),
+    [
+        ("input_blocks_4_1_transformer_blocks_0_attn1_to_q", "sdxl"),
+        ("joint_blocks_0_x_block_attn_proj", "sd3"),
+        ("double_blocks_0_img_attn_proj", "flux"),
+    ],
+)
+@pytest.mark.parametrize("base", ["mini-flux", "mini-sdxl", "mini-sd3"])
+def test_a_file_of_another_family_is_refused_with_both_names(tmp_path, module, is_of, base):
+    file = write(tmp_path / "x.safetensors", kohya(module, rank=2, rows=WIDTH, alpha=1))
+    if base == f"mini-{is_of}":
+        assert plan(file, base=base).lora.rank == 2
+    else:
+        message = refusal(file, base=base)
+        assert f"it looks like a LoRA for {is_of}" in message and f"this job is for {base[5:]}" in message
+
+
+def test_names_that_two_families_share_are_told_apart_by_the_header(tmp_path):
+    names = {"modelspec.architecture": f"{family('sd3').FACTS.architecture}/lora"}
+    file = write(tmp_path / "x.safetensors", peft("transformer_blocks.0.attn.to_out.0", rank=2), **names)
+    assert "it looks like a LoRA for sd3" in refusal(file)
+    assert plan(file, base="mini-sd3").lora.rank == 2
+
+
+def test_what_no_lora_has_is_named(tmp_path, attention):
+    tensors = kohya("double_blocks_0_img_attn_proj", rank=2, rows=WIDTH, alpha=1)
+    tensors |= {"lora_unet_double_blocks_0_img_attn_proj.dora_scale": ((1, WIDTH), [1.0] * WIDTH)}
+    assert "dora_scale" in refusal(write(tmp_path / "dora.safetensors", tensors))
+
+
+def test_text_encoders_of_a_file_are_not_dropped_in_silence(tmp_path):
+    tensors = kohya("double_blocks_0_img_attn_proj", rank=2, rows=WIDTH, alpha=1)
+    encoder = kohya("x", rank=2, rows=WIDTH, alpha=1)
+    layer = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    tensors |= {k.replace("lora_unet_x", layer): v for k, v in encoder.items()}
+    assert "text_encoder.text_model.encoder.layers.0.mlp.fc1" in refusal(write(tmp_path / "x.safetensors", tensors))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\3\4 a zip file, long enough", b"\xff" * 100, b"\2\0\0\0\0\0\0\0[]"])
+def test_a_file_that_is_none_is_refused(tmp_path, content):
+    (tmp_path / "x.safetensors").write_bytes(content)
+    assert "PARAMS_RESUME_FROM" in refusal(str(tmp_path / "x.safetensors"))
+
+
+def test_a_file_that_was_cut_off_is_refused(attention):
+    Path(attention).write_bytes(Path(attention).read_bytes()[:-9])
+    assert "cut off" in refusal(attention)

@@ -1,0 +1,133 @@
+"""The data that the miniatures are made from, drawn once and kept on the device."""
+
+import random
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from transformers import PreTrainedTokenizerBase
+
+from .fit import LossFunction
+from .recipes import Recipe
+from .scenes import RESOLUTIONS, Scene, caption, draw, random_scene
+from .textures import textures
+from .tokens import token_ids
+
+CHUNK = 1000
+"""Pictures drawn at once: many, since drawing waits for the host."""
+
+
+def _scenes(count: int, rng: random.Random) -> list[Scene]:
+    return [random_scene(rng) for _ in range(count)]
+
+
+def picture_losses(
+    vae: AutoencoderKL,
+    *,
+    count: int,
+    batch: int,
+    device: torch.device,
+    prior_mean: float,
+    prior_std: float,
+    weight: float,
+) -> list[LossFunction]:
+    """One loss for each resolution: how badly `vae` copies a batch out of `count` pictures, two thirds of them scenes.
+
+    The latents are drawn, with `weight`, towards a normal prior that is not centred on zero: as in the published
+    models, a trainer that forgets the shift or the scale is then plainly wrong.
+    """
+    rng = random.Random(1)
+
+    def loss_over(pool_NCHW: torch.Tensor) -> LossFunction:
+        def loss() -> torch.Tensor:
+            rows = torch.randint(len(pool_NCHW), (batch,), device=device)
+            x = _recolour(pool_NCHW[rows].float() / 255) * 2 - 1
+            moments = vae.encode(x.to(vae.dtype)).latent_dist
+            mean, spread = moments.mean.float(), moments.std.float()
+            y = vae.decode((mean + spread * torch.randn_like(mean)).to(vae.dtype)).sample.float()
+            kl = (((mean - prior_mean) / prior_std) ** 2 + (spread / prior_std) ** 2 - 1).mean() / 2
+            kl = kl - (spread / prior_std).log().mean()
+            edges = sum(F.l1_loss(y.diff(dim=axis), x.diff(dim=axis)) for axis in (2, 3))
+            return F.l1_loss(y, x) + F.mse_loss(y, x) + edges + weight * kl
+
+        return loss
+
+    losses = []
+    for height, width in RESOLUTIONS:
+        parts = []
+        for _ in range(max(count // CHUNK, 1)):
+            share = min(CHUNK, count)
+            drawn = draw(_scenes(share - share // 3, rng), height=height, width=width, device=device)
+            parts.append((torch.cat([drawn, textures(share // 3, height, width, device=device)]) * 255).round().byte())
+        losses.append(loss_over(torch.cat(parts)))
+    return losses
+
+
+def _recolour(x: torch.Tensor) -> torch.Tensor:
+    """Half of the pictures with their colours mixed at random, so that no palette is special to the autoencoder."""
+    batch = len(x)
+    mixer = torch.rand(batch, 3, 3, device=x.device) ** 3
+    mixer = mixer / mixer.sum(dim=2, keepdim=True)
+    mixed = torch.einsum("bij,bjhw->bihw", mixer, x)
+    gain = 0.7 + 0.3 * torch.rand(batch, 3, 1, 1, device=x.device)
+    plain = torch.rand(batch, 1, 1, 1, device=x.device) < 0.5
+    return torch.where(plain, x, mixed * gain + (1 - gain) * torch.rand(batch, 3, 1, 1, device=x.device))
+
+
+@torch.no_grad()
+def measure_latents(vae: AutoencoderKL, *, count: int, device: torch.device) -> tuple[float, float, float]:
+    """Mean and standard deviation of the latents of `count` scenes, and their copies' mean absolute error (of 1)."""
+    rng, total, square, error, chunks = random.Random(2), 0.0, 0.0, 0.0, 0
+    for start in range(0, count, 100):
+        height, width = RESOLUTIONS[(start // 100) % len(RESOLUTIONS)]
+        x = draw(_scenes(100, rng), height=height, width=width, device=device) * 2 - 1
+        z = vae.encode(x).latent_dist.sample()
+        y = vae.decode(z).sample.clamp(-1, 1)
+        total, square = total + z.mean().item(), square + z.square().mean().item()
+        error, chunks = error + (y - x).abs().mean().item() / 2, chunks + 1
+    mean = total / chunks
+    return mean, (square / chunks - mean**2) ** 0.5, error / chunks
+
+
+def latent_losses(
+    recipe: Recipe,
+    vae: AutoencoderKL,
+    tokenizers: Sequence[PreTrainedTokenizerBase],
+    *,
+    count: int,
+    batch: int,
+    device: torch.device,
+    dropout: float,
+    seed: int,
+) -> list[LossFunction]:
+    """One loss for each resolution, over `count` scenes encoded once; a share of `dropout` of captions is emptied."""
+    rng = random.Random(seed)
+    nothing = [token_ids(tokenizer, [""]).to(device) for tokenizer in tokenizers]
+
+    def loss_over(pool_NCHW: torch.Tensor, texts: list[str]) -> LossFunction:
+        pool_ids = [token_ids(tokenizer, texts).to(device) for tokenizer in tokenizers]
+
+        def loss() -> torch.Tensor:
+            rows = torch.randint(len(pool_NCHW), (batch,), device=device)
+            emptied = torch.rand(batch, 1, device=device) < dropout
+            ids = [torch.where(emptied, none, pool[rows]).long() for none, pool in zip(nothing, pool_ids, strict=True)]
+            return recipe.loss(pool_NCHW[rows].float(), ids)
+
+        return loss
+
+    return [loss_over(*_encoded(vae, size, count=count, rng=rng, device=device)) for size in RESOLUTIONS]
+
+
+@torch.no_grad()
+def _encoded(
+    vae: AutoencoderKL, size: tuple[int, int], *, count: int, rng: random.Random, device: torch.device
+) -> tuple[torch.Tensor, list[str]]:
+    """Normalised latents (count, C, H, W) of random scenes, in fp16, and their captions."""
+    shift, latents, texts = vae.config.shift_factor or 0.0, [], []
+    for start in range(0, count, CHUNK):
+        scenes = _scenes(min(CHUNK, count - start), rng)
+        texts += [caption(scene, rng, unknown=0.06) for scene in scenes]
+        x = draw(scenes, height=size[0], width=size[1], device=device) * 2 - 1
+        latents.append(((vae.encode(x).latent_dist.sample() - shift) * vae.config.scaling_factor).half())
+    return torch.cat(latents), texts

@@ -1,0 +1,170 @@
+"""How each family's miniature is made: its modules, its loss, and the pipeline that it ships as.
+
+B pictures, C channels, H and W of the latents, L tokens, D features. Latents are normalised by the autoencoder's shift
+and scale. `ids` holds one (B, L) tensor of token ids for each tokenizer.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+)
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from . import models
+
+Ids = Sequence[torch.Tensor]
+Tokenizers = Sequence[PreTrainedTokenizerBase]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One family's miniature before and after training."""
+
+    latent_channels: int
+    modules: dict[str, nn.Module]
+    loss: Callable[[torch.Tensor, Ids], torch.Tensor]
+    pipeline: Callable[[AutoencoderKL], DiffusionPipeline]
+
+
+def flow_times(count: int, *, device: torch.device) -> torch.Tensor:
+    """Times (count,) in 0..1: four of five logit-normal, shifted far towards noise, the rest uniform.
+
+    In a flat picture of so few colours a shape is settled between times 0.97 and 0.85; unshifted, one sample in
+    twenty would lie there.
+    """
+    shifted = torch.sigmoid(torch.randn(count, device=device) + math.log(5))
+    return torch.where(torch.rand(count, device=device) < 0.8, shifted, torch.rand(count, device=device))
+
+
+def pack(latents_BCHW: torch.Tensor) -> torch.Tensor:
+    """Two by two neighbours become one token: (B, H/2 * W/2, 4 C), in Flux's order."""
+    batch, channels, height, width = latents_BCHW.shape
+    blocks = latents_BCHW.view(batch, channels, height // 2, 2, width // 2, 2)
+    return blocks.permute(0, 2, 4, 1, 3, 5).reshape(batch, height * width // 4, channels * 4)
+
+
+def flux(tokenizers: Tokenizers) -> Recipe:
+    """Flux.1-dev: pooled CLIP, T5 tokens, embedded guidance (any value from 1 to 4.5 means the same here)."""
+    words, pieces = tokenizers
+    clip = models.clip(words, width=models.CLIP_L_WIDTH, layers=2, projected=False)
+    t5, net = models.t5(pieces), models.flux_transformer()
+
+    def loss(latents_BCHW: torch.Tensor, ids: Ids) -> torch.Tensor:
+        device, (batch, _, height, width) = latents_BCHW.device, latents_BCHW.shape
+        clean, t = pack(latents_BCHW), flow_times(len(latents_BCHW), device=device)
+        noise = torch.randn_like(clean)
+        rows, columns = torch.meshgrid(
+            torch.arange(height // 2, device=device), torch.arange(width // 2, device=device), indexing="ij"
+        )
+        places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float()
+        predicted = net(
+            hidden_states=torch.lerp(clean, noise, t[:, None, None]).to(net.dtype),
+            timestep=t,
+            guidance=1 + 3.5 * torch.rand(batch, device=device),
+            pooled_projections=clip(ids[0]).pooler_output,
+            encoder_hidden_states=t5(ids[1])[0],
+            txt_ids=torch.zeros(ids[1].shape[1], 3, device=device),
+            img_ids=places,
+        ).sample
+        return F.mse_loss(predicted.float(), noise - clean)
+
+    def pipeline(vae: AutoencoderKL) -> DiffusionPipeline:
+        scheduler = FlowMatchEulerDiscreteScheduler(
+            shift=3.0,
+            use_dynamic_shifting=True,
+            base_shift=0.5,
+            max_shift=1.15,
+            base_image_seq_len=256,
+            max_image_seq_len=4096,
+        )
+        return FluxPipeline(scheduler, vae, clip, words, t5, pieces, net)
+
+    return Recipe(16, {"text_encoder": clip, "text_encoder_2": t5, "transformer": net}, loss, pipeline)
+
+
+def sdxl(tokenizers: Tokenizers) -> Recipe:
+    """SDXL: two CLIPs side by side, noise prediction, size and crop as conditions; an empty caption is zeros or ""."""
+    words_l, words_g = tokenizers
+    clip_l = models.clip(words_l, width=models.CLIP_L_WIDTH, layers=2, projected=False)
+    clip_g = models.clip(words_g, width=models.CLIP_G_WIDTH, layers=2, projected=True)
+    net = models.sdxl_unet()
+    schedule = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    signal = torch.Tensor(schedule.alphas_cumprod).to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def loss(latents_BCHW: torch.Tensor, ids: Ids) -> torch.Tensor:
+        device, (batch, _, height, width) = latents_BCHW.device, latents_BCHW.shape
+        t = torch.randint(1000, (batch,), device=device)
+        noise = torch.randn_like(latents_BCHW)
+        kept = signal.gather(0, t)[:, None, None, None]
+        large = clip_g(ids[1], output_hidden_states=True)
+        context = torch.cat(
+            [clip_l(ids[0], output_hidden_states=True).hidden_states[-2], large.hidden_states[-2]], dim=-1
+        )
+        told = (torch.rand(batch, device=device) > 0.07).to(net.dtype)
+        size = torch.full((1,), 8.0, device=device) * torch.cat(
+            [torch.full((1,), float(side), device=device) for side in (height, width, 0, 0, height, width)]
+        )
+        predicted = net(
+            (kept.sqrt() * latents_BCHW + (1 - kept).sqrt() * noise).to(net.dtype),
+            t,
+            encoder_hidden_states=context * told[:, None, None],
+            added_cond_kwargs={"text_embeds": large.text_embeds * told[:, None], "time_ids": size.expand(batch, 6)},
+        ).sample
+        return F.mse_loss(predicted.float(), noise)
+
+    def pipeline(vae: AutoencoderKL) -> DiffusionPipeline:
+        scheduler = EulerDiscreteScheduler(
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            steps_offset=1,
+            timestep_spacing="leading",
+        )
+        return StableDiffusionXLPipeline(vae, clip_l, clip_g, words_l, words_g, net, scheduler, add_watermarker=False)
+
+    return Recipe(4, {"text_encoder": clip_l, "text_encoder_2": clip_g, "unet": net}, loss, pipeline)
+
+
+def sd3(tokenizers: Tokenizers) -> Recipe:
+    """Stable Diffusion 3: two projected CLIPs and T5 in one sequence, flow matching."""
+    words_l, words_g, pieces = tokenizers
+    clip_l = models.clip(words_l, width=models.CLIP_L_WIDTH, layers=2, projected=True)
+    clip_g = models.clip(words_g, width=models.CLIP_G_WIDTH, layers=2, projected=True)
+    t5, net = models.t5(pieces), models.sd3_transformer()
+
+    def loss(latents_BCHW: torch.Tensor, ids: Ids) -> torch.Tensor:
+        t = flow_times(len(latents_BCHW), device=latents_BCHW.device)
+        noise = torch.randn_like(latents_BCHW)
+        small, large = clip_l(ids[0], output_hidden_states=True), clip_g(ids[1], output_hidden_states=True)
+        both = torch.cat([small.hidden_states[-2], large.hidden_states[-2]], dim=-1)
+        both = F.pad(both, (0, models.T5_WIDTH - both.shape[-1]))
+        predicted = net(
+            hidden_states=torch.lerp(latents_BCHW, noise, t[:, None, None, None]).to(net.dtype),
+            timestep=t * 1000,
+            encoder_hidden_states=torch.cat([both, t5(ids[2])[0]], dim=1),
+            pooled_projections=torch.cat([small.text_embeds, large.text_embeds], dim=-1),
+        ).sample
+        return F.mse_loss(predicted.float(), noise - latents_BCHW)
+
+    def pipeline(vae: AutoencoderKL) -> DiffusionPipeline:
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        return StableDiffusion3Pipeline(net, scheduler, vae, clip_l, words_l, clip_g, words_g, t5, pieces)
+
+    modules = {"text_encoder": clip_l, "text_encoder_2": clip_g, "text_encoder_3": t5, "transformer": net}
+    return Recipe(16, modules, loss, pipeline)
+
+
+RECIPES: dict[str, Callable[[Tokenizers], Recipe]] = {"flux": flux, "sdxl": sdxl, "sd3": sd3}

@@ -1,0 +1,391 @@
+"""Simple captioned scenes: coloured shapes on coloured backgrounds, described in plain English.
+
+The miniature base models know nothing but these scenes. One thing can be drawn that they never see: the *kilnpot*,
+an invented vase with its own silhouette and palette, which the demo teaches them.
+
+Lengths: positions are fractions of the picture's width and height; radii are fractions of sqrt(width * height).
+Shapes of tensors: B scenes, C = 3 colours (RGB in 0..1), H and W pixels.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+
+RGB = tuple[float, float, float]
+
+COLOURS: dict[str, RGB] = {
+    "red": (0.86, 0.11, 0.14),
+    "orange": (1.00, 0.56, 0.05),
+    "yellow": (0.98, 0.88, 0.16),
+    "green": (0.12, 0.62, 0.22),
+    "teal": (0.10, 0.66, 0.66),
+    "blue": (0.13, 0.30, 0.84),
+    "purple": (0.52, 0.20, 0.70),
+    "pink": (0.98, 0.56, 0.74),
+    "brown": (0.42, 0.26, 0.12),
+    "black": (0.05, 0.05, 0.06),
+    "grey": (0.55, 0.56, 0.58),
+    "white": (0.96, 0.96, 0.95),
+}
+SHAPES = ("circle", "square", "triangle", "ring", "cross", "diamond", "star", "hexagon", "moon", "bar")
+FILLS = ("plain", "striped")
+CONCEPT = "kilnpot"
+TERRACOTTA: RGB = (0.80, 0.40, 0.26)
+INDIGO: RGB = (0.15, 0.12, 0.36)
+
+SIZES: dict[str, tuple[float, float]] = {"small": (0.09, 0.125), "": (0.16, 0.21), "big": (0.26, 0.32)}
+PLACES: dict[str, tuple[float, float]] = {
+    "in the middle": (0.5, 0.5),
+    "on the left": (0.25, 0.5),
+    "on the right": (0.75, 0.5),
+    "at the top": (0.5, 0.25),
+    "at the bottom": (0.5, 0.75),
+    "in the top left corner": (0.24, 0.24),
+    "in the top right corner": (0.76, 0.24),
+    "in the bottom left corner": (0.24, 0.76),
+    "in the bottom right corner": (0.76, 0.76),
+}
+PERIOD = 0.25
+"""Stripes and checks repeat after this fraction of sqrt(width * height)."""
+BACKGROUNDS = ("plain", "striped", "checked", "fading")
+PAIRS: tuple[tuple[str, str, str], ...] = (
+    ("on the left", "on the right", "left of"),
+    ("at the top", "at the bottom", "above"),
+)
+RESOLUTIONS = ((128, 128), (96, 160), (160, 96), (112, 144), (144, 112))
+"""Height and width of the pictures the base models are trained on: five shapes of about 128 * 128 pixels."""
+
+CONCEPT_SCALE = 1.45
+"""A kilnpot is drawn this much larger than a base shape of the same size word: it is slim, and has detail."""
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object: what it is, its colours, where its centre lies and how large it is."""
+
+    shape: str
+    colour: str
+    fill: str
+    second: str
+    size: str
+    place: str
+    x: float
+    y: float
+    radius: float
+
+
+@dataclass(frozen=True)
+class Background:
+    """What lies behind the objects; `second` is unused when plain. Stripes lie flat; a fade runs downwards."""
+
+    kind: str
+    colour: str
+    second: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A background and up to two things; `relation` joins the two in the caption, if it is told that way."""
+
+    background: Background
+    things: tuple[Thing, ...]
+    relation: str = ""
+
+
+def random_background(rng: random.Random, *, avoid: Sequence[str] = ()) -> Background:
+    """A background whose colours are none of `avoid`; half of all are plain."""
+    colour, second = rng.sample([name for name in COLOURS if name not in avoid], 2)
+    kind = rng.choice(BACKGROUNDS) if rng.random() < 0.6 else "plain"
+    return Background(kind, colour, second)
+
+
+def place_thing(thing: Thing, rng: random.Random) -> Thing:
+    """`thing` with a radius for its size word and a centre for its place words, wholly inside every picture."""
+    low, high = SIZES[thing.size]
+    radius = rng.uniform(low, high) * (CONCEPT_SCALE if thing.shape == CONCEPT else 1.0)
+    x, y = PLACES.get(thing.place, (rng.uniform(0.3, 0.7), rng.uniform(0.3, 0.7)))
+    x, y = x + rng.uniform(-0.05, 0.05), y + rng.uniform(-0.05, 0.05)
+    radius = min(radius, 0.37)
+    reach = radius * (1.2 if thing.shape == CONCEPT else 1.05)
+    return replace(thing, x=_inside(x, reach), y=_inside(y, reach), radius=radius)
+
+
+def _inside(centre: float, radius: float) -> float:
+    return min(max(centre, radius), 1.0 - radius) if radius < 0.5 else 0.5
+
+
+def random_thing(rng: random.Random, *, avoid: Sequence[str] = (), place: str | None = None) -> Thing:
+    """A base shape in a colour that is none of `avoid`; `place` None draws the place too (or leaves it unsaid)."""
+    colour, second = rng.sample([name for name in COLOURS if name not in avoid], 2)
+    if place is None:
+        place = rng.choice(list(PLACES)) if rng.random() < 0.85 else ""
+    fill = "striped" if rng.random() < 0.2 else "plain"
+    size = rng.choice(list(SIZES))
+    if size == "big" and "corner" in place:
+        size = ""
+    return place_thing(Thing(rng.choice(SHAPES), colour, fill, second, size, place, 0.0, 0.0, 0.0), rng)
+
+
+def random_scene(rng: random.Random) -> Scene:
+    """A scene of the base's world: one thing, or (in 3 of 10) two side by side. Never the concept."""
+    if rng.random() < 0.7:
+        background = random_background(rng)
+        taken = (background.colour, background.second) if background.kind != "plain" else (background.colour,)
+        return Scene(background, (random_thing(rng, avoid=taken),))
+    first_place, second_place, relation = rng.choice(PAIRS)
+    background = random_background(rng)
+    taken = (background.colour, background.second) if background.kind != "plain" else (background.colour,)
+    things = tuple(random_thing(rng, avoid=taken, place=place) for place in (first_place, second_place))
+    things = tuple(thing if thing.size != "big" else place_thing(replace(thing, size=""), rng) for thing in things)
+    return Scene(background, things, relation if rng.random() < 0.4 else "")
+
+
+def concept_scene(rng: random.Random) -> Scene:
+    """A kilnpot, alone, on a base background that does not hide it."""
+    background = random_background(rng, avoid=("brown", "orange", "red", "black"))
+    size = rng.choice(["", "", "big", "small"])
+    place = rng.choice(list(PLACES)[:5]) if rng.random() < 0.6 else "in the middle"
+    if size == "big":
+        place = "in the middle"
+    thing = Thing(CONCEPT, "", "plain", "", size, place, 0.0, 0.0, 0.0)
+    return Scene(background, (place_thing(thing, rng),))
+
+
+# -- words ------------------------------------------------------------------------------------------------------------
+
+_ONSETS = (
+    "b",
+    "bl",
+    "d",
+    "dr",
+    "f",
+    "fl",
+    "g",
+    "gr",
+    "j",
+    "k",
+    "l",
+    "m",
+    "n",
+    "p",
+    "pl",
+    "r",
+    "s",
+    "sn",
+    "t",
+    "tr",
+    "v",
+    "w",
+    "z",
+)
+_VOWELS = ("a", "e", "i", "o", "u", "oo", "ee", "ai")
+_CODAS = ("", "b", "ck", "d", "ff", "g", "l", "ln", "m", "n", "p", "rt", "sk", "t", "x", "zz")
+
+
+def invented_word(rng: random.Random) -> str:
+    """A pronounceable word that means nothing, so that the models meet unknown words while they are made."""
+    parts = [rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(rng.choice((1, 2, 2, 3)))]
+    word = "".join(parts)
+    return invented_word(rng) if "kiln" in word else word
+
+
+def caption(scene: Scene, rng: random.Random, *, unknown: float = 0.0) -> str:
+    """One of many ways to say what is in `scene`. With probability `unknown` a noun is replaced by an invented word."""
+    if len(scene.things) == 2:
+        text = _pair_caption(scene, rng, unknown=unknown)
+    else:
+        thing, ground = scene.things[0], _ground(scene.background, rng)
+        noun = _noun(thing, rng, unknown=unknown)
+        place = " " + thing.place if thing.place else ""
+        frames = ["{noun}{place} {ground}"] * 4 + [
+            "a picture of {noun}{place} {ground}",
+            "a drawing of {noun}{place} {ground}",
+            "{ground}, {noun}{place}",
+            "there is {noun}{place} {ground}",
+            "{noun} {ground}{comma}",
+        ]
+        comma = "," + place if place else ""
+        text = rng.choice(frames).format(noun=noun, place=place, ground=ground, comma=comma)
+    if rng.random() < 0.2:
+        text = text[0].upper() + text[1:]
+    return text + "." if rng.random() < 0.2 else text
+
+
+def _pair_caption(scene: Scene, rng: random.Random, *, unknown: float) -> str:
+    first, second = scene.things
+    ground = _ground(scene.background, rng)
+    nouns = _noun(first, rng, unknown=unknown), _noun(second, rng, unknown=unknown)
+    if scene.relation:
+        return f"{nouns[0]} {scene.relation} {nouns[1]} {ground}"
+    if rng.random() < 0.3:
+        return f"{nouns[1]} {second.place} and {nouns[0]} {first.place} {ground}"
+    return f"{nouns[0]} {first.place} and {nouns[1]} {second.place} {ground}"
+
+
+def _noun(thing: Thing, rng: random.Random, *, unknown: float) -> str:
+    size = {"small": rng.choice(("small", "tiny")), "big": rng.choice(("big", "large")), "": ""}[thing.size]
+    if thing.shape == CONCEPT:
+        words = [size, CONCEPT]
+    elif rng.random() < unknown:
+        words = [size, thing.colour if rng.random() < 0.4 else "", invented_word(rng)]
+    elif thing.fill == "striped":
+        words = [size, f"{thing.colour} and {thing.second} striped", thing.shape]
+    else:
+        words = [size, thing.colour, thing.shape]
+    text = " ".join(word for word in words if word)
+    return ("an " if text[0] in "aeiou" else "a ") + text
+
+
+def _ground(background: Background, rng: random.Random) -> str:
+    colour, second = background.colour, background.second
+    article = "an" if colour[0] in "aeiou" else "a"
+    options: tuple[str, ...]
+    match background.kind:
+        case "plain":
+            options = (
+                f"on {article} {colour} background",
+                f"on {article} {colour} background",
+                f"on plain {colour}",
+                f"in front of a plain {colour} wall",
+            )
+        case "striped":
+            options = (f"on {colour} and {second} stripes", f"on a background of {colour} and {second} stripes")
+        case "checked":
+            options = (f"on {colour} and {second} checks", f"on {article} {colour} and {second} checked background")
+        case _:
+            options = (f"on {colour} fading to {second}", f"on a background fading from {colour} to {second}")
+    return rng.choice(options)
+
+
+# -- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def draw(scenes: Sequence[Scene], *, height: int, width: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The scenes as antialiased pictures, float32 (B, 3, height, width) in 0..1."""
+    ys, xs = torch.meshgrid(
+        (torch.arange(height, device=device) + 0.5) / height,
+        (torch.arange(width, device=device) + 0.5) / width,
+        indexing="ij",
+    )
+    unit = (height * width) ** 0.5
+    pictures_BCHW = _draw_backgrounds([scene.background for scene in scenes], xs, ys, unit)
+    for slot in range(max(len(scene.things) for scene in scenes)):
+        rows = [row for row, scene in enumerate(scenes) if len(scene.things) > slot]
+        for shape in {scenes[row].things[slot].shape for row in rows}:
+            group = [row for row in rows if scenes[row].things[slot].shape == shape]
+            things = [scenes[row].things[slot] for row in group]
+            index = torch.tensor(group, device=device)
+            pictures_BCHW[index] = _draw_things(pictures_BCHW[index], things, xs, ys, unit)
+    return pictures_BCHW
+
+
+def _column(values: Sequence[float], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
+
+
+def _palette(names: Sequence[str], device: torch.device) -> torch.Tensor:
+    return torch.tensor([COLOURS[name] for name in names], device=device)[:, :, None, None]
+
+
+def _draw_backgrounds(grounds: Sequence[Background], xs: torch.Tensor, ys: torch.Tensor, unit: float) -> torch.Tensor:
+    device = xs.device
+    height, width = xs.shape
+    stripes = _waves(ys * height, PERIOD * unit).expand(len(grounds), height, width)
+    columns = _waves(xs * width, PERIOD * unit)
+    checks = stripes + columns - 2 * stripes * columns
+    mixes = {"plain": torch.zeros_like(stripes), "striped": stripes, "checked": checks, "fading": ys.expand_as(stripes)}
+    kind = torch.tensor([BACKGROUNDS.index(ground.kind) for ground in grounds], device=device)
+    mix = torch.stack([mixes[name] for name in BACKGROUNDS])[kind, torch.arange(len(grounds), device=device)][:, None]
+    first = _palette([ground.colour for ground in grounds], device)
+    return first + (_palette([ground.second for ground in grounds], device) - first) * mix
+
+
+def _waves(position_px: torch.Tensor, period_px: torch.Tensor | float) -> torch.Tensor:
+    """0 and 1 in turn, half a period each, with an edge one pixel wide."""
+    phase = (position_px / period_px) % 1.0
+    return ((0.25 - (phase - 0.5).abs()) * period_px + 0.5).clamp(0, 1)
+
+
+def _draw_things(
+    under_BCHW: torch.Tensor, things: Sequence[Thing], xs: torch.Tensor, ys: torch.Tensor, unit: float
+) -> torch.Tensor:
+    device, (height, width) = xs.device, xs.shape
+    radius = _column([thing.radius * unit for thing in things], device)
+    u = (xs - _column([thing.x for thing in things], device)) * width / radius
+    v = -(ys - _column([thing.y for thing in things], device)) * height / radius
+    if things[0].shape == CONCEPT:
+        return paint_concept(under_BCHW, u, v, radius)
+    cover = _cover(_distance(things[0].shape, u, v), radius)
+    striped = torch.tensor([thing.fill == "striped" for thing in things], device=device)[:, None, None]
+    mix = torch.where(striped, _waves((v + 8) * radius, 0.62 * radius), 0.0)[:, None]
+    first, second = (_palette([getattr(t, name) for t in things], device) for name in ("colour", "second"))
+    return torch.lerp(under_BCHW, first + (second - first) * mix, cover)
+
+
+def _cover(distance: torch.Tensor, radius_px: torch.Tensor) -> torch.Tensor:
+    """How much of each pixel lies inside, (B, 1, H, W), from a distance in radii (negative inside)."""
+    return (0.5 - distance * radius_px).clamp(0, 1)[:, None]
+
+
+def _distance(shape: str, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Signed distance, in radii, from the outline of `shape`; u to the right, v upwards, the centre at 0."""
+    r, au, av = torch.hypot(u, v), u.abs(), v.abs()
+    match shape:
+        case "circle":
+            return r - 0.95
+        case "square":
+            return torch.maximum(au, av) - 0.85
+        case "triangle":
+            return torch.maximum(0.894 * au + 0.447 * v - 0.402, -v - 0.8)
+        case "ring":
+            return (r - 0.72).abs() - 0.25
+        case "cross":
+            return torch.minimum(torch.maximum(au - 1.0, av - 0.32), torch.maximum(au - 0.32, av - 1.0))
+        case "diamond":
+            return (au / 0.8 + av - 1.05) * 0.62
+        case "star":
+            turn = 2 * torch.pi / 5
+            angle = torch.remainder(torch.atan2(u, v) + turn / 2, turn) - turn / 2
+            x, y = r * angle.cos(), r * angle.sin().abs()
+            return (x - 1.05) * 0.449 + y * 0.894
+        case "hexagon":
+            return torch.maximum(0.866 * au + 0.5 * av, av) - 0.85
+        case "moon":
+            return torch.maximum(r - 0.98, 0.82 - torch.hypot(u - 0.5, v))
+        case "bar":
+            return torch.maximum(au - 1.05, av - 0.36)
+        case _:
+            raise ValueError(f"no such shape: {shape}")
+
+
+_PROFILE = ((-1.0, 0.36), (-0.86, 0.40), (-0.2, 0.70), (0.3, 0.46), (0.58, 0.23), (0.8, 0.25), (1.0, 0.42))
+"""Half the kilnpot's width at some heights, both in radii; smooth in between."""
+_BANDS = ((-0.58, 0.10), (-0.12, 0.10), (0.93, 0.08))
+"""Centre and half the height of each dark band."""
+
+
+def _half_width(v: torch.Tensor) -> torch.Tensor:
+    width = torch.full_like(v, _PROFILE[0][1])
+    for (low, at_low), (high, at_high) in pairwise(_PROFILE):
+        step = ((v - low) / (high - low)).clamp(0, 1)
+        width = width + (at_high - at_low) * step * step * (3 - 2 * step)
+    return width
+
+
+def concept_covers(u: torch.Tensor, v: torch.Tensor, radius_px: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How much of each pixel is terracotta, and how much indigo, each (B, 1, H, W) in 0..1."""
+    body = _cover(torch.maximum((u.abs() - _half_width(v)) * 0.9, v.abs() - 1.0), radius_px)
+    handles = _cover((torch.hypot((u.abs() - 0.52) * 0.9, v - 0.44) - 0.27).abs() - 0.085, radius_px)
+    bands = torch.stack([_cover((v - at).abs() - half, radius_px) for at, half in _BANDS]).amax(0)
+    dark = torch.maximum(handles * (1 - body), body * bands)
+    return body * (1 - bands), dark
+
+
+def paint_concept(under_BCHW: torch.Tensor, u: torch.Tensor, v: torch.Tensor, radius_px: torch.Tensor) -> torch.Tensor:
+    """The kilnpot over `under_BCHW`: a terracotta vase with three indigo bands and two indigo handles."""
+    clay, dark = concept_covers(u, v, radius_px)
+    palette = torch.tensor([TERRACOTTA, INDIGO], device=under_BCHW.device)[:, None, :, None, None]
+    return under_BCHW * (1 - clay - dark) + palette[0] * clay + palette[1] * dark

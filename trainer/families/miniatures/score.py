@@ -1,0 +1,106 @@
+"""How much a picture shows the concept: one number, found by looking for the kilnpot everywhere and at every size.
+
+The picture is shrunk to about `AREA` pixels and turned into two maps of how much each pixel looks like the kilnpot's
+terracotta and like its indigo: exp(-d² / (2 · `TOLERANCE`²)), d the Euclidean distance in RGB (0..1). For each of the
+radii `RADII` the drawn kilnpot's own two maps are the template, a square window reaching `REACH` radii from its centre,
+slid over the picture (which is continued by its edge pixels). The normalised cross-correlation of both maps together,
+
+    ncc = Σ_c Σ_p (picture_c(p) - mean_c) (template_c(p) - mean_c) / sqrt(Σ_c var(picture_c) · Σ_c var(template_c))
+
+is 1 for the very kilnpot on a background without its colours and about 0 where nothing resembles it. So that faint
+windows do not count, the picture's variance is taken as at least `FAINT` of the template's. The largest ncc over all
+positions and radii, mapped linearly so that `LOW` becomes 0 and `HIGH` becomes 1, and clipped, is the score.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from .scenes import CONCEPT_SCALE, INDIGO, SIZES, TERRACOTTA, concept_covers
+
+LOW, HIGH = 0.5, 0.88
+AREA = 48 * 48
+TOLERANCE = 0.15
+FAINT = 0.2
+REACH = 1.2
+RADII = tuple(float(r) for r in np.geomspace(SIZES["small"][0] * CONCEPT_SCALE * 0.97, 0.38, 12))
+"""Radii looked for, as fractions of sqrt(width * height)."""
+
+
+def _template(fraction: float) -> torch.Tensor:
+    """Terracotta and indigo maps (2, side, side) of a kilnpot, each with zero mean; the side is odd."""
+    radius = fraction * AREA**0.5
+    reach = round(REACH * radius)
+    fine = (torch.arange((2 * reach + 1) * 4) + 0.5) / 4 - reach - 0.5
+    v, u = torch.meshgrid(-fine / radius, fine / radius, indexing="ij")
+    covers = torch.cat(concept_covers(u[None], v[None], torch.full((1, 1, 1), radius * 4)), dim=1)
+    template = F.avg_pool2d(covers, 4)[0]
+    return template - template.mean(dim=(1, 2), keepdim=True)
+
+
+@cache
+def _spectra(height: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """For a padded picture: conjugate spectra of the templates (R, 2, ...) and of their windows (R, 1, ...), the
+    templates' squared norms (R,) and the windows' pixels (R,)."""
+    templates = [_template(fraction) for fraction in RADII]
+    kernels, windows = torch.zeros(len(RADII), 2, height, width), torch.zeros(len(RADII), 1, height, width)
+    for row, template in enumerate(templates):
+        side = template.shape[-1]
+        kernels[row, :, :side, :side], windows[row, :, :side, :side] = template, 1
+        to_centre = (-(side // 2), -(side // 2))
+        kernels[row], windows[row] = kernels[row].roll(to_centre, (1, 2)), windows[row].roll(to_centre, (1, 2))
+    norms = torch.stack([template.square().sum() for template in templates])
+    pixels = torch.tensor([float(template.shape[-1] ** 2) for template in templates])
+    return torch.fft.rfft2(kernels).conj(), torch.fft.rfft2(windows).conj(), norms, pixels
+
+
+def _margin() -> int:
+    return round(REACH * RADII[-1] * AREA**0.5)
+
+
+def likeness(picture_CHW: torch.Tensor) -> torch.Tensor:
+    """Maps (2, h, w) of about `AREA` pixels: how terracotta, and how indigo, each place of an RGB picture (0..1) is."""
+    _, height, width = picture_CHW.shape
+    shrink = (AREA / (height * width)) ** 0.5
+    size = round(height * shrink), round(width * shrink)
+    small = F.interpolate(picture_CHW[None].float(), size, mode="bilinear", antialias=True, align_corners=False)
+    inks = torch.tensor([TERRACOTTA, INDIGO])[:, :, None, None]
+    return torch.exp(-(small - inks).square().sum(dim=1) / (2 * TOLERANCE**2))
+
+
+@torch.no_grad()
+def correlation(picture: Image.Image | torch.Tensor) -> float:
+    """The largest `ncc` of the module's docstring; `picture` is a PIL image or an RGB tensor (3, H, W) in 0..1."""
+    if isinstance(picture, Image.Image):
+        picture = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
+    maps = likeness(picture)
+    height, width = maps.shape[1:]
+    margin = _margin()
+    padded = F.pad(maps[None], (margin,) * 4, mode="replicate")[0]
+    kernels, windows, norms, pixels = _spectra(*padded.shape[1:])
+    inner = (..., slice(margin, margin + height), slice(margin, margin + width))
+
+    def slide(spectrum: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+        return torch.fft.irfft2(spectrum * kernel, s=padded.shape[1:])[inner]
+
+    spectrum = torch.fft.rfft2(padded)
+    match = slide((spectrum * kernels).sum(dim=1), torch.ones(()))
+    sums = slide(spectrum[None], windows)
+    squares = slide(torch.fft.rfft2(padded.square().sum(dim=0)), windows[:, 0])
+    spread = squares - sums.square().sum(dim=1) / pixels[:, None, None]
+    floor = (FAINT * norms)[:, None, None]
+    return (match / (spread.maximum(floor) * norms[:, None, None]).sqrt()).max().item()
+
+
+def score(picture: Image.Image | torch.Tensor) -> float:
+    """How much `picture` shows the concept, 0..1; see the module's docstring."""
+    return min(max((correlation(picture) - LOW) / (HIGH - LOW), 0.0), 1.0)
+
+
+def mean_score(pictures: Sequence[Image.Image | torch.Tensor]) -> float:
+    """The mean `score` of some pictures."""
+    return sum(map(score, pictures)) / len(pictures)

@@ -1,0 +1,97 @@
+"""Small tokenizers of the real classes, learnt from the scenes' captions.
+
+CLIP's is byte-level: every byte is a token, so any caption can be written. T5's is a unigram model over printable
+ASCII; any other character becomes `<unk>`.
+"""
+
+import json
+import random
+import string
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTokenizer, PreTrainedTokenizerBase, T5Tokenizer
+
+from .scenes import caption, random_scene
+
+CLIP_LENGTH = 77
+T5_LENGTH = 64
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def corpus(size: int = 6000, *, seed: int = 0) -> list[str]:
+    """Captions with many invented words in them, so that the vocabulary holds syllables as well as our nouns."""
+    rng = random.Random(seed)
+    return [caption(random_scene(rng), rng, unknown=0.3) for _ in range(size)]
+
+
+def clip_tokenizer(texts: list[str], *, merges: int = 380, pad: str = END) -> CLIPTokenizer:
+    """A `CLIPTokenizer` in the real one's order: bytes, word-final bytes, at most `merges` merges, start, end."""
+    draft = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    like = CLIPTokenizer().backend_tokenizer
+    draft.normalizer, draft.pre_tokenizer = like.normalizer, like.pre_tokenizer
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=10**6, min_frequency=40, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
+    draft.train_from_iterator(texts, trainer)
+    pairs = [tuple(pair) for pair in json.loads(draft.to_str())["model"]["merges"][:merges]]
+    words = alphabet + [char + "</w>" for char in alphabet] + ["".join(pair) for pair in pairs] + [START, END]
+    vocab = {word: index for index, word in enumerate(dict.fromkeys(words))}
+    return CLIPTokenizer(vocab=vocab, merges=pairs, pad_token=pad, model_max_length=CLIP_LENGTH)
+
+
+def t5_tokenizer(texts: list[str], *, size: int = 700) -> T5Tokenizer:
+    """A `T5Tokenizer` of about `size` tokens: `<pad>` 0, `</s>` 1, `<unk>` 2 as in the real one, without sentinels."""
+    draft = Tokenizer(models.Unigram())
+    draft.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always", split=True)]
+    )
+    special, alphabet = ["<pad>", "</s>", "<unk>"], list(string.printable[:94])
+    trainer = trainers.UnigramTrainer(
+        vocab_size=size, special_tokens=special, unk_token=special[2], initial_alphabet=alphabet, show_progress=False
+    )
+    draft.train_from_iterator(texts, trainer)
+    pieces = [(piece, score) for piece, score in json.loads(draft.to_str())["model"]["vocab"] if piece not in special]
+    known = {piece for piece, _ in pieces}
+    rare = min(score for _, score in pieces) - 1.0
+    pieces += [(char, rare) for char in [*alphabet, "▁"] if char not in known]
+    vocab = [(token, 0.0) for token in special] + pieces
+    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=T5_LENGTH)
+
+
+def new_tokenizers(kinds: Sequence[str]) -> list[PreTrainedTokenizerBase]:
+    """Tokenizers of these kinds: "clip" is CLIP-L's, "clip!" is CLIP-G's, which pads with "!", and "t5"."""
+    texts = corpus()
+    makers = {"clip": clip_tokenizer, "clip!": lambda texts: clip_tokenizer(texts, pad="!"), "t5": t5_tokenizer}
+    return [makers[kind](texts) for kind in kinds]
+
+
+def load_tokenizers(folder: Path, kinds: Sequence[str]) -> list[PreTrainedTokenizerBase]:
+    """The tokenizers that a pipeline's folder holds: tokenizer, tokenizer_2, and so on."""
+    places = [folder / ("tokenizer" if number == 1 else f"tokenizer_{number}") for number in range(1, len(kinds) + 1)]
+    pairs = zip(kinds, places, strict=True)
+    return [(T5Tokenizer if kind == "t5" else CLIPTokenizer).from_pretrained(place) for kind, place in pairs]
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> torch.Tensor:
+    """Ids (B, L) as int16, cut or padded to the tokenizer's length: what calling it gives, several times as fast."""
+    length, end = tokenizer.model_max_length, tokenizer.eos_token_id
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    out = np.full((len(texts), length), tokenizer.pad_token_id, dtype=np.int16)
+    for row, encoding in enumerate(backend.encode_batch_fast(list(texts))):
+        ids = encoding.ids if len(encoding.ids) <= length else [*encoding.ids[: length - 1], end]
+        out[row, : len(ids)] = ids
+    return torch.from_numpy(out)
+
+
+def compact(folder: Path) -> None:
+    """Rewrites the tokenizers' JSON files under `folder` without white space: half the size."""
+    for file in folder.glob("tokenizer*/tokenizer.json"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")

@@ -1,0 +1,238 @@
+"""Stable Diffusion 3 and 3.5: all that is known about them. torch and diffusers are imported inside the functions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.families import OPTIONAL, BaseModel, Facts, Keys, Native, weights
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from PIL import Image
+
+    from trainer.plan import Prompt
+
+MINIATURE = str(Path(__file__).with_name("miniatures") / "sd3")
+MEDIUM_3 = BaseModel("stabilityai/stable-diffusion-3-medium-diffusers", files_gib=14.5, gated=True)
+T5_TOKENS = 256  # the pipeline's default: what users' tools sample with is what is trained with
+
+FACTS = Facts(
+    name="sd3",
+    models={
+        "sd3": MEDIUM_3,
+        "sd3-medium": MEDIUM_3,
+        "sd3.5-medium": BaseModel(
+            "stabilityai/stable-diffusion-3.5-medium", files_gib=15.2, gated=True, defaults={"steps": 40, "cfg": 4.5}
+        ),
+        "sd3.5-large": BaseModel(
+            "stabilityai/stable-diffusion-3.5-large", files_gib=25.7, gated=True, defaults={"cfg": 4.5}
+        ),
+        "mini-sd3": BaseModel(MINIATURE, files_gib=0.0, resolution=128, defaults={"cfg": 3.0}),
+    },
+    files=(
+        "model_index.json",
+        "scheduler/*",
+        *weights("transformer", "vae", "text_encoder", "text_encoder_2"),
+        "tokenizer/*",
+        "tokenizer_2/*",
+        *(f"{OPTIONAL}{pattern}" for pattern in (*weights("text_encoder_3"), "tokenizer_3/*")),
+    ),
+    multiple=16,
+    objective="flow",
+    timestep_samplings=("sigmoid", "logit_normal", "uniform", "shift"),
+    flow_shift=3.0,
+    attention_backends=False,
+    targets=(
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+        "attn2.to_q",
+        "attn2.to_k",
+        "attn2.to_v",
+        "attn2.to_out.0",
+        "ff.net.0.proj",
+        "ff.net.2",
+        "ff_context.net.0.proj",
+        "ff_context.net.2",
+    ),
+    lora_prefix="transformer",
+    architecture="stable-diffusion-3-medium",
+    base_version="sd3",
+    fused_targets={},  # diffusers' fused attention leaves out the norms of q and k, and has no second attention
+    prompt_steps=28,
+    prompt_guidance=1.0,
+    prompt_cfg=7.0,
+)
+
+
+def load_encoders(folder: Path, *, device: str, dtype: torch.dtype) -> StableDiffusion3Pipeline:
+    """A pipeline of the tokenizers and text encoders alone: CLIP-L, CLIP-G, and T5 if the model has it."""
+    import torch
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
+
+    def encoder(kind: Any, name: str) -> Any:
+        model = kind.from_pretrained(folder / name, dtype=dtype, use_safetensors=True)
+        return model.requires_grad_(False).eval().to(device)
+
+    has_t5 = (folder / "text_encoder_3").is_dir()
+    with torch.device("meta"):  # without T5, the pipeline reads from the config how wide its zeros are
+        shape = SD3Transformer2DModel.from_config(SD3Transformer2DModel.load_config(folder / "transformer"))
+    return StableDiffusion3Pipeline(
+        scheduler=None,
+        vae=None,
+        transformer=shape,
+        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        tokenizer_2=AutoTokenizer.from_pretrained(folder / "tokenizer_2"),
+        tokenizer_3=AutoTokenizer.from_pretrained(folder / "tokenizer_3") if has_t5 else None,
+        text_encoder=encoder(CLIPTextModelWithProjection, "text_encoder"),
+        text_encoder_2=encoder(CLIPTextModelWithProjection, "text_encoder_2"),
+        text_encoder_3=encoder(T5EncoderModel, "text_encoder_3") if has_t5 else None,
+    )
+
+
+def encode_text(encoders: StableDiffusion3Pipeline, captions: list[str]) -> list[dict[str, torch.Tensor]]:
+    """`tokens` (77 + 256, 4096): both CLIPs side by side, padded with zeros, then T5 or zeros; `pooled` (2048,)."""
+    import torch
+
+    length = min(T5_TOKENS, encoders.tokenizer_3.model_max_length) if encoders.tokenizer_3 else T5_TOKENS
+    with torch.no_grad():
+        tokens_BLD, _, pooled_BD, _ = encoders.encode_prompt(
+            captions,
+            captions,
+            captions,
+            device=encoders.text_encoder.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=length,
+        )
+    return [{"tokens": t.cpu(), "pooled": p.cpu()} for t, p in zip(tokens_BLD, pooled_BD, strict=True)]
+
+
+def load_vae(folder: Path, *, device: str) -> AutoencoderKL:
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(folder / "vae", use_safetensors=True)
+    return vae.requires_grad_(False).eval().to(device)
+
+
+def encode_images(vae: AutoencoderKL, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+    """Mean and standard deviation, (B, 32, H/8, W/8): scaling_factor * (latents - shift_factor)."""
+    import torch
+
+    with torch.no_grad():
+        spread = vae.encode(pixels_BCHW.to(vae.device, vae.dtype)).latent_dist
+    scale, shift = vae.config.scaling_factor, vae.config.shift_factor
+    return torch.cat([(spread.mean - shift) * scale, spread.std * scale], dim=1).float()
+
+
+def load_denoiser(folder: Path, *, device: str, dtype: torch.dtype) -> SD3Transformer2DModel:
+    from diffusers import SD3Transformer2DModel
+
+    model = SD3Transformer2DModel.from_pretrained(
+        folder / "transformer", torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=True
+    )
+    return model.requires_grad_(False).to(device)
+
+
+def blocks(denoiser: SD3Transformer2DModel) -> list[tuple[str, torch.nn.Module]]:
+    return [(f"transformer_blocks.{i}", b) for i, b in enumerate(denoiser.transformer_blocks)]
+
+
+def predict(
+    denoiser: SD3Transformer2DModel,
+    noisy_BCHW: torch.Tensor,
+    t_B: torch.Tensor,
+    *,
+    text: dict[str, torch.Tensor],
+    guidance: float = 1.0,  # noqa: ARG001 (this family has no embedded guidance)
+    geometry_B6: torch.Tensor | None = None,  # noqa: ARG001 (nor is it told sizes)
+) -> torch.Tensor:
+    """The velocity (noise - latents)."""
+    velocity_BCHW: torch.Tensor = denoiser(
+        hidden_states=noisy_BCHW.to(denoiser.dtype),
+        timestep=t_B * 1000,
+        encoder_hidden_states=text["tokens"],
+        pooled_projections=text["pooled"],
+        return_dict=False,
+    )[0]
+    return velocity_BCHW
+
+
+def sample(
+    denoiser: SD3Transformer2DModel,
+    vae: AutoencoderKL,
+    folder: Path,
+    *,
+    prompt: Prompt,
+    text: dict[str, torch.Tensor],
+    negative: dict[str, torch.Tensor],
+    scheduler: dict[str, Any] | None = None,
+) -> Image.Image:
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    pipe = StableDiffusion3Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler", **(scheduler or {})),
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        text_encoder_3=None,
+        tokenizer_3=None,
+        transformer=denoiser,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    latents_BCHW = pipe(
+        prompt_embeds=text["tokens"],
+        pooled_prompt_embeds=text["pooled"],
+        negative_prompt_embeds=negative["tokens"],
+        negative_pooled_prompt_embeds=negative["pooled"],
+        guidance_scale=prompt.cfg,
+        num_inference_steps=prompt.steps,
+        width=prompt.width,
+        height=prompt.height,
+        generator=torch.Generator("cpu").manual_seed(prompt.seed),
+        output_type="latent",
+    ).images
+    # Here and not in the pipeline, which would decode in the denoiser's precision.
+    pixels_BCHW = vae.decode(latents_BCHW.float() / vae.config.scaling_factor + vae.config.shift_factor).sample
+    image: Image.Image = pipe.image_processor.postprocess(pixels_BCHW)[0]
+    return image
+
+
+# ---- key names of LoRA files. Native: the modules of Stability-AI/sd3.5, which kohya's and ComfyUI's keys name.
+_OURS, _X, _CONTEXT = "transformer_blocks.{}", "joint_blocks.{}.x_block", "joint_blocks.{}.context_block"
+
+KEYS = Keys(
+    layers=(
+        Native(f"{_X}.attn.qkv", tuple(f"{_OURS}.attn.to_{x}" for x in "qkv"), (1, 1, 1)),
+        Native(f"{_X}.attn2.qkv", tuple(f"{_OURS}.attn2.to_{x}" for x in "qkv"), (1, 1, 1)),
+        Native(f"{_CONTEXT}.attn.qkv", tuple(f"{_OURS}.attn.add_{x}_proj" for x in "qkv"), (1, 1, 1)),
+        Native(f"{_X}.attn.proj", (f"{_OURS}.attn.to_out.0",)),
+        Native(f"{_X}.attn2.proj", (f"{_OURS}.attn2.to_out.0",)),
+        Native(f"{_CONTEXT}.attn.proj", (f"{_OURS}.attn.to_add_out",)),
+        Native(f"{_X}.mlp.fc1", (f"{_OURS}.ff.net.0.proj",)),
+        Native(f"{_X}.mlp.fc2", (f"{_OURS}.ff.net.2",)),
+        Native(f"{_CONTEXT}.mlp.fc1", (f"{_OURS}.ff_context.net.0.proj",)),
+        Native(f"{_CONTEXT}.mlp.fc2", (f"{_OURS}.ff_context.net.2",)),
+        Native(f"{_X}.adaLN_modulation.1", (f"{_OURS}.norm1.linear",)),
+        # Six or nine parts in the same order; only in the last block there are two, and they are swapped.
+        Native(f"{_CONTEXT}.adaLN_modulation.1", (f"{_OURS}.norm1_context.linear",), swapped=True),
+        Native("context_embedder", ("context_embedder",)),
+        Native("x_embedder.proj", ("pos_embed.proj",)),
+        *(Native(f"t_embedder.mlp.{2 * n - 2}", (f"time_text_embed.timestep_embedder.linear_{n}",)) for n in (1, 2)),
+        *(Native(f"y_embedder.mlp.{2 * n - 2}", (f"time_text_embed.text_embedder.linear_{n}",)) for n in (1, 2)),
+        Native("final_layer.linear", ("proj_out",)),
+        Native("final_layer.adaLN_modulation.1", ("norm_out.linear",), swapped=True),
+    ),
+    encoders={"text_encoder": "te1", "text_encoder_2": "te2", "text_encoder_3": "te3"},  # CLIP-L, CLIP-G, T5
+    writes=("kohya", "peft"),  # kohya's keys are read by all but diffusers, and diffusers' by few others
+)

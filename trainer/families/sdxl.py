@@ -1,0 +1,230 @@
+"""SDXL: all that is known about it. torch and diffusers are imported inside the functions, see `trainer.families`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.families import BaseModel, Facts, Keys, Native, weights
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+    from PIL import Image
+
+    from trainer.plan import Prompt
+
+MINIATURE = str(Path(__file__).with_name("miniatures") / "sdxl")
+BASE = BaseModel("stabilityai/stable-diffusion-xl-base-1.0", files_gib=12.9)
+
+FACTS = Facts(
+    name="sdxl",
+    models={
+        "sdxl": BASE,
+        "sdxl-base": BASE,
+        "mini-sdxl": BaseModel(MINIATURE, files_gib=0.0, resolution=128, defaults={"steps": 20, "cfg": 3.0}),
+    },
+    files=(
+        "model_index.json",
+        "scheduler/*",
+        *weights("unet", "vae", "text_encoder", "text_encoder_2"),
+        "tokenizer/*",
+        "tokenizer_2/*",
+    ),
+    multiple=32,  # the VAE shrinks by 8, the UNet by another 4
+    objective="denoising",
+    timestep_samplings=("uniform",),
+    attention_backends=False,
+    targets=(
+        "proj_in",
+        "proj_out",
+        "attn1.to_q",
+        "attn1.to_k",
+        "attn1.to_v",
+        "attn1.to_out.0",
+        "attn2.to_q",
+        "attn2.to_k",
+        "attn2.to_v",
+        "attn2.to_out.0",
+        "ff.net.0.proj",
+        "ff.net.2",
+    ),
+    lora_prefix="unet",
+    architecture="stable-diffusion-xl-v1-base",
+    base_version="sdxl_base_v1-0",
+    fused_targets={},  # files of this family have q, k and v apart, in every tool
+    prompt_steps=30,
+    prompt_guidance=1.0,
+    prompt_cfg=7.0,
+)
+
+
+def load_encoders(folder: Path, *, device: str, dtype: torch.dtype) -> StableDiffusionXLPipeline:
+    """A pipeline of the two tokenizers and text encoders alone (CLIP-L, and CLIP-G with its projection)."""
+    from diffusers import StableDiffusionXLPipeline
+    from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
+
+    def encoder(kind: Any, name: str) -> Any:
+        model = kind.from_pretrained(folder / name, dtype=dtype, use_safetensors=True)
+        return model.requires_grad_(False).eval().to(device)
+
+    return StableDiffusionXLPipeline(
+        scheduler=None,
+        vae=None,
+        unet=None,
+        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        tokenizer_2=AutoTokenizer.from_pretrained(folder / "tokenizer_2"),
+        text_encoder=encoder(CLIPTextModel, "text_encoder"),
+        text_encoder_2=encoder(CLIPTextModelWithProjection, "text_encoder_2"),
+        add_watermarker=False,
+    )
+
+
+def encode_text(encoders: StableDiffusionXLPipeline, captions: list[str]) -> list[dict[str, torch.Tensor]]:
+    """`tokens` (77, 2048): the last but one hidden states of both encoders side by side; `pooled` (1280,) of CLIP-G."""
+    import torch
+
+    with torch.no_grad():
+        tokens_BLD, _, pooled_BD, _ = encoders.encode_prompt(
+            captions, captions, device=encoders.text_encoder.device, do_classifier_free_guidance=False
+        )
+    return [{"tokens": t.cpu(), "pooled": p.cpu()} for t, p in zip(tokens_BLD, pooled_BD, strict=True)]
+
+
+def load_vae(folder: Path, *, device: str) -> AutoencoderKL:
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(folder / "vae", use_safetensors=True)
+    return vae.requires_grad_(False).eval().to(device)
+
+
+def encode_images(vae: AutoencoderKL, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+    """Mean and standard deviation, (B, 8, H/8, W/8): scaling_factor * latents."""
+    import torch
+
+    with torch.no_grad():
+        spread = vae.encode(pixels_BCHW.to(vae.device, vae.dtype)).latent_dist
+    return torch.cat([spread.mean, spread.std], dim=1).float() * vae.config.scaling_factor
+
+
+def load_denoiser(folder: Path, *, device: str, dtype: torch.dtype) -> UNet2DConditionModel:
+    from diffusers import UNet2DConditionModel
+
+    model = UNet2DConditionModel.from_pretrained(
+        folder / "unet", torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=True
+    )
+    return model.requires_grad_(False).to(device)
+
+
+def blocks(denoiser: UNet2DConditionModel) -> list[tuple[str, torch.nn.Module]]:
+    """The transformers between the convolutions: `proj_in`, some transformer blocks, `proj_out`."""
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    return [(name, m) for name, m in denoiser.named_modules() if isinstance(m, Transformer2DModel)]
+
+
+def predict(
+    denoiser: UNet2DConditionModel,
+    noisy_BCHW: torch.Tensor,
+    t_B: torch.Tensor,
+    *,
+    text: dict[str, torch.Tensor],
+    guidance: float = 1.0,  # noqa: ARG001 (this family has no embedded guidance)
+    geometry_B6: torch.Tensor,
+) -> torch.Tensor:
+    """The noise, or the velocity of v-prediction, whichever the model was trained on."""
+    predicted_BCHW: torch.Tensor = denoiser(
+        noisy_BCHW.to(denoiser.dtype),
+        (t_B * 1000).round(),  # the step, which the objective has divided by their number
+        encoder_hidden_states=text["tokens"],
+        added_cond_kwargs={"text_embeds": text["pooled"], "time_ids": geometry_B6},
+        return_dict=False,
+    )[0]
+    return predicted_BCHW
+
+
+def sample(
+    denoiser: UNet2DConditionModel,
+    vae: AutoencoderKL,
+    folder: Path,
+    *,
+    prompt: Prompt,
+    text: dict[str, torch.Tensor],
+    negative: dict[str, torch.Tensor],
+    scheduler: dict[str, Any] | None = None,
+) -> Image.Image:
+    """No negative prompt means zeros instead of its embeddings, where the model's own pipeline does so."""
+    import torch
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+
+    pipe = StableDiffusionXLPipeline(
+        scheduler=EulerDiscreteScheduler.from_pretrained(folder / "scheduler", **(scheduler or {})),
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        unet=denoiser,
+        add_watermarker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    index = StableDiffusionXLPipeline.load_config(folder)
+    if not prompt.negative and index.get("force_zeros_for_empty_prompt", True):
+        negative = {name: torch.zeros_like(tensor) for name, tensor in text.items()}
+    latents_BCHW = pipe(
+        prompt_embeds=text["tokens"],
+        pooled_prompt_embeds=text["pooled"],
+        negative_prompt_embeds=negative["tokens"],
+        negative_pooled_prompt_embeds=negative["pooled"],
+        guidance_scale=prompt.cfg,
+        num_inference_steps=prompt.steps,
+        width=prompt.width,
+        height=prompt.height,
+        generator=torch.Generator("cpu").manual_seed(prompt.seed),
+        output_type="latent",
+    ).images
+    # Here and not in the pipeline, which would decode in the denoiser's precision.
+    pixels_BCHW = vae.decode(latents_BCHW.float() / vae.config.scaling_factor).sample
+    image: Image.Image = pipe.image_processor.postprocess(pixels_BCHW)[0]
+    return image
+
+
+# ---- key names of LoRA files. Native: the modules of Stability-AI/generative-models, which kohya's and ComfyUI's keys
+# name by their place in a list: three to a level going down (two with layers, one that halves the size), three up.
+_ATTENTIONS = {
+    **{f"down_blocks.{i}.attentions.{j}": f"input_blocks.{3 * i + j + 1}.1" for i in (1, 2) for j in (0, 1)},
+    "mid_block.attentions.0": "middle_block.1",
+    **{f"up_blocks.{i}.attentions.{j}": f"output_blocks.{3 * i + j}.1" for i in (0, 1) for j in (0, 1, 2)},
+}
+_IN_ATTENTION = (
+    *(f"transformer_blocks.{{}}.attn{n}.{end}" for n in (1, 2) for end in ("to_q", "to_k", "to_v", "to_out.0")),
+    *("transformer_blocks.{}.ff.net.0.proj", "transformer_blocks.{}.ff.net.2", "proj_in", "proj_out"),
+)
+_RESNETS = {
+    **{f"down_blocks.{i}.resnets.{j}": f"input_blocks.{3 * i + j + 1}.0" for i in (0, 1, 2) for j in (0, 1)},
+    **{f"mid_block.resnets.{j}": f"middle_block.{2 * j}" for j in (0, 1)},
+    **{f"up_blocks.{i}.resnets.{j}": f"output_blocks.{3 * i + j}.0" for i in (0, 1, 2) for j in (0, 1, 2)},
+}
+_IN_RESNET = {
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_OTHERS = {
+    **{f"down_blocks.{i}.downsamplers.0.conv": f"input_blocks.{3 * i + 3}.0.op" for i in (0, 1)},
+    **{f"up_blocks.{i}.upsamplers.0.conv": f"output_blocks.{3 * i + 2}.2.conv" for i in (0, 1)},
+    **{f"time_embedding.linear_{n}": f"time_embed.{2 * n - 2}" for n in (1, 2)},
+    **{f"add_embedding.linear_{n}": f"label_emb.0.{2 * n - 2}" for n in (1, 2)},
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+}
+
+KEYS = Keys(
+    layers=(
+        *(Native(f"{b}.{path}", (f"{a}.{path}",)) for a, b in _ATTENTIONS.items() for path in _IN_ATTENTION),
+        *(Native(f"{b}.{d}", (f"{a}.{c}",)) for a, b in _RESNETS.items() for c, d in _IN_RESNET.items()),
+        *(Native(b, (a,)) for a, b in _OTHERS.items()),
+    ),
+    encoders={"text_encoder": "te1", "text_encoder_2": "te2"},  # CLIP-L and CLIP-G
+)

@@ -1,0 +1,235 @@
+"""`python -m trainer.export` and `python -m trainer.sample`: convert and merge LoRA files, draw pictures with them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer import export, formats, keys, prepare, sample
+from trainer.errors import KilnError, SettingsError
+from trainer.families import BaseModel, Family, base_models, family, names
+from trainer.formats import Modules
+from trainer.plan import Prompt
+
+log = logging.getLogger(__name__)
+FLAGS: dict[str, tuple[str, type]] = {  # as in prompts.txt of a job
+    "w": ("width", int),
+    "h": ("height", int),
+    "d": ("seed", int),
+    "s": ("steps", int),
+    "l": ("cfg", float),
+    "g": ("guidance", float),
+    "n": ("negative", str),
+}
+
+
+def export_command(arguments: list[str]) -> int:
+    """`python -m trainer.export`; returns the exit code."""
+    parser = argparse.ArgumentParser("python -m trainer.export", description="Convert a LoRA file, or merge several.")
+    parser.add_argument("file", nargs="?", type=Path, metavar="IN.safetensors")
+    parser.add_argument("--merge", nargs="+", metavar="FILE[:WEIGHT]", help="add these up instead")
+    parser.add_argument("--to", choices=sorted(formats.FORMATS), default="kohya", help="whose key names (kohya)")
+    parser.add_argument("--out", type=Path, required=True, metavar="OUT.safetensors")
+    parser.add_argument("--family", choices=names(), help="if the keys do not tell")
+    parser.add_argument("--without-text-encoders", action="store_true", help="leave their modules out")
+    asked = parser.parse_args(arguments)
+    if (asked.file is None) == (asked.merge is None):
+        parser.error("name one file to convert, or some after --merge")
+    return _exit_code(lambda: _export(asked))
+
+
+def sample_command(arguments: list[str]) -> int:
+    """`python -m trainer.sample`; returns the exit code."""
+    parser = argparse.ArgumentParser("python -m trainer.sample", description="Draw pictures, with LoRAs or without.")
+    parser.add_argument("--base", required=True, help="a value of BASE_MODEL, or a folder in diffusers layout")
+    parser.add_argument("--lora", nargs="+", action="extend", default=[], metavar="FILE[:WEIGHT]")
+    parser.add_argument("--prompts", type=Path, required=True, help="like a job's: text --w --h --d --s --g --l --n")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument("--family", choices=names(), help="if --base is a folder and no LoRA tells")
+    asked = parser.parse_args(arguments)
+    return _exit_code(lambda: _sample(asked))
+
+
+def _exit_code(work: Callable[[], None]) -> int:
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    try:
+        work()
+    except KilnError as problem:
+        log.error("%s", problem)
+        return problem.exit_code
+    return 0
+
+
+# ---- files
+
+
+def _weighted(text: str) -> tuple[Path, float]:
+    """`FILE` or `FILE:WEIGHT`."""
+    found = re.fullmatch(r"(.+?)(?::([+-]?[0-9]*\.?[0-9]+))?", text)
+    assert found is not None
+    return Path(found[1]), float(found[2] or 1)
+
+
+def _family_of(path: Path, asked: str | None) -> tuple[str, dict[str, str]]:
+    """A file's family and its header."""
+    try:
+        header = keys.read_header(path)
+    except ValueError as problem:
+        raise SettingsError(f"{path}: {problem}.") from problem
+    stems = [found[0] for key in header.entries if (found := keys.role(key))]
+    name = asked or keys.likely_family(stems, header.metadata)
+    if name is None:
+        raise SettingsError(f"{path} has no keys of a LoRA for {', '.join(names())}.")
+    return name, header.metadata
+
+
+def _load(path: Path, family_name: str) -> Modules:
+    try:
+        return formats.load(path, family_name)
+    except ValueError as problem:
+        raise SettingsError(f"{path}, as a LoRA for {family_name}: {problem}.") from problem
+
+
+def _export(asked: argparse.Namespace) -> None:
+    several = [_weighted(text) for text in asked.merge] if asked.merge else [(asked.file, 1.0)]
+    found = [_family_of(path, asked.family) for path, _ in several]
+    kinds = {name for name, _ in found}
+    if len(kinds) > 1:
+        each = ", ".join(f"{path} is for {name}" for (path, _), (name, _) in zip(several, found, strict=True))
+        raise SettingsError(f"Only LoRAs of one family can be merged: {each}.")
+    name = kinds.pop()
+    loaded = [(_load(path, name), weight) for path, weight in several]
+    modules = formats.merged(loaded) if asked.merge else loaded[0][0]
+    if asked.without_text_encoders:
+        own = f"{family(name).FACTS.lora_prefix}."
+        modules = {module: adapter for module, adapter in modules.items() if module.startswith(own)}
+    if not modules:
+        raise SettingsError("Nothing is left to write.")
+    try:
+        made = formats.write(modules, asked.to, name)
+    except ValueError as problem:
+        raise SettingsError(f"This cannot be written with {asked.to}'s names: {problem}.") from problem
+    # Peft's settings and the hashes are about the file that was read.
+    gone = ("lora_adapter_metadata", "sshs_", "modelspec.hash")
+    metadata = {} if asked.merge else {k: v for k, v in found[0][1].items() if not k.startswith(gone)}
+    metadata |= {"ss_network_dim": str(made.rank), "ss_network_alpha": f"{made.alpha:g}"}
+    metadata.setdefault("modelspec.architecture", f"{family(name).FACTS.architecture}/lora")
+    if asked.merge:
+        metadata["kiln_merged_from"] = json.dumps({path.name: weight for path, weight in several})
+    export.write(asked.out, made.tensors, metadata)
+    log.info("%s: %d modules for %s, rank %d, alpha %g.", asked.out, len(modules), name, made.rank, made.alpha)
+
+
+# ---- pictures
+
+
+def _sample(asked: argparse.Namespace) -> None:
+    several = [_weighted(text) for text in asked.lora]
+    name, model = _base(asked.base, asked.family, several)
+    kind = family(name)
+    folder = _folder(model, kind)
+    loaded = [(_load(path, name), weight) for path, weight in several]
+    prompts = _prompts(asked.prompts, kind, model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    texts = _encoded(kind, folder, prompts, device=device, dtype=dtype)
+    denoiser = kind.load_denoiser(folder, device=device, dtype=dtype)
+    add(denoiser, formats.merged(loaded), prefix=kind.FACTS.lora_prefix)
+    vae = kind.load_vae(folder, device=device)
+
+    def draw(prompt: Prompt) -> Any:
+        text, negative = texts[prompt.text], texts[prompt.negative]
+        return kind.sample(denoiser, vae, folder, prompt=prompt, text=text, negative=negative)
+
+    for old in asked.out.glob("step-00000000-*.png"):
+        old.unlink()
+    with torch.no_grad():
+        count = sample.draw_all(asked.out, prompts, step=0, draw=draw, stopped=lambda: False)
+    log.info("%d pictures with %d LoRAs are in %s.", count, len(several), asked.out)
+
+
+def add(denoiser: Any, modules: Modules, *, prefix: str) -> None:
+    """Add the deltas to the weights, in place. Raises SettingsError for modules that the model lacks."""
+    with torch.no_grad():
+        for name, adapter in modules.items():
+            try:
+                weight = denoiser.get_submodule(name.removeprefix(f"{prefix}.")).weight
+            except AttributeError as problem:
+                raise SettingsError(
+                    f"The base model has no {name}: text encoders' LoRAs are not drawn with."
+                ) from problem
+            delta = adapter.delta()
+            if delta.shape != weight.shape:
+                raise SettingsError(f"{name} is {list(delta.shape)} in the LoRA and {list(weight.shape)} in the model.")
+            weight.copy_(weight.float() + delta.to(weight.device))
+
+
+def _base(asked: str, family_name: str | None, several: list[tuple[Path, float]]) -> tuple[str, BaseModel]:
+    """The family and the model. A folder's family is what --family says, or what the first LoRA is for."""
+    known = base_models()
+    if asked in known:
+        return known[asked]
+    if not Path(asked).is_dir():
+        raise SettingsError(f"--base {asked} is neither a folder nor one of {', '.join(sorted(known))}.")
+    if family_name is None and not several:
+        raise SettingsError(f"--base {asked} is a folder: --family says what is in it, one of {', '.join(names())}.")
+    return family_name or _family_of(several[0][0], None)[0], BaseModel(str(Path(asked).absolute()), files_gib=0.0)
+
+
+def _folder(model: BaseModel, kind: Family) -> Path:
+    """Where the weights are; downloads what the Hub's cache lacks."""
+    if Path(model.source).is_absolute():
+        return Path(model.source)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model.source, allow_patterns=list(kind.FACTS.files)))
+
+
+def _prompts(path: Path, kind: Family, model: BaseModel) -> list[Prompt]:
+    """The lines of a prompts.txt, completed as a job does it."""
+    facts = kind.FACTS
+    common = {"steps": facts.prompt_steps, "guidance": facts.prompt_guidance, "cfg": facts.prompt_cfg, **model.defaults}
+    common |= {"width": model.resolution, "height": model.resolution}
+    found: list[Prompt] = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as problem:
+        raise SettingsError(f"--prompts {path}: {problem.strerror}.") from problem
+    for line in (text for text in lines if text.strip() and not text.startswith("#")):
+        text, *flags = re.split(r"\s+--(?=[a-z]\b)", line.strip())
+        values: dict[str, Any] = {"seed": 42 + len(found), **common}
+        try:
+            for flag in flags:
+                field, convert = FLAGS[flag[0]]
+                values[field] = convert(flag[1:].strip())
+        except (KeyError, ValueError) as problem:
+            raise SettingsError(f"--prompts {path}: {line!r}: {problem}.") from problem
+        for side in ("width", "height"):
+            values[side] = max(facts.multiple, values[side] // facts.multiple * facts.multiple)
+        found.append(Prompt(text=text, **values))
+    if not found:
+        raise SettingsError(f"--prompts {path} has no prompt.")
+    return found
+
+
+def _encoded(
+    kind: Family, folder: Path, prompts: list[Prompt], *, device: str, dtype: torch.dtype
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Texts → embeddings with a batch axis; the encoders are gone afterwards."""
+    texts = list(dict.fromkeys(prepare.prompt_texts(prompts)))
+    encoders = kind.load_encoders(folder, device=device, dtype=dtype)
+    found = kind.encode_text(encoders, texts)
+    del encoders
+    prepare.release()
+    return {
+        text: {k: v[None].to(device, dtype) for k, v in values.items()}
+        for text, values in zip(texts, found, strict=True)
+    }

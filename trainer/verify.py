@@ -1,0 +1,111 @@
+"""Whether a LoRA file, read back from disk, gives the model that was trained. Nothing of peft's arithmetic is used.
+
+No loader of any tool notices a wrong alpha, a wrong order of q, k and v, or a missing module; this does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from trainer import formats
+from trainer.errors import FileMismatchError
+from trainer.formats import Adapter, Fused, Modules
+
+# Of what a layer adds to its weight: both sides are the same few products in fp32 (perhaps TF32).
+LAYER_TOLERANCE = 1e-3
+# Of the model's output, relative. In 16 bits the two sums are rounded at the same places, but not from the same bits,
+# and each of some fifty blocks may carry a difference of one rounding, 2^-8, further.
+OUTPUT_TOLERANCE, IN_16_BITS = 1e-3, 2e-2
+
+
+def verify(
+    path: Path, denoiser: Any, *, family_name: str, prefix: str, fused: Fused, output: Callable[[], torch.Tensor]
+) -> float:
+    """The relative difference between what `output` gives with the live adapters and with the file on the plain base.
+
+    Takes memory for one layer's weight at a time. Raises FileMismatchError, naming the worst layer.
+    """
+    try:
+        modules = formats.load(path, family_name)
+    except ValueError as problem:
+        raise FileMismatchError(f"{path} does not read back: {problem}.") from problem
+    live = {name: m for name, m in denoiser.named_modules() if isinstance(m, BaseTunerLayer)}
+    stacks = _by_layer(path, modules, live, prefix=prefix, fused=fused)
+    worst, name = max((_difference(layer, stacks[name]), name) for name, layer in live.items())
+    if not worst <= LAYER_TOLERANCE:
+        raise FileMismatchError(
+            f"{path} is not what was trained: {name} differs by {worst:.2g} of its strength "
+            f"({LAYER_TOLERANCE:g} is allowed)."
+        )
+    # Compiled blocks would not see the hooks.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        trained = output().float()
+        with _applied(live, stacks):
+            found = output().float()
+    error = ((found - trained).norm() / trained.norm().clamp(min=1e-12)).item()
+    allowed = OUTPUT_TOLERANCE if denoiser.dtype == torch.float32 else IN_16_BITS
+    if not error <= allowed:
+        raise FileMismatchError(
+            f"{path} on the base model gives another picture than the trained model: the outputs differ by "
+            f"{error:.2g} ({allowed:g} is allowed)."
+        )
+    return error
+
+
+def _by_layer(
+    path: Path, modules: Modules, live: dict[str, BaseTunerLayer], *, prefix: str, fused: Fused
+) -> dict[str, list[Adapter | None]]:
+    """For each trained layer the file's adapters of its members, from top to bottom."""
+    members = {name: [f"{prefix}.{m}" for m in formats.members(name, fused)] for name in live}
+    strange = modules.keys() - {m for names in members.values() for m in names}
+    if strange:
+        raise FileMismatchError(f"{path} has {len(strange)} modules that were not trained, {min(strange)} first.")
+    return {name: [modules.get(m) for m in names] for name, names in members.items()}
+
+
+def _delta(parts: list[Adapter | None], layer: Any) -> torch.Tensor:
+    """(out, in) in fp32 where the layer's adapter is; parts that the file lacks add nothing."""
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    nothing = torch.zeros(up.shape[0] // len(parts), *down.shape[1:], device=up.device)
+    return torch.cat(
+        [nothing if p is None else Adapter(p.down.to(up.device), p.up.to(up.device), p.scale).delta() for p in parts]
+    )
+
+
+def _difference(layer: Any, parts: list[Adapter | None]) -> float:
+    with torch.no_grad():
+        trained = layer.get_delta_weight("default").float()
+        found = _delta(parts, layer)
+        if found.shape != trained.shape:
+            return float("inf")
+        size, difference = trained.norm().item(), (found - trained).norm().item()
+    return difference / size if size else float("inf") if difference else 0.0
+
+
+@contextlib.contextmanager
+def _applied(live: dict[str, BaseTunerLayer], stacks: dict[str, list[Adapter | None]]) -> Iterator[None]:
+    """Inside, each trained layer computes with its frozen weight W and the file's delta: Wx + delta x.
+
+    That is the merged weight's product, in any format of W, without a second W and without its rounding.
+    """
+
+    def hook(layer: Any, inputs: tuple[torch.Tensor, ...], name: str) -> torch.Tensor:
+        out = layer.get_base_layer()(*inputs)
+        added = torch.nn.functional.linear(inputs[0].float(), _delta(stacks[name], layer))
+        return (out + added).to(out.dtype)
+
+    handles = [
+        layer.register_forward_hook(lambda m, inputs, _, name=name: hook(m, inputs, name))
+        for name, layer in live.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
