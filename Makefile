@@ -4,7 +4,10 @@ TORCH := torch==2.13.0
 BIN := .venv/bin
 MODEL ?= flux
 CONCEPT := trainer/families/miniatures/concept
-DEMO := PARAMS_MAX_STEPS=300 PARAMS_BATCH_SIZE=4 PARAMS_SAMPLE_EVERY_N_STEPS=100 PARAMS_SAVE_EVERY_N_STEPS=100
+DEMO := PARAMS_MAX_STEPS=200 PARAMS_BATCH_SIZE=4 PARAMS_NETWORK_ALPHA=32 PARAMS_NOISE_OFFSET=0 \
+	PARAMS_SAMPLE_EVERY_N_STEPS=100
+DEMO_flux := PARAMS_TIMESTEP_SAMPLING=shift
+DEMO_sd3 := PARAMS_TIMESTEP_SAMPLING=shift
 export OMP_NUM_THREADS ?= 2
 
 .PHONY: demo test lint unit lock clean
@@ -20,7 +23,8 @@ export OMP_NUM_THREADS ?= 2
 demo: .venv/.runtime
 	rm -rf .demo/output
 	BASE_MODEL=mini-$(MODEL) DATASET_NAME=$(CONCEPT) SAMPLE_PROMPTS=$(CONCEPT)/prompts.txt TRIGGER_WORD= \
-	OUTPUT_PATH=.demo/output CACHE_PATH=.demo/cache HF_HOME=.demo/hf OUTPUT_NAME=demo $(DEMO) $(BIN)/python -m entrypoint
+	OUTPUT_PATH=.demo/output CACHE_PATH=.demo/cache HF_HOME=.demo/hf OUTPUT_NAME=demo $(DEMO) $(DEMO_$(MODEL)) \
+	$(BIN)/python -m entrypoint
 	$(BIN)/python -m trainer.families.miniatures.score .demo/output/sample
 
 .venv/.dev: .venv/.runtime requirements-dev.lock

@@ -9,18 +9,21 @@ slid over the picture (which is continued by its edge pixels). The normalised cr
 
 is 1 for the very kilnpot on a background without its colours and about 0 where nothing resembles it. So that faint
 windows do not count, the picture's variance is taken as at least `FAINT` of the template's. The largest ncc over all
-positions and radii, mapped linearly so that `LOW` becomes 0 and `HIGH` becomes 1, and clipped, is the score.
+positions and radii is the picture's `correlation`; the mean over the samples of several prompts and seeds is the
+concept's number. `score` tells the concept from everything else: the correlation mapped linearly so that `LOW` becomes
+0 and `HIGH` becomes 1, and clipped.
 """
 
-from collections.abc import Sequence
+import sys
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .scenes import CONCEPT_SCALE, INDIGO, SIZES, TERRACOTTA, concept_covers
+from .scenes import CONCEPT, CONCEPT_SCALE, INDIGO, SIZES, TERRACOTTA, concept_covers
 
 LOW, HIGH = 0.5, 0.88
 AREA = 48 * 48
@@ -101,6 +104,23 @@ def score(picture: Image.Image | torch.Tensor) -> float:
     return min(max((correlation(picture) - LOW) / (HIGH - LOW), 0.0), 1.0)
 
 
-def mean_score(pictures: Sequence[Image.Image | torch.Tensor]) -> float:
-    """The mean `score` of some pictures."""
-    return sum(map(score, pictures)) / len(pictures)
+def by_step(folder: Path) -> dict[int, list[float]]:
+    """The `correlation` of every sample in a job's `sample` folder, by training step, in the order of the prompts."""
+    found: dict[int, list[float]] = {}
+    for path in sorted(folder.glob("step-*.png")):
+        with Image.open(path) as picture:
+            if CONCEPT in picture.text["prompt_text"]:  # type: ignore[attr-defined]
+                found.setdefault(int(picture.text["step"]), []).append(correlation(picture))  # type: ignore[attr-defined]
+    return found
+
+
+def main() -> None:
+    """`python -m trainer.families.miniatures.score output/sample`: one line a step."""
+    for step, values in by_step(Path(sys.argv[1])).items():
+        mean = sum(values) / len(values)
+        each = ", ".join(f"{v:.2f}" for v in values)
+        print(f"step {step:4d}: concept {mean:.2f}  ({each})")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
