@@ -10,7 +10,7 @@ DEMO_flux := PARAMS_TIMESTEP_SAMPLING=shift
 DEMO_sd3 := PARAMS_TIMESTEP_SAMPLING=shift
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint unit lock clean
+.PHONY: demo test lint unit container readme lock clean
 
 # torch first and alone: whichever build this machine's pip offers. All else from locks with hashes.
 .venv/.runtime: requirements.lock
@@ -40,7 +40,15 @@ unit: .venv/.dev
 	$(BIN)/pytest tests/unit
 
 test: lint
-	$(BIN)/pytest -m "not gpu"
+	$(BIN)/pytest -n 2 -m "not gpu and not container"
+
+# Builds the image for the CPU and trains in it; says why where that cannot be done.
+container: .venv/.dev
+	$(BIN)/pytest -rs -m container tests/container
+
+readme: .venv/.runtime
+	$(BIN)/python -c "import pathlib, re; from entrypoint.settings import help_env; p = pathlib.Path('README.md'); \
+	p.write_text(re.sub(r'(?s)(<!-- variables -->\n).*?(<!-- /variables -->)', lambda m: m[1] + help_env().strip() + '\n' + m[2], p.read_text()))"
 
 # Made anew only when pyproject.toml changes. torch and what it brings stay out: see above.
 lock:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
-from entrypoint import hardware
+from entrypoint import hardware, singles
 from entrypoint.manifest import read_manifest
 from entrypoint.plan import make_plan
 from entrypoint.settings import Settings, help_env, read_settings
@@ -29,12 +29,16 @@ log = logging.getLogger("entrypoint")
 
 def main(arguments: list[str]) -> int:
     """Exit codes as in `trainer.errors`; 64 for a wrong command line."""
+    if arguments[:1] == ["shell"]:
+        os.execvp("bash", ["bash", *arguments[1:]])  # noqa: S606, S607 (what the user asks for)
     parser = argparse.ArgumentParser(
         prog="python -m entrypoint",
         description="Train a LoRA as the environment says: BASE_MODEL, DATASET_NAME, OUTPUT_PATH and more.",
         exit_on_error=False,
     )
-    parser.add_argument("--check", action="store_true", help="validate, plan and preflight; no training")
+    commands = "train; check: validate, plan and preflight alone; shell: bash, with the arguments that follow"
+    parser.add_argument("command", nargs="?", choices=("train", "check", "shell"), default="train", help=commands)
+    parser.add_argument("--check", action="store_true", help="the same as the command check")
     parser.add_argument("--help-env", action="store_true", help="print every variable with default, range and meaning")
     parser.add_argument("--version", action="version", version=f"kiln {__version__}")
     try:
@@ -49,7 +53,7 @@ def main(arguments: list[str]) -> int:
         return 0
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     try:
-        return job(os.environ, check=asked.check)
+        return job(os.environ, check=asked.check or asked.command == "check")
     except KilnError as problem:
         log.error("%s", problem)
         log.error("%s [exit %d]", problem.advice, problem.exit_code)
@@ -129,8 +133,8 @@ def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
     from entrypoint.fetch import fetch_model, fetch_source
 
     hub, cache = settings.hf_home / "hub", Path(plan.output.cache)
-    facts = family(plan.model.family).FACTS
-    model = fetch_model(plan.model, patterns=facts.files, token=token, hub_cache=hub)
+    patterns = singles.patterns(family(plan.model.family).FACTS, plan.model.parts)
+    model = fetch_model(plan.model, patterns=patterns, token=token, hub_cache=hub)
     datasets = []
     for dataset in plan.data.datasets:
         sources = [fetch_source(s.source, cache=cache, token=token, hub_cache=hub) for s in dataset.subsets]

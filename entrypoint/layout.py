@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from trainer.errors import SettingsError
 from trainer.families import OPTIONAL, base_models
@@ -21,7 +22,7 @@ def variable(model: ModelPlan) -> str:
     known = base_models().get(model.base)
     if known is not None and known[1].source == model.source:
         return f"BASE_MODEL={model.base}"
-    return f"MODEL_PATH={model.source}"
+    return f"{'MODEL_CONFIG_PATH' if 'denoiser' in model.parts else 'MODEL_PATH'}={model.source}"
 
 
 def is_local(model: ModelPlan) -> bool:
@@ -42,6 +43,7 @@ def problems(names: Collection[str], patterns: Collection[str]) -> list[str]:
     for first in dict.fromkeys(p.split("/")[0] for p in patterns if "/" in p):
         part = first.removeprefix(OPTIONAL)
         inside = [n for n in names if n.startswith(f"{part}/")]
+        has_weights = is_wanted(f"{part}/model.safetensors", patterns)  # else they come from another place
         pickles = [n for n in inside if n.endswith(PICKLES)]
         if not inside and part != first:
             continue
@@ -49,11 +51,11 @@ def problems(names: Collection[str], patterns: Collection[str]) -> list[str]:
             found.append(f"the folder {part}/ is missing")
         elif any(n.endswith(".safetensors") and is_wanted(n, patterns) for n in inside):
             continue
-        elif pickles:
+        elif pickles and has_weights:
             found.append(
                 f"{pickles[0]} is a pickle, which can run code when it is loaded, and no .safetensors is there"
             )
-        elif f"{part}/config.json" in inside:
+        elif f"{part}/config.json" in inside and has_weights:
             found.append(f"{part}/ has no .safetensors file")
     return found
 
@@ -98,14 +100,35 @@ def _missing_shards(index: Path) -> list[str]:
 
 def _is_whole(path: Path) -> bool:
     """Whether the length of a safetensors file is what its header says."""
+    return _header(path) is not None
+
+
+def damage(path: Path) -> str | None:
+    """What keeps the safetensors file `path` from being read; None: nothing."""
+    return None if _is_whole(path) else "is damaged or cut short (or a Git LFS pointer)"
+
+
+def tensors(path: Path) -> set[str]:
+    """The names of the tensors in a safetensors file; none, if it is damaged."""
+    return set(_header(path) or ())
+
+
+def has_fp8(path: Path) -> bool:
+    """Whether a safetensors file has weights of one byte."""
+    return any(str(entry.get("dtype")).startswith("F8_") for entry in (_header(path) or {}).values())
+
+
+def _header(path: Path) -> dict[str, Any] | None:
+    """The entries of the tensors in a safetensors file; None where its length is not what they say."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 + length:
-            return False
+            return None
         try:
             header = json.loads(file.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            ends = [entry["data_offsets"][1] for entry in entries.values()]
         except (ValueError, KeyError, TypeError, AttributeError):
-            return False
-    return bool(size == 8 + length + max(ends, default=0))
+            return None
+    return entries if size == 8 + length + max(ends, default=0) else None

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from entrypoint import resume
+from entrypoint import resume, singles
 from entrypoint.checks import Notes, absolute, instead, is_file, is_folder, show
 from entrypoint.data import Overrides, complete_datasets
 from entrypoint.hardware import Hardware, select
@@ -38,7 +38,6 @@ from trainer.plan import (
 GIB_PER_MEGAPIXEL = 26.0
 CONSTANT = ("constant", "constant_with_warmup")  # the schedules that schedule-free optimisers go with
 CYCLIC = "cosine_with_restarts"
-SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 # What only models of one objective have (`Facts.objective`): a field of Settings, and its value that asks for nothing.
 OF_OBJECTIVE: dict[str, dict[str, Any]] = {
     "flow": {"discrete_flow_shift": None, "loss_weighting": "none"},
@@ -89,22 +88,34 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
 
 def _model(settings: Settings, name: str, model: BaseModel, notes: Notes) -> ModelPlan:
     source, here = model.source, Path(model.source).is_absolute()
-    if settings.model_path:
-        source, here = settings.model_path, is_folder(settings.model_path)
+    asked, variable = settings.model_path, "MODEL_PATH"
+    if singles.is_single(asked):
+        if wrong := singles.problem(asked or ""):
+            notes.add(f"MODEL_PATH={show(asked)} {wrong}.")
+        asked, variable = settings.model_config_path, "MODEL_CONFIG_PATH"
+    elif settings.model_config_path:
+        notes.add(
+            f"MODEL_CONFIG_PATH={show(settings.model_config_path)} goes with a .safetensors file in MODEL_PATH only. "
+            "Fix: remove it."
+        )
+    if asked:
+        source, here = asked, is_folder(asked)
         problem = _model_path_problem(source) if not here else None
         if problem:
-            accepted = "a folder in diffusers layout (with model_index.json), or a Hub repository like org/name"
-            notes.add(f"MODEL_PATH={show(source)} {problem}. Allowed: {accepted}.")
+            file = "a .safetensors file, " if variable == "MODEL_PATH" else ""
+            accepted = f"{file}a folder in diffusers layout (with model_index.json), or a Hub repository like org/name"
+            notes.add(f"{variable}={show(source)} {problem}. Allowed: {accepted}.")
         source = absolute(source) if here else source
     if settings.model_revision and here:
-        fix = "Fix: remove it, or name a repository in MODEL_PATH."
+        fix = f"Fix: remove it, or name a repository in {variable}."
         notes.add(f"MODEL_REVISION={show(settings.model_revision)}: {source} is a folder and has no revisions. {fix}")
-    return ModelPlan(base=settings.base_model, family=name, source=source, revision=settings.model_revision)
+    parts = singles.choose(settings, family(name).FACTS, notes)
+    return ModelPlan(settings.base_model, name, source, revision=settings.model_revision, parts=parts)
 
 
 def _model_path_problem(source: str) -> str | None:
-    if is_file(source) or source.lower().endswith(SINGLE_FILES):
-        return "is a single file, which diffusers' from_single_file and save_pretrained turn into a folder"
+    if problem := singles.problem(source):
+        return problem
     if source.startswith(("/", ".", "~")):
         return "is no folder that is there"
     return None if HUB_ID.fullmatch(source) and "/" in source else "is neither a folder nor the name of a repository"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from entrypoint import archive, fetch, hub, layout, net, rows
+from entrypoint import archive, fetch, hub, layout, net, rows, singles
 from entrypoint.files import human, storage_error
 from entrypoint.net import Patience
 from trainer.errors import DataError, GatedError, KilnError, SettingsError, StorageError, UnreachableError
@@ -110,22 +110,24 @@ def _check_model(plan: Plan, needs: Needs, *, token: str | None, hub_cache: Path
 
 def _model_bytes(model: ModelPlan, needs: Needs, *, token: str | None, hub_cache: Path, patience: Patience) -> int:
     """Bytes of the model's files, which are checked as far as they are known."""
-    patterns = family(model.family).FACTS.files
+    patterns = singles.patterns(family(model.family).FACTS, model.parts)
+    converted = singles.room(model)
+    needs.add("CACHE_PATH", "converted weights", converted)
     variable = layout.variable(model)
     if layout.is_local(model):
         folder = Path(model.source).expanduser().resolve()
         layout.check_folder(variable, folder, patterns)
-        return _weights(folder)
+        return _weights(folder) + converted
     repo = fetch.model_repo(model, token=token, hub_cache=hub_cache, patience=patience)
     cached = fetch.cached_model(repo, patterns)
     if cached is not None:
-        return _weights(cached.folder)
+        return _weights(cached.folder) + converted
     listing = hub.describe(repo)
     layout.check_names(variable, [f.name for f in listing.files], patterns)
     files = [f for f in listing.files if layout.is_wanted(f.name, patterns)]
     hub.check_access(repo, listing, "model_index.json")
     needs.add("HF_HOME", f"the weights of {repo.name}", hub.missing_bytes(repo, files))
-    return sum(f.size for f in files)
+    return sum(f.size for f in files) + converted
 
 
 def _weights(folder: Path) -> int:

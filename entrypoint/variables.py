@@ -8,12 +8,12 @@ chooses is named in `otherwise`. A field is called like its variable, in small l
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from entrypoint.hardware import BACKENDS, FORMATS
+from entrypoint.options import Row, Secret, row
 from trainer.families import base_models
 from trainer.optim import OPTIMIZERS, SCHEDULERS
 
@@ -31,60 +31,6 @@ MANY = 10**8
 ATTENTION = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math", "flex")
 
 
-class Secret:
-    """A text that shows itself only when asked to."""
-
-    __slots__ = ("_text",)
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-
-    def reveal(self) -> str:
-        return self._text
-
-    def __repr__(self) -> str:
-        return "***"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Secret) and other._text == self._text
-
-    def __hash__(self) -> int:
-        return hash(self._text)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One variable."""
-
-    name: str
-    kind: str  # a key of settings.KINDS
-    default: str
-    means: str
-    group: str = ""
-    low: float | None = None
-    high: float | None = None
-    above: float | None = None  # the range begins above this number
-    choices: Callable[[], Collection[str]] | None = None
-    otherwise: str = ""  # what the plan does where the variable is not set
-
-
-def row(
-    name: str,
-    kind: str,
-    *,
-    means: str,
-    default: str = "",
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    choices: Callable[[], Collection[str]] | None = None,
-    otherwise: str = "",
-) -> Any:
-    """A field of Settings that is read from the variable `name`."""
-    variable = Row(name, kind, default, means, low=low, high=high, above=above, choices=choices, otherwise=otherwise)
-    return dataclasses.field(metadata={"row": variable})
-
-
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What was asked for. None: not set, or auto."""
@@ -92,7 +38,21 @@ class Settings:
     # model
     base_model: str = row("BASE_MODEL", "choice", means="the model to train for", choices=base_models)
     model_path: str | None = row(
-        "MODEL_PATH", "text", means="folder in diffusers layout, or Hub repository, instead of the base model's own"
+        "MODEL_PATH",
+        "text",
+        means="folder in diffusers layout, Hub repository, or .safetensors file, instead of the base model's own",
+    )
+    model_config_path: str | None = row(
+        "MODEL_CONFIG_PATH",
+        "text",
+        means="folder or Hub repository with all that the file MODEL_PATH lacks: configs, tokenizers, other parts",
+        otherwise="the base model's own",
+    )
+    vae_path: str | None = row("VAE_PATH", "text", means=".safetensors file or folder of the VAE alone")
+    clip_l_path: str | None = row("CLIP_L_PATH", "text", means=".safetensors file or folder of CLIP-L alone")
+    clip_g_path: str | None = row("CLIP_G_PATH", "text", means=".safetensors file or folder of CLIP-G alone")
+    t5_path: str | None = row(
+        "T5_PATH", "text", means=".safetensors file or folder of T5 alone; none: without it, where the model allows it"
     )
     model_revision: str | None = row("MODEL_REVISION", "text", means="branch, tag or commit of the model's repository")
     hf_token: Secret | None = row(

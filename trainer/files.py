@@ -80,21 +80,32 @@ def weights_digest(folder: Path) -> str:
     total = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json", ".txt", ".model")):
         total.update(f"{path.relative_to(folder)}:{path.stat().st_size}\n".encode())
-        if path.suffix != ".safetensors":
+        if path.suffix == ".safetensors":
+            _feed(path, total)
+        else:
             total.update(path.read_bytes())
-            continue
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = file.read(length)
-            total.update(header)
-            for name, entry in sorted(json.loads(header).items()):
-                if name != "__metadata__":
-                    begin, end = (8 + length + offset for offset in entry["data_offsets"])
-                    file.seek(begin)
-                    total.update(file.read(min(512, end - begin)))
-                    file.seek(max(begin, end - 512))
-                    total.update(file.read(min(512, end - begin)))
     return total.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """The same fingerprint of one safetensors file."""
+    total = hashlib.sha256()
+    _feed(path, total)
+    return total.hexdigest()
+
+
+def _feed(path: Path, total: hashlib._Hash) -> None:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length)
+        total.update(header)
+        for name, entry in sorted(json.loads(header).items()):
+            if name != "__metadata__":
+                begin, end = (8 + length + offset for offset in entry["data_offsets"])
+                file.seek(begin)
+                total.update(file.read(min(512, end - begin)))
+                file.seek(max(begin, end - 512))
+                total.update(file.read(min(512, end - begin)))
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ class ModelPlan:
     revision: str | None = None  # asked for; `commit` is what was found
     commit: str | None = neutral(None)
     path: str = neutral("")  # local folder in diffusers layout; filled by fetch
+    parts: dict[str, str] = field(default_factory=dict)  # key of Facts.parts → file or folder instead; "": without it
 
 
 @dataclass(frozen=True)

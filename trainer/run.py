@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from trainer import checkpoint, files, formats, lora, optim, prepare
+from trainer.assemble import assembled
 from trainer.cache import Cache
 from trainer.dataset import Scan
 from trainer.errors import KilnError, SettingsError, StopRequestedError, StorageError
@@ -40,6 +42,8 @@ def run(plan: Plan, stop: StopFlag) -> None:
         state = _resumable(plan, out)
         files.write_text(out / "plan.json", plan.to_json())
         _limit_memory(plan.engine.device, plan.engine.memory_limit_gib)
+        whole = str(assembled(plan.model, Path(plan.output.cache)))
+        plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, path=whole))
         _run(plan, stop, out, status=status, state=state)
 
 

@@ -111,6 +111,7 @@ class Session:
                     saved = step.number
                 if due(step.number, plan.output.sample_every, self.total) and step.number < self.total:
                     self.sample(step.number, status=status, metrics=metrics)
+                    status.phase("training")
                 if self.stop.requested and step.number < self.total:
                     if saved != step.number:
                         self.save(step.number, step.epoch)
@@ -171,7 +172,6 @@ class Session:
             count = sample.draw_all(folder, prompts, step=step, draw=draw, stopped=lambda: self.stop.requested)
         prepare.release()
         log.info("Drew %d samples of step %d in %.1f s.", count, step, time.monotonic() - started)
-        status.phase("training")
 
     def save(self, step: int, epoch: int) -> None:
         """The LoRA file and the state of `step`; the oldest beyond KEEP_CHECKPOINTS go."""

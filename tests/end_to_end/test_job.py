@@ -77,7 +77,7 @@ def test_the_file_loads_in_diffusers_and_is_the_trained_model(job):
     )
     assert code == 0, printed
     folder = family("flux").FACTS.models["mini-flux"].source
-    pipe = FluxPipeline.from_pretrained(folder)
+    pipe = FluxPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
 
     def draw():

@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from trainer.plan import Prompt
 
 
+# What the names of a part's tensors begin with in a file that holds several parts.
+PREFIXES = {
+    "denoiser": ("model.diffusion_model.",),
+    "vae": ("first_stage_model.", "vae."),
+    "clip_l": ("conditioner.embedders.0.transformer.", "text_encoders.clip_l.transformer."),
+    "clip_g": ("conditioner.embedders.1.model.", "text_encoders.clip_g.transformer."),
+    "t5": ("text_encoders.t5xxl.transformer.",),
+}
 OPTIONAL = "optional:"  # begins a pattern of files whose folder may be missing
 
 
@@ -49,6 +57,8 @@ class Facts:
     architecture: str  # modelspec.architecture, without "/lora"
     base_version: str  # ss_base_model_version
     fused_targets: dict[str, tuple[str, ...]]  # fused projection → the separate ones of the diffusers model
+    parts: dict[str, str]  # key of PREFIXES → the folder of its weights
+    landmarks: tuple[str, ...]  # tensors by which a file of the denoiser alone is known: original names, diffusers'
     prompt_steps: int
     prompt_guidance: float
     prompt_cfg: float
@@ -108,6 +118,12 @@ class Family(Protocol):
 
     def load_denoiser(self, folder: Path, *, device: str, dtype: torch.dtype) -> Any:
         """The denoiser, frozen."""
+
+    def from_original(self, state: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The denoiser's tensors under the names of its original implementation → those of diffusers' model.
+
+        `config`: of diffusers' model. Tensors may be stand-ins: only their shapes are known until they are written.
+        """
 
     def blocks(self, denoiser: Any) -> list[tuple[str, torch.nn.Module]]:
         """The repeated blocks, by name, in order: where adapters go and what is compiled."""

@@ -64,6 +64,8 @@ FACTS = Facts(
         "attn.to_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
         "attn.to_added_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
     },
+    parts={"denoiser": "transformer", "vae": "vae", "clip_l": "text_encoder", "t5": "text_encoder_2"},
+    landmarks=("double_blocks.0.img_attn.qkv.weight", "single_transformer_blocks.0.proj_mlp.weight"),
     prompt_steps=20,
     prompt_guidance=3.5,
     prompt_cfg=1.0,
@@ -75,16 +77,18 @@ def load_encoders(folder: Path, *, device: str, dtype: torch.dtype) -> FluxPipel
     from diffusers import FluxPipeline
     from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
-    clip = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype, use_safetensors=True)
-    t5 = T5EncoderModel.from_pretrained(folder / "text_encoder_2", dtype=dtype, use_safetensors=True)
+    def encoder(kind: Any, name: str) -> Any:
+        model = kind.from_pretrained(folder / name, dtype=dtype, use_safetensors=True, device_map=device)
+        return model.requires_grad_(False).eval()
+
     return FluxPipeline(
         scheduler=None,
         vae=None,
         transformer=None,
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
         tokenizer_2=AutoTokenizer.from_pretrained(folder / "tokenizer_2"),
-        text_encoder=clip.requires_grad_(False).eval().to(device),
-        text_encoder_2=t5.requires_grad_(False).eval().to(device),
+        text_encoder=encoder(CLIPTextModel, "text_encoder"),
+        text_encoder_2=encoder(T5EncoderModel, "text_encoder_2"),
     )
 
 
@@ -101,9 +105,10 @@ def encode_text(encoders: FluxPipeline, captions: list[str]) -> list[dict[str, t
 
 
 def load_vae(folder: Path, *, device: str) -> AutoencoderKL:
+    import torch
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(folder / "vae", use_safetensors=True)
+    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32, use_safetensors=True)
     return vae.requires_grad_(False).eval().to(device)
 
 
@@ -121,9 +126,35 @@ def load_denoiser(folder: Path, *, device: str, dtype: torch.dtype) -> FluxTrans
     from diffusers import FluxTransformer2DModel
 
     model = FluxTransformer2DModel.from_pretrained(
-        folder / "transformer", torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=True
+        folder / "transformer", torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=True, device_map=device
     )
-    return model.requires_grad_(False).to(device)
+    return model.requires_grad_(False)
+
+
+def from_original(
+    state: dict[str, torch.Tensor],
+    config: dict[str, Any],  # noqa: ARG001 (the names say all)
+) -> dict[str, torch.Tensor]:
+    """By the table of this family's LoRA keys, at any width: diffusers' own function knows the full-size one alone."""
+    layers = {layer.name: layer for layer in KEYS.layers}
+    found = {}
+    for name, tensor in state.items():
+        path, end = name.rsplit(".", 1)
+        number = next((p for p in path.split(".") if p.isdecimal()), "") if "_blocks." in path else ""
+        general = path.replace(f".{number}.", ".{}.", 1) if number else path
+        if general in NORMS:
+            found[f"{NORMS[general].format(number)}.weight"] = tensor
+            continue
+        layer = layers.get(general)
+        if layer is None:
+            found[name] = tensor  # and is refused
+            continue
+        unit = tensor.shape[0] // sum(layer.rows)
+        pieces = tensor.split([unit * n for n in layer.rows]) if len(layer.parts) > 1 else (tensor,)
+        if layer.swapped:
+            pieces = (tensor.roll(tensor.shape[0] // 2, 0),)
+        found |= {f"{part.format(number)}.{end}": p for part, p in zip(layer.parts, pieces, strict=True)}
+    return found
 
 
 def blocks(denoiser: FluxTransformer2DModel) -> list[tuple[str, torch.nn.Module]]:
@@ -239,3 +270,12 @@ KEYS = Keys(
     ),
     encoders={"text_encoder": "te1", "text_encoder_2": "te3"},  # CLIP-L and T5
 )
+_STREAMS = {"img_attn": "norm_", "txt_attn": "norm_added_"}
+NORMS = {  # of queries and keys: no adapters there, but weights
+    **{
+        f"double_blocks.{{}}.{stream}.norm.{long}_norm": f"{_DOUBLE}.attn.{norm}{long[0]}"
+        for stream, norm in _STREAMS.items()
+        for long in ("query", "key")
+    },
+    **{f"single_blocks.{{}}.norm.{long}_norm": f"{_SINGLE}.attn.norm_{long[0]}" for long in ("query", "key")},
+}

@@ -66,6 +66,14 @@ FACTS = Facts(
     architecture="stable-diffusion-3-medium",
     base_version="sd3",
     fused_targets={},  # diffusers' fused attention leaves out the norms of q and k, and has no second attention
+    parts={
+        "denoiser": "transformer",
+        "vae": "vae",
+        "clip_l": "text_encoder",
+        "clip_g": "text_encoder_2",
+        "t5": "text_encoder_3",
+    },
+    landmarks=("joint_blocks.0.x_block.attn.qkv.weight", "transformer_blocks.0.attn.add_q_proj.weight"),
     prompt_steps=28,
     prompt_guidance=1.0,
     prompt_cfg=7.0,
@@ -79,8 +87,8 @@ def load_encoders(folder: Path, *, device: str, dtype: torch.dtype) -> StableDif
     from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
 
     def encoder(kind: Any, name: str) -> Any:
-        model = kind.from_pretrained(folder / name, dtype=dtype, use_safetensors=True)
-        return model.requires_grad_(False).eval().to(device)
+        model = kind.from_pretrained(folder / name, dtype=dtype, use_safetensors=True, device_map=device)
+        return model.requires_grad_(False).eval()
 
     has_t5 = (folder / "text_encoder_3").is_dir()
     with torch.device("meta"):  # without T5, the pipeline reads from the config how wide its zeros are
@@ -116,9 +124,10 @@ def encode_text(encoders: StableDiffusion3Pipeline, captions: list[str]) -> list
 
 
 def load_vae(folder: Path, *, device: str) -> AutoencoderKL:
+    import torch
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(folder / "vae", use_safetensors=True)
+    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32, use_safetensors=True)
     return vae.requires_grad_(False).eval().to(device)
 
 
@@ -136,9 +145,18 @@ def load_denoiser(folder: Path, *, device: str, dtype: torch.dtype) -> SD3Transf
     from diffusers import SD3Transformer2DModel
 
     model = SD3Transformer2DModel.from_pretrained(
-        folder / "transformer", torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=True
+        folder / "transformer", torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=True, device_map=device
     )
-    return model.requires_grad_(False).to(device)
+    return model.requires_grad_(False)
+
+
+def from_original(
+    state: dict[str, torch.Tensor],
+    config: dict[str, Any],  # noqa: ARG001 (the names say all)
+) -> dict[str, torch.Tensor]:
+    from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers as convert
+
+    return dict(convert(dict(state)))
 
 
 def blocks(denoiser: SD3Transformer2DModel) -> list[tuple[str, torch.nn.Module]]:

@@ -53,6 +53,8 @@ FACTS = Facts(
     architecture="stable-diffusion-xl-v1-base",
     base_version="sdxl_base_v1-0",
     fused_targets={},  # files of this family have q, k and v apart, in every tool
+    parts={"denoiser": "unet", "vae": "vae", "clip_l": "text_encoder", "clip_g": "text_encoder_2"},
+    landmarks=("input_blocks.0.0.weight", "down_blocks.0.resnets.0.conv1.weight"),
     prompt_steps=30,
     prompt_guidance=1.0,
     prompt_cfg=7.0,
@@ -65,8 +67,8 @@ def load_encoders(folder: Path, *, device: str, dtype: torch.dtype) -> StableDif
     from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
     def encoder(kind: Any, name: str) -> Any:
-        model = kind.from_pretrained(folder / name, dtype=dtype, use_safetensors=True)
-        return model.requires_grad_(False).eval().to(device)
+        model = kind.from_pretrained(folder / name, dtype=dtype, use_safetensors=True, device_map=device)
+        return model.requires_grad_(False).eval()
 
     return StableDiffusionXLPipeline(
         scheduler=None,
@@ -92,9 +94,10 @@ def encode_text(encoders: StableDiffusionXLPipeline, captions: list[str]) -> lis
 
 
 def load_vae(folder: Path, *, device: str) -> AutoencoderKL:
+    import torch
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(folder / "vae", use_safetensors=True)
+    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32, use_safetensors=True)
     return vae.requires_grad_(False).eval().to(device)
 
 
@@ -111,9 +114,15 @@ def load_denoiser(folder: Path, *, device: str, dtype: torch.dtype) -> UNet2DCon
     from diffusers import UNet2DConditionModel
 
     model = UNet2DConditionModel.from_pretrained(
-        folder / "unet", torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=True
+        folder / "unet", torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=True, device_map=device
     )
-    return model.requires_grad_(False).to(device)
+    return model.requires_grad_(False)
+
+
+def from_original(state: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint as convert
+
+    return dict(convert({f"model.diffusion_model.{name}": tensor for name, tensor in state.items()}, config))
 
 
 def blocks(denoiser: UNet2DConditionModel) -> list[tuple[str, torch.nn.Module]]:

@@ -62,27 +62,56 @@ def fit(
             torch._foreach_lerp_(mean, masters, 1 - average)
             running.lerp_(loss.float(), 0.02)
 
-    rng, start, steps = random.Random(0), time.monotonic(), 0
+    start = time.monotonic()
     runs = [_captured(step, loss) if on_gpu else _plain(step, loss) for loss in losses]
     report(f"ready after {time.monotonic() - start:.0f} s")
+    steps = _run(
+        runs,
+        seconds=seconds - (time.monotonic() - start),
+        peak_rate=peak_rate,
+        speed=speed,
+        running=running,
+        every=1000 if on_gpu else 50,
+        report=report,
+    )
+    known = 1 - average ** (steps + (WARM_UP * len(losses) if on_gpu else 0))  # the average began at zero
+    _settle(modules, weights, [smooth / known for smooth in mean])
+    report(f"{steps} steps in {time.monotonic() - start:.0f} s, last loss {running.item():.4f}")
+    return steps
+
+
+def _settle(modules: Sequence[nn.Module], weights: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    """Put `values` into the modules, in fp32 and without gradients."""
+    for module in modules:
+        module.float()
+    with torch.no_grad():
+        for weight, value in zip(weights, values, strict=True):
+            weight.copy_(value)
+            weight.grad = None
+
+
+def _run(
+    runs: Sequence[Callable[[], None]],
+    *,
+    seconds: float,
+    peak_rate: float,
+    speed: torch.Tensor,
+    running: torch.Tensor,
+    every: int,
+    report: Callable[[str], None],
+) -> int:
+    """Call one of `runs` at random until `seconds` are over, setting the learning rate `speed`; return how often."""
+    rng, start, steps = random.Random(0), time.monotonic(), 0
     while (elapsed := time.monotonic() - start) < seconds:
         speed.fill_(peak_rate * rate(elapsed / seconds))
         rng.choice(runs)()
         steps += 1
         if steps % 50 == 0:  # also keeps the host from running far ahead of the device
             value = running.item()
-            if steps % 1000 == 0 or not on_gpu:
+            if steps % every == 0:
                 report(f"step {steps}  {elapsed:5.0f} s  loss {value:.4f}")
             if not math.isfinite(value):
                 raise FloatingPointError(f"loss {value} at step {steps}")
-    known = 1 - average ** (steps + (WARM_UP * len(losses) if on_gpu else 0))  # the average began at zero
-    for module in modules:
-        module.float()
-    with torch.no_grad():
-        for weight, smooth in zip(weights, mean, strict=True):
-            weight.copy_(smooth / known)
-            weight.grad = None
-    report(f"{steps} steps in {time.monotonic() - start:.0f} s, last loss {running.item():.4f}")
     return steps
 
 

@@ -1,0 +1,127 @@
+#!/usr/bin/env bash
+# Builds the images. Exit codes: 64 wrong command line, 69 no engine or no Dockerfile, 74 no room, else the engine's.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+usage() {
+  cat <<'TEXT'
+usage: ./build.sh [cuda|rocm|cpu|all] [--push] [--tag NAME[:TAG]] [--platform OS/ARCH]
+
+  cpu          Dockerfile.cuda with torch for the CPU, for tests
+  all          cuda and rocm
+  --tag        what the image is called; the target is appended: kiln:0.1.0 gives kiln:0.1.0-cuda
+  --push       push the image after it is built
+  --platform   linux/amd64 for example; the engine's own otherwise
+
+environment:
+  BASE_IMAGE           the base, by tag or digest
+  TORCH_INDEX          package index of torch
+  PIP_CONF_SECRET      a pip.conf that exists while building only
+  CA_BUNDLE_SECRET     certificates that exist while building only: /run/secrets/cabundle
+  BUILD_OPTIONS        more options of the engine's build command, parted by spaces
+TEXT
+}
+
+fail() {
+  printf 'build.sh: %s\n' "$2" >&2
+  exit "$1"
+}
+
+targets=(cuda) push='' platform='' version=0.1.0
+tag="kiln:$version"
+while [ $# -gt 0 ]; do
+  case "$1" in
+    cuda | rocm | cpu) targets=("$1") ;;
+    all) targets=(cuda rocm) ;;
+    --push) push=yes ;;
+    --tag | --platform)
+      [ $# -ge 2 ] || fail 64 "$1 needs a value."
+      if [ "$1" = --tag ]; then tag=$2; else platform=$2; fi
+      shift
+      ;;
+    -h | --help)
+      usage
+      exit 0
+      ;;
+    *)
+      usage >&2
+      fail 64 "'$1' is not known."
+      ;;
+  esac
+  shift
+done
+case "${tag##*/}" in *:*) ;; *) tag="$tag:$version" ;; esac
+
+if docker buildx version >/dev/null 2>&1 && docker info >/dev/null 2>&1; then
+  engine=docker
+elif command -v buildah >/dev/null; then
+  engine=buildah
+elif command -v podman >/dev/null; then
+  engine=podman
+else
+  fail 69 'No engine: docker with buildx and a running daemon, buildah or podman is needed.'
+fi
+
+store() {
+  case "$engine" in
+    docker) docker info --format '{{.DockerRootDir}}' ;;
+    buildah) buildah info --format '{{.store.GraphRoot}}' ;;
+    podman) podman info --format '{{.Store.GraphRoot}}' ;;
+  esac
+}
+
+size() {
+  case "$engine" in
+    docker) docker image inspect --format '{{.Size}}' "$1" | awk '{printf "%.2f GB\n", $1 / 1e9}' ;;
+    *) "$engine" images --format '{{.Size}}' "$1" | head -n 1 ;;
+  esac
+}
+
+need_room() { # TARGET
+  local needed folder free
+  case "$1" in cpu) needed=6 ;; cuda) needed=25 ;; rocm) needed=80 ;; esac
+  folder=$(store)
+  [ -d "$folder" ] || return 0 # a daemon elsewhere: its disk cannot be seen from here
+  free=$(df -Pk "$folder" | awk 'NR == 2 {print int($4 / 1024 / 1024)}')
+  [ "$free" -ge "$needed" ] || fail 74 "$1 needs $needed GiB in $folder; $free GiB are free."
+}
+
+build() { # TARGET
+  local file=Dockerfile.$1 name=$tag-$1 index=${TORCH_INDEX:-}
+  local options=()
+  if [ "$1" = cpu ]; then
+    file=Dockerfile.cuda
+    index=${TORCH_INDEX-https://download.pytorch.org/whl/cpu}
+    options+=(--build-arg COMPILER=)
+  fi
+  options+=(--file "$file" --tag "$name" --build-arg "VERSION=$version")
+  options+=(--build-arg "REVISION=$(git rev-parse HEAD 2>/dev/null || echo unknown)")
+  [ -z "$index" ] || options+=(--build-arg "TORCH_INDEX=$index")
+  [ -z "${BASE_IMAGE:-}" ] || options+=(--build-arg "BASE_IMAGE=$BASE_IMAGE")
+  [ -z "$platform" ] || options+=(--platform "$platform")
+  [ -z "${PIP_CONF_SECRET:-}" ] || options+=(--secret "id=pipconf,src=$PIP_CONF_SECRET")
+  [ -z "${CA_BUNDLE_SECRET:-}" ] || options+=(--secret "id=cabundle,src=$CA_BUNDLE_SECRET")
+  # shellcheck disable=SC2206 # a list of options, parted by spaces
+  options+=(${BUILD_OPTIONS:-})
+
+  printf 'Building %s from %s with %s.\n' "$name" "$file" "$engine"
+  local started=$SECONDS
+  case "$engine" in
+    docker) docker buildx build "${options[@]}" "$(if [ -n "$push" ]; then echo --push; else echo --load; fi)" . ;;
+    buildah) buildah bud --layers --format docker "${options[@]}" . ;;
+    podman) podman build --layers --format docker "${options[@]}" . ;;
+  esac
+  if [ -n "$push" ] && [ "$engine" != docker ]; then "$engine" push "$name"; fi
+  printf 'Built %s in %d s' "$name" $((SECONDS - started))
+  if [ -n "$push" ] && [ "$engine" = docker ]; then
+    printf ' and pushed it.\n'
+  else
+    printf ': %s unpacked.\n' "$(size "$name")"
+  fi
+}
+
+for target in "${targets[@]}"; do
+  [ "$target" != rocm ] || [ -f Dockerfile.rocm ] || fail 69 'There is no Dockerfile.rocm yet.'
+done
+for target in "${targets[@]}"; do need_room "$target"; done
+for target in "${targets[@]}"; do build "$target"; done

@@ -1,0 +1,49 @@
+"""`python -m entrypoint.health`: 1 if training stands still, else 0. For a container's HEALTHCHECK; no libraries."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+PATIENCE_MIN = 30.0  # longer than the first step with a compiler takes
+
+
+def main() -> int:
+    """Look at status.json in OUTPUT_PATH; HEALTH_PATIENCE_MINUTES is how old it may be while training."""
+    path = Path(os.environ.get("OUTPUT_PATH") or "/workspace/output") / "status.json"
+    try:
+        status = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        status = {}
+    patience = float(os.environ.get("HEALTH_PATIENCE_MINUTES") or PATIENCE_MIN)
+    problem = stalled(status, now=time.time(), began=_began(), patience_min=patience)
+    print(problem or "healthy")  # noqa: T201
+    return 1 if problem else 0
+
+
+def stalled(status: Mapping[str, Any], *, now: float, began: float, patience_min: float) -> str:
+    """Why the job counts as stalled, or "". Other phases may be silent; a file from before `began` tells nothing."""
+    updated = status.get("updated")
+    if status.get("phase") != "training" or not isinstance(updated, (int, float)) or updated < began:
+        return ""
+    silent_min = (now - updated) / 60
+    return f"No step for {silent_min:.0f} minutes." if silent_min > patience_min else ""
+
+
+def _began() -> float:
+    """When process 1 of this container began; 0 where that cannot be told."""
+    try:
+        ticks = int(Path("/proc/1/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
+        uptime_s = float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
+    except (OSError, ValueError, IndexError):
+        return 0.0
+    return time.time() - uptime_s + ticks / os.sysconf("SC_CLK_TCK")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""build.sh with an engine that only notes what it is told."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def build(tmp_path):
+    """`build(*arguments, free_gib=100, engine=True, **environment)`: exit code, what was printed, what was asked."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("bash", "cat", "awk", "dirname", "head", "git"):
+        if found := shutil.which(name):
+            (tools / name).symlink_to(found)
+
+    def start(*arguments, free_gib=100, engine=True, **environment):
+        script(tools / "df", f"printf 'Filesystem 1024-blocks Used Available\\nx 1 1 {free_gib * 2**20}\\n'")
+        if engine:
+            told = f'echo "$@" >> {tmp_path}/told; case $1 in info) echo {tmp_path};; images) echo "1.5 GB";; esac'
+            script(tools / "buildah", told)
+        done = subprocess.run(
+            [str(ROOT / "build.sh"), *arguments],
+            env={"PATH": str(tools), **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        told = tmp_path / "told"
+        return done.returncode, done.stdout, told.read_text() if told.exists() else ""
+
+    return start
+
+
+def script(path, text):
+    path.write_text(f"#!{shutil.which('bash')}\n{text}\n")
+    path.chmod(0o755)
+
+
+def test_the_cpu_variant_comes_from_the_same_file(build):
+    code, printed, told = build("cpu", "--tag", "place:5000/kiln", "--platform", "linux/amd64", "--push")
+    assert code == 0, printed
+    assert "--file Dockerfile.cuda --tag place:5000/kiln:0.1.0-cpu" in told and "--platform linux/amd64" in told
+    assert "TORCH_INDEX=https://download.pytorch.org/whl/cpu" in told and "push place:5000/kiln:0.1.0-cpu" in told
+    assert "1.5 GB" in printed and "--secret" not in told
+
+
+def test_cuda_is_the_default_and_the_environment_is_handed_on(build):
+    code, printed, told = build(BASE_IMAGE="base@sha256:0", PIP_CONF_SECRET="/x", BUILD_OPTIONS="--network host")
+    assert code == 0, printed
+    assert "--tag kiln:0.1.0-cuda" in told and "BASE_IMAGE=base@sha256:0" in told and "TORCH_INDEX" not in told
+    assert "--secret id=pipconf,src=/x" in told and "--network host" in told and "push" not in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "code", "hint"),
+    [
+        (["cuda"], {"free_gib": 24}, 74, "cuda needs 25 GiB in"),
+        (["cuda"], {"engine": False}, 69, "No engine"),
+        (["rcom"], {}, 64, "'rcom' is not known"),
+        (["cuda", "--tag"], {}, 64, "--tag needs a value"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_is_built(build, arguments, options, code, hint):
+    found, printed, told = build(*arguments, **options)
+    assert found == code and hint in printed and "bud" not in told

@@ -1,0 +1,66 @@
+"""The first argument of the container, and its health check."""
+
+import json
+import os
+
+import pytest
+
+from entrypoint import __main__ as entrypoint
+from entrypoint import health
+
+
+@pytest.mark.parametrize(
+    ("arguments", "check"),
+    [([], False), (["train"], False), (["check"], True), (["--check"], True), (["train", "--check"], True)],
+)
+def test_the_first_argument_chooses(monkeypatch, arguments, check):
+    asked = []
+    monkeypatch.setattr(entrypoint, "job", lambda environ, *, check: asked.append(check) or 0)
+    assert entrypoint.main(arguments) == 0
+    assert asked == [check]
+
+
+@pytest.mark.parametrize("arguments", [["trian"], ["export"], ["check", "more"]])
+def test_an_unknown_command_is_a_wrong_command_line(monkeypatch, capsys, arguments):
+    monkeypatch.setattr(entrypoint, "job", lambda environ, *, check: pytest.fail("it ran"))
+    assert entrypoint.main(arguments) == 64
+    assert "train" in capsys.readouterr().err
+
+
+def test_shell_replaces_the_process(monkeypatch):
+    class Replaced(BaseException):
+        pass
+
+    def exec_(file, arguments):
+        raise Replaced(file, *arguments)
+
+    monkeypatch.setattr(os, "execvp", exec_)
+    with pytest.raises(Replaced) as found:
+        entrypoint.main(["shell", "-c", "id --user"])
+    assert found.value.args == ("bash", "bash", "-c", "id --user")
+
+
+@pytest.mark.parametrize(
+    ("status", "ill"),
+    [
+        ({}, False),
+        ({"phase": "training", "updated": 99_000.0}, False),  # 16 minutes ago
+        ({"phase": "training", "updated": 98_000.0}, True),  # 33 minutes ago
+        ({"phase": "encoding", "updated": 98_000.0}, False),
+        ({"phase": "done", "updated": 98_000.0}, False),
+        ({"phase": "training", "updated": 50_000.0}, False),  # left by the run before this container
+        ({"phase": "training", "updated": "?"}, False),
+    ],
+)
+def test_training_that_stands_still_is_unhealthy(status, ill):
+    assert bool(health.stalled(status, now=100_000.0, began=90_000.0, patience_min=30)) is ill
+
+
+def test_health_reads_the_status_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OUTPUT_PATH", str(tmp_path))
+    monkeypatch.setattr(health, "_began", lambda: 0.0)
+    assert health.main() == 0
+    (tmp_path / "status.json").write_text(json.dumps({"phase": "training", "updated": 1000.0}))
+    assert health.main() == 1 and "No step for" in capsys.readouterr().out
+    (tmp_path / "status.json").write_text("{")
+    assert health.main() == 0
