@@ -26,15 +26,23 @@ def launch(plan: Plan, *, environment: Mapping[str, str]) -> int:
     with tempfile.TemporaryDirectory(prefix="kiln-") as folder:
         path = Path(folder) / "plan.json"
         path.write_text(plan.to_json(), encoding="utf-8")
-        # A list of arguments and no shell: nothing in the plan can become a command.
-        child = subprocess.Popen([sys.executable, "-m", "trainer", str(path)], env=child_environment(environment))  # noqa: S603
+        children: list[subprocess.Popen[bytes]] = []
+        early: list[int] = []
 
         def forward(number: int, _frame: FrameType | None) -> None:
-            child.send_signal(number)
+            for child in children:
+                child.send_signal(number)
+            if not children:
+                early.append(number)
 
         before = {number: signal.signal(number, forward) for number in FORWARDED}
         try:
-            code = child.wait()
+            # A list of arguments and no shell: nothing in the plan can become a command.
+            arguments = [sys.executable, "-m", "trainer", str(path)]
+            children.append(subprocess.Popen(arguments, env=child_environment(environment)))  # noqa: S603
+            for number in early:
+                children[0].send_signal(number)
+            code = children[0].wait()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
