@@ -10,7 +10,7 @@ DEMO_flux := PARAMS_TIMESTEP_SAMPLING=shift
 DEMO_sd3 := PARAMS_TIMESTEP_SAMPLING=shift
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint unit container readme lock clean
+.PHONY: demo test slow lint unit container readme lock clean
 
 # torch first and alone: whichever build this machine's pip offers. All else from locks with hashes.
 .venv/.runtime: requirements.lock
@@ -40,7 +40,11 @@ unit: .venv/.dev
 	$(BIN)/pytest tests/unit
 
 test: lint
-	$(BIN)/pytest -n 2 -m "not gpu and not container"
+	$(BIN)/pytest -m "not gpu and not container and not slow"
+
+# Whole jobs from start to end, interrupted ones, and the concept with its mutations: about 15 minutes.
+slow: .venv/.dev
+	$(BIN)/pytest -rf -m slow
 
 # Builds the image for the CPU and trains in it; says why where that cannot be done.
 container: .venv/.dev

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from trainer.families import family
 from trainer.families.miniatures.score import correlation
 
+pytestmark = pytest.mark.slow
+
 CONCEPT = Path(__file__).parents[2] / "trainer" / "families" / "miniatures" / "concept"
 PROMPTS = [line.split(" --")[0] for line in (CONCEPT / "prompts.txt").read_text().splitlines() if "kilnpot" in line]
 SEEDS = range(100, 103)

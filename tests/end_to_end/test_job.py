@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from trainer.families import family
 
+pytestmark = pytest.mark.slow
+
 
 def sha(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
