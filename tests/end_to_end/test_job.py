@@ -192,7 +192,9 @@ def test_checkpoints_are_pruned_to_the_newest(job):
     assert job.run(KEEP_CHECKPOINTS="2")[0] == 0
     assert sorted(p.name for p in (job.out / "state").iterdir()) == ["step-00000008", "step-00000012"]
     assert sorted(p.name for p in job.out.glob("x-step*")) == [
+        "x-step00000008-diffusers.safetensors",
         "x-step00000008.safetensors",
+        "x-step00000012-diffusers.safetensors",
         "x-step00000012.safetensors",
     ]
 
