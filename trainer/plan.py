@@ -242,8 +242,12 @@ def _build(kind: Any, raw: Any, *, where: str) -> Any:
         return tuple(_build(k, v, where=where) for k, v in zip(kinds, raw, strict=True))
     if origin in (types.UnionType, typing.Union):
         return None if raw is None else _build(next(a for a in args if a is not type(None)), raw, where=where)
-    if origin is dict or kind is Any:
+    if kind is Any:
         return raw
+    if origin is dict:
+        if not isinstance(raw, dict):
+            raise ValueError(f"{where}: {raw!r} is not an object")
+        return {key: _build(args[1], value, where=f"{where}.{key}") for key, value in raw.items()}
     if kind is float and isinstance(raw, int) and not isinstance(raw, bool):
         return float(raw)
     if not isinstance(raw, kind) or (kind is int and isinstance(raw, bool)):
