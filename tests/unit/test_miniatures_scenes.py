@@ -82,6 +82,9 @@ def test_noise_and_flat_colour_score_low():
     torch.manual_seed(0)
     assert score(torch.rand(3, 128, 128)) < 0.05
     assert score(torch.tensor(scenes.TERRACOTTA)[:, None, None].expand(3, 128, 128)) < 0.05
+    blobs = torch.nn.functional.interpolate(torch.rand(1, 1, 16, 16).round(), (128, 128), mode="bicubic").clamp(0, 1)[0]
+    inks = torch.tensor([scenes.TERRACOTTA, scenes.INDIGO])[:, :, None, None]
+    assert score(blobs * inks[0] + (1 - blobs) * inks[1]) < 0.05
 
 
 def test_a_blurred_and_discoloured_concept_still_scores():

@@ -8,10 +8,11 @@ slid over the picture (which is continued by its edge pixels). The normalised cr
     ncc = Σ_c Σ_p (picture_c(p) - mean_c) (template_c(p) - mean_c) / sqrt(Σ_c var(picture_c) · Σ_c var(template_c))
 
 is 1 for the very kilnpot on a background without its colours and about 0 where nothing resembles it. So that faint
-windows do not count, the picture's variance is taken as at least `FAINT` of the template's. The largest ncc over all
-positions and radii is the picture's `correlation`; the mean over the samples of several prompts and seeds is the
-concept's number. `score` tells the concept from everything else: the correlation mapped linearly so that `LOW` becomes
-0 and `HIGH` becomes 1, and clipped.
+windows do not count, the picture's variance is taken as at least `FAINT` of the template's. The picture's `correlation`
+is the largest ncc over all positions and radii, less the largest further than `APART` radii from there: one kilnpot
+stands out, while a picture full of coloured noise resembles it a little everywhere. The mean over the samples of
+several prompts and seeds is the concept's number. `score` tells the concept from everything else: the correlation
+mapped linearly so that `LOW` becomes 0 and `HIGH` becomes 1, and clipped.
 """
 
 import sys
@@ -25,11 +26,12 @@ from PIL import Image
 
 from .scenes import CONCEPT, CONCEPT_SCALE, INDIGO, SIZES, TERRACOTTA, concept_covers
 
-LOW, HIGH = 0.5, 0.88
+LOW, HIGH = 0.3, 0.72
 AREA = 48 * 48
 TOLERANCE = 0.15
 FAINT = 0.2
 REACH = 1.2
+APART = 1.5
 RADII = tuple(float(r) for r in np.geomspace(SIZES["small"][0] * CONCEPT_SCALE * 0.97, 0.38, 12))
 """Radii looked for, as fractions of sqrt(width * height)."""
 
@@ -77,7 +79,7 @@ def likeness(picture_CHW: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def correlation(picture: Image.Image | torch.Tensor) -> float:
-    """The largest `ncc` of the module's docstring; `picture` is a PIL image or an RGB tensor (3, H, W) in 0..1."""
+    """How much one place stands out (see the module's docstring), 0..1; `picture`: PIL, or RGB (3, H, W) in 0..1."""
     if isinstance(picture, Image.Image):
         picture = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
     maps = likeness(picture)
@@ -96,7 +98,12 @@ def correlation(picture: Image.Image | torch.Tensor) -> float:
     squares = slide(torch.fft.rfft2(padded.square().sum(dim=0)), windows[:, 0])
     spread = squares - sums.square().sum(dim=1) / pixels[:, None, None]
     floor = (FAINT * norms)[:, None, None]
-    return (match / (spread.maximum(floor) * norms[:, None, None]).sqrt()).max().item()
+    ncc_RHW = match / (spread.maximum(floor) * norms[:, None, None]).sqrt()
+    radius, row, column = (int(i) for i in torch.unravel_index(ncc_RHW.argmax(), ncc_RHW.shape))
+    rows, columns = torch.arange(height)[:, None] - row, torch.arange(width) - column
+    far = rows**2 + columns**2 > (APART * RADII[radius]) ** 2 * AREA
+    elsewhere = ncc_RHW[:, far].max().clamp(min=0) if far.any() else ncc_RHW.new_zeros(())
+    return float(ncc_RHW.max() - elsewhere)
 
 
 def score(picture: Image.Image | torch.Tensor) -> float:
