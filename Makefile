@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 2
 # torch first and alone: whichever build this machine's pip offers. All else from locks with hashes.
 .venv/.runtime: requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements.lock
 	touch $@
 
@@ -61,6 +61,7 @@ lock:
 	$(BIN)/uv pip compile -q --universal --generate-hashes --no-annotate --no-header --python-version 3.11 -c .venv/torch.txt pyproject.toml \
 		| $(BIN)/python -c "import re,sys; print(re.sub(r'(?ms)^(torch|triton|nvidia-\S+?|cuda-\S+?)==.*?(?=^\S|\Z)', '', sys.stdin.read()), end='')" > requirements.lock
 	$(BIN)/uv pip compile -q --universal --generate-hashes --no-annotate --no-header --python-version 3.11 --group dev -c requirements.lock -o requirements-dev.lock
+	$(BIN)/uv pip compile -q --universal --generate-hashes --no-annotate --no-header --python-version 3.11 --group audit -o .github/audit.lock
 
 clean:
 	rm -rf .venv .demo .mypy_cache .ruff_cache .pytest_cache

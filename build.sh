@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the images. Exit codes: 64 wrong command line, 69 no engine or no Dockerfile, 74 no room, else the engine's.
+# Builds the images. Exit codes: 64 wrong command line, 69 no engine, 74 no room, else the engine's.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -15,6 +15,8 @@ usage: ./build.sh [cuda|rocm|cpu|all] [--push] [--tag NAME[:TAG]] [--platform OS
 
 environment:
   BASE_IMAGE           the base, by tag or digest
+  PYTHON_IMAGE         rocm: where libraries are installed; the base's minor version of Python
+  ROCM_ROOM_GIB        rocm: room that the build needs, 80 by default
   TORCH_INDEX          package index of torch
   PIP_CONF_SECRET      a pip.conf that exists while building only
   CA_BUNDLE_SECRET     certificates that exist while building only: /run/secrets/cabundle
@@ -77,13 +79,27 @@ size() {
   esac
 }
 
+# docker hands the base's layers on to a registry without unpacking them: see Dockerfile.rocm.
+streams() { # TARGET
+  [ "$1" = rocm ] && [ "$engine" = docker ] && [ -n "$push" ]
+}
+
 need_room() { # TARGET
   local needed folder free
-  case "$1" in cpu) needed=6 ;; cuda) needed=25 ;; rocm) needed=80 ;; esac
+  case "$1" in cpu) needed=6 ;; cuda) needed=25 ;; rocm) needed=${ROCM_ROOM_GIB:-80} ;; esac
+  if streams "$1"; then needed=15; fi
   folder=$(store)
   [ -d "$folder" ] || return 0 # a daemon elsewhere: its disk cannot be seen from here
   free=$(df -Pk "$folder" | awk 'NR == 2 {print int($4 / 1024 / 1024)}')
   [ "$free" -ge "$needed" ] || fail 74 "$1 needs $needed GiB in $folder; $free GiB are free."
+}
+
+engine_build() {
+  case "$engine" in
+    docker) docker buildx build "$@" . ;;
+    buildah) buildah bud --layers --format docker "$@" . ;;
+    podman) podman build --layers --format docker "$@" . ;;
+  esac
 }
 
 build() { # TARGET
@@ -94,10 +110,18 @@ build() { # TARGET
     index=${TORCH_INDEX-https://download.pytorch.org/whl/cpu}
     options+=(--build-arg COMPILER=)
   fi
-  options+=(--file "$file" --tag "$name" --build-arg "VERSION=$version")
+  if [ "$1" = rocm ]; then index=''; fi
+  if [ "$1" = rocm ] && [ "$engine" != docker ]; then
+    # Older versions do not know --link, which changes only how layers are made.
+    file=$(mktemp)
+    trap 'rm -f "$file"' RETURN
+    sed 's/^COPY --link/COPY/' Dockerfile.rocm > "$file"
+  fi
+  options+=(--file "$file" --build-arg "VERSION=$version")
   options+=(--build-arg "REVISION=$(git rev-parse HEAD 2>/dev/null || echo unknown)")
   [ -z "$index" ] || options+=(--build-arg "TORCH_INDEX=$index")
   [ -z "${BASE_IMAGE:-}" ] || options+=(--build-arg "BASE_IMAGE=$BASE_IMAGE")
+  [ -z "${PYTHON_IMAGE:-}" ] || options+=(--build-arg "PYTHON_IMAGE=$PYTHON_IMAGE")
   [ -z "$platform" ] || options+=(--platform "$platform")
   [ -z "${PIP_CONF_SECRET:-}" ] || options+=(--secret "id=pipconf,src=$PIP_CONF_SECRET")
   [ -z "${CA_BUNDLE_SECRET:-}" ] || options+=(--secret "id=cabundle,src=$CA_BUNDLE_SECRET")
@@ -106,11 +130,11 @@ build() { # TARGET
 
   printf 'Building %s from %s with %s.\n' "$name" "$file" "$engine"
   local started=$SECONDS
-  case "$engine" in
-    docker) docker buildx build "${options[@]}" "$(if [ -n "$push" ]; then echo --push; else echo --load; fi)" . ;;
-    buildah) buildah bud --layers --format docker "${options[@]}" . ;;
-    podman) podman build --layers --format docker "${options[@]}" . ;;
-  esac
+  if [ "$1" = rocm ] && ! streams rocm; then engine_build "${options[@]}" --target proof; fi
+  options+=(--tag "$name")
+  if [ "$engine" = docker ] && [ -n "$push" ]; then options+=(--push); fi
+  if [ "$engine" = docker ] && [ -z "$push" ]; then options+=(--load); fi
+  engine_build "${options[@]}"
   if [ -n "$push" ] && [ "$engine" != docker ]; then "$engine" push "$name"; fi
   printf 'Built %s in %d s' "$name" $((SECONDS - started))
   if [ -n "$push" ] && [ "$engine" = docker ]; then
@@ -120,8 +144,5 @@ build() { # TARGET
   fi
 }
 
-for target in "${targets[@]}"; do
-  [ "$target" != rocm ] || [ -f Dockerfile.rocm ] || fail 69 'There is no Dockerfile.rocm yet.'
-done
 for target in "${targets[@]}"; do need_room "$target"; done
 for target in "${targets[@]}"; do build "$target"; done
