@@ -17,6 +17,8 @@ environment:
   BASE_IMAGE           the base, by tag or digest
   PYTHON_IMAGE         rocm: where libraries are installed; the base's minor version of Python
   ROCM_ROOM_GIB        rocm: room that the build needs, 80 by default
+  BAKE_MODEL           cuda: weights that go into the image: flux, sdxl, sd3 or another BASE_MODEL
+  HF_TOKEN_FILE        file with the token for them, which exists while building only
   TORCH_INDEX          package index of torch
   PIP_CONF_SECRET      a pip.conf that exists while building only
   CA_BUNDLE_SECRET     certificates that exist while building only: /run/secrets/cabundle
@@ -87,6 +89,7 @@ streams() { # TARGET
 need_room() { # TARGET
   local needed folder free
   case "$1" in cpu) needed=6 ;; cuda) needed=25 ;; rocm) needed=${ROCM_ROOM_GIB:-80} ;; esac
+  if [ "$1" = cuda ] && [ -n "${BAKE_MODEL:-}" ]; then needed=125; fi
   if streams "$1"; then needed=15; fi
   folder=$(store)
   [ -d "$folder" ] || return 0 # a daemon elsewhere: its disk cannot be seen from here
@@ -121,6 +124,11 @@ build() { # TARGET
   options+=(--build-arg "REVISION=$(git rev-parse HEAD 2>/dev/null || echo unknown)")
   [ -z "$index" ] || options+=(--build-arg "TORCH_INDEX=$index")
   [ -z "${BASE_IMAGE:-}" ] || options+=(--build-arg "BASE_IMAGE=$BASE_IMAGE")
+  if [ "$1" = cuda ] && [ -n "${BAKE_MODEL:-}" ]; then
+    name=$name-$BAKE_MODEL
+    options+=(--build-arg "BAKE_MODEL=$BAKE_MODEL")
+    [ -z "${HF_TOKEN_FILE:-}" ] || options+=(--secret "id=hf_token,src=$HF_TOKEN_FILE")
+  fi
   [ -z "${PYTHON_IMAGE:-}" ] || options+=(--build-arg "PYTHON_IMAGE=$PYTHON_IMAGE")
   [ -z "$platform" ] || options+=(--platform "$platform")
   [ -z "${PIP_CONF_SECRET:-}" ] || options+=(--secret "id=pipconf,src=$PIP_CONF_SECRET")

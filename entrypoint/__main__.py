@@ -10,12 +10,14 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from entrypoint import hardware, singles
+from entrypoint import bake, hardware, net, singles
 from entrypoint.manifest import read_manifest
 from entrypoint.plan import make_plan
 from entrypoint.settings import Settings, help_env, read_settings
@@ -25,19 +27,27 @@ from trainer.families import base_models, family
 from trainer.plan import Plan
 
 log = logging.getLogger("entrypoint")
+PROGRAMS = {  # first arguments that become another program
+    "sample": (sys.executable, "-m", "trainer.sample"),
+    "export": (sys.executable, "-m", "trainer.export"),
+    "shell": ("bash",),
+}
 
 
 def main(arguments: list[str]) -> int:
     """Exit codes as in `trainer.errors`; 64 for a wrong command line."""
-    if arguments[:1] == ["shell"]:
-        os.execvp("bash", ["bash", *arguments[1:]])  # noqa: S606, S607 (what the user asks for)
+    if arguments and arguments[0] in PROGRAMS:
+        program = PROGRAMS[arguments[0]]
+        os.execvp(program[0], [*program, *arguments[1:]])  # noqa: S606 (what the user asks for)
     parser = argparse.ArgumentParser(
         prog="python -m entrypoint",
         description="Train a LoRA as the environment says: BASE_MODEL, DATASET_NAME, OUTPUT_PATH and more.",
         exit_on_error=False,
     )
-    commands = "train; check: validate, plan and preflight alone; shell: bash, with the arguments that follow"
-    parser.add_argument("command", nargs="?", choices=("train", "check", "shell"), default="train", help=commands)
+    commands = "train; check: validate, plan and preflight alone; sample, export: as python -m trainer.sample and "
+    commands += "trainer.export, and shell: bash, each with the arguments that follow"
+    choices = ("train", "check", *PROGRAMS)
+    parser.add_argument("command", nargs="?", choices=choices, default="train", help=commands)
     parser.add_argument("--check", action="store_true", help="the same as the command check")
     parser.add_argument("--help-env", action="store_true", help="print every variable with default, range and meaning")
     parser.add_argument("--version", action="version", version=f"kiln {__version__}")
@@ -71,6 +81,7 @@ def job(environ: Mapping[str, str], *, check: bool) -> int:
     settings = read_settings(environ)
     manifest = read_manifest(settings.dataset_config, settings.sample_prompts)
     plan = make_plan(settings, manifest, hardware.detect(), now=_now(environ))
+    plan = dataclasses.replace(plan, model=bake.with_baked(plan.model))
     _refuse_missing_accelerator(plan, asked=settings.backend)
     plan, done = _continued(plan, named=settings.output_name is not None)
     for reason in plan.reasons:
@@ -129,16 +140,23 @@ def _continued(plan: Plan, *, named: bool) -> tuple[Plan, Path | None]:
 
 
 def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
-    """The plan with every model and source at a local path."""
+    """The plan with every model and source at a local path; all are brought at the same time."""
     from entrypoint.fetch import fetch_model, fetch_source
 
     hub, cache = settings.hf_home / "hub", Path(plan.output.cache)
     patterns = singles.patterns(family(plan.model.family).FACTS, plan.model.parts)
-    model = fetch_model(plan.model, patterns=patterns, token=token, hub_cache=hub)
+    sources = list(dict.fromkeys(s.source for d in plan.data.datasets for s in d.subsets))
+    cancelled = threading.Event()
+    patience = dataclasses.replace(net.USUAL, cancelled=cancelled)
+    access: dict[str, Any] = {"token": token, "hub_cache": hub, "patience": patience}
+    model, found = net.both(
+        lambda: fetch_model(plan.model, patterns=patterns, **access),
+        lambda: {source: fetch_source(source, cache=cache, **access) for source in sources},
+        cancelled=cancelled,
+    )
     datasets = []
     for dataset in plan.data.datasets:
-        sources = [fetch_source(s.source, cache=cache, token=token, hub_cache=hub) for s in dataset.subsets]
-        subsets = [dataclasses.replace(s, source=f) for s, f in zip(dataset.subsets, sources, strict=True)]
+        subsets = [dataclasses.replace(s, source=found[s.source]) for s in dataset.subsets]
         datasets.append(dataclasses.replace(dataset, subsets=tuple(subsets)))
     return dataclasses.replace(plan, model=model, data=dataclasses.replace(plan.data, datasets=tuple(datasets)))
 

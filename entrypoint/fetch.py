@@ -35,12 +35,11 @@ def fetch_model(
 ) -> ModelPlan:
     """`model` with `path` (and `commit`, for one from the Hub) filled: a whole model in the layout of diffusers.
 
-    `patterns` are the files that are needed. `hub_cache` None is where HF_HOME points to. Raises SettingsError (no such
-    model, or not a usable one), GatedError, UnreachableError, StorageError.
+    `patterns` are the files that are needed. A `path` that is filled already is kept. `hub_cache` None is where HF_HOME
+    points to. Raises SettingsError (no such model, or not a usable one), GatedError, UnreachableError, StorageError.
     """
     variable = layout.variable(model)
-    if layout.is_local(model):
-        folder = Path(model.source).expanduser().resolve()
+    if folder := local_model(model):
         layout.check_folder(variable, folder, patterns)
         return replace(model, path=str(folder))
     repo = model_repo(model, token=token, hub_cache=hub_cache, patience=patience)
@@ -113,6 +112,13 @@ def named(source: Source) -> str:
 
 def is_url(source: Source) -> bool:
     return source.location.startswith(("http://", "https://"))
+
+
+def local_model(model: ModelPlan) -> Path | None:
+    """The folder of a model that is on this machine: the one in the image, or the one that was named."""
+    if model.path:
+        return Path(model.path)
+    return Path(model.source).expanduser().resolve() if layout.is_local(model) else None
 
 
 def local_folder(source: Source) -> Path:

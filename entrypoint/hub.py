@@ -202,7 +202,7 @@ def _bring_blobs(repo: Repo, listing: Listing, files: Sequence[RemoteFile], veri
         total = sum(f.size for f in missing)
         logger.info("%s: downloading %d files, %.1f MiB", repo.name, len(missing), total / 2**20)
     progress = net.Progress(repo.name, sum(f.size for f in missing))
-    cancelled = threading.Event()
+    cancelled = repo.patience.cancelled or threading.Event()
 
     def one(file: RemoteFile) -> None:
         blob = blobs / file.etag

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+U = TypeVar("U")
 
 CHUNK = 2**20  # bytes
 TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
@@ -36,6 +37,7 @@ class Patience:
     first_wait: float = 1.0  # doubled with each failure
     longest_wait: float = 30.0
     timeout: float = 10.0  # of connecting, and between two pieces of an answer
+    cancelled: threading.Event | None = None  # set by whoever waits no longer
 
 
 USUAL = Patience()
@@ -114,7 +116,7 @@ def persist(
     `progressed` tells whether the last call got anywhere, which renews the budget. Raises UnreachableError when the
     budget is spent, or at once when the server asks for a longer wait than is left.
     """
-    cancelled = cancelled or threading.Event()
+    cancelled = cancelled or patience.cancelled or threading.Event()
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs addresses, and with them what signs them
     began, wait, failures = time.monotonic(), patience.first_wait, 0
     while True:
@@ -206,7 +208,7 @@ def download(
     The caller holds a lock on the path. `refuse` is given every answer that is neither content nor worth a retry, and
     raises. Raises UnreachableError, DataError (larger than `most`), StorageError, and what `refuse` raises.
     """
-    cancelled = cancelled or threading.Event()
+    cancelled = cancelled or patience.cancelled or threading.Event()
     part = _Part(job.part, job.new_hash, cancelled)
     progress = progress or Progress(job.what, job.size)
     progress.add(part.size)
@@ -302,9 +304,32 @@ def _verified(job: Download, part: _Part) -> str:
 def in_parallel(jobs: Sequence[Callable[[], object]], *, workers: int, cancelled: threading.Event) -> None:
     """Run all `jobs`; the first error, or a signal handler that raises, sets `cancelled`, which ends the others."""
     pool = concurrent.futures.ThreadPoolExecutor(workers)
+    complete = False
     try:
         for done in concurrent.futures.as_completed([pool.submit(job) for job in jobs]):
             done.result()
+        complete = True
+    finally:
+        if not complete:
+            cancelled.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def both(aside: Callable[[], T], here: Callable[[], U], *, cancelled: threading.Event) -> tuple[T, U]:
+    """What `aside`, in a thread, and `here`, in this one, return; both heed `cancelled`.
+
+    An error of one ends the other. Raises that of whichever failed first, or what a signal handler raises.
+    """
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    other = pool.submit(aside)
+    other.add_done_callback(lambda done: cancelled.set() if done.exception() else None)
+    try:
+        mine = here()
+        return other.result(), mine
+    except UnreachableError:
+        if other.done():
+            other.result()  # it failed first, and ended this one
+        raise
     finally:
         cancelled.set()
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=False)

@@ -26,6 +26,7 @@ ORDER: tuple[type[KilnError], ...] = (SettingsError, GatedError, DataError, Stor
 # Rough on purpose, since sizes are not known yet; measured on the largest family, and generous.
 CACHED_PER_PIXEL = 10  # bytes of latents and text embeddings for each pixel of a picture at the training resolution
 TYPICAL_PICTURE = 500_000  # bytes
+LISTED = 100 * 2**20  # bytes; larger files are named before they are fetched
 LORA_PER_RANK = 0.0005  # bytes of an fp32 LoRA of rank 1 for each byte of weights
 STATE_PER_LORA = 5  # bytes of a resumable state (adapter, four optimiser tensors) for each byte of the LoRA
 
@@ -114,8 +115,7 @@ def _model_bytes(model: ModelPlan, needs: Needs, *, token: str | None, hub_cache
     converted = singles.room(model)
     needs.add("CACHE_PATH", "converted weights", converted)
     variable = layout.variable(model)
-    if layout.is_local(model):
-        folder = Path(model.source).expanduser().resolve()
+    if folder := fetch.local_model(model):
         layout.check_folder(variable, folder, patterns)
         return _weights(folder) + converted
     repo = fetch.model_repo(model, token=token, hub_cache=hub_cache, patience=patience)
@@ -126,6 +126,10 @@ def _model_bytes(model: ModelPlan, needs: Needs, *, token: str | None, hub_cache
     layout.check_names(variable, [f.name for f in listing.files], patterns)
     files = [f for f in listing.files if layout.is_wanted(f.name, patterns)]
     hub.check_access(repo, listing, "model_index.json")
+    for file in sorted(files, key=lambda f: -f.size):
+        if file.size >= LISTED:
+            logger.info("To fetch: %s/%s, %s.", repo.name, file.name, human(file.size))
+    logger.info("To fetch: %d files of %s, %s.", len(files), repo.name, human(sum(f.size for f in files)))
     needs.add("HF_HOME", f"the weights of {repo.name}", hub.missing_bytes(repo, files))
     return sum(f.size for f in files) + converted
 

@@ -60,6 +60,16 @@ def test_cuda_is_the_default_and_the_environment_is_handed_on(build):
     assert "--secret id=pipconf,src=/x" in told and "--network host" in told and "push" not in told
 
 
+def test_weights_are_baked_with_a_token_that_is_no_argument(build, tmp_path):
+    (tmp_path / "token").write_text("hf_secret")
+    code, printed, told = build("cuda", free_gib=200, BAKE_MODEL="flux", HF_TOKEN_FILE=str(tmp_path / "token"))
+    assert code == 0, printed
+    assert "BAKE_MODEL=flux" in told and "--tag kiln:0.1.0-cuda-flux" in told and "hf_secret" not in told + printed
+    assert f"--secret id=hf_token,src={tmp_path}/token" in told
+    code, printed, _ = build("cuda", BAKE_MODEL="flux")
+    assert code == 74 and "needs 125 GiB" in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "code", "hint"),
     [

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import pytest
 
@@ -20,14 +21,22 @@ def test_the_first_argument_chooses(monkeypatch, arguments, check):
     assert asked == [check]
 
 
-@pytest.mark.parametrize("arguments", [["trian"], ["export"], ["check", "more"]])
+@pytest.mark.parametrize("arguments", [["trian"], ["check", "more"]])
 def test_an_unknown_command_is_a_wrong_command_line(monkeypatch, capsys, arguments):
     monkeypatch.setattr(entrypoint, "job", lambda environ, *, check: pytest.fail("it ran"))
     assert entrypoint.main(arguments) == 64
     assert "train" in capsys.readouterr().err
 
 
-def test_shell_replaces_the_process(monkeypatch):
+@pytest.mark.parametrize(
+    ("arguments", "program"),
+    [
+        (["shell", "-c", "id --user"], ("bash", "-c", "id --user")),
+        (["sample", "--help"], (sys.executable, "-m", "trainer.sample", "--help")),
+        (["export", "x", "--out", "y"], (sys.executable, "-m", "trainer.export", "x", "--out", "y")),
+    ],
+)
+def test_some_replace_the_process(monkeypatch, arguments, program):
     class Replaced(BaseException):
         pass
 
@@ -36,8 +45,8 @@ def test_shell_replaces_the_process(monkeypatch):
 
     monkeypatch.setattr(os, "execvp", exec_)
     with pytest.raises(Replaced) as found:
-        entrypoint.main(["shell", "-c", "id --user"])
-    assert found.value.args == ("bash", "bash", "-c", "id --user")
+        entrypoint.main(arguments)
+    assert found.value.args == (program[0], *program)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,74 @@
+"""`python -m entrypoint.bake BASE_MODEL FOLDER`: weights into an image while it is built; how jobs find them there."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from entrypoint import layout, net
+from entrypoint.fetch import fetch_model
+from entrypoint.net import Patience
+from trainer.errors import KilnError, SettingsError
+from trainer.families import base_models, family
+from trainer.plan import ModelPlan
+
+PLACE = Path("/opt/kiln-models")
+TOKEN = Path("/run/secrets/hf_token")  # a secret of the build: in no layer
+COMMIT = "kiln-commit.txt"  # beside the model's own files
+USAGE = "usage: python -m entrypoint.bake BASE_MODEL FOLDER [CACHE]"
+
+
+def main(arguments: list[str]) -> int:
+    """Exit codes as in `trainer.errors`; 64 for a wrong command line."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    if len(arguments) not in (2, 3):
+        print(USAGE, file=sys.stderr)  # noqa: T201
+        return 64
+    token = TOKEN.read_text(encoding="utf-8").strip() if TOKEN.is_file() else None
+    try:
+        known = base_models().get(arguments[0])
+        if known is None or Path(known[1].source).is_absolute():
+            wanted = ", ".join(n for n, (_, m) in base_models().items() if not Path(m.source).is_absolute())
+            raise SettingsError(f"BAKE_MODEL={arguments[0]}: allowed are {wanted}.")
+        model = ModelPlan(arguments[0], known[0], known[1].source)
+        bake(model, Path(arguments[1]), token=token, cache=Path(arguments[-1]) / "hub")
+    except KilnError as problem:
+        logging.error("%s", problem)
+        return problem.exit_code
+    return 0
+
+
+def bake(model: ModelPlan, place: Path, *, token: str | None, cache: Path, patience: Patience = net.USUAL) -> Path:
+    """Download what a job needs of `model` through `cache` and copy it below `place`; returns its folder there.
+
+    Raises what `fetch_model` raises.
+    """
+    patterns = family(model.family).FACTS.files
+    found = fetch_model(model, patterns=patterns, token=token, hub_cache=cache, patience=patience)
+    source, target = Path(found.path), folder(model, place)
+    for path in sorted(p for p in source.rglob("*") if p.is_file()):
+        name = path.relative_to(source)
+        if layout.is_wanted(name.as_posix(), patterns):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / name)  # the snapshot's files are links into the cache
+    (target / COMMIT).write_text(f"{found.commit}\n", encoding="utf-8")
+    return target
+
+
+def with_baked(model: ModelPlan, place: Path = PLACE) -> ModelPlan:
+    """`model` with the path and commit of the image's own copy, if it has one and no revision is asked for."""
+    commit = folder(model, place) / COMMIT
+    if model.revision is not None or layout.is_local(model) or not commit.is_file():
+        return model
+    return replace(model, path=str(commit.parent), commit=commit.read_text(encoding="utf-8").strip())
+
+
+def folder(model: ModelPlan, place: Path) -> Path:
+    return place / model.source.replace("/", "--")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
