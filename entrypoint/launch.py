@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
+from trainer.errors import HangError
 from trainer.plan import Plan
 
 log = logging.getLogger(__name__)
+ALIVE = "KILN_ALIVE"  # as in trainer/watchdog.py
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def launch(plan: Plan, *, environment: Mapping[str, str]) -> int:
-    """Run the trainer on `plan` and return its exit code; 128 + n where signal n killed it.
+    """Run the trainer on `plan` and return its exit code; 128 + n where signal n killed it, 75 where it hung.
 
     The trainer gets no secret and needs no network: everything is on local paths by now.
     """
@@ -38,15 +42,42 @@ def launch(plan: Plan, *, environment: Mapping[str, str]) -> int:
         before = {number: signal.signal(number, forward) for number in FORWARDED}
         try:
             # A list of arguments and no shell: nothing in the plan can become a command.
-            arguments = [sys.executable, "-m", "trainer", str(path)]
-            children.append(subprocess.Popen(arguments, env=child_environment(environment)))  # noqa: S603
+            arguments, alive = [sys.executable, "-m", "trainer", str(path)], Path(folder) / "alive"
+            child = subprocess.Popen(arguments, env={**child_environment(environment), ALIVE: str(alive)})  # noqa: S603
+            children.append(child)
             for number in early:
-                children[0].send_signal(number)
-            code = children[0].wait()
+                child.send_signal(number)
+            code = _watched(child, alive)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
     return code if code >= 0 else 128 - code
+
+
+def _watched(child: subprocess.Popen[bytes], alive: Path) -> int:
+    """The exit code of `child`; 75 where it had to be ended because it missed the deadline that it keeps in `alive`.
+
+    It looks after itself (trainer/watchdog.py) unless a call holds Python's lock, or the process is stopped.
+    """
+    while True:
+        try:
+            return child.wait(timeout=0.5)
+        except subprocess.TimeoutExpired:
+            pass
+        try:
+            deadline = float(alive.read_text(encoding="ascii"))
+        except (OSError, ValueError):  # not written yet
+            continue
+        if time.monotonic() > deadline:
+            log.error("The trainer hangs, and not even its watchdog answers: it is ended. Its stacks:")
+            child.send_signal(signal.SIGUSR1)
+            child.send_signal(signal.SIGCONT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=2)
+            child.kill()
+            child.wait()
+            log.error("%s [exit %d]", HangError.advice, HangError.exit_code)
+            return HangError.exit_code
 
 
 def child_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -260,6 +260,8 @@ def _train(settings: Settings, facts: Facts, notes: Notes) -> TrainPlan:
         caption_dropout_rate=settings.caption_dropout_rate or 0.0,
         prior_loss_weight=settings.prior_loss_weight,
         ema_decay=settings.ema_decay,
+        max_loss_spike=settings.max_loss_spike,
+        max_skipped_steps=settings.max_skipped_steps,
     )
 
 
@@ -321,6 +323,7 @@ def _engine(
         compile=compiled,
         attention="native" if settings.attention == "auto" else settings.attention,
         memory_limit_gib=settings.memory_limit_gib,
+        step_timeout_s=settings.step_timeout,
     )
 
 

@@ -239,6 +239,22 @@ class Settings:
         low=0,
         high=0.999999,
     )
+    max_skipped_steps: int = row(
+        "PARAMS_MAX_SKIPPED_STEPS",
+        "integer",
+        default="3",
+        means="steps whose loss or gradient is not finite, or a spike, that are skipped before the job stops",
+        low=0,
+        high=MANY,
+    )
+    max_loss_spike: float = row(
+        "PARAMS_MAX_LOSS_SPIKE",
+        "number",
+        default="10",
+        means="a loss is a spike above this many times the largest of the last 64; 0 is off",
+        low=0,
+        high=1e6,
+    )
 
     # adapter
     network_dim: int | None = row(
@@ -296,6 +312,15 @@ class Settings:
     )
     memory_limit_gib: float | None = row(
         "MEMORY_LIMIT_GIB", "number", means="GiB of a device that may be used", above=0, high=100_000, otherwise="all"
+    )
+
+    step_timeout: float | None = row(
+        "PARAMS_STEP_TIMEOUT",
+        "number",
+        means="seconds without a step after which the job ends with 75; 0 is off",
+        low=0,
+        high=1e6,
+        otherwise="20 times the usual step, at least 300",
     )
 
     # output

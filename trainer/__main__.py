@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -22,6 +24,8 @@ def main(arguments: list[str]) -> int:
         return 64
     stop = StopFlag()
     stop.listen()
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)  # the entrypoint asks where a job that hangs stands
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     os.environ.update(QUIET)
     for chatty in ("torchao", "torch.utils._pytree", "PIL"):

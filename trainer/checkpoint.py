@@ -54,12 +54,17 @@ def save(folder: Path, step: int, tree: dict[str, Any]) -> Path:
         (temporary / "state.json").write_text(json.dumps({"sha256": files.digest(text), "text": text}))
         for path in (temporary / "state.safetensors", temporary / "state.json", temporary):
             files.flush(path)
+        back = load_file(temporary / "state.safetensors")
+        if back.keys() != tensors.keys() or not all(_same(back[k], v) for k, v in tensors.items()):
+            raise StorageError(f"{final} does not read back as it was written.")
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
         files.flush(folder)
-    except (OSError, SafetensorError) as problem:
+    except (OSError, SafetensorError, StorageError) as problem:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(problem, StorageError):
+            raise
         raise StorageError(f"The state of step {step} could not be written to {folder}: {problem}.") from problem
     return final
 
@@ -100,7 +105,9 @@ def prune(folder: Path, keep: int) -> list[int]:
     """Remove all states but the newest `keep`; return the steps that are left. 0 keeps all."""
     found = sorted(p for p in folder.glob("step-*") if NAME.fullmatch(p.name))
     for path in found[:-keep] if keep else []:
-        shutil.rmtree(path)
+        gone = path.with_name(f".{path.name}.old.tmp")
+        path.rename(gone)  # at once: a kill leaves no half of a state under its name
+        shutil.rmtree(gone)
     for orphan in folder.glob(".step-*.tmp"):
         shutil.rmtree(orphan, ignore_errors=True)
     return [int(p.name[5:]) for p in (found[-keep:] if keep else found)]
@@ -128,6 +135,11 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Bit for bit."""
+    return a.dtype == b.dtype and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 def _split(value: Any, tensors: dict[str, torch.Tensor]) -> Any:

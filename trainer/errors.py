@@ -52,6 +52,27 @@ class NumbersError(KilnError):
     advice = "Lower PARAMS_LEARNING_RATE or look at the pictures named above; the last checkpoint is sound."
 
 
+class OutOfMemoryError(KilnError):
+    """Memory ran out in the middle of training, and smaller micro-batches did not help."""
+
+    exit_code = 75
+    advice = "Start the same job again where more memory is free, or lower PARAMS_RESOLUTION; it resumes by itself."
+
+
+class HangError(KilnError):
+    """No step for far longer than a step takes."""
+
+    exit_code = 75
+    advice = "Start the same job again: it resumes by itself. Where each thread stood is in hang.txt."
+
+
+class CrashLoopError(KilnError):
+    """The same job has failed at the same place again and again."""
+
+    exit_code = 70
+    advice = "Change what is named above, or delete crashes.json to try the same once more."
+
+
 class FileMismatchError(KilnError):
     """A written LoRA file does not give the model that was trained."""
 

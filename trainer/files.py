@@ -8,10 +8,13 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from trainer.errors import SettingsError, StorageError
 
@@ -31,13 +34,24 @@ def replacing(path: Path) -> Iterator[Path]:
         flush(temporary)
         temporary.rename(path)
         flush(path.parent)
-    except OSError as problem:
+    except (OSError, SafetensorError) as problem:
+        if isinstance(problem, SafetensorError):
+            raise StorageError(f"{path}: {problem}.") from problem
         if problem.errno in FULL:
             raise StorageError(f"{path}: {problem.strerror}.") from problem
         raise
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left of files that it was writing, here and one folder down. For its owner alone."""
+    for orphan in [*folder.glob(".*.tmp*"), *folder.glob("*/.*.tmp*")]:
+        if orphan.is_dir():
+            shutil.rmtree(orphan, ignore_errors=True)
+        else:
+            orphan.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -58,6 +72,14 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def free(path: Path) -> str:
+    """The room on the volume of `path`, in words."""
+    try:
+        return f"{shutil.disk_usage(path).free / 2**20:.0f} MiB"
+    except OSError:
+        return "unknown room"
 
 
 def sha256(path: Path) -> str:

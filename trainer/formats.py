@@ -264,11 +264,12 @@ def members(module: str, fused: Fused) -> tuple[str, ...]:
 
 
 def of_state(state: Mapping[str, torch.Tensor], *, prefix: str, fused: Fused, scale: float) -> Modules:
-    """The modules of what is being trained, `prefix` before their names. Joined layers have equal numbers of rows."""
+    """The modules of what is being trained, `prefix` before their names: views, where it is. Joined layers have equal
+    numbers of rows."""
     found: Modules = {}
     for key in (k for k in state if k.endswith(".lora_A.weight")):
         module = key.removesuffix(".lora_A.weight")
-        down, up = state[key].float().cpu(), state[f"{module}.lora_B.weight"].float().cpu()
+        down, up = state[key].float(), state[f"{module}.lora_B.weight"].float()
         names = members(module, fused)
         for name, piece in zip(names, up.chunk(len(names)), strict=True):
             found[f"{prefix}.{name}"] = Adapter(down, piece, scale)

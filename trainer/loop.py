@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +14,10 @@ from typing import TypeVar, cast
 import torch
 
 from trainer import objective
-from trainer.errors import NumbersError
+from trainer.errors import NumbersError, OutOfMemoryError
+from trainer.guard import Guard, cause
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -42,6 +46,17 @@ class MicroBatch:
             weight_B=self.weight_B.to(device),
         )
 
+    def part(self, rows: slice) -> MicroBatch:
+        """Some of the pictures."""
+        return MicroBatch(
+            moments_B2CHW=self.moments_B2CHW[rows],
+            text={k: v[rows] for k, v in self.text.items()},
+            geometry_B6=self.geometry_B6[rows],
+            mask_B1HW=None if self.mask_B1HW is None else self.mask_B1HW[rows],
+            weight_B=self.weight_B[rows],
+            names=self.names[rows],
+        )
+
 
 @dataclass(frozen=True)
 class Step:
@@ -52,6 +67,7 @@ class Step:
     images: int
     loss: float
     grad_norm: float
+    skipped: bool = False  # the numbers were bad: the weights are as they were
 
 
 Predict = Callable[[torch.Tensor, torch.Tensor, MicroBatch], torch.Tensor]  # noisy latents, times, the rest
@@ -89,6 +105,7 @@ def train(
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     max_grad_norm: float,
+    guard: Guard,
     device: str,
     seed: int,
     first_step: int,
@@ -96,25 +113,100 @@ def train(
     """One optimiser step for each group of micro-batches; yields after each.
 
     `groups`: (epoch, micro-batches); the group's gradient is the mean over its pictures, whatever the sizes of its
-    micro-batches. Raises NumbersError, before the weights change, if the loss or the gradient is not finite.
+    micro-batches. A step to whose numbers `guard` objects leaves the weights as they are. Raises NumbersError when
+    that was once too often, and OutOfMemoryError where not even one picture fits.
     """
-    generator = torch.Generator(device)
+    backward = _Backward(predict, goal, torch.Generator(device), seed, forget=optimizer.zero_grad)
     for number, (epoch, group) in enumerate(groups, first_step):
-        images = sum(len(batch.names) for batch in group)
-        total = 0.0
-        for i, batch in enumerate(group):
-            each_B = losses(predict, goal, batch.to(device), generator=seeded(generator, seed, number, i))
-            loss = each_B.sum() / images
-            loss.backward()
-            total += loss.item()
+        each_B = backward(group, number)
+        loss = sum(each.sum().item() for each in each_B) / sum(len(each) for each in each_B)
         norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm or float("inf")).item()
-        if not (total + norm < float("inf")):
-            names = ", ".join(name for batch in group for name in batch.names)
-            raise NumbersError(f"Step {number}: the loss is {total} and the gradient's norm {norm}. Pictures: {names}.")
-        optimizer.step()
+        objection = guard.objection(loss, norm)
+        if objection is None:
+            optimizer.step()
+        else:
+            _skip(number, group, each_B, guard=guard, params=params, objection=objection)
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        yield Step(number, epoch, images, total, norm)
+        yield Step(number, epoch, sum(len(b.names) for b in group), loss, norm, skipped=objection is not None)
+
+
+@dataclass
+class _Backward:
+    """Gradients of a group, with fewer pictures at once as soon as memory runs out. The draws stay the same."""
+
+    predict: Predict
+    goal: objective.Objective
+    generator: torch.Generator
+    seed: int
+    forget: Callable[[], None]  # drops what a failed attempt has added
+    at_once: int | None = None  # pictures; None: whole micro-batches
+
+    def __call__(self, group: list[MicroBatch], number: int) -> list[torch.Tensor]:
+        """Add the gradient of the mean over the group's pictures; return the loss of each, by micro-batch."""
+        while True:
+            try:
+                return self._all(group, number)
+            except torch.OutOfMemoryError as problem:
+                said = str(problem).splitlines()[0]
+            # Out here the error no longer holds the failed attempt's tensors.
+            self.forget()
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            largest = max(len(batch.names) for batch in group)
+            most = min(self.at_once or largest, largest)
+            if most == 1:
+                raise OutOfMemoryError(f"Step {number}: one picture at once does not fit in memory: {said}")
+            self.at_once = most // 2
+            log.warning(
+                "Step %d: out of memory with %d pictures at once; from now on %d at once, and as many in each step. %s",
+                number, most, self.at_once, said,
+            )  # fmt: skip
+
+    def _all(self, group: list[MicroBatch], number: int) -> list[torch.Tensor]:
+        images = sum(len(batch.names) for batch in group)
+        found = []
+        for i, batch in enumerate(group):
+            here = batch.to(str(self.generator.device))
+            seeded(self.generator, self.seed, number, i)
+            drawn = self.goal.draw(latents(here.moments_B2CHW, self.generator), self.generator)
+            count = len(batch.names)
+            size, parts = self.at_once or count, []
+            for start in range(0, count, size):
+                rows = slice(start, start + size)
+                some, part = drawn.part(rows), here.part(rows)
+                predicted = self.predict(some.noisy_BCHW, some.t_B, part)
+                each_B = objective.loss(predicted, some, mask_B1HW=part.mask_B1HW, weight_B=part.weight_B)
+                (each_B.sum() / images).backward()
+                parts.append(each_B.detach())
+            found.append(torch.cat(parts))
+        return found
+
+
+def _skip(
+    number: int,
+    group: list[MicroBatch],
+    each_B: list[torch.Tensor],
+    *,
+    guard: Guard,
+    params: Sequence[torch.nn.Parameter],
+    objection: str,
+) -> None:
+    """Say what is wrong with a step and count it; raises NumbersError when that was once too often."""
+    names = [name for batch in group for name in batch.names]
+    inputs = [
+        (name, [batch.moments_B2CHW[i], *(v[i] for v in batch.text.values())])
+        for batch in group
+        for i, name in enumerate(batch.names)
+    ]
+    why = cause(inputs, list(zip(names, torch.cat(each_B).tolist(), strict=True)), params)
+    told = f"Step {number} is skipped: {objection}. Pictures: {', '.join(names)}. Most likely {why}."
+    if not guard.skip():
+        raise NumbersError(
+            f"{told} That is the {guard.skipped}. such step of this run, and PARAMS_MAX_SKIPPED_STEPS is {guard.limit}."
+        )
+    log.warning("%s (%d of %d that are allowed)", told, guard.skipped, guard.limit)
 
 
 def validation_loss(

@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from trainer import files
+from trainer.errors import KilnError, StopRequestedError
 from trainer.loop import Step
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ class Status:
     def __init__(self, folder: Path) -> None:
         self._path = folder / "status.json"
         self._values: dict[str, Any] = {"phase": "starting", "started": round(time.time(), 3)}
+        self.step = 0  # the last one done, also where the file does not say it yet
 
     def update(self, values: dict[str, Any]) -> None:
         """Change some values and write the file."""
@@ -38,13 +40,22 @@ class Status:
         log.info("Phase: %s.", name)
         self.update({"phase": name})
 
+    def ended(self, problem: KilnError | None) -> None:
+        """Tell how the job ended: well, or with `problem`."""
+        if problem is None:
+            self.update({"phase": "done", "exit_code": 0})
+        else:
+            phase = "stopped" if isinstance(problem, StopRequestedError) else "failed"
+            self.update({"phase": phase, "exit_code": problem.exit_code, "message": str(problem)})
+
 
 class Metrics:
     """Writes one JSON line a step; the rest now and then. A resumed run goes on where its state is."""
 
     def __init__(self, folder: Path, status: Status, *, total_steps: int, first_step: int) -> None:
         self.total = total_steps
-        self.first = self.done = first_step
+        self.first = self.done = status.step = first_step
+        self.skipped = 0
         self._status = status
         self._lines = _truncated(folder / "metrics.jsonl", first_step).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "logs"), purge_step=first_step + 1)
@@ -55,15 +66,14 @@ class Metrics:
 
     def step(self, step: Step, *, learning_rate: float) -> None:
         """One optimiser step is done."""
-        self.done = step.number
+        self.done = self._status.step = step.number
         self._images += step.images
-        row = {
-            "step": step.number,
-            "epoch": step.epoch,
-            "loss": step.loss,
-            "grad_norm": step.grad_norm,
-            "lr": learning_rate,
-        }
+        self.skipped += step.skipped
+        row: dict[str, Any] = {"step": step.number, "epoch": step.epoch, "lr": learning_rate}
+        if step.skipped:  # JSON has no word for what is not finite
+            row["skipped"] = self.skipped
+        else:
+            row |= {"loss": step.loss, "grad_norm": step.grad_norm}
         self.record(row)
         self._bar.update(1)
         self._bar.set_postfix_str(f"loss {step.loss:.4f}")

@@ -26,6 +26,10 @@ class Drawn:
     t_B: torch.Tensor  # 0: clean, 1: pure noise
     weight_B: torch.Tensor
 
+    def part(self, rows: slice) -> Drawn:
+        """Some of the pictures."""
+        return Drawn(self.noisy_BCHW[rows], self.target_BCHW[rows], self.t_B[rows], self.weight_B[rows])
+
 
 @dataclass(frozen=True)
 class FlowMatching:

@@ -127,6 +127,11 @@ def make_schedule(
     return schedule
 
 
+def is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the weights to use are others than those it trains at."""
+    return hasattr(optimizer, "eval")
+
+
 def set_training(optimizer: torch.optim.Optimizer, on: bool) -> None:
     """Schedule-free optimisers hold two sets of weights: the ones to train at, and the averaged ones to use."""
     switch = getattr(optimizer, "train" if on else "eval", None)

@@ -139,6 +139,8 @@ class TrainPlan:
     caption_dropout_rate: float = 0.0
     prior_loss_weight: float = 1.0
     ema_decay: float = 0.0  # 0: off
+    max_loss_spike: float = 10.0  # a step with a loss of more than this many times the usual is skipped; 0: none is
+    max_skipped_steps: int = neutral(3)
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ class EnginePlan:
     compile: bool = False
     attention: str = "native"  # an attention backend of diffusers
     memory_limit_gib: float | None = neutral(None)
+    step_timeout_s: float | None = neutral(None)  # None: by the usual time of a step; 0: no limit
 
 
 @dataclass(frozen=True)

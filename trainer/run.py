@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 import logging
 import math
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ import torch
 from trainer import checkpoint, files, formats, lora, optim, prepare
 from trainer.assemble import assembled
 from trainer.cache import Cache
+from trainer.crashes import Crashes
 from trainer.dataset import Scan
-from trainer.errors import KilnError, SettingsError, StopRequestedError, StorageError
+from trainer.errors import HangError, KilnError, OutOfMemoryError, SettingsError, StorageError
 from trainer.families import Facts, Family, family
+from trainer.guard import Guard
 from trainer.loop import Ema
 from trainer.metrics import Status
 from trainer.objective import make_objective
@@ -28,6 +31,7 @@ from trainer.precision import PRECISIONS
 from trainer.session import Session
 from trainer.stop import StopFlag
 from trainer.trainee import Trainee
+from trainer.watchdog import ALIVE, Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -38,31 +42,57 @@ def run(plan: Plan, stop: StopFlag) -> None:
     Raises the errors of `trainer.errors`; StopRequestedError after a signal, with the state saved.
     """
     out = Path(plan.output.path)
+    dog = Watchdog(plan.engine.step_timeout_s, alive=Path(os.environ[ALIVE]) if ALIVE in os.environ else None)
     with files.locked(out), _log_file(out / "run.log"), _told(Status(out)) as status:
-        state = _resumable(plan, out)
-        files.write_text(out / "plan.json", plan.to_json())
-        _limit_memory(plan.engine.device, plan.engine.memory_limit_gib)
-        whole = str(assembled(plan.model, Path(plan.output.cache)))
-        plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, path=whole))
-        _run(plan, stop, out, status=status, state=state)
+        crashes = Crashes(out, plan, step=lambda: status.step)
+        crashes.check()
+
+        def hung(problem: HangError) -> None:
+            status.ended(problem)
+            crashes.record(str(problem))
+
+        with dog.watching(out, hung), crashes.counted(), _named(out):
+            files.sweep(out)
+            _whole(plan, stop, out, status=status, dog=dog)
+
+
+def _whole(plan: Plan, stop: StopFlag, out: Path, *, status: Status, dog: Watchdog) -> None:
+    state = _resumable(plan, out)
+    files.write_text(out / "plan.json", plan.to_json())
+    _limit_memory(plan.engine.device, plan.engine.memory_limit_gib)
+    whole = str(assembled(plan.model, Path(plan.output.cache)))
+    plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, path=whole))
+    _run(plan, stop, out, status=status, state=state, dog=dog)
+
+
+@contextlib.contextmanager
+def _named(out: Path) -> Iterator[None]:
+    """What the system refuses, as errors of the job: a trainer uses files and memory, and no network."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno is None:
+            raise
+        left = f"; {files.free(out)} are free" if problem.errno in files.FULL else ""
+        raise StorageError(f"{problem.filename or out}: {problem.strerror}{left}.") from problem
+    except torch.OutOfMemoryError as problem:
+        raise OutOfMemoryError(f"Out of memory: {str(problem).splitlines()[0]}") from problem
 
 
 @contextlib.contextmanager
 def _told(status: Status) -> Iterator[Status]:
     """status.json and run.log tell how the job ended, whatever ends it."""
-    ending: dict[str, Any] = {"phase": "failed", "exit_code": KilnError.exit_code}
+    ending: KilnError | None = KilnError("An unexpected error: see run.log.")
     try:
         yield status
-        ending = {"phase": "done", "exit_code": 0}
+        ending = None
     except KilnError as problem:
         log.error("%s", problem)
-        stopped = isinstance(problem, StopRequestedError)
-        phase = "stopped" if stopped else "failed"
-        ending = {"phase": phase, "exit_code": problem.exit_code, "message": str(problem)}
+        ending = problem
         raise
     finally:
         with contextlib.suppress(OSError, StorageError):
-            status.update(ending)
+            status.ended(ending)
 
 
 @contextlib.contextmanager
@@ -77,7 +107,9 @@ def _log_file(path: Path) -> Iterator[None]:
         handler.close()
 
 
-def _run(plan: Plan, stop: StopFlag, out: Path, *, status: Status, state: checkpoint.State | None) -> None:
+def _run(
+    plan: Plan, stop: StopFlag, out: Path, *, status: Status, state: checkpoint.State | None, dog: Watchdog
+) -> None:
     kind, model = family(plan.model.family), Path(plan.model.path)
     goal = make_objective(kind.FACTS.objective, plan.train, scheduler=model / "scheduler", device=plan.engine.device)
     status.phase("reading the dataset")
@@ -97,13 +129,18 @@ def _run(plan: Plan, stop: StopFlag, out: Path, *, status: Status, state: checkp
     log.info("%d optimiser steps, %d an epoch.", total, steps_per_epoch)
 
     status.phase("encoding")
-    cache = _filled_cache(plan, order, kind=kind, model=model, stop=stop)
+
+    def tick() -> None:
+        dog.beat()
+        stop.check()
+
+    cache = _filled_cache(plan, order, kind=kind, model=model, tick=tick)
 
     status.phase("loading the model")
     started = time.monotonic()
     trainee = _trainee(plan, kind, model=model, total=total)
     log.info("Loaded the model and put %s on it in %.1f s.", _size(trainee.params), time.monotonic() - started)
-    stop.check()
+    tick()
     session = Session(
         plan,
         kind,
@@ -116,6 +153,7 @@ def _run(plan: Plan, stop: StopFlag, out: Path, *, status: Status, state: checkp
         found=found,
         total=total,
         steps_per_epoch=steps_per_epoch,
+        dog=dog,
     )
     session.rehearse()
     if state is not None:
@@ -174,13 +212,13 @@ def _same_data(state: checkpoint.State | None, found: Scan) -> None:
         )
 
 
-def _filled_cache(plan: Plan, order: Order, *, kind: Family, model: Path, stop: StopFlag) -> Cache:
+def _filled_cache(plan: Plan, order: Order, *, kind: Family, model: Path, tick: Callable[[], None]) -> Cache:
     device, precision = plan.engine.device, plan.engine.precision
     cache = prepare.open_cache(Path(plan.output.cache), model, precision=precision)
     captions = [*order.every_caption(), *prepare.prompt_texts(plan.prompts)]
     dtype = PRECISIONS[precision].torch_dtype
-    prepare.fill_texts(cache, captions, family=kind, model=model, device=device, dtype=dtype, tick=stop.check)
-    prepare.fill_images(cache, order, family=kind, model=model, device=device, tick=stop.check)
+    prepare.fill_texts(cache, captions, family=kind, model=model, device=device, dtype=dtype, tick=tick)
+    prepare.fill_images(cache, order, family=kind, model=model, device=device, tick=tick)
     return cache
 
 
@@ -229,7 +267,8 @@ def _trainee(plan: Plan, kind: Family, *, model: Path, total: int) -> Trainee:
         num_cycles=plan.optim.num_cycles,
     )
     ema = Ema(params, plan.train.ema_decay) if plan.train.ema_decay else None
-    return Trainee(denoiser, params, optimizer, schedule, ema)
+    guard = Guard(plan.train.max_skipped_steps, plan.train.max_loss_spike)
+    return Trainee(denoiser, params, optimizer, schedule, ema, guard)
 
 
 def _lora_file(path: Path, family_name: str) -> formats.Modules:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,22 @@ from trainer.cache import Cache
 from trainer.dataset import Scan
 from trainer.errors import SettingsError
 from trainer.families import Family, base_models
+from trainer.formats import Modules
+from trainer.keeper import Keeper
 from trainer.loop import MicroBatch, latents, losses, prefetched, seeded, train, validation_loss
 from trainer.metrics import Metrics, Status
 from trainer.objective import Objective, scheduler_changes
 from trainer.order import Order, fingerprint
 from trainer.plan import Plan, Prompt
 from trainer.precision import PRECISIONS
+from trainer.snapshot import Background, Snapshots
 from trainer.stop import StopFlag
 from trainer.trainee import Trainee
 from trainer.verify import verify
+from trainer.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
+SLOW_S = 0.2  # of waiting for the save before
 
 
 def due(step: int, every: int, total: int) -> bool:
@@ -55,6 +60,12 @@ class Session:
     found: Scan
     total: int
     steps_per_epoch: int
+    dog: Watchdog
+
+    def __post_init__(self) -> None:
+        self.snapshots = Snapshots(self.trainee.optimizer, self.plan.engine.device)
+        self.background = Background()
+        self.keeper = Keeper(self.out, self.plan.output.name, self.plan.output.keep_checkpoints)
 
     def predict(self, noisy_BCHW: torch.Tensor, t_B: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
         return self.kind.predict(
@@ -84,8 +95,7 @@ class Session:
     def train(self, status: Status, *, first: int) -> None:
         """All steps after `first`, with what is to be done between them; then the final LoRA."""
         plan, metrics = self.plan, Metrics(self.out, status, total_steps=self.total, first_step=first)
-        saved = first
-        with contextlib.closing(metrics):
+        with contextlib.closing(metrics), contextlib.closing(self.background):
             if plan.output.sample_every and first % plan.output.sample_every == 0:
                 self.sample(first, status=status, metrics=metrics)
             status.phase("training")
@@ -97,25 +107,28 @@ class Session:
                 optimizer=self.trainee.optimizer,
                 schedule=self.trainee.schedule,
                 max_grad_norm=plan.train.max_grad_norm,
+                guard=self.trainee.guard,
                 device=plan.engine.device,
                 seed=plan.train.seed,
                 first_step=first + 1,
             ):
-                if self.trainee.ema:
+                if self.trainee.ema and not step.skipped:
                     self.trainee.ema.update(self.trainee.params)
                 metrics.step(step, learning_rate=optim.step_size(self.trainee.optimizer))
                 if due(step.number, plan.output.validate_every, self.total):
                     self.validate(step.number, metrics=metrics)
                 if due(step.number, plan.output.save_every, self.total) or self.stop.requested:
                     self.save(step.number, step.epoch)
-                    saved = step.number
                 if due(step.number, plan.output.sample_every, self.total) and step.number < self.total:
                     self.sample(step.number, status=status, metrics=metrics)
                     status.phase("training")
                 if self.stop.requested and step.number < self.total:
-                    if saved != step.number:
-                        self.save(step.number, step.epoch)
+                    self.background.join()
                     self.stop.check()
+                self.background.check()
+                self.dog.step()
+            self.dog.beat()
+            self.background.join()
             status.phase("exporting")
             final = self.export(plan.output.name, step=self.total, epoch=math.ceil(self.total / self.steps_per_epoch))
             if plan.output.sample_every:
@@ -136,8 +149,10 @@ class Session:
 
     def validate(self, step: int, *, metrics: Metrics) -> None:
         """Record the loss on the held-out pictures."""
+        self.dog.beat()
         batches = (prepare.micro_batch(self.cache, b) for b in self.order.validation())
         device, seed = self.plan.engine.device, self.plan.train.seed
+        self.snapshots.settle()
         with metrics.aside(), self.trainee.published():
             loss = validation_loss(batches, predict=self.predict, goal=self.goal, device=device, seed=seed)
         metrics.record({"step": step, "validation_loss": loss})
@@ -154,6 +169,7 @@ class Session:
         vae = self.kind.load_vae(model, device=device)
 
         def draw(prompt: Prompt) -> Image.Image:
+            self.dog.beat()
             text, negative = (
                 {k: v[None].to(device, dtype) for k, v in caching.load(self.cache.text_path(c)).items()}
                 for c in (prompt.text, prompt.negative)
@@ -168,57 +184,89 @@ class Session:
                 scheduler=scheduler_changes(self.plan.train),
             )
 
+        self.snapshots.settle()
         with metrics.aside(), self.trainee.published(), torch.no_grad():
             count = sample.draw_all(folder, prompts, step=step, draw=draw, stopped=lambda: self.stop.requested)
         prepare.release()
         log.info("Drew %d samples of step %d in %.1f s.", count, step, time.monotonic() - started)
 
     def save(self, step: int, epoch: int) -> None:
-        """The LoRA file and the state of `step`; the oldest beyond KEEP_CHECKPOINTS go."""
-        started, states = time.monotonic(), self.out / "state"
-        self.export(f"{self.plan.output.name}-step{step:08d}", step=step, epoch=epoch)
-        tree = {"essence": self.plan.essence(), "data": fingerprint(self.found.pictures), **self.trainee.state()}
-        checkpoint.save(states, step, tree)
-        kept = checkpoint.prune(states, self.plan.output.keep_checkpoints)
-        ours = re.compile(rf"{re.escape(self.plan.output.name)}-step(\d{{8}})\D*")
-        for path in self.out.glob("*.safetensors*"):
-            found = ours.fullmatch(path.name)
-            if found and int(found[1]) not in kept:
-                path.unlink()
-        log.info("Saved step %d in %.2f s.", step, time.monotonic() - started)
+        """Begin to write the LoRA file and the state of `step`; training goes on meanwhile."""
+        started = time.monotonic()
+        self.background.join()  # of the save before, whose buffers these are; only a slow volume lets it wait
+        waited = time.monotonic() - started
+        if waited > SLOW_S:
+            log.warning("Training waited %.1f s for the save before: the volume of OUTPUT_PATH is slow.", waited)
+        self.snapshots.reuse()
+        with self.trainee.published():
+            modules = self.snapshots.take(self._modules())
+            if self.trainee.has_two_sets:
+                self.snapshots.settle()
+        tree = self.snapshots.take(self.trainee.state())
+        stalled = time.monotonic() - started
+        self.background.begin(partial(self._save, step, epoch, modules=modules, tree=tree, stalled=stalled))
+
+    def _save(self, step: int, epoch: int, *, modules: Modules, tree: dict[str, Any], stalled: float) -> None:
+        started = time.monotonic()
+        self.snapshots.wait()
+
+        def write() -> None:
+            for path, made, header in self._files(f"{self.plan.output.name}-step{step:08d}", modules, step, epoch):
+                export.write(path, made.tensors, header)
+            data = {"essence": self.plan.essence(), "data": fingerprint(self.found.pictures)}
+            checkpoint.save(self.out / "state", step, {**data, **tree})
+
+        self.keeper.write(write, step)
+        log.info(
+            "Saved step %d: training stood still for %.0f ms; written and read back in %.2f s beside it.",
+            step, 1000 * stalled, time.monotonic() - started,
+        )  # fmt: skip
 
     def export(self, stem: str, *, step: int, epoch: int) -> Path:
         """The LoRA in every format that this job leaves, each verified before it gets its name; returns the main one.
 
         Raises FileMismatchError where a file is not what was trained; it stays beside its place, as `.unverified`.
         """
-        facts, plan, denoiser = self.kind.FACTS, self.plan, self.trainee.denoiser
-        run = _trained(plan, self.kind, self.goal, order=self.order, found=self.found)
-        # The second file is for diffusers, which knows kohya's keys at the published models' width and depth only.
-        miniature = not base_models()[plan.model.base][1].files_gib
-        wanted = ("kohya", "peft") if miniature else self.kind.KEYS.writes
-        prefix, fused = facts.lora_prefix, facts.fused_targets
+        facts = self.kind.FACTS
         with self.trainee.published():
-            scale = plan.lora.alpha / plan.lora.rank
-            modules = formats.of_state(lora.state(denoiser), prefix=prefix, fused=fused, scale=scale)
-            for to in reversed(wanted):  # the main file comes last: where it is, all are
-                path = self.out / f"{stem}{formats.FORMATS[to]}.safetensors"
+            for path, made, header in self._files(stem, self._modules(), step, epoch):
                 unverified = path.with_name(f"{path.name}.unverified")
-                made = formats.write(modules, to, facts.name)
-                header = export.metadata(run, step=step, epoch=epoch, rank=made.rank, alpha=made.alpha)
                 export.write(unverified, made.tensors, header)
                 error = verify(
                     unverified,
-                    denoiser,
+                    self.trainee.denoiser,
                     family_name=facts.name,
-                    prefix=prefix,
-                    fused=fused,
+                    prefix=facts.lora_prefix,
+                    fused=facts.fused_targets,
                     output=self._one_output,
                 )
                 unverified.rename(path)
                 files.flush(path.parent)
                 log.info("%s: read back, its output differs from the trained model's by %.1e.", path.name, error)
         return path
+
+    def _modules(self) -> Modules:
+        """The adapters as they are, by the names of the layers that they belong to."""
+        plan, facts = self.plan, self.kind.FACTS
+        return formats.of_state(
+            lora.state(self.trainee.denoiser),
+            prefix=facts.lora_prefix,
+            fused=facts.fused_targets,
+            scale=plan.lora.alpha / plan.lora.rank,
+        )
+
+    def _files(
+        self, stem: str, modules: Modules, step: int, epoch: int
+    ) -> Iterator[tuple[Path, formats.Written, dict[str, str]]]:
+        """Path, tensors and header of each file to write; the main one comes last: where it is, all are."""
+        plan = self.plan
+        run = _trained(plan, self.kind, self.goal, order=self.order, found=self.found)
+        # The second file is for diffusers, which knows kohya's keys at the published models' width and depth only.
+        miniature = not base_models()[plan.model.base][1].files_gib
+        for to in reversed(("kohya", "peft") if miniature else self.kind.KEYS.writes):
+            made = formats.write(modules, to, self.kind.FACTS.name)
+            header = export.metadata(run, step=step, epoch=epoch, rank=made.rank, alpha=made.alpha)
+            yield self.out / f"{stem}{formats.FORMATS[to]}.safetensors", made, header
 
     def _one_output(self) -> torch.Tensor:
         """The denoiser's output for one picture of the dataset, the same each time."""

@@ -1,4 +1,4 @@
-"""What is being trained: the adapters, their optimiser, its schedule, and their average; and the state of all four."""
+"""What is being trained: the adapters, their optimiser, its schedule, their average; and the state of it all."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from trainer import checkpoint, lora, optim
 from trainer.errors import SettingsError
+from trainer.guard import Guard
 from trainer.loop import Ema
 
 
@@ -23,6 +24,7 @@ class Trainee:
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     ema: Ema | None
+    guard: Guard
 
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on, besides the data."""
@@ -31,6 +33,7 @@ class Trainee:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "ema": {"steps": self.ema.steps, "shadow": self.ema.shadow} if self.ema else None,
+            "guard": self.guard.state(),
             "random": checkpoint.random_state(),
         }
 
@@ -45,11 +48,20 @@ class Trainee:
         if self.ema and tree["ema"]:
             self.ema.steps = tree["ema"]["steps"]
             self.ema.shadow = [s.to(p.device) for s, p in zip(tree["ema"]["shadow"], self.params, strict=True)]
+        self.guard.restore(tree["guard"])
         checkpoint.set_random_state(tree["random"])
+
+    @property
+    def has_two_sets(self) -> bool:
+        """Whether the weights to use are others than those that train."""
+        return self.ema is not None or optim.is_schedule_free(self.optimizer)
 
     @contextlib.contextmanager
     def published(self) -> Iterator[None]:
         """Inside, the adapters are those to use: the average where there is one. Afterwards exactly what they were."""
+        if not self.has_two_sets:
+            yield
+            return
         kept = [p.detach().clone() for p in self.params]
         optim.set_training(self.optimizer, False)
         if self.ema:

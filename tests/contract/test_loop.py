@@ -13,6 +13,7 @@ from peft.utils import set_peft_model_state_dict
 
 from trainer import lora
 from trainer.families import family
+from trainer.guard import Guard
 from trainer.loop import MicroBatch, seeded, train
 from trainer.objective import Denoising, FlowMatching
 
@@ -86,6 +87,7 @@ def ours(case, denoiser, batches):
         optimizer=optimizer,
         schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0),
         max_grad_norm=CLIP,
+        guard=Guard(),
         device="cpu",
         seed=SEED,
         first_step=1,

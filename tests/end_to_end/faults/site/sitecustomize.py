@@ -1,0 +1,12 @@
+"""On PYTHONPATH of a job under test: puts the fault that KILN_FAULT describes into the trainer's process."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+if "trainer" in sys.orig_argv and "KILN_FAULT" in os.environ:
+    sys.path.append(str(Path(__file__).parents[1]))
+    import inject
+
+    inject.install(json.loads(os.environ["KILN_FAULT"]))

@@ -1,0 +1,108 @@
+"""Copies of what is being trained, taken and written while training goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+log = logging.getLogger(__name__)
+
+
+class Snapshots:
+    """Copies trees of tensors to the host.
+
+    On an accelerator a side stream copies into pinned buffers, which are kept for the next time, while the next step's
+    forward and backward pass run; the optimiser's step, which would change the tensors, is queued behind the copies.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: str) -> None:
+        self._stream = torch.cuda.Stream() if device == "cuda" else None
+        self._copied: torch.cuda.Event | None = None
+        self._used: list[torch.Tensor] = []
+        self._free: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
+        if self._stream:
+            optimizer.register_step_pre_hook(lambda *_: self.settle())
+
+    def reuse(self) -> None:
+        """All copies taken so far are no longer needed."""
+        for buffer in self._used:
+            self._free.setdefault((buffer.shape, buffer.dtype), []).append(buffer)
+        self._used = []
+
+    def take(self, tree: Any) -> Any:
+        """`tree` with new containers and with copies of its tensors, which are there after `wait`."""
+        stream = self._stream
+        if stream is None:
+            return _mapped(tree, lambda t: t.detach().cpu().clone())
+        stream.wait_stream(torch.cuda.current_stream())
+
+        def copied(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.device.type == "cpu":
+                return tensor.detach().clone()
+            free = self._free.get((tensor.shape, tensor.dtype))
+            buffer = free.pop() if free else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._used.append(buffer)
+            tensor.record_stream(stream)  # one that was made for this alone may be freed meanwhile
+            return buffer.copy_(tensor.detach(), non_blocking=True)
+
+        with torch.cuda.stream(stream):
+            found = _mapped(tree, copied)
+            self._copied = stream.record_event()
+        return found
+
+    def settle(self) -> None:
+        """What is queued from now on may change the tensors that were taken."""
+        if self._copied is not None:
+            torch.cuda.current_stream().wait_event(self._copied)
+
+    def wait(self) -> None:
+        """Until the copies are whole."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+
+def _mapped(value: Any, copy: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return copy(value)
+    if isinstance(value, dict):
+        return {k: _mapped(v, copy) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_mapped(v, copy) for v in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return type(value)(**{f.name: _mapped(getattr(value, f.name), copy) for f in dataclasses.fields(value)})
+    return value
+
+
+class Background:
+    """One thread that does one thing at a time."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "save")
+        self._running: Future[None] | None = None
+
+    def begin(self, work: Callable[[], None]) -> None:
+        """Do `work` there, after what is being done. Raises what that raised."""
+        self.join()
+        self._running = self._thread.submit(work)
+
+    def check(self) -> None:
+        """Raise what the work has raised, if it is over."""
+        if self._running is not None and self._running.done():
+            self.join()
+
+    def join(self) -> None:
+        """Wait for the work. Raises what it raised."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def close(self) -> None:
+        """Wait for the work; what it raises is only said, because something else ends the job already."""
+        self._thread.shutdown()
+        if self._running is not None and (problem := self._running.exception()) is not None:
+            log.error("The last save failed as well: %s", problem)
