@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.errors import SettingsError, UnreachableError
+from trainer.precision import PRECISIONS
 
 GIB = 2**30
 BACKENDS = {"cuda": "nvidia", "rocm": "amd", "cpu": "cpu"}  # a value of BACKEND → the vendor that it asks for
-FORMATS = ("fp32", "bf16")  # the entries of trainer.precision
+FORMATS = tuple(PRECISIONS)
+FP8_AMD = ("gfx942", "gfx950")
 QUERY = ("nvidia-smi", "--query-gpu=index,compute_cap,memory.total,driver_version", "--format=csv,noheader,nounits")
 QUERY_SECONDS = 30.0  # without persistence mode the driver takes seconds to wake up
 _VIDEO_MEMORY = {"1", "2"}  # heap types of the kernel's topology: visible to the CPU, and not
@@ -50,7 +52,16 @@ class Hardware:
             return FORMATS
         if self.vendor == "nvidia" and _version(self.architecture) < (8, 0):
             return ("fp32",)  # bf16 runs there, but slower than fp32
-        return ("bf16", "fp32")
+        stored = ("fp8-storage", "int8-storage", "fp32")
+        if self.vendor == "nvidia":
+            fast = ("fp8", "bf16", "int8") if _version(self.architecture) >= (8, 9) else ("bf16", "int8")
+            return (*fast, *stored)
+        return ("bf16", *(("fp8",) if self.architecture in FP8_AMD else ()), *stored)
+
+    @property
+    def plain(self) -> str:
+        """The format that computes with weights as they are, for models too small to gain from another."""
+        return next(name for name in self.formats if name in ("bf16", "fp32"))
 
     def __str__(self) -> str:
         if self.vendor == "cpu":

@@ -15,7 +15,8 @@ from typing import Any
 from entrypoint import resume, singles
 from entrypoint.checks import Notes, absolute, instead, is_file, is_folder, show
 from entrypoint.data import Overrides, complete_datasets
-from entrypoint.hardware import Hardware, select
+from entrypoint.engine import engine_plan
+from entrypoint.hardware import Hardware
 from entrypoint.manifest import HUB_ID, Manifest
 from entrypoint.prompts import complete_prompts
 from entrypoint.settings import Settings
@@ -25,7 +26,6 @@ from trainer.optim import OPTIMIZERS
 from trainer.plan import (
     DataPlan,
     Dataset,
-    EnginePlan,
     LoraPlan,
     ModelPlan,
     OptimPlan,
@@ -34,8 +34,6 @@ from trainer.plan import (
     TrainPlan,
 )
 
-# What a step keeps without recomputation, measured on the largest model there is: an upper bound for the others.
-GIB_PER_MEGAPIXEL = 26.0
 CONSTANT = ("constant", "constant_with_warmup")  # the schedules that schedule-free optimisers go with
 CYCLIC = "cosine_with_restarts"
 # What only models of one objective have (`Facts.objective`): a field of Settings, and its value that asks for nothing.
@@ -70,13 +68,16 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
         prefix=f"{own_prompts}, " if own_prompts else "",
         problems=notes,
     )
+    lora = _lora(settings, facts, notes)
     plan = Plan(
         model=model_plan,
         data=DataPlan(datasets, strict=settings.strict_dataset),
-        lora=_lora(settings, facts, notes),
+        lora=lora,
         optim=_optim(settings, notes),
         train=_train(settings, facts, notes),
-        engine=_engine(settings, hardware, facts=facts, model=model, datasets=datasets, notes=notes),
+        engine=engine_plan(
+            settings, hardware, facts=facts, model=model, datasets=datasets, rank=lora.rank, notes=notes
+        ),
         output=_output(settings, datasets, now=now, notes=notes),
         prompts=prompts,
     )
@@ -283,63 +284,7 @@ def _check_objective(settings: Settings, facts: Facts, notes: Notes) -> None:
         )
 
 
-# ---- engine, output
-
-
-def _engine(
-    settings: Settings, found: Hardware, *, facts: Facts, model: BaseModel, datasets: tuple[Dataset, ...], notes: Notes
-) -> EnginePlan:
-    try:
-        hardware = select(found, settings.backend)
-    except SettingsError as problem:
-        notes.add(str(problem))
-        hardware = found
-    if settings.backend == "auto":
-        notes.chose("BACKEND", hardware.backend, str(hardware))
-    precision = settings.precision
-    if precision == "auto":
-        precision = hardware.formats[0]
-        notes.chose("PARAMS_PRECISION", precision, f"best for {hardware}")
-    elif precision not in hardware.formats:
-        allowed = ", ".join(("auto", *hardware.formats))
-        notes.add(f"PARAMS_PRECISION={show(precision)} is not what {hardware} can do. Allowed: {allowed}.")
-    compiled = settings.compile
-    if compiled is None:
-        compiled = hardware.device != "cpu"
-        notes.chose(
-            "PARAMS_COMPILE", compiled, "pays on accelerators" if compiled else "takes longer than it saves here"
-        )
-    if settings.attention == "auto":
-        notes.chose("PARAMS_ATTENTION", "native", "torch picks the kernel")
-    elif settings.attention != "native" and not facts.attention_backends:
-        notes.add(
-            f"PARAMS_ATTENTION={settings.attention}: {settings.base_model} has torch's own attention and no other. "
-            "Allowed: auto, native."
-        )
-    return EnginePlan(
-        device=hardware.device,
-        precision=precision,
-        gradient_checkpointing=_checkpointing(settings, hardware, model=model, datasets=datasets, notes=notes),
-        compile=compiled,
-        attention="native" if settings.attention == "auto" else settings.attention,
-        memory_limit_gib=settings.memory_limit_gib,
-        step_timeout_s=settings.step_timeout,
-    )
-
-
-def _checkpointing(
-    settings: Settings, hardware: Hardware, *, model: BaseModel, datasets: tuple[Dataset, ...], notes: Notes
-) -> bool:
-    """Recompute only where the weights and what a step keeps would not fit. The CPU trains miniatures: never there."""
-    if settings.gradient_checkpointing is not None:
-        return settings.gradient_checkpointing
-    pixels = max(d.batch_size * d.resolution[0] * d.resolution[1] for d in datasets)
-    need = model.files_gib + GIB_PER_MEGAPIXEL * pixels / 1e6
-    have = min(hardware.memory_gib, settings.memory_limit_gib or hardware.memory_gib)
-    wanted = hardware.device != "cpu" and need > have
-    reason = "on the CPU" if hardware.device == "cpu" else f"without it {need:.0f} GiB of {have:.0f} GiB may be needed"
-    notes.chose("PARAMS_GRADIENT_CHECKPOINTING", wanted, reason)
-    return wanted
+# ---- output
 
 
 def _output(settings: Settings, datasets: tuple[Dataset, ...], *, now: datetime, notes: Notes) -> OutputPlan:

@@ -302,6 +302,13 @@ class Settings:
         default="auto",
         means="recompute instead of keeping: slower, less memory",
     )
+    offload: str = row(
+        "PARAMS_OFFLOAD",
+        "choice",
+        default="auto",
+        means="what waits in the host's memory: what the backward pass needs",
+        choices=lambda: ("auto", "none", "activations"),
+    )
     compile: bool | None = row("PARAMS_COMPILE", "auto_switch", default="auto", means="compile the model's blocks")
     attention: str = row(
         "PARAMS_ATTENTION",

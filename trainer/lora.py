@@ -10,6 +10,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 from trainer.errors import SettingsError
+from trainer.frozen import Adapted, FrozenLinear
 
 Blocks = Sequence[tuple[str, torch.nn.Module]]
 Fused = dict[str, tuple[str, ...]]  # the fused projection's name → those of its parts, in the order of their rows
@@ -58,14 +59,16 @@ def add_adapters(
         f"{prefix}.{name}"
         for prefix, block in blocks
         for name, layer in block.named_modules()
-        if isinstance(layer, torch.nn.Linear) and targeted(name, [*targets, *joined])
+        if isinstance(layer, torch.nn.Linear | FrozenLinear) and targeted(name, [*targets, *joined])
     ]
     if not names:
         raise SettingsError(f"PARAMS_TARGET_MODULES {','.join(targets)} matches no linear layer of the model.")
     devices = [torch.device("cuda")] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names), adapter_name="default")
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names)
+        config._register_custom_module({torch.nn.Linear: Adapted, FrozenLinear: Adapted})
+        denoiser.add_adapter(config, adapter_name="default")
     params = [p for p in denoiser.parameters() if p.requires_grad]
     for p in params:
         p.data = p.data.float()

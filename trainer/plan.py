@@ -147,7 +147,9 @@ class TrainPlan:
 class EnginePlan:
     device: str = "cpu"  # a torch device type
     precision: str = "fp32"  # an entry of trainer.precision
-    gradient_checkpointing: bool = False
+    recompute: str = neutral("none")  # a key of trainer.recompute.POLICIES: what the backward pass computes again
+    kept_blocks: int = neutral(0)  # blocks that keep everything, whatever `recompute` says
+    offload: str = neutral("none")  # "activations": what is kept is kept in the host's memory
     compile: bool = False
     attention: str = "native"  # an attention backend of diffusers
     memory_limit_gib: float | None = neutral(None)

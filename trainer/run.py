@@ -19,6 +19,7 @@ from trainer.assemble import assembled
 from trainer.cache import Cache
 from trainer.crashes import Crashes
 from trainer.dataset import Scan
+from trainer.engine import Engine, place
 from trainer.errors import HangError, KilnError, OutOfMemoryError, SettingsError, StorageError
 from trainer.families import Facts, Family, family
 from trainer.guard import Guard
@@ -146,6 +147,7 @@ def _run(
         kind,
         out,
         stop,
+        engine=Engine(trainee.denoiser, kind.regions(trainee.denoiser), plan.engine),
         goal=goal,
         trainee=trainee,
         order=order,
@@ -229,11 +231,18 @@ def _trainee(plan: Plan, kind: Family, *, model: Path, total: int) -> Trainee:
     if plan.lora.resume_from and Path(plan.lora.resume_from).is_file():
         start = _lora_file(Path(plan.lora.resume_from), facts.name)
     dtype = PRECISIONS[engine.precision].torch_dtype
-    denoiser = kind.load_denoiser(model, device=engine.device, dtype=dtype)
+    denoiser = kind.load_denoiser(model, device="cpu", dtype=dtype)
     if engine.attention != "native":
         denoiser.set_attention_backend(engine.attention)
     fused = {} if plan.lora.split_qkv else facts.fused_targets
-    lora.fuse(kind.blocks(denoiser), fused=fused, targets=plan.lora.targets)
+    place(
+        denoiser,
+        kind.blocks(denoiser),
+        precision=engine.precision,
+        device=engine.device,
+        fused=fused,
+        targets=plan.lora.targets,
+    )
     params = lora.add_adapters(
         denoiser,
         kind.blocks(denoiser),
@@ -245,11 +254,6 @@ def _trainee(plan: Plan, kind: Family, *, model: Path, total: int) -> Trainee:
     )
     if start is not None:
         _start_from(denoiser, start, plan=plan, facts=facts)
-    if engine.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
-    if engine.compile:
-        for _, block in kind.blocks(denoiser):
-            block.compile()
     optimizer = optim.make_optimizer(
         plan.optim.name,
         params,

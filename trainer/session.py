@@ -20,7 +20,7 @@ from trainer import cache as caching
 from trainer import checkpoint, export, files, formats, lora, optim, prepare, sample
 from trainer.cache import Cache
 from trainer.dataset import Scan
-from trainer.errors import SettingsError
+from trainer.engine import Engine, drawing
 from trainer.families import Family, base_models
 from trainer.formats import Modules
 from trainer.keeper import Keeper
@@ -53,6 +53,7 @@ class Session:
     kind: Family
     out: Path
     stop: StopFlag
+    engine: Engine
     goal: Objective
     trainee: Trainee
     order: Order
@@ -68,29 +69,41 @@ class Session:
         self.keeper = Keeper(self.out, self.plan.output.name, self.plan.output.keep_checkpoints)
 
     def predict(self, noisy_BCHW: torch.Tensor, t_B: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        return self.kind.predict(
-            self.trainee.denoiser,
-            noisy_BCHW,
-            t_B,
-            text=batch.text,
-            guidance=self.plan.train.guidance_scale,
-            geometry_B6=batch.geometry_B6,
-        )
+        with self.engine.saving():
+            return self.kind.predict(
+                self.trainee.denoiser,
+                noisy_BCHW,
+                t_B,
+                text=batch.text,
+                guidance=self.plan.train.guidance_scale,
+                geometry_B6=batch.geometry_B6,
+            )
 
     def rehearse(self) -> None:
-        """One step at the largest batch, forgotten: memory runs out here, or never. Raises SettingsError if it does."""
+        """One step at the largest batch, forgotten: memory runs out here, or never.
+
+        Where it does, the engine goes one rung down, and again. Raises OutOfMemoryError if it still does at the last.
+        """
         largest = max(self.order.epoch(0), key=lambda b: (len(b) * math.prod(b[0].view.size), len(b)))
+        what = f"The largest batch ({len(largest)} pictures of {largest[0].view.size}) does not fit in memory."
+        started, batch = time.monotonic(), prepare.micro_batch(self.cache, largest)
+        while not self._rehearsed(batch):
+            self.engine.lower(what)
+        if self.plan.engine.device == "cuda":
+            peak = torch.cuda.max_memory_allocated() / 2**30
+            log.info("One step takes %.1f GiB at most; tried in %.1f s.", peak, time.monotonic() - started)
+
+    def _rehearsed(self, batch: MicroBatch) -> bool:
         device = self.plan.engine.device
+        generator = seeded(torch.Generator(device), self.plan.train.seed)
         try:
-            batch = prepare.micro_batch(self.cache, largest).to(device)
-            generator = seeded(torch.Generator(device), self.plan.train.seed)
-            losses(self.predict, self.goal, batch, generator=generator).mean().backward()
-        except torch.OutOfMemoryError as problem:
-            raise SettingsError(
-                f"The largest batch ({len(largest)} pictures of {largest[0].view.size}) does not fit in memory. "
-                "Lower PARAMS_BATCH_SIZE or PARAMS_RESOLUTION, or set PARAMS_GRADIENT_CHECKPOINTING=true."
-            ) from problem
-        self.trainee.optimizer.zero_grad(set_to_none=True)
+            losses(self.predict, self.goal, batch.to(device), generator=generator).mean().backward()
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            self.trainee.optimizer.zero_grad(set_to_none=True)
+            prepare.release()
+        return True
 
     def train(self, status: Status, *, first: int) -> None:
         """All steps after `first`, with what is to be done between them; then the final LoRA."""
@@ -185,7 +198,7 @@ class Session:
             )
 
         self.snapshots.settle()
-        with metrics.aside(), self.trainee.published(), torch.no_grad():
+        with metrics.aside(), self.trainee.published(), torch.no_grad(), drawing():
             count = sample.draw_all(folder, prompts, step=step, draw=draw, stopped=lambda: self.stop.requested)
         prepare.release()
         log.info("Drew %d samples of step %d in %.1f s.", count, step, time.monotonic() - started)

@@ -146,9 +146,10 @@ def test_every_backend_has_a_vendor_of_its_own():
     ("vendor", "architecture", "first"),
     [
         ("cpu", "x86_64", "fp32"),
-        ("nvidia", "9.0", "bf16"),
+        ("nvidia", "9.0", "fp8"),
+        ("nvidia", "8.9", "fp8"),
         ("nvidia", "8.0", "bf16"),
-        ("nvidia", "12.0", "bf16"),
+        ("nvidia", "12.0", "fp8"),
         ("nvidia", "7.5", "fp32"),
         ("amd", "gfx942", "bf16"),
     ],

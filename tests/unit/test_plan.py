@@ -73,7 +73,7 @@ def test_every_choice_has_a_reason():
     words = "\n".join(plan().reasons)
     for variable in ("BACKEND", "PARAMS_PRECISION", "PARAMS_COMPILE", "PARAMS_ATTENTION", "DATASET_NAME"):
         assert re.search(rf"^{variable}: .+ \(.+\)$", words, re.MULTILINE)
-    for variable in ("PARAMS_GRADIENT_CHECKPOINTING", "PARAMS_LEARNING_RATE", "PARAMS_TIMESTEP_SAMPLING"):
+    for variable in ("PARAMS_LEARNING_RATE", "PARAMS_TIMESTEP_SAMPLING"):
         assert re.search(rf"^{variable}: .+ \(.+\)$", words, re.MULTILINE)
 
 
@@ -346,17 +346,19 @@ def test_validation_needs_pictures_that_are_held_out():
 
 def test_a_cpu_computes_in_full_precision_and_compiles_nothing():
     engine = plan(on=CPU).engine
-    assert (engine.device, engine.precision, engine.compile, engine.gradient_checkpointing) == (
-        "cpu",
-        "fp32",
-        False,
-        False,
-    )
+    assert (engine.device, engine.precision, engine.compile) == ("cpu", "fp32", False)
+    assert (engine.recompute, engine.offload) == ("none", "none")
 
 
-def test_an_accelerator_computes_in_half_precision_and_compiles():
-    engine = plan(on=LARGE_GPU).engine
-    assert (engine.device, engine.precision, engine.compile, engine.attention) == ("cuda", "bf16", True, "native")
+def test_an_accelerator_computes_in_8_bits_where_it_has_them_and_compiles():
+    engine = plan(on=LARGE_GPU, BASE_MODEL=FULL).engine
+    assert (engine.device, engine.precision, engine.compile, engine.attention) == ("cuda", "fp8", True, "native")
+    older = dataclasses.replace(LARGE_GPU, architecture="8.0")
+    assert plan(on=older, BASE_MODEL=FULL).engine.precision == "bf16"
+
+
+def test_a_miniature_gains_nothing_from_8_bits():
+    assert plan(on=LARGE_GPU).engine.precision == "bf16"
 
 
 def test_what_the_hardware_cannot_do_is_refused():
@@ -365,17 +367,27 @@ def test_what_the_hardware_cannot_do_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("hardware", "limit", "batch", "recompute"),
-    [(LARGE_GPU, "", "1", False), (LARGE_GPU, "24", "1", True), (LARGE_GPU, "", "8", True), (SMALL_GPU, "", "1", True)],
+    ("hardware", "limit", "batch", "recompute", "offload"),
+    [
+        (LARGE_GPU, "", "1", "none", "none"),
+        (LARGE_GPU, "16", "4", "attention", "activations"),
+        (LARGE_GPU, "", "16", "attention", "none"),
+        (SMALL_GPU, "", "1", "attention", "none"),
+    ],
 )
-def test_it_recomputes_where_memory_is_short(hardware, limit, batch, recompute):
-    made = plan(on=hardware, BASE_MODEL=FULL, MEMORY_LIMIT_GIB=limit, PARAMS_BATCH_SIZE=batch)
-    assert made.engine.gradient_checkpointing is recompute
+def test_it_recomputes_where_memory_is_short(hardware, limit, batch, recompute, offload):
+    made = plan(on=hardware, BASE_MODEL="flux", MEMORY_LIMIT_GIB=limit, PARAMS_BATCH_SIZE=batch)
+    assert (made.engine.recompute, made.engine.offload) == (recompute, offload)
+    assert re.search(r"PARAMS_GRADIENT_CHECKPOINTING: .* GiB .*predicted", "\n".join(made.reasons))
 
 
 def test_what_the_user_says_about_it_is_done():
-    assert plan(on=LARGE_GPU, PARAMS_GRADIENT_CHECKPOINTING="true").engine.gradient_checkpointing
-    assert not plan(on=SMALL_GPU, BASE_MODEL=FULL, PARAMS_GRADIENT_CHECKPOINTING="false").engine.gradient_checkpointing
+    assert plan(on=LARGE_GPU, BASE_MODEL="flux", PARAMS_GRADIENT_CHECKPOINTING="true").engine.recompute != "none"
+    assert plan(on=SMALL_GPU, BASE_MODEL=FULL, PARAMS_GRADIENT_CHECKPOINTING="false").engine.recompute == "none"
+    asked = plan(on=LARGE_GPU, BASE_MODEL="flux", PARAMS_OFFLOAD="activations").engine
+    assert (asked.recompute, asked.offload) == ("attention", "activations")
+    both = {"PARAMS_OFFLOAD": "activations", "PARAMS_GRADIENT_CHECKPOINTING": "false"}
+    assert "PARAMS_OFFLOAD=activations" in refusal(on=LARGE_GPU, BASE_MODEL="flux", **both)
 
 
 def test_a_backend_that_is_not_there_is_refused_and_the_cpu_always_is():

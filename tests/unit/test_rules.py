@@ -19,7 +19,9 @@ FROM_TRAINER = {
     "trainer.errors",
     "trainer.families",
     "trainer.keys",
+    "trainer.memory",
     "trainer.optim",
+    "trainer.precision",
 }  # what the entrypoint may import
 VENDORS = r"nvidia|amd|rocm|geforce|radeon|hopper|ampere|mi[23]\d\dx?|gfx\d\w+|[ah]100|h200"
 WITH_VENDORS = {"entrypoint/hardware.py", "trainer/precision.py"}
@@ -63,10 +65,14 @@ def test_a_function_is_under_60_lines(path):
     assert [f.name for f in functions if (f.end_lineno or 0) - f.lineno >= 60] == []
 
 
+# They stand in for the forward of a module, whatever its arguments are.
+PASSING_ON = ("_recompute_all", "_recompute_but_attention", "_keep_attention")
+
+
 @every_file
 def test_no_signature_swallows_what_is_misspelt(path):
     functions = [node for node in walk(path) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))]
-    assert [f.lineno for f in functions if f.args.kwarg] == []
+    assert [f.lineno for f in functions if f.args.kwarg and getattr(f, "name", "") not in PASSING_ON] == []
 
 
 @every_file

@@ -32,11 +32,25 @@ OPTIONAL = "optional:"  # begins a pattern of files whose folder may be missing
 
 
 @dataclass(frozen=True)
+class Footprint:
+    """What `trainer.memory` predicts from: numbers of weights, and GiB in 16 bits for 1,024 tokens of one picture."""
+
+    blocks: float  # weights of the linear layers in the blocks, the ones that are quantised
+    rest: float  # all others
+    adapters: float  # trained weights for each rank, with all targets
+    regions: int
+    text_tokens: int  # besides one token for 16 x 16 pixels
+    kept: dict[str, float]  # by trainer.recompute's policy; "host": with what is kept in the host's memory
+    working: float  # besides, for the region at work
+
+
+@dataclass(frozen=True)
 class BaseModel:
     """A value of BASE_MODEL."""
 
     source: str  # Hub repository, or the folder of an embedded miniature
     files_gib: float  # what a download of the needed files takes on disk
+    footprint: Footprint | None = None  # None: a miniature, which fits anywhere
     gated: bool = False
     resolution: int = 1024  # pixels; default of prompts and of dataset.json
     defaults: dict[str, Any] = field(default_factory=dict)  # fields of plan.Prompt that differ from the family's
@@ -95,6 +109,13 @@ class Keys:
     writes: tuple[str, ...] = ("kohya",)  # formats that a job leaves; all but the first go into `<name>-<format>`
 
 
+def traced(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, as an input that gradients reach: so the first block is compiled like the others."""
+    import torch
+
+    return tensor if tensor.requires_grad else tensor.detach().requires_grad_(torch.is_grad_enabled())
+
+
 class Family(Protocol):
     """What a family module provides. `text` is what `encode_text` gave for one caption, or such tensors batched."""
 
@@ -126,7 +147,10 @@ class Family(Protocol):
         """
 
     def blocks(self, denoiser: Any) -> list[tuple[str, torch.nn.Module]]:
-        """The repeated blocks, by name, in order: where adapters go and what is compiled."""
+        """The repeated blocks, by name, in order: where adapters go and what is quantised."""
+
+    def regions(self, denoiser: Any) -> list[torch.nn.Module]:
+        """What is compiled, and recomputed in the backward pass, one by one: many modules of few kinds."""
 
     def predict(
         self,

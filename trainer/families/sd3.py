@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.families import OPTIONAL, BaseModel, Facts, Keys, Native, weights
+from trainer.families import OPTIONAL, BaseModel, Facts, Footprint, Keys, Native, traced, weights
 
 if TYPE_CHECKING:
     import torch
@@ -15,7 +16,27 @@ if TYPE_CHECKING:
     from trainer.plan import Prompt
 
 MINIATURE = str(Path(__file__).with_name("miniatures") / "sd3")
-MEDIUM_3 = BaseModel("stabilityai/stable-diffusion-3-medium-diffusers", files_gib=14.5, gated=True)
+FOOTPRINT = Footprint(
+    blocks=2.01e9,
+    rest=0.02e9,
+    adapters=1.31e6,
+    regions=24,
+    text_tokens=333,
+    kept={"none": 1.16, "attention": 0.14, "all": 0.07, "host": 0.04},
+    working=0.077,
+)
+MEDIUM_3 = BaseModel("stabilityai/stable-diffusion-3-medium-diffusers", 14.5, FOOTPRINT, gated=True)
+# Not measured: scaled from the above by width and number of blocks.
+LARGE = Footprint(
+    blocks=8.0e9,
+    rest=0.06e9,
+    adapters=3.3e6,
+    regions=38,
+    text_tokens=333,
+    kept={"none": 2.9, "attention": 0.35, "all": 0.18, "host": 0.06},
+    working=0.12,
+)
+WIDER = dataclasses.replace(FOOTPRINT, blocks=2.2e9, adapters=1.6e6, kept={**FOOTPRINT.kept, "none": 1.5})
 T5_TOKENS = 256  # the pipeline's default: what users' tools sample with is what is trained with
 
 FACTS = Facts(
@@ -24,10 +45,10 @@ FACTS = Facts(
         "sd3": MEDIUM_3,
         "sd3-medium": MEDIUM_3,
         "sd3.5-medium": BaseModel(
-            "stabilityai/stable-diffusion-3.5-medium", files_gib=15.2, gated=True, defaults={"steps": 40, "cfg": 4.5}
+            "stabilityai/stable-diffusion-3.5-medium", 15.2, WIDER, gated=True, defaults={"steps": 40, "cfg": 4.5}
         ),
         "sd3.5-large": BaseModel(
-            "stabilityai/stable-diffusion-3.5-large", files_gib=25.7, gated=True, defaults={"cfg": 4.5}
+            "stabilityai/stable-diffusion-3.5-large", 25.7, LARGE, gated=True, defaults={"cfg": 4.5}
         ),
         "mini-sd3": BaseModel(MINIATURE, files_gib=0.0, resolution=128, defaults={"cfg": 3.0}),
     },
@@ -163,6 +184,10 @@ def blocks(denoiser: SD3Transformer2DModel) -> list[tuple[str, torch.nn.Module]]
     return [(f"transformer_blocks.{i}", b) for i, b in enumerate(denoiser.transformer_blocks)]
 
 
+def regions(denoiser: SD3Transformer2DModel) -> list[torch.nn.Module]:
+    return [block for _, block in blocks(denoiser)]
+
+
 def predict(
     denoiser: SD3Transformer2DModel,
     noisy_BCHW: torch.Tensor,
@@ -174,9 +199,9 @@ def predict(
 ) -> torch.Tensor:
     """The velocity (noise - latents)."""
     velocity_BCHW: torch.Tensor = denoiser(
-        hidden_states=noisy_BCHW.to(denoiser.dtype),
+        hidden_states=traced(noisy_BCHW.to(denoiser.dtype)),
         timestep=t_B * 1000,
-        encoder_hidden_states=text["tokens"],
+        encoder_hidden_states=traced(text["tokens"]),
         pooled_projections=text["pooled"],
         return_dict=False,
     )[0]

@@ -1,0 +1,94 @@
+"""A denoiser made ready to train fast in the memory there is: its weights' format, what is kept and compiled."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from trainer import lora, recompute
+from trainer.errors import OutOfMemoryError
+from trainer.frozen import freeze
+from trainer.plan import EnginePlan
+from trainer.precision import form_for
+
+log = logging.getLogger(__name__)
+
+
+def place(
+    denoiser: Any,
+    blocks: lora.Blocks,
+    *,
+    precision: str,
+    device: str,
+    fused: lora.Fused,
+    targets: Sequence[str],
+) -> None:
+    """Bring the denoiser to `device` block by block, joining projections and quantising on the way.
+
+    Neither the host nor the device ever holds more than one block besides the mapped file and the result.
+    """
+    form = form_for(precision, device)
+    for name, block in blocks:
+        block.to(device)
+        lora.fuse([(name, block)], fused=fused, targets=targets)
+        if form is not None:
+            freeze(block, form)
+    denoiser.to(device)
+    if device == "cuda":
+        denoiser.to(memory_format=torch.channels_last)  # as convolutions on tensor cores want their weights
+
+
+class Engine:
+    """How the regions of a denoiser run (see `trainer.recompute`). `lower` trades speed for memory."""
+
+    def __init__(self, denoiser: torch.nn.Module, regions: Sequence[torch.nn.Module], plan: EnginePlan) -> None:
+        self.denoiser, self.regions = denoiser, list(regions)
+        self.compiled, self.rungs = plan.compile, rungs(plan.recompute, plan.kept_blocks, plan.offload)
+        self._climb()
+
+    def _climb(self) -> None:
+        policy, kept, offload = self.rungs[0]
+        policies = ["none"] * kept + [policy] * (len(self.regions) - kept)
+        recompute.apply(self.regions, policies, compiled=self.compiled)
+        self.offload = recompute.Offload(self.denoiser) if offload == "activations" else None
+
+    def lower(self, problem: str) -> None:
+        """The next way, with less memory. Raises OutOfMemoryError where there is none."""
+        if len(self.rungs) == 1:
+            raise OutOfMemoryError(problem)
+        before, now = self.rungs.pop(0), self.rungs[0]
+        log.warning("%s Instead of %s: %s.", problem, _said(before), _said(now))
+        self._climb()
+
+    def saving(self) -> contextlib.AbstractContextManager[None]:
+        """Around a forward pass: where the tensors go that the backward pass needs."""
+        return self.offload if self.offload and torch.is_grad_enabled() else contextlib.nullcontext()
+
+
+def rungs(policy: str, kept: int, offload: str) -> list[tuple[str, int, str]]:
+    """This way to run and those below it, each with less memory: (policy, blocks that keep all, offload)."""
+    below = [("attention", 0, "none"), ("attention", 0, "activations"), ("all", 0, "activations")]
+    if offload != "none":
+        below = below[2:] if policy == "attention" else [] if policy == "all" else below[1:]
+    elif policy == "all":
+        below = below[2:]
+    elif policy == "attention" and not kept:
+        below = below[1:]
+    return [(policy, kept, offload), *below]
+
+
+def _said(rung: tuple[str, int, str]) -> str:
+    policy, kept, offload = rung
+    what = {"none": "everything kept", "attention": "all but attention recomputed", "all": "all recomputed"}[policy]
+    return f"{what}{f', {kept} blocks kept whole' if kept else ''}{', kept on the host' if offload != 'none' else ''}"
+
+
+@contextlib.contextmanager
+def drawing() -> Iterator[None]:
+    """Inside, nothing new is compiled: samples have shapes of their own, and few steps."""
+    with torch.compiler.set_stance("eager_on_recompile"):
+        yield

@@ -1,0 +1,214 @@
+"""Frozen linear layers in 8 bits, and the adapters on them. No weight gradient is ever formed.
+
+Shapes: M tokens (rows), K input and N output features, R the adapter's rank. A weight is quantised once, by output
+channel, and kept in 8 bits alone. Where a form multiplies in 8 bits, the input's rows are quantised by scales of their
+own as they come; on the way back the weight's scales are folded into the gradient before its rows are quantised.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners import lora as peft_lora
+
+from trainer.quantize import quantize_rows as reference_quantize_rows
+
+if importlib.util.find_spec("triton"):
+    from trainer.kernels import quantize_rows, transpose
+else:
+    from trainer.quantize import quantize_rows, transpose
+
+Rows = torch.Tensor | None
+
+# ---- an operator, which the compiler takes as one. Defined plainly: what a call costs the host counts.
+_OPERATORS = torch.library.Library("kiln", "FRAGMENT")
+
+
+def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Register the decorated function as the operator of this schema, on every device."""
+
+    def register(function: Callable[..., Any]) -> Any:
+        name = _OPERATORS.define(schema)
+        _OPERATORS.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"kiln::{name}", fake, lib=_OPERATORS)
+        return getattr(torch.ops.kiln, name).default
+
+    return register
+
+
+@_operator(
+    "fp8_product(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, Tensor? bias, Tensor? down, Tensor? up) -> Tensor",
+    lambda x, x_scale, w, w_scale, bias, down, up: x.new_empty(x.shape[0], w.shape[0], dtype=torch.bfloat16),  # noqa: ARG005
+)
+def fp8_product(
+    x_MK: torch.Tensor,
+    x_scale_M1: torch.Tensor,
+    w_NK: torch.Tensor,
+    w_scale_1N: torch.Tensor,
+    bias_N: torch.Tensor | None,
+    down_MR: torch.Tensor | None,
+    up_RN: torch.Tensor | None,
+) -> torch.Tensor:
+    """(M, N) in bf16: x wᵀ + bias + down up, with x and w in FP8. The adapter's part is added in place."""
+    y_MN = torch._scaled_mm(
+        x_MK,
+        w_NK.t(),
+        scale_a=x_scale_M1,
+        scale_b=w_scale_1N,
+        bias=bias_N,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+    return y_MN if down_MR is None or up_RN is None else y_MN.addmm_(down_MR, up_RN)
+
+
+# ---- the forms: how x wᵀ + bias + h up, and g w + gh down, are computed from a weight (N, K) and its scales (1, N)
+def _fp8_forward(x, w, scale, bias, h, up):  # type: ignore[no-untyped-def]
+    x8, x_scale = quantize_rows(x, None, w.dtype)
+    return fp8_product(x8, x_scale, w, scale, bias, h, None if up is None else up.t())
+
+
+def _fp8_backward(g, w, scale, gh, down):  # type: ignore[no-untyped-def]
+    g8, g_scale = quantize_rows(g, scale, w.dtype)
+    ones = torch.ones(1, w.shape[1], device=g.device)
+    return fp8_product(g8, g_scale, transpose(w), ones, None, gh, down)  # tensor cores sum along rows of both
+
+
+def _int8_forward(x, w, scale, bias, h, up):  # type: ignore[no-untyped-def]
+    x8, x_scale = quantize_rows(x, None, w.dtype)
+    y = torch._int_mm(x8, w.t()).float() * x_scale * scale
+    y = y if bias is None else y + bias
+    return (y if h is None else y + h @ up.t()).to(x.dtype)
+
+
+def _int8_backward(g, w, scale, gh, down):  # type: ignore[no-untyped-def]
+    g8, g_scale = quantize_rows(g, scale, w.dtype)
+    gx = torch._int_mm(g8, w).float() * g_scale
+    return (gx if gh is None else gx + gh @ down).to(g.dtype)
+
+
+def whole(w_NK: torch.Tensor, scale_1N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The weight that 8 bits and scales stand for."""
+    return (w_NK.float() * scale_1N.t()).to(dtype)
+
+
+def _stored_forward(x, w, scale, bias, h, up):  # type: ignore[no-untyped-def]
+    y = F.linear(x, whole(w, scale, x.dtype), bias)
+    return y if h is None else y + h @ up.t()
+
+
+def _stored_backward(g, w, scale, gh, down):  # type: ignore[no-untyped-def]
+    gx = g @ whole(w, scale, g.dtype)
+    return gx if gh is None else gx + gh @ down
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a frozen weight is kept and multiplied."""
+
+    forward: Callable[..., torch.Tensor]
+    backward: Callable[..., torch.Tensor]
+    dtype: torch.dtype
+    multiple: int = 1  # of both sides
+
+
+FORMS = {
+    "fp8": Form(_fp8_forward, _fp8_backward, torch.float8_e4m3fn, 16),
+    "fp8-fnuz": Form(_fp8_forward, _fp8_backward, torch.float8_e4m3fnuz, 16),
+    "fp8-storage": Form(_stored_forward, _stored_backward, torch.float8_e4m3fn),
+    "int8": Form(_int8_forward, _int8_backward, torch.int8, 16),
+    "int8-storage": Form(_stored_forward, _stored_backward, torch.int8),
+}
+
+
+class _Product(torch.autograd.Function):
+    """x wᵀ + bias + (x downᵀ) upᵀ for a frozen weight w in one of the forms."""
+
+    @staticmethod
+    def forward(ctx: Any, x, w, scale, bias, down, up, form):  # type: ignore[no-untyped-def]
+        h_MR = None if down is None else x @ down.t()
+        ctx.form = form
+        ctx.save_for_backward(None if down is None else x, h_MR, w, scale, down, up)
+        return FORMS[form].forward(x, w, scale, bias, h_MR, up)
+
+    @staticmethod
+    def backward(ctx: Any, g):  # type: ignore[no-untyped-def]
+        x, h_MR, w, scale, down, up = ctx.saved_tensors
+        g = g.contiguous()
+        gh_MR = None if up is None else g @ up
+        gx = FORMS[ctx.form].backward(g, w, scale, gh_MR, down) if ctx.needs_input_grad[0] else None
+        if gh_MR is None:
+            return gx, None, None, None, None, None, None
+        return gx, None, None, None, gh_MR.t() @ x, g.t() @ h_MR, None
+
+
+@torch.compiler.allow_in_graph
+def product(x, w, scale, bias, down, up, form):  # type: ignore[no-untyped-def]
+    """`_Product`, which the compiler need not look into to differentiate."""
+    return _Product.apply(x, w, scale, bias, down, up, form)
+
+
+class FrozenLinear(torch.nn.Module):
+    """A linear layer whose weight is kept in 8 bits and never trained. `form`: a key of `FORMS`."""
+
+    weight_NK: torch.Tensor
+    scale_1N: torch.Tensor
+
+    def __init__(self, linear: torch.nn.Linear, form: str) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.form = linear.in_features, linear.out_features, form
+        values, scale_N1 = reference_quantize_rows(linear.weight.detach(), None, FORMS[form].dtype)
+        self.register_buffer("weight_NK", values)
+        self.register_buffer("scale_1N", scale_N1.t().contiguous())
+        self.bias = linear.bias
+        self.dtype = linear.weight.dtype
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight that it stands for, (N, K), made anew each time."""
+        return whole(self.weight_NK, self.scale_1N, self.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.product(x, None, None)
+
+    def product(self, x: torch.Tensor, down_RK: Rows, up_NR: Rows) -> torch.Tensor:
+        """x wᵀ + bias + (x downᵀ) upᵀ, (…, N)."""
+        rows = x.reshape(-1, self.in_features)
+        y = product(rows, self.weight_NK, self.scale_1N, self.bias, down_RK, up_NR, self.form)
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+class Adapted(peft_lora.Linear):
+    """peft's LoRA layer; on a frozen layer the adapter is part of its product. Adapters are kept in fp32."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        special = self.disable_adapters or self.merged or self.lora_variant
+        # In fp32 peft's own arithmetic is as good; in 16 bits it would compute the adapter's part in fp32.
+        if special or x.dtype == torch.float32 or not isinstance(self.lora_dropout["default"], torch.nn.Identity):
+            return super().forward(x)
+        down = self.lora_A["default"].weight.to(x.dtype)
+        up = (self.lora_B["default"].weight * self.scaling["default"]).to(x.dtype)
+        if isinstance(self.base_layer, FrozenLinear):
+            return self.base_layer.product(x, down, up)
+        return self.base_layer(x) + F.linear(F.linear(x, down), up)
+
+
+def freeze(block: torch.nn.Module, form: str) -> None:
+    """Replace the linear layers in `block`, in place. Modulations, with one row a picture, are only stored in 8 bits.
+
+    Layers whose sides are no multiples of what the form needs stay as they are.
+    """
+    stored = {"fp8": "fp8-storage", "int8": "int8-storage"}.get(form, form)
+    for name, layer in list(block.named_modules()):
+        if not isinstance(layer, torch.nn.Linear):
+            continue
+        here = stored if "norm" in name else form
+        if layer.in_features % FORMS[here].multiple or layer.out_features % FORMS[here].multiple:
+            continue
+        parent, _, leaf = name.rpartition(".")
+        setattr(block.get_submodule(parent), leaf, FrozenLinear(layer, here))
