@@ -16,6 +16,7 @@ import torch
 from trainer import files, standin
 from trainer.errors import SettingsError, StorageError
 from trainer.families import PREFIXES, Family, family
+from trainer.lock import locked
 from trainer.plan import ModelPlan
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ def assembled(model: ModelPlan, cache: Path) -> Path:
         return source
     kind = family(model.family)
     places = kind.FACTS.parts
-    with files.locked(cache / "models", lambda: log.info("Another job converts weights: waiting for it.")):
+    with locked(cache / "models", lambda: log.info("Another job converts weights: waiting for it.")):
         try:
             own = {places[part]: _part(part, path, model, cache=cache) for part, path in model.parts.items()}
             names = {f.name: f for f in source.iterdir()} | own

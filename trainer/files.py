@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from trainer.errors import SettingsError, StorageError
+from trainer.errors import StorageError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
@@ -128,33 +126,3 @@ def _feed(path: Path, total: hashlib._Hash) -> None:
                 total.update(file.read(min(512, end - begin)))
                 file.seek(max(begin, end - 512))
                 total.update(file.read(min(512, end - begin)))
-
-
-@contextlib.contextmanager
-def locked(folder: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold `folder` for this process; the kernel lets go of it when the process dies, however it dies.
-
-    Raises SettingsError if another process holds it; StorageError if the folder cannot be written. With `on_wait` it
-    is called once and the lock is waited for instead.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / ".lock").open("a+", encoding="utf-8")
-    except OSError as problem:
-        raise StorageError(f"{folder} cannot be written: {problem.strerror}.") from problem
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as problem:
-            handle.seek(0)
-            owner = handle.read().strip() or "another process"
-            if on_wait is None:
-                raise SettingsError(
-                    f"OUTPUT_PATH {folder} is in use by {owner}. Wait for that job, or choose another OUTPUT_PATH."
-                ) from problem
-            on_wait()
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {socket.gethostname()}")
-        handle.flush()
-        yield

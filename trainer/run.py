@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from trainer.engine import Engine, place
 from trainer.errors import HangError, KilnError, OutOfMemoryError, SettingsError, StorageError
 from trainer.families import Facts, Family, family
 from trainer.guard import Guard
+from trainer.lock import locked
 from trainer.loop import Ema
 from trainer.metrics import Status
 from trainer.objective import make_objective
@@ -44,7 +46,7 @@ def run(plan: Plan, stop: StopFlag) -> None:
     """
     out = Path(plan.output.path)
     dog = Watchdog(plan.engine.step_timeout_s, alive=Path(os.environ[ALIVE]) if ALIVE in os.environ else None)
-    with files.locked(out), _log_file(out / "run.log"), _told(Status(out)) as status:
+    with locked(out), _log_file(out / "run.log"), _told(Status(out)) as status:
         crashes = Crashes(out, plan, step=lambda: status.step)
         crashes.check()
 
@@ -96,16 +98,25 @@ def _told(status: Status) -> Iterator[Status]:
             status.ended(ending)
 
 
+class _Quiet(logging.FileHandler):
+    """A full volume is told once, as the job's error, and not by each line that could not be written."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 @contextlib.contextmanager
 def _log_file(path: Path) -> Iterator[None]:
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _Quiet(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)
     try:
         yield
     finally:
         logging.getLogger().removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):
+            handler.close()
 
 
 def _run(
@@ -189,6 +200,7 @@ def _resumable(plan: Plan, out: Path) -> checkpoint.State | None:
     elif state is not None:
         changed = differences(state.tree["essence"], plan.essence())
     if state is None or not changed:
+        _say_what_made(state)
         return state
     if asked is not None and asked.is_file() and state.tree["essence"].get("lora.resume_from") != str(asked):
         aside = out / f"state.before-{int(time.time())}"
@@ -201,6 +213,14 @@ def _resumable(plan: Plan, out: Path) -> checkpoint.State | None:
         + "\nPut it back to resume; or choose another OUTPUT_PATH; or set PARAMS_RESUME_FROM to a LoRA file of that "
         "run to go on from its weights alone."
     )
+
+
+def _say_what_made(state: checkpoint.State | None) -> None:
+    """Other software or another device may go on, but the log shall tell why the bytes are not the same."""
+    now = checkpoint.made_by()
+    for key, then in (state.tree["made_by"] if state else {}).items():
+        if then != now[key]:
+            log.warning("The state was made with %s %s, and this is %s: bit-identity ends here.", key, then, now[key])
 
 
 def _same_data(state: checkpoint.State | None, found: Scan) -> None:

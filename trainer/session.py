@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from trainer import cache as caching
-from trainer import checkpoint, export, files, formats, lora, optim, prepare, sample
+from trainer import checkpoint, export, files, formats, optim, prepare, sample
 from trainer.cache import Cache
 from trainer.dataset import Scan
 from trainer.engine import Engine, drawing
@@ -226,8 +226,9 @@ class Session:
         def write() -> None:
             for path, made, header in self._files(f"{self.plan.output.name}-step{step:08d}", modules, step, epoch):
                 export.write(path, made.tensors, header)
-            data = {"essence": self.plan.essence(), "data": fingerprint(self.found.pictures)}
-            checkpoint.save(self.out / "state", step, {**data, **tree})
+            data = fingerprint(self.found.pictures)
+            about = {"essence": self.plan.essence(), "data": data, "made_by": checkpoint.made_by()}
+            checkpoint.save(self.out / "state", step, {**about, **tree})
 
         self.keeper.write(write, step)
         log.info(
@@ -262,7 +263,7 @@ class Session:
         """The adapters as they are, by the names of the layers that they belong to."""
         plan, facts = self.plan, self.kind.FACTS
         return formats.of_state(
-            lora.state(self.trainee.denoiser),
+            self.trainee.adapters,
             prefix=facts.lora_prefix,
             fused=facts.fused_targets,
             scale=plan.lora.alpha / plan.lora.rank,

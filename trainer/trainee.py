@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +27,15 @@ class Trainee:
     ema: Ema | None
     guard: Guard
 
+    @functools.cached_property
+    def adapters(self) -> dict[str, torch.Tensor]:
+        """The live tensors by peft's names. Gathered once: on a large model that takes longer than to copy them."""
+        return lora.state(self.denoiser)
+
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on, besides the data."""
         return {
-            "adapters": lora.state(self.denoiser),
+            "adapters": self.adapters,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "ema": {"steps": self.ema.steps, "shadow": self.ema.shadow} if self.ema else None,

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import select
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ class Server:
 
     folder: Path
     process: subprocess.Popen = field(init=False)
+    read: bytes = b""
 
     def __post_init__(self):
         environment = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "TMPDIR")}
@@ -38,17 +40,22 @@ class Server:
             env={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
+            bufsize=0,
         )
 
     def ask(self, **what):
-        self.process.stdin.write(json.dumps(what) + "\n")
-        self.process.stdin.flush()
+        self.process.stdin.write(json.dumps(what).encode() + b"\n")
         return self.answer()
 
-    def answer(self):
-        line = self.process.stdout.readline()
-        assert line, "the forking process is gone"
+    def answer(self, timeout=None):
+        """The next answer; None if there is none within `timeout` seconds."""
+        while b"\n" not in self.read:
+            if not select.select([self.process.stdout], [], [], timeout)[0]:
+                return None
+            block = os.read(self.process.stdout.fileno(), 4096)
+            assert block, "the forking process is gone"
+            self.read += block
+        line, _, self.read = self.read.partition(b"\n")
         return json.loads(line)
 
 
@@ -75,8 +82,10 @@ class Run:
             fault = {"fired": str(self.fired), **fault}
         return self.server.ask(plan=str(path), log=str(self.log), fault=fault)["pid"]
 
-    def wait(self):
-        return self.server.answer()["code"]
+    def wait(self, timeout=None):
+        """The exit code; None if the run is not over after `timeout` seconds."""
+        answer = self.server.answer(timeout)
+        return answer["code"] if answer else None
 
     def __call__(self, fault=None, **changes):
         """Run to the end; the exit code."""
@@ -98,6 +107,10 @@ class Run:
 
     def metrics(self):
         return [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+
+    def orphans(self):
+        """What a killed process was writing."""
+        return [p for p in self.out.rglob(".*") if ".tmp" in p.name]
 
     def states(self):
         return sorted(p.name for p in (self.out / "state").glob("step-*"))

@@ -161,6 +161,19 @@ def system(fault, due):
         _around(os, name, before=fail)
 
 
+def kill_at(fault, due):
+    """SIGKILL just before the call number `skip` + 1 that changes files."""
+    skip = [fault["skip"]]
+
+    def kill(*_):
+        skip[0] -= 1
+        if skip[0] < 0 and due():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for name in ("fsync", "rename", "mkdir", "unlink", "rmdir"):
+        _around(os, name, before=kill)
+
+
 def slow_sync(fault, due):
     _around(os, "fsync", before=lambda *_: time.sleep(fault["seconds"]) if due() else None)
 
@@ -192,7 +205,7 @@ def forget(fault, due):
 KINDS = {
     f.__name__: f
     for f in (
-        loss, grad, latents, param, oom, crash, sleep, hold_lock, stop_process, signals, system, slow_sync,
+        loss, grad, latents, param, oom, crash, sleep, hold_lock, stop_process, signals, system, kill_at, slow_sync,
         clock_backwards, forget,
     )
 }  # fmt: skip

@@ -1,0 +1,191 @@
+"""A: whatever is killed goes on, and ends with the bytes of a run that nobody disturbed."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+from trainer import files
+
+KILLS = int(os.environ.get("KILLS", "200"))
+
+
+def kill_often(run, tiny, count, seed):
+    """Kill the job `count` times at random, starting it again each time; the kills that fell into a save."""
+    dice, inside, finished = random.Random(seed), 0, 0
+    shutil.rmtree(run.out, ignore_errors=True)
+    began = time.monotonic()
+    assert run() == 0, run.said()
+    longest = 0.6 * (time.monotonic() - began)
+    shutil.rmtree(run.out)
+    for _ in range(count):
+        number = run.start()
+        code = run.wait(timeout=dice.uniform(0, longest))
+        if code is None:
+            os.kill(number, signal.SIGKILL)
+            code = run.wait()
+        if code == -signal.SIGKILL:
+            inside += bool([p for p in run.orphans() if "step-" in p.name or "-step" in p.name])
+        else:
+            finished += check(run, tiny, code)
+            shutil.rmtree(run.out)
+    finished += check(run, tiny, run())
+    return inside, finished
+
+
+def check(run, tiny, code):
+    assert code == 0, run.said()[-3000:]
+    assert run.final == tiny.reference
+    assert [r["step"] for r in run.metrics()] == list(range(1, 25))
+    assert run.orphans() == [] and not list(run.out.rglob("*.damaged"))
+    return 1
+
+
+def test_six_kills_end_bit_identical(run, tiny):
+    kill_often(run, tiny, 6, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_200_random_kills_end_bit_identical(run, tiny):
+    """A1. At least a tenth of them inside a save."""
+    inside, finished = kill_often(run, tiny, KILLS, seed=2)
+    print(f"\n{KILLS} kills, {inside} of them inside a save, {finished} runs finished, all with the same bytes")
+    assert inside >= KILLS // 10
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_kill_before_each_call_that_changes_files(run, tiny):
+    """A2, every EVERY-th of them (1 takes an hour)."""
+    every, survived = int(os.environ.get("EVERY", "17")), 0
+    for skip in range(0, 100_000, every):
+        shutil.rmtree(run.out, ignore_errors=True)
+        run.fired.unlink(missing_ok=True)
+        if run({"kind": "kill_at", "skip": skip}) == 0:
+            assert not run.times_fired()
+            break
+        assert run.times_fired() == 1
+        survived += check(run, tiny, run())
+    print(f"\n{survived} kills at calls that change files, each run finished with the same bytes")
+    assert survived >= 3
+
+
+def test_a_state_without_the_optimiser_gives_other_bytes(run, tiny):
+    """A6: the comparison can fail."""
+    number = run.start({"kind": "sleep", "step": 6, "seconds": 60})
+    wait_for(lambda: run.times_fired())
+    os.kill(number, signal.SIGKILL)
+    run.wait()
+    run.fired.unlink()
+    assert run.states() == ["step-00000004"]
+    assert run({"kind": "forget"}) == 0 and run.times_fired() == 1
+    assert "Resumed at step 4" in run.said() and run.final != tiny.reference
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def halfway(run):
+    """Stopped by SIGTERM at step 10: states of steps 4, 8 and 10."""
+    assert run({"kind": "signals", "step": 10, "signals": [signal.SIGTERM]}) == 143, run.said()
+    assert run.states() == ["step-00000004", "step-00000008", "step-00000010"]
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_a_damaged_state_is_left_for_the_one_before(halfway, tiny, name, damage):
+    """A5. By step and not by time: the older states are made to look newer."""
+    spoil(halfway.out / "state" / "step-00000010" / name, damage)
+    for age, state in enumerate(halfway.states()):
+        os.utime(halfway.out / "state" / state, (2e9 - age, 2e9 - age))
+    assert halfway() == 0, halfway.said()
+    assert "step-00000010 is damaged" in halfway.said() and "Resumed at step 8" in halfway.said()
+    assert (halfway.out / "state" / "step-00000010.damaged").is_dir()
+    assert halfway.final == tiny.reference
+
+
+def test_when_all_states_are_damaged_nothing_begins_anew(halfway):
+    for state in halfway.states():
+        spoil(halfway.out / "state" / state / "state.safetensors", "flip")
+    assert halfway() == 74
+    assert "All 3 states" in halfway.said() and not (halfway.out / "x.safetensors").exists()
+
+
+def spoil(path, damage):
+    data = bytearray(path.read_bytes())
+    if damage == "delete":
+        path.unlink()
+    elif damage == "flip":
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    else:
+        path.write_bytes(data[:-5])
+
+
+def test_a_changed_setting_is_refused_with_what_differs(halfway, tiny):
+    """A8. Also what the run was made with is compared, but only said: a newer image may go on."""
+    assert halfway(train={"seed": 7}) == 78
+    assert "train.seed: 42 → 7" in halfway.said()
+    path = halfway.out / "state" / "step-00000010" / "state.json"
+    text = json.loads(path.read_text())["text"]
+    other = re.sub(r'\["torch", "\d[^"]*"\]', '["torch", "1.0"]', text)
+    assert other != text
+    path.write_text(json.dumps({"sha256": files.digest(other), "text": other}))
+    assert halfway() == 0 and "torch 1.0" in halfway.said()
+    assert halfway.final == tiny.reference
+
+
+@pytest.mark.slow
+def test_states_are_flushed_before_and_after_their_rename(run, tmp_path):
+    """A3: file, folder, rename, and the folder above, in this order, as the kernel saw it."""
+    if not shutil.which("strace"):
+        pytest.skip("needs strace")
+    plan = tmp_path / "plan.json"
+    run.start(train={"max_steps": 2}, output={"save_every": 1})
+    assert run.wait() == 0
+    shutil.rmtree(run.out)
+    trace = tmp_path / "trace"
+    command = ["strace", "-f", "-y", "-e", "trace=fsync,rename,renameat,renameat2", "-o", trace]
+    subprocess.run([*command, sys.executable, "-m", "trainer", plan], check=True, capture_output=True, timeout=280)
+    calls = trace.read_text().splitlines()
+    for step in ("step-00000001", "step-00000002"):
+        at = next(i for i, c in enumerate(calls) if re.search(rf'rename\w*\(.*{step}\.\d+\.tmp", .*{step}"\)', c))
+        before, after = "\n".join(calls[:at]), calls[at + 1 :]
+        for name in ("state.safetensors>", "state.json>", ".tmp>"):
+            assert re.search(rf"fsync\(\d+<[^>]*{step}[^>]*{re.escape(name)}", before), name
+        assert any(re.search(r"fsync\(\d+<[^>]*/state>", c) for c in after)
+
+
+@pytest.mark.slow
+def test_what_was_not_flushed_may_be_lost(halfway, tiny):
+    """A3: after a loss of power, a state that was being written is empty; the one before is used."""
+    whole = halfway.out / "state" / "step-00000010"
+    whole.rename(whole.with_name(".step-00000010.1.tmp"))
+    for path in whole.with_name(".step-00000010.1.tmp").iterdir():
+        path.write_bytes(b"")
+    assert halfway() == 0 and "Resumed at step 8" in halfway.said()
+    assert halfway.final == tiny.reference and halfway.orphans() == []
+
+
+def test_a_finished_job_is_left_alone_by_the_trainer(run, tiny):
+    """A7 (with the entrypoint: tests/end_to_end/test_job.py)."""
+    assert run() == 0
+    before = {k: v.clone() for k, v in load_file(run.out / "x.safetensors").items()}
+    assert run() == 0 and run.final == tiny.reference
+    assert before.keys() == load_file(run.out / "x.safetensors").keys()

@@ -1,0 +1,90 @@
+"""C4: one job in an output folder, also where the volume knows no locks. In processes that import no torch."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+HOLD = """
+import fcntl, os, pathlib, sys, time
+from trainer import lock
+from trainer.errors import SettingsError
+folder, seconds, kind = pathlib.Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
+lock.RENEW_S, lock.WATCH_S = 0.2, 1.0
+if kind == "no locks":
+    def refuse(*_): raise OSError(37, "No locks available")
+    fcntl.flock = refuse
+if kind == "another machine":
+    lock._machine = lambda: f"that of {os.getpid()}"
+    fcntl.flock = lambda *_: None
+try:
+    with lock.locked(folder):
+        print("holds", flush=True)
+        time.sleep(seconds)
+except SettingsError as problem:
+    print(problem, flush=True)
+    sys.exit(78)
+"""
+
+
+def begin(folder, seconds=0.0, kind="locks"):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", HOLD, str(folder), str(seconds), kind]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def owner(folder, kind="locks"):
+    process = begin(folder, 60, kind)
+    assert process.stdout.readline() == "holds\n"
+    return process
+
+
+def end(process):
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize("kind", ["locks", "no locks"])
+def test_of_two_at_once_one_holds(tmp_path, kind):
+    for attempt in range(3):
+        folder = tmp_path / str(attempt)
+        both = [begin(folder, 2.5, kind) for _ in range(2)]
+        codes = sorted(p.wait(timeout=60) for p in both)
+        said = [p.stdout.read() for p in both]
+        assert codes == [0, 78], said
+        assert sum("is in use by process" in text for text in said) == 1, said
+
+
+@pytest.mark.parametrize("kind", ["locks", "no locks", "another machine"])
+def test_a_living_owner_is_respected(tmp_path, kind):
+    first = owner(tmp_path, kind)
+    try:
+        second = begin(tmp_path, 0, kind)
+        assert second.wait(timeout=60) == 78
+        assert f"is in use by process {first.pid} on " in second.stdout.read()
+    finally:
+        end(first)
+
+
+@pytest.mark.parametrize(("kind", "seconds"), [("locks", 0.0), ("no locks", 1.0)])
+def test_what_a_killed_owner_held_is_taken_over(tmp_path, kind, seconds):
+    first = owner(tmp_path, kind)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    started = time.monotonic()
+    second = begin(tmp_path, 0, kind)
+    assert second.wait(timeout=60) == 0
+    assert time.monotonic() - started >= seconds
+    assert not (tmp_path / ".lease").exists()
+
+
+def test_a_dead_owner_on_another_machine_is_waited_for_and_taken_over(tmp_path):
+    first = owner(tmp_path, "another machine")
+    end(first)
+    second = begin(tmp_path, 0, "locks")
+    assert second.wait(timeout=60) == 0 and (tmp_path / ".lock").exists()

@@ -1,0 +1,83 @@
+"""B: signals in every phase, and more of them than one."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+PHASES = ["reading the dataset", "encoding", "loading the model", "training", "sampling"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", PHASES)
+def test_sigterm_in_each_phase(run, tiny, phase):
+    """B1: 143 within 4 s, and the next start ends with the same bytes."""
+    fault = {"kind": "signals", "phase": phase, "signals": [signal.SIGTERM]}
+    changes = {"output": {"sample_every": 8 if phase == "sampling" else 0}}
+    assert run(fault, **changes) == 143, run.said()
+    ended = time.monotonic()
+    assert ended - float(run.fired.read_text().split()[-1]) < 4
+    assert run.status()["phase"] == "stopped" and "Traceback" not in run.said()
+    assert run() == 0 and run.final == tiny.reference
+
+
+@pytest.mark.slow
+def test_sigterm_while_the_end_is_written(run, tiny):
+    """All steps are done: the LoRA is finished, which takes less time than saving would."""
+    assert run({"kind": "signals", "phase": "exporting", "signals": [signal.SIGTERM]}) == 0
+    assert run.times_fired() == 1 and run.final == tiny.reference
+
+
+def test_several_signals_are_one_stop(run, tiny):
+    """B4."""
+    several = [signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+    assert run({"kind": "signals", "step": 6, "signals": several}) == 143
+    assert run.states() == ["step-00000004", "step-00000006"]
+    assert run.said().count("Saved step 6") == 1 and "Traceback" not in run.said()
+    assert run() == 0 and run.final == tiny.reference
+
+
+@pytest.mark.slow
+def test_a_kill_five_seconds_after_sigterm_on_a_slow_disk(run, tiny):
+    """B2: each flush takes three seconds, so that the save is not done in time. What was saved before stays."""
+    number = run.start({"kind": "slow_sync", "step": 9, "seconds": 3, "times": 1000})
+    deadline = time.monotonic() + 60
+    while not run.states() or '"step": 9' not in (run.out / "metrics.jsonl").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(number, signal.SIGTERM)
+    if run.wait(timeout=5) is None:
+        os.kill(number, signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL
+    assert run.times_fired() >= 1
+    assert run() == 0 and run.final == tiny.reference
+    assert "Resumed at step 4" in run.said() or "Resumed at step 8" in run.said()
+
+
+@pytest.mark.slow
+def test_the_first_process_of_a_container_forwards_signals(job):
+    """B3: process 1 of a namespace of its own ignores signals that it has no handler for."""
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-pf", "true"]).returncode:
+        pytest.skip("needs to make process namespaces")
+    environment = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "TMPDIR")} | job.environment
+    process = subprocess.Popen(
+        ["unshare", "-pf", "--mount-proc", "--kill-child", sys.executable, "-m", "entrypoint"],
+        cwd=os.getcwd(),
+        env={**environment, "OMP_NUM_THREADS": "1", "PARAMS_MAX_STEPS": "400"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    job.wait_for_step(process, 3)
+    first = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()[0]
+    started = time.monotonic()
+    os.kill(int(first), signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert time.monotonic() - started < 4
+    assert process.returncode == 143, printed
+    assert job.status()["phase"] == "stopped" and json.dumps(job.status())
