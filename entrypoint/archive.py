@@ -7,6 +7,7 @@ thing wrong refuses the whole archive.
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import io
 import itertools
@@ -280,6 +281,7 @@ def _refusing(archive: Path) -> Iterator[None]:
     except DAMAGE as problem:
         raise DataError(f"{archive.name} is not a whole zip or tar ({type(problem).__name__}: {problem}).") from problem
     except OSError as problem:
-        if problem.errno is not None:
+        # bz2 tells of damage without a number; an offset before the file's beginning is an invalid argument of seek.
+        if problem.errno not in (None, errno.EINVAL):
             raise
-        raise DataError(f"{archive.name} is not a whole archive ({problem}).") from problem  # bz2 tells it like this
+        raise DataError(f"{archive.name} is not a whole archive ({problem}).") from problem

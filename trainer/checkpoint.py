@@ -97,9 +97,9 @@ def read(path: Path) -> State:
         if files.sha256(path / "state.safetensors") != record["sha256"]:
             raise ValueError("state.safetensors is not what was written")
         tensors = load_file(path / "state.safetensors")
-    except (OSError, KeyError, TypeError, SafetensorError) as problem:
+        return State(int(record["step"]), path, _join(record["tree"], tensors))
+    except (OSError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as problem:
         raise ValueError(str(problem)) from problem
-    return State(record["step"], path, _join(record["tree"], tensors))
 
 
 def prune(folder: Path, keep: int) -> list[int]:

@@ -180,9 +180,11 @@ def read_header(path: Path) -> Header:
             key: Entry(e["dtype"], tuple(e["shape"]), *(8 + length + offset for offset in e["data_offsets"]))
             for key, e in raw.items()
         }
+        if any(type(n) is not int or n < 0 for e in entries.values() for n in (*e.shape, e.begin, e.end)):
+            raise TypeError("a size that is not a whole number")
     except OSError as problem:
         raise ValueError(f"it cannot be read: {problem.strerror}") from problem
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError) as problem:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, AttributeError, KeyError, TypeError) as problem:
         raise ValueError("its safetensors header is damaged") from problem
     if any(e.end > size for e in entries.values()):
         raise ValueError("it was cut off")

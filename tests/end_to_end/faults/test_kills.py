@@ -19,26 +19,37 @@ KILLS = int(os.environ.get("KILLS", "200"))
 
 
 def kill_often(run, tiny, count, seed):
-    """Kill the job `count` times at random, starting it again each time; the kills that fell into a save."""
+    """Kill the job `count` times at random, starting it again each time; the kills that fell into a save.
+
+    Every fourth waits for the next save and comes at a random moment of it.
+    """
     dice, inside, finished = random.Random(seed), 0, 0
     shutil.rmtree(run.out, ignore_errors=True)
     began = time.monotonic()
     assert run() == 0, run.said()
     longest = 0.6 * (time.monotonic() - began)
     shutil.rmtree(run.out)
-    for _ in range(count):
+    for turn in range(count):
         number = run.start()
         code = run.wait(timeout=dice.uniform(0, longest))
+        while turn % 4 == 3 and code is None and not saving(run):
+            code = run.wait(timeout=0.001)
         if code is None:
+            time.sleep(dice.uniform(0, 0.03) if turn % 4 == 3 else 0)
             os.kill(number, signal.SIGKILL)
             code = run.wait()
         if code == -signal.SIGKILL:
-            inside += bool([p for p in run.orphans() if "step-" in p.name or "-step" in p.name])
+            inside += saving(run)
         else:
             finished += check(run, tiny, code)
             shutil.rmtree(run.out)
     finished += check(run, tiny, run())
     return inside, finished
+
+
+def saving(run):
+    """Whether files of a save are half there."""
+    return bool([*run.out.glob(".x-step*.tmp*"), *run.out.glob("state/.step-*.tmp")])
 
 
 def check(run, tiny, code):

@@ -1,0 +1,146 @@
+"""Many mutated inputs for each reader of foreign data: `python tests/fuzz/run.py --inputs 1000000 --seconds 3600`.
+
+Every input must end within a second in a result or a named error, within the memory allowed. What does not is written
+to the corpus, so that `tests/fuzz/test_fuzz.py` is red until it is mended. With the package atheris installed,
+`--atheris TARGET` lets coverage guide the mutations of one target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import random
+import resource
+import shutil
+import sys
+import time
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.fuzz import targets
+from tests.fuzz.targets import CORPUS, TARGETS, Target
+
+SLOW_S, MEMORY = 1.0, 3 * 2**30  # per input; bytes of address space beyond what the program has at its start
+
+
+def mutated(dice: random.Random, data: bytes, words: tuple[bytes, ...], others: list[bytes]) -> bytes:
+    """`data` with one to six changes: bits, bytes, cuts, repeats, words, pieces of other inputs."""
+    out = bytearray(data)
+    for _ in range(dice.randint(1, 6)):
+        at = dice.randint(0, len(out))
+        kind = dice.randrange(8)
+        if kind == 0 and out:
+            out[at % len(out)] ^= 1 << dice.randrange(8)
+        elif kind == 1 and out:
+            out[at % len(out)] = dice.choice((0, 1, 0x7F, 0x80, 0xFF, dice.randrange(256)))
+        elif kind == 2:
+            del out[at : at + dice.choice((1, 2, 4, 16, 64))]
+        elif kind == 3:
+            out[at:at] = out[at : at + dice.choice((1, 4, 16))] * dice.choice((1, 2, 20))
+        elif kind == 4 and words:
+            out[at:at] = dice.choice(words)
+        elif kind == 5 and len(out) >= 4:
+            size = dice.choice((1, 2, 4))
+            at = min(at, len(out) - size)
+            out[at : at + size] = dice.choice((0, 1, 2**31 - 1, 2**32 - 1, dice.getrandbits(32))).to_bytes(4, "little")[
+                :size
+            ]
+        elif kind == 6:
+            other = dice.choice(others)
+            start = dice.randint(0, len(other))
+            out[at : at + 8] = other[start : start + dice.choice((4, 16, 64))]
+        else:
+            del out[max(at, 4) :]
+    return bytes(out[:100_000])
+
+
+def attempt(target: Target, data: bytes) -> str | None:
+    """What is wrong with how `target` took `data`; None if nothing is."""
+    began = time.monotonic()
+    try:
+        target.read(data)
+    except target.allowed:
+        pass
+    except BaseException:
+        if isinstance(sys.exc_info()[1], KeyboardInterrupt):
+            raise
+        return traceback.format_exc(limit=-4)
+    took = time.monotonic() - began
+    return f"took {took:.1f} s" if took > SLOW_S and not _still_quick(target, data) else None
+
+
+def _still_quick(target: Target, data: bytes) -> bool:
+    """Once more: a busy machine is no failure."""
+    began = time.process_time()
+    with contextlib.suppress(*target.allowed):
+        target.read(data)
+    return time.process_time() - began <= SLOW_S
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--inputs", type=int, default=1_000_000, help="in all")
+    parser.add_argument("--seconds", type=float, default=3600, help="in all, at most")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=TARGETS)
+    parser.add_argument("--atheris", choices=TARGETS)
+    asked = parser.parse_args()
+    if asked.atheris:
+        return guided(asked.atheris, asked.inputs)
+    import trainer.checkpoint
+    import trainer.formats  # noqa: F401
+
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.RLIM_INFINITY))
+    chosen = [asked.only] if asked.only else [*TARGETS]
+    failed = total = 0
+    for name in chosen:
+        count, bad = fuzz(name, asked.inputs // len(chosen), asked.seconds / len(chosen), asked.seed)
+        total, failed = total + count, failed + bad
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"{total} inputs, {failed} failures; peak memory {peak:.0f} MiB")
+    shutil.rmtree(targets.folder(), ignore_errors=True)
+    return 1 if failed else 0
+
+
+def fuzz(name: str, inputs: int, seconds: float, seed: int) -> tuple[int, int]:
+    target, known = TARGETS[name], targets.seeds()[name]
+    dice, began, seen, count, accepted = random.Random(f"{name} {seed}"), time.monotonic(), set(), 0, 0
+    while count < inputs and time.monotonic() - began < seconds:
+        data = mutated(dice, dice.choice(known), target.words, known)
+        problem = attempt(target, data)
+        count += 1
+        accepted += problem is None
+        if problem and (kind := problem.strip().splitlines()[-1][:60]) not in seen:
+            seen.add(kind)
+            place = CORPUS / name / f"found-{hashlib.sha256(data).hexdigest()[:12]}"
+            place.write_bytes(data)
+            print(f"{name}: {place.name}: {problem}")
+    print(f"{name}: {count} inputs in {time.monotonic() - began:.0f} s, {len(seen)} kinds of failure", flush=True)
+    return count, len(seen)
+
+
+def guided(name: str, inputs: int) -> int:
+    import atheris
+
+    with atheris.instrument_imports(include=["entrypoint", "trainer"]):
+        for module in [m for m in sys.modules if m.split(".")[0] in ("entrypoint", "trainer")]:
+            del sys.modules[module]
+        import importlib
+
+        importlib.reload(targets)
+    target = targets.TARGETS[name]
+
+    def one(data: bytes) -> None:
+        with contextlib.suppress(*target.allowed):
+            target.read(data)
+
+    atheris.Setup([sys.argv[0], f"-runs={inputs}", "-max_len=4096", "-timeout=5", str(CORPUS / name)], one)
+    atheris.Fuzz()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
