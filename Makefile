@@ -10,7 +10,7 @@ DEMO_flux := PARAMS_TIMESTEP_SAMPLING=shift
 DEMO_sd3 := PARAMS_TIMESTEP_SAMPLING=shift
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test slow lint unit container readme lock clean
+.PHONY: demo test slow faults lint unit container readme lock clean
 
 # torch first and alone: whichever build this machine's pip offers. All else from locks with hashes.
 .venv/.runtime: requirements.lock
@@ -44,7 +44,12 @@ test: lint
 
 # Whole jobs from start to end, interrupted ones, and the concept with its mutations: about 15 minutes.
 slow: .venv/.dev
-	$(BIN)/pytest -rf -m slow
+	$(BIN)/pytest -rf -m slow --ignore tests/end_to_end/faults
+
+# Every row of docs/reliability.md, and fuzzing: about an hour and a half. KILLS, EVERY, STEPS, INPUTS: how much of it.
+faults: .venv/.dev
+	$(BIN)/pytest -rf -s tests/end_to_end/faults tests/fuzz
+	$(BIN)/python tests/fuzz/run.py --inputs $(or $(INPUTS),1000000)
 
 # Builds the image for the CPU and trains in it; says why where that cannot be done.
 container: .venv/.dev

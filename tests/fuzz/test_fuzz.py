@@ -21,7 +21,7 @@ def test_the_corpus_is_read_or_refused(name):
 
 @every_target
 @given(st.integers(0, 2**32), st.binary(max_size=200))
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_mutations_are_read_or_refused(name, seed, noise):
     dice = random.Random(seed)
     data = mutated(dice, dice.choice([*KNOWN[name], noise]), TARGETS[name].words, KNOWN[name])

@@ -25,6 +25,7 @@ def test_a_step_that_sleeps_is_ended_with_its_stack(run):
     assert json.loads((run.out / "crashes.json").read_text())["count"] == 1
 
 
+@pytest.mark.slow
 def test_a_job_ten_times_slower_is_no_hang(run):
     """By the usual time of a step, with a floor far below it."""
     assert run({"kind": "sleep", "step": 3, "seconds": 0.5, "times": 1000}, train={"max_steps": 8}) == 0, run.said()

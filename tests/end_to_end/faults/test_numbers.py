@@ -7,8 +7,15 @@ import torch
 from safetensors.torch import load_file
 
 
-@pytest.mark.parametrize("kind", ["loss", "grad"])
-@pytest.mark.parametrize("factor", ["nan", "inf"])
+@pytest.mark.parametrize(
+    ("kind", "factor"),
+    [
+        ("loss", "nan"),
+        pytest.param("loss", "inf", marks=pytest.mark.slow),
+        pytest.param("grad", "nan", marks=pytest.mark.slow),
+        pytest.param("grad", "inf", marks=pytest.mark.slow),
+    ],
+)
 def test_one_bad_step_is_skipped_and_told(run, tiny, kind, factor):
     assert run({"kind": kind, "step": 7, "factor": factor}) == 0, run.said()
     assert run.times_fired() == 1
@@ -19,17 +26,20 @@ def test_one_bad_step_is_skipped_and_told(run, tiny, kind, factor):
     assert run.final != tiny.reference
 
 
+@pytest.mark.slow
 def test_a_loss_spike_is_skipped(run):
     assert run({"kind": "loss", "step": 20, "factor": "100"}) == 0, run.said()
     assert run.times_fired() == 1
     assert "more than 10 times the largest" in run.said() and "diverges" in run.said()
 
 
+@pytest.mark.slow
 def test_without_the_spike_guard_the_same_loss_is_taken(run):
     assert run({"kind": "loss", "step": 20, "factor": "100"}, train={"max_loss_spike": 0.0}) == 0
     assert run.times_fired() == 1 and "is skipped" not in run.said()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "why"),
     [
@@ -50,6 +60,7 @@ def test_too_many_bad_steps_stop_with_their_cause(run, fault, why):
     assert all("loss" not in r for r in run.metrics() if r["step"] > 12)
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_never_saved(run):
     """The update itself went wrong, just before a save."""
     assert run({"kind": "param", "step": 8, "factor": "inf"}) == 70, run.said()
@@ -57,6 +68,7 @@ def test_weights_that_are_not_finite_are_never_saved(run):
     assert not list(run.out.glob("x-step00000008*"))
 
 
+@pytest.mark.slow
 def test_the_limit_is_counted_over_restarts(run):
     """A state remembers how many steps were skipped before it."""
     assert run({"kind": "loss", "step": 7, "times": 1, "factor": "nan"}) == 0
@@ -77,17 +89,20 @@ def test_out_of_memory_once_halves_the_micro_batch(run, tiny):
     assert [r["step"] for r in run.metrics()] == list(range(1, 25))
 
 
+@pytest.mark.slow
 def test_out_of_memory_without_end_stops_after_bounded_tries(run):
     assert run({"kind": "oom", "step": 7, "times": 1000}) == 75, run.said()
     assert run.times_fired() == 2
     assert "one picture at once does not fit" in run.said() and run.states() == ["step-00000004"]
 
 
+@pytest.mark.slow
 def test_another_error_is_not_tried_again(run):
     assert run({"kind": "oom", "step": 7, "times": 1000, "error": "CUDA error: unspecified"}) == 70
     assert run.times_fired() == 1
 
 
+@pytest.mark.slow
 def test_a_crash_loop_ends(run, tiny):
     """A4. Three restarts may fail at the same step; the next says so at once, until something changes."""
     for _ in range(4):
@@ -99,12 +114,14 @@ def test_a_crash_loop_ends(run, tiny):
     assert run() == 0 and run.final == tiny.reference
 
 
+@pytest.mark.slow
 def test_progress_ends_the_count(run):
     for step in (6, 10, 14, 18, 22):
         assert run({"kind": "crash", "step": step, "times": 1000}) == 70
     assert run() == 0, run.said()
 
 
+@pytest.mark.slow
 def test_a_clock_that_goes_backwards_changes_nothing(run, tiny):
     assert run({"kind": "clock_backwards"}) == 0 and run.times_fired() == 1
     assert run.final == tiny.reference

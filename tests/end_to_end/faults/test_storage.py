@@ -82,6 +82,7 @@ def failing(run, tiny, errno, skip):
     assert run.orphans() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("errno", "skip"), [("EIO", 0), ("ENOSPC", 5)])
 def test_a_failing_flush_or_rename(run, tiny, errno, skip):
     failing(run, tiny, errno, skip)
@@ -95,6 +96,7 @@ def test_every_kind_of_failure_at_several_places(run, tiny, errno, skip):
     failing(run, tiny, errno, skip)
 
 
+@pytest.mark.slow
 def test_a_single_failure_is_no_end(run, tiny):
     """One flush fails, as on a network volume that stumbles: the older states go, and the save is tried again."""
     once = {**SAVES, "errno": "EIO", "step": 9, "skip": 4, "times": 1}
@@ -117,6 +119,7 @@ def test_saving_lets_training_go_on(run, tiny):
     assert run.final == tiny.reference
 
 
+@pytest.mark.slow
 def test_the_background_shows_its_failure(run):
     """A save that fails while training goes on ends the job at the next step, not at the next save."""
     assert run({**SAVES, "errno": "ENOSPC", "step": 4, "skip": 0}, output={"save_every": 4}) == 74

@@ -1,0 +1,51 @@
+"""A long job: memory, files and threads stay what they are. STEPS=20000 is the whole; the default is a tenth."""
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trainer.plan import Prompt
+
+STEPS = int(os.environ.get("STEPS", "2000"))
+
+
+def measured(number):
+    """Resident memory in MiB, open files, threads of a process."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{number}/status").read_text().splitlines())
+    return int(status["VmRSS"].split()[0]) / 1024, len(os.listdir(f"/proc/{number}/fd")), int(status["Threads"])
+
+
+def slope(values):
+    """Growth over the whole series by a straight line, relative to its mean."""
+    values = np.asarray(values, float)
+    return np.polyfit(np.linspace(0, 1, len(values)), values, 1)[0] / values.mean()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_a_long_job_does_not_grow(run):
+    prompt = {"text": "a spot", "width": 32, "height": 32, "seed": 1, "steps": 2, "guidance": 3.5, "cfg": 1.0}
+    run.plan = dataclasses.replace(run.plan, prompts=(Prompt(**prompt),))
+    every = max(50, STEPS // 40)
+    number = run.start(train={"max_steps": STEPS}, output={"save_every": every, "sample_every": every})
+    series = []
+    while (code := run.wait(timeout=1.0)) is None:
+        series.append((time.monotonic(), *measured(number)))
+    assert code == 0, run.said()[-2000:]
+    later = np.array(series[len(series) // 4 :])  # the first quarter fills caches
+    memory, files, threads = slope(later[:, 1]), later[:, 2], later[:, 3]
+    log = (run.out / "run.log").stat().st_size
+    print(
+        f"\n{STEPS} steps, {STEPS // every} saves and samples, {series[-1][0] - series[0][0]:.0f} s: memory "
+        f"{later[:, 1].mean():.0f} MiB, growth {100 * memory:.2f} %; open files {files.min():.0f} to {files.max():.0f} "
+        f"(slope {100 * slope(files):.2f} %); threads {threads.min():.0f} to {threads.max():.0f}; run.log {log} bytes"
+    )
+    assert memory < 0.01
+    assert np.median(files[-5:]) <= np.median(files[:5]) + 1 and np.median(threads[-5:]) <= np.median(threads[:5]) + 1
+    minutes = (series[-1][0] - series[0][0]) / 60
+    assert log < 20_000 + 2_000 * minutes + 400 * STEPS / every
+    assert len(list((run.out / "state").iterdir())) == 3
