@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from entrypoint import bake, hardware, net, singles
+from entrypoint import bake, finish, hardware, net, singles
 from entrypoint.manifest import read_manifest
 from entrypoint.plan import make_plan
 from entrypoint.settings import Settings, help_env, read_settings
@@ -62,8 +62,14 @@ def main(arguments: list[str]) -> int:
         print(help_env())  # noqa: T201
         return 0
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    check = asked.check or asked.command == "check"
+    return finish.supervised(lambda: _exit_code(check=check), os.environ)
+
+
+def _exit_code(*, check: bool) -> int:
+    """The job, with its errors told and turned into their exit codes."""
     try:
-        return job(os.environ, check=asked.check or asked.command == "check")
+        return job(os.environ, check=check)
     except KilnError as problem:
         log.error("%s", problem)
         log.error("%s [exit %d]", problem.advice, problem.exit_code)
@@ -79,6 +85,7 @@ def job(environ: Mapping[str, str], *, check: bool) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _stop)
     settings = read_settings(environ)
+    finish.Limit.set(settings.max_runtime, settings.max_cost, settings.price_per_hour)
     manifest = read_manifest(settings.dataset_config, settings.sample_prompts)
     plan = make_plan(settings, manifest, hardware.detect(), now=_now(environ))
     plan = dataclasses.replace(plan, model=bake.with_baked(plan.model))

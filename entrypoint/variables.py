@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from entrypoint.finish import ACTIONS
 from entrypoint.hardware import BACKENDS, FORMATS
 from entrypoint.options import Row, Secret, row
 from trainer.families import base_models
@@ -24,6 +25,7 @@ GROUPS = {  # the field that each group begins with
     "network_dim": "adapter",
     "backend": "engine",
     "output_path": "output",
+    "on_finish": "finish",
 }
 MANY = 10**8
 # Those of diffusers' attention backends that torch itself carries: the others need packages that are not installed, or
@@ -370,6 +372,24 @@ class Settings:
     )
     keep_checkpoints: int = row(
         "KEEP_CHECKPOINTS", "integer", default="3", means="checkpoints that are kept, the newest", low=1, high=MANY
+    )
+
+    # finish
+    on_finish: str | None = row(
+        "ON_FINISH",
+        "choice",
+        means="at the end: exit; stop or terminate the pod; idle: keep the container",
+        choices=lambda: ACTIONS,
+        otherwise="stop on a RunPod pod, else exit",
+    )
+    max_runtime: float | None = row(
+        "MAX_RUNTIME", "number", means="hours after which the job saves and ends", above=0, high=1e5, otherwise="none"
+    )
+    max_cost: float | None = row(
+        "MAX_COST", "number", means="the same in money, by PRICE_PER_HOUR", above=0, high=1e6, otherwise="none"
+    )
+    price_per_hour: float | None = row(
+        "PRICE_PER_HOUR", "number", means="of this machine, in the money of MAX_COST", above=0, high=1e5
     )
 
 

@@ -1,0 +1,214 @@
+"""A job inside a rented pod: it ends the pod when nothing is left to do, and never pays for trying in vain."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from entrypoint import finish, net
+from entrypoint.finish import Limit, Times, supervised
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = Times(0.02, 0.05, 0.3, 0.3, net.Patience(budget=0.3, first_wait=0.02, timeout=2.0))
+
+
+@pytest.fixture
+def pod(server, account, tmp_path):
+    """The environment of a pod that runs; its stop sends the signal, as RunPod does."""
+    server.add_pod("pod1")
+    server.on_action = lambda pod, action: threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    return {**account, "RUNPOD_POD_ID": "pod1", "OUTPUT_PATH": str(tmp_path / "output")}
+
+
+def diary(pod):
+    return json.loads((Path(pod["OUTPUT_PATH"]) / "pod.json").read_text())
+
+
+def state(server):
+    return server.pods["pod1"]["status"] if "pod1" in server.pods else "gone"
+
+
+@pytest.mark.parametrize("code", [0, 64, 65, 77, 78])
+def test_the_pod_is_stopped_when_another_start_is_of_no_use(server, pod, code):
+    assert supervised(lambda: code, pod, times=QUICK) == code
+    assert state(server) == "EXITED"
+
+
+def test_the_pod_is_terminated_if_that_is_asked_for(server, pod):
+    assert supervised(lambda: 0, {**pod, "ON_FINISH": "terminate"}, times=QUICK) == 0
+    assert state(server) == "gone"
+
+
+@pytest.mark.parametrize("environment", [{"ON_FINISH": "exit"}, {"CONFIG_JSON": '{"ON_FINISH": "exit"}'}])
+def test_the_container_exits_if_that_is_asked_for(server, pod, environment):
+    assert supervised(lambda: 0, pod | environment, times=QUICK) == 0
+    assert state(server) == "RUNNING"
+
+
+def test_a_signal_is_not_an_end_of_the_job(server, pod):
+    assert supervised(lambda: 143, pod, times=QUICK) == 143
+    assert state(server) == "RUNNING"
+
+
+def test_what_may_pass_is_tried_again_and_then_no_more(server, pod):
+    codes, ran = [], []
+    for _ in range(finish.MOST_ATTEMPTS + 1):
+        codes.append(supervised(lambda: ran.append(1) or 75, pod, times=QUICK))
+        assert state(server) == ("EXITED" if len(codes) > finish.MOST_ATTEMPTS else "RUNNING")
+    assert codes == [75] * (finish.MOST_ATTEMPTS + 1) and len(ran) == finish.MOST_ATTEMPTS
+
+
+def test_progress_begins_the_count_anew(server, pod):
+    out = Path(pod["OUTPUT_PATH"])
+    for step in range(2 * finish.MOST_ATTEMPTS):
+        out.mkdir(exist_ok=True)
+        (out / "status.json").write_text(json.dumps({"step": 10 * step}))
+        assert supervised(lambda: 70, pod, times=QUICK) == 70
+    assert state(server) == "RUNNING"
+
+
+def test_pauses_grow(pod, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(finish, "_wait", lambda seconds: pauses.append(seconds) or 0)
+    for _ in range(finish.MOST_ATTEMPTS):
+        supervised(lambda: 75, pod, times=Times())
+    assert pauses == [30, 60, 120, 240]
+
+
+@pytest.mark.parametrize("code", [0, 75])
+def test_a_done_pod_that_is_started_again_stays_for_its_results(server, pod, monkeypatch, code):
+    assert supervised(lambda: 0, pod, times=QUICK) == 0 and diary(pod)["done"]
+    server.add_pod("pod1")
+    began = time.monotonic()
+    assert supervised(lambda: code, pod, times=QUICK) == code  # 75: it came back without GPUs
+    assert time.monotonic() - began >= QUICK.linger and state(server) == "EXITED"
+
+
+def test_graphql_where_the_rest_interface_fails(server, pod):
+    server.fault("POST /v2/pods/pod1/action", status=500, times=99)
+    assert supervised(lambda: 0, pod, times=QUICK) == 0
+    (asked,) = server.graphql
+    assert "podStop(input: {podId: $id})" in asked["query"] and asked["variables"] == {"id": "pod1"}
+
+
+def test_the_pods_own_program_where_both_fail(server, pod, tmp_path, monkeypatch):
+    program = tmp_path / "runpodctl"
+    program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/told\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    assert supervised(lambda: 0, {**pod, "RUNPOD_API_KEY": "wrong"}, times=QUICK) == 0
+    assert (tmp_path / "told").read_text() == "stop pod pod1\n"
+
+
+def test_a_pod_that_cannot_be_stopped_stays_and_says_so(server, pod, caplog):
+    server.fault("POST /v2/pods/pod1/action", status=500, times=99)
+    server.fault("POST /graphql", status=500, times=99)
+    threading.Timer(2.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    began = time.monotonic()
+    assert supervised(lambda: 0, pod, times=QUICK) == 0
+    assert time.monotonic() - began > 2 and "THIS POD IS NOT STOPPED AND COSTS MONEY" in caplog.text
+
+
+def test_elsewhere_a_container_exits_or_idles(caplog):
+    assert supervised(lambda: 3, {"ON_FINISH": "stop"}) == 3
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    assert supervised(lambda: 0, {"ON_FINISH": "idle"}) == 0
+
+
+def test_a_limit_ends_the_job_and_the_pod(server, pod):
+    def work():
+        Limit.set(0.2 / 3600, None, None)
+        stopped = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+        assert stopped.wait(10)
+        return 143
+
+    try:
+        assert supervised(work, pod, times=QUICK) == 143
+    finally:
+        Limit.reached.clear()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert state(server) == "EXITED"
+
+
+def test_a_cost_needs_a_price():
+    with pytest.raises(finish.SettingsError, match="PRICE_PER_HOUR"):
+        Limit.set(None, 3.0, None)
+
+
+# --- the whole program, as a pod starts it again and again
+
+SCRIPT = """
+import sys
+from entrypoint import finish, net
+from entrypoint.__main__ import main
+finish.USUAL = finish.Times(0.02, 0.05, 0.3, 5.0, net.Patience(budget=1.0, first_wait=0.05))
+sys.exit(main([]))
+"""
+
+
+@pytest.fixture
+def container(server, pod, tmp_path):
+    """`container(**environment)`: run it as `--restart=always` does, until the pod stops; exit codes and the log."""
+    place = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG")}
+    job = {
+        "BASE_MODEL": "mini-flux", "DATASET_NAME": str(ROOT / "trainer/families/miniatures/concept"),
+        "CACHE_PATH": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hf"), "OUTPUT_NAME": "x",
+        "PARAMS_MAX_STEPS": "3", "PARAMS_SAMPLE_EVERY_N_STEPS": "0", "PARAMS_NETWORK_DIM": "4",
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    running = []
+    server.on_action = lambda pod, action: threading.Timer(0.1, running[-1].terminate).start()
+
+    def run(**environment):
+        codes, printed = [], ""
+        while state(server) == "RUNNING":
+            assert len(codes) < 9
+            process = subprocess.Popen(
+                [sys.executable, "-c", SCRIPT],
+                env={**place, **pod, **job, **environment},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            running.append(process)
+            printed += process.communicate(timeout=200)[0]
+            codes.append(process.returncode)
+        return codes, printed
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_job_runs_once_and_ends_its_pod(server, container, pod):
+    codes, printed = container()
+    assert codes == [0], printed
+    assert (Path(pod["OUTPUT_PATH"]) / "x.safetensors").is_file() and diary(pod)["done"]
+
+    server.add_pod("pod1")  # its owner starts it once more
+    codes, printed = container()
+    assert codes == [0] and "This job is done" in printed and "stays" in printed
+
+
+def test_wrong_settings_end_the_pod_at_once(server, container):
+    codes, printed = container(PARAMS_NETWORK_DIM="many")
+    assert codes == [78] and "PARAMS_NETWORK_DIM='many'" in printed
+
+
+def test_a_pod_without_its_gpu_is_given_up(server, container):
+    codes, printed = container(BASE_MODEL="flux")
+    assert codes == [75] * 6 and "No GPU answers here" in printed and "tries no more" in printed
+
+
+@pytest.mark.slow
+def test_the_cost_ends_the_job_with_its_state_saved(server, container, pod):
+    codes, printed = container(PARAMS_MAX_STEPS="4000", MAX_COST="0.04", PRICE_PER_HOUR="2.4")  # a minute
+    assert codes == [143] and "MAX_COST is reached" in printed, printed
+    assert (Path(pod["OUTPUT_PATH"]) / "state").is_dir()
