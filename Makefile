@@ -67,6 +67,8 @@ lock:
 		| $(BIN)/python -c "import re,sys; print(re.sub(r'(?ms)^(torch|triton|nvidia-\S+?|cuda-\S+?)==.*?(?=^\S|\Z)', '', sys.stdin.read()), end='')" > requirements.lock
 	$(BIN)/uv pip compile -q --universal --generate-hashes --no-annotate --no-header --python-version 3.11 --group dev -c requirements.lock -o requirements-dev.lock
 	$(BIN)/uv pip compile -q --universal --generate-hashes --no-annotate --no-header --python-version 3.11 --group audit -o .github/audit.lock
+	sed -n 's/^runpod = \["\(.*\)"\]$$/\1/p' pyproject.toml \
+		| $(BIN)/uv pip compile -q --universal --generate-hashes --no-annotate --no-header --python-version 3.11 -o runpod/requirements.lock -
 
 clean:
 	rm -rf .venv .demo .mypy_cache .ruff_cache .pytest_cache
