@@ -3,8 +3,8 @@
     {"input": {"BASE_MODEL": "flux", "DATASET_NAME": "org/pictures", "PARAMS_MAX_EPOCHS": 3}}
 
 `python runpod/handler.py` beside a test_input.json runs one job here. The package runpod needs other versions of some
-libraries than Kiln does: it has an environment of its own, and KILN_PYTHON names Kiln's. The answer names files, which are
-too large to be an answer: give the endpoint a network volume.
+libraries than Kiln does: it has an environment of its own, and KILN_PYTHON names Kiln's. The answer names files, which
+are too large to be an answer: give the endpoint a network volume.
 """
 
 import difflib

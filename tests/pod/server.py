@@ -143,6 +143,7 @@ class RunPodServer:
         self.pods, self.templates, self.lines = {}, {}, {}
         self.faults, self.asked, self.wrong = [], [], []
         self.on_action = lambda pod, action: None
+        self.on_logs = lambda pod: None  # after a stream of them
         self.graphql = []
         self.cut_logs_after = None  # lines; then the connection ends
 
@@ -308,6 +309,7 @@ class _Handler(BaseHTTPRequestHandler):
             value = {"ts": "2026-11-01T00:00:00Z", "source": "container", "line": line}
             self.wfile.write(f"id: 2026-11-01T00:00:00Z/{number:012d}\ndata: {json.dumps(value)}\n\n".encode())
         self.close_connection = True
+        self.world.on_logs(id_)
         time.sleep(0.01)
 
     def _templates(self, *, body, query):

@@ -1,6 +1,11 @@
 """Jobs on RunPod, from one's own machine, against a server that enforces the shapes of its published document."""
 
 import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +15,7 @@ from tests.pod.server import KEY, violations
 
 QUICK = net.Patience(budget=3.0, first_wait=0.01, longest_wait=0.05, timeout=2.0)
 JOB = {"BASE_MODEL": "flux", "DATASET_NAME": "org/pictures", "PARAMS_MAX_EPOCHS": "3", "HF_HOME": "/home/me/hf"}
+ROOT = Path(__file__).resolve().parents[2]
 IMAGE = ("--image", "ghcr.io/me/kiln:0.1.0")
 
 
@@ -181,6 +187,26 @@ def test_a_pod_is_stopped_and_terminated(server, command):
     code, printed = command("stop", "a1")
     assert code == 78 and "409" in printed and "not valid while EXITED" in printed
     assert command("stop", "a1", "--terminate")[0] == 0 and not server.pods
+
+
+def test_the_lines_of_the_document(server, account, tmp_path):
+    """Every block of docs/runpod.md that is marked sh, in order."""
+    blocks = re.findall(r"^```sh\n(.*?)^```$", (ROOT / "docs/runpod.md").read_text(), re.MULTILINE | re.DOTALL)
+    script = "set -euxo pipefail\n" + "\n".join(blocks).replace("POD=7h9k2m4n6p", "POD=pod1")
+    assert "deploy" in script and "POD=pod1" in script
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    server.lines["pod1"] = ["step 1/1"]
+    server.on_logs = lambda pod: server.add_pod(pod, "EXITED")
+    environment = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG")}
+    done = subprocess.run(
+        ["bash", "-c", script],
+        cwd=tmp_path, env={**environment, **account, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step 1/1" in done.stdout and "start it again" in done.stdout and not server.pods
+    assert len(server.templates) == 2
+    (body,) = sent(server, "POST /v2/pods")
+    assert body["env"]["HF_TOKEN"] == "{{ RUNPOD_SECRET_HF_TOKEN }}" and body["env"]["MAX_COST"] == "5"
 
 
 def test_the_key_is_in_no_repr():
