@@ -69,7 +69,7 @@ def supervised(work: Callable[[], int], environ: Mapping[str, str], *, times: Ti
             log.info("The job ended with %d; ON_FINISH=idle keeps the container.", code)
             _wait(None)
         return code
-    _start_ssh(environ)
+    start_ssh(environ)
     before = _opened(environ)
     if before.attempts > MOST_ATTEMPTS:
         log.error("%d attempts without progress: this pod tries no more. Delete pod.json to begin anew.", MOST_ATTEMPTS)
@@ -229,7 +229,7 @@ def _wait(seconds: float | None) -> int:
     return 128 + came[0] if came else 0
 
 
-def _start_ssh(environ: Mapping[str, str]) -> None:
+def start_ssh(environ: Mapping[str, str]) -> None:
     """Let the owner in, with the key that RunPod hands over, for rsync and scp."""
     key, server = environ.get("PUBLIC_KEY", "").strip(), Path("/usr/sbin/sshd")
     if not key or not server.is_file() or os.geteuid() != 0:

@@ -146,6 +146,39 @@ def test_sigterm_leaves_a_state_that_goes_on(engine, image, run, volume):
     assert re.search(r"[Rr]esum", printed), printed
 
 
+def test_a_container_that_is_restarted_for_ever_trains_once(engine, image, volume):
+    """As RunPod does with every container that exits."""
+    environment = {**SHORT, "PARAMS_MAX_STEPS": "2", "PARAMS_SAMPLE_EVERY_N_STEPS": "0"}
+    name = f"kiln-test-{uuid.uuid4().hex[:8]}"
+    words = ["--detach", "--restart=always", "--name", name, "--volume", f"{volume}:/workspace"]
+    subprocess.run([*base(engine), *words, *variables(environment), image], check=True, capture_output=True)
+
+    def printed():
+        done = subprocess.run([engine, "logs", name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return done.stdout
+
+    try:
+        deadline = time.monotonic() + 300
+        while printed().count("This job is done") < 2:
+            assert time.monotonic() < deadline, printed()
+            time.sleep(1)
+        assert steps(volume) == [1, 2] and printed().count("step 2/2") == 1
+    finally:
+        subprocess.run([engine, "rm", "--force", "--time", "1", name], capture_output=True)
+
+
+def test_the_owner_of_a_pod_can_fetch_results_by_rsync(run):
+    script = (
+        "set -e; test ! -e /etc/ssh/ssh_host_ed25519_key; ssh-keygen -q -t ed25519 -N '' -f /tmp/key\n"
+        'export PUBLIC_KEY="$(cat /tmp/key.pub)"\n'
+        "python -c 'import os; from entrypoint.finish import start_ssh; start_ssh(os.environ)'\n"
+        "rsync -e 'ssh -i /tmp/key -o StrictHostKeyChecking=no' root@127.0.0.1:/opt/kiln/LICENSE /tmp/fetched\n"
+        "cmp /tmp/fetched /opt/kiln/LICENSE && echo fetched"
+    )
+    code, printed = run("shell", "-c", script)
+    assert code == 0 and "fetched" in printed, printed
+
+
 def test_a_read_only_root_and_another_user(run, volume):
     code, printed = run(options=HARDENED, **SHORT, PARAMS_MAX_STEPS="2", PARAMS_SAMPLE_EVERY_N_STEPS="0")
     assert code == 0, printed
