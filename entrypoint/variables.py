@@ -218,7 +218,7 @@ class Settings:
         "PARAMS_GUIDANCE_SCALE",
         "number",
         default="1.0",
-        means="embedded guidance in training, where the model has it",
+        means="embedded guidance, if the model has it",
         low=0,
         high=100,
     )
@@ -226,12 +226,7 @@ class Settings:
         "PARAMS_NOISE_OFFSET", "number", default="0.1", means="brightness noise added to each channel", low=0, high=10
     )
     prior_loss_weight: float = row(
-        "PARAMS_PRIOR_LOSS_WEIGHT",
-        "number",
-        default="1.0",
-        means="weight of the loss of regularisation pictures",
-        low=0,
-        high=1000,
+        "PARAMS_PRIOR_LOSS_WEIGHT", "number", default="1.0", means="weight of regularisation pictures", low=0, high=1000
     )
     ema_decay: float = row(
         "PARAMS_EMA_DECAY",
