@@ -155,12 +155,7 @@ class Settings:
         choices=lambda: SCHEDULERS,
     )
     warmup_steps: int = row(
-        "PARAMS_WARMUP_STEPS",
-        "integer",
-        default="0",
-        means="steps in which the learning rate rises from 0",
-        low=0,
-        high=MANY,
+        "PARAMS_WARMUP_STEPS", "integer", default="0", means="steps of a rising learning rate", low=0, high=MANY
     )
     num_cycles: int | None = row(
         "PARAMS_NUM_CYCLES",
