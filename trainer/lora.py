@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,7 +69,9 @@ def add_adapters(
         torch.manual_seed(seed)
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names)
         config._register_custom_module({torch.nn.Linear: Adapted, FrozenLinear: Adapted})
-        denoiser.add_adapter(config, adapter_name="default")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Unsupported layer type")  # it has the sizes, which is all that is asked
+            denoiser.add_adapter(config, adapter_name="default")
     params = [p for p in denoiser.parameters() if p.requires_grad]
     for p in params:
         p.data = p.data.float()

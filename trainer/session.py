@@ -243,7 +243,9 @@ class Session:
         """
         facts = self.kind.FACTS
         with self.trainee.published():
-            for path, made, header in self._files(stem, self._modules(), step, epoch):
+            modules = self.snapshots.take(self._modules())
+            self.snapshots.wait()
+            for path, made, header in self._files(stem, modules, step, epoch):
                 unverified = path.with_name(f"{path.name}.unverified")
                 export.write(unverified, made.tensors, header)
                 error = verify(

@@ -1,0 +1,87 @@
+"""The engine on an accelerator: its kernels against plain torch, and what is kept on the host against what is not."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer import quantize, recompute
+
+pytestmark = pytest.mark.gpu
+ROOT = Path(__file__).resolve().parents[2]
+TYPES = [torch.float8_e4m3fn, torch.int8]
+
+
+def same_bits(a, b):
+    return (a.view(torch.int8) == b.view(torch.int8)).float().mean().item()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("weighed", [False, True])
+@pytest.mark.parametrize("width", [64, 640, 3072, 15360])
+def test_rows_are_quantised_as_in_plain_torch(width, weighed, dtype):
+    from trainer import kernels
+
+    x = torch.randn(300, width, device="cuda").bfloat16()
+    x[3], x[5, 7], x[9, 1] = 0, float("inf"), 1e30
+    columns = torch.rand(1, width, device="cuda") + 0.1 if weighed else None
+    values, scale = kernels.quantize_rows(x, columns, dtype)
+    wanted, wanted_scale = quantize.quantize_rows(x, columns, dtype)
+    assert same_bits(values, wanted) > 0.998  # a division may round a value to its other neighbour
+    assert torch.allclose(scale, wanted_scale, rtol=1e-6) and (values.float() * scale).isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(9216, 3072), (100, 64), (33, 17)])
+def test_the_transposed_is_the_transposed(shape):
+    from trainer import kernels
+
+    w = torch.randint(-127, 127, shape, device="cuda", dtype=torch.int8)
+    assert torch.equal(kernels.transpose(w), w.t())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("policy", ["all", "attention", "none"])
+def test_what_waits_on_the_host_comes_back_whole(policy, compiled):
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q = torch.nn.Linear(512, 512)
+
+        def forward(self, x):
+            q = self.q(x).unflatten(-1, (8, 64)).transpose(1, 2)
+            return x + torch.nn.functional.scaled_dot_product_attention(q, q, q).transpose(1, 2).flatten(2)
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(Block() for _ in range(4))).cuda().bfloat16()
+    recompute.apply(model, [policy] * 4, compiled=compiled)
+    x = torch.randn(4, 1024, 512, device="cuda").bfloat16().requires_grad_()
+    offload, found = recompute.Offload(model), []
+    for _ in range(3):
+        model(x).float().square().mean().backward()
+        wanted, x.grad = x.grad, None
+        with offload:
+            loss = model(x).float().square().mean()
+        loss.backward()
+        found.append((x.grad, wanted))
+        x.grad = None
+    assert all(torch.equal(a, b) for a, b in found) and offload.free
+
+
+def test_a_job_on_the_accelerator_leaves_a_verified_lora(tmp_path):
+    concept = ROOT / "trainer" / "families" / "miniatures" / "concept"
+    settings = {
+        "BASE_MODEL": "mini-flux", "DATASET_NAME": str(concept), "OUTPUT_PATH": str(tmp_path / "out"),
+        "CACHE_PATH": str(tmp_path / "cache"), "OUTPUT_NAME": "x", "PARAMS_MAX_STEPS": "6", "TRIGGER_WORD": "",
+        "PARAMS_SAVE_EVERY_N_STEPS": "3", "PARAMS_OPTIMIZER_TYPE": "adamw",
+        "SAMPLE_PROMPTS": str(concept / "prompts.txt"),
+        "PARAMS_SAMPLE_EVERY_N_STEPS": "6", "PARAMS_PRECISION": "fp8",
+    }  # fmt: skip
+    job = subprocess.run(
+        [sys.executable, "-m", "entrypoint"], cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True
+    )
+    assert job.returncode == 0, job.stdout[-3000:] + job.stderr[-3000:]
+    assert (tmp_path / "out" / "x.safetensors").is_file() and (tmp_path / "out" / "sample").is_dir()
+    assert "read back" in job.stdout
