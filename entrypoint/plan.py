@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Collection
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from entrypoint import resume, singles
+from entrypoint import adapters, resume, singles
 from entrypoint.checks import Notes, absolute, instead, is_file, is_folder, show
 from entrypoint.data import Overrides, complete_datasets
 from entrypoint.engine import engine_plan
@@ -68,12 +69,13 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
         prefix=f"{own_prompts}, " if own_prompts else "",
         problems=notes,
     )
-    lora = _lora(settings, facts, notes)
+    optim = _optim(settings, name, notes)
+    lora = _lora(settings, facts, trained=optim.text_encoders, notes=notes)
     plan = Plan(
         model=model_plan,
         data=DataPlan(datasets, strict=settings.strict_dataset),
         lora=lora,
-        optim=_optim(settings, notes),
+        optim=optim,
         train=_train(settings, facts, notes),
         engine=engine_plan(
             settings, hardware, facts=facts, model=model, datasets=datasets, rank=lora.rank, notes=notes
@@ -140,7 +142,7 @@ def _overrides(settings: Settings) -> Overrides:
 # ---- adapter, optimiser, training
 
 
-def _lora(settings: Settings, facts: Facts, notes: Notes) -> LoraPlan:
+def _lora(settings: Settings, facts: Facts, *, trained: Collection[str], notes: Notes) -> LoraPlan:
     start = settings.resume_from
     if start and not is_folder(start) and not (is_file(start) and start.lower().endswith(".safetensors")):
         reason = "is not a .safetensors file" if is_file(start) else "is not there"
@@ -152,9 +154,14 @@ def _lora(settings: Settings, facts: Facts, notes: Notes) -> LoraPlan:
         rank=settings.network_dim,
         split_qkv=settings.split_qkv,
         targets=settings.target_modules,
+        encoders=trained,
+        dora=settings.lora_type == "dora",
         notes=notes,
     )
+    if settings.lora_type == "dora":
+        adapters.check_dora(facts.name, targets, notes)
     return LoraPlan(
+        kind=settings.lora_type,
         rank=rank,
         alpha=settings.network_alpha,
         split_qkv=split_qkv,
@@ -163,7 +170,7 @@ def _lora(settings: Settings, facts: Facts, notes: Notes) -> LoraPlan:
     )
 
 
-def _optim(settings: Settings, notes: Notes) -> OptimPlan:
+def _optim(settings: Settings, family_name: str, notes: Notes) -> OptimPlan:
     name, scheduler = settings.optimizer_type, settings.learning_scheduler
     spec = OPTIMIZERS[name]
     rate = settings.learning_rate
@@ -191,6 +198,14 @@ def _optim(settings: Settings, notes: Notes) -> OptimPlan:
         scheduler=scheduler,
         warmup_steps=settings.warmup_steps,
         num_cycles=cycles if scheduler == CYCLIC else 1,
+        text_encoders=adapters.rates(
+            settings.text_encoder_lr,
+            family_name=family_name,
+            base=settings.base_model,
+            optimizer=name,
+            learning_rate=rate,
+            notes=notes,
+        ),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from entrypoint.checks import Notes
@@ -20,9 +21,14 @@ def adapter(
     rank: int | None,
     split_qkv: bool | None,
     targets: tuple[str, ...] | None,
+    encoders: Collection[str],
+    dora: bool,
     notes: Notes,
 ) -> Adapter:
-    """What is asked for, and for the rest what the file `path` has, if there is one, or the defaults."""
+    """What is asked for, and for the rest what the file `path` has, if there is one, or the defaults.
+
+    `encoders`: the text encoders that train. `dora`: whether the job trains DoRA.
+    """
     plain: Adapter = (rank or RANK, bool(split_qkv), targets or facts.targets)
     if path is None:
         return plain
@@ -33,7 +39,7 @@ def adapter(
     except ValueError as problem:
         notes.add(f"{where}: {problem}. Allowed: a LoRA file (.safetensors), or a state folder.")
         return plain
-    refused = _foreign(header, found, facts) or _untrained(found, facts, targets)
+    refused = _foreign(header, found, facts) or _other_kind(found, dora) or _untrained(found, facts, targets, encoders)
     if refused:
         notes.add(f"{where}: {refused}")
         return plain
@@ -74,16 +80,27 @@ def _foreign(header: Header, found: Survey, facts: Facts) -> str | None:
     return None
 
 
-def _untrained(found: Survey, facts: Facts, targets: tuple[str, ...] | None) -> str | None:
+def _other_kind(found: Survey, dora: bool) -> str | None:
+    """Why a LoRA cannot go on as a DoRA, or the reverse: the one has lengths of rows that the other lacks."""
+    if found.dora == dora:
+        return None
+    if found.dora:
+        return "it is a DoRA, and this job trains none. Fix: PARAMS_LORA_TYPE=dora."
+    return "it is no DoRA, and PARAMS_LORA_TYPE=dora cannot begin with it. Fix: PARAMS_LORA_TYPE=lora, or name a DoRA."
+
+
+def _untrained(found: Survey, facts: Facts, targets: tuple[str, ...] | None, encoders: Collection[str]) -> str | None:
     """Why some of the file's modules would be left out."""
-    others = [m for m in found.modules if not m.startswith(f"{facts.lora_prefix}.")]
+    own = [m for m in found.modules if m.startswith(f"{facts.lora_prefix}.")]
+    others = [m for m in found.modules if m.partition(".")[0] not in (facts.lora_prefix, *encoders)]
     if others:
         return (
             f"{len(others)} of its modules belong to text encoders, which this job does not train: {others[0]} first. "
-            f"Fix: make a file without them (python -m trainer.export FILE --without-text-encoders ...)."
+            f"Fix: train them as well (PARAMS_TEXT_ENCODER_LR), or make a file without them (python -m trainer.export "
+            f"FILE --without-text-encoders ...)."
         )
     ends = targets or facts.targets
-    left = [m for m in found.modules if not _is_covered(m, ends) and (targets or _end(m, facts) is None)]
+    left = [m for m in own if not _is_covered(m, ends) and (targets or _end(m, facts) is None)]
     if left:
         fix = f"PARAMS_TARGET_MODULES={','.join(_targets(found, facts))}" if targets else "name another file"
         return f"{len(left)} of its modules get no adapter in this job: {', '.join(left[:3])} first. Fix: {fix}."

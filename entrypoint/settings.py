@@ -193,6 +193,7 @@ def _allowed(row: Row) -> str:
         "auto_switch": "auto, true, false",
         "pairs": "key=value, with spaces between",
         "names": "names, with commas between",
+        "numbers": f"numbers with a comma between, {limits} each",
         "path": "path",
         "name": "letters, digits, space, dot, dash and underscore; 128 at most",
         "secret": "letters, digits and underscores",
@@ -267,6 +268,10 @@ def _names(text: str, _: Row) -> tuple[str, ...] | None:
     return names or None
 
 
+def _numbers(text: str, row: Row) -> tuple[float, ...]:
+    return tuple(float(_limited(as_number(part.strip()), row, "number")) for part in text.split(","))
+
+
 def _secret(text: str, _: Row) -> Secret | None:
     if text and not re.fullmatch(r"[\x21-\x7e]+", text):
         raise EnvError("has spaces or characters that no token has")
@@ -325,6 +330,7 @@ KINDS: dict[str, Callable[[str, Row], Any]] = {
     "path": _path,
     "name": _name,
     "names": _names,
+    "numbers": _numbers,
     "secret": _secret,
     "pairs": _pairs,
 }

@@ -22,12 +22,14 @@ GROUPS = {  # the field that each group begins with
     "base_model": "model",
     "dataset_name": "data",
     "max_epochs": "training",
-    "network_dim": "adapter",
+    "lora_type": "adapter",
     "backend": "engine",
     "output_path": "output",
     "on_finish": "finish",
 }
 MANY = 10**8
+LORA_TYPES = ("lora", "rslora", "dora")
+TEXT_RATE = "learning rate of the CLIP text encoders, or CLIP-L's and CLIP-G's"
 # Those of diffusers' attention backends that torch itself carries: the others need packages that are not installed, or
 # have no backward pass.
 ATTENTION = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math", "flex")
@@ -143,6 +145,9 @@ class Settings:
         high=1000,
         otherwise="the optimiser's: 1 with prodigy, 1e-4 with adamw",
     )
+    text_encoder_lr: tuple[float, ...] = row(
+        "PARAMS_TEXT_ENCODER_LR", "numbers", default="0", means=f"{TEXT_RATE}; 0: not trained", low=0, high=1000
+    )
     d_coef: float | None = row(
         "PARAMS_D_COEF", "number", means="factor of the step size that Prodigy finds", above=0, high=1000, otherwise="2"
     )
@@ -249,6 +254,9 @@ class Settings:
     )
 
     # adapter
+    lora_type: str = row(
+        "PARAMS_LORA_TYPE", "choice", default="lora", means="few tools read dora", choices=lambda: LORA_TYPES
+    )
     network_dim: int | None = row(
         "PARAMS_NETWORK_DIM",
         "integer",

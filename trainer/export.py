@@ -59,6 +59,7 @@ class Trained:
     base: str
     base_version: str
     architecture: str
+    kind: str  # lora, rslora or dora
     alpha: float  # that was trained with; the file's own may differ
     started: int  # Unix seconds
     optimizer: str
@@ -97,6 +98,7 @@ def metadata(run: Trained, *, step: int, epoch: int, rank: int, alpha: float) ->
         "ss_network_dim": rank,
         "ss_network_alpha": alpha,
         "kiln_alpha": run.alpha,
+        "kiln_lora_type": run.kind,
         "kiln_version": __version__,
         "ss_training_started_at": float(run.started),
         "ss_bucket_info": buckets,

@@ -22,15 +22,20 @@ from trainer import keys
 from trainer.families import Native, family
 
 FORMATS = {"kohya": "", "comfyui": "-comfyui", "peft": "-diffusers"}  # → what a job adds to the name of such a file
+DORA_READERS = {"kohya": "ComfyUI, Forge", "comfyui": "ComfyUI, Forge", "peft": "diffusers"}
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What a LoRA adds to the weight of one module: scale * up @ down."""
+    """What a LoRA adds to the weight of one module: scale * up @ down.
+
+    With DoRA (arXiv:2402.09353), each row of the sum is then brought to its `magnitude`, shape (out,).
+    """
 
     down: torch.Tensor
     up: torch.Tensor
     scale: float
+    magnitude: torch.Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -41,9 +46,22 @@ class Adapter:
         product = self.up.flatten(1) @ self.down.flatten(1)
         return self.scale * product.view(self.up.shape[0], *self.down.shape[1:])
 
+    def on_host(self) -> Adapter:
+        """The same with its tensors on the CPU."""
+        length = None if self.magnitude is None else self.magnitude.cpu()
+        return replace(self, down=self.down.cpu(), up=self.up.cpu(), magnitude=length)
+
     def folded(self) -> Adapter:
         """The same with scale 1."""
-        return self if self.scale == 1 else Adapter(self.down, self.up * self.scale, 1.0)
+        return self if self.scale == 1 else replace(self, up=self.up * self.scale, scale=1.0)
+
+    def on(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight with the adapter on it, in fp32."""
+        whole = weight.float() + self.delta().to(weight.device)
+        if self.magnitude is None:
+            return whole
+        ratio = self.magnitude.to(weight.device) / whole.flatten(1).norm(dim=1)
+        return whole * ratio.view(-1, *[1] * (whole.ndim - 1))
 
 
 Modules = dict[str, Adapter]  # `<component>.<path in diffusers' model>` → its adapter
@@ -102,7 +120,10 @@ def _adapter(stem: str, roles: Mapping[str, torch.Tensor], module: str, metadata
     scale = roles["alpha"].item() / rank if "alpha" in roles else _scale_in_header(module, rank, metadata)
     if scale == 0:
         raise ValueError(f"{stem}: alpha is 0, which is no strength to some tools and the full strength to others")
-    return Adapter(down, up, scale)
+    magnitude = roles.get("magnitude")
+    if magnitude is not None and magnitude.shape not in ((up.shape[0],), (up.shape[0], *[1] * (up.ndim - 1))):
+        raise ValueError(f"{stem} has DoRA magnitudes of shape {list(magnitude.shape)}: only those of rows are read")
+    return Adapter(down, up, scale, None if magnitude is None else magnitude.flatten())
 
 
 def _scale_in_header(module: str, rank: int, metadata: Mapping[str, str]) -> float:
@@ -126,13 +147,17 @@ def _split(there: keys.Layer, whole: Adapter) -> Modules:
     rows = whole.up.shape[0]
     if rows % sum(native.rows):
         raise ValueError(f"{native.name} has {rows} rows, which {len(native.parts)} layers cannot share")
-    ups = whole.up.split([rows // sum(native.rows) * share for share in native.rows])
+    heights = [rows // sum(native.rows) * share for share in native.rows]
+    ups = whole.up.split(heights)
+    lengths = [None] * len(ups) if whole.magnitude is None else whole.magnitude.split(heights)
     used = [up.any(dim=0).nonzero().flatten() for up in ups]
     if not any(len(columns) for columns in used):  # nothing was learned: all of it belongs to all of them
         used = [torch.arange(whole.rank)] * len(ups)
+    if whole.magnitude is not None:  # a part may have learnt that alone: one term that does nothing stands for none
+        used = [columns if len(columns) else torch.arange(1) for columns in used]
     return {
-        name: Adapter(whole.down[columns], up[:, columns], whole.scale)
-        for name, up, columns in zip(there.modules, ups, used, strict=True)
+        name: Adapter(whole.down[columns], up[:, columns], whole.scale, length)
+        for name, up, columns, length in zip(there.modules, ups, used, lengths, strict=True)
         if len(columns)
     }
 
@@ -141,13 +166,15 @@ def _swapped(adapter: Adapter) -> Adapter:
     """Exchange the halves of the rows, where there are two."""
     if adapter.up.shape[0] != 2 * adapter.down.shape[1]:
         return adapter
-    return replace(adapter, up=torch.cat(adapter.up.chunk(2)[::-1]))
+    length = adapter.magnitude
+    swapped = None if length is None else torch.cat(length.chunk(2)[::-1])
+    return replace(adapter, up=torch.cat(adapter.up.chunk(2)[::-1]), magnitude=swapped)
 
 
 def stacked(parts: Sequence[Adapter | None], heights: Sequence[int]) -> Adapter:
     """One adapter for layers with these numbers of rows, one above the other; None: one without an adapter.
 
-    Rows of the down matrices that are equal are kept once.
+    Rows of the down matrices that are equal are kept once. Raises ValueError where some have magnitudes and some not.
     """
     there = [p for p in parts if p is not None]
     if len({p.scale for p in there}) > 1:
@@ -170,7 +197,10 @@ def stacked(parts: Sequence[Adapter | None], heights: Sequence[int]) -> Adapter:
         if piece is not None:
             up[top : top + height, next(columns)] = piece.up
         top += height
-    return Adapter(torch.stack(downs), up, there[0].scale)
+    lengths = [p.magnitude for p in there if p.magnitude is not None]
+    if lengths and len(lengths) < len(parts):
+        raise ValueError("layers that files have as one are partly DoRA and partly not")
+    return Adapter(torch.stack(downs), up, there[0].scale, torch.cat(lengths) if lengths else None)
 
 
 # ---- modules → files
@@ -187,11 +217,14 @@ class Written:
 
 def write(modules: Modules, to: str, family_name: str) -> Written:
     """The file in format `to`, in fp32. Raises ValueError for a module that has no name there."""
+    modules = {name: adapter.on_host() for name, adapter in modules.items()}
     if to == "peft":
         tensors = {}
         for name, adapter in modules.items():
             tensors[f"{name}.lora_A.weight"] = adapter.down
             tensors[f"{name}.lora_B.weight"] = adapter.folded().up  # then alpha = rank, for readers that know no alpha
+            if adapter.magnitude is not None:
+                tensors[f"{name}.lora_magnitude_vector"] = adapter.magnitude
         rank = Counter(a.rank for a in modules.values()).most_common(1)[0][0]
         return Written(_plain(tensors), rank, float(rank))
     whole = _joined(modules, to, family_name)
@@ -204,6 +237,8 @@ def write(modules: Modules, to: str, family_name: str) -> Written:
         tensors[f"{stem}.lora_down.weight"] = adapter.down
         tensors[f"{stem}.lora_up.weight"] = adapter.up if abs(factor - 1) < 1e-8 else adapter.up * factor
         tensors[f"{stem}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
+        if adapter.magnitude is not None:
+            tensors[f"{stem}.dora_scale"] = adapter.magnitude.view(-1, *[1] * (adapter.down.ndim - 1))
     return Written(_plain(tensors), ranks.most_common(1)[0][0], alpha)
 
 
@@ -239,7 +274,14 @@ def _joined(modules: Modules, to: str, family_name: str) -> Modules:
 
 
 def merged(several: Sequence[tuple[Modules, float]]) -> Modules:
-    """The sum of several files, each times its weight: ranks add up, nothing is approximated."""
+    """The sum of several files, each times its weight: ranks add up, nothing is approximated.
+
+    Raises ValueError for DoRA, whose rows' lengths do not add up; one such file at weight 1 stays as it is.
+    """
+    if len(several) == 1 and several[0][1] == 1:
+        return dict(several[0][0])
+    if any(adapter.magnitude is not None for modules, _ in several for adapter in modules.values()):
+        raise ValueError("DoRA files can be neither added up nor weighted")
     found: Modules = {}
     for name in dict.fromkeys(name for modules, _ in several for name in modules):
         parts = [
@@ -253,6 +295,7 @@ def merged(several: Sequence[tuple[Modules, float]]) -> Modules:
 # ---- modules ↔ the adapters that are being trained (`lora.state`)
 
 Fused = Mapping[str, tuple[str, ...]]  # as `lora.Fused`
+MAGNITUDE = "lora_magnitude_vector"  # peft's name for what DoRA trains besides
 
 
 def members(module: str, fused: Fused) -> tuple[str, ...]:
@@ -270,9 +313,10 @@ def of_state(state: Mapping[str, torch.Tensor], *, prefix: str, fused: Fused, sc
     for key in (k for k in state if k.endswith(".lora_A.weight")):
         module = key.removesuffix(".lora_A.weight")
         down, up = state[key].float(), state[f"{module}.lora_B.weight"].float()
-        names = members(module, fused)
-        for name, piece in zip(names, up.chunk(len(names)), strict=True):
-            found[f"{prefix}.{name}"] = Adapter(down, piece, scale)
+        names, length = members(module, fused), state.get(f"{module}.{MAGNITUDE}")
+        lengths = [None] * len(names) if length is None else length.float().chunk(len(names))
+        for name, piece, own in zip(names, up.chunk(len(names)), lengths, strict=True):
+            found[f"{prefix}.{name}"] = Adapter(down, piece, scale, own)
     return found
 
 
@@ -300,6 +344,12 @@ def to_state(
             raise ValueError(f"{module} is {want} in this model and {has} in the file: it is of another model")
         if there.rank > down.shape[0]:
             raise ValueError(f"{module} has rank {there.rank} in the file, and {down.shape[0]} in this plan")
+        magnitude = f"{module}.{MAGNITUDE}"
+        if (there.magnitude is None) == (magnitude in state):
+            said = "a DoRA in the file, and none" if there.magnitude is not None else "no DoRA in the file, and one"
+            raise ValueError(f"{module} is {said} in this plan")
+        if there.magnitude is not None:
+            out[magnitude] = there.magnitude.to(state[magnitude])
         filled_down, filled_up = down.clone(), torch.zeros_like(up)
         filled_down[: there.rank] = there.down.to(down)
         filled_up[:, : there.rank] = (there.up * (there.scale / scale)).to(up)

@@ -30,6 +30,9 @@ ROLES = {
     "_lora.down.weight": "down",
     "_lora.up.weight": "up",
     ".alpha": "alpha",
+    ".dora_scale": "magnitude",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
 }
 # What comes before the name of a denoiser's layer, and who writes such files.
 STYLES = {
@@ -71,7 +74,7 @@ class Layer:
 
 
 def role(key: str) -> tuple[str, str] | None:
-    """A key → the name of its module as the file spells it, and down, up or alpha; None for anything else."""
+    """A key → the name of its module as the file spells it, and down, up, alpha or magnitude; None for others."""
     ending = max((e for e in ROLES if key.endswith(e)), key=len, default=None)
     return None if ending is None else (key[: -len(ending)], ROLES[ending])
 
@@ -79,6 +82,12 @@ def role(key: str) -> tuple[str, str] | None:
 def layer(stem: str, family_name: str) -> Layer | None:
     """What the module name `stem` of a file means in a family; None if nothing."""
     return _encoder_layer(stem, family_name) or _denoiser_layer(stem, family_name)
+
+
+def in_files(module: str, family_name: str) -> str:
+    """The module's name as files have it: with the level `text_model` that transformers leaves out."""
+    there = layer(module, family_name)
+    return there.modules[0] if there is not None and there.native is None else module
 
 
 def style(stem: str) -> str:
@@ -201,6 +210,7 @@ class Survey:
     modules: dict[str, frozenset[tuple[str, int]]]
     alphas: tuple[float, ...]  # all that there are; empty: none, which means alpha = rank
     unmatched: tuple[str, ...]  # keys
+    dora: bool  # whether rows get lengths of their own
 
     def rank(self, fused: Iterable[tuple[str, ...]]) -> int:
         """The rank that holds the file, where modules with the ends in each of `fused` get one adapter together."""
@@ -213,7 +223,8 @@ class Survey:
 
     def __str__(self) -> str:
         alphas = f"alpha {', '.join(f'{a:g}' for a in self.alphas[:4])}" if self.alphas else "no alpha"
-        return f"{self.style} keys, rank {self.rank(())}, {alphas}, {len(self.modules)} modules"
+        kind = "DoRA, " if self.dora else ""
+        return f"{kind}{self.style} keys, rank {self.rank(())}, {alphas}, {len(self.modules)} modules"
 
 
 def survey(header: Header, family_name: str) -> Survey:
@@ -231,12 +242,15 @@ def survey(header: Header, family_name: str) -> Survey:
         there = layer(stem, family_name)
         if there is None or not {"down", "up"} <= entries.keys():
             unmatched.append(stem)
+        elif "magnitude" in entries and entries["magnitude"].shape[:1] != entries["up"].shape[:1]:
+            unmatched.append(f"{stem}.dora_scale of columns")
         else:
             modules |= _terms(header, there, entries)
     alphas = {_scalar(header, e["alpha"]) for e in stems.values() if "alpha" in e}
+    dora = any("magnitude" in e for e in stems.values())
     styles = [style(stem) for stem in stems if not stem.startswith(("lora_te", "text_encoder"))]
     common = max(set(styles), key=styles.count, default="text encoder")
-    return Survey(family_name, common, modules, tuple(sorted(alphas)), tuple(unmatched))
+    return Survey(family_name, common, modules, tuple(sorted(alphas)), tuple(unmatched), dora)
 
 
 def _terms(header: Header, there: Layer, entries: dict[str, Entry]) -> dict[str, frozenset[tuple[str, int]]]:

@@ -35,6 +35,7 @@ class MicroBatch:
     mask_B1HW: torch.Tensor | None
     weight_B: torch.Tensor
     names: tuple[str, ...]
+    captions: tuple[str, ...] = ()  # as the text encoders get them, where some of these train
 
     def to(self, device: str) -> MicroBatch:
         return dataclasses.replace(
@@ -55,6 +56,7 @@ class MicroBatch:
             mask_B1HW=None if self.mask_B1HW is None else self.mask_B1HW[rows],
             weight_B=self.weight_B[rows],
             names=self.names[rows],
+            captions=self.captions[rows],
         )
 
 

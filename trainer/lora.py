@@ -48,9 +48,19 @@ def _stacked(linears: list[Any]) -> torch.nn.Linear:
 
 
 def add_adapters(
-    denoiser: Any, blocks: Blocks, *, targets: Sequence[str], fused: Fused, rank: int, alpha: float, seed: int
+    denoiser: Any,
+    blocks: Blocks,
+    *,
+    targets: Sequence[str],
+    fused: Fused,
+    rank: int,
+    alpha: float,
+    seed: int,
+    kind: str = "lora",
 ) -> list[torch.nn.Parameter]:
     """Put an adapter on every linear layer in `blocks` whose name ends like one of `targets`; return what trains.
+
+    `kind`: lora; rslora (arXiv:2312.03732), which counts alpha / √rank; dora (arXiv:2402.09353).
 
     Layers that `fuse` has joined get one adapter for all. The start is peft's: A random from `seed`, B zero.
     Raises SettingsError if no layer matches.
@@ -67,7 +77,9 @@ def add_adapters(
     devices = [torch.device("cuda")] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names)
+        config = LoraConfig(
+            r=rank, lora_alpha=alpha, target_modules=names, use_rslora=kind == "rslora", use_dora=kind == "dora"
+        )
         config._register_custom_module({torch.nn.Linear: Adapted, FrozenLinear: Adapted})
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Unsupported layer type")  # it has the sizes, which is all that is asked

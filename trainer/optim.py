@@ -23,6 +23,7 @@ class OptimizerSpec:
     defaults: dict[str, Any] = field(default_factory=dict)  # keyword arguments besides lr and weight_decay
     schedule_free: bool = False  # keeps an average of its own: no schedule but a constant one, and train/eval modes
     own_warmup: bool = False  # warms up by itself
+    one_rate: bool = False  # all groups of parameters have the same learning rate, or 0
 
     @property
     def prodigy(self) -> bool:
@@ -39,6 +40,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
         "prodigyopt.Prodigy",
         _names("betas beta3 eps decouple use_bias_correction safeguard_warmup d0 d_coef growth_rate slice_p"),
         learning_rate=1.0,
+        one_rate=True,
         defaults={
             "betas": [0.9, 0.999],
             "decouple": True,
@@ -91,14 +93,17 @@ SCHEDULERS: tuple[str, ...] = (
 
 def make_optimizer(
     name: str,
-    params: Iterable[torch.nn.Parameter],
+    params: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]],
     *,
     learning_rate: float,
     weight_decay: float,
     args: dict[str, Any],
     warmup_steps: int = 0,
 ) -> torch.optim.Optimizer:
-    """The optimiser `name` of OPTIMIZERS. TypeError for an argument that its class does not take."""
+    """The optimiser `name` of OPTIMIZERS; `params` may be groups with an `lr` of their own.
+
+    TypeError for an argument that its class does not take.
+    """
     module, _, cls = OPTIMIZERS[name].path.rpartition(".")
     kind = getattr(importlib.import_module(module), cls)
     ready = {k: tuple(v) if isinstance(v, list) else v for k, v in args.items()}

@@ -103,11 +103,17 @@ class DataPlan:
 
 @dataclass(frozen=True)
 class LoraPlan:
+    kind: str = "lora"  # lora, rslora or dora
     rank: int = 32
     alpha: float = 4.0
     split_qkv: bool = False
     targets: tuple[str, ...] = ()  # suffixes of module names
     resume_from: str | None = None  # a LoRA file, or a state folder
+
+    @property
+    def scale(self) -> float:
+        """What the product of the matrices counts."""
+        return self.alpha / (self.rank**0.5 if self.kind == "rslora" else self.rank)
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,7 @@ class OptimPlan:
     scheduler: str = "constant"
     warmup_steps: int = 0
     num_cycles: int = 1
+    text_encoders: dict[str, float] = field(default_factory=dict)  # a CLIP encoder that trains too → learning rate
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,7 @@ def micro_batch(cache: Cache, batch: Batch) -> MicroBatch:
         mask_B1HW=mask,
         weight_B=torch.tensor([e.weight for e in batch]),
         names=tuple(e.picture.name for e in batch),
+        captions=tuple(e.caption for e in batch),
     )
 
 

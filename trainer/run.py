@@ -10,12 +10,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trainer import checkpoint, files, formats, lora, optim, prepare
+from trainer import checkpoint, files, formats, lora, optim, prepare, text_encoders
 from trainer.assemble import assembled
 from trainer.cache import Cache
 from trainer.crashes import Crashes
@@ -33,6 +34,7 @@ from trainer.plan import Plan, differences
 from trainer.precision import PRECISIONS
 from trainer.session import Session
 from trainer.stop import StopFlag
+from trainer.text_encoders import TextEncoders
 from trainer.trainee import Trainee
 from trainer.watchdog import ALIVE, Watchdog
 
@@ -151,7 +153,7 @@ def _run(
     status.phase("loading the model")
     started = time.monotonic()
     trainee = _trainee(plan, kind, model=model, total=total)
-    log.info("Loaded the model and put %s on it in %.1f s.", _size(trainee.params), time.monotonic() - started)
+    log.info("Loaded the model and put %s on it in %.1f s.", _size(trainee), time.monotonic() - started)
     tick()
     session = Session(
         plan,
@@ -176,8 +178,10 @@ def _run(
     status.update({"output": f"{plan.output.name}.safetensors"})
 
 
-def _size(params: list[torch.nn.Parameter]) -> str:
-    return f"{len(params) // 2} adapters ({sum(p.numel() for p in params) / 1e6:.2f} M parameters)"
+def _size(trainee: Trainee) -> str:
+    states = [lora.state(model) for model in (trainee.denoiser, *trainee.texts.models.values())]
+    count = sum(name.endswith(".lora_A.weight") for state in states for name in state)
+    return f"{count} adapters ({sum(p.numel() for p in trainee.params) / 1e6:.2f} M parameters)"
 
 
 def _limit_memory(device: str, limit_gib: float | None) -> None:
@@ -263,25 +267,26 @@ def _trainee(plan: Plan, kind: Family, *, model: Path, total: int) -> Trainee:
         fused=fused,
         targets=plan.lora.targets,
     )
-    params = lora.add_adapters(
-        denoiser,
-        kind.blocks(denoiser),
-        targets=plan.lora.targets,
-        fused=fused,
-        rank=plan.lora.rank,
-        alpha=plan.lora.alpha,
-        seed=plan.train.seed,
-    )
+    settings = plan.lora
+    put = partial(lora.add_adapters, rank=settings.rank, alpha=settings.alpha, seed=plan.train.seed, kind=settings.kind)
+    targets, blocks = plan.lora.targets, kind.blocks(denoiser)
+    groups: list[dict[str, Any]] = [{"params": put(denoiser, blocks, targets=targets, fused=fused)}]
+    texts = text_encoders.load(model, plan.optim.text_encoders, family=kind, device=engine.device, dtype=dtype)
+    for component, encoder in texts.models.items():
+        blocks, targets = text_encoders.blocks(encoder), text_encoders.TARGETS
+        params = put(encoder, blocks, targets=targets, fused={})
+        groups.append({"params": params, "lr": plan.optim.text_encoders[component]})
     if start is not None:
-        _start_from(denoiser, start, plan=plan, facts=facts)
+        _start_from(denoiser, texts, start, plan=plan, facts=facts)
     optimizer = optim.make_optimizer(
         plan.optim.name,
-        params,
+        groups,
         learning_rate=plan.optim.learning_rate,
         weight_decay=plan.optim.weight_decay,
         args=plan.optim.args,
         warmup_steps=plan.optim.warmup_steps,
     )
+    params = [p for group in groups for p in group["params"]]
     optim.set_training(optimizer, True)
     schedule = optim.make_schedule(
         "constant" if optim.OPTIMIZERS[plan.optim.name].own_warmup else plan.optim.scheduler,
@@ -292,7 +297,7 @@ def _trainee(plan: Plan, kind: Family, *, model: Path, total: int) -> Trainee:
     )
     ema = Ema(params, plan.train.ema_decay) if plan.train.ema_decay else None
     guard = Guard(plan.train.max_skipped_steps, plan.train.max_loss_spike)
-    return Trainee(denoiser, params, optimizer, schedule, ema, guard)
+    return Trainee(denoiser, texts, params, optimizer, schedule, ema, guard)
 
 
 def _lora_file(path: Path, family_name: str) -> formats.Modules:
@@ -302,14 +307,16 @@ def _lora_file(path: Path, family_name: str) -> formats.Modules:
         raise SettingsError(f"PARAMS_RESUME_FROM {path} cannot be gone on from: {problem}.") from problem
 
 
-def _start_from(denoiser: Any, modules: formats.Modules, *, plan: Plan, facts: Facts) -> None:
+def _start_from(denoiser: Any, texts: TextEncoders, modules: formats.Modules, *, plan: Plan, facts: Facts) -> None:
     """Begin with the weights of a LoRA file. Raises SettingsError where they are not of this plan's shape."""
-    path, scale, state = plan.lora.resume_from, plan.lora.alpha / plan.lora.rank, lora.state(denoiser)
+    path, scale, state = plan.lora.resume_from, plan.lora.scale, lora.state(denoiser)
+    own = {name: adapter for name, adapter in modules.items() if name.partition(".")[0] not in texts.models}
     try:
         lora.load(
-            denoiser,
-            formats.to_state(modules, state, prefix=facts.lora_prefix, fused=facts.fused_targets, scale=scale),
+            denoiser, formats.to_state(own, state, prefix=facts.lora_prefix, fused=facts.fused_targets, scale=scale)
         )
+        for component, model in texts.models.items():
+            text_encoders.start(model, component, modules, family_name=facts.name, scale=scale)
     except ValueError as problem:
         raise SettingsError(
             f"PARAMS_RESUME_FROM {path} does not fit this plan (PARAMS_NETWORK_DIM={plan.lora.rank}, "

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from trainer import cache as caching
-from trainer import checkpoint, export, files, formats, optim, prepare, sample
+from trainer import checkpoint, export, files, formats, optim, prepare, sample, text_encoders
 from trainer.cache import Cache
 from trainer.dataset import Scan
 from trainer.engine import Engine, drawing
@@ -69,12 +69,13 @@ class Session:
         self.keeper = Keeper(self.out, self.plan.output.name, self.plan.output.keep_checkpoints)
 
     def predict(self, noisy_BCHW: torch.Tensor, t_B: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        text = self.trainee.texts.renewed(batch.text, batch.captions)
         with self.engine.saving():
             return self.kind.predict(
                 self.trainee.denoiser,
                 noisy_BCHW,
                 t_B,
-                text=batch.text,
+                text=text,
                 guidance=self.plan.train.guidance_scale,
                 geometry_B6=batch.geometry_B6,
             )
@@ -183,10 +184,11 @@ class Session:
 
         def draw(prompt: Prompt) -> Image.Image:
             self.dog.beat()
-            text, negative = (
-                {k: v[None].to(device, dtype) for k, v in caching.load(self.cache.text_path(c)).items()}
+            cached = (
+                (c, {k: v[None].to(device, dtype) for k, v in caching.load(self.cache.text_path(c)).items()})
                 for c in (prompt.text, prompt.negative)
             )
+            text, negative = (self.trainee.texts.renewed(item, [c]) for c, item in cached)
             return self.kind.sample(
                 self.trainee.denoiser,
                 vae,
@@ -242,6 +244,7 @@ class Session:
         Raises FileMismatchError where a file is not what was trained; it stays beside its place, as `.unverified`.
         """
         facts = self.kind.FACTS
+        models = {facts.lora_prefix: self.trainee.denoiser, **self.trainee.texts.models}
         with self.trainee.published():
             modules = self.snapshots.take(self._modules())
             self.snapshots.wait()
@@ -249,12 +252,7 @@ class Session:
                 unverified = path.with_name(f"{path.name}.unverified")
                 export.write(unverified, made.tensors, header)
                 error = verify(
-                    unverified,
-                    self.trainee.denoiser,
-                    family_name=facts.name,
-                    prefix=facts.lora_prefix,
-                    fused=facts.fused_targets,
-                    output=self._one_output,
+                    unverified, models, family_name=facts.name, fused=facts.fused_targets, output=self._one_output
                 )
                 unverified.rename(path)
                 files.flush(path.parent)
@@ -263,13 +261,11 @@ class Session:
 
     def _modules(self) -> Modules:
         """The adapters as they are, by the names of the layers that they belong to."""
-        plan, facts = self.plan, self.kind.FACTS
-        return formats.of_state(
-            self.trainee.adapters,
-            prefix=facts.lora_prefix,
-            fused=facts.fused_targets,
-            scale=plan.lora.alpha / plan.lora.rank,
-        )
+        scale, facts, trainee = self.plan.lora.scale, self.kind.FACTS, self.trainee
+        found = formats.of_state(trainee.adapters, prefix=facts.lora_prefix, fused=facts.fused_targets, scale=scale)
+        for component, state in trainee.text_adapters.items():
+            found |= text_encoders.modules(state, component, family_name=facts.name, scale=scale)
+        return found
 
     def _files(
         self, stem: str, modules: Modules, step: int, epoch: int
@@ -279,9 +275,11 @@ class Session:
         run = _trained(plan, self.kind, self.goal, order=self.order, found=self.found)
         # The second file is for diffusers, which knows kohya's keys at the published models' width and depth only.
         miniature = not base_models()[plan.model.base][1].files_gib
-        for to in reversed(("kohya", "peft") if miniature else self.kind.KEYS.writes):
+        dora = plan.lora.kind == "dora"
+        for to in reversed(("kohya", "peft") if miniature or dora else self.kind.KEYS.writes):
             made = formats.write(modules, to, self.kind.FACTS.name)
             header = export.metadata(run, step=step, epoch=epoch, rank=made.rank, alpha=made.alpha)
+            header |= {"kiln_dora_read_by": formats.DORA_READERS[to]} if dora else {}
             yield self.out / f"{stem}{formats.FORMATS[to]}.safetensors", made, header
 
     def _one_output(self) -> torch.Tensor:
@@ -314,6 +312,7 @@ def _trained(plan: Plan, kind: Family, goal: Objective, *, order: Order, found: 
         base=plan.model.base,
         base_version=facts.base_version,
         architecture=facts.architecture,
+        kind=plan.lora.kind,
         alpha=plan.lora.alpha,
         started=plan.output.started,
         optimizer=plan.optim.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import re
@@ -107,7 +108,10 @@ def _export(asked: argparse.Namespace) -> None:
         raise SettingsError(f"Only LoRAs of one family can be merged: {each}.")
     name = kinds.pop()
     loaded = [(_load(path, name), weight) for path, weight in several]
-    modules = formats.merged(loaded) if asked.merge else loaded[0][0]
+    try:
+        modules = formats.merged(loaded) if asked.merge else loaded[0][0]
+    except ValueError as problem:
+        raise SettingsError(f"--merge: {problem}.") from problem
     if asked.without_text_encoders:
         own = f"{family(name).FACTS.lora_prefix}."
         modules = {module: adapter for module, adapter in modules.items() if module.startswith(own)}
@@ -140,9 +144,9 @@ def _sample(asked: argparse.Namespace) -> None:
     prompts = _prompts(asked.prompts, kind, model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    texts = _encoded(kind, folder, prompts, device=device, dtype=dtype)
+    texts = _encoded(kind, folder, prompts, loaded, device=device, dtype=dtype)
     denoiser = kind.load_denoiser(folder, device=device, dtype=dtype)
-    add(denoiser, formats.merged(loaded), prefix=kind.FACTS.lora_prefix)
+    add(denoiser, loaded, component=kind.FACTS.lora_prefix)
     vae = kind.load_vae(folder, device=device)
 
     def draw(prompt: Prompt) -> Any:
@@ -156,20 +160,33 @@ def _sample(asked: argparse.Namespace) -> None:
     log.info("%d pictures with %d LoRAs are in %s.", count, len(several), asked.out)
 
 
-def add(denoiser: Any, modules: Modules, *, prefix: str) -> None:
-    """Add the deltas to the weights, in place. Raises SettingsError for modules that the model lacks."""
+def add(model: Any, several: list[tuple[Modules, float]], *, component: str) -> None:
+    """Change the weights of `component` of the pipeline as the files say, each times its weight, one after the other.
+
+    Raises SettingsError for modules that the model lacks.
+    """
+    own = [
+        (name.removeprefix(f"{component}."), adapter, weight)
+        for modules, weight in several
+        for name, adapter in modules.items()
+        if name.startswith(f"{component}.")
+    ]
     with torch.no_grad():
-        for name, adapter in modules.items():
-            try:
-                weight = denoiser.get_submodule(name.removeprefix(f"{prefix}.")).weight
-            except AttributeError as problem:
-                raise SettingsError(
-                    f"The base model has no {name}: text encoders' LoRAs are not drawn with."
-                ) from problem
-            delta = adapter.delta()
-            if delta.shape != weight.shape:
-                raise SettingsError(f"{name} is {list(delta.shape)} in the LoRA and {list(weight.shape)} in the model.")
-            weight.copy_(weight.float() + delta.to(weight.device))
+        for name, adapter, strength in own:
+            weight = _layer(model, name).weight
+            shape = (adapter.up.shape[0], *adapter.down.shape[1:])
+            if shape != weight.shape:
+                raise SettingsError(f"{name} is {list(shape)} in the LoRA and {list(weight.shape)} in the model.")
+            before = weight.float()
+            weight.copy_(before + strength * (adapter.on(before) - before))
+
+
+def _layer(model: Any, name: str) -> Any:
+    """A layer by its name in files, which have the level `text_model` that some of transformers' classes lack."""
+    for path in (name, name.removeprefix("text_model.")):
+        with contextlib.suppress(AttributeError):
+            return model.get_submodule(path)
+    raise SettingsError(f"The base model has no {name}.")
 
 
 def _base(asked: str, family_name: str | None, several: list[tuple[Path, float]]) -> tuple[str, BaseModel]:
@@ -221,11 +238,19 @@ def _prompts(path: Path, kind: Family, model: BaseModel) -> list[Prompt]:
 
 
 def _encoded(
-    kind: Family, folder: Path, prompts: list[Prompt], *, device: str, dtype: torch.dtype
+    kind: Family,
+    folder: Path,
+    prompts: list[Prompt],
+    several: list[tuple[Modules, float]],
+    *,
+    device: str,
+    dtype: torch.dtype,
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """Texts → embeddings with a batch axis; the encoders are gone afterwards."""
+    """Texts → embeddings with a batch axis, by encoders as the files change them; these are gone afterwards."""
     texts = list(dict.fromkeys(prepare.prompt_texts(prompts)))
     encoders = kind.load_encoders(folder, device=device, dtype=dtype)
+    for component in kind.KEYS.encoders:
+        add(getattr(encoders, component), several, component=component)
     found = kind.encode_text(encoders, texts)
     del encoders
     prepare.release()

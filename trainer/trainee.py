@@ -14,6 +14,7 @@ from trainer import checkpoint, lora, optim
 from trainer.errors import SettingsError
 from trainer.guard import Guard
 from trainer.loop import Ema
+from trainer.text_encoders import TextEncoders
 
 
 @dataclass
@@ -21,7 +22,8 @@ class Trainee:
     """The live objects of a run that change with every step."""
 
     denoiser: Any
-    params: list[torch.nn.Parameter]
+    texts: TextEncoders
+    params: list[torch.nn.Parameter]  # of all of them, in the order of the optimiser's groups
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     ema: Ema | None
@@ -32,10 +34,16 @@ class Trainee:
         """The live tensors by peft's names. Gathered once: on a large model that takes longer than to copy them."""
         return lora.state(self.denoiser)
 
+    @functools.cached_property
+    def text_adapters(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Likewise those of each text encoder that trains."""
+        return {component: lora.state(model) for component, model in self.texts.models.items()}
+
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on, besides the data."""
         return {
             "adapters": self.adapters,
+            "text_encoders": self.text_adapters,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "ema": {"steps": self.ema.steps, "shadow": self.ema.shadow} if self.ema else None,
@@ -47,6 +55,8 @@ class Trainee:
         """Put back what `state` gave. Raises SettingsError where it does not fit."""
         try:
             lora.load(self.denoiser, tree["adapters"])
+            for component, model in self.texts.models.items():
+                lora.load(model, tree["text_encoders"][component])
             optim.load_state(self.optimizer, tree["optimizer"])
             self.schedule.load_state_dict(tree["schedule"])
         except (KeyError, ValueError) as problem:

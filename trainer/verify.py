@@ -6,14 +6,14 @@ No loader of any tool notices a wrong alpha, a wrong order of q, k and v, or a m
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from trainer import formats
+from trainer import formats, keys
 from trainer.errors import FileMismatchError
 from trainer.formats import Adapter, Fused, Modules
 
@@ -25,18 +25,24 @@ OUTPUT_TOLERANCE, IN_16_BITS = 1e-3, 2e-2
 
 
 def verify(
-    path: Path, denoiser: Any, *, family_name: str, prefix: str, fused: Fused, output: Callable[[], torch.Tensor]
+    path: Path, models: Mapping[str, Any], *, family_name: str, fused: Fused, output: Callable[[], torch.Tensor]
 ) -> float:
     """The relative difference between what `output` gives with the live adapters and with the file on the plain base.
 
-    Takes memory for one layer's weight at a time. Raises FileMismatchError, naming the worst layer.
+    `models`: those with adapters, by their component's name, the denoiser first; `fused`: as `lora.Fused`. Takes memory
+    for one layer's weight at a time. Raises FileMismatchError, naming the worst layer.
     """
     try:
         modules = formats.load(path, family_name)
     except ValueError as problem:
         raise FileMismatchError(f"{path} does not read back: {problem}.") from problem
-    live = {name: m for name, m in denoiser.named_modules() if isinstance(m, BaseTunerLayer)}
-    stacks = _by_layer(path, modules, live, prefix=prefix, fused=fused)
+    live = {
+        f"{component}.{name}": layer
+        for component, model in models.items()
+        for name, layer in model.named_modules()
+        if isinstance(layer, BaseTunerLayer)
+    }
+    stacks = _by_layer(path, modules, live, family_name=family_name, fused=fused)
     worst, name = max((_difference(layer, stacks[name]), name) for name, layer in live.items())
     if not worst <= LAYER_TOLERANCE:
         raise FileMismatchError(
@@ -49,7 +55,7 @@ def verify(
         with _applied(live, stacks):
             found = output().float()
     error = ((found - trained).norm() / trained.norm().clamp(min=1e-12)).item()
-    allowed = OUTPUT_TOLERANCE if denoiser.dtype == torch.float32 else IN_16_BITS
+    allowed = OUTPUT_TOLERANCE if next(iter(models.values())).dtype == torch.float32 else IN_16_BITS
     if not error <= allowed:
         raise FileMismatchError(
             f"{path} on the base model gives another picture than the trained model: the outputs differ by "
@@ -59,10 +65,10 @@ def verify(
 
 
 def _by_layer(
-    path: Path, modules: Modules, live: dict[str, BaseTunerLayer], *, prefix: str, fused: Fused
+    path: Path, modules: Modules, live: dict[str, BaseTunerLayer], *, family_name: str, fused: Fused
 ) -> dict[str, list[Adapter | None]]:
     """For each trained layer the file's adapters of its members, from top to bottom."""
-    members = {name: [f"{prefix}.{m}" for m in formats.members(name, fused)] for name in live}
+    members = {name: [keys.in_files(m, family_name) for m in formats.members(name, fused)] for name in live}
     strange = modules.keys() - {m for names in members.values() for m in names}
     if strange:
         raise FileMismatchError(f"{path} has {len(strange)} modules that were not trained, {min(strange)} first.")
@@ -78,13 +84,27 @@ def _delta(parts: list[Adapter | None], layer: Any) -> torch.Tensor:
     )
 
 
+def _magnitudes(parts: list[Adapter | None], layer: Any) -> torch.Tensor | None:
+    """The lengths that DoRA gives the layer's rows, as far as the file has them; None: it has none."""
+    found = [p.magnitude for p in parts if p is not None and p.magnitude is not None]
+    return torch.cat(found).to(layer.lora_A["default"].weight.device) if found else None
+
+
 def _difference(layer: Any, parts: list[Adapter | None]) -> float:
     with torch.no_grad():
-        trained = layer.get_delta_weight("default").float()
-        found = _delta(parts, layer)
-        if found.shape != trained.shape:
+        difference = _relative(_delta(parts, layer), layer.get_delta_weight("default").float())
+        vectors, lengths = layer.lora_magnitude_vector, _magnitudes(parts, layer)
+        if "default" not in vectors and lengths is None:
+            return difference
+        if "default" not in vectors or lengths is None:
             return float("inf")
-        size, difference = trained.norm().item(), (found - trained).norm().item()
+        return max(difference, _relative(lengths, vectors["default"].weight.float()))
+
+
+def _relative(found: torch.Tensor, trained: torch.Tensor) -> float:
+    if found.shape != trained.shape:
+        return float("inf")
+    size, difference = trained.norm().item(), (found - trained).norm().item()
     return difference / size if size else float("inf") if difference else 0.0
 
 
@@ -92,13 +112,21 @@ def _difference(layer: Any, parts: list[Adapter | None]) -> float:
 def _applied(live: dict[str, BaseTunerLayer], stacks: dict[str, list[Adapter | None]]) -> Iterator[None]:
     """Inside, each trained layer computes with its frozen weight W and the file's delta: Wx + delta x.
 
-    That is the merged weight's product, in any format of W, without a second W and without its rounding.
+    That is the merged weight's product, in any format of W, without a second W and without its rounding. With DoRA,
+    the rows' products are scaled as the rows are.
     """
 
     def hook(layer: Any, inputs: tuple[torch.Tensor, ...], name: str) -> torch.Tensor:
-        out = layer.get_base_layer()(*inputs)
-        added = torch.nn.functional.linear(inputs[0].float(), _delta(stacks[name], layer))
-        return (out + added).to(out.dtype)
+        base, delta = layer.get_base_layer(), _delta(stacks[name], layer)
+        out = base(*inputs)
+        added = torch.nn.functional.linear(inputs[0].float(), delta)
+        lengths = _magnitudes(stacks[name], layer)
+        if lengths is None:
+            return (out + added).to(out.dtype)
+        bias = torch.zeros((), device=out.device) if base.bias is None else base.bias.float()
+        unit = torch.eye(base.in_features, device=out.device, dtype=inputs[0].dtype)
+        weight = (base(unit).float() - bias).T  # whatever the format that it is kept in
+        return ((out - bias + added) * (lengths / (weight + delta).norm(dim=1)) + bias).to(out.dtype)
 
     handles = [
         layer.register_forward_hook(lambda m, inputs, _, name=name: hook(m, inputs, name))

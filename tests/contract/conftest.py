@@ -1,4 +1,7 @@
-"""Small random models of the real classes."""
+"""Small random models of the real classes, and whole jobs in this process."""
+
+import dataclasses
+from datetime import UTC, datetime
 
 import pytest
 import torch
@@ -9,6 +12,41 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
+
+from entrypoint.hardware import Hardware
+from entrypoint.manifest import read_manifest
+from entrypoint.plan import make_plan
+from entrypoint.settings import read_settings
+
+
+@pytest.fixture
+def job_plan(tmp_path, draw):
+    """`job_plan(family, **variables)`: the plan of a short job on a miniature, with two pictures, as if fetched."""
+
+    def make(family, **variables):
+        folder = tmp_path / "pictures"
+        folder.mkdir(exist_ok=True)
+        for i, caption in enumerate(("a red circle", "a blue square on a green background")):
+            draw(128, 128, seed=i).save(folder / f"{i}.png")
+            (folder / f"{i}.txt").write_text(caption)
+        asked = {
+            "BASE_MODEL": f"mini-{family}", "DATASET_NAME": str(folder), "OUTPUT_PATH": str(tmp_path / "out"),
+            "CACHE_PATH": str(tmp_path / "cache"), "OUTPUT_NAME": "x", "BACKEND": "cpu",
+            "PARAMS_SAMPLE_EVERY_N_STEPS": "0", "PARAMS_SAVE_EVERY_N_STEPS": "0",
+        } | variables  # fmt: skip
+        made = make_plan(
+            read_settings(asked),
+            read_manifest(asked.get("DATASET_CONFIG"), None),
+            Hardware("cpu", "x86_64", 8.0, 0, "", 8.0, 2),
+            now=datetime(2026, 1, 2, tzinfo=UTC),
+        )
+        sources = [[dataclasses.replace(s, source=dataclasses.replace(s.source, path=s.source.location))
+                    for s in d.subsets] for d in made.data.datasets]  # fmt: skip
+        datasets = [dataclasses.replace(d, subsets=tuple(s)) for d, s in zip(made.data.datasets, sources, strict=True)]
+        model = dataclasses.replace(made.model, path=made.model.source)
+        return dataclasses.replace(made, model=model, data=dataclasses.replace(made.data, datasets=tuple(datasets)))
+
+    return make
 
 
 @pytest.fixture

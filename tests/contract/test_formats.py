@@ -413,7 +413,7 @@ def test_several_files_with_weights_are_added_to_the_model(flux_denoiser, text):
 
     plain = copy.deepcopy(flux_denoiser)
     modules = trained(flux_denoiser, "flux", split=False)
-    add(plain, formats.merged([(modules, 0.5), (modules, 0.5)]), prefix="transformer")
+    add(plain, [(modules, 0.5), (modules, 0.5)], component="transformer")
     torch.testing.assert_close(output(plain), output(flux_denoiser), atol=1e-4, rtol=1e-4)
 
 

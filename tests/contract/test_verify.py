@@ -1,16 +1,11 @@
 """A saved file must give the trained model, or the job fails: every way in which files were ever wrong is noticed."""
 
 import dataclasses
-from datetime import UTC, datetime
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from entrypoint.hardware import Hardware
-from entrypoint.manifest import read_manifest
-from entrypoint.plan import make_plan
-from entrypoint.settings import read_settings
 from trainer import formats, lora
 from trainer.errors import FileMismatchError
 from trainer.families import flux, sd3
@@ -45,9 +40,7 @@ def save(denoiser, path, *, to="kohya"):
 
 
 def check(path, denoiser, output):
-    return verify(
-        path, denoiser, family_name="flux", prefix="transformer", fused=flux.FACTS.fused_targets, output=output
-    )
+    return verify(path, {"transformer": denoiser}, family_name="flux", fused=flux.FACTS.fused_targets, output=output)
 
 
 @pytest.mark.parametrize("to", formats.FORMATS)
@@ -116,7 +109,7 @@ def test_swapped_halves_of_a_modulation_are_noticed(sd3_denoiser, text, tmp_path
     def checked():
         save_file(tensors, tmp_path / "x.safetensors")
         return verify(
-            tmp_path / "x.safetensors", sd3_denoiser, family_name="sd3", prefix="transformer", fused={},
+            tmp_path / "x.safetensors", {"transformer": sd3_denoiser}, family_name="sd3", fused={},
             output=lambda: sd3.predict(sd3_denoiser, x, t, text=text),
         )  # fmt: skip
 
@@ -140,28 +133,9 @@ def test_the_output_is_compared_too(trained, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def plan(tmp_path, draw):
+def plan(job_plan):
     """One step on the miniature."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    draw(128, 128).save(folder / "a.png")
-    (folder / "a.txt").write_text("a shape")
-    asked = {
-        "BASE_MODEL": "mini-flux", "DATASET_NAME": str(folder), "OUTPUT_PATH": str(tmp_path / "out"),
-        "CACHE_PATH": str(tmp_path / "cache"), "OUTPUT_NAME": "x", "PARAMS_MAX_STEPS": "1", "BACKEND": "cpu",
-        "PARAMS_SAMPLE_EVERY_N_STEPS": "0", "PARAMS_SAVE_EVERY_N_STEPS": "0", "PARAMS_NETWORK_DIM": "2",
-    }  # fmt: skip
-    made = make_plan(
-        read_settings(asked),
-        read_manifest(None, None),
-        Hardware("cpu", "x86_64", 8.0, 0, "", 8.0, 2),
-        now=datetime(2026, 1, 2, tzinfo=UTC),
-    )
-    subset = made.data.datasets[0].subsets[0]
-    subset = dataclasses.replace(subset, source=dataclasses.replace(subset.source, path=str(folder)))
-    dataset = dataclasses.replace(made.data.datasets[0], subsets=(subset,))
-    model = dataclasses.replace(made.model, path=made.model.source)
-    return dataclasses.replace(made, model=model, data=dataclasses.replace(made.data, datasets=(dataset,)))
+    return job_plan("flux", PARAMS_MAX_STEPS="1", PARAMS_NETWORK_DIM="2")
 
 
 def test_a_job_leaves_a_wrong_file_under_another_name_and_fails(plan, tmp_path, monkeypatch):

@@ -101,6 +101,14 @@ class Native:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """What a CLIP text encoder makes of captions, as far as pipelines use it."""
+
+    tokens_BLD: torch.Tensor  # the hidden states before the last layer
+    pooled_BD: torch.Tensor  # with the projection, where the encoder has one
+
+
+@dataclass(frozen=True)
 class Keys:
     """The names that LoRA files of a family use, for `trainer.keys` and `trainer.formats`."""
 
@@ -127,6 +135,9 @@ class Family(Protocol):
 
     def encode_text(self, encoders: Any, captions: list[str]) -> list[dict[str, torch.Tensor]]:
         """One dictionary of tensors, without a batch axis and on the CPU, for each caption."""
+
+    def with_encoded(self, text: dict[str, torch.Tensor], fresh: dict[str, Encoded]) -> dict[str, torch.Tensor]:
+        """`text`, batched, with what the text encoders in `fresh` gave in the places of what they gave before."""
 
     def load_vae(self, folder: Path, *, device: str) -> Any:
         """The VAE in fp32, frozen."""
@@ -192,6 +203,11 @@ def family(name: str) -> Family:
     if name not in names():
         raise KeyError(name)
     return cast(Family, importlib.import_module(f"{__name__}.{name}"))
+
+
+def trainable_encoders(name: str) -> dict[str, str]:
+    """The CLIP text encoders of family `name`, by diffusers' names → te1 (CLIP-L) or te2 (CLIP-G)."""
+    return {component: short for component, short in family(name).KEYS.encoders.items() if short in ("te1", "te2")}
 
 
 def base_models() -> dict[str, tuple[str, BaseModel]]:

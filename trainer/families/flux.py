@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.families import BaseModel, Facts, Footprint, Keys, Native, traced
+from trainer.families import BaseModel, Encoded, Facts, Footprint, Keys, Native, traced
 
 if TYPE_CHECKING:
     import torch
@@ -115,6 +115,11 @@ def encode_text(encoders: FluxPipeline, captions: list[str]) -> list[dict[str, t
             captions, captions, device=encoders.text_encoder.device, max_sequence_length=length
         )
     return [{"tokens": t.cpu(), "pooled": p.cpu()} for t, p in zip(tokens_BLD, pooled_BD, strict=True)]
+
+
+def with_encoded(text: dict[str, torch.Tensor], fresh: dict[str, Encoded]) -> dict[str, torch.Tensor]:
+    """Of CLIP-L, this family reads the pooled output alone."""
+    return {**text, "pooled": fresh["text_encoder"].pooled_BD} if "text_encoder" in fresh else text
 
 
 def load_vae(folder: Path, *, device: str) -> AutoencoderKL:

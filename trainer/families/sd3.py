@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.families import OPTIONAL, BaseModel, Facts, Footprint, Keys, Native, traced, weights
+from trainer.families import OPTIONAL, BaseModel, Encoded, Facts, Footprint, Keys, Native, traced, weights
 
 if TYPE_CHECKING:
     import torch
@@ -142,6 +142,26 @@ def encode_text(encoders: StableDiffusion3Pipeline, captions: list[str]) -> list
             max_sequence_length=length,
         )
     return [{"tokens": t.cpu(), "pooled": p.cpu()} for t, p in zip(tokens_BLD, pooled_BD, strict=True)]
+
+
+def with_encoded(text: dict[str, torch.Tensor], fresh: dict[str, Encoded]) -> dict[str, torch.Tensor]:
+    """The first tokens are CLIP-L's and CLIP-G's, side by side, and zeros; the pooled outputs are side by side too."""
+    import torch
+
+    tokens_BLD, pooled_BD = text["tokens"], text["pooled"]
+    if small := fresh.get("text_encoder"):
+        (_, length, width), wide = small.tokens_BLD.shape, small.pooled_BD.shape[-1]
+        top_BLD = torch.cat([small.tokens_BLD, tokens_BLD[:, :length, width:]], dim=-1)
+        tokens_BLD = torch.cat([top_BLD, tokens_BLD[:, length:]], dim=1)
+        pooled_BD = torch.cat([small.pooled_BD, pooled_BD[:, wide:]], dim=-1)
+    if large := fresh.get("text_encoder_2"):
+        (_, length, width), wide = large.tokens_BLD.shape, large.pooled_BD.shape[-1]
+        # Both projections are as wide as their encoders: where the pooled output begins, the tokens begin as well.
+        begin = pooled_BD.shape[-1] - wide
+        sides = tokens_BLD[:, :length, :begin], large.tokens_BLD, tokens_BLD[:, :length, begin + width :]
+        tokens_BLD = torch.cat([torch.cat(sides, dim=-1), tokens_BLD[:, length:]], dim=1)
+        pooled_BD = torch.cat([pooled_BD[:, :begin], large.pooled_BD], dim=-1)
+    return {"tokens": tokens_BLD, "pooled": pooled_BD}
 
 
 def load_vae(folder: Path, *, device: str) -> AutoencoderKL:

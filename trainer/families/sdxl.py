@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.families import BaseModel, Facts, Footprint, Keys, Native, weights
+from trainer.families import BaseModel, Encoded, Facts, Footprint, Keys, Native, weights
 
 if TYPE_CHECKING:
     import torch
@@ -100,6 +100,21 @@ def encode_text(encoders: StableDiffusionXLPipeline, captions: list[str]) -> lis
             captions, captions, device=encoders.text_encoder.device, do_classifier_free_guidance=False
         )
     return [{"tokens": t.cpu(), "pooled": p.cpu()} for t, p in zip(tokens_BLD, pooled_BD, strict=True)]
+
+
+def with_encoded(text: dict[str, torch.Tensor], fresh: dict[str, Encoded]) -> dict[str, torch.Tensor]:
+    """The tokens are CLIP-L's and then CLIP-G's, side by side; the pooled output is CLIP-G's."""
+    import torch
+
+    tokens_BLD, pooled_BD = text["tokens"], text["pooled"]
+    if small := fresh.get("text_encoder"):
+        width = small.tokens_BLD.shape[-1]
+        tokens_BLD = torch.cat([small.tokens_BLD, tokens_BLD[..., width:]], dim=-1)
+    if large := fresh.get("text_encoder_2"):
+        width = tokens_BLD.shape[-1] - large.tokens_BLD.shape[-1]
+        tokens_BLD = torch.cat([tokens_BLD[..., :width], large.tokens_BLD], dim=-1)
+        pooled_BD = large.pooled_BD
+    return {"tokens": tokens_BLD, "pooled": pooled_BD}
 
 
 def load_vae(folder: Path, *, device: str) -> AutoencoderKL:

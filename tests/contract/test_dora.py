@@ -1,0 +1,163 @@
+"""DoRA and rsLoRA: whole jobs, and their files in diffusers; every way in which a DoRA's file may be wrong."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.contract.test_text_encoders import FAMILIES, folder, pipeline
+from trainer import formats, lora
+from trainer.errors import FileMismatchError, SettingsError
+from trainer.families import family, flux
+from trainer.run import run
+from trainer.stop import StopFlag
+from trainer.tools import add, export_command
+from trainer.verify import verify
+
+QUICK = {"PARAMS_OPTIMIZER_TYPE": "adamw", "PARAMS_LEARNING_RATE": "0.05", "PARAMS_MAX_STEPS": "3"}
+SHAPE = {"PARAMS_NETWORK_DIM": "3", "PARAMS_NETWORK_ALPHA": "2", "PARAMS_TEXT_ENCODER_LR": "0.05"}
+
+
+def output(name, denoiser):
+    """The model's output for something made up, the same each time."""
+    kind, generator = family(name), torch.Generator().manual_seed(3)
+    config = denoiser.config
+    channels = 4 if name == "sdxl" else 16
+    wide = config.cross_attention_dim if name == "sdxl" else config.joint_attention_dim
+    pooled = {"sdxl": lambda: config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim}
+    count = pooled.get(name, lambda: config.pooled_projection_dim)()
+    noisy = torch.randn(2, channels, 16, 16, generator=generator)
+    text = {
+        "tokens": torch.randn(2, 20, wide, generator=generator),
+        "pooled": torch.randn(2, count, generator=generator),
+    }
+    geometry = torch.tensor([[128.0, 128, 0, 0, 128, 128]] * 2)
+    with torch.no_grad():
+        return kind.predict(
+            denoiser, noisy, torch.tensor([0.3, 0.8]), text=text, guidance=1.0, geometry_B6=geometry
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["dora", "rslora"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_jobs_files_are_one_model_in_diffusers_and_here(name, kind, job_plan, tmp_path):
+    run(job_plan(name, **QUICK, **SHAPE, PARAMS_LORA_TYPE=kind), StopFlag())
+    kohya, peft = tmp_path / "out" / "x.safetensors", tmp_path / "out" / "x-diffusers.safetensors"
+    assert (kind == "dora") == any("dora_scale" in k for k in load_file(kohya))
+    component, pipe = family(name).FACTS.lora_prefix, pipeline(name)
+    before = output(name, getattr(pipe, component))
+    pipe.load_lora_weights(peft)
+    theirs = output(name, getattr(pipe, component))
+    ours = family(name).load_denoiser(folder(name), device="cpu", dtype=torch.float32)
+    add(ours, [(formats.load(kohya, name), 1.0)], component=component)
+    torch.testing.assert_close(output(name, ours), theirs, rtol=1e-4, atol=1e-4)
+    assert (theirs - before).norm() > 0.01 * before.norm()
+
+
+def test_the_scale_of_rslora_is_by_the_root_of_the_rank(job_plan, tmp_path):
+    shape = {"PARAMS_NETWORK_DIM": "4", "PARAMS_NETWORK_ALPHA": "2"}
+    assert job_plan("sdxl", **shape).lora.scale == 0.5
+    plan = job_plan("sdxl", **shape, **QUICK, PARAMS_LORA_TYPE="rslora")
+    assert plan.lora.scale == 1.0
+    run(plan, StopFlag())
+    alphas = {v.item() for k, v in load_file(tmp_path / "out" / "x.safetensors").items() if k.endswith(".alpha")}
+    assert alphas == {4.0}  # tools divide by the rank
+
+
+@pytest.fixture
+def trained(flux_denoiser, text):
+    """A Flux model with a trained DoRA, what it gives, and its modules."""
+    fused = flux.FACTS.fused_targets
+    lora.fuse(flux.blocks(flux_denoiser), fused=fused, targets=flux.FACTS.targets)
+    params = lora.add_adapters(
+        flux_denoiser, flux.blocks(flux_denoiser), targets=flux.FACTS.targets, fused=fused, rank=3, alpha=2.0, seed=7,
+        kind="dora",
+    )  # fmt: skip
+    torch.manual_seed(5)
+    for p in params:
+        p.data += 0.1 * torch.randn(p.shape)
+    x, t = torch.randn(2, 16, 4, 6), torch.tensor([0.3, 0.8])
+    modules = formats.of_state(lora.state(flux_denoiser), prefix="transformer", fused=fused, scale=2 / 3)
+    return flux_denoiser, lambda: flux.predict(flux_denoiser, x, t, text=text, guidance=1.0), modules
+
+
+def check(path, denoiser, out):
+    return verify(path, {"transformer": denoiser}, family_name="flux", fused=flux.FACTS.fused_targets, output=out)
+
+
+@pytest.mark.parametrize("to", formats.FORMATS)
+def test_a_right_file_passes(trained, tmp_path, to):
+    denoiser, out, modules = trained
+    save_file(formats.write(modules, to, "flux").tensors, tmp_path / "x.safetensors")
+    before = out()
+    assert check(tmp_path / "x.safetensors", denoiser, out) < 1e-5
+    assert torch.equal(out(), before)
+
+
+def change(tensors, ending, how):
+    return {k: how(v) if k.endswith(ending) else v for k, v in tensors.items()}
+
+
+MUTATIONS = {
+    "no magnitudes": lambda t: {k: v for k, v in t.items() if not k.endswith(".dora_scale")},
+    "one layer without": lambda t: {k: v for k, v in t.items() if not k.endswith("0_linear2.dora_scale")},
+    "rows in another order": lambda t: change(t, ".dora_scale", lambda v: v.flip(0)),
+    "one percent longer": lambda t: change(t, ".dora_scale", lambda v: v * 1.01),
+    "twice the product": lambda t: change(t, ".alpha", lambda v: v * 2),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_wrong_file_is_an_error(trained, tmp_path, mutation):
+    denoiser, out, modules = trained
+    tensors = MUTATIONS[mutation](formats.write(modules, "kohya", "flux").tensors)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(FileMismatchError):
+        check(tmp_path / "x.safetensors", denoiser, out)
+
+
+def test_the_output_is_compared_too(trained, tmp_path, monkeypatch):
+    denoiser, out, modules = trained
+    tensors = change(formats.write(modules, "kohya", "flux").tensors, ".dora_scale", lambda v: v * 1.1)
+    save_file(tensors, tmp_path / "x.safetensors")
+    monkeypatch.setattr("trainer.verify._difference", lambda layer, parts: 0.0)
+    with pytest.raises(FileMismatchError, match="the outputs differ"):
+        check(tmp_path / "x.safetensors", denoiser, out)
+
+
+def test_nothing_is_lost_between_the_formats(trained, tmp_path):
+    *_, modules = trained
+    for to in formats.FORMATS:
+        back = formats.read(formats.write(modules, to, "flux").tensors, {}, "flux")
+        assert back.keys() == modules.keys()
+        for name, adapter in modules.items():
+            torch.testing.assert_close(back[name].delta(), adapter.delta())
+            assert torch.equal(back[name].magnitude, adapter.magnitude)
+    save_file(formats.write(modules, "kohya", "flux").tensors, tmp_path / "x.safetensors")
+    one = str(tmp_path / "x.safetensors")
+    assert export_command(["--merge", one, one, "--out", str(tmp_path / "y.safetensors")]) == 78
+    assert export_command([one, "--to", "peft", "--out", str(tmp_path / "y.safetensors")]) == 0
+
+
+def test_a_dora_goes_on_as_a_dora_alone(job_plan, tmp_path):
+    run(job_plan("sd3", **QUICK, **SHAPE, PARAMS_LORA_TYPE="dora"), StopFlag())
+    file = str(tmp_path / "out" / "x.safetensors")
+    more = {**SHAPE, "PARAMS_RESUME_FROM": file, "OUTPUT_PATH": str(tmp_path / "next")}
+    with pytest.raises(SettingsError, match="PARAMS_LORA_TYPE=dora"):
+        job_plan("sd3", **more)
+    still = {**QUICK, "PARAMS_LEARNING_RATE": "1e-30", "PARAMS_TEXT_ENCODER_LR": "1e-30", "PARAMS_MAX_STEPS": "1"}
+    run(job_plan("sd3", **{**more, **still}, PARAMS_LORA_TYPE="dora"), StopFlag())
+    first, second = (
+        formats.load(tmp_path / "out" / "x.safetensors", "sd3"),
+        formats.load(tmp_path / "next" / "x.safetensors", "sd3"),
+    )
+    assert first.keys() == second.keys()
+    for name, adapter in first.items():
+        torch.testing.assert_close(second[name].delta(), adapter.delta(), rtol=1e-5, atol=1e-7)
+        assert torch.equal(second[name].magnitude, adapter.magnitude)
+
+
+def test_layers_that_files_have_as_one_are_trained_together_or_not(job_plan):
+    with pytest.raises(SettingsError, match=r"single_blocks.*proj_mlp|double_blocks.*to_k"):
+        job_plan("flux", PARAMS_LORA_TYPE="dora", PARAMS_TARGET_MODULES="attn.to_q")
+    plan = job_plan("flux", PARAMS_LORA_TYPE="dora", PARAMS_TARGET_MODULES="ff.net.2,ff_context.net.2")
+    assert any("sd-scripts" in reason for reason in plan.reasons)
