@@ -1,17 +1,19 @@
-"""The miniature really learns the demo's concept, and the number that says so fails when the training is wrong.
+"""The miniatures really learn the demo's concept, and the number that says so fails when the training is wrong.
 
-The number is the mean `correlation` (trainer/families/miniatures/score.py) over pictures that diffusers' own pipeline
-draws with the saved file: the demo's prompts at seeds that the job never saw.
+The number is the mean `correlation` (trainer/families/miniatures/score.py) over pictures that diffusers' own pipelines
+draw with the saved file: the demo's prompts at seeds that the job never saw.
 """
 
 import json
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
 from trainer.families import family
@@ -19,19 +21,45 @@ from trainer.families.miniatures.score import correlation
 
 pytestmark = pytest.mark.slow
 
-CONCEPT = Path(__file__).parents[2] / "trainer" / "families" / "miniatures" / "concept"
+ROOT = Path(__file__).parents[2]
+CONCEPT = ROOT / "trainer" / "families" / "miniatures" / "concept"
 PROMPTS = [line.split(" --")[0] for line in (CONCEPT / "prompts.txt").read_text().splitlines() if "kilnpot" in line]
 SEEDS = range(100, 103)
-LEARNT, GAIN = 0.28, 0.18
-DEMO = {
-    "DATASET_NAME": str(CONCEPT),
-    "PARAMS_MAX_STEPS": "200",
-    "PARAMS_BATCH_SIZE": "4",
-    "PARAMS_NETWORK_DIM": "32",
-    "PARAMS_NETWORK_ALPHA": "32",
-    "PARAMS_NOISE_OFFSET": "0",
-    "PARAMS_TIMESTEP_SAMPLING": "shift",
-    "PARAMS_SAVE_EVERY_N_STEPS": "0",
+
+
+@dataclass(frozen=True)
+class Case:
+    """One family: how its pipeline draws, and what the number must be, by itself and above the base's."""
+
+    pipeline: type
+    drawing: dict[str, float]
+    learnt: float
+    gain: float
+    mutations: tuple[str, ...]
+
+
+CASES = {
+    "flux": Case(
+        FluxPipeline,
+        {"guidance_scale": 3.5, "num_inference_steps": 20},
+        learnt=0.28,
+        gain=0.18,
+        mutations=("the target's sign", "the time runs backwards", "shifted the other way", "latents at a wrong scale"),
+    ),
+    "sdxl": Case(
+        StableDiffusionXLPipeline,
+        {"guidance_scale": 3.0, "num_inference_steps": 20},
+        learnt=0.28,
+        gain=0.18,
+        mutations=("the velocity instead of the noise", "latents at a wrong scale"),
+    ),
+    "sd3": Case(
+        StableDiffusion3Pipeline,
+        {"guidance_scale": 3.0, "num_inference_steps": 28},
+        learnt=0.3,
+        gain=0.2,
+        mutations=("the target's sign", "the time runs backwards"),
+    ),
 }
 # What goes wrong in the trainer's process, as lines of Python.
 TRAINING = {
@@ -47,32 +75,48 @@ TRAINING = {
             d = at(self, *a)
             return objective.Drawn(d.noisy_BCHW, d.target_BCHW, 1 - d.t_B, d.weight_B)
         objective.FlowMatching.at = mutant""",
-    "the noise levels are shifted the other way": """
+    "shifted the other way": """
         shifted = objective.shifted
         objective.shifted = lambda t, s: shifted(t, 1 / s**2)""",
-    "latents without their scale": """
-        encode = flux.encode_images
-        flux.encode_images = lambda vae, x: encode(vae, x) / vae.config.scaling_factor / 3""",
+    "the velocity instead of the noise": """
+        at = objective.Denoising.at
+        def mutant(self, *a):
+            return at(dataclasses.replace(self, prediction="v_prediction"), *a)
+        objective.Denoising.at = mutant""",
+    "latents at a wrong scale": """
+        encode = kind.encode_images
+        kind.encode_images = lambda vae, x: encode(vae, x) / vae.config.scaling_factor / 3""",
 }
 
 
-def number(lora: dict | None, tmp_path: Path) -> float:
-    from diffusers import FluxPipeline
+def demo(name: str) -> dict[str, str]:
+    """The variables of `make demo MODEL=name`, without samples and checkpoints."""
+    words = subprocess.run(
+        ["make", "--dry-run", "--always-make", "demo", f"MODEL={name}"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    job = next(line for line in words.replace("\\\n", " ").splitlines() if "BASE_MODEL=" in line)
+    given = dict(word.split("=", 1) for word in job.split() if word.startswith(("PARAMS_", "BASE_MODEL=")))
+    off = {"PARAMS_SAMPLE_EVERY_N_STEPS": "0", "PARAMS_SAVE_EVERY_N_STEPS": "0"}
+    return {**given, "DATASET_NAME": str(CONCEPT), "PARAMS_NETWORK_DIM": "32", **off}
 
-    pipe = FluxPipeline.from_pretrained(family("flux").FACTS.models["mini-flux"].source, dtype=torch.float32)
+
+def number(name: str, lora: dict | None, tmp_path: Path) -> float:
+    case = CASES[name]
+    pipe = case.pipeline.from_pretrained(family(name).FACTS.models[f"mini-{name}"].source, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     if lora is not None:
         save_file(lora, tmp_path / "lora.safetensors")
         pipe.load_lora_weights(tmp_path / "lora.safetensors")
+    drawing = dict(case.drawing)
+    if t5 := {"flux": "tokenizer_2", "sd3": "tokenizer_3"}.get(name):
+        drawing["max_sequence_length"] = getattr(pipe, t5).model_max_length
     drawn = [
         pipe(
             PROMPTS,
             width=128,
             height=128,
-            num_inference_steps=20,
-            guidance_scale=3.5,
-            max_sequence_length=pipe.tokenizer_2.model_max_length,
             generator=[torch.Generator().manual_seed(seed + 10 * i) for i in range(len(PROMPTS))],
+            **drawing,
         ).images
         for seed in SEEDS
     ]
@@ -80,43 +124,56 @@ def number(lora: dict | None, tmp_path: Path) -> float:
     return sum(values) / len(values)
 
 
-def learns(before: float, after: float) -> bool:
-    return after >= LEARNT and after - before >= GAIN
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """`base(name)`: the number before training."""
+    known: dict[str, float] = {}
+
+    def measured(name: str) -> float:
+        return known.setdefault(name, known.get(name) or number(name, None, tmp_path_factory.mktemp(name)))
+
+    return measured
 
 
-def test_the_concept_is_learnt_and_a_wrong_file_is_noticed(job, tmp_path):
-    code, printed = job.run(**DEMO)
+def learns(name: str, before: float, after: float) -> bool:
+    return after >= CASES[name].learnt and after - before >= CASES[name].gain
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_concept_is_learnt_and_a_wrong_file_is_noticed(name, base, job, tmp_path):
+    code, printed = job.run(**demo(name))
     assert code == 0, printed
     lora = load_file(job.out / "x-diffusers.safetensors")
-    before, after = number(None, tmp_path), number(lora, tmp_path)
-    print(f"before {before:.3f}, after {after:.3f}")
-    assert learns(before, after), (before, after)
+    before, after = base(name), number(name, lora, tmp_path)
+    print(f"{name}: before {before:.3f}, after {after:.3f}")
+    assert learns(name, before, after), (before, after)
 
     not_applied = {k: v * 0 for k, v in lora.items()}
     too_weak = {k: v * (0.2 if ".lora_B." in k else 1) for k, v in lora.items()}
     too_strong = {k: v * (5 if ".lora_B." in k else 1) for k, v in lora.items()}
-    wrong = {name: number(file, tmp_path) for name, file in
+    wrong = {what: number(name, file, tmp_path) for what, file in
              {"not applied": not_applied, "a fifth": too_weak, "five times": too_strong}.items()}  # fmt: skip
-    print(wrong)
-    assert not [name for name, value in wrong.items() if learns(before, value)], wrong
+    print(name, wrong)
+    assert not [what for what, value in wrong.items() if learns(name, before, value)], wrong
 
 
-@pytest.mark.parametrize("mutation", TRAINING)
-def test_a_wrong_training_does_not_learn_it(job, tmp_path, mutation):
-    code, printed = job.run(**{**DEMO, "PARAMS_MAX_STEPS": "1", "CACHE_PATH": str(tmp_path / "cache")})
+@pytest.mark.parametrize(("name", "mutation"), [(n, m) for n, case in CASES.items() for m in case.mutations])
+def test_a_wrong_training_does_not_learn_it(name, mutation, base, job, tmp_path):
+    asked = demo(name)
+    code, printed = job.run(**{**asked, "PARAMS_MAX_STEPS": "1", "CACHE_PATH": str(tmp_path / "cache")})
     assert code == 0, printed
     plan = json.loads((job.out / "plan.json").read_text())
-    plan["train"]["max_steps"] = 200
+    plan["train"]["max_steps"] = int(asked["PARAMS_MAX_STEPS"])
     plan["output"] |= {"path": str(tmp_path / "mutant"), "cache": str(tmp_path / "other")}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     lines = "\n".join(line[8:] for line in TRAINING[mutation].splitlines())
-    script = f"import sys\nfrom trainer import objective\nfrom trainer.families import flux\n{lines}\n"
-    script += "from trainer.__main__ import main\nsys.exit(main(sys.argv[1:]))"
+    script = f"import dataclasses, sys\nfrom trainer import objective\nfrom trainer.families import {name} as kind\n"
+    script += f"{lines}\nfrom trainer.__main__ import main\nsys.exit(main(sys.argv[1:]))"
     run = subprocess.run(
-        [sys.executable, "-c", script, tmp_path / "plan.json"], cwd=CONCEPT.parents[3], capture_output=True, text=True
+        [sys.executable, "-c", script, tmp_path / "plan.json"], cwd=ROOT, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    value = number(load_file(tmp_path / "mutant" / "x-diffusers.safetensors"), tmp_path)
-    print(f"{mutation}: {value:.3f}")
+    value = number(name, load_file(tmp_path / "mutant" / "x-diffusers.safetensors"), tmp_path)
+    print(f"{name}, {mutation}: {value:.3f}")
     shutil.rmtree(tmp_path / "mutant")
-    assert not learns(number(None, tmp_path), value), value
+    assert not learns(name, base(name), value), value
