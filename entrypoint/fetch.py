@@ -74,6 +74,8 @@ def fetch_source(
     Archives and Hub datasets become folders below `cache`/datasets, named by content, so that a second run finds them.
     Raises SettingsError, DataError (no or dangerous content), GatedError, UnreachableError, StorageError.
     """
+    if source.kind == "generated":
+        return source  # the trainer draws it
     if source.kind == "folder":
         return replace(source, path=str(local_folder(source)))
     with naming("CACHE_PATH"):

@@ -69,7 +69,10 @@ SHARED_KEYS = {  # of a subset; its dataset and `general` give defaults
 }
 HUB_KEYS = {"revision": _TEXT, "split": _TEXT, "image_column": _TEXT, "caption_column": _TEXT}
 OWN_KEYS = {"is_reg": _FLAG, "alpha_mask": _FLAG, "metadata_file": _TEXT, "conditioning_data_dir": _TEXT}
-SUBSET_KEYS = {"image_dir": _TEXT, "dataset": _TEXT, **HUB_KEYS, **OWN_KEYS}  # of a subset alone
+CLASS_KEYS = {"class_prompt": _TEXT, "num_class_images": Key("integer", 1, 100_000)}  # pictures that the model draws
+CLASS_IMAGES = 100
+MADE_BY_HAND = ("class_tokens", "alpha_mask", "metadata_file", "conditioning_data_dir")  # which drawn pictures lack
+SUBSET_KEYS = {"image_dir": _TEXT, "dataset": _TEXT, **HUB_KEYS, **CLASS_KEYS, **OWN_KEYS}  # of a subset alone
 LEVELS = {
     "general": {**DATASET_KEYS, **SHARED_KEYS},
     "a dataset": {**DATASET_KEYS, **SHARED_KEYS},
@@ -263,12 +266,24 @@ def _subset(dataset: Mapping[str, Any], own: Mapping[str, Any], where: str, prob
             f"{where}.caption_extension {show(merged['caption_extension'])} has no dot. Fix: .txt for example."
         )
     kept = {name: value for name, value in merged.items() if name in SHARED_KEYS or name in OWN_KEYS}
+    if "class_prompt" in own:
+        if not kept.setdefault("is_reg", True):
+            problems.add(f"{where}: pictures of class_prompt are regularisation pictures. Fix: remove is_reg.")
+        # What the datasets above say of captions is said of the user's own pictures.
+        plain = {name: own.get(name) for name in ("caption_prefix", "caption_suffix")}
+        kept |= {**plain, "class_tokens": own["class_prompt"]}
     return Subset(_subset_source(own, where, problems), **kept)
 
 
 def _subset_source(own: Mapping[str, Any], where: str, problems: Problems) -> Source:
     hub = {name: value for name, value in own.items() if name in HUB_KEYS}
     try:
+        if "class_prompt" in own or "num_class_images" in own:
+            if wrong := [name for name in ("image_dir", "dataset", *hub, *MADE_BY_HAND) if name in own]:
+                raise ValueError(f"{wrong[0]} does not go together with class_prompt: the model draws these pictures")
+            if not own.get("class_prompt"):
+                raise ValueError("num_class_images needs a class_prompt to draw from, a dog for example")
+            return Source("generated", own["class_prompt"], count=own.get("num_class_images", CLASS_IMAGES))
         if "image_dir" in own and ("dataset" in own or hub):
             raise ValueError(f"image_dir does not go together with {['dataset', *hub][-1]}")
         if "image_dir" in own:

@@ -140,7 +140,10 @@ def _weights(folder: Path) -> int:
 
 def _check_source(source: Source, pixels: int, needs: Needs, *, token: str | None, patience: Patience) -> None:
     """Check one source of pictures, and note the room that it and its encoded pictures will take."""
-    if source.kind == "folder":
+    if source.kind == "generated":
+        count = source.count
+        needs.add("CACHE_PATH", "class pictures", count * TYPICAL_PICTURE)
+    elif source.kind == "folder":
         count = _count_pictures(fetch.local_folder(source))
         if not count:
             raise DataError(f"{fetch.named(source)}: there is no picture in it. Put pictures there (or mount them).")

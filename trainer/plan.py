@@ -39,12 +39,13 @@ class ModelPlan:
 class Source:
     """Where pictures come from."""
 
-    kind: str  # folder | archive | hub
-    location: str  # path, URL, or Hub dataset id
+    kind: str  # folder | archive | hub | generated
+    location: str  # path, URL, Hub dataset id, or the prompt to generate from
     revision: str | None = None
     split: str = "train"
     image_column: str | None = None  # found if None
     caption_column: str | None = None  # found if None
+    count: int = 0  # pictures to generate
     commit: str | None = neutral(None)
     path: str = neutral("")  # local folder of image files; filled by fetch
 

@@ -16,21 +16,22 @@ from typing import Any
 
 import torch
 
-from trainer import checkpoint, files, formats, lora, optim, prepare, text_encoders
+from trainer import checkpoint, class_pictures, files, formats, lora, optim, prepare, text_encoders
 from trainer.assemble import assembled
 from trainer.cache import Cache
+from trainer.class_pictures import Wanted
 from trainer.crashes import Crashes
 from trainer.dataset import Scan
 from trainer.engine import Engine, place
 from trainer.errors import HangError, KilnError, OutOfMemoryError, SettingsError, StorageError
-from trainer.families import Facts, Family, family
+from trainer.families import Facts, Family, base_models, family
 from trainer.guard import Guard
 from trainer.lock import locked
 from trainer.loop import Ema
 from trainer.metrics import Status
-from trainer.objective import make_objective
+from trainer.objective import make_objective, scheduler_changes
 from trainer.order import Order, fingerprint, fingerprint_differences
-from trainer.plan import Plan, differences
+from trainer.plan import Plan, Prompt, differences
 from trainer.precision import PRECISIONS
 from trainer.session import Session
 from trainer.stop import StopFlag
@@ -67,7 +68,42 @@ def _whole(plan: Plan, stop: StopFlag, out: Path, *, status: Status, dog: Watchd
     _limit_memory(plan.engine.device, plan.engine.memory_limit_gib)
     whole = str(assembled(plan.model, Path(plan.output.cache)))
     plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, path=whole))
+    plan = _with_class_pictures(plan, status=status, tick=lambda: _tick(dog, stop))
     _run(plan, stop, out, status=status, state=state, dog=dog)
+
+
+def _tick(dog: Watchdog, stop: StopFlag) -> None:
+    """Between two pieces of work: all is well, and a stop may be looked for."""
+    dog.beat()
+    stop.check()
+
+
+def _with_class_pictures(plan: Plan, *, status: Status, tick: Callable[[], None]) -> Plan:
+    """The plan with a folder for each source that the base model draws."""
+    kind, model = family(plan.model.family), Path(plan.model.path)
+    facts, base = kind.FACTS, base_models()[plan.model.base][1]
+    common = {"steps": facts.prompt_steps, "guidance": facts.prompt_guidance, "cfg": facts.prompt_cfg, **base.defaults}
+    precision, scheduler = plan.engine.precision, scheduler_changes(plan.train)
+    drawn, datasets = [], []
+    for dataset in plan.data.datasets:
+        subsets = list(dataset.subsets)
+        width, height = (max(facts.multiple, side // facts.multiple * facts.multiple) for side in dataset.resolution)
+        for i, source in enumerate(s.source for s in dataset.subsets):
+            if source.kind != "generated":
+                continue
+            prompt = Prompt(text=source.location, width=width, height=height, seed=plan.train.seed, **common)
+            wanted = Wanted(prompt, source.count)
+            folder = wanted.folder(Path(plan.output.cache), model, precision=precision, scheduler=scheduler)
+            subsets[i] = dataclasses.replace(subsets[i], source=dataclasses.replace(source, path=str(folder)))
+            drawn.append((wanted, folder))
+        datasets.append(dataclasses.replace(dataset, subsets=tuple(subsets)))
+    if drawn:
+        status.phase("drawing class pictures")
+        dtype = PRECISIONS[precision].torch_dtype
+        class_pictures.fill(
+            drawn, family=kind, model=model, device=plan.engine.device, dtype=dtype, scheduler=scheduler, tick=tick
+        )
+    return dataclasses.replace(plan, data=dataclasses.replace(plan.data, datasets=tuple(datasets)))
 
 
 @contextlib.contextmanager
@@ -143,18 +179,13 @@ def _run(
     log.info("%d optimiser steps, %d an epoch.", total, steps_per_epoch)
 
     status.phase("encoding")
-
-    def tick() -> None:
-        dog.beat()
-        stop.check()
-
-    cache = _filled_cache(plan, order, kind=kind, model=model, tick=tick)
+    cache = _filled_cache(plan, order, kind=kind, model=model, tick=lambda: _tick(dog, stop))
 
     status.phase("loading the model")
     started = time.monotonic()
     trainee = _trainee(plan, kind, model=model, total=total)
     log.info("Loaded the model and put %s on it in %.1f s.", _size(trainee), time.monotonic() - started)
-    tick()
+    _tick(dog, stop)
     session = Session(
         plan,
         kind,

@@ -1,0 +1,104 @@
+"""Regularisation pictures that the base model draws: once, as diffusers draws them, and trained on as such."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.contract.test_text_encoders import pipeline
+from trainer import prepare
+from trainer.errors import SettingsError
+from trainer.families import family
+from trainer.order import Order
+from trainer.run import run
+from trainer.stop import StopFlag
+
+ONE_STEP = {"PARAMS_MAX_STEPS": "1", "PARAMS_NETWORK_DIM": "2", "PARAMS_PRIOR_LOSS_WEIGHT": "0.5"}
+
+
+def config(folder, **subset):
+    subsets = [{"image_dir": str(folder)}, {"class_prompt": "a red circle", "num_class_images": 2, **subset}]
+    return json.dumps({"datasets": [{"resolution": 128, "batch_size": 2, "subsets": subsets}]})
+
+
+@pytest.fixture
+def job(job_plan, tmp_path):
+    def make(name, out="out", **subset):
+        where = {"DATASET_CONFIG": config(tmp_path / "pictures", **subset), "OUTPUT_PATH": str(tmp_path / out)}
+        return job_plan(name, **ONE_STEP, **where, DATASET_NAME="")
+
+    (tmp_path / "pictures").mkdir()
+    return make
+
+
+@pytest.mark.parametrize("name", ["flux", "sdxl", "sd3"])
+def test_they_are_drawn_once_as_diffusers_draws_them(name, job, tmp_path, monkeypatch):
+    run(job(name), StopFlag())
+    found = sorted((tmp_path / "cache" / "class-pictures").rglob("*.png"))
+    assert [path.name for path in found] == ["00000.png", "00001.png"]
+    pipe, facts = pipeline(name), family(name).FACTS
+    pipe.set_progress_bar_config(disable=True)
+    defaults = facts.models[f"mini-{name}"].defaults
+    steps, cfg = defaults.get("steps", facts.prompt_steps), defaults.get("cfg", facts.prompt_cfg)
+    asked = {"guidance_scale": facts.prompt_guidance if name == "flux" else cfg}
+    if name != "sdxl":
+        t5 = pipe.tokenizer_2 if name == "flux" else pipe.tokenizer_3
+        asked["max_sequence_length"] = t5.model_max_length
+    for number, path in enumerate(found):
+        generator = torch.Generator().manual_seed(42 + number)
+        expected = pipe(
+            "a red circle", width=128, height=128, num_inference_steps=steps, generator=generator, **asked
+        ).images[0]  # fmt: skip
+        difference = np.abs(np.asarray(Image.open(path), np.int16) - np.asarray(expected, np.int16))
+        assert difference.max() <= 1
+
+    # Another job takes them from the cache; one that lacks a picture draws that one, the same.
+    written = [path.read_bytes() for path in found]
+    found[1].unlink()
+    run(job(name, out="again"), StopFlag())
+    assert [path.read_bytes() for path in found] == written
+    monkeypatch.setattr(family(name), "load_vae", lambda *_, **__: pytest.fail("drawn anew"))
+    run(job(name, out="third"), StopFlag())
+
+
+def test_they_are_trained_on_as_regularisation_pictures(job, tmp_path):
+    plan = job("flux", caption_suffix="alone")
+    subset = plan.data.datasets[0].subsets[1]
+    assert subset.is_reg and subset.source.kind == "generated" and subset.source.count == 2
+    run(plan, StopFlag())
+    report = (tmp_path / "out" / "dataset-report.txt").read_text()
+    assert "Pictures: 4 found, 4 used" in report
+    folder = next((tmp_path / "cache" / "class-pictures").iterdir())
+    source = dataclasses.replace(subset.source, path=str(folder))
+    dataset = dataclasses.replace(
+        plan.data.datasets[0], subsets=(plan.data.datasets[0].subsets[0], dataclasses.replace(subset, source=source))
+    )
+    data = dataclasses.replace(plan.data, datasets=(dataset,))
+    pictures = prepare.scanned(data, report=tmp_path / "r.txt").pictures
+    examples = [e for batch in Order(pictures, data, seed=1, prior_loss_weight=0.5).epoch(0) for e in batch]
+    assert {(e.caption, e.weight) for e in examples if e.picture.subset == 1} == {("a red circle alone", 0.5)}
+    assert {e.weight for e in examples if e.picture.subset == 0} == {1.0}
+
+
+def test_what_decides_a_picture_decides_its_folder(job, tmp_path):
+    for out, changes in {"a": {}, "b": {"class_prompt": "a blue circle"}, "c": {"num_class_images": 1}}.items():
+        run(job("sd3", out=out, **changes), StopFlag())
+    assert len(list((tmp_path / "cache" / "class-pictures").iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("subset", "said"),
+    [
+        ({"image_dir": "/tmp"}, "image_dir does not go together with class_prompt"),
+        ({"class_tokens": "x"}, "class_tokens does not go together"),
+        ({"is_reg": False}, "Fix: remove is_reg"),
+        ({"num_class_images": 0}, "num_class_images"),
+        ({"class_prompt": ""}, "class_prompt"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(job, subset, said):
+    with pytest.raises(SettingsError, match=said):
+        job("flux", **subset)
