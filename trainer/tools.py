@@ -8,19 +8,21 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from trainer import export, formats, keys, prepare, sample
+from trainer.assemble import assembled
 from trainer.errors import KilnError, SettingsError
-from trainer.families import BaseModel, Family, base_models, family, names
+from trainer.families import OPTIONAL, PREFIXES, BaseModel, Family, base_models, family, names
 from trainer.formats import Modules
-from trainer.plan import Prompt
+from trainer.plan import ModelPlan, Prompt
 
 log = logging.getLogger(__name__)
+CACHE = Path.home() / ".cache" / "kiln"
 FLAGS: dict[str, tuple[str, type]] = {  # as in prompts.txt of a job
     "w": ("width", int),
     "h": ("height", int),
@@ -50,11 +52,13 @@ def export_command(arguments: list[str]) -> int:
 def sample_command(arguments: list[str]) -> int:
     """`python -m trainer.sample`; returns the exit code."""
     parser = argparse.ArgumentParser("python -m trainer.sample", description="Draw pictures, with LoRAs or without.")
-    parser.add_argument("--base", required=True, help="a value of BASE_MODEL, or a folder in diffusers layout")
+    parser.add_argument("--base", required=True, help="a value of BASE_MODEL, a folder in diffusers layout, or a file")
     parser.add_argument("--lora", nargs="+", action="extend", default=[], metavar="FILE[:WEIGHT]")
     parser.add_argument("--prompts", type=Path, required=True, help="like a job's: text --w --h --d --s --g --l --n")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--family", choices=names(), help="if --base is a folder and no LoRA tells")
+    parser.add_argument("--config", help="if --base is a file: the value of BASE_MODEL that has what it lacks")
+    parser.add_argument("--cache", type=Path, default=CACHE, help=f"where files are converted to ({CACHE})")
     asked = parser.parse_args(arguments)
     return _exit_code(lambda: _sample(asked))
 
@@ -137,9 +141,8 @@ def _export(asked: argparse.Namespace) -> None:
 
 def _sample(asked: argparse.Namespace) -> None:
     several = [_weighted(text) for text in asked.lora]
-    name, model = _base(asked.base, asked.family, several)
+    name, model, folder = _base(asked, several)
     kind = family(name)
-    folder = _folder(model, kind)
     loaded = [(_load(path, name), weight) for path, weight in several]
     prompts = _prompts(asked.prompts, kind, model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -189,25 +192,55 @@ def _layer(model: Any, name: str) -> Any:
     raise SettingsError(f"The base model has no {name}.")
 
 
-def _base(asked: str, family_name: str | None, several: list[tuple[Path, float]]) -> tuple[str, BaseModel]:
-    """The family and the model. A folder's family is what --family says, or what the first LoRA is for."""
-    known = base_models()
-    if asked in known:
-        return known[asked]
-    if not Path(asked).is_dir():
-        raise SettingsError(f"--base {asked} is neither a folder nor one of {', '.join(sorted(known))}.")
-    if family_name is None and not several:
-        raise SettingsError(f"--base {asked} is a folder: --family says what is in it, one of {', '.join(names())}.")
-    return family_name or _family_of(several[0][0], None)[0], BaseModel(str(Path(asked).absolute()), files_gib=0.0)
+def _base(asked: argparse.Namespace, several: list[tuple[Path, float]]) -> tuple[str, BaseModel, Path]:
+    """The family, what is known of the model, and the folder of its weights.
+
+    A folder's family is what --family says, or what the first LoRA is for; a file's is what its tensors' names say.
+    """
+    known, place = base_models(), Path(asked.base)
+    if asked.base in known:
+        name, model = known[asked.base]
+        return name, model, _folder(model, family(name).FACTS.files)
+    if place.is_file():
+        return _single(place, asked.config, asked.cache)
+    if not place.is_dir():
+        raise SettingsError(f"--base {place} is neither a folder, a file, nor one of {', '.join(sorted(known))}.")
+    if asked.family is None and not several:
+        raise SettingsError(f"--base {place} is a folder: --family says what is in it, one of {', '.join(names())}.")
+    name = asked.family or _family_of(several[0][0], None)[0]
+    return name, BaseModel(str(place.absolute()), files_gib=0.0), place.absolute()
 
 
-def _folder(model: BaseModel, kind: Family) -> Path:
+def _single(file: Path, config: str | None, cache: Path) -> tuple[str, BaseModel, Path]:
+    """A model in one file: converted once, into `cache`. What it lacks is `config`'s, or the family's first model's."""
+    try:
+        found = keys.read_header(file).entries.keys()
+    except ValueError as problem:
+        raise SettingsError(f"--base {file}: {problem}.") from problem
+    denoisers = {name.removeprefix(PREFIXES["denoiser"][0]) for name in found}
+    name = next((n for n in names() if denoisers & set(family(n).FACTS.landmarks)), None)
+    if name is None:
+        raise SettingsError(f"--base {file} has no denoiser of {', '.join(names())}.")
+    facts = family(name).FACTS
+    base = config or next(iter(facts.models))
+    if base not in facts.models:
+        raise SettingsError(f"--config {base} is not one of {', '.join(facts.models)}, and {file} is for {name}.")
+    inside = [p for p in facts.parts if p == "denoiser" or any(n.startswith(PREFIXES[p]) for n in found)]
+    model, folders = facts.models[base], {facts.parts[part] for part in inside}
+    rest = [f for f in facts.files if f.removeprefix(OPTIONAL).split("/")[0] not in folders]
+    source = _folder(model, (*rest, *(f"{folder}/config.json" for folder in folders)))
+    parts = dict.fromkeys(inside, str(file.absolute()))
+    return name, model, assembled(ModelPlan(base, name, model.source, path=str(source), parts=parts), cache)
+
+
+def _folder(model: BaseModel, files: Sequence[str]) -> Path:
     """Where the weights are; downloads what the Hub's cache lacks."""
     if Path(model.source).is_absolute():
         return Path(model.source)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(model.source, allow_patterns=list(kind.FACTS.files)))
+    patterns = [pattern.removeprefix(OPTIONAL) for pattern in files]
+    return Path(snapshot_download(model.source, allow_patterns=patterns))
 
 
 def _prompts(path: Path, kind: Family, model: BaseModel) -> list[Prompt]:

@@ -30,6 +30,7 @@ from entrypoint.singles import patterns
 from trainer import assemble, standin
 from trainer.errors import SettingsError
 from trainer.families import base_models, family
+from trainer.tools import sample_command
 
 FAMILIES = ("flux", "sdxl", "sd3")
 CPU = Hardware("cpu", "x86_64", 32.0, 0, "", 32.0, 8)
@@ -306,6 +307,25 @@ def test_a_whole_checkpoint_as_one_file(tmp_path, name):
     (a,), (b,) = (kind.encode_text(e, ["a red ball"]) for e in (encoders, own))
     assert torch.equal(a["tokens"], b["tokens"])
     kind.load_vae(folder, device="cpu")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_sample_command_draws_with_one_file(tmp_path, name):
+    """The same pictures as with the folder that the file was made from; what the file lacks is the base model's."""
+    if name == "flux":
+        save_file(under("model.diffusion_model.", original(name)), tmp_path / "all.safetensors")
+    else:
+        save_file(checkpoint(name), tmp_path / "all.safetensors")
+    (tmp_path / "prompts.txt").write_text("a red circle --w 128 --h 128 --s 2\n")
+    common = ["--prompts", str(tmp_path / "prompts.txt"), "--cache", str(tmp_path / "cache")]
+    drawn = []
+    for base in ([str(tmp_path / "all.safetensors"), "--config", f"mini-{name}"], [f"mini-{name}"]):
+        assert sample_command(["--base", *base, *common, "--out", str(tmp_path / base[0][-4:])]) == 0
+        drawn.append((tmp_path / base[0][-4:] / "step-00000000-00.png").read_bytes())
+    if name != "sd3":  # whose CLIP-L is not projected from a file
+        assert drawn[0] == drawn[1]
+    wrong = ["--base", str(tmp_path / "all.safetensors"), "--config", "no-such-model", *common]
+    assert sample_command([*wrong, "--out", str(tmp_path / "x")]) == 78
 
 
 def test_clip_l_is_not_projected_in_a_file_of_sd3(tmp_path):
