@@ -49,11 +49,10 @@ def bake(model: ModelPlan, place: Path, *, token: str | None, cache: Path, patie
     patterns = family(model.family).FACTS.files
     found = fetch_model(model, patterns=patterns, token=token, hub_cache=cache, patience=patience)
     source, target = Path(found.path), folder(model, place)
-    for path in sorted(p for p in source.rglob("*") if p.is_file()):
-        name = path.relative_to(source)
-        if layout.is_wanted(name.as_posix(), patterns):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / name)  # the snapshot's files are links into the cache
+    names = [p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file()]
+    for name in sorted(layout.wanted(names, patterns)):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)  # the snapshot's files are links into the cache
     (target / COMMIT).write_text(f"{found.commit}\n", encoding="utf-8")
     return target
 

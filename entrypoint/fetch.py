@@ -50,7 +50,8 @@ def fetch_model(
             listing = hub.describe(_less_patient(repo) if cached else repo)
             layout.check_names(variable, [f.name for f in listing.files], patterns)
             if listing.commit != sure:
-                files = [f for f in listing.files if layout.is_wanted(f.name, patterns)]
+                needed = layout.wanted([f.name for f in listing.files], patterns)
+                files = [f for f in listing.files if f.name in needed]
                 cached = hub.Cached(listing.commit, hub.bring(repo, listing, files), is_verified=True)
         except (UnreachableError, GatedError) as problem:
             if cached is None:
@@ -141,7 +142,7 @@ def local_archive(source: Source) -> Path:
 
 def cached_model(repo: hub.Repo, patterns: tuple[str, ...]) -> hub.Cached | None:
     """A whole snapshot of the model in the cache, whichever tool has brought it; None if there is none."""
-    cached = hub.cached_snapshot(repo, lambda name: layout.is_wanted(name, patterns))
+    cached = hub.cached_snapshot(repo, lambda names: layout.wanted(names, patterns))
     if cached is not None and not cached.is_verified:
         try:
             layout.check_folder(repo.variable, cached.folder, patterns)

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
@@ -146,8 +146,8 @@ def cached_commit(repo: Repo) -> str | None:
         return None
 
 
-def cached_snapshot(repo: Repo, is_wanted: Callable[[str], bool]) -> Cached | None:
-    """What the cache holds of `repo`, without network; None if that is nothing, or less than all that is wanted."""
+def cached_snapshot(repo: Repo, choose: Callable[[Collection[str]], set[str]]) -> Cached | None:
+    """What the cache holds of `repo`, without network; None if that is nothing, or less than what is chosen of it."""
     commit = cached_commit(repo)
     folder = repo.folder / "snapshots" / (commit or "-")
     if commit is None or not folder.is_dir():
@@ -155,7 +155,7 @@ def cached_snapshot(repo: Repo, is_wanted: Callable[[str], bool]) -> Cached | No
     listed = read_json(_listing_file(repo, commit))
     if listed is None:
         return Cached(commit, folder, is_verified=False)
-    wanted = {name: (size, etag) for name, (size, etag) in listed.items() if is_wanted(name)}
+    wanted = {name: listed[name] for name in choose(listed)}
     if any(_size(folder / name) != size for name, (size, _) in wanted.items()):
         return None
     verified = read_json(_own_folder(repo) / "verified.json") or {}

@@ -14,6 +14,7 @@ from trainer.plan import ModelPlan
 
 # Formats that run code when they are loaded, and weights of other frameworks: never downloaded, never read.
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+FILE, HALF = ".safetensors", ".fp16"  # the second is in the names of copies in 16 bits
 FOREIGN = (*PICKLES, ".msgpack", ".h5", ".onnx", ".onnx_data", ".gguf")
 
 
@@ -35,11 +36,21 @@ def is_wanted(name: str, patterns: Collection[str]) -> bool:
     return any(fnmatchcase(name, p.removeprefix(OPTIONAL)) for p in patterns) and not name.endswith(FOREIGN)
 
 
+def wanted(names: Collection[str], patterns: Collection[str]) -> set[str]:
+    """Those of the files of a repository that are needed: of a part without full weights, the fp16 copies."""
+    found = {name for name in names if is_wanted(name, patterns)}
+    for part in {p.removeprefix(OPTIONAL).split("/")[0] for p in patterns if "/" in p}:
+        plain = f"{part}/model.safetensors"
+        if is_wanted(plain, patterns) and not any(n.startswith(f"{part}/") and n.endswith(FILE) for n in found):
+            found |= {n for n in names if n.startswith(f"{part}/") and HALF in n and not n.endswith(FOREIGN)}
+    return found
+
+
 def problems(names: Collection[str], patterns: Collection[str]) -> list[str]:
     """What is missing or unfit in a model whose files have these names, relative to its folder."""
     if "model_index.json" not in names:
         return ["it has no model_index.json, so it is not a model in the folder layout of diffusers"]
-    found = []
+    found, needed = [], wanted(names, patterns)
     for first in dict.fromkeys(p.split("/")[0] for p in patterns if "/" in p):
         part = first.removeprefix(OPTIONAL)
         inside = [n for n in names if n.startswith(f"{part}/")]
@@ -49,7 +60,7 @@ def problems(names: Collection[str], patterns: Collection[str]) -> list[str]:
             continue
         if not inside:
             found.append(f"the folder {part}/ is missing")
-        elif any(n.endswith(".safetensors") and is_wanted(n, patterns) for n in inside):
+        elif any(n.endswith(FILE) and n in needed for n in inside):
             continue
         elif pickles and has_weights:
             found.append(
@@ -81,8 +92,8 @@ def check_folder(variable: str, folder: Path, patterns: Collection[str]) -> None
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     check_names(variable, names, patterns)
     damaged = []
-    for name in sorted(n for n in names if is_wanted(n, patterns)):
-        if name.endswith(".safetensors.index.json"):
+    for name in sorted(wanted(names, patterns)):
+        if name.endswith((".safetensors.index.json", ".safetensors.index.fp16.json")):
             damaged += _missing_shards(folder / name)
         elif name.endswith(".safetensors") and not _is_whole(folder / name):
             damaged.append(f"{name} is damaged or cut short (or a Git LFS pointer)")

@@ -124,7 +124,8 @@ def _model_bytes(model: ModelPlan, needs: Needs, *, token: str | None, hub_cache
         return _weights(cached.folder) + converted
     listing = hub.describe(repo)
     layout.check_names(variable, [f.name for f in listing.files], patterns)
-    files = [f for f in listing.files if layout.is_wanted(f.name, patterns)]
+    needed = layout.wanted([f.name for f in listing.files], patterns)
+    files = [f for f in listing.files if f.name in needed]
     hub.check_access(repo, listing, "model_index.json")
     for file in sorted(files, key=lambda f: -f.size):
         if file.size >= LISTED:

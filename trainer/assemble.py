@@ -22,6 +22,7 @@ from trainer.plan import ModelPlan
 log = logging.getLogger(__name__)
 VERSION = 1  # of the conversion: another one makes the files anew
 FILES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
+HALF = ".fp16"
 State = dict[str, torch.Tensor]
 
 
@@ -31,7 +32,7 @@ def assembled(model: ModelPlan, cache: Path) -> Path:
     Raises SettingsError for a file that is not what the base model needs, StorageError.
     """
     source = Path(model.path)
-    if not model.parts:
+    if not model.parts and not any(_halves(folder) for folder in source.iterdir()):
         return source
     kind = family(model.family)
     places = kind.FACTS.parts
@@ -50,11 +51,26 @@ def assembled(model: ModelPlan, cache: Path) -> Path:
     return folder
 
 
+def _halves(folder: Path) -> bool:
+    """Whether the only weights in `folder` are copies in 16 bits (model.fp16.safetensors)."""
+    names = [p.name for p in folder.glob("*.safetensors")] if folder.is_dir() else []
+    return bool(names) and all(HALF in name for name in names)
+
+
 def _link(place: Path, target: Path) -> None:
-    """A file as a link; a folder as a folder of links, since patterns do not look behind links to folders."""
+    """A file as a link; a folder as a folder of links, since patterns do not look behind links to folders.
+
+    Where copies in 16 bits are all that there is, they get the names of full weights.
+    """
+    halves = _halves(place)
     for file in [place] if place.is_file() else [p for p in place.rglob("*") if p.is_file()]:
         link = target / file.relative_to(place) if place.is_dir() else target
+        if halves:
+            link = link.with_name(link.name.replace(HALF, ""))
         if link.exists():  # as another run has left it, or is using it
+            continue
+        if halves and link.name.endswith(".index.json"):  # it names the shards
+            files.write_text(link, file.read_text(encoding="utf-8").replace(HALF, ""))
             continue
         link.parent.mkdir(parents=True, exist_ok=True)
         link.unlink(missing_ok=True)  # it has lost its end

@@ -372,6 +372,32 @@ def test_shards_with_an_index_and_fp16_beside_the_full_weights(tmp_path, name):
     assert all(torch.equal(t, want[k].float()) for k, t in got.state_dict().items())
 
 
+@pytest.mark.parametrize("shards", ["10GB", "400KB"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_that_has_fp16_copies_alone(tmp_path, name, shards):
+    folder, kind = tmp_path / "model", family(name)
+    shutil.copytree(miniature(name), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    encoders = kind.load_encoders(miniature(name), device="cpu", dtype=torch.float16)
+    denoiser = kind.load_denoiser(miniature(name), device="cpu", dtype=torch.float16)
+    models = {kind.FACTS.parts["denoiser"]: denoiser, "vae": kind.load_vae(miniature(name), device="cpu").half()}
+    models |= {component: getattr(encoders, component) for component in kind.KEYS.encoders}
+    for part, model in models.items():
+        model.save_pretrained(folder / part, variant="fp16", max_shard_size=shards)
+    if shards == "400KB":  # as both libraries, and older ones, name the shards of a variant
+        assert list(folder.rglob("*fp16*-of-*.safetensors")) or list(folder.rglob("*-of-*.fp16.safetensors"))
+    assert not [p for p in folder.rglob("*.safetensors") if ".fp16" not in p.name]
+    found = loaded(tmp_path, name, MODEL_PATH=str(folder))
+    got = kind.load_denoiser(found, device="cpu", dtype=torch.float32)
+    want = denoiser.float().state_dict()
+    assert all(torch.equal(t, want[k]) for k, t in got.state_dict().items())
+    (a,), (b,) = (kind.encode_text(e, ["a red ball"]) for e in (
+        kind.load_encoders(found, device="cpu", dtype=torch.float32),
+        kind.load_encoders(miniature(name), device="cpu", dtype=torch.float32),
+    ))  # fmt: skip
+    torch.testing.assert_close(a["tokens"], b["tokens"], rtol=2e-2, atol=2e-2)
+    kind.load_vae(found, device="cpu")
+
+
 # ---- what is refused, and how
 
 
