@@ -64,6 +64,7 @@ class Trained:
     started: int  # Unix seconds
     optimizer: str
     learning_rate: float
+    text_encoders: dict[str, float]  # those that train → learning rate
     schedule: str
     seed: int
     noise_offset: float
@@ -125,6 +126,8 @@ def metadata(run: Trained, *, step: int, epoch: int, rank: int, alpha: float) ->
         "modelspec.license": "",
         "modelspec.tags": "",
     }
+    if run.text_encoders:
+        values["ss_text_encoder_lr"] = [*run.text_encoders.values()]
     return {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in values.items()}
 
 

@@ -317,6 +317,7 @@ def _trained(plan: Plan, kind: Family, goal: Objective, *, order: Order, found: 
         started=plan.output.started,
         optimizer=plan.optim.name,
         learning_rate=plan.optim.learning_rate,
+        text_encoders=plan.optim.text_encoders,
         schedule=plan.optim.scheduler,
         seed=plan.train.seed,
         noise_offset=plan.train.noise_offset,

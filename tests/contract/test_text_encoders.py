@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline
 from peft import LoraConfig
 from peft.utils import set_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from trainer import lora, optim, session, text_encoders, tools
@@ -220,6 +221,9 @@ def test_a_job_saves_them_where_every_tool_looks_and_goes_on_from_there(name, jo
     assert all(".text_model.encoder.layers." in key for key in peft if key.startswith("text_encoder"))
     assert all("_text_model_encoder_layers_" in key for key in kohya if key.startswith("lora_te"))
     assert all(kohya[key].any() for key in kohya if "te1_text_model_encoder_layers_0_mlp_fc1.lora_up" in key)
+
+    with safe_open(tmp_path / "whole" / "x.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["ss_text_encoder_lr"]) == [float(rate) for rate in rates.split(",")]
 
     # Stopped after the second step, and gone on: the same bytes.
     plan = job_plan(name, **asked, OUTPUT_PATH=str(tmp_path / "parts"))
