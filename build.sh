@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the images. Exit codes: 64 wrong command line, 69 no engine, 74 no room, else the engine's.
+# Builds the images. Exit codes: 64 wrong command line, 69 no engine or base, 74 no room, else the engine's.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -81,6 +81,16 @@ size() {
   esac
 }
 
+# Without this, a base that cannot be had looks like an error of the build. docker says it by itself, and at once.
+need_base() { # TARGET
+  local file=Dockerfile.$1 base
+  [ "$engine" != docker ] || return 0
+  [ "$1" != cpu ] || file=Dockerfile.cuda
+  base=${BASE_IMAGE:-$(sed -n 's/^ARG BASE_IMAGE=//p' "$file")}
+  "$engine" inspect --type image "$base" >/dev/null 2>&1 || "$engine" pull --quiet "$base" >/dev/null \
+    || fail 69 "The base image $base cannot be pulled: name one that can by BASE_IMAGE."
+}
+
 # docker hands the base's layers on to a registry without unpacking them: see Dockerfile.rocm.
 streams() { # TARGET
   [ "$1" = rocm ] && [ "$engine" = docker ] && [ -n "$push" ]
@@ -153,4 +163,5 @@ build() { # TARGET
 }
 
 for target in "${targets[@]}"; do need_room "$target"; done
+for target in "${targets[@]}"; do need_base "$target"; done
 for target in "${targets[@]}"; do build "$target"; done

@@ -14,14 +14,16 @@ def build(tmp_path):
     """`build(*arguments, free_gib=100, engine=True, **environment)`: exit code, what was printed, what was asked."""
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name in ("bash", "cat", "awk", "dirname", "head", "git"):
+    for name in ("bash", "cat", "awk", "dirname", "head", "git", "sed"):
         if found := shutil.which(name):
             (tools / name).symlink_to(found)
 
-    def start(*arguments, free_gib=100, engine=True, **environment):
+    def start(*arguments, free_gib=100, engine=True, base=True, **environment):
         script(tools / "df", f"printf 'Filesystem 1024-blocks Used Available\\nx 1 1 {free_gib * 2**20}\\n'")
         if engine:
-            told = f'echo "$@" >> {tmp_path}/told; case $1 in info) echo {tmp_path};; images) echo "1.5 GB";; esac'
+            told = f'echo "$@" >> {tmp_path}/told; case $1 in info) echo {tmp_path};; images) echo "1.5 GB";; '
+            told += "" if base else "inspect | pull) exit 125 ;; "
+            told += "esac"
             script(tools / "buildah", told)
         done = subprocess.run(
             [str(ROOT / "build.sh"), *arguments],
@@ -75,6 +77,7 @@ def test_weights_are_baked_with_a_token_that_is_no_argument(build, tmp_path):
     [
         (["cuda"], {"free_gib": 24}, 74, "cuda needs 25 GiB in"),
         (["cuda"], {"engine": False}, 69, "No engine"),
+        (["cpu"], {"base": False}, 69, "The base image docker.io/library/python:3.12-slim-bookworm cannot be pulled"),
         (["rcom"], {}, 64, "'rcom' is not known"),
         (["cuda", "--tag"], {}, 64, "--tag needs a value"),
     ],
