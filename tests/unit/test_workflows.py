@@ -130,12 +130,14 @@ def test_dockerfiles_and_scripts():
 STUBS = {
     "docker": f"""
 case "$*" in
+  *--password-stdin) cat > /dev/null ;;
   "info --format"*) echo "$PWD" ;;
   *--metadata-file*) echo '{{"containerimage.digest": "{DIGEST}"}}' > metadata.json ;;
   "buildx imagetools inspect --raw "*{DIGEST}) echo '{{"manifests": [
     {{"digest": "sha256:attestation", "platform": {{"os": "unknown"}}}},
     {{"digest": "sha256:image", "platform": {{"os": "linux"}}}}]}}' ;;
   "buildx imagetools inspect --raw "*sha256:image) echo '{{"layers": [{{"size": 2000000000}}, {{"size": 5e7}}]}}' ;;
+  *Manifest.Digest*) echo sha256:base ;;
   *SBOM*) echo '{{"spdxVersion": "SPDX-2.3"}}' ;;
   *"output type=local"*) mkdir scanned ;;
 esac
@@ -263,6 +265,7 @@ def test_a_release_is_built_signed_scanned_and_measured(runner, target):
     assert code == 0, told
     name, pinned = f"ghcr.io/someone/kiln:{VERSION}-{target}", f"ghcr.io/someone/kiln@{DIGEST}"
     assert f"--file Dockerfile.{target} " in told and f"--tag {name} --push" in told
+    assert re.search(r"--build-arg BASE_IMAGE=docker\.io/\S+@sha256:base ", told)
     assert "--provenance=mode=max" in told and ("--sbom=true" in told) is (target == "cuda")
     assert f"--cache-to type=registry,ref=ghcr.io/someone/kiln:cache-{target},mode=max" in told
     assert f"cosign sign --yes {pinned}" in told
