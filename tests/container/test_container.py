@@ -210,7 +210,8 @@ def test_a_full_size_model_is_refused_without_a_gpu(run):
 
 def test_training_that_stands_still_is_unhealthy(engine, image, run, volume):
     script = (
-        'mkdir -p output && echo "{\\"phase\\": \\"training\\", \\"updated\\": $(date +%s)}" > output/status.json\n'
+        "sleep 1; mkdir -p output\n"
+        'echo "{\\"phase\\": \\"training\\", \\"updated\\": $(date +%s)}" > output/status.json\n'
         "python -m entrypoint.health && sleep 2 && HEALTH_PATIENCE_MINUTES=0.01 python -m entrypoint.health"
     )
     code, printed = run("shell", "-c", script)
