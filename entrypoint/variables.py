@@ -113,10 +113,10 @@ class Settings:
     caption_dropout_rate: float | None = row(
         "PARAMS_CAPTION_DROPOUT_RATE",
         "number",
-        means="share of captions left empty",
+        means="share of empty captions",
         low=0,
         high=1,
-        otherwise="dataset.json's, 0",
+        otherwise="dataset.json's",
     )
 
     # training
@@ -215,12 +215,7 @@ class Settings:
         "PARAMS_MIN_SNR_GAMMA", "number", default="0", means="min-SNR loss weights, usually 5; 0: off", low=0, high=1000
     )
     guidance_scale: float = row(
-        "PARAMS_GUIDANCE_SCALE",
-        "number",
-        default="1.0",
-        means="embedded guidance, if the model has it",
-        low=0,
-        high=100,
+        "PARAMS_GUIDANCE_SCALE", "number", default="1.0", means="embedded guidance, if there is any", low=0, high=100
     )
     noise_offset: float = row(
         "PARAMS_NOISE_OFFSET", "number", default="0.1", means="brightness noise added to each channel", low=0, high=10
@@ -260,7 +255,7 @@ class Settings:
     network_dim: int | None = row(
         "PARAMS_NETWORK_DIM",
         "integer",
-        means="rank of the LoRA",
+        means="the LoRA's rank",
         low=1,
         high=4096,
         otherwise="32; or the resumed file's",
@@ -290,11 +285,7 @@ class Settings:
     # engine
     backend: str = row("BACKEND", "choice", default="auto", means="what to run on", choices=lambda: ("auto", *BACKENDS))
     precision: str = row(
-        "PARAMS_PRECISION",
-        "choice",
-        default="auto",
-        means="format of the model's weights",
-        choices=lambda: ("auto", *FORMATS),
+        "PARAMS_PRECISION", "choice", default="auto", means="format of the weights", choices=lambda: ("auto", *FORMATS)
     )
     gradient_checkpointing: bool | None = row(
         "PARAMS_GRADIENT_CHECKPOINTING",
@@ -345,20 +336,10 @@ class Settings:
         otherwise="the prompts.txt of this program",
     )
     sample_every_n_steps: int = row(
-        "PARAMS_SAMPLE_EVERY_N_STEPS",
-        "integer",
-        default="200",
-        means="steps between samples; 0 is off",
-        low=0,
-        high=MANY,
+        "PARAMS_SAMPLE_EVERY_N_STEPS", "integer", default="200", means="steps between samples; 0: off", low=0, high=MANY
     )
     save_every_n_steps: int = row(
-        "PARAMS_SAVE_EVERY_N_STEPS",
-        "integer",
-        default="100",
-        means="steps between checkpoints; 0 is off",
-        low=0,
-        high=MANY,
+        "PARAMS_SAVE_EVERY_N_STEPS", "integer", default="100", means="steps between saves; 0 is off", low=0, high=MANY
     )
     validate_every_n_steps: int = row(
         "PARAMS_VALIDATE_EVERY_N_STEPS",
