@@ -271,9 +271,9 @@ def _same_data(state: checkpoint.State | None, found: Scan) -> None:
 
 def _filled_cache(plan: Plan, order: Order, *, kind: Family, model: Path, tick: Callable[[], None]) -> Cache:
     device, precision = plan.engine.device, plan.engine.precision
-    cache = prepare.open_cache(Path(plan.output.cache), model, precision=precision)
+    dtype = PRECISIONS[precision].torch_dtype  # of encoders too: other formats are the denoiser's alone
+    cache = prepare.open_cache(Path(plan.output.cache), model, precision=PRECISIONS[precision].dtype)
     captions = [*order.every_caption(), *prepare.prompt_texts(plan.prompts)]
-    dtype = PRECISIONS[precision].torch_dtype
     prepare.fill_texts(cache, captions, family=kind, model=model, device=device, dtype=dtype, tick=tick)
     prepare.fill_images(cache, order, family=kind, model=model, device=device, tick=tick)
     return cache
