@@ -8,6 +8,7 @@ from tests.contract.test_text_encoders import FAMILIES, folder, pipeline
 from trainer import formats, lora
 from trainer.errors import FileMismatchError, SettingsError
 from trainer.families import family, flux
+from trainer.frozen import freeze
 from trainer.run import run
 from trainer.stop import StopFlag
 from trainer.tools import add, export_command
@@ -78,6 +79,24 @@ def trained(flux_denoiser, text):
     x, t = torch.randn(2, 16, 4, 6), torch.tensor([0.3, 0.8])
     modules = formats.of_state(lora.state(flux_denoiser), prefix="transformer", fused=fused, scale=2 / 3)
     return flux_denoiser, lambda: flux.predict(flux_denoiser, x, t, text=text, guidance=1.0), modules
+
+
+def test_it_goes_onto_weights_in_8_bits(flux_denoiser, text, tmp_path):
+    for _, block in flux.blocks(flux_denoiser):
+        freeze(block, "int8-storage")
+    targets = ("ff.net.0.proj", "attn.to_out.0")
+    params = lora.add_adapters(
+        flux_denoiser, flux.blocks(flux_denoiser), targets=targets, fused={}, rank=3, alpha=2.0, seed=7, kind="dora"
+    )
+    x, t = torch.randn(2, 16, 4, 6), torch.tensor([0.3, 0.8])
+    out = lambda: flux.predict(flux_denoiser, x, t, text=text, guidance=1.0)  # noqa: E731
+    out().square().mean().backward()
+    assert sum(p.grad is not None and p.grad.abs().max() > 0 for p in params) >= len(params) * 2 / 3
+    for p in params:
+        p.data += 0.1 * torch.randn(p.shape)
+    modules = formats.of_state(lora.state(flux_denoiser), prefix="transformer", fused={}, scale=2 / 3)
+    save_file(formats.write(modules, "kohya", "flux").tensors, tmp_path / "x.safetensors")
+    assert check(tmp_path / "x.safetensors", flux_denoiser, out) < 1e-3
 
 
 def check(path, denoiser, out):

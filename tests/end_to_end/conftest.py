@@ -38,7 +38,7 @@ class Job:
     def run(self, *arguments: str, **changes: str) -> tuple[int, str]:
         """Exit code, and all that was printed."""
         process = self.start(*arguments, **changes)
-        printed, _ = process.communicate(timeout=240)
+        printed, _ = process.communicate(timeout=900)
         return process.returncode, printed
 
     def wait_for_step(self, process: subprocess.Popen, step: int) -> None:
