@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from trainer.families import family
 from trainer.families.miniatures.score import correlation
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).parents[2]
 CONCEPT = ROOT / "trainer" / "families" / "miniatures" / "concept"
@@ -44,21 +44,26 @@ CASES = {
         {"guidance_scale": 3.5, "num_inference_steps": 20},
         learnt=0.28,
         gain=0.18,
-        mutations=("the target's sign", "the time runs backwards", "shifted the other way", "latents at a wrong scale"),
+        mutations=(
+            "the target's sign",
+            "the time runs backwards",
+            "shifted the other way",
+            "latents at a third of their scale",
+        ),
     ),
     "sdxl": Case(
         StableDiffusionXLPipeline,
         {"guidance_scale": 3.0, "num_inference_steps": 20},
         learnt=0.28,
         gain=0.18,
-        mutations=("the velocity instead of the noise", "latents at a wrong scale"),
+        mutations=("the velocity instead of the noise",),
     ),
     "sd3": Case(
         StableDiffusion3Pipeline,
         {"guidance_scale": 3.0, "num_inference_steps": 28},
         learnt=0.3,
         gain=0.2,
-        mutations=("the target's sign", "the time runs backwards"),
+        mutations=("the target's sign", "shifted the other way"),
     ),
 }
 # What goes wrong in the trainer's process, as lines of Python.
@@ -83,9 +88,9 @@ TRAINING = {
         def mutant(self, *a):
             return at(dataclasses.replace(self, prediction="v_prediction"), *a)
         objective.Denoising.at = mutant""",
-    "latents at a wrong scale": """
+    "latents at a third of their scale": """
         encode = kind.encode_images
-        kind.encode_images = lambda vae, x: encode(vae, x) / vae.config.scaling_factor / 3""",
+        kind.encode_images = lambda vae, x: encode(vae, x) / 3""",
 }
 
 
