@@ -15,7 +15,7 @@ from trainer.errors import SettingsError
 
 # Python's int() and float() also take "１２", "1_000", "nan" and "infinity", which nobody means in a setting.
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
-_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")
+_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")  # in time that grows with the length
 _TOKEN = re.compile(r"hf_\w{6,}", re.ASCII)
 _SHOWN = 80  # characters of a value in a message
 
