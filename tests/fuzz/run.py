@@ -137,7 +137,9 @@ def guided(name: str, inputs: int) -> int:
         with contextlib.suppress(*target.allowed):
             target.read(data)
 
-    atheris.Setup([sys.argv[0], f"-runs={inputs}", "-max_len=4096", "-timeout=5", str(CORPUS / name)], one)
+    new = targets.folder() / "new"  # what it adds goes there; what fails is written where it is started
+    new.mkdir()
+    atheris.Setup([sys.argv[0], f"-runs={inputs}", "-max_len=4096", "-timeout=5", str(new), str(CORPUS / name)], one)
     atheris.Fuzz()
     return 0
 
