@@ -3,6 +3,7 @@ PYTHON ?= python3
 TORCH := torch==2.13.0
 BIN := .venv/bin
 MODEL ?= flux
+WORKERS ?= 2
 CONCEPT := trainer/families/miniatures/concept
 DEMO := PARAMS_MAX_STEPS=200 PARAMS_BATCH_SIZE=4 PARAMS_NETWORK_ALPHA=32 PARAMS_NOISE_OFFSET=0 \
 	PARAMS_SAMPLE_EVERY_N_STEPS=100
@@ -44,7 +45,8 @@ unit: .venv/.dev
 	$(BIN)/pytest tests/unit
 
 test: lint
-	$(BIN)/pytest -m "not gpu and not container and not slow"
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m "not gpu and not container and not slow and not alone"
+	$(BIN)/pytest -m "alone and not gpu and not container and not slow"
 
 # Whole jobs from start to end, interrupted ones, and the concept with its mutations: about 15 minutes.
 slow: .venv/.dev

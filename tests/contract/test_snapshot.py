@@ -30,6 +30,7 @@ def test_what_fails_in_the_background_is_raised_in_front():
     background.close()
 
 
+@pytest.mark.alone
 @pytest.mark.gpu
 def test_copies_beside_the_next_step():
     """A state of a LoRA of some 400 million parameters with AdamW, 4.8 GB; the step after a save is not longer."""

@@ -133,6 +133,7 @@ def test_a_wrong_command_line_and_the_informative_options(capsys):
     assert main(["--help-env"]) == 0 and "`PARAMS_NETWORK_DIM`" in capsys.readouterr().out
 
 
+@pytest.mark.alone
 def test_check_trains_nothing_and_is_fast(job):
     started = time.monotonic()
     code, printed = job.run("--check")

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from trainer.families import family
 from trainer.families.miniatures.score import correlation
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.timeout(1200)
 
 ROOT = Path(__file__).parents[2]
 CONCEPT = ROOT / "trainer" / "families" / "miniatures" / "concept"
@@ -144,7 +144,12 @@ def learns(name: str, before: float, after: float) -> bool:
     return after >= CASES[name].learnt and after - before >= CASES[name].gain
 
 
-@pytest.mark.parametrize("name", CASES)
+def each(*values):
+    """One family in every run of the tests, the others among the slow ones."""
+    return pytest.param(*values, marks=[] if values[0] == "flux" else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [each(name) for name in CASES])
 def test_the_concept_is_learnt_and_a_wrong_file_is_noticed(name, base, job, tmp_path):
     code, printed = job.run(**demo(name))
     assert code == 0, printed
@@ -162,7 +167,7 @@ def test_the_concept_is_learnt_and_a_wrong_file_is_noticed(name, base, job, tmp_
     assert not [what for what, value in wrong.items() if learns(name, before, value)], wrong
 
 
-@pytest.mark.parametrize(("name", "mutation"), [(n, m) for n, case in CASES.items() for m in case.mutations])
+@pytest.mark.parametrize(("name", "mutation"), [each(n, m) for n, case in CASES.items() for m in case.mutations])
 def test_a_wrong_training_does_not_learn_it(name, mutation, base, job, tmp_path):
     asked = demo(name)
     code, printed = job.run(**{**asked, "PARAMS_MAX_STEPS": "1", "CACHE_PATH": str(tmp_path / "cache")})

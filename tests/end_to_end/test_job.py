@@ -14,8 +14,6 @@ from safetensors.torch import load_file
 
 from trainer.families import family
 
-pytestmark = pytest.mark.slow
-
 
 def sha(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -143,11 +141,11 @@ SETUPS = {
 }
 
 
-@pytest.mark.parametrize("setup", SETUPS)
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, None)])
+INTERRUPTED = [(setup, signal.SIGTERM, 143) for setup in SETUPS] + [("prodigy", signal.SIGKILL, None)]
+
+
+@pytest.mark.parametrize(("setup", "number", "code"), INTERRUPTED)
 def test_an_interrupted_job_ends_bit_identical(job, tmp_path, setup, number, code):
-    if number == signal.SIGKILL and setup != "prodigy":
-        pytest.skip("one kind of kill is enough for each optimiser")
     changes = {**SETUPS[setup], "PARAMS_MAX_STEPS": "40"}
     assert job.run(**changes, OUTPUT_PATH=str(tmp_path / "whole"))[0] == 0
 

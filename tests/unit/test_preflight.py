@@ -90,6 +90,7 @@ def test_a_good_plan_passes_and_leaves_nothing_behind(plan: Plan, tmp_path: Path
     assert list((tmp_path / "volume").iterdir()) == []
 
 
+@pytest.mark.alone
 def test_it_is_quick_and_loads_no_client_of_the_hub_for_local_places(plan: Plan, tmp_path: Path) -> None:
     code = (
         "import sys, time; began = time.perf_counter()\n"

@@ -338,6 +338,7 @@ def _die(file: Path) -> str:
     return "fine"
 
 
+@pytest.mark.alone
 def test_a_killed_worker_is_reported(make_folder, monkeypatch):
     monkeypatch.setattr(module, "_examine", _die)
     monkeypatch.syspath_prepend(str(Path(__file__).parent))

@@ -14,6 +14,7 @@ HERE = Path(__file__).resolve().parent
 LIMIT = 4.0  # seconds
 
 
+@pytest.mark.alone
 def test_a_step_that_sleeps_is_ended_with_its_stack(run):
     fault = {"kind": "sleep", "step": 7, "seconds": 600}
     assert run(fault, engine={"step_timeout_s": LIMIT}) == 75, run.said()

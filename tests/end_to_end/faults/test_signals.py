@@ -58,6 +58,7 @@ def test_a_kill_five_seconds_after_sigterm_on_a_slow_disk(run, tiny):
     assert "Resumed at step 4" in run.said() or "Resumed at step 8" in run.said()
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_the_first_process_of_a_container_forwards_signals(job):
     """B3: process 1 of a namespace of its own ignores signals that it has no handler for."""
