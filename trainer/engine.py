@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from trainer import lora, recompute
-from trainer.errors import OutOfMemoryError
+from trainer.errors import SettingsError
 from trainer.frozen import freeze
 from trainer.plan import EnginePlan
 from trainer.precision import form_for
@@ -57,9 +57,9 @@ class Engine:
         self.offload = recompute.Offload(self.denoiser) if offload == "activations" else None
 
     def lower(self, problem: str) -> None:
-        """The next way, with less memory. Raises OutOfMemoryError where there is none."""
+        """The next way, with less memory. Raises SettingsError where there is none."""
         if len(self.rungs) == 1:
-            raise OutOfMemoryError(problem)
+            raise SettingsError(f"{problem} Fix: lower PARAMS_BATCH_SIZE or PARAMS_RESOLUTION, or give it more memory.")
         before, now = self.rungs.pop(0), self.rungs[0]
         log.warning("%s Instead of %s: %s.", problem, _said(before), _said(now))
         self._climb()

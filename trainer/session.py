@@ -83,7 +83,7 @@ class Session:
     def rehearse(self) -> None:
         """One step at the largest batch, forgotten: memory runs out here, or never.
 
-        Where it does, the engine goes one rung down, and again. Raises OutOfMemoryError if it still does at the last.
+        Where it does, the engine goes one rung down, and again. Raises SettingsError if it still does at the last.
         """
         largest = max(self.order.epoch(0), key=lambda b: (len(b) * math.prod(b[0].view.size), len(b)))
         what = f"The largest batch ({len(largest)} pictures of {largest[0].view.size}) does not fit in memory."

@@ -1,8 +1,14 @@
 """The ladder that a job goes down where memory runs out."""
 
-import pytest
+import logging
 
-from trainer.engine import rungs
+import pytest
+import torch
+
+from trainer import recompute
+from trainer.engine import Engine, rungs
+from trainer.errors import SettingsError
+from trainer.plan import EnginePlan
 
 ORDER = {"none": 0, "attention": 1, "all": 2}
 
@@ -15,3 +21,20 @@ def test_every_rung_takes_less_and_the_last_takes_least(policy, kept, offload):
     assert ladder[0] == (policy, kept, offload) and ladder[-1][0] == "all" and ladder[-1][2] == "activations"
     costs = [(where == "activations", ORDER[p], -k) for p, k, where in ladder]
     assert costs == sorted(set(costs))
+
+
+def test_each_rung_is_told_and_the_last_is_refused(monkeypatch, caplog):
+    monkeypatch.setattr(recompute, "Offload", lambda model: "host")  # which needs an accelerator's streams
+    caplog.set_level(logging.WARNING)
+    regions = [torch.nn.Linear(4, 4) for _ in range(3)]
+    engine = Engine(torch.nn.Sequential(*regions), regions, EnginePlan(recompute="attention", kept_blocks=1))
+    recomputed = ["forward" in region.__dict__ for region in regions]
+    assert recomputed == [False, True, True] and engine.offload is None
+    engine.lower("It does not fit.")
+    assert all("forward" in region.__dict__ for region in regions) and engine.offload is None
+    engine.lower("It does not fit.")
+    assert engine.offload == "host"
+    engine.lower("It does not fit.")
+    with pytest.raises(SettingsError, match=r"It does not fit\. Fix: lower PARAMS_BATCH_SIZE"):
+        engine.lower("It does not fit.")
+    assert len(caplog.records) == 3 and "1 blocks kept whole" in caplog.text
