@@ -48,7 +48,7 @@ test: lint
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m "not gpu and not container and not slow and not alone"
 	$(BIN)/pytest -m "alone and not gpu and not container and not slow"
 
-# Whole jobs from start to end, interrupted ones, and the concept with its mutations: about 15 minutes.
+# Whole jobs from start to end, interrupted ones, and the concept with its mutations: about half an hour.
 slow: .venv/.dev
 	$(BIN)/pytest -rf -m slow --ignore tests/end_to_end/faults
 

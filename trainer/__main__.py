@@ -39,6 +39,8 @@ def main(arguments: list[str]) -> int:
 
         run(plan, stop)
     except KilnError as problem:
+        if not problem.told:  # before there was a run.log to tell it in
+            log.error("%s", problem)
         log.error("%s [exit %d]", problem.advice, problem.exit_code)
         return problem.exit_code
     except Exception:

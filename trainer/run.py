@@ -129,6 +129,7 @@ def _told(status: Status) -> Iterator[Status]:
         ending = None
     except KilnError as problem:
         log.error("%s", problem)
+        problem.told = True
         ending = problem
         raise
     finally:

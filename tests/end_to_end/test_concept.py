@@ -144,9 +144,12 @@ def learns(name: str, before: float, after: float) -> bool:
     return after >= CASES[name].learnt and after - before >= CASES[name].gain
 
 
+OFTEN = [("flux",), ("flux", "the target's sign"), ("flux", "latents at a third of their scale")]
+
+
 def each(*values):
-    """One family in every run of the tests, the others among the slow ones."""
-    return pytest.param(*values, marks=[] if values[0] == "flux" else pytest.mark.slow)
+    """A few in every run of the tests, the others among the slow ones."""
+    return pytest.param(*values, marks=[] if values in OFTEN else pytest.mark.slow)
 
 
 @pytest.mark.parametrize("name", [each(name) for name in CASES])

@@ -141,7 +141,10 @@ SETUPS = {
 }
 
 
-INTERRUPTED = [(setup, signal.SIGTERM, 143) for setup in SETUPS] + [("prodigy", signal.SIGKILL, None)]
+OFTEN = ("prodigy", "ema, accumulation, dropout")  # in every run of the tests; the others are slow
+INTERRUPTED = [
+    pytest.param(setup, signal.SIGTERM, 143, marks=[] if setup in OFTEN else pytest.mark.slow) for setup in SETUPS
+] + [pytest.param("prodigy", signal.SIGKILL, None, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(("setup", "number", "code"), INTERRUPTED)

@@ -18,6 +18,18 @@ ROOT = Path(__file__).resolve().parents[2]
 QUICK = Times(0.02, 0.05, 0.3, 0.3, net.Patience(budget=0.3, first_wait=0.02, timeout=2.0))
 
 
+@pytest.fixture(autouse=True)
+def _no_signal_is_early():
+    """One that comes before the wait for it has begun comes again."""
+
+    def again(number, _frame):
+        threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+
+    before = signal.signal(signal.SIGTERM, again)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.fixture
 def pod(server, account, tmp_path):
     """The environment of a pod that runs; its stop sends the signal, as RunPod does."""
@@ -97,6 +109,7 @@ def test_graphql_where_the_rest_interface_fails(server, pod):
     assert "podStop(input: {podId: $id})" in asked["query"] and asked["variables"] == {"id": "pod1"}
 
 
+@pytest.mark.alone
 def test_the_pods_own_program_where_both_fail(server, pod, tmp_path, monkeypatch):
     program = tmp_path / "runpodctl"
     program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/told\n')
@@ -107,6 +120,7 @@ def test_the_pods_own_program_where_both_fail(server, pod, tmp_path, monkeypatch
     assert (tmp_path / "told").read_text() == "stop pod pod1\n"
 
 
+@pytest.mark.alone
 def test_a_pod_that_cannot_be_stopped_stays_and_says_so(server, pod, caplog):
     server.fault("POST /v2/pods/pod1/action", status=500, times=99)
     server.fault("POST /graphql", status=500, times=99)

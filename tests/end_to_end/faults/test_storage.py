@@ -104,6 +104,7 @@ def test_a_single_failure_is_no_end(run, tiny):
     assert run() == 0 and run.final == tiny.reference
 
 
+@pytest.mark.alone
 def test_saving_lets_training_go_on(run, tiny):
     """The stall of a save is the time of the copies: at most 50 ms each, on a volume whose every flush takes 0.2 s."""
     slow = {"kind": "slow_sync", "step": 1, "seconds": 0.2, "times": 10_000}
