@@ -52,6 +52,7 @@ class Engine:
 
     def _climb(self) -> None:
         policy, kept, offload = self.rungs[0]
+        kept = min(kept, len(self.regions))  # of a variant that may have fewer than its family's footprint says
         policies = ["none"] * kept + [policy] * (len(self.regions) - kept)
         recompute.apply(self.regions, policies, compiled=self.compiled)
         self.offload = recompute.Offload(self.denoiser) if offload == "activations" else None

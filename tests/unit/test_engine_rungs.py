@@ -38,3 +38,9 @@ def test_each_rung_is_told_and_the_last_is_refused(monkeypatch, caplog):
     with pytest.raises(SettingsError, match=r"It does not fit\. Fix: lower PARAMS_BATCH_SIZE"):
         engine.lower("It does not fit.")
     assert len(caplog.records) == 3 and "1 blocks kept whole" in caplog.text
+
+
+def test_a_model_with_fewer_regions_than_the_plan_keeps():
+    regions = [torch.nn.Linear(4, 4)]
+    Engine(regions[0], regions, EnginePlan(recompute="attention", kept_blocks=9))
+    assert "forward" not in regions[0].__dict__
