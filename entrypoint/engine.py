@@ -9,7 +9,6 @@ from trainer import memory
 from trainer.errors import SettingsError
 from trainer.families import BaseModel, Facts
 from trainer.plan import Dataset, EnginePlan
-from trainer.precision import PRECISIONS
 
 RECOMPUTE = {True: "all", False: "none"}
 HOST_SHARE = 0.5  # of the host's memory that may be pinned
@@ -85,7 +84,7 @@ def _way(
     have = min(hardware.memory_gib, settings.memory_limit_gib or hardware.memory_gib)
     allowed = [
         way
-        for way in memory.ways(model.footprint, work, [p for p in precisions if p in PRECISIONS])
+        for way in memory.ways(model.footprint, work, precisions)
         if settings.gradient_checkpointing is None or (way.recompute != "none") is settings.gradient_checkpointing
         if settings.offload in ("auto", way.offload)
     ]

@@ -12,6 +12,7 @@ import torch
 from trainer import lora, recompute
 from trainer.errors import SettingsError
 from trainer.frozen import freeze
+from trainer.memory import described
 from trainer.plan import EnginePlan
 from trainer.precision import form_for
 
@@ -62,7 +63,7 @@ class Engine:
         if len(self.rungs) == 1:
             raise SettingsError(f"{problem} Fix: lower PARAMS_BATCH_SIZE or PARAMS_RESOLUTION, or give it more memory.")
         before, now = self.rungs.pop(0), self.rungs[0]
-        log.warning("%s Instead of %s: %s.", problem, _said(before), _said(now))
+        log.warning("%s Instead of %s: %s.", problem, described(*before), described(*now))
         self._climb()
 
     def saving(self) -> contextlib.AbstractContextManager[None]:
@@ -80,12 +81,6 @@ def rungs(policy: str, kept: int, offload: str) -> list[tuple[str, int, str]]:
     elif policy == "attention" and not kept:
         below = below[1:]
     return [(policy, kept, offload), *below]
-
-
-def _said(rung: tuple[str, int, str]) -> str:
-    policy, kept, offload = rung
-    what = {"none": "everything kept", "attention": "all but attention recomputed", "all": "all recomputed"}[policy]
-    return f"{what}{f', {kept} blocks kept whole' if kept else ''}{', kept on the host' if offload != 'none' else ''}"
 
 
 @contextlib.contextmanager

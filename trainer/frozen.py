@@ -203,7 +203,7 @@ def freeze(block: torch.nn.Module, form: str) -> None:
 
     Layers whose sides are no multiples of what the form needs stay as they are.
     """
-    stored = {"fp8": "fp8-storage", "int8": "int8-storage"}.get(form, form)
+    stored = {"fp8": "fp8-storage", "fp8-fnuz": "fp8-storage", "int8": "int8-storage"}.get(form, form)
     for name, layer in list(block.named_modules()):
         if not isinstance(layer, torch.nn.Linear):
             continue

@@ -16,7 +16,7 @@ from trainer.precision import PRECISIONS
 GIB = 2**30
 STATE_BYTES = {
     "prodigy": 24,
-    "schedulefree_prodigy": 24,
+    "prodigy-schedulefree": 24,
     "adamw8bit": 10,
     "lion": 12,
 }  # of one trained number, all in all
@@ -34,9 +34,14 @@ class Way:
     gib: float
 
     def __str__(self) -> str:
-        what = {"none": "keep all", "attention": "keep attention", "all": "recompute all"}[self.recompute]
-        kept = f", {self.kept_blocks} blocks whole" if self.kept_blocks else ""
-        return f"{self.precision}, {what}{kept}{', on the host' if self.offload != 'none' else ''}: {self.gib:.1f} GiB"
+        return f"{self.precision}, {described(self.recompute, self.kept_blocks, self.offload)}: {self.gib:.1f} GiB"
+
+
+def described(recompute: str, kept_blocks: int, offload: str) -> str:
+    """A way in words, for the log."""
+    what = {"none": "everything kept", "attention": "all but attention recomputed", "all": "all recomputed"}[recompute]
+    kept = f", {kept_blocks} blocks kept whole" if kept_blocks else ""
+    return f"{what}{kept}{', kept on the host' if offload != 'none' else ''}"
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,10 @@ class Work:
     rank: int
     optimizer: str
 
+    def kilotokens(self, of: Footprint) -> float:
+        """Thousands (1,024) of tokens in a batch."""
+        return self.batch * (self.pixels / 256 + of.text_tokens) / 1024
+
 
 def predicted(
     of: Footprint, work: Work, *, precision: str, recompute: str, kept_blocks: int = 0, offload: str = "none"
@@ -57,7 +66,7 @@ def predicted(
     wide = 4 if kind.dtype == "float32" else 2
     weights = (of.blocks * kind.bytes + of.rest * wide) / GIB
     trained = of.adapters * work.rank * STATE_BYTES.get(work.optimizer, 16) / GIB
-    tokens = work.batch * (work.pixels / 256 + of.text_tokens) / 1024
+    tokens = work.kilotokens(of)
     kept = of.kept["host"] if offload != "none" else of.kept[recompute]
     share = kept_blocks / of.regions
     return weights + trained + tokens * wide / 2 * (of.working + kept * (1 - share) + of.kept["none"] * share)
@@ -65,7 +74,7 @@ def predicted(
 
 def on_host(of: Footprint, work: Work) -> float:
     """What keeping attention in the host's memory takes there, in GiB."""
-    return of.kept["attention"] * work.batch * (work.pixels / 256 + of.text_tokens) / 1024
+    return of.kept["attention"] * work.kilotokens(of)
 
 
 def ways(of: Footprint, work: Work, precisions: Iterable[str]) -> list[Way]:

@@ -89,6 +89,7 @@ class Session:
         what = f"The largest batch ({len(largest)} pictures of {largest[0].view.size}) does not fit in memory."
         started, batch = time.monotonic(), prepare.micro_batch(self.cache, largest)
         while not self._rehearsed(batch):
+            prepare.release()
             self.engine.lower(what)
         if self.plan.engine.device == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**30
@@ -103,7 +104,6 @@ class Session:
             return False
         finally:
             self.trainee.optimizer.zero_grad(set_to_none=True)
-            prepare.release()
         return True
 
     def train(self, status: Status, *, first: int) -> None:
