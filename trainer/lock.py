@@ -42,13 +42,22 @@ def locked(folder: Path, on_wait: Callable[[], None] | None = None) -> Iterator[
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as problem:
             if on_wait is None:
-                raise _in_use(folder, (_read(folder / ".lease") or {}).get("owner")) from problem
+                raise _in_use(folder, _owner(folder / ".lease")) from problem
             on_wait()
             fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError:  # a volume without locks
             sure = False
         with _lease(folder, sure=sure) if on_wait is None else contextlib.nullcontext():
             yield
+
+
+def _owner(lease: Path) -> str | None:
+    """Who holds the folder. Its lease is written a moment after the lock is taken."""
+    for _ in range(40):
+        if (found := _read(lease)) is not None:
+            return found.get("owner")
+        time.sleep(0.05)
+    return None
 
 
 def _in_use(folder: Path, owner: str | None) -> SettingsError:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -64,7 +64,8 @@ class StandIn(torch.Tensor):
 
 
 def _piece(read: Callable[[], Any], i: int) -> torch.Tensor:
-    piece: torch.Tensor = read()[i]
+    """Copied, so that the whole is gone as soon as its piece is there."""
+    piece: torch.Tensor = read()[i].clone()
     return piece
 
 
@@ -118,5 +119,10 @@ def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            content = tensor.read() if isinstance(tensor, StandIn) else tensor
-            content.contiguous().flatten().view(torch.uint8).numpy().tofile(file)
+            _append(file, tensor)
+
+
+def _append(file: BinaryIO, tensor: torch.Tensor) -> None:
+    """A function of its own, so that no tensor is there while the next one is read."""
+    content = tensor.read() if isinstance(tensor, StandIn) else tensor
+    content.contiguous().flatten().view(torch.uint8).numpy().tofile(file)
