@@ -14,6 +14,7 @@ import platform
 import random
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from trainer import files
+from trainer import files, tensorfile
 from trainer.errors import StorageError
 
 log = logging.getLogger(__name__)
 NAME = re.compile(r"step-(\d{8})")
-MARK = "tensor:"  # in the JSON, a string that stands for a tensor of the other file
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,10 @@ class State:
 
 
 def save(folder: Path, step: int, tree: dict[str, Any]) -> Path:
-    """Write `tree` (nested dicts and lists of tensors and JSON values) as the state of `step`; return its folder."""
+    """Write `tree` (nested dicts and lists of tensors and JSON values) as the state of `step`; return its folder.
+
+    Tensors of the host are not copied: nothing may change them meanwhile.
+    """
     final = folder / f"step-{step:08d}"
     temporary = folder / f".step-{step:08d}.{os.getpid()}.tmp"
     tensors: dict[str, torch.Tensor] = {}
@@ -49,14 +52,13 @@ def save(folder: Path, step: int, tree: dict[str, Any]) -> Path:
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_file(tensors, temporary / "state.safetensors")
-        record = {"step": step, "sha256": files.sha256(temporary / "state.safetensors"), "tree": values}
+        record = {"step": step, "sha256": _write(temporary / "state.safetensors", tensors), "tree": values}
         text = json.dumps(record)
         (temporary / "state.json").write_text(json.dumps({"sha256": files.digest(text), "text": text}))
         for path in (temporary / "state.safetensors", temporary / "state.json", temporary):
             files.flush(path)
         back = load_file(temporary / "state.safetensors")
-        if back.keys() != tensors.keys() or not all(_same(back[k], v) for k, v in tensors.items()):
+        if back.keys() != tensors.keys() or not all(tensorfile.same(back[k], v) for k, v in tensors.items()):
             raise StorageError(f"{final} does not read back as it was written.")
         if final.exists():
             shutil.rmtree(final)
@@ -144,17 +146,23 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Bit for bit."""
-    return a.dtype == b.dtype and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+def _write(path: Path, tensors: dict[str, torch.Tensor]) -> str:
+    """Write a file of `tensors`; returns its SHA-256, which another thread computes meanwhile."""
+    entries, data = tensorfile.laid_out(tensors)
+    pieces: list[bytes | memoryview] = [tensorfile.header(entries), *data]
+    with ThreadPoolExecutor(1, "hash") as aside:
+        digest = aside.submit(tensorfile.sha256, pieces)
+        with path.open("wb") as file:
+            file.writelines(pieces)
+        return digest.result()
 
 
 def _split(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     """`value` with every tensor moved into `tensors` and its number in its place."""
     if isinstance(value, torch.Tensor):
         name = str(len(tensors))
-        tensors[name] = value.detach().cpu().contiguous().clone()
-        return MARK + name
+        tensors[name] = value.detach().cpu()
+        return {"tensor": name}
     if isinstance(value, dict):
         # Optimisers key their state by integers, which JSON has not.
         return {"dict": [[k, _split(v, tensors)] for k, v in value.items()]}
@@ -171,11 +179,11 @@ def _split(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 def _join(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, dict):
+        if "tensor" in value:
+            return tensors[value["tensor"]]
         if "tuple" in value:
             return tuple(_join(v, tensors) for v in value["tuple"])
         return {k: _join(v, tensors) for k, v in value["dict"]}
     if isinstance(value, list):
         return [_join(v, tensors) for v in value]
-    if isinstance(value, str) and value.startswith(MARK):
-        return tensors[value.removeprefix(MARK)]
     return value

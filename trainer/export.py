@@ -7,16 +7,15 @@ python -m trainer.export --merge a.safetensors:0.6 b.safetensors:0.4 --out OUT.s
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 
-from trainer import __version__, files
+from trainer import __version__, files, tensorfile
 from trainer.errors import NumbersError, StorageError
 
 
@@ -25,7 +24,7 @@ def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
 
     Raises NumbersError for a value that is not finite, StorageError if the file is not what was written.
     """
-    bad = [k for k, v in tensors.items() if not torch.isfinite(v).all()]
+    bad = [k for k, v in tensors.items() if not tensorfile.is_finite(v)]
     if bad:
         raise NumbersError(f"{len(bad)} of {len(tensors)} tensors of the LoRA are not finite, {bad[0]} first.")
     with files.replacing(path) as temporary:
@@ -36,19 +35,15 @@ def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
             raise StorageError(f"{path} does not read back as it was written.")
 
 
-def _serialised(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> tuple[bytes, bytes, memoryview]:
-    """A safetensors file in three parts, the same bytes for the same content: the library shuffles the metadata.
+def _serialised(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> list[bytes | memoryview]:
+    """The pieces of a safetensors file, the same bytes for the same content: the library shuffles the metadata.
 
     Adds the hash of the tensors' bytes without the header, as sd-scripts' `sshs_model_hash`.
     """
-    raw = memoryview(save(tensors))
-    end = 8 + int.from_bytes(raw[:8], "little")
-    data = hashlib.sha256(raw[end:]).hexdigest()
-    complete = {**metadata, "sshs_model_hash": data, "modelspec.hash_sha256": f"0x{data}"}
-    header = {"__metadata__": dict(sorted(complete.items())), **json.loads(bytes(raw[8:end]))}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format wants the tensors aligned
-    return len(text).to_bytes(8, "little"), text, raw[end:]
+    entries, data = tensorfile.laid_out(tensors)
+    digest = tensorfile.sha256(data)
+    complete = {**metadata, "sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
+    return [tensorfile.header({"__metadata__": dict(sorted(complete.items())), **entries}), *data]
 
 
 @dataclass(frozen=True)

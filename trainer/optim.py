@@ -100,7 +100,7 @@ def make_optimizer(
     args: dict[str, Any],
     warmup_steps: int = 0,
 ) -> torch.optim.Optimizer:
-    """The optimiser `name` of OPTIMIZERS; `params` may be groups with an `lr` of their own.
+    """The optimiser `name` of OPTIMIZERS, ready to train; `params` may be groups with an `lr` of their own.
 
     TypeError for an argument that its class does not take.
     """
@@ -110,7 +110,9 @@ def make_optimizer(
     if OPTIMIZERS[name].own_warmup:
         ready["warmup_steps"] = warmup_steps
     with contextlib.redirect_stdout(io.StringIO()):  # some greet with print
-        optimizer: torch.optim.Optimizer = kind(list(params), lr=learning_rate, weight_decay=weight_decay, **ready)
+        own = [dict(p) if isinstance(p, dict) else p for p in params]  # torch writes its settings into these
+        optimizer: torch.optim.Optimizer = kind(own, lr=learning_rate, weight_decay=weight_decay, **ready)
+    set_training(optimizer, True)
     return optimizer
 
 

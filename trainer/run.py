@@ -310,7 +310,8 @@ def _trainee(plan: Plan, kind: Family, *, model: Path, total: int) -> Trainee:
         groups.append({"params": params, "lr": plan.optim.text_encoders[component]})
     if start is not None:
         _start_from(denoiser, texts, start, plan=plan, facts=facts)
-    optimizer = optim.make_optimizer(
+    new_optimizer = partial(
+        optim.make_optimizer,
         plan.optim.name,
         groups,
         learning_rate=plan.optim.learning_rate,
@@ -318,8 +319,7 @@ def _trainee(plan: Plan, kind: Family, *, model: Path, total: int) -> Trainee:
         args=plan.optim.args,
         warmup_steps=plan.optim.warmup_steps,
     )
-    params = [p for group in groups for p in group["params"]]
-    optim.set_training(optimizer, True)
+    params, optimizer = [p for group in groups for p in group["params"]], new_optimizer()
     schedule = optim.make_schedule(
         "constant" if optim.OPTIMIZERS[plan.optim.name].own_warmup else plan.optim.scheduler,
         optimizer,
@@ -329,7 +329,7 @@ def _trainee(plan: Plan, kind: Family, *, model: Path, total: int) -> Trainee:
     )
     ema = Ema(params, plan.train.ema_decay) if plan.train.ema_decay else None
     guard = Guard(plan.train.max_skipped_steps, plan.train.max_loss_spike)
-    return Trainee(denoiser, texts, params, optimizer, schedule, ema, guard)
+    return Trainee(denoiser, texts, params, optimizer, new_optimizer, schedule, ema, guard)
 
 
 def _lora_file(path: Path, family_name: str) -> formats.Modules:

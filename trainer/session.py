@@ -81,7 +81,7 @@ class Session:
             )
 
     def rehearse(self) -> None:
-        """One step at the largest batch, forgotten: memory runs out here, or never.
+        """One step at the largest batch, forgotten: memory runs out here, or never. Also what a save is copied into.
 
         Where it does, the engine goes one rung down, and again. Raises SettingsError if it still does at the last.
         """
@@ -93,17 +93,24 @@ class Session:
             self.engine.lower(what)
         if self.plan.engine.device == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**30
-            log.info("One step takes %.1f GiB at most; tried in %.1f s.", peak, time.monotonic() - started)
+            log.info(
+                "One step takes %.1f GiB at most, and a save %.1f GiB of the host's memory; tried in %.1f s.",
+                peak, self.snapshots.bytes / 2**30, time.monotonic() - started,
+            )  # fmt: skip
 
     def _rehearsed(self, batch: MicroBatch) -> bool:
         device = self.plan.engine.device
         generator = seeded(torch.Generator(device), self.plan.train.seed)
         try:
+            state = self.trainee.first_state()  # the optimiser's tensors are there in every step but the first
+            self.snapshots.take((self._modules(), state))
             losses(self.predict, self.goal, batch.to(device), generator=generator).mean().backward()
         except torch.OutOfMemoryError:
             return False
         finally:
             self.trainee.optimizer.zero_grad(set_to_none=True)
+            self.snapshots.wait()
+            self.snapshots.reuse()
         return True
 
     def train(self, status: Status, *, first: int) -> None:
@@ -225,12 +232,22 @@ class Session:
         started = time.monotonic()
         self.snapshots.wait()
 
-        def write() -> None:
+        def lora() -> None:
             for path, made, header in self._files(f"{self.plan.output.name}-step{step:08d}", modules, step, epoch):
                 export.write(path, made.tensors, header)
+
+        def state() -> None:
             data = fingerprint(self.found.pictures)
             about = {"essence": self.plan.essence(), "data": data, "made_by": checkpoint.made_by()}
             checkpoint.save(self.out / "state", step, {**about, **tree})
+
+        # The state comes last, so that where it is, all is; but a stop leaves few seconds, and it matters most.
+        left = [state, lora] if self.stop.requested else [lora, state]
+
+        def write() -> None:
+            while left:
+                left[0]()
+                del left[0]
 
         self.keeper.write(write, step)
         log.info(
@@ -245,6 +262,7 @@ class Session:
         """
         facts = self.kind.FACTS
         models = {facts.lora_prefix: self.trainee.denoiser, **self.trainee.texts.models}
+        self.snapshots.reuse()
         with self.trainee.published():
             modules = self.snapshots.take(self._modules())
             self.snapshots.wait()

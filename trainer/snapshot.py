@@ -11,49 +11,67 @@ from typing import Any
 import torch
 
 log = logging.getLogger(__name__)
+SLAB = 2**26  # bytes of the host's memory that are asked for at once: the pinned kind is slow to get, and rounded up
+
+
+Kind = tuple[torch.Size, torch.dtype, bool]  # of a buffer; whether it is pinned
 
 
 class Snapshots:
-    """Copies trees of tensors to the host.
+    """Copies trees of tensors into buffers of the host, which are kept for the next time.
 
-    On an accelerator a side stream copies into pinned buffers, which are kept for the next time, while the next step's
-    forward and backward pass run; the optimiser's step, which would change the tensors, is queued behind the copies.
+    On an accelerator the buffers are pinned, and a side stream copies while the next step's forward and backward pass
+    run; the optimiser's step, which would change the tensors, is queued behind the copies.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, device: str) -> None:
+        self.bytes = 0  # of the host's memory that was taken for buffers
         self._stream = torch.cuda.Stream() if device == "cuda" else None
         self._copied: torch.cuda.Event | None = None
-        self._used: list[torch.Tensor] = []
-        self._free: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
+        self._used: list[tuple[Kind, torch.Tensor]] = []
+        self._free: dict[Kind, list[torch.Tensor]] = {}
+        self._rest: dict[bool, torch.Tensor] = {}  # of the last slab, pinned or not
         if self._stream:
             optimizer.register_step_pre_hook(lambda *_: self.settle())
 
     def reuse(self) -> None:
         """All copies taken so far are no longer needed."""
-        for buffer in self._used:
-            self._free.setdefault((buffer.shape, buffer.dtype), []).append(buffer)
+        for kind, buffer in self._used:
+            self._free.setdefault(kind, []).append(buffer)
         self._used = []
 
     def take(self, tree: Any) -> Any:
         """`tree` with new containers and with copies of its tensors, which are there after `wait`."""
         stream = self._stream
         if stream is None:
-            return _mapped(tree, lambda t: t.detach().cpu().clone())
+            return _mapped(tree, lambda t: self._buffer(t).copy_(t.detach()))
         stream.wait_stream(torch.cuda.current_stream())
 
         def copied(tensor: torch.Tensor) -> torch.Tensor:
-            if tensor.device.type == "cpu":
-                return tensor.detach().clone()
-            free = self._free.get((tensor.shape, tensor.dtype))
-            buffer = free.pop() if free else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._used.append(buffer)
-            tensor.record_stream(stream)  # one that was made for this alone may be freed meanwhile
-            return buffer.copy_(tensor.detach(), non_blocking=True)
+            if tensor.is_cuda:
+                tensor.record_stream(stream)  # one that was made for this alone may be freed meanwhile
+            return self._buffer(tensor).copy_(tensor.detach(), non_blocking=tensor.is_cuda)
 
         with torch.cuda.stream(stream):
             found = _mapped(tree, copied)
             self._copied = stream.record_event()
         return found
+
+    def _buffer(self, like: torch.Tensor) -> torch.Tensor:
+        kind = (like.shape, like.dtype, like.is_cuda)
+        free = self._free.get(kind)
+        buffer = free.pop() if free else self._room(like.nbytes, pinned=like.is_cuda).view(like.dtype).view(like.shape)
+        self._used.append((kind, buffer))
+        return buffer
+
+    def _room(self, size: int, *, pinned: bool) -> torch.Tensor:
+        """So many bytes that nothing else uses."""
+        rest, whole = self._rest.get(pinned), -(-size // 64) * 64  # aligned for every type
+        if rest is None or len(rest) < whole:
+            rest = torch.empty(max(SLAB, whole), dtype=torch.uint8, pin_memory=pinned)
+            self.bytes += len(rest)
+        self._rest[pinned] = rest[whole:]
+        return rest[:size]
 
     def settle(self) -> None:
         """What is queued from now on may change the tensors that were taken."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ class Trainee:
     texts: TextEncoders
     params: list[torch.nn.Parameter]  # of all of them, in the order of the optimiser's groups
     optimizer: torch.optim.Optimizer
+    new_optimizer: Callable[[], torch.optim.Optimizer]  # another one for the same parameters, as at the beginning
     schedule: torch.optim.lr_scheduler.LRScheduler
     ema: Ema | None
     guard: Guard
@@ -50,6 +51,21 @@ class Trainee:
             "guard": self.guard.state(),
             "random": checkpoint.random_state(),
         }
+
+    def first_state(self) -> dict[str, Any]:
+        """A state as after a first step, of an optimiser that nothing else uses; all is left as it was.
+
+        For what has to be known before: only that step makes an optimiser's own tensors.
+        """
+        kept, optimizer = [p.detach().clone() for p in self.params], self.new_optimizer()
+        try:
+            for p in self.params:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        finally:
+            optimizer.zero_grad(set_to_none=True)
+            self._overwrite(kept)
+        return {**self.state(), "optimizer": optimizer.state_dict()}
 
     def restore(self, tree: dict[str, Any]) -> None:
         """Put back what `state` gave. Raises SettingsError where it does not fit."""

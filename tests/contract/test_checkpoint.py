@@ -23,6 +23,14 @@ def test_a_state_comes_back_as_it_was(tmp_path):
     assert state.tree["b"][0][1:] == [None, True, 1.5, "text"] and state.tree["empty"] == {}
 
 
+def test_a_text_is_never_taken_for_a_tensor(tmp_path):
+    """Names of pictures and trigger words are part of a state."""
+    texts = {"a": torch.ones(1), "b": "tensor:0", "tensor": "0", "tuple": [1], "dict": [["a", 1]]}
+    checkpoint.save(tmp_path, 1, texts)
+    back = checkpoint.latest(tmp_path).tree
+    assert torch.equal(back.pop("a"), texts.pop("a")) and back == texts
+
+
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
 def test_a_damaged_state_is_set_aside_for_the_one_before(tmp_path, name, damage):

@@ -1,11 +1,19 @@
 """Copies for a save are those of the moment they were taken, while training goes on."""
 
 import time
+from functools import partial
 
 import pytest
 import torch
 
+from trainer import optim
+from trainer.families import family
+from trainer.guard import Guard
+from trainer.loop import Ema
+from trainer.optim import OPTIMIZERS
 from trainer.snapshot import Background, Snapshots
+from trainer.text_encoders import TextEncoders
+from trainer.trainee import Trainee
 
 
 def test_a_copy_is_not_the_original():
@@ -18,6 +26,59 @@ def test_a_copy_is_not_the_original():
     tree["b"][0]["y"] = 2
     assert taken["a"][1] == (1, None) and taken["b"].keys() == {0} and taken["b"][0].keys() == {"x"}
     assert torch.equal(taken["a"][0], torch.ones(3)) and torch.equal(taken["b"][0]["x"], torch.ones(3))
+
+
+def test_buffers_are_used_again_and_only_then():
+    snapshots, weights = Snapshots(torch.optim.SGD([torch.zeros(1)], lr=1.0), "cpu"), torch.rand(5, 7)
+    first = snapshots.take([weights, weights.half(), torch.tensor(3), torch.empty(0)])
+    second = snapshots.take([weights + 1])
+    assert torch.equal(first[0], weights) and torch.equal(second[0], weights + 1)
+    assert torch.equal(first[1], weights.half()) and first[2] == 3 and first[3].numel() == 0
+    snapshots.reuse()
+    third = snapshots.take([weights + 2, weights + 3])
+    assert {t.data_ptr() for t in third} == {first[0].data_ptr(), second[0].data_ptr()}
+    assert torch.equal(third[0], weights + 2) and torch.equal(third[1], weights + 3)
+
+
+def test_large_tensors_take_no_more_than_they_need():
+    snapshots = Snapshots(torch.optim.SGD([torch.zeros(1)], lr=1.0), "cpu")
+    snapshots.take([torch.zeros(3 * 2**20) for _ in range(40)])  # 480 MiB
+    assert snapshots.bytes < 1.1 * 480 * 2**20
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_is_known_before_the_first_step_is_what_every_save_copies(name, monkeypatch):
+    """The buffers of a rehearsal serve all saves; and the rehearsal leaves no trace in what is trained."""
+    plain, rehearsed = trainee(name), trainee(name)
+    snapshots = Snapshots(rehearsed.optimizer, "cpu")
+    snapshots.take(rehearsed.first_state())
+    assert not any(rehearsed.optimizer.state_dict()["state"].values())
+    monkeypatch.setattr(snapshots, "_room", None)  # from here on nothing can be taken
+    for number in range(4):
+        for one in (plain, rehearsed):
+            x = torch.randn(32, 96, generator=torch.Generator().manual_seed(number))
+            (x @ one.params[0] @ one.params[1] - x[:, :8]).square().mean().backward()
+            one.optimizer.step()
+            one.schedule.step()
+            one.optimizer.zero_grad()
+        snapshots.reuse()
+        snapshots.take(rehearsed.state())
+    assert all(torch.equal(a, b) for a, b in zip(plain.params, rehearsed.params, strict=True))
+
+
+def trainee(name):
+    """Of two matrices, one of them zero as in an adapter, with an average."""
+    torch.manual_seed(0)
+    spec, params = OPTIMIZERS[name], [torch.nn.Parameter(torch.randn(96, 64)), torch.nn.Parameter(torch.zeros(64, 8))]
+    groups = [{"params": params[:1]}, {"params": params[1:]}]
+    rates = {"learning_rate": spec.learning_rate, "weight_decay": 0.1}
+    new = partial(optim.make_optimizer, name, groups, **rates, args=spec.defaults, warmup_steps=2)
+    optimizer = new()
+    schedule = optim.make_schedule("constant", optimizer, warmup_steps=0, total_steps=9, num_cycles=1)
+    made = Trainee(None, TextEncoders(family("flux")), params, optimizer, new, schedule, Ema(params, 0.9), Guard())
+    made.adapters = {str(i): p.detach() for i, p in enumerate(params)}
+    made.text_adapters = {}
+    return made
 
 
 def test_what_fails_in_the_background_is_raised_in_front():

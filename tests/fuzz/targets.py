@@ -128,7 +128,7 @@ TARGETS = {
         lora, (ValueError,), (b'"__metadata__"', b'"data_offsets":[-1,', b'"shape":', b"[" * 3000, b"1e999")
     ),
     "weights": Target(weights, (ValueError,), (b'"__metadata__"', b'"data_offsets":[0,', b"BF16", b"F32", b"alpha")),
-    "state": Target(state, (ValueError,), (b'"tree"', b'"dict"', b"tensor:0", b'"step"', b"[" * 3000, b"HASH")),
+    "state": Target(state, (ValueError,), (b'"tree"', b'"dict"', b'{"tensor": "0"}', b'"step"', b"[" * 3000, b"HASH")),
 }
 
 
@@ -199,7 +199,7 @@ def make_corpus() -> None:
             },
             {"lora_adapter_metadata": '{"transformer.lora_alpha": 4, "transformer.r": 2}'},
         )
-    tree = {"dict": [["a", "tensor:0"], ["b", [1, None, {"tuple": [2.5, "x"]}]]]}
+    tree = {"dict": [["a", {"tensor": "0"}], ["b", [1, None, {"tuple": [2.5, "x"]}]]]}
     record = json.dumps({"step": 1, "sha256": "HASH", "tree": tree}).encode()
     made["state"]["state"] = struct.pack("<I", len(record)) + record + save({"0": np.ones(3, np.float32)})
     for name, inputs in made.items():

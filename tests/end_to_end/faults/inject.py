@@ -178,6 +178,19 @@ def slow_sync(fault, due):
     _around(os, "fsync", before=lambda *_: time.sleep(fault["seconds"]) if due() else None)
 
 
+def buffers(fault, due):
+    """Fires whenever memory is taken for the copies of a save."""
+    from trainer.snapshot import Snapshots
+
+    room = Snapshots._room
+
+    def told(self, size, *, pinned):
+        due()
+        return room(self, size, pinned=pinned)
+
+    Snapshots._room = told
+
+
 def clock_backwards(fault, due):
     real = time.time
     due()
@@ -206,6 +219,6 @@ KINDS = {
     f.__name__: f
     for f in (
         loss, grad, latents, param, oom, crash, sleep, hold_lock, stop_process, signals, system, kill_at, slow_sync,
-        clock_backwards, forget,
+        buffers, clock_backwards, forget,
     )
 }  # fmt: skip

@@ -38,7 +38,13 @@ def test_several_signals_are_one_stop(run, tiny):
     assert run({"kind": "signals", "step": 6, "signals": several}) == 143
     assert run.states() == ["step-00000004", "step-00000006"]
     assert run.said().count("Saved step 6") == 1 and "Traceback" not in run.said()
+    assert state_came_first(run, 6) and not state_came_first(run, 4), "a stop leaves few seconds"
     assert run() == 0 and run.final == tiny.reference
+
+
+def state_came_first(run, step):
+    state = run.out / "state" / f"step-{step:08d}" / "state.safetensors"
+    return state.stat().st_mtime_ns < (run.out / f"x-step{step:08d}.safetensors").stat().st_mtime_ns
 
 
 @pytest.mark.slow

@@ -123,6 +123,13 @@ def test_saving_lets_training_go_on(run, tiny):
     assert run.final == tiny.reference
 
 
+@pytest.mark.parametrize(("step", "taken"), [(0, True), (1, False)])
+def test_all_memory_for_saves_is_taken_before_the_first_step(run, step, taken):
+    """Pinned memory takes long to get: the first save would let training wait for it."""
+    assert run({"kind": "buffers", "step": step, "times": 10_000}, train={"max_steps": 5}) == 0, run.said()
+    assert (run.times_fired() > 0) == taken and run.said().count("Saved step") == 2
+
+
 @pytest.mark.slow
 def test_the_background_shows_its_failure(run):
     """A save that fails while training goes on ends the job at the next step, not at the next save."""
