@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from trainer import lora, recompute
+from trainer import keys, lora, recompute
+from trainer.assemble import HALF
 from trainer.errors import SettingsError
 from trainer.frozen import freeze
 from trainer.memory import described
 from trainer.plan import EnginePlan
-from trainer.precision import form_for
+from trainer.precision import PRECISIONS, form_for
+from trainer.standin import NAMES
 
 log = logging.getLogger(__name__)
+
+
+def stored(folder: Path) -> torch.dtype:
+    """The format that most of the weights in a part's folder are in: loaded so, they stay in the mapped files."""
+    sizes: Counter[str] = Counter()
+    for file in (f for f in folder.glob("*.safetensors") if HALF not in f.name):
+        for entry in keys.read_header(file).entries.values():
+            sizes[entry.dtype] += entry.end - entry.begin
+    most = sizes.most_common(1)[0][0]
+    return next((dtype for dtype, name in NAMES.items() if name == most), torch.bfloat16)  # which holds all of fp8
 
 
 def place(
@@ -28,13 +42,17 @@ def place(
     fused: lora.Fused,
     targets: Sequence[str],
 ) -> None:
-    """Bring the denoiser to `device` block by block, joining projections and quantising on the way.
+    """Bring the denoiser to `device` block by block, in the format of `precision`, joining projections on the way.
 
     Neither the host nor the device ever holds more than one block besides the mapped file and the result.
     """
-    form = form_for(precision, device)
+    form, dtype = form_for(precision, device), PRECISIONS[precision].torch_dtype
+    inside = {m for _, block in blocks for m in block.modules()}
+    for module in (m for m in denoiser.modules() if m not in inside):
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            tensor.data = tensor.to(device, dtype if tensor.is_floating_point() else None)
     for name, block in blocks:
-        block.to(device)
+        block.to(device, dtype)
         lora.fuse([(name, block)], fused=fused, targets=targets)
         if form is not None:
             freeze(block, form)

@@ -22,7 +22,7 @@ from trainer.cache import Cache
 from trainer.class_pictures import Wanted
 from trainer.crashes import Crashes
 from trainer.dataset import Scan
-from trainer.engine import Engine, place
+from trainer.engine import Engine, place, stored
 from trainer.errors import HangError, KilnError, OutOfMemoryError, SettingsError, StorageError
 from trainer.families import Facts, Family, base_models, family
 from trainer.guard import Guard
@@ -287,7 +287,8 @@ def _trainee(plan: Plan, kind: Family, *, model: Path, total: int) -> Trainee:
     if plan.lora.resume_from and Path(plan.lora.resume_from).is_file():
         start = _lora_file(Path(plan.lora.resume_from), facts.name)
     dtype = PRECISIONS[engine.precision].torch_dtype
-    denoiser = kind.load_denoiser(model, device="cpu", dtype=dtype)
+    as_stored = stored(model / facts.parts["denoiser"])
+    denoiser = kind.load_denoiser(model, device="cpu", dtype=as_stored)
     if engine.attention != "native":
         denoiser.set_attention_backend(engine.attention)
     fused = {} if plan.lora.split_qkv else facts.fused_targets

@@ -1,7 +1,6 @@
 """The files that users have → the models that they hold: every layout, loaded through the product.
 
-Single files are written here from the miniatures: whole architectures, small. Their original names come from undoing
-the conversion by the shapes and values of tensors, not from the tables that are tested.
+Single files are written here from the miniatures: whole architectures, small (see original.py).
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import json
 import re
 import shutil
 import threading
@@ -20,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from entrypoint.fetch import fetch_model
 from entrypoint.hardware import Hardware
@@ -28,220 +26,14 @@ from entrypoint.manifest import read_manifest
 from entrypoint.plan import make_plan
 from entrypoint.settings import read_settings
 from entrypoint.singles import patterns
+from tests.contract.original import checkpoint, flux_files, miniature, original, under, vae_original, weights
 from trainer import assemble, standin
 from trainer.errors import SettingsError
-from trainer.families import base_models, family
+from trainer.families import family
 from trainer.tools import sample_command
 
 FAMILIES = ("flux", "sdxl", "sd3")
 CPU = Hardware("cpu", "x86_64", 32.0, 0, "", 32.0, 8)
-
-
-def miniature(name: str) -> Path:
-    return Path(base_models()[f"mini-{name}"][1].source)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
-
-
-# ---- original names, from diffusers' names
-
-
-def joined(state: dict[str, torch.Tensor], path: str, parts: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    ends = [e for e in ("weight", "bias") if f"{parts[0]}.{e}" in state]
-    return {f"{path}.{e}": torch.cat([state[f"{p}.{e}"] for p in parts]) for e in ends}
-
-
-def halves_swapped(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.cat(tensor.chunk(2)[::-1])
-
-
-def flux_original(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As black-forest-labs/flux names and joins them."""
-    made: dict[str, torch.Tensor] = {}
-    one = {"img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "proj_out"}
-    for ours, theirs in (("timestep", "time_in"), ("text", "vector_in"), ("guidance", "guidance_in")):
-        one[f"{theirs}.in_layer"] = f"time_text_embed.{ours}_embedder.linear_1"
-        one[f"{theirs}.out_layer"] = f"time_text_embed.{ours}_embedder.linear_2"
-    for i in {int(k.split(".")[1]) for k in state if k.startswith("transformer_blocks.")}:
-        a, b = f"transformer_blocks.{i}", f"double_blocks.{i}"
-        for stream, q, norm, ff, out, mod in (
-            ("img", "to_{}", "norm_{}", "ff", "to_out.0", "norm1"),
-            ("txt", "add_{}_proj", "norm_added_{}", "ff_context", "to_add_out", "norm1_context"),
-        ):
-            made |= joined(state, f"{b}.{stream}_attn.qkv", tuple(f"{a}.attn.{q.format(x)}" for x in "qkv"))
-            for x, long in (("q", "query"), ("k", "key")):
-                made[f"{b}.{stream}_attn.norm.{long}_norm.scale"] = state[f"{a}.attn.{norm.format(x)}.weight"]
-            one |= {f"{b}.{stream}_mlp.0": f"{a}.{ff}.net.0.proj", f"{b}.{stream}_mlp.2": f"{a}.{ff}.net.2"}
-            one |= {f"{b}.{stream}_attn.proj": f"{a}.attn.{out}", f"{b}.{stream}_mod.lin": f"{a}.{mod}.linear"}
-    for i in {int(k.split(".")[1]) for k in state if k.startswith("single_transformer_blocks.")}:
-        a, b = f"single_transformer_blocks.{i}", f"single_blocks.{i}"
-        made |= joined(state, f"{b}.linear1", (*(f"{a}.attn.to_{x}" for x in "qkv"), f"{a}.proj_mlp"))
-        one |= {f"{b}.linear2": f"{a}.proj_out", f"{b}.modulation.lin": f"{a}.norm.linear"}
-        for x, long in (("q", "query"), ("k", "key")):
-            made[f"{b}.norm.{long}_norm.scale"] = state[f"{a}.attn.norm_{x}.weight"]
-    for theirs, ours in one.items():
-        made |= joined(state, theirs, (ours,))
-    for end in ("weight", "bias"):
-        made[f"final_layer.adaLN_modulation.1.{end}"] = halves_swapped(state[f"norm_out.linear.{end}"])
-    return made
-
-
-def sd3_original(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As Stability-AI/sd3.5 names and joins them."""
-    made = {"pos_embed": state["pos_embed.pos_embed"]}
-    last = max(int(k.split(".")[1]) for k in state if k.startswith("transformer_blocks."))
-    one = {
-        "x_embedder.proj": "pos_embed.proj",
-        "context_embedder": "context_embedder",
-        "final_layer.linear": "proj_out",
-    }
-    for ours, theirs in (("timestep", "t_embedder"), ("text", "y_embedder")):
-        one |= {f"{theirs}.mlp.{2 * n - 2}": f"time_text_embed.{ours}_embedder.linear_{n}" for n in (1, 2)}
-    for i in range(last + 1):
-        a, x, c = f"transformer_blocks.{i}", f"joint_blocks.{i}.x_block", f"joint_blocks.{i}.context_block"
-        one |= {f"{x}.attn.proj": f"{a}.attn.to_out.0", f"{x}.adaLN_modulation.1": f"{a}.norm1.linear"}
-        one |= {f"{x}.mlp.fc1": f"{a}.ff.net.0.proj", f"{x}.mlp.fc2": f"{a}.ff.net.2"}
-        made |= joined(state, f"{x}.attn.qkv", tuple(f"{a}.attn.to_{n}" for n in "qkv"))
-        made |= joined(state, f"{c}.attn.qkv", tuple(f"{a}.attn.add_{n}_proj" for n in "qkv"))
-        if f"{a}.attn2.to_q.weight" in state:
-            made |= joined(state, f"{x}.attn2.qkv", tuple(f"{a}.attn2.to_{n}" for n in "qkv"))
-            one[f"{x}.attn2.proj"] = f"{a}.attn2.to_out.0"
-        norms = {f"{x}.attn": "attn.norm_", f"{x}.attn2": "attn2.norm_", f"{c}.attn": "attn.norm_added_"}
-        for theirs, ours in norms.items():
-            for n in "qk":
-                if f"{a}.{ours}{n}.weight" in state:
-                    made[f"{theirs}.ln_{n}.weight"] = state[f"{a}.{ours}{n}.weight"]
-        if i < last:
-            one |= {f"{c}.mlp.fc1": f"{a}.ff_context.net.0.proj", f"{c}.mlp.fc2": f"{a}.ff_context.net.2"}
-            one |= {f"{c}.attn.proj": f"{a}.attn.to_add_out", f"{c}.adaLN_modulation.1": f"{a}.norm1_context.linear"}
-        for end in ("weight", "bias"):
-            if i == last:
-                made[f"{c}.adaLN_modulation.1.{end}"] = halves_swapped(state[f"{a}.norm1_context.linear.{end}"])
-            made[f"final_layer.adaLN_modulation.1.{end}"] = halves_swapped(state[f"norm_out.linear.{end}"])
-    for theirs, ours in one.items():
-        made |= joined(state, theirs, (ours,))
-    return made
-
-
-def sdxl_original(state: dict[str, torch.Tensor], *, per_level: int) -> dict[str, torch.Tensor]:
-    """As Stability-AI/generative-models names them, by their place in a list; `per_level` resnets to a level."""
-    down, up = per_level + 1, per_level + 1
-    first = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
-    first |= {f"time_embedding.linear_{n}": f"time_embed.{2 * n - 2}" for n in (1, 2)}
-    first |= {f"add_embedding.linear_{n}": f"label_emb.0.{2 * n - 2}" for n in (1, 2)}
-    inside = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1"}
-    inside |= {"norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
-
-    def name(ours: str) -> str:
-        for a, b in first.items():
-            if ours.startswith(f"{a}."):
-                return ours.replace(a, b, 1)
-        level, what, i, rest = re.fullmatch(
-            r"(\w+_blocks?(?:\.\d+)?)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)", ours
-        ).groups()
-        side, _, depth = level.partition(".")
-        number, at = int(depth or 0), int(i)
-        if side == "mid_block":
-            place = f"middle_block.{1 if what == 'attentions' else 2 * at}"
-        elif side == "down_blocks":
-            sampler = what == "downsamplers"
-            place = f"input_blocks.{down * number + (down if sampler else at + 1)}.{int(what == 'attentions')}"
-            rest = rest.replace("conv.", "op.") if sampler else rest
-        else:
-            sampler = what == "upsamplers"
-            has_attention = any(k.startswith(f"{level}.attentions") for k in state)
-            column = (1 + has_attention) if sampler else int(what == "attentions")
-            place = f"output_blocks.{up * number + (per_level if sampler else at)}.{column}"
-        layer, end = rest.rsplit(".", 1)
-        return f"{place}.{inside[layer] if what == 'resnets' else layer}.{end}"
-
-    return {name(k): v for k, v in state.items()}
-
-
-def vae_original(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As CompVis/latent-diffusion names them: levels of the decoder counted from below, attention by convolutions."""
-    levels = max(int(k.split(".")[2]) for k in state if k.startswith("decoder.up_blocks."))
-    attention = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-    made = {}
-    for ours, tensor in state.items():
-        name = ours.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
-        name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
-        name = re.sub(r"down_blocks\.(\d)\.resnets", r"down.\1.block", name)
-        name = re.sub(r"up_blocks\.(\d)\.resnets", lambda m: f"up.{levels - int(m[1])}.block", name)
-        name = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", name)
-        name = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{levels - int(m[1])}.upsample", name)
-        if "mid_block.attentions.0" in name:
-            layer, end = name.split("attentions.0.")[1].rsplit(".", 1)
-            name = f"{name.split('.')[0]}.mid.attn_1.{attention[layer]}.{end}"
-            tensor = tensor[:, :, None, None] if tensor.ndim == 2 else tensor
-        made[name] = tensor
-    return made
-
-
-def open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As mlfoundations/open_clip names and joins them; the projection is the other way round."""
-    plain = {k.removeprefix("text_model."): v for k, v in state.items()}
-    made = {"text_projection": plain["text_projection.weight"].T.contiguous(), "logit_scale": torch.ones(())}
-    made["positional_embedding"] = plain["embeddings.position_embedding.weight"]
-    made["token_embedding.weight"] = plain["embeddings.token_embedding.weight"]
-    words = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
-    words["self_attn.out_proj"] = "attn.out_proj"
-    for end in ("weight", "bias"):
-        made[f"ln_final.{end}"] = plain[f"final_layer_norm.{end}"]
-        for i in {int(k.split(".")[2]) for k in plain if k.startswith("encoder.layers.")}:
-            a, b = f"encoder.layers.{i}", f"transformer.resblocks.{i}"
-            made |= {f"{b}.{theirs}.{end}": plain[f"{a}.{ours}.{end}"] for ours, theirs in words.items()}
-            made[f"{b}.attn.in_proj_{end}"] = torch.cat([plain[f"{a}.self_attn.{x}_proj.{end}"] for x in "qkv"])
-    return made
-
-
-def hugging_face(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As the files of CLIP have them everywhere: with text_model, and more than is needed."""
-    named = {k if k.startswith(("text_model.", "text_proj")) else f"text_model.{k}": v for k, v in state.items()}
-    return {**named, "text_model.embeddings.position_ids": torch.arange(77)[None]}
-
-
-def under(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {f"{prefix}{k}": v.contiguous() for k, v in state.items()}
-
-
-def original(name: str) -> dict[str, torch.Tensor]:
-    """The denoiser of a miniature under its original names."""
-    folder = miniature(name) / family(name).FACTS.parts["denoiser"]
-    if name == "sdxl":
-        per_level = json.loads((folder / "config.json").read_text())["layers_per_block"]
-        return sdxl_original(weights(folder), per_level=per_level)
-    return (flux_original if name == "flux" else sd3_original)(weights(folder))
-
-
-def checkpoint(name: str, *, t5: bool = True) -> dict[str, torch.Tensor]:
-    """A whole model in one file."""
-    folder = miniature(name)
-    made = under("model.diffusion_model.", original(name))
-    made |= under("first_stage_model.", vae_original(weights(folder / "vae")))
-    clip_l = hugging_face(weights(folder / "text_encoder"))
-    if name == "sdxl":
-        made |= under("conditioner.embedders.0.transformer.", clip_l)
-        return made | under("conditioner.embedders.1.model.", open_clip(weights(folder / "text_encoder_2")))
-    made |= under("text_encoders.clip_l.transformer.", clip_l)
-    made |= under("text_encoders.clip_g.transformer.", hugging_face(weights(folder / "text_encoder_2")))
-    return made | (under("text_encoders.t5xxl.transformer.", weights(folder / "text_encoder_3")) if t5 else {})
-
-
-def flux_files(folder: Path, dtype: torch.dtype) -> dict[str, str]:
-    """The four files that users of Flux have, and the variables that name them."""
-    own = miniature("flux")
-    parts = {
-        "MODEL_PATH": ("flux_dev.safetensors", {k: v.to(dtype) for k, v in original("flux").items()}),
-        "VAE_PATH": ("ae.safetensors", vae_original(weights(own / "vae"))),
-        "CLIP_L_PATH": ("clip_l.safetensors", hugging_face(weights(own / "text_encoder"))),
-        "T5_PATH": ("t5xxl_fp16.safetensors", weights(own / "text_encoder_2")),
-    }
-    for name, state in parts.values():
-        save_file(under("", state), folder / name)
-    return {variable: str(folder / name) for variable, (name, _) in parts.items()}
 
 
 # ---- through the product

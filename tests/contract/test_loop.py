@@ -1,4 +1,8 @@
-"""The loop against a straightforward one of diffusers' own parts, for each family: the same losses, step by step."""
+"""The loop against a straightforward one of diffusers' own parts, for each family: the same losses, step by step.
+
+First the loop alone, on small models with made-up latents and texts; then whole jobs on the miniatures, against a loop
+that reads the pictures, encodes them and their captions, and begins with the same LoRA file.
+"""
 
 import copy
 from dataclasses import dataclass, field
@@ -20,6 +24,7 @@ from trainer.objective import Denoising, FlowMatching
 STEPS, SEED, RATE, CLIP, OFFSET, GAMMA = 10, 42, 0.02, 1.0, 0.1, 5.0
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SIGNAL = DDPMScheduler(**BETAS).alphas_cumprod
+ZERO = DDPMScheduler(**BETAS, prediction_type="v_prediction", rescale_betas_zero_snr=True)
 
 
 @dataclass
@@ -31,6 +36,7 @@ class Case:
     schedule: object
     channels: int = 16
     fused: dict = field(default_factory=dict)
+    gamma: float = 0.0  # of min-SNR
 
 
 CASES = {
@@ -42,11 +48,28 @@ CASES = {
     ),
     "sd3": Case("sd3", FlowMatching(noise_offset=OFFSET), FlowMatchEulerDiscreteScheduler()),
     "sdxl, epsilon": Case("sdxl", Denoising(SIGNAL, noise_offset=OFFSET), DDPMScheduler(**BETAS), channels=4),
+    "sdxl, epsilon, min-SNR": Case(
+        "sdxl", Denoising(SIGNAL, "epsilon", GAMMA, OFFSET), DDPMScheduler(**BETAS), channels=4, gamma=GAMMA
+    ),
+    "sdxl, v-prediction": Case(
+        "sdxl",
+        Denoising(SIGNAL, "v_prediction", noise_offset=OFFSET),
+        DDPMScheduler(**BETAS, prediction_type="v_prediction"),
+        channels=4,
+    ),
     "sdxl, v-prediction, min-SNR": Case(
         "sdxl",
         Denoising(SIGNAL, "v_prediction", GAMMA, OFFSET),
         DDPMScheduler(**BETAS, prediction_type="v_prediction"),
         channels=4,
+        gamma=GAMMA,
+    ),
+    "sdxl, v-prediction, zero terminal SNR": Case(
+        "sdxl",
+        Denoising(ZERO.alphas_cumprod, "v_prediction", GAMMA, OFFSET),
+        ZERO,
+        channels=4,
+        gamma=GAMMA,
     ),
 }
 
@@ -110,7 +133,8 @@ def straightforward(case, denoiser, batches, start):
         total = 0.0
         for i, batch in enumerate(batches):
             generator = seeded(torch.Generator(), SEED, step, i)
-            loss = LINES[case.family](denoiser, case.schedule, batch, generator).sum() / 3  # three pictures a step
+            error, weight = LINES[case.family](denoiser, case.schedule, batch, generator, gamma=case.gamma)
+            loss = (error.mean((1, 2, 3)) * weight).sum() / 3  # three pictures a step
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(params, CLIP)
@@ -140,7 +164,7 @@ def flow(schedule, batch, generator):
     return schedule.scale_noise(latents, sigma * 1000, noise), noise - latents, sigma * 1000
 
 
-def flux_loss(model, schedule, batch, generator):
+def flux_error(model, schedule, batch, generator, *, gamma=0.0):
     noisy, target, timesteps = flow(schedule, batch, generator)
     b, c, h, w = noisy.shape
     packed = model(
@@ -149,13 +173,14 @@ def flux_loss(model, schedule, batch, generator):
         guidance=torch.ones(b),
         pooled_projections=batch.text["pooled"],
         encoder_hidden_states=batch.text["tokens"],
-        txt_ids=torch.zeros(7, 3),
+        txt_ids=torch.zeros(batch.text["tokens"].shape[1], 3),
         img_ids=FluxPipeline._prepare_latent_image_ids(b, h // 2, w // 2, "cpu", torch.float32),
     ).sample
-    return F.mse_loss(FluxPipeline._unpack_latents(packed, h * 8, w * 8, 8), target, reduction="none").mean((1, 2, 3))
+    predicted = FluxPipeline._unpack_latents(packed, h * 8, w * 8, 8)
+    return F.mse_loss(predicted, target, reduction="none"), torch.ones(b)
 
 
-def sd3_loss(model, schedule, batch, generator):
+def sd3_error(model, schedule, batch, generator, *, gamma=0.0):
     noisy, target, timesteps = flow(schedule, batch, generator)
     predicted = model(
         hidden_states=noisy,
@@ -163,10 +188,10 @@ def sd3_loss(model, schedule, batch, generator):
         encoder_hidden_states=batch.text["tokens"],
         pooled_projections=batch.text["pooled"],
     ).sample
-    return F.mse_loss(predicted, target, reduction="none").mean((1, 2, 3))
+    return F.mse_loss(predicted, target, reduction="none"), torch.ones(len(noisy))
 
 
-def sdxl_loss(model, schedule, batch, generator):
+def sdxl_error(model, schedule, batch, generator, *, gamma=0.0):
     latents = drawn_latents(batch, generator)
     steps = torch.randint(schedule.config.num_train_timesteps, (len(latents),), generator=generator)
     noise = drawn_noise(latents, generator)
@@ -176,15 +201,15 @@ def sdxl_loss(model, schedule, batch, generator):
         encoder_hidden_states=batch.text["tokens"],
         added_cond_kwargs={"text_embeds": batch.text["pooled"], "time_ids": batch.geometry_B6},
     ).sample
-    if schedule.config.prediction_type == "epsilon":
-        return F.mse_loss(predicted, noise, reduction="none").mean((1, 2, 3))
+    is_v = schedule.config.prediction_type == "v_prediction"
+    target = schedule.get_velocity(latents, noise, steps) if is_v else noise
     snr = compute_snr(schedule, steps)
-    weights = torch.stack([snr, torch.full_like(snr, GAMMA)], dim=1).min(dim=1).values / (snr + 1)
-    target = schedule.get_velocity(latents, noise, steps)
-    return F.mse_loss(predicted, target, reduction="none").mean((1, 2, 3)) * weights
+    least = torch.stack([snr, torch.full_like(snr, gamma)], dim=1).min(dim=1).values
+    weights = least / (snr + 1 if is_v else snr) if gamma else torch.ones(len(latents))
+    return F.mse_loss(predicted, target, reduction="none"), weights
 
 
-LINES = {"flux": flux_loss, "sd3": sd3_loss, "sdxl": sdxl_loss}
+LINES = {"flux": flux_error, "sd3": sd3_error, "sdxl": sdxl_error}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,0 +1,218 @@
+"""How much of the host's memory a full-size model takes that comes as users have it.
+
+    python -m bench.layouts FOLDER flux|sdxl|sd3 file|shards [float16|bfloat16]
+
+Writes random weights (bfloat16 unless said) in one file under their original names, or as shards with an index in
+diffusers' layout; then assembles them and loads the denoiser as a job does, and prints one JSON line: the most memory
+of its own, besides mapped files, that the process took in each phase. On an accelerator the denoiser is quantised to
+8 bits; on the CPU it becomes bf16, which is memory of its own where the file has another format. A file needs twice
+its size on disk: 24 GB for Flux.1's denoiser, 7 for SDXL, 16 for SD3 with T5; shards are read where they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import re
+import shutil
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.engine import FLUX, SD3, SDXL
+from bench.job import CLIP, T5, VAE
+from tests.contract import original
+from trainer import assemble, standin
+from trainer.engine import place, stored
+from trainer.families import family
+from trainer.plan import ModelPlan
+
+GIB = 2**30
+SHARD = 10 * 10**9  # bytes, as the Hub's files have
+CLIP_G = {
+    "vocab_size": 49408,
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+}
+HEADS = {"num_attention_heads": 12, "projection_dim": 768}
+FULL = {  # what differs from a miniature's configs
+    "flux": {"denoiser": FLUX, "vae": VAE, "clip_l": {**CLIP, **HEADS}, "t5": T5},
+    "sdxl": {
+        "denoiser": SDXL,
+        "vae": {**VAE, "latent_channels": 4, "use_quant_conv": True, "use_post_quant_conv": True},
+        "clip_l": {**CLIP, **HEADS},
+        "clip_g": CLIP_G,
+    },
+    "sd3": {"denoiser": SD3, "vae": VAE, "clip_l": {**CLIP, **HEADS}, "clip_g": CLIP_G, "t5": T5},
+}
+State = dict[str, torch.Tensor]
+
+
+# ---- weights that are known by their name, and never all there
+
+
+@cache
+def pattern() -> torch.Tensor:
+    """As many random numbers as a prime says: no half, third or row of a weight looks like another."""
+    return torch.randn(1_048_573, generator=torch.Generator().manual_seed(0)) * 0.02
+
+
+def numbers(name: str, like: torch.Tensor) -> torch.Tensor:
+    """The weight called `name`, always the same."""
+    begin = zlib.crc32(name.encode()) % len(pattern())
+    turned = pattern().roll(-begin).to(like.dtype)
+    return turned.repeat(-(-like.numel() // len(turned)))[: like.numel()].view(like.shape)
+
+
+def random_state(model: torch.nn.Module, dtype: torch.dtype) -> State:
+    """Stand-ins for all weights of a model on the device "meta"."""
+    shared: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    likes = {n: t.to(dtype) for n, t in model.state_dict().items() if n not in shared}
+    return {name: standin.StandIn(like, partial(numbers, name, like)) for name, like in likes.items()}
+
+
+# ---- a model as users have it
+
+
+def write_configs(folder: Path, name: str, *, full: bool) -> dict[str, torch.nn.Module]:
+    """A folder with all but weights, full-size or as the miniature; returns the parts on the device "meta"."""
+    small, places = original.miniature(name), family(name).FACTS.parts
+    shutil.copytree(small, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    index, models = json.loads((small / "model_index.json").read_text()), {}
+    for part, where in places.items():
+        path, (library, kind) = folder / where / "config.json", index[where]
+        if full:
+            kept = {"_class_name", "architectures", "model_type"}
+            own = {k: v for k, v in json.loads(path.read_text()).items() if k in kept}
+            path.write_text(json.dumps({**own, **FULL[name][part]}))
+        models[part] = assemble._shape(library, kind, path.parent)
+        if library == "diffusers":
+            models[part].save_config(path.parent)
+    return models
+
+
+def write_file(path: Path, name: str, models: dict[str, torch.nn.Module], dtype: torch.dtype) -> None:
+    """All parts in one file; of Flux the denoiser alone, which is how its users have it."""
+    states = {part: random_state(model, dtype) for part, model in models.items()}
+    config = dict(models["denoiser"].config)  # type: ignore[call-overload]
+    if name == "flux":
+        standin.write(path, original.denoiser(name, states["denoiser"], config))
+    else:
+        standin.write(path, original.whole(name, states, config))
+
+
+def write_shards(folder: Path, model: torch.nn.Module, dtype: torch.dtype, size: int) -> None:
+    """The denoiser in diffusers' layout: shards of at most `size` bytes, and their index."""
+    shards: list[State] = [{}]
+    for key, tensor in random_state(model, dtype).items():
+        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > size:
+            shards.append({})
+        shards[-1][key] = tensor
+    base = "diffusion_pytorch_model"
+    names = [f"{base}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, shard in zip(names, shards, strict=True):
+        standin.write(folder / file, shard)
+    places = {key: file for file, shard in zip(names, shards, strict=True) for key in shard}
+    (folder / f"{base}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+# ---- what it takes
+
+
+def own_memory() -> int:
+    """Bytes of this process that are not a mapped file."""
+    kinds = re.findall(r"(?:RssAnon|RssShmem):\s+(\d+)", Path("/proc/self/status").read_text())
+    return 1024 * sum(map(int, kinds))
+
+
+@contextlib.contextmanager
+def memory_taken() -> Iterator[list[int]]:
+    """The most memory of its own that this process took inside, in bytes more than at the start; looked at often."""
+    gc.collect()
+    start, most, done = own_memory(), [0], threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.002):
+            most[0] = max(most[0], own_memory() - start)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        yield most
+    finally:
+        done.set()
+        watcher.join()
+
+
+def written(folder: Path, name: str, layout: str, *, full: bool, dtype: torch.dtype) -> ModelPlan:
+    """The model on disk, and what a plan says of it."""
+    models, facts = write_configs(folder / "model", name, full=full), family(name).FACTS
+    parts = {}
+    if layout == "file":
+        file = folder / "all.safetensors"
+        write_file(file, name, models, dtype)
+        parts = dict.fromkeys(["denoiser"] if name == "flux" else models, str(file))
+    else:
+        size = SHARD if full else 1_000_000
+        write_shards(folder / "model" / facts.parts["denoiser"], models["denoiser"], dtype, size)
+    base = next(iter(facts.models))
+    return ModelPlan(base, name, base, path=str(folder / "model"), parts=parts)
+
+
+def measured(plan: ModelPlan, cache: Path, *, device: str) -> tuple[Any, dict[str, float]]:
+    """The denoiser as a job has it before there are adapters, and what making it took."""
+    kind, row = family(plan.family), {}
+    facts, precision = kind.FACTS, "fp8" if device == "cuda" else "bf16"
+    started = time.monotonic()
+    with memory_taken() as assembling:
+        folder = assemble.assembled(plan, cache)
+    row |= {"assembled_s": round(time.monotonic() - started, 1), "assembled_own_gib": assembling[0] / GIB}
+    started = time.monotonic()
+    with memory_taken() as loading:
+        as_stored = stored(folder / facts.parts["denoiser"])
+        denoiser = kind.load_denoiser(folder, device="cpu", dtype=as_stored)
+        row["loaded_own_gib"] = loading[0] / GIB
+        blocks, fused = kind.blocks(denoiser), facts.fused_targets if device == "cuda" else {}
+        place(denoiser, blocks, precision=precision, device=device, fused=fused, targets=facts.targets)
+    row |= {"placed_s": round(time.monotonic() - started, 1), "placed_own_gib": loading[0] / GIB}
+    if device == "cuda":
+        row["device_peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+    return denoiser, {key: round(value, 3) for key, value in row.items()}
+
+
+def wrong(folder: Path) -> list[str]:
+    """The weights of an assembled denoiser that are not what was written, by diffusers' names."""
+    found = []
+    for file in folder.glob("*.safetensors"):
+        for key, tensor in standin.of_file(file, "").items():
+            content = tensor.read()  # type: ignore[attr-defined]
+            if not torch.equal(content, numbers(key, content)):
+                found.append(key)
+    return found
+
+
+def main(arguments: list[str]) -> None:
+    place_, name, layout, *rest = arguments
+    folder, dtype = Path(place_), getattr(torch, rest[0] if rest else "bfloat16")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    plan = written(folder, name, layout, full=True, dtype=dtype)
+    size = sum(f.stat().st_size for f in folder.rglob("*.safetensors"))
+    _, row = measured(plan, folder / "cache", device=device)
+    where = assemble.assembled(plan, folder / "cache") / family(name).FACTS.parts["denoiser"]
+    what = f"{name} as {layout} of {str(dtype).removeprefix('torch.')}, to {device}"
+    print(json.dumps({"what": what, "gib": round(size / GIB, 2), **row, "wrong": len(wrong(where))}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,75 @@
+"""Weights that are larger than the memory that may be taken for them. Here small; tests/gpu has the full size."""
+
+import json
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+
+from bench import layouts
+from tests.contract.original import miniature
+from trainer import assemble
+from trainer.engine import place, stored
+from trainer.families import family
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["file", "shards"])
+@pytest.mark.parametrize("name", layouts.FULL)
+def test_the_measurement_writes_and_finds_every_weight_of_a_miniature(name, layout, dtype, tmp_path):
+    plan = layouts.written(tmp_path, name, layout, full=False, dtype=dtype)
+    denoiser, row = layouts.measured(plan, tmp_path / "cache", device="cpu")
+    assert {k for k in row if k.endswith("own_gib")} == {"assembled_own_gib", "loaded_own_gib", "placed_own_gib"}
+    folder = assemble.assembled(plan, tmp_path / "cache") / family(name).FACTS.parts["denoiser"]
+    assert len(list(folder.glob("*.safetensors"))) > (layout == "shards")
+    assert layouts.wrong(folder) == []
+    for key, tensor in denoiser.state_dict().items():
+        assert torch.equal(tensor, layouts.numbers(key, tensor.to(dtype)).bfloat16()), key
+
+
+def test_a_weight_at_another_place_is_noticed(tmp_path):
+    plan = layouts.written(tmp_path, "flux", "shards", full=False, dtype=torch.bfloat16)
+    file = next((tmp_path / "model" / "transformer").glob("*-00001-*.safetensors"))
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b'"x_embedder.weight"', b'"x_embedder.weighT"'))
+    assert layouts.wrong(file.parent) == ["x_embedder.weighT"]
+    assert plan.parts == {}
+
+
+@pytest.mark.parametrize("name", layouts.FULL)
+def test_the_full_size_is_that_of_the_published_models(name, tmp_path):
+    """Weights, counted on the device "meta"."""
+    models = layouts.write_configs(tmp_path / "model", name, full=True)
+    counts = {part: sum(p.numel() for p in model.parameters()) for part, model in models.items()}
+    published = {"clip_l": 123_060_480, "clip_g": 694_659_840, "t5": 4_762_310_656}
+    published |= {"vae": 83_653_863 if name == "sdxl" else 83_819_683}
+    published |= {"denoiser": {"flux": 11_901_408_320, "sdxl": 2_567_463_684, "sd3": 2_028_328_000}[name]}
+    if name == "sd3":
+        published["clip_l"] += 768 * 768  # with its projection
+    assert counts == {part: published[part] for part in counts}
+    config = json.loads((tmp_path / "model" / family(name).FACTS.parts["denoiser"] / "config.json").read_text())
+    assert config["_class_name"] == type(models["denoiser"]).__name__
+
+
+def test_weights_stay_in_the_mapped_file_until_their_block_is_placed(tmp_path):
+    """Also where they become another format: 24 GB in 16 bits would else be 24 GB of the host's memory."""
+    model = FluxTransformer2DModel(num_layers=1, num_single_layers=2, num_attention_heads=8, guidance_embeds=True)
+    model.half().save_pretrained(tmp_path / "transformer")
+    size = 2 * sum(p.numel() for p in model.parameters())
+    expected = {k: v.bfloat16() for k, v in model.state_dict().items()}
+    kind = family("flux")
+    assert stored(tmp_path / "transformer") == torch.float16 and size > 150e6
+    with layouts.memory_taken() as most:
+        there = kind.load_denoiser(tmp_path, device="cpu", dtype=stored(tmp_path / "transformer"))
+    assert most[0] < size / 8
+    with layouts.memory_taken() as most:
+        place(there, kind.blocks(there), precision="bf16", device="cpu", fused={}, targets=())
+    assert size / 2 < most[0] < 1.2 * size
+    assert all(torch.equal(v, expected[k]) for k, v in there.state_dict().items())
+
+
+def test_the_format_of_a_folder_is_that_of_most_of_its_weights_and_not_of_copies(tmp_path):
+    model = family("sdxl").load_denoiser(miniature("sdxl"), device="cpu", dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    model.half().save_pretrained(tmp_path, variant="fp16")
+    assert stored(tmp_path) == torch.float32
