@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
     faulthandler.register(signal.SIGUSR1)  # the entrypoint asks where a job that hangs stands
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     os.environ.update(QUIET)
-    for chatty in ("torchao", "torch.utils._pytree", "PIL"):
+    for chatty in ("torchao", "torch.utils._pytree", "PIL", "bitsandbytes"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
         try:

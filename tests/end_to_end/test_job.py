@@ -209,6 +209,7 @@ def test_a_changed_plan_is_refused_with_what_differs(job):
     code, printed = job.run(PARAMS_MAX_STEPS="200", PARAMS_NETWORK_DIM="8", PARAMS_SEED="1")
     assert code == 78
     assert "lora.rank: 4 → 8" in printed and "train.seed: 42 → 1" in printed and "PARAMS_RESUME_FROM" in printed
+    assert "Phase" not in printed, "it is known before anything is loaded"
     assert sorted(p.name for p in job.out.iterdir()) == before
 
     file = next(job.out.glob("x-step*.safetensors"))
