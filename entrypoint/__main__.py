@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -17,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from entrypoint import bake, finish, hardware, net, singles
+from entrypoint import bake, finish, hardware, net, resume, singles
 from entrypoint.manifest import read_manifest
 from entrypoint.plan import make_plan
 from entrypoint.settings import Settings, help_env, read_settings
@@ -59,7 +60,8 @@ def main(arguments: list[str]) -> int:
             return 64
         return 64 if stop.code else 0
     if asked.help_env:
-        print(help_env())  # noqa: T201
+        with contextlib.suppress(BrokenPipeError):  # of a reader that has seen enough, as head
+            print(help_env(), flush=True)  # noqa: T201
         return 0
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     check = asked.check or asked.command == "check"
@@ -100,6 +102,7 @@ def job(environ: Mapping[str, str], *, check: bool) -> int:
     from entrypoint.preflight import preflight  # the Hub's client is slow to import: only now
 
     token = settings.hf_token.reveal() if settings.hf_token else None
+    resume.check_state(plan)
     preflight(plan, token=token, hub_cache=settings.hf_home / "hub")
     if check:
         log.info("Checked: this job can run. Nothing was downloaded or trained.")

@@ -144,9 +144,8 @@ def _overrides(settings: Settings) -> Overrides:
 
 def _lora(settings: Settings, facts: Facts, *, trained: Collection[str], notes: Notes) -> LoraPlan:
     start = settings.resume_from
-    if start and not is_folder(start) and not (is_file(start) and start.lower().endswith(".safetensors")):
-        reason = "is not a .safetensors file" if is_file(start) else "is not there"
-        notes.add(f"PARAMS_RESUME_FROM={show(start)} {reason}. Allowed: a LoRA file (.safetensors), or a state folder.")
+    if start and (wrong := resume.unusable(start)):
+        notes.add(wrong)
         start = None
     rank, split_qkv, targets = resume.adapter(
         absolute(start) if start and is_file(start) else None,

@@ -1,17 +1,61 @@
-"""The LoRA file that a run begins with: what it is, read from its header, and what of the plan follows from it."""
+"""What a run begins with: a LoRA file, by whose header the plan goes, or the state of a run that was interrupted."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
-from entrypoint.checks import Notes
+from entrypoint.checks import Notes, is_file, is_folder, show
 from trainer import keys
 from trainer.families import Facts
 from trainer.keys import Header, Survey
+from trainer.plan import Plan, goes_on
 
 Adapter = tuple[int, bool, tuple[str, ...]]  # rank, whether q, k and v have an adapter each, targets
 RANK = 32  # where neither the user nor a file says one
+ALLOWED = "Allowed: a LoRA file (.safetensors), or a state folder (OUTPUT_PATH/state/step-…)."
+
+
+def unusable(start: str) -> str | None:
+    """Why nothing can begin with what PARAMS_RESUME_FROM names, as far as its name says."""
+    where = f"PARAMS_RESUME_FROM={show(start)}"
+    if is_folder(start):
+        if is_file(f"{start}/state.json"):
+            return None
+        states = sorted([*Path(start).glob("step-*/state.json"), *Path(start).glob("state/step-*/state.json")])
+        fix = f"Fix: name the one to go on from: {states[-1].parent}." if states else ALLOWED
+        return f"{where} is a folder without the state.json of a state. {fix}"
+    if not is_file(start):
+        return f"{where} is not there. {ALLOWED}"
+    return None if start.lower().endswith(".safetensors") else f"{where} is not a .safetensors file. {ALLOWED}"
+
+
+def check_state(plan: Plan) -> None:
+    """Raises SettingsError where the trainer would refuse to go on from the state that is there, but at once."""
+    asked = plan.lora.resume_from
+    own = max(Path(plan.output.path).glob("state/step-????????"), default=None)
+    folder = own or (Path(asked) if asked and is_folder(asked) else None)
+    begun = _begun(folder) if folder else None
+    if begun is not None:
+        goes_on(plan, begun[1], step=begun[0], own=own is not None)
+
+
+def _begun(folder: Path) -> tuple[int, dict[str, Any]] | None:
+    """The step and the essence in a state; None if it is damaged, which the trainer sees to."""
+    try:
+        record = json.loads(json.loads((folder / "state.json").read_text(encoding="utf-8"))["text"])
+        return int(record["step"]), _plain(dict(record["tree"]["dict"])["essence"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _plain(value: Any) -> Any:
+    """A value without tensors as it was before `trainer.checkpoint` wrote it."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value["dict"]}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
 def adapter(
@@ -37,7 +81,7 @@ def adapter(
         header = keys.read_header(Path(path))
         found = keys.survey(header, facts.name)
     except ValueError as problem:
-        notes.add(f"{where}: {problem}. Allowed: a LoRA file (.safetensors), or a state folder.")
+        notes.add(f"{where}: {problem}. {ALLOWED}")
         return plain
     refused = _foreign(header, found, facts) or _other_kind(found, dora) or _untrained(found, facts, targets, encoders)
     if refused:

@@ -15,7 +15,7 @@ from typing import Any
 from entrypoint.finish import ACTIONS
 from entrypoint.hardware import BACKENDS, FORMATS
 from entrypoint.options import Row, Secret, row
-from trainer.families import base_models
+from trainer.families import base_models, timestep_samplings
 from trainer.optim import OPTIMIZERS, SCHEDULERS
 
 GROUPS = {  # the field that each group begins with
@@ -179,8 +179,9 @@ class Settings:
     seed: int = row("PARAMS_SEED", "integer", default="42", means="of all that is random", low=0, high=2**32 - 1)
     timestep_sampling: str | None = row(
         "PARAMS_TIMESTEP_SAMPLING",
-        "text",
-        means="how noise levels are drawn: uniform, sigmoid, shift or logit_normal, as far as the model has them",
+        "choice",
+        means="how noise levels are drawn, as far as the model has it",
+        choices=timestep_samplings,
         otherwise="the model's",
     )
     discrete_flow_shift: float | None = row(
@@ -267,7 +268,7 @@ class Settings:
         "PARAMS_SPLIT_QKV",
         "auto_switch",
         default="auto",
-        means="true: an adapter each for q, k and v; false: one together",
+        means="true: an adapter each for q, k and v; false: one together; auto: that, or as the resumed file has it",
     )
     target_modules: tuple[str, ...] | None = row(
         "PARAMS_TARGET_MODULES",

@@ -29,6 +29,7 @@ from trainer.plan import DataPlan, Dataset, Subset
 
 MAX_UNUSABLE = 0.10  # of the pictures found; more stops the job
 WORKER_MEMORY = 4 << 30  # bytes that decoding may add to a worker's address space
+WARNING = "WARNING: "  # begins what a note warns of
 TOO_SMALL = "smaller than one step of bucket_reso_steps, and bucket_no_upscale forbids to enlarge it"
 NO_MASK = "no mask of the same stem in conditioning_data_dir"
 
@@ -290,7 +291,7 @@ def _settle(listing: _Listing, facts: dict[Path, _Facts | str]) -> Scan:
             )
         )
     title = f"{subset.source.location} ({listing.dataset}.{listing.subset})"
-    lines = _notes(pictures, texts, subset) + notes + folder.other_kinds()
+    lines = _notes(pictures, texts, subset) + notes
     return Scan(tuple(pictures), tuple(sorted(skipped, key=lambda s: s.name)), tuple(f"{title}: {n}" for n in lines))
 
 
@@ -329,7 +330,7 @@ def _notes(pictures: Sequence[Picture], texts: dict[str, Text], subset: Subset) 
     lines += [f"{missing} captions missing: {substitute}"] if missing else []
     if pictures and not own and not subset.class_tokens and not subset.trigger_word:
         lines.append(
-            "WARNING: no captions at all and no class_tokens: the model learns these pictures without words, and no "
+            f"{WARNING}no captions at all and no class_tokens: the model learns these pictures without words, and no "
             "word will call them up. Add .txt files, or set class_tokens or TRIGGER_WORD."
         )
     lines += [f"{empty} captions are empty files: trained without caption"] if empty else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -46,10 +46,11 @@ class Folder:
             if mask is not None:
                 yield mask
 
-    def other_kinds(self) -> list[str]:
-        """A note on the files that are no pictures."""
-        kinds = Counter(PurePosixPath(name).suffix.lower() or "without suffix" for name in self.others)
-        return ["other files: " + ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(8))] if kinds else []
+    def unread(self, read: Collection[str]) -> list[str]:
+        """A note on the files that are neither pictures nor in `read`."""
+        names = (PurePosixPath(name) for name in self.others if name not in read)
+        kinds = Counter(name.suffix.lower() or "without suffix" for name in names)
+        return ["not read: " + ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(8))] if kinds else []
 
 
 def list_folder(subset: Subset) -> Folder:
@@ -80,22 +81,25 @@ def find_captions(folder: Folder, subset: Subset) -> tuple[dict[str, Text], list
     texts: dict[str, Text] = {}
     if subset.class_tokens:
         texts = dict.fromkeys(folder.pictures, Text(subset.class_tokens, "class_tokens"))
-    there = set(folder.others)
+    there, read = set(folder.others), set[str]()
     for name in folder.pictures:
         sidecars = captions.sidecar_names(without_suffix(name), subset.caption_extension)
         sidecar = next((s for s in sidecars if s in there), None)
         if sidecar:
             texts[name] = captions.read_sidecar(folder.root / sidecar)
+            read.add(sidecar)
     notes = []
     for file, prefix in _metadata_files(folder, subset):
         inside = [name.removeprefix(prefix) for name in folder.pictures if name.startswith(prefix)]
         entries = captions.read_metadata(file, subset)
+        if file.is_relative_to(folder.root):
+            read.add(file.relative_to(folder.root).as_posix())
         matched, unknown = captions.match_names(entries, inside, folder=folder.root / prefix)
         texts |= {prefix + name: text for name, text in matched.items()}
         if unknown:
             some = ", ".join(unknown[:5])
             notes.append(f"{len(unknown)} entries of {file.name} name no picture that is there: {some}")
-    return texts, notes
+    return texts, notes + folder.unread(read)
 
 
 def _metadata_files(folder: Folder, subset: Subset) -> list[tuple[Path, str]]:

@@ -11,7 +11,10 @@ import json
 import types
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
+
+from trainer.errors import SettingsError
 
 VERSION = 1
 T = TypeVar("T")
@@ -225,6 +228,31 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """One line for each entry of `Plan.essence` that is not the same."""
     keys = sorted(old.keys() | new.keys())
     return [f"{k}: {old.get(k, 'absent')} → {new.get(k, 'absent')}" for k in keys if old.get(k) != new.get(k)]
+
+
+def goes_on(plan: Plan, begun: dict[str, Any], *, step: int, own: bool) -> bool:
+    """Whether a run that was begun as `begun` (an essence) is gone on with; False: with its weights alone.
+
+    `own`: its state is in the output; else it is what PARAMS_RESUME_FROM names. Raises SettingsError where the plan is
+    another and PARAMS_RESUME_FROM does not ask for weights alone.
+    """
+    asked = plan.lora.resume_from
+    changed = differences(begun if own else {**begun, "lora.resume_from": asked}, plan.essence())
+    if not changed:
+        return True
+    if own and asked and Path(asked).is_file() and begun.get("lora.resume_from") != asked:
+        return False
+    holder, elsewhere = (
+        (f"OUTPUT_PATH={plan.output.path}", "choose another OUTPUT_PATH; or ")
+        if own
+        else (f"PARAMS_RESUME_FROM={asked}", "")
+    )
+    raise SettingsError(
+        f"{holder} holds a run of another plan, at step {step}. What differs (then → now):\n  "
+        + "\n  ".join(changed)
+        + f"\nPut it back to resume; or {elsewhere}set PARAMS_RESUME_FROM to a LoRA file of that run to go on from its "
+        "weights alone."
+    )
 
 
 def _flatten(value: Any, name: str, into: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import torch
 from trainer import cache as caching
 from trainer import files
 from trainer.cache import Cache
-from trainer.dataset import Scan, survey
+from trainer.dataset import WARNING, Scan, survey
 from trainer.errors import DataError
 from trainer.families import Family
 from trainer.loop import MicroBatch
@@ -38,7 +38,8 @@ def scanned(data: DataPlan, *, report: Path) -> Scan:
     files.write_text(report, found.report(limit=None))
     found.check(strict=data.strict)
     for line in found.report().splitlines():
-        log.info("%s", line)
+        bad = WARNING in line or line.startswith("  skipped ")
+        log.log(logging.WARNING if bad else logging.INFO, "%s", line.replace(WARNING, ""))
     log.info("Looked at the pictures in %.1f s.", time.monotonic() - started)
     return found
 

@@ -31,7 +31,7 @@ from trainer.loop import Ema
 from trainer.metrics import Status
 from trainer.objective import make_objective, scheduler_changes
 from trainer.order import Order, fingerprint, fingerprint_differences
-from trainer.plan import Plan, Prompt, differences
+from trainer.plan import Plan, Prompt, goes_on
 from trainer.precision import PRECISIONS
 from trainer.session import Session
 from trainer.stop import StopFlag
@@ -226,29 +226,19 @@ def _limit_memory(device: str, limit_gib: float | None) -> None:
 def _resumable(plan: Plan, out: Path) -> checkpoint.State | None:
     """The state to go on from: this output's own, or the folder PARAMS_RESUME_FROM. Refuses another plan's."""
     state = checkpoint.latest(out / "state")
-    asked = Path(plan.lora.resume_from) if plan.lora.resume_from else None
+    asked, own = Path(plan.lora.resume_from) if plan.lora.resume_from else None, state is not None
     if state is None and asked is not None and asked.is_dir():
         try:
             state = checkpoint.read(asked)
         except ValueError as problem:
             raise SettingsError(f"PARAMS_RESUME_FROM {asked} is not a whole state: {problem}.") from problem
-        changed = differences({**state.tree["essence"], "lora.resume_from": str(asked)}, plan.essence())
-    elif state is not None:
-        changed = differences(state.tree["essence"], plan.essence())
-    if state is None or not changed:
+    if state is None or goes_on(plan, state.tree["essence"], step=state.step, own=own):
         _say_what_made(state)
         return state
-    if asked is not None and asked.is_file() and state.tree["essence"].get("lora.resume_from") != str(asked):
-        aside = out / f"state.before-{int(time.time())}"
-        (out / "state").rename(aside)
-        log.warning("The plan changed and PARAMS_RESUME_FROM is set: weights only; the old states are in %s.", aside)
-        return None
-    raise SettingsError(
-        f"OUTPUT_PATH {out} holds a run of another plan, at step {state.step}. What differs (then → now):\n  "
-        + "\n  ".join(changed)
-        + "\nPut it back to resume; or choose another OUTPUT_PATH; or set PARAMS_RESUME_FROM to a LoRA file of that "
-        "run to go on from its weights alone."
-    )
+    aside = out / f"state.before-{int(time.time())}"
+    (out / "state").rename(aside)
+    log.warning("The plan changed and PARAMS_RESUME_FROM is set: weights only; the old states are in %s.", aside)
+    return None
 
 
 def _say_what_made(state: checkpoint.State | None) -> None:

@@ -1,13 +1,16 @@
 """States: whole or not there."""
 
+import dataclasses
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from entrypoint import resume
 from trainer import checkpoint
-from trainer.errors import StorageError
+from trainer.errors import SettingsError, StorageError
 
 
 def tree(value):
@@ -29,6 +32,29 @@ def test_a_text_is_never_taken_for_a_tensor(tmp_path):
     checkpoint.save(tmp_path, 1, texts)
     back = checkpoint.latest(tmp_path).tree
     assert torch.equal(back.pop("a"), texts.pop("a")) and back == texts
+
+
+def test_a_changed_plan_is_refused_before_torch_is_loaded(tmp_path, job_plan):
+    plan = job_plan("flux", PARAMS_OPTIMIZER_ARGS="betas=0.9,0.99")
+    state = Path(plan.output.path) / "state"
+    folder = checkpoint.save(state, 7, {"essence": plan.essence(), **tree(1.0)})
+    resume.check_state(plan)
+
+    changed = dataclasses.replace(plan, train=dataclasses.replace(plan.train, seed=1))
+    with pytest.raises(SettingsError, match=r"OUTPUT_PATH=.* at step 7(?s:.*)train\.seed: 42 → 1\n"):
+        resume.check_state(changed)
+    (folder / "state.json").write_text("{damaged")
+    resume.check_state(changed)  # the trainer looks closer
+
+
+def test_a_changed_plan_is_refused_with_the_state_that_was_asked_for(tmp_path, job_plan):
+    plan = job_plan("flux")
+    folder = str(checkpoint.save(tmp_path / "elsewhere", 7, {"essence": plan.essence()}))
+    asked = dataclasses.replace(plan, lora=dataclasses.replace(plan.lora, resume_from=folder))
+    resume.check_state(asked)
+    changed = dataclasses.replace(asked, optim=dataclasses.replace(asked.optim, name="adamw"))
+    with pytest.raises(SettingsError, match=rf"PARAMS_RESUME_FROM={folder} (?s:.*)optim\.name: prodigy → adamw\n"):
+        resume.check_state(changed)
 
 
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json"])

@@ -18,7 +18,7 @@ from peft.utils import set_peft_model_state_dict
 from trainer import lora
 from trainer.families import family
 from trainer.guard import Guard
-from trainer.loop import MicroBatch, seeded, train
+from trainer.loop import MicroBatch, seeded, train, validation_loss
 from trainer.objective import Denoising, FlowMatching
 
 STEPS, SEED, RATE, CLIP, OFFSET, GAMMA = 10, 42, 0.02, 1.0, 0.1, 5.0
@@ -223,3 +223,32 @@ def test_ten_steps_have_the_losses_of_a_straightforward_loop(name, request):
     idle = [k for k, v in lora.state(denoiser).items() if ".lora_B." in k and v.abs().max() == 0]
     # Nobody reads what the text asks for in SD3's last block; every other adapter learns.
     assert idle == (["transformer_blocks.2.attn.add_q_proj.lora_B.weight"] if name == "sd3" else [])
+
+
+def test_the_validation_loss_is_that_of_fixed_times_and_noise():
+    """By the definition: five times, noise by seed and batch, the middle of the latents' distribution, no offset."""
+    batches, seen = micro_batches(16), []
+
+    def predict(noisy, t, batch):
+        seen.append((noisy, t))
+        return noisy * 0.5
+
+    def measured(seed=SEED):
+        goal = FlowMatching(noise_offset=OFFSET)
+        return validation_loss(batches, predict=predict, goal=goal, device="cpu", seed=seed)
+
+    expected = []
+    for i, batch in enumerate(batches):
+        generator, mean = seeded(torch.Generator(), SEED, i), batch.moments_B2CHW.chunk(2, dim=1)[0].double()
+        for t in (0.1, 0.3, 0.5, 0.7, 0.9):
+            noise = torch.randn(mean.shape, generator=generator).double()
+            noisy = (1 - t) * mean + t * noise
+            expected += [*((0.5 * noisy - (noise - mean)) ** 2).mean((1, 2, 3)).tolist()]
+    first = measured()
+    assert first == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    before = list(seen)
+    seen.clear()
+    torch.manual_seed(7)  # whatever training did to the global generator
+    assert measured() == first
+    assert all(torch.equal(a, b) for old, new in zip(before, seen, strict=True) for a, b in zip(old, new, strict=True))
+    assert measured(SEED + 1) != first

@@ -3,12 +3,15 @@
 import json
 import os
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from entrypoint.__main__ import main
 
+ROOT = Path(__file__).parents[2]
 SETTINGS = {
     "misspelt variable": ({"PARAMS_LEARNING_RAT": "1"}, 78, "PARAMS_LEARNING_RATE"),
     "text where a number belongs": ({"PARAMS_NETWORK_DIM": "many"}, 78, "PARAMS_NETWORK_DIM='many'"),
@@ -131,6 +134,15 @@ def test_a_wrong_command_line_and_the_informative_options(capsys):
     assert main(["--nope"]) == 64
     assert main(["--version"]) == 0 and capsys.readouterr().out.startswith("kiln ")
     assert main(["--help-env"]) == 0 and "`PARAMS_NETWORK_DIM`" in capsys.readouterr().out
+
+
+def test_the_table_of_variables_may_be_cut_short_by_its_reader():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "entrypoint", "--help-env"]
+    run = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 @pytest.mark.alone

@@ -138,6 +138,15 @@ SETUPS = {
     },
     "adamw8bit with cosine": {"PARAMS_OPTIMIZER_TYPE": "adamw8bit", "PARAMS_LEARNING_SCHEDULER": "cosine"},
     "schedule-free": {"PARAMS_OPTIMIZER_TYPE": "adamw-schedulefree"},
+    "schedule-free prodigy, ema": {"PARAMS_OPTIMIZER_TYPE": "prodigy-schedulefree", "PARAMS_EMA_DECAY": "0.9"},
+    "lion with restarts": {
+        "PARAMS_OPTIMIZER_TYPE": "lion",
+        "PARAMS_LEARNING_SCHEDULER": "cosine_with_restarts",
+        "PARAMS_NUM_CYCLES": "2",
+        "PARAMS_WARMUP_STEPS": "3",
+    },
+    "adafactor": {"PARAMS_OPTIMIZER_TYPE": "adafactor", "PARAMS_LEARNING_SCHEDULER": "polynomial"},
+    "text encoders": {"PARAMS_TEXT_ENCODER_LR": "1", "PARAMS_CAPTION_DROPOUT_RATE": "0.3", "PARAMS_BATCH_SIZE": "2"},
 }
 
 
@@ -209,6 +218,7 @@ def test_a_changed_plan_is_refused_with_what_differs(job):
     code, printed = job.run(PARAMS_MAX_STEPS="200", PARAMS_NETWORK_DIM="8", PARAMS_SEED="1")
     assert code == 78
     assert "lora.rank: 4 → 8" in printed and "train.seed: 42 → 1" in printed and "PARAMS_RESUME_FROM" in printed
+    assert "Phase" not in printed, "it is known before anything is loaded"
     assert sorted(p.name for p in job.out.iterdir()) == before
 
     file = next(job.out.glob("x-step*.safetensors"))

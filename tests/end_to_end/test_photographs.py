@@ -1,8 +1,11 @@
 """The job on real photographs."""
 
 import json
+import shutil
 
 from safetensors import safe_open
+
+from trainer.families import base_models
 
 
 def test_square_and_five_aspect_ratios_at_the_base_size(job, photographs):
@@ -32,8 +35,30 @@ def test_square_and_five_aspect_ratios_at_the_base_size(job, photographs):
     }
 
 
-def test_1024_pixels_with_the_real_number_of_tokens(job, photographs):
-    code, printed = job.run(DATASET_NAME=str(photographs / "can"), PARAMS_RESOLUTION="1024", PARAMS_MAX_STEPS="1")
+def test_1024_pixels_with_the_real_numbers_of_tokens(job, photographs):
+    """4,096 tokens of a square picture and 512 of its caption, as Flux.1 itself is trained."""
+    model = job.folder / "model"
+    shutil.copytree(base_models()["mini-flux"][1].source, model)
+    config = model / "tokenizer_2" / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "max_length": 512, "model_max_length": 512}))
+    cache = job.folder / "cache"
+    code, printed = job.run(
+        DATASET_NAME=str(photographs / "can"),
+        MODEL_PATH=str(model),
+        CACHE_PATH=str(cache),
+        PARAMS_RESOLUTION="1024",
+        PARAMS_MAX_STEPS="1",
+    )
     assert code == 0, printed
     assert "Encoded 6 of 6 latents" in printed
     assert [row["step"] for row in job.metrics()] == [1]
+
+    def shapes(folder, key):
+        for path in (cache / folder).rglob("*.safetensors"):
+            with safe_open(path, "pt") as file:
+                yield file.get_slice(key).get_shape()
+
+    sizes = {(8 * height, 8 * width) for _, height, width in shapes("latents", "moments")}
+    assert (1024, 1024) in sizes and len(sizes) == 6
+    assert all(0.85 < height * width / 1024**2 <= 1 for height, width in sizes)
+    assert {length for length, _ in shapes("text", "tokens")} == {512}

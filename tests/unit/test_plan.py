@@ -22,7 +22,7 @@ from entrypoint.plan import make_plan
 from entrypoint.settings import read_settings
 from entrypoint.variables import NAMES
 from trainer.errors import SettingsError
-from trainer.families import base_models, family
+from trainer.families import base_models, family, timestep_samplings
 from trainer.optim import OPTIMIZERS, SCHEDULERS
 from trainer.plan import Dataset, Plan
 
@@ -89,13 +89,13 @@ def test_everything_impossible_is_in_one_message():
         prompts=["a cat"],
         BACKEND="cuda",
         DATASET_NAME="/pictures",
-        PARAMS_TIMESTEP_SAMPLING="often",
+        PARAMS_WARMUP_STEPS="10",
         PARAMS_OPTIMIZER_ARGS="beta=1",
         PARAMS_VALIDATE_EVERY_N_STEPS="10",
         PARAMS_RESUME_FROM="/nothing",
         MODEL_PATH="/nothing",
     )
-    for word in ("split", "bucket_reso_steps", "BACKEND", "PARAMS_TIMESTEP_SAMPLING", "PARAMS_OPTIMIZER_ARGS: beta=1"):
+    for word in ("split", "bucket_reso_steps", "BACKEND", "PARAMS_WARMUP_STEPS", "PARAMS_OPTIMIZER_ARGS: beta=1"):
         assert word in message
     for word in ("PARAMS_VALIDATE_EVERY_N_STEPS", "PARAMS_RESUME_FROM", "MODEL_PATH"):
         assert word in message
@@ -251,6 +251,7 @@ def test_the_targets_are_the_familys_or_the_users():
 
 
 def test_a_state_folder_may_be_gone_on_from(tmp_path):  # a LoRA file: see test_resume.py
+    (tmp_path / "state.json").write_text("{}")
     assert plan(PARAMS_RESUME_FROM=str(tmp_path)).lora.resume_from == str(tmp_path)
     assert "PARAMS_RESUME_FROM" in refusal(PARAMS_RESUME_FROM=__file__)
 
@@ -328,11 +329,16 @@ def test_a_warm_up_needs_a_schedule_that_has_one():
     assert made.optim.warmup_steps == 10
 
 
-def test_the_timestep_sampling_is_one_of_the_familys():
-    samplings = family(MODELS[MINI][0]).FACTS.timestep_samplings
-    assert plan().train.timestep_sampling == samplings[0]
-    assert plan(PARAMS_TIMESTEP_SAMPLING=samplings[-1]).train.timestep_sampling == samplings[-1]
-    assert f"did you mean {samplings[0]}?" in refusal(PARAMS_TIMESTEP_SAMPLING=samplings[0][:-1])
+@pytest.mark.parametrize("base", MODELS)
+def test_the_timestep_sampling_is_one_of_the_familys(base):
+    own = family(MODELS[base][0]).FACTS.timestep_samplings
+    assert plan(on=LARGE_GPU, BASE_MODEL=base).train.timestep_sampling == own[0]
+    for sampling in timestep_samplings():
+        asked = {"on": LARGE_GPU, "BASE_MODEL": base, "PARAMS_TIMESTEP_SAMPLING": sampling}
+        if sampling in own:
+            assert plan(**asked).train.timestep_sampling == sampling
+        else:
+            assert f"PARAMS_TIMESTEP_SAMPLING='{sampling}' is not one of {base}" in refusal(**asked)
 
 
 def test_validation_needs_pictures_that_are_held_out():

@@ -70,6 +70,17 @@ def attention(tmp_path: Path) -> str:
     return write(tmp_path / "x.safetensors", {k: v for b in blocks for k, v in b.items()})
 
 
+def test_a_folder_that_is_no_state_is_refused_and_a_state_near_by_is_named(tmp_path):
+    assert "is a folder without the state.json of a state. Allowed: a LoRA file" in refusal(str(tmp_path))
+    for step in ("step-00000004", "step-00000008"):
+        (tmp_path / "state" / step).mkdir(parents=True)
+        (tmp_path / "state" / step / "state.json").write_text("{}")
+    for folder in (tmp_path, tmp_path / "state"):
+        assert f"Fix: name the one to go on from: {tmp_path}/state/step-00000008." in refusal(str(folder))
+    newest = str(tmp_path / "state" / "step-00000008")
+    assert plan(newest).lora.resume_from == newest
+
+
 def test_without_a_file_the_rank_is_32():
     made = plan("")
     assert (made.lora.rank, made.lora.split_qkv) == (32, False)

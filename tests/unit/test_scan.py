@@ -57,11 +57,12 @@ def test_pictures_in_folders_are_found_sorted_and_others_left_alone(make_folder)
     for name in ("__MACOSX", ".git"):
         (folder / name).mkdir()
         shutil.copy(folder / "00.png", folder / name / "c.png")
-    (folder / "notes.md").write_text("x")
+    for name in ("notes.md", "alone.txt"):
+        (folder / name).write_text("x")
     found = surveyed(folder)
     assert [p.name for p in found.pictures] == ["00.png", "01.png", "sub/b.PNG"]
     assert found.skipped == ()
-    assert "a (0.0): other files: 2 .txt, 1 .md" in found.report()
+    assert "a (0.0): not read: 1 .txt, 1 .md" in found.report()
 
 
 def test_same_stem_is_two_pictures_and_copies_are_counted(make_folder):
@@ -224,6 +225,7 @@ def test_metadata_files_come_before_sidecars_and_may_lie_in_any_folder(make_fold
         "train/02.png": "picture 2, a tag, another tag",
     }
     assert "1 entries of metadata.jsonl name no picture that is there: gone.png" in found.report()
+    assert "not read" not in found.report()
 
 
 def test_the_metadata_file_asked_for_is_the_only_one(make_folder, tmp_path):

@@ -210,6 +210,11 @@ def trainable_encoders(name: str) -> dict[str, str]:
     return {component: short for component, short in family(name).KEYS.encoders.items() if short in ("te1", "te2")}
 
 
+def timestep_samplings() -> tuple[str, ...]:
+    """All of all families."""
+    return tuple(dict.fromkeys(sampling for name in names() for sampling in family(name).FACTS.timestep_samplings))
+
+
 def base_models() -> dict[str, tuple[str, BaseModel]]:
     """Every value of BASE_MODEL → its family and what is known about it."""
     return {base: (name, model) for name in names() for base, model in family(name).FACTS.models.items()}
