@@ -251,8 +251,7 @@ def test_the_audit_covers_every_lock(runner):
     assert listed
     for lock in listed:
         assert f"--require-hashes -r {lock}" in told
-    assert told.count("pip-audit --strict") == 1 + len(listed)
-    assert (runner.folder / "torch.txt").read_text().startswith("torch==")
+    assert told.count("pip-audit --strict") == len(listed)
 
 
 @pytest.mark.parametrize("target", ["cuda", "rocm"])
