@@ -59,7 +59,7 @@ faults: .venv/.dev
 
 # Builds the image for the CPU and trains in it; says why where that cannot be done.
 container: .venv/.dev
-	$(BIN)/pytest -rs -m container tests/container
+	tests/container/run.sh
 
 readme: .venv/.runtime
 	$(BIN)/python -c "import pathlib, re; from entrypoint.settings import help_env; p = pathlib.Path('README.md'); \
