@@ -59,18 +59,21 @@ faults: .venv/.dev
 
 # Builds the image for the CPU and trains in it; says why where that cannot be done.
 container: .venv/.dev
-	$(BIN)/pytest -rs -m container tests/container
+	tests/container/run.sh
 
 readme: .venv/.runtime
 	$(BIN)/python -c "import pathlib, re; from entrypoint.settings import help_env; p = pathlib.Path('README.md'); \
 	p.write_text(re.sub(r'(?s)(<!-- variables -->\n).*?(<!-- /variables -->)', lambda m: m[1] + help_env().strip() + '\n' + m[2], p.read_text()))"
 
-# Made anew only when pyproject.toml changes. torch and what it brings stay out: see above.
+# Made anew only when pyproject.toml changes. torch and what it brings for CUDA have a lock of their own, for the image.
 lock:
 	printf '$(TORCH)\n' > .venv/torch.txt
 	$(BIN)/pip install --quiet uv==0.13.9
-	$(BIN)/uv pip compile -q --universal --generate-hashes --no-annotate --no-header --python-version 3.11 -c .venv/torch.txt pyproject.toml \
-		| $(BIN)/python -c "import re,sys; print(re.sub(r'(?ms)^(torch|triton|nvidia-\S+?|cuda-\S+?)==.*?(?=^\S|\Z)', '', sys.stdin.read()), end='')" > requirements.lock
+	$(BIN)/uv pip compile -q --universal --generate-hashes --no-annotate --no-header --python-version 3.11 -c .venv/torch.txt pyproject.toml > .venv/all.lock
+	$(BIN)/python -c "import re; parts = re.split(r'(?m)^(?=\S)', open('.venv/all.lock').read()); \
+	own = [bool(re.match(r'(torch|triton|nvidia-\S+|cuda-\S+)==', part)) for part in parts]; \
+	[open(name, 'w').write(''.join(p for p, o in zip(parts, own) if o is is_torch)) \
+	for name, is_torch in (('torch.lock', True), ('requirements.lock', False))]"
 	$(BIN)/uv pip compile -q --universal --generate-hashes --no-annotate --no-header --python-version 3.11 --group dev -c requirements.lock -o requirements-dev.lock
 	$(BIN)/uv pip compile -q --universal --generate-hashes --no-annotate --no-header --python-version 3.11 --group audit -o .github/audit.lock
 	sed -n 's/^runpod = \["\(.*\)"\]$$/\1/p' pyproject.toml \

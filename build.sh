@@ -19,7 +19,7 @@ environment:
   ROCM_ROOM_GIB        rocm: room that the build needs, 80 by default
   BAKE_MODEL           cuda: weights that go into the image: flux, sdxl, sd3 or another BASE_MODEL
   HF_TOKEN_FILE        file with the token for them, which exists while building only
-  TORCH_INDEX          package index of torch
+  TORCH_INDEX          cuda, cpu: package index of another build of torch than torch.lock has
   PIP_CONF_SECRET      a pip.conf that exists while building only
   CA_BUNDLE_SECRET     certificates that exist while building only: /run/secrets/cabundle
   BUILD_OPTIONS        more options of the engine's build command, parted by spaces
@@ -132,7 +132,9 @@ build() { # TARGET
   fi
   options+=(--file "$file" --build-arg "VERSION=$version")
   options+=(--build-arg "REVISION=$(git rev-parse HEAD 2>/dev/null || echo unknown)")
-  [ -z "$index" ] || options+=(--build-arg "TORCH_INDEX=$index")
+  if [ "$1" = cpu ] || [ -n "$index" ]; then
+    options+=(--build-arg "TORCH=$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' torch.lock)" --build-arg "TORCH_INDEX=$index")
+  fi
   [ -z "${BASE_IMAGE:-}" ] || options+=(--build-arg "BASE_IMAGE=$BASE_IMAGE")
   if [ "$1" = cuda ] && [ -n "${BAKE_MODEL:-}" ]; then
     name=$name-$BAKE_MODEL
@@ -150,7 +152,10 @@ build() { # TARGET
   local started=$SECONDS
   if [ "$1" = rocm ] && ! streams rocm; then engine_build "${options[@]}" --target proof; fi
   options+=(--tag "$name")
-  if [ "$engine" = docker ] && [ -n "$push" ]; then options+=(--push); fi
+  # zstd is smaller than gzip and unpacks faster. Layers of the base stay as they are.
+  if [ "$engine" = docker ] && [ -n "$push" ]; then
+    options+=(--output "type=registry,compression=zstd,oci-mediatypes=true")
+  fi
   if [ "$engine" = docker ] && [ -z "$push" ]; then options+=(--load); fi
   engine_build "${options[@]}"
   if [ -n "$push" ] && [ "$engine" != docker ]; then "$engine" push "$name"; fi

@@ -89,7 +89,10 @@ def job(environ: Mapping[str, str], *, check: bool) -> int:
     settings = read_settings(environ)
     finish.Limit.set(settings.max_runtime, settings.max_cost, settings.price_per_hour)
     manifest = read_manifest(settings.dataset_config, settings.sample_prompts)
-    plan = make_plan(settings, manifest, hardware.detect(), now=_now(environ))
+    found = hardware.detect()
+    plan = make_plan(settings, manifest, found, now=_now(environ))
+    if plan.engine.device != "cpu":
+        hardware.check_torch(found, hardware.torch_version())
     plan = dataclasses.replace(plan, model=bake.with_baked(plan.model))
     _refuse_missing_accelerator(plan, asked=settings.backend)
     plan, done = _continued(plan, named=settings.output_name is not None)

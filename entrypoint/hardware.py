@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import platform
 import re
+import runpy
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trainer.errors import SettingsError, UnreachableError
 from trainer.precision import PRECISIONS
@@ -20,6 +23,8 @@ FORMATS = tuple(PRECISIONS)
 FP8_AMD = ("gfx942", "gfx950")
 QUERY = ("nvidia-smi", "--query-gpu=index,compute_cap,memory.total,driver_version", "--format=csv,noheader,nounits")
 QUERY_SECONDS = 30.0  # without persistence mode the driver takes seconds to wake up
+BUILDS = {"nvidia": "cuda", "amd": "hip"}  # vendor → what torch.version calls a build for it
+DRIVERS = {12: 525, 13: 580}  # major version of CUDA → the first driver that runs what is built for any minor one
 _VIDEO_MEMORY = {"1", "2"}  # heap types of the kernel's topology: visible to the CPU, and not
 
 
@@ -97,6 +102,34 @@ def select(found: Hardware, backend: str) -> Hardware:
         f"BACKEND={backend!r}: no such device answers here, only {found}. Fix: give the container its GPUs "
         f"(for example docker run --gpus all, or --device /dev/kfd --device /dev/dri), or set BACKEND=auto."
     )
+
+
+def torch_version() -> dict[str, Any]:
+    """What torch.version holds, read without importing torch, which takes seconds; empty where there is no torch."""
+    spec = importlib.util.find_spec("torch")
+    file = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
+    return runpy.run_path(str(file)) if file and file.is_file() else {}
+
+
+def check_torch(found: Hardware, version: Mapping[str, Any]) -> None:
+    """Raises SettingsError if torch is not built for this hardware, or the driver is too old for it.
+
+    torch itself would see no device, and say so only after everything is downloaded.
+    """
+    if found.vendor == "cpu" or not version:
+        return
+    built = version.get(BUILDS[found.vendor])
+    if not built:
+        raise SettingsError(
+            f"torch {version.get('__version__')} is not built for {found}. Fix: take the image for {found.backend} "
+            f"(its name ends in -{found.backend}), or set BACKEND=cpu."
+        )
+    needed = DRIVERS.get(_version(built)[0]) if found.vendor == "nvidia" else None
+    if needed and _version(found.driver) and _version(found.driver)[0] < needed:
+        raise SettingsError(
+            f"The driver {found.driver} of this machine is too old for torch {version['__version__']}, which needs "
+            f"{needed} or newer. Fix: update the driver, or rent a machine with CUDA {built} or newer."
+        )
 
 
 def _nvidia(

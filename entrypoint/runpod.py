@@ -19,7 +19,7 @@ from typing import Any
 from entrypoint import net
 from entrypoint.hardware import BACKENDS
 from entrypoint.runpod_api import RunPod
-from entrypoint.settings import read_settings
+from entrypoint.settings import Settings, read_settings
 from entrypoint.variables import ALIASES, CONFIG_JSON, NAMES
 from trainer.errors import KilnError, SettingsError
 from trainer.families import base_models
@@ -119,11 +119,13 @@ def deploy(asked: argparse.Namespace, api: RunPod, environ: Mapping[str, str]) -
     variables["PRICE_PER_HOUR"] = f"{price:.4g}"
     if asked.max_cost is not None:
         variables["MAX_COST"] = f"{asked.max_cost:g}"
-    read_settings({k: v for k, v in variables.items() if "RUNPOD_SECRET_" not in v})
+    settings = read_settings({k: v for k, v in variables.items() if "RUNPOD_SECRET_" not in v})
     body = _pod(asked, gpu, _fewer(variables))
 
     _say(f"{asked.count} x {gpu['name']} ({gpu['memory']} GB each), {asked.cloud} cloud: ${price:.2f} an hour.")
     _say(f"Stock: {str(gpu.get('availability', 'unknown')).lower()}. Image: {body['image']}.")
+    if _needs_token(settings) and "HF_TOKEN" not in variables:
+        _say(f"BASE_MODEL={settings.base_model} has a licence to accept, and no HF_TOKEN goes with the job: --secret.")
     if asked.max_cost is not None:
         _say(f"The job ends at ${asked.max_cost:.2f}, after {asked.max_cost / price:.1f} hours.")
     else:
@@ -274,6 +276,12 @@ def _fewer(variables: Mapping[str, str]) -> dict[str, str]:
     packed = {n: v for n, v in variables.items() if n.startswith("PARAMS_")}
     packed = {**json.loads(variables.get(CONFIG_JSON, "{}")), **packed}
     return {n: v for n, v in variables.items() if n not in packed} | {CONFIG_JSON: json.dumps(packed)}
+
+
+def _needs_token(settings: Settings) -> bool:
+    """Whether the weights are given only to those who have accepted a licence."""
+    known = base_models().get(settings.base_model)
+    return known is not None and known[1].gated and settings.model_path is None
 
 
 def _agreed() -> bool:

@@ -106,6 +106,15 @@ def test_a_dry_run_shows_no_token_and_deploys_nothing(server, command):
     assert code == 0 and '"HF_TOKEN": "***"' in printed and "hf_canary" not in printed and not server.pods
 
 
+def test_weights_behind_a_licence_without_a_token_are_pointed_out(server, command):
+    asked = ("deploy", *IMAGE, "--gpu", "4090", "--dry-run")
+    hint = "no HF_TOKEN goes with the job"
+    assert hint in command(*asked, **JOB)[1]
+    assert hint not in command(*asked, "--secret", "HF_TOKEN=mine", **JOB)[1]
+    assert hint not in command(*asked, **{**JOB, "BASE_MODEL": "sdxl"})[1]
+    assert hint not in command(*asked, **JOB, MODEL_PATH="org/open")[1]
+
+
 def test_local_files_travel_as_text_or_are_refused(server, command, tmp_path):
     config = tmp_path / "dataset.json"
     config.write_text('{"datasets": [{"resolution": 512, "batch_size": 2, "subsets": [{"num_repeats": 3}]}]}')

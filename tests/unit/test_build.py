@@ -1,5 +1,6 @@
 """build.sh with an engine that only notes what it is told."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+LOCKS = ("torch.lock", "requirements.lock")
+TORCH = next(line.split()[0] for line in (ROOT / "torch.lock").read_text().splitlines() if line.startswith("torch=="))
 
 
 @pytest.fixture
@@ -51,15 +54,32 @@ def test_the_cpu_variant_comes_from_the_same_file(build):
         and "--tag place:5000/kiln:0.1.0-cpu" in told
         and "--platform linux/amd64" in told
     )
-    assert "TORCH_INDEX=https://download.pytorch.org/whl/cpu" in told and "push place:5000/kiln:0.1.0-cpu" in told
+    assert f"--build-arg TORCH={TORCH} --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu" in told
+    assert "push place:5000/kiln:0.1.0-cpu" in told
     assert "1.5 GB" in printed and "--secret" not in told
 
 
 def test_cuda_is_the_default_and_the_environment_is_handed_on(build):
     code, printed, told = build(BASE_IMAGE="base@sha256:0", PIP_CONF_SECRET="/x", BUILD_OPTIONS="--network host")
     assert code == 0, printed
-    assert "--tag kiln:0.1.0-cuda" in told and "BASE_IMAGE=base@sha256:0" in told and "TORCH_INDEX" not in told
+    assert "--tag kiln:0.1.0-cuda" in told and "BASE_IMAGE=base@sha256:0" in told and "TORCH" not in told
     assert "--secret id=pipconf,src=/x" in told and "--network host" in told and "push" not in told
+
+
+def test_another_build_of_torch_has_the_version_of_the_lock(build):
+    code, printed, told = build("cuda", TORCH_INDEX="https://place/cu128")
+    assert code == 0 and f"--build-arg TORCH={TORCH} --build-arg TORCH_INDEX=https://place/cu128" in told, printed
+
+
+def test_what_the_image_installs_is_locked_with_hashes():
+    """torch, its libraries for CUDA and its compiler in a lock of their own, all else in the other."""
+    locks = {name: re.split(r"^(?=\S)", (ROOT / name).read_text(), flags=re.M)[1:] for name in LOCKS}
+    for parts in locks.values():
+        assert all(re.match(r"[\w.-]+==\S+ .*\\\n    --hash=sha256:[0-9a-f]{64}", part) for part in parts)
+    torch, others = ({part.partition("==")[0] for part in locks[name]} for name in LOCKS)
+    assert {"torch", "triton", "nvidia-cublas", "nvidia-cudnn-cu13"} <= torch and not torch & others
+    assert all(re.match("torch$|triton$|nvidia-|cuda-", name) for name in torch)
+    assert f"\nTORCH := {TORCH}\n" in (ROOT / "Makefile").read_text()
 
 
 def test_weights_are_baked_with_a_token_that_is_no_argument(build, tmp_path):

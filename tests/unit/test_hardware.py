@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from entrypoint.hardware import BACKENDS, FORMATS, Hardware, detect, select
+from entrypoint.hardware import BACKENDS, FORMATS, Hardware, check_torch, detect, select, torch_version
 from trainer.errors import SettingsError, UnreachableError
 from trainer.precision import PRECISIONS
 
+ROOT = Path(__file__).resolve().parents[2]
 CPU = Hardware("cpu", "x86_64", 32.0, 0, "", 32.0, 8)
 NVIDIA = Hardware("nvidia", "9.0", 80.0, 2, "550.1", 500.0, 32)
 AMD = Hardware("amd", "gfx942", 192.0, 8, "6.8", 1500.0, 96)
@@ -156,3 +160,54 @@ def test_every_backend_has_a_vendor_of_its_own():
 )
 def test_the_first_format_is_the_best(vendor, architecture, first):
     assert Hardware(vendor, architecture, 16.0, 1, "", 32.0, 8).formats[0] == first
+
+
+def torch_for(**version: str | None) -> dict[str, str | None]:
+    return {"__version__": "2.13.0", "cuda": None, "hip": None, **version}
+
+
+@pytest.mark.parametrize(
+    ("found", "version", "hint"),
+    [
+        (NVIDIA, torch_for(cuda="13.0"), "driver 550.1 .* needs 580 or newer.*rent a machine with CUDA 13.0"),
+        (NVIDIA, torch_for(), "image for cuda"),
+        (NVIDIA, torch_for(hip="7.14"), "ends in -cuda"),
+        (AMD, torch_for(cuda="13.0"), "ends in -rocm"),
+    ],
+)
+def test_a_torch_that_would_see_no_device_is_refused(found, version, hint):
+    with pytest.raises(SettingsError, match=hint):
+        check_torch(found, version)
+
+
+@pytest.mark.parametrize(
+    ("found", "version"),
+    [
+        (NVIDIA, torch_for(cuda="12.8")),
+        (dataclasses.replace(NVIDIA, driver="580.65.06"), torch_for(cuda="13.2")),
+        (AMD, torch_for(hip="7.14")),
+        (CPU, torch_for()),
+    ],
+)
+def test_a_torch_that_fits_is_not(found, version):
+    check_torch(found, version)
+
+
+def test_torchs_version_is_read_without_importing_it():
+    code = "import sys; from entrypoint.hardware import torch_version; print(torch_version()['__version__'])"
+    code += "; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == torch_version()["__version__"], done.stderr
+    assert {"cuda", "hip"} <= torch_version().keys()
+
+
+def test_a_job_asks_before_it_fetches_anything(tmp_path):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho '0, 9.0, 81559, 550.54.15'\n")
+    smi.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "BASE_MODEL": "flux", "DATASET_NAME": "org/pictures"}
+    environment |= {name: str(tmp_path / name) for name in ("OUTPUT_PATH", "CACHE_PATH", "HF_HOME")}
+    code = "import sys; from entrypoint import __main__ as m, hardware\n"
+    code += "hardware.torch_version = lambda: {'__version__': '2.13.0', 'cuda': '13.0'}\nsys.exit(m.main(['check']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 78 and "needs 580 or newer" in done.stderr, done.stderr

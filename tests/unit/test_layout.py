@@ -8,6 +8,21 @@ from entrypoint import layout
 from trainer.families import family
 
 # As in the repositories of the Hub (2025), with what other frameworks and other precisions add.
+FLUX_NEEDED = """
+model_index.json scheduler/scheduler_config.json
+text_encoder/config.json text_encoder/model.safetensors
+text_encoder_2/config.json text_encoder_2/model-00001-of-00002.safetensors
+text_encoder_2/model-00002-of-00002.safetensors text_encoder_2/model.safetensors.index.json
+tokenizer/merges.txt tokenizer/special_tokens_map.json tokenizer/tokenizer_config.json tokenizer/vocab.json
+tokenizer_2/special_tokens_map.json tokenizer_2/spiece.model tokenizer_2/tokenizer.json
+tokenizer_2/tokenizer_config.json transformer/config.json transformer/diffusion_pytorch_model-00001-of-00003.safetensors
+transformer/diffusion_pytorch_model-00002-of-00003.safetensors
+transformer/diffusion_pytorch_model-00003-of-00003.safetensors
+transformer/diffusion_pytorch_model.safetensors.index.json vae/config.json vae/diffusion_pytorch_model.safetensors
+"""
+FLUX_MORE = "README.md LICENSE.md dev_grid.jpg flux1-dev.safetensors ae.safetensors"
+# Bytes of the large ones, in this order: text_encoder, text_encoder_2, transformer, vae.
+FLUX_SIZES = (246144352, 4994582224, 4530066360, 9983040304, 9949328904, 3870584832, 167666902)
 SDXL_NEEDED = """
 model_index.json scheduler/scheduler_config.json
 text_encoder/config.json text_encoder/model.safetensors text_encoder_2/config.json text_encoder_2/model.safetensors
@@ -41,12 +56,24 @@ text_encoder_3/model-00001-of-00002.fp16.safetensors text_encoder_3/model.safete
 
 
 @pytest.mark.parametrize(
-    ("name", "needed", "more"), [("sdxl", SDXL_NEEDED, SDXL_MORE), ("sd3", SD3_NEEDED, SD3_MORE)], ids=["sdxl", "sd3"]
+    ("name", "needed", "more"),
+    [("flux", FLUX_NEEDED, FLUX_MORE), ("sdxl", SDXL_NEEDED, SDXL_MORE), ("sd3", SD3_NEEDED, SD3_MORE)],
+    ids=["flux", "sdxl", "sd3"],
 )
 def test_what_is_needed_is_brought_once(name, needed, more):
     patterns, needed, more = family(name).FACTS.files, needed.split(), more.split()
     assert [f for f in (*needed, *more) if layout.is_wanted(f, patterns)] == needed
     assert layout.problems([*needed, *more], patterns) == []
+
+
+def test_flux_takes_less_than_34_gigabytes():
+    """Half of what its repository holds: the rest is the same weights in another format."""
+    facts = family("flux").FACTS
+    large = [f for f in FLUX_NEEDED.split() if f.endswith(".safetensors") and layout.is_wanted(f, facts.files)]
+    assert len(large) == len(FLUX_SIZES)
+    assert 33e9 < sum(FLUX_SIZES) < 34e9 and sum(FLUX_SIZES) / 2**30 == pytest.approx(
+        facts.models["flux"].files_gib, abs=0.1
+    )
 
 
 def test_a_model_may_lack_its_optional_encoder_and_nothing_else():

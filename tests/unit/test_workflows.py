@@ -122,7 +122,8 @@ def test_rights_are_given_to_jobs_and_work_ends(path):
 def test_dockerfiles_and_scripts():
     dockerfiles = [*(p.name for p in ROOT.glob("Dockerfile.*")), "runpod/Dockerfile"]
     assert (done := tool("hadolint", *dockerfiles)).returncode == 0, done.stdout
-    assert (done := tool("shellcheck", "build.sh", "entrypoint/start.sh", ".ci/run")).returncode == 0, done.stdout
+    scripts = ("build.sh", "entrypoint/start.sh", "tests/container/run.sh", ".ci/run")
+    assert (done := tool("shellcheck", *scripts)).returncode == 0, done.stdout
 
 
 # --- the shell steps, job by job
@@ -251,8 +252,7 @@ def test_the_audit_covers_every_lock(runner):
     assert listed
     for lock in listed:
         assert f"--require-hashes -r {lock}" in told
-    assert told.count("pip-audit --strict") == 1 + len(listed)
-    assert (runner.folder / "torch.txt").read_text().startswith("torch==")
+    assert told.count("pip-audit --strict") == len(listed)
 
 
 @pytest.mark.parametrize("target", ["cuda", "rocm"])
@@ -264,7 +264,7 @@ def test_a_release_is_built_signed_scanned_and_measured(runner, target):
     )
     assert code == 0, told
     name, pinned = f"ghcr.io/someone/kiln:{VERSION}-{target}", f"ghcr.io/someone/kiln@{DIGEST}"
-    assert f"--file Dockerfile.{target} " in told and f"--tag {name} --push" in told
+    assert f"--file Dockerfile.{target} " in told and f"--tag {name} --output type=registry,compression=zstd," in told
     assert re.search(r"--build-arg BASE_IMAGE=docker\.io/\S+@sha256:base ", told)
     assert "--provenance=mode=max" in told and ("--sbom=true" in told) is (target == "cuda")
     assert f"--cache-to type=registry,ref=ghcr.io/someone/kiln:cache-{target},mode=max" in told
@@ -284,7 +284,7 @@ def test_by_hand_the_commit_is_in_the_tag(runner):
     (runner.folder / "sbom.cyclonedx.json").write_text("{}")
     asked = {"matrix.target": "cuda", "matrix.attest": ""}
     code, told = runner.job("images.yml", "image", event="workflow_dispatch", **asked)
-    assert code == 0 and f"--tag ghcr.io/someone/kiln:{VERSION}-0123456-cuda --push" in told, told
+    assert code == 0 and f"--tag ghcr.io/someone/kiln:{VERSION}-0123456-cuda --output type=registry" in told, told
 
 
 def test_a_tag_that_is_not_the_version_builds_nothing(runner):

@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# `make container`: tests the images with an engine, a base and a torch for the CPU that this machine has or, as root of a
+# Debian, can get. Where it cannot, every test is skipped and says why. Options of pytest may follow.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+place=${KILN_CONTAINERS:-/var/tmp/kiln-containers} # images and layers: the next run needs only what changed
+
+run_tests() {
+  exec .venv/bin/pytest -rs -m container "${@:-tests/container}"
+}
+
+skip() {
+  printf '\nSKIPPED: NO CONTAINER IS TESTED: %s\n\n' "$1" >&2
+  KILN_NO_CONTAINER=$1 run_tests "${options[@]}"
+}
+
+can_install() {
+  [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null
+}
+
+install() { # PACKAGE...
+  export DEBIAN_FRONTEND=noninteractive
+  timeout 120 apt-get -qq update >/dev/null && timeout 240 apt-get -qq install -y --no-install-recommends "$@" >/dev/null
+}
+
+# Without systemd, as in a container, the engine's own settings do not work: cgroups, limits and where events go.
+configure() {
+  mkdir -p "$place/tmp"
+  printf '[storage]\ndriver = "overlay"\ngraphroot = "%s/store"\nrunroot = "%s/run"\n' "$place" "$place" > "$place/storage.conf"
+  printf '[containers]\ndefault_ulimits = ["nofile=%s:%s", "nproc=32768:32768"]\n' "$(ulimit -Hn)" "$(ulimit -Hn)" > "$place/containers.conf"
+  printf '[engine]\nruntime = "runc"\ncgroup_manager = "cgroupfs"\nevents_logger = "file"\n' >> "$place/containers.conf"
+  export CONTAINERS_STORAGE_CONF=$place/storage.conf CONTAINERS_CONF=$place/containers.conf TMPDIR=$place/tmp
+  export BUILDAH_ISOLATION=chroot
+}
+
+# A base like the usual one, of this machine's Debian.
+bootstrap() { # NAME
+  local root=$place/root suite
+  suite=$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release)
+  command -v debootstrap >/dev/null || { can_install && install debootstrap; } || return 1
+  rm -rf "$root"
+  timeout 300 debootstrap --variant=minbase --include=python3,python3-venv,python3-pip,ca-certificates "$suite" "$root" \
+    > "$place/debootstrap.log" 2>&1 || return 1
+  rm -rf "$root"/var/cache/apt/archives/*.deb "$root"/var/lib/apt/lists/*
+  : > "$root/etc/resolv.conf"
+  tar -C "$root" --numeric-owner -c . \
+    | podman import -q --change 'ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin' - "$1" >/dev/null
+  rm -rf "$root"
+}
+
+# torch's own index for the CPU, or the build for the CPU that this machine's pip knows.
+find_torch() { # MINOR VERSION OF PYTHON
+  .venv/bin/python -c 'import urllib.request as r; r.urlopen("https://download.pytorch.org/whl/cpu/", timeout=10)' \
+    2>/dev/null && return
+  rm -rf "$place/wheels"
+  .venv/bin/pip download -q --no-deps --only-binary :all: --python-version "$1" --dest "$place/wheels" \
+    "$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' torch.lock)" || return 1
+  compgen -G "$place/wheels/torch-*+cpu-*.whl" >/dev/null || return 1
+  export TORCH_INDEX=''
+  printf 'find-links = /wheels\n' >> "$PIP_CONF_SECRET"
+  BUILD_OPTIONS="$BUILD_OPTIONS --volume $place/wheels:/wheels:ro"
+}
+
+options=("$@")
+if [ -n "${KILN_IMAGE:-}" ] || docker info >/dev/null 2>&1; then run_tests "$@"; fi
+if ! command -v podman >/dev/null; then
+  can_install || skip 'neither a docker daemon nor podman is here, and apt-get cannot install one.'
+  echo 'Installing podman, buildah and runc.'
+  install podman buildah runc debootstrap || skip 'no engine is here, and apt-get could not install one.'
+fi
+if [ "$(id -u)" = 0 ] && [ ! -d /run/systemd/system ]; then configure; fi
+
+usual=$(sed -n 's/^ARG BASE_IMAGE=//p' Dockerfile.cuda) own=localhost/kiln-base:debian
+if [ -z "${BASE_IMAGE:-}" ]; then
+  if podman image exists "$own"; then
+    BASE_IMAGE=$own
+  elif timeout 120 podman pull -q "$usual" >/dev/null 2>&1; then
+    BASE_IMAGE=$usual
+  else
+    echo "$usual cannot be pulled: a base is made of this machine's Debian."
+    bootstrap "$own" || skip "the base $usual cannot be pulled, and debootstrap cannot make another."
+    BASE_IMAGE=$own
+  fi
+fi
+export BASE_IMAGE
+minor=$(podman run --rm --no-healthcheck --network none "$BASE_IMAGE" python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])') \
+  || skip 'podman cannot run a container here.'
+
+if [ -z "${PIP_CONF_SECRET:-}" ]; then
+  mkdir -p "$place"
+  export PIP_CONF_SECRET=$place/pip.conf BUILD_OPTIONS="--network host ${BUILD_OPTIONS:-}"
+  printf '[global]\n' > "$PIP_CONF_SECRET"
+  if index=$(.venv/bin/pip config get global.index-url 2>/dev/null); then printf 'index-url = %s\n' "$index" >> "$PIP_CONF_SECRET"; fi
+  if [ -z "${CA_BUNDLE_SECRET:-}" ] && [ -s /etc/ssl/certs/ca-certificates.crt ]; then
+    export CA_BUNDLE_SECRET=/etc/ssl/certs/ca-certificates.crt
+    printf 'cert = /run/secrets/cabundle\n' >> "$PIP_CONF_SECRET"
+  fi
+  find_torch "$minor" || skip 'no build of torch for the CPU can be had.'
+  export BUILD_OPTIONS
+fi
+run_tests "$@"
