@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench.engine import FLUX, free
+from bench.step import FLUX, free
 from trainer.families import family
 
 PICTURES, SIZE = 20, 768
@@ -86,6 +86,10 @@ def write_pictures(folder: Path) -> None:
         (folder / f"{i:02d}.txt").write_text(f"a picture of zot, number {i}")
 
 
+def main(arguments: list[str]) -> None:
+    write_pictures(Path(arguments[0]) / "pictures")
+    write_model(Path(arguments[0]) / "model")
+
+
 if __name__ == "__main__":
-    write_pictures(Path(sys.argv[1]) / "pictures")
-    write_model(Path(sys.argv[1]) / "model")
+    main(sys.argv[1:])

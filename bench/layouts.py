@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 
-from bench.engine import FLUX, SD3, SDXL
 from bench.job import CLIP, T5, VAE
+from bench.step import FLUX, SD3, SDXL
 from tests.contract import original
 from trainer import assemble, standin
 from trainer.engine import place, stored
@@ -184,7 +184,8 @@ def measured(plan: ModelPlan, cache: Path, *, device: str) -> tuple[Any, dict[st
         denoiser = kind.load_denoiser(folder, device="cpu", dtype=as_stored)
         row["loaded_own_gib"] = loading[0] / GIB
         blocks, fused = kind.blocks(denoiser), facts.fused_targets if device == "cuda" else {}
-        place(denoiser, blocks, precision=precision, device=device, fused=fused, targets=facts.targets)
+        options = {"precision": precision, "dtype": torch.bfloat16, "device": device}
+        place(denoiser, blocks, **options, fused=fused, targets=facts.targets)
     row |= {"placed_s": round(time.monotonic() - started, 1), "placed_own_gib": loading[0] / GIB}
     if device == "cuda":
         row["device_peak_gib"] = torch.cuda.max_memory_allocated() / GIB

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ def measure(batches: Iterator[list[dict[str, torch.Tensor]]], weight: torch.Tens
     return statistics.median(b - a for a, b in itertools.pairwise(marks))
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:  # noqa: ARG001 (there is nothing to choose)
     weight = torch.randn(512, 512)
     with tempfile.TemporaryDirectory() as name:
         paths = [Path(name) / f"{i}.safetensors" for i in range(STEPS * BATCH)]
@@ -54,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import resource
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,12 +24,12 @@ from trainer.plan import DataPlan, Dataset, Source, Subset
 ASPECTS = (0.5, 0.75, 1.0, 1.333, 1.778)
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pictures", type=int, default=10_000)
     parser.add_argument("--side", type=int, default=256, help="square root of a picture's area, in pixels")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         draw(Path(folder), options.pictures, options.side)
         print(json.dumps(measure(Path(folder), options.workers)))
@@ -78,4 +79,4 @@ def _own_peak() -> int:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

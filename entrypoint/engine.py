@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+
 from entrypoint.checks import Notes, show
 from entrypoint.hardware import Hardware, select
 from entrypoint.settings import Settings
 from trainer import memory
 from trainer.errors import SettingsError
-from trainer.families import BaseModel, Facts
-from trainer.plan import Dataset, EnginePlan
+from trainer.families import BaseModel, Facts, Footprint
+from trainer.plan import Dataset, EnginePlan, Prompt
+from trainer.precision import PRECISIONS
 
 RECOMPUTE = {True: "all", False: "none"}
 HOST_SHARE = 0.5  # of the host's memory that may be pinned
@@ -22,9 +27,13 @@ def engine_plan(
     model: BaseModel,
     datasets: tuple[Dataset, ...],
     rank: int,
+    prompts: tuple[Prompt, ...],
     notes: Notes,
-) -> EnginePlan:
-    """Whatever the settings leave to be chosen, chosen for the hardware and the largest batch, with reasons."""
+) -> tuple[EnginePlan, tuple[Dataset, ...]]:
+    """Whatever the settings leave to be chosen, chosen for the hardware and the largest batch, with reasons.
+
+    The datasets come back with their batch size, where that was left to be chosen too.
+    """
     try:
         hardware = select(found, settings.backend)
     except SettingsError as problem:
@@ -33,8 +42,9 @@ def engine_plan(
     if settings.backend == "auto":
         notes.chose("BACKEND", hardware.backend, str(hardware))
     if settings.precision not in ("auto", *hardware.formats):
-        allowed = ", ".join(("auto", *hardware.formats))
-        notes.add(f"PARAMS_PRECISION={show(settings.precision)} is not what {hardware} can do. Allowed: {allowed}.")
+        needs, allowed = PRECISIONS[settings.precision].needs, ", ".join(("auto", *hardware.formats))
+        what = f"PARAMS_PRECISION={show(settings.precision)} is not what {hardware} can do"
+        notes.add(f"{what}: it needs {needs}. Allowed: {allowed}.")
     compiled = settings.compile
     if compiled is None:
         compiled = hardware.device != "cpu"
@@ -48,51 +58,77 @@ def engine_plan(
             f"PARAMS_ATTENTION={settings.attention}: {settings.base_model} has torch's own attention and no other. "
             "Allowed: auto, native."
         )
-    way = _way(settings, hardware, model=model, datasets=datasets, rank=rank, notes=notes)
-    return EnginePlan(
+    plan = EnginePlan(
         device=hardware.device,
-        precision=way.precision,
-        recompute=way.recompute,
-        kept_blocks=way.kept_blocks,
-        offload=way.offload,
         compile=compiled,
         attention="native" if settings.attention == "auto" else settings.attention,
         memory_limit_gib=settings.memory_limit_gib,
     )
-
-
-def _way(
-    settings: Settings, hardware: Hardware, *, model: BaseModel, datasets: tuple[Dataset, ...], rank: int, notes: Notes
-) -> memory.Way:
-    """The fastest that `trainer.memory` predicts to fit. Miniatures fit anywhere, as they are."""
     if model.footprint is None or hardware.device == "cpu":
-        precision = settings.precision
-        if precision == "auto":
-            precision = hardware.plain
-            notes.chose("PARAMS_PRECISION", precision, f"best for {hardware}")
-        recompute = RECOMPUTE[bool(settings.gradient_checkpointing)]
-        offload = settings.offload if settings.offload != "auto" else "none"
-        return memory.Way(precision, recompute, 0, offload, 0.0)
-    largest = max(datasets, key=lambda d: d.batch_size * d.resolution[0] * d.resolution[1])
-    work = memory.Work(
-        pixels=largest.resolution[0] * largest.resolution[1],
-        batch=largest.batch_size,
-        rank=rank,
-        optimizer=settings.optimizer_type,
+        return _as_it_is(settings, hardware, plan, notes=notes), datasets
+    drawn = max((p.width * p.height for p in prompts), default=0) if settings.sample_every_n_steps else 0
+    return _fitted(settings, hardware, plan, model.footprint, datasets, rank=rank, drawn=drawn, notes=notes)
+
+
+def _as_it_is(settings: Settings, hardware: Hardware, plan: EnginePlan, *, notes: Notes) -> EnginePlan:
+    """Of a miniature, which fits anywhere, or on a CPU, where nobody is short of memory."""
+    precision = settings.precision
+    if precision == "auto":
+        precision = hardware.plain
+        notes.chose("PARAMS_PRECISION", precision, f"best for {hardware}")
+    if settings.offload not in ("auto", "none") and hardware.device == "cpu":
+        notes.add(
+            f"PARAMS_OFFLOAD={settings.offload} is for accelerators: here the host's memory is all there is. "
+            "Allowed: auto, none."
+        )
+    if settings.batch_size == 0:
+        notes.chose("PARAMS_BATCH_SIZE", "dataset.json's", "no speed is known of this model here")
+    return dataclasses.replace(
+        plan,
+        precision=precision,
+        dtype=hardware.computes_in(precision),
+        recompute=RECOMPUTE[bool(settings.gradient_checkpointing)],
+        offload="none" if settings.offload == "auto" else settings.offload,
     )
-    precisions = hardware.formats[:2] if settings.precision == "auto" else (settings.precision,)
+
+
+def _fitted(
+    settings: Settings,
+    hardware: Hardware,
+    plan: EnginePlan,
+    footprint: Footprint,
+    datasets: tuple[Dataset, ...],
+    *,
+    rank: int,
+    drawn: int,
+    notes: Notes,
+) -> tuple[EnginePlan, tuple[Dataset, ...]]:
+    """The fastest that `trainer.memory` predicts to fit, in each phase of the job. `drawn`: pixels of a sample."""
+    largest = max(datasets, key=lambda d: d.batch_size * d.resolution[0] * d.resolution[1])
+    work = memory.Work(largest.resolution[0] * largest.resolution[1], largest.batch_size, rank, settings.optimizer_type)
+    precisions = hardware.automatic if settings.precision == "auto" else (settings.precision,)
     have = min(hardware.memory_gib, settings.memory_limit_gib or hardware.memory_gib)
-    allowed = [
-        way
-        for way in memory.ways(model.footprint, work, precisions)
-        if settings.gradient_checkpointing is None or (way.recompute != "none") is settings.gradient_checkpointing
-        if settings.offload in ("auto", way.offload)
-    ]
-    if not allowed:
-        notes.add("PARAMS_OFFLOAD=activations goes with PARAMS_GRADIENT_CHECKPOINTING=auto or true.")
-        return memory.Way(precisions[0], "none", 0, "none", 0.0)
-    host = hardware.host_memory_gib * HOST_SHARE
-    way = memory.best(model.footprint, work, allowed, have_gib=have, host_gib=host)
+    room, host = have * memory.SPARE, hardware.host_memory_gib * HOST_SHARE
+
+    def ways(work: memory.Work) -> list[memory.Way]:
+        return _allowed(settings, memory.ways(footprint, work, precisions))
+
+    def best(work: memory.Work) -> tuple[memory.Work, memory.Way]:
+        return work, memory.best(footprint, work, ways(work), have_gib=have, host_gib=host)
+
+    if not ways(work):
+        notes.add(
+            f"PARAMS_OFFLOAD={settings.offload} goes with PARAMS_GRADIENT_CHECKPOINTING=auto or true, and weights "
+            "not with PARAMS_LORA_TYPE=dora."
+        )
+        return plan, datasets
+    if settings.batch_size == 0:
+        tried = [best(dataclasses.replace(work, batch=batch)) for batch in memory.BATCHES]
+        work, way = memory.fastest(footprint, [t for t in tried if t[1].gib <= room] or tried[:1])
+        datasets = tuple(dataclasses.replace(d, batch_size=work.batch) for d in datasets)
+        notes.chose("PARAMS_BATCH_SIZE", work.batch, "most images per second in the memory there is")
+    else:
+        work, way = best(work)
     reason = f"{way.gib:.1f} GiB of {have:.0f} GiB are predicted for a step"
     if settings.precision == "auto":
         notes.chose("PARAMS_PRECISION", way.precision, f"fastest for {hardware}")
@@ -100,4 +136,54 @@ def _way(
         notes.chose("PARAMS_GRADIENT_CHECKPOINTING", str(way), reason)
     if settings.offload == "auto":
         notes.chose("PARAMS_OFFLOAD", way.offload, reason)
-    return way
+    streamed, tiled = _told(footprint, work, way, ways(work), have=have, drawn=drawn, notes=notes)
+    plan = dataclasses.replace(
+        plan,
+        precision=way.precision,
+        dtype=hardware.computes_in(way.precision),
+        recompute=way.recompute,
+        kept_blocks=way.kept_blocks,
+        offload=way.offload,
+        stream_encoders=streamed,
+        tile_vae=tiled,
+    )
+    return plan, datasets
+
+
+def _told(
+    footprint: Footprint,
+    work: memory.Work,
+    way: memory.Way,
+    ways: Sequence[memory.Way],
+    *,
+    have: float,
+    drawn: int,
+    notes: Notes,
+) -> tuple[bool, bool]:
+    """Whether the text encoders are streamed, and samples decoded in pieces; the log tells the ways there are."""
+    phases = partial(memory.phases, footprint, work, way, drawn_pixels=drawn)
+    peaks, room = phases(streamed=False, tiled=False), have * memory.SPARE
+    streamed, tiled = peaks["texts"] > room, peaks["samples"] > room
+    peaks = phases(streamed=streamed, tiled=tiled)
+    notes.reasons += [
+        f"Peaks predicted, in GiB of {have:.0f}: "
+        + ", ".join(f"{name} {gib:.1f}" for name, gib in peaks.items())
+        + ".",
+        *(["The text encoders come to the device layer by layer."] if streamed else []),
+        *(["Samples are decoded piece by piece."] if tiled else []),
+        f"Ways to train with batches of {work.batch}, first the one that is taken:",
+        *(f"  {one}" for one in dict.fromkeys(map(str, (way, *ways)))),
+    ]
+    return streamed, tiled
+
+
+def _allowed(settings: Settings, ways: Sequence[memory.Way]) -> list[memory.Way]:
+    """Those that the settings do not rule out."""
+    return [
+        way
+        for way in ways
+        if settings.gradient_checkpointing is None or (way.recompute != "none") is settings.gradient_checkpointing
+        if settings.offload in ("auto", way.offload)
+        # peft measures a layer's rows when it makes a DoRA adapter, and then the weights must be there.
+        if settings.lora_type != "dora" or way.offload != "weights"
+    ]

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import SettingsError, UnreachableError
-from trainer.precision import PRECISIONS
+from trainer.precision import PRECISIONS, supported
 
 GIB = 2**30
 BACKENDS = {"cuda": "nvidia", "rocm": "amd", "cpu": "cpu"}  # a value of BACKEND → the vendor that it asks for
 FORMATS = tuple(PRECISIONS)
-FP8_AMD = ("gfx942", "gfx950")
+# By speed; formats that lose more than a rounding are last. What was not measured is not first.
+_FASTEST = ("fp8", "bf16", "fp16", "int8", "int8-storage", "fp8-storage", "nf4")
+_FASTEST_AMD = ("bf16", "fp8", "int8-storage", "fp8-storage", "nf4")
 QUERY = ("nvidia-smi", "--query-gpu=index,compute_cap,memory.total,driver_version", "--format=csv,noheader,nounits")
 QUERY_SECONDS = 30.0  # without persistence mode the driver takes seconds to wake up
 BUILDS = {"nvidia": "cuda", "amd": "hip"}  # vendor → what torch.version calls a build for it
@@ -55,18 +57,29 @@ class Hardware:
         """The values of PARAMS_PRECISION that this hardware computes in, the one to choose by default first."""
         if self.vendor == "cpu":
             return FORMATS
-        if self.vendor == "nvidia" and _version(self.architecture) < (8, 0):
-            return ("fp32",)  # bf16 runs there, but slower than fp32
-        stored = ("fp8-storage", "int8-storage", "fp32")
-        if self.vendor == "nvidia":
-            fast = ("fp8", "bf16", "int8") if _version(self.architecture) >= (8, 9) else ("bf16", "int8")
-            return (*fast, *stored)
-        return ("bf16", *(("fp8",) if self.architecture in FP8_AMD else ()), *stored)
+        nvidia = self.vendor == "nvidia"
+        known = supported(nvidia=_version(self.architecture)) if nvidia else supported(amd=self.architecture)
+        first: tuple[str, ...] = _FASTEST if nvidia else _FASTEST_AMD
+        return (*(name for name in first if name in known), *(name for name in known if name not in first))
+
+    @property
+    def automatic(self) -> tuple[str, ...]:
+        """What PARAMS_PRECISION=auto may become: the fastest; if that is too large, 8 bits; and last, 4."""
+        if self.vendor == "cpu":
+            return self.formats[:1]
+        smaller = (next((name for name in self.formats if PRECISIONS[name].bytes == 1), ""), "nf4")
+        return tuple(dict.fromkeys((self.formats[0], *(name for name in smaller if name in self.formats))))
 
     @property
     def plain(self) -> str:
         """The format that computes with weights as they are, for models too small to gain from another."""
         return next(name for name in self.formats if name in ("bf16", "fp32"))
+
+    def computes_in(self, precision: str) -> str:
+        """torch's name of the type of activations, with weights in a format: 16 bits that are fast here."""
+        return PRECISIONS[precision].dtype or (
+            "bfloat16" if self.vendor == "cpu" or "bf16" in self.formats else "float16"
+        )
 
     def __str__(self) -> str:
         if self.vendor == "cpu":

@@ -71,15 +71,16 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
     )
     optim = _optim(settings, name, notes)
     lora = _lora(settings, facts, trained=optim.text_encoders, notes=notes)
+    engine, datasets = engine_plan(
+        settings, hardware, facts=facts, model=model, datasets=datasets, rank=lora.rank, prompts=prompts, notes=notes
+    )
     plan = Plan(
         model=model_plan,
         data=DataPlan(datasets, strict=settings.strict_dataset),
         lora=lora,
         optim=optim,
         train=_train(settings, facts, notes),
-        engine=engine_plan(
-            settings, hardware, facts=facts, model=model, datasets=datasets, rank=lora.rank, notes=notes
-        ),
+        engine=engine,
         output=_output(settings, datasets, now=now, notes=notes),
         prompts=prompts,
     )

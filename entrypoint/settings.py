@@ -187,6 +187,7 @@ def _allowed(row: Row) -> str:
     limits = span(row.low, row.high, above=row.above)
     return {
         "integer": f"whole number, {limits}",
+        "auto_integer": f"auto, or a whole number, {limits}",
         "number": f"number, {limits}",
         "size": f"side or WIDTHxHEIGHT, {limits} each",
         "switch": "true, false",
@@ -224,6 +225,10 @@ def _limited(number: float | None, row: Row, wanted: str) -> Any:
 
 def _integer(text: str, row: Row) -> int | None:
     return _limited(as_integer(text), row, "whole number") if text else None
+
+
+def _auto_integer(text: str, row: Row) -> int | None:
+    return 0 if text.lower() == "auto" else _integer(text, row)
 
 
 def _number(text: str, row: Row) -> float | None:
@@ -323,6 +328,7 @@ KINDS: dict[str, Callable[[str, Row], Any]] = {
     "text": _text,
     "choice": _choice,
     "integer": _integer,
+    "auto_integer": _auto_integer,
     "number": _number,
     "switch": _switch,
     "auto_switch": _auto_switch,

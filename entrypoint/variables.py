@@ -16,6 +16,7 @@ from entrypoint.finish import ACTIONS
 from entrypoint.hardware import BACKENDS, FORMATS
 from entrypoint.options import Row, Secret, row
 from trainer.families import base_models, timestep_samplings
+from trainer.memory import OFFLOADS
 from trainer.optim import OPTIMIZERS, SCHEDULERS
 
 GROUPS = {  # the field that each group begins with
@@ -92,7 +93,12 @@ class Settings:
     )
     cache_path: Path = row("CACHE_PATH", "path", default="/workspace/cache", means="where encoded pictures are kept")
     batch_size: int | None = row(
-        "PARAMS_BATCH_SIZE", "integer", means="pictures at once", low=1, high=4096, otherwise="dataset.json's"
+        "PARAMS_BATCH_SIZE",
+        "auto_integer",
+        means="pictures at once; auto: with the most images per second",
+        low=1,
+        high=4096,
+        otherwise="dataset.json's",
     )
     resolution: tuple[int, int] | None = row(
         "PARAMS_RESOLUTION",
@@ -298,8 +304,8 @@ class Settings:
         "PARAMS_OFFLOAD",
         "choice",
         default="auto",
-        means="what waits in the host's memory: what the backward pass needs",
-        choices=lambda: ("auto", "none", "activations"),
+        means="what waits in the host's memory: what the backward pass needs, or that and the weights",
+        choices=lambda: ("auto", *OFFLOADS),
     )
     compile: bool | None = row("PARAMS_COMPILE", "auto_switch", default="auto", means="compile the model's blocks")
     attention: str = row(

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from trainer import files, prepare
+from trainer.engine import loaded, torch_dtype
 from trainer.families import Family
-from trainer.plan import Prompt
+from trainer.plan import EnginePlan, Prompt
 
 log = logging.getLogger(__name__)
 VERSION = 1  # of how they are drawn: another one draws them anew
@@ -52,8 +53,7 @@ def fill(
     *,
     family: Family,
     model: Path,
-    device: str,
-    dtype: torch.dtype,
+    engine: EnginePlan,
     scheduler: dict[str, Any],
     tick: Callable[[], None],
 ) -> None:
@@ -64,12 +64,14 @@ def fill(
         return
     started = time.monotonic()
     texts = list(dict.fromkeys(prepare.prompt_texts([prompt for _, prompt in missing])))
-    encoders = family.load_encoders(model, device=device, dtype=dtype)
+    encoders = prepare.text_encoders(family, model, engine)
     encoded = dict(zip(texts, family.encode_text(encoders, texts), strict=True))
     del encoders
     prepare.release()
-    denoiser = family.load_denoiser(model, device=device, dtype=dtype)
-    vae = family.load_vae(model, device=device)
+    denoiser, stream = loaded(family, model, engine, fused={}, targets=())
+    if stream:
+        stream.wrap()
+    device, dtype, vae = engine.device, torch_dtype(engine), prepare.decoder(family, model, engine)
     for path, prompt in missing:
         tick()
         text, negative = (
@@ -81,6 +83,6 @@ def fill(
             )
         with files.replacing(path) as temporary:
             image.save(temporary, format="PNG")
-    del denoiser, vae
+    del denoiser, stream, vae
     prepare.release()
     log.info("Drew %d class pictures in %.1f s.", len(missing), time.monotonic() - started)

@@ -14,11 +14,13 @@ import torch
 from trainer import keys, lora, recompute
 from trainer.assemble import HALF
 from trainer.errors import SettingsError
+from trainer.families import Family
 from trainer.frozen import freeze
 from trainer.memory import described
 from trainer.plan import EnginePlan
-from trainer.precision import PRECISIONS, form_for
+from trainer.precision import form_for
 from trainer.standin import NAMES
+from trainer.stream import Stream
 
 log = logging.getLogger(__name__)
 
@@ -33,21 +35,31 @@ def stored(folder: Path) -> torch.dtype:
     return next((dtype for dtype, name in NAMES.items() if name == most), torch.bfloat16)  # which holds all of fp8
 
 
+def torch_dtype(plan: EnginePlan) -> torch.dtype:
+    """What activations are computed in."""
+    dtype: torch.dtype = getattr(torch, plan.dtype)
+    return dtype
+
+
 def place(
     denoiser: Any,
     blocks: lora.Blocks,
     *,
     precision: str,
+    dtype: torch.dtype,
     device: str,
     fused: lora.Fused,
     targets: Sequence[str],
-) -> None:
+    streamed: Sequence[torch.nn.Module] = (),
+) -> Stream | None:
     """Bring the denoiser to `device` block by block, in the format of `precision`, joining projections on the way.
 
-    Neither the host nor the device ever holds more than one block besides the mapped file and the result.
+    Neither the host nor the device ever holds more than one block besides the mapped file and the result. The weights
+    of the regions `streamed` stay on the host; the stream that brings them is returned.
     """
-    form, dtype = form_for(precision, device), PRECISIONS[precision].torch_dtype
-    inside = {m for _, block in blocks for m in block.modules()}
+    form = form_for(precision, device)
+    inside = {m for part in (*(block for _, block in blocks), *streamed) for m in part.modules()}
+    stream = Stream(device) if streamed else None
     for module in (m for m in denoiser.modules() if m not in inside):
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             tensor.data = tensor.to(device, dtype if tensor.is_floating_point() else None)
@@ -56,16 +68,56 @@ def place(
         lora.fuse([(name, block)], fused=fused, targets=targets)
         if form is not None:
             freeze(block, form)
+        if stream:
+            for region in (m for m in block.modules() if m in streamed):
+                stream.take(region)
+    if stream:
+        for region in (r for r in streamed if r not in stream.regions):
+            _channels_last(region.to(device, dtype), device)
+            stream.take(region)
+        stream.settle()
     denoiser.to(device)
+    _channels_last(denoiser, device)
+    return stream
+
+
+def _channels_last(module: Any, device: str) -> None:
+    """As convolutions on tensor cores want their weights."""
     if device == "cuda":
-        denoiser.to(memory_format=torch.channels_last)  # as convolutions on tensor cores want their weights
+        module.to(memory_format=torch.channels_last)
+
+
+def loaded(
+    kind: Family, model: Path, plan: EnginePlan, *, fused: lora.Fused, targets: Sequence[str]
+) -> tuple[Any, Stream | None]:
+    """The denoiser in `model` as `plan` wants it (see `place`), and the stream of its weights if there is one."""
+    denoiser = kind.load_denoiser(model, device="cpu", dtype=stored(model / kind.FACTS.parts["denoiser"]))
+    if plan.attention != "native":
+        denoiser.set_attention_backend(plan.attention)
+    stream = place(
+        denoiser,
+        kind.blocks(denoiser),
+        precision=plan.precision,
+        dtype=torch_dtype(plan),
+        device=plan.device,
+        fused=fused,
+        targets=targets,
+        streamed=kind.regions(denoiser) if plan.offload == "weights" else (),
+    )
+    return denoiser, stream
 
 
 class Engine:
     """How the regions of a denoiser run (see `trainer.recompute`). `lower` trades speed for memory."""
 
-    def __init__(self, denoiser: torch.nn.Module, regions: Sequence[torch.nn.Module], plan: EnginePlan) -> None:
-        self.denoiser, self.regions = denoiser, list(regions)
+    def __init__(
+        self,
+        denoiser: torch.nn.Module,
+        regions: Sequence[torch.nn.Module],
+        plan: EnginePlan,
+        stream: Stream | None = None,
+    ) -> None:
+        self.denoiser, self.regions, self.stream, self.device = denoiser, list(regions), stream, plan.device
         self.compiled, self.rungs = plan.compile, rungs(plan.recompute, plan.kept_blocks, plan.offload)
         self._climb()
 
@@ -74,7 +126,14 @@ class Engine:
         kept = min(kept, len(self.regions))  # of a variant that may have fewer than its family's footprint says
         policies = ["none"] * kept + [policy] * (len(self.regions) - kept)
         recompute.apply(self.regions, policies, compiled=self.compiled)
-        self.offload = recompute.Offload(self.denoiser) if offload == "activations" else None
+        if offload == "weights" and self.stream is None:
+            self.stream = Stream(self.device)
+            for region in self.regions:
+                self.stream.take(region)
+            self.stream.settle()
+        if self.stream:
+            self.stream.wrap()
+        self.offload = recompute.Offload(self.denoiser, stream=self.stream) if offload != "none" else None
 
     def lower(self, problem: str) -> None:
         """The next way, with less memory. Raises SettingsError where there is none."""
@@ -91,13 +150,18 @@ class Engine:
 
 def rungs(policy: str, kept: int, offload: str) -> list[tuple[str, int, str]]:
     """This way to run and those below it, each with less memory: (policy, blocks that keep all, offload)."""
-    below = [("attention", 0, "none"), ("attention", 0, "activations"), ("all", 0, "activations")]
-    if offload != "none":
-        below = below[2:] if policy == "attention" else [] if policy == "all" else below[1:]
-    elif policy == "all":
-        below = below[2:]
-    elif policy == "attention" and not kept:
-        below = below[1:]
+    ladder = [
+        ("attention", 0, "none"),
+        ("attention", 0, "activations"),
+        ("all", 0, "activations"),
+        ("all", 0, "weights"),
+    ]
+    if offload == "weights":
+        below = ladder[3:] if policy != "all" else []
+    elif offload == "activations":
+        below = {"none": ladder[1:], "attention": ladder[2:], "all": ladder[3:]}[policy]
+    else:
+        below = {"none": ladder, "attention": ladder if kept else ladder[1:], "all": ladder[2:]}[policy]
     return [(policy, kept, offload), *below]
 
 

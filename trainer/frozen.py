@@ -24,6 +24,7 @@ else:
     from trainer.quantize import quantize_rows, transpose
 
 Rows = torch.Tensor | None
+BLOCK = 64  # numbers that share a scale in nf4
 
 # ---- an operator, which the compiler takes as one. Defined plainly: what a call costs the host counts.
 _OPERATORS = torch.library.Library("kiln", "FRAGMENT")
@@ -97,32 +98,58 @@ def whole(w_NK: torch.Tensor, scale_1N: torch.Tensor, dtype: torch.dtype) -> tor
     return (w_NK.float() * scale_1N.t()).to(dtype)
 
 
-def _stored_forward(x, w, scale, bias, h, up):  # type: ignore[no-untyped-def]
-    y = F.linear(x, whole(w, scale, x.dtype), bias)
-    return y if h is None else y + h @ up.t()
+def _nf4_store(weight_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two numbers to a byte, (N, K / 2), and the scale of each block of 64, by bitsandbytes."""
+    from bitsandbytes.functional import quantize_4bit
+
+    packed, state = quantize_4bit(weight_NK.contiguous(), blocksize=BLOCK, quant_type="nf4")
+    return packed.view(weight_NK.shape[0], -1), state.absmax.view(1, -1)
 
 
-def _stored_backward(g, w, scale, gh, down):  # type: ignore[no-untyped-def]
-    gx = g @ whole(w, scale, g.dtype)
-    return gx if gh is None else gx + gh @ down
+def _nf4_whole(w: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    restore = torch.ops.bitsandbytes.dequantize_4bit.default
+    found: torch.Tensor = restore(w, scale.view(-1), BLOCK, "nf4", [w.shape[0], 2 * w.shape[1]], dtype)
+    return found
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a frozen weight is kept and multiplied."""
+    """How a frozen weight is kept and multiplied. `store`: (N, K) → what is kept of it, and its scales."""
 
-    forward: Callable[..., torch.Tensor]
-    backward: Callable[..., torch.Tensor]
     dtype: torch.dtype
     multiple: int = 1  # of both sides
+    forward: Callable[..., torch.Tensor] | None = None  # None: by the weight that `whole` gives
+    backward: Callable[..., torch.Tensor] | None = None
+    whole: Callable[..., torch.Tensor] = whole
+
+    def store(self, weight_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.dtype == torch.uint8:
+            return _nf4_store(weight_NK)
+        values, scale_N1 = reference_quantize_rows(weight_NK, None, self.dtype)
+        return values, scale_N1.t().contiguous()
+
+    def product(self, x, w, scale, bias, h, up):  # type: ignore[no-untyped-def]
+        """x wᵀ + bias + h upᵀ."""
+        if self.forward:
+            return self.forward(x, w, scale, bias, h, up)
+        y = F.linear(x, self.whole(w, scale, x.dtype), bias)
+        return y if h is None else y + h @ up.t()
+
+    def gradient(self, g, w, scale, gh, down):  # type: ignore[no-untyped-def]
+        """g w + gh down: of the input."""
+        if self.backward:
+            return self.backward(g, w, scale, gh, down)
+        gx = g @ self.whole(w, scale, g.dtype)
+        return gx if gh is None else gx + gh @ down
 
 
 FORMS = {
-    "fp8": Form(_fp8_forward, _fp8_backward, torch.float8_e4m3fn, 16),
-    "fp8-fnuz": Form(_fp8_forward, _fp8_backward, torch.float8_e4m3fnuz, 16),
-    "fp8-storage": Form(_stored_forward, _stored_backward, torch.float8_e4m3fn),
-    "int8": Form(_int8_forward, _int8_backward, torch.int8, 16),
-    "int8-storage": Form(_stored_forward, _stored_backward, torch.int8),
+    "fp8": Form(torch.float8_e4m3fn, 16, _fp8_forward, _fp8_backward),
+    "fp8-fnuz": Form(torch.float8_e4m3fnuz, 16, _fp8_forward, _fp8_backward),
+    "fp8-storage": Form(torch.float8_e4m3fn),
+    "int8": Form(torch.int8, 16, _int8_forward, _int8_backward),
+    "int8-storage": Form(torch.int8),
+    "nf4": Form(torch.uint8, BLOCK, whole=_nf4_whole),
 }
 
 
@@ -134,14 +161,14 @@ class _Product(torch.autograd.Function):
         h_MR = None if down is None else x @ down.t()
         ctx.form = form
         ctx.save_for_backward(None if down is None else x, h_MR, w, scale, down, up)
-        return FORMS[form].forward(x, w, scale, bias, h_MR, up)
+        return FORMS[form].product(x, w, scale, bias, h_MR, up)
 
     @staticmethod
     def backward(ctx: Any, g):  # type: ignore[no-untyped-def]
         x, h_MR, w, scale, down, up = ctx.saved_tensors
         g = g.contiguous()
         gh_MR = None if up is None else g @ up
-        gx = FORMS[ctx.form].backward(g, w, scale, gh_MR, down) if ctx.needs_input_grad[0] else None
+        gx = FORMS[ctx.form].gradient(g, w, scale, gh_MR, down) if ctx.needs_input_grad[0] else None
         if gh_MR is None:
             return gx, None, None, None, None, None, None
         return gx, None, None, None, gh_MR.t() @ x, g.t() @ h_MR, None
@@ -154,7 +181,7 @@ def product(x, w, scale, bias, down, up, form):  # type: ignore[no-untyped-def]
 
 
 class FrozenLinear(torch.nn.Module):
-    """A linear layer whose weight is kept in 8 bits and never trained. `form`: a key of `FORMS`."""
+    """A linear layer whose weight is kept in 8 bits or 4 and never trained. `form`: a key of `FORMS`."""
 
     weight_NK: torch.Tensor
     scale_1N: torch.Tensor
@@ -162,16 +189,16 @@ class FrozenLinear(torch.nn.Module):
     def __init__(self, linear: torch.nn.Linear, form: str) -> None:
         super().__init__()
         self.in_features, self.out_features, self.form = linear.in_features, linear.out_features, form
-        values, scale_N1 = reference_quantize_rows(linear.weight.detach(), None, FORMS[form].dtype)
+        values, scales = FORMS[form].store(linear.weight.detach())
         self.register_buffer("weight_NK", values)
-        self.register_buffer("scale_1N", scale_N1.t().contiguous())
+        self.register_buffer("scale_1N", scales)
         self.bias = linear.bias
         self.dtype = linear.weight.dtype
 
     @property
     def weight(self) -> torch.Tensor:
         """The weight that it stands for, (N, K), made anew each time."""
-        return whole(self.weight_NK, self.scale_1N, self.dtype)
+        return FORMS[self.form].whole(self.weight_NK, self.scale_1N, self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.product(x, None, None)
@@ -203,6 +230,9 @@ def freeze(block: torch.nn.Module, form: str) -> None:
 
     Layers whose sides are no multiples of what the form needs stay as they are.
     """
+    if form == "torchao":
+        _train_in_float8(block)
+        return
     stored = {"fp8": "fp8-storage", "fp8-fnuz": "fp8-storage", "int8": "int8-storage"}.get(form, form)
     for name, layer in list(block.named_modules()):
         if not isinstance(layer, torch.nn.Linear):
@@ -212,3 +242,20 @@ def freeze(block: torch.nn.Module, form: str) -> None:
             continue
         parent, _, leaf = name.rpartition(".")
         setattr(block.get_submodule(parent), leaf, FrozenLinear(layer, here))
+
+
+def _train_in_float8(block: torch.nn.Module) -> None:
+    """torchao's float8 training: weights in 16 bits, quantised tensor by tensor in each product.
+
+    As in its published recipe for diffusion models, `proj_out` and sizes that 16 does not divide stay as they are.
+    """
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    def fits(layer: torch.nn.Module, name: str) -> bool:
+        sides = (layer.in_features, layer.out_features) if isinstance(layer, torch.nn.Linear) else (1,)
+        return "proj_out" not in name and not any(side % 16 for side in sides)
+
+    on_cpu = next(block.parameters()).device.type == "cpu"  # which has no such products
+    convert_to_float8_training(
+        block, module_filter_fn=fits, config=Float8LinearConfig(pad_inner_dim=True, emulate=on_cpu)
+    )

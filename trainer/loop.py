@@ -111,16 +111,20 @@ def train(
     device: str,
     seed: int,
     first_step: int,
+    loss_scale: float = 1.0,
 ) -> Iterator[Step]:
     """One optimiser step for each group of micro-batches; yields after each.
 
     `groups`: (epoch, micro-batches); the group's gradient is the mean over its pictures, whatever the sizes of its
-    micro-batches. A step to whose numbers `guard` objects leaves the weights as they are. Raises NumbersError when
+    micro-batches. Backward passes are `loss_scale` times as large as the gradient, for formats that would lose small
+    numbers. A step to whose numbers `guard` objects leaves the weights as they are. Raises NumbersError when
     that was once too often, and OutOfMemoryError where not even one picture fits.
     """
-    backward = _Backward(predict, goal, torch.Generator(device), seed, forget=optimizer.zero_grad)
+    backward = _Backward(predict, goal, torch.Generator(device), seed, loss_scale, forget=optimizer.zero_grad)
     for number, (epoch, group) in enumerate(groups, first_step):
         each_B = backward(group, number)
+        if loss_scale != 1:
+            torch._foreach_div_([p.grad for p in params if p.grad is not None], loss_scale)
         loss = sum(each.sum().item() for each in each_B) / sum(len(each) for each in each_B)
         norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm or float("inf")).item()
         objection = guard.objection(loss, norm)
@@ -141,6 +145,7 @@ class _Backward:
     goal: objective.Objective
     generator: torch.Generator
     seed: int
+    loss_scale: float
     forget: Callable[[], None]  # drops what a failed attempt has added
     at_once: int | None = None  # pictures; None: whole micro-batches
 
@@ -180,7 +185,7 @@ class _Backward:
                 some, part = drawn.part(rows), here.part(rows)
                 predicted = self.predict(some.noisy_BCHW, some.t_B, part)
                 each_B = objective.loss(predicted, some, mask_B1HW=part.mask_B1HW, weight_B=part.weight_B)
-                (each_B.sum() / images).backward()
+                (each_B.sum() / images * self.loss_scale).backward()
                 parts.append(each_B.detach())
             found.append(torch.cat(parts))
         return found

@@ -2,7 +2,7 @@
 
 A step takes: the frozen weights; the adapters with their gradients and their optimiser's state; and for each picture
 and each token what the regions keep, which depends on what is recomputed, and what the region at work needs besides.
-The constants (`trainer.families.Footprint`) are measured by `python -m bench.engine`.
+The constants (`trainer.families.Footprint`) are measured by `python -m bench step`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,29 @@ STATE_BYTES = {
     "lion": 12,
 }  # of one trained number, all in all
 SPARE = 0.93  # of the memory there is: the driver's own, and gaps between tensors
+TIGHT = 0.97  # likewise, before a way that is much slower is taken: the rehearsal sees whether it fits
+OFFLOADS = {  # what waits in the host's memory, in words for the log
+    "none": "",
+    "activations": ", kept on the host",
+    "weights": ", kept on the host as the weights are",
+}
+RESIDENT = (
+    ("none", "none"),
+    ("attention", "none"),
+    ("attention", "activations"),
+    ("all", "none"),
+    ("all", "activations"),
+)
+SLOTS = 2  # regions on the device at once where weights are streamed (trainer.stream)
+# Seconds of a step by what is recomputed, as a multiple of those with everything kept, of Flux.1 in FP8 on one
+# accelerator (docs/performance.md); and what a step costs besides, in the time of so many thousands of tokens.
+COST = {"none": 1.0, "attention": 1.2, "all": 1.28}
+STREAMED = 2.0  # times as long, where the bus is what is waited for: not measured
+STEP = 1.0
+BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+WORTH = 1.02  # times the images per second that a larger batch must bring to be chosen
+# The VAE of all families, in fp32: its weights, and GiB for a million (2^20) pixels of one picture.
+VAE, ENCODE, DECODE = 0.31, 2.6, 3.2
 
 
 @dataclass(frozen=True)
@@ -41,7 +64,7 @@ def described(recompute: str, kept_blocks: int, offload: str) -> str:
     """A way in words, for the log."""
     what = {"none": "everything kept", "attention": "all but attention recomputed", "all": "all recomputed"}[recompute]
     kept = f", {kept_blocks} blocks kept whole" if kept_blocks else ""
-    return f"{what}{kept}{', kept on the host' if offload != 'none' else ''}"
+    return f"{what}{kept}{OFFLOADS[offload]}"
 
 
 @dataclass(frozen=True)
@@ -58,54 +81,93 @@ class Work:
         return self.batch * (self.pixels / 256 + of.text_tokens) / 1024
 
 
+def _wide(precision: str) -> int:
+    """Bytes of an activation."""
+    return 4 if PRECISIONS[precision].dtype == "float32" else 2
+
+
+def weights(of: Footprint, precision: str, offload: str = "none") -> float:
+    """The denoiser's frozen weights on the device, in GiB."""
+    each = PRECISIONS[precision].bytes or _wide(precision)
+    inside = SLOTS * of.largest if offload == "weights" else of.blocks
+    return (inside * each + of.rest * _wide(precision)) / GIB
+
+
 def predicted(
     of: Footprint, work: Work, *, precision: str, recompute: str, kept_blocks: int = 0, offload: str = "none"
 ) -> float:
     """The peak of training, in GiB."""
-    kind = PRECISIONS[precision]
-    wide = 4 if kind.dtype == "float32" else 2
-    weights = (of.blocks * kind.bytes + of.rest * wide) / GIB
     trained = of.adapters * work.rank * STATE_BYTES.get(work.optimizer, 16) / GIB
-    tokens = work.kilotokens(of)
     kept = of.kept["host"] if offload != "none" else of.kept[recompute]
     share = kept_blocks / of.regions
-    return weights + trained + tokens * wide / 2 * (of.working + kept * (1 - share) + of.kept["none"] * share)
+    tokens = work.kilotokens(of) * _wide(precision) / 2
+    each = of.working + kept * (1 - share) + of.kept["none"] * share
+    return weights(of, precision, offload) + trained + tokens * each
 
 
-def on_host(of: Footprint, work: Work) -> float:
-    """What keeping attention in the host's memory takes there, in GiB."""
-    return of.kept["attention"] * work.kilotokens(of)
+def on_host(of: Footprint, work: Work, way: Way) -> float:
+    """What a way keeps in the host's memory, in GiB."""
+    if way.offload == "none":
+        return 0.0
+    streamed = weights(of, way.precision) if way.offload == "weights" else 0.0
+    return of.kept["all" if way.recompute == "all" else "attention"] * work.kilotokens(of) + streamed
 
 
 def ways(of: Footprint, work: Work, precisions: Iterable[str]) -> list[Way]:
-    """Fastest first, for each precision in its turn."""
-    orders = (
-        ("none", "none"),
-        ("attention", "none"),
-        ("attention", "activations"),
-        ("all", "none"),
-        ("all", "activations"),
-    )
-    return [
-        Way(
-            precision,
-            recompute,
-            0,
-            offload,
-            predicted(of, work, precision=precision, recompute=recompute, offload=offload),
+    """The ways to be tried, the best first: weights that stay on the device, in each precision in its turn; then
+    weights that are streamed; and 4 bits after all others."""
+    named = list(precisions)
+    wide = [p for p in named if (PRECISIONS[p].bytes or 2) >= 1]
+    orders = [
+        (precision, *order)
+        for some in (wide, [p for p in named if p not in wide])
+        for precision, *order in (
+            *((p, *o) for p in some for o in RESIDENT),
+            *((p, "all", "weights") for p in some[-1:]),
         )
-        for precision in precisions
-        for recompute, offload in orders
     ]
+    return [Way(p, r, 0, o, predicted(of, work, precision=p, recompute=r, offload=o)) for p, r, o in orders]
 
 
 def best(of: Footprint, work: Work, choices: Sequence[Way], *, have_gib: float, host_gib: float) -> Way:
     """The first way that fits, or the one that takes least. Blocks keep all as far as the memory goes."""
     room = have_gib * SPARE
-    possible = [way for way in choices if way.offload == "none" or on_host(of, work) <= host_gib] or list(choices)
-    way = next((way for way in possible if way.gib <= room), min(possible, key=lambda way: way.gib))
+    possible = [way for way in choices if on_host(of, work, way) <= host_gib] or list(choices)
+    rooms = {"none": room, "activations": have_gib * TIGHT, "weights": room}
+    way = next((way for way in possible if way.gib <= rooms[way.offload]), min(possible, key=lambda way: way.gib))
     whole = predicted(of, work, precision=way.precision, recompute="none")
     if way.recompute != "attention" or way.offload != "none" or way.gib > room:
         return way
     kept = int((room - way.gib) / (whole - way.gib) * of.regions)
     return replace(way, kept_blocks=kept, gib=way.gib + (whole - way.gib) * kept / of.regions)
+
+
+def speed(of: Footprint, work: Work, way: Way) -> float:
+    """Images for a unit of time; only to compare batches of the same pictures on the same hardware."""
+    share = way.kept_blocks / of.regions
+    cost = COST[way.recompute] * (1 - share) + COST["none"] * share
+    return work.batch / (STEP + work.kilotokens(of) * cost * (STREAMED if way.offload == "weights" else 1))
+
+
+def fastest(of: Footprint, tried: Iterable[tuple[Work, Way]]) -> tuple[Work, Way]:
+    """Of several batches, smallest first, that with the most images per second; a larger one must be worth it."""
+    chosen, most = None, 0.0
+    for work, way in tried:
+        if (found := speed(of, work, way)) > most * WORTH:
+            chosen, most = (work, way), found
+    assert chosen is not None
+    return chosen
+
+
+def phases(of: Footprint, work: Work, way: Way, *, streamed: bool, tiled: bool, drawn_pixels: int) -> dict[str, float]:
+    """The predicted peak of each phase, in GiB. `drawn_pixels`: of the largest sample."""
+    encoders = of.encoders * _wide(way.precision) / GIB
+    return {
+        "texts": 0.5 + (encoders / 12 if streamed else encoders),  # two of 24 layers
+        "latents": VAE + ENCODE * work.pixels / 2**20,
+        "training": way.gib,
+        "samples": weights(of, way.precision, way.offload)
+        + of.adapters * work.rank * STATE_BYTES.get(work.optimizer, 16) / GIB
+        + VAE
+        + (1.0 if tiled else DECODE * drawn_pixels / 2**20),
+    }

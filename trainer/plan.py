@@ -158,9 +158,12 @@ class TrainPlan:
 class EnginePlan:
     device: str = "cpu"  # a torch device type
     precision: str = "fp32"  # an entry of trainer.precision
+    dtype: str = "float32"  # torch's name of what activations are computed in
     recompute: str = neutral("none")  # a key of trainer.recompute.POLICIES: what the backward pass computes again
     kept_blocks: int = neutral(0)  # blocks that keep everything, whatever `recompute` says
-    offload: str = neutral("none")  # "activations": what is kept is kept in the host's memory
+    offload: str = neutral("none")  # a key of trainer.memory.OFFLOADS: what waits in the host's memory
+    stream_encoders: bool = neutral(False)  # the text encoders' layers come to the device one by one
+    tile_vae: bool = neutral(False)  # samples are decoded piece by piece
     compile: bool = False
     attention: str = "native"  # an attention backend of diffusers
     memory_limit_gib: float | None = neutral(None)

@@ -9,18 +9,20 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from trainer import cache as caching
-from trainer import files
+from trainer import files, stream
 from trainer.cache import Cache
 from trainer.dataset import WARNING, Scan, survey
+from trainer.engine import torch_dtype
 from trainer.errors import DataError
 from trainer.families import Family
 from trainer.loop import MicroBatch
 from trainer.order import Batch, Example, Order
-from trainer.plan import DataPlan, Prompt
+from trainer.plan import DataPlan, EnginePlan, Prompt
 
 log = logging.getLogger(__name__)
 CAPTIONS = 16  # encoded at once
@@ -57,8 +59,7 @@ def fill_texts(
     *,
     family: Family,
     model: Path,
-    device: str,
-    dtype: torch.dtype,
+    engine: EnginePlan,
     tick: Callable[[], None],
 ) -> None:
     """Encode the captions that the cache lacks; the text encoders are loaded only if there are any."""
@@ -66,13 +67,31 @@ def fill_texts(
         log.info("All %d captions are in the cache.", len(set(captions)))
         return
     started = time.monotonic()
-    encoders = family.load_encoders(model, device=device, dtype=dtype)
+    encoders = text_encoders(family, model, engine)
     count = caching.encode_texts(
         cache, captions, encode=partial(family.encode_text, encoders), batch=CAPTIONS, tick=tick
     )
     del encoders
     release()
     log.info("Encoded %d of %d captions in %.1f s.", count, len(set(captions)), time.monotonic() - started)
+
+
+def text_encoders(family: Family, model: Path, engine: EnginePlan) -> Any:
+    """Tokenizers and text encoders for `encode_text`; their layers are streamed where the plan says so."""
+    where = "cpu" if engine.stream_encoders else engine.device
+    encoders = family.load_encoders(model, device=where, dtype=torch_dtype(engine))
+    for name, part in encoders.components.items() if engine.stream_encoders else ():
+        if name.startswith("text_encoder") and part is not None:
+            stream.layers(part, engine.device)
+    return encoders
+
+
+def decoder(family: Family, model: Path, engine: EnginePlan) -> Any:
+    """The VAE for drawing; it decodes piece by piece where the plan says so."""
+    vae = family.load_vae(model, device=engine.device)
+    if engine.tile_vae:
+        vae.enable_tiling()
+    return vae
 
 
 def fill_images(

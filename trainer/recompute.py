@@ -6,10 +6,13 @@ import functools
 import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from trainer.stream import Stream
 
 _ATTENTION = ("flash", "cudnn", "efficient")
 KEPT = {getattr(torch.ops.aten, f"_scaled_dot_product_{name}_attention").default for name in _ATTENTION}
@@ -19,13 +22,21 @@ def _keep_attention(_: Any, operator: Any, *__: Any, **___: Any) -> CheckpointPo
     return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def _forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The forward pass, with its weights where they must be (`trainer.stream`); what is compiled takes them saved."""
+    if not torch.compiler.is_compiling() and "load" in self.__dict__:
+        with _disable_current_modes():  # its copies are none of what is recomputed
+            self.__dict__["load"]()
+    return type(self).forward(self, *args, **kwargs)
+
+
 def _recompute_all(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return checkpoint(type(self).forward, self, *args, use_reentrant=False, **kwargs)
+    return checkpoint(_forward, self, *args, use_reentrant=False, **kwargs)
 
 
 def _recompute_but_attention(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     contexts = functools.partial(create_selective_checkpoint_contexts, _keep_attention)
-    return checkpoint(type(self).forward, self, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+    return checkpoint(_forward, self, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
 # From least memory to most. Checkpoints are inside what is compiled: the compiler then plans both passes at once.
@@ -68,11 +79,13 @@ class Offload:
     """Inside, large tensors that autograd saves go to pinned host memory as they are made, and come back in time.
 
     Copies run on streams of their own, both ways at once; what the backward pass needs next is fetched `ahead` bytes
-    early. Weights stay where they are.
+    early. Weights stay where they are, or are left to `stream`.
     """
 
-    def __init__(self, model: torch.nn.Module, *, smallest: int = 2**22, ahead: int = 2**29) -> None:
-        self.smallest, self.ahead = smallest, ahead
+    def __init__(
+        self, model: torch.nn.Module, *, stream: Stream | None = None, smallest: int = 2**22, ahead: int = 2**29
+    ) -> None:
+        self.stream, self.smallest, self.ahead = stream, smallest, ahead
         self.weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
         self.out, self.back = torch.cuda.Stream(), torch.cuda.Stream()
         self.free: dict[tuple[Any, ...], list[tuple[torch.Tensor, torch.cuda.Event]]] = {}
@@ -87,6 +100,8 @@ class Offload:
         self.hooks.__exit__(*problem)
 
     def _pack(self, tensor: torch.Tensor) -> Any:
+        if self.stream and not isinstance(weights := self.stream.pack(tensor), torch.Tensor):
+            return weights
         if not tensor.is_cuda or tensor.nbytes < self.smallest or tensor.untyped_storage().data_ptr() in self.weights:
             return tensor
         key = (tensor.shape, tensor.stride(), tensor.dtype)
@@ -107,7 +122,7 @@ class Offload:
 
     def _unpack(self, stored: Any) -> torch.Tensor:
         if not isinstance(stored, _Stored):
-            return stored
+            return self.stream.unpack(stored) if self.stream else cast(torch.Tensor, stored)
         index = self.stored.index(stored)
         wanted = 0
         for each in reversed(self.stored[: index + 1]):

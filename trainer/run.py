@@ -22,7 +22,7 @@ from trainer.cache import Cache
 from trainer.class_pictures import Wanted
 from trainer.crashes import Crashes
 from trainer.dataset import Scan
-from trainer.engine import Engine, place, stored
+from trainer.engine import Engine, loaded, torch_dtype
 from trainer.errors import HangError, KilnError, OutOfMemoryError, SettingsError, StorageError
 from trainer.families import Facts, Family, base_models, family
 from trainer.guard import Guard
@@ -32,7 +32,6 @@ from trainer.metrics import Status
 from trainer.objective import make_objective, scheduler_changes
 from trainer.order import Order, fingerprint, fingerprint_differences
 from trainer.plan import Plan, Prompt, goes_on
-from trainer.precision import PRECISIONS
 from trainer.session import Session
 from trainer.stop import StopFlag
 from trainer.text_encoders import TextEncoders
@@ -99,10 +98,7 @@ def _with_class_pictures(plan: Plan, *, status: Status, tick: Callable[[], None]
         datasets.append(dataclasses.replace(dataset, subsets=tuple(subsets)))
     if drawn:
         status.phase("drawing class pictures")
-        dtype = PRECISIONS[precision].torch_dtype
-        class_pictures.fill(
-            drawn, family=kind, model=model, device=plan.engine.device, dtype=dtype, scheduler=scheduler, tick=tick
-        )
+        class_pictures.fill(drawn, family=kind, model=model, engine=plan.engine, scheduler=scheduler, tick=tick)
     return dataclasses.replace(plan, data=dataclasses.replace(plan.data, datasets=tuple(datasets)))
 
 
@@ -192,7 +188,7 @@ def _run(
         kind,
         out,
         stop,
-        engine=Engine(trainee.denoiser, kind.regions(trainee.denoiser), plan.engine),
+        engine=Engine(trainee.denoiser, kind.regions(trainee.denoiser), plan.engine, trainee.stream),
         goal=goal,
         trainee=trainee,
         order=order,
@@ -261,12 +257,11 @@ def _same_data(state: checkpoint.State | None, found: Scan) -> None:
 
 
 def _filled_cache(plan: Plan, order: Order, *, kind: Family, model: Path, tick: Callable[[], None]) -> Cache:
-    device, precision = plan.engine.device, plan.engine.precision
-    dtype = PRECISIONS[precision].torch_dtype  # of encoders too: other formats are the denoiser's alone
-    cache = prepare.open_cache(Path(plan.output.cache), model, precision=PRECISIONS[precision].dtype)
+    # Of the engine's formats, the encoders take the type of activations alone: the others are the denoiser's.
+    cache = prepare.open_cache(Path(plan.output.cache), model, precision=plan.engine.dtype)
     captions = [*order.every_caption(), *prepare.prompt_texts(plan.prompts)]
-    prepare.fill_texts(cache, captions, family=kind, model=model, device=device, dtype=dtype, tick=tick)
-    prepare.fill_images(cache, order, family=kind, model=model, device=device, tick=tick)
+    prepare.fill_texts(cache, captions, family=kind, model=model, engine=plan.engine, tick=tick)
+    prepare.fill_images(cache, order, family=kind, model=model, device=plan.engine.device, tick=tick)
     return cache
 
 
@@ -276,25 +271,15 @@ def _trainee(plan: Plan, kind: Family, *, model: Path, total: int) -> Trainee:
     start = None
     if plan.lora.resume_from and Path(plan.lora.resume_from).is_file():
         start = _lora_file(Path(plan.lora.resume_from), facts.name)
-    dtype = PRECISIONS[engine.precision].torch_dtype
-    as_stored = stored(model / facts.parts["denoiser"])
-    denoiser = kind.load_denoiser(model, device="cpu", dtype=as_stored)
-    if engine.attention != "native":
-        denoiser.set_attention_backend(engine.attention)
     fused = {} if plan.lora.split_qkv else facts.fused_targets
-    place(
-        denoiser,
-        kind.blocks(denoiser),
-        precision=engine.precision,
-        device=engine.device,
-        fused=fused,
-        targets=plan.lora.targets,
-    )
+    denoiser, stream = loaded(kind, model, engine, fused=fused, targets=plan.lora.targets)
     settings = plan.lora
     put = partial(lora.add_adapters, rank=settings.rank, alpha=settings.alpha, seed=plan.train.seed, kind=settings.kind)
     targets, blocks = plan.lora.targets, kind.blocks(denoiser)
     groups: list[dict[str, Any]] = [{"params": put(denoiser, blocks, targets=targets, fused=fused)}]
-    texts = text_encoders.load(model, plan.optim.text_encoders, family=kind, device=engine.device, dtype=dtype)
+    texts = text_encoders.load(
+        model, plan.optim.text_encoders, family=kind, device=engine.device, dtype=torch_dtype(engine)
+    )
     for component, encoder in texts.models.items():
         blocks, targets = text_encoders.blocks(encoder), text_encoders.TARGETS
         params = put(encoder, blocks, targets=targets, fused={})
@@ -320,7 +305,7 @@ def _trainee(plan: Plan, kind: Family, *, model: Path, total: int) -> Trainee:
     )
     ema = Ema(params, plan.train.ema_decay) if plan.train.ema_decay else None
     guard = Guard(plan.train.max_skipped_steps, plan.train.max_loss_spike)
-    return Trainee(denoiser, texts, params, optimizer, new_optimizer, schedule, ema, guard)
+    return Trainee(denoiser, texts, params, optimizer, new_optimizer, schedule, ema, guard, stream)
 
 
 def _lora_file(path: Path, family_name: str) -> formats.Modules:

@@ -20,7 +20,7 @@ from trainer import cache as caching
 from trainer import checkpoint, export, files, formats, optim, prepare, sample, text_encoders
 from trainer.cache import Cache
 from trainer.dataset import Scan
-from trainer.engine import Engine, drawing
+from trainer.engine import Engine, drawing, torch_dtype
 from trainer.families import Family, base_models
 from trainer.formats import Modules
 from trainer.keeper import Keeper
@@ -29,7 +29,6 @@ from trainer.metrics import Metrics, Status
 from trainer.objective import Objective, scheduler_changes
 from trainer.order import Order, fingerprint
 from trainer.plan import Plan, Prompt
-from trainer.precision import PRECISIONS
 from trainer.snapshot import Background, Snapshots
 from trainer.stop import StopFlag
 from trainer.trainee import Trainee
@@ -37,6 +36,8 @@ from trainer.verify import verify
 from trainer.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
+# A gradient at the output is near the inverse of the latents' size, 2^-16 to 2^-18: too small for 5 bits of exponent.
+LOSS_SCALE = {"float16": 2.0**10}
 SLOW_S = 0.2  # of waiting for the save before
 
 
@@ -132,6 +133,7 @@ class Session:
                 device=plan.engine.device,
                 seed=plan.train.seed,
                 first_step=first + 1,
+                loss_scale=LOSS_SCALE.get(plan.engine.dtype, 1.0),
             ):
                 if self.trainee.ema and not step.skipped:
                     self.trainee.ema.update(self.trainee.params)
@@ -186,8 +188,8 @@ class Session:
             return
         status.phase("sampling")
         started, device, model = time.monotonic(), self.plan.engine.device, Path(self.plan.model.path)
-        dtype = PRECISIONS[self.plan.engine.precision].torch_dtype
-        vae = self.kind.load_vae(model, device=device)
+        dtype = torch_dtype(self.plan.engine)
+        vae = prepare.decoder(self.kind, model, self.plan.engine)
 
         def draw(prompt: Prompt) -> Image.Image:
             self.dog.beat()

@@ -14,6 +14,7 @@ from trainer import checkpoint, lora, optim
 from trainer.errors import SettingsError
 from trainer.guard import Guard
 from trainer.loop import Ema
+from trainer.stream import Stream
 from trainer.text_encoders import TextEncoders
 
 
@@ -29,6 +30,7 @@ class Trainee:
     schedule: torch.optim.lr_scheduler.LRScheduler
     ema: Ema | None
     guard: Guard
+    stream: Stream | None = None  # of the denoiser's weights, where they wait on the host
 
     @functools.cached_property
     def adapters(self) -> dict[str, torch.Tensor]:

@@ -63,7 +63,7 @@ def test_weights_stay_in_the_mapped_file_until_their_block_is_placed(tmp_path):
         there = kind.load_denoiser(tmp_path, device="cpu", dtype=stored(tmp_path / "transformer"))
     assert most[0] < size / 8
     with layouts.memory_taken() as most:
-        place(there, kind.blocks(there), precision="bf16", device="cpu", fused={}, targets=())
+        place(there, kind.blocks(there), precision="bf16", dtype=torch.bfloat16, device="cpu", fused={}, targets=())
     assert size / 2 < most[0] < 1.2 * size
     assert all(torch.equal(v, expected[k]) for k, v in there.state_dict().items())
 

@@ -154,7 +154,8 @@ def test_every_backend_has_a_vendor_of_its_own():
         ("nvidia", "8.9", "fp8"),
         ("nvidia", "8.0", "bf16"),
         ("nvidia", "12.0", "fp8"),
-        ("nvidia", "7.5", "fp32"),
+        ("nvidia", "7.5", "fp16"),
+        ("nvidia", "7.0", "fp32"),
         ("amd", "gfx942", "bf16"),
     ],
 )

@@ -31,6 +31,7 @@ NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 CPU = Hardware("cpu", "x86_64", 32.0, 0, "", 32.0, 8)
 LARGE_GPU = Hardware("nvidia", "9.0", 139.0, 1, "550.1", 500.0, 32)
 SMALL_GPU = Hardware("nvidia", "8.9", 24.0, 1, "550.1", 64.0, 16)
+HOME = Hardware("nvidia", "8.9", 8.0, 1, "580.1", 32.0, 8)
 MODELS = base_models()
 MINI = min(name for name, (_, model) in MODELS.items() if model.files_gib == 0)
 FULL = min(name for name, (_, model) in MODELS.items() if model.files_gib > 0)
@@ -370,13 +371,15 @@ def test_a_miniature_gains_nothing_from_8_bits():
 def test_what_the_hardware_cannot_do_is_refused():
     old = dataclasses.replace(SMALL_GPU, architecture="7.5")
     assert "PARAMS_PRECISION='bf16'" in refusal(on=old, PARAMS_PRECISION="bf16")
+    assert "it needs tensor cores for FP8: compute capability 8.9" in refusal(on=old, PARAMS_PRECISION="fp8")
 
 
 @pytest.mark.parametrize(
     ("hardware", "limit", "batch", "recompute", "offload"),
     [
         (LARGE_GPU, "", "1", "none", "none"),
-        (LARGE_GPU, "16", "4", "attention", "activations"),
+        (LARGE_GPU, "19", "4", "attention", "activations"),
+        (LARGE_GPU, "16", "4", "all", "weights"),
         (LARGE_GPU, "", "16", "attention", "none"),
         (SMALL_GPU, "", "1", "attention", "none"),
     ],
@@ -385,6 +388,48 @@ def test_it_recomputes_where_memory_is_short(hardware, limit, batch, recompute, 
     made = plan(on=hardware, BASE_MODEL="flux", MEMORY_LIMIT_GIB=limit, PARAMS_BATCH_SIZE=batch)
     assert (made.engine.recompute, made.engine.offload) == (recompute, offload)
     assert re.search(r"PARAMS_GRADIENT_CHECKPOINTING: .* GiB .*predicted", "\n".join(made.reasons))
+
+
+def test_a_home_machine_trains_flux_in_8_gib():
+    made = plan(on=HOME, BASE_MODEL="flux", PARAMS_RESOLUTION="512", PARAMS_OPTIMIZER_TYPE="adamw8bit")
+    engine, told = made.engine, "\n".join(made.reasons)
+    assert (engine.precision, engine.offload, engine.stream_encoders, engine.tile_vae) == (
+        "fp8",
+        "weights",
+        True,
+        False,
+    )
+    assert re.search(
+        r"Peaks predicted, in GiB of 8: texts \d\.\d, latents \d\.\d, training \d\.\d, samples \d\.\d\.", told
+    )
+    assert told.count(" GiB\n") > 8 and "layer by layer" in told
+
+
+def test_a_dora_adapter_needs_its_weights_there():
+    one = {"on": HOME, "BASE_MODEL": "flux", "PARAMS_LORA_TYPE": "dora", "PARAMS_RESOLUTION": "512"}
+    assert plan(**one).engine.offload != "weights"
+    assert "PARAMS_LORA_TYPE=dora" in refusal(**one, PARAMS_OFFLOAD="weights")
+
+
+def test_the_batch_that_is_fastest_is_chosen_and_said():
+    made = plan(on=LARGE_GPU, BASE_MODEL="flux", PARAMS_BATCH_SIZE="auto")
+    (dataset,) = made.data.datasets
+    assert dataset.batch_size > 1 and f"PARAMS_BATCH_SIZE: {dataset.batch_size} (most images" in "\n".join(made.reasons)
+    assert (
+        plan(on=CPU, PARAMS_BATCH_SIZE="auto").data.datasets[0].batch_size == plan(on=CPU).data.datasets[0].batch_size
+    )
+
+
+@pytest.mark.parametrize("asked", ["activations", "weights"])
+def test_a_cpu_has_nowhere_to_send_anything(asked):
+    assert f"PARAMS_OFFLOAD={asked}" in refusal(on=CPU, PARAMS_OFFLOAD=asked)
+
+
+def test_activations_have_16_bits_of_the_kind_that_the_hardware_has():
+    turing = dataclasses.replace(SMALL_GPU, architecture="7.5")
+    assert plan(on=turing, BASE_MODEL="flux", PARAMS_PRECISION="int8").engine.dtype == "float16"
+    assert plan(on=LARGE_GPU, BASE_MODEL="flux", PARAMS_PRECISION="int8").engine.dtype == "bfloat16"
+    assert plan(on=CPU).engine.dtype == "float32"
 
 
 def test_what_the_user_says_about_it_is_done():

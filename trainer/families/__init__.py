@@ -42,6 +42,8 @@ class Footprint:
     text_tokens: int  # besides one token for 16 x 16 pixels
     kept: dict[str, float]  # by trainer.recompute's policy; "host": with what is kept in the host's memory
     working: float  # besides, for the region at work
+    largest: float  # weights of the linear layers in the largest region
+    encoders: float  # weights of the text encoders
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ FOOTPRINT = Footprint(
     text_tokens=512,
     kept={"none": 6.0, "attention": 0.673, "all": 0.334, "host": 0.07},
     working=0.136,
+    largest=0.34e9,
+    encoders=4.89e9,
 )
 FACTS = Facts(
     name="flux",

@@ -24,6 +24,8 @@ FOOTPRINT = Footprint(
     text_tokens=333,
     kept={"none": 1.16, "attention": 0.14, "all": 0.07, "host": 0.04},
     working=0.077,
+    largest=0.085e9,
+    encoders=5.58e9,
 )
 MEDIUM_3 = BaseModel("stabilityai/stable-diffusion-3-medium-diffusers", 14.5, FOOTPRINT, gated=True)
 # Not measured: scaled from the above by width and number of blocks.
@@ -35,6 +37,8 @@ LARGE = Footprint(
     text_tokens=333,
     kept={"none": 2.9, "attention": 0.35, "all": 0.18, "host": 0.06},
     working=0.12,
+    largest=0.213e9,
+    encoders=5.58e9,
 )
 WIDER = dataclasses.replace(FOOTPRINT, blocks=2.2e9, adapters=1.6e6, kept={**FOOTPRINT.kept, "none": 1.5})
 T5_TOKENS = 256  # the pipeline's default: what users' tools sample with is what is trained with

@@ -23,6 +23,8 @@ FOOTPRINT = Footprint(
     text_tokens=0,
     kept={"none": 1.2, "attention": 0.3, "all": 0.2, "host": 0.1},
     working=0.146,
+    largest=0.05e9,
+    encoders=0.82e9,
 )
 BASE = BaseModel("stabilityai/stable-diffusion-xl-base-1.0", 12.9, FOOTPRINT)
 

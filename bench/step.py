@@ -1,32 +1,31 @@
 """One LoRA step (forward, backward, clip, fused AdamW) of a full-size denoiser with random weights: speed and memory.
 
-    python -m bench.engine FAMILY PRECISION+POLICY[+host][+eager][+profile]:BATCH …
-    python -m bench.engine FAMILY parity
+    python -m bench step --family FAMILY PRECISION+POLICY[+host][+eager][+profile]:BATCH …
 
 FAMILY: flux (1280 x 768 pixels), sdxl or sd3 (1024 x 1024). POLICY: a key of trainer.recompute.POLICIES; host: what is
 kept waits in the host's memory. `images_s` is the batch by the median time of a step; `peak_gib` what torch allocated.
-`parity`: the gradient of every adapter in each format against bf16, on the same batch. Needs an accelerator.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from bench.report import Report, options
 from trainer import lora
 from trainer.engine import Engine, place
 from trainer.families import family
 from trainer.memory import Work, predicted
 from trainer.plan import EnginePlan
 
-RANK, GIB, DEVICE = 16, 2**30, "cuda"
+RANK, GIB, DEVICE = 16, 2**30, "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = {"flux": (1280, 768), "sdxl": (1024, 1024), "sd3": (1024, 1024)}
 TEXT = {"flux": (512, 4096, 768), "sdxl": (77, 2048, 1280), "sd3": (333, 4096, 2048)}  # tokens, their width, the pooled
 CHANNELS = {"flux": 16, "sdxl": 4, "sd3": 16}
@@ -54,20 +53,33 @@ SDXL = {
 }
 
 
-def denoiser(name: str) -> Any:
+# With --small: a few narrow blocks of each class.
+SMALL: dict[str, dict[str, Any]] = {
+    "flux": {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 2},
+    "sd3": {"num_layers": 2, "num_attention_heads": 2, "caption_projection_dim": 128},
+    "sdxl": {
+        "block_out_channels": (32, 64, 128),
+        "transformer_layers_per_block": (1, 1, 1),
+        "attention_head_dim": (1, 2, 4),
+    },
+}
+
+
+def denoiser(name: str, *, small: bool = False) -> Any:
     """The published architecture with random weights, on the accelerator, in bf16."""
     from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
+    less = SMALL[name] if small else {}
     try:
         with torch.device(DEVICE):
             if name == "flux":
-                model: Any = FluxTransformer2DModel(**FLUX)
+                model: Any = FluxTransformer2DModel(**FLUX, **less)
             elif name == "sd3":
-                model = SD3Transformer2DModel(**SD3)
+                model = SD3Transformer2DModel(**SD3 | less)
             else:
-                model = UNet2DConditionModel(**SDXL)
+                model = UNet2DConditionModel(**SDXL | less)
     finally:
         torch.set_default_dtype(torch.float32)
     return model.requires_grad_(False).train()
@@ -76,12 +88,13 @@ def denoiser(name: str) -> Any:
 class Bench:
     """A denoiser with adapters, in one precision."""
 
-    def __init__(self, name: str, precision: str) -> None:
-        self.name, self.kind, self.precision = name, family(name), precision
-        self.model = denoiser(name)
+    def __init__(self, name: str, precision: str, *, small: bool = False) -> None:
+        self.name, self.kind, self.precision, self.small = name, family(name), precision, small
+        self.model = denoiser(name, small=small)
         facts, blocks = self.kind.FACTS, self.kind.blocks(self.model)
         fused, targets = facts.fused_targets, facts.targets
-        place(self.model, blocks, precision=precision, device=DEVICE, fused=fused, targets=targets)
+        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+        place(self.model, blocks, precision=precision, dtype=dtype, device=DEVICE, fused=fused, targets=targets)
         self.params = lora.add_adapters(
             self.model, self.kind.blocks(self.model), targets=targets, fused=fused, rank=RANK, alpha=RANK, seed=0
         )
@@ -90,7 +103,7 @@ class Bench:
             if "lora_B" in name_:
                 torch.nn.init.normal_(p, std=0.01)
         free()
-        self.optimizer = torch.optim.AdamW(self.params, lr=1e-4, fused=True)
+        self.optimizer = torch.optim.AdamW(self.params, lr=1e-4, fused=not small)
 
     def engine(self, words: set[str]) -> Engine:
         torch.compiler.reset()
@@ -103,10 +116,11 @@ class Bench:
         )
         return Engine(self.model, self.kind.regions(self.model), plan)
 
-    def backward(self, engine: Engine, batch: int, seed: int = 0) -> torch.Tensor:
+    def backward(self, engine: Engine | None, batch: int, *, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
         generator = torch.Generator(DEVICE).manual_seed(seed)
-        width, height = SIZES[self.name]
+        width, height = (128, 128) if self.small else SIZES[self.name]
         length, wide, pooled = TEXT[self.name]
+        dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
 
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, device=DEVICE, generator=generator)
@@ -114,66 +128,70 @@ class Bench:
         shape = (batch, CHANNELS[self.name], height // 8, width // 8)
         noisy, target = normal(*shape), normal(*shape)
         t_B = torch.rand(batch, device=DEVICE, generator=generator)
-        text = {"tokens": normal(batch, length, wide).bfloat16(), "pooled": normal(batch, pooled).bfloat16()}
+        text = {"tokens": normal(batch, length, wide).to(dtype), "pooled": normal(batch, pooled).to(dtype)}
         geometry = torch.tensor([[height, width, 0, 0, height, width]] * batch, device=DEVICE, dtype=torch.float32)
-        with engine.saving():
+        with engine.saving() if engine else contextlib.nullcontext():
             out = self.kind.predict(self.model, noisy, t_B, text=text, guidance=1.0, geometry_B6=geometry)
         loss = torch.nn.functional.mse_loss(out.float(), target)
-        loss.backward()
+        (loss * scale).backward()
         return loss
 
-    def step(self, engine: Engine, batch: int) -> None:
+    def step(self, engine: Engine | None, batch: int) -> None:
         self.backward(engine, batch)
         torch.nn.utils.clip_grad_norm_(self.params, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def measured(self, work: Callable[[], None], *, times: int = 5) -> dict[str, Any]:
+        """Seconds of the first and of a usual step, and the peak."""
+        row: dict[str, Any] = {"first_s": round(timed(work), 1)}
+        work()
+        if DEVICE == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        row["step_s"] = round(statistics.median(timed(work) for _ in range(1 if self.small else times)), 4)
+        if DEVICE == "cuda":
+            row["peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
+        return row
+
 
 def free() -> None:
     gc.collect()
-    torch.cuda.empty_cache()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
 
 
 def timed(work: Callable[[], None]) -> float:
-    torch.cuda.synchronize()
+    wait = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
+    wait()
     started = time.monotonic()
     work()
-    torch.cuda.synchronize()
+    wait()
     return time.monotonic() - started
 
 
-def measure(bench: Bench, variant: str, batch: int) -> None:
+def measure(bench: Bench, variant: str, batch: int) -> dict[str, Any]:
+    """One row: the step in one way."""
     words = set(variant.split("+"))
+    policy = next((w for w in ("none", "attention", "all") if w in words), "none")
     free()
-    row: dict[str, Any] = {"what": f"{bench.name} {variant}", "batch": batch}
+    row: dict[str, Any] = {"what": variant, "batch": batch}
     try:
         engine = bench.engine(words)
-        row["first_s"] = round(timed(lambda: bench.step(engine, batch)), 1)
-        bench.step(engine, batch)
-        torch.cuda.reset_peak_memory_stats()
-        seconds = statistics.median(timed(lambda: bench.step(engine, batch)) for _ in range(5))
-        row |= {"step_s": round(seconds, 4), "images_s": round(batch / seconds, 3)}
-        row["peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
-        footprint = next(m.footprint for m in bench.kind.FACTS.models.values())
-        if footprint is not None:
-            width, height = SIZES[bench.name]
-            policy = next(w for w in ("none", "attention", "all") if w in words)
-            row["predicted_gib"] = round(
-                predicted(
-                    footprint,
-                    Work(width * height, batch, RANK, "adamw"),
-                    precision=bench.precision,
-                    recompute=policy,
-                    offload="activations" if "host" in words else "none",
-                ),
-                2,
-            )
+        row |= bench.measured(lambda: bench.step(engine, batch))
+        row["images_s"] = round(batch / row["step_s"], 3)
+        if "profile" in words:
+            profile(lambda: bench.step(engine, batch))
     except torch.OutOfMemoryError:
         row["peak_gib"] = "out of memory"
-    print(json.dumps(row), flush=True)
-    if "profile" in words:
-        profile(lambda: bench.step(engine, batch))
+    footprint = next(m.footprint for m in bench.kind.FACTS.models.values())
+    if footprint is not None and not bench.small:
+        width, height = SIZES[bench.name]
+        work = Work(width * height, batch, RANK, "adamw")
+        offload = "activations" if "host" in words else "none"
+        gib = predicted(footprint, work, precision=bench.precision, recompute=policy, offload=offload)
+        row["predicted_gib"] = round(gib, 2)
     bench.optimizer.zero_grad(set_to_none=True)
+    return row
 
 
 def profile(work: Callable[[], None], rows: int = 25) -> None:
@@ -200,53 +218,19 @@ def counted(bench: Bench) -> dict[str, Any]:
     return {"blocks": inside, "rest": every - inside, "adapters_per_rank": trained / RANK, "regions": regions}
 
 
-def parity(name: str) -> None:
-    """Cosines of the adapters' gradients against bf16, each format; the worst, the median, and the loss."""
-    reference: list[torch.Tensor] = []
-    for precision in ("bf16", "fp8", "fp8-storage", "int8"):
-        free()
-        bench = Bench(name, precision)
-        engine = bench.engine({"all", "eager"})
-        loss = bench.backward(engine, 1, seed=3).item()
-        found = [p.grad.flatten().double().cpu() for p in bench.params if p.grad is not None]
-        del bench, engine
-        if not reference:
-            reference = found
-        cosines = [torch.cosine_similarity(a, b, dim=0).item() for a, b in zip(found, reference, strict=True)]
-        errors = [((a - b).norm() / b.norm()).item() for a, b in zip(found, reference, strict=True)]
-        print(
-            json.dumps(
-                {
-                    "what": f"{name} {precision} against bf16",
-                    "worst_cosine": round(min(cosines), 5),
-                    "median_cosine": round(statistics.median(cosines), 5),
-                    "median_error": round(statistics.median(errors), 4),
-                    "below_0.99": sum(c < 0.99 for c in cosines),
-                    "adapters": len(cosines),
-                    "loss": round(loss, 5),
-                }
-            ),
-            flush=True,
-        )
-
-
 def main(arguments: list[str]) -> None:
-    name, *rest = arguments
+    parser = options(__doc__)
+    parser.add_argument("what", nargs="+", help="PRECISION+POLICY[+host][+eager][+profile]:BATCH")
+    asked = parser.parse_args(arguments)
+    report = Report(f"{asked.family}: a step", asked.markdown)
     torch._dynamo.config.cache_size_limit = 64
-    if rest == ["parity"]:
-        parity(name)
-        return
     bench: Bench | None = None
-    for argument in rest:
+    for argument in asked.what:
         variant, batch = argument.split(":")
         precision = variant.split("+")[0]
         if bench is None or bench.precision != precision:
             bench = None
             free()
-            bench = Bench(name, precision)
+            bench = Bench(asked.family, precision, small=asked.small)
             print(json.dumps(counted(bench)), flush=True)
-        measure(bench, variant, int(batch))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+        report.row(measure(bench, variant, int(batch)))

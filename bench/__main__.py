@@ -1,0 +1,29 @@
+"""Measurements, each printed as JSON lines and, with `--markdown FILE`, as a table with hardware and versions.
+
+    python -m bench WHAT [--help]
+
+step: speed and memory of a training step in one way or another. parity: gradients of each format against bf16.
+peers: what else a user would take, in the same run. memory: predicted against measured peaks. prepare: encoding.
+job: a full-size model to run whole jobs on. layouts, state: reading models and writing states. loading, scan: data.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+
+import bench
+
+
+def main(arguments: list[str]) -> int:
+    known = sorted(m.name for m in pkgutil.iter_modules(bench.__path__) if m.name not in ("__main__", "report"))
+    if not arguments or arguments[0] not in known:
+        print(f"{__doc__}\nWHAT: {', '.join(known)}", file=sys.stderr)
+        return 64
+    importlib.import_module(f"bench.{arguments[0]}").main(arguments[1:])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,32 @@
+"""Predicted and measured peaks of a training step, for several ways and batches.
+
+    python -m bench memory --family flux --batch 1 4 16
+
+A way that does not fit is told so. `off`: the measured peak less the predicted one, in GiB.
+"""
+
+from __future__ import annotations
+
+from bench import step
+from bench.report import Report, options
+from trainer.memory import RESIDENT
+
+
+def main(arguments: list[str]) -> None:
+    parser = options(__doc__)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--precision", nargs="+", default=["fp8"])
+    asked = parser.parse_args(arguments)
+    report = Report(f"{asked.family}: predicted and measured peaks", asked.markdown)
+    for precision in asked.precision:
+        step.free()
+        bench = step.Bench(asked.family, precision, small=asked.small)
+        for policy, offload in RESIDENT:
+            if offload != "none" and asked.small:
+                continue  # the CPU has no other place
+            for batch in asked.batch:
+                row = step.measure(bench, f"{precision}+{policy}{'+host' if offload != 'none' else ''}", batch)
+                if isinstance(row.get("peak_gib"), float) and "predicted_gib" in row:
+                    row["off"] = round(row["peak_gib"] - row["predicted_gib"], 2)
+                report.row(row)
+        del bench

@@ -1,0 +1,45 @@
+"""The gradient of every adapter in each format against bf16, on the same batch.
+
+python -m bench parity --family flux
+"""
+
+from __future__ import annotations
+
+import statistics
+
+import torch
+
+from bench import step
+from bench.report import Report, options
+
+FORMATS = ("bf16", "fp16", "fp8", "fp8-storage", "int8", "nf4", "torchao")
+
+
+def main(arguments: list[str]) -> None:
+    parser = options(__doc__)
+    parser.add_argument("--precision", nargs="+", default=list(FORMATS[1:]))
+    asked = parser.parse_args(arguments)
+    report = Report(f"{asked.family}: gradients against bf16", asked.markdown)
+    reference: list[torch.Tensor] = []
+    for precision in ("bf16", *asked.precision):
+        step.free()
+        bench = step.Bench(asked.family, precision, small=asked.small)
+        engine = bench.engine({"all", "eager"})
+        scale = 2.0**10 if precision == "fp16" else 1.0  # as trainer.session trains
+        loss = bench.backward(engine, 1, seed=3, scale=scale).item()
+        found = [p.grad.flatten().double().cpu() / scale for p in bench.params if p.grad is not None]
+        del bench, engine
+        reference = reference or found
+        cosines = [torch.cosine_similarity(a, b, dim=0).item() for a, b in zip(found, reference, strict=True)]
+        errors = [((a - b).norm() / b.norm()).item() for a, b in zip(found, reference, strict=True)]
+        report.row(
+            {
+                "format": precision,
+                "worst cosine": round(min(cosines), 5),
+                "median cosine": round(statistics.median(cosines), 5),
+                "median error": round(statistics.median(errors), 4),
+                "below 0.99": sum(c < 0.99 for c in cosines),
+                "adapters": len(cosines),
+                "loss": round(loss, 5),
+            }
+        )

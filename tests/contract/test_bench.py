@@ -1,0 +1,39 @@
+"""The measurements run, on narrow models and on the CPU; their figures are for an accelerator."""
+
+import json
+
+import pytest
+
+from bench.__main__ import main
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "sdxl"])
+@pytest.mark.parametrize(
+    ("what", "rows"),
+    [
+        (["step", "fp8+all+eager:1", "bf16+none+eager:2", "nf4+attention+eager:1"], 3),
+        (["parity", "--precision", "fp8", "nf4"], 3),
+        (["memory", "--batch", "1"], 3),
+        (["prepare", "--pictures", "6"], 1),
+    ],
+)
+def test_a_measurement_prints_its_rows_and_writes_its_table(tmp_path, capsys, name, what, rows):
+    table = tmp_path / "table.md"
+    assert main([what[0], "--family", name, "--small", "--markdown", str(table), *what[1:]]) == 0
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert len(printed) >= rows
+    lines = [line for line in table.read_text().splitlines() if line.startswith("|")]
+    assert len(lines) == rows + 2 and len({line.count("|") for line in lines}) == 1
+
+
+def test_peers_are_measured_beside_ours(capsys):
+    assert main(["peers", "--family", "sd3", "--small", "--batch", "1", "--ours", "fp8+all+eager"]) == 0
+    found = [json.loads(line)["what"] for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert found == ["bf16 eager", "bf16 compiled", "torchao compiled", "fp8+all+eager"]
+
+
+def test_an_unknown_measurement_is_told_what_there_is(capsys):
+    assert main(["speed"]) == 64
+    assert "step" in capsys.readouterr().err

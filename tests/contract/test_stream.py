@@ -1,0 +1,143 @@
+"""Weights that wait on the host: the same bits as weights that stay, and never more than two regions at once."""
+
+import contextlib
+from pathlib import Path
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from trainer import lora, prepare, recompute, stream
+from trainer.engine import place
+from trainer.families import family
+from trainer.plan import EnginePlan
+from trainer.stream import SLOTS, Stream
+
+FAMILIES = ["flux", "sdxl", "sd3"]
+
+
+def miniature(name):
+    return Path(family(name).FACTS.models[f"mini-{name}"].source)
+
+
+def model(name, precision, *, streamed):
+    """A denoiser with adapters, and its stream."""
+    kind = family(name)
+    denoiser = kind.load_denoiser(miniature(name), device="cpu", dtype=torch.float32)
+    options = {"fused": kind.FACTS.fused_targets, "targets": kind.FACTS.targets}
+    regions = kind.regions(denoiser)
+    through = place(
+        denoiser, kind.blocks(denoiser), precision=precision, dtype=torch.bfloat16, device="cpu", **options,
+        streamed=regions if streamed else (),
+    )  # fmt: skip
+    lora.add_adapters(denoiser, kind.blocks(denoiser), **options, rank=4, alpha=4, seed=0)
+    torch.manual_seed(2)
+    for parameter in (p for n, p in denoiser.named_parameters() if "lora_" in n):
+        torch.nn.init.normal_(parameter, std=0.05)
+    return denoiser, through
+
+
+def inputs(name, denoiser, seed):
+    torch.manual_seed(seed)
+    config = denoiser.config
+    wide, pooled = (
+        (config.cross_attention_dim, config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)
+        if name == "sdxl"
+        else (config.joint_attention_dim, config.pooled_projection_dim)
+    )
+    text = {"tokens": torch.randn(1, 8, wide).bfloat16(), "pooled": torch.randn(1, pooled).bfloat16()}
+    channels = config.in_channels // 4 if name == "flux" else config.in_channels
+    return torch.randn(1, channels, 16, 16), text
+
+
+def step(name, denoiser, through, seed=3):
+    """The output, and the gradient of every adapter."""
+    noisy, text = inputs(name, denoiser, seed)
+    hooks = saved_tensors_hooks(through.pack, through.unpack) if through else contextlib.nullcontext()
+    geometry = torch.tensor([[128, 128, 0, 0, 128, 128]])
+    denoiser.zero_grad()
+    with hooks:
+        out = family(name).predict(denoiser, noisy, torch.tensor([0.6]), text=text, guidance=1.0, geometry_B6=geometry)
+    out.float().square().mean().backward()
+    return [out.detach(), *(p.grad for p in denoiser.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("policy", recompute.POLICIES)
+@pytest.mark.parametrize(("name", "precision"), [*((n, "bf16") for n in FAMILIES), ("flux", "fp8"), ("flux", "nf4")])
+def test_a_streamed_step_has_the_bits_of_one_whose_weights_stay(name, precision, policy):
+    found = []
+    for streamed in (False, True):
+        denoiser, through = model(name, precision, streamed=streamed)
+        regions = family(name).regions(denoiser)
+        recompute.apply(regions, [policy] * len(regions), compiled=False)
+        if through:
+            through.wrap()
+        found.append([step(name, denoiser, through, seed) for seed in (3, 4)])
+    for stayed, came in zip(*found, strict=True):
+        assert len(stayed) == len(came) > 10 and all(torch.equal(a, b) for a, b in zip(stayed, came, strict=True))
+
+
+def test_a_compiled_step_has_the_bits_of_one_whose_weights_stay():
+    found = []
+    for streamed in (False, True):
+        denoiser, through = model("sd3", "fp8", streamed=streamed)
+        regions = family("sd3").regions(denoiser)
+        recompute.apply(regions, ["all"] * len(regions), compiled=True)
+        if through:
+            through.wrap()
+        found.append(step("sd3", denoiser, through))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_two_regions_are_there_at_once_and_the_next_is_fetched_ahead():
+    denoiser, through = model("flux", "bf16", streamed=True)
+    through.wrap()
+    regions = family("flux").regions(denoiser)
+    weights = {p.untyped_storage().data_ptr() for r in regions for p in r.parameters() if not p.requires_grad}
+    assert weights == {through.slots[0].data_ptr()}
+    largest = max(sum(p.nbytes for p in r.parameters() if not p.requires_grad) for r in regions)
+    assert len(through.slots) == SLOTS and all(slot.nbytes < 1.1 * largest for slot in through.slots)
+
+    step("flux", denoiser, through)
+    load, late = through.load, []
+
+    def watched(index):
+        late.extend([index] if index not in through.occupants else [])
+        return load(index)
+
+    through.load = watched
+    through.wrap()
+    step("flux", denoiser, through)
+    assert late == []
+
+
+def test_a_region_whose_weights_were_overwritten_fetches_them_again():
+    layers = torch.nn.ModuleList(torch.nn.Linear(8, 8).requires_grad_(False) for _ in range(5))
+    x = torch.randn(2, 8)
+    wanted = [layer(x) for layer in layers]
+    through = Stream("cpu")
+    for layer in layers:
+        through.take(layer)
+    through.settle()
+    through.wrap()
+    for order in ([0, 1, 2, 3, 4], [4, 0, 3, 0, 1], [2, 2, 1, 4, 0]):
+        assert all(torch.equal(layers[i](x), wanted[i]) for i in order)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_text_encoders_whose_layers_are_streamed_say_the_same(name):
+    captions = ["a red circle", "a blue square on a green background"]
+    found = []
+    for streamed in (False, True):
+        plan = EnginePlan(stream_encoders=streamed)
+        encoders = prepare.text_encoders(family(name), miniature(name), plan)
+        found.append(family(name).encode_text(encoders, captions))
+    for stayed, came in zip(*found, strict=True):
+        assert all(torch.equal(stayed[key], came[key]) for key in stayed)
+
+
+def test_what_is_streamed_is_the_longest_list_of_layers():
+    whole = torch.nn.Module()
+    whole.few = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
+    whole.many = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(4))
+    assert stream.layers(whole.requires_grad_(False), "cpu").regions == list(whole.many)
