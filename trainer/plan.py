@@ -52,6 +52,11 @@ class Source:
     commit: str | None = neutral(None)
     path: str = neutral("")  # local folder of image files; filled by fetch
 
+    @property
+    def public(self) -> str:
+        """The location as logs and files may tell it: what follows ? in an address may be a key to it."""
+        return self.location.split("?")[0] if "://" in self.location else self.location
+
 
 @dataclass(frozen=True)
 class Subset:
