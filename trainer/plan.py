@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from trainer.errors import SettingsError
 
 VERSION = 1
+VARIANTS = 8  # crops and colours of a picture, and likewise wordings of its caption, where these vary
 T = TypeVar("T")
 
 
@@ -86,6 +87,16 @@ class Subset:
     color_aug: bool = False
     random_crop: bool = False
     resize_interpolation: str | None = None  # area down, lanczos up
+
+    @property
+    def views(self) -> int:
+        """How often a picture is encoded, at most."""
+        return VARIANTS if self.random_crop or self.color_aug else 2 if self.flip_aug else 1
+
+    @property
+    def wordings(self) -> int:
+        """How often a caption is encoded, at most."""
+        return VARIANTS if self.enable_wildcard or self.shuffle_caption or self.caption_tag_dropout_rate else 1
 
 
 @dataclass(frozen=True)
