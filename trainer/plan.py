@@ -44,7 +44,7 @@ class Source:
     """Where pictures come from."""
 
     kind: str  # folder | archive | hub | generated
-    location: str  # path, URL, Hub dataset id, or the prompt to generate from
+    location: str = field(metadata={"told": "public"})  # path, URL, Hub dataset id, or the prompt to generate from
     revision: str | None = None
     split: str = "train"
     image_column: str | None = None  # found if None
@@ -275,7 +275,7 @@ def _flatten(value: Any, name: str, into: dict[str, Any]) -> None:
     if dataclasses.is_dataclass(value):
         for f in dataclasses.fields(value):
             if not f.metadata.get("neutral"):
-                _flatten(getattr(value, f.name), f"{name}.{f.name}".lstrip("."), into)
+                _flatten(getattr(value, f.metadata.get("told", f.name)), f"{name}.{f.name}".lstrip("."), into)
     elif isinstance(value, (tuple, list)) and any(dataclasses.is_dataclass(v) for v in value):
         for i, v in enumerate(value):
             _flatten(v, f"{name}[{i}]", into)
