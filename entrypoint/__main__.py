@@ -169,7 +169,10 @@ def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
     )
     datasets = []
     for dataset in plan.data.datasets:
-        subsets = [dataclasses.replace(s, source=found[s.source]) for s in dataset.subsets]
+        subsets = []
+        for s in dataset.subsets:  # from here on nobody needs the key that an address may hold
+            source = dataclasses.replace(found[s.source], location=s.source.public)
+            subsets.append(dataclasses.replace(s, source=source))
         datasets.append(dataclasses.replace(dataset, subsets=tuple(subsets)))
     return dataclasses.replace(plan, model=model, data=dataclasses.replace(plan.data, datasets=tuple(datasets)))
 

@@ -80,10 +80,12 @@ def _named_source(manifest: Manifest, overrides: Overrides, notes: Notes) -> Sou
     except ValueError as problem:
         notes.add(f"DATASET_NAME: {problem}.")
         return nothing
-    notes.chose("DATASET_NAME", location.split("?")[0], "a dataset of the Hub" if kind == "hub" else f"a {kind}")
+    source = Source(kind, location, overrides.revision, "train", overrides.image_column, overrides.caption_column)
+    words = {"hub": "a dataset of the Hub", "folder": "a folder", "archive": "an archive"}[kind]
+    notes.chose("DATASET_NAME", source.public, words)
     if overrides.revision and kind != "hub":
-        notes.add(f"DATASET_REVISION={show(overrides.revision)}: a {kind} has no revisions. Fix: remove it.")
-    return Source(kind, location, overrides.revision, "train", overrides.image_column, overrides.caption_column)
+        notes.add(f"DATASET_REVISION={show(overrides.revision)}: {words} has no revisions. Fix: remove it.")
+    return source
 
 
 def _subset(subset: Subset, default: Source, overrides: Overrides, *, where: str, notes: Notes) -> Subset:

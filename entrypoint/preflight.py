@@ -16,15 +16,18 @@ from entrypoint import archive, fetch, hub, layout, net, rows, singles
 from entrypoint.files import human, storage_error
 from entrypoint.net import Patience
 from trainer.errors import DataError, GatedError, KilnError, SettingsError, StorageError, UnreachableError
-from trainer.families import family
+from trainer.families import base_models, family
 from trainer.plan import ModelPlan, Plan, Source
+from trainer.precision import PRECISIONS
 
 logger = logging.getLogger(__name__)
 
 # When problems of several kinds are found, the first of these gives the exit code: what only the user can mend first.
 ORDER: tuple[type[KilnError], ...] = (SettingsError, GatedError, DataError, StorageError, UnreachableError)
-# Rough on purpose, since sizes are not known yet; measured on the largest family, and generous.
-CACHED_PER_PIXEL = 10  # bytes of latents and text embeddings for each pixel of a picture at the training resolution
+# Sizes are not known yet, so that these are estimates, of the largest family.
+LATENTS_PER_PIXEL = 2  # bytes: mean and deviation of 16 channels in fp32 for 8 × 8 pixels
+TOKEN = 4096  # numbers of a caption's token
+FEWEST_TOKENS = 77
 TYPICAL_PICTURE = 500_000  # bytes
 LISTED = 100 * 2**20  # bytes; larger files are named before they are fetched
 LORA_PER_RANK = 0.0005  # bytes of an fp32 LoRA of rank 1 for each byte of weights
@@ -63,10 +66,10 @@ def preflight(plan: Plan, *, token: str | None, hub_cache: Path, patience: Patie
 
     attempt(partial(_check_resume, plan.lora.resume_from))
     attempt(partial(_check_model, plan, needs, token=token, hub_cache=hub_cache, patience=patience))
-    for source, pixels in _sources(plan):
+    for source, encoded in _sources(plan):
         if any(isinstance(p, UnreachableError) for p in problems):  # waited for long enough
             patience = replace(patience, budget=0.0)
-        attempt(partial(_check_source, source, pixels, needs, token=token, patience=patience))
+        attempt(partial(_check_source, source, encoded, needs, token=token, patience=patience))
     for variable in ("OUTPUT_PATH", "CACHE_PATH", "HF_HOME"):
         if variable != "HF_HOME" or needs.parts["HF_HOME"]:
             attempt(partial(_check_writable, variable, places[variable]))
@@ -84,13 +87,17 @@ def _raise(problems: list[KilnError]) -> None:
 
 
 def _sources(plan: Plan) -> Iterator[tuple[Source, int]]:
-    """Every source once, with the most pixels that its pictures are trained at."""
-    pixels: dict[Source, int] = {}
+    """Every source once, with the bytes that each of its pictures takes in the cache with its captions."""
+    found: dict[Source, int] = {}
+    footprint = base_models()[plan.model.base][1].footprint  # a miniature has none, and small tokens
+    number = 4 if PRECISIONS[plan.engine.precision].dtype == "float32" else 2
+    text = max(footprint.text_tokens, FEWEST_TOKENS) * TOKEN * number if footprint else 0
     for dataset in plan.data.datasets:
         for subset in dataset.subsets:
             width, height = dataset.resolution
-            pixels[subset.source] = pixels.get(subset.source, 0) + width * height
-    yield from pixels.items()
+            encoded = width * height * LATENTS_PER_PIXEL * subset.views + text * subset.wordings
+            found[subset.source] = found.get(subset.source, 0) + encoded
+    yield from found.items()
 
 
 def _check_resume(resume_from: str | None) -> None:
@@ -139,7 +146,7 @@ def _weights(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.rglob("*.safetensors"))
 
 
-def _check_source(source: Source, pixels: int, needs: Needs, *, token: str | None, patience: Patience) -> None:
+def _check_source(source: Source, encoded: int, needs: Needs, *, token: str | None, patience: Patience) -> None:
     """Check one source of pictures, and note the room that it and its encoded pictures will take."""
     if source.kind == "generated":
         count = source.count
@@ -158,7 +165,7 @@ def _check_source(source: Source, pixels: int, needs: Needs, *, token: str | Non
             raise DataError(f"{fetch.named(source)}: there is no picture among its first entries.")
         needs.add("CACHE_PATH", "unpacked archives", path.stat().st_size * 1.1)
         count = path.stat().st_size // TYPICAL_PICTURE
-    needs.add("CACHE_PATH", "encoded pictures", count * pixels * CACHED_PER_PIXEL)
+    needs.add("CACHE_PATH", "encoded pictures", count * encoded)
 
 
 def _count_pictures(folder: Path) -> int:

@@ -290,7 +290,7 @@ def _settle(listing: _Listing, facts: dict[Path, _Facts | str]) -> Scan:
                 **place,
             )
         )
-    title = f"{subset.source.location} ({listing.dataset}.{listing.subset})"
+    title = f"{subset.source.public} ({listing.dataset}.{listing.subset})"
     lines = _notes(pictures, texts, subset) + notes
     return Scan(tuple(pictures), tuple(sorted(skipped, key=lambda s: s.name)), tuple(f"{title}: {n}" for n in lines))
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from safetensors.torch import load_file
 
 from trainer import __version__, files, tensorfile
 from trainer.errors import NumbersError, StorageError
+from trainer.plan import Dataset
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -47,6 +50,54 @@ def _serialised(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> l
 
 
 @dataclass(frozen=True)
+class TrainedSubset:
+    """What the header says about one source of pictures."""
+
+    name: str  # of its folder, archive or repository alone; unique in a run
+    pictures: int
+    repeats: int
+    is_reg: bool
+    tags: dict[str, int]
+
+
+@dataclass(frozen=True)
+class TrainedDataset:
+    """What the header says about pictures of one resolution and batch size."""
+
+    plan: Dataset
+    subsets: tuple[TrainedSubset, ...]
+    buckets: dict[tuple[int, int], int]  # (width, height) → pictures × repeats
+
+    def count(self, *, reg: bool) -> int:
+        return sum(s.pictures * s.repeats for s in self.subsets if s.is_reg is reg)
+
+    def told(self) -> dict[str, Any]:
+        """As an entry of `ss_datasets`."""
+        plan = self.plan
+        return {
+            "is_dreambooth": True,
+            "batch_size_per_device": plan.batch_size,
+            "num_train_images": self.count(reg=False),
+            "num_reg_images": self.count(reg=True),
+            "resolution": list(plan.resolution),
+            "enable_bucket": plan.enable_bucket,
+            "min_bucket_reso": plan.min_bucket_reso,
+            "max_bucket_reso": plan.max_bucket_reso,
+            "tag_frequency": {s.name: s.tags for s in self.subsets},
+            "bucket_info": _bucket_info(self.buckets),
+            "subsets": [
+                {"image_dir": s.name, "img_count": s.pictures, "num_repeats": s.repeats, "is_reg": s.is_reg}
+                for s in self.subsets
+            ],
+        }
+
+
+def _bucket_info(buckets: Mapping[tuple[int, int], int]) -> dict[str, Any]:
+    listed = enumerate(sorted(buckets.items()))
+    return {"buckets": {str(i): {"resolution": list(size), "count": count} for i, (size, count) in listed}}
+
+
+@dataclass(frozen=True)
 class Trained:
     """What the header says about a run, besides the step."""
 
@@ -66,10 +117,7 @@ class Trained:
     resolution: tuple[int, int]
     trigger: str | None
     objective: str
-    buckets: dict[tuple[int, int], int]  # (width, height) → pictures
-    datasets: list[dict[str, Any]]
-    tags: dict[str, dict[str, int]]
-    pictures: int
+    datasets: tuple[TrainedDataset, ...]
 
 
 def metadata(run: Trained, *, step: int, epoch: int, rank: int, alpha: float) -> dict[str, str]:
@@ -79,13 +127,10 @@ def metadata(run: Trained, *, step: int, epoch: int, rank: int, alpha: float) ->
     """
     date = datetime.datetime.fromtimestamp(run.started, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     resolution = f"{run.resolution[0]}x{run.resolution[1]}"
-    buckets = {
-        "buckets": {
-            str(i): {"resolution": list(size), "count": count}
-            for i, (size, count) in enumerate(sorted(run.buckets.items()))
-        }
-    }
-    directories = {d["name"]: {"n_repeats": d["repeats"], "img_count": d["pictures"]} for d in run.datasets}
+    subsets = [s for d in run.datasets for s in d.subsets]
+    buckets: Counter[tuple[int, int]] = Counter()
+    for dataset in run.datasets:
+        buckets.update(dataset.buckets)
     values: dict[str, Any] = {
         "ss_output_name": run.name,
         "ss_sd_model_name": run.base,
@@ -97,12 +142,13 @@ def metadata(run: Trained, *, step: int, epoch: int, rank: int, alpha: float) ->
         "kiln_lora_type": run.kind,
         "kiln_version": __version__,
         "ss_training_started_at": float(run.started),
-        "ss_bucket_info": buckets,
+        "ss_bucket_info": _bucket_info(buckets),
         "ss_resolution": f"({run.resolution[0]}, {run.resolution[1]})",
-        "ss_dataset_dirs": directories,
-        "ss_datasets": [{**d, "bucket_info": buckets} for d in run.datasets],
-        "ss_tag_frequency": run.tags,
-        "ss_num_train_images": run.pictures,
+        "ss_dataset_dirs": {s.name: {"n_repeats": s.repeats, "img_count": s.pictures} for s in subsets},
+        "ss_datasets": [d.told() for d in run.datasets],
+        "ss_tag_frequency": {s.name: s.tags for s in subsets},
+        "ss_num_train_images": sum(d.count(reg=False) for d in run.datasets),
+        "ss_num_reg_images": sum(d.count(reg=True) for d in run.datasets),
         "ss_steps": step,
         "ss_epoch": epoch,
         "ss_optimizer": run.optimizer,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from trainer import files
 from trainer.errors import KilnError, StopRequestedError
@@ -59,7 +61,10 @@ class Metrics:
         self._status = status
         self._lines = _truncated(folder / "metrics.jsonl", first_step).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "logs"), purge_step=first_step + 1)
-        self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
+        self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not _columns())
+        self._above = contextlib.ExitStack()  # what is logged goes above the bar, not into it
+        if not self._bar.disable:
+            self._above.enter_context(logging_redirect_tqdm())
         self._said = -EVERY_S
         self._began, self._spent = time.monotonic(), 0.0  # seconds of training alone
         self._images = 0
@@ -118,8 +123,17 @@ class Metrics:
 
     def close(self) -> None:
         self._bar.close()
+        self._above.close()
         self._lines.close()
         self._board.close()
+
+
+def _columns() -> int:
+    """The width of the terminal; 0 where there is none, or one that does not know its width: no bar fits there."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):
+        return 0
 
 
 def _truncated(path: Path, step: int) -> Path:

@@ -18,9 +18,8 @@ from trainer import captions
 from trainer.buckets import Fit, Size, fit
 from trainer.dataset import Picture, View
 from trainer.errors import DataError
-from trainer.plan import DataPlan, Subset
+from trainer.plan import VARIANTS, DataPlan, Subset
 
-VARIANTS = 8  # crops and colours of a picture, and likewise wordings of its caption, where these vary
 COLOUR_SHARE = 1 / 3  # of the views with color_aug that are changed, as in sd-scripts
 
 
@@ -168,8 +167,7 @@ class Order:
         subset = self._subset(picture)
         views = _views(self._fit(picture), subset, self._rng("view", picture))
         rng = self._rng("caption", picture)
-        count = VARIANTS if captions.varying(subset) else 1
-        texts = tuple(captions.compose(picture.caption, subset, rng) for _ in range(count))
+        texts = tuple(captions.compose(picture.caption, subset, rng) for _ in range(subset.wordings))
         return _Pool(picture, views, texts, repeats, weight)
 
     def _example(self, pool: _Pool, rng: random.Random, epoch: int) -> Example:

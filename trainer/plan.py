@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from trainer.errors import SettingsError
 
 VERSION = 1
+VARIANTS = 8  # crops and colours of a picture, and likewise wordings of its caption, where these vary
 T = TypeVar("T")
 
 
@@ -43,7 +44,7 @@ class Source:
     """Where pictures come from."""
 
     kind: str  # folder | archive | hub | generated
-    location: str  # path, URL, Hub dataset id, or the prompt to generate from
+    location: str = field(metadata={"told": "public"})  # path, URL, Hub dataset id, or the prompt to generate from
     revision: str | None = None
     split: str = "train"
     image_column: str | None = None  # found if None
@@ -51,6 +52,11 @@ class Source:
     count: int = 0  # pictures to generate
     commit: str | None = neutral(None)
     path: str = neutral("")  # local folder of image files; filled by fetch
+
+    @property
+    def public(self) -> str:
+        """The location as logs and files may tell it: what follows ? in an address may be a key to it."""
+        return self.location.split("?")[0] if "://" in self.location else self.location
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,16 @@ class Subset:
     color_aug: bool = False
     random_crop: bool = False
     resize_interpolation: str | None = None  # area down, lanczos up
+
+    @property
+    def views(self) -> int:
+        """How often a picture is encoded, at most."""
+        return VARIANTS if self.random_crop or self.color_aug else 2 if self.flip_aug else 1
+
+    @property
+    def wordings(self) -> int:
+        """How often a caption is encoded, at most."""
+        return VARIANTS if self.enable_wildcard or self.shuffle_caption or self.caption_tag_dropout_rate else 1
 
 
 @dataclass(frozen=True)
@@ -262,7 +278,7 @@ def _flatten(value: Any, name: str, into: dict[str, Any]) -> None:
     if dataclasses.is_dataclass(value):
         for f in dataclasses.fields(value):
             if not f.metadata.get("neutral"):
-                _flatten(getattr(value, f.name), f"{name}.{f.name}".lstrip("."), into)
+                _flatten(getattr(value, f.metadata.get("told", f.name)), f"{name}.{f.name}".lstrip("."), into)
     elif isinstance(value, (tuple, list)) and any(dataclasses.is_dataclass(v) for v in value):
         for i, v in enumerate(value):
             _flatten(v, f"{name}[{i}]", into)

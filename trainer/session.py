@@ -6,8 +6,7 @@ import contextlib
 import logging
 import math
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from PIL import Image
 from trainer import cache as caching
 from trainer import checkpoint, export, files, formats, optim, prepare, sample, text_encoders
 from trainer.cache import Cache
+from trainer.captions import tag_frequency
 from trainer.dataset import Scan
 from trainer.engine import Engine, drawing, torch_dtype
 from trainer.families import Family, base_models
@@ -311,22 +311,25 @@ class Session:
         return self.predict(drawn.noisy_BCHW, drawn.t_B, batch)
 
 
+def _unused(name: str, taken: Collection[str]) -> str:
+    """`name`; with a number where several sources, or one at several resolutions, have the same."""
+    return next(n for n in (name, *(f"{name} ({i})" for i in range(2, len(taken) + 2))) if n not in taken)
+
+
 def _trained(plan: Plan, kind: Family, goal: Objective, *, order: Order, found: Scan) -> export.Trained:
     """What the header of the LoRA file says about this run."""
     facts, first = kind.FACTS, plan.data.datasets[0]
-    datasets: list[dict[str, Any]] = []
-    tags: dict[str, dict[str, int]] = {}
+    datasets: list[export.TrainedDataset] = []
+    names: list[str] = []
     for d, dataset in enumerate(plan.data.datasets):
+        subsets = []
         for i, subset in enumerate(dataset.subsets):
-            name = Path(subset.source.location).name
-            pictures = [p for p in found.pictures if (p.dataset, p.subset) == (d, i)]
-            shape = {"batch_size_per_device": dataset.batch_size, "resolution": list(dataset.resolution)}
-            datasets.append({"name": name, "repeats": subset.num_repeats, "pictures": len(pictures), **shape})
-            words = (t.strip() for p in pictures for t in (p.caption or "").split(subset.caption_separator))
-            tags[name] = dict(Counter(w for w in words if w))
-    buckets: Counter[tuple[int, int]] = Counter()
-    for (_, size), count in order.buckets.items():
-        buckets[size] += count
+            names.append(_unused(Path(subset.source.public).name, names))
+            own = [p.caption for p in found.pictures if (p.dataset, p.subset) == (d, i)]
+            tags = tag_frequency(own, subset.caption_separator)
+            subsets.append(export.TrainedSubset(names[-1], len(own), subset.num_repeats, subset.is_reg, tags))
+        buckets = {size: count for (owner, size), count in order.buckets.items() if owner == d}
+        datasets.append(export.TrainedDataset(dataset, tuple(subsets), buckets))
     return export.Trained(
         name=plan.output.name,
         base=plan.model.base,
@@ -344,8 +347,5 @@ def _trained(plan: Plan, kind: Family, goal: Objective, *, order: Order, found: 
         resolution=first.resolution,
         trigger=first.subsets[0].trigger_word,
         objective=goal.prediction.removesuffix("_prediction"),
-        buckets=buckets,
-        datasets=datasets,
-        tags=tags,
-        pictures=sum(d["pictures"] * d["repeats"] for d in datasets),
+        datasets=tuple(datasets),
     )

@@ -47,7 +47,7 @@ CASES = {
         mutations=(
             "the target's sign",
             "the time runs backwards",
-            "shifted the other way",
+            "shifted by the inverse",
             "latents at a third of their scale",
         ),
     ),
@@ -80,6 +80,9 @@ TRAINING = {
             d = at(self, *a)
             return objective.Drawn(d.noisy_BCHW, d.target_BCHW, 1 - d.t_B, d.weight_B)
         objective.FlowMatching.at = mutant""",
+    "shifted by the inverse": """
+        shifted = objective.shifted
+        objective.shifted = lambda t, s: shifted(t, 1 / s)""",
     "shifted the other way": """
         shifted = objective.shifted
         objective.shifted = lambda t, s: shifted(t, 1 / s**2)""",

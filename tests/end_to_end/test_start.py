@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,6 +90,18 @@ def test_a_signal_ends_both(far, hub):
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=30)
     assert process.returncode == 143, printed
+
+
+@pytest.mark.slow
+def test_the_key_in_an_address_is_written_nowhere_and_may_be_renewed(job, hub, pictures, tmp_path):
+    folder = Path(shutil.make_archive(str(tmp_path / "p"), "zip", pictures))
+    hub.plain["/files/p.zip"] = folder.read_bytes()
+    asked = {"CACHE_PATH": str(tmp_path / "cache"), "PARAMS_MAX_STEPS": "1"}
+    code, printed = job.run(DATASET_NAME=f"{hub.endpoint}/files/p.zip?key=canary", **asked)
+    assert code == 0 and "canary" not in printed, printed
+    assert not [p for p in job.out.rglob("*") if p.is_file() and b"canary" in p.read_bytes()]
+    code, printed = job.run(DATASET_NAME=f"{hub.endpoint}/files/p.zip?key=another", **asked)
+    assert code == 0 and "is done" in printed, printed
 
 
 def test_weights_in_the_image_need_no_network(hub, tmp_path):

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from trainer.dataset import Picture
 from trainer.errors import DataError
-from trainer.order import VARIANTS, Order, fingerprint, fingerprint_differences, split
-from trainer.plan import DataPlan, Dataset, Source, Subset
+from trainer.order import Order, fingerprint, fingerprint_differences, split
+from trainer.plan import VARIANTS, DataPlan, Dataset, Source, Subset
 
 SHAPES = ((640, 480), (480, 640), (512, 512), (1000, 300))
 
@@ -154,6 +154,20 @@ def test_nothing_varies_unless_asked_for():
     for _, view in made.every_view():
         assert not view.flip and view.colour is None
         assert view.offset == tuple((s - b) // 2 for s, b in zip(view.scaled, view.size, strict=True))
+
+
+VARYING = {"flip_aug": True, "random_crop": True, "color_aug": True, "shuffle_caption": True, "enable_wildcard": True,
+           "caption_tag_dropout_rate": 0.3}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", VARYING)
+def test_a_subset_knows_how_much_each_thing_that_varies_takes(key):
+    """Preflight reckons with these numbers."""
+    kept = subset(**{key: VARYING[key]})
+    made = order(plan(kept))
+    per_picture = Counter(p.name for p, _ in made.every_view())
+    assert (kept.views > 1, kept.wordings > 1) == (max(per_picture.values()) > 1, "caption" in key or "wild" in key)
+    assert max(per_picture.values()) <= kept.views and len(made.every_caption()) <= kept.wordings * len(per_picture)
 
 
 def test_the_pools_are_bounded():

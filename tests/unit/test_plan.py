@@ -466,6 +466,17 @@ def test_a_prompt_is_completed_from_the_model_and_the_seed():
     assert (first.seed, second.seed, first.negative) == (7, 8, "")
 
 
+ESTABLISHED = {"flux": (20, 1.0), "sd3": (28, 5.0), "sdxl": (30, 7.0)}  # steps, classifier-free guidance
+
+
+@pytest.mark.parametrize("base", ["flux", "flux-krea", "sd3", "sd3.5-medium", "sd3.5-large", "sdxl"])
+def test_the_defaults_of_prompts_are_the_established_ones(base):
+    (made,) = plan(on=LARGE_GPU, BASE_MODEL=base, prompts=["a cat"]).prompts
+    assert (made.steps, made.cfg) == ESTABLISHED[MODELS[base][0]] and (made.width, made.height) == (1024, 1024)
+    if MODELS[base][0] == "flux":
+        assert made.guidance == 3.5
+
+
 def test_flags_stay_and_sides_are_rounded_down():
     side = MULTIPLE * 5
     (made,) = plan(prompts=[f"a cat --w {side + 1} --h {side - 1} --d 3 --s 2 --l 1.5 --g 0 --n dark"]).prompts

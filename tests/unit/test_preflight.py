@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from entrypoint.fetch import fetch_model, fetch_source
 from entrypoint.layout import check_folder, problems
-from entrypoint.preflight import preflight
+from entrypoint.preflight import _sources, preflight
 from trainer.errors import DataError, KilnError, SettingsError, StorageError
 from trainer.families import family
 from trainer.plan import (
@@ -159,7 +159,7 @@ def test_too_little_room_shows_both_numbers(plan: Plan, tmp_path: Path, monkeypa
         check(with_source(plan, Source("archive", str(archive))), tmp_path)
     assert asked and problem.value.exit_code == 74
     assert all(
-        word in str(problem.value) for word in ("CACHE_PATH", "71 MiB are needed", "10 MiB are free", "unpacked")
+        word in str(problem.value) for word in ("CACHE_PATH", "67 MiB are needed", "10 MiB are free", "unpacked")
     )
 
 
@@ -168,6 +168,22 @@ def test_checkpoints_count(plan: Plan, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 10_000))
     with pytest.raises(StorageError, match=r"OUTPUT_PATH.*4 checkpoints"):
         check(plan, tmp_path)
+
+
+def test_room_for_the_cache_is_that_of_every_view_and_wording(plan: Plan) -> None:
+    """The full-size model at 1024 px in bf16: 2 MiB of latents for a view, and 4 MiB for 512 tokens of a wording."""
+
+    def needed(**keys: object) -> float:
+        varied = dataclasses.replace(plan.data.datasets[0].subsets[0], **keys)
+        data = DataPlan((Dataset((varied,), (1024, 1024)),))
+        model = dataclasses.replace(plan.model, base="flux")
+        full = dataclasses.replace(plan, model=model, data=data, engine=EnginePlan(precision="bf16"))
+        ((_, encoded),) = _sources(full)
+        return encoded / 2**20
+
+    assert needed() == 2 + 4
+    assert needed(random_crop=True) == 8 * 2 + 4
+    assert needed(shuffle_caption=True, flip_aug=True) == 2 * 2 + 8 * 4
 
 
 # --- pictures

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from trainer.plan import VERSION, Plan, differences
+from trainer.plan import VERSION, DataPlan, Dataset, Plan, Source, Subset, differences
 
 
 def anything(kind: Any) -> st.SearchStrategy[Any]:
@@ -76,6 +76,18 @@ def test_everything_else_is_named_when_it_changes(plan):
         f"lora.split_qkv: {plan.lora.split_qkv} → {not plan.lora.split_qkv}",
         f"train.seed: {plan.train.seed} → {plan.train.seed + 1}",
     ]
+
+
+@given(PLANS)
+@SLOW
+def test_the_key_in_an_address_is_no_part_of_the_essence(plan):
+    def at(address):
+        source = Source("archive", address)
+        data = DataPlan((Dataset((Subset(source),), (64, 64)),))
+        return dataclasses.replace(plan, data=data).essence()
+
+    assert at("https://host/p.zip?key=1") == at("https://host/p.zip?key=2") != at("https://host/q.zip?key=1")
+    assert "?key" not in str(at("https://host/p.zip?key=1"))
 
 
 def test_a_field_that_is_not_there_is_absent():

@@ -48,12 +48,8 @@ FACTS = Facts(
     models={
         "sd3": MEDIUM_3,
         "sd3-medium": MEDIUM_3,
-        "sd3.5-medium": BaseModel(
-            "stabilityai/stable-diffusion-3.5-medium", 15.2, WIDER, gated=True, defaults={"steps": 40, "cfg": 4.5}
-        ),
-        "sd3.5-large": BaseModel(
-            "stabilityai/stable-diffusion-3.5-large", 25.7, LARGE, gated=True, defaults={"cfg": 4.5}
-        ),
+        "sd3.5-medium": BaseModel("stabilityai/stable-diffusion-3.5-medium", 15.2, WIDER, gated=True),
+        "sd3.5-large": BaseModel("stabilityai/stable-diffusion-3.5-large", 25.7, LARGE, gated=True),
         "mini-sd3": BaseModel(MINIATURE, files_gib=0.0, resolution=128, defaults={"cfg": 3.0}),
     },
     files=(
@@ -101,7 +97,7 @@ FACTS = Facts(
     landmarks=("joint_blocks.0.x_block.attn.qkv.weight", "transformer_blocks.0.attn.add_q_proj.weight"),
     prompt_steps=28,
     prompt_guidance=1.0,
-    prompt_cfg=7.0,
+    prompt_cfg=5.0,
 )
 
 

@@ -1,0 +1,95 @@
+"""The header of the LoRA file: what users' tools read of a run."""
+
+import json
+
+from trainer import export
+from trainer.dataset import survey
+from trainer.families import family
+from trainer.objective import FlowMatching
+from trainer.order import Order
+from trainer.plan import Source
+from trainer.session import _trained
+
+READ = [
+    "ss_output_name",
+    "ss_sd_model_name",
+    "ss_network_module",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_training_started_at",
+    "ss_bucket_info",
+    "ss_resolution",
+    "ss_dataset_dirs",
+    "ss_datasets",
+    "ss_tag_frequency",
+    "ss_base_model_version",
+    "ss_num_train_images",
+    "ss_steps",
+    "ss_epoch",
+    "ss_optimizer",
+    "ss_learning_rate",
+    "ss_lr_scheduler",
+    "ss_seed",
+    "ss_noise_offset",
+]
+MODELSPEC = [
+    "sai_model_spec",
+    "architecture",
+    "implementation",
+    "title",
+    "resolution",
+    "date",
+    "license",
+    "tags",
+    "trigger_phrase",
+    "prediction_type",
+]
+
+
+def header(plan):
+    found = survey(plan.data, workers=0)
+    order = Order(found.pictures, plan.data, seed=0)
+    run = _trained(plan, family("flux"), FlowMatching(), order=order, found=found)
+    return export.metadata(run, step=7, epoch=2, rank=4, alpha=4.0)
+
+
+def test_it_has_every_key_as_text_and_no_path(job_plan):
+    plan = job_plan("flux", TRIGGER_WORD="zot", PARAMS_NUM_REPEATS="3")
+    found = header(plan)
+    assert found.keys() >= {*READ, *(f"modelspec.{key}" for key in MODELSPEC)}
+    assert all(isinstance(value, str) for value in found.values())
+    assert plan.output.path not in json.dumps(found) and plan.data.datasets[0].subsets[0].source.path not in str(found)
+    assert (found["ss_steps"], found["ss_epoch"], found["ss_num_train_images"]) == ("7", "2", "6")
+    assert json.loads(found["ss_tag_frequency"]) == {
+        "pictures": {"a red circle": 1, "a blue square on a green background": 1}
+    }
+    assert json.loads(found["ss_bucket_info"]) == {"buckets": {"0": {"resolution": [128, 128], "count": 6}}}
+
+
+def test_buckets_and_tags_are_there_in_both_shapes_for_each_dataset(job_plan, tmp_path):
+    """One folder at two resolutions, and as regularisation pictures: three sources of one name."""
+    folder = {"image_dir": str(tmp_path / "pictures")}
+    config = {
+        "datasets": [
+            {"resolution": 128, "batch_size": 2, "subsets": [{**folder, "num_repeats": 2}]},
+            {"resolution": 64, "subsets": [folder, {**folder, "is_reg": True}]},
+        ]
+    }
+    found = header(job_plan("flux", DATASET_NAME="", DATASET_CONFIG=json.dumps(config)))
+    names = ["pictures", "pictures (2)", "pictures (3)"]
+    assert list(json.loads(found["ss_dataset_dirs"])) == list(json.loads(found["ss_tag_frequency"])) == names
+    assert (found["ss_num_train_images"], found["ss_num_reg_images"]) == ("6", "2")
+    first, second = json.loads(found["ss_datasets"])
+    assert first["bucket_info"] == {"buckets": {"0": {"resolution": [128, 128], "count": 4}}}
+    assert second["bucket_info"] == {"buckets": {"0": {"resolution": [64, 64], "count": 4}}}
+    assert (first["batch_size_per_device"], first["resolution"]) == (2, [128, 128])
+    assert [s["image_dir"] for s in second["subsets"]] == names[1:] and second["num_reg_images"] == 2
+    assert {tuple(b["resolution"]) for b in json.loads(found["ss_bucket_info"])["buckets"].values()} == {
+        (64, 64),
+        (128, 128),
+    }
+
+
+def test_a_key_in_an_address_is_told_to_nobody():
+    assert Source("archive", "https://host/a/pictures.zip?key=canary").public == "https://host/a/pictures.zip"
+    assert Source("folder", "/data/what?").public == "/data/what?"
