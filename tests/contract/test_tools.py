@@ -268,7 +268,7 @@ def forge_model(base):
     from packages_3rdparty.comfyui_lora_collection import utils
 
     name = VARIANTS[base][0]
-    flux = {k: v for k, v in FLUX.items() if k not in ("patch_size", "out_channels")} | {"in_channels": 64}
+    flux = {k: v for k, v in FLUX.items() if k not in ("patch_size", "out_channels")}
     make, config, repo, table = {
         "flux": (IntegratedFluxTransformer2DModel, flux, "black-forest-labs/FLUX.1-dev", utils.flux_to_diffusers),
         "sd3": (
@@ -291,8 +291,16 @@ def forge_model(base):
         diffusion_model=types.SimpleNamespace(config=config),
         config=types.SimpleNamespace(huggingface_repo=repo),
     )
-    names = {k: f"diffusion_model.{v}" for k, v in table(config).items()} if name == "sdxl" else None
-    return model, states, names or table(config, output_prefix="diffusion_model.")
+    if name == "sdxl":
+        return model, states, {k: f"diffusion_model.{v}" for k, v in table(config).items()}
+    names = table(config, output_prefix="diffusion_model.")
+    for block in VARIANTS[base][1].get("dual_attention_layers", ()):  # which its table lacks, and its model has
+        ours, own = f"transformer_blocks.{block}.attn2", f"diffusion_model.joint_blocks.{block}.x_block.attn2"
+        width = VARIANTS[base][1]["caption_projection_dim"]
+        for i, x in enumerate("qkv"):
+            names[f"{ours}.to_{x}.weight"] = f"{own}.qkv.weight", (0, i * width, width)
+        names[f"{ours}.to_out.0.weight"] = f"{own}.proj.weight"
+    return model, states, names
 
 
 FORGE = [(base, to) for base in BASES for to in ("kohya", "comfyui")] + [("flux-dev", "peft")]
