@@ -1,12 +1,13 @@
 """How much of the host's memory a full-size model takes that comes as users have it.
 
-    python -m bench.layouts FOLDER flux|sdxl|sd3 file|shards [float16|bfloat16]
+    python -m bench.layouts FOLDER flux|sdxl|sd3 file|zeros|shards [float16|bfloat16]
 
 Writes random weights (bfloat16 unless said) in one file under their original names, or as shards with an index in
 diffusers' layout; then assembles them and loads the denoiser as a job does, and prints one JSON line: the most memory
 of its own, besides mapped files, that the process took in each phase. On an accelerator the denoiser is quantised to
 8 bits; on the CPU it becomes bf16, which is memory of its own where the file has another format. A file needs twice
-its size on disk: 24 GB for Flux.1's denoiser, 7 for SDXL, 16 for SD3 with T5; shards are read where they are.
+its size on disk: 24 GB for Flux.1's denoiser, 7 for SDXL, 16 for SD3 with T5; shards are read where they are. `zeros`
+is a file of zeros, which takes no room itself.
 """
 
 from __future__ import annotations
@@ -65,14 +66,16 @@ State = dict[str, torch.Tensor]
 @cache
 def pattern() -> torch.Tensor:
     """As many random numbers as a prime says: no half, third or row of a weight looks like another."""
-    return torch.randn(1_048_573, generator=torch.Generator().manual_seed(0)) * 0.02
+    return torch.randn(1_048_573, generator=torch.Generator().manual_seed(0)) * 0.2
 
 
 def numbers(name: str, like: torch.Tensor) -> torch.Tensor:
     """The weight called `name`, always the same."""
-    begin = zlib.crc32(name.encode()) % len(pattern())
+    begin, count = zlib.crc32(name.encode()) % len(pattern()), like.numel()
+    if begin + count <= len(pattern()):
+        return pattern()[begin : begin + count].to(like.dtype).view(like.shape)
     turned = pattern().roll(-begin).to(like.dtype)
-    return turned.repeat(-(-like.numel() // len(turned)))[: like.numel()].view(like.shape)
+    return turned.repeat(-(-count // len(turned)))[:count].view(like.shape)
 
 
 def random_state(model: torch.nn.Module, dtype: torch.dtype) -> State:
@@ -85,31 +88,47 @@ def random_state(model: torch.nn.Module, dtype: torch.dtype) -> State:
 # ---- a model as users have it
 
 
-def write_configs(folder: Path, name: str, *, full: bool) -> dict[str, torch.nn.Module]:
-    """A folder with all but weights, full-size or as the miniature; returns the parts on the device "meta"."""
+def write_configs(folder: Path, name: str, changes: dict[str, dict[str, Any]]) -> dict[str, torch.nn.Module]:
+    """A folder with all but weights; returns the parts on the device "meta".
+
+    `changes`: part → its config, where it is not the miniature's; `FULL` has the published ones.
+    """
     small, places = original.miniature(name), family(name).FACTS.parts
     shutil.copytree(small, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     index, models = json.loads((small / "model_index.json").read_text()), {}
     for part, where in places.items():
         path, (library, kind) = folder / where / "config.json", index[where]
-        if full:
+        if part in changes:
             kept = {"_class_name", "architectures", "model_type"}
             own = {k: v for k, v in json.loads(path.read_text()).items() if k in kept}
-            path.write_text(json.dumps({**own, **FULL[name][part]}))
+            path.write_text(json.dumps({**own, **changes[part]}))
         models[part] = assemble._shape(library, kind, path.parent)
         if library == "diffusers":
             models[part].save_config(path.parent)
     return models
 
 
-def write_file(path: Path, name: str, models: dict[str, torch.nn.Module], dtype: torch.dtype) -> None:
-    """All parts in one file; of Flux the denoiser alone, which is how its users have it."""
+def file_state(name: str, models: dict[str, torch.nn.Module], dtype: torch.dtype) -> State:
+    """All parts of one file; of Flux the denoiser alone, which is how its users have it."""
     states = {part: random_state(model, dtype) for part, model in models.items()}
     config = dict(models["denoiser"].config)  # type: ignore[call-overload]
-    if name == "flux":
-        standin.write(path, original.denoiser(name, states["denoiser"], config))
-    else:
-        standin.write(path, original.whole(name, states, config))
+    return (
+        original.denoiser(name, states["denoiser"], config) if name == "flux" else original.whole(name, states, config)
+    )
+
+
+def write_zeros(path: Path, state: State) -> None:
+    """A safetensors file with zeros for `state`, on disk as a hole."""
+    place, header = 0, {}
+    for name, tensor in state.items():
+        kind = standin.NAMES[tensor.dtype]
+        header[name] = {"dtype": kind, "shape": [*tensor.shape], "data_offsets": [place, place + tensor.nbytes]}
+        place += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + place)
 
 
 def write_shards(folder: Path, model: torch.nn.Module, dtype: torch.dtype, size: int) -> None:
@@ -155,17 +174,24 @@ def memory_taken() -> Iterator[list[int]]:
         watcher.join()
 
 
-def written(folder: Path, name: str, layout: str, *, full: bool, dtype: torch.dtype) -> ModelPlan:
+def written(
+    folder: Path,
+    name: str,
+    layout: str,
+    *,
+    changes: dict[str, dict[str, Any]],
+    dtype: torch.dtype,
+    shard: int = SHARD,
+) -> ModelPlan:
     """The model on disk, and what a plan says of it."""
-    models, facts = write_configs(folder / "model", name, full=full), family(name).FACTS
+    models, facts = write_configs(folder / "model", name, changes), family(name).FACTS
     parts = {}
-    if layout == "file":
+    if layout in ("file", "zeros"):
         file = folder / "all.safetensors"
-        write_file(file, name, models, dtype)
+        {"file": standin.write, "zeros": write_zeros}[layout](file, file_state(name, models, dtype))
         parts = dict.fromkeys(["denoiser"] if name == "flux" else models, str(file))
     else:
-        size = SHARD if full else 1_000_000
-        write_shards(folder / "model" / facts.parts["denoiser"], models["denoiser"], dtype, size)
+        write_shards(folder / "model" / facts.parts["denoiser"], models["denoiser"], dtype, shard)
     base = next(iter(facts.models))
     return ModelPlan(base, name, base, path=str(folder / "model"), parts=parts)
 
@@ -207,12 +233,14 @@ def main(arguments: list[str]) -> None:
     place_, name, layout, *rest = arguments
     folder, dtype = Path(place_), getattr(torch, rest[0] if rest else "bfloat16")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    plan = written(folder, name, layout, full=True, dtype=dtype)
+    plan = written(folder, name, layout, changes=FULL[name], dtype=dtype)
     size = sum(f.stat().st_size for f in folder.rglob("*.safetensors"))
     _, row = measured(plan, folder / "cache", device=device)
-    where = assemble.assembled(plan, folder / "cache") / family(name).FACTS.parts["denoiser"]
+    if layout != "zeros":
+        where = assemble.assembled(plan, folder / "cache") / family(name).FACTS.parts["denoiser"]
+        row["wrong"] = len(wrong(where))
     what = f"{name} as {layout} of {str(dtype).removeprefix('torch.')}, to {device}"
-    print(json.dumps({"what": what, "gib": round(size / GIB, 2), **row, "wrong": len(wrong(where))}))
+    print(json.dumps({"what": what, "gib": round(size / GIB, 2), **row}))
 
 
 if __name__ == "__main__":

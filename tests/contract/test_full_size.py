@@ -17,7 +17,7 @@ from trainer.families import family
 @pytest.mark.parametrize("layout", ["file", "shards"])
 @pytest.mark.parametrize("name", layouts.FULL)
 def test_the_measurement_writes_and_finds_every_weight_of_a_miniature(name, layout, dtype, tmp_path):
-    plan = layouts.written(tmp_path, name, layout, full=False, dtype=dtype)
+    plan = layouts.written(tmp_path, name, layout, changes={}, dtype=dtype, shard=10**6)
     denoiser, row = layouts.measured(plan, tmp_path / "cache", device="cpu")
     assert {k for k in row if k.endswith("own_gib")} == {"assembled_own_gib", "loaded_own_gib", "placed_own_gib"}
     folder = assemble.assembled(plan, tmp_path / "cache") / family(name).FACTS.parts["denoiser"]
@@ -28,7 +28,7 @@ def test_the_measurement_writes_and_finds_every_weight_of_a_miniature(name, layo
 
 
 def test_a_weight_at_another_place_is_noticed(tmp_path):
-    plan = layouts.written(tmp_path, "flux", "shards", full=False, dtype=torch.bfloat16)
+    plan = layouts.written(tmp_path, "flux", "shards", changes={}, dtype=torch.bfloat16, shard=10**6)
     file = next((tmp_path / "model" / "transformer").glob("*-00001-*.safetensors"))
     content = file.read_bytes()
     file.write_bytes(content.replace(b'"x_embedder.weight"', b'"x_embedder.weighT"'))
@@ -39,7 +39,7 @@ def test_a_weight_at_another_place_is_noticed(tmp_path):
 @pytest.mark.parametrize("name", layouts.FULL)
 def test_the_full_size_is_that_of_the_published_models(name, tmp_path):
     """Weights, counted on the device "meta"."""
-    models = layouts.write_configs(tmp_path / "model", name, full=True)
+    models = layouts.write_configs(tmp_path / "model", name, layouts.FULL[name])
     counts = {part: sum(p.numel() for p in model.parameters()) for part, model in models.items()}
     published = {"clip_l": 123_060_480, "clip_g": 694_659_840, "t5": 4_762_310_656}
     published |= {"vae": 83_653_863 if name == "sdxl" else 83_819_683}

@@ -1,0 +1,69 @@
+"""The published denoisers by their values of BASE_MODEL: all that their config.json says; and narrow ones for tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+
+_FLUX = {
+    "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128,
+    "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768,
+    "axes_dims_rope": (16, 56, 56),
+}  # fmt: skip
+_SD3 = {
+    "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24,
+    "attention_head_dim": 64, "num_attention_heads": 24, "caption_projection_dim": 1536, "joint_attention_dim": 4096,
+    "pooled_projection_dim": 2048, "pos_embed_max_size": 192,
+}  # fmt: skip
+_SDXL = {
+    "sample_size": 128, "in_channels": 4, "out_channels": 4, "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048, "use_linear_projection": True,
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+}  # fmt: skip
+LARGE = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "qk_norm": "rms_norm"}
+# BASE_MODEL → its family, and all that its config.json says of the architecture.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "flux-dev": ("flux", {**_FLUX, "guidance_embeds": True}),
+    "flux-krea": ("flux", {**_FLUX, "guidance_embeds": True}),
+    "flux-schnell": ("flux", {**_FLUX, "guidance_embeds": False}),
+    "sd3-medium": ("sd3", _SD3),
+    "sd3.5-medium": (
+        "sd3",
+        {**_SD3, "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm"},
+    ),
+    "sd3.5-large": ("sd3", {**_SD3, **LARGE}),
+    "sdxl-base": ("sdxl", _SDXL),
+}
+CLASSES = {"flux": FluxTransformer2DModel, "sd3": SD3Transformer2DModel, "sdxl": UNet2DConditionModel}
+# The widths alone are others: numbers of layers, kinds of blocks, norms and conditions stay.
+NARROW = {
+    "flux": {
+        "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 24, "pooled_projection_dim": 20,
+        "axes_dims_rope": (2, 2, 4),
+    },
+    "sd3": {
+        "sample_size": 8, "pos_embed_max_size": 8, "attention_head_dim": 8, "num_attention_heads": 2,
+        "caption_projection_dim": 16, "joint_attention_dim": 24, "pooled_projection_dim": 20,
+    },
+    "sdxl": {
+        "sample_size": 8, "block_out_channels": (8, 16, 16), "norm_num_groups": 4, "attention_head_dim": (1, 2, 2),
+        "cross_attention_dim": 24, "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 6 * 4 + 20,
+    },
+}  # fmt: skip
+
+
+def config(base: str, *, narrow: bool) -> dict[str, Any]:
+    """The options of a published denoiser, at its own width or a narrow one."""
+    name, published = VARIANTS[base]
+    return {**published, **(NARROW[name] if narrow else {})}
+
+
+def shape(base: str, changes: dict[str, Any]) -> torch.nn.Module:
+    """A published denoiser on the device "meta", with other options where `changes` says so."""
+    with torch.device("meta"):
+        return CLASSES[VARIANTS[base][0]](**{**config(base, narrow=False), **changes})
