@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from entrypoint import bake, finish, hardware, net, singles
+from entrypoint import bake, finish, hardware, net, singles, upload
 from entrypoint.manifest import read_manifest
 from entrypoint.plan import make_plan
 from entrypoint.settings import Settings, help_env, read_settings
@@ -93,22 +93,28 @@ def job(environ: Mapping[str, str], *, check: bool) -> int:
     plan, done = _continued(plan, named=settings.output_name is not None)
     for reason in plan.reasons:
         log.info("%s", reason)
+    token = settings.hf_token.reveal() if settings.hf_token else None
+    write_token = settings.hf_write_token.reveal() if settings.hf_write_token else token
+    push = upload.job(settings.push_to_hub, write_token, plan, creates=not check)
     if done:
         log.info("This job is done: %s. Delete status.json to run it again.", done)
-        return 0
+        if check or push is None or upload.is_done(Path(plan.output.path), push.repo, done):
+            return 0
+        with upload.beside(push, environ) as uploaded:
+            return uploaded()
 
     from entrypoint.preflight import preflight  # the Hub's client is slow to import: only now
 
-    token = settings.hf_token.reveal() if settings.hf_token else None
     preflight(plan, token=token, hub_cache=settings.hf_home / "hub")
-    if check:
-        log.info("Checked: this job can run. Nothing was downloaded or trained.")
-        return 0
-    plan = _fetched(plan, settings, token=token)
+    with upload.beside(push, environ) as uploaded:
+        if check:
+            log.info("Checked: this job can run. Nothing was downloaded or trained.")
+            return 0
+        plan = _fetched(plan, settings, token=token)
 
-    from entrypoint.launch import launch
+        from entrypoint.launch import launch
 
-    return launch(plan, environment=environ)
+        return launch(plan, environment=environ) or uploaded()
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:

@@ -73,7 +73,8 @@ def supervised(work: Callable[[], int], environ: Mapping[str, str], *, times: Ti
     before = _opened(environ)
     if before.attempts > MOST_ATTEMPTS:
         log.error("%d attempts without progress: this pod tries no more. Delete pod.json to begin anew.", MOST_ATTEMPTS)
-        return _end(75, action, pod, environ, times)
+        # What is not done, or not uploaded, may be wanted still: terminating the pod would delete its volume.
+        return _end(75, "stop" if action == "terminate" else action, pod, environ, times)
     if before.attempts > 1:
         pause = min(times.first_pause * 2 ** (before.attempts - 2), times.longest_pause)
         log.warning("Attempt %d of %d, in %.0f s.", before.attempts, MOST_ATTEMPTS, pause)

@@ -25,7 +25,7 @@ GROUPS = {  # the field that each group begins with
     "lora_type": "adapter",
     "backend": "engine",
     "output_path": "output",
-    "on_finish": "finish",
+    "push_to_hub": "finish",
 }
 MANY = 10**8
 LORA_TYPES = ("lora", "rslora", "dora")
@@ -354,6 +354,14 @@ class Settings:
     )
 
     # finish
+    push_to_hub: str | None = row(
+        "PUSH_TO_HUB",
+        "repo",
+        means="Hub model repository that saves, samples and the LoRA are uploaded to; made private if it is new",
+    )
+    hf_write_token: Secret | None = row(
+        "HF_WRITE_TOKEN", "secret", means="token that may write to PUSH_TO_HUB", otherwise="HF_TOKEN"
+    )
     on_finish: str | None = row(
         "ON_FINISH",
         "choice",
@@ -383,4 +391,5 @@ def _rows() -> dict[str, Row]:
 ROWS = _rows()  # by the field of Settings
 CONFIG_JSON = "CONFIG_JSON"
 ALIASES = ("HF_TOKEN_FILE", "HUGGING_FACE_HUB_TOKEN")  # other ways to give HF_TOKEN
+SECRETS = (*ALIASES, *(r.name for r in ROWS.values() if r.kind == "secret"))
 NAMES: tuple[str, ...] = (*(r.name for r in ROWS.values()), *ALIASES, CONFIG_JSON)
