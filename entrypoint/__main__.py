@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,7 +24,7 @@ from entrypoint.settings import Settings, help_env, read_settings
 from trainer import __version__
 from trainer.errors import KilnError, StopRequestedError, UnreachableError
 from trainer.families import base_models, family
-from trainer.plan import Plan
+from trainer.plan import Plan, Source
 
 log = logging.getLogger("entrypoint")
 PROGRAMS = {  # first arguments that become another program
@@ -114,7 +114,7 @@ def job(environ: Mapping[str, str], *, check: bool) -> int:
 
         from entrypoint.launch import launch
 
-        return launch(plan, environment=environ) or uploaded()
+        return launch(_public(plan), environment=environ) or uploaded()
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:
@@ -144,12 +144,30 @@ def _continued(plan: Plan, *, named: bool) -> tuple[Plan, Path | None]:
         status = json.loads((out / "status.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return plan, None
-    if before.essence() != plan.essence():
+    if before.essence() != _public(plan).essence():
         return plan, None
     name = plan.output.name if named else before.output.name
     plan = dataclasses.replace(plan, output=dataclasses.replace(plan.output, name=name, started=before.output.started))
     final = out / f"{name}.safetensors"
     return plan, final if status.get("phase") == "done" and final.is_file() else None
+
+
+def _public(plan: Plan) -> Plan:
+    """The plan with addresses as they may be seen and compared: without passwords, and signatures that expire."""
+
+    def shown(source: Source) -> Source:
+        is_url = source.kind == "archive" and "://" in source.location
+        return dataclasses.replace(source, location=net.public(source.location)) if is_url else source
+
+    return _with_sources(plan, shown)
+
+
+def _with_sources(plan: Plan, change: Callable[[Source], Source]) -> Plan:
+    datasets = []
+    for dataset in plan.data.datasets:
+        subsets = [dataclasses.replace(s, source=change(s.source)) for s in dataset.subsets]
+        datasets.append(dataclasses.replace(dataset, subsets=tuple(subsets)))
+    return dataclasses.replace(plan, data=dataclasses.replace(plan.data, datasets=tuple(datasets)))
 
 
 def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
@@ -167,11 +185,7 @@ def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
         lambda: {source: fetch_source(source, cache=cache, **access) for source in sources},
         cancelled=cancelled,
     )
-    datasets = []
-    for dataset in plan.data.datasets:
-        subsets = [dataclasses.replace(s, source=found[s.source]) for s in dataset.subsets]
-        datasets.append(dataclasses.replace(dataset, subsets=tuple(subsets)))
-    return dataclasses.replace(plan, model=model, data=dataclasses.replace(plan.data, datasets=tuple(datasets)))
+    return dataclasses.replace(_with_sources(plan, found.__getitem__), model=model)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from types import FrameType
 from entrypoint import net
 from entrypoint.checks import load_json
 from entrypoint.files import read_json, write_text
+from entrypoint.launch import child_environment
 from entrypoint.runpod_api import RunPod
 from trainer.errors import KilnError, SettingsError, StorageError
 
@@ -205,7 +206,8 @@ def _asked_to_end(action: str, pod: str, environ: Mapping[str, str], times: Time
     if program is None:
         return False
     words = {"stop": ("stop", "pod"), "terminate": ("remove", "pod")}[action]
-    done = subprocess.run([program, *words, pod], capture_output=True, timeout=120, check=False)  # noqa: S603
+    own = {**child_environment(environ), **{k: environ[k] for k in ("RUNPOD_API_KEY",) if k in environ}}
+    done = subprocess.run([program, *words, pod], env=own, capture_output=True, timeout=120, check=False)  # noqa: S603
     return done.returncode == 0
 
 
@@ -242,8 +244,8 @@ def start_ssh(environ: Mapping[str, str]) -> None:
         keys.write_text(f"{key}\n", encoding="utf-8")
         keys.chmod(0o600)
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
-        subprocess.run(["/usr/bin/ssh-keygen", "-A"], check=True, capture_output=True)
-        subprocess.run([str(server), "-o", "PasswordAuthentication=no"], check=True, capture_output=True)  # noqa: S603
+        for command in (["/usr/bin/ssh-keygen", "-A"], [str(server), "-o", "PasswordAuthentication=no"]):
+            subprocess.run(command, env=child_environment(environ), check=True, capture_output=True)  # noqa: S603
         log.info("SSH is open for the keys of this account.")
     except (OSError, subprocess.CalledProcessError) as problem:
         log.warning("SSH is not open: %s", problem)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from entrypoint.launch import child_environment
 from trainer.errors import SettingsError, UnreachableError
 from trainer.precision import PRECISIONS
 
@@ -103,7 +104,8 @@ def _nvidia(
     host: Hardware, *, run: Callable[..., subprocess.CompletedProcess[str]], visible: str | None
 ) -> Hardware | None:
     try:
-        answer = run(QUERY, capture_output=True, text=True, timeout=QUERY_SECONDS, check=False)
+        own = child_environment(os.environ)
+        answer = run(QUERY, env=own, capture_output=True, text=True, timeout=QUERY_SECONDS, check=False)
     except OSError:  # not installed
         return None
     except subprocess.TimeoutExpired as problem:
