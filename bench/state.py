@@ -123,9 +123,10 @@ def size(folder: Path) -> int:
 
 
 def say(**what: Any) -> None:
+    """One line, with what this process has used so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     row = {k: round(v, 2) if isinstance(v, float) else v for k, v in what.items()}
-    print(json.dumps({**row, "peak_gib": round(peak, 1)}), flush=True)
+    print(json.dumps({**row, "cpu_s_so_far": round(time.process_time(), 1), "peak_gib": round(peak, 1)}), flush=True)
 
 
 if __name__ == "__main__":
