@@ -170,13 +170,14 @@ class Uploader:
         if main is None or self.ended.is_set():
             return
         try:
-            if tuple(_identity(main)) in self._seen:
+            identity = tuple(_identity(main))
+            if identity in self._seen:
                 return
+            self._seen.add(identity)  # once: where it fails, the next save comes, or the end
             self._commit(main.stem, [p for p in found if p.stem.startswith(main.stem)], patience=self.job.at_start)
-            self._seen.add(tuple(_identity(main)))
         except KilnError as problem:
             if not self.ended.is_set():
-                log.warning("%s is not uploaded: %s It is tried again.", main.name, problem)
+                log.warning("%s is not uploaded: %s", main.name, problem)
         except FileNotFoundError:
             log.info("%s was removed before it was uploaded.", main.name)
 
@@ -250,7 +251,8 @@ def card(path: Path, *, base: str, with_samples: bool) -> str:
     trigger, title = about.get("modelspec.trigger_phrase", ""), about.get("ss_output_name", path.stem)
     lines = ["---", *([f"base_model: {json.dumps(base)}", "base_model_relation: adapter"] if base else [])]
     lines += ["library_name: diffusers", "pipeline_tag: text-to-image", "tags:", "- lora", "- text-to-image"]
-    lines += [f"instance_prompt: {json.dumps(trigger, ensure_ascii=False)}", "---", "", f"# {title}", ""]
+    lines += [f"instance_prompt: {json.dumps(trigger, ensure_ascii=False)}"] if trigger else []
+    lines += ["---", "", f"# {title}", ""]
     size, steps, pictures = (about.get(k, "?") for k in ("ss_network_dim", "ss_steps", "ss_num_train_images"))
     what = f"[{base}](https://huggingface.co/{base})" if base else about.get("ss_sd_model_name", "a local model")
     lines += [f"A LoRA of rank {size} for {what}: {steps} steps on {pictures} pictures, repeats included."]
