@@ -227,6 +227,7 @@ def start(job, hub, **changes):
     )
 
 
+@pytest.mark.slow
 def test_a_job_whose_upload_fails_is_uploaded_by_the_next_start_without_training(job, hub):
     """E5, and B1's upload: the signal comes while the final file is on its way."""
     fault = hub.fault("*/commit/main", method="POST", status=500, times=1000)
