@@ -13,19 +13,19 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from entrypoint import bake, finish, hardware, net, resume, singles
+from entrypoint import bake, finish, hardware, net, resume, singles, upload
 from entrypoint.manifest import read_manifest
 from entrypoint.plan import make_plan
 from entrypoint.settings import Settings, help_env, read_settings
 from trainer import __version__
 from trainer.errors import KilnError, StopRequestedError, UnreachableError
 from trainer.families import base_models, family
-from trainer.plan import Plan
+from trainer.plan import Plan, Source
 
 log = logging.getLogger("entrypoint")
 PROGRAMS = {  # first arguments that become another program
@@ -98,23 +98,29 @@ def job(environ: Mapping[str, str], *, check: bool) -> int:
     plan, done = _continued(plan, named=settings.output_name is not None)
     for reason in plan.reasons:
         log.info("%s", reason)
+    token = settings.hf_token.reveal() if settings.hf_token else None
+    write_token = settings.hf_write_token.reveal() if settings.hf_write_token else token
+    push = upload.job(settings.push_to_hub, write_token, plan, creates=not check)
     if done:
         log.info("This job is done: %s. Delete status.json to run it again.", done)
-        return 0
+        if check or push is None or upload.is_done(Path(plan.output.path), push.repo, done):
+            return 0
+        with upload.beside(push, environ) as uploaded:
+            return uploaded()
 
     from entrypoint.preflight import preflight  # the Hub's client is slow to import: only now
 
-    token = settings.hf_token.reveal() if settings.hf_token else None
     resume.check_state(plan)
     preflight(plan, token=token, hub_cache=settings.hf_home / "hub")
-    if check:
-        log.info("Checked: this job can run. Nothing was downloaded or trained.")
-        return 0
-    plan = _fetched(plan, settings, token=token)
+    with upload.beside(push, environ) as uploaded:
+        if check:
+            log.info("Checked: this job can run. Nothing was downloaded or trained.")
+            return 0
+        plan = _fetched(plan, settings, token=token)
 
-    from entrypoint.launch import launch
+        from entrypoint.launch import launch
 
-    return launch(plan, environment=environ)
+        return launch(plan, environment=environ) or uploaded()
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:
@@ -152,6 +158,14 @@ def _continued(plan: Plan, *, named: bool) -> tuple[Plan, Path | None]:
     return plan, final if status.get("phase") == "done" and final.is_file() else None
 
 
+def _with_sources(plan: Plan, change: Callable[[Source], Source]) -> Plan:
+    datasets = []
+    for dataset in plan.data.datasets:
+        subsets = [dataclasses.replace(s, source=change(s.source)) for s in dataset.subsets]
+        datasets.append(dataclasses.replace(dataset, subsets=tuple(subsets)))
+    return dataclasses.replace(plan, data=dataclasses.replace(plan.data, datasets=tuple(datasets)))
+
+
 def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
     """The plan with every model and source at a local path; all are brought at the same time."""
     from entrypoint.fetch import fetch_model, fetch_source
@@ -167,14 +181,11 @@ def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
         lambda: {source: fetch_source(source, cache=cache, **access) for source in sources},
         cancelled=cancelled,
     )
-    datasets = []
-    for dataset in plan.data.datasets:
-        subsets = []
-        for s in dataset.subsets:  # from here on nobody needs the key that an address may hold
-            source = dataclasses.replace(found[s.source], location=s.source.public)
-            subsets.append(dataclasses.replace(s, source=source))
-        datasets.append(dataclasses.replace(dataset, subsets=tuple(subsets)))
-    return dataclasses.replace(plan, model=model, data=dataclasses.replace(plan.data, datasets=tuple(datasets)))
+
+    def local(source: Source) -> Source:  # from here on nobody needs the key that an address may hold
+        return dataclasses.replace(found[source], location=source.public)
+
+    return dataclasses.replace(_with_sources(plan, local), model=model)
 
 
 if __name__ == "__main__":

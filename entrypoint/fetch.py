@@ -15,7 +15,7 @@ from entrypoint import archive, hub, layout, net, rows
 from entrypoint.files import build_folder, completed, locked, naming, read_json, storage_error, write_text
 from entrypoint.net import Patience
 from trainer.errors import DataError, GatedError, SettingsError, UnreachableError
-from trainer.plan import ModelPlan, Source
+from trainer.plan import ModelPlan, Source, public
 
 if TYPE_CHECKING:
     import httpx
@@ -109,7 +109,7 @@ def dataset_repo(source: Source, *, token: str | None, hub_cache: Path | None, p
 
 def named(source: Source) -> str:
     """How the user named a source, for messages; without secrets that an address may hold."""
-    place = net.public(source.location) if is_url(source) else source.location
+    place = public(source.location) if is_url(source) else source.location
     return f"DATASET_NAME={place} (or a subset of DATASET_CONFIG)"
 
 
@@ -279,9 +279,7 @@ def _downloaded_archive(source: Source, *, cache: Path, token: str | None, patie
         for other in place.glob("*.part"):
             if other != part or remote.version is None:  # of another version, so of no use
                 other.unlink()
-        job = net.Download(
-            url, place / name, part, net.public(url), remote.headers, remote.size, most=archive.USUAL.total
-        )
+        job = net.Download(url, place / name, part, public(url), remote.headers, remote.size, most=archive.USUAL.total)
         digest = net.download(client, job, patience=patience, refuse=partial(_refuse_address, source))
         folder = _unpacked(job.path, digest, cache)
         job.path.unlink()
@@ -326,7 +324,7 @@ def remote_archive(client: httpx.Client, source: Source, *, token: str | None, p
             raise net.TransientError(f"{type(problem).__name__} ({problem})") from problem
         return RemoteArchive(int(size) if size.isdecimal() else None, version, headers)
 
-    return net.persist(ask, what=net.public(url), patience=patience)
+    return net.persist(ask, what=public(url), patience=patience)
 
 
 def _refuse_address(source: Source, response: httpx.Response) -> None:

@@ -24,6 +24,7 @@ from types import FrameType
 from entrypoint import net
 from entrypoint.checks import load_json
 from entrypoint.files import read_json, write_text
+from entrypoint.launch import child_environment
 from entrypoint.runpod_api import RunPod
 from trainer.errors import KilnError, SettingsError, StorageError
 
@@ -73,7 +74,8 @@ def supervised(work: Callable[[], int], environ: Mapping[str, str], *, times: Ti
     before = _opened(environ)
     if before.attempts > MOST_ATTEMPTS:
         log.error("%d attempts without progress: this pod tries no more. Delete pod.json to begin anew.", MOST_ATTEMPTS)
-        return _end(75, action, pod, environ, times)
+        # What is not done, or not uploaded, may be wanted still: terminating the pod would delete its volume.
+        return _end(75, "stop" if action == "terminate" else action, pod, environ, times)
     if before.attempts > 1:
         pause = min(times.first_pause * 2 ** (before.attempts - 2), times.longest_pause)
         log.warning("Attempt %d of %d, in %.0f s.", before.attempts, MOST_ATTEMPTS, pause)
@@ -204,7 +206,8 @@ def _asked_to_end(action: str, pod: str, environ: Mapping[str, str], times: Time
     if program is None:
         return False
     words = {"stop": ("stop", "pod"), "terminate": ("remove", "pod")}[action]
-    done = subprocess.run([program, *words, pod], capture_output=True, timeout=120, check=False)  # noqa: S603
+    own = {**child_environment(environ), **{k: environ[k] for k in ("RUNPOD_API_KEY",) if k in environ}}
+    done = subprocess.run([program, *words, pod], env=own, capture_output=True, timeout=120, check=False)  # noqa: S603
     return done.returncode == 0
 
 
@@ -241,8 +244,8 @@ def start_ssh(environ: Mapping[str, str]) -> None:
         keys.write_text(f"{key}\n", encoding="utf-8")
         keys.chmod(0o600)
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
-        subprocess.run(["/usr/bin/ssh-keygen", "-A"], check=True, capture_output=True)
-        subprocess.run([str(server), "-o", "PasswordAuthentication=no"], check=True, capture_output=True)  # noqa: S603
+        for command in (["/usr/bin/ssh-keygen", "-A"], [str(server), "-o", "PasswordAuthentication=no"]):
+            subprocess.run(command, env=child_environment(environ), check=True, capture_output=True)  # noqa: S603
         log.info("SSH is open for the keys of this account.")
     except (OSError, subprocess.CalledProcessError) as problem:
         log.warning("SSH is not open: %s", problem)

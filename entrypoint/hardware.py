@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from entrypoint.launch import child_environment
 from trainer.errors import SettingsError, UnreachableError
 from trainer.precision import PRECISIONS, supported
 
@@ -149,7 +150,8 @@ def _nvidia(
     host: Hardware, *, run: Callable[..., subprocess.CompletedProcess[str]], visible: str | None
 ) -> Hardware | None:
     try:
-        answer = run(QUERY, capture_output=True, text=True, timeout=QUERY_SECONDS, check=False)
+        own = child_environment(os.environ)
+        answer = run(QUERY, env=own, capture_output=True, text=True, timeout=QUERY_SECONDS, check=False)
     except OSError:  # not installed
         return None
     except subprocess.TimeoutExpired as problem:

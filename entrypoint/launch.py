@@ -19,6 +19,7 @@ from trainer.plan import Plan
 
 log = logging.getLogger(__name__)
 ALIVE = "KILN_ALIVE"  # as in trainer/watchdog.py
+SECRET = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "API_KEY", "ACCESS_KEY", "PRIVATE_KEY", "CONFIG_JSON")
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -81,9 +82,11 @@ def _watched(child: subprocess.Popen[bytes], alive: Path) -> int:
 
 
 def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """`environment` without secrets, settings and network access of the Hub's libraries."""
-    hidden = ("TOKEN", "SECRET", "PASSWORD", "API_KEY", "CONFIG_JSON")
-    kept = {k: v for k, v in environment.items() if not any(word in k.upper() for word in hidden)}
+    """`environment` without secrets, without our settings, among which addresses may be signed, and without the Hub."""
+    from entrypoint.variables import NAMES
+
+    settings = {*NAMES} - {"HF_HOME"}
+    kept = {k: v for k, v in environment.items() if k not in settings and not any(w in k.upper() for w in SECRET)}
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(p for p in (root, environment.get("PYTHONPATH", "")) if p)
     ours = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}

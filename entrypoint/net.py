@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Protocol, TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
 from entrypoint.files import storage_error
 from trainer.errors import DataError, UnreachableError
@@ -80,12 +79,6 @@ class Progress:
             self._logged = now
             of = f" of {self.total / 2**20:,.0f}" if self.total else ""
         logger.info("%s: %.0f%s MiB", self.what, self.done / 2**20, of)
-
-
-def public(url: str) -> str:
-    """`url` without user, password, query and fragment, which may be secrets: fit for messages."""
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def check_status(response: httpx.Response, what: str) -> None:

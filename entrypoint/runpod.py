@@ -20,7 +20,7 @@ from entrypoint import net
 from entrypoint.hardware import BACKENDS
 from entrypoint.runpod_api import RunPod
 from entrypoint.settings import Settings, read_settings
-from entrypoint.variables import ALIASES, CONFIG_JSON, NAMES
+from entrypoint.variables import CONFIG_JSON, NAMES, SECRETS
 from trainer.errors import KilnError, SettingsError
 from trainer.families import base_models
 
@@ -131,7 +131,7 @@ def deploy(asked: argparse.Namespace, api: RunPod, environ: Mapping[str, str]) -
     else:
         _say("Without --max-cost it runs, and costs, until the job is done.")
     if asked.dry_run:
-        secret = [n for n in (*ALIASES, "HF_TOKEN") if "RUNPOD_SECRET_" not in body["env"].get(n, "RUNPOD_SECRET_")]
+        secret = [n for n in SECRETS if "RUNPOD_SECRET_" not in body["env"].get(n, "RUNPOD_SECRET_")]
         _say(json.dumps({**body, "env": {**body["env"], **dict.fromkeys(secret, "***")}}, indent=2))
         return 0
     if not asked.yes and not _agreed():

@@ -38,6 +38,7 @@ PREFIX = "PARAMS_"
 OTHERS = frozenset({"CCACHE_PATH"})
 HELP = "python -m entrypoint --help-env lists all variables."
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,127}")
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _LAYERS = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _TOKEN_BYTES = 10_000
 _LARGEST = 1e18  # number in PARAMS_OPTIMIZER_ARGS
@@ -196,6 +197,7 @@ def _allowed(row: Row) -> str:
         "names": "names, with commas between",
         "numbers": f"numbers with a comma between, {limits} each",
         "path": "path",
+        "repo": "owner/name",
         "name": "letters, digits, space, dot, dash and underscore; 128 at most",
         "secret": "letters, digits and underscores",
         "text": "text",
@@ -262,6 +264,12 @@ def _path(text: str, _: Row) -> Path:
 def _name(text: str, _: Row) -> str | None:
     if text and not _FILE_NAME.fullmatch(text):
         raise EnvError("is not the name of a file")
+    return text or None
+
+
+def _repo(text: str, _: Row) -> str | None:
+    if text and not _REPO.fullmatch(text):
+        raise EnvError("is not the name of a repository")
     return text or None
 
 
@@ -335,6 +343,7 @@ KINDS: dict[str, Callable[[str, Row], Any]] = {
     "size": _size,
     "path": _path,
     "name": _name,
+    "repo": _repo,
     "names": _names,
     "numbers": _numbers,
     "secret": _secret,

@@ -26,9 +26,10 @@ GROUPS = {  # the field that each group begins with
     "lora_type": "adapter",
     "backend": "engine",
     "output_path": "output",
-    "on_finish": "finish",
+    "push_to_hub": "finish",
 }
 MANY = 10**8
+OF_DATASET = "dataset.json's"
 LORA_TYPES = ("lora", "rslora", "dora")
 TEXT_RATE = "learning rate of the CLIP text encoders, or CLIP-L's and CLIP-G's"
 # Those of diffusers' attention backends that torch itself carries: the others need packages that are not installed, or
@@ -95,10 +96,10 @@ class Settings:
     batch_size: int | None = row(
         "PARAMS_BATCH_SIZE",
         "auto_integer",
-        means="pictures at once; auto: with the most images per second",
+        means="pictures at once; auto: fastest",
         low=1,
         high=4096,
-        otherwise="dataset.json's",
+        otherwise=OF_DATASET,
     )
     resolution: tuple[int, int] | None = row(
         "PARAMS_RESOLUTION",
@@ -106,7 +107,7 @@ class Settings:
         means="training area in pixels: side, or WIDTHxHEIGHT",
         low=16,
         high=8192,
-        otherwise="dataset.json's",
+        otherwise=OF_DATASET,
     )
     num_repeats: int | None = row(
         "PARAMS_NUM_REPEATS",
@@ -114,7 +115,7 @@ class Settings:
         means="times that each picture is seen in an epoch",
         low=1,
         high=MANY,
-        otherwise="dataset.json's",
+        otherwise=OF_DATASET,
     )
     caption_dropout_rate: float | None = row(
         "PARAMS_CAPTION_DROPOUT_RATE",
@@ -122,7 +123,7 @@ class Settings:
         means="share of empty captions",
         low=0,
         high=1,
-        otherwise="dataset.json's",
+        otherwise=OF_DATASET,
     )
 
     # training
@@ -361,6 +362,14 @@ class Settings:
     )
 
     # finish
+    push_to_hub: str | None = row(
+        "PUSH_TO_HUB",
+        "repo",
+        means="Hub model repository that saves, samples and the LoRA are uploaded to; made private if it is new",
+    )
+    hf_write_token: Secret | None = row(
+        "HF_WRITE_TOKEN", "secret", means="token that may write to PUSH_TO_HUB", otherwise="HF_TOKEN"
+    )
     on_finish: str | None = row(
         "ON_FINISH",
         "choice",
@@ -390,4 +399,5 @@ def _rows() -> dict[str, Row]:
 ROWS = _rows()  # by the field of Settings
 CONFIG_JSON = "CONFIG_JSON"
 ALIASES = ("HF_TOKEN_FILE", "HUGGING_FACE_HUB_TOKEN")  # other ways to give HF_TOKEN
+SECRETS = (*ALIASES, *(r.name for r in ROWS.values() if r.kind == "secret"))
 NAMES: tuple[str, ...] = (*(r.name for r in ROWS.values()), *ALIASES, CONFIG_JSON)

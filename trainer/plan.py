@@ -13,6 +13,7 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit, urlunsplit
 
 from trainer.errors import SettingsError
 
@@ -39,6 +40,12 @@ class ModelPlan:
     parts: dict[str, str] = field(default_factory=dict)  # key of Facts.parts → file or folder instead; "": without it
 
 
+def public(url: str) -> str:
+    """`url` without user, password, query and fragment, which may be secrets: fit for messages."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
 @dataclass(frozen=True)
 class Source:
     """Where pictures come from."""
@@ -55,8 +62,8 @@ class Source:
 
     @property
     def public(self) -> str:
-        """The location as logs and files may tell it: what follows ? in an address may be a key to it."""
-        return self.location.split("?")[0] if "://" in self.location else self.location
+        """The location as logs and files may tell it."""
+        return public(self.location) if "://" in self.location else self.location
 
 
 @dataclass(frozen=True)

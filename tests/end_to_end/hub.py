@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from urllib.parse import unquote, urlsplit
 
+from tests.end_to_end import hub_uploads as uploads
+
 BLOCK = 2**14
 LARGE = (".safetensors", ".parquet", ".zip", ".tar", ".png", ".jpg")  # kept in large file storage
 
@@ -57,6 +59,7 @@ class Repo:
     refs: dict[str, str]
     gated: bool = False
     private: bool = False
+    log: list[str] = field(default_factory=list)  # titles of the commits that were uploaded
 
 
 class Hub:
@@ -68,6 +71,8 @@ class Hub:
         self.faults: list[Fault] = []
         self.log: list[Asked] = []
         self.granted: set[str] = set()  # tokens that may read gated and private repositories
+        self.writers: set[str] = set()  # tokens that may write and create repositories
+        self.large: dict[str, bytes] = {}  # uploaded, by SHA-256
         self.known_tokens: set[str] = set()
         self.down = False  # every answer is 503
         self.lock = threading.Lock()
@@ -79,6 +84,7 @@ class Hub:
         with self.lock:
             self.repos, self.plain, self.faults, self.log = {}, {}, [], []
             self.granted, self.known_tokens, self.down = set(), set(), False
+            self.writers, self.large = set(), {}
 
     def __enter__(self) -> Hub:
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -164,10 +170,27 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
+    def do_POST(self) -> None:
+        self._answer()
+
+    def do_PUT(self) -> None:
+        self._answer()
+
+    def _body(self) -> bytes:
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.ordered: Fault | None = None
         self.asked = Asked(self.command, path)
+        body = self._body() if self.command in ("POST", "PUT") else b""
         if path == "/api/agent-harnesses":  # the client's own statistics, once a process
             self._send(200, b'{"standardEnvVars": [], "harnesses": {}}', {})
             return
@@ -178,6 +201,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.ordered = self.hub.take_fault(self.command, path)
         if self.hub.down or (self.ordered and self.ordered.status):
             self._send(self.ordered.status if self.ordered else 503, b"", self.ordered.headers if self.ordered else {})
+        elif self.command in ("POST", "PUT") or "/auth-check/" in path:
+            uploads.answer(self, path, token, body)
         elif path.startswith("/cdn/"):
             self._send_file(self._blobs()[path.removeprefix("/cdn/")], {})
         elif path in self.hub.plain:
@@ -195,10 +220,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _find(self, kind: str, name: str, revision: str, token: str) -> tuple[Repo, str] | None:
         """The repository and its commit; otherwise answers with the Hub's refusal and gives None."""
-        if token and token not in self.hub.known_tokens | self.hub.granted:
+        if token and token not in self.hub.known_tokens | self.hub.granted | self.hub.writers:
             return self._refuse(401, None, "Invalid credentials in Authorization header")
         repo = self.hub.repos.get((kind, name))
-        if repo is None or (repo.private and token not in self.hub.granted):
+        if repo is None or (repo.private and token not in self.hub.granted | self.hub.writers):
             if token:
                 return self._refuse(404, "RepoNotFound", "Repository not found")
             return self._refuse(401, None, "Invalid username or password.")  # as the Hub says to strangers

@@ -2,7 +2,7 @@
 
 Every input must end within a second in a result or a named error, within the memory allowed. What does not is written
 to the corpus, so that `tests/fuzz/test_fuzz.py` is red until it is mended. With the package atheris installed,
-`--atheris TARGET` lets coverage guide the mutations of one target.
+`--atheris TARGET` lets coverage guide the mutations of one target, until --inputs or --seconds are over.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def main() -> int:
     parser.add_argument("--atheris", choices=TARGETS)
     asked = parser.parse_args()
     if asked.atheris:
-        return guided(asked.atheris, asked.inputs)
+        return guided(asked.atheris, asked.inputs, asked.seconds)
     import trainer.checkpoint
     import trainer.formats  # noqa: F401
 
@@ -122,7 +122,7 @@ def fuzz(name: str, inputs: int, seconds: float, seed: int) -> tuple[int, int]:
     return count, len(seen)
 
 
-def guided(name: str, inputs: int) -> int:
+def guided(name: str, inputs: int, seconds: float) -> int:
     import atheris
 
     with atheris.instrument_imports(include=["entrypoint", "trainer"]):
@@ -131,6 +131,8 @@ def guided(name: str, inputs: int) -> int:
         import importlib
 
         importlib.reload(targets)
+        for module in ("trainer.checkpoint", "trainer.formats"):  # not within the time of the first input
+            importlib.import_module(module)
     target = targets.TARGETS[name]
 
     def one(data: bytes) -> None:
@@ -139,7 +141,8 @@ def guided(name: str, inputs: int) -> int:
 
     new = targets.folder() / "new"  # what it adds goes there; what fails is written where it is started
     new.mkdir()
-    atheris.Setup([sys.argv[0], f"-runs={inputs}", "-max_len=4096", "-timeout=5", str(new), str(CORPUS / name)], one)
+    bounds = [f"-runs={inputs}", f"-max_total_time={seconds:.0f}", "-max_len=4096", "-timeout=5"]
+    atheris.Setup([sys.argv[0], *bounds, "-print_final_stats=1", str(new), str(CORPUS / name)], one)
     atheris.Fuzz()
     return 0
 

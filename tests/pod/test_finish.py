@@ -76,6 +76,13 @@ def test_what_may_pass_is_tried_again_and_then_no_more(server, pod):
     assert codes == [75] * (finish.MOST_ATTEMPTS + 1) and len(ran) == finish.MOST_ATTEMPTS
 
 
+def test_a_pod_that_gives_up_keeps_its_volume(server, pod):
+    """What is not done, or not uploaded, may be wanted still."""
+    for _ in range(finish.MOST_ATTEMPTS + 1):
+        assert supervised(lambda: 75, {**pod, "ON_FINISH": "terminate"}, times=QUICK) == 75
+    assert state(server) == "EXITED"
+
+
 def test_progress_begins_the_count_anew(server, pod):
     out = Path(pod["OUTPUT_PATH"])
     for step in range(2 * finish.MOST_ATTEMPTS):

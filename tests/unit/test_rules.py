@@ -89,6 +89,15 @@ def test_nothing_is_unpickled(path):
 
 
 @every_file
+def test_programs_are_started_with_an_environment_made_for_them(path):
+    """Never with all of ours, in which the secrets are. (The trainer's own is such a one already.)"""
+    if path.is_relative_to(ROOT / "entrypoint"):
+        calls = [n for n in walk(path) if isinstance(n, ast.Call) and ast.unparse(n.func).startswith("subprocess.")]
+        starts = [c for c in calls if ast.unparse(c.func).split(".")[-1] in ("run", "Popen", "call", "check_output")]
+        assert [c.lineno for c in starts if "env" not in {k.arg for k in c.keywords}] == []
+
+
+@every_file
 def test_families_are_known_under_families_alone(path):
     """Comments and docstrings may tell of them; code may not."""
     if "families" in path.parts:

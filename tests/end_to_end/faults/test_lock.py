@@ -88,3 +88,22 @@ def test_a_dead_owner_on_another_machine_is_waited_for_and_taken_over(tmp_path):
     end(first)
     second = begin(tmp_path, 0, "locks")
     assert second.wait(timeout=60) == 0 and (tmp_path / ".lock").exists()
+
+
+@pytest.mark.slow
+def test_two_jobs_fill_one_cache_at_the_same_time(job, tmp_path):
+    """Neither waits for ever, reads what is half there, or leaves something behind."""
+    together = {"CACHE_PATH": str(tmp_path / "both"), "PARAMS_MAX_STEPS": "3"}
+    folders = [tmp_path / "one", tmp_path / "two"]
+    jobs = [job.start(**together, OUTPUT_PATH=str(folder)) for folder in folders]
+    for process in jobs:
+        printed, _ = process.communicate(timeout=250)
+        assert process.returncode == 0, printed
+    code, printed = job.run(
+        CACHE_PATH=str(tmp_path / "alone"), PARAMS_MAX_STEPS="3", OUTPUT_PATH=str(tmp_path / "three")
+    )
+    assert code == 0, printed
+    made = [(folder / "x.safetensors").read_bytes() for folder in (*folders, tmp_path / "three")]
+    assert made[0] == made[1] == made[2]
+    names = [sorted(p.name for p in (tmp_path / c).rglob("*.safetensors")) for c in ("both", "alone")]
+    assert names[0] == names[1] and not [p for p in (tmp_path / "both").rglob("*") if ".tmp" in p.name]

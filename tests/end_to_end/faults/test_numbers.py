@@ -44,6 +44,7 @@ def test_without_the_spike_guard_the_same_loss_is_taken(run):
     ("fault", "why"),
     [
         ({"kind": "loss", "factor": "nan"}, "overflow in the model's arithmetic"),
+        ({"kind": "param", "factor": "3e38"}, "overflow in the model's arithmetic"),  # finite, its products are not
         ({"kind": "grad", "factor": "inf"}, "overflow on the way back"),
         ({"kind": "param", "factor": "inf"}, "the adapter's own weights are not finite"),
         ({"kind": "latents"}, "bad data"),

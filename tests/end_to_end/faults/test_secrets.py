@@ -2,22 +2,26 @@
 
 import base64
 import getpass
+import io
 import json
 import os
 import signal
 import socket
 import subprocess
 import urllib.parse
+import zipfile
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
 from entrypoint.variables import ROWS
+from tests.end_to_end.hub import Hub
 
 HERE = Path(__file__).resolve().parent
 SECRETS = {
     "HF_TOKEN": "hf_" + "cAnary/1+" * 4,
+    "HF_WRITE_TOKEN": "hf_" + "cAnary/6+" * 4,
     "RUNPOD_API_KEY": "rpa_" + "cAnary/2+" * 4,
     "WANDB_API_KEY": "cAnary/3+" * 4,
     "GITHUB_TOKEN": "ghp_" + "cAnary/4+" * 4,
@@ -67,6 +71,29 @@ def test_secrets_come_out_nowhere(job, tmp_path, name):
     assert found_in(tmp_path, printed) == {}
 
 
+@pytest.mark.slow
+def test_the_signature_of_an_address_is_nowhere_and_may_be_renewed(job, tmp_path, pictures):
+    """H1: an archive's address may be signed. Its name is in plan.json, in the report and in the LoRA's header."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for path in sorted(pictures.iterdir()):
+            archive.writestr(path.name, path.read_bytes())
+    with Hub() as hub:
+        hub.plain["/pictures.zip"] = packed.getvalue()
+        address, private = f"{hub.endpoint}/pictures.zip", tmp_path / "private"
+        private.mkdir()
+        for signature in ("cAnarySIGNATUREone", "cAnarySIGNATUREtwo"):
+            code, printed = job.run(
+                DATASET_NAME=f"{address}?signature={signature}", PARAMS_MAX_STEPS="2", CACHE_PATH=str(private)
+            )
+            assert code == 0, printed
+            everything = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} | {"": printed.encode()}
+            assert [p for p, data in everything.items() if signature.encode() in data] == []
+        assert "is done" in printed
+    with safe_open(job.out / "x.safetensors", "pt") as opened:
+        assert '"pictures.zip"' in opened.metadata()["ss_dataset_dirs"]
+
+
 def test_a_secret_that_is_there_is_found(tmp_path):
     """The search above can fail."""
     for form in forms(SECRETS["HF_TOKEN"]):
@@ -78,7 +105,10 @@ def test_a_secret_that_is_there_is_found(tmp_path):
 def test_processes_of_the_trainer_are_given_no_secret():
     from entrypoint.launch import child_environment
 
-    assert hits(json.dumps(child_environment({**SECRETS, "PATH": "/bin"})).encode()) == []
+    signed = {"DATASET_NAME": f"https://host/x.zip?signature={SECRETS['HF_TOKEN']}", "PARAMS_SEED": "1"}
+    given = child_environment({**SECRETS, **signed, "PATH": "/bin", "HF_HOME": "/hf"})
+    assert hits(json.dumps(given).encode()) == [] and not signed.keys() & given.keys()
+    assert given["PATH"] == "/bin" and given["HF_HOME"] == "/hf"
 
 
 @pytest.mark.slow

@@ -1,0 +1,133 @@
+"""How long the state of a large adapter takes to copy, write and read: a JSON line for each part.
+
+    python -m bench.state FOLDER [--family flux] [--rank 128]
+
+The adapters of a full-size denoiser, with Prodigy's state, have the shapes and types of a real job's, and are what a
+save of it takes; what they hold is repeated, so that they need no memory but that of the copies. FOLDER: on the volume
+to measure; about 8 bytes for each byte of the LoRA are written. `stall_s`: training stands still for the copies (from
+the host's memory here; on a GPU they are made beside the next step). `write_s`: written, hashed, flushed, read back
+and compared, beside training. `cold_read_s`: what a restart takes, with nothing in the page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench.engine import FLUX, SD3, SDXL
+
+from trainer import checkpoint, export, formats, lora
+from trainer.families import family
+from trainer.snapshot import Snapshots
+
+GB = 1e9
+
+
+def adapters(name: str, rank: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The adapters' tensors by peft's names, and the optimiser's state for them."""
+    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+
+    kind = family(name)
+    with torch.device("meta"):
+        make: dict[str, Callable[[], Any]] = {
+            "flux": lambda: FluxTransformer2DModel(**FLUX),
+            "sd3": lambda: SD3Transformer2DModel(**SD3),
+            "sdxl": lambda: UNet2DConditionModel(**SDXL),
+        }
+        model = make[name]().requires_grad_(False)
+        facts = kind.FACTS
+        lora.fuse(kind.blocks(model), fused=facts.fused_targets, targets=facts.targets)
+        parts = {"targets": facts.targets, "fused": facts.fused_targets}
+        lora.add_adapters(model, kind.blocks(model), **parts, rank=rank, alpha=rank, seed=0)
+    found = {k: like(t) for k, t in lora.state(model).items()}
+    state: dict[int, dict[str, Any]] = {}
+    for i, (key, tensor) in enumerate(found.items()):
+        state[i] = {"step": 1, "s": like(tensor), "exp_avg": like(tensor), "exp_avg_sq": like(tensor)}
+        state[i]["p0"] = like(tensor) if ".lora_A." in key else torch.tensor(0.0)  # B begins as zero
+    return found, state
+
+
+def like(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of this shape whose rows are all the same memory."""
+    return torch.rand(tensor.shape[-1]).expand(tensor.shape)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--family", default="flux")
+    parser.add_argument("--rank", type=int, default=128)
+    options = parser.parse_args()
+    tensors, state = adapters(options.family, options.rank)
+    count = sum(t.numel() for t in tensors.values())
+    say(what="adapters", family=options.family, rank=options.rank, tensors=len(tensors), parameters=count)
+    snapshots = Snapshots(torch.optim.SGD([torch.zeros(1)], lr=1.0), "cpu")
+    live = {"adapters": tensors, "optimizer": {"state": state, "param_groups": []}}
+    facts = family(options.family).FACTS
+    for turn in ("first", "later"):
+        began = time.monotonic()
+        snapshots.reuse()
+        modules = snapshots.take(
+            formats.of_state(tensors, prefix=facts.lora_prefix, fused=facts.fused_targets, scale=1.0)
+        )
+        tree = snapshots.take(live)
+        say(what=f"{turn} copies", stall_s=time.monotonic() - began, gb=snapshots.bytes / GB)
+    out = options.folder / "bench-state"
+    try:
+        began = time.monotonic()
+        for to in family(options.family).KEYS.writes:
+            export.write(out / f"{to}.safetensors", formats.write(modules, to, facts.name).tensors, {})
+        say(what="lora", write_s=time.monotonic() - began, gb=size(out) / GB)
+        began = time.monotonic()
+        folder = checkpoint.save(out / "state", 1, tree)
+        say(what="state", write_s=time.monotonic() - began, gb=size(folder) / GB)
+        measure_disk(folder / "state.safetensors", out / "plain")
+        forget(folder / "state.safetensors")
+        began = time.monotonic()
+        checkpoint.read(folder)
+        say(what="state", cold_read_s=time.monotonic() - began, gb=size(folder) / GB)
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def measure_disk(source: Path, target: Path) -> None:
+    """The same bytes written and flushed, and nothing else done: what the volume allows."""
+    with source.open("rb") as file, target.open("wb") as copy:
+        spent = 0.0
+        while block := file.read(2**26):
+            began = time.monotonic()
+            copy.write(block)
+            spent += time.monotonic() - began
+        began = time.monotonic()
+        os.fsync(copy.fileno())
+    say(what="the volume alone", write_s=spent + time.monotonic() - began, gb=source.stat().st_size / GB)
+    target.unlink()
+
+
+def forget(path: Path) -> None:
+    """Take a file out of the page cache."""
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def size(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def say(**what: Any) -> None:
+    """One line, with what this process has used so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    row = {k: round(v, 2) if isinstance(v, float) else v for k, v in what.items()}
+    print(json.dumps({**row, "cpu_s_so_far": round(time.process_time(), 1), "peak_gib": round(peak, 1)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

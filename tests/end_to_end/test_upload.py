@@ -1,0 +1,259 @@
+"""PUSH_TO_HUB: the real client and a real process, against a local stand-in for the Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save
+
+from entrypoint import net, upload
+from tests.end_to_end.hub import Hub
+from trainer.errors import GatedError, SettingsError
+
+ROOT = Path(__file__).parents[2]
+TOKEN, READER = "hf_canaryWRITEtoken", "hf_canaryREADtoken"
+QUICK = net.Patience(budget=1.0, first_wait=0.05, longest_wait=0.2, timeout=2.0)
+
+
+@pytest.fixture(scope="module")
+def server():
+    with Hub() as running:
+        yield running
+
+
+@pytest.fixture
+def hub(server):
+    server.writers, server.known_tokens = {TOKEN}, {READER}
+    yield server
+    server.reset()
+
+
+@pytest.fixture
+def out(tmp_path):
+    """What a job leaves: two formats of the final LoRA, samples, and files that are nobody's business."""
+    folder = tmp_path / "output"
+    (folder / "sample").mkdir(parents=True)
+    for name in ("step-00000010-00.png", "contact-sheet.png", ".half.tmp.png"):
+        Image.new("RGB", (8, 8), (10, len(name), 3)).save(folder / "sample" / name)
+    for name in ("run.log", "plan.json", "metrics.jsonl"):
+        (folder / name).write_text("private")
+    lora(folder, "x-diffusers", 1)
+    lora(folder, "x", 2)
+    return folder
+
+
+def lora(folder, name, value):
+    about = {"ss_output_name": "x", "ss_network_dim": "4", "ss_steps": "24", "ss_num_train_images": "16"}
+    about |= {"modelspec.trigger_phrase": 'zot: "a"', "ss_sd_model_name": "mini"}
+    (folder / f"{name}.safetensors").write_bytes(save({"a": np.full(9, value, np.float32)}, about))
+
+
+@pytest.fixture
+def asked(out):
+    return upload.Job("me/lora", TOKEN, str(out), "x", "org/base", at_start=QUICK, at_end=QUICK)
+
+
+def environment(hub, tmp_path):
+    mine = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "TMPDIR")}
+    return {**mine, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+
+
+def uploaded(what, hub, tmp_path):
+    with upload.beside(what, environment(hub, tmp_path)) as finish:
+        return finish()
+
+
+def files(hub, name="me/lora"):
+    repo = hub.repos["model", name]
+    return repo.commits[repo.refs["main"]]
+
+
+def test_the_final_files_come_in_one_commit_to_a_private_repository(hub, asked, out, tmp_path):
+    assert uploaded(asked, hub, tmp_path) == 0
+    repo, there = hub.repos["model", "me/lora"], files(hub)
+    assert repo.private and repo.log == ["Kiln: x"]
+    assert there.keys() == {"x.safetensors", "x-diffusers.safetensors", "README.md"} | {
+        "sample/step-00000010-00.png",
+        "sample/contact-sheet.png",
+    }
+    assert there["x.safetensors"] == (out / "x.safetensors").read_bytes()
+    assert upload.is_done(out, "me/lora", out / "x.safetensors")
+    assert not upload.is_done(out, "me/other", out / "x.safetensors")
+    lora(out, "x", 3)
+    assert not upload.is_done(out, "me/lora", out / "x.safetensors"), "another file of the same name"
+    assert not [p for p, data in there.items() if TOKEN.encode() in data or str(tmp_path).encode() in data]
+
+
+def test_the_card_is_of_the_files_header_alone(hub, asked, tmp_path):
+    import yaml
+
+    assert uploaded(asked, hub, tmp_path) == 0
+    _, front, body = files(hub)["README.md"].decode().split("---\n", 2)
+    front = yaml.safe_load(front)
+    assert front["base_model"] == "org/base" and front["instance_prompt"] == 'zot: "a"' and "lora" in front["tags"]
+    assert "rank 4" in body and "24 steps" in body and "sample/contact-sheet.png" in body
+
+
+def test_a_repository_that_is_there_keeps_its_visibility_and_files(hub, asked, tmp_path):
+    hub.add("model", "me/lora", {"notes.txt": b"mine", "README.md": b"old"})
+    assert uploaded(asked, hub, tmp_path) == 0
+    assert not hub.repos["model", "me/lora"].private and hub.asked("/api/repos/create", "POST") == []
+    assert files(hub)["notes.txt"] == b"mine" and files(hub)["README.md"] != b"old"
+
+
+@pytest.mark.parametrize(("token", "exists"), [(READER, True), (READER, False), ("hf_unknown", True)])
+def test_a_token_that_may_not_write_is_refused_before_anything_is_trained(hub, asked, tmp_path, token, exists):
+    if exists:
+        hub.add("model", "me/lora", {})
+    with pytest.raises(GatedError, match="HF_WRITE_TOKEN") as refused:
+        with upload.beside(replace(asked, token=token), environment(hub, tmp_path)):
+            pytest.fail("nothing begins")
+    assert token not in str(refused.value)
+
+
+def test_no_token_is_an_error_of_the_settings():
+    assert upload.job(None, None, None) is None
+    with pytest.raises(SettingsError, match="HF_WRITE_TOKEN"):
+        upload.job("me/lora", None, None)
+
+
+def test_a_hub_that_is_down_at_first_stops_nobody(hub, asked, tmp_path):
+    hub.down = True
+    with upload.beside(asked, environment(hub, tmp_path)) as finish:
+        hub.down = False
+        hub.add("model", "me/lora", {})
+        assert finish() == 0
+    assert "x.safetensors" in files(hub)
+
+
+def test_failures_that_pass_are_tried_again_and_make_one_commit(hub, asked, tmp_path):
+    put = hub.fault("/put/*", method="PUT", status=500)
+    commit = hub.fault("*/commit/main", method="POST", status=503, times=2)
+    assert uploaded(replace(asked, at_end=replace(QUICK, budget=20.0)), hub, tmp_path) == 0
+    assert put.fired == 1 and commit.fired == 2 and hub.repos["model", "me/lora"].log == ["Kiln: x"]
+
+
+def test_a_failure_at_the_end_keeps_the_lora_and_the_next_start_uploads_once(hub, asked, out, tmp_path, capfd):
+    """E5."""
+    before = (out / "x.safetensors").read_bytes()
+    fault = hub.fault("*/commit/main", method="POST", status=500, times=1000)
+    assert uploaded(asked, hub, tmp_path) == 75
+    assert fault.fired >= 2 and hub.repos["model", "me/lora"].log == []
+    assert (out / "x.safetensors").read_bytes() == before
+    assert not upload.is_done(out, "me/lora", out / "x.safetensors")
+    fault.times = 0
+    assert uploaded(asked, hub, tmp_path) == 0
+    (out / upload.MARKER).unlink()  # killed between the commit and its mark
+    assert uploaded(asked, hub, tmp_path) == 0
+    assert hub.repos["model", "me/lora"].log == ["Kiln: x"], "exactly once"
+    printed = "".join(capfd.readouterr())
+    assert TOKEN not in printed and "s3cret" not in printed and "Traceback" not in printed
+
+
+def test_each_save_is_uploaded_while_training_goes_on(hub, asked, out, tmp_path):
+    with upload.beside(asked, environment(hub, tmp_path)) as finish:
+        for step in (4, 8):
+            lora(out, f"x-step{step:08d}-diffusers", step)
+            lora(out, f"x-step{step:08d}", step)
+            wait_for(lambda name=f"x-step{step:08d}-diffusers.safetensors": name in files(hub))
+        assert finish() == 0
+    steps = ["Kiln: x-step00000004", "Kiln: x-step00000008"]
+    assert hub.repos["model", "me/lora"].log == [*steps, "Kiln: x"]
+
+
+def test_a_save_that_cannot_be_uploaded_is_no_failure(hub, asked, out, tmp_path):
+    with upload.beside(asked, environment(hub, tmp_path)) as finish:
+        fault = hub.fault("*/commit/main", method="POST", status=500, times=3)
+        lora(out, "x-step00000004", 4)
+        wait_for(lambda: fault.fired == 3)
+        assert finish() == 0
+    assert hub.repos["model", "me/lora"].log[-1] == "Kiln: x"
+
+
+def test_the_token_is_in_no_argument_and_no_environment(hub, asked, tmp_path):
+    """Nor in those of the trainer: faults/test_secrets.py."""
+    shown = []
+    with upload.beside(asked, {**environment(hub, tmp_path), "HF_TOKEN": TOKEN, "HF_WRITE_TOKEN": TOKEN}) as finish:
+        for child in children():
+            shown += [(child / name).read_bytes() for name in ("cmdline", "environ")]
+        assert finish() == 0
+    assert (
+        len(shown) >= 2
+        and any(b"entrypoint.upload" in s for s in shown)
+        and not any(TOKEN.encode() in s for s in shown)
+    )
+
+
+def children():
+    own = str(os.getpid())
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = (place / "stat").read_text().rpartition(")")[2].split()[1]
+        except OSError:
+            continue
+        if parent == own:
+            yield place
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+# ---- whole jobs
+
+SHORT = "import dataclasses, sys; from entrypoint import net, upload;"
+SHORT += "upload.AT_START = upload.AT_END = net.Patience(1.0, 0.05, 0.2, 2.0);"
+SHORT += "from entrypoint.__main__ import main; sys.exit(main([]))"
+
+
+def start(job, hub, **changes):
+    mine = {**environment(hub, job.folder), **job.environment, "OMP_NUM_THREADS": "1"}
+    mine |= {"PUSH_TO_HUB": "me/lora", "HF_WRITE_TOKEN": TOKEN, "PARAMS_MAX_STEPS": "2", **changes}
+    return subprocess.Popen(
+        [sys.executable, "-c", SHORT], cwd=ROOT, env=mine, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.mark.slow
+def test_a_job_whose_upload_fails_is_uploaded_by_the_next_start_without_training(job, hub):
+    """E5, and B1's upload: the signal comes while the final file is on its way."""
+    fault = hub.fault("*/commit/main", method="POST", status=500, times=1000)
+    process = start(job, hub)
+    printed, _ = process.communicate(timeout=200)
+    assert process.returncode == 75 and "start the same job again" in printed, printed
+    final = job.out / "x.safetensors"
+    before, steps = final.stat().st_mtime_ns, (job.out / "metrics.jsonl").read_bytes()
+    fault.times = 0
+
+    stalled = hub.fault("*/commit/main", method="POST", stall_at=0)
+    process = start(job, hub)
+    assert stalled.reached.wait(100)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and time.monotonic() - began < 4, printed
+    stalled.released.set()
+
+    for _ in range(2):  # the second has nothing to do
+        process = start(job, hub)
+        printed, _ = process.communicate(timeout=200)
+        assert process.returncode == 0 and "Traceback" not in printed, printed
+    assert hub.repos["model", "me/lora"].log == ["Kiln: x"]
+    assert files(hub)["x.safetensors"] == final.read_bytes()
+    assert (final.stat().st_mtime_ns, (job.out / "metrics.jsonl").read_bytes()) == (before, steps)
+    everything = [p.read_bytes() for p in job.folder.rglob("*") if p.is_file()] + [printed.encode()]
+    assert not any(TOKEN.encode() in data for data in everything)
+    assert json.loads((job.out / upload.MARKER).read_text())["repo"] == "me/lora"
