@@ -118,12 +118,7 @@ class Settings:
         otherwise=OF_DATASET,
     )
     caption_dropout_rate: float | None = row(
-        "PARAMS_CAPTION_DROPOUT_RATE",
-        "number",
-        means="share of empty captions",
-        low=0,
-        high=1,
-        otherwise=OF_DATASET,
+        "PARAMS_CAPTION_DROPOUT_RATE", "number", means="share of empty captions", low=0, high=1, otherwise=OF_DATASET
     )
 
     # training
