@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # `make container`: tests the images with an engine, a base and a torch for the CPU that this machine has or, as root of a
-# Debian, can get. Where it cannot, every test is skipped and says why. Options of pytest may follow.
+# Debian, can get. Where it cannot, every test is skipped and says why. Options of pytest may follow. With KILN_QUICK=yes
+# one image is built, and what trains in it in seconds is tested.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 place=${KILN_CONTAINERS:-/var/tmp/kiln-containers} # images and layers: the next run needs only what changed
 
 run_tests() {
-  exec .venv/bin/pytest -rs -m container "${@:-tests/container}"
+  exec .venv/bin/pytest -rs -m "container${KILN_QUICK:+ and not slow}" "${@:-tests/container}"
 }
 
 skip() {

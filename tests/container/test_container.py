@@ -235,6 +235,7 @@ def test_the_build_leaves_nothing_of_its_own(run):
     assert code == 0, printed
 
 
+@pytest.mark.slow
 def test_weights_are_baked_in_and_the_token_is_not(engine, image, run, tmp_path):
     """From a local stand-in for the Hub, which gives them to the token alone; they are those of a miniature."""
     if os.environ.get("KILN_IMAGE"):
@@ -263,6 +264,7 @@ def test_weights_are_baked_in_and_the_token_is_not(engine, image, run, tmp_path)
     assert about.returncode == 0 and token not in about.stdout + inspected.stdout
 
 
+@pytest.mark.slow
 def test_the_lines_of_the_document(engine, image, tmp_path):
     """Every block of docs/docker.md that is marked sh, in order; what needs a GPU or the network is marked text."""
     text = (ROOT / "docs" / "docker.md").read_text()
