@@ -132,7 +132,8 @@ build() { # TARGET
     sed 's/^COPY --link/COPY/' Dockerfile.rocm > "$file"
   fi
   options+=(--file "$file" --build-arg "VERSION=$version")
-  options+=(--build-arg "REVISION=$(git rev-parse HEAD 2>/dev/null || echo unknown)")
+  # Not as an argument: buildah takes a label from its cache although the argument that is in it has changed.
+  options+=(--label "org.opencontainers.image.revision=$(git rev-parse HEAD 2>/dev/null || echo unknown)")
   if [ "$1" = cpu ] || [ -n "$index" ]; then
     options+=(--build-arg "TORCH=$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' torch.lock)" --build-arg "TORCH_INDEX=$index")
   fi

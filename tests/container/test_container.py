@@ -222,6 +222,9 @@ def test_training_that_stands_still_is_unhealthy(engine, image, run, volume):
     assert code == 1 and "healthy" in printed and "No step for" in printed
     about = subprocess.run([engine, "image", "inspect", image], capture_output=True, text=True).stdout
     assert "entrypoint.health" in about and '"org.opencontainers.image.licenses": "Apache-2.0"' in about
+    if not os.environ.get("KILN_IMAGE"):
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        assert f'"org.opencontainers.image.revision": "{commit}"' in about
 
 
 def test_the_build_leaves_nothing_of_its_own(run):
