@@ -28,15 +28,20 @@ REASONS = {
 
 @pytest.fixture
 def start(tmp_path):
-    """`start(script, **tools)`: run a script of this project where only these tools are; exit code and output."""
-    tree, tools = tmp_path / "tree", tmp_path / "bin"
-    tools.mkdir()
-    for name in TOOLS:
-        (tools / name).symlink_to(shutil.which(name))
+    """`start(script, **tools)`: run a script of this project where only these tools are; exit code and output.
 
-    def run(name, **stubs):
+    Names in capitals are variables.
+    """
+    tree, tools = tmp_path / "tree", tmp_path / "bin"
+
+    def run(name, **given):
+        stubs, variables = ({k: v for k, v in given.items() if k.isupper() is upper} for upper in (False, True))
+        shutil.rmtree(tools, ignore_errors=True)
+        tools.mkdir()
+        for tool in set(TOOLS) - stubs.keys():
+            (tools / tool).symlink_to(shutil.which(tool))
         script = tree / name
-        script.parent.mkdir(parents=True)
+        script.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, script)
         for file in ("Dockerfile.cuda", "torch.lock"):
             shutil.copy(ROOT / file, tree)
@@ -47,13 +52,28 @@ def start(tmp_path):
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_text(f"#!{shutil.which('bash')}\n{text}\n")
             place.chmod(0o755)
-        environment = {"PATH": str(tools), "KILN_CONTAINERS": str(tmp_path / "store"), "TMPDIR": str(tmp_path)}
+        environment = {
+            "PATH": str(tools),
+            "KILN_CONTAINERS": str(tmp_path / "store"),
+            "TMPDIR": str(tmp_path),
+            **variables,
+        }
         done = subprocess.run(
             [script], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60
         )
         return done.returncode, done.stdout
 
     return run
+
+
+@pytest.mark.parametrize(("code", "because"), [(124, "did not build the image in 7 minutes"), (1, "")])
+def test_a_machine_that_is_too_slow_is_no_failure_and_a_build_that_fails_is(start, code, because):
+    """The second is left to the tests, which build it again."""
+    quick = {"KILN_QUICK": "yes", "PIP_CONF_SECRET": "x", "timeout": f"exit {code}", "podman": "echo 3.11"}
+    printed = start("tests/container/run.sh", **quick)[1]
+    told, reason = printed.splitlines()[-1].split(", because: ")
+    assert told.endswith("-m container and not slow tests/container")
+    assert because in reason and bool(because) is bool(reason)
 
 
 @pytest.mark.parametrize("case", ALLOWED)
