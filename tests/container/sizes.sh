@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # tests/container/sizes.sh IMAGE: megabytes of each layer, unpacked and as zstd -3, from the last one down. With podman.
 set -euo pipefail
+shopt -s nullglob
 layers=$(podman image inspect "$1" --format '{{.GraphDriver.Data.UpperDir}}:{{.GraphDriver.Data.LowerDir}}')
 total=0 packed=0
 printf '%10s %10s  %s\n' unpacked zstd 'first files'
