@@ -7,7 +7,7 @@ cd "$(dirname "$0")/../.."
 place=${KILN_CONTAINERS:-/var/tmp/kiln-containers} # images and layers: the next run needs only what changed
 
 run_tests() {
-  exec .venv/bin/pytest -rs -m "container${KILN_QUICK:+ and not slow}" "${@:-tests/container}"
+  exec .venv/bin/pytest -rs -m "container${KILN_QUICK:+ and not slow}" tests/container "$@"
 }
 
 skip() {
