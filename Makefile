@@ -50,7 +50,7 @@ test: lint
 
 # Whole jobs from start to end, interrupted ones, and the concept with its mutations: about half an hour.
 slow: .venv/.dev
-	$(BIN)/pytest -rf -m slow --ignore tests/end_to_end/faults
+	$(BIN)/pytest -rf -m "slow and not container" --ignore tests/end_to_end/faults
 
 # Every row of docs/reliability.md, and fuzzing: about an hour and a half. KILLS, EVERY, STEPS, INPUTS: how much of it.
 faults: .venv/.dev

@@ -17,8 +17,9 @@ environment:
   BASE_IMAGE           the base, by tag or digest
   PYTHON_IMAGE         rocm: where libraries are installed; the base's minor version of Python
   ROCM_ROOM_GIB        rocm: room that the build needs, 80 by default
-  BAKE_MODEL           cuda: weights that go into the image: flux, sdxl, sd3 or another BASE_MODEL
+  BAKE_MODEL           cuda, cpu: weights that go into the image: flux, sdxl, sd3 or another BASE_MODEL
   HF_TOKEN_FILE        file with the token for them, which exists while building only
+  HF_ENDPOINT          where they come from, if not from the Hub
   TORCH_INDEX          cuda, cpu: package index of another build of torch than torch.lock has
   PIP_CONF_SECRET      a pip.conf that exists while building only
   CA_BUNDLE_SECRET     certificates that exist while building only: /run/secrets/cabundle
@@ -131,14 +132,16 @@ build() { # TARGET
     sed 's/^COPY --link/COPY/' Dockerfile.rocm > "$file"
   fi
   options+=(--file "$file" --build-arg "VERSION=$version")
-  options+=(--build-arg "REVISION=$(git rev-parse HEAD 2>/dev/null || echo unknown)")
+  # Not as an argument: buildah takes a label from its cache although the argument that is in it has changed.
+  options+=(--label "org.opencontainers.image.revision=$(git rev-parse HEAD 2>/dev/null || echo unknown)")
   if [ "$1" = cpu ] || [ -n "$index" ]; then
     options+=(--build-arg "TORCH=$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' torch.lock)" --build-arg "TORCH_INDEX=$index")
   fi
   [ -z "${BASE_IMAGE:-}" ] || options+=(--build-arg "BASE_IMAGE=$BASE_IMAGE")
-  if [ "$1" = cuda ] && [ -n "${BAKE_MODEL:-}" ]; then
+  if [ "$1" != rocm ] && [ -n "${BAKE_MODEL:-}" ]; then
     name=$name-$BAKE_MODEL
     options+=(--build-arg "BAKE_MODEL=$BAKE_MODEL")
+    [ -z "${HF_ENDPOINT:-}" ] || options+=(--build-arg "HF_ENDPOINT=$HF_ENDPOINT")
     [ -z "${HF_TOKEN_FILE:-}" ] || options+=(--secret "id=hf_token,src=$HF_TOKEN_FILE")
   fi
   [ -z "${PYTHON_IMAGE:-}" ] || options+=(--build-arg "PYTHON_IMAGE=$PYTHON_IMAGE")

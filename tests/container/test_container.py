@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from tests.end_to_end.hub import Hub, read_folder
+from trainer.families import family
+
 pytestmark = [pytest.mark.container, pytest.mark.timeout(3000)]
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = "kiln:0.1.0-cpu"  # what ./build.sh cpu makes
@@ -58,10 +61,11 @@ def volume(tmp_path):
 
 @pytest.fixture
 def run(engine, image, volume):
-    """`run(*arguments, options=(), **environment)`: exit code, and all that was printed."""
+    """`run(*arguments, options=(), named=None, **environment)`: exit code, and all that was printed."""
 
-    def start(*arguments, options=(), **environment):
-        command = [*base(engine), "--rm", *options, "--volume", f"{volume}:/workspace", *variables(environment), image]
+    def start(*arguments, options=(), named=None, **environment):
+        words = ["--rm", *options, "--volume", f"{volume}:/workspace", *variables(environment), named or image]
+        command = [*base(engine), *words]
         done = subprocess.run(
             [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
         )
@@ -218,6 +222,9 @@ def test_training_that_stands_still_is_unhealthy(engine, image, run, volume):
     assert code == 1 and "healthy" in printed and "No step for" in printed
     about = subprocess.run([engine, "image", "inspect", image], capture_output=True, text=True).stdout
     assert "entrypoint.health" in about and '"org.opencontainers.image.licenses": "Apache-2.0"' in about
+    if not os.environ.get("KILN_IMAGE"):
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        assert f'"org.opencontainers.image.revision": "{commit}"' in about
 
 
 def test_the_build_leaves_nothing_of_its_own(run):
@@ -231,6 +238,36 @@ def test_the_build_leaves_nothing_of_its_own(run):
     assert code == 0, printed
 
 
+@pytest.mark.slow
+def test_weights_are_baked_in_and_the_token_is_not(engine, image, run, tmp_path):
+    """From a local stand-in for the Hub, which gives them to the token alone; they are those of a miniature."""
+    if os.environ.get("KILN_IMAGE"):
+        pytest.skip("a named image is tested, and none is built")
+    token, name = f"hf_{uuid.uuid4().hex}", f"{image}-flux"
+    (tmp_path / "token").write_text(f"{token}\n")
+    options = os.environ.get("BUILD_OPTIONS", "")
+    options += "" if "--network" in options else " --network host"
+    facts = family("flux").FACTS.models
+    with Hub() as hub:
+        hub.granted.add(token)
+        hub.add("model", facts["flux"].source, read_folder(Path(facts["mini-flux"].source)), gated=True)
+        environment = {**os.environ, "BAKE_MODEL": "flux", "HF_ENDPOINT": hub.endpoint, "BUILD_OPTIONS": options}
+        refused = subprocess.run(["./build.sh", "cpu"], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert refused.returncode != 0 and "licence" in refused.stdout + refused.stderr, refused.stderr[-2000:]
+        environment["HF_TOKEN_FILE"] = str(tmp_path / "token")
+        built = subprocess.run(["./build.sh", "cpu"], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert built.returncode == 0 and token not in built.stdout + built.stderr, built.stderr[-4000:]
+    words = {**SHORT, "BASE_MODEL": "flux", "BACKEND": "cpu", "PARAMS_RESOLUTION": "128", "PARAMS_MAX_STEPS": "2"}
+    code, printed = run(named=name, **words, PARAMS_SAMPLE_EVERY_N_STEPS="0")
+    assert code == 0 and "To fetch" not in printed, printed
+    code, printed = run("shell", "-c", f"grep -rlF {token} /opt/kiln* /etc /root /run /tmp /home /var", named=name)
+    assert code == 1 and printed == ""
+    about = subprocess.run([engine, "history", "--no-trunc", name], capture_output=True, text=True)
+    inspected = subprocess.run([engine, "image", "inspect", name], capture_output=True, text=True)
+    assert about.returncode == 0 and token not in about.stdout + inspected.stdout
+
+
+@pytest.mark.slow
 def test_the_lines_of_the_document(engine, image, tmp_path):
     """Every block of docs/docker.md that is marked sh, in order; what needs a GPU or the network is marked text."""
     text = (ROOT / "docs" / "docker.md").read_text()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.container, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.container, pytest.mark.slow, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON_IMAGE = os.environ.get("BASE_IMAGE", "docker.io/library/python:3.12-slim-bookworm")
 LIBRARIES = ("environs", "marshmallow", "python-dotenv", "typing-extensions")

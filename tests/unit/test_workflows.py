@@ -122,7 +122,7 @@ def test_rights_are_given_to_jobs_and_work_ends(path):
 def test_dockerfiles_and_scripts():
     dockerfiles = [*(p.name for p in ROOT.glob("Dockerfile.*")), "runpod/Dockerfile"]
     assert (done := tool("hadolint", *dockerfiles)).returncode == 0, done.stdout
-    scripts = ("build.sh", "entrypoint/start.sh", "tests/container/run.sh", ".ci/run")
+    scripts = ("build.sh", "entrypoint/start.sh", "tests/container/run.sh", "tests/container/sizes.sh", ".ci/run")
     assert (done := tool("shellcheck", *scripts)).returncode == 0, done.stdout
 
 
