@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from trainer import files, standin
+from trainer import files, keys, standin
 from trainer.errors import SettingsError, StorageError
 from trainer.families import PREFIXES, Family, family
 from trainer.lock import locked
@@ -46,9 +46,29 @@ def assembled(model: ModelPlan, cache: Path) -> Path:
                 _link(place, target)
             for link in [p for p in folder.rglob("*") if p.is_symlink() and not p.exists()]:
                 link.unlink()
+            _schedule(folder / "scheduler" / "scheduler_config.json", model.parts.get("denoiser", ""))
         except OSError as problem:
             raise StorageError(f"CACHE_PATH {cache}: {problem.strerror or problem}.") from problem
     return folder
+
+
+def _schedule(config: Path, denoiser: str) -> None:
+    """What single files say of how they were trained, by tensors that nothing computes with (as ComfyUI reads them).
+
+    Raises SettingsError for noise levels that are not trained here.
+    """
+    if not Path(denoiser).is_file():
+        return
+    marks = keys.read_header(Path(denoiser)).entries.keys()
+    if marks & {"edm_vpred.sigma_max", "edm_mean"}:
+        raise SettingsError(f"{denoiser} was trained with the noise levels of EDM, which Kiln does not train with.")
+    if "v_pred" not in marks:
+        return
+    said = {"prediction_type": "v_prediction", **({"rescale_betas_zero_snr": True} if "ztsnr" in marks else {})}
+    before = _plain(config)
+    if before != before | said:
+        files.write_text(config, json.dumps(before | said, indent=2))
+        log.info("%s says of itself: %s.", denoiser, ", ".join(f"{k} {v}" for k, v in said.items()))
 
 
 def _halves(folder: Path) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import json
 import re
 import shutil
 import threading
@@ -30,6 +31,8 @@ from tests.contract.original import checkpoint, flux_files, miniature, original,
 from trainer import assemble, standin
 from trainer.errors import SettingsError
 from trainer.families import family
+from trainer.objective import make_objective
+from trainer.plan import TrainPlan
 from trainer.tools import sample_command
 
 FAMILIES = ("flux", "sdxl", "sd3")
@@ -119,6 +122,24 @@ def test_the_sample_command_draws_with_one_file(tmp_path, name):
         assert drawn[0] == drawn[1]
     wrong = ["--base", str(tmp_path / "all.safetensors"), "--config", "no-such-model", *common]
     assert sample_command([*wrong, "--out", str(tmp_path / "x")]) == 78
+
+
+@pytest.mark.parametrize(("marks", "zero_snr"), [(["v_pred"], False), (["v_pred", "ztsnr"], True)])
+def test_a_file_that_says_it_predicts_the_velocity_is_trained_so(tmp_path, marks, zero_snr):
+    save_file(checkpoint("sdxl") | {name: torch.zeros(1) for name in marks}, tmp_path / "all.safetensors")
+    asked = {"MODEL_PATH": str(tmp_path / "all.safetensors"), "MODEL_CONFIG_PATH": str(miniature("sdxl"))}
+    for _ in range(2):  # made, and found again
+        scheduler = loaded(tmp_path, "sdxl", **asked) / "scheduler"
+        goal = make_objective("denoising", TrainPlan(), scheduler=scheduler, device="cpu")
+        assert goal.prediction == "v_prediction" and (goal.signal_T[-1].item() == 0) is zero_snr
+    own = json.loads((miniature("sdxl") / "scheduler" / "scheduler_config.json").read_text())
+    assert own["prediction_type"] == "epsilon"  # what was linked to is as it was
+
+
+def test_noise_levels_that_are_not_trained_are_refused(tmp_path):
+    save_file(checkpoint("sdxl") | {"edm_vpred.sigma_max": torch.ones(1)}, tmp_path / "all.safetensors")
+    with pytest.raises(SettingsError, match="EDM"):
+        loaded(tmp_path, "sdxl", MODEL_PATH=str(tmp_path / "all.safetensors"), MODEL_CONFIG_PATH=str(miniature("sdxl")))
 
 
 def test_clip_l_is_not_projected_in_a_file_of_sd3(tmp_path):
