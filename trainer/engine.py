@@ -135,6 +135,11 @@ class Engine:
             self.stream.wrap()
         self.offload = recompute.Offload(self.denoiser, stream=self.stream) if offload != "none" else None
 
+    @property
+    def graphs(self) -> int | None:
+        """How many graphs were compiled so far, of all kinds of regions and sizes; None: nothing is compiled."""
+        return int(torch._dynamo.utils.counters["stats"]["unique_graphs"]) if self.compiled else None
+
     def lower(self, problem: str) -> None:
         """The next way, with less memory. Raises SettingsError where there is none."""
         if len(self.rungs) == 1:

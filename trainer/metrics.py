@@ -69,8 +69,8 @@ class Metrics:
         self._began, self._spent = time.monotonic(), 0.0  # seconds of training alone
         self._images = 0
 
-    def step(self, step: Step, *, learning_rate: float) -> None:
-        """One optimiser step is done."""
+    def step(self, step: Step, *, learning_rate: float, compiled: int | None = None) -> None:
+        """One optimiser step is done. `compiled`: graphs so far, where anything is compiled."""
         self.done = self._status.step = step.number
         self._images += step.images
         self.skipped += step.skipped
@@ -79,7 +79,7 @@ class Metrics:
             row["skipped"] = self.skipped
         else:
             row |= {"loss": step.loss, "grad_norm": step.grad_norm}
-        self.record(row)
+        self.record(row if compiled is None else {**row, "compiled": compiled})
         self._bar.update(1)
         self._bar.set_postfix_str(f"loss {step.loss:.4f}")
         now = time.monotonic()

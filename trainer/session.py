@@ -137,7 +137,7 @@ class Session:
             ):
                 if self.trainee.ema and not step.skipped:
                     self.trainee.ema.update(self.trainee.params)
-                metrics.step(step, learning_rate=optim.step_size(self.trainee.optimizer))
+                metrics.step(step, learning_rate=optim.step_size(self.trainee.optimizer), compiled=self.engine.graphs)
                 if due(step.number, plan.output.validate_every, self.total):
                     self.validate(step.number, metrics=metrics)
                 if due(step.number, plan.output.save_every, self.total) or self.stop.requested:

@@ -279,3 +279,24 @@ def test_validation_uses_pictures_that_are_never_trained_on(job):
     assert code == 0, printed
     assert "2 pictures held out" in printed
     assert [r["step"] for r in job.metrics() if "validation_loss" in r] == [6, 12]
+
+
+@pytest.mark.slow
+def test_twelve_sizes_are_compiled_once_for_each_kind_of_block_and_once_more(job, tmp_path, draw):
+    """As compiled code says it, from the first size on; samples compile nothing."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    sizes = [(64 + 16 * (i % 4), 64 + 16 * (i // 4)) for i in range(12)]
+    for i, (width, height) in enumerate(sizes):
+        draw(width, height, seed=i).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text("a red circle")
+    general = {"resolution": 128, "enable_bucket": True, "bucket_no_upscale": True, "bucket_reso_steps": 16}
+    config = {"general": general, "datasets": [{"subsets": [{"image_dir": str(folder)}]}]}
+    code, printed = job.run(
+        DATASET_NAME="", DATASET_CONFIG=json.dumps(config), PARAMS_COMPILE="true", PARAMS_MAX_STEPS="24",
+        PARAMS_SAMPLE_EVERY_N_STEPS="12", PARAMS_SAVE_EVERY_N_STEPS="0",
+    )  # fmt: skip
+    assert code == 0, printed
+    assert printed.count("bucket ") == 12, printed
+    compiled = [row["compiled"] for row in job.metrics() if "compiled" in row]
+    assert len(compiled) == 24 and 0 < compiled[0] <= compiled[-1] <= compiled[0] + 2

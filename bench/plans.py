@@ -1,0 +1,43 @@
+"""The plan for hardware that need not be there: how each batch would be trained, and the memory predicted for it.
+
+    python -m bench plans --family flux --vendor amd --architecture gfx942 --memory 192 --batch 4 8 16 32 48 60
+
+Rank 16, AdamW, at the sizes of `python -m bench step`.
+"""
+
+from __future__ import annotations
+
+from bench.report import Report, options
+from bench.step import RANK, SIZES
+from entrypoint.hardware import Hardware
+from trainer import memory
+from trainer.families import family
+
+
+def main(arguments: list[str]) -> None:
+    parser = options(__doc__)
+    parser.add_argument("--vendor", default="nvidia")
+    parser.add_argument("--architecture", default="9.0")
+    parser.add_argument("--memory", type=float, default=139.0, help="GiB of the device")
+    parser.add_argument("--host", type=float, default=500.0, help="GiB of the host that may be pinned")
+    parser.add_argument("--precision", help="the hardware's own choice, if none is named")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 60])
+    asked = parser.parse_args(arguments)
+    hardware = Hardware(asked.vendor, asked.architecture, asked.memory, 1, "", 2 * asked.host, 32)
+    footprint = next(m.footprint for m in family(asked.family).FACTS.models.values() if m.footprint)
+    width, height = SIZES[asked.family]
+    report = Report(f"{asked.family} on {hardware}", asked.markdown)
+    for batch in asked.batch:
+        work = memory.Work(width * height, batch, RANK, "adamw")
+        ways = memory.ways(footprint, work, (asked.precision,) if asked.precision else hardware.automatic)
+        way = memory.best(footprint, work, ways, have_gib=asked.memory, host_gib=asked.host)
+        report.row(
+            {
+                "batch": batch,
+                "weights": way.precision,
+                "way": memory.described(way.recompute, way.kept_blocks, way.offload),
+                "predicted GiB": round(way.gib, 1),
+                "on the host": round(memory.on_host(footprint, work, way), 1),
+                "fits": way.gib <= asked.memory * memory.TIGHT,
+            }
+        )
