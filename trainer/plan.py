@@ -305,6 +305,8 @@ def _build(kind: Any, raw: Any, *, where: str) -> Any:
         except TypeError as problem:
             raise ValueError(f"{where}: {problem}") from problem
     if origin is tuple:
+        if not isinstance(raw, list):
+            raise ValueError(f"{where}: {raw!r} is not a list")
         kinds = [args[0]] * len(raw) if args[-1] is Ellipsis else args
         return tuple(_build(k, v, where=where) for k, v in zip(kinds, raw, strict=True))
     if origin in (types.UnionType, typing.Union):

@@ -15,7 +15,7 @@ from trainer.metrics import Metrics, Status
 
 
 @pytest.fixture
-def shown(tmp_path, monkeypatch):
+def shown(tmp_path, monkeypatch, caplog):
     """`shown(columns)`: all that three steps, and a word between them, put on a terminal of that width."""
 
     def run(columns: int) -> str:
@@ -23,7 +23,7 @@ def shown(tmp_path, monkeypatch):
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
         with os.fdopen(theirs, "w") as terminal, monkeypatch.context() as patch:
             patch.setattr(sys, "stderr", terminal)
-            patch.setattr(logging.getLogger(), "level", logging.INFO)
+            caplog.set_level(logging.INFO)
             handler = logging.StreamHandler(terminal)
             patch.setattr(logging.getLogger(), "handlers", [handler])
             metrics = Metrics(tmp_path, Status(tmp_path), total_steps=3, first_step=0)

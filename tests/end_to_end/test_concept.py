@@ -147,7 +147,7 @@ def learns(name: str, before: float, after: float) -> bool:
     return after >= CASES[name].learnt and after - before >= CASES[name].gain
 
 
-OFTEN = [("flux",), ("flux", "the target's sign"), ("flux", "latents at a third of their scale")]
+OFTEN = [("flux",), ("flux", "the target's sign")]
 
 
 def each(*values):

@@ -93,7 +93,7 @@ def test_a_kill_before_each_call_that_changes_files(run, tiny):
 def test_a_state_without_the_optimiser_gives_other_bytes(run, tiny):
     """A6: the comparison can fail."""
     number = run.start({"kind": "sleep", "step": 6, "seconds": 60})
-    wait_for(lambda: run.times_fired())
+    wait_for(lambda: run.times_fired() and run.states())  # it is written beside the steps
     os.kill(number, signal.SIGKILL)
     run.wait()
     run.fired.unlink()
