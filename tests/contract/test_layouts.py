@@ -5,14 +5,8 @@ Single files are written here from the miniatures: whole architectures, small (s
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 import json
-import re
 import shutil
-import threading
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,6 +15,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from safetensors.torch import save_file
 
+from bench.layouts import memory_taken
 from entrypoint.fetch import fetch_model
 from entrypoint.hardware import Hardware
 from entrypoint.manifest import read_manifest
@@ -259,40 +254,10 @@ def test_a_file_is_converted_once(tmp_path):
     assert file.stat().st_mtime_ns == before
 
 
-M_MMAP_THRESHOLD = -3
-
-
-def own_memory() -> int:
-    """Bytes of this process that are not a mapped file."""
-    text = Path("/proc/self/status").read_text()
-    return int(re.search(r"RssAnon:\s+(\d+)", text)[1]) * 1024
-
-
-@contextlib.contextmanager
-def memory_taken() -> Iterator[list[int]]:
-    """The most memory of its own that this process took inside, in bytes more than at the start; looked at often."""
-    # What is freed goes back at once: glibc would keep as much of it as the largest tensors, and count it as ours.
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
-    start, most, done = own_memory(), [0], threading.Event()
-
-    def look() -> None:
-        while not done.wait(0.001):
-            most[0] = max(most[0], own_memory() - start)
-
-    watcher = threading.Thread(target=look)
-    watcher.start()
-    try:
-        yield most
-    finally:
-        done.set()
-        watcher.join()
-
-
 def test_a_gigabyte_is_converted_in_the_memory_of_a_few_tensors(tmp_path):
     """64 tensors of 16 MiB, each cut in three and put together in another order."""
     file = tmp_path / "big.safetensors"
     standin.write(file, dict.fromkeys((f"layer.{i}" for i in range(64)), torch.ones(3 * 1024, 2731).half()))
-    gc.collect()
     with memory_taken() as most:
         made = {name: torch.cat(tensor.chunk(3)[::-1]) for name, tensor in standin.of_file(file, "").items()}
         standin.write(tmp_path / "out.safetensors", made)
@@ -306,7 +271,6 @@ def test_the_denoiser_is_never_there_twice(tmp_path):
     model.bfloat16().save_pretrained(tmp_path / "transformer")
     size = 4 * sum(p.numel() for p in model.parameters())
     del model
-    gc.collect()
     with memory_taken() as most:
         there = family("flux").load_denoiser(tmp_path, device="cpu", dtype=torch.float32)
     assert size > 200e6 and {p.dtype for p in there.parameters()} == {torch.float32}
