@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
         parts = {"family": kind, "model": model, "tick": lambda: None}
         prepare.fill_texts(cache, list(order.every_caption()), engine=engine, **parts)
         texts = time.monotonic()
-        prepare.fill_images(cache, order, device=DEVICE, **parts)
+        prepare.fill_images(cache, order, engine=engine, **parts)
         done = time.monotonic()
     seconds = {"scan_s": scanned - begun, "texts_s": texts - scanned, "latents_s": done - texts, "all_s": done - begun}
     report.row(

@@ -163,14 +163,14 @@ def _told(
     """Whether the text encoders are streamed, and samples decoded in pieces; the log tells the ways there are."""
     phases = partial(memory.phases, footprint, work, way, drawn_pixels=drawn)
     peaks, room = phases(streamed=False, tiled=False), have * memory.SPARE
-    streamed, tiled = peaks["texts"] > room, peaks["samples"] > room
+    streamed, tiled = peaks["texts"] > room, max(peaks["samples"], peaks["latents"]) > room
     peaks = phases(streamed=streamed, tiled=tiled)
     notes.reasons += [
         f"Peaks predicted, in GiB of {have:.0f}: "
         + ", ".join(f"{name} {gib:.1f}" for name, gib in peaks.items())
         + ".",
         *(["The text encoders come to the device layer by layer."] if streamed else []),
-        *(["Samples are decoded piece by piece."] if tiled else []),
+        *(["Samples are decoded piece by piece, and pictures encoded one by one."] if tiled else []),
         f"Ways to train with batches of {work.batch}, first the one that is taken:",
         *(f"  {one}" for one in dict.fromkeys(map(str, (way, *ways)))),
     ]

@@ -25,7 +25,6 @@ from trainer.dataset import Picture, View, render, render_mask
 from trainer.images import UnusableImageError
 
 VERSION = 1
-MEGAPIXELS = 2.0  # of pictures encoded at once
 Item = dict[str, torch.Tensor]
 A = TypeVar("A")
 B = TypeVar("B")
@@ -58,16 +57,18 @@ def encode_images(
     *,
     encode: Callable[[torch.Tensor], torch.Tensor],
     workers: int,
+    at_once: float,
     tick: Callable[[], None],
 ) -> tuple[int, list[tuple[Picture, str]]]:
     """Encode what the cache lacks; return how many were encoded, and the pictures that turned out unusable.
 
-    `encode`: pixels (B, 3, H, W) in [-1, 1] → moments (B, 2C, h, w). `tick` is called between batches and may raise.
+    `encode`: pixels (B, 3, H, W) in [-1, 1] → moments (B, 2C, h, w), of a picture at least and of `at_once` megapixels.
+    `tick` is called between batches and may raise.
     """
     done, unusable = 0, []
     with ThreadPoolExecutor(workers) as pool:
         missing = ((p, v) for (p, v), whole in _ahead(pool, lambda i: _whole(cache.image_path(*i)), items) if not whole)
-        for batch in _batches(_ahead(pool, _rendered, missing)):
+        for batch in _batches(_ahead(pool, _rendered, missing), at_once):
             tick()
             good = []
             for (picture, view), drawn in batch:
@@ -130,11 +131,13 @@ def _with_mask(item: Item, mask_HW: np.ndarray | None) -> Item:
     return item
 
 
-def _batches(drawn: Iterable[tuple[tuple[Picture, View], B]]) -> Iterator[list[tuple[tuple[Picture, View], B]]]:
-    """Runs of neighbours of the same size, up to MEGAPIXELS together."""
+def _batches(
+    drawn: Iterable[tuple[tuple[Picture, View], B]], at_once: float
+) -> Iterator[list[tuple[tuple[Picture, View], B]]]:
+    """Runs of neighbours of the same size, until they have `at_once` megapixels together."""
     batch: list[tuple[tuple[Picture, View], B]] = []
     for (picture, view), value in drawn:
-        if batch and (batch[0][0][1].size != view.size or len(batch) * view.size[0] * view.size[1] >= MEGAPIXELS * 1e6):
+        if batch and (batch[0][0][1].size != view.size or len(batch) * view.size[0] * view.size[1] >= at_once * 1e6):
             yield batch
             batch = []
         batch.append(((picture, view), value))

@@ -7,6 +7,7 @@ The constants (`trainer.families.Footprint`) are measured by `python -m bench st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -44,6 +45,7 @@ BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 WORTH = 1.02  # times the images per second that a larger batch must bring to be chosen
 # The VAE of all families, in fp32: its weights, and GiB for a million (2^20) pixels of one picture.
 VAE, ENCODE, DECODE = 0.31, 2.6, 3.2
+AT_ONCE = 2.0  # megapixels that the VAE encodes at once, where there is room
 
 
 @dataclass(frozen=True)
@@ -160,11 +162,14 @@ def fastest(of: Footprint, tried: Iterable[tuple[Work, Way]]) -> tuple[Work, Way
 
 
 def phases(of: Footprint, work: Work, way: Way, *, streamed: bool, tiled: bool, drawn_pixels: int) -> dict[str, float]:
-    """The predicted peak of each phase, in GiB. `drawn_pixels`: of the largest sample."""
+    """The predicted peak of each phase, in GiB. `drawn_pixels`: of the largest sample. `tiled`:
+    samples are decoded in pieces, and pictures encoded one by one.
+    """
     encoders = of.encoders * _wide(way.precision) / GIB
+    pictures = 1 if tiled else math.ceil(AT_ONCE * 1e6 / work.pixels)
     return {
         "texts": 0.5 + (encoders / 12 if streamed else encoders),  # two of 24 layers
-        "latents": VAE + ENCODE * work.pixels / 2**20,
+        "latents": VAE + ENCODE * pictures * work.pixels / 2**20,
         "training": way.gib,
         "samples": weights(of, way.precision, way.offload)
         + of.adapters * work.rank * STATE_BYTES.get(work.optimizer, 16) / GIB

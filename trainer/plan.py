@@ -186,7 +186,7 @@ class EnginePlan:
     kept_blocks: int = neutral(0)  # blocks that keep everything, whatever `recompute` says
     offload: str = neutral("none")  # a key of trainer.memory.OFFLOADS: what waits in the host's memory
     stream_encoders: bool = neutral(False)  # the text encoders' layers come to the device one by one
-    tile_vae: bool = neutral(False)  # samples are decoded piece by piece
+    tile_vae: bool = neutral(False)  # samples are decoded piece by piece, and pictures encoded one by one
     compile: bool = False
     attention: str = "native"  # an attention backend of diffusers
     memory_limit_gib: float | None = neutral(None)

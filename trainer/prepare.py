@@ -21,6 +21,7 @@ from trainer.engine import torch_dtype
 from trainer.errors import DataError
 from trainer.families import Family
 from trainer.loop import MicroBatch
+from trainer.memory import AT_ONCE
 from trainer.order import Batch, Example, Order
 from trainer.plan import DataPlan, EnginePlan, Prompt
 
@@ -100,7 +101,7 @@ def fill_images(
     *,
     family: Family,
     model: Path,
-    device: str,
+    engine: EnginePlan,
     tick: Callable[[], None],
 ) -> None:
     """Encode the views of pictures that the cache lacks. Raises DataError for one that does not decode after all."""
@@ -109,9 +110,14 @@ def fill_images(
         log.info("All %d latents are in the cache.", len(views))
         return
     started = time.monotonic()
-    vae = family.load_vae(model, device=device)
+    vae = family.load_vae(model, device=engine.device)
     count, unusable = caching.encode_images(
-        cache, views, encode=partial(family.encode_images, vae), workers=workers(), tick=tick
+        cache,
+        views,
+        encode=partial(family.encode_images, vae),
+        workers=workers(),
+        at_once=0.0 if engine.tile_vae else AT_ONCE,
+        tick=tick,
     )
     del vae
     release()

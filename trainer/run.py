@@ -261,7 +261,7 @@ def _filled_cache(plan: Plan, order: Order, *, kind: Family, model: Path, tick: 
     cache = prepare.open_cache(Path(plan.output.cache), model, precision=plan.engine.dtype)
     captions = [*order.every_caption(), *prepare.prompt_texts(plan.prompts)]
     prepare.fill_texts(cache, captions, family=kind, model=model, engine=plan.engine, tick=tick)
-    prepare.fill_images(cache, order, family=kind, model=model, device=plan.engine.device, tick=tick)
+    prepare.fill_images(cache, order, family=kind, model=model, engine=plan.engine, tick=tick)
     return cache
 
 
