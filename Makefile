@@ -40,6 +40,7 @@ lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/bandit -q -ll -c pyproject.toml -r entrypoint trainer runpod
 
 unit: .venv/.dev
 	$(BIN)/pytest tests/unit

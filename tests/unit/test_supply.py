@@ -1,10 +1,11 @@
 """What comes along: licences of what the image installs, and no secret in any file of the repository.
 
-The rules of bandit are those of ruff that begin with S: `make lint`.
+What bandit finds, `make lint` tells as well, beside those of its rules that ruff has.
 """
 
 import re
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
@@ -46,6 +47,19 @@ def test_the_licences_of_the_image_let_it_be_passed_on():
         print(f"{name:28} {said}")
     assert len(known) > 0.9 * len(names)
     assert {name: said for name, said in known.items() if not FREE.search(said) or "GPL" in said} == {}
+
+
+def bandit(*paths):
+    command = [sys.executable, "-m", "bandit", "-q", "-ll", "-c", str(ROOT / "pyproject.toml"), "-r", *map(str, paths)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_bandit_finds_nothing_here_and_something_where_there_is(tmp_path):
+    run = bandit(*(ROOT / name for name in ("entrypoint", "trainer", "runpod")))
+    assert run.returncode == 0, run.stdout
+    (tmp_path / "loads.py").write_text("import pickle, torch\npickle.loads(b'')\ntorch.load('weights.pt')\n")
+    run = bandit(tmp_path)
+    assert run.returncode == 1 and "B301" in run.stdout and "B614" in run.stdout
 
 
 def found(text):
