@@ -230,8 +230,8 @@ def test_a_job_saves_them_where_every_tool_looks_and_goes_on_from_there(name, jo
     stop = StopFlag()
     record = session.Metrics.step
 
-    def step(self, done, *, learning_rate):
-        record(self, done, learning_rate=learning_rate)
+    def step(self, done, *, learning_rate, compiled):
+        record(self, done, learning_rate=learning_rate, compiled=compiled)
         stop.signal = signal.SIGTERM if done.number == 2 else None
 
     with monkeypatch.context() as patched, pytest.raises(StopRequestedError):
