@@ -16,14 +16,15 @@ import json
 import os
 import resource
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench.engine import FLUX, SD3, SDXL
 
+from bench.step import FLUX, SD3, SDXL
 from trainer import checkpoint, export, formats, lora
 from trainer.families import family
 from trainer.snapshot import Snapshots
@@ -60,12 +61,12 @@ def like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.rand(tensor.shape[-1]).expand(tensor.shape)
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--family", default="flux")
     parser.add_argument("--rank", type=int, default=128)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     tensors, state = adapters(options.family, options.rank)
     count = sum(t.numel() for t in tensors.values())
     say(what="adapters", family=options.family, rank=options.rank, tensors=len(tensors), parameters=count)
@@ -130,4 +131,4 @@ def say(**what: Any) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -66,7 +66,9 @@ def engine_plan(
     )
     if model.footprint is None or hardware.device == "cpu":
         return _as_it_is(settings, hardware, plan, notes=notes), datasets
-    drawn = max((p.width * p.height for p in prompts), default=0) if settings.sample_every_n_steps else 0
+    sizes = [(p.width, p.height) for p in prompts] if settings.sample_every_n_steps else []
+    sizes += [d.resolution for d in datasets for s in d.subsets if s.source.kind == "generated"]
+    drawn = max((width * height for width, height in sizes), default=0)
     return _fitted(settings, hardware, plan, model.footprint, datasets, rank=rank, drawn=drawn, notes=notes)
 
 
@@ -81,6 +83,8 @@ def _as_it_is(settings: Settings, hardware: Hardware, plan: EnginePlan, *, notes
             f"PARAMS_OFFLOAD={settings.offload} is for accelerators: here the host's memory is all there is. "
             "Allowed: auto, none."
         )
+    elif settings.offload == "weights" and settings.lora_type == "dora":
+        notes.add("PARAMS_OFFLOAD=weights does not go with PARAMS_LORA_TYPE=dora. Fix: change one of them.")
     if settings.batch_size == 0:
         notes.chose("PARAMS_BATCH_SIZE", "dataset.json's", "no speed is known of this model here")
     return dataclasses.replace(
@@ -104,7 +108,8 @@ def _fitted(
     notes: Notes,
 ) -> tuple[EnginePlan, tuple[Dataset, ...]]:
     """The fastest that `trainer.memory` predicts to fit, in each phase of the job. `drawn`: pixels of a sample."""
-    largest = max(datasets, key=lambda d: d.batch_size * d.resolution[0] * d.resolution[1])
+    given = settings.batch_size != 0  # else all get the same
+    largest = max(datasets, key=lambda d: (d.batch_size if given else 1) * d.resolution[0] * d.resolution[1])
     work = memory.Work(largest.resolution[0] * largest.resolution[1], largest.batch_size, rank, settings.optimizer_type)
     precisions = hardware.automatic if settings.precision == "auto" else (settings.precision,)
     have = min(hardware.memory_gib, settings.memory_limit_gib or hardware.memory_gib)
@@ -124,7 +129,8 @@ def _fitted(
         return plan, datasets
     if settings.batch_size == 0:
         tried = [best(dataclasses.replace(work, batch=batch)) for batch in memory.BATCHES]
-        work, way = memory.fastest(footprint, [t for t in tried if t[1].gib <= room] or tried[:1])
+        same = [t for t in tried if t[1].precision == tried[0][1].precision and t[1].gib <= room]
+        work, way = memory.fastest(footprint, same or tried[:1])
         datasets = tuple(dataclasses.replace(d, batch_size=work.batch) for d in datasets)
         notes.chose("PARAMS_BATCH_SIZE", work.batch, "most images per second in the memory there is")
     else:
@@ -145,6 +151,7 @@ def _fitted(
         kept_blocks=way.kept_blocks,
         offload=way.offload,
         stream_encoders=streamed,
+        host_gib=host,
         tile_vae=tiled,
     )
     return plan, datasets

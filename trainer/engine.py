@@ -118,7 +118,11 @@ class Engine:
         stream: Stream | None = None,
     ) -> None:
         self.denoiser, self.regions, self.stream, self.device = denoiser, list(regions), stream, plan.device
+        self.offload: recompute.Offload | None = None
         self.compiled, self.rungs = plan.compile, rungs(plan.recompute, plan.kept_blocks, plan.offload)
+        frozen = sum(t.nbytes for r in regions for t in (*r.parameters(), *r.buffers()) if not t.requires_grad)
+        if plan.host_gib is not None and frozen > plan.host_gib * 2**30 and len(self.rungs) > 1:
+            self.rungs.pop()  # the last, which sends the weights to the host
         self._climb()
 
     def _climb(self) -> None:
@@ -126,6 +130,7 @@ class Engine:
         kept = min(kept, len(self.regions))  # of a variant that may have fewer than its family's footprint says
         policies = ["none"] * kept + [policy] * (len(self.regions) - kept)
         recompute.apply(self.regions, policies, compiled=self.compiled)
+        self.offload = None  # with what it holds
         if offload == "weights" and self.stream is None:
             self.stream = Stream(self.device)
             for region in self.regions:

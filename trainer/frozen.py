@@ -112,6 +112,25 @@ def _nf4_whole(w: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torc
     return found
 
 
+# Operators, so that the compiler cannot keep the weight in 16 bits for the backward pass.
+@_operator(
+    "nf4_product(Tensor x, Tensor w, Tensor scale, Tensor? bias, Tensor? h, Tensor? up) -> Tensor",
+    lambda x, w, scale, bias, h, up: x.new_empty(x.shape[0], w.shape[0]),  # noqa: ARG005
+)
+def _nf4_forward(x, w, scale, bias, h, up):  # type: ignore[no-untyped-def]
+    y = F.linear(x, _nf4_whole(w, scale, x.dtype), bias)
+    return y if h is None else y.addmm_(h, up.t())
+
+
+@_operator(
+    "nf4_gradient(Tensor g, Tensor w, Tensor scale, Tensor? gh, Tensor? down) -> Tensor",
+    lambda g, w, scale, gh, down: g.new_empty(g.shape[0], 2 * w.shape[1]),  # noqa: ARG005
+)
+def _nf4_backward(g, w, scale, gh, down):  # type: ignore[no-untyped-def]
+    gx = g @ _nf4_whole(w, scale, g.dtype)
+    return gx if gh is None else gx.addmm_(gh, down)
+
+
 @dataclass(frozen=True)
 class Form:
     """How a frozen weight is kept and multiplied. `store`: (N, K) → what is kept of it, and its scales."""
@@ -149,7 +168,7 @@ FORMS = {
     "fp8-storage": Form(torch.float8_e4m3fn),
     "int8": Form(torch.int8, 16, _int8_forward, _int8_backward),
     "int8-storage": Form(torch.int8),
-    "nf4": Form(torch.uint8, BLOCK, whole=_nf4_whole),
+    "nf4": Form(torch.uint8, BLOCK, _nf4_forward, _nf4_backward, _nf4_whole),
 }
 
 

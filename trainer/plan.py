@@ -17,7 +17,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from trainer.errors import SettingsError
 
-VERSION = 1
+VERSION = 2
 VARIANTS = 8  # crops and colours of a picture, and likewise wordings of its caption, where these vary
 T = TypeVar("T")
 
@@ -186,6 +186,7 @@ class EnginePlan:
     kept_blocks: int = neutral(0)  # blocks that keep everything, whatever `recompute` says
     offload: str = neutral("none")  # a key of trainer.memory.OFFLOADS: what waits in the host's memory
     stream_encoders: bool = neutral(False)  # the text encoders' layers come to the device one by one
+    host_gib: float | None = neutral(None)  # of the host's memory that weights may take; None: any
     tile_vae: bool = neutral(False)  # samples are decoded piece by piece, and pictures encoded one by one
     compile: bool = False
     attention: str = "native"  # an attention backend of diffusers

@@ -13,7 +13,7 @@ class Precision:
     """One value of PARAMS_PRECISION."""
 
     needs: str  # in words, for a refusal
-    nvidia: tuple[int, int]  # lowest compute capability
+    nvidia: tuple[int, ...]  # lowest compute capability
     amd: tuple[str, ...]  # what the names of its architectures begin with
     bytes: float | None = None  # of one stored weight of a linear layer in the blocks; None: as many as `dtype` has
     form: str | None = None  # a key of trainer.frozen.FORMS; None: weights in `dtype`
@@ -24,7 +24,7 @@ ANY = "compute capability 7.5 or above, or any GPU of AMD"
 FP8_TYPES = "tensor cores for FP8: compute capability 8.9 or above, or gfx942 or gfx950"
 CDNA = ("gfx942", "gfx950")
 PRECISIONS: dict[str, Precision] = {
-    "fp32": Precision("any accelerator", (0, 0), ("",), dtype="float32"),
+    "fp32": Precision("any accelerator", (), ("",), dtype="float32"),
     "bf16": Precision("compute capability 8.0 or above, or any GPU of AMD", (8, 0), ("",), dtype="bfloat16"),
     "fp16": Precision(ANY, (7, 5), ("",), dtype="float16"),
     "fp8": Precision(FP8_TYPES, (8, 9), CDNA, 1, "fp8", "bfloat16"),  # multiplied in 8 bits as well

@@ -27,6 +27,7 @@ from trainer.plan import DataPlan, EnginePlan, Prompt
 
 log = logging.getLogger(__name__)
 CAPTIONS = 16  # encoded at once
+TILE = 512  # pixels of a side
 
 
 def workers() -> int:
@@ -92,6 +93,8 @@ def decoder(family: Family, model: Path, engine: EnginePlan) -> Any:
     vae = family.load_vae(model, device=engine.device)
     if engine.tile_vae:
         vae.enable_tiling()
+        # By itself it takes the size that the model was trained with, which is that of the whole picture.
+        vae.tile_sample_min_size, vae.tile_latent_min_size = TILE, TILE // 2 ** (len(vae.config.block_out_channels) - 1)
     return vae
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import mmap
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -46,6 +48,8 @@ class Stream:
 
     def __init__(self, device: str, *, pinned: bool = True) -> None:
         self.device, self.pinned = torch.device(device), pinned and device == "cuda"
+        self.buffers: list[torch.Tensor] = []
+        weakref.finalize(self, _unpin, self.buffers).atexit = False
         self.regions: list[torch.nn.Module] = []
         self.places: list[list[_Place]] = []
         self.slots: list[torch.Tensor] = []
@@ -64,7 +68,8 @@ class Stream:
             offsets.append(size)
             size += math.ceil(tensor.nbytes / ALIGNED) * ALIGNED
         places = []
-        buffer = _pinned(size) if self.pinned else None
+        buffer = _pinned(math.ceil(size / ALIGNED) * ALIGNED) if self.pinned else None
+        self.buffers.extend([] if buffer is None else [buffer])
         for tensor, offset in zip(frozen, offsets, strict=True):
             if buffer is None:
                 host = tensor.data.cpu()
@@ -167,7 +172,16 @@ def _view(
 
 
 def _pinned(size: int) -> torch.Tensor:
-    """Bytes that the device may read by itself. torch's own allocator would take the next power of two."""
-    buffer = torch.empty(math.ceil(size / ALIGNED) * ALIGNED, dtype=torch.uint8)
+    """Pages of the host that the device may read by itself. torch's own allocator would take the next power of two."""
+    buffer = torch.frombuffer(mmap.mmap(-1, max(1, size)), dtype=torch.uint8)
     torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)))
     return buffer
+
+
+def _unpin(buffers: list[torch.Tensor]) -> None:
+    """Once nothing reads them any more, and before they are freed."""
+    if buffers:
+        torch.cuda.synchronize()
+    for buffer in buffers:
+        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())))
+    buffers.clear()

@@ -1,14 +1,25 @@
 """The measurements run, on narrow models and on the CPU; their figures are for an accelerator."""
 
+import importlib
+import inspect
 import json
+import pkgutil
 
 import pytest
 
+import bench
 from bench.__main__ import main
 
-pytestmark = pytest.mark.slow
+NAMES = [m.name for m in pkgutil.iter_modules(bench.__path__) if m.name not in ("__main__", "report")]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_measurement_can_be_called(name):
+    (parameter,) = inspect.signature(importlib.import_module(f"bench.{name}").main).parameters
+    assert parameter == "arguments"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flux", "sd3", "sdxl"])
 @pytest.mark.parametrize(
     ("what", "rows"),
@@ -28,6 +39,7 @@ def test_a_measurement_prints_its_rows_and_writes_its_table(tmp_path, capsys, na
     assert len(lines) == rows + 2 and len({line.count("|") for line in lines}) == 1
 
 
+@pytest.mark.slow
 def test_peers_are_measured_beside_ours(capsys):
     assert main(["peers", "--family", "sd3", "--small", "--batch", "1", "--ours", "fp8+all+eager"]) == 0
     found = [json.loads(line)["what"] for line in capsys.readouterr().out.splitlines() if line.startswith("{")]

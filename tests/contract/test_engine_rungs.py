@@ -43,6 +43,12 @@ def test_each_rung_is_told_and_the_last_is_refused(monkeypatch, caplog):
     assert len(caplog.records) == 4 and "1 blocks kept whole" in caplog.text
 
 
+@pytest.mark.parametrize(("host_gib", "last"), [(None, "weights"), (1.0, "weights"), (0.0, "activations")])
+def test_weights_go_where_there_is_room_for_them_alone(host_gib, last):
+    regions = [torch.nn.Linear(4, 4).requires_grad_(False)]
+    assert Engine(regions[0], regions, EnginePlan(host_gib=host_gib)).rungs[-1][2] == last
+
+
 def test_a_model_with_fewer_regions_than_the_plan_keeps():
     regions = [torch.nn.Linear(4, 4)]
     Engine(regions[0], regions, EnginePlan(recompute="attention", kept_blocks=9))

@@ -141,3 +141,16 @@ def test_what_is_streamed_is_the_longest_list_of_layers():
     whole.few = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
     whole.many = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(4))
     assert stream.layers(whole.requires_grad_(False), "cpu").regions == list(whole.many)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_large_sample_is_decoded_in_pieces_of_512_pixels(name):
+    seen = []
+    for tiled in (False, True):
+        vae = prepare.decoder(family(name), miniature(name), EnginePlan(tile_vae=tiled))
+        vae.decoder.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[-2:])))
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        with torch.no_grad():
+            vae.decode(torch.zeros(1, vae.config.latent_channels, 640 // factor, 640 // factor))
+        assert max(seen) == ((512 if tiled else 640) // factor,) * 2 and (len(seen) > 1) is tiled
+        seen.clear()

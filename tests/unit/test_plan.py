@@ -411,6 +411,14 @@ def test_a_dora_adapter_needs_its_weights_there():
     assert "PARAMS_LORA_TYPE=dora" in refusal(**one, PARAMS_OFFLOAD="weights")
 
 
+def test_a_batch_for_several_sizes_is_that_of_the_largest():
+    sizes = [{"batch_size": 8}, {"batch_size": 1, "resolution": 1024}]
+    several = {"general": {"resolution": 512}, "datasets": [{**size, "subsets": [{}]} for size in sizes]}
+    made = plan(on=LARGE_GPU, BASE_MODEL="flux", PARAMS_BATCH_SIZE="auto", config=several)
+    alone = plan(on=LARGE_GPU, BASE_MODEL="flux", PARAMS_BATCH_SIZE="auto", PARAMS_RESOLUTION="1024")
+    assert {d.batch_size for d in made.data.datasets} == {alone.data.datasets[0].batch_size}
+
+
 def test_the_batch_that_is_fastest_is_chosen_and_said():
     made = plan(on=LARGE_GPU, BASE_MODEL="flux", PARAMS_BATCH_SIZE="auto")
     (dataset,) = made.data.datasets
