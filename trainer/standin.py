@@ -6,7 +6,6 @@ remembers what was done to it, and does that when its time comes, to one tensor 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,17 +15,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils._pytree import tree_map_only
 
+from trainer import tensorfile
+
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = (".scale_weight", ".weight_scale")  # of a layer in files with scaled fp8
 MARKS = (*SCALES, ".scale_input", ".input_scale", ".comfy_quant")
-NAMES = {  # of dtypes, in a header
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-}
+WEIGHTS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32)
+NAMES = {dtype: tensorfile.DTYPES[dtype] for dtype in WEIGHTS}  # of dtypes, in a header
 
 
 class StandIn(torch.Tensor):
@@ -114,10 +109,8 @@ def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         end = place + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, end]}
         place = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(tensorfile.header(header))
         for tensor in tensors.values():
             _append(file, tensor)
 
