@@ -35,7 +35,7 @@ RESIDENT = (
     ("all", "none"),
     ("all", "activations"),
 )
-SLOTS = 2  # regions on the device at once where weights are streamed (trainer.stream)
+SLOTS = 2  # regions on the device where weights are streamed (trainer.stream): the one at work, and the next
 # Seconds of a step by what is recomputed, as a multiple of those with everything kept, of Flux.1 in FP8 on one
 # accelerator (docs/performance.md); and what a step costs besides, in the time of so many thousands of tokens.
 COST = {"none": 1.0, "attention": 1.2, "all": 1.28}

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from trainer.memory import SLOTS
+
 ALIGNED = 256  # bytes
-SLOTS = 2  # regions on the device: the one at work, and the next
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from trainer import lora, prepare, recompute, stream
 from trainer.engine import place
 from trainer.families import family
+from trainer.memory import SLOTS
 from trainer.plan import EnginePlan
-from trainer.stream import SLOTS, Stream
+from trainer.stream import Stream
 
 FAMILIES = ["flux", "sdxl", "sd3"]
 
