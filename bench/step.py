@@ -3,7 +3,7 @@
     python -m bench step --family FAMILY PRECISION+POLICY[+host][+eager][+profile]:BATCH …
 
 FAMILY: flux (1280 x 768 pixels), sdxl or sd3 (1024 x 1024). POLICY: a key of trainer.recompute.POLICIES; host: what is
-kept waits in the host's memory. `images_s` is the batch by the median time of a step; `peak_gib` what torch allocated.
+kept waits in the host's memory; weights: the frozen weights as well. `images_s` is the batch by the median time of a step; `peak_gib` what torch allocated.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from trainer.engine import Engine, place
 from trainer.families import family
 from trainer.memory import Work, predicted
 from trainer.plan import EnginePlan
+from trainer.recompute import POLICIES
 
 RANK, GIB, DEVICE = 16, 2**30, "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = {"flux": (1280, 768), "sdxl": (1024, 1024), "sd3": (1024, 1024)}
 TEXT = {"flux": (512, 4096, 768), "sdxl": (77, 2048, 1280), "sd3": (333, 4096, 2048)}  # tokens, their width, the pooled
+OFFLOADS = {"host": "activations", "weights": "weights"}
 CHANNELS = {"flux": 16, "sdxl": 4, "sd3": 16}
 FLUX = {"guidance_embeds": True}  # the classes' own defaults are the published models, but for these
 SD3 = {
@@ -107,11 +109,10 @@ class Bench:
 
     def engine(self, words: set[str]) -> Engine:
         torch.compiler.reset()
-        policy = next((w for w in ("none", "attention", "all") if w in words), "none")
         plan = EnginePlan(
             device=DEVICE,
-            recompute=policy,
-            offload="activations" if "host" in words else "none",
+            recompute=next((w for w in POLICIES if w in words), "none"),
+            offload=next((to for word, to in OFFLOADS.items() if word in words), "none"),
             compile="eager" not in words,
         )
         return Engine(self.model, self.kind.regions(self.model), plan)
@@ -172,7 +173,7 @@ def timed(work: Callable[[], None]) -> float:
 def measure(bench: Bench, variant: str, batch: int) -> dict[str, Any]:
     """One row: the step in one way."""
     words = set(variant.split("+"))
-    policy = next((w for w in ("none", "attention", "all") if w in words), "none")
+    policy = next((w for w in POLICIES if w in words), "none")
     free()
     row: dict[str, Any] = {"what": variant, "batch": batch}
     try:
@@ -187,7 +188,9 @@ def measure(bench: Bench, variant: str, batch: int) -> dict[str, Any]:
     if footprint is not None and not bench.small:
         width, height = SIZES[bench.name]
         work = Work(width * height, batch, RANK, "adamw")
-        offload = "activations" if "host" in words else "none"
+        offload = next((to for word, to in OFFLOADS.items() if word in words), "none")
+        if policy not in footprint.kept:
+            return row
         gib = predicted(footprint, work, precision=bench.precision, recompute=policy, offload=offload)
         row["predicted_gib"] = round(gib, 2)
     bench.optimizer.zero_grad(set_to_none=True)

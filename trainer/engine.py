@@ -16,7 +16,7 @@ from trainer.assemble import HALF
 from trainer.errors import SettingsError
 from trainer.families import Family
 from trainer.frozen import freeze
-from trainer.memory import described
+from trainer.memory import OFFLOADS, described
 from trainer.plan import EnginePlan
 from trainer.precision import form_for
 from trainer.standin import NAMES
@@ -161,17 +161,19 @@ class Engine:
 def rungs(policy: str, kept: int, offload: str) -> list[tuple[str, int, str]]:
     """This way to run and those below it, each with less memory: (policy, blocks that keep all, offload)."""
     ladder = [
-        ("attention", 0, "none"),
-        ("attention", 0, "activations"),
-        ("all", 0, "activations"),
-        ("all", 0, "weights"),
+        ("products", "none"),
+        ("attention", "none"),
+        ("attention", "activations"),
+        ("all", "activations"),
+        ("all", "weights"),
     ]
-    if offload == "weights":
-        below = ladder[3:] if policy != "all" else []
-    elif offload == "activations":
-        below = {"none": ladder[1:], "attention": ladder[2:], "all": ladder[3:]}[policy]
-    else:
-        below = {"none": ladder, "attention": ladder if kept else ladder[1:], "all": ladder[2:]}[policy]
+    less, further = tuple(recompute.POLICIES), tuple(OFFLOADS)
+    below = [
+        (p, 0, o)
+        for p, o in ladder
+        if less.index(p) <= less.index(policy) and further.index(o) >= further.index(offload)
+        if (p, 0, o) != (policy, kept, offload)
+    ]
     return [(policy, kept, offload), *below]
 
 

@@ -30,6 +30,7 @@ OFFLOADS = {  # what waits in the host's memory, in words for the log
 }
 RESIDENT = (
     ("none", "none"),
+    ("products", "none"),
     ("attention", "none"),
     ("attention", "activations"),
     ("all", "none"),
@@ -38,7 +39,7 @@ RESIDENT = (
 SLOTS = 2  # regions on the device where weights are streamed (trainer.stream): the one at work, and the next
 # Seconds of a step by what is recomputed, as a multiple of those with everything kept, of Flux.1 in FP8 on one
 # accelerator (docs/performance.md); and what a step costs besides, in the time of so many thousands of tokens.
-COST = {"none": 1.0, "attention": 1.2, "all": 1.28}
+COST = {"none": 1.0, "products": 1.03, "attention": 1.2, "all": 1.28}
 # Times as long, by what waits on the host; but for one figure of one accelerator (1.0) not measured.
 BUS = {"none": 1.0, "activations": 1.1, "weights": 2.0}
 STEP = 1.0
@@ -65,7 +66,12 @@ class Way:
 
 def described(recompute: str, kept_blocks: int, offload: str) -> str:
     """A way in words, for the log."""
-    what = {"none": "everything kept", "attention": "all but attention recomputed", "all": "all recomputed"}[recompute]
+    what = {
+        "none": "everything kept",
+        "products": "all but products recomputed",
+        "attention": "all but attention recomputed",
+        "all": "all recomputed",
+    }[recompute]
     kept = f", {kept_blocks} blocks kept whole" if kept_blocks else ""
     return f"{what}{kept}{OFFLOADS[offload]}"
 
@@ -138,9 +144,10 @@ def best(of: Footprint, work: Work, choices: Sequence[Way], *, have_gib: float, 
     possible = [way for way in choices if on_host(of, work, way) <= host_gib] or list(choices)
     rooms = {"none": room, "activations": have_gib * TIGHT, "weights": room}
     way = next((way for way in possible if way.gib <= rooms[way.offload]), min(possible, key=lambda way: way.gib))
-    whole = predicted(of, work, precision=way.precision, recompute="none")
-    if way.recompute != "attention" or way.offload != "none" or way.gib > room:
+    # The memory that is left over goes to as many blocks as it lets keep everything.
+    if way.recompute not in ("products", "attention") or way.offload != "none" or way.gib > room:
         return way
+    whole = predicted(of, work, precision=way.precision, recompute="none")
     kept = int((room - way.gib) / (whole - way.gib) * of.regions)
     return replace(way, kept_blocks=kept, gib=way.gib + (whole - way.gib) * kept / of.regions)
 

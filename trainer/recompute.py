@@ -12,14 +12,23 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+import trainer.frozen  # noqa: F401  (its operators)
 from trainer.stream import Stream
 
 _ATTENTION = ("flash", "cudnn", "efficient")
 KEPT = {getattr(torch.ops.aten, f"_scaled_dot_product_{name}_attention").default for name in _ATTENTION}
 
 
-def _keep_attention(_: Any, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+PRODUCTS = KEPT | {
+    torch.ops.kiln.fp8_product.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._int_mm.default,
+    torch.ops.aten.convolution.default,
+}
+
+
+def _keep(kept: set[Any], _: Any, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -35,7 +44,12 @@ def _recompute_all(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _recompute_but_attention(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    contexts = functools.partial(create_selective_checkpoint_contexts, _keep_attention)
+    contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(_keep, KEPT))
+    return checkpoint(_forward, self, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+
+def _recompute_but_products(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(_keep, PRODUCTS))
     return checkpoint(_forward, self, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
@@ -43,6 +57,7 @@ def _recompute_but_attention(self: torch.nn.Module, *args: Any, **kwargs: Any) -
 POLICIES: dict[str, Callable[..., Any] | None] = {
     "all": _recompute_all,
     "attention": _recompute_but_attention,
+    "products": _recompute_but_products,
     "none": None,
 }
 

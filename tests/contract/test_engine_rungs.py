@@ -11,12 +11,12 @@ from trainer.errors import SettingsError
 from trainer.memory import OFFLOADS
 from trainer.plan import EnginePlan
 
-ORDER = {"none": 0, "attention": 1, "all": 2}
+ORDER = {"none": 0, "products": 1, "attention": 2, "all": 3}
 
 
 @pytest.mark.parametrize("offload", OFFLOADS)
 @pytest.mark.parametrize("kept", [0, 7])
-@pytest.mark.parametrize("policy", ["none", "attention", "all"])
+@pytest.mark.parametrize("policy", ["none", "products", "attention", "all"])
 def test_every_rung_takes_less_and_the_last_takes_least(policy, kept, offload):
     ladder = rungs(policy, kept, offload)
     assert ladder[0] == (policy, kept, offload) and ladder[-1][0] == "all" and ladder[-1][2] == "weights"

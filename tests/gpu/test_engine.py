@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from trainer import quantize, recompute
+from trainer.engine import Engine
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,6 +69,28 @@ def test_what_waits_on_the_host_comes_back_whole(policy, compiled):
         found.append((x.grad, wanted))
         x.grad = None
     assert all(torch.equal(a, b) for a, b in found) and offload.free
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_that_are_streamed_give_the_same_step(compiled):
+    from trainer.plan import EnginePlan
+
+    def gradients(offload):
+        torch.manual_seed(0)
+        layers = [torch.nn.Sequential(torch.nn.Linear(512, 2048), torch.nn.Linear(2048, 512)) for _ in range(5)]
+        model = torch.nn.Sequential(*layers).cuda().bfloat16().requires_grad_(False)
+        torch.compiler.reset()
+        engine = Engine(model, layers, EnginePlan("cuda", recompute="all", offload=offload, compile=compiled))
+        x, found = torch.randn(64, 512, device="cuda").bfloat16().requires_grad_(), []
+        for _ in range(3):
+            with engine.saving():
+                loss = model(x).float().square().mean()
+            loss.backward()
+            found.append(x.grad)
+            x.grad = None
+        return found
+
+    assert all(torch.equal(a, b) for a, b in zip(gradients("none"), gradients("weights"), strict=True))
 
 
 def test_a_job_on_the_accelerator_leaves_a_verified_lora(tmp_path):
