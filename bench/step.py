@@ -3,7 +3,8 @@
     python -m bench step --family FAMILY PRECISION+POLICY[+host][+eager][+profile]:BATCH …
 
 FAMILY: flux (1280 x 768 pixels), sdxl or sd3 (1024 x 1024). POLICY: a key of trainer.recompute.POLICIES; host: what is
-kept waits in the host's memory; weights: the frozen weights as well. `images_s` is the batch by the median time of a step; `peak_gib` what torch allocated.
+kept waits in the host's memory; weights: the frozen weights as well. `images_s` is the batch by the median time of a
+step; `peak_gib` what torch allocated.
 """
 
 from __future__ import annotations
