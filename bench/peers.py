@@ -18,6 +18,7 @@ from bench import step
 from bench.report import Report, options
 from trainer import frozen
 from trainer.families import family
+from trainer.replay import Direct
 
 PEERS = ("bf16 eager", "bf16 compiled", "torchao compiled")
 
@@ -41,6 +42,7 @@ class Peer(step.Bench):
         self.model.add_adapter(LoraConfig(r=step.RANK, lora_alpha=step.RANK, target_modules=names))
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         self.model.enable_gradient_checkpointing()
+        self.size, self.dtype, self.runner = step.SIZES[name], torch.bfloat16, Direct(self.params)
         self.optimizer = torch.optim.AdamW(self.params, lr=1e-4, fused=not small)
         if what.endswith("compiled"):
             for region in self.kind.regions(self.model):

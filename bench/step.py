@@ -1,10 +1,11 @@
 """One LoRA step (forward, backward, clip, fused AdamW) of a full-size denoiser with random weights: speed and memory.
 
-    python -m bench step --family FAMILY PRECISION+POLICY[+host][+eager][+profile]:BATCH …
+    python -m bench step --family FAMILY PRECISION+POLICY[+host|+weights][+replay][+eager][+profile]:BATCH …
 
 FAMILY: flux (1280 x 768 pixels), sdxl or sd3 (1024 x 1024). POLICY: a key of trainer.recompute.POLICIES; host: what is
-kept waits in the host's memory; weights: the frozen weights as well. `images_s` is the batch by the median time of a
-step; `peak_gib` what torch allocated.
+kept waits in the host's memory; weights: the frozen weights as well; replay: recorded (trainer.replay); profile: the
+kernels that take longest are listed. `images_s` is the batch by the median time of a step; `peak_gib` what torch
+allocated.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from trainer.families import family
 from trainer.memory import Work, predicted
 from trainer.plan import EnginePlan
 from trainer.recompute import POLICIES
+from trainer.replay import Direct, Replayed
 
 RANK, GIB, DEVICE = 16, 2**30, "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = {"flux": (1280, 768), "sdxl": (1024, 1024), "sd3": (1024, 1024)}
@@ -93,11 +96,11 @@ class Bench:
 
     def __init__(self, name: str, precision: str, *, small: bool = False) -> None:
         self.name, self.kind, self.precision, self.small = name, family(name), precision, small
+        self.size, self.dtype = SIZES[name], torch.float16 if precision == "fp16" else torch.bfloat16
         self.model = denoiser(name, small=small)
         facts, blocks = self.kind.FACTS, self.kind.blocks(self.model)
         fused, targets = facts.fused_targets, facts.targets
-        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-        place(self.model, blocks, precision=precision, dtype=dtype, device=DEVICE, fused=fused, targets=targets)
+        place(self.model, blocks, precision=precision, dtype=self.dtype, device=DEVICE, fused=fused, targets=targets)
         self.params = lora.add_adapters(
             self.model, self.kind.blocks(self.model), targets=targets, fused=fused, rank=RANK, alpha=RANK, seed=0
         )
@@ -107,9 +110,13 @@ class Bench:
                 torch.nn.init.normal_(p, std=0.01)
         free()
         self.optimizer = torch.optim.AdamW(self.params, lr=1e-4, fused=not small)
+        self.runner = Direct(self.params)
 
     def engine(self, words: set[str]) -> Engine:
         torch.compiler.reset()
+        self.runner.drop()
+        self.runner = Replayed(self.params) if "replay" in words else Direct(self.params)
+        self.runner.clear()
         plan = EnginePlan(
             device=DEVICE,
             recompute=next((w for w in POLICIES if w in words), "none"),
@@ -118,31 +125,44 @@ class Bench:
         )
         return Engine(self.model, self.kind.regions(self.model), plan)
 
-    def backward(self, engine: Engine | None, batch: int, *, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    def inputs(self, batch: int, *, seed: int = 0, scale: float = 1.0) -> dict[str, torch.Tensor]:
         generator = torch.Generator(DEVICE).manual_seed(seed)
-        width, height = (128, 128) if self.small else SIZES[self.name]
+        width, height = (128, 128) if self.small else self.size
         length, wide, pooled = TEXT[self.name]
-        dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
 
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, device=DEVICE, generator=generator)
 
         shape = (batch, CHANNELS[self.name], height // 8, width // 8)
-        noisy, target = normal(*shape), normal(*shape)
-        t_B = torch.rand(batch, device=DEVICE, generator=generator)
-        text = {"tokens": normal(batch, length, wide).to(dtype), "pooled": normal(batch, pooled).to(dtype)}
-        geometry = torch.tensor([[height, width, 0, 0, height, width]] * batch, device=DEVICE, dtype=torch.float32)
+        return {
+            "noisy": normal(*shape),
+            "target": normal(*shape),
+            "t": torch.rand(batch, device=DEVICE, generator=generator),
+            "tokens": normal(batch, length, wide).to(self.dtype),
+            "pooled": normal(batch, pooled).to(self.dtype),
+            "geometry": torch.tensor([[height, width, 0, 0, height, width]] * batch, device=DEVICE).float(),
+            "scale": torch.full((), scale, device=DEVICE),
+        }
+
+    def work(self, engine: Engine | None, given: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss, and what the gradient is taken of."""
+        text = {"tokens": given["tokens"], "pooled": given["pooled"]}
         with engine.saving() if engine else contextlib.nullcontext():
-            out = self.kind.predict(self.model, noisy, t_B, text=text, guidance=1.0, geometry_B6=geometry)
-        loss = torch.nn.functional.mse_loss(out.float(), target)
-        (loss * scale).backward()
-        return loss
+            out = self.kind.predict(
+                self.model, given["noisy"], given["t"], text=text, guidance=1.0, geometry_B6=given["geometry"]
+            )
+        loss = torch.nn.functional.mse_loss(out.float(), given["target"])
+        return loss, loss * given["scale"]
+
+    def backward(self, engine: Engine | None, batch: int, *, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+        return self.runner(partial(self.work, engine), self.inputs(batch, seed=seed, scale=scale))
 
     def step(self, engine: Engine | None, batch: int) -> None:
         self.backward(engine, batch)
-        torch.nn.utils.clip_grad_norm_(self.params, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.params, 1.0)
+        norm.item()  # as in training, which looks at it
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.runner.clear()
 
     def measured(self, work: Callable[[], None], *, times: int = 5) -> dict[str, Any]:
         """Seconds of the first and of a usual step, and the peak."""
@@ -187,14 +207,14 @@ def measure(bench: Bench, variant: str, batch: int) -> dict[str, Any]:
         row["peak_gib"] = "out of memory"
     footprint = next(m.footprint for m in bench.kind.FACTS.models.values())
     if footprint is not None and not bench.small:
-        width, height = SIZES[bench.name]
+        width, height = bench.size
         work = Work(width * height, batch, RANK, "adamw")
         offload = next((to for word, to in OFFLOADS.items() if word in words), "none")
         if policy not in footprint.kept:
             return row
         gib = predicted(footprint, work, precision=bench.precision, recompute=policy, offload=offload)
         row["predicted_gib"] = round(gib, 2)
-    bench.optimizer.zero_grad(set_to_none=True)
+    bench.runner.drop()
     return row
 
 
@@ -224,7 +244,8 @@ def counted(bench: Bench) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> None:
     parser = options(__doc__)
-    parser.add_argument("what", nargs="+", help="PRECISION+POLICY[+host][+eager][+profile]:BATCH")
+    parser.add_argument("--size", type=int, nargs=2, help="width and height in pixels")
+    parser.add_argument("what", nargs="+", help="PRECISION+POLICY[+host|+weights][+replay][+eager][+profile]:BATCH")
     asked = parser.parse_args(arguments)
     report = Report(f"{asked.family}: a step", asked.markdown)
     torch._dynamo.config.cache_size_limit = 64
@@ -236,5 +257,6 @@ def main(arguments: list[str]) -> None:
             bench = None
             free()
             bench = Bench(asked.family, precision, small=asked.small)
+            bench.size = tuple(asked.size or bench.size)
             print(json.dumps(counted(bench)), flush=True)
         report.row(measure(bench, variant, int(batch)))

@@ -61,6 +61,7 @@ def engine_plan(
     plan = EnginePlan(
         device=hardware.device,
         compile=compiled,
+        replay=compiled and hardware.records,
         attention="native" if settings.attention == "auto" else settings.attention,
         memory_limit_gib=settings.memory_limit_gib,
     )

@@ -76,6 +76,11 @@ class Hardware:
         """The format that computes with weights as they are, for models too small to gain from another."""
         return next(name for name in self.formats if name in ("bf16", "fp32"))
 
+    @property
+    def records(self) -> bool:
+        """Whether steps are recorded (trainer.replay). On AMD that was not tried."""
+        return self.vendor == "nvidia"
+
     def computes_in(self, precision: str) -> str:
         """torch's name of the type of activations, with weights in a format: 16 bits that are fast here."""
         return PRECISIONS[precision].dtype or (

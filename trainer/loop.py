@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar, cast
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from trainer import objective
 from trainer.errors import NumbersError, OutOfMemoryError
 from trainer.guard import Guard, cause
+from trainer.replay import Direct
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -112,28 +114,30 @@ def train(
     seed: int,
     first_step: int,
     loss_scale: float = 1.0,
+    runner: Direct | None = None,
 ) -> Iterator[Step]:
     """One optimiser step for each group of micro-batches; yields after each.
 
     `groups`: (epoch, micro-batches); the group's gradient is the mean over its pictures, whatever the sizes of its
-    micro-batches. Backward passes are `loss_scale` times as large as the gradient, for formats that would lose small
-    numbers. A step to whose numbers `guard` objects leaves the weights as they are. Raises NumbersError when
-    that was once too often, and OutOfMemoryError where not even one picture fits.
+    micro-batches. `runner` runs them. Backward passes are `loss_scale` times as large as the gradient, for formats that
+    would lose small numbers. A step to whose numbers `guard` objects leaves the weights as they are. Raises
+    NumbersError when that was once too often, and OutOfMemoryError where not even one picture fits.
     """
-    backward = _Backward(predict, goal, torch.Generator(device), seed, loss_scale, forget=optimizer.zero_grad)
+    runner = runner or Direct(params)
+    backward = _Backward(predict, goal, torch.Generator(device), seed, loss_scale, runner)
     for number, (epoch, group) in enumerate(groups, first_step):
         each_B = backward(group, number)
         if loss_scale != 1:
             torch._foreach_div_([p.grad for p in params if p.grad is not None], loss_scale)
-        loss = sum(each.sum().item() for each in each_B) / sum(len(each) for each in each_B)
-        norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm or float("inf")).item()
+        norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm or float("inf"))
+        loss, norm = torch.stack([torch.cat(each_B).mean(), norm]).tolist()  # the step's one wait for the device
         objection = guard.objection(loss, norm)
         if objection is None:
             optimizer.step()
         else:
             _skip(number, group, each_B, guard=guard, params=params, objection=objection)
         schedule.step()
-        optimizer.zero_grad(set_to_none=True)
+        runner.clear()
         yield Step(number, epoch, sum(len(b.names) for b in group), loss, norm, skipped=objection is not None)
 
 
@@ -146,7 +150,7 @@ class _Backward:
     generator: torch.Generator
     seed: int
     loss_scale: float
-    forget: Callable[[], None]  # drops what a failed attempt has added
+    runner: Direct
     at_once: int | None = None  # pictures; None: whole micro-batches
 
     def __call__(self, group: list[MicroBatch], number: int) -> list[torch.Tensor]:
@@ -157,7 +161,8 @@ class _Backward:
             except torch.OutOfMemoryError as problem:
                 said = str(problem).splitlines()[0]
             # Out here the error no longer holds the failed attempt's tensors.
-            self.forget()
+            self.runner.drop()
+            self.runner.clear()
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -182,13 +187,38 @@ class _Backward:
             size, parts = self.at_once or count, []
             for start in range(0, count, size):
                 rows = slice(start, start + size)
-                some, part = drawn.part(rows), here.part(rows)
-                predicted = self.predict(some.noisy_BCHW, some.t_B, part)
-                each_B = objective.loss(predicted, some, mask_B1HW=part.mask_B1HW, weight_B=part.weight_B)
-                (each_B.sum() / images * self.loss_scale).backward()
-                parts.append(each_B.detach())
+                part = here.part(rows)
+                inputs = {
+                    **_named("drawn", drawn.part(rows)),
+                    **_named("batch", part),
+                    **{f"text.{k}": v for k, v in part.text.items()},
+                    "share": torch.full((), self.loss_scale / images, device=self.generator.device),
+                }
+                parts.append(self.runner(partial(self._one, names=part.names, captions=part.captions), inputs))
             found.append(torch.cat(parts))
         return found
+
+    def _one(
+        self, tensors: dict[str, torch.Tensor], *, names: tuple[str, ...], captions: tuple[str, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of each picture, and what of it is the group's."""
+
+        def those(kind: str) -> dict[str, torch.Tensor]:
+            return {k.removeprefix(f"{kind}."): v for k, v in tensors.items() if k.startswith(f"{kind}.")}
+
+        drawn = objective.Drawn(**those("drawn"))
+        there = those("batch")
+        mask_B1HW = there.pop("mask_B1HW", None)
+        batch = MicroBatch(**there, mask_B1HW=mask_B1HW, text=those("text"), names=names, captions=captions)
+        predicted = self.predict(drawn.noisy_BCHW, drawn.t_B, batch)
+        each_B = objective.loss(predicted, drawn, mask_B1HW=batch.mask_B1HW, weight_B=batch.weight_B)
+        return each_B, each_B.sum() * tensors["share"]
+
+
+def _named(prefix: str, of: objective.Drawn | MicroBatch) -> dict[str, torch.Tensor]:
+    """Its tensors."""
+    values = {f.name: getattr(of, f.name) for f in dataclasses.fields(of)}
+    return {f"{prefix}.{name}": value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 
 def _skip(

@@ -189,6 +189,7 @@ class EnginePlan:
     host_gib: float | None = neutral(None)  # of the host's memory that weights may take; None: any
     tile_vae: bool = neutral(False)  # samples are decoded piece by piece, and pictures encoded one by one
     compile: bool = False
+    replay: bool = neutral(False)  # steps are recorded and replayed as a whole, where nothing waits on the host
     attention: str = "native"  # an attention backend of diffusers
     memory_limit_gib: float | None = neutral(None)
     step_timeout_s: float | None = neutral(None)  # None: by the usual time of a step; 0: no limit

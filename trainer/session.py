@@ -29,6 +29,7 @@ from trainer.metrics import Metrics, Status
 from trainer.objective import Objective, scheduler_changes
 from trainer.order import Order, fingerprint
 from trainer.plan import Plan, Prompt
+from trainer.replay import Direct, Replayed
 from trainer.snapshot import Background, Snapshots
 from trainer.stop import StopFlag
 from trainer.trainee import Trainee
@@ -68,6 +69,7 @@ class Session:
         self.snapshots = Snapshots(self.trainee.optimizer, self.plan.engine.device)
         self.background = Background()
         self.keeper = Keeper(self.out, self.plan.output.name, self.plan.output.keep_checkpoints)
+        self.runner = Direct(self.trainee.params)
 
     def predict(self, noisy_BCHW: torch.Tensor, t_B: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
         text = self.trainee.texts.renewed(batch.text, batch.captions)
@@ -121,6 +123,8 @@ class Session:
             if plan.output.sample_every and first % plan.output.sample_every == 0:
                 self.sample(first, status=status, metrics=metrics)
             status.phase("training")
+            if self.plan.engine.replay and self.engine.offload is None and not self.trainee.texts.models:
+                self.runner = Replayed(self.trainee.params)
             for step in train(
                 prefetched(self.groups(first)),
                 predict=self.predict,
@@ -134,6 +138,7 @@ class Session:
                 seed=plan.train.seed,
                 first_step=first + 1,
                 loss_scale=LOSS_SCALE.get(plan.engine.dtype, 1.0),
+                runner=self.runner,
             ):
                 if self.trainee.ema and not step.skipped:
                     self.trainee.ema.update(self.trainee.params)
@@ -175,6 +180,7 @@ class Session:
         self.dog.beat()
         batches = (prepare.micro_batch(self.cache, b) for b in self.order.validation())
         device, seed = self.plan.engine.device, self.plan.train.seed
+        self.runner.drop()
         self.snapshots.settle()
         with metrics.aside(), self.trainee.published():
             loss = validation_loss(batches, predict=self.predict, goal=self.goal, device=device, seed=seed)
@@ -189,6 +195,7 @@ class Session:
         status.phase("sampling")
         started, device, model = time.monotonic(), self.plan.engine.device, Path(self.plan.model.path)
         dtype = torch_dtype(self.plan.engine)
+        self.runner.drop()
         vae = prepare.decoder(self.kind, model, self.plan.engine)
 
         def draw(prompt: Prompt) -> Image.Image:
@@ -264,6 +271,7 @@ class Session:
         """
         facts = self.kind.FACTS
         models = {facts.lora_prefix: self.trainee.denoiser, **self.trainee.texts.models}
+        self.runner.drop()
         self.snapshots.reuse()
         with self.trainee.published():
             modules = self.snapshots.take(self._modules())

@@ -26,7 +26,7 @@ def test_every_measurement_can_be_called(name):
     [
         (["step", "fp8+all+eager:1", "bf16+none+eager:2", "nf4+attention+eager:1"], 3),
         (["parity", "--precision", "fp8", "nf4"], 3),
-        (["memory", "--batch", "1"], 3),
+        (["memory", "--batch", "1"], 4),
         (["prepare", "--pictures", "6"], 1),
     ],
 )

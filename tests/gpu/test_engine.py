@@ -10,6 +10,7 @@ import torch
 
 from trainer import quantize, recompute
 from trainer.engine import Engine
+from trainer.replay import Direct, Replayed
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,6 +92,53 @@ def test_weights_that_are_streamed_give_the_same_step(compiled):
         return found
 
     assert all(torch.equal(a, b) for a, b in zip(gradients("none"), gradients("weights"), strict=True))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_replayed_step_has_the_gradient_of_one_that_is_launched(compiled):
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    layers = [torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.GELU(), torch.nn.Linear(512, 256)) for _ in "abc"]
+    model = torch.nn.Sequential(*layers, torch.nn.Dropout(0.5)).cuda()
+    for layer in layers:
+        layer.compile() if compiled else None
+    params = list(model.parameters())
+
+    def work(given):
+        each = (model(given["x"]) - given["y"]).square().mean(1)
+        return each, each.sum() * given["share"]
+
+    def steps(runner):
+        torch.cuda.manual_seed(5)
+        random, found = torch.Generator("cuda").manual_seed(1), []
+        for rows, drop in ((8, False), (8, False), (4, False), (8, True), (8, False)):
+            runner.clear()
+            if drop:
+                runner.drop()
+            for _ in range(2):  # accumulated
+                x, y = (torch.randn(rows, 256, device="cuda", generator=random) for _ in "xy")
+                told = runner(work, {"x": x, "y": y, "share": torch.full((), 0.25, device="cuda")})
+            found.append([told.clone(), *(p.grad.clone() for p in params)])
+        return found
+
+    replayed, launched = steps(Replayed(params)), steps(Direct(params))
+    for a, b in zip(replayed, launched, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("name", ["flux", "sdxl", "sd3"])
+def test_a_step_has_the_same_bits_each_time(name):
+    from bench.step import Bench
+
+    torch.compiler.reset()
+    bench = Bench(name, "fp8", small=True)
+    engine = bench.engine({"products"})
+    found = []
+    for _ in range(3):
+        bench.backward(engine, 2)
+        found.append([p.grad.clone() for p in bench.params if p.grad is not None])
+        bench.runner.clear()
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
 def test_a_job_on_the_accelerator_leaves_a_verified_lora(tmp_path):
