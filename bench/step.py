@@ -1,11 +1,11 @@
 """One LoRA step (forward, backward, clip, fused AdamW) of a full-size denoiser with random weights: speed and memory.
 
-    python -m bench step --family FAMILY PRECISION+POLICY[+host|+weights][+replay][+eager][+profile]:BATCH …
+    python -m bench step --family FAMILY PRECISION+POLICY[+host|+weights][+turned][+replay][+eager][+profile]:BATCH …
 
 FAMILY: flux (1280 x 768 pixels), sdxl or sd3 (1024 x 1024). POLICY: a key of trainer.recompute.POLICIES; host: what is
-kept waits in the host's memory; weights: the frozen weights as well; replay: recorded (trainer.replay); profile: the
-kernels that take longest are listed. `images_s` is the batch by the median time of a step; `peak_gib` what torch
-allocated.
+kept waits in the host's memory; weights: the frozen weights as well; turned: these are kept turned round as well;
+replay: recorded (trainer.replay); profile: the kernels that take longest are listed. `images_s` is the batch by the
+median time of a step; `peak_gib` what torch allocated, or with a recording's memory reserved.
 """
 
 from __future__ import annotations
@@ -122,8 +122,11 @@ class Bench:
             recompute=next((w for w in POLICIES if w in words), "none"),
             offload=next((to for word, to in OFFLOADS.items() if word in words), "none"),
             compile="eager" not in words,
+            turned_weights="turned" in words,
         )
-        return Engine(self.model, self.kind.regions(self.model), plan)
+        engine = Engine(self.model, self.kind.regions(self.model), plan)
+        engine.turn(keep=plan.turned_weights)  # what was before may have kept them
+        return engine
 
     def inputs(self, batch: int, *, seed: int = 0, scale: float = 1.0) -> dict[str, torch.Tensor]:
         generator = torch.Generator(DEVICE).manual_seed(seed)
@@ -168,11 +171,12 @@ class Bench:
         """Seconds of the first and of a usual step, and the peak."""
         row: dict[str, Any] = {"first_s": round(timed(work), 1)}
         work()
+        recorded = torch.cuda.memory_reserved() / GIB if isinstance(self.runner, Replayed) else 0  # with its pool
         if DEVICE == "cuda":
             torch.cuda.reset_peak_memory_stats()
         row["step_s"] = round(statistics.median(timed(work) for _ in range(1 if self.small else times)), 4)
         if DEVICE == "cuda":
-            row["peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
+            row["peak_gib"] = round(max(recorded, torch.cuda.max_memory_allocated() / GIB), 2)
         return row
 
 
@@ -212,7 +216,9 @@ def measure(bench: Bench, variant: str, batch: int) -> dict[str, Any]:
         offload = next((to for word, to in OFFLOADS.items() if word in words), "none")
         if policy not in footprint.kept:
             return row
-        gib = predicted(footprint, work, precision=bench.precision, recompute=policy, offload=offload)
+        gib = predicted(
+            footprint, work, precision=bench.precision, recompute=policy, offload=offload, turned="turned" in words
+        )
         row["predicted_gib"] = round(gib, 2)
     bench.runner.drop()
     return row
@@ -245,7 +251,9 @@ def counted(bench: Bench) -> dict[str, Any]:
 def main(arguments: list[str]) -> None:
     parser = options(__doc__)
     parser.add_argument("--size", type=int, nargs=2, help="width and height in pixels")
-    parser.add_argument("what", nargs="+", help="PRECISION+POLICY[+host|+weights][+replay][+eager][+profile]:BATCH")
+    parser.add_argument(
+        "what", nargs="+", help="PRECISION+POLICY[+host|+weights][+turned][+replay][+eager][+profile]:BATCH"
+    )
     asked = parser.parse_args(arguments)
     report = Report(f"{asked.family}: a step", asked.markdown)
     torch._dynamo.config.cache_size_limit = 64

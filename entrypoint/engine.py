@@ -151,6 +151,7 @@ def _fitted(
         recompute=way.recompute,
         kept_blocks=way.kept_blocks,
         offload=way.offload,
+        turned_weights=way.turned,
         stream_encoders=streamed,
         host_gib=host,
         tile_vae=tiled,

@@ -15,7 +15,7 @@ from trainer import keys, lora, recompute
 from trainer.assemble import HALF
 from trainer.errors import SettingsError
 from trainer.families import Family
-from trainer.frozen import freeze
+from trainer.frozen import FrozenLinear, freeze
 from trainer.memory import OFFLOADS, described
 from trainer.plan import EnginePlan
 from trainer.precision import form_for
@@ -123,7 +123,14 @@ class Engine:
         frozen = sum(t.nbytes for r in regions for t in (*r.parameters(), *r.buffers()) if not t.requires_grad)
         if plan.host_gib is not None and frozen > plan.host_gib * 2**30 and len(self.rungs) > 1:
             self.rungs.pop()  # the last, which sends the weights to the host
+        if plan.turned_weights:
+            self.turn(keep=True)
         self._climb()
+
+    def turn(self, *, keep: bool) -> None:
+        """Keep the weights turned round as well, or do not."""
+        for layer in (m for region in self.regions for m in region.modules() if isinstance(m, FrozenLinear)):
+            layer.turn(keep)
 
     def _climb(self) -> None:
         policy, kept, offload = self.rungs[0]
@@ -151,6 +158,7 @@ class Engine:
             raise SettingsError(f"{problem} Fix: lower PARAMS_BATCH_SIZE or PARAMS_RESOLUTION, or give it more memory.")
         before, now = self.rungs.pop(0), self.rungs[0]
         log.warning("%s Instead of %s: %s.", problem, described(*before), described(*now))
+        self.turn(keep=False)
         self._climb()
 
     def saving(self) -> contextlib.AbstractContextManager[None]:

@@ -43,8 +43,9 @@ def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
 
 
 @_operator(
-    "fp8_product(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, Tensor? bias, Tensor? down, Tensor? up) -> Tensor",
-    lambda x, x_scale, w, w_scale, bias, down, up: x.new_empty(x.shape[0], w.shape[0], dtype=torch.bfloat16),  # noqa: ARG005
+    "fp8_product(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, Tensor? bias, Tensor? down, Tensor? up, bool turn)"
+    " -> Tensor",
+    lambda x, x_scale, w, w_scale, bias, down, up, turn: x.new_empty(x.shape[0], w.shape[0], dtype=torch.bfloat16),  # noqa: ARG005
 )
 def fp8_product(
     x_MK: torch.Tensor,
@@ -53,9 +54,13 @@ def fp8_product(
     w_scale_1N: torch.Tensor,
     bias_N: torch.Tensor | None,
     down_MR: torch.Tensor | None,
-    up_RN: torch.Tensor | None,
+    up: torch.Tensor | None,
+    turn: bool,
 ) -> torch.Tensor:
-    """(M, N) in bf16: x wᵀ + bias + down up, with x and w in FP8. The adapter's part is added in place."""
+    """(M, N) in bf16: x wᵀ + bias + down up, with x and w in FP8. The adapter's part is added in place.
+
+    `up`: (R, N), or with `turn` (N, R), which is cheaper turned in here than by the compiler.
+    """
     y_MN = torch._scaled_mm(
         x_MK,
         w_NK.t(),
@@ -65,19 +70,20 @@ def fp8_product(
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
-    return y_MN if down_MR is None or up_RN is None else y_MN.addmm_(down_MR, up_RN)
+    return y_MN if down_MR is None or up is None else y_MN.addmm_(down_MR, up.t() if turn else up)
 
 
 # ---- the forms: how x wᵀ + bias + h up, and g w + gh down, are computed from a weight (N, K) and its scales (1, N)
 def _fp8_forward(x, w, scale, bias, h, up):  # type: ignore[no-untyped-def]
     x8, x_scale = quantize_rows(x, None, w.dtype)
-    return fp8_product(x8, x_scale, w, scale, bias, h, None if up is None else up.t())
+    return fp8_product(x8, x_scale, w, scale, bias, h, up, True)
 
 
-def _fp8_backward(g, w, scale, gh, down):  # type: ignore[no-untyped-def]
+def _fp8_backward(g, w, scale, gh, down, turned):  # type: ignore[no-untyped-def]
     g8, g_scale = quantize_rows(g, scale, w.dtype)
     ones = torch.ones(1, w.shape[1], device=g.device)
-    return fp8_product(g8, g_scale, transpose(w), ones, None, gh, down)  # tensor cores sum along rows of both
+    turned = transpose(w) if turned is None else turned  # tensor cores sum along rows of both
+    return fp8_product(g8, g_scale, turned, ones, None, gh, down, False)
 
 
 def _int8_forward(x, w, scale, bias, h, up):  # type: ignore[no-untyped-def]
@@ -87,7 +93,7 @@ def _int8_forward(x, w, scale, bias, h, up):  # type: ignore[no-untyped-def]
     return (y if h is None else y + h @ up.t()).to(x.dtype)
 
 
-def _int8_backward(g, w, scale, gh, down):  # type: ignore[no-untyped-def]
+def _int8_backward(g, w, scale, gh, down, _turned):  # type: ignore[no-untyped-def]
     g8, g_scale = quantize_rows(g, scale, w.dtype)
     gx = torch._int_mm(g8, w).float() * g_scale
     return (gx if gh is None else gx + gh @ down).to(g.dtype)
@@ -126,9 +132,13 @@ def _nf4_forward(x, w, scale, bias, h, up):  # type: ignore[no-untyped-def]
     "nf4_gradient(Tensor g, Tensor w, Tensor scale, Tensor? gh, Tensor? down) -> Tensor",
     lambda g, w, scale, gh, down: g.new_empty(g.shape[0], 2 * w.shape[1]),  # noqa: ARG005
 )
-def _nf4_backward(g, w, scale, gh, down):  # type: ignore[no-untyped-def]
+def _nf4_gradient(g, w, scale, gh, down):  # type: ignore[no-untyped-def]
     gx = g @ _nf4_whole(w, scale, g.dtype)
     return gx if gh is None else gx.addmm_(gh, down)
+
+
+def _nf4_backward(g, w, scale, gh, down, _turned):  # type: ignore[no-untyped-def]
+    return _nf4_gradient(g, w, scale, gh, down)
 
 
 @dataclass(frozen=True)
@@ -140,6 +150,7 @@ class Form:
     forward: Callable[..., torch.Tensor] | None = None  # None: by the weight that `whole` gives
     backward: Callable[..., torch.Tensor] | None = None
     whole: Callable[..., torch.Tensor] = whole
+    turns: bool = False  # the way back reads the weight turned round
 
     def store(self, weight_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.dtype == torch.uint8:
@@ -154,17 +165,17 @@ class Form:
         y = F.linear(x, self.whole(w, scale, x.dtype), bias)
         return y if h is None else y + h @ up.t()
 
-    def gradient(self, g, w, scale, gh, down):  # type: ignore[no-untyped-def]
-        """g w + gh down: of the input."""
+    def gradient(self, g, w, scale, gh, down, turned):  # type: ignore[no-untyped-def]
+        """g w + gh down: of the input. `turned`: (K, N) of the weight, where a copy is kept."""
         if self.backward:
-            return self.backward(g, w, scale, gh, down)
+            return self.backward(g, w, scale, gh, down, turned)
         gx = g @ self.whole(w, scale, g.dtype)
         return gx if gh is None else gx + gh @ down
 
 
 FORMS = {
-    "fp8": Form(torch.float8_e4m3fn, 16, _fp8_forward, _fp8_backward),
-    "fp8-fnuz": Form(torch.float8_e4m3fnuz, 16, _fp8_forward, _fp8_backward),
+    "fp8": Form(torch.float8_e4m3fn, 16, _fp8_forward, _fp8_backward, turns=True),
+    "fp8-fnuz": Form(torch.float8_e4m3fnuz, 16, _fp8_forward, _fp8_backward, turns=True),
     "fp8-storage": Form(torch.float8_e4m3fn),
     "int8": Form(torch.int8, 16, _int8_forward, _int8_backward),
     "int8-storage": Form(torch.int8),
@@ -176,27 +187,27 @@ class _Product(torch.autograd.Function):
     """x wᵀ + bias + (x downᵀ) upᵀ for a frozen weight w in one of the forms."""
 
     @staticmethod
-    def forward(ctx: Any, x, w, scale, bias, down, up, form):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x, w, scale, bias, down, up, turned, form):  # type: ignore[no-untyped-def]
         h_MR = None if down is None else x @ down.t()
         ctx.form = form
-        ctx.save_for_backward(None if down is None else x, h_MR, w, scale, down, up)
+        ctx.save_for_backward(None if down is None else x, h_MR, w, scale, down, up, turned)
         return FORMS[form].product(x, w, scale, bias, h_MR, up)
 
     @staticmethod
     def backward(ctx: Any, g):  # type: ignore[no-untyped-def]
-        x, h_MR, w, scale, down, up = ctx.saved_tensors
+        x, h_MR, w, scale, down, up, turned = ctx.saved_tensors
         g = g.contiguous()
         gh_MR = None if up is None else g @ up
-        gx = FORMS[ctx.form].gradient(g, w, scale, gh_MR, down) if ctx.needs_input_grad[0] else None
+        gx = FORMS[ctx.form].gradient(g, w, scale, gh_MR, down, turned) if ctx.needs_input_grad[0] else None
         if gh_MR is None:
-            return gx, None, None, None, None, None, None
-        return gx, None, None, None, gh_MR.t() @ x, g.t() @ h_MR, None
+            return gx, None, None, None, None, None, None, None
+        return gx, None, None, None, gh_MR.t() @ x, g.t() @ h_MR, None, None
 
 
 @torch.compiler.allow_in_graph
-def product(x, w, scale, bias, down, up, form):  # type: ignore[no-untyped-def]
+def product(x, w, scale, bias, down, up, turned, form):  # type: ignore[no-untyped-def]
     """`_Product`, which the compiler need not look into to differentiate."""
-    return _Product.apply(x, w, scale, bias, down, up, form)
+    return _Product.apply(x, w, scale, bias, down, up, turned, form)
 
 
 class FrozenLinear(torch.nn.Module):
@@ -204,6 +215,7 @@ class FrozenLinear(torch.nn.Module):
 
     weight_NK: torch.Tensor
     scale_1N: torch.Tensor
+    turned_KN: torch.Tensor | None
 
     def __init__(self, linear: torch.nn.Linear, form: str) -> None:
         super().__init__()
@@ -211,8 +223,13 @@ class FrozenLinear(torch.nn.Module):
         values, scales = FORMS[form].store(linear.weight.detach())
         self.register_buffer("weight_NK", values)
         self.register_buffer("scale_1N", scales)
+        self.register_buffer("turned_KN", None)
         self.bias = linear.bias
         self.dtype = linear.weight.dtype
+
+    def turn(self, keep: bool) -> None:
+        """Keep a copy of the weight turned round, or do not: the way back then need not turn it each time."""
+        self.turned_KN = transpose(self.weight_NK) if keep and FORMS[self.form].turns else None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -225,7 +242,7 @@ class FrozenLinear(torch.nn.Module):
     def product(self, x: torch.Tensor, down_RK: Rows, up_NR: Rows) -> torch.Tensor:
         """x wᵀ + bias + (x downᵀ) upᵀ, (…, N)."""
         rows = x.reshape(-1, self.in_features)
-        y = product(rows, self.weight_NK, self.scale_1N, self.bias, down_RK, up_NR, self.form)
+        y = product(rows, self.weight_NK, self.scale_1N, self.bias, down_RK, up_NR, self.turned_KN, self.form)
         return y.view(*x.shape[:-1], self.out_features)
 
 

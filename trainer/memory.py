@@ -59,9 +59,11 @@ class Way:
     kept_blocks: int
     offload: str
     gib: float
+    turned: bool = False  # weights are kept turned round as well
 
     def __str__(self) -> str:
-        return f"{self.precision}, {described(self.recompute, self.kept_blocks, self.offload)}: {self.gib:.1f} GiB"
+        how = described(self.recompute, self.kept_blocks, self.offload)
+        return f"{self.precision}, {how}{', weights both ways round' if self.turned else ''}: {self.gib:.1f} GiB"
 
 
 def described(recompute: str, kept_blocks: int, offload: str) -> str:
@@ -103,7 +105,14 @@ def weights(of: Footprint, precision: str, offload: str = "none") -> float:
 
 
 def predicted(
-    of: Footprint, work: Work, *, precision: str, recompute: str, kept_blocks: int = 0, offload: str = "none"
+    of: Footprint,
+    work: Work,
+    *,
+    precision: str,
+    recompute: str,
+    kept_blocks: int = 0,
+    offload: str = "none",
+    turned: bool = False,
 ) -> float:
     """The peak of training, in GiB."""
     trained = of.adapters * work.rank * STATE_BYTES.get(work.optimizer, 16) / GIB
@@ -111,7 +120,8 @@ def predicted(
     share = kept_blocks / of.regions
     tokens = work.kilotokens(of) * _wide(precision) / 2
     each = of.working + kept * (1 - share) + of.kept["none"] * share
-    return weights(of, precision, offload) + trained + tokens * each
+    copies = of.blocks / GIB if turned else 0.0
+    return weights(of, precision, offload) + copies + trained + tokens * each
 
 
 def on_host(of: Footprint, work: Work, way: Way) -> float:
@@ -144,7 +154,10 @@ def best(of: Footprint, work: Work, choices: Sequence[Way], *, have_gib: float, 
     possible = [way for way in choices if on_host(of, work, way) <= host_gib] or list(choices)
     rooms = {"none": room, "activations": have_gib * TIGHT, "weights": room}
     way = next((way for way in possible if way.gib <= rooms[way.offload]), min(possible, key=lambda way: way.gib))
-    # The memory that is left over goes to as many blocks as it lets keep everything.
+    # The memory that is left over goes to as many blocks as it lets keep everything; then to a copy of the weights.
+    if way.recompute == "none" and way.offload == "none" and PRECISIONS[way.precision].form == "fp8":
+        both = predicted(of, work, precision=way.precision, recompute="none", turned=True)
+        return replace(way, gib=both, turned=True) if both <= room else way
     if way.recompute not in ("products", "attention") or way.offload != "none" or way.gib > room:
         return way
     whole = predicted(of, work, precision=way.precision, recompute="none")
@@ -180,6 +193,7 @@ def phases(of: Footprint, work: Work, way: Way, *, streamed: bool, tiled: bool, 
         "latents": VAE + ENCODE * pictures * work.pixels / 2**20,
         "training": way.gib,
         "samples": weights(of, way.precision, way.offload)
+        + (of.blocks / GIB if way.turned else 0.0)
         + of.adapters * work.rank * STATE_BYTES.get(work.optimizer, 16) / GIB
         + VAE
         + (1.0 if tiled else DECODE * drawn_pixels / 2**20),

@@ -185,6 +185,7 @@ class EnginePlan:
     recompute: str = neutral("none")  # a key of trainer.recompute.POLICIES: what the backward pass computes again
     kept_blocks: int = neutral(0)  # blocks that keep everything, whatever `recompute` says
     offload: str = neutral("none")  # a key of trainer.memory.OFFLOADS: what waits in the host's memory
+    turned_weights: bool = neutral(False)  # a copy of 8-bit weights, turned round for the backward pass, is kept
     stream_encoders: bool = neutral(False)  # the text encoders' layers come to the device one by one
     host_gib: float | None = neutral(None)  # of the host's memory that weights may take; None: any
     tile_vae: bool = neutral(False)  # samples are decoded piece by piece, and pictures encoded one by one

@@ -42,6 +42,7 @@ def test_what_is_chosen_fits_if_anything_does(have, batch, name):
         recompute=way.recompute,
         kept_blocks=way.kept_blocks,
         offload=way.offload,
+        turned=way.turned,
     )
     assert again == pytest.approx(way.gib)
 
