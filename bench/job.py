@@ -1,15 +1,21 @@
-"""A folder with a full-size Flux.1 of random weights in diffusers' layout, and pictures, to run whole jobs on.
+"""A folder with a full-size model of random weights in diffusers' layout and pictures, and whole jobs on them.
 
-    python -m bench.job FOLDER
-    BASE_MODEL=flux MODEL_PATH=FOLDER/model DATASET_NAME=FOLDER/pictures … python -m entrypoint
+    python -m bench job FOLDER --family flux                            # writes them
+    python -m bench job FOLDER --family flux NAME=VALUE …               # and runs a job with these settings
+    python -m bench job FOLDER --family flux --again NAME=VALUE …       # and another one, its caches warm
 
-Needs an accelerator to make the weights on, and 35 GB of disk.
+Needs an accelerator to make the weights on, and 35 GB of disk for Flux.1. Of each job: seconds from the start of the
+process to the first step and to the end, the median step, and the most memory of the device that it reserved.
 """
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
-import shutil
+import os
+import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,8 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench.step import FLUX, free
-from trainer.families import family
+from bench.step import free
 
 PICTURES, SIZE = 20, 768
 VAE = {
@@ -46,35 +51,29 @@ T5 = {
 }
 
 
-def write_model(folder: Path) -> None:
-    from diffusers import AutoencoderKL, FluxTransformer2DModel
-    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+LENGTHS = {"CLIP": 77, "T5": 512}  # tokens
 
-    small = Path(family("flux").FACTS.models["mini-flux"].source)
-    for part in ("scheduler", "tokenizer", "tokenizer_2"):
-        shutil.copytree(small / part, folder / part)
-    shutil.copy(small / "model_index.json", folder)
-    for part, length in (("tokenizer", 77), ("tokenizer_2", 512)):
-        path = folder / part / "tokenizer_config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": length}))
-    clip = CLIPTextConfig(**CLIP, num_attention_heads=12, projection_dim=768, max_position_embeddings=77)
-    parts: dict[str, Any] = {
-        "vae": lambda: AutoencoderKL(**VAE),
-        "text_encoder": lambda: CLIPTextModel(clip),
-        "text_encoder_2": lambda: T5EncoderModel(T5Config(**T5)),
-        "transformer": lambda: FluxTransformer2DModel(**FLUX),
-    }
-    torch.set_default_dtype(torch.bfloat16)
-    for name, make in parts.items():
-        started = time.monotonic()
+
+def write_model(folder: Path, name: str) -> None:
+    from bench import layouts
+
+    models = layouts.write_configs(folder, name, layouts.FULL[name])
+    for path in folder.glob("tokenizer*/tokenizer_config.json"):
+        settings = json.loads(path.read_text())
+        kind = next(kind for kind in LENGTHS if settings["tokenizer_class"].startswith(kind))
+        path.write_text(json.dumps({**settings, "model_max_length": LENGTHS[kind]}))
+    for part, shape in models.items():
+        started, kind, where = time.monotonic(), type(shape), layouts.family(name).FACTS.parts[part]
+        config: Any = shape.config
         torch.manual_seed(0)
+        torch.set_default_dtype(torch.bfloat16)
         with torch.device("cuda"):
-            made = make()
-        made.save_pretrained(folder / name)
+            made = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+        torch.set_default_dtype(torch.float32)
+        made.save_pretrained(folder / where)
         del made
         free()
-        print(f"{name} {time.monotonic() - started:.1f} s", flush=True)
-    torch.set_default_dtype(torch.float32)
+        print(f"{where} {time.monotonic() - started:.1f} s", flush=True)
 
 
 def write_pictures(folder: Path) -> None:
@@ -86,10 +85,47 @@ def write_pictures(folder: Path) -> None:
         (folder / f"{i:02d}.txt").write_text(f"a picture of zot, number {i}")
 
 
+def run(folder: Path, name: str, settings: dict[str, str], number: int) -> dict[str, Any]:
+    out = folder / f"out-{time.time_ns()}"
+    given = {
+        "BASE_MODEL": name,
+        "MODEL_PATH": str(folder / "model"),
+        "DATASET_NAME": str(folder / "pictures"),
+        "OUTPUT_PATH": str(out),
+        "CACHE_PATH": str(folder / "cache"),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache" / "inductor"),
+        "TRITON_CACHE_DIR": str(folder / "cache" / "triton"),
+        **settings,
+    }
+    started = time.time()
+    code = subprocess.run([sys.executable, "-m", "entrypoint"], env={**os.environ, **given}, check=False).returncode
+    ended = time.time()
+    row: dict[str, Any] = {"job": number, "exit": code, "seconds": round(ended - started, 1)}
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] if not code else []
+    times = [r["time"] for r in rows if "loss" in r]
+    if len(times) > 1:
+        steps = [b - a for a, b in itertools.pairwise(times)]
+        row |= {
+            "first_step_s": round(times[0] - started, 1),
+            "step_s": round(statistics.median(steps), 4),
+            "training_s": round(times[-1] - times[0], 1),
+            "steps": len(times),
+        }
+    log = (out / "run.log").read_text() if (out / "run.log").is_file() else ""
+    row["reserved_gib"] = next((line.split()[-2] for line in log.splitlines() if "were reserved" in line), "")
+    return row
+
+
 def main(arguments: list[str]) -> None:
-    write_pictures(Path(arguments[0]) / "pictures")
-    write_model(Path(arguments[0]) / "model")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--family", default="flux")
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("settings", nargs="*", metavar="NAME=VALUE")
+    asked = parser.parse_args(arguments)
+    if not (asked.folder / "pictures").is_dir():
+        write_pictures(asked.folder / "pictures")
+        write_model(asked.folder / "model", asked.family)
+    settings = dict(setting.split("=", 1) for setting in asked.settings)
+    for number in range(1, (2 if asked.again else 1) + 1 if settings else 1):
+        print(json.dumps(run(asked.folder, asked.family, settings, number)), flush=True)

@@ -161,6 +161,10 @@ class Session:
             final = self.export(plan.output.name, step=self.total, epoch=math.ceil(self.total / self.steps_per_epoch))
             if plan.output.sample_every:
                 self.sample(self.total, status=status, metrics=metrics)
+        if self.plan.engine.device == "cuda":
+            log.info(
+                "At most, of the device's memory were reserved %.2f GiB.", torch.cuda.max_memory_reserved() / 2**30
+            )
         log.info("Done: %s", final)
 
     def groups(self, first: int) -> Iterator[tuple[int, list[MicroBatch]]]:
