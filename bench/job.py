@@ -122,7 +122,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--family", default="flux")
     parser.add_argument("--again", action="store_true")
     parser.add_argument("settings", nargs="*", metavar="NAME=VALUE")
-    asked = parser.parse_args(arguments)
+    asked = parser.parse_intermixed_args(arguments)
     if not (asked.folder / "pictures").is_dir():
         write_pictures(asked.folder / "pictures")
         write_model(asked.folder / "model", asked.family)

@@ -7,8 +7,9 @@ own as they come; on the way back the weight's scales are folded into the gradie
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,6 +184,22 @@ FORMS = {
 }
 
 
+STORED = {"fp8": "fp8-storage", "fp8-fnuz": "fp8-storage", "int8": "int8-storage"}  # multiplied in 16 bits instead
+
+
+@contextlib.contextmanager
+def exactly(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, frozen weights are multiplied in 16 bits or more: no rounding of an input to 8 changes what comes out."""
+    layers = [(m, m.form) for m in model.modules() if isinstance(m, FrozenLinear)]
+    try:
+        for layer, form in layers:
+            layer.form = STORED.get(form, form)
+        yield
+    finally:
+        for layer, form in layers:
+            layer.form = form
+
+
 class _Product(torch.autograd.Function):
     """x wᵀ + bias + (x downᵀ) upᵀ for a frozen weight w in one of the forms."""
 
@@ -269,7 +286,7 @@ def freeze(block: torch.nn.Module, form: str) -> None:
     if form == "torchao":
         _train_in_float8(block)
         return
-    stored = {"fp8": "fp8-storage", "fp8-fnuz": "fp8-storage", "int8": "int8-storage"}.get(form, form)
+    stored = STORED.get(form, form)
     for name, layer in list(block.named_modules()):
         if not isinstance(layer, torch.nn.Linear):
             continue

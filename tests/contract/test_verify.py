@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from trainer import formats, lora
 from trainer.errors import FileMismatchError
 from trainer.families import flux, sd3
+from trainer.frozen import freeze
 from trainer.run import run
 from trainer.stop import StopFlag
 from trainer.verify import verify
@@ -16,19 +17,23 @@ from trainer.verify import verify
 RANK, ALPHA = 3, 2.0
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.fixture(params=["fp32", "bf16", "fp8"])
 def trained(request, flux_denoiser, text):
     """A Flux model with trained adapters, and its output."""
     fused, targets = flux.FACTS.fused_targets, flux.FACTS.targets
-    denoiser = flux_denoiser.to(request.param)
+    dtype = torch.float32 if request.param == "fp32" else torch.bfloat16
+    denoiser = flux_denoiser.to(dtype)
     lora.fuse(flux.blocks(denoiser), fused=fused, targets=targets)
+    if request.param == "fp8":
+        for _, block in flux.blocks(denoiser):
+            freeze(block, "fp8")
     for p in lora.add_adapters(
         denoiser, flux.blocks(denoiser), targets=targets, fused=fused, rank=RANK, alpha=ALPHA, seed=7
     ):
         torch.nn.init.normal_(p, std=0.1)
     torch.manual_seed(4)
     x, t = torch.randn(2, 16, 4, 6), torch.tensor([0.3, 0.8])
-    there = {k: v.to(request.param) for k, v in text.items()}
+    there = {k: v.to(dtype) for k, v in text.items()}
     return denoiser, lambda: flux.predict(denoiser, x, t, text=there, guidance=1.0)
 
 
