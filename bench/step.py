@@ -1,10 +1,10 @@
 """One LoRA step (forward, backward, clip, fused AdamW) of a full-size denoiser with random weights: speed and memory.
 
-    python -m bench step --family FAMILY PRECISION+POLICY[+host][+eager][+profile]:BATCH …
+    python -m bench step --family FAMILY PRECISION+POLICY[+host][+eager][+plain][+profile]:BATCH …
 
 FAMILY: flux (1280 x 768 pixels), sdxl or sd3 (1024 x 1024). POLICY: a key of trainer.recompute.POLICIES; host: what is
-kept waits in the host's memory; weights: the frozen weights as well. `images_s` is the batch by the median time of a
-step; `peak_gib` what torch allocated.
+kept waits in the host's memory; weights: the frozen weights as well; plain: FP8 within diffusers' own forward passes.
+`images_s` is the batch by the median time of a step; `peak_gib` what torch allocated.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from bench.report import Report, options
 from trainer import lora
 from trainer.engine import Engine, place
 from trainer.families import family
+from trainer.fused import install
 from trainer.memory import Work, predicted
 from trainer.plan import EnginePlan
 from trainer.recompute import POLICIES
@@ -98,6 +99,7 @@ class Bench:
         fused, targets = facts.fused_targets, facts.targets
         dtype = torch.float16 if precision == "fp16" else torch.bfloat16
         place(self.model, blocks, precision=precision, dtype=dtype, device=DEVICE, fused=fused, targets=targets)
+        self.forwards = self.kind.forwards()
         self.params = lora.add_adapters(
             self.model, self.kind.blocks(self.model), targets=targets, fused=fused, rank=RANK, alpha=RANK, seed=0
         )
@@ -110,6 +112,8 @@ class Bench:
 
     def engine(self, words: set[str]) -> Engine:
         torch.compiler.reset()
+        theirs = {ours: theirs for theirs, ours in self.forwards.items()}
+        install(self.model, theirs if "plain" in words else self.forwards)
         plan = EnginePlan(
             device=DEVICE,
             recompute=next((w for w in POLICIES if w in words), "none"),
@@ -224,7 +228,7 @@ def counted(bench: Bench) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> None:
     parser = options(__doc__)
-    parser.add_argument("what", nargs="+", help="PRECISION+POLICY[+host][+eager][+profile]:BATCH")
+    parser.add_argument("what", nargs="+", help="PRECISION+POLICY[+host][+eager][+plain][+profile]:BATCH")
     asked = parser.parse_args(arguments)
     report = Report(f"{asked.family}: a step", asked.markdown)
     torch._dynamo.config.cache_size_limit = 64
