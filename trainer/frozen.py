@@ -213,11 +213,7 @@ class FrozenLinear(torch.nn.Module):
         self.register_buffer("scale_1N", scales)
         self.bias = linear.bias
         self.dtype = linear.weight.dtype
-
-    @property
-    def in_fp8(self) -> bool:
-        """Whether it multiplies in FP8, both ways."""
-        return FORMS[self.form].backward is fp8_gradient
+        self.in_fp8 = FORMS[form].backward is fp8_gradient  # both ways
 
     @property
     def weight(self) -> torch.Tensor:

@@ -87,7 +87,7 @@ def norm_rows(
         shift_BK.contiguous(),
         out,
         scales,
-        normed,
+        normed if kept else x_MK,
         rows // scale_BK.shape[0],
         width,
         block,
@@ -173,7 +173,7 @@ def norm_gradient(
         g1_MK if g3_MK is None else g3_MK.contiguous(),
         past_MK.contiguous(),
         out,
-        normed,
+        normed if kept else x_MK,
         rows // scale_BK.shape[0],
         width,
         block,
@@ -266,7 +266,7 @@ def gelu_rows(
         y_MK,
         out,
         scales,
-        kept_rows,
+        kept_rows if kept else y_MK,
         left,
         width,
         triton.next_power_of_2(max(left, 1)),
@@ -324,7 +324,17 @@ def gelu_gradient(
     out = torch.empty_like(y_MK)
     kept_rows = y_MK.new_empty(rows, left + width) if kept else y_MK.new_empty(0)
     wrap_triton(_gelu_gradient)[(rows, triton.cdiv(left + width, 1024))](
-        y_MK if left_ML is None else left_ML, y_MK, g, out, kept_rows, left, width, 1024, gated, kept, num_warps=4
+        y_MK if left_ML is None else left_ML,
+        y_MK,
+        g,
+        out,
+        kept_rows if kept else y_MK,
+        left,
+        width,
+        1024,
+        gated,
+        kept,
+        num_warps=4,
     )
     return out, kept_rows
 
