@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.embeddings import apply_rotary_emb
 from torch.utils.checkpoint import checkpoint
 
 from tests.contract.variants import CLASSES, config
-from trainer import fused, lora, quantize, recompute
+from trainer import fused, lora, quantize, recompute, rotary
 from trainer.engine import place
 from trainer.families import family
 from trainer.frozen import FrozenLinear
@@ -194,7 +195,8 @@ def block(base="flux-dev"):
     torch.manual_seed(4)
     width = denoiser.inner_dim
     x, y = (torch.randn(2, n, width).bfloat16().requires_grad_() for n in (16, 6))
-    return denoiser.single_transformer_blocks[0], (x, y, torch.randn(2, width).bfloat16())
+    turns = torch.randn(22, 16), torch.randn(22, 16)
+    return denoiser.single_transformer_blocks[0], (x, y, torch.randn(2, width).bfloat16(), turns)
 
 
 @pytest.mark.parametrize("policy", recompute.POLICIES)
@@ -232,3 +234,25 @@ def test_what_an_adapter_has_besides_two_matrices_is_left_to_its_layers(monkeypa
         one(*inputs)
     one.proj_out.lora_dropout["default"] = torch.nn.Dropout(0.5)
     assert all(out.isfinite().all() for out in one(*inputs))
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_queries_and_keys_are_normed_and_turned_as_diffusers_does(several):
+    torch.manual_seed(0)
+    heads, dim, lengths = 3, 16, (5, 4) if several else (9,)
+    sources = [torch.randn(2, n, 3 * heads * dim).requires_grad_() for n in lengths]
+    norms = [[torch.nn.RMSNorm(dim, eps=1e-6).requires_grad_(False) for _ in range(2)] for _ in lengths]
+    for norm_q, norm_k in norms:
+        torch.nn.init.normal_(norm_q.weight)
+        torch.nn.init.normal_(norm_k.weight)
+    turns = torch.randn(9, dim), torch.randn(9, dim)
+
+    each = []
+    for source, (norm_q, norm_k) in zip(sources, norms, strict=True):
+        q, k, v = (part.unflatten(-1, (heads, dim)) for part in source.chunk(3, -1))
+        each.append((norm_q(q), norm_k(k), v))
+    q, k, v = (torch.cat(parts, 1) for parts in zip(*each, strict=True))
+    wanted = [apply_rotary_emb(q, turns, sequence_dim=1), apply_rotary_emb(k, turns, sequence_dim=1), v]
+    found = rotary.rotated([(s, *n) for s, n in zip(sources, norms, strict=True)], turns)
+    every = zip((*found, *gradients(found, sources)), (*wanted, *gradients(wanted, sources)), strict=True)
+    assert all(a.shape == b.shape and error(a, b) < 1e-6 for a, b in every)

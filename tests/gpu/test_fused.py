@@ -71,6 +71,27 @@ def test_an_activation_and_its_gradient_are_those_of_plain_torch(width, left, ga
     assert torch.equal(fused_kernels.gelu_gradient(*options, False)[0], found[0])
 
 
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize(("heads", "dim"), [(24, 128), (3, 16)])
+def test_queries_and_keys_are_turned_as_in_plain_torch(heads, dim, several):
+    from trainer import rotary_kernels, rotary_reference
+
+    lengths = (100, 33) if several else (133, 0)
+    first, second = (normal(2, n, 3 * heads * dim, seed=n) if n else None for n in lengths)
+    norms = [normal(dim, seed=i) for i in range(4)]
+    more = norms[2:] if several else [None, None]
+    turns = [normal(133, dim, seed=7 + i).float() for i in range(2)]
+    options = (first, *norms[:2], second, *more, *turns, 1e-6)
+    for found, wanted in zip(rotary_kernels.rotate(*options), rotary_reference.rotate(*options), strict=True):
+        assert found.shape == wanted.shape and (not wanted.numel() or error(found, wanted) < 1e-3)
+    gs = [normal(2, 133, heads, dim, seed=20 + i) for i in range(3)]
+    sources = [(first, norms[:2], 0), *([(second, norms[2:], lengths[0])] if several else [])]
+    for source, weights, offset in sources:
+        options = (source, *weights, *turns, *gs, offset, 1e-6)
+        found, wanted = rotary_kernels.rotate_gradient(*options), rotary_reference.rotate_gradient(*options)
+        assert error(found, wanted) < 2e-3
+
+
 FULL_WIDTH = {
     "flux": {"num_layers": 1, "num_single_layers": 2},
     "sd3": {"num_layers": 2},
