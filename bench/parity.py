@@ -1,6 +1,8 @@
 """The gradient of every adapter in each format against bf16, on the same batch.
 
 python -m bench parity --family flux
+
+`--precision fp8+plain`: with diffusers' own forward passes.
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ def main(arguments: list[str]) -> None:
     reference: list[torch.Tensor] = []
     for precision in ("bf16", *asked.precision):
         step.free()
-        bench = step.Bench(asked.family, precision, small=asked.small)
-        engine = bench.engine({"all", "eager"})
-        scale = 2.0**10 if precision == "fp16" else 1.0  # as trainer.session trains
+        form, *words = precision.split("+")
+        bench = step.Bench(asked.family, form, small=asked.small)
+        engine = bench.engine({"all", "eager", *words})
+        scale = 2.0**10 if form == "fp16" else 1.0  # as trainer.session trains
         loss = bench.backward(engine, 1, seed=3, scale=scale).item()
         found = [p.grad.flatten().double().cpu() / scale for p in bench.params if p.grad is not None]
         del bench, engine

@@ -1,11 +1,12 @@
 """One LoRA step (forward, backward, clip, fused AdamW) of a full-size denoiser with random weights: speed and memory.
 
-    python -m bench step --family FAMILY PRECISION+POLICY[+host|+weights][+turned][+replay][+eager][+profile]:BATCH …
+    python -m bench step --family FAMILY PRECISION+POLICY[+WORD]…:BATCH …
 
-FAMILY: flux (1280 x 768 pixels), sdxl or sd3 (1024 x 1024). POLICY: a key of trainer.recompute.POLICIES; host: what is
-kept waits in the host's memory; weights: the frozen weights as well; turned: these are kept turned round as well;
-replay: recorded (trainer.replay); profile: the kernels that take longest are listed. `images_s` is the batch by the
-median time of a step; `peak_gib` what torch allocated, or with a recording's memory reserved.
+FAMILY: flux (1280 x 768 pixels), sdxl or sd3 (1024 x 1024). POLICY: a key of trainer.recompute.POLICIES. WORD, host:
+what is kept waits in the host's memory; weights: the frozen weights as well; turned: these are kept turned round as
+well; replay: recorded (trainer.replay); plain: FP8 within diffusers' own forward passes; eager: nothing is compiled;
+profile: the kernels that take longest are listed. `images_s` is the batch by the median time of a step; `peak_gib` what
+torch allocated, or with a recording's memory reserved.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from bench.report import Report, options
 from trainer import lora
 from trainer.engine import Engine, place
 from trainer.families import family
+from trainer.fused import install
 from trainer.memory import Work, predicted
 from trainer.plan import EnginePlan
 from trainer.recompute import POLICIES
@@ -101,6 +103,7 @@ class Bench:
         facts, blocks = self.kind.FACTS, self.kind.blocks(self.model)
         fused, targets = facts.fused_targets, facts.targets
         place(self.model, blocks, precision=precision, dtype=self.dtype, device=DEVICE, fused=fused, targets=targets)
+        self.forwards = self.kind.forwards()
         self.params = lora.add_adapters(
             self.model, self.kind.blocks(self.model), targets=targets, fused=fused, rank=RANK, alpha=RANK, seed=0
         )
@@ -117,6 +120,8 @@ class Bench:
         self.runner.drop()
         self.runner = Replayed(self.params) if "replay" in words else Direct(self.params)
         self.runner.clear()
+        theirs = {ours: theirs for theirs, ours in self.forwards.items()}
+        install(self.model, theirs if "plain" in words else self.forwards)
         plan = EnginePlan(
             device=DEVICE,
             recompute=next((w for w in POLICIES if w in words), "none"),
@@ -252,7 +257,7 @@ def main(arguments: list[str]) -> None:
     parser = options(__doc__)
     parser.add_argument("--size", type=int, nargs=2, help="width and height in pixels")
     parser.add_argument(
-        "what", nargs="+", help="PRECISION+POLICY[+host|+weights][+turned][+replay][+eager][+profile]:BATCH"
+        "what", nargs="+", help="PRECISION+POLICY[+host|+weights][+turned][+replay][+plain][+eager][+profile]:BATCH"
     )
     asked = parser.parse_args(arguments)
     report = Report(f"{asked.family}: a step", asked.markdown)

@@ -91,4 +91,5 @@ def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
     path = os.pathsep.join(p for p in (root, environment.get("PYTHONPATH", "")) if p)
     ours = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     # Threads that spin while they wait make a CPU step many times slower as soon as another program wants a core.
-    return {"OMP_WAIT_POLICY": "PASSIVE", **kept, **ours}
+    # Memory that was freed in pieces of one size serves another.
+    return {"OMP_WAIT_POLICY": "PASSIVE", "PYTORCH_ALLOC_CONF": "expandable_segments:True", **kept, **ours}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from trainer.assemble import HALF
 from trainer.errors import SettingsError
 from trainer.families import Family
 from trainer.frozen import FrozenLinear, freeze
+from trainer.fused import install
 from trainer.memory import OFFLOADS, described
 from trainer.plan import EnginePlan
 from trainer.precision import form_for
@@ -51,16 +52,19 @@ def place(
     fused: lora.Fused,
     targets: Sequence[str],
     streamed: Sequence[torch.nn.Module] = (),
+    forwards: Mapping[type, type] | None = None,
 ) -> Stream | None:
     """Bring the denoiser to `device` block by block, in the format of `precision`, joining projections on the way.
 
     Neither the host nor the device ever holds more than one block besides the mapped file and the result. The weights
-    of the regions `streamed` stay on the host; the stream that brings them is returned.
+    of the regions `streamed` stay on the host; the stream that brings them is returned. `forwards`: see
+    `Family.forwards`.
     """
     form = form_for(precision, device)
-    inside = {m for part in (*(block for _, block in blocks), *streamed) for m in part.modules()}
+    parts = [*(block for _, block in blocks), *streamed]
+    outside = set(denoiser.modules()) - {m for part in parts for m in part.modules()}  # what is replaced must not stay
     stream = Stream(device) if streamed else None
-    for module in (m for m in denoiser.modules() if m not in inside):
+    for module in outside:
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             tensor.data = tensor.to(device, dtype if tensor.is_floating_point() else None)
     for name, block in blocks:
@@ -68,6 +72,7 @@ def place(
         lora.fuse([(name, block)], fused=fused, targets=targets)
         if form is not None:
             freeze(block, form)
+            install(block, forwards or {})
         if stream:
             for region in (m for m in block.modules() if m in streamed):
                 stream.take(region)
@@ -103,6 +108,7 @@ def loaded(
         fused=fused,
         targets=targets,
         streamed=kind.regions(denoiser) if plan.offload == "weights" else (),
+        forwards=kind.forwards(),
     )
     return denoiser, stream
 

@@ -80,7 +80,7 @@ def _fp8_forward(x, w, scale, bias, h, up):  # type: ignore[no-untyped-def]
     return fp8_product(x8, x_scale, w, scale, bias, h, up, True)
 
 
-def _fp8_backward(g, w, scale, gh, down, turned):  # type: ignore[no-untyped-def]
+def fp8_gradient(g, w, scale, gh, down, turned):  # type: ignore[no-untyped-def]
     g8, g_scale = quantize_rows(g, scale, w.dtype)
     ones = torch.ones(1, w.shape[1], device=g.device)
     turned = transpose(w) if turned is None else turned  # tensor cores sum along rows of both
@@ -175,8 +175,8 @@ class Form:
 
 
 FORMS = {
-    "fp8": Form(torch.float8_e4m3fn, 16, _fp8_forward, _fp8_backward, turns=True),
-    "fp8-fnuz": Form(torch.float8_e4m3fnuz, 16, _fp8_forward, _fp8_backward, turns=True),
+    "fp8": Form(torch.float8_e4m3fn, 16, _fp8_forward, fp8_gradient, turns=True),
+    "fp8-fnuz": Form(torch.float8_e4m3fnuz, 16, _fp8_forward, fp8_gradient, turns=True),
     "fp8-storage": Form(torch.float8_e4m3fn),
     "int8": Form(torch.int8, 16, _int8_forward, _int8_backward),
     "int8-storage": Form(torch.int8),
@@ -244,6 +244,11 @@ class FrozenLinear(torch.nn.Module):
         self.bias = linear.bias
         self.dtype = linear.weight.dtype
 
+    @property
+    def in_fp8(self) -> bool:
+        """Whether it multiplies in FP8, both ways."""
+        return FORMS[self.form].turns
+
     def turn(self, keep: bool) -> None:
         """Keep a copy of the weight turned round, or do not: the way back then need not turn it each time."""
         self.turned_KN = transpose(self.weight_NK) if keep and FORMS[self.form].turns else None
@@ -266,13 +271,20 @@ class FrozenLinear(torch.nn.Module):
 class Adapted(peft_lora.Linear):
     """peft's LoRA layer; on a frozen layer the adapter is part of its product. Adapters are kept in fp32."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def halves(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Its two matrices, the second one scaled; None where peft has to compute it."""
         special = self.disable_adapters or self.merged or self.lora_variant
         # In fp32 peft's own arithmetic is as good; in 16 bits it would compute the adapter's part in fp32.
-        if special or x.dtype == torch.float32 or not isinstance(self.lora_dropout["default"], torch.nn.Identity):
+        if special or dtype == torch.float32 or not isinstance(self.lora_dropout["default"], torch.nn.Identity):
+            return None
+        up = (self.lora_B["default"].weight * self.scaling["default"]).to(dtype)
+        return self.lora_A["default"].weight.to(dtype), up
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        halves = self.halves(x.dtype)
+        if halves is None:
             return super().forward(x)
-        down = self.lora_A["default"].weight.to(x.dtype)
-        up = (self.lora_B["default"].weight * self.scaling["default"]).to(x.dtype)
+        down, up = halves
         if isinstance(self.base_layer, FrozenLinear):
             return self.base_layer.product(x, down, up)
         return self.base_layer(x) + F.linear(F.linear(x, down), up)

@@ -165,6 +165,9 @@ class Family(Protocol):
     def regions(self, denoiser: Any) -> list[torch.nn.Module]:
         """What is compiled, and recomputed in the backward pass, one by one: many modules of few kinds."""
 
+    def forwards(self) -> dict[type, type]:
+        """Classes of modules inside the blocks → the same with forward passes for FP8, for `fused.install`."""
+
     def predict(
         self,
         denoiser: Any,

@@ -186,6 +186,14 @@ def regions(denoiser: FluxTransformer2DModel) -> list[torch.nn.Module]:
     return [block for _, block in blocks(denoiser)]
 
 
+def forwards() -> dict[type, type]:
+    from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+
+    from trainer.families.blocks.flux import Double, Single
+
+    return {FluxTransformerBlock: Double, FluxSingleTransformerBlock: Single}
+
+
 def predict(
     denoiser: FluxTransformer2DModel,
     noisy_BCHW: torch.Tensor,

@@ -208,6 +208,14 @@ def regions(denoiser: SD3Transformer2DModel) -> list[torch.nn.Module]:
     return [block for _, block in blocks(denoiser)]
 
 
+def forwards() -> dict[type, type]:
+    from diffusers.models.attention import JointTransformerBlock
+
+    from trainer.families.blocks.sd3 import Joint
+
+    return {JointTransformerBlock: Joint}
+
+
 def predict(
     denoiser: SD3Transformer2DModel,
     noisy_BCHW: torch.Tensor,

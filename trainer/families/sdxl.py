@@ -166,6 +166,14 @@ def regions(denoiser: UNet2DConditionModel) -> list[torch.nn.Module]:
     return [m for m in denoiser.modules() if isinstance(m, BasicTransformerBlock | ResnetBlock2D)]
 
 
+def forwards() -> dict[type, type]:
+    from diffusers.models.attention import BasicTransformerBlock
+
+    from trainer.families.blocks.sdxl import Basic
+
+    return {BasicTransformerBlock: Basic}
+
+
 def predict(
     denoiser: UNet2DConditionModel,
     noisy_BCHW: torch.Tensor,

@@ -1,0 +1,258 @@
+"""What is computed in one pass with the quantising, against the modules one by one, and diffusers' own blocks."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models.embeddings import apply_rotary_emb
+from torch.utils.checkpoint import checkpoint
+
+from tests.contract.variants import CLASSES, config
+from trainer import fused, lora, quantize, recompute, rotary
+from trainer.engine import place
+from trainer.families import family
+from trainer.frozen import FrozenLinear
+
+FP8 = torch.float8_e4m3fn
+WIDE = {  # sides that FP8 needs, in what variants.NARROW leaves of the published models
+    "flux-dev": {"attention_head_dim": 16, "axes_dims_rope": (4, 4, 8), "num_layers": 2, "num_single_layers": 2},
+    "sd3-medium": {"num_layers": 3},
+    "sd3.5-medium": {"num_layers": 3, "dual_attention_layers": (0, 1)},
+    "sdxl-base": {
+        "block_out_channels": (16, 32, 64),
+        "transformer_layers_per_block": (1, 1, 1),
+        "cross_attention_dim": 32,
+    },
+}
+
+
+def error(found, wanted):
+    return ((found.double() - wanted.double()).norm() / wanted.double().norm().clamp(1e-30)).item()
+
+
+def model(base, seed=0):
+    name = base.split("-")[0].split(".")[0]
+    torch.manual_seed(seed)
+    denoiser = CLASSES[name](**{**config(base, narrow=True), **WIDE[base]}).requires_grad_(False)
+    return family(name), denoiser
+
+
+def predicted(kind, denoiser, dtype):
+    """The model's output for one batch, and a loss's gradients of what trains."""
+    torch.manual_seed(3)
+    options = denoiser.config
+    width = options.get("joint_attention_dim") or options["cross_attention_dim"]
+    pooled = options.get("pooled_projection_dim") or 20
+    text = {"tokens": torch.randn(2, 6, width).to(dtype), "pooled": torch.randn(2, pooled).to(dtype)}
+    channels = options["in_channels"] // (4 if kind.FACTS.name == "flux" else 1)
+    noisy, geometry = torch.randn(2, channels, 8, 8), torch.full((2, 6), 64.0)
+    out = kind.predict(denoiser, noisy, torch.tensor([0.6, 0.3]), text=text, guidance=1.0, geometry_B6=geometry)
+    out.float().square().mean().backward()
+    return out.detach(), {n: p.grad for n, p in denoiser.named_parameters() if p.grad is not None}
+
+
+def adapted(kind, denoiser, *, precision, dtype, forwards, targets=None):
+    options = {"fused": kind.FACTS.fused_targets, "targets": targets or kind.FACTS.targets}
+    place(denoiser, kind.blocks(denoiser), precision=precision, dtype=dtype, device="cpu", forwards=forwards, **options)
+    lora.add_adapters(denoiser, kind.blocks(denoiser), **options, rank=4, alpha=4, seed=0)
+    torch.manual_seed(2)
+    for name, p in denoiser.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(p, std=0.05)
+    return denoiser
+
+
+@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize("base", WIDE)
+def test_our_forward_passes_are_those_of_diffusers(base, joined):
+    found = []
+    for ours in (False, True):
+        kind, denoiser = model(base)
+        targets = (
+            kind.FACTS.targets if joined else tuple(t for t in kind.FACTS.targets if not t.endswith(("q", "q_proj")))
+        )
+        adapted(kind, denoiser, precision="fp32", dtype=torch.float32, forwards=None, targets=targets)
+        there = 0
+        for module in denoiser.modules():
+            if ours and type(module) in kind.forwards():
+                module.__class__ = kind.forwards()[type(module)]
+                there += 1
+        assert there == 0 or not ours or there >= 3
+        found.append(predicted(kind, denoiser, torch.float32))
+    (plain, wanted), (other, gradients) = found
+    assert torch.equal(plain, other) and gradients.keys() == wanted.keys()
+    assert all(error(gradients[n], wanted[n]) < 1e-5 for n in wanted)
+
+
+@pytest.mark.parametrize("base", WIDE)
+def test_fp8_is_as_near_to_full_precision_as_with_diffusers_own_blocks(base):
+    found = {}
+    for way, precision, dtype in [
+        ("full", "fp32", torch.float32),
+        ("plain", "fp8", torch.bfloat16),
+        ("ours", "fp8", torch.bfloat16),
+    ]:
+        kind, denoiser = model(base)
+        forwards = kind.forwards() if way == "ours" else None
+        adapted(kind, denoiser, precision=precision, dtype=dtype, forwards=forwards)
+        there = {type(m) for m in denoiser.modules()}
+        assert there & set(kind.forwards().values()) == (set(kind.forwards().values()) if way == "ours" else set())
+        found[way] = predicted(kind, denoiser, dtype)
+    out, gradients = found.pop("full")
+    assert found["ours"][1].keys() == gradients.keys()
+    assert error(found["ours"][0], out) < 1.3 * error(found["plain"][0], out)
+    off = {
+        way: sorted(error(g[n], w) for n, w in gradients.items() if w.norm() > 1e-6) for way, (_, g) in found.items()
+    }
+    for share in (0.5, 0.9):  # of adapters
+        ours, plain = (off[way][int(share * len(off[way]))] for way in ("ours", "plain"))
+        assert ours < 1.2 * plain < 0.5
+
+
+def layers(*sizes, rank=4):
+    """Frozen layers in FP8 and their adapters, as `_Layer` has them; the second one has none."""
+    frozen = [FrozenLinear(torch.nn.Linear(k, n).bfloat16().requires_grad_(False), "fp8") for k, n in sizes]
+    halves = [
+        (torch.randn(rank, k).bfloat16().requires_grad_(), torch.randn(n, rank).bfloat16().requires_grad_())
+        for k, n in sizes
+    ]
+    halves[1:2] = [(None, None)] * len(halves[1:2])
+    flat = [t for f, h in zip(frozen, halves, strict=True) for t in (f.weight_NK, f.scale_1N, f.bias, *h, None)]
+    return frozen, halves, flat
+
+
+def gradients(outs, leaves):
+    torch.manual_seed(9)
+    loss = sum((out.float() * torch.randn(out.shape)).sum() for out in outs)
+    return torch.autograd.grad(loss, [leaf for leaf in leaves if leaf is not None])
+
+
+def assert_same(found, wanted, leaves):
+    """The same bits forwards; gradients but for the places where they are rounded."""
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    for a, b in zip(gradients(found, leaves), gradients(wanted, leaves), strict=True):
+        assert a.dtype == b.dtype and error(a, b) < 0.02
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("plus", [0.0, 1.0])
+def test_a_norm_with_its_products_is_the_norm_and_the_products(plus, count):
+    torch.manual_seed(0)
+    frozen, halves, flat = layers((64, 96), (64, 32), (64, 48), (64, 16))
+    x = (torch.randn(12, 64) * 3 + 1).bfloat16().requires_grad_()
+    scale, shift = (torch.randn(2, 64).bfloat16().requires_grad_() for _ in range(2))
+    leaves = [x, scale, shift, *(t for pair in halves[:count] for t in pair)]
+
+    wide = F.layer_norm(x.float(), (64,), eps=1e-6).view(2, 6, 64) * (plus + scale[:, None].float())
+    rows = (wide + shift[:, None].float()).view(12, 64).bfloat16()
+    wanted = [f.product(rows, *pair) for f, pair in zip(frozen[:count], halves, strict=False)]
+    found = fused._normed(x, scale, shift, plus, 1e-6, *flat[: 6 * count])
+    assert_same(found, (*wanted, x), leaves)
+
+
+@pytest.mark.parametrize("left", [0, 32])
+@pytest.mark.parametrize("gated", [False, True])
+def test_an_activation_with_its_product_is_the_activation_and_the_product(gated, left):
+    torch.manual_seed(0)
+    frozen, halves, flat = layers((64 + left, 48))
+    y = (torch.randn(12, 64 * (1 + gated)) * 2).bfloat16().requires_grad_()
+    before = torch.randn(12, left).bfloat16().requires_grad_() if left else None
+    a, b = y.float().chunk(2, -1) if gated else (1, y.float())
+    rows = (a * F.gelu(b, approximate="none" if gated else "tanh")).bfloat16()
+    rows = rows if before is None else torch.cat([before, rows], -1)
+    found, wanted = fused._activated(before, y, gated, *flat), frozen[0].product(rows, *halves[0])
+    assert_same([found], [wanted], [before, y, *halves[0]])
+
+
+@pytest.mark.parametrize("wanted_of_x", [False, True])
+def test_rows_that_several_layers_share_are_quantised_once(wanted_of_x, monkeypatch):
+    torch.manual_seed(0)
+    frozen, halves, flat = layers((64, 96), (64, 32), (64, 48))
+    x = torch.randn(12, 64).bfloat16().requires_grad_(wanted_of_x)
+    wanted = [f.product(x, *pair) for f, pair in zip(frozen, halves, strict=True)]
+    calls = []
+    monkeypatch.setattr(fused, "quantize_rows", lambda *a: calls.append(a) or quantize.quantize_rows(*a))
+    found = fused._shared(x, *flat)
+    assert len(calls) == 1
+    assert_same(found, wanted, [x if wanted_of_x else None, *(t for pair in halves for t in pair)])
+
+
+def test_nothing_is_kept_but_the_beginning():
+    """Of a row of 64 numbers the normed ones are not among what autograd holds, nor their 8 bits."""
+    _, _, flat = layers((64, 96))
+    x, scale = torch.randn(12, 64).bfloat16().requires_grad_(), torch.randn(1, 64).bfloat16()
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+        fused._normed(x, scale, scale, 1.0, 1e-6, *flat)
+    assert [t.data_ptr() for t in held if t.shape[0] == 12 and t.shape[1] == 64] == [x.data_ptr()]
+
+
+def block(base="flux-dev"):
+    """A block with adapters that runs our forward pass, and what it takes."""
+    kind, denoiser = model(base)
+    adapted(kind, denoiser, precision="fp8", dtype=torch.bfloat16, forwards=kind.forwards())
+    torch.manual_seed(4)
+    width = denoiser.inner_dim
+    x, y = (torch.randn(2, n, width).bfloat16().requires_grad_() for n in (16, 6))
+    turns = torch.randn(22, 16), torch.randn(22, 16)
+    return denoiser.single_transformer_blocks[0], (x, y, torch.randn(2, width).bfloat16(), turns)
+
+
+@pytest.mark.parametrize("policy", recompute.POLICIES)
+def test_recomputing_changes_no_bit(policy):
+    original, inputs = block()
+    found = []
+    for name in ("none", policy):
+        one = copy.deepcopy(original)
+        recompute.apply([one], [name], compiled=False)
+        leaves = [*inputs[:2], *(p for p in one.parameters() if p.requires_grad)]
+        outs = one(*inputs)
+        found.append([*outs, *gradients(outs, leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_checkpointed_block_compiles_in_one_graph():
+    one, inputs = block()
+    leaves = [*inputs[:2], *(p for p in one.parameters() if p.requires_grad)]
+    wanted = one(*inputs)
+
+    def run(*given):
+        return checkpoint(one, *given, use_reentrant=False)
+
+    found = torch.compile(run, backend="aot_eager", fullgraph=True)(*inputs)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    for a, b in zip(gradients(found, leaves), gradients(wanted, leaves), strict=True):
+        assert error(a, b) < 1e-3
+
+
+def test_what_an_adapter_has_besides_two_matrices_is_left_to_its_layers(monkeypatch):
+    """Here a dropout: its layer takes the rows by itself, and no other kind of block comes of it."""
+    one, inputs = block()
+    monkeypatch.setattr(fused, "_activated", None)  # which would be called otherwise
+    with pytest.raises(TypeError):
+        one(*inputs)
+    one.proj_out.lora_dropout["default"] = torch.nn.Dropout(0.5)
+    assert all(out.isfinite().all() for out in one(*inputs))
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_queries_and_keys_are_normed_and_turned_as_diffusers_does(several):
+    torch.manual_seed(0)
+    heads, dim, lengths = 3, 16, (5, 4) if several else (9,)
+    sources = [torch.randn(2, n, 3 * heads * dim).requires_grad_() for n in lengths]
+    norms = [[torch.nn.RMSNorm(dim, eps=1e-6).requires_grad_(False) for _ in range(2)] for _ in lengths]
+    for norm_q, norm_k in norms:
+        torch.nn.init.normal_(norm_q.weight)
+        torch.nn.init.normal_(norm_k.weight)
+    turns = torch.randn(9, dim), torch.randn(9, dim)
+
+    each = []
+    for source, (norm_q, norm_k) in zip(sources, norms, strict=True):
+        q, k, v = (part.unflatten(-1, (heads, dim)) for part in source.chunk(3, -1))
+        each.append((norm_q(q), norm_k(k), v))
+    q, k, v = (torch.cat(parts, 1) for parts in zip(*each, strict=True))
+    wanted = [apply_rotary_emb(q, turns, sequence_dim=1), apply_rotary_emb(k, turns, sequence_dim=1), v]
+    found = rotary.rotated([(s, *n) for s, n in zip(sources, norms, strict=True)], turns)
+    every = zip((*found, *gradients(found, sources)), (*wanted, *gradients(wanted, sources)), strict=True)
+    assert all(a.shape == b.shape and error(a, b) < 1e-6 for a, b in every)

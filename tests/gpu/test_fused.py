@@ -1,0 +1,121 @@
+"""What is computed in one pass with the quantising, on an accelerator: kernels against plain torch; whole blocks."""
+
+import pytest
+import torch
+
+from bench import step
+from trainer import quantize
+
+pytestmark = pytest.mark.gpu
+FP8 = torch.float8_e4m3fn
+WIDTHS = [64, 640, 1280, 1536, 3072]  # of the families' models, and one that no power of two is near to
+
+
+def error(found, wanted):
+    return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+def normal(*shape, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(*shape, device="cuda", generator=generator).bfloat16()
+
+
+def agree(kernel, reference, options):
+    """8 bits, scales and rows: twice the same, as in plain torch, and the first two those of the rows themselves."""
+    values, scale, rows = kernel(*options, True)
+    for kept in (True, False):
+        again = kernel(*options, kept)
+        assert torch.equal(again[0].view(torch.int8), values.view(torch.int8)) and torch.equal(again[1], scale)
+    wanted = reference(*options, True)
+    assert error(rows, wanted[2]) < 1e-3 and error(values.float() * scale, wanted[0].float() * wanted[1]) < 0.01
+    quantised, own_scale = quantize.quantize_rows(rows, None, values.dtype)
+    assert (values.view(torch.int8) == quantised.view(torch.int8)).float().mean() > 0.998
+    assert torch.allclose(scale, own_scale, rtol=1e-6)
+
+
+@pytest.mark.parametrize("plus", [0.0, 1.0])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_norm_is_quantised_as_in_plain_torch(width, plus):
+    from trainer import fused_kernels
+
+    x, scale, shift = normal(300, width) * 3 + 1, normal(2, 6 * width)[:, width : 2 * width], normal(2, width, seed=1)
+    x[3], x[5, 7] = 0, 1e10
+    agree(fused_kernels.norm_rows, quantize.norm_rows, (x, scale, shift, plus, 1e-6, FP8))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_gradient_of_a_norm_is_that_of_plain_torch(width, count):
+    from trainer import fused_kernels
+
+    x, scale, shift = normal(300, width) * 3 + 1, normal(2, width), normal(2, width, seed=1)
+    gs = [*(normal(300, width, seed=2 + i) for i in range(count)), *[None] * (3 - count)]
+    options = (x, scale, shift, 1.0, 1e-6, *gs, normal(300, width, seed=9))
+    found, wanted = fused_kernels.norm_gradient(*options, True), quantize.norm_gradient(*options, True)
+    assert error(found[0], wanted[0]) < 2e-3 and error(found[1], wanted[1]) < 1e-3
+    assert torch.equal(fused_kernels.norm_gradient(*options, False)[0], found[0])
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("left", [0, 48, 3072])
+@pytest.mark.parametrize("width", [100, 2560, 12288])
+def test_an_activation_and_its_gradient_are_those_of_plain_torch(width, left, gated):
+    from trainer import fused_kernels
+
+    y, before = normal(300, width * (1 + gated)) * 2, normal(300, left, seed=1) if left else None
+    y[3], y[5, 7] = 0, 100
+    agree(fused_kernels.gelu_rows, quantize.gelu_rows, (before, y, gated, FP8))
+    options = (before, y, normal(300, left + width, seed=2), gated)
+    found, wanted = fused_kernels.gelu_gradient(*options, True), quantize.gelu_gradient(*options, True)
+    assert error(found[0], wanted[0]) < 2e-3 and error(found[1], wanted[1]) < 1e-3
+    assert torch.equal(fused_kernels.gelu_gradient(*options, False)[0], found[0])
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize(("heads", "dim"), [(24, 128), (3, 16)])
+def test_queries_and_keys_are_turned_as_in_plain_torch(heads, dim, several):
+    from trainer import rotary_kernels, rotary_reference
+
+    lengths = (100, 33) if several else (133, 0)
+    first, second = (normal(2, n, 3 * heads * dim, seed=n) if n else None for n in lengths)
+    norms = [normal(dim, seed=i) for i in range(4)]
+    more = norms[2:] if several else [None, None]
+    turns = [normal(133, dim, seed=7 + i).float() for i in range(2)]
+    options = (first, *norms[:2], second, *more, *turns, 1e-6)
+    for found, wanted in zip(rotary_kernels.rotate(*options), rotary_reference.rotate(*options), strict=True):
+        assert found.shape == wanted.shape and (not wanted.numel() or error(found, wanted) < 1e-3)
+    gs = [normal(2, 133, heads, dim, seed=20 + i) for i in range(3)]
+    sources = [(first, norms[:2], 0), *([(second, norms[2:], lengths[0])] if several else [])]
+    for source, weights, offset in sources:
+        options = (source, *weights, *turns, *gs, offset, 1e-6)
+        found, wanted = rotary_kernels.rotate_gradient(*options), rotary_reference.rotate_gradient(*options)
+        assert error(found, wanted) < 2e-3
+
+
+FULL_WIDTH = {
+    "flux": {"num_layers": 1, "num_single_layers": 2},
+    "sd3": {"num_layers": 2},
+    "sdxl": {"transformer_layers_per_block": (1, 1, 1)},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [(name, way) for name in FULL_WIDTH for way in ("none+eager", "none", "all")]
+    + [("flux", "products"), ("flux", "attention"), ("flux", "all+eager")],
+)
+def test_adapters_get_gradients_as_good_as_with_diffusers_own_blocks(name, way, monkeypatch):
+    monkeypatch.setitem(step.SMALL, name, FULL_WIDTH[name])
+
+    def gradients(precision, way):
+        bench = step.Bench(name, precision, small=True)
+        bench.backward(bench.engine(set(way.split("+"))), 2)
+        return [p.grad.flatten().double() for p in bench.params if p.grad is not None]
+
+    exact, plain, ours = gradients("bf16", "none+eager"), gradients("fp8", "none+eager+plain"), gradients("fp8", way)
+    used = [i for i, g in enumerate(exact) if g.norm() > 0]
+    off, wanted = (sorted(error(g[i], exact[i]) for i in used) for g in (ours, plain))
+    for share in (0.5, 0.9):  # of adapters
+        a, b = (errors[int(share * len(errors))] for errors in (off, wanted))
+        print(name, way, share, a, "plain:", b)
+        assert a < 1.15 * b < 0.4

@@ -1,0 +1,99 @@
+"""See the package. Attention's projections are three layers, or one whose rows are theirs (`lora.fuse`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+
+from trainer.families.blocks import feed_forward
+from trainer.fused import activated, normed
+from trainer.rotary import fits, rotated
+
+Rotary = tuple[torch.Tensor, torch.Tensor] | None
+
+
+def _projections(attn: Any) -> list[Any]:
+    return [attn.to_qkv] if hasattr(attn, "to_qkv") else [attn.to_q, attn.to_k, attn.to_v]
+
+
+def _text_projections(attn: Any) -> list[Any]:
+    return [attn.to_added_qkv] if hasattr(attn, "to_added_qkv") else [attn.add_q_proj, attn.add_k_proj, attn.add_v_proj]
+
+
+def _heads(attn: Any, projected: list[torch.Tensor], norm_q: Any, norm_k: Any) -> list[torch.Tensor]:
+    """Queries, keys and values, each (B, T, heads, D)."""
+    parts = projected[0].chunk(3, dim=-1) if len(projected) == 1 else projected
+    q, k, v = (part.unflatten(-1, (-1, attn.head_dim)) for part in parts)
+    return [norm_q(q), norm_k(k), v]
+
+
+def _attended(attn: Any, sources: list[tuple[list[torch.Tensor], Any, Any]], rotary: Rotary) -> torch.Tensor:
+    """Attention among the tokens of all sources: what was projected, and the norms of queries and keys."""
+    joined = [(projected[0], *norms) for projected, *norms in sources if len(projected) == 1]
+    whole = len(joined) == len(sources) and all(map(fits, joined)) and joined[0][0].dtype != torch.float32
+    if rotary is not None and whole:
+        q, k, v = rotated(joined, rotary)
+    else:
+        several = [_heads(attn, *source) for source in sources]
+        q, k, v = (torch.cat(parts, dim=1) for parts in zip(*several, strict=True)) if several[1:] else several[0]
+        if rotary is not None:
+            q, k = apply_rotary_emb(q, rotary, sequence_dim=1), apply_rotary_emb(k, rotary, sequence_dim=1)
+    found: torch.Tensor = dispatch_attention_fn(q, k, v, backend=attn.processor._attention_backend)
+    return found.flatten(2, 3).to(q.dtype)
+
+
+class Single(FluxSingleTransformerBlock):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        image_rotary_emb: Rotary = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if joint_attention_kwargs:
+            found: tuple[torch.Tensor, torch.Tensor] = super().forward(
+                hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
+            )
+            return found
+        text, attn = encoder_hidden_states.shape[1], self.attn
+        shift, scale, gate = self.norm.linear(self.norm.silu(temb)).chunk(3, dim=1)
+        x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        *projected, mlp, x = normed(x, self.norm.norm, (scale, shift), [*_projections(attn), self.proj_mlp])
+        attended = _attended(attn, [(projected, attn.norm_q, attn.norm_k)], image_rotary_emb)
+        x = x + gate[:, None] * activated(mlp, self.proj_out, left_BTL=attended)
+        return x[:, :text], x[:, text:]
+
+
+class Double(FluxTransformerBlock):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        image_rotary_emb: Rotary = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if joint_attention_kwargs:
+            found: tuple[torch.Tensor, torch.Tensor] = super().forward(
+                hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
+            )
+            return found
+        x, y, attn = hidden_states, encoder_hidden_states, self.attn
+        of_x = self.norm1.linear(self.norm1.silu(temb)).chunk(6, dim=1)
+        of_y = self.norm1_context.linear(self.norm1_context.silu(temb)).chunk(6, dim=1)
+        *image, x = normed(x, self.norm1.norm, (of_x[1], of_x[0]), _projections(attn))
+        *text, y = normed(y, self.norm1_context.norm, (of_y[1], of_y[0]), _text_projections(attn))
+        sources = [(text, attn.norm_added_q, attn.norm_added_k), (image, attn.norm_q, attn.norm_k)]
+        attended = _attended(attn, sources, image_rotary_emb)
+        of_text, of_image = attended.split_with_sizes([y.shape[1], x.shape[1]], dim=1)
+        x = x + of_x[2][:, None] * attn.to_out[0](of_image.contiguous())
+        y = y + of_y[2][:, None] * attn.to_add_out(of_text.contiguous())
+        made, x = feed_forward(self.ff, x, self.norm2, (of_x[4], of_x[3]))
+        x = x + of_x[5][:, None] * made
+        made, y = feed_forward(self.ff_context, y, self.norm2_context, (of_y[4], of_y[3]))
+        return y + of_y[5][:, None] * made, x
