@@ -36,6 +36,7 @@ RESIDENT = (
     ("all", "none"),
     ("all", "activations"),
 )
+PLAIN = 1.25  # times as much is kept where norms and activations are not fused with products in FP8
 SLOTS = 2  # regions on the device where weights are streamed (trainer.stream): the one at work, and the next
 # Seconds of a step by what is recomputed, as a multiple of those with everything kept, of Flux.1 in FP8 on one
 # accelerator (docs/performance.md); and what a step costs besides, in the time of so many thousands of tokens.
@@ -116,11 +117,12 @@ def predicted(
 ) -> float:
     """The peak of training, in GiB."""
     trained = of.adapters * work.rank * STATE_BYTES.get(work.optimizer, 16) / GIB
-    kept = of.kept["host"] if offload != "none" else of.kept[recompute]
+    everything = of.kept["none"] * (1.0 if PRECISIONS[precision].form == "fp8" else PLAIN)
+    kept = of.kept["host"] if offload != "none" else everything if recompute == "none" else of.kept[recompute]
     share = kept_blocks / of.regions
     tokens = work.kilotokens(of) * _wide(precision) / 2
-    each = of.working + kept * (1 - share) + of.kept["none"] * share
-    copies = of.blocks / GIB if turned else 0.0
+    each = of.working + kept * (1 - share) + everything * share
+    copies = of.turned / GIB if turned else 0.0
     return weights(of, precision, offload) + copies + trained + tokens * each
 
 
@@ -193,7 +195,7 @@ def phases(of: Footprint, work: Work, way: Way, *, streamed: bool, tiled: bool, 
         "latents": VAE + ENCODE * pictures * work.pixels / 2**20,
         "training": way.gib,
         "samples": weights(of, way.precision, way.offload)
-        + (of.blocks / GIB if way.turned else 0.0)
+        + (of.turned / GIB if way.turned else 0.0)
         + of.adapters * work.rank * STATE_BYTES.get(work.optimizer, 16) / GIB
         + VAE
         + (1.0 if tiled else DECODE * drawn_pixels / 2**20),
