@@ -63,6 +63,7 @@ def engine_plan(
         compile=compiled,
         attention="native" if settings.attention == "auto" else settings.attention,
         memory_limit_gib=settings.memory_limit_gib,
+        step_timeout_s=settings.step_timeout,
     )
     if model.footprint is None or hardware.device == "cpu":
         return _as_it_is(settings, hardware, plan, notes=notes), datasets

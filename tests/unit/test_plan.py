@@ -61,6 +61,10 @@ def dataset(**options: Any) -> Dataset:
 # ---- the whole
 
 
+def test_a_limit_of_a_steps_time_gets_to_the_trainer():
+    assert plan(PARAMS_STEP_TIMEOUT="7").engine.step_timeout_s == 7.0 and plan().engine.step_timeout_s is None
+
+
 def test_a_plan_survives_json():
     made = plan()
     assert Plan.from_json(made.to_json()) == made
