@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from urllib.parse import urlsplit, urlunsplit
 from trainer.errors import SettingsError
 
 VERSION = 2
+SPREAD = ("engine.num_gpus", "train.gradient_accumulation")  # of an essence: their product is the batches of a step
 VARIANTS = 8  # crops and colours of a picture, and likewise wordings of its caption, where these vary
 T = TypeVar("T")
 
@@ -180,6 +182,7 @@ class TrainPlan:
 @dataclass(frozen=True)
 class EnginePlan:
     device: str = "cpu"  # a torch device type
+    num_gpus: int = 1  # processes that train together, each on a device of its own
     precision: str = "fp32"  # an entry of trainer.precision
     dtype: str = "float32"  # torch's name of what activations are computed in
     recompute: str = neutral("none")  # a key of trainer.recompute.POLICIES: what the backward pass computes again
@@ -264,7 +267,9 @@ def goes_on(plan: Plan, begun: dict[str, Any], *, step: int, own: bool) -> bool:
     another and PARAMS_RESUME_FROM does not ask for weights alone.
     """
     asked = plan.lora.resume_from
-    changed = differences(begun if own else {**begun, "lora.resume_from": asked}, plan.essence())
+    begun, now = dict.fromkeys(SPREAD, 1) | begun, plan.essence()
+    same = {key: now[key] for key in SPREAD} if _batches(begun) == _batches(now) else {}
+    changed = differences(begun | same | ({} if own else {"lora.resume_from": asked}), now)
     if not changed:
         return True
     if own and asked and Path(asked).is_file() and begun.get("lora.resume_from") != asked:
@@ -280,6 +285,11 @@ def goes_on(plan: Plan, begun: dict[str, Any], *, step: int, own: bool) -> bool:
         + f"\nPut it back to resume; or {elsewhere}set PARAMS_RESUME_FROM to a LoRA file of that run to go on from its "
         "weights alone."
     )
+
+
+def _batches(essence: dict[str, Any]) -> int:
+    """Of a step, whichever processes compute them: which pictures a step trains on follows from their number alone."""
+    return math.prod(int(essence[key]) for key in SPREAD)
 
 
 def _flatten(value: Any, name: str, into: dict[str, Any]) -> None:
