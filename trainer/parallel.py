@@ -33,7 +33,6 @@ from trainer.stop import StopFlag
 RANK, TEAM = "KILN_RANK", "KILN_TEAM"  # as in entrypoint/launch.py
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 FOR_EVER = datetime.timedelta(days=100)
-ALIGNED = 32  # numbers; where a tensor begins in the sum
 POLL_S = 0.05
 
 
@@ -149,13 +148,11 @@ class Team:
         if self.size == 1:
             return sum(each.sum().item() for each in each_B) / own, own
         device = params[0].device
-        starts = [0]
-        for p in params:
-            starts.append(starts[-1] + -(-p.numel() // ALIGNED) * ALIGNED)
         said = (*(float(p.grad is not None) for p in params), float(own), float(self._stop.requested), 0.0)
-        flat = torch.zeros(starts[-1] + len(said), device=device)
-        body, tail = flat[: starts[-1]], flat[starts[-1] :]
-        views = [flat[at : at + p.numel()].view_as(p) for at, p in zip(starts, params, strict=False)]
+        sizes = [p.numel() for p in params]
+        flat = torch.zeros(sum(sizes) + len(said), device=device)
+        body, tail = flat[: sum(sizes)], flat[sum(sizes) :]
+        views = [piece.view_as(p) for piece, p in zip(body.split(sizes), params, strict=True)]
         here = [(view, p.grad) for view, p in zip(views, params, strict=True) if p.grad is not None]
         if here:
             torch._foreach_copy_([view for view, _ in here], [grad for _, grad in here])

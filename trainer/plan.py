@@ -260,6 +260,13 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{k}: {old.get(k, 'absent')} → {new.get(k, 'absent')}" for k in keys if old.get(k) != new.get(k)]
 
 
+def changes(begun: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The differences for which a run cannot be gone on with: none, if a step has as many batches on other GPUs."""
+    begun = dict.fromkeys(SPREAD, 1) | begun
+    batches = [math.prod(int(essence[key]) for key in SPREAD) for essence in (begun, now)]
+    return differences(begun | {key: now[key] for key in SPREAD} if batches[0] == batches[1] else begun, now)
+
+
 def goes_on(plan: Plan, begun: dict[str, Any], *, step: int, own: bool) -> bool:
     """Whether a run that was begun as `begun` (an essence) is gone on with; False: with its weights alone.
 
@@ -267,13 +274,12 @@ def goes_on(plan: Plan, begun: dict[str, Any], *, step: int, own: bool) -> bool:
     another and PARAMS_RESUME_FROM does not ask for weights alone.
     """
     asked = plan.lora.resume_from
-    begun, now = dict.fromkeys(SPREAD, 1) | begun, plan.essence()
-    same = {key: now[key] for key in SPREAD} if _batches(begun) == _batches(now) else {}
-    changed = differences(begun | same | ({} if own else {"lora.resume_from": asked}), now)
+    changed = changes(begun if own else {**begun, "lora.resume_from": asked}, plan.essence())
     if not changed:
         return True
     if own and asked and Path(asked).is_file() and begun.get("lora.resume_from") != asked:
         return False
+    gpus = any(line.startswith(SPREAD) for line in changed)
     holder, elsewhere = (
         (f"OUTPUT_PATH={plan.output.path}", "choose another OUTPUT_PATH; or ")
         if own
@@ -282,14 +288,10 @@ def goes_on(plan: Plan, begun: dict[str, Any], *, step: int, own: bool) -> bool:
     raise SettingsError(
         f"{holder} holds a run of another plan, at step {step}. What differs (then → now):\n  "
         + "\n  ".join(changed)
+        + ("\nNUM_GPUS times PARAMS_GRADIENT_ACCUMULATION must stay the same." if gpus else "")
         + f"\nPut it back to resume; or {elsewhere}set PARAMS_RESUME_FROM to a LoRA file of that run to go on from its "
         "weights alone."
     )
-
-
-def _batches(essence: dict[str, Any]) -> int:
-    """Of a step, whichever processes compute them: which pictures a step trains on follows from their number alone."""
-    return math.prod(int(essence[key]) for key in SPREAD)
 
 
 def _flatten(value: Any, name: str, into: dict[str, Any]) -> None:

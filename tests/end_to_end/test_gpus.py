@@ -4,11 +4,13 @@ import hashlib
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+LONG = {"PARAMS_MAX_STEPS": "3000", "PARAMS_SAVE_EVERY_N_STEPS": "10"}
 # As a cluster says it: none of our business.
 CLUSTER = {"WORLD_SIZE": "16", "RANK": "9", "LOCAL_RANK": "1", "MASTER_ADDR": "10.65.0.2", "MASTER_PORT": "29400"}
 
@@ -35,37 +37,55 @@ def members(process):
     return found
 
 
-def test_a_job_whose_worker_was_killed_and_that_was_stopped_ends_with_the_same_bytes(two):
-    """143 with the state of the step for SIGTERM; the worker's own end otherwise, told and without a hang."""
-    code, printed = two.run()
-    assert code == 0, printed
-    assert "12 optimiser steps, 2 an epoch" in printed and printed.count("Done: ") == 1
-    undisturbed, rows = sha(two), [r for r in two.metrics() if "loss" in r]
-    assert [row["step"] for row in rows] == list(range(1, 13))
-    two.environment |= {"OUTPUT_PATH": str(two.folder / "again"), "PARAMS_MAX_STEPS": "12"}
+def numbers(job):
+    return {row["step"]: (row["loss"], row["grad_norm"], row["lr"]) for row in job.metrics() if "loss" in row}
 
-    process = two.start()
-    two.wait_for_step(process, 5)
+
+def test_a_killed_worker_ends_the_job_and_sigterm_saves_it_and_the_steps_between_are_the_same(two):
+    """The worker's own end is told, without a hang; 143 with the state of the step for SIGTERM."""
+    process = two.start(**LONG)
+    two.wait_for_step(process, 13)
+    while not list((two.out / "state").glob("step-*")):  # written beside training
+        assert process.poll() is None
+        time.sleep(0.01)
     who = members(process)
+    assert sorted(who) == [0, 1]
     os.kill(who[1], signal.SIGKILL)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 137, printed
     assert two.status()["phase"] == "failed" and two.status()["exit_code"] == 137
     assert two.status()["message"] == "Process 1 of 2 was killed by SIGKILL." and "Traceback" not in printed
     assert not any(Path(f"/proc/{number}").exists() for number in who.values())
+    assert "3000 optimiser steps, 2 an epoch" in printed
+    before = numbers(two)
+    saved = max(int(path.name[-8:]) for path in (two.out / "state").glob("step-*"))
 
-    process = two.start()
-    two.wait_for_step(process, 7)
+    process = two.start(**LONG)
+    two.wait_for_step(process, max(before) + 1)
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 143 and "Resumed at step 4" in printed, printed
-    assert "Traceback" not in printed and "has failed" not in printed
-    stopped = two.status()
-    assert stopped["phase"] == "stopped"
-    assert max(int(p.name[-8:]) for p in (two.out / "state").iterdir()) >= 7
+    assert process.returncode == 143 and f"Resumed at step {saved} of" in printed, printed
+    assert "Traceback" not in printed and "has failed" not in printed and two.status()["phase"] == "stopped"
+    after = numbers(two)
+    assert (two.out / "state" / f"step-{max(after):08d}").is_dir()
+    assert max(before) >= saved + 2 and {step: after[step] for step in before} == before
+
+
+@pytest.mark.slow
+def test_a_job_that_was_killed_and_stopped_ends_with_the_same_bytes(two):
     code, printed = two.run()
-    assert code == 0 and sha(two) == undisturbed, printed
-    assert [r["loss"] for r in two.metrics() if "loss" in r] == [row["loss"] for row in rows]
+    assert code == 0 and printed.count("Done: ") == 1, printed
+    undisturbed, rows = sha(two), numbers(two)
+    assert sorted(rows) == list(range(1, 13))
+    two.environment["OUTPUT_PATH"] = str(two.folder / "again")
+    for step, number, expected in ((5, signal.SIGKILL, 137), (7, signal.SIGTERM, 143)):
+        process = two.start()
+        two.wait_for_step(process, step)
+        os.kill(members(process)[1] if number == signal.SIGKILL else process.pid, number)
+        printed, _ = process.communicate(timeout=60)
+        assert process.returncode == expected, printed
+    code, printed = two.run()
+    assert code == 0 and sha(two) == undisturbed and numbers(two) == rows, printed
 
 
 @pytest.mark.slow
