@@ -164,8 +164,8 @@ class Team:
             tail[-1] = torch.cat(list(each_B)).sum()
         with _peers():
             dist.all_reduce(flat)
-            body.div_(tail[-3])
-            *there, images, stopping, loss = tail.tolist()
+        body.div_(tail[-3])
+        *there, images, stopping, loss = tail.tolist()
         if here:
             torch._foreach_copy_([grad for _, grad in here], [view for view, _ in here])
         for view, p, anywhere in zip(views, params, there, strict=True):

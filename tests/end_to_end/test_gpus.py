@@ -1,4 +1,4 @@
-"""A job of two processes, which is what a job on two GPUs is: here both are on the CPU."""
+"""A job of two processes, which is what a job on two GPUs is: here both are on the CPU, with `-m gpu` on two GPUs."""
 
 import hashlib
 import json
@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 LONG = {"PARAMS_MAX_STEPS": "3000", "PARAMS_SAVE_EVERY_N_STEPS": "10"}
@@ -15,9 +16,12 @@ LONG = {"PARAMS_MAX_STEPS": "3000", "PARAMS_SAVE_EVERY_N_STEPS": "10"}
 CLUSTER = {"WORLD_SIZE": "16", "RANK": "9", "LOCAL_RANK": "1", "MASTER_ADDR": "10.65.0.2", "MASTER_PORT": "29400"}
 
 
-@pytest.fixture
-def two(job):
-    job.environment |= {"NUM_GPUS": "2", "BACKEND": "cpu", "PARAMS_OPTIMIZER_TYPE": "adamw", **CLUSTER}
+@pytest.fixture(params=["cpu", pytest.param("auto", marks=pytest.mark.gpu)])
+def two(request, job):
+    exact = {"PARAMS_PRECISION": "fp32", "PARAMS_COMPILE": "false", "PARAMS_ATTENTION": "_native_math"}
+    if request.param == "auto" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    job.environment |= {"NUM_GPUS": "2", "BACKEND": request.param, "PARAMS_OPTIMIZER_TYPE": "adamw", **CLUSTER, **exact}
     job.environment |= {"PARAMS_LEARNING_RATE": "1e-3", "PARAMS_BATCH_SIZE": "2"}
     return job
 
@@ -114,7 +118,7 @@ def test_two_processes_are_one_with_twice_the_accumulation_in_a_whole_job(two):
     alone = load_file(two.out / "x.safetensors")
     assert together.keys() == alone.keys()
     far = [(together[k] - alone[k]).abs().max().item() for k in alone]
-    assert max(far) < 1e-6, sorted(far)[-5:]
+    assert max(far) < (1e-6 if two.environment["BACKEND"] == "cpu" else 1e-5), sorted(far)[-5:]
     assert [r["validation_loss"] for r in rows if "validation_loss" in r] == pytest.approx(
         [r["validation_loss"] for r in two.metrics() if "validation_loss" in r], rel=1e-5
     )
@@ -132,7 +136,7 @@ def test_a_process_that_stands_still_ends_the_job(two, rank):
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 75, printed
     assert "The trainer hangs" in printed if rank == 0 else "the job hangs" in two.status()["message"]
-    assert "in all_reduce" in printed, "where the other one stood"
+    assert "in mean" in printed, "where the other one stood"
 
 
 @pytest.mark.slow
