@@ -25,7 +25,7 @@ from entrypoint.settings import Settings, help_env, read_settings
 from trainer import __version__
 from trainer.errors import KilnError, StopRequestedError, UnreachableError
 from trainer.families import base_models, family
-from trainer.plan import Plan, Source
+from trainer.plan import Plan, Source, changes
 
 log = logging.getLogger("entrypoint")
 PROGRAMS = {  # first arguments that become another program
@@ -150,7 +150,7 @@ def _continued(plan: Plan, *, named: bool) -> tuple[Plan, Path | None]:
         status = json.loads((out / "status.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return plan, None
-    if before.essence() != plan.essence():
+    if changes(before.essence(), plan.essence()):
         return plan, None
     name = plan.output.name if named else before.output.name
     plan = dataclasses.replace(plan, output=dataclasses.replace(plan.output, name=name, started=before.output.started))

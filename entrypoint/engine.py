@@ -60,10 +60,12 @@ def engine_plan(
         )
     plan = EnginePlan(
         device=hardware.device,
+        num_gpus=_num_gpus(settings, hardware, model, notes),
         compile=compiled,
         replay=compiled and hardware.records,
         attention="native" if settings.attention == "auto" else settings.attention,
         memory_limit_gib=settings.memory_limit_gib,
+        step_timeout_s=settings.step_timeout,
     )
     if model.footprint is None or hardware.device == "cpu":
         return _as_it_is(settings, hardware, plan, notes=notes), datasets
@@ -71,6 +73,21 @@ def engine_plan(
     sizes += [d.resolution for d in datasets for s in d.subsets if s.source.kind == "generated"]
     drawn = max((width * height for width, height in sizes), default=0)
     return _fitted(settings, hardware, plan, model.footprint, datasets, rank=rank, drawn=drawn, notes=notes)
+
+
+def _num_gpus(settings: Settings, hardware: Hardware, model: BaseModel, notes: Notes) -> int:
+    """Processes that train together. On a CPU as many as are asked for, which is to try it out."""
+    asked, there = settings.num_gpus, hardware.count
+    if hardware.device == "cpu":
+        return asked or 1
+    if asked > there:
+        notes.add(f"NUM_GPUS={asked}: there are not so many here, only {hardware}. Allowed: auto, 1 to {there}.")
+        return 1
+    if asked or there == 1:
+        return asked or 1
+    chosen, why = (there, "all there are") if model.files_gib else (1, f"a miniature is not for all {there}")
+    notes.chose("NUM_GPUS", chosen, f"{why}: {chosen} × PARAMS_BATCH_SIZE pictures a step" if model.files_gib else why)
+    return chosen
 
 
 def _as_it_is(settings: Settings, hardware: Hardware, plan: EnginePlan, *, notes: Notes) -> EnginePlan:
@@ -114,7 +131,7 @@ def _fitted(
     work = memory.Work(largest.resolution[0] * largest.resolution[1], largest.batch_size, rank, settings.optimizer_type)
     precisions = hardware.automatic if settings.precision == "auto" else (settings.precision,)
     have = min(hardware.memory_gib, settings.memory_limit_gib or hardware.memory_gib)
-    room, host = have * memory.SPARE, hardware.host_memory_gib * HOST_SHARE
+    room, host = have * memory.SPARE, hardware.host_memory_gib * HOST_SHARE / plan.num_gpus
 
     def ways(work: memory.Work) -> list[memory.Way]:
         return _allowed(settings, memory.ways(footprint, work, precisions))

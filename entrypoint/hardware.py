@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from entrypoint.launch import child_environment
+from entrypoint.launch import VISIBLE, child_environment
 from trainer.errors import SettingsError, UnreachableError
 from trainer.precision import PRECISIONS, supported
 
@@ -103,9 +103,10 @@ def detect(
 
     Raises UnreachableError if a driver is there but does not answer.
     """
-    visible = (os.environ if environ is None else environ).get("CUDA_VISIBLE_DEVICES")
-    host = _host(root)
-    return _nvidia(host, run=run, visible=visible) or _amd(host, root=root) or host
+    given = os.environ if environ is None else environ
+    visible, host = {name: given.get(name) for name in VISIBLE}, _host(root)
+    nvidia = _nvidia(host, run=run, visible=visible["CUDA_VISIBLE_DEVICES"])
+    return nvidia or _amd(host, root=root, visible=next(filter(None, visible.values()), None)) or host
 
 
 def select(found: Hardware, backend: str) -> Hardware:
@@ -189,7 +190,7 @@ def _visible(rows: list[list[str]], visible: str | None) -> list[list[str]]:
     return rows[: len([name for name in names if name])]
 
 
-def _amd(host: Hardware, *, root: Path) -> Hardware | None:
+def _amd(host: Hardware, *, root: Path, visible: str | None) -> Hardware | None:
     """From the kernel's own description of the nodes. Without /dev/kfd they are the host's and not ours."""
     if not (root / "dev/kfd").exists():
         return None
@@ -200,6 +201,7 @@ def _amd(host: Hardware, *, root: Path) -> Hardware | None:
             banks = [_properties(bank) for bank in node.glob("mem_banks/*/properties")]
             size = sum(int(b.get("size_in_bytes", 0)) for b in banks if b.get("heap_type") in _VIDEO_MEMORY)
             devices.append((_gfx(int(properties["gfx_target_version"])), size / GIB))
+    devices = [devices[int(number)] for (number,) in _visible([[str(i)] for i in range(len(devices))], visible)]
     if not devices:
         return None
     return dataclasses.replace(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -10,32 +11,45 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from trainer.errors import HangError
+from entrypoint import files
+from trainer.errors import HangError, KilnError, PeerError, StorageError
 from trainer.plan import Plan
 
 log = logging.getLogger(__name__)
-ALIVE = "KILN_ALIVE"  # as in trainer/watchdog.py
+ALIVE, RANK, TEAM = "KILN_ALIVE", "KILN_RANK", "KILN_TEAM"  # as in trainer/watchdog.py and trainer/parallel.py
 SECRET = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "API_KEY", "ACCESS_KEY", "PRIVATE_KEY", "CONFIG_JSON")
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# Of clusters and other launchers, who each tell a process that it is one of several: none of ours is one of theirs.
+RANKS = (
+    *("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "GROUP_WORLD_SIZE", "GROUP_RANK", "ROLE_WORLD_SIZE"),
+    *("ROLE_RANK", "NUM_NODES", "NODE_RANK", "NUM_TRAINERS", "MASTER_ADDR", "MASTER_PORT", "PRIMARY_ADDR"),
+    "PRIMARY_PORT",
+)
+LAUNCHERS = ("TORCHELASTIC_", "PET_", "ACCELERATE_")
+VISIBLE = ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")  # where both are set, the first is what counts
+GRACE_S = 5.0  # for the first process to end in order when another has failed
 
 
 def launch(plan: Plan, *, environment: Mapping[str, str]) -> int:
     """Run the trainer on `plan` and return its exit code; 128 + n where signal n killed it, 75 where it hung.
 
+    Of several processes (NUM_GPUS) the first leads: it gets the signals, and its end is the end of the job. Where
+    another one fails, the rest is ended, and its exit code is the job's.
     The trainer gets no secret and needs no network: everything is on local paths by now.
     """
-    with tempfile.TemporaryDirectory(prefix="kiln-") as folder:
-        path = Path(folder) / "plan.json"
+    with tempfile.TemporaryDirectory(prefix="kiln-") as name:
+        folder = Path(name)
+        path = folder / "plan.json"
         path.write_text(plan.to_json(), encoding="utf-8")
         children: list[subprocess.Popen[bytes]] = []
         early: list[int] = []
 
         def forward(number: int, _frame: FrameType | None) -> None:
-            for child in children:
+            for child in children[:1]:
                 child.send_signal(number)
             if not children:
                 early.append(number)
@@ -43,42 +57,110 @@ def launch(plan: Plan, *, environment: Mapping[str, str]) -> int:
         before = {number: signal.signal(number, forward) for number in FORWARDED}
         try:
             # A list of arguments and no shell: nothing in the plan can become a command.
-            arguments, alive = [sys.executable, "-m", "trainer", str(path)], Path(folder) / "alive"
-            child = subprocess.Popen(arguments, env={**child_environment(environment), ALIVE: str(alive)})  # noqa: S603
-            children.append(child)
+            arguments, size = [sys.executable, "-m", "trainer", str(path)], plan.engine.num_gpus
+            for rank in range(size):
+                given = child_environment(environment)
+                given |= member_environment(given, folder, rank, size=size) if size > 1 else {}
+                given |= {} if rank else {ALIVE: str(folder / "alive")}
+                children.append(subprocess.Popen(arguments, env=given))  # noqa: S603
             for number in early:
-                child.send_signal(number)
-            code = _watched(child, alive)
+                children[0].send_signal(number)
+            code, of = _watched(children, folder / "alive")
         finally:
+            for child in children:
+                child.kill()
+                child.wait()
             for number, handler in before.items():
                 signal.signal(number, handler)
-    return code if code >= 0 else 128 - code
+        if of:
+            _tell(plan, folder / f"rank-{of}", of, code)
+    return code
 
 
-def _watched(child: subprocess.Popen[bytes], alive: Path) -> int:
-    """The exit code of `child`; 75 where it had to be ended because it missed the deadline that it keeps in `alive`.
+def member_environment(environment: Mapping[str, str], folder: Path, rank: int, *, size: int) -> dict[str, str]:
+    """What tells a process that it is `rank` of `size`: one device, and how to meet the others on this machine."""
+    devices = {}
+    for name in (name for name in VISIBLE if environment.get(name) or name == VISIBLE[-1]):
+        some = [each.strip() for each in environment.get(name, "").split(",") if each.strip()]
+        devices[name] = some[rank] if rank < len(some) else str(rank)
+    threads = max(1, len(os.sched_getaffinity(0)) // size)
+    loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    # A process that waits for another is no reason to end it: whoever really hangs is found by our own watchdog.
+    patience = {"TORCH_NCCL_ENABLE_MONITORING": "0"}
+    few = {} if "OMP_NUM_THREADS" in environment else {"OMP_NUM_THREADS": str(threads)}
+    return {RANK: str(rank), TEAM: str(folder), **devices, **loopback, **patience, **few}
+
+
+def _watched(children: Sequence[subprocess.Popen[bytes]], alive: Path) -> tuple[int, int]:
+    """The exit code of the job, and which process it is of; 75 where the first one missed its deadline in `alive`.
 
     It looks after itself (trainer/watchdog.py) unless a call holds Python's lock, or the process is stopped.
     """
+    first = children[0]
     while True:
-        try:
-            return child.wait(timeout=0.5)
-        except subprocess.TimeoutExpired:
-            pass
+        for child in children:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=0.5 / len(children))
+        failed = [i for i, child in enumerate(children) if child.returncode]
+        if failed:
+            return _ended(children, failed)
+        if first.returncode == 0:
+            return 0, 0
         try:
             deadline = float(alive.read_text(encoding="ascii"))
         except (OSError, ValueError):  # not written yet
             continue
         if time.monotonic() > deadline:
             log.error("The trainer hangs, and not even its watchdog answers: it is ended. Its stacks:")
-            child.send_signal(signal.SIGUSR1)
-            child.send_signal(signal.SIGCONT)
+            for child in children:
+                child.send_signal(signal.SIGUSR1)
+                child.send_signal(signal.SIGCONT)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(timeout=2)
-            child.kill()
-            child.wait()
+                first.wait(timeout=2)
             log.error("%s [exit %d]", HangError.advice, HangError.exit_code)
-            return HangError.exit_code
+            return HangError.exit_code, 0
+
+
+def _ended(children: Sequence[subprocess.Popen[bytes]], failed: Sequence[int]) -> tuple[int, int]:
+    """The exit code of the one that is to blame, and which it is, when some have failed; the others are to end now.
+
+    They may wait for it in a call that no signal interrupts. One that ended because another did is not to blame.
+    """
+    first, deadline = children[0], time.monotonic() + GRACE_S
+
+    def to_blame() -> list[int]:
+        return [i for i, child in enumerate(children) if child.poll() not in (None, 0, PeerError.exit_code)]
+
+    if len(children) > 1 and failed[0]:
+        log.error("Process %d of %d has failed: the others are ended too.", failed[0], len(children))
+    while not to_blame() and time.monotonic() < deadline:  # it is about to end, or it would not be missed
+        time.sleep(0.05)
+    blamed = to_blame()
+    if first.poll() is None:  # its files shall be whole, and its status say that it has ended
+        first.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            first.wait(timeout=max(0.0, deadline - time.monotonic()))
+    if first.returncode == HangError.exit_code:
+        for child in children[1:]:
+            child.send_signal(signal.SIGUSR1)  # where these stand may be why
+        time.sleep(0.5 if len(children) > 1 else 0)
+    return (_code(children[blamed[0]]), blamed[0]) if blamed else (KilnError.exit_code, 0)
+
+
+def _code(child: subprocess.Popen[bytes]) -> int:
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode
+
+
+def _tell(plan: Plan, folder: Path, rank: int, code: int) -> None:
+    """Let status.json have the reason of a process that is not the first, which alone writes there."""
+    how = f"was killed by {signal.Signals(code - 128).name}" if code > 128 else f"ended with exit code {code}"
+    message = (files.read_json(folder / "status.json") or {}).get("message")
+    message = message or f"Process {rank} of {plan.engine.num_gpus} {how}."
+    log.error("%s [exit %d]", message, code)
+    status = Path(plan.output.path) / "status.json"
+    with contextlib.suppress(StorageError):
+        ended = {"phase": "failed", "exit_code": code, "message": message}
+        files.write_text(status, json.dumps((files.read_json(status) or {}) | ended, indent=2) + "\n")
 
 
 def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -86,7 +168,9 @@ def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
     from entrypoint.variables import NAMES
 
     settings = {*NAMES} - {"HF_HOME"}
-    kept = {k: v for k, v in environment.items() if k not in settings and not any(w in k.upper() for w in SECRET)}
+    left_out = {*settings, *RANKS}
+    kept = {k: v for k, v in environment.items() if k not in left_out and not k.startswith(LAUNCHERS)}
+    kept = {k: v for k, v in kept.items() if not any(word in k.upper() for word in SECRET)}
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(p for p in (root, environment.get("PYTHONPATH", "")) if p)
     ours = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}

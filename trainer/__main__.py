@@ -14,6 +14,7 @@ from trainer.plan import Plan
 from trainer.stop import StopFlag
 
 log = logging.getLogger("trainer")
+RANK = "KILN_RANK"  # as in trainer/parallel.py, which imports torch
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
@@ -22,11 +23,12 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print("usage: python -m trainer plan.json", file=sys.stderr)  # noqa: T201
         return 64
-    stop = StopFlag()
-    stop.listen()
+    stop, number = StopFlag(), int(os.environ.get(RANK, "0"))
+    (stop.ignore if number else stop.listen)()
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)  # the entrypoint asks where a job that hangs stands
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    of, level = (f"[process {number}] ", logging.WARNING) if number else ("", logging.INFO)
+    logging.basicConfig(format=f"%(asctime)s %(levelname)s {of}%(message)s", datefmt="%H:%M:%S", level=level)
     os.environ.update(QUIET)
     for chatty in ("torchao", "torch.utils._pytree", "bitsandbytes", "PIL"):
         logging.getLogger(chatty).setLevel(logging.ERROR)

@@ -67,6 +67,13 @@ class HangError(KilnError):
     advice = "Start the same job again: it resumes by itself. Where each thread stood is in hang.txt."
 
 
+class PeerError(KilnError):
+    """Another process of the same job has ended. The entrypoint takes that one's exit code, and never this."""
+
+    exit_code = 76
+    advice = "The other process says why it ended."
+
+
 class CrashLoopError(KilnError):
     """The same job has failed at the same place again and again."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ import torch
 from trainer import objective
 from trainer.errors import NumbersError, OutOfMemoryError
 from trainer.guard import Guard, cause
+from trainer.parallel import Team
 from trainer.replay import Direct
 
 log = logging.getLogger(__name__)
@@ -115,30 +117,35 @@ def train(
     first_step: int,
     loss_scale: float = 1.0,
     runner: Direct | None = None,
+    team: Team | None = None,
 ) -> Iterator[Step]:
     """One optimiser step for each group of micro-batches; yields after each.
 
-    `groups`: (epoch, micro-batches); the group's gradient is the mean over its pictures, whatever the sizes of its
-    micro-batches. `runner` runs them. Backward passes are `loss_scale` times as large as the gradient, for formats that
-    would lose small numbers. A step to whose numbers `guard` objects leaves the weights as they are. Raises
-    NumbersError when that was once too often, and OutOfMemoryError where not even one picture fits.
+    `groups`: (epoch, micro-batches); the gradient is the mean over the pictures of a group, whatever the sizes of its
+    micro-batches, and of all groups of that step in `team`: of the step's micro-batches each process has every so
+    manieth. `runner` runs them. Backward passes are `loss_scale` times as large as the gradient, for formats that would
+    lose small numbers. A step to whose numbers `guard` objects leaves the weights as they are. Raises NumbersError when
+    that was once too often, and OutOfMemoryError where not even one picture fits.
     """
-    runner = runner or Direct(params)
-    backward = _Backward(predict, goal, torch.Generator(device), seed, loss_scale, runner)
+    runner, team = runner or Direct(params), team or Team()
+    backward = _Backward(predict, goal, torch.Generator(device), seed, loss_scale, runner, team.rank, team.size)
     for number, (epoch, group) in enumerate(groups, first_step):
         each_B = backward(group, number)
         if loss_scale != 1:
             torch._foreach_div_([p.grad for p in params if p.grad is not None], loss_scale)
-        norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm or float("inf"))
-        loss, norm = torch.stack([torch.cat(each_B).mean(), norm]).tolist()  # the step's one wait for the device
+        said_3 = team.mean(params, each_B, runner.flat)
+        clipped = torch.nn.utils.clip_grad_norm_(params, max_grad_norm or float("inf"))
+        loss, images, norm = team.heard(said_3, clipped)  # the step's one wait for the device
         objection = guard.objection(loss, norm)
         if objection is None:
             optimizer.step()
         else:
-            _skip(number, group, each_B, guard=guard, params=params, objection=objection)
+            lost = [x for each in each_B for x in each.tolist()]
+            elsewhere = team.size > 1 and not math.isfinite(loss) and all(map(math.isfinite, lost))
+            _skip(number, group, None if elsewhere else lost, guard=guard, params=params, objection=objection)
         schedule.step()
         runner.clear()
-        yield Step(number, epoch, sum(len(b.names) for b in group), loss, norm, skipped=objection is not None)
+        yield Step(number, epoch, images, loss, norm, skipped=objection is not None)
 
 
 @dataclass
@@ -151,6 +158,8 @@ class _Backward:
     seed: int
     loss_scale: float
     runner: Direct
+    rank: int = 0  # in the step, the first of these micro-batches has this number
+    apart: int = 1  # and those that follow are so far from each other
     at_once: int | None = None  # pictures; None: whole micro-batches
 
     def __call__(self, group: list[MicroBatch], number: int) -> list[torch.Tensor]:
@@ -181,7 +190,7 @@ class _Backward:
         found = []
         for i, batch in enumerate(group):
             here = batch.to(str(self.generator.device))
-            seeded(self.generator, self.seed, number, i)
+            seeded(self.generator, self.seed, number, self.rank + i * self.apart)
             drawn = self.goal.draw(latents(here.moments_B2CHW, self.generator), self.generator)
             count = len(batch.names)
             size, parts = self.at_once or count, []
@@ -224,20 +233,25 @@ def _named(prefix: str, of: objective.Drawn | MicroBatch) -> dict[str, torch.Ten
 def _skip(
     number: int,
     group: list[MicroBatch],
-    each_B: list[torch.Tensor],
+    lost: list[float] | None,
     *,
     guard: Guard,
     params: Sequence[torch.nn.Parameter],
     objection: str,
 ) -> None:
-    """Say what is wrong with a step and count it; raises NumbersError when that was once too often."""
+    """Say what is wrong with a step and count it; raises NumbersError when that was once too often.
+
+    `lost`: the loss of each picture; None: those of another process are the reason.
+    """
     names = [name for batch in group for name in batch.names]
     inputs = [
         (name, [batch.moments_B2CHW[i], *(v[i] for v in batch.text.values())])
         for batch in group
         for i, name in enumerate(batch.names)
     ]
-    why = cause(inputs, list(zip(names, torch.cat(each_B).tolist(), strict=True)), params)
+    why = "a picture of another process, which tells of it"
+    if lost is not None:
+        why = cause(inputs, list(zip(names, lost, strict=True)), params)
     told = f"Step {number} is skipped: {objection}. Pictures: {', '.join(names)}. Most likely {why}."
     if not guard.skip():
         raise NumbersError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from urllib.parse import urlsplit, urlunsplit
 from trainer.errors import SettingsError
 
 VERSION = 2
+SPREAD = ("engine.num_gpus", "train.gradient_accumulation")  # of an essence: their product is the batches of a step
 VARIANTS = 8  # crops and colours of a picture, and likewise wordings of its caption, where these vary
 T = TypeVar("T")
 
@@ -180,6 +182,7 @@ class TrainPlan:
 @dataclass(frozen=True)
 class EnginePlan:
     device: str = "cpu"  # a torch device type
+    num_gpus: int = 1  # processes that train together, each on a device of its own
     precision: str = "fp32"  # an entry of trainer.precision
     dtype: str = "float32"  # torch's name of what activations are computed in
     recompute: str = neutral("none")  # a key of trainer.recompute.POLICIES: what the backward pass computes again
@@ -259,6 +262,13 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{k}: {old.get(k, 'absent')} → {new.get(k, 'absent')}" for k in keys if old.get(k) != new.get(k)]
 
 
+def changes(begun: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The differences for which a run cannot be gone on with: none, if a step has as many batches on other GPUs."""
+    begun = dict.fromkeys(SPREAD, 1) | begun
+    batches = [math.prod(int(essence[key]) for key in SPREAD) for essence in (begun, now)]
+    return differences(begun | {key: now[key] for key in SPREAD} if batches[0] == batches[1] else begun, now)
+
+
 def goes_on(plan: Plan, begun: dict[str, Any], *, step: int, own: bool) -> bool:
     """Whether a run that was begun as `begun` (an essence) is gone on with; False: with its weights alone.
 
@@ -266,11 +276,12 @@ def goes_on(plan: Plan, begun: dict[str, Any], *, step: int, own: bool) -> bool:
     another and PARAMS_RESUME_FROM does not ask for weights alone.
     """
     asked = plan.lora.resume_from
-    changed = differences(begun if own else {**begun, "lora.resume_from": asked}, plan.essence())
+    changed = changes(begun if own else {**begun, "lora.resume_from": asked}, plan.essence())
     if not changed:
         return True
     if own and asked and Path(asked).is_file() and begun.get("lora.resume_from") != asked:
         return False
+    gpus = any(line.startswith(SPREAD) for line in changed)
     holder, elsewhere = (
         (f"OUTPUT_PATH={plan.output.path}", "choose another OUTPUT_PATH; or ")
         if own
@@ -279,6 +290,7 @@ def goes_on(plan: Plan, begun: dict[str, Any], *, step: int, own: bool) -> bool:
     raise SettingsError(
         f"{holder} holds a run of another plan, at step {step}. What differs (then → now):\n  "
         + "\n  ".join(changed)
+        + ("\nNUM_GPUS times PARAMS_GRADIENT_ACCUMULATION must stay the same." if gpus else "")
         + f"\nPut it back to resume; or {elsewhere}set PARAMS_RESUME_FROM to a LoRA file of that run to go on from its "
         "weights alone."
     )

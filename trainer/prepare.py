@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,16 +16,18 @@ from typing import Any
 import torch
 
 from trainer import cache as caching
-from trainer import files, stream
+from trainer import checkpoint, files, stream
 from trainer.cache import Cache
 from trainer.dataset import WARNING, Scan, survey
 from trainer.engine import torch_dtype
-from trainer.errors import DataError
-from trainer.families import Family
+from trainer.errors import DataError, SettingsError
+from trainer.families import Family, family
 from trainer.loop import MicroBatch
 from trainer.memory import AT_ONCE
-from trainer.order import Batch, Example, Order
-from trainer.plan import DataPlan, EnginePlan, Prompt
+from trainer.metrics import Status
+from trainer.objective import Objective, make_objective
+from trainer.order import Batch, Example, Order, fingerprint, fingerprint_differences
+from trainer.plan import DataPlan, EnginePlan, Plan, Prompt
 
 log = logging.getLogger(__name__)
 CAPTIONS = 16  # encoded at once
@@ -135,6 +139,81 @@ def release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What training begins with."""
+
+    plan: Plan
+    found: Scan
+    order: Order
+    cache: Cache
+    state: checkpoint.State | None
+
+    @property
+    def goal(self) -> Objective:
+        objective, scheduler = family(self.plan.model.family).FACTS.objective, Path(self.plan.model.path) / "scheduler"
+        return make_objective(objective, self.plan.train, scheduler=scheduler, device=self.plan.engine.device)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        a_step = self.plan.train.gradient_accumulation * self.plan.engine.num_gpus
+        return math.ceil(self.order.batches_per_epoch / a_step)
+
+    @property
+    def total(self) -> int:
+        return self.plan.train.max_steps or self.plan.train.max_epochs * self.steps_per_epoch
+
+
+def order_of(plan: Plan, found: Scan) -> Order:
+    return Order(
+        found.pictures,
+        plan.data,
+        seed=plan.train.seed,
+        caption_dropout_rate=plan.train.caption_dropout_rate,
+        prior_loss_weight=plan.train.prior_loss_weight,
+    )
+
+
+def ready(plan: Plan, out: Path, *, status: Status, state: checkpoint.State | None, tick: Callable[[], None]) -> Ready:
+    """Look at the pictures, and encode them and their captions."""
+    kind, model = family(plan.model.family), Path(plan.model.path)
+    status.phase("reading the dataset")
+    found = scanned(plan.data, report=out / "dataset-report.txt")
+    order = order_of(plan, found)
+    _same_data(state, found)
+    for line in order.describe():
+        log.info("%s", line)
+    cache = open_cache(Path(plan.output.cache), model, precision=plan.engine.dtype)
+    made = Ready(plan, found, order, cache, state)
+    log.info("%d optimiser steps, %d an epoch.", made.total, made.steps_per_epoch)
+    if order.batches_per_epoch < plan.engine.num_gpus:
+        log.warning(
+            "An epoch has %d batches: of NUM_GPUS=%d some do nothing.", order.batches_per_epoch, plan.engine.num_gpus
+        )
+    status.phase("encoding")
+    _fill_cache(made, kind=kind, model=model, tick=tick)
+    return made
+
+
+def _same_data(state: checkpoint.State | None, found: Scan) -> None:
+    if state is None:
+        return
+    changed = fingerprint_differences(state.tree["data"], fingerprint(found.pictures))
+    if changed:
+        raise SettingsError(
+            "The dataset is not the one that this run began with:\n  " + "\n  ".join(changed) + "\nPut it back to "
+            "resume; or choose another OUTPUT_PATH; or set PARAMS_RESUME_FROM to a LoRA file to go on from its weights."
+        )
+
+
+def _fill_cache(ready: Ready, *, kind: Family, model: Path, tick: Callable[[], None]) -> None:
+    # Of the engine's formats, the encoders take the type of activations alone: the others are the denoiser's.
+    plan, order, cache = ready.plan, ready.order, ready.cache
+    captions = [*order.every_caption(), *prompt_texts(plan.prompts)]
+    fill_texts(cache, captions, family=kind, model=model, engine=plan.engine, tick=tick)
+    fill_images(cache, order, family=kind, model=model, engine=plan.engine, tick=tick)
 
 
 def micro_batch(cache: Cache, batch: Batch) -> MicroBatch:

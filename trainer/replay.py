@@ -30,6 +30,8 @@ class _Recorded:
 class Direct:
     """The gradient of some work's loss is added to the parameters'; nothing is recorded."""
 
+    flat: torch.Tensor | None = None  # that all gradients are views of, if they are
+
     def __init__(self, params: Sequence[torch.nn.Parameter]) -> None:
         self.params = list(params)
 
@@ -47,8 +49,10 @@ class Direct:
         """Give back the memory that is held between two pieces of work."""
 
 
-class Replayed(Direct):
-    """The same from recordings, whose memory is one pool. Gradients are views of one tensor."""
+class Flat(Direct):
+    """The same, with gradients that stay where they are, as views of one tensor: what has none has zeros."""
+
+    flat: torch.Tensor
 
     def __init__(self, params: Sequence[torch.nn.Parameter]) -> None:
         super().__init__(params)
@@ -57,15 +61,29 @@ class Replayed(Direct):
             flat.view_as(p)
             for flat, p in zip(self.flat.split([p.numel() for p in self.params]), self.params, strict=True)
         ]
-        self.recorded: dict[tuple[object, ...], _Recorded | None] = {}  # None: does not fit in memory
-        self.stream = torch.cuda.Stream()
-        self.pool = torch.cuda.graph_pool_handle()
         self.clear()
 
     def clear(self) -> None:
         self.flat.zero_()
         for p, grad in zip(self.params, self.grads, strict=True):
             p.grad = grad
+
+    def __call__(self, work: Work, inputs: Tensors) -> torch.Tensor:
+        told, loss = work(inputs)
+        found = torch.autograd.grad(loss, self.params, allow_unused=True)
+        pairs = [(whole, part) for whole, part in zip(self.grads, found, strict=True) if part is not None]
+        torch._foreach_add_([whole for whole, _ in pairs], [part for _, part in pairs])
+        return told.detach()
+
+
+class Replayed(Flat):
+    """The same from recordings, whose memory is one pool."""
+
+    def __init__(self, params: Sequence[torch.nn.Parameter]) -> None:
+        super().__init__(params)
+        self.recorded: dict[tuple[object, ...], _Recorded | None] = {}  # None: does not fit in memory
+        self.stream = torch.cuda.Stream()
+        self.pool = torch.cuda.graph_pool_handle()
 
     def drop(self) -> None:
         if self.recorded:
@@ -81,18 +99,11 @@ class Replayed(Direct):
             self.recorded[key] = self._record(work, inputs)
         found = self.recorded[key]
         if found is None:
-            return self._added(work, inputs)
+            return super().__call__(work, inputs)
         for name, tensor in inputs.items():
             found.inputs[name].copy_(tensor)
         found.graph.replay()
         return found.told.clone()
-
-    def _added(self, work: Work, inputs: Tensors) -> torch.Tensor:
-        told, loss = work(inputs)
-        found = torch.autograd.grad(loss, self.params, allow_unused=True)
-        pairs = [(whole, part) for whole, part in zip(self.grads, found, strict=True) if part is not None]
-        torch._foreach_add_([whole for whole, _ in pairs], [part for _, part in pairs])
-        return told.detach()
 
     def _record(self, work: Work, inputs: Tensors) -> _Recorded | None:
         """Run it once, for what is compiled or allocated by the first run alone, then record it; nothing is changed."""
@@ -102,12 +113,12 @@ class Replayed(Direct):
         self.stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(self.stream):
-                self._added(work, own)
+                super().__call__(work, own)
             torch.cuda.synchronize()
             torch.cuda.empty_cache()  # what the first run took, the recording takes from its own pool
             # Other threads, which write checkpoints, may allocate meanwhile.
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-                told = self._added(work, own)
+                told = super().__call__(work, own)
         except torch.OutOfMemoryError:
             log.warning("There is no memory to record a step of this size: it is launched kernel by kernel.")
             return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 import os
 import sys
 import time
@@ -16,9 +15,8 @@ from typing import Any
 
 import torch
 
-from trainer import checkpoint, class_pictures, files, formats, lora, optim, prepare, text_encoders
+from trainer import checkpoint, class_pictures, files, formats, lora, optim, parallel, prepare, text_encoders
 from trainer.assemble import assembled
-from trainer.cache import Cache
 from trainer.class_pictures import Wanted
 from trainer.crashes import Crashes
 from trainer.dataset import Scan
@@ -29,14 +27,14 @@ from trainer.guard import Guard
 from trainer.lock import locked
 from trainer.loop import Ema
 from trainer.metrics import Status
-from trainer.objective import make_objective, scheduler_changes
-from trainer.order import Order, fingerprint, fingerprint_differences
+from trainer.objective import scheduler_changes
+from trainer.parallel import Prepared, Team
 from trainer.plan import Plan, Prompt, goes_on
 from trainer.session import Session
 from trainer.stop import StopFlag
 from trainer.text_encoders import TextEncoders
 from trainer.trainee import Trainee
-from trainer.watchdog import ALIVE, Watchdog
+from trainer.watchdog import ALIVE, OTHER_S, Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +44,10 @@ def run(plan: Plan, stop: StopFlag) -> None:
 
     Raises the errors of `trainer.errors`; StopRequestedError after a signal, with the state saved.
     """
-    out = Path(plan.output.path)
+    out, team = Path(plan.output.path), parallel.team(plan.engine.num_gpus, os.environ, stop)
+    if not team.first:
+        _follow(plan, stop, out, team=team)
+        return
     dog = Watchdog(plan.engine.step_timeout_s, alive=Path(os.environ[ALIVE]) if ALIVE in os.environ else None)
     with locked(out), _log_file(out / "run.log"), _told(Status(out)) as status:
         crashes = Crashes(out, plan, step=lambda: status.step)
@@ -58,17 +59,43 @@ def run(plan: Plan, stop: StopFlag) -> None:
 
         with dog.watching(out, hung), crashes.counted(), _named(out):
             files.sweep(out)
-            _whole(plan, stop, out, status=status, dog=dog)
+            _whole(plan, stop, out, status=status, dog=dog, team=team)
 
 
-def _whole(plan: Plan, stop: StopFlag, out: Path, *, status: Status, dog: Watchdog) -> None:
+def _follow(plan: Plan, stop: StopFlag, out: Path, *, team: Team) -> None:
+    """The job of another process than the first: to train on what that one has prepared.
+
+    It keeps a status of its own, in the folder that goes with the job. Its watchdog is patient: the first process's
+    ends the job when any of them stands still.
+    """
+    dog = Watchdog(0.0 if plan.engine.step_timeout_s == 0 else OTHER_S)
+    given = team.prepared(dog.beat)
+    with _log_file(out / "run.log", f"[process {team.rank}] "), _told(Status(team.own_folder)) as status:
+        crashes = Crashes(out, plan, step=lambda: status.step)
+
+        def hung(problem: HangError) -> None:
+            status.ended(problem)
+
+        with dog.watching(team.own_folder, hung), crashes.counted(), _named(out):
+            plan, found = given.plan, Scan(given.pictures, (), ())
+            _limit_memory(plan.engine.device, plan.engine.memory_limit_gib)
+            order, model = prepare.order_of(plan, found), Path(plan.model.path)
+            cache = prepare.open_cache(Path(plan.output.cache), model, precision=plan.engine.dtype)
+            state = checkpoint.read(given.state) if given.state else None
+            ready = prepare.Ready(plan, found, order, cache, state)
+            _train(ready, stop, team.own_folder, status=status, dog=dog, team=team)
+
+
+def _whole(plan: Plan, stop: StopFlag, out: Path, *, status: Status, dog: Watchdog, team: Team) -> None:
     state = _resumable(plan, out)
     files.write_text(out / "plan.json", plan.to_json())
     _limit_memory(plan.engine.device, plan.engine.memory_limit_gib)
     whole = str(assembled(plan.model, Path(plan.output.cache)))
     plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, path=whole))
     plan = _with_class_pictures(plan, status=status, tick=lambda: _tick(dog, stop))
-    _run(plan, stop, out, status=status, state=state, dog=dog)
+    ready = prepare.ready(plan, out, status=status, state=state, tick=lambda: _tick(dog, stop))
+    team.hand_over(Prepared(plan, state.folder if state else None, ready.found.pictures))
+    _train(ready, stop, out, status=status, dog=dog, team=team)
 
 
 def _tick(dog: Watchdog, stop: StopFlag) -> None:
@@ -142,9 +169,9 @@ class _Quiet(logging.FileHandler):
 
 
 @contextlib.contextmanager
-def _log_file(path: Path) -> Iterator[None]:
+def _log_file(path: Path, of: str = "") -> Iterator[None]:
     handler = _Quiet(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {of}%(message)s"))
     logging.getLogger().addHandler(handler)
     try:
         yield
@@ -154,33 +181,12 @@ def _log_file(path: Path) -> Iterator[None]:
             handler.close()
 
 
-def _run(
-    plan: Plan, stop: StopFlag, out: Path, *, status: Status, state: checkpoint.State | None, dog: Watchdog
-) -> None:
-    kind, model = family(plan.model.family), Path(plan.model.path)
-    goal = make_objective(kind.FACTS.objective, plan.train, scheduler=model / "scheduler", device=plan.engine.device)
-    status.phase("reading the dataset")
-    found = prepare.scanned(plan.data, report=out / "dataset-report.txt")
-    order = Order(
-        found.pictures,
-        plan.data,
-        seed=plan.train.seed,
-        caption_dropout_rate=plan.train.caption_dropout_rate,
-        prior_loss_weight=plan.train.prior_loss_weight,
-    )
-    _same_data(state, found)
-    steps_per_epoch = math.ceil(order.batches_per_epoch / plan.train.gradient_accumulation)
-    total = plan.train.max_steps or plan.train.max_epochs * steps_per_epoch
-    for line in order.describe():
-        log.info("%s", line)
-    log.info("%d optimiser steps, %d an epoch.", total, steps_per_epoch)
-
-    status.phase("encoding")
-    cache = _filled_cache(plan, order, kind=kind, model=model, tick=lambda: _tick(dog, stop))
-
+def _train(ready: prepare.Ready, stop: StopFlag, out: Path, *, status: Status, dog: Watchdog, team: Team) -> None:
+    plan, kind, total = ready.plan, family(ready.plan.model.family), ready.total
     status.phase("loading the model")
     started = time.monotonic()
-    trainee = _trainee(plan, kind, model=model, total=total)
+    team.join(plan.engine.device)
+    trainee = _trainee(plan, kind, model=Path(plan.model.path), total=total)
     log.info("Loaded the model and put %s on it in %.1f s.", _size(trainee), time.monotonic() - started)
     _tick(dog, stop)
     session = Session(
@@ -189,20 +195,22 @@ def _run(
         out,
         stop,
         engine=Engine(trainee.denoiser, kind.regions(trainee.denoiser), plan.engine, trainee.stream),
-        goal=goal,
+        goal=ready.goal,
         trainee=trainee,
-        order=order,
-        cache=cache,
-        found=found,
+        order=ready.order,
+        cache=ready.cache,
+        found=ready.found,
         total=total,
-        steps_per_epoch=steps_per_epoch,
+        steps_per_epoch=ready.steps_per_epoch,
         dog=dog,
+        team=team,
     )
     session.rehearse()
-    if state is not None:
-        trainee.restore(state.tree)
-        log.info("Resumed at step %d of %d.", state.step, total)
-    session.train(status, first=state.step if state else 0)
+    if ready.state is not None:
+        trainee.restore(ready.state.tree)
+        log.info("Resumed at step %d of %d.", ready.state.step, total)
+    team.check_same(trainee.params)
+    session.train(status, first=ready.state.step if ready.state else 0)
     status.update({"output": f"{plan.output.name}.safetensors"})
 
 
@@ -229,7 +237,7 @@ def _resumable(plan: Plan, out: Path) -> checkpoint.State | None:
         except ValueError as problem:
             raise SettingsError(f"PARAMS_RESUME_FROM {asked} is not a whole state: {problem}.") from problem
     if state is None or goes_on(plan, state.tree["essence"], step=state.step, own=own):
-        _say_what_made(state)
+        _say_what_made(state, plan.engine.num_gpus)
         return state
     aside = out / f"state.before-{int(time.time())}"
     (out / "state").rename(aside)
@@ -237,32 +245,14 @@ def _resumable(plan: Plan, out: Path) -> checkpoint.State | None:
     return None
 
 
-def _say_what_made(state: checkpoint.State | None) -> None:
+def _say_what_made(state: checkpoint.State | None, num_gpus: int) -> None:
     """Other software or another device may go on, but the log shall tell why the bytes are not the same."""
-    now = checkpoint.made_by()
-    for key, then in (state.tree["made_by"] if state else {}).items():
-        if then != now[key]:
-            log.warning("The state was made with %s %s, and this is %s: bit-identity ends here.", key, then, now[key])
-
-
-def _same_data(state: checkpoint.State | None, found: Scan) -> None:
     if state is None:
         return
-    changed = fingerprint_differences(state.tree["data"], fingerprint(found.pictures))
-    if changed:
-        raise SettingsError(
-            "The dataset is not the one that this run began with:\n  " + "\n  ".join(changed) + "\nPut it back to "
-            "resume; or choose another OUTPUT_PATH; or set PARAMS_RESUME_FROM to a LoRA file to go on from its weights."
-        )
-
-
-def _filled_cache(plan: Plan, order: Order, *, kind: Family, model: Path, tick: Callable[[], None]) -> Cache:
-    # Of the engine's formats, the encoders take the type of activations alone: the others are the denoiser's.
-    cache = prepare.open_cache(Path(plan.output.cache), model, precision=plan.engine.dtype)
-    captions = [*order.every_caption(), *prepare.prompt_texts(plan.prompts)]
-    prepare.fill_texts(cache, captions, family=kind, model=model, engine=plan.engine, tick=tick)
-    prepare.fill_images(cache, order, family=kind, model=model, engine=plan.engine, tick=tick)
-    return cache
+    now = {**checkpoint.made_by(), "NUM_GPUS": num_gpus}
+    for key, then in {**state.tree["made_by"], "NUM_GPUS": state.tree["essence"].get("engine.num_gpus", 1)}.items():
+        if then != now[key]:
+            log.warning("The state was made with %s %s, and this is %s: bit-identity ends here.", key, then, now[key])
 
 
 def _trainee(plan: Plan, kind: Family, *, model: Path, total: int) -> Trainee:

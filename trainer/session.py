@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from trainer.loop import MicroBatch, latents, losses, prefetched, seeded, train,
 from trainer.metrics import Metrics, Status
 from trainer.objective import Objective, scheduler_changes
 from trainer.order import Order, fingerprint
+from trainer.parallel import Team
 from trainer.plan import Plan, Prompt
 from trainer.replay import Direct, Replayed
 from trainer.snapshot import Background, Snapshots
@@ -64,6 +65,7 @@ class Session:
     total: int
     steps_per_epoch: int
     dog: Watchdog
+    team: Team
 
     def __post_init__(self) -> None:
         self.snapshots = Snapshots(self.trainee.optimizer, self.plan.engine.device)
@@ -91,7 +93,7 @@ class Session:
         largest = max(self.order.epoch(0), key=lambda b: (len(b) * math.prod(b[0].view.size), len(b)))
         what = f"The largest batch ({len(largest)} pictures of {largest[0].view.size}) does not fit in memory."
         started, batch = time.monotonic(), prepare.micro_batch(self.cache, largest)
-        while not self._rehearsed(batch):
+        while not self.team.all(self._rehearsed(batch)):
             prepare.release()
             self.engine.lower(what)
         if self.plan.engine.device == "cuda":
@@ -106,7 +108,8 @@ class Session:
         generator = seeded(torch.Generator(device), self.plan.train.seed)
         try:
             state = self.trainee.first_state()  # the optimiser's tensors are there in every step but the first
-            self.snapshots.take((self._modules(), state))
+            if self.team.first:  # the one that saves
+                self.snapshots.take((self._modules(), state))
             losses(self.predict, self.goal, batch.to(device), generator=generator).mean().backward()
         except torch.OutOfMemoryError:
             return False
@@ -117,11 +120,14 @@ class Session:
         return True
 
     def train(self, status: Status, *, first: int) -> None:
-        """All steps after `first`, with what is to be done between them; then the final LoRA."""
+        """All steps after `first`, with what is to be done between them; then the final LoRA.
+
+        Of several processes the first alone validates, saves, draws and exports.
+        """
         plan, metrics = self.plan, Metrics(self.out, status, total_steps=self.total, first_step=first)
         with contextlib.closing(metrics), contextlib.closing(self.background):
             if plan.output.sample_every and first % plan.output.sample_every == 0:
-                self.sample(first, status=status, metrics=metrics)
+                self._alone(partial(self.sample, first, status=status, metrics=metrics))
             status.phase("training")
             if self.plan.engine.replay and self.engine.offload is None and not self.trainee.texts.models:
                 self.runner = Replayed(self.trainee.params)
@@ -139,24 +145,30 @@ class Session:
                 first_step=first + 1,
                 loss_scale=LOSS_SCALE.get(plan.engine.dtype, 1.0),
                 runner=self.runner,
+                team=self.team,
             ):
                 if self.trainee.ema and not step.skipped:
                     self.trainee.ema.update(self.trainee.params)
                 metrics.step(step, learning_rate=optim.step_size(self.trainee.optimizer), compiled=self.engine.graphs)
                 if due(step.number, plan.output.validate_every, self.total):
-                    self.validate(step.number, metrics=metrics)
-                if due(step.number, plan.output.save_every, self.total) or self.stop.requested:
+                    self._alone(partial(self.validate, step.number, metrics=metrics))
+                if due(step.number, plan.output.save_every, self.total) or self.team.stopping:
                     self.save(step.number, step.epoch)
                 if due(step.number, plan.output.sample_every, self.total) and step.number < self.total:
-                    self.sample(step.number, status=status, metrics=metrics)
+                    self._alone(partial(self.sample, step.number, status=status, metrics=metrics))
                     status.phase("training")
-                if self.stop.requested and step.number < self.total:
+                if self.team.stopping and step.number < self.total:
+                    self.team.leave()
                     self.background.join()
                     self.stop.check()
+                    return  # the first process has told why
                 self.background.check()
                 self.dog.step()
             self.dog.beat()
+            self.team.leave()
             self.background.join()
+            if not self.team.first:
+                return
             status.phase("exporting")
             final = self.export(plan.output.name, step=self.total, epoch=math.ceil(self.total / self.steps_per_epoch))
             if plan.output.sample_every:
@@ -167,14 +179,17 @@ class Session:
             )
         log.info("Done: %s", final)
 
+    def _alone(self, work: Callable[[], None]) -> None:
+        self.team.alone(work, self.dog.beat)
+
     def groups(self, first: int) -> Iterator[tuple[int, list[MicroBatch]]]:
-        """The epoch (from 1) and the micro-batches of each step after `first`."""
-        size, left = self.plan.train.gradient_accumulation, self.total - first
+        """The epoch (from 1) and this process's micro-batches of each step after `first`."""
+        size, left = self.plan.train.gradient_accumulation * self.team.size, self.total - first
         epoch, begin = divmod(first, self.steps_per_epoch)
         while left > 0:
             batches = self.order.epoch(epoch)
             for index in range(begin, min(begin + left, self.steps_per_epoch)):
-                some = batches[index * size : (index + 1) * size]
+                some = batches[index * size : (index + 1) * size][self.team.rank :: self.team.size]
                 yield epoch + 1, [prepare.micro_batch(self.cache, batch) for batch in some]
                 left -= 1
             epoch, begin = epoch + 1, 0
@@ -227,6 +242,9 @@ class Session:
 
     def save(self, step: int, epoch: int) -> None:
         """Begin to write the LoRA file and the state of `step`; training goes on meanwhile."""
+        self.team.check_same(self.trainee.params)
+        if not self.team.first:
+            return
         started = time.monotonic()
         self.background.join()  # of the save before, whose buffers these are; only a slow volume lets it wait
         waited = time.monotonic() - started

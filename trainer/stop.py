@@ -27,6 +27,11 @@ class StopFlag:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
+    def ignore(self) -> None:
+        """Leave signals to the process that leads this one, also the terminal's and those to a whole group."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+
     def _received(self, number: int, _frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM

@@ -46,6 +46,15 @@ def test_peers_are_measured_beside_ours(capsys):
     assert found == ["bf16 eager", "bf16 compiled", "torchao compiled", "fp8+all+eager"]
 
 
+@pytest.mark.slow
+def test_several_processes_are_measured_against_one(capsys):
+    given = ["--family", "flux", "--small", "--what", "bf16+all+eager", "--batch", "1", "2", "--gpus", "1", "2"]
+    assert main(["gpus", *given, "--steps", "2"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [(row["gpus"], row["batch"]) for row in rows] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert all(row["of_linear"] == 1 for row in rows[:2]) and all(row["of_linear"] > 0 for row in rows)
+
+
 def test_an_unknown_measurement_is_told_what_there_is(capsys):
     assert main(["speed"]) == 64
     assert "step" in capsys.readouterr().err

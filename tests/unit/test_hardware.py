@@ -91,6 +91,14 @@ def test_hidden_gpus_do_not_count(root, visible, count):
 
 
 @pytest.mark.parametrize(
+    ("visible", "count"), [({"HIP_VISIBLE_DEVICES": "1"}, 1), ({"CUDA_VISIBLE_DEVICES": "0,1"}, 2), ({}, 2)]
+)
+def test_hidden_gpus_of_the_other_vendor_do_not_count(root, visible, count):
+    nodes(root)
+    assert detect(run=missing, root=root, environ=visible).count == count
+
+
+@pytest.mark.parametrize(
     "answer", [answering("No devices were found\n", 6), answering(""), answering("what?\n"), missing]
 )
 def test_a_driver_without_gpus_is_none(root, answer):

@@ -61,6 +61,45 @@ def dataset(**options: Any) -> Dataset:
 # ---- the whole
 
 
+def test_a_limit_of_a_steps_time_gets_to_the_trainer():
+    assert plan(PARAMS_STEP_TIMEOUT="7").engine.step_timeout_s == 7.0 and plan().engine.step_timeout_s is None
+
+
+# ---- several GPUs
+
+FOUR_GPUS = dataclasses.replace(LARGE_GPU, count=4)
+
+
+@pytest.mark.parametrize(
+    ("on", "asked", "model", "count"),
+    [
+        (LARGE_GPU, "auto", FULL, 1),
+        (FOUR_GPUS, "auto", FULL, 4),
+        (FOUR_GPUS, "auto", MINI, 1),
+        (FOUR_GPUS, "3", FULL, 3),
+        (FOUR_GPUS, "2", MINI, 2),
+        (CPU, "auto", MINI, 1),
+        (CPU, "2", MINI, 2),
+    ],
+)
+def test_a_full_size_model_takes_all_gpus_and_any_model_as_many_as_are_asked_for(on, asked, model, count):
+    made = plan(on=on, BASE_MODEL=model, NUM_GPUS=asked)
+    assert made.engine.num_gpus == count
+    assert any(reason.startswith("NUM_GPUS:") for reason in made.reasons) == (asked == "auto" and on is FOUR_GPUS)
+
+
+@pytest.mark.parametrize(("on", "asked"), [(LARGE_GPU, "2"), (FOUR_GPUS, "5")])
+def test_more_gpus_than_there_are_is_refused(on, asked):
+    assert f"NUM_GPUS={asked}: there are not so many here, only {on}. Allowed: auto, 1 to {on.count}." in refusal(
+        on=on, NUM_GPUS=asked
+    )
+
+
+def test_the_hosts_memory_is_divided_among_the_gpus():
+    one, four = (plan(on=FOUR_GPUS, BASE_MODEL=FULL, NUM_GPUS=n).engine.host_gib for n in "14")
+    assert one == 4 * four > 0
+
+
 def test_a_plan_survives_json():
     made = plan()
     assert Plan.from_json(made.to_json()) == made

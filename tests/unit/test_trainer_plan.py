@@ -13,7 +13,23 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from trainer.plan import VERSION, DataPlan, Dataset, Plan, Source, Subset, differences
+from trainer.errors import SettingsError
+from trainer.plan import (
+    VERSION,
+    DataPlan,
+    Dataset,
+    EnginePlan,
+    LoraPlan,
+    ModelPlan,
+    OptimPlan,
+    OutputPlan,
+    Plan,
+    Source,
+    Subset,
+    TrainPlan,
+    differences,
+    goes_on,
+)
 
 
 def anything(kind: Any) -> st.SearchStrategy[Any]:
@@ -88,6 +104,30 @@ def test_the_key_in_an_address_is_no_part_of_the_essence(plan):
 
     assert at("https://host/p.zip?key=1") == at("https://host/p.zip?key=2") != at("https://host/q.zip?key=1")
     assert "?key" not in str(at("https://host/p.zip?key=1"))
+
+
+def spread(gpus, each):
+    engine, train = EnginePlan(num_gpus=gpus), TrainPlan(gradient_accumulation=each)
+    model, output = ModelPlan("a", "a", "a"), OutputPlan("out", "x", "cache")
+    return Plan(model, DataPlan(()), LoraPlan(), OptimPlan(), train, engine, output)
+
+
+@pytest.mark.parametrize(("then", "now"), [((2, 1), (1, 2)), ((4, 1), (2, 2)), ((1, 6), (3, 2)), ((2, 3), (2, 3))])
+def test_another_number_of_gpus_goes_on_where_a_step_has_as_many_batches(then, now):
+    assert goes_on(spread(*now), spread(*then).essence(), step=1, own=True)
+
+
+def test_a_run_of_before_there_were_several_gpus_goes_on():
+    begun = spread(1, 1).essence()
+    del begun["engine.num_gpus"]
+    assert goes_on(spread(1, 1), begun, step=1, own=True)
+
+
+def test_another_number_of_gpus_is_refused_by_name_where_a_step_would_have_other_batches():
+    with pytest.raises(SettingsError, match=r"engine\.num_gpus: 2 → 4"):
+        goes_on(spread(4, 1), spread(2, 1).essence(), step=1, own=True)
+    with pytest.raises(SettingsError, match=r"engine\.num_gpus: 2 → 1\n  train\.gradient_accumulation: 1 → 3"):
+        goes_on(spread(1, 3), spread(2, 1).essence(), step=1, own=False)
 
 
 def test_a_field_that_is_not_there_is_absent():

@@ -1,0 +1,110 @@
+"""One of several processes that train a small model together: `python -m tests.contract.team CASE`, told its place by
+the environment as the trainer is. Without one, and by the tests, all of it in a single process."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from trainer import parallel
+from trainer.guard import Guard
+from trainer.loop import MicroBatch, train
+from trainer.objective import FlowMatching
+from trainer.replay import Flat
+from trainer.stop import StopFlag
+
+SIZES = [(3, 1), (2, 2), (1, 3), (2,), (3, 2), (1,)]  # pictures of the micro-batches of each step
+STEPS = 3 * SIZES
+BAD = 3  # the step with a picture that is not finite, in its second micro-batch
+
+
+def micro_batch(number, count, *, bad=False):
+    generator = torch.Generator().manual_seed(number)
+    moments = torch.randn(count, 8, 4, 4, generator=generator).abs()
+    if bad:
+        moments[0, 0] = float("nan")
+    text = {"tokens": torch.randn(count, 1, 64, generator=generator), "rare": torch.full((count,), count == 3)}
+    names = tuple(f"{number}-{i}.png" for i in range(count))
+    return MicroBatch(moments, text, torch.zeros(count, 6), None, torch.ones(count), names)
+
+
+class Model(torch.nn.Module):
+    """Of its weights `rare` are used by micro-batches of three pictures alone, and `never` by none."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = torch.nn.Linear(64, 9), torch.nn.Linear(9, 64)
+        self.rare, self.never = torch.nn.Linear(64, 64), torch.nn.Linear(5, 5)
+        self.fails = 0  # times that more than one picture does not fit
+
+    def forward(self, noisy, t, batch):
+        x = noisy.flatten(1)
+        if self.fails and len(x) > 1:
+            self.fails -= 1
+            raise torch.OutOfMemoryError("made up")
+        out = self.b(torch.tanh(self.a(x + batch.text["tokens"][:, 0]) + t[:, None]))
+        return (out + self.rare(x) if batch.text["rare"].all() else out).view_as(noisy)
+
+
+def trained(team, case):
+    """The steps, and the weights after them. In cases that begin with "flat", the gradients are views of one tensor."""
+    model, number = Model(), 0
+    model.fails = 2 if case in ("memory", "flat memory") and team.rank == team.size - 1 else 0
+    groups = []
+    for i, sizes in enumerate(STEPS, 1):
+        every = []
+        for at, count in enumerate(sizes):
+            number += 1
+            every.append(micro_batch(number, count, bad=case == "bad" and i == BAD and at == 1))
+        groups.append((1, every[team.rank :: team.size]))
+    params = [*model.parameters()]
+    optimizer = torch.optim.AdamW(params, lr=0.02, weight_decay=0.5)
+    guard, runner = Guard(), Flat(params) if case.startswith("flat") else None
+    steps = []
+    for step in train(
+        groups,
+        predict=model,
+        goal=FlowMatching(),
+        params=params,
+        optimizer=optimizer,
+        schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+        max_grad_norm=1.0,
+        guard=guard,
+        device="cpu",
+        seed=7,
+        first_step=1,
+        runner=runner,
+        team=team,
+    ):
+        assert runner is None or all(p.grad is grad for p, grad in zip(params, runner.grads, strict=True))
+        steps.append([step.loss, step.grad_norm, step.images, step.skipped, team.stopping])
+        if case == "stop" and team.first and step.number == 2:
+            team._stop.signal = 15
+        if team.stopping:
+            break
+    team.check_same(params)
+    if case == "apart":
+        with torch.no_grad():
+            params[0][0, 0] += team.rank
+        team.check_same(params)
+    return steps, {name: p.detach() for name, p in model.named_parameters()}, guard.state()
+
+
+def main():
+    torch.set_num_threads(1)
+    team = parallel.team(2, os.environ, StopFlag())
+    team.join("cpu")
+    for case in sys.argv[1:]:
+        steps, weights, guard = trained(team, case)
+        path = Path(os.environ["RESULTS"]) / f"{case}-{team.rank}"
+        save_file(weights, f"{path}.safetensors")
+        path.with_suffix(".json").write_text(json.dumps({"steps": steps, "guard": guard}))
+    team.leave()
+
+
+if __name__ == "__main__":
+    main()

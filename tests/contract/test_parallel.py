@@ -1,0 +1,134 @@
+"""Two processes that train together are one that accumulates two micro-batches to a step."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from entrypoint.launch import child_environment, member_environment
+from trainer.dataset import Picture
+from trainer.errors import SettingsError
+from trainer.parallel import Prepared, Team, team
+from trainer.stop import StopFlag
+
+sys.path.insert(0, str(Path(__file__).parent))
+from team import BAD, STEPS, trained
+
+SCRIPT = str(Path(__file__).with_name("team.py"))
+CASES = ["plain", "bad", "memory", "flat", "flat memory", "stop"]  # the wish to stop stays
+
+
+def start(folder, *cases):
+    """The two processes; their results go to `folder`."""
+    (folder / "together").mkdir()
+    given = {**child_environment(os.environ), "RESULTS": str(folder)}
+    return [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, *cases],
+            env=given | member_environment(given, folder / "together", rank, size=2),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Steps, weights and guard of each of the two, by case."""
+    folder = tmp_path_factory.mktemp("pair")
+    said = [process.communicate(timeout=120)[1] for process in start(folder, *CASES)]
+    found = {}
+    for case in CASES:
+        each = [folder / f"{case}-{rank}" for rank in range(2)]
+        assert all(path.with_suffix(".json").exists() for path in each), said
+        told = [json.loads(path.with_suffix(".json").read_text()) for path in each]
+        found[case] = [(t["steps"], load_file(f"{p}.safetensors"), t["guard"]) for t, p in zip(told, each, strict=True)]
+    return found, said
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("case", ["plain", "bad", "memory", "flat", "flat memory"])
+def test_two_processes_are_one_with_two_micro_batches_to_a_step(pair, case):
+    """Of unequal sizes; also where the second has none, where a weight is used by one alone, or by none at all."""
+    steps, weights, guard = trained(Team(), {"memory": "plain", "flat memory": "flat"}.get(case, case))
+    for theirs, their_weights, their_guard in pair[0][case]:
+        assert len(theirs) == len(steps) == len(STEPS)
+        for ours, other in zip(steps, theirs, strict=True):
+            assert other[:2] == pytest.approx(ours[:2], rel=1e-5, nan_ok=True) and other[2:4] == ours[2:4]
+        for name, value in weights.items():
+            torch.testing.assert_close(their_weights[name], value, rtol=0, atol=1e-6)
+        assert their_guard["skipped"] == guard["skipped"] == (case == "bad")
+    assert [row[3] for row in steps].index(True) == BAD - 1 if case == "bad" else not any(row[3] for row in steps)
+
+
+def test_both_have_the_same_bits(pair):
+    for (steps, weights, guard), (others, their_weights, their_guard) in pair[0].values():
+        assert same(weights, their_weights) and str(steps) == str(others) and guard == their_guard
+
+
+def test_a_weight_without_a_gradient_anywhere_is_left_alone(pair):
+    """A gradient of zero would let it decay."""
+    start = trained(Team(), "plain")[1]["never.weight"]
+    assert torch.equal(pair[0]["plain"][0][1]["never.weight"], start)
+    assert same({"x": start}, {"x": pair[0]["plain"][1][1]["never.weight"]})
+
+
+def test_the_process_with_the_bad_picture_tells_of_it(pair):
+    first, second = pair[1]
+    assert "a picture of another process" in first and "bad data" not in first
+    assert "bad data: the encoded 6-0.png" in second
+
+
+def test_a_wish_to_stop_of_the_first_reaches_all_with_the_same_step(pair):
+    for steps, _, _ in pair[0]["stop"]:
+        assert [row[4] for row in steps] == [False, False, True]
+
+
+@pytest.mark.slow
+def test_weights_that_have_come_apart_are_noticed(tmp_path):
+    for process in start(tmp_path, "apart"):
+        assert "The 2 processes have come to different weights" in process.communicate(timeout=120)[1]
+        assert process.returncode == 1
+
+
+def test_what_is_handed_over_arrives(tmp_path, job_plan):
+    pictures = (
+        Picture("a.png", Path("/x/a.png"), "1", 4, 5, 0, 0, None),
+        Picture("b/c.png", Path("/x/b/c.png"), "2", 4, 5, 0, 1, "ä", True, Path("/m"), "3"),
+    )
+    for state in (None, Path("/out/state/step-00000004")):
+        given = Prepared(job_plan("flux"), state, pictures)
+        Team(0, 2, tmp_path).hand_over(given)
+        assert Team(1, 2, tmp_path).prepared(lambda: None) == given
+
+
+def test_the_others_wait_while_the_first_does_something(tmp_path):
+    first, second, done = Team(0, 2, tmp_path), Team(1, 2, tmp_path), []
+    first.alone(lambda: done.append(1), lambda: None)
+    second.alone(lambda: done.append(2), lambda: None)
+    assert done == [1]
+    ticks = iter(range(3))
+
+    def tick():
+        if next(ticks) == 2:
+            first.alone(lambda: done.append(3), lambda: None)
+
+    second.alone(lambda: done.append(4), tick)
+    assert done == [1, 3]
+
+
+def test_a_plan_for_several_is_not_run_by_one(job_plan):
+    plan = job_plan("flux", NUM_GPUS="2")
+    with pytest.raises(SettingsError, match="NUM_GPUS=2"):
+        team(plan.engine.num_gpus, {}, StopFlag())
+    assert dataclasses.astuple(plan.engine)[1] == 2

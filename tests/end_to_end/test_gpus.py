@@ -1,0 +1,161 @@
+"""A job of two processes, which is what a job on two GPUs is: here both are on the CPU, with `-m gpu` on two GPUs."""
+
+import hashlib
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+LONG = {"PARAMS_MAX_STEPS": "3000", "PARAMS_SAVE_EVERY_N_STEPS": "10"}
+# As a cluster says it: none of our business.
+CLUSTER = {"WORLD_SIZE": "16", "RANK": "9", "LOCAL_RANK": "1", "MASTER_ADDR": "10.65.0.2", "MASTER_PORT": "29400"}
+
+
+@pytest.fixture(params=["cpu", pytest.param("auto", marks=pytest.mark.gpu)])
+def two(request, job):
+    exact = {"PARAMS_PRECISION": "fp32", "PARAMS_COMPILE": "false", "PARAMS_ATTENTION": "_native_math"}
+    if request.param == "auto" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    job.environment |= {"NUM_GPUS": "2", "BACKEND": request.param, "PARAMS_OPTIMIZER_TYPE": "adamw", **CLUSTER, **exact}
+    job.environment |= {"PARAMS_LEARNING_RATE": "1e-3", "PARAMS_BATCH_SIZE": "2"}
+    return job
+
+
+def sha(job):
+    return hashlib.sha256((job.out / "x.safetensors").read_bytes()).hexdigest()
+
+
+def members(process):
+    """The trainers that `process` has started, by their rank."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    found = {}
+    for child in children:
+        pairs = [pair.split("=", 1) for pair in Path(f"/proc/{child}/environ").read_text().split("\0") if "=" in pair]
+        if "KILN_RANK" in dict(pairs):
+            found[int(dict(pairs)["KILN_RANK"])] = int(child)
+    return found
+
+
+def numbers(job):
+    return {row["step"]: (row["loss"], row["grad_norm"], row["lr"]) for row in job.metrics() if "loss" in row}
+
+
+def test_a_killed_worker_ends_the_job_and_sigterm_saves_it_and_the_steps_between_are_the_same(two):
+    """The worker's own end is told, without a hang; 143 with the state of the step for SIGTERM."""
+    process = two.start(**LONG)
+    two.wait_for_step(process, 13)
+    while not list((two.out / "state").glob("step-*")):  # written beside training
+        assert process.poll() is None
+        time.sleep(0.01)
+    who = members(process)
+    assert sorted(who) == [0, 1]
+    os.kill(who[1], signal.SIGKILL)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 137, printed
+    assert two.status()["phase"] == "failed" and two.status()["exit_code"] == 137
+    assert two.status()["message"] == "Process 1 of 2 was killed by SIGKILL." and "Traceback" not in printed
+    assert not any(Path(f"/proc/{number}").exists() for number in who.values())
+    assert "3000 optimiser steps, 2 an epoch" in printed
+    before = numbers(two)
+    saved = max(int(path.name[-8:]) for path in (two.out / "state").glob("step-*"))
+
+    process = two.start(**LONG)
+    two.wait_for_step(process, max(before) + 1)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and f"Resumed at step {saved} of" in printed, printed
+    assert "Traceback" not in printed and "has failed" not in printed and two.status()["phase"] == "stopped"
+    after = numbers(two)
+    assert (two.out / "state" / f"step-{max(after):08d}").is_dir()
+    assert max(before) >= saved + 2 and {step: after[step] for step in before} == before
+
+
+@pytest.mark.slow
+def test_a_job_that_was_killed_and_stopped_ends_with_the_same_bytes(two):
+    code, printed = two.run()
+    assert code == 0 and printed.count("Done: ") == 1, printed
+    undisturbed, rows = sha(two), numbers(two)
+    assert sorted(rows) == list(range(1, 13))
+    two.environment["OUTPUT_PATH"] = str(two.folder / "again")
+    for step, number, expected in ((5, signal.SIGKILL, 137), (7, signal.SIGTERM, 143)):
+        process = two.start()
+        two.wait_for_step(process, step)
+        os.kill(members(process)[1] if number == signal.SIGKILL else process.pid, number)
+        printed, _ = process.communicate(timeout=60)
+        assert process.returncode == expected, printed
+    code, printed = two.run()
+    assert code == 0 and sha(two) == undisturbed and numbers(two) == rows, printed
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_twice_the_accumulation_in_a_whole_job(two):
+    """With what the first does alone (samples, validation), an average of the weights, and trained text encoders."""
+    prompts = two.folder / "prompts.txt"
+    prompts.write_text("a red spot --w 64 --h 64 --s 2 --d 7\n")
+    sizes = {"resolution": 128, "enable_bucket": True, "validation_split": 0.2, "batch_size": 2}
+    two.environment |= {
+        "SAMPLE_PROMPTS": str(prompts),
+        "PARAMS_SAMPLE_EVERY_N_STEPS": "5",
+        "PARAMS_VALIDATE_EVERY_N_STEPS": "3",
+        "PARAMS_EMA_DECAY": "0.9",
+        "PARAMS_OPTIMIZER_ARGS": "eps=1e-4",  # else a gradient of zero but for rounding makes as large a step as any
+        "PARAMS_TEXT_ENCODER_LR": "1e-4",
+        "DATASET_CONFIG": json.dumps({"datasets": [{**sizes, "subsets": [{}]}]}),
+    }
+    code, printed = two.run()
+    assert code == 0, printed
+    together, rows = load_file(two.out / "x.safetensors"), two.metrics()
+    assert len(list((two.out / "sample").glob("step-*.png"))) == 4
+    one = {"NUM_GPUS": "1", "PARAMS_GRADIENT_ACCUMULATION": "2", "OUTPUT_PATH": str(two.folder / "one")}
+    code, printed = two.run(**one)
+    assert code == 0, printed
+    two.environment |= one
+    alone = load_file(two.out / "x.safetensors")
+    assert together.keys() == alone.keys()
+    far = [(together[k] - alone[k]).abs().max().item() for k in alone]
+    assert max(far) < (1e-6 if two.environment["BACKEND"] == "cpu" else 1e-5), sorted(far)[-5:]
+    assert [r["validation_loss"] for r in rows if "validation_loss" in r] == pytest.approx(
+        [r["validation_loss"] for r in two.metrics() if "validation_loss" in r], rel=1e-5
+    )
+    assert [r["loss"] for r in rows if "loss" in r] == pytest.approx(
+        [r["loss"] for r in two.metrics() if "loss" in r], rel=1e-5
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_stands_still_ends_the_job(two, rank):
+    process = two.start(PARAMS_STEP_TIMEOUT="4", PARAMS_MAX_STEPS="3000")
+    two.wait_for_step(process, 3)
+    os.kill(members(process)[rank], signal.SIGSTOP)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, printed
+    assert "The trainer hangs" in printed if rank == 0 else "the job hangs" in two.status()["message"]
+    assert "in mean" in printed or "in heard" in printed, "where the other one stood: GPUs are waited for in `heard`"
+
+
+@pytest.mark.slow
+def test_the_first_process_may_be_killed_too(two):
+    process = two.start(PARAMS_MAX_STEPS="3000")
+    two.wait_for_step(process, 3)
+    who = members(process)
+    os.kill(who[0], signal.SIGKILL)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 137, printed
+    assert not any(Path(f"/proc/{number}").exists() for number in who.values())
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on_or_is_refused_by_name(two):
+    code, printed = two.run(PARAMS_MAX_STEPS="4")
+    assert code == 0, printed
+    more = {"PARAMS_MAX_STEPS": "4", "OUTPUT_NAME": "y"}
+    code, printed = two.run(NUM_GPUS="1", **more)
+    assert code == 78 and "engine.num_gpus: 2 → 1" in printed, printed
+    code, printed = two.run(NUM_GPUS="1", PARAMS_GRADIENT_ACCUMULATION="2", **more)
+    assert code == 0 and "was made with NUM_GPUS 2, and this is 1: bit-identity ends here" in printed, printed

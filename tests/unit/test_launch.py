@@ -1,0 +1,138 @@
+"""Which processes are started with what, and whose exit code is the job's. The processes are small ones here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from entrypoint import launch
+from entrypoint.launch import RANKS, child_environment, member_environment
+from trainer.errors import KilnError, PeerError
+
+SLEEP = "import time; time.sleep(60)"
+STOPS = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); print(flush=True); " + SLEEP
+STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); " + SLEEP
+KILLED = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+
+
+def ends(code: int, after: float = 0.0) -> str:
+    return f"import sys, time; time.sleep({after}); sys.exit({code})"
+
+
+@pytest.fixture
+def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator:
+    """`watched(program, ...)`: the job's exit code and whose it is; how long it took; what became of each."""
+    monkeypatch.setattr(launch, "GRACE_S", 1.0)
+    started: list[subprocess.Popen[bytes]] = []
+
+    def run(*programs: str) -> tuple[tuple[int, int], float, list[int | None]]:
+        for program in programs:
+            child = subprocess.Popen([sys.executable, "-S", "-c", program], env={}, stdout=subprocess.PIPE)
+            started.append(child)
+            if "print" in program:  # its handler is there
+                assert child.stdout is not None
+                child.stdout.readline()
+        began = time.monotonic()
+        found = launch._watched(started, tmp_path / "alive")
+        return found, time.monotonic() - began, [child.poll() for child in started]
+
+    yield run
+    for child in started:
+        child.kill()
+        child.wait()
+
+
+LOST = PeerError.exit_code
+
+
+@pytest.mark.parametrize(
+    ("programs", "expected"),
+    [
+        ((ends(0),), (0, 0)),
+        ((ends(78),), (78, 0)),
+        ((KILLED,), (137, 0)),
+        ((ends(0), SLEEP), (0, 0)),  # the first is the job
+        ((ends(143), SLEEP), (143, 0)),
+        ((ends(0, after=0.4), ends(0)), (0, 0)),
+        ((STOPS, ends(75)), (75, 1)),
+        ((STOPS, KILLED), (137, 1)),
+        ((STUBBORN, SLEEP, ends(70)), (70, 2)),
+        ((ends(LOST), ends(75, after=0.4)), (75, 1)),  # it saw the end of the other before we did
+        ((ends(LOST), ends(LOST), KILLED), (137, 2)),
+        ((KILLED, ends(LOST)), (137, 0)),
+        ((ends(LOST), ends(LOST)), (KilnError.exit_code, 0)),
+        ((ends(70), ends(70)), (70, 0)),  # what all have found
+    ],
+)
+def test_the_jobs_exit_code_is_that_of_the_one_to_blame(watched, programs, expected):
+    found, took, _ = watched(*programs)
+    assert found == expected and took < 5
+
+
+def test_the_first_process_ends_in_order_when_another_fails(watched):
+    (code, of), _, ended = watched(STOPS, ends(75))
+    assert (code, of) == (75, 1) and ended[0] == 143
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]),
+        ({"CUDA_VISIBLE_DEVICES": "5, 2,3"}, [{"CUDA_VISIBLE_DEVICES": "5"}, {"CUDA_VISIBLE_DEVICES": "2"}]),
+        (
+            {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"},
+            [{"CUDA_VISIBLE_DEVICES": "GPU-a"}, {"CUDA_VISIBLE_DEVICES": "GPU-b"}],
+        ),
+        (
+            {"HIP_VISIBLE_DEVICES": "2,3"},
+            [
+                {"HIP_VISIBLE_DEVICES": "2", "CUDA_VISIBLE_DEVICES": "0"},
+                {"HIP_VISIBLE_DEVICES": "3", "CUDA_VISIBLE_DEVICES": "1"},
+            ],
+        ),
+    ],
+)
+def test_each_process_sees_a_device_of_its_own(given, expected):
+    found = [member_environment(given, Path("/t"), rank, size=2) for rank in range(2)]
+    assert [{k: v for k, v in each.items() if "VISIBLE" in k} for each in found] == expected
+    assert [each["KILN_RANK"] for each in found] == ["0", "1"] and {each["KILN_TEAM"] for each in found} == {"/t"}
+
+
+def test_processes_share_the_cores_unless_the_user_has_said_how():
+    cores = len(os.sched_getaffinity(0))
+    assert member_environment({}, Path("/t"), 0, size=4 * cores)["OMP_NUM_THREADS"] == "1"
+    assert member_environment({}, Path("/t"), 0, size=1)["OMP_NUM_THREADS"] == str(cores)
+    assert "OMP_NUM_THREADS" not in member_environment({"OMP_NUM_THREADS": "3"}, Path("/t"), 0, size=2)
+
+
+def test_what_a_cluster_says_of_ranks_does_not_reach_the_trainer():
+    theirs = {**dict.fromkeys(RANKS, "7"), "PET_NNODES": "2", "TORCHELASTIC_RUN_ID": "x", "ACCELERATE_USE_FSDP": "1"}
+    assert child_environment({**theirs, "NCCL_DEBUG": "INFO"}).keys() & theirs.keys() == set()
+    assert child_environment({**theirs, "NCCL_DEBUG": "INFO"})["NCCL_DEBUG"] == "INFO"
+
+
+def test_signals_are_told_by_name_in_the_status(tmp_path, job_of_two):
+    launch._tell(job_of_two, tmp_path / "rank-1", 1, 128 + signal.SIGKILL)
+    launch.files.write_text(tmp_path / "rank-1" / "status.json", '{"message": "no memory", "phase": "failed"}')
+    assert "Process 1 of 2 was killed by SIGKILL." in (tmp_path / "status.json").read_text()
+    launch._tell(job_of_two, tmp_path / "rank-1", 1, 75)
+    assert launch.files.read_json(tmp_path / "status.json") == {
+        "phase": "failed",
+        "exit_code": 75,
+        "message": "no memory",
+    }
+
+
+@pytest.fixture
+def job_of_two(tmp_path):
+    from trainer.plan import DataPlan, EnginePlan, LoraPlan, ModelPlan, OptimPlan, OutputPlan, Plan, TrainPlan
+
+    model, output = ModelPlan("a", "a", "a"), OutputPlan(str(tmp_path), "x", "cache")
+    return Plan(model, DataPlan(()), LoraPlan(), OptimPlan(), TrainPlan(), EnginePlan(num_gpus=2), output)
