@@ -60,7 +60,7 @@ def engine_plan(
         )
     plan = EnginePlan(
         device=hardware.device,
-        num_gpus=_num_gpus(settings, hardware, model, notes),
+        num_gpus=_num_gpus(settings, hardware, notes),
         compile=compiled,
         replay=compiled and hardware.records,
         attention="native" if settings.attention == "auto" else settings.attention,
@@ -75,7 +75,7 @@ def engine_plan(
     return _fitted(settings, hardware, plan, model.footprint, datasets, rank=rank, drawn=drawn, notes=notes)
 
 
-def _num_gpus(settings: Settings, hardware: Hardware, model: BaseModel, notes: Notes) -> int:
+def _num_gpus(settings: Settings, hardware: Hardware, notes: Notes) -> int:
     """Processes that train together. On a CPU as many as are asked for, which is to try it out."""
     asked, there = settings.num_gpus, hardware.count
     if hardware.device == "cpu":
@@ -85,9 +85,9 @@ def _num_gpus(settings: Settings, hardware: Hardware, model: BaseModel, notes: N
         return 1
     if asked or there == 1:
         return asked or 1
-    chosen, why = (there, "all there are") if model.files_gib else (1, f"a miniature is not for all {there}")
-    notes.chose("NUM_GPUS", chosen, f"{why}: {chosen} × PARAMS_BATCH_SIZE pictures a step" if model.files_gib else why)
-    return chosen
+    # With more than one the batch of a step grows and its steps are fewer: that is for whoever trains to decide.
+    notes.chose("NUM_GPUS", 1, f"the batch of one; NUM_GPUS={there} trains on all with {there} times as many pictures")
+    return 1
 
 
 def _as_it_is(settings: Settings, hardware: Hardware, plan: EnginePlan, *, notes: Notes) -> EnginePlan:

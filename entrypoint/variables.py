@@ -287,7 +287,7 @@ class Settings:
 
     # engine
     backend: str = row("BACKEND", "choice", default="auto", means="what to run on", choices=lambda: ("auto", *BACKENDS))
-    num_gpus: int = row("NUM_GPUS", "auto_integer", default="auto", means="GPUs to train on; auto: all", low=1, high=64)
+    num_gpus: int = row("NUM_GPUS", "auto_integer", default="auto", means="GPUs to train on; auto: one", low=1, high=64)
     precision: str = row(
         "PARAMS_PRECISION", "choice", default="auto", means="format of the weights", choices=lambda: ("auto", *FORMATS)
     )
