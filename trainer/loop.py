@@ -93,15 +93,6 @@ def latents(moments_B2CHW: torch.Tensor, generator: torch.Generator) -> torch.Te
     return mean_BCHW + std_BCHW * torch.randn(mean_BCHW.shape, generator=generator, device=generator.device)
 
 
-def losses(
-    predict: Predict, goal: objective.Objective, batch: MicroBatch, *, generator: torch.Generator
-) -> torch.Tensor:
-    """The loss of each picture, (B,), at random times with random noise."""
-    drawn = goal.draw(latents(batch.moments_B2CHW, generator), generator)
-    predicted = predict(drawn.noisy_BCHW, drawn.t_B, batch)
-    return objective.loss(predicted, drawn, mask_B1HW=batch.mask_B1HW, weight_B=batch.weight_B)
-
-
 def train(
     groups: Iterable[tuple[int, list[MicroBatch]]],
     *,
@@ -146,6 +137,13 @@ def train(
         schedule.step()
         runner.clear()
         yield Step(number, epoch, images, loss, norm, skipped=objection is not None)
+
+
+def add_gradient(
+    batch: MicroBatch, *, predict: Predict, goal: objective.Objective, device: str, seed: int, runner: Direct
+) -> None:
+    """The gradient of the mean loss of a batch, as a step of it alone has it. Raises torch.OutOfMemoryError."""
+    _Backward(predict, goal, torch.Generator(device), seed, 1.0, runner)._all([batch], 0)
 
 
 @dataclass

@@ -24,7 +24,7 @@ from trainer.engine import Engine, drawing, torch_dtype
 from trainer.families import Family, base_models
 from trainer.formats import Modules
 from trainer.keeper import Keeper
-from trainer.loop import MicroBatch, latents, losses, prefetched, seeded, train, validation_loss
+from trainer.loop import MicroBatch, add_gradient, latents, prefetched, seeded, train, validation_loss
 from trainer.metrics import Metrics, Status
 from trainer.objective import Objective, scheduler_changes
 from trainer.order import Order, fingerprint
@@ -88,14 +88,19 @@ class Session:
     def rehearse(self) -> None:
         """One step at the largest batch, forgotten: memory runs out here, or never. Also what a save is copied into.
 
-        Where it does, the engine goes one rung down, and again. Raises SettingsError if it still does at the last.
+        Where it does, steps are not recorded; then the engine goes one rung down, and again. Raises SettingsError if it
+        still does at the last.
         """
         largest = max(self.order.epoch(0), key=lambda b: (len(b) * math.prod(b[0].view.size), len(b)))
         what = f"The largest batch ({len(largest)} pictures of {largest[0].view.size}) does not fit in memory."
         started, batch = time.monotonic(), prepare.micro_batch(self.cache, largest)
+        if self.plan.engine.replay and self.engine.offload is None and not self.trainee.texts.models:
+            self.runner = Replayed(self.trainee.params)
         while not self.team.all(self._rehearsed(batch)):
+            recorded, self.runner = isinstance(self.runner, Replayed), Direct(self.trainee.params)
             prepare.release()
-            self.engine.lower(what)
+            if not recorded:
+                self.engine.lower(what)
         if self.plan.engine.device == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**30
             log.info(
@@ -104,17 +109,17 @@ class Session:
             )  # fmt: skip
 
     def _rehearsed(self, batch: MicroBatch) -> bool:
-        device = self.plan.engine.device
-        generator = seeded(torch.Generator(device), self.plan.train.seed)
+        device, seed = self.plan.engine.device, self.plan.train.seed
         try:
             state = self.trainee.first_state()  # the optimiser's tensors are there in every step but the first
             if self.team.first:  # the one that saves
                 self.snapshots.take((self._modules(), state))
-            losses(self.predict, self.goal, batch.to(device), generator=generator).mean().backward()
+            self.runner.clear()
+            add_gradient(batch, predict=self.predict, goal=self.goal, device=device, seed=seed, runner=self.runner)
         except torch.OutOfMemoryError:
             return False
         finally:
-            self.trainee.optimizer.zero_grad(set_to_none=True)
+            self.runner.clear()
             self.snapshots.wait()
             self.snapshots.reuse()
         return True
@@ -129,8 +134,6 @@ class Session:
             if plan.output.sample_every and first % plan.output.sample_every == 0:
                 self._alone(partial(self.sample, first, status=status, metrics=metrics))
             status.phase("training")
-            if self.plan.engine.replay and self.engine.offload is None and not self.trainee.texts.models:
-                self.runner = Replayed(self.trainee.params)
             for step in train(
                 prefetched(self.groups(first)),
                 predict=self.predict,
