@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from trainer import keys, lora, recompute
+from trainer import kernel_check, keys, lora, recompute
 from trainer.assemble import HALF
 from trainer.errors import SettingsError
 from trainer.families import Family
-from trainer.frozen import FrozenLinear, freeze
+from trainer.frozen import FORMS, FrozenLinear, freeze
 from trainer.fused import install
 from trainer.memory import OFFLOADS, described
 from trainer.plan import EnginePlan
@@ -108,9 +108,17 @@ def loaded(
         fused=fused,
         targets=targets,
         streamed=kind.regions(denoiser) if plan.offload == "weights" else (),
-        forwards=kind.forwards(),
+        forwards=_forwards(kind, plan),
     )
     return denoiser, stream
+
+
+def _forwards(kind: Family, plan: EnginePlan) -> Mapping[type, type]:
+    """The family's own forward passes of blocks, if products are in FP8 and the kernels do what they should here."""
+    form = form_for(plan.precision, plan.device)
+    if form is None or form not in FORMS or not FORMS[form].turns:
+        return {}
+    return kind.forwards() if kernel_check.agree(plan.device, FORMS[form].dtype) else {}
 
 
 class Engine:

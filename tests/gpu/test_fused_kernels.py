@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench import step
-from trainer import quantize
+from trainer import kernel_check, quantize
 
 pytestmark = pytest.mark.gpu
 FP8 = torch.float8_e4m3fn
@@ -31,6 +31,10 @@ def agree(kernel, reference, options):
     quantised, own_scale = quantize.quantize_rows(rows, None, values.dtype)
     assert (values.view(torch.int8) == quantised.view(torch.int8)).float().mean() > 0.998
     assert torch.allclose(scale, own_scale, rtol=1e-6)
+
+
+def test_the_check_before_a_job_passes():
+    assert kernel_check.agree("cuda", FP8)
 
 
 @pytest.mark.parametrize("plus", [0.0, 1.0])

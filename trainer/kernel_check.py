@@ -1,0 +1,68 @@
+"""Whether the fused kernels compute on this device what plain torch does: a kernel that is wrong would train, badly."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from trainer import fused, quantize, rotary, rotary_reference
+
+log = logging.getLogger(__name__)
+ROWS, WIDTH, HEADS = 96, 256, 4
+ALLOWED = 2e-2  # relative; both round to 16 bits, and of 8 bits few differ, by a step of 3 bits
+
+
+def agree(device: str, dtype: torch.dtype) -> bool:
+    """Each kernel against its reference, on random numbers; `dtype`: of what is quantised."""
+    wrong = [name for name, found, wanted in _pairs(device, dtype) if not _error(found, wanted) <= ALLOWED]
+    if wrong:
+        log.warning(
+            "The fused kernels %s do not give what plain torch does on this device: training goes on without them.",
+            ", ".join(wrong),
+        )
+    return not wrong
+
+
+def _pairs(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Sequence[torch.Tensor], Sequence[torch.Tensor]]]:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device, generator=generator).bfloat16()
+
+    (x, g, past), (scale, shift) = (normal(ROWS, WIDTH) for _ in "xgp"), (normal(2, WIDTH) for _ in "ab")
+    options = (x, scale, shift, 1.0, 1e-6, dtype, True)
+    yield "norm_rows", _whole(fused.norm_rows(*options)), _whole(quantize.norm_rows(*options))
+    given = (x, scale, shift, 1.0, 1e-6, g, past, None, past, True)
+    yield "norm_gradient", fused.norm_gradient(*given), quantize.norm_gradient(*given)
+    for left, gated in ((normal(ROWS, 64), False), (None, True)):
+        wide = normal(ROWS, 2 * WIDTH)
+        before = normal(ROWS, (0 if left is None else 64) + (WIDTH if gated else 2 * WIDTH))
+        rows = (left, wide, gated, dtype, True)
+        yield "gelu_rows", _whole(fused.gelu_rows(*rows)), _whole(quantize.gelu_rows(*rows))
+        back = (left, wide, before, gated, True)
+        yield "gelu_gradient", fused.gelu_gradient(*back), quantize.gelu_gradient(*back)
+    first, second = (normal(2, n, 3 * HEADS * 64) for n in (40, 24))
+    norms, turns = [normal(64) for _ in range(4)], [normal(64, 64).float() for _ in "cs"]
+    joined = [
+        module.rotate(first, *norms[:2], second, *norms[2:], *turns, 1e-6) for module in (rotary, rotary_reference)
+    ]
+    yield "rotate", *joined
+    gs = [normal(2, 64, HEADS, 64) for _ in "qkv"]
+    turned = [
+        module.rotate_gradient(second, *norms[2:], *turns, *gs, 40, 1e-6) for module in (rotary, rotary_reference)
+    ]
+    yield "rotate_gradient", turned[:1], turned[1:]
+
+
+def _whole(found: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
+    """What 8 bits and scales stand for, and the rows."""
+    values, scale, rows = found
+    return [values.float() * scale, rows]
+
+
+def _error(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
+    """The largest relative difference; NaN is no number that anything is below."""
+    pairs = [(a.double(), b.double()) for a, b in zip(found, wanted, strict=True) if b.numel()]
+    return max(((a - b).norm() / b.norm()).nan_to_num(float("inf")).item() for a, b in pairs)
