@@ -155,12 +155,15 @@ class Session:
                 metrics.step(step, learning_rate=optim.step_size(self.trainee.optimizer), compiled=self.engine.graphs)
                 if due(step.number, plan.output.validate_every, self.total):
                     self._alone(partial(self.validate, step.number, metrics=metrics))
-                if due(step.number, plan.output.save_every, self.total) or self.team.stopping:
+                saved = due(step.number, plan.output.save_every, self.total) or self.team.stopping
+                if saved:
                     self.save(step.number, step.epoch)
                 if due(step.number, plan.output.sample_every, self.total) and step.number < self.total:
                     self._alone(partial(self.sample, step.number, status=status, metrics=metrics))
                     status.phase("training")
                 if self.team.stopping and step.number < self.total:
+                    if not saved:  # the wish came while a sample was drawn
+                        self.save(step.number, step.epoch)
                     self.team.leave()
                     self.background.join()
                     self.stop.check()

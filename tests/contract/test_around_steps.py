@@ -1,12 +1,14 @@
-"""The step before the first: what runs out of memory there, and what is given up for it."""
+"""Around the steps: what the one before the first gives up for memory, and what a stop between two leaves."""
 
 import dataclasses
 import hashlib
+import signal
 
 import pytest
 import torch
 
-from trainer import session
+from trainer import checkpoint, session
+from trainer.errors import StopRequestedError
 from trainer.replay import Flat
 from trainer.run import run
 from trainer.stop import StopFlag
@@ -55,3 +57,21 @@ def test_recording_is_given_up_before_anything_is_computed_again(job):
     plain, _, _ = job(0, replay=False)
     given_up, (runner,), lowered = job(1)
     assert runner.calls == 1 and lowered == [] and given_up == plain
+
+
+def test_a_stop_while_a_sample_is_drawn_saves_the_step_first(job_plan, tmp_path, monkeypatch):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle --s 1")
+    asked = {"SAMPLE_PROMPTS": str(prompts), "PARAMS_SAMPLE_EVERY_N_STEPS": "3", "PARAMS_MAX_STEPS": "8"}
+    plan, stop = job_plan("flux", PARAMS_OPTIMIZER_TYPE="adamw", **asked), StopFlag()
+    draw = session.sample.draw_all
+
+    def interrupted(*given, step, **named):
+        if step == 3:
+            stop.signal = signal.SIGTERM
+        return draw(*given, step=step, **named)
+
+    monkeypatch.setattr(session.sample, "draw_all", interrupted)
+    with pytest.raises(StopRequestedError):
+        run(plan, stop)
+    assert checkpoint.latest(tmp_path / "out" / "state").step == 3
