@@ -40,9 +40,10 @@ PLAIN = 1.25  # times as much is kept where norms and activations are not fused 
 SLOTS = 2  # regions on the device where weights are streamed (trainer.stream): the one at work, and the next
 # Seconds of a step by what is recomputed, as a multiple of those with everything kept, of Flux.1 in FP8 on one
 # accelerator (docs/performance.md); and what a step costs besides, in the time of so many thousands of tokens.
-COST = {"none": 1.0, "products": 1.03, "attention": 1.2, "all": 1.28}
-# Times as long, by what waits on the host; but for one figure of one accelerator (1.0) not measured.
-BUS = {"none": 1.0, "activations": 1.1, "weights": 2.0}
+COST = {"none": 1.0, "products": 1.01, "attention": 1.2, "all": 1.28}
+# Times as long, by what waits on the host: measured with batches of 4 and of 1, of which the larger hides more.
+BUS = {"none": 1.0, "activations": 1.1, "weights": 1.4}
+STREAMED = 1.0  # GiB that a step takes besides where weights are streamed
 STEP = 1.0
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 WORTH = 1.02  # times the images per second that a larger batch must bring to be chosen
@@ -123,7 +124,8 @@ def predicted(
     tokens = work.kilotokens(of) * _wide(precision) / 2
     each = of.working + kept * (1 - share) + everything * share
     copies = of.turned / GIB if turned else 0.0
-    return weights(of, precision, offload) + copies + trained + tokens * each
+    streamed = STREAMED if offload == "weights" else 0.0
+    return weights(of, precision, offload) + copies + streamed + trained + tokens * each
 
 
 def on_host(of: Footprint, work: Work, way: Way) -> float:

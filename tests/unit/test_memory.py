@@ -14,6 +14,7 @@ MEASURED = [
     (4, "attention", "activations", 15.37),
     (1, "none", "none", 32.16),
     (4, "products", "none", 70.22),
+    (1, "all", "weights", 3.55),
 ]
 
 
