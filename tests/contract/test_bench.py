@@ -8,6 +8,7 @@ import pkgutil
 import pytest
 
 import bench
+from bench import reach
 from bench.__main__ import main
 
 NAMES = [m.name for m in pkgutil.iter_modules(bench.__path__) if m.name not in ("__main__", "report")]
@@ -53,6 +54,20 @@ def test_several_processes_are_measured_against_one(capsys):
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert [(row["gpus"], row["batch"]) for row in rows] == [(1, 1), (1, 2), (2, 1), (2, 2)]
     assert all(row["of_linear"] == 1 for row in rows[:2]) and all(row["of_linear"] > 0 for row in rows)
+
+
+def test_rows_are_told_as_they_end_and_what_they_said_is_kept(tmp_path, capsys, monkeypatch):
+    rows = {"plans": ("plans", "--family", "flux", "--memory", "80", "--batch", "1", "4"), "unknown": ("speed",)}
+    monkeypatch.setattr(reach, "ROWS", rows)
+    assert main(["reach", str(tmp_path), "--only", "plans", "unknown"]) == 0
+    plans, unknown = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert plans["exit"] == 0 and [row["batch"] for row in plans["said"]] == [1, 4]
+    assert unknown["exit"] == 64 and unknown["said"] == [] and "WHAT:" in (tmp_path / "unknown.log").read_text()
+
+
+def test_a_row_that_takes_too_long_is_ended(tmp_path, capsys):
+    assert main(["reach", str(tmp_path), "--seconds", "0.2", "--only", "parity-flux"]) == 0
+    assert json.loads(capsys.readouterr().out)["exit"] == 124
 
 
 def test_an_unknown_measurement_is_told_what_there_is(capsys):
