@@ -168,11 +168,14 @@ class _Backward:
             except torch.OutOfMemoryError as problem:
                 said = str(problem).splitlines()[0]
             # Out here the error no longer holds the failed attempt's tensors.
-            self.runner.drop()
+            held = self.runner.give_up()
             self.runner.clear()
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+            if held:  # with that memory, as many fit as in the rehearsal
+                log.warning("Step %d: out of memory; steps are not recorded any more. %s", number, said)
+                continue
             largest = max(len(batch.names) for batch in group)
             most = min(self.at_once or largest, largest)
             if most == 1:

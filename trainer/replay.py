@@ -45,8 +45,13 @@ class Direct:
         for p in self.params:
             p.grad = None
 
-    def drop(self) -> None:
-        """Give back the memory that is held between two pieces of work."""
+    def drop(self) -> bool:
+        """Give back the memory that is held between two pieces of work; whether there was any."""
+        return False
+
+    def give_up(self) -> bool:
+        """The same, and hold none from now on."""
+        return self.drop()
 
 
 class Flat(Direct):
@@ -84,16 +89,25 @@ class Replayed(Flat):
         self.recorded: dict[tuple[object, ...], _Recorded | None] = {}  # None: does not fit in memory
         self.stream = torch.cuda.Stream()
         self.pool = torch.cuda.graph_pool_handle()
+        self.recording = True
 
-    def drop(self) -> None:
-        if self.recorded:
-            self.recorded.clear()
+    def drop(self) -> bool:
+        held = any(self.recorded.values())
+        self.recorded.clear()
+        if held:
             torch.cuda.synchronize()
             self.pool = torch.cuda.graph_pool_handle()
             gc.collect()
             torch.cuda.empty_cache()
+        return held
+
+    def give_up(self) -> bool:
+        self.recording = False
+        return self.drop()
 
     def __call__(self, work: Work, inputs: Tensors) -> torch.Tensor:
+        if not self.recording:
+            return super().__call__(work, inputs)
         key = tuple((name, t.shape, t.dtype) for name, t in inputs.items())
         if key not in self.recorded:
             self.recorded[key] = self._record(work, inputs)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import logging
 import signal
 
 import pytest
@@ -19,7 +20,7 @@ def job(job_plan, tmp_path, monkeypatch):
     """`job(failures)`: a short job whose recorded steps run out of memory so many times; its LoRA and what was made."""
     plan = job_plan("flux", PARAMS_MAX_STEPS="2", PARAMS_OPTIMIZER_TYPE="adamw")
 
-    def make(failures, *, replay=True):
+    def make(failures, *, replay=True, after=0):
         made, lowered = [], []
 
         class Recording(Flat):
@@ -30,13 +31,16 @@ def job(job_plan, tmp_path, monkeypatch):
 
             def __call__(self, work, inputs):
                 self.calls += 1
-                if self.calls <= failures:
+                if after < self.calls <= after + failures:
                     raise torch.OutOfMemoryError("no memory")
                 return super().__call__(work, inputs)
 
+            def give_up(self):
+                return self.calls <= after + 1  # what it held is given back once
+
         monkeypatch.setattr(session, "Replayed", Recording)
         monkeypatch.setattr(session.Engine, "lower", lambda self, problem: lowered.append(problem))
-        out = tmp_path / f"out-{failures}-{replay}"
+        out = tmp_path / f"out-{failures}-{replay}-{after}"
         output = dataclasses.replace(plan.output, path=str(out))
         run(
             dataclasses.replace(plan, engine=dataclasses.replace(plan.engine, replay=replay), output=output), StopFlag()
@@ -57,6 +61,14 @@ def test_recording_is_given_up_before_anything_is_computed_again(job):
     plain, _, _ = job(0, replay=False)
     given_up, (runner,), lowered = job(1)
     assert runner.calls == 1 and lowered == [] and given_up == plain
+
+
+def test_a_size_that_cannot_be_recorded_beside_another_is_computed_without_recordings(job, caplog):
+    caplog.set_level(logging.WARNING)
+    plain, _, _ = job(0, replay=False)
+    found, (runner,), lowered = job(1, after=1)  # past the rehearsal
+    assert runner.calls == 1 + 1 + 2 and lowered == [] and found == plain
+    assert "not recorded any more" in caplog.text and "at once" not in caplog.text
 
 
 def test_a_stop_while_a_sample_is_drawn_saves_the_step_first(job_plan, tmp_path, monkeypatch):
