@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 
 from bench.step import free
+from trainer.families import family
 
 PICTURES, SIZE = 20, 768
 VAE = {
@@ -55,7 +56,7 @@ LENGTHS = {"CLIP": 77, "T5": 512}  # tokens
 
 
 def write_model(folder: Path, name: str) -> None:
-    from bench import layouts
+    from bench import layouts  # which takes the configs from here
 
     models = layouts.write_configs(folder, name, layouts.FULL[name])
     for path in folder.glob("tokenizer*/tokenizer_config.json"):
@@ -63,7 +64,7 @@ def write_model(folder: Path, name: str) -> None:
         kind = next(kind for kind in LENGTHS if settings["tokenizer_class"].startswith(kind))
         path.write_text(json.dumps({**settings, "model_max_length": LENGTHS[kind]}))
     for part, shape in models.items():
-        started, kind, where = time.monotonic(), type(shape), layouts.family(name).FACTS.parts[part]
+        started, kind, where = time.monotonic(), type(shape), family(name).FACTS.parts[part]
         config: Any = shape.config
         torch.manual_seed(0)
         torch.set_default_dtype(torch.bfloat16)
@@ -127,5 +128,5 @@ def main(arguments: list[str]) -> None:
         write_pictures(asked.folder / "pictures")
         write_model(asked.folder / "model", asked.family)
     settings = dict(setting.split("=", 1) for setting in asked.settings)
-    for number in range(1, (2 if asked.again else 1) + 1 if settings else 1):
+    for number in [1, 2][: 1 + asked.again] if settings else []:
         print(json.dumps(run(asked.folder, asked.family, settings, number)), flush=True)

@@ -129,9 +129,7 @@ class Bench:
             compile="eager" not in words,
             turned_weights="turned" in words,
         )
-        engine = Engine(self.model, self.kind.regions(self.model), plan)
-        engine.turn(keep=plan.turned_weights)  # what was before may have kept them
-        return engine
+        return Engine(self.model, self.kind.regions(self.model), plan)
 
     def inputs(self, batch: int, *, seed: int = 0, scale: float = 1.0) -> dict[str, torch.Tensor]:
         generator = torch.Generator(DEVICE).manual_seed(seed)

@@ -137,8 +137,7 @@ class Engine:
         frozen = sum(t.nbytes for r in regions for t in (*r.parameters(), *r.buffers()) if not t.requires_grad)
         if plan.host_gib is not None and frozen > plan.host_gib * 2**30 and len(self.rungs) > 1:
             self.rungs.pop()  # the last, which sends the weights to the host
-        if plan.turned_weights:
-            self.turn(keep=True)
+        self.turn(keep=plan.turned_weights)
         self._climb()
 
     def turn(self, *, keep: bool) -> None:

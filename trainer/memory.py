@@ -99,11 +99,12 @@ def _wide(precision: str) -> int:
     return 4 if PRECISIONS[precision].dtype == "float32" else 2
 
 
-def weights(of: Footprint, precision: str, offload: str = "none") -> float:
-    """The denoiser's frozen weights on the device, in GiB."""
+def weights(of: Footprint, precision: str, offload: str = "none", *, turned: bool = False) -> float:
+    """The denoiser's frozen weights on the device, in GiB; `turned`: with a copy turned round."""
     each = PRECISIONS[precision].bytes or _wide(precision)
     inside = SLOTS * of.largest if offload == "weights" else of.blocks
-    return (inside * each + of.rest * _wide(precision)) / GIB
+    copies = of.turned if turned else 0.0  # of 8 bits
+    return (inside * each + copies + of.rest * _wide(precision)) / GIB
 
 
 def predicted(
@@ -123,9 +124,8 @@ def predicted(
     share = kept_blocks / of.regions
     tokens = work.kilotokens(of) * _wide(precision) / 2
     each = of.working + kept * (1 - share) + everything * share
-    copies = of.turned / GIB if turned else 0.0
     streamed = STREAMED if offload == "weights" else 0.0
-    return weights(of, precision, offload) + copies + streamed + trained + tokens * each
+    return weights(of, precision, offload, turned=turned) + streamed + trained + tokens * each
 
 
 def on_host(of: Footprint, work: Work, way: Way) -> float:
@@ -196,8 +196,7 @@ def phases(of: Footprint, work: Work, way: Way, *, streamed: bool, tiled: bool, 
         "texts": 0.5 + (encoders / 12 if streamed else encoders),  # two of 24 layers
         "latents": VAE + ENCODE * pictures * work.pixels / 2**20,
         "training": way.gib,
-        "samples": weights(of, way.precision, way.offload)
-        + (of.turned / GIB if way.turned else 0.0)
+        "samples": weights(of, way.precision, way.offload, turned=way.turned)
         + of.adapters * work.rank * STATE_BYTES.get(work.optimizer, 16) / GIB
         + VAE
         + (1.0 if tiled else DECODE * drawn_pixels / 2**20),
