@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import time
@@ -68,12 +69,13 @@ def measured(name: str, folder: Path, seconds: float, device: int | None) -> dic
     seen = {} if device is None else {"CUDA_VISIBLE_DEVICES": str(device)}
     started, log = time.monotonic(), folder / f"{name}.log"
     with log.open("wb") as file:  # what it says is there at once, whatever ends this
+        row = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, **seen}, start_new_session=True)
         try:
-            code = subprocess.run(
-                command, stdout=file, stderr=file, env={**os.environ, **seen}, timeout=seconds, check=False
-            ).returncode
+            code = row.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             code = 124
+            os.killpg(row.pid, signal.SIGKILL)  # a job's own processes as well: they would slow down what comes next
+            row.wait()
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("{")]
     return {
         "row": name,

@@ -9,6 +9,7 @@ from torch.library import triton_op, wrap_triton
 
 from trainer import quantize
 
+CHUNK = 1024  # columns that four warps work on at once, eight to a thread
 _FLOOR, _BF16_MAX = tl.constexpr(quantize.FLOOR), tl.constexpr(quantize.BF16_MAX)
 
 
@@ -220,47 +221,54 @@ def _gelu_rows(  # type: ignore[no-untyped-def]
     rows,
     L: tl.constexpr,
     K: tl.constexpr,
-    LEFT_BLOCK: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
     GATED: tl.constexpr,
     MOST: tl.constexpr,
     KEPT: tl.constexpr,
 ):
+    """Chunk by chunk, twice: a whole row in registers would leave no room for another one at the same time."""
     row = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, BLOCK)
-    inside = k < K
-    kept = _activated(y, row, k, inside, K, GATED)
-    value = kept.to(tl.float32)
-    amax = tl.max(tl.abs(value), axis=0)
-    if KEPT:
-        tl.store(rows + row * (L + K) + L + k, kept, mask=inside)
-    if L > 0:
-        i = tl.arange(0, LEFT_BLOCK)
-        there = i < L
-        before = tl.load(left + row * L + i, mask=there, other=0.0)
+    chunk = tl.arange(0, CHUNK)
+    amax = tl.zeros([CHUNK], tl.float32)
+    for start in range(0, K, CHUNK):
+        k = start + chunk
+        kept = _activated(y, row, k, k < K, K, GATED)
+        amax = tl.maximum(amax, tl.abs(kept.to(tl.float32)))
         if KEPT:
-            tl.store(rows + row * (L + K) + i, before, mask=there)
-        beside = before.to(tl.float32)
-        found = _scale_of(tl.maximum(amax, tl.max(tl.abs(beside), axis=0)), MOST)
-        _store_row(beside, out, row, i, there, L + K, found, MOST)
-    else:
-        found = _scale_of(amax, MOST)
-    _store_row(value, out, row, L + k, inside, L + K, found, MOST)
+            tl.store(rows + row * (L + K) + L + k, kept, mask=k < K)
+    for start in range(0, L, CHUNK):
+        i = start + chunk
+        before = tl.load(left + row * L + i, mask=i < L, other=0.0)
+        amax = tl.maximum(amax, tl.abs(before.to(tl.float32)))
+        if KEPT:
+            tl.store(rows + row * (L + K) + i, before, mask=i < L)
+    found = _scale_of(tl.max(amax, axis=0), MOST)
     tl.store(scales + row, found)
+    tl.debug_barrier()  # what was stored is read again, by other threads perhaps
+    for start in range(0, K, CHUNK):
+        k = start + chunk
+        if KEPT:
+            value = tl.load(rows + row * (L + K) + L + k, mask=k < K, other=0.0)
+        else:
+            value = _activated(y, row, k, k < K, K, GATED)
+        _store_row(value.to(tl.float32), out, row, L + k, k < K, L + K, found, MOST)
+    for start in range(0, L, CHUNK):
+        i = start + chunk
+        before = tl.load(left + row * L + i, mask=i < L, other=0.0).to(tl.float32)
+        _store_row(before, out, row, i, i < L, L + K, found, MOST)
 
 
 @triton_op("kiln::gelu_rows", mutates_args={})
 def gelu_rows(
     left_ML: torch.Tensor | None, y_MK: torch.Tensor, gated: bool, dtype: torch.dtype, kept: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`quantize.gelu_rows` in one pass."""
+    """`quantize.gelu_rows` in one kernel."""
     y_MK = y_MK.contiguous()
     left_ML = None if left_ML is None else left_ML.contiguous()
     rows, left, width = len(y_MK), 0 if left_ML is None else left_ML.shape[1], y_MK.shape[1] // (2 if gated else 1)
     out = torch.empty(rows, left + width, device=y_MK.device, dtype=dtype)
     scales = torch.empty(rows, 1, device=y_MK.device, dtype=torch.float32)
     kept_rows = y_MK.new_empty(rows, left + width) if kept else y_MK.new_empty(0)
-    block = triton.next_power_of_2(width)
     wrap_triton(_gelu_rows)[(rows,)](
         y_MK if left_ML is None else left_ML,
         y_MK,
@@ -269,12 +277,11 @@ def gelu_rows(
         kept_rows if kept else y_MK,
         left,
         width,
-        triton.next_power_of_2(max(left, 1)),
-        block,
+        CHUNK,
         gated,
         quantize.most(dtype),
         kept,
-        num_warps=_warps(block),
+        num_warps=4,
     )
     return out, scales, kept_rows
 
@@ -317,13 +324,13 @@ def _gelu_gradient(  # type: ignore[no-untyped-def]
 def gelu_gradient(
     left_ML: torch.Tensor | None, y_MK: torch.Tensor, g: torch.Tensor, gated: bool, kept: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`quantize.gelu_gradient` in one pass, 1,024 columns a program."""
+    """`quantize.gelu_gradient` in one pass."""
     y_MK, g = y_MK.contiguous(), g.contiguous()
     left_ML = None if left_ML is None else left_ML.contiguous()
     rows, left, width = len(y_MK), 0 if left_ML is None else left_ML.shape[1], y_MK.shape[1] // (2 if gated else 1)
     out = torch.empty_like(y_MK)
     kept_rows = y_MK.new_empty(rows, left + width) if kept else y_MK.new_empty(0)
-    wrap_triton(_gelu_gradient)[(rows, triton.cdiv(left + width, 1024))](
+    wrap_triton(_gelu_gradient)[(rows, triton.cdiv(left + width, CHUNK))](
         y_MK if left_ML is None else left_ML,
         y_MK,
         g,
@@ -331,7 +338,7 @@ def gelu_gradient(
         kept_rows if kept else y_MK,
         left,
         width,
-        1024,
+        CHUNK,
         gated,
         kept,
         num_warps=4,

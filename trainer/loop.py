@@ -41,27 +41,25 @@ class MicroBatch:
     names: tuple[str, ...]
     captions: tuple[str, ...] = ()  # as the text encoders get them, where some of these train
 
-    def to(self, device: str) -> MicroBatch:
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
+        """With every tensor changed."""
         return dataclasses.replace(
             self,
-            moments_B2CHW=self.moments_B2CHW.to(device),
-            text={k: v.to(device) for k, v in self.text.items()},
-            geometry_B6=self.geometry_B6.to(device),
-            mask_B1HW=None if self.mask_B1HW is None else self.mask_B1HW.to(device),
-            weight_B=self.weight_B.to(device),
+            moments_B2CHW=change(self.moments_B2CHW),
+            text={k: change(v) for k, v in self.text.items()},
+            geometry_B6=change(self.geometry_B6),
+            mask_B1HW=None if self.mask_B1HW is None else change(self.mask_B1HW),
+            weight_B=change(self.weight_B),
         )
+
+    def to(self, device: str) -> MicroBatch:
+        """Begins copies from memory that is pinned, and waits for others."""
+        return self.each(lambda t: t.to(device, non_blocking=True))
 
     def part(self, rows: slice) -> MicroBatch:
         """Some of the pictures."""
-        return MicroBatch(
-            moments_B2CHW=self.moments_B2CHW[rows],
-            text={k: v[rows] for k, v in self.text.items()},
-            geometry_B6=self.geometry_B6[rows],
-            mask_B1HW=None if self.mask_B1HW is None else self.mask_B1HW[rows],
-            weight_B=self.weight_B[rows],
-            names=self.names[rows],
-            captions=self.captions[rows],
-        )
+        some = self.each(lambda t: t[rows])
+        return dataclasses.replace(some, names=self.names[rows], captions=self.captions[rows])
 
 
 @dataclass(frozen=True)
@@ -120,8 +118,14 @@ def train(
     """
     runner, team = runner or Direct(params), team or Team()
     backward = _Backward(predict, goal, torch.Generator(device), seed, loss_scale, runner, team.rank, team.size)
-    for number, (epoch, group) in enumerate(groups, first_step):
+    given = iter(groups)
+    number, upcoming = first_step, next(given, None)
+    while upcoming is not None:
+        epoch, group = upcoming
         each_B = backward(group, number)
+        upcoming = next(given, None)
+        if upcoming is not None:
+            backward.begin(upcoming[1], number + 1)
         if loss_scale != 1:
             torch._foreach_div_([p.grad for p in params if p.grad is not None], loss_scale)
         said_3 = team.mean(params, each_B, runner.flat)
@@ -137,6 +141,7 @@ def train(
         schedule.step()
         runner.clear()
         yield Step(number, epoch, images, loss, norm, skipped=objection is not None)
+        number += 1
 
 
 def add_gradient(
@@ -159,6 +164,7 @@ class _Backward:
     rank: int = 0  # in the step, the first of these micro-batches has this number
     apart: int = 1  # and those that follow are so far from each other
     at_once: int | None = None  # pictures; None: whole micro-batches
+    begun: tuple[int, MicroBatch, objective.Drawn] | None = None  # of the first micro-batch of the step of that number
 
     def __call__(self, group: list[MicroBatch], number: int) -> list[torch.Tensor]:
         """Add the gradient of the mean over the group's pictures; return the loss of each, by micro-batch."""
@@ -186,13 +192,22 @@ class _Backward:
                 number, most, self.at_once, said,
             )  # fmt: skip
 
+    def begin(self, group: list[MicroBatch], number: int) -> None:
+        """Bring to the device what the step `number` begins with, while it is at work on a recorded step."""
+        if self.runner.recording and group:
+            self.begun = (number, *self._drawn(group[0], number, 0))
+
+    def _drawn(self, batch: MicroBatch, number: int, i: int) -> tuple[MicroBatch, objective.Drawn]:
+        here = batch.to(str(self.generator.device))
+        seeded(self.generator, self.seed, number, self.rank + i * self.apart)
+        return here, self.goal.draw(latents(here.moments_B2CHW, self.generator), self.generator)
+
     def _all(self, group: list[MicroBatch], number: int) -> list[torch.Tensor]:
         images = sum(len(batch.names) for batch in group)
         found = []
         for i, batch in enumerate(group):
-            here = batch.to(str(self.generator.device))
-            seeded(self.generator, self.seed, number, self.rank + i * self.apart)
-            drawn = self.goal.draw(latents(here.moments_B2CHW, self.generator), self.generator)
+            begun, self.begun = self.begun, None
+            here, drawn = begun[1:] if begun and begun[0] == number else self._drawn(batch, number, i)
             count = len(batch.names)
             size, parts = self.at_once or count, []
             for start in range(0, count, size):

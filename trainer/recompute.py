@@ -18,13 +18,15 @@ from trainer.stream import Stream
 _ATTENTION = ("flash", "cudnn", "efficient")
 KEPT = {getattr(torch.ops.aten, f"_scaled_dot_product_{name}_attention").default for name in _ATTENTION}
 
-
 PRODUCTS = KEPT | {
     torch.ops.kiln.fp8_product.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten._int_mm.default,
     torch.ops.aten.convolution.default,
 }
+
+# No block draws random numbers, and their generator's state cannot be read while a step is recorded.
+HOW: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
 
 
 def _keep(kept: set[Any], _: Any, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:
@@ -40,17 +42,17 @@ def _forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _recompute_all(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return checkpoint(_forward, self, *args, use_reentrant=False, **kwargs)
+    return checkpoint(_forward, self, *args, **HOW, **kwargs)
 
 
 def _recompute_but_attention(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(_keep, KEPT))
-    return checkpoint(_forward, self, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+    return checkpoint(_forward, self, *args, **HOW, context_fn=contexts, **kwargs)
 
 
 def _recompute_but_products(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(_keep, PRODUCTS))
-    return checkpoint(_forward, self, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+    return checkpoint(_forward, self, *args, **HOW, context_fn=contexts, **kwargs)
 
 
 # From least memory to most. Checkpoints are inside what is compiled: the compiler then plans both passes at once.

@@ -31,6 +31,7 @@ class Direct:
     """The gradient of some work's loss is added to the parameters'; nothing is recorded."""
 
     flat: torch.Tensor | None = None  # that all gradients are views of, if they are
+    recording = False
 
     def __init__(self, params: Sequence[torch.nn.Parameter]) -> None:
         self.params = list(params)

@@ -191,12 +191,14 @@ class Session:
     def groups(self, first: int) -> Iterator[tuple[int, list[MicroBatch]]]:
         """The epoch (from 1) and this process's micro-batches of each step after `first`."""
         size, left = self.plan.train.gradient_accumulation * self.team.size, self.total - first
+        cuda = self.plan.engine.device == "cuda"
         epoch, begin = divmod(first, self.steps_per_epoch)
         while left > 0:
             batches = self.order.epoch(epoch)
             for index in range(begin, min(begin + left, self.steps_per_epoch)):
                 some = batches[index * size : (index + 1) * size][self.team.rank :: self.team.size]
-                yield epoch + 1, [prepare.micro_batch(self.cache, batch) for batch in some]
+                group = [prepare.micro_batch(self.cache, batch) for batch in some]
+                yield epoch + 1, [b.each(torch.Tensor.pin_memory) for b in group] if cuda else group
                 left -= 1
             epoch, begin = epoch + 1, 0
 

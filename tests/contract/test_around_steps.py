@@ -24,6 +24,8 @@ def job(job_plan, tmp_path, monkeypatch):
         made, lowered = [], []
 
         class Recording(Flat):
+            recording = True
+
             def __init__(self, params):
                 super().__init__(params)
                 made.append(self)

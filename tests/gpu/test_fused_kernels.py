@@ -99,7 +99,7 @@ def test_queries_and_keys_are_turned_as_in_plain_torch(heads, dim, several):
 FULL_WIDTH = {
     "flux": {"num_layers": 1, "num_single_layers": 2},
     "sd3": {"num_layers": 2},
-    "sdxl": {"transformer_layers_per_block": (1, 1, 1)},
+    "sdxl": {"transformer_layers_per_block": (1, 1, 1), "layers_per_block": 1},
 }
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from trainer.plan import Prompt
 
@@ -16,9 +17,11 @@ SHORT_STEPS = {"optim": {"name": "adamw", "learning_rate": 1e-3, "args": {}}, "l
 
 
 def measured(number):
-    """Resident memory in MiB, open files, threads of a process."""
+    """Resident memory in MiB, open files, threads of a process; what is taken of the accelerator's memory, in MiB."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{number}/status").read_text().splitlines())
-    return int(status["VmRSS"].split()[0]) / 1024, len(os.listdir(f"/proc/{number}/fd")), int(status["Threads"])
+    free, whole = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 2**20)
+    files = len(os.listdir(f"/proc/{number}/fd"))
+    return int(status["VmRSS"].split()[0]) / 1024, files, int(status["Threads"]), (whole - free) / 2**20
 
 
 def slope(values):
@@ -39,14 +42,15 @@ def test_a_long_job_does_not_grow(run):
         series.append((time.monotonic(), *measured(number)))
     assert code == 0, run.said()[-2000:]
     later = np.array(series[len(series) // 4 :])  # the first quarter fills caches
-    memory, files, threads = slope(later[:, 1]), later[:, 2], later[:, 3]
+    memory, files, threads, device = slope(later[:, 1]), later[:, 2], later[:, 3], slope(later[:, 4])
     log = (run.out / "run.log").stat().st_size
     print(
         f"\n{STEPS} steps, {STEPS // every} saves and samples, {series[-1][0] - series[0][0]:.0f} s: memory "
         f"{later[:, 1].mean():.0f} MiB, growth {100 * memory:.2f} %; open files {files.min():.0f} to {files.max():.0f} "
-        f"(slope {100 * slope(files):.2f} %); threads {threads.min():.0f} to {threads.max():.0f}; run.log {log} bytes"
+        f"(slope {100 * slope(files):.2f} %); threads {threads.min():.0f} to {threads.max():.0f}; run.log {log} bytes; "
+        f"of the accelerator {later[:, 4].mean():.0f} MiB, growth {100 * device:.2f} %"
     )
-    assert memory < 0.01
+    assert memory < 0.01 and device < 0.01
     assert np.median(files[-5:]) <= np.median(files[:5]) + 1 and np.median(threads[-5:]) <= np.median(threads[:5]) + 1
     minutes = (series[-1][0] - series[0][0]) / 60
     assert log < 20_000 + 2_000 * minutes + 400 * STEPS / every
