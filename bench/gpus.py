@@ -41,11 +41,11 @@ def step(bench: Bench, engine: Engine, batch: int, team: Team, *, number: int, a
         wait()
         team.all(True)
     began = time.monotonic()
-    said_3 = team.mean(bench.params, [loss.expand(batch)], bench.runner.flat)
+    said_3 = team.mean(bench.runner.flat, [loss.expand(batch)])
     if apart:
         wait()
     took = time.monotonic() - began
-    team.heard(said_3, torch.nn.utils.clip_grad_norm_(bench.params, 1.0))
+    team.heard(said_3, torch.nn.utils.clip_grad_norm_(bench.wholes, 1.0))
     bench.optimizer.step()
     bench.runner.clear()
     return took
@@ -95,7 +95,7 @@ def member(asked: argparse.Namespace, size: int) -> None:
             row["images_s"] = round(size * batch / seconds, 3)
         if team.first:
             print(json.dumps(row), flush=True)
-    team.check_same(bench.params)
+    team.check_same(bench.wholes)
     team.leave()
 
 

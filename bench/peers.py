@@ -43,7 +43,7 @@ class Peer(step.Bench):
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         self.model.enable_gradient_checkpointing()
         self.size, self.dtype, self.runner = step.SIZES[name], torch.bfloat16, Direct(self.params)
-        self.optimizer = torch.optim.AdamW(self.params, lr=1e-4, fused=not small)
+        self.wholes, self.optimizer = self.params, torch.optim.AdamW(self.params, lr=1e-4, fused=not small)
         if what.endswith("compiled"):
             for region in self.kind.regions(self.model):
                 region.compile()

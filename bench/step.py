@@ -23,10 +23,11 @@ from typing import Any
 import torch
 
 from bench.report import Report, options
-from trainer import lora
+from trainer import lora, optim
 from trainer.engine import Engine, place
 from trainer.families import family
 from trainer.fused import install
+from trainer.halves import Halves
 from trainer.memory import Work, predicted
 from trainer.plan import EnginePlan
 from trainer.recompute import POLICIES
@@ -112,14 +113,15 @@ class Bench:
             if "lora_B" in name_:
                 torch.nn.init.normal_(p, std=0.01)
         free()
-        self.optimizer = torch.optim.AdamW(self.params, lr=1e-4, fused=not small)
-        self.runner = Direct(self.params)
+        self.wholes = optim.joined("adamw", self.params)
+        self.optimizer = torch.optim.AdamW(self.wholes, lr=1e-4)
+        self.runner = Direct(self.params, self.wholes)
 
     def engine(self, words: set[str]) -> Engine:
         torch.compiler.reset()
         self.runner.drop()
-        self.runner = Replayed(self.params) if "replay" in words else Direct(self.params)
-        self.runner.clear()
+        around = Halves(self.model, self.dtype) if "eager" in words else contextlib.nullcontext
+        self.runner = (Replayed if "replay" in words else Direct)(self.params, self.wholes, around)
         theirs = {ours: theirs for theirs, ours in self.forwards.items()}
         install(self.model, theirs if "plain" in words else self.forwards)
         plan = EnginePlan(
@@ -165,7 +167,7 @@ class Bench:
 
     def step(self, engine: Engine | None, batch: int) -> None:
         self.backward(engine, batch)
-        norm = torch.nn.utils.clip_grad_norm_(self.params, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.wholes, 1.0)
         norm.item()  # as in training, which looks at it
         self.optimizer.step()
         self.runner.clear()

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from peft.tuners import lora as peft_lora
 
 from trainer.quantize import quantize_rows as reference_quantize_rows
+from trainer.quantize import restored as reference_restored
 
 if importlib.util.find_spec("triton"):
-    from trainer.kernels import quantize_rows, transpose
+    from trainer.kernels import quantize_rows, reads, restored, transpose
 else:
-    from trainer.quantize import quantize_rows, transpose
+    from trainer.quantize import quantize_rows, reads, restored, transpose
 
 Rows = torch.Tensor | None
 BLOCK = 64  # numbers that share a scale in nf4
@@ -102,7 +103,7 @@ def _int8_backward(g, w, scale, gh, down, _turned):  # type: ignore[no-untyped-d
 
 def whole(w_NK: torch.Tensor, scale_1N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The weight that 8 bits and scales stand for."""
-    return (w_NK.float() * scale_1N.t()).to(dtype)
+    return (restored if reads(w_NK) else reference_restored)(w_NK, scale_1N, dtype)
 
 
 def _nf4_store(weight_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -271,12 +272,16 @@ class FrozenLinear(torch.nn.Module):
 class Adapted(peft_lora.Linear):
     """peft's LoRA layer; on a frozen layer the adapter is part of its product. Adapters are kept in fp32."""
 
+    ready: tuple[torch.Tensor, torch.Tensor] | None = None  # its halves, where they are made for all (trainer.halves)
+
     def halves(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Its two matrices, the second one scaled; None where peft has to compute it."""
         special = self.disable_adapters or self.merged or self.lora_variant
         # In fp32 peft's own arithmetic is as good; in 16 bits it would compute the adapter's part in fp32.
         if special or dtype == torch.float32 or not isinstance(self.lora_dropout["default"], torch.nn.Identity):
             return None
+        if self.ready is not None and self.ready[0].dtype == dtype:
+            return self.ready
         up = (self.lora_B["default"].weight * self.scaling["default"]).to(dtype)
         return self.lora_A["default"].weight.to(dtype), up
 

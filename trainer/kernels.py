@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -65,6 +67,33 @@ def quantize_rows(
 
 
 @triton.jit
+def _restored(w, scale, out, K, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(w + row * K + k, mask=k < K, other=0.0).to(tl.float32) * tl.load(scale + row)
+    tl.store(out + row * K + k, value.to(out.dtype.element_ty), mask=k < K)
+
+
+@triton_op("kiln::restored", mutates_args={})
+def restored(w_NK: torch.Tensor, scale_1N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`quantize.restored` in one pass."""
+    n, k = w_NK.shape
+    out = torch.empty(n, k, device=w_NK.device, dtype=dtype)
+    wrap_triton(_restored)[(n, triton.cdiv(k, 2048))](w_NK, scale_1N, out, k, 2048, num_warps=4)
+    return out
+
+
+def reads(w_NK: torch.Tensor) -> bool:
+    """Whether `restored` can read these values: 8 bits with a point take hardware that has them."""
+    return w_NK.dtype == torch.int8 or (w_NK.is_cuda and _has_fp8(w_NK.device))
+
+
+@functools.cache
+def _has_fp8(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+@triton.jit
 def _transpose(source, out, N, K, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     n = tl.program_id(0) * TILE + tl.arange(0, TILE)
     k = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -84,3 +113,4 @@ def transpose(w_NK: torch.Tensor) -> torch.Tensor:
 
 quantize_rows.register_kernel("cpu")(quantize.quantize_rows)
 transpose.register_kernel("cpu")(quantize.transpose)
+restored.register_kernel("cpu")(quantize.restored)

@@ -127,8 +127,8 @@ def train(
         if upcoming is not None:
             backward.begin(upcoming[1], number + 1)
         if loss_scale != 1:
-            torch._foreach_div_([p.grad for p in params if p.grad is not None], loss_scale)
-        said_3 = team.mean(params, each_B, runner.flat)
+            runner.flat.div_(loss_scale)
+        said_3 = team.mean(runner.flat, each_B)
         clipped = torch.nn.utils.clip_grad_norm_(params, max_grad_norm or float("inf"))
         loss, images, norm = team.heard(said_3, clipped)  # the step's one wait for the device
         objection = guard.objection(loss, norm)

@@ -24,6 +24,7 @@ class OptimizerSpec:
     schedule_free: bool = False  # keeps an average of its own: no schedule but a constant one, and train/eval modes
     own_warmup: bool = False  # warms up by itself
     one_rate: bool = False  # all groups of parameters have the same learning rate, or 0
+    by_shape: bool = False  # rows and columns of a parameter matter, or its norm
 
     @property
     def prodigy(self) -> bool:
@@ -60,6 +61,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
         "transformers.optimization.Adafactor",
         _names("eps clip_threshold decay_rate beta1 scale_parameter relative_step warmup_init"),
         defaults={"scale_parameter": False, "relative_step": False, "warmup_init": False},
+        by_shape=True,
     ),
     "adamw-schedulefree": OptimizerSpec(
         "schedulefree.AdamWScheduleFree",
@@ -78,6 +80,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
         learning_rate=1.0,
         defaults={"d_coef": 2.0, "stochastic_rounding": False},
         schedule_free=True,
+        by_shape=True,
     ),
 }
 
@@ -89,6 +92,32 @@ SCHEDULERS: tuple[str, ...] = (
     "cosine_with_restarts",
     "polynomial",
 )
+
+
+PIECE = 2**24  # numbers: an optimiser's intermediate results are as large as a parameter
+
+
+def joined(name: str, params: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+    """What the optimiser `name` shall train in their place: a few long parameters, of which they are views from now on.
+
+    What an optimiser costs the host is so much for each parameter, and adapters are hundreds of small ones. They stay
+    as they are where their shapes matter to it.
+    """
+    import torch
+
+    if OPTIMIZERS[name].by_shape:
+        return params
+    pieces: list[list[torch.nn.Parameter]] = [[]]
+    for p in params:
+        if pieces[-1] and sum(q.numel() for q in pieces[-1]) + p.numel() > PIECE:
+            pieces.append([])
+        pieces[-1].append(p)
+    wholes = []
+    for piece in pieces:
+        wholes.append(torch.nn.Parameter(torch.cat([p.detach().flatten() for p in piece])))
+        for p, view in zip(piece, wholes[-1].detach().split([p.numel() for p in piece]), strict=True):
+            p.data = view.view_as(p)
+    return wholes
 
 
 def make_optimizer(

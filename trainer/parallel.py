@@ -138,34 +138,29 @@ class Team:
         if self._largest(sums) != [-each for each in self._largest([-each for each in sums])]:
             raise KilnError(f"The {self.size} processes have come to different weights, which must not happen.")
 
-    def mean(
-        self, params: Sequence[torch.Tensor], each_B: Sequence[torch.Tensor], flat: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def mean(self, flat: torch.Tensor, each_B: Sequence[torch.Tensor]) -> torch.Tensor:
         """What is for `heard`, which alone waits for it. `each_B`: the losses of one's own pictures.
 
-        The gradients of `params`, each process's mean over its own pictures, become the mean over all, where they are.
-        `flat`: the tensor that they are views of, if they are. Two sums do it: of the gradients, and of which of them
-        there are, pictures, the wish to stop, and losses.
+        `flat`, each process's mean gradient over its own pictures, becomes the mean over all. Two sums do it: of the
+        gradients, and of the pictures, the wish to stop, and losses.
         """
         own = sum(len(each) for each in each_B)
         if self.size == 1:
             loss = torch.cat(list(each_B)).mean()
             return torch.stack([loss, torch.full_like(loss, own), torch.zeros_like(loss)])
-        said = (*(float(p.grad is not None) for p in params), float(own), float(self._stop.requested), 0.0)
+        said = (0.0, float(own), float(self._stop.requested))
         if self._said is None or self._said[0] != said:  # the same in nearly all steps: no copy to wait for
-            self._said = said, torch.tensor(said, device=params[0].device)
+            self._said = said, torch.tensor(said, device=flat.device)
         told = self._said[1].clone()
         if each_B:
-            told[-1] = torch.cat(list(each_B)).sum()
-        body = _joined(params) if flat is None else flat
-        body.mul_(own)
+            told[0] = torch.cat(list(each_B)).sum()
+        flat.mul_(own)
         with _peers():
             dist.all_reduce(told)
-            dist.all_reduce(body)
-        body.div_(told[-3])
-        if flat is None:
-            _parted(body, params, told)
-        return torch.stack([told[-1] / told[-3], told[-3], told[-2]])
+            dist.all_reduce(flat)
+        flat.div_(told[1])
+        told[0] /= told[1]
+        return told
 
     def heard(self, said_3: torch.Tensor, norm: torch.Tensor) -> tuple[float, int, float]:
         """The mean loss over the pictures of all processes, their number, and `norm`: waits for the device."""
@@ -204,23 +199,6 @@ def team(size: int, environment: Mapping[str, str], stop: StopFlag) -> Team:
 def rank(environment: Mapping[str, str]) -> int:
     """Which of the processes this is; 0 where there is one."""
     return int(environment.get(RANK, "0"))
-
-
-def _joined(params: Sequence[torch.Tensor]) -> torch.Tensor:
-    """A copy of all gradients, with zeros for those that there are not."""
-    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
-
-
-def _parted(body: torch.Tensor, params: Sequence[torch.Tensor], there: torch.Tensor) -> None:
-    """The gradients from it. `there`: by parameter, more than nothing if any process has a gradient of it."""
-    views = [piece.view_as(p) for piece, p in zip(body.split([p.numel() for p in params]), params, strict=True)]
-    here = [(p.grad, view) for p, view in zip(params, views, strict=True) if p.grad is not None]
-    if here:
-        torch._foreach_copy_([grad for grad, _ in here], [view for _, view in here])
-    if len(here) < len(params):  # else there is nothing to wait for
-        for p, view, anywhere in zip(params, views, there[: len(params)].tolist(), strict=True):
-            if p.grad is None and anywhere:
-                p.grad = view.clone()
 
 
 @contextlib.contextmanager

@@ -27,6 +27,16 @@ def quantize_rows(
     return (values_MK if dtype.is_floating_point else values_MK.round()).to(dtype), scale_M1
 
 
+def restored(w_NK: torch.Tensor, scale_1N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What values in 8 bits and a scale for each row stand for, (N, K)."""
+    return (w_NK.float() * scale_1N.t()).to(dtype)
+
+
+def reads(w_NK: torch.Tensor) -> bool:  # noqa: ARG001
+    """Whether `restored` has these values."""
+    return True
+
+
 def transpose(w_NK: torch.Tensor) -> torch.Tensor:
     """(K, N), contiguous."""
     return w_NK.t().contiguous()

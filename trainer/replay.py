@@ -6,6 +6,7 @@ a whole: CUDA graphs, as torch.cuda.graph records them.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ import torch
 
 log = logging.getLogger(__name__)
 Tensors = dict[str, torch.Tensor]
+Around = Callable[[], contextlib.AbstractContextManager[None]]
 Work = Callable[[Tensors], tuple[torch.Tensor, torch.Tensor]]  # inputs → what is told of it, and a loss
 
 
@@ -28,23 +30,43 @@ class _Recorded:
 
 
 class Direct:
-    """The gradient of some work's loss is added to the parameters'; nothing is recorded."""
+    """The gradient of some work's loss is added to the parameters', which are views of one tensor, `flat`.
 
-    flat: torch.Tensor | None = None  # that all gradients are views of, if they are
+    `params`: what the work computes with; `wholes`: what these are views of, if they are (`optim.joined`), in the same
+    order; `around`: what is entered for each piece of work. A parameter that the loss does not depend on has a gradient
+    of zero.
+    """
+
     recording = False
 
-    def __init__(self, params: Sequence[torch.nn.Parameter]) -> None:
-        self.params = list(params)
+    def __init__(
+        self,
+        params: Sequence[torch.nn.Parameter],
+        wholes: Sequence[torch.nn.Parameter] = (),
+        around: Around = contextlib.nullcontext,
+    ) -> None:
+        self.params, self.around = list(params), around
+        count = sum(p.numel() for p in self.params)
+        self.flat = torch.zeros(count, device=self.params[0].device, dtype=self.params[0].dtype)
+        self.grads, others = self._views(self.params), [] if params[0] is next(iter(wholes), None) else [*wholes]
+        self.owners = [*zip(self.params, self.grads, strict=True), *zip(others, self._views(others), strict=True)]
+        self.clear()
+
+    def _views(self, params: Sequence[torch.nn.Parameter]) -> list[torch.Tensor]:
+        parts = self.flat.split([p.numel() for p in params]) if params else ()
+        return [part.view_as(p) for part, p in zip(parts, params, strict=True)]
 
     def __call__(self, work: Work, inputs: Tensors) -> torch.Tensor:
-        told, loss = work(inputs)
-        loss.backward()
+        with self.around():
+            told, loss = work(inputs)
+            loss.backward()
         return told.detach()
 
     def clear(self) -> None:
-        """The gradient is none again."""
-        for p in self.params:
-            p.grad = None
+        """The gradient is zero again."""
+        self.flat.zero_()
+        for p, grad in self.owners:
+            p.grad = grad
 
     def drop(self) -> bool:
         """Give back the memory that is held between two pieces of work; whether there was any."""
@@ -55,38 +77,16 @@ class Direct:
         return self.drop()
 
 
-class Flat(Direct):
-    """The same, with gradients that stay where they are, as views of one tensor: what has none has zeros."""
-
-    flat: torch.Tensor
-
-    def __init__(self, params: Sequence[torch.nn.Parameter]) -> None:
-        super().__init__(params)
-        self.flat = torch.zeros(sum(p.numel() for p in self.params), device=self.params[0].device)
-        self.grads = [
-            flat.view_as(p)
-            for flat, p in zip(self.flat.split([p.numel() for p in self.params]), self.params, strict=True)
-        ]
-        self.clear()
-
-    def clear(self) -> None:
-        self.flat.zero_()
-        for p, grad in zip(self.params, self.grads, strict=True):
-            p.grad = grad
-
-    def __call__(self, work: Work, inputs: Tensors) -> torch.Tensor:
-        told, loss = work(inputs)
-        found = torch.autograd.grad(loss, self.params, allow_unused=True)
-        pairs = [(whole, part) for whole, part in zip(self.grads, found, strict=True) if part is not None]
-        torch._foreach_add_([whole for whole, _ in pairs], [part for _, part in pairs])
-        return told.detach()
-
-
-class Replayed(Flat):
+class Replayed(Direct):
     """The same from recordings, whose memory is one pool."""
 
-    def __init__(self, params: Sequence[torch.nn.Parameter]) -> None:
-        super().__init__(params)
+    def __init__(
+        self,
+        params: Sequence[torch.nn.Parameter],
+        wholes: Sequence[torch.nn.Parameter] = (),
+        around: Around = contextlib.nullcontext,
+    ) -> None:
+        super().__init__(params, wholes, around)
         self.recorded: dict[tuple[object, ...], _Recorded | None] = {}  # None: does not fit in memory
         self.stream = torch.cuda.Stream()
         self.pool = torch.cuda.graph_pool_handle()
@@ -120,6 +120,15 @@ class Replayed(Flat):
         found.graph.replay()
         return found.told.clone()
 
+    def _step(self, work: Work, inputs: Tensors) -> torch.Tensor:
+        """The same as without a recording, in fewer pieces of work for the device."""
+        with self.around():
+            told, loss = work(inputs)
+            found = torch.autograd.grad(loss, self.params, allow_unused=True)
+        pairs = [(whole, part) for whole, part in zip(self.grads, found, strict=True) if part is not None]
+        torch._foreach_add_([whole for whole, _ in pairs], [part for _, part in pairs])
+        return told.detach()
+
     def _record(self, work: Work, inputs: Tensors) -> _Recorded | None:
         """Run it once, for what is compiled or allocated by the first run alone, then record it; nothing is changed."""
         before, random = self.flat.clone(), torch.cuda.get_rng_state()
@@ -128,12 +137,12 @@ class Replayed(Flat):
         self.stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(self.stream):
-                super().__call__(work, own)
+                self._step(work, own)
             torch.cuda.synchronize()
             torch.cuda.empty_cache()  # what the first run took, the recording takes from its own pool
             # Other threads, which write checkpoints, may allocate meanwhile.
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-                told = super().__call__(work, own)
+                told = self._step(work, own)
         except torch.OutOfMemoryError:
             log.warning("There is no memory to record a step of this size: it is launched kernel by kernel.")
             return None

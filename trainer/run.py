@@ -266,14 +266,17 @@ def _trainee(plan: Plan, kind: Family, *, model: Path, total: int) -> Trainee:
     settings = plan.lora
     put = partial(lora.add_adapters, rank=settings.rank, alpha=settings.alpha, seed=plan.train.seed, kind=settings.kind)
     targets, blocks = plan.lora.targets, kind.blocks(denoiser)
-    groups: list[dict[str, Any]] = [{"params": put(denoiser, blocks, targets=targets, fused=fused)}]
+    parts = [*put(denoiser, blocks, targets=targets, fused=fused)]
+    groups: list[dict[str, Any]] = [{"params": optim.joined(plan.optim.name, [*parts])}]
     texts = text_encoders.load(
         model, plan.optim.text_encoders, family=kind, device=engine.device, dtype=torch_dtype(engine)
     )
     for component, encoder in texts.models.items():
         blocks, targets = text_encoders.blocks(encoder), text_encoders.TARGETS
-        params = put(encoder, blocks, targets=targets, fused={})
-        groups.append({"params": params, "lr": plan.optim.text_encoders[component]})
+        own = put(encoder, blocks, targets=targets, fused={})
+        parts += own
+        joined = optim.joined(plan.optim.name, own)
+        groups.append({"params": joined, "lr": plan.optim.text_encoders[component]})
     if start is not None:
         _start_from(denoiser, texts, start, plan=plan, facts=facts)
     new_optimizer = partial(
@@ -295,7 +298,7 @@ def _trainee(plan: Plan, kind: Family, *, model: Path, total: int) -> Trainee:
     )
     ema = Ema(params, plan.train.ema_decay) if plan.train.ema_decay else None
     guard = Guard(plan.train.max_skipped_steps, plan.train.max_loss_spike)
-    return Trainee(denoiser, texts, params, optimizer, new_optimizer, schedule, ema, guard, stream)
+    return Trainee(denoiser, texts, parts, params, optimizer, new_optimizer, schedule, ema, guard, stream)
 
 
 def _lora_file(path: Path, family_name: str) -> formats.Modules:

@@ -23,6 +23,7 @@ from trainer.dataset import Scan
 from trainer.engine import Engine, drawing, torch_dtype
 from trainer.families import Family, base_models
 from trainer.formats import Modules
+from trainer.halves import Halves
 from trainer.keeper import Keeper
 from trainer.loop import MicroBatch, add_gradient, latents, prefetched, seeded, train, validation_loss
 from trainer.metrics import Metrics, Status
@@ -30,7 +31,7 @@ from trainer.objective import Objective, scheduler_changes
 from trainer.order import Order, fingerprint
 from trainer.parallel import Team
 from trainer.plan import Plan, Prompt
-from trainer.replay import Direct, Replayed
+from trainer.replay import Around, Direct, Replayed
 from trainer.snapshot import Background, Snapshots
 from trainer.stop import StopFlag
 from trainer.trainee import Trainee
@@ -71,7 +72,7 @@ class Session:
         self.snapshots = Snapshots(self.trainee.optimizer, self.plan.engine.device)
         self.background = Background()
         self.keeper = Keeper(self.out, self.plan.output.name, self.plan.output.keep_checkpoints)
-        self.runner = Direct(self.trainee.params)
+        self.runner = Direct(*self._what_runs())
 
     def predict(self, noisy_BCHW: torch.Tensor, t_B: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
         text = self.trainee.texts.renewed(batch.text, batch.captions)
@@ -85,6 +86,12 @@ class Session:
                 geometry_B6=batch.geometry_B6,
             )
 
+    def _what_runs(self) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter], Around]:
+        """For `trainer.replay`. What is compiled makes the adapters' halves in passing."""
+        dtype = torch_dtype(self.plan.engine)
+        around = contextlib.nullcontext if self.engine.compiled else Halves(self.trainee.denoiser, dtype)
+        return self.trainee.parts, self.trainee.params, around
+
     def rehearse(self) -> None:
         """One step at the largest batch, forgotten: memory runs out here, or never. Also what a save is copied into.
 
@@ -94,10 +101,11 @@ class Session:
         largest = max(self.order.epoch(0), key=lambda b: (len(b) * math.prod(b[0].view.size), len(b)))
         what = f"The largest batch ({len(largest)} pictures of {largest[0].view.size}) does not fit in memory."
         started, batch = time.monotonic(), prepare.micro_batch(self.cache, largest)
+        what_runs = self._what_runs()
         if self.plan.engine.replay and self.engine.offload is None and not self.trainee.texts.models:
-            self.runner = Replayed(self.trainee.params)
+            self.runner = Replayed(*what_runs)
         while not self.team.all(self._rehearsed(batch)):
-            recorded, self.runner = isinstance(self.runner, Replayed), Direct(self.trainee.params)
+            recorded, self.runner = isinstance(self.runner, Replayed), Direct(*what_runs)
             prepare.release()
             if not recorded:
                 self.engine.lower(what)

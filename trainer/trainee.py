@@ -24,7 +24,8 @@ class Trainee:
 
     denoiser: Any
     texts: TextEncoders
-    params: list[torch.nn.Parameter]  # of all of them, in the order of the optimiser's groups
+    parts: list[torch.nn.Parameter]  # of all of them, in the order of the optimiser's groups
+    params: list[torch.nn.Parameter]  # what the optimiser trains: these, or longer ones, of which they are views
     optimizer: torch.optim.Optimizer
     new_optimizer: Callable[[], torch.optim.Optimizer]  # another one for the same parameters, as at the beginning
     schedule: torch.optim.lr_scheduler.LRScheduler

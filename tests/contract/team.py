@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from trainer import parallel
+from trainer import optim, parallel
 from trainer.guard import Guard
 from trainer.loop import MicroBatch, train
 from trainer.objective import FlowMatching
-from trainer.replay import Flat
+from trainer.replay import Direct
 from trainer.stop import StopFlag
 
 SIZES = [(3, 1), (2, 2), (1, 3), (2,), (3, 2), (1,)]  # pictures of the micro-batches of each step
@@ -51,9 +51,9 @@ class Model(torch.nn.Module):
 
 
 def trained(team, case):
-    """The steps, and the weights after them. In cases that begin with "flat", the gradients are views of one tensor."""
+    """The steps, and the weights after them. In cases that begin with "joined", these are views of a longer one."""
     model, number = Model(), 0
-    model.fails = 2 if case in ("memory", "flat memory") and team.rank == team.size - 1 else 0
+    model.fails = 2 if case in ("memory", "joined memory") and team.rank == team.size - 1 else 0
     groups = []
     for i, sizes in enumerate(STEPS, 1):
         every = []
@@ -62,14 +62,15 @@ def trained(team, case):
             every.append(micro_batch(number, count, bad=case == "bad" and i == BAD and at == 1))
         groups.append((1, every[team.rank :: team.size]))
     params = [*model.parameters()]
-    optimizer = torch.optim.AdamW(params, lr=0.02, weight_decay=0.5)
-    guard, runner = Guard(), Flat(params) if case.startswith("flat") else None
+    wholes = optim.joined("adamw", params) if case.startswith("joined") else params
+    optimizer = torch.optim.AdamW(wholes, lr=0.02, weight_decay=0.5)
+    guard, runner = Guard(), Direct(params, wholes)
     steps = []
     for step in train(
         groups,
         predict=model,
         goal=FlowMatching(),
-        params=params,
+        params=wholes,
         optimizer=optimizer,
         schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
         max_grad_norm=1.0,
@@ -80,17 +81,17 @@ def trained(team, case):
         runner=runner,
         team=team,
     ):
-        assert runner is None or all(p.grad is grad for p, grad in zip(params, runner.grads, strict=True))
+        assert all(p.grad is grad for p, grad in runner.owners)
         steps.append([step.loss, step.grad_norm, step.images, step.skipped, team.stopping])
         if case == "stop" and team.first and step.number == 2:
             team._stop.signal = 15
         if team.stopping:
             break
-    team.check_same(params)
+    team.check_same(wholes)
     if case == "apart":
         with torch.no_grad():
             params[0][0, 0] += team.rank
-        team.check_same(params)
+        team.check_same(wholes)
     return steps, {name: p.detach() for name, p in model.named_parameters()}, guard.state()
 
 

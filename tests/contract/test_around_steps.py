@@ -10,7 +10,7 @@ import torch
 
 from trainer import checkpoint, session
 from trainer.errors import StopRequestedError
-from trainer.replay import Flat
+from trainer.replay import Direct
 from trainer.run import run
 from trainer.stop import StopFlag
 
@@ -23,11 +23,11 @@ def job(job_plan, tmp_path, monkeypatch):
     def make(failures, *, replay=True, after=0):
         made, lowered = [], []
 
-        class Recording(Flat):
+        class Recording(Direct):
             recording = True
 
-            def __init__(self, params):
-                super().__init__(params)
+            def __init__(self, *params):
+                super().__init__(*params)
                 made.append(self)
                 self.calls = 0
 

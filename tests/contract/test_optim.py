@@ -9,6 +9,7 @@ import torch
 from trainer import checkpoint, optim
 from trainer.loop import Ema
 from trainer.optim import OPTIMIZERS, SCHEDULERS
+from trainer.replay import Direct
 
 
 def signature(name):
@@ -125,3 +126,32 @@ def test_schedules_end_where_their_names_say():
     assert rates("cosine")[-1] == pytest.approx(0, abs=1e-9) and rates("cosine")[6] == pytest.approx(0.5)
     assert rates("cosine_with_restarts")[6] == pytest.approx(1.0)  # two cycles: back at the top in the middle
     assert rates("polynomial")[-1] == pytest.approx(1e-7 / 1e-4, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_parameters_that_are_joined_are_trained_as_they_are_apart(name, monkeypatch):
+    """Of optimisers that look at shapes none are; 8-bit states are quantised in blocks that now reach over a border."""
+    monkeypatch.setattr(optim, "PIECE", 96 * 64 + 64 * 8)  # the first two, and the third by itself
+    found = []
+    for joining in (False, True):
+        torch.manual_seed(0)
+        shapes = ((96, 64), (64, 8), (8, 8))
+        params = [torch.nn.Parameter(torch.randn(*shape) / shape[0] ** 0.5) for shape in shapes]
+        begin = [p.detach().clone() for p in params]
+        trained = optim.joined(name, params) if joining else params
+        assert len(trained) == (2 if joining and not OPTIMIZERS[name].by_shape else 3)
+        assert all(torch.equal(p, b) for p, b in zip(params, begin, strict=True))
+        optimizer, runner = make(name, trained), Direct(params, trained)
+
+        def work(given, params=params):
+            made = given["x"] @ params[0] @ params[1] @ params[2]
+            return made, (made - given["x"][:, :8]).square().mean()
+
+        for n in range(30):
+            runner(work, {"x": torch.randn(32, 96, generator=torch.Generator().manual_seed(n))})
+            optimizer.step()
+            runner.clear()
+        found.append([p.detach() - b for p, b in zip(params, begin, strict=True)])
+    for apart, joined in zip(*found, strict=True):
+        assert apart.norm() > 0
+        assert (joined - apart).norm() < (0.05 if name in ("adamw8bit", "lion") else 1e-4) * apart.norm()

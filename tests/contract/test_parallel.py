@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from team import BAD, STEPS, trained
 
 SCRIPT = str(Path(__file__).with_name("team.py"))
-CASES = ["plain", "bad", "memory", "flat", "flat memory", "stop"]  # the wish to stop stays
+CASES = ["plain", "bad", "memory", "joined", "joined memory", "stop"]  # the wish to stop stays
 
 
 def start(folder, *cases):
@@ -57,10 +57,10 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("case", ["plain", "bad", "memory", "flat", "flat memory"])
+@pytest.mark.parametrize("case", ["plain", "bad", "memory", "joined", "joined memory"])
 def test_two_processes_are_one_with_two_micro_batches_to_a_step(pair, case):
     """Of unequal sizes; also where the second has none, where a weight is used by one alone, or by none at all."""
-    steps, weights, guard = trained(Team(), {"memory": "plain", "flat memory": "flat"}.get(case, case))
+    steps, weights, guard = trained(Team(), {"memory": "plain", "joined memory": "joined"}.get(case, case))
     for theirs, their_weights, their_guard in pair[0][case]:
         assert len(theirs) == len(steps) == len(STEPS)
         for ours, other in zip(steps, theirs, strict=True):
@@ -76,11 +76,11 @@ def test_both_have_the_same_bits(pair):
         assert same(weights, their_weights) and str(steps) == str(others) and guard == their_guard
 
 
-def test_a_weight_without_a_gradient_anywhere_is_left_alone(pair):
-    """A gradient of zero would let it decay."""
-    start = trained(Team(), "plain")[1]["never.weight"]
-    assert torch.equal(pair[0]["plain"][0][1]["never.weight"], start)
-    assert same({"x": start}, {"x": pair[0]["plain"][1][1]["never.weight"]})
+def test_weights_that_are_joined_are_trained_alike():
+    apart, joined = (trained(Team(), case) for case in ("plain", "joined"))
+    assert [row[:2] for row in joined[0]] == [pytest.approx(row[:2], rel=1e-6) for row in apart[0]]
+    for name, value in apart[1].items():
+        torch.testing.assert_close(joined[1][name], value, rtol=0, atol=1e-6)
 
 
 def test_the_process_with_the_bad_picture_tells_of_it(pair):

@@ -75,7 +75,8 @@ def trainee(name):
     new = partial(optim.make_optimizer, name, groups, **rates, args=spec.defaults, warmup_steps=2)
     optimizer = new()
     schedule = optim.make_schedule("constant", optimizer, warmup_steps=0, total_steps=9, num_cycles=1)
-    made = Trainee(None, TextEncoders(family("flux")), params, optimizer, new, schedule, Ema(params, 0.9), Guard())
+    both, average = (params, params), Ema(params, 0.9)
+    made = Trainee(None, TextEncoders(family("flux")), *both, optimizer, new, schedule, average, Guard())
     made.adapters = {str(i): p.detach() for i, p in enumerate(params)}
     made.text_adapters = {}
     return made

@@ -136,7 +136,9 @@ def test_a_process_that_stands_still_ends_the_job(two, rank):
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 75, printed
     assert "The trainer hangs" in printed if rank == 0 else "the job hangs" in two.status()["message"]
-    assert "in mean" in printed or "in heard" in printed, "where the other one stood: GPUs are waited for in `heard`"
+    assert "in mean" in printed or "in heard" in printed, (
+        f"where the other one stood (GPUs are waited for in `heard`):\n{printed[-6000:]}"
+    )
 
 
 @pytest.mark.slow
