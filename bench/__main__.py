@@ -12,6 +12,7 @@ loading, scan: data.
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 import sys
 
@@ -23,6 +24,7 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in known:
         print(f"{__doc__}\nWHAT: {', '.join(known)}", file=sys.stderr)
         return 64
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as in a job (entrypoint/launch.py)
     importlib.import_module(f"bench.{arguments[0]}").main(arguments[1:])
     return 0
 

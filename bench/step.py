@@ -173,9 +173,10 @@ class Bench:
         self.runner.clear()
 
     def measured(self, work: Callable[[], None], *, times: int = 5) -> dict[str, Any]:
-        """Seconds of the first and of a usual step, and the peak."""
+        """Seconds of the first and of a usual step, and the peak. With one time alone, there is none between them."""
         row: dict[str, Any] = {"first_s": round(timed(work), 1)}
-        work()
+        if times > 1:
+            work()
         recorded = torch.cuda.memory_reserved() / GIB if isinstance(self.runner, Replayed) else 0  # with its pool
         if DEVICE == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -200,7 +201,7 @@ def timed(work: Callable[[], None]) -> float:
     return time.monotonic() - started
 
 
-def measure(bench: Bench, variant: str, batch: int) -> dict[str, Any]:
+def measure(bench: Bench, variant: str, batch: int, *, times: int = 5) -> dict[str, Any]:
     """One row: the step in one way."""
     words = set(variant.split("+"))
     policy = next((w for w in POLICIES if w in words), "none")
@@ -208,7 +209,7 @@ def measure(bench: Bench, variant: str, batch: int) -> dict[str, Any]:
     row: dict[str, Any] = {"what": variant, "batch": batch}
     try:
         engine = bench.engine(words)
-        row |= bench.measured(lambda: bench.step(engine, batch))
+        row |= bench.measured(lambda: bench.step(engine, batch), times=times)
         row["images_s"] = round(batch / row["step_s"], 3)
         if "profile" in words:
             profile(lambda: bench.step(engine, batch))
@@ -256,6 +257,7 @@ def counted(bench: Bench) -> dict[str, Any]:
 def main(arguments: list[str]) -> None:
     parser = options(__doc__)
     parser.add_argument("--size", type=int, nargs=2, help="width and height in pixels")
+    parser.add_argument("--times", type=int, default=5, help="steps that are measured, after the first two")
     parser.add_argument(
         "what", nargs="+", help="PRECISION+POLICY[+host|+weights][+turned][+replay][+plain][+eager][+profile]:BATCH"
     )
@@ -272,4 +274,4 @@ def main(arguments: list[str]) -> None:
             bench = Bench(asked.family, precision, small=asked.small)
             bench.size = tuple(asked.size or bench.size)
             print(json.dumps(counted(bench)), flush=True)
-        report.row(measure(bench, variant, int(batch)))
+        report.row(measure(bench, variant, int(batch), times=asked.times))

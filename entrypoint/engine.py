@@ -45,12 +45,6 @@ def engine_plan(
         needs, allowed = PRECISIONS[settings.precision].needs, ", ".join(("auto", *hardware.formats))
         what = f"PARAMS_PRECISION={show(settings.precision)} is not what {hardware} can do"
         notes.add(f"{what}: it needs {needs}. Allowed: {allowed}.")
-    compiled = settings.compile
-    if compiled is None:
-        compiled = hardware.device != "cpu"
-        notes.chose(
-            "PARAMS_COMPILE", compiled, "pays on accelerators" if compiled else "takes longer than it saves here"
-        )
     if settings.attention == "auto":
         notes.chose("PARAMS_ATTENTION", "native", "torch picks the kernel")
     elif settings.attention != "native" and not facts.attention_backends:
@@ -61,18 +55,37 @@ def engine_plan(
     plan = EnginePlan(
         device=hardware.device,
         num_gpus=_num_gpus(settings, hardware, notes),
-        compile=compiled,
-        replay=compiled and hardware.records,
+        replay=hardware.records,
         attention="native" if settings.attention == "auto" else settings.attention,
         memory_limit_gib=settings.memory_limit_gib,
         step_timeout_s=settings.step_timeout,
     )
     if model.footprint is None or hardware.device == "cpu":
-        return _as_it_is(settings, hardware, plan, notes=notes), datasets
-    sizes = [(p.width, p.height) for p in prompts] if settings.sample_every_n_steps else []
-    sizes += [d.resolution for d in datasets for s in d.subsets if s.source.kind == "generated"]
-    drawn = max((width * height for width, height in sizes), default=0)
-    return _fitted(settings, hardware, plan, model.footprint, datasets, rank=rank, drawn=drawn, notes=notes)
+        plan = _as_it_is(settings, hardware, plan, notes=notes)
+    else:
+        sizes = [(p.width, p.height) for p in prompts] if settings.sample_every_n_steps else []
+        sizes += [d.resolution for d in datasets for s in d.subsets if s.source.kind == "generated"]
+        drawn = max((width * height for width, height in sizes), default=0)
+        given = (settings, hardware, plan, model.footprint, datasets)
+        plan, datasets = _fitted(*given, rank=rank, drawn=drawn, notes=notes)
+    return dataclasses.replace(plan, compile=_compiled(settings, plan, facts.compiles, notes)), datasets
+
+
+def _compiled(settings: Settings, plan: EnginePlan, compiles: str, notes: Notes) -> bool:
+    """Whether the blocks are compiled. Where steps are recorded, that may take longer than it saves."""
+    if settings.compile is not None:
+        return settings.compile
+    fused = PRECISIONS[plan.precision].form == "fp8" and settings.lora_type != "dora"
+    if plan.device == "cpu":
+        chosen, why = False, "takes longer than it saves here"
+    elif plan.replay and compiles == "never":
+        chosen, why = False, "the model has so many kinds of blocks that it takes minutes; steps are recorded instead"
+    elif plan.replay and compiles == "recomputed" and fused and (plan.recompute, plan.offload) == ("none", "none"):
+        chosen, why = False, "steps are recorded, and what they keep is fused already"
+    else:
+        chosen, why = True, "pays on accelerators"
+    notes.chose("PARAMS_COMPILE", chosen, why)
+    return chosen
 
 
 def _num_gpus(settings: Settings, hardware: Hardware, notes: Notes) -> int:

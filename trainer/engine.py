@@ -184,6 +184,7 @@ def rungs(policy: str, kept: int, offload: str) -> list[tuple[str, int, str]]:
     ladder = [
         ("products", "none"),
         ("attention", "none"),
+        ("all", "none"),
         ("attention", "activations"),
         ("all", "activations"),
         ("all", "weights"),

@@ -11,6 +11,9 @@ from torch.library import triton_op, wrap_triton
 
 from trainer import quantize
 
+_EVEN = tl.constexpr(
+    1.5 * 2.0**23
+)  # added to a small number, it leaves no room for a fraction: a half goes to the even
 _FLOOR, _BF16_MAX = tl.constexpr(quantize.FLOOR), tl.constexpr(quantize.BF16_MAX)
 
 
@@ -36,7 +39,7 @@ def _quantize_rows(  # type: ignore[no-untyped-def]
     scale = tl.minimum(tl.maximum(amax, _FLOOR), _BF16_MAX) / MOST
     value = tl.clamp(value / scale, -MOST, MOST, propagate_nan=tl.PropagateNan.ALL)
     if ROUNDED:
-        value = tl.floor(value + 0.5)
+        value = (value + _EVEN) - _EVEN
     tl.store(out + row * K + k, value.to(out.dtype.element_ty), mask=inside)
     tl.store(scales + row, scale)
 

@@ -32,8 +32,8 @@ RESIDENT = (
     ("none", "none"),
     ("products", "none"),
     ("attention", "none"),
-    ("attention", "activations"),
     ("all", "none"),
+    ("attention", "activations"),
     ("all", "activations"),
 )
 PLAIN = 1.25  # times as much is kept where norms and activations are not fused with products in FP8

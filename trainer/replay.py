@@ -146,6 +146,10 @@ class Replayed(Direct):
         except torch.OutOfMemoryError:
             log.warning("There is no memory to record a step of this size: it is launched kernel by kernel.")
             return None
+        except RuntimeError as problem:  # something in it waits for the device, or is not what can be recorded
+            why = str(problem).splitlines()[0]
+            log.warning("A step of this size cannot be recorded: it is launched kernel by kernel. %s", why)
+            return None
         finally:
             torch.cuda.current_stream().wait_stream(self.stream)
             self.flat.copy_(before)

@@ -34,13 +34,15 @@ def test_each_rung_is_told_and_the_last_is_refused(monkeypatch, caplog):
     engine.lower("It does not fit.")
     assert all("forward" in region.__dict__ for region in regions) and engine.offload is None
     engine.lower("It does not fit.")
+    assert engine.offload is None and engine.rungs[0] == ("all", 0, "none")
+    engine.lower("It does not fit.")
     assert engine.offload == "host" and engine.stream is None
     engine.lower("It does not fit.")
     engine.lower("It does not fit.")
     assert engine.stream is not None and engine.stream.regions == regions
     with pytest.raises(SettingsError, match=r"It does not fit\. Fix: lower PARAMS_BATCH_SIZE"):
         engine.lower("It does not fit.")
-    assert len(caplog.records) == 4 and "1 blocks kept whole" in caplog.text
+    assert len(caplog.records) == 5 and "1 blocks kept whole" in caplog.text
 
 
 @pytest.mark.parametrize(("host_gib", "last"), [(None, "weights"), (1.0, "weights"), (0.0, "activations")])

@@ -36,6 +36,17 @@ def test_rows_are_quantised_as_in_plain_torch(width, weighed, dtype):
     assert torch.allclose(scale, wanted_scale, rtol=1e-6) and (values.float() * scale).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", [(9216, 3072), (100, 64), (33, 17)])
+def test_weights_are_restored_to_the_same_bits(shape, dtype):
+    from trainer import kernels
+
+    values, scale = quantize.quantize_rows(torch.randn(shape, device="cuda"), None, dtype)
+    for kind in (torch.bfloat16, torch.float16):
+        given = values, scale.t().contiguous(), kind
+        assert kernels.reads(values) and torch.equal(kernels.restored(*given), quantize.restored(*given))
+
+
 @pytest.mark.parametrize("shape", [(9216, 3072), (100, 64), (33, 17)])
 def test_the_transposed_is_the_transposed(shape):
     from trainer import kernels

@@ -396,11 +396,33 @@ def test_a_cpu_computes_in_full_precision_and_compiles_nothing():
     assert (engine.recompute, engine.offload) == ("none", "none")
 
 
-def test_an_accelerator_computes_in_8_bits_where_it_has_them_and_compiles():
+def test_an_accelerator_computes_in_8_bits_where_it_has_them():
     engine = plan(on=LARGE_GPU, BASE_MODEL=FULL).engine
-    assert (engine.device, engine.precision, engine.compile, engine.attention) == ("cuda", "fp8", True, "native")
+    assert (engine.device, engine.precision, engine.replay, engine.attention) == ("cuda", "fp8", True, "native")
     older = dataclasses.replace(LARGE_GPU, architecture="8.0")
     assert plan(on=older, BASE_MODEL=FULL).engine.precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "compiled"),
+    [
+        (FULL, {}, False),
+        (FULL, {"PARAMS_PRECISION": "bf16"}, True),
+        (FULL, {"PARAMS_GRADIENT_CHECKPOINTING": "true"}, True),
+        (FULL, {"PARAMS_LORA_TYPE": "dora"}, True),
+        (FULL, {"PARAMS_COMPILE": "true"}, True),
+        ("sd3", {}, True),
+        ("sd3", {"PARAMS_COMPILE": "false"}, False),
+        ("sdxl", {}, False),
+        ("sdxl", {"PARAMS_GRADIENT_CHECKPOINTING": "true", "PARAMS_PRECISION": "bf16"}, False),
+        ("mini-sd3", {}, True),
+    ],
+)
+def test_what_is_recorded_is_compiled_where_that_saves_more(base, changes, compiled):
+    assert plan(on=LARGE_GPU, BASE_MODEL=base, **changes).engine.compile is compiled
+    unrecorded = Hardware("amd", "gfx942", 192.0, 1, "6.4", 500.0, 32)
+    assert plan(on=unrecorded, BASE_MODEL=base).engine.compile is True
+    assert plan(on=CPU, BASE_MODEL=base).engine.compile is False
 
 
 def test_a_miniature_gains_nothing_from_8_bits():

@@ -80,6 +80,8 @@ class Facts:
     prompt_guidance: float
     prompt_cfg: float
     flow_shift: float = 3.1582  # default of PARAMS_DISCRETE_FLOW_SHIFT
+    # Where steps are recorded, what is compiled by itself: "always", "recomputed" (what recomputes), or "never".
+    compiles: str = "always"
     attention_backends: bool = True  # False: its attention is torch's own, whatever diffusers' dispatcher is told
 
 

@@ -46,6 +46,7 @@ FACTS = Facts(
     multiple=32,  # the VAE shrinks by 8, the UNet by another 4
     objective="denoising",
     timestep_samplings=("uniform",),
+    compiles="never",
     attention_backends=False,
     targets=(
         "proj_in",
