@@ -103,7 +103,7 @@ def _watched(children: Sequence[subprocess.Popen[bytes]], alive: Path) -> tuple[
                 child.wait(timeout=0.5 / len(children))
         failed = [i for i, child in enumerate(children) if child.returncode]
         if failed:
-            return _ended(children, failed)
+            return _ended(children, failed, alive.parent)
         if first.returncode == 0:
             return 0, 0
         try:
@@ -117,11 +117,19 @@ def _watched(children: Sequence[subprocess.Popen[bytes]], alive: Path) -> tuple[
                 child.send_signal(signal.SIGCONT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 first.wait(timeout=2)
+            _tell_stacks(alive.parent)
             log.error("%s [exit %d]", HangError.advice, HangError.exit_code)
             return HangError.exit_code, 0
 
 
-def _ended(children: Sequence[subprocess.Popen[bytes]], failed: Sequence[int]) -> tuple[int, int]:
+def _tell_stacks(folder: Path) -> None:
+    """Of several processes, where each of those that were asked stands."""
+    for path in sorted(folder.glob("stacks-*.txt")):
+        if said := path.read_text(encoding="utf-8", errors="replace"):
+            log.error("Process %s:\n%s", path.stem.removeprefix("stacks-"), said.rstrip())
+
+
+def _ended(children: Sequence[subprocess.Popen[bytes]], failed: Sequence[int], folder: Path) -> tuple[int, int]:
     """The exit code of the one that is to blame, and which it is, when some have failed; the others are to end now.
 
     They may wait for it in a call that no signal interrupts. One that ended because another did is not to blame.
@@ -144,6 +152,7 @@ def _ended(children: Sequence[subprocess.Popen[bytes]], failed: Sequence[int]) -
         for child in children[1:]:
             child.send_signal(signal.SIGUSR1)  # where these stand may be why
         time.sleep(0.5 if len(children) > 1 else 0)
+        _tell_stacks(folder)
     return (_code(children[blamed[0]]), blamed[0]) if blamed else (KilnError.exit_code, 0)
 
 

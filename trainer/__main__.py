@@ -8,13 +8,14 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from trainer.errors import KilnError, SettingsError
 from trainer.plan import Plan
 from trainer.stop import StopFlag
 
 log = logging.getLogger("trainer")
-RANK = "KILN_RANK"  # as in trainer/parallel.py, which imports torch
+RANK, TEAM = "KILN_RANK", "KILN_TEAM"  # as in trainer/parallel.py, which imports torch
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
@@ -26,7 +27,7 @@ def main(arguments: list[str]) -> int:
     stop, number = StopFlag(), int(os.environ.get(RANK, "0"))
     (stop.ignore if number else stop.listen)()
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1)  # the entrypoint asks where a job that hangs stands
+    faulthandler.register(signal.SIGUSR1, file=_stacks(number))  # the entrypoint asks where a job that hangs stands
     of, level = (f"[process {number}] ", logging.WARNING) if number else ("", logging.INFO)
     logging.basicConfig(format=f"%(asctime)s %(levelname)s {of}%(message)s", datefmt="%H:%M:%S", level=level)
     os.environ.update(QUIET)
@@ -50,6 +51,12 @@ def main(arguments: list[str]) -> int:
         log.error("%s [exit %d]", KilnError.advice, KilnError.exit_code)
         return KilnError.exit_code
     return 0
+
+
+def _stacks(number: int) -> TextIO:
+    """Where it is told what each thread does; of several processes each has a file of its own, to be read apart."""
+    team = os.environ.get(TEAM)
+    return (Path(team) / f"stacks-{number}.txt").open("w", encoding="utf-8") if team else sys.__stderr__ or sys.stderr
 
 
 if __name__ == "__main__":
