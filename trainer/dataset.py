@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import os
 import resource
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -209,14 +211,24 @@ def _examine(file: Path) -> _Facts | str:
 
 
 def _enter_worker() -> None:
-    """Bound the memory that a malicious file can take; its reason goes to the report, not to the terminal."""
+    """Bound the memory that a malicious file can take; its reason goes to the report, not to the terminal.
+
+    Where the trainer is killed, its workers end too: what they wait for would never come.
+    """
     warnings.simplefilter("ignore")
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     statm = Path("/proc/self/statm")
     if statm.exists():
         used = int(statm.read_text(encoding="ascii").split()[0]) * resource.getpagesize()
         _, most = resource.getrlimit(resource.RLIMIT_AS)
         wanted = used + WORKER_MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (wanted if most == resource.RLIM_INFINITY else min(wanted, most), most))
+
+
+def _end_with_parent() -> None:
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def _examine_all(

@@ -36,7 +36,6 @@ RESIDENT = (
     ("attention", "activations"),
     ("all", "activations"),
 )
-PLAIN = 1.25  # times as much is kept where norms and activations are not fused with products in FP8
 SLOTS = 2  # regions on the device where weights are streamed (trainer.stream): the one at work, and the next
 # Seconds of a step by what is recomputed, as a multiple of those with everything kept, of Flux.1 in FP8 on one
 # accelerator (docs/performance.md); and what a step costs besides, in the time of so many thousands of tokens.
@@ -119,7 +118,7 @@ def predicted(
 ) -> float:
     """The peak of training, in GiB."""
     trained = of.adapters * work.rank * STATE_BYTES.get(work.optimizer, 16) / GIB
-    everything = of.kept["none"] * (1.0 if PRECISIONS[precision].form == "fp8" else PLAIN)
+    everything = of.kept["none"] * (1.0 if PRECISIONS[precision].form == "fp8" else of.plain)
     kept = of.kept["host"] if offload != "none" else everything if recompute == "none" else of.kept[recompute]
     share = kept_blocks / of.regions
     tokens = work.kilotokens(of) * _wide(precision) / 2

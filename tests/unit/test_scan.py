@@ -389,3 +389,42 @@ def test_a_thousand_pictures_take_seconds_and_little_memory():
     assert figures["used"] == 1000
     assert figures["seconds"] < 15
     assert figures["peak_mib"] < 300
+
+
+READING = """
+import json, multiprocessing, sys, time
+from pathlib import Path
+from trainer.dataset import _examine_all
+if __name__ == "__main__":
+    found = _examine_all([Path(sys.argv[1])] * 64, workers=2, progress=None)
+    next(found)
+    print(json.dumps([child.pid for child in multiprocessing.active_children()]), flush=True)
+    time.sleep(600)
+"""
+
+
+def test_processes_that_read_pictures_end_with_a_trainer_that_is_killed(tmp_path, draw):
+    program = tmp_path / "reading.py"
+    program.write_text(READING)
+    draw(64, 48).save(tmp_path / "a.png")
+    command, environment = (
+        [sys.executable, str(program), str(tmp_path / "a.png")],
+        {**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    trainer = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    workers = json.loads(trainer.stdout.readline())
+    trainer.kill()
+    trainer.wait()
+    trainer.stdout.close()
+    deadline = time.monotonic() + 20
+
+    def alive(number: int) -> bool:
+        try:
+            return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except OSError:
+            return False
+
+    while any(map(alive, workers)):
+        assert time.monotonic() < deadline, "they wait for ever"
+        time.sleep(0.02)
+    assert len(workers) == 2

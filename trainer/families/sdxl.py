@@ -21,11 +21,12 @@ FOOTPRINT = Footprint(
     adapters=2.66e6,
     regions=87,
     text_tokens=0,
-    kept={"none": 1.2, "products": 0.8, "attention": 0.3, "all": 0.2, "host": 0.1},
+    kept={"none": 1.0, "products": 0.8, "attention": 0.3, "all": 0.2, "host": 0.1},
     working=0.146,
     largest=0.05e9,
     turned=2.21e9,
     encoders=0.82e9,
+    plain=1.5,
 )
 BASE = BaseModel("stabilityai/stable-diffusion-xl-base-1.0", 12.9, FOOTPRINT)
 
