@@ -42,6 +42,7 @@ SLOTS = 2  # regions on the device where weights are streamed (trainer.stream): 
 COST = {"none": 1.0, "products": 1.01, "attention": 1.2, "all": 1.28}
 # Times as long, by what waits on the host: measured with batches of 4 and of 1, of which the larger hides more.
 BUS = {"none": 1.0, "activations": 1.1, "weights": 1.4}
+RECORDING = 2.5  # GiB that a recorded step takes besides where something is recomputed; without them it is launched
 STREAMED = 1.0  # GiB that a step takes besides where weights are streamed
 STEP = 1.0
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -164,7 +165,7 @@ def best(of: Footprint, work: Work, choices: Sequence[Way], *, have_gib: float, 
     if way.recompute not in ("products", "attention") or way.offload != "none" or way.gib > room:
         return way
     whole = predicted(of, work, precision=way.precision, recompute="none")
-    kept = int((room - way.gib) / (whole - way.gib) * of.regions)
+    kept = int(max(0.0, room - RECORDING - way.gib) / (whole - way.gib) * of.regions)
     return replace(way, kept_blocks=kept, gib=way.gib + (whole - way.gib) * kept / of.regions)
 
 

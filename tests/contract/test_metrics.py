@@ -1,5 +1,6 @@
 """What a run shows while it trains: one bar on a terminal, plain lines anywhere else."""
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -33,9 +34,12 @@ def shown(tmp_path, monkeypatch, caplog):
             metrics.close()
             logging.info("the end")
             assert logging.getLogger().handlers == [handler]
-        text = os.read(ours, 2**16).decode()
+        text = b""
+        with contextlib.suppress(OSError):  # which is the end of what was written; one read may give a part
+            while read := os.read(ours, 2**16):
+                text += read
         os.close(ours)
-        return text
+        return text.decode()
 
     return run
 
