@@ -1,4 +1,4 @@
-"""One LoRA step (forward, backward, clip, fused AdamW) of a full-size denoiser with random weights: speed and memory.
+"""One LoRA step (forward, backward, clip, AdamW) of a full-size denoiser with random weights: speed and memory.
 
     python -m bench step --family FAMILY PRECISION+POLICY[+WORD]…:BATCH …
 
@@ -257,7 +257,7 @@ def counted(bench: Bench) -> dict[str, Any]:
 def main(arguments: list[str]) -> None:
     parser = options(__doc__)
     parser.add_argument("--size", type=int, nargs=2, help="width and height in pixels")
-    parser.add_argument("--times", type=int, default=5, help="steps that are measured, after the first two")
+    parser.add_argument("--times", type=int, default=5, help="steps that are measured, after one or two that are not")
     parser.add_argument(
         "what", nargs="+", help="PRECISION+POLICY[+host|+weights][+turned][+replay][+plain][+eager][+profile]:BATCH"
     )

@@ -55,7 +55,7 @@ def engine_plan(
     plan = EnginePlan(
         device=hardware.device,
         num_gpus=_num_gpus(settings, hardware, notes),
-        replay=hardware.records,
+        replay=hardware.records and not any(settings.text_encoder_lr),
         attention="native" if settings.attention == "auto" else settings.attention,
         memory_limit_gib=settings.memory_limit_gib,
         step_timeout_s=settings.step_timeout,
@@ -76,11 +76,12 @@ def _compiled(settings: Settings, plan: EnginePlan, compiles: str, notes: Notes)
     if settings.compile is not None:
         return settings.compile
     fused = PRECISIONS[plan.precision].form == "fp8" and settings.lora_type != "dora"
+    recorded = plan.replay and plan.offload == "none"
     if plan.device == "cpu":
         chosen, why = False, "takes longer than it saves here"
-    elif plan.replay and compiles == "never":
+    elif recorded and compiles == "never":
         chosen, why = False, "the model has so many kinds of blocks that it takes minutes; steps are recorded instead"
-    elif plan.replay and compiles == "recomputed" and fused and (plan.recompute, plan.offload) == ("none", "none"):
+    elif recorded and compiles == "recomputed" and fused and plan.recompute == "none":
         chosen, why = False, "steps are recorded, and what they keep is fused already"
     else:
         chosen, why = True, "pays on accelerators"
@@ -150,7 +151,7 @@ def _fitted(
         return _allowed(settings, memory.ways(footprint, work, precisions))
 
     def best(work: memory.Work) -> tuple[memory.Work, memory.Way]:
-        return work, memory.best(footprint, work, ways(work), have_gib=have, host_gib=host)
+        return work, memory.best(footprint, work, ways(work), have_gib=have, host_gib=host, recorded=plan.replay)
 
     if not ways(work):
         notes.add(

@@ -165,6 +165,11 @@ class Engine:
         """How many graphs were compiled so far, of all kinds of regions and sizes; None: nothing is compiled."""
         return int(torch._dynamo.utils.counters["stats"]["unique_graphs"]) if self.compiled else None
 
+    @property
+    def stays(self) -> bool:
+        """Whether with the next way, too, all stays on the device."""
+        return len(self.rungs) > 1 and self.rungs[1][2] == "none"
+
     def lower(self, problem: str) -> None:
         """The next way, with less memory. Raises SettingsError where there is none."""
         if len(self.rungs) == 1:

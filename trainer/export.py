@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,13 @@ import torch
 from safetensors.torch import load_file
 
 from trainer import __version__, files, tensorfile
+from trainer.captions import tag_frequency
+from trainer.dataset import Scan
 from trainer.errors import NumbersError, StorageError
-from trainer.plan import Dataset
+from trainer.families import Family
+from trainer.objective import Objective
+from trainer.order import Order
+from trainer.plan import Dataset, Plan
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -170,6 +175,46 @@ def metadata(run: Trained, *, step: int, epoch: int, rank: int, alpha: float) ->
     if run.text_encoders:
         values["ss_text_encoder_lr"] = [*run.text_encoders.values()]
     return {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in values.items()}
+
+
+def _unused(name: str, taken: Collection[str]) -> str:
+    """`name`; with a number where several sources, or one at several resolutions, have the same."""
+    return next(n for n in (name, *(f"{name} ({i})" for i in range(2, len(taken) + 2))) if n not in taken)
+
+
+def trained(plan: Plan, kind: Family, goal: Objective, *, order: Order, found: Scan) -> Trained:
+    """What the header of the LoRA file says about this run."""
+    facts, first = kind.FACTS, plan.data.datasets[0]
+    datasets: list[TrainedDataset] = []
+    names: list[str] = []
+    for d, dataset in enumerate(plan.data.datasets):
+        subsets = []
+        for i, subset in enumerate(dataset.subsets):
+            names.append(_unused(Path(subset.source.public).name, names))
+            own = [p.caption for p in found.pictures if (p.dataset, p.subset) == (d, i)]
+            tags = tag_frequency(own, subset.caption_separator)
+            subsets.append(TrainedSubset(names[-1], len(own), subset.num_repeats, subset.is_reg, tags))
+        buckets = {size: count for (owner, size), count in order.buckets.items() if owner == d}
+        datasets.append(TrainedDataset(dataset, tuple(subsets), buckets))
+    return Trained(
+        name=plan.output.name,
+        base=plan.model.base,
+        base_version=facts.base_version,
+        architecture=facts.architecture,
+        kind=plan.lora.kind,
+        alpha=plan.lora.alpha,
+        started=plan.output.started,
+        optimizer=plan.optim.name,
+        learning_rate=plan.optim.learning_rate,
+        text_encoders=plan.optim.text_encoders,
+        schedule=plan.optim.scheduler,
+        seed=plan.train.seed,
+        noise_offset=plan.train.noise_offset,
+        resolution=first.resolution,
+        trigger=first.subsets[0].trigger_word,
+        objective=goal.prediction.removesuffix("_prediction"),
+        datasets=tuple(datasets),
+    )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from trainer.frozen import Adapted
+from trainer.optim import pieces
 
 
 class _Cast(torch.autograd.Function):
@@ -39,6 +40,10 @@ def _parted(flat: torch.Tensor, shapes: Sequence[torch.Size]) -> tuple[torch.Ten
     return tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
 
 
+def _matrices(layer: Adapted) -> tuple[torch.Tensor, torch.Tensor]:
+    return layer.lora_A["default"].weight, layer.lora_B["default"].weight
+
+
 class Halves:
     """Of the adapters in `model` that count alike; inside the context that a call gives, they use what it made."""
 
@@ -46,13 +51,16 @@ class Halves:
         found = [m for m in model.modules() if isinstance(m, Adapted) and m.halves(dtype) is not None]
         scales: set[float] = {m.scaling["default"] for m in found}
         self.dtype, self.layers, self.scale = dtype, found if len(scales) == 1 else [], max(scales, default=1.0)
+        sizes = [sum(p.numel() for p in _matrices(layer)) for layer in self.layers]
+        # In pieces, so that on the way back not all gradients are there at once in both types.
+        self.pieces = [[self.layers[i] for i in piece] for piece in pieces(sizes)]
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
-        if self.layers:
-            downs = _Cast.apply(self.dtype, 1, *(m.lora_A["default"].weight for m in self.layers))
-            ups = _Cast.apply(self.dtype, self.scale, *(m.lora_B["default"].weight for m in self.layers))
-            for layer, *both in zip(self.layers, downs, ups, strict=True):
+        for piece in self.pieces:
+            downs, ups = zip(*map(_matrices, piece), strict=True)
+            made = _Cast.apply(self.dtype, 1, *downs), _Cast.apply(self.dtype, self.scale, *ups)
+            for layer, *both in zip(piece, *made, strict=True):
                 layer.ready = tuple(both)
         try:
             yield

@@ -11,9 +11,8 @@ from torch.library import triton_op, wrap_triton
 
 from trainer import quantize
 
-_EVEN = tl.constexpr(
-    1.5 * 2.0**23
-)  # added to a small number, it leaves no room for a fraction: a half goes to the even
+# Added to a small number, it leaves no room for a fraction: a half goes to the even.
+_EVEN = tl.constexpr(1.5 * 2.0**23)
 _FLOOR, _BF16_MAX = tl.constexpr(quantize.FLOOR), tl.constexpr(quantize.BF16_MAX)
 
 

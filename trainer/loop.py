@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import logging
@@ -16,7 +17,7 @@ from typing import TypeVar, cast
 import torch
 
 from trainer import objective
-from trainer.errors import NumbersError, OutOfMemoryError
+from trainer.errors import KilnError, NumbersError, OutOfMemoryError
 from trainer.guard import Guard, cause
 from trainer.parallel import Team
 from trainer.replay import Direct
@@ -118,12 +119,15 @@ def train(
     """
     runner, team = runner or Direct(params), team or Team()
     backward = _Backward(predict, goal, torch.Generator(device), seed, loss_scale, runner, team.rank, team.size)
-    given = iter(groups)
+    given, unread = iter(groups), None
     number, upcoming = first_step, next(given, None)
     while upcoming is not None:
         epoch, group = upcoming
         each_B = backward(group, number)
-        upcoming = next(given, None)
+        try:
+            upcoming = next(given, None)
+        except (OSError, ValueError, KilnError) as problem:  # this step is done first, and saved if it is due
+            upcoming, unread = None, problem
         if upcoming is not None:
             backward.begin(upcoming[1], number + 1)
         if loss_scale != 1:
@@ -142,6 +146,8 @@ def train(
         runner.clear()
         yield Step(number, epoch, images, loss, norm, skipped=objection is not None)
         number += 1
+    if unread:
+        raise unread
 
 
 def add_gradient(
@@ -195,7 +201,8 @@ class _Backward:
     def begin(self, group: list[MicroBatch], number: int) -> None:
         """Bring to the device what the step `number` begins with, while it is at work on a recorded step."""
         if self.runner.recording and group:
-            self.begun = (number, *self._drawn(group[0], number, 0))
+            with contextlib.suppress(torch.OutOfMemoryError):  # the step itself tries again, and makes room
+                self.begun = (number, *self._drawn(group[0], number, 0))
 
     def _drawn(self, batch: MicroBatch, number: int, i: int) -> tuple[MicroBatch, objective.Drawn]:
         here = batch.to(str(self.generator.device))

@@ -42,7 +42,6 @@ SLOTS = 2  # regions on the device where weights are streamed (trainer.stream): 
 COST = {"none": 1.0, "products": 1.01, "attention": 1.2, "all": 1.28}
 # Times as long, by what waits on the host: measured with batches of 4 and of 1, of which the larger hides more.
 BUS = {"none": 1.0, "activations": 1.1, "weights": 1.4}
-RECORDING = 2.5  # GiB that a recorded step takes besides where something is recomputed; without them it is launched
 STREAMED = 1.0  # GiB that a step takes besides where weights are streamed
 STEP = 1.0
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -152,7 +151,9 @@ def ways(of: Footprint, work: Work, precisions: Iterable[str]) -> list[Way]:
     return [Way(p, r, 0, o, predicted(of, work, precision=p, recompute=r, offload=o)) for p, r, o in orders]
 
 
-def best(of: Footprint, work: Work, choices: Sequence[Way], *, have_gib: float, host_gib: float) -> Way:
+def best(
+    of: Footprint, work: Work, choices: Sequence[Way], *, have_gib: float, host_gib: float, recorded: bool = False
+) -> Way:
     """The first way that fits, or the one that takes least. Blocks keep all as far as the memory goes."""
     room = have_gib * SPARE
     possible = [way for way in choices if on_host(of, work, way) <= host_gib] or list(choices)
@@ -165,7 +166,8 @@ def best(of: Footprint, work: Work, choices: Sequence[Way], *, have_gib: float, 
     if way.recompute not in ("products", "attention") or way.offload != "none" or way.gib > room:
         return way
     whole = predicted(of, work, precision=way.precision, recompute="none")
-    kept = int(max(0.0, room - RECORDING - way.gib) / (whole - way.gib) * of.regions)
+    left = max(0.0, room - way.gib - (of.recording if recorded else 0.0))
+    kept = int(left / (whole - way.gib) * of.regions)
     return replace(way, kept_blocks=kept, gib=way.gib + (whole - way.gib) * kept / of.regions)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ class OptimizerSpec:
     own_warmup: bool = False  # warms up by itself
     one_rate: bool = False  # all groups of parameters have the same learning rate, or 0
     by_shape: bool = False  # rows and columns of a parameter matter, or its norm
+    least: int = 0  # numbers; the state of a smaller parameter is kept in another format
 
     @property
     def prodigy(self) -> bool:
@@ -54,8 +55,11 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
     "adamw8bit": OptimizerSpec(
         "bitsandbytes.optim.AdamW8bit",
         _names("betas eps amsgrad min_8bit_size is_paged"),
+        least=4096,
     ),
-    "lion": OptimizerSpec("bitsandbytes.optim.Lion", _names("betas min_8bit_size is_paged"), learning_rate=3e-5),
+    "lion": OptimizerSpec(
+        "bitsandbytes.optim.Lion", _names("betas min_8bit_size is_paged"), learning_rate=3e-5, least=4096
+    ),
     # torch's Adafactor always scales the step by the weights' size, which is zero where an adapter begins.
     "adafactor": OptimizerSpec(
         "transformers.optimization.Adafactor",
@@ -97,23 +101,33 @@ SCHEDULERS: tuple[str, ...] = (
 PIECE = 2**24  # numbers: an optimiser's intermediate results are as large as a parameter
 
 
+def pieces(sizes: Sequence[int], *, alone: Callable[[int], bool] = lambda _: False) -> list[list[int]]:
+    """Places of neighbours with `PIECE` numbers at most together; what is `alone`, or larger, is a piece by itself."""
+    found: list[list[int]] = []
+    room = 0
+    for i, size in enumerate(sizes):
+        if size > room or alone(size):
+            found.append([])
+            room = PIECE
+        found[-1].append(i)
+        room = 0 if alone(size) else room - size
+    return found
+
+
 def joined(name: str, params: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
     """What the optimiser `name` shall train in their place: a few long parameters, of which they are views from now on.
 
     What an optimiser costs the host is so much for each parameter, and adapters are hundreds of small ones. They stay
-    as they are where their shapes matter to it.
+    as they are where their shapes matter to it, or their size.
     """
     import torch
 
-    if OPTIMIZERS[name].by_shape:
+    spec = OPTIMIZERS[name]
+    if spec.by_shape:
         return params
-    pieces: list[list[torch.nn.Parameter]] = [[]]
-    for p in params:
-        if pieces[-1] and sum(q.numel() for q in pieces[-1]) + p.numel() > PIECE:
-            pieces.append([])
-        pieces[-1].append(p)
     wholes = []
-    for piece in pieces:
+    for places in pieces([p.numel() for p in params], alone=lambda count: count < spec.least):
+        piece = [params[i] for i in places]
         wholes.append(torch.nn.Parameter(torch.cat([p.detach().flatten() for p in piece])))
         for p, view in zip(piece, wholes[-1].detach().split([p.numel() for p in piece]), strict=True):
             p.data = view.view_as(p)

@@ -30,7 +30,7 @@ class _Recorded:
 
 
 class Direct:
-    """The gradient of some work's loss is added to the parameters', which are views of one tensor, `flat`.
+    """The gradient of some work's loss is added to that of the parameters, of which `flat` has all, one after another.
 
     `params`: what the work computes with; `wholes`: what these are views of, if they are (`optim.joined`), in the same
     order; `around`: what is entered for each piece of work. A parameter that the loss does not depend on has a gradient
@@ -62,6 +62,11 @@ class Direct:
             loss.backward()
         return told.detach()
 
+    @property
+    def short_of_memory(self) -> bool:
+        """Whether some size of inputs could not be recorded for want of memory."""
+        return False
+
     def clear(self) -> None:
         """The gradient is zero again."""
         self.flat.zero_()
@@ -87,10 +92,14 @@ class Replayed(Direct):
         around: Around = contextlib.nullcontext,
     ) -> None:
         super().__init__(params, wholes, around)
-        self.recorded: dict[tuple[object, ...], _Recorded | None] = {}  # None: does not fit in memory
+        self.recorded: dict[tuple[object, ...], _Recorded | None] = {}  # None: is launched kernel by kernel
         self.stream = torch.cuda.Stream()
         self.pool = torch.cuda.graph_pool_handle()
         self.recording = True
+
+    @property
+    def short_of_memory(self) -> bool:
+        return self.recording and None in self.recorded.values()
 
     def drop(self) -> bool:
         held = any(self.recorded.values())
@@ -131,27 +140,36 @@ class Replayed(Direct):
 
     def _record(self, work: Work, inputs: Tensors) -> _Recorded | None:
         """Run it once, for what is compiled or allocated by the first run alone, then record it; nothing is changed."""
-        before, random = self.flat.clone(), torch.cuda.get_rng_state()
+        before, random, current = self.flat.clone(), torch.cuda.get_rng_state(), torch.cuda.current_stream()
         own = {name: tensor.clone() for name, tensor in inputs.items()}
-        graph = torch.cuda.CUDAGraph()
-        self.stream.wait_stream(torch.cuda.current_stream())
+        self.stream.wait_stream(current)
         try:
             with torch.cuda.stream(self.stream):
                 self._step(work, own)
             torch.cuda.synchronize()
             torch.cuda.empty_cache()  # what the first run took, the recording takes from its own pool
+            return self._captured(work, own)
+        except torch.OutOfMemoryError:
+            log.warning("There is no memory to record a step of this size: it is launched kernel by kernel.")
+            return None
+        finally:
+            torch.cuda.set_stream(current)  # a capture that fails leaves it otherwise
+            current.wait_stream(self.stream)
+            self.flat.copy_(before)
+            torch.cuda.set_rng_state(random)
+
+    def _captured(self, work: Work, own: Tensors) -> _Recorded | None:
+        """Record it; None, and never again, where it waits for the device or does what no recording can hold."""
+        graph = torch.cuda.CUDAGraph()
+        try:
             # Other threads, which write checkpoints, may allocate meanwhile.
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 told = self._step(work, own)
         except torch.OutOfMemoryError:
-            log.warning("There is no memory to record a step of this size: it is launched kernel by kernel.")
+            raise
+        except RuntimeError as problem:
+            self.recording, self.pool = False, torch.cuda.graph_pool_handle()
+            why = (str(problem.__context__ or problem).splitlines() or ["?"])[0]
+            log.warning("Steps cannot be recorded, and are launched kernel by kernel: %s", why)
             return None
-        except RuntimeError as problem:  # something in it waits for the device, or is not what can be recorded
-            why = str(problem).splitlines()[0]
-            log.warning("A step of this size cannot be recorded: it is launched kernel by kernel. %s", why)
-            return None
-        finally:
-            torch.cuda.current_stream().wait_stream(self.stream)
-            self.flat.copy_(before)
-            torch.cuda.set_rng_state(random)
         return _Recorded(graph, own, told)

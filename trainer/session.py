@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,6 @@ from PIL import Image
 from trainer import cache as caching
 from trainer import checkpoint, export, files, formats, optim, prepare, sample, text_encoders
 from trainer.cache import Cache
-from trainer.captions import tag_frequency
 from trainer.dataset import Scan
 from trainer.engine import Engine, drawing, torch_dtype
 from trainer.families import Family, base_models
@@ -95,8 +94,7 @@ class Session:
     def rehearse(self) -> None:
         """One step at the largest batch, forgotten: memory runs out here, or never. Also what a save is copied into.
 
-        Where it does, steps are not recorded; then the engine goes one rung down, and again. Raises SettingsError if it
-        still does at the last.
+        Where it does, steps are not recorded, or the engine goes one rung down. Raises SettingsError past the last.
         """
         largest = max(self.order.epoch(0), key=lambda b: (len(b) * math.prod(b[0].view.size), len(b)))
         what = f"The largest batch ({len(largest)} pictures of {largest[0].view.size}) does not fit in memory."
@@ -104,10 +102,15 @@ class Session:
         what_runs = self._what_runs()
         if self.plan.engine.replay and self.engine.offload is None and not self.trainee.texts.models:
             self.runner = Replayed(*what_runs)
-        while not self.team.all(self._rehearsed(batch)):
-            recorded, self.runner = isinstance(self.runner, Replayed), Direct(*what_runs)
+        while True:
+            fits, recorded = self._rehearsed(batch), isinstance(self.runner, Replayed)
+            # What is not compiled is far slower when it is launched: rather the next way, as long as that is recorded.
+            again = recorded and not self.engine.compiled and self.engine.stays
+            if self.team.all(fits and not (again and self.runner.short_of_memory)):
+                break
+            self.runner = (Replayed if again else Direct)(*what_runs)
             prepare.release()
-            if not recorded:
+            if again or not recorded:
                 self.engine.lower(what)
         if self.plan.engine.device == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**30
@@ -338,7 +341,7 @@ class Session:
     ) -> Iterator[tuple[Path, formats.Written, dict[str, str]]]:
         """Path, tensors and header of each file to write; the main one comes last: where it is, all are."""
         plan = self.plan
-        run = _trained(plan, self.kind, self.goal, order=self.order, found=self.found)
+        run = export.trained(plan, self.kind, self.goal, order=self.order, found=self.found)
         # The second file is for diffusers, which knows kohya's keys at the published models' width and depth only.
         miniature = not base_models()[plan.model.base][1].files_gib
         dora = plan.lora.kind == "dora"
@@ -355,43 +358,3 @@ class Session:
         generator = seeded(torch.Generator(device), self.plan.train.seed)
         drawn = self.goal.draw(latents(batch.moments_B2CHW, generator), generator)
         return self.predict(drawn.noisy_BCHW, drawn.t_B, batch)
-
-
-def _unused(name: str, taken: Collection[str]) -> str:
-    """`name`; with a number where several sources, or one at several resolutions, have the same."""
-    return next(n for n in (name, *(f"{name} ({i})" for i in range(2, len(taken) + 2))) if n not in taken)
-
-
-def _trained(plan: Plan, kind: Family, goal: Objective, *, order: Order, found: Scan) -> export.Trained:
-    """What the header of the LoRA file says about this run."""
-    facts, first = kind.FACTS, plan.data.datasets[0]
-    datasets: list[export.TrainedDataset] = []
-    names: list[str] = []
-    for d, dataset in enumerate(plan.data.datasets):
-        subsets = []
-        for i, subset in enumerate(dataset.subsets):
-            names.append(_unused(Path(subset.source.public).name, names))
-            own = [p.caption for p in found.pictures if (p.dataset, p.subset) == (d, i)]
-            tags = tag_frequency(own, subset.caption_separator)
-            subsets.append(export.TrainedSubset(names[-1], len(own), subset.num_repeats, subset.is_reg, tags))
-        buckets = {size: count for (owner, size), count in order.buckets.items() if owner == d}
-        datasets.append(export.TrainedDataset(dataset, tuple(subsets), buckets))
-    return export.Trained(
-        name=plan.output.name,
-        base=plan.model.base,
-        base_version=facts.base_version,
-        architecture=facts.architecture,
-        kind=plan.lora.kind,
-        alpha=plan.lora.alpha,
-        started=plan.output.started,
-        optimizer=plan.optim.name,
-        learning_rate=plan.optim.learning_rate,
-        text_encoders=plan.optim.text_encoders,
-        schedule=plan.optim.scheduler,
-        seed=plan.train.seed,
-        noise_offset=plan.train.noise_offset,
-        resolution=first.resolution,
-        trigger=first.subsets[0].trigger_word,
-        objective=goal.prediction.removesuffix("_prediction"),
-        datasets=tuple(datasets),
-    )

@@ -78,11 +78,12 @@ class Trainee:
                 lora.load(model, tree["text_encoders"][component])
             optim.load_state(self.optimizer, tree["optimizer"])
             self.schedule.load_state_dict(tree["schedule"])
+            if self.ema and tree["ema"]:
+                self.ema.steps = tree["ema"]["steps"]
+                self.ema.shadow = [s.to(p.device) for s, p in zip(tree["ema"]["shadow"], self.params, strict=True)]
         except (KeyError, ValueError) as problem:
-            raise SettingsError(f"The state does not fit this plan: {problem}.") from problem
-        if self.ema and tree["ema"]:
-            self.ema.steps = tree["ema"]["steps"]
-            self.ema.shadow = [s.to(p.device) for s, p in zip(tree["ema"]["shadow"], self.params, strict=True)]
+            what = "The state does not fit this plan, or another version of Kiln, which joined adapters otherwise"
+            raise SettingsError(f"{what}: {problem}.") from problem
         self.guard.restore(tree["guard"])
         checkpoint.set_random_state(tree["random"])
 

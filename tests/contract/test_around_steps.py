@@ -20,7 +20,7 @@ def job(job_plan, tmp_path, monkeypatch):
     """`job(failures)`: a short job whose recorded steps run out of memory so many times; its LoRA and what was made."""
     plan = job_plan("flux", PARAMS_MAX_STEPS="2", PARAMS_OPTIMIZER_TYPE="adamw")
 
-    def make(failures, *, replay=True, after=0):
+    def make(failures, *, replay=True, after=0, stays=False):
         made, lowered = [], []
 
         class Recording(Direct):
@@ -29,11 +29,11 @@ def job(job_plan, tmp_path, monkeypatch):
             def __init__(self, *params):
                 super().__init__(*params)
                 made.append(self)
-                self.calls = 0
+                self.calls, self.fails = 0, len(made) == 1
 
             def __call__(self, work, inputs):
                 self.calls += 1
-                if after < self.calls <= after + failures:
+                if self.fails and after < self.calls <= after + failures:
                     raise torch.OutOfMemoryError("no memory")
                 return super().__call__(work, inputs)
 
@@ -42,7 +42,8 @@ def job(job_plan, tmp_path, monkeypatch):
 
         monkeypatch.setattr(session, "Replayed", Recording)
         monkeypatch.setattr(session.Engine, "lower", lambda self, problem: lowered.append(problem))
-        out = tmp_path / f"out-{failures}-{replay}-{after}"
+        monkeypatch.setattr(session.Engine, "stays", stays)
+        out = tmp_path / f"out-{failures}-{replay}-{after}-{stays}"
         output = dataclasses.replace(plan.output, path=str(out))
         run(
             dataclasses.replace(plan, engine=dataclasses.replace(plan.engine, replay=replay), output=output), StopFlag()
@@ -63,6 +64,12 @@ def test_recording_is_given_up_before_anything_is_computed_again(job):
     plain, _, _ = job(0, replay=False)
     given_up, (runner,), lowered = job(1)
     assert runner.calls == 1 and lowered == [] and given_up == plain
+
+
+def test_what_is_not_compiled_is_rather_recorded_in_the_next_way(job):
+    plain, _, _ = job(0, replay=False)
+    found, (first, second), lowered = job(1, stays=True)
+    assert first.calls == 1 and second.calls == 1 + 2 and len(lowered) == 1 and found == plain
 
 
 def test_a_size_that_cannot_be_recorded_beside_another_is_computed_without_recordings(job, caplog):

@@ -8,7 +8,6 @@ from trainer.families import family
 from trainer.objective import FlowMatching
 from trainer.order import Order
 from trainer.plan import Source
-from trainer.session import _trained
 
 READ = [
     "ss_output_name",
@@ -49,7 +48,7 @@ MODELSPEC = [
 def header(plan):
     found = survey(plan.data, workers=0)
     order = Order(found.pictures, plan.data, seed=0)
-    run = _trained(plan, family("flux"), FlowMatching(), order=order, found=found)
+    run = export.trained(plan, family("flux"), FlowMatching(), order=order, found=found)
     return export.metadata(run, step=7, epoch=2, rank=4, alpha=4.0)
 
 

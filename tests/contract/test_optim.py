@@ -131,11 +131,11 @@ def test_schedules_end_where_their_names_say():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_parameters_that_are_joined_are_trained_as_they_are_apart(name, monkeypatch):
     """Of optimisers that look at shapes none are; 8-bit states are quantised in blocks that now reach over a border."""
-    monkeypatch.setattr(optim, "PIECE", 96 * 64 + 64 * 8)  # the first two, and the third by itself
+    monkeypatch.setattr(optim, "PIECE", 96 * 64 + 64 * 72)  # the first two, and the third by itself
     found = []
     for joining in (False, True):
         torch.manual_seed(0)
-        shapes = ((96, 64), (64, 8), (8, 8))
+        shapes = ((96, 64), (64, 72), (72, 8))
         params = [torch.nn.Parameter(torch.randn(*shape) / shape[0] ** 0.5) for shape in shapes]
         begin = [p.detach().clone() for p in params]
         trained = optim.joined(name, params) if joining else params
@@ -155,3 +155,10 @@ def test_parameters_that_are_joined_are_trained_as_they_are_apart(name, monkeypa
     for apart, joined in zip(*found, strict=True):
         assert apart.norm() > 0
         assert (joined - apart).norm() < (0.05 if name in ("adamw8bit", "lion") else 1e-4) * apart.norm()
+
+
+def test_neighbours_share_a_piece_as_far_as_it_goes(monkeypatch):
+    monkeypatch.setattr(optim, "PIECE", 10)
+    assert optim.pieces([4, 6, 1, 30, 5, 5, 5]) == [[0, 1], [2], [3], [4, 5], [6]]
+    assert optim.pieces([4, 2, 5, 5], alone=lambda size: size < 3) == [[0], [1], [2, 3]]
+    assert optim.pieces([]) == []

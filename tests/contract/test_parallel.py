@@ -14,11 +14,15 @@ from safetensors.torch import load_file
 from entrypoint.launch import child_environment, member_environment
 from trainer.dataset import Picture
 from trainer.errors import SettingsError
+from trainer.guard import Guard
+from trainer.loop import train
+from trainer.objective import FlowMatching
 from trainer.parallel import Prepared, Team, team
+from trainer.replay import Direct
 from trainer.stop import StopFlag
 
 sys.path.insert(0, str(Path(__file__).parent))
-from team import BAD, STEPS, trained
+from team import BAD, STEPS, Model, micro_batch, trained
 
 SCRIPT = str(Path(__file__).with_name("team.py"))
 CASES = ["plain", "bad", "memory", "joined", "joined memory", "stop"]  # the wish to stop stays
@@ -132,3 +136,48 @@ def test_a_plan_for_several_is_not_run_by_one(job_plan):
     with pytest.raises(SettingsError, match="NUM_GPUS=2"):
         team(plan.engine.num_gpus, {}, StopFlag())
     assert dataclasses.astuple(plan.engine)[1] == 2
+
+
+def steps(groups, goal=None, runner=Direct):
+    """The losses of a single process, up to what ends it, and that."""
+    model, losses = Model(), []
+    params = [*model.parameters()]
+    optimizer = torch.optim.AdamW(params, lr=0.02)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    options = {"max_grad_norm": 1.0, "guard": Guard(), "device": "cpu", "seed": 7, "first_step": 1}
+    goal, runner = goal or FlowMatching(), runner(params)
+    trained = {"params": params, "optimizer": optimizer, "schedule": schedule, "runner": runner, **options}
+    try:
+        for step in train(groups, predict=model, goal=goal, **trained):
+            losses.append(step.loss)
+    except OSError as problem:
+        return losses, str(problem)
+    return losses, None
+
+
+class Recording(Direct):
+    recording = True
+
+
+def test_what_cannot_be_read_ends_the_steps_after_the_one_before_it():
+    def groups(good):
+        yield from ((1, [micro_batch(i, 2)]) for i in range(good))
+        raise OSError("gone")
+
+    for good in (0, 1, 3):
+        losses, problem = steps(groups(good))
+        assert len(losses) == good and problem == "gone"
+
+
+def test_memory_that_runs_out_while_the_next_batch_comes_is_found_in_its_own_step():
+    class Scarce(FlowMatching):
+        calls = 0
+
+        def draw(self, *given):
+            Scarce.calls += 1
+            if Scarce.calls == 2:
+                raise torch.OutOfMemoryError("made up")
+            return super().draw(*given)
+
+    groups = [(1, [micro_batch(i, 2)]) for i in range(4)]
+    assert steps(groups, Scarce(), Recording) == steps(groups) and Scarce.calls == 5

@@ -416,6 +416,10 @@ def test_an_accelerator_computes_in_8_bits_where_it_has_them():
         ("sdxl", {}, False),
         ("sdxl", {"PARAMS_GRADIENT_CHECKPOINTING": "true", "PARAMS_PRECISION": "bf16"}, False),
         ("mini-sd3", {}, True),
+        # What is not recorded is compiled.
+        ("sdxl", {"PARAMS_TEXT_ENCODER_LR": "1e-5", "PARAMS_OPTIMIZER_TYPE": "adamw"}, True),
+        ("sdxl", {"PARAMS_GRADIENT_CHECKPOINTING": "true", "PARAMS_OFFLOAD": "activations"}, True),
+        (FULL, {"PARAMS_TEXT_ENCODER_LR": "1e-5", "PARAMS_OPTIMIZER_TYPE": "adamw"}, True),
     ],
 )
 def test_what_is_recorded_is_compiled_where_that_saves_more(base, changes, compiled):
