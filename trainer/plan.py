@@ -192,7 +192,7 @@ class EnginePlan:
     stream_encoders: bool = neutral(False)  # the text encoders' layers come to the device one by one
     host_gib: float | None = neutral(None)  # of the host's memory that weights may take; None: any
     tile_vae: bool = neutral(False)  # samples are decoded piece by piece, and pictures encoded one by one
-    compile: bool = False
+    compile: bool = neutral(False)
     replay: bool = neutral(False)  # steps are recorded and replayed as a whole, where nothing waits on the host
     attention: str = "native"  # an attention backend of diffusers
     memory_limit_gib: float | None = neutral(None)

@@ -24,7 +24,7 @@ from entrypoint.variables import NAMES
 from trainer.errors import SettingsError
 from trainer.families import base_models, family, timestep_samplings
 from trainer.optim import OPTIMIZERS, SCHEDULERS
-from trainer.plan import Dataset, Plan
+from trainer.plan import Dataset, Plan, goes_on
 
 ROOT = Path(__file__).parents[2]
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -427,6 +427,13 @@ def test_what_is_recorded_is_compiled_where_that_saves_more(base, changes, compi
     unrecorded = Hardware("amd", "gfx942", 192.0, 1, "6.4", 500.0, 32)
     assert plan(on=unrecorded, BASE_MODEL=base).engine.compile is True
     assert plan(on=CPU, BASE_MODEL=base).engine.compile is False
+
+
+def test_a_run_goes_on_where_there_is_less_memory_and_so_another_way():
+    small = dataclasses.replace(LARGE_GPU, memory_gib=24.0)
+    before, after = (plan(on=on, BASE_MODEL=FULL) for on in (LARGE_GPU, small))
+    assert (before.engine.recompute, before.engine.compile) != (after.engine.recompute, after.engine.compile)
+    assert goes_on(after, before.essence(), step=3, own=True)
 
 
 def test_a_miniature_gains_nothing_from_8_bits():
