@@ -165,11 +165,12 @@ class Replayed(Direct):
             # Other threads, which write checkpoints, may allocate meanwhile.
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 told = self._step(work, own)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as problem:
+            cause = problem.__context__ or problem  # a capture that something has ended fails once more at its end
+            if isinstance(problem, torch.OutOfMemoryError) or isinstance(cause, torch.OutOfMemoryError):
+                raise torch.OutOfMemoryError(str(cause)) from problem
             self.recording, self.pool = False, torch.cuda.graph_pool_handle()
-            why = (str(problem.__context__ or problem).splitlines() or ["?"])[0]
+            why = (str(cause).splitlines() or [repr(cause)])[0]
             log.warning("Steps cannot be recorded, and are launched kernel by kernel: %s", why)
             return None
         return _Recorded(graph, own, told)
