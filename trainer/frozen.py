@@ -274,11 +274,15 @@ class Adapted(peft_lora.Linear):
 
     ready: tuple[torch.Tensor, torch.Tensor] | None = None  # its halves, where they are made for all (trainer.halves)
 
-    def halves(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Its two matrices, the second one scaled; None where peft has to compute it."""
+    def is_plain(self, dtype: torch.dtype) -> bool:
+        """Whether it is the product of two matrices, and no more, that peft need not compute."""
         special = self.disable_adapters or self.merged or self.lora_variant
         # In fp32 peft's own arithmetic is as good; in 16 bits it would compute the adapter's part in fp32.
-        if special or dtype == torch.float32 or not isinstance(self.lora_dropout["default"], torch.nn.Identity):
+        return not special and dtype != torch.float32 and isinstance(self.lora_dropout["default"], torch.nn.Identity)
+
+    def halves(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Its two matrices, the second one scaled; None where peft has to compute it."""
+        if not self.is_plain(dtype):
             return None
         if self.ready is not None and self.ready[0].dtype == dtype:
             return self.ready

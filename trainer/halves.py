@@ -48,7 +48,7 @@ class Halves:
     """Of the adapters in `model` that count alike; inside the context that a call gives, they use what it made."""
 
     def __init__(self, model: torch.nn.Module, dtype: torch.dtype) -> None:
-        found = [m for m in model.modules() if isinstance(m, Adapted) and m.halves(dtype) is not None]
+        found = [m for m in model.modules() if isinstance(m, Adapted) and m.is_plain(dtype)]
         scales: set[float] = {m.scaling["default"] for m in found}
         self.dtype, self.layers, self.scale = dtype, found if len(scales) == 1 else [], max(scales, default=1.0)
         sizes = [sum(p.numel() for p in _matrices(layer)) for layer in self.layers]

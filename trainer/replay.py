@@ -10,7 +10,7 @@ import contextlib
 import gc
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -29,6 +29,7 @@ class _Recorded:
     told: torch.Tensor
 
 
+@dataclass(eq=False)
 class Direct:
     """The gradient of some work's loss is added to that of the parameters, of which `flat` has all, one after another.
 
@@ -37,18 +38,16 @@ class Direct:
     of zero.
     """
 
-    recording = False
+    params: Sequence[torch.nn.Parameter]
+    wholes: Sequence[torch.nn.Parameter] = ()
+    around: Around = contextlib.nullcontext
+    recording: bool = field(default=False, init=False)
 
-    def __init__(
-        self,
-        params: Sequence[torch.nn.Parameter],
-        wholes: Sequence[torch.nn.Parameter] = (),
-        around: Around = contextlib.nullcontext,
-    ) -> None:
-        self.params, self.around = list(params), around
+    def __post_init__(self) -> None:
         count = sum(p.numel() for p in self.params)
         self.flat = torch.zeros(count, device=self.params[0].device, dtype=self.params[0].dtype)
-        self.grads, others = self._views(self.params), [] if params[0] is next(iter(wholes), None) else [*wholes]
+        others = [] if self.params[0] is next(iter(self.wholes), None) else self.wholes
+        self.grads = self._views(self.params)
         self.owners = [*zip(self.params, self.grads, strict=True), *zip(others, self._views(others), strict=True)]
         self.clear()
 
@@ -85,13 +84,8 @@ class Direct:
 class Replayed(Direct):
     """The same from recordings, whose memory is one pool."""
 
-    def __init__(
-        self,
-        params: Sequence[torch.nn.Parameter],
-        wholes: Sequence[torch.nn.Parameter] = (),
-        around: Around = contextlib.nullcontext,
-    ) -> None:
-        super().__init__(params, wholes, around)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.recorded: dict[tuple[object, ...], _Recorded | None] = {}  # None: is launched kernel by kernel
         self.stream = torch.cuda.Stream()
         self.pool = torch.cuda.graph_pool_handle()

@@ -266,17 +266,18 @@ def _trainee(plan: Plan, kind: Family, *, model: Path, total: int) -> Trainee:
     settings = plan.lora
     put = partial(lora.add_adapters, rank=settings.rank, alpha=settings.alpha, seed=plan.train.seed, kind=settings.kind)
     targets, blocks = plan.lora.targets, kind.blocks(denoiser)
-    parts = [*put(denoiser, blocks, targets=targets, fused=fused)]
-    groups: list[dict[str, Any]] = [{"params": optim.joined(plan.optim.name, [*parts])}]
+    trained: list[tuple[list[torch.nn.Parameter], dict[str, float]]]
+    trained = [(put(denoiser, blocks, targets=targets, fused=fused), {})]
     texts = text_encoders.load(
         model, plan.optim.text_encoders, family=kind, device=engine.device, dtype=torch_dtype(engine)
     )
     for component, encoder in texts.models.items():
         blocks, targets = text_encoders.blocks(encoder), text_encoders.TARGETS
         own = put(encoder, blocks, targets=targets, fused={})
-        parts += own
-        joined = optim.joined(plan.optim.name, own)
-        groups.append({"params": joined, "lr": plan.optim.text_encoders[component]})
+        trained.append((own, {"lr": plan.optim.text_encoders[component]}))
+    parts = [p for own, _ in trained for p in own]
+    groups: list[dict[str, Any]]
+    groups = [{"params": optim.joined(plan.optim.name, own), **rate} for own, rate in trained]
     if start is not None:
         _start_from(denoiser, texts, start, plan=plan, facts=facts)
     new_optimizer = partial(

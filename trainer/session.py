@@ -30,7 +30,7 @@ from trainer.objective import Objective, scheduler_changes
 from trainer.order import Order, fingerprint
 from trainer.parallel import Team
 from trainer.plan import Plan, Prompt
-from trainer.replay import Around, Direct, Replayed
+from trainer.replay import Direct, Replayed
 from trainer.snapshot import Background, Snapshots
 from trainer.stop import StopFlag
 from trainer.trainee import Trainee
@@ -71,7 +71,13 @@ class Session:
         self.snapshots = Snapshots(self.trainee.optimizer, self.plan.engine.device)
         self.background = Background()
         self.keeper = Keeper(self.out, self.plan.output.name, self.plan.output.keep_checkpoints)
-        self.runner = Direct(*self._what_runs())
+        dtype, compiled = torch_dtype(self.plan.engine), self.engine.compiled  # which makes adapters' halves in passing
+        self.around = contextlib.nullcontext if compiled else Halves(self.trainee.denoiser, dtype)
+        recorded = self.plan.engine.replay and self.engine.offload is None and not self.trainee.texts.models
+        self.runner = self._runner(recorded=recorded)
+
+    def _runner(self, *, recorded: bool) -> Direct:
+        return (Replayed if recorded else Direct)(self.trainee.parts, self.trainee.params, self.around)
 
     def predict(self, noisy_BCHW: torch.Tensor, t_B: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
         text = self.trainee.texts.renewed(batch.text, batch.captions)
@@ -85,12 +91,6 @@ class Session:
                 geometry_B6=batch.geometry_B6,
             )
 
-    def _what_runs(self) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter], Around]:
-        """For `trainer.replay`. What is compiled makes the adapters' halves in passing."""
-        dtype = torch_dtype(self.plan.engine)
-        around = contextlib.nullcontext if self.engine.compiled else Halves(self.trainee.denoiser, dtype)
-        return self.trainee.parts, self.trainee.params, around
-
     def rehearse(self) -> None:
         """One step at the largest batch, forgotten: memory runs out here, or never. Also what a save is copied into.
 
@@ -99,16 +99,13 @@ class Session:
         largest = max(self.order.epoch(0), key=lambda b: (len(b) * math.prod(b[0].view.size), len(b)))
         what = f"The largest batch ({len(largest)} pictures of {largest[0].view.size}) does not fit in memory."
         started, batch = time.monotonic(), prepare.micro_batch(self.cache, largest)
-        what_runs = self._what_runs()
-        if self.plan.engine.replay and self.engine.offload is None and not self.trainee.texts.models:
-            self.runner = Replayed(*what_runs)
         while True:
             fits, recorded = self._rehearsed(batch), isinstance(self.runner, Replayed)
             # What is not compiled is far slower when it is launched: rather the next way, as long as that is recorded.
             again = recorded and not self.engine.compiled and self.engine.stays
             if self.team.all(fits and not (again and self.runner.short_of_memory)):
                 break
-            self.runner = (Replayed if again else Direct)(*what_runs)
+            self.runner = self._runner(recorded=again)
             prepare.release()
             if again or not recorded:
                 self.engine.lower(what)
