@@ -258,6 +258,7 @@ def main(arguments: list[str]) -> None:
     parser = options(__doc__)
     parser.add_argument("--size", type=int, nargs=2, help="width and height in pixels")
     parser.add_argument("--times", type=int, default=5, help="steps that are measured, after one or two that are not")
+    parser.add_argument("--limit", type=float, help="GiB of the device's memory that a step may take")
     parser.add_argument(
         "what", nargs="+", help="PRECISION+POLICY[+host|+weights][+turned][+replay][+plain][+eager][+profile]:BATCH"
     )
@@ -271,7 +272,12 @@ def main(arguments: list[str]) -> None:
         if bench is None or bench.precision != precision:
             bench = None
             free()
+            if asked.limit:
+                torch.cuda.set_per_process_memory_fraction(1.0)
             bench = Bench(asked.family, precision, small=asked.small)
             bench.size = tuple(asked.size or bench.size)
             print(json.dumps(counted(bench)), flush=True)
+        if asked.limit:  # not while the model is made, which then has 16 bits
+            whole = torch.cuda.mem_get_info()[1] / GIB
+            torch.cuda.set_per_process_memory_fraction(min(1.0, asked.limit / whole))
         report.row(measure(bench, variant, int(batch), times=asked.times))

@@ -67,7 +67,8 @@ def engine_plan(
         sizes += [d.resolution for d in datasets for s in d.subsets if s.source.kind == "generated"]
         drawn = max((width * height for width, height in sizes), default=0)
         given = (settings, hardware, plan, model.footprint, datasets)
-        plan, datasets = _fitted(*given, rank=rank, drawn=drawn, notes=notes)
+        compiles = settings.compile is not False and not (plan.replay and facts.compiles == "never")
+        plan, datasets = _fitted(*given, rank=rank, drawn=drawn, compiles=compiles, notes=notes)
     return dataclasses.replace(plan, compile=_compiled(settings, plan, facts.compiles, notes)), datasets
 
 
@@ -76,7 +77,7 @@ def _compiled(settings: Settings, plan: EnginePlan, compiles: str, notes: Notes)
     if settings.compile is not None:
         return settings.compile
     fused = PRECISIONS[plan.precision].form == "fp8" and settings.lora_type != "dora"
-    recorded = plan.replay and plan.offload == "none"
+    recorded = plan.replay and plan.offload != "weights"
     if plan.device == "cpu":
         chosen, why = False, "takes longer than it saves here"
     elif recorded and compiles == "never":
@@ -137,6 +138,7 @@ def _fitted(
     *,
     rank: int,
     drawn: int,
+    compiles: bool,
     notes: Notes,
 ) -> tuple[EnginePlan, tuple[Dataset, ...]]:
     """The fastest that `trainer.memory` predicts to fit, in each phase of the job. `drawn`: pixels of a sample."""
@@ -148,7 +150,7 @@ def _fitted(
     room, host = have * memory.SPARE, hardware.host_memory_gib * HOST_SHARE / plan.num_gpus
 
     def ways(work: memory.Work) -> list[memory.Way]:
-        return _allowed(settings, memory.ways(footprint, work, precisions))
+        return _allowed(settings, memory.ways(footprint, work, precisions), compiles=compiles)
 
     def best(work: memory.Work) -> tuple[memory.Work, memory.Way]:
         return work, memory.best(footprint, work, ways(work), have_gib=have, host_gib=host, recorded=plan.replay)
@@ -167,13 +169,7 @@ def _fitted(
         notes.chose("PARAMS_BATCH_SIZE", work.batch, "most images per second in the memory there is")
     else:
         work, way = best(work)
-    reason = f"{way.gib:.1f} GiB of {have:.0f} GiB are predicted for a step"
-    if settings.precision == "auto":
-        notes.chose("PARAMS_PRECISION", way.precision, f"fastest for {hardware}")
-    if settings.gradient_checkpointing is None:
-        notes.chose("PARAMS_GRADIENT_CHECKPOINTING", str(way), reason)
-    if settings.offload == "auto":
-        notes.chose("PARAMS_OFFLOAD", way.offload, reason)
+    _chosen(settings, hardware, way, have=have, notes=notes)
     streamed, tiled = _told(footprint, work, way, ways(work), have=have, drawn=drawn, notes=notes)
     plan = dataclasses.replace(
         plan,
@@ -188,6 +184,17 @@ def _fitted(
         tile_vae=tiled,
     )
     return plan, datasets
+
+
+def _chosen(settings: Settings, hardware: Hardware, way: memory.Way, *, have: float, notes: Notes) -> None:
+    """What was left to be chosen, for the log."""
+    reason = f"{way.gib:.1f} GiB of {have:.0f} GiB are predicted for a step"
+    if settings.precision == "auto":
+        notes.chose("PARAMS_PRECISION", way.precision, f"fastest for {hardware}")
+    if settings.gradient_checkpointing is None:
+        notes.chose("PARAMS_GRADIENT_CHECKPOINTING", str(way), reason)
+    if settings.offload == "auto":
+        notes.chose("PARAMS_OFFLOAD", way.offload, reason)
 
 
 def _told(
@@ -217,7 +224,7 @@ def _told(
     return streamed, tiled
 
 
-def _allowed(settings: Settings, ways: Sequence[memory.Way]) -> list[memory.Way]:
+def _allowed(settings: Settings, ways: Sequence[memory.Way], *, compiles: bool) -> list[memory.Way]:
     """Those that the settings do not rule out."""
     return [
         way
@@ -226,4 +233,6 @@ def _allowed(settings: Settings, ways: Sequence[memory.Way]) -> list[memory.Way]
         if settings.offload in ("auto", way.offload)
         # peft measures a layer's rows when it makes a DoRA adapter, and then the weights must be there.
         if settings.lora_type != "dora" or way.offload != "weights"
+        # Without the compiler, the host gets what all recompute, and no more (`trainer.engine.rungs`).
+        if compiles or way.recompute == "all" or way.offload == "none"
     ]

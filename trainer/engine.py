@@ -18,6 +18,7 @@ from trainer.families import Family
 from trainer.frozen import FORMS, FrozenLinear, freeze
 from trainer.fused import install
 from trainer.memory import OFFLOADS, described
+from trainer.offload import Offload
 from trainer.plan import EnginePlan
 from trainer.precision import form_for
 from trainer.standin import NAMES
@@ -132,8 +133,9 @@ class Engine:
         stream: Stream | None = None,
     ) -> None:
         self.denoiser, self.regions, self.stream, self.device = denoiser, list(regions), stream, plan.device
-        self.offload: recompute.Offload | None = None
-        self.compiled, self.rungs = plan.compile, rungs(plan.recompute, plan.kept_blocks, plan.offload)
+        self.offload: Offload | None = None
+        self.compiled = plan.compile
+        self.rungs = rungs(plan.recompute, plan.kept_blocks, plan.offload, compiled=plan.compile)
         frozen = sum(t.nbytes for r in regions for t in (*r.parameters(), *r.buffers()) if not t.requires_grad)
         if plan.host_gib is not None and frozen > plan.host_gib * 2**30 and len(self.rungs) > 1:
             self.rungs.pop()  # the last, which sends the weights to the host
@@ -158,17 +160,16 @@ class Engine:
             self.stream.settle()
         if self.stream:
             self.stream.wrap()
-        self.offload = recompute.Offload(self.denoiser, stream=self.stream) if offload != "none" else None
+        self.offload = Offload(self.denoiser, stream=self.stream) if offload != "none" else None
 
     @property
     def graphs(self) -> int | None:
         """How many graphs were compiled so far, of all kinds of regions and sizes; None: nothing is compiled."""
         return int(torch._dynamo.utils.counters["stats"]["unique_graphs"]) if self.compiled else None
 
-    @property
-    def stays(self) -> bool:
-        """Whether with the next way, too, all stays on the device."""
-        return len(self.rungs) > 1 and self.rungs[1][2] == "none"
+    def records(self, rung: int = 0) -> bool:
+        """Whether steps may be recorded: this way, or one further down. What streams weights decides as it goes."""
+        return len(self.rungs) > rung and self.rungs[rung][2] != "weights"
 
     def lower(self, problem: str) -> None:
         """The next way, with less memory. Raises SettingsError where there is none."""
@@ -184,13 +185,14 @@ class Engine:
         return self.offload if self.offload and torch.is_grad_enabled() else contextlib.nullcontext()
 
 
-def rungs(policy: str, kept: int, offload: str) -> list[tuple[str, int, str]]:
+def rungs(policy: str, kept: int, offload: str, *, compiled: bool) -> list[tuple[str, int, str]]:
     """This way to run and those below it, each with less memory: (policy, blocks that keep all, offload)."""
+    # Without the compiler, what a policy keeps is held by the checkpoint itself, and does not go to the host.
+    waiting = [("attention", "activations")] if compiled else [("all", "none")]
     ladder = [
         ("products", "none"),
         ("attention", "none"),
-        ("all", "none"),
-        ("attention", "activations"),
+        *waiting,
         ("all", "activations"),
         ("all", "weights"),
     ]

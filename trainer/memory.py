@@ -32,16 +32,17 @@ RESIDENT = (
     ("none", "none"),
     ("products", "none"),
     ("attention", "none"),
-    ("all", "none"),
     ("attention", "activations"),
+    ("all", "none"),
     ("all", "activations"),
 )
+SHARE = 1 / 16  # of what waits on the host: so much is on its way there, and as much on its way back (trainer.offload)
 SLOTS = 2  # regions on the device where weights are streamed (trainer.stream): the one at work, and the next
 # Seconds of a step by what is recomputed, as a multiple of those with everything kept, of Flux.1 in FP8 on one
 # accelerator (docs/performance.md); and what a step costs besides, in the time of so many thousands of tokens.
 COST = {"none": 1.0, "products": 1.01, "attention": 1.2, "all": 1.28}
 # Times as long, by what waits on the host: measured with batches of 4 and of 1, of which the larger hides more.
-BUS = {"none": 1.0, "activations": 1.1, "weights": 1.4}
+BUS = {"none": 1.0, "activations": 1.02, "weights": 1.4}
 STREAMED = 1.0  # GiB that a step takes besides where weights are streamed
 STEP = 1.0
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -119,10 +120,10 @@ def predicted(
     """The peak of training, in GiB."""
     trained = of.adapters * work.rank * STATE_BYTES.get(work.optimizer, 16) / GIB
     everything = of.kept["none"] * (1.0 if PRECISIONS[precision].form == "fp8" else of.plain)
-    kept = of.kept["host"] if offload != "none" else everything if recompute == "none" else of.kept[recompute]
-    share = kept_blocks / of.regions
+    kept, share = everything if recompute == "none" else of.kept[recompute], kept_blocks / of.regions
+    kept = of.kept["host"] + 2 * SHARE * kept if offload != "none" else kept * (1 - share) + everything * share
     tokens = work.kilotokens(of) * _wide(precision) / 2
-    each = of.working + kept * (1 - share) + everything * share
+    each = of.working + kept
     streamed = STREAMED if offload == "weights" else 0.0
     return weights(of, precision, offload, turned=turned) + streamed + trained + tokens * each
 
@@ -132,7 +133,7 @@ def on_host(of: Footprint, work: Work, way: Way) -> float:
     if way.offload == "none":
         return 0.0
     streamed = weights(of, way.precision) if way.offload == "weights" else 0.0
-    return of.kept["all" if way.recompute == "all" else "attention"] * work.kilotokens(of) + streamed
+    return of.kept[way.recompute] * work.kilotokens(of) * _wide(way.precision) / 2 + streamed
 
 
 def ways(of: Footprint, work: Work, precisions: Iterable[str]) -> list[Way]:
@@ -154,21 +155,30 @@ def ways(of: Footprint, work: Work, precisions: Iterable[str]) -> list[Way]:
 def best(
     of: Footprint, work: Work, choices: Sequence[Way], *, have_gib: float, host_gib: float, recorded: bool = False
 ) -> Way:
-    """The first way that fits, or the one that takes least. Blocks keep all as far as the memory goes."""
+    """The first way that fits, or the one that takes least, with as much kept as the memory lets it."""
     room = have_gib * SPARE
     possible = [way for way in choices if on_host(of, work, way) <= host_gib] or list(choices)
     rooms = {"none": room, "activations": have_gib * TIGHT, "weights": room}
     way = next((way for way in possible if way.gib <= rooms[way.offload]), min(possible, key=lambda way: way.gib))
-    # The memory that is left over goes to as many blocks as it lets keep everything; then to a copy of the weights.
-    if way.recompute == "none" and way.offload == "none" and PRECISIONS[way.precision].form == "fp8":
-        both = predicted(of, work, precision=way.precision, recompute="none", turned=True)
-        return replace(way, gib=both, turned=True) if both <= room else way
+    return _filled(of, work, way, room=room, recorded=recorded)
+
+
+def _filled(of: Footprint, work: Work, way: Way, *, room: float, recorded: bool) -> Way:
+    """What memory is left over goes to blocks that keep more, or to a copy of the weights."""
+
+    def changed(*, turned: bool = False, kept_blocks: int = 0) -> Way:
+        given = {"precision": way.precision, "recompute": way.recompute, "offload": way.offload}
+        gib = predicted(of, work, kept_blocks=kept_blocks, turned=turned, **given)
+        return replace(way, kept_blocks=kept_blocks, turned=turned, gib=gib)
+
+    if (way.recompute, way.offload) == ("none", "none") and PRECISIONS[way.precision].form == "fp8":
+        both = changed(turned=True)
+        return both if both.gib <= room else way
     if way.recompute not in ("products", "attention") or way.offload != "none" or way.gib > room:
         return way
-    whole = predicted(of, work, precision=way.precision, recompute="none")
+    whole = changed(kept_blocks=of.regions).gib
     left = max(0.0, room - way.gib - (of.recording if recorded else 0.0))
-    kept = int(left / (whole - way.gib) * of.regions)
-    return replace(way, kept_blocks=kept, gib=way.gib + (whole - way.gib) * kept / of.regions)
+    return changed(kept_blocks=int(left / (whole - way.gib) * of.regions))
 
 
 def speed(of: Footprint, work: Work, way: Way) -> float:

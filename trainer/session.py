@@ -73,7 +73,7 @@ class Session:
         self.keeper = Keeper(self.out, self.plan.output.name, self.plan.output.keep_checkpoints)
         dtype, compiled = torch_dtype(self.plan.engine), self.engine.compiled  # which makes adapters' halves in passing
         self.around = contextlib.nullcontext if compiled else Halves(self.trainee.denoiser, dtype)
-        recorded = self.plan.engine.replay and self.engine.offload is None and not self.trainee.texts.models
+        recorded = self.plan.engine.replay and self.engine.records() and not self.trainee.texts.models
         self.runner = self._runner(recorded=recorded)
 
     def _runner(self, *, recorded: bool) -> Direct:
@@ -102,7 +102,7 @@ class Session:
         while True:
             fits, recorded = self._rehearsed(batch), isinstance(self.runner, Replayed)
             # What is not compiled is far slower when it is launched: rather the next way, as long as that is recorded.
-            again = recorded and not self.engine.compiled and self.engine.stays
+            again = recorded and not self.engine.compiled and self.engine.records(1)
             if self.team.all(fits and not (again and self.runner.short_of_memory)):
                 break
             self.runner = self._runner(recorded=again)
@@ -123,7 +123,8 @@ class Session:
             if self.team.first:  # the one that saves
                 self.snapshots.take((self._modules(), state))
             self.runner.clear()
-            add_gradient(batch, predict=self.predict, goal=self.goal, device=device, seed=seed, runner=self.runner)
+            for _ in range(2 if self.engine.offload else 1):  # more stays on the device once it is known what there is
+                add_gradient(batch, predict=self.predict, goal=self.goal, device=device, seed=seed, runner=self.runner)
         except torch.OutOfMemoryError:
             return False
         finally:

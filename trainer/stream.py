@@ -26,7 +26,7 @@ class _Place:
     host: torch.Tensor
 
     def view(self, slot: torch.Tensor) -> torch.Tensor:
-        return _view(slot, self.offset, self.host.shape, self.host.stride(), self.host.dtype)
+        return view(slot, self.offset, self.host.shape, self.host.stride(), self.host.dtype)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Stream:
     def __init__(self, device: str, *, pinned: bool = True) -> None:
         self.device, self.pinned = torch.device(device), pinned and device == "cuda"
         self.buffers: list[torch.Tensor] = []
-        weakref.finalize(self, _unpin, self.buffers).atexit = False
+        weakref.finalize(self, unpin, self.buffers).atexit = False
         self.regions: list[torch.nn.Module] = []
         self.places: list[list[_Place]] = []
         self.slots: list[torch.Tensor] = []
@@ -69,13 +69,13 @@ class Stream:
             offsets.append(size)
             size += math.ceil(tensor.nbytes / ALIGNED) * ALIGNED
         places = []
-        buffer = _pinned(math.ceil(size / ALIGNED) * ALIGNED) if self.pinned else None
+        buffer = pinned_bytes(math.ceil(size / ALIGNED) * ALIGNED) if self.pinned else None
         self.buffers.extend([] if buffer is None else [buffer])
         for tensor, offset in zip(frozen, offsets, strict=True):
             if buffer is None:
                 host = tensor.data.cpu()
             else:
-                host = _view(buffer, offset, tensor.shape, tensor.stride(), tensor.dtype)
+                host = view(buffer, offset, tensor.shape, tensor.stride(), tensor.dtype)
                 host.copy_(tensor.data)
             tensor.data = host
             places.append(_Place(tensor, offset, host))
@@ -150,7 +150,7 @@ class Stream:
     def unpack(self, saved: torch.Tensor | _Saved) -> torch.Tensor:
         if isinstance(saved, torch.Tensor):
             return saved
-        return _view(self.load(saved.region), saved.offset, saved.shape, saved.stride, saved.dtype)
+        return view(self.load(saved.region), saved.offset, saved.shape, saved.stride, saved.dtype)
 
 
 def layers(model: torch.nn.Module, device: str) -> Stream:
@@ -165,21 +165,21 @@ def layers(model: torch.nn.Module, device: str) -> Stream:
     return stream
 
 
-def _view(
+def view(
     buffer: torch.Tensor, offset: int, shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype
 ) -> torch.Tensor:
     """A dense tensor in a buffer of bytes."""
     return buffer.view(dtype).as_strided(shape, stride, offset // dtype.itemsize)
 
 
-def _pinned(size: int) -> torch.Tensor:
+def pinned_bytes(size: int) -> torch.Tensor:
     """Pages of the host that the device may read by itself. torch's own allocator would take the next power of two."""
     buffer = torch.frombuffer(mmap.mmap(-1, max(1, size)), dtype=torch.uint8)
     torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)))
     return buffer
 
 
-def _unpin(buffers: list[torch.Tensor]) -> None:
+def unpin(buffers: list[torch.Tensor]) -> None:
     """Once nothing reads them any more, and before they are freed."""
     if buffers:
         torch.cuda.synchronize()

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from trainer import recompute
+from trainer import engine
 from trainer.engine import Engine, rungs
 from trainer.errors import SettingsError
 from trainer.memory import OFFLOADS
@@ -17,32 +17,33 @@ ORDER = {"none": 0, "products": 1, "attention": 2, "all": 3}
 @pytest.mark.parametrize("offload", OFFLOADS)
 @pytest.mark.parametrize("kept", [0, 7])
 @pytest.mark.parametrize("policy", ["none", "products", "attention", "all"])
-def test_every_rung_takes_less_and_the_last_takes_least(policy, kept, offload):
-    ladder = rungs(policy, kept, offload)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_rung_takes_less_and_the_last_takes_least(compiled, policy, kept, offload):
+    ladder = rungs(policy, kept, offload, compiled=compiled)
     assert ladder[0] == (policy, kept, offload) and ladder[-1][0] == "all" and ladder[-1][2] == "weights"
     costs = [(list(OFFLOADS).index(where), ORDER[p], -k) for p, k, where in ladder]
     assert costs == sorted(set(costs))
 
 
 def test_each_rung_is_told_and_the_last_is_refused(monkeypatch, caplog):
-    monkeypatch.setattr(recompute, "Offload", lambda model, stream: "host")  # which needs an accelerator's streams
+    monkeypatch.setattr(engine, "Offload", lambda model, stream: "host")  # which needs an accelerator's streams
     caplog.set_level(logging.WARNING)
     regions = [torch.nn.Linear(4, 4) for _ in range(3)]
-    engine = Engine(torch.nn.Sequential(*regions), regions, EnginePlan(recompute="attention", kept_blocks=1))
+    plan = EnginePlan(recompute="attention", kept_blocks=1, compile=False)
+    one = Engine(torch.nn.Sequential(*regions), regions, plan)
     recomputed = ["forward" in region.__dict__ for region in regions]
-    assert recomputed == [False, True, True] and engine.offload is None
-    engine.lower("It does not fit.")
-    assert all("forward" in region.__dict__ for region in regions) and engine.offload is None
-    engine.lower("It does not fit.")
-    assert engine.offload is None and engine.rungs[0] == ("all", 0, "none")
-    engine.lower("It does not fit.")
-    assert engine.offload == "host" and engine.stream is None
-    engine.lower("It does not fit.")
-    engine.lower("It does not fit.")
-    assert engine.stream is not None and engine.stream.regions == regions
+    assert recomputed == [False, True, True] and one.offload is None
+    one.lower("It does not fit.")
+    assert all("forward" in region.__dict__ for region in regions) and one.offload is None
+    one.lower("It does not fit.")
+    assert one.offload is None and one.rungs[0] == ("all", 0, "none") and one.records(1)
+    one.lower("It does not fit.")
+    assert one.offload == "host" and one.stream is None and one.records() and not one.records(1)
+    one.lower("It does not fit.")
+    assert one.stream is not None and one.stream.regions == regions and not one.records()
     with pytest.raises(SettingsError, match=r"It does not fit\. Fix: lower PARAMS_BATCH_SIZE"):
-        engine.lower("It does not fit.")
-    assert len(caplog.records) == 5 and "1 blocks kept whole" in caplog.text
+        one.lower("It does not fit.")
+    assert len(caplog.records) == 4 and "1 blocks kept whole" in caplog.text
 
 
 @pytest.mark.parametrize(("host_gib", "last"), [(None, "weights"), (1.0, "weights"), (0.0, "activations")])

@@ -40,7 +40,7 @@ class Footprint:
     adapters: float  # trained weights for each rank, with all targets
     regions: int
     text_tokens: int  # besides one token for 16 x 16 pixels
-    kept: dict[str, float]  # in FP8, by trainer.recompute's policy; "host": with what is kept in the host's memory
+    kept: dict[str, float]  # in FP8, by trainer.recompute's policy; "host": besides, where all that waits on the host
     working: float  # besides, for the region at work
     largest: float  # weights of the linear layers in the largest region
     turned: float  # weights of those layers that FP8 multiplies: all but the modulations

@@ -19,3 +19,28 @@ def feed_forward(
     """diffusers' FeedForward of the normed x; and x, to go on with."""
     y, x = normed(x, norm, modulation, [ff.net[0].proj])
     return activated(y, ff.net[2], gated=gated), x
+
+
+def gated(x_BTD: torch.Tensor, gate_BD: torch.Tensor, y_BTD: torch.Tensor) -> torch.Tensor:
+    """x + gate * y, in one pass where nothing is compiled."""
+    return torch.addcmul(x_BTD, gate_BD[:, None], y_BTD)
+
+
+def halves(x_BTD: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first so many tokens, and the others."""
+    first, second = x_BTD.split_with_sizes([length, x_BTD.shape[1] - length], dim=1)
+    return first, second
+
+
+def whole(first_BTD: torch.Tensor, second_BTD: torch.Tensor) -> torch.Tensor:
+    """One behind the other; without a copy where they are the `halves` of a tensor."""
+    x, length = first_BTD._base, first_BTD.shape[1]
+    if torch.compiler.is_compiling() or x is None or x is not second_BTD._base:
+        return torch.cat([first_BTD, second_BTD], dim=1)
+    if x.dim() == 3 and x.shape[1] == length + second_BTD.shape[1]:
+        found = [
+            (t.shape, t.stride(), t.storage_offset()) for t in (first_BTD, second_BTD, *halves(x.detach(), length))
+        ]
+        if found[:2] == found[2:]:
+            return x
+    return torch.cat([first_BTD, second_BTD], dim=1)

@@ -9,7 +9,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 
-from trainer.families.blocks import feed_forward
+from trainer.families.blocks import feed_forward, gated, halves, whole
 from trainer.fused import activated, normed
 from trainer.rotary import fits, rotated
 
@@ -62,11 +62,10 @@ class Single(FluxSingleTransformerBlock):
             return found
         text, attn = encoder_hidden_states.shape[1], self.attn
         shift, scale, gate = self.norm.linear(self.norm.silu(temb)).chunk(3, dim=1)
-        x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        x = whole(encoder_hidden_states, hidden_states)
         *projected, mlp, x = normed(x, self.norm.norm, (scale, shift), [*_projections(attn), self.proj_mlp])
         attended = _attended(attn, [(projected, attn.norm_q, attn.norm_k)], image_rotary_emb)
-        x = x + gate[:, None] * activated(mlp, self.proj_out, left_BTL=attended)
-        return x[:, :text], x[:, text:]
+        return halves(gated(x, gate, activated(mlp, self.proj_out, left_BTL=attended)), text)
 
 
 class Double(FluxTransformerBlock):
@@ -90,10 +89,10 @@ class Double(FluxTransformerBlock):
         *text, y = normed(y, self.norm1_context.norm, (of_y[1], of_y[0]), _text_projections(attn))
         sources = [(text, attn.norm_added_q, attn.norm_added_k), (image, attn.norm_q, attn.norm_k)]
         attended = _attended(attn, sources, image_rotary_emb)
-        of_text, of_image = attended.split_with_sizes([y.shape[1], x.shape[1]], dim=1)
-        x = x + of_x[2][:, None] * attn.to_out[0](of_image.contiguous())
-        y = y + of_y[2][:, None] * attn.to_add_out(of_text.contiguous())
+        of_text, of_image = halves(attended, y.shape[1])
+        x = gated(x, of_x[2], attn.to_out[0](of_image.contiguous()))
+        y = gated(y, of_y[2], attn.to_add_out(of_text.contiguous()))
         made, x = feed_forward(self.ff, x, self.norm2, (of_x[4], of_x[3]))
-        x = x + of_x[5][:, None] * made
+        x = gated(x, of_x[5], made)
         made, y = feed_forward(self.ff_context, y, self.norm2_context, (of_y[4], of_y[3]))
-        return y + of_y[5][:, None] * made, x
+        return gated(y, of_y[5], made), x

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention import JointTransformerBlock
 
-from trainer.families.blocks import feed_forward
+from trainer.families.blocks import feed_forward, gated, halves
 from trainer.fused import normed
 
 Heads = list[torch.Tensor]  # queries, keys and values, each (B, heads, T, D)
@@ -51,15 +51,15 @@ class Joint(JointTransformerBlock):
             _heads(attn, text, (attn.norm_added_q, attn.norm_added_k)),
         )
         attended = _attended(*(torch.cat(both, dim=2) for both in zip(of_image, of_text, strict=True)))
-        length = x.shape[1]
-        x = x + of_x[2][:, None] * attn.to_out[0](attended[:, :length])
+        to_image, to_text = halves(attended, x.shape[1])
+        x = gated(x, of_x[2], attn.to_out[0](to_image))
         if self.use_dual_attention:
             heads = _heads(second, again, (second.norm_q, second.norm_k))
-            x = x + of_x[8][:, None] * second.to_out[0](_attended(*heads))
+            x = gated(x, of_x[8], second.to_out[0](_attended(*heads)))
         made, x = feed_forward(self.ff, x, self.norm2, (of_x[4], of_x[3]))
-        x = x + of_x[5][:, None] * made
+        x = gated(x, of_x[5], made)
         if self.context_pre_only:
             return None, x
-        y = y + of_y[2][:, None] * attn.to_add_out(attended[:, length:])
+        y = gated(y, of_y[2], attn.to_add_out(to_text))
         made, y = feed_forward(self.ff_context, y, self.norm2_context, (of_y[4], of_y[3]))
-        return y + of_y[5][:, None] * made, x
+        return gated(y, of_y[5], made), x
