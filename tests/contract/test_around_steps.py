@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import logging
 import signal
 
@@ -58,6 +59,31 @@ def test_a_recorded_step_is_rehearsed_as_it_trains(job):
     recorded, (runner,), lowered = job(0)
     assert none == [] and lowered == [] and recorded == plain
     assert runner.calls == 1 + 2  # the rehearsal, and two steps
+
+
+def test_the_batch_that_takes_most_is_rehearsed_though_another_has_more_pixels(job_plan, tmp_path, monkeypatch):
+    def sized(side, count):
+        subset = {"image_dir": str(tmp_path / "pictures"), "caption_extension": ".txt"}
+        return {"resolution": side, "batch_size": count, "subsets": [subset]}
+
+    predict, train, calls = session.Session.predict, session.Session.train, []
+
+    def measured(self, noisy, *given):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+            found = predict(self, noisy, *given)
+        calls.append((noisy.numel(), sum(kept)))
+        return found
+
+    rehearsed = []
+    monkeypatch.setattr(session.Session, "predict", measured)
+    monkeypatch.setattr(
+        session.Session, "train", lambda self, *given, **named: rehearsed.extend(calls) or train(self, *given, **named)
+    )
+    sizes = json.dumps({"datasets": [sized(96, 1), sized(64, 2)]})  # 36 and 16 tokens of a picture, and 64 of its text
+    run(job_plan("flux", DATASET_NAME="", DATASET_CONFIG=sizes, PARAMS_MAX_STEPS="3"), StopFlag())
+    steps = calls[len(rehearsed) : len(rehearsed) + 3]
+    assert max(steps)[1] < max(kept for _, kept in steps) <= max(kept for _, kept in rehearsed)
 
 
 def test_recording_is_given_up_before_anything_is_computed_again(job):

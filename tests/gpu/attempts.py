@@ -14,7 +14,6 @@ import dataclasses
 import gc
 import json
 import logging
-import math
 import os
 import shutil
 import sys
@@ -38,7 +37,6 @@ from trainer.engine import Engine
 from trainer.errors import KilnError, OutOfMemoryError, SettingsError
 from trainer.families import family
 from trainer.metrics import Status
-from trainer.order import Batch, Order
 from trainer.parallel import Team
 from trainer.prepare import Ready, micro_batch, release
 from trainer.replay import Replayed
@@ -118,16 +116,12 @@ def session(ready: Ready, out: Path) -> Session:
     )
 
 
-def largest(order: Order) -> Batch:
-    return max(order.epoch(0), key=lambda b: (len(b) * math.prod(b[0].view.size), len(b)))
-
-
 def capped(made: Session, room: float) -> tuple[float, float, float]:
     """Leave the session so much of what its first step took: GiB before that step, in it, and the cap."""
     low, recorded = torch.cuda.memory_allocated(), isinstance(made.runner, Replayed)
     made.runner = made._runner(recorded=False)
     torch.cuda.reset_peak_memory_stats()
-    assert made._rehearsed(micro_batch(made.cache, largest(made.order)))
+    assert made._rehearsed([micro_batch(made.cache, batch) for batch in made.largest()])
     high = torch.cuda.max_memory_allocated()
     made.runner = made._runner(recorded=recorded)
     emptied()
