@@ -123,6 +123,8 @@ class Session:
             prepare.release()
             if again or not recorded:
                 self.engine.lower(what)
+        if self.runner.short_of_memory:  # what is recorded of smaller batches would be in the way of the largest
+            self.runner.give_up()
         if self.plan.engine.device == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**30
             log.info(
@@ -139,6 +141,9 @@ class Session:
             self.runner.clear()
             for batch in batches:
                 add_gradient(batch, predict=self.predict, goal=self.goal, device=device, seed=seed, runner=self.runner)
+            self.snapshots.wait()
+            del state
+            self.trainee.first_state()  # what is recorded stays where it is while the optimiser steps
         except torch.OutOfMemoryError:
             return False
         finally:

@@ -30,7 +30,7 @@ def job(job_plan, tmp_path, monkeypatch):
             def __init__(self, *params):
                 super().__init__(*params)
                 made.append(self)
-                self.calls, self.fails = 0, len(made) == 1
+                self.calls, self.fails, self.given_up = 0, len(made) == 1, False
 
             def __call__(self, work, inputs):
                 self.calls += 1
@@ -39,6 +39,7 @@ def job(job_plan, tmp_path, monkeypatch):
                 return super().__call__(work, inputs)
 
             def give_up(self):
+                self.given_up = True
                 return self.calls <= after + 1  # what it held is given back once
 
         monkeypatch.setattr(session, "Replayed", Recording)
@@ -104,6 +105,30 @@ def test_a_size_that_cannot_be_recorded_beside_another_is_computed_without_recor
     found, (runner,), lowered = job(1, after=1)  # past the rehearsal
     assert runner.calls == 1 + 1 + 2 and lowered == [] and found == plain
     assert "not recorded any more" in caplog.text and "at once" not in caplog.text
+
+
+def test_what_is_recorded_leaves_room_for_the_optimiser_or_is_given_up(job, monkeypatch):
+    plain, _, _ = job(0, replay=False)
+    first_state, rehearsed, at, short = session.Trainee.first_state, session.Session._rehearsed, [], []
+
+    def full(self):
+        if getattr(at[-1].runner, "calls", 0):  # of a recording
+            short.append(True)
+            raise torch.OutOfMemoryError("no memory beside it")
+        return first_state(self)
+
+    monkeypatch.setattr(session.Trainee, "first_state", full)
+    monkeypatch.setattr(session.Session, "_rehearsed", lambda self, given: at.append(self) or rehearsed(self, given))
+    found, (runner,), lowered = job(0)
+    assert short == [True] and runner.calls == 1 and lowered == [] and found == plain
+
+
+def test_where_the_largest_batch_cannot_be_recorded_smaller_ones_are_not_in_its_way(job, monkeypatch):
+    _, (runner,), _ = job(0)
+    assert not runner.given_up
+    monkeypatch.setattr(session.Direct, "short_of_memory", True)
+    _, (runner,), lowered = job(0, replay=True, after=1)
+    assert runner.given_up and lowered == []
 
 
 def test_a_stop_while_a_sample_is_drawn_saves_the_step_first(job_plan, tmp_path, monkeypatch):
