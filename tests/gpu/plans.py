@@ -32,7 +32,7 @@ from trainer.plan import Plan, Prompt
 from trainer.prepare import Ready, _fill_cache, open_cache, order_of
 from trainer.recompute import POLICIES
 
-PICTURES = 4 * [(96, 64)] + 3 * [(64, 64)]  # two buckets; one picture is held out
+PICTURES = 3 * [(96, 64)] + 3 * [(64, 64)]  # two buckets; one picture is held out
 WIDE: dict[str, dict[str, Any]] = {  # what the denoisers have in common with the published ones: all but their depth
     "flux": {**FLUX, "num_layers": 1, "num_single_layers": 3, "num_attention_heads": 24, "attention_head_dim": 128,
              "axes_dims_rope": (16, 56, 56)},
@@ -50,17 +50,16 @@ COMPILED = 50  # of so many plans one is compiled, which takes tens of seconds
 class Scale:
     """How large the plans are."""
 
-    large: tuple[int, ...]  # resolutions of the first dataset, in pixels, and the most pictures at once
-    small: tuple[int, ...]  # likewise of the second
-    batches: tuple[int, int]
+    sides: tuple[tuple[int, ...], tuple[int, ...]]  # resolutions of both datasets, in pixels
+    batches: tuple[tuple[int, int], tuple[int, int]]  # pictures at once, from and to
     ranks: tuple[int, ...]
-    steps: int
+    steps: int  # micro-batches: on an accelerator an epoch at least
     sample: int  # pixels of a side
 
 
 SCALES = {
-    "cuda": Scale((384, 512, 640), (256, 320), (3, 6), (4, 16, 32, 64), 14, 256),
-    "cpu": Scale((64, 96), (64,), (2, 3), (2, 4), 3, 64),
+    "cuda": Scale(((384, 512, 640), (256, 320)), ((1, 3), (2, 6)), (4, 16, 32, 64), 12, 256),
+    "cpu": Scale(((64, 96), (64,)), ((1, 2), (2, 3)), (2, 4), 3, 64),
 }
 
 
@@ -89,7 +88,7 @@ def drawn(seed: int, hardware: Hardware) -> Drawn:
     offload = rng.choice(places) if cuda and places and rng.random() < 0.25 else "none"
     kind = rng.choices(("lora", "rslora", "dora"), (8, 1, 1))[0] if offload != "weights" else "lora"
     accumulation = rng.choice((1, 1, 2))
-    every = {"SAMPLE": rng.choice((0, 4, 7)), "VALIDATE": rng.choice((0, 3, 5)), "SAVE": rng.choice((0, 4))}
+    every = {"SAMPLE": rng.choice((0, 0, 5)), "VALIDATE": rng.choice((0, 3, 5)), "SAVE": rng.choice((0, 4))}
     settings = {
         "PARAMS_PRECISION": precision,
         "PARAMS_NETWORK_DIM": str(rng.choice(scale.ranks)),
@@ -111,19 +110,23 @@ def drawn(seed: int, hardware: Hardware) -> Drawn:
         "replay": hardware.records and rng.random() < 0.6,
         "host_gib": rng.choice((None, None, 0.0)),  # 0: the weights have no place on the host
     }
-    sides, most = (rng.choice(scale.large), rng.choice(scale.small)), scale.batches
     datasets = tuple(
-        {"resolution": side, "batch_size": rng.randint(1, count), "enable_bucket": True, "bucket_reso_steps": 32,
-         "min_bucket_reso": 32, "max_bucket_reso": 1024, "validation_split": 0.1}
-        for side, count in zip(sides, most, strict=True)
+        {"resolution": rng.choice(sides), "batch_size": rng.randint(*counts), "num_repeats": repeats,
+         "enable_bucket": True, "bucket_reso_steps": 32, "min_bucket_reso": 32, "max_bucket_reso": 1024,
+         "validation_split": 0.1}
+        for sides, counts, repeats in zip(scale.sides, scale.batches, (1, 2), strict=True)
     )  # fmt: skip
     room = rng.uniform(0.95, 1.15) if rng.random() < 0.2 else rng.uniform(-0.05, 0.95)
     return Drawn(seed, name, settings, engine, datasets, every["SAMPLE"] > 0, round(room, 3))
 
 
+def miniature(name: str) -> Path:
+    return Path(base_models()[f"mini-{name}"][1].source)
+
+
 def wide(name: str) -> Any:
     """The denoiser of a few blocks that are as wide as published ones, for the miniature's texts."""
-    place = Path(base_models()[f"mini-{name}"][1].source) / family(name).FACTS.parts["denoiser"]
+    place = miniature(name) / family(name).FACTS.parts["denoiser"]
     config = json.loads((place / "config.json").read_text())
     return getattr(diffusers, config["_class_name"]).from_config({**config, **WIDE[name]})
 
@@ -141,12 +144,11 @@ class Ground:
 
     @cached_property
     def models(self) -> dict[str, Path]:
-        return {name: self._model(name) for name in names()}
+        return {name: miniature(name) if self.device == "cpu" else self.written(name) for name in names()}
 
-    def _model(self, name: str) -> Path:
-        small, folder = Path(base_models()[f"mini-{name}"][1].source), self.folder / name
-        if self.device == "cpu":
-            return small
+    def written(self, name: str) -> Path:
+        """The miniature with a wide denoiser in its place, and with texts as long as published models have them."""
+        small, folder = miniature(name), self.folder / name
         place = folder / family(name).FACTS.parts["denoiser"]
         shutil.copytree(small, folder, ignore=lambda at, _: [WEIGHTS] if Path(at).name == place.name else [])
         torch.manual_seed(0)
