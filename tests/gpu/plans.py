@@ -116,7 +116,8 @@ def drawn(seed: int, hardware: Hardware) -> Drawn:
          "validation_split": 0.1}
         for sides, counts, repeats in zip(scale.sides, scale.batches, (1, 2), strict=True)
     )  # fmt: skip
-    room = rng.uniform(0.95, 1.15) if rng.random() < 0.2 else rng.uniform(-0.05, 0.95)
+    # Too little for what is asked, just enough, or enough for recordings of several sizes.
+    room = rng.uniform(*rng.choices(((-0.05, 0.95), (0.95, 1.15), (1.15, 2.5)), (70, 15, 15))[0])
     return Drawn(seed, name, settings, engine, datasets, every["SAMPLE"] > 0, round(room, 3))
 
 
