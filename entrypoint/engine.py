@@ -142,9 +142,7 @@ def _fitted(
     notes: Notes,
 ) -> tuple[EnginePlan, tuple[Dataset, ...]]:
     """The fastest that `trainer.memory` predicts to fit, in each phase of the job. `drawn`: pixels of a sample."""
-    given = settings.batch_size != 0  # else all get the same
-    largest = max(datasets, key=lambda d: (d.batch_size if given else 1) * d.resolution[0] * d.resolution[1])
-    work = memory.Work(largest.resolution[0] * largest.resolution[1], largest.batch_size, rank, settings.optimizer_type)
+    work = _largest(settings, datasets, rank, footprint)
     precisions = hardware.automatic if settings.precision == "auto" else (settings.precision,)
     have = min(hardware.memory_gib, settings.memory_limit_gib or hardware.memory_gib)
     room, host = have * memory.SPARE, hardware.host_memory_gib * HOST_SHARE / plan.num_gpus
@@ -195,6 +193,16 @@ def _chosen(settings: Settings, hardware: Hardware, way: memory.Way, *, have: fl
         notes.chose("PARAMS_GRADIENT_CHECKPOINTING", str(way), reason)
     if settings.offload == "auto":
         notes.chose("PARAMS_OFFLOAD", way.offload, reason)
+
+
+def _largest(settings: Settings, datasets: Sequence[Dataset], rank: int, footprint: Footprint) -> memory.Work:
+    """The batch with the most tokens, of which each picture's text has some."""
+    given = settings.batch_size != 0  # else all get the same
+    works = [
+        memory.Work(d.resolution[0] * d.resolution[1], d.batch_size if given else 1, rank, settings.optimizer_type)
+        for d in datasets
+    ]
+    return max(works, key=lambda work: work.kilotokens(footprint))
 
 
 def _told(

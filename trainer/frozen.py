@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -192,13 +193,19 @@ STORED = {"fp8": "fp8-storage", "fp8-fnuz": "fp8-storage", "int8": "int8-storage
 def exactly(model: torch.nn.Module) -> Iterator[None]:
     """Inside, frozen weights are multiplied in 16 bits or more: no rounding of an input to 8 changes what comes out."""
     layers = [(m, m.form) for m in model.modules() if isinstance(m, FrozenLinear)]
+    linear, plain = torch.nn.Linear, torch.nn.Linear.forward
+    others = [m for m in model.modules() if isinstance(m, linear) and type(m).forward is not plain]  # torchao's
     try:
         for layer, form in layers:
             layer.form = STORED.get(form, form)
+        for other in others:
+            other.__dict__["forward"] = types.MethodType(plain, other)
         yield
     finally:
         for layer, form in layers:
             layer.form = form
+        for other in others:
+            del other.__dict__["forward"]
 
 
 class _Product(torch.autograd.Function):

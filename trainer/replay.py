@@ -16,6 +16,7 @@ import torch
 
 log = logging.getLogger(__name__)
 Tensors = dict[str, torch.Tensor]
+Key = tuple[object, ...]  # names, sizes and types of inputs
 Around = Callable[[], contextlib.AbstractContextManager[None]]
 Work = Callable[[Tensors], tuple[torch.Tensor, torch.Tensor]]  # inputs → what is told of it, and a loss
 
@@ -86,7 +87,8 @@ class Replayed(Direct):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.recorded: dict[tuple[object, ...], _Recorded | None] = {}  # None: is launched kernel by kernel
+        self.recorded: dict[Key, _Recorded | None] = {}  # None: is launched kernel by kernel
+        self.warm: set[Key] = set()  # have run once
         self.stream = torch.cuda.Stream()
         self.pool = torch.cuda.graph_pool_handle()
         self.recording = True
@@ -112,9 +114,14 @@ class Replayed(Direct):
     def __call__(self, work: Work, inputs: Tensors) -> torch.Tensor:
         if not self.recording:
             return super().__call__(work, inputs)
-        key = tuple((name, t.shape, t.dtype) for name, t in inputs.items())
+        key: Key = tuple((name, t.shape, t.dtype) for name, t in inputs.items())
         if key not in self.recorded:
-            self.recorded[key] = self._record(work, inputs)
+            one = self._record(key, work, inputs)
+            if one is None and self.recording and self.drop():  # with the memory that the others hold
+                one = self._record(key, work, inputs)
+            if one is None and self.recording:
+                log.warning("There is no memory to record a step of this size: it is launched kernel by kernel.")
+            self.recorded[key] = one
         found = self.recorded[key]
         if found is None:
             return super().__call__(work, inputs)
@@ -132,25 +139,34 @@ class Replayed(Direct):
         torch._foreach_add_([whole for whole, _ in pairs], [part for _, part in pairs])
         return told.detach()
 
-    def _record(self, work: Work, inputs: Tensors) -> _Recorded | None:
-        """Run it once, for what is compiled or allocated by the first run alone, then record it; nothing is changed."""
-        before, random, current = self.flat.clone(), torch.cuda.get_rng_state(), torch.cuda.current_stream()
-        own = {name: tensor.clone() for name, tensor in inputs.items()}
+    def _record(self, key: Key, work: Work, inputs: Tensors) -> _Recorded | None:
+        """Record it, and change nothing; None where there is no memory, or where it cannot be recorded."""
+        random, current = torch.cuda.get_rng_state(), torch.cuda.current_stream()
         self.stream.wait_stream(current)
         try:
-            with torch.cuda.stream(self.stream):
-                self._step(work, own)
+            own = {name: tensor.clone() for name, tensor in inputs.items()}
+            if key not in self.warm:
+                self._warm(work, own)
+                self.warm.add(key)
             torch.cuda.synchronize()
             torch.cuda.empty_cache()  # what the first run took, the recording takes from its own pool
             return self._captured(work, own)
         except torch.OutOfMemoryError:
-            log.warning("There is no memory to record a step of this size: it is launched kernel by kernel.")
             return None
         finally:
             torch.cuda.set_stream(current)  # a capture that fails leaves it otherwise
             current.wait_stream(self.stream)
-            self.flat.copy_(before)
             torch.cuda.set_rng_state(random)
+
+    def _warm(self, work: Work, own: Tensors) -> None:
+        """Run it once, for what is compiled or allocated by the first run alone."""
+        before, current = self.flat.clone(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.stream(self.stream):
+                self._step(work, own)
+        finally:
+            current.wait_stream(self.stream)
+            self.flat.copy_(before)
 
     def _captured(self, work: Work, own: Tensors) -> _Recorded | None:
         """Record it; None, and never again, where it waits for the device or does what no recording can hold."""

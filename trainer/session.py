@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from trainer.keeper import Keeper
 from trainer.loop import MicroBatch, add_gradient, latents, prefetched, seeded, train, validation_loss
 from trainer.metrics import Metrics, Status
 from trainer.objective import Objective, scheduler_changes
-from trainer.order import Order, fingerprint
+from trainer.order import Batch, Order, fingerprint
 from trainer.parallel import Team
 from trainer.plan import Plan, Prompt
 from trainer.replay import Direct, Replayed
@@ -91,16 +91,30 @@ class Session:
                 geometry_B6=batch.geometry_B6,
             )
 
+    def largest(self) -> list[Batch]:
+        """Batches of an epoch of which no other has as many pictures of that size or more: one of them takes most.
+
+        Which of them, the model says: to each picture come the tokens of its text, and so many small ones take more
+        than a few large ones with as many pixels.
+        """
+        by_size = {(len(b), math.prod(b[0].view.size)): b for b in self.order.epoch(0)}
+        return [
+            batch
+            for (count, pixels), batch in by_size.items()
+            if not any(c >= count and p >= pixels and (c, p) != (count, pixels) for c, p in by_size)
+        ]
+
     def rehearse(self) -> None:
-        """One step at the largest batch, forgotten: memory runs out here, or never. Also what a save is copied into.
+        """A step at the largest batches, forgotten: memory runs out here, or never. Also what a save is copied into.
 
         Where it does, steps are not recorded, or the engine goes one rung down. Raises SettingsError past the last.
         """
-        largest = max(self.order.epoch(0), key=lambda b: (len(b) * math.prod(b[0].view.size), len(b)))
-        what = f"The largest batch ({len(largest)} pictures of {largest[0].view.size}) does not fit in memory."
-        started, batch = time.monotonic(), prepare.micro_batch(self.cache, largest)
+        largest = self.largest()
+        told = " or ".join(f"{len(b)} pictures of {b[0].view.size}" for b in largest)
+        what = f"The largest batch ({told}) does not fit in memory."
+        started, batches = time.monotonic(), [prepare.micro_batch(self.cache, batch) for batch in largest]
         while True:
-            fits, recorded = self._rehearsed(batch), isinstance(self.runner, Replayed)
+            fits, recorded = self._rehearsed(batches), isinstance(self.runner, Replayed)
             # What is not compiled is far slower when it is launched: rather the next way, as long as that is recorded.
             again = recorded and not self.engine.compiled and self.engine.records(1)
             if self.team.all(fits and not (again and self.runner.short_of_memory)):
@@ -109,6 +123,8 @@ class Session:
             prepare.release()
             if again or not recorded:
                 self.engine.lower(what)
+        if self.runner.short_of_memory:  # what is recorded of smaller batches would be in the way of the largest
+            self.runner.give_up()
         if self.plan.engine.device == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**30
             log.info(
@@ -116,15 +132,19 @@ class Session:
                 peak, self.snapshots.bytes / 2**30, time.monotonic() - started,
             )  # fmt: skip
 
-    def _rehearsed(self, batch: MicroBatch) -> bool:
+    def _rehearsed(self, batches: Sequence[MicroBatch]) -> bool:
         device, seed = self.plan.engine.device, self.plan.train.seed
         try:
             state = self.trainee.first_state()  # the optimiser's tensors are there in every step but the first
             if self.team.first:  # the one that saves
                 self.snapshots.take((self._modules(), state))
             self.runner.clear()
-            for _ in range(2 if self.engine.offload else 1):  # more stays on the device once it is known what there is
+            # More stays on the device once it is known how much goes to the host.
+            for batch in [*batches] * (2 if self.engine.offload else 1):
                 add_gradient(batch, predict=self.predict, goal=self.goal, device=device, seed=seed, runner=self.runner)
+            self.snapshots.wait()
+            del state
+            self.trainee.first_state()  # what is recorded stays where it is while the optimiser steps
         except torch.OutOfMemoryError:
             return False
         finally:
@@ -253,9 +273,12 @@ class Session:
 
         self.snapshots.settle()
         with metrics.aside(), self.trainee.published(), torch.no_grad(), drawing():
-            count = sample.draw_all(folder, prompts, step=step, draw=draw, stopped=lambda: self.stop.requested)
+            try:
+                count = sample.draw_all(folder, prompts, step=step, draw=draw, stopped=lambda: self.stop.requested)
+                log.info("Drew %d samples of step %d in %.1f s.", count, step, time.monotonic() - started)
+            except torch.OutOfMemoryError as problem:
+                log.warning("There is no memory to draw all samples of step %d; training goes on: %s", step, problem)
         prepare.release()
-        log.info("Drew %d samples of step %d in %.1f s.", count, step, time.monotonic() - started)
 
     def save(self, step: int, epoch: int) -> None:
         """Begin to write the LoRA file and the state of `step`; training goes on meanwhile."""

@@ -63,7 +63,7 @@ class Trainee:
         kept, optimizer = [p.detach().clone() for p in self.params], self.new_optimizer()
         try:
             for p in self.params:
-                p.grad = torch.ones_like(p)
+                p.grad = torch.ones_like(p) if p.grad is None else p.grad.fill_(1)
             optimizer.step()
         finally:
             optimizer.zero_grad(set_to_none=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import logging
 import signal
 
@@ -20,7 +21,7 @@ def job(job_plan, tmp_path, monkeypatch):
     """`job(failures)`: a short job whose recorded steps run out of memory so many times; its LoRA and what was made."""
     plan = job_plan("flux", PARAMS_MAX_STEPS="2", PARAMS_OPTIMIZER_TYPE="adamw")
 
-    def make(failures, *, replay=True, after=0, stays=False):
+    def make(failures, *, replay=True, after=0, below=False):
         made, lowered = [], []
 
         class Recording(Direct):
@@ -29,7 +30,7 @@ def job(job_plan, tmp_path, monkeypatch):
             def __init__(self, *params):
                 super().__init__(*params)
                 made.append(self)
-                self.calls, self.fails = 0, len(made) == 1
+                self.calls, self.fails, self.given_up = 0, len(made) == 1, False
 
             def __call__(self, work, inputs):
                 self.calls += 1
@@ -38,12 +39,13 @@ def job(job_plan, tmp_path, monkeypatch):
                 return super().__call__(work, inputs)
 
             def give_up(self):
+                self.given_up = True
                 return self.calls <= after + 1  # what it held is given back once
 
         monkeypatch.setattr(session, "Replayed", Recording)
         monkeypatch.setattr(session.Engine, "lower", lambda self, problem: lowered.append(problem))
-        monkeypatch.setattr(session.Engine, "stays", stays)
-        out = tmp_path / f"out-{failures}-{replay}-{after}-{stays}"
+        monkeypatch.setattr(session.Engine, "records", lambda self, rung=0: rung == 0 or below)
+        out = tmp_path / f"out-{failures}-{replay}-{after}-{below}"
         output = dataclasses.replace(plan.output, path=str(out))
         run(
             dataclasses.replace(plan, engine=dataclasses.replace(plan.engine, replay=replay), output=output), StopFlag()
@@ -60,6 +62,31 @@ def test_a_recorded_step_is_rehearsed_as_it_trains(job):
     assert runner.calls == 1 + 2  # the rehearsal, and two steps
 
 
+def test_the_batch_that_takes_most_is_rehearsed_though_another_has_more_pixels(job_plan, tmp_path, monkeypatch):
+    def sized(side, count):
+        subset = {"image_dir": str(tmp_path / "pictures"), "caption_extension": ".txt"}
+        return {"resolution": side, "batch_size": count, "subsets": [subset]}
+
+    predict, train, calls = session.Session.predict, session.Session.train, []
+
+    def measured(self, noisy, *given):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+            found = predict(self, noisy, *given)
+        calls.append((noisy.numel(), sum(kept)))
+        return found
+
+    rehearsed = []
+    monkeypatch.setattr(session.Session, "predict", measured)
+    monkeypatch.setattr(
+        session.Session, "train", lambda self, *given, **named: rehearsed.extend(calls) or train(self, *given, **named)
+    )
+    sizes = json.dumps({"datasets": [sized(96, 1), sized(64, 2)]})  # 36 and 16 tokens of a picture, and 64 of its text
+    run(job_plan("flux", DATASET_NAME="", DATASET_CONFIG=sizes, PARAMS_MAX_STEPS="3"), StopFlag())
+    steps = calls[len(rehearsed) : len(rehearsed) + 3]
+    assert max(steps)[1] < max(kept for _, kept in steps) <= max(kept for _, kept in rehearsed)
+
+
 def test_recording_is_given_up_before_anything_is_computed_again(job):
     plain, _, _ = job(0, replay=False)
     given_up, (runner,), lowered = job(1)
@@ -68,7 +95,7 @@ def test_recording_is_given_up_before_anything_is_computed_again(job):
 
 def test_what_is_not_compiled_is_rather_recorded_in_the_next_way(job):
     plain, _, _ = job(0, replay=False)
-    found, (first, second), lowered = job(1, stays=True)
+    found, (first, second), lowered = job(1, below=True)
     assert first.calls == 1 and second.calls == 1 + 2 and len(lowered) == 1 and found == plain
 
 
@@ -78,6 +105,30 @@ def test_a_size_that_cannot_be_recorded_beside_another_is_computed_without_recor
     found, (runner,), lowered = job(1, after=1)  # past the rehearsal
     assert runner.calls == 1 + 1 + 2 and lowered == [] and found == plain
     assert "not recorded any more" in caplog.text and "at once" not in caplog.text
+
+
+def test_what_is_recorded_leaves_room_for_the_optimiser_or_is_given_up(job, monkeypatch):
+    plain, _, _ = job(0, replay=False)
+    first_state, rehearsed, at, short = session.Trainee.first_state, session.Session._rehearsed, [], []
+
+    def full(self):
+        if getattr(at[-1].runner, "calls", 0):  # of a recording
+            short.append(True)
+            raise torch.OutOfMemoryError("no memory beside it")
+        return first_state(self)
+
+    monkeypatch.setattr(session.Trainee, "first_state", full)
+    monkeypatch.setattr(session.Session, "_rehearsed", lambda self, given: at.append(self) or rehearsed(self, given))
+    found, (runner,), lowered = job(0)
+    assert short == [True] and runner.calls == 1 and lowered == [] and found == plain
+
+
+def test_where_the_largest_batch_cannot_be_recorded_smaller_ones_are_not_in_its_way(job, monkeypatch):
+    _, (runner,), _ = job(0)
+    assert not runner.given_up
+    monkeypatch.setattr(session.Direct, "short_of_memory", True)
+    _, (runner,), lowered = job(0, replay=True, after=1)
+    assert runner.given_up and lowered == []
 
 
 def test_a_stop_while_a_sample_is_drawn_saves_the_step_first(job_plan, tmp_path, monkeypatch):

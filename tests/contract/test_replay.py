@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from trainer.replay import Replayed
+from trainer.replay import Replayed, _Recorded
 
 
 @pytest.fixture
@@ -52,3 +52,28 @@ def test_memory_that_runs_out_in_a_recording_is_no_reason_to_record_nothing(runn
     assert runner.recording
     runner.recorded["a size"] = None
     assert runner.short_of_memory
+
+
+class Graph:
+    def replay(self):
+        pass
+
+
+@pytest.mark.parametrize(("tries", "left"), [([None, "recorded"], "recorded"), ([None, None], None)])
+def test_a_size_for_which_there_is_no_memory_gets_that_of_the_others_once(runner, monkeypatch, tries, left):
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    x, asked = torch.ones(3), []
+
+    def record(key, _work, inputs):
+        asked.append((key, dict(runner.recorded)))
+        return tries[len(asked) - 1] and _Recorded(Graph(), dict(inputs), torch.zeros(3))
+
+    runner.recorded["another size"] = _Recorded(Graph(), {}, x)
+    monkeypatch.setattr(runner, "_record", record)
+    for _ in range(2):
+        runner(lambda given: (given["x"], (runner.params[0] * given["x"]).sum()), {"x": x})
+    (key, others), (again, none) = asked  # and never after that
+    assert key == again and list(others) == ["another size"] and not none
+    assert list(runner.recorded) == [key] and (runner.recorded[key] is None) is (left is None)
+    assert runner.short_of_memory is (left is None)

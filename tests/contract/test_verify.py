@@ -17,16 +17,16 @@ from trainer.verify import verify
 RANK, ALPHA = 3, 2.0
 
 
-@pytest.fixture(params=["fp32", "bf16", "fp8"])
+@pytest.fixture(params=["fp32", "bf16", "fp8", "torchao"])
 def trained(request, flux_denoiser, text):
     """A Flux model with trained adapters, and its output."""
     fused, targets = flux.FACTS.fused_targets, flux.FACTS.targets
     dtype = torch.float32 if request.param == "fp32" else torch.bfloat16
     denoiser = flux_denoiser.to(dtype)
     lora.fuse(flux.blocks(denoiser), fused=fused, targets=targets)
-    if request.param == "fp8":
+    if request.param in ("fp8", "torchao"):
         for _, block in flux.blocks(denoiser):
-            freeze(block, "fp8")
+            freeze(block, request.param)
     for p in lora.add_adapters(
         denoiser, flux.blocks(denoiser), targets=targets, fused=fused, rank=RANK, alpha=ALPHA, seed=7
     ):

@@ -493,6 +493,20 @@ def test_a_batch_for_several_sizes_is_that_of_the_largest():
     assert {d.batch_size for d in made.data.datasets} == {alone.data.datasets[0].batch_size}
 
 
+def test_the_tokens_of_texts_count_for_the_largest_batch():
+    few, many = (
+        {"batch_size": 1, "resolution": 1024},
+        {"batch_size": 12, "resolution": 256},
+    )  # 4.5 and 9 thousand tokens
+
+    def way(*sizes):
+        config = {"datasets": [{**size, "subsets": [{}]} for size in sizes]}
+        engine = plan(on=SMALL_GPU, BASE_MODEL="flux", config=config).engine
+        return engine.recompute, engine.kept_blocks, engine.offload
+
+    assert way(few, many) == way(many) != way(few)
+
+
 def test_the_batch_that_is_fastest_is_chosen_and_said():
     made = plan(on=LARGE_GPU, BASE_MODEL="flux", PARAMS_BATCH_SIZE="auto")
     (dataset,) = made.data.datasets

@@ -1,0 +1,43 @@
+"""A hundred random plans under random caps of the device's memory: once rehearsed, none runs out of it.
+
+PLANS=1 SEED=17 runs the plan of that seed alone; PLANS=1000 more of them.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from trainer.families import names
+
+ROOT = Path(__file__).resolve().parents[2]
+PLANS, SEED = int(os.environ.get("PLANS", "100")), int(os.environ.get("SEED", "0"))
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(120 + 12 * PLANS)
+def test_no_plan_runs_out_of_memory_once_it_is_rehearsed():
+    # A process of its own: all of the device's memory that it has is what its plans take.
+    command = [sys.executable, "-m", "tests.gpu.attempts", "--plans", str(PLANS), "--seed", str(SEED)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    rows, summed = told[:PLANS], told[PLANS:]
+    for row in (r for r in rows if r["what"] == "failed"):
+        print(f"PLANS=1 SEED={row['seed']}:", json.dumps({**row, "why": ""}), row["why"], sep="\n")
+    print(json.dumps(summed, indent=2))
+    assert len(rows) == PLANS and summed, f"it ended with {done.returncode} after the plan of seed {SEED + len(rows)}"
+    assert not [r["seed"] for r in rows if r["what"] == "failed"]
+    assert all(r["left"] < 0.05 for r in rows)  # so that each plan found the device as a job does
+    if PLANS < 100:
+        return
+    # Of each kind enough to mean something.
+    ran = [r for r in rows if r["kind"] == "ran"]
+    lower = Counter(r["rungs"] for r in ran)
+    assert len(rows) - len(ran) >= 3 and lower[0] >= 10 and lower[1] >= 8  # the first are those that were refused
+    assert sum(count for rungs, count in lower.items() if rungs > 1) >= 10
+    assert sum(r["recorded"] for r in ran) >= 8 and any(r["compile"] == "true" for r in ran)
+    assert {r["family"] for r in ran if r["rungs"]} == set(names())
