@@ -120,8 +120,6 @@ class Bench:
     def engine(self, words: set[str]) -> Engine:
         torch.compiler.reset()
         self.runner.drop()
-        around = Halves(self.model, self.dtype) if "eager" in words else contextlib.nullcontext
-        self.runner = (Replayed if "replay" in words else Direct)(self.params, self.wholes, around)
         theirs = {ours: theirs for theirs, ours in self.forwards.items()}
         install(self.model, theirs if "plain" in words else self.forwards)
         plan = EnginePlan(
@@ -131,7 +129,11 @@ class Bench:
             compile="eager" not in words,
             turned_weights="turned" in words,
         )
-        return Engine(self.model, self.kind.regions(self.model), plan)
+        engine = Engine(self.model, self.kind.regions(self.model), plan)
+        halves = Halves(self.model, self.dtype) if "eager" in words else contextlib.nullcontext
+        around = partial(engine.passing, halves)
+        self.runner = (Replayed if "replay" in words else Direct)(self.params, self.wholes, around)
+        return engine
 
     def inputs(self, batch: int, *, seed: int = 0, scale: float = 1.0) -> dict[str, torch.Tensor]:
         generator = torch.Generator(DEVICE).manual_seed(seed)

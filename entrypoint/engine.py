@@ -67,7 +67,8 @@ def engine_plan(
         sizes += [d.resolution for d in datasets for s in d.subsets if s.source.kind == "generated"]
         drawn = max((width * height for width, height in sizes), default=0)
         given = (settings, hardware, plan, model.footprint, datasets)
-        compiles = settings.compile is not False and not (plan.replay and facts.compiles == "never")
+        never = plan.replay and facts.compiles == "never"
+        compiles = not never if settings.compile is None else settings.compile
         plan, datasets = _fitted(*given, rank=rank, drawn=drawn, compiles=compiles, notes=notes)
     return dataclasses.replace(plan, compile=_compiled(settings, plan, facts.compiles, notes)), datasets
 
@@ -168,7 +169,7 @@ def _fitted(
     else:
         work, way = best(work)
     _chosen(settings, hardware, way, have=have, notes=notes)
-    streamed, tiled = _told(footprint, work, way, ways(work), have=have, drawn=drawn, notes=notes)
+    streamed, tiled = _told(footprint, work, way, ways(work), have=have, drawn=drawn, datasets=datasets, notes=notes)
     plan = dataclasses.replace(
         plan,
         precision=way.precision,
@@ -213,10 +214,12 @@ def _told(
     *,
     have: float,
     drawn: int,
+    datasets: Sequence[Dataset],
     notes: Notes,
 ) -> tuple[bool, bool]:
     """Whether the text encoders are streamed, and samples decoded in pieces; the log tells the ways there are."""
-    phases = partial(memory.phases, footprint, work, way, drawn_pixels=drawn)
+    encoded = max(d.resolution[0] * d.resolution[1] for d in datasets)
+    phases = partial(memory.phases, footprint, work, way, drawn_pixels=drawn, encoded_pixels=encoded)
     peaks, room = phases(streamed=False, tiled=False), have * memory.SPARE
     streamed, tiled = peaks["texts"] > room, max(peaks["samples"], peaks["latents"]) > room
     peaks = phases(streamed=streamed, tiled=tiled)

@@ -21,6 +21,7 @@ from trainer.memory import OFFLOADS, described
 from trainer.offload import Offload
 from trainer.plan import EnginePlan
 from trainer.precision import form_for
+from trainer.replay import Around
 from trainer.standin import NAMES
 from trainer.stream import Stream
 
@@ -134,7 +135,7 @@ class Engine:
     ) -> None:
         self.denoiser, self.regions, self.stream, self.device = denoiser, list(regions), stream, plan.device
         self.offload: Offload | None = None
-        self.compiled = plan.compile
+        self.compiled, self.host_gib = plan.compile, plan.host_gib
         self.rungs = rungs(plan.recompute, plan.kept_blocks, plan.offload, compiled=plan.compile)
         frozen = sum(t.nbytes for r in regions for t in (*r.parameters(), *r.buffers()) if not t.requires_grad)
         if plan.host_gib is not None and frozen > plan.host_gib * 2**30 and len(self.rungs) > 1:
@@ -160,7 +161,10 @@ class Engine:
             self.stream.settle()
         if self.stream:
             self.stream.wrap()
-        self.offload = Offload(self.denoiser, stream=self.stream) if offload != "none" else None
+        if offload != "none":
+            taken = sum(map(len, self.stream.buffers)) / 2**30 if self.stream else 0.0
+            limit = None if self.host_gib is None else self.host_gib - taken
+            self.offload = Offload(self.denoiser, stream=self.stream, limit_gib=limit)
 
     @property
     def graphs(self) -> int | None:
@@ -180,6 +184,16 @@ class Engine:
         self.turn(keep=False)
         self._climb()
 
+    @contextlib.contextmanager
+    def passing(self, inside: Around = contextlib.nullcontext) -> Iterator[None]:
+        """Around a forward pass and its backward pass: at the end, nothing is on its way to the host or back."""
+        try:
+            with inside():
+                yield
+        finally:
+            if self.offload:
+                self.offload.join()
+
     def saving(self) -> contextlib.AbstractContextManager[None]:
         """Around a forward pass: where the tensors go that the backward pass needs."""
         return self.offload if self.offload and torch.is_grad_enabled() else contextlib.nullcontext()
@@ -188,11 +202,13 @@ class Engine:
 def rungs(policy: str, kept: int, offload: str, *, compiled: bool) -> list[tuple[str, int, str]]:
     """This way to run and those below it, each with less memory: (policy, blocks that keep all, offload)."""
     # Without the compiler, what a policy keeps is held by the checkpoint itself, and does not go to the host.
-    waiting = [("attention", "activations")] if compiled else [("all", "none")]
+    # It takes less of the device than all that is recomputed there, which is tried if the host has no such memory.
+    waiting = [("attention", "activations")] if compiled else []
     ladder = [
         ("products", "none"),
         ("attention", "none"),
         *waiting,
+        ("all", "none"),
         ("all", "activations"),
         ("all", "weights"),
     ]

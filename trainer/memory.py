@@ -178,7 +178,7 @@ def _filled(of: Footprint, work: Work, way: Way, *, room: float, recorded: bool)
         return way
     whole = changed(kept_blocks=of.regions).gib
     left = max(0.0, room - way.gib - (of.recording if recorded else 0.0))
-    return changed(kept_blocks=int(left / (whole - way.gib) * of.regions))
+    return changed(kept_blocks=min(of.regions, int(left / (whole - way.gib) * of.regions)))
 
 
 def speed(of: Footprint, work: Work, way: Way) -> float:
@@ -198,15 +198,17 @@ def fastest(of: Footprint, tried: Iterable[tuple[Work, Way]]) -> tuple[Work, Way
     return chosen
 
 
-def phases(of: Footprint, work: Work, way: Way, *, streamed: bool, tiled: bool, drawn_pixels: int) -> dict[str, float]:
-    """The predicted peak of each phase, in GiB. `drawn_pixels`: of the largest sample. `tiled`:
-    samples are decoded in pieces, and pictures encoded one by one.
+def phases(
+    of: Footprint, work: Work, way: Way, *, streamed: bool, tiled: bool, drawn_pixels: int, encoded_pixels: int
+) -> dict[str, float]:
+    """The predicted peak of each phase, in GiB. `drawn_pixels`: of the largest sample; `encoded_pixels`: of the largest
+    picture. `tiled`: samples are decoded in pieces, and pictures encoded one by one.
     """
     encoders = of.encoders * _wide(way.precision) / GIB
-    pictures = 1 if tiled else math.ceil(AT_ONCE * 1e6 / work.pixels)
+    pictures = 1 if tiled else math.ceil(AT_ONCE * 1e6 / encoded_pixels)
     return {
         "texts": 0.5 + (encoders / 12 if streamed else encoders),  # two of 24 layers
-        "latents": VAE + ENCODE * pictures * work.pixels / 2**20,
+        "latents": VAE + ENCODE * pictures * encoded_pixels / 2**20,
         "training": way.gib,
         "samples": weights(of, way.precision, way.offload, turned=way.turned)
         + of.adapters * work.rank * STATE_BYTES.get(work.optimizer, 16) / GIB

@@ -81,24 +81,29 @@ class Direct:
         """The same, and hold none from now on."""
         return self.drop()
 
+    def renew(self) -> None:
+        """What was recorded was of other work: begin anew."""
+
 
 class Replayed(Direct):
     """The same from recordings, whose memory is one pool."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.recorded: dict[Key, _Recorded | None] = {}  # None: is launched kernel by kernel
+        self.recorded: dict[Key, _Recorded] = {}
         self.warm: set[Key] = set()  # have run once
+        self.large: set[Key] = set()  # there is no memory to record them
+        self.cramped = False  # not all that was recorded had room at the same time
         self.stream = torch.cuda.Stream()
         self.pool = torch.cuda.graph_pool_handle()
         self.recording = True
 
     @property
     def short_of_memory(self) -> bool:
-        return self.recording and None in self.recorded.values()
+        return self.recording and bool(self.large)
 
     def drop(self) -> bool:
-        held = any(self.recorded.values())
+        held = bool(self.recorded)
         self.recorded.clear()
         if held:
             torch.cuda.synchronize()
@@ -111,18 +116,17 @@ class Replayed(Direct):
         self.recording = False
         return self.drop()
 
+    def renew(self) -> None:
+        self.drop()
+        self.warm.clear()
+        self.large.clear()
+        self.cramped = False
+
     def __call__(self, work: Work, inputs: Tensors) -> torch.Tensor:
         if not self.recording:
             return super().__call__(work, inputs)
         key: Key = tuple((name, t.shape, t.dtype) for name, t in inputs.items())
-        if key not in self.recorded:
-            one = self._record(key, work, inputs)
-            if one is None and self.recording and self.drop():  # with the memory that the others hold
-                one = self._record(key, work, inputs)
-            if one is None and self.recording:
-                log.warning("There is no memory to record a step of this size: it is launched kernel by kernel.")
-            self.recorded[key] = one
-        found = self.recorded[key]
+        found = self.recorded.get(key) or self._room(key, work, inputs)
         if found is None:
             return super().__call__(work, inputs)
         for name, tensor in inputs.items():
@@ -139,10 +143,24 @@ class Replayed(Direct):
         torch._foreach_add_([whole for whole, _ in pairs], [part for _, part in pairs])
         return told.detach()
 
+    def _room(self, key: Key, work: Work, inputs: Tensors) -> _Recorded | None:
+        """Record it if there is memory; for that, what is recorded of other sizes is dropped, but only once."""
+        if key in self.large:
+            return None
+        found = self._record(key, work, inputs)
+        if found is None and self.recording and not self.cramped:
+            self.cramped = self.drop()
+            found = self._record(key, work, inputs) if self.cramped else None
+        if found is not None:
+            self.recorded[key] = found
+        elif self.recording:
+            self.large.add(key)
+            log.warning("There is no memory to record a step of this size: it is launched kernel by kernel.")
+        return found
+
     def _record(self, key: Key, work: Work, inputs: Tensors) -> _Recorded | None:
         """Record it, and change nothing; None where there is no memory, or where it cannot be recorded."""
         random, current = torch.cuda.get_rng_state(), torch.cuda.current_stream()
-        self.stream.wait_stream(current)
         try:
             own = {name: tensor.clone() for name, tensor in inputs.items()}
             if key not in self.warm:
@@ -161,6 +179,7 @@ class Replayed(Direct):
     def _warm(self, work: Work, own: Tensors) -> None:
         """Run it once, for what is compiled or allocated by the first run alone."""
         before, current = self.flat.clone(), torch.cuda.current_stream()
+        self.stream.wait_stream(current)
         try:
             with torch.cuda.stream(self.stream):
                 self._step(work, own)
@@ -177,6 +196,7 @@ class Replayed(Direct):
                 told = self._step(work, own)
         except RuntimeError as problem:
             cause = problem.__context__ or problem  # a capture that something has ended fails once more at its end
+            self._ended()
             if isinstance(problem, torch.OutOfMemoryError) or isinstance(cause, torch.OutOfMemoryError):
                 raise torch.OutOfMemoryError(str(cause)) from problem
             self.recording, self.pool = False, torch.cuda.graph_pool_handle()
@@ -184,3 +204,9 @@ class Replayed(Direct):
             log.warning("Steps cannot be recorded, and are launched kernel by kernel: %s", why)
             return None
         return _Recorded(graph, own, told)
+
+    def _ended(self) -> None:
+        """Tell torch's allocator that a capture is over; it does not know where that failed at its very end."""
+        if self.flat.is_cuda:
+            with contextlib.suppress(RuntimeError):  # it knows
+                torch._C._cuda_endAllocateToPool(self.flat.device.index, self.pool)

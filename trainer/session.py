@@ -72,12 +72,10 @@ class Session:
         self.background = Background()
         self.keeper = Keeper(self.out, self.plan.output.name, self.plan.output.keep_checkpoints)
         dtype, compiled = torch_dtype(self.plan.engine), self.engine.compiled  # which makes adapters' halves in passing
-        self.around = contextlib.nullcontext if compiled else Halves(self.trainee.denoiser, dtype)
+        halves = contextlib.nullcontext if compiled else Halves(self.trainee.denoiser, dtype)
         recorded = self.plan.engine.replay and self.engine.records() and not self.trainee.texts.models
-        self.runner = self._runner(recorded=recorded)
-
-    def _runner(self, *, recorded: bool) -> Direct:
-        return (Replayed if recorded else Direct)(self.trainee.parts, self.trainee.params, self.around)
+        around = partial(self.engine.passing, halves)
+        self.runner = (Replayed if recorded else Direct)(self.trainee.parts, self.trainee.params, around)
 
     def predict(self, noisy_BCHW: torch.Tensor, t_B: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
         text = self.trainee.texts.renewed(batch.text, batch.captions)
@@ -114,16 +112,18 @@ class Session:
         what = f"The largest batch ({told}) does not fit in memory."
         started, batches = time.monotonic(), [prepare.micro_batch(self.cache, batch) for batch in largest]
         while True:
-            fits, recorded = self._rehearsed(batches), isinstance(self.runner, Replayed)
+            fits, recorded = self._rehearsed(batches), self.runner.recording
             # What is not compiled is far slower when it is launched: rather the next way, as long as that is recorded.
             again = recorded and not self.engine.compiled and self.engine.records(1)
             if self.team.all(fits and not (again and self.runner.short_of_memory)):
                 break
-            self.runner = self._runner(recorded=again)
+            self.runner.renew() if again else self.runner.give_up()
             prepare.release()
             if again or not recorded:
                 self.engine.lower(what)
-        if self.runner.short_of_memory:  # what is recorded of smaller batches would be in the way of the largest
+                prepare.release()  # what waited on the host
+        # What is recorded of smaller batches would be in the way of the largest.
+        if not self.team.all(not self.runner.short_of_memory):
             self.runner.give_up()
         if self.plan.engine.device == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**30
@@ -252,32 +252,34 @@ class Session:
         started, device, model = time.monotonic(), self.plan.engine.device, Path(self.plan.model.path)
         dtype = torch_dtype(self.plan.engine)
         self.runner.drop()
-        vae = prepare.decoder(self.kind, model, self.plan.engine)
 
-        def draw(prompt: Prompt) -> Image.Image:
-            self.dog.beat()
-            cached = (
-                (c, {k: v[None].to(device, dtype) for k, v in caching.load(self.cache.text_path(c)).items()})
-                for c in (prompt.text, prompt.negative)
-            )
-            text, negative = (self.trainee.texts.renewed(item, [c]) for c, item in cached)
-            return self.kind.sample(
-                self.trainee.denoiser,
-                vae,
-                model,
-                prompt=prompt,
-                text=text,
-                negative=negative,
-                scheduler=scheduler_changes(self.plan.train),
-            )
+        def drawn(vae: Any) -> int:
+            def draw(prompt: Prompt) -> Image.Image:
+                self.dog.beat()
+                cached = (
+                    (c, {k: v[None].to(device, dtype) for k, v in caching.load(self.cache.text_path(c)).items()})
+                    for c in (prompt.text, prompt.negative)
+                )
+                text, negative = (self.trainee.texts.renewed(item, [c]) for c, item in cached)
+                return self.kind.sample(
+                    self.trainee.denoiser,
+                    vae,
+                    model,
+                    prompt=prompt,
+                    text=text,
+                    negative=negative,
+                    scheduler=scheduler_changes(self.plan.train),
+                )
+
+            return sample.draw_all(folder, prompts, step=step, draw=draw, stopped=lambda: self.stop.requested)
 
         self.snapshots.settle()
-        with metrics.aside(), self.trainee.published(), torch.no_grad(), drawing():
-            try:
-                count = sample.draw_all(folder, prompts, step=step, draw=draw, stopped=lambda: self.stop.requested)
-                log.info("Drew %d samples of step %d in %.1f s.", count, step, time.monotonic() - started)
-            except torch.OutOfMemoryError as problem:
-                log.warning("There is no memory to draw all samples of step %d; training goes on: %s", step, problem)
+        try:
+            with metrics.aside(), self.trainee.published(), torch.no_grad(), drawing():
+                count = drawn(prepare.decoder(self.kind, model, self.plan.engine))
+            log.info("Drew %d samples of step %d in %.1f s.", count, step, time.monotonic() - started)
+        except torch.OutOfMemoryError as problem:
+            log.warning("There is no memory to draw all samples of step %d; training goes on: %s", step, problem)
         prepare.release()
 
     def save(self, step: int, epoch: int) -> None:

@@ -30,16 +30,19 @@ def job(job_plan, tmp_path, monkeypatch):
             def __init__(self, *params):
                 super().__init__(*params)
                 made.append(self)
-                self.calls, self.fails, self.given_up = 0, len(made) == 1, False
+                self.calls, self.renewed, self.given_up = 0, 0, False
 
             def __call__(self, work, inputs):
                 self.calls += 1
-                if self.fails and after < self.calls <= after + failures:
+                if after < self.calls <= after + failures:
                     raise torch.OutOfMemoryError("no memory")
                 return super().__call__(work, inputs)
 
+            def renew(self):
+                self.renewed += 1
+
             def give_up(self):
-                self.given_up = True
+                self.given_up, self.recording = True, False
                 return self.calls <= after + 1  # what it held is given back once
 
         monkeypatch.setattr(session, "Replayed", Recording)
@@ -90,13 +93,14 @@ def test_the_batch_that_takes_most_is_rehearsed_though_another_has_more_pixels(j
 def test_recording_is_given_up_before_anything_is_computed_again(job):
     plain, _, _ = job(0, replay=False)
     given_up, (runner,), lowered = job(1)
-    assert runner.calls == 1 and lowered == [] and given_up == plain
+    assert runner.calls == 1 + 1 + 2 and runner.given_up and lowered == [] and given_up == plain
 
 
 def test_what_is_not_compiled_is_rather_recorded_in_the_next_way(job):
     plain, _, _ = job(0, replay=False)
-    found, (first, second), lowered = job(1, below=True)
-    assert first.calls == 1 and second.calls == 1 + 2 and len(lowered) == 1 and found == plain
+    found, (runner,), lowered = job(1, below=True)
+    assert runner.calls == 1 + 1 + 2 and runner.renewed == 1 and not runner.given_up
+    assert len(lowered) == 1 and found == plain
 
 
 def test_a_size_that_cannot_be_recorded_beside_another_is_computed_without_recordings(job, caplog):
@@ -112,7 +116,7 @@ def test_what_is_recorded_leaves_room_for_the_optimiser_or_is_given_up(job, monk
     first_state, rehearsed, at, short = session.Trainee.first_state, session.Session._rehearsed, [], []
 
     def full(self):
-        if getattr(at[-1].runner, "calls", 0):  # of a recording
+        if at[-1].runner.recording and at[-1].runner.calls:
             short.append(True)
             raise torch.OutOfMemoryError("no memory beside it")
         return first_state(self)
@@ -120,7 +124,7 @@ def test_what_is_recorded_leaves_room_for_the_optimiser_or_is_given_up(job, monk
     monkeypatch.setattr(session.Trainee, "first_state", full)
     monkeypatch.setattr(session.Session, "_rehearsed", lambda self, given: at.append(self) or rehearsed(self, given))
     found, (runner,), lowered = job(0)
-    assert short == [True] and runner.calls == 1 and lowered == [] and found == plain
+    assert short == [True] and runner.calls == 1 + 1 + 2 and lowered == [] and found == plain
 
 
 def test_where_the_largest_batch_cannot_be_recorded_smaller_ones_are_not_in_its_way(job, monkeypatch):

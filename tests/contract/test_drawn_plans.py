@@ -1,6 +1,7 @@
 """What the test of random plans (tests/gpu/attempts.py) makes of them, where memory runs out only as it is told to."""
 
 import dataclasses
+import logging
 import random
 
 import pytest
@@ -22,6 +23,11 @@ H100 = Hardware("nvidia", "9.0", 80.0, 1, "580", 100.0, 8)
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory):
     return plans.Ground(tmp_path_factory.mktemp("ground"), Hardware("cpu", "x86_64", 8.0, 0, "", 8.0, 2))
+
+
+@pytest.fixture(autouse=True)
+def logged(caplog):
+    caplog.set_level(logging.WARNING)  # some other test may have turned it off
 
 
 @pytest.fixture

@@ -21,12 +21,16 @@ ORDER = {"none": 0, "products": 1, "attention": 2, "all": 3}
 def test_every_rung_takes_less_and_the_last_takes_least(compiled, policy, kept, offload):
     ladder = rungs(policy, kept, offload, compiled=compiled)
     assert ladder[0] == (policy, kept, offload) and ladder[-1][0] == "all" and ladder[-1][2] == "weights"
-    costs = [(list(OFFLOADS).index(where), ORDER[p], -k) for p, k, where in ladder]
-    assert costs == sorted(set(costs))
+    # What all is recomputed on the device takes more than what waits on the host, and is for hosts without the memory.
+    spare = ("all", 0, "none") if compiled and offload == "none" and policy != "all" else None
+    costs = [(list(OFFLOADS).index(where), ORDER[p], -k) for p, k, where in ladder if (p, k, where) != spare]
+    assert costs == sorted(set(costs)) and (spare is None or spare in ladder)
 
 
 def test_each_rung_is_told_and_the_last_is_refused(monkeypatch, caplog):
-    monkeypatch.setattr(engine, "Offload", lambda model, stream: "host")  # which needs an accelerator's streams
+    monkeypatch.setattr(
+        engine, "Offload", lambda model, stream, limit_gib: "host"
+    )  # which needs an accelerator's streams
     caplog.set_level(logging.WARNING)
     regions = [torch.nn.Linear(4, 4) for _ in range(3)]
     plan = EnginePlan(recompute="attention", kept_blocks=1, compile=False)

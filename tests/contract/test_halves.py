@@ -13,8 +13,9 @@ from trainer.replay import Direct
 def test_the_gradient_has_the_same_bits(name, way):
     bench = Bench(name, "fp8", small=True)
     engine = bench.engine(set(way.split("+")))
-    assert len(bench.runner.around.layers) > 10
-    for layer in bench.runner.around.layers:
+    (halves,) = bench.runner.around.args
+    assert len(halves.layers) > 10
+    for layer in halves.layers:
         layer.scaling["default"] = 0.5
     found = []
     for around in (Halves(bench.model, bench.dtype), None):

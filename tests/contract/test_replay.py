@@ -50,7 +50,7 @@ def test_memory_that_runs_out_in_a_recording_is_no_reason_to_record_nothing(runn
     with pytest.raises(torch.OutOfMemoryError, match="16 GiB"):
         runner._captured(failing(torch.OutOfMemoryError("16 GiB")), {})
     assert runner.recording
-    runner.recorded["a size"] = None
+    runner.large.add("a size")
     assert runner.short_of_memory
 
 
@@ -59,21 +59,48 @@ class Graph:
         pass
 
 
-@pytest.mark.parametrize(("tries", "left"), [([None, "recorded"], "recorded"), ([None, None], None)])
-def test_a_size_for_which_there_is_no_memory_gets_that_of_the_others_once(runner, monkeypatch, tries, left):
+@pytest.fixture
+def room(runner, monkeypatch):
+    """`room(count)`: there is memory for so many recordings at once; the sizes that were tried, in their order."""
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
-    x, asked = torch.ones(3), []
+    tried = []
 
-    def record(key, _work, inputs):
-        asked.append((key, dict(runner.recorded)))
-        return tries[len(asked) - 1] and _Recorded(Graph(), dict(inputs), torch.zeros(3))
+    def make(count):
+        def record(key, _work, inputs):
+            tried.append(len(inputs["x"]))
+            fits = len(runner.recorded) < count
+            return _Recorded(Graph(), {k: v.clone() for k, v in inputs.items()}, torch.zeros(3)) if fits else None
 
-    runner.recorded["another size"] = _Recorded(Graph(), {}, x)
-    monkeypatch.setattr(runner, "_record", record)
-    for _ in range(2):
-        runner(lambda given: (given["x"], (runner.params[0] * given["x"]).sum()), {"x": x})
-    (key, others), (again, none) = asked  # and never after that
-    assert key == again and list(others) == ["another size"] and not none
-    assert list(runner.recorded) == [key] and (runner.recorded[key] is None) is (left is None)
-    assert runner.short_of_memory is (left is None)
+        monkeypatch.setattr(runner, "_record", record)
+        return tried
+
+    return make
+
+
+def step(runner, size):
+    runner(lambda given: (given["x"], (runner.params[0].sum() * given["x"]).sum()), {"x": torch.ones(size)})
+
+
+def test_a_size_gets_the_memory_of_the_others_once_and_is_launched_after_that(runner, room, caplog):
+    caplog.set_level(logging.WARNING)
+    tried = room(1)
+    for _ in range(10):
+        step(runner, 3)
+        step(runner, 5)
+    # The second size gets the place of the first, which is then tried once more.
+    assert tried == [3, 5, 5, 3] and runner.short_of_memory and len(caplog.records) == 1
+    runner.drop()
+    step(runner, 3)
+    assert tried == [3, 5, 5, 3]  # what does not fit is remembered
+    runner.renew()
+    step(runner, 3)
+    assert tried[4:] == [3] and not runner.short_of_memory
+
+
+def test_where_there_is_no_memory_at_all_each_size_is_tried_once(runner, room):
+    tried = room(0)
+    for _ in range(3):
+        step(runner, 3)
+        step(runner, 5)
+    assert tried == [3, 5] and runner.short_of_memory and runner.recording

@@ -39,7 +39,7 @@ from trainer.families import family
 from trainer.metrics import Status
 from trainer.parallel import Team
 from trainer.prepare import Ready, micro_batch, release
-from trainer.replay import Replayed
+from trainer.replay import Direct
 from trainer.session import Session
 from trainer.stop import StopFlag
 from trainer.watchdog import Watchdog
@@ -119,12 +119,13 @@ def session(ready: Ready, out: Path) -> Session:
 
 def capped(made: Session, room: float) -> tuple[float, float, float]:
     """Leave the session so much of what its first step took: GiB before that step, in it, and the cap."""
-    low, recorded = torch.cuda.memory_allocated(), isinstance(made.runner, Replayed)
-    made.runner = made._runner(recorded=False)
+    low, its = torch.cuda.memory_allocated(), made.runner
+    made.runner = Direct(its.params, its.wholes, its.around)
     torch.cuda.reset_peak_memory_stats()
     assert made._rehearsed([micro_batch(made.cache, batch) for batch in made.largest()])
     high = torch.cuda.max_memory_allocated()
-    made.runner = made._runner(recorded=recorded)
+    made.runner = its
+    its.clear()
     emptied()
     cap = low + room * (high - low)
     torch.cuda.set_per_process_memory_fraction(cap / torch.cuda.get_device_properties(0).total_memory)
@@ -176,7 +177,7 @@ def _attempt(ready: Ready, out: Path, room: float, *, found: Outcome, said: Told
     found.kind, found.rungs, rehearsed = "ran", rungs - len(made.engine.rungs), len(said.lines)
     found.way = " ".join(map(str, made.engine.rungs[0]))
     assert said.count("Instead of") == found.rungs  # each is told
-    recorded = isinstance(made.runner, Replayed) and not made.runner.short_of_memory
+    recorded = made.runner.recording and not made.runner.short_of_memory
     try:
         made.train(Status(out), first=0)
     except (torch.OutOfMemoryError, OutOfMemoryError):

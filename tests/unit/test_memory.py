@@ -87,6 +87,11 @@ def test_what_the_host_cannot_hold_is_not_sent_there():
     assert best(FLUX, large, choices, have_gib=141, host_gib=20).offload == "none"
 
 
+def test_no_more_blocks_are_kept_than_there_are():
+    way = next(w for w in ways(FLUX, work(1, 512 * 512), ["fp8"]) if w.recompute == "attention")
+    assert best(FLUX, work(1, 512 * 512), [way], have_gib=139, host_gib=0).kept_blocks == FLUX.regions
+
+
 def test_a_region_for_each_block_that_a_plan_may_keep_whole():
     assert FLUX.regions == 19 + 38 and family("sd3").FACTS.models["sd3"].footprint.regions == 24
 
@@ -121,8 +126,11 @@ def test_the_batch_is_the_fastest_that_fits_and_more_memory_is_never_slower(have
 
 def test_the_peaks_of_all_phases_are_told():
     way = best(FLUX, work(1), ways(FLUX, work(1), ["fp8"]), have_gib=24, host_gib=64)
-    plain = phases(FLUX, work(1), way, streamed=False, tiled=False, drawn_pixels=2**20)
-    lean = phases(FLUX, work(1), way, streamed=True, tiled=True, drawn_pixels=2**20)
+    pixels = {"drawn_pixels": 2**20, "encoded_pixels": 1280 * 768}
+    plain = phases(FLUX, work(1), way, streamed=False, tiled=False, **pixels)
+    lean = phases(FLUX, work(1), way, streamed=True, tiled=True, **pixels)
+    larger = phases(FLUX, work(1), way, streamed=False, tiled=False, **{**pixels, "encoded_pixels": 2**22})
+    assert larger["latents"] > 1.3 * plain["latents"] and {**larger, "latents": 0} == {**plain, "latents": 0}
     assert plain["training"] == lean["training"] == way.gib
     assert 9 < plain["texts"] < 10.5 and lean["texts"] < 2
     assert lean["samples"] < plain["samples"] - 2 and lean["latents"] < plain["latents"]

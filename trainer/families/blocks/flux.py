@@ -34,8 +34,8 @@ def _heads(attn: Any, projected: list[torch.Tensor], norm_q: Any, norm_k: Any) -
 def _attended(attn: Any, sources: list[tuple[list[torch.Tensor], Any, Any]], rotary: Rotary) -> torch.Tensor:
     """Attention among the tokens of all sources: what was projected, and the norms of queries and keys."""
     joined = [(projected[0], *norms) for projected, *norms in sources if len(projected) == 1]
-    whole = len(joined) == len(sources) and all(map(fits, joined)) and joined[0][0].dtype != torch.float32
-    if rotary is not None and whole:
+    together = len(joined) == len(sources) and all(map(fits, joined)) and joined[0][0].dtype != torch.float32
+    if rotary is not None and together:
         q, k, v = rotated(joined, rotary)
     else:
         several = [_heads(attn, *source) for source in sources]
