@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.nn.functional import linear
 
 from trainer import formats, keys
 from trainer.errors import FileMismatchError
@@ -79,9 +80,22 @@ def _by_layer(
 def _delta(parts: list[Adapter | None], layer: Any) -> torch.Tensor:
     """(out, in) in fp32 where the layer's adapter is; parts that the file lacks add nothing."""
     down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    nothing = torch.zeros(up.shape[0] // len(parts), *down.shape[1:], device=up.device)
+    found = torch.zeros(up.shape[0], *down.shape[1:], device=up.device)
+    for rows, part in zip(found.chunk(len(parts)), parts, strict=True):
+        if part is not None:
+            delta = Adapter(part.down.to(up.device), part.up.to(up.device), part.scale).delta()
+            if delta.shape != rows.shape:
+                return delta  # which is not the layer's
+            rows.copy_(delta)
+    return found
+
+
+def _added(x: torch.Tensor, parts: list[Adapter | None], layer: Any) -> torch.Tensor:
+    """The product of x and `_delta`, without that."""
+    nothing = x.new_zeros(*x.shape[:-1], layer.lora_B["default"].weight.shape[0] // len(parts))
     return torch.cat(
-        [nothing if p is None else Adapter(p.down.to(up.device), p.up.to(up.device), p.scale).delta() for p in parts]
+        [nothing if p is None else p.scale * linear(linear(x, p.down.to(x)), p.up.to(x)) for p in parts],
+        dim=-1,
     )
 
 
@@ -91,7 +105,27 @@ def _magnitudes(parts: list[Adapter | None], layer: Any) -> torch.Tensor | None:
     return torch.cat(found).to(layer.lora_A["default"].weight.device) if found else None
 
 
+@contextlib.contextmanager
+def _on_the_host(layer: Any) -> Iterator[None]:
+    """Inside, the layer's adapter is in the host's memory."""
+    kept = [(p, p.data) for p in layer.parameters() if p.requires_grad]
+    try:
+        for p, data in kept:
+            p.data = data.cpu()
+        yield
+    finally:
+        for p, data in kept:
+            p.data = data
+
+
 def _difference(layer: Any, parts: list[Adapter | None]) -> float:
+    with contextlib.suppress(torch.OutOfMemoryError):
+        return _compared(layer, parts)
+    with _on_the_host(layer):  # slower, but a job that has trained in little memory ends in as little
+        return _compared(layer, parts)
+
+
+def _compared(layer: Any, parts: list[Adapter | None]) -> float:
     with torch.no_grad():
         difference = _relative(_delta(parts, layer), layer.get_delta_weight("default").float())
         vectors, lengths = layer.lora_magnitude_vector, _magnitudes(parts, layer)
@@ -105,7 +139,7 @@ def _difference(layer: Any, parts: list[Adapter | None]) -> float:
 def _relative(found: torch.Tensor, trained: torch.Tensor) -> float:
     if found.shape != trained.shape:
         return float("inf")
-    size, difference = trained.norm().item(), (found - trained).norm().item()
+    size, difference = trained.norm().item(), found.sub_(trained).norm().item()
     return difference / size if size else float("inf") if difference else 0.0
 
 
@@ -114,16 +148,16 @@ def _applied(live: dict[str, BaseTunerLayer], stacks: dict[str, list[Adapter | N
     """Inside, each trained layer computes with its frozen weight W and the file's delta: Wx + delta x.
 
     That is the merged weight's product, in any format of W, without a second W and without its rounding. With DoRA,
-    the rows' products are scaled as the rows are.
+    the rows' products are scaled as the rows are, for which the delta is made.
     """
 
     def hook(layer: Any, inputs: tuple[torch.Tensor, ...], name: str) -> torch.Tensor:
-        base, delta = layer.get_base_layer(), _delta(stacks[name], layer)
-        out = base(*inputs)
-        added = torch.nn.functional.linear(inputs[0].float(), delta)
-        lengths = _magnitudes(stacks[name], layer)
+        base, parts = layer.get_base_layer(), stacks[name]
+        out, added = base(*inputs), _added(inputs[0].float(), parts, layer)
+        lengths = _magnitudes(parts, layer)
         if lengths is None:
             return (out + added).to(out.dtype)
+        delta = _delta(parts, layer)
         bias = torch.zeros((), device=out.device) if base.bias is None else base.bias.float()
         unit = torch.eye(base.in_features, device=out.device, dtype=inputs[0].dtype)
         weight = (base(unit).float() - bias).T  # whatever the format that it is kept in

@@ -1,5 +1,6 @@
 """A saved file must give the trained model, or the job fails: every way in which files were ever wrong is noticed."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trainer import formats, lora
+from trainer import verify as verification
 from trainer.errors import FileMismatchError
 from trainer.families import flux, sd3
 from trainer.frozen import freeze
@@ -57,6 +59,31 @@ def test_a_right_file_passes_and_nothing_is_changed(trained, tmp_path, to):
     assert torch.equal(output(), before)
     assert all(torch.equal(v, state[k]) for k, v in denoiser.state_dict().items())
     assert not any(m._forward_hooks for m in denoiser.modules())
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.01])
+def test_a_layer_for_which_there_is_no_memory_is_compared_on_the_host(trained, tmp_path, monkeypatch, scale):
+    denoiser, output = trained
+    save(denoiser, tmp_path / "x.safetensors")
+    tensors = load_file(tmp_path / "x.safetensors")
+    save_file({k: v * scale if k.endswith("alpha") else v for k, v in tensors.items()}, tmp_path / "x.safetensors")
+    compared, places = verification._compared, []
+
+    def full(layer, parts):
+        places.append([p.data_ptr() for p in layer.parameters() if p.requires_grad])
+        if len(places) % 2:
+            raise torch.OutOfMemoryError("no memory here")
+        return compared(layer, parts)
+
+    monkeypatch.setattr(
+        torch.Tensor, "cpu", lambda tensor: tensor.clone()
+    )  # another place, as it is from an accelerator's
+    monkeypatch.setattr(verification, "_compared", full)
+    before = [p.data_ptr() for p in denoiser.parameters()]
+    with contextlib.nullcontext() if scale == 1 else pytest.raises(FileMismatchError, match="of its strength"):
+        check(tmp_path / "x.safetensors", denoiser, output)
+    assert all(set(a).isdisjoint(b) for a, b in zip(places[::2], places[1::2], strict=True)) and len(places) > 10
+    assert before == [p.data_ptr() for p in denoiser.parameters()]
 
 
 def swap_rows(up, first, second):
