@@ -3,6 +3,7 @@
     python -m bench WHAT [--help]
 
 step: speed and memory of a training step in one way or another. parity: gradients of each format against bf16.
+concept: what a miniature learns in each format.
 peers: what else a user would take, in the same run. memory: predicted against measured peaks. prepare: encoding.
 kernels: those of the 8-bit engine, one by one. gpus: one, and several. job: a full-size model, and whole jobs on it.
 reach: all that is to be reached, on all accelerators there are. layouts, state: reading models and writing states.

@@ -66,7 +66,8 @@ class Offload:
         self.hooks.__exit__(*problem)
         del self.hooks  # which refers to this
         self._leave(0)
-        self.totals[self.first] = self.saved
+        if problem[0] is None:
+            self.totals[self.first] = self.saved
 
     def join(self) -> None:
         """Nothing is on its way any more for what is computed from now on; what nobody asked for is given up."""

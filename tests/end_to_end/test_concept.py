@@ -16,13 +16,13 @@ import torch
 from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
+from bench.concept import CONCEPT, demo
 from trainer.families import family
 from trainer.families.miniatures.score import correlation
 
 pytestmark = pytest.mark.timeout(1200)
 
 ROOT = Path(__file__).parents[2]
-CONCEPT = ROOT / "trainer" / "families" / "miniatures" / "concept"
 PROMPTS = [line.split(" --")[0] for line in (CONCEPT / "prompts.txt").read_text().splitlines() if "kilnpot" in line]
 SEEDS = range(100, 103)
 
@@ -97,15 +97,14 @@ TRAINING = {
 }
 
 
-def demo(name: str) -> dict[str, str]:
+def settings(name: str) -> dict[str, str]:
     """The variables of `make demo MODEL=name`, without samples and checkpoints."""
-    words = subprocess.run(
-        ["make", "--dry-run", "--always-make", "demo", f"MODEL={name}"], cwd=ROOT, capture_output=True, text=True
-    ).stdout
-    job = next(line for line in words.replace("\\\n", " ").splitlines() if "BASE_MODEL=" in line)
-    given = dict(word.split("=", 1) for word in job.split() if word.startswith(("PARAMS_", "BASE_MODEL=")))
-    off = {"PARAMS_SAMPLE_EVERY_N_STEPS": "0", "PARAMS_SAVE_EVERY_N_STEPS": "0"}
-    return {**given, "DATASET_NAME": str(CONCEPT), "PARAMS_NETWORK_DIM": "32", **off}
+    return {
+        **demo(name),
+        "PARAMS_NETWORK_DIM": "32",
+        "PARAMS_SAMPLE_EVERY_N_STEPS": "0",
+        "PARAMS_SAVE_EVERY_N_STEPS": "0",
+    }
 
 
 def number(name: str, lora: dict | None, tmp_path: Path) -> float:
@@ -157,7 +156,7 @@ def each(*values):
 
 @pytest.mark.parametrize("name", [each(name) for name in CASES])
 def test_the_concept_is_learnt_and_a_wrong_file_is_noticed(name, base, job, tmp_path):
-    code, printed = job.run(**demo(name))
+    code, printed = job.run(**settings(name))
     assert code == 0, printed
     lora = load_file(job.out / "x-diffusers.safetensors")
     before, after = base(name), number(name, lora, tmp_path)
@@ -175,7 +174,7 @@ def test_the_concept_is_learnt_and_a_wrong_file_is_noticed(name, base, job, tmp_
 
 @pytest.mark.parametrize(("name", "mutation"), [each(n, m) for n, case in CASES.items() for m in case.mutations])
 def test_a_wrong_training_does_not_learn_it(name, mutation, base, job, tmp_path):
-    asked = demo(name)
+    asked = settings(name)
     code, printed = job.run(**{**asked, "PARAMS_MAX_STEPS": "1", "CACHE_PATH": str(tmp_path / "cache")})
     assert code == 0, printed
     plan = json.loads((job.out / "plan.json").read_text())
