@@ -24,7 +24,7 @@ import torch
 
 from bench.report import Report, options
 from trainer import lora, optim
-from trainer.engine import Engine, place
+from trainer.engine import Engine, limit_memory, place
 from trainer.families import family
 from trainer.fused import install
 from trainer.halves import Halves
@@ -279,7 +279,5 @@ def main(arguments: list[str]) -> None:
             bench = Bench(asked.family, precision, small=asked.small)
             bench.size = tuple(asked.size or bench.size)
             print(json.dumps(counted(bench)), flush=True)
-        if asked.limit:  # not while the model is made, which then has 16 bits
-            whole = torch.cuda.mem_get_info()[1] / GIB
-            torch.cuda.set_per_process_memory_fraction(min(1.0, asked.limit / whole))
+        limit_memory(DEVICE, asked.limit)  # not while the model is made, which then has 16 bits
         report.row(measure(bench, variant, int(batch), times=asked.times))

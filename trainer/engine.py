@@ -38,6 +38,13 @@ def stored(folder: Path) -> torch.dtype:
     return next((dtype for dtype, name in NAMES.items() if name == most), torch.bfloat16)  # which holds all of fp8
 
 
+def limit_memory(device: str, gib: float | None) -> None:
+    """Hold all that this process allocates from now on under a cap of the device's memory."""
+    if gib and device == "cuda":
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / whole))
+
+
 def torch_dtype(plan: EnginePlan) -> torch.dtype:
     """What activations are computed in."""
     dtype: torch.dtype = getattr(torch, plan.dtype)

@@ -20,7 +20,7 @@ from trainer.assemble import assembled
 from trainer.class_pictures import Wanted
 from trainer.crashes import Crashes
 from trainer.dataset import Scan
-from trainer.engine import Engine, loaded, torch_dtype
+from trainer.engine import Engine, limit_memory, loaded, torch_dtype
 from trainer.errors import HangError, KilnError, OutOfMemoryError, SettingsError, StorageError
 from trainer.families import Facts, Family, base_models, family
 from trainer.guard import Guard
@@ -78,7 +78,7 @@ def _follow(plan: Plan, stop: StopFlag, out: Path, *, team: Team) -> None:
 
         with dog.watching(team.own_folder, hung), crashes.counted(), _named(out):
             plan, found = given.plan, Scan(given.pictures, (), ())
-            _limit_memory(plan.engine.device, plan.engine.memory_limit_gib)
+            limit_memory(plan.engine.device, plan.engine.memory_limit_gib)
             order, model = prepare.order_of(plan, found), Path(plan.model.path)
             cache = prepare.open_cache(Path(plan.output.cache), model, precision=plan.engine.dtype)
             state = checkpoint.read(given.state) if given.state else None
@@ -89,7 +89,7 @@ def _follow(plan: Plan, stop: StopFlag, out: Path, *, team: Team) -> None:
 def _whole(plan: Plan, stop: StopFlag, out: Path, *, status: Status, dog: Watchdog, team: Team) -> None:
     state = _resumable(plan, out)
     files.write_text(out / "plan.json", plan.to_json())
-    _limit_memory(plan.engine.device, plan.engine.memory_limit_gib)
+    limit_memory(plan.engine.device, plan.engine.memory_limit_gib)
     whole = str(assembled(plan.model, Path(plan.output.cache)))
     plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, path=whole))
     plan = _with_class_pictures(plan, status=status, tick=lambda: _tick(dog, stop))
@@ -189,7 +189,22 @@ def _train(ready: prepare.Ready, stop: StopFlag, out: Path, *, status: Status, d
     trainee = _trainee(plan, kind, model=Path(plan.model.path), total=total)
     log.info("Loaded the model and put %s on it in %.1f s.", _size(trainee), time.monotonic() - started)
     _tick(dog, stop)
-    session = Session(
+    session = session_of(ready, trainee, out, stop, dog=dog, team=team)
+    session.rehearse()
+    if ready.state is not None:
+        trainee.restore(ready.state.tree)
+        log.info("Resumed at step %d of %d.", ready.state.step, total)
+    team.check_same(trainee.params)
+    session.train(status, first=ready.state.step if ready.state else 0)
+    status.update({"output": f"{plan.output.name}.safetensors"})
+
+
+def session_of(
+    ready: prepare.Ready, trainee: Trainee, out: Path, stop: StopFlag, *, dog: Watchdog, team: Team
+) -> Session:
+    """The session that trains what `ready` and `trainee` hold, into `out`."""
+    plan, kind = ready.plan, family(ready.plan.model.family)
+    return Session(
         plan,
         kind,
         out,
@@ -200,31 +215,17 @@ def _train(ready: prepare.Ready, stop: StopFlag, out: Path, *, status: Status, d
         order=ready.order,
         cache=ready.cache,
         found=ready.found,
-        total=total,
+        total=ready.total,
         steps_per_epoch=ready.steps_per_epoch,
         dog=dog,
         team=team,
     )
-    session.rehearse()
-    if ready.state is not None:
-        trainee.restore(ready.state.tree)
-        log.info("Resumed at step %d of %d.", ready.state.step, total)
-    team.check_same(trainee.params)
-    session.train(status, first=ready.state.step if ready.state else 0)
-    status.update({"output": f"{plan.output.name}.safetensors"})
 
 
 def _size(trainee: Trainee) -> str:
     states = [lora.state(model) for model in (trainee.denoiser, *trainee.texts.models.values())]
     count = sum(name.endswith(".lora_A.weight") for state in states for name in state)
     return f"{count} adapters ({sum(p.numel() for p in trainee.params) / 1e6:.2f} M parameters)"
-
-
-def _limit_memory(device: str, limit_gib: float | None) -> None:
-    """Hold every phase of the job under a cap of device memory, set before the first allocation."""
-    if limit_gib and device == "cuda":
-        whole = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gib * 2**30 / whole))
 
 
 def _resumable(plan: Plan, out: Path) -> checkpoint.State | None:

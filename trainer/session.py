@@ -253,30 +253,33 @@ class Session:
         dtype = torch_dtype(self.plan.engine)
         self.runner.drop()
 
-        def drawn(vae: Any) -> int:
-            def draw(prompt: Prompt) -> Image.Image:
-                self.dog.beat()
-                cached = (
-                    (c, {k: v[None].to(device, dtype) for k, v in caching.load(self.cache.text_path(c)).items()})
-                    for c in (prompt.text, prompt.negative)
-                )
-                text, negative = (self.trainee.texts.renewed(item, [c]) for c, item in cached)
-                return self.kind.sample(
-                    self.trainee.denoiser,
-                    vae,
-                    model,
-                    prompt=prompt,
-                    text=text,
-                    negative=negative,
-                    scheduler=scheduler_changes(self.plan.train),
-                )
-
-            return sample.draw_all(folder, prompts, step=step, draw=draw, stopped=lambda: self.stop.requested)
+        def draw(vae: Any, prompt: Prompt) -> Image.Image:
+            self.dog.beat()
+            cached = (
+                (c, {k: v[None].to(device, dtype) for k, v in caching.load(self.cache.text_path(c)).items()})
+                for c in (prompt.text, prompt.negative)
+            )
+            text, negative = (self.trainee.texts.renewed(item, [c]) for c, item in cached)
+            return self.kind.sample(
+                self.trainee.denoiser,
+                vae,
+                model,
+                prompt=prompt,
+                text=text,
+                negative=negative,
+                scheduler=scheduler_changes(self.plan.train),
+            )
 
         self.snapshots.settle()
         try:
             with metrics.aside(), self.trainee.published(), torch.no_grad(), drawing():
-                count = drawn(prepare.decoder(self.kind, model, self.plan.engine))
+                count = sample.draw_all(
+                    folder,
+                    prompts,
+                    step=step,
+                    draw=partial(draw, prepare.decoder(self.kind, model, self.plan.engine)),
+                    stopped=lambda: self.stop.requested,
+                )
             log.info("Drew %d samples of step %d in %.1f s.", count, step, time.monotonic() - started)
         except torch.OutOfMemoryError as problem:
             log.warning("There is no memory to draw all samples of step %d; training goes on: %s", step, problem)

@@ -28,9 +28,8 @@ def test_every_rung_takes_less_and_the_last_takes_least(compiled, policy, kept, 
 
 
 def test_each_rung_is_told_and_the_last_is_refused(monkeypatch, caplog):
-    monkeypatch.setattr(
-        engine, "Offload", lambda model, stream, limit_gib: "host"
-    )  # which needs an accelerator's streams
+    # The real one needs an accelerator's streams.
+    monkeypatch.setattr(engine, "Offload", lambda model, stream, limit_gib: "host")
     caplog.set_level(logging.WARNING)
     regions = [torch.nn.Linear(4, 4) for _ in range(3)]
     plan = EnginePlan(recompute="attention", kept_blocks=1, compile=False)

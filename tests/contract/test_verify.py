@@ -75,9 +75,8 @@ def test_a_layer_for_which_there_is_no_memory_is_compared_on_the_host(trained, t
             raise torch.OutOfMemoryError("no memory here")
         return compared(layer, parts)
 
-    monkeypatch.setattr(
-        torch.Tensor, "cpu", lambda tensor: tensor.clone()
-    )  # another place, as it is from an accelerator's
+    # Another place, as the host's is from an accelerator's.
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: tensor.clone())
     monkeypatch.setattr(verification, "_compared", full)
     before = [p.data_ptr() for p in denoiser.parameters()]
     with contextlib.nullcontext() if scale == 1 else pytest.raises(FileMismatchError, match="of its strength"):

@@ -33,7 +33,7 @@ import torch
 from entrypoint.hardware import detect
 from tests.gpu.plans import Drawn, Ground, drawn
 from trainer import run
-from trainer.engine import Engine
+from trainer.engine import limit_memory
 from trainer.errors import KilnError, OutOfMemoryError, SettingsError
 from trainer.families import family
 from trainer.metrics import Status
@@ -97,24 +97,9 @@ def told() -> Iterator[Told]:
 
 def session(ready: Ready, out: Path) -> Session:
     """As `trainer.run` makes it."""
-    plan, kind = ready.plan, family(ready.plan.model.family)
-    trainee = run._trainee(plan, kind, model=Path(plan.model.path), total=ready.total)
-    return Session(
-        plan,
-        kind,
-        out,
-        StopFlag(),
-        engine=Engine(trainee.denoiser, kind.regions(trainee.denoiser), plan.engine, trainee.stream),
-        goal=ready.goal,
-        trainee=trainee,
-        order=ready.order,
-        cache=ready.cache,
-        found=ready.found,
-        total=ready.total,
-        steps_per_epoch=ready.steps_per_epoch,
-        dog=Watchdog(0.0),
-        team=Team(),
-    )
+    plan = ready.plan
+    trainee = run._trainee(plan, family(plan.model.family), model=Path(plan.model.path), total=ready.total)
+    return run.session_of(ready, trainee, out, StopFlag(), dog=Watchdog(0.0), team=Team())
 
 
 def capped(made: Session, room: float) -> tuple[float, float, float]:
@@ -128,7 +113,7 @@ def capped(made: Session, room: float) -> tuple[float, float, float]:
     its.clear()
     emptied()
     cap = low + room * (high - low)
-    torch.cuda.set_per_process_memory_fraction(cap / torch.cuda.get_device_properties(0).total_memory)
+    limit_memory("cuda", cap / GIB)
     torch.cuda.reset_peak_memory_stats()
     return round(low / GIB, 3), round(high / GIB, 3), round(cap / GIB, 3)
 
