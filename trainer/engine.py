@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trainer import kernel_check, keys, lora, recompute
+from trainer import attention, kernel_check, keys, lora, recompute
 from trainer.assemble import HALF
 from trainer.errors import SettingsError
 from trainer.families import Family
@@ -140,6 +140,7 @@ class Engine:
         plan: EnginePlan,
         stream: Stream | None = None,
     ) -> None:
+        attention.mend()
         self.denoiser, self.regions, self.stream, self.device = denoiser, list(regions), stream, plan.device
         self.offload: Offload | None = None
         self.compiled, self.host_gib = plan.compile, plan.host_gib

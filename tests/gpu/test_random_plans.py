@@ -8,9 +8,13 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from trainer.families import names
 
@@ -18,18 +22,29 @@ ROOT = Path(__file__).resolve().parents[2]
 PLANS, SEED = int(os.environ.get("PLANS", "100")), int(os.environ.get("SEED", "0"))
 
 
+def made(device: int, of: range) -> list[dict[str, Any]]:
+    """What became of those plans, in a process that has an accelerator for itself."""
+    command = [sys.executable, "-m", "tests.gpu.attempts", "--plans", str(len(of)), "--seed", str(of.start)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(device)}
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment)
+    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    rows = [row for row in told if "seed" in row]  # the last line is their sum
+    print(*map(json.dumps, told[len(rows) :]))
+    assert len(rows) == len(of), f"it ended with {done.returncode} after the plan of seed {of.start + len(rows)}"
+    return rows
+
+
 @pytest.mark.gpu
 @pytest.mark.timeout(120 + 12 * PLANS)
 def test_no_plan_runs_out_of_memory_once_it_is_rehearsed():
-    # A process of its own: all of the device's memory that it has is what its plans take.
-    command = [sys.executable, "-m", "tests.gpu.attempts", "--plans", str(PLANS), "--seed", str(SEED)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    rows, summed = told[:PLANS], told[PLANS:]
+    devices = min(PLANS, torch.cuda.device_count())
+    bounds = [SEED + PLANS * i // devices for i in range(devices + 1)]
+    shares = [range(*pair) for pair in pairwise(bounds)]
+    with ThreadPoolExecutor(devices) as pool:
+        rows = [row for share in pool.map(made, range(devices), shares) for row in share]
     for row in (r for r in rows if r["what"] == "failed"):
         print(f"PLANS=1 SEED={row['seed']}:", json.dumps({**row, "why": ""}), row["why"], sep="\n")
-    print(json.dumps(summed, indent=2))
-    assert len(rows) == PLANS and summed, f"it ended with {done.returncode} after the plan of seed {SEED + len(rows)}"
+    print(json.dumps(Counter(r["what"] for r in rows), indent=2))
     assert not [r["seed"] for r in rows if r["what"] == "failed"]
     assert all(r["left"] < 0.05 for r in rows)  # so that each plan found the device as a job does
     if PLANS < 100:
