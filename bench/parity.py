@@ -14,6 +14,7 @@ import torch
 
 from bench import step
 from bench.report import Report, options
+from trainer.guard import LOSS_SCALE
 
 FORMATS = ("bf16", "fp16", "fp8", "fp8-storage", "int8", "nf4", "torchao")
 
@@ -29,7 +30,7 @@ def main(arguments: list[str]) -> None:
         form, *words = precision.split("+")
         bench = step.Bench(asked.family, form, small=asked.small)
         engine = bench.engine({"all", "eager", *words})
-        scale = 2.0**10 if form == "fp16" else 1.0  # as trainer.session trains
+        scale = LOSS_SCALE.get(str(bench.dtype).removeprefix("torch."), 1.0)
         passes = []
         for _ in range(2):
             loss = bench.backward(engine, 1, seed=3, scale=scale).item()

@@ -190,7 +190,10 @@ class Engine:
         before, now = self.rungs.pop(0), self.rungs[0]
         log.warning("%s Instead of %s: %s.", problem, described(*before), described(*now))
         self.turn(keep=False)
-        self._climb()
+        try:
+            self._climb()
+        except torch.OutOfMemoryError:
+            self.lower(problem)
 
     @contextlib.contextmanager
     def passing(self, inside: Around = contextlib.nullcontext) -> Iterator[None]:

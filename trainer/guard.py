@@ -10,6 +10,10 @@ from typing import Any
 
 import torch
 
+# What backward passes begin with: in fp16 a gradient at the output is near the inverse of the latents' size, 2^-16 to
+# 2^-18, which is too small for 5 bits of exponent. The rule is that of torch.amp.GradScaler.
+LOSS_SCALE = {"float16": 2.0**16}
+STEADY = 2000  # steps without an overflow, until the scale is doubled
 RECENT = 64  # losses that a spike is measured against
 FEWEST = 16  # of them, before any is called a spike
 
@@ -18,14 +22,27 @@ FEWEST = 16  # of them, before any is called a spike
 class Guard:
     """Counts the steps that were skipped, and knows what losses are usual. Its state belongs to the run's.
 
-    A loss is a spike above `spike` times the largest of the last 64: single losses of a diffusion model differ by a
+    Backward passes are `scale` times as large as the gradient, unless that is 1: it is halved where they overflow. A
+    loss is a spike above `spike` times the largest of the last 64: single losses of a diffusion model differ by a
     factor of ten with the noise level alone, their maximum does not.
     """
 
     limit: int = 3  # steps that may be skipped in a run; one more stops it
     spike: float = 10.0  # 0: every finite loss is taken
+    scale: float = 1.0
+    steady: int = 0  # steps since the scale was changed
     skipped: int = 0
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+
+    def overflows(self, loss: float, norm: float) -> bool:
+        """Whether the gradient is too large for its format by the scale alone, which is less from now on."""
+        if self.scale > 1 and math.isfinite(loss) and not math.isfinite(norm):
+            self.scale, self.steady = self.scale / 2, 0
+            return True
+        self.steady += 1
+        if self.scale > 1 and self.steady == STEADY:
+            self.scale, self.steady = self.scale * 2, 0
+        return False
 
     def objection(self, loss: float, norm: float) -> str | None:
         """Why this step must not change the weights; None if it may. `norm`: of the gradient, before clipping."""
@@ -43,10 +60,16 @@ class Guard:
         return self.skipped <= self.limit
 
     def state(self) -> dict[str, Any]:
-        return {"skipped": self.skipped, "recent": [*self.recent]}
+        return {
+            "skipped": self.skipped,
+            "recent": [*self.recent],
+            "scale": self.scale,
+            "steady": self.steady,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         self.skipped, self.recent = state["skipped"], deque(state["recent"], maxlen=RECENT)
+        self.scale, self.steady = state.get("scale", self.scale), state.get("steady", 0)  # older states have neither
 
 
 def cause(

@@ -105,7 +105,6 @@ def train(
     device: str,
     seed: int,
     first_step: int,
-    loss_scale: float = 1.0,
     runner: Direct | None = None,
     team: Team | None = None,
 ) -> Iterator[Step]:
@@ -113,12 +112,11 @@ def train(
 
     `groups`: (epoch, micro-batches); the gradient is the mean over the pictures of a group, whatever the sizes of its
     micro-batches, and of all groups of that step in `team`: of the step's micro-batches each process has every so
-    manieth. `runner` runs them. Backward passes are `loss_scale` times as large as the gradient, for formats that would
-    lose small numbers. A step to whose numbers `guard` objects leaves the weights as they are. Raises NumbersError when
-    that was once too often, and OutOfMemoryError where not even one picture fits.
+    manieth. `runner` runs them. A step to whose numbers `guard` objects leaves the weights as they are. Raises
+    NumbersError when that was once too often, and OutOfMemoryError where not even one picture fits.
     """
     runner, team = runner or Direct(params), team or Team()
-    backward = _Backward(predict, goal, torch.Generator(device), seed, loss_scale, runner, team.rank, team.size)
+    backward = _Backward(predict, goal, torch.Generator(device), seed, guard, runner, team.rank, team.size)
     given, unread = iter(groups), None
     number, upcoming = first_step, next(given, None)
     while upcoming is not None:
@@ -130,13 +128,16 @@ def train(
             upcoming, unread = None, problem
         if upcoming is not None:
             backward.begin(upcoming[1], number + 1)
-        if loss_scale != 1:
-            runner.flat.div_(loss_scale)
+        if guard.scale != 1:
+            runner.flat.div_(guard.scale)
         said_3 = team.mean(runner.flat, each_B)
         clipped = torch.nn.utils.clip_grad_norm_(params, max_grad_norm or float("inf"))
         loss, images, norm = team.heard(said_3, clipped)  # the step's one wait for the device
-        objection = guard.objection(loss, norm)
-        if objection is None:
+        overflow = guard.overflows(loss, norm)
+        objection = None if overflow else guard.objection(loss, norm)
+        if overflow:
+            log.info("Step %d is skipped: its gradient overflows; from now on it is scaled by %g.", number, guard.scale)
+        elif objection is None:
             optimizer.step()
         else:
             lost = [x for each in each_B for x in each.tolist()]
@@ -144,7 +145,7 @@ def train(
             _skip(number, group, None if elsewhere else lost, guard=guard, params=params, objection=objection)
         schedule.step()
         runner.clear()
-        yield Step(number, epoch, images, loss, norm, skipped=objection is not None)
+        yield Step(number, epoch, images, loss, norm, skipped=overflow or objection is not None)
         number += 1
     if unread:
         raise unread
@@ -154,7 +155,7 @@ def add_gradient(
     batch: MicroBatch, *, predict: Predict, goal: objective.Objective, device: str, seed: int, runner: Direct
 ) -> None:
     """The gradient of the mean loss of a batch, as a step of it alone has it. Raises torch.OutOfMemoryError."""
-    _Backward(predict, goal, torch.Generator(device), seed, 1.0, runner)._all([batch], 0)
+    _Backward(predict, goal, torch.Generator(device), seed, Guard(), runner)._all([batch], 0)
 
 
 @dataclass
@@ -165,7 +166,7 @@ class _Backward:
     goal: objective.Objective
     generator: torch.Generator
     seed: int
-    loss_scale: float
+    guard: Guard  # knows how many times as large as the gradient they are
     runner: Direct
     rank: int = 0  # in the step, the first of these micro-batches has this number
     apart: int = 1  # and those that follow are so far from each other
@@ -224,7 +225,7 @@ class _Backward:
                     **_named("drawn", drawn.part(rows)),
                     **_named("batch", part),
                     **{f"text.{k}": v for k, v in part.text.items()},
-                    "share": torch.full((), self.loss_scale / images, device=self.generator.device),
+                    "share": torch.full((), self.guard.scale / images, device=self.generator.device),
                 }
                 parts.append(self.runner(partial(self._one, names=part.names, captions=part.captions), inputs))
             found.append(torch.cat(parts))

@@ -23,7 +23,7 @@ from trainer.dataset import Scan
 from trainer.engine import Engine, limit_memory, loaded, torch_dtype
 from trainer.errors import HangError, KilnError, OutOfMemoryError, SettingsError, StorageError
 from trainer.families import Facts, Family, base_models, family
-from trainer.guard import Guard
+from trainer.guard import LOSS_SCALE, Guard
 from trainer.lock import locked
 from trainer.loop import Ema
 from trainer.metrics import Status
@@ -299,7 +299,8 @@ def _trainee(plan: Plan, kind: Family, *, model: Path, total: int) -> Trainee:
         num_cycles=plan.optim.num_cycles,
     )
     ema = Ema(params, plan.train.ema_decay) if plan.train.ema_decay else None
-    guard = Guard(plan.train.max_skipped_steps, plan.train.max_loss_spike)
+    scale = LOSS_SCALE.get(plan.engine.dtype, 1.0)
+    guard = Guard(plan.train.max_skipped_steps, plan.train.max_loss_spike, scale)
     return Trainee(denoiser, texts, parts, params, optimizer, new_optimizer, schedule, ema, guard, stream)
 
 

@@ -38,8 +38,6 @@ from trainer.verify import verify
 from trainer.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
-# A gradient at the output is near the inverse of the latents' size, 2^-16 to 2^-18: too small for 5 bits of exponent.
-LOSS_SCALE = {"float16": 2.0**10}
 SLOW_S = 0.2  # of waiting for the save before
 
 
@@ -175,7 +173,6 @@ class Session:
                 device=plan.engine.device,
                 seed=plan.train.seed,
                 first_step=first + 1,
-                loss_scale=LOSS_SCALE.get(plan.engine.dtype, 1.0),
                 runner=self.runner,
                 team=self.team,
             ):

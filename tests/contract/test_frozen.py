@@ -11,8 +11,8 @@ from trainer import lora, recompute
 from trainer.engine import place
 from trainer.families import family
 from trainer.frozen import FORMS, FrozenLinear
+from trainer.guard import LOSS_SCALE
 from trainer.quantize import most, quantize_rows
-from trainer.session import LOSS_SCALE
 
 # The relative error that one rounding to the form allows: half a step of 3 bits after the point, or of 127 in a row.
 ALLOWED = {"fp8": 0.05, "fp8-fnuz": 0.05, "fp8-storage": 0.04, "int8": 0.02, "int8-storage": 0.015, "nf4": 0.11}

@@ -103,15 +103,21 @@ def session(ready: Ready, out: Path) -> Session:
 
 
 def capped(made: Session, room: float) -> tuple[float, float, float]:
-    """Leave the session so much of what its first step took: GiB before that step, in it, and the cap."""
+    """Leave the session so much of what its first step took: GiB before that step, in it, and the cap.
+
+    No cap where the host has no memory for that step.
+    """
     low, its = torch.cuda.memory_allocated(), made.runner
     made.runner = Direct(its.params, its.wholes, its.around)
     torch.cuda.reset_peak_memory_stats()
-    assert made._rehearsed([micro_batch(made.cache, batch) for batch in made.largest()])
+    fits = made._rehearsed([micro_batch(made.cache, batch) for batch in made.largest()])
+    assert fits or made.plan.engine.host_gib == 0
     high = torch.cuda.max_memory_allocated()
     made.runner = its
     its.clear()
     emptied()
+    if not fits:
+        return round(low / GIB, 3), 0.0, 0.0
     cap = low + room * (high - low)
     limit_memory("cuda", cap / GIB)
     torch.cuda.reset_peak_memory_stats()
