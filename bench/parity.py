@@ -2,8 +2,8 @@
 
 python -m bench parity --family flux
 
-`--precision fp8+plain`: with diffusers' own forward passes. `again`: the largest relative difference that the same pass
-makes to a gradient when it is run twice; 0 where all adds up in a fixed order.
+`--precision fp8+plain`: with diffusers' own forward passes; `fp32`: what bf16 itself loses. `again`: the largest
+relative difference that the same pass makes to a gradient when it is run twice; 0 where all adds up in a fixed order.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bench import step
 from bench.report import Report, options
 from trainer.guard import LOSS_SCALE
 
-FORMATS = ("bf16", "fp16", "fp8", "fp8-storage", "int8", "nf4", "torchao")
+FORMATS = ("bf16", "fp32", "fp16", "fp8", "fp8-storage", "int8", "nf4", "torchao")
 
 
 def main(arguments: list[str]) -> None:

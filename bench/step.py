@@ -36,6 +36,7 @@ from trainer.replay import Direct, Replayed
 RANK, GIB, DEVICE = 16, 2**30, "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = {"flux": (1280, 768), "sdxl": (1024, 1024), "sd3": (1024, 1024)}
 TEXT = {"flux": (512, 4096, 768), "sdxl": (77, 2048, 1280), "sd3": (333, 4096, 2048)}  # tokens, their width, the pooled
+DTYPES = {"fp16": torch.float16, "fp32": torch.float32}  # bf16 with all other formats
 OFFLOADS = {"host": "activations", "weights": "weights"}
 CHANNELS = {"flux": 16, "sdxl": 4, "sd3": 16}
 FLUX = {"guidance_embeds": True}  # the classes' own defaults are the published models, but for these
@@ -99,7 +100,7 @@ class Bench:
 
     def __init__(self, name: str, precision: str, *, small: bool = False) -> None:
         self.name, self.kind, self.precision, self.small = name, family(name), precision, small
-        self.size, self.dtype = SIZES[name], torch.float16 if precision == "fp16" else torch.bfloat16
+        self.size, self.dtype = SIZES[name], DTYPES.get(precision, torch.bfloat16)
         self.model = denoiser(name, small=small)
         facts, blocks = self.kind.FACTS, self.kind.blocks(self.model)
         fused, targets = facts.fused_targets, facts.targets

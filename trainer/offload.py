@@ -90,14 +90,14 @@ class Offload:
             return weights
         size = tensor.nbytes
         if not tensor.is_cuda or size < self.smallest or tensor.untyped_storage().data_ptr() in self.weights:
-            return tensor
+            return _alone(tensor)
         self.first = self.first or size
         self.saved += size
         last = self.saved > self.totals.get(self.first, math.inf) - self.window
         buffer = None if last and self.staying + size <= self.window else self._buffer(size)
         if buffer is None:
             self.staying += size
-            return tensor
+            return _alone(tensor)
         source, stride = tensor.detach(), tensor.stride()
         if torch.empty_like(source, device="meta").stride() != stride:  # a slice, which no single copy could read
             source = source.contiguous()
@@ -169,3 +169,8 @@ class Offload:
 
     def _done(self, buffer: torch.Tensor) -> None:
         bisect.insort(self.free, buffer, key=len)
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """Without the graph: a result that its own operation keeps would hold that, and a pass that fails stay for ever."""
+    return tensor.detach() if tensor.grad_fn else tensor

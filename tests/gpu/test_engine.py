@@ -1,6 +1,7 @@
 """The engine on an accelerator: its kernels against plain torch, and what is kept on the host against what is not."""
 
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -121,6 +122,22 @@ def test_what_waits_on_the_host_takes_no_memory_and_gives_the_same_bits(recorded
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     assert less < (0.75 if recorded else 0.4) * whole
     assert sum(map(len, offload.free)) == sum(map(len, offload.buffers))  # all have come back
+
+
+def test_a_pass_that_fails_leaves_nothing_on_the_device():
+    """GroupNorm keeps its own results, the means; in a pass that is not run back nobody else lets them go."""
+    before = torch.cuda.memory_allocated()
+    norm = torch.nn.GroupNorm(4, 64).cuda()
+    offload = Offload(norm, smallest=2**18)
+    x = torch.randn(4, 64, 64, 64, device="cuda")
+    with pytest.raises(torch.OutOfMemoryError), offload:
+        for _ in range(3):
+            x = norm(x)
+        raise torch.OutOfMemoryError
+    offload.join()
+    del x, norm, offload
+    gc.collect()
+    assert torch.cuda.memory_allocated() == before
 
 
 @pytest.mark.parametrize("compiled", [False, True])
