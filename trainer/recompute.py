@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import trainer.frozen  # noqa: F401  (its operators)
 
@@ -39,18 +43,47 @@ def _forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(self).forward(self, *args, **kwargs)
 
 
+def _checkpointed(self: torch.nn.Module, args: Any, kwargs: Any, contexts: Callable[[], Any] | None = None) -> Any:
+    """The forward pass in a checkpoint, which is left where it fails as well.
+
+    Before version 2.13 torch leaves its hooks and modes in place until the generator that holds them is collected: what
+    comes next, as a step with less memory, would run inside; and if another thread collects it, all that follows.
+    """
+    how = {**HOW, "context_fn": contexts} if contexts else HOW
+    if torch.compiler.is_compiling():
+        return checkpoint(_forward, self, *args, **how, **kwargs)
+    problems: list[RuntimeError] = []
+    begun = False
+
+    def attempt(*args: Any, **kwargs: Any) -> Any:
+        nonlocal begun
+        if begun:  # it is recomputed
+            return _forward(self, *args, **kwargs)
+        begun = True
+        try:
+            return _forward(self, *args, **kwargs)
+        except RuntimeError as problem:
+            problems.append(problem)
+            return None
+
+    found = checkpoint(attempt, *args, **how, **kwargs)
+    if problems:
+        raise problems.pop()
+    return found
+
+
 def _recompute_all(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return checkpoint(_forward, self, *args, **HOW, **kwargs)
+    return _checkpointed(self, args, kwargs)
 
 
 def _recompute_but_attention(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(_keep, KEPT))
-    return checkpoint(_forward, self, *args, **HOW, context_fn=contexts, **kwargs)
+    return _checkpointed(self, args, kwargs, contexts)
 
 
 def _recompute_but_products(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(_keep, PRODUCTS))
-    return checkpoint(_forward, self, *args, **HOW, context_fn=contexts, **kwargs)
+    return _checkpointed(self, args, kwargs, contexts)
 
 
 # From least memory to most. Checkpoints are inside what is compiled: the compiler then plans both passes at once.

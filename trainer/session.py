@@ -109,8 +109,10 @@ class Session:
         told = " or ".join(f"{len(b)} pictures of {b[0].view.size}" for b in largest)
         what = f"The largest batch ({told}) does not fit in memory."
         started, batches = time.monotonic(), [prepare.micro_batch(self.cache, batch) for batch in largest]
+        least = min(self.order.epoch(0), key=lambda b: len(b) * math.prod(b[0].view.size))
+        between = [prepare.micro_batch(self.cache, least)] if self.plan.engine.device == "cuda" else []
         while True:
-            fits, recorded = self._rehearsed(batches), self.runner.recording
+            fits, recorded = self._rehearsed(batches, between), self.runner.recording
             # What is not compiled is far slower when it is launched: rather the next way, as long as that is recorded.
             again = recorded and not self.engine.compiled and self.engine.records(1)
             if self.team.all(fits and not (again and self.runner.short_of_memory)):
@@ -130,15 +132,17 @@ class Session:
                 peak, self.snapshots.bytes / 2**30, time.monotonic() - started,
             )  # fmt: skip
 
-    def _rehearsed(self, batches: Sequence[MicroBatch]) -> bool:
+    def _rehearsed(self, batches: Sequence[MicroBatch], between: Sequence[MicroBatch] = ()) -> bool:
         device, seed = self.plan.engine.device, self.plan.train.seed
         try:
             state = self.trainee.first_state()  # the optimiser's tensors are there in every step but the first
             if self.team.first:  # the one that saves
                 self.snapshots.take((self._modules(), state))
             self.runner.clear()
-            # More stays on the device once it is known how much goes to the host.
-            for batch in [*batches] * (2 if self.engine.offload else 1):
+            # More stays on the device once it is known how much goes to the host. And what is launched finds memory in
+            # the pieces that other sizes leave.
+            launched = [] if self.runner.recording else between
+            for batch in [*batches, *launched, *(batches if launched or self.engine.offload else [])]:
                 add_gradient(batch, predict=self.predict, goal=self.goal, device=device, seed=seed, runner=self.runner)
             self.snapshots.wait()
             del state

@@ -122,7 +122,7 @@ def test_what_is_recorded_leaves_room_for_the_optimiser_or_is_given_up(job, monk
         return first_state(self)
 
     monkeypatch.setattr(session.Trainee, "first_state", full)
-    monkeypatch.setattr(session.Session, "_rehearsed", lambda self, given: at.append(self) or rehearsed(self, given))
+    monkeypatch.setattr(session.Session, "_rehearsed", lambda self, *given: at.append(self) or rehearsed(self, *given))
     found, (runner,), lowered = job(0)
     assert short == [True] and runner.calls == 1 + 1 + 2 and lowered == [] and found == plain
 
