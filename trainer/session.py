@@ -19,7 +19,7 @@ from trainer import cache as caching
 from trainer import checkpoint, export, files, formats, optim, prepare, sample, text_encoders
 from trainer.cache import Cache
 from trainer.dataset import Scan
-from trainer.engine import Engine, drawing, torch_dtype
+from trainer.engine import Engine, drawing, reserve, torch_dtype
 from trainer.families import Family, base_models
 from trainer.formats import Modules
 from trainer.halves import Halves
@@ -126,7 +126,8 @@ class Session:
         if not self.team.all(not self.runner.short_of_memory):
             self.runner.give_up()
         if self.plan.engine.device == "cuda":
-            peak = torch.cuda.max_memory_allocated() / 2**30
+            spare = 0 if self.runner.recording else reserve("cuda")
+            peak = (torch.cuda.max_memory_allocated() - spare) / 2**30
             log.info(
                 "One step takes %.1f GiB at most, and a save %.1f GiB of the host's memory; tried in %.1f s.",
                 peak, self.snapshots.bytes / 2**30, time.monotonic() - started,
@@ -142,10 +143,11 @@ class Session:
             # More stays on the device once it is known how much goes to the host. And what is launched finds memory in
             # the pieces that other sizes leave.
             launched = [] if self.runner.recording else between
+            spare = torch.empty(reserve(device) if launched else 0, dtype=torch.uint8, device=device)
             for batch in [*batches, *launched, *(batches if launched or self.engine.offload else [])]:
                 add_gradient(batch, predict=self.predict, goal=self.goal, device=device, seed=seed, runner=self.runner)
             self.snapshots.wait()
-            del state
+            del state, spare
             self.trainee.first_state()  # what is recorded stays where it is while the optimiser steps
         except torch.OutOfMemoryError:
             return False
