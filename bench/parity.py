@@ -1,4 +1,4 @@
-"""The gradient of every adapter in each format against bf16, on the same batch.
+"""The gradient of every adapter in each format against bf16 (or `--against` another), on the same batch.
 
 python -m bench parity --family flux
 
@@ -22,10 +22,11 @@ FORMATS = ("bf16", "fp32", "fp16", "fp8", "fp8-storage", "int8", "nf4", "torchao
 def main(arguments: list[str]) -> None:
     parser = options(__doc__)
     parser.add_argument("--precision", nargs="+", default=list(FORMATS[1:]))
+    parser.add_argument("--against", default=FORMATS[0])
     asked = parser.parse_args(arguments)
-    report = Report(f"{asked.family}: gradients against bf16", asked.markdown)
+    report = Report(f"{asked.family}: gradients against {asked.against}", asked.markdown)
     reference: list[torch.Tensor] = []
-    for precision in ("bf16", *asked.precision):
+    for precision in (asked.against, *asked.precision):
         step.free()
         form, *words = precision.split("+")
         bench = step.Bench(asked.family, form, small=asked.small)
