@@ -44,7 +44,7 @@ def suspended(function, *args, use_reentrant, preserve_rng_state, context_fn=Non
 
 
 def kept(x):
-    """What autograd does with a tensor now: a gradient of 1, and no hook of anybody else."""
+    """Whether autograd keeps a tensor as it is: then the gradient of its square is right."""
     x = x.detach().requires_grad_()
     x.square().sum().backward()
     return torch.equal(x.grad, 2 * x)
