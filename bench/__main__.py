@@ -21,7 +21,9 @@ import bench
 
 
 def main(arguments: list[str]) -> int:
-    known = sorted(m.name for m in pkgutil.iter_modules(bench.__path__) if m.name not in ("__main__", "report"))
+    known = sorted(
+        m.name for m in pkgutil.iter_modules(bench.__path__) if m.name not in ("__main__", "others", "report")
+    )
     if not arguments or arguments[0] not in known:
         print(f"{__doc__}\nWHAT: {', '.join(known)}", file=sys.stderr)
         return 64

@@ -3,30 +3,36 @@
     python -m bench peers --family flux --batch 1 4
 
 bf16, eager and compiled: diffusers' model with peft's adapters and its own gradient checkpointing. torchao: the same,
-compiled, with its float8 training (rowwise scales are its slower recipe; this one is tensorwise). Then each way of ours
-that `--ours` names, as in `python -m bench step`. `images_s`: the batch by the median of five steps.
+compiled, with its float8 training (rowwise scales are its slower recipe; this one is tensorwise). Where a checkout is
+named, what others run (`bench/others.py`): `--onetrainer FOLDER`, with its 8-bit layers, compiled;
+`--sd-scripts FOLDER`, for Flux.1 alone. Then each way of ours that `--ours` names, as in `python -m bench step`.
+`images_s`: the batch by the median of five steps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
 
-from bench import step
+from bench import others, step
 from bench.report import Report, options
 from trainer import frozen
 from trainer.families import family
 from trainer.replay import Direct
 
-PEERS = ("bf16 eager", "bf16 compiled", "torchao compiled")
-
 
 class Peer(step.Bench):
     """diffusers' model with peft's adapters, and nothing of ours but the arguments of its forward pass."""
 
-    def __init__(self, name: str, what: str, *, small: bool) -> None:
+    def __init__(
+        self, name: str, what: str, *, small: bool, change: Callable[[torch.nn.Module], None] | None = None
+    ) -> None:
+        """`change`: what is done to each block before it gets its adapters."""
         self.name, self.kind, self.precision, self.small = name, family(name), what.split()[0], small
         self.model = step.denoiser(name, small=small)
         blocks, targets = self.kind.blocks(self.model), self.kind.FACTS.targets
@@ -36,9 +42,8 @@ class Peer(step.Bench):
             for layer, module in block.named_modules()
             if isinstance(module, torch.nn.Linear) and any(f".{layer}".endswith(f".{t}") for t in targets)
         ]
-        if self.precision == "torchao":
-            for _, block in blocks:
-                frozen.freeze(block, "torchao")
+        for _, block in blocks if change else ():
+            change(block)
         self.model.add_adapter(LoraConfig(r=step.RANK, lora_alpha=step.RANK, target_modules=names))
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         self.model.enable_gradient_checkpointing()
@@ -48,18 +53,43 @@ class Peer(step.Bench):
             for region in self.kind.regions(self.model):
                 region.compile()
 
+    def work(self, engine: Any, given: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast(step.DEVICE, torch.bfloat16, enabled=self.precision == "OneTrainer"):  # as it trains
+            return super().work(engine, given)
+
+
+def _peers(asked: Any) -> list[tuple[str, Callable[[], step.Bench]]]:
+    """What they are, and how each is made."""
+    changes: dict[str, Callable[[torch.nn.Module], None] | None] = {
+        "bf16 eager": None,
+        "bf16 compiled": None,
+        "torchao compiled": partial(frozen.freeze, form="torchao"),
+    }
+    if asked.onetrainer:
+        changes["OneTrainer float8 compiled"] = others.onetrainer(asked.onetrainer, torch.float8_e4m3fn)
+        changes["OneTrainer int8 compiled"] = others.onetrainer(asked.onetrainer, torch.int8)
+    found: list[tuple[str, Callable[[], step.Bench]]] = [
+        (what, partial(Peer, asked.family, what, small=asked.small, change=change)) for what, change in changes.items()
+    ]
+    if asked.sd_scripts and asked.family == "flux":
+        found.append(("sd-scripts fp8_base", partial(others.SdScripts, asked.sd_scripts, small=asked.small)))
+    return found
+
 
 def main(arguments: list[str]) -> None:
     parser = options(__doc__)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--ours", nargs="*", default=["fp8+all", "fp8+attention"])
+    parser.add_argument("--onetrainer", type=Path)
+    parser.add_argument("--sd-scripts", type=Path)
     asked = parser.parse_args(arguments)
     report = Report(f"{asked.family}: what else there is", asked.markdown)
-    for what in PEERS:
+    for what, made in _peers(asked):
         step.free()
-        peer = Peer(asked.family, what, small=asked.small)
+        peer = made()
         for batch in asked.batch:
-            report.row({"what": what, "batch": batch, **peer.measured(lambda p=peer, b=batch: p.step(None, b))})
+            row = peer.measured(lambda p=peer, b=batch: p.step(None, b))
+            report.row({"what": what, "batch": batch, **row, "images_s": round(batch / row["step_s"], 3)})
         del peer
         torch.compiler.reset()
     ours: dict[str, Any] = {}

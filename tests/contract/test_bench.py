@@ -3,15 +3,18 @@
 import importlib
 import inspect
 import json
+import os
 import pkgutil
+from pathlib import Path
 
 import pytest
+import torch
 
 import bench
-from bench import reach
+from bench import others, peers, reach
 from bench.__main__ import main
 
-NAMES = [m.name for m in pkgutil.iter_modules(bench.__path__) if m.name not in ("__main__", "report")]
+NAMES = [m.name for m in pkgutil.iter_modules(bench.__path__) if m.name not in ("__main__", "others", "report")]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -45,6 +48,23 @@ def test_peers_are_measured_beside_ours(capsys):
     assert main(["peers", "--family", "sd3", "--small", "--batch", "1", "--ours", "fp8+all+eager"]) == 0
     found = [json.loads(line)["what"] for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert found == ["bf16 eager", "bf16 compiled", "torchao compiled", "fp8+all+eager"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whose", ["ONETRAINER", "SD_SCRIPTS"])
+def test_other_trainers_take_a_step(whose):
+    """The variable names a checkout of theirs, whose needs are met."""
+    if whose not in os.environ:
+        pytest.skip(f"{whose} names no checkout")
+    checkout = Path(os.environ[whose])
+    if whose == "ONETRAINER":
+        change = others.onetrainer(checkout, torch.int8)
+        peer = peers.Peer("sd3", "OneTrainer int8 eager", small=True, change=change)
+    else:
+        peer = others.SdScripts(checkout, small=True)
+    before = [p.detach().clone() for p in peer.params]
+    row = peer.measured(lambda: peer.step(None, 1))
+    assert row["step_s"] > 0 and any(not torch.equal(p, q) for p, q in zip(peer.params, before, strict=True))
 
 
 @pytest.mark.slow
