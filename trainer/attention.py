@@ -1,7 +1,7 @@
 """Attention by cuDNN, as torch calls it, mended.
 
 For the way back torch builds one graph for all calls whose queries, keys and values have the same sizes and strides,
-and in it are the strides of the first call's gradient (torch 2.11 to 2.13, aten/src/ATen/native/cudnn/MHA.cpp). A
+and in it are the strides of the first call's gradient (torch 2.11 at least, aten/src/ATen/native/cudnn/MHA.cpp). A
 gradient that is laid out in another way is read in the wrong places, even past its end: no error, other numbers. Flux.1
 makes such calls where queries, keys and values are layers of their own: in one kind of block it is a part of longer
 rows.
