@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
-from bench.step import free
+from bench.step import free, random_weights
 from trainer.families import family
 
 PICTURES, SIZE = 20, 768
@@ -66,11 +65,8 @@ def write_model(folder: Path, name: str) -> None:
     for part, shape in models.items():
         started, kind, where = time.monotonic(), type(shape), family(name).FACTS.parts[part]
         config: Any = shape.config
-        torch.manual_seed(0)
-        torch.set_default_dtype(torch.bfloat16)
-        with torch.device("cuda"):
+        with random_weights("cuda"):
             made = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
-        torch.set_default_dtype(torch.float32)
         made.save_pretrained(folder / where)
         del made
         free()

@@ -46,30 +46,31 @@ def onetrainer(checkout: Path, dtype: torch.dtype) -> Callable[[torch.nn.Module]
     return replace
 
 
-class SdScripts(step.Bench):
+class Other(step.Bench):
+    """What is not ours, in bf16."""
+
+    def trains(self, params: list[torch.nn.Parameter]) -> None:
+        self.params = self.wholes = params
+        self.size, self.dtype, self.runner = step.SIZES[self.name], torch.bfloat16, Direct(params)
+        self.optimizer = torch.optim.AdamW(params, lr=1e-4, fused=not self.small)
+
+
+class SdScripts(Other):
     """Flux.1 of sd-scripts with its LoRA of the same rank, everything recomputed, nothing compiled."""
 
     def __init__(self, checkout: Path, *, small: bool) -> None:
         self.name, self.kind, self.precision, self.small = "flux", family("flux"), "fp8_base", small
         models = module(checkout, "library.flux_models")
         params = models.configs["dev"].params
-        torch.manual_seed(0)
-        torch.set_default_dtype(torch.bfloat16)
-        try:
-            with torch.device(step.DEVICE):
-                self.model = models.Flux(dataclasses.replace(params, **SMALL) if small else params)
-        finally:
-            torch.set_default_dtype(torch.float32)
+        with step.random_weights(step.DEVICE):
+            self.model = models.Flux(dataclasses.replace(params, **SMALL) if small else params)
         self.model.requires_grad_(False).train().enable_gradient_checkpointing()
         network = module(checkout, "networks.lora_flux").create_network(
             1.0, step.RANK, step.RANK, None, [None, None], self.model
         )
         network.apply_to([], self.model, apply_text_encoder=False, apply_unet=True)
-        self.network = network.to(step.DEVICE)
         self.model.to(torch.float8_e4m3fn)
-        self.params = list(network.parameters())
-        self.size, self.dtype, self.runner = step.SIZES["flux"], torch.bfloat16, Direct(self.params)
-        self.wholes, self.optimizer = self.params, torch.optim.AdamW(self.params, lr=1e-4, fused=not small)
+        self.trains(list(network.to(step.DEVICE).parameters()))
 
     def work(self, _: Any, given: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         noisy, target = (torch.nn.functional.pixel_unshuffle(given[k], 2) for k in ("noisy", "target"))

@@ -23,10 +23,9 @@ from bench import others, step
 from bench.report import Report, options
 from trainer import frozen
 from trainer.families import family
-from trainer.replay import Direct
 
 
-class Peer(step.Bench):
+class Peer(others.Other):
     """diffusers' model with peft's adapters, and nothing of ours but the arguments of its forward pass."""
 
     def __init__(
@@ -45,10 +44,8 @@ class Peer(step.Bench):
         for _, block in blocks if change else ():
             change(block)
         self.model.add_adapter(LoraConfig(r=step.RANK, lora_alpha=step.RANK, target_modules=names))
-        self.params = [p for p in self.model.parameters() if p.requires_grad]
+        self.trains([p for p in self.model.parameters() if p.requires_grad])
         self.model.enable_gradient_checkpointing()
-        self.size, self.dtype, self.runner = step.SIZES[name], torch.bfloat16, Direct(self.params)
-        self.wholes, self.optimizer = self.params, torch.optim.AdamW(self.params, lr=1e-4, fused=not small)
         if what.endswith("compiled"):
             for region in self.kind.regions(self.model):
                 region.compile()

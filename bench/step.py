@@ -16,7 +16,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -75,23 +75,30 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
+@contextlib.contextmanager
+def random_weights(device: str) -> Iterator[None]:
+    """Models that are made inside have random weights, the same each time, on `device` and in bf16."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def denoiser(name: str, *, small: bool = False) -> Any:
     """The published architecture with random weights, on the accelerator, in bf16."""
     from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
     less = SMALL[name] if small else {}
-    try:
-        with torch.device(DEVICE):
-            if name == "flux":
-                model: Any = FluxTransformer2DModel(**FLUX, **less)
-            elif name == "sd3":
-                model = SD3Transformer2DModel(**SD3 | less)
-            else:
-                model = UNet2DConditionModel(**SDXL | less)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    with random_weights(DEVICE):
+        if name == "flux":
+            model: Any = FluxTransformer2DModel(**FLUX, **less)
+        elif name == "sd3":
+            model = SD3Transformer2DModel(**SD3 | less)
+        else:
+            model = UNet2DConditionModel(**SDXL | less)
     return model.requires_grad_(False).train()
 
 

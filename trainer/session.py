@@ -69,6 +69,7 @@ class Session:
         self.snapshots = Snapshots(self.trainee.optimizer, self.plan.engine.device)
         self.background = Background()
         self.keeper = Keeper(self.out, self.plan.output.name, self.plan.output.keep_checkpoints)
+        self.spared = 0  # bytes that the rehearsal did without
         dtype, compiled = torch_dtype(self.plan.engine), self.engine.compiled  # which makes adapters' halves in passing
         halves = contextlib.nullcontext if compiled else Halves(self.trainee.denoiser, dtype)
         recorded = self.plan.engine.replay and self.engine.records() and not self.trainee.texts.models
@@ -87,13 +88,14 @@ class Session:
                 geometry_B6=batch.geometry_B6,
             )
 
-    def largest(self) -> list[Batch]:
-        """Batches of an epoch of which no other has as many pictures of that size or more: one of them takes most.
+    @staticmethod
+    def largest(epoch: Sequence[Batch]) -> list[Batch]:
+        """Those of which no other has as many pictures of that size or more: one of them takes most.
 
         Which of them, the model says: to each picture come the tokens of its text, and so many small ones take more
         than a few large ones with as many pixels.
         """
-        by_size = {(len(b), math.prod(b[0].view.size)): b for b in self.order.epoch(0)}
+        by_size = {(len(b), math.prod(b[0].view.size)): b for b in epoch}
         return [
             batch
             for (count, pixels), batch in by_size.items()
@@ -105,11 +107,12 @@ class Session:
 
         Where it does, steps are not recorded, or the engine goes one rung down. Raises SettingsError past the last.
         """
-        largest = self.largest()
+        epoch = self.order.epoch(0)
+        largest = self.largest(epoch)
         told = " or ".join(f"{len(b)} pictures of {b[0].view.size}" for b in largest)
         what = f"The largest batch ({told}) does not fit in memory."
         started, batches = time.monotonic(), [prepare.micro_batch(self.cache, batch) for batch in largest]
-        least = min(self.order.epoch(0), key=lambda b: len(b) * math.prod(b[0].view.size))
+        least = min(epoch, key=lambda b: len(b) * math.prod(b[0].view.size))
         between = [prepare.micro_batch(self.cache, least)] if self.plan.engine.device == "cuda" else []
         while True:
             fits, recorded = self._rehearsed(batches, between), self.runner.recording
@@ -126,8 +129,7 @@ class Session:
         if not self.team.all(not self.runner.short_of_memory):
             self.runner.give_up()
         if self.plan.engine.device == "cuda":
-            spare = 0 if self.runner.recording else reserve("cuda")
-            peak = (torch.cuda.max_memory_allocated() - spare) / 2**30
+            peak = (torch.cuda.max_memory_allocated() - self.spared) / 2**30
             log.info(
                 "One step takes %.1f GiB at most, and a save %.1f GiB of the host's memory; tried in %.1f s.",
                 peak, self.snapshots.bytes / 2**30, time.monotonic() - started,
@@ -143,7 +145,8 @@ class Session:
             # More stays on the device once it is known how much goes to the host. And what is launched finds memory in
             # the pieces that other sizes leave.
             launched = [] if self.runner.recording else between
-            spare = torch.empty(reserve(device) if launched else 0, dtype=torch.uint8, device=device)
+            self.spared = reserve(device) if launched else 0
+            spare = torch.empty(self.spared, dtype=torch.uint8, device=device)
             for batch in [*batches, *launched, *(batches if launched or self.engine.offload else [])]:
                 add_gradient(batch, predict=self.predict, goal=self.goal, device=device, seed=seed, runner=self.runner)
             self.snapshots.wait()

@@ -12,9 +12,9 @@ import torch
 
 import bench
 from bench import others, peers, reach
-from bench.__main__ import main
+from bench.__main__ import HELPERS, main
 
-NAMES = [m.name for m in pkgutil.iter_modules(bench.__path__) if m.name not in ("__main__", "others", "report")]
+NAMES = [m.name for m in pkgutil.iter_modules(bench.__path__) if m.name not in HELPERS]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
 from PIL import Image
 
-from bench.step import FLUX, SD3, SDXL
+from bench.step import FLUX, SD3, SDXL, random_weights
 from entrypoint.hardware import Hardware
 from entrypoint.manifest import read_manifest
 from entrypoint.plan import make_plan
@@ -152,13 +151,8 @@ class Ground:
         small, folder = miniature(name), self.folder / name
         place = folder / family(name).FACTS.parts["denoiser"]
         shutil.copytree(small, folder, ignore=lambda at, _: [WEIGHTS] if Path(at).name == place.name else [])
-        torch.manual_seed(0)
-        torch.set_default_dtype(torch.bfloat16)
-        try:
-            with torch.device(self.device):
-                wide(name).save_pretrained(place)
-        finally:
-            torch.set_default_dtype(torch.float32)
+        with random_weights(self.device):
+            wide(name).save_pretrained(place)
         for path in folder.glob("tokenizer*/tokenizer_config.json"):
             about = json.loads(path.read_text())
             if about["tokenizer_class"].startswith("T5"):
