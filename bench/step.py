@@ -4,9 +4,9 @@
 
 FAMILY: flux (1280 x 768 pixels), sdxl or sd3 (1024 x 1024). POLICY: a key of trainer.recompute.POLICIES. WORD, host:
 what is kept waits in the host's memory; weights: the frozen weights as well; turned: these are kept turned round as
-well; replay: recorded (trainer.replay); plain: FP8 within diffusers' own forward passes; eager: nothing is compiled;
-profile: the kernels that take longest are listed. `images_s` is the batch by the median time of a step; `peak_gib` what
-torch allocated, or with a recording's memory reserved.
+well; replay: recorded (trainer.replay); narrow: adapters are no part of products; plain: FP8 within diffusers' own
+forward passes; eager: nothing is compiled; profile: the kernels that take longest are listed. `images_s` is the batch
+by the median time of a step; `peak_gib` what torch allocated, or with a recording's memory reserved.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ class Bench:
         self.model = denoiser(name, small=small)
         facts, blocks = self.kind.FACTS, self.kind.blocks(self.model)
         fused, targets = facts.fused_targets, facts.targets
-        place(self.model, blocks, precision=precision, dtype=self.dtype, device=DEVICE, fused=fused, targets=targets)
+        options = {"precision": precision, "dtype": self.dtype, "device": DEVICE, "rank": RANK}
+        place(self.model, blocks, **options, fused=fused, targets=targets)
         self.forwards = self.kind.forwards()
         self.params = lora.add_adapters(
             self.model, self.kind.blocks(self.model), targets=targets, fused=fused, rank=RANK, alpha=RANK, seed=0
@@ -138,6 +139,8 @@ class Bench:
             turned_weights="turned" in words,
         )
         engine = Engine(self.model, self.kind.regions(self.model), plan)
+        if "narrow" in words:
+            engine.narrow()
         halves = Halves(self.model, self.dtype) if "eager" in words else contextlib.nullcontext
         around = partial(engine.passing, halves)
         self.runner = (Replayed if "replay" in words else Direct)(self.params, self.wholes, around)
@@ -240,7 +243,7 @@ def measure(bench: Bench, variant: str, batch: int, *, times: int = 5) -> dict[s
     return row
 
 
-def profile(work: Callable[[], None], rows: int = 25) -> None:
+def profile(work: Callable[[], None], rows: int = 60) -> None:
     """The kernels that take longest."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as found:
@@ -270,7 +273,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--times", type=int, default=5, help="steps that are measured, after one or two that are not")
     parser.add_argument("--limit", type=float, help="GiB of the device's memory that a step may take")
     parser.add_argument(
-        "what", nargs="+", help="PRECISION+POLICY[+host|+weights][+turned][+replay][+plain][+eager][+profile]:BATCH"
+        "what",
+        nargs="+",
+        help="PRECISION+POLICY[+host|+weights][+turned][+replay][+narrow][+plain][+eager][+profile]:BATCH",
     )
     asked = parser.parse_args(arguments)
     report = Report(f"{asked.family}: a step", asked.markdown)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,13 +19,14 @@ import torch
 import torch.nn.functional as F
 from peft.tuners import lora as peft_lora
 
+from trainer.quantize import columns, quantize_weight, room_for
 from trainer.quantize import quantize_rows as reference_quantize_rows
 from trainer.quantize import restored as reference_restored
 
 if importlib.util.find_spec("triton"):
-    from trainer.kernels import quantize_rows, reads, restored, transpose
+    from trainer.kernels import beside, quantize_rows, reads, restored, transpose
 else:
-    from trainer.quantize import quantize_rows, reads, restored, transpose
+    from trainer.quantize import beside, quantize_rows, reads, restored, transpose
 
 Rows = torch.Tensor | None
 BLOCK = 64  # numbers that share a scale in nf4
@@ -46,47 +48,67 @@ def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
 
 
 @_operator(
-    "fp8_product(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, Tensor? bias, Tensor? down, Tensor? up, bool turn)"
-    " -> Tensor",
-    lambda x, x_scale, w, w_scale, bias, down, up, turn: x.new_empty(x.shape[0], w.shape[0], dtype=torch.bfloat16),  # noqa: ARG005
+    "fp8_product(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, Tensor? bias, Tensor? down, Tensor? up, int width,"
+    " float times) -> Tensor",
+    lambda x, x_scale, w, w_scale, bias, down, up, width, times: x.new_empty(  # noqa: ARG005
+        x.shape[0], w.shape[0], dtype=torch.bfloat16
+    ),
 )
 def fp8_product(
-    x_MK: torch.Tensor,
+    x_MF: torch.Tensor,
     x_scale_M1: torch.Tensor,
-    w_NK: torch.Tensor,
+    w_NF: torch.Tensor,
     w_scale_1N: torch.Tensor,
     bias_N: torch.Tensor | None,
     down_MR: torch.Tensor | None,
-    up: torch.Tensor | None,
-    turn: bool,
+    up_NR: torch.Tensor | None,
+    width: int,
+    times: float,
 ) -> torch.Tensor:
-    """(M, N) in bf16: x wᵀ + bias + down up, with x and w in FP8. The adapter's part is added in place.
+    """(M, N) in bf16: x wᵀ + bias + down upᵀ, with x and w in FP8, which have K = `width` columns that count.
 
-    `up`: (R, N), or with `turn` (N, R), which is cheaper turned in here than by the compiler.
+    The columns after K are there to be written over: where w has as many as the adapter takes, its part comes out of
+    the same product, and x must have them too; else it is added in place. `times`: see `quantize.beside`.
     """
+    room = 0
+    if down_MR is not None and up_NR is not None and columns(down_MR.shape[1]) <= w_NF.shape[1] - width:
+        beside(x_MF, x_scale_M1, down_MR, w_NF, w_scale_1N, up_NR, width, times)
+        room = w_NF.shape[1] - width
     y_MN = torch._scaled_mm(
-        x_MK,
-        w_NK.t(),
+        x_MF[:, : width + room],
+        w_NF[:, : width + room].t(),
         scale_a=x_scale_M1,
         scale_b=w_scale_1N,
         bias=bias_N,
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
-    return y_MN if down_MR is None or up is None else y_MN.addmm_(down_MR, up.t() if turn else up)
+    return y_MN if room or down_MR is None or up_NR is None else y_MN.addmm_(down_MR, up_NR.t())
 
 
 # ---- the forms: how x wᵀ + bias + h up, and g w + gh down, are computed from a weight (N, K) and its scales (1, N)
+OF_INPUTS = 4.0  # what `quantize.beside` makes an adapter's second matrix larger by, on the way forward
+
+
+def of_gradients(width: int) -> float:
+    """And the first one on the way back: its numbers begin at 1 / √K."""
+    return 2.0 ** round(math.log2(16 * math.sqrt(width)))
+
+
 def _fp8_forward(x, w, scale, bias, h, up):  # type: ignore[no-untyped-def]
-    x8, x_scale = quantize_rows(x, None, w.dtype)
-    return fp8_product(x8, x_scale, w, scale, bias, h, up, True)
+    x8, x_scale = quantize_rows(x, None, w.dtype, w.shape[1] - x.shape[1])
+    return fp8_product(x8, x_scale, w, scale, bias, h, up, x.shape[1], OF_INPUTS)
 
 
-def fp8_gradient(g, w, scale, gh, down, turned):  # type: ignore[no-untyped-def]
-    g8, g_scale = quantize_rows(g, scale, w.dtype)
-    ones = torch.ones(1, w.shape[1], device=g.device)
-    turned = transpose(w) if turned is None else turned  # tensor cores sum along rows of both
-    return fp8_product(g8, g_scale, turned, ones, None, gh, down, False)
+def fp8_gradient(g, w, scale, gh, down, turned, width):  # type: ignore[no-untyped-def]
+    """g w + gh down, the gradient of an input of `width` numbers. `w` and `turned` may have columns beside them."""
+    if turned is None:  # tensor cores sum along rows of both
+        rank = 0 if down is None or w.shape[1] == width else len(down)
+        turned = transpose(w[:, :width], room_for(rank, len(w)))
+    g8, g_scale = quantize_rows(g, scale.to(torch.bfloat16), w.dtype, turned.shape[1] - g.shape[1])
+    ones = torch.ones(1, width, device=g.device)
+    up = None if down is None else down.t()
+    return fp8_product(g8, g_scale, turned, ones, None, gh, up, g.shape[1], of_gradients(width))
 
 
 def _int8_forward(x, w, scale, bias, h, up):  # type: ignore[no-untyped-def]
@@ -96,7 +118,7 @@ def _int8_forward(x, w, scale, bias, h, up):  # type: ignore[no-untyped-def]
     return (y if h is None else y + h @ up.t()).to(x.dtype)
 
 
-def _int8_backward(g, w, scale, gh, down, _turned):  # type: ignore[no-untyped-def]
+def _int8_backward(g, w, scale, gh, down, _turned, _width):  # type: ignore[no-untyped-def]
     g8, g_scale = quantize_rows(g, scale, w.dtype)
     gx = torch._int_mm(g8, w).float() * g_scale
     return (gx if gh is None else gx + gh @ down).to(g.dtype)
@@ -140,7 +162,7 @@ def _nf4_gradient(g, w, scale, gh, down):  # type: ignore[no-untyped-def]
     return gx if gh is None else gx.addmm_(gh, down)
 
 
-def _nf4_backward(g, w, scale, gh, down, _turned):  # type: ignore[no-untyped-def]
+def _nf4_backward(g, w, scale, gh, down, _turned, _width):  # type: ignore[no-untyped-def]
     return _nf4_gradient(g, w, scale, gh, down)
 
 
@@ -155,9 +177,11 @@ class Form:
     whole: Callable[..., torch.Tensor] = whole
     turns: bool = False  # the way back reads the weight turned round
 
-    def store(self, weight_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def store(self, weight_NK: torch.Tensor, room: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         if self.dtype == torch.uint8:
             return _nf4_store(weight_NK)
+        if self.turns:
+            return quantize_weight(weight_NK, self.dtype, room)
         values, scale_N1 = reference_quantize_rows(weight_NK, None, self.dtype)
         return values, scale_N1.t().contiguous()
 
@@ -168,10 +192,10 @@ class Form:
         y = F.linear(x, self.whole(w, scale, x.dtype), bias)
         return y if h is None else y + h @ up.t()
 
-    def gradient(self, g, w, scale, gh, down, turned):  # type: ignore[no-untyped-def]
-        """g w + gh down: of the input. `turned`: (K, N) of the weight, where a copy is kept."""
+    def gradient(self, g, w, scale, gh, down, turned, width):  # type: ignore[no-untyped-def]
+        """g w + gh down: of the input, K = `width`. `turned`: (K, N) of the weight, where a copy is kept."""
         if self.backward:
-            return self.backward(g, w, scale, gh, down, turned)
+            return self.backward(g, w, scale, gh, down, turned, width)
         gx = g @ self.whole(w, scale, g.dtype)
         return gx if gh is None else gx + gh @ down
 
@@ -214,7 +238,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, w, scale, bias, down, up, turned, form):  # type: ignore[no-untyped-def]
         h_MR = None if down is None else x @ down.t()
-        ctx.form = form
+        ctx.form, ctx.width = form, x.shape[1]
         ctx.save_for_backward(None if down is None else x, h_MR, w, scale, down, up, turned)
         return FORMS[form].product(x, w, scale, bias, h_MR, up)
 
@@ -223,7 +247,9 @@ class _Product(torch.autograd.Function):
         x, h_MR, w, scale, down, up, turned = ctx.saved_tensors
         g = g.contiguous()
         gh_MR = None if up is None else g @ up
-        gx = FORMS[ctx.form].gradient(g, w, scale, gh_MR, down, turned) if ctx.needs_input_grad[0] else None
+        gx = None
+        if ctx.needs_input_grad[0]:
+            gx = FORMS[ctx.form].gradient(g, w, scale, gh_MR, down, turned, ctx.width)
         if gh_MR is None:
             return gx, None, None, None, None, None, None, None
         return gx, None, None, None, gh_MR.t() @ x, g.t() @ h_MR, None, None
@@ -236,19 +262,26 @@ def product(x, w, scale, bias, down, up, turned, form):  # type: ignore[no-untyp
 
 
 class FrozenLinear(torch.nn.Module):
-    """A linear layer whose weight is kept in 8 bits or 4 and never trained. `form`: a key of `FORMS`."""
+    """A linear layer whose weight is kept in 8 bits or 4 and never trained. `form`: a key of `FORMS`.
 
-    weight_NK: torch.Tensor
+    `rank`: of the adapter that it will get. Where it multiplies in FP8, there are columns beside the weight for that.
+    """
+
+    weight_NF: torch.Tensor
     scale_1N: torch.Tensor
-    turned_KN: torch.Tensor | None
+    turned_KF: torch.Tensor | None
 
-    def __init__(self, linear: torch.nn.Linear, form: str) -> None:
+    def __init__(self, linear: torch.nn.Linear, form: str, rank: int = 0) -> None:
         super().__init__()
         self.in_features, self.out_features, self.form = linear.in_features, linear.out_features, form
-        values, scales = FORMS[form].store(linear.weight.detach())
-        self.register_buffer("weight_NK", values)
+        worth = self.in_fp8 and 5 * columns(rank) <= min(linear.weight.shape)
+        self.rank = rank if worth else 0
+        room = room_for(self.rank, self.in_features)
+        values, scales = FORMS[form].store(linear.weight.detach(), room)
+        self.width = values.shape[1] - room
+        self.register_buffer("weight_NF", values)
         self.register_buffer("scale_1N", scales)
-        self.register_buffer("turned_KN", None)
+        self.register_buffer("turned_KF", None)
         self.bias = linear.bias
         self.dtype = linear.weight.dtype
 
@@ -257,9 +290,19 @@ class FrozenLinear(torch.nn.Module):
         """Whether it multiplies in FP8, both ways."""
         return FORMS[self.form].turns
 
+    @property
+    def weight_NK(self) -> torch.Tensor:
+        """As it is kept, without what is beside it."""
+        return self.weight_NF[:, : self.width]
+
     def turn(self, keep: bool) -> None:
         """Keep a copy of the weight turned round, or do not: the way back then need not turn it each time."""
-        self.turned_KN = transpose(self.weight_NK) if keep and FORMS[self.form].turns else None
+        room = room_for(self.rank, self.out_features)
+        self.turned_KF = transpose(self.weight_NK, room) if keep and self.in_fp8 else None
+
+    def narrow(self) -> None:
+        """Give up the columns beside the weight."""
+        self.rank, self.turned_KF, self.weight_NF = 0, None, self.weight_NK.contiguous()
 
     @property
     def weight(self) -> torch.Tensor:
@@ -272,7 +315,8 @@ class FrozenLinear(torch.nn.Module):
     def product(self, x: torch.Tensor, down_RK: Rows, up_NR: Rows) -> torch.Tensor:
         """x wᵀ + bias + (x downᵀ) upᵀ, (…, N)."""
         rows = x.reshape(-1, self.in_features)
-        y = product(rows, self.weight_NK, self.scale_1N, self.bias, down_RK, up_NR, self.turned_KN, self.form)
+        w = self.weight_NF if self.in_fp8 else self.weight_NK
+        y = product(rows, w, self.scale_1N, self.bias, down_RK, up_NR, self.turned_KF, self.form)
         return y.view(*x.shape[:-1], self.out_features)
 
 
@@ -306,10 +350,11 @@ class Adapted(peft_lora.Linear):
         return self.base_layer(x) + F.linear(F.linear(x, down), up)
 
 
-def freeze(block: torch.nn.Module, form: str) -> None:
+def freeze(block: torch.nn.Module, form: str, rank: Callable[[str], int] = lambda _: 0) -> None:
     """Replace the linear layers in `block`, in place. Modulations, with one row a picture, are only stored in 8 bits.
 
-    Layers whose sides are no multiples of what the form needs stay as they are.
+    Layers whose sides are no multiples of what the form needs stay as they are. `rank`: of the adapter that the layer
+    of a name will get.
     """
     if form == "torchao":
         _train_in_float8(block)
@@ -322,7 +367,7 @@ def freeze(block: torch.nn.Module, form: str) -> None:
         if layer.in_features % FORMS[here].multiple or layer.out_features % FORMS[here].multiple:
             continue
         parent, _, leaf = name.rpartition(".")
-        setattr(block.get_submodule(parent), leaf, FrozenLinear(layer, here))
+        setattr(block.get_submodule(parent), leaf, FrozenLinear(layer, here, rank(name)))
 
 
 def _train_in_float8(block: torch.nn.Module) -> None:

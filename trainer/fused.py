@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from trainer.frozen import Adapted, FrozenLinear, fp8_gradient, fp8_product
+from trainer.frozen import OF_INPUTS, Adapted, FrozenLinear, fp8_gradient, fp8_product
 
 if importlib.util.find_spec("triton"):
     from trainer.fused_kernels import gelu_gradient, gelu_rows, norm_gradient, norm_rows
+    from trainer.kernels import gated as gated_sum
     from trainer.kernels import quantize_rows
 else:
+    from trainer.quantize import gated as gated_sum
     from trainer.quantize import gelu_gradient, gelu_rows, norm_gradient, norm_rows, quantize_rows
 
 Tensor = torch.Tensor
@@ -27,14 +29,15 @@ ADDED = 3  # gradients that the norm's kernel adds up by itself
 
 
 class _Layer(NamedTuple):
-    """A frozen weight in FP8; its adapter, if it has one: `up` is scaled already; the weight turned round, if kept."""
+    """A frozen weight in FP8, with columns beside it; its adapter, if it has one: `up` is scaled already; the weight
+    turned round, if kept."""
 
-    w_NK: Tensor
+    w_NF: Tensor
     scale_1N: Tensor
     bias_N: Tensor | None
     down_RK: Tensor | None
     up_NR: Tensor | None
-    turned_KN: Tensor | None
+    turned_KF: Tensor | None
 
 
 def _layers(flat: Sequence[Any]) -> list[_Layer]:
@@ -56,14 +59,17 @@ def _parts(tensor: Tensor | None, layers: list[_Layer], dim: int) -> list[Tensor
     return [part if rank else None for part, rank in zip(tensor.split(ranks, dim), ranks, strict=True)]
 
 
-def _multiplied(x, x8, x_scale, layers):  # type: ignore[no-untyped-def]
+def _room(layers: list[_Layer], width: int) -> int:
+    """How many columns beside the rows are of use."""
+    return max(layer.w_NF.shape[1] for layer in layers) - width
+
+
+def _multiplied(x, x8, x_scale, layers, width):  # type: ignore[no-untyped-def]
     """What each layer makes of the rows x, and x downᵀ for all adapters."""
     down = _stacked(layers)
     h = None if down is None else x @ down.t()
-    parts = _parts(h, layers, 1)
-    return [
-        fp8_product(x8, x_scale, *layer[:3], part, layer.up_NR, True) for layer, part in zip(layers, parts, strict=True)
-    ], h
+    parts = zip(layers, _parts(h, layers, 1), strict=True)
+    return [fp8_product(x8, x_scale, *layer[:3], part, layer.up_NR, width, OF_INPUTS) for layer, part in parts], h
 
 
 def _gradients(gs, layers, h):  # type: ignore[no-untyped-def]
@@ -74,12 +80,12 @@ def _gradients(gs, layers, h):  # type: ignore[no-untyped-def]
     return torch.cat(ghs, 1) if ghs else None, ups
 
 
-def _of_rows(gs, layers, gh):  # type: ignore[no-untyped-def]
-    """The gradients of the rows by each layer, to be added up. The first has that by all adapters in it."""
-    of_adapters = [(gh, _stacked(layers)), *[(None, None)] * (len(layers) - 1)]
+def _of_rows(gs, layers, gh, width):  # type: ignore[no-untyped-def]
+    """The gradients of the rows by each layer, to be added up."""
+    parts = zip(gs, layers, _parts(gh, layers, 1), strict=True)
     return [
-        fp8_gradient(g, layer.w_NK, layer.scale_1N, *more, layer.turned_KN)
-        for g, layer, more in zip(gs, layers, of_adapters, strict=True)
+        fp8_gradient(g, layer.w_NF, layer.scale_1N, part, layer.down_RK, layer.turned_KF, width)
+        for g, layer, part in parts
     ]
 
 
@@ -95,8 +101,9 @@ class _Normed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, scale, shift, plus, eps, *flat):  # type: ignore[no-untyped-def]
         layers = _layers(flat)
-        x8, x_scale, rows = norm_rows(x, scale, shift, plus, eps, flat[0].dtype, _stacked(layers) is not None)
-        found, h = _multiplied(rows, x8, x_scale, layers)
+        width, kept = x.shape[1], any(layer.down_RK is not None for layer in layers)
+        x8, x_scale, rows = norm_rows(x, scale, shift, plus, eps, flat[0].dtype, kept, _room(layers, width))
+        found, h = _multiplied(rows, x8, x_scale, layers, width)
         ctx.plus, ctx.eps = plus, eps
         ctx.save_for_backward(x, scale, shift, h, *flat)
         return (*found, x)
@@ -106,7 +113,7 @@ class _Normed(torch.autograd.Function):
         x, scale, shift, h, *flat = ctx.saved_tensors
         layers, given, past = _layers(flat), [g.contiguous() for g in gs[:-1]], gs[-1]
         gh, gups = _gradients(given, layers, h)
-        rows = _of_rows(given, layers, gh)
+        rows = _of_rows(given, layers, gh, x.shape[1])
         while len(rows) > ADDED:
             rows = [rows[0] + rows[1], *rows[2:]]
         several = (*rows, *[None] * (ADDED - len(rows)))
@@ -128,9 +135,10 @@ class _Activated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, left, y, gated, *flat):  # type: ignore[no-untyped-def]
         layers = _layers(flat)
-        x8, x_scale, rows = gelu_rows(left, y, gated, flat[0].dtype, _stacked(layers) is not None)
-        (found,), h = _multiplied(rows, x8, x_scale, layers)
-        ctx.gated = gated
+        ctx.gated, ctx.width = gated, (0 if left is None else left.shape[1]) + y.shape[1] // (2 if gated else 1)
+        kept = layers[0].down_RK is not None
+        x8, x_scale, rows = gelu_rows(left, y, gated, flat[0].dtype, kept, _room(layers, ctx.width))
+        (found,), h = _multiplied(rows, x8, x_scale, layers, ctx.width)
         ctx.save_for_backward(left, y, h, *flat)
         return found
 
@@ -139,10 +147,9 @@ class _Activated(torch.autograd.Function):
         left, y, h, *flat = ctx.saved_tensors
         layers, gs = _layers(flat), [g.contiguous()]
         gh, gups = _gradients(gs, layers, h)
-        (of_row,) = _of_rows(gs, layers, gh)
-        gy, again = gelu_gradient(left, y, of_row, ctx.gated, gh is not None)
-        of_left = None if left is None else of_row[:, : left.shape[1]]
-        return of_left, gy, None, *_of_layers(again, gh, gups, layers)
+        (of_row,) = _of_rows(gs, layers, gh, ctx.width)
+        gy, of_left, again = gelu_gradient(left, y, of_row, ctx.gated, gh is not None)
+        return None if left is None else of_left, gy, None, *_of_layers(again, gh, gups, layers)
 
 
 class _Shared(torch.autograd.Function):
@@ -151,8 +158,8 @@ class _Shared(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, *flat):  # type: ignore[no-untyped-def]
         layers = _layers(flat)
-        x8, x_scale = quantize_rows(x, None, flat[0].dtype)
-        found, h = _multiplied(x, x8, x_scale, layers)
+        x8, x_scale = quantize_rows(x, None, flat[0].dtype, _room(layers, x.shape[1]))
+        found, h = _multiplied(x, x8, x_scale, layers, x.shape[1])
         ctx.save_for_backward(x, h, *flat)
         return tuple(found)
 
@@ -161,8 +168,23 @@ class _Shared(torch.autograd.Function):
         x, h, *flat = ctx.saved_tensors
         layers, given = _layers(flat), [g.contiguous() for g in gs]
         gh, gups = _gradients(given, layers, h)
-        gx = sum(_of_rows(given, layers, gh)) if ctx.needs_input_grad[0] else None
+        gx = sum(_of_rows(given, layers, gh, x.shape[1])) if ctx.needs_input_grad[0] else None
         return gx, *_of_layers(x, gh, gups, layers)
+
+
+class _Gated(torch.autograd.Function):
+    """x + gate * y."""
+
+    @staticmethod
+    def forward(ctx: Any, x, gate, y):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(gate, y if ctx.needs_input_grad[1] else None)
+        return gated_sum(x, gate, y)
+
+    @staticmethod
+    def backward(ctx: Any, g):  # type: ignore[no-untyped-def]
+        gate, y = ctx.saved_tensors
+        of_gate = None if y is None else (g.float() * y.float()).sum(1).to(gate.dtype)
+        return g, of_gate, gated_sum(None, gate, g) if ctx.needs_input_grad[2] else None
 
 
 # Functions that the compiler need not look into to differentiate.
@@ -188,7 +210,7 @@ def _flat(layers: Sequence[Any], dtype: torch.dtype) -> list[Tensor | None] | No
         base, halves = (layer.base_layer, layer.halves(dtype)) if isinstance(layer, Adapted) else (layer, (None, None))
         if halves is None or not isinstance(base, FrozenLinear) or not base.in_fp8:
             return None
-        found += [base.weight_NK, base.scale_1N, base.bias, *halves, base.turned_KN]
+        found += [base.weight_NF, base.scale_1N, base.bias, *halves, base.turned_KF]
     return found
 
 
@@ -228,6 +250,14 @@ def shared(x_BTD: Tensor, layers: Sequence[Any]) -> list[Tensor]:
     if flat is None:
         return [layer(x_BTD) for layer in layers]
     return [y.view(*x_BTD.shape[:-1], -1) for y in _shared(x_BTD.reshape(-1, x_BTD.shape[-1]), *flat)]
+
+
+def gated(x_BTD: Tensor, gate_BD: Tensor, y_BTD: Tensor) -> Tensor:
+    """x + gate * y, in one pass; the compiler makes its own of it."""
+    if torch.compiler.is_compiling():
+        return torch.addcmul(x_BTD, gate_BD[:, None], y_BTD)
+    found: Tensor = _Gated.apply(x_BTD, gate_BD, y_BTD)
+    return found
 
 
 def install(block: torch.nn.Module, forwards: Mapping[type, type]) -> None:

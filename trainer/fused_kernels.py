@@ -43,6 +43,7 @@ def _norm_rows(  # type: ignore[no-untyped-def]
     normed,
     tokens,
     K: tl.constexpr,
+    ROOM: tl.constexpr,
     BLOCK: tl.constexpr,
     PLUS: tl.constexpr,
     EPS: tl.constexpr,
@@ -62,7 +63,7 @@ def _norm_rows(  # type: ignore[no-untyped-def]
     value = kept.to(tl.float32)
     found = _scale_of(tl.max(tl.abs(value), axis=0), MOST)
     tl.store(scales + row, found)
-    _store_row(value, out, row, k, inside, K, found, MOST)
+    _store_row(value, out, row, k, inside, K + ROOM, found, MOST)
 
 
 @triton_op("kiln::norm_rows", mutates_args={})
@@ -74,11 +75,12 @@ def norm_rows(
     eps: float,
     dtype: torch.dtype,
     kept: bool,
+    room: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`quantize.norm_rows` in one pass."""
     x_MK = x_MK.contiguous()
     rows, width = x_MK.shape
-    out = torch.empty_like(x_MK, dtype=dtype)
+    out = torch.empty(rows, width + room, device=x_MK.device, dtype=dtype)
     scales = torch.empty(rows, 1, device=x_MK.device, dtype=torch.float32)
     normed = torch.empty_like(x_MK) if kept else x_MK.new_empty(0)
     block = triton.next_power_of_2(width)
@@ -91,6 +93,7 @@ def norm_rows(
         normed if kept else x_MK,
         rows // scale_BK.shape[0],
         width,
+        room,
         block,
         plus,
         eps,
@@ -221,6 +224,7 @@ def _gelu_rows(  # type: ignore[no-untyped-def]
     rows,
     L: tl.constexpr,
     K: tl.constexpr,
+    ROOM: tl.constexpr,
     CHUNK: tl.constexpr,
     GATED: tl.constexpr,
     MOST: tl.constexpr,
@@ -251,22 +255,22 @@ def _gelu_rows(  # type: ignore[no-untyped-def]
             value = tl.load(rows + row * (L + K) + L + k, mask=k < K, other=0.0)
         else:
             value = _activated(y, row, k, k < K, K, GATED)
-        _store_row(value.to(tl.float32), out, row, L + k, k < K, L + K, found, MOST)
+        _store_row(value.to(tl.float32), out, row, L + k, k < K, L + K + ROOM, found, MOST)
     for start in range(0, L, CHUNK):
         i = start + chunk
         before = tl.load(left + row * L + i, mask=i < L, other=0.0).to(tl.float32)
-        _store_row(before, out, row, i, i < L, L + K, found, MOST)
+        _store_row(before, out, row, i, i < L, L + K + ROOM, found, MOST)
 
 
 @triton_op("kiln::gelu_rows", mutates_args={})
 def gelu_rows(
-    left_ML: torch.Tensor | None, y_MK: torch.Tensor, gated: bool, dtype: torch.dtype, kept: bool
+    left_ML: torch.Tensor | None, y_MK: torch.Tensor, gated: bool, dtype: torch.dtype, kept: bool, room: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`quantize.gelu_rows` in one kernel."""
     y_MK = y_MK.contiguous()
     left_ML = None if left_ML is None else left_ML.contiguous()
     rows, left, width = len(y_MK), 0 if left_ML is None else left_ML.shape[1], y_MK.shape[1] // (2 if gated else 1)
-    out = torch.empty(rows, left + width, device=y_MK.device, dtype=dtype)
+    out = torch.empty(rows, left + width + room, device=y_MK.device, dtype=dtype)
     scales = torch.empty(rows, 1, device=y_MK.device, dtype=torch.float32)
     kept_rows = y_MK.new_empty(rows, left + width) if kept else y_MK.new_empty(0)
     wrap_triton(_gelu_rows)[(rows,)](
@@ -277,6 +281,7 @@ def gelu_rows(
         kept_rows if kept else y_MK,
         left,
         width,
+        room,
         CHUNK,
         gated,
         quantize.most(dtype),
@@ -292,6 +297,7 @@ def _gelu_gradient(  # type: ignore[no-untyped-def]
     y,
     g,
     out,
+    of_left,
     rows,
     L: tl.constexpr,
     K: tl.constexpr,
@@ -313,6 +319,9 @@ def _gelu_gradient(  # type: ignore[no-untyped-def]
     else:
         value, slope = _tanh_gelu(tl.load(y + row * K + k, mask=inside, other=0.0).to(tl.float32))
         tl.store(out + row * K + k, (here * slope).to(out.dtype.element_ty), mask=inside)
+    if L > 0:
+        before = tl.load(g + row * (L + K) + column, mask=column < L)
+        tl.store(of_left + row * L + column, before, mask=column < L)
     if KEPT:
         tl.store(rows + row * (L + K) + column, value.to(y.dtype.element_ty), mask=inside)
         if L > 0:
@@ -323,18 +332,19 @@ def _gelu_gradient(  # type: ignore[no-untyped-def]
 @triton_op("kiln::gelu_gradient", mutates_args={})
 def gelu_gradient(
     left_ML: torch.Tensor | None, y_MK: torch.Tensor, g: torch.Tensor, gated: bool, kept: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`quantize.gelu_gradient` in one pass."""
     y_MK, g = y_MK.contiguous(), g.contiguous()
     left_ML = None if left_ML is None else left_ML.contiguous()
     rows, left, width = len(y_MK), 0 if left_ML is None else left_ML.shape[1], y_MK.shape[1] // (2 if gated else 1)
-    out = torch.empty_like(y_MK)
+    out, of_left = torch.empty_like(y_MK), y_MK.new_empty(rows, left)
     kept_rows = y_MK.new_empty(rows, left + width) if kept else y_MK.new_empty(0)
     wrap_triton(_gelu_gradient)[(rows, triton.cdiv(left + width, CHUNK))](
         y_MK if left_ML is None else left_ML,
         y_MK,
         g,
         out,
+        of_left,
         kept_rows if kept else y_MK,
         left,
         width,
@@ -343,7 +353,7 @@ def gelu_gradient(
         kept,
         num_warps=4,
     )
-    return out, kept_rows
+    return out, of_left, kept_rows
 
 
 norm_rows.register_kernel("cpu")(quantize.norm_rows)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from trainer import fused, quantize, rotary, rotary_reference
+from trainer import frozen, fused, quantize, rotary, rotary_reference
 
 log = logging.getLogger(__name__)
-ROWS, WIDTH, HEADS = 96, 256, 4
+ROWS, WIDTH, HEADS, RANK = 96, 256, 4, 12
 LEFT, WIDE = 1296, 2320  # of GELU's rows, which its kernel reads in several pieces, the last of them not whole
 ALLOWED = 2e-2  # relative; both round to 16 bits, and of 8 bits few differ, by a step of 3 bits
 
@@ -35,6 +35,9 @@ def _pairs(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Sequence[torc
     (x, g, past), (scale, shift) = (normal(ROWS, WIDTH) for _ in "xgp"), (normal(2, WIDTH) for _ in "ab")
     options = (x, scale, shift, 1.0, 1e-6, dtype, True)
     yield "norm_rows", _whole(fused.norm_rows(*options)), _whole(quantize.norm_rows(*options))
+    h, up = normal(ROWS, RANK), normal(ROWS, RANK)
+    ours, theirs = (_beside(module.beside, dtype, x, g, h, up) for module in (frozen, quantize))
+    yield "beside", ours, theirs
     given = (x, scale, shift, 1.0, 1e-6, g, past, None, past, True)
     yield "norm_gradient", fused.norm_gradient(*given), quantize.norm_gradient(*given)
     for left, gated in ((normal(ROWS, LEFT), False), (None, True)):
@@ -43,7 +46,8 @@ def _pairs(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Sequence[torc
         rows = (left, wide, gated, dtype, True)
         yield "gelu_rows", _whole(fused.gelu_rows(*rows)), _whole(quantize.gelu_rows(*rows))
         back = (left, wide, before, gated, True)
-        yield "gelu_gradient", fused.gelu_gradient(*back), quantize.gelu_gradient(*back)
+        ours, theirs = ([t for t in module.gelu_gradient(*back) if t.numel()] for module in (fused, quantize))
+        yield "gelu_gradient", ours, theirs
     first, second = (normal(2, n, 3 * HEADS * 64) for n in (40, 24))
     norms, turns = [normal(64) for _ in range(4)], [normal(64, 64).float() for _ in "cs"]
     joined = [
@@ -55,6 +59,17 @@ def _pairs(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Sequence[torc
         module.rotate_gradient(second, *norms[2:], *turns, *gs, 40, 1e-6) for module in (rotary, rotary_reference)
     ]
     yield "rotate_gradient", turned[:1], turned[1:]
+
+
+def _beside(
+    kernel: Callable[..., None], dtype: torch.dtype, x: torch.Tensor, g: torch.Tensor, h: torch.Tensor, up: torch.Tensor
+) -> list[torch.Tensor]:
+    """What is written beside rows, and beside a weight, which are random numbers here."""
+    room = quantize.room_for(RANK, WIDTH)
+    (x8, x_scale), (w8, w_scale) = quantize.quantize_rows(x, None, dtype, room), quantize.quantize_rows(g, None, dtype)
+    w8 = quantize.widened(w8, room)
+    kernel(x8, x_scale, h, w8, w_scale.t().contiguous(), up, WIDTH, 0.5)
+    return [x8[:, WIDTH:].float(), w8[:, WIDTH:].float()]
 
 
 def _whole(found: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:

@@ -22,6 +22,11 @@ def targeted(name: str, targets: Sequence[str]) -> bool:
     return any(f".{name}".endswith(f".{t}") for t in targets)
 
 
+def adapted(targets: Sequence[str], fused: Fused) -> list[str]:
+    """What the names of layers that get an adapter end with: `targets`, and those that `fuse` makes of them."""
+    return [*targets, *(whole for whole, parts in fused.items() if all(targeted(part, targets) for part in parts))]
+
+
 def fuse(blocks: Blocks, *, fused: Fused, targets: Sequence[str]) -> None:
     """Replace projections that read the same input by one, in place, wherever all parts are among `targets`."""
     for _, block in blocks:
@@ -65,12 +70,12 @@ def add_adapters(
     Layers that `fuse` has joined get one adapter for all. The start is peft's: A random from `seed`, B zero.
     Raises SettingsError if no layer matches.
     """
-    joined = [whole for whole, parts in fused.items() if all(targeted(part, targets) for part in parts)]
+    ends = adapted(targets, fused)
     names = [
         f"{prefix}.{name}"
         for prefix, block in blocks
         for name, layer in block.named_modules()
-        if isinstance(layer, torch.nn.Linear | FrozenLinear) and targeted(name, [*targets, *joined])
+        if isinstance(layer, torch.nn.Linear | FrozenLinear) and targeted(name, ends)
     ]
     if not names:
         raise SettingsError(f"PARAMS_TARGET_MODULES {','.join(targets)} matches no linear layer of the model.")

@@ -43,6 +43,7 @@ SLOTS = 2  # regions on the device where weights are streamed (trainer.stream): 
 COST = {"none": 1.0, "products": 1.01, "attention": 1.2, "all": 1.28}
 # Times as long, by what waits on the host: measured with batches of 4 and of 1, of which the larger hides more.
 BUS = {"none": 1.0, "activations": 1.02, "weights": 1.4}
+OUTPUTS = 0.54  # of the sides of all layers that have adapters
 STREAMED = 1.0  # GiB that a step takes besides where weights are streamed
 STEP = 1.0
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -107,6 +108,15 @@ def weights(of: Footprint, precision: str, offload: str = "none", *, turned: boo
     return (inside * each + copies + of.rest * _wide(precision)) / GIB
 
 
+def beside(of: Footprint, rank: int, precision: str, offload: str = "none") -> float:
+    """What adapters have beside the weights that are multiplied in FP8 (`trainer.quantize.beside`), in GiB."""
+    columns = -(-3 * rank // 128) * 128
+    if PRECISIONS[precision].form != "fp8" or 15 * rank > of.width:
+        return 0.0
+    share = SLOTS * of.largest / of.blocks if offload == "weights" else 1.0
+    return OUTPUTS * of.adapters * columns * share / GIB
+
+
 def predicted(
     of: Footprint,
     work: Work,
@@ -125,7 +135,8 @@ def predicted(
     tokens = work.kilotokens(of) * _wide(precision) / 2
     each = of.working + kept
     streamed = STREAMED if offload == "weights" else 0.0
-    return weights(of, precision, offload, turned=turned) + streamed + trained + tokens * each
+    frozen = weights(of, precision, offload, turned=turned) + beside(of, work.rank, precision, offload)
+    return frozen + streamed + trained + tokens * each
 
 
 def on_host(of: Footprint, work: Work, way: Way) -> float:
@@ -211,6 +222,7 @@ def phases(
         "latents": VAE + ENCODE * pictures * encoded_pixels / 2**20,
         "training": way.gib,
         "samples": weights(of, way.precision, way.offload, turned=way.turned)
+        + beside(of, work.rank, way.precision, way.offload)
         + of.adapters * work.rank * STATE_BYTES.get(work.optimizer, 16) / GIB
         + VAE
         + (1.0 if tiled else DECODE * drawn_pixels / 2**20),

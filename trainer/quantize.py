@@ -7,24 +7,96 @@ import torch.nn.functional as F
 
 FLOOR = 1e-12  # of a row's largest value: a row of zeros stays zeros, without a division by zero
 BF16_MAX = torch.finfo(torch.bfloat16).max
+# What 8 bits with a point can hold is several times what is used of it, which costs no precision: an adapter's numbers
+# beside a row, by the same scale, may be so much larger than the row's.
+HEADROOM, OF_WEIGHTS = 4, 32
+LEAST = 8  # a weight's row by the scale of one that many times smaller than the largest of its matrix, at least
+THIRDS, ALIGNED = 3, 16  # columns for each of an adapter's ranks; what tensor cores want a multiple of
+AT_ONCE = 256  # rows of a weight
+LINE = 128  # bytes: where rows begin at no multiple of it, products take a quarter longer
 
 
 def most(dtype: torch.dtype) -> float:
-    """The largest value that is used: 448 in e4m3fn, 240 in e4m3fnuz, 127 in int8."""
-    return torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max
+    """The largest value that is used: 112 in e4m3fn, 60 in e4m3fnuz, 127 in int8."""
+    return torch.finfo(dtype).max / HEADROOM if dtype.is_floating_point else torch.iinfo(dtype).max
+
+
+def columns(rank: int) -> int:
+    """How many columns an adapter takes beside a row (`beside`)."""
+    return -(-THIRDS * rank // ALIGNED) * ALIGNED
+
+
+def room_for(rank: int, width: int) -> int:
+    """How many columns there are after rows of `width` numbers, that an adapter has its place; 0 without one."""
+    return -(-(width + columns(rank)) // LINE) * LINE - width if rank else 0
 
 
 def quantize_rows(
-    x_MK: torch.Tensor, columns_1K: torch.Tensor | None, dtype: torch.dtype
+    x_MK: torch.Tensor, columns_1K: torch.Tensor | None, dtype: torch.dtype, room: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each row of x * columns in 8 bits by its own scale: values (M, K) and fp32 scales (M, 1).
 
-    The product of both is x * columns again, nearly. An inf becomes the largest value that a row can hold.
+    The product of both is x * columns again, nearly. An inf becomes the largest value that a row can hold. `room`: so
+    many columns of no meaning after the values.
     """
-    x_MK = x_MK.float() if columns_1K is None else x_MK.float() * columns_1K
+    x_MK = x_MK.float() if columns_1K is None else x_MK.float() * columns_1K.float()
     scale_M1 = x_MK.abs().amax(-1, keepdim=True).clamp(FLOOR, BF16_MAX) / most(dtype)
     values_MK = (x_MK / scale_M1).clamp(-most(dtype), most(dtype))
-    return (values_MK if dtype.is_floating_point else values_MK.round()).to(dtype), scale_M1
+    return widened((values_MK if dtype.is_floating_point else values_MK.round()).to(dtype), room), scale_M1
+
+
+def quantize_weight(w_NK: torch.Tensor, dtype: torch.dtype, room: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight in 8 bits with a point, (N, K + room), and its rows' scales, (1, N), such as bf16 can hold.
+
+    The largest of a row is such that 8 bits hold it exactly. `room`: so many columns of zeros after the values.
+    """
+    (n, width), limit = w_NK.shape, torch.finfo(dtype).max
+    # What stays is there first, and what does not is small: no gaps are left between one weight and the next.
+    values = torch.zeros(n, width + room, dtype=dtype, device=w_NK.device)
+    low_N, high_N = w_NK.aminmax(dim=1)
+    amax_N1 = torch.maximum(-low_N, high_N).float().clamp(FLOOR, BF16_MAX)[:, None]
+    doubled = (amax_N1.max() / LEAST / amax_N1).log2().ceil().clamp(min=0)
+    scale_N1 = (amax_N1 * doubled.exp2() / (limit / OF_WEIGHTS)).bfloat16().float()
+    for begin in range(0, n, AT_ONCE):
+        rows = slice(begin, begin + AT_ONCE)
+        values[rows, :width] = (w_NK[rows].float() / scale_N1[rows]).clamp(-limit, limit).to(dtype)
+    return values, scale_N1.t().contiguous()
+
+
+def widened(values_MK: torch.Tensor, room: int) -> torch.Tensor:
+    """The same with so many columns of zeros after it."""
+    if not room:
+        return values_MK
+    wide = torch.zeros(len(values_MK), values_MK.shape[1] + room, dtype=values_MK.dtype, device=values_MK.device)
+    wide[:, : values_MK.shape[1]] = values_MK
+    return wide
+
+
+def beside(
+    x_MF: torch.Tensor,
+    x_scale_M1: torch.Tensor,
+    down_MR: torch.Tensor,
+    w_NF: torch.Tensor,
+    w_scale_1N: torch.Tensor,
+    up_NR: torch.Tensor,
+    width: int,
+    times: float,
+) -> None:
+    """Write down and up into the columns of x and w from `width` on, so that x wᵀ by their scales has down upᵀ in it.
+
+    Each is two numbers in 8 bits, the second what the first leaves over: together as good as bf16. Of the products of
+    both halves three count: high high, low high, high low. `times`: by how much up is larger than it would be by its
+    scale, and down smaller, so that neither leaves what 8 bits can hold.
+    """
+    limit, room = torch.finfo(x_MF.dtype).max, w_NF.shape[1] - width
+    sides = ((x_MF, x_scale_M1, down_MR, 1 / times, (0, 1, 0)), (w_NF, w_scale_1N.t(), up_NR, times, (0, 0, 1)))
+    for out, scale, values, factor, order in sides:
+        exact = values.float() / scale * factor
+        high = exact.clamp(-limit, limit).to(out.dtype)
+        low = (exact - high.float()).clamp(-limit, limit).to(out.dtype)
+        halves = torch.cat([(high, low)[i] for i in order], 1)
+        # Past autograd: what is computed before does not read these columns.
+        out.data[:, width : width + room] = widened(halves, room - halves.shape[1])
 
 
 def restored(w_NK: torch.Tensor, scale_1N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -37,9 +109,9 @@ def reads(w_NK: torch.Tensor) -> bool:  # noqa: ARG001
     return True
 
 
-def transpose(w_NK: torch.Tensor) -> torch.Tensor:
-    """(K, N), contiguous."""
-    return w_NK.t().contiguous()
+def transpose(w_NK: torch.Tensor, room: int = 0) -> torch.Tensor:
+    """(K, N) with so many columns after it, contiguous."""
+    return widened(w_NK.t().contiguous(), room)
 
 
 # ---- what comes before a product, and its gradient. Computed in fp32 and rounded once, then quantised from what was
@@ -55,10 +127,11 @@ def norm_rows(
     eps: float,
     dtype: torch.dtype,
     kept: bool,
+    room: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, Kept]:
     """LayerNorm(x) * (plus + scale) + shift in 8 bits, its scales, and the rows themselves. M: B pictures' tokens."""
     normed_MK = _modulated(F.layer_norm(x_MK.float(), x_MK.shape[1:], eps=eps), scale_BK, shift_BK, plus).to(x_MK.dtype)
-    return *quantize_rows(normed_MK, None, dtype), normed_MK if kept else x_MK.new_empty(0)
+    return *quantize_rows(normed_MK, None, dtype, room), normed_MK if kept else x_MK.new_empty(0)
 
 
 def norm_gradient(
@@ -90,31 +163,38 @@ def _modulated(x_MK: torch.Tensor, scale_BK: torch.Tensor, shift_BK: torch.Tenso
 
 
 def gelu_rows(
-    left_ML: torch.Tensor | None, y_MK: torch.Tensor, gated: bool, dtype: torch.dtype, kept: bool
+    left_ML: torch.Tensor | None, y_MK: torch.Tensor, gated: bool, dtype: torch.dtype, kept: bool, room: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, Kept]:
     """[left, gelu(y)] in 8 bits, its scales, and the rows themselves. gelu: with tanh.
 
     gated: y is [a, b], and for gelu(y) stands a * gelu(b), with erf.
     """
     rows = _activated(left_ML, y_MK, gated)
-    return *quantize_rows(rows, None, dtype), rows if kept else y_MK.new_empty(0)
+    return *quantize_rows(rows, None, dtype, room), rows if kept else y_MK.new_empty(0)
 
 
 def gelu_gradient(
     left_ML: torch.Tensor | None, y_MK: torch.Tensor, g: torch.Tensor, gated: bool, kept: bool
-) -> tuple[torch.Tensor, Kept]:
-    """The gradient of y from that of `gelu_rows`' rows, which has left's in its first columns; and those rows again."""
-    g_MK = g[:, 0 if left_ML is None else left_ML.shape[1] :].float()
+) -> tuple[torch.Tensor, torch.Tensor, Kept]:
+    """From the gradient of `gelu_rows`' rows: that of y; of left, which is its first columns; and those rows again."""
+    left = 0 if left_ML is None else left_ML.shape[1]
+    g_MK = g[:, left:].float()
     backward = torch.ops.aten.gelu_backward
     if gated:
         a, b = y_MK.float().chunk(2, -1)
         gy_MK = torch.cat([g_MK * F.gelu(b), backward(g_MK * a, b, approximate="none")], -1)
     else:
         gy_MK = backward(g_MK, y_MK.float(), approximate="tanh")
-    return gy_MK.to(y_MK.dtype), _activated(left_ML, y_MK, gated) if kept else y_MK.new_empty(0)
+    rows = _activated(left_ML, y_MK, gated) if kept else y_MK.new_empty(0)
+    return gy_MK.to(y_MK.dtype), g[:, :left].clone(), rows
 
 
 def _activated(left_ML: torch.Tensor | None, y_MK: torch.Tensor, gated: bool) -> torch.Tensor:
     y = y_MK.float()
     right = y.chunk(2, -1)[0] * F.gelu(y.chunk(2, -1)[1]) if gated else F.gelu(y, approximate="tanh")
     return right.to(y_MK.dtype) if left_ML is None else torch.cat([left_ML, right.to(y_MK.dtype)], -1)
+
+
+def gated(x_BTK: torch.Tensor | None, gate_BK: torch.Tensor, y_BTK: torch.Tensor) -> torch.Tensor:
+    """x + gate * y, rounded once; without an x, gate * y."""
+    return y_BTK * gate_BK[:, None] if x_BTK is None else torch.addcmul(x_BTK, gate_BK[:, None], y_BTK)

@@ -100,8 +100,12 @@ def apply(regions: Iterable[torch.nn.Module], policies: Sequence[str], *, compil
     torch._dynamo.config.recompile_limit = 64
     for region, policy in zip(regions, policies, strict=True):
         region.__dict__.pop("forward", None)
-        forward = POLICIES[policy]
-        if forward is not None:
+        forward, remakes = POLICIES[policy], getattr(region, "remakes", None)
+        # A block of ours keeps what a checkpoint of its products would, and need not run again to make the rest.
+        itself = policy == "products" and not compiled and remakes is not None and remakes()
+        if remakes is not None:
+            region.__dict__["remade"] = itself
+        if forward is not None and not itself:
             region.forward = types.MethodType(forward, region)
         region._compiled_call_impl = None
         if compiled:

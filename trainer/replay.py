@@ -206,7 +206,11 @@ class Replayed(Direct):
         return _Recorded(graph, own, told)
 
     def _ended(self) -> None:
-        """Tell torch's allocator that a capture is over; it does not know where that failed at its very end."""
-        if self.flat.is_cuda:
-            with contextlib.suppress(RuntimeError):  # it knows
-                torch._C._cuda_endAllocateToPool(self.flat.device.index, self.pool)
+        """Tell torch's allocator and its random generator that a capture is over: of a failed one they may not know."""
+        if not self.flat.is_cuda:
+            return
+        with contextlib.suppress(RuntimeError):  # it knows
+            torch._C._cuda_endAllocateToPool(self.flat.device.index, self.pool)
+        # The generator learns it where one succeeds. Until then nothing can be drawn, and the compiler does that.
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream, capture_error_mode="thread_local"):
+            self.flat[:1].zero_()

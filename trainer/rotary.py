@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,15 +42,55 @@ def _rotated(*given):  # type: ignore[no-untyped-def]
     return _Rotated.apply(*given)
 
 
-def fits(source: Source) -> bool:
+def fits(*norms: Any) -> bool:
     """Whether `rotated` can do it: norms that are frozen, of heads whose size is a power of two."""
-    weights = [norm.weight for norm in source[1:]]
+    weights = [norm.weight for norm in norms]
     return all(w is not None and not w.requires_grad and len(w).bit_count() == 1 for w in weights)
 
 
 def rotated(sources: list[Source], turns: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values, (B, T, H, D), of one or two sources' tokens, one after the other."""
+    found: tuple[Tensor, Tensor, Tensor] = _rotated(*_given(sources, turns))
+    return found
+
+
+def _given(sources: list[Source], turns: tuple[Tensor, Tensor]) -> tuple[Any, ...]:
     (first, norm_q, norm_k), *others = sources
     second = (others[0][0], others[0][1].weight, others[0][2].weight) if others else (None, None, None)
-    found: tuple[Tensor, Tensor, Tensor] = _rotated(first, norm_q.weight, norm_k.weight, *second, *turns, norm_q.eps)
-    return found
+    return first, norm_q.weight, norm_k.weight, *second, *turns, norm_q.eps
+
+
+def attended(
+    sources: list[Source],
+    turns: tuple[Tensor, Tensor],
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor],
+    *,
+    remade: bool,
+) -> Tensor:
+    """Attention among what `rotated` gives. `remade`: that is not kept for the backward pass, but made once more."""
+    q, k, v = rotated(sources, turns)
+    with _remaking(sources, turns, (q, k, v) if len(sources) > 1 else (q, k)) if remade else contextlib.nullcontext():
+        return attention(q, k, v)
+
+
+def _remaking(
+    sources: list[Source], turns: tuple[Tensor, Tensor], made: tuple[Tensor, ...]
+) -> contextlib.AbstractContextManager[Any]:
+    """Inside, autograd keeps none of the tensors `made`."""
+    first, *given = (t.detach() if isinstance(t, Tensor) else t for t in _given(sources, turns))
+    places = {t.data_ptr(): (index, t.numel()) for index, t in enumerate(made)}
+    again: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor | tuple[int, torch.Size, tuple[int, ...]]:
+        index, count = places.get(tensor.data_ptr(), (0, -1))
+        return (index, tensor.shape, tensor.stride()) if tensor.numel() == count else tensor
+
+    def unpack(kept: Tensor | tuple[int, torch.Size, tuple[int, ...]]) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        index, shape, stride = kept
+        if index not in again:
+            again.update(enumerate(rotate(first, *given)))
+        return again.pop(index).as_strided(shape, stride)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

@@ -263,8 +263,9 @@ def _trainee(plan: Plan, kind: Family, *, model: Path, total: int) -> Trainee:
     if plan.lora.resume_from and Path(plan.lora.resume_from).is_file():
         start = _lora_file(Path(plan.lora.resume_from), facts.name)
     fused = {} if plan.lora.split_qkv else facts.fused_targets
-    denoiser, stream = loaded(kind, model, engine, fused=fused, targets=plan.lora.targets)
     settings = plan.lora
+    rank = 0 if settings.kind == "dora" else settings.rank  # whose adapters are no part of a product
+    denoiser, stream = loaded(kind, model, engine, fused=fused, targets=settings.targets, rank=rank)
     put = partial(lora.add_adapters, rank=settings.rank, alpha=settings.alpha, seed=plan.train.seed, kind=settings.kind)
     targets, blocks = plan.lora.targets, kind.blocks(denoiser)
     trained: list[tuple[list[torch.nn.Parameter], dict[str, float]]]

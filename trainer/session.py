@@ -115,19 +115,20 @@ class Session:
         least = min(epoch, key=lambda b: len(b) * math.prod(b[0].view.size))
         between = [prepare.micro_batch(self.cache, least)] if self.plan.engine.device == "cuda" else []
         while True:
-            fits, recorded = self._rehearsed(batches, between), self.runner.recording
+            as_recorded = self.runner.recording
+            fits = self._rehearsed(batches, between)
+            recorded = self.runner.recording  # no more, where something in a step cannot be
+            fits = self.team.all(fits and not (recorded and self.runner.short_of_memory))
+            if fits and recorded == as_recorded:
+                break
             # What is not compiled is far slower when it is launched: rather the next way, as long as that is recorded.
             again = recorded and not self.engine.compiled and self.engine.records(1)
-            if self.team.all(fits and not (again and self.runner.short_of_memory)):
-                break
-            self.runner.renew() if again else self.runner.give_up()
+            narrower = not fits and as_recorded and not again and self.engine.narrow()
+            self.runner.renew() if again or narrower else self.runner.give_up()
             prepare.release()
-            if again or not recorded:
+            if again or not as_recorded:
                 self.engine.lower(what)
                 prepare.release()  # what waited on the host
-        # What is recorded of smaller batches would be in the way of the largest.
-        if not self.team.all(not self.runner.short_of_memory):
-            self.runner.give_up()
         if self.plan.engine.device == "cuda":
             peak = (torch.cuda.max_memory_allocated() - self.spared) / 2**30
             log.info(
@@ -143,9 +144,9 @@ class Session:
                 self.snapshots.take((self._modules(), state))
             self.runner.clear()
             # More stays on the device once it is known how much goes to the host. And what is launched finds memory in
-            # the pieces that other sizes leave.
+            # the pieces that other sizes leave; as what is recorded anew does, where samples were drawn meanwhile.
             launched = [] if self.runner.recording else between
-            self.spared = reserve(device) if launched else 0
+            self.spared = reserve(device, launched=bool(launched))
             spare = torch.empty(self.spared, dtype=torch.uint8, device=device)
             for batch in [*batches, *launched, *(batches if launched or self.engine.offload else [])]:
                 add_gradient(batch, predict=self.predict, goal=self.goal, device=device, seed=seed, runner=self.runner)

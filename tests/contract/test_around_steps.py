@@ -135,6 +135,31 @@ def test_where_the_largest_batch_cannot_be_recorded_smaller_ones_are_not_in_its_
     assert runner.given_up and lowered == []
 
 
+def test_what_turns_out_to_be_launched_is_rehearsed_as_that(job, monkeypatch):
+    """As where a kernel of another library waits for the device: with less memory than there is, and other sizes."""
+    plain, _, _ = job(0, replay=False)
+    rehearsed = session.Session._rehearsed
+
+    def ends(self, *given):
+        found = rehearsed(self, *given)
+        self.runner.recording = False
+        return found
+
+    monkeypatch.setattr(session.Session, "_rehearsed", ends)
+    found, (runner,), lowered = job(0)
+    assert runner.calls == 2 + 2 and lowered == [] and found == plain
+
+
+def test_before_recording_is_given_up_adapters_leave_the_products(job, monkeypatch):
+    plain, _, _ = job(0, replay=False)
+    left = [True]
+    monkeypatch.setattr(session.Engine, "narrow", lambda _: bool(left) and left.pop())
+    found, (runner,), lowered = job(1)
+    assert (
+        runner.calls == 1 + 1 + 2 and runner.renewed == 1 and not runner.given_up and lowered == [] and found == plain
+    )
+
+
 def test_a_stop_while_a_sample_is_drawn_saves_the_step_first(job_plan, tmp_path, monkeypatch):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle --s 1")

@@ -120,7 +120,7 @@ def layers(*sizes, rank=4):
         for k, n in sizes
     ]
     halves[1:2] = [(None, None)] * len(halves[1:2])
-    flat = [t for f, h in zip(frozen, halves, strict=True) for t in (f.weight_NK, f.scale_1N, f.bias, *h, None)]
+    flat = [t for f, h in zip(frozen, halves, strict=True) for t in (f.weight_NF, f.scale_1N, f.bias, *h, None)]
     return frozen, halves, flat
 
 

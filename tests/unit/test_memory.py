@@ -16,11 +16,13 @@ MEASURED = {
         ("fp8", 1, "none", "none", 32.16),
         ("fp8", 1, "none", "none", 30.95),
         ("fp8", 4, "products", "none", 70.22),
+        ("fp8", 4, "products", "none", 70.65),
+        ("fp8", 1, "none", "none", 31.21),
         ("fp8", 1, "all", "weights", 3.55),
     ],
     "sdxl": [
         ("fp8", 1, "none", "none", 8.24),
-        ("fp8", 4, "none", "none", 21.23),
+        ("fp8", 4, "none", "none", 21.35),
         ("fp8", 1, "attention", "none", 5.37),
         ("fp8", 1, "all", "none", 5.07),
         ("bf16", 1, "none", "none", 12.41),
@@ -28,7 +30,7 @@ MEASURED = {
     ],
     "sd3": [
         ("fp8", 4, "none", "none", 17.78),
-        ("fp8", 4, "none", "none", 17.21),
+        ("fp8", 4, "none", "none", 17.02),
     ],
 }
 

@@ -45,6 +45,7 @@ class Footprint:
     largest: float  # weights of the linear layers in the largest region
     turned: float  # weights of those layers that FP8 multiplies: all but the modulations
     encoders: float  # weights of the text encoders
+    width: int  # of most of those layers, the shorter side
     recording: float = 2.5  # GiB besides, for steps that recompute and are recorded; without them they are launched
     plain: float = 1.25  # times as much is kept where norms and activations are not fused with products in FP8
 

@@ -27,6 +27,7 @@ FOOTPRINT = Footprint(
     largest=0.34e9,
     turned=8.6e9,
     encoders=4.89e9,
+    width=3072,
 )
 FACTS = Facts(
     name="flux",

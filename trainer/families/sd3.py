@@ -22,11 +22,12 @@ FOOTPRINT = Footprint(
     adapters=1.31e6,
     regions=24,
     text_tokens=333,
-    kept={"none": 0.83, "products": 0.66, "attention": 0.14, "all": 0.07, "host": 0.02},
+    kept={"none": 0.81, "products": 0.66, "attention": 0.14, "all": 0.07, "host": 0.02},
     working=0.077,
     largest=0.085e9,
     turned=1.33e9,
     encoders=5.58e9,
+    width=1536,
 )
 MEDIUM_3 = BaseModel("stabilityai/stable-diffusion-3-medium-diffusers", 14.5, FOOTPRINT, gated=True)
 # Not measured: scaled from the above by width and number of blocks.
@@ -41,6 +42,7 @@ LARGE = Footprint(
     largest=0.213e9,
     turned=5.3e9,
     encoders=5.58e9,
+    width=2432,
 )
 WIDER = dataclasses.replace(
     FOOTPRINT, blocks=2.2e9, adapters=1.6e6, turned=1.4e9, kept={**FOOTPRINT.kept, "none": 1.07, "products": 0.86}

@@ -26,6 +26,7 @@ FOOTPRINT = Footprint(
     largest=0.05e9,
     turned=2.21e9,
     encoders=0.82e9,
+    width=1280,
     recording=0.6,
     plain=1.5,
 )

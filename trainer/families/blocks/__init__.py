@@ -21,11 +21,6 @@ def feed_forward(
     return activated(y, ff.net[2], gated=gated), x
 
 
-def gated(x_BTD: torch.Tensor, gate_BD: torch.Tensor, y_BTD: torch.Tensor) -> torch.Tensor:
-    """x + gate * y, in one pass where nothing is compiled."""
-    return torch.addcmul(x_BTD, gate_BD[:, None], y_BTD)
-
-
 def halves(x_BTD: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The first so many tokens, and the others."""
     first, second = x_BTD.split_with_sizes([length, x_BTD.shape[1] - length], dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,9 +10,9 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 
-from trainer.families.blocks import feed_forward, gated, halves, whole
-from trainer.fused import activated, normed
-from trainer.rotary import fits, rotated
+from trainer.families.blocks import feed_forward, halves, whole
+from trainer.fused import activated, gated, normed
+from trainer.rotary import attended, fits
 
 Rotary = tuple[torch.Tensor, torch.Tensor] | None
 
@@ -31,22 +32,33 @@ def _heads(attn: Any, projected: list[torch.Tensor], norm_q: Any, norm_k: Any) -
     return [norm_q(q), norm_k(k), v]
 
 
-def _attended(attn: Any, sources: list[tuple[list[torch.Tensor], Any, Any]], rotary: Rotary) -> torch.Tensor:
+def _joined(sources: list[Any]) -> bool:
+    """Whether `trainer.rotary` can take what was projected, or will be, with the norms of queries and keys."""
+    return all(len(projected) == 1 and fits(*norms) for projected, *norms in sources)
+
+
+def _attended(
+    attn: Any, sources: list[tuple[list[torch.Tensor], Any, Any]], rotary: Rotary, *, remade: bool
+) -> torch.Tensor:
     """Attention among the tokens of all sources: what was projected, and the norms of queries and keys."""
-    joined = [(projected[0], *norms) for projected, *norms in sources if len(projected) == 1]
-    together = len(joined) == len(sources) and all(map(fits, joined)) and joined[0][0].dtype != torch.float32
-    if rotary is not None and together:
-        q, k, v = rotated(joined, rotary)
-    else:
-        several = [_heads(attn, *source) for source in sources]
-        q, k, v = (torch.cat(parts, dim=1) for parts in zip(*several, strict=True)) if several[1:] else several[0]
-        if rotary is not None:
-            q, k = apply_rotary_emb(q, rotary, sequence_dim=1), apply_rotary_emb(k, rotary, sequence_dim=1)
-    found: torch.Tensor = dispatch_attention_fn(q, k, v, backend=attn.processor._attention_backend)
+    attention = functools.partial(dispatch_attention_fn, backend=attn.processor._attention_backend)
+    if rotary is not None and _joined(sources) and sources[0][0][0].dtype != torch.float32:
+        joined = [(projected[0], *norms) for projected, *norms in sources]
+        return attended(joined, rotary, attention, remade=remade).flatten(2, 3)
+    several = [_heads(attn, *source) for source in sources]
+    q, k, v = (torch.cat(parts, dim=1) for parts in zip(*several, strict=True)) if several[1:] else several[0]
+    if rotary is not None:
+        q, k = apply_rotary_emb(q, rotary, sequence_dim=1), apply_rotary_emb(k, rotary, sequence_dim=1)
+    found: torch.Tensor = attention(q, k, v)
     return found.flatten(2, 3).to(q.dtype)
 
 
 class Single(FluxSingleTransformerBlock):
+    remade = False  # see `trainer.recompute`
+
+    def remakes(self) -> bool:
+        return _joined([(_projections(self.attn), self.attn.norm_q, self.attn.norm_k)])
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -64,11 +76,18 @@ class Single(FluxSingleTransformerBlock):
         shift, scale, gate = self.norm.linear(self.norm.silu(temb)).chunk(3, dim=1)
         x = whole(encoder_hidden_states, hidden_states)
         *projected, mlp, x = normed(x, self.norm.norm, (scale, shift), [*_projections(attn), self.proj_mlp])
-        attended = _attended(attn, [(projected, attn.norm_q, attn.norm_k)], image_rotary_emb)
-        return halves(gated(x, gate, activated(mlp, self.proj_out, left_BTL=attended)), text)
+        of_tokens = _attended(attn, [(projected, attn.norm_q, attn.norm_k)], image_rotary_emb, remade=self.remade)
+        return halves(gated(x, gate, activated(mlp, self.proj_out, left_BTL=of_tokens)), text)
 
 
 class Double(FluxTransformerBlock):
+    remade = False
+
+    def remakes(self) -> bool:
+        attn = self.attn
+        of_text = (_text_projections(attn), attn.norm_added_q, attn.norm_added_k)
+        return _joined([of_text, (_projections(attn), attn.norm_q, attn.norm_k)])
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -88,8 +107,7 @@ class Double(FluxTransformerBlock):
         *image, x = normed(x, self.norm1.norm, (of_x[1], of_x[0]), _projections(attn))
         *text, y = normed(y, self.norm1_context.norm, (of_y[1], of_y[0]), _text_projections(attn))
         sources = [(text, attn.norm_added_q, attn.norm_added_k), (image, attn.norm_q, attn.norm_k)]
-        attended = _attended(attn, sources, image_rotary_emb)
-        of_text, of_image = halves(attended, y.shape[1])
+        of_text, of_image = halves(_attended(attn, sources, image_rotary_emb, remade=self.remade), y.shape[1])
         x = gated(x, of_x[2], attn.to_out[0](of_image.contiguous()))
         y = gated(y, of_y[2], attn.to_add_out(of_text.contiguous()))
         made, x = feed_forward(self.ff, x, self.norm2, (of_x[4], of_x[3]))

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention import JointTransformerBlock
 
-from trainer.families.blocks import feed_forward, gated, halves
-from trainer.fused import normed
+from trainer.families.blocks import feed_forward, halves
+from trainer.fused import gated, normed
 
 Heads = list[torch.Tensor]  # queries, keys and values, each (B, heads, T, D)
 

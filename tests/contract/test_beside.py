@@ -1,0 +1,91 @@
+"""Adapters that ride in the product of the frozen weight, in columns beside it."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.frozen import OF_INPUTS, FrozenLinear
+from trainer.quantize import beside, columns, quantize_rows, quantize_weight, widened
+
+TYPES = [torch.float8_e4m3fn, torch.float8_e4m3fnuz]
+M, N, K = 24, 240, 256
+
+
+def error(found, wanted):
+    return ((found.double() - wanted.double()).norm() / wanted.double().norm().clamp(1e-30)).item()
+
+
+def operands(rank, *, of_b=0.02, of_a=1.0, seed=0):
+    """Rows, a weight, and an adapter as training begins with it (A) and comes to (B)."""
+    torch.manual_seed(seed)
+    x, w = torch.randn(M, K) * torch.logspace(-2, 2, M)[:, None], torch.randn(N, K) * 0.05
+    down = (torch.rand(rank, K) * 2 - 1) * of_a / math.sqrt(K)
+    return x.bfloat16(), w, down.bfloat16(), (torch.randn(N, rank) * of_b).bfloat16()
+
+
+def of_adapter(x, w, down, up, dtype):
+    """What the columns beside the rows add to their product, in float64."""
+    room = columns(len(down))
+    (x8, x_scale), (w8, w_scale) = quantize_rows(x, None, dtype, room), quantize_weight(w, dtype)
+    w8 = widened(w8, room)
+    h = x @ down.t()
+    beside(x8, x_scale, h, w8, w_scale, up, K, OF_INPUTS)
+    part = x8[:, K:].double() @ w8[:, K:].double().t() * x_scale.double() * w_scale.double()
+    return part, h.double() @ up.double().t()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("rank", [1, 4, 5, 16])
+def test_they_are_added_as_exactly_as_bf16_holds_them(rank, dtype):
+    found, wanted = of_adapter(*operands(rank), dtype)
+    assert error(found, wanted) < 4e-3  # 8 bits of mantissa, twice
+
+
+@given(
+    of_b=st.floats(1e-5, 0.5), of_a=st.floats(0.1, 10), rank=st.integers(1, 24), seed=st.integers(0, 99),
+    dtype=st.sampled_from(TYPES),
+)  # fmt: skip
+@settings(deadline=None, max_examples=60)
+def test_whatever_their_size_they_are_right_or_too_small_to_count(of_b, of_a, rank, seed, dtype):
+    x, w, down, up = operands(rank, of_b=of_b, of_a=of_a, seed=seed)
+    found, wanted = of_adapter(x, w, down, up, dtype)
+    base = x.double() @ w.double().t()
+    of_rounding = 0.03  # of the frozen weight's part, by 8 bits
+    off = (found - wanted).norm(dim=1)
+    assert (off < 0.01 * wanted.norm(dim=1) + 0.02 * of_rounding * base.norm(dim=1)).all()
+
+
+def test_what_is_too_large_for_8_bits_ends_at_the_largest_and_nan_stays():
+    x, w, down, up = operands(4)
+    found, _ = of_adapter(x, w, down, up * 1e6, TYPES[0])
+    assert found.isfinite().all()
+    up[3, 1] = math.nan
+    found, _ = of_adapter(x, w, down, up, TYPES[0])
+    assert found[:, 3].isnan().all() and found[:, :3].isfinite().all()
+
+
+@pytest.mark.parametrize("rank", [4, 16, 64])  # the last one has no room, and is added afterwards
+@pytest.mark.parametrize("turned", [False, True])
+def test_products_and_gradients_are_those_of_a_layer_without_room(rank, turned):
+    """But for the adapter's rounding: the frozen part has the same bits."""
+    x, w, down, up = operands(rank)
+    linear = torch.nn.Linear(K, N)
+    linear.weight.data.copy_(w)
+    linear = linear.bfloat16().requires_grad_(False)
+    found = []
+    for room in (0, rank):
+        frozen = FrozenLinear(linear, "fp8", room)
+        assert frozen.weight_NF.shape[1] == (384 if room and rank < 64 else K)
+        frozen.turn(turned)
+        leaves = [t.clone().requires_grad_() for t in (x, down, up)]
+        y = frozen.product(*leaves)
+        torch.manual_seed(5)
+        y.backward(torch.randn(M, N).bfloat16())
+        found.append([y.detach(), *(t.grad for t in leaves)])
+    frozen.narrow()
+    assert frozen.weight_NF.shape[1] == K and torch.equal(frozen.product(x, down, up), found[0][0])
+    plain, inside = found
+    assert all(error(a, b) < 4e-3 for a, b in zip(inside, plain, strict=True))
