@@ -206,10 +206,13 @@ class Engine:
         """Whether steps may be recorded: this way, or one further down. What streams weights decides as it goes."""
         return len(self.rungs) > rung and self.rungs[rung][2] != "weights"
 
+    @property
+    def steep(self) -> bool:
+        """Whether the next way down sends more to the host, and is that much slower; or there is none."""
+        return len(self.rungs) == 1 or self.rungs[1][2] != self.rungs[0][2]
+
     def lower(self, problem: str) -> None:
         """The next way, with less memory. Raises SettingsError where there is none."""
-        if len(self.rungs) == 1 and self.narrow():
-            return
         if len(self.rungs) == 1:
             raise SettingsError(f"{problem} Fix: lower PARAMS_BATCH_SIZE or PARAMS_RESOLUTION, or give it more memory.")
         before, now = self.rungs.pop(0), self.rungs[0]

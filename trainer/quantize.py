@@ -64,12 +64,8 @@ def quantize_weight(w_NK: torch.Tensor, dtype: torch.dtype, room: int = 0) -> tu
 
 
 def widened(values_MK: torch.Tensor, room: int) -> torch.Tensor:
-    """The same with so many columns of zeros after it."""
-    if not room:
-        return values_MK
-    wide = torch.zeros(len(values_MK), values_MK.shape[1] + room, dtype=values_MK.dtype, device=values_MK.device)
-    wide[:, : values_MK.shape[1]] = values_MK
-    return wide
+    """The same, of one byte each, with so many columns of zeros after it."""
+    return F.pad(values_MK.view(torch.uint8), (0, room)).view(values_MK.dtype) if room else values_MK
 
 
 def beside(

@@ -123,8 +123,12 @@ class Session:
                 break
             # What is not compiled is far slower when it is launched: rather the next way, as long as that is recorded.
             again = recorded and not self.engine.compiled and self.engine.records(1)
-            narrower = not fits and as_recorded and not again and self.engine.narrow()
-            self.runner.renew() if again or narrower else self.runner.give_up()
+            steep = self.engine.steep or (as_recorded and not again)
+            if not fits and steep and self.engine.narrow():
+                self.runner.renew()
+                prepare.release()
+                continue
+            self.runner.renew() if again else self.runner.give_up()
             prepare.release()
             if again or not as_recorded:
                 self.engine.lower(what)

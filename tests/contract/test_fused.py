@@ -214,6 +214,18 @@ def test_recomputing_changes_no_bit(policy):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize(("policy", "times"), [("none", 1), ("products", 2), ("all", 2)])
+def test_where_products_are_kept_queries_and_keys_are_made_again_and_nothing_else(policy, times, monkeypatch):
+    one, inputs = block()
+    recompute.apply([one], [policy], compiled=False)
+    made, normed, (rotate, norm_rows) = [], [], (rotary.rotate, fused.norm_rows)
+    monkeypatch.setattr(rotary, "rotate", lambda *given: made.append(1) or rotate(*given))
+    monkeypatch.setattr(fused, "norm_rows", lambda *given: normed.append(1) or norm_rows(*given))
+    outs = one(*inputs)
+    gradients(outs, [*inputs[:2], *(p for p in one.parameters() if p.requires_grad)])
+    assert len(made) == times and len(normed) == (2 if policy == "all" else 1)
+
+
 def test_a_checkpointed_block_compiles_in_one_graph():
     one, inputs = block()
     leaves = [*inputs[:2], *(p for p in one.parameters() if p.requires_grad)]
