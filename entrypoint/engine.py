@@ -83,7 +83,7 @@ def _compiled(settings: Settings, plan: EnginePlan, compiles: str, notes: Notes)
         chosen, why = False, "takes longer than it saves here"
     elif recorded and compiles == "never":
         chosen, why = False, "the model has so many kinds of blocks that it takes minutes; steps are recorded instead"
-    elif recorded and compiles == "recomputed" and fused and plan.recompute == "none":
+    elif recorded and compiles == "recomputed" and fused and plan.recompute in ("none", "products"):
         chosen, why = False, "steps are recorded, and what they keep is fused already"
     else:
         chosen, why = True, "pays on accelerators"

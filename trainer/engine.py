@@ -118,6 +118,7 @@ def loaded(
 ) -> tuple[Any, Stream | None]:
     """The denoiser in `model` as `plan` wants it (see `place`), and the stream of its weights if there is one."""
     denoiser = kind.load_denoiser(model, device="cpu", dtype=stored(model / kind.FACTS.parts["denoiser"]))
+    forwards = _forwards(kind, plan)
     if plan.attention != "native":
         denoiser.set_attention_backend(plan.attention)
     stream = place(
@@ -128,9 +129,9 @@ def loaded(
         device=plan.device,
         fused=fused,
         targets=targets,
-        rank=rank,
+        rank=rank if forwards else 0,  # of that, too, the kernels are checked
         streamed=kind.regions(denoiser) if plan.offload == "weights" else (),
-        forwards=_forwards(kind, plan),
+        forwards=forwards,
     )
     return denoiser, stream
 
@@ -166,18 +167,31 @@ class Engine:
 
     def turn(self, *, keep: bool) -> None:
         """Keep the weights turned round as well, or do not."""
-        for layer in (m for region in self.regions for m in region.modules() if isinstance(m, FrozenLinear)):
+        for layer in self._layers():
             layer.turn(keep)
 
+    def _layers(self) -> list[FrozenLinear]:
+        return [m for region in self.regions for m in region.modules() if isinstance(m, FrozenLinear)]
+
     def narrow(self) -> bool:
-        """Give up the columns beside the weights: adapters are added after the products then. Whether there were."""
-        found = [m for r in self.regions for m in r.modules() if isinstance(m, FrozenLinear) and m.rank]
-        if self.stream or not found:
+        """Give up what is there for speed alone: copies turned round; then columns beside the weights. Whether it did.
+
+        Without those, adapters are added after the products.
+        """
+        if self.stream:
             return False
-        for layer in found:
+        if any(layer.turned_KF is not None for layer in self._layers()):
+            self.turn(keep=False)
+            log.info("The weights are not kept turned round any more, which takes less memory and a little more time.")
+            return True
+        wide = [layer for layer in self._layers() if layer.rank]
+        for layer in wide:
             layer.narrow()
-        log.info("Adapters are no part of products any more, which takes less memory, and about 6 % more time.")
-        return True
+        if wide:
+            log.info("Adapters are no part of products any more, which takes less memory and 5 to 10 % more time.")
+        if wide and self.offload:
+            self.offload.know()
+        return bool(wide)
 
     def _climb(self) -> None:
         policy, kept, offload = self.rungs[0]

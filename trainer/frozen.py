@@ -30,6 +30,8 @@ else:
 
 Rows = torch.Tensor | None
 BLOCK = 64  # numbers that share a scale in nf4
+WORTH = 5  # times as many columns as an adapter takes beside a weight, its shorter side has at least
+LEAST = 0.03  # a matrix without any number of that size has no scale for an adapter, which may come to more
 
 # ---- an operator, which the compiler takes as one. Defined plainly: what a call costs the host counts.
 _OPERATORS = torch.library.Library("kiln", "FRAGMENT")
@@ -68,7 +70,8 @@ def fp8_product(
     """(M, N) in bf16: x wᵀ + bias + down upᵀ, with x and w in FP8, which have K = `width` columns that count.
 
     The columns after K are there to be written over: where w has as many as the adapter takes, its part comes out of
-    the same product, and x must have them too; else it is added in place. `times`: see `quantize.beside`.
+    the same product, and x must have them too; else it is added in place. `times`: see `quantize.beside`. To the
+    compiler this changes neither x nor w, for nobody else reads those columns.
     """
     room = 0
     if down_MR is not None and up_NR is not None and columns(down_MR.shape[1]) <= w_NF.shape[1] - width:
@@ -274,8 +277,9 @@ class FrozenLinear(torch.nn.Module):
     def __init__(self, linear: torch.nn.Linear, form: str, rank: int = 0) -> None:
         super().__init__()
         self.in_features, self.out_features, self.form = linear.in_features, linear.out_features, form
-        worth = self.in_fp8 and 5 * columns(rank) <= min(linear.weight.shape)
-        self.rank = rank if worth else 0
+        self.rank = rank if self.in_fp8 and WORTH * columns(rank) <= min(linear.weight.shape) else 0
+        if self.rank and linear.weight.abs().max() < LEAST:
+            self.rank = 0
         room = room_for(self.rank, self.in_features)
         values, scales = FORMS[form].store(linear.weight.detach(), room)
         self.width = values.shape[1] - room
@@ -302,7 +306,7 @@ class FrozenLinear(torch.nn.Module):
 
     def narrow(self) -> None:
         """Give up the columns beside the weight."""
-        self.rank, self.turned_KF, self.weight_NF = 0, None, self.weight_NK.contiguous()
+        self.rank, self.weight_NF = 0, self.weight_NK.contiguous()
 
     @property
     def weight(self) -> torch.Tensor:

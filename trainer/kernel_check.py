@@ -64,12 +64,12 @@ def _pairs(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Sequence[torc
 def _beside(
     kernel: Callable[..., None], dtype: torch.dtype, x: torch.Tensor, g: torch.Tensor, h: torch.Tensor, up: torch.Tensor
 ) -> list[torch.Tensor]:
-    """What is written beside rows, and beside a weight, which are random numbers here."""
+    """What is written beside rows, and beside a weight, which are random numbers here: each half by itself."""
     room = quantize.room_for(RANK, WIDTH)
     (x8, x_scale), (w8, w_scale) = quantize.quantize_rows(x, None, dtype, room), quantize.quantize_rows(g, None, dtype)
     w8 = quantize.widened(w8, room)
     kernel(x8, x_scale, h, w8, w_scale.t().contiguous(), up, WIDTH, 0.5)
-    return [x8[:, WIDTH:].float(), w8[:, WIDTH:].float()]
+    return [part for wide in (x8, w8) for part in wide[:, WIDTH:].float().split(RANK, 1)[: quantize.THIRDS]]
 
 
 def _whole(found: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:

@@ -108,13 +108,13 @@ def weights(of: Footprint, precision: str, offload: str = "none", *, turned: boo
     return (inside * each + copies + of.rest * _wide(precision)) / GIB
 
 
-def beside(of: Footprint, rank: int, precision: str, offload: str = "none") -> float:
+def beside(of: Footprint, rank: int, precision: str, offload: str = "none", *, turned: bool = False) -> float:
     """What adapters have beside the weights that are multiplied in FP8 (`trainer.quantize.beside`), in GiB."""
     columns = -(-3 * rank // 128) * 128
     if PRECISIONS[precision].form != "fp8" or 15 * rank > of.width:
         return 0.0
     share = SLOTS * of.largest / of.blocks if offload == "weights" else 1.0
-    return OUTPUTS * of.adapters * columns * share / GIB
+    return (1.0 if turned else OUTPUTS) * of.adapters * columns * share / GIB
 
 
 def predicted(
@@ -135,7 +135,7 @@ def predicted(
     tokens = work.kilotokens(of) * _wide(precision) / 2
     each = of.working + kept
     streamed = STREAMED if offload == "weights" else 0.0
-    frozen = weights(of, precision, offload, turned=turned) + beside(of, work.rank, precision, offload)
+    frozen = weights(of, precision, offload, turned=turned) + beside(of, work.rank, precision, offload, turned=turned)
     return frozen + streamed + trained + tokens * each
 
 
@@ -143,7 +143,7 @@ def on_host(of: Footprint, work: Work, way: Way) -> float:
     """What a way keeps in the host's memory, in GiB."""
     if way.offload == "none":
         return 0.0
-    streamed = weights(of, way.precision) if way.offload == "weights" else 0.0
+    streamed = weights(of, way.precision) + beside(of, work.rank, way.precision) if way.offload == "weights" else 0.0
     return of.kept[way.recompute] * work.kilotokens(of) * _wide(way.precision) / 2 + streamed
 
 
@@ -222,7 +222,7 @@ def phases(
         "latents": VAE + ENCODE * pictures * encoded_pixels / 2**20,
         "training": way.gib,
         "samples": weights(of, way.precision, way.offload, turned=way.turned)
-        + beside(of, work.rank, way.precision, way.offload)
+        + beside(of, work.rank, way.precision, way.offload, turned=way.turned)
         + of.adapters * work.rank * STATE_BYTES.get(work.optimizer, 16) / GIB
         + VAE
         + (1.0 if tiled else DECODE * drawn_pixels / 2**20),

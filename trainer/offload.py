@@ -46,7 +46,8 @@ class Offload:
     ) -> None:
         self.stream, self.smallest = stream, smallest
         self.limit = math.inf if limit_gib is None else limit_gib * 2**30
-        self.weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+        self.model = model
+        self.know()
         self.out, self.back = torch.cuda.Stream(), torch.cuda.Stream()
         self.buffers: list[torch.Tensor] = []
         weakref.finalize(self, unpin, self.buffers).atexit = False
@@ -55,6 +56,10 @@ class Offload:
         self.leaving: deque[_Stored] = deque()
         self.totals: dict[int, int] = {}  # bytes that a pass saves, by those of the first tensor, which tell its size
         self.first = self.saved = self.away = self.staying = 0  # bytes
+
+    def know(self) -> None:
+        """Where the weights are, which are left alone; to be told again where they have moved."""
+        self.weights = {t.untyped_storage().data_ptr() for t in (*self.model.parameters(), *self.model.buffers())}
 
     def __enter__(self) -> None:
         self.join()
@@ -90,14 +95,14 @@ class Offload:
             return weights
         size = tensor.nbytes
         if not tensor.is_cuda or size < self.smallest or tensor.untyped_storage().data_ptr() in self.weights:
-            return _alone(tensor)
+            return alone(tensor)
         self.first = self.first or size
         self.saved += size
         last = self.saved > self.totals.get(self.first, math.inf) - self.window
         buffer = None if last and self.staying + size <= self.window else self._buffer(size)
         if buffer is None:
             self.staying += size
-            return _alone(tensor)
+            return alone(tensor)
         source, stride = tensor.detach(), tensor.stride()
         if torch.empty_like(source, device="meta").stride() != stride:  # a slice, which no single copy could read
             source = source.contiguous()
@@ -171,6 +176,6 @@ class Offload:
         bisect.insort(self.free, buffer, key=len)
 
 
-def _alone(tensor: torch.Tensor) -> torch.Tensor:
+def alone(tensor: torch.Tensor) -> torch.Tensor:
     """Without the graph: a result that its own operation keeps would hold that, and a pass that fails stay for ever."""
     return tensor.detach() if tensor.grad_fn else tensor

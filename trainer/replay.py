@@ -212,5 +212,6 @@ class Replayed(Direct):
         with contextlib.suppress(RuntimeError):  # it knows
             torch._C._cuda_endAllocateToPool(self.flat.device.index, self.pool)
         # The generator learns it where one succeeds. Until then nothing can be drawn, and the compiler does that.
-        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream, capture_error_mode="thread_local"):
+        graph = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream, capture_error_mode="thread_local")
+        with contextlib.suppress(RuntimeError), graph:  # what failed before is what has to be told
             self.flat[:1].zero_()

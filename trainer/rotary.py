@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from trainer.offload import alone
+
 if importlib.util.find_spec("triton"):
     from trainer.rotary_kernels import rotate, rotate_gradient
 else:
@@ -83,7 +85,7 @@ def _remaking(
 
     def pack(tensor: Tensor) -> Tensor | tuple[int, torch.Size, tuple[int, ...]]:
         index, count = places.get(tensor.data_ptr(), (0, -1))
-        return (index, tensor.shape, tensor.stride()) if tensor.numel() == count else tensor
+        return (index, tensor.shape, tensor.stride()) if tensor.numel() == count else alone(tensor)
 
     def unpack(kept: Tensor | tuple[int, torch.Size, tuple[int, ...]]) -> Tensor:
         if isinstance(kept, Tensor):

@@ -117,19 +117,18 @@ class Session:
         while True:
             as_recorded = self.runner.recording
             fits = self._rehearsed(batches, between)
-            recorded = self.runner.recording  # no more, where something in a step cannot be
+            recorded = self.team.all(self.runner.recording)  # no more, where something in a step cannot be
             fits = self.team.all(fits and not (recorded and self.runner.short_of_memory))
             if fits and recorded == as_recorded:
                 break
             # What is not compiled is far slower when it is launched: rather the next way, as long as that is recorded.
             again = recorded and not self.engine.compiled and self.engine.records(1)
             steep = self.engine.steep or (as_recorded and not again)
-            if not fits and steep and self.engine.narrow():
-                self.runner.renew()
-                prepare.release()
-                continue
-            self.runner.renew() if again else self.runner.give_up()
+            narrower = not fits and steep and self.engine.narrow()
+            self.runner.renew() if recorded and (again or narrower) else self.runner.give_up()
             prepare.release()
+            if narrower:
+                continue
             if again or not as_recorded:
                 self.engine.lower(what)
                 prepare.release()  # what waited on the host

@@ -67,6 +67,26 @@ def test_what_is_too_large_for_8_bits_ends_at_the_largest_and_nan_stays():
     assert found[:, 3].isnan().all() and found[:, :3].isfinite().all()
 
 
+@pytest.mark.parametrize("largest", [0.0, 1e-6, 1e-2, 0.1])
+def test_a_matrix_of_zeros_or_nearly_has_its_adapter_added_afterwards(largest):
+    x, w, down, up = operands(4, of_b=0.05)
+    linear = torch.nn.Linear(K, N, bias=False).requires_grad_(False)
+    linear.weight.data.copy_(w * largest / w.abs().max())
+    frozen = FrozenLinear(linear.bfloat16(), "fp8", 4)
+    assert bool(frozen.rank) == (largest == 0.1)
+    found = frozen.product(x, down, up).double()
+    wanted = x.double() @ frozen.weight.double().t() + (x @ down.t()).double() @ up.double().t()
+    assert error(found, wanted) < 0.03
+
+
+@pytest.mark.parametrize("ratio", [1e-2, 1e-3, 1e-4])
+def test_rows_of_a_weight_that_are_small_are_nearly_as_exact(ratio):
+    w = torch.randn(32, 256)
+    w[1:] *= ratio
+    (values, scale) = quantize_weight(w, TYPES[0])
+    assert error((values.float() * scale.t())[1:], w[1:]) < 0.05
+
+
 @pytest.mark.parametrize("rank", [4, 16, 64])  # the last one has no room, and is added afterwards
 @pytest.mark.parametrize("turned", [False, True])
 def test_products_and_gradients_are_those_of_a_layer_without_room(rank, turned):

@@ -1,6 +1,8 @@
 """What is computed in one pass with the quantising, against the modules one by one, and diffusers' own blocks."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch.utils.checkpoint import checkpoint
 
 from tests.contract.variants import CLASSES, config
+from trainer import frozen as frozen_layers
 from trainer import fused, lora, quantize, recompute, rotary
 from trainer.engine import place
 from trainer.families import family
@@ -53,9 +56,17 @@ def predicted(kind, denoiser, dtype):
     return out.detach(), {n: p.grad for n, p in denoiser.named_parameters() if p.grad is not None}
 
 
+@pytest.fixture(autouse=True)
+def beside(monkeypatch):
+    """Adapters ride in the products of these narrow layers as well."""
+    monkeypatch.setattr(frozen_layers, "WORTH", 0)
+
+
 def adapted(kind, denoiser, *, precision, dtype, forwards, targets=None):
     options = {"fused": kind.FACTS.fused_targets, "targets": targets or kind.FACTS.targets}
-    place(denoiser, kind.blocks(denoiser), precision=precision, dtype=dtype, device="cpu", forwards=forwards, **options)
+    where = {"precision": precision, "dtype": dtype, "device": "cpu", "rank": 4}
+    place(denoiser, kind.blocks(denoiser), **where, forwards=forwards, **options)
+    assert precision != "fp8" or any(m.rank for m in denoiser.modules() if isinstance(m, FrozenLinear))
     lora.add_adapters(denoiser, kind.blocks(denoiser), **options, rank=4, alpha=4, seed=0)
     torch.manual_seed(2)
     for name, p in denoiser.named_parameters():
@@ -114,7 +125,7 @@ def test_fp8_is_as_near_to_full_precision_as_with_diffusers_own_blocks(base):
 
 def layers(*sizes, rank=4):
     """Frozen layers in FP8 and their adapters, as `_Layer` has them; the second one has none."""
-    frozen = [FrozenLinear(torch.nn.Linear(k, n).bfloat16().requires_grad_(False), "fp8") for k, n in sizes]
+    frozen = [FrozenLinear(torch.nn.Linear(k, n).bfloat16().requires_grad_(False), "fp8", rank) for k, n in sizes]
     halves = [
         (torch.randn(rank, k).bfloat16().requires_grad_(), torch.randn(n, rank).bfloat16().requires_grad_())
         for k, n in sizes
@@ -224,6 +235,26 @@ def test_where_products_are_kept_queries_and_keys_are_made_again_and_nothing_els
     outs = one(*inputs)
     gradients(outs, [*inputs[:2], *(p for p in one.parameters() if p.requires_grad)])
     assert len(made) == times and len(normed) == (2 if policy == "all" else 1)
+
+
+def test_a_pass_that_fails_leaves_nothing_behind():
+    """Attention keeps what it returns; handed back as it is, its operation would hold itself and all before it."""
+    one, inputs = block()
+    recompute.apply([one], ["products"], compiled=False)
+    leaf = inputs[0].detach().requires_grad_()
+    x = leaf * 1.0
+    held, outs = weakref.ref(x), one(x, *inputs[1:])
+    del x, outs
+    gc.collect()
+    assert held() is None
+
+
+def test_where_layers_run_one_by_one_a_block_is_recomputed_whole():
+    one, _ = block()
+    assert one.remakes()
+    one.proj_mlp.lora_dropout["default"] = torch.nn.Dropout(0.5)
+    recompute.apply([one], ["products"], compiled=False)
+    assert not one.remakes() and not one.remade and "forward" in one.__dict__
 
 
 def test_a_checkpointed_block_compiles_in_one_graph():

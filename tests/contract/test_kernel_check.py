@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from trainer import fused, kernel_check, rotary
+from trainer import frozen, fused, kernel_check, rotary
 
 FP8 = [torch.float8_e4m3fn, torch.float8_e4m3fnuz]
 KERNELS = [
@@ -35,3 +35,19 @@ def test_a_kernel_that_is_wrong_is_named(monkeypatch, caplog, module, name, spoi
     monkeypatch.setattr(module, name, wrong)
     assert not kernel_check.agree("cpu", torch.float8_e4m3fn)
     assert f"kernels {name} " in caplog.text or f"{name}, {name} " in caplog.text
+
+
+@pytest.mark.parametrize("side", [0, 3])  # x, and the weight
+@pytest.mark.parametrize("third", [0, 1, 2])
+@pytest.mark.parametrize("spoil", [lambda t: t * 0, lambda t: t.roll(1, 1)])
+def test_halves_of_adapters_that_are_missing_or_misplaced_are_found(monkeypatch, side, third, spoil):
+    right = frozen.beside
+
+    def wrong(*given):
+        right(*given)
+        first = kernel_check.WIDTH + third * kernel_check.RANK
+        columns = given[side][:, first : first + kernel_check.RANK]
+        columns.copy_(spoil(columns.float()).to(columns.dtype))
+
+    monkeypatch.setattr(frozen, "beside", wrong)
+    assert not kernel_check.agree("cpu", torch.float8_e4m3fn)

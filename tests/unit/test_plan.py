@@ -408,7 +408,9 @@ def test_an_accelerator_computes_in_8_bits_where_it_has_them():
     [
         (FULL, {}, False),
         (FULL, {"PARAMS_PRECISION": "bf16"}, True),
-        (FULL, {"PARAMS_GRADIENT_CHECKPOINTING": "true"}, True),
+        (FULL, {"PARAMS_GRADIENT_CHECKPOINTING": "true"}, False),  # but products
+        (FULL, {"PARAMS_GRADIENT_CHECKPOINTING": "true", "PARAMS_PRECISION": "int8"}, True),
+        (FULL, {"PARAMS_GRADIENT_CHECKPOINTING": "true", "PARAMS_OFFLOAD": "activations"}, True),
         (FULL, {"PARAMS_LORA_TYPE": "dora"}, True),
         (FULL, {"PARAMS_COMPILE": "true"}, True),
         ("sd3", {}, True),

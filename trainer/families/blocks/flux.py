@@ -11,7 +11,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 
 from trainer.families.blocks import feed_forward, halves, whole
-from trainer.fused import activated, gated, normed
+from trainer.fused import activated, fuses, gated, normed
 from trainer.rotary import attended, fits
 
 Rotary = tuple[torch.Tensor, torch.Tensor] | None
@@ -57,7 +57,10 @@ class Single(FluxSingleTransformerBlock):
     remade = False  # see `trainer.recompute`
 
     def remakes(self) -> bool:
-        return _joined([(_projections(self.attn), self.attn.norm_q, self.attn.norm_k)])
+        joined = _projections(self.attn)
+        return fuses([*joined, self.proj_mlp, self.proj_out]) and _joined(
+            [(joined, self.attn.norm_q, self.attn.norm_k)]
+        )
 
     def forward(
         self,
@@ -84,9 +87,14 @@ class Double(FluxTransformerBlock):
     remade = False
 
     def remakes(self) -> bool:
-        attn = self.attn
-        of_text = (_text_projections(attn), attn.norm_added_q, attn.norm_added_k)
-        return _joined([of_text, (_projections(attn), attn.norm_q, attn.norm_k)])
+        attn, first, second = self.attn, _projections(self.attn), _text_projections(self.attn)
+        others = [
+            attn.to_out[0],
+            attn.to_add_out,
+            *(n for ff in (self.ff, self.ff_context) for n in (ff.net[0].proj, ff.net[2])),
+        ]
+        sources = [(second, attn.norm_added_q, attn.norm_added_k), (first, attn.norm_q, attn.norm_k)]
+        return fuses([*first, *second, *others]) and _joined(sources)
 
     def forward(
         self,
