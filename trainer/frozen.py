@@ -31,7 +31,7 @@ else:
 Rows = torch.Tensor | None
 BLOCK = 64  # numbers that share a scale in nf4
 WORTH = 5  # times as many columns as an adapter takes beside a weight, its shorter side has at least
-LEAST = 0.03  # a matrix without any number of that size has no scale for an adapter, which may come to more
+LEAST = 3e-4  # a matrix without any number of that size has no scale for what an adapter may come to
 
 # ---- an operator, which the compiler takes as one. Defined plainly: what a call costs the host counts.
 _OPERATORS = torch.library.Library("kiln", "FRAGMENT")

@@ -11,9 +11,9 @@ BF16_MAX = torch.finfo(torch.bfloat16).max
 # scale, may be so much larger than the row's. Of a row, numbers 3,000 times smaller than the largest lose precision by
 # it; of a weight, 400 times.
 HEADROOM, OF_WEIGHTS = 4, 32
-# A weight's row has the scale of one that is 8 times smaller than the largest of its matrix, at least; but none has one
-# that is more than 128 times its own, by which it would lose precision as well.
-LEAST, DOUBLED = 8, 7
+# An adapter's numbers may be as large as the largest of a weight, or as this: a row that is 8 times smaller has the
+# scale of one that is not; but none gets more than 128 times its own, by which it would lose precision.
+LARGE, LEAST, DOUBLED = 0.25, 8, 7
 THIRDS, ALIGNED = 3, 16  # columns for each of an adapter's ranks; what tensor cores want a multiple of
 AT_ONCE = 256  # rows of a weight
 LINE = 128  # bytes: where rows begin at no multiple of it, products take a quarter longer
@@ -59,7 +59,7 @@ def quantize_weight(w_NK: torch.Tensor, dtype: torch.dtype, room: int = 0) -> tu
     values = torch.zeros(n, width + room, dtype=dtype, device=w_NK.device)
     low_N, high_N = w_NK.aminmax(dim=1)
     amax_N1 = torch.maximum(-low_N, high_N).float().clamp(FLOOR, BF16_MAX)[:, None]
-    doubled = (amax_N1.max() / LEAST / amax_N1).log2().ceil().clamp(0, DOUBLED)
+    doubled = (amax_N1.max().clamp(min=LARGE) / LEAST / amax_N1).log2().ceil().clamp(0, DOUBLED)
     scale_N1 = (amax_N1 * doubled.exp2() / (limit / OF_WEIGHTS)).bfloat16().float()
     for begin in range(0, n, AT_ONCE):
         rows = slice(begin, begin + AT_ONCE)
