@@ -7,7 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainer import engine
+from trainer.engine import Engine
 from trainer.frozen import OF_INPUTS, FrozenLinear
+from trainer.plan import EnginePlan
 from trainer.quantize import beside, columns, quantize_rows, quantize_weight, widened
 
 TYPES = [torch.float8_e4m3fn, torch.float8_e4m3fnuz]
@@ -111,3 +114,26 @@ def test_products_and_gradients_are_those_of_a_layer_without_room(rank, turned):
     assert frozen.weight_NF.shape[1] == K and torch.equal(frozen.product(x, down, up), found[0][0])
     plain, inside = found
     assert all(error(a, b) < 4e-3 for a, b in zip(inside, plain, strict=True))
+
+
+def test_an_engine_gives_up_copies_first_and_then_columns(monkeypatch):
+    """And what sends tensors to the host is told that the weights, which it leaves alone, have moved."""
+
+    class Told:
+        known = 0
+
+        def __init__(self, *_, **__):
+            pass
+
+        def know(self):
+            self.known += 1
+
+    monkeypatch.setattr(engine, "Offload", Told)
+    linear = torch.nn.Linear(K, N).bfloat16().requires_grad_(False)
+    model = torch.nn.Sequential(FrozenLinear(linear, "fp8", 4))
+    made = Engine(model, [model], EnginePlan(recompute="all", offload="activations", turned_weights=True))
+    layer = model[0]
+    assert layer.turned_KF is not None and layer.rank == 4 and made.steep
+    assert made.narrow() and layer.turned_KF is None and layer.rank == 4 and made.offload.known == 0
+    assert made.narrow() and layer.rank == 0 and made.offload.known == 1
+    assert not made.narrow()
