@@ -180,18 +180,19 @@ class Engine:
         """
         if self.stream:
             return False
-        if any(layer.turned_KF is not None for layer in self._layers()):
+        layers = self._layers()
+        if any(layer.turned_KF is not None for layer in layers):
             self.turn(keep=False)
             log.info("The weights are not kept turned round any more, which takes less memory and a little more time.")
             return True
-        wide = [layer for layer in self._layers() if layer.rank]
-        for layer in wide:
+        if not any(layer.rank for layer in layers):
+            return False
+        for layer in layers:
             layer.narrow()
-        if wide:
-            log.info("Adapters are no part of products any more, which takes less memory and 5 to 10 % more time.")
-        if wide and self.offload:
+        if self.offload:
             self.offload.know()
-        return bool(wide)
+        log.info("Adapters are no part of products any more, which takes less memory and 5 to 10 % more time.")
+        return True
 
     def _climb(self) -> None:
         policy, kept, offload = self.rungs[0]

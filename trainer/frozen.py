@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from peft.tuners import lora as peft_lora
 
-from trainer.quantize import columns, quantize_weight, room_for
+from trainer.precision import ROOMY, columns, room_for
 from trainer.quantize import quantize_rows as reference_quantize_rows
+from trainer.quantize import quantize_weight
 from trainer.quantize import restored as reference_restored
 
 if importlib.util.find_spec("triton"):
@@ -30,7 +31,6 @@ else:
 
 Rows = torch.Tensor | None
 BLOCK = 64  # numbers that share a scale in nf4
-WORTH = 5  # times as many columns as an adapter takes beside a weight, its shorter side has at least
 LEAST = 3e-4  # a matrix without any number of that size has no scale for what an adapter may come to
 
 # ---- an operator, which the compiler takes as one. Defined plainly: what a call costs the host counts.
@@ -277,9 +277,8 @@ class FrozenLinear(torch.nn.Module):
     def __init__(self, linear: torch.nn.Linear, form: str, rank: int = 0) -> None:
         super().__init__()
         self.in_features, self.out_features, self.form = linear.in_features, linear.out_features, form
-        self.rank = rank if self.in_fp8 and WORTH * columns(rank) <= min(linear.weight.shape) else 0
-        if self.rank and linear.weight.abs().max() < LEAST:
-            self.rank = 0
+        worth = rank and self.in_fp8 and ROOMY * columns(rank) <= min(linear.weight.shape)
+        self.rank = rank if worth and linear.weight.abs().max() >= LEAST else 0
         room = room_for(self.rank, self.in_features)
         values, scales = FORMS[form].store(linear.weight.detach(), room)
         self.width = values.shape[1] - room

@@ -216,9 +216,7 @@ def _flat(layers: Sequence[Any], dtype: torch.dtype) -> list[Tensor | None] | No
 
 def fuses(layers: Sequence[Any]) -> bool:
     """Whether those layers' products are computed here, and not by the modules one by one."""
-    bases = [layer.base_layer if isinstance(layer, Adapted) else layer for layer in layers]
-    plain = all(layer.is_plain(torch.bfloat16) for layer in layers if isinstance(layer, Adapted))
-    return plain and all(isinstance(base, FrozenLinear) and base.in_fp8 for base in bases)
+    return _flat(layers, torch.bfloat16) is not None
 
 
 def normed(x_BTD: Tensor, norm: Any, modulation: tuple[Tensor, Tensor] | None, layers: Sequence[Any]) -> list[Tensor]:

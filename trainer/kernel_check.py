@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from trainer import frozen, fused, quantize, rotary, rotary_reference
+from trainer.precision import THIRDS, room_for
 
 log = logging.getLogger(__name__)
 ROWS, WIDTH, HEADS, RANK = 96, 256, 4, 12
@@ -65,11 +66,11 @@ def _beside(
     kernel: Callable[..., None], dtype: torch.dtype, x: torch.Tensor, g: torch.Tensor, h: torch.Tensor, up: torch.Tensor
 ) -> list[torch.Tensor]:
     """What is written beside rows, and beside a weight, which are random numbers here: each half by itself."""
-    room = quantize.room_for(RANK, WIDTH)
+    room = room_for(RANK, WIDTH)
     (x8, x_scale), (w8, w_scale) = quantize.quantize_rows(x, None, dtype, room), quantize.quantize_rows(g, None, dtype)
     w8 = quantize.widened(w8, room)
     kernel(x8, x_scale, h, w8, w_scale.t().contiguous(), up, WIDTH, 0.5)
-    return [part for wide in (x8, w8) for part in wide[:, WIDTH:].float().split(RANK, 1)[: quantize.THIRDS]]
+    return [part for wide in (x8, w8) for part in wide[:, WIDTH:].float().split(RANK, 1)[:THIRDS]]
 
 
 def _whole(found: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from trainer.families import Footprint
-from trainer.precision import PRECISIONS
+from trainer.precision import PRECISIONS, ROOMY, columns, room_for
 
 GIB = 2**30
 STATE_BYTES = {
@@ -110,11 +110,10 @@ def weights(of: Footprint, precision: str, offload: str = "none", *, turned: boo
 
 def beside(of: Footprint, rank: int, precision: str, offload: str = "none", *, turned: bool = False) -> float:
     """What adapters have beside the weights that are multiplied in FP8 (`trainer.quantize.beside`), in GiB."""
-    columns = -(-3 * rank // 128) * 128
-    if PRECISIONS[precision].form != "fp8" or 15 * rank > of.width:
+    if PRECISIONS[precision].form != "fp8" or ROOMY * columns(rank) > of.width:
         return 0.0
     share = SLOTS * of.largest / of.blocks if offload == "weights" else 1.0
-    return (1.0 if turned else OUTPUTS) * of.adapters * columns * share / GIB
+    return (1.0 if turned else OUTPUTS) * of.adapters * room_for(rank, of.width) * share / GIB
 
 
 def predicted(

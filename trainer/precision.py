@@ -56,3 +56,19 @@ def form_for(precision: str, device: str) -> str | None:
         # CDNA 3 multiplies in the types without negative zero alone; CDNA 4 in those that NVIDIA has.
         return "fp8-fnuz" if "gfx94" in torch.cuda.get_device_properties(0).gcnArchName else form
     return form
+
+
+# ---- an adapter has its place beside a weight that is multiplied in FP8 (`trainer.quantize.beside`)
+THIRDS, ALIGNED = 3, 16  # columns for each of its ranks; what tensor cores want a multiple of
+LINE = 128  # bytes: where rows begin at no multiple of it, products take a quarter longer
+ROOMY = 5  # times as many columns as an adapter takes beside a weight, its shorter side has at least
+
+
+def columns(rank: int) -> int:
+    """How many columns an adapter takes beside a row (`beside`)."""
+    return -(-THIRDS * rank // ALIGNED) * ALIGNED
+
+
+def room_for(rank: int, width: int) -> int:
+    """How many columns there are after rows of `width` numbers, that an adapter has its place; 0 without one."""
+    return -(-(width + columns(rank)) // LINE) * LINE - width if rank else 0

@@ -14,24 +14,12 @@ HEADROOM, OF_WEIGHTS = 4, 32
 # An adapter's numbers may be as large as the largest of a weight, or as this: a row that is 8 times smaller has the
 # scale of one that is not; but none gets more than 128 times its own, by which it would lose precision.
 LARGE, LEAST, DOUBLED = 0.25, 8, 7
-THIRDS, ALIGNED = 3, 16  # columns for each of an adapter's ranks; what tensor cores want a multiple of
 AT_ONCE = 256  # rows of a weight
-LINE = 128  # bytes: where rows begin at no multiple of it, products take a quarter longer
 
 
 def most(dtype: torch.dtype) -> float:
     """The largest value that is used: 112 in e4m3fn, 60 in e4m3fnuz, 127 in int8."""
     return torch.finfo(dtype).max / HEADROOM if dtype.is_floating_point else torch.iinfo(dtype).max
-
-
-def columns(rank: int) -> int:
-    """How many columns an adapter takes beside a row (`beside`)."""
-    return -(-THIRDS * rank // ALIGNED) * ALIGNED
-
-
-def room_for(rank: int, width: int) -> int:
-    """How many columns there are after rows of `width` numbers, that an adapter has its place; 0 without one."""
-    return -(-(width + columns(rank)) // LINE) * LINE - width if rank else 0
 
 
 def quantize_rows(

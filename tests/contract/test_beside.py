@@ -11,7 +11,8 @@ from trainer import engine
 from trainer.engine import Engine
 from trainer.frozen import OF_INPUTS, FrozenLinear
 from trainer.plan import EnginePlan
-from trainer.quantize import beside, columns, quantize_rows, quantize_weight, widened
+from trainer.precision import columns
+from trainer.quantize import beside, quantize_rows, quantize_weight, widened
 
 TYPES = [torch.float8_e4m3fn, torch.float8_e4m3fnuz]
 M, N, K = 24, 240, 256

@@ -59,7 +59,7 @@ def predicted(kind, denoiser, dtype):
 @pytest.fixture(autouse=True)
 def beside(monkeypatch):
     """Adapters ride in the products of these narrow layers as well."""
-    monkeypatch.setattr(frozen_layers, "WORTH", 0)
+    monkeypatch.setattr(frozen_layers, "ROOMY", 0)
 
 
 def adapted(kind, denoiser, *, precision, dtype, forwards, targets=None):

@@ -20,7 +20,7 @@ FAMILIES = ["flux", "sdxl", "sd3"]
 @pytest.fixture(autouse=True)
 def beside(monkeypatch):
     """Adapters ride in the products of narrow layers as well."""
-    monkeypatch.setattr(frozen, "WORTH", 0)
+    monkeypatch.setattr(frozen, "ROOMY", 0)
 
 
 def miniature(name):

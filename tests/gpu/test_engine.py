@@ -13,6 +13,7 @@ import torch
 from trainer import frozen, quantize, recompute
 from trainer.engine import Engine
 from trainer.offload import Offload
+from trainer.precision import room_for
 from trainer.replay import Direct, Replayed
 
 pytestmark = pytest.mark.gpu
@@ -72,7 +73,7 @@ def test_adapters_beside_a_product_are_those_of_plain_torch(rank):
         torch.randn(rank, k, device="cuda").bfloat16() / k**0.5,
         torch.randn(n, rank, device="cuda").bfloat16() * 0.2,
     )
-    room, h = quantize.room_for(rank, k), x @ down.t()
+    room, h = room_for(rank, k), x @ down.t()
     (x8, x_scale), (w8, w_scale) = kernels.quantize_rows(x, None, dtype, room), quantize.quantize_weight(w, dtype)
     w8 = quantize.widened(w8, room)
     plain = frozen.fp8_product(x8, x_scale, w8, w_scale, None, None, None, k, frozen.OF_INPUTS)
