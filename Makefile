@@ -66,7 +66,8 @@ readme: .venv/.runtime
 	$(BIN)/python -c "import pathlib, re; from entrypoint.settings import help_env; p = pathlib.Path('README.md'); \
 	p.write_text(re.sub(r'(?s)(<!-- variables -->\n).*?(<!-- /variables -->)', lambda m: m[1] + help_env().strip() + '\n' + m[2], p.read_text()))"
 
-# Made anew only when pyproject.toml changes. torch and what it brings for CUDA have a lock of their own, for the image.
+# Made anew only when pyproject.toml changes. torch and what it brings for CUDA have a lock of their own, for the image; so
+# has FlashAttention 4, whose compiler would come for two versions of CUDA.
 lock:
 	printf '$(TORCH)\n' > .venv/torch.txt
 	$(BIN)/pip install --quiet uv==0.13.9
@@ -75,6 +76,10 @@ lock:
 	own = [bool(re.match(r'(torch|triton|nvidia-\S+|cuda-\S+)==', part)) for part in parts]; \
 	[open(name, 'w').write(''.join(p for p, o in zip(parts, own) if o is is_torch)) \
 	for name, is_torch in (('torch.lock', True), ('requirements.lock', False))]"
+	$(BIN)/uv pip compile -q --universal --generate-hashes --no-annotate --no-header --python-version 3.11 -c .venv/torch.txt --extra flash-4 pyproject.toml > .venv/flash.lock
+	$(BIN)/python -c "import re; all, more = (re.split(r'(?m)^(?=\S)', open(f'.venv/{name}.lock').read()) for name in ('all', 'flash')); \
+	there = {part.split('==')[0] for part in all} | {'nvidia-cutlass-dsl-libs-cu12'}; \
+	open('entrypoint/flash_4.lock', 'w').write(''.join(part for part in more if part.split('==')[0] not in there))"
 	$(BIN)/uv pip compile -q --universal --generate-hashes --no-annotate --no-header --python-version 3.11 --group dev -c requirements.lock -o requirements-dev.lock
 	$(BIN)/uv pip compile -q --universal --generate-hashes --no-annotate --no-header --python-version 3.11 --group audit -o .github/audit.lock
 	sed -n 's/^runpod = \["\(.*\)"\]$$/\1/p' pyproject.toml \

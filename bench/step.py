@@ -5,8 +5,9 @@
 FAMILY: flux (1280 x 768 pixels), sdxl or sd3 (1024 x 1024). POLICY: a key of trainer.recompute.POLICIES. WORD, host:
 what is kept waits in the host's memory; weights: the frozen weights as well; turned: these are kept turned round as
 well; replay: recorded (trainer.replay); narrow: adapters are no part of products; plain: FP8 within diffusers' own
-forward passes; eager: nothing is compiled; profile: the kernels that take longest are listed. `images_s` is the batch
-by the median time of a step; `peak_gib` what torch allocated, or with a recording's memory reserved.
+forward passes; native: attention is torch's own also where FlashAttention 4 is installed (trainer.flash); eager:
+nothing is compiled; profile: the kernels that take longest are listed. `images_s` is the batch by the median time of a
+step; `peak_gib` what torch allocated, or with a recording's memory reserved.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from typing import Any
 import torch
 
 from bench.report import Report, options
+from entrypoint import flash
+from entrypoint.hardware import detect
 from trainer import lora, optim
 from trainer.engine import Engine, limit_memory, place
 from trainer.families import family
@@ -137,6 +140,7 @@ class Bench:
             offload=next((to for word, to in OFFLOADS.items() if word in words), "none"),
             compile="eager" not in words,
             turned_weights="turned" in words,
+            attention=detect().fastest_attention if flash.version() and "native" not in words else "native",
         )
         engine = Engine(self.model, self.kind.regions(self.model), plan)
         if "narrow" in words:
@@ -275,7 +279,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "what",
         nargs="+",
-        help="PRECISION+POLICY[+host|+weights][+turned][+replay][+narrow][+plain][+eager][+profile]:BATCH",
+        help="PRECISION+POLICY[+host|+weights][+turned][+replay][+narrow][+plain][+native][+eager][+profile]:BATCH",
     )
     asked = parser.parse_args(arguments)
     report = Report(f"{asked.family}: a step", asked.markdown)

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from entrypoint import bake, finish, hardware, net, resume, singles, upload
+from entrypoint import bake, finish, flash, hardware, net, resume, singles, upload
 from entrypoint.manifest import read_manifest
 from entrypoint.plan import make_plan
 from entrypoint.settings import Settings, help_env, read_settings
@@ -171,6 +171,8 @@ def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
     from entrypoint.fetch import fetch_model, fetch_source
 
     hub, cache = settings.hf_home / "hub", Path(plan.output.cache)
+    if plan.engine.attention == "flash_4":
+        flash.install(cache)
     patterns = singles.patterns(family(plan.model.family).FACTS, plan.model.parts)
     sources = list(dict.fromkeys(s.source for d in plan.data.datasets for s in d.subsets))
     cancelled = threading.Event()

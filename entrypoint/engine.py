@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from functools import partial
 
+from entrypoint import flash
 from entrypoint.checks import Notes, show
 from entrypoint.hardware import Hardware, select
 from entrypoint.settings import Settings
@@ -45,18 +46,11 @@ def engine_plan(
         needs, allowed = PRECISIONS[settings.precision].needs, ", ".join(("auto", *hardware.formats))
         what = f"PARAMS_PRECISION={show(settings.precision)} is not what {hardware} can do"
         notes.add(f"{what}: it needs {needs}. Allowed: {allowed}.")
-    if settings.attention == "auto":
-        notes.chose("PARAMS_ATTENTION", "native", "torch picks the kernel")
-    elif settings.attention != "native" and not facts.attention_backends:
-        notes.add(
-            f"PARAMS_ATTENTION={settings.attention}: {settings.base_model} has torch's own attention and no other. "
-            "Allowed: auto, native."
-        )
     plan = EnginePlan(
         device=hardware.device,
         num_gpus=_num_gpus(settings, hardware, notes),
         replay=hardware.records and not any(settings.text_encoder_lr),
-        attention="native" if settings.attention == "auto" else settings.attention,
+        attention=_attention(settings, hardware, facts, notes),
         memory_limit_gib=settings.memory_limit_gib,
         step_timeout_s=settings.step_timeout,
     )
@@ -89,6 +83,26 @@ def _compiled(settings: Settings, plan: EnginePlan, compiles: str, notes: Notes)
         chosen, why = True, "pays on accelerators"
     notes.chose("PARAMS_COMPILE", chosen, why)
     return chosen
+
+
+def _attention(settings: Settings, hardware: Hardware, facts: Facts, notes: Notes) -> str:
+    """Whose attention runs: the fastest that is there, but for what is asked for."""
+    asked, fits = settings.attention, hardware.fastest_attention
+    if asked == "auto":
+        there = fits == "flash_4" and flash.is_installed(settings.cache_path)
+        hint = "; flash_4 is faster here and is brought when it is asked for" if fits == "flash_4" else ""
+        chosen, why = (fits, "the fastest here") if there else ("native", f"torch picks the kernel{hint}")
+        notes.chose("PARAMS_ATTENTION", chosen, why)
+        return chosen
+    if asked == "flash_4":
+        if not hardware.runs_flash_4:
+            notes.add(f"PARAMS_ATTENTION=flash_4 needs compute capability 9.0 or more, which {hardware} has not.")
+    elif asked != "native" and not facts.attention_backends:
+        notes.add(
+            f"PARAMS_ATTENTION={asked}: {settings.base_model} has torch's own attention and no other. "
+            "Allowed: auto, native, flash_4."
+        )
+    return asked
 
 
 def _num_gpus(settings: Settings, hardware: Hardware, notes: Notes) -> int:

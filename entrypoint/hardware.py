@@ -81,6 +81,16 @@ class Hardware:
         """Whether steps are recorded (trainer.replay). On AMD that was not tried."""
         return self.vendor == "nvidia"
 
+    @property
+    def runs_flash_4(self) -> bool:
+        """Whether FlashAttention 4 (trainer.flash) has both passes for this."""
+        return self.vendor == "nvidia" and _version(self.architecture)[0] >= 9
+
+    @property
+    def fastest_attention(self) -> str:
+        """By what was measured: elsewhere torch is left to pick."""
+        return "flash_4" if self.runs_flash_4 and _version(self.architecture)[0] == 9 else "native"
+
     def computes_in(self, precision: str) -> str:
         """torch's name of the type of activations, with weights in a format: 16 bits that are fast here."""
         return PRECISIONS[precision].dtype or (

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from entrypoint import files
+from entrypoint import files, flash
 from trainer.errors import HangError, KilnError, PeerError, StorageError
 from trainer.plan import Plan
 
@@ -60,6 +60,7 @@ def launch(plan: Plan, *, environment: Mapping[str, str]) -> int:
             arguments, size = [sys.executable, "-m", "trainer", str(path)], plan.engine.num_gpus
             for rank in range(size):
                 given = child_environment(environment)
+                given |= flash.environment(Path(plan.output.cache), given) if plan.engine.attention == "flash_4" else {}
                 given |= member_environment(given, folder, rank, size=size) if size > 1 else {}
                 given |= {} if rank else {ALIVE: str(folder / "alive")}
                 children.append(subprocess.Popen(arguments, env=given))  # noqa: S603

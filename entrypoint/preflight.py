@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from entrypoint import archive, fetch, hub, layout, net, rows, singles
+from entrypoint import archive, fetch, flash, hub, layout, net, rows, singles
 from entrypoint.files import human, storage_error
 from entrypoint.net import Patience
 from trainer.errors import DataError, GatedError, KilnError, SettingsError, StorageError, UnreachableError
@@ -65,6 +65,9 @@ def preflight(plan: Plan, *, token: str | None, hub_cache: Path, patience: Patie
             problems.append(storage_error(problem, Path(str(problem.filename or "."))))
 
     attempt(partial(_check_resume, plan.lora.resume_from))
+    if plan.engine.attention == "flash_4" and not flash.is_installed(places["CACHE_PATH"]):
+        logger.info("To fetch: FlashAttention 4 with its compiler, %s.", human(flash.BYTES))
+        needs.add("CACHE_PATH", "FlashAttention 4", flash.BYTES)
     attempt(partial(_check_model, plan, needs, token=token, hub_cache=hub_cache, patience=patience))
     for source, encoded in _sources(plan):
         if any(isinstance(p, UnreachableError) for p in problems):  # waited for long enough

@@ -32,9 +32,9 @@ MANY = 10**8
 OF_DATASET = "dataset.json's"
 LORA_TYPES = ("lora", "rslora", "dora")
 TEXT_RATE = "learning rate of the CLIP text encoders, or CLIP-L's and CLIP-G's"
-# Those of diffusers' attention backends that torch itself carries: the others need packages that are not installed, or
-# have no backward pass.
-ATTENTION = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math", "flex")
+# flash_4 (trainer.flash), and those of diffusers' attention backends that torch itself carries: the others need
+# packages that are not installed, or have no backward pass.
+ATTENTION = ("native", "flash_4", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math", "flex")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,7 +309,7 @@ class Settings:
         "PARAMS_ATTENTION",
         "choice",
         default="auto",
-        means="implementation of attention, by diffusers' names",
+        means="implementation of attention, by diffusers' names; flash_4: FlashAttention 4 (docs/docker.md)",
         choices=lambda: ("auto", *ATTENTION),
     )
     memory_limit_gib: float | None = row(

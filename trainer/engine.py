@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trainer import attention, kernel_check, keys, lora, recompute
+from trainer import attention, flash, kernel_check, keys, lora, recompute
 from trainer.assemble import HALF
 from trainer.errors import SettingsError
 from trainer.families import Family
@@ -119,7 +119,7 @@ def loaded(
     """The denoiser in `model` as `plan` wants it (see `place`), and the stream of its weights if there is one."""
     denoiser = kind.load_denoiser(model, device="cpu", dtype=stored(model / kind.FACTS.parts["denoiser"]))
     forwards = _forwards(kind, plan)
-    if plan.attention != "native":
+    if plan.attention not in ("native", "flash_4"):
         denoiser.set_attention_backend(plan.attention)
     stream = place(
         denoiser,
@@ -155,6 +155,7 @@ class Engine:
         stream: Stream | None = None,
     ) -> None:
         attention.mend()
+        flash.use(plan.attention == "flash_4")
         self.denoiser, self.regions, self.stream, self.device = denoiser, list(regions), stream, plan.device
         self.offload: Offload | None = None
         self.compiled, self.host_gib = plan.compile, plan.host_gib

@@ -30,6 +30,7 @@ else:
     from trainer.quantize import beside, quantize_rows, reads, restored, transpose
 
 Rows = torch.Tensor | None
+FEW = 2**18  # numbers; for some products of long rows that are so small cuBLAS (12.9, 13.0) has no kernel with a bias
 BLOCK = 64  # numbers that share a scale in nf4
 LEAST = 3e-4  # a matrix without any number of that size has no scale for what an adapter may come to
 
@@ -77,15 +78,18 @@ def fp8_product(
     if down_MR is not None and up_NR is not None and columns(down_MR.shape[1]) <= w_NF.shape[1] - width:
         beside(x_MF, x_scale_M1, down_MR, w_NF, w_scale_1N, up_NR, width, times)
         room = w_NF.shape[1] - width
+    after = bias_N if len(x_MF) * len(w_NF) < FEW else None
     y_MN = torch._scaled_mm(
         x_MF[:, : width + room],
         w_NF[:, : width + room].t(),
         scale_a=x_scale_M1,
         scale_b=w_scale_1N,
-        bias=bias_N,
+        bias=bias_N if after is None else None,
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
+    if after is not None:
+        y_MN += after
     return y_MN if room or down_MR is None or up_NR is None else y_MN.addmm_(down_MR, up_NR.t())
 
 

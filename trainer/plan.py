@@ -194,7 +194,7 @@ class EnginePlan:
     tile_vae: bool = neutral(False)  # samples are decoded piece by piece, and pictures encoded one by one
     compile: bool = neutral(False)
     replay: bool = neutral(False)  # steps are recorded and replayed as a whole, where nothing waits on the host
-    attention: str = "native"  # an attention backend of diffusers
+    attention: str = neutral("native")  # an attention backend of diffusers, or flash_4 (trainer.flash)
     memory_limit_gib: float | None = neutral(None)
     step_timeout_s: float | None = neutral(None)  # None: by the usual time of a step; 0: no limit
 

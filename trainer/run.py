@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from trainer import checkpoint, class_pictures, files, formats, lora, optim, parallel, prepare, text_encoders
+from trainer import checkpoint, class_pictures, files, flash, formats, lora, optim, parallel, prepare, text_encoders
 from trainer.assemble import assembled
 from trainer.class_pictures import Wanted
 from trainer.crashes import Crashes
@@ -45,6 +45,8 @@ def run(plan: Plan, stop: StopFlag) -> None:
     Raises the errors of `trainer.errors`; StopRequestedError after a signal, with the state saved.
     """
     out, team = Path(plan.output.path), parallel.team(plan.engine.num_gpus, os.environ, stop)
+    if plan.engine.attention == "flash_4":
+        flash.prepare()
     if not team.first:
         _follow(plan, stop, out, team=team)
         return

@@ -106,7 +106,7 @@ def drawn(seed: int, hardware: Hardware) -> Drawn:
         "kept_blocks": rng.choice((0, 0, 1, 2)) if recompute in ("products", "attention") and offload == "none" else 0,
         "offload": offload,
         "turned_weights": (precision, recompute, offload) == ("fp8", "none", "none") and rng.random() < 0.5,
-        "replay": hardware.records and rng.random() < 0.6,
+        "replay": hardware.records and rng.random() < 0.9,
         "host_gib": rng.choice((None, None, 0.0)),  # 0: the weights have no place on the host
     }
     datasets = tuple(

@@ -5,6 +5,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from entrypoint.flash import version
+from entrypoint.hardware import detect
+from trainer import flash
 from trainer.attention import mend
 
 pytestmark = pytest.mark.gpu
@@ -12,6 +15,16 @@ HEADS, BESIDE = 3, 2**20
 # Those of a text alone; Flux.1's at 320 x 192, 512 x 512 and 640 x 640; SD3's at 1024 x 1024. Kernels work on blocks of
 # 64 or 128 tokens, and what is left over after them is where they were wrong before (pytorch/pytorch#196678).
 TOKENS = [77, 752, 1536, 2112, 4429]
+
+
+@pytest.fixture(params=["native", "flash_4"], autouse=True)
+def kind(request):
+    """Whose attention runs."""
+    if request.param == "flash_4" and not (version() and detect().runs_flash_4):
+        pytest.skip("it is not installed, or not for this device")
+    flash.use(request.param == "flash_4")
+    yield request.param
+    flash.use(False)
 
 
 def placed(tokens, dim, generator):
@@ -68,3 +81,78 @@ def test_the_gradient_may_be_laid_out_in_any_way(compiled):
             wanted = torch.autograd.grad(attended(*exact, None), exact, g.float())
         for a, b in zip(found, wanted, strict=True):
             assert a.isfinite().all() and (a.float() - b).norm() < 2e-2 * b.norm()
+
+
+def error(a, b):
+    return ((a.double() - b).norm() / b.norm()).item()
+
+
+def with_gradients(q, k, v, g):
+    given = [t.detach().requires_grad_() for t in (q, k, v)]
+    out = scaled_dot_product_attention(*given)
+    return out.detach(), *torch.autograd.grad(out, given, g)
+
+
+@pytest.mark.parametrize("dim", [16, 64, 128, 256])
+def test_there_may_be_fewer_keys_than_queries(dim):
+    """As SDXL's text has; and heads of a size that FlashAttention 4 is not asked for."""
+    generator = torch.Generator("cuda").manual_seed(dim)
+    q, g = (placed(1024, dim, generator) for _ in "qg")
+    k, v = (placed(77, dim, generator) for _ in "kv")
+    for found, wanted in zip(with_gradients(q, k, v, g), flash.exact(q, k, v, g), strict=True):
+        assert error(found, wanted) < 1e-2
+
+
+def test_parts_of_joined_rows_are_read_where_they_lie():
+    rows = torch.randn(2, 700, 3 * HEADS * 64, device="cuda", dtype=torch.bfloat16)
+    q, k, v = (t.unflatten(2, (HEADS, 64)).transpose(1, 2) for t in rows.chunk(3, 2))
+    g = torch.randn(2, 700, HEADS * 64, device="cuda", dtype=torch.bfloat16).unflatten(2, (HEADS, 64)).transpose(1, 2)
+    for found, wanted in zip(with_gradients(q, k, v, g), flash.exact(q, k, v, g), strict=True):
+        assert error(found, wanted) < 1e-2
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_it_can_be_recorded(compiled):
+    """And reads then what lies there later."""
+    generator = torch.Generator("cuda").manual_seed(5)
+    q, k, v, g = (placed(1536, 128, generator) for _ in "qkvg")
+    run = torch.compile(with_gradients) if compiled else with_gradients
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run(q, k, v, g)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run(q, k, v, g)
+    for t in (q, k, v, g):
+        t.copy_(torch.randn(t.shape, device="cuda", generator=generator))
+    graph.replay()
+    for a, b in zip(found, flash.exact(q, k, v, g), strict=True):
+        assert error(a, b) < 1e-2
+
+
+def test_how_fast_it_is(kind):
+    """Prints TFLOP/s at the sizes of Flux.1 with four pictures and with one of 512 x 512, and of SD3 with four."""
+    for batch, heads, tokens, dim in ((4, 24, 4352, 128), (1, 24, 1536, 128), (4, 24, 4429, 64)):
+        q, k, v, g = (torch.randn(batch, tokens, heads, dim, device="cuda").bfloat16().transpose(1, 2) for _ in "qkvg")
+        given = [t.requires_grad_() for t in (q, k, v)]
+        out = scaled_dot_product_attention(*given)
+        operations = 4 * batch * heads * tokens**2 * dim / 1e12
+        ahead = seconds(lambda given=given: scaled_dot_product_attention(*given))
+        back = seconds(lambda out=out, given=given, g=g: torch.autograd.grad(out, given, g, retain_graph=True))
+        there = f"forward {operations / ahead:.0f}, backward {2.5 * operations / back:.0f} TFLOP/s"
+        print(f"\n{kind} {batch} x {tokens} x {heads} x {dim}: {there}", end="")
+
+
+def seconds(work, times=20):
+    """Of one of several calls that the device has waiting."""
+    for _ in range(3):
+        work()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in "be")
+    begin.record()
+    for _ in range(times):
+        work()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / times / 1e3

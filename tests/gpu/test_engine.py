@@ -87,6 +87,22 @@ def test_adapters_beside_a_product_are_those_of_plain_torch(rank):
     assert ((found.double() - plain.double()) - wanted).norm() < 6e-3 * (wanted + plain.double()).norm()
 
 
+@pytest.mark.parametrize("rows", [1, 77, 192, 2048])
+@pytest.mark.parametrize("width", [640, 5120, 15360])
+def test_a_product_has_a_bias_however_few_rows_there_are(width, rows):
+    """cuBLAS has no kernel for some of them: SDXL's second half of an MLP in small pictures."""
+    room, n = room_for(16, width), 640
+    x, w = torch.randn(rows, width, device="cuda").bfloat16(), torch.randn(n, width, device="cuda") * 0.05
+    bias, h = (torch.randn(*shape, device="cuda").bfloat16() for shape in ((n,), (rows, 16)))
+    up = torch.randn(n, 16, device="cuda").bfloat16() * 0.02
+    x8, x_scale = quantize.quantize_rows(x, None, torch.float8_e4m3fn, room)
+    w8, w_scale = quantize.quantize_weight(w, torch.float8_e4m3fn)
+    values = (x8[:, :width].double() * x_scale) @ (w8.double() * w_scale.t()).t() + h.double() @ up.double().t()
+    w8 = quantize.widened(w8, room)
+    found = frozen.fp8_product(x8, x_scale, w8, w_scale, bias, h, up, width, frozen.OF_INPUTS)
+    assert ((found.double() - values - bias.double()).norm() / values.norm()).item() < 1e-2
+
+
 @pytest.mark.parametrize("width", [100, 3072])
 def test_gates_and_sums_are_those_of_plain_torch(width):
     from trainer import kernels

@@ -21,7 +21,7 @@ from trainer.families import names
 ROOT = Path(__file__).resolve().parents[2]
 PLANS, SEED = int(os.environ.get("PLANS", "100")), int(os.environ.get("SEED", "0"))
 
-EACH = 3  # processes on an accelerator, which wait for the host most of the time
+EACH = 4  # processes on an accelerator, which wait for the host most of the time
 
 
 def made(device: int, of: range) -> list[dict[str, Any]]:
