@@ -6,7 +6,8 @@ bf16, eager and compiled: diffusers' model with peft's adapters and its own grad
 compiled, with its float8 training (rowwise scales are its slower recipe; this one is tensorwise). Where a checkout is
 named, what others run (`bench/others.py`): `--onetrainer FOLDER`, with its 8-bit layers, compiled;
 `--sd-scripts FOLDER`, for Flux.1 alone. Then each way of ours that `--ours` names, as in `python -m bench step`.
-`images_s`: the batch by the median of five steps.
+`--only bf16 OneTrainer`: of the others, those whose names begin so. `images_s`: the batch by the median of five steps.
+Attention is torch's own for the others, mended (`trainer/attention.py`), without which some of them end.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from peft import LoraConfig
 
 from bench import others, step
 from bench.report import Report, options
-from trainer import frozen
+from trainer import attention, frozen
 from trainer.families import family
 
 
@@ -77,11 +78,13 @@ def main(arguments: list[str]) -> None:
     parser = options(__doc__)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--ours", nargs="*", default=["fp8+all", "fp8+attention"])
+    parser.add_argument("--only", nargs="*", default=[""], metavar="NAME")
     parser.add_argument("--onetrainer", type=Path)
     parser.add_argument("--sd-scripts", type=Path)
     asked = parser.parse_args(arguments)
+    attention.mend()
     report = Report(f"{asked.family}: what else there is", asked.markdown)
-    for what, made in _peers(asked):
+    for what, made in (p for p in _peers(asked) if p[0].startswith(tuple(asked.only))):
         step.free()
         peer = made()
         for batch in asked.batch:
