@@ -96,7 +96,8 @@ def _attention(settings: Settings, hardware: Hardware, facts: Facts, notes: Note
         return chosen
     if asked == "flash_4":
         if not hardware.runs_flash_4:
-            notes.add(f"PARAMS_ATTENTION=flash_4 needs compute capability 9.0 or more, which {hardware} has not.")
+            what = f"PARAMS_ATTENTION=flash_4 needs compute capability 9.0 or more, which {hardware} has not."
+            notes.add(f"{what} Fix: set PARAMS_ATTENTION=auto.")
     elif asked != "native" and not facts.attention_backends:
         notes.add(
             f"PARAMS_ATTENTION={asked}: {settings.base_model} has torch's own attention and no other. "

@@ -116,10 +116,10 @@ def prune(folder: Path, keep: int) -> list[int]:
     return [int(p.name[5:]) for p in (found[-keep:] if keep else found)]
 
 
-def made_by() -> dict[str, str]:
+def made_by(attention: str) -> dict[str, str]:
     """What decides the last bits of a sum: another version or device goes on, but not to the same bytes."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {"torch": torch.__version__, "device": device}
+    return {"torch": torch.__version__, "device": device, "PARAMS_ATTENTION": attention}
 
 
 def random_state() -> dict[str, Any]:

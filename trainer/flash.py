@@ -24,6 +24,9 @@ FORWARD = "_scaled_dot_product_flash_attention"
 BACKWARD = f"{FORWARD}_backward"
 DIMS, DTYPES = (64, 128), (torch.bfloat16, torch.float16)  # of heads: those of the published models
 ALLOWED = 2e-2  # relative, to full precision: what bf16 loses is a fifth of it
+# What the package raises where it cannot be loaded, cannot compile or cannot run, beside errors of its own.
+PROBLEMS = (ImportError, OSError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, AssertionError)
+INSTEAD = "torch's own flash attention is used. PARAMS_ATTENTION=native lets torch pick, which may be faster."
 _used: list[torch.library.Library] = []
 
 
@@ -55,7 +58,7 @@ def _module() -> Any:
     warnings.filterwarnings("ignore", module=r"cutlass\.", category=UserWarning)  # of what it compiles
     try:
         return importlib.import_module(MODULE)
-    except (ImportError, OSError, AttributeError, RuntimeError) as problem:
+    except PROBLEMS as problem:
         log.warning("FlashAttention 4 cannot be loaded: torch's own attention is used. (%s)", problem)
         return None
 
@@ -73,7 +76,7 @@ def _forward(
     scale: float | None = None,
 ) -> tuple[Any, ...]:
     """As torch's operator: q, k and v are (batch, heads, tokens, numbers), as is what is returned first."""
-    if not _takes(q, k, v) or dropout_p or return_debug_mask:
+    if not _takes(q, k, v, causal=is_causal) or dropout_p or return_debug_mask:
         found: tuple[Any, ...] = original.call_boxed(
             keys, q, k, v, dropout_p, is_causal, return_debug_mask, scale=scale
         )
@@ -96,15 +99,15 @@ def _backward(
     scale: float | None = None,
 ) -> tuple[torch.Tensor, ...]:
     *_, dropout_p, is_causal, _seed, _offset = more
-    if not _takes(q, k, v) or dropout_p:
+    if not _takes(q, k, v, causal=is_causal) or dropout_p:
         found: tuple[torch.Tensor, ...] = original.call_boxed(keys, g, q, k, v, out, lse_BHT, *more, scale=scale)
         return found
     return _gradients(g, q, k, v, out, lse_BHT, causal=is_causal, scale=scale)
 
 
-def _takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+def _takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> bool:
     same = q.shape[3] == k.shape[3] == v.shape[3] and q.shape[1] == k.shape[1] and min(q.numel(), k.numel()) > 0
-    return same and q.shape[3] in DIMS and q.dtype in DTYPES and _is_right(q.shape[3], q.dtype, q.device)
+    return same and q.shape[3] in DIMS and q.dtype in DTYPES and _is_right(q.shape[3], q.dtype, q.device, causal)
 
 
 def _attended(
@@ -137,32 +140,40 @@ def _gradients(
 
 
 @functools.cache
-def _is_right(dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+def _is_right(dim: int, dtype: torch.dtype, device: torch.device, causal: bool) -> bool:
     """Whether it computes here what plain torch does, with heads of `dim` numbers, for which it is compiled."""
     generator = torch.Generator(device).manual_seed(0)
-    q, k, v, g = (torch.randn(1, 2, n, dim, device=device, generator=generator).to(dtype) for n in (200, 328, 328, 200))
+    sizes = (200, 200, 200, 200) if causal else (200, 328, 328, 200)
+    q, k, v, g = (torch.randn(1, 2, n, dim, device=device, generator=generator).to(dtype) for n in sizes)
     try:
-        out, lse = _attended(q, k, v, causal=False, scale=None)
-        found = out, *_gradients(g, q, k, v, out, lse, causal=False, scale=None)
-    except _errors() as problem:
-        log.warning("FlashAttention 4 does not run on this device: torch's own is used. (%s)", problem)
+        out, lse = _attended(q, k, v, causal=causal, scale=None)
+        found = out, *_gradients(g, q, k, v, out, lse, causal=causal, scale=None)
+    except torch.OutOfMemoryError:  # says nothing about it, and whoever calls knows what to give up
+        raise
+    except _problems() as problem:
+        log.warning("FlashAttention 4 does not run on this device: %s (%s)", INSTEAD, problem)
         return False
-    off = max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact(q, k, v, g), strict=True))
+    wanted = exact(q, k, v, g, causal=causal)
+    off = max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, wanted, strict=True))
     if not off <= ALLOWED:
-        log.warning("FlashAttention 4 is %.1e from what plain torch gives on this device: torch's own is used.", off)
+        log.warning("FlashAttention 4 is %.1e from what plain torch gives on this device: %s", off, INSTEAD)
     return off <= ALLOWED
 
 
-def _errors() -> tuple[type[Exception], ...]:
-    """What the package raises where it cannot compile or run."""
+def _problems() -> tuple[type[Exception], ...]:
     own: type[Exception] = importlib.import_module("cutlass.base_dsl.common").DSLBaseError
-    return own, RuntimeError, TypeError, AssertionError, OSError
+    return own, *PROBLEMS
 
 
-def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def exact(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, *, causal: bool = False
+) -> tuple[torch.Tensor, ...]:
     """Attention and the gradients of q, k and v for a gradient `g` of what it returns, in float64 and written out."""
     q, k, v, g = (t.double() for t in (q, k, v, g))
-    weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
+    weights = scores.softmax(-1)
     out = weights @ v
     by_score = weights * (g @ v.mT - (g * out).sum(-1, keepdim=True)) / math.sqrt(q.shape[-1])
     return out, by_score @ k, by_score.mT @ q, weights.mT @ g

@@ -20,6 +20,7 @@ from trainer.errors import SettingsError
 
 VERSION = 2
 SPREAD = ("engine.num_gpus", "train.gradient_accumulation")  # of an essence: their product is the batches of a step
+ONCE = ("engine.attention",)  # what essences in older states have as well
 VARIANTS = 8  # crops and colours of a picture, and likewise wordings of its caption, where these vary
 T = TypeVar("T")
 
@@ -264,7 +265,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def changes(begun: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The differences for which a run cannot be gone on with: none, if a step has as many batches on other GPUs."""
-    begun = dict.fromkeys(SPREAD, 1) | begun
+    begun = dict.fromkeys(SPREAD, 1) | {key: value for key, value in begun.items() if key not in ONCE}
     batches = [math.prod(int(essence[key]) for key in SPREAD) for essence in (begun, now)]
     return differences(begun | {key: now[key] for key in SPREAD} if batches[0] == batches[1] else begun, now)
 

@@ -29,7 +29,7 @@ from trainer.loop import Ema
 from trainer.metrics import Status
 from trainer.objective import scheduler_changes
 from trainer.parallel import Prepared, Team
-from trainer.plan import Plan, Prompt, goes_on
+from trainer.plan import EnginePlan, Plan, Prompt, goes_on
 from trainer.session import Session
 from trainer.stop import StopFlag
 from trainer.text_encoders import TextEncoders
@@ -240,7 +240,7 @@ def _resumable(plan: Plan, out: Path) -> checkpoint.State | None:
         except ValueError as problem:
             raise SettingsError(f"PARAMS_RESUME_FROM {asked} is not a whole state: {problem}.") from problem
     if state is None or goes_on(plan, state.tree["essence"], step=state.step, own=own):
-        _say_what_made(state, plan.engine.num_gpus)
+        _say_what_made(state, plan.engine)
         return state
     aside = out / f"state.before-{int(time.time())}"
     (out / "state").rename(aside)
@@ -248,11 +248,11 @@ def _resumable(plan: Plan, out: Path) -> checkpoint.State | None:
     return None
 
 
-def _say_what_made(state: checkpoint.State | None, num_gpus: int) -> None:
+def _say_what_made(state: checkpoint.State | None, engine: EnginePlan) -> None:
     """Other software or another device may go on, but the log shall tell why the bytes are not the same."""
     if state is None:
         return
-    now = {**checkpoint.made_by(), "NUM_GPUS": num_gpus}
+    now = {**checkpoint.made_by(engine.attention), "NUM_GPUS": engine.num_gpus}
     for key, then in {**state.tree["made_by"], "NUM_GPUS": state.tree["essence"].get("engine.num_gpus", 1)}.items():
         if then != now[key]:
             log.warning("The state was made with %s %s, and this is %s: bit-identity ends here.", key, then, now[key])

@@ -323,8 +323,8 @@ class Session:
                 export.write(path, made.tensors, header)
 
         def state() -> None:
-            data = fingerprint(self.found.pictures)
-            about = {"essence": self.plan.essence(), "data": data, "made_by": checkpoint.made_by()}
+            data, attention = fingerprint(self.found.pictures), self.plan.engine.attention
+            about = {"essence": self.plan.essence(), "data": data, "made_by": checkpoint.made_by(attention)}
             checkpoint.save(self.out / "state", step, {**about, **tree})
 
         # The state comes last, so that where it is, all is; but a stop leaves few seconds, and it matters most.

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from entrypoint import flash
 from entrypoint.hardware import Hardware
 from entrypoint.manifest import read_manifest
 from entrypoint.plan import make_plan
@@ -396,7 +397,8 @@ def test_a_cpu_computes_in_full_precision_and_compiles_nothing():
     assert (engine.recompute, engine.offload) == ("none", "none")
 
 
-def test_an_accelerator_computes_in_8_bits_where_it_has_them():
+def test_an_accelerator_computes_in_8_bits_where_it_has_them(monkeypatch):
+    monkeypatch.setattr(flash, "is_installed", lambda cache: False)
     engine = plan(on=LARGE_GPU, BASE_MODEL=FULL).engine
     assert (engine.device, engine.precision, engine.replay, engine.attention) == ("cuda", "fp8", True, "native")
     older = dataclasses.replace(LARGE_GPU, architecture="8.0")

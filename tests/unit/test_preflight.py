@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from entrypoint import flash
 from entrypoint.fetch import fetch_model, fetch_source
 from entrypoint.layout import check_folder, problems
 from entrypoint.preflight import _sources, preflight
@@ -168,6 +169,22 @@ def test_checkpoints_count(plan: Plan, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 10_000))
     with pytest.raises(StorageError, match=r"OUTPUT_PATH.*4 checkpoints"):
         check(plan, tmp_path)
+
+
+def test_what_flash_attention_takes_is_told_and_counted_unless_it_is_there(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = dataclasses.replace(plan, engine=EnginePlan(attention="flash_4"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, flash.BYTES // 2))
+    monkeypatch.setattr(flash, "is_installed", lambda cache: False)
+    with caplog.at_level("INFO"), pytest.raises(StorageError, match=r"CACHE_PATH.*FlashAttention 4: 420 MiB"):
+        preflight(wanted, token=None, hub_cache=Path(wanted.output.cache))
+    assert "To fetch: FlashAttention 4 with its compiler, 420 MiB." in caplog.messages
+    caplog.clear()
+    preflight(plan, token=None, hub_cache=Path(plan.output.cache))
+    monkeypatch.setattr(flash, "is_installed", lambda cache: str(cache) == wanted.output.cache)
+    preflight(wanted, token=None, hub_cache=Path(wanted.output.cache))
+    assert not [message for message in caplog.messages if "FlashAttention" in message]
 
 
 def test_room_for_the_cache_is_that_of_every_view_and_wording(plan: Plan) -> None:

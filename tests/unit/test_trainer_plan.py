@@ -123,6 +123,12 @@ def test_a_run_of_before_there_were_several_gpus_goes_on():
     assert goes_on(spread(1, 1), begun, step=1, own=True)
 
 
+def test_a_run_of_before_attention_was_neutral_goes_on():
+    made, begun = spread(1, 1), {**spread(1, 1).essence(), "engine.attention": "native"}
+    other = dataclasses.replace(made, engine=dataclasses.replace(made.engine, attention="flash_4"))
+    assert goes_on(made, begun, step=1, own=True) and goes_on(other, begun, step=1, own=False)
+
+
 def test_another_number_of_gpus_is_refused_by_name_where_a_step_would_have_other_batches():
     with pytest.raises(SettingsError, match=r"engine\.num_gpus: 2 → 4"):
         goes_on(spread(4, 1), spread(2, 1).essence(), step=1, own=True)
