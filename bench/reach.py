@@ -49,7 +49,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         "sdxl",
         "fp8+none+replay+eager:1",
         "fp8+none+replay+eager:4",
-        "bf16+none+plain+replay+eager:4",
+        "bf16+none+plain+replay+eager+native:4",
     ),
     "step-flux": (
         "step",
@@ -57,7 +57,6 @@ ROWS: dict[str, tuple[str, ...]] = {
         "flux",
         "fp8+none+replay+eager:1",
         "fp8+products+replay:4",
-        "fp8+products+replay+eager:4",
     ),
     "step-flux-16": ("step", "--family", "flux", "--limit", "16", "fp8+attention+host+replay:1"),
     "step-flux-20": (
@@ -69,7 +68,8 @@ ROWS: dict[str, tuple[str, ...]] = {
         "fp8+attention+host:4",
         "fp8+attention+host+replay:4",
     ),
-    "step-sd3": ("step", "--family", "sd3", "fp8+none+replay:4", "bf16+none+plain:4"),
+    "step-flux-72": ("step", "--family", "flux", "--limit", "72", "fp8+products+replay+eager:4"),
+    "step-sd3": ("step", "--family", "sd3", "fp8+none+turned+replay:4", "bf16+none+plain+native:4"),
     "huge": (
         "step",
         "--family",

@@ -87,9 +87,9 @@ def error(a, b):
     return ((a.double() - b).norm() / b.norm()).item()
 
 
-def with_gradients(q, k, v, g):
+def with_gradients(q, k, v, g, causal=False):
     given = [t.detach().requires_grad_() for t in (q, k, v)]
-    out = scaled_dot_product_attention(*given)
+    out = scaled_dot_product_attention(*given, is_causal=causal)
     return out.detach(), *torch.autograd.grad(out, given, g)
 
 
@@ -100,6 +100,15 @@ def test_there_may_be_fewer_keys_than_queries(dim):
     q, g = (placed(1024, dim, generator) for _ in "qg")
     k, v = (placed(77, dim, generator) for _ in "kv")
     for found, wanted in zip(with_gradients(q, k, v, g), flash.exact(q, k, v, g), strict=True):
+        assert error(found, wanted) < 1e-2
+
+
+@pytest.mark.parametrize("dim", [16, 64, 128])
+def test_a_token_may_see_those_before_it_alone(dim):
+    """As in a text encoder of CLIP."""
+    generator = torch.Generator("cuda").manual_seed(dim)
+    q, k, v, g = (placed(77, dim, generator) for _ in "qkvg")
+    for found, wanted in zip(with_gradients(q, k, v, g, True), flash.exact(q, k, v, g, causal=True), strict=True):
         assert error(found, wanted) < 1e-2
 
 
