@@ -136,6 +136,7 @@ class Bench:
         install(self.model, theirs if "plain" in words else self.forwards)
         plan = EnginePlan(
             device=DEVICE,
+            dtype=str(self.dtype).removeprefix("torch."),
             recompute=next((w for w in POLICIES if w in words), "none"),
             offload=next((to for word, to in OFFLOADS.items() if word in words), "none"),
             compile="eager" not in words,

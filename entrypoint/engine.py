@@ -50,7 +50,7 @@ def engine_plan(
         device=hardware.device,
         num_gpus=_num_gpus(settings, hardware, notes),
         replay=hardware.records and not any(settings.text_encoder_lr),
-        attention=_attention(settings, hardware, facts, notes),
+        attention=_attention(settings, hardware, facts, model, notes),
         memory_limit_gib=settings.memory_limit_gib,
         step_timeout_s=settings.step_timeout,
     )
@@ -85,9 +85,9 @@ def _compiled(settings: Settings, plan: EnginePlan, compiles: str, notes: Notes)
     return chosen
 
 
-def _attention(settings: Settings, hardware: Hardware, facts: Facts, notes: Notes) -> str:
+def _attention(settings: Settings, hardware: Hardware, facts: Facts, model: BaseModel, notes: Notes) -> str:
     """Whose attention runs: the fastest that is there, but for what is asked for."""
-    asked, fits = settings.attention, hardware.fastest_attention
+    asked, fits = settings.attention, hardware.fastest_attention if model.footprint else "native"  # miniatures: narrow
     if asked == "auto":
         there = fits == "flash_4" and flash.is_installed(settings.cache_path)
         hint = "; flash_4 is faster here and is brought when it is asked for" if fits == "flash_4" else ""

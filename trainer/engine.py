@@ -155,7 +155,7 @@ class Engine:
         stream: Stream | None = None,
     ) -> None:
         attention.mend()
-        flash.use(plan.attention == "flash_4")
+        flash.use(plan.attention == "flash_4" and flash.suits(denoiser, torch_dtype(plan), plan.device))
         self.denoiser, self.regions, self.stream, self.device = denoiser, list(regions), stream, plan.device
         self.offload: Offload | None = None
         self.compiled, self.host_gib = plan.compile, plan.host_gib

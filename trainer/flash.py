@@ -26,13 +26,22 @@ DIMS, DTYPES = (64, 128), (torch.bfloat16, torch.float16)  # of heads: those of 
 ALLOWED = 2e-2  # relative, to full precision: what bf16 loses is a fifth of it
 # What the package raises where it cannot be loaded, cannot compile or cannot run, beside errors of its own.
 PROBLEMS = (ImportError, OSError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, AssertionError)
-INSTEAD = "torch's own flash attention is used. PARAMS_ATTENTION=native lets torch pick, which may be faster."
+INSTEAD = "torch's own attention is used."
 _used: list[torch.library.Library] = []
 
 
 def prepare() -> None:
     """Load the package beside whatever else a job begins with: it takes seconds."""
     threading.Thread(target=_module, name="flash", daemon=True).start()
+
+
+def suits(denoiser: torch.nn.Module, dtype: torch.dtype, device: str) -> bool:
+    """Whether a model has heads of a size that it takes, and it computes what it should for them, or the log says so."""
+    parts: list[Any] = [m for m in denoiser.modules() if hasattr(m, "inner_dim") and hasattr(m, "heads")]
+    sizes = {part.inner_dim // part.heads for part in parts}
+    where = torch.empty(0, device=device).device  # with its number
+    taken = sizes.intersection(DIMS) if dtype in DTYPES else ()
+    return bool(taken) and _module() is not None and all(_is_right(dim, dtype, where, False) for dim in taken)
 
 
 def use(wanted: bool) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from bench import step
 from trainer import checkpoint, flash
 from trainer.plan import EnginePlan
 from trainer.run import _say_what_made
@@ -240,7 +241,7 @@ def test_wrong_numbers_are_told_once_and_not_used(package, caplog, off):
     q = made("transposed", 6, 64, torch.bfloat16, torch.Generator().manual_seed(5))
     assert len(both_passes(q, q, q)) == 2 and len(both_passes(q, q, q)) == 2
     (message,) = caplog.messages
-    assert "from what plain torch gives" in message and "PARAMS_ATTENTION=native" in message
+    assert "from what plain torch gives" in message and "torch's own attention is used" in message
 
 
 @pytest.mark.parametrize("kind", ["its own", RuntimeError, ValueError, AssertionError, ImportError, OSError, KeyError])
@@ -251,6 +252,19 @@ def test_where_it_cannot_run_that_is_told_once_and_torchs_own_is_used(package, c
     assert len(both_passes(q, q, q)) == 2
     (message,) = caplog.messages
     assert "does not run on this device" in message and "no such device" in message
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3", "sdxl"])
+def test_it_suits_models_whose_heads_it_takes_and_where_it_is_right(package, caplog, monkeypatch, family):
+    full = {"sdxl": {"block_out_channels": (64, 128, 256)}}.get(family, {})  # heads as wide as published ones
+    monkeypatch.setitem(step.SMALL, family, step.SMALL[family] | full)
+    model = step.denoiser(family, small=True)
+    installed = package()
+    assert flash.suits(model, torch.bfloat16, "cpu") and not flash.suits(model, torch.float32, "cpu")
+    assert len(installed.calls) == 2  # of one size
+    assert not flash.suits(torch.nn.Linear(2, 2), torch.bfloat16, "cpu") and not caplog.messages
+    package(off=0.1)
+    assert not flash.suits(model, torch.bfloat16, "cpu") and len(caplog.messages) == 1
 
 
 def test_want_of_memory_is_no_reason_to_do_without_it(package, caplog):

@@ -213,6 +213,11 @@ def test_auto_takes_it_where_it_is_there_and_the_fastest(planned, on, there, cho
     assert made.engine.attention == chosen and why in reason
 
 
+def test_auto_leaves_a_miniature_to_torch(planned):
+    """Its heads are narrower than those that are taken."""
+    assert planned(LARGE_GPU, "auto", there=True, base=MINI).engine.attention == "native"
+
+
 @pytest.mark.parametrize("on", [LARGE_GPU, NEWER])
 @pytest.mark.parametrize("base", sorted({name: base for base, (name, _) in base_models().items()}.values()))
 def test_it_runs_on_request_with_any_model(planned, on, base):
