@@ -36,7 +36,7 @@ def prepare() -> None:
 
 
 def suits(denoiser: torch.nn.Module, dtype: torch.dtype, device: str) -> bool:
-    """Whether a model has heads of a size that it takes, and it computes what it should for them, or the log says so."""
+    """Whether a model has heads of a size that it takes, and computes right for them; if not right, the log says so."""
     parts: list[Any] = [m for m in denoiser.modules() if hasattr(m, "inner_dim") and hasattr(m, "heads")]
     sizes = {part.inner_dim // part.heads for part in parts}
     where = torch.empty(0, device=device).device  # with its number
