@@ -30,7 +30,7 @@ else:
     from trainer.quantize import beside, quantize_rows, reads, restored, transpose
 
 Rows = torch.Tensor | None
-FEW = 2**18  # numbers; for some products of long rows that are so small cuBLAS (12.9, 13.0) has no kernel with a bias
+LONG, FEW = 5120, 2**17  # of longer rows cuBLAS (12.9, 13.0) has no product with a bias that has fewer numbers
 BLOCK = 64  # numbers that share a scale in nf4
 LEAST = 3e-4  # a matrix without any number of that size has no scale for what an adapter may come to
 
@@ -78,7 +78,7 @@ def fp8_product(
     if down_MR is not None and up_NR is not None and columns(down_MR.shape[1]) <= w_NF.shape[1] - width:
         beside(x_MF, x_scale_M1, down_MR, w_NF, w_scale_1N, up_NR, width, times)
         room = w_NF.shape[1] - width
-    after = bias_N if len(x_MF) * len(w_NF) < FEW else None
+    after = bias_N if width + room > LONG and len(x_MF) * len(w_NF) < FEW else None
     y_MN = torch._scaled_mm(
         x_MF[:, : width + room],
         w_NF[:, : width + room].t(),

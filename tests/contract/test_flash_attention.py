@@ -4,6 +4,7 @@ tests/gpu/test_attention.py has the package itself.
 """
 
 import itertools
+import logging
 import math
 import sys
 import types
@@ -84,6 +85,12 @@ class Original:
     def call_boxed(self, *given, **more):
         self.calls.append((given, more))
         return "torch's own"
+
+
+@pytest.fixture(autouse=True)
+def all_is_heard(caplog):
+    """Whatever level another test has left the log at."""
+    caplog.set_level(logging.WARNING)
 
 
 @pytest.fixture
