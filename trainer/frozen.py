@@ -30,7 +30,7 @@ else:
     from trainer.quantize import beside, quantize_rows, reads, restored, transpose
 
 Rows = torch.Tensor | None
-LONG, FEW = 5120, 2**17  # of longer rows cuBLAS (12.9, 13.0) has no product with a bias that has fewer numbers
+LONG, FEW = 5120, 2**17  # of longer rows cuBLAS 13.0 has no product with a bias that has fewer numbers
 BLOCK = 64  # numbers that share a scale in nf4
 LEAST = 3e-4  # a matrix without any number of that size has no scale for what an adapter may come to
 
