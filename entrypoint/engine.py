@@ -87,11 +87,14 @@ def _compiled(settings: Settings, plan: EnginePlan, compiles: str, notes: Notes)
 
 def _attention(settings: Settings, hardware: Hardware, facts: Facts, model: BaseModel, notes: Notes) -> str:
     """Whose attention runs: the fastest that is there, but for what is asked for."""
-    asked, fits = settings.attention, hardware.fastest_attention if model.footprint else "native"  # miniatures: narrow
+    asked = settings.attention
     if asked == "auto":
-        there = fits == "flash_4" and flash.is_installed(settings.cache_path)
-        hint = "; flash_4 is faster here and is brought when it is asked for" if fits == "flash_4" else ""
-        chosen, why = (fits, "the fastest here") if there else ("native", f"torch picks the kernel{hint}")
+        chosen, why = "native", "torch picks the kernel"
+        if hardware.fastest_attention == "flash_4" and model.footprint:  # a miniature's heads are narrower
+            if flash.is_installed(settings.cache_path):
+                chosen, why = "flash_4", "the fastest here"
+            else:
+                why += "; flash_4 is faster here and is brought when it is asked for"
         notes.chose("PARAMS_ATTENTION", chosen, why)
         return chosen
     if asked == "flash_4":

@@ -58,9 +58,11 @@ def launch(plan: Plan, *, environment: Mapping[str, str]) -> int:
         try:
             # A list of arguments and no shell: nothing in the plan can become a command.
             arguments, size = [sys.executable, "-m", "trainer", str(path)], plan.engine.num_gpus
+            common = child_environment(environment)
+            if plan.engine.attention == "flash_4":
+                common |= flash.environment(Path(plan.output.cache), common)
             for rank in range(size):
-                given = child_environment(environment)
-                given |= flash.environment(Path(plan.output.cache), given) if plan.engine.attention == "flash_4" else {}
+                given = dict(common)
                 given |= member_environment(given, folder, rank, size=size) if size > 1 else {}
                 given |= {} if rank else {ALIVE: str(folder / "alive")}
                 children.append(subprocess.Popen(arguments, env=given))  # noqa: S603

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners import lora as peft_lora
 
-from trainer.precision import ROOMY, columns, room_for
+from trainer.precision import columns, fits_beside, room_for
 from trainer.quantize import quantize_rows as reference_quantize_rows
 from trainer.quantize import quantize_weight
 from trainer.quantize import restored as reference_restored
@@ -281,7 +281,7 @@ class FrozenLinear(torch.nn.Module):
     def __init__(self, linear: torch.nn.Linear, form: str, rank: int = 0) -> None:
         super().__init__()
         self.in_features, self.out_features, self.form = linear.in_features, linear.out_features, form
-        worth = rank and self.in_fp8 and ROOMY * columns(rank) <= min(linear.weight.shape)
+        worth = self.in_fp8 and fits_beside(rank, min(linear.weight.shape))
         self.rank = rank if worth and linear.weight.abs().max() >= LEAST else 0
         room = room_for(self.rank, self.in_features)
         values, scales = FORMS[form].store(linear.weight.detach(), room)

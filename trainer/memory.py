@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from trainer.families import Footprint
-from trainer.precision import PRECISIONS, ROOMY, columns, room_for
+from trainer.precision import PRECISIONS, fits_beside, room_for
 
 GIB = 2**30
 STATE_BYTES = {
@@ -100,20 +100,18 @@ def _wide(precision: str) -> int:
     return 4 if PRECISIONS[precision].dtype == "float32" else 2
 
 
-def weights(of: Footprint, precision: str, offload: str = "none", *, turned: bool = False) -> float:
-    """The denoiser's frozen weights on the device, in GiB; `turned`: with a copy turned round."""
+def weights(of: Footprint, rank: int, precision: str, offload: str = "none", *, turned: bool = False) -> float:
+    """The denoiser's frozen weights on the device with what adapters have beside them, in GiB.
+
+    `turned`: with a copy turned round.
+    """
     each = PRECISIONS[precision].bytes or _wide(precision)
     inside = SLOTS * of.largest if offload == "weights" else of.blocks
     copies = of.turned if turned else 0.0  # of 8 bits
-    return (inside * each + copies + of.rest * _wide(precision)) / GIB
-
-
-def beside(of: Footprint, rank: int, precision: str, offload: str = "none", *, turned: bool = False) -> float:
-    """What adapters have beside the weights that are multiplied in FP8 (`trainer.quantize.beside`), in GiB."""
-    if PRECISIONS[precision].form != "fp8" or ROOMY * columns(rank) > of.width:
-        return 0.0
-    share = SLOTS * of.largest / of.blocks if offload == "weights" else 1.0
-    return (1.0 if turned else OUTPUTS) * of.adapters * room_for(rank, of.width) * share / GIB
+    beside = 0.0
+    if PRECISIONS[precision].form == "fp8" and fits_beside(rank, of.width):
+        beside = (1.0 if turned else OUTPUTS) * of.adapters * room_for(rank, of.width) * inside / of.blocks
+    return (inside * each + copies + of.rest * _wide(precision) + beside) / GIB
 
 
 def predicted(
@@ -134,15 +132,14 @@ def predicted(
     tokens = work.kilotokens(of) * _wide(precision) / 2
     each = of.working + kept
     streamed = STREAMED if offload == "weights" else 0.0
-    frozen = weights(of, precision, offload, turned=turned) + beside(of, work.rank, precision, offload, turned=turned)
-    return frozen + streamed + trained + tokens * each
+    return weights(of, work.rank, precision, offload, turned=turned) + streamed + trained + tokens * each
 
 
 def on_host(of: Footprint, work: Work, way: Way) -> float:
     """What a way keeps in the host's memory, in GiB."""
     if way.offload == "none":
         return 0.0
-    streamed = weights(of, way.precision) + beside(of, work.rank, way.precision) if way.offload == "weights" else 0.0
+    streamed = weights(of, work.rank, way.precision) if way.offload == "weights" else 0.0
     return of.kept[way.recompute] * work.kilotokens(of) * _wide(way.precision) / 2 + streamed
 
 
@@ -220,8 +217,7 @@ def phases(
         "texts": 0.5 + (encoders / 12 if streamed else encoders),  # two of 24 layers
         "latents": VAE + ENCODE * pictures * encoded_pixels / 2**20,
         "training": way.gib,
-        "samples": weights(of, way.precision, way.offload, turned=way.turned)
-        + beside(of, work.rank, way.precision, way.offload, turned=way.turned)
+        "samples": weights(of, work.rank, way.precision, way.offload, turned=way.turned)
         + of.adapters * work.rank * STATE_BYTES.get(work.optimizer, 16) / GIB
         + VAE
         + (1.0 if tiled else DECODE * drawn_pixels / 2**20),
