@@ -71,7 +71,7 @@ def columns(rank: int) -> int:
 
 def fits_beside(rank: int, side: int) -> bool:
     """Whether an adapter has its place beside a weight whose shorter side is `side`."""
-    return 0 < ROOMY * columns(rank) <= side
+    return rank > 0 and ROOMY * columns(rank) <= side
 
 
 def room_for(rank: int, width: int) -> int:

@@ -11,7 +11,6 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch.utils.checkpoint import checkpoint
 
 from tests.contract.variants import CLASSES, config
-from trainer import frozen as frozen_layers
 from trainer import fused, lora, quantize, recompute, rotary
 from trainer.engine import place
 from trainer.families import family
@@ -59,7 +58,7 @@ def predicted(kind, denoiser, dtype):
 @pytest.fixture(autouse=True)
 def beside(monkeypatch):
     """Adapters ride in the products of these narrow layers as well."""
-    monkeypatch.setattr(frozen_layers, "ROOMY", 0)
+    monkeypatch.setattr("trainer.precision.ROOMY", 0)
 
 
 def adapted(kind, denoiser, *, precision, dtype, forwards, targets=None):

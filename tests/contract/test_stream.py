@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from trainer import frozen, lora, prepare, recompute, stream
+from trainer import lora, prepare, recompute, stream
 from trainer.engine import place
 from trainer.families import family
 from trainer.memory import SLOTS
@@ -20,7 +20,7 @@ FAMILIES = ["flux", "sdxl", "sd3"]
 @pytest.fixture(autouse=True)
 def beside(monkeypatch):
     """Adapters ride in the products of narrow layers as well."""
-    monkeypatch.setattr(frozen, "ROOMY", 0)
+    monkeypatch.setattr("trainer.precision.ROOMY", 0)
 
 
 def miniature(name):
