@@ -79,7 +79,7 @@ lock:
 	$(BIN)/uv pip compile -q --universal --generate-hashes --no-annotate --no-header --python-version 3.11 -c .venv/torch.txt --extra flash-4 pyproject.toml > .venv/flash.lock
 	$(BIN)/python -c "import re; all, more = (re.split(r'(?m)^(?=\S)', open(f'.venv/{name}.lock').read()) for name in ('all', 'flash')); \
 	there = {part.split('==')[0] for part in all} | {'nvidia-cutlass-dsl-libs-cu12'}; \
-	open('entrypoint/flash_4.lock', 'w').write(''.join(part for part in more if part.split('==')[0] not in there))"
+	open('entrypoint/fetch/flash_4.lock', 'w').write(''.join(part for part in more if part.split('==')[0] not in there))"
 	$(BIN)/uv pip compile -q --universal --generate-hashes --no-annotate --no-header --python-version 3.11 --group dev -c requirements.lock -o requirements-dev.lock
 	$(BIN)/uv pip compile -q --universal --generate-hashes --no-annotate --no-header --python-version 3.11 --group audit -o .github/audit.lock
 	sed -n 's/^runpod = \["\(.*\)"\]$$/\1/p' pyproject.toml \

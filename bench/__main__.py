@@ -27,7 +27,9 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in known:
         print(f"{__doc__}\nWHAT: {', '.join(known)}", file=sys.stderr)
         return 64
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as in a job (entrypoint/launch.py)
+    os.environ.setdefault(
+        "PYTORCH_ALLOC_CONF", "expandable_segments:True"
+    )  # as in a job (entrypoint/processes/launch.py)
     importlib.import_module(f"bench.{arguments[0]}").main(arguments[1:])
     return 0
 

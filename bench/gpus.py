@@ -27,15 +27,17 @@ import torch
 
 from bench.report import Report, options
 from bench.step import DEVICE, Bench, free
-from entrypoint.launch import child_environment, member_environment
-from trainer import parallel
-from trainer.engine import Engine
-from trainer.parallel import Team
-from trainer.stop import StopFlag
+from entrypoint.processes.launch import member_environment
+from entrypoint.system.environment import child_environment
+from trainer.engine.execution import Engine
+from trainer.training import distributed
+from trainer.training.distributed import Team
+from trainer.training.stop_flag import StopFlag
 
 
 def step(bench: Bench, engine: Engine, batch: int, team: Team, *, number: int, apart: bool = False) -> float:
-    """As `trainer.loop.train` does it; `apart`: returns the seconds that the sum over the processes took alone."""
+    """As `trainer.training.loop.train` does it; `apart`: returns the seconds that the sum over the processes took
+    alone."""
     loss = bench.backward(engine, batch, seed=number * team.size + team.rank)
     if apart:
         wait()
@@ -69,7 +71,7 @@ def fits(bench: Bench, engine: Engine, batch: int) -> bool:
 
 def member(asked: argparse.Namespace, size: int) -> None:
     """One process: the first prints a row for each batch."""
-    team = parallel.team(size, os.environ, StopFlag())
+    team = distributed.team(size, os.environ, StopFlag())
     torch._dynamo.config.cache_size_limit = 64
     words = set(asked.what.split("+"))
     bench = Bench(asked.family, asked.what.split("+")[0], small=asked.small)

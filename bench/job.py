@@ -25,39 +25,18 @@ import numpy as np
 from PIL import Image
 
 from bench.step import free, random_weights
-from trainer.families import family
+from trainer.spec.family import family
 
 PICTURES, SIZE = 20, 768
-VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 16,
-    "scaling_factor": 0.3611,
-    "shift_factor": 0.1159,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
-CLIP = {"vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
-T5 = {
-    "vocab_size": 32128,
-    "d_model": 4096,
-    "d_kv": 64,
-    "d_ff": 10240,
-    "num_layers": 24,
-    "num_heads": 64,
-    "feed_forward_proj": "gated-gelu",
-}
 
 
 LENGTHS = {"CLIP": 77, "T5": 512}  # tokens
 
 
 def write_model(folder: Path, name: str) -> None:
-    from bench import layouts  # which takes the configs from here
+    from bench import full_size  # which takes the configs from here
 
-    models = layouts.write_configs(folder, name, layouts.FULL[name])
+    models = full_size.write_configs(folder, name, full_size.FULL[name])
     for path in folder.glob("tokenizer*/tokenizer_config.json"):
         settings = json.loads(path.read_text())
         kind = next(kind for kind in LENGTHS if settings["tokenizer_class"].startswith(kind))

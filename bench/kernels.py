@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from bench.report import Report
-from trainer import fused, rotary
+from trainer.engine import fused_linear, rope
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEAD, TIMES, FP8 = 128, 20, torch.float8_e4m3fn
@@ -54,24 +54,24 @@ def cases(tokens: int, width: int) -> dict[str, tuple[Callable[..., Any], tuple[
     gated, wide = normal(tokens, 8 * width), normal(tokens, 5 * width)
     rotation = (small, small, turns, turns)
     return {
-        "quantize_rows": (fused.quantize_rows, (x, None, FP8)),
-        "norm_rows": (fused.norm_rows, (x, vector, vector, 1.0, 1e-6, FP8, True)),
+        "quantize_rows": (fused_linear.quantize_rows, (x, None, FP8)),
+        "norm_rows": (fused_linear.norm_rows, (x, vector, vector, 1.0, 1e-6, FP8, True)),
         "norm_gradient, of one": (
-            fused.norm_gradient,
+            fused_linear.norm_gradient,
             (x, vector, vector, 1.0, 1e-6, x.clone(), None, None, x.clone(), True),
         ),
         "norm_gradient, of two": (
-            fused.norm_gradient,
+            fused_linear.norm_gradient,
             (x, vector, vector, 1.0, 1e-6, x.clone(), x.clone(), None, x.clone(), True),
         ),
-        "gelu_rows": (fused.gelu_rows, (None, many, False, FP8, True)),
-        "gelu_rows, beside": (fused.gelu_rows, (x, many, False, FP8, True)),
-        "gelu_rows, gated": (fused.gelu_rows, (None, gated, True, FP8, True)),
-        "gelu_gradient": (fused.gelu_gradient, (None, many, many.clone(), False, True)),
-        "gelu_gradient, beside": (fused.gelu_gradient, (x, many, wide, False, True)),
-        "gelu_gradient, gated": (fused.gelu_gradient, (None, gated, many, True, True)),
-        "rotate": (rotary.rotate, (qkv, small, small, None, None, None, turns, turns, 1e-6)),
-        "rotate_gradient": (rotary.rotate_gradient, (qkv, *rotation, *gs, 0, 1e-6)),
+        "gelu_rows": (fused_linear.gelu_rows, (None, many, False, FP8, True)),
+        "gelu_rows, beside": (fused_linear.gelu_rows, (x, many, False, FP8, True)),
+        "gelu_rows, gated": (fused_linear.gelu_rows, (None, gated, True, FP8, True)),
+        "gelu_gradient": (fused_linear.gelu_gradient, (None, many, many.clone(), False, True)),
+        "gelu_gradient, beside": (fused_linear.gelu_gradient, (x, many, wide, False, True)),
+        "gelu_gradient, gated": (fused_linear.gelu_gradient, (None, gated, many, True, True)),
+        "rotate": (rope.rotate, (qkv, small, small, None, None, None, turns, turns, 1e-6)),
+        "rotate_gradient": (rope.rotate_gradient, (qkv, *rotation, *gs, 0, 1e-6)),
     }
 
 

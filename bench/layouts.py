@@ -17,7 +17,6 @@ import ctypes
 import gc
 import json
 import re
-import shutil
 import sys
 import threading
 import time
@@ -29,13 +28,12 @@ from typing import Any
 
 import torch
 
-from bench.job import CLIP, T5, VAE
-from bench.step import FLUX, SD3, SDXL
+from bench.full_size import FULL, write_configs
 from tests.contract import original
-from trainer import assemble, standin
-from trainer.engine import place, stored
-from trainer.families import family
-from trainer.plan import ModelPlan
+from trainer.base_model import lazy_tensors, single_file
+from trainer.engine.load import place, stored
+from trainer.spec.family import family
+from trainer.spec.plan import ModelPlan
 
 GIB = 2**30
 SHARD = 10 * 10**9  # bytes, as the Hub's files have
@@ -48,16 +46,8 @@ CLIP_G = {
     "projection_dim": 1280,
 }
 HEADS = {"num_attention_heads": 12, "projection_dim": 768}
-FULL = {  # what differs from a miniature's configs
-    "flux": {"denoiser": FLUX, "vae": VAE, "clip_l": {**CLIP, **HEADS}, "t5": T5},
-    "sdxl": {
-        "denoiser": SDXL,
-        "vae": {**VAE, "latent_channels": 4, "use_quant_conv": True, "use_post_quant_conv": True},
-        "clip_l": {**CLIP, **HEADS},
-        "clip_g": CLIP_G,
-    },
-    "sd3": {"denoiser": SD3, "vae": VAE, "clip_l": {**CLIP, **HEADS}, "clip_g": CLIP_G, "t5": T5},
-}
+
+
 State = dict[str, torch.Tensor]
 
 
@@ -83,30 +73,7 @@ def random_state(model: torch.nn.Module, dtype: torch.dtype) -> State:
     """Stand-ins for all weights of a model on the device "meta"."""
     shared: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     likes = {n: t.to(dtype) for n, t in model.state_dict().items() if n not in shared}
-    return {name: standin.StandIn(like, partial(numbers, name, like)) for name, like in likes.items()}
-
-
-# ---- a model as users have it
-
-
-def write_configs(folder: Path, name: str, changes: dict[str, dict[str, Any]]) -> dict[str, torch.nn.Module]:
-    """A folder with all but weights; returns the parts on the device "meta".
-
-    `changes`: part → its config, where it is not the miniature's; `FULL` has the published ones.
-    """
-    small, places = original.miniature(name), family(name).FACTS.parts
-    shutil.copytree(small, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    index, models = json.loads((small / "model_index.json").read_text()), {}
-    for part, where in places.items():
-        path, (library, kind) = folder / where / "config.json", index[where]
-        if part in changes:
-            kept = {"_class_name", "architectures", "model_type"}
-            own = {k: v for k, v in json.loads(path.read_text()).items() if k in kept}
-            path.write_text(json.dumps({**own, **changes[part]}))
-        models[part] = assemble._shape(library, kind, path.parent)
-        if library == "diffusers":
-            models[part].save_config(path.parent)
-    return models
+    return {name: lazy_tensors.StandIn(like, partial(numbers, name, like)) for name, like in likes.items()}
 
 
 def file_state(name: str, models: dict[str, torch.nn.Module], dtype: torch.dtype) -> State:
@@ -122,7 +89,7 @@ def write_zeros(path: Path, state: State) -> None:
     """A safetensors file with zeros for `state`, on disk as a hole."""
     place, header = 0, {}
     for name, tensor in state.items():
-        kind = standin.NAMES[tensor.dtype]
+        kind = lazy_tensors.NAMES[tensor.dtype]
         header[name] = {"dtype": kind, "shape": [*tensor.shape], "data_offsets": [place, place + tensor.nbytes]}
         place += tensor.nbytes
     text = json.dumps(header).encode()
@@ -142,7 +109,7 @@ def write_shards(folder: Path, model: torch.nn.Module, dtype: torch.dtype, size:
     base = "diffusion_pytorch_model"
     names = [f"{base}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, shard in zip(names, shards, strict=True):
-        standin.write(folder / file, shard)
+        lazy_tensors.write(folder / file, shard)
     places = {key: file for file, shard in zip(names, shards, strict=True) for key in shard}
     (folder / f"{base}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
@@ -194,7 +161,7 @@ def written(
     parts = {}
     if layout in ("file", "zeros"):
         file = folder / "all.safetensors"
-        {"file": standin.write, "zeros": write_zeros}[layout](file, file_state(name, models, dtype))
+        {"file": lazy_tensors.write, "zeros": write_zeros}[layout](file, file_state(name, models, dtype))
         parts = dict.fromkeys(["denoiser"] if name == "flux" else models, str(file))
     else:
         write_shards(folder / "model" / facts.parts["denoiser"], models["denoiser"], dtype, shard)
@@ -208,7 +175,7 @@ def measured(plan: ModelPlan, cache: Path, *, device: str) -> tuple[Any, dict[st
     facts, precision = kind.FACTS, "fp8" if device == "cuda" else "bf16"
     started = time.monotonic()
     with memory_taken() as assembling:
-        folder = assemble.assembled(plan, cache)
+        folder = single_file.assembled(plan, cache)
     row |= {"assembled_s": round(time.monotonic() - started, 1), "assembled_own_gib": assembling[0] / GIB}
     started = time.monotonic()
     with memory_taken() as loading:
@@ -228,7 +195,7 @@ def wrong(folder: Path) -> list[str]:
     """The weights of an assembled denoiser that are not what was written, by diffusers' names."""
     found = []
     for file in folder.glob("*.safetensors"):
-        for key, tensor in standin.of_file(file, "").items():
+        for key, tensor in lazy_tensors.of_file(file, "").items():
             content = tensor.read()  # type: ignore[attr-defined]
             if not torch.equal(content, numbers(key, content)):
                 found.append(key)
@@ -243,7 +210,7 @@ def main(arguments: list[str]) -> None:
     size = sum(f.stat().st_size for f in folder.rglob("*.safetensors"))
     _, row = measured(plan, folder / "cache", device=device)
     if layout != "zeros":
-        where = assemble.assembled(plan, folder / "cache") / family(name).FACTS.parts["denoiser"]
+        where = single_file.assembled(plan, folder / "cache") / family(name).FACTS.parts["denoiser"]
         row["wrong"] = len(wrong(where))
     what = f"{name} as {layout} of {str(dtype).removeprefix('torch.')}, to {device}"
     print(json.dumps({"what": what, "gib": round(size / GIB, 2), **row}))

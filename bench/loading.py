@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from trainer.loop import prefetched
+from trainer.data.batches import prefetched
 
 STEPS, BATCH = 24, 4
 

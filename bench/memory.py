@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bench import step
 from bench.report import Report, options
-from trainer.memory import RESIDENT
+from trainer.spec.strategies import RESIDENT
 
 
 def main(arguments: list[str]) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from bench import step
-from trainer.families import family
-from trainer.replay import Direct
+from trainer.engine.cuda_graphs import Direct
+from trainer.spec.family import family
 
 SMALL = {"hidden_size": 256, "num_heads": 2, "depth": 1, "depth_single_blocks": 2}
 

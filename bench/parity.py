@@ -14,7 +14,7 @@ import torch
 
 from bench import step
 from bench.report import Report, options
-from trainer.guard import LOSS_SCALE
+from trainer.training.step_guard import LOSS_SCALE
 
 FORMATS = ("bf16", "fp32", "fp16", "fp8", "fp8-storage", "int8", "nf4", "torchao")
 

@@ -7,7 +7,8 @@ compiled, with its float8 training (rowwise scales are its slower recipe; this o
 named, what others run (`bench/others.py`): `--onetrainer FOLDER`, with its 8-bit layers, compiled;
 `--sd-scripts FOLDER`, for Flux.1 alone. Then each way of ours that `--ours` names, as in `python -m bench step`.
 `--only bf16 OneTrainer`: of the others, those whose names begin so. `images_s`: the batch by the median of five steps.
-Attention is torch's own for the others, mended (`trainer/attention.py`), without which some of them end.
+Attention is torch's own for the others, mended (`trainer/engine/attention/cudnn_fix.py`), without which some of them
+end.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from peft import LoraConfig
 
 from bench import others, step
 from bench.report import Report, options
-from trainer import attention, frozen
-from trainer.families import family
+from trainer.engine.attention import cudnn_fix
+from trainer.engine.quantization import frozen_linear
+from trainer.spec.family import family
 
 
 class Peer(others.Other):
@@ -61,7 +63,7 @@ def _peers(asked: Any) -> list[tuple[str, Callable[[], step.Bench]]]:
     changes: dict[str, Callable[[torch.nn.Module], None] | None] = {
         "bf16 eager": None,
         "bf16 compiled": None,
-        "torchao compiled": partial(frozen.freeze, form="torchao"),
+        "torchao compiled": partial(frozen_linear.freeze, form="torchao"),
     }
     if asked.onetrainer:
         changes["OneTrainer float8 compiled"] = others.onetrainer(asked.onetrainer, torch.float8_e4m3fn)
@@ -82,7 +84,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--onetrainer", type=Path)
     parser.add_argument("--sd-scripts", type=Path)
     asked = parser.parse_args(arguments)
-    attention.mend()
+    cudnn_fix.mend()
     report = Report(f"{asked.family}: what else there is", asked.markdown)
     for what, made in (p for p in _peers(asked) if p[0].startswith(tuple(asked.only))):
         step.free()

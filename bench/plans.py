@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from bench.report import Report, options
 from bench.step import RANK, SIZES
-from entrypoint.hardware import Hardware
-from trainer import memory
-from trainer.families import family
+from entrypoint.system.hardware import Hardware
+from trainer.spec import memory_model, strategies
+from trainer.spec.family import family
 
 
 def main(arguments: list[str]) -> None:
@@ -28,16 +28,16 @@ def main(arguments: list[str]) -> None:
     width, height = SIZES[asked.family]
     report = Report(f"{asked.family} on {hardware}", asked.markdown)
     for batch in asked.batch:
-        work = memory.Work(width * height, batch, RANK, "adamw")
-        ways = memory.ways(footprint, work, (asked.precision,) if asked.precision else hardware.automatic)
-        way = memory.best(footprint, work, ways, have_gib=asked.memory, host_gib=asked.host)
+        work = memory_model.Work(width * height, batch, RANK, "adamw")
+        ways = memory_model.ways(footprint, work, (asked.precision,) if asked.precision else hardware.automatic)
+        way = memory_model.best(footprint, work, ways, have_gib=asked.memory, host_gib=asked.host)
         report.row(
             {
                 "batch": batch,
                 "weights": way.precision,
-                "way": memory.described(way.recompute, way.kept_blocks, way.offload),
+                "way": strategies.described(way.recompute, way.kept_blocks, way.offload),
                 "predicted GiB": round(way.gib, 1),
-                "on the host": round(memory.on_host(footprint, work, way), 1),
-                "fits": way.gib <= asked.memory * memory.TIGHT,
+                "on the host": round(memory_model.on_host(footprint, work, way), 1),
+                "fits": way.gib <= asked.memory * memory_model.TIGHT,
             }
         )

@@ -14,10 +14,11 @@ from pathlib import Path
 from bench.report import Report, options
 from bench.scan import draw
 from bench.step import DEVICE, SIZES
-from trainer import prepare
-from trainer.families import family
-from trainer.order import Order
-from trainer.plan import DataPlan, Dataset, EnginePlan, Source, Subset
+from trainer.data import encode
+from trainer.data.epochs import Order
+from trainer.job import prepare
+from trainer.spec.family import family
+from trainer.spec.plan import DataPlan, Dataset, EnginePlan, Source, Subset
 
 
 def main(arguments: list[str]) -> None:
@@ -39,11 +40,11 @@ def main(arguments: list[str]) -> None:
         begun = time.monotonic()
         order = Order(prepare.scanned(data, report=Path(name) / "report.txt").pictures, data, seed=0)
         scanned = time.monotonic()
-        cache = prepare.open_cache(Path(name) / "cache", model, precision=engine.dtype)
+        cache = encode.open_cache(Path(name) / "cache", model, precision=engine.dtype)
         parts = {"family": kind, "model": model, "tick": lambda: None}
-        prepare.fill_texts(cache, list(order.every_caption()), engine=engine, **parts)
+        encode.fill_texts(cache, list(order.every_caption()), engine=engine, **parts)
         texts = time.monotonic()
-        prepare.fill_images(cache, order, engine=engine, **parts)
+        encode.fill_images(cache, order, engine=engine, **parts)
         done = time.monotonic()
     seconds = {"scan_s": scanned - begun, "texts_s": texts - scanned, "latents_s": done - texts, "all_s": done - begun}
     report.row(

@@ -40,7 +40,7 @@ def where() -> str:
 def options(what: str | None) -> argparse.ArgumentParser:
     """The options that all measurements of a model have."""
     parser = argparse.ArgumentParser(description=what, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", required=True, help="a module of trainer.families")
+    parser.add_argument("--family", required=True, help="a module of trainer.spec.family")
     parser.add_argument("--markdown", type=Path, help="a file for the table")
     parser.add_argument("--small", action="store_true", help="a narrow model, on the CPU: does it run at all?")
     return parser

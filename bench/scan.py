@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from trainer.dataset import scan
-from trainer.order import Order
-from trainer.plan import DataPlan, Dataset, Source, Subset
+from trainer.data.epochs import Order
+from trainer.data.scan import scan
+from trainer.spec.plan import DataPlan, Dataset, Source, Subset
 
 ASPECTS = (0.5, 0.75, 1.0, 1.333, 1.778)
 

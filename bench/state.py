@@ -25,9 +25,11 @@ from typing import Any
 import torch
 
 from bench.step import FLUX, SD3, SDXL
-from trainer import checkpoint, export, formats, lora
-from trainer.families import family
-from trainer.snapshot import Snapshots
+from trainer.checkpoints import state_files
+from trainer.checkpoints.snapshots import Snapshots
+from trainer.engine import adapters as lora
+from trainer.lora_files import convert, peft_bridge, write
+from trainer.spec.family import family
 
 GB = 1e9
 
@@ -77,7 +79,7 @@ def main(arguments: list[str]) -> None:
         began = time.monotonic()
         snapshots.reuse()
         modules = snapshots.take(
-            formats.of_state(tensors, prefix=facts.lora_prefix, fused=facts.fused_targets, scale=1.0)
+            peft_bridge.of_state(tensors, prefix=facts.lora_prefix, fused=facts.fused_targets, scale=1.0)
         )
         tree = snapshots.take(live)
         say(what=f"{turn} copies", stall_s=time.monotonic() - began, gb=snapshots.bytes / GB)
@@ -85,15 +87,15 @@ def main(arguments: list[str]) -> None:
     try:
         began = time.monotonic()
         for to in family(options.family).KEYS.writes:
-            export.write(out / f"{to}.safetensors", formats.write(modules, to, facts.name).tensors, {})
+            write.write(out / f"{to}.safetensors", convert.write(modules, to, facts.name).tensors, {})
         say(what="lora", write_s=time.monotonic() - began, gb=size(out) / GB)
         began = time.monotonic()
-        folder = checkpoint.save(out / "state", 1, tree)
+        folder = state_files.save(out / "state", 1, tree)
         say(what="state", write_s=time.monotonic() - began, gb=size(folder) / GB)
         measure_disk(folder / "state.safetensors", out / "plain")
         forget(folder / "state.safetensors")
         began = time.monotonic()
-        checkpoint.read(folder)
+        state_files.read(folder)
         say(what="state", cold_read_s=time.monotonic() - began, gb=size(folder) / GB)
     finally:
         shutil.rmtree(out, ignore_errors=True)

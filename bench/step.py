@@ -2,10 +2,13 @@
 
     python -m bench step --family FAMILY PRECISION+POLICY[+WORD]…:BATCH …
 
-FAMILY: flux (1280 x 768 pixels), sdxl or sd3 (1024 x 1024). POLICY: a key of trainer.recompute.POLICIES. WORD, host:
+FAMILY: flux (1280 x 768 pixels), sdxl or sd3 (1024 x 1024). POLICY: a key of
+trainer.engine.memory.checkpointing.POLICIES. WORD, host:
 what is kept waits in the host's memory; weights: the frozen weights as well; turned: these are kept turned round as
-well; replay: recorded (trainer.replay); narrow: adapters are no part of products; plain: FP8 within diffusers' own
-forward passes; native: attention is torch's own also where FlashAttention 4 is installed (trainer.flash); eager:
+well; replay: recorded (trainer.engine.cuda_graphs); narrow: adapters are no part of products; plain: FP8 within
+diffusers' own
+forward passes; native: attention is torch's own also where FlashAttention 4 is installed
+(trainer.engine.attention.flash_attention_4); eager:
 nothing is compiled; profile: the kernels that take longest are listed. `images_s` is the batch by the median time of a
 step; `peak_gib` what torch allocated, or with a recording's memory reserved.
 """
@@ -24,17 +27,19 @@ from typing import Any
 import torch
 
 from bench.report import Report, options
-from entrypoint import flash
-from entrypoint.hardware import detect
-from trainer import lora, optim
-from trainer.engine import Engine, limit_memory, place
-from trainer.families import family
-from trainer.fused import install
-from trainer.halves import Halves
-from trainer.memory import Work, predicted
-from trainer.plan import EnginePlan
-from trainer.recompute import POLICIES
-from trainer.replay import Direct, Replayed
+from entrypoint.fetch import flash_attention
+from entrypoint.system.hardware import detect
+from trainer.engine import adapters, flat_parameters
+from trainer.engine.cuda_graphs import Direct, Replayed
+from trainer.engine.device import limit_memory
+from trainer.engine.execution import Engine
+from trainer.engine.fused_linear import install
+from trainer.engine.load import place
+from trainer.engine.memory.checkpointing import POLICIES
+from trainer.engine.quantization.cast_adapters import Halves
+from trainer.spec.family import family
+from trainer.spec.memory_model import Work, predicted
+from trainer.spec.plan import EnginePlan
 
 RANK, GIB, DEVICE = 16, 2**30, "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = {"flux": (1280, 768), "sdxl": (1024, 1024), "sd3": (1024, 1024)}
@@ -117,7 +122,7 @@ class Bench:
         options = {"precision": precision, "dtype": self.dtype, "device": DEVICE, "rank": RANK}
         place(self.model, blocks, **options, fused=fused, targets=targets)
         self.forwards = self.kind.forwards()
-        self.params = lora.add_adapters(
+        self.params = adapters.add_adapters(
             self.model, self.kind.blocks(self.model), targets=targets, fused=fused, rank=RANK, alpha=RANK, seed=0
         )
         torch.manual_seed(1)
@@ -125,7 +130,7 @@ class Bench:
             if "lora_B" in name_:
                 torch.nn.init.normal_(p, std=0.01)
         free()
-        self.wholes = optim.joined("adamw", self.params)
+        self.wholes = flat_parameters.joined("adamw", self.params)
         self.optimizer = torch.optim.AdamW(self.wholes, lr=1e-4)
         self.runner = Direct(self.params, self.wholes)
 
@@ -141,7 +146,7 @@ class Bench:
             offload=next((to for word, to in OFFLOADS.items() if word in words), "none"),
             compile="eager" not in words,
             turned_weights="turned" in words,
-            attention=detect().fastest_attention if flash.version() and "native" not in words else "native",
+            attention=detect().fastest_attention if flash_attention.version() and "native" not in words else "native",
         )
         engine = Engine(self.model, self.kind.regions(self.model), plan)
         if "narrow" in words:
@@ -262,8 +267,8 @@ def profile(work: Callable[[], None], rows: int = 60) -> None:
 
 
 def counted(bench: Bench) -> dict[str, Any]:
-    """The numbers of weights for `trainer.families.Footprint`."""
-    from trainer.frozen import FrozenLinear
+    """The numbers of weights for `trainer.spec.family.Footprint`."""
+    from trainer.engine.quantization.frozen_linear import FrozenLinear
 
     inside = sum(m.weight_NK.numel() for m in bench.model.modules() if isinstance(m, FrozenLinear))
     trained = sum(p.numel() for p in bench.params)

@@ -18,14 +18,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from entrypoint import bake, finish, flash, hardware, net, resume, singles, upload
-from entrypoint.manifest import read_manifest
-from entrypoint.plan import make_plan
-from entrypoint.settings import Settings, help_env, read_settings
+from entrypoint import bake
+from entrypoint.dataset_config.manifest import read_manifest
+from entrypoint.fetch import flash_attention, http
+from entrypoint.planning import single_files, starting_point
+from entrypoint.planning.plan import make_plan
+from entrypoint.processes import supervise, upload
+from entrypoint.settings.read import Settings, help_env, read_settings
+from entrypoint.system import hardware
 from trainer import __version__
-from trainer.errors import KilnError, StopRequestedError, UnreachableError
-from trainer.families import base_models, family
-from trainer.plan import Plan, Source, changes
+from trainer.spec.errors import KilnError, StopRequestedError, UnreachableError
+from trainer.spec.family import base_models, family
+from trainer.spec.plan import Plan, Source
+from trainer.spec.resume_rules import changes
 
 log = logging.getLogger("entrypoint")
 PROGRAMS = {  # first arguments that become another program
@@ -36,7 +41,7 @@ PROGRAMS = {  # first arguments that become another program
 
 
 def main(arguments: list[str]) -> int:
-    """Exit codes as in `trainer.errors`; 64 for a wrong command line."""
+    """Exit codes as in `trainer.spec.errors`; 64 for a wrong command line."""
     if arguments and arguments[0] in PROGRAMS:
         program = PROGRAMS[arguments[0]]
         os.execvp(program[0], [*program, *arguments[1:]])  # noqa: S606 (what the user asks for)
@@ -65,7 +70,7 @@ def main(arguments: list[str]) -> int:
         return 0
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     check = asked.check or asked.command == "check"
-    return finish.supervised(lambda: _exit_code(check=check), os.environ)
+    return supervise.supervised(lambda: _exit_code(check=check), os.environ)
 
 
 def _exit_code(*, check: bool) -> int:
@@ -83,11 +88,11 @@ def _exit_code(*, check: bool) -> int:
 
 
 def job(environ: Mapping[str, str], *, check: bool) -> int:
-    """The whole job; returns the trainer's exit code, or 0. Raises the errors of `trainer.errors`."""
+    """The whole job; returns the trainer's exit code, or 0. Raises the errors of `trainer.spec.errors`."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _stop)
     settings = read_settings(environ)
-    finish.Limit.set(settings.max_runtime, settings.max_cost, settings.price_per_hour)
+    supervise.Limit.set(settings.max_runtime, settings.max_cost, settings.price_per_hour)
     manifest = read_manifest(settings.dataset_config, settings.sample_prompts)
     found = hardware.detect()
     plan = make_plan(settings, manifest, found, now=_now(environ))
@@ -108,9 +113,9 @@ def job(environ: Mapping[str, str], *, check: bool) -> int:
         with upload.beside(push, environ) as uploaded:
             return uploaded()
 
-    from entrypoint.preflight import preflight  # the Hub's client is slow to import: only now
+    from entrypoint.planning.preflight import preflight  # the Hub's client is slow to import: only now
 
-    resume.check_state(plan)
+    starting_point.check_state(plan)
     preflight(plan, token=token, hub_cache=settings.hf_home / "hub")
     with upload.beside(push, environ) as uploaded:
         if check:
@@ -118,7 +123,7 @@ def job(environ: Mapping[str, str], *, check: bool) -> int:
             return 0
         plan = _fetched(plan, settings, token=token)
 
-        from entrypoint.launch import launch
+        from entrypoint.processes.launch import launch
 
         return launch(plan, environment=environ) or uploaded()
 
@@ -168,17 +173,17 @@ def _with_sources(plan: Plan, change: Callable[[Source], Source]) -> Plan:
 
 def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
     """The plan with every model and source at a local path; all are brought at the same time."""
-    from entrypoint.fetch import fetch_model, fetch_source
+    from entrypoint.fetch.fetch import fetch_model, fetch_source
 
     hub, cache = settings.hf_home / "hub", Path(plan.output.cache)
     if plan.engine.attention == "flash_4":
-        flash.install(cache)
-    patterns = singles.patterns(family(plan.model.family).FACTS, plan.model.parts)
+        flash_attention.install(cache)
+    patterns = single_files.patterns(family(plan.model.family).FACTS, plan.model.parts)
     sources = list(dict.fromkeys(s.source for d in plan.data.datasets for s in d.subsets))
     cancelled = threading.Event()
-    patience = dataclasses.replace(net.USUAL, cancelled=cancelled)
+    patience = dataclasses.replace(http.USUAL, cancelled=cancelled)
     access: dict[str, Any] = {"token": token, "hub_cache": hub, "patience": patience}
-    model, found = net.both(
+    model, found = http.both(
         lambda: fetch_model(plan.model, patterns=patterns, **access),
         lambda: {source: fetch_source(source, cache=cache, **access) for source in sources},
         cancelled=cancelled,

@@ -8,12 +8,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from entrypoint import layout, net
-from entrypoint.fetch import fetch_model
-from entrypoint.net import Patience
-from trainer.errors import KilnError, SettingsError
-from trainer.families import base_models, family
-from trainer.plan import ModelPlan
+from entrypoint.fetch import http, model_folder
+from entrypoint.fetch.fetch import fetch_model
+from entrypoint.fetch.http import Patience
+from trainer.spec.errors import KilnError, SettingsError
+from trainer.spec.family import base_models, family
+from trainer.spec.plan import ModelPlan
 
 PLACE = Path("/opt/kiln-models")
 TOKEN = Path("/run/secrets/hf_token")  # a secret of the build: in no layer
@@ -22,7 +22,7 @@ USAGE = "usage: python -m entrypoint.bake BASE_MODEL FOLDER [CACHE]"
 
 
 def main(arguments: list[str]) -> int:
-    """Exit codes as in `trainer.errors`; 64 for a wrong command line."""
+    """Exit codes as in `trainer.spec.errors`; 64 for a wrong command line."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     if len(arguments) not in (2, 3):
         print(USAGE, file=sys.stderr)  # noqa: T201
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def bake(model: ModelPlan, place: Path, *, token: str | None, cache: Path, patience: Patience = net.USUAL) -> Path:
+def bake(model: ModelPlan, place: Path, *, token: str | None, cache: Path, patience: Patience = http.USUAL) -> Path:
     """Download what a job needs of `model` through `cache` and copy it below `place`; returns its folder there.
 
     Raises what `fetch_model` raises.
@@ -50,7 +50,7 @@ def bake(model: ModelPlan, place: Path, *, token: str | None, cache: Path, patie
     found = fetch_model(model, patterns=patterns, token=token, hub_cache=cache, patience=patience)
     source, target = Path(found.path), folder(model, place)
     names = [p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file()]
-    for name in sorted(layout.wanted(names, patterns)):
+    for name in sorted(model_folder.wanted(names, patterns)):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, target / name)  # the snapshot's files are links into the cache
     (target / COMMIT).write_text(f"{found.commit}\n", encoding="utf-8")
@@ -60,7 +60,7 @@ def bake(model: ModelPlan, place: Path, *, token: str | None, cache: Path, patie
 def with_baked(model: ModelPlan, place: Path = PLACE) -> ModelPlan:
     """`model` with the path and commit of the image's own copy, if it has one and no revision is asked for."""
     commit = folder(model, place) / COMMIT
-    if model.revision is not None or layout.is_local(model) or not commit.is_file():
+    if model.revision is not None or model_folder.is_local(model) or not commit.is_file():
         return model
     return replace(model, path=str(commit.parent), commit=commit.read_text(encoding="utf-8").strip())
 

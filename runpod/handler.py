@@ -74,7 +74,7 @@ def job_environment(given, job_id):
 
 def variables():
     """The names of all variables, as Kiln's own Python knows them."""
-    code = "import json; from entrypoint.variables import NAMES; print(json.dumps(NAMES))"
+    code = "import json; from entrypoint.settings.variables import NAMES; print(json.dumps(NAMES))"
     environment = {**os.environ, "PYTHONPATH": ROOT}
     return json.loads(subprocess.run([PYTHON, "-c", code], env=environment, stdout=subprocess.PIPE, check=True).stdout)
 

@@ -10,17 +10,17 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-from trainer.errors import KilnError, SettingsError
-from trainer.plan import Plan
-from trainer.stop import StopFlag
+from trainer.spec.errors import KilnError, SettingsError
+from trainer.spec.plan import Plan
+from trainer.training.stop_flag import StopFlag
 
 log = logging.getLogger("trainer")
-RANK, TEAM = "KILN_RANK", "KILN_TEAM"  # as in trainer/parallel.py, which imports torch
+RANK, TEAM = "KILN_RANK", "KILN_TEAM"  # as in trainer/training/distributed.py, which imports torch
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
 def main(arguments: list[str]) -> int:
-    """Exit codes as in `trainer.errors`; 64 for a wrong command line."""
+    """Exit codes as in `trainer.spec.errors`; 64 for a wrong command line."""
     if len(arguments) != 1:
         print("usage: python -m trainer plan.json", file=sys.stderr)  # noqa: T201
         return 64
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
             plan = Plan.from_json(Path(arguments[0]).read_text(encoding="utf-8"))
         except (OSError, ValueError) as problem:
             raise SettingsError(f"{arguments[0]}: {problem}") from problem
-        from trainer.run import run  # torch is imported only now, when signals are handled
+        from trainer.job.run import run  # torch is imported only now, when signals are handled
 
         run(plan, stop)
     except KilnError as problem:

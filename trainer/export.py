@@ -1,4 +1,5 @@
-"""Tensors → a safetensors file with the header that users' tools read. What the tensors are: `trainer.formats`.
+"""Tensors → a safetensors file with the header that users' tools read. What the tensors are:
+`trainer.lora_files.convert`.
 
 python -m trainer.export IN.safetensors --to kohya|peft|comfyui --out OUT.safetensors
 python -m trainer.export --merge a.safetensors:0.6 b.safetensors:0.4 --out OUT.safetensors
@@ -6,220 +7,69 @@ python -m trainer.export --merge a.safetensors:0.6 b.safetensors:0.4 --out OUT.s
 
 from __future__ import annotations
 
-import datetime
+import argparse
 import json
-from collections import Counter
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+import logging
+import sys
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors.torch import load_file
+from trainer.lora_files import convert, write
+from trainer.lora_files.arguments import load_lora, read_family, run_command, split_weight
+from trainer.spec.errors import SettingsError
+from trainer.spec.family import family, names
 
-from trainer import __version__, files, tensorfile
-from trainer.captions import tag_frequency
-from trainer.dataset import Scan
-from trainer.errors import NumbersError, StorageError
-from trainer.families import Family
-from trainer.objective import Objective
-from trainer.order import Order
-from trainer.plan import Dataset, Plan
+log = logging.getLogger(__name__)
 
 
-def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write, read back, compare, and only then rename to `path`.
-
-    Raises NumbersError for a value that is not finite, StorageError if the file is not what was written.
-    """
-    bad = [k for k, v in tensors.items() if not tensorfile.is_finite(v)]
-    if bad:
-        raise NumbersError(f"{len(bad)} of {len(tensors)} tensors of the LoRA are not finite, {bad[0]} first.")
-    with files.replacing(path) as temporary:
-        with temporary.open("wb") as file:
-            file.writelines(_serialised(tensors, metadata))
-        back = load_file(temporary)
-        if back.keys() != tensors.keys() or any(not torch.equal(back[k], v) for k, v in tensors.items()):
-            raise StorageError(f"{path} does not read back as it was written.")
-
-
-def _serialised(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> list[bytes | memoryview]:
-    """The pieces of a safetensors file, the same bytes for the same content: the library shuffles the metadata.
-
-    Adds the hash of the tensors' bytes without the header, as sd-scripts' `sshs_model_hash`.
-    """
-    entries, data = tensorfile.laid_out(tensors)
-    digest = tensorfile.sha256(data)
-    complete = {**metadata, "sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
-    return [tensorfile.header({"__metadata__": dict(sorted(complete.items())), **entries}), *data]
+def export_command(arguments: list[str]) -> int:
+    """`python -m trainer.export`; returns the exit code."""
+    parser = argparse.ArgumentParser("python -m trainer.export", description="Convert a LoRA file, or merge several.")
+    parser.add_argument("file", nargs="?", type=Path, metavar="IN.safetensors")
+    parser.add_argument("--merge", nargs="+", metavar="FILE[:WEIGHT]", help="add these up instead")
+    parser.add_argument("--to", choices=sorted(convert.FORMATS), default="kohya", help="whose key names (kohya)")
+    parser.add_argument("--out", type=Path, required=True, metavar="OUT.safetensors")
+    parser.add_argument("--family", choices=names(), help="if the keys do not tell")
+    parser.add_argument("--without-text-encoders", action="store_true", help="leave their modules out")
+    asked = parser.parse_args(arguments)
+    if (asked.file is None) == (asked.merge is None):
+        parser.error("name one file to convert, or some after --merge")
+    return run_command(lambda: _export(asked))
 
 
-@dataclass(frozen=True)
-class TrainedSubset:
-    """What the header says about one source of pictures."""
-
-    name: str  # of its folder, archive or repository alone; unique in a run
-    pictures: int
-    repeats: int
-    is_reg: bool
-    tags: dict[str, int]
-
-
-@dataclass(frozen=True)
-class TrainedDataset:
-    """What the header says about pictures of one resolution and batch size."""
-
-    plan: Dataset
-    subsets: tuple[TrainedSubset, ...]
-    buckets: dict[tuple[int, int], int]  # (width, height) → pictures × repeats
-
-    def count(self, *, reg: bool) -> int:
-        return sum(s.pictures * s.repeats for s in self.subsets if s.is_reg is reg)
-
-    def told(self) -> dict[str, Any]:
-        """As an entry of `ss_datasets`."""
-        plan = self.plan
-        return {
-            "is_dreambooth": True,
-            "batch_size_per_device": plan.batch_size,
-            "num_train_images": self.count(reg=False),
-            "num_reg_images": self.count(reg=True),
-            "resolution": list(plan.resolution),
-            "enable_bucket": plan.enable_bucket,
-            "min_bucket_reso": plan.min_bucket_reso,
-            "max_bucket_reso": plan.max_bucket_reso,
-            "tag_frequency": {s.name: s.tags for s in self.subsets},
-            "bucket_info": _bucket_info(self.buckets),
-            "subsets": [
-                {"image_dir": s.name, "img_count": s.pictures, "num_repeats": s.repeats, "is_reg": s.is_reg}
-                for s in self.subsets
-            ],
-        }
-
-
-def _bucket_info(buckets: Mapping[tuple[int, int], int]) -> dict[str, Any]:
-    listed = enumerate(sorted(buckets.items()))
-    return {"buckets": {str(i): {"resolution": list(size), "count": count} for i, (size, count) in listed}}
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What the header says about a run, besides the step."""
-
-    name: str
-    base: str
-    base_version: str
-    architecture: str
-    kind: str  # lora, rslora or dora
-    alpha: float  # that was trained with; the file's own may differ
-    started: int  # Unix seconds
-    optimizer: str
-    learning_rate: float
-    text_encoders: dict[str, float]  # those that train → learning rate
-    schedule: str
-    seed: int
-    noise_offset: float
-    resolution: tuple[int, int]
-    trigger: str | None
-    objective: str
-    datasets: tuple[TrainedDataset, ...]
-
-
-def metadata(run: Trained, *, step: int, epoch: int, rank: int, alpha: float) -> dict[str, str]:
-    """The header of a file, every value a string (DATASET_SCHEMA of sd-scripts' `ss_*`, and modelspec 1.0.1).
-
-    `rank`, `alpha`: what the file's tensors have.
-    """
-    date = datetime.datetime.fromtimestamp(run.started, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    resolution = f"{run.resolution[0]}x{run.resolution[1]}"
-    subsets = [s for d in run.datasets for s in d.subsets]
-    buckets: Counter[tuple[int, int]] = Counter()
-    for dataset in run.datasets:
-        buckets.update(dataset.buckets)
-    values: dict[str, Any] = {
-        "ss_output_name": run.name,
-        "ss_sd_model_name": run.base,
-        "ss_base_model_version": run.base_version,
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": rank,
-        "ss_network_alpha": alpha,
-        "kiln_alpha": run.alpha,
-        "kiln_lora_type": run.kind,
-        "kiln_version": __version__,
-        "ss_training_started_at": float(run.started),
-        "ss_bucket_info": _bucket_info(buckets),
-        "ss_resolution": f"({run.resolution[0]}, {run.resolution[1]})",
-        "ss_dataset_dirs": {s.name: {"n_repeats": s.repeats, "img_count": s.pictures} for s in subsets},
-        "ss_datasets": [d.told() for d in run.datasets],
-        "ss_tag_frequency": {s.name: s.tags for s in subsets},
-        "ss_num_train_images": sum(d.count(reg=False) for d in run.datasets),
-        "ss_num_reg_images": sum(d.count(reg=True) for d in run.datasets),
-        "ss_steps": step,
-        "ss_epoch": epoch,
-        "ss_optimizer": run.optimizer,
-        "ss_learning_rate": run.learning_rate,
-        "ss_lr_scheduler": run.schedule,
-        "ss_seed": run.seed,
-        "ss_noise_offset": run.noise_offset,
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{run.architecture}/lora",
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": run.name,
-        "modelspec.resolution": resolution,
-        "modelspec.date": date,
-        "modelspec.prediction_type": run.objective,
-        "modelspec.trigger_phrase": run.trigger or "",
-        "modelspec.license": "",
-        "modelspec.tags": "",
-    }
-    if run.text_encoders:
-        values["ss_text_encoder_lr"] = [*run.text_encoders.values()]
-    return {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in values.items()}
-
-
-def _unused(name: str, taken: Collection[str]) -> str:
-    """`name`; with a number where several sources, or one at several resolutions, have the same."""
-    return next(n for n in (name, *(f"{name} ({i})" for i in range(2, len(taken) + 2))) if n not in taken)
-
-
-def trained(plan: Plan, kind: Family, goal: Objective, *, order: Order, found: Scan) -> Trained:
-    """What the header of the LoRA file says about this run."""
-    facts, first = kind.FACTS, plan.data.datasets[0]
-    datasets: list[TrainedDataset] = []
-    names: list[str] = []
-    for d, dataset in enumerate(plan.data.datasets):
-        subsets = []
-        for i, subset in enumerate(dataset.subsets):
-            names.append(_unused(Path(subset.source.public).name, names))
-            own = [p.caption for p in found.pictures if (p.dataset, p.subset) == (d, i)]
-            tags = tag_frequency(own, subset.caption_separator)
-            subsets.append(TrainedSubset(names[-1], len(own), subset.num_repeats, subset.is_reg, tags))
-        buckets = {size: count for (owner, size), count in order.buckets.items() if owner == d}
-        datasets.append(TrainedDataset(dataset, tuple(subsets), buckets))
-    return Trained(
-        name=plan.output.name,
-        base=plan.model.base,
-        base_version=facts.base_version,
-        architecture=facts.architecture,
-        kind=plan.lora.kind,
-        alpha=plan.lora.alpha,
-        started=plan.output.started,
-        optimizer=plan.optim.name,
-        learning_rate=plan.optim.learning_rate,
-        text_encoders=plan.optim.text_encoders,
-        schedule=plan.optim.scheduler,
-        seed=plan.train.seed,
-        noise_offset=plan.train.noise_offset,
-        resolution=first.resolution,
-        trigger=first.subsets[0].trigger_word,
-        objective=goal.prediction.removesuffix("_prediction"),
-        datasets=tuple(datasets),
-    )
+def _export(asked: argparse.Namespace) -> None:
+    several = [split_weight(text) for text in asked.merge] if asked.merge else [(asked.file, 1.0)]
+    found = [read_family(path, asked.family) for path, _ in several]
+    kinds = {name for name, _ in found}
+    if len(kinds) > 1:
+        each = ", ".join(f"{path} is for {name}" for (path, _), (name, _) in zip(several, found, strict=True))
+        raise SettingsError(f"Only LoRAs of one family can be merged: {each}.")
+    name = kinds.pop()
+    loaded = [(load_lora(path, name), weight) for path, weight in several]
+    try:
+        modules = convert.merged(loaded) if asked.merge else loaded[0][0]
+    except ValueError as problem:
+        raise SettingsError(f"--merge: {problem}.") from problem
+    if asked.without_text_encoders:
+        own = f"{family(name).FACTS.lora_prefix}."
+        modules = {module: adapter for module, adapter in modules.items() if module.startswith(own)}
+    if not modules:
+        raise SettingsError("Nothing is left to write.")
+    try:
+        made = convert.write(modules, asked.to, name)
+    except ValueError as problem:
+        raise SettingsError(f"This cannot be written with {asked.to}'s names: {problem}.") from problem
+    # Peft's settings and the hashes are about the file that was read.
+    gone = ("lora_adapter_metadata", "sshs_", "modelspec.hash")
+    metadata = {} if asked.merge else {k: v for k, v in found[0][1].items() if not k.startswith(gone)}
+    metadata |= {"ss_network_dim": str(made.rank), "ss_network_alpha": f"{made.alpha:g}"}
+    metadata.setdefault("modelspec.architecture", f"{family(name).FACTS.architecture}/lora")
+    if asked.merge:
+        metadata["kiln_merged_from"] = json.dumps({path.name: weight for path, weight in several})
+    write.write(asked.out, made.tensors, metadata)
+    log.info("%s: %d modules for %s, rank %d, alpha %g.", asked.out, len(modules), name, made.rank, made.alpha)
 
 
 if __name__ == "__main__":
     import sys
-
-    from trainer.tools import export_command
 
     sys.exit(export_command(sys.argv[1:]))

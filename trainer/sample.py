@@ -5,100 +5,212 @@ python -m trainer.sample --base BASE_MODEL --lora a.safetensors:0.8 b.safetensor
 
 from __future__ import annotations
 
-import json
+import argparse
+import contextlib
+import logging
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+import torch
 
-from trainer import files
-from trainer.plan import Prompt
+from trainer.base_model.single_file import assembled
+from trainer.engine.device import release
+from trainer.job import prepare, sampling
+from trainer.lora_files.arguments import load_lora, read_family, run_command, split_weight
+from trainer.lora_files.weights import Modules
+from trainer.spec.errors import SettingsError
+from trainer.spec.family import OPTIONAL, PREFIXES, BaseModel, Family, base_models, family, names
+from trainer.spec.plan import ModelPlan, Prompt
+from trainer.storage import safetensors_header
 
-NAME = re.compile(r"step-(\d{8})-(\d{2,})\.png")
-SHEET = "contact-sheet.png"
-MARGIN, LABEL = 6, 34  # pixels
+log = logging.getLogger(__name__)
+CACHE = Path.home() / ".cache" / "kiln"
+FLAGS: dict[str, tuple[str, type]] = {  # as in prompts.txt of a job
+    "w": ("width", int),
+    "h": ("height", int),
+    "d": ("seed", int),
+    "s": ("steps", int),
+    "l": ("cfg", float),
+    "g": ("guidance", float),
+    "n": ("negative", str),
+}
 
 
-def draw_all(
-    folder: Path,
-    prompts: Sequence[Prompt],
-    *,
-    step: int,
-    draw: Callable[[Prompt], Image.Image],
-    stopped: Callable[[], bool],
-) -> int:
-    """Draw the prompts that have no picture of `step` yet, and renew the contact sheet; return how many.
+def sample_command(arguments: list[str]) -> int:
+    """`python -m trainer.sample`; returns the exit code."""
+    parser = argparse.ArgumentParser("python -m trainer.sample", description="Draw pictures, with LoRAs or without.")
+    parser.add_argument("--base", required=True, help="a value of BASE_MODEL, a folder in diffusers layout, or a file")
+    parser.add_argument("--lora", nargs="+", action="extend", default=[], metavar="FILE[:WEIGHT]")
+    parser.add_argument("--prompts", type=Path, required=True, help="like a job's: text --w --h --d --s --g --l --n")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument("--family", choices=names(), help="if --base is a folder and no LoRA tells")
+    parser.add_argument("--config", help="if --base is a file: the value of BASE_MODEL that has what it lacks")
+    parser.add_argument("--cache", type=Path, default=CACHE, help=f"where files are converted to ({CACHE})")
+    asked = parser.parse_args(arguments)
+    return run_command(lambda: _sample(asked))
 
-    Each goes into `folder` as step-00000100-00.png with its prompt in the PNG. `stopped` is asked before each.
+
+# ---- pictures
+
+
+def _sample(asked: argparse.Namespace) -> None:
+    several = [split_weight(text) for text in asked.lora]
+    name, model, folder = _base(asked, several)
+    kind = family(name)
+    loaded = [(load_lora(path, name), weight) for path, weight in several]
+    prompts = _prompts(asked.prompts, kind, model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    texts = _encoded(kind, folder, prompts, loaded, device=device, dtype=dtype)
+    denoiser = kind.load_denoiser(folder, device=device, dtype=dtype)
+    add(denoiser, loaded, component=kind.FACTS.lora_prefix)
+    vae = kind.load_vae(folder, device=device)
+
+    def draw(prompt: Prompt) -> Any:
+        text, negative = texts[prompt.text], texts[prompt.negative]
+        return kind.sample(denoiser, vae, folder, prompt=prompt, text=text, negative=negative)
+
+    for old in asked.out.glob("step-00000000-*.png"):
+        old.unlink()
+    with torch.no_grad():
+        count = sampling.draw_all(asked.out, prompts, step=0, draw=draw, stopped=lambda: False)
+    log.info("%d pictures with %d LoRAs are in %s.", count, len(several), asked.out)
+
+
+def add(model: Any, several: list[tuple[Modules, float]], *, component: str) -> None:
+    """Change the weights of `component` of the pipeline as the files say, each times its weight, one after the other.
+
+    Raises SettingsError for modules that the model lacks.
     """
-    count = 0
-    for number, prompt in enumerate(prompts):
-        path = folder / f"step-{step:08d}-{number:02d}.png"
-        if path.exists():
-            continue
-        if stopped():
-            break
-        image = draw(prompt)
-        with files.replacing(path) as temporary:
-            image.save(temporary, pnginfo=_info(prompt, step))
-        count += 1
-    if count:
-        contact_sheet(folder, prompts)
-    return count
+    own = [
+        (name.removeprefix(f"{component}."), adapter, weight)
+        for modules, weight in several
+        for name, adapter in modules.items()
+        if name.startswith(f"{component}.")
+    ]
+    with torch.no_grad():
+        for name, adapter, strength in own:
+            weight = _layer(model, name).weight
+            shape = (adapter.up.shape[0], *adapter.down.shape[1:])
+            if shape != weight.shape:
+                raise SettingsError(f"{name} is {list(shape)} in the LoRA and {list(weight.shape)} in the model.")
+            before = weight.float()
+            weight.copy_(before + strength * (adapter.on(before) - before))
 
 
-def _info(prompt: Prompt, step: int) -> PngImagePlugin.PngInfo:
-    """The text chunks that picture viewers of image generators show, and each value by itself."""
-    info = PngImagePlugin.PngInfo()
-    negative = f"\nNegative prompt: {prompt.negative}" if prompt.negative else ""
-    info.add_itxt(
-        "parameters",
-        f"{prompt.text}{negative}\nSteps: {prompt.steps}, CFG scale: {prompt.cfg}, Distilled CFG Scale: "
-        f"{prompt.guidance}, Seed: {prompt.seed}, Size: {prompt.width}x{prompt.height}",
-    )
-    info.add_itxt("prompt_text", prompt.text)
-    info.add_text("step", str(step))
-    info.add_text("seed", str(prompt.seed))
-    return info
+def _layer(model: Any, name: str) -> Any:
+    """A layer by its name in files, which have the level `text_model` that some of transformers' classes lack."""
+    for path in (name, name.removeprefix("text_model.")):
+        with contextlib.suppress(AttributeError):
+            return model.get_submodule(path)
+    raise SettingsError(f"The base model has no {name}.")
 
 
-def contact_sheet(folder: Path, prompts: Sequence[Prompt]) -> Path:
-    """All samples of a run on one picture, thumbnails at most 256 pixels wide and high."""
-    found = [(int(m[1]), int(m[2]), p) for p in folder.glob("step-*.png") if (m := NAME.fullmatch(p.name))]
-    steps = sorted({step for step, _, _ in found})
-    width = min(256, max(p.width for p in prompts)) + MARGIN
-    height = min(256, max(p.height for p in prompts)) + MARGIN
-    wide = max(width * len(steps), 360) + MARGIN
-    sheet = Image.new("RGB", (wide, len(prompts) * (height + LABEL) + LABEL), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for column, step in enumerate(steps):
-        pen.text((MARGIN + column * width, MARGIN), "before" if step == 0 else f"step {step}", "black", font)
-    for row, prompt in enumerate(prompts):
-        top = LABEL + row * (height + LABEL)
-        pen.text((MARGIN, top), _fit(prompt.text, wide - 2 * MARGIN, font), "black", font)
-    for step, row, path in found:
-        if row < len(prompts):
-            with Image.open(path) as image:
-                small = image.convert("RGB")
-            small.thumbnail((256, 256))
-            sheet.paste(small, (MARGIN + steps.index(step) * width, LABEL + row * (height + LABEL) + LABEL // 2))
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt("prompts", json.dumps([p.text for p in prompts], ensure_ascii=False))
-    with files.replacing(folder / SHEET) as temporary:
-        sheet.save(temporary, pnginfo=info)
-    return folder / SHEET
+def _base(asked: argparse.Namespace, several: list[tuple[Path, float]]) -> tuple[str, BaseModel, Path]:
+    """The family, what is known of the model, and the folder of its weights.
+
+    A folder's family is what --family says, or what the first LoRA is for; a file's is what its tensors' names say.
+    """
+    known, place = base_models(), Path(asked.base)
+    if asked.base in known:
+        name, model = known[asked.base]
+        return name, model, _folder(model, family(name).FACTS.files)
+    if place.is_file():
+        return _single(place, asked.config, asked.cache)
+    if not place.is_dir():
+        raise SettingsError(f"--base {place} is neither a folder, a file, nor one of {', '.join(sorted(known))}.")
+    if asked.family is None and not several:
+        raise SettingsError(f"--base {place} is a folder: --family says what is in it, one of {', '.join(names())}.")
+    name = asked.family or read_family(several[0][0], None)[0]
+    return name, BaseModel(str(place.absolute()), files_gib=0.0), place.absolute()
 
 
-def _fit(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    while text and font.getlength(text) > width:
-        text = text[:-2].rstrip() + "…"
-    return text
+def _single(file: Path, config: str | None, cache: Path) -> tuple[str, BaseModel, Path]:
+    """A model in one file: converted once, into `cache`. What it lacks is `config`'s, or the family's first model's."""
+    try:
+        found = safetensors_header.read_header(file).entries.keys()
+    except ValueError as problem:
+        raise SettingsError(f"--base {file}: {problem}.") from problem
+    denoisers = {name.removeprefix(PREFIXES["denoiser"][0]) for name in found}
+    name = next((n for n in names() if denoisers & set(family(n).FACTS.landmarks)), None)
+    if name is None:
+        raise SettingsError(f"--base {file} has no denoiser of {', '.join(names())}.")
+    facts = family(name).FACTS
+    base = config or next(iter(facts.models))
+    if base not in facts.models:
+        raise SettingsError(f"--config {base} is not one of {', '.join(facts.models)}, and {file} is for {name}.")
+    inside = [p for p in facts.parts if p == "denoiser" or any(n.startswith(PREFIXES[p]) for n in found)]
+    model, folders = facts.models[base], {facts.parts[part] for part in inside}
+    rest = [f for f in facts.files if f.removeprefix(OPTIONAL).split("/")[0] not in folders]
+    source = _folder(model, (*rest, *(f"{folder}/config.json" for folder in folders)))
+    parts = dict.fromkeys(inside, str(file.absolute()))
+    return name, model, assembled(ModelPlan(base, name, model.source, path=str(source), parts=parts), cache)
+
+
+def _folder(model: BaseModel, files: Sequence[str]) -> Path:
+    """Where the weights are; downloads what the Hub's cache lacks."""
+    if Path(model.source).is_absolute():
+        return Path(model.source)
+    from huggingface_hub import snapshot_download
+
+    patterns = [pattern.removeprefix(OPTIONAL) for pattern in files]
+    return Path(snapshot_download(model.source, allow_patterns=patterns))
+
+
+def _prompts(path: Path, kind: Family, model: BaseModel) -> list[Prompt]:
+    """The lines of a prompts.txt, completed as a job does it."""
+    facts = kind.FACTS
+    common = {"steps": facts.prompt_steps, "guidance": facts.prompt_guidance, "cfg": facts.prompt_cfg, **model.defaults}
+    common |= {"width": model.resolution, "height": model.resolution}
+    found: list[Prompt] = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as problem:
+        raise SettingsError(f"--prompts {path}: {problem.strerror}.") from problem
+    for line in (text for text in lines if text.strip() and not text.startswith("#")):
+        text, *flags = re.split(r"\s+--(?=[a-z]\b)", line.strip())
+        values: dict[str, Any] = {"seed": 42 + len(found), **common}
+        try:
+            for flag in flags:
+                field, convert = FLAGS[flag[0]]
+                values[field] = convert(flag[1:].strip())
+        except (KeyError, ValueError) as problem:
+            raise SettingsError(f"--prompts {path}: {line!r}: {problem}.") from problem
+        for side in ("width", "height"):
+            values[side] = max(facts.multiple, values[side] // facts.multiple * facts.multiple)
+        found.append(Prompt(text=text, **values))
+    if not found:
+        raise SettingsError(f"--prompts {path} has no prompt.")
+    return found
+
+
+def _encoded(
+    kind: Family,
+    folder: Path,
+    prompts: list[Prompt],
+    several: list[tuple[Modules, float]],
+    *,
+    device: str,
+    dtype: torch.dtype,
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Texts → embeddings with a batch axis, by encoders as the files change them; these are gone afterwards."""
+    texts = list(dict.fromkeys(prepare.prompt_texts(prompts)))
+    encoders = kind.load_encoders(folder, device=device, dtype=dtype)
+    for component in kind.KEYS.encoders:
+        add(getattr(encoders, component), several, component=component)
+    found = kind.encode_text(encoders, texts)
+    del encoders
+    release()
+    return {
+        text: {k: v[None].to(device, dtype) for k, v in values.items()}
+        for text, values in zip(texts, found, strict=True)
+    }
 
 
 if __name__ == "__main__":
     import sys
-
-    from trainer.tools import sample_command
 
     sys.exit(sample_command(sys.argv[1:]))

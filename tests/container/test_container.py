@@ -16,7 +16,7 @@ import pytest
 from safetensors import safe_open
 
 from tests.end_to_end.hub import Hub, read_folder
-from trainer.families import family
+from trainer.spec.family import family
 
 pytestmark = [pytest.mark.container, pytest.mark.timeout(3000)]
 ROOT = Path(__file__).resolve().parents[2]
@@ -175,7 +175,7 @@ def test_the_owner_of_a_pod_can_fetch_results_by_rsync(run):
     script = (
         "set -e; test ! -e /etc/ssh/ssh_host_ed25519_key; ssh-keygen -q -t ed25519 -N '' -f /tmp/key\n"
         'export PUBLIC_KEY="$(cat /tmp/key.pub)"\n'
-        "python -c 'import os; from entrypoint.finish import start_ssh; start_ssh(os.environ)'\n"
+        "python -c 'import os; from entrypoint.processes.supervise import start_ssh; start_ssh(os.environ)'\n"
         "rsync -e 'ssh -i /tmp/key -o StrictHostKeyChecking=no' root@127.0.0.1:/opt/kiln/LICENSE /tmp/fetched\n"
         "cmp /tmp/fetched /opt/kiln/LICENSE && echo fetched"
     )

@@ -13,10 +13,10 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
-from entrypoint.hardware import Hardware
-from entrypoint.manifest import read_manifest
-from entrypoint.plan import make_plan
-from entrypoint.settings import read_settings
+from entrypoint.dataset_config.manifest import read_manifest
+from entrypoint.planning.plan import make_plan
+from entrypoint.settings.read import read_settings
+from entrypoint.system.hardware import Hardware
 
 
 @pytest.fixture

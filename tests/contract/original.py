@@ -1,7 +1,7 @@
 """Models under the names of their original implementations: what single files have. Written down by hand, once more.
 
 The names come from undoing diffusers' by the shapes and places of tensors, not from the product's own tables.
-Tensors may be `trainer.standin.StandIn`s: nothing looks at their values.
+Tensors may be `trainer.base_model.lazy_tensors.StandIn`s: nothing looks at their values.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from trainer.families import base_models, family
+from trainer.spec.family import base_models, family
 
 
 def miniature(name: str) -> Path:
@@ -195,7 +195,7 @@ def denoiser(name: str, state: dict[str, torch.Tensor], config: dict[str, Any]) 
 
 
 def whole(name: str, parts: dict[str, dict[str, torch.Tensor]], config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """A whole model in one file: each part (a key of `trainer.families.PREFIXES`) from diffusers' names."""
+    """A whole model in one file: each part (a key of `trainer.spec.family.PREFIXES`) from diffusers' names."""
     found = {"denoiser": denoiser(name, parts["denoiser"], config), "vae": vae_original(parts["vae"])}
     found["clip_l"] = hugging_face(parts["clip_l"])
     if "clip_g" in parts:

@@ -9,12 +9,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from trainer import optim, parallel
-from trainer.guard import Guard
-from trainer.loop import MicroBatch, train
-from trainer.objective import FlowMatching
-from trainer.replay import Direct
-from trainer.stop import StopFlag
+from trainer.data.batches import MicroBatch
+from trainer.engine import flat_parameters
+from trainer.engine.cuda_graphs import Direct
+from trainer.training import distributed
+from trainer.training.loop import train
+from trainer.training.objective import FlowMatching
+from trainer.training.step_guard import Guard
+from trainer.training.stop_flag import StopFlag
 
 SIZES = [(3, 1), (2, 2), (1, 3), (2,), (3, 2), (1,)]  # pictures of the micro-batches of each step
 STEPS = 3 * SIZES
@@ -62,7 +64,7 @@ def trained(team, case):
             every.append(micro_batch(number, count, bad=case == "bad" and i == BAD and at == 1))
         groups.append((1, every[team.rank :: team.size]))
     params = [*model.parameters()]
-    wholes = optim.joined("adamw", params) if case.startswith("joined") else params
+    wholes = flat_parameters.joined("adamw", params) if case.startswith("joined") else params
     optimizer = torch.optim.AdamW(wholes, lr=0.02, weight_decay=0.5)
     guard, runner = Guard(), Direct(params, wholes)
     steps = []
@@ -97,7 +99,7 @@ def trained(team, case):
 
 def main():
     torch.set_num_threads(1)
-    team = parallel.team(2, os.environ, StopFlag())
+    team = distributed.team(2, os.environ, StopFlag())
     team.join("cpu")
     for case in sys.argv[1:]:
         steps, weights, guard = trained(team, case)

@@ -9,11 +9,12 @@ import signal
 import pytest
 import torch
 
-from trainer import checkpoint, session
-from trainer.errors import StopRequestedError
-from trainer.replay import Direct
-from trainer.run import run
-from trainer.stop import StopFlag
+from trainer.checkpoints import state_files
+from trainer.engine.cuda_graphs import Direct
+from trainer.job import session
+from trainer.job.run import run
+from trainer.spec.errors import StopRequestedError
+from trainer.training.stop_flag import StopFlag
 
 
 @pytest.fixture
@@ -175,4 +176,4 @@ def test_a_stop_while_a_sample_is_drawn_saves_the_step_first(job_plan, tmp_path,
     monkeypatch.setattr(session.sample, "draw_all", interrupted)
     with pytest.raises(StopRequestedError):
         run(plan, stop)
-    assert checkpoint.latest(tmp_path / "out" / "state").step == 3
+    assert state_files.latest(tmp_path / "out" / "state").step == 3

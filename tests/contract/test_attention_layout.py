@@ -2,7 +2,7 @@
 
 import torch
 
-from trainer.attention import as_laid_out
+from trainer.engine.attention.cudnn_fix import as_laid_out
 
 
 def test_a_gradient_gets_the_strides_of_the_output():

@@ -7,12 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer import engine
-from trainer.engine import Engine
-from trainer.frozen import OF_INPUTS, FrozenLinear
-from trainer.plan import EnginePlan
-from trainer.precision import columns
-from trainer.quantize import beside, quantize_rows, quantize_weight, widened
+from trainer.engine import execution
+from trainer.engine.execution import Engine
+from trainer.engine.kernels.reference import beside, quantize_rows, quantize_weight, widened
+from trainer.engine.quantization.formats import OF_INPUTS
+from trainer.engine.quantization.frozen_linear import FrozenLinear
+from trainer.spec.adapter_columns import columns
+from trainer.spec.plan import EnginePlan
 
 TYPES = [torch.float8_e4m3fn, torch.float8_e4m3fnuz]
 M, N, K = 24, 240, 256
@@ -129,7 +130,7 @@ def test_an_engine_gives_up_copies_first_and_then_columns(monkeypatch):
         def know(self):
             self.known += 1
 
-    monkeypatch.setattr(engine, "Offload", Told)
+    monkeypatch.setattr(execution, "Offload", Told)
     linear = torch.nn.Linear(K, N).bfloat16().requires_grad_(False)
     model = torch.nn.Sequential(FrozenLinear(linear, "fp8", 4))
     made = Engine(model, [model], EnginePlan(recompute="all", offload="activations", turned_weights=True))

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from entrypoint import resume
-from trainer import checkpoint
-from trainer.errors import SettingsError, StorageError
+from entrypoint.planning import starting_point
+from trainer.checkpoints import state_files
+from trainer.spec.errors import SettingsError, StorageError
+from trainer.training import random_state
 
 
 def tree(value):
@@ -18,8 +19,8 @@ def tree(value):
 
 
 def test_a_state_comes_back_as_it_was(tmp_path):
-    checkpoint.save(tmp_path, 7, tree(1.0))
-    state = checkpoint.latest(tmp_path)
+    state_files.save(tmp_path, 7, tree(1.0))
+    state = state_files.latest(tmp_path)
     assert state.step == 7
     assert torch.equal(state.tree["a"], torch.ones(3))
     assert torch.equal(state.tree["b"][0][0], torch.arange(4))
@@ -29,39 +30,39 @@ def test_a_state_comes_back_as_it_was(tmp_path):
 def test_a_text_is_never_taken_for_a_tensor(tmp_path):
     """Names of pictures and trigger words are part of a state."""
     texts = {"a": torch.ones(1), "b": "tensor:0", "tensor": "0", "tuple": [1], "dict": [["a", 1]]}
-    checkpoint.save(tmp_path, 1, texts)
-    back = checkpoint.latest(tmp_path).tree
+    state_files.save(tmp_path, 1, texts)
+    back = state_files.latest(tmp_path).tree
     assert torch.equal(back.pop("a"), texts.pop("a")) and back == texts
 
 
 def test_a_changed_plan_is_refused_before_torch_is_loaded(tmp_path, job_plan):
     plan = job_plan("flux", PARAMS_OPTIMIZER_ARGS="betas=0.9,0.99")
     state = Path(plan.output.path) / "state"
-    folder = checkpoint.save(state, 7, {"essence": plan.essence(), **tree(1.0)})
-    resume.check_state(plan)
+    folder = state_files.save(state, 7, {"essence": plan.essence(), **tree(1.0)})
+    starting_point.check_state(plan)
 
     changed = dataclasses.replace(plan, train=dataclasses.replace(plan.train, seed=1))
     with pytest.raises(SettingsError, match=r"OUTPUT_PATH=.* at step 7(?s:.*)train\.seed: 42 → 1\n"):
-        resume.check_state(changed)
+        starting_point.check_state(changed)
     (folder / "state.json").write_text("{damaged")
-    resume.check_state(changed)  # the trainer looks closer
+    starting_point.check_state(changed)  # the trainer looks closer
 
 
 def test_a_changed_plan_is_refused_with_the_state_that_was_asked_for(tmp_path, job_plan):
     plan = job_plan("flux")
-    folder = str(checkpoint.save(tmp_path / "elsewhere", 7, {"essence": plan.essence()}))
+    folder = str(state_files.save(tmp_path / "elsewhere", 7, {"essence": plan.essence()}))
     asked = dataclasses.replace(plan, lora=dataclasses.replace(plan.lora, resume_from=folder))
-    resume.check_state(asked)
+    starting_point.check_state(asked)
     changed = dataclasses.replace(asked, optim=dataclasses.replace(asked.optim, name="adamw"))
     with pytest.raises(SettingsError, match=rf"PARAMS_RESUME_FROM={folder} (?s:.*)optim\.name: prodigy → adamw\n"):
-        resume.check_state(changed)
+        starting_point.check_state(changed)
 
 
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
 def test_a_damaged_state_is_set_aside_for_the_one_before(tmp_path, name, damage):
     for step in (10, 20):
-        checkpoint.save(tmp_path, step, tree(float(step)))
+        state_files.save(tmp_path, step, tree(float(step)))
     victim = tmp_path / "step-00000020" / name
     data = bytearray(victim.read_bytes())
     if damage == "delete":
@@ -69,22 +70,22 @@ def test_a_damaged_state_is_set_aside_for_the_one_before(tmp_path, name, damage)
     else:
         data[len(data) // 2] ^= 1
         victim.write_bytes(data if damage == "flip" else data[:-3])
-    assert checkpoint.latest(tmp_path).step == 10
+    assert state_files.latest(tmp_path).step == 10
     assert (tmp_path / "step-00000020.damaged").is_dir()
 
 
 def test_when_all_are_damaged_nothing_starts_anew_in_silence(tmp_path):
-    checkpoint.save(tmp_path, 10, tree(1.0))
+    state_files.save(tmp_path, 10, tree(1.0))
     (tmp_path / "step-00000010" / "state.json").write_text("{}")
     with pytest.raises(StorageError, match="damaged"):
-        checkpoint.latest(tmp_path)
+        state_files.latest(tmp_path)
 
 
 def test_the_newest_are_kept_and_orphans_go(tmp_path):
     (tmp_path / ".step-00000099.1.tmp").mkdir(parents=True)
     for step in (10, 20, 30, 40):
-        checkpoint.save(tmp_path, step, tree(1.0))
-    assert checkpoint.prune(tmp_path, 2) == [30, 40]
+        state_files.save(tmp_path, step, tree(1.0))
+    assert state_files.prune(tmp_path, 2) == [30, 40]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000030", "step-00000040"]
 
 
@@ -93,8 +94,8 @@ def test_random_generators_go_on_where_they_were(tmp_path):
         return random.random(), np.random.rand(), torch.rand(1).item()
 
     draw()
-    checkpoint.save(tmp_path, 1, {"random": checkpoint.random_state()})
+    state_files.save(tmp_path, 1, {"random": random_state.random_state()})
     expected = draw()
     draw()
-    checkpoint.set_random_state(checkpoint.latest(tmp_path).tree["random"])
+    random_state.set_random_state(state_files.latest(tmp_path).tree["random"])
     assert draw() == expected

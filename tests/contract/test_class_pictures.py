@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 from tests.contract.test_text_encoders import pipeline
-from trainer import prepare
-from trainer.errors import SettingsError
-from trainer.families import family
-from trainer.order import Order
-from trainer.run import run
-from trainer.stop import StopFlag
+from trainer.data.epochs import Order
+from trainer.job import prepare
+from trainer.job.run import run
+from trainer.spec.errors import SettingsError
+from trainer.spec.family import family
+from trainer.training.stop_flag import StopFlag
 
 ONE_STEP = {"PARAMS_MAX_STEPS": "1", "PARAMS_NETWORK_DIM": "2", "PARAMS_PRIOR_LOSS_WEIGHT": "0.5"}
 

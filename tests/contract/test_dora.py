@@ -5,14 +5,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.contract.test_text_encoders import FAMILIES, folder, pipeline
-from trainer import formats, lora
-from trainer.errors import FileMismatchError, SettingsError
-from trainer.families import family, flux
-from trainer.frozen import freeze
-from trainer.run import run
-from trainer.stop import StopFlag
-from trainer.tools import add, export_command
-from trainer.verify import verify
+from trainer.engine import adapters
+from trainer.engine.quantization.frozen_linear import freeze
+from trainer.export import export_command
+from trainer.job.run import run
+from trainer.job.verify import verify
+from trainer.lora_files import convert, peft_bridge
+from trainer.sample import add
+from trainer.spec.errors import FileMismatchError, SettingsError
+from trainer.spec.family import family, flux
+from trainer.training.stop_flag import StopFlag
 
 QUICK = {"PARAMS_OPTIMIZER_TYPE": "adamw", "PARAMS_LEARNING_RATE": "0.05", "PARAMS_MAX_STEPS": "3"}
 SHAPE = {"PARAMS_NETWORK_DIM": "3", "PARAMS_NETWORK_ALPHA": "2", "PARAMS_TEXT_ENCODER_LR": "0.05"}
@@ -49,7 +51,7 @@ def test_a_jobs_files_are_one_model_in_diffusers_and_here(name, kind, job_plan, 
     pipe.load_lora_weights(peft)
     theirs = output(name, getattr(pipe, component))
     ours = family(name).load_denoiser(folder(name), device="cpu", dtype=torch.float32)
-    add(ours, [(formats.load(kohya, name), 1.0)], component=component)
+    add(ours, [(convert.load(kohya, name), 1.0)], component=component)
     torch.testing.assert_close(output(name, ours), theirs, rtol=1e-4, atol=1e-4)
     assert (theirs - before).norm() > 0.01 * before.norm()
 
@@ -68,8 +70,8 @@ def test_the_scale_of_rslora_is_by_the_root_of_the_rank(job_plan, tmp_path):
 def trained(flux_denoiser, text):
     """A Flux model with a trained DoRA, what it gives, and its modules."""
     fused = flux.FACTS.fused_targets
-    lora.fuse(flux.blocks(flux_denoiser), fused=fused, targets=flux.FACTS.targets)
-    params = lora.add_adapters(
+    adapters.fuse(flux.blocks(flux_denoiser), fused=fused, targets=flux.FACTS.targets)
+    params = adapters.add_adapters(
         flux_denoiser, flux.blocks(flux_denoiser), targets=flux.FACTS.targets, fused=fused, rank=3, alpha=2.0, seed=7,
         kind="dora",
     )  # fmt: skip
@@ -77,7 +79,7 @@ def trained(flux_denoiser, text):
     for p in params:
         p.data += 0.1 * torch.randn(p.shape)
     x, t = torch.randn(2, 16, 4, 6), torch.tensor([0.3, 0.8])
-    modules = formats.of_state(lora.state(flux_denoiser), prefix="transformer", fused=fused, scale=2 / 3)
+    modules = peft_bridge.of_state(adapters.state(flux_denoiser), prefix="transformer", fused=fused, scale=2 / 3)
     return flux_denoiser, lambda: flux.predict(flux_denoiser, x, t, text=text, guidance=1.0), modules
 
 
@@ -85,7 +87,7 @@ def test_it_goes_onto_weights_in_8_bits(flux_denoiser, text, tmp_path):
     for _, block in flux.blocks(flux_denoiser):
         freeze(block, "int8-storage")
     targets = ("ff.net.0.proj", "attn.to_out.0")
-    params = lora.add_adapters(
+    params = adapters.add_adapters(
         flux_denoiser, flux.blocks(flux_denoiser), targets=targets, fused={}, rank=3, alpha=2.0, seed=7, kind="dora"
     )
     x, t = torch.randn(2, 16, 4, 6), torch.tensor([0.3, 0.8])
@@ -94,8 +96,8 @@ def test_it_goes_onto_weights_in_8_bits(flux_denoiser, text, tmp_path):
     assert sum(p.grad is not None and p.grad.abs().max() > 0 for p in params) >= len(params) * 2 / 3
     for p in params:
         p.data += 0.1 * torch.randn(p.shape)
-    modules = formats.of_state(lora.state(flux_denoiser), prefix="transformer", fused={}, scale=2 / 3)
-    save_file(formats.write(modules, "kohya", "flux").tensors, tmp_path / "x.safetensors")
+    modules = peft_bridge.of_state(adapters.state(flux_denoiser), prefix="transformer", fused={}, scale=2 / 3)
+    save_file(convert.write(modules, "kohya", "flux").tensors, tmp_path / "x.safetensors")
     assert check(tmp_path / "x.safetensors", flux_denoiser, out) < 1e-3
 
 
@@ -103,10 +105,10 @@ def check(path, denoiser, out):
     return verify(path, {"transformer": denoiser}, family_name="flux", fused=flux.FACTS.fused_targets, output=out)
 
 
-@pytest.mark.parametrize("to", formats.FORMATS)
+@pytest.mark.parametrize("to", convert.FORMATS)
 def test_a_right_file_passes(trained, tmp_path, to):
     denoiser, out, modules = trained
-    save_file(formats.write(modules, to, "flux").tensors, tmp_path / "x.safetensors")
+    save_file(convert.write(modules, to, "flux").tensors, tmp_path / "x.safetensors")
     before = out()
     assert check(tmp_path / "x.safetensors", denoiser, out) < 1e-5
     assert torch.equal(out(), before)
@@ -128,7 +130,7 @@ MUTATIONS = {
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_wrong_file_is_an_error(trained, tmp_path, mutation):
     denoiser, out, modules = trained
-    tensors = MUTATIONS[mutation](formats.write(modules, "kohya", "flux").tensors)
+    tensors = MUTATIONS[mutation](convert.write(modules, "kohya", "flux").tensors)
     save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "x.safetensors")
     with pytest.raises(FileMismatchError):
         check(tmp_path / "x.safetensors", denoiser, out)
@@ -136,22 +138,22 @@ def test_a_wrong_file_is_an_error(trained, tmp_path, mutation):
 
 def test_the_output_is_compared_too(trained, tmp_path, monkeypatch):
     denoiser, out, modules = trained
-    tensors = change(formats.write(modules, "kohya", "flux").tensors, ".dora_scale", lambda v: v * 1.1)
+    tensors = change(convert.write(modules, "kohya", "flux").tensors, ".dora_scale", lambda v: v * 1.1)
     save_file(tensors, tmp_path / "x.safetensors")
-    monkeypatch.setattr("trainer.verify._difference", lambda layer, parts: 0.0)
+    monkeypatch.setattr("trainer.job.verify._difference", lambda layer, parts: 0.0)
     with pytest.raises(FileMismatchError, match="the outputs differ"):
         check(tmp_path / "x.safetensors", denoiser, out)
 
 
 def test_nothing_is_lost_between_the_formats(trained, tmp_path):
     *_, modules = trained
-    for to in formats.FORMATS:
-        back = formats.read(formats.write(modules, to, "flux").tensors, {}, "flux")
+    for to in convert.FORMATS:
+        back = convert.read(convert.write(modules, to, "flux").tensors, {}, "flux")
         assert back.keys() == modules.keys()
         for name, adapter in modules.items():
             torch.testing.assert_close(back[name].delta(), adapter.delta())
             assert torch.equal(back[name].magnitude, adapter.magnitude)
-    save_file(formats.write(modules, "kohya", "flux").tensors, tmp_path / "x.safetensors")
+    save_file(convert.write(modules, "kohya", "flux").tensors, tmp_path / "x.safetensors")
     one = str(tmp_path / "x.safetensors")
     assert export_command(["--merge", one, one, "--out", str(tmp_path / "y.safetensors")]) == 78
     assert export_command([one, "--to", "peft", "--out", str(tmp_path / "y.safetensors")]) == 0
@@ -166,8 +168,8 @@ def test_a_dora_goes_on_as_a_dora_alone(job_plan, tmp_path):
     still = {**QUICK, "PARAMS_LEARNING_RATE": "1e-30", "PARAMS_TEXT_ENCODER_LR": "1e-30", "PARAMS_MAX_STEPS": "1"}
     run(job_plan("sd3", **{**more, **still}, PARAMS_LORA_TYPE="dora"), StopFlag())
     first, second = (
-        formats.load(tmp_path / "out" / "x.safetensors", "sd3"),
-        formats.load(tmp_path / "next" / "x.safetensors", "sd3"),
+        convert.load(tmp_path / "out" / "x.safetensors", "sd3"),
+        convert.load(tmp_path / "next" / "x.safetensors", "sd3"),
     )
     assert first.keys() == second.keys()
     for name, adapter in first.items():

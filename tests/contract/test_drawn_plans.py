@@ -7,14 +7,14 @@ import random
 import pytest
 import torch
 
-from entrypoint.hardware import Hardware
+from entrypoint.system.hardware import Hardware
 from tests.gpu import plans
 from tests.gpu.attempts import attempt
-from trainer import engine
-from trainer.families import names
-from trainer.optim import OPTIMIZERS
-from trainer.recompute import POLICIES
-from trainer.session import Session
+from trainer.engine.memory.checkpointing import POLICIES
+from trainer.job.session import Session
+from trainer.spec import strategies
+from trainer.spec.family import names
+from trainer.spec.optimizers import OPTIMIZERS
 
 NEEDS = {"none": 4, "products": 3, "attention": 2, "all": 1}
 H100 = Hardware("nvidia", "9.0", 80.0, 1, "580", 100.0, 8)
@@ -33,9 +33,9 @@ def logged(caplog):
 @pytest.fixture
 def memory(monkeypatch):
     """`memory(room, later=None)`: of `NEEDS`; after so many forward passes for a gradient there is none at all."""
-    ladder, predict, passes = engine.rungs, Session.predict, []
+    ladder, predict, passes = strategies.rungs, Session.predict, []
     monkeypatch.setattr(
-        engine, "rungs", lambda *way, compiled: [r for r in ladder(*way, compiled=compiled) if r[2] == "none"]
+        strategies, "rungs", lambda *way, compiled: [r for r in ladder(*way, compiled=compiled) if r[2] == "none"]
     )
 
     def give(room, later=None):

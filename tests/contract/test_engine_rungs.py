@@ -5,11 +5,11 @@ import logging
 import pytest
 import torch
 
-from trainer import engine
-from trainer.engine import Engine, rungs
-from trainer.errors import SettingsError
-from trainer.memory import OFFLOADS
-from trainer.plan import EnginePlan
+from trainer.engine import execution
+from trainer.engine.execution import Engine
+from trainer.spec.errors import SettingsError
+from trainer.spec.plan import EnginePlan
+from trainer.spec.strategies import OFFLOADS, rungs
 
 ORDER = {"none": 0, "products": 1, "attention": 2, "all": 3}
 
@@ -29,7 +29,7 @@ def test_every_rung_takes_less_and_the_last_takes_least(compiled, policy, kept, 
 
 def test_each_rung_is_told_and_the_last_is_refused(monkeypatch, caplog):
     # The real one needs an accelerator's streams.
-    monkeypatch.setattr(engine, "Offload", lambda model, stream, limit_gib: "host")
+    monkeypatch.setattr(execution, "Offload", lambda model, stream, limit_gib: "host")
     caplog.set_level(logging.WARNING)
     regions = [torch.nn.Linear(4, 4) for _ in range(3)]
     plan = EnginePlan(recompute="attention", kept_blocks=1, compile=False)

@@ -14,9 +14,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from bench import step
-from trainer import checkpoint, flash
-from trainer.plan import EnginePlan
-from trainer.run import _say_what_made
+from trainer.checkpoints import resume, state_files
+from trainer.checkpoints.resume import _say_what_made
+from trainer.engine.attention import flash_attention_4
+from trainer.spec.plan import EnginePlan
 
 HEADS = 3
 LAYOUTS = ("joined", "transposed", "apart")
@@ -101,12 +102,12 @@ def package(monkeypatch):
 
     def put(**options):
         made = Package(**options)
-        monkeypatch.setattr(flash, "_module", lambda: made)
-        flash._is_right.cache_clear()
+        monkeypatch.setattr(flash_attention_4, "_module", lambda: made)
+        flash_attention_4._is_right.cache_clear()
         return made
 
     yield put
-    flash._is_right.cache_clear()
+    flash_attention_4._is_right.cache_clear()
 
 
 def made(layout, tokens, dim, dtype, generator, batch=2):
@@ -137,7 +138,7 @@ def test_what_is_compared_with_is_what_autograd_gives(causal, keys):
     q, g = (made("apart", 5, 8, torch.float64, generator) for _ in "qg")
     k, v = (made("apart", keys, 8, torch.float64, generator) for _ in "kv")
     for found, wanted in zip(
-        flash.exact(q, k, v, g, causal=causal), with_autograd(q, k, v, g, is_causal=causal), strict=True
+        flash_attention_4.exact(q, k, v, g, causal=causal), with_autograd(q, k, v, g, is_causal=causal), strict=True
     ):
         assert error(found, wanted) < 1e-12
 
@@ -152,8 +153,8 @@ def test_both_passes_are_those_of_torch(package, layout, of_gradient, causal, sc
     q = made(layout, 6, 64, torch.float64, generator)
     k, v = (made(layout, keys, 64, torch.float64, generator) for _ in "kv")
     g = made(of_gradient, 6, 64, torch.float64, generator)
-    out, lse = flash._attended(q, k, v, causal=causal, scale=scale)
-    found = out, *flash._gradients(g, q, k, v, out, lse, causal=causal, scale=scale)
+    out, lse = flash_attention_4._attended(q, k, v, causal=causal, scale=scale)
+    found = out, *flash_attention_4._gradients(g, q, k, v, out, lse, causal=causal, scale=scale)
     for a, wanted in zip(found, with_autograd(q, k, v, g, is_causal=causal, scale=scale), strict=True):
         assert error(a, wanted) < 1e-12
 
@@ -171,13 +172,15 @@ def test_what_is_returned_is_what_compiled_code_expects(package, layout):
     def meta(t):
         return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
-    found = flash._forward(Original(), None, q, k, v)
+    found = flash_attention_4._forward(Original(), None, q, k, v)
     wanted = forward(meta(q), meta(k), meta(v))
     about = described(found)
     about[1] = (*about[1][:2], torch.float32)  # here it is more exact than the package's
     assert about == described(wanted)
     out, lse, *others, _ = found
-    gradients = flash._backward(Original(), None, g, q, k, v, out, lse, *others[:4], 0.0, False, *others[4:])
+    gradients = flash_attention_4._backward(
+        Original(), None, g, q, k, v, out, lse, *others[:4], 0.0, False, *others[4:]
+    )
     own = [meta(t) for t in (g, q, k, v, out, lse)]
     assert described(gradients) == described(backward(*own, *others[:4], 0.0, False, *map(meta, others[4:])))
 
@@ -192,8 +195,8 @@ def test_torchs_operators_take_what_is_handed_on():
 def both_passes(q, k, v, dropout=0.0, mask=False):
     """What is called of torch's own: the ways there and back."""
     own, lse = Original(), torch.zeros(q.shape[:3])
-    flash._forward(own, "keys", q, k, v, dropout, False, mask, scale=0.5)
-    flash._backward(own, "keys", q, q, k, v, q, lse, None, None, 6, 6, dropout, False, lse, lse, scale=0.5)
+    flash_attention_4._forward(own, "keys", q, k, v, dropout, False, mask, scale=0.5)
+    flash_attention_4._backward(own, "keys", q, q, k, v, q, lse, None, None, 6, 6, dropout, False, lse, lse, scale=0.5)
     return own.calls
 
 
@@ -228,7 +231,7 @@ def test_what_it_does_not_take_goes_to_torchs_own_kernel_as_it_came(package):
 def test_it_is_tried_once_for_each_kind_of_call(package, caplog, dtype, causal):
     installed = package()
     q = made("apart", 6, 128, dtype, torch.Generator().manual_seed(4))
-    assert flash._takes(q, q, q, causal=causal) and flash._takes(q, q, q, causal=causal)
+    assert flash_attention_4._takes(q, q, q, causal=causal) and flash_attention_4._takes(q, q, q, causal=causal)
     assert installed.calls == ["forward", "backward"] and not caplog.messages
 
 
@@ -236,7 +239,7 @@ def test_a_fixed_order_of_sums_is_asked_for_where_torch_is_to_keep_one(package):
     installed = package()
     torch.use_deterministic_algorithms(True)
     try:
-        assert flash._is_right(64, torch.bfloat16, torch.device("cpu"), False)
+        assert flash_attention_4._is_right(64, torch.bfloat16, torch.device("cpu"), False)
     finally:
         torch.use_deterministic_algorithms(False)
     assert installed.calls[-1] == "backward, deterministic"
@@ -254,7 +257,7 @@ def test_wrong_numbers_are_told_once_and_not_used(package, caplog, off):
 @pytest.mark.parametrize("kind", ["its own", RuntimeError, ValueError, AssertionError, ImportError, OSError, KeyError])
 def test_where_it_cannot_run_that_is_told_once_and_torchs_own_is_used(package, caplog, kind):
     installed = package()
-    installed.raises = (flash._problems()[0] if kind == "its own" else kind)("no such device")
+    installed.raises = (flash_attention_4._problems()[0] if kind == "its own" else kind)("no such device")
     q = made("transposed", 6, 64, torch.bfloat16, torch.Generator().manual_seed(6))
     assert len(both_passes(q, q, q)) == 2
     (message,) = caplog.messages
@@ -267,11 +270,13 @@ def test_it_suits_models_whose_heads_it_takes_and_where_it_is_right(package, cap
     monkeypatch.setitem(step.SMALL, family, step.SMALL[family] | full)
     model = step.denoiser(family, small=True)
     installed = package()
-    assert flash.suits(model, torch.bfloat16, "cpu") and not flash.suits(model, torch.float32, "cpu")
+    assert flash_attention_4.suits(model, torch.bfloat16, "cpu") and not flash_attention_4.suits(
+        model, torch.float32, "cpu"
+    )
     assert len(installed.calls) == 2  # of one size
-    assert not flash.suits(torch.nn.Linear(2, 2), torch.bfloat16, "cpu") and not caplog.messages
+    assert not flash_attention_4.suits(torch.nn.Linear(2, 2), torch.bfloat16, "cpu") and not caplog.messages
     package(off=0.1)
-    assert not flash.suits(model, torch.bfloat16, "cpu") and len(caplog.messages) == 1
+    assert not flash_attention_4.suits(model, torch.bfloat16, "cpu") and len(caplog.messages) == 1
 
 
 def test_want_of_memory_is_no_reason_to_do_without_it(package, caplog):
@@ -288,22 +293,24 @@ def test_want_of_memory_is_no_reason_to_do_without_it(package, caplog):
 def test_without_a_package_that_loads_all_is_as_it_was(monkeypatch, caplog, tmp_path, found):
     (tmp_path / "broken.py").write_text("raise RuntimeError('built for another torch')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(flash, "MODULE", "broken" if found == "what breaks" else "no_such_package.interface")
-    flash._module.cache_clear()
+    monkeypatch.setattr(
+        flash_attention_4, "MODULE", "broken" if found == "what breaks" else "no_such_package.interface"
+    )
+    flash_attention_4._module.cache_clear()
     try:
-        flash.use(True)
-        flash.use(True)
-        assert not flash._used and torch.backends.cuda.cudnn_sdp_enabled()
+        flash_attention_4.use(True)
+        flash_attention_4.use(True)
+        assert not flash_attention_4._used and torch.backends.cuda.cudnn_sdp_enabled()
     finally:
-        flash.use(False)
-        flash._module.cache_clear()
+        flash_attention_4.use(False)
+        flash_attention_4._module.cache_clear()
     (message,) = caplog.messages
     assert "cannot be loaded: torch's own attention is used" in message
     assert ("another torch" if found == "what breaks" else "no_such_package") in message
 
 
 def test_the_log_of_a_resumed_run_says_that_attention_is_another(caplog, tmp_path):
-    state = checkpoint.State(3, tmp_path, {"made_by": checkpoint.made_by("native"), "essence": {}})
+    state = state_files.State(3, tmp_path, {"made_by": resume.made_by("native"), "essence": {}})
     _say_what_made(state, EnginePlan(attention="native"))
     assert not caplog.messages
     _say_what_made(state, EnginePlan(attention="flash_4"))

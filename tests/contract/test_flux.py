@@ -8,9 +8,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
-from trainer import export, formats, lora
-from trainer.families import flux
-from trainer.objective import FlowMatching, noise
+from trainer.engine import adapters
+from trainer.lora_files import convert, peft_bridge, write
+from trainer.spec.family import flux
+from trainer.training.objective import FlowMatching, noise
 
 FUSED = flux.FACTS.fused_targets
 
@@ -138,8 +139,8 @@ def test_latents_are_what_the_pipeline_decodes(flux_vae):
 
 def adapted(denoiser, *, split, rank=3, alpha=2.0):
     fused = {} if split else FUSED
-    lora.fuse(flux.blocks(denoiser), fused=fused, targets=flux.FACTS.targets)
-    params = lora.add_adapters(
+    adapters.fuse(flux.blocks(denoiser), fused=fused, targets=flux.FACTS.targets)
+    params = adapters.add_adapters(
         denoiser, flux.blocks(denoiser), targets=flux.FACTS.targets, fused=fused, rank=rank, alpha=alpha, seed=7
     )
     torch.manual_seed(3)
@@ -157,7 +158,7 @@ def velocity(denoiser, text):
 
 def test_fused_projections_compute_the_same(flux_denoiser, text):
     before = velocity(flux_denoiser, text)
-    lora.fuse(flux.blocks(flux_denoiser), fused=FUSED, targets=flux.FACTS.targets)
+    adapters.fuse(flux.blocks(flux_denoiser), fused=FUSED, targets=flux.FACTS.targets)
     assert not hasattr(flux_denoiser.transformer_blocks[0].attn, "to_q")
     torch.testing.assert_close(velocity(flux_denoiser, text), before, atol=1e-5, rtol=1e-5)
 
@@ -169,9 +170,9 @@ def test_the_file_gives_the_trained_model_in_diffusers(flux_denoiser, flux_vae, 
     plain = copy.deepcopy(flux_denoiser)
     adapted(flux_denoiser, split=split)
     trained = velocity(flux_denoiser, text)
-    modules = formats.of_state(lora.state(flux_denoiser), prefix="transformer", fused=FUSED, scale=2.0 / 3)
-    tensors = formats.write(modules, "peft", "flux").tensors
-    export.write(tmp_path / "x.safetensors", tensors, {"ss_network_dim": "3"})
+    modules = peft_bridge.of_state(adapters.state(flux_denoiser), prefix="transformer", fused=FUSED, scale=2.0 / 3)
+    tensors = convert.write(modules, "peft", "flux").tensors
+    write.write(tmp_path / "x.safetensors", tensors, {"ss_network_dim": "3"})
 
     pipe = pipeline(plain, flux_vae, flux_scheduler)
     assert (velocity(plain, text) - trained).abs().max() > 0.1
@@ -185,14 +186,16 @@ def test_a_file_begins_a_new_run_where_it_ended(flux_denoiser, text, tmp_path, s
 
     other = copy.deepcopy(flux_denoiser)
     adapted(flux_denoiser, split=split)
-    modules = formats.of_state(lora.state(flux_denoiser), prefix="transformer", fused=FUSED, scale=2.0 / 3)
-    tensors = formats.write(modules, "peft", "flux").tensors
-    export.write(tmp_path / "x.safetensors", tensors, {})
+    modules = peft_bridge.of_state(adapters.state(flux_denoiser), prefix="transformer", fused=FUSED, scale=2.0 / 3)
+    tensors = convert.write(modules, "peft", "flux").tensors
+    write.write(tmp_path / "x.safetensors", tensors, {})
     adapted(other, split=split)
     for p in (q for q in other.parameters() if q.requires_grad):
         torch.nn.init.zeros_(p)
-    back = formats.load(tmp_path / "x.safetensors", "flux")
-    lora.load(other, formats.to_state(back, lora.state(other), prefix="transformer", fused=FUSED, scale=2.0 / 3))
+    back = convert.load(tmp_path / "x.safetensors", "flux")
+    adapters.load(
+        other, peft_bridge.to_state(back, adapters.state(other), prefix="transformer", fused=FUSED, scale=2.0 / 3)
+    )
     torch.testing.assert_close(velocity(other, text), velocity(flux_denoiser, text), atol=1e-5, rtol=1e-5)
 
 
@@ -202,4 +205,4 @@ def test_adapters_are_fp32_on_a_bf16_model(flux_denoiser):
 
 def test_the_final_layer_gets_no_adapter(flux_denoiser):
     adapted(flux_denoiser, split=True)
-    assert not any(key.startswith("proj_out.") for key in lora.state(flux_denoiser))
+    assert not any(key.startswith("proj_out.") for key in adapters.state(flux_denoiser))

@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from trainer import lora, recompute
-from trainer.engine import place
-from trainer.families import family
-from trainer.frozen import FORMS, FrozenLinear
-from trainer.guard import LOSS_SCALE
-from trainer.quantize import most, quantize_rows
+from trainer.engine import adapters
+from trainer.engine.kernels.reference import most, quantize_rows
+from trainer.engine.load import place
+from trainer.engine.memory import checkpointing
+from trainer.engine.quantization.formats import FORMS
+from trainer.engine.quantization.frozen_linear import FrozenLinear
+from trainer.spec.family import family
+from trainer.training.step_guard import LOSS_SCALE
 
 # The relative error that one rounding to the form allows: half a step of 3 bits after the point, or of 127 in a row.
 ALLOWED = {"fp8": 0.05, "fp8-fnuz": 0.05, "fp8-storage": 0.04, "int8": 0.02, "int8-storage": 0.015, "nf4": 0.11}
@@ -115,7 +117,7 @@ def test_the_miniatures_gradients_are_those_of_full_precision(precision, dtype, 
         model = kind.load_denoiser(MINIATURE, device="cpu", dtype=torch.float32)
         options = {"fused": kind.FACTS.fused_targets, "targets": kind.FACTS.targets}
         place(model, kind.blocks(model), precision=precision, dtype=dtype, device="cpu", **options)
-        lora.add_adapters(model, kind.blocks(model), **options, rank=4, alpha=4, seed=0)
+        adapters.add_adapters(model, kind.blocks(model), **options, rank=4, alpha=4, seed=0)
         torch.manual_seed(2)
         for name, p in model.named_parameters():
             if "lora_" in name:
@@ -138,7 +140,7 @@ def test_the_miniatures_gradients_are_those_of_full_precision(precision, dtype, 
     assert min(cosines) > least and sorted(cosines)[len(cosines) // 2] > median
 
 
-@pytest.mark.parametrize("policy", recompute.POLICIES)
+@pytest.mark.parametrize("policy", checkpointing.POLICIES)
 @pytest.mark.parametrize("form", [None, "fp8"])
 def test_recomputing_changes_no_bit(policy, form):
     torch.manual_seed(0)
@@ -154,7 +156,7 @@ def test_recomputing_changes_no_bit(policy, form):
 
     def run(policies):
         blocks = [copy.deepcopy(block) for block in originals]
-        recompute.apply(blocks, policies, compiled=False)
+        checkpointing.apply(blocks, policies, compiled=False)
         torch.manual_seed(5)
         x = first = torch.randn(2, 32, 64).bfloat16().requires_grad_()
         for block in blocks:

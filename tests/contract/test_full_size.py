@@ -6,21 +6,21 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
-from bench import layouts
+from bench import full_size, layouts
 from tests.contract.original import miniature
-from trainer import assemble
-from trainer.engine import place, stored
-from trainer.families import family
+from trainer.base_model import single_file
+from trainer.engine.load import place, stored
+from trainer.spec.family import family
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["file", "shards"])
-@pytest.mark.parametrize("name", layouts.FULL)
+@pytest.mark.parametrize("name", full_size.FULL)
 def test_the_measurement_writes_and_finds_every_weight_of_a_miniature(name, layout, dtype, tmp_path):
     plan = layouts.written(tmp_path, name, layout, changes={}, dtype=dtype, shard=10**6)
     denoiser, row = layouts.measured(plan, tmp_path / "cache", device="cpu")
     assert {k for k in row if k.endswith("own_gib")} == {"assembled_own_gib", "loaded_own_gib", "placed_own_gib"}
-    folder = assemble.assembled(plan, tmp_path / "cache") / family(name).FACTS.parts["denoiser"]
+    folder = single_file.assembled(plan, tmp_path / "cache") / family(name).FACTS.parts["denoiser"]
     assert len(list(folder.glob("*.safetensors"))) > (layout == "shards")
     assert layouts.wrong(folder) == []
     for key, tensor in denoiser.state_dict().items():
@@ -36,10 +36,10 @@ def test_a_weight_at_another_place_is_noticed(tmp_path):
     assert plan.parts == {}
 
 
-@pytest.mark.parametrize("name", layouts.FULL)
+@pytest.mark.parametrize("name", full_size.FULL)
 def test_the_full_size_is_that_of_the_published_models(name, tmp_path):
     """Weights, counted on the device "meta"."""
-    models = layouts.write_configs(tmp_path / "model", name, layouts.FULL[name])
+    models = full_size.write_configs(tmp_path / "model", name, full_size.FULL[name])
     counts = {part: sum(p.numel() for p in model.parameters()) for part, model in models.items()}
     published = {"clip_l": 123_060_480, "clip_g": 694_659_840, "t5": 4_762_310_656}
     published |= {"vae": 83_653_863 if name == "sdxl" else 83_819_683}

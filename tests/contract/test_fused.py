@@ -11,11 +11,13 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch.utils.checkpoint import checkpoint
 
 from tests.contract.variants import CLASSES, config
-from trainer import fused, lora, quantize, recompute, rotary
-from trainer.engine import place
-from trainer.families import family
-from trainer.families.blocks import halves, whole
-from trainer.frozen import FrozenLinear
+from trainer.engine import adapters, fused_linear, rope
+from trainer.engine.kernels import reference
+from trainer.engine.load import place
+from trainer.engine.memory import checkpointing
+from trainer.engine.quantization.frozen_linear import FrozenLinear
+from trainer.families.fused_blocks.projections import halves, whole
+from trainer.spec.family import family
 
 FP8 = torch.float8_e4m3fn
 WIDE = {  # sides that FP8 needs, in what variants.NARROW leaves of the published models
@@ -58,7 +60,7 @@ def predicted(kind, denoiser, dtype):
 @pytest.fixture(autouse=True)
 def beside(monkeypatch):
     """Adapters ride in the products of these narrow layers as well."""
-    monkeypatch.setattr("trainer.precision.ROOMY", 0)
+    monkeypatch.setattr("trainer.spec.adapter_columns.ROOMY", 0)
 
 
 def adapted(kind, denoiser, *, precision, dtype, forwards, targets=None):
@@ -66,7 +68,7 @@ def adapted(kind, denoiser, *, precision, dtype, forwards, targets=None):
     where = {"precision": precision, "dtype": dtype, "device": "cpu", "rank": 4}
     place(denoiser, kind.blocks(denoiser), **where, forwards=forwards, **options)
     assert precision != "fp8" or any(m.rank for m in denoiser.modules() if isinstance(m, FrozenLinear))
-    lora.add_adapters(denoiser, kind.blocks(denoiser), **options, rank=4, alpha=4, seed=0)
+    adapters.add_adapters(denoiser, kind.blocks(denoiser), **options, rank=4, alpha=4, seed=0)
     torch.manual_seed(2)
     for name, p in denoiser.named_parameters():
         if "lora_" in name:
@@ -159,7 +161,7 @@ def test_a_norm_with_its_products_is_the_norm_and_the_products(plus, count):
     wide = F.layer_norm(x.float(), (64,), eps=1e-6).view(2, 6, 64) * (plus + scale[:, None].float())
     rows = (wide + shift[:, None].float()).view(12, 64).bfloat16()
     wanted = [f.product(rows, *pair) for f, pair in zip(frozen[:count], halves, strict=False)]
-    found = fused._normed(x, scale, shift, plus, 1e-6, *flat[: 6 * count])
+    found = fused_linear._normed(x, scale, shift, plus, 1e-6, *flat[: 6 * count])
     assert_same(found, (*wanted, x), leaves)
 
 
@@ -173,7 +175,7 @@ def test_an_activation_with_its_product_is_the_activation_and_the_product(gated,
     a, b = y.float().chunk(2, -1) if gated else (1, y.float())
     rows = (a * F.gelu(b, approximate="none" if gated else "tanh")).bfloat16()
     rows = rows if before is None else torch.cat([before, rows], -1)
-    found, wanted = fused._activated(before, y, gated, *flat), frozen[0].product(rows, *halves[0])
+    found, wanted = fused_linear._activated(before, y, gated, *flat), frozen[0].product(rows, *halves[0])
     assert_same([found], [wanted], [before, y, *halves[0]])
 
 
@@ -184,8 +186,8 @@ def test_rows_that_several_layers_share_are_quantised_once(wanted_of_x, monkeypa
     x = torch.randn(12, 64).bfloat16().requires_grad_(wanted_of_x)
     wanted = [f.product(x, *pair) for f, pair in zip(frozen, halves, strict=True)]
     calls = []
-    monkeypatch.setattr(fused, "quantize_rows", lambda *a: calls.append(a) or quantize.quantize_rows(*a))
-    found = fused._shared(x, *flat)
+    monkeypatch.setattr(fused_linear, "quantize_rows", lambda *a: calls.append(a) or reference.quantize_rows(*a))
+    found = fused_linear._shared(x, *flat)
     assert len(calls) == 1
     assert_same(found, wanted, [x if wanted_of_x else None, *(t for pair in halves for t in pair)])
 
@@ -196,7 +198,7 @@ def test_nothing_is_kept_but_the_beginning():
     x, scale = torch.randn(12, 64).bfloat16().requires_grad_(), torch.randn(1, 64).bfloat16()
     held = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
-        fused._normed(x, scale, scale, 1.0, 1e-6, *flat)
+        fused_linear._normed(x, scale, scale, 1.0, 1e-6, *flat)
     assert [t.data_ptr() for t in held if t.shape[0] == 12 and t.shape[1] == 64] == [x.data_ptr()]
 
 
@@ -211,13 +213,13 @@ def block(base="flux-dev"):
     return denoiser.single_transformer_blocks[0], (x, y, torch.randn(2, width).bfloat16(), turns)
 
 
-@pytest.mark.parametrize("policy", recompute.POLICIES)
+@pytest.mark.parametrize("policy", checkpointing.POLICIES)
 def test_recomputing_changes_no_bit(policy):
     original, inputs = block()
     found = []
     for name in ("none", policy):
         one = copy.deepcopy(original)
-        recompute.apply([one], [name], compiled=False)
+        checkpointing.apply([one], [name], compiled=False)
         leaves = [*inputs[:2], *(p for p in one.parameters() if p.requires_grad)]
         outs = one(*inputs)
         found.append([*outs, *gradients(outs, leaves)])
@@ -227,10 +229,10 @@ def test_recomputing_changes_no_bit(policy):
 @pytest.mark.parametrize(("policy", "times"), [("none", 1), ("products", 2), ("all", 2)])
 def test_where_products_are_kept_queries_and_keys_are_made_again_and_nothing_else(policy, times, monkeypatch):
     one, inputs = block()
-    recompute.apply([one], [policy], compiled=False)
-    made, normed, (rotate, norm_rows) = [], [], (rotary.rotate, fused.norm_rows)
-    monkeypatch.setattr(rotary, "rotate", lambda *given: made.append(1) or rotate(*given))
-    monkeypatch.setattr(fused, "norm_rows", lambda *given: normed.append(1) or norm_rows(*given))
+    checkpointing.apply([one], [policy], compiled=False)
+    made, normed, (rotate, norm_rows) = [], [], (rope.rotate, fused_linear.norm_rows)
+    monkeypatch.setattr(rope, "rotate", lambda *given: made.append(1) or rotate(*given))
+    monkeypatch.setattr(fused_linear, "norm_rows", lambda *given: normed.append(1) or norm_rows(*given))
     outs = one(*inputs)
     gradients(outs, [*inputs[:2], *(p for p in one.parameters() if p.requires_grad)])
     assert len(made) == times and len(normed) == (2 if policy == "all" else 1)
@@ -239,7 +241,7 @@ def test_where_products_are_kept_queries_and_keys_are_made_again_and_nothing_els
 def test_a_pass_that_fails_leaves_nothing_behind():
     """Attention keeps what it returns; handed back as it is, its operation would hold itself and all before it."""
     one, inputs = block()
-    recompute.apply([one], ["products"], compiled=False)
+    checkpointing.apply([one], ["products"], compiled=False)
     leaf = inputs[0].detach().requires_grad_()
     x = leaf * 1.0
     held, outs = weakref.ref(x), one(x, *inputs[1:])
@@ -252,7 +254,7 @@ def test_where_layers_run_one_by_one_a_block_is_recomputed_whole():
     one, _ = block()
     assert one.remakes()
     one.proj_mlp.lora_dropout["default"] = torch.nn.Dropout(0.5)
-    recompute.apply([one], ["products"], compiled=False)
+    checkpointing.apply([one], ["products"], compiled=False)
     assert not one.remakes() and not one.remade and "forward" in one.__dict__
 
 
@@ -273,7 +275,7 @@ def test_a_checkpointed_block_compiles_in_one_graph():
 def test_what_an_adapter_has_besides_two_matrices_is_left_to_its_layers(monkeypatch):
     """Here a dropout: its layer takes the rows by itself, and no other kind of block comes of it."""
     one, inputs = block()
-    monkeypatch.setattr(fused, "_activated", None)  # which would be called otherwise
+    monkeypatch.setattr(fused_linear, "_activated", None)  # which would be called otherwise
     with pytest.raises(TypeError):
         one(*inputs)
     one.proj_out.lora_dropout["default"] = torch.nn.Dropout(0.5)
@@ -297,7 +299,7 @@ def test_queries_and_keys_are_normed_and_turned_as_diffusers_does(several):
         each.append((norm_q(q), norm_k(k), v))
     q, k, v = (torch.cat(parts, 1) for parts in zip(*each, strict=True))
     wanted = [apply_rotary_emb(q, turns, sequence_dim=1), apply_rotary_emb(k, turns, sequence_dim=1), v]
-    found = rotary.rotated([(s, *n) for s, n in zip(sources, norms, strict=True)], turns)
+    found = rope.rotated([(s, *n) for s, n in zip(sources, norms, strict=True)], turns)
     every = zip((*found, *gradients(found, sources)), (*wanted, *gradients(wanted, sources)), strict=True)
     assert all(a.shape == b.shape and error(a, b) < 1e-6 for a, b in every)
 

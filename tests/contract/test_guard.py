@@ -7,10 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer import guard
-from trainer.guard import Guard
-from trainer.loop import MicroBatch, train
-from trainer.objective import Drawn
+from trainer.data.batches import MicroBatch
+from trainer.training import step_guard
+from trainer.training.loop import train
+from trainer.training.objective import Drawn
+from trainer.training.step_guard import Guard
 
 
 @given(st.lists(st.sampled_from([0.5, 0.5, 0.5, math.inf, math.nan]), max_size=60))
@@ -18,7 +19,7 @@ def test_the_scale_is_that_of_torchs_scaler(norms):
     ours = Guard(scale=2.0**60)
     scale, tracker = torch.full((), 2.0**60, dtype=torch.float32), torch.zeros((), dtype=torch.int32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(guard, "STEADY", 3)
+        patch.setattr(step_guard, "STEADY", 3)
         for norm in norms:
             lost = torch.tensor(float(not math.isfinite(norm)))
             torch._amp_update_scale_(scale, tracker, lost, 2.0, 0.5, 3)

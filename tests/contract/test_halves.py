@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from bench.step import Bench
-from trainer.halves import Halves
-from trainer.replay import Direct
+from trainer.engine.cuda_graphs import Direct
+from trainer.engine.quantization.cast_adapters import Halves
 
 
 @pytest.mark.parametrize("way", ["none+eager", "all+eager", "none+eager+plain"])

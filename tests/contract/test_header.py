@@ -2,12 +2,13 @@
 
 import json
 
-from trainer import export
-from trainer.dataset import survey
-from trainer.families import family
-from trainer.objective import FlowMatching
-from trainer.order import Order
-from trainer.plan import Source
+from trainer.data.epochs import Order
+from trainer.data.scan import survey
+from trainer.job import saving
+from trainer.lora_files import metadata
+from trainer.spec.family import family
+from trainer.spec.plan import Source
+from trainer.training.objective import FlowMatching
 
 READ = [
     "ss_output_name",
@@ -48,8 +49,8 @@ MODELSPEC = [
 def header(plan):
     found = survey(plan.data, workers=0)
     order = Order(found.pictures, plan.data, seed=0)
-    run = export.trained(plan, family("flux"), FlowMatching(), order=order, found=found)
-    return export.metadata(run, step=7, epoch=2, rank=4, alpha=4.0)
+    run = saving.trained(plan, family("flux"), FlowMatching(), order=order, found=found)
+    return metadata.metadata(run, step=7, epoch=2, rank=4, alpha=4.0)
 
 
 def test_it_has_every_key_as_text_and_no_path(job_plan):

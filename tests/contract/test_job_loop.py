@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from tests.contract.test_loop import LINES
 from tests.contract.test_text_encoders import encoded, pipeline
-from trainer.families import family
-from trainer.loop import MicroBatch, seeded
-from trainer.order import Order
-from trainer.prepare import scanned
-from trainer.run import run
-from trainer.stop import StopFlag
+from trainer.data.batches import MicroBatch
+from trainer.data.epochs import Order
+from trainer.job.prepare import scanned
+from trainer.job.run import run
+from trainer.spec.family import family
+from trainer.training.gradients import seeded
+from trainer.training.stop_flag import StopFlag
 
 STEPS, RANK, RATE, SEED = 6, 4, 0.004, 42
 ENDS = {

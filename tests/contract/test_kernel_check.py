@@ -5,18 +5,20 @@ import logging
 import pytest
 import torch
 
-from trainer import frozen, fused, kernel_check, rotary
+from trainer.engine import fused_linear, rope
+from trainer.engine.kernels import self_test
+from trainer.engine.quantization import frozen_linear
 
 FP8 = [torch.float8_e4m3fn, torch.float8_e4m3fnuz]
 KERNELS = [
-    *((fused, name) for name in ("norm_rows", "norm_gradient", "gelu_rows", "gelu_gradient")),
-    *((rotary, name) for name in ("rotate", "rotate_gradient")),
+    *((fused_linear, name) for name in ("norm_rows", "norm_gradient", "gelu_rows", "gelu_gradient")),
+    *((rope, name) for name in ("rotate", "rotate_gradient")),
 ]
 
 
 @pytest.mark.parametrize("dtype", FP8)
 def test_right_kernels_agree(dtype):
-    assert kernel_check.agree("cpu", dtype)
+    assert self_test.agree("cpu", dtype)
 
 
 @pytest.mark.parametrize(("module", "name"), KERNELS)
@@ -33,7 +35,7 @@ def test_a_kernel_that_is_wrong_is_named(monkeypatch, caplog, module, name, spoi
         return (*others, spoil(last))
 
     monkeypatch.setattr(module, name, wrong)
-    assert not kernel_check.agree("cpu", torch.float8_e4m3fn)
+    assert not self_test.agree("cpu", torch.float8_e4m3fn)
     assert f"kernels {name} " in caplog.text or f"{name}, {name} " in caplog.text
 
 
@@ -41,13 +43,13 @@ def test_a_kernel_that_is_wrong_is_named(monkeypatch, caplog, module, name, spoi
 @pytest.mark.parametrize("third", [0, 1, 2])
 @pytest.mark.parametrize("spoil", [lambda t: t * 0, lambda t: t.roll(1, 1)])
 def test_halves_of_adapters_that_are_missing_or_misplaced_are_found(monkeypatch, side, third, spoil):
-    right = frozen.beside
+    right = frozen_linear.beside
 
     def wrong(*given):
         right(*given)
-        first = kernel_check.WIDTH + third * kernel_check.RANK
-        columns = given[side][:, first : first + kernel_check.RANK]
+        first = self_test.WIDTH + third * self_test.RANK
+        columns = given[side][:, first : first + self_test.RANK]
         columns.copy_(spoil(columns.float()).to(columns.dtype))
 
-    monkeypatch.setattr(frozen, "beside", wrong)
-    assert not kernel_check.agree("cpu", torch.float8_e4m3fn)
+    monkeypatch.setattr(frozen_linear, "beside", wrong)
+    assert not self_test.agree("cpu", torch.float8_e4m3fn)

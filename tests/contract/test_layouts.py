@@ -16,19 +16,19 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import save_file
 
 from bench.layouts import memory_taken
-from entrypoint.fetch import fetch_model
-from entrypoint.hardware import Hardware
-from entrypoint.manifest import read_manifest
-from entrypoint.plan import make_plan
-from entrypoint.settings import read_settings
-from entrypoint.singles import patterns
+from entrypoint.dataset_config.manifest import read_manifest
+from entrypoint.fetch.fetch import fetch_model
+from entrypoint.planning.plan import make_plan
+from entrypoint.planning.single_files import patterns
+from entrypoint.settings.read import read_settings
+from entrypoint.system.hardware import Hardware
 from tests.contract.original import checkpoint, flux_files, miniature, original, under, vae_original, weights
-from trainer import assemble, standin
-from trainer.errors import SettingsError
-from trainer.families import family
-from trainer.objective import make_objective
-from trainer.plan import TrainPlan
-from trainer.tools import sample_command
+from trainer.base_model import lazy_tensors, single_file
+from trainer.sample import sample_command
+from trainer.spec.errors import SettingsError
+from trainer.spec.family import family
+from trainer.spec.plan import TrainPlan
+from trainer.training.objective import make_objective
 
 FAMILIES = ("flux", "sdxl", "sd3")
 CPU = Hardware("cpu", "x86_64", 32.0, 0, "", 32.0, 8)
@@ -45,7 +45,7 @@ def loaded(tmp_path: Path, name: str, **variables: str) -> Path:
     plan = make_plan(settings, manifest, CPU, now=datetime(2025, 1, 1, tzinfo=UTC))
     needed = patterns(family(name).FACTS, plan.model.parts)
     model = fetch_model(plan.model, patterns=needed, token=None)
-    return assemble.assembled(model, tmp_path / "cache")
+    return single_file.assembled(model, tmp_path / "cache")
 
 
 def equal(folder: Path, name: str, parts: tuple[str, ...]) -> None:
@@ -257,10 +257,10 @@ def test_a_file_is_converted_once(tmp_path):
 def test_a_gigabyte_is_converted_in_the_memory_of_a_few_tensors(tmp_path):
     """64 tensors of 16 MiB, each cut in three and put together in another order."""
     file = tmp_path / "big.safetensors"
-    standin.write(file, dict.fromkeys((f"layer.{i}" for i in range(64)), torch.ones(3 * 1024, 2731).half()))
+    lazy_tensors.write(file, dict.fromkeys((f"layer.{i}" for i in range(64)), torch.ones(3 * 1024, 2731).half()))
     with memory_taken() as most:
-        made = {name: torch.cat(tensor.chunk(3)[::-1]) for name, tensor in standin.of_file(file, "").items()}
-        standin.write(tmp_path / "out.safetensors", made)
+        made = {name: torch.cat(tensor.chunk(3)[::-1]) for name, tensor in lazy_tensors.of_file(file, "").items()}
+        lazy_tensors.write(tmp_path / "out.safetensors", made)
     assert (tmp_path / "out.safetensors").stat().st_size > 1e9
     assert most[0] < 100e6
 

@@ -15,11 +15,13 @@ from diffusers.training_utils import compute_snr
 from peft import LoraConfig
 from peft.utils import set_peft_model_state_dict
 
-from trainer import lora
-from trainer.families import family
-from trainer.guard import Guard
-from trainer.loop import MicroBatch, seeded, train, validation_loss
-from trainer.objective import Denoising, FlowMatching
+from trainer.data.batches import MicroBatch
+from trainer.engine import adapters
+from trainer.spec.family import family
+from trainer.training.gradients import seeded
+from trainer.training.loop import train, validation_loss
+from trainer.training.objective import Denoising, FlowMatching
+from trainer.training.step_guard import Guard
 
 STEPS, SEED, RATE, CLIP, OFFSET, GAMMA = 10, 42, 0.02, 1.0, 0.1, 5.0
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -94,11 +96,11 @@ def micro_batches(channels):
 def ours(case, denoiser, batches):
     """The losses of Kiln's loop, and the adapters as they were before it."""
     kind = family(case.family)
-    lora.fuse(kind.blocks(denoiser), fused=case.fused, targets=kind.FACTS.targets)
-    params = lora.add_adapters(
+    adapters.fuse(kind.blocks(denoiser), fused=case.fused, targets=kind.FACTS.targets)
+    params = adapters.add_adapters(
         denoiser, kind.blocks(denoiser), targets=kind.FACTS.targets, fused=case.fused, rank=4, alpha=2.0, seed=SEED
     )
-    start = {k: v.clone() for k, v in lora.state(denoiser).items()}
+    start = {k: v.clone() for k, v in adapters.state(denoiser).items()}
     optimizer = torch.optim.AdamW(params, lr=RATE, weight_decay=0.0)
     steps = train(
         ((1, batches) for _ in range(STEPS)),
@@ -220,7 +222,7 @@ def test_ten_steps_have_the_losses_of_a_straightforward_loop(name, request):
     got, start = ours(case, denoiser, batches)
     expected = straightforward(case, plain, batches, start)
     assert got == pytest.approx(expected, rel=1e-5, abs=1e-5)
-    idle = [k for k, v in lora.state(denoiser).items() if ".lora_B." in k and v.abs().max() == 0]
+    idle = [k for k, v in adapters.state(denoiser).items() if ".lora_B." in k and v.abs().max() == 0]
     # Nobody reads what the text asks for in SD3's last block; every other adapter learns.
     assert idle == (["transformer_blocks.2.attn.add_q_proj.lora_B.weight"] if name == "sd3" else [])
 

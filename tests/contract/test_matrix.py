@@ -23,11 +23,13 @@ from tests.contract.original import (
 )  # fmt: skip
 from tests.contract.test_layouts import loaded
 from tests.contract.variants import CLASSES, NARROW, VARIANTS, config
-from trainer import assemble, formats, lora
-from trainer.engine import stored
-from trainer.families import family
-from trainer.tools import add
-from trainer.verify import verify
+from trainer.base_model import single_file
+from trainer.engine import adapters
+from trainer.engine.load import stored
+from trainer.job.verify import verify
+from trainer.lora_files import convert, peft_bridge
+from trainer.sample import add
+from trainer.spec.family import family
 
 FAMILIES = ("flux", "sdxl", "sd3")
 PARTS = {"vae": "VAE_PATH", "clip_l": "CLIP_L_PATH", "clip_g": "CLIP_G_PATH", "t5": "T5_PATH"}
@@ -107,18 +109,18 @@ def assert_round_trip(name, folder, to, file):
     read = [kind.load_denoiser(folder, device="cpu", dtype=torch.float32) for _ in range(2)]
     trained, plain = read
     before = output(name, plain)
-    lora.fuse(kind.blocks(trained), fused=facts.fused_targets, targets=facts.targets)
+    adapters.fuse(kind.blocks(trained), fused=facts.fused_targets, targets=facts.targets)
     blocks, fused = kind.blocks(trained), facts.fused_targets
-    params = lora.add_adapters(trained, blocks, targets=facts.targets, fused=fused, rank=3, alpha=2.0, seed=7)
+    params = adapters.add_adapters(trained, blocks, targets=facts.targets, fused=fused, rank=3, alpha=2.0, seed=7)
     torch.manual_seed(3)
     for p in params:
         torch.nn.init.normal_(p, std=0.1)
-    state = lora.state(trained)
-    modules = formats.of_state(state, prefix=facts.lora_prefix, fused=fused, scale=2 / 3)
-    save_file(formats.write(modules, to, name).tensors, file)
+    state = adapters.state(trained)
+    modules = peft_bridge.of_state(state, prefix=facts.lora_prefix, fused=fused, scale=2 / 3)
+    save_file(convert.write(modules, to, name).tensors, file)
     prefix = facts.lora_prefix
     assert verify(file, {prefix: trained}, family_name=name, fused=fused, output=lambda: output(name, trained)) < 1e-4
-    add(plain, [(formats.load(file, name), 1.0)], component=prefix)
+    add(plain, [(convert.load(file, name), 1.0)], component=prefix)
     after, expected = output(name, plain), output(name, trained)
     assert (expected - before).norm() > 0.01 * before.norm()
     assert (after - expected).norm() < 1e-4 * expected.norm()
@@ -148,7 +150,7 @@ MATRIX = [
     often(name, layout, to, now=(i + j + k) % 3 == 0)
     for i, name in enumerate(FAMILIES)
     for j, layout in enumerate(LAYOUTS)
-    for k, to in enumerate(formats.FORMATS)
+    for k, to in enumerate(convert.FORMATS)
 ]
 
 
@@ -168,14 +170,14 @@ def test_every_layout_with_every_format(name, layout, to, read_once, tmp_path):
 
 @pytest.mark.parametrize(
     ("base", "to"),
-    [often(base, to, now=to == "kohya" and "large" not in base) for base in VARIANTS for to in formats.FORMATS],
+    [often(base, to, now=to == "kohya" and "large" not in base) for base in VARIANTS for to in convert.FORMATS],
 )
 def test_every_published_variant_with_every_format(base, to, tmp_path):
     """Its numbers of layers, kinds of blocks and conditions at a small width, from one file in its original names."""
     name = VARIANTS[base][0]
     changes = {"denoiser": {**VARIANTS[base][1], **NARROW[name]}}
     plan = layouts.written(tmp_path, name, "file", changes=changes, dtype=torch.bfloat16)
-    folder = assemble.assembled(plan, tmp_path / "cache")
+    folder = single_file.assembled(plan, tmp_path / "cache")
     place = folder / family(name).FACTS.parts["denoiser"]
     assert layouts.wrong(place) == [] and stored(place) == torch.bfloat16
     modules = assert_round_trip(name, folder, to, tmp_path / "x.safetensors")

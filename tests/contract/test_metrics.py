@@ -11,8 +11,9 @@ import termios
 
 import pytest
 
-from trainer.loop import Step
-from trainer.metrics import Metrics, Status
+from trainer.job.metrics import Metrics
+from trainer.job.status import Status
+from trainer.training.loop import Step
 
 
 @pytest.fixture

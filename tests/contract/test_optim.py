@@ -6,10 +6,12 @@ import inspect
 import pytest
 import torch
 
-from trainer import checkpoint, optim
-from trainer.loop import Ema
-from trainer.optim import OPTIMIZERS, SCHEDULERS
-from trainer.replay import Direct
+from trainer.checkpoints import state_files
+from trainer.engine import flat_parameters
+from trainer.engine.cuda_graphs import Direct
+from trainer.spec.optimizers import OPTIMIZERS, SCHEDULERS
+from trainer.training import optimizers
+from trainer.training.ema import Ema
 
 
 def signature(name):
@@ -32,10 +34,10 @@ def test_prodigy_is_as_the_interface_promises():
 
 def make(name, params):
     spec = OPTIMIZERS[name]
-    optimizer = optim.make_optimizer(
+    optimizer = optimizers.make_optimizer(
         name, params, learning_rate=spec.learning_rate, weight_decay=0.1, args=spec.defaults, warmup_steps=2
     )
-    optim.set_training(optimizer, True)
+    optimizers.set_training(optimizer, True)
     return optimizer
 
 
@@ -46,7 +48,9 @@ class Run:
         torch.manual_seed(0)
         self.params = [torch.nn.Parameter(torch.randn(96, 64)), torch.nn.Parameter(torch.zeros(64, 8))]
         self.optimizer = make(name, self.params)
-        self.schedule = optim.make_schedule(scheduler, self.optimizer, warmup_steps=2, total_steps=12, num_cycles=2)
+        self.schedule = optimizers.make_schedule(
+            scheduler, self.optimizer, warmup_steps=2, total_steps=12, num_cycles=2
+        )
         self.ema = Ema(self.params, 0.9)
 
     def steps(self, numbers):
@@ -70,7 +74,7 @@ class Run:
         with torch.no_grad():
             for p, v in zip(self.params, tree["params"], strict=True):
                 p.copy_(v)
-        optim.load_state(self.optimizer, tree["optimizer"])
+        optimizers.load_state(self.optimizer, tree["optimizer"])
         self.schedule.load_state_dict(tree["schedule"])
         self.ema.steps, self.ema.shadow = tree["ema"]["steps"], tree["ema"]["shadow"]
 
@@ -85,9 +89,9 @@ def test_a_resumed_run_is_bit_identical(tmp_path, name, scheduler):
 
     first = Run(name, scheduler)
     first.steps(range(1, 6))
-    checkpoint.save(tmp_path, 5, first.state())
+    state_files.save(tmp_path, 5, first.state())
     second = Run(name, scheduler)
-    second.restore(checkpoint.latest(tmp_path).tree)
+    second.restore(state_files.latest(tmp_path).tree)
     second.steps(range(6, 11))
 
     for a, b in zip([*whole.params, *whole.ema.shadow], [*second.params, *second.ema.shadow], strict=True):
@@ -107,7 +111,7 @@ def test_each_optimizer_lowers_the_loss(name):
 
     before = loss()
     run.steps(range(1, 120))
-    optim.set_training(run.optimizer, False)
+    optimizers.set_training(run.optimizer, False)
     assert loss() < 0.9 * before
 
 
@@ -131,14 +135,14 @@ def test_schedules_end_where_their_names_say():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_parameters_that_are_joined_are_trained_as_they_are_apart(name, monkeypatch):
     """Of optimisers that look at shapes none are; 8-bit states are quantised in blocks that now reach over a border."""
-    monkeypatch.setattr(optim, "PIECE", 96 * 64 + 64 * 72)  # the first two, and the third by itself
+    monkeypatch.setattr(flat_parameters, "PIECE", 96 * 64 + 64 * 72)  # the first two, and the third by itself
     found = []
     for joining in (False, True):
         torch.manual_seed(0)
         shapes = ((96, 64), (64, 72), (72, 8))
         params = [torch.nn.Parameter(torch.randn(*shape) / shape[0] ** 0.5) for shape in shapes]
         begin = [p.detach().clone() for p in params]
-        trained = optim.joined(name, params) if joining else params
+        trained = flat_parameters.joined(name, params) if joining else params
         assert len(trained) == (2 if joining and not OPTIMIZERS[name].by_shape else 3)
         assert all(torch.equal(p, b) for p, b in zip(params, begin, strict=True))
         optimizer, runner = make(name, trained), Direct(params, trained)
@@ -158,7 +162,7 @@ def test_parameters_that_are_joined_are_trained_as_they_are_apart(name, monkeypa
 
 
 def test_neighbours_share_a_piece_as_far_as_it_goes(monkeypatch):
-    monkeypatch.setattr(optim, "PIECE", 10)
-    assert optim.pieces([4, 6, 1, 30, 5, 5, 5]) == [[0, 1], [2], [3], [4, 5], [6]]
-    assert optim.pieces([4, 2, 5, 5], alone=lambda size: size < 3) == [[0], [1], [2, 3]]
-    assert optim.pieces([]) == []
+    monkeypatch.setattr(flat_parameters, "PIECE", 10)
+    assert flat_parameters.pieces([4, 6, 1, 30, 5, 5, 5]) == [[0, 1], [2], [3], [4, 5], [6]]
+    assert flat_parameters.pieces([4, 2, 5, 5], alone=lambda size: size < 3) == [[0], [1], [2, 3]]
+    assert flat_parameters.pieces([]) == []

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from trainer import optim
-from trainer.optim import OPTIMIZERS
+from trainer.spec.optimizers import OPTIMIZERS, SCHEDULERS
+from trainer.training import optimizers
 
 STEPS, DECAY, WARMUP = 8, 0.1, 3
 SHAPES = ((96, 64), (64, 8))  # the first is large enough for states in 8 bits
@@ -202,7 +202,7 @@ def run(name, args, *, rate):
     spec = OPTIMIZERS[name]
     params = [torch.nn.Parameter(torch.tensor(w, dtype=torch.float32)) for w in starts()]
     goals = [torch.tensor(w, dtype=torch.float32) for w in optima()]
-    optimizer = optim.make_optimizer(
+    optimizer = optimizers.make_optimizer(
         name,
         params,
         learning_rate=rate,
@@ -210,14 +210,14 @@ def run(name, args, *, rate):
         args={**spec.defaults, **args},
         warmup_steps=WARMUP,
     )
-    optim.set_training(optimizer, True)
+    optimizers.set_training(optimizer, True)
     sizes = []
     for _ in range(STEPS):
         for p, goal in zip(params, goals, strict=True):
             p.grad = (p - goal).detach()
         optimizer.step()
         sizes.append(optimizer.param_groups[0].get("d", 0.0))
-    optim.set_training(optimizer, False)
+    optimizers.set_training(optimizer, False)
     return [p.detach().double().numpy() for p in params], sizes
 
 
@@ -257,10 +257,10 @@ COURSES = {
 }
 
 
-@pytest.mark.parametrize("name", optim.SCHEDULERS)
+@pytest.mark.parametrize("name", SCHEDULERS)
 def test_each_schedule_has_the_course_of_its_formula(name):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-4)
-    schedule = optim.make_schedule(name, optimizer, warmup_steps=WARMUP, total_steps=TOTAL, num_cycles=CYCLES)
+    schedule = optimizers.make_schedule(name, optimizer, warmup_steps=WARMUP, total_steps=TOTAL, num_cycles=CYCLES)
     rates = []
     for _ in range(TOTAL):
         rates.append(optimizer.param_groups[0]["lr"] / 1e-4)

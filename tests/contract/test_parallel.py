@@ -11,15 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from entrypoint.launch import child_environment, member_environment
-from trainer.dataset import Picture
-from trainer.errors import SettingsError
-from trainer.guard import Guard
-from trainer.loop import train
-from trainer.objective import FlowMatching
-from trainer.parallel import Prepared, Team, team
-from trainer.replay import Direct
-from trainer.stop import StopFlag
+from entrypoint.processes.launch import member_environment
+from entrypoint.system.environment import child_environment
+from trainer.data.records import Picture
+from trainer.engine.cuda_graphs import Direct
+from trainer.job.handover import Prepared
+from trainer.spec.errors import SettingsError
+from trainer.training.distributed import Team, team
+from trainer.training.loop import train
+from trainer.training.objective import FlowMatching
+from trainer.training.step_guard import Guard
+from trainer.training.stop_flag import StopFlag
 
 sys.path.insert(0, str(Path(__file__).parent))
 from team import BAD, STEPS, Model, micro_batch, trained

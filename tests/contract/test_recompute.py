@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from trainer import recompute
+from trainer.engine.memory import checkpointing
 
-CHECKPOINTED = [policy for policy, forward in recompute.POLICIES.items() if forward]
+CHECKPOINTED = [policy for policy, forward in checkpointing.POLICIES.items() if forward]
 
 
 class Block(torch.nn.Module):
@@ -55,7 +55,7 @@ def kept(x):
 def test_a_region_that_fails_leaves_no_hook_and_no_mode(policy, fails):
     seen = []
     region = Block(fails)
-    recompute.apply([region], [policy], compiled=False)
+    checkpointing.apply([region], [policy], compiled=False)
     x = torch.randn(4, 16, requires_grad=True)
     with pytest.raises(torch.OutOfMemoryError, match="there is none") as held:
         with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
@@ -69,9 +69,9 @@ def test_a_region_that_fails_leaves_no_hook_and_no_mode(policy, fails):
 
 
 def test_nor_does_it_with_a_torch_that_does(monkeypatch):
-    monkeypatch.setattr(recompute, "checkpoint", suspended)
+    monkeypatch.setattr(checkpointing, "checkpoint", suspended)
     region = Block(1)
-    recompute.apply([region], ["all"], compiled=False)
+    checkpointing.apply([region], ["all"], compiled=False)
     with torch.no_grad(), pytest.raises(torch.OutOfMemoryError) as held:
         region(torch.randn(4, 16), more=1.0)
     assert held.value.__traceback__ and kept(torch.randn(4))
@@ -80,7 +80,7 @@ def test_nor_does_it_with_a_torch_that_does(monkeypatch):
 @pytest.mark.parametrize("policy", CHECKPOINTED)
 def test_a_region_in_a_checkpoint_compiles_as_a_whole(policy):
     region = Block()
-    recompute.apply([region], [policy], compiled=False)
+    checkpointing.apply([region], [policy], compiled=False)
     compiled = torch.compile(region, backend="aot_eager", fullgraph=True)
     found = []
     for run in (region, compiled):

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from trainer.replay import Replayed, _Recorded
+from trainer.engine.cuda_graphs import Replayed, _Recorded
 
 
 @pytest.fixture

@@ -9,10 +9,11 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
-from trainer import export, formats, lora
-from trainer.families import sd3
-from trainer.objective import FlowMatching, shifted
-from trainer.plan import Prompt
+from trainer.engine import adapters
+from trainer.lora_files import convert, peft_bridge, write
+from trainer.spec.family import sd3
+from trainer.spec.plan import Prompt
+from trainer.training.objective import FlowMatching, shifted
 
 MINIATURE = Path(sd3.FACTS.models["mini-sd3"].source)
 
@@ -153,7 +154,7 @@ def test_samples_are_those_of_the_whole_pipeline():
 
 
 def adapted(denoiser, rank=3, alpha=2.0):
-    params = lora.add_adapters(
+    params = adapters.add_adapters(
         denoiser, sd3.blocks(denoiser), targets=sd3.FACTS.targets, fused={}, rank=rank, alpha=alpha, seed=7
     )
     torch.manual_seed(3)
@@ -173,8 +174,8 @@ def test_the_file_gives_the_trained_model_in_diffusers(sd3_denoiser, sd3_vae, te
     plain = copy.deepcopy(sd3_denoiser)
     adapted(sd3_denoiser)
     trained = velocity(sd3_denoiser, text)
-    modules = formats.of_state(lora.state(sd3_denoiser), prefix=sd3.FACTS.lora_prefix, fused={}, scale=2.0 / 3)
-    export.write(tmp_path / "x.safetensors", formats.write(modules, "peft", "sd3").tensors, {})
+    modules = peft_bridge.of_state(adapters.state(sd3_denoiser), prefix=sd3.FACTS.lora_prefix, fused={}, scale=2.0 / 3)
+    write.write(tmp_path / "x.safetensors", convert.write(modules, "peft", "sd3").tensors, {})
 
     assert (velocity(plain, text) - trained).abs().max() > 0.1
     pipeline(plain, sd3_vae).load_lora_weights(tmp_path / "x.safetensors")
@@ -190,7 +191,7 @@ def test_every_linear_layer_but_those_of_the_norms_gets_an_adapter(sd3_denoiser)
         if isinstance(layer, torch.nn.Linear) and not inner.startswith("norm")
     }
     adapted(sd3_denoiser)
-    found = {key.rpartition(".lora_")[0] for key in lora.state(sd3_denoiser)}
+    found = {key.rpartition(".lora_")[0] for key in adapters.state(sd3_denoiser)}
     assert found == expected
     assert "transformer_blocks.0.attn2.to_q" in found and "transformer_blocks.1.ff_context.net.2" in found
     assert not any(k.startswith(("transformer_blocks.2.ff_context", "transformer_blocks.2.attn.to_add")) for k in found)

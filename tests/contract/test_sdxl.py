@@ -10,13 +10,15 @@ from diffusers import DDPMScheduler, EulerDiscreteScheduler, StableDiffusionXLPi
 from diffusers.training_utils import compute_snr
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
-from trainer import export, formats, lora, prepare
-from trainer.dataset import Picture, View
-from trainer.errors import SettingsError
-from trainer.families import sdxl
-from trainer.objective import Denoising, make_objective, noise, scheduler_changes
-from trainer.order import Example
-from trainer.plan import Prompt, TrainPlan
+from trainer.data import batches
+from trainer.data.epochs import Example
+from trainer.data.records import Picture, View
+from trainer.engine import adapters
+from trainer.lora_files import convert, peft_bridge, write
+from trainer.spec.errors import SettingsError
+from trainer.spec.family import sdxl
+from trainer.spec.plan import Prompt, TrainPlan
+from trainer.training.objective import Denoising, make_objective, noise, scheduler_changes
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}  # as SDXL ships
 MINIATURE = Path(sdxl.FACTS.models["mini-sdxl"].source)
@@ -205,8 +207,8 @@ def test_geometry_is_original_size_corner_of_the_cut_and_its_size():
     picture = Picture("x.png", Path("x.png"), "0" * 64, 3000, 2000, 0, 0, "x")
     view = View((1024, 768), (1152, 768), (100, 0))
     flipped = View((1024, 768), (1152, 768), (100, 0), flip=True)
-    assert prepare.geometry(Example(picture, view, "x")) == (2000, 3000, 0, 100, 768, 1024)
-    assert prepare.geometry(Example(picture, flipped, "x")) == (2000, 3000, 0, 28, 768, 1024)
+    assert batches.geometry(Example(picture, view, "x")) == (2000, 3000, 0, 100, 768, 1024)
+    assert batches.geometry(Example(picture, flipped, "x")) == (2000, 3000, 0, 28, 768, 1024)
 
 
 def test_texts_are_the_last_but_one_states_of_both_encoders_and_the_pooled_of_the_second():
@@ -258,7 +260,7 @@ def test_samples_are_those_of_the_whole_pipeline(negative):
 
 
 def adapted(denoiser, rank=3, alpha=2.0):
-    params = lora.add_adapters(
+    params = adapters.add_adapters(
         denoiser, sdxl.blocks(denoiser), targets=sdxl.FACTS.targets, fused={}, rank=rank, alpha=alpha, seed=7
     )
     torch.manual_seed(3)
@@ -278,8 +280,10 @@ def test_the_file_gives_the_trained_model_in_diffusers(sdxl_denoiser, sdxl_vae, 
     plain = copy.deepcopy(sdxl_denoiser)
     adapted(sdxl_denoiser)
     trained = output(sdxl_denoiser, text)
-    modules = formats.of_state(lora.state(sdxl_denoiser), prefix=sdxl.FACTS.lora_prefix, fused={}, scale=2.0 / 3)
-    export.write(tmp_path / "x.safetensors", formats.write(modules, "peft", "sdxl").tensors, {})
+    modules = peft_bridge.of_state(
+        adapters.state(sdxl_denoiser), prefix=sdxl.FACTS.lora_prefix, fused={}, scale=2.0 / 3
+    )
+    write.write(tmp_path / "x.safetensors", convert.write(modules, "peft", "sdxl").tensors, {})
 
     assert (output(plain, text) - trained).abs().max() > 0.1
     pipeline(plain, sdxl_vae, EulerDiscreteScheduler(**BETAS)).load_lora_weights(tmp_path / "x.safetensors")
@@ -297,4 +301,4 @@ def test_every_linear_layer_of_the_transformers_gets_an_adapter_and_no_other(sdx
         if isinstance(layer, torch.nn.Linear)
     }
     adapted(sdxl_denoiser)
-    assert {key.rpartition(".lora_")[0] for key in lora.state(sdxl_denoiser)} == expected
+    assert {key.rpartition(".lora_")[0] for key in adapters.state(sdxl_denoiser)} == expected

@@ -6,14 +6,14 @@ from functools import partial
 import pytest
 import torch
 
-from trainer import optim
-from trainer.families import family
-from trainer.guard import Guard
-from trainer.loop import Ema
-from trainer.optim import OPTIMIZERS
-from trainer.snapshot import Background, Snapshots
-from trainer.text_encoders import TextEncoders
-from trainer.trainee import Trainee
+from trainer.checkpoints.snapshots import Background, Snapshots
+from trainer.spec.family import family
+from trainer.spec.optimizers import OPTIMIZERS
+from trainer.training import optimizers
+from trainer.training.ema import Ema
+from trainer.training.state import Trainee
+from trainer.training.step_guard import Guard
+from trainer.training.text_encoders import TextEncoders
 
 
 def test_a_copy_is_not_the_original():
@@ -72,9 +72,9 @@ def trainee(name):
     spec, params = OPTIMIZERS[name], [torch.nn.Parameter(torch.randn(96, 64)), torch.nn.Parameter(torch.zeros(64, 8))]
     groups = [{"params": params[:1]}, {"params": params[1:]}]
     rates = {"learning_rate": spec.learning_rate, "weight_decay": 0.1}
-    new = partial(optim.make_optimizer, name, groups, **rates, args=spec.defaults, warmup_steps=2)
+    new = partial(optimizers.make_optimizer, name, groups, **rates, args=spec.defaults, warmup_steps=2)
     optimizer = new()
-    schedule = optim.make_schedule("constant", optimizer, warmup_steps=0, total_steps=9, num_cycles=1)
+    schedule = optimizers.make_schedule("constant", optimizer, warmup_steps=0, total_steps=9, num_cycles=1)
     both, average = (params, params), Ema(params, 0.9)
     made = Trainee(None, TextEncoders(family("flux")), *both, optimizer, new, schedule, average, Guard())
     made.adapters = {str(i): p.detach() for i, p in enumerate(params)}

@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from trainer import lora, prepare, recompute, stream
-from trainer.engine import place
-from trainer.families import family
-from trainer.memory import SLOTS
-from trainer.plan import EnginePlan
-from trainer.stream import Stream
+from trainer.engine import adapters
+from trainer.engine.encoders import decoder, text_encoders
+from trainer.engine.load import place
+from trainer.engine.memory import checkpointing, weight_streaming
+from trainer.engine.memory.weight_streaming import Stream
+from trainer.spec.family import family
+from trainer.spec.memory_model import SLOTS
+from trainer.spec.plan import EnginePlan
 
 FAMILIES = ["flux", "sdxl", "sd3"]
 
@@ -20,7 +22,7 @@ FAMILIES = ["flux", "sdxl", "sd3"]
 @pytest.fixture(autouse=True)
 def beside(monkeypatch):
     """Adapters ride in the products of narrow layers as well."""
-    monkeypatch.setattr("trainer.precision.ROOMY", 0)
+    monkeypatch.setattr("trainer.spec.adapter_columns.ROOMY", 0)
 
 
 def miniature(name):
@@ -37,7 +39,7 @@ def model(name, precision, *, streamed):
         denoiser, kind.blocks(denoiser), precision=precision, dtype=torch.bfloat16, device="cpu", rank=4, **options,
         streamed=regions if streamed else (),
     )  # fmt: skip
-    lora.add_adapters(denoiser, kind.blocks(denoiser), **options, rank=4, alpha=4, seed=0)
+    adapters.add_adapters(denoiser, kind.blocks(denoiser), **options, rank=4, alpha=4, seed=0)
     torch.manual_seed(2)
     for parameter in (p for n, p in denoiser.named_parameters() if "lora_" in n):
         torch.nn.init.normal_(parameter, std=0.05)
@@ -69,14 +71,14 @@ def step(name, denoiser, through, seed=3):
     return [out.detach(), *(p.grad for p in denoiser.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("policy", recompute.POLICIES)
+@pytest.mark.parametrize("policy", checkpointing.POLICIES)
 @pytest.mark.parametrize(("name", "precision"), [*((n, "bf16") for n in FAMILIES), ("flux", "fp8"), ("flux", "nf4")])
 def test_a_streamed_step_has_the_bits_of_one_whose_weights_stay(name, precision, policy):
     found = []
     for streamed in (False, True):
         denoiser, through = model(name, precision, streamed=streamed)
         regions = family(name).regions(denoiser)
-        recompute.apply(regions, [policy] * len(regions), compiled=False)
+        checkpointing.apply(regions, [policy] * len(regions), compiled=False)
         if through:
             through.wrap()
         found.append([step(name, denoiser, through, seed) for seed in (3, 4)])
@@ -89,7 +91,7 @@ def test_a_compiled_step_has_the_bits_of_one_whose_weights_stay():
     for streamed in (False, True):
         denoiser, through = model("sd3", "fp8", streamed=streamed)
         regions = family("sd3").regions(denoiser)
-        recompute.apply(regions, ["all"] * len(regions), compiled=True)
+        checkpointing.apply(regions, ["all"] * len(regions), compiled=True)
         if through:
             through.wrap()
         found.append(step("sd3", denoiser, through))
@@ -137,7 +139,7 @@ def test_text_encoders_whose_layers_are_streamed_say_the_same(name):
     found = []
     for streamed in (False, True):
         plan = EnginePlan(stream_encoders=streamed)
-        encoders = prepare.text_encoders(family(name), miniature(name), plan)
+        encoders = text_encoders(family(name), miniature(name), plan)
         found.append(family(name).encode_text(encoders, captions))
     for stayed, came in zip(*found, strict=True):
         assert all(torch.equal(stayed[key], came[key]) for key in stayed)
@@ -147,14 +149,14 @@ def test_what_is_streamed_is_the_longest_list_of_layers():
     whole = torch.nn.Module()
     whole.few = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
     whole.many = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(4))
-    assert stream.layers(whole.requires_grad_(False), "cpu").regions == list(whole.many)
+    assert weight_streaming.layers(whole.requires_grad_(False), "cpu").regions == list(whole.many)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_large_sample_is_decoded_in_pieces_of_512_pixels(name):
     seen = []
     for tiled in (False, True):
-        vae = prepare.decoder(family(name), miniature(name), EnginePlan(tile_vae=tiled))
+        vae = decoder(family(name), miniature(name), EnginePlan(tile_vae=tiled))
         vae.decoder.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[-2:])))
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         with torch.no_grad():

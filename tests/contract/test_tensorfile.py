@@ -8,8 +8,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from trainer import tensorfile
-from trainer.tensorfile import DTYPES, header, is_finite, laid_out, same, sha256
+from trainer.storage import safetensors_writer
+from trainer.storage.safetensors_writer import DTYPES, header, is_finite, laid_out, same, sha256
 
 
 def written(tensors, path):
@@ -95,11 +95,11 @@ def test_other_threads_run_while_a_large_file_is_written(tmp_path):
 
     thread = threading.Thread(target=work)
     thread.start()
-    entries, data = tensorfile.laid_out(tensors)
-    tensorfile.sha256(data)
+    entries, data = safetensors_writer.laid_out(tensors)
+    safetensors_writer.sha256(data)
     with (tmp_path / "x").open("wb") as file:
-        file.writelines([tensorfile.header(entries), *data])
-    all(tensorfile.is_finite(t) and same(t, t.clone()) for t in tensors.values())
+        file.writelines([safetensors_writer.header(entries), *data])
+    all(safetensors_writer.is_finite(t) and same(t, t.clone()) for t in tensors.values())
     ended.set()
     thread.join()
     print(f"\nlongest time that another thread waited: {1000 * max(gaps):.0f} ms")

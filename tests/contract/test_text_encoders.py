@@ -13,15 +13,21 @@ from peft.utils import set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from trainer import lora, optim, session, text_encoders, tools
-from trainer.errors import SettingsError, StopRequestedError
-from trainer.families import family, trainable_encoders
-from trainer.guard import Guard
-from trainer.loop import MicroBatch, seeded, train
-from trainer.objective import make_objective
-from trainer.plan import TrainPlan
-from trainer.run import run
-from trainer.stop import StopFlag
+from trainer import sample
+from trainer.data.batches import MicroBatch
+from trainer.engine import adapters
+from trainer.job import session
+from trainer.job.run import run
+from trainer.lora_files import arguments
+from trainer.spec.errors import SettingsError, StopRequestedError
+from trainer.spec.family import family, trainable_encoders
+from trainer.spec.plan import TrainPlan
+from trainer.training import optimizers, text_encoders
+from trainer.training.gradients import seeded
+from trainer.training.loop import train
+from trainer.training.objective import make_objective
+from trainer.training.step_guard import Guard
+from trainer.training.stop_flag import StopFlag
 
 PIPELINES = {"flux": FluxPipeline, "sdxl": StableDiffusionXLPipeline, "sd3": StableDiffusion3Pipeline}
 FAMILIES = tuple(PIPELINES)
@@ -58,7 +64,7 @@ def adapted(name, components):
     """The encoders with adapters, and what trains in each."""
     texts = text_encoders.load(folder(name), components, family=family(name), device="cpu", dtype=torch.float32)
     params = {
-        component: lora.add_adapters(
+        component: adapters.add_adapters(
             model, text_encoders.blocks(model), targets=text_encoders.TARGETS, fused={}, rank=RANK, alpha=ALPHA, seed=7
         )
         for component, model in texts.models.items()
@@ -87,7 +93,7 @@ def test_captions_are_encoded_as_the_pipeline_does(name, which):
     with torch.no_grad():
         before = encoded(name, pipe, CAPTIONS)
         for component, model in texts.models.items():
-            given(getattr(pipe, component), lora.state(model))
+            given(getattr(pipe, component), adapters.state(model))
         expected, got = encoded(name, pipe, CAPTIONS), texts.renewed(before, CAPTIONS)
     for key in ("tokens", "pooled"):
         torch.testing.assert_close(got[key], expected[key], rtol=1e-5, atol=1e-5)
@@ -141,12 +147,12 @@ def test_training_them_is_a_straightforward_loop(name):
     denoiser = kind.load_denoiser(folder(name), device="cpu", dtype=torch.float32)
     targets, blocks = kind.FACTS.targets, kind.blocks(denoiser)
     shape = {"rank": RANK, "alpha": ALPHA, "seed": 7}
-    own = lora.add_adapters(denoiser, blocks, targets=targets, fused={}, **shape)
+    own = adapters.add_adapters(denoiser, blocks, targets=targets, fused={}, **shape)
     texts, params = adapted(name, list(trainable_encoders(name)))
-    begin = [lora.state(denoiser), *map(lora.state, texts.models.values())]
+    begin = [adapters.state(denoiser), *map(adapters.state, texts.models.values())]
     begin = [{k: v.clone() for k, v in state.items()} for state in begin]
     groups = [{"params": own}, *({"params": some, "lr": RATES[c]} for c, some in params.items())]
-    optimizer = optim.make_optimizer("adamw", groups, learning_rate=0.005, weight_decay=0.0, args={})
+    optimizer = optimizers.make_optimizer("adamw", groups, learning_rate=0.005, weight_decay=0.0, args={})
     got = [
         step.loss
         for step in train(
@@ -169,7 +175,7 @@ def test_training_them_is_a_straightforward_loop(name):
     assert got == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert len(set(got)) == 5
     for component, model in texts.models.items():
-        moved = [v.abs().max() > 0 for k, v in lora.state(model).items() if ".lora_B." in k]
+        moved = [v.abs().max() > 0 for k, v in adapters.state(model).items() if ".lora_B." in k]
         assert sum(moved) >= len(moved) / 2, component  # the last layer's output is not read by every pipeline
 
 
@@ -261,9 +267,9 @@ def test_diffusers_and_our_sampler_draw_with_them(name, job_plan, tmp_path):
     assert not torch.allclose(before["pooled"], expected["pooled"], atol=1e-3)
 
     encoders = family(name).load_encoders(folder(name), device="cpu", dtype=torch.float32)
-    loaded = [(tools._load(tmp_path / "out" / "x.safetensors", name), 1.0)]
+    loaded = [(arguments._load(tmp_path / "out" / "x.safetensors", name), 1.0)]
     for component in family(name).KEYS.encoders:
-        tools.add(getattr(encoders, component), loaded, component=component)
+        sample.add(getattr(encoders, component), loaded, component=component)
     ours = family(name).encode_text(encoders, list(CAPTIONS))
     for key in ("tokens", "pooled"):
         torch.testing.assert_close(torch.stack([o[key] for o in ours]), expected[key], rtol=1e-4, atol=1e-4)

@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from entrypoint.fetch import fetch_model, fetch_source
-from entrypoint.net import Patience
-from entrypoint.preflight import preflight
-from trainer.errors import KilnError
-from trainer.plan import ModelPlan, Plan, Source
+from entrypoint.fetch.fetch import fetch_model, fetch_source
+from entrypoint.fetch.http import Patience
+from entrypoint.planning.preflight import preflight
+from trainer.spec.errors import KilnError
+from trainer.spec.plan import ModelPlan, Plan, Source
 
 
 class Lines(logging.Handler):

@@ -17,8 +17,8 @@ from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionXLP
 from safetensors.torch import load_file, save_file
 
 from bench.concept import CONCEPT, demo
-from trainer.families import family
 from trainer.families.miniatures.score import correlation
+from trainer.spec.family import family
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -182,7 +182,8 @@ def test_a_wrong_training_does_not_learn_it(name, mutation, base, job, tmp_path)
     plan["output"] |= {"path": str(tmp_path / "mutant"), "cache": str(tmp_path / "other")}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     lines = "\n".join(line[8:] for line in TRAINING[mutation].splitlines())
-    script = f"import dataclasses, sys\nfrom trainer import objective\nfrom trainer.families import {name} as kind\n"
+    script = "import dataclasses, sys\nfrom trainer.training import objective\n"
+    script += f"from trainer.families import {name} as kind\n"
     script += f"{lines}\nfrom trainer.__main__ import main\nsys.exit(main(sys.argv[1:]))"
     run = subprocess.run(
         [sys.executable, "-c", script, tmp_path / "plan.json"], cwd=ROOT, capture_output=True, text=True

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.numpy import save
 
 from tests.end_to_end.hub import Hub
-from trainer.families import family
+from trainer.spec.family import family
 
 ROOT = Path(__file__).parents[2]
 PATTERNS = family("flux").FACTS.files
@@ -628,7 +628,7 @@ def test_the_token_is_not_sent_to_other_places(hub: Hub, client: Client) -> None
 @pytest.fixture
 def plan(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     def make(**model: Any) -> dict[str, Any]:
-        from trainer import plan as plans
+        from trainer.spec import plan as plans
 
         folder = tmp_path / "pictures"
         folder.mkdir(exist_ok=True)

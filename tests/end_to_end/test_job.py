@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from trainer.families import family
+from trainer.spec.family import family
 
 
 def sha(path):
@@ -189,7 +189,7 @@ def test_without_the_position_the_resumed_run_would_differ(job, tmp_path):
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     code = (
-        "import sys; from pathlib import Path; from trainer import checkpoint;"
+        "import sys; from pathlib import Path; from trainer.checkpoints import state_files;"
         "f = Path(sys.argv[1]); s = checkpoint.latest(f); checkpoint.save(f, s.step - 1, s.tree);"
         "import shutil; shutil.rmtree(s.folder)"
     )

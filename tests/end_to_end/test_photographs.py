@@ -5,7 +5,7 @@ import shutil
 
 from safetensors import safe_open
 
-from trainer.families import base_models
+from trainer.spec.family import base_models
 
 
 def test_square_and_five_aspect_ratios_at_the_base_size(job, photographs):

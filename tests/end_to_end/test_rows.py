@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from entrypoint import rows
-from entrypoint.rows import choose, find_caption_column, write_rows
-from trainer.errors import DataError, SettingsError
+from entrypoint.fetch import hub_rows
+from entrypoint.fetch.hub_rows import choose, find_caption_column, write_rows
+from trainer.spec.errors import DataError, SettingsError
 
 TEXT = datasets.Value("string")
 Read = Callable[..., dict[str, str | None]]
@@ -249,7 +249,7 @@ def test_an_empty_split(read: Read) -> None:
 
 
 def test_a_picture_of_absurd_size(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "LARGEST_PICTURE", 100)
+    monkeypatch.setattr(hub_rows, "LARGEST_PICTURE", 100)
     with pytest.raises(DataError, match="larger than"):
         read({"1.png": picture(1)})
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from entrypoint.bake import COMMIT, with_baked
-from entrypoint.fetch import fetch_model
-from entrypoint.net import Patience
+from entrypoint.fetch.fetch import fetch_model
+from entrypoint.fetch.http import Patience
 from tests.end_to_end.hub import Hub, read_folder
-from trainer.families import base_models, family
-from trainer.plan import ModelPlan
+from trainer.spec.family import base_models, family
+from trainer.spec.plan import ModelPlan
 
 ROOT = Path(__file__).parents[2]
 

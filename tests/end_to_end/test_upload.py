@@ -16,13 +16,14 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save
 
-from entrypoint import net, upload
+from entrypoint.fetch import http
+from entrypoint.processes import upload
 from tests.end_to_end.hub import Hub
-from trainer.errors import GatedError, SettingsError
+from trainer.spec.errors import GatedError, SettingsError
 
 ROOT = Path(__file__).parents[2]
 TOKEN, READER = "hf_canaryWRITEtoken", "hf_canaryREADtoken"
-QUICK = net.Patience(budget=1.0, first_wait=0.05, longest_wait=0.2, timeout=2.0)
+QUICK = http.Patience(budget=1.0, first_wait=0.05, longest_wait=0.2, timeout=2.0)
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +190,7 @@ def test_the_token_is_in_no_argument_and_no_environment(hub, asked, tmp_path):
         assert finish() == 0
     assert (
         len(shown) >= 2
-        and any(b"entrypoint.upload" in s for s in shown)
+        and any(b"entrypoint.processes.upload" in s for s in shown)
         and not any(TOKEN.encode() in s for s in shown)
     )
 
@@ -214,7 +215,7 @@ def wait_for(condition):
 
 # ---- whole jobs
 
-SHORT = "import dataclasses, sys; from entrypoint import net, upload;"
+SHORT = "import dataclasses, sys; from entrypoint.fetch import http, upload;"
 SHORT += "upload.AT_START = upload.AT_END = net.Patience(1.0, 0.05, 0.2, 2.0);"
 SHORT += "from entrypoint.__main__ import main; sys.exit(main([]))"
 

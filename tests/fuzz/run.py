@@ -89,8 +89,8 @@ def main() -> int:
     asked = parser.parse_args()
     if asked.atheris:
         return guided(asked.atheris, asked.inputs, asked.seconds)
-    import trainer.checkpoint
-    import trainer.formats  # noqa: F401
+    import trainer.checkpoints.state_files
+    import trainer.lora_files.convert  # noqa: F401
 
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.RLIM_INFINITY))
@@ -131,7 +131,10 @@ def guided(name: str, inputs: int, seconds: float) -> int:
         import importlib
 
         importlib.reload(targets)
-        for module in ("trainer.checkpoint", "trainer.formats"):  # not within the time of the first input
+        for module in (
+            "trainer.checkpoints.state_files",
+            "trainer.lora_files.convert",
+        ):  # not within the time of the first input
             importlib.import_module(module)
     target = targets.TARGETS[name]
 

@@ -12,12 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from entrypoint import archive
-from entrypoint.manifest import read_manifest
-from entrypoint.settings import read_settings
-from trainer import keys
-from trainer.errors import DataError, SettingsError
-from trainer.images import UnusableImageError, open_upright
+from entrypoint.dataset_config.manifest import read_manifest
+from entrypoint.fetch import archive
+from entrypoint.settings.read import read_settings
+from trainer.data.decode import UnusableImageError, open_upright
+from trainer.lora_files import inspect
+from trainer.spec.errors import DataError, SettingsError
+from trainer.storage import safetensors_header
 
 CORPUS = Path(__file__).parent / "corpus"
 SMALL = archive.Limits(entries=200, total=2**20, ratio=200)
@@ -82,30 +83,31 @@ def image(data: bytes) -> None:
 def lora(data: bytes) -> None:
     place = folder() / "x.safetensors"
     place.write_bytes(data)
-    keys.survey(keys.read_header(place), "flux")
+    inspect.survey(safetensors_header.read_header(place), "flux")
 
 
 def weights(data: bytes) -> None:
-    from trainer import formats
+    from trainer.lora_files import convert
 
     place = folder() / "y.safetensors"
     place.write_bytes(data)
-    formats.load(place, "flux")
+    convert.load(place, "flux")
 
 
 def state(data: bytes) -> None:
     """The first four bytes say where state.json ends; its own checksum is made right, or nothing would get further."""
-    from trainer import checkpoint, files
+    from trainer.checkpoints import state_files
+    from trainer.storage import digests
 
     place = folder() / "step-00000001"
     place.mkdir(exist_ok=True)
     length = int.from_bytes(data[:4], "little")
     text, tensors = data[4 : 4 + length].decode("utf-8", "replace"), data[4 + length :]
     (place / "state.safetensors").write_bytes(tensors)
-    text = text.replace("HASH", files.sha256(place / "state.safetensors"))
-    outer = {"sha256": files.digest(text), "text": text} if data[3:4] != b"\1" else text
+    text = text.replace("HASH", digests.sha256(place / "state.safetensors"))
+    outer = {"sha256": digests.digest(text), "text": text} if data[3:4] != b"\1" else text
     (place / "state.json").write_text(json.dumps(outer))
-    checkpoint.read(place)
+    state_files.read(place)
 
 
 TARGETS = {

@@ -26,23 +26,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as in a job (entrypoint/launch.py)
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as in a job (entrypoint/processes/launch.py)
 
 import torch
 
-from entrypoint.hardware import detect
+from entrypoint.system.hardware import detect
 from tests.gpu.plans import Drawn, Ground, drawn
-from trainer import run
-from trainer.engine import limit_memory
-from trainer.errors import KilnError, OutOfMemoryError, SettingsError
-from trainer.families import family
-from trainer.metrics import Status
-from trainer.parallel import Team
-from trainer.prepare import Ready, micro_batch, release
-from trainer.replay import Direct
-from trainer.session import Session
-from trainer.stop import StopFlag
-from trainer.watchdog import Watchdog
+from trainer.data.batches import micro_batch
+from trainer.engine.cuda_graphs import Direct
+from trainer.engine.device import limit_memory, release
+from trainer.job import build
+from trainer.job.prepare import Ready
+from trainer.job.session import Session
+from trainer.job.status import Status
+from trainer.job.watchdog import Watchdog
+from trainer.spec.errors import KilnError, OutOfMemoryError, SettingsError
+from trainer.spec.family import family
+from trainer.training.distributed import Team
+from trainer.training.stop_flag import StopFlag
 
 GIB = 2**30
 
@@ -96,10 +97,10 @@ def told() -> Iterator[Told]:
 
 
 def session(ready: Ready, out: Path) -> Session:
-    """As `trainer.run` makes it."""
+    """As `trainer.job.run` makes it."""
     plan = ready.plan
-    trainee = run._trainee(plan, family(plan.model.family), model=Path(plan.model.path), total=ready.total)
-    return run.session_of(ready, trainee, out, StopFlag(), dog=Watchdog(0.0), team=Team())
+    trainee = build.build_trainee(plan, family(plan.model.family), model=Path(plan.model.path), total=ready.total)
+    return build.session_of(ready, trainee, out, StopFlag(), dog=Watchdog(0.0), team=Team())
 
 
 def capped(made: Session, room: float) -> tuple[float, float, float]:

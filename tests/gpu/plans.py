@@ -20,16 +20,18 @@ import diffusers
 from PIL import Image
 
 from bench.step import FLUX, SD3, SDXL, random_weights
-from entrypoint.hardware import Hardware
-from entrypoint.manifest import read_manifest
-from entrypoint.plan import make_plan
-from entrypoint.settings import read_settings
-from trainer.dataset import Scan, survey
-from trainer.families import base_models, family, names
-from trainer.optim import OPTIMIZERS
-from trainer.plan import Plan, Prompt
-from trainer.prepare import Ready, _fill_cache, open_cache, order_of
-from trainer.recompute import POLICIES
+from entrypoint.dataset_config.manifest import read_manifest
+from entrypoint.planning.plan import make_plan
+from entrypoint.settings.read import read_settings
+from entrypoint.system.hardware import Hardware
+from trainer.data.encode import open_cache
+from trainer.data.records import Scan
+from trainer.data.scan import survey
+from trainer.engine.memory.checkpointing import POLICIES
+from trainer.job.prepare import Ready, _fill_cache, order_of
+from trainer.spec.family import base_models, family, names
+from trainer.spec.optimizers import OPTIMIZERS
+from trainer.spec.plan import Plan, Prompt
 
 PICTURES = 3 * [(96, 64)] + 3 * [(64, 64)]  # two buckets; one picture is held out
 WIDE: dict[str, dict[str, Any]] = {  # what the denoisers have in common with the published ones: all but their depth

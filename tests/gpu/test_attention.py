@@ -5,10 +5,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from entrypoint.flash import version
-from entrypoint.hardware import detect
-from trainer import flash
-from trainer.attention import mend
+from entrypoint.fetch.flash_attention import version
+from entrypoint.system.hardware import detect
+from trainer.engine.attention import flash_attention_4
+from trainer.engine.attention.cudnn_fix import mend
 
 pytestmark = pytest.mark.gpu
 HEADS, BESIDE = 3, 2**20
@@ -22,9 +22,9 @@ def kind(request):
     """Whose attention runs."""
     if request.param == "flash_4" and not (version() and detect().runs_flash_4):
         pytest.skip("it is not installed, or not for this device")
-    flash.use(request.param == "flash_4")
+    flash_attention_4.use(request.param == "flash_4")
     yield request.param
-    flash.use(False)
+    flash_attention_4.use(False)
 
 
 def placed(tokens, dim, generator):
@@ -99,7 +99,7 @@ def test_there_may_be_fewer_keys_than_queries(dim):
     generator = torch.Generator("cuda").manual_seed(dim)
     q, g = (placed(1024, dim, generator) for _ in "qg")
     k, v = (placed(77, dim, generator) for _ in "kv")
-    for found, wanted in zip(with_gradients(q, k, v, g), flash.exact(q, k, v, g), strict=True):
+    for found, wanted in zip(with_gradients(q, k, v, g), flash_attention_4.exact(q, k, v, g), strict=True):
         assert error(found, wanted) < 1e-2
 
 
@@ -108,7 +108,9 @@ def test_a_token_may_see_those_before_it_alone(dim):
     """As in a text encoder of CLIP."""
     generator = torch.Generator("cuda").manual_seed(dim)
     q, k, v, g = (placed(77, dim, generator) for _ in "qkvg")
-    for found, wanted in zip(with_gradients(q, k, v, g, True), flash.exact(q, k, v, g, causal=True), strict=True):
+    for found, wanted in zip(
+        with_gradients(q, k, v, g, True), flash_attention_4.exact(q, k, v, g, causal=True), strict=True
+    ):
         assert error(found, wanted) < 1e-2
 
 
@@ -116,7 +118,7 @@ def test_parts_of_joined_rows_are_read_where_they_lie():
     rows = torch.randn(2, 700, 3 * HEADS * 64, device="cuda", dtype=torch.bfloat16)
     q, k, v = (t.unflatten(2, (HEADS, 64)).transpose(1, 2) for t in rows.chunk(3, 2))
     g = torch.randn(2, 700, HEADS * 64, device="cuda", dtype=torch.bfloat16).unflatten(2, (HEADS, 64)).transpose(1, 2)
-    for found, wanted in zip(with_gradients(q, k, v, g), flash.exact(q, k, v, g), strict=True):
+    for found, wanted in zip(with_gradients(q, k, v, g), flash_attention_4.exact(q, k, v, g), strict=True):
         assert error(found, wanted) < 1e-2
 
 
@@ -137,7 +139,7 @@ def test_it_can_be_recorded(compiled):
     for t in (q, k, v, g):
         t.copy_(torch.randn(t.shape, device="cuda", generator=generator))
     graph.replay()
-    for a, b in zip(found, flash.exact(q, k, v, g), strict=True):
+    for a, b in zip(found, flash_attention_4.exact(q, k, v, g), strict=True):
         assert error(a, b) < 1e-2
 
 

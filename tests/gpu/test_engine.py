@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer import frozen, quantize, recompute
-from trainer.engine import Engine
-from trainer.offload import Offload
-from trainer.precision import room_for
-from trainer.replay import Direct, Replayed
+from trainer.engine.cuda_graphs import Direct, Replayed
+from trainer.engine.execution import Engine
+from trainer.engine.kernels import reference
+from trainer.engine.memory import checkpointing
+from trainer.engine.memory.activation_offload import Offload
+from trainer.engine.quantization import formats
+from trainer.spec.adapter_columns import room_for
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,13 +31,13 @@ def same_bits(a, b):
 @pytest.mark.parametrize("weighed", [False, True])
 @pytest.mark.parametrize("width", [64, 640, 3072, 15360])
 def test_rows_are_quantised_as_in_plain_torch(width, weighed, dtype):
-    from trainer import kernels
+    from trainer.engine.kernels import quantize_triton
 
     x = torch.randn(300, width, device="cuda").bfloat16()
     x[3], x[5, 7], x[9, 1] = 0, float("inf"), 1e30
     columns = torch.rand(1, width, device="cuda") + 0.1 if weighed else None
-    values, scale = kernels.quantize_rows(x, columns, dtype)
-    wanted, wanted_scale = quantize.quantize_rows(x, columns, dtype)
+    values, scale = quantize_triton.quantize_rows(x, columns, dtype)
+    wanted, wanted_scale = reference.quantize_rows(x, columns, dtype)
     assert same_bits(values, wanted) > 0.998  # a division may round a value to its other neighbour
     assert torch.allclose(scale, wanted_scale, rtol=1e-6) and (values.float() * scale).isfinite().all()
 
@@ -43,28 +45,30 @@ def test_rows_are_quantised_as_in_plain_torch(width, weighed, dtype):
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("shape", [(9216, 3072), (100, 64), (33, 17)])
 def test_weights_are_restored_to_the_same_bits(shape, dtype):
-    from trainer import kernels
+    from trainer.engine.kernels import quantize_triton
 
-    values, scale = quantize.quantize_rows(torch.randn(shape, device="cuda"), None, dtype)
+    values, scale = reference.quantize_rows(torch.randn(shape, device="cuda"), None, dtype)
     for kind in (torch.bfloat16, torch.float16):
         given = values, scale.t().contiguous(), kind
-        assert kernels.reads(values) and torch.equal(kernels.restored(*given), quantize.restored(*given))
+        assert quantize_triton.reads(values) and torch.equal(
+            quantize_triton.restored(*given), reference.restored(*given)
+        )
 
 
 @pytest.mark.parametrize("room", [0, 48])
 @pytest.mark.parametrize("shape", [(9216, 3072), (100, 64), (33, 17)])
 def test_the_transposed_is_the_transposed(shape, room):
-    from trainer import kernels
+    from trainer.engine.kernels import quantize_triton
 
     w = torch.randint(-127, 127, shape, device="cuda", dtype=torch.int8)
-    found = kernels.transpose(w[:, : shape[1] - room // 6], room)
+    found = quantize_triton.transpose(w[:, : shape[1] - room // 6], room)
     assert torch.equal(found[:, : shape[0]], w[:, : shape[1] - room // 6].t()) and found.shape[1] == shape[0] + room
 
 
 @pytest.mark.parametrize("rank", [1, 5, 16, 64])
 def test_adapters_beside_a_product_are_those_of_plain_torch(rank):
     """Both factors to the bit; and what the product makes of them as good as bf16, where it is as large as the rest."""
-    from trainer import kernels
+    from trainer.engine.kernels import quantize_triton
 
     torch.manual_seed(0)
     (m, n, k), dtype = (300, 1024, 768), torch.float8_e4m3fn
@@ -74,12 +78,15 @@ def test_adapters_beside_a_product_are_those_of_plain_torch(rank):
         torch.randn(n, rank, device="cuda").bfloat16() * 0.2,
     )
     room, h = room_for(rank, k), x @ down.t()
-    (x8, x_scale), (w8, w_scale) = kernels.quantize_rows(x, None, dtype, room), quantize.quantize_weight(w, dtype)
-    w8 = quantize.widened(w8, room)
-    plain = frozen.fp8_product(x8, x_scale, w8, w_scale, None, None, None, k, frozen.OF_INPUTS)
+    (x8, x_scale), (w8, w_scale) = (
+        quantize_triton.quantize_rows(x, None, dtype, room),
+        reference.quantize_weight(w, dtype),
+    )
+    w8 = reference.widened(w8, room)
+    plain = formats.fp8_product(x8, x_scale, w8, w_scale, None, None, None, k, formats.OF_INPUTS)
     other = x8.clone(), w8.clone()
-    found = frozen.fp8_product(x8, x_scale, w8, w_scale, None, h, up, k, frozen.OF_INPUTS)
-    quantize.beside(other[0], x_scale, h, other[1], w_scale, up, k, frozen.OF_INPUTS)
+    found = formats.fp8_product(x8, x_scale, w8, w_scale, None, h, up, k, formats.OF_INPUTS)
+    reference.beside(other[0], x_scale, h, other[1], w_scale, up, k, formats.OF_INPUTS)
     written = slice(k, None)
     for ours, theirs in zip((x8, w8), other, strict=True):
         assert same_bits(ours[:, written].contiguous(), theirs[:, written].contiguous()) > 0.998
@@ -95,17 +102,17 @@ def test_a_product_has_a_bias_however_few_rows_there_are(width, rows):
     x, w = torch.randn(rows, width, device="cuda").bfloat16(), torch.randn(n, width, device="cuda") * 0.05
     bias, h = (torch.randn(*shape, device="cuda").bfloat16() for shape in ((n,), (rows, 16)))
     up = torch.randn(n, 16, device="cuda").bfloat16() * 0.02
-    x8, x_scale = quantize.quantize_rows(x, None, torch.float8_e4m3fn, room)
-    w8, w_scale = quantize.quantize_weight(w, torch.float8_e4m3fn)
+    x8, x_scale = reference.quantize_rows(x, None, torch.float8_e4m3fn, room)
+    w8, w_scale = reference.quantize_weight(w, torch.float8_e4m3fn)
     values = (x8[:, :width].double() * x_scale) @ (w8.double() * w_scale.t()).t() + h.double() @ up.double().t()
-    w8 = quantize.widened(w8, room)
-    found = frozen.fp8_product(x8, x_scale, w8, w_scale, bias, h, up, width, frozen.OF_INPUTS)
+    w8 = reference.widened(w8, room)
+    found = formats.fp8_product(x8, x_scale, w8, w_scale, bias, h, up, width, formats.OF_INPUTS)
     assert ((found.double() - values - bias.double()).norm() / values.norm()).item() < 1e-2
 
 
 @pytest.mark.parametrize("width", [100, 3072])
 def test_gates_and_sums_are_those_of_plain_torch(width):
-    from trainer import kernels
+    from trainer.engine.kernels import quantize_triton
 
     x, y = (torch.randn(3, 77, width, device="cuda").bfloat16() for _ in "xy")
     gate = torch.randn(3, 2 * width, device="cuda").bfloat16()[:, width:]
@@ -115,7 +122,7 @@ def test_gates_and_sums_are_those_of_plain_torch(width):
         (x[:, 5:], gate, y[:, 5:]),
         (x.transpose(1, 2).contiguous().transpose(1, 2), gate, y),
     ):
-        assert torch.equal(kernels.gated(*given), quantize.gated(*given))
+        assert torch.equal(quantize_triton.gated(*given), reference.gated(*given))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -132,7 +139,7 @@ def test_what_waits_on_the_host_comes_back_whole(policy, compiled):
 
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(Block() for _ in range(4))).cuda().bfloat16()
-    recompute.apply(model, [policy] * 4, compiled=compiled)
+    checkpointing.apply(model, [policy] * 4, compiled=compiled)
     x = torch.randn(4, 1024, 512, device="cuda").bfloat16().requires_grad_()
     offload, found = Offload(model, smallest=2**18), []
     for _ in range(3):
@@ -202,7 +209,7 @@ def test_a_pass_that_fails_leaves_nothing_on_the_device():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_weights_that_are_streamed_give_the_same_step(compiled):
-    from trainer.plan import EnginePlan
+    from trainer.spec.plan import EnginePlan
 
     def gradients(offload):
         torch.manual_seed(0)

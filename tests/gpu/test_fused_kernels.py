@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from bench import step
-from trainer import kernel_check, quantize
+from trainer.engine.kernels import reference as quantize
+from trainer.engine.kernels import self_test
 
 pytestmark = pytest.mark.gpu
 FP8 = torch.float8_e4m3fn
@@ -38,51 +39,51 @@ def agree(kernel, reference, options):
 
 
 def test_the_check_before_a_job_passes():
-    assert kernel_check.agree("cuda", FP8)
+    assert self_test.agree("cuda", FP8)
 
 
 @pytest.mark.parametrize("plus", [0.0, 1.0])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_norm_is_quantised_as_in_plain_torch(width, plus):
-    from trainer import fused_kernels
+    from trainer.engine.kernels import norm_gelu_triton
 
     x, scale, shift = normal(300, width) * 3 + 1, normal(2, 6 * width)[:, width : 2 * width], normal(2, width, seed=1)
     x[3], x[5, 7] = 0, 1e10
-    agree(fused_kernels.norm_rows, quantize.norm_rows, (x, scale, shift, plus, 1e-6, FP8))
+    agree(norm_gelu_triton.norm_rows, quantize.norm_rows, (x, scale, shift, plus, 1e-6, FP8))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_gradient_of_a_norm_is_that_of_plain_torch(width, count):
-    from trainer import fused_kernels
+    from trainer.engine.kernels import norm_gelu_triton
 
     x, scale, shift = normal(300, width) * 3 + 1, normal(2, width), normal(2, width, seed=1)
     gs = [*(normal(300, width, seed=2 + i) for i in range(count)), *[None] * (3 - count)]
     options = (x, scale, shift, 1.0, 1e-6, *gs, normal(300, width, seed=9))
-    found, wanted = fused_kernels.norm_gradient(*options, True), quantize.norm_gradient(*options, True)
+    found, wanted = norm_gelu_triton.norm_gradient(*options, True), quantize.norm_gradient(*options, True)
     assert error(found[0], wanted[0]) < 2e-3 and error(found[1], wanted[1]) < 1e-3
-    assert torch.equal(fused_kernels.norm_gradient(*options, False)[0], found[0])
+    assert torch.equal(norm_gelu_triton.norm_gradient(*options, False)[0], found[0])
 
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("left", [0, 48, 3072])
 @pytest.mark.parametrize("width", [100, 2560, 12288])
 def test_an_activation_and_its_gradient_are_those_of_plain_torch(width, left, gated):
-    from trainer import fused_kernels
+    from trainer.engine.kernels import norm_gelu_triton
 
     y, before = normal(300, width * (1 + gated)) * 2, normal(300, left, seed=1) if left else None
     y[3], y[5, 7] = 0, 100
-    agree(fused_kernels.gelu_rows, quantize.gelu_rows, (before, y, gated, FP8))
+    agree(norm_gelu_triton.gelu_rows, quantize.gelu_rows, (before, y, gated, FP8))
     options = (before, y, normal(300, left + width, seed=2), gated)
-    found, wanted = fused_kernels.gelu_gradient(*options, True), quantize.gelu_gradient(*options, True)
+    found, wanted = norm_gelu_triton.gelu_gradient(*options, True), quantize.gelu_gradient(*options, True)
     assert error(found[0], wanted[0]) < 2e-3 and torch.equal(found[1], wanted[1]) and error(found[2], wanted[2]) < 1e-3
-    assert all(map(torch.equal, fused_kernels.gelu_gradient(*options, False)[:2], found[:2]))
+    assert all(map(torch.equal, norm_gelu_triton.gelu_gradient(*options, False)[:2], found[:2]))
 
 
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize(("heads", "dim"), [(24, 128), (3, 16)])
 def test_queries_and_keys_are_turned_as_in_plain_torch(heads, dim, several):
-    from trainer import rotary_kernels, rotary_reference
+    from trainer.engine.kernels import rope_reference, rope_triton
 
     lengths = (100, 33) if several else (133, 0)
     first, second = (normal(2, n, 3 * heads * dim, seed=n) if n else None for n in lengths)
@@ -90,13 +91,13 @@ def test_queries_and_keys_are_turned_as_in_plain_torch(heads, dim, several):
     more = norms[2:] if several else [None, None]
     turns = [normal(133, dim, seed=7 + i).float() for i in range(2)]
     options = (first, *norms[:2], second, *more, *turns, 1e-6)
-    for found, wanted in zip(rotary_kernels.rotate(*options), rotary_reference.rotate(*options), strict=True):
+    for found, wanted in zip(rope_triton.rotate(*options), rope_reference.rotate(*options), strict=True):
         assert found.shape == wanted.shape and (not wanted.numel() or error(found, wanted) < 1e-3)
     gs = [normal(2, 133, heads, dim, seed=20 + i) for i in range(3)]
     sources = [(first, norms[:2], 0), *([(second, norms[2:], lengths[0])] if several else [])]
     for source, weights, offset in sources:
         options = (source, *weights, *turns, *gs, offset, 1e-6)
-        found, wanted = rotary_kernels.rotate_gradient(*options), rotary_reference.rotate_gradient(*options)
+        found, wanted = rope_triton.rotate_gradient(*options), rope_reference.rotate_gradient(*options)
         assert error(found, wanted) < 2e-3
 
 

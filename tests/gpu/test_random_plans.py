@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.families import names
+from trainer.spec.family import names
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANS, SEED = int(os.environ.get("PLANS", "100")), int(os.environ.get("SEED", "0"))

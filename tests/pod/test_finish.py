@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from entrypoint import finish, net
-from entrypoint.finish import Limit, Times, supervised
+from entrypoint.fetch import http
+from entrypoint.processes import supervise
+from entrypoint.processes.supervise import Limit, Times, supervised
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICK = Times(0.02, 0.05, 0.3, 0.3, net.Patience(budget=0.3, first_wait=0.02, timeout=2.0))
+QUICK = Times(0.02, 0.05, 0.3, 0.3, http.Patience(budget=0.3, first_wait=0.02, timeout=2.0))
 
 
 @pytest.fixture(autouse=True)
@@ -70,22 +71,22 @@ def test_a_signal_is_not_an_end_of_the_job(server, pod):
 
 def test_what_may_pass_is_tried_again_and_then_no_more(server, pod):
     codes, ran = [], []
-    for _ in range(finish.MOST_ATTEMPTS + 1):
+    for _ in range(supervise.MOST_ATTEMPTS + 1):
         codes.append(supervised(lambda: ran.append(1) or 75, pod, times=QUICK))
-        assert state(server) == ("EXITED" if len(codes) > finish.MOST_ATTEMPTS else "RUNNING")
-    assert codes == [75] * (finish.MOST_ATTEMPTS + 1) and len(ran) == finish.MOST_ATTEMPTS
+        assert state(server) == ("EXITED" if len(codes) > supervise.MOST_ATTEMPTS else "RUNNING")
+    assert codes == [75] * (supervise.MOST_ATTEMPTS + 1) and len(ran) == supervise.MOST_ATTEMPTS
 
 
 def test_a_pod_that_gives_up_keeps_its_volume(server, pod):
     """What is not done, or not uploaded, may be wanted still."""
-    for _ in range(finish.MOST_ATTEMPTS + 1):
+    for _ in range(supervise.MOST_ATTEMPTS + 1):
         assert supervised(lambda: 75, {**pod, "ON_FINISH": "terminate"}, times=QUICK) == 75
     assert state(server) == "EXITED"
 
 
 def test_progress_begins_the_count_anew(server, pod):
     out = Path(pod["OUTPUT_PATH"])
-    for step in range(2 * finish.MOST_ATTEMPTS):
+    for step in range(2 * supervise.MOST_ATTEMPTS):
         out.mkdir(exist_ok=True)
         (out / "status.json").write_text(json.dumps({"step": 10 * step}))
         assert supervised(lambda: 70, pod, times=QUICK) == 70
@@ -94,8 +95,8 @@ def test_progress_begins_the_count_anew(server, pod):
 
 def test_pauses_grow(pod, monkeypatch):
     pauses = []
-    monkeypatch.setattr(finish, "_wait", lambda seconds: pauses.append(seconds) or 0)
-    for _ in range(finish.MOST_ATTEMPTS):
+    monkeypatch.setattr(supervise, "_wait", lambda seconds: pauses.append(seconds) or 0)
+    for _ in range(supervise.MOST_ATTEMPTS):
         supervised(lambda: 75, pod, times=Times())
     assert pauses == [30, 60, 120, 240]
 
@@ -130,7 +131,7 @@ def test_the_pods_own_program_where_both_fail(server, pod, tmp_path, monkeypatch
 @pytest.mark.alone
 def test_a_pod_that_cannot_be_stopped_stays_and_says_so(server, pod, monkeypatch):
     told = []
-    monkeypatch.setattr(finish.log, "error", lambda text, *values: told.append(text % values))
+    monkeypatch.setattr(supervise.log, "error", lambda text, *values: told.append(text % values))
     server.fault("POST /v2/pods/pod1/action", status=500, times=99)
     server.fault("POST /graphql", status=500, times=99)
     threading.Timer(2.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
@@ -162,7 +163,7 @@ def test_a_limit_ends_the_job_and_the_pod(server, pod):
 
 
 def test_a_cost_needs_a_price():
-    with pytest.raises(finish.SettingsError, match="PRICE_PER_HOUR"):
+    with pytest.raises(supervise.SettingsError, match="PRICE_PER_HOUR"):
         Limit.set(None, 3.0, None)
 
 
@@ -170,7 +171,7 @@ def test_a_cost_needs_a_price():
 
 SCRIPT = """
 import sys
-from entrypoint import finish, net
+from entrypoint.processes import supervise, net
 from entrypoint.__main__ import main
 finish.USUAL = finish.Times(0.02, 0.05, 0.3, 5.0, net.Patience(budget=1.0, first_wait=0.05))
 sys.exit(main([]))

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from entrypoint import net, runpod, runpod_api
-from entrypoint.runpod_api import RunPod
+from entrypoint.fetch import http
+from entrypoint.runpod import __main__
+from entrypoint.runpod import api as runpod_api
+from entrypoint.runpod.api import RunPod
 from tests.pod.server import KEY, violations
 
-QUICK = net.Patience(budget=3.0, first_wait=0.01, longest_wait=0.05, timeout=2.0)
+QUICK = http.Patience(budget=3.0, first_wait=0.01, longest_wait=0.05, timeout=2.0)
 JOB = {"BASE_MODEL": "flux", "DATASET_NAME": "org/pictures", "PARAMS_MAX_EPOCHS": "3", "HF_HOME": "/home/me/hf"}
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = ("--image", "ghcr.io/me/kiln:0.1.0")
@@ -23,11 +25,11 @@ IMAGE = ("--image", "ghcr.io/me/kiln:0.1.0")
 def command(account, capsys, monkeypatch):
     """`command(*arguments, **environment)`: exit code and all that was printed."""
     monkeypatch.setattr(
-        runpod.RunPod, "of", classmethod(lambda cls, e: cls(e["RUNPOD_API_KEY"], e["RUNPOD_API_BASE_URL"], QUICK))
+        __main__.RunPod, "of", classmethod(lambda cls, e: cls(e["RUNPOD_API_KEY"], e["RUNPOD_API_BASE_URL"], QUICK))
     )
 
     def run(*arguments, **environment):
-        code = runpod.main(list(arguments), {**account, **environment})
+        code = __main__.main(list(arguments), {**account, **environment})
         out = capsys.readouterr()
         return code, out.out + out.err
 
@@ -77,7 +79,7 @@ def test_a_newer_driver_and_a_network_volume_are_asked_for(server, command):
 
 
 def test_more_variables_than_a_pod_may_have_are_packed(server, command):
-    from entrypoint.variables import ROWS
+    from entrypoint.settings.variables import ROWS
 
     many = {row.name: row.default for row in ROWS.values() if row.default and not row.name.endswith(("_PATH", "_HOME"))}
     for row in ROWS.values():

@@ -96,7 +96,7 @@ def test_the_listing_says_what_its_page_asks_for():
     assert config["runsOn"] == "GPU" and isinstance(config["containerDiskInGb"], int) and config["gpuCount"] == 1
     assert all({"key"} < entry.keys() for entry in config["env"])
     assert all(isinstance(test["name"], str) and isinstance(test["input"], dict) for test in tests["tests"])
-    from entrypoint.variables import NAMES
+    from entrypoint.settings.variables import NAMES
 
     assert {name for test in tests["tests"] for name in test["input"]} <= set(NAMES)
     for name in ("handler.py", "Dockerfile"):

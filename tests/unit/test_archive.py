@@ -17,11 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from entrypoint.archive import Limits, content_root, extract, has_file, is_archive, safe_path
-from entrypoint.fetch import fetch_source
-from entrypoint.files import MARKER
-from trainer.errors import DataError
-from trainer.plan import Source
+from entrypoint.fetch.archive import Limits, content_root, extract, has_file, is_archive, safe_path
+from entrypoint.fetch.fetch import fetch_source
+from entrypoint.system.folders import MARKER
+from trainer.spec.errors import DataError
+from trainer.spec.plan import Source
 
 NOISE = random.Random(7).randbytes(4000)
 KINDS = ["zip", "tar", "tar.gz", "tar.bz2", "tar.xz"]

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.buckets import bucket_sizes, fit, nearest
-from trainer.errors import SettingsError
-from trainer.plan import Dataset
+from trainer.data.buckets import bucket_sizes, fit, nearest
+from trainer.spec.errors import SettingsError
+from trainer.spec.plan import Dataset
 
 SIDE = st.integers(1, 12_000)
 RESOLUTION = st.tuples(st.integers(64, 1536), st.integers(64, 1536))

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer import captions
-from trainer.captions import Text, clean, compose, decode, dropped, match_names, process, read_metadata, read_sidecar
-from trainer.errors import DataError
-from trainer.plan import Source, Subset
+from trainer.data import caption_files, captions
+from trainer.data.caption_files import decode, match_names, read_metadata, read_sidecar
+from trainer.data.captions import Text, clean, compose, dropped, process
+from trainer.spec.errors import DataError
+from trainer.spec.plan import Source, Subset
 
 SOURCE = Source("folder", "pictures")
 
@@ -66,8 +67,8 @@ def test_a_sidecar_above_1_mib_is_refused(tmp_path):
 
 
 def test_the_extension_asked_for_comes_first():
-    assert captions.sidecar_names("a", ".tags") == ("a.tags", "a.txt", "a.caption")
-    assert captions.sidecar_names("a", "txt") == ("a.txt", "a.caption")
+    assert caption_files.sidecar_names("a", ".tags") == ("a.tags", "a.txt", "a.caption")
+    assert caption_files.sidecar_names("a", "txt") == ("a.txt", "a.caption")
 
 
 # ---- metadata files

@@ -16,16 +16,17 @@ from pathlib import Path
 
 import pytest
 
-from entrypoint import files, flash
-from entrypoint.hardware import Hardware
-from entrypoint.launch import launch
-from entrypoint.manifest import read_manifest
-from entrypoint.plan import make_plan
-from entrypoint.settings import read_settings
+from entrypoint.dataset_config.manifest import read_manifest
+from entrypoint.fetch import flash_attention
+from entrypoint.planning.plan import make_plan
+from entrypoint.processes.launch import launch
+from entrypoint.settings.read import read_settings
+from entrypoint.system import folders
+from entrypoint.system.hardware import Hardware
 from tests.unit.test_plan import CPU, FULL, LARGE_GPU, MINI, NOW
-from trainer.errors import SettingsError, StorageError, UnreachableError
-from trainer.families import base_models, family
-from trainer.plan import Plan
+from trainer.spec.errors import SettingsError, StorageError, UnreachableError
+from trainer.spec.family import base_models, family
+from trainer.spec.plan import Plan
 
 SOURCES = {"tiny/__init__.py": "from inside import HERE\n", "tiny/dsl_packages/inside.py": "HERE = __file__\n"}
 OLDER = dataclasses.replace(LARGE_GPU, architecture="8.9")
@@ -57,8 +58,8 @@ def lock(tmp_path: Path, links: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (wheel,) = links.iterdir()
     path = tmp_path / "tiny.lock"
     path.write_text(f"tiny==1.0 \\\n    --hash=sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}\n")
-    monkeypatch.setattr(flash, "LOCK", path)
-    monkeypatch.setattr(flash, "version", lambda: None)
+    monkeypatch.setattr(flash_attention, "LOCK", path)
+    monkeypatch.setattr(flash_attention, "version", lambda: None)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(links))
     return path
@@ -74,7 +75,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, str]]]:
             found.append(options["env"])
         return real(command, **options)
 
-    monkeypatch.setattr(flash.subprocess, "run", run)
+    monkeypatch.setattr(flash_attention.subprocess, "run", run)
     yield found
 
 
@@ -84,44 +85,44 @@ def left(cache: Path) -> list[str]:
 
 def imported(cache: Path) -> str:
     """Where a process finds the module that is not where modules are."""
-    own = {"PATH": os.environ["PATH"], **flash.environment(cache, {})}
+    own = {"PATH": os.environ["PATH"], **flash_attention.environment(cache, {})}
     command = [sys.executable, "-c", "import tiny; print(tiny.HERE)"]
     return subprocess.run(command, env=own, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def test_it_is_brought_once_and_stays_after_it_was_used(tmp_path, lock, links, started, monkeypatch):
     monkeypatch.setenv("PIP_COMPILE", "0")  # what is compiled later would make the folder another
-    assert not flash.is_installed(tmp_path)
-    flash.install(tmp_path)
-    place = flash.folder(tmp_path)
-    assert flash.is_installed(tmp_path) and left(tmp_path) == [place.name]
+    assert not flash_attention.is_installed(tmp_path)
+    flash_attention.install(tmp_path)
+    place = flash_attention.folder(tmp_path)
+    assert flash_attention.is_installed(tmp_path) and left(tmp_path) == [place.name]
     assert imported(tmp_path) == str(place / "tiny" / "dsl_packages" / "inside.py")
-    assert {p.name for p in place.iterdir()} == {"tiny", "tiny-1.0.dist-info", files.MARKER}
+    assert {p.name for p in place.iterdir()} == {"tiny", "tiny-1.0.dist-info", folders.MARKER}
     next(links.iterdir()).unlink()
-    flash.install(tmp_path)
-    assert flash.is_installed(tmp_path) and len(started) == 1
+    flash_attention.install(tmp_path)
+    assert flash_attention.is_installed(tmp_path) and len(started) == 1
 
 
 def test_pip_gets_no_secret_and_room_in_the_cache(tmp_path, lock, started, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_of-mine")
-    flash.install(tmp_path)
+    flash_attention.install(tmp_path)
     (own,) = started
     assert "HF_TOKEN" not in own and Path(own["TMPDIR"]).is_relative_to(tmp_path / "flash_4")
 
 
 def test_two_jobs_at_once_bring_it_once(tmp_path, lock, started):
-    both = [threading.Thread(target=flash.install, args=(tmp_path,)) for _ in range(2)]
+    both = [threading.Thread(target=flash_attention.install, args=(tmp_path,)) for _ in range(2)]
     for job in both:
         job.start()
     for job in both:
         job.join()
-    assert flash.is_installed(tmp_path) and len(started) == 1
+    assert flash_attention.is_installed(tmp_path) and len(started) == 1
 
 
 def test_other_versions_have_another_folder(tmp_path, lock):
-    before = flash.folder(tmp_path)
+    before = flash_attention.folder(tmp_path)
     lock.write_text(lock.read_text() + "\n")
-    assert flash.folder(tmp_path) != before and sys.implementation.cache_tag in before.name
+    assert flash_attention.folder(tmp_path) != before and sys.implementation.cache_tag in before.name
 
 
 @pytest.mark.parametrize(
@@ -130,57 +131,59 @@ def test_other_versions_have_another_folder(tmp_path, lock):
 def test_a_file_that_is_not_the_locked_one_is_refused(tmp_path, lock, entry, why):
     lock.write_text(f"tiny==1.0 {entry}\n")
     with pytest.raises(UnreachableError, match=rf"(?s){why}.*or set PARAMS_ATTENTION=native"):
-        flash.install(tmp_path)
-    assert left(tmp_path) == [] and not flash.is_installed(tmp_path)
+        flash_attention.install(tmp_path)
+    assert left(tmp_path) == [] and not flash_attention.is_installed(tmp_path)
 
 
 def test_without_a_package_index_it_is_told_what_to_do(tmp_path, lock, links):
     next(links.iterdir()).unlink()
     with pytest.raises(UnreachableError, match=r"(?s)No matching distribution.*reach a package index"):
-        flash.install(tmp_path)
+        flash_attention.install(tmp_path)
     assert left(tmp_path) == []
 
 
 def test_a_pip_that_hangs_is_ended(tmp_path, lock, monkeypatch):
-    monkeypatch.setattr(flash, "WAIT_S", 0.01)
+    monkeypatch.setattr(flash_attention, "WAIT_S", 0.01)
     with pytest.raises(UnreachableError, match=r"did not end in 0 s"):
-        flash.install(tmp_path)
+        flash_attention.install(tmp_path)
     assert left(tmp_path) == []
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, lock):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(StorageError, match=r"^CACHE_PATH: "):
-        flash.install(tmp_path / "cache")
+        flash_attention.install(tmp_path / "cache")
 
 
 def test_the_real_lock_has_hashes_and_nothing_that_the_images_have():
-    text = flash.LOCK.read_text(encoding="utf-8")
+    text = flash_attention.LOCK.read_text(encoding="utf-8")
     names = {line.split("==")[0] for line in text.splitlines() if "==" in line}
-    images = "".join((flash.LOCK.parents[1] / name).read_text() for name in ("requirements.lock", "torch.lock"))
+    images = "".join(
+        (flash_attention.LOCK.parents[2] / name).read_text() for name in ("requirements.lock", "torch.lock")
+    )
     assert "flash-attn-4" in names and text.count("--hash=sha256:") >= len(names)
     assert names.isdisjoint({line.split("==")[0] for line in images.splitlines() if "==" in line})
 
 
 def test_what_is_in_the_environment_needs_no_folder(tmp_path, lock, started, monkeypatch):
-    monkeypatch.setattr(flash, "version", lambda: "4.0")
-    flash.install(tmp_path)
-    assert started == [] and flash.is_installed(tmp_path)
-    assert flash.environment(tmp_path, {"PYTHONPATH": "/a:/b"})["PYTHONPATH"] == "/a:/b"
+    monkeypatch.setattr(flash_attention, "version", lambda: "4.0")
+    flash_attention.install(tmp_path)
+    assert started == [] and flash_attention.is_installed(tmp_path)
+    assert flash_attention.environment(tmp_path, {"PYTHONPATH": "/a:/b"})["PYTHONPATH"] == "/a:/b"
 
 
 def test_kernels_are_kept_where_the_volume_has_locks(tmp_path, lock, monkeypatch):
     """Without them the package would wait for each, and give up."""
     name = "FLASH_ATTENTION_CUTE_DSL_CACHE_"
-    own = flash.environment(tmp_path, {"PYTHONPATH": "/a"})
+    own = flash_attention.environment(tmp_path, {"PYTHONPATH": "/a"})
     assert (own[f"{name}ENABLED"], own[f"{name}DIR"]) == ("1", str(tmp_path / "flash_4" / "kernels"))
-    assert own["PYTHONPATH"] == f"/a:{flash.folder(tmp_path)}"
+    assert own["PYTHONPATH"] == f"/a:{flash_attention.folder(tmp_path)}"
 
     def refuse(*_):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(files.fcntl, "flock", refuse)
-    assert flash.environment(tmp_path, {})[f"{name}ENABLED"] == "0"
+    monkeypatch.setattr(folders.fcntl, "flock", refuse)
+    assert flash_attention.environment(tmp_path, {})[f"{name}ENABLED"] == "0"
 
 
 # ---- who gets it
@@ -189,7 +192,7 @@ def test_kernels_are_kept_where_the_volume_has_locks(tmp_path, lock, monkeypatch
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Plan]:
     def plan(on: Hardware, asked: str, *, there: bool = False, base: str = FULL) -> Plan:
-        monkeypatch.setattr(flash, "is_installed", lambda cache: there)
+        monkeypatch.setattr(flash_attention, "is_installed", lambda cache: there)
         settings = read_settings({"BASE_MODEL": base, "DATASET_NAME": "org/pictures", "PARAMS_ATTENTION": asked})
         return make_plan(settings, read_manifest(None, None), on, now=NOW)
 
@@ -249,8 +252,8 @@ def test_the_trainer_finds_it(tmp_path, lock, planned, monkeypatch):
     program = tmp_path / "python"
     program.write_text(f'#!/bin/sh\necho "$PYTHONPATH|$FLASH_ATTENTION_CUTE_DSL_CACHE_DIR" > {tmp_path}/told\n')
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    flash.install(tmp_path)
-    place = flash.folder(tmp_path)
+    flash_attention.install(tmp_path)
+    place = flash_attention.folder(tmp_path)
     monkeypatch.setattr(sys, "executable", str(program))
     for asked in ("flash_4", "native"):
         made = planned(LARGE_GPU, asked)
@@ -258,5 +261,5 @@ def test_the_trainer_finds_it(tmp_path, lock, planned, monkeypatch):
         assert launch(made, environment={"PYTHONPATH": "/of/the/user"}) == 0
         path, kernels = (tmp_path / "told").read_text().strip().split("|")
         own = [str(place), str(place / "tiny" / "dsl_packages")] if asked == "flash_4" else []
-        assert path.split(":") == [str(Path(flash.__file__).parents[1]), "/of/the/user", *own]
+        assert path.split(":") == [str(Path(flash_attention.__file__).parents[2]), "/of/the/user", *own]
         assert kernels == (str(tmp_path / "flash_4" / "kernels") if own else "")

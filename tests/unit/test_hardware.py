@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from entrypoint.hardware import BACKENDS, FORMATS, Hardware, check_torch, detect, select, torch_version
-from trainer.errors import SettingsError, UnreachableError
-from trainer.precision import PRECISIONS
+from entrypoint.settings.variables import BACKENDS, FORMATS
+from entrypoint.system.hardware import Hardware, check_torch, detect, select, torch_version
+from trainer.spec.errors import SettingsError, UnreachableError
+from trainer.spec.weight_formats import PRECISIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = Hardware("cpu", "x86_64", 32.0, 0, "", 32.0, 8)
@@ -203,7 +204,7 @@ def test_a_torch_that_fits_is_not(found, version):
 
 
 def test_torchs_version_is_read_without_importing_it():
-    code = "import sys; from entrypoint.hardware import torch_version; print(torch_version()['__version__'])"
+    code = "import sys; from entrypoint.system.hardware import torch_version; print(torch_version()['__version__'])"
     code += "; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == torch_version()["__version__"], done.stderr
@@ -216,7 +217,7 @@ def test_a_job_asks_before_it_fetches_anything(tmp_path):
     smi.chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "BASE_MODEL": "flux", "DATASET_NAME": "org/pictures"}
     environment |= {name: str(tmp_path / name) for name in ("OUTPUT_PATH", "CACHE_PATH", "HF_HOME")}
-    code = "import sys; from entrypoint import __main__ as m, hardware\n"
+    code = "import sys; from entrypoint import __main__ as m\nfrom entrypoint.system import hardware\n"
     code += "hardware.torch_version = lambda: {'__version__': '2.13.0', 'cuda': '13.0'}\nsys.exit(m.main(['check']))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 78 and "needs 580 or newer" in done.stderr, done.stderr

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from trainer import images
-from trainer.images import UnusableImageError, inspect, open_mask, open_upright, resize_crop, vary_colour
+from trainer.data import decode
+from trainer.data.decode import UnusableImageError, inspect, open_mask, open_upright, resize_crop, vary_colour
 
 ROOT = Path(__file__).parents[2]
 
@@ -133,9 +133,9 @@ def png(pixel: np.ndarray, *, depth: int, kind: int, size: tuple[int, int] = (8,
 
 def test_floats_between_0_and_1_are_scaled_and_others_refused():
     assert near(colour_of(encoded(Image.fromarray(np.full((6, 8), 0.5, np.float32)), "TIFF")), (127.5,) * 3)
-    assert reason(encoded(Image.fromarray(np.full((6, 8), 40.0, np.float32)), "TIFF")) == images.UNKNOWN_RANGE
-    assert reason(encoded(Image.fromarray(np.full((6, 8), np.nan, np.float32)), "TIFF")) == images.UNKNOWN_RANGE
-    assert reason(encoded(Image.fromarray(np.full((6, 8), 1 << 20, np.int32)), "TIFF")) == images.UNKNOWN_RANGE
+    assert reason(encoded(Image.fromarray(np.full((6, 8), 40.0, np.float32)), "TIFF")) == decode.UNKNOWN_RANGE
+    assert reason(encoded(Image.fromarray(np.full((6, 8), np.nan, np.float32)), "TIFF")) == decode.UNKNOWN_RANGE
+    assert reason(encoded(Image.fromarray(np.full((6, 8), 1 << 20, np.int32)), "TIFF")) == decode.UNKNOWN_RANGE
 
 
 def test_transparency_is_laid_over_white_and_kept():
@@ -170,7 +170,7 @@ def test_an_opaque_alpha_channel_is_no_transparency():
 
 
 def test_nothing_visible_is_refused():
-    assert reason(encoded(flat("RGBA", (1, 2, 3, 0)))) == images.TRANSPARENT
+    assert reason(encoded(flat("RGBA", (1, 2, 3, 0)))) == decode.TRANSPARENT
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
@@ -247,7 +247,7 @@ def test_16_bit_grey_keeps_its_value_with_an_rgb_profile():
 def test_animations_and_pages_are_refused(draw, kind):
     frames = [draw(30, 20, seed=i) for i in range(3)]
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
-    assert reason(data) == images.ANIMATED
+    assert reason(data) == decode.ANIMATED
 
 
 def test_a_single_gif_frame_and_a_stereo_jpeg_are_pictures(draw):
@@ -298,10 +298,10 @@ def test_flipped_bytes_are_used_or_refused_but_never_raise_anything_else(draw):
 
 
 def test_empty_files_and_other_files_are_named():
-    assert reason(b"") == images.EMPTY
-    assert reason(b"a caption in the wrong place") == images.NOT_A_PICTURE
-    assert reason(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n") == images.NOT_A_PICTURE
-    assert reason(b"8BPS\0\1" + bytes(60)) == images.NOT_A_PICTURE
+    assert reason(b"") == decode.EMPTY
+    assert reason(b"a caption in the wrong place") == decode.NOT_A_PICTURE
+    assert reason(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n") == decode.NOT_A_PICTURE
+    assert reason(b"8BPS\0\1" + bytes(60)) == decode.NOT_A_PICTURE
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -316,7 +316,7 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, side):
     assert file.stat().st_size < 60_000
     program = (
         "import pathlib, resource, sys\n"
-        "from trainer.images import *\n"
+        "from trainer.data.decode import *\n"
         "rise = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = rise()\n"
         "for use in (inspect, open_upright):\n"
@@ -326,7 +326,7 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, side):
     )
     command = [sys.executable, "-W", "ignore", "-c", program, str(file)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.splitlines()
-    assert lines[:2] == [images.TOO_LARGE] * 2
+    assert lines[:2] == [decode.TOO_LARGE] * 2
     assert int(lines[2]) < 20_000  # KiB
 
 
@@ -344,7 +344,7 @@ def bomb(side: int) -> bytes:
 # ---- size and colour
 
 
-@pytest.mark.parametrize("interpolation", [None, *images.INTERPOLATIONS])
+@pytest.mark.parametrize("interpolation", [None, *decode.INTERPOLATIONS])
 @pytest.mark.parametrize("scaled", [(61, 41), (150, 101), (100, 67)])
 def test_cutting_computes_what_scaling_and_then_cutting_would(draw, interpolation, scaled):
     image = draw(100, 67)

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from entrypoint import launch
-from entrypoint.launch import RANKS, child_environment, member_environment
-from trainer.errors import KilnError, PeerError
+from entrypoint.processes import launch
+from entrypoint.processes.launch import member_environment
+from entrypoint.system.environment import RANKS, child_environment
+from trainer.spec.errors import KilnError, PeerError
 
 SLEEP = "import time; time.sleep(60)"
 STOPS = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); print(flush=True); " + SLEEP
@@ -120,10 +121,10 @@ def test_what_a_cluster_says_of_ranks_does_not_reach_the_trainer():
 
 def test_signals_are_told_by_name_in_the_status(tmp_path, job_of_two):
     launch._tell(job_of_two, tmp_path / "rank-1", 1, 128 + signal.SIGKILL)
-    launch.files.write_text(tmp_path / "rank-1" / "status.json", '{"message": "no memory", "phase": "failed"}')
+    launch.folders.write_text(tmp_path / "rank-1" / "status.json", '{"message": "no memory", "phase": "failed"}')
     assert "Process 1 of 2 was killed by SIGKILL." in (tmp_path / "status.json").read_text()
     launch._tell(job_of_two, tmp_path / "rank-1", 1, 75)
-    assert launch.files.read_json(tmp_path / "status.json") == {
+    assert launch.folders.read_json(tmp_path / "status.json") == {
         "phase": "failed",
         "exit_code": 75,
         "message": "no memory",
@@ -132,7 +133,7 @@ def test_signals_are_told_by_name_in_the_status(tmp_path, job_of_two):
 
 @pytest.fixture
 def job_of_two(tmp_path):
-    from trainer.plan import DataPlan, EnginePlan, LoraPlan, ModelPlan, OptimPlan, OutputPlan, Plan, TrainPlan
+    from trainer.spec.plan import DataPlan, EnginePlan, LoraPlan, ModelPlan, OptimPlan, OutputPlan, Plan, TrainPlan
 
     model, output = ModelPlan("a", "a", "a"), OutputPlan(str(tmp_path), "x", "cache")
     return Plan(model, DataPlan(()), LoraPlan(), OptimPlan(), TrainPlan(), EnginePlan(num_gpus=2), output)

@@ -15,9 +15,17 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from entrypoint.manifest import DATASET_KEYS, LARGEST, LEVELS, SHARED_KEYS, Manifest, classify, read_manifest
-from trainer.errors import SettingsError, UnreachableError
-from trainer.plan import Dataset, Subset
+from entrypoint.dataset_config.manifest import (
+    DATASET_KEYS,
+    LARGEST,
+    LEVELS,
+    SHARED_KEYS,
+    Manifest,
+    classify,
+    read_manifest,
+)
+from trainer.spec.errors import SettingsError, UnreachableError
+from trainer.spec.plan import Dataset, Subset
 
 NOWHERE = Path("/nonexistent")
 

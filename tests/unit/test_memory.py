@@ -2,8 +2,8 @@
 
 import pytest
 
-from trainer.families import base_models, family
-from trainer.memory import BATCHES, TIGHT, Work, best, fastest, on_host, phases, predicted, ways
+from trainer.spec.family import base_models, family
+from trainer.spec.memory_model import BATCHES, TIGHT, Work, best, fastest, on_host, phases, predicted, ways
 
 FLUX = base_models()["flux"][1].footprint
 # Rank 16, AdamW; Flux.1 at 1280 x 768 pixels, the others at 1024 x 1024: precision, batch, recompute, offload, GiB.

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.dataset import Picture
-from trainer.errors import DataError
-from trainer.order import Order, fingerprint, fingerprint_differences, split
-from trainer.plan import VARIANTS, DataPlan, Dataset, Source, Subset
+from trainer.data.epochs import Order, split
+from trainer.data.identity import fingerprint, fingerprint_differences
+from trainer.data.records import Picture
+from trainer.spec.errors import DataError
+from trainer.spec.plan import VARIANTS, DataPlan, Dataset, Source, Subset
 
 SHAPES = ((640, 480), (480, 640), (512, 512), (1000, 300))
 

@@ -16,16 +16,17 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from entrypoint import flash
-from entrypoint.hardware import Hardware
-from entrypoint.manifest import read_manifest
-from entrypoint.plan import make_plan
-from entrypoint.settings import read_settings
-from entrypoint.variables import NAMES
-from trainer.errors import SettingsError
-from trainer.families import base_models, family, timestep_samplings
-from trainer.optim import OPTIMIZERS, SCHEDULERS
-from trainer.plan import Dataset, Plan, goes_on
+from entrypoint.dataset_config.manifest import read_manifest
+from entrypoint.fetch import flash_attention
+from entrypoint.planning.plan import make_plan
+from entrypoint.settings.read import read_settings
+from entrypoint.settings.variables import NAMES
+from entrypoint.system.hardware import Hardware
+from trainer.spec.errors import SettingsError
+from trainer.spec.family import base_models, family, timestep_samplings
+from trainer.spec.optimizers import OPTIMIZERS, SCHEDULERS
+from trainer.spec.plan import Dataset, Plan
+from trainer.spec.resume_rules import goes_on
 
 ROOT = Path(__file__).parents[2]
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -146,7 +147,10 @@ def test_planning_imports_no_torch_and_takes_less_than_a_second():
     program = f"""
 import sys, time
 from datetime import datetime
-from entrypoint import hardware, manifest, plan, settings
+from entrypoint import settings
+from entrypoint.dataset_config import manifest
+from entrypoint.planning import plan
+from entrypoint.system import hardware
 asked = settings.read_settings({{"BASE_MODEL": {MINI!r}, "DATASET_NAME": "org/pictures"}})
 said = manifest.read_manifest(asked.dataset_config, asked.sample_prompts)
 plan.make_plan(asked, said, hardware.Hardware("cpu", "x86_64", 8.0, 0, "", 8.0, 2), now=datetime.now())
@@ -398,7 +402,7 @@ def test_a_cpu_computes_in_full_precision_and_compiles_nothing():
 
 
 def test_an_accelerator_computes_in_8_bits_where_it_has_them(monkeypatch):
-    monkeypatch.setattr(flash, "is_installed", lambda cache: False)
+    monkeypatch.setattr(flash_attention, "is_installed", lambda cache: False)
     engine = plan(on=LARGE_GPU, BASE_MODEL=FULL).engine
     assert (engine.device, engine.precision, engine.replay, engine.attention) == ("cuda", "fp8", True, "native")
     older = dataclasses.replace(LARGE_GPU, architecture="8.0")

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from entrypoint import flash
-from entrypoint.fetch import fetch_model, fetch_source
-from entrypoint.layout import check_folder, problems
-from entrypoint.preflight import _sources, preflight
-from trainer.errors import DataError, KilnError, SettingsError, StorageError
-from trainer.families import family
-from trainer.plan import (
+from entrypoint.fetch import flash_attention
+from entrypoint.fetch.fetch import fetch_model, fetch_source
+from entrypoint.fetch.model_folder import check_folder, problems
+from entrypoint.planning.preflight import _sources, preflight
+from trainer.spec.errors import DataError, KilnError, SettingsError, StorageError
+from trainer.spec.family import family
+from trainer.spec.plan import (
     DataPlan,
     Dataset,
     EnginePlan,
@@ -95,7 +95,8 @@ def test_a_good_plan_passes_and_leaves_nothing_behind(plan: Plan, tmp_path: Path
 def test_it_is_quick_and_loads_no_client_of_the_hub_for_local_places(plan: Plan, tmp_path: Path) -> None:
     code = (
         "import sys, time; began = time.perf_counter()\n"
-        "from pathlib import Path; from trainer.plan import Plan; from entrypoint.preflight import preflight\n"
+        "from pathlib import Path; from trainer.spec.plan import Plan; "
+        "from entrypoint.planning.preflight import preflight\n"
         "preflight(Plan.from_json(sys.stdin.read()), token=None, hub_cache=Path('hf'))\n"
         "heavy = {'torch', 'huggingface_hub', 'httpx', 'datasets', 'numpy', 'PIL'} & set(sys.modules)\n"
         "print(heavy or '', time.perf_counter() - began)"
@@ -175,14 +176,14 @@ def test_what_flash_attention_takes_is_told_and_counted_unless_it_is_there(
     plan: Plan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     wanted = dataclasses.replace(plan, engine=EnginePlan(attention="flash_4"))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, flash.BYTES // 2))
-    monkeypatch.setattr(flash, "is_installed", lambda cache: False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, flash_attention.BYTES // 2))
+    monkeypatch.setattr(flash_attention, "is_installed", lambda cache: False)
     with caplog.at_level("INFO"), pytest.raises(StorageError, match=r"CACHE_PATH.*FlashAttention 4: 420 MiB"):
         preflight(wanted, token=None, hub_cache=Path(wanted.output.cache))
     assert "To fetch: FlashAttention 4 with its compiler, 420 MiB." in caplog.messages
     caplog.clear()
     preflight(plan, token=None, hub_cache=Path(plan.output.cache))
-    monkeypatch.setattr(flash, "is_installed", lambda cache: str(cache) == wanted.output.cache)
+    monkeypatch.setattr(flash_attention, "is_installed", lambda cache: str(cache) == wanted.output.cache)
     preflight(wanted, token=None, hub_cache=Path(wanted.output.cache))
     assert not [message for message in caplog.messages if "FlashAttention" in message]
 

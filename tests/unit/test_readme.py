@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from entrypoint.settings import help_env
+from entrypoint.settings.read import help_env
 
 README = Path(__file__).parents[2] / "README.md"
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from entrypoint.hardware import Hardware
-from entrypoint.manifest import read_manifest
-from entrypoint.plan import make_plan
-from entrypoint.settings import read_settings
-from trainer.errors import SettingsError
-from trainer.families import family
-from trainer.plan import Plan
+from entrypoint.dataset_config.manifest import read_manifest
+from entrypoint.planning.plan import make_plan
+from entrypoint.settings.read import read_settings
+from entrypoint.system.hardware import Hardware
+from trainer.spec.errors import SettingsError
+from trainer.spec.family import family
+from trainer.spec.plan import Plan
 
 CPU = Hardware("cpu", "x86_64", 32.0, 0, "", 32.0, 8)
 NOW = datetime(2026, 1, 2, tzinfo=UTC)

@@ -15,13 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainer import dataset as module
-from trainer import folders, images
-from trainer.dataset import Scan, Skipped, render, render_mask, scan, survey
-from trainer.errors import DataError, UnreachableError
-from trainer.images import UnusableImageError
-from trainer.order import Order
-from trainer.plan import DataPlan, Dataset, Source, Subset
+from trainer.data import decode, folder_listing
+from trainer.data import scan as module
+from trainer.data.decode import UnusableImageError
+from trainer.data.epochs import Order
+from trainer.data.records import Scan, Skipped
+from trainer.data.render import render, render_mask
+from trainer.data.scan import scan, survey
+from trainer.spec.errors import DataError, UnreachableError
+from trainer.spec.plan import DataPlan, Dataset, Source, Subset
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,9 +87,9 @@ def test_links_that_leave_the_folder_are_refused(make_folder, tmp_path):
     found = surveyed(folder)
     assert [p.name for p in found.pictures] == ["00.png", "01.png", "in.png"]
     assert reasons(found) == {
-        "more": folders.LINK_FOLDER,
-        "out.png": folders.LINK_OUT,
-        "round": folders.LINK_FOLDER,
+        "more": folder_listing.LINK_FOLDER,
+        "out.png": folder_listing.LINK_OUT,
+        "round": folder_listing.LINK_FOLDER,
     }
 
 
@@ -101,7 +103,7 @@ def test_a_name_that_is_not_utf_8_is_a_reason(make_folder):
     folder = make_folder("a", 1)
     shutil.copy(os.fsencode(folder / "00.png"), os.fsencode(folder) + b"/caf\xe9.png")
     found = surveyed(folder)
-    assert reasons(found) == {"caf?.png": folders.BAD_NAME}
+    assert reasons(found) == {"caf?.png": folder_listing.BAD_NAME}
     assert found.report().encode()
 
 
@@ -129,15 +131,15 @@ def test_every_bad_picture_is_skipped_with_its_reason(make_folder, draw):
     found = surveyed(folder)
     told = reasons(found)
     assert {k: v for k, v in told.items() if not k.startswith("cut")} == {
-        "empty.png": images.EMPTY,
-        "text.png": images.NOT_A_PICTURE,
+        "empty.png": decode.EMPTY,
+        "text.png": decode.NOT_A_PICTURE,
         "raw.dng": "format .dng is not read: save it as PNG or JPEG",
-        "moving.gif": images.ANIMATED,
+        "moving.gif": decode.ANIMATED,
     }
     assert all(told[f"cut{n}.jpg"].startswith("damaged or cut short") for n in (10, 50, 90))
     assert len(found.pictures) == 41 and found.found == 48
     assert {f: f.read_bytes() for f in folder.iterdir()} == before
-    assert f"  skipped empty.png: {images.EMPTY}" in found.report()
+    assert f"  skipped empty.png: {decode.EMPTY}" in found.report()
 
 
 def test_up_to_a_tenth_may_be_unusable_unless_strict(make_folder):
@@ -279,7 +281,7 @@ def test_a_mask_of_another_shape_or_damaged_is_a_reason(make_folder):
     told = reasons(surveyed(folder, conditioning_data_dir=str(masks)))
     assert told == {
         "00.png": "its mask is 64×64, the picture 64×48: another shape",
-        "01.png": f"its mask 01.png: {images.EMPTY}",
+        "01.png": f"its mask 01.png: {decode.EMPTY}",
     }
 
 
@@ -351,9 +353,8 @@ def test_a_killed_worker_is_reported(make_folder, monkeypatch):
 
 
 def test_the_data_modules_import_no_torch():
-    program = (
-        "import sys, trainer.order, trainer.dataset; print([m for m in ('torch', 'diffusers') if m in sys.modules])"
-    )
+    program = "import sys, trainer.data.epochs, trainer.data.scan\n"
+    program += "print([m for m in ('torch', 'diffusers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
 
@@ -394,7 +395,7 @@ def test_a_thousand_pictures_take_seconds_and_little_memory():
 READING = """
 import json, multiprocessing, sys, time
 from pathlib import Path
-from trainer.dataset import _examine_all
+from trainer.data.scan import _examine_all
 if __name__ == "__main__":
     found = _examine_all([Path(sys.argv[1])] * 64, workers=2, progress=None)
     next(found)

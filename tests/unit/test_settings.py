@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from entrypoint.checks import one_edit_apart
-from entrypoint.settings import help_env, read_settings
-from entrypoint.variables import GROUPS, NAMES, ROWS, Secret, Settings
-from trainer.errors import SettingsError
-from trainer.families import base_models
+from entrypoint.settings.checks import one_edit_apart
+from entrypoint.settings.read import help_env, read_settings
+from entrypoint.settings.variables import GROUPS, NAMES, ROWS, Secret, Settings
+from trainer.spec.errors import SettingsError
+from trainer.spec.family import base_models
 
 BASE = min(base_models())
 FROZEN = """

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from trainer.errors import SettingsError
-from trainer.plan import (
+from trainer.spec.errors import SettingsError
+from trainer.spec.plan import (
     VERSION,
     DataPlan,
     Dataset,
@@ -27,9 +27,8 @@ from trainer.plan import (
     Source,
     Subset,
     TrainPlan,
-    differences,
-    goes_on,
 )
+from trainer.spec.resume_rules import differences, goes_on
 
 
 def anything(kind: Any) -> st.SearchStrategy[Any]:

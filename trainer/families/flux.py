@@ -1,18 +1,20 @@
-"""Flux.1: all that is known about it. torch and diffusers are imported inside the functions, see `trainer.families`."""
+"""Flux.1: all that is known about it. torch and diffusers are imported inside the functions, see
+`trainer.spec.family`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.families import BaseModel, Encoded, Facts, Footprint, Keys, Native, traced
+from trainer.families.common import traced
+from trainer.spec.family import BaseModel, Encoded, Facts, Footprint, Keys, Native
 
 if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
     from PIL import Image
 
-    from trainer.plan import Prompt
+    from trainer.spec.plan import Prompt
 
 MINIATURE = str(Path(__file__).with_name("miniatures") / "flux")
 
@@ -192,7 +194,7 @@ def regions(denoiser: FluxTransformer2DModel) -> list[torch.nn.Module]:
 def forwards() -> dict[type, type]:
     from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 
-    from trainer.families.blocks.flux import Double, Single
+    from trainer.families.fused_blocks.flux import Double, Single
 
     return {FluxTransformerBlock: Double, FluxSingleTransformerBlock: Single}
 

@@ -6,14 +6,15 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.families import OPTIONAL, BaseModel, Encoded, Facts, Footprint, Keys, Native, traced, weights
+from trainer.families.common import traced
+from trainer.spec.family import OPTIONAL, BaseModel, Encoded, Facts, Footprint, Keys, Native, weights
 
 if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
     from PIL import Image
 
-    from trainer.plan import Prompt
+    from trainer.spec.plan import Prompt
 
 MINIATURE = str(Path(__file__).with_name("miniatures") / "sd3")
 FOOTPRINT = Footprint(
@@ -217,7 +218,7 @@ def regions(denoiser: SD3Transformer2DModel) -> list[torch.nn.Module]:
 def forwards() -> dict[type, type]:
     from diffusers.models.attention import JointTransformerBlock
 
-    from trainer.families.blocks.sd3 import Joint
+    from trainer.families.fused_blocks.sd3 import Joint
 
     return {JointTransformerBlock: Joint}
 

@@ -1,18 +1,19 @@
-"""SDXL: all that is known about it. torch and diffusers are imported inside the functions, see `trainer.families`."""
+"""SDXL: all that is known about it. torch and diffusers are imported inside the functions, see
+`trainer.spec.family`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.families import BaseModel, Encoded, Facts, Footprint, Keys, Native, weights
+from trainer.spec.family import BaseModel, Encoded, Facts, Footprint, Keys, Native, weights
 
 if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
     from PIL import Image
 
-    from trainer.plan import Prompt
+    from trainer.spec.plan import Prompt
 
 MINIATURE = str(Path(__file__).with_name("miniatures") / "sdxl")
 FOOTPRINT = Footprint(
@@ -174,7 +175,7 @@ def regions(denoiser: UNet2DConditionModel) -> list[torch.nn.Module]:
 def forwards() -> dict[type, type]:
     from diffusers.models.attention import BasicTransformerBlock
 
-    from trainer.families.blocks.sdxl import Basic
+    from trainer.families.fused_blocks.sdxl import Basic
 
     return {BasicTransformerBlock: Basic}
 

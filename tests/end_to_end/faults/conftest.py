@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from trainer.plan import Plan
+from trainer.spec.plan import Plan
 
 # On an accelerator attention's backward pass adds in no fixed order, but for that of plain matrix products.
 EXACT = {"PARAMS_ATTENTION": "_native_math", "PARAMS_COMPILE": "false", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}

@@ -12,15 +12,15 @@ NOW = {"step": 0}
 
 
 def install(fault):
-    from trainer import loop
+    from trainer.training import gradients
 
-    before = loop._Backward.__call__
+    before = gradients.Backward.__call__
 
     def call(self, group, number):
         NOW["step"] = number
         return before(self, group, number)
 
-    loop._Backward.__call__ = call
+    gradients.Backward.__call__ = call
     left = [fault.get("times", 1)]
 
     def due():
@@ -47,7 +47,7 @@ def _around(module, name, *, before=lambda *a: None, after=lambda result, *a: re
 
 def loss(fault, due):
     """Losses are multiplied by `factor`: "nan", "inf", "100"."""
-    from trainer import loop
+    from trainer.training import loop
 
     _around(loop.objective, "loss", after=lambda loss_B, *_: loss_B * float(fault["factor"]) if due() else loss_B)
 
@@ -63,14 +63,14 @@ def grad(fault, due):
 
 
 def latents(fault, due):
-    from trainer import prepare
+    from trainer.data import batches
 
     def spoil(batch, *_):
         if due():
             batch.moments_B2CHW[0] = float("nan")
         return batch
 
-    _around(prepare, "micro_batch", after=spoil)
+    _around(batches, "micro_batch", after=spoil)
 
 
 def param(fault, due):
@@ -88,7 +88,7 @@ def oom(fault, due):
     """Whenever more than `fits` pictures are computed at once; or another RuntimeError with "error"."""
     import torch
 
-    from trainer import loop
+    from trainer.training import loop
 
     def refuse(predicted_BCHW, *_):
         if len(predicted_BCHW) > fault.get("fits", 0) and due():
@@ -98,7 +98,7 @@ def oom(fault, due):
 
 
 def crash(fault, due):
-    from trainer import loop
+    from trainer.training import loop
 
     def fail(*_):
         if due():
@@ -108,7 +108,7 @@ def crash(fault, due):
 
 
 def sleep(fault, due):
-    from trainer import loop
+    from trainer.training import loop
 
     _around(loop.objective, "loss", before=lambda *_: time.sleep(fault["seconds"]) if due() else None)
 
@@ -117,21 +117,22 @@ def hold_lock(fault, due):
     """A call of the C library that does not let go of Python's lock."""
     import ctypes
 
-    from trainer import loop
+    from trainer.training import loop
 
     libc = ctypes.PyDLL(None)
     _around(loop.objective, "loss", before=lambda *_: libc.sleep(600) if due() else None)
 
 
 def stop_process(fault, due):
-    from trainer import loop
+    from trainer.training import loop
 
     _around(loop.objective, "loss", before=lambda *_: os.kill(os.getpid(), signal.SIGSTOP) if due() else None)
 
 
 def signals(fault, due):
     """The process gets `signals` when the phase `phase` begins, or (without it) at the step."""
-    from trainer import loop, metrics
+    from trainer.job import status
+    from trainer.training import loop
 
     def send():
         for number in fault["signals"]:
@@ -139,7 +140,7 @@ def signals(fault, due):
 
     if "phase" in fault:
         _around(
-            metrics.Status,
+            status.Status,
             "phase",
             after=lambda result, _, name: send() if name == fault["phase"] and due() else result,
         )
@@ -180,7 +181,7 @@ def slow_sync(fault, due):
 
 def buffers(fault, due):
     """Fires whenever memory is taken for the copies of a save."""
-    from trainer.snapshot import Snapshots
+    from trainer.checkpoints.snapshots import Snapshots
 
     room = Snapshots._room
 
@@ -200,19 +201,19 @@ def clock_backwards(fault, due):
 
 def forget(fault, due):
     """States lack one of their parts when they are read: the comparison with an undisturbed run must then fail."""
-    from trainer import trainee
+    from trainer.training import state
 
     def without(tree):
         if due():
             tree["optimizer"] = {**tree["optimizer"], "state": {}}
 
-    restore = trainee.Trainee.restore
+    restore = state.Trainee.restore
 
     def restored(self, tree):
         without(tree)
         restore(self, tree)
 
-    trainee.Trainee.restore = restored
+    state.Trainee.restore = restored
 
 
 KINDS = {

@@ -40,7 +40,7 @@ def child(asked):
 
 
 def serve():
-    import trainer.run  # noqa: F401
+    import trainer.job.run  # noqa: F401
 
     for line in sys.stdin:
         asked = json.loads(line)

@@ -99,15 +99,15 @@ def test_a_pickle_is_no_state(run, tiny, tmp_path):
     """H2: a state folder whose tensors are a pickle, with the right hash of it."""
     import json
 
-    from trainer import files
+    from trainer.storage import digests
 
     marker, folder = tmp_path / "unpickled", tmp_path / "step-00000004"
     assert run({"kind": "signals", "step": 5, "signals": [15]}) == 143
     shutil.copytree(run.out / "state" / "step-00000004", folder)
     (folder / "state.safetensors").write_bytes(bomb(marker))
     record = json.loads(json.loads((folder / "state.json").read_text())["text"])
-    text = json.dumps({**record, "sha256": files.sha256(folder / "state.safetensors")})
-    (folder / "state.json").write_text(json.dumps({"sha256": files.digest(text), "text": text}))
+    text = json.dumps({**record, "sha256": digests.sha256(folder / "state.safetensors")})
+    (folder / "state.json").write_text(json.dumps({"sha256": digests.digest(text), "text": text}))
     shutil.rmtree(run.out)
     assert run(lora={"resume_from": str(folder)}) == 78, run.said()
     assert "not a whole state" in run.said() and not marker.exists()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer import watchdog
-from trainer.watchdog import Watchdog
+from trainer.job import watchdog
+from trainer.job.watchdog import Watchdog
 
 HERE = Path(__file__).resolve().parent
 LIMIT = 4.0  # seconds

@@ -13,7 +13,7 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from trainer import files
+from trainer.storage import digests
 
 KILLS = int(os.environ.get("KILLS", "200"))
 
@@ -159,7 +159,7 @@ def test_a_changed_setting_is_refused_with_what_differs(halfway, tiny):
     text = json.loads(path.read_text())["text"]
     other = re.sub(r'\["torch", "\d[^"]*"\]', '["torch", "1.0"]', text)
     assert other != text
-    path.write_text(json.dumps({"sha256": files.digest(other), "text": other}))
+    path.write_text(json.dumps({"sha256": digests.digest(other), "text": other}))
     assert halfway() == 0 and "torch 1.0" in halfway.said()
     assert halfway.final == tiny.reference
 

@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 HOLD = """
 import fcntl, os, pathlib, sys, time
-from trainer import lock
-from trainer.errors import SettingsError
+from trainer.storage import locks
+from trainer.spec.errors import SettingsError
 folder, seconds, kind = pathlib.Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
 lock.RENEW_S, lock.WATCH_S = 0.2, 1.0
 if kind == "no locks":

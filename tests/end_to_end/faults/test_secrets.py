@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from entrypoint.variables import ROWS
+from entrypoint.settings.variables import ROWS
 from tests.end_to_end.hub import Hub
 
 HERE = Path(__file__).resolve().parent
@@ -103,7 +103,7 @@ def test_a_secret_that_is_there_is_found(tmp_path):
 
 
 def test_processes_of_the_trainer_are_given_no_secret():
-    from entrypoint.launch import child_environment
+    from entrypoint.system.environment import child_environment
 
     signed = {"DATASET_NAME": f"https://host/x.zip?signature={SECRETS['HF_TOKEN']}", "PARAMS_SEED": "1"}
     given = child_environment({**SECRETS, **signed, "PATH": "/bin", "HF_HOME": "/hf"})

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.plan import Prompt
+from trainer.spec.plan import Prompt
 
 STEPS = int(os.environ.get("STEPS", "2000"))
 # All that a long job does, with less arithmetic in each step.

@@ -11,13 +11,13 @@ def sound(run):
     """No name has half a file, and the states read back."""
     from safetensors import safe_open
 
-    from trainer import checkpoint
+    from trainer.checkpoints import state_files
 
     for path in run.out.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             assert all(file.get_tensor(key).isfinite().all() for key in file.keys())  # noqa: SIM118
     for name in run.states():
-        checkpoint.read(run.out / "state" / name)
+        state_files.read(run.out / "state" / name)
 
 
 @pytest.fixture

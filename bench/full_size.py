@@ -1,0 +1,73 @@
+"""Configurations of the full-size text encoders and VAE, and a writer of models in the real file layout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.layouts import CLIP_G, HEADS
+from bench.step import FLUX, SD3, SDXL
+from tests.contract import original
+from trainer.base_model import single_file
+from trainer.spec.family import family
+
+VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+CLIP = {"vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
+T5 = {
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
+
+
+FULL = {  # what differs from a miniature's configs
+    "flux": {"denoiser": FLUX, "vae": VAE, "clip_l": {**CLIP, **HEADS}, "t5": T5},
+    "sdxl": {
+        "denoiser": SDXL,
+        "vae": {**VAE, "latent_channels": 4, "use_quant_conv": True, "use_post_quant_conv": True},
+        "clip_l": {**CLIP, **HEADS},
+        "clip_g": CLIP_G,
+    },
+    "sd3": {"denoiser": SD3, "vae": VAE, "clip_l": {**CLIP, **HEADS}, "clip_g": CLIP_G, "t5": T5},
+}
+
+
+# ---- a model as users have it
+
+
+def write_configs(folder: Path, name: str, changes: dict[str, dict[str, Any]]) -> dict[str, torch.nn.Module]:
+    """A folder with all but weights; returns the parts on the device "meta".
+
+    `changes`: part → its config, where it is not the miniature's; `FULL` has the published ones.
+    """
+    small, places = original.miniature(name), family(name).FACTS.parts
+    shutil.copytree(small, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    index, models = json.loads((small / "model_index.json").read_text()), {}
+    for part, where in places.items():
+        path, (library, kind) = folder / where / "config.json", index[where]
+        if part in changes:
+            kept = {"_class_name", "architectures", "model_type"}
+            own = {k: v for k, v in json.loads(path.read_text()).items() if k in kept}
+            path.write_text(json.dumps({**own, **changes[part]}))
+        models[part] = single_file._shape(library, kind, path.parent)
+        if library == "diffusers":
+            models[part].save_config(path.parent)
+    return models

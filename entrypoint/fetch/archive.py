@@ -1,0 +1,287 @@
+"""Zip and tar files of unknown origin, unpacked so that nothing lands outside the folder and nothing fills the disk.
+
+What an archive says about itself is not believed: bytes are counted as they come out, and every name is checked. One
+thing wrong refuses the whole archive.
+"""
+
+from __future__ import annotations
+
+import bz2
+import errno
+import gzip
+import io
+import itertools
+import lzma
+import re
+import shutil
+import stat
+import struct
+import tarfile
+import unicodedata
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, BinaryIO, cast
+
+from trainer.spec.errors import DataError
+
+CHUNK = 2**20  # bytes
+LONGEST_READ = 2**24  # bytes; a tar header that wants more at once is an attack
+DAMAGE = (
+    *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, EOFError, struct.error),
+    *(ValueError, NotImplementedError, OverflowError),  # from parsers that meet nonsense, or an unknown compression
+)
+OPENERS: dict[bytes, Callable[[BinaryIO], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is still taken for a dataset and not for an attack."""
+
+    entries: int = 200_000
+    total: int = 100 * 2**30  # bytes, unpacked
+    ratio: int = 200  # unpacked bytes for each byte of the archive
+
+
+USUAL = Limits()
+
+
+@dataclass
+class Budget:
+    """Counts what came out of an archive of `size` bytes."""
+
+    size: int
+    limits: Limits
+    entries: int = 0
+    total: int = 0
+
+    def entry(self) -> None:
+        self.entries += 1
+        if self.entries > self.limits.entries:
+            raise DataError(f"it has more than {self.limits.entries:,} entries")
+
+    def take(self, count: int) -> None:
+        self.total += count
+        if self.total > self.limits.total:
+            raise DataError(f"it unpacks to more than {self.limits.total / 2**30:g} GiB")
+        if self.total > self.limits.ratio * max(self.size, 1):
+            raise DataError(f"it unpacks to more than {self.limits.ratio} times its size (a bomb?)")
+
+
+@dataclass
+class Names:
+    """The names seen so far, as a file system that ignores case would see them."""
+
+    seen: dict[str, tuple[str, bool]] = field(default_factory=dict)  # folded → spelling, is a folder
+
+    def add(self, name: str, *, folder: bool) -> PurePosixPath:
+        """The safe relative path for `name`. Raises DataError."""
+        path = safe_path(name)
+        for parent in list(path.parents)[:-1]:
+            self._claim(str(parent), folder=True)
+        self._claim(str(path), folder=folder)
+        return path
+
+    def _claim(self, place: str, *, folder: bool) -> None:
+        folded = unicodedata.normalize("NFC", place).casefold()
+        before = self.seen.get(folded)
+        if before is None:
+            self.seen[folded] = place, folder
+        elif not folder or before != (place, True):  # only a folder may be named twice
+            raise DataError(f"{before[0]!r} and {place!r} are the same name, or are where upper and lower case are one")
+
+
+def safe_path(name: str) -> PurePosixPath:
+    """`name` of an entry as a relative path that stays below its folder. Raises DataError for any other."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if name.startswith("/") or re.match(r"[A-Za-z]:", name):
+        raise DataError(f"{name!r} is an absolute path")
+    if ".." in parts:
+        raise DataError(f"{name!r} leads out of the folder")
+    if "\\" in name or any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
+        raise DataError(f"{name!r} has a backslash or a character that no file name should have")
+    if not parts or any(len(part.encode()) > 255 for part in parts) or len(name.encode()) > 1024:
+        raise DataError(f"{name[:60]!r} is empty or too long for a file name")
+    return PurePosixPath(*parts)
+
+
+def is_litter(path: PurePosixPath) -> bool:
+    """Whether a file only serves the Finder or the Explorer."""
+    return path.parts[0] == "__MACOSX" or path.name.startswith("._") or path.name in (".DS_Store", "Thumbs.db")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file or folder in an archive; `open` may be called until the next entry is asked for."""
+
+    name: str
+    is_folder: bool
+    open: Callable[[], IO[bytes] | io.RawIOBase]
+
+
+def is_archive(name: str) -> bool:
+    """Whether `name` (of a file, or in an address) is that of a kind of archive that can be unpacked."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def extract(archive: Path, target: Path, *, limits: Limits = USUAL) -> int:
+    """Unpack the files of `archive` into the empty folder `target`; returns how many.
+
+    Archives inside are left packed. Raises DataError for an archive that is refused or damaged (`target` is then to be
+    thrown away), OSError where the volume fails.
+    """
+    count = 0
+    names = Names()
+    with _refusing(archive):
+        for entry in entries(archive, limits=limits):
+            path = names.add(entry.name, folder=entry.is_folder)
+            place = target / path
+            if entry.is_folder:
+                place.mkdir(parents=True, exist_ok=True)
+            elif not is_litter(path):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                with entry.open() as stream, place.open("xb") as file:
+                    shutil.copyfileobj(stream, file, CHUNK)
+                count += 1
+    return count
+
+
+def has_file(archive: Path, suffixes: tuple[str, ...], *, most: int = 5000, limits: Limits = USUAL) -> bool:
+    """Whether one of the first `most` entries ends in one of `suffixes` (lower case). Raises DataError, OSError."""
+    with _refusing(archive):
+        for entry in itertools.islice(entries(archive, limits=limits), most):
+            path = safe_path(entry.name)
+            if not entry.is_folder and not is_litter(path) and path.name.lower().endswith(suffixes):
+                return True
+    return False
+
+
+def content_root(folder: Path) -> Path:
+    """`folder`, or the folder that is all there is in it: archives often hold one folder with everything."""
+    inside = [p for p in folder.iterdir() if not p.name.startswith(".")]
+    return content_root(inside[0]) if len(inside) == 1 and inside[0].is_dir() else folder
+
+
+def entries(archive: Path, *, limits: Limits) -> Iterator[Entry]:
+    """The entries of an archive in their order, counted against `limits`, links and devices refused."""
+    with archive.open("rb") as file:
+        budget = Budget(archive.stat().st_size, limits)
+        magic = file.read(6)
+        file.seek(0)
+        if magic.startswith((b"PK\3\4", b"PK\5\6")):
+            yield from _zip_entries(file, budget)
+            return
+        opener = next((o for start, o in OPENERS.items() if magic.startswith(start)), None)
+        stream = cast(BinaryIO, opener(file)) if opener else file
+        yield from _tar_entries(_Metered(stream, budget), budget)
+
+
+def _zip_entries(file: BinaryIO, budget: Budget) -> Iterator[Entry]:
+    if _announced(file, budget.size) > budget.limits.entries:  # before the list of all is read into memory
+        raise DataError(f"it has more than {budget.limits.entries:,} entries")
+    with zipfile.ZipFile(file) as container:
+        for info in container.infolist():
+            budget.entry()
+            kind = stat.S_IFMT(info.external_attr >> 16)
+            if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+                raise DataError(f"{info.filename!r} is a link or a device")
+            if info.flag_bits & 1:
+                raise DataError(f"{info.filename!r} is encrypted; make the archive without a password")
+            if "\0" in info.orig_filename:
+                raise DataError(f"{info.filename!r} hides a part of its name")
+            yield Entry(info.filename, info.filename.endswith("/"), partial(_unzipped, container, info, budget))
+
+
+def _unzipped(container: zipfile.ZipFile, info: zipfile.ZipInfo, budget: Budget) -> _Metered:
+    return _Metered(container.open(info), budget)
+
+
+def _announced(file: BinaryIO, size: int) -> int:
+    """How many entries a zip says it has; 0 if it does not say."""
+    start = max(0, size - 22 - 65535)
+    file.seek(start)
+    tail = file.read()
+    file.seek(0)
+    end = tail.rfind(b"PK\5\6")
+    count = struct.unpack_from("<H", tail, end + 10)[0] if 0 <= end <= len(tail) - 22 else 0
+    if count == 0xFFFF and tail[end - 20 : end - 16] == b"PK\6\7":
+        file.seek(struct.unpack_from("<Q", tail, end - 12)[0])
+        record = file.read(56)
+        file.seek(0)
+        return int(struct.unpack_from("<Q", record, 32)[0])
+    return int(count)
+
+
+def _tar_entries(stream: _Metered, budget: Budget) -> Iterator[Entry]:
+    # tarfile only reads here: nothing of its extracting is used, which knows links, owners and modes.
+    with tarfile.open(fileobj=stream, mode="r:") as container:
+        for member in container:
+            budget.entry()
+            if not (member.isreg() or member.isdir()) or member.issparse():
+                raise DataError(f"{member.name!r} is a link, a device or a sparse file")
+            if member.isdir() and member.name.strip("/") in ("", "."):
+                continue  # the folder that was packed
+            yield Entry(member.name, member.isdir(), partial(_untarred, container, member))
+
+
+def _untarred(container: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
+    return cast(IO[bytes], container.extractfile(member))  # None only for what is no file
+
+
+class _Metered(io.RawIOBase):
+    """A stream that only goes forward, counts what it reads against a budget, and reads little at a time."""
+
+    def __init__(self, stream: IO[bytes], budget: Budget) -> None:
+        self.stream, self.budget, self.position = stream, budget, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= LONGEST_READ:
+            raise DataError("its headers are too large")
+        data = self.stream.read(size)
+        self.position += len(data)
+        self.budget.take(len(data))
+        return data
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence != io.SEEK_SET or offset < self.position:
+            raise DataError("its entries overlap")
+        while self.position < offset and self.read(min(CHUNK, offset - self.position)):
+            pass
+        return self.position
+
+    def close(self) -> None:
+        if not self.closed:
+            self.stream.close()
+        super().close()
+
+
+@contextmanager
+def _refusing(archive: Path) -> Iterator[None]:
+    """What is wrong with an archive, told as one kind of error that names it."""
+    try:
+        yield
+    except DataError as problem:
+        raise DataError(
+            f"{archive.name} is refused: {problem}. Nothing of it is used; pack it anew without that."
+        ) from problem
+    except DAMAGE as problem:
+        raise DataError(f"{archive.name} is not a whole zip or tar ({type(problem).__name__}: {problem}).") from problem
+    except OSError as problem:
+        # bz2 tells of damage without a number; an offset before the file's beginning is an invalid argument of seek.
+        if problem.errno not in (None, errno.EINVAL):
+            raise
+        raise DataError(f"{archive.name} is not a whole archive ({problem}).") from problem

@@ -1,0 +1,6 @@
+"""The processes of a job: the trainers, the uploader, and the supervisor that ends a pod.
+
+Read `launch`, `upload`, `supervise` and `pod`.
+
+Imports everything below it in the entrypoint.
+"""

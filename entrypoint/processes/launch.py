@@ -1,0 +1,173 @@
+"""plan.json → the trainer's process; signals go in, the exit code comes out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+from entrypoint.fetch import flash_attention
+from entrypoint.system import folders
+from entrypoint.system.environment import FORWARDED, VISIBLE, child_environment
+from trainer.spec.errors import HangError, KilnError, PeerError, StorageError
+from trainer.spec.plan import Plan
+
+log = logging.getLogger(__name__)
+ALIVE, RANK, TEAM = (
+    "KILN_ALIVE",
+    "KILN_RANK",
+    "KILN_TEAM",
+)  # as in trainer/job/watchdog.py and trainer/training/distributed.py
+
+
+GRACE_S = 5.0  # for the first process to end in order when another has failed
+
+
+def launch(plan: Plan, *, environment: Mapping[str, str]) -> int:
+    """Run the trainer on `plan` and return its exit code; 128 + n where signal n killed it, 75 where it hung.
+
+    Of several processes (NUM_GPUS) the first leads: it gets the signals, and its end is the end of the job. Where
+    another one fails, the rest is ended, and its exit code is the job's.
+    The trainer gets no secret and needs no network: everything is on local paths by now.
+    """
+    with tempfile.TemporaryDirectory(prefix="kiln-") as name:
+        folder = Path(name)
+        path = folder / "plan.json"
+        path.write_text(plan.to_json(), encoding="utf-8")
+        children: list[subprocess.Popen[bytes]] = []
+        early: list[int] = []
+
+        def forward(number: int, _frame: FrameType | None) -> None:
+            for child in children[:1]:
+                child.send_signal(number)
+            if not children:
+                early.append(number)
+
+        before = {number: signal.signal(number, forward) for number in FORWARDED}
+        try:
+            # A list of arguments and no shell: nothing in the plan can become a command.
+            arguments, size = [sys.executable, "-m", "trainer", str(path)], plan.engine.num_gpus
+            common = child_environment(environment)
+            if plan.engine.attention == "flash_4":
+                common |= flash_attention.environment(Path(plan.output.cache), common)
+            for rank in range(size):
+                given = dict(common)
+                given |= member_environment(given, folder, rank, size=size) if size > 1 else {}
+                given |= {} if rank else {ALIVE: str(folder / "alive")}
+                children.append(subprocess.Popen(arguments, env=given))  # noqa: S603
+            for number in early:
+                children[0].send_signal(number)
+            code, of = _watched(children, folder / "alive")
+        finally:
+            for child in children:
+                child.kill()
+                child.wait()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if of:
+            _tell(plan, folder / f"rank-{of}", of, code)
+    return code
+
+
+def member_environment(environment: Mapping[str, str], folder: Path, rank: int, *, size: int) -> dict[str, str]:
+    """What tells a process that it is `rank` of `size`: one device, and how to meet the others on this machine."""
+    devices = {}
+    for name in (name for name in VISIBLE if environment.get(name) or name == VISIBLE[-1]):
+        some = [each.strip() for each in environment.get(name, "").split(",") if each.strip()]
+        devices[name] = some[rank] if rank < len(some) else str(rank)
+    threads = max(1, len(os.sched_getaffinity(0)) // size)
+    loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    # A process that waits for another is no reason to end it: whoever really hangs is found by our own watchdog.
+    patience = {"TORCH_NCCL_ENABLE_MONITORING": "0"}
+    few = {} if "OMP_NUM_THREADS" in environment else {"OMP_NUM_THREADS": str(threads)}
+    return {RANK: str(rank), TEAM: str(folder), **devices, **loopback, **patience, **few}
+
+
+def _watched(children: Sequence[subprocess.Popen[bytes]], alive: Path) -> tuple[int, int]:
+    """The exit code of the job, and which process it is of; 75 where the first one missed its deadline in `alive`.
+
+    It looks after itself (trainer/job/watchdog.py) unless a call holds Python's lock, or the process is stopped.
+    """
+    first = children[0]
+    while True:
+        for child in children:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=0.5 / len(children))
+        failed = [i for i, child in enumerate(children) if child.returncode]
+        if failed:
+            return _ended(children, failed, alive.parent)
+        if first.returncode == 0:
+            return 0, 0
+        try:
+            deadline = float(alive.read_text(encoding="ascii"))
+        except (OSError, ValueError):  # not written yet
+            continue
+        if time.monotonic() > deadline:
+            log.error("The trainer hangs, and not even its watchdog answers: it is ended. Its stacks:")
+            for child in children:
+                child.send_signal(signal.SIGUSR1)
+                child.send_signal(signal.SIGCONT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                first.wait(timeout=2)
+            _tell_stacks(alive.parent)
+            log.error("%s [exit %d]", HangError.advice, HangError.exit_code)
+            return HangError.exit_code, 0
+
+
+def _tell_stacks(folder: Path) -> None:
+    """Of several processes, where each of those that were asked stands."""
+    for path in sorted(folder.glob("stacks-*.txt")):
+        if said := path.read_text(encoding="utf-8", errors="replace"):
+            log.error("Process %s:\n%s", path.stem.removeprefix("stacks-"), said.rstrip())
+
+
+def _ended(children: Sequence[subprocess.Popen[bytes]], failed: Sequence[int], folder: Path) -> tuple[int, int]:
+    """The exit code of the one that is to blame, and which it is, when some have failed; the others are to end now.
+
+    They may wait for it in a call that no signal interrupts. One that ended because another did is not to blame.
+    """
+    first, deadline = children[0], time.monotonic() + GRACE_S
+
+    def to_blame() -> list[int]:
+        return [i for i, child in enumerate(children) if child.poll() not in (None, 0, PeerError.exit_code)]
+
+    if len(children) > 1 and failed[0]:
+        log.error("Process %d of %d has failed: the others are ended too.", failed[0], len(children))
+    while not to_blame() and time.monotonic() < deadline:  # it is about to end, or it would not be missed
+        time.sleep(0.05)
+    blamed = to_blame()
+    if first.poll() is None:  # its files shall be whole, and its status say that it has ended
+        first.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            first.wait(timeout=max(0.0, deadline - time.monotonic()))
+    if first.returncode == HangError.exit_code:
+        for child in children[1:]:
+            child.send_signal(signal.SIGUSR1)  # where these stand may be why
+        time.sleep(0.5 if len(children) > 1 else 0)
+        _tell_stacks(folder)
+    return (_code(children[blamed[0]]), blamed[0]) if blamed else (KilnError.exit_code, 0)
+
+
+def _code(child: subprocess.Popen[bytes]) -> int:
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode
+
+
+def _tell(plan: Plan, folder: Path, rank: int, code: int) -> None:
+    """Let status.json have the reason of a process that is not the first, which alone writes there."""
+    how = f"was killed by {signal.Signals(code - 128).name}" if code > 128 else f"ended with exit code {code}"
+    message = (folders.read_json(folder / "status.json") or {}).get("message")
+    message = message or f"Process {rank} of {plan.engine.num_gpus} {how}."
+    log.error("%s [exit %d]", message, code)
+    status = Path(plan.output.path) / "status.json"
+    with contextlib.suppress(StorageError):
+        ended = {"phase": "failed", "exit_code": code, "message": message}
+        folders.write_text(status, json.dumps((folders.read_json(status) or {}) | ended, indent=2) + "\n")

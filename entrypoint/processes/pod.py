@@ -1,0 +1,58 @@
+"""The pod that a job runs in: stop or terminate it through RunPod's API, and open SSH for its owner."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from entrypoint.fetch.http import Patience
+from entrypoint.runpod.api import RunPod
+from entrypoint.system.environment import child_environment
+from trainer.spec.errors import KilnError, SettingsError
+
+log = logging.getLogger(__name__)
+
+
+def asked_to_end(action: str, pod: str, environ: Mapping[str, str], patience: Patience) -> bool:
+    """Try the REST API, the older GraphQL, and the program that pods have."""
+    try:
+        api = RunPod.of(environ, patience=patience)
+    except SettingsError as problem:
+        log.warning("%s", problem)
+    else:
+        for ask in (api.act, api.act_by_graphql):
+            try:
+                ask(pod, action)
+                return True
+            except KilnError as problem:
+                log.warning("%s", problem)
+    program = shutil.which("runpodctl")
+    if program is None:
+        return False
+    words = {"stop": ("stop", "pod"), "terminate": ("remove", "pod")}[action]
+    own = {**child_environment(environ), **{k: environ[k] for k in ("RUNPOD_API_KEY",) if k in environ}}
+    done = subprocess.run([program, *words, pod], env=own, capture_output=True, timeout=120, check=False)  # noqa: S603
+    return done.returncode == 0
+
+
+def start_ssh(environ: Mapping[str, str]) -> None:
+    """Let the owner in, with the key that RunPod hands over, for rsync and scp."""
+    key, server = environ.get("PUBLIC_KEY", "").strip(), Path("/usr/sbin/sshd")
+    if not key or not server.is_file() or os.geteuid() != 0:
+        return
+    try:
+        folder = Path("/root/.ssh")
+        folder.mkdir(mode=0o700, exist_ok=True)
+        keys = folder / "authorized_keys"
+        keys.write_text(f"{key}\n", encoding="utf-8")
+        keys.chmod(0o600)
+        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
+        for command in (["/usr/bin/ssh-keygen", "-A"], [str(server), "-o", "PasswordAuthentication=no"]):
+            subprocess.run(command, env=child_environment(environ), check=True, capture_output=True)  # noqa: S603
+        log.info("SSH is open for the keys of this account.")
+    except (OSError, subprocess.CalledProcessError) as problem:
+        log.warning("SSH is not open: %s", problem)

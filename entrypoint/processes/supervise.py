@@ -1,0 +1,208 @@
+"""What happens when a job ends: exit; or stop, terminate or keep the rented pod that it runs in.
+
+A pod starts a container that exits again, for ever, and bills for it. So a pod's job is supervised: it is ended through
+RunPod's API when nothing is left to do, and what fails is tried again with growing pauses a few times only. Its diary,
+pod.json in OUTPUT_PATH, outlives the container.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FrameType
+
+from entrypoint.fetch import http
+from entrypoint.processes.pod import asked_to_end, start_ssh
+from entrypoint.settings.checks import load_json
+from entrypoint.settings.variables import ACTIONS
+from entrypoint.system.folders import read_json, write_text
+from trainer.spec.errors import SettingsError, StorageError
+
+log = logging.getLogger(__name__)
+
+
+HOPELESS = (64, 65, 77, 78)  # exit codes that another start would give again
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+MOST_ATTEMPTS = 5  # without a step of progress between them
+CONSOLE = "https://console.runpod.io/pods"
+
+
+@dataclass(frozen=True)
+class Times:
+    """All in seconds."""
+
+    first_pause: float = 30.0  # before the second attempt; doubled with each
+    longest_pause: float = 600.0
+    linger: float = 1800.0  # a pod that is started after its job is done stays so long, for fetching results
+    farewell: float = 300.0  # how long after its stop was accepted a pod may take to send the signal
+    patience: http.Patience = http.USUAL
+
+
+USUAL = Times()
+
+
+@dataclass(frozen=True)
+class Diary:
+    """What earlier containers of this pod, or volume, left."""
+
+    attempts: int = 0  # starts since the last progress
+    step: int = 0  # of training, at the last start
+    done: bool = False
+
+
+def supervised(work: Callable[[], int], environ: Mapping[str, str], *, times: Times | None = None) -> int:
+    """The exit code of `work`, after what ON_FINISH says has been done."""
+    times, action = times or USUAL, asked_action(environ)
+    pod = environ.get("RUNPOD_POD_ID", "")
+    if not pod:
+        code = work()
+        if action == "idle":
+            log.info("The job ended with %d; ON_FINISH=idle keeps the container.", code)
+            _wait(None)
+        return code
+    start_ssh(environ)
+    before = _opened(environ)
+    if before.attempts > MOST_ATTEMPTS:
+        log.error("%d attempts without progress: this pod tries no more. Delete pod.json to begin anew.", MOST_ATTEMPTS)
+        # What is not done, or not uploaded, may be wanted still: terminating the pod would delete its volume.
+        return _end(75, "stop" if action == "terminate" else action, pod, environ, times)
+    if before.attempts > 1:
+        pause = min(times.first_pause * 2 ** (before.attempts - 2), times.longest_pause)
+        log.warning("Attempt %d of %d, in %.0f s.", before.attempts, MOST_ATTEMPTS, pause)
+        if code := _wait(pause):
+            return code
+    code = work()
+    done = code == 0 or (before.done and code == 75)  # a pod may be started without GPUs to fetch its results
+    if not done and code not in HOPELESS and not Limit.reached.is_set():
+        if code < 128:
+            log.error("The container exits with %d, and the pod starts it again.", code)
+        return code
+    _write(environ, replace(before, attempts=0, done=done))
+    if done and before.done:
+        log.info("This job was done before: the pod stays %.0f minutes for its results.", times.linger / 60)
+        if stopped := _wait(times.linger):
+            return stopped
+    return _end(code, action, pod, environ, times)
+
+
+def asked_action(environ: Mapping[str, str]) -> str:
+    """ON_FINISH, also where the other settings are wrong; what is unknown counts as the default."""
+    asked = _raw(environ, "ON_FINISH").lower()
+    return asked if asked in ACTIONS else "stop" if environ.get("RUNPOD_POD_ID") else "exit"
+
+
+# ---- limits of time and money
+
+
+class Limit:
+    """Whether MAX_RUNTIME or MAX_COST has ended the job: one alarm a process, as the kernel has it."""
+
+    reached = threading.Event()
+
+    @staticmethod
+    def set(max_hours: float | None, max_cost: float | None, price: float | None) -> None:
+        """Send SIGTERM to this process when the limit is reached; the job then saves its state and ends.
+
+        In hours, and in money and money an hour. Counts from now. Raises SettingsError for a cost without a price.
+        """
+        if max_cost is not None and not price:
+            raise SettingsError("MAX_COST needs PRICE_PER_HOUR, the price of this machine in the same money.")
+        hours = [h for h in (max_hours, max_cost / price if max_cost is not None and price else None) if h is not None]
+        if not hours:
+            return
+
+        def end(_number: int, _frame: FrameType | None) -> None:
+            Limit.reached.set()
+            log.warning("MAX_RUNTIME or MAX_COST is reached: the job saves its state and ends.")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        signal.signal(signal.SIGALRM, end)
+        signal.setitimer(signal.ITIMER_REAL, min(hours) * 3600)
+        log.info("This job ends after %.2f hours at the latest.", min(hours))
+
+
+# ---- the diary
+
+
+def _opened(environ: Mapping[str, str]) -> Diary:
+    """The diary with this start counted."""
+    out = _output(environ)
+    known = read_json(out / "pod.json") or {}
+    step = (read_json(out / "status.json") or {}).get("step")
+    step = step if isinstance(step, int) else 0
+    with suppress(TypeError):
+        before = Diary(**known)
+        progress = step > before.step
+        now = Diary(attempts=1 if progress else before.attempts + 1, step=step, done=before.done)
+        _write(environ, now)
+        return now
+    return Diary(attempts=1, step=step)
+
+
+def _write(environ: Mapping[str, str], diary: Diary) -> None:
+    try:
+        write_text(_output(environ) / "pod.json", json.dumps(asdict(diary)))
+    except StorageError as problem:
+        log.warning("The attempts of this pod cannot be counted: %s", problem)
+
+
+def _output(environ: Mapping[str, str]) -> Path:
+    return Path(_raw(environ, "OUTPUT_PATH") or "/workspace/output").expanduser()
+
+
+def _raw(environ: Mapping[str, str], name: str) -> str:
+    """A variable as it stands, or as CONFIG_JSON has it."""
+    if value := environ.get(name, "").strip():
+        return value
+    try:
+        given = load_json(environ.get("CONFIG_JSON", ""))
+    except ValueError:
+        return ""
+    found = given.get(name) if isinstance(given, dict) else None
+    return found.strip() if isinstance(found, str) else ""
+
+
+# ---- the end of a pod
+
+
+def _end(code: int, action: str, pod: str, environ: Mapping[str, str], times: Times) -> int:
+    """Do what ON_FINISH says; returns when a signal comes, or with `code` where the container shall exit."""
+    if action == "exit":
+        return code
+    if action in ("stop", "terminate"):
+        if asked_to_end(action, pod, environ, times.patience):
+            log.info("This pod is told to %s; the job ended with %d.", action, code)
+            if _wait(times.farewell):
+                return code
+        log.error("THIS POD IS NOT STOPPED AND COSTS MONEY: %s it at %s (%s).", action, CONSOLE, pod)
+    log.info("The job ended with %d; the container stays. python -m entrypoint.runpod stop %s ends it.", code, pod)
+    return _wait(None) and code
+
+
+@contextmanager
+def _signalled() -> Iterator[list[int]]:
+    """A list that gets the numbers of the signals that come inside."""
+    came: list[int] = []
+    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in SIGNALS}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(seconds: float | None) -> int:
+    """Wait; 128 + n if signal n came, else 0. None: until one comes."""
+    end = None if seconds is None else time.monotonic() + seconds
+    with _signalled() as came:
+        while not came and (end is None or time.monotonic() < end):
+            time.sleep(0.2)
+    return 128 + came[0] if came else 0

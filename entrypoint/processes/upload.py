@@ -1,0 +1,322 @@
+"""PUSH_TO_HUB: the LoRA files, the samples and a model card go to a repository of the Hub, by a process of its own.
+
+That process alone has the token, which comes through a pipe. Beside training it uploads what each save leaves, and a
+failure there is only said; at the end it uploads the final files in one commit, and upload.json in OUTPUT_PATH then
+tells which file the repository has. What could not be uploaded is uploaded by the next start, which trains nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from entrypoint.fetch import http
+from entrypoint.system.environment import child_environment
+from entrypoint.system.folders import read_json, write_text
+from trainer.spec.errors import GatedError, KilnError, SettingsError, UnreachableError
+from trainer.spec.family import base_models
+from trainer.spec.plan import Plan
+from trainer.storage.safetensors_header import read_header
+
+log = logging.getLogger("entrypoint.processes.upload")
+MARKER = "upload.json"
+LOOK_S = 2.0  # between two looks for a new save
+STALL_S = 60.0  # a connection that moves nothing for so long is given up
+AT_START, AT_END = http.USUAL, http.Patience(budget=1800.0, first_wait=2.0, longest_wait=60.0)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the process is told."""
+
+    repo: str
+    token: str = field(repr=False)
+    out: str  # folder
+    name: str  # of the LoRA file, without .safetensors
+    base: str  # Hub repository of the base model; "" if it is none
+    creates: bool = True  # the repository, private, where there is none
+    at_start: http.Patience = AT_START
+    at_end: http.Patience = AT_END
+
+
+def is_done(out: Path, repo: str, final: Path) -> bool:
+    """Whether `repo` has this very file."""
+    marker = read_json(out / MARKER) or {}
+    return marker.get("repo") == repo and marker.get("file") == _identity(final)
+
+
+def _identity(path: Path) -> list[int | str]:
+    return [path.name, path.stat().st_size, path.stat().st_mtime_ns]
+
+
+def job(repo: str | None, token: str | None, plan: Plan, *, creates: bool = True) -> Job | None:
+    """What to tell the process; None where nothing is to be uploaded. Raises SettingsError."""
+    if repo is None:
+        return None
+    if not token:
+        raise SettingsError("PUSH_TO_HUB needs a token that may write: set HF_WRITE_TOKEN, or HF_TOKEN.")
+    known = base_models()[plan.model.base][1].source
+    base = "" if Path(known).is_absolute() else known
+    return Job(repo, token, plan.output.path, plan.output.name, base, creates, AT_START, AT_END)
+
+
+# ---- the side of the entrypoint
+
+
+@contextmanager
+def beside(job: Job | None, environment: Mapping[str, str]) -> Iterator[Callable[[], int]]:
+    """Inside, saves are uploaded. Yields what uploads the final files and returns 0, or 75 where that failed.
+
+    Raises GatedError or SettingsError at once where the token may not write to the repository. A Hub that does not
+    answer is no reason not to train.
+    """
+    if job is None:
+        yield lambda: 0
+        return
+    hidden = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    own = {k: v for k, v in child_environment(environment).items() if k not in hidden}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "entrypoint.processes.upload"],
+        env={**own, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin and process.stdout
+    try:
+        _say(process, json.dumps(asdict(job)))
+        answer = process.stdout.readline()
+        if answer != "ready\n":
+            kind, _, message = answer.strip().partition(": ")
+            raise {"GatedError": GatedError, "SettingsError": SettingsError}.get(kind, KilnError)(
+                message or "No answer."
+            )
+
+        def finish() -> int:
+            _say(process, "final")
+            if process.wait() == 0:
+                return 0
+            log.error("The LoRA is in %s, but not in %s: start the same job again to upload it.", job.out, job.repo)
+            return UnreachableError.exit_code
+
+        yield finish
+    finally:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
+
+
+def _say(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdin
+    try:
+        process.stdin.write(f"{line}\n")
+        process.stdin.flush()
+    except BrokenPipeError:  # it has ended, which its exit code tells
+        log.warning("The process that uploads has ended.")
+
+
+# ---- the side of the process
+
+
+class Uploader:
+    """Commits to the repository of a job."""
+
+    def __init__(self, job: Job) -> None:
+        from huggingface_hub import HfApi
+
+        self.job, self.out = job, Path(job.out)
+        self.api = HfApi(token=job.token)
+        self.ended = threading.Event()  # training is over: what is tried beside it is given up
+        self._seen: set[tuple[int | str, ...]] = set()
+
+    def check(self) -> None:
+        """Whether the token may write to the repository, which is made if it does not exist.
+
+        Raises GatedError, SettingsError, UnreachableError.
+        """
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        repo = self.job.repo
+
+        def call() -> None:
+            try:
+                self.api.auth_check(repo, write=True)
+            except RepositoryNotFoundError as problem:
+                if problem.response.status_code != 404:  # of strangers, and tokens that are not known
+                    raise
+                if self.job.creates:
+                    self.api.create_repo(repo, private=True, exist_ok=True)
+                    log.info("Made the private repository %s.", repo)
+
+        self._insist(call, self.job.at_start)
+
+    def saves(self) -> None:
+        """Upload what the newest save left, if that was not done yet."""
+        found = sorted(self.out.glob(f"{self.job.name}-step*.safetensors"))
+        main = next((p for p in reversed(found) if p.stem.rpartition("-step")[2].isdecimal()), None)
+        if main is None or self.ended.is_set():
+            return
+        try:
+            identity = tuple(_identity(main))
+            if identity in self._seen:
+                return
+            self._seen.add(identity)  # once: where it fails, the next save comes, or the end
+            self._commit(main.stem, [p for p in found if p.stem.startswith(main.stem)], patience=self.job.at_start)
+        except KilnError as problem:
+            if not self.ended.is_set():
+                log.warning("%s is not uploaded: %s", main.name, problem)
+        except FileNotFoundError:
+            log.info("%s was removed before it was uploaded.", main.name)
+
+    def final(self) -> None:
+        """Upload the final files, and remember that. Raises KilnError."""
+        self.ended.clear()
+        main = self.out / f"{self.job.name}.safetensors"
+        others = [p for p in self.out.glob(f"{self.job.name}-*.safetensors") if "-step" not in p.stem]
+        identity = _identity(main)
+        commit = self._commit(main.stem, [*others, main], patience=self.job.at_end)
+        marker = {"repo": self.job.repo, "commit": commit, "file": identity}
+        write_text(self.out / MARKER, json.dumps(marker))
+        log.info("Uploaded to %s/%s at commit %s.", self.api.endpoint, self.job.repo, commit)
+
+    def _commit(self, title: str, paths: list[Path], *, patience: http.Patience) -> str:
+        """One commit of `paths`, the samples and the card; returns its hash. The client leaves out what is there."""
+        from huggingface_hub import CommitOperationAdd
+
+        samples = sorted(p for p in (self.out / "sample").glob("*.png") if not p.name.startswith("."))
+        text = card(paths[-1], base=self.job.base, with_samples=bool(samples))
+        files = {**{p.name: p for p in paths}, **{f"sample/{p.name}": p for p in samples}}
+
+        def call() -> str:
+            operations = [CommitOperationAdd(name, path) for name, path in files.items()]
+            card_file = CommitOperationAdd("README.md", text.encode())
+            done = self.api.create_commit(self.job.repo, [*operations, card_file], commit_message=f"Kiln: {title}")
+            return str(done.oid)
+
+        return self._insist(call, patience)
+
+    def _insist(self, call: Callable[[], Any], patience: http.Patience) -> Any:
+        return http.persist(
+            lambda: self._translated(call), what=f"PUSH_TO_HUB={self.job.repo}", patience=patience, cancelled=self.ended
+        )
+
+    def _translated(self, call: Callable[[], Any]) -> Any:
+        """`call`, with the client's errors told as ours, and without its texts: they may hold signed addresses."""
+        import httpx
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            return call()
+        except (HfHubHTTPError, httpx.RequestError, RuntimeError, json.JSONDecodeError) as problem:
+            cause = (
+                problem.__cause__ if isinstance(problem.__cause__, (HfHubHTTPError, httpx.RequestError)) else problem
+            )
+            if isinstance(cause, HfHubHTTPError):
+                http.check_status(cause.response, "the Hub")
+                raise _refusal(self.job.repo, cause.response.status_code) from None
+            if isinstance(cause, RuntimeError):
+                raise http.TransientError(f"the client failed ({type(cause).__name__})") from None
+            raise http.TransientError(f"no answer of the Hub ({type(cause).__name__})") from None
+
+
+def _refusal(repo: str, status: int) -> KilnError:
+    if status == 401:
+        return GatedError(
+            f"PUSH_TO_HUB={repo}: the Hub does not accept the token (401). Make a new one for HF_WRITE_TOKEN."
+        )
+    if status in (403, 404):
+        return GatedError(
+            f"PUSH_TO_HUB={repo}: the token may not write there ({status}). Set HF_WRITE_TOKEN to one of the role "
+            "write, or a fine-grained one that may write to this repository or create it."
+        )
+    return SettingsError(f"PUSH_TO_HUB={repo}: the Hub refuses it ({status}). Check the name.")
+
+
+def card(path: Path, *, base: str, with_samples: bool) -> str:
+    """README.md of the repository, from the header of the LoRA file alone."""
+    about = read_header(path).metadata
+    trigger, title = about.get("modelspec.trigger_phrase", ""), about.get("ss_output_name", path.stem)
+    lines = ["---", *([f"base_model: {json.dumps(base)}", "base_model_relation: adapter"] if base else [])]
+    lines += ["library_name: diffusers", "pipeline_tag: text-to-image", "tags:", "- lora", "- text-to-image"]
+    lines += [f"instance_prompt: {json.dumps(trigger, ensure_ascii=False)}"] if trigger else []
+    lines += ["---", "", f"# {title}", ""]
+    size, steps, pictures = (about.get(k, "?") for k in ("ss_network_dim", "ss_steps", "ss_num_train_images"))
+    what = f"[{base}](https://huggingface.co/{base})" if base else about.get("ss_sd_model_name", "a local model")
+    lines += [f"A LoRA of rank {size} for {what}: {steps} steps on {pictures} pictures, repeats included."]
+    lines += ["The base model's licence applies."] if base else []
+    lines += ["", f"Trigger: `{trigger.replace('`', '')}`"] if trigger else []
+    lines += ["", "![samples by prompt and step](sample/contact-sheet.png)"] if with_samples else []
+    lines += ["", f"`{path.name}` has kohya's key names, which ComfyUI, Forge and sd-scripts read. In diffusers:", ""]
+    return "\n".join([*lines, f"    pipe.load_lora_weights(REPOSITORY, weight_name={json.dumps(path.name)})", ""])
+
+
+def main() -> int:
+    """Reads a job and then orders, a line each; the end of them ends the process. 0, or the exit code of the error."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    sys.excepthook = _bare
+    for number in (signal.SIGINT, signal.SIGHUP):  # of a terminal: who started this process decides
+        signal.signal(number, signal.SIG_IGN)
+    told: dict[str, Any] = json.loads(sys.stdin.readline())
+    told |= {k: http.Patience(**told[k]) for k in ("at_start", "at_end")}
+    uploader, final = Uploader(Job(**told)), threading.Event()
+    _give_up_stalls()
+
+    def listen() -> None:
+        if sys.stdin.readline() == "final\n":
+            uploader.ended.set()
+            final.set()
+            sys.stdin.readline()
+        os._exit(143)  # who started this process has ended
+
+    try:
+        uploader.check()
+    except UnreachableError as problem:
+        log.warning("%s Training goes on without.", problem)
+    except KilnError as problem:
+        print(f"{type(problem).__name__}: {problem}", flush=True)  # noqa: T201
+        return problem.exit_code
+    threading.Thread(target=listen, daemon=True).start()
+    print("ready", flush=True)  # noqa: T201
+    while not final.wait(LOOK_S):
+        uploader.saves()
+    try:
+        uploader.final()
+    except KilnError as problem:
+        log.error("%s", problem)
+        return problem.exit_code
+    return 0
+
+
+def _give_up_stalls() -> None:
+    """The client waits for ever by itself."""
+    import httpx
+    from huggingface_hub import set_client_factory
+
+    set_client_factory(lambda: httpx.Client(follow_redirects=True, timeout=STALL_S))
+    for chatty in ("httpx", "huggingface_hub"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+
+
+def _bare(kind: type[BaseException], _value: BaseException, trace: TracebackType | None) -> None:
+    """An unexpected error without its text, which may hold signed addresses."""
+    places = [f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(trace)]
+    log.error("Unexpected error while uploading: %s at %s", kind.__name__, " > ".join(places))
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # the thread that reads orders does not end by itself

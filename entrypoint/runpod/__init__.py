@@ -1,0 +1,1 @@
+"""RunPod: `python -m entrypoint.runpod` makes templates and pods through the API."""

@@ -1,0 +1,57 @@
+"""The first of several processes prepares the data; this is how the others get it.
+
+One JSON file in the folder that goes with the job holds the plan, the images and the state to resume from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.data.records import Picture
+from trainer.spec.plan import Plan
+from trainer.storage import atomic
+from trainer.training.distributed import Team
+
+NAME = "prepared.json"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the first process hands to the others: all that they need to train."""
+
+    plan: Plan
+    state: Path | None  # the folder of the state to go on from
+    pictures: tuple[Picture, ...]
+
+    def to_json(self) -> str:
+        rows = [
+            {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(p).items()} for p in self.pictures
+        ]
+        return json.dumps({"plan": self.plan.to_json(), "state": self.state and str(self.state), "pictures": rows})
+
+    @staticmethod
+    def from_json(text: str) -> Prepared:
+        raw = json.loads(text)
+        paths = ("file", "mask_file")
+        rows: list[dict[str, Any]]
+        rows = [{k: Path(v) if k in paths and v else v for k, v in row.items()} for row in raw["pictures"]]
+        state = Path(raw["state"]) if raw["state"] else None
+        return Prepared(Plan.from_json(raw["plan"]), state, tuple(Picture(**row) for row in rows))
+
+
+def hand_over(team: Team, prepared: Prepared) -> None:
+    """Let the other processes of `team` begin."""
+    if team.size > 1:
+        atomic.write_text(team.folder / NAME, prepared.to_json())
+
+
+def receive(team: Team, tick: Callable[[], None]) -> Prepared:
+    """Wait for the first process to hand over, then return what it has prepared. Calls `tick` while it waits."""
+    path = team.folder / NAME
+    team.wait_for(path, tick)
+    return Prepared.from_json(path.read_text(encoding="utf-8"))

@@ -1,0 +1,122 @@
+"""What a run tells about itself: metrics.jsonl, TensorBoard, status.json, and lines or one bar for people."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from trainer.job.status import Status, clock
+from trainer.storage import atomic
+from trainer.training.loop import Step
+
+log = logging.getLogger(__name__)
+EVERY_S = 5.0  # between two plain lines, and two writes of status.json
+
+
+class Metrics:
+    """Writes one JSON line a step; the rest now and then. A resumed run goes on where its state is."""
+
+    def __init__(self, folder: Path, status: Status, *, total_steps: int, first_step: int) -> None:
+        self.total = total_steps
+        self.first = self.done = status.step = first_step
+        self.skipped = 0
+        self._status = status
+        self._lines = _truncated(folder / "metrics.jsonl", first_step).open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "logs"), purge_step=first_step + 1)
+        self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not _columns())
+        self._above = contextlib.ExitStack()  # what is logged goes above the bar, not into it
+        if not self._bar.disable:
+            self._above.enter_context(logging_redirect_tqdm())
+        self._said = -EVERY_S
+        self._began, self._spent = time.monotonic(), 0.0  # seconds of training alone
+        self._images = 0
+
+    def step(self, step: Step, *, learning_rate: float, compiled: int | None = None) -> None:
+        """One optimiser step is done. `compiled`: graphs so far, where anything is compiled."""
+        self.done = self._status.step = step.number
+        self._images += step.images
+        self.skipped += step.skipped
+        row: dict[str, Any] = {"step": step.number, "epoch": step.epoch, "lr": learning_rate}
+        if step.skipped:  # JSON has no word for what is not finite
+            row["skipped"] = self.skipped
+        else:
+            row |= {"loss": step.loss, "grad_norm": step.grad_norm}
+        self.record(row if compiled is None else {**row, "compiled": compiled})
+        self._bar.update(1)
+        self._bar.set_postfix_str(f"loss {step.loss:.4f}")
+        now = time.monotonic()
+        if now - self._said < EVERY_S and step.number != self.total:
+            return
+        self._said = now
+        speed, left = self.images_per_second(), self.eta_s()
+        self._status.update({**row, "images_per_second": round(speed, 3), "eta_s": round(left)})
+        if self._bar.disable:
+            log.info(
+                "step %d/%d  epoch %d  loss %.4f  %.2f images/s  %s left",
+                step.number, self.total, step.epoch, step.loss, speed, clock(left),
+            )  # fmt: skip
+
+    def record(self, row: dict[str, Any]) -> None:
+        """Append any numbers that have a `step`, to metrics.jsonl and TensorBoard."""
+        self._lines.write(json.dumps({**row, "time": round(time.time(), 3)}) + "\n")
+        self._lines.flush()
+        for key, value in row.items():
+            if key not in ("step", "epoch"):
+                self._board.add_scalar(key, value, row["step"])
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside, time does not count as training."""
+        self._spent += time.monotonic() - self._began
+        yield
+        self._began = time.monotonic()
+
+    def images_per_second(self) -> float:
+        """The mean over this process's training time."""
+        return self._images / max(self._seconds(), 1e-9)
+
+    def eta_s(self) -> float:
+        """Seconds that the remaining steps take at the mean speed so far."""
+        done = self.done - self.first
+        return self._seconds() / done * (self.total - self.done) if done else 0.0
+
+    def _seconds(self) -> float:
+        return self._spent + time.monotonic() - self._began
+
+    def close(self) -> None:
+        self._bar.close()
+        self._above.close()
+        self._lines.close()
+        self._board.close()
+
+
+def _columns() -> int:
+    """The width of the terminal; 0 where there is none, or one that does not know its width: no bar fits there."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):
+        return 0
+
+
+def _truncated(path: Path, step: int) -> Path:
+    """Drop lines after `step`, which the resumed run writes again, and a half-written last one."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(f"{line}\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    atomic.write_text(path, "".join(kept))
+    return path

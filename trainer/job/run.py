@@ -1,0 +1,202 @@
+"""One plan from start to end: wires the parts in order. The encoders are freed before the denoiser loads."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from trainer.base_model.single_file import assembled
+from trainer.checkpoints import state_files
+from trainer.checkpoints.resume import resumable_state
+from trainer.data import encode
+from trainer.data.records import Scan
+from trainer.engine.attention import flash_attention_4
+from trainer.engine.device import limit_memory
+from trainer.job import class_images, prepare
+from trainer.job.build import adapter_summary, build_trainee, session_of
+from trainer.job.class_images import Wanted
+from trainer.job.crash_loop import Crashes
+from trainer.job.handover import Prepared, hand_over, receive
+from trainer.job.status import Status
+from trainer.job.watchdog import ALIVE, OTHER_S, Watchdog
+from trainer.spec.errors import HangError, KilnError, OutOfMemoryError, StorageError
+from trainer.spec.family import base_models, family
+from trainer.spec.plan import Plan, Prompt
+from trainer.storage import atomic
+from trainer.storage.locks import locked
+from trainer.training import distributed
+from trainer.training.distributed import Team
+from trainer.training.objective import scheduler_changes
+from trainer.training.stop_flag import StopFlag
+
+log = logging.getLogger(__name__)
+
+
+def run(plan: Plan, stop: StopFlag) -> None:
+    """Do all that `plan` says and return when the final LoRA is in its place.
+
+    Raises the errors of `trainer.spec.errors`; StopRequestedError after a signal, with the state saved.
+    """
+    out, team = Path(plan.output.path), distributed.team(plan.engine.num_gpus, os.environ, stop)
+    if plan.engine.attention == "flash_4":
+        flash_attention_4.prepare()
+    if not team.first:
+        _follow(plan, stop, out, team=team)
+        return
+    dog = Watchdog(plan.engine.step_timeout_s, alive=Path(os.environ[ALIVE]) if ALIVE in os.environ else None)
+    with locked(out), _log_file(out / "run.log"), _told(Status(out)) as status:
+        crashes = Crashes(out, plan, step=lambda: status.step)
+        crashes.check()
+
+        def hung(problem: HangError) -> None:
+            status.ended(problem)
+            crashes.record(str(problem))
+
+        with dog.watching(out, hung), crashes.counted(), _named(out):
+            atomic.sweep(out)
+            _whole(plan, stop, out, status=status, dog=dog, team=team)
+
+
+def _follow(plan: Plan, stop: StopFlag, out: Path, *, team: Team) -> None:
+    """The job of another process than the first: to train on what that one has prepared.
+
+    It keeps a status of its own, in the folder that goes with the job. Its watchdog is patient: the first process's
+    ends the job when any of them stands still.
+    """
+    dog = Watchdog(0.0 if plan.engine.step_timeout_s == 0 else OTHER_S)
+    given = receive(team, dog.beat)
+    with _log_file(out / "run.log", f"[process {team.rank}] "), _told(Status(team.own_folder)) as status:
+        crashes = Crashes(out, plan, step=lambda: status.step)
+
+        def hung(problem: HangError) -> None:
+            status.ended(problem)
+
+        with dog.watching(team.own_folder, hung), crashes.counted(), _named(out):
+            plan, found = given.plan, Scan(given.pictures, (), ())
+            limit_memory(plan.engine.device, plan.engine.memory_limit_gib)
+            order, model = prepare.order_of(plan, found), Path(plan.model.path)
+            cache = encode.open_cache(Path(plan.output.cache), model, precision=plan.engine.dtype)
+            state = state_files.read(given.state) if given.state else None
+            ready = prepare.Ready(plan, found, order, cache, state)
+            _train(ready, stop, team.own_folder, status=status, dog=dog, team=team)
+
+
+def _whole(plan: Plan, stop: StopFlag, out: Path, *, status: Status, dog: Watchdog, team: Team) -> None:
+    state = resumable_state(plan, out)
+    atomic.write_text(out / "plan.json", plan.to_json())
+    limit_memory(plan.engine.device, plan.engine.memory_limit_gib)
+    whole = str(assembled(plan.model, Path(plan.output.cache)))
+    plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, path=whole))
+    plan = _with_class_pictures(plan, status=status, tick=lambda: _tick(dog, stop))
+    ready = prepare.ready(plan, out, status=status, state=state, tick=lambda: _tick(dog, stop))
+    hand_over(team, Prepared(plan, state.folder if state else None, ready.found.pictures))
+    _train(ready, stop, out, status=status, dog=dog, team=team)
+
+
+def _tick(dog: Watchdog, stop: StopFlag) -> None:
+    """Between two pieces of work: all is well, and a stop may be looked for."""
+    dog.beat()
+    stop.check()
+
+
+def _with_class_pictures(plan: Plan, *, status: Status, tick: Callable[[], None]) -> Plan:
+    """The plan with a folder for each source that the base model draws."""
+    kind, model = family(plan.model.family), Path(plan.model.path)
+    facts, base = kind.FACTS, base_models()[plan.model.base][1]
+    common = {"steps": facts.prompt_steps, "guidance": facts.prompt_guidance, "cfg": facts.prompt_cfg, **base.defaults}
+    precision, scheduler = plan.engine.precision, scheduler_changes(plan.train)
+    drawn, datasets = [], []
+    for dataset in plan.data.datasets:
+        subsets = list(dataset.subsets)
+        width, height = (max(facts.multiple, side // facts.multiple * facts.multiple) for side in dataset.resolution)
+        for i, source in enumerate(s.source for s in dataset.subsets):
+            if source.kind != "generated":
+                continue
+            prompt = Prompt(text=source.location, width=width, height=height, seed=plan.train.seed, **common)
+            wanted = Wanted(prompt, source.count)
+            folder = wanted.folder(Path(plan.output.cache), model, precision=precision, scheduler=scheduler)
+            subsets[i] = dataclasses.replace(subsets[i], source=dataclasses.replace(source, path=str(folder)))
+            drawn.append((wanted, folder))
+        datasets.append(dataclasses.replace(dataset, subsets=tuple(subsets)))
+    if drawn:
+        status.phase("drawing class pictures")
+        class_images.fill(drawn, family=kind, model=model, engine=plan.engine, scheduler=scheduler, tick=tick)
+    return dataclasses.replace(plan, data=dataclasses.replace(plan.data, datasets=tuple(datasets)))
+
+
+@contextlib.contextmanager
+def _named(out: Path) -> Iterator[None]:
+    """What the system refuses, as errors of the job: a trainer uses files and memory, and no network."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno is None:
+            raise
+        left = f"; {atomic.free(out)} are free" if problem.errno in atomic.FULL else ""
+        raise StorageError(f"{problem.filename or out}: {problem.strerror}{left}.") from problem
+    except torch.OutOfMemoryError as problem:
+        raise OutOfMemoryError(f"Out of memory: {str(problem).splitlines()[0]}") from problem
+
+
+@contextlib.contextmanager
+def _told(status: Status) -> Iterator[Status]:
+    """status.json and run.log tell how the job ended, whatever ends it."""
+    ending: KilnError | None = KilnError("An unexpected error: see run.log.")
+    try:
+        yield status
+        ending = None
+    except KilnError as problem:
+        log.error("%s", problem)
+        problem.told = True
+        ending = problem
+        raise
+    finally:
+        with contextlib.suppress(OSError, StorageError):
+            status.ended(ending)
+
+
+class _Quiet(logging.FileHandler):
+    """A full volume is told once, as the job's error, and not by each line that could not be written."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
+@contextlib.contextmanager
+def _log_file(path: Path, of: str = "") -> Iterator[None]:
+    handler = _Quiet(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {of}%(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        with contextlib.suppress(OSError):
+            handler.close()
+
+
+def _train(ready: prepare.Ready, stop: StopFlag, out: Path, *, status: Status, dog: Watchdog, team: Team) -> None:
+    plan, kind, total = ready.plan, family(ready.plan.model.family), ready.total
+    status.phase("loading the model")
+    started = time.monotonic()
+    team.join(plan.engine.device)
+    trainee = build_trainee(plan, kind, model=Path(plan.model.path), total=total)
+    log.info("Loaded the model and put %s on it in %.1f s.", adapter_summary(trainee), time.monotonic() - started)
+    _tick(dog, stop)
+    session = session_of(ready, trainee, out, stop, dog=dog, team=team)
+    session.rehearse()
+    if ready.state is not None:
+        trainee.restore(ready.state.tree)
+        log.info("Resumed at step %d of %d.", ready.state.step, total)
+    team.check_same(trainee.params)
+    session.train(status, first=ready.state.step if ready.state else 0)
+    status.update({"output": f"{plan.output.name}.safetensors"})

@@ -1,0 +1,46 @@
+"""status.json: the phase and the progress of a job, for people and for other programs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from trainer.spec.errors import KilnError, StopRequestedError
+from trainer.storage import atomic
+
+log = logging.getLogger(__name__)
+
+
+class Status:
+    """status.json: what the job is doing, renewed in one step."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "status.json"
+        self._values: dict[str, Any] = {"phase": "starting", "started": round(time.time(), 3)}
+        self.step = 0  # the last one done, also where the file does not say it yet
+
+    def update(self, values: dict[str, Any]) -> None:
+        """Change some values and write the file."""
+        self._values |= values
+        atomic.write_json(self._path, {**self._values, "updated": round(time.time(), 3)})
+
+    def phase(self, name: str) -> None:
+        """Tell what the job is doing now."""
+        log.info("Phase: %s.", name)
+        self.update({"phase": name})
+
+    def ended(self, problem: KilnError | None) -> None:
+        """Tell how the job ended: well, or with `problem`."""
+        if problem is None:
+            self.update({"phase": "done", "exit_code": 0})
+        else:
+            phase = "stopped" if isinstance(problem, StopRequestedError) else "failed"
+            self.update({"phase": phase, "exit_code": problem.exit_code, "message": str(problem)})
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

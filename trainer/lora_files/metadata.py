@@ -1,0 +1,136 @@
+"""The metadata in a LoRA file's header: sd-scripts' `ss_*` keys and modelspec 1.0.1."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from trainer import __version__
+from trainer.spec.plan import Dataset
+
+
+@dataclass(frozen=True)
+class TrainedSubset:
+    """What the header says about one source of pictures."""
+
+    name: str  # of its folder, archive or repository alone; unique in a run
+    pictures: int
+    repeats: int
+    is_reg: bool
+    tags: dict[str, int]
+
+
+@dataclass(frozen=True)
+class TrainedDataset:
+    """What the header says about pictures of one resolution and batch size."""
+
+    plan: Dataset
+    subsets: tuple[TrainedSubset, ...]
+    buckets: dict[tuple[int, int], int]  # (width, height) → pictures × repeats
+
+    def count(self, *, reg: bool) -> int:
+        return sum(s.pictures * s.repeats for s in self.subsets if s.is_reg is reg)
+
+    def told(self) -> dict[str, Any]:
+        """As an entry of `ss_datasets`."""
+        plan = self.plan
+        return {
+            "is_dreambooth": True,
+            "batch_size_per_device": plan.batch_size,
+            "num_train_images": self.count(reg=False),
+            "num_reg_images": self.count(reg=True),
+            "resolution": list(plan.resolution),
+            "enable_bucket": plan.enable_bucket,
+            "min_bucket_reso": plan.min_bucket_reso,
+            "max_bucket_reso": plan.max_bucket_reso,
+            "tag_frequency": {s.name: s.tags for s in self.subsets},
+            "bucket_info": _bucket_info(self.buckets),
+            "subsets": [
+                {"image_dir": s.name, "img_count": s.pictures, "num_repeats": s.repeats, "is_reg": s.is_reg}
+                for s in self.subsets
+            ],
+        }
+
+
+def _bucket_info(buckets: Mapping[tuple[int, int], int]) -> dict[str, Any]:
+    listed = enumerate(sorted(buckets.items()))
+    return {"buckets": {str(i): {"resolution": list(size), "count": count} for i, (size, count) in listed}}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the header says about a run, besides the step."""
+
+    name: str
+    base: str
+    base_version: str
+    architecture: str
+    kind: str  # lora, rslora or dora
+    alpha: float  # that was trained with; the file's own may differ
+    started: int  # Unix seconds
+    optimizer: str
+    learning_rate: float
+    text_encoders: dict[str, float]  # those that train → learning rate
+    schedule: str
+    seed: int
+    noise_offset: float
+    resolution: tuple[int, int]
+    trigger: str | None
+    objective: str
+    datasets: tuple[TrainedDataset, ...]
+
+
+def metadata(run: Trained, *, step: int, epoch: int, rank: int, alpha: float) -> dict[str, str]:
+    """The header of a file, every value a string (DATASET_SCHEMA of sd-scripts' `ss_*`, and modelspec 1.0.1).
+
+    `rank`, `alpha`: what the file's tensors have.
+    """
+    date = datetime.datetime.fromtimestamp(run.started, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    resolution = f"{run.resolution[0]}x{run.resolution[1]}"
+    subsets = [s for d in run.datasets for s in d.subsets]
+    buckets: Counter[tuple[int, int]] = Counter()
+    for dataset in run.datasets:
+        buckets.update(dataset.buckets)
+    values: dict[str, Any] = {
+        "ss_output_name": run.name,
+        "ss_sd_model_name": run.base,
+        "ss_base_model_version": run.base_version,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": alpha,
+        "kiln_alpha": run.alpha,
+        "kiln_lora_type": run.kind,
+        "kiln_version": __version__,
+        "ss_training_started_at": float(run.started),
+        "ss_bucket_info": _bucket_info(buckets),
+        "ss_resolution": f"({run.resolution[0]}, {run.resolution[1]})",
+        "ss_dataset_dirs": {s.name: {"n_repeats": s.repeats, "img_count": s.pictures} for s in subsets},
+        "ss_datasets": [d.told() for d in run.datasets],
+        "ss_tag_frequency": {s.name: s.tags for s in subsets},
+        "ss_num_train_images": sum(d.count(reg=False) for d in run.datasets),
+        "ss_num_reg_images": sum(d.count(reg=True) for d in run.datasets),
+        "ss_steps": step,
+        "ss_epoch": epoch,
+        "ss_optimizer": run.optimizer,
+        "ss_learning_rate": run.learning_rate,
+        "ss_lr_scheduler": run.schedule,
+        "ss_seed": run.seed,
+        "ss_noise_offset": run.noise_offset,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{run.architecture}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": run.name,
+        "modelspec.resolution": resolution,
+        "modelspec.date": date,
+        "modelspec.prediction_type": run.objective,
+        "modelspec.trigger_phrase": run.trigger or "",
+        "modelspec.license": "",
+        "modelspec.tags": "",
+    }
+    if run.text_encoders:
+        values["ss_text_encoder_lr"] = [*run.text_encoders.values()]
+    return {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in values.items()}

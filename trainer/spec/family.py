@@ -1,0 +1,231 @@
+"""Model families, looked up by module name: a new family is one new file here.
+
+Importing a family imports no torch, so that plans can be made from its facts in milliseconds; its functions import what
+they need. Every family module has `FACTS: Facts` and the functions of the `Family` protocol.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from trainer.spec.plan import Prompt
+
+PACKAGE = "trainer.families"
+FOLDER = Path(__file__).resolve().parents[1] / "families"
+SHARED = ("common",)  # modules in that folder that are no family, but used by several
+# What the names of a part's tensors begin with in a file that holds several parts.
+PREFIXES = {
+    "denoiser": ("model.diffusion_model.",),
+    "vae": ("first_stage_model.", "vae."),
+    "clip_l": ("conditioner.embedders.0.transformer.", "text_encoders.clip_l.transformer."),
+    "clip_g": ("conditioner.embedders.1.model.", "text_encoders.clip_g.transformer."),
+    "t5": ("text_encoders.t5xxl.transformer.",),
+}
+OPTIONAL = "optional:"  # begins a pattern of files whose folder may be missing
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What `trainer.spec.memory_model` predicts from: numbers of weights, and GiB in 16 bits for 1,024 tokens of one
+    picture."""
+
+    blocks: float  # weights of the linear layers in the blocks, the ones that are quantised
+    rest: float  # all others
+    adapters: float  # trained weights for each rank, with all targets
+    regions: int
+    text_tokens: int  # besides one token for 16 x 16 pixels
+    kept: dict[
+        str, float
+    ]  # in FP8, by trainer.engine.memory.checkpointing's policy; "host": besides, where all that waits on the host
+    working: float  # besides, for the region at work
+    largest: float  # weights of the linear layers in the largest region
+    turned: float  # weights of those layers that FP8 multiplies: all but the modulations
+    encoders: float  # weights of the text encoders
+    width: int  # of most of those layers, the shorter side
+    recording: float = 2.5  # GiB besides, for steps that recompute and are recorded; without them they are launched
+    plain: float = 1.25  # times as much is kept where norms and activations are not fused with products in FP8
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A value of BASE_MODEL."""
+
+    source: str  # Hub repository, or the folder of an embedded miniature
+    files_gib: float  # what a download of the needed files takes on disk
+    footprint: Footprint | None = None  # None: a miniature, which fits anywhere
+    gated: bool = False
+    resolution: int = 1024  # pixels; default of prompts and of dataset.json
+    defaults: dict[str, Any] = field(default_factory=dict)  # fields of plan.Prompt that differ from the family's
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a plan needs to know about a family, without its weights."""
+
+    name: str
+    models: dict[str, BaseModel]
+    files: tuple[str, ...]  # glob patterns of the files that training and sampling need; see OPTIONAL
+    multiple: int  # sides of pictures are multiples of this, in pixels
+    objective: str  # a key of trainer.training.objective.OBJECTIVES
+    timestep_samplings: tuple[str, ...]  # the first is the default
+    targets: tuple[str, ...]  # suffixes of the linear layers that get adapters
+    lora_prefix: str  # of the keys in LoRA files
+    architecture: str  # modelspec.architecture, without "/lora"
+    base_version: str  # ss_base_model_version
+    fused_targets: dict[str, tuple[str, ...]]  # fused projection → the separate ones of the diffusers model
+    parts: dict[str, str]  # key of PREFIXES → the folder of its weights
+    landmarks: tuple[str, ...]  # tensors by which a file of the denoiser alone is known: original names, diffusers'
+    prompt_steps: int
+    prompt_guidance: float
+    prompt_cfg: float
+    flow_shift: float = 3.1582  # default of PARAMS_DISCRETE_FLOW_SHIFT
+    # Where steps are recorded, what is compiled by itself: "always", "recomputed" (what recomputes), or "never".
+    compiles: str = "always"
+    attention_backends: bool = True  # False: its attention is torch's own, whatever diffusers' dispatcher is told
+
+
+def weights(*parts: str) -> tuple[str, ...]:
+    """Patterns for `Facts.files`: the config and the weights of these folders, not their fp16 copies.
+
+    Those are called model.fp16.safetensors, model.fp16-00001-of-00002.safetensors and (older)
+    model-00001-of-00002.fp16.safetensors.
+    """
+    names = ("config.json", "*model.safetensors", "*model-*-of-?????.safetensors", "*model.safetensors.index.json")
+    return tuple(f"{part}/{name}" for part in parts for name in names)
+
+
+@dataclass(frozen=True)
+class Native:
+    """A layer of the model's original implementation, and the layers of diffusers' model that it is made of."""
+
+    name: str  # dotted path; {} stands for the number of the block
+    parts: tuple[str, ...]  # paths in diffusers' model, with the same {}, in the order of their rows
+    rows: tuple[int, ...] = (1,)  # the rows of the parts, as a ratio: no width is written down anywhere
+    swapped: bool = False  # where its rows are two halves (rows = 2 * columns), they are the other way round
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a CLIP text encoder makes of captions, as far as pipelines use it."""
+
+    tokens_BLD: torch.Tensor  # the hidden states before the last layer
+    pooled_BD: torch.Tensor  # with the projection, where the encoder has one
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The names that LoRA files of a family use, for `trainer.lora_files.key_names` and
+    `trainer.lora_files.convert`."""
+
+    layers: tuple[Native, ...]
+    encoders: dict[str, str]  # text encoder of diffusers' pipeline → what kohya's keys call it: te1, te2, te3
+    writes: tuple[str, ...] = ("kohya",)  # formats that a job leaves; all but the first go into `<name>-<format>`
+
+
+class Family(Protocol):
+    """What a family module provides. `text` is what `encode_text` gave for one caption, or such tensors batched."""
+
+    FACTS: Facts
+    KEYS: Keys
+
+    def load_encoders(self, folder: Path, *, device: str, dtype: torch.dtype) -> Any:
+        """Tokenizers and text encoders, frozen, as one object for `encode_text`."""
+
+    def encode_text(self, encoders: Any, captions: list[str]) -> list[dict[str, torch.Tensor]]:
+        """One dictionary of tensors, without a batch axis and on the CPU, for each caption."""
+
+    def with_encoded(self, text: dict[str, torch.Tensor], fresh: dict[str, Encoded]) -> dict[str, torch.Tensor]:
+        """`text`, batched, with what the text encoders in `fresh` gave in the places of what they gave before."""
+
+    def load_vae(self, folder: Path, *, device: str) -> Any:
+        """The VAE in fp32, frozen."""
+
+    def encode_images(self, vae: Any, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        """Mean and standard deviation of the latents' distribution, (B, 2C, H/f, W/f); pixels in [-1, 1].
+
+        Scaled and shifted as the denoiser is trained on them.
+        """
+
+    def load_denoiser(self, folder: Path, *, device: str, dtype: torch.dtype) -> Any:
+        """The denoiser, frozen."""
+
+    def from_original(self, state: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The denoiser's tensors under the names of its original implementation → those of diffusers' model.
+
+        `config`: of diffusers' model. Tensors may be stand-ins: only their shapes are known until they are written.
+        """
+
+    def blocks(self, denoiser: Any) -> list[tuple[str, torch.nn.Module]]:
+        """The repeated blocks, by name, in order: where adapters go and what is quantised."""
+
+    def regions(self, denoiser: Any) -> list[torch.nn.Module]:
+        """What is compiled, and recomputed in the backward pass, one by one: many modules of few kinds."""
+
+    def forwards(self) -> dict[type, type]:
+        """Classes of modules inside the blocks → the same with forward passes for FP8, for `fused.install`."""
+
+    def predict(
+        self,
+        denoiser: Any,
+        noisy_BCHW: torch.Tensor,
+        t_B: torch.Tensor,
+        *,
+        text: dict[str, torch.Tensor],
+        guidance: float,
+        geometry_B6: torch.Tensor,
+    ) -> torch.Tensor:
+        """The denoiser's output for latents at times `t_B` in [0, 1] (1: pure noise), shaped like `noisy_BCHW`.
+
+        `guidance`: embedded guidance. `geometry_B6`: `loop.MicroBatch` says what. A family may have no use for them.
+        """
+
+    def sample(
+        self,
+        denoiser: Any,
+        vae: Any,
+        folder: Path,
+        *,
+        prompt: Prompt,
+        text: dict[str, torch.Tensor],
+        negative: dict[str, torch.Tensor],
+        scheduler: dict[str, Any] | None = None,
+    ) -> Image.Image:
+        """Draw one picture with diffusers' own pipeline. `scheduler`: what differs from its scheduler's config."""
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """All families, by the modules that there are."""
+    found = pkgutil.iter_modules([str(FOLDER)])
+    return tuple(sorted(m.name for m in found if not m.ispkg and m.name not in SHARED))
+
+
+def family(name: str) -> Family:
+    """The module of family `name`; KeyError if there is none."""
+    if name not in names():
+        raise KeyError(name)
+    return cast(Family, importlib.import_module(f"{PACKAGE}.{name}"))
+
+
+def trainable_encoders(name: str) -> dict[str, str]:
+    """The CLIP text encoders of family `name`, by diffusers' names → te1 (CLIP-L) or te2 (CLIP-G)."""
+    return {component: short for component, short in family(name).KEYS.encoders.items() if short in ("te1", "te2")}
+
+
+def timestep_samplings() -> tuple[str, ...]:
+    """All of all families."""
+    return tuple(dict.fromkeys(sampling for name in names() for sampling in family(name).FACTS.timestep_samplings))
+
+
+def base_models() -> dict[str, tuple[str, BaseModel]]:
+    """Every value of BASE_MODEL → its family and what is known about it."""
+    return {base: (name, model) for name in names() for base, model in family(name).FACTS.models.items()}

@@ -1,0 +1,190 @@
+"""What the denoiser is trained to predict: noisy latents, the target, and the weight of each picture, in fp32.
+
+Shapes: B pictures, C latent channels, H and W latent rows and columns, T steps of a discrete schedule.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from trainer.spec.errors import SettingsError
+from trainer.spec.plan import TrainPlan
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One micro-batch, ready for the denoiser."""
+
+    noisy_BCHW: torch.Tensor
+    target_BCHW: torch.Tensor
+    t_B: torch.Tensor  # 0: clean, 1: pure noise
+    weight_B: torch.Tensor
+
+    def part(self, rows: slice) -> Drawn:
+        """Some of the pictures."""
+        return Drawn(self.noisy_BCHW[rows], self.target_BCHW[rows], self.t_B[rows], self.weight_B[rows])
+
+
+@dataclass(frozen=True)
+class FlowMatching:
+    """Rectified flow as Flux.1 and SD3 are trained (Esser et al. 2024, arXiv:2403.03206).
+
+    noisy = (1 - t) latents + t noise;  target = noise - latents.
+    """
+
+    sampling: str = "sigmoid"
+    shift: float = 3.1582
+    weighting: str = "none"
+    noise_offset: float = 0.0
+    prediction: ClassVar[str] = "flow"
+
+    def draw(self, latents_BCHW: torch.Tensor, generator: torch.Generator) -> Drawn:
+        """Random times and noise for `latents_BCHW`, from `generator` (on the same device)."""
+        b, _, h, w = latents_BCHW.shape
+        t_B = self.times(b, tokens=h * w // 4, generator=generator)
+        return self.at(latents_BCHW, t_B, noise(latents_BCHW, offset=self.noise_offset, generator=generator))
+
+    def at(self, latents_BCHW: torch.Tensor, t_B: torch.Tensor, noise_BCHW: torch.Tensor) -> Drawn:
+        """The same at given times with given noise."""
+        clean, t_B111 = latents_BCHW.float(), t_B.float()[:, None, None, None]
+        noisy = (1 - t_B111) * clean + t_B111 * noise_BCHW
+        return Drawn(noisy, noise_BCHW - clean, t_B.float(), self.weight(t_B.float()))
+
+    def times(self, count: int, *, tokens: int, generator: torch.Generator) -> torch.Tensor:
+        """`count` times in (0, 1). `tokens`: of one picture after 2×2 patches; used by flux_shift alone.
+
+        uniform; sigmoid and logit_normal: sigmoid of a standard normal; shift: that, moved towards noise by
+        s·t / (1 + (s - 1)·t); flux_shift: the same with the s = exp(mu) of Flux.1, where mu grows linearly from 0.5
+        at 256 tokens to 1.15 at 4,096 (diffusers' `calculate_shift`).
+        """
+        device = generator.device
+        if self.sampling == "uniform":
+            return torch.rand(count, generator=generator, device=device)
+        t_B = torch.sigmoid(torch.randn(count, generator=generator, device=device))
+        if self.sampling in ("sigmoid", "logit_normal"):
+            return t_B
+        if self.sampling == "shift":
+            return shifted(t_B, self.shift)
+        if self.sampling == "flux_shift":
+            return shifted(t_B, math.exp(0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)))
+        raise ValueError(f"unknown timestep sampling {self.sampling}")
+
+    def weight(self, t_B: torch.Tensor) -> torch.Tensor:
+        """Loss weights by time: none, sigma_sqrt (t^-2), cosmap (as in diffusers' SD3 training)."""
+        if self.weighting == "none":
+            return torch.ones_like(t_B)
+        if self.weighting == "sigma_sqrt":
+            return t_B.clamp(min=1e-4) ** -2.0
+        if self.weighting == "cosmap":
+            return 2 / (math.pi * (1 - 2 * t_B + 2 * t_B**2))
+        raise ValueError(f"unknown loss weighting {self.weighting}")
+
+
+@dataclass(frozen=True, eq=False)
+class Denoising:
+    """Diffusion in discrete steps as SDXL is trained (DDPM, arXiv:2006.11239; v-prediction, arXiv:2202.00512).
+
+    With s = signal_T[step]: noisy = √s latents + √(1 - s) noise;  target = noise (epsilon), or √s noise - √(1 - s)
+    latents (v_prediction). A time t is step / T.
+    """
+
+    signal_T: torch.Tensor  # the cumulated product of 1 - beta: the share of the latents in the noisy ones' variance
+    prediction: str = "epsilon"
+    min_snr_gamma: float = 0.0  # 0: every step counts the same
+    noise_offset: float = 0.0
+
+    def draw(self, latents_BCHW: torch.Tensor, generator: torch.Generator) -> Drawn:
+        """Random steps, all alike probable, and noise for `latents_BCHW`, from `generator` (on the same device)."""
+        count = len(self.signal_T)
+        step_B = torch.randint(count, latents_BCHW.shape[:1], generator=generator, device=generator.device)
+        return self.at(latents_BCHW, step_B / count, noise(latents_BCHW, offset=self.noise_offset, generator=generator))
+
+    def at(self, latents_BCHW: torch.Tensor, t_B: torch.Tensor, noise_BCHW: torch.Tensor) -> Drawn:
+        """The same at given times, rounded to steps, with given noise."""
+        clean, count = latents_BCHW.float(), len(self.signal_T)
+        step_B = (t_B * count).round().long().clamp(0, count - 1)
+        signal_B = self.signal_T.to(clean.device)[step_B]
+        keep_B111, add_B111 = (x[:, None, None, None].sqrt() for x in (signal_B, 1 - signal_B))
+        velocity = self.prediction == "v_prediction"
+        target = keep_B111 * noise_BCHW - add_B111 * clean if velocity else noise_BCHW
+        return Drawn(keep_B111 * clean + add_B111 * noise_BCHW, target, step_B / count, self.weight(signal_B))
+
+    def weight(self, signal_B: torch.Tensor) -> torch.Tensor:
+        """Min-SNR-gamma (arXiv:2303.09556): min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for v."""
+        if not self.min_snr_gamma:
+            return torch.ones_like(signal_B)
+        snr_B = signal_B / (1 - signal_B)
+        if self.prediction == "v_prediction":
+            return snr_B.clamp(max=self.min_snr_gamma) / (snr_B + 1)
+        return (self.min_snr_gamma / snr_B).clamp(max=1)
+
+
+Objective = FlowMatching | Denoising
+
+
+def make_objective(kind: str, train: TrainPlan, *, scheduler: Path, device: str) -> Objective:
+    """The objective of a family (`Facts.objective`) for this plan; `scheduler`: the folder with its config.
+
+    Raises SettingsError if the model's scheduler and the plan do not go together.
+    """
+    if kind == "flow":
+        return FlowMatching(
+            train.timestep_sampling, train.discrete_flow_shift, train.loss_weighting, noise_offset=train.noise_offset
+        )
+    from diffusers import DDPMScheduler
+
+    # Whatever class of scheduler the model ships with, its config names the betas of training.
+    schedule = DDPMScheduler.from_config({**DDPMScheduler.load_config(scheduler), **scheduler_changes(train)})
+    prediction, signal_T = schedule.config.prediction_type, schedule.alphas_cumprod.to(device)
+    if prediction not in ("epsilon", "v_prediction"):
+        raise SettingsError(
+            f"PARAMS_PREDICTION_TYPE=auto: the model's scheduler says {prediction}. Allowed: epsilon, v_prediction."
+        )
+    if prediction == "epsilon" and signal_T[-1] == 0:
+        raise SettingsError(
+            "PARAMS_ZERO_TERMINAL_SNR: the last step has no signal, and this model predicts the noise (epsilon), which "
+            "is then all that it sees. Fix: PARAMS_ZERO_TERMINAL_SNR=false, or PARAMS_PREDICTION_TYPE=v_prediction."
+        )
+    return Denoising(signal_T, prediction, train.min_snr_gamma, noise_offset=train.noise_offset)
+
+
+def scheduler_changes(train: TrainPlan) -> dict[str, Any]:
+    """What the plan changes in the config of the model's scheduler, for training and for samples."""
+    changes: dict[str, Any] = {}
+    if train.prediction_type != "auto":
+        changes["prediction_type"] = train.prediction_type
+    if train.zero_terminal_snr is not None:
+        changes["rescale_betas_zero_snr"] = train.zero_terminal_snr
+    if train.zero_terminal_snr:  # the last step must be one of those that sampling takes (arXiv:2305.08891)
+        changes["timestep_spacing"] = "trailing"
+    return changes
+
+
+def shifted(t_B: torch.Tensor, shift: float) -> torch.Tensor:
+    """Move times towards noise; shift 1 changes nothing."""
+    return shift * t_B / (1 + (shift - 1) * t_B)
+
+
+def noise(latents_BCHW: torch.Tensor, *, offset: float, generator: torch.Generator) -> torch.Tensor:
+    """Standard normal noise, plus `offset` times one normal number for each picture and channel (Guttenberg 2023)."""
+    shape, device = latents_BCHW.shape, generator.device
+    noise_BCHW = torch.randn(shape, generator=generator, device=device)
+    if offset:
+        noise_BCHW += offset * torch.randn(*shape[:2], 1, 1, generator=generator, device=device)
+    return noise_BCHW
+
+
+def loss(
+    predicted_BCHW: torch.Tensor, drawn: Drawn, *, mask_B1HW: torch.Tensor | None, weight_B: torch.Tensor
+) -> torch.Tensor:
+    """Weighted mean squared error of each picture, shape (B,); a mask weighs the latents' pixels."""
+    error_BCHW = F.mse_loss(predicted_BCHW.float(), drawn.target_BCHW, reduction="none")
+    if mask_B1HW is not None:
+        error_BCHW = error_BCHW * mask_B1HW
+    return error_BCHW.mean(dim=(1, 2, 3)) * drawn.weight_B * weight_B

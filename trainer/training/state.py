@@ -1,0 +1,115 @@
+"""What is being trained: the adapters, their optimiser, its schedule, their average; and the state of it all."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trainer.engine import adapters as lora
+from trainer.engine.memory.weight_streaming import Stream
+from trainer.spec.errors import SettingsError
+from trainer.training import optimizers, random_state
+from trainer.training.ema import Ema
+from trainer.training.step_guard import Guard
+from trainer.training.text_encoders import TextEncoders
+
+
+@dataclass
+class Trainee:
+    """The live objects of a run that change with every step."""
+
+    denoiser: Any
+    texts: TextEncoders
+    parts: list[torch.nn.Parameter]  # of all of them, in the order of the optimiser's groups
+    params: list[torch.nn.Parameter]  # what the optimiser trains: these, or longer ones, of which they are views
+    optimizer: torch.optim.Optimizer
+    new_optimizer: Callable[[], torch.optim.Optimizer]  # another one for the same parameters, as at the beginning
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    ema: Ema | None
+    guard: Guard
+    stream: Stream | None = None  # of the denoiser's weights, where they wait on the host
+
+    @functools.cached_property
+    def adapters(self) -> dict[str, torch.Tensor]:
+        """The live tensors by peft's names. Gathered once: on a large model that takes longer than to copy them."""
+        return lora.state(self.denoiser)
+
+    @functools.cached_property
+    def text_adapters(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Likewise those of each text encoder that trains."""
+        return {component: lora.state(model) for component, model in self.texts.models.items()}
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next step depends on, besides the data."""
+        return {
+            "adapters": self.adapters,
+            "text_encoders": self.text_adapters,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "ema": {"steps": self.ema.steps, "shadow": self.ema.shadow} if self.ema else None,
+            "guard": self.guard.state(),
+            "random": random_state.random_state(),
+        }
+
+    def first_state(self) -> dict[str, Any]:
+        """A state as after a first step, of an optimiser that nothing else uses; all is left as it was.
+
+        For what has to be known before: only that step makes an optimiser's own tensors.
+        """
+        kept, optimizer = [p.detach().clone() for p in self.params], self.new_optimizer()
+        try:
+            for p in self.params:
+                p.grad = torch.ones_like(p) if p.grad is None else p.grad.fill_(1)
+            optimizer.step()
+        finally:
+            optimizer.zero_grad(set_to_none=True)
+            self._overwrite(kept)
+        return {**self.state(), "optimizer": optimizer.state_dict()}
+
+    def restore(self, tree: dict[str, Any]) -> None:
+        """Put back what `state` gave. Raises SettingsError where it does not fit."""
+        try:
+            lora.load(self.denoiser, tree["adapters"])
+            for component, model in self.texts.models.items():
+                lora.load(model, tree["text_encoders"][component])
+            optimizers.load_state(self.optimizer, tree["optimizer"])
+            self.schedule.load_state_dict(tree["schedule"])
+            if self.ema and tree["ema"]:
+                self.ema.steps = tree["ema"]["steps"]
+                self.ema.shadow = [s.to(p.device) for s, p in zip(tree["ema"]["shadow"], self.params, strict=True)]
+        except (KeyError, ValueError) as problem:
+            what = "The state does not fit this plan, or another version of Kiln, which joined adapters otherwise"
+            raise SettingsError(f"{what}: {problem}.") from problem
+        self.guard.restore(tree["guard"])
+        random_state.set_random_state(tree["random"])
+
+    @property
+    def has_two_sets(self) -> bool:
+        """Whether the weights to use are others than those that train."""
+        return self.ema is not None or optimizers.is_schedule_free(self.optimizer)
+
+    @contextlib.contextmanager
+    def published(self) -> Iterator[None]:
+        """Inside, the adapters are those to use: the average where there is one. Afterwards exactly what they were."""
+        if not self.has_two_sets:
+            yield
+            return
+        kept = [p.detach().clone() for p in self.params]
+        optimizers.set_training(self.optimizer, False)
+        if self.ema:
+            self._overwrite(self.ema.shadow)
+        try:
+            yield
+        finally:
+            optimizers.set_training(self.optimizer, True)
+            self._overwrite(kept)
+
+    def _overwrite(self, values: list[torch.Tensor]) -> None:
+        with torch.no_grad():
+            for p, value in zip(self.params, values, strict=True):
+                p.copy_(value)

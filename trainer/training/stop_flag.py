@@ -1,0 +1,47 @@
+"""A signal only sets a flag; the job looks at it where it can stop cleanly."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import signal
+import sys
+from types import FrameType
+
+from trainer.spec.errors import StopRequestedError
+
+log = logging.getLogger(__name__)
+PR_SET_PDEATHSIG = 1
+
+
+class StopFlag:
+    """SIGTERM or SIGINT was received."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def listen(self) -> None:
+        """Handle SIGTERM, SIGINT and SIGHUP from now on, and stop when the parent process dies."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._received)
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    def ignore(self) -> None:
+        """Leave signals to the process that leads this one, also the terminal's and those to a whole group."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+
+    def _received(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal is None:
+            self.signal = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+
+    @property
+    def requested(self) -> bool:
+        return self.signal is not None
+
+    def check(self) -> None:
+        """Raise StopRequestedError (exit code 143 or 130) if a stop was requested."""
+        if self.signal is not None:
+            name = signal.Signals(self.signal).name
+            raise StopRequestedError(f"Stopped by {name}.", exit_code=128 + self.signal)
