@@ -73,7 +73,7 @@ def random_state(model: torch.nn.Module, dtype: torch.dtype) -> State:
     """Stand-ins for all weights of a model on the device "meta"."""
     shared: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     likes = {n: t.to(dtype) for n, t in model.state_dict().items() if n not in shared}
-    return {name: lazy_tensors.StandIn(like, partial(numbers, name, like)) for name, like in likes.items()}
+    return {name: lazy_tensors.LazyTensor(like, partial(numbers, name, like)) for name, like in likes.items()}
 
 
 def file_state(name: str, models: dict[str, torch.nn.Module], dtype: torch.dtype) -> State:
@@ -175,7 +175,7 @@ def measured(plan: ModelPlan, cache: Path, *, device: str) -> tuple[Any, dict[st
     facts, precision = kind.FACTS, "fp8" if device == "cuda" else "bf16"
     started = time.monotonic()
     with memory_taken() as assembling:
-        folder = single_file.assembled(plan, cache)
+        folder = single_file.convert_single_files(plan, cache)
     row |= {"assembled_s": round(time.monotonic() - started, 1), "assembled_own_gib": assembling[0] / GIB}
     started = time.monotonic()
     with memory_taken() as loading:
@@ -210,7 +210,7 @@ def main(arguments: list[str]) -> None:
     size = sum(f.stat().st_size for f in folder.rglob("*.safetensors"))
     _, row = measured(plan, folder / "cache", device=device)
     if layout != "zeros":
-        where = single_file.assembled(plan, folder / "cache") / family(name).FACTS.parts["denoiser"]
+        where = single_file.convert_single_files(plan, folder / "cache") / family(name).FACTS.parts["denoiser"]
         row["wrong"] = len(wrong(where))
     what = f"{name} as {layout} of {str(dtype).removeprefix('torch.')}, to {device}"
     print(json.dumps({"what": what, "gib": round(size / GIB, 2), **row}))

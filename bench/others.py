@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from bench import step
-from trainer.engine.cuda_graphs import Direct
+from trainer.engine.cuda_graphs import EagerStep
 from trainer.spec.family import family
 
 SMALL = {"hidden_size": 256, "num_heads": 2, "depth": 1, "depth_single_blocks": 2}
@@ -50,8 +50,8 @@ class Other(step.Bench):
     """What is not ours, in bf16."""
 
     def trains(self, params: list[torch.nn.Parameter]) -> None:
-        self.params = self.wholes = params
-        self.size, self.dtype, self.runner = step.SIZES[self.name], torch.bfloat16, Direct(params)
+        self.params = self.optimizer_params = params
+        self.size, self.dtype, self.runner = step.SIZES[self.name], torch.bfloat16, EagerStep(params)
         self.optimizer = torch.optim.AdamW(params, lr=1e-4, fused=not self.small)
 
 

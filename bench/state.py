@@ -77,17 +77,17 @@ def main(arguments: list[str]) -> None:
     facts = family(options.family).FACTS
     for turn in ("first", "later"):
         began = time.monotonic()
-        snapshots.reuse()
-        modules = snapshots.take(
+        snapshots.release()
+        modules = snapshots.copy(
             peft_bridge.of_state(tensors, prefix=facts.lora_prefix, fused=facts.fused_targets, scale=1.0)
         )
-        tree = snapshots.take(live)
+        tree = snapshots.copy(live)
         say(what=f"{turn} copies", stall_s=time.monotonic() - began, gb=snapshots.bytes / GB)
     out = options.folder / "bench-state"
     try:
         began = time.monotonic()
         for to in family(options.family).KEYS.writes:
-            write.write(out / f"{to}.safetensors", convert.write(modules, to, facts.name).tensors, {})
+            write.write_lora(out / f"{to}.safetensors", convert.write(modules, to, facts.name).tensors, {})
         say(what="lora", write_s=time.monotonic() - began, gb=size(out) / GB)
         began = time.monotonic()
         folder = state_files.save(out / "state", 1, tree)

@@ -181,8 +181,8 @@ def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
     patterns = single_files.patterns(family(plan.model.family).FACTS, plan.model.parts)
     sources = list(dict.fromkeys(s.source for d in plan.data.datasets for s in d.subsets))
     cancelled = threading.Event()
-    patience = dataclasses.replace(http.USUAL, cancelled=cancelled)
-    access: dict[str, Any] = {"token": token, "hub_cache": hub, "patience": patience}
+    retries = dataclasses.replace(http.USUAL, cancelled=cancelled)
+    access: dict[str, Any] = {"token": token, "hub_cache": hub, "patience": retries}
     model, found = http.both(
         lambda: fetch_model(plan.model, patterns=patterns, **access),
         lambda: {source: fetch_source(source, cache=cache, **access) for source in sources},

@@ -65,7 +65,7 @@ def _export(asked: argparse.Namespace) -> None:
     metadata.setdefault("modelspec.architecture", f"{family(name).FACTS.architecture}/lora")
     if asked.merge:
         metadata["kiln_merged_from"] = json.dumps({path.name: weight for path, weight in several})
-    write.write(asked.out, made.tensors, metadata)
+    write.write_lora(asked.out, made.tensors, metadata)
     log.info("%s: %d modules for %s, rank %d, alpha %g.", asked.out, len(modules), name, made.rank, made.alpha)
 
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from trainer.base_model.single_file import assembled
+from trainer.base_model.single_file import convert_single_files
 from trainer.engine.device import release
 from trainer.job import prepare, sampling
 from trainer.lora_files.arguments import load_lora, read_family, run_command, split_weight
-from trainer.lora_files.weights import Modules
+from trainer.lora_files.weights import LoraModules
 from trainer.spec.errors import SettingsError
 from trainer.spec.family import OPTIONAL, PREFIXES, BaseModel, Family, base_models, family, names
 from trainer.spec.plan import ModelPlan, Prompt
@@ -80,7 +80,7 @@ def _sample(asked: argparse.Namespace) -> None:
     log.info("%d pictures with %d LoRAs are in %s.", count, len(several), asked.out)
 
 
-def add(model: Any, several: list[tuple[Modules, float]], *, component: str) -> None:
+def add(model: Any, several: list[tuple[LoraModules, float]], *, component: str) -> None:
     """Change the weights of `component` of the pipeline as the files say, each times its weight, one after the other.
 
     Raises SettingsError for modules that the model lacks.
@@ -147,7 +147,7 @@ def _single(file: Path, config: str | None, cache: Path) -> tuple[str, BaseModel
     rest = [f for f in facts.files if f.removeprefix(OPTIONAL).split("/")[0] not in folders]
     source = _folder(model, (*rest, *(f"{folder}/config.json" for folder in folders)))
     parts = dict.fromkeys(inside, str(file.absolute()))
-    return name, model, assembled(ModelPlan(base, name, model.source, path=str(source), parts=parts), cache)
+    return name, model, convert_single_files(ModelPlan(base, name, model.source, path=str(source), parts=parts), cache)
 
 
 def _folder(model: BaseModel, files: Sequence[str]) -> Path:
@@ -191,7 +191,7 @@ def _encoded(
     kind: Family,
     folder: Path,
     prompts: list[Prompt],
-    several: list[tuple[Modules, float]],
+    several: list[tuple[LoraModules, float]],
     *,
     device: str,
     dtype: torch.dtype,

@@ -1,7 +1,7 @@
 """Models under the names of their original implementations: what single files have. Written down by hand, once more.
 
 The names come from undoing diffusers' by the shapes and places of tensors, not from the product's own tables.
-Tensors may be `trainer.base_model.lazy_tensors.StandIn`s: nothing looks at their values.
+Tensors may be `trainer.base_model.lazy_tensors.LazyTensor`s: nothing looks at their values.
 """
 
 from __future__ import annotations

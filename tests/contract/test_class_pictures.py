@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from tests.contract.test_text_encoders import pipeline
-from trainer.data.epochs import Order
+from trainer.data.epochs import EpochSampler
 from trainer.job import prepare
 from trainer.job.run import run
 from trainer.spec.errors import SettingsError
@@ -77,10 +77,10 @@ def test_they_are_trained_on_as_regularisation_pictures(job, tmp_path):
         plan.data.datasets[0], subsets=(plan.data.datasets[0].subsets[0], dataclasses.replace(subset, source=source))
     )
     data = dataclasses.replace(plan.data, datasets=(dataset,))
-    pictures = prepare.scanned(data, report=tmp_path / "r.txt").pictures
-    examples = [e for batch in Order(pictures, data, seed=1, prior_loss_weight=0.5).epoch(0) for e in batch]
-    assert {(e.caption, e.weight) for e in examples if e.picture.subset == 1} == {("a red circle alone", 0.5)}
-    assert {e.weight for e in examples if e.picture.subset == 0} == {1.0}
+    images = prepare.scan_and_report(data, report=tmp_path / "r.txt").images
+    examples = [e for batch in EpochSampler(images, data, seed=1, prior_loss_weight=0.5).epoch(0) for e in batch]
+    assert {(e.caption, e.weight) for e in examples if e.image.subset == 1} == {("a red circle alone", 0.5)}
+    assert {e.weight for e in examples if e.image.subset == 0} == {1.0}
 
 
 def test_what_decides_a_picture_decides_its_folder(job, tmp_path):

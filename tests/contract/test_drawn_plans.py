@@ -33,7 +33,7 @@ def logged(caplog):
 @pytest.fixture
 def memory(monkeypatch):
     """`memory(room, later=None)`: of `NEEDS`; after so many forward passes for a gradient there is none at all."""
-    ladder, predict, passes = strategies.rungs, Session.predict, []
+    ladder, predict, passes = strategies.fallbacks, Session.predict, []
     monkeypatch.setattr(
         strategies, "rungs", lambda *way, compiled: [r for r in ladder(*way, compiled=compiled) if r[2] == "none"]
     )
@@ -41,7 +41,7 @@ def memory(monkeypatch):
     def give(room, later=None):
         def short(self, *given):
             if torch.is_grad_enabled():
-                passes.append(self.engine.rungs[0][0])
+                passes.append(self.engine.fallbacks[0][0])
                 if NEEDS[passes[-1]] > room or later == len(passes):
                     raise torch.OutOfMemoryError("no room")
             return predict(self, *given)

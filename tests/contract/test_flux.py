@@ -172,7 +172,7 @@ def test_the_file_gives_the_trained_model_in_diffusers(flux_denoiser, flux_vae, 
     trained = velocity(flux_denoiser, text)
     modules = peft_bridge.of_state(adapters.state(flux_denoiser), prefix="transformer", fused=FUSED, scale=2.0 / 3)
     tensors = convert.write(modules, "peft", "flux").tensors
-    write.write(tmp_path / "x.safetensors", tensors, {"ss_network_dim": "3"})
+    write.write_lora(tmp_path / "x.safetensors", tensors, {"ss_network_dim": "3"})
 
     pipe = pipeline(plain, flux_vae, flux_scheduler)
     assert (velocity(plain, text) - trained).abs().max() > 0.1
@@ -188,7 +188,7 @@ def test_a_file_begins_a_new_run_where_it_ended(flux_denoiser, text, tmp_path, s
     adapted(flux_denoiser, split=split)
     modules = peft_bridge.of_state(adapters.state(flux_denoiser), prefix="transformer", fused=FUSED, scale=2.0 / 3)
     tensors = convert.write(modules, "peft", "flux").tensors
-    write.write(tmp_path / "x.safetensors", tensors, {})
+    write.write_lora(tmp_path / "x.safetensors", tensors, {})
     adapted(other, split=split)
     for p in (q for q in other.parameters() if q.requires_grad):
         torch.nn.init.zeros_(p)

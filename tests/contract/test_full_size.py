@@ -20,7 +20,7 @@ def test_the_measurement_writes_and_finds_every_weight_of_a_miniature(name, layo
     plan = layouts.written(tmp_path, name, layout, changes={}, dtype=dtype, shard=10**6)
     denoiser, row = layouts.measured(plan, tmp_path / "cache", device="cpu")
     assert {k for k in row if k.endswith("own_gib")} == {"assembled_own_gib", "loaded_own_gib", "placed_own_gib"}
-    folder = single_file.assembled(plan, tmp_path / "cache") / family(name).FACTS.parts["denoiser"]
+    folder = single_file.convert_single_files(plan, tmp_path / "cache") / family(name).FACTS.parts["denoiser"]
     assert len(list(folder.glob("*.safetensors"))) > (layout == "shards")
     assert layouts.wrong(folder) == []
     for key, tensor in denoiser.state_dict().items():

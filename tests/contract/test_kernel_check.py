@@ -7,7 +7,7 @@ import torch
 
 from trainer.engine import fused_linear, rope
 from trainer.engine.kernels import self_test
-from trainer.engine.quantization import frozen_linear
+from trainer.engine.quantization import formats
 
 FP8 = [torch.float8_e4m3fn, torch.float8_e4m3fnuz]
 KERNELS = [
@@ -43,7 +43,7 @@ def test_a_kernel_that_is_wrong_is_named(monkeypatch, caplog, module, name, spoi
 @pytest.mark.parametrize("third", [0, 1, 2])
 @pytest.mark.parametrize("spoil", [lambda t: t * 0, lambda t: t.roll(1, 1)])
 def test_halves_of_adapters_that_are_missing_or_misplaced_are_found(monkeypatch, side, third, spoil):
-    right = frozen_linear.beside
+    right = formats.append_adapter_columns
 
     def wrong(*given):
         right(*given)
@@ -51,5 +51,5 @@ def test_halves_of_adapters_that_are_missing_or_misplaced_are_found(monkeypatch,
         columns = given[side][:, first : first + self_test.RANK]
         columns.copy_(spoil(columns.float()).to(columns.dtype))
 
-    monkeypatch.setattr(frozen_linear, "beside", wrong)
+    monkeypatch.setattr(formats, "append_adapter_columns", wrong)
     assert not self_test.agree("cpu", torch.float8_e4m3fn)

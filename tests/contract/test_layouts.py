@@ -45,7 +45,7 @@ def loaded(tmp_path: Path, name: str, **variables: str) -> Path:
     plan = make_plan(settings, manifest, CPU, now=datetime(2025, 1, 1, tzinfo=UTC))
     needed = patterns(family(name).FACTS, plan.model.parts)
     model = fetch_model(plan.model, patterns=needed, token=None)
-    return single_file.assembled(model, tmp_path / "cache")
+    return single_file.convert_single_files(model, tmp_path / "cache")
 
 
 def equal(folder: Path, name: str, parts: tuple[str, ...]) -> None:
@@ -125,8 +125,8 @@ def test_a_file_that_says_it_predicts_the_velocity_is_trained_so(tmp_path, marks
     asked = {"MODEL_PATH": str(tmp_path / "all.safetensors"), "MODEL_CONFIG_PATH": str(miniature("sdxl"))}
     for _ in range(2):  # made, and found again
         scheduler = loaded(tmp_path, "sdxl", **asked) / "scheduler"
-        goal = make_objective("denoising", TrainPlan(), scheduler=scheduler, device="cpu")
-        assert goal.prediction == "v_prediction" and (goal.signal_T[-1].item() == 0) is zero_snr
+        objective = make_objective("denoising", TrainPlan(), scheduler=scheduler, device="cpu")
+        assert objective.prediction == "v_prediction" and (objective.signal_T[-1].item() == 0) is zero_snr
     own = json.loads((miniature("sdxl") / "scheduler" / "scheduler_config.json").read_text())
     assert own["prediction_type"] == "epsilon"  # what was linked to is as it was
 

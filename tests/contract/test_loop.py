@@ -34,7 +34,7 @@ class Case:
     """One family's training: what the loop is given, and diffusers' own scheduler for the same."""
 
     family: str
-    goal: FlowMatching | Denoising
+    objective: FlowMatching | Denoising
     schedule: object
     channels: int = 16
     fused: dict = field(default_factory=dict)
@@ -107,7 +107,7 @@ def ours(case, denoiser, batches):
         predict=lambda noisy, t, batch: kind.predict(
             denoiser, noisy, t, text=batch.text, guidance=1.0, geometry_B6=batch.geometry_B6
         ),
-        goal=case.goal,
+        objective=case.objective,
         params=params,
         optimizer=optimizer,
         schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0),
@@ -236,8 +236,8 @@ def test_the_validation_loss_is_that_of_fixed_times_and_noise():
         return noisy * 0.5
 
     def measured(seed=SEED):
-        goal = FlowMatching(noise_offset=OFFSET)
-        return validation_loss(batches, predict=predict, goal=goal, device="cpu", seed=seed)
+        objective = FlowMatching(noise_offset=OFFSET)
+        return validation_loss(batches, predict=predict, objective=objective, device="cpu", seed=seed)
 
     expected = []
     for i, batch in enumerate(batches):

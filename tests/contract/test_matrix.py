@@ -177,7 +177,7 @@ def test_every_published_variant_with_every_format(base, to, tmp_path):
     name = VARIANTS[base][0]
     changes = {"denoiser": {**VARIANTS[base][1], **NARROW[name]}}
     plan = layouts.written(tmp_path, name, "file", changes=changes, dtype=torch.bfloat16)
-    folder = single_file.assembled(plan, tmp_path / "cache")
+    folder = single_file.convert_single_files(plan, tmp_path / "cache")
     place = folder / family(name).FACTS.parts["denoiser"]
     assert layouts.wrong(place) == [] and stored(place) == torch.bfloat16
     modules = assert_round_trip(name, folder, to, tmp_path / "x.safetensors")

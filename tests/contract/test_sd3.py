@@ -175,7 +175,7 @@ def test_the_file_gives_the_trained_model_in_diffusers(sd3_denoiser, sd3_vae, te
     adapted(sd3_denoiser)
     trained = velocity(sd3_denoiser, text)
     modules = peft_bridge.of_state(adapters.state(sd3_denoiser), prefix=sd3.FACTS.lora_prefix, fused={}, scale=2.0 / 3)
-    write.write(tmp_path / "x.safetensors", convert.write(modules, "peft", "sd3").tensors, {})
+    write.write_lora(tmp_path / "x.safetensors", convert.write(modules, "peft", "sd3").tensors, {})
 
     assert (velocity(plain, text) - trained).abs().max() > 0.1
     pipeline(plain, sd3_vae).load_lora_weights(tmp_path / "x.safetensors")

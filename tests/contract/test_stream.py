@@ -20,7 +20,7 @@ FAMILIES = ["flux", "sdxl", "sd3"]
 
 
 @pytest.fixture(autouse=True)
-def beside(monkeypatch):
+def append_adapter_columns(monkeypatch):
     """Adapters ride in the products of narrow layers as well."""
     monkeypatch.setattr("trainer.spec.adapter_columns.ROOMY", 0)
 

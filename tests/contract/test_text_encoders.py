@@ -140,7 +140,7 @@ def predicted(name, pipe, noisy, t, text, batch):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_training_them_is_a_straightforward_loop(name):
     """Denoiser and encoders, each with its own learning rate: the losses of a loop that encodes with the pipeline."""
-    kind, goal, pipe = family(name), objective(name), pipeline(name)
+    kind, trained_on, pipe = family(name), objective(name), pipeline(name)
     with torch.no_grad():
         cached = encoded(name, pipe, CAPTIONS)
     batch = micro_batch(name, cached)
@@ -160,7 +160,7 @@ def test_training_them_is_a_straightforward_loop(name):
             predict=lambda noisy, t, b: kind.predict(
                 denoiser, noisy, t, text=texts.renewed(b.text, b.captions), guidance=1.0, geometry_B6=b.geometry_B6
             ),
-            goal=goal,
+            objective=trained_on,
             params=[p for group in groups for p in group["params"]],
             optimizer=optimizer,
             schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0),
@@ -171,7 +171,7 @@ def test_training_them_is_a_straightforward_loop(name):
             first_step=1,
         )
     ]
-    expected = straightforward(name, pipe, goal, batch, begin, list(params))
+    expected = straightforward(name, pipe, trained_on, batch, begin, list(params))
     assert got == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert len(set(got)) == 5
     for component, model in texts.models.items():
@@ -179,7 +179,7 @@ def test_training_them_is_a_straightforward_loop(name):
         assert sum(moved) >= len(moved) / 2, component  # the last layer's output is not read by every pipeline
 
 
-def straightforward(name, pipe, goal, batch, begin, components):
+def straightforward(name, pipe, objective, batch, begin, components):
     denoiser = pipe.unet if name == "sdxl" else pipe.transformer
     rates = [0.005, *(RATES[c] for c in components)]
     params = []
@@ -196,7 +196,7 @@ def straightforward(name, pipe, goal, batch, begin, components):
     for step in range(1, 6):
         generator = seeded(torch.Generator(), SEED, step, 0)
         mean, std = batch.moments_B2CHW.chunk(2, dim=1)
-        drawn = goal.draw(mean + std * torch.randn(mean.shape, generator=generator), generator)
+        drawn = objective.add_noise(mean + std * torch.randn(mean.shape, generator=generator), generator)
         out = predicted(name, pipe, drawn.noisy_BCHW, drawn.t_B, encoded(name, pipe, CAPTIONS), batch)
         loss = F.mse_loss(out, drawn.target_BCHW)
         loss.backward()
@@ -267,7 +267,7 @@ def test_diffusers_and_our_sampler_draw_with_them(name, job_plan, tmp_path):
     assert not torch.allclose(before["pooled"], expected["pooled"], atol=1e-3)
 
     encoders = family(name).load_encoders(folder(name), device="cpu", dtype=torch.float32)
-    loaded = [(arguments._load(tmp_path / "out" / "x.safetensors", name), 1.0)]
+    loaded = [(arguments.load_lora(tmp_path / "out" / "x.safetensors", name), 1.0)]
     for component in family(name).KEYS.encoders:
         sample.add(getattr(encoders, component), loaded, component=component)
     ours = family(name).encode_text(encoders, list(CAPTIONS))

@@ -64,13 +64,13 @@ def shared_cache(tmp_path_factory):
 
 
 @pytest.fixture
-def job(tmp_path, shared_cache, pictures):
+def job(tmp_path, shared_cache, images):
     """A short job on the miniature: 12 steps, no samples."""
     return Job(
         tmp_path,
         {
             "BASE_MODEL": "mini-flux",
-            "DATASET_NAME": str(pictures),
+            "DATASET_NAME": str(images),
             "OUTPUT_PATH": str(tmp_path / "output"),
             "CACHE_PATH": str(shared_cache),
             "HF_HOME": str(tmp_path / "hf"),
@@ -85,7 +85,7 @@ def job(tmp_path, shared_cache, pictures):
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
+def images(tmp_path_factory):
     """Six drawn pictures of two shapes with sidecar captions."""
     from PIL import Image, ImageDraw
 

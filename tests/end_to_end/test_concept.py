@@ -72,13 +72,13 @@ TRAINING = {
         at = objective.FlowMatching.at
         def mutant(self, *a):
             d = at(self, *a)
-            return objective.Drawn(d.noisy_BCHW, -d.target_BCHW, d.t_B, d.weight_B)
+            return objective.NoisedBatch(d.noisy_BCHW, -d.target_BCHW, d.t_B, d.weight_B)
         objective.FlowMatching.at = mutant""",
     "the time runs backwards": """
         at = objective.FlowMatching.at
         def mutant(self, *a):
             d = at(self, *a)
-            return objective.Drawn(d.noisy_BCHW, d.target_BCHW, 1 - d.t_B, d.weight_B)
+            return objective.NoisedBatch(d.noisy_BCHW, d.target_BCHW, 1 - d.t_B, d.weight_B)
         objective.FlowMatching.at = mutant""",
     "shifted by the inverse": """
         shifted = objective.shifted
@@ -127,7 +127,7 @@ def number(name: str, lora: dict | None, tmp_path: Path) -> float:
         ).images
         for seed in SEEDS
     ]
-    values = [correlation(picture) for some in drawn for picture in some]
+    values = [correlation(image) for some in drawn for image in some]
     return sum(values) / len(values)
 
 

@@ -226,11 +226,11 @@ def test_a_changed_plan_is_refused_with_what_differs(job):
     assert code == 0 and "weights only" in printed, printed
 
 
-def test_a_changed_dataset_is_refused_with_what_differs(job, tmp_path, pictures):
+def test_a_changed_dataset_is_refused_with_what_differs(job, tmp_path, images):
     import shutil
 
     copy = tmp_path / "copy"
-    shutil.copytree(pictures, copy)
+    shutil.copytree(images, copy)
     process = job.start(PARAMS_MAX_STEPS="200", DATASET_NAME=str(copy))
     job.wait_for_step(process, 5)
     process.send_signal(signal.SIGTERM)

@@ -26,7 +26,7 @@ from entrypoint.settings.read import read_settings
 from entrypoint.system.hardware import Hardware
 from trainer.data.encode import open_cache
 from trainer.data.records import Scan
-from trainer.data.scan import survey
+from trainer.data.scan import scan
 from trainer.engine.memory.checkpointing import POLICIES
 from trainer.job.prepare import Ready, _fill_cache, order_of
 from trainer.spec.family import base_models, family, names
@@ -65,7 +65,7 @@ SCALES = {
 
 
 @dataclass(frozen=True)
-class Drawn:
+class NoisedBatch:
     """One plan. `room`: the cap, 0 where nothing but what is there before the first step fits, 1 where what is asked
     for just fits."""
 
@@ -78,7 +78,7 @@ class Drawn:
     room: float
 
 
-def drawn(seed: int, hardware: Hardware) -> Drawn:
+def drawn(seed: int, hardware: Hardware) -> NoisedBatch:
     rng, scale = random.Random(f"plan {seed}"), SCALES[hardware.device]
     cuda = hardware.device == "cuda"
     compiled = cuda and seed % COMPILED == COMPILED // 2
@@ -108,7 +108,7 @@ def drawn(seed: int, hardware: Hardware) -> Drawn:
         "kept_blocks": rng.choice((0, 0, 1, 2)) if recompute in ("products", "attention") and offload == "none" else 0,
         "offload": offload,
         "turned_weights": (precision, recompute, offload) == ("fp8", "none", "none") and rng.random() < 0.5,
-        "replay": hardware.records and rng.random() < 0.9,
+        "replay": hardware.can_capture and rng.random() < 0.9,
         "host_gib": rng.choice((None, None, 0.0)),  # 0: the weights have no place on the host
     }
     datasets = tuple(
@@ -119,7 +119,7 @@ def drawn(seed: int, hardware: Hardware) -> Drawn:
     )  # fmt: skip
     # Too little for what is asked, just enough, or enough for recordings of several sizes.
     room = rng.uniform(*rng.choices(((-0.05, 0.95), (0.95, 1.15), (1.15, 2.5)), (70, 15, 15))[0])
-    return Drawn(seed, name, settings, engine, datasets, every["SAMPLE"] > 0, round(room, 3))
+    return NoisedBatch(seed, name, settings, engine, datasets, every["SAMPLE"] > 0, round(room, 3))
 
 
 def miniature(name: str) -> Path:
@@ -162,7 +162,7 @@ class Ground:
         return folder
 
     @cached_property
-    def pictures(self) -> Path:
+    def images(self) -> Path:
         folder = self.folder / "pictures"
         folder.mkdir()
         for i, size in enumerate(PICTURES):
@@ -173,10 +173,10 @@ class Ground:
     @cached_property
     def found(self) -> Scan:
         """The same for all plans: each has two datasets of the same pictures."""
-        return survey(self.plan(drawn(0, self.hardware)).data, workers=0)
+        return scan(self.plan(drawn(0, self.hardware)).data, workers=0)
 
-    def plan(self, of: Drawn) -> Plan:
-        subsets = [{"image_dir": str(self.pictures), "caption_extension": ".txt"}]
+    def plan(self, of: NoisedBatch) -> Plan:
+        subsets = [{"image_dir": str(self.images), "caption_extension": ".txt"}]
         datasets = [{**dataset, "subsets": subsets} for dataset in of.datasets]
         asked = {
             "BASE_MODEL": f"mini-{of.family}", "OUTPUT_PATH": str(self.folder / "out"), "OUTPUT_NAME": "x",
@@ -215,5 +215,5 @@ class Ground:
         kind, model = family(plan.model.family), Path(plan.model.path)
         cache = open_cache(Path(plan.output.cache), model, precision=plan.engine.dtype)
         made = Ready(plan, self.found, order_of(plan, self.found), cache, None)
-        _fill_cache(made, kind=kind, model=model, tick=lambda: None)
+        _fill_cache(made, kind=kind, model=model, check_in=lambda: None)
         return made

@@ -57,7 +57,7 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
+def images(tmp_path: Path) -> Path:
     folder = tmp_path / "pictures"
     (folder / "deep").mkdir(parents=True)
     (folder / "deep" / "1.JPG").write_bytes(b"x")
@@ -65,11 +65,11 @@ def pictures(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def plan(tmp_path: Path, model: Path, pictures: Path) -> Plan:
+def plan(tmp_path: Path, model: Path, images: Path) -> Plan:
     (tmp_path / "volume").mkdir()
     return Plan(
         model=ModelPlan("mini-flux", "flux", str(model)),
-        data=DataPlan((Dataset((Subset(Source("folder", str(pictures))),), (64, 64)),)),
+        data=DataPlan((Dataset((Subset(Source("folder", str(images))),), (64, 64)),)),
         lora=LoraPlan(),
         optim=OptimPlan(),
         train=TrainPlan(),
@@ -113,9 +113,9 @@ def test_it_is_quick_and_loads_no_client_of_the_hub_for_local_places(plan: Plan,
     assert float(run.stdout) < 0.7  # and nothing heavy before the number
 
 
-def test_all_problems_are_told_in_one_message(plan: Plan, tmp_path: Path, model: Path, pictures: Path) -> None:
+def test_all_problems_are_told_in_one_message(plan: Plan, tmp_path: Path, model: Path, images: Path) -> None:
     (model / "model_index.json").unlink()
-    (pictures / "deep" / "1.JPG").unlink()
+    (images / "deep" / "1.JPG").unlink()
     plan = dataclasses.replace(plan, lora=LoraPlan(resume_from=str(tmp_path / "no.safetensors")))
     with pytest.raises(SettingsError) as problem:
         check(plan, tmp_path)
@@ -232,9 +232,9 @@ def test_a_dangerous_archive(plan: Plan, tmp_path: Path) -> None:
         check(with_source(plan, Source("archive", str(tmp_path / "a.zip"))), tmp_path)
 
 
-def test_a_folder_source_becomes_absolute(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(pictures.parent)
-    assert fetch_source(Source("folder", "pictures"), cache=tmp_path, token=None).path == str(pictures)
+def test_a_folder_source_becomes_absolute(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(images.parent)
+    assert fetch_source(Source("folder", "pictures"), cache=tmp_path, token=None).path == str(images)
 
 
 # --- models

@@ -27,7 +27,7 @@ HALF = ".fp16"
 State = dict[str, torch.Tensor]
 
 
-def assembled(model: ModelPlan, cache: Path) -> Path:
+def convert_single_files(model: ModelPlan, cache: Path) -> Path:
     """The folder of the whole model: `model.path` itself, or links to its files and to what `model.parts` name instead.
 
     Raises SettingsError for a file that is not what the base model needs, StorageError.

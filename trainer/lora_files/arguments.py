@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainer.lora_files import convert, inspect, key_names
-from trainer.lora_files.weights import Modules
+from trainer.lora_files.weights import LoraModules
 from trainer.spec.errors import KilnError, SettingsError
 from trainer.spec.family import names
 from trainer.storage import safetensors_header
@@ -50,7 +50,7 @@ def read_family(path: Path, asked: str | None) -> tuple[str, dict[str, str]]:
     return name, header.metadata
 
 
-def load_lora(path: Path, family_name: str) -> Modules:
+def load_lora(path: Path, family_name: str) -> LoraModules:
     try:
         return convert.load(path, family_name)
     except ValueError as problem:
