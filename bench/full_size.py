@@ -13,7 +13,7 @@ from bench.layouts import CLIP_G, HEADS
 from bench.step import FLUX, SD3, SDXL
 from tests.contract import original
 from trainer.base_model import single_file
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 
 VAE = {
     "block_out_channels": (128, 256, 512, 512),
@@ -58,7 +58,7 @@ def write_configs(folder: Path, name: str, changes: dict[str, dict[str, Any]]) -
 
     `changes`: part → its config, where it is not the miniature's; `FULL` has the published ones.
     """
-    small, places = original.miniature(name), family(name).FACTS.parts
+    small, places = original.miniature(name), get_family(name).FACTS.parts
     shutil.copytree(small, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     index, models = json.loads((small / "model_index.json").read_text()), {}
     for part, where in places.items():

@@ -32,7 +32,7 @@ from bench.full_size import FULL, write_configs
 from tests.contract import original
 from trainer.base_model import lazy_tensors, single_file
 from trainer.engine.load import place, stored
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 from trainer.spec.plan import ModelPlan
 
 GIB = 2**30
@@ -157,7 +157,7 @@ def written(
     shard: int = SHARD,
 ) -> ModelPlan:
     """The model on disk, and what a plan says of it."""
-    models, facts = write_configs(folder / "model", name, changes), family(name).FACTS
+    models, facts = write_configs(folder / "model", name, changes), get_family(name).FACTS
     parts = {}
     if layout in ("file", "zeros"):
         file = folder / "all.safetensors"
@@ -171,7 +171,7 @@ def written(
 
 def measured(plan: ModelPlan, cache: Path, *, device: str) -> tuple[Any, dict[str, float]]:
     """The denoiser as a job has it before there are adapters, and what making it took."""
-    kind, row = family(plan.family), {}
+    kind, row = get_family(plan.family), {}
     facts, precision = kind.FACTS, "fp8" if device == "cuda" else "bf16"
     started = time.monotonic()
     with memory_taken() as assembling:
@@ -210,7 +210,7 @@ def main(arguments: list[str]) -> None:
     size = sum(f.stat().st_size for f in folder.rglob("*.safetensors"))
     _, row = measured(plan, folder / "cache", device=device)
     if layout != "zeros":
-        where = single_file.convert_single_files(plan, folder / "cache") / family(name).FACTS.parts["denoiser"]
+        where = single_file.convert_single_files(plan, folder / "cache") / get_family(name).FACTS.parts["denoiser"]
         row["wrong"] = len(wrong(where))
     what = f"{name} as {layout} of {str(dtype).removeprefix('torch.')}, to {device}"
     print(json.dumps({"what": what, "gib": round(size / GIB, 2), **row}))

@@ -17,7 +17,7 @@ import torch
 
 from bench import step
 from trainer.engine.cuda_graphs import EagerStep
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 
 SMALL = {"hidden_size": 256, "num_heads": 2, "depth": 1, "depth_single_blocks": 2}
 
@@ -59,7 +59,7 @@ class SdScripts(Other):
     """Flux.1 of sd-scripts with its LoRA of the same rank, everything recomputed, nothing compiled."""
 
     def __init__(self, checkout: Path, *, small: bool) -> None:
-        self.name, self.kind, self.precision, self.small = "flux", family("flux"), "fp8_base", small
+        self.name, self.kind, self.precision, self.small = "flux", get_family("flux"), "fp8_base", small
         models = module(checkout, "library.flux_models")
         params = models.configs["dev"].params
         with step.random_weights(step.DEVICE):

@@ -17,7 +17,7 @@ from bench.step import DEVICE, SIZES
 from trainer.data import encode
 from trainer.data.epochs import EpochSampler
 from trainer.job import prepare
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 from trainer.spec.plan import DataPlan, Dataset, EnginePlan, Source, Subset
 
 
@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--pictures", type=int, default=400)
     asked = parser.parse_args(arguments)
-    kind = family(asked.family)
+    kind = get_family(asked.family)
     model = asked.model or Path(next(m.source for m in kind.FACTS.models.values() if not m.files_gib))
     size = SIZES[asked.family] if asked.model else (128, 128)
     engine = EnginePlan(device=DEVICE, dtype="bfloat16" if DEVICE == "cuda" else "float32")

@@ -37,7 +37,7 @@ from trainer.engine.fused_linear import install
 from trainer.engine.load import place
 from trainer.engine.memory.checkpointing import POLICIES
 from trainer.engine.quantization.cast_adapters import AdapterCast
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 from trainer.spec.memory_model import Workload, predicted
 from trainer.spec.plan import EnginePlan
 
@@ -114,7 +114,7 @@ class Bench:
     """A denoiser with adapters, in one precision."""
 
     def __init__(self, name: str, precision: str, *, small: bool = False) -> None:
-        self.name, self.kind, self.precision, self.small = name, family(name), precision, small
+        self.name, self.kind, self.precision, self.small = name, get_family(name), precision, small
         self.size, self.dtype = SIZES[name], DTYPES.get(precision, torch.bfloat16)
         self.model = denoiser(name, small=small)
         facts, blocks = self.kind.FACTS, self.kind.blocks(self.model)

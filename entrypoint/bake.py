@@ -12,7 +12,7 @@ from entrypoint.fetch import http, model_folder
 from entrypoint.fetch.fetch import fetch_model
 from entrypoint.fetch.http import RetryPolicy
 from trainer.spec.errors import KilnError, SettingsError
-from trainer.spec.family import base_models, family
+from trainer.spec.family import base_models, get_family
 from trainer.spec.plan import ModelPlan
 
 PLACE = Path("/opt/kiln-models")
@@ -46,7 +46,7 @@ def bake(model: ModelPlan, place: Path, *, token: str | None, cache: Path, retri
 
     Raises what `fetch_model` raises.
     """
-    patterns = family(model.family).FACTS.files
+    patterns = get_family(model.family).FACTS.files
     found = fetch_model(model, patterns=patterns, token=token, hub_cache=cache, retries=retries)
     source, target = Path(found.path), folder(model, place)
     names = [p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file()]

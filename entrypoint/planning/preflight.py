@@ -17,7 +17,7 @@ from entrypoint.fetch.http import RetryPolicy
 from entrypoint.planning import single_files
 from entrypoint.system.folders import human, storage_error
 from trainer.spec.errors import DataError, GatedError, KilnError, SettingsError, StorageError, UnreachableError
-from trainer.spec.family import base_models, family
+from trainer.spec.family import base_models, get_family
 from trainer.spec.plan import ModelPlan, Plan, Source
 from trainer.spec.weight_formats import PRECISIONS
 
@@ -122,7 +122,7 @@ def _check_model(plan: Plan, needs: Needs, *, token: str | None, hub_cache: Path
 
 def _model_bytes(model: ModelPlan, needs: Needs, *, token: str | None, hub_cache: Path, retries: RetryPolicy) -> int:
     """Bytes of the model's files, which are checked as far as they are known."""
-    patterns = single_files.patterns(family(model.family).FACTS, model.parts)
+    patterns = single_files.patterns(get_family(model.family).FACTS, model.parts)
     converted = single_files.room(model)
     needs.add("CACHE_PATH", "converted weights", converted)
     variable = model_folder.variable(model)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from trainer.engine import adapters
 from trainer.lora_files import convert, inspect, key_names, peft_bridge
 from trainer.lora_files.weights import LoraWeights
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 from trainer.storage import safetensors_header
 
 FAMILIES = ("flux", "sdxl", "sd3")
@@ -56,7 +56,7 @@ def random_modules(model, name, *, ranks=(1, 2, 3, 4), scales=(0.25, 0.5, 1.0), 
     """An adapter for each layer, with ranks and scales that differ from layer to layer."""
     torch.manual_seed(3)
     found = {}
-    for i, (module, w) in enumerate(weights(model, prefix=family(name).FACTS.lora_prefix).items()):
+    for i, (module, w) in enumerate(weights(model, prefix=get_family(name).FACTS.lora_prefix).items()):
         if only in module:
             rank, scale = ranks[i % len(ranks)], scales[i % len(scales)]
             ones = [1] * (w.ndim - 2)
@@ -115,16 +115,16 @@ def test_peft_files_have_no_alpha_at_all(model, name):
 
 
 def test_full_size_flux_has_304_modules_and_sdxl_722():
-    flux = [n for n in family("flux").KEYS.layers if "{}" in n.name]
+    flux = [n for n in get_family("flux").KEYS.layers if "{}" in n.name]
     assert sum(19 if n.name.startswith("double") else 38 for n in flux) == 304
     deep = ("input_blocks.7", "input_blocks.8", "middle", "output_blocks.0", "output_blocks.1", "output_blocks.2")
-    sdxl = [n.name for n in family("sdxl").KEYS.layers if "attentions" in n.parts[0]]
+    sdxl = [n.name for n in get_family("sdxl").KEYS.layers if "attentions" in n.parts[0]]
     assert sum((10 if n.startswith(deep) else 2) if "{}" in n else 1 for n in sdxl) == 722
 
 
 def trained(denoiser, name, *, split, rank=3, alpha=2.0):
     """A model with adapters as a job has them, not zero; and its modules."""
-    kind = family(name)
+    kind = get_family(name)
     fused = {} if split else kind.FACTS.fused_targets
     adapters.fuse(kind.blocks(denoiser), fused=fused, targets=kind.FACTS.targets)
     blocks = kind.blocks(denoiser)
@@ -163,7 +163,7 @@ def test_training_goes_on_from_every_format(model, name, to, split):
     denoiser = model(name)
     modules = trained(denoiser, name, split=split)
     back = convert.read(convert.write(modules, to, name).tensors, {}, name)
-    state, facts = adapters.state(denoiser), family(name).FACTS
+    state, facts = adapters.state(denoiser), get_family(name).FACTS
     before = {k: v.clone() for k, v in state.items()}
     adapters.load(denoiser, {k: v if ".lora_A." in k else torch.zeros_like(v) for k, v in before.items()})
     where = {"prefix": facts.lora_prefix, "fused": facts.fused_targets, "scale": 2.0 / 3}
@@ -175,7 +175,7 @@ def test_a_smaller_rank_is_filled_up_and_a_missing_layer_begins_anew(flux_denois
     modules = trained(flux_denoiser, "flux", split=False)
     some = {n: LoraWeights(a.down[:2], a.up[:, :2], 0.7) for n, a in modules.items() if "ff" in n}
     start = {k: v if ".lora_A." in k else torch.zeros_like(v) for k, v in adapters.state(flux_denoiser).items()}
-    fused = family("flux").FACTS.fused_targets
+    fused = get_family("flux").FACTS.fused_targets
     filled = peft_bridge.to_state(some, start, prefix="transformer", fused=fused, scale=2.0 / 3)
     got = peft_bridge.of_state(filled, prefix="transformer", fused=fused, scale=2.0 / 3)
     assert_equal({n: a for n, a in got.items() if "ff" in n}, some)

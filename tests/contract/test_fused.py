@@ -17,7 +17,7 @@ from trainer.engine.load import place
 from trainer.engine.memory import checkpointing
 from trainer.engine.quantization.frozen_linear import FrozenLinear
 from trainer.families.fused_blocks.projections import halves, whole
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 
 FP8 = torch.float8_e4m3fn
 WIDE = {  # sides that FP8 needs, in what variants.NARROW leaves of the published models
@@ -40,7 +40,7 @@ def model(base, seed=0):
     name = base.split("-")[0].split(".")[0]
     torch.manual_seed(seed)
     denoiser = CLASSES[name](**{**config(base, narrow=True), **WIDE[base]}).requires_grad_(False)
-    return family(name), denoiser
+    return get_family(name), denoiser
 
 
 def predicted(kind, denoiser, dtype):
@@ -58,7 +58,7 @@ def predicted(kind, denoiser, dtype):
 
 
 @pytest.fixture(autouse=True)
-def append_adapter_columns(monkeypatch):
+def roomy_weights(monkeypatch):
     """Adapters ride in the products of these narrow layers as well."""
     monkeypatch.setattr("trainer.spec.adapter_columns.ROOMY", 0)
 

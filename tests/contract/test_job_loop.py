@@ -19,7 +19,7 @@ from trainer.data.batches import MicroBatch
 from trainer.data.epochs import EpochSampler
 from trainer.job.prepare import scan_and_report
 from trainer.job.run import run
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 from trainer.training.gradients import seeded
 from trainer.training.stop_flag import StopFlag
 
@@ -47,7 +47,7 @@ CASES = {
 def started_lora(name, model, path):
     """A LoRA file of random numbers for some layers of the blocks, by diffusers' names."""
     generator = torch.Generator().manual_seed(5)
-    prefix, tensors = family(name).FACTS.lora_prefix, {}
+    prefix, tensors = get_family(name).FACTS.lora_prefix, {}
     for module, layer in model.named_modules():
         if isinstance(layer, torch.nn.Linear) and any(f".{module}".endswith(f".{end}") for end in ENDS[name]):
             down = torch.randn(RANK, layer.in_features, generator=generator) / layer.in_features**0.5
@@ -85,10 +85,10 @@ def dataset(tmp_path):
 
 def opened(path):
     """Pixels in [-1, 1] over white, and the mask at the latents' size, 1 where there is none."""
-    image, append_adapter_columns = Image.open(path).convert("RGBA"), path.parent.parent / "masks" / path.name
+    image, mask_path = Image.open(path).convert("RGBA"), path.parent.parent / "masks" / path.name
     flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     pixels = torch.from_numpy(np.asarray(flat, np.float32)).permute(2, 0, 1) / 127.5 - 1
-    mask = Image.open(append_adapter_columns) if path.parent.name == "own" else image.getchannel("A")
+    mask = Image.open(mask_path) if path.parent.name == "own" else image.getchannel("A")
     mask = torch.from_numpy(np.asarray(mask, np.float32))[None] / 255
     return pixels, torch.nn.functional.avg_pool2d(mask, 8)
 
@@ -123,7 +123,7 @@ def straightforward(name, asked, batches, file):
     for part in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2, getattr(pipe, "text_encoder_3", None)):
         if part is not None:
             part.requires_grad_(False)
-    component = family(name).FACTS.lora_prefix
+    component = get_family(name).FACTS.lora_prefix
     model = getattr(pipe, component).requires_grad_(False)
     pipe.load_lora_weights(file)
     trained = {f"{component}.{n}".replace(".default_0", ""): p for n, p in model.named_parameters() if ".lora_" in n}
@@ -148,7 +148,7 @@ def straightforward(name, asked, batches, file):
 @pytest.mark.parametrize("case", CASES)
 def test_a_job_has_the_losses_of_a_straightforward_loop_and_ends_with_its_weights(case, job_plan, tmp_path):
     name, asked = CASES[case]
-    started_lora(name, getattr(pipeline(name), family(name).FACTS.lora_prefix), tmp_path / "start.safetensors")
+    started_lora(name, getattr(pipeline(name), get_family(name).FACTS.lora_prefix), tmp_path / "start.safetensors")
     plan = job_plan(
         name,
         **asked,

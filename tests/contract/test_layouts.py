@@ -26,7 +26,7 @@ from tests.contract.original import checkpoint, flux_files, miniature, original,
 from trainer.base_model import lazy_tensors, single_file
 from trainer.sample import sample_command
 from trainer.spec.errors import SettingsError
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 from trainer.spec.plan import TrainPlan
 from trainer.training.objective import make_objective
 
@@ -43,14 +43,14 @@ def loaded(tmp_path: Path, name: str, **variables: str) -> Path:
     settings = read_settings({"BASE_MODEL": f"mini-{name}", "DATASET_NAME": str(tmp_path / "pictures"), **variables})
     manifest = read_manifest(settings.dataset_config, settings.sample_prompts)
     plan = make_plan(settings, manifest, CPU, now=datetime(2025, 1, 1, tzinfo=UTC))
-    needed = patterns(family(name).FACTS, plan.model.parts)
+    needed = patterns(get_family(name).FACTS, plan.model.parts)
     model = fetch_model(plan.model, patterns=needed, token=None)
     return single_file.convert_single_files(model, tmp_path / "cache")
 
 
 def equal(folder: Path, name: str, parts: tuple[str, ...]) -> None:
     for part in parts:
-        place = family(name).FACTS.parts[part]
+        place = get_family(name).FACTS.parts[part]
         got, want = weights(folder / place), weights(miniature(name) / place)
         assert got.keys() == want.keys(), part
         for key in want:
@@ -88,8 +88,8 @@ def test_a_whole_checkpoint_as_one_file(tmp_path, name):
     bare = tmp_path / "bare"  # what remains is small: nothing but the file has weights
     shutil.copytree(miniature(name), bare, ignore=shutil.ignore_patterns("*.safetensors"))
     folder = loaded(tmp_path, name, MODEL_PATH=str(tmp_path / "all.safetensors"), MODEL_CONFIG_PATH=str(bare))
-    equal(folder, name, tuple(family(name).FACTS.parts))
-    kind = family(name)
+    equal(folder, name, tuple(get_family(name).FACTS.parts))
+    kind = get_family(name)
     same = [kind.load_denoiser(f, device="cpu", dtype=torch.float32) for f in (folder, miniature(name))]
     pairs = zip(same[0].named_parameters(), same[1].named_parameters(), strict=True)
     assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
@@ -159,15 +159,15 @@ def test_t5_is_left_out_where_it_may_be(tmp_path):
     save_file(checkpoint("sd3", t5=False), tmp_path / "no_t5.safetensors")
     folder = loaded(tmp_path, "sd3", MODEL_PATH=str(tmp_path / "no_t5.safetensors"), T5_PATH="none")
     assert not (folder / "text_encoder_3").exists()
-    encoders = family("sd3").load_encoders(folder, device="cpu", dtype=torch.float32)
-    assert encoders.text_encoder_3 is None and family("sd3").encode_text(encoders, ["a ball"])[0]["tokens"].any()
+    encoders = get_family("sd3").load_encoders(folder, device="cpu", dtype=torch.float32)
+    assert encoders.text_encoder_3 is None and get_family("sd3").encode_text(encoders, ["a ball"])[0]["tokens"].any()
     with pytest.raises(SettingsError, match="T5_PATH='none' leaves out"):
         loaded(tmp_path, "flux", T5_PATH="none")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_shards_with_an_index_and_fp16_beside_the_full_weights(tmp_path, name):
-    folder, kind = tmp_path / "model", family(name)
+    folder, kind = tmp_path / "model", get_family(name)
     shutil.copytree(miniature(name), folder)
     part = folder / kind.FACTS.parts["denoiser"]
     model = kind.load_denoiser(miniature(name), device="cpu", dtype=torch.float32)
@@ -184,7 +184,7 @@ def test_shards_with_an_index_and_fp16_beside_the_full_weights(tmp_path, name):
 @pytest.mark.parametrize("shards", ["10GB", "400KB"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_that_has_fp16_copies_alone(tmp_path, name, shards):
-    folder, kind = tmp_path / "model", family(name)
+    folder, kind = tmp_path / "model", get_family(name)
     shutil.copytree(miniature(name), folder, ignore=shutil.ignore_patterns("*.safetensors"))
     encoders = kind.load_encoders(miniature(name), device="cpu", dtype=torch.float16)
     denoiser = kind.load_denoiser(miniature(name), device="cpu", dtype=torch.float16)
@@ -272,6 +272,6 @@ def test_the_denoiser_is_never_there_twice(tmp_path):
     size = 4 * sum(p.numel() for p in model.parameters())
     del model
     with memory_taken() as most:
-        there = family("flux").load_denoiser(tmp_path, device="cpu", dtype=torch.float32)
+        there = get_family("flux").load_denoiser(tmp_path, device="cpu", dtype=torch.float32)
     assert size > 200e6 and {p.dtype for p in there.parameters()} == {torch.float32}
     assert most[0] < 1.3 * size

@@ -17,7 +17,7 @@ from peft.utils import set_peft_model_state_dict
 
 from trainer.data.batches import MicroBatch
 from trainer.engine import adapters
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 from trainer.training.gradients import seeded
 from trainer.training.loop import train, validation_loss
 from trainer.training.objective import Denoising, FlowMatching
@@ -46,7 +46,7 @@ CASES = {
         "flux",
         FlowMatching(noise_offset=OFFSET),
         FlowMatchEulerDiscreteScheduler(),
-        fused=family("flux").FACTS.fused_targets,
+        fused=get_family("flux").FACTS.fused_targets,
     ),
     "sd3": Case("sd3", FlowMatching(noise_offset=OFFSET), FlowMatchEulerDiscreteScheduler()),
     "sdxl, epsilon": Case("sdxl", Denoising(SIGNAL, noise_offset=OFFSET), DDPMScheduler(**BETAS), channels=4),
@@ -95,7 +95,7 @@ def micro_batches(channels):
 
 def ours(case, denoiser, batches):
     """The losses of Kiln's loop, and the adapters as they were before it."""
-    kind = family(case.family)
+    kind = get_family(case.family)
     adapters.fuse(kind.blocks(denoiser), fused=case.fused, targets=kind.FACTS.targets)
     params = adapters.add_adapters(
         denoiser, kind.blocks(denoiser), targets=kind.FACTS.targets, fused=case.fused, rank=4, alpha=2.0, seed=SEED

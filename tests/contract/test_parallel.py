@@ -15,7 +15,7 @@ from entrypoint.processes.launch import member_environment
 from entrypoint.system.environment import child_environment
 from trainer.data.records import ImageRecord
 from trainer.engine.cuda_graphs import EagerStep
-from trainer.job.handover import Prepared
+from trainer.job.handover import Prepared, hand_over, receive
 from trainer.spec.errors import SettingsError
 from trainer.training.distributed import Workers, workers_from_environment
 from trainer.training.loop import train
@@ -114,8 +114,8 @@ def test_what_is_handed_over_arrives(tmp_path, job_plan):
     )
     for state in (None, Path("/out/state/step-00000004")):
         given = Prepared(job_plan("flux"), state, images)
-        Workers(0, 2, tmp_path).hand_over(given)
-        assert Workers(1, 2, tmp_path).prepared(lambda: None) == given
+        hand_over(Workers(0, 2, tmp_path), given)
+        assert receive(Workers(1, 2, tmp_path), lambda: None) == given
 
 
 def test_the_others_wait_while_the_first_does_something(tmp_path):
@@ -158,7 +158,7 @@ def steps(groups, objective=None, runner=EagerStep):
 
 
 class Recording(EagerStep):
-    recording = True
+    capturing = True
 
 
 def test_what_cannot_be_read_ends_the_steps_after_the_one_before_it():

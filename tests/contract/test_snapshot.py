@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trainer.checkpoints.snapshots import Background, Snapshots
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 from trainer.spec.optimizers import OPTIMIZERS
 from trainer.training import optimizers
 from trainer.training.ema import Ema
@@ -76,7 +76,7 @@ def training_state(name):
     optimizer = new()
     schedule = optimizers.make_schedule("constant", optimizer, warmup_steps=0, total_steps=9, num_cycles=1)
     both, average = (params, params), Ema(params, 0.9)
-    made = TrainingState(None, TextEncoders(family("flux")), *both, optimizer, new, schedule, average, Guard())
+    made = TrainingState(None, TextEncoders(get_family("flux")), *both, optimizer, new, schedule, average, Guard())
     made.adapters = {str(i): p.detach() for i, p in enumerate(params)}
     made.text_adapters = {}
     return made

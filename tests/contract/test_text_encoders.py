@@ -20,7 +20,7 @@ from trainer.job import session
 from trainer.job.run import run
 from trainer.lora_files import arguments
 from trainer.spec.errors import SettingsError, StopRequestedError
-from trainer.spec.family import family, trainable_encoders
+from trainer.spec.family import get_family, trainable_encoders
 from trainer.spec.plan import TrainPlan
 from trainer.training import optimizers, text_encoders
 from trainer.training.gradients import seeded
@@ -36,7 +36,7 @@ RANK, ALPHA, SEED, RATES = 4, 2.0, 42, {"text_encoder": 0.02, "text_encoder_2": 
 
 
 def folder(name):
-    return Path(family(name).FACTS.models[f"mini-{name}"].source)
+    return Path(get_family(name).FACTS.models[f"mini-{name}"].source)
 
 
 def pipeline(name):
@@ -62,7 +62,7 @@ def encoded(name, pipe, captions):
 
 def adapted(name, components):
     """The encoders with adapters, and what trains in each."""
-    texts = text_encoders.load(folder(name), components, family=family(name), device="cpu", dtype=torch.float32)
+    texts = text_encoders.load(folder(name), components, family=get_family(name), device="cpu", dtype=torch.float32)
     params = {
         component: adapters.add_adapters(
             model, text_encoders.blocks(model), targets=text_encoders.TARGETS, fused={}, rank=RANK, alpha=ALPHA, seed=7
@@ -110,8 +110,8 @@ def micro_batch(name, text):
 
 
 def objective(name):
-    plan = TrainPlan(timestep_sampling=family(name).FACTS.timestep_samplings[0])
-    return make_objective(family(name).FACTS.objective, plan, scheduler=folder(name) / "scheduler", device="cpu")
+    plan = TrainPlan(timestep_sampling=get_family(name).FACTS.timestep_samplings[0])
+    return make_objective(get_family(name).FACTS.objective, plan, scheduler=folder(name) / "scheduler", device="cpu")
 
 
 def predicted(name, pipe, noisy, t, text, batch):
@@ -140,7 +140,7 @@ def predicted(name, pipe, noisy, t, text, batch):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_training_them_is_a_straightforward_loop(name):
     """Denoiser and encoders, each with its own learning rate: the losses of a loop that encodes with the pipeline."""
-    kind, trained_on, pipe = family(name), objective(name), pipeline(name)
+    kind, trained_on, pipe = get_family(name), objective(name), pipeline(name)
     with torch.no_grad():
         cached = encoded(name, pipe, CAPTIONS)
     batch = micro_batch(name, cached)
@@ -266,11 +266,11 @@ def test_diffusers_and_our_sampler_draw_with_them(name, job_plan, tmp_path):
     expected = encoded(name, pipe, CAPTIONS)
     assert not torch.allclose(before["pooled"], expected["pooled"], atol=1e-3)
 
-    encoders = family(name).load_encoders(folder(name), device="cpu", dtype=torch.float32)
+    encoders = get_family(name).load_encoders(folder(name), device="cpu", dtype=torch.float32)
     loaded = [(arguments.load_lora(tmp_path / "out" / "x.safetensors", name), 1.0)]
-    for component in family(name).KEYS.encoders:
+    for component in get_family(name).KEYS.encoders:
         sample.add(getattr(encoders, component), loaded, component=component)
-    ours = family(name).encode_text(encoders, list(CAPTIONS))
+    ours = get_family(name).encode_text(encoders, list(CAPTIONS))
     for key in ("tokens", "pooled"):
         torch.testing.assert_close(torch.stack([o[key] for o in ours]), expected[key], rtol=1e-4, atol=1e-4)
 

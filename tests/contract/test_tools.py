@@ -22,7 +22,7 @@ from diffusers import AutoencoderKL  # noqa: F401 (before the replacements below
 from tests.contract.variants import VARIANTS, shape
 from trainer.lora_files import convert
 from trainer.lora_files.weights import LoraWeights
-from trainer.spec.family import family, trainable_encoders
+from trainer.spec.family import get_family, trainable_encoders
 
 # What a loader does not need, but imports on its way.
 UNUSED = (
@@ -94,7 +94,7 @@ def adapters(base, *, everywhere=False, narrow=True):
     the CLIP encoders; ranks differ."""
     torch.manual_seed(3)
     model, name = shape(base, NARROW.get(base, {}) if narrow else {}), VARIANTS[base][0]
-    kind = family(name)
+    kind = get_family(name)
     inside = tuple(f"{block}." for block, _ in kind.blocks(model))
     found = {}
     for path, layer in model.named_modules():

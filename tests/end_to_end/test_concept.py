@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from bench.concept import CONCEPT, demo
 from trainer.families.miniatures.score import correlation
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -109,7 +109,7 @@ def settings(name: str) -> dict[str, str]:
 
 def number(name: str, lora: dict | None, tmp_path: Path) -> float:
     case = CASES[name]
-    pipe = case.pipeline.from_pretrained(family(name).FACTS.models[f"mini-{name}"].source, dtype=torch.float32)
+    pipe = case.pipeline.from_pretrained(get_family(name).FACTS.models[f"mini-{name}"].source, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     if lora is not None:
         save_file(lora, tmp_path / "lora.safetensors")

@@ -21,10 +21,10 @@ from PIL import Image
 from safetensors.numpy import save
 
 from tests.end_to_end.hub import Hub
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 
 ROOT = Path(__file__).parents[2]
-PATTERNS = family("flux").FACTS.files
+PATTERNS = get_family("flux").FACTS.files
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 QUICK = {"budget": 3.0, "first_wait": 0.05, "longest_wait": 0.2, "timeout": 2.0}
 TOKEN = "hf_canaryTOKENcanary"

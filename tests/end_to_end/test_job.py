@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 
 
 def sha(path):
@@ -76,7 +76,7 @@ def test_the_file_loads_in_diffusers_and_is_the_trained_model(job):
         SAMPLE_PROMPTS=write(job, "prompts.txt", "a spot, number 2 --w 64 --h 64 --s 4 --d 7 --g 3.5\n"),
     )
     assert code == 0, printed
-    folder = family("flux").FACTS.models["mini-flux"].source
+    folder = get_family("flux").FACTS.models["mini-flux"].source
     pipe = FluxPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
 

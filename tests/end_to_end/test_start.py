@@ -15,7 +15,7 @@ from entrypoint.bake import COMMIT, with_baked
 from entrypoint.fetch.fetch import fetch_model
 from entrypoint.fetch.http import RetryPolicy
 from tests.end_to_end.hub import Hub, read_folder
-from trainer.spec.family import base_models, family
+from trainer.spec.family import base_models, get_family
 from trainer.spec.plan import ModelPlan
 
 ROOT = Path(__file__).parents[2]
@@ -118,7 +118,7 @@ def test_weights_in_the_image_need_no_network(hub, tmp_path):
     assert baked.path == str(folder) and baked.commit == commit
     found = fetch_model(
         baked,
-        patterns=family("sdxl").FACTS.files,
+        patterns=get_family("sdxl").FACTS.files,
         token=None,
         hub_cache=tmp_path / "none",
         retries=RetryPolicy(budget=0.0),

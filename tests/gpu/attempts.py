@@ -41,7 +41,7 @@ from trainer.job.session import Session
 from trainer.job.status import Status
 from trainer.job.watchdog import Watchdog
 from trainer.spec.errors import KilnError, OutOfMemoryError, SettingsError
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 from trainer.training.distributed import Workers
 from trainer.training.stop_flag import StopFlag
 
@@ -100,7 +100,7 @@ def session(ready: Ready, out: Path) -> Session:
     """As `trainer.job.run` makes it."""
     plan = ready.plan
     training_state = build.build_training_state(
-        plan, family(plan.model.family), model=Path(plan.model.path), total=ready.total
+        plan, get_family(plan.model.family), model=Path(plan.model.path), total=ready.total
     )
     return build.session_of(ready, training_state, out, StopFlag(), watchdog=Watchdog(0.0), workers=Workers())
 
@@ -181,7 +181,7 @@ def _attempt(ready: Ready, out: Path, room: float, *, found: Outcome, said: Told
         found.kind, found.why = "failed", short[0]
     notes = {what: said.count(what, rehearsed) for what in (GIVEN_UP, UNRECORDED)}
     found.notes = {what: count for what, count in notes.items() if count}
-    found.captured = recorded and made.runner.capturing and not found.notes
+    found.recorded = recorded and made.runner.capturing and not found.notes
     assert found.why or (out / "x.safetensors").is_file()
 
 

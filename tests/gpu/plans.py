@@ -29,7 +29,7 @@ from trainer.data.records import Scan
 from trainer.data.scan import scan
 from trainer.engine.memory.checkpointing import POLICIES
 from trainer.job.prepare import Ready, _fill_cache, order_of
-from trainer.spec.family import base_models, family, names
+from trainer.spec.family import base_models, family_names, get_family
 from trainer.spec.optimizers import OPTIMIZERS
 from trainer.spec.plan import Plan, Prompt
 
@@ -82,7 +82,7 @@ def drawn(seed: int, hardware: Hardware) -> NoisedBatch:
     rng, scale = random.Random(f"plan {seed}"), SCALES[hardware.device]
     cuda = hardware.device == "cuda"
     compiled = cuda and seed % COMPILED == COMPILED // 2
-    name = "sd3" if compiled else rng.choice(names())
+    name = "sd3" if compiled else rng.choice(family_names())
     precision = rng.choices(hardware.formats, [OFTEN.get(p, 1) for p in hardware.formats])[0]
     recompute = rng.choice(("attention", "all") if compiled else tuple(POLICIES))
     places = {"all": ("activations", "weights"), "attention": ("activations",)}.get(recompute, ())
@@ -128,7 +128,7 @@ def miniature(name: str) -> Path:
 
 def wide(name: str) -> Any:
     """The denoiser of a few blocks that are as wide as published ones, for the miniature's texts."""
-    place = miniature(name) / family(name).FACTS.parts["denoiser"]
+    place = miniature(name) / get_family(name).FACTS.parts["denoiser"]
     config = json.loads((place / "config.json").read_text())
     return getattr(diffusers, config["_class_name"]).from_config({**config, **WIDE[name]})
 
@@ -146,12 +146,12 @@ class Ground:
 
     @cached_property
     def models(self) -> dict[str, Path]:
-        return {name: miniature(name) if self.device == "cpu" else self.written(name) for name in names()}
+        return {name: miniature(name) if self.device == "cpu" else self.written(name) for name in family_names()}
 
     def written(self, name: str) -> Path:
         """The miniature with a wide denoiser in its place, and with texts as long as published models have them."""
         small, folder = miniature(name), self.folder / name
-        place = folder / family(name).FACTS.parts["denoiser"]
+        place = folder / get_family(name).FACTS.parts["denoiser"]
         shutil.copytree(small, folder, ignore=lambda at, _: [WEIGHTS] if Path(at).name == place.name else [])
         with random_weights(self.device):
             wide(name).save_pretrained(place)
@@ -212,7 +212,7 @@ class Ground:
 
     def ready(self, plan: Plan) -> Ready:
         """What `prepare.ready` gives, of pictures that were looked at before."""
-        kind, model = family(plan.model.family), Path(plan.model.path)
+        kind, model = get_family(plan.model.family), Path(plan.model.path)
         cache = open_cache(Path(plan.output.cache), model, precision=plan.engine.dtype)
         made = Ready(plan, self.found, order_of(plan, self.found), cache, None)
         _fill_cache(made, kind=kind, model=model, check_in=lambda: None)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from entrypoint import launch
-from entrypoint.manifest import LEVELS
-from entrypoint.settings import NAMES
-from trainer import errors
-from trainer.plan import Dataset, Subset
+from entrypoint.dataset_config.manifest import LEVELS
+from entrypoint.processes import launch
+from entrypoint.settings.variables import NAMES
+from trainer.spec import errors
+from trainer.spec.plan import Dataset, Subset
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -80,7 +80,7 @@ def test_the_default_of_a_key_is_in_its_row(name):
 
 
 def test_json_examples_of_dataset_json_are_accepted():
-    from entrypoint.manifest import read_manifest
+    from entrypoint.dataset_config.manifest import read_manifest
 
     examples = re.findall(r"```json\n(.*?)```", text("dataset-json.md"), re.DOTALL)
     assert len(examples) >= 2

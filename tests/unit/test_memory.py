@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.spec.family import base_models, family
+from trainer.spec.family import base_models, get_family
 from trainer.spec.memory_model import BATCHES, TIGHT, Workload, best, fastest, on_host, phases, predicted, ways
 
 FLUX = base_models()["flux"][1].footprint
@@ -95,7 +95,7 @@ def test_no_more_blocks_are_kept_than_there_are():
 
 
 def test_a_region_for_each_block_that_a_plan_may_keep_whole():
-    assert FLUX.regions == 19 + 38 and family("sd3").FACTS.models["sd3"].footprint.regions == 24
+    assert FLUX.regions == 19 + 38 and get_family("sd3").FACTS.models["sd3"].footprint.regions == 24
 
 
 def test_weights_are_streamed_before_4_bits_are_taken_and_after_all_that_stays():

@@ -22,7 +22,7 @@ from entrypoint.fetch.fetch import fetch_model, fetch_source
 from entrypoint.fetch.model_folder import check_folder, problems
 from entrypoint.planning.preflight import _sources, preflight
 from trainer.spec.errors import DataError, KilnError, SettingsError, StorageError
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 from trainer.spec.plan import (
     DataPlan,
     Dataset,
@@ -38,7 +38,7 @@ from trainer.spec.plan import (
 )
 
 ROOT = Path(__file__).parents[2]
-PATTERNS = family("flux").FACTS.files
+PATTERNS = get_family("flux").FACTS.files
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 Usage = namedtuple("Usage", "total used free")
 
@@ -308,7 +308,7 @@ def test_the_layout_is_judged_by_names_alone() -> None:
 
 
 def test_the_embedded_miniature_is_whole(tmp_path: Path) -> None:
-    base = family("flux").FACTS.models["mini-flux"]
+    base = get_family("flux").FACTS.models["mini-flux"]
     if not Path(base.source).is_dir():
         pytest.skip("the miniature has not been made")
     fetch_model(ModelPlan("mini-flux", "flux", base.source), patterns=PATTERNS, token=None)

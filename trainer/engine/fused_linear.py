@@ -7,24 +7,17 @@ to it than two matrices, all is computed by the modules one by one.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from trainer.engine.kernels.dispatch import gated_residual as gated_sum
+from trainer.engine.kernels.dispatch import gelu_gradient, gelu_rows, norm_gradient, norm_rows, quantize_rows
 from trainer.engine.quantization.formats import FORWARD_SCALE, fp8_gradient, fp8_product
 from trainer.engine.quantization.frozen_linear import FrozenLinear
 from trainer.engine.quantization.lora_linear import LoraLinear
-
-if importlib.util.find_spec("triton"):
-    from trainer.engine.kernels.norm_gelu_triton import gelu_gradient, gelu_rows, norm_gradient, norm_rows
-    from trainer.engine.kernels.quantize_triton import gated as gated_sum
-    from trainer.engine.kernels.quantize_triton import quantize_rows
-else:
-    from trainer.engine.kernels.reference import gated as gated_sum
-    from trainer.engine.kernels.reference import gelu_gradient, gelu_rows, norm_gradient, norm_rows, quantize_rows
 
 Tensor = torch.Tensor
 ADDED = 3  # gradients that the norm's kernel adds up by itself

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from trainer.engine.kernels.dispatch import rotate, rotate_gradient
 from trainer.engine.memory.activation_offload import alone
-
-if importlib.util.find_spec("triton"):
-    from trainer.engine.kernels.rope_triton import rotate, rotate_gradient
-else:
-    from trainer.engine.kernels.rope_reference import rotate, rotate_gradient
 
 Tensor = torch.Tensor
 Source = tuple[Tensor, Any, Any]  # queries, keys and values side by side, (B, T, 3HD); the norms of queries and keys

@@ -18,7 +18,7 @@ from trainer.job.session import Session
 from trainer.job.watchdog import Watchdog
 from trainer.lora_files import convert, peft_bridge, weights
 from trainer.spec.errors import SettingsError
-from trainer.spec.family import Facts, Family, family
+from trainer.spec.family import Facts, Family, get_family
 from trainer.spec.optimizers import OPTIMIZERS
 from trainer.spec.plan import Plan
 from trainer.training import optimizers, text_encoders
@@ -42,7 +42,7 @@ def session_of(
     workers: Workers,
 ) -> Session:
     """The session that trains what `ready` and `trainee` hold, into `out`."""
-    plan, kind = ready.plan, family(ready.plan.model.family)
+    plan, kind = ready.plan, get_family(ready.plan.model.family)
     return Session(
         plan,
         kind,

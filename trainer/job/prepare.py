@@ -18,7 +18,7 @@ from trainer.data.records import WARNING, Scan
 from trainer.data.scan import scan
 from trainer.job.status import Status
 from trainer.spec.errors import SettingsError
-from trainer.spec.family import Family, family
+from trainer.spec.family import Family, get_family
 from trainer.spec.plan import DataPlan, Plan, Prompt
 from trainer.storage import atomic
 from trainer.training.objective import Objective, make_objective
@@ -51,7 +51,10 @@ class Ready:
 
     @property
     def objective(self) -> Objective:
-        objective, scheduler = family(self.plan.model.family).FACTS.objective, Path(self.plan.model.path) / "scheduler"
+        objective, scheduler = (
+            get_family(self.plan.model.family).FACTS.objective,
+            Path(self.plan.model.path) / "scheduler",
+        )
         return make_objective(objective, self.plan.train, scheduler=scheduler, device=self.plan.engine.device)
 
     @property
@@ -78,7 +81,7 @@ def ready(
     plan: Plan, out: Path, *, status: Status, state: state_files.State | None, check_in: Callable[[], None]
 ) -> Ready:
     """Look at the pictures, and encode them and their captions."""
-    kind, model = family(plan.model.family), Path(plan.model.path)
+    kind, model = get_family(plan.model.family), Path(plan.model.path)
     status.phase("reading the dataset")
     found = scan_and_report(plan.data, report=out / "dataset-report.txt")
     order = order_of(plan, found)

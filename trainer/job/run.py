@@ -28,7 +28,7 @@ from trainer.job.handover import Prepared, hand_over, receive
 from trainer.job.status import Status
 from trainer.job.watchdog import ALIVE, OTHER_S, Watchdog
 from trainer.spec.errors import HangError, KilnError, OutOfMemoryError, StorageError
-from trainer.spec.family import base_models, family
+from trainer.spec.family import base_models, get_family
 from trainer.spec.plan import Plan, Prompt
 from trainer.storage import atomic
 from trainer.storage.locks import locked
@@ -109,7 +109,7 @@ def _check_in(watchdog: Watchdog, stop: StopFlag) -> None:
 
 def _with_class_pictures(plan: Plan, *, status: Status, check_in: Callable[[], None]) -> Plan:
     """The plan with a folder for each source that the base model draws."""
-    kind, model = family(plan.model.family), Path(plan.model.path)
+    kind, model = get_family(plan.model.family), Path(plan.model.path)
     facts, base = kind.FACTS, base_models()[plan.model.base][1]
     common = {"steps": facts.prompt_steps, "guidance": facts.prompt_guidance, "cfg": facts.prompt_cfg, **base.defaults}
     precision, scheduler = plan.engine.precision, scheduler_changes(plan.train)
@@ -187,7 +187,7 @@ def _log_file(path: Path, of: str = "") -> Iterator[None]:
 def _train(
     ready: prepare.Ready, stop: StopFlag, out: Path, *, status: Status, watchdog: Watchdog, workers: Workers
 ) -> None:
-    plan, kind, total = ready.plan, family(ready.plan.model.family), ready.total
+    plan, kind, total = ready.plan, get_family(ready.plan.model.family), ready.total
     status.phase("loading the model")
     started = time.monotonic()
     workers.connect(plan.engine.device)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from trainer.lora_files import key_names
 from trainer.lora_files.weights import LoraModules, LoraWeights
-from trainer.spec.family import Native, family
+from trainer.spec.family import Native, get_family
 
 FORMATS = {"kohya": "", "comfyui": "-comfyui", "peft": "-diffusers"}  # → what a job adds to the name of such a file
 DORA_READERS = {"kohya": "ComfyUI, Forge", "comfyui": "ComfyUI, Forge", "peft": "diffusers"}
@@ -214,7 +214,7 @@ def _joined(modules: LoraModules, to: str, family_name: str) -> LoraModules:
         if there is None:
             raise ValueError(f"{name} has no name in files of this format")
         if there.native is None:
-            short = family(family_name).KEYS.encoders[there.component]
+            short = get_family(family_name).KEYS.encoders[there.component]
             whole[f"lora_{short}_{there.path.replace('.', '_')}"] = adapter
         else:
             shared.setdefault((there.native, there.number), {})[there.part or 0] = adapter

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from trainer.lora_files.key_names import SCALARS, Layer, layer, role, style
-from trainer.spec.family import family, names
+from trainer.spec.family import family_names, get_family
 from trainer.storage.safetensors_header import Entry, Header
 
 
@@ -101,7 +101,7 @@ def _scalar(header: Header, entry: Entry) -> float:
 def declared_family(metadata: Mapping[str, str]) -> str | None:
     """The family that the header names; None if it names none that is known."""
     said = metadata.get("modelspec.architecture", "")
-    return next((name for name in names() if said.startswith(family(name).FACTS.architecture)), None)
+    return next((name for name in family_names() if said.startswith(get_family(name).FACTS.architecture)), None)
 
 
 def likely_family(stems: Iterable[str], metadata: Mapping[str, str]) -> str | None:
@@ -111,9 +111,9 @@ def likely_family(stems: Iterable[str], metadata: Mapping[str, str]) -> str | No
     """
     asked, said = list(stems), declared_family(metadata)
     scores: dict[str, tuple[int, bool, float]] = {}
-    for name in names():
+    for name in family_names():
         found = [there for stem in asked if (there := layer(stem, name))]
         covered = {there.native.name for there in found if there.native}
-        scores[name] = (len(found), said == name, len(covered) / len(family(name).KEYS.layers))
+        scores[name] = (len(found), said == name, len(covered) / len(get_family(name).KEYS.layers))
     best = max(scores, key=lambda name: scores[name])
     return best if scores[best][0] else None

@@ -251,10 +251,10 @@ def _gated(  # type: ignore[no-untyped-def]
     tl.store(out + row * K + k, value.to(out.dtype.element_ty), mask=inside)
 
 
-def gated(x_BTK: torch.Tensor | None, gate_BK: torch.Tensor, y_BTK: torch.Tensor) -> torch.Tensor:
-    """`quantize.gated` in one pass."""
+def gated_residual(x_BTK: torch.Tensor | None, gate_BK: torch.Tensor, y_BTK: torch.Tensor) -> torch.Tensor:
+    """`reference.gated_residual` in one pass."""
     if not y_BTK.is_cuda:
-        return reference.gated(x_BTK, gate_BK, y_BTK)
+        return reference.gated_residual(x_BTK, gate_BK, y_BTK)
     x, gate_BK, y_BTK = (
         t if t.stride(-1) == 1 else t.contiguous() for t in (y_BTK if x_BTK is None else x_BTK, gate_BK, y_BTK)
     )

@@ -184,6 +184,6 @@ def _activated(left_ML: torch.Tensor | None, y_MK: torch.Tensor, gated: bool) ->
     return right.to(y_MK.dtype) if left_ML is None else torch.cat([left_ML, right.to(y_MK.dtype)], -1)
 
 
-def gated(x_BTK: torch.Tensor | None, gate_BK: torch.Tensor, y_BTK: torch.Tensor) -> torch.Tensor:
+def gated_residual(x_BTK: torch.Tensor | None, gate_BK: torch.Tensor, y_BTK: torch.Tensor) -> torch.Tensor:
     """x + gate * y, rounded once; without an x, gate * y."""
     return y_BTK * gate_BK[:, None] if x_BTK is None else torch.addcmul(x_BTK, gate_BK[:, None], y_BTK)

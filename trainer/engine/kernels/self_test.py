@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from trainer.engine import fused_linear, rope
-from trainer.engine.kernels import reference, rope_reference
-from trainer.engine.quantization import frozen_linear
+from trainer.engine.kernels import dispatch, reference, rope_reference
 from trainer.spec.adapter_columns import THIRDS, padding_for
 
 log = logging.getLogger(__name__)
@@ -37,29 +35,29 @@ def _pairs(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Sequence[torc
 
     (x, g, past), (scale, shift) = (normal(ROWS, WIDTH) for _ in "xgp"), (normal(2, WIDTH) for _ in "ab")
     options = (x, scale, shift, 1.0, 1e-6, dtype, True)
-    yield "norm_rows", _whole(fused_linear.norm_rows(*options)), _whole(reference.norm_rows(*options))
+    yield "norm_rows", _whole(dispatch.norm_rows(*options)), _whole(reference.norm_rows(*options))
     h, up = normal(ROWS, RANK), normal(ROWS, RANK)
-    ours, theirs = (_beside(module.append_adapter_columns, dtype, x, g, h, up) for module in (frozen_linear, reference))
+    ours, theirs = (_beside(module.append_adapter_columns, dtype, x, g, h, up) for module in (dispatch, reference))
     yield "beside", ours, theirs
     given = (x, scale, shift, 1.0, 1e-6, g, past, None, past, True)
-    yield "norm_gradient", fused_linear.norm_gradient(*given), reference.norm_gradient(*given)
+    yield "norm_gradient", dispatch.norm_gradient(*given), reference.norm_gradient(*given)
     for left, gated in ((normal(ROWS, LEFT), False), (None, True)):
         wide = normal(ROWS, 2 * WIDE)
         before = normal(ROWS, (0 if left is None else LEFT) + (WIDE if gated else 2 * WIDE))
         rows = (left, wide, gated, dtype, True)
-        yield "gelu_rows", _whole(fused_linear.gelu_rows(*rows)), _whole(reference.gelu_rows(*rows))
+        yield "gelu_rows", _whole(dispatch.gelu_rows(*rows)), _whole(reference.gelu_rows(*rows))
         back = (left, wide, before, gated, True)
-        ours, theirs = ([t for t in module.gelu_gradient(*back) if t.numel()] for module in (fused_linear, reference))
+        ours, theirs = ([t for t in module.gelu_gradient(*back) if t.numel()] for module in (dispatch, reference))
         yield "gelu_gradient", ours, theirs
     first, second = (normal(2, n, 3 * HEADS * 64) for n in (40, 24))
     norms, transposes = [normal(64) for _ in range(4)], [normal(64, 64).float() for _ in "cs"]
     joined = [
-        module.rotate(first, *norms[:2], second, *norms[2:], *transposes, 1e-6) for module in (rope, rope_reference)
+        module.rotate(first, *norms[:2], second, *norms[2:], *transposes, 1e-6) for module in (dispatch, rope_reference)
     ]
     yield "rotate", *joined
     gs = [normal(2, 64, HEADS, 64) for _ in "qkv"]
     turned = [
-        module.rotate_gradient(second, *norms[2:], *transposes, *gs, 40, 1e-6) for module in (rope, rope_reference)
+        module.rotate_gradient(second, *norms[2:], *transposes, *gs, 40, 1e-6) for module in (dispatch, rope_reference)
     ]
     yield "rotate_gradient", turned[:1], turned[1:]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,27 +10,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from trainer.engine.kernels.reference import dequantize_rows as reference_dequantize_rows
-from trainer.engine.kernels.reference import quantize_rows as reference_quantize_rows
+from trainer.engine.kernels import reference
+from trainer.engine.kernels.dispatch import (
+    append_adapter_columns,
+    can_dequantize,
+    dequantize_rows,
+    quantize_rows,
+    transpose,
+)
 from trainer.engine.kernels.reference import quantize_weight
 from trainer.spec.adapter_columns import columns, padding_for
-
-if importlib.util.find_spec("triton"):
-    from trainer.engine.kernels.quantize_triton import (
-        append_adapter_columns,
-        can_dequantize,
-        dequantize_rows,
-        quantize_rows,
-        transpose,
-    )
-else:
-    from trainer.engine.kernels.reference import (
-        append_adapter_columns,
-        can_dequantize,
-        dequantize_rows,
-        quantize_rows,
-        transpose,
-    )
 from trainer.spec.weight_formats import PRECISIONS
 
 Rows = torch.Tensor | None
@@ -138,7 +126,7 @@ def _int8_backward(g, w, scale, gh, down, _turned, _width):  # type: ignore[no-u
 
 def whole(w_NK: torch.Tensor, scale_1N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The weight that 8 bits and scales stand for."""
-    return (dequantize_rows if can_dequantize(w_NK) else reference_dequantize_rows)(w_NK, scale_1N, dtype)
+    return (dequantize_rows if can_dequantize(w_NK) else reference.dequantize_rows)(w_NK, scale_1N, dtype)
 
 
 def _nf4_store(weight_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -194,7 +182,7 @@ class WeightFormat:
             return _nf4_store(weight_NK)
         if self.transposes:
             return quantize_weight(weight_NK, self.dtype, room)
-        values, scale_N1 = reference_quantize_rows(weight_NK, None, self.dtype)
+        values, scale_N1 = reference.quantize_rows(weight_NK, None, self.dtype)
         return values, scale_N1.t().contiguous()
 
     def product(self, x, w, scale, bias, h, up):  # type: ignore[no-untyped-def]

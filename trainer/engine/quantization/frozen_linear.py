@@ -8,20 +8,15 @@ own as they come; on the way back the weight's scales are folded into the gradie
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from trainer.spec.adapter_columns import fits_adapter_columns, padding_for
-
-if importlib.util.find_spec("triton"):
-    from trainer.engine.kernels.quantize_triton import transpose
-else:
-    from trainer.engine.kernels.reference import transpose
+from trainer.engine.kernels.dispatch import transpose
 from trainer.engine.quantization.formats import LEAST, STORED, WEIGHT_FORMATS, Rows
+from trainer.spec.adapter_columns import fits_adapter_columns, padding_for
 
 
 @contextlib.contextmanager
