@@ -123,8 +123,8 @@ def _base(asked: argparse.Namespace, several: list[tuple[Path, float]]) -> tuple
     if not place.is_dir():
         raise SettingsError(f"--base {place} is neither a folder, a file, nor one of {', '.join(sorted(known))}.")
     if asked.family is None and not several:
-        known = ", ".join(family_names())
-        raise SettingsError(f"--base {place} is a folder: --family says what is in it, one of {known}.")
+        choices = ", ".join(family_names())
+        raise SettingsError(f"--base {place} is a folder: --family says what is in it, one of {choices}.")
     name = asked.family or read_family(several[0][0], None)[0]
     return name, BaseModel(str(place.absolute()), files_gib=0.0), place.absolute()
 
