@@ -26,7 +26,7 @@ EACH = 4  # processes on an accelerator, which wait for the host most of the tim
 
 def made(device: int, of: range) -> list[dict[str, Any]]:
     """What became of those plans, in a process of their own: all of the device's memory that it has is theirs."""
-    command = [sys.executable, "-m", "tests.gpu.attempts", "--plans", str(len(of)), "--seed", str(of.start)]
+    command = [sys.executable, "-m", "tests.support.attempts", "--plans", str(len(of)), "--seed", str(of.start)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(device)}
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment)
     told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

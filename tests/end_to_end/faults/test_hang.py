@@ -3,14 +3,13 @@
 import json
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 
+from tests.support import faults
 from trainer.job import watchdog
 from trainer.job.watchdog import Watchdog
 
-HERE = Path(__file__).resolve().parent
 LIMIT = 4.0  # seconds
 
 
@@ -60,7 +59,7 @@ def test_the_entrypoint_ends_a_trainer_that_cannot(job, tmp_path, kind):
     """Python's lock is held, so that no thread of it runs; or the process is stopped."""
     fired = tmp_path / "fired.txt"
     fault = {"kind": kind, "step": 3, "fired": str(fired)}
-    process = job.start(PYTHONPATH=str(HERE / "site"), KILN_FAULT=json.dumps(fault), PARAMS_STEP_TIMEOUT=str(LIMIT))
+    process = job.start(PYTHONPATH=faults.PLACE, KILN_FAULT=json.dumps(fault), PARAMS_STEP_TIMEOUT=str(LIMIT))
     printed, _ = process.communicate(timeout=200)
     assert process.returncode == 75, printed
     assert fired.read_text().count("\n") == 1

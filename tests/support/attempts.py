@@ -1,6 +1,6 @@
-"""Random plans (tests/gpu/plans.py) under caps of the device's memory, run as a job runs them: rehearsed, then trained.
+"""Random plans (random_plans.py) under caps of the device's memory, run as a job runs them: rehearsed, then trained.
 
-    python -m tests.gpu.attempts --plans 100 --seed 0
+    python -m tests.support.attempts --plans 100 --seed 0
 
 Prints a JSON line for each plan, and at last how many were refused, ran as planned, or went down how many rungs. The
 plan of a seed is always the same: `--plans 1 --seed 17` runs one again.
@@ -31,7 +31,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as in
 import torch
 
 from entrypoint.system.hardware import detect
-from tests.gpu.plans import Drawn, Ground, drawn
+from tests.support.random_plans import Drawn, Ground, drawn
 from trainer.data.batches import micro_batch
 from trainer.engine.cuda_graphs import Direct
 from trainer.engine.device import limit_memory, release
