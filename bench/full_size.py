@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from bench import original_names as original
 from bench.layouts import CLIP_G, HEADS
 from bench.step import FLUX, SD3, SDXL
-from tests.contract import original
 from trainer.base_model import single_file
 from trainer.spec.family import get_family
 

@@ -28,8 +28,8 @@ from typing import Any
 
 import torch
 
+from bench import original_names as original
 from bench.full_size import FULL, write_configs
-from tests.contract import original
 from trainer.base_model import lazy_tensors, single_file
 from trainer.engine.load import place, stored
 from trainer.spec.family import get_family

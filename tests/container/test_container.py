@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from tests.end_to_end.hub import Hub, read_folder
+from tests.support.hub import Hub, read_folder
 from trainer.spec.family import get_family
 
 pytestmark = [pytest.mark.container, pytest.mark.timeout(3000)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.contract.test_text_encoders import pipeline
+from tests.support.miniatures import pipeline
 from trainer.data.epochs import EpochSampler
 from trainer.job import prepare
 from trainer.job.run import run

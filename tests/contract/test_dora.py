@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.contract.test_text_encoders import FAMILIES, folder, pipeline
+from tests.support.miniatures import FAMILIES, folder, pipeline
 from trainer.engine import adapters
 from trainer.engine.quantization.frozen_linear import freeze
 from trainer.export import export_command

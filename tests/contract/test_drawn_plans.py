@@ -1,4 +1,4 @@
-"""What the test of random plans (tests/gpu/attempts.py) makes of them, where memory runs out only as it is told to."""
+"""What tests/support/attempts.py makes of random plans, where memory runs out only as it is told to."""
 
 import dataclasses
 import logging
@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from entrypoint.system.hardware import Hardware
-from tests.gpu import plans
-from tests.gpu.attempts import attempt
+from tests.support import random_plans as plans
+from tests.support.attempts import attempt
 from trainer.engine.memory.checkpointing import POLICIES
 from trainer.job.session import Session
 from trainer.spec import strategies

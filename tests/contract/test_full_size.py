@@ -7,7 +7,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 from bench import full_size, layouts
-from tests.contract.original import miniature
+from bench.original_names import miniature
 from trainer.base_model import single_file
 from trainer.engine.load import place, stored
 from trainer.spec.family import get_family

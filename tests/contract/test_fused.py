@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
 from torch.utils.checkpoint import checkpoint
 
-from tests.contract.variants import CLASSES, config
+from tests.support.variants import CLASSES, config
 from trainer.engine import adapters, fused_linear, rope
 from trainer.engine.kernels import reference
 from trainer.engine.load import place

@@ -13,8 +13,8 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.contract.test_loop import LINES
-from tests.contract.test_text_encoders import encoded, pipeline
+from tests.support.miniatures import encoded, pipeline
+from tests.support.reference_losses import LINES
 from trainer.data.batches import MicroBatch
 from trainer.data.epochs import EpochSampler
 from trainer.job.prepare import scan_and_report

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -16,14 +15,9 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import save_file
 
 from bench.layouts import memory_taken
-from entrypoint.dataset_config.manifest import read_manifest
-from entrypoint.fetch.fetch import fetch_model
-from entrypoint.planning.plan import make_plan
-from entrypoint.planning.single_files import patterns
-from entrypoint.settings.read import read_settings
-from entrypoint.system.hardware import Hardware
-from tests.contract.original import checkpoint, flux_files, miniature, original, under, vae_original, weights
-from trainer.base_model import lazy_tensors, single_file
+from bench.original_names import checkpoint, flux_files, miniature, original, under, vae_original, weights
+from tests.support.single_files import loaded
+from trainer.base_model import lazy_tensors
 from trainer.sample import sample_command
 from trainer.spec.errors import SettingsError
 from trainer.spec.family import get_family
@@ -31,21 +25,9 @@ from trainer.spec.plan import TrainPlan
 from trainer.training.objective import make_objective
 
 FAMILIES = ("flux", "sdxl", "sd3")
-CPU = Hardware("cpu", "x86_64", 32.0, 0, "", 32.0, 8)
 
 
 # ---- through the product
-
-
-def loaded(tmp_path: Path, name: str, **variables: str) -> Path:
-    """The folder that a job with these variables reads its weights from."""
-    (tmp_path / "pictures").mkdir(exist_ok=True)
-    settings = read_settings({"BASE_MODEL": f"mini-{name}", "DATASET_NAME": str(tmp_path / "pictures"), **variables})
-    manifest = read_manifest(settings.dataset_config, settings.sample_prompts)
-    plan = make_plan(settings, manifest, CPU, now=datetime(2025, 1, 1, tzinfo=UTC))
-    needed = patterns(get_family(name).FACTS, plan.model.parts)
-    model = fetch_model(plan.model, patterns=needed, token=None)
-    return single_file.convert_single_files(model, tmp_path / "cache")
 
 
 def equal(folder: Path, name: str, parts: tuple[str, ...]) -> None:

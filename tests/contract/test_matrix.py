@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from bench import layouts
-from tests.contract.original import (
+from bench.original_names import (
     checkpoint,
     flux_files,
     hugging_face,
@@ -21,8 +21,8 @@ from tests.contract.original import (
     vae_original,
     weights,
 )  # fmt: skip
-from tests.contract.test_layouts import loaded
-from tests.contract.variants import CLASSES, NARROW, VARIANTS, config
+from tests.support.single_files import loaded
+from tests.support.variants import CLASSES, NARROW, VARIANTS, config
 from trainer.base_model import single_file
 from trainer.engine import adapters
 from trainer.engine.load import stored

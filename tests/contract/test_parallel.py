@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from entrypoint.processes.launch import member_environment
 from entrypoint.system.environment import child_environment
+from tests.support.team import BAD, STEPS, Model, micro_batch, trained
 from trainer.data.records import ImageRecord
 from trainer.engine.cuda_graphs import EagerStep
 from trainer.job.handover import Prepared, hand_over, receive
@@ -23,10 +24,6 @@ from trainer.training.objective import FlowMatching
 from trainer.training.step_guard import Guard
 from trainer.training.stop_flag import StopFlag
 
-sys.path.insert(0, str(Path(__file__).parent))
-from team import BAD, STEPS, Model, micro_batch, trained
-
-SCRIPT = str(Path(__file__).with_name("team.py"))
 CASES = ["plain", "bad", "memory", "joined", "joined memory", "stop"]  # the wish to stop stays
 
 
@@ -36,7 +33,7 @@ def start(folder, *cases):
     given = {**child_environment(os.environ), "RESULTS": str(folder)}
     return [
         subprocess.Popen(
-            [sys.executable, SCRIPT, *cases],
+            [sys.executable, "-m", "tests.support.team", *cases],
             env=given | member_environment(given, folder / "together", rank, size=2),
             stderr=subprocess.PIPE,
             text=True,

@@ -2,17 +2,17 @@
 
 import json
 import signal
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline
+from diffusers import FluxPipeline
 from peft import LoraConfig
 from peft.utils import set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from tests.support.miniatures import FAMILIES, encoded, folder, pipeline
 from trainer import sample
 from trainer.data.batches import MicroBatch
 from trainer.engine import adapters
@@ -29,35 +29,8 @@ from trainer.training.objective import make_objective
 from trainer.training.step_guard import Guard
 from trainer.training.stop_flag import StopFlag
 
-PIPELINES = {"flux": FluxPipeline, "sdxl": StableDiffusionXLPipeline, "sd3": StableDiffusion3Pipeline}
-FAMILIES = tuple(PIPELINES)
 CAPTIONS = ("a red circle on a grey background", "a big kilnpot")
 RANK, ALPHA, SEED, RATES = 4, 2.0, 42, {"text_encoder": 0.02, "text_encoder_2": 0.01}
-
-
-def folder(name):
-    return Path(get_family(name).FACTS.models[f"mini-{name}"].source)
-
-
-def pipeline(name):
-    return PIPELINES[name].from_pretrained(folder(name), dtype=torch.float32)
-
-
-def encoded(name, pipe, captions):
-    """What diffusers' pipeline makes of captions, as Kiln's families name it."""
-    captions = list(captions)
-    if name == "flux":
-        tokens, pooled, _ = pipe.encode_prompt(
-            captions, captions, device="cpu", max_sequence_length=pipe.tokenizer_2.model_max_length
-        )
-    elif name == "sdxl":
-        tokens, _, pooled, _ = pipe.encode_prompt(captions, captions, device="cpu", do_classifier_free_guidance=False)
-    else:
-        tokens, _, pooled, _ = pipe.encode_prompt(
-            captions, captions, captions, device="cpu", do_classifier_free_guidance=False,
-            max_sequence_length=pipe.tokenizer_3.model_max_length,
-        )  # fmt: skip
-    return {"tokens": tokens, "pooled": pooled}
 
 
 def adapted(name, components):

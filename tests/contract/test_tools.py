@@ -19,7 +19,7 @@ import torch
 import transformers
 from diffusers import AutoencoderKL  # noqa: F401 (before the replacements below, which it must not see)
 
-from tests.contract.variants import VARIANTS, shape
+from tests.support.variants import VARIANTS, shape
 from trainer.lora_files import convert
 from trainer.lora_files.weights import LoraWeights
 from trainer.spec.family import get_family, trainable_encoders

@@ -117,7 +117,7 @@ def test_not_a_lora(job):
 
 def test_secrets_appear_nowhere(job):
     secret = "hf_" + "canary" * 6
-    process = job.start(HF_TOKEN=secret, PARAMS_MAX_STEPS="60")
+    process = job.start(HF_TOKEN=secret, PARAMS_MAX_STEPS="60", own_interpreter=True)
     job.wait_for_step(process, 2)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     assert children
@@ -148,13 +148,13 @@ def test_the_table_of_variables_may_be_cut_short_by_its_reader():
 @pytest.mark.alone
 def test_check_trains_nothing_and_is_fast(job):
     started = time.monotonic()
-    code, printed = job.run("--check")
+    code, printed = job.run("--check", own_interpreter=True)
     assert code == 0 and "can run" in printed, printed
     assert not (job.out / "plan.json").exists()
     times = []
     for _ in range(3):
         started = time.monotonic()
-        assert job.run("--check")[0] == 0
+        assert job.run("--check", own_interpreter=True)[0] == 0
         times.append(time.monotonic() - started)
     assert min(times) < 1.0, times
 

@@ -5,9 +5,8 @@ draw with the saved file: the demo's prompts at seeds that the job never saw.
 """
 
 import json
+import os
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -185,9 +184,7 @@ def test_a_wrong_training_does_not_learn_it(name, mutation, base, job, tmp_path)
     script = "import dataclasses, sys\nfrom trainer.training import objective\n"
     script += f"from trainer.families import {name} as kind\n"
     script += f"{lines}\nfrom trainer.__main__ import main\nsys.exit(main(sys.argv[1:]))"
-    run = subprocess.run(
-        [sys.executable, "-c", script, tmp_path / "plan.json"], cwd=ROOT, capture_output=True, text=True
-    )
+    run = job.programs.run("-c", script, str(tmp_path / "plan.json"), environment=os.environ, timeout=900)
     assert run.returncode == 0, run.stderr
     value = number(name, load_file(tmp_path / "mutant" / "x-diffusers.safetensors"), tmp_path)
     print(f"{name}, {mutation}: {value:.3f}")

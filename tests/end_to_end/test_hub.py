@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save
 
-from tests.end_to_end.hub import Hub
+from tests.support.hub import Hub
 from trainer.spec.family import get_family
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +45,7 @@ class Process:
     def __init__(self, endpoint: str, place: Path) -> None:
         own = {"HF_ENDPOINT": endpoint, "HF_HOME": str(place), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | own
-        command = [sys.executable, str(ROOT / "tests" / "end_to_end" / "hub_client.py")]
+        command = [sys.executable, str(ROOT / "tests" / "support" / "hub_client.py")]
         self.process = subprocess.Popen(
             command, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )

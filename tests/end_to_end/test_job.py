@@ -4,7 +4,6 @@ import hashlib
 import json
 import signal
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from tests.support.programs import basic_environment
 from trainer.spec.family import get_family
 
 
@@ -105,7 +105,8 @@ def test_the_file_loads_in_diffusers_and_is_the_trained_model(job):
 
 
 def test_the_same_job_twice_gives_the_same_file(job, tmp_path):
-    assert job.run()[0] == 0
+    """In an interpreter of its own, with its own seed of hashes, and forked as the jobs of the other tests are."""
+    assert job.run(own_interpreter=True)[0] == 0
     code, printed = job.run(OUTPUT_PATH=str(tmp_path / "again"))
     assert code == 0, printed
     assert "in the cache" in printed
@@ -181,7 +182,7 @@ def test_an_interrupted_job_ends_bit_identical(job, tmp_path, setup, number, cod
     assert [r["step"] for r in job.metrics()] == list(range(1, 41))
 
 
-def test_without_the_position_the_resumed_run_would_differ(job, tmp_path):
+def test_without_the_position_the_resumed_run_would_differ(job, tmp_path, programs):
     """The comparison above can fail: a state that forgets where it was gives another file."""
     assert job.run(PARAMS_MAX_STEPS="8", OUTPUT_PATH=str(tmp_path / "whole"))[0] == 0
     process = job.start(PARAMS_MAX_STEPS="8", PARAMS_SAVE_EVERY_N_STEPS="4")
@@ -190,10 +191,10 @@ def test_without_the_position_the_resumed_run_would_differ(job, tmp_path):
     process.communicate(timeout=60)
     code = (
         "import sys; from pathlib import Path; from trainer.checkpoints import state_files;"
-        "f = Path(sys.argv[1]); s = checkpoint.latest(f); checkpoint.save(f, s.step - 1, s.tree);"
+        "f = Path(sys.argv[1]); s = state_files.latest(f); state_files.save(f, s.step - 1, s.tree);"
         "import shutil; shutil.rmtree(s.folder)"
     )
-    subprocess.run([sys.executable, "-c", code, str(job.out / "state")], check=True)
+    assert programs.run("-c", code, str(job.out / "state"), environment=basic_environment()).returncode == 0
     assert job.run(PARAMS_MAX_STEPS="8")[0] == 0
     assert sha(job.out / "x.safetensors") != sha(tmp_path / "whole" / "x.safetensors")
 
@@ -294,7 +295,7 @@ def test_twelve_sizes_are_compiled_once_for_each_kind_of_block_and_once_more(job
     config = {"general": general, "datasets": [{"subsets": [{"image_dir": str(folder)}]}]}
     code, printed = job.run(
         DATASET_NAME="", DATASET_CONFIG=json.dumps(config), PARAMS_COMPILE="true", PARAMS_MAX_STEPS="24",
-        PARAMS_SAMPLE_EVERY_N_STEPS="12", PARAMS_SAVE_EVERY_N_STEPS="0",
+        PARAMS_SAMPLE_EVERY_N_STEPS="12", PARAMS_SAVE_EVERY_N_STEPS="0", own_interpreter=True,
     )  # fmt: skip
     assert code == 0, printed
     assert printed.count("bucket ") == 12, printed

@@ -14,7 +14,7 @@ import pytest
 from entrypoint.bake import COMMIT, with_baked
 from entrypoint.fetch.fetch import fetch_model
 from entrypoint.fetch.http import RetryPolicy
-from tests.end_to_end.hub import Hub, read_folder
+from tests.support.hub import Hub, read_folder
 from trainer.spec.family import base_models, get_family
 from trainer.spec.plan import ModelPlan
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +16,7 @@ from safetensors.numpy import save
 
 from entrypoint.fetch import http
 from entrypoint.processes import upload
-from tests.end_to_end.hub import Hub
+from tests.support.hub import Hub
 from trainer.spec.errors import GatedError, SettingsError
 
 ROOT = Path(__file__).parents[2]
@@ -223,9 +221,7 @@ SHORT += "from entrypoint.__main__ import main; sys.exit(main([]))"
 def start(job, hub, **changes):
     mine = {**environment(hub, job.folder), **job.environment, "OMP_NUM_THREADS": "1"}
     mine |= {"PUSH_TO_HUB": "me/lora", "HF_WRITE_TOKEN": TOKEN, "PARAMS_MAX_STEPS": "2", **changes}
-    return subprocess.Popen(
-        [sys.executable, "-c", SHORT], cwd=ROOT, env=mine, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return job.programs.start("-c", SHORT, environment=mine)
 
 
 @pytest.mark.slow

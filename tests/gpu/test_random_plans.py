@@ -26,7 +26,7 @@ EACH = 4  # processes on an accelerator, which wait for the host most of the tim
 
 def made(device: int, of: range) -> list[dict[str, Any]]:
     """What became of those plans, in a process of their own: all of the device's memory that it has is theirs."""
-    command = [sys.executable, "-m", "tests.gpu.attempts", "--plans", str(len(of)), "--seed", str(of.start)]
+    command = [sys.executable, "-m", "tests.support.attempts", "--plans", str(len(of)), "--seed", str(of.start)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(device)}
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment)
     told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -54,8 +54,8 @@ def test_no_plan_runs_out_of_memory_once_it_is_rehearsed():
         return
     # Of each kind enough to mean something.
     ran = [r for r in rows if r["kind"] == "ran"]
-    lower = Counter(r["rungs"] for r in ran)
+    lower = Counter(r["fallbacks"] for r in ran)
     assert len(rows) - len(ran) >= 3 and lower[0] >= 10 and lower[1] >= 8  # the first are those that were refused
     assert sum(count for fallbacks, count in lower.items() if fallbacks > 1) >= 10
     assert sum(r["recorded"] for r in ran) >= 8 and any(r["compile"] == "true" for r in ran)
-    assert {r["family"] for r in ran if r["rungs"]} == set(family_names())
+    assert {r["family"] for r in ran if r["fallbacks"]} == set(family_names())

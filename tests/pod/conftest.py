@@ -1,6 +1,6 @@
 import pytest
 
-from tests.pod.server import KEY, RunPodServer
+from tests.support.pod import KEY, RunPodServer
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -179,7 +177,7 @@ sys.exit(main([]))
 
 
 @pytest.fixture
-def container(server, pod, tmp_path):
+def container(server, pod, tmp_path, programs):
     """`container(**environment)`: run it as `--restart=always` does, until the pod stops; exit codes and the log."""
     place = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG")}
     job = {
@@ -195,13 +193,7 @@ def container(server, pod, tmp_path):
         codes, printed = [], ""
         while state(server) == "RUNNING":
             assert len(codes) < 9
-            process = subprocess.Popen(
-                [sys.executable, "-c", SCRIPT],
-                env={**place, **pod, **job, **environment},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
+            process = programs.start("-c", SCRIPT, environment={**place, **pod, **job, **environment})
             running.append(process)
             printed += process.communicate(timeout=200)[0]
             codes.append(process.returncode)

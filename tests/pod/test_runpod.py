@@ -13,7 +13,7 @@ from entrypoint.fetch import http
 from entrypoint.runpod import __main__
 from entrypoint.runpod import api as runpod_api
 from entrypoint.runpod.api import RunPod
-from tests.pod.server import KEY, violations
+from tests.support.pod import KEY, violations
 
 QUICK = http.RetryPolicy(budget=3.0, first_wait=0.01, longest_wait=0.05, timeout=2.0)
 JOB = {"BASE_MODEL": "flux", "DATASET_NAME": "org/pictures", "PARAMS_MAX_EPOCHS": "3", "HF_HOME": "/home/me/hf"}

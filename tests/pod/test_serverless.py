@@ -44,7 +44,7 @@ def work(tmp_path):
     return run
 
 
-STANDIN = str(ROOT / "tests/pod/standin")
+STANDIN = str(ROOT / "tests/support/standin")
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from entrypoint.processes.launch import launch
 from entrypoint.settings.read import read_settings
 from entrypoint.system import folders
 from entrypoint.system.hardware import Hardware
-from tests.unit.test_plan import CPU, FULL, LARGE_GPU, MINI, NOW
+from tests.support.machines import CPU, FULL, LARGE_GPU, MINI, NOW
 from trainer.spec.errors import SettingsError, StorageError, UnreachableError
 from trainer.spec.family import base_models, get_family
 from trainer.spec.plan import Plan

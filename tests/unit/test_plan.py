@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from entrypoint.planning.plan import make_plan
 from entrypoint.settings.read import read_settings
 from entrypoint.settings.variables import NAMES
 from entrypoint.system.hardware import Hardware
+from tests.support.machines import CPU, FULL, HOME, LARGE_GPU, MINI, NOW, SMALL_GPU
 from trainer.spec.errors import SettingsError
 from trainer.spec.family import base_models, get_family, timestep_samplings
 from trainer.spec.optimizers import OPTIMIZERS, SCHEDULERS
@@ -29,14 +29,7 @@ from trainer.spec.plan import Dataset, Plan
 from trainer.spec.resume_rules import goes_on
 
 ROOT = Path(__file__).parents[2]
-NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
-CPU = Hardware("cpu", "x86_64", 32.0, 0, "", 32.0, 8)
-LARGE_GPU = Hardware("nvidia", "9.0", 139.0, 1, "550.1", 500.0, 32)
-SMALL_GPU = Hardware("nvidia", "8.9", 24.0, 1, "550.1", 64.0, 16)
-HOME = Hardware("nvidia", "8.9", 8.0, 1, "580.1", 32.0, 8)
 MODELS = base_models()
-MINI = min(name for name, (_, model) in MODELS.items() if model.files_gib == 0)
-FULL = min(name for name, (_, model) in MODELS.items() if model.files_gib > 0)
 MULTIPLE = get_family(MODELS[MINI][0]).FACTS.multiple
 
 

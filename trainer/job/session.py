@@ -347,12 +347,12 @@ class Session:
         # The state comes last, so that where it is, all is; but a stop leaves few seconds, and it matters most.
         left = [state, lora] if self.stop.requested else [lora, state]
 
-        def write() -> None:
+        def save() -> None:
             while left:
                 left[0]()
                 del left[0]
 
-        self.retention.write(write, step)
+        self.retention.write(save, step)
         log.info(
             "Saved step %d: training stood still for %.0f ms; written and read back in %.2f s beside it.",
             step, 1000 * stalled, time.monotonic() - started,

@@ -1,26 +1,24 @@
-"""A tiny job, its undisturbed result, and a process that forks trainers for it."""
+"""A tiny job, its undisturbed result, and runs of it with faults: forked, so that a start costs no imports."""
 
 import dataclasses
 import hashlib
 import json
 import os
-import select
 import subprocess
-import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from tests.support import faults
+from tests.support.programs import ROOT, Programs, basic_environment
 from trainer.spec.plan import Plan
 
 # On an accelerator attention's backward pass adds in no fixed order, but for that of plain matrix products.
 EXACT = {"PARAMS_ATTENTION": "_native_math", "PARAMS_COMPILE": "false", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 EXACT = EXACT if torch.cuda.is_available() else {}
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[2]
 FINAL = "x.safetensors"
 
 
@@ -29,45 +27,10 @@ def sha(path):
 
 
 @dataclass
-class Server:
-    """The forking process."""
-
-    folder: Path
-    process: subprocess.Popen = field(init=False)
-    read: bytes = b""
-
-    def __post_init__(self):
-        environment = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "TMPDIR")}
-        self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "server.py")],
-            cwd=ROOT,
-            env={**environment, **EXACT, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-        )
-
-    def ask(self, **what):
-        self.process.stdin.write(json.dumps(what).encode() + b"\n")
-        return self.answer()
-
-    def answer(self, timeout=None):
-        """The next answer; None if there is none within `timeout` seconds."""
-        while b"\n" not in self.read:
-            if not select.select([self.process.stdout], [], [], timeout)[0]:
-                return None
-            block = os.read(self.process.stdout.fileno(), 4096)
-            assert block, "the forking process is gone"
-            self.read += block
-        line, _, self.read = self.read.partition(b"\n")
-        return json.loads(line)
-
-
-@dataclass
 class Run:
-    """One output folder of the tiny job, and a server to run it in."""
+    """One output folder of the tiny job, and trainers that fill it."""
 
-    server: Server
+    programs: Programs
     folder: Path
     plan: Plan
 
@@ -82,14 +45,20 @@ class Run:
             plan = dataclasses.replace(plan, **{section: dataclasses.replace(getattr(plan, section), **values)})
         path = self.folder / "plan.json"
         path.write_text(plan.to_json())
+        environment = {**basic_environment(), **EXACT, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), faults.PLACE))
         if fault:
-            fault = {"fired": str(self.fired), **fault}
-        return self.server.ask(plan=str(path), log=str(self.log), fault=fault)["pid"]
+            environment["KILN_FAULT"] = json.dumps({"fired": str(self.fired), **fault})
+        arguments = ("-m", "trainer", str(path))
+        self.process = self.programs.start(*arguments, environment=environment, output=self.log)
+        return self.process.pid
 
     def wait(self, timeout=None):
         """The exit code; None if the run is not over after `timeout` seconds."""
-        answer = self.server.answer(timeout)
-        return answer["code"] if answer else None
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return None
 
     def __call__(self, fault=None, **changes):
         """Run to the end; the exit code."""
@@ -134,18 +103,17 @@ def small_pictures(tmp_path_factory):
 
 @dataclass
 class Tiny:
-    server: Server
     plan: Plan
     reference: str  # hash of the final LoRA of an undisturbed run
     base: Path
 
 
 @pytest.fixture(scope="session")
-def tiny(small_pictures, tmp_path_factory):
-    """The tiny job, run once as a user would and once by the server, with the same result."""
+def tiny(small_pictures, tmp_path_factory, all_programs):
+    """The tiny job, run once as a user would and once forked, with the same result."""
     base = tmp_path_factory.mktemp("tiny")
-    environment = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "TMPDIR")}
-    environment |= {
+    environment = {
+        **basic_environment(),
         "OMP_NUM_THREADS": "1",
         "BASE_MODEL": "mini-flux",
         "DATASET_NAME": str(small_pictures),
@@ -163,26 +131,16 @@ def tiny(small_pictures, tmp_path_factory):
         "SOURCE_DATE_EPOCH": "1700000000",
         **EXACT,
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "entrypoint"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
-    )
+    done = all_programs.run("-m", "entrypoint", environment=environment, own_interpreter=True)
     assert done.returncode == 0, done.stdout + done.stderr
     plan = Plan.from_json((base / "first" / "plan.json").read_text())
-    server = Server(base)
-    again = Run(server, base / "second", plan)
-    modules = base / "modules.json"
-    path = again.folder / "plan.json"
-    path.write_text(dataclasses.replace(plan, output=dataclasses.replace(plan.output, path=str(again.out))).to_json())
-    server.ask(plan=str(path), log=str(again.log), modules=str(modules))
-    assert server.answer()["code"] == 0, again.said()
+    again = Run(all_programs, base / "second", plan)
+    assert again() == 0, again.said()
     assert sha(base / "first" / FINAL) == again.final
-    server.ask(**{"import": json.loads(modules.read_text())})
-    yield Tiny(server, plan, again.final, base)
-    server.process.stdin.close()
-    server.process.wait(timeout=20)
+    return Tiny(plan, again.final, base)
 
 
 @pytest.fixture
-def run(tiny, tmp_path):
+def run(tiny, tmp_path, programs):
     """The tiny job in an output folder of its own."""
-    return Run(tiny.server, tmp_path, tiny.plan)
+    return Run(programs, tmp_path, tiny.plan)

@@ -3,17 +3,16 @@
 import json
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 
+from tests.support import faults
 from trainer.job.watchdog import LEAST_S, OTHER_S, Watchdog
 
-HERE = Path(__file__).resolve().parent
 LIMIT = 4.0  # seconds
 
 
-@pytest.mark.alone
+@pytest.mark.on_first
 def test_a_step_that_sleeps_is_ended_with_its_stack(run):
     fault = {"kind": "sleep", "step": 7, "seconds": 600}
     assert run(fault, engine={"step_timeout_s": LIMIT}) == 75, run.said()
@@ -59,7 +58,7 @@ def test_the_entrypoint_ends_a_trainer_that_cannot(job, tmp_path, kind):
     """Python's lock is held, so that no thread of it runs; or the process is stopped."""
     fired = tmp_path / "fired.txt"
     fault = {"kind": kind, "step": 3, "fired": str(fired)}
-    process = job.start(PYTHONPATH=str(HERE / "site"), KILN_FAULT=json.dumps(fault), PARAMS_STEP_TIMEOUT=str(LIMIT))
+    process = job.start(PYTHONPATH=faults.PLACE, KILN_FAULT=json.dumps(fault), PARAMS_STEP_TIMEOUT=str(LIMIT))
     printed, _ = process.communicate(timeout=200)
     assert process.returncode == 75, printed
     assert fired.read_text().count("\n") == 1

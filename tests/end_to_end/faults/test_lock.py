@@ -15,15 +15,15 @@ import fcntl, os, pathlib, sys, time
 from trainer.storage import locks
 from trainer.spec.errors import SettingsError
 folder, seconds, kind = pathlib.Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
-lock.RENEW_S, lock.WATCH_S = 0.2, 1.0
+locks.RENEW_S, locks.WATCH_S = 0.2, 1.0
 if kind == "no locks":
     def refuse(*_): raise OSError(37, "No locks available")
     fcntl.flock = refuse
 if kind == "another machine":
-    lock._machine = lambda: f"that of {os.getpid()}"
+    locks._machine = lambda: f"that of {os.getpid()}"
     fcntl.flock = lambda *_: None
 try:
-    with lock.locked(folder):
+    with locks.locked(folder):
         print("holds", flush=True)
         time.sleep(seconds)
 except SettingsError as problem:

@@ -16,7 +16,8 @@ import pytest
 from safetensors import safe_open
 
 from entrypoint.settings.variables import ROWS
-from tests.end_to_end.hub import Hub
+from tests.support import faults
+from tests.support.hub import Hub
 
 HERE = Path(__file__).resolve().parent
 SECRETS = {
@@ -64,7 +65,7 @@ def test_secrets_come_out_nowhere(job, tmp_path, name):
     changes, fault, expected = FAILURES[name]
     if fault:
         fired = str(tmp_path / "fired.txt")
-        changes = {**changes, "PYTHONPATH": str(HERE / "site"), "KILN_FAULT": json.dumps({**fault, "fired": fired})}
+        changes = {**changes, "PYTHONPATH": faults.PLACE, "KILN_FAULT": json.dumps({**fault, "fired": fired})}
     code, printed = job.run(**SECRETS, **changes)
     assert code == expected, printed
     assert not fault or os.path.getsize(fired)

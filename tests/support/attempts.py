@@ -1,6 +1,6 @@
-"""Random plans (tests/gpu/plans.py) under caps of the device's memory, run as a job runs them: rehearsed, then trained.
+"""Random plans (random_plans.py) under caps of the device's memory, run as a job runs them: rehearsed, then trained.
 
-    python -m tests.gpu.attempts --plans 100 --seed 0
+    python -m tests.support.attempts --plans 100 --seed 0
 
 Prints a JSON line for each plan, and at last how many were refused, ran as planned, or went down how many rungs. The
 plan of a seed is always the same: `--plans 1 --seed 17` runs one again.
@@ -31,7 +31,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as in
 import torch
 
 from entrypoint.system.hardware import detect
-from tests.gpu.plans import Ground, NoisedBatch, drawn
+from tests.support.random_plans import Ground, NoisedBatch, drawn
 from trainer.data.batches import micro_batch
 from trainer.engine.cuda_graphs import EagerStep
 from trainer.engine.device import limit_memory, release
@@ -161,14 +161,14 @@ def _attempt(ready: Ready, out: Path, room: float, *, found: Outcome, said: Told
     made = session(ready, out)
     if ready.plan.engine.device == "cuda":
         found.gib = capped(made, room)
-    fallbacks = len(made.engine.fallbacks)
+    rungs = len(made.engine.fallbacks)
     try:
         made.rehearse()
     except SettingsError as problem:
         assert "Fix: lower PARAMS_BATCH_SIZE" in str(problem)
         found.why = str(problem)
         return
-    found.kind, found.fallbacks, rehearsed = "ran", fallbacks - len(made.engine.fallbacks), len(said.lines)
+    found.kind, found.fallbacks, rehearsed = "ran", rungs - len(made.engine.fallbacks), len(said.lines)
     found.way = " ".join(map(str, made.engine.fallbacks[0]))
     assert said.count("Instead of") == found.fallbacks  # each is told
     recorded = made.runner.capturing and not made.runner.short_of_memory

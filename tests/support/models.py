@@ -1,9 +1,5 @@
-"""Small random models of the real classes, and whole jobs in this process."""
+"""Small random models of the real classes, made anew at each call."""
 
-import dataclasses
-from datetime import UTC, datetime
-
-import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -13,43 +9,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
-from entrypoint.dataset_config.manifest import read_manifest
-from entrypoint.planning.plan import make_plan
-from entrypoint.settings.read import read_settings
-from entrypoint.system.hardware import Hardware
 
-
-@pytest.fixture
-def job_plan(tmp_path, draw):
-    """`job_plan(family, **variables)`: the plan of a short job on a miniature, with two pictures, as if fetched."""
-
-    def make(family, **variables):
-        folder = tmp_path / "pictures"
-        folder.mkdir(exist_ok=True)
-        for i, caption in enumerate(("a red circle", "a blue square on a green background")):
-            draw(128, 128, seed=i).save(folder / f"{i}.png")
-            (folder / f"{i}.txt").write_text(caption)
-        asked = {
-            "BASE_MODEL": f"mini-{family}", "DATASET_NAME": str(folder), "OUTPUT_PATH": str(tmp_path / "out"),
-            "CACHE_PATH": str(tmp_path / "cache"), "OUTPUT_NAME": "x", "BACKEND": "cpu",
-            "PARAMS_SAMPLE_EVERY_N_STEPS": "0", "PARAMS_SAVE_EVERY_N_STEPS": "0",
-        } | variables  # fmt: skip
-        made = make_plan(
-            read_settings(asked),
-            read_manifest(asked.get("DATASET_CONFIG"), None),
-            Hardware("cpu", "x86_64", 8.0, 0, "", 8.0, 2),
-            now=datetime(2026, 1, 2, tzinfo=UTC),
-        )
-        sources = [[dataclasses.replace(s, source=dataclasses.replace(s.source, path=s.source.location))
-                    for s in d.subsets] for d in made.data.datasets]  # fmt: skip
-        datasets = [dataclasses.replace(d, subsets=tuple(s)) for d, s in zip(made.data.datasets, sources, strict=True)]
-        model = dataclasses.replace(made.model, path=made.model.source)
-        return dataclasses.replace(made, model=model, data=dataclasses.replace(made.data, datasets=tuple(datasets)))
-
-    return make
-
-
-@pytest.fixture
 def flux_denoiser():
     """The real architecture, two double and two single blocks of width 32, random weights large enough to matter."""
     torch.manual_seed(0)
@@ -70,7 +30,6 @@ def flux_denoiser():
     return model.requires_grad_(False).eval()
 
 
-@pytest.fixture
 def flux_vae():
     torch.manual_seed(1)
     return AutoencoderKL(
@@ -87,7 +46,6 @@ def flux_vae():
     ).eval()
 
 
-@pytest.fixture
 def flux_scheduler():
     """As Flux.1-dev ships it."""
     return FlowMatchEulerDiscreteScheduler(
@@ -100,13 +58,11 @@ def flux_scheduler():
     )
 
 
-@pytest.fixture
 def text():
     torch.manual_seed(2)
     return {"tokens": torch.randn(2, 7, 24), "pooled": torch.randn(2, 20)}
 
 
-@pytest.fixture
 def sd3_denoiser():
     """Three joint blocks of width 32, the first with the second attention of SD3.5-medium; q and k normalised."""
     torch.manual_seed(0)
@@ -130,14 +86,13 @@ def sd3_denoiser():
     return model.requires_grad_(False).eval()
 
 
-@pytest.fixture
-def sd3_vae(flux_vae):
+def sd3_vae():
     """The same class with the numbers that SD3 ships with."""
-    flux_vae.register_to_config(scaling_factor=1.5305, shift_factor=0.0609)
-    return flux_vae
+    vae = flux_vae()
+    vae.register_to_config(scaling_factor=1.5305, shift_factor=0.0609)
+    return vae
 
 
-@pytest.fixture
 def sdxl_denoiser():
     """SDXL's UNet: three levels, transformers of one and two blocks in the lower two; size and crop are conditions."""
     torch.manual_seed(0)
@@ -161,7 +116,6 @@ def sdxl_denoiser():
     return model.requires_grad_(False).eval()
 
 
-@pytest.fixture
 def sdxl_vae():
     torch.manual_seed(1)
     return AutoencoderKL(

@@ -1,7 +1,7 @@
 """Random plans: families, sizes, formats, optimisers, what is recomputed, kept on the host, recorded, and done between.
 
 The models have blocks as wide as published ones, but few of them, and the miniatures' text encoders and VAE; on a CPU
-they are the miniatures. The plan of a seed is always the same. tests/gpu/attempts.py runs them.
+they are the miniatures. The plan of a seed is always the same. tests/support/attempts.py runs them.
 """
 
 from __future__ import annotations

@@ -3,10 +3,8 @@
 import json
 import os
 import sys
-from pathlib import Path
 
 if "trainer" in sys.orig_argv and "KILN_FAULT" in os.environ:
-    sys.path.append(str(Path(__file__).parents[1]))
-    import inject
+    from tests.support.faults import inject
 
     inject.install(json.loads(os.environ["KILN_FAULT"]))

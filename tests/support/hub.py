@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from urllib.parse import unquote, urlsplit
 
-from tests.end_to_end import hub_uploads as uploads
+from tests.support import hub_uploads as uploads
 
 BLOCK = 2**14
 LARGE = (".safetensors", ".parquet", ".zip", ".tar", ".png", ".jpg")  # kept in large file storage

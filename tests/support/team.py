@@ -1,4 +1,4 @@
-"""One of several processes that train a small model together: `python -m tests.contract.team CASE`, told its place by
+"""One of several processes that train a small model together: `python -m tests.support.team CASE`, told its place by
 the environment as the trainer is. Without one, and by the tests, all of it in a single process."""
 
 import json

@@ -1,0 +1,36 @@
+"""The miniatures as diffusers' own pipelines."""
+
+from pathlib import Path
+
+import torch
+from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline
+
+from trainer.spec.family import get_family
+
+PIPELINES = {"flux": FluxPipeline, "sdxl": StableDiffusionXLPipeline, "sd3": StableDiffusion3Pipeline}
+FAMILIES = tuple(PIPELINES)
+
+
+def folder(name):
+    return Path(get_family(name).FACTS.models[f"mini-{name}"].source)
+
+
+def pipeline(name):
+    return PIPELINES[name].from_pretrained(folder(name), dtype=torch.float32)
+
+
+def encoded(name, pipe, captions):
+    """What diffusers' pipeline makes of captions, as Kiln's families name it."""
+    captions = list(captions)
+    if name == "flux":
+        tokens, pooled, _ = pipe.encode_prompt(
+            captions, captions, device="cpu", max_sequence_length=pipe.tokenizer_2.model_max_length
+        )
+    elif name == "sdxl":
+        tokens, _, pooled, _ = pipe.encode_prompt(captions, captions, device="cpu", do_classifier_free_guidance=False)
+    else:
+        tokens, _, pooled, _ = pipe.encode_prompt(
+            captions, captions, captions, device="cpu", do_classifier_free_guidance=False,
+            max_sequence_length=pipe.tokenizer_3.model_max_length,
+        )  # fmt: skip
+    return {"tokens": tokens, "pooled": pooled}
