@@ -1,4 +1,4 @@
-"""A folder with a full-size model of random weights in diffusers' layout and pictures, and whole jobs on them.
+"""A folder with a full-size model of random weights in diffusers' layout and images, and whole jobs on them.
 
     python -m bench job FOLDER --family flux                            # writes them
     python -m bench job FOLDER --family flux NAME=VALUE …               # and runs a job with these settings

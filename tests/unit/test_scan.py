@@ -1,4 +1,4 @@
-"""Folders of pictures: every one is used, or skipped for a named reason."""
+"""Folders of images: every one is used, or skipped for a named reason."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def captions(found: Scan) -> dict[str, str | None]:
 # ---- files
 
 
-def test_pictures_in_folders_are_found_sorted_and_others_left_alone(make_folder):
+def test_images_in_folders_are_found_sorted_and_others_left_alone(make_folder):
     folder = make_folder("a", 2)
     (folder / "sub").mkdir()
     for name in ("sub/b.PNG", ".hidden.png", "sub/._b.png"):
@@ -112,7 +112,7 @@ def test_a_missing_folder_is_named(tmp_path):
         surveyed(tmp_path / "gone")
 
 
-# ---- unusable pictures
+# ---- unusable images
 
 
 def test_every_bad_picture_is_skipped_with_its_reason(make_folder, draw):
@@ -259,7 +259,7 @@ def test_alpha_as_mask(make_folder):
     assert "1 pictures have transparency: the alpha weighs the loss" in found.report()
 
 
-def test_masks_of_the_same_stem_are_cut_and_flipped_like_the_picture(make_folder):
+def test_masks_of_the_same_stem_are_cut_and_flipped_like_the_image(make_folder):
     folder = make_folder("a", 3)
     (folder / "masks").mkdir()
     for name, size in {"00.png": (64, 48), "01.jpg": (128, 96)}.items():
@@ -307,7 +307,7 @@ def test_rendering_is_the_view_and_nothing_else(make_folder):
         assert (render(image.file, replace(view, colour=None)) == turned[:, ::-1]).all()
 
 
-def test_a_picture_changed_since_the_scan_is_noticed(make_folder):
+def test_an_image_changed_since_the_scan_is_noticed(make_folder):
     folder = make_folder("a", 2)
     found = surveyed(folder)
     image, view = next(EpochSampler(found.images, plan(subset(folder)), seed=0).all_image_variants())
@@ -386,7 +386,7 @@ def test_real_photographs(photographs):
         assert 5 < pixels.std() < 120
 
 
-def test_a_thousand_pictures_take_seconds_and_little_memory():
+def test_a_thousand_images_take_seconds_and_little_memory():
     command = [sys.executable, "-m", "bench.scan", "--pictures", "1000"]
     figures = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
     assert figures["used"] == 1000
@@ -406,7 +406,7 @@ if __name__ == "__main__":
 """
 
 
-def test_processes_that_read_pictures_end_with_a_trainer_that_is_killed(tmp_path, draw):
+def test_processes_that_read_images_end_with_a_trainer_that_is_killed(tmp_path, draw):
     program = tmp_path / "reading.py"
     program.write_text(READING)
     draw(64, 48).save(tmp_path / "a.png")
