@@ -70,7 +70,7 @@ def test_they_are_trained_on_as_regularisation_images(job, tmp_path):
     assert subset.is_reg and subset.source.kind == "generated" and subset.source.count == 2
     run(plan, StopFlag())
     report = (tmp_path / "out" / "dataset-report.txt").read_text()
-    assert "Pictures: 4 found, 4 used" in report
+    assert "Images: 4 found, 4 used" in report
     folder = next((tmp_path / "cache" / "class-pictures").iterdir())
     source = dataclasses.replace(subset.source, path=str(folder))
     dataset = dataclasses.replace(

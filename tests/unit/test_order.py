@@ -225,8 +225,8 @@ def test_every_second_epoch_without_captions():
 
 def test_the_log_names_the_augmentations():
     text = "\n".join(make_sampler(plan(subset(**VARIED)), caption_dropout_rate=0.1).describe())
-    assert f"crop and colours and flip vary: {VARIANTS} views of each picture are encoded" in text
-    assert f"{VARIANTS} wordings of each caption are encoded" in text
+    assert f"crop and colours and flip vary: {VARIANTS} views of each image are encoded" in text
+    assert f"{VARIANTS} variants of each caption are encoded" in text
     assert "captions are dropped in 0.2 of the occurrences" in text
     assert "vary" not in "\n".join(make_sampler(plan()).describe())
 
@@ -279,7 +279,7 @@ def test_validation_is_the_same_whatever_varies_in_training():
 def test_nothing_left_to_train_on_is_refused():
     with pytest.raises(DataError, match=r"validation_split 0\.5 holds out 1 of 1"):
         make_sampler(plan(validation_split=0.5), images(1))
-    with pytest.raises(DataError, match="No picture to train on"):
+    with pytest.raises(DataError, match="No image to train on"):
         make_sampler(plan(), [])
 
 
@@ -304,7 +304,7 @@ def test_the_fingerprint_names_what_differs_and_no_local_path():
 def test_changed_bytes_and_lost_captions_are_told_apart():
     first, second = images(1)[0], images(1, caption=None, first=1)[0]
     old, new = fingerprint([first]), {first.key: fingerprint([second])[second.key]}
-    assert fingerprint_differences(old, new) == ["changed: 0.0/000.png (picture, caption)"]
+    assert fingerprint_differences(old, new) == ["changed: 0.0/000.png (image, caption)"]
 
 
 def test_an_empty_caption_is_not_a_missing_one():

@@ -80,7 +80,9 @@ def _write_schedule(config: Path, denoiser: str) -> None:
     after = before | marks
     if before != after:
         atomic.write_text(config, json.dumps(after, indent=2))
-        log.info("%s says of itself: %s.", denoiser, ", ".join(f"{key} {value}" for key, value in marks.items()))
+        log.info(
+            "%s is marked as trained with %s.", denoiser, ", ".join(f"{key} {value}" for key, value in marks.items())
+        )
 
 
 def _has_fp16_only(folder: Path) -> bool:

@@ -28,7 +28,7 @@ class Fit:
 def fit(image: Size, dataset: Dataset) -> Fit | None:
     """How an image of this size is scaled and cropped in `dataset`.
 
-    None if it is smaller than one step of `bucket_reso_steps` and `bucket_no_upscale` forbids to enlarge it.
+    None if it is smaller than one step of `bucket_reso_steps` and `bucket_no_upscale` forbids enlarging it.
     """
     if not dataset.enable_bucket:
         return _cover(image, dataset.resolution)

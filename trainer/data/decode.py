@@ -57,10 +57,10 @@ INTERPOLATIONS = {
     "box": Image.Resampling.BOX,
     "area": Image.Resampling.BOX,  # only to enlarge: `_shrink_by_area` shrinks
 }
-NOT_AN_IMAGE = "not a picture in a known format (JPEG, PNG, WebP, BMP, TIFF, GIF, AVIF)"
+NOT_AN_IMAGE = "not an image in a known format (JPEG, PNG, WebP, BMP, TIFF, GIF, AVIF)"
 EMPTY = "the file is empty (0 bytes)"
 TOO_LARGE = f"more than {MAX_PIXELS // 1_000_000} million pixels (a decompression bomb?): make it smaller"
-ANIMATED = "animated, or several pages: save the one picture that is meant"
+ANIMATED = "animated, or several pages: save the one image to train on"
 TRANSPARENT = "completely transparent"
 UNKNOWN_RANGE = "32-bit pixels outside 0 to 1 (floats) or 0 to 65535 (integers): save it with 8 or 16 bits"
 
@@ -255,7 +255,7 @@ def _load(data: bytes, *, fast: bool = False) -> tuple[Image.Image, int, tuple[i
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as problem:
         raise UnusableImageError(TOO_LARGE) from problem
     except MemoryError as problem:
-        raise UnusableImageError("needs more memory than a picture may take") from problem
+        raise UnusableImageError("needs more memory than an image may take") from problem
     except Image.UnidentifiedImageError as problem:
         is_known = any(Image.OPEN[name][1](data[:16]) for name in formats)  # type: ignore[misc]  # None: accepts all
         raise UnusableImageError("damaged or cut short: its header" if is_known else NOT_AN_IMAGE) from problem

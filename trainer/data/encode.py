@@ -104,5 +104,5 @@ def fill_images(
     release()
     if unusable:
         names = "; ".join(f"{image.name}: {reason}" for image, reason in unusable[:20])
-        raise DataError(f"{len(unusable)} pictures changed while they were read: {names}.")
+        raise DataError(f"{len(unusable)} images changed while they were read: {names}.")
     log.info("Encoded %d of %d latents in %.1f s.", count, len(variants), time.monotonic() - started)

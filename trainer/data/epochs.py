@@ -77,7 +77,7 @@ class EpochSampler:
         self._caption_dropout_rate = caption_dropout_rate
         training, self.held_out = split(images, data, seed=seed)
         if not training:
-            raise DataError("No picture to train on. Add pictures, or lower validation_split.")
+            raise DataError("No image to train on. Add images, or lower validation_split.")
         repeats = _repeats(training, data)
         self.unused = tuple(image for image in training if repeats[image.key] == 0)
         self._variants: list[_Variants] = []
@@ -160,15 +160,13 @@ class EpochSampler:
     def describe(self) -> list[str]:
         """For the log: the size of an epoch, its buckets, and which subsets vary in how many variants."""
         lines = [
-            f"{len(self._variants)} pictures × repeats = {self.examples_per_epoch} examples an epoch, "
-            f"{self.batches_per_epoch} batches; {len(self.held_out)} pictures held out for validation."
+            f"{len(self._variants)} images × repeats = {self.examples_per_epoch} examples an epoch, "
+            f"{self.batches_per_epoch} batches; {len(self.held_out)} images held out for validation."
         ]
         for (d, size), count in sorted(self.buckets.items()):
             lines.append(f"Dataset {d}: bucket {size[0]}×{size[1]}, {count} examples.")
         if self.unused:
-            lines.append(
-                f"{len(self.unused)} regularisation pictures are not used: there are more of them than others."
-            )
+            lines.append(f"{len(self.unused)} regularisation images are not used: there are more of them than others.")
         for d, dataset in enumerate(self._data.datasets):
             for s, subset in enumerate(dataset.subsets):
                 lines += [f"Subset {d}.{s}: {text}" for text in _describe_variants(subset, self._caption_dropout_rate)]
@@ -218,8 +216,8 @@ def split(images: Sequence[ImageRecord], data: DataPlan, *, seed: int) -> tuple[
         count = max(1, round(dataset.validation_split * len(ranked)))
         if count >= len(ranked):
             raise DataError(
-                f"validation_split {dataset.validation_split} holds out {count} of {len(ranked)} different pictures of "
-                f"dataset {d}: none is left to train on. Lower it, or add pictures."
+                f"validation_split {dataset.validation_split} holds out {count} of {len(ranked)} different images of "
+                f"dataset {d}: none is left to train on. Lower it, or add images."
             )
         held_out |= {(d, sha256) for sha256 in ranked[:count]}
     held_out_anywhere = {sha256 for _, sha256 in held_out}
@@ -301,12 +299,12 @@ def _describe_variants(subset: Subset, dropout_rate: float) -> list[str]:
         augmentations.append("colours")
     if augmentations:
         flip = " and flip" if subset.flip_aug else ""
-        lines.append(f"{' and '.join(augmentations)}{flip} vary: {VARIANTS} views of each picture are encoded")
+        lines.append(f"{' and '.join(augmentations)}{flip} vary: {VARIANTS} views of each image are encoded")
     elif subset.flip_aug:
-        lines.append("flip varies: 2 views of each picture are encoded")
+        lines.append("flip varies: 2 views of each image are encoded")
     random_parts = captions.random_parts(subset)
     if random_parts:
-        lines.append(f"{', '.join(random_parts)} vary: {VARIANTS} wordings of each caption are encoded")
+        lines.append(f"{', '.join(random_parts)} vary: {VARIANTS} variants of each caption are encoded")
     rate = max(subset.caption_dropout_rate, dropout_rate)
     if rate:
         lines.append(f"captions are dropped in {rate:.3g} of the occurrences")

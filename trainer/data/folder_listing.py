@@ -109,7 +109,7 @@ def find_captions(folder: Folder, subset: Subset) -> tuple[dict[str, Caption], l
             captions[prefix + name] = caption
         if unknown:
             examples = ", ".join(unknown[:5])
-            notes.append(f"{len(unknown)} entries of {file.name} name no picture that is there: {examples}")
+            notes.append(f"{len(unknown)} entries of {file.name} name no image in the folder: {examples}")
     return captions, notes + folder.note_unread(read)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from trainer.data.records import ImageRecord
 
-PARTS = ("picture", "mask", "caption")  # of a fingerprint's values, in this order, separated by spaces
+PARTS = ("image", "mask", "caption")  # of a fingerprint's values, in this order, separated by spaces
 
 
 def fingerprint(images: Iterable[ImageRecord]) -> dict[str, str]:

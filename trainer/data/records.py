@@ -82,7 +82,7 @@ class Scan:
         At most `limit` skipped images are named, then the rest are counted by reason; None: all are named.
         """
         used = len(self.images)
-        lines = [f"Pictures: {self.num_found} found, {used} used, {len(self.skipped)} skipped."]
+        lines = [f"Images: {self.num_found} found, {used} used, {len(self.skipped)} skipped."]
         for image in self.skipped[:limit]:
             lines.append(f"  skipped {image.name}: {image.reason}")
         if limit is not None:
@@ -95,8 +95,8 @@ class Scan:
         """Raises DataError if nothing is usable, if more than a tenth is not, or with `strict` if anything is not."""
         bad = len(self.skipped)
         if not self.images:
-            raise DataError(f"No usable picture in the dataset.\n{self.report()}")
-        counts = f"{bad} of {self.num_found} pictures are unusable"
+            raise DataError(f"No usable image in the dataset.\n{self.report()}")
+        counts = f"{bad} of {self.num_found} images are unusable"
         if bad and strict:
             raise DataError(f"STRICT_DATASET is true and {counts}.\n{self.report()}")
         if bad > MAX_UNUSABLE_SHARE * self.num_found:

@@ -30,7 +30,7 @@ from trainer.spec.plan import DataPlan, Dataset, Subset
 # conversions and codecs need some copies of it. A hostile file then fails here, and does not get the job killed.
 WORKER_MEMORY_BYTES = 4 << 30
 
-TOO_SMALL = "smaller than one step of bucket_reso_steps, and bucket_no_upscale forbids to enlarge it"
+TOO_SMALL = "smaller than one step of bucket_reso_steps, and bucket_no_upscale forbids enlarging it"
 NO_MASK = "no mask of the same stem in conditioning_data_dir"
 
 Progress = Callable[[int, int], None]  # called with the files done and the files in all
@@ -139,7 +139,7 @@ def _examine_all(files: Sequence[Path], *, cpu_workers: int, progress: Progress 
             # The pool does not tell which file it was: name all that were under way.
             suspects = ", ".join(str(f) for f in files[done : done + 2 * cpu_workers + 1])
             raise UnreachableError(
-                f"A process that reads pictures was killed (out of memory?) at one of: {suspects}."
+                f"A process that reads images was killed (out of memory?) at one of: {suspects}."
             ) from problem
 
 
@@ -213,7 +213,7 @@ def _check_usable(
     # The same shape, up to the rounding of a scaled copy.
     difference = abs(mask.width * image.height - mask.height * image.width)
     if difference > max(mask.width, mask.height) + image.width:
-        return f"its mask is {mask.width}×{mask.height}, the picture {image.width}×{image.height}: another shape"
+        return f"its mask is {mask.width}×{mask.height}, the image {image.width}×{image.height}: another shape"
     return image, mask.sha256
 
 
@@ -223,7 +223,7 @@ def _notes(images: Sequence[ImageRecord], captions: dict[str, Caption], subset: 
     for image in images:
         if image.name in captions and captions[image.name].origin != "class_tokens":
             own.append(captions[image.name])
-    lines = [f"{len(images)} pictures, {len(own)} captions"]
+    lines = [f"{len(images)} images, {len(own)} captions"]
     missing = len(images) - len(own)
     if missing:
         substitute = "trained without caption"
@@ -232,7 +232,7 @@ def _notes(images: Sequence[ImageRecord], captions: dict[str, Caption], subset: 
         lines.append(f"{missing} captions missing: {substitute}")
     if images and not own and not subset.class_tokens and not subset.trigger_word:
         lines.append(
-            f"{WARNING}no captions at all and no class_tokens: the model learns these pictures without words, and no "
+            f"{WARNING}no captions at all and no class_tokens: the model learns these images without words, and no "
             "word will call them up. Add .txt files, or set class_tokens or TRIGGER_WORD."
         )
     empty = sum(not caption.text for caption in own)
@@ -247,8 +247,8 @@ def _notes(images: Sequence[ImageRecord], captions: dict[str, Caption], subset: 
     transparent = sum(image.has_alpha for image in images)
     if transparent:
         effect = "the alpha weighs the loss" if subset.alpha_mask else "laid over white"
-        lines.append(f"{transparent} pictures have transparency: {effect}")
+        lines.append(f"{transparent} images have transparency: {effect}")
     copies = len(images) - len({image.sha256 for image in images})
     if copies:
-        lines.append(f"{copies} pictures are byte for byte copies of another: all are used")
+        lines.append(f"{copies} images are byte for byte copies of another: all are used")
     return lines
