@@ -89,7 +89,7 @@ def file_state(name: str, models: dict[str, torch.nn.Module], dtype: torch.dtype
     config: dict[str, Any] = dict(models["denoiser"].config)
     if name == "flux":
         return original.denoiser(name, states["denoiser"], config)
-    return original.whole(name, states, config)
+    return original.whole_file(name, states, config)
 
 
 def write_zeros(path: Path, state: State) -> None:
