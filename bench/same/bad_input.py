@@ -58,7 +58,7 @@ _VARIABLES: dict[str, Environment] = {
         "ON_FINISH": "sleep",
         "PARAMS_TIMESTEP_SAMPLING": "cubic",
     },
-    "timestep sampling of others": {"PARAMS_TIMESTEP_SAMPLING": "logit_normal"},
+    "timestep sampling of others": {"BASE_MODEL": "mini-sdxl", "PARAMS_TIMESTEP_SAMPLING": "flux_shift"},
     "optimiser arguments": {"PARAMS_OPTIMIZER_ARGS": "bettas=(0.9,0.99)"},
     "no optimiser arguments": {"PARAMS_OPTIMIZER_ARGS": "betas"},
     "optimiser arguments elsewhere": {"PARAMS_OPTIMIZER_ARGS": "lr=1 weight_decay=0.1 eps=small betas=1"},
@@ -96,15 +96,12 @@ _TOGETHER: dict[str, Environment] = {
     },
     "validation without images": {"PARAMS_VALIDATE_EVERY_N_STEPS": "5"},
     "DoRA of a part of q, k, v": {"PARAMS_LORA_TYPE": "dora", "PARAMS_TARGET_MODULES": "attn.to_q"},
-    "target modules that are nowhere": {"PARAMS_TARGET_MODULES": "attn.nothing"},
     "no such device": {"BACKEND": "cuda"},
     "full size without an accelerator": {"BASE_MODEL": "flux", "BACKEND": "auto"},
     "offload on a CPU": {"PARAMS_OFFLOAD": "activations"},
     "weights offloaded on a CPU": {"PARAMS_OFFLOAD": "weights"},
     "recorded attention on a CPU": {"PARAMS_ATTENTION": "flash_4"},
-    "a memory limit": {"MEMORY_LIMIT_GIB": "1000"},
     "cost without a price": {"MAX_COST": "5"},
-    "stop a pod that is none": {"ON_FINISH": "stop"},
 }
 _FILES: dict[str, Environment] = {
     "missing dataset": {"DATASET_NAME": "/nowhere/at/all"},
@@ -173,6 +170,7 @@ BAD_DATA: dict[str, Environment] = {
     "broken images": {"DATASET_NAME": "<data>/broken"},
     "strict": {"DATASET_NAME": "<data>/messy", "STRICT_DATASET": "true"},
     "bad metadata": {"DATASET_NAME": "<data>/bad-metadata"},
+    "target modules that are nowhere": {"PARAMS_TARGET_MODULES": "attn.nothing"},
     "an archive that escapes": {"DATASET_NAME": "<data>/escapes.zip"},
 }
 
@@ -180,11 +178,11 @@ ACCEPTED: dict[str, Environment] = {
     "no captions": {"DATASET_NAME": "<data>/silent"},
     "CONFIG_JSON": {"CONFIG_JSON": '{"PARAMS_NETWORK_DIM": 8, "PARAMS_SEED": "3"}', "PARAMS_SEED": "5"},
     "capitals and spaces": {"BASE_MODEL": "MINI-FLUX", "PARAMS_COMPILE": " AUTO ", "PARAMS_LEARNING_RATE": " .5\r"},
-    "arguments": {"PARAMS_OPTIMIZER_ARGS": "betas=0.8,0.99 use_speed=false"},
+    "arguments": {"PARAMS_OPTIMIZER_ARGS": "betas=0.8,0.99 slice_p=2 safeguard_warmup=true"},
     "a wide resolution": {"PARAMS_RESOLUTION": "160x96"},
     "what is not used": {"PARAMS_NUM_CYCLES": "3", "PARAMS_D_COEF": "2", "PARAMS_OPTIMIZER_TYPE": "adamw"},
     "prompts as objects": _prompts("a --w 64", {"prompt": "b", "negative_prompt": "c", "scale": 2}),
     "prompts with defaults": {"SAMPLE_PROMPTS": '{"prompt": {"width": 64, "subset": [{"prompt": "a"}]}}'},
     "a batch size of its own": {"PARAMS_BATCH_SIZE": "auto"},
-    "a limit": {"MAX_RUNTIME": "2", "MEMORY_LIMIT_GIB": "4"},
+    "a limit": {"MAX_RUNTIME": "2", "MEMORY_LIMIT_GIB": "1000", "ON_FINISH": "stop"},
 }

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -59,6 +60,7 @@ def main(arguments: list[str]) -> None:
     except (trees.NoSuchCommitError, LookupError) as problem:
         print(problem.args[0], file=sys.stderr)
         sys.exit(USAGE)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is temporary is removed
     with _alone():
         failed = _same(sha, jobs, strict=asked.strict_words, again=asked.again)
     sys.exit(1 if failed else 0)

@@ -118,8 +118,11 @@ def _lines(old: Mapping[str, Sequence[str]], new: Mapping[str, Sequence[str]]) -
 def paired(old: Sequence[str], new: Sequence[str]) -> list[tuple[str, str]]:
     """The lines that only one side has, each old one with the new one that is most like it.
 
-    Order does not count. A line without a counterpart is paired with NOTHING.
+    A line without a counterpart is paired with NOTHING. Where the lines are the same and their order is not, the first
+    that stands elsewhere is paired with the one in its place.
     """
+    if list(old) != list(new) and Counter(old) == Counter(new):
+        return [next((a, b) for a, b in zip(old, new, strict=True) if a != b)]
     gone = list((Counter(old) - Counter(new)).elements())
     come = list((Counter(new) - Counter(old)).elements())
     found: list[tuple[str, str]] = []

@@ -37,7 +37,7 @@ PROMPTS = """# two prompts
 a kilnpot on a purple background --w 64 --h 64 --s 2 --d 11
 a big red circle --w 96 --h 64 --s 2 --g 2.5 --l 3 --n blurry, text
 """
-GENERAL = {"resolution": 128, "enable_bucket": True, "min_bucket_reso": 64, "bucket_reso_steps": 16}
+GENERAL = {"resolution": 128, "enable_bucket": True, "min_bucket_reso": 64, "bucket_reso_steps": 32}
 
 
 def write_data(folder: Path, concept: Path) -> None:
@@ -122,7 +122,6 @@ def drawn(width: int, height: int, seed: int) -> Image.Image:
 def _write_messy(folder: Path, masks: Path) -> None:
     """Eleven usable images of many shapes and formats and one that is not, with captions of every kind."""
     (folder / "deep").mkdir(parents=True)
-    masks.mkdir()
     drawn(200, 120, 1).save(folder / "wide.png")
     drawn(96, 160, 2).save(folder / "tall.png")
     drawn(300, 90, 3).save(folder / "panorama.webp", lossless=True)
@@ -139,7 +138,7 @@ def _write_messy(folder: Path, masks: Path) -> None:
     drawn(160, 96, 8).save(folder / "deep" / "turned.jpg", exif=turned, quality=95)
     drawn(40, 56, 9).save(folder / "deep" / "small.bmp")
     drawn(100, 260, 10).save(folder / "deep" / "listed.png")
-    (folder / "broken.png").write_bytes((folder / "wide.png").read_bytes()[:2000])
+    (folder / "broken.png").write_bytes((folder / "wide.png").read_bytes()[:400])
     captions: dict[str, bytes] = {
         "wide.txt": b"pot, red, big;;;round, left side",
         "tall.txt": "\ufeffa tall {red|blue|green} pot\r\na pot in {{braces}}\r\n".encode(),
@@ -155,8 +154,11 @@ def _write_messy(folder: Path, masks: Path) -> None:
         (folder / name).write_bytes(content)
     listed = {"file_name": "listed.png", "text": "from a metadata file"}
     (folder / "deep" / "metadata.jsonl").write_text(json.dumps(listed) + "\n")
-    for name, size in {"wide": (200, 120), "tall": (96, 160), "grey": (64, 200)}.items():
-        Image.radial_gradient("L").resize(size).save(masks / f"{name}.png")
+    (masks / "deep").mkdir(parents=True)
+    for index, path in enumerate(sorted(folder.rglob("*.*"))):
+        if path.suffix in (".png", ".jpg", ".webp", ".bmp"):
+            mask = Image.radial_gradient("L").rotate(15 * index).resize((80, 120))
+            mask.save((masks / path.relative_to(folder)).with_suffix(".png"))
 
 
 def _write_class_images(folder: Path) -> None:

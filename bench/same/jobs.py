@@ -89,6 +89,7 @@ SPLIT = {
         "PARAMS_LORA_TYPE": "rslora",
         "PARAMS_LOSS_WEIGHTING": "sigma_sqrt",
         "PARAMS_GUIDANCE_SCALE": "3.5",
+        "PARAMS_ATTENTION": "_native_math",
     },
     "sdxl": {
         "PARAMS_OPTIMIZER_TYPE": "lion",
@@ -109,9 +110,13 @@ SPLIT = {
     },
 }
 DORA = {
-    "flux": {**ADAMW, "PARAMS_TARGET_MODULES": "attn.to_q,attn.to_k,attn.to_v,ff.net.2"},
-    "sdxl": {"PARAMS_OPTIMIZER_TYPE": "prodigy-schedulefree", "PARAMS_MAX_GRAD_NORM": "0"},
-    "sd3": {"PARAMS_ATTENTION": "_native_math", "PARAMS_D_COEF": "1"},
+    "flux": {**ADAMW, "PARAMS_SAMPLE_EVERY_N_STEPS": "3", "SAMPLE_PROMPTS": "<data>/prompts.txt"},
+    "sdxl": {
+        "PARAMS_OPTIMIZER_TYPE": "prodigy-schedulefree",
+        "PARAMS_MAX_GRAD_NORM": "0",
+        "PARAMS_TARGET_MODULES": "attn1.to_q,attn1.to_k,attn2.to_out.0",
+    },
+    "sd3": {"PARAMS_D_COEF": "1", "PARAMS_MAX_LOSS_SPIKE": "0"},
 }
 ENCODERS = {
     "PARAMS_EMA_DECAY": "0.9",
@@ -218,10 +223,9 @@ def _begun_with_files() -> Iterator[Job]:
     flux = {"BASE_MODEL": "mini-flux", **SHORT, "PARAMS_MAX_STEPS": "3", "PARAMS_NETWORK_DIM": ""}
     split = {"PARAMS_RESUME_FROM": "<run>/flux-split/out/x-diffusers.safetensors"}
     yield Job("flux-from-lora", "begins with a LoRA file", variables=flux | split, needs=("flux-split",))
-    sdxl = {"BASE_MODEL": "mini-sdxl", **SHORT, **ENCODERS, **ENCODERS_OF["sdxl"], "PARAMS_MAX_STEPS": "9"}
-    state = {"PARAMS_RESUME_FROM": "<run>/sdxl-encoders/out/state/step-00000006"}
-    other_length = sdxl | state
-    yield Job("sdxl-from-state", "begins with a state", variables=other_length, needs=("sdxl-encoders",))
+    sdxl = {"BASE_MODEL": "mini-sdxl", **SHORT, **ENCODERS, **ENCODERS_OF["sdxl"]}
+    state = {"PARAMS_RESUME_FROM": "<run>/sdxl-encoders/out/state/step-00000003"}
+    yield Job("sdxl-from-state", "begins with a state", variables=sdxl | state, needs=("sdxl-encoders",))
     dora = {"BASE_MODEL": "mini-sd3", **SHORT, "PARAMS_LORA_TYPE": "dora", **DORA["sd3"]}
     yield Job("done", "a finished job", CHECK, dora, needs=("sd3-dora",), folder="sd3-dora")
     changed = dora | {"PARAMS_NETWORK_DIM": "8", "PARAMS_SEED": "1", "PARAMS_MAX_STEPS": "9"}

@@ -90,11 +90,14 @@ def record_all(
             renamed = Job(name, job.about) if name != job.name else job
             done(renamed, recording, time.monotonic() - started)
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    pool = ThreadPoolExecutor(AT_ONCE)
+    try:
         for job in jobs:
             ended[job.name] = pool.submit(work, job)
         for future in ended.values():
             future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # where the run is interrupted, what has not begun stays undone
 
 
 def _record(job: Job, place: Place, *, is_base: bool) -> dict[str, Recording]:
@@ -153,8 +156,9 @@ def _entrypoint(job: Job, place: Place) -> Recording:
     )
     labels, out = place.labels(job), place.folder(job) / "out"
     results: dict[str, Any] = {"exit code": ran.returncode}
-    # Saves are written beside training, so that their lines come at any place: lines are compared in sorted order.
-    words = {"printed": sorted(normal_lines(ran.stdout, labels, timed=job.kind == TRAIN))}
+    printed = normal_lines(ran.stdout, labels, timed=job.kind == TRAIN)
+    # Saves are written beside training, so that their lines come at any place: the order counts only without training.
+    words = {"printed": sorted(printed) if job.kind == TRAIN else printed}
     if job.kind == PLAN:
         path = place.folder(job) / "plan.json"
         results["plan.json"] = read_plan(path, labels)[0] if path.is_file() else {}
