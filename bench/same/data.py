@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 FEW = 5  # images of the concept that most jobs train on: encoding takes longer than their few steps
 EXIF_ORIENTATION = 0x0112
@@ -154,11 +154,18 @@ def _write_messy(folder: Path, masks: Path) -> None:
         (folder / name).write_bytes(content)
     listed = {"file_name": "listed.png", "text": "from a metadata file"}
     (folder / "deep" / "metadata.jsonl").write_text(json.dumps(listed) + "\n")
-    (masks / "deep").mkdir(parents=True)
-    for index, path in enumerate(sorted(folder.rglob("*.*"))):
-        if path.suffix in (".png", ".jpg", ".webp", ".bmp"):
-            mask = Image.radial_gradient("L").rotate(15 * index).resize((80, 120))
-            mask.save((masks / path.relative_to(folder)).with_suffix(".png"))
+    _write_masks(masks, folder)
+
+
+def _write_masks(folder: Path, images: Path) -> None:
+    """One for each usable image, upright and of its shape."""
+    (folder / "deep").mkdir(parents=True)
+    for index, path in enumerate(sorted(images.rglob("*"))):
+        if path.suffix in (".png", ".jpg", ".webp", ".bmp") and path.name != "broken.png":
+            with Image.open(path) as image:
+                size = ImageOps.exif_transpose(image).size
+            mask = Image.radial_gradient("L").rotate(15 * index).resize(size)
+            mask.save((folder / path.relative_to(images)).with_suffix(".png"))
 
 
 def _write_class_images(folder: Path) -> None:
