@@ -98,8 +98,9 @@ def _same(sha: str, jobs: list[Job], *, strict: bool, again: bool) -> bool:
     shutil.rmtree(HERE / "data", ignore_errors=True)
     write_data(HERE / "data", CONCEPT)
     kept = HERE / f"{sha[:12]}-{key()}"
-    if again:
-        shutil.rmtree(kept, ignore_errors=True)
+    for old in HERE.glob(f"{sha[:12]}-*"):
+        if again or old != kept:  # made by another state of the recorder
+            shutil.rmtree(old)
     mine = HERE / "working-tree"
     shutil.rmtree(mine, ignore_errors=True)
     try:
@@ -112,17 +113,17 @@ def _same(sha: str, jobs: list[Job], *, strict: bool, again: bool) -> bool:
     finally:
         for name in ("tree", "run"):
             shutil.rmtree(HERE / name, ignore_errors=True)
-    old, new = _read(kept), _read(mine)
+    before, now = _read(kept), _read(mine)
     for job in jobs:
         if job.kill_at:  # whoever began it, the end must be the same
-            old[job.name + BEGUN_BY_BASE] = old[job.name]
-    differences = compare.compare({name: old.get(name, {}) for name in new}, new)
-    wrong = [f"{name}: {line}" for name, one in new.items() for line in one["problems"]]
+            before[job.name + BEGUN_BY_BASE] = before[job.name]
+    differences = compare.compare({name: before.get(name, {}) for name in now}, now)
+    wrong = [f"{name}: {line}" for name, one in now.items() for line in one["problems"]]
     (HERE / "last.json").write_text(report.as_json(differences))
     if wrong:
         print("\n".join(["", "NOT AS EXPECTED, in the working tree:", *(f"  {line}" for line in wrong)]))
     print(f"\n{report.text(differences)}")
-    print(f"\n{len(new)} jobs compared with {sha[:12]}; all differences are in {HERE / 'last.json'}.")
+    print(f"\n{len(now)} jobs compared with {sha[:12]}; all differences are in {HERE / 'last.json'}.")
     return bool(wrong or differences.results or (strict and differences.sentences))
 
 

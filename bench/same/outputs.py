@@ -20,6 +20,9 @@ from bench.same.normalise import normal_lines, with_places, without
 
 SHOWN = 16  # characters of a SHA-256 that are kept for parts of a file
 EVENTS = "events.out.tfevents"  # then the time, the host's name and the process's number
+# The part of a state with the global random generators of Python, NumPy and torch. The operating system seeds them, and
+# no training step draws from them.
+UNSEEDED = "random"
 # Measured anew in each run.
 CLOCKS = ("started", "updated", "images_per_second", "eta_s")
 # Written by the operating system's clock, or where a process was when it was killed.
@@ -43,7 +46,11 @@ def read_folder(out: Path, places: Mapping[str, str]) -> tuple[dict[str, Any], d
         elif path.name == "metrics.jsonl":
             results[name] = read_metrics(path.read_text())
         elif path.name == "state.json":
-            results[name] = read_state(path, places)
+            results |= {
+                f"{_called(path.parent, out)}, {what}": value for what, value in read_state(path.parent, places).items()
+            }
+        elif path.name == "state.safetensors":
+            continue  # read with its state.json
         elif path.suffix == ".safetensors":
             results |= {f"{name}, {what}": value for what, value in read_safetensors(path, places).items()}
         elif path.suffix == ".png":
@@ -92,16 +99,37 @@ def read_metrics(text: str) -> dict[str, Any]:
     return found
 
 
-def read_state(path: Path, places: Mapping[str, str]) -> dict[str, Any]:
-    """A digest for each part of a state's tree: plan, data, position, optimiser, random generators …
+def read_state(folder: Path, places: Mapping[str, str]) -> dict[str, Any]:
+    """A digest for each part of a state's tree (plan, data, optimiser …) and its tensors; and whether its seals hold.
 
-    state.json holds the text of another JSON document and its SHA-256.
+    state.json has the text of another JSON document and its SHA-256; that one has the SHA-256 of the tensors' file.
     """
-    outer = json.loads(path.read_text())
-    record = json.loads(with_places(outer["text"], places))
-    tree = dict(record.pop("tree")["dict"])
+    outer = json.loads((folder / "state.json").read_text())
+    record = json.loads(outer["text"])
+    file = read_safetensors(folder / "state.safetensors", places)
+    seals = {
+        "of state.json": digest(outer["text"], 64) == outer["sha256"],
+        "of state.safetensors": file["bytes"] == record["sha256"],
+    }
+    tree: dict[str, Any] = dict(json.loads(with_places(outer["text"], places))["tree"]["dict"])
+    unseeded = tree.pop(UNSEEDED, None)
     parts = {str(name): digest(json.dumps(value)) for name, value in tree.items()}
-    return {**record, **parts, "sealed": digest(outer["text"], 64) == outer["sha256"]}
+    tensors = file["tensors"]
+    for name in tensor_names(unseeded):
+        tensors[name] = tensors[name].rpartition(" ")[0]  # its type and shape, without the digest
+    return {
+        "parts": {"step": record["step"], UNSEEDED: unseeded is not None, **parts},
+        "tensors": tensors,
+        "seals": seals,
+    }
+
+
+def tensor_names(value: Any) -> list[str]:
+    """The tensors that a part of a state's tree names, each as {"tensor": "60"}."""
+    if isinstance(value, dict) and isinstance(value.get("tensor"), str):
+        return [value["tensor"]]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [name for item in items for name in tensor_names(item)]
 
 
 def read_safetensors(path: Path, places: Mapping[str, str]) -> dict[str, Any]:

@@ -166,15 +166,17 @@ def _entrypoint(job: Job, place: Place) -> Recording:
         more, other_words = read_folder(out, labels)
         results |= more
         words |= other_words
-        words["run.log, and not printed"] = _not_printed(out / "run.log", ran.stdout, labels)
+        words["plan.json, reasons"] = _not_said(words.get("plan.json, reasons", []), printed)
+        if (out / "run.log").is_file():
+            logged = normal_lines((out / "run.log").read_text(), labels, timed=True)
+            words["run.log"] = _not_said(logged, printed)
     return {"results": results, "words": words, "problems": problems(job, ran.returncode, ran.stdout)}
 
 
-def _not_printed(log: Path, printed: str, labels: dict[str, str]) -> list[str]:
-    if not log.is_file():
-        return []
-    known = set(normal_lines(printed, labels, timed=True))
-    return [line for line in normal_lines(log.read_text(), labels, timed=True) if line not in known]
+def _not_said(lines: Sequence[str], printed: Sequence[str]) -> list[str]:
+    """Those of `lines` that were not printed as well, with a level before them or without."""
+    said = {*printed, *(line.partition(" ")[2] for line in printed)}
+    return [line for line in lines if line not in said]
 
 
 def problems(job: Job, code: int, printed: str) -> list[str]:

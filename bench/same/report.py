@@ -7,11 +7,13 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from bench.same.compare import Change, Differences, ResultDifference, Sentence
+from bench.same.compare import Differences, ResultDifference, Sentence
 
-EXAMPLES = 3  # changes that are printed of a result with many
-LONG = 160  # characters of a value that are printed
+LONG = 120  # characters of a value that are printed
 FEW_JOBS = 4  # that are named
+MOST = 12  # results that are printed of a job; a changed loss brings a dozen changed files with it
+# What is printed first of a job: what a reader wants to know before hashes. The rest follows by name.
+FIRST = ("exit code", "files", "plan.json", "metrics.jsonl", "a number in a line")
 
 
 def text(differences: Differences) -> str:
@@ -19,29 +21,40 @@ def text(differences: Differences) -> str:
     results, sentences = differences.results, differences.sentences
     if not results and not sentences:
         return "The same: no result and no sentence differs."
-    lines = [f"RESULTS: {len(results) or 'none'}{' differ' if results else ' differs'}"]
-    for number, difference in enumerate(results, 1):
-        lines += _result(number, difference)
-    lines += ["", f"WORDS: {len(sentences) or 'none'}{' differ' if sentences else ' differs'}"]
-    for number, sentence in enumerate(sentences, 1):
-        lines += _sentence(number, sentence)
+    lines = [f"RESULTS: {len(results)} differ" if results else "RESULTS: the same"]
+    for jobs, found in _by_jobs(results).items():
+        lines.append(f"  {_jobs(jobs)}")
+        lines += [f"    {_result(difference)}" for difference in found[:MOST]]
+        if len(found) > MOST:
+            lines.append(f"    … and {len(found) - MOST} more")
+    lines += ["", f"WORDS: {len(sentences)} differ" if sentences else "WORDS: the same"]
+    for sentence in sentences:
+        lines += _sentence(sentence)
     return "\n".join(lines)
 
 
-def _result(number: int, difference: ResultDifference) -> list[str]:
-    changes = difference.changes
-    lines = [f"  {number}. {_jobs(difference.jobs)}: {difference.result}"]
-    if len(changes) > EXAMPLES:
-        lines[0] += f" ({len(changes)} of {max(difference.compared, len(changes))} values)"
-    lines += [f"       {_change(change)}" for change in changes[:EXAMPLES]]
-    if len(changes) > EXAMPLES:
-        lines.append(f"       … and {len(changes) - EXAMPLES} more")
-    return lines
+def _by_jobs(results: Sequence[ResultDifference]) -> dict[tuple[str, ...], list[ResultDifference]]:
+    """The differences of each group of jobs, the most telling first."""
+    found: dict[tuple[str, ...], list[ResultDifference]] = {}
+    for difference in results:
+        found.setdefault(difference.jobs, []).append(difference)
+    for group in found.values():
+        group.sort(key=_order)
+    return found
 
 
-def _change(change: Change) -> str:
-    name = f"{change.key}: " if change.key else ""
-    return f"{name}{_short(change.old)} → {_short(change.new)}"
+def _order(difference: ResultDifference) -> tuple[int, bool, str]:
+    name = difference.result
+    place = FIRST.index(name) if name in FIRST else len(FIRST)
+    return place, name.endswith(", bytes"), name
+
+
+def _result(difference: ResultDifference) -> str:
+    """One line: the name, how many of its values differ, and the first of them."""
+    count, first = len(difference.changes), difference.changes[0]
+    number = f" ({count} of {max(difference.compared, count)} values)" if count > 1 else ""
+    key = f"{first.key}: " if first.key else ""
+    return f"{difference.result}{number}: {key}{_short(first.old)} → {_short(first.new)}"
 
 
 def _short(value: Any) -> str:
@@ -49,12 +62,12 @@ def _short(value: Any) -> str:
     return shown if len(shown) <= LONG else f"{shown[: LONG - 1]}…"
 
 
-def _sentence(number: int, sentence: Sentence) -> list[str]:
+def _sentence(sentence: Sentence) -> list[str]:
     numbers = "; the numbers in it differ too" if sentence.has_other_numbers else ""
     return [
-        f"  {number}. {_jobs(sentence.jobs)}{numbers}",
-        f"       old: {sentence.old}",
-        f"       new: {sentence.new}",
+        f"  {_jobs(sentence.jobs)}{numbers}",
+        f"    old: {sentence.old}",
+        f"    new: {sentence.new}",
     ]
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image, PngImagePlugin
@@ -124,16 +125,23 @@ def test_another_order_in_the_header_of_a_lora_is_seen(tmp_path):
 
 
 def test_the_parts_of_a_state_are_told_apart(tmp_path):
-    def state(seed: int) -> dict[str, object]:
-        tree = {"dict": [["essence", {"dict": [["model.source", "/home/me/.same/tree/x"]]}], ["position", seed]]}
-        text = json.dumps({"step": 3, "sha256": "00", "tree": tree})
-        seal = hashlib.sha256(text.encode()).hexdigest()
-        (tmp_path / "state.json").write_text(json.dumps({"sha256": seal, "text": text}))
-        return read_state(tmp_path / "state.json", PLACES)
+    def state(position: int, drawn: bytes) -> dict[str, Any]:
+        write_lora(tmp_path / "state.safetensors", {}, ["0"], drawn)
+        essence = {"dict": [["model.source", "/home/me/.same/tree/x"]]}
+        random = {"dict": [["torch", {"tensor": "0"}]]}
+        tree = {"dict": [["essence", essence], ["position", position], ["random", random]]}
+        sealed = hashlib.sha256((tmp_path / "state.safetensors").read_bytes()).hexdigest()
+        text = json.dumps({"step": 3, "sha256": sealed, "tree": tree})
+        outer = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "text": text}
+        (tmp_path / "state.json").write_text(json.dumps(outer))
+        return read_state(tmp_path, PLACES)
 
-    first, second = state(1), state(2)
-    assert first["sealed"] is True and first["step"] == 3
-    assert {name for name in first if first[name] != second[name]} == {"position"}
+    first, second = state(1, b"a" * 8), state(2, b"b" * 8)
+    assert first["parts"]["step"] == 3 and set(first["seals"].values()) == {True}
+    assert (
+        first["tensors"] == second["tensors"] == {"0": "F32 [2]"}
+    )  # of the global random generators, seeded by nobody
+    assert {name for name, value in first["parts"].items() if second["parts"][name] != value} == {"position"}
 
 
 def test_an_output_folder_becomes_results_and_words(tmp_path):
@@ -239,16 +247,18 @@ def test_the_same_difference_in_many_jobs_is_printed_once():
     found = compare.compare(old, new)
     assert len(found.results) == len(found.sentences) == 1 and len(found.results[0].jobs) == 9
     text = report.text(found)
-    assert "9 jobs (job-0, job-1, job-2, job-3, …): plan.json" in text and "train.seed: 1 → 2" in text
+    assert "9 jobs (job-0, job-1, job-2, job-3, …)\n    plan.json: train.seed: 1 → 2" in text
     assert "old: it is a picture" in text and "new: it is an image" in text
     assert json.loads(report.as_json(found))["results"][0]["changes"] == [{"key": "train.seed", "old": 1, "new": 2}]
 
 
-def test_many_changes_of_one_result_are_counted_and_cut_short():
-    old = {"a": recording({"tensors": dict.fromkeys(map(str, range(80)), "x")})}
-    new = {"a": recording({"tensors": dict.fromkeys(map(str, range(80)), "y")})}
-    text = report.text(compare.compare(old, new))
-    assert "tensors (80 of 80 values)" in text and "… and 77 more" in text
+def test_many_changes_of_one_result_are_counted_and_the_most_telling_come_first():
+    files = {f"x-step{i}.safetensors, bytes": i for i in range(20)}
+    old = {"a": recording({"tensors": dict.fromkeys("abc", "x"), "exit code": 0, **files})}
+    new = {"a": recording({"tensors": dict.fromkeys("abc", "y"), "exit code": 1, **dict.fromkeys(files, "")})}
+    lines = report.text(compare.compare(old, new)).splitlines()
+    assert lines[:4] == ["RESULTS: 22 differ", "  a", "    exit code: 0 → 1", "    tensors (3 of 3 values): a: x → y"]
+    assert "    … and 10 more" in lines and "WORDS: the same" in lines
 
 
 # ---- the jobs
