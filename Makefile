@@ -61,7 +61,7 @@ faults: .venv/.dev
 # The proof that a refactoring changes no result: the same jobs on the commit BASE and on the working tree, and every
 # difference. ONLY="flux-default sdxl-split": some of the jobs. The first run for a BASE takes twice as long.
 same: .venv/.dev
-	$(BIN)/python -m bench same $(BASE) $(if $(ONLY),--only $(ONLY)) $(if $(STRICT_WORDS),--strict-words)
+	$(BIN)/python -m bench same $(BASE) $(if $(ONLY),--only $(foreach name,$(ONLY),'$(name)')) $(if $(STRICT_WORDS),--strict-words)
 
 # Builds the image for the CPU and trains in it; says why where that cannot be done.
 container: .venv/.dev
