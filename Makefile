@@ -1,4 +1,4 @@
-# The two commands of the README, and what keeps them honest. Each sets up .venv by itself; a second run installs nothing.
+# The README's commands, and the checks behind them. Each target sets up .venv if needed; a second run installs nothing.
 PYTHON ?= python3
 TORCH := torch==2.13.0
 BIN := .venv/bin
@@ -8,7 +8,7 @@ CONCEPT := trainer/families/miniatures/concept
 DEMO := PARAMS_MAX_STEPS=200 PARAMS_BATCH_SIZE=4 PARAMS_NETWORK_ALPHA=32 PARAMS_NOISE_OFFSET=0 \
 	PARAMS_SAMPLE_EVERY_N_STEPS=100
 DEMO_flux := PARAMS_TIMESTEP_SAMPLING=shift
-# A fixed learning rate: Prodigy's own, found in so few steps, is too high for these two (docs/miniatures.md).
+# A fixed learning rate: within so few steps, Prodigy settles on one that is too high for these two (docs/miniatures.md).
 DEMO_sdxl := PARAMS_OPTIMIZER_TYPE=adamw PARAMS_LEARNING_RATE=7e-4 PARAMS_MIN_SNR_GAMMA=5 PARAMS_MAX_STEPS=400 \
 	PARAMS_SAMPLE_EVERY_N_STEPS=200
 DEMO_sd3 := PARAMS_OPTIMIZER_TYPE=adamw PARAMS_LEARNING_RATE=5e-4 PARAMS_TIMESTEP_SAMPLING=shift \
@@ -17,14 +17,14 @@ export OMP_NUM_THREADS ?= 2
 
 .PHONY: demo test slow faults lint unit container readme lock clean
 
-# torch first and alone: whichever build this machine's pip offers. All else from locks with hashes.
+# torch comes first and separately: whichever build this machine's pip offers. All else comes from locks with hashes.
 .venv/.runtime: requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements.lock
 	touch $@
 
-# A concept that the embedded base model does not know, learnt on the CPU: look at .demo/output/sample/contact-sheet.png.
+# Teaches the embedded base model a new concept on the CPU. Look at .demo/output/sample/contact-sheet.png.
 demo: .venv/.runtime
 	rm -rf .demo/output
 	BASE_MODEL=mini-$(MODEL) DATASET_NAME=$(CONCEPT) SAMPLE_PROMPTS=$(CONCEPT)/prompts.txt TRIGGER_WORD= \
@@ -49,16 +49,16 @@ test: lint
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m "not gpu and not container and not slow and not alone"
 	$(BIN)/pytest -m "alone and not gpu and not container and not slow"
 
-# Whole jobs from start to end, interrupted ones, and the concept with its mutations: about half an hour.
+# Whole jobs, interrupted jobs, and the concept score with its mutations: about half an hour.
 slow: .venv/.dev
 	$(BIN)/pytest -rf -m "slow and not container" --ignore tests/end_to_end/faults
 
-# Every row of docs/reliability.md, and fuzzing: about an hour and a half. KILLS, EVERY, STEPS, INPUTS: how much of it.
+# Every row of docs/reliability.md, and fuzzing: about an hour and a half. KILLS, EVERY, STEPS and INPUTS set how much.
 faults: .venv/.dev
 	$(BIN)/pytest -rf -s tests/end_to_end/faults tests/fuzz
 	$(BIN)/python tests/fuzz/run.py --inputs $(or $(INPUTS),1000000)
 
-# Builds the image for the CPU and trains in it; says why where that cannot be done.
+# Builds the image for the CPU and trains in it; if that is not possible here, says why.
 container: .venv/.dev
 	tests/container/run.sh
 
@@ -66,8 +66,8 @@ readme: .venv/.runtime
 	$(BIN)/python -c "import pathlib, re; from entrypoint.settings import help_env; p = pathlib.Path('README.md'); \
 	p.write_text(re.sub(r'(?s)(<!-- variables -->\n).*?(<!-- /variables -->)', lambda m: m[1] + help_env().strip() + '\n' + m[2], p.read_text()))"
 
-# Made anew only when pyproject.toml changes. torch and what it brings for CUDA have a lock of their own, for the image; so
-# has FlashAttention 4, whose compiler would come for two versions of CUDA.
+# Needed only after pyproject.toml changes. torch and its CUDA libraries have a separate lock, for the image. So does
+# FlashAttention 4, whose compiler would otherwise be locked for two versions of CUDA.
 lock:
 	printf '$(TORCH)\n' > .venv/torch.txt
 	$(BIN)/pip install --quiet uv==0.13.9

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the images. Exit codes: 64 wrong command line, 69 no engine or base, 74 no room, else the engine's.
+# Builds the images. Exit codes: 64 wrong command line, 69 no build engine or base, 74 not enough disk, else the engine's.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -9,21 +9,21 @@ usage: ./build.sh [cuda|rocm|cpu|all] [--push] [--tag NAME[:TAG]] [--platform OS
 
   cpu          Dockerfile.cuda with torch for the CPU, for tests
   all          cuda and rocm
-  --tag        what the image is called; the target is appended: kiln:0.1.0 gives kiln:0.1.0-cuda
-  --push       push the image after it is built
-  --platform   linux/amd64 for example; the engine's own otherwise
+  --tag        the image's name; the target is appended: kiln:0.1.0 gives kiln:0.1.0-cuda
+  --push       push the image after building it
+  --platform   for example linux/amd64; by default the engine's own
 
 environment:
-  BASE_IMAGE           the base, by tag or digest
-  PYTHON_IMAGE         rocm: where libraries are installed; the base's minor version of Python
-  ROCM_ROOM_GIB        rocm: room that the build needs, 80 by default
-  BAKE_MODEL           cuda, cpu: weights that go into the image: flux, sdxl, sd3 or another BASE_MODEL
-  HF_TOKEN_FILE        file with the token for them, which exists while building only
-  HF_ENDPOINT          where they come from, if not from the Hub
-  TORCH_INDEX          cuda, cpu: package index of another build of torch than torch.lock has
-  PIP_CONF_SECRET      a pip.conf that exists while building only
-  CA_BUNDLE_SECRET     certificates that exist while building only: /run/secrets/cabundle
-  BUILD_OPTIONS        more options of the engine's build command, parted by spaces
+  BASE_IMAGE           the base image, by tag or digest
+  PYTHON_IMAGE         rocm: the image that installs the libraries; needs the base's minor version of Python
+  ROCM_ROOM_GIB        rocm: disk space that the build needs, 80 by default
+  BAKE_MODEL           cuda, cpu: the model whose weights go into the image: flux, sdxl, sd3 or another BASE_MODEL
+  HF_TOKEN_FILE        file with the Hub token for these weights; it is available only during the build
+  HF_ENDPOINT          a mirror of the Hub to download them from
+  TORCH_INDEX          cuda, cpu: package index of a build of torch other than the one in torch.lock
+  PIP_CONF_SECRET      a pip.conf that is available only during the build
+  CA_BUNDLE_SECRET     certificates that are available only during the build, at /run/secrets/cabundle
+  BUILD_OPTIONS        more options for the engine's build command, separated by spaces
 TEXT
 }
 
@@ -64,7 +64,7 @@ elif command -v buildah >/dev/null; then
 elif command -v podman >/dev/null; then
   engine=podman
 else
-  fail 69 'No engine: docker with buildx and a running daemon, buildah or podman is needed.'
+  fail 69 'No engine: install buildah, podman, or docker with buildx and start its daemon.'
 fi
 
 store() {
@@ -82,17 +82,17 @@ size() {
   esac
 }
 
-# Without this, a base that cannot be had looks like an error of the build. docker says it by itself, and at once.
+# Without this check, a base that cannot be pulled looks like a build error. docker reports it itself, and at once.
 need_base() { # TARGET
   local file=Dockerfile.$1 base
   [ "$engine" != docker ] || return 0
   [ "$1" != cpu ] || file=Dockerfile.cuda
   base=${BASE_IMAGE:-$(sed -n 's/^ARG BASE_IMAGE=//p' "$file")}
   "$engine" inspect --type image "$base" >/dev/null 2>&1 || "$engine" pull --quiet "$base" >/dev/null \
-    || fail 69 "The base image $base cannot be pulled: name one that can by BASE_IMAGE."
+    || fail 69 "The base image $base cannot be pulled: set BASE_IMAGE to one that can."
 }
 
-# docker hands the base's layers on to a registry without unpacking them: see Dockerfile.rocm.
+# docker passes the base's layers on to a registry without unpacking them: see Dockerfile.rocm.
 streams() { # TARGET
   [ "$1" = rocm ] && [ "$engine" = docker ] && [ -n "$push" ]
 }
@@ -103,7 +103,7 @@ need_room() { # TARGET
   if [ "$1" = cuda ] && [ -n "${BAKE_MODEL:-}" ]; then needed=125; fi
   if streams "$1"; then needed=15; fi
   folder=$(store)
-  [ -d "$folder" ] || return 0 # a daemon elsewhere: its disk cannot be seen from here
+  [ -d "$folder" ] || return 0 # the daemon is on another machine, whose disk is not visible here
   free=$(df -Pk "$folder" | awk 'NR == 2 {print int($4 / 1024 / 1024)}')
   [ "$free" -ge "$needed" ] || fail 74 "$1 needs $needed GiB in $folder; $free GiB are free."
 }
@@ -126,13 +126,13 @@ build() { # TARGET
   fi
   if [ "$1" = rocm ]; then index=''; fi
   if [ "$1" = rocm ] && [ "$engine" != docker ]; then
-    # Older versions do not know --link, which changes only how layers are made.
+    # Older versions of these engines reject --link, which only affects how layers are made.
     file=$(mktemp)
     trap 'rm -f "$file"' RETURN
     sed 's/^COPY --link/COPY/' Dockerfile.rocm > "$file"
   fi
   options+=(--file "$file" --build-arg "VERSION=$version")
-  # Not as an argument: buildah takes a label from its cache although the argument that is in it has changed.
+  # Not as a build argument: buildah takes a label from its cache even if a build argument in it has changed.
   options+=(--label "org.opencontainers.image.revision=$(git rev-parse HEAD 2>/dev/null || echo unknown)")
   if [ "$1" = cpu ] || [ -n "$index" ]; then
     options+=(--build-arg "TORCH=$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' torch.lock)" --build-arg "TORCH_INDEX=$index")
@@ -148,14 +148,14 @@ build() { # TARGET
   [ -z "$platform" ] || options+=(--platform "$platform")
   [ -z "${PIP_CONF_SECRET:-}" ] || options+=(--secret "id=pipconf,src=$PIP_CONF_SECRET")
   [ -z "${CA_BUNDLE_SECRET:-}" ] || options+=(--secret "id=cabundle,src=$CA_BUNDLE_SECRET")
-  # shellcheck disable=SC2206 # a list of options, parted by spaces
+  # shellcheck disable=SC2206 # a list of options, separated by spaces
   options+=(${BUILD_OPTIONS:-})
 
   printf 'Building %s from %s with %s.\n' "$name" "$file" "$engine"
   local started=$SECONDS
   if [ "$1" = rocm ] && ! streams rocm; then engine_build "${options[@]}" --target proof; fi
   options+=(--tag "$name")
-  # zstd is smaller than gzip and unpacks faster. Layers of the base stay as they are.
+  # zstd is smaller than gzip and unpacks faster. The base's layers keep their compression.
   if [ "$engine" = docker ] && [ -n "$push" ]; then
     options+=(--output "type=registry,compression=zstd,oci-mediatypes=true")
   fi

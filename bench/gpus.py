@@ -31,23 +31,23 @@ from entrypoint.processes.launch import member_environment
 from entrypoint.system.environment import child_environment
 from trainer.engine.execution import Engine
 from trainer.training import distributed
-from trainer.training.distributed import Team
+from trainer.training.distributed import Workers
 from trainer.training.stop_flag import StopFlag
 
 
-def step(bench: Bench, engine: Engine, batch: int, team: Team, *, number: int, apart: bool = False) -> float:
+def step(bench: Bench, engine: Engine, batch: int, workers: Workers, *, number: int, apart: bool = False) -> float:
     """As `trainer.training.loop.train` does it; `apart`: returns the seconds that the sum over the processes took
     alone."""
-    loss = bench.backward(engine, batch, seed=number * team.size + team.rank)
+    loss = bench.backward(engine, batch, seed=number * workers.size + workers.process_rank)
     if apart:
         wait()
-        team.all(True)
+        workers.all_agree(True)
     began = time.monotonic()
-    said_3 = team.mean(bench.runner.flat, [loss.expand(batch)])
+    step_totals_3 = workers.mean_gradient(bench.runner.flat_grad, [loss.expand(batch)])
     if apart:
         wait()
     took = time.monotonic() - began
-    team.heard(said_3, torch.nn.utils.clip_grad_norm_(bench.wholes, 1.0))
+    workers.read_totals(step_totals_3, torch.nn.utils.clip_grad_norm_(bench.optimizer_params, 1.0))
     bench.optimizer.step()
     bench.runner.clear()
     return took
@@ -63,7 +63,7 @@ def fits(bench: Bench, engine: Engine, batch: int) -> bool:
         bench.backward(engine, batch)
         return True
     except torch.OutOfMemoryError:
-        bench.runner.drop()
+        bench.runner.release()
         return False
     finally:
         bench.runner.clear()
@@ -71,34 +71,34 @@ def fits(bench: Bench, engine: Engine, batch: int) -> bool:
 
 def member(asked: argparse.Namespace, size: int) -> None:
     """One process: the first prints a row for each batch."""
-    team = distributed.team(size, os.environ, StopFlag())
+    workers = distributed.workers_from_environment(size, os.environ, StopFlag())
     torch._dynamo.config.cache_size_limit = 64
     words = set(asked.what.split("+"))
     bench = Bench(asked.family, asked.what.split("+")[0], small=asked.small)
     bench.size = tuple(asked.size or bench.size)
-    team.join(DEVICE)
+    workers.connect(DEVICE)
     for batch in asked.batch:
         free()
         engine = bench.engine(words)
         row: dict[str, Any] = {"what": asked.what, "batch": batch, "gpus": size}
-        if not team.all(fits(bench, engine, batch)):
+        if not workers.all_agree(fits(bench, engine, batch)):
             row["images_s"] = "out of memory"
         else:
             for number in range(3):
-                step(bench, engine, batch, team, number=number)
+                step(bench, engine, batch, workers, number=number)
             wait()
             began = time.monotonic()
             for number in range(asked.steps):
-                step(bench, engine, batch, team, number=3 + number)
+                step(bench, engine, batch, workers, number=3 + number)
             wait()
             seconds = (time.monotonic() - began) / asked.steps
-            sums = [step(bench, engine, batch, team, number=number, apart=True) for number in range(5)]
+            sums = [step(bench, engine, batch, workers, number=number, apart=True) for number in range(5)]
             row |= {"step_s": round(seconds, 4), "sum_ms": round(1000 * statistics.median(sums), 2)}
             row["images_s"] = round(size * batch / seconds, 3)
-        if team.first:
+        if workers.is_first:
             print(json.dumps(row), flush=True)
-    team.check_same(bench.wholes)
-    team.leave()
+    workers.check_same(bench.optimizer_params)
+    workers.disconnect()
 
 
 def rows(arguments: list[str], size: int) -> Iterator[dict[str, Any]]:

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from bench.step import free, random_weights
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 
 PICTURES, SIZE = 20, 768
 
@@ -42,7 +42,7 @@ def write_model(folder: Path, name: str) -> None:
         kind = next(kind for kind in LENGTHS if settings["tokenizer_class"].startswith(kind))
         path.write_text(json.dumps({**settings, "model_max_length": LENGTHS[kind]}))
     for part, shape in models.items():
-        started, kind, where = time.monotonic(), type(shape), family(name).FACTS.parts[part]
+        started, kind, where = time.monotonic(), type(shape), get_family(name).FACTS.parts[part]
         config: Any = shape.config
         with random_weights("cuda"):
             made = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)

@@ -49,10 +49,10 @@ def cases(tokens: int, width: int) -> dict[str, tuple[Callable[..., Any], tuple[
         return torch.randn(*shape, device=DEVICE).bfloat16()
 
     x, many, vector = normal(tokens, width), normal(tokens, 4 * width), normal(1, width)
-    qkv, turns, small = normal(1, tokens, 3 * width), torch.randn(tokens, HEAD, device=DEVICE), normal(HEAD)
+    qkv, transposes, small = normal(1, tokens, 3 * width), torch.randn(tokens, HEAD, device=DEVICE), normal(HEAD)
     gs = [normal(1, tokens, width // HEAD, HEAD) for _ in range(3)]
     gated, wide = normal(tokens, 8 * width), normal(tokens, 5 * width)
-    rotation = (small, small, turns, turns)
+    rotation = (small, small, transposes, transposes)
     return {
         "quantize_rows": (fused_linear.quantize_rows, (x, None, FP8)),
         "norm_rows": (fused_linear.norm_rows, (x, vector, vector, 1.0, 1e-6, FP8, True)),
@@ -70,7 +70,7 @@ def cases(tokens: int, width: int) -> dict[str, tuple[Callable[..., Any], tuple[
         "gelu_gradient": (fused_linear.gelu_gradient, (None, many, many.clone(), False, True)),
         "gelu_gradient, beside": (fused_linear.gelu_gradient, (x, many, wide, False, True)),
         "gelu_gradient, gated": (fused_linear.gelu_gradient, (None, gated, many, True, True)),
-        "rotate": (rope.rotate, (qkv, small, small, None, None, None, turns, turns, 1e-6)),
+        "rotate": (rope.rotate, (qkv, small, small, None, None, None, transposes, transposes, 1e-6)),
         "rotate_gradient": (rope.rotate_gradient, (qkv, *rotation, *gs, 0, 1e-6)),
     }
 

@@ -32,22 +32,11 @@ from bench import original_names as original
 from bench.full_size import FULL, write_configs
 from trainer.base_model import lazy_tensors, single_file
 from trainer.engine.load import place, stored
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 from trainer.spec.plan import ModelPlan
 
 GIB = 2**30
 SHARD = 10 * 10**9  # bytes, as the Hub's files have
-CLIP_G = {
-    "vocab_size": 49408,
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "projection_dim": 1280,
-}
-HEADS = {"num_attention_heads": 12, "projection_dim": 768}
-
-
 State = dict[str, torch.Tensor]
 
 
@@ -73,7 +62,7 @@ def random_state(model: torch.nn.Module, dtype: torch.dtype) -> State:
     """Stand-ins for all weights of a model on the device "meta"."""
     shared: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     likes = {n: t.to(dtype) for n, t in model.state_dict().items() if n not in shared}
-    return {name: lazy_tensors.StandIn(like, partial(numbers, name, like)) for name, like in likes.items()}
+    return {name: lazy_tensors.LazyTensor(like, partial(numbers, name, like)) for name, like in likes.items()}
 
 
 def file_state(name: str, models: dict[str, torch.nn.Module], dtype: torch.dtype) -> State:
@@ -157,7 +146,7 @@ def written(
     shard: int = SHARD,
 ) -> ModelPlan:
     """The model on disk, and what a plan says of it."""
-    models, facts = write_configs(folder / "model", name, changes), family(name).FACTS
+    models, facts = write_configs(folder / "model", name, changes), get_family(name).FACTS
     parts = {}
     if layout in ("file", "zeros"):
         file = folder / "all.safetensors"
@@ -171,11 +160,11 @@ def written(
 
 def measured(plan: ModelPlan, cache: Path, *, device: str) -> tuple[Any, dict[str, float]]:
     """The denoiser as a job has it before there are adapters, and what making it took."""
-    kind, row = family(plan.family), {}
+    kind, row = get_family(plan.family), {}
     facts, precision = kind.FACTS, "fp8" if device == "cuda" else "bf16"
     started = time.monotonic()
     with memory_taken() as assembling:
-        folder = single_file.assembled(plan, cache)
+        folder = single_file.convert_single_files(plan, cache)
     row |= {"assembled_s": round(time.monotonic() - started, 1), "assembled_own_gib": assembling[0] / GIB}
     started = time.monotonic()
     with memory_taken() as loading:
@@ -210,7 +199,7 @@ def main(arguments: list[str]) -> None:
     size = sum(f.stat().st_size for f in folder.rglob("*.safetensors"))
     _, row = measured(plan, folder / "cache", device=device)
     if layout != "zeros":
-        where = single_file.assembled(plan, folder / "cache") / family(name).FACTS.parts["denoiser"]
+        where = single_file.convert_single_files(plan, folder / "cache") / get_family(name).FACTS.parts["denoiser"]
         row["wrong"] = len(wrong(where))
     what = f"{name} as {layout} of {str(dtype).removeprefix('torch.')}, to {device}"
     print(json.dumps({"what": what, "gib": round(size / GIB, 2), **row}))

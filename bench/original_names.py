@@ -1,7 +1,7 @@
 """Models under the names of their original implementations: what single files have. Written down by hand, once more.
 
 The names come from undoing diffusers' by the shapes and places of tensors, not from the product's own tables.
-Tensors may be `trainer.base_model.lazy_tensors.StandIn`s: nothing looks at their values.
+Tensors may be `trainer.base_model.lazy_tensors.LazyTensor`s: nothing looks at their values.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from trainer.spec.family import base_models, family
+from trainer.spec.family import base_models, get_family
 
 
 def miniature(name: str) -> Path:
@@ -214,17 +214,17 @@ def whole(name: str, parts: dict[str, dict[str, torch.Tensor]], config: dict[str
 
 def config_of(name: str) -> dict[str, Any]:
     """Of a miniature's denoiser."""
-    return dict(json.loads((miniature(name) / family(name).FACTS.parts["denoiser"] / "config.json").read_text()))
+    return dict(json.loads((miniature(name) / get_family(name).FACTS.parts["denoiser"] / "config.json").read_text()))
 
 
 def original(name: str) -> dict[str, torch.Tensor]:
     """The denoiser of a miniature under its original names."""
-    return denoiser(name, weights(miniature(name) / family(name).FACTS.parts["denoiser"]), config_of(name))
+    return denoiser(name, weights(miniature(name) / get_family(name).FACTS.parts["denoiser"]), config_of(name))
 
 
 def checkpoint(name: str, *, t5: bool = True) -> dict[str, torch.Tensor]:
     """A miniature in one file."""
-    places = {part: place for part, place in family(name).FACTS.parts.items() if t5 or part != "t5"}
+    places = {part: place for part, place in get_family(name).FACTS.parts.items() if t5 or part != "t5"}
     return whole(name, {part: weights(miniature(name) / place) for part, place in places.items()}, config_of(name))
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from bench import step
-from trainer.engine.cuda_graphs import Direct
-from trainer.spec.family import family
+from trainer.engine.cuda_graphs import EagerStep
+from trainer.spec.family import get_family
 
 SMALL = {"hidden_size": 256, "num_heads": 2, "depth": 1, "depth_single_blocks": 2}
 
@@ -50,8 +50,8 @@ class Other(step.Bench):
     """What is not ours, in bf16."""
 
     def trains(self, params: list[torch.nn.Parameter]) -> None:
-        self.params = self.wholes = params
-        self.size, self.dtype, self.runner = step.SIZES[self.name], torch.bfloat16, Direct(params)
+        self.params = self.optimizer_params = params
+        self.size, self.dtype, self.runner = step.SIZES[self.name], torch.bfloat16, EagerStep(params)
         self.optimizer = torch.optim.AdamW(params, lr=1e-4, fused=not self.small)
 
 
@@ -59,7 +59,7 @@ class SdScripts(Other):
     """Flux.1 of sd-scripts with its LoRA of the same rank, everything recomputed, nothing compiled."""
 
     def __init__(self, checkout: Path, *, small: bool) -> None:
-        self.name, self.kind, self.precision, self.small = "flux", family("flux"), "fp8_base", small
+        self.name, self.kind, self.precision, self.small = "flux", get_family("flux"), "fp8_base", small
         models = module(checkout, "library.flux_models")
         params = models.configs["dev"].params
         with step.random_weights(step.DEVICE):

@@ -25,7 +25,7 @@ from bench import others, step
 from bench.report import Report, options
 from trainer.engine.attention import cudnn_fix
 from trainer.engine.quantization import frozen_linear
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 
 
 class Peer(others.Other):
@@ -35,7 +35,7 @@ class Peer(others.Other):
         self, name: str, what: str, *, small: bool, change: Callable[[torch.nn.Module], None] | None = None
     ) -> None:
         """`change`: what is done to each block before it gets its adapters."""
-        self.name, self.kind, self.precision, self.small = name, family(name), what.split()[0], small
+        self.name, self.kind, self.precision, self.small = name, get_family(name), what.split()[0], small
         self.model = step.denoiser(name, small=small)
         blocks, targets = self.kind.blocks(self.model), self.kind.FACTS.targets
         names = [

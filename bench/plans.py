@@ -11,7 +11,7 @@ from bench.report import Report, options
 from bench.step import RANK, SIZES
 from entrypoint.system.hardware import Hardware
 from trainer.spec import memory_model, strategies
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 
 
 def main(arguments: list[str]) -> None:
@@ -24,11 +24,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 60])
     asked = parser.parse_args(arguments)
     hardware = Hardware(asked.vendor, asked.architecture, asked.memory, 1, "", 2 * asked.host, 32)
-    footprint = next(m.footprint for m in family(asked.family).FACTS.models.values() if m.footprint)
+    footprint = next(m.footprint for m in get_family(asked.family).FACTS.models.values() if m.footprint)
     width, height = SIZES[asked.family]
     report = Report(f"{asked.family} on {hardware}", asked.markdown)
     for batch in asked.batch:
-        work = memory_model.Work(width * height, batch, RANK, "adamw")
+        work = memory_model.Workload(width * height, batch, RANK, "adamw")
         ways = memory_model.ways(footprint, work, (asked.precision,) if asked.precision else hardware.automatic)
         way = memory_model.best(footprint, work, ways, have_gib=asked.memory, host_gib=asked.host)
         report.row(

@@ -15,9 +15,9 @@ from bench.report import Report, options
 from bench.scan import draw
 from bench.step import DEVICE, SIZES
 from trainer.data import encode
-from trainer.data.epochs import Order
+from trainer.data.epochs import EpochSampler
 from trainer.job import prepare
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 from trainer.spec.plan import DataPlan, Dataset, EnginePlan, Source, Subset
 
 
@@ -26,19 +26,19 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--pictures", type=int, default=400)
     asked = parser.parse_args(arguments)
-    kind = family(asked.family)
+    kind = get_family(asked.family)
     model = asked.model or Path(next(m.source for m in kind.FACTS.models.values() if not m.files_gib))
     size = SIZES[asked.family] if asked.model else (128, 128)
     engine = EnginePlan(device=DEVICE, dtype="bfloat16" if DEVICE == "cuda" else "float32")
     report = Report(f"{asked.family}: preparing {asked.pictures} pictures", asked.markdown)
     with tempfile.TemporaryDirectory() as name:
-        pictures = Path(name) / "pictures"
-        pictures.mkdir()
-        draw(pictures, asked.pictures, round((size[0] * size[1]) ** 0.5))
-        subset = Subset(Source("folder", "bench", path=str(pictures)))
+        images = Path(name) / "pictures"
+        images.mkdir()
+        draw(images, asked.pictures, round((size[0] * size[1]) ** 0.5))
+        subset = Subset(Source("folder", "bench", path=str(images)))
         data = DataPlan((Dataset((subset,), size, batch_size=4, enable_bucket=True),))
         begun = time.monotonic()
-        order = Order(prepare.scanned(data, report=Path(name) / "report.txt").pictures, data, seed=0)
+        order = EpochSampler(prepare.scan_and_report(data, report=Path(name) / "report.txt").images, data, seed=0)
         scanned = time.monotonic()
         cache = encode.open_cache(Path(name) / "cache", model, precision=engine.dtype)
         parts = {"family": kind, "model": model, "tick": lambda: None}

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from trainer.data.epochs import Order
-from trainer.data.scan import scan
+from trainer.data.epochs import EpochSampler
+from trainer.data.scan import scan_checked
 from trainer.spec.plan import DataPlan, Dataset, Source, Subset
 
 ASPECTS = (0.5, 0.75, 1.0, 1.333, 1.778)
@@ -45,21 +45,21 @@ def draw(folder: Path, count: int, side: int) -> None:
         (folder / f"{i:06}.txt").write_text(f"picture {i}, some tag, another tag", encoding="utf-8")
 
 
-def measure(folder: Path, workers: int) -> dict[str, float]:
+def measure(folder: Path, cpu_workers: int) -> dict[str, float]:
     """Seconds of each part, and the peak memory of this process and of the largest worker together."""
     subset = Subset(Source("folder", "bench", path=str(folder)), num_repeats=2, flip_aug=True, shuffle_caption=True)
     data = DataPlan((Dataset((subset,), (512, 512), batch_size=4, enable_bucket=True),))
     begin = time.perf_counter()
-    found = scan(data, workers=workers)
+    found = scan_checked(data, cpu_workers=cpu_workers)
     scanned = time.perf_counter()
-    order = Order(found.pictures, data, seed=0)
+    order = EpochSampler(found.images, data, seed=0)
     batches = order.epoch(0)
     views, captions = sum(1 for _ in order.every_view()), len(order.every_caption())
     ordered = time.perf_counter()
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return {
         "pictures": found.found,
-        "used": len(found.pictures),
+        "used": len(found.images),
         "batches": len(batches),
         "buckets": len(order.buckets),
         "views": views,
@@ -67,8 +67,8 @@ def measure(folder: Path, workers: int) -> dict[str, float]:
         "scan_s": round(scanned - begin, 2),
         "order_s": round(ordered - scanned, 2),
         "seconds": round(ordered - begin, 2),
-        "workers": workers,
-        "peak_mib": round((_own_peak() + workers * children) / 1024, 1),
+        "workers": cpu_workers,
+        "peak_mib": round((_own_peak() + cpu_workers * children) / 1024, 1),
     }
 
 

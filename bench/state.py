@@ -29,7 +29,7 @@ from trainer.checkpoints import state_files
 from trainer.checkpoints.snapshots import Snapshots
 from trainer.engine import adapters as lora
 from trainer.lora_files import convert, peft_bridge, write
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 
 GB = 1e9
 
@@ -38,7 +38,7 @@ def adapters(name: str, rank: int) -> tuple[dict[str, torch.Tensor], dict[str, A
     """The adapters' tensors by peft's names, and the optimiser's state for them."""
     from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 
-    kind = family(name)
+    kind = get_family(name)
     with torch.device("meta"):
         make: dict[str, Callable[[], Any]] = {
             "flux": lambda: FluxTransformer2DModel(**FLUX),
@@ -74,20 +74,20 @@ def main(arguments: list[str]) -> None:
     say(what="adapters", family=options.family, rank=options.rank, tensors=len(tensors), parameters=count)
     snapshots = Snapshots(torch.optim.SGD([torch.zeros(1)], lr=1.0), "cpu")
     live = {"adapters": tensors, "optimizer": {"state": state, "param_groups": []}}
-    facts = family(options.family).FACTS
+    facts = get_family(options.family).FACTS
     for turn in ("first", "later"):
         began = time.monotonic()
-        snapshots.reuse()
-        modules = snapshots.take(
+        snapshots.release()
+        modules = snapshots.copy(
             peft_bridge.of_state(tensors, prefix=facts.lora_prefix, fused=facts.fused_targets, scale=1.0)
         )
-        tree = snapshots.take(live)
+        tree = snapshots.copy(live)
         say(what=f"{turn} copies", stall_s=time.monotonic() - began, gb=snapshots.bytes / GB)
     out = options.folder / "bench-state"
     try:
         began = time.monotonic()
-        for to in family(options.family).KEYS.writes:
-            write.write(out / f"{to}.safetensors", convert.write(modules, to, facts.name).tensors, {})
+        for to in get_family(options.family).KEYS.writes:
+            write.write_lora(out / f"{to}.safetensors", convert.write(modules, to, facts.name).tensors, {})
         say(what="lora", write_s=time.monotonic() - began, gb=size(out) / GB)
         began = time.monotonic()
         folder = state_files.save(out / "state", 1, tree)

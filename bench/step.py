@@ -30,15 +30,15 @@ from bench.report import Report, options
 from entrypoint.fetch import flash_attention
 from entrypoint.system.hardware import detect
 from trainer.engine import adapters, flat_parameters
-from trainer.engine.cuda_graphs import Direct, Replayed
+from trainer.engine.cuda_graphs import EagerStep, GraphStep
 from trainer.engine.device import limit_memory
 from trainer.engine.execution import Engine
 from trainer.engine.fused_linear import install
 from trainer.engine.load import place
 from trainer.engine.memory.checkpointing import POLICIES
-from trainer.engine.quantization.cast_adapters import Halves
-from trainer.spec.family import family
-from trainer.spec.memory_model import Work, predicted
+from trainer.engine.quantization.cast_adapters import AdapterCast
+from trainer.spec.family import get_family
+from trainer.spec.memory_model import Workload, predicted
 from trainer.spec.plan import EnginePlan
 
 RANK, GIB, DEVICE = 16, 2**30, "cuda" if torch.cuda.is_available() else "cpu"
@@ -114,7 +114,7 @@ class Bench:
     """A denoiser with adapters, in one precision."""
 
     def __init__(self, name: str, precision: str, *, small: bool = False) -> None:
-        self.name, self.kind, self.precision, self.small = name, family(name), precision, small
+        self.name, self.kind, self.precision, self.small = name, get_family(name), precision, small
         self.size, self.dtype = SIZES[name], DTYPES.get(precision, torch.bfloat16)
         self.model = denoiser(name, small=small)
         facts, blocks = self.kind.FACTS, self.kind.blocks(self.model)
@@ -130,13 +130,13 @@ class Bench:
             if "lora_B" in name_:
                 torch.nn.init.normal_(p, std=0.01)
         free()
-        self.wholes = flat_parameters.joined("adamw", self.params)
-        self.optimizer = torch.optim.AdamW(self.wholes, lr=1e-4)
-        self.runner = Direct(self.params, self.wholes)
+        self.optimizer_params = flat_parameters.joined("adamw", self.params)
+        self.optimizer = torch.optim.AdamW(self.optimizer_params, lr=1e-4)
+        self.runner = EagerStep(self.params, self.optimizer_params)
 
     def engine(self, words: set[str]) -> Engine:
         torch.compiler.reset()
-        self.runner.drop()
+        self.runner.release()
         theirs = {ours: theirs for theirs, ours in self.forwards.items()}
         install(self.model, theirs if "plain" in words else self.forwards)
         plan = EnginePlan(
@@ -150,10 +150,10 @@ class Bench:
         )
         engine = Engine(self.model, self.kind.regions(self.model), plan)
         if "narrow" in words:
-            engine.narrow()
-        halves = Halves(self.model, self.dtype) if "eager" in words else contextlib.nullcontext
+            engine.drop_adapter_columns()
+        halves = AdapterCast(self.model, self.dtype) if "eager" in words else contextlib.nullcontext
         around = partial(engine.passing, halves)
-        self.runner = (Replayed if "replay" in words else Direct)(self.params, self.wholes, around)
+        self.runner = (GraphStep if "replay" in words else EagerStep)(self.params, self.optimizer_params, around)
         return engine
 
     def inputs(self, batch: int, *, seed: int = 0, scale: float = 1.0) -> dict[str, torch.Tensor]:
@@ -190,7 +190,7 @@ class Bench:
 
     def step(self, engine: Engine | None, batch: int) -> None:
         self.backward(engine, batch)
-        norm = torch.nn.utils.clip_grad_norm_(self.wholes, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.optimizer_params, 1.0)
         norm.item()  # as in training, which looks at it
         self.optimizer.step()
         self.runner.clear()
@@ -200,7 +200,7 @@ class Bench:
         row: dict[str, Any] = {"first_s": round(timed(work), 1)}
         if times > 1:
             work()
-        recorded = torch.cuda.memory_reserved() / GIB if isinstance(self.runner, Replayed) else 0  # with its pool
+        recorded = torch.cuda.memory_reserved() / GIB if isinstance(self.runner, GraphStep) else 0  # with its pool
         if DEVICE == "cuda":
             torch.cuda.reset_peak_memory_stats()
         row["step_s"] = round(statistics.median(timed(work) for _ in range(1 if self.small else times)), 4)
@@ -241,7 +241,7 @@ def measure(bench: Bench, variant: str, batch: int, *, times: int = 5) -> dict[s
     footprint = next(m.footprint for m in bench.kind.FACTS.models.values())
     if footprint is not None and not bench.small:
         width, height = bench.size
-        work = Work(width * height, batch, RANK, "adamw")
+        work = Workload(width * height, batch, RANK, "adamw")
         offload = next((to for word, to in OFFLOADS.items() if word in words), "none")
         if policy not in footprint.kept:
             return row
@@ -249,7 +249,7 @@ def measure(bench: Bench, variant: str, batch: int, *, times: int = 5) -> dict[s
             footprint, work, precision=bench.precision, recompute=policy, offload=offload, turned="turned" in words
         )
         row["predicted_gib"] = round(gib, 2)
-    bench.runner.drop()
+    bench.runner.release()
     return row
 
 

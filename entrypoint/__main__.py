@@ -28,7 +28,7 @@ from entrypoint.settings.read import Settings, help_env, read_settings
 from entrypoint.system import hardware
 from trainer import __version__
 from trainer.spec.errors import KilnError, StopRequestedError, UnreachableError
-from trainer.spec.family import base_models, family
+from trainer.spec.family import base_models, get_family
 from trainer.spec.plan import Plan, Source
 from trainer.spec.resume_rules import changes
 
@@ -178,11 +178,11 @@ def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
     hub, cache = settings.hf_home / "hub", Path(plan.output.cache)
     if plan.engine.attention == "flash_4":
         flash_attention.install(cache)
-    patterns = single_files.patterns(family(plan.model.family).FACTS, plan.model.parts)
+    patterns = single_files.patterns(get_family(plan.model.family).FACTS, plan.model.parts)
     sources = list(dict.fromkeys(s.source for d in plan.data.datasets for s in d.subsets))
     cancelled = threading.Event()
-    patience = dataclasses.replace(http.USUAL, cancelled=cancelled)
-    access: dict[str, Any] = {"token": token, "hub_cache": hub, "patience": patience}
+    retries = dataclasses.replace(http.USUAL, cancelled=cancelled)
+    access: dict[str, Any] = {"token": token, "hub_cache": hub, "patience": retries}
     model, found = http.both(
         lambda: fetch_model(plan.model, patterns=patterns, **access),
         lambda: {source: fetch_source(source, cache=cache, **access) for source in sources},

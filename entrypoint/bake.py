@@ -10,9 +10,9 @@ from pathlib import Path
 
 from entrypoint.fetch import http, model_folder
 from entrypoint.fetch.fetch import fetch_model
-from entrypoint.fetch.http import Patience
+from entrypoint.fetch.http import RetryPolicy
 from trainer.spec.errors import KilnError, SettingsError
-from trainer.spec.family import base_models, family
+from trainer.spec.family import base_models, get_family
 from trainer.spec.plan import ModelPlan
 
 PLACE = Path("/opt/kiln-models")
@@ -41,13 +41,13 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def bake(model: ModelPlan, place: Path, *, token: str | None, cache: Path, patience: Patience = http.USUAL) -> Path:
+def bake(model: ModelPlan, place: Path, *, token: str | None, cache: Path, retries: RetryPolicy = http.USUAL) -> Path:
     """Download what a job needs of `model` through `cache` and copy it below `place`; returns its folder there.
 
     Raises what `fetch_model` raises.
     """
-    patterns = family(model.family).FACTS.files
-    found = fetch_model(model, patterns=patterns, token=token, hub_cache=cache, patience=patience)
+    patterns = get_family(model.family).FACTS.files
+    found = fetch_model(model, patterns=patterns, token=token, hub_cache=cache, retries=retries)
     source, target = Path(found.path), folder(model, place)
     names = [p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file()]
     for name in sorted(model_folder.wanted(names, patterns)):

@@ -20,8 +20,8 @@ def main() -> int:
         status = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         status = {}
-    patience = float(os.environ.get("HEALTH_PATIENCE_MINUTES") or PATIENCE_MIN)
-    problem = stalled(status, now=time.time(), began=_began(), patience_min=patience)
+    retries = float(os.environ.get("HEALTH_PATIENCE_MINUTES") or PATIENCE_MIN)
+    problem = stalled(status, now=time.time(), began=_began(), patience_min=retries)
     print(problem or "healthy")  # noqa: T201
     return 1 if problem else 0
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from trainer.lora_files import convert, write
 from trainer.lora_files.arguments import load_lora, read_family, run_command, split_weight
 from trainer.spec.errors import SettingsError
-from trainer.spec.family import family, names
+from trainer.spec.family import family_names, get_family
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def export_command(arguments: list[str]) -> int:
     parser.add_argument("--merge", nargs="+", metavar="FILE[:WEIGHT]", help="add these up instead")
     parser.add_argument("--to", choices=sorted(convert.FORMATS), default="kohya", help="whose key names (kohya)")
     parser.add_argument("--out", type=Path, required=True, metavar="OUT.safetensors")
-    parser.add_argument("--family", choices=names(), help="if the keys do not tell")
+    parser.add_argument("--family", choices=family_names(), help="if the keys do not tell")
     parser.add_argument("--without-text-encoders", action="store_true", help="leave their modules out")
     asked = parser.parse_args(arguments)
     if (asked.file is None) == (asked.merge is None):
@@ -50,7 +50,7 @@ def _export(asked: argparse.Namespace) -> None:
     except ValueError as problem:
         raise SettingsError(f"--merge: {problem}.") from problem
     if asked.without_text_encoders:
-        own = f"{family(name).FACTS.lora_prefix}."
+        own = f"{get_family(name).FACTS.lora_prefix}."
         modules = {module: adapter for module, adapter in modules.items() if module.startswith(own)}
     if not modules:
         raise SettingsError("Nothing is left to write.")
@@ -62,10 +62,10 @@ def _export(asked: argparse.Namespace) -> None:
     gone = ("lora_adapter_metadata", "sshs_", "modelspec.hash")
     metadata = {} if asked.merge else {k: v for k, v in found[0][1].items() if not k.startswith(gone)}
     metadata |= {"ss_network_dim": str(made.rank), "ss_network_alpha": f"{made.alpha:g}"}
-    metadata.setdefault("modelspec.architecture", f"{family(name).FACTS.architecture}/lora")
+    metadata.setdefault("modelspec.architecture", f"{get_family(name).FACTS.architecture}/lora")
     if asked.merge:
         metadata["kiln_merged_from"] = json.dumps({path.name: weight for path, weight in several})
-    write.write(asked.out, made.tensors, metadata)
+    write.write_lora(asked.out, made.tensors, metadata)
     log.info("%s: %d modules for %s, rank %d, alpha %g.", asked.out, len(modules), name, made.rank, made.alpha)
 
 

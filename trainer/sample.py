@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from trainer.base_model.single_file import assembled
+from trainer.base_model.single_file import convert_single_files
 from trainer.engine.device import release
 from trainer.job import prepare, sampling
 from trainer.lora_files.arguments import load_lora, read_family, run_command, split_weight
-from trainer.lora_files.weights import Modules
+from trainer.lora_files.weights import LoraModules
 from trainer.spec.errors import SettingsError
-from trainer.spec.family import OPTIONAL, PREFIXES, BaseModel, Family, base_models, family, names
+from trainer.spec.family import OPTIONAL, PREFIXES, BaseModel, Family, base_models, family_names, get_family
 from trainer.spec.plan import ModelPlan, Prompt
 from trainer.storage import safetensors_header
 
@@ -46,7 +46,7 @@ def sample_command(arguments: list[str]) -> int:
     parser.add_argument("--lora", nargs="+", action="extend", default=[], metavar="FILE[:WEIGHT]")
     parser.add_argument("--prompts", type=Path, required=True, help="like a job's: text --w --h --d --s --g --l --n")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
-    parser.add_argument("--family", choices=names(), help="if --base is a folder and no LoRA tells")
+    parser.add_argument("--family", choices=family_names(), help="if --base is a folder and no LoRA tells")
     parser.add_argument("--config", help="if --base is a file: the value of BASE_MODEL that has what it lacks")
     parser.add_argument("--cache", type=Path, default=CACHE, help=f"where files are converted to ({CACHE})")
     asked = parser.parse_args(arguments)
@@ -59,7 +59,7 @@ def sample_command(arguments: list[str]) -> int:
 def _sample(asked: argparse.Namespace) -> None:
     several = [split_weight(text) for text in asked.lora]
     name, model, folder = _base(asked, several)
-    kind = family(name)
+    kind = get_family(name)
     loaded = [(load_lora(path, name), weight) for path, weight in several]
     prompts = _prompts(asked.prompts, kind, model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,7 +80,7 @@ def _sample(asked: argparse.Namespace) -> None:
     log.info("%d pictures with %d LoRAs are in %s.", count, len(several), asked.out)
 
 
-def add(model: Any, several: list[tuple[Modules, float]], *, component: str) -> None:
+def add(model: Any, several: list[tuple[LoraModules, float]], *, component: str) -> None:
     """Change the weights of `component` of the pipeline as the files say, each times its weight, one after the other.
 
     Raises SettingsError for modules that the model lacks.
@@ -117,13 +117,14 @@ def _base(asked: argparse.Namespace, several: list[tuple[Path, float]]) -> tuple
     known, place = base_models(), Path(asked.base)
     if asked.base in known:
         name, model = known[asked.base]
-        return name, model, _folder(model, family(name).FACTS.files)
+        return name, model, _folder(model, get_family(name).FACTS.files)
     if place.is_file():
         return _single(place, asked.config, asked.cache)
     if not place.is_dir():
         raise SettingsError(f"--base {place} is neither a folder, a file, nor one of {', '.join(sorted(known))}.")
     if asked.family is None and not several:
-        raise SettingsError(f"--base {place} is a folder: --family says what is in it, one of {', '.join(names())}.")
+        choices = ", ".join(family_names())
+        raise SettingsError(f"--base {place} is a folder: --family says what is in it, one of {choices}.")
     name = asked.family or read_family(several[0][0], None)[0]
     return name, BaseModel(str(place.absolute()), files_gib=0.0), place.absolute()
 
@@ -135,10 +136,10 @@ def _single(file: Path, config: str | None, cache: Path) -> tuple[str, BaseModel
     except ValueError as problem:
         raise SettingsError(f"--base {file}: {problem}.") from problem
     denoisers = {name.removeprefix(PREFIXES["denoiser"][0]) for name in found}
-    name = next((n for n in names() if denoisers & set(family(n).FACTS.landmarks)), None)
+    name = next((n for n in family_names() if denoisers & set(get_family(n).FACTS.landmarks)), None)
     if name is None:
-        raise SettingsError(f"--base {file} has no denoiser of {', '.join(names())}.")
-    facts = family(name).FACTS
+        raise SettingsError(f"--base {file} has no denoiser of {', '.join(family_names())}.")
+    facts = get_family(name).FACTS
     base = config or next(iter(facts.models))
     if base not in facts.models:
         raise SettingsError(f"--config {base} is not one of {', '.join(facts.models)}, and {file} is for {name}.")
@@ -147,7 +148,7 @@ def _single(file: Path, config: str | None, cache: Path) -> tuple[str, BaseModel
     rest = [f for f in facts.files if f.removeprefix(OPTIONAL).split("/")[0] not in folders]
     source = _folder(model, (*rest, *(f"{folder}/config.json" for folder in folders)))
     parts = dict.fromkeys(inside, str(file.absolute()))
-    return name, model, assembled(ModelPlan(base, name, model.source, path=str(source), parts=parts), cache)
+    return name, model, convert_single_files(ModelPlan(base, name, model.source, path=str(source), parts=parts), cache)
 
 
 def _folder(model: BaseModel, files: Sequence[str]) -> Path:
@@ -191,7 +192,7 @@ def _encoded(
     kind: Family,
     folder: Path,
     prompts: list[Prompt],
-    several: list[tuple[Modules, float]],
+    several: list[tuple[LoraModules, float]],
     *,
     device: str,
     dtype: torch.dtype,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from entrypoint.fetch import archive, http, hub, hub_rows, model_folder
-from entrypoint.fetch.http import Patience
+from entrypoint.fetch.http import RetryPolicy
 from entrypoint.system.folders import build_folder, completed, locked, naming, read_json, storage_error, write_text
 from trainer.spec.errors import DataError, GatedError, SettingsError, UnreachableError
 from trainer.spec.plan import ModelPlan, Source, public
@@ -31,7 +31,7 @@ def fetch_model(
     patterns: tuple[str, ...],
     token: str | None,
     hub_cache: Path | None = None,
-    patience: Patience = http.USUAL,
+    retries: RetryPolicy = http.USUAL,
 ) -> ModelPlan:
     """`model` with `path` (and `commit`, for one from the Hub) filled: a whole model in the layout of diffusers.
 
@@ -42,7 +42,7 @@ def fetch_model(
     if folder := local_model(model):
         model_folder.check_folder(variable, folder, patterns)
         return replace(model, path=str(folder))
-    repo = model_repo(model, token=token, hub_cache=hub_cache, patience=patience)
+    repo = model_repo(model, token=token, hub_cache=hub_cache, retries=retries)
     cached = cached_model(repo, patterns)
     sure = cached.commit if cached is not None and cached.is_verified else None
     if cached is None or sure is None or repo.revision != sure:
@@ -68,7 +68,7 @@ def fetch_source(
     cache: Path,
     token: str | None,
     hub_cache: Path | None = None,
-    patience: Patience = http.USUAL,
+    retries: RetryPolicy = http.USUAL,
 ) -> Source:
     """`source` with `path` (and `commit`, for one from the Hub) filled: a folder of picture files.
 
@@ -81,29 +81,29 @@ def fetch_source(
         return replace(source, path=str(local_folder(source)))
     with naming("CACHE_PATH"):
         if source.kind == "archive":
-            return replace(source, path=str(_archive_folder(source, cache=cache, token=token, patience=patience)))
-        return _hub_dataset(source, cache=cache, token=token, hub_cache=hub_cache, patience=patience)
+            return replace(source, path=str(_archive_folder(source, cache=cache, token=token, retries=retries)))
+        return _hub_dataset(source, cache=cache, token=token, hub_cache=hub_cache, retries=retries)
 
 
-def model_repo(model: ModelPlan, *, token: str | None, hub_cache: Path | None, patience: Patience) -> hub.Repo:
+def model_repo(model: ModelPlan, *, token: str | None, hub_cache: Path | None, retries: RetryPolicy) -> hub.Repo:
     """The repository of a model that is not a local folder; at its commit, if an earlier run has pinned one."""
     return hub.Repo(
         *("model", model.source, model_folder.variable(model)),
         revision=model.commit or model.revision,
         token=token,
         cache=hub_cache,
-        patience=patience,
+        retries=retries,
     )
 
 
-def dataset_repo(source: Source, *, token: str | None, hub_cache: Path | None, patience: Patience) -> hub.Repo:
+def dataset_repo(source: Source, *, token: str | None, hub_cache: Path | None, retries: RetryPolicy) -> hub.Repo:
     """The repository of a source of kind hub; at its commit, if an earlier run has pinned one."""
     return hub.Repo(
         *("dataset", source.location, named(source)),
         revision=source.commit or source.revision,
         token=token,
         cache=hub_cache,
-        patience=patience,
+        retries=retries,
     )
 
 
@@ -160,7 +160,7 @@ def cached_dataset(source: Source, repo: hub.Repo, cache: Path) -> tuple[str, Pa
 
 
 def _less_patient(repo: hub.Repo) -> hub.Repo:
-    return replace(repo, patience=replace(repo.patience, budget=min(SHORT, repo.patience.budget)))
+    return replace(repo, retries=replace(repo.retries, budget=min(SHORT, repo.retries.budget)))
 
 
 def _dataset_folder(source: Source, commit: str, cache: Path) -> Path:
@@ -169,9 +169,9 @@ def _dataset_folder(source: Source, commit: str, cache: Path) -> Path:
 
 
 def _hub_dataset(
-    source: Source, *, cache: Path, token: str | None, hub_cache: Path | None, patience: Patience
+    source: Source, *, cache: Path, token: str | None, hub_cache: Path | None, retries: RetryPolicy
 ) -> Source:
-    repo = dataset_repo(source, token=token, hub_cache=hub_cache, patience=patience)
+    repo = dataset_repo(source, token=token, hub_cache=hub_cache, retries=retries)
     cached = cached_dataset(source, repo, cache)
     if cached is not None and cached[0] == repo.revision:
         return replace(source, commit=cached[0], path=str(cached[1]))
@@ -216,9 +216,9 @@ def _unpack_hub_dataset(source: Source, repo: hub.Repo, listing: hub.Listing, fo
         logger.warning("%s: %d rows have no picture.", repo.name, facts["empty"])
 
 
-def _archive_folder(source: Source, *, cache: Path, token: str | None, patience: Patience) -> Path:
+def _archive_folder(source: Source, *, cache: Path, token: str | None, retries: RetryPolicy) -> Path:
     if is_url(source):
-        folder = _downloaded_archive(source, cache=cache, token=token, patience=patience)
+        folder = _downloaded_archive(source, cache=cache, token=token, retries=retries)
     else:
         path = local_archive(source)
         try:
@@ -256,7 +256,7 @@ def _download_place(source: Source, cache: Path) -> Path:
     return cache / "downloads" / hashlib.sha256(source.location.encode()).hexdigest()[:16]
 
 
-def _downloaded_archive(source: Source, *, cache: Path, token: str | None, patience: Patience) -> Path:
+def _downloaded_archive(source: Source, *, cache: Path, token: str | None, retries: RetryPolicy) -> Path:
     """The folder of an archive with an address; downloaded unless the server says that it has not changed."""
     import httpx
 
@@ -266,8 +266,8 @@ def _downloaded_archive(source: Source, *, cache: Path, token: str | None, patie
         folder = known_download(source, cache)
         version = (read_json(place / "known.json") or {}).get("version")
         try:
-            patient = replace(patience, budget=min(SHORT, patience.budget)) if folder else patience
-            remote = remote_archive(client, source, token=token, patience=patient)
+            patient = replace(retries, budget=min(SHORT, retries.budget)) if folder else retries
+            remote = remote_archive(client, source, token=token, retries=patient)
         except UnreachableError as problem:
             if folder is None:
                 raise
@@ -280,7 +280,7 @@ def _downloaded_archive(source: Source, *, cache: Path, token: str | None, patie
             if other != part or remote.version is None:  # of another version, so of no use
                 other.unlink()
         job = http.Download(url, place / name, part, public(url), remote.headers, remote.size, most=archive.USUAL.total)
-        digest = http.download(client, job, patience=patience, refuse=partial(_refuse_address, source))
+        digest = http.download(client, job, retries=retries, refuse=partial(_refuse_address, source))
         folder = _unpacked(job.path, digest, cache)
         job.path.unlink()
         write_text(place / "known.json", json.dumps({"version": remote.version, "digest": digest}))
@@ -296,7 +296,7 @@ class RemoteArchive:
     headers: dict[str, str] = field(repr=False)  # to ask for it with
 
 
-def remote_archive(client: httpx.Client, source: Source, *, token: str | None, patience: Patience) -> RemoteArchive:
+def remote_archive(client: httpx.Client, source: Source, *, token: str | None, retries: RetryPolicy) -> RemoteArchive:
     """Ask for the first byte of an archive with an address, since signed addresses allow no HEAD.
 
     Raises SettingsError (refused, missing), UnreachableError.
@@ -311,7 +311,7 @@ def remote_archive(client: httpx.Client, source: Source, *, token: str | None, p
     def ask() -> RemoteArchive:
         first = {**headers, "Range": "bytes=0-0", "Accept-Encoding": "identity"}
         try:
-            with client.stream("GET", url, headers=first, timeout=patience.timeout, follow_redirects=True) as response:
+            with client.stream("GET", url, headers=first, timeout=retries.timeout, follow_redirects=True) as response:
                 http.check_status(response, "the server")
                 if response.status_code not in (200, 206):
                     _refuse_address(source, response)
@@ -324,7 +324,7 @@ def remote_archive(client: httpx.Client, source: Source, *, token: str | None, p
             raise http.TransientError(f"{type(problem).__name__} ({problem})") from problem
         return RemoteArchive(int(size) if size.isdecimal() else None, version, headers)
 
-    return http.persist(ask, what=public(url), patience=patience)
+    return http.persist(ask, what=public(url), retries=retries)
 
 
 def _refuse_address(source: Source, response: httpx.Response) -> None:

@@ -29,7 +29,7 @@ TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How long a failing service is waited for. All in seconds."""
 
     budget: float = 120.0  # without any progress; then the job gives up
@@ -39,7 +39,7 @@ class Patience:
     cancelled: threading.Event | None = None  # set by whoever waits no longer
 
 
-USUAL = Patience()
+USUAL = RetryPolicy()
 
 
 class TransientError(Exception):
@@ -100,7 +100,7 @@ def persist(
     action: Callable[[], T],
     *,
     what: str,
-    patience: Patience,
+    retries: RetryPolicy,
     progressed: Callable[[], bool] = lambda: False,
     cancelled: threading.Event | None = None,
 ) -> T:
@@ -109,17 +109,17 @@ def persist(
     `progressed` tells whether the last call got anywhere, which renews the budget. Raises UnreachableError when the
     budget is spent, or at once when the server asks for a longer wait than is left.
     """
-    cancelled = cancelled or patience.cancelled or threading.Event()
+    cancelled = cancelled or retries.cancelled or threading.Event()
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs addresses, and with them what signs them
-    began, wait, failures = time.monotonic(), patience.first_wait, 0
+    began, wait, failures = time.monotonic(), retries.first_wait, 0
     while True:
         try:
             return action()
         except TransientError as problem:
             failures += 1
             if progressed():
-                began, wait = time.monotonic(), patience.first_wait
-            left = began + patience.budget - time.monotonic()
+                began, wait = time.monotonic(), retries.first_wait
+            left = began + retries.budget - time.monotonic()
             pause = problem.wait if problem.wait is not None else wait * random.uniform(0.5, 1.0)
             if pause > left:
                 asked = f" and asks to wait {problem.wait:.0f} s" if problem.wait is not None else ""
@@ -130,7 +130,7 @@ def persist(
             logger.warning("%s: %s; attempt %d in %.1f s", what, problem, failures + 1, pause)
             if cancelled.wait(pause):
                 raise UnreachableError(f"{what}: stopped because another download failed.") from problem
-            wait = min(wait * 2, patience.longest_wait)
+            wait = min(wait * 2, retries.longest_wait)
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def download(
     client: httpx.Client,
     job: Download,
     *,
-    patience: Patience,
+    retries: RetryPolicy,
     refuse: Callable[[httpx.Response], None],
     progress: Progress | None = None,
     cancelled: threading.Event | None = None,
@@ -201,7 +201,7 @@ def download(
     The caller holds a lock on the path. `refuse` is given every answer that is neither content nor worth a retry, and
     raises. Raises UnreachableError, DataError (larger than `most`), StorageError, and what `refuse` raises.
     """
-    cancelled = cancelled or patience.cancelled or threading.Event()
+    cancelled = cancelled or retries.cancelled or threading.Event()
     part = _Part(job.part, job.new_hash, cancelled)
     progress = progress or Progress(job.what, job.size)
     progress.add(part.size)
@@ -217,7 +217,7 @@ def download(
         nonlocal corrupt
         try:
             _receive(
-                client, job, part=part, refuse=refuse, progress=progress, timeout=patience.timeout, cancelled=cancelled
+                client, job, part=part, refuse=refuse, progress=progress, timeout=retries.timeout, cancelled=cancelled
             )
             return _verified(job, part)
         except CorruptError as problem:
@@ -227,7 +227,7 @@ def download(
             raise
 
     try:
-        digest = persist(attempt, what=job.what, patience=patience, progressed=progressed, cancelled=cancelled)
+        digest = persist(attempt, what=job.what, retries=retries, progressed=progressed, cancelled=cancelled)
     finally:
         part.file.close()
     try:

@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
 
 from entrypoint.fetch import http
-from entrypoint.fetch.http import Patience
+from entrypoint.fetch.http import RetryPolicy
 from entrypoint.system.folders import locked, read_json, storage_error, write_text
 from trainer.spec.errors import GatedError, KilnError, SettingsError, StorageError, UnreachableError
 
@@ -46,7 +46,7 @@ class Repo:
     revision: str | None = None  # branch, tag or commit; None: main
     token: str | None = field(default=None, repr=False)
     cache: Path | None = None  # None: where HF_HOME and HF_HUB_CACHE point to
-    patience: Patience = http.USUAL
+    retries: RetryPolicy = http.USUAL
 
     @property
     def folder(self) -> Path:
@@ -109,7 +109,7 @@ def describe(repo: Repo) -> Listing:
 
     def call() -> Listing:
         ask = api.model_info if repo.kind == "model" else api.dataset_info
-        info = ask(repo.name, revision=repo.revision, files_metadata=True, timeout=repo.patience.timeout)
+        info = ask(repo.name, revision=repo.revision, files_metadata=True, timeout=repo.retries.timeout)
         files = tuple(
             RemoteFile(s.rfilename, s.lfs.size if s.lfs else s.size or 0, s.lfs.sha256 if s.lfs else s.blob_id or "")
             for s in info.siblings or ()
@@ -132,7 +132,7 @@ def check_access(repo: Repo, listing: Listing, name: str) -> None:
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     url = hf_hub_url(repo.name, name, repo_type=repo.kind, revision=listing.commit)
-    _insist(repo, lambda: get_hf_file_metadata(url, token=repo.token or False, timeout=repo.patience.timeout))
+    _insist(repo, lambda: get_hf_file_metadata(url, token=repo.token or False, timeout=repo.retries.timeout))
 
 
 def cached_commit(repo: Repo) -> str | None:
@@ -202,7 +202,7 @@ def _bring_blobs(repo: Repo, listing: Listing, files: Sequence[RemoteFile], veri
         total = sum(f.size for f in missing)
         logger.info("%s: downloading %d files, %.1f MiB", repo.name, len(missing), total / 2**20)
     progress = http.Progress(repo.name, sum(f.size for f in missing))
-    cancelled = repo.patience.cancelled or threading.Event()
+    cancelled = repo.retries.cancelled or threading.Event()
 
     def one(file: RemoteFile) -> None:
         blob = blobs / file.etag
@@ -259,14 +259,14 @@ def _download(
     _translated(
         repo,
         lambda: http.download(
-            get_session(), job, patience=repo.patience, refuse=refuse, progress=progress, cancelled=cancelled
+            get_session(), job, retries=repo.retries, refuse=refuse, progress=progress, cancelled=cancelled
         ),
     )
 
 
 def _insist(repo: Repo, call: Callable[[], T]) -> T:
     """`call` the Hub, with retries."""
-    return http.persist(lambda: _translated(repo, call), what=repo.page, patience=repo.patience)
+    return http.persist(lambda: _translated(repo, call), what=repo.page, retries=repo.retries)
 
 
 def _translated(repo: Repo, call: Callable[[], T]) -> T:

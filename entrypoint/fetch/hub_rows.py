@@ -65,18 +65,18 @@ def choose(variable: str, repository: str, names: Collection[str]) -> Choice:
             "DATASET_REVISION=refs/convert/parquet if its page offers a parquet version, or convert it."
         )
     visible = [n for n in names if not any(part.startswith(".") for part in PurePosixPath(n).parts)]
-    pictures = [n for n in visible if n.lower().endswith(PICTURES)]
+    images = [n for n in visible if n.lower().endswith(PICTURES)]
     tables = [n for n in visible if n.lower().endswith(TABLES) or n.split("/")[-1] in METADATA]
-    stems = {n.rpartition(".")[0] for n in pictures}
+    stems = {n.rpartition(".")[0] for n in images}
     sidecars = [n for n in visible if n.lower().endswith(SIDECARS) and n.rpartition(".")[0] in stems]
-    if not pictures and not [n for n in tables if n.split("/")[-1] not in METADATA]:
+    if not images and not [n for n in tables if n.split("/")[-1] not in METADATA]:
         kinds = ", ".join(sorted({PurePosixPath(n).suffix or n for n in visible})[:12]) or "nothing"
         raise DataError(
             f"{variable} has no pictures: it holds {kinds}. Needed are parquet files, picture files or zips of them."
         )
     if sidecars and not tables:
-        return Choice((*pictures, *sidecars), True)
-    return Choice((*pictures, *tables, *(n for n in names if n == "README.md")), False)
+        return Choice((*images, *sidecars), True)
+    return Choice((*images, *tables, *(n for n in names if n == "README.md")), False)
 
 
 def copy_files(snapshot: Path, names: Collection[str], target: Path) -> dict[str, Any]:
@@ -228,7 +228,7 @@ def find_caption_column(variable: str, features: dict[str, Any], asked: str | No
     if asked is not None:
         if asked not in columns:
             raise SettingsError(
-                f"CAPTION_COLUMN={asked}: {variable} has no such column, only {', '.join(columns) or 'pictures'}."
+                f"CAPTION_COLUMN={asked}: {variable} has no such column, only {', '.join(columns) or 'images'}."
             )
         if not _is_text(features[asked]):
             raise SettingsError(f"CAPTION_COLUMN={asked}: that column of {variable} holds no text.")
@@ -265,7 +265,7 @@ def _write(
     with (target / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
         for row in rows:
             reader.budget.entry()
-            data, suffix = reader.picture(row[images])
+            data, suffix = reader.image(row[images])
             line = {"file_name": f"{count:06d}{suffix}"}
             caption = _caption(row[captions], labels) if captions else None
             if caption is not None:
@@ -293,7 +293,7 @@ class _Reader:
         self.inside, self.budget = str(source.resolve()) + os.sep, budget
         self.zip: zipfile.ZipFile | None = None  # the last one used: rows come in the order of the files
 
-    def picture(self, value: Any) -> tuple[bytes, str]:
+    def image(self, value: Any) -> tuple[bytes, str]:
         """Bytes (none if there is no picture) and the suffix that they deserve. Raises DataError."""
         if isinstance(value, dict):
             data, path = value.get("bytes"), value.get("path") or ""

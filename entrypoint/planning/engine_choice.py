@@ -49,7 +49,7 @@ def engine_plan(
     plan = EnginePlan(
         device=hardware.device,
         num_gpus=_num_gpus(settings, hardware, notes),
-        replay=hardware.records and not any(settings.text_encoder_lr),
+        replay=hardware.can_capture and not any(settings.text_encoder_lr),
         attention=_attention(settings, hardware, facts, model, notes),
         memory_limit_gib=settings.memory_limit_gib,
         step_timeout_s=settings.step_timeout,
@@ -167,10 +167,10 @@ def _fitted(
     have = min(hardware.memory_gib, settings.memory_limit_gib or hardware.memory_gib)
     room, host = have * memory_model.SPARE, hardware.host_memory_gib * HOST_SHARE / plan.num_gpus
 
-    def ways(work: memory_model.Work) -> list[memory_model.Way]:
+    def ways(work: memory_model.Workload) -> list[memory_model.Strategy]:
         return _allowed(settings, memory_model.ways(footprint, work, precisions), compiles=compiles)
 
-    def best(work: memory_model.Work) -> tuple[memory_model.Work, memory_model.Way]:
+    def best(work: memory_model.Workload) -> tuple[memory_model.Workload, memory_model.Strategy]:
         return work, memory_model.best(footprint, work, ways(work), have_gib=have, host_gib=host, recorded=plan.replay)
 
     if not ways(work):
@@ -204,7 +204,7 @@ def _fitted(
     return plan, datasets
 
 
-def _chosen(settings: Settings, hardware: Hardware, way: memory_model.Way, *, have: float, notes: Notes) -> None:
+def _chosen(settings: Settings, hardware: Hardware, way: memory_model.Strategy, *, have: float, notes: Notes) -> None:
     """What was left to be chosen, for the log."""
     reason = f"{way.gib:.1f} GiB of {have:.0f} GiB are predicted for a step"
     if settings.precision == "auto":
@@ -215,11 +215,11 @@ def _chosen(settings: Settings, hardware: Hardware, way: memory_model.Way, *, ha
         notes.chose("PARAMS_OFFLOAD", way.offload, reason)
 
 
-def _largest(settings: Settings, datasets: Sequence[Dataset], rank: int, footprint: Footprint) -> memory_model.Work:
+def _largest(settings: Settings, datasets: Sequence[Dataset], rank: int, footprint: Footprint) -> memory_model.Workload:
     """The batch with the most tokens, of which each picture's text has some."""
     given = settings.batch_size != 0  # else all get the same
     works = [
-        memory_model.Work(
+        memory_model.Workload(
             d.resolution[0] * d.resolution[1], d.batch_size if given else 1, rank, settings.optimizer_type
         )
         for d in datasets
@@ -229,9 +229,9 @@ def _largest(settings: Settings, datasets: Sequence[Dataset], rank: int, footpri
 
 def _told(
     footprint: Footprint,
-    work: memory_model.Work,
-    way: memory_model.Way,
-    ways: Sequence[memory_model.Way],
+    work: memory_model.Workload,
+    way: memory_model.Strategy,
+    ways: Sequence[memory_model.Strategy],
     *,
     have: float,
     drawn: int,
@@ -256,7 +256,9 @@ def _told(
     return streamed, tiled
 
 
-def _allowed(settings: Settings, ways: Sequence[memory_model.Way], *, compiles: bool) -> list[memory_model.Way]:
+def _allowed(
+    settings: Settings, ways: Sequence[memory_model.Strategy], *, compiles: bool
+) -> list[memory_model.Strategy]:
     """Those that the settings do not rule out."""
     return [
         way

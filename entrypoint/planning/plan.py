@@ -22,7 +22,7 @@ from entrypoint.settings.checks import Notes, absolute, instead, is_file, is_fol
 from entrypoint.settings.read import Settings
 from entrypoint.system.hardware import Hardware
 from trainer.spec.errors import SettingsError
-from trainer.spec.family import BaseModel, Facts, base_models, family
+from trainer.spec.family import BaseModel, Facts, base_models, get_family
 from trainer.spec.optimizers import OPTIMIZERS
 from trainer.spec.plan import DataPlan, Dataset, LoraPlan, ModelPlan, OptimPlan, OutputPlan, Plan, TrainPlan
 
@@ -45,7 +45,7 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
             f"BASE_MODEL={show(settings.base_model)} is not known; {instead(settings.base_model, base)}"
         )
     name, model = base[settings.base_model]
-    facts = family(name).FACTS
+    facts = get_family(name).FACTS
     model_plan = _model(settings, name, model, notes)
     datasets = complete_datasets(
         manifest, _overrides(settings), model_resolution=model.resolution, multiple=facts.multiple, notes=notes
@@ -104,7 +104,7 @@ def _model(settings: Settings, name: str, model: BaseModel, notes: Notes) -> Mod
     if settings.model_revision and here:
         fix = f"Fix: remove it, or name a repository in {variable}."
         notes.add(f"MODEL_REVISION={show(settings.model_revision)}: {source} is a folder and has no revisions. {fix}")
-    parts = single_files.choose(settings, family(name).FACTS, notes)
+    parts = single_files.choose(settings, get_family(name).FACTS, notes)
     return ModelPlan(settings.base_model, name, source, revision=settings.model_revision, parts=parts)
 
 

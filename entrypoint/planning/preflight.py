@@ -13,11 +13,11 @@ from functools import partial
 from pathlib import Path
 
 from entrypoint.fetch import archive, fetch, flash_attention, http, hub, hub_rows, model_folder
-from entrypoint.fetch.http import Patience
+from entrypoint.fetch.http import RetryPolicy
 from entrypoint.planning import single_files
 from entrypoint.system.folders import human, storage_error
 from trainer.spec.errors import DataError, GatedError, KilnError, SettingsError, StorageError, UnreachableError
-from trainer.spec.family import base_models, family
+from trainer.spec.family import base_models, get_family
 from trainer.spec.plan import ModelPlan, Plan, Source
 from trainer.spec.weight_formats import PRECISIONS
 
@@ -47,7 +47,7 @@ class Needs:
             self.parts[variable][what] = self.parts[variable].get(what, 0) + size
 
 
-def preflight(plan: Plan, *, token: str | None, hub_cache: Path, patience: Patience = http.USUAL) -> None:
+def preflight(plan: Plan, *, token: str | None, hub_cache: Path, retries: RetryPolicy = http.USUAL) -> None:
     """Check all that can be checked before the first large download; asks the network only for what no cache has.
 
     `hub_cache` is where downloads from the Hub are kept (HF_HOME/hub). Raises one error with all problems in its
@@ -69,11 +69,11 @@ def preflight(plan: Plan, *, token: str | None, hub_cache: Path, patience: Patie
     if plan.engine.attention == "flash_4" and not flash_attention.is_installed(places["CACHE_PATH"]):
         logger.info("To fetch: FlashAttention 4 with its compiler, %s.", human(flash_attention.BYTES))
         needs.add("CACHE_PATH", "FlashAttention 4", flash_attention.BYTES)
-    attempt(partial(_check_model, plan, needs, token=token, hub_cache=hub_cache, patience=patience))
+    attempt(partial(_check_model, plan, needs, token=token, hub_cache=hub_cache, retries=retries))
     for source, encoded in _sources(plan):
         if any(isinstance(p, UnreachableError) for p in problems):  # waited for long enough
-            patience = replace(patience, budget=0.0)
-        attempt(partial(_check_source, source, encoded, needs, token=token, patience=patience))
+            retries = replace(retries, budget=0.0)
+        attempt(partial(_check_source, source, encoded, needs, token=token, retries=retries))
     for variable in ("OUTPUT_PATH", "CACHE_PATH", "HF_HOME"):
         if variable != "HF_HOME" or needs.parts["HF_HOME"]:
             attempt(partial(_check_writable, variable, places[variable]))
@@ -99,7 +99,7 @@ def _sources(plan: Plan) -> Iterator[tuple[Source, int]]:
     for dataset in plan.data.datasets:
         for subset in dataset.subsets:
             width, height = dataset.resolution
-            encoded = width * height * LATENTS_PER_PIXEL * subset.views + text * subset.wordings
+            encoded = width * height * LATENTS_PER_PIXEL * subset.image_variants + text * subset.caption_variants
             found[subset.source] = found.get(subset.source, 0) + encoded
     yield from found.items()
 
@@ -112,24 +112,24 @@ def _check_resume(resume_from: str | None) -> None:
         )
 
 
-def _check_model(plan: Plan, needs: Needs, *, token: str | None, hub_cache: Path, patience: Patience) -> None:
+def _check_model(plan: Plan, needs: Needs, *, token: str | None, hub_cache: Path, retries: RetryPolicy) -> None:
     """Check the base model, and note the room that it and the checkpoints will take."""
-    weights = _model_bytes(plan.model, needs, token=token, hub_cache=hub_cache, patience=patience)
+    weights = _model_bytes(plan.model, needs, token=token, hub_cache=hub_cache, retries=retries)
     lora = weights * LORA_PER_RANK * plan.lora.rank
     kept = plan.output.keep_checkpoints + 1  # while one is written, the oldest is still there
     needs.add("OUTPUT_PATH", f"{kept} checkpoints", lora * (1 + STATE_PER_LORA) * kept + lora)
 
 
-def _model_bytes(model: ModelPlan, needs: Needs, *, token: str | None, hub_cache: Path, patience: Patience) -> int:
+def _model_bytes(model: ModelPlan, needs: Needs, *, token: str | None, hub_cache: Path, retries: RetryPolicy) -> int:
     """Bytes of the model's files, which are checked as far as they are known."""
-    patterns = single_files.patterns(family(model.family).FACTS, model.parts)
+    patterns = single_files.patterns(get_family(model.family).FACTS, model.parts)
     converted = single_files.room(model)
     needs.add("CACHE_PATH", "converted weights", converted)
     variable = model_folder.variable(model)
     if folder := fetch.local_model(model):
         model_folder.check_folder(variable, folder, patterns)
         return _weights(folder) + converted
-    repo = fetch.model_repo(model, token=token, hub_cache=hub_cache, patience=patience)
+    repo = fetch.model_repo(model, token=token, hub_cache=hub_cache, retries=retries)
     cached = fetch.cached_model(repo, patterns)
     if cached is not None:
         return _weights(cached.folder) + converted
@@ -150,7 +150,7 @@ def _weights(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.rglob("*.safetensors"))
 
 
-def _check_source(source: Source, encoded: int, needs: Needs, *, token: str | None, patience: Patience) -> None:
+def _check_source(source: Source, encoded: int, needs: Needs, *, token: str | None, retries: RetryPolicy) -> None:
     """Check one source of pictures, and note the room that it and its encoded pictures will take."""
     if source.kind == "generated":
         count = source.count
@@ -160,9 +160,9 @@ def _check_source(source: Source, encoded: int, needs: Needs, *, token: str | No
         if not count:
             raise DataError(f"{fetch.named(source)}: there is no picture in it. Put pictures there (or mount them).")
     elif source.kind == "hub":
-        count = _check_hub_dataset(source, needs, token=token, patience=patience) // TYPICAL_PICTURE
+        count = _check_hub_dataset(source, needs, token=token, retries=retries) // TYPICAL_PICTURE
     elif fetch.is_url(source):
-        count = _check_address(source, needs, token=token, patience=patience) // TYPICAL_PICTURE
+        count = _check_address(source, needs, token=token, retries=retries) // TYPICAL_PICTURE
     else:
         path = fetch.local_archive(source)
         if not archive.has_file(path, hub_rows.PICTURES):
@@ -176,9 +176,9 @@ def _count_pictures(folder: Path) -> int:
     return sum(name.lower().endswith(hub_rows.PICTURES) for _, _, names in os.walk(folder) for name in names)
 
 
-def _check_hub_dataset(source: Source, needs: Needs, *, token: str | None, patience: Patience) -> int:
+def _check_hub_dataset(source: Source, needs: Needs, *, token: str | None, retries: RetryPolicy) -> int:
     """The bytes of the files that will be downloaded; 0 if they are unpacked already."""
-    repo = fetch.dataset_repo(source, token=token, hub_cache=needs.places["HF_HOME"], patience=patience)
+    repo = fetch.dataset_repo(source, token=token, hub_cache=needs.places["HF_HOME"], retries=retries)
     if fetch.cached_dataset(source, repo, needs.places["CACHE_PATH"]):
         return 0
     listing = hub.describe(repo)
@@ -191,14 +191,14 @@ def _check_hub_dataset(source: Source, needs: Needs, *, token: str | None, patie
     return size
 
 
-def _check_address(source: Source, needs: Needs, *, token: str | None, patience: Patience) -> int:
+def _check_address(source: Source, needs: Needs, *, token: str | None, retries: RetryPolicy) -> int:
     """The bytes of an archive that will be downloaded; 0 if an earlier run has unpacked it."""
     import httpx
 
     if fetch.known_download(source, needs.places["CACHE_PATH"]) is not None:
         return 0
     with httpx.Client() as client:
-        size = fetch.remote_archive(client, source, token=token, patience=patience).size or 0
+        size = fetch.remote_archive(client, source, token=token, retries=retries).size or 0
     needs.add("CACHE_PATH", "the download and its pictures", size * 2.1)
     return size
 

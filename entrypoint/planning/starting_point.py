@@ -9,7 +9,7 @@ from typing import Any
 
 from entrypoint.settings.checks import Notes, is_file, is_folder, show
 from trainer.lora_files import inspect, key_names
-from trainer.lora_files.inspect import Survey
+from trainer.lora_files.inspect import LoraSummary
 from trainer.spec.family import Facts
 from trainer.spec.plan import Plan
 from trainer.spec.resume_rules import goes_on
@@ -82,7 +82,7 @@ def adapter(
     where = f"PARAMS_RESUME_FROM={path}"
     try:
         header = safetensors_header.read_header(Path(path))
-        found = inspect.survey(header, facts.name)
+        found = inspect.summarize(header, facts.name)
     except ValueError as problem:
         notes.add(f"{where}: {problem}. {ALLOWED}")
         return plain
@@ -109,11 +109,11 @@ def adapter(
     return file_rank, split_qkv, targets
 
 
-def _foreign(header: Header, found: Survey, facts: Facts) -> str | None:
+def _foreign(header: Header, found: LoraSummary, facts: Facts) -> str | None:
     """Why a file is not of this family, or not of a kind that is read."""
     stems = [r[0] for key in header.entries if (r := key_names.role(key))]
     likely = inspect.likely_family(stems, header.metadata)
-    said = inspect.said_family(header.metadata)
+    said = inspect.declared_family(header.metadata)
     if likely not in (None, facts.name) and (found.unmatched or said == likely):
         return (
             f"it looks like a LoRA for {likely}, and this job is for {facts.name}. Fix: name a file for {facts.name}."
@@ -127,7 +127,7 @@ def _foreign(header: Header, found: Survey, facts: Facts) -> str | None:
     return None
 
 
-def _other_kind(found: Survey, dora: bool) -> str | None:
+def _other_kind(found: LoraSummary, dora: bool) -> str | None:
     """Why a LoRA cannot go on as a DoRA, or the reverse: the one has lengths of rows that the other lacks."""
     if found.dora == dora:
         return None
@@ -136,7 +136,9 @@ def _other_kind(found: Survey, dora: bool) -> str | None:
     return "it is no DoRA, and PARAMS_LORA_TYPE=dora cannot begin with it. Fix: PARAMS_LORA_TYPE=lora, or name a DoRA."
 
 
-def _untrained(found: Survey, facts: Facts, targets: tuple[str, ...] | None, encoders: Collection[str]) -> str | None:
+def _untrained(
+    found: LoraSummary, facts: Facts, targets: tuple[str, ...] | None, encoders: Collection[str]
+) -> str | None:
     """Why some of the file's modules would be left out."""
     own = [m for m in found.modules if m.startswith(f"{facts.lora_prefix}.")]
     others = [m for m in found.modules if m.partition(".")[0] not in (facts.lora_prefix, *encoders)]
@@ -168,7 +170,7 @@ def _end(module: str, facts: Facts) -> str | None:
     return there.native.parts[there.part or 0].rpartition("{}.")[2]
 
 
-def _targets(found: Survey, facts: Facts) -> tuple[str, ...]:
+def _targets(found: LoraSummary, facts: Facts) -> tuple[str, ...]:
     """The family's targets that the file has, and the ends of its other modules."""
     usual = [target for target in facts.targets if any(_is_covered(m, (target,)) for m in found.modules)]
     others = (_end(m, facts) for m in found.modules if not _is_covered(m, facts.targets))

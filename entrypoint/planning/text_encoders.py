@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from entrypoint.settings.checks import Notes
-from trainer.spec.family import family, trainable_encoders
+from trainer.spec.family import get_family, trainable_encoders
 from trainer.spec.optimizers import OPTIMIZERS
 
 PARTS = {"te1": "CLIP-L", "te2": "CLIP-G"}
@@ -42,7 +42,7 @@ def check_dora(family_name: str, targets: Collection[str], notes: Notes) -> None
         "ComfyUI and Forge read <name>.safetensors, diffusers reads <name>-diffusers.safetensors; sd-scripts and older "
         "tools read neither",
     )
-    for native in family(family_name).KEYS.layers:
+    for native in get_family(family_name).KEYS.layers:
         without = [part for part in native.parts if not any(part.endswith(f".{target}") for target in targets)]
         if without and len(without) < len(native.parts):
             missing = ", ".join(part.rpartition("{}.")[2] for part in without)

@@ -87,9 +87,9 @@ def member_environment(environment: Mapping[str, str], folder: Path, rank: int, 
     threads = max(1, len(os.sched_getaffinity(0)) // size)
     loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     # A process that waits for another is no reason to end it: whoever really hangs is found by our own watchdog.
-    patience = {"TORCH_NCCL_ENABLE_MONITORING": "0"}
+    retries = {"TORCH_NCCL_ENABLE_MONITORING": "0"}
     few = {} if "OMP_NUM_THREADS" in environment else {"OMP_NUM_THREADS": str(threads)}
-    return {RANK: str(rank), TEAM: str(folder), **devices, **loopback, **patience, **few}
+    return {RANK: str(rank), TEAM: str(folder), **devices, **loopback, **retries, **few}
 
 
 def _watched(children: Sequence[subprocess.Popen[bytes]], alive: Path) -> tuple[int, int]:

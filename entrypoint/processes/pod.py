@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from entrypoint.fetch.http import Patience
+from entrypoint.fetch.http import RetryPolicy
 from entrypoint.runpod.api import RunPod
 from entrypoint.system.environment import child_environment
 from trainer.spec.errors import KilnError, SettingsError
@@ -17,10 +17,10 @@ from trainer.spec.errors import KilnError, SettingsError
 log = logging.getLogger(__name__)
 
 
-def asked_to_end(action: str, pod: str, environ: Mapping[str, str], patience: Patience) -> bool:
+def asked_to_end(action: str, pod: str, environ: Mapping[str, str], retries: RetryPolicy) -> bool:
     """Try the REST API, the older GraphQL, and the program that pods have."""
     try:
-        api = RunPod.of(environ, patience=patience)
+        api = RunPod.of(environ, retries=retries)
     except SettingsError as problem:
         log.warning("%s", problem)
     else:

@@ -43,7 +43,7 @@ class Times:
     longest_pause: float = 600.0
     linger: float = 1800.0  # a pod that is started after its job is done stays so long, for fetching results
     farewell: float = 300.0  # how long after its stop was accepted a pod may take to send the signal
-    patience: http.Patience = http.USUAL
+    retries: http.RetryPolicy = http.USUAL
 
 
 USUAL = Times()
@@ -178,7 +178,7 @@ def _end(code: int, action: str, pod: str, environ: Mapping[str, str], times: Ti
     if action == "exit":
         return code
     if action in ("stop", "terminate"):
-        if asked_to_end(action, pod, environ, times.patience):
+        if asked_to_end(action, pod, environ, times.retries):
             log.info("This pod is told to %s; the job ended with %d.", action, code)
             if _wait(times.farewell):
                 return code

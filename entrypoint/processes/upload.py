@@ -34,7 +34,7 @@ log = logging.getLogger("entrypoint.processes.upload")
 MARKER = "upload.json"
 LOOK_S = 2.0  # between two looks for a new save
 STALL_S = 60.0  # a connection that moves nothing for so long is given up
-AT_START, AT_END = http.USUAL, http.Patience(budget=1800.0, first_wait=2.0, longest_wait=60.0)
+AT_START, AT_END = http.USUAL, http.RetryPolicy(budget=1800.0, first_wait=2.0, longest_wait=60.0)
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Job:
     name: str  # of the LoRA file, without .safetensors
     base: str  # Hub repository of the base model; "" if it is none
     creates: bool = True  # the repository, private, where there is none
-    at_start: http.Patience = AT_START
-    at_end: http.Patience = AT_END
+    at_start: http.RetryPolicy = AT_START
+    at_end: http.RetryPolicy = AT_END
 
 
 def is_done(out: Path, repo: str, final: Path) -> bool:
@@ -174,7 +174,7 @@ class Uploader:
             if identity in self._seen:
                 return
             self._seen.add(identity)  # once: where it fails, the next save comes, or the end
-            self._commit(main.stem, [p for p in found if p.stem.startswith(main.stem)], patience=self.job.at_start)
+            self._commit(main.stem, [p for p in found if p.stem.startswith(main.stem)], retries=self.job.at_start)
         except KilnError as problem:
             if not self.ended.is_set():
                 log.warning("%s is not uploaded: %s", main.name, problem)
@@ -187,12 +187,12 @@ class Uploader:
         main = self.out / f"{self.job.name}.safetensors"
         others = [p for p in self.out.glob(f"{self.job.name}-*.safetensors") if "-step" not in p.stem]
         identity = _identity(main)
-        commit = self._commit(main.stem, [*others, main], patience=self.job.at_end)
+        commit = self._commit(main.stem, [*others, main], retries=self.job.at_end)
         marker = {"repo": self.job.repo, "commit": commit, "file": identity}
         write_text(self.out / MARKER, json.dumps(marker))
         log.info("Uploaded to %s/%s at commit %s.", self.api.endpoint, self.job.repo, commit)
 
-    def _commit(self, title: str, paths: list[Path], *, patience: http.Patience) -> str:
+    def _commit(self, title: str, paths: list[Path], *, retries: http.RetryPolicy) -> str:
         """One commit of `paths`, the samples and the card; returns its hash. The client leaves out what is there."""
         from huggingface_hub import CommitOperationAdd
 
@@ -206,11 +206,11 @@ class Uploader:
             done = self.api.create_commit(self.job.repo, [*operations, card_file], commit_message=f"Kiln: {title}")
             return str(done.oid)
 
-        return self._insist(call, patience)
+        return self._insist(call, retries)
 
-    def _insist(self, call: Callable[[], Any], patience: http.Patience) -> Any:
+    def _insist(self, call: Callable[[], Any], retries: http.RetryPolicy) -> Any:
         return http.persist(
-            lambda: self._translated(call), what=f"PUSH_TO_HUB={self.job.repo}", patience=patience, cancelled=self.ended
+            lambda: self._translated(call), what=f"PUSH_TO_HUB={self.job.repo}", retries=retries, cancelled=self.ended
         )
 
     def _translated(self, call: Callable[[], Any]) -> Any:
@@ -253,9 +253,9 @@ def card(path: Path, *, base: str, with_samples: bool) -> str:
     lines += ["library_name: diffusers", "pipeline_tag: text-to-image", "tags:", "- lora", "- text-to-image"]
     lines += [f"instance_prompt: {json.dumps(trigger, ensure_ascii=False)}"] if trigger else []
     lines += ["---", "", f"# {title}", ""]
-    size, steps, pictures = (about.get(k, "?") for k in ("ss_network_dim", "ss_steps", "ss_num_train_images"))
+    size, steps, images = (about.get(k, "?") for k in ("ss_network_dim", "ss_steps", "ss_num_train_images"))
     what = f"[{base}](https://huggingface.co/{base})" if base else about.get("ss_sd_model_name", "a local model")
-    lines += [f"A LoRA of rank {size} for {what}: {steps} steps on {pictures} pictures, repeats included."]
+    lines += [f"A LoRA of rank {size} for {what}: {steps} steps on {images} pictures, repeats included."]
     lines += ["The base model's licence applies."] if base else []
     lines += ["", f"Trigger: `{trigger.replace('`', '')}`"] if trigger else []
     lines += ["", "![samples by prompt and step](sample/contact-sheet.png)"] if with_samples else []
@@ -270,7 +270,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGHUP):  # of a terminal: who started this process decides
         signal.signal(number, signal.SIG_IGN)
     told: dict[str, Any] = json.loads(sys.stdin.readline())
-    told |= {k: http.Patience(**told[k]) for k in ("at_start", "at_end")}
+    told |= {k: http.RetryPolicy(**told[k]) for k in ("at_start", "at_end")}
     uploader, final = Uploader(Job(**told)), threading.Event()
     _give_up_stalls()
 

@@ -177,7 +177,7 @@ def logs(asked: argparse.Namespace, api: RunPod, _: Mapping[str, str]) -> int:
             return 130
         if not asked.follow or api.pod(asked.pod)["status"] in ENDED:
             return 0
-        time.sleep(api.patience.first_wait)
+        time.sleep(api.retries.first_wait)
 
 
 def stop_pod(asked: argparse.Namespace, api: RunPod, _: Mapping[str, str]) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from entrypoint.fetch import http
-from entrypoint.fetch.http import Patience
+from entrypoint.fetch.http import RetryPolicy
 from trainer.spec.errors import GatedError, KilnError, SettingsError
 
 if TYPE_CHECKING:
@@ -31,15 +31,15 @@ class RunPod:
 
     key: str = field(repr=False)
     host: str = HOST
-    patience: Patience = http.USUAL
+    retries: RetryPolicy = http.USUAL
 
     @classmethod
-    def of(cls, environ: Mapping[str, str], *, patience: Patience = http.USUAL) -> RunPod:
+    def of(cls, environ: Mapping[str, str], *, retries: RetryPolicy = http.USUAL) -> RunPod:
         """From RUNPOD_API_KEY and RUNPOD_API_BASE_URL. Raises SettingsError without a key."""
         key = environ.get("RUNPOD_API_KEY", "").strip()
         if not key:
             raise SettingsError(f"RUNPOD_API_KEY is not set. Make a key at {KEYS} and export it.")
-        return cls(key, environ.get("RUNPOD_API_BASE_URL", HOST).rstrip("/"), patience)
+        return cls(key, environ.get("RUNPOD_API_BASE_URL", HOST).rstrip("/"), retries)
 
     # ---- catalog, templates
 
@@ -73,7 +73,7 @@ class RunPod:
                     return dict(same)
             return self._once("POST", "/v2/pods", body=body)
 
-        return http.persist(create, what=f"{self.host}/v2/pods", patience=self.patience)
+        return http.persist(create, what=f"{self.host}/v2/pods", retries=self.retries)
 
     def pods(self) -> list[dict[str, Any]]:
         return list(self._call("GET", "/v2/pods")["pods"])
@@ -102,7 +102,7 @@ class RunPod:
 
         headers = {"Accept": "text/event-stream", **self._headers(), **({"Last-Event-ID": cursor} if cursor else {})}
         url = f"{self.host}/v2/pods/{quote(pod_id, safe='')}/logs"
-        times = httpx.Timeout(self.patience.timeout, read=SILENT)
+        times = httpx.Timeout(self.retries.timeout, read=SILENT)
         try:
             with httpx.stream("GET", url, headers=headers, params={"tail": str(tail)}, timeout=times) as answer:
                 if answer.status_code != 200:
@@ -129,7 +129,7 @@ class RunPod:
         return http.persist(
             lambda: self._once(method, path, params=params, body=body),
             what=f"{self.host}{path}",
-            patience=self.patience,
+            retries=self.retries,
         )
 
     def _once(self, method: str, path: str, *, params: Any = None, body: Any = None) -> dict[str, Any]:
@@ -138,7 +138,7 @@ class RunPod:
         url = f"{self.host}{path}"
         try:
             answer = httpx.request(
-                method, url, params=params, json=body, headers=self._headers(), timeout=self.patience.timeout
+                method, url, params=params, json=body, headers=self._headers(), timeout=self.retries.timeout
             )
         except httpx.RequestError as problem:
             raise http.TransientError(f"{type(problem).__name__} ({problem})") from problem

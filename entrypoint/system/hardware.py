@@ -79,7 +79,7 @@ class Hardware:
         return next(name for name in self.formats if name in ("bf16", "fp32"))
 
     @property
-    def records(self) -> bool:
+    def can_capture(self) -> bool:
         """Whether steps are recorded (trainer.engine.cuda_graphs). On AMD that was not tried."""
         return self.vendor == "nvidia"
 

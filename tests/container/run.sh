@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# `make container`: tests the images with an engine, a base and a torch for the CPU that this machine has or, as root of a
-# Debian, can get. Where it cannot, every test is skipped and says why. Options of pytest may follow. With KILN_QUICK=yes
-# one image is built, in 7 minutes or not at all, and what trains in it in seconds is tested.
+# `make container`: tests the images with a build engine, a base image and a CPU build of torch that this machine has or, as
+# root on Debian, can install. Otherwise every test is skipped with the reason. Arguments are passed on to pytest. With
+# KILN_QUICK=yes, one image is built, in 7 minutes or not at all, and only the tests that train in seconds are run.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-place=${KILN_CONTAINERS:-/var/tmp/kiln-containers} # images and layers: the next run needs only what changed
+place=${KILN_CONTAINERS:-/var/tmp/kiln-containers} # images and layers: the next run rebuilds only what changed
 
 run_tests() {
   exec .venv/bin/pytest -rs -m "container${KILN_QUICK:+ and not slow}" tests/container "$@"
@@ -24,7 +24,7 @@ install() { # PACKAGE...
   timeout 120 apt-get -qq update >/dev/null && timeout 240 apt-get -qq install -y --no-install-recommends "$@" >/dev/null
 }
 
-# Without systemd, as in a container, the engine's own settings do not work: cgroups, limits and where events go.
+# Without systemd, as in a container, the engine's defaults for cgroups, limits and the event log do not work.
 configure() {
   mkdir -p "$place/tmp"
   printf '[storage]\ndriver = "overlay"\ngraphroot = "%s/store"\nrunroot = "%s/run"\n' "$place" "$place" > "$place/storage.conf"
@@ -34,7 +34,7 @@ configure() {
   export BUILDAH_ISOLATION=chroot
 }
 
-# A base like the usual one, of this machine's Debian.
+# Makes a base like the default one from this machine's Debian.
 bootstrap() { # NAME
   local root=$place/root suite
   suite=$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release)
@@ -49,7 +49,7 @@ bootstrap() { # NAME
   rm -rf "$root"
 }
 
-# torch's own index for the CPU, or the build for the CPU that this machine's pip knows.
+# Uses torch's own CPU index, or the CPU build that this machine's pip can download.
 find_torch() { # MINOR VERSION OF PYTHON
   .venv/bin/python -c 'import urllib.request as r; r.urlopen("https://download.pytorch.org/whl/cpu/", timeout=10)' \
     2>/dev/null && return
@@ -65,9 +65,9 @@ find_torch() { # MINOR VERSION OF PYTHON
 options=("$@")
 if [ -n "${KILN_IMAGE:-}" ] || docker info >/dev/null 2>&1; then run_tests "$@"; fi
 if ! command -v podman >/dev/null; then
-  can_install || skip 'neither a docker daemon nor podman is here, and apt-get cannot install one.'
+  can_install || skip 'this machine has neither a docker daemon nor podman, and apt-get cannot install one.'
   echo 'Installing podman, buildah and runc.'
-  install podman buildah runc debootstrap || skip 'no engine is here, and apt-get could not install one.'
+  install podman buildah runc debootstrap || skip 'this machine has no build engine, and apt-get could not install one.'
 fi
 mkdir -p "$place"
 if [ "$(id -u)" = 0 ] && [ ! -d /run/systemd/system ]; then configure; fi
@@ -79,7 +79,7 @@ if [ -z "${BASE_IMAGE:-}" ]; then
   elif timeout 120 podman pull -q "$usual" >/dev/null 2>&1; then
     BASE_IMAGE=$usual
   else
-    echo "$usual cannot be pulled: a base is made of this machine's Debian."
+    echo "$usual cannot be pulled: making a base from this machine's Debian."
     bootstrap "$own" || skip "the base $usual cannot be pulled, and debootstrap cannot make another."
     BASE_IMAGE=$own
   fi
@@ -96,12 +96,12 @@ if [ -z "${PIP_CONF_SECRET:-}" ]; then
     export CA_BUNDLE_SECRET=/etc/ssl/certs/ca-certificates.crt
     printf 'cert = /run/secrets/cabundle\n' >> "$PIP_CONF_SECRET"
   fi
-  find_torch "$minor" || skip 'no build of torch for the CPU can be had.'
+  find_torch "$minor" || skip 'no CPU build of torch can be downloaded.'
   export BUILD_OPTIONS
 fi
-if [ -n "${KILN_QUICK:-}" ]; then # the tests build it again, from what is there by then
+if [ -n "${KILN_QUICK:-}" ]; then # the tests build it again, from the cached layers
   code=0
   timeout $((SECONDS < 400 ? 420 - SECONDS : 20)) ./build.sh cpu > "$place/build.log" 2>&1 || code=$?
-  [ "$code" != 124 ] || skip 'this machine did not build the image in 7 minutes; the next run goes on from what it built.'
+  [ "$code" != 124 ] || skip 'this machine did not build the image in 7 minutes; the next run reuses the layers that it built.'
 fi
 run_tests "$@"

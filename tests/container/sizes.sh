@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# tests/container/sizes.sh IMAGE: megabytes of each layer, unpacked and as zstd -3, from the last one down. With podman.
+# tests/container/sizes.sh IMAGE: prints the megabytes of each layer, unpacked and as zstd -3, topmost first. Needs podman.
 set -euo pipefail
 shopt -s nullglob
 layers=$(podman image inspect "$1" --format '{{.GraphDriver.Data.UpperDir}}:{{.GraphDriver.Data.LowerDir}}')

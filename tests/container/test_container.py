@@ -16,7 +16,7 @@ import pytest
 from safetensors import safe_open
 
 from tests.support.hub import Hub, read_folder
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 
 pytestmark = [pytest.mark.container, pytest.mark.timeout(3000)]
 ROOT = Path(__file__).resolve().parents[2]
@@ -247,7 +247,7 @@ def test_weights_are_baked_in_and_the_token_is_not(engine, image, run, tmp_path)
     (tmp_path / "token").write_text(f"{token}\n")
     options = os.environ.get("BUILD_OPTIONS", "")
     options += "" if "--network" in options else " --network host"
-    facts = family("flux").FACTS.models
+    facts = get_family("flux").FACTS.models
     with Hub() as hub:
         hub.granted.add(token)
         hub.add("model", facts["flux"].source, read_folder(Path(facts["mini-flux"].source)), gated=True)

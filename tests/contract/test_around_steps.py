@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from trainer.checkpoints import state_files
-from trainer.engine.cuda_graphs import Direct
+from trainer.engine.cuda_graphs import EagerStep
 from trainer.job import session
 from trainer.job.run import run
 from trainer.spec.errors import StopRequestedError
@@ -25,8 +25,8 @@ def job(job_plan, tmp_path, monkeypatch):
     def make(failures, *, replay=True, after=0, below=False):
         made, lowered = [], []
 
-        class Recording(Direct):
-            recording = True
+        class Recording(EagerStep):
+            capturing = True
 
             def __init__(self, *params):
                 super().__init__(*params)
@@ -39,16 +39,16 @@ def job(job_plan, tmp_path, monkeypatch):
                     raise torch.OutOfMemoryError("no memory")
                 return super().__call__(work, inputs)
 
-            def renew(self):
+            def reset(self):
                 self.renewed += 1
 
-            def give_up(self):
-                self.given_up, self.recording = True, False
+            def disable(self):
+                self.given_up, self.capturing = True, False
                 return self.calls <= after + 1  # what it held is given back once
 
-        monkeypatch.setattr(session, "Replayed", Recording)
+        monkeypatch.setattr(session, "GraphStep", Recording)
         monkeypatch.setattr(session.Engine, "lower", lambda self, problem: lowered.append(problem))
-        monkeypatch.setattr(session.Engine, "records", lambda self, rung=0: rung == 0 or below)
+        monkeypatch.setattr(session.Engine, "can_capture", lambda self, rung=0: rung == 0 or below)
         out = tmp_path / f"out-{failures}-{replay}-{after}-{below}"
         output = dataclasses.replace(plan.output, path=str(out))
         run(
@@ -114,15 +114,15 @@ def test_a_size_that_cannot_be_recorded_beside_another_is_computed_without_recor
 
 def test_what_is_recorded_leaves_room_for_the_optimiser_or_is_given_up(job, monkeypatch):
     plain, _, _ = job(0, replay=False)
-    first_state, rehearsed, at, short = session.Trainee.first_state, session.Session._rehearsed, [], []
+    first_state, rehearsed, at, short = session.TrainingState.first_state, session.Session._rehearsed, [], []
 
     def full(self):
-        if at[-1].runner.recording and at[-1].runner.calls:
+        if at[-1].runner.capturing and at[-1].runner.calls:
             short.append(True)
             raise torch.OutOfMemoryError("no memory beside it")
         return first_state(self)
 
-    monkeypatch.setattr(session.Trainee, "first_state", full)
+    monkeypatch.setattr(session.TrainingState, "first_state", full)
     monkeypatch.setattr(session.Session, "_rehearsed", lambda self, *given: at.append(self) or rehearsed(self, *given))
     found, (runner,), lowered = job(0)
     assert short == [True] and runner.calls == 1 + 1 + 2 and lowered == [] and found == plain
@@ -131,7 +131,7 @@ def test_what_is_recorded_leaves_room_for_the_optimiser_or_is_given_up(job, monk
 def test_where_the_largest_batch_cannot_be_recorded_smaller_ones_are_not_in_its_way(job, monkeypatch):
     _, (runner,), _ = job(0)
     assert not runner.given_up
-    monkeypatch.setattr(session.Direct, "short_of_memory", True)
+    monkeypatch.setattr(session.EagerStep, "short_of_memory", True)
     _, (runner,), lowered = job(0, replay=True, after=1)
     assert runner.given_up and lowered == []
 
@@ -143,7 +143,7 @@ def test_what_turns_out_to_be_launched_is_rehearsed_as_that(job, monkeypatch):
 
     def ends(self, *given):
         found = rehearsed(self, *given)
-        self.runner.recording = False
+        self.runner.capturing = False
         return found
 
     monkeypatch.setattr(session.Session, "_rehearsed", ends)
@@ -154,7 +154,7 @@ def test_what_turns_out_to_be_launched_is_rehearsed_as_that(job, monkeypatch):
 def test_before_recording_is_given_up_adapters_leave_the_products(job, monkeypatch):
     plain, _, _ = job(0, replay=False)
     left = [True]
-    monkeypatch.setattr(session.Engine, "narrow", lambda _: bool(left) and left.pop())
+    monkeypatch.setattr(session.Engine, "drop_adapter_columns", lambda _: bool(left) and left.pop())
     found, (runner,), lowered = job(1)
     assert (
         runner.calls == 1 + 1 + 2 and runner.renewed == 1 and not runner.given_up and lowered == [] and found == plain
@@ -166,14 +166,14 @@ def test_a_stop_while_a_sample_is_drawn_saves_the_step_first(job_plan, tmp_path,
     prompts.write_text("a red circle --s 1")
     asked = {"SAMPLE_PROMPTS": str(prompts), "PARAMS_SAMPLE_EVERY_N_STEPS": "3", "PARAMS_MAX_STEPS": "8"}
     plan, stop = job_plan("flux", PARAMS_OPTIMIZER_TYPE="adamw", **asked), StopFlag()
-    draw = session.sample.draw_all
+    draw = session.sampling.draw_all
 
     def interrupted(*given, step, **named):
         if step == 3:
             stop.signal = signal.SIGTERM
         return draw(*given, step=step, **named)
 
-    monkeypatch.setattr(session.sample, "draw_all", interrupted)
+    monkeypatch.setattr(session.sampling, "draw_all", interrupted)
     with pytest.raises(StopRequestedError):
         run(plan, stop)
     assert state_files.latest(tmp_path / "out" / "state").step == 3

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from trainer.engine import execution
 from trainer.engine.execution import Engine
-from trainer.engine.kernels.reference import beside, quantize_rows, quantize_weight, widened
-from trainer.engine.quantization.formats import OF_INPUTS
+from trainer.engine.kernels.reference import append_adapter_columns, pad_columns, quantize_rows, quantize_weight
+from trainer.engine.quantization.formats import FORWARD_SCALE
 from trainer.engine.quantization.frozen_linear import FrozenLinear
 from trainer.spec.adapter_columns import columns
 from trainer.spec.plan import EnginePlan
@@ -35,9 +35,9 @@ def of_adapter(x, w, down, up, dtype):
     """What the columns beside the rows add to their product, in float64."""
     room = columns(len(down))
     (x8, x_scale), (w8, w_scale) = quantize_rows(x, None, dtype, room), quantize_weight(w, dtype)
-    w8 = widened(w8, room)
+    w8 = pad_columns(w8, room)
     h = x @ down.t()
-    beside(x8, x_scale, h, w8, w_scale, up, K, OF_INPUTS)
+    append_adapter_columns(x8, x_scale, h, w8, w_scale, up, K, FORWARD_SCALE)
     part = x8[:, K:].double() @ w8[:, K:].double().t() * x_scale.double() * w_scale.double()
     return part, h.double() @ up.double().t()
 
@@ -106,13 +106,13 @@ def test_products_and_gradients_are_those_of_a_layer_without_room(rank, turned):
     for room in (0, rank):
         frozen = FrozenLinear(linear, "fp8", room)
         assert frozen.weight_NF.shape[1] == (384 if room and rank < 64 else K)
-        frozen.turn(turned)
+        frozen.keep_transposed(turned)
         leaves = [t.clone().requires_grad_() for t in (x, down, up)]
         y = frozen.product(*leaves)
         torch.manual_seed(5)
         y.backward(torch.randn(M, N).bfloat16())
         found.append([y.detach(), *(t.grad for t in leaves)])
-    frozen.narrow()
+    frozen.drop_adapter_columns()
     assert frozen.weight_NF.shape[1] == K and torch.equal(frozen.product(x, down, up), found[0][0])
     plain, inside = found
     assert all(error(a, b) < 4e-3 for a, b in zip(inside, plain, strict=True))
@@ -135,7 +135,7 @@ def test_an_engine_gives_up_copies_first_and_then_columns(monkeypatch):
     model = torch.nn.Sequential(FrozenLinear(linear, "fp8", 4))
     made = Engine(model, [model], EnginePlan(recompute="all", offload="activations", turned_weights=True))
     layer = model[0]
-    assert layer.turned_KF is not None and layer.rank == 4 and made.steep
-    assert made.narrow() and layer.turned_KF is None and layer.rank == 4 and made.offload.known == 0
-    assert made.narrow() and layer.rank == 0 and made.offload.known == 1
-    assert not made.narrow()
+    assert layer.weight_t_KN is not None and layer.rank == 4 and made.next_offloads_more
+    assert made.drop_adapter_columns() and layer.weight_t_KN is None and layer.rank == 4 and made.offload.known == 0
+    assert made.drop_adapter_columns() and layer.rank == 0 and made.offload.known == 1
+    assert not made.drop_adapter_columns()

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from tests.support.miniatures import pipeline
-from trainer.data.epochs import Order
+from trainer.data.epochs import EpochSampler
 from trainer.job import prepare
 from trainer.job.run import run
 from trainer.spec.errors import SettingsError
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 from trainer.training.stop_flag import StopFlag
 
 ONE_STEP = {"PARAMS_MAX_STEPS": "1", "PARAMS_NETWORK_DIM": "2", "PARAMS_PRIOR_LOSS_WEIGHT": "0.5"}
@@ -39,7 +39,7 @@ def test_they_are_drawn_once_as_diffusers_draws_them(name, job, tmp_path, monkey
     run(job(name), StopFlag())
     found = sorted((tmp_path / "cache" / "class-pictures").rglob("*.png"))
     assert [path.name for path in found] == ["00000.png", "00001.png"]
-    pipe, facts = pipeline(name), family(name).FACTS
+    pipe, facts = pipeline(name), get_family(name).FACTS
     pipe.set_progress_bar_config(disable=True)
     defaults = facts.models[f"mini-{name}"].defaults
     steps, cfg = defaults.get("steps", facts.prompt_steps), defaults.get("cfg", facts.prompt_cfg)
@@ -60,7 +60,7 @@ def test_they_are_drawn_once_as_diffusers_draws_them(name, job, tmp_path, monkey
     found[1].unlink()
     run(job(name, out="again"), StopFlag())
     assert [path.read_bytes() for path in found] == written
-    monkeypatch.setattr(family(name), "load_vae", lambda *_, **__: pytest.fail("drawn anew"))
+    monkeypatch.setattr(get_family(name), "load_vae", lambda *_, **__: pytest.fail("drawn anew"))
     run(job(name, out="third"), StopFlag())
 
 
@@ -77,10 +77,10 @@ def test_they_are_trained_on_as_regularisation_pictures(job, tmp_path):
         plan.data.datasets[0], subsets=(plan.data.datasets[0].subsets[0], dataclasses.replace(subset, source=source))
     )
     data = dataclasses.replace(plan.data, datasets=(dataset,))
-    pictures = prepare.scanned(data, report=tmp_path / "r.txt").pictures
-    examples = [e for batch in Order(pictures, data, seed=1, prior_loss_weight=0.5).epoch(0) for e in batch]
-    assert {(e.caption, e.weight) for e in examples if e.picture.subset == 1} == {("a red circle alone", 0.5)}
-    assert {e.weight for e in examples if e.picture.subset == 0} == {1.0}
+    images = prepare.scan_and_report(data, report=tmp_path / "r.txt").images
+    examples = [e for batch in EpochSampler(images, data, seed=1, prior_loss_weight=0.5).epoch(0) for e in batch]
+    assert {(e.caption, e.weight) for e in examples if e.image.subset == 1} == {("a red circle alone", 0.5)}
+    assert {e.weight for e in examples if e.image.subset == 0} == {1.0}
 
 
 def test_what_decides_a_picture_decides_its_folder(job, tmp_path):

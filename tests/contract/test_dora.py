@@ -14,7 +14,7 @@ from trainer.job.verify import verify
 from trainer.lora_files import convert, peft_bridge
 from trainer.sample import add
 from trainer.spec.errors import FileMismatchError, SettingsError
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 from trainer.training.stop_flag import StopFlag
 
 QUICK = {"PARAMS_OPTIMIZER_TYPE": "adamw", "PARAMS_LEARNING_RATE": "0.05", "PARAMS_MAX_STEPS": "3"}
@@ -23,7 +23,7 @@ SHAPE = {"PARAMS_NETWORK_DIM": "3", "PARAMS_NETWORK_ALPHA": "2", "PARAMS_TEXT_EN
 
 def output(name, denoiser):
     """The model's output for something made up, the same each time."""
-    kind, generator = family(name), torch.Generator().manual_seed(3)
+    kind, generator = get_family(name), torch.Generator().manual_seed(3)
     config = denoiser.config
     channels = 4 if name == "sdxl" else 16
     wide = config.cross_attention_dim if name == "sdxl" else config.joint_attention_dim
@@ -47,11 +47,11 @@ def test_a_jobs_files_are_one_model_in_diffusers_and_here(name, kind, job_plan, 
     run(job_plan(name, **QUICK, **SHAPE, PARAMS_LORA_TYPE=kind), StopFlag())
     kohya, peft = tmp_path / "out" / "x.safetensors", tmp_path / "out" / "x-diffusers.safetensors"
     assert (kind == "dora") == any("dora_scale" in k for k in load_file(kohya))
-    component, pipe = family(name).FACTS.lora_prefix, pipeline(name)
+    component, pipe = get_family(name).FACTS.lora_prefix, pipeline(name)
     before = output(name, getattr(pipe, component))
     pipe.load_lora_weights(peft)
     theirs = output(name, getattr(pipe, component))
-    ours = family(name).load_denoiser(folder(name), device="cpu", dtype=torch.float32)
+    ours = get_family(name).load_denoiser(folder(name), device="cpu", dtype=torch.float32)
     add(ours, [(convert.load(kohya, name), 1.0)], component=component)
     torch.testing.assert_close(output(name, ours), theirs, rtol=1e-4, atol=1e-4)
     assert (theirs - before).norm() > 0.01 * before.norm()

@@ -13,7 +13,7 @@ from tests.support.attempts import attempt
 from trainer.engine.memory.checkpointing import POLICIES
 from trainer.job.session import Session
 from trainer.spec import strategies
-from trainer.spec.family import names
+from trainer.spec.family import family_names
 from trainer.spec.optimizers import OPTIMIZERS
 
 NEEDS = {"none": 4, "products": 3, "attention": 2, "all": 1}
@@ -33,7 +33,7 @@ def logged(caplog):
 @pytest.fixture
 def memory(monkeypatch):
     """`memory(room, later=None)`: of `NEEDS`; after so many forward passes for a gradient there is none at all."""
-    ladder, predict, passes = strategies.rungs, Session.predict, []
+    ladder, predict, passes = strategies.fallbacks, Session.predict, []
     monkeypatch.setattr(
         strategies, "rungs", lambda *way, compiled: [r for r in ladder(*way, compiled=compiled) if r[2] == "none"]
     )
@@ -41,7 +41,7 @@ def memory(monkeypatch):
     def give(room, later=None):
         def short(self, *given):
             if torch.is_grad_enabled():
-                passes.append(self.engine.rungs[0][0])
+                passes.append(self.engine.fallbacks[0][0])
                 if NEEDS[passes[-1]] > room or later == len(passes):
                     raise torch.OutOfMemoryError("no room")
             return predict(self, *given)
@@ -100,13 +100,13 @@ def test_memory_that_runs_out_beside_the_steps_is_a_failure(ground, monkeypatch)
 
 def test_a_seed_gives_the_same_plan_and_many_all_there_is(tmp_path):
     ground = plans.Ground(tmp_path, H100)
-    ground.models = dict.fromkeys(names(), tmp_path)
+    ground.models = dict.fromkeys(family_names(), tmp_path)
     drawn = [plans.drawn(seed, H100) for seed in range(100)]
     random.seed(1)
     assert drawn == [plans.drawn(seed, H100) for seed in range(100)]
     made = [ground.plan(of) for of in drawn]  # none is refused
     ways = {(p.engine.recompute, p.engine.offload) for p in made}
     assert {p.engine.precision for p in made} == set(H100.formats) and {r for r, _ in ways} == set(POLICIES)
-    assert {p.model.family for p in made} == set(names()) and {p.optim.name for p in made} == set(OPTIMIZERS)
+    assert {p.model.family for p in made} == set(family_names()) and {p.optim.name for p in made} == set(OPTIMIZERS)
     assert {o for _, o in ways} == {"none", "activations", "weights"} and {p.engine.replay for p in made} == {0, 1}
     assert sum(p.engine.compile for p in made) == 100 // plans.COMPILED

@@ -9,7 +9,7 @@ from trainer.engine import execution
 from trainer.engine.execution import Engine
 from trainer.spec.errors import SettingsError
 from trainer.spec.plan import EnginePlan
-from trainer.spec.strategies import OFFLOADS, rungs
+from trainer.spec.strategies import OFFLOADS, fallbacks
 
 ORDER = {"none": 0, "products": 1, "attention": 2, "all": 3}
 
@@ -19,7 +19,7 @@ ORDER = {"none": 0, "products": 1, "attention": 2, "all": 3}
 @pytest.mark.parametrize("policy", ["none", "products", "attention", "all"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_every_rung_takes_less_and_the_last_takes_least(compiled, policy, kept, offload):
-    ladder = rungs(policy, kept, offload, compiled=compiled)
+    ladder = fallbacks(policy, kept, offload, compiled=compiled)
     assert ladder[0] == (policy, kept, offload) and ladder[-1][0] == "all" and ladder[-1][2] == "weights"
     # What all is recomputed on the device takes more than what waits on the host, and is for hosts without the memory.
     spare = ("all", 0, "none") if compiled and offload == "none" and policy != "all" else None
@@ -39,11 +39,11 @@ def test_each_rung_is_told_and_the_last_is_refused(monkeypatch, caplog):
     one.lower("It does not fit.")
     assert all("forward" in region.__dict__ for region in regions) and one.offload is None
     one.lower("It does not fit.")
-    assert one.offload is None and one.rungs[0] == ("all", 0, "none") and one.records(1)
+    assert one.offload is None and one.fallbacks[0] == ("all", 0, "none") and one.can_capture(1)
     one.lower("It does not fit.")
-    assert one.offload == "host" and one.stream is None and one.records() and not one.records(1)
+    assert one.offload == "host" and one.stream is None and one.can_capture() and not one.can_capture(1)
     one.lower("It does not fit.")
-    assert one.stream is not None and one.stream.regions == regions and not one.records()
+    assert one.stream is not None and one.stream.regions == regions and not one.can_capture()
     with pytest.raises(SettingsError, match=r"It does not fit\. Fix: lower PARAMS_BATCH_SIZE"):
         one.lower("It does not fit.")
     assert len(caplog.records) == 4 and "1 blocks kept whole" in caplog.text
@@ -52,7 +52,7 @@ def test_each_rung_is_told_and_the_last_is_refused(monkeypatch, caplog):
 @pytest.mark.parametrize(("host_gib", "last"), [(None, "weights"), (1.0, "weights"), (0.0, "activations")])
 def test_weights_go_where_there_is_room_for_them_alone(host_gib, last):
     regions = [torch.nn.Linear(4, 4).requires_grad_(False)]
-    assert Engine(regions[0], regions, EnginePlan(host_gib=host_gib)).rungs[-1][2] == last
+    assert Engine(regions[0], regions, EnginePlan(host_gib=host_gib)).fallbacks[-1][2] == last
 
 
 def test_a_model_with_fewer_regions_than_the_plan_keeps():

@@ -1,6 +1,6 @@
 """What every family keeps to, against diffusers' own pipeline of it. A new family adds a row to CASES.
 
-Shapes: B pictures, C channels, H and W of latents, a sixth of SDXL's sizes.
+Shapes: B images, C channels, H and W of latents, a sixth of SDXL's sizes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.support import models
 from tests.support.miniatures import PIPELINES, encoded, folder, pipeline
 from trainer.engine import adapters
 from trainer.lora_files import convert, peft_bridge, write
-from trainer.spec.family import family, names
+from trainer.spec.family import family_names, get_family
 from trainer.spec.plan import Prompt
 
 RANK, ALPHA, STEPS = 3, 2.0, 5
@@ -48,12 +48,12 @@ BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.
 every_family = pytest.mark.parametrize("name", CASES)
 # q, k and v of a family with fused projections have an adapter each, or one together.
 each_split = pytest.mark.parametrize(
-    ("name", "split"), [(n, s) for n in CASES for s in (True, False) if s or family(n).FACTS.fused_targets]
+    ("name", "split"), [(n, s) for n in CASES for s in (True, False) if s or get_family(n).FACTS.fused_targets]
 )
 
 
 def test_every_family_has_a_case():
-    assert set(CASES) == set(names())
+    assert set(CASES) == set(family_names())
 
 
 def small(name, part):
@@ -85,7 +85,9 @@ def predicted(name, denoiser, noisy_BCHW, t_B, text):
     case, (height, width) = CASES[name], (8 * side for side in noisy_BCHW.shape[2:])
     sizes_B6 = torch.tensor([[height, width, 0, 0, height, width]] * len(noisy_BCHW), dtype=torch.float32)
     with torch.no_grad():
-        return family(name).predict(denoiser, noisy_BCHW, t_B, text=text, guidance=case.guidance, geometry_B6=sizes_B6)
+        return get_family(name).predict(
+            denoiser, noisy_BCHW, t_B, text=text, guidance=case.guidance, geometry_B6=sizes_B6
+        )
 
 
 def output(name, denoiser, text):
@@ -156,7 +158,7 @@ def test_euler_steps_with_predict_are_those_of_the_pipeline(name, prediction, te
 
 @pytest.mark.parametrize(("name", "negative"), [("flux", ""), ("sd3", "blue"), ("sdxl", ""), ("sdxl", "a blue ring")])
 def test_samples_are_those_of_the_whole_pipeline(name, negative):
-    kind, pipe, plain = family(name), pipeline(name), CASES[name].cfg == 1.0
+    kind, pipe, plain = get_family(name), pipeline(name), CASES[name].cfg == 1.0
     pipe.set_progress_bar_config(disable=True)
     options = {"guidance_scale": 2.5 if plain else 4.0}
     if not plain:
@@ -186,14 +188,14 @@ def test_samples_are_those_of_the_whole_pipeline(name, negative):
     assert np.abs(np.asarray(got, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
 
 
-# ---- pictures and texts
+# ---- images and texts
 
 
 @every_family
 def test_latents_are_what_the_pipeline_decodes(name):
     case, vae = CASES[name], small(name, "vae")
     pixels_BCHW = torch.rand(2, 3, 32, 48) * 2 - 1
-    mean_BCHW, std_BCHW = family(name).encode_images(vae, pixels_BCHW).chunk(2, dim=1)
+    mean_BCHW, std_BCHW = get_family(name).encode_images(vae, pixels_BCHW).chunk(2, dim=1)
     with torch.no_grad():
         spread = vae.encode(pixels_BCHW).latent_dist
         # As the pipelines do before they decode.
@@ -205,16 +207,17 @@ def test_latents_are_what_the_pipeline_decodes(name):
 
 @every_family
 def test_texts_are_those_of_the_whole_pipeline(name):
-    encoders, words = family(name).load_encoders(folder(name), device="cpu", dtype=torch.float32), ["a red spot", ""]
+    kind, words = get_family(name), ["a red spot", ""]
+    encoders = kind.load_encoders(folder(name), device="cpu", dtype=torch.float32)
     with torch.no_grad():
         expected = encoded(name, pipeline(name), words)
-    got = family(name).encode_text(encoders, words)
+    got = kind.encode_text(encoders, words)
     for key in ("tokens", "pooled"):
         torch.testing.assert_close(torch.stack([t[key] for t in got]), expected[key])
 
 
 @every_family
-def test_a_wide_picture_is_not_a_turned_high_one(name, text):
+def test_a_wide_image_is_not_a_transposed_high_one(name, text):
     denoiser = small(name, "denoiser")
     x_BCHW, t_B = torch.randn(1, CASES[name].channels, 4, 8), torch.tensor([0.5])
     one = {k: v[:1] for k, v in text.items()}
@@ -228,7 +231,7 @@ def test_a_wide_picture_is_not_a_turned_high_one(name, text):
 
 def adapted(name, denoiser, *, split):
     """Random adapters on the denoiser; the fused targets, by which their state is read."""
-    kind = family(name)
+    kind = get_family(name)
     fused = {} if split else kind.FACTS.fused_targets
     adapters.fuse(kind.blocks(denoiser), fused=fused, targets=kind.FACTS.targets)
     params = adapters.add_adapters(
@@ -242,13 +245,13 @@ def adapted(name, denoiser, *, split):
 
 def how(name):
     """What reading a file onto adapters, and writing one, takes besides them."""
-    facts = family(name).FACTS
+    facts = get_family(name).FACTS
     return {"prefix": facts.lora_prefix, "fused": facts.fused_targets, "scale": ALPHA / RANK}
 
 
 def write_lora(name, denoiser, path):
     modules = peft_bridge.of_state(adapters.state(denoiser), **how(name))
-    write.write(path, convert.write(modules, "peft", name).tensors, {"ss_network_dim": str(RANK)})
+    write.write_lora(path, convert.write(modules, "peft", name).tensors, {"ss_network_dim": str(RANK)})
 
 
 @each_split

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from trainer.engine import adapters
 from trainer.lora_files import convert, inspect, key_names, peft_bridge
-from trainer.lora_files.weights import Adapter
-from trainer.spec.family import family
+from trainer.lora_files.weights import LoraWeights
+from trainer.spec.family import get_family
 from trainer.storage import safetensors_header
 
 FAMILIES = ("flux", "sdxl", "sd3")
@@ -56,11 +56,11 @@ def random_modules(model, name, *, ranks=(1, 2, 3, 4), scales=(0.25, 0.5, 1.0), 
     """An adapter for each layer, with ranks and scales that differ from layer to layer."""
     torch.manual_seed(3)
     found = {}
-    for i, (module, w) in enumerate(weights(model, prefix=family(name).FACTS.lora_prefix).items()):
+    for i, (module, w) in enumerate(weights(model, prefix=get_family(name).FACTS.lora_prefix).items()):
         if only in module:
             rank, scale = ranks[i % len(ranks)], scales[i % len(scales)]
             ones = [1] * (w.ndim - 2)
-            found[module] = Adapter(torch.randn(rank, *w.shape[1:]), torch.randn(w.shape[0], rank, *ones), scale)
+            found[module] = LoraWeights(torch.randn(rank, *w.shape[1:]), torch.randn(w.shape[0], rank, *ones), scale)
     return found
 
 
@@ -68,7 +68,9 @@ def assert_equal(got, expected, *, tolerance=1e-6):
     """The same modules with the same deltas, compared in float64."""
     assert got.keys() == expected.keys()
     for name in expected:
-        a, b = (Adapter(x.down.double(), x.up.double(), x.scale).delta().flatten() for x in (got[name], expected[name]))
+        a, b = (
+            LoraWeights(x.down.double(), x.up.double(), x.scale).delta().flatten() for x in (got[name], expected[name])
+        )
         assert (a - b).norm() <= tolerance * b.norm(), name
 
 
@@ -79,7 +81,7 @@ def assert_equal(got, expected, *, tolerance=1e-6):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_layer_of_every_family_survives_every_format(model, tmp_path, name, to):
     modules = random_modules(model(name), name)
-    modules[f"{CLIP}.mlp.fc1"] = Adapter(torch.randn(2, 8), torch.randn(12, 2), 0.5)
+    modules[f"{CLIP}.mlp.fc1"] = LoraWeights(torch.randn(2, 8), torch.randn(12, 2), 0.5)
     assert len(modules) > 50
     save_file(convert.write(modules, to, name).tensors, tmp_path / "x.safetensors")
     assert_equal(convert.load(tmp_path / "x.safetensors", name), modules)
@@ -113,16 +115,16 @@ def test_peft_files_have_no_alpha_at_all(model, name):
 
 
 def test_full_size_flux_has_304_modules_and_sdxl_722():
-    flux = [n for n in family("flux").KEYS.layers if "{}" in n.name]
+    flux = [n for n in get_family("flux").KEYS.layers if "{}" in n.name]
     assert sum(19 if n.name.startswith("double") else 38 for n in flux) == 304
     deep = ("input_blocks.7", "input_blocks.8", "middle", "output_blocks.0", "output_blocks.1", "output_blocks.2")
-    sdxl = [n.name for n in family("sdxl").KEYS.layers if "attentions" in n.parts[0]]
+    sdxl = [n.name for n in get_family("sdxl").KEYS.layers if "attentions" in n.parts[0]]
     assert sum((10 if n.startswith(deep) else 2) if "{}" in n else 1 for n in sdxl) == 722
 
 
 def trained(denoiser, name, *, split, rank=3, alpha=2.0):
     """A model with adapters as a job has them, not zero; and its modules."""
-    kind = family(name)
+    kind = get_family(name)
     fused = {} if split else kind.FACTS.fused_targets
     adapters.fuse(kind.blocks(denoiser), fused=fused, targets=kind.FACTS.targets)
     blocks = kind.blocks(denoiser)
@@ -161,7 +163,7 @@ def test_training_goes_on_from_every_format(model, name, to, split):
     denoiser = model(name)
     modules = trained(denoiser, name, split=split)
     back = convert.read(convert.write(modules, to, name).tensors, {}, name)
-    state, facts = adapters.state(denoiser), family(name).FACTS
+    state, facts = adapters.state(denoiser), get_family(name).FACTS
     before = {k: v.clone() for k, v in state.items()}
     adapters.load(denoiser, {k: v if ".lora_A." in k else torch.zeros_like(v) for k, v in before.items()})
     where = {"prefix": facts.lora_prefix, "fused": facts.fused_targets, "scale": 2.0 / 3}
@@ -171,9 +173,9 @@ def test_training_goes_on_from_every_format(model, name, to, split):
 
 def test_a_smaller_rank_is_filled_up_and_a_missing_layer_begins_anew(flux_denoiser):
     modules = trained(flux_denoiser, "flux", split=False)
-    some = {n: Adapter(a.down[:2], a.up[:, :2], 0.7) for n, a in modules.items() if "ff" in n}
+    some = {n: LoraWeights(a.down[:2], a.up[:, :2], 0.7) for n, a in modules.items() if "ff" in n}
     start = {k: v if ".lora_A." in k else torch.zeros_like(v) for k, v in adapters.state(flux_denoiser).items()}
-    fused = family("flux").FACTS.fused_targets
+    fused = get_family("flux").FACTS.fused_targets
     filled = peft_bridge.to_state(some, start, prefix="transformer", fused=fused, scale=2.0 / 3)
     got = peft_bridge.of_state(filled, prefix="transformer", fused=fused, scale=2.0 / 3)
     assert_equal({n: a for n, a in got.items() if "ff" in n}, some)
@@ -181,7 +183,7 @@ def test_a_smaller_rank_is_filled_up_and_a_missing_layer_begins_anew(flux_denois
 
 
 def test_a_layer_that_is_not_trained_is_refused_by_name(flux_denoiser):
-    modules = {"transformer.x_embedder": Adapter(torch.randn(2, 64), torch.randn(32, 2), 1.0)}
+    modules = {"transformer.x_embedder": LoraWeights(torch.randn(2, 64), torch.randn(32, 2), 1.0)}
     trained(flux_denoiser, "flux", split=False)
     with pytest.raises(ValueError, match=r"transformer\.x_embedder"):
         peft_bridge.to_state(modules, adapters.state(flux_denoiser), prefix="transformer", fused={}, scale=1.0)
@@ -189,7 +191,7 @@ def test_a_layer_that_is_not_trained_is_refused_by_name(flux_denoiser):
 
 def test_merging_adds_the_deltas_up(flux_denoiser):
     a = random_modules(flux_denoiser, "flux")
-    b = {n: Adapter(x.down + 1, x.up, 2.0) for n, x in a.items() if "attn" in n}
+    b = {n: LoraWeights(x.down + 1, x.up, 2.0) for n, x in a.items() if "attn" in n}
     got = convert.merged([(a, 0.6), (b, -0.4)])
     for name in a:
         expected = 0.6 * a[name].delta() - (0.4 * b[name].delta() if name in b else 0)
@@ -268,7 +270,7 @@ def test_old_attention_processors_are_read(model):
 def test_the_strength_is_found_wherever_it_is_said(flux_denoiser, how):
     modules = random_modules(flux_denoiser, "flux", ranks=(4,), scales=(1.0,), only="attn")
     tensors, said = convert.write(modules, "peft", "flux").tensors, {}
-    expected = {n: Adapter(a.down, a.up, 2.0) for n, a in modules.items()}
+    expected = {n: LoraWeights(a.down, a.up, 2.0) for n, a in modules.items()}
     if how == "alpha keys":
         tensors |= {f"{n}.alpha": torch.tensor(8.0) for n in modules}
     elif how == "alpha_pattern":
@@ -359,7 +361,7 @@ def test_diffusers_converts_flux_at_its_real_width(shared):
 
     def add(name, rows, columns=h):
         down = common if shared and ".to_" in name and "out" not in name else torch.randn(2, columns)
-        modules[f"transformer.{name}"] = Adapter(down, torch.randn(rows, 2), 0.5)
+        modules[f"transformer.{name}"] = LoraWeights(down, torch.randn(rows, 2), 0.5)
 
     for x in "qkv":
         add(f"transformer_blocks.0.attn.to_{x}", h)

@@ -11,14 +11,14 @@ from trainer.engine import adapters
 from trainer.engine.kernels.reference import most, quantize_rows
 from trainer.engine.load import place
 from trainer.engine.memory import checkpointing
-from trainer.engine.quantization.formats import FORMS
+from trainer.engine.quantization.formats import WEIGHT_FORMATS
 from trainer.engine.quantization.frozen_linear import FrozenLinear
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 from trainer.training.step_guard import LOSS_SCALE
 
 # The relative error that one rounding to the form allows: half a step of 3 bits after the point, or of 127 in a row.
 ALLOWED = {"fp8": 0.05, "fp8-fnuz": 0.05, "fp8-storage": 0.04, "int8": 0.02, "int8-storage": 0.015, "nf4": 0.11}
-MINIATURE = Path(family("flux").FACTS.models["mini-flux"].source)
+MINIATURE = Path(get_family("flux").FACTS.models["mini-flux"].source)
 TYPES = [torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.int8]
 
 
@@ -67,7 +67,7 @@ def test_of_the_fnuz_type_a_quarter_of_240_is_used_and_no_negative_zero():
     assert not (values.view(torch.uint8) == 0x80).any()  # which would be NaN there
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", WEIGHT_FORMATS)
 def test_products_and_gradients_are_those_of_float64(form):
     torch.manual_seed(1)
     linear = layer()
@@ -87,7 +87,7 @@ def test_products_and_gradients_are_those_of_float64(form):
         assert error(a, b) < (ALLOWED[form] if which in "yx" else 0.01), which
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", WEIGHT_FORMATS)
 def test_only_8_bits_are_kept(form):
     linear = layer(n=256, k=512)
     held = sum(t.numel() * t.element_size() for t in (*FrozenLinear(linear, form).state_dict().values(),))
@@ -110,7 +110,7 @@ AGREE = [
 
 @pytest.mark.parametrize(("precision", "dtype", "least", "median"), AGREE)
 def test_the_miniatures_gradients_are_those_of_full_precision(precision, dtype, least, median):
-    kind = family("flux")
+    kind = get_family("flux")
 
     def gradients(precision, dtype):
         torch.manual_seed(0)

@@ -10,7 +10,7 @@ from bench import full_size, layouts
 from bench.original_names import miniature
 from trainer.base_model import single_file
 from trainer.engine.load import place, stored
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -20,7 +20,7 @@ def test_the_measurement_writes_and_finds_every_weight_of_a_miniature(name, layo
     plan = layouts.written(tmp_path, name, layout, changes={}, dtype=dtype, shard=10**6)
     denoiser, row = layouts.measured(plan, tmp_path / "cache", device="cpu")
     assert {k for k in row if k.endswith("own_gib")} == {"assembled_own_gib", "loaded_own_gib", "placed_own_gib"}
-    folder = single_file.assembled(plan, tmp_path / "cache") / family(name).FACTS.parts["denoiser"]
+    folder = single_file.convert_single_files(plan, tmp_path / "cache") / get_family(name).FACTS.parts["denoiser"]
     assert len(list(folder.glob("*.safetensors"))) > (layout == "shards")
     assert layouts.wrong(folder) == []
     for key, tensor in denoiser.state_dict().items():
@@ -47,7 +47,7 @@ def test_the_full_size_is_that_of_the_published_models(name, tmp_path):
     if name == "sd3":
         published["clip_l"] += 768 * 768  # with its projection
     assert counts == {part: published[part] for part in counts}
-    config = json.loads((tmp_path / "model" / family(name).FACTS.parts["denoiser"] / "config.json").read_text())
+    config = json.loads((tmp_path / "model" / get_family(name).FACTS.parts["denoiser"] / "config.json").read_text())
     assert config["_class_name"] == type(models["denoiser"]).__name__
 
 
@@ -57,7 +57,7 @@ def test_weights_stay_in_the_mapped_file_until_their_block_is_placed(tmp_path):
     model.half().save_pretrained(tmp_path / "transformer")
     size = 2 * sum(p.numel() for p in model.parameters())
     expected = {k: v.bfloat16() for k, v in model.state_dict().items()}
-    kind = family("flux")
+    kind = get_family("flux")
     assert stored(tmp_path / "transformer") == torch.float16 and size > 150e6
     with layouts.memory_taken() as most:
         there = kind.load_denoiser(tmp_path, device="cpu", dtype=stored(tmp_path / "transformer"))
@@ -69,7 +69,7 @@ def test_weights_stay_in_the_mapped_file_until_their_block_is_placed(tmp_path):
 
 
 def test_the_format_of_a_folder_is_that_of_most_of_its_weights_and_not_of_copies(tmp_path):
-    model = family("sdxl").load_denoiser(miniature("sdxl"), device="cpu", dtype=torch.float32)
+    model = get_family("sdxl").load_denoiser(miniature("sdxl"), device="cpu", dtype=torch.float32)
     model.save_pretrained(tmp_path)
     model.half().save_pretrained(tmp_path, variant="fp16")
     assert stored(tmp_path) == torch.float32

@@ -17,7 +17,7 @@ from trainer.engine.load import place
 from trainer.engine.memory import checkpointing
 from trainer.engine.quantization.frozen_linear import FrozenLinear
 from trainer.families.fused_blocks.projections import halves, whole
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 
 FP8 = torch.float8_e4m3fn
 WIDE = {  # sides that FP8 needs, in what variants.NARROW leaves of the published models
@@ -40,7 +40,7 @@ def model(base, seed=0):
     name = base.split("-")[0].split(".")[0]
     torch.manual_seed(seed)
     denoiser = CLASSES[name](**{**config(base, narrow=True), **WIDE[base]}).requires_grad_(False)
-    return family(name), denoiser
+    return get_family(name), denoiser
 
 
 def predicted(kind, denoiser, dtype):
@@ -58,7 +58,7 @@ def predicted(kind, denoiser, dtype):
 
 
 @pytest.fixture(autouse=True)
-def beside(monkeypatch):
+def roomy_weights(monkeypatch):
     """Adapters ride in the products of these narrow layers as well."""
     monkeypatch.setattr("trainer.spec.adapter_columns.ROOMY", 0)
 
@@ -209,8 +209,8 @@ def block(base="flux-dev"):
     torch.manual_seed(4)
     width = denoiser.inner_dim
     x, y = (torch.randn(2, n, width).bfloat16().requires_grad_() for n in (16, 6))
-    turns = torch.randn(22, 16), torch.randn(22, 16)
-    return denoiser.single_transformer_blocks[0], (x, y, torch.randn(2, width).bfloat16(), turns)
+    transposes = torch.randn(22, 16), torch.randn(22, 16)
+    return denoiser.single_transformer_blocks[0], (x, y, torch.randn(2, width).bfloat16(), transposes)
 
 
 @pytest.mark.parametrize("policy", checkpointing.POLICIES)
@@ -291,15 +291,15 @@ def test_queries_and_keys_are_normed_and_turned_as_diffusers_does(several):
     for norm_q, norm_k in norms:
         torch.nn.init.normal_(norm_q.weight)
         torch.nn.init.normal_(norm_k.weight)
-    turns = torch.randn(9, dim), torch.randn(9, dim)
+    transposes = torch.randn(9, dim), torch.randn(9, dim)
 
     each = []
     for source, (norm_q, norm_k) in zip(sources, norms, strict=True):
         q, k, v = (part.unflatten(-1, (heads, dim)) for part in source.chunk(3, -1))
         each.append((norm_q(q), norm_k(k), v))
     q, k, v = (torch.cat(parts, 1) for parts in zip(*each, strict=True))
-    wanted = [apply_rotary_emb(q, turns, sequence_dim=1), apply_rotary_emb(k, turns, sequence_dim=1), v]
-    found = rope.rotated([(s, *n) for s, n in zip(sources, norms, strict=True)], turns)
+    wanted = [apply_rotary_emb(q, transposes, sequence_dim=1), apply_rotary_emb(k, transposes, sequence_dim=1), v]
+    found = rope.rotated([(s, *n) for s, n in zip(sources, norms, strict=True)], transposes)
     every = zip((*found, *gradients(found, sources)), (*wanted, *gradients(wanted, sources)), strict=True)
     assert all(a.shape == b.shape and error(a, b) < 1e-6 for a, b in every)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from trainer.data.batches import MicroBatch
 from trainer.training import step_guard
 from trainer.training.loop import train
-from trainer.training.objective import Drawn
+from trainer.training.objective import NoisedBatch
 from trainer.training.step_guard import Guard
 
 
@@ -46,8 +46,8 @@ def test_a_run_goes_on_with_its_scale():
 class Line:
     """A goal of one number, whose gradient in fp16 is 0.8 times the scale."""
 
-    def draw(self, latents, generator):
-        return Drawn(latents, torch.full_like(latents, 0.1), torch.zeros(len(latents)), torch.ones(len(latents)))
+    def add_noise(self, latents, generator):
+        return NoisedBatch(latents, torch.full_like(latents, 0.1), torch.zeros(len(latents)), torch.ones(len(latents)))
 
 
 def steps(one, count):
@@ -57,7 +57,7 @@ def steps(one, count):
     for step in train(
         ((1, [batch]) for _ in range(count)),
         predict=lambda noisy, t, _: (noisy.new_ones(noisy.shape, dtype=torch.float16) * weight.half()).float(),
-        goal=Line(),
+        objective=Line(),
         params=[weight],
         optimizer=optimizer,
         schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0),

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from bench.step import Bench
-from trainer.engine.cuda_graphs import Direct
-from trainer.engine.quantization.cast_adapters import Halves
+from trainer.engine.cuda_graphs import EagerStep
+from trainer.engine.quantization.cast_adapters import AdapterCast
 
 
 @pytest.mark.parametrize("way", ["none+eager", "all+eager", "none+eager+plain"])
@@ -18,8 +18,8 @@ def test_the_gradient_has_the_same_bits(name, way):
     for layer in halves.layers:
         layer.scaling["default"] = 0.5
     found = []
-    for around in (Halves(bench.model, bench.dtype), None):
-        bench.runner = Direct(bench.params, bench.wholes, *[around] if around else [])
+    for around in (AdapterCast(bench.model, bench.dtype), None):
+        bench.runner = EagerStep(bench.params, bench.optimizer_params, *[around] if around else [])
         found.append([bench.backward(engine, 2), *(p.grad.clone() for p in bench.params)])
     assert sum(bool(g.any()) for g in found[0]) > 0.9 * len(bench.params)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -29,5 +29,5 @@ def test_the_gradient_has_the_same_bits(name, way):
 def test_adapters_that_do_not_count_alike_are_left_alone():
     bench = Bench("flux", "fp8", small=True)
     next(m for m in bench.model.modules() if hasattr(m, "halves")).scaling["default"] = 3.0
-    assert Halves(bench.model, bench.dtype).layers == []
-    assert Halves(bench.model, torch.float32).layers == []
+    assert AdapterCast(bench.model, bench.dtype).layers == []
+    assert AdapterCast(bench.model, torch.float32).layers == []

@@ -2,11 +2,11 @@
 
 import json
 
-from trainer.data.epochs import Order
-from trainer.data.scan import survey
+from trainer.data.epochs import EpochSampler
+from trainer.data.scan import scan
 from trainer.job import saving
 from trainer.lora_files import metadata
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 from trainer.spec.plan import Source
 from trainer.training.objective import FlowMatching
 
@@ -47,9 +47,9 @@ MODELSPEC = [
 
 
 def header(plan):
-    found = survey(plan.data, workers=0)
-    order = Order(found.pictures, plan.data, seed=0)
-    run = saving.trained(plan, family("flux"), FlowMatching(), order=order, found=found)
+    found = scan(plan.data, cpu_workers=0)
+    order = EpochSampler(found.images, plan.data, seed=0)
+    run = saving.trained(plan, get_family("flux"), FlowMatching(), order=order, found=found)
     return metadata.metadata(run, step=7, epoch=2, rank=4, alpha=4.0)
 
 

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from tests.support.miniatures import encoded, pipeline
 from tests.support.reference_losses import LINES
 from trainer.data.batches import MicroBatch
-from trainer.data.epochs import Order
-from trainer.job.prepare import scanned
+from trainer.data.epochs import EpochSampler
+from trainer.job.prepare import scan_and_report
 from trainer.job.run import run
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 from trainer.training.gradients import seeded
 from trainer.training.stop_flag import StopFlag
 
@@ -47,7 +47,7 @@ CASES = {
 def started_lora(name, model, path):
     """A LoRA file of random numbers for some layers of the blocks, by diffusers' names."""
     generator = torch.Generator().manual_seed(5)
-    prefix, tensors = family(name).FACTS.lora_prefix, {}
+    prefix, tensors = get_family(name).FACTS.lora_prefix, {}
     for module, layer in model.named_modules():
         if isinstance(layer, torch.nn.Linear) and any(f".{module}".endswith(f".{end}") for end in ENDS[name]):
             down = torch.randn(RANK, layer.in_features, generator=generator) / layer.in_features**0.5
@@ -62,11 +62,11 @@ def dataset(tmp_path):
     noise = [Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).resize((128, 128)) for _ in range(4)]
     for folder in ("alpha", "own", "masks", "reg"):
         (tmp_path / folder).mkdir()
-    for i, picture in enumerate(noise[:2]):
+    for i, image in enumerate(noise[:2]):
         alpha = Image.new("L", (128, 128), 255)
         alpha.paste(40 * i, (0, 0, 64, 48 + 32 * i))
-        picture.putalpha(alpha)
-        picture.save(tmp_path / "alpha" / f"a{i}.png")
+        image.putalpha(alpha)
+        image.save(tmp_path / "alpha" / f"a{i}.png")
         (tmp_path / "alpha" / f"a{i}.txt").write_text(f"a red circle, number {i}")
     noise[2].save(tmp_path / "own" / "b.png")
     (tmp_path / "own" / "b.txt").write_text("a blue square")
@@ -85,25 +85,25 @@ def dataset(tmp_path):
 
 def opened(path):
     """Pixels in [-1, 1] over white, and the mask at the latents' size, 1 where there is none."""
-    image, beside = Image.open(path).convert("RGBA"), path.parent.parent / "masks" / path.name
+    image, mask_path = Image.open(path).convert("RGBA"), path.parent.parent / "masks" / path.name
     flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     pixels = torch.from_numpy(np.asarray(flat, np.float32)).permute(2, 0, 1) / 127.5 - 1
-    mask = Image.open(beside) if path.parent.name == "own" else image.getchannel("A")
+    mask = Image.open(mask_path) if path.parent.name == "own" else image.getchannel("A")
     mask = torch.from_numpy(np.asarray(mask, np.float32))[None] / 255
     return pixels, torch.nn.functional.avg_pool2d(mask, 8)
 
 
 def micro_batch(name, pipe, batch):
     """What diffusers' VAE and text encoders make of one batch."""
-    read = [opened(example.picture.file) for example in batch]
-    captions = [example.picture.file.with_suffix(".txt").read_text() for example in batch]
+    read = [opened(example.image.file) for example in batch]
+    captions = [example.image.file.with_suffix(".txt").read_text() for example in batch]
     with torch.no_grad():
         spread = pipe.vae.encode(torch.stack([pixels for pixels, _ in read])).latent_dist
         text = encoded(name, pipe, captions)
     shift = pipe.vae.config.shift_factor or 0.0
     moments = torch.cat([spread.mean - shift, spread.std], dim=1) * pipe.vae.config.scaling_factor
     sizes = torch.tensor([[128.0, 128, 0, 0, 128, 128]] * len(batch))
-    weights = torch.tensor([0.5 if example.picture.file.parent.name == "reg" else 1.0 for example in batch])
+    weights = torch.tensor([0.5 if example.image.file.parent.name == "reg" else 1.0 for example in batch])
     masks = torch.stack([mask for _, mask in read])
     return MicroBatch(moments, text, sizes, masks, weights, tuple(captions))
 
@@ -123,7 +123,7 @@ def straightforward(name, asked, batches, file):
     for part in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2, getattr(pipe, "text_encoder_3", None)):
         if part is not None:
             part.requires_grad_(False)
-    component = family(name).FACTS.lora_prefix
+    component = get_family(name).FACTS.lora_prefix
     model = getattr(pipe, component).requires_grad_(False)
     pipe.load_lora_weights(file)
     trained = {f"{component}.{n}".replace(".default_0", ""): p for n, p in model.named_parameters() if ".lora_" in n}
@@ -148,7 +148,7 @@ def straightforward(name, asked, batches, file):
 @pytest.mark.parametrize("case", CASES)
 def test_a_job_has_the_losses_of_a_straightforward_loop_and_ends_with_its_weights(case, job_plan, tmp_path):
     name, asked = CASES[case]
-    started_lora(name, getattr(pipeline(name), family(name).FACTS.lora_prefix), tmp_path / "start.safetensors")
+    started_lora(name, getattr(pipeline(name), get_family(name).FACTS.lora_prefix), tmp_path / "start.safetensors")
     plan = job_plan(
         name,
         **asked,
@@ -165,8 +165,8 @@ def test_a_job_has_the_losses_of_a_straightforward_loop_and_ends_with_its_weight
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     got = [row["loss"] for row in rows if "loss" in row]
 
-    order = Order(
-        scanned(plan.data, report=tmp_path / "report.txt").pictures, plan.data, seed=SEED, prior_loss_weight=0.5
+    order = EpochSampler(
+        scan_and_report(plan.data, report=tmp_path / "report.txt").images, plan.data, seed=SEED, prior_loss_weight=0.5
     )
     batches = [batch for epoch in range(STEPS) for batch in order.epoch(epoch)][:STEPS]
     assert {len(batch) for batch in batches} == {2} and any(e.weight == 0.5 for batch in batches for e in batch)

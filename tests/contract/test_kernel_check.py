@@ -5,14 +5,16 @@ import logging
 import pytest
 import torch
 
-from trainer.engine import fused_linear, rope
-from trainer.engine.kernels import self_test
-from trainer.engine.quantization import frozen_linear
+from trainer.engine.kernels import dispatch, self_test
 
 FP8 = [torch.float8_e4m3fn, torch.float8_e4m3fnuz]
 KERNELS = [
-    *((fused_linear, name) for name in ("norm_rows", "norm_gradient", "gelu_rows", "gelu_gradient")),
-    *((rope, name) for name in ("rotate", "rotate_gradient")),
+    "norm_rows",
+    "norm_gradient",
+    "gelu_rows",
+    "gelu_gradient",
+    "rotate",
+    "rotate_gradient",
 ]
 
 
@@ -21,11 +23,11 @@ def test_right_kernels_agree(dtype):
     assert self_test.agree("cpu", dtype)
 
 
-@pytest.mark.parametrize(("module", "name"), KERNELS)
+@pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("spoil", [lambda t: t * 1.03, lambda t: t.roll(1, 0), lambda t: t * float("nan")])
-def test_a_kernel_that_is_wrong_is_named(monkeypatch, caplog, module, name, spoil):
+def test_a_kernel_that_is_wrong_is_named(monkeypatch, caplog, name, spoil):
     caplog.set_level(logging.WARNING)
-    right = getattr(module, name)
+    right = getattr(dispatch, name)
 
     def wrong(*given):
         found = right(*given)
@@ -34,7 +36,7 @@ def test_a_kernel_that_is_wrong_is_named(monkeypatch, caplog, module, name, spoi
         *others, last = found
         return (*others, spoil(last))
 
-    monkeypatch.setattr(module, name, wrong)
+    monkeypatch.setattr(dispatch, name, wrong)
     assert not self_test.agree("cpu", torch.float8_e4m3fn)
     assert f"kernels {name} " in caplog.text or f"{name}, {name} " in caplog.text
 
@@ -43,7 +45,7 @@ def test_a_kernel_that_is_wrong_is_named(monkeypatch, caplog, module, name, spoi
 @pytest.mark.parametrize("third", [0, 1, 2])
 @pytest.mark.parametrize("spoil", [lambda t: t * 0, lambda t: t.roll(1, 1)])
 def test_halves_of_adapters_that_are_missing_or_misplaced_are_found(monkeypatch, side, third, spoil):
-    right = frozen_linear.beside
+    right = dispatch.append_adapter_columns
 
     def wrong(*given):
         right(*given)
@@ -51,5 +53,5 @@ def test_halves_of_adapters_that_are_missing_or_misplaced_are_found(monkeypatch,
         columns = given[side][:, first : first + self_test.RANK]
         columns.copy_(spoil(columns.float()).to(columns.dtype))
 
-    monkeypatch.setattr(frozen_linear, "beside", wrong)
+    monkeypatch.setattr(dispatch, "append_adapter_columns", wrong)
     assert not self_test.agree("cpu", torch.float8_e4m3fn)

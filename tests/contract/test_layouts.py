@@ -20,7 +20,7 @@ from tests.support.single_files import loaded
 from trainer.base_model import lazy_tensors
 from trainer.sample import sample_command
 from trainer.spec.errors import SettingsError
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 from trainer.spec.plan import TrainPlan
 from trainer.training.objective import make_objective
 
@@ -32,7 +32,7 @@ FAMILIES = ("flux", "sdxl", "sd3")
 
 def equal(folder: Path, name: str, parts: tuple[str, ...]) -> None:
     for part in parts:
-        place = family(name).FACTS.parts[part]
+        place = get_family(name).FACTS.parts[part]
         got, want = weights(folder / place), weights(miniature(name) / place)
         assert got.keys() == want.keys(), part
         for key in want:
@@ -70,8 +70,8 @@ def test_a_whole_checkpoint_as_one_file(tmp_path, name):
     bare = tmp_path / "bare"  # what remains is small: nothing but the file has weights
     shutil.copytree(miniature(name), bare, ignore=shutil.ignore_patterns("*.safetensors"))
     folder = loaded(tmp_path, name, MODEL_PATH=str(tmp_path / "all.safetensors"), MODEL_CONFIG_PATH=str(bare))
-    equal(folder, name, tuple(family(name).FACTS.parts))
-    kind = family(name)
+    equal(folder, name, tuple(get_family(name).FACTS.parts))
+    kind = get_family(name)
     same = [kind.load_denoiser(f, device="cpu", dtype=torch.float32) for f in (folder, miniature(name))]
     pairs = zip(same[0].named_parameters(), same[1].named_parameters(), strict=True)
     assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
@@ -107,8 +107,8 @@ def test_a_file_that_says_it_predicts_the_velocity_is_trained_so(tmp_path, marks
     asked = {"MODEL_PATH": str(tmp_path / "all.safetensors"), "MODEL_CONFIG_PATH": str(miniature("sdxl"))}
     for _ in range(2):  # made, and found again
         scheduler = loaded(tmp_path, "sdxl", **asked) / "scheduler"
-        goal = make_objective("denoising", TrainPlan(), scheduler=scheduler, device="cpu")
-        assert goal.prediction == "v_prediction" and (goal.signal_T[-1].item() == 0) is zero_snr
+        objective = make_objective("denoising", TrainPlan(), scheduler=scheduler, device="cpu")
+        assert objective.prediction == "v_prediction" and (objective.signal_T[-1].item() == 0) is zero_snr
     own = json.loads((miniature("sdxl") / "scheduler" / "scheduler_config.json").read_text())
     assert own["prediction_type"] == "epsilon"  # what was linked to is as it was
 
@@ -141,15 +141,15 @@ def test_t5_is_left_out_where_it_may_be(tmp_path):
     save_file(checkpoint("sd3", t5=False), tmp_path / "no_t5.safetensors")
     folder = loaded(tmp_path, "sd3", MODEL_PATH=str(tmp_path / "no_t5.safetensors"), T5_PATH="none")
     assert not (folder / "text_encoder_3").exists()
-    encoders = family("sd3").load_encoders(folder, device="cpu", dtype=torch.float32)
-    assert encoders.text_encoder_3 is None and family("sd3").encode_text(encoders, ["a ball"])[0]["tokens"].any()
+    encoders = get_family("sd3").load_encoders(folder, device="cpu", dtype=torch.float32)
+    assert encoders.text_encoder_3 is None and get_family("sd3").encode_text(encoders, ["a ball"])[0]["tokens"].any()
     with pytest.raises(SettingsError, match="T5_PATH='none' leaves out"):
         loaded(tmp_path, "flux", T5_PATH="none")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_shards_with_an_index_and_fp16_beside_the_full_weights(tmp_path, name):
-    folder, kind = tmp_path / "model", family(name)
+    folder, kind = tmp_path / "model", get_family(name)
     shutil.copytree(miniature(name), folder)
     part = folder / kind.FACTS.parts["denoiser"]
     model = kind.load_denoiser(miniature(name), device="cpu", dtype=torch.float32)
@@ -166,7 +166,7 @@ def test_shards_with_an_index_and_fp16_beside_the_full_weights(tmp_path, name):
 @pytest.mark.parametrize("shards", ["10GB", "400KB"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_that_has_fp16_copies_alone(tmp_path, name, shards):
-    folder, kind = tmp_path / "model", family(name)
+    folder, kind = tmp_path / "model", get_family(name)
     shutil.copytree(miniature(name), folder, ignore=shutil.ignore_patterns("*.safetensors"))
     encoders = kind.load_encoders(miniature(name), device="cpu", dtype=torch.float16)
     denoiser = kind.load_denoiser(miniature(name), device="cpu", dtype=torch.float16)
@@ -254,6 +254,6 @@ def test_the_denoiser_is_never_there_twice(tmp_path):
     size = 4 * sum(p.numel() for p in model.parameters())
     del model
     with memory_taken() as most:
-        there = family("flux").load_denoiser(tmp_path, device="cpu", dtype=torch.float32)
+        there = get_family("flux").load_denoiser(tmp_path, device="cpu", dtype=torch.float32)
     assert size > 200e6 and {p.dtype for p in there.parameters()} == {torch.float32}
     assert most[0] < 1.3 * size

@@ -16,7 +16,7 @@ from peft.utils import set_peft_model_state_dict
 from tests.support.reference_losses import LINES, OFFSET
 from trainer.data.batches import MicroBatch
 from trainer.engine import adapters
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 from trainer.training.gradients import seeded
 from trainer.training.loop import train, validation_loss
 from trainer.training.objective import Denoising, FlowMatching
@@ -33,7 +33,7 @@ class Case:
     """One family's training: what the loop is given, and diffusers' own scheduler for the same."""
 
     family: str
-    goal: FlowMatching | Denoising
+    objective: FlowMatching | Denoising
     schedule: object
     channels: int = 16
     fused: dict = field(default_factory=dict)
@@ -45,7 +45,7 @@ CASES = {
         "flux",
         FlowMatching(noise_offset=OFFSET),
         FlowMatchEulerDiscreteScheduler(),
-        fused=family("flux").FACTS.fused_targets,
+        fused=get_family("flux").FACTS.fused_targets,
     ),
     "sd3": Case("sd3", FlowMatching(noise_offset=OFFSET), FlowMatchEulerDiscreteScheduler()),
     "sdxl, epsilon": Case("sdxl", Denoising(SIGNAL, noise_offset=OFFSET), DDPMScheduler(**BETAS), channels=4),
@@ -94,7 +94,7 @@ def micro_batches(channels):
 
 def ours(case, denoiser, batches):
     """The losses of Kiln's loop, and the adapters as they were before it."""
-    kind = family(case.family)
+    kind = get_family(case.family)
     adapters.fuse(kind.blocks(denoiser), fused=case.fused, targets=kind.FACTS.targets)
     params = adapters.add_adapters(
         denoiser, kind.blocks(denoiser), targets=kind.FACTS.targets, fused=case.fused, rank=4, alpha=2.0, seed=SEED
@@ -106,7 +106,7 @@ def ours(case, denoiser, batches):
         predict=lambda noisy, t, batch: kind.predict(
             denoiser, noisy, t, text=batch.text, guidance=1.0, geometry_B6=batch.geometry_B6
         ),
-        goal=case.goal,
+        objective=case.objective,
         params=params,
         optimizer=optimizer,
         schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0),
@@ -167,8 +167,8 @@ def test_the_validation_loss_is_that_of_fixed_times_and_noise():
         return noisy * 0.5
 
     def measured(seed=SEED):
-        goal = FlowMatching(noise_offset=OFFSET)
-        return validation_loss(batches, predict=predict, goal=goal, device="cpu", seed=seed)
+        objective = FlowMatching(noise_offset=OFFSET)
+        return validation_loss(batches, predict=predict, objective=objective, device="cpu", seed=seed)
 
     expected = []
     for i, batch in enumerate(batches):

@@ -29,7 +29,7 @@ from trainer.engine.load import stored
 from trainer.job.verify import verify
 from trainer.lora_files import convert, peft_bridge
 from trainer.sample import add
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 
 FAMILIES = ("flux", "sdxl", "sd3")
 PARTS = {"vae": "VAE_PATH", "clip_l": "CLIP_L_PATH", "clip_g": "CLIP_G_PATH", "t5": "T5_PATH"}
@@ -49,7 +49,7 @@ def a_file_for_each_part(name, folder):
         return flux_files(folder, torch.bfloat16)
     save_file(under("model.diffusion_model.", original(name)), folder / "denoiser.safetensors")
     asked = {"MODEL_PATH": str(folder / "denoiser.safetensors")}
-    for part, place in family(name).FACTS.parts.items():
+    for part, place in get_family(name).FACTS.parts.items():
         if part != "denoiser":
             state = weights(miniature(name) / place)
             state = vae_original(state) if part == "vae" else hugging_face(state) if part != "t5" else state
@@ -59,11 +59,11 @@ def a_file_for_each_part(name, folder):
 
 
 def diffusers_folder(name, folder, *, shard="10GB", dtype=torch.float32, variant=None):
-    place = folder / "model" / family(name).FACTS.parts["denoiser"]
+    place = folder / "model" / get_family(name).FACTS.parts["denoiser"]
     shutil.copytree(miniature(name), folder / "model")
     for file in place.glob("*.safetensors"):
         file.unlink()
-    denoiser = family(name).load_denoiser(miniature(name), device="cpu", dtype=dtype)
+    denoiser = get_family(name).load_denoiser(miniature(name), device="cpu", dtype=dtype)
     denoiser.save_pretrained(place, max_shard_size=shard, variant=variant)
     return {"MODEL_PATH": str(folder / "model")}
 
@@ -87,7 +87,7 @@ LAYOUTS = {
 
 def output(name, denoiser):
     """The model's output for something made up, the same each time."""
-    kind, options, generator = family(name), denoiser.config, torch.Generator().manual_seed(3)
+    kind, options, generator = get_family(name), denoiser.config, torch.Generator().manual_seed(3)
     if name == "sdxl":
         wide = options.cross_attention_dim
         pooled = options.projection_class_embeddings_input_dim - 6 * options.addition_time_embed_dim
@@ -105,7 +105,7 @@ def output(name, denoiser):
 
 def assert_round_trip(name, folder, to, file):
     """Train, write, verify; and the file on the base that is read once more."""
-    kind, facts = family(name), family(name).FACTS
+    kind, facts = get_family(name), get_family(name).FACTS
     read = [kind.load_denoiser(folder, device="cpu", dtype=torch.float32) for _ in range(2)]
     trained, plain = read
     before = output(name, plain)
@@ -156,7 +156,7 @@ MATRIX = [
 
 @pytest.mark.parametrize(("name", "layout", "to"), MATRIX)
 def test_every_layout_with_every_format(name, layout, to, read_once, tmp_path):
-    folder, kind = read_once(name, layout), family(name)
+    folder, kind = read_once(name, layout), get_family(name)
     assert_round_trip(name, folder, to, tmp_path / "x.safetensors")
     for part, place in kind.FACTS.parts.items():  # each part is that of the miniature, as far as its format has it
         if (part, name) == ("clip_l", "sd3"):  # whose projection is another from a file
@@ -177,8 +177,8 @@ def test_every_published_variant_with_every_format(base, to, tmp_path):
     name = VARIANTS[base][0]
     changes = {"denoiser": {**VARIANTS[base][1], **NARROW[name]}}
     plan = layouts.written(tmp_path, name, "file", changes=changes, dtype=torch.bfloat16)
-    folder = single_file.assembled(plan, tmp_path / "cache")
-    place = folder / family(name).FACTS.parts["denoiser"]
+    folder = single_file.convert_single_files(plan, tmp_path / "cache")
+    place = folder / get_family(name).FACTS.parts["denoiser"]
     assert layouts.wrong(place) == [] and stored(place) == torch.bfloat16
     modules = assert_round_trip(name, folder, to, tmp_path / "x.safetensors")
     assert len(modules) == MODULES[base]
@@ -205,7 +205,7 @@ def test_only_variants_with_embedded_guidance_are_told_one(base):
     text["pooled"] = torch.randn(1, 20, generator=generator)
     with torch.no_grad():
         weak, strong = (
-            family("flux").predict(model, noisy, torch.tensor([0.5]), text=text, guidance=g, geometry_B6=None)
+            get_family("flux").predict(model, noisy, torch.tensor([0.5]), text=text, guidance=g, geometry_B6=None)
             for g in (1.0, 4.0)
         )
     assert torch.equal(weak, strong) == (base == "flux-schnell")

@@ -8,7 +8,7 @@ import torch
 
 from trainer.checkpoints import state_files
 from trainer.engine import flat_parameters
-from trainer.engine.cuda_graphs import Direct
+from trainer.engine.cuda_graphs import EagerStep
 from trainer.spec.optimizers import OPTIMIZERS, SCHEDULERS
 from trainer.training import optimizers
 from trainer.training.ema import Ema
@@ -145,7 +145,7 @@ def test_parameters_that_are_joined_are_trained_as_they_are_apart(name, monkeypa
         trained = flat_parameters.joined(name, params) if joining else params
         assert len(trained) == (2 if joining and not OPTIMIZERS[name].by_shape else 3)
         assert all(torch.equal(p, b) for p, b in zip(params, begin, strict=True))
-        optimizer, runner = make(name, trained), Direct(params, trained)
+        optimizer, runner = make(name, trained), EagerStep(params, trained)
 
         def work(given, params=params):
             made = given["x"] @ params[0] @ params[1] @ params[2]

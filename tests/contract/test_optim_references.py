@@ -213,8 +213,8 @@ def run(name, args, *, rate):
     optimizers.set_training(optimizer, True)
     sizes = []
     for _ in range(STEPS):
-        for p, goal in zip(params, goals, strict=True):
-            p.grad = (p - goal).detach()
+        for p, objective in zip(params, goals, strict=True):
+            p.grad = (p - objective).detach()
         optimizer.step()
         sizes.append(optimizer.param_groups[0].get("d", 0.0))
     optimizers.set_training(optimizer, False)
@@ -226,7 +226,7 @@ def test_each_optimizer_is_its_published_algorithm(name):
     kind, args, tolerance = CASES[name]
     reference, sizes = kind(starts()), []
     for _ in range(STEPS):
-        reference.step([w - goal for w, goal in zip(reference.weights, optima(), strict=True)])
+        reference.step([w - objective for w, objective in zip(reference.weights, optima(), strict=True)])
         sizes.append(getattr(reference, "d", 0.0))
     got, found = run(name, args, rate=kind.rate)
     assert found == pytest.approx(sizes, rel=tolerance)

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from entrypoint.processes.launch import member_environment
 from entrypoint.system.environment import child_environment
 from tests.support.team import BAD, STEPS, Model, micro_batch, trained
-from trainer.data.records import Picture
-from trainer.engine.cuda_graphs import Direct
-from trainer.job.handover import Prepared
+from trainer.data.records import ImageRecord
+from trainer.engine.cuda_graphs import EagerStep
+from trainer.job.handover import Prepared, hand_over, receive
 from trainer.spec.errors import SettingsError
-from trainer.training.distributed import Team, team
+from trainer.training.distributed import Workers, workers_from_environment
 from trainer.training.loop import train
 from trainer.training.objective import FlowMatching
 from trainer.training.step_guard import Guard
@@ -63,7 +63,7 @@ def same(a, b):
 @pytest.mark.parametrize("case", ["plain", "bad", "memory", "joined", "joined memory"])
 def test_two_processes_are_one_with_two_micro_batches_to_a_step(pair, case):
     """Of unequal sizes; also where the second has none, where a weight is used by one alone, or by none at all."""
-    steps, weights, guard = trained(Team(), {"memory": "plain", "joined memory": "joined"}.get(case, case))
+    steps, weights, guard = trained(Workers(), {"memory": "plain", "joined memory": "joined"}.get(case, case))
     for theirs, their_weights, their_guard in pair[0][case]:
         assert len(theirs) == len(steps) == len(STEPS)
         for ours, other in zip(steps, theirs, strict=True):
@@ -80,7 +80,7 @@ def test_both_have_the_same_bits(pair):
 
 
 def test_weights_that_are_joined_are_trained_alike():
-    apart, joined = (trained(Team(), case) for case in ("plain", "joined"))
+    apart, joined = (trained(Workers(), case) for case in ("plain", "joined"))
     assert [row[:2] for row in joined[0]] == [pytest.approx(row[:2], rel=1e-6) for row in apart[0]]
     for name, value in apart[1].items():
         torch.testing.assert_close(joined[1][name], value, rtol=0, atol=1e-6)
@@ -105,57 +105,57 @@ def test_weights_that_have_come_apart_are_noticed(tmp_path):
 
 
 def test_what_is_handed_over_arrives(tmp_path, job_plan):
-    pictures = (
-        Picture("a.png", Path("/x/a.png"), "1", 4, 5, 0, 0, None),
-        Picture("b/c.png", Path("/x/b/c.png"), "2", 4, 5, 0, 1, "ä", True, Path("/m"), "3"),
+    images = (
+        ImageRecord("a.png", Path("/x/a.png"), "1", 4, 5, 0, 0, None),
+        ImageRecord("b/c.png", Path("/x/b/c.png"), "2", 4, 5, 0, 1, "ä", True, Path("/m"), "3"),
     )
     for state in (None, Path("/out/state/step-00000004")):
-        given = Prepared(job_plan("flux"), state, pictures)
-        Team(0, 2, tmp_path).hand_over(given)
-        assert Team(1, 2, tmp_path).prepared(lambda: None) == given
+        given = Prepared(job_plan("flux"), state, images)
+        hand_over(Workers(0, 2, tmp_path), given)
+        assert receive(Workers(1, 2, tmp_path), lambda: None) == given
 
 
 def test_the_others_wait_while_the_first_does_something(tmp_path):
-    first, second, done = Team(0, 2, tmp_path), Team(1, 2, tmp_path), []
-    first.alone(lambda: done.append(1), lambda: None)
-    second.alone(lambda: done.append(2), lambda: None)
+    first, second, done = Workers(0, 2, tmp_path), Workers(1, 2, tmp_path), []
+    first.on_first(lambda: done.append(1), lambda: None)
+    second.on_first(lambda: done.append(2), lambda: None)
     assert done == [1]
     ticks = iter(range(3))
 
-    def tick():
+    def check_in():
         if next(ticks) == 2:
-            first.alone(lambda: done.append(3), lambda: None)
+            first.on_first(lambda: done.append(3), lambda: None)
 
-    second.alone(lambda: done.append(4), tick)
+    second.on_first(lambda: done.append(4), check_in)
     assert done == [1, 3]
 
 
 def test_a_plan_for_several_is_not_run_by_one(job_plan):
     plan = job_plan("flux", NUM_GPUS="2")
     with pytest.raises(SettingsError, match="NUM_GPUS=2"):
-        team(plan.engine.num_gpus, {}, StopFlag())
+        workers_from_environment(plan.engine.num_gpus, {}, StopFlag())
     assert dataclasses.astuple(plan.engine)[1] == 2
 
 
-def steps(groups, goal=None, runner=Direct):
+def steps(groups, objective=None, runner=EagerStep):
     """The losses of a single process, up to what ends it, and that."""
     model, losses = Model(), []
     params = [*model.parameters()]
     optimizer = torch.optim.AdamW(params, lr=0.02)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     options = {"max_grad_norm": 1.0, "guard": Guard(), "device": "cpu", "seed": 7, "first_step": 1}
-    goal, runner = goal or FlowMatching(), runner(params)
+    objective, runner = objective or FlowMatching(), runner(params)
     trained = {"params": params, "optimizer": optimizer, "schedule": schedule, "runner": runner, **options}
     try:
-        for step in train(groups, predict=model, goal=goal, **trained):
+        for step in train(groups, predict=model, objective=objective, **trained):
             losses.append(step.loss)
     except OSError as problem:
         return losses, str(problem)
     return losses, None
 
 
-class Recording(Direct):
-    recording = True
+class Recording(EagerStep):
+    capturing = True
 
 
 def test_what_cannot_be_read_ends_the_steps_after_the_one_before_it():
@@ -172,11 +172,11 @@ def test_memory_that_runs_out_while_the_next_batch_comes_is_found_in_its_own_ste
     class Scarce(FlowMatching):
         calls = 0
 
-        def draw(self, *given):
+        def add_noise(self, *given):
             Scarce.calls += 1
             if Scarce.calls == 2:
                 raise torch.OutOfMemoryError("made up")
-            return super().draw(*given)
+            return super().add_noise(*given)
 
     groups = [(1, [micro_batch(i, 2)]) for i in range(4)]
     assert steps(groups, Scarce(), Recording) == steps(groups) and Scarce.calls == 5

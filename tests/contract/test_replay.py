@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from trainer.engine.cuda_graphs import Replayed, _Recorded
+from trainer.engine.cuda_graphs import GraphStep, _CapturedGraph
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def runner(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "Stream", object)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-    return Replayed([torch.nn.Parameter(torch.ones(3))])
+    return GraphStep([torch.nn.Parameter(torch.ones(3))])
 
 
 def failing(problem):
@@ -37,19 +37,19 @@ def failing(problem):
 def test_what_cannot_be_recorded_is_told_once_and_launched_from_then_on(runner, caplog):
     caplog.set_level(logging.WARNING)
     assert runner._captured(failing(RuntimeError("it waits\nfor the device")), {}) is None
-    assert not runner.recording and not runner.short_of_memory
+    assert not runner.capturing and not runner.short_of_memory
     assert [r.getMessage() for r in caplog.records] == [
         "Steps cannot be recorded, and are launched kernel by kernel: it waits"
     ]
     x = torch.full((3,), 2.0)
     told = runner(lambda given: ((runner.params[0] * given["x"]), (runner.params[0] * given["x"]).sum()), {"x": x})
-    assert torch.equal(told, x) and torch.equal(runner.flat, x)
+    assert torch.equal(told, x) and torch.equal(runner.flat_grad, x)
 
 
 def test_memory_that_runs_out_in_a_recording_is_no_reason_to_record_nothing(runner):
     with pytest.raises(torch.OutOfMemoryError, match="16 GiB"):
         runner._captured(failing(torch.OutOfMemoryError("16 GiB")), {})
-    assert runner.recording
+    assert runner.capturing
     runner.large.add("a size")
     assert runner.short_of_memory
 
@@ -69,8 +69,8 @@ def room(runner, monkeypatch):
     def make(count):
         def record(key, _work, inputs):
             tried.append(len(inputs["x"]))
-            fits = len(runner.recorded) < count
-            return _Recorded(Graph(), {k: v.clone() for k, v in inputs.items()}, torch.zeros(3)) if fits else None
+            fits = len(runner.captured) < count
+            return _CapturedGraph(Graph(), {k: v.clone() for k, v in inputs.items()}, torch.zeros(3)) if fits else None
 
         monkeypatch.setattr(runner, "_record", record)
         return tried
@@ -90,10 +90,10 @@ def test_a_size_gets_the_memory_of_the_others_once_and_is_launched_after_that(ru
         step(runner, 5)
     # The second size gets the place of the first, which is then tried once more.
     assert tried == [3, 5, 5, 3] and runner.short_of_memory and len(caplog.records) == 1
-    runner.drop()
+    runner.release()
     step(runner, 3)
     assert tried == [3, 5, 5, 3]  # what does not fit is remembered
-    runner.renew()
+    runner.reset()
     step(runner, 3)
     assert tried[4:] == [3] and not runner.short_of_memory
 
@@ -103,4 +103,4 @@ def test_where_there_is_no_memory_at_all_each_size_is_tried_once(runner, room):
     for _ in range(3):
         step(runner, 3)
         step(runner, 5)
-    assert tried == [3, 5] and runner.short_of_memory and runner.recording
+    assert tried == [3, 5] and runner.short_of_memory and runner.capturing

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjecti
 
 from trainer.data import batches
 from trainer.data.epochs import Example
-from trainer.data.records import Picture, View
+from trainer.data.records import ImageRecord, View
 from trainer.engine import adapters
 from trainer.families import sdxl
 from trainer.spec.errors import SettingsError
@@ -27,7 +27,7 @@ def scheduler_of(prediction="epsilon", **more):
     return DDPMScheduler(**BETAS, prediction_type=prediction, **more)
 
 
-def goal(prediction="epsilon", *, gamma=0.0, **more):
+def objective(prediction="epsilon", *, gamma=0.0, **more):
     return Denoising(scheduler_of(prediction, **more).alphas_cumprod, prediction, gamma)
 
 
@@ -36,7 +36,7 @@ def goal(prediction="epsilon", *, gamma=0.0, **more):
 def test_noisy_latents_and_targets_are_those_of_the_scheduler(prediction, zero):
     scheduler = scheduler_of(prediction, rescale_betas_zero_snr=zero)
     latents, noise_, steps = torch.randn(4, 4, 4, 4), torch.randn(4, 4, 4, 4), torch.tensor([0, 333, 998, 999])
-    drawn = goal(prediction, rescale_betas_zero_snr=zero).at(latents, steps / 1000, noise_)
+    drawn = objective(prediction, rescale_betas_zero_snr=zero).at(latents, steps / 1000, noise_)
     velocity = scheduler.get_velocity(latents, noise_, steps)
     torch.testing.assert_close(drawn.noisy_BCHW, scheduler.add_noise(latents, noise_, steps))
     torch.testing.assert_close(drawn.target_BCHW, velocity if prediction == "v_prediction" else noise_)
@@ -48,7 +48,7 @@ def test_the_maths_agrees_with_float64(prediction):
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=np.float64) ** 2
     signal = torch.from_numpy(np.cumprod(1 - betas))[[5, 500, 999]][:, None, None, None]
     latents, noise_, steps = torch.randn(3, 4, 4, 4), torch.randn(3, 4, 4, 4), torch.tensor([5, 500, 999])
-    drawn = goal(prediction).at(latents, steps / 1000, noise_)
+    drawn = objective(prediction).at(latents, steps / 1000, noise_)
     noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise_
     velocity = signal.sqrt() * noise_ - (1 - signal).sqrt() * latents
     target = velocity if prediction == "v_prediction" else noise_.double()
@@ -60,7 +60,7 @@ def test_the_target_leads_back_to_the_latents():
     latents, noise_ = torch.randn(3, 4, 4, 4), torch.randn(3, 4, 4, 4)
     for prediction in PREDICTIONS:
         scheduler = scheduler_of(prediction, clip_sample=False)
-        drawn = goal(prediction).at(latents, torch.full((3,), 0.7), noise_)
+        drawn = objective(prediction).at(latents, torch.full((3,), 0.7), noise_)
         back = scheduler.step(drawn.target_BCHW, 700, drawn.noisy_BCHW).pred_original_sample
         torch.testing.assert_close(back, latents, atol=1e-5, rtol=1e-5)
 
@@ -71,7 +71,7 @@ def test_min_snr_weights_are_those_of_the_paper(gamma):
     snr = compute_snr(scheduler, steps)
     least = torch.minimum(snr, torch.full_like(snr, gamma))
     for prediction, expected in (("epsilon", least / snr), ("v_prediction", least / (snr + 1))):
-        drawn = goal(prediction, gamma=gamma).at(zeros, steps / 1000, zeros)
+        drawn = objective(prediction, gamma=gamma).at(zeros, steps / 1000, zeros)
         torch.testing.assert_close(drawn.weight_B, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -79,19 +79,19 @@ def test_both_predictions_weigh_the_same_error_of_the_latents_alike():
     """An error of x0 weighs min(SNR, gamma): it is SNR times as large in the noise, SNR + 1 times in the velocity."""
     snr = compute_snr(scheduler_of(), torch.arange(1000))
     zeros = torch.zeros(1000, 4, 1, 1)
-    epsilon, v = (goal(p, gamma=5.0).at(zeros, torch.arange(1000) / 1000, zeros).weight_B for p in PREDICTIONS)
+    epsilon, v = (objective(p, gamma=5.0).at(zeros, torch.arange(1000) / 1000, zeros).weight_B for p in PREDICTIONS)
     torch.testing.assert_close(epsilon * snr, v * (snr + 1), rtol=1e-4, atol=1e-6)
 
 
 def test_without_signal_the_weights_stay_finite():
     zeros = torch.zeros(1, 4, 1, 1)
     for prediction, weight in (("epsilon", 1.0), ("v_prediction", 0.0)):
-        drawn = goal(prediction, gamma=5.0, rescale_betas_zero_snr=True).at(zeros, torch.tensor([0.999]), zeros)
+        drawn = objective(prediction, gamma=5.0, rescale_betas_zero_snr=True).at(zeros, torch.tensor([0.999]), zeros)
         assert drawn.weight_B.item() == weight
 
 
 def test_steps_are_whole_and_all_alike_probable():
-    drawn = goal().draw(torch.zeros(20_000, 1, 1, 1), torch.Generator().manual_seed(0))
+    drawn = objective().add_noise(torch.zeros(20_000, 1, 1, 1), torch.Generator().manual_seed(0))
     steps = drawn.t_B * 1000
     torch.testing.assert_close(steps, steps.round(), atol=1e-3, rtol=0)
     assert steps.min() == 0 and steps.max().round() == 999
@@ -101,7 +101,7 @@ def test_steps_are_whole_and_all_alike_probable():
 def test_noise_offset_is_in_the_noise_and_in_the_target():
     latents, generator = torch.randn(2, 4, 4, 4), torch.Generator()
     some = Denoising(scheduler_of().alphas_cumprod, noise_offset=0.5)
-    drawn = some.draw(latents, generator.manual_seed(3))
+    drawn = some.add_noise(latents, generator.manual_seed(3))
     torch.randint(1000, (2,), generator=generator.manual_seed(3))
     assert torch.equal(drawn.target_BCHW, noise(latents, offset=0.5, generator=generator))
     assert torch.equal(drawn.noisy_BCHW, some.at(latents, drawn.t_B, drawn.target_BCHW).noisy_BCHW)
@@ -147,15 +147,15 @@ def test_what_the_model_cannot_do_is_refused(tmp_path, plan, config, variable):
         made(tmp_path, plan, **config)
 
 
-# ---- pictures and texts
+# ---- images and texts
 
 
 def test_geometry_is_original_size_corner_of_the_cut_and_its_size():
-    picture = Picture("x.png", Path("x.png"), "0" * 64, 3000, 2000, 0, 0, "x")
+    image = ImageRecord("x.png", Path("x.png"), "0" * 64, 3000, 2000, 0, 0, "x")
     view = View((1024, 768), (1152, 768), (100, 0))
     flipped = View((1024, 768), (1152, 768), (100, 0), flip=True)
-    assert batches.geometry(Example(picture, view, "x")) == (2000, 3000, 0, 100, 768, 1024)
-    assert batches.geometry(Example(picture, flipped, "x")) == (2000, 3000, 0, 28, 768, 1024)
+    assert batches.geometry(Example(image, view, "x")) == (2000, 3000, 0, 100, 768, 1024)
+    assert batches.geometry(Example(image, flipped, "x")) == (2000, 3000, 0, 28, 768, 1024)
 
 
 def test_texts_are_the_last_but_one_states_of_both_encoders_and_the_pooled_of_the_second():

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from trainer.checkpoints.snapshots import Background, Snapshots
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 from trainer.spec.optimizers import OPTIMIZERS
 from trainer.training import optimizers
 from trainer.training.ema import Ema
-from trainer.training.state import Trainee
+from trainer.training.state import TrainingState
 from trainer.training.step_guard import Guard
 from trainer.training.text_encoders import TextEncoders
 
@@ -20,7 +20,7 @@ def test_a_copy_is_not_the_original():
     weight = torch.nn.Parameter(torch.ones(3))
     snapshots = Snapshots(torch.optim.SGD([weight], lr=1.0), "cpu")
     tree = {"a": [weight, (1, None)], "b": {0: {"x": weight}}}
-    taken = snapshots.take(tree)
+    taken = snapshots.copy(tree)
     with torch.no_grad():
         weight += 1
     tree["b"][0]["y"] = 2
@@ -30,28 +30,28 @@ def test_a_copy_is_not_the_original():
 
 def test_buffers_are_used_again_and_only_then():
     snapshots, weights = Snapshots(torch.optim.SGD([torch.zeros(1)], lr=1.0), "cpu"), torch.rand(5, 7)
-    first = snapshots.take([weights, weights.half(), torch.tensor(3), torch.empty(0)])
-    second = snapshots.take([weights + 1])
+    first = snapshots.copy([weights, weights.half(), torch.tensor(3), torch.empty(0)])
+    second = snapshots.copy([weights + 1])
     assert torch.equal(first[0], weights) and torch.equal(second[0], weights + 1)
     assert torch.equal(first[1], weights.half()) and first[2] == 3 and first[3].numel() == 0
-    snapshots.reuse()
-    third = snapshots.take([weights + 2, weights + 3])
+    snapshots.release()
+    third = snapshots.copy([weights + 2, weights + 3])
     assert {t.data_ptr() for t in third} == {first[0].data_ptr(), second[0].data_ptr()}
     assert torch.equal(third[0], weights + 2) and torch.equal(third[1], weights + 3)
 
 
 def test_large_tensors_take_no_more_than_they_need():
     snapshots = Snapshots(torch.optim.SGD([torch.zeros(1)], lr=1.0), "cpu")
-    snapshots.take([torch.zeros(3 * 2**20) for _ in range(40)])  # 480 MiB
+    snapshots.copy([torch.zeros(3 * 2**20) for _ in range(40)])  # 480 MiB
     assert snapshots.bytes < 1.1 * 480 * 2**20
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_what_is_known_before_the_first_step_is_what_every_save_copies(name, monkeypatch):
     """The buffers of a rehearsal serve all saves; and the rehearsal leaves no trace in what is trained."""
-    plain, rehearsed = trainee(name), trainee(name)
+    plain, rehearsed = training_state(name), training_state(name)
     snapshots = Snapshots(rehearsed.optimizer, "cpu")
-    snapshots.take(rehearsed.first_state())
+    snapshots.copy(rehearsed.first_state())
     assert not any(rehearsed.optimizer.state_dict()["state"].values())
     monkeypatch.setattr(snapshots, "_room", None)  # from here on nothing can be taken
     for number in range(4):
@@ -61,12 +61,12 @@ def test_what_is_known_before_the_first_step_is_what_every_save_copies(name, mon
             one.optimizer.step()
             one.schedule.step()
             one.optimizer.zero_grad()
-        snapshots.reuse()
-        snapshots.take(rehearsed.state())
+        snapshots.release()
+        snapshots.copy(rehearsed.state())
     assert all(torch.equal(a, b) for a, b in zip(plain.params, rehearsed.params, strict=True))
 
 
-def trainee(name):
+def training_state(name):
     """Of two matrices, one of them zero as in an adapter, with an average."""
     torch.manual_seed(0)
     spec, params = OPTIMIZERS[name], [torch.nn.Parameter(torch.randn(96, 64)), torch.nn.Parameter(torch.zeros(64, 8))]
@@ -76,7 +76,7 @@ def trainee(name):
     optimizer = new()
     schedule = optimizers.make_schedule("constant", optimizer, warmup_steps=0, total_steps=9, num_cycles=1)
     both, average = (params, params), Ema(params, 0.9)
-    made = Trainee(None, TextEncoders(family("flux")), *both, optimizer, new, schedule, average, Guard())
+    made = TrainingState(None, TextEncoders(get_family("flux")), *both, optimizer, new, schedule, average, Guard())
     made.adapters = {str(i): p.detach() for i, p in enumerate(params)}
     made.text_adapters = {}
     return made
@@ -123,8 +123,8 @@ def test_copies_beside_the_next_step():
         moments = [optimizer.state[p]["exp_avg"].clone() for p in params]
         torch.cuda.synchronize()
         began = time.perf_counter()
-        snapshots.reuse()
-        taken = snapshots.take({"params": list(params), "state": optimizer.state_dict()["state"]})
+        snapshots.release()
+        taken = snapshots.copy({"params": list(params), "state": optimizer.state_dict()["state"]})
         stalls.append(time.perf_counter() - began)
         after.append(step())
         snapshots.wait()

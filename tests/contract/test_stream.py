@@ -12,7 +12,7 @@ from trainer.engine.encoders import decoder, text_encoders
 from trainer.engine.load import place
 from trainer.engine.memory import checkpointing, weight_streaming
 from trainer.engine.memory.weight_streaming import Stream
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 from trainer.spec.memory_model import SLOTS
 from trainer.spec.plan import EnginePlan
 
@@ -20,18 +20,18 @@ FAMILIES = ["flux", "sdxl", "sd3"]
 
 
 @pytest.fixture(autouse=True)
-def beside(monkeypatch):
+def roomy_weights(monkeypatch):
     """Adapters ride in the products of narrow layers as well."""
     monkeypatch.setattr("trainer.spec.adapter_columns.ROOMY", 0)
 
 
 def miniature(name):
-    return Path(family(name).FACTS.models[f"mini-{name}"].source)
+    return Path(get_family(name).FACTS.models[f"mini-{name}"].source)
 
 
 def model(name, precision, *, streamed):
     """A denoiser with adapters, and its stream."""
-    kind = family(name)
+    kind = get_family(name)
     denoiser = kind.load_denoiser(miniature(name), device="cpu", dtype=torch.float32)
     options = {"fused": kind.FACTS.fused_targets, "targets": kind.FACTS.targets}
     regions = kind.regions(denoiser)
@@ -66,7 +66,9 @@ def step(name, denoiser, through, seed=3):
     geometry = torch.tensor([[128, 128, 0, 0, 128, 128]])
     denoiser.zero_grad()
     with hooks:
-        out = family(name).predict(denoiser, noisy, torch.tensor([0.6]), text=text, guidance=1.0, geometry_B6=geometry)
+        out = get_family(name).predict(
+            denoiser, noisy, torch.tensor([0.6]), text=text, guidance=1.0, geometry_B6=geometry
+        )
     out.float().square().mean().backward()
     return [out.detach(), *(p.grad for p in denoiser.parameters() if p.grad is not None)]
 
@@ -77,7 +79,7 @@ def test_a_streamed_step_has_the_bits_of_one_whose_weights_stay(name, precision,
     found = []
     for streamed in (False, True):
         denoiser, through = model(name, precision, streamed=streamed)
-        regions = family(name).regions(denoiser)
+        regions = get_family(name).regions(denoiser)
         checkpointing.apply(regions, [policy] * len(regions), compiled=False)
         if through:
             through.wrap()
@@ -90,7 +92,7 @@ def test_a_compiled_step_has_the_bits_of_one_whose_weights_stay():
     found = []
     for streamed in (False, True):
         denoiser, through = model("sd3", "fp8", streamed=streamed)
-        regions = family("sd3").regions(denoiser)
+        regions = get_family("sd3").regions(denoiser)
         checkpointing.apply(regions, ["all"] * len(regions), compiled=True)
         if through:
             through.wrap()
@@ -101,7 +103,7 @@ def test_a_compiled_step_has_the_bits_of_one_whose_weights_stay():
 def test_two_regions_are_there_at_once_and_the_next_is_fetched_ahead():
     denoiser, through = model("flux", "bf16", streamed=True)
     through.wrap()
-    regions = family("flux").regions(denoiser)
+    regions = get_family("flux").regions(denoiser)
     weights = {p.untyped_storage().data_ptr() for r in regions for p in r.parameters() if not p.requires_grad}
     assert weights == {through.slots[0].data_ptr()}
     largest = max(sum(p.nbytes for p in r.parameters() if not p.requires_grad) for r in regions)
@@ -139,8 +141,8 @@ def test_text_encoders_whose_layers_are_streamed_say_the_same(name):
     found = []
     for streamed in (False, True):
         plan = EnginePlan(stream_encoders=streamed)
-        encoders = text_encoders(family(name), miniature(name), plan)
-        found.append(family(name).encode_text(encoders, captions))
+        encoders = text_encoders(get_family(name), miniature(name), plan)
+        found.append(get_family(name).encode_text(encoders, captions))
     for stayed, came in zip(*found, strict=True):
         assert all(torch.equal(stayed[key], came[key]) for key in stayed)
 
@@ -156,7 +158,7 @@ def test_what_is_streamed_is_the_longest_list_of_layers():
 def test_a_large_sample_is_decoded_in_pieces_of_512_pixels(name):
     seen = []
     for tiled in (False, True):
-        vae = decoder(family(name), miniature(name), EnginePlan(tile_vae=tiled))
+        vae = decoder(get_family(name), miniature(name), EnginePlan(tile_vae=tiled))
         vae.decoder.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[-2:])))
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         with torch.no_grad():

@@ -20,7 +20,7 @@ from trainer.job import session
 from trainer.job.run import run
 from trainer.lora_files import arguments
 from trainer.spec.errors import SettingsError, StopRequestedError
-from trainer.spec.family import family, trainable_encoders
+from trainer.spec.family import get_family, trainable_encoders
 from trainer.spec.plan import TrainPlan
 from trainer.training import optimizers, text_encoders
 from trainer.training.gradients import seeded
@@ -35,7 +35,7 @@ RANK, ALPHA, SEED, RATES = 4, 2.0, 42, {"text_encoder": 0.02, "text_encoder_2": 
 
 def adapted(name, components):
     """The encoders with adapters, and what trains in each."""
-    texts = text_encoders.load(folder(name), components, family=family(name), device="cpu", dtype=torch.float32)
+    texts = text_encoders.load(folder(name), components, family=get_family(name), device="cpu", dtype=torch.float32)
     params = {
         component: adapters.add_adapters(
             model, text_encoders.blocks(model), targets=text_encoders.TARGETS, fused={}, rank=RANK, alpha=ALPHA, seed=7
@@ -83,8 +83,8 @@ def micro_batch(name, text):
 
 
 def objective(name):
-    plan = TrainPlan(timestep_sampling=family(name).FACTS.timestep_samplings[0])
-    return make_objective(family(name).FACTS.objective, plan, scheduler=folder(name) / "scheduler", device="cpu")
+    plan = TrainPlan(timestep_sampling=get_family(name).FACTS.timestep_samplings[0])
+    return make_objective(get_family(name).FACTS.objective, plan, scheduler=folder(name) / "scheduler", device="cpu")
 
 
 def predicted(name, pipe, noisy, t, text, batch):
@@ -113,7 +113,7 @@ def predicted(name, pipe, noisy, t, text, batch):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_training_them_is_a_straightforward_loop(name):
     """Denoiser and encoders, each with its own learning rate: the losses of a loop that encodes with the pipeline."""
-    kind, goal, pipe = family(name), objective(name), pipeline(name)
+    kind, trained_on, pipe = get_family(name), objective(name), pipeline(name)
     with torch.no_grad():
         cached = encoded(name, pipe, CAPTIONS)
     batch = micro_batch(name, cached)
@@ -133,7 +133,7 @@ def test_training_them_is_a_straightforward_loop(name):
             predict=lambda noisy, t, b: kind.predict(
                 denoiser, noisy, t, text=texts.renewed(b.text, b.captions), guidance=1.0, geometry_B6=b.geometry_B6
             ),
-            goal=goal,
+            objective=trained_on,
             params=[p for group in groups for p in group["params"]],
             optimizer=optimizer,
             schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0),
@@ -144,7 +144,7 @@ def test_training_them_is_a_straightforward_loop(name):
             first_step=1,
         )
     ]
-    expected = straightforward(name, pipe, goal, batch, begin, list(params))
+    expected = straightforward(name, pipe, trained_on, batch, begin, list(params))
     assert got == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert len(set(got)) == 5
     for component, model in texts.models.items():
@@ -152,7 +152,7 @@ def test_training_them_is_a_straightforward_loop(name):
         assert sum(moved) >= len(moved) / 2, component  # the last layer's output is not read by every pipeline
 
 
-def straightforward(name, pipe, goal, batch, begin, components):
+def straightforward(name, pipe, objective, batch, begin, components):
     denoiser = pipe.unet if name == "sdxl" else pipe.transformer
     rates = [0.005, *(RATES[c] for c in components)]
     params = []
@@ -169,7 +169,7 @@ def straightforward(name, pipe, goal, batch, begin, components):
     for step in range(1, 6):
         generator = seeded(torch.Generator(), SEED, step, 0)
         mean, std = batch.moments_B2CHW.chunk(2, dim=1)
-        drawn = goal.draw(mean + std * torch.randn(mean.shape, generator=generator), generator)
+        drawn = objective.add_noise(mean + std * torch.randn(mean.shape, generator=generator), generator)
         out = predicted(name, pipe, drawn.noisy_BCHW, drawn.t_B, encoded(name, pipe, CAPTIONS), batch)
         loss = F.mse_loss(out, drawn.target_BCHW)
         loss.backward()
@@ -239,11 +239,11 @@ def test_diffusers_and_our_sampler_draw_with_them(name, job_plan, tmp_path):
     expected = encoded(name, pipe, CAPTIONS)
     assert not torch.allclose(before["pooled"], expected["pooled"], atol=1e-3)
 
-    encoders = family(name).load_encoders(folder(name), device="cpu", dtype=torch.float32)
-    loaded = [(arguments._load(tmp_path / "out" / "x.safetensors", name), 1.0)]
-    for component in family(name).KEYS.encoders:
+    encoders = get_family(name).load_encoders(folder(name), device="cpu", dtype=torch.float32)
+    loaded = [(arguments.load_lora(tmp_path / "out" / "x.safetensors", name), 1.0)]
+    for component in get_family(name).KEYS.encoders:
         sample.add(getattr(encoders, component), loaded, component=component)
-    ours = family(name).encode_text(encoders, list(CAPTIONS))
+    ours = get_family(name).encode_text(encoders, list(CAPTIONS))
     for key in ("tokens", "pooled"):
         torch.testing.assert_close(torch.stack([o[key] for o in ours]), expected[key], rtol=1e-4, atol=1e-4)
 

@@ -21,8 +21,8 @@ from diffusers import AutoencoderKL  # noqa: F401 (before the replacements below
 
 from tests.support.variants import VARIANTS, shape
 from trainer.lora_files import convert
-from trainer.lora_files.weights import Adapter
-from trainer.spec.family import family, trainable_encoders
+from trainer.lora_files.weights import LoraWeights
+from trainer.spec.family import get_family, trainable_encoders
 
 # What a loader does not need, but imports on its way.
 UNUSED = (
@@ -94,7 +94,7 @@ def adapters(base, *, everywhere=False, narrow=True):
     the CLIP encoders; ranks differ."""
     torch.manual_seed(3)
     model, name = shape(base, NARROW.get(base, {}) if narrow else {}), VARIANTS[base][0]
-    kind = family(name)
+    kind = get_family(name)
     inside = tuple(f"{block}." for block, _ in kind.blocks(model))
     found = {}
     for path, layer in model.named_modules():
@@ -103,7 +103,7 @@ def adapters(base, *, everywhere=False, narrow=True):
             rows, *columns = layer.weight.shape
             ones = [1] * (len(columns) - 1)
             down, up = torch.randn(rank, *columns), torch.randn(rows, rank, *ones)
-            found[f"{kind.FACTS.lora_prefix}.{path}"] = Adapter(down, up, (0.25, 1.0, 2.0)[len(found) % 3])
+            found[f"{kind.FACTS.lora_prefix}.{path}"] = LoraWeights(down, up, (0.25, 1.0, 2.0)[len(found) % 3])
     for component, short in trainable_encoders(name).items():
         layers, width, wide = CLIPS[short]
         for i in range(layers):
@@ -113,7 +113,7 @@ def adapters(base, *, everywhere=False, narrow=True):
                 ("mlp.fc1", wide, width),
                 ("mlp.fc2", width, wide),
             ):
-                found[f"{start}.{end}"] = Adapter(torch.randn(2, columns), torch.randn(rows, 2), 0.5)
+                found[f"{start}.{end}"] = LoraWeights(torch.randn(2, columns), torch.randn(rows, 2), 0.5)
     return found
 
 

@@ -75,10 +75,10 @@ def test_a_dataset_of_broken_pictures_names_each(job):
     assert job.status()["phase"] == "failed" and job.status()["exit_code"] == 65
 
 
-def test_a_dataset_without_captions_trains_with_a_warning(job, pictures):
+def test_a_dataset_without_captions_trains_with_a_warning(job, images):
     folder = job.folder / "silent"
     folder.mkdir()
-    for path in pictures.glob("*.png"):
+    for path in images.glob("*.png"):
         (folder / path.name).write_bytes(path.read_bytes())
     code, printed = job.run(DATASET_NAME=str(folder), PARAMS_MAX_STEPS="1")
     assert code == 0 and "caption" in printed.lower(), printed

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from bench.concept import CONCEPT, demo
 from trainer.families.miniatures.score import correlation
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -71,13 +71,13 @@ TRAINING = {
         at = objective.FlowMatching.at
         def mutant(self, *a):
             d = at(self, *a)
-            return objective.Drawn(d.noisy_BCHW, -d.target_BCHW, d.t_B, d.weight_B)
+            return objective.NoisedBatch(d.noisy_BCHW, -d.target_BCHW, d.t_B, d.weight_B)
         objective.FlowMatching.at = mutant""",
     "the time runs backwards": """
         at = objective.FlowMatching.at
         def mutant(self, *a):
             d = at(self, *a)
-            return objective.Drawn(d.noisy_BCHW, d.target_BCHW, 1 - d.t_B, d.weight_B)
+            return objective.NoisedBatch(d.noisy_BCHW, d.target_BCHW, 1 - d.t_B, d.weight_B)
         objective.FlowMatching.at = mutant""",
     "shifted by the inverse": """
         shifted = objective.shifted
@@ -108,7 +108,7 @@ def settings(name: str) -> dict[str, str]:
 
 def number(name: str, lora: dict | None, tmp_path: Path) -> float:
     case = CASES[name]
-    pipe = case.pipeline.from_pretrained(family(name).FACTS.models[f"mini-{name}"].source, dtype=torch.float32)
+    pipe = case.pipeline.from_pretrained(get_family(name).FACTS.models[f"mini-{name}"].source, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     if lora is not None:
         save_file(lora, tmp_path / "lora.safetensors")
@@ -126,7 +126,7 @@ def number(name: str, lora: dict | None, tmp_path: Path) -> float:
         ).images
         for seed in SEEDS
     ]
-    values = [correlation(picture) for some in drawn for picture in some]
+    values = [correlation(image) for some in drawn for image in some]
     return sum(values) / len(values)
 
 

@@ -21,10 +21,10 @@ from PIL import Image
 from safetensors.numpy import save
 
 from tests.support.hub import Hub
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 
 ROOT = Path(__file__).parents[2]
-PATTERNS = family("flux").FACTS.files
+PATTERNS = get_family("flux").FACTS.files
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 QUICK = {"budget": 3.0, "first_wait": 0.05, "longest_wait": 0.2, "timeout": 2.0}
 TOKEN = "hf_canaryTOKENcanary"
@@ -133,7 +133,7 @@ def client(hub: Hub, process: Process, tmp_path: Path) -> Client:
     return Client(process, tmp_path)
 
 
-def picture(seed: int, kind: str = "PNG") -> bytes:
+def image(seed: int, kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(seed).integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(buffer, kind)
     return buffer.getvalue()
@@ -161,7 +161,7 @@ def simple_table(count: int, first: int = 0) -> bytes:
     """A parquet file as `datasets` writes it: pictures and their captions in the column text."""
     import datasets
 
-    rows = [{"image": {"bytes": picture(i), "path": None}, "text": f"caption {i}"} for i in range(first, first + count)]
+    rows = [{"image": {"bytes": image(i), "path": None}, "text": f"caption {i}"} for i in range(first, first + count)]
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     buffer = io.BytesIO()
     datasets.Dataset.from_list(rows, features=features).to_parquet(buffer)
@@ -477,7 +477,7 @@ def test_a_parquet_dataset_becomes_a_folder_of_untouched_pictures(hub: Hub, clie
     done = client.dataset()
     assert done.code == 0 and done.data["commit"] == commit, done
     folder = Path(done.data["path"])
-    assert [(folder / f"{i:06d}.png").read_bytes() for i in range(3)] == [picture(i) for i in range(3)]
+    assert [(folder / f"{i:06d}.png").read_bytes() for i in range(3)] == [image(i) for i in range(3)]
     assert captions(str(folder)) == {f"{i:06d}.png": f"caption {i}" for i in range(3)}
 
 
@@ -495,7 +495,7 @@ def test_a_dataset_that_lost_a_file_is_unpacked_again(hub: Hub, client: Client) 
     hub.add("dataset", "org/pictures", {"data/train-00000-of-00001.parquet": simple_table(2)})
     lost = Path(client.dataset().data["path"]) / "000001.png"
     lost.write_bytes(b"")
-    assert client.dataset().code == 0 and lost.read_bytes() == picture(1)
+    assert client.dataset().code == 0 and lost.read_bytes() == image(1)
 
 
 def test_the_split_chooses(hub: Hub, client: Client) -> None:
@@ -520,20 +520,20 @@ def test_the_revision_of_a_dataset_chooses(hub: Hub, client: Client) -> None:
 
 
 def test_an_image_folder_with_metadata(hub: Hub, client: Client) -> None:
-    files = {f"train/{i}.png": picture(i) for i in range(3)}
+    files = {f"train/{i}.png": image(i) for i in range(3)}
     lines = [json.dumps({"file_name": f"{i}.png", "prompt": f"p{i}"}) for i in range(2)]
     hub.add("dataset", "org/pictures", {**files, "train/metadata.jsonl": "\n".join(lines).encode()})
     done = client.dataset()
     assert captions(done.data["path"]) == {"000000.png": "p0", "000001.png": "p1"}
-    assert (Path(done.data["path"]) / "000001.png").read_bytes() == picture(1)
+    assert (Path(done.data["path"]) / "000001.png").read_bytes() == image(1)
     assert "1 picture files are in no row" in done.log
 
 
 def test_pictures_with_caption_files(hub: Hub, client: Client) -> None:
     files = {
-        "a/x.png": picture(1),
+        "a/x.png": image(1),
         "a/x.txt": b"an x",
-        "y.png": picture(2),
+        "y.png": image(2),
         "y.txt": b"a y",
         "notes.txt": b"no caption",
     }
@@ -583,7 +583,7 @@ def zipped(count: int, size: int = 0) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as container:
         for i in range(count):
-            container.writestr(f"pictures/{i}.png", picture(i))
+            container.writestr(f"pictures/{i}.png", image(i))
         container.writestr("pictures/filling.bin", np.random.default_rng(1).bytes(size))
     return buffer.getvalue()
 
@@ -632,7 +632,7 @@ def plan(tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
         folder = tmp_path / "pictures"
         folder.mkdir(exist_ok=True)
-        (folder / "1.png").write_bytes(picture(1))
+        (folder / "1.png").write_bytes(image(1))
         source = plans.Source("hub", "org/pictures")
         subsets = (plans.Subset(source), plans.Subset(plans.Source("folder", str(folder))))
         made = plans.Plan(

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.support.programs import basic_environment
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 
 
 def sha(path):
@@ -76,7 +76,7 @@ def test_the_file_loads_in_diffusers_and_is_the_trained_model(job):
         SAMPLE_PROMPTS=write(job, "prompts.txt", "a spot, number 2 --w 64 --h 64 --s 4 --d 7 --g 3.5\n"),
     )
     assert code == 0, printed
-    folder = family("flux").FACTS.models["mini-flux"].source
+    folder = get_family("flux").FACTS.models["mini-flux"].source
     pipe = FluxPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
 
@@ -227,11 +227,11 @@ def test_a_changed_plan_is_refused_with_what_differs(job):
     assert code == 0 and "weights only" in printed, printed
 
 
-def test_a_changed_dataset_is_refused_with_what_differs(job, tmp_path, pictures):
+def test_a_changed_dataset_is_refused_with_what_differs(job, tmp_path, images):
     import shutil
 
     copy = tmp_path / "copy"
-    shutil.copytree(pictures, copy)
+    shutil.copytree(images, copy)
     process = job.start(PARAMS_MAX_STEPS="200", DATASET_NAME=str(copy))
     job.wait_for_step(process, 5)
     process.send_signal(signal.SIGTERM)

@@ -25,14 +25,14 @@ TEXT = datasets.Value("string")
 Read = Callable[..., dict[str, str | None]]
 
 
-def picture(seed: int, kind: str = "PNG") -> bytes:
+def image(seed: int, kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(seed).integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(buffer, kind)
     return buffer.getvalue()
 
 
 def cell(seed: int, kind: str = "PNG") -> dict[str, Any]:
-    return {"bytes": picture(seed, kind), "path": None}
+    return {"bytes": image(seed, kind), "path": None}
 
 
 def table(lines: list[dict[str, Any]], features: dict[str, Any], *, group: int = 100) -> bytes:
@@ -65,11 +65,11 @@ def read(tmp_path: Path) -> Read:
 
 def test_bytes_are_untouched_and_suffixes_are_what_the_bytes_are(read: Read, tmp_path: Path) -> None:
     kinds = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif"}
-    lines = [{"image": {"bytes": picture(i, kind), "path": "wrong.png"}} for i, kind in enumerate(kinds)]
+    lines = [{"image": {"bytes": image(i, kind), "path": "wrong.png"}} for i, kind in enumerate(kinds)]
     names = read({"train.parquet": table(lines, {"image": datasets.Image()})})
     assert list(names) == [f"{i:06d}{suffix}" for i, suffix in enumerate(kinds.values())]
     written = [(tmp_path / "out" / name).read_bytes() for name in names]
-    assert written == [picture(i, kind) for i, kind in enumerate(kinds)]
+    assert written == [image(i, kind) for i, kind in enumerate(kinds)]
 
 
 def test_two_columns_of_pictures_ask_for_a_choice(read: Read) -> None:
@@ -82,7 +82,7 @@ def test_named_columns_are_taken(read: Read, tmp_path: Path) -> None:
     line = {"photo": cell(1), "mask": cell(2), "said": "hello", "text": "no"}
     features = {"photo": datasets.Image(), "mask": datasets.Image(), "said": TEXT, "text": TEXT}
     assert read({"train.parquet": table([line], features)}, image="photo", caption="said") == {"000000.png": "hello"}
-    assert (tmp_path / "out" / "000000.png").read_bytes() == picture(1)
+    assert (tmp_path / "out" / "000000.png").read_bytes() == image(1)
 
 
 @pytest.mark.parametrize(
@@ -108,14 +108,14 @@ def test_no_column_of_pictures(read: Read) -> None:
 
 def test_pictures_that_another_library_wrote(read: Read, tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
-    made = pa.table({"img": [{"bytes": picture(1), "path": "a.png"}], "raw": [picture(2)], "caption": ["hi"]})
+    made = pa.table({"img": [{"bytes": image(1), "path": "a.png"}], "raw": [image(2)], "caption": ["hi"]})
     pq.write_table(made, tmp_path / "set" / "train.parquet")
     assert read({}) == {"000000.png": "hi"}
-    assert (tmp_path / "out" / "000000.png").read_bytes() == picture(1)
+    assert (tmp_path / "out" / "000000.png").read_bytes() == image(1)
 
 
 def test_a_column_of_bare_bytes_can_be_named(read: Read, tmp_path: Path) -> None:
-    data = table([{"raw": picture(2, "JPEG"), "caption": "hi"}], {"raw": datasets.Value("binary"), "caption": TEXT})
+    data = table([{"raw": image(2, "JPEG"), "caption": "hi"}], {"raw": datasets.Value("binary"), "caption": TEXT})
     assert read({"train.parquet": data}, image="raw") == {"000000.jpg": "hi"}
 
 
@@ -157,7 +157,7 @@ def test_a_row_without_a_picture_is_kept_as_an_empty_file(read: Read, tmp_path: 
 
 
 def test_classes_by_folder_become_captions(read: Read) -> None:
-    assert list(read({"cat/1.png": picture(1), "dog/1.png": picture(2)}).values()) == ["cat", "dog"]
+    assert list(read({"cat/1.png": image(1), "dog/1.png": image(2)}).values()) == ["cat", "dog"]
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
@@ -168,14 +168,14 @@ def test_pictures_in_a_zip(read: Read, tmp_path: Path, kind: str) -> None:
     with zipfile.ZipFile(buffer, "w") as container:
         container.writestr(f"in/metadata.{kind}", lines[kind])
         for i in range(2):
-            container.writestr(f"in/{i}.png", picture(i))
+            container.writestr(f"in/{i}.png", image(i))
     assert read({"images.zip": buffer.getvalue()}) == {"000000.png": "zero", "000001.png": "one"}
-    assert (tmp_path / "out" / "000001.png").read_bytes() == picture(1)
+    assert (tmp_path / "out" / "000001.png").read_bytes() == image(1)
 
 
 def test_metadata_that_names_a_missing_picture(read: Read) -> None:
     lines = b'{"file_name": "0.png", "text": "zero"}\n{"file_name": "9.png", "text": "nine"}\n'
-    assert read({"0.png": picture(0), "metadata.jsonl": lines}) == {"000000.png": "zero", "000001.png": "nine"}
+    assert read({"0.png": image(0), "metadata.jsonl": lines}) == {"000000.png": "zero", "000001.png": "nine"}
 
 
 def test_many_rows_take_no_more_memory_than_few(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_row_that_points_at_other_files(read: Read, name: str) -> None:
 
 def test_a_row_that_points_into_a_zip_elsewhere(read: Read, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "elsewhere.zip", "w") as container:
-        container.writestr("1.png", picture(1))
+        container.writestr("1.png", image(1))
     path = f"zip://1.png::{tmp_path}/set/../elsewhere.zip"
     with pytest.raises(DataError, match="outside"):
         read({"train.parquet": table([{"image": {"bytes": None, "path": path}}], {"image": datasets.Image()})})
@@ -217,9 +217,9 @@ def test_a_row_that_points_into_a_zip_elsewhere(read: Read, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname"])
 def test_metadata_that_points_at_other_files(read: Read, tmp_path: Path, name: str) -> None:
-    (tmp_path / "secret.png").write_bytes(picture(9))
+    (tmp_path / "secret.png").write_bytes(image(9))
     with pytest.raises(DataError):
-        read({"1.png": picture(1), "metadata.jsonl": json.dumps({"file_name": name, "text": "x"}).encode()})
+        read({"1.png": image(1), "metadata.jsonl": json.dumps({"file_name": name, "text": "x"}).encode()})
 
 
 def test_a_card_that_points_at_other_files(read: Read, tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_an_empty_split(read: Read) -> None:
 def test_a_picture_of_absurd_size(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_rows, "LARGEST_PICTURE", 100)
     with pytest.raises(DataError, match="larger than"):
-        read({"1.png": picture(1)})
+        read({"1.png": image(1)})
 
 
 def test_a_zip_bomb_of_pictures(read: Read) -> None:

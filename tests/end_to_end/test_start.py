@@ -13,9 +13,9 @@ import pytest
 
 from entrypoint.bake import COMMIT, with_baked
 from entrypoint.fetch.fetch import fetch_model
-from entrypoint.fetch.http import Patience
+from entrypoint.fetch.http import RetryPolicy
 from tests.support.hub import Hub, read_folder
-from trainer.spec.family import base_models, family
+from trainer.spec.family import base_models, get_family
 from trainer.spec.plan import ModelPlan
 
 ROOT = Path(__file__).parents[2]
@@ -28,10 +28,10 @@ def hub():
 
 
 @pytest.fixture
-def far(job, hub, pictures, tmp_path):
+def far(job, hub, images, tmp_path):
     """The short job, with its model and its pictures on the Hub."""
     hub.add("model", "org/model", read_folder(Path(base_models()["mini-flux"][1].source)))
-    hub.add("dataset", "org/pictures", read_folder(pictures))
+    hub.add("dataset", "org/pictures", read_folder(images))
     job.environment |= {
         "HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "BASE_MODEL": "flux", "MODEL_PATH": "org/model",
         "DATASET_NAME": "org/pictures", "BACKEND": "cpu", "CACHE_PATH": str(tmp_path / "cache"),
@@ -93,8 +93,8 @@ def test_a_signal_ends_both(far, hub):
 
 
 @pytest.mark.slow
-def test_the_key_in_an_address_is_written_nowhere_and_may_be_renewed(job, hub, pictures, tmp_path):
-    folder = Path(shutil.make_archive(str(tmp_path / "p"), "zip", pictures))
+def test_the_key_in_an_address_is_written_nowhere_and_may_be_renewed(job, hub, images, tmp_path):
+    folder = Path(shutil.make_archive(str(tmp_path / "p"), "zip", images))
     hub.plain["/files/p.zip"] = folder.read_bytes()
     asked = {"CACHE_PATH": str(tmp_path / "cache"), "PARAMS_MAX_STEPS": "1"}
     code, printed = job.run(DATASET_NAME=f"{hub.endpoint}/files/p.zip?key=canary", **asked)
@@ -118,10 +118,10 @@ def test_weights_in_the_image_need_no_network(hub, tmp_path):
     assert baked.path == str(folder) and baked.commit == commit
     found = fetch_model(
         baked,
-        patterns=family("sdxl").FACTS.files,
+        patterns=get_family("sdxl").FACTS.files,
         token=None,
         hub_cache=tmp_path / "none",
-        patience=Patience(budget=0.0),
+        retries=RetryPolicy(budget=0.0),
     )
     assert found.path == str(folder) and not (tmp_path / "none").exists()
     asked_for = ModelPlan("sdxl", "sdxl", model.source, revision="fp16")

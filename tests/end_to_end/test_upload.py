@@ -21,7 +21,7 @@ from trainer.spec.errors import GatedError, SettingsError
 
 ROOT = Path(__file__).parents[2]
 TOKEN, READER = "hf_canaryWRITEtoken", "hf_canaryREADtoken"
-QUICK = http.Patience(budget=1.0, first_wait=0.05, longest_wait=0.2, timeout=2.0)
+QUICK = http.RetryPolicy(budget=1.0, first_wait=0.05, longest_wait=0.2, timeout=2.0)
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +214,7 @@ def wait_for(condition):
 # ---- whole jobs
 
 SHORT = "import dataclasses, sys; from entrypoint.fetch import http, upload;"
-SHORT += "upload.AT_START = upload.AT_END = net.Patience(1.0, 0.05, 0.2, 2.0);"
+SHORT += "upload.AT_START = upload.AT_END = net.RetryPolicy(1.0, 0.05, 0.2, 2.0);"
 SHORT += "from entrypoint.__main__ import main; sys.exit(main([]))"
 
 

@@ -83,7 +83,7 @@ def image(data: bytes) -> None:
 def lora(data: bytes) -> None:
     place = folder() / "x.safetensors"
     place.write_bytes(data)
-    inspect.survey(safetensors_header.read_header(place), "flux")
+    inspect.summarize(safetensors_header.read_header(place), "flux")
 
 
 def weights(data: bytes) -> None:
@@ -176,15 +176,15 @@ def make_corpus() -> None:
             info.size = 40
             tar.addfile(info, io.BytesIO(b"text" * 10))
         made["archives"][f"tar.{kind}" if kind else "tar"] = buffer.getvalue()
-    picture = Image.fromarray(np.arange(8 * 6 * 3, dtype=np.uint8).reshape(6, 8, 3))
+    image = Image.fromarray(np.arange(8 * 6 * 3, dtype=np.uint8).reshape(6, 8, 3))
     for kind in ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"):
         buffer = io.BytesIO()
         exif = Image.Exif()
         exif[274] = 6
         if kind in ("PNG", "JPEG"):
-            picture.save(buffer, kind, exif=exif)
+            image.save(buffer, kind, exif=exif)
         else:
-            picture.save(buffer, kind)
+            image.save(buffer, kind)
         made["images"][kind.lower()] = buffer.getvalue()
     stem = "lora_unet_double_blocks_0_img_attn_qkv"
     tensors = {

@@ -63,19 +63,19 @@ def test_the_gradient_may_be_laid_out_in_any_way(compiled):
     mend()
     tokens, dim = (1088, 64) if compiled else (1216, 64)  # of a size that nothing else has used
 
-    def attended(q, k, v, beside):
+    def attended(q, k, v, extra):
         out = scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return torch.cat([out, beside], 2) if beside is not None else out
+        return torch.cat([out, extra], 2) if extra is not None else out
 
     run = torch.compile(attended) if compiled else attended
     generator = torch.Generator("cuda").manual_seed(0)
     for more in (4 * HEADS * dim, 0, 3, 8):  # numbers beside it in each row
         q, k, v, g = (placed(tokens, dim, generator) for _ in "qkvg")
         g = g.transpose(1, 2).flatten(2)
-        beside = torch.zeros(2, tokens, more, device="cuda", dtype=g.dtype) if more else None
+        extra = torch.zeros(2, tokens, more, device="cuda", dtype=g.dtype) if more else None
         given = [t.detach().requires_grad_() for t in (q, k, v)]
-        wide = g if beside is None else torch.cat([g, beside], 2)
-        found = torch.autograd.grad(run(*given, beside), given, wide)
+        wide = g if extra is None else torch.cat([g, extra], 2)
+        found = torch.autograd.grad(run(*given, extra), given, wide)
         exact = [t.detach().float().requires_grad_() for t in (q, k, v)]
         with sdpa_kernel([SDPBackend.MATH]):
             wanted = torch.autograd.grad(attended(*exact, None), exact, g.float())

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.engine.cuda_graphs import Direct, Replayed
+from trainer.engine.cuda_graphs import EagerStep, GraphStep
 from trainer.engine.execution import Engine
 from trainer.engine.kernels import reference
 from trainer.engine.memory import checkpointing
 from trainer.engine.memory.activation_offload import Offload
 from trainer.engine.quantization import formats
-from trainer.spec.adapter_columns import room_for
+from trainer.spec.adapter_columns import padding_for
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,8 +50,8 @@ def test_weights_are_restored_to_the_same_bits(shape, dtype):
     values, scale = reference.quantize_rows(torch.randn(shape, device="cuda"), None, dtype)
     for kind in (torch.bfloat16, torch.float16):
         given = values, scale.t().contiguous(), kind
-        assert quantize_triton.reads(values) and torch.equal(
-            quantize_triton.restored(*given), reference.restored(*given)
+        assert quantize_triton.can_dequantize(values) and torch.equal(
+            quantize_triton.dequantize_rows(*given), reference.dequantize_rows(*given)
         )
 
 
@@ -77,16 +77,16 @@ def test_adapters_beside_a_product_are_those_of_plain_torch(rank):
         torch.randn(rank, k, device="cuda").bfloat16() / k**0.5,
         torch.randn(n, rank, device="cuda").bfloat16() * 0.2,
     )
-    room, h = room_for(rank, k), x @ down.t()
+    room, h = padding_for(rank, k), x @ down.t()
     (x8, x_scale), (w8, w_scale) = (
         quantize_triton.quantize_rows(x, None, dtype, room),
         reference.quantize_weight(w, dtype),
     )
-    w8 = reference.widened(w8, room)
-    plain = formats.fp8_product(x8, x_scale, w8, w_scale, None, None, None, k, formats.OF_INPUTS)
+    w8 = reference.pad_columns(w8, room)
+    plain = formats.fp8_product(x8, x_scale, w8, w_scale, None, None, None, k, formats.FORWARD_SCALE)
     other = x8.clone(), w8.clone()
-    found = formats.fp8_product(x8, x_scale, w8, w_scale, None, h, up, k, formats.OF_INPUTS)
-    reference.beside(other[0], x_scale, h, other[1], w_scale, up, k, formats.OF_INPUTS)
+    found = formats.fp8_product(x8, x_scale, w8, w_scale, None, h, up, k, formats.FORWARD_SCALE)
+    reference.append_adapter_columns(other[0], x_scale, h, other[1], w_scale, up, k, formats.FORWARD_SCALE)
     written = slice(k, None)
     for ours, theirs in zip((x8, w8), other, strict=True):
         assert same_bits(ours[:, written].contiguous(), theirs[:, written].contiguous()) > 0.998
@@ -98,15 +98,15 @@ def test_adapters_beside_a_product_are_those_of_plain_torch(rank):
 @pytest.mark.parametrize("width", [640, 5120, 15360])
 def test_a_product_has_a_bias_however_few_rows_there_are(width, rows):
     """cuBLAS has no kernel for some of them: SDXL's second half of an MLP in small pictures."""
-    room, n = room_for(16, width), 640
+    room, n = padding_for(16, width), 640
     x, w = torch.randn(rows, width, device="cuda").bfloat16(), torch.randn(n, width, device="cuda") * 0.05
     bias, h = (torch.randn(*shape, device="cuda").bfloat16() for shape in ((n,), (rows, 16)))
     up = torch.randn(n, 16, device="cuda").bfloat16() * 0.02
     x8, x_scale = reference.quantize_rows(x, None, torch.float8_e4m3fn, room)
     w8, w_scale = reference.quantize_weight(w, torch.float8_e4m3fn)
     values = (x8[:, :width].double() * x_scale) @ (w8.double() * w_scale.t()).t() + h.double() @ up.double().t()
-    w8 = reference.widened(w8, room)
-    found = formats.fp8_product(x8, x_scale, w8, w_scale, bias, h, up, width, formats.OF_INPUTS)
+    w8 = reference.pad_columns(w8, room)
+    found = formats.fp8_product(x8, x_scale, w8, w_scale, bias, h, up, width, formats.FORWARD_SCALE)
     assert ((found.double() - values - bias.double()).norm() / values.norm()).item() < 1e-2
 
 
@@ -122,7 +122,7 @@ def test_gates_and_sums_are_those_of_plain_torch(width):
         (x[:, 5:], gate, y[:, 5:]),
         (x.transpose(1, 2).contiguous().transpose(1, 2), gate, y),
     ):
-        assert torch.equal(quantize_triton.gated(*given), reference.gated(*given))
+        assert torch.equal(quantize_triton.gated_residual(*given), reference.gated_residual(*given))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -167,12 +167,12 @@ def test_what_waits_on_the_host_takes_no_memory_and_gives_the_same_bits(recorded
                 found = model(given["x"]).float().square().mean()
             return found, found
 
-        runner = (Replayed if recorded else Direct)(params)
+        runner = (GraphStep if recorded else EagerStep)(params)
         random, found = torch.Generator("cuda").manual_seed(1), []
         for rows in (8192, 8192, 4096, 8192, 8192):
             runner.clear()
             runner(work, {"x": torch.randn(rows, 256, device="cuda", generator=random).bfloat16()})
-            found.append(runner.flat.clone())
+            found.append(runner.flat_grad.clone())
         torch.cuda.synchronize()
         runner.clear()
         torch.cuda.reset_peak_memory_stats()
@@ -180,9 +180,9 @@ def test_what_waits_on_the_host_takes_no_memory_and_gives_the_same_bits(recorded
         if not recorded:
             runner(work, {"x": torch.randn(8192, 256, device="cuda", generator=random).bfloat16()})
             torch.cuda.synchronize()
-        assert not recorded or (not runner.short_of_memory and all(runner.recorded.values()))
+        assert not recorded or (not runner.short_of_memory and all(runner.captured.values()))
         held = torch.cuda.memory_reserved() if recorded else torch.cuda.max_memory_allocated() - before
-        runner.drop()
+        runner.release()
         return found, held
 
     (wanted, whole), (found, less) = steps(contextlib.nullcontext()), steps(offload)
@@ -249,14 +249,14 @@ def test_a_replayed_step_has_the_gradient_of_one_that_is_launched(compiled):
         for rows, drop in ((8, False), (8, False), (4, False), (8, True), (8, False)):
             runner.clear()
             if drop:
-                runner.drop()
+                runner.release()
             for _ in range(2):  # accumulated
                 x, y = (torch.randn(rows, 256, device="cuda", generator=random) for _ in "xy")
                 told = runner(work, {"x": x, "y": y, "share": torch.full((), 0.25, device="cuda")})
             found.append([told.clone(), *(p.grad.clone() for p in params)])
         return found
 
-    replayed, launched = steps(Replayed(params)), steps(Direct(params))
+    replayed, launched = steps(GraphStep(params)), steps(EagerStep(params))
     for a, b in zip(replayed, launched, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
@@ -272,7 +272,7 @@ def test_after_a_recording_that_fails_random_numbers_are_drawn(compiled):
         found = (params[0] * given["x"]).sum()
         return found, found
 
-    runner = Replayed(params)
+    runner = GraphStep(params)
     for _ in range(2):
         runner(work, {"x": torch.ones(8, device="cuda")})
     assert runner.short_of_memory and torch.equal(params[0].grad, torch.full((8,), 2.0, device="cuda"))

@@ -89,14 +89,14 @@ def test_queries_and_keys_are_turned_as_in_plain_torch(heads, dim, several):
     first, second = (normal(2, n, 3 * heads * dim, seed=n) if n else None for n in lengths)
     norms = [normal(dim, seed=i) for i in range(4)]
     more = norms[2:] if several else [None, None]
-    turns = [normal(133, dim, seed=7 + i).float() for i in range(2)]
-    options = (first, *norms[:2], second, *more, *turns, 1e-6)
+    transposes = [normal(133, dim, seed=7 + i).float() for i in range(2)]
+    options = (first, *norms[:2], second, *more, *transposes, 1e-6)
     for found, wanted in zip(rope_triton.rotate(*options), rope_reference.rotate(*options), strict=True):
         assert found.shape == wanted.shape and (not wanted.numel() or error(found, wanted) < 1e-3)
     gs = [normal(2, 133, heads, dim, seed=20 + i) for i in range(3)]
     sources = [(first, norms[:2], 0), *([(second, norms[2:], lengths[0])] if several else [])]
     for source, weights, offset in sources:
-        options = (source, *weights, *turns, *gs, offset, 1e-6)
+        options = (source, *weights, *transposes, *gs, offset, 1e-6)
         found, wanted = rope_triton.rotate_gradient(*options), rope_reference.rotate_gradient(*options)
         assert error(found, wanted) < 2e-3
 

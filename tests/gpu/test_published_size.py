@@ -5,7 +5,7 @@ import torch
 
 from bench import full_size, layouts
 from trainer.base_model import single_file
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1800)]
 
@@ -21,5 +21,5 @@ def test_a_full_size_model_takes_two_gib_of_the_host_at_most(name, layout, dtype
     assert row["assembled_own_gib"] < 2 and row["placed_own_gib"] < 2
     there = sum(t.nbytes for t in (*denoiser.parameters(), *denoiser.buffers())) / layouts.GIB
     assert row["device_peak_gib"] < 1.1 * there + 1
-    folder = single_file.assembled(plan, tmp_path / "cache") / family(name).FACTS.parts["denoiser"]
+    folder = single_file.convert_single_files(plan, tmp_path / "cache") / get_family(name).FACTS.parts["denoiser"]
     assert layouts.wrong(folder) == []

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.spec.family import names
+from trainer.spec.family import family_names
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANS, SEED = int(os.environ.get("PLANS", "100")), int(os.environ.get("SEED", "0"))
@@ -56,6 +56,6 @@ def test_no_plan_runs_out_of_memory_once_it_is_rehearsed():
     ran = [r for r in rows if r["kind"] == "ran"]
     lower = Counter(r["rungs"] for r in ran)
     assert len(rows) - len(ran) >= 3 and lower[0] >= 10 and lower[1] >= 8  # the first are those that were refused
-    assert sum(count for rungs, count in lower.items() if rungs > 1) >= 10
+    assert sum(count for fallbacks, count in lower.items() if fallbacks > 1) >= 10
     assert sum(r["recorded"] for r in ran) >= 8 and any(r["compile"] == "true" for r in ran)
-    assert {r["family"] for r in ran if r["rungs"]} == set(names())
+    assert {r["family"] for r in ran if r["rungs"]} == set(family_names())

@@ -14,7 +14,7 @@ from entrypoint.processes import supervise
 from entrypoint.processes.supervise import Limit, Times, supervised
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICK = Times(0.02, 0.05, 0.3, 0.3, http.Patience(budget=0.3, first_wait=0.02, timeout=2.0))
+QUICK = Times(0.02, 0.05, 0.3, 0.3, http.RetryPolicy(budget=0.3, first_wait=0.02, timeout=2.0))
 
 
 @pytest.fixture(autouse=True)
@@ -172,7 +172,7 @@ import sys
 from entrypoint.fetch import http
 from entrypoint.processes import supervise
 from entrypoint.__main__ import main
-supervise.USUAL = supervise.Times(0.02, 0.05, 0.3, 5.0, http.Patience(budget=1.0, first_wait=0.05))
+supervise.USUAL = supervise.Times(0.02, 0.05, 0.3, 5.0, http.RetryPolicy(budget=1.0, first_wait=0.05))
 sys.exit(main([]))
 """
 

@@ -15,7 +15,7 @@ from entrypoint.runpod import api as runpod_api
 from entrypoint.runpod.api import RunPod
 from tests.support.pod import KEY, violations
 
-QUICK = http.Patience(budget=3.0, first_wait=0.01, longest_wait=0.05, timeout=2.0)
+QUICK = http.RetryPolicy(budget=3.0, first_wait=0.01, longest_wait=0.05, timeout=2.0)
 JOB = {"BASE_MODEL": "flux", "DATASET_NAME": "org/pictures", "PARAMS_MAX_EPOCHS": "3", "HF_HOME": "/home/me/hf"}
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = ("--image", "ghcr.io/me/kiln:0.1.0")

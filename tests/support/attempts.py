@@ -33,7 +33,7 @@ import torch
 from entrypoint.system.hardware import detect
 from tests.support.random_plans import Drawn, Ground, drawn
 from trainer.data.batches import micro_batch
-from trainer.engine.cuda_graphs import Direct
+from trainer.engine.cuda_graphs import EagerStep
 from trainer.engine.device import limit_memory, release
 from trainer.job import build
 from trainer.job.prepare import Ready
@@ -41,8 +41,8 @@ from trainer.job.session import Session
 from trainer.job.status import Status
 from trainer.job.watchdog import Watchdog
 from trainer.spec.errors import KilnError, OutOfMemoryError, SettingsError
-from trainer.spec.family import family
-from trainer.training.distributed import Team
+from trainer.spec.family import get_family
+from trainer.training.distributed import Workers
 from trainer.training.stop_flag import StopFlag
 
 GIB = 2**30
@@ -53,7 +53,7 @@ class Outcome:
     """What became of a plan."""
 
     kind: str = "refused"  # refused, ran or failed
-    rungs: int = 0  # that it went down
+    fallbacks: int = 0  # that it went down
     recorded: bool = False  # whether its steps were, from beginning to end
     notes: dict[str, int] = field(default_factory=dict)  # memory that ran out later and was made do without
     why: str = ""
@@ -65,7 +65,7 @@ class Outcome:
     def __str__(self) -> str:
         if self.kind != "ran":
             return self.kind
-        return f"ran {self.rungs} rungs lower" if self.rungs else "ran as planned"
+        return f"ran {self.fallbacks} rungs lower" if self.fallbacks else "ran as planned"
 
 
 HALVED, UNDRAWN = "pictures at once; from now on", "no memory to draw"
@@ -99,8 +99,10 @@ def told() -> Iterator[Told]:
 def session(ready: Ready, out: Path) -> Session:
     """As `trainer.job.run` makes it."""
     plan = ready.plan
-    trainee = build.build_trainee(plan, family(plan.model.family), model=Path(plan.model.path), total=ready.total)
-    return build.session_of(ready, trainee, out, StopFlag(), dog=Watchdog(0.0), team=Team())
+    training_state = build.build_training_state(
+        plan, get_family(plan.model.family), model=Path(plan.model.path), total=ready.total
+    )
+    return build.session_of(ready, training_state, out, StopFlag(), watchdog=Watchdog(0.0), workers=Workers())
 
 
 def capped(made: Session, room: float) -> tuple[float, float, float]:
@@ -109,7 +111,7 @@ def capped(made: Session, room: float) -> tuple[float, float, float]:
     No cap where the host has no memory for that step.
     """
     low, its = torch.cuda.memory_allocated(), made.runner
-    made.runner = Direct(its.params, its.wholes, its.around)
+    made.runner = EagerStep(its.params, its.wholes, its.around)
     torch.cuda.reset_peak_memory_stats()
     fits = made._rehearsed([micro_batch(made.cache, batch) for batch in made.largest(made.order.epoch(0))])
     assert fits or made.plan.engine.host_gib == 0
@@ -159,17 +161,17 @@ def _attempt(ready: Ready, out: Path, room: float, *, found: Outcome, said: Told
     made = session(ready, out)
     if ready.plan.engine.device == "cuda":
         found.gib = capped(made, room)
-    rungs = len(made.engine.rungs)
+    fallbacks = len(made.engine.fallbacks)
     try:
         made.rehearse()
     except SettingsError as problem:
         assert "Fix: lower PARAMS_BATCH_SIZE" in str(problem)
         found.why = str(problem)
         return
-    found.kind, found.rungs, rehearsed = "ran", rungs - len(made.engine.rungs), len(said.lines)
-    found.way = " ".join(map(str, made.engine.rungs[0]))
-    assert said.count("Instead of") == found.rungs  # each is told
-    recorded = made.runner.recording and not made.runner.short_of_memory
+    found.kind, found.fallbacks, rehearsed = "ran", fallbacks - len(made.engine.fallbacks), len(said.lines)
+    found.way = " ".join(map(str, made.engine.fallbacks[0]))
+    assert said.count("Instead of") == found.fallbacks  # each is told
+    recorded = made.runner.capturing and not made.runner.short_of_memory
     try:
         made.train(Status(out), first=0)
     except (torch.OutOfMemoryError, OutOfMemoryError):
@@ -179,7 +181,7 @@ def _attempt(ready: Ready, out: Path, room: float, *, found: Outcome, said: Told
         found.kind, found.why = "failed", short[0]
     notes = {what: said.count(what, rehearsed) for what in (GIVEN_UP, UNRECORDED)}
     found.notes = {what: count for what, count in notes.items() if count}
-    found.recorded = recorded and made.runner.recording and not found.notes
+    found.recorded = recorded and made.runner.capturing and not found.notes
     assert found.why or (out / "x.safetensors").is_file()
 
 
@@ -199,7 +201,7 @@ def main(arguments: list[str]) -> int:
     rows, started = [], time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         ground = Ground(Path(folder), detect())
-        assert ground.models and ground.found.pictures
+        assert ground.models and ground.found.images
         print(f"Made ready in {time.monotonic() - started:.1f} s.", file=sys.stderr)
         for seed in range(asked.seed, asked.seed + asked.plans):
             of = drawn(seed, ground.hardware)

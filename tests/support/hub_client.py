@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from entrypoint.fetch.fetch import fetch_model, fetch_source
-from entrypoint.fetch.http import Patience
+from entrypoint.fetch.http import RetryPolicy
 from entrypoint.planning.preflight import preflight
 from trainer.spec.errors import KilnError
 from trainer.spec.plan import ModelPlan, Plan, Source
@@ -32,20 +32,18 @@ class Lines(logging.Handler):
 
 
 def call(job: dict[str, Any]) -> dict[str, Any]:
-    patience, token, hub_cache = Patience(**job["patience"]), job["token"], Path(job["hub_cache"])
+    retries, token, hub_cache = RetryPolicy(**job["patience"]), job["token"], Path(job["hub_cache"])
     if job["call"] == "model":
         model = ModelPlan(base="flux", family="flux", source=job["source"], **job["fields"])
         patterns = tuple(job["patterns"])
         return dataclasses.asdict(
-            fetch_model(model, patterns=patterns, token=token, hub_cache=hub_cache, patience=patience)
+            fetch_model(model, patterns=patterns, token=token, hub_cache=hub_cache, retries=retries)
         )
     if job["call"] == "source":
         source = Source(kind=job["kind"], location=job["source"], **job["fields"])
         cache = Path(job["cache"])
-        return dataclasses.asdict(
-            fetch_source(source, cache=cache, token=token, hub_cache=hub_cache, patience=patience)
-        )
-    preflight(Plan.from_json(json.dumps(job["plan"])), token=token, hub_cache=hub_cache, patience=patience)
+        return dataclasses.asdict(fetch_source(source, cache=cache, token=token, hub_cache=hub_cache, retries=retries))
+    preflight(Plan.from_json(json.dumps(job["plan"])), token=token, hub_cache=hub_cache, retries=retries)
     return {}
 
 

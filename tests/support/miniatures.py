@@ -5,14 +5,14 @@ from pathlib import Path
 import torch
 from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline
 
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 
 PIPELINES = {"flux": FluxPipeline, "sdxl": StableDiffusionXLPipeline, "sd3": StableDiffusion3Pipeline}
 FAMILIES = tuple(PIPELINES)
 
 
 def folder(name):
-    return Path(family(name).FACTS.models[f"mini-{name}"].source)
+    return Path(get_family(name).FACTS.models[f"mini-{name}"].source)
 
 
 def pipeline(name):

@@ -26,10 +26,10 @@ from entrypoint.settings.read import read_settings
 from entrypoint.system.hardware import Hardware
 from trainer.data.encode import open_cache
 from trainer.data.records import Scan
-from trainer.data.scan import survey
+from trainer.data.scan import scan
 from trainer.engine.memory.checkpointing import POLICIES
 from trainer.job.prepare import Ready, _fill_cache, order_of
-from trainer.spec.family import base_models, family, names
+from trainer.spec.family import base_models, family_names, get_family
 from trainer.spec.optimizers import OPTIMIZERS
 from trainer.spec.plan import Plan, Prompt
 
@@ -82,7 +82,7 @@ def drawn(seed: int, hardware: Hardware) -> Drawn:
     rng, scale = random.Random(f"plan {seed}"), SCALES[hardware.device]
     cuda = hardware.device == "cuda"
     compiled = cuda and seed % COMPILED == COMPILED // 2
-    name = "sd3" if compiled else rng.choice(names())
+    name = "sd3" if compiled else rng.choice(family_names())
     precision = rng.choices(hardware.formats, [OFTEN.get(p, 1) for p in hardware.formats])[0]
     recompute = rng.choice(("attention", "all") if compiled else tuple(POLICIES))
     places = {"all": ("activations", "weights"), "attention": ("activations",)}.get(recompute, ())
@@ -108,7 +108,7 @@ def drawn(seed: int, hardware: Hardware) -> Drawn:
         "kept_blocks": rng.choice((0, 0, 1, 2)) if recompute in ("products", "attention") and offload == "none" else 0,
         "offload": offload,
         "turned_weights": (precision, recompute, offload) == ("fp8", "none", "none") and rng.random() < 0.5,
-        "replay": hardware.records and rng.random() < 0.9,
+        "replay": hardware.can_capture and rng.random() < 0.9,
         "host_gib": rng.choice((None, None, 0.0)),  # 0: the weights have no place on the host
     }
     datasets = tuple(
@@ -128,7 +128,7 @@ def miniature(name: str) -> Path:
 
 def wide(name: str) -> Any:
     """The denoiser of a few blocks that are as wide as published ones, for the miniature's texts."""
-    place = miniature(name) / family(name).FACTS.parts["denoiser"]
+    place = miniature(name) / get_family(name).FACTS.parts["denoiser"]
     config = json.loads((place / "config.json").read_text())
     return getattr(diffusers, config["_class_name"]).from_config({**config, **WIDE[name]})
 
@@ -146,12 +146,12 @@ class Ground:
 
     @cached_property
     def models(self) -> dict[str, Path]:
-        return {name: miniature(name) if self.device == "cpu" else self.written(name) for name in names()}
+        return {name: miniature(name) if self.device == "cpu" else self.written(name) for name in family_names()}
 
     def written(self, name: str) -> Path:
         """The miniature with a wide denoiser in its place, and with texts as long as published models have them."""
         small, folder = miniature(name), self.folder / name
-        place = folder / family(name).FACTS.parts["denoiser"]
+        place = folder / get_family(name).FACTS.parts["denoiser"]
         shutil.copytree(small, folder, ignore=lambda at, _: [WEIGHTS] if Path(at).name == place.name else [])
         with random_weights(self.device):
             wide(name).save_pretrained(place)
@@ -162,7 +162,7 @@ class Ground:
         return folder
 
     @cached_property
-    def pictures(self) -> Path:
+    def images(self) -> Path:
         folder = self.folder / "pictures"
         folder.mkdir()
         for i, size in enumerate(PICTURES):
@@ -173,10 +173,10 @@ class Ground:
     @cached_property
     def found(self) -> Scan:
         """The same for all plans: each has two datasets of the same pictures."""
-        return survey(self.plan(drawn(0, self.hardware)).data, workers=0)
+        return scan(self.plan(drawn(0, self.hardware)).data, workers=0)
 
     def plan(self, of: Drawn) -> Plan:
-        subsets = [{"image_dir": str(self.pictures), "caption_extension": ".txt"}]
+        subsets = [{"image_dir": str(self.images), "caption_extension": ".txt"}]
         datasets = [{**dataset, "subsets": subsets} for dataset in of.datasets]
         asked = {
             "BASE_MODEL": f"mini-{of.family}", "OUTPUT_PATH": str(self.folder / "out"), "OUTPUT_NAME": "x",
@@ -212,8 +212,8 @@ class Ground:
 
     def ready(self, plan: Plan) -> Ready:
         """What `prepare.ready` gives, of pictures that were looked at before."""
-        kind, model = family(plan.model.family), Path(plan.model.path)
+        kind, model = get_family(plan.model.family), Path(plan.model.path)
         cache = open_cache(Path(plan.output.cache), model, precision=plan.engine.dtype)
         made = Ready(plan, self.found, order_of(plan, self.found), cache, None)
-        _fill_cache(made, kind=kind, model=model, tick=lambda: None)
+        _fill_cache(made, kind=kind, model=model, check_in=lambda: None)
         return made

@@ -12,7 +12,7 @@ from entrypoint.planning.single_files import patterns
 from entrypoint.settings.read import read_settings
 from tests.support.machines import CPU
 from trainer.base_model import single_file
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 
 
 def loaded(tmp_path: Path, name: str, **variables: str) -> Path:
@@ -21,6 +21,6 @@ def loaded(tmp_path: Path, name: str, **variables: str) -> Path:
     settings = read_settings({"BASE_MODEL": f"mini-{name}", "DATASET_NAME": str(tmp_path / "pictures"), **variables})
     manifest = read_manifest(settings.dataset_config, settings.sample_prompts)
     plan = make_plan(settings, manifest, CPU, now=datetime(2025, 1, 1, tzinfo=UTC))
-    needed = patterns(family(name).FACTS, plan.model.parts)
+    needed = patterns(get_family(name).FACTS, plan.model.parts)
     model = fetch_model(plan.model, patterns=needed, token=None)
-    return single_file.assembled(model, tmp_path / "cache")
+    return single_file.convert_single_files(model, tmp_path / "cache")

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from trainer.data.batches import MicroBatch
 from trainer.engine import flat_parameters
-from trainer.engine.cuda_graphs import Direct
+from trainer.engine.cuda_graphs import EagerStep
 from trainer.training import distributed
 from trainer.training.loop import train
 from trainer.training.objective import FlowMatching
@@ -52,26 +52,26 @@ class Model(torch.nn.Module):
         return (out + self.rare(x) if batch.text["rare"].all() else out).view_as(noisy)
 
 
-def trained(team, case):
+def trained(workers, case):
     """The steps, and the weights after them. In cases that begin with "joined", these are views of a longer one."""
     model, number = Model(), 0
-    model.fails = 2 if case in ("memory", "joined memory") and team.rank == team.size - 1 else 0
+    model.fails = 2 if case in ("memory", "joined memory") and workers.process_rank == workers.size - 1 else 0
     groups = []
     for i, sizes in enumerate(STEPS, 1):
         every = []
         for at, count in enumerate(sizes):
             number += 1
             every.append(micro_batch(number, count, bad=case == "bad" and i == BAD and at == 1))
-        groups.append((1, every[team.rank :: team.size]))
+        groups.append((1, every[workers.process_rank :: workers.size]))
     params = [*model.parameters()]
     wholes = flat_parameters.joined("adamw", params) if case.startswith("joined") else params
     optimizer = torch.optim.AdamW(wholes, lr=0.02, weight_decay=0.5)
-    guard, runner = Guard(), Direct(params, wholes)
+    guard, runner = Guard(), EagerStep(params, wholes)
     steps = []
     for step in train(
         groups,
         predict=model,
-        goal=FlowMatching(),
+        objective=FlowMatching(),
         params=wholes,
         optimizer=optimizer,
         schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
@@ -81,32 +81,32 @@ def trained(team, case):
         seed=7,
         first_step=1,
         runner=runner,
-        team=team,
+        workers=workers,
     ):
         assert all(p.grad is grad for p, grad in runner.owners)
-        steps.append([step.loss, step.grad_norm, step.images, step.skipped, team.stopping])
-        if case == "stop" and team.first and step.number == 2:
-            team._stop.signal = 15
-        if team.stopping:
+        steps.append([step.loss, step.grad_norm, step.images, step.skipped, workers.stopping])
+        if case == "stop" and workers.is_first and step.number == 2:
+            workers._stop.signal = 15
+        if workers.stopping:
             break
-    team.check_same(wholes)
+    workers.check_same(wholes)
     if case == "apart":
         with torch.no_grad():
-            params[0][0, 0] += team.rank
-        team.check_same(wholes)
+            params[0][0, 0] += workers.process_rank
+        workers.check_same(wholes)
     return steps, {name: p.detach() for name, p in model.named_parameters()}, guard.state()
 
 
 def main():
     torch.set_num_threads(1)
-    team = distributed.team(2, os.environ, StopFlag())
-    team.join("cpu")
+    workers = distributed.workers_from_environment(2, os.environ, StopFlag())
+    workers.connect("cpu")
     for case in sys.argv[1:]:
-        steps, weights, guard = trained(team, case)
-        path = Path(os.environ["RESULTS"]) / f"{case}-{team.rank}"
+        steps, weights, guard = trained(workers, case)
+        path = Path(os.environ["RESULTS"]) / f"{case}-{workers.process_rank}"
         save_file(weights, f"{path}.safetensors")
         path.with_suffix(".json").write_text(json.dumps({"steps": steps, "guard": guard}))
-    team.leave()
+    workers.disconnect()
 
 
 if __name__ == "__main__":

@@ -77,11 +77,11 @@ def test_the_nearest_aspect_ratio_is_chosen(width, height, resolution, step):
     assert (width, height) == chosen or abs(chosen[0] / chosen[1] - width / height) == best
 
 
-def covers(cut, picture) -> bool:
+def covers(cut, image) -> bool:
     """Both sides reach the bucket, at least one of them just so, and the shape stays as it was up to a pixel."""
     (sw, sh), (bw, bh) = cut.scaled, cut.size
     just = sw == bw or sh == bh
-    same = abs(sw - sh * picture[0] / picture[1]) <= max(1, picture[0] / picture[1]) or sw == bw
+    same = abs(sw - sh * image[0] / image[1]) <= max(1, image[0] / image[1]) or sw == bw
     return sw >= bw and sh >= bh and just and same
 
 
@@ -124,11 +124,11 @@ def test_no_upscale_by_example():
 
 
 def test_real_shapes():
-    for picture, size in {
+    for image, size in {
         (4032, 3024): (576, 448),
         (3024, 4032): (448, 576),
         (1920, 1080): (640, 384),
         (1000, 1000): (512, 512),
         (300, 3000): (256, 1024),
     }.items():
-        assert fit(picture, dataset()).size == size
+        assert fit(image, dataset()).size == size

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from trainer.data import caption_files, captions
 from trainer.data.caption_files import decode, match_names, read_metadata, read_sidecar
-from trainer.data.captions import Text, clean, compose, dropped, process
+from trainer.data.captions import Caption, apply_pipeline, clean, compose_caption, dropped
 from trainer.spec.errors import DataError
 from trainer.spec.plan import Source, Subset
 
@@ -25,7 +25,7 @@ def subset(**keys) -> Subset:
 
 def outcomes(caption: str | None, **keys) -> set[str]:
     """All that 200 draws of the pipeline make of a caption."""
-    return {process(caption, subset(**keys), rng=random.Random(i), epoch=0) for i in range(200)}
+    return {apply_pipeline(caption, subset(**keys), rng=random.Random(i), epoch=0) for i in range(200)}
 
 
 # ---- text files
@@ -131,7 +131,7 @@ def test_a_missing_metadata_file_is_named(tmp_path):
 
 def test_entries_match_names_stems_and_paths_of_other_machines():
     entries = {
-        name: Text(name, "metadata")
+        name: Caption(name, "metadata")
         for name in ("a.png", "./b.png", "c", "/home/me/d.png", "/data/sub/e.png", "C:\\me\\f.png", "gone.png")
     }
     names = ["a.png", "b.png", "c.jpg", "c.png", "d.png", "sub/e.png", "f.png"]
@@ -201,7 +201,8 @@ def test_whole_captions_are_dropped_at_the_higher_rate():
     for keys, rate in (({"caption_dropout_rate": 0.3}, 0.1), ({"caption_dropout_rate": 0.1}, 0.3)):
         rng = random.Random(0)
         got = [
-            process("a", subset(**keys, trigger_word="sks"), rng=rng, epoch=0, dropout_rate=rate) for _ in range(4000)
+            apply_pipeline("a", subset(**keys, trigger_word="sks"), rng=rng, epoch=0, dropout_rate=rate)
+            for _ in range(4000)
         ]
         assert set(got) == {"", "sks, a"}
         assert abs(got.count("") / 4000 - 0.3) < 0.03
@@ -219,7 +220,7 @@ TAG = st.text(st.characters(categories=("L", "N", "Zs")), min_size=1, max_size=8
 @given(st.lists(TAG, max_size=8), st.integers(0, 9), st.booleans(), st.sampled_from([0.0, 0.5]), st.integers())
 def test_kept_tags_stay_in_place_and_nothing_is_invented(tags, keep, shuffle, rate, seed):
     keys = {"keep_tokens": keep, "shuffle_caption": shuffle, "caption_tag_dropout_rate": rate}
-    got = compose(", ".join(tags), subset(**keys), random.Random(seed))
+    got = compose_caption(", ".join(tags), subset(**keys), random.Random(seed))
     stripped = [t.strip() for t in tags]
     parts = [t.strip() for t in got.split(",")] if got else []
     assert parts[: min(keep, len(tags))] == stripped[:keep]
@@ -236,13 +237,13 @@ def test_kept_tags_stay_in_place_and_nothing_is_invented(tags, keep, shuffle, ra
 @given(st.text(), st.integers())
 def test_the_same_generator_gives_the_same_text(caption, seed):
     keys = {"enable_wildcard": True, "shuffle_caption": True, "caption_tag_dropout_rate": 0.3, "trigger_word": "sks"}
-    first, second = (compose(clean(caption), subset(**keys), random.Random(seed)) for _ in range(2))
+    first, second = (compose_caption(clean(caption), subset(**keys), random.Random(seed)) for _ in range(2))
     assert first == second and "sks" in first
 
 
 @given(st.text())
 def test_any_text_without_options_is_its_first_line(text):
-    assert compose(clean(text), subset(), random.Random(0)) == clean(text).split("\n")[0]
+    assert compose_caption(clean(text), subset(), random.Random(0)) == clean(text).split("\n")[0]
 
 
 def test_tag_frequency():

@@ -25,7 +25,7 @@ from entrypoint.system import folders
 from entrypoint.system.hardware import Hardware
 from tests.support.machines import CPU, FULL, LARGE_GPU, MINI, NOW
 from trainer.spec.errors import SettingsError, StorageError, UnreachableError
-from trainer.spec.family import base_models, family
+from trainer.spec.family import base_models, get_family
 from trainer.spec.plan import Plan
 
 SOURCES = {"tiny/__init__.py": "from inside import HERE\n", "tiny/dsl_packages/inside.py": "HERE = __file__\n"}
@@ -241,7 +241,7 @@ def test_native_is_native_although_it_is_there(planned):
 
 
 def test_a_model_that_cannot_switch_is_told_that_it_may_have_it(planned):
-    rigid = [base for base, (name, _) in base_models().items() if not family(name).FACTS.attention_backends]
+    rigid = [base for base, (name, _) in base_models().items() if not get_family(name).FACTS.attention_backends]
     for base in rigid:
         with pytest.raises(SettingsError, match=r"Allowed: auto, native, flash_4\."):
             planned(LARGE_GPU, "flex", base=base)

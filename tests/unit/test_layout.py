@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from entrypoint.fetch import model_folder
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 
 # As in the repositories of the Hub (2025), with what other frameworks and other precisions add.
 FLUX_NEEDED = """
@@ -61,14 +61,14 @@ text_encoder_3/model-00001-of-00002.fp16.safetensors text_encoder_3/model.safete
     ids=["flux", "sdxl", "sd3"],
 )
 def test_what_is_needed_is_brought_once(name, needed, more):
-    patterns, needed, more = family(name).FACTS.files, needed.split(), more.split()
+    patterns, needed, more = get_family(name).FACTS.files, needed.split(), more.split()
     assert [f for f in (*needed, *more) if model_folder.is_wanted(f, patterns)] == needed
     assert model_folder.problems([*needed, *more], patterns) == []
 
 
 def test_flux_takes_less_than_34_gigabytes():
     """Half of what its repository holds: the rest is the same weights in another format."""
-    facts = family("flux").FACTS
+    facts = get_family("flux").FACTS
     large = [f for f in FLUX_NEEDED.split() if f.endswith(".safetensors") and model_folder.is_wanted(f, facts.files)]
     assert len(large) == len(FLUX_SIZES)
     assert 33e9 < sum(FLUX_SIZES) < 34e9 and sum(FLUX_SIZES) / 2**30 == pytest.approx(
@@ -77,7 +77,7 @@ def test_flux_takes_less_than_34_gigabytes():
 
 
 def test_a_model_may_lack_its_optional_encoder_and_nothing_else():
-    patterns = family("sd3").FACTS.files
+    patterns = get_family("sd3").FACTS.files
     without = [f for f in SD3_NEEDED.split() if "_3/" not in f]
     assert model_folder.problems(without, patterns) == []
     assert model_folder.problems([f for f in without if "_2/" not in f], patterns) == [

@@ -386,10 +386,10 @@ def prompts_of(tmp_path: Path, text: str, *, name: str = "prompts.txt") -> Manif
 
 def test_a_line_is_a_prompt_with_flags(tmp_path):
     text = "\ufeff# comment\n\na cat, sitting --W 640 --h 384 --d 7 --s 12 --l 4.5 --g 3 --n blurry, dark \r\nA dog\n"
-    cat, dog = prompts_of(tmp_path, text).prompts
+    cat, watchdog = prompts_of(tmp_path, text).prompts
     assert (cat.text, cat.width, cat.height, cat.seed, cat.steps) == ("a cat, sitting", 640, 384, 7, 12)
     assert (cat.cfg, cat.guidance, cat.negative) == (4.5, 3.0, "blurry, dark")
-    assert dataclasses.astuple(dog)[1:] == ("A dog", *[None] * 7)
+    assert dataclasses.astuple(watchdog)[1:] == ("A dog", *[None] * 7)
 
 
 @pytest.mark.parametrize(
@@ -417,17 +417,23 @@ def test_a_bad_flag_names_its_line(tmp_path, line, word):
 def test_prompts_may_be_json(tmp_path):
     listed = ["a cat --w 512", {"prompt": "a dog", "width": 256, "scale": 3, "negative_prompt": "dark", "s": 4}]
     for shape in (listed, {"prompts": listed}):
-        cat, dog = prompts_of(tmp_path, json.dumps(shape), name="p.json").prompts
+        cat, watchdog = prompts_of(tmp_path, json.dumps(shape), name="p.json").prompts
         assert (cat.text, cat.width) == ("a cat", 512)
-        assert (dog.text, dog.width, dog.cfg, dog.negative, dog.steps) == ("a dog", 256, 3.0, "dark", 4)
+        assert (watchdog.text, watchdog.width, watchdog.cfg, watchdog.negative, watchdog.steps) == (
+            "a dog",
+            256,
+            3.0,
+            "dark",
+            4,
+        )
     assert len(read(None, json.dumps(listed)).prompts) == 2
 
 
 def test_prompts_may_be_toml(tmp_path):
     text = '[prompt]\nwidth = 256\nsample_steps = 9\n[[prompt.subset]]\nprompt = "a cat"\n'
     text += '[[prompt.subset]]\nprompt = "a dog"\nwidth = 512\n'
-    cat, dog = prompts_of(tmp_path, text, name="p.toml").prompts
-    assert (cat.text, cat.width, cat.steps) == ("a cat", 256, 9) and (dog.width, dog.steps) == (512, 9)
+    cat, watchdog = prompts_of(tmp_path, text, name="p.toml").prompts
+    assert (cat.text, cat.width, cat.steps) == ("a cat", 256, 9) and (watchdog.width, watchdog.steps) == (512, 9)
     assert prompts_of(tmp_path, 'prompts = ["a cat"]', name="q.toml").prompts[0].text == "a cat"
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from trainer.spec.family import base_models, family
-from trainer.spec.memory_model import BATCHES, TIGHT, Work, best, fastest, on_host, phases, predicted, ways
+from trainer.spec.family import base_models, get_family
+from trainer.spec.memory_model import BATCHES, TIGHT, Workload, best, fastest, on_host, phases, predicted, ways
 
 FLUX = base_models()["flux"][1].footprint
 # Rank 16, AdamW; Flux.1 at 1280 x 768 pixels, the others at 1024 x 1024: precision, batch, recompute, offload, GiB.
@@ -36,7 +36,7 @@ MEASURED = {
 
 
 def work(batch, pixels=1280 * 768):
-    return Work(pixels, batch, 16, "adamw")
+    return Workload(pixels, batch, 16, "adamw")
 
 
 @pytest.mark.parametrize(
@@ -95,11 +95,11 @@ def test_no_more_blocks_are_kept_than_there_are():
 
 
 def test_a_region_for_each_block_that_a_plan_may_keep_whole():
-    assert FLUX.regions == 19 + 38 and family("sd3").FACTS.models["sd3"].footprint.regions == 24
+    assert FLUX.regions == 19 + 38 and get_family("sd3").FACTS.models["sd3"].footprint.regions == 24
 
 
 def test_weights_are_streamed_before_4_bits_are_taken_and_after_all_that_stays():
-    small = Work(512 * 512, 1, 16, "adamw8bit")
+    small = Workload(512 * 512, 1, 16, "adamw8bit")
     choices = ways(FLUX, small, ["fp8", "nf4"])
     named = [(way.precision, way.offload == "weights") for way in choices]
     assert list(dict.fromkeys(named)) == [("fp8", False), ("fp8", True), ("nf4", False), ("nf4", True)]
@@ -117,7 +117,7 @@ def test_streamed_weights_are_counted_on_the_host():
 @pytest.mark.parametrize("have", [16, 24, 48, 80, 141, 192])
 def test_the_batch_is_the_fastest_that_fits_and_more_memory_is_never_slower(have):
     def tried(have):
-        works = [Work(1024 * 1024, batch, 16, "adamw") for batch in BATCHES]
+        works = [Workload(1024 * 1024, batch, 16, "adamw") for batch in BATCHES]
         found = [(w, best(FLUX, w, ways(FLUX, w, ["fp8"]), have_gib=have, host_gib=500)) for w in works]
         return [(w, way) for w, way in found if way.gib <= have * TIGHT]
 

@@ -29,23 +29,23 @@ def test_every_resolution_has_about_the_same_area_and_sides_that_the_families_ca
 @pytest.mark.parametrize("size", scenes.RESOLUTIONS)
 def test_pictures_are_rgb_between_0_and_1(size):
     rng = random.Random(0)
-    pictures = drawn([scenes.random_scene(rng) for _ in range(20)], size)
-    assert pictures.shape == (20, 3, *size)
-    assert pictures.min() >= 0
-    assert pictures.max() <= 1
+    images = drawn([scenes.random_scene(rng) for _ in range(20)], size)
+    assert images.shape == (20, 3, *size)
+    assert images.min() >= 0
+    assert images.max() <= 1
 
 
 def test_a_thing_has_its_colour_at_its_place():
     thing = scenes.Thing("square", "red", "plain", "grey", "big", "on the left", 0.25, 0.5, 0.2)
-    picture = drawn([scenes.Scene(scenes.Background("plain", "blue", "white"), (thing,))])[0]
-    assert torch.allclose(picture[:, 64, 32], torch.tensor(scenes.COLOURS["red"]))
-    assert torch.allclose(picture[:, 64, 100], torch.tensor(scenes.COLOURS["blue"]))
+    image = drawn([scenes.Scene(scenes.Background("plain", "blue", "white"), (thing,))])[0]
+    assert torch.allclose(image[:, 64, 32], torch.tensor(scenes.COLOURS["red"]))
+    assert torch.allclose(image[:, 64, 100], torch.tensor(scenes.COLOURS["blue"]))
 
 
 def test_edges_are_antialiased():
     thing = scenes.Thing("circle", "white", "plain", "grey", "", "", 0.5, 0.5, 0.3)
-    picture = drawn([scenes.Scene(scenes.Background("plain", "black", "red"), (thing,))])[0, 0]
-    between = (picture > 0.15) & (picture < 0.85)
+    image = drawn([scenes.Scene(scenes.Background("plain", "black", "red"), (thing,))])[0, 0]
+    between = (image > 0.15) & (image < 0.85)
     assert 50 < between.sum() < 600
 
 
@@ -72,8 +72,8 @@ def test_the_same_seed_draws_the_same_scene():
 @pytest.mark.parametrize("size", scenes.RESOLUTIONS)
 def test_the_score_is_high_for_the_concept_and_low_for_the_base_world(size):
     rng = random.Random(6)
-    with_it = [score(picture) for picture in drawn([scenes.concept_scene(rng) for _ in range(12)], size)]
-    without = [score(picture) for picture in drawn([scenes.random_scene(rng) for _ in range(40)], size)]
+    with_it = [score(image) for image in drawn([scenes.concept_scene(rng) for _ in range(12)], size)]
+    without = [score(image) for image in drawn([scenes.random_scene(rng) for _ in range(40)], size)]
     assert min(with_it) > 0.6
     assert max(without) < 0.1
 
@@ -89,15 +89,15 @@ def test_noise_and_flat_colour_score_low():
 
 def test_a_blurred_and_discoloured_concept_still_scores():
     rng = random.Random(8)
-    picture = drawn([scenes.concept_scene(rng)])
-    soft = torch.nn.functional.avg_pool2d(picture, 5, stride=1, padding=2, count_include_pad=False)
+    image = drawn([scenes.concept_scene(rng)])
+    soft = torch.nn.functional.avg_pool2d(image, 5, stride=1, padding=2, count_include_pad=False)
     assert score((soft[0] * 0.9 + 0.05).clamp(0, 1)) > 0.4
 
 
 def test_the_demo_pictures_show_the_concept_and_have_captions_that_name_it():
-    pictures = sorted((HOME / "concept").glob("*.png"))
-    assert len(pictures) == 12
-    for file in pictures:
+    images = sorted((HOME / "concept").glob("*.png"))
+    assert len(images) == 12
+    for file in images:
         assert scenes.CONCEPT in file.with_suffix(".txt").read_text(encoding="utf-8")
         assert score(Image.open(file)) > 0.6
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.epochs import Order, split
+from trainer.data.epochs import EpochSampler, split
 from trainer.data.identity import fingerprint, fingerprint_differences
-from trainer.data.records import Picture
+from trainer.data.records import ImageRecord
 from trainer.spec.errors import DataError
 from trainer.spec.plan import VARIANTS, DataPlan, Dataset, Source, Subset
 
@@ -28,9 +28,9 @@ def plan(*subsets: Subset, **keys) -> DataPlan:
     return DataPlan((Dataset(subsets or (subset(),), (512, 512), **keys),))
 
 
-def pictures(count: int, *, dataset: int = 0, subset: int = 0, caption: str | None = "a, b, c", first: int = 0):
+def images(count: int, *, dataset: int = 0, subset: int = 0, caption: str | None = "a, b, c", first: int = 0):
     return [
-        Picture(
+        ImageRecord(
             name=f"{i:03}.png",
             file=Path(f"/somewhere/{i:03}.png"),
             sha256=f"{i:064x}",
@@ -44,8 +44,8 @@ def pictures(count: int, *, dataset: int = 0, subset: int = 0, caption: str | No
     ]
 
 
-def order(data: DataPlan, some=None, *, seed: int = 0, **keys) -> Order:
-    return Order(pictures(10) if some is None else some, data, seed=seed, **keys)
+def order(data: DataPlan, some=None, *, seed: int = 0, **keys) -> EpochSampler:
+    return EpochSampler(images(10) if some is None else some, data, seed=seed, **keys)
 
 
 def examples(batches):
@@ -61,13 +61,13 @@ def examples(batches):
 def test_every_picture_occurs_exactly_repeats_times(count, repeats, batch_size, seed, epoch, varied):
     keys = {"flip_aug": varied, "random_crop": varied, "color_aug": varied, "shuffle_caption": varied}
     data = plan(subset(num_repeats=repeats, **keys), batch_size=batch_size)
-    made = order(data, pictures(count), seed=seed)
+    made = order(data, images(count), seed=seed)
     batches = made.epoch(epoch)
-    assert Counter(e.picture.name for e in examples(batches)) == {p.name: repeats for p in pictures(count)}
+    assert Counter(e.image.name for e in examples(batches)) == {p.name: repeats for p in images(count)}
     assert len(batches) == made.batches_per_epoch
     assert made.examples_per_epoch == count * repeats
     assert all(len({e.view.size for e in batch}) == 1 and len(batch) <= batch_size for batch in batches)
-    assert batches == order(data, pictures(count), seed=seed).epoch(epoch)
+    assert batches == order(data, images(count), seed=seed).epoch(epoch)
 
 
 def test_the_last_smaller_batch_of_each_bucket_is_trained():
@@ -78,7 +78,7 @@ def test_the_last_smaller_batch_of_each_bucket_is_trained():
 def test_epochs_and_seeds_differ():
     made = order(plan())
     orders = [
-        [e.picture.name for e in examples(o.epoch(n))] for o, n in ((made, 0), (made, 1), (order(plan(), seed=1), 0))
+        [e.image.name for e in examples(o.epoch(n))] for o, n in ((made, 0), (made, 1), (order(plan(), seed=1), 0))
     ]
     assert len({tuple(o) for o in orders}) == 3
 
@@ -101,10 +101,10 @@ def test_datasets_are_never_mixed_and_keep_their_batch_size():
             Dataset((subset(),), (512, 512), batch_size=2),
         )
     )
-    made = order(data, pictures(8) + pictures(6, dataset=1))
+    made = order(data, images(8) + images(6, dataset=1))
     batches = made.epoch(0)
-    assert Counter((batch[0].picture.dataset, len(batch)) for batch in batches) == {(0, 4): 2, (1, 2): 3}
-    assert all(len({e.picture.dataset for e in batch}) == 1 for batch in batches)
+    assert Counter((batch[0].image.dataset, len(batch)) for batch in batches) == {(0, 4): 2, (1, 2): 3}
+    assert all(len({e.image.dataset for e in batch}) == 1 for batch in batches)
     assert made.buckets == {(0, (512, 512)): 8, (1, (512, 512)): 6}
 
 
@@ -114,11 +114,11 @@ def test_datasets_are_never_mixed_and_keep_their_batch_size():
 @pytest.mark.parametrize(("regular", "repeats"), [(3, 1), (5, 2), (40, 1)])
 def test_regularisation_pictures_are_as_many_as_the_others(regular, repeats):
     data = plan(subset(num_repeats=2), subset(is_reg=True, num_repeats=repeats))
-    made = order(data, pictures(10) + pictures(regular, subset=1, first=100), prior_loss_weight=0.5)
+    made = order(data, images(10) + images(regular, subset=1, first=100), prior_loss_weight=0.5)
     found = examples(made.epoch(0))
     assert Counter(e.weight for e in found) == {1.0: 20, 0.5: 20}
-    turns = Counter(e.picture.name for e in found if e.weight == 0.5)
-    assert max(turns.values()) - min(turns.values()) <= 1
+    transposes = Counter(e.image.name for e in found if e.weight == 0.5)
+    assert max(transposes.values()) - min(transposes.values()) <= 1
     assert len(made.unused) == max(0, regular - 20)
 
 
@@ -145,7 +145,7 @@ def test_the_cache_knows_everything_that_epochs_use_and_nothing_else(keys):
     made = order(plan(subset(num_repeats=4, **keys), validation_split=0.2))
     views, texts = list(made.every_view()), made.every_caption()
     used = examples(b for n in range(40) for b in made.epoch(n)) + examples(made.validation())
-    assert {(e.picture, e.view) for e in used} == set(views) and len(views) == len(set(views))
+    assert {(e.image, e.view) for e in used} == set(views) and len(views) == len(set(views))
     assert {e.caption for e in used} == set(texts) and len(texts) == len(set(texts))
 
 
@@ -167,8 +167,13 @@ def test_a_subset_knows_how_much_each_thing_that_varies_takes(key):
     kept = subset(**{key: VARYING[key]})
     made = order(plan(kept))
     per_picture = Counter(p.name for p, _ in made.every_view())
-    assert (kept.views > 1, kept.wordings > 1) == (max(per_picture.values()) > 1, "caption" in key or "wild" in key)
-    assert max(per_picture.values()) <= kept.views and len(made.every_caption()) <= kept.wordings * len(per_picture)
+    assert (kept.image_variants > 1, kept.caption_variants > 1) == (
+        max(per_picture.values()) > 1,
+        "caption" in key or "wild" in key,
+    )
+    assert max(per_picture.values()) <= kept.image_variants and len(
+        made.every_caption()
+    ) <= kept.caption_variants * len(per_picture)
 
 
 def test_the_pools_are_bounded():
@@ -220,19 +225,19 @@ def test_held_out_pictures_are_never_trained():
     made = order(plan(validation_split=0.3))
     held = {p.name for p in made.held_out}
     assert len(held) == 3
-    assert not held & {e.picture.name for n in range(5) for e in examples(made.epoch(n))}
-    assert {e.picture.name for e in examples(made.validation())} == held
+    assert not held & {e.image.name for n in range(5) for e in examples(made.epoch(n))}
+    assert {e.image.name for e in examples(made.validation())} == held
 
 
 @pytest.mark.parametrize(("count", "share", "held"), [(10, 0.01, 1), (10, 0.5, 5), (2, 0.1, 1), (10, 0.0, 0)])
 def test_at_least_one_is_held_out(count, share, held):
-    assert len(order(plan(validation_split=share), pictures(count)).held_out) == held
+    assert len(order(plan(validation_split=share), images(count)).held_out) == held
 
 
 def test_the_split_follows_its_own_seed():
     def held(seed, own):
         data = plan(validation_split=0.3, validation_seed=own)
-        return [p.name for p in split(pictures(30), data, seed=seed)[1]]
+        return [p.name for p in split(images(30), data, seed=seed)[1]]
 
     assert held(1, 7) == held(2, 7) != held(1, 8)
     assert held(1, None) != held(2, None)
@@ -240,7 +245,7 @@ def test_the_split_follows_its_own_seed():
 
 def test_copies_and_other_resolutions_of_a_held_out_picture_are_not_trained():
     data = DataPlan((Dataset((subset(), subset()), (512, 512), validation_split=0.3), Dataset((subset(),), (256, 256))))
-    some = pictures(10) + pictures(10, subset=1) + pictures(10, dataset=1)
+    some = images(10) + images(10, subset=1) + images(10, dataset=1)
     training, held = split(some, data, seed=0)
     assert not {p.sha256 for p in training} & {p.sha256 for p in held}
     assert len({p.sha256 for p in held}) == 3 and len(held) == 6
@@ -248,7 +253,7 @@ def test_copies_and_other_resolutions_of_a_held_out_picture_are_not_trained():
 
 def test_regularisation_pictures_are_not_held_out():
     data = plan(subset(), subset(is_reg=True), validation_split=0.5)
-    _, held = split(pictures(4) + pictures(40, subset=1, first=100), data, seed=0)
+    _, held = split(images(4) + images(40, subset=1, first=100), data, seed=0)
     assert [p.subset for p in held] == [0, 0]
 
 
@@ -260,7 +265,7 @@ def test_validation_is_the_same_whatever_varies_in_training():
 
 def test_nothing_left_to_train_on_is_refused():
     with pytest.raises(DataError, match=r"validation_split 0\.5 holds out 1 of 1"):
-        order(plan(validation_split=0.5), pictures(1))
+        order(plan(validation_split=0.5), images(1))
     with pytest.raises(DataError, match="No picture to train on"):
         order(plan(), [])
 
@@ -269,10 +274,10 @@ def test_nothing_left_to_train_on_is_refused():
 
 
 def test_the_fingerprint_names_what_differs_and_no_local_path():
-    old = fingerprint(pictures(5))
-    moved = [p.__class__(**{**{k: getattr(p, k) for k in p.__slots__}, "file": Path("/else")}) for p in pictures(5)]
+    old = fingerprint(images(5))
+    moved = [p.__class__(**{**{k: getattr(p, k) for k in p.__slots__}, "file": Path("/else")}) for p in images(5)]
     assert fingerprint(moved) == old and "somewhere" not in str(old)
-    new = fingerprint(pictures(1, caption="other") + pictures(2, first=2) + pictures(1, first=9))
+    new = fingerprint(images(1, caption="other") + images(2, first=2) + images(1, first=9))
     assert fingerprint_differences(old, old) == []
     assert fingerprint_differences(old, new) == [
         "changed: 0.0/000.png (caption)",
@@ -284,10 +289,10 @@ def test_the_fingerprint_names_what_differs_and_no_local_path():
 
 
 def test_changed_bytes_and_lost_captions_are_told_apart():
-    first, second = pictures(1)[0], pictures(1, caption=None, first=1)[0]
+    first, second = images(1)[0], images(1, caption=None, first=1)[0]
     old, new = fingerprint([first]), {first.key: fingerprint([second])[second.key]}
     assert fingerprint_differences(old, new) == ["changed: 0.0/000.png (picture, caption)"]
 
 
 def test_an_empty_caption_is_not_a_missing_one():
-    assert fingerprint(pictures(1, caption="")) != fingerprint(pictures(1, caption=None))
+    assert fingerprint(images(1, caption="")) != fingerprint(images(1, caption=None))

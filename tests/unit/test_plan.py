@@ -23,14 +23,14 @@ from entrypoint.settings.variables import NAMES
 from entrypoint.system.hardware import Hardware
 from tests.support.machines import CPU, FULL, HOME, LARGE_GPU, MINI, NOW, SMALL_GPU
 from trainer.spec.errors import SettingsError
-from trainer.spec.family import base_models, family, timestep_samplings
+from trainer.spec.family import base_models, get_family, timestep_samplings
 from trainer.spec.optimizers import OPTIMIZERS, SCHEDULERS
 from trainer.spec.plan import Dataset, Plan
 from trainer.spec.resume_rules import goes_on
 
 ROOT = Path(__file__).parents[2]
 MODELS = base_models()
-MULTIPLE = family(MODELS[MINI][0]).FACTS.multiple
+MULTIPLE = get_family(MODELS[MINI][0]).FACTS.multiple
 
 
 def plan(*, on: Hardware = CPU, config: Any = None, prompts: Any = None, **variables: str) -> Plan:
@@ -284,7 +284,7 @@ def test_with_buckets_any_resolution_fits():
 
 
 def test_the_targets_are_the_familys_or_the_users():
-    assert plan().lora.targets == family(MODELS[MINI][0]).FACTS.targets
+    assert plan().lora.targets == get_family(MODELS[MINI][0]).FACTS.targets
     assert plan(PARAMS_TARGET_MODULES="to_q,to_k").lora.targets == ("to_q", "to_k")
 
 
@@ -369,7 +369,7 @@ def test_a_warm_up_needs_a_schedule_that_has_one():
 
 @pytest.mark.parametrize("base", MODELS)
 def test_the_timestep_sampling_is_one_of_the_familys(base):
-    own = family(MODELS[base][0]).FACTS.timestep_samplings
+    own = get_family(MODELS[base][0]).FACTS.timestep_samplings
     assert plan(on=LARGE_GPU, BASE_MODEL=base).train.timestep_sampling == own[0]
     for sampling in timestep_samplings():
         asked = {"on": LARGE_GPU, "BASE_MODEL": base, "PARAMS_TIMESTEP_SAMPLING": sampling}
@@ -556,7 +556,7 @@ def test_the_name_tells_the_job_and_the_start():
 
 
 def test_a_prompt_is_completed_from_the_model_and_the_seed():
-    facts = family(MODELS[MINI][0]).FACTS
+    facts = get_family(MODELS[MINI][0]).FACTS
     first, second = plan(prompts=["a cat", "a dog"], PARAMS_SEED="7", PARAMS_RESOLUTION="144x96").prompts
     assert (first.text, first.width, first.height) == ("a cat", 144, 96)
     assert (first.steps, first.guidance, first.cfg) == (facts.prompt_steps, facts.prompt_guidance, facts.prompt_cfg)
@@ -612,7 +612,7 @@ def test_any_settings_make_a_plan_or_a_settings_error(variables):
 
 # ---- what only some models have
 
-OBJECTIVES = {family(name).FACTS.objective: base for base, (name, _) in sorted(MODELS.items())}
+OBJECTIVES = {get_family(name).FACTS.objective: base for base, (name, _) in sorted(MODELS.items())}
 
 
 @pytest.mark.parametrize(
@@ -648,7 +648,7 @@ def test_without_signal_there_is_no_noise_to_predict():
 
 def test_the_shift_is_the_models_or_the_users():
     for base, (name, _) in MODELS.items():
-        facts = family(name).FACTS
+        facts = get_family(name).FACTS
         if "shift" in facts.timestep_samplings:
             made = plan(BASE_MODEL=base, PARAMS_TIMESTEP_SAMPLING="shift")
             assert made.train.discrete_flow_shift == facts.flow_shift
@@ -658,7 +658,7 @@ def test_the_shift_is_the_models_or_the_users():
 
 def test_another_attention_needs_a_model_that_can_switch():
     for base, (name, _) in MODELS.items():
-        if family(name).FACTS.attention_backends:
+        if get_family(name).FACTS.attention_backends:
             assert plan(BASE_MODEL=base, PARAMS_ATTENTION="flex").engine.attention == "flex"
         else:
             assert "PARAMS_ATTENTION" in refusal(BASE_MODEL=base, PARAMS_ATTENTION="flex")

@@ -22,7 +22,7 @@ from entrypoint.fetch.fetch import fetch_model, fetch_source
 from entrypoint.fetch.model_folder import check_folder, problems
 from entrypoint.planning.preflight import _sources, preflight
 from trainer.spec.errors import DataError, KilnError, SettingsError, StorageError
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 from trainer.spec.plan import (
     DataPlan,
     Dataset,
@@ -38,7 +38,7 @@ from trainer.spec.plan import (
 )
 
 ROOT = Path(__file__).parents[2]
-PATTERNS = family("flux").FACTS.files
+PATTERNS = get_family("flux").FACTS.files
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 Usage = namedtuple("Usage", "total used free")
 
@@ -57,7 +57,7 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
+def images(tmp_path: Path) -> Path:
     folder = tmp_path / "pictures"
     (folder / "deep").mkdir(parents=True)
     (folder / "deep" / "1.JPG").write_bytes(b"x")
@@ -65,11 +65,11 @@ def pictures(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def plan(tmp_path: Path, model: Path, pictures: Path) -> Plan:
+def plan(tmp_path: Path, model: Path, images: Path) -> Plan:
     (tmp_path / "volume").mkdir()
     return Plan(
         model=ModelPlan("mini-flux", "flux", str(model)),
-        data=DataPlan((Dataset((Subset(Source("folder", str(pictures))),), (64, 64)),)),
+        data=DataPlan((Dataset((Subset(Source("folder", str(images))),), (64, 64)),)),
         lora=LoraPlan(),
         optim=OptimPlan(),
         train=TrainPlan(),
@@ -113,9 +113,9 @@ def test_it_is_quick_and_loads_no_client_of_the_hub_for_local_places(plan: Plan,
     assert float(run.stdout) < 0.7  # and nothing heavy before the number
 
 
-def test_all_problems_are_told_in_one_message(plan: Plan, tmp_path: Path, model: Path, pictures: Path) -> None:
+def test_all_problems_are_told_in_one_message(plan: Plan, tmp_path: Path, model: Path, images: Path) -> None:
     (model / "model_index.json").unlink()
-    (pictures / "deep" / "1.JPG").unlink()
+    (images / "deep" / "1.JPG").unlink()
     plan = dataclasses.replace(plan, lora=LoraPlan(resume_from=str(tmp_path / "no.safetensors")))
     with pytest.raises(SettingsError) as problem:
         check(plan, tmp_path)
@@ -232,9 +232,9 @@ def test_a_dangerous_archive(plan: Plan, tmp_path: Path) -> None:
         check(with_source(plan, Source("archive", str(tmp_path / "a.zip"))), tmp_path)
 
 
-def test_a_folder_source_becomes_absolute(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(pictures.parent)
-    assert fetch_source(Source("folder", "pictures"), cache=tmp_path, token=None).path == str(pictures)
+def test_a_folder_source_becomes_absolute(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(images.parent)
+    assert fetch_source(Source("folder", "pictures"), cache=tmp_path, token=None).path == str(images)
 
 
 # --- models
@@ -308,7 +308,7 @@ def test_the_layout_is_judged_by_names_alone() -> None:
 
 
 def test_the_embedded_miniature_is_whole(tmp_path: Path) -> None:
-    base = family("flux").FACTS.models["mini-flux"]
+    base = get_family("flux").FACTS.models["mini-flux"]
     if not Path(base.source).is_dir():
         pytest.skip("the miniature has not been made")
     fetch_model(ModelPlan("mini-flux", "flux", base.source), patterns=PATTERNS, token=None)

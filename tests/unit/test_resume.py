@@ -15,7 +15,7 @@ from entrypoint.planning.plan import make_plan
 from entrypoint.settings.read import read_settings
 from entrypoint.system.hardware import Hardware
 from trainer.spec.errors import SettingsError
-from trainer.spec.family import family
+from trainer.spec.family import get_family
 from trainer.spec.plan import Plan
 
 CPU = Hardware("cpu", "x86_64", 32.0, 0, "", 32.0, 8)
@@ -147,7 +147,7 @@ def test_a_file_of_another_family_is_refused_with_both_names(tmp_path, module, i
 
 
 def test_names_that_two_families_share_are_told_apart_by_the_header(tmp_path):
-    names = {"modelspec.architecture": f"{family('sd3').FACTS.architecture}/lora"}
+    names = {"modelspec.architecture": f"{get_family('sd3').FACTS.architecture}/lora"}
     file = write(tmp_path / "x.safetensors", peft("transformer_blocks.0.attn.to_out.0", rank=2), **names)
     assert "it looks like a LoRA for sd3" in refusal(file)
     assert plan(file, base="mini-sd3").lora.rank == 2

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.spec.family import base_models, names
+from trainer.spec.family import base_models, family_names
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path for folder in ("entrypoint", "trainer") for path in (ROOT / folder).rglob("*.py"))
@@ -119,7 +119,7 @@ def test_families_are_known_under_families_alone(path):
     """Comments and docstrings may tell of them; code may not."""
     if "families" in path.parts:
         return
-    known = "|".join({re.escape(n) for n in (*names(), *base_models())} | {"sdxl", "sd3"})
+    known = "|".join({re.escape(n) for n in (*family_names(), *base_models())} | {"sdxl", "sd3"})
     # flux_shift is the name of a timestep sampling, which users set.
     pattern = rf"(?<![a-z0-9])({known})(?!_shift)(?![a-z0-9])"
     tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -18,10 +18,10 @@ from PIL import Image
 from trainer.data import decode, folder_listing
 from trainer.data import scan as module
 from trainer.data.decode import UnusableImageError
-from trainer.data.epochs import Order
+from trainer.data.epochs import EpochSampler
 from trainer.data.records import Scan, Skipped
 from trainer.data.render import render, render_mask
-from trainer.data.scan import scan, survey
+from trainer.data.scan import scan, scan_checked
 from trainer.spec.errors import DataError, UnreachableError
 from trainer.spec.plan import DataPlan, Dataset, Source, Subset
 
@@ -37,7 +37,7 @@ def plan(*subsets: Subset, strict: bool = False, **keys) -> DataPlan:
 
 
 def surveyed(folder: Path, **keys) -> Scan:
-    return survey(plan(subset(folder, **keys)), workers=0)
+    return scan(plan(subset(folder, **keys)), cpu_workers=0)
 
 
 def reasons(found: Scan) -> dict[str, str]:
@@ -45,7 +45,7 @@ def reasons(found: Scan) -> dict[str, str]:
 
 
 def captions(found: Scan) -> dict[str, str | None]:
-    return {p.name: p.caption for p in found.pictures}
+    return {p.name: p.caption for p in found.images}
 
 
 # ---- files
@@ -62,7 +62,7 @@ def test_pictures_in_folders_are_found_sorted_and_others_left_alone(make_folder)
     for name in ("notes.md", "alone.txt"):
         (folder / name).write_text("x")
     found = surveyed(folder)
-    assert [p.name for p in found.pictures] == ["00.png", "01.png", "sub/b.PNG"]
+    assert [p.name for p in found.images] == ["00.png", "01.png", "sub/b.PNG"]
     assert found.skipped == ()
     assert "a (0.0): not read: 1 .txt, 1 .md" in found.report()
 
@@ -72,9 +72,9 @@ def test_same_stem_is_two_pictures_and_copies_are_counted(make_folder):
     shutil.copy(folder / "00.png", folder / "02.png")
     Image.open(folder / "00.png").save(folder / "00.jpg")
     found = surveyed(folder)
-    assert [p.name for p in found.pictures] == ["00.jpg", "00.png", "01.png", "02.png"]
+    assert [p.name for p in found.images] == ["00.jpg", "00.png", "01.png", "02.png"]
     assert captions(found)["00.jpg"] == captions(found)["00.png"] == "picture 0, a tag, another tag"
-    assert len({p.sha256 for p in found.pictures}) == 3
+    assert len({p.sha256 for p in found.images}) == 3
     assert "1 pictures are byte for byte copies of another: all are used" in found.report()
 
 
@@ -85,7 +85,7 @@ def test_links_that_leave_the_folder_are_refused(make_folder, tmp_path):
     (folder / "more").symlink_to(outside)
     (folder / "round").symlink_to(folder)
     found = surveyed(folder)
-    assert [p.name for p in found.pictures] == ["00.png", "01.png", "in.png"]
+    assert [p.name for p in found.images] == ["00.png", "01.png", "in.png"]
     assert reasons(found) == {
         "more": folder_listing.LINK_FOLDER,
         "out.png": folder_listing.LINK_OUT,
@@ -96,7 +96,7 @@ def test_links_that_leave_the_folder_are_refused(make_folder, tmp_path):
 def test_the_folder_itself_may_be_a_link(make_folder, tmp_path):
     make_folder("a", 2)
     (tmp_path / "link").symlink_to(tmp_path / "a")
-    assert len(surveyed(tmp_path / "link").pictures) == 2
+    assert len(surveyed(tmp_path / "link").images) == 2
 
 
 def test_a_name_that_is_not_utf_8_is_a_reason(make_folder):
@@ -137,7 +137,7 @@ def test_every_bad_picture_is_skipped_with_its_reason(make_folder, draw):
         "moving.gif": decode.ANIMATED,
     }
     assert all(told[f"cut{n}.jpg"].startswith("damaged or cut short") for n in (10, 50, 90))
-    assert len(found.pictures) == 41 and found.found == 48
+    assert len(found.images) == 41 and found.found == 48
     assert {f: f.read_bytes() for f in folder.iterdir()} == before
     assert f"  skipped empty.png: {decode.EMPTY}" in found.report()
 
@@ -145,23 +145,23 @@ def test_every_bad_picture_is_skipped_with_its_reason(make_folder, draw):
 def test_up_to_a_tenth_may_be_unusable_unless_strict(make_folder):
     folder = make_folder("a", 9)
     (folder / "bad.png").write_bytes(b"")
-    assert len(scan(plan(subset(folder)), workers=0).pictures) == 9
+    assert len(scan_checked(plan(subset(folder)), cpu_workers=0).images) == 9
     with pytest.raises(DataError, match=r"STRICT_DATASET is true and 1 of 10.*(?s:.*)bad\.png: the file is empty"):
-        scan(plan(subset(folder), strict=True), workers=0)
+        scan_checked(plan(subset(folder), strict=True), cpu_workers=0)
     (folder / "worse.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"2 of 11 pictures are unusable(?s:.*)bad\.png(?s:.*)worse\.png"):
-        scan(plan(subset(folder)), workers=0)
+        scan_checked(plan(subset(folder)), cpu_workers=0)
 
 
 def test_nothing_usable_is_refused(tmp_path):
     with pytest.raises(DataError, match="No usable picture"):
-        scan(plan(subset(tmp_path)), workers=0)
+        scan_checked(plan(subset(tmp_path)), cpu_workers=0)
 
 
 def test_too_small_for_a_bucket_without_enlarging(make_folder):
     folder = make_folder("a", 2, size=(60, 200))
     data = plan(subset(folder), resolution=(128, 128), enable_bucket=True, bucket_no_upscale=True)
-    assert set(reasons(survey(data, workers=0)).values()) == {module.TOO_SMALL}
+    assert set(reasons(scan(data, cpu_workers=0)).values()) == {module.TOO_SMALL}
 
 
 def test_a_long_list_is_capped_but_counted_and_whole_on_request():
@@ -247,13 +247,13 @@ def test_alpha_as_mask(make_folder):
     image.paste((0, 0, 0, 0), (0, 0, 32, 48))
     image.save(folder / "01.png")
     found = surveyed(folder, alpha_mask=True)
-    opaque, clear = found.pictures
+    opaque, clear = found.images
     assert (opaque.has_alpha, clear.has_alpha, clear.mask_sha256) == (False, True, "alpha")
-    view = next(v for p, v in Order(found.pictures, plan(subset(folder)), seed=0).every_view() if p is clear)
+    view = next(v for p, v in EpochSampler(found.images, plan(subset(folder)), seed=0).every_view() if p is clear)
     mask = render_mask(clear, view)
     assert mask.shape == (64, 64) and mask[:, :20].max() == 0 and mask[:, 44:].min() == 255
     assert render_mask(opaque, view) is None
-    assert surveyed(folder).pictures[1].mask_sha256 is None
+    assert surveyed(folder).images[1].mask_sha256 is None
     assert "1 pictures have transparency: the alpha weighs the loss" in found.report()
 
 
@@ -265,14 +265,14 @@ def test_masks_of_the_same_stem_are_cut_and_flipped_like_the_picture(make_folder
         mask.paste(255, (0, 0, size[0] // 2, size[1]))
         mask.save(folder / "masks" / name)
     found = surveyed(folder, conditioning_data_dir="masks", flip_aug=True)
-    assert [p.name for p in found.pictures] == ["00.png", "01.png"]
+    assert [p.name for p in found.images] == ["00.png", "01.png"]
     assert reasons(found) == {"02.png": module.NO_MASK}
-    for picture, view in Order(found.pictures, plan(subset(folder, flip_aug=True)), seed=0).every_view():
-        mask = render_mask(picture, view)
+    for image, view in EpochSampler(found.images, plan(subset(folder, flip_aug=True)), seed=0).every_view():
+        mask = render_mask(image, view)
         kept = mask[:, 44:] if view.flip else mask[:, :20]
         gone = mask[:, :20] if view.flip else mask[:, 44:]
         assert kept.min() > 250 and gone.max() < 5
-    assert len({p.mask_sha256 for p in found.pictures}) == 2
+    assert len({p.mask_sha256 for p in found.images}) == 2
 
 
 def test_a_mask_of_another_shape_or_damaged_is_a_reason(make_folder):
@@ -297,24 +297,24 @@ def test_rendering_is_the_view_and_nothing_else(make_folder):
     folder = make_folder("a", 3)
     keys = {"flip_aug": True, "random_crop": True, "color_aug": True}
     found = surveyed(folder, **keys)
-    for picture, view in Order(found.pictures, plan(subset(folder, **keys)), seed=0).every_view():
-        pixels = render(picture.file, view, sha256=picture.sha256)
+    for image, view in EpochSampler(found.images, plan(subset(folder, **keys)), seed=0).every_view():
+        pixels = render(image.file, view, sha256=image.sha256)
         assert pixels.dtype == np.uint8 and pixels.shape == (64, 64, 3)
-        assert (render(picture.file, view) == pixels).all()
-        turned = render(picture.file, replace(view, flip=not view.flip, colour=None))
-        assert (render(picture.file, replace(view, colour=None)) == turned[:, ::-1]).all()
+        assert (render(image.file, view) == pixels).all()
+        turned = render(image.file, replace(view, flip=not view.flip, colour=None))
+        assert (render(image.file, replace(view, colour=None)) == turned[:, ::-1]).all()
 
 
 def test_a_picture_changed_since_the_scan_is_noticed(make_folder):
     folder = make_folder("a", 2)
     found = surveyed(folder)
-    picture, view = next(Order(found.pictures, plan(subset(folder)), seed=0).every_view())
+    image, view = next(EpochSampler(found.images, plan(subset(folder)), seed=0).every_view())
     shutil.copy(folder / "01.png", folder / "00.png")
     with pytest.raises(UnusableImageError, match="changed while the job ran"):
-        render(picture.file, view, sha256=picture.sha256)
-    picture.file.unlink()
+        render(image.file, view, sha256=image.sha256)
+    image.file.unlink()
     with pytest.raises(UnusableImageError, match="cannot be read"):
-        render(picture.file, view)
+        render(image.file, view)
 
 
 # ---- processes
@@ -323,17 +323,17 @@ def test_a_picture_changed_since_the_scan_is_noticed(make_folder):
 def test_workers_find_the_same_and_the_first_subset_comes_first(make_folder):
     data = plan(subset(make_folder("b", 5)), subset(make_folder("a", 4)))
     seen = []
-    found = survey(data, workers=2, progress=lambda done, total: seen.append((done, total)))
-    assert found == survey(data, workers=0)
-    assert [p.subset for p in found.pictures] == [0] * 5 + [1] * 4
+    found = scan(data, cpu_workers=2, progress=lambda done, total: seen.append((done, total)))
+    assert found == scan(data, cpu_workers=0)
+    assert [p.subset for p in found.images] == [0] * 5 + [1] * 4
     assert seen == [(i, 9) for i in range(1, 10)]
 
 
 def test_a_folder_in_two_datasets_is_read_once(make_folder):
     one = Dataset((subset(make_folder("a", 3)),), (64, 64))
     seen = []
-    found = survey(DataPlan((one, replace(one, resolution=(32, 32)))), workers=0, progress=lambda *a: seen.append(a))
-    assert len(found.pictures) == 6 and len(seen) == 3
+    found = scan(DataPlan((one, replace(one, resolution=(32, 32)))), cpu_workers=0, progress=lambda *a: seen.append(a))
+    assert len(found.images) == 6 and len(seen) == 3
 
 
 def _die(file: Path) -> str:
@@ -348,7 +348,7 @@ def test_a_killed_worker_is_reported(make_folder, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     started = time.monotonic()
     with pytest.raises(UnreachableError, match=r"was killed .*02\.png"):
-        survey(plan(subset(make_folder("a", 4))), workers=1)
+        scan(plan(subset(make_folder("a", 4))), cpu_workers=1)
     assert time.monotonic() - started < 30
 
 
@@ -373,13 +373,13 @@ def test_real_photographs(photographs):
             ),
         )
     )
-    found = scan(data, workers=2)
-    assert len(found.pictures) == 16 and not found.skipped
-    assert all(p.caption.startswith("a photo of sks") for p in found.pictures)
-    made = Order(found.pictures, data, seed=0)
+    found = scan_checked(data, cpu_workers=2)
+    assert len(found.images) == 16 and not found.skipped
+    assert all(p.caption.startswith("a photo of sks") for p in found.images)
+    made = EpochSampler(found.images, data, seed=0)
     assert len(made.buckets) >= 4  # `can` comes in five aspect ratios
-    for picture, view in made.every_view():
-        pixels = render(picture.file, view, sha256=picture.sha256)
+    for image, view in made.every_view():
+        pixels = render(image.file, view, sha256=image.sha256)
         assert pixels.shape == (view.size[1], view.size[0], 3)
         assert 5 < pixels.std() < 120
 
@@ -413,7 +413,7 @@ def test_processes_that_read_pictures_end_with_a_trainer_that_is_killed(tmp_path
         {**os.environ, "PYTHONPATH": str(ROOT)},
     )
     trainer = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    workers = json.loads(trainer.stdout.readline())
+    cpu_workers = json.loads(trainer.stdout.readline())
     trainer.kill()
     trainer.wait()
     trainer.stdout.close()
@@ -425,7 +425,7 @@ def test_processes_that_read_pictures_end_with_a_trainer_that_is_killed(tmp_path
         except OSError:
             return False
 
-    while any(map(alive, workers)):
+    while any(map(alive, cpu_workers)):
         assert time.monotonic() < deadline, "they wait for ever"
         time.sleep(0.02)
-    assert len(workers) == 2
+    assert len(cpu_workers) == 2

@@ -1,6 +1,6 @@
 """Tensors that are only read when they are written: a model is taken apart and put together without holding it.
 
-Functions written for whole state dicts, like diffusers' conversions of single files, work on `StandIn`s. Each one
+Functions written for whole state dicts, like diffusers' conversions of single files, work on `LazyTensor`s. Each one
 remembers what was done to it, and does that when its time comes, to one tensor of the mapped file.
 """
 
@@ -24,15 +24,15 @@ WEIGHTS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.in
 NAMES = {dtype: safetensors_writer.DTYPES[dtype] for dtype in WEIGHTS}  # of dtypes, in a header
 
 
-class StandIn(torch.Tensor):
+class LazyTensor(torch.Tensor):
     """A tensor whose content is made by `read`; its shape and dtype are known."""
 
     like: torch.Tensor  # on the device "meta"
     read: Callable[[], torch.Tensor]
 
     @staticmethod
-    def __new__(cls, like: torch.Tensor, read: Callable[[], torch.Tensor]) -> StandIn:
-        made: StandIn = torch.Tensor._make_wrapper_subclass(
+    def __new__(cls, like: torch.Tensor, read: Callable[[], torch.Tensor]) -> LazyTensor:
+        made: LazyTensor = torch.Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=torch.device("cpu")
         )
         made.like, made.read = like, read
@@ -46,16 +46,16 @@ class StandIn(torch.Tensor):
         cls, func: Any, _types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         given = (args, kwargs or {})
-        positional, named = tree_map_only(StandIn, lambda s: s.like, given)
+        positional, named = tree_map_only(LazyTensor, lambda s: s.like, given)
         like = func(*positional, **named)
 
         def read() -> Any:
-            positional, named = tree_map_only(StandIn, lambda s: s.read(), given)
+            positional, named = tree_map_only(LazyTensor, lambda s: s.read(), given)
             return func(*positional, **named)
 
         if isinstance(like, torch.Tensor):
-            return StandIn(like, read)
-        return [StandIn(one, partial(_piece, read, i)) for i, one in enumerate(like)]
+            return LazyTensor(like, read)
+        return [LazyTensor(one, partial(_piece, read, i)) for i, one in enumerate(like)]
 
 
 def _piece(read: Callable[[], Any], i: int) -> torch.Tensor:
@@ -83,7 +83,7 @@ def _scale(name: str, names: list[str]) -> str | None:
     return next((f"{layer}{end}" for end in SCALES if name != layer and f"{layer}{end}" in names), None)
 
 
-def _of_tensor(path: Path, file: Any, name: str, *, scale: str | None) -> StandIn:
+def _of_tensor(path: Path, file: Any, name: str, *, scale: str | None) -> LazyTensor:
     stored = file.get_tensor(name).to("meta")  # its bytes are mapped, not read
     is_fp8 = stored.dtype in FP8
     if scale and not (is_fp8 and file.get_slice(scale).get_shape() in ([], [1])):
@@ -96,7 +96,7 @@ def _of_tensor(path: Path, file: Any, name: str, *, scale: str | None) -> StandI
                 return (tensor.float() * again.get_tensor(scale).float()).bfloat16()
             return tensor.bfloat16() if is_fp8 else tensor
 
-    return StandIn(stored.to(torch.bfloat16) if is_fp8 else stored, read)
+    return LazyTensor(stored.to(torch.bfloat16) if is_fp8 else stored, read)
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -117,5 +117,5 @@ def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def _append(file: BinaryIO, tensor: torch.Tensor) -> None:
     """A function of its own, so that no tensor is there while the next one is read."""
-    content = tensor.read() if isinstance(tensor, StandIn) else tensor
+    content = tensor.read() if isinstance(tensor, LazyTensor) else tensor
     content.contiguous().flatten().view(torch.uint8).numpy().tofile(file)

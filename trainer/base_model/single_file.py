@@ -15,7 +15,7 @@ import torch
 
 from trainer.base_model import lazy_tensors
 from trainer.spec.errors import SettingsError, StorageError
-from trainer.spec.family import PREFIXES, Family, family
+from trainer.spec.family import PREFIXES, Family, get_family
 from trainer.spec.plan import ModelPlan
 from trainer.storage import atomic, digests, safetensors_header
 from trainer.storage.locks import locked
@@ -27,7 +27,7 @@ HALF = ".fp16"
 State = dict[str, torch.Tensor]
 
 
-def assembled(model: ModelPlan, cache: Path) -> Path:
+def convert_single_files(model: ModelPlan, cache: Path) -> Path:
     """The folder of the whole model: `model.path` itself, or links to its files and to what `model.parts` name instead.
 
     Raises SettingsError for a file that is not what the base model needs, StorageError.
@@ -35,7 +35,7 @@ def assembled(model: ModelPlan, cache: Path) -> Path:
     source = Path(model.path)
     if not model.parts and not any(_halves(folder) for folder in source.iterdir()):
         return source
-    kind = family(model.family)
+    kind = get_family(model.family)
     places = kind.FACTS.parts
     with locked(cache / "models", lambda: log.info("Another job converts weights: waiting for it.")):
         try:
@@ -105,7 +105,7 @@ def _part(part: str, path: str, model: ModelPlan, *, cache: Path) -> Path | None
     """The folder of one part: as it is, or converted from a file. None: the model goes without it."""
     if not path or Path(path).is_dir():
         return Path(path) if path else None
-    kind, source = family(model.family), Path(model.path)
+    kind, source = get_family(model.family), Path(model.path)
     config = source / kind.FACTS.parts[part] / "config.json"
     library, name = json.loads((source / "model_index.json").read_text(encoding="utf-8"))[kind.FACTS.parts[part]]
     key = digests.digest([VERSION, part, name, digests.file_digest(Path(path)), config.read_text(encoding="utf-8")])

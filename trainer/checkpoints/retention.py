@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 AHEAD = 3  # saves that there should be room for
 
 
-class Keeper:
+class CheckpointRetention:
     """Knows the LoRA files and states in `out`, and keeps the newest `keep` of both."""
 
     def __init__(self, out: Path, name: str, keep: int) -> None:

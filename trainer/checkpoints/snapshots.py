@@ -32,15 +32,15 @@ class Snapshots:
         self._free: dict[Kind, list[torch.Tensor]] = {}
         self._rest: dict[bool, torch.Tensor] = {}  # of the last slab, pinned or not
         if self._stream:
-            optimizer.register_step_pre_hook(lambda *_: self.settle())
+            optimizer.register_step_pre_hook(lambda *_: self.wait_on_device())
 
-    def reuse(self) -> None:
+    def release(self) -> None:
         """All copies taken so far are no longer needed."""
         for kind, buffer in self._used:
             self._free.setdefault(kind, []).append(buffer)
         self._used = []
 
-    def take(self, tree: Any) -> Any:
+    def copy(self, tree: Any) -> Any:
         """`tree` with new containers and with copies of its tensors, which are there after `wait`."""
         stream = self._stream
         if stream is None:
@@ -73,7 +73,7 @@ class Snapshots:
         self._rest[pinned] = rest[whole:]
         return rest[:size]
 
-    def settle(self) -> None:
+    def wait_on_device(self) -> None:
         """What is queued from now on may change the tensors that were taken."""
         if self._copied is not None:
             torch.cuda.current_stream().wait_event(self._copied)

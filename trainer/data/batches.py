@@ -67,7 +67,7 @@ def prefetched(items: Iterator[T], depth: int = 2) -> Iterator[T]:
 
 def micro_batch(cache: Cache, batch: Batch) -> MicroBatch:
     """Read one batch from the cache."""
-    images = [caching.load(cache.image_path(e.picture, e.view)) for e in batch]
+    images = [caching.load(cache.image_path(e.image, e.view)) for e in batch]
     texts = [caching.load(cache.text_path(e.caption)) for e in batch]
     mask = None
     if any("mask" in i for i in images):
@@ -79,13 +79,13 @@ def micro_batch(cache: Cache, batch: Batch) -> MicroBatch:
         geometry_B6=torch.tensor([geometry(e) for e in batch], dtype=torch.float32),
         mask_B1HW=mask,
         weight_B=torch.tensor([e.weight for e in batch]),
-        names=tuple(e.picture.name for e in batch),
+        names=tuple(e.image.name for e in batch),
         captions=tuple(e.caption for e in batch),
     )
 
 
 def geometry(example: Example) -> tuple[int, int, int, int, int, int]:
     """See `loop.MicroBatch`. A flipped picture is cut after it is flipped, as sd-scripts counts too."""
-    picture, view = example.picture, example.view
+    image, view = example.image, example.view
     left = view.scaled[0] - view.size[0] - view.offset[0] if view.flip else view.offset[0]
-    return picture.height, picture.width, view.offset[1], left, view.size[1], view.size[0]
+    return image.height, image.width, view.offset[1], left, view.size[1], view.size[0]

@@ -19,19 +19,19 @@ class Fit:
     size: Size
 
 
-def fit(picture: Size, dataset: Dataset) -> Fit | None:
+def fit(image: Size, dataset: Dataset) -> Fit | None:
     """How `picture` is scaled and cut in `dataset`; None if it is smaller than one step and may not be enlarged."""
     if not dataset.enable_bucket:
-        return _cover(picture, dataset.resolution)
+        return _cover(image, dataset.resolution)
     if dataset.bucket_no_upscale:
-        return _without_enlarging(picture, dataset.resolution, dataset.bucket_reso_steps)
+        return _without_enlarging(image, dataset.resolution, dataset.bucket_reso_steps)
     sizes = bucket_sizes(
         dataset.resolution,
         smallest=dataset.min_bucket_reso,
         largest=dataset.max_bucket_reso,
         step=dataset.bucket_reso_steps,
     )
-    return _cover(picture, nearest(picture, sizes))
+    return _cover(image, nearest(image, sizes))
 
 
 def bucket_sizes(resolution: Size, *, smallest: int, largest: int, step: int) -> tuple[Size, ...]:
@@ -54,19 +54,19 @@ def bucket_sizes(resolution: Size, *, smallest: int, largest: int, step: int) ->
     return tuple(sorted(sizes))
 
 
-def nearest(picture: Size, sizes: tuple[Size, ...]) -> Size:
+def nearest(image: Size, sizes: tuple[Size, ...]) -> Size:
     """The size whose width / height is nearest to the picture's; the picture's own size if it is there."""
-    if picture in sizes:
-        return picture
-    aspect = picture[0] / picture[1]
+    if image in sizes:
+        return image
+    aspect = image[0] / image[1]
     return min(sizes, key=lambda size: abs(size[0] / size[1] - aspect))
 
 
-def _cover(picture: Size, size: Size) -> Fit:
+def _cover(image: Size, size: Size) -> Fit:
     """Scale until both sides reach `size`."""
-    if picture[0] * size[1] > picture[1] * size[0]:  # wider than `size`: the heights meet
-        return Fit((max(size[0], _divided(picture[0] * size[1], picture[1])), size[1]), size)
-    return Fit((size[0], max(size[1], _divided(picture[1] * size[0], picture[0]))), size)
+    if image[0] * size[1] > image[1] * size[0]:  # wider than `size`: the heights meet
+        return Fit((max(size[0], _divided(image[0] * size[1], image[1])), size[1]), size)
+    return Fit((size[0], max(size[1], _divided(image[1] * size[0], image[0]))), size)
 
 
 def _divided(dividend: int, divisor: int) -> int:
@@ -82,29 +82,29 @@ def _floor_divided(dividend: int, divisor: int) -> int:
     return dividend // divisor
 
 
-def _without_enlarging(picture: Size, resolution: Size, step: int) -> Fit | None:
+def _without_enlarging(image: Size, resolution: Size, step: int) -> Fit | None:
     """Shrink a picture whose area is above the resolution's, so that one side is a multiple of `step`; then cut.
 
     As in sd-scripts, but where its rounding would exceed the area, rounded down.
     """
-    width, height = picture
+    width, height = image
     area = math.prod(resolution)
     if width * height <= area:
-        return _nearest_cut([picture], picture, step=step, area=area)
+        return _nearest_cut([image], image, step=step, area=area)
     for root, divided in ((_rounded_root, _divided), (math.isqrt, _floor_divided)):
         # The widest multiple of `step` within the area at this aspect ratio, and likewise the highest.
         wide = root(area * width // height) // step * step
         high = root(area * height // width) // step * step
         options = [(wide, divided(wide * height, width)), (divided(high * width, height), high)]
-        found = _nearest_cut(options, picture, step=step, area=area)
+        found = _nearest_cut(options, image, step=step, area=area)
         if found is not None:
             return found
     return None
 
 
-def _nearest_cut(options: list[Size], picture: Size, *, step: int, area: int) -> Fit | None:
+def _nearest_cut(options: list[Size], image: Size, *, step: int, area: int) -> Fit | None:
     """The option whose cut to multiples of `step` has the aspect ratio nearest to the picture's."""
     fits = [Fit(scaled, (scaled[0] // step * step, scaled[1] // step * step)) for scaled in options]
     usable = [f for f in fits if 0 < math.prod(f.size) <= area]
-    aspect = picture[0] / picture[1]
+    aspect = image[0] / image[1]
     return min(usable, key=lambda f: (abs(f.size[0] / f.size[1] - aspect), -math.prod(f.size)), default=None)

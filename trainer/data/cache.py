@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from trainer.data.decode import UnusableImageError
-from trainer.data.records import Picture, View
+from trainer.data.records import ImageRecord, View
 from trainer.data.render import render, render_mask
 from trainer.storage import atomic, digests
 
@@ -39,10 +39,10 @@ class Cache:
     vae: str
     encoders: str
 
-    def image_path(self, picture: Picture, view: View) -> Path:
-        content = {"sha256": picture.sha256, "view": asdict(view), "vae": self.vae, "version": VERSION}
-        if picture.mask_sha256:
-            content["mask"] = picture.mask_sha256
+    def image_path(self, image: ImageRecord, view: View) -> Path:
+        content = {"sha256": image.sha256, "view": asdict(view), "vae": self.vae, "version": VERSION}
+        if image.mask_sha256:
+            content["mask"] = image.mask_sha256
         return self._path("latents", digests.digest(content))
 
     def text_path(self, caption: str) -> Path:
@@ -54,34 +54,34 @@ class Cache:
 
 def encode_images(
     cache: Cache,
-    items: Iterable[tuple[Picture, View]],
+    items: Iterable[tuple[ImageRecord, View]],
     *,
     encode: Callable[[torch.Tensor], torch.Tensor],
-    workers: int,
+    cpu_workers: int,
     at_once: float,
-    tick: Callable[[], None],
-) -> tuple[int, list[tuple[Picture, str]]]:
+    check_in: Callable[[], None],
+) -> tuple[int, list[tuple[ImageRecord, str]]]:
     """Encode what the cache lacks; return how many were encoded, and the pictures that turned out unusable.
 
     `encode`: pixels (B, 3, H, W) in [-1, 1] → moments (B, 2C, h, w), of a picture at least and of `at_once` megapixels.
     `tick` is called between batches and may raise.
     """
     done, unusable = 0, []
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(cpu_workers) as pool:
         missing = ((p, v) for (p, v), whole in _ahead(pool, lambda i: _whole(cache.image_path(*i)), items) if not whole)
         for batch in _batches(_ahead(pool, _rendered, missing), at_once):
-            tick()
+            check_in()
             good = []
-            for (picture, view), drawn in batch:
+            for (image, view), drawn in batch:
                 if isinstance(drawn, str):
-                    unusable.append((picture, drawn))
+                    unusable.append((image, drawn))
                 else:
-                    good.append((picture, view, *drawn))
+                    good.append((image, view, *drawn))
             if good:
                 pixels_BHWC = torch.from_numpy(np.stack([pixels for _, _, pixels, _ in good]))
                 moments = encode(pixels_BHWC.permute(0, 3, 1, 2).float() / 127.5 - 1).cpu()
-                for (picture, view, _, mask), moments_DHW in zip(good, moments, strict=True):
-                    _write(cache.image_path(picture, view), _with_mask({"moments": moments_DHW}, mask))
+                for (image, view, _, mask), moments_DHW in zip(good, moments, strict=True):
+                    _write(cache.image_path(image, view), _with_mask({"moments": moments_DHW}, mask))
             done += len(good)
     return done, unusable
 
@@ -92,12 +92,12 @@ def encode_texts(
     *,
     encode: Callable[[list[str]], list[Item]],
     batch: int,
-    tick: Callable[[], None],
+    check_in: Callable[[], None],
 ) -> int:
     """Encode the captions that the cache lacks; return how many."""
     missing = [c for c in dict.fromkeys(captions) if not _whole(cache.text_path(c))]
     for start in range(0, len(missing), batch):
-        tick()
+        check_in()
         some = missing[start : start + batch]
         for caption, item in zip(some, encode(some), strict=True):
             _write(cache.text_path(caption), item)
@@ -115,11 +115,11 @@ def load(path: Path) -> Item:
     return item
 
 
-def _rendered(item: tuple[Picture, View]) -> tuple[np.ndarray, np.ndarray | None] | str:
+def _rendered(item: tuple[ImageRecord, View]) -> tuple[np.ndarray, np.ndarray | None] | str:
     """The pixels (H, W, 3) and the mask (H, W) of a picture, or why there are none."""
-    picture, view = item
+    image, view = item
     try:
-        return render(picture.file, view, sha256=picture.sha256), render_mask(picture, view)
+        return render(image.file, view, sha256=image.sha256), render_mask(image, view)
     except UnusableImageError as problem:
         return str(problem)
 
@@ -133,15 +133,15 @@ def _with_mask(item: Item, mask_HW: np.ndarray | None) -> Item:
 
 
 def _batches(
-    drawn: Iterable[tuple[tuple[Picture, View], B]], at_once: float
-) -> Iterator[list[tuple[tuple[Picture, View], B]]]:
+    drawn: Iterable[tuple[tuple[ImageRecord, View], B]], at_once: float
+) -> Iterator[list[tuple[tuple[ImageRecord, View], B]]]:
     """Runs of neighbours of the same size, until they have `at_once` megapixels together."""
-    batch: list[tuple[tuple[Picture, View], B]] = []
-    for (picture, view), value in drawn:
+    batch: list[tuple[tuple[ImageRecord, View], B]] = []
+    for (image, view), value in drawn:
         if batch and (batch[0][0][1].size != view.size or len(batch) * view.size[0] * view.size[1] >= at_once * 1e6):
             yield batch
             batch = []
-        batch.append(((picture, view), value))
+        batch.append(((image, view), value))
     if batch:
         yield batch
 

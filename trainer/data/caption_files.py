@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from trainer.data.captions import LONGEST, Text, clean
+from trainer.data.captions import LONGEST, Caption, clean
 from trainer.spec.errors import DataError
 from trainer.spec.plan import Subset
 
@@ -40,7 +40,7 @@ def sidecar_names(stem: str, extension: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(stem + e for e in (extension, ".txt", ".caption")))
 
 
-def read_sidecar(path: Path) -> Text:
+def read_sidecar(path: Path) -> Caption:
     """Raises DataError for a file too long to be a caption, or one that cannot be read."""
     try:
         with path.open("rb") as file:
@@ -50,10 +50,10 @@ def read_sidecar(path: Path) -> Text:
     if len(data) > LONGEST:
         raise DataError(f"{path} is more than 1 MiB: not a caption. Remove it, or set caption_extension.")
     text, legacy = decode(data)
-    return Text(clean(text), "sidecar", legacy)
+    return Caption(clean(text), "sidecar", legacy)
 
 
-def read_metadata(path: Path, subset: Subset) -> dict[str, Text]:
+def read_metadata(path: Path, subset: Subset) -> dict[str, Caption]:
     """Name as the file gives it → caption, of a `.json`, `.jsonl` or `.csv` file. Rows without a caption are left out.
 
     JSON is `{name: {"caption": …, "tags": …}}`, `{name: caption}` or a list of rows; a row has `file_name` or
@@ -64,7 +64,7 @@ def read_metadata(path: Path, subset: Subset) -> dict[str, Text]:
         text, legacy = decode(path.read_bytes())
     except OSError as problem:
         raise DataError(f"metadata_file {path} cannot be read: {problem.strerror}.") from problem
-    found: dict[str, Text] = {}
+    found: dict[str, Caption] = {}
     for where, row in _rows(path, text):
         names = (subset.source.image_column, *NAME_KEYS)
         name = next((row[k] for k in names if k and row.get(k)), None)
@@ -73,7 +73,7 @@ def read_metadata(path: Path, subset: Subset) -> dict[str, Text]:
         caption = _row_caption(row, subset, where=where)
         if caption is not None:
             before = found.get(name)
-            found[name] = Text(f"{before.text}\n{caption}" if before else caption, "metadata", legacy)
+            found[name] = Caption(f"{before.text}\n{caption}" if before else caption, "metadata", legacy)
     return found
 
 
@@ -127,7 +127,9 @@ def _as_text(value: Any, *, joint: str, where: str) -> str:
     return value
 
 
-def match_names(entries: dict[str, Text], names: Iterable[str], *, folder: Path) -> tuple[dict[str, Text], list[str]]:
+def match_names(
+    entries: dict[str, Caption], names: Iterable[str], *, folder: Path
+) -> tuple[dict[str, Caption], list[str]]:
     """Captions by picture name (relative to `folder`, with /), and the entries that name no picture.
 
     An entry may be the name, the name without its suffix, or an absolute path; one from another machine counts by its
@@ -137,15 +139,15 @@ def match_names(entries: dict[str, Text], names: Iterable[str], *, folder: Path)
     for name in names:
         for key in {name, str(PurePosixPath(name).with_suffix("")), f"/{PurePosixPath(name).name}"}:
             by_name.setdefault(key, []).append(name)
-    matched: dict[str, Text] = {}
+    matched: dict[str, Caption] = {}
     unknown = []
     for entry, text in entries.items():
         path = PurePosixPath(entry.replace("\\", "/"))
         key = str(path)
         if path.is_absolute() or re.match(r"[A-Za-z]:/", key):
             key = str(path.relative_to(folder)) if path.is_relative_to(folder) else f"/{path.name}"
-        pictures = by_name.get(key, [])
-        matched.update(dict.fromkeys(pictures, text))
-        if not pictures:
+        images = by_name.get(key, [])
+        matched.update(dict.fromkeys(images, text))
+        if not images:
             unknown.append(entry)
     return matched, unknown

@@ -21,7 +21,7 @@ OPEN, CLOSE = "\ufdd0", "\ufdd1"
 
 
 @dataclass(frozen=True)
-class Text:
+class Caption:
     """A caption before the pipeline. Lines are stripped, empty ones left out; "" if nothing remains."""
 
     text: str
@@ -39,11 +39,13 @@ def clean(text: str) -> str:
 # ---- the pipeline
 
 
-def process(caption: str | None, subset: Subset, *, rng: random.Random, epoch: int, dropout_rate: float = 0.0) -> str:
+def apply_pipeline(
+    caption: str | None, subset: Subset, *, rng: random.Random, epoch: int, dropout_rate: float = 0.0
+) -> str:
     """The text trained on in one occurrence of a picture. Pure: all chance comes from `rng`; `epoch` counts from 0."""
     if dropped(subset, rng=rng, epoch=epoch, dropout_rate=dropout_rate):
         return ""
-    return compose(caption, subset, rng)
+    return compose_caption(caption, subset, rng)
 
 
 def dropped(subset: Subset, *, rng: random.Random, epoch: int, dropout_rate: float = 0.0) -> bool:
@@ -61,7 +63,7 @@ def may_drop(subset: Subset, *, dropout_rate: float) -> bool:
     return max(subset.caption_dropout_rate, dropout_rate) > 0 or subset.caption_dropout_every_n_epochs > 0
 
 
-def compose(caption: str | None, subset: Subset, rng: random.Random) -> str:
+def compose_caption(caption: str | None, subset: Subset, rng: random.Random) -> str:
     """The caption with everything done to it but dropping the whole.
 
     One line (a random one with `enable_wildcard`, else the first) → prefix and suffix → wildcards → kept tokens, the

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from trainer.data import cache as caching
 from trainer.data.cache import Cache
-from trainer.data.epochs import Order
+from trainer.data.epochs import EpochSampler
 from trainer.engine.device import release
 from trainer.engine.encoders import text_encoders
 from trainer.spec.errors import DataError
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 CAPTIONS = 16  # encoded at once
 
 
-def workers() -> int:
+def cpu_workers() -> int:
     """Threads or processes that prepare pictures: all cores this process may use, 16 at most."""
     return min(16, len(os.sched_getaffinity(0)))
 
@@ -43,7 +43,7 @@ def fill_texts(
     family: Family,
     model: Path,
     engine: EnginePlan,
-    tick: Callable[[], None],
+    check_in: Callable[[], None],
 ) -> None:
     """Encode the captions that the cache lacks; the text encoders are loaded only if there are any."""
     if not caching.any_missing(cache.text_path(c) for c in dict.fromkeys(captions)):
@@ -52,7 +52,7 @@ def fill_texts(
     started = time.monotonic()
     encoders = text_encoders(family, model, engine)
     count = caching.encode_texts(
-        cache, captions, encode=partial(family.encode_text, encoders), batch=CAPTIONS, tick=tick
+        cache, captions, encode=partial(family.encode_text, encoders), batch=CAPTIONS, check_in=check_in
     )
     del encoders
     release()
@@ -61,12 +61,12 @@ def fill_texts(
 
 def fill_images(
     cache: Cache,
-    order: Order,
+    order: EpochSampler,
     *,
     family: Family,
     model: Path,
     engine: EnginePlan,
-    tick: Callable[[], None],
+    check_in: Callable[[], None],
 ) -> None:
     """Encode the views of pictures that the cache lacks. Raises DataError for one that does not decode after all."""
     views = list(order.every_view())
@@ -79,13 +79,13 @@ def fill_images(
         cache,
         views,
         encode=partial(family.encode_images, vae),
-        workers=workers(),
+        cpu_workers=cpu_workers(),
         at_once=0.0 if engine.tile_vae else AT_ONCE,
-        tick=tick,
+        check_in=check_in,
     )
     del vae
     release()
     if unusable:
-        names = "; ".join(f"{picture.name}: {reason}" for picture, reason in unusable[:20])
+        names = "; ".join(f"{image.name}: {reason}" for image, reason in unusable[:20])
         raise DataError(f"{len(unusable)} pictures changed while they were read: {names}.")
     log.info("Encoded %d of %d latents in %.1f s.", count, len(views), time.monotonic() - started)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from trainer.data import captions
 from trainer.data.buckets import Fit, Size, fit
-from trainer.data.records import Picture, View
+from trainer.data.records import ImageRecord, View
 from trainer.spec.errors import DataError
 from trainer.spec.plan import VARIANTS, DataPlan, Subset
 
@@ -27,7 +27,7 @@ COLOUR_SHARE = 1 / 3  # of the views with color_aug that are changed, as in sd-s
 class Example:
     """One occurrence of a picture in an epoch."""
 
-    picture: Picture
+    image: ImageRecord
     view: View
     caption: str  # as the text encoders get it
     weight: float = 1.0  # of the loss
@@ -37,22 +37,22 @@ Batch = tuple[Example, ...]  # all of one dataset and one size
 
 
 @dataclass(frozen=True, slots=True)
-class _Pool:
+class _Variants:
     """What a picture may look like and be called; repeated entries are more likely."""
 
-    picture: Picture
+    image: ImageRecord
     views: tuple[View, ...]
     captions: tuple[str, ...]
     repeats: int  # occurrences an epoch
     weight: float
 
 
-class Order:
+class EpochSampler:
     """The order of training on `pictures`. Raises DataError if a validation split leaves nothing to train on."""
 
     def __init__(
         self,
-        pictures: Sequence[Picture],
+        images: Sequence[ImageRecord],
         data: DataPlan,
         *,
         seed: int,
@@ -62,7 +62,7 @@ class Order:
         self._data = data
         self._seed = seed
         self._dropout = caption_dropout_rate
-        training, self.held_out = split(pictures, data, seed=seed)
+        training, self.held_out = split(images, data, seed=seed)
         if not training:
             raise DataError("No picture to train on. Add pictures, or lower validation_split.")
         repeats = _repeats(training, data)
@@ -74,7 +74,7 @@ class Order:
         self.unused = tuple(p for p in training if repeats[p.key] == 0)
         self.buckets = Counter[tuple[int, Size]]()
         for pool in self._pools:
-            self.buckets[pool.picture.dataset, pool.views[0].size] += pool.repeats
+            self.buckets[pool.image.dataset, pool.views[0].size] += pool.repeats
 
     @property
     def batches_per_epoch(self) -> int:
@@ -93,7 +93,7 @@ class Order:
         for pool in self._pools:
             for _ in range(pool.repeats):
                 example = self._example(pool, rng, number)
-                groups[example.picture.dataset, example.view.size].append(example)
+                groups[example.image.dataset, example.view.size].append(example)
         batches: list[Batch] = []
         for (dataset, _), examples in groups.items():
             rng.shuffle(examples)
@@ -111,27 +111,27 @@ class Order:
     def validation(self) -> list[Batch]:
         """The held-out pictures, uncut by chance, each once, with the first wording of its caption. Never varies."""
         groups: dict[tuple[int, Size], list[Example]] = defaultdict(list)
-        for picture in self.held_out:
-            subset, cut = self._subset(picture), self._fit(picture)
+        for image in self.held_out:
+            subset, cut = self._subset(image), self._fit(image)
             view = _view(cut, subset)
-            words = captions.compose(picture.caption, subset, self._rng("caption", picture))
-            groups[picture.dataset, view.size].append(Example(picture, view, words))
+            words = captions.compose_caption(image.caption, subset, self._rng("caption", image))
+            groups[image.dataset, view.size].append(Example(image, view, words))
         return [b for (d, _), some in groups.items() for b in _batches(some, self._data.datasets[d].batch_size)]
 
-    def every_view(self) -> Iterator[tuple[Picture, View]]:
+    def every_view(self) -> Iterator[tuple[ImageRecord, View]]:
         """Each picture with each view that `epoch` and `validation` may use, once; those of one size together."""
-        for pool in sorted(self._pools, key=lambda pool: (pool.picture.dataset, pool.views[0].size)):
+        for pool in sorted(self._pools, key=lambda pool: (pool.image.dataset, pool.views[0].size)):
             for view in dict.fromkeys(pool.views):
-                yield pool.picture, view
+                yield pool.image, view
         for batch in self.validation():
             for example in batch:
-                yield example.picture, example.view
+                yield example.image, example.view
 
     def every_caption(self) -> list[str]:
         """Each text that `epoch` and `validation` may use, once."""
         found = dict.fromkeys(text for pool in self._pools for text in pool.captions)
         found |= dict.fromkeys(example.caption for batch in self.validation() for example in batch)
-        if any(captions.may_drop(self._subset(p.picture), dropout_rate=self._dropout) for p in self._pools):
+        if any(captions.may_drop(self._subset(p.image), dropout_rate=self._dropout) for p in self._pools):
             found[""] = None
         return list(found)
 
@@ -152,32 +152,32 @@ class Order:
                 lines += [f"Subset {d}.{s}: {text}" for text in _variation(subset, self._dropout)]
         return lines
 
-    def _subset(self, picture: Picture) -> Subset:
-        return self._data.datasets[picture.dataset].subsets[picture.subset]
+    def _subset(self, image: ImageRecord) -> Subset:
+        return self._data.datasets[image.dataset].subsets[image.subset]
 
-    def _fit(self, picture: Picture) -> Fit:
-        cut = fit((picture.width, picture.height), self._data.datasets[picture.dataset])
+    def _fit(self, image: ImageRecord) -> Fit:
+        cut = fit((image.width, image.height), self._data.datasets[image.dataset])
         assert cut is not None  # a scan has skipped those that do not fit
         return cut
 
-    def _rng(self, use: str, picture: Picture) -> random.Random:
-        return random.Random(f"{self._seed}/{use}/{picture.key}")
+    def _rng(self, use: str, image: ImageRecord) -> random.Random:
+        return random.Random(f"{self._seed}/{use}/{image.key}")
 
-    def _pool(self, picture: Picture, repeats: int, *, weight: float) -> _Pool:
-        subset = self._subset(picture)
-        views = _views(self._fit(picture), subset, self._rng("view", picture))
-        rng = self._rng("caption", picture)
-        texts = tuple(captions.compose(picture.caption, subset, rng) for _ in range(subset.wordings))
-        return _Pool(picture, views, texts, repeats, weight)
+    def _pool(self, image: ImageRecord, repeats: int, *, weight: float) -> _Variants:
+        subset = self._subset(image)
+        views = _views(self._fit(image), subset, self._rng("view", image))
+        rng = self._rng("caption", image)
+        texts = tuple(captions.compose_caption(image.caption, subset, rng) for _ in range(subset.caption_variants))
+        return _Variants(image, views, texts, repeats, weight)
 
-    def _example(self, pool: _Pool, rng: random.Random, epoch: int) -> Example:
+    def _example(self, pool: _Variants, rng: random.Random, epoch: int) -> Example:
         view, text = rng.choice(pool.views), rng.choice(pool.captions)
-        if captions.dropped(self._subset(pool.picture), rng=rng, epoch=epoch, dropout_rate=self._dropout):
+        if captions.dropped(self._subset(pool.image), rng=rng, epoch=epoch, dropout_rate=self._dropout):
             text = ""
-        return Example(pool.picture, view, text, pool.weight)
+        return Example(pool.image, view, text, pool.weight)
 
 
-def split(pictures: Sequence[Picture], data: DataPlan, *, seed: int) -> tuple[list[Picture], list[Picture]]:
+def split(images: Sequence[ImageRecord], data: DataPlan, *, seed: int) -> tuple[list[ImageRecord], list[ImageRecord]]:
     """Pictures to train on, and those held out: `validation_split` of each dataset, at least one where it is above 0.
 
     Chosen by content and seed, so that copies of a picture and the same picture at another resolution stay together;
@@ -187,7 +187,7 @@ def split(pictures: Sequence[Picture], data: DataPlan, *, seed: int) -> tuple[li
     for d, dataset in enumerate(data.datasets):
         if dataset.validation_split <= 0:
             continue
-        own = [p for p in pictures if p.dataset == d and not dataset.subsets[p.subset].is_reg]
+        own = [p for p in images if p.dataset == d and not dataset.subsets[p.subset].is_reg]
         salt = seed if dataset.validation_seed is None else dataset.validation_seed
         ranked = sorted({p.sha256 for p in own}, key=lambda sha: hashlib.sha256(f"{salt}/{sha}".encode()).digest())
         count = max(1, round(dataset.validation_split * len(ranked)))
@@ -198,30 +198,30 @@ def split(pictures: Sequence[Picture], data: DataPlan, *, seed: int) -> tuple[li
             )
         held |= {(d, sha) for sha in ranked[:count]}
     anywhere = {sha for _, sha in held}
-    return [p for p in pictures if p.sha256 not in anywhere], [p for p in pictures if (p.dataset, p.sha256) in held]
+    return [p for p in images if p.sha256 not in anywhere], [p for p in images if (p.dataset, p.sha256) in held]
 
 
 def _batches(examples: Sequence[Example], size: int) -> list[Batch]:
     return [tuple(examples[i : i + size]) for i in range(0, len(examples), size)]
 
 
-def _repeats(pictures: Sequence[Picture], data: DataPlan) -> dict[str, int]:
+def _repeats(images: Sequence[ImageRecord], data: DataPlan) -> dict[str, int]:
     """How often each picture (by key) occurs in an epoch.
 
     In each dataset the regularisation pictures take turns until they are as many as the others.
     """
-    counts = {p.key: data.datasets[p.dataset].subsets[p.subset].num_repeats for p in pictures}
+    counts = {p.key: data.datasets[p.dataset].subsets[p.subset].num_repeats for p in images}
     for d, dataset in enumerate(data.datasets):
-        own = [p for p in pictures if p.dataset == d]
+        own = [p for p in images if p.dataset == d]
         regular = [p for p in own if dataset.subsets[p.subset].is_reg]
         wanted = sum(counts[p.key] for p in own) - sum(counts[p.key] for p in regular)
         if not regular or wanted == 0:
             continue
         most = max(counts[p.key] for p in regular)
-        turns = [p.key for turn in range(most) for p in regular if counts[p.key] > turn]
+        transposes = [p.key for turn in range(most) for p in regular if counts[p.key] > turn]
         counts.update(dict.fromkeys((p.key for p in regular), 0))
         for i in range(wanted):
-            counts[turns[i % len(turns)]] += 1
+            counts[transposes[i % len(transposes)]] += 1
     return counts
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from trainer.data import caption_files
-from trainer.data.captions import Text
+from trainer.data.captions import Caption
 from trainer.spec.errors import DataError
 from trainer.spec.plan import Subset
 
@@ -29,7 +29,7 @@ class Folder:
     """The names below `root`, relative to it with /, sorted."""
 
     root: Path
-    pictures: list[str] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)  # name, reason
     others: list[str] = field(default_factory=list)
     masks: dict[str, Path] | None = None  # by the picture's name without suffix; None: none are asked for
@@ -40,7 +40,7 @@ class Folder:
 
     def to_read(self) -> Iterator[Path]:
         """Every picture, each followed by its mask."""
-        for name in self.pictures:
+        for name in self.images:
             yield self.root / name
             mask = self.mask(name)
             if mask is not None:
@@ -64,7 +64,7 @@ def list_folder(subset: Subset) -> Folder:
     if not masks.is_dir():
         raise DataError(f"conditioning_data_dir {subset.conditioning_data_dir} is not a folder.")
     found = _walk(root, leave_out=masks)
-    found.masks = {without_suffix(name): masks / name for name in _walk(masks, leave_out=None).pictures}
+    found.masks = {without_suffix(name): masks / name for name in _walk(masks, leave_out=None).images}
     return found
 
 
@@ -73,16 +73,16 @@ def without_suffix(name: str) -> str:
     return str(PurePosixPath(name).with_suffix(""))
 
 
-def find_captions(folder: Folder, subset: Subset) -> tuple[dict[str, Text], list[str]]:
+def find_captions(folder: Folder, subset: Subset) -> tuple[dict[str, Caption], list[str]]:
     """Captions by picture's name, and notes. Metadata files first, then sidecar files, then class_tokens.
 
     Raises DataError for a metadata file that is not there or not readable.
     """
-    texts: dict[str, Text] = {}
+    texts: dict[str, Caption] = {}
     if subset.class_tokens:
-        texts = dict.fromkeys(folder.pictures, Text(subset.class_tokens, "class_tokens"))
+        texts = dict.fromkeys(folder.images, Caption(subset.class_tokens, "class_tokens"))
     there, read = set(folder.others), set[str]()
-    for name in folder.pictures:
+    for name in folder.images:
         sidecars = caption_files.sidecar_names(without_suffix(name), subset.caption_extension)
         sidecar = next((s for s in sidecars if s in there), None)
         if sidecar:
@@ -90,7 +90,7 @@ def find_captions(folder: Folder, subset: Subset) -> tuple[dict[str, Text], list
             read.add(sidecar)
     notes = []
     for file, prefix in _metadata_files(folder, subset):
-        inside = [name.removeprefix(prefix) for name in folder.pictures if name.startswith(prefix)]
+        inside = [name.removeprefix(prefix) for name in folder.images if name.startswith(prefix)]
         entries = caption_files.read_metadata(file, subset)
         if file.is_relative_to(folder.root):
             read.add(file.relative_to(folder.root).as_posix())
@@ -127,7 +127,7 @@ def _walk(root: Path, *, leave_out: Path | None) -> Folder:
         for name in names:
             if not name.startswith("."):
                 _sort_in(here / name, found, real=real)
-    found.pictures.sort()
+    found.images.sort()
     found.skipped.sort()
     found.others.sort()
     return found
@@ -150,4 +150,4 @@ def _sort_in(file: Path, found: Folder, *, real: Path) -> None:
     elif UNREADABLE.fullmatch(suffix):
         found.skipped.append((name, f"format {suffix} is not read: save it as PNG or JPEG"))
     else:
-        found.pictures.append(name)
+        found.images.append(name)

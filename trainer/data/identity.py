@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 
-from trainer.data.records import Picture
+from trainer.data.records import ImageRecord
 
 
-def fingerprint(pictures: Iterable[Picture]) -> dict[str, str]:
-    """Picture's key → digests of its content and caption; equal means equal datasets. Holds no local path."""
-    return {p.key: f"{p.sha256} {p.mask_sha256 or '-'} {_digest(p.caption)}" for p in pictures}
+def fingerprint(images: Iterable[ImageRecord]) -> dict[str, str]:
+    """ImageRecord's key → digests of its content and caption; equal means equal datasets. Holds no local path."""
+    return {p.key: f"{p.sha256} {p.mask_sha256 or '-'} {_digest(p.caption)}" for p in images}
 
 
 def fingerprint_differences(old: dict[str, str], new: dict[str, str], *, limit: int = 10) -> list[str]:

@@ -1,4 +1,4 @@
-"""The records that describe images: `Picture`, `View`, `Skipped`, and the `Scan` that lists them."""
+"""The records that describe images: `ImageRecord`, `View`, `Skipped`, and the `Scan` that lists them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WARNING = "WARNING: "  # begins what a note warns of
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class ImageRecord:
     """A usable picture of one subset. Sizes in pixels, after turning it upright."""
 
     name: str  # relative to its subset's folder, with /
@@ -63,17 +63,17 @@ class Skipped:
 class Scan:
     """What was found: every picture is either in `pictures` or in `skipped`."""
 
-    pictures: tuple[Picture, ...]
+    images: tuple[ImageRecord, ...]
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...]  # what the user should know, one line each
 
     @property
     def found(self) -> int:
-        return len(self.pictures) + len(self.skipped)
+        return len(self.images) + len(self.skipped)
 
     def report(self, *, limit: int | None = 20) -> str:
         """In / used / skipped with reasons, at most `limit` skipped ones by name, and the notes."""
-        lines = [f"Pictures: {self.found} found, {len(self.pictures)} used, {len(self.skipped)} skipped."]
+        lines = [f"Pictures: {self.found} found, {len(self.images)} used, {len(self.skipped)} skipped."]
         lines += [f"  skipped {s.name}: {s.reason}" for s in self.skipped[:limit]]
         if limit is not None and len(self.skipped) > limit:
             reasons = Counter(s.reason for s in self.skipped[limit:])
@@ -83,7 +83,7 @@ class Scan:
     def check(self, *, strict: bool) -> None:
         """Raises DataError if nothing is usable, if more than a tenth is not, or with `strict` if anything is not."""
         bad = len(self.skipped)
-        if not self.pictures:
+        if not self.images:
             raise DataError(f"No usable picture in the dataset.\n{self.report()}")
         if bad and strict:
             raise DataError(f"STRICT_DATASET is true and {bad} of {self.found} pictures are unusable.\n{self.report()}")

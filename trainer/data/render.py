@@ -10,7 +10,7 @@ from PIL import Image
 
 from trainer.data import decode
 from trainer.data.decode import UnusableImageError
-from trainer.data.records import Picture, View
+from trainer.data.records import ImageRecord, View
 
 
 def render(file: Path, view: View, *, sha256: str | None = None) -> np.ndarray:
@@ -23,17 +23,17 @@ def render(file: Path, view: View, *, sha256: str | None = None) -> np.ndarray:
     return np.asarray(cut if view.colour is None else decode.vary_colour(cut, view.colour))
 
 
-def render_mask(picture: Picture, view: View) -> np.ndarray | None:
+def render_mask(image: ImageRecord, view: View) -> np.ndarray | None:
     """The loss mask of a view: uint8 (height, width), 255 is trained; None if the picture has none.
 
     Raises UnusableImageError.
     """
-    if picture.mask_file is not None:
-        mask = decode.open_mask(_bytes(picture.mask_file, picture.mask_sha256))
-        if mask.size != (picture.width, picture.height):
-            mask = mask.resize((picture.width, picture.height), Image.Resampling.BOX)
-    elif picture.mask_sha256:
-        alpha = decode.open_upright(_bytes(picture.file, picture.sha256))[1]
+    if image.mask_file is not None:
+        mask = decode.open_mask(_bytes(image.mask_file, image.mask_sha256))
+        if mask.size != (image.width, image.height):
+            mask = mask.resize((image.width, image.height), Image.Resampling.BOX)
+    elif image.mask_sha256:
+        alpha = decode.open_upright(_bytes(image.file, image.sha256))[1]
         if alpha is None:
             return None
         mask = alpha

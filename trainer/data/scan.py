@@ -19,10 +19,10 @@ from pathlib import Path
 
 from trainer.data import decode
 from trainer.data.buckets import fit
-from trainer.data.captions import Text
+from trainer.data.captions import Caption
 from trainer.data.decode import UnusableImageError
 from trainer.data.folder_listing import Folder, find_captions, list_folder
-from trainer.data.records import WARNING, Picture, Scan, Skipped
+from trainer.data.records import WARNING, ImageRecord, Scan, Skipped
 from trainer.spec.errors import UnreachableError
 from trainer.spec.plan import DataPlan, Dataset, Subset
 
@@ -33,14 +33,14 @@ TOO_SMALL = "smaller than one step of bucket_reso_steps, and bucket_no_upscale f
 NO_MASK = "no mask of the same stem in conditioning_data_dir"
 
 
-def scan(data: DataPlan, *, workers: int) -> Scan:
-    """`survey`, and `Scan.check`. Raises DataError."""
-    result = survey(data, workers=workers)
+def scan_checked(data: DataPlan, *, cpu_workers: int) -> Scan:
+    """`scan`, and `Scan.check`. Raises DataError."""
+    result = scan(data, cpu_workers=cpu_workers)
     result.check(strict=data.strict)
     return result
 
 
-def survey(data: DataPlan, *, workers: int, progress: Callable[[int, int], None] | None = None) -> Scan:
+def scan(data: DataPlan, *, cpu_workers: int, progress: Callable[[int, int], None] | None = None) -> Scan:
     """Find, hash and decode all pictures of the plan, in `workers` processes (0: in this one).
 
     `progress` is called with pictures done and in all. Raises DataError for a folder or caption that cannot be read,
@@ -53,10 +53,10 @@ def survey(data: DataPlan, *, workers: int, progress: Callable[[int, int], None]
     ]
     # A folder may serve several datasets (resolutions): each file is read once.
     files = list(dict.fromkeys(f for listing in listings for f in listing.folder.to_read()))
-    facts = dict(zip(files, _examine_all(files, workers=workers, progress=progress), strict=True))
-    parts = [_settle(listing, facts) for listing in listings]
+    facts = dict(zip(files, _examine_all(files, cpu_workers=cpu_workers, progress=progress), strict=True))
+    parts = [_combine(listing, facts) for listing in listings]
     return Scan(
-        tuple(p for part in parts for p in part.pictures),
+        tuple(p for part in parts for p in part.images),
         tuple(s for part in parts for s in part.skipped),
         tuple(n for part in parts for n in part.notes),
     )
@@ -109,20 +109,20 @@ def _end_with_parent() -> None:
 
 
 def _examine_all(
-    files: Sequence[Path], *, workers: int, progress: Callable[[int, int], None] | None
+    files: Sequence[Path], *, cpu_workers: int, progress: Callable[[int, int], None] | None
 ) -> Iterator[_Facts | str]:
     """`_examine` of each file, in order."""
-    if workers <= 0 or not files:
+    if cpu_workers <= 0 or not files:
         for done, file in enumerate(files, 1):
             yield _examine(file)
             if progress:
                 progress(done, len(files))
         return
-    workers = min(workers, len(files))
+    cpu_workers = min(cpu_workers, len(files))
     done = 0
     # spawn: a fork would copy locks that threads of this process hold.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_enter_worker) as pool:
+    with ProcessPoolExecutor(cpu_workers, mp_context=context, initializer=_enter_worker) as pool:
         try:
             for facts in pool.map(_examine, files):
                 yield facts
@@ -130,7 +130,7 @@ def _examine_all(
                 if progress:
                     progress(done, len(files))
         except BrokenProcessPool as problem:
-            suspects = ", ".join(str(f) for f in files[done : done + 2 * workers + 1])
+            suspects = ", ".join(str(f) for f in files[done : done + 2 * cpu_workers + 1])
             raise UnreachableError(
                 f"A process that reads pictures was killed (out of memory?) at one of: {suspects}."
             ) from problem
@@ -150,13 +150,13 @@ class _Listing:
     folder: Folder
 
 
-def _settle(listing: _Listing, facts: dict[Path, _Facts | str]) -> Scan:
+def _combine(listing: _Listing, facts: dict[Path, _Facts | str]) -> Scan:
     """Pictures with captions and masks, the skipped ones, and notes, of one subset."""
     subset, folder = listing.subset_plan, listing.folder
     place = {"dataset": listing.dataset, "subset": listing.subset}
     texts, notes = find_captions(folder, subset)
-    pictures, skipped = [], [Skipped(name, reason, **place) for name, reason in folder.skipped]
-    for name in folder.pictures:
+    images, skipped = [], [Skipped(name, reason, **place) for name, reason in folder.skipped]
+    for name in folder.images:
         file = folder.root / name
         mask_file = folder.mask(name)
         settled = _usable(facts[file], listing, mask_file, facts[mask_file] if mask_file else None)
@@ -165,8 +165,8 @@ def _settle(listing: _Listing, facts: dict[Path, _Facts | str]) -> Scan:
             continue
         found, mask_sha256 = settled
         text = texts.get(name)
-        pictures.append(
-            Picture(
+        images.append(
+            ImageRecord(
                 name=name,
                 file=file,
                 sha256=found.sha256,
@@ -180,8 +180,8 @@ def _settle(listing: _Listing, facts: dict[Path, _Facts | str]) -> Scan:
             )
         )
     title = f"{subset.source.public} ({listing.dataset}.{listing.subset})"
-    lines = _notes(pictures, texts, subset) + notes
-    return Scan(tuple(pictures), tuple(sorted(skipped, key=lambda s: s.name)), tuple(f"{title}: {n}" for n in lines))
+    lines = _notes(images, texts, subset) + notes
+    return Scan(tuple(images), tuple(sorted(skipped, key=lambda s: s.name)), tuple(f"{title}: {n}" for n in lines))
 
 
 def _usable(
@@ -204,20 +204,20 @@ def _usable(
     return facts, mask.sha256
 
 
-def _notes(pictures: Sequence[Picture], texts: dict[str, Text], subset: Subset) -> list[str]:
+def _notes(images: Sequence[ImageRecord], texts: dict[str, Caption], subset: Subset) -> list[str]:
     """What the user should know of a subset's captions and pictures."""
-    used = [texts[p.name] for p in pictures if p.name in texts]
+    used = [texts[p.name] for p in images if p.name in texts]
     own = [t for t in used if t.origin != "class_tokens"]
-    missing = len(pictures) - len(own)
+    missing = len(images) - len(own)
     empty = sum(not t.text for t in own)
     legacy = sum(t.legacy for t in own)
     several = 0 if subset.enable_wildcard else sum("\n" in t.text for t in own)
-    alpha = sum(p.has_alpha for p in pictures)
-    twins = len(pictures) - len({p.sha256 for p in pictures})
+    alpha = sum(p.has_alpha for p in images)
+    twins = len(images) - len({p.sha256 for p in images})
     substitute = f"class_tokens {subset.class_tokens!r} is used" if subset.class_tokens else "trained without caption"
-    lines = [f"{len(pictures)} pictures, {len(own)} captions"]
+    lines = [f"{len(images)} pictures, {len(own)} captions"]
     lines += [f"{missing} captions missing: {substitute}"] if missing else []
-    if pictures and not own and not subset.class_tokens and not subset.trigger_word:
+    if images and not own and not subset.class_tokens and not subset.trigger_word:
         lines.append(
             f"{WARNING}no captions at all and no class_tokens: the model learns these pictures without words, and no "
             "word will call them up. Add .txt files, or set class_tokens or TRIGGER_WORD."

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 from trainer.engine.quantization.frozen_linear import FrozenLinear
-from trainer.engine.quantization.lora_linear import Adapted
+from trainer.engine.quantization.lora_linear import LoraLinear
 from trainer.spec.errors import SettingsError
 
 Blocks = Sequence[tuple[str, torch.nn.Module]]
@@ -86,7 +86,7 @@ def add_adapters(
         config = LoraConfig(
             r=rank, lora_alpha=alpha, target_modules=names, use_rslora=kind == "rslora", use_dora=kind == "dora"
         )
-        config._register_custom_module({torch.nn.Linear: Adapted, FrozenLinear: Adapted})
+        config._register_custom_module({torch.nn.Linear: LoraLinear, FrozenLinear: LoraLinear})
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Unsupported layer type")  # it has the sizes, which is all that is asked
             denoiser.add_adapter(config, adapter_name="default")

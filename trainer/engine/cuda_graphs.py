@@ -22,16 +22,16 @@ Work = Callable[[Tensors], tuple[torch.Tensor, torch.Tensor]]  # inputs → what
 
 
 @dataclass(frozen=True)
-class _Recorded:
+class _CapturedGraph:
     """The graph reads `inputs` and writes `told`."""
 
     graph: torch.cuda.CUDAGraph
     inputs: Tensors
-    told: torch.Tensor
+    per_image_loss: torch.Tensor
 
 
 @dataclass(eq=False)
-class Direct:
+class EagerStep:
     """The gradient of some work's loss is added to that of the parameters, of which `flat` has all, one after another.
 
     `params`: what the work computes with; `wholes`: what these are views of, if they are (`optim.joined`), in the same
@@ -40,27 +40,27 @@ class Direct:
     """
 
     params: Sequence[torch.nn.Parameter]
-    wholes: Sequence[torch.nn.Parameter] = ()
+    optimizer_params: Sequence[torch.nn.Parameter] = ()
     around: Around = contextlib.nullcontext
-    recording: bool = field(default=False, init=False)
+    capturing: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         count = sum(p.numel() for p in self.params)
-        self.flat = torch.zeros(count, device=self.params[0].device, dtype=self.params[0].dtype)
-        others = [] if self.params[0] is next(iter(self.wholes), None) else self.wholes
+        self.flat_grad = torch.zeros(count, device=self.params[0].device, dtype=self.params[0].dtype)
+        others = [] if self.params[0] is next(iter(self.optimizer_params), None) else self.optimizer_params
         self.grads = self._views(self.params)
         self.owners = [*zip(self.params, self.grads, strict=True), *zip(others, self._views(others), strict=True)]
         self.clear()
 
     def _views(self, params: Sequence[torch.nn.Parameter]) -> list[torch.Tensor]:
-        parts = self.flat.split([p.numel() for p in params]) if params else ()
+        parts = self.flat_grad.split([p.numel() for p in params]) if params else ()
         return [part.view_as(p) for part, p in zip(parts, params, strict=True)]
 
     def __call__(self, work: Work, inputs: Tensors) -> torch.Tensor:
         with self.around():
-            told, loss = work(inputs)
+            per_image_loss, loss = work(inputs)
             loss.backward()
-        return told.detach()
+        return per_image_loss.detach()
 
     @property
     def short_of_memory(self) -> bool:
@@ -69,42 +69,42 @@ class Direct:
 
     def clear(self) -> None:
         """The gradient is zero again."""
-        self.flat.zero_()
+        self.flat_grad.zero_()
         for p, grad in self.owners:
             p.grad = grad
 
-    def drop(self) -> bool:
+    def release(self) -> bool:
         """Give back the memory that is held between two pieces of work; whether there was any."""
         return False
 
-    def give_up(self) -> bool:
+    def disable(self) -> bool:
         """The same, and hold none from now on."""
-        return self.drop()
+        return self.release()
 
-    def renew(self) -> None:
+    def reset(self) -> None:
         """What was recorded was of other work: begin anew."""
 
 
-class Replayed(Direct):
+class GraphStep(EagerStep):
     """The same from recordings, whose memory is one pool."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.recorded: dict[Key, _Recorded] = {}
+        self.captured: dict[Key, _CapturedGraph] = {}
         self.warm: set[Key] = set()  # have run once
         self.large: set[Key] = set()  # there is no memory to record them
-        self.cramped = False  # not all that was recorded had room at the same time
+        self.evicted_once = False  # not all that was recorded had room at the same time
         self.stream = torch.cuda.Stream()
         self.pool = torch.cuda.graph_pool_handle()
-        self.recording = True
+        self.capturing = True
 
     @property
     def short_of_memory(self) -> bool:
-        return self.recording and bool(self.large)
+        return self.capturing and bool(self.large)
 
-    def drop(self) -> bool:
-        held = bool(self.recorded)
-        self.recorded.clear()
+    def release(self) -> bool:
+        held = bool(self.captured)
+        self.captured.clear()
         if held:
             torch.cuda.synchronize()
             self.pool = torch.cuda.graph_pool_handle()
@@ -112,53 +112,53 @@ class Replayed(Direct):
             torch.cuda.empty_cache()
         return held
 
-    def give_up(self) -> bool:
-        self.recording = False
-        return self.drop()
+    def disable(self) -> bool:
+        self.capturing = False
+        return self.release()
 
-    def renew(self) -> None:
-        self.drop()
+    def reset(self) -> None:
+        self.release()
         self.warm.clear()
         self.large.clear()
-        self.cramped = False
+        self.evicted_once = False
 
     def __call__(self, work: Work, inputs: Tensors) -> torch.Tensor:
-        if not self.recording:
+        if not self.capturing:
             return super().__call__(work, inputs)
         key: Key = tuple((name, t.shape, t.dtype) for name, t in inputs.items())
-        found = self.recorded.get(key) or self._room(key, work, inputs)
+        found = self.captured.get(key) or self._room(key, work, inputs)
         if found is None:
             return super().__call__(work, inputs)
         for name, tensor in inputs.items():
             found.inputs[name].copy_(tensor)
         found.graph.replay()
-        return found.told.clone()
+        return found.per_image_loss.clone()
 
     def _step(self, work: Work, inputs: Tensors) -> torch.Tensor:
         """The same as without a recording, in fewer pieces of work for the device."""
         with self.around():
-            told, loss = work(inputs)
+            per_image_loss, loss = work(inputs)
             found = torch.autograd.grad(loss, self.params, allow_unused=True)
         pairs = [(whole, part) for whole, part in zip(self.grads, found, strict=True) if part is not None]
         torch._foreach_add_([whole for whole, _ in pairs], [part for _, part in pairs])
-        return told.detach()
+        return per_image_loss.detach()
 
-    def _room(self, key: Key, work: Work, inputs: Tensors) -> _Recorded | None:
+    def _room(self, key: Key, work: Work, inputs: Tensors) -> _CapturedGraph | None:
         """Record it if there is memory; for that, what is recorded of other sizes is dropped, but only once."""
         if key in self.large:
             return None
         found = self._record(key, work, inputs)
-        if found is None and self.recording and not self.cramped:
-            self.cramped = self.drop()
-            found = self._record(key, work, inputs) if self.cramped else None
+        if found is None and self.capturing and not self.evicted_once:
+            self.evicted_once = self.release()
+            found = self._record(key, work, inputs) if self.evicted_once else None
         if found is not None:
-            self.recorded[key] = found
-        elif self.recording:
+            self.captured[key] = found
+        elif self.capturing:
             self.large.add(key)
             log.warning("There is no memory to record a step of this size: it is launched kernel by kernel.")
         return found
 
-    def _record(self, key: Key, work: Work, inputs: Tensors) -> _Recorded | None:
+    def _record(self, key: Key, work: Work, inputs: Tensors) -> _CapturedGraph | None:
         """Record it, and change nothing; None where there is no memory, or where it cannot be recorded."""
         random, current = torch.cuda.get_rng_state(), torch.cuda.current_stream()
         try:
@@ -178,40 +178,40 @@ class Replayed(Direct):
 
     def _warm(self, work: Work, own: Tensors) -> None:
         """Run it once, for what is compiled or allocated by the first run alone."""
-        before, current = self.flat.clone(), torch.cuda.current_stream()
+        before, current = self.flat_grad.clone(), torch.cuda.current_stream()
         self.stream.wait_stream(current)
         try:
             with torch.cuda.stream(self.stream):
                 self._step(work, own)
         finally:
             current.wait_stream(self.stream)
-            self.flat.copy_(before)
+            self.flat_grad.copy_(before)
 
-    def _captured(self, work: Work, own: Tensors) -> _Recorded | None:
+    def _captured(self, work: Work, own: Tensors) -> _CapturedGraph | None:
         """Record it; None, and never again, where it waits for the device or does what no recording can hold."""
         graph = torch.cuda.CUDAGraph()
         try:
             # Other threads, which write checkpoints, may allocate meanwhile.
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-                told = self._step(work, own)
+                per_image_loss = self._step(work, own)
         except RuntimeError as problem:
             cause = problem.__context__ or problem  # a capture that something has ended fails once more at its end
             self._ended()
             if isinstance(problem, torch.OutOfMemoryError) or isinstance(cause, torch.OutOfMemoryError):
                 raise torch.OutOfMemoryError(str(cause)) from problem
-            self.recording, self.pool = False, torch.cuda.graph_pool_handle()
+            self.capturing, self.pool = False, torch.cuda.graph_pool_handle()
             why = (str(cause).splitlines() or [repr(cause)])[0]
             log.warning("Steps cannot be recorded, and are launched kernel by kernel: %s", why)
             return None
-        return _Recorded(graph, own, told)
+        return _CapturedGraph(graph, own, per_image_loss)
 
     def _ended(self) -> None:
         """Tell torch's allocator and its random generator that a capture is over: of a failed one they may not know."""
-        if not self.flat.is_cuda:
+        if not self.flat_grad.is_cuda:
             return
         with contextlib.suppress(RuntimeError):  # it knows
-            torch._C._cuda_endAllocateToPool(self.flat.device.index, self.pool)
+            torch._C._cuda_endAllocateToPool(self.flat_grad.device.index, self.pool)
         # The generator learns it where one succeeds. Until then nothing can be drawn, and the compiler does that.
         graph = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream, capture_error_mode="thread_local")
         with contextlib.suppress(RuntimeError), graph:  # what failed before is what has to be told
-            self.flat[:1].zero_()
+            self.flat_grad[:1].zero_()

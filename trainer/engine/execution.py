@@ -17,7 +17,7 @@ from trainer.engine.memory.weight_streaming import Stream
 from trainer.engine.quantization.frozen_linear import FrozenLinear
 from trainer.spec.errors import SettingsError
 from trainer.spec.plan import EnginePlan
-from trainer.spec.strategies import described, rungs
+from trainer.spec.strategies import described, fallbacks
 
 log = logging.getLogger(__name__)
 
@@ -40,22 +40,22 @@ class Engine:
         self.denoiser, self.regions, self.stream, self.device = denoiser, list(regions), stream, plan.device
         self.offload: Offload | None = None
         self.compiled, self.host_gib = plan.compile, plan.host_gib
-        self.rungs = rungs(plan.recompute, plan.kept_blocks, plan.offload, compiled=plan.compile)
+        self.fallbacks = fallbacks(plan.recompute, plan.kept_blocks, plan.offload, compiled=plan.compile)
         frozen = sum(t.nbytes for r in regions for t in (*r.parameters(), *r.buffers()) if not t.requires_grad)
-        if plan.host_gib is not None and frozen > plan.host_gib * 2**30 and len(self.rungs) > 1:
-            self.rungs.pop()  # the last, which sends the weights to the host
-        self.turn(keep=plan.turned_weights)
-        self._climb()
+        if plan.host_gib is not None and frozen > plan.host_gib * 2**30 and len(self.fallbacks) > 1:
+            self.fallbacks.pop()  # the last, which sends the weights to the host
+        self.keep_transposed(keep=plan.turned_weights)
+        self._apply()
 
-    def turn(self, *, keep: bool) -> None:
+    def keep_transposed(self, *, keep: bool) -> None:
         """Keep the weights turned round as well, or do not."""
         for layer in self._layers():
-            layer.turn(keep)
+            layer.keep_transposed(keep)
 
     def _layers(self) -> list[FrozenLinear]:
         return [m for region in self.regions for m in region.modules() if isinstance(m, FrozenLinear)]
 
-    def narrow(self) -> bool:
+    def drop_adapter_columns(self) -> bool:
         """Give up what is there for speed alone: copies turned round; then columns beside the weights. Whether it did.
 
         Without those, adapters are added after the products.
@@ -63,21 +63,21 @@ class Engine:
         if self.stream:
             return False
         layers = self._layers()
-        if any(layer.turned_KF is not None for layer in layers):
-            self.turn(keep=False)
+        if any(layer.weight_t_KN is not None for layer in layers):
+            self.keep_transposed(keep=False)
             log.info("The weights are not kept turned round any more, which takes less memory and a little more time.")
             return True
         if not any(layer.rank for layer in layers):
             return False
         for layer in layers:
-            layer.narrow()
+            layer.drop_adapter_columns()
         if self.offload:
             self.offload.know()
         log.info("Adapters are no part of products any more, which takes less memory and 5 to 10 % more time.")
         return True
 
-    def _climb(self) -> None:
-        policy, kept, offload = self.rungs[0]
+    def _apply(self) -> None:
+        policy, kept, offload = self.fallbacks[0]
         kept = min(kept, len(self.regions))  # of a variant that may have fewer than its family's footprint says
         policies = ["none"] * kept + [policy] * (len(self.regions) - kept)
         checkpointing.apply(self.regions, policies, compiled=self.compiled)
@@ -99,24 +99,24 @@ class Engine:
         """How many graphs were compiled so far, of all kinds of regions and sizes; None: nothing is compiled."""
         return int(torch._dynamo.utils.counters["stats"]["unique_graphs"]) if self.compiled else None
 
-    def records(self, rung: int = 0) -> bool:
+    def can_capture(self, rung: int = 0) -> bool:
         """Whether steps may be recorded: this way, or one further down. What streams weights decides as it goes."""
-        return len(self.rungs) > rung and self.rungs[rung][2] != "weights"
+        return len(self.fallbacks) > rung and self.fallbacks[rung][2] != "weights"
 
     @property
-    def steep(self) -> bool:
+    def next_offloads_more(self) -> bool:
         """Whether the next way down sends more to the host, and is that much slower; or there is none."""
-        return len(self.rungs) == 1 or self.rungs[1][2] != self.rungs[0][2]
+        return len(self.fallbacks) == 1 or self.fallbacks[1][2] != self.fallbacks[0][2]
 
     def lower(self, problem: str) -> None:
         """The next way, with less memory. Raises SettingsError where there is none."""
-        if len(self.rungs) == 1:
+        if len(self.fallbacks) == 1:
             raise SettingsError(f"{problem} Fix: lower PARAMS_BATCH_SIZE or PARAMS_RESOLUTION, or give it more memory.")
-        before, now = self.rungs.pop(0), self.rungs[0]
+        before, now = self.fallbacks.pop(0), self.fallbacks[0]
         log.warning("%s Instead of %s: %s.", problem, described(*before), described(*now))
-        self.turn(keep=False)
+        self.keep_transposed(keep=False)
         try:
-            self._climb()
+            self._apply()
         except torch.OutOfMemoryError:
             self.lower(problem)
 

@@ -7,24 +7,17 @@ to it than two matrices, all is computed by the modules one by one.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from trainer.engine.quantization.formats import OF_INPUTS, fp8_gradient, fp8_product
+from trainer.engine.kernels.dispatch import gated_residual as gated_sum
+from trainer.engine.kernels.dispatch import gelu_gradient, gelu_rows, norm_gradient, norm_rows, quantize_rows
+from trainer.engine.quantization.formats import FORWARD_SCALE, fp8_gradient, fp8_product
 from trainer.engine.quantization.frozen_linear import FrozenLinear
-from trainer.engine.quantization.lora_linear import Adapted
-
-if importlib.util.find_spec("triton"):
-    from trainer.engine.kernels.norm_gelu_triton import gelu_gradient, gelu_rows, norm_gradient, norm_rows
-    from trainer.engine.kernels.quantize_triton import gated as gated_sum
-    from trainer.engine.kernels.quantize_triton import quantize_rows
-else:
-    from trainer.engine.kernels.reference import gated as gated_sum
-    from trainer.engine.kernels.reference import gelu_gradient, gelu_rows, norm_gradient, norm_rows, quantize_rows
+from trainer.engine.quantization.lora_linear import LoraLinear
 
 Tensor = torch.Tensor
 ADDED = 3  # gradients that the norm's kernel adds up by itself
@@ -39,7 +32,7 @@ class _Layer(NamedTuple):
     bias_N: Tensor | None
     down_RK: Tensor | None
     up_NR: Tensor | None
-    turned_KF: Tensor | None
+    weight_t_KN: Tensor | None
 
 
 def _layers(flat: Sequence[Any]) -> list[_Layer]:
@@ -71,7 +64,7 @@ def _multiplied(x, x8, x_scale, layers, width):  # type: ignore[no-untyped-def]
     down = _stacked(layers)
     h = None if down is None else x @ down.t()
     parts = zip(layers, _parts(h, layers, 1), strict=True)
-    return [fp8_product(x8, x_scale, *layer[:3], part, layer.up_NR, width, OF_INPUTS) for layer, part in parts], h
+    return [fp8_product(x8, x_scale, *layer[:3], part, layer.up_NR, width, FORWARD_SCALE) for layer, part in parts], h
 
 
 def _gradients(gs, layers, h):  # type: ignore[no-untyped-def]
@@ -86,7 +79,7 @@ def _of_rows(gs, layers, gh, width):  # type: ignore[no-untyped-def]
     """The gradients of the rows by each layer, to be added up."""
     parts = zip(gs, layers, _parts(gh, layers, 1), strict=True)
     return [
-        fp8_gradient(g, layer.w_NF, layer.scale_1N, part, layer.down_RK, layer.turned_KF, width)
+        fp8_gradient(g, layer.w_NF, layer.scale_1N, part, layer.down_RK, layer.weight_t_KN, width)
         for g, layer, part in parts
     ]
 
@@ -209,10 +202,12 @@ def _flat(layers: Sequence[Any], dtype: torch.dtype) -> list[Tensor | None] | No
     """The fields of `_Layer` for each; None where one of them is not such a layer."""
     found: list[Tensor | None] = []
     for layer in layers:
-        base, halves = (layer.base_layer, layer.halves(dtype)) if isinstance(layer, Adapted) else (layer, (None, None))
+        base, halves = (
+            (layer.base_layer, layer.halves(dtype)) if isinstance(layer, LoraLinear) else (layer, (None, None))
+        )
         if halves is None or not isinstance(base, FrozenLinear) or not base.in_fp8:
             return None
-        found += [base.weight_NF, base.scale_1N, base.bias, *halves, base.turned_KF]
+        found += [base.weight_NF, base.scale_1N, base.bias, *halves, base.weight_t_KN]
     return found
 
 

@@ -16,7 +16,7 @@ from trainer.engine.device import torch_dtype
 from trainer.engine.fused_linear import install
 from trainer.engine.kernels import self_test
 from trainer.engine.memory.weight_streaming import Stream
-from trainer.engine.quantization.formats import FORMS, form_for
+from trainer.engine.quantization.formats import WEIGHT_FORMATS, weight_format_for
 from trainer.engine.quantization.frozen_linear import freeze
 from trainer.spec.family import Family
 from trainer.spec.plan import EnginePlan
@@ -52,7 +52,7 @@ def place(
     of the regions `streamed` stay on the host; the stream that brings them is returned. `rank`: of the adapters that
     the layers will get; `forwards`: see `Family.forwards`.
     """
-    form = form_for(precision, device)
+    form = weight_format_for(precision, device)
     parts = [*(block for _, block in blocks), *streamed]
     outside = set(denoiser.modules()) - {m for part in parts for m in part.modules()}  # what is replaced must not stay
     stream = Stream(device) if streamed else None
@@ -110,7 +110,7 @@ def loaded(
 
 def _forwards(kind: Family, plan: EnginePlan) -> Mapping[type, type]:
     """The family's own forward passes of blocks, if products are in FP8 and the kernels do what they should here."""
-    form = form_for(plan.precision, plan.device)
-    if form is None or form not in FORMS or not FORMS[form].turns:
+    form = weight_format_for(plan.precision, plan.device)
+    if form is None or form not in WEIGHT_FORMATS or not WEIGHT_FORMATS[form].transposes:
         return {}
-    return kind.forwards() if self_test.agree(plan.device, FORMS[form].dtype) else {}
+    return kind.forwards() if self_test.agree(plan.device, WEIGHT_FORMATS[form].dtype) else {}

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from trainer.engine.kernels.dispatch import rotate, rotate_gradient
 from trainer.engine.memory.activation_offload import alone
-
-if importlib.util.find_spec("triton"):
-    from trainer.engine.kernels.rope_triton import rotate, rotate_gradient
-else:
-    from trainer.engine.kernels.rope_reference import rotate, rotate_gradient
 
 Tensor = torch.Tensor
 Source = tuple[Tensor, Any, Any]  # queries, keys and values side by side, (B, T, 3HD); the norms of queries and keys
@@ -50,36 +45,40 @@ def fits(*norms: Any) -> bool:
     return all(w is not None and not w.requires_grad and len(w).bit_count() == 1 for w in weights)
 
 
-def rotated(sources: list[Source], turns: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def rotated(sources: list[Source], transposes: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values, (B, T, H, D), of one or two sources' tokens, one after the other."""
-    found: tuple[Tensor, Tensor, Tensor] = _rotated(*_given(sources, turns))
+    found: tuple[Tensor, Tensor, Tensor] = _rotated(*_given(sources, transposes))
     return found
 
 
-def _given(sources: list[Source], turns: tuple[Tensor, Tensor]) -> tuple[Any, ...]:
+def _given(sources: list[Source], transposes: tuple[Tensor, Tensor]) -> tuple[Any, ...]:
     (first, norm_q, norm_k), *others = sources
     second = (others[0][0], others[0][1].weight, others[0][2].weight) if others else (None, None, None)
-    return first, norm_q.weight, norm_k.weight, *second, *turns, norm_q.eps
+    return first, norm_q.weight, norm_k.weight, *second, *transposes, norm_q.eps
 
 
 def attended(
     sources: list[Source],
-    turns: tuple[Tensor, Tensor],
+    transposes: tuple[Tensor, Tensor],
     attention: Callable[[Tensor, Tensor, Tensor], Tensor],
     *,
     remade: bool,
 ) -> Tensor:
     """Attention among what `rotated` gives. `remade`: that is not kept for the backward pass, but made once more."""
-    q, k, v = rotated(sources, turns)
-    with _remaking(sources, turns, (q, k, v) if len(sources) > 1 else (q, k)) if remade else contextlib.nullcontext():
+    q, k, v = rotated(sources, transposes)
+    with (
+        _remaking(sources, transposes, (q, k, v) if len(sources) > 1 else (q, k))
+        if remade
+        else contextlib.nullcontext()
+    ):
         return attention(q, k, v)
 
 
 def _remaking(
-    sources: list[Source], turns: tuple[Tensor, Tensor], made: tuple[Tensor, ...]
+    sources: list[Source], transposes: tuple[Tensor, Tensor], made: tuple[Tensor, ...]
 ) -> contextlib.AbstractContextManager[Any]:
     """Inside, autograd keeps none of the tensors `made`."""
-    first, *given = (t.detach() if isinstance(t, Tensor) else t for t in _given(sources, turns))
+    first, *given = (t.detach() if isinstance(t, Tensor) else t for t in _given(sources, transposes))
     places = {t.data_ptr(): (index, t.numel()) for index, t in enumerate(made)}
     again: dict[int, Tensor] = {}
 

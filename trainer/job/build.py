@@ -18,13 +18,13 @@ from trainer.job.session import Session
 from trainer.job.watchdog import Watchdog
 from trainer.lora_files import convert, peft_bridge, weights
 from trainer.spec.errors import SettingsError
-from trainer.spec.family import Facts, Family, family
+from trainer.spec.family import Facts, Family, get_family
 from trainer.spec.optimizers import OPTIMIZERS
 from trainer.spec.plan import Plan
 from trainer.training import optimizers, text_encoders
-from trainer.training.distributed import Team
+from trainer.training.distributed import Workers
 from trainer.training.ema import Ema
-from trainer.training.state import Trainee
+from trainer.training.state import TrainingState
 from trainer.training.step_guard import LOSS_SCALE, Guard
 from trainer.training.stop_flag import StopFlag
 from trainer.training.text_encoders import TextEncoders
@@ -33,35 +33,43 @@ log = logging.getLogger(__name__)
 
 
 def session_of(
-    ready: prepare.Ready, trainee: Trainee, out: Path, stop: StopFlag, *, dog: Watchdog, team: Team
+    ready: prepare.Ready,
+    training_state: TrainingState,
+    out: Path,
+    stop: StopFlag,
+    *,
+    watchdog: Watchdog,
+    workers: Workers,
 ) -> Session:
     """The session that trains what `ready` and `trainee` hold, into `out`."""
-    plan, kind = ready.plan, family(ready.plan.model.family)
+    plan, kind = ready.plan, get_family(ready.plan.model.family)
     return Session(
         plan,
         kind,
         out,
         stop,
-        engine=Engine(trainee.denoiser, kind.regions(trainee.denoiser), plan.engine, trainee.stream),
-        goal=ready.goal,
-        trainee=trainee,
+        engine=Engine(
+            training_state.denoiser, kind.regions(training_state.denoiser), plan.engine, training_state.stream
+        ),
+        objective=ready.objective,
+        training_state=training_state,
         order=ready.order,
         cache=ready.cache,
         found=ready.found,
         total=ready.total,
         steps_per_epoch=ready.steps_per_epoch,
-        dog=dog,
-        team=team,
+        watchdog=watchdog,
+        workers=workers,
     )
 
 
-def adapter_summary(trainee: Trainee) -> str:
-    states = [adapters.state(model) for model in (trainee.denoiser, *trainee.texts.models.values())]
+def adapter_summary(training_state: TrainingState) -> str:
+    states = [adapters.state(model) for model in (training_state.denoiser, *training_state.texts.models.values())]
     count = sum(name.endswith(".lora_A.weight") for state in states for name in state)
-    return f"{count} adapters ({sum(p.numel() for p in trainee.params) / 1e6:.2f} M parameters)"
+    return f"{count} adapters ({sum(p.numel() for p in training_state.params) / 1e6:.2f} M parameters)"
 
 
-def build_trainee(plan: Plan, kind: Family, *, model: Path, total: int) -> Trainee:
+def build_training_state(plan: Plan, kind: Family, *, model: Path, total: int) -> TrainingState:
     """The denoiser with adapters, and their optimiser, as new; or with the weights of PARAMS_RESUME_FROM."""
     engine, facts = plan.engine, kind.FACTS
     start = None
@@ -109,17 +117,17 @@ def build_trainee(plan: Plan, kind: Family, *, model: Path, total: int) -> Train
     ema = Ema(params, plan.train.ema_decay) if plan.train.ema_decay else None
     scale = LOSS_SCALE.get(plan.engine.dtype, 1.0)
     guard = Guard(plan.train.max_skipped_steps, plan.train.max_loss_spike, scale)
-    return Trainee(denoiser, texts, parts, params, optimizer, new_optimizer, schedule, ema, guard, stream)
+    return TrainingState(denoiser, texts, parts, params, optimizer, new_optimizer, schedule, ema, guard, stream)
 
 
-def _lora_file(path: Path, family_name: str) -> weights.Modules:
+def _lora_file(path: Path, family_name: str) -> weights.LoraModules:
     try:
         return convert.load(path, family_name)
     except ValueError as problem:
         raise SettingsError(f"PARAMS_RESUME_FROM {path} cannot be gone on from: {problem}.") from problem
 
 
-def _start_from(denoiser: Any, texts: TextEncoders, modules: weights.Modules, *, plan: Plan, facts: Facts) -> None:
+def _start_from(denoiser: Any, texts: TextEncoders, modules: weights.LoraModules, *, plan: Plan, facts: Facts) -> None:
     """Begin with the weights of a LoRA file. Raises SettingsError where they are not of this plan's shape."""
     path, scale, state = plan.lora.resume_from, plan.lora.scale, adapters.state(denoiser)
     own = {name: adapter for name, adapter in modules.items() if name.partition(".")[0] not in texts.models}

@@ -58,7 +58,7 @@ def fill(
     model: Path,
     engine: EnginePlan,
     scheduler: dict[str, Any],
-    tick: Callable[[], None],
+    check_in: Callable[[], None],
 ) -> None:
     """Draw what is missing of each; the model is loaded only if something is, and is gone when this returns."""
     missing = [item for one, folder in wanted for item in one.missing(folder)]
@@ -76,7 +76,7 @@ def fill(
         stream.wrap()
     device, dtype, vae = engine.device, torch_dtype(engine), decoder(family, model, engine)
     for path, prompt in missing:
-        tick()
+        check_in()
         text, negative = (
             {k: v[None].to(device, dtype) for k, v in encoded[t].items()} for t in (prompt.text, prompt.negative)
         )

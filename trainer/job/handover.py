@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.data.records import Picture
+from trainer.data.records import ImageRecord
 from trainer.spec.plan import Plan
 from trainer.storage import atomic
-from trainer.training.distributed import Team
+from trainer.training.distributed import Workers
 
 NAME = "prepared.json"
 
@@ -26,11 +26,11 @@ class Prepared:
 
     plan: Plan
     state: Path | None  # the folder of the state to go on from
-    pictures: tuple[Picture, ...]
+    images: tuple[ImageRecord, ...]
 
     def to_json(self) -> str:
         rows = [
-            {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(p).items()} for p in self.pictures
+            {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(p).items()} for p in self.images
         ]
         return json.dumps({"plan": self.plan.to_json(), "state": self.state and str(self.state), "pictures": rows})
 
@@ -41,17 +41,17 @@ class Prepared:
         rows: list[dict[str, Any]]
         rows = [{k: Path(v) if k in paths and v else v for k, v in row.items()} for row in raw["pictures"]]
         state = Path(raw["state"]) if raw["state"] else None
-        return Prepared(Plan.from_json(raw["plan"]), state, tuple(Picture(**row) for row in rows))
+        return Prepared(Plan.from_json(raw["plan"]), state, tuple(ImageRecord(**row) for row in rows))
 
 
-def hand_over(team: Team, prepared: Prepared) -> None:
-    """Let the other processes of `team` begin."""
-    if team.size > 1:
-        atomic.write_text(team.folder / NAME, prepared.to_json())
+def hand_over(workers: Workers, prepared: Prepared) -> None:
+    """Let the other processes of `workers` begin."""
+    if workers.size > 1:
+        atomic.write_text(workers.folder / NAME, prepared.to_json())
 
 
-def receive(team: Team, tick: Callable[[], None]) -> Prepared:
+def receive(workers: Workers, check_in: Callable[[], None]) -> Prepared:
     """Wait for the first process to hand over, then return what it has prepared. Calls `tick` while it waits."""
-    path = team.folder / NAME
-    team.wait_for(path, tick)
+    path = workers.folder / NAME
+    workers.wait_for(path, check_in)
     return Prepared.from_json(path.read_text(encoding="utf-8"))

@@ -11,14 +11,14 @@ from pathlib import Path
 
 from trainer.checkpoints import state_files
 from trainer.data.cache import Cache
-from trainer.data.encode import fill_images, fill_texts, open_cache, workers
-from trainer.data.epochs import Order
+from trainer.data.encode import cpu_workers, fill_images, fill_texts, open_cache
+from trainer.data.epochs import EpochSampler
 from trainer.data.identity import fingerprint, fingerprint_differences
 from trainer.data.records import WARNING, Scan
-from trainer.data.scan import survey
+from trainer.data.scan import scan
 from trainer.job.status import Status
 from trainer.spec.errors import SettingsError
-from trainer.spec.family import Family, family
+from trainer.spec.family import Family, get_family
 from trainer.spec.plan import DataPlan, Plan, Prompt
 from trainer.storage import atomic
 from trainer.training.objective import Objective, make_objective
@@ -26,10 +26,10 @@ from trainer.training.objective import Objective, make_objective
 log = logging.getLogger(__name__)
 
 
-def scanned(data: DataPlan, *, report: Path) -> Scan:
+def scan_and_report(data: DataPlan, *, report: Path) -> Scan:
     """The usable pictures; says in / used / skipped, and writes the whole list to `report`. Raises DataError."""
     started = time.monotonic()
-    found = survey(data, workers=workers())
+    found = scan(data, cpu_workers=cpu_workers())
     atomic.write_text(report, found.report(limit=None))
     found.check(strict=data.strict)
     for line in found.report().splitlines():
@@ -45,13 +45,16 @@ class Ready:
 
     plan: Plan
     found: Scan
-    order: Order
+    order: EpochSampler
     cache: Cache
     state: state_files.State | None
 
     @property
-    def goal(self) -> Objective:
-        objective, scheduler = family(self.plan.model.family).FACTS.objective, Path(self.plan.model.path) / "scheduler"
+    def objective(self) -> Objective:
+        objective, scheduler = (
+            get_family(self.plan.model.family).FACTS.objective,
+            Path(self.plan.model.path) / "scheduler",
+        )
         return make_objective(objective, self.plan.train, scheduler=scheduler, device=self.plan.engine.device)
 
     @property
@@ -64,9 +67,9 @@ class Ready:
         return self.plan.train.max_steps or self.plan.train.max_epochs * self.steps_per_epoch
 
 
-def order_of(plan: Plan, found: Scan) -> Order:
-    return Order(
-        found.pictures,
+def order_of(plan: Plan, found: Scan) -> EpochSampler:
+    return EpochSampler(
+        found.images,
         plan.data,
         seed=plan.train.seed,
         caption_dropout_rate=plan.train.caption_dropout_rate,
@@ -74,11 +77,13 @@ def order_of(plan: Plan, found: Scan) -> Order:
     )
 
 
-def ready(plan: Plan, out: Path, *, status: Status, state: state_files.State | None, tick: Callable[[], None]) -> Ready:
+def ready(
+    plan: Plan, out: Path, *, status: Status, state: state_files.State | None, check_in: Callable[[], None]
+) -> Ready:
     """Look at the pictures, and encode them and their captions."""
-    kind, model = family(plan.model.family), Path(plan.model.path)
+    kind, model = get_family(plan.model.family), Path(plan.model.path)
     status.phase("reading the dataset")
-    found = scanned(plan.data, report=out / "dataset-report.txt")
+    found = scan_and_report(plan.data, report=out / "dataset-report.txt")
     order = order_of(plan, found)
     _same_data(state, found)
     for line in order.describe():
@@ -91,14 +96,14 @@ def ready(plan: Plan, out: Path, *, status: Status, state: state_files.State | N
             "An epoch has %d batches: of NUM_GPUS=%d some do nothing.", order.batches_per_epoch, plan.engine.num_gpus
         )
     status.phase("encoding")
-    _fill_cache(made, kind=kind, model=model, tick=tick)
+    _fill_cache(made, kind=kind, model=model, check_in=check_in)
     return made
 
 
 def _same_data(state: state_files.State | None, found: Scan) -> None:
     if state is None:
         return
-    changed = fingerprint_differences(state.tree["data"], fingerprint(found.pictures))
+    changed = fingerprint_differences(state.tree["data"], fingerprint(found.images))
     if changed:
         raise SettingsError(
             "The dataset is not the one that this run began with:\n  " + "\n  ".join(changed) + "\nPut it back to "
@@ -106,12 +111,12 @@ def _same_data(state: state_files.State | None, found: Scan) -> None:
         )
 
 
-def _fill_cache(ready: Ready, *, kind: Family, model: Path, tick: Callable[[], None]) -> None:
+def _fill_cache(ready: Ready, *, kind: Family, model: Path, check_in: Callable[[], None]) -> None:
     # Of the engine's formats, the encoders take the type of activations alone: the others are the denoiser's.
     plan, order, cache = ready.plan, ready.order, ready.cache
     captions = [*order.every_caption(), *prompt_texts(plan.prompts)]
-    fill_texts(cache, captions, family=kind, model=model, engine=plan.engine, tick=tick)
-    fill_images(cache, order, family=kind, model=model, engine=plan.engine, tick=tick)
+    fill_texts(cache, captions, family=kind, model=model, engine=plan.engine, check_in=check_in)
+    fill_images(cache, order, family=kind, model=model, engine=plan.engine, check_in=check_in)
 
 
 def prompt_texts(prompts: Sequence[Prompt]) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from trainer.base_model.single_file import assembled
+from trainer.base_model.single_file import convert_single_files
 from trainer.checkpoints import state_files
 from trainer.checkpoints.resume import resumable_state
 from trainer.data import encode
@@ -21,19 +21,19 @@ from trainer.data.records import Scan
 from trainer.engine.attention import flash_attention_4
 from trainer.engine.device import limit_memory
 from trainer.job import class_images, prepare
-from trainer.job.build import adapter_summary, build_trainee, session_of
+from trainer.job.build import adapter_summary, build_training_state, session_of
 from trainer.job.class_images import Wanted
 from trainer.job.crash_loop import Crashes
 from trainer.job.handover import Prepared, hand_over, receive
 from trainer.job.status import Status
 from trainer.job.watchdog import ALIVE, OTHER_S, Watchdog
 from trainer.spec.errors import HangError, KilnError, OutOfMemoryError, StorageError
-from trainer.spec.family import base_models, family
+from trainer.spec.family import base_models, get_family
 from trainer.spec.plan import Plan, Prompt
 from trainer.storage import atomic
 from trainer.storage.locks import locked
 from trainer.training import distributed
-from trainer.training.distributed import Team
+from trainer.training.distributed import Workers
 from trainer.training.objective import scheduler_changes
 from trainer.training.stop_flag import StopFlag
 
@@ -45,13 +45,13 @@ def run(plan: Plan, stop: StopFlag) -> None:
 
     Raises the errors of `trainer.spec.errors`; StopRequestedError after a signal, with the state saved.
     """
-    out, team = Path(plan.output.path), distributed.team(plan.engine.num_gpus, os.environ, stop)
+    out, workers = Path(plan.output.path), distributed.workers_from_environment(plan.engine.num_gpus, os.environ, stop)
     if plan.engine.attention == "flash_4":
         flash_attention_4.prepare()
-    if not team.first:
-        _follow(plan, stop, out, team=team)
+    if not workers.is_first:
+        _follow(plan, stop, out, workers=workers)
         return
-    dog = Watchdog(plan.engine.step_timeout_s, alive=Path(os.environ[ALIVE]) if ALIVE in os.environ else None)
+    watchdog = Watchdog(plan.engine.step_timeout_s, alive=Path(os.environ[ALIVE]) if ALIVE in os.environ else None)
     with locked(out), _log_file(out / "run.log"), _told(Status(out)) as status:
         crashes = Crashes(out, plan, step=lambda: status.step)
         crashes.check()
@@ -60,56 +60,56 @@ def run(plan: Plan, stop: StopFlag) -> None:
             status.ended(problem)
             crashes.record(str(problem))
 
-        with dog.watching(out, hung), crashes.counted(), _named(out):
+        with watchdog.watching(out, hung), crashes.counted(), _named(out):
             atomic.sweep(out)
-            _whole(plan, stop, out, status=status, dog=dog, team=team)
+            _whole(plan, stop, out, status=status, watchdog=watchdog, workers=workers)
 
 
-def _follow(plan: Plan, stop: StopFlag, out: Path, *, team: Team) -> None:
+def _follow(plan: Plan, stop: StopFlag, out: Path, *, workers: Workers) -> None:
     """The job of another process than the first: to train on what that one has prepared.
 
     It keeps a status of its own, in the folder that goes with the job. Its watchdog is patient: the first process's
     ends the job when any of them stands still.
     """
-    dog = Watchdog(0.0 if plan.engine.step_timeout_s == 0 else OTHER_S)
-    given = receive(team, dog.beat)
-    with _log_file(out / "run.log", f"[process {team.rank}] "), _told(Status(team.own_folder)) as status:
+    watchdog = Watchdog(0.0 if plan.engine.step_timeout_s == 0 else OTHER_S)
+    given = receive(workers, watchdog.heartbeat)
+    with _log_file(out / "run.log", f"[process {workers.process_rank}] "), _told(Status(workers.own_folder)) as status:
         crashes = Crashes(out, plan, step=lambda: status.step)
 
         def hung(problem: HangError) -> None:
             status.ended(problem)
 
-        with dog.watching(team.own_folder, hung), crashes.counted(), _named(out):
-            plan, found = given.plan, Scan(given.pictures, (), ())
+        with watchdog.watching(workers.own_folder, hung), crashes.counted(), _named(out):
+            plan, found = given.plan, Scan(given.images, (), ())
             limit_memory(plan.engine.device, plan.engine.memory_limit_gib)
             order, model = prepare.order_of(plan, found), Path(plan.model.path)
             cache = encode.open_cache(Path(plan.output.cache), model, precision=plan.engine.dtype)
             state = state_files.read(given.state) if given.state else None
             ready = prepare.Ready(plan, found, order, cache, state)
-            _train(ready, stop, team.own_folder, status=status, dog=dog, team=team)
+            _train(ready, stop, workers.own_folder, status=status, watchdog=watchdog, workers=workers)
 
 
-def _whole(plan: Plan, stop: StopFlag, out: Path, *, status: Status, dog: Watchdog, team: Team) -> None:
+def _whole(plan: Plan, stop: StopFlag, out: Path, *, status: Status, watchdog: Watchdog, workers: Workers) -> None:
     state = resumable_state(plan, out)
     atomic.write_text(out / "plan.json", plan.to_json())
     limit_memory(plan.engine.device, plan.engine.memory_limit_gib)
-    whole = str(assembled(plan.model, Path(plan.output.cache)))
+    whole = str(convert_single_files(plan.model, Path(plan.output.cache)))
     plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, path=whole))
-    plan = _with_class_pictures(plan, status=status, tick=lambda: _tick(dog, stop))
-    ready = prepare.ready(plan, out, status=status, state=state, tick=lambda: _tick(dog, stop))
-    hand_over(team, Prepared(plan, state.folder if state else None, ready.found.pictures))
-    _train(ready, stop, out, status=status, dog=dog, team=team)
+    plan = _with_class_pictures(plan, status=status, check_in=lambda: _check_in(watchdog, stop))
+    ready = prepare.ready(plan, out, status=status, state=state, check_in=lambda: _check_in(watchdog, stop))
+    hand_over(workers, Prepared(plan, state.folder if state else None, ready.found.images))
+    _train(ready, stop, out, status=status, watchdog=watchdog, workers=workers)
 
 
-def _tick(dog: Watchdog, stop: StopFlag) -> None:
+def _check_in(watchdog: Watchdog, stop: StopFlag) -> None:
     """Between two pieces of work: all is well, and a stop may be looked for."""
-    dog.beat()
+    watchdog.heartbeat()
     stop.check()
 
 
-def _with_class_pictures(plan: Plan, *, status: Status, tick: Callable[[], None]) -> Plan:
+def _with_class_pictures(plan: Plan, *, status: Status, check_in: Callable[[], None]) -> Plan:
     """The plan with a folder for each source that the base model draws."""
-    kind, model = family(plan.model.family), Path(plan.model.path)
+    kind, model = get_family(plan.model.family), Path(plan.model.path)
     facts, base = kind.FACTS, base_models()[plan.model.base][1]
     common = {"steps": facts.prompt_steps, "guidance": facts.prompt_guidance, "cfg": facts.prompt_cfg, **base.defaults}
     precision, scheduler = plan.engine.precision, scheduler_changes(plan.train)
@@ -128,7 +128,7 @@ def _with_class_pictures(plan: Plan, *, status: Status, tick: Callable[[], None]
         datasets.append(dataclasses.replace(dataset, subsets=tuple(subsets)))
     if drawn:
         status.phase("drawing class pictures")
-        class_images.fill(drawn, family=kind, model=model, engine=plan.engine, scheduler=scheduler, tick=tick)
+        class_images.fill(drawn, family=kind, model=model, engine=plan.engine, scheduler=scheduler, check_in=check_in)
     return dataclasses.replace(plan, data=dataclasses.replace(plan.data, datasets=tuple(datasets)))
 
 
@@ -184,19 +184,23 @@ def _log_file(path: Path, of: str = "") -> Iterator[None]:
             handler.close()
 
 
-def _train(ready: prepare.Ready, stop: StopFlag, out: Path, *, status: Status, dog: Watchdog, team: Team) -> None:
-    plan, kind, total = ready.plan, family(ready.plan.model.family), ready.total
+def _train(
+    ready: prepare.Ready, stop: StopFlag, out: Path, *, status: Status, watchdog: Watchdog, workers: Workers
+) -> None:
+    plan, kind, total = ready.plan, get_family(ready.plan.model.family), ready.total
     status.phase("loading the model")
     started = time.monotonic()
-    team.join(plan.engine.device)
-    trainee = build_trainee(plan, kind, model=Path(plan.model.path), total=total)
-    log.info("Loaded the model and put %s on it in %.1f s.", adapter_summary(trainee), time.monotonic() - started)
-    _tick(dog, stop)
-    session = session_of(ready, trainee, out, stop, dog=dog, team=team)
+    workers.connect(plan.engine.device)
+    training_state = build_training_state(plan, kind, model=Path(plan.model.path), total=total)
+    log.info(
+        "Loaded the model and put %s on it in %.1f s.", adapter_summary(training_state), time.monotonic() - started
+    )
+    _check_in(watchdog, stop)
+    session = session_of(ready, training_state, out, stop, watchdog=watchdog, workers=workers)
     session.rehearse()
     if ready.state is not None:
-        trainee.restore(ready.state.tree)
+        training_state.restore(ready.state.tree)
         log.info("Resumed at step %d of %d.", ready.state.step, total)
-    team.check_same(trainee.params)
+    workers.check_same(training_state.params)
     session.train(status, first=ready.state.step if ready.state else 0)
     status.update({"output": f"{plan.output.name}.safetensors"})

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from trainer.data.captions import tag_frequency
-from trainer.data.epochs import Order
+from trainer.data.epochs import EpochSampler
 from trainer.data.records import Scan
 from trainer.lora_files.metadata import Trained, TrainedDataset, TrainedSubset
 from trainer.spec.family import Family
@@ -19,7 +19,7 @@ def _unused(name: str, taken: Collection[str]) -> str:
     return next(n for n in (name, *(f"{name} ({i})" for i in range(2, len(taken) + 2))) if n not in taken)
 
 
-def trained(plan: Plan, kind: Family, goal: Objective, *, order: Order, found: Scan) -> Trained:
+def trained(plan: Plan, kind: Family, objective: Objective, *, order: EpochSampler, found: Scan) -> Trained:
     """What the header of the LoRA file says about this run."""
     facts, first = kind.FACTS, plan.data.datasets[0]
     datasets: list[TrainedDataset] = []
@@ -28,7 +28,7 @@ def trained(plan: Plan, kind: Family, goal: Objective, *, order: Order, found: S
         subsets = []
         for i, subset in enumerate(dataset.subsets):
             names.append(_unused(Path(subset.source.public).name, names))
-            own = [p.caption for p in found.pictures if (p.dataset, p.subset) == (d, i)]
+            own = [p.caption for p in found.images if (p.dataset, p.subset) == (d, i)]
             tags = tag_frequency(own, subset.caption_separator)
             subsets.append(TrainedSubset(names[-1], len(own), subset.num_repeats, subset.is_reg, tags))
         buckets = {size: count for (owner, size), count in order.buckets.items() if owner == d}
@@ -49,6 +49,6 @@ def trained(plan: Plan, kind: Family, goal: Objective, *, order: Order, found: S
         noise_offset=plan.train.noise_offset,
         resolution=first.resolution,
         trigger=first.subsets[0].trigger_word,
-        objective=goal.prediction.removesuffix("_prediction"),
+        objective=objective.prediction.removesuffix("_prediction"),
         datasets=tuple(datasets),
     )

@@ -16,36 +16,36 @@ import torch
 from PIL import Image
 
 from trainer.checkpoints import resume, state_files
-from trainer.checkpoints.retention import Keeper
+from trainer.checkpoints.retention import CheckpointRetention
 from trainer.checkpoints.snapshots import Background, Snapshots
 from trainer.data import cache as caching
 from trainer.data.batches import MicroBatch, micro_batch, prefetched
 from trainer.data.cache import Cache
-from trainer.data.epochs import Batch, Order
+from trainer.data.epochs import Batch, EpochSampler
 from trainer.data.identity import fingerprint
 from trainer.data.records import Scan
 from trainer.engine import encoders
-from trainer.engine.cuda_graphs import Direct, Replayed
+from trainer.engine.cuda_graphs import EagerStep, GraphStep
 from trainer.engine.device import release, reserve, torch_dtype
 from trainer.engine.execution import Engine, drawing
-from trainer.engine.quantization.cast_adapters import Halves
+from trainer.engine.quantization.cast_adapters import AdapterCast
 from trainer.job import sampling, saving
 from trainer.job.metrics import Metrics
 from trainer.job.status import Status
 from trainer.job.verify import verify
 from trainer.job.watchdog import Watchdog
 from trainer.lora_files import convert, metadata, peft_bridge
-from trainer.lora_files.weights import Modules
-from trainer.lora_files.write import write
+from trainer.lora_files.weights import LoraModules
+from trainer.lora_files.write import write_lora
 from trainer.spec.family import Family, base_models
 from trainer.spec.plan import Plan, Prompt
 from trainer.storage import atomic
 from trainer.training import optimizers, text_encoders
-from trainer.training.distributed import Team
+from trainer.training.distributed import Workers
 from trainer.training.gradients import add_gradient, latents, seeded
 from trainer.training.loop import train, validation_loss
 from trainer.training.objective import Objective, scheduler_changes
-from trainer.training.state import Trainee
+from trainer.training.state import TrainingState
 from trainer.training.stop_flag import StopFlag
 
 log = logging.getLogger(__name__)
@@ -66,32 +66,34 @@ class Session:
     out: Path
     stop: StopFlag
     engine: Engine
-    goal: Objective
-    trainee: Trainee
-    order: Order
+    objective: Objective
+    training_state: TrainingState
+    order: EpochSampler
     cache: Cache
     found: Scan
     total: int
     steps_per_epoch: int
-    dog: Watchdog
-    team: Team
+    watchdog: Watchdog
+    workers: Workers
 
     def __post_init__(self) -> None:
-        self.snapshots = Snapshots(self.trainee.optimizer, self.plan.engine.device)
+        self.snapshots = Snapshots(self.training_state.optimizer, self.plan.engine.device)
         self.background = Background()
-        self.keeper = Keeper(self.out, self.plan.output.name, self.plan.output.keep_checkpoints)
+        self.retention = CheckpointRetention(self.out, self.plan.output.name, self.plan.output.keep_checkpoints)
         self.spared = 0  # bytes that the rehearsal did without
         dtype, compiled = torch_dtype(self.plan.engine), self.engine.compiled  # which makes adapters' halves in passing
-        halves = contextlib.nullcontext if compiled else Halves(self.trainee.denoiser, dtype)
-        recorded = self.plan.engine.replay and self.engine.records() and not self.trainee.texts.models
+        halves = contextlib.nullcontext if compiled else AdapterCast(self.training_state.denoiser, dtype)
+        recorded = self.plan.engine.replay and self.engine.can_capture() and not self.training_state.texts.models
         around = partial(self.engine.passing, halves)
-        self.runner = (Replayed if recorded else Direct)(self.trainee.parts, self.trainee.params, around)
+        self.runner = (GraphStep if recorded else EagerStep)(
+            self.training_state.parts, self.training_state.params, around
+        )
 
     def predict(self, noisy_BCHW: torch.Tensor, t_B: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        text = self.trainee.texts.renewed(batch.text, batch.captions)
+        text = self.training_state.texts.renewed(batch.text, batch.captions)
         with self.engine.saving():
             return self.kind.predict(
-                self.trainee.denoiser,
+                self.training_state.denoiser,
                 noisy_BCHW,
                 t_B,
                 text=text,
@@ -126,17 +128,17 @@ class Session:
         least = min(epoch, key=lambda b: len(b) * math.prod(b[0].view.size))
         between = [micro_batch(self.cache, least)] if self.plan.engine.device == "cuda" else []
         while True:
-            as_recorded = self.runner.recording
+            as_recorded = self.runner.capturing
             fits = self._rehearsed(batches, between)
-            recorded = self.team.all(self.runner.recording)  # no more, where something in a step cannot be
-            fits = self.team.all(fits and not (recorded and self.runner.short_of_memory))
+            recorded = self.workers.all_agree(self.runner.capturing)  # no more, where something in a step cannot be
+            fits = self.workers.all_agree(fits and not (recorded and self.runner.short_of_memory))
             if fits and recorded == as_recorded:
                 break
             # What is not compiled is far slower when it is launched: rather the next way, as long as that is recorded.
-            again = recorded and not self.engine.compiled and self.engine.records(1)
-            steep = self.engine.steep or (as_recorded and not again)
-            narrower = not fits and steep and self.engine.narrow()
-            self.runner.renew() if recorded and (again or narrower) else self.runner.give_up()
+            again = recorded and not self.engine.compiled and self.engine.can_capture(1)
+            steep = self.engine.next_offloads_more or (as_recorded and not again)
+            narrower = not fits and steep and self.engine.drop_adapter_columns()
+            self.runner.reset() if recorded and (again or narrower) else self.runner.disable()
             release()
             if narrower:
                 continue
@@ -153,26 +155,28 @@ class Session:
     def _rehearsed(self, batches: Sequence[MicroBatch], between: Sequence[MicroBatch] = ()) -> bool:
         device, seed = self.plan.engine.device, self.plan.train.seed
         try:
-            state = self.trainee.first_state()  # the optimiser's tensors are there in every step but the first
-            if self.team.first:  # the one that saves
-                self.snapshots.take((self._modules(), state))
+            state = self.training_state.first_state()  # the optimiser's tensors are there in every step but the first
+            if self.workers.is_first:  # the one that saves
+                self.snapshots.copy((self._modules(), state))
             self.runner.clear()
             # More stays on the device once it is known how much goes to the host. And what is launched finds memory in
             # the pieces that other sizes leave; as what is recorded anew does, where samples were drawn meanwhile.
-            launched = [] if self.runner.recording else between
+            launched = [] if self.runner.capturing else between
             self.spared = reserve(device, launched=bool(launched))
             spare = torch.empty(self.spared, dtype=torch.uint8, device=device)
             for batch in [*batches, *launched, *(batches if launched or self.engine.offload else [])]:
-                add_gradient(batch, predict=self.predict, goal=self.goal, device=device, seed=seed, runner=self.runner)
+                add_gradient(
+                    batch, predict=self.predict, objective=self.objective, device=device, seed=seed, runner=self.runner
+                )
             self.snapshots.wait()
             del state, spare
-            self.trainee.first_state()  # what is recorded stays where it is while the optimiser steps
+            self.training_state.first_state()  # what is recorded stays where it is while the optimiser steps
         except torch.OutOfMemoryError:
             return False
         finally:
             self.runner.clear()
             self.snapshots.wait()
-            self.snapshots.reuse()
+            self.snapshots.release()
         return True
 
     def train(self, status: Status, *, first: int) -> None:
@@ -188,44 +192,44 @@ class Session:
             for step in train(
                 prefetched(self.groups(first)),
                 predict=self.predict,
-                goal=self.goal,
-                params=self.trainee.params,
-                optimizer=self.trainee.optimizer,
-                schedule=self.trainee.schedule,
+                objective=self.objective,
+                params=self.training_state.params,
+                optimizer=self.training_state.optimizer,
+                schedule=self.training_state.schedule,
                 max_grad_norm=plan.train.max_grad_norm,
-                guard=self.trainee.guard,
+                guard=self.training_state.guard,
                 device=plan.engine.device,
                 seed=plan.train.seed,
                 first_step=first + 1,
                 runner=self.runner,
-                team=self.team,
+                workers=self.workers,
             ):
-                if self.trainee.ema and not step.skipped:
-                    self.trainee.ema.update(self.trainee.params)
+                if self.training_state.ema and not step.skipped:
+                    self.training_state.ema.update(self.training_state.params)
                 metrics.step(
-                    step, learning_rate=optimizers.step_size(self.trainee.optimizer), compiled=self.engine.graphs
+                    step, learning_rate=optimizers.step_size(self.training_state.optimizer), compiled=self.engine.graphs
                 )
                 if due(step.number, plan.output.validate_every, self.total):
                     self._alone(partial(self.validate, step.number, metrics=metrics))
-                saved = due(step.number, plan.output.save_every, self.total) or self.team.stopping
+                saved = due(step.number, plan.output.save_every, self.total) or self.workers.stopping
                 if saved:
                     self.save(step.number, step.epoch)
                 if due(step.number, plan.output.sample_every, self.total) and step.number < self.total:
                     self._alone(partial(self.sample, step.number, status=status, metrics=metrics))
                     status.phase("training")
-                if self.team.stopping and step.number < self.total:
+                if self.workers.stopping and step.number < self.total:
                     if not saved:  # the wish came while a sample was drawn
                         self.save(step.number, step.epoch)
-                    self.team.leave()
+                    self.workers.disconnect()
                     self.background.join()
                     self.stop.check()
                     return  # the first process has told why
                 self.background.check()
-                self.dog.step()
-            self.dog.beat()
-            self.team.leave()
+                self.watchdog.step()
+            self.watchdog.heartbeat()
+            self.workers.disconnect()
             self.background.join()
-            if not self.team.first:
+            if not self.workers.is_first:
                 return
             status.phase("exporting")
             final = self.export(plan.output.name, step=self.total, epoch=math.ceil(self.total / self.steps_per_epoch))
@@ -238,17 +242,17 @@ class Session:
         log.info("Done: %s", final)
 
     def _alone(self, work: Callable[[], None]) -> None:
-        self.team.alone(work, self.dog.beat)
+        self.workers.on_first(work, self.watchdog.heartbeat)
 
     def groups(self, first: int) -> Iterator[tuple[int, list[MicroBatch]]]:
         """The epoch (from 1) and this process's micro-batches of each step after `first`."""
-        size, left = self.plan.train.gradient_accumulation * self.team.size, self.total - first
+        size, left = self.plan.train.gradient_accumulation * self.workers.size, self.total - first
         cuda = self.plan.engine.device == "cuda"
         epoch, begin = divmod(first, self.steps_per_epoch)
         while left > 0:
             batches = self.order.epoch(epoch)
             for index in range(begin, min(begin + left, self.steps_per_epoch)):
-                some = batches[index * size : (index + 1) * size][self.team.rank :: self.team.size]
+                some = batches[index * size : (index + 1) * size][self.workers.process_rank :: self.workers.size]
                 group = [micro_batch(self.cache, batch) for batch in some]
                 yield epoch + 1, [b.each(torch.Tensor.pin_memory) for b in group] if cuda else group
                 left -= 1
@@ -256,13 +260,13 @@ class Session:
 
     def validate(self, step: int, *, metrics: Metrics) -> None:
         """Record the loss on the held-out pictures."""
-        self.dog.beat()
+        self.watchdog.heartbeat()
         batches = (micro_batch(self.cache, b) for b in self.order.validation())
         device, seed = self.plan.engine.device, self.plan.train.seed
-        self.runner.drop()
-        self.snapshots.settle()
-        with metrics.aside(), self.trainee.published():
-            loss = validation_loss(batches, predict=self.predict, goal=self.goal, device=device, seed=seed)
+        self.runner.release()
+        self.snapshots.wait_on_device()
+        with metrics.aside(), self.training_state.inference_weights():
+            loss = validation_loss(batches, predict=self.predict, objective=self.objective, device=device, seed=seed)
         metrics.record({"step": step, "validation_loss": loss})
         log.info("Validation loss at step %d: %.4f", step, loss)
 
@@ -274,17 +278,17 @@ class Session:
         status.phase("sampling")
         started, device, model = time.monotonic(), self.plan.engine.device, Path(self.plan.model.path)
         dtype = torch_dtype(self.plan.engine)
-        self.runner.drop()
+        self.runner.release()
 
         def draw(vae: Any, prompt: Prompt) -> Image.Image:
-            self.dog.beat()
+            self.watchdog.heartbeat()
             cached = (
                 (c, {k: v[None].to(device, dtype) for k, v in caching.load(self.cache.text_path(c)).items()})
                 for c in (prompt.text, prompt.negative)
             )
-            text, negative = (self.trainee.texts.renewed(item, [c]) for c, item in cached)
+            text, negative = (self.training_state.texts.renewed(item, [c]) for c, item in cached)
             return self.kind.sample(
-                self.trainee.denoiser,
+                self.training_state.denoiser,
                 vae,
                 model,
                 prompt=prompt,
@@ -293,9 +297,9 @@ class Session:
                 scheduler=scheduler_changes(self.plan.train),
             )
 
-        self.snapshots.settle()
+        self.snapshots.wait_on_device()
         try:
-            with metrics.aside(), self.trainee.published(), torch.no_grad(), drawing():
+            with metrics.aside(), self.training_state.inference_weights(), torch.no_grad(), drawing():
                 count = sampling.draw_all(
                     folder,
                     prompts,
@@ -310,45 +314,45 @@ class Session:
 
     def save(self, step: int, epoch: int) -> None:
         """Begin to write the LoRA file and the state of `step`; training goes on meanwhile."""
-        self.team.check_same(self.trainee.params)
-        if not self.team.first:
+        self.workers.check_same(self.training_state.params)
+        if not self.workers.is_first:
             return
         started = time.monotonic()
         self.background.join()  # of the save before, whose buffers these are; only a slow volume lets it wait
         waited = time.monotonic() - started
         if waited > SLOW_S:
             log.warning("Training waited %.1f s for the save before: the volume of OUTPUT_PATH is slow.", waited)
-        self.snapshots.reuse()
-        with self.trainee.published():
-            modules = self.snapshots.take(self._modules())
-            if self.trainee.has_two_sets:
-                self.snapshots.settle()
-        tree = self.snapshots.take(self.trainee.state())
+        self.snapshots.release()
+        with self.training_state.inference_weights():
+            modules = self.snapshots.copy(self._modules())
+            if self.training_state.has_averaged_weights:
+                self.snapshots.wait_on_device()
+        tree = self.snapshots.copy(self.training_state.state())
         stalled = time.monotonic() - started
         self.background.begin(partial(self._save, step, epoch, modules=modules, tree=tree, stalled=stalled))
 
-    def _save(self, step: int, epoch: int, *, modules: Modules, tree: dict[str, Any], stalled: float) -> None:
+    def _save(self, step: int, epoch: int, *, modules: LoraModules, tree: dict[str, Any], stalled: float) -> None:
         started = time.monotonic()
         self.snapshots.wait()
 
         def lora() -> None:
             for path, made, header in self._files(f"{self.plan.output.name}-step{step:08d}", modules, step, epoch):
-                write(path, made.tensors, header)
+                write_lora(path, made.tensors, header)
 
         def state() -> None:
-            data, attention = fingerprint(self.found.pictures), self.plan.engine.attention
+            data, attention = fingerprint(self.found.images), self.plan.engine.attention
             about = {"essence": self.plan.essence(), "data": data, "made_by": resume.made_by(attention)}
             state_files.save(self.out / "state", step, {**about, **tree})
 
         # The state comes last, so that where it is, all is; but a stop leaves few seconds, and it matters most.
         left = [state, lora] if self.stop.requested else [lora, state]
 
-        def save() -> None:
+        def write() -> None:
             while left:
                 left[0]()
                 del left[0]
 
-        self.keeper.write(save, step)
+        self.retention.write(write, step)
         log.info(
             "Saved step %d: training stood still for %.0f ms; written and read back in %.2f s beside it.",
             step, 1000 * stalled, time.monotonic() - started,
@@ -360,15 +364,15 @@ class Session:
         Raises FileMismatchError where a file is not what was trained; it stays beside its place, as `.unverified`.
         """
         facts = self.kind.FACTS
-        models = {facts.lora_prefix: self.trainee.denoiser, **self.trainee.texts.models}
-        self.runner.drop()
-        self.snapshots.reuse()
-        with self.trainee.published():
-            modules = self.snapshots.take(self._modules())
+        models = {facts.lora_prefix: self.training_state.denoiser, **self.training_state.texts.models}
+        self.runner.release()
+        self.snapshots.release()
+        with self.training_state.inference_weights():
+            modules = self.snapshots.copy(self._modules())
             self.snapshots.wait()
             for path, made, header in self._files(stem, modules, step, epoch):
                 unverified = path.with_name(f"{path.name}.unverified")
-                write(unverified, made.tensors, header)
+                write_lora(unverified, made.tensors, header)
                 error = verify(
                     unverified, models, family_name=facts.name, fused=facts.fused_targets, output=self._one_output
                 )
@@ -377,20 +381,22 @@ class Session:
                 log.info("%s: read back, its output differs from the trained model's by %.1e.", path.name, error)
         return path
 
-    def _modules(self) -> Modules:
+    def _modules(self) -> LoraModules:
         """The adapters as they are, by the names of the layers that they belong to."""
-        scale, facts, trainee = self.plan.lora.scale, self.kind.FACTS, self.trainee
-        found = peft_bridge.of_state(trainee.adapters, prefix=facts.lora_prefix, fused=facts.fused_targets, scale=scale)
-        for component, state in trainee.text_adapters.items():
+        scale, facts, training_state = self.plan.lora.scale, self.kind.FACTS, self.training_state
+        found = peft_bridge.of_state(
+            training_state.adapters, prefix=facts.lora_prefix, fused=facts.fused_targets, scale=scale
+        )
+        for component, state in training_state.text_adapters.items():
             found |= text_encoders.modules(state, component, family_name=facts.name, scale=scale)
         return found
 
     def _files(
-        self, stem: str, modules: Modules, step: int, epoch: int
-    ) -> Iterator[tuple[Path, convert.Written, dict[str, str]]]:
+        self, stem: str, modules: LoraModules, step: int, epoch: int
+    ) -> Iterator[tuple[Path, convert.LoraFile, dict[str, str]]]:
         """Path, tensors and header of each file to write; the main one comes last: where it is, all are."""
         plan = self.plan
-        run = saving.trained(plan, self.kind, self.goal, order=self.order, found=self.found)
+        run = saving.trained(plan, self.kind, self.objective, order=self.order, found=self.found)
         # The second file is for diffusers, which knows kohya's keys at the published models' width and depth only.
         miniature = not base_models()[plan.model.base][1].files_gib
         dora = plan.lora.kind == "dora"
@@ -405,5 +411,5 @@ class Session:
         device = self.plan.engine.device
         batch = micro_batch(self.cache, self.order.epoch(0)[0][:1]).to(device)
         generator = seeded(torch.Generator(device), self.plan.train.seed)
-        drawn = self.goal.draw(latents(batch.moments_B2CHW, generator), generator)
+        drawn = self.objective.add_noise(latents(batch.moments_B2CHW, generator), generator)
         return self.predict(drawn.noisy_BCHW, drawn.t_B, batch)

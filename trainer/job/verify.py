@@ -14,10 +14,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn.functional import linear
 
-from trainer.engine.quantization.frozen_linear import exactly
+from trainer.engine.quantization.frozen_linear import dequantized_matmul
 from trainer.lora_files import convert, key_names, peft_bridge
 from trainer.lora_files.peft_bridge import Fused
-from trainer.lora_files.weights import Adapter, Modules
+from trainer.lora_files.weights import LoraModules, LoraWeights
 from trainer.spec.errors import FileMismatchError
 
 # Of what a layer adds to its weight: both sides are the same few products in fp32 (perhaps TF32).
@@ -53,7 +53,7 @@ def verify(
             f"({LAYER_TOLERANCE:g} is allowed)."
         )
     # Compiled blocks would not see the hooks. An input that is rounded to 8 bits makes much of a last bit.
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), exactly(next(iter(models.values()))):
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), dequantized_matmul(next(iter(models.values()))):
         trained = output().float()
         with _applied(live, stacks):
             found = output().float()
@@ -68,8 +68,8 @@ def verify(
 
 
 def _by_layer(
-    path: Path, modules: Modules, live: dict[str, BaseTunerLayer], *, family_name: str, fused: Fused
-) -> dict[str, list[Adapter | None]]:
+    path: Path, modules: LoraModules, live: dict[str, BaseTunerLayer], *, family_name: str, fused: Fused
+) -> dict[str, list[LoraWeights | None]]:
     """For each trained layer the file's adapters of its members, from top to bottom."""
     members = {name: [key_names.in_files(m, family_name) for m in peft_bridge.members(name, fused)] for name in live}
     strange = modules.keys() - {m for names in members.values() for m in names}
@@ -78,20 +78,20 @@ def _by_layer(
     return {name: [modules.get(m) for m in names] for name, names in members.items()}
 
 
-def _delta(parts: list[Adapter | None], layer: Any) -> torch.Tensor:
+def _delta(parts: list[LoraWeights | None], layer: Any) -> torch.Tensor:
     """(out, in) in fp32 where the layer's adapter is; parts that the file lacks add nothing."""
     down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     found = torch.zeros(up.shape[0], *down.shape[1:], device=up.device)
     for rows, part in zip(found.chunk(len(parts)), parts, strict=True):
         if part is not None:
-            delta = Adapter(part.down.to(up.device), part.up.to(up.device), part.scale).delta()
+            delta = LoraWeights(part.down.to(up.device), part.up.to(up.device), part.scale).delta()
             if delta.shape != rows.shape:
                 return delta  # which is not the layer's
             rows.copy_(delta)
     return found
 
 
-def _added(x: torch.Tensor, parts: list[Adapter | None], layer: Any) -> torch.Tensor:
+def _added(x: torch.Tensor, parts: list[LoraWeights | None], layer: Any) -> torch.Tensor:
     """The product of x and `_delta`, without that."""
     nothing = x.new_zeros(*x.shape[:-1], layer.lora_B["default"].weight.shape[0] // len(parts))
     return torch.cat(
@@ -100,7 +100,7 @@ def _added(x: torch.Tensor, parts: list[Adapter | None], layer: Any) -> torch.Te
     )
 
 
-def _magnitudes(parts: list[Adapter | None], layer: Any) -> torch.Tensor | None:
+def _magnitudes(parts: list[LoraWeights | None], layer: Any) -> torch.Tensor | None:
     """The lengths that DoRA gives the layer's rows, as far as the file has them; None: it has none."""
     found = [p.magnitude for p in parts if p is not None and p.magnitude is not None]
     return torch.cat(found).to(layer.lora_A["default"].weight.device) if found else None
@@ -119,14 +119,14 @@ def _on_the_host(layer: Any) -> Iterator[None]:
             p.data = data
 
 
-def _difference(layer: Any, parts: list[Adapter | None]) -> float:
+def _difference(layer: Any, parts: list[LoraWeights | None]) -> float:
     with contextlib.suppress(torch.OutOfMemoryError):
         return _compared(layer, parts)
     with _on_the_host(layer):  # slower, but a job that has trained in little memory ends in as little
         return _compared(layer, parts)
 
 
-def _compared(layer: Any, parts: list[Adapter | None]) -> float:
+def _compared(layer: Any, parts: list[LoraWeights | None]) -> float:
     with torch.no_grad():
         difference = _relative(_delta(parts, layer), layer.get_delta_weight("default").float())
         vectors, lengths = layer.lora_magnitude_vector, _magnitudes(parts, layer)
@@ -145,7 +145,7 @@ def _relative(found: torch.Tensor, trained: torch.Tensor) -> float:
 
 
 @contextlib.contextmanager
-def _applied(live: dict[str, BaseTunerLayer], stacks: dict[str, list[Adapter | None]]) -> Iterator[None]:
+def _applied(live: dict[str, BaseTunerLayer], stacks: dict[str, list[LoraWeights | None]]) -> Iterator[None]:
     """Inside, each trained layer computes with its frozen weight W and the file's delta: Wx + delta x.
 
     That is the merged weight's product, in any format of W, without a second W and without its rounding. With DoRA,

@@ -35,9 +35,9 @@ class Watchdog:
         self.limit = OTHER_S
         self._step: float | None = None  # when the last step ended, if nothing else came after it
         self._alive = os.open(alive, os.O_WRONLY | os.O_CREAT) if alive else None
-        self.beat()
+        self.heartbeat()
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """Something other than a step goes on."""
         self._step = None
         self._promise(OTHER_S)

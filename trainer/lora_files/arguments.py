@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainer.lora_files import convert, inspect, key_names
-from trainer.lora_files.weights import Modules
+from trainer.lora_files.weights import LoraModules
 from trainer.spec.errors import KilnError, SettingsError
-from trainer.spec.family import names
+from trainer.spec.family import family_names
 from trainer.storage import safetensors_header
 
 log = logging.getLogger(__name__)
@@ -46,11 +46,11 @@ def read_family(path: Path, asked: str | None) -> tuple[str, dict[str, str]]:
     stems = [found[0] for key in header.entries if (found := key_names.role(key))]
     name = asked or inspect.likely_family(stems, header.metadata)
     if name is None:
-        raise SettingsError(f"{path} has no keys of a LoRA for {', '.join(names())}.")
+        raise SettingsError(f"{path} has no keys of a LoRA for {', '.join(family_names())}.")
     return name, header.metadata
 
 
-def load_lora(path: Path, family_name: str) -> Modules:
+def load_lora(path: Path, family_name: str) -> LoraModules:
     try:
         return convert.load(path, family_name)
     except ValueError as problem:

@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from trainer.lora_files import key_names
-from trainer.lora_files.weights import Adapter, Modules
-from trainer.spec.family import Native, family
+from trainer.lora_files.weights import LoraModules, LoraWeights
+from trainer.spec.family import Native, get_family
 
 FORMATS = {"kohya": "", "comfyui": "-comfyui", "peft": "-diffusers"}  # → what a job adds to the name of such a file
 DORA_READERS = {"kohya": "ComfyUI, Forge", "comfyui": "ComfyUI, Forge", "peft": "diffusers"}
@@ -29,7 +29,7 @@ DORA_READERS = {"kohya": "ComfyUI, Forge", "comfyui": "ComfyUI, Forge", "peft": 
 # ---- files → modules
 
 
-def load(path: Path, family_name: str) -> Modules:
+def load(path: Path, family_name: str) -> LoraModules:
     """All modules of the file `path`. Raises ValueError with what is wrong with it."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -40,7 +40,7 @@ def load(path: Path, family_name: str) -> Modules:
     return read(tensors, metadata, family_name)
 
 
-def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], family_name: str) -> Modules:
+def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], family_name: str) -> LoraModules:
     """All modules of a file, in fp32. Raises ValueError, with names, for what this family's files cannot have."""
     stems: dict[str, dict[str, torch.Tensor]] = {}
     unknown = []
@@ -54,7 +54,7 @@ def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], famil
         raise ValueError(
             f"{len(unknown)} of {len(tensors)} keys mean nothing here: {', '.join(unknown[:5]) or 'empty'}"
         )
-    modules: Modules = {}
+    modules: LoraModules = {}
     for stem, roles in stems.items():
         there = key_names.layer(stem, family_name)
         assert there is not None
@@ -65,7 +65,7 @@ def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], famil
     return modules
 
 
-def _adapter(stem: str, roles: Mapping[str, torch.Tensor], module: str, metadata: Mapping[str, str]) -> Adapter:
+def _adapter(stem: str, roles: Mapping[str, torch.Tensor], module: str, metadata: Mapping[str, str]) -> LoraWeights:
     lacking = {"down", "up"} - roles.keys()
     if lacking:
         raise ValueError(f"{stem} has no {' and no '.join(sorted(lacking))} matrix")
@@ -82,7 +82,7 @@ def _adapter(stem: str, roles: Mapping[str, torch.Tensor], module: str, metadata
     magnitude = roles.get("magnitude")
     if magnitude is not None and magnitude.shape not in ((up.shape[0],), (up.shape[0], *[1] * (up.ndim - 1))):
         raise ValueError(f"{stem} has DoRA magnitudes of shape {list(magnitude.shape)}: only those of rows are read")
-    return Adapter(down, up, scale, None if magnitude is None else magnitude.flatten())
+    return LoraWeights(down, up, scale, None if magnitude is None else magnitude.flatten())
 
 
 def _scale_in_header(module: str, rank: int, metadata: Mapping[str, str]) -> float:
@@ -96,7 +96,7 @@ def _scale_in_header(module: str, rank: int, metadata: Mapping[str, str]) -> flo
     return float(alpha / (rank**0.5 if said.get(f"{component}.use_rslora") else rank))
 
 
-def _split(there: key_names.Layer, whole: Adapter) -> Modules:
+def _split(there: key_names.Layer, whole: LoraWeights) -> LoraModules:
     """The parts of a layer as its file has it. A part keeps the terms in which it has something."""
     native = there.native
     if native is None or there.part is not None:
@@ -115,13 +115,13 @@ def _split(there: key_names.Layer, whole: Adapter) -> Modules:
     if whole.magnitude is not None:  # a part may have learnt that alone: one term that does nothing stands for none
         used = [columns if len(columns) else torch.arange(1) for columns in used]
     return {
-        name: Adapter(whole.down[columns], up[:, columns], whole.scale, length)
+        name: LoraWeights(whole.down[columns], up[:, columns], whole.scale, length)
         for name, up, columns, length in zip(there.modules, ups, used, lengths, strict=True)
         if len(columns)
     }
 
 
-def _swapped(adapter: Adapter) -> Adapter:
+def _swapped(adapter: LoraWeights) -> LoraWeights:
     """Exchange the halves of the rows, where there are two."""
     if adapter.up.shape[0] != 2 * adapter.down.shape[1]:
         return adapter
@@ -130,7 +130,7 @@ def _swapped(adapter: Adapter) -> Adapter:
     return replace(adapter, up=torch.cat(adapter.up.chunk(2)[::-1]), magnitude=swapped)
 
 
-def stacked(parts: Sequence[Adapter | None], heights: Sequence[int]) -> Adapter:
+def stacked(parts: Sequence[LoraWeights | None], heights: Sequence[int]) -> LoraWeights:
     """One adapter for layers with these numbers of rows, one above the other; None: one without an adapter.
 
     Rows of the down matrices that are equal are kept once. Raises ValueError where some have magnitudes and some not.
@@ -159,14 +159,14 @@ def stacked(parts: Sequence[Adapter | None], heights: Sequence[int]) -> Adapter:
     lengths = [p.magnitude for p in there if p.magnitude is not None]
     if lengths and len(lengths) < len(parts):
         raise ValueError("layers that files have as one are partly DoRA and partly not")
-    return Adapter(torch.stack(downs), up, there[0].scale, torch.cat(lengths) if lengths else None)
+    return LoraWeights(torch.stack(downs), up, there[0].scale, torch.cat(lengths) if lengths else None)
 
 
 # ---- modules → files
 
 
 @dataclass(frozen=True)
-class Written:
+class LoraFile:
     """The tensors of a file, and what its header has to say about them: the commonest rank and the one alpha."""
 
     tensors: dict[str, torch.Tensor]
@@ -174,7 +174,7 @@ class Written:
     alpha: float
 
 
-def write(modules: Modules, to: str, family_name: str) -> Written:
+def write(modules: LoraModules, to: str, family_name: str) -> LoraFile:
     """The file in format `to`, in fp32. Raises ValueError for a module that has no name there."""
     modules = {name: adapter.on_host() for name, adapter in modules.items()}
     if to == "peft":
@@ -185,7 +185,7 @@ def write(modules: Modules, to: str, family_name: str) -> Written:
             if adapter.magnitude is not None:
                 tensors[f"{name}.lora_magnitude_vector"] = adapter.magnitude
         rank = Counter(a.rank for a in modules.values()).most_common(1)[0][0]
-        return Written(_plain(tensors), rank, float(rank))
+        return LoraFile(_plain(tensors), rank, float(rank))
     whole = _joined(modules, to, family_name)
     ranks = Counter(a.rank for a in whole.values())
     # One alpha for all, which some readers take from the first module they see.
@@ -198,23 +198,23 @@ def write(modules: Modules, to: str, family_name: str) -> Written:
         tensors[f"{stem}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
         if adapter.magnitude is not None:
             tensors[f"{stem}.dora_scale"] = adapter.magnitude.view(-1, *[1] * (adapter.down.ndim - 1))
-    return Written(_plain(tensors), ranks.most_common(1)[0][0], alpha)
+    return LoraFile(_plain(tensors), ranks.most_common(1)[0][0], alpha)
 
 
 def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: tensor.float().cpu().contiguous().clone() for key, tensor in sorted(tensors.items())}
 
 
-def _joined(modules: Modules, to: str, family_name: str) -> Modules:
+def _joined(modules: LoraModules, to: str, family_name: str) -> LoraModules:
     """Layers of the original model by the names that files give them → their adapters."""
-    whole: Modules = {}
-    shared: dict[tuple[Native, str], dict[int, Adapter]] = {}
+    whole: LoraModules = {}
+    shared: dict[tuple[Native, str], dict[int, LoraWeights]] = {}
     for name, adapter in modules.items():
         there = key_names.layer(name, family_name)
         if there is None:
             raise ValueError(f"{name} has no name in files of this format")
         if there.native is None:
-            short = family(family_name).KEYS.encoders[there.component]
+            short = get_family(family_name).KEYS.encoders[there.component]
             whole[f"lora_{short}_{there.path.replace('.', '_')}"] = adapter
         else:
             shared.setdefault((there.native, there.number), {})[there.part or 0] = adapter
@@ -232,7 +232,7 @@ def _joined(modules: Modules, to: str, family_name: str) -> Modules:
     return whole
 
 
-def merged(several: Sequence[tuple[Modules, float]]) -> Modules:
+def merged(several: Sequence[tuple[LoraModules, float]]) -> LoraModules:
     """The sum of several files, each times its weight: ranks add up, nothing is approximated.
 
     Raises ValueError for DoRA, whose rows' lengths do not add up; one such file at weight 1 stays as it is.
@@ -241,11 +241,11 @@ def merged(several: Sequence[tuple[Modules, float]]) -> Modules:
         return dict(several[0][0])
     if any(adapter.magnitude is not None for modules, _ in several for adapter in modules.values()):
         raise ValueError("DoRA files can be neither added up nor weighted")
-    found: Modules = {}
+    found: LoraModules = {}
     for name in dict.fromkeys(name for modules, _ in several for name in modules):
         parts = [
             replace(m[name], scale=m[name].scale * weight).folded() for m, weight in several if name in m and weight
         ]
         if parts:
-            found[name] = Adapter(torch.cat([p.down for p in parts]), torch.cat([p.up for p in parts], dim=1), 1.0)
+            found[name] = LoraWeights(torch.cat([p.down for p in parts]), torch.cat([p.up for p in parts], dim=1), 1.0)
     return found

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from trainer.lora_files.key_names import SCALARS, Layer, layer, role, style
-from trainer.spec.family import family, names
+from trainer.spec.family import family_names, get_family
 from trainer.storage.safetensors_header import Entry, Header
 
 
 @dataclass(frozen=True)
-class Survey:
+class LoraSummary:
     """What a LoRA file has, as a family sees it."""
 
     family: str
@@ -39,7 +39,7 @@ class Survey:
         return f"{kind}{self.style} keys, rank {self.rank(())}, {alphas}, {len(self.modules)} modules"
 
 
-def survey(header: Header, family_name: str) -> Survey:
+def summarize(header: Header, family_name: str) -> LoraSummary:
     """Read the names, and the few values that ranks and alphas are known by."""
     stems: dict[str, dict[str, Entry]] = {}
     unmatched = []
@@ -62,7 +62,7 @@ def survey(header: Header, family_name: str) -> Survey:
     dora = any("magnitude" in e for e in stems.values())
     styles = [style(stem) for stem in stems if not stem.startswith(("lora_te", "text_encoder"))]
     common = max(set(styles), key=styles.count, default="text encoder")
-    return Survey(family_name, common, modules, tuple(sorted(alphas)), tuple(unmatched), dora)
+    return LoraSummary(family_name, common, modules, tuple(sorted(alphas)), tuple(unmatched), dora)
 
 
 def _terms(header: Header, there: Layer, entries: dict[str, Entry]) -> dict[str, frozenset[tuple[str, int]]]:
@@ -98,10 +98,10 @@ def _scalar(header: Header, entry: Entry) -> float:
     return float(struct.unpack(kind, raw[: struct.calcsize(kind)])[0])
 
 
-def said_family(metadata: Mapping[str, str]) -> str | None:
+def declared_family(metadata: Mapping[str, str]) -> str | None:
     """The family that the header names; None if it names none that is known."""
     said = metadata.get("modelspec.architecture", "")
-    return next((name for name in names() if said.startswith(family(name).FACTS.architecture)), None)
+    return next((name for name in family_names() if said.startswith(get_family(name).FACTS.architecture)), None)
 
 
 def likely_family(stems: Iterable[str], metadata: Mapping[str, str]) -> str | None:
@@ -109,11 +109,11 @@ def likely_family(stems: Iterable[str], metadata: Mapping[str, str]) -> str | No
 
     Families share names. Then the header decides; without one, the family of whose layers the file has the larger part.
     """
-    asked, said = list(stems), said_family(metadata)
+    asked, said = list(stems), declared_family(metadata)
     scores: dict[str, tuple[int, bool, float]] = {}
-    for name in names():
+    for name in family_names():
         found = [there for stem in asked if (there := layer(stem, name))]
         covered = {there.native.name for there in found if there.native}
-        scores[name] = (len(found), said == name, len(covered) / len(family(name).KEYS.layers))
+        scores[name] = (len(found), said == name, len(covered) / len(get_family(name).KEYS.layers))
     best = max(scores, key=lambda name: scores[name])
     return best if scores[best][0] else None

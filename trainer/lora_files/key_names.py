@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from trainer.spec.family import Native, family
+from trainer.spec.family import Native, get_family
 
 # How a file spells the two matrices and the strength of a module. The longest ending that fits counts.
 ROLES = {
@@ -98,7 +98,7 @@ def _denoiser_layer(stem: str, family_name: str) -> Layer | None:
     if ".processor." in stem and path.endswith(".to_out"):
         path += ".0"
     found = _numbered(path.replace(".", "_"), _index(family_name))
-    component = family(family_name).FACTS.lora_prefix
+    component = get_family(family_name).FACTS.lora_prefix
     return Layer(component, found[0], found[2], found[1]) if found else None
 
 
@@ -106,7 +106,7 @@ def _denoiser_layer(stem: str, family_name: str) -> Layer | None:
 def _index(family_name: str) -> dict[str, tuple[Native, int | None]]:
     """Every name of the family's layers with _ for dots, original and diffusers', → the layer and the part."""
     found: dict[str, tuple[Native, int | None]] = {}
-    for native in family(family_name).KEYS.layers:
+    for native in get_family(family_name).KEYS.layers:
         found[native.name.replace(".", "_")] = native, None
         for i, part in enumerate(native.parts):
             found[part.replace(".", "_")] = native, i
@@ -125,7 +125,7 @@ def _numbered(name: str, index: Mapping[str, tuple[Native, int | None]]) -> tupl
 
 
 def _encoder_layer(stem: str, family_name: str) -> Layer | None:
-    components = {kohya: component for component, kohya in family(family_name).KEYS.encoders.items()}
+    components = {kohya: component for component, kohya in get_family(family_name).KEYS.encoders.items()}
     if short := next((c for c in CLIPS if stem.startswith(f"lora_{c}")), None):
         component, path = components.get(CLIPS[short], ""), stem.removeprefix(f"lora_{short}")
     elif stem.startswith("text_encoders."):

@@ -18,7 +18,7 @@ class TrainedSubset:
     """What the header says about one source of pictures."""
 
     name: str  # of its folder, archive or repository alone; unique in a run
-    pictures: int
+    images: int
     repeats: int
     is_reg: bool
     tags: dict[str, int]
@@ -33,7 +33,7 @@ class TrainedDataset:
     buckets: dict[tuple[int, int], int]  # (width, height) → pictures × repeats
 
     def count(self, *, reg: bool) -> int:
-        return sum(s.pictures * s.repeats for s in self.subsets if s.is_reg is reg)
+        return sum(s.images * s.repeats for s in self.subsets if s.is_reg is reg)
 
     def told(self) -> dict[str, Any]:
         """As an entry of `ss_datasets`."""
@@ -50,7 +50,7 @@ class TrainedDataset:
             "tag_frequency": {s.name: s.tags for s in self.subsets},
             "bucket_info": _bucket_info(self.buckets),
             "subsets": [
-                {"image_dir": s.name, "img_count": s.pictures, "num_repeats": s.repeats, "is_reg": s.is_reg}
+                {"image_dir": s.name, "img_count": s.images, "num_repeats": s.repeats, "is_reg": s.is_reg}
                 for s in self.subsets
             ],
         }
@@ -108,7 +108,7 @@ def metadata(run: Trained, *, step: int, epoch: int, rank: int, alpha: float) ->
         "ss_training_started_at": float(run.started),
         "ss_bucket_info": _bucket_info(buckets),
         "ss_resolution": f"({run.resolution[0]}, {run.resolution[1]})",
-        "ss_dataset_dirs": {s.name: {"n_repeats": s.repeats, "img_count": s.pictures} for s in subsets},
+        "ss_dataset_dirs": {s.name: {"n_repeats": s.repeats, "img_count": s.images} for s in subsets},
         "ss_datasets": [d.told() for d in run.datasets],
         "ss_tag_frequency": {s.name: s.tags for s in subsets},
         "ss_num_train_images": sum(d.count(reg=False) for d in run.datasets),

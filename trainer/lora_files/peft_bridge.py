@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from trainer.lora_files.convert import stacked
-from trainer.lora_files.weights import Adapter, Modules
+from trainer.lora_files.weights import LoraModules, LoraWeights
 
 # ---- modules ↔ the adapters that are being trained (`lora.state`)
 
@@ -23,22 +23,22 @@ def members(module: str, fused: Fused) -> tuple[str, ...]:
     return (module,)
 
 
-def of_state(state: Mapping[str, torch.Tensor], *, prefix: str, fused: Fused, scale: float) -> Modules:
+def of_state(state: Mapping[str, torch.Tensor], *, prefix: str, fused: Fused, scale: float) -> LoraModules:
     """The modules of what is being trained, `prefix` before their names: views, where it is. Joined layers have equal
     numbers of rows."""
-    found: Modules = {}
+    found: LoraModules = {}
     for key in (k for k in state if k.endswith(".lora_A.weight")):
         module = key.removesuffix(".lora_A.weight")
         down, up = state[key].float(), state[f"{module}.lora_B.weight"].float()
         names, length = members(module, fused), state.get(f"{module}.{MAGNITUDE}")
         lengths = [None] * len(names) if length is None else length.float().chunk(len(names))
         for name, piece, own in zip(names, up.chunk(len(names)), lengths, strict=True):
-            found[f"{prefix}.{name}"] = Adapter(down, piece, scale, own)
+            found[f"{prefix}.{name}"] = LoraWeights(down, piece, scale, own)
     return found
 
 
 def to_state(
-    modules: Modules, state: Mapping[str, torch.Tensor], *, prefix: str, fused: Fused, scale: float
+    modules: LoraModules, state: Mapping[str, torch.Tensor], *, prefix: str, fused: Fused, scale: float
 ) -> dict[str, torch.Tensor]:
     """What to load so that training goes on from `modules`. `state`: the adapters as they begin (up matrices zero).
 

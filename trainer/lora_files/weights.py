@@ -8,7 +8,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Adapter:
+class LoraWeights:
     """What a LoRA adds to the weight of one module: scale * up @ down.
 
     With DoRA (arXiv:2402.09353), each row of the sum is then brought to its `magnitude`, shape (out,).
@@ -28,12 +28,12 @@ class Adapter:
         product = self.up.flatten(1) @ self.down.flatten(1)
         return self.scale * product.view(self.up.shape[0], *self.down.shape[1:])
 
-    def on_host(self) -> Adapter:
+    def on_host(self) -> LoraWeights:
         """The same with its tensors on the CPU."""
         length = None if self.magnitude is None else self.magnitude.cpu()
         return replace(self, down=self.down.cpu(), up=self.up.cpu(), magnitude=length)
 
-    def folded(self) -> Adapter:
+    def folded(self) -> LoraWeights:
         """The same with scale 1."""
         return self if self.scale == 1 else replace(self, up=self.up * self.scale, scale=1.0)
 
@@ -46,4 +46,4 @@ class Adapter:
         return whole * ratio.view(-1, *[1] * (whole.ndim - 1))
 
 
-Modules = dict[str, Adapter]  # `<component>.<path in diffusers' model>` → its adapter
+LoraModules = dict[str, LoraWeights]  # `<component>.<path in diffusers' model>` → its adapter

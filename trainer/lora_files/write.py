@@ -11,7 +11,7 @@ from trainer.spec.errors import NumbersError, StorageError
 from trainer.storage import atomic, safetensors_writer
 
 
-def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+def write_lora(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Write, read back, compare, and only then rename to `path`.
 
     Raises NumbersError for a value that is not finite, StorageError if the file is not what was written.

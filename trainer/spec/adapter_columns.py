@@ -13,11 +13,11 @@ def columns(rank: int) -> int:
     return -(-THIRDS * rank // ALIGNED) * ALIGNED
 
 
-def fits_beside(rank: int, side: int) -> bool:
+def fits_adapter_columns(rank: int, side: int) -> bool:
     """Whether an adapter has its place beside a weight whose shorter side is `side`."""
     return rank > 0 and ROOMY * columns(rank) <= side
 
 
-def room_for(rank: int, width: int) -> int:
+def padding_for(rank: int, width: int) -> int:
     """How many columns there are after rows of `width` numbers, that an adapter has its place; 0 without one."""
     return -(-(width + columns(rank)) // LINE) * LINE - width if rank else 0

@@ -203,29 +203,36 @@ class Family(Protocol):
 
 
 @cache
-def names() -> tuple[str, ...]:
+def family_names() -> tuple[str, ...]:
     """All families, by the modules that there are."""
     found = pkgutil.iter_modules([str(FOLDER)])
     return tuple(sorted(m.name for m in found if not m.ispkg and m.name not in SHARED))
 
 
-def family(name: str) -> Family:
+def get_family(name: str) -> Family:
     """The module of family `name`; KeyError if there is none."""
-    if name not in names():
+    if name not in family_names():
         raise KeyError(name)
     return cast(Family, importlib.import_module(f"{PACKAGE}.{name}"))
 
 
 def trainable_encoders(name: str) -> dict[str, str]:
     """The CLIP text encoders of family `name`, by diffusers' names → te1 (CLIP-L) or te2 (CLIP-G)."""
-    return {component: short for component, short in family(name).KEYS.encoders.items() if short in ("te1", "te2")}
+    return {component: short for component, short in get_family(name).KEYS.encoders.items() if short in ("te1", "te2")}
 
 
 def timestep_samplings() -> tuple[str, ...]:
-    """All of all families."""
-    return tuple(dict.fromkeys(sampling for name in names() for sampling in family(name).FACTS.timestep_samplings))
+    """The timestep samplings of all families, each once."""
+    found: dict[str, None] = {}
+    for name in family_names():
+        found |= dict.fromkeys(get_family(name).FACTS.timestep_samplings)
+    return tuple(found)
 
 
 def base_models() -> dict[str, tuple[str, BaseModel]]:
-    """Every value of BASE_MODEL → its family and what is known about it."""
-    return {base: (name, model) for name in names() for base, model in family(name).FACTS.models.items()}
+    """Every value of BASE_MODEL → the name of its family, and the facts about the model."""
+    models: dict[str, tuple[str, BaseModel]] = {}
+    for name in family_names():
+        for base, model in get_family(name).FACTS.models.items():
+            models[base] = (name, model)
+    return models

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from trainer.spec.adapter_columns import fits_beside, room_for
+from trainer.spec.adapter_columns import fits_adapter_columns, padding_for
 from trainer.spec.family import Footprint
 from trainer.spec.strategies import RESIDENT, described
 from trainer.spec.weight_formats import PRECISIONS
@@ -49,7 +49,7 @@ AT_ONCE = 2.0  # megapixels that the VAE encodes at once, where there is room
 
 
 @dataclass(frozen=True)
-class Way:
+class Strategy:
     """One way to run a step, and its predicted peak."""
 
     precision: str
@@ -65,7 +65,7 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What is trained: sizes in pixels of one picture, pictures at once, the adapters' rank, the optimiser's name."""
 
     pixels: int
@@ -92,14 +92,14 @@ def weights(of: Footprint, rank: int, precision: str, offload: str = "none", *, 
     inside = SLOTS * of.largest if offload == "weights" else of.blocks
     copies = of.turned if turned else 0.0  # of 8 bits
     beside = 0.0
-    if PRECISIONS[precision].form == "fp8" and fits_beside(rank, of.width):
-        beside = (1.0 if turned else OUTPUTS) * of.adapters * room_for(rank, of.width) * inside / of.blocks
+    if PRECISIONS[precision].form == "fp8" and fits_adapter_columns(rank, of.width):
+        beside = (1.0 if turned else OUTPUTS) * of.adapters * padding_for(rank, of.width) * inside / of.blocks
     return (inside * each + copies + of.rest * _wide(precision) + beside) / GIB
 
 
 def predicted(
     of: Footprint,
-    work: Work,
+    work: Workload,
     *,
     precision: str,
     recompute: str,
@@ -118,7 +118,7 @@ def predicted(
     return weights(of, work.rank, precision, offload, turned=turned) + streamed + trained + tokens * each
 
 
-def on_host(of: Footprint, work: Work, way: Way) -> float:
+def on_host(of: Footprint, work: Workload, way: Strategy) -> float:
     """What a way keeps in the host's memory, in GiB."""
     if way.offload == "none":
         return 0.0
@@ -126,7 +126,7 @@ def on_host(of: Footprint, work: Work, way: Way) -> float:
     return of.kept[way.recompute] * work.kilotokens(of) * _wide(way.precision) / 2 + streamed
 
 
-def ways(of: Footprint, work: Work, precisions: Iterable[str]) -> list[Way]:
+def ways(of: Footprint, work: Workload, precisions: Iterable[str]) -> list[Strategy]:
     """The ways to be tried, the best first: weights that stay on the device, in each precision in its turn; then
     weights that are streamed; and 4 bits after all others."""
     named = list(precisions)
@@ -139,12 +139,18 @@ def ways(of: Footprint, work: Work, precisions: Iterable[str]) -> list[Way]:
             *((p, "all", "weights") for p in some[-1:]),
         )
     ]
-    return [Way(p, r, 0, o, predicted(of, work, precision=p, recompute=r, offload=o)) for p, r, o in orders]
+    return [Strategy(p, r, 0, o, predicted(of, work, precision=p, recompute=r, offload=o)) for p, r, o in orders]
 
 
 def best(
-    of: Footprint, work: Work, choices: Sequence[Way], *, have_gib: float, host_gib: float, recorded: bool = False
-) -> Way:
+    of: Footprint,
+    work: Workload,
+    choices: Sequence[Strategy],
+    *,
+    have_gib: float,
+    host_gib: float,
+    recorded: bool = False,
+) -> Strategy:
     """The first way that fits, or the one that takes least, with as much kept as the memory lets it."""
     room = have_gib * SPARE
     possible = [way for way in choices if on_host(of, work, way) <= host_gib] or list(choices)
@@ -153,10 +159,10 @@ def best(
     return _filled(of, work, way, room=room, recorded=recorded)
 
 
-def _filled(of: Footprint, work: Work, way: Way, *, room: float, recorded: bool) -> Way:
+def _filled(of: Footprint, work: Workload, way: Strategy, *, room: float, recorded: bool) -> Strategy:
     """What memory is left over goes to blocks that keep more, or to a copy of the weights."""
 
-    def changed(*, turned: bool = False, kept_blocks: int = 0) -> Way:
+    def changed(*, turned: bool = False, kept_blocks: int = 0) -> Strategy:
         given = {"precision": way.precision, "recompute": way.recompute, "offload": way.offload}
         gib = predicted(of, work, kept_blocks=kept_blocks, turned=turned, **given)
         return replace(way, kept_blocks=kept_blocks, turned=turned, gib=gib)
@@ -171,14 +177,14 @@ def _filled(of: Footprint, work: Work, way: Way, *, room: float, recorded: bool)
     return changed(kept_blocks=min(of.regions, int(left / (whole - way.gib) * of.regions)))
 
 
-def speed(of: Footprint, work: Work, way: Way) -> float:
+def speed(of: Footprint, work: Workload, way: Strategy) -> float:
     """Images for a unit of time; only to compare batches of the same pictures on the same hardware."""
     share = way.kept_blocks / of.regions
     cost = COST[way.recompute] * (1 - share) + COST["none"] * share
     return work.batch / (STEP + work.kilotokens(of) * cost * BUS[way.offload])
 
 
-def fastest(of: Footprint, tried: Iterable[tuple[Work, Way]]) -> tuple[Work, Way]:
+def fastest(of: Footprint, tried: Iterable[tuple[Workload, Strategy]]) -> tuple[Workload, Strategy]:
     """Of several batches, smallest first, that with the most images per second; a larger one must be worth it."""
     chosen, most = None, 0.0
     for work, way in tried:
@@ -189,16 +195,16 @@ def fastest(of: Footprint, tried: Iterable[tuple[Work, Way]]) -> tuple[Work, Way
 
 
 def phases(
-    of: Footprint, work: Work, way: Way, *, streamed: bool, tiled: bool, drawn_pixels: int, encoded_pixels: int
+    of: Footprint, work: Workload, way: Strategy, *, streamed: bool, tiled: bool, drawn_pixels: int, encoded_pixels: int
 ) -> dict[str, float]:
     """The predicted peak of each phase, in GiB. `drawn_pixels`: of the largest sample; `encoded_pixels`: of the largest
     picture. `tiled`: samples are decoded in pieces, and pictures encoded one by one.
     """
     encoders = of.encoders * _wide(way.precision) / GIB
-    pictures = 1 if tiled else math.ceil(AT_ONCE * 1e6 / encoded_pixels)
+    images = 1 if tiled else math.ceil(AT_ONCE * 1e6 / encoded_pixels)
     return {
         "texts": 0.5 + (encoders / 12 if streamed else encoders),  # two of 24 layers
-        "latents": VAE + ENCODE * pictures * encoded_pixels / 2**20,
+        "latents": VAE + ENCODE * images * encoded_pixels / 2**20,
         "training": way.gib,
         "samples": weights(of, work.rank, way.precision, way.offload, turned=way.turned)
         + of.adapters * work.rank * STATE_BYTES.get(work.optimizer, 16) / GIB

@@ -95,12 +95,12 @@ class Subset:
     resize_interpolation: str | None = None  # area down, lanczos up
 
     @property
-    def views(self) -> int:
+    def image_variants(self) -> int:
         """How often a picture is encoded, at most."""
         return VARIANTS if self.random_crop or self.color_aug else 2 if self.flip_aug else 1
 
     @property
-    def wordings(self) -> int:
+    def caption_variants(self) -> int:
         """How often a caption is encoded, at most."""
         return VARIANTS if self.enable_wildcard or self.shuffle_caption or self.caption_tag_dropout_rate else 1
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 POLICIES = ("all", "attention", "products", "none")
 
 
-def rungs(policy: str, kept: int, offload: str, *, compiled: bool) -> list[tuple[str, int, str]]:
+def fallbacks(policy: str, kept: int, offload: str, *, compiled: bool) -> list[tuple[str, int, str]]:
     """This way to run and those below it, each with less memory: (policy, blocks that keep all, offload)."""
     # Without the compiler, what a policy keeps is held by the checkpoint itself, and does not go to the host.
     # It takes less of the device than all that is recomputed there, which is tried if the host has no such memory.

@@ -1,11 +1,11 @@
-"""Several processes, each with a GPU of its own, that train one LoRA: who does what, and the sums over all of them.
+"""Several processes, each with a GPU of its own, train one LoRA: who does what, and the sums over all of them.
 
-The first process prepares, draws, saves and tells; the others take what it has prepared, and wait while it does
-something alone. In a step each computes its own micro-batches, and `Team.mean` puts the gradient of all pictures in the
-place of each one's own: all take the same step, and have the same weights and the same optimiser.
+The first process prepares, samples, saves and logs; the others take what it has prepared, and wait while it does
+something alone. In a step each computes its own micro-batches, and `Workers.mean_gradient` replaces each process's
+gradient by that of all images, so that all take the same step and keep the same weights and optimiser state.
 
-Nothing here has a time-out that matters. A process that fails ends with its own exit code, and the one that started
-them all (entrypoint/processes/launch.py) ends the others, which may wait for it in a call that no signal interrupts.
+No time-out here matters. A process that fails ends with its own exit code, and the one that started them all
+(entrypoint/processes/launch.py) ends the others, which may wait for it in a call that no signal interrupts.
 """
 
 from __future__ import annotations
@@ -25,43 +25,43 @@ from trainer.training.stop_flag import StopFlag
 
 RANK, TEAM = "KILN_RANK", "KILN_TEAM"  # as in entrypoint/processes/launch.py
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
-FOR_EVER = datetime.timedelta(days=100)
+UNLIMITED = datetime.timedelta(days=100)
 POLL_S = 0.05
 
 
-class Team:
-    """This process, number `rank` of `size`. They share `folder`, which goes with the job."""
+class Workers:
+    """This process, number `process_rank` of `size`. They share `folder`, which goes with the job."""
 
     def __init__(
-        self, rank: int = 0, size: int = 1, folder: Path | None = None, *, stop: StopFlag | None = None
+        self, process_rank: int = 0, size: int = 1, folder: Path | None = None, *, stop: StopFlag | None = None
     ) -> None:
-        self.rank, self.size, self.folder = rank, size, folder or Path()
+        self.process_rank, self.size, self.folder = process_rank, size, folder or Path()
         self._stop, self._stopping = stop or StopFlag(), False
         self._turns, self._parent = 0, os.getppid()
         self._said: tuple[tuple[float, ...], torch.Tensor] | None = None
 
     @property
-    def first(self) -> bool:
-        return self.rank == 0
+    def is_first(self) -> bool:
+        return self.process_rank == 0
 
     @property
     def own_folder(self) -> Path:
         """Where another than the first writes what a job writes; if it fails, the entrypoint finds the reason there."""
-        return self.folder / f"rank-{self.rank}"
+        return self.folder / f"rank-{self.process_rank}"
 
     @property
     def stopping(self) -> bool:
         """Whether the first process was asked to stop; all have the same answer between two steps."""
         return self._stopping if self.size > 1 else self._stop.requested
 
-    def join(self, device: str) -> None:
+    def connect(self, device: str) -> None:
         """Meet the others, on `device`. What talks between GPUs takes its memory now."""
         if self.size == 1:
             return
         store = dist.FileStore(str(self.folder / "store"), self.size)
-        backend, rank, size = BACKENDS[device], self.rank, self.size
+        backend, rank, size = BACKENDS[device], self.process_rank, self.size
         try:
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=FOR_EVER)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=UNLIMITED)
             dist.all_reduce(torch.zeros(1, device=device))
         except RuntimeError as problem:
             raise SettingsError(
@@ -69,23 +69,23 @@ class Team:
                 "container shared memory (docker run --ipc=host), or set NUM_GPUS=1."
             ) from problem
 
-    def leave(self) -> None:
+    def disconnect(self) -> None:
         """All that is done together is done."""
         if self.size > 1:
             dist.destroy_process_group()
 
-    def alone(self, work: Callable[[], None], tick: Callable[[], None]) -> None:
+    def on_first(self, work: Callable[[], None], check_in: Callable[[], None]) -> None:
         """The first process does `work`; the others wait for it."""
         self._turns += 1
         done = self.folder / f"turn-{self._turns}"
-        if self.first:
+        if self.is_first:
             work()
             if self.size > 1:
                 done.touch()
         else:
-            self.wait_for(done, tick)
+            self.wait_for(done, check_in)
 
-    def all(self, good: bool) -> bool:
+    def all_agree(self, good: bool) -> bool:
         """Whether it is so for every process."""
         return not any(self._largest([int(not good)]))
 
@@ -97,7 +97,7 @@ class Team:
         if self._largest(sums) != [-each for each in self._largest([-each for each in sums])]:
             raise KilnError(f"The {self.size} processes have come to different weights, which must not happen.")
 
-    def mean(self, flat: torch.Tensor, each_B: Sequence[torch.Tensor]) -> torch.Tensor:
+    def mean_gradient(self, flat: torch.Tensor, each_B: Sequence[torch.Tensor]) -> torch.Tensor:
         """What is for `heard`, which alone waits for it. `each_B`: the losses of one's own pictures.
 
         `flat`, each process's mean gradient over its own pictures, becomes the mean over all. Two sums do it: of the
@@ -121,9 +121,9 @@ class Team:
         told[0] /= told[1]
         return told
 
-    def heard(self, said_3: torch.Tensor, norm: torch.Tensor) -> tuple[float, int, float]:
+    def read_totals(self, step_totals_3: torch.Tensor, norm: torch.Tensor) -> tuple[float, int, float]:
         """The mean loss over the pictures of all processes, their number, and `norm`: waits for the device."""
-        loss, images, stopping, number = torch.cat([said_3, norm[None]]).tolist()
+        loss, images, stopping, number = torch.cat([step_totals_3, norm[None]]).tolist()
         self._stopping = stopping > 0
         return loss, round(images), number
 
@@ -136,27 +136,27 @@ class Team:
             dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return found.tolist()
 
-    def wait_for(self, path: Path, tick: Callable[[], None]) -> None:
+    def wait_for(self, path: Path, check_in: Callable[[], None]) -> None:
         """Wait until `path` exists. Raises StopRequestedError when the process that started this one has ended."""
         while not path.exists():
-            tick()
+            check_in()
             if os.getppid() != self._parent:
                 raise StopRequestedError("The process that started this one is gone.", exit_code=143)
             time.sleep(POLL_S)
 
 
-def team(size: int, environment: Mapping[str, str], stop: StopFlag) -> Team:
+def workers_from_environment(size: int, environment: Mapping[str, str], stop: StopFlag) -> Workers:
     """This process's place among `size`, as the entrypoint has told it. Raises SettingsError where it has not."""
     if size == 1:
-        return Team(stop=stop)
+        return Workers(stop=stop)
     if TEAM not in environment:
         raise SettingsError(
             f"The plan is for NUM_GPUS={size} processes, and this is one alone: start it by python -m entrypoint."
         )
-    return Team(rank(environment), size, Path(environment[TEAM]), stop=stop)
+    return Workers(process_rank(environment), size, Path(environment[TEAM]), stop=stop)
 
 
-def rank(environment: Mapping[str, str]) -> int:
+def process_rank(environment: Mapping[str, str]) -> int:
     """Which of the processes this is; 0 where there is one."""
     return int(environment.get(RANK, "0"))
 

@@ -13,9 +13,9 @@ from functools import partial
 import torch
 
 from trainer.data.batches import MicroBatch
-from trainer.engine.cuda_graphs import Direct
+from trainer.engine.cuda_graphs import EagerStep
 from trainer.spec.errors import OutOfMemoryError
-from trainer.training import objective
+from trainer.training.objective import NoisedBatch, Objective, loss
 from trainer.training.step_guard import Guard
 
 log = logging.getLogger(__name__)
@@ -39,10 +39,10 @@ def latents(moments_B2CHW: torch.Tensor, generator: torch.Generator) -> torch.Te
 
 
 def add_gradient(
-    batch: MicroBatch, *, predict: Predict, goal: objective.Objective, device: str, seed: int, runner: Direct
+    batch: MicroBatch, *, predict: Predict, objective: Objective, device: str, seed: int, runner: EagerStep
 ) -> None:
     """The gradient of the mean loss of a batch, as a step of it alone has it. Raises torch.OutOfMemoryError."""
-    Backward(predict, goal, torch.Generator(device), seed, Guard(), runner)._all([batch], 0)
+    Backward(predict, objective, torch.Generator(device), seed, Guard(), runner)._all([batch], 0)
 
 
 @dataclass
@@ -50,15 +50,15 @@ class Backward:
     """Gradients of a group, with fewer pictures at once as soon as memory runs out. The draws stay the same."""
 
     predict: Predict
-    goal: objective.Objective
+    objective: Objective
     generator: torch.Generator
     seed: int
     guard: Guard  # knows how many times as large as the gradient they are
-    runner: Direct
-    rank: int = 0  # in the step, the first of these micro-batches has this number
+    runner: EagerStep
+    process_rank: int = 0  # in the step, the first of these micro-batches has this number
     apart: int = 1  # and those that follow are so far from each other
     at_once: int | None = None  # pictures; None: whole micro-batches
-    begun: tuple[int, MicroBatch, objective.Drawn] | None = None  # of the first micro-batch of the step of that number
+    begun: tuple[int, MicroBatch, NoisedBatch] | None = None  # of the first micro-batch of the step of that number
 
     def __call__(self, group: list[MicroBatch], number: int) -> list[torch.Tensor]:
         """Add the gradient of the mean over the group's pictures; return the loss of each, by micro-batch."""
@@ -68,7 +68,7 @@ class Backward:
             except torch.OutOfMemoryError as problem:
                 said = str(problem).splitlines()[0]
             # Out here the error no longer holds the failed attempt's tensors.
-            held = self.runner.give_up()
+            held = self.runner.disable()
             self.runner.clear()
             gc.collect()
             if torch.cuda.is_available():
@@ -88,14 +88,14 @@ class Backward:
 
     def begin(self, group: list[MicroBatch], number: int) -> None:
         """Bring to the device what the step `number` begins with, while it is at work on a recorded step."""
-        if self.runner.recording and group:
+        if self.runner.capturing and group:
             with contextlib.suppress(torch.OutOfMemoryError):  # the step itself tries again, and makes room
                 self.begun = (number, *self._drawn(group[0], number, 0))
 
-    def _drawn(self, batch: MicroBatch, number: int, i: int) -> tuple[MicroBatch, objective.Drawn]:
+    def _drawn(self, batch: MicroBatch, number: int, i: int) -> tuple[MicroBatch, NoisedBatch]:
         here = batch.to(str(self.generator.device))
-        seeded(self.generator, self.seed, number, self.rank + i * self.apart)
-        return here, self.goal.draw(latents(here.moments_B2CHW, self.generator), self.generator)
+        seeded(self.generator, self.seed, number, self.process_rank + i * self.apart)
+        return here, self.objective.add_noise(latents(here.moments_B2CHW, self.generator), self.generator)
 
     def _all(self, group: list[MicroBatch], number: int) -> list[torch.Tensor]:
         images = sum(len(batch.names) for batch in group)
@@ -126,16 +126,16 @@ class Backward:
         def those(kind: str) -> dict[str, torch.Tensor]:
             return {k.removeprefix(f"{kind}."): v for k, v in tensors.items() if k.startswith(f"{kind}.")}
 
-        drawn = objective.Drawn(**those("drawn"))
+        drawn = NoisedBatch(**those("drawn"))
         there = those("batch")
         mask_B1HW = there.pop("mask_B1HW", None)
         batch = MicroBatch(**there, mask_B1HW=mask_B1HW, text=those("text"), names=names, captions=captions)
         predicted = self.predict(drawn.noisy_BCHW, drawn.t_B, batch)
-        each_B = objective.loss(predicted, drawn, mask_B1HW=batch.mask_B1HW, weight_B=batch.weight_B)
+        each_B = loss(predicted, drawn, mask_B1HW=batch.mask_B1HW, weight_B=batch.weight_B)
         return each_B, each_B.sum() * tensors["share"]
 
 
-def _named(prefix: str, of: objective.Drawn | MicroBatch) -> dict[str, torch.Tensor]:
+def _named(prefix: str, of: NoisedBatch | MicroBatch) -> dict[str, torch.Tensor]:
     """Its tensors."""
     values = {f.name: getattr(of, f.name) for f in dataclasses.fields(of)}
     return {f"{prefix}.{name}": value for name, value in values.items() if isinstance(value, torch.Tensor)}

@@ -11,11 +11,11 @@ from typing import TypeVar
 import torch
 
 from trainer.data.batches import MicroBatch
-from trainer.engine.cuda_graphs import Direct
+from trainer.engine.cuda_graphs import EagerStep
 from trainer.spec.errors import KilnError, NumbersError
-from trainer.training import objective
-from trainer.training.distributed import Team
+from trainer.training.distributed import Workers
 from trainer.training.gradients import Backward, Predict, seeded
+from trainer.training.objective import Objective, loss
 from trainer.training.step_guard import Guard, cause
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def train(
     groups: Iterable[tuple[int, list[MicroBatch]]],
     *,
     predict: Predict,
-    goal: objective.Objective,
+    objective: Objective,
     params: Sequence[torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
@@ -47,18 +47,20 @@ def train(
     device: str,
     seed: int,
     first_step: int,
-    runner: Direct | None = None,
-    team: Team | None = None,
+    runner: EagerStep | None = None,
+    workers: Workers | None = None,
 ) -> Iterator[Step]:
     """One optimiser step for each group of micro-batches; yields after each.
 
     `groups`: (epoch, micro-batches); the gradient is the mean over the pictures of a group, whatever the sizes of its
-    micro-batches, and of all groups of that step in `team`: of the step's micro-batches each process has every so
+    micro-batches, and of all groups of that step in `workers`: of the step's micro-batches each process has every so
     manieth. `runner` runs them. A step to whose numbers `guard` objects leaves the weights as they are. Raises
     NumbersError when that was once too often, and OutOfMemoryError where not even one picture fits.
     """
-    runner, team = runner or Direct(params), team or Team()
-    backward = Backward(predict, goal, torch.Generator(device), seed, guard, runner, team.rank, team.size)
+    runner, workers = runner or EagerStep(params), workers or Workers()
+    backward = Backward(
+        predict, objective, torch.Generator(device), seed, guard, runner, workers.process_rank, workers.size
+    )
     given, unread = iter(groups), None
     number, upcoming = first_step, next(given, None)
     while upcoming is not None:
@@ -71,10 +73,10 @@ def train(
         if upcoming is not None:
             backward.begin(upcoming[1], number + 1)
         if guard.scale != 1:
-            runner.flat.div_(guard.scale)
-        said_3 = team.mean(runner.flat, each_B)
+            runner.flat_grad.div_(guard.scale)
+        step_totals_3 = workers.mean_gradient(runner.flat_grad, each_B)
         clipped = torch.nn.utils.clip_grad_norm_(params, max_grad_norm or float("inf"))
-        loss, images, norm = team.heard(said_3, clipped)  # the step's one wait for the device
+        loss, images, norm = workers.read_totals(step_totals_3, clipped)  # the step's one wait for the device
         overflow = guard.overflows(loss, norm)
         objection = None if overflow else guard.objection(loss, norm)
         if overflow:
@@ -83,7 +85,7 @@ def train(
             optimizer.step()
         else:
             lost = [x for each in each_B for x in each.tolist()]
-            elsewhere = team.size > 1 and not math.isfinite(loss) and all(map(math.isfinite, lost))
+            elsewhere = workers.size > 1 and not math.isfinite(loss) and all(map(math.isfinite, lost))
             _skip(number, group, None if elsewhere else lost, guard=guard, params=params, objection=objection)
         schedule.step()
         runner.clear()
@@ -124,7 +126,7 @@ def _skip(
 
 
 def validation_loss(
-    batches: Iterable[MicroBatch], *, predict: Predict, goal: objective.Objective, device: str, seed: int
+    batches: Iterable[MicroBatch], *, predict: Predict, objective: Objective, device: str, seed: int
 ) -> float:
     """Mean loss of held-out pictures at fixed times and fixed noise, comparable between steps and runs."""
     generator, total, count = torch.Generator(device), 0.0, 0
@@ -135,8 +137,8 @@ def validation_loss(
             seeded(generator, seed, i)
             for time in (0.1, 0.3, 0.5, 0.7, 0.9):
                 noise = torch.randn(mean_BCHW.shape, generator=generator, device=device)
-                drawn = goal.at(mean_BCHW, torch.full((len(mean_BCHW),), time, device=device), noise)
+                drawn = objective.at(mean_BCHW, torch.full((len(mean_BCHW),), time, device=device), noise)
                 predicted = predict(drawn.noisy_BCHW, drawn.t_B, here)
-                total += objective.loss(predicted, drawn, mask_B1HW=None, weight_B=here.weight_B).sum().item()
+                total += loss(predicted, drawn, mask_B1HW=None, weight_B=here.weight_B).sum().item()
                 count += len(mean_BCHW)
     return total / max(count, 1)

@@ -18,7 +18,7 @@ from trainer.spec.plan import TrainPlan
 
 
 @dataclass(frozen=True)
-class Drawn:
+class NoisedBatch:
     """One micro-batch, ready for the denoiser."""
 
     noisy_BCHW: torch.Tensor
@@ -26,9 +26,9 @@ class Drawn:
     t_B: torch.Tensor  # 0: clean, 1: pure noise
     weight_B: torch.Tensor
 
-    def part(self, rows: slice) -> Drawn:
+    def part(self, rows: slice) -> NoisedBatch:
         """Some of the pictures."""
-        return Drawn(self.noisy_BCHW[rows], self.target_BCHW[rows], self.t_B[rows], self.weight_B[rows])
+        return NoisedBatch(self.noisy_BCHW[rows], self.target_BCHW[rows], self.t_B[rows], self.weight_B[rows])
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,17 @@ class FlowMatching:
     noise_offset: float = 0.0
     prediction: ClassVar[str] = "flow"
 
-    def draw(self, latents_BCHW: torch.Tensor, generator: torch.Generator) -> Drawn:
+    def add_noise(self, latents_BCHW: torch.Tensor, generator: torch.Generator) -> NoisedBatch:
         """Random times and noise for `latents_BCHW`, from `generator` (on the same device)."""
         b, _, h, w = latents_BCHW.shape
         t_B = self.times(b, tokens=h * w // 4, generator=generator)
         return self.at(latents_BCHW, t_B, noise(latents_BCHW, offset=self.noise_offset, generator=generator))
 
-    def at(self, latents_BCHW: torch.Tensor, t_B: torch.Tensor, noise_BCHW: torch.Tensor) -> Drawn:
+    def at(self, latents_BCHW: torch.Tensor, t_B: torch.Tensor, noise_BCHW: torch.Tensor) -> NoisedBatch:
         """The same at given times with given noise."""
         clean, t_B111 = latents_BCHW.float(), t_B.float()[:, None, None, None]
         noisy = (1 - t_B111) * clean + t_B111 * noise_BCHW
-        return Drawn(noisy, noise_BCHW - clean, t_B.float(), self.weight(t_B.float()))
+        return NoisedBatch(noisy, noise_BCHW - clean, t_B.float(), self.weight(t_B.float()))
 
     def times(self, count: int, *, tokens: int, generator: torch.Generator) -> torch.Tensor:
         """`count` times in (0, 1). `tokens`: of one picture after 2×2 patches; used by flux_shift alone.
@@ -99,13 +99,13 @@ class Denoising:
     min_snr_gamma: float = 0.0  # 0: every step counts the same
     noise_offset: float = 0.0
 
-    def draw(self, latents_BCHW: torch.Tensor, generator: torch.Generator) -> Drawn:
+    def add_noise(self, latents_BCHW: torch.Tensor, generator: torch.Generator) -> NoisedBatch:
         """Random steps, all alike probable, and noise for `latents_BCHW`, from `generator` (on the same device)."""
         count = len(self.signal_T)
         step_B = torch.randint(count, latents_BCHW.shape[:1], generator=generator, device=generator.device)
         return self.at(latents_BCHW, step_B / count, noise(latents_BCHW, offset=self.noise_offset, generator=generator))
 
-    def at(self, latents_BCHW: torch.Tensor, t_B: torch.Tensor, noise_BCHW: torch.Tensor) -> Drawn:
+    def at(self, latents_BCHW: torch.Tensor, t_B: torch.Tensor, noise_BCHW: torch.Tensor) -> NoisedBatch:
         """The same at given times, rounded to steps, with given noise."""
         clean, count = latents_BCHW.float(), len(self.signal_T)
         step_B = (t_B * count).round().long().clamp(0, count - 1)
@@ -113,7 +113,7 @@ class Denoising:
         keep_B111, add_B111 = (x[:, None, None, None].sqrt() for x in (signal_B, 1 - signal_B))
         velocity = self.prediction == "v_prediction"
         target = keep_B111 * noise_BCHW - add_B111 * clean if velocity else noise_BCHW
-        return Drawn(keep_B111 * clean + add_B111 * noise_BCHW, target, step_B / count, self.weight(signal_B))
+        return NoisedBatch(keep_B111 * clean + add_B111 * noise_BCHW, target, step_B / count, self.weight(signal_B))
 
     def weight(self, signal_B: torch.Tensor) -> torch.Tensor:
         """Min-SNR-gamma (arXiv:2303.09556): min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for v."""
@@ -181,7 +181,7 @@ def noise(latents_BCHW: torch.Tensor, *, offset: float, generator: torch.Generat
 
 
 def loss(
-    predicted_BCHW: torch.Tensor, drawn: Drawn, *, mask_B1HW: torch.Tensor | None, weight_B: torch.Tensor
+    predicted_BCHW: torch.Tensor, drawn: NoisedBatch, *, mask_B1HW: torch.Tensor | None, weight_B: torch.Tensor
 ) -> torch.Tensor:
     """Weighted mean squared error of each picture, shape (B,); a mask weighs the latents' pixels."""
     error_BCHW = F.mse_loss(predicted_BCHW.float(), drawn.target_BCHW, reduction="none")

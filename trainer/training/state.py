@@ -20,7 +20,7 @@ from trainer.training.text_encoders import TextEncoders
 
 
 @dataclass
-class Trainee:
+class TrainingState:
     """The live objects of a run that change with every step."""
 
     denoiser: Any
@@ -89,14 +89,14 @@ class Trainee:
         random_state.set_random_state(tree["random"])
 
     @property
-    def has_two_sets(self) -> bool:
+    def has_averaged_weights(self) -> bool:
         """Whether the weights to use are others than those that train."""
         return self.ema is not None or optimizers.is_schedule_free(self.optimizer)
 
     @contextlib.contextmanager
-    def published(self) -> Iterator[None]:
+    def inference_weights(self) -> Iterator[None]:
         """Inside, the adapters are those to use: the average where there is one. Afterwards exactly what they were."""
-        if not self.has_two_sets:
+        if not self.has_averaged_weights:
             yield
             return
         kept = [p.detach().clone() for p in self.params]

@@ -82,13 +82,13 @@ def blocks(model: Any) -> list[tuple[str, torch.nn.Module]]:
     return [(f"{level}encoder.layers.{i}", layer) for i, layer in enumerate(inner.encoder.layers)]
 
 
-def modules(state: dict[str, torch.Tensor], component: str, *, family_name: str, scale: float) -> weights.Modules:
+def modules(state: dict[str, torch.Tensor], component: str, *, family_name: str, scale: float) -> weights.LoraModules:
     """What is being trained in one encoder (`lora.state`), under the names that files have."""
     found = peft_bridge.of_state(state, prefix=component, fused={}, scale=scale)
     return {key_names.in_files(name, family_name): adapter for name, adapter in found.items()}
 
 
-def start(model: Any, component: str, given: weights.Modules, *, family_name: str, scale: float) -> None:
+def start(model: Any, component: str, given: weights.LoraModules, *, family_name: str, scale: float) -> None:
     """Begin with what a LoRA file has for one encoder. Raises ValueError where it does not fit."""
     state = adapters.state(model)
     names = {f"{component}.{key.removesuffix('.lora_A.weight')}" for key in state if key.endswith(".lora_A.weight")}

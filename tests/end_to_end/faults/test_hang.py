@@ -7,8 +7,7 @@ import time
 import pytest
 
 from tests.support import faults
-from trainer.job import watchdog
-from trainer.job.watchdog import Watchdog
+from trainer.job.watchdog import LEAST_S, OTHER_S, Watchdog
 
 LIMIT = 4.0  # seconds
 
@@ -34,23 +33,23 @@ def test_a_job_ten_times_slower_is_no_hang(run):
 
 def test_the_limit_follows_the_usual_step(monkeypatch):
     clock = [100.0]
-    monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock[0])
-    dog = Watchdog(None)
-    assert dog.limit == watchdog.OTHER_S, "loading and compiling take long"
+    monkeypatch.setattr("trainer.job.watchdog.time.monotonic", lambda: clock[0])
+    watchdog = Watchdog(None)
+    assert watchdog.limit == OTHER_S, "loading and compiling take long"
     for _ in range(9):
-        dog.step()
+        watchdog.step()
         clock[0] += 30.0
-    assert dog.limit == 600.0
-    dog.beat()
-    assert dog.limit == watchdog.OTHER_S
+    assert watchdog.limit == 600.0
+    watchdog.heartbeat()
+    assert watchdog.limit == OTHER_S
     clock[0] += 900.0  # a long sample is no step
-    dog.step()
-    assert dog.limit == 600.0
+    watchdog.step()
+    assert watchdog.limit == 600.0
     quick = Watchdog(None)
     for _ in range(9):
         quick.step()
         clock[0] += 0.1
-    assert quick.limit == watchdog.LEAST_S
+    assert quick.limit == LEAST_S
 
 
 @pytest.mark.slow

@@ -73,11 +73,11 @@ def test_secrets_come_out_nowhere(job, tmp_path, name):
 
 
 @pytest.mark.slow
-def test_the_signature_of_an_address_is_nowhere_and_may_be_renewed(job, tmp_path, pictures):
+def test_the_signature_of_an_address_is_nowhere_and_may_be_renewed(job, tmp_path, images):
     """H1: an archive's address may be signed. Its name is in plan.json, in the report and in the LoRA's header."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
-        for path in sorted(pictures.iterdir()):
+        for path in sorted(images.iterdir()):
             archive.writestr(path.name, path.read_bytes())
     with Hub() as hub:
         hub.plain["/pictures.zip"] = packed.getvalue()

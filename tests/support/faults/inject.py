@@ -207,13 +207,13 @@ def forget(fault, due):
         if due():
             tree["optimizer"] = {**tree["optimizer"], "state": {}}
 
-    restore = state.Trainee.restore
+    restore = state.TrainingState.restore
 
     def restored(self, tree):
         without(tree)
         restore(self, tree)
 
-    state.Trainee.restore = restored
+    state.TrainingState.restore = restored
 
 
 KINDS = {

@@ -51,12 +51,12 @@ def _norm_rows(  # type: ignore[no-untyped-def]
     KEPT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    picture = row // tokens
+    image = row // tokens
     k = tl.arange(0, BLOCK)
     inside = k < K
     hat, _ = _hat(x, row, k, inside, K, EPS)
-    weight = PLUS + tl.load(scale + picture * K + k, mask=inside, other=0.0).to(tl.float32)
-    value = hat * weight + tl.load(shift + picture * K + k, mask=inside, other=0.0).to(tl.float32)
+    weight = PLUS + tl.load(scale + image * K + k, mask=inside, other=0.0).to(tl.float32)
+    value = hat * weight + tl.load(shift + image * K + k, mask=inside, other=0.0).to(tl.float32)
     kept = value.to(x.dtype.element_ty)
     if KEPT:
         tl.store(normed + row * K + k, kept, mask=inside)
@@ -130,13 +130,13 @@ def _norm_gradient(  # type: ignore[no-untyped-def]
     KEPT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    picture = row // tokens
+    image = row // tokens
     k = tl.arange(0, BLOCK)
     inside = k < K
     hat, rstd = _hat(x, row, k, inside, K, EPS)
-    weight = PLUS + tl.load(scale + picture * K + k, mask=inside, other=0.0).to(tl.float32)
+    weight = PLUS + tl.load(scale + image * K + k, mask=inside, other=0.0).to(tl.float32)
     if KEPT:
-        value = hat * weight + tl.load(shift + picture * K + k, mask=inside, other=0.0).to(tl.float32)
+        value = hat * weight + tl.load(shift + image * K + k, mask=inside, other=0.0).to(tl.float32)
         tl.store(normed + row * K + k, value.to(x.dtype.element_ty), mask=inside)
     g = tl.load(g1 + row * K + k, mask=inside, other=0.0).to(tl.float32)
     if SECOND:

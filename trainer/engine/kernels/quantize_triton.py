@@ -82,24 +82,24 @@ def quantize_rows(
 
 
 @triton.jit
-def _restored(w, scale, out, K, PITCH, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _dequantize_rows(w, scale, out, K, PITCH, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(w + row * PITCH + k, mask=k < K, other=0.0).to(tl.float32) * tl.load(scale + row)
     tl.store(out + row * K + k, value.to(out.dtype.element_ty), mask=k < K)
 
 
-@triton_op("kiln::restored", mutates_args={})
-def restored(w_NK: torch.Tensor, scale_1N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`quantize.restored` in one pass. Rows may have columns after them that are not read."""
+@triton_op("kiln::dequantize_rows", mutates_args={})
+def dequantize_rows(w_NK: torch.Tensor, scale_1N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`quantize.dequantize_rows` in one pass. Rows may have columns after them that are not read."""
     n, k = w_NK.shape
     out = torch.empty(n, k, device=w_NK.device, dtype=dtype)
-    wrap_triton(_restored)[(n, triton.cdiv(k, 2048))](w_NK, scale_1N, out, k, w_NK.stride(0), 2048, num_warps=4)
+    wrap_triton(_dequantize_rows)[(n, triton.cdiv(k, 2048))](w_NK, scale_1N, out, k, w_NK.stride(0), 2048, num_warps=4)
     return out
 
 
-def reads(w_NK: torch.Tensor) -> bool:
-    """Whether `restored` can read these values: 8 bits with a point take hardware that has them."""
+def can_dequantize(w_NK: torch.Tensor) -> bool:
+    """Whether `dequantize_rows` can read these values: 8 bits with a point take hardware that has them."""
     return w_NK.dtype == torch.int8 or (w_NK.is_cuda and _has_fp8(w_NK.device))
 
 
@@ -142,7 +142,7 @@ def _split(exact, low, LIMIT: tl.constexpr, LEAST: tl.constexpr):  # type: ignor
 
 
 @triton.jit
-def _beside(  # type: ignore[no-untyped-def]
+def _append_adapter_columns(  # type: ignore[no-untyped-def]
     x,
     x_scales,
     down,
@@ -181,7 +181,7 @@ def _beside(  # type: ignore[no-untyped-def]
         tl.store(w + row * w_row + K + column, value, mask=(row < N) & (column < ROOM))
 
 
-def beside(
+def append_adapter_columns(
     x_MF: torch.Tensor,
     x_scale_M1: torch.Tensor,
     down_MR: torch.Tensor,
@@ -193,12 +193,12 @@ def beside(
 ) -> None:
     """`quantize.beside` in one kernel."""
     if not x_MF.is_cuda:
-        reference.beside(x_MF, x_scale_M1, down_MR, w_NF, w_scale_1N, up_NR, width, times)
+        reference.append_adapter_columns(x_MF, x_scale_M1, down_MR, w_NF, w_scale_1N, up_NR, width, times)
         return
     (m, rank), n, room = down_MR.shape, len(w_NF), w_NF.shape[1] - width
     block = triton.next_power_of_2(room)
     rows = max(1, 4096 // block)
-    _beside[(triton.cdiv(m, rows) + triton.cdiv(n, rows),)](
+    _append_adapter_columns[(triton.cdiv(m, rows) + triton.cdiv(n, rows),)](
         x_MF,
         x_scale_M1,
         down_MR,
@@ -241,27 +241,27 @@ def _gated(  # type: ignore[no-untyped-def]
     ADDED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    picture, token = row // T, row % T
+    image, token = row // T, row % T
     k = tl.arange(0, BLOCK)
     inside = k < K
-    value = tl.load(y + picture * y_picture + token * y_token + k, mask=inside, other=0.0).to(tl.float32)
-    value *= tl.load(gate + picture * gate_picture + k, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(y + image * y_picture + token * y_token + k, mask=inside, other=0.0).to(tl.float32)
+    value *= tl.load(gate + image * gate_picture + k, mask=inside, other=0.0).to(tl.float32)
     if ADDED:
-        value += tl.load(x + picture * x_picture + token * x_token + k, mask=inside, other=0.0).to(tl.float32)
+        value += tl.load(x + image * x_picture + token * x_token + k, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * K + k, value.to(out.dtype.element_ty), mask=inside)
 
 
-def gated(x_BTK: torch.Tensor | None, gate_BK: torch.Tensor, y_BTK: torch.Tensor) -> torch.Tensor:
-    """`quantize.gated` in one pass."""
+def gated_residual(x_BTK: torch.Tensor | None, gate_BK: torch.Tensor, y_BTK: torch.Tensor) -> torch.Tensor:
+    """`reference.gated_residual` in one pass."""
     if not y_BTK.is_cuda:
-        return reference.gated(x_BTK, gate_BK, y_BTK)
+        return reference.gated_residual(x_BTK, gate_BK, y_BTK)
     x, gate_BK, y_BTK = (
         t if t.stride(-1) == 1 else t.contiguous() for t in (y_BTK if x_BTK is None else x_BTK, gate_BK, y_BTK)
     )
-    pictures, tokens, width = y_BTK.shape
-    out = torch.empty(pictures, tokens, width, device=y_BTK.device, dtype=y_BTK.dtype)
+    images, tokens, width = y_BTK.shape
+    out = torch.empty(images, tokens, width, device=y_BTK.device, dtype=y_BTK.dtype)
     block, of = triton.next_power_of_2(width), (*x.stride()[:2], gate_BK.stride(0), *y_BTK.stride()[:2])
-    _gated[(pictures * tokens,)](
+    _gated[(images * tokens,)](
         x, gate_BK, y_BTK, out, tokens, *of, width, block, x_BTK is not None, num_warps=min(16, max(2, block // 512))
     )
     return out
@@ -269,4 +269,4 @@ def gated(x_BTK: torch.Tensor | None, gate_BK: torch.Tensor, y_BTK: torch.Tensor
 
 quantize_rows.register_kernel("cpu")(reference.quantize_rows)
 transpose.register_kernel("cpu")(reference.transpose)
-restored.register_kernel("cpu")(reference.restored)
+dequantize_rows.register_kernel("cpu")(reference.dequantize_rows)

@@ -34,7 +34,7 @@ def quantize_rows(
     x_MK = x_MK.float() if columns_1K is None else x_MK.float() * columns_1K.float()
     scale_M1 = x_MK.abs().amax(-1, keepdim=True).clamp(FLOOR, BF16_MAX) / most(dtype)
     values_MK = (x_MK / scale_M1).clamp(-most(dtype), most(dtype))
-    return widened((values_MK if dtype.is_floating_point else values_MK.round()).to(dtype), room), scale_M1
+    return pad_columns((values_MK if dtype.is_floating_point else values_MK.round()).to(dtype), room), scale_M1
 
 
 def quantize_weight(w_NK: torch.Tensor, dtype: torch.dtype, room: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,12 +56,12 @@ def quantize_weight(w_NK: torch.Tensor, dtype: torch.dtype, room: int = 0) -> tu
     return values, scale_N1.t().contiguous()
 
 
-def widened(values_MK: torch.Tensor, room: int) -> torch.Tensor:
+def pad_columns(values_MK: torch.Tensor, room: int) -> torch.Tensor:
     """The same, of one byte each, with so many columns of zeros after it."""
     return F.pad(values_MK.view(torch.uint8), (0, room)).view(values_MK.dtype) if room else values_MK
 
 
-def beside(
+def append_adapter_columns(
     x_MF: torch.Tensor,
     x_scale_M1: torch.Tensor,
     down_MR: torch.Tensor,
@@ -85,22 +85,22 @@ def beside(
         low = (exact - high.float()).clamp(-limit, limit).to(out.dtype)
         halves = torch.cat([(high, low)[i] for i in order], 1)
         # Past autograd: what is computed before does not read these columns.
-        out.data[:, width : width + room] = widened(halves, room - halves.shape[1])
+        out.data[:, width : width + room] = pad_columns(halves, room - halves.shape[1])
 
 
-def restored(w_NK: torch.Tensor, scale_1N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def dequantize_rows(w_NK: torch.Tensor, scale_1N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What values in 8 bits and a scale for each row stand for, (N, K)."""
     return (w_NK.float() * scale_1N.t()).to(dtype)
 
 
-def reads(w_NK: torch.Tensor) -> bool:  # noqa: ARG001
-    """Whether `restored` has these values."""
+def can_dequantize(w_NK: torch.Tensor) -> bool:  # noqa: ARG001
+    """Whether `dequantize_rows` has these values."""
     return True
 
 
 def transpose(w_NK: torch.Tensor, room: int = 0) -> torch.Tensor:
     """(K, N) with so many columns after it, contiguous."""
-    return widened(w_NK.t().contiguous(), room)
+    return pad_columns(w_NK.t().contiguous(), room)
 
 
 # ---- what comes before a product, and its gradient. Computed in fp32 and rounded once, then quantised from what was
@@ -184,6 +184,6 @@ def _activated(left_ML: torch.Tensor | None, y_MK: torch.Tensor, gated: bool) ->
     return right.to(y_MK.dtype) if left_ML is None else torch.cat([left_ML, right.to(y_MK.dtype)], -1)
 
 
-def gated(x_BTK: torch.Tensor | None, gate_BK: torch.Tensor, y_BTK: torch.Tensor) -> torch.Tensor:
+def gated_residual(x_BTK: torch.Tensor | None, gate_BK: torch.Tensor, y_BTK: torch.Tensor) -> torch.Tensor:
     """x + gate * y, rounded once; without an x, gate * y."""
     return y_BTK * gate_BK[:, None] if x_BTK is None else torch.addcmul(x_BTK, gate_BK[:, None], y_BTK)

@@ -90,14 +90,14 @@ def rotate(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`rotary_reference.rotate`, one pass over each source."""
-    dim, pictures, total = len(weight_q), first.shape[0], cos_TD.shape[0]
+    dim, images, total = len(weight_q), first.shape[0], cos_TD.shape[0]
     heads = first.shape[2] // (3 * dim)
-    q = torch.empty(pictures, total, heads, dim, device=first.device, dtype=first.dtype)
+    q = torch.empty(images, total, heads, dim, device=first.device, dtype=first.dtype)
     k, v = torch.empty_like(q), first.new_empty(0) if second is None else torch.empty_like(q)
     offset = 0
     for qkv, of_q, of_k in ((first, weight_q, weight_k), (second, second_q, second_k)):
         if qkv is not None and of_q is not None and of_k is not None:
-            wrap_triton(_rotate)[(pictures * qkv.shape[1], triton.cdiv(heads, _HEADS))](
+            wrap_triton(_rotate)[(images * qkv.shape[1], triton.cdiv(heads, _HEADS))](
                 qkv.contiguous(),
                 of_q,
                 of_k,

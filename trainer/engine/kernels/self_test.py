@@ -7,10 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from trainer.engine import fused_linear, rope
-from trainer.engine.kernels import reference, rope_reference
-from trainer.engine.quantization import frozen_linear
-from trainer.spec.adapter_columns import THIRDS, room_for
+from trainer.engine.kernels import dispatch, reference, rope_reference
+from trainer.spec.adapter_columns import THIRDS, padding_for
 
 log = logging.getLogger(__name__)
 ROWS, WIDTH, HEADS, RANK = 96, 256, 4, 12
@@ -37,26 +35,30 @@ def _pairs(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Sequence[torc
 
     (x, g, past), (scale, shift) = (normal(ROWS, WIDTH) for _ in "xgp"), (normal(2, WIDTH) for _ in "ab")
     options = (x, scale, shift, 1.0, 1e-6, dtype, True)
-    yield "norm_rows", _whole(fused_linear.norm_rows(*options)), _whole(reference.norm_rows(*options))
+    yield "norm_rows", _whole(dispatch.norm_rows(*options)), _whole(reference.norm_rows(*options))
     h, up = normal(ROWS, RANK), normal(ROWS, RANK)
-    ours, theirs = (_beside(module.beside, dtype, x, g, h, up) for module in (frozen_linear, reference))
+    ours, theirs = (_beside(module.append_adapter_columns, dtype, x, g, h, up) for module in (dispatch, reference))
     yield "beside", ours, theirs
     given = (x, scale, shift, 1.0, 1e-6, g, past, None, past, True)
-    yield "norm_gradient", fused_linear.norm_gradient(*given), reference.norm_gradient(*given)
+    yield "norm_gradient", dispatch.norm_gradient(*given), reference.norm_gradient(*given)
     for left, gated in ((normal(ROWS, LEFT), False), (None, True)):
         wide = normal(ROWS, 2 * WIDE)
         before = normal(ROWS, (0 if left is None else LEFT) + (WIDE if gated else 2 * WIDE))
         rows = (left, wide, gated, dtype, True)
-        yield "gelu_rows", _whole(fused_linear.gelu_rows(*rows)), _whole(reference.gelu_rows(*rows))
+        yield "gelu_rows", _whole(dispatch.gelu_rows(*rows)), _whole(reference.gelu_rows(*rows))
         back = (left, wide, before, gated, True)
-        ours, theirs = ([t for t in module.gelu_gradient(*back) if t.numel()] for module in (fused_linear, reference))
+        ours, theirs = ([t for t in module.gelu_gradient(*back) if t.numel()] for module in (dispatch, reference))
         yield "gelu_gradient", ours, theirs
     first, second = (normal(2, n, 3 * HEADS * 64) for n in (40, 24))
-    norms, turns = [normal(64) for _ in range(4)], [normal(64, 64).float() for _ in "cs"]
-    joined = [module.rotate(first, *norms[:2], second, *norms[2:], *turns, 1e-6) for module in (rope, rope_reference)]
+    norms, transposes = [normal(64) for _ in range(4)], [normal(64, 64).float() for _ in "cs"]
+    joined = [
+        module.rotate(first, *norms[:2], second, *norms[2:], *transposes, 1e-6) for module in (dispatch, rope_reference)
+    ]
     yield "rotate", *joined
     gs = [normal(2, 64, HEADS, 64) for _ in "qkv"]
-    turned = [module.rotate_gradient(second, *norms[2:], *turns, *gs, 40, 1e-6) for module in (rope, rope_reference)]
+    turned = [
+        module.rotate_gradient(second, *norms[2:], *transposes, *gs, 40, 1e-6) for module in (dispatch, rope_reference)
+    ]
     yield "rotate_gradient", turned[:1], turned[1:]
 
 
@@ -64,12 +66,12 @@ def _beside(
     kernel: Callable[..., None], dtype: torch.dtype, x: torch.Tensor, g: torch.Tensor, h: torch.Tensor, up: torch.Tensor
 ) -> list[torch.Tensor]:
     """What is written beside rows, and beside a weight, which are random numbers here: each half by itself."""
-    room = room_for(RANK, WIDTH)
+    room = padding_for(RANK, WIDTH)
     (x8, x_scale), (w8, w_scale) = (
         reference.quantize_rows(x, None, dtype, room),
         reference.quantize_rows(g, None, dtype),
     )
-    w8 = reference.widened(w8, room)
+    w8 = reference.pad_columns(w8, room)
     kernel(x8, x_scale, h, w8, w_scale.t().contiguous(), up, WIDTH, 0.5)
     return [part for wide in (x8, w8) for part in wide[:, WIDTH:].float().split(RANK, 1)[:THIRDS]]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from trainer.engine.flat_parameters import pieces
-from trainer.engine.quantization.lora_linear import Adapted
+from trainer.engine.quantization.lora_linear import LoraLinear
 
 
 class _Cast(torch.autograd.Function):
@@ -40,15 +40,15 @@ def _parted(flat: torch.Tensor, shapes: Sequence[torch.Size]) -> tuple[torch.Ten
     return tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
 
 
-def _matrices(layer: Adapted) -> tuple[torch.Tensor, torch.Tensor]:
+def _matrices(layer: LoraLinear) -> tuple[torch.Tensor, torch.Tensor]:
     return layer.lora_A["default"].weight, layer.lora_B["default"].weight
 
 
-class Halves:
+class AdapterCast:
     """Of the adapters in `model` that count alike; inside the context that a call gives, they use what it made."""
 
     def __init__(self, model: torch.nn.Module, dtype: torch.dtype) -> None:
-        found = [m for m in model.modules() if isinstance(m, Adapted) and m.is_plain(dtype)]
+        found = [m for m in model.modules() if isinstance(m, LoraLinear) and m.is_plain(dtype)]
         scales: set[float] = {m.scaling["default"] for m in found}
         self.dtype, self.layers, self.scale = dtype, found if len(scales) == 1 else [], max(scales, default=1.0)
         sizes = [sum(p.numel() for p in _matrices(layer)) for layer in self.layers]

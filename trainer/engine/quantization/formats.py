@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,15 +10,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from trainer.engine.kernels.reference import quantize_rows as reference_quantize_rows
+from trainer.engine.kernels import reference
+from trainer.engine.kernels.dispatch import (
+    append_adapter_columns,
+    can_dequantize,
+    dequantize_rows,
+    quantize_rows,
+    transpose,
+)
 from trainer.engine.kernels.reference import quantize_weight
-from trainer.engine.kernels.reference import restored as reference_restored
-from trainer.spec.adapter_columns import columns, room_for
-
-if importlib.util.find_spec("triton"):
-    from trainer.engine.kernels.quantize_triton import beside, quantize_rows, reads, restored, transpose
-else:
-    from trainer.engine.kernels.reference import beside, quantize_rows, reads, restored, transpose
+from trainer.spec.adapter_columns import columns, padding_for
 from trainer.spec.weight_formats import PRECISIONS
 
 Rows = torch.Tensor | None
@@ -69,7 +69,7 @@ def fp8_product(
     """
     room = 0
     if down_MR is not None and up_NR is not None and columns(down_MR.shape[1]) <= w_NF.shape[1] - width:
-        beside(x_MF, x_scale_M1, down_MR, w_NF, w_scale_1N, up_NR, width, times)
+        append_adapter_columns(x_MF, x_scale_M1, down_MR, w_NF, w_scale_1N, up_NR, width, times)
         room = w_NF.shape[1] - width
     after = bias_N if width + room > LONG and len(x_MF) * len(w_NF) < FEW else None
     y_MN = torch._scaled_mm(
@@ -87,28 +87,28 @@ def fp8_product(
 
 
 # ---- the forms: how x wᵀ + bias + h up, and g w + gh down, are computed from a weight (N, K) and its scales (1, N)
-OF_INPUTS = 4.0  # what `quantize.beside` makes an adapter's second matrix larger by, on the way forward
+FORWARD_SCALE = 4.0  # what `quantize.beside` makes an adapter's second matrix larger by, on the way forward
 
 
-def of_gradients(width: int) -> float:
+def backward_scale(width: int) -> float:
     """And the first one on the way back: its numbers begin at 1 / √K."""
     return 2.0 ** round(math.log2(16 * math.sqrt(width)))
 
 
 def _fp8_forward(x, w, scale, bias, h, up):  # type: ignore[no-untyped-def]
     x8, x_scale = quantize_rows(x, None, w.dtype, w.shape[1] - x.shape[1])
-    return fp8_product(x8, x_scale, w, scale, bias, h, up, x.shape[1], OF_INPUTS)
+    return fp8_product(x8, x_scale, w, scale, bias, h, up, x.shape[1], FORWARD_SCALE)
 
 
 def fp8_gradient(g, w, scale, gh, down, turned, width):  # type: ignore[no-untyped-def]
     """g w + gh down, the gradient of an input of `width` numbers. `w` and `turned` may have columns beside them."""
     if turned is None:  # tensor cores sum along rows of both
         rank = 0 if down is None or w.shape[1] == width else len(down)
-        turned = transpose(w[:, :width], room_for(rank, len(w)))
+        turned = transpose(w[:, :width], padding_for(rank, len(w)))
     g8, g_scale = quantize_rows(g, scale.to(torch.bfloat16), w.dtype, turned.shape[1] - g.shape[1])
     ones = torch.ones(1, width, device=g.device)
     up = None if down is None else down.t()
-    return fp8_product(g8, g_scale, turned, ones, None, gh, up, g.shape[1], of_gradients(width))
+    return fp8_product(g8, g_scale, turned, ones, None, gh, up, g.shape[1], backward_scale(width))
 
 
 def _int8_forward(x, w, scale, bias, h, up):  # type: ignore[no-untyped-def]
@@ -126,7 +126,7 @@ def _int8_backward(g, w, scale, gh, down, _turned, _width):  # type: ignore[no-u
 
 def whole(w_NK: torch.Tensor, scale_1N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The weight that 8 bits and scales stand for."""
-    return (restored if reads(w_NK) else reference_restored)(w_NK, scale_1N, dtype)
+    return (dequantize_rows if can_dequantize(w_NK) else reference.dequantize_rows)(w_NK, scale_1N, dtype)
 
 
 def _nf4_store(weight_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,7 +167,7 @@ def _nf4_backward(g, w, scale, gh, down, _turned, _width):  # type: ignore[no-un
 
 
 @dataclass(frozen=True)
-class Form:
+class WeightFormat:
     """How a frozen weight is kept and multiplied. `store`: (N, K) → what is kept of it, and its scales."""
 
     dtype: torch.dtype
@@ -175,14 +175,14 @@ class Form:
     forward: Callable[..., torch.Tensor] | None = None  # None: by the weight that `whole` gives
     backward: Callable[..., torch.Tensor] | None = None
     whole: Callable[..., torch.Tensor] = whole
-    turns: bool = False  # the way back reads the weight turned round
+    transposes: bool = False  # the way back reads the weight turned round
 
     def store(self, weight_NK: torch.Tensor, room: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         if self.dtype == torch.uint8:
             return _nf4_store(weight_NK)
-        if self.turns:
+        if self.transposes:
             return quantize_weight(weight_NK, self.dtype, room)
-        values, scale_N1 = reference_quantize_rows(weight_NK, None, self.dtype)
+        values, scale_N1 = reference.quantize_rows(weight_NK, None, self.dtype)
         return values, scale_N1.t().contiguous()
 
     def product(self, x, w, scale, bias, h, up):  # type: ignore[no-untyped-def]
@@ -200,22 +200,21 @@ class Form:
         return gx if gh is None else gx + gh @ down
 
 
-FORMS = {
-    "fp8": Form(torch.float8_e4m3fn, 16, _fp8_forward, fp8_gradient, turns=True),
-    "fp8-fnuz": Form(torch.float8_e4m3fnuz, 16, _fp8_forward, fp8_gradient, turns=True),
-    "fp8-storage": Form(torch.float8_e4m3fn),
-    "int8": Form(torch.int8, 16, _int8_forward, _int8_backward),
-    "int8-storage": Form(torch.int8),
-    "nf4": Form(torch.uint8, BLOCK, _nf4_forward, _nf4_backward, _nf4_whole),
+WEIGHT_FORMATS = {
+    "fp8": WeightFormat(torch.float8_e4m3fn, 16, _fp8_forward, fp8_gradient, transposes=True),
+    "fp8-fnuz": WeightFormat(torch.float8_e4m3fnuz, 16, _fp8_forward, fp8_gradient, transposes=True),
+    "fp8-storage": WeightFormat(torch.float8_e4m3fn),
+    "int8": WeightFormat(torch.int8, 16, _int8_forward, _int8_backward),
+    "int8-storage": WeightFormat(torch.int8),
+    "nf4": WeightFormat(torch.uint8, BLOCK, _nf4_forward, _nf4_backward, _nf4_whole),
 }
 
 
 STORED = {"fp8": "fp8-storage", "fp8-fnuz": "fp8-storage", "int8": "int8-storage"}  # multiplied in 16 bits instead
 
 
-def form_for(precision: str, device: str) -> str | None:
-    """The key of `trainer.engine.quantization.formats.FORMS` for a value of PARAMS_PRECISION on a torch device type;
-    None: as they are."""
+def weight_format_for(precision: str, device: str) -> str | None:
+    """The key of `WEIGHT_FORMATS` for a value of PARAMS_PRECISION on a torch device type; None: not quantised."""
     import torch
 
     form = PRECISIONS[precision].form

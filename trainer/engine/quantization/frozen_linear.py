@@ -8,24 +8,19 @@ own as they come; on the way back the weight's scales are folded into the gradie
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from trainer.spec.adapter_columns import fits_beside, room_for
-
-if importlib.util.find_spec("triton"):
-    from trainer.engine.kernels.quantize_triton import transpose
-else:
-    from trainer.engine.kernels.reference import transpose
-from trainer.engine.quantization.formats import FORMS, LEAST, STORED, Rows
+from trainer.engine.kernels.dispatch import transpose
+from trainer.engine.quantization.formats import LEAST, STORED, WEIGHT_FORMATS, Rows
+from trainer.spec.adapter_columns import fits_adapter_columns, padding_for
 
 
 @contextlib.contextmanager
-def exactly(model: torch.nn.Module) -> Iterator[None]:
+def dequantized_matmul(model: torch.nn.Module) -> Iterator[None]:
     """Inside, frozen weights are multiplied in 16 bits or more: no rounding of an input to 8 changes what comes out."""
     layers = [(m, m.form) for m in model.modules() if isinstance(m, FrozenLinear)]
     linear, plain = torch.nn.Linear, torch.nn.Linear.forward
@@ -51,7 +46,7 @@ class _Product(torch.autograd.Function):
         h_MR = None if down is None else x @ down.t()
         ctx.form, ctx.width = form, x.shape[1]
         ctx.save_for_backward(None if down is None else x, h_MR, w, scale, down, up, turned)
-        return FORMS[form].product(x, w, scale, bias, h_MR, up)
+        return WEIGHT_FORMATS[form].product(x, w, scale, bias, h_MR, up)
 
     @staticmethod
     def backward(ctx: Any, g):  # type: ignore[no-untyped-def]
@@ -60,7 +55,7 @@ class _Product(torch.autograd.Function):
         gh_MR = None if up is None else g @ up
         gx = None
         if ctx.needs_input_grad[0]:
-            gx = FORMS[ctx.form].gradient(g, w, scale, gh_MR, down, turned, ctx.width)
+            gx = WEIGHT_FORMATS[ctx.form].gradient(g, w, scale, gh_MR, down, turned, ctx.width)
         if gh_MR is None:
             return gx, None, None, None, None, None, None, None
         return gx, None, None, None, gh_MR.t() @ x, g.t() @ h_MR, None, None
@@ -73,52 +68,52 @@ def product(x, w, scale, bias, down, up, turned, form):  # type: ignore[no-untyp
 
 
 class FrozenLinear(torch.nn.Module):
-    """A linear layer whose weight is kept in 8 bits or 4 and never trained. `form`: a key of `FORMS`.
+    """A linear layer whose weight is kept in 8 bits or 4 and never trained. `form`: a key of `WEIGHT_FORMATS`.
 
     `rank`: of the adapter that it will get. Where it multiplies in FP8, there are columns beside the weight for that.
     """
 
     weight_NF: torch.Tensor
     scale_1N: torch.Tensor
-    turned_KF: torch.Tensor | None
+    weight_t_KN: torch.Tensor | None
 
     def __init__(self, linear: torch.nn.Linear, form: str, rank: int = 0) -> None:
         super().__init__()
         self.in_features, self.out_features, self.form = linear.in_features, linear.out_features, form
-        worth = self.in_fp8 and fits_beside(rank, min(linear.weight.shape))
+        worth = self.in_fp8 and fits_adapter_columns(rank, min(linear.weight.shape))
         self.rank = rank if worth and linear.weight.abs().max() >= LEAST else 0
-        room = room_for(self.rank, self.in_features)
-        values, scales = FORMS[form].store(linear.weight.detach(), room)
+        room = padding_for(self.rank, self.in_features)
+        values, scales = WEIGHT_FORMATS[form].store(linear.weight.detach(), room)
         self.width = values.shape[1] - room
         self.register_buffer("weight_NF", values)
         self.register_buffer("scale_1N", scales)
-        self.register_buffer("turned_KF", None)
+        self.register_buffer("weight_t_KN", None)
         self.bias = linear.bias
         self.dtype = linear.weight.dtype
 
     @property
     def in_fp8(self) -> bool:
         """Whether it multiplies in FP8, both ways."""
-        return FORMS[self.form].turns
+        return WEIGHT_FORMATS[self.form].transposes
 
     @property
     def weight_NK(self) -> torch.Tensor:
         """As it is kept, without what is beside it."""
         return self.weight_NF[:, : self.width]
 
-    def turn(self, keep: bool) -> None:
+    def keep_transposed(self, keep: bool) -> None:
         """Keep a copy of the weight turned round, or do not: the way back then need not turn it each time."""
-        room = room_for(self.rank, self.out_features)
-        self.turned_KF = transpose(self.weight_NK, room) if keep and self.in_fp8 else None
+        room = padding_for(self.rank, self.out_features)
+        self.weight_t_KN = transpose(self.weight_NK, room) if keep and self.in_fp8 else None
 
-    def narrow(self) -> None:
+    def drop_adapter_columns(self) -> None:
         """Give up the columns beside the weight."""
         self.rank, self.weight_NF = 0, self.weight_NK.contiguous()
 
     @property
     def weight(self) -> torch.Tensor:
         """The weight that it stands for, (N, K), made anew each time."""
-        return FORMS[self.form].whole(self.weight_NK, self.scale_1N, self.dtype)
+        return WEIGHT_FORMATS[self.form].whole(self.weight_NK, self.scale_1N, self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.product(x, None, None)
@@ -127,7 +122,7 @@ class FrozenLinear(torch.nn.Module):
         """x wᵀ + bias + (x downᵀ) upᵀ, (…, N)."""
         rows = x.reshape(-1, self.in_features)
         w = self.weight_NF if self.in_fp8 else self.weight_NK
-        y = product(rows, w, self.scale_1N, self.bias, down_RK, up_NR, self.turned_KF, self.form)
+        y = product(rows, w, self.scale_1N, self.bias, down_RK, up_NR, self.weight_t_KN, self.form)
         return y.view(*x.shape[:-1], self.out_features)
 
 
@@ -145,7 +140,7 @@ def freeze(block: torch.nn.Module, form: str, rank: Callable[[str], int] = lambd
         if not isinstance(layer, torch.nn.Linear):
             continue
         here = stored if "norm" in name else form
-        if layer.in_features % FORMS[here].multiple or layer.out_features % FORMS[here].multiple:
+        if layer.in_features % WEIGHT_FORMATS[here].multiple or layer.out_features % WEIGHT_FORMATS[here].multiple:
             continue
         parent, _, leaf = name.rpartition(".")
         setattr(block.get_submodule(parent), leaf, FrozenLinear(layer, here, rank(name)))

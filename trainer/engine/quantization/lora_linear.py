@@ -15,7 +15,7 @@ else:
 from trainer.engine.quantization.frozen_linear import FrozenLinear
 
 
-class Adapted(peft_lora.Linear):
+class LoraLinear(peft_lora.Linear):
     """peft's LoRA layer; on a frozen layer the adapter is part of its product. Adapters are kept in fp32."""
 
     ready: tuple[torch.Tensor, torch.Tensor] | None = (

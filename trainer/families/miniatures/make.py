@@ -142,7 +142,7 @@ def make_sheet(folder: Path, path: Path, *, device: torch.device, seed: int = 0)
     extra = {} if name == "sdxl" else {"max_sequence_length": T5_LENGTH}
     for cell in range(24):
         prompt, height, width = SHEET[cell // 2]
-        picture = pipeline(
+        image = pipeline(
             prompt,
             height=height,
             width=width,
@@ -151,7 +151,7 @@ def make_sheet(folder: Path, path: Path, *, device: torch.device, seed: int = 0)
             generator=torch.Generator().manual_seed(seed + cell),
             **extra,
         ).images[0]
-        page.paste(picture, (cell % 6 * 164, cell // 6 * 164))
+        page.paste(image, (cell % 6 * 164, cell // 6 * 164))
     page.save(path)
 
 
@@ -162,8 +162,8 @@ def make_concept(out: Path) -> None:
     sizes = [(128, 128)] * 6 + [(112, 144), (144, 112), (96, 160), (160, 96), (112, 144), (144, 112)]
     for number, ((height, width), ground) in enumerate(zip(sizes, CONCEPT_GROUNDS, strict=True), start=1):
         scene = replace(concept_scene(rng), background=Background(*ground))
-        picture = (draw([scene], height=height, width=width)[0] * 255).round().byte()
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(out / f"{number:02}.png", optimize=True)
+        image = (draw([scene], height=height, width=width)[0] * 255).round().byte()
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(out / f"{number:02}.png", optimize=True)
         (out / f"{number:02}.txt").write_text(caption(scene, rng) + "\n", encoding="utf-8")
 
 

@@ -78,11 +78,11 @@ def likeness(picture_CHW: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def correlation(picture: Image.Image | torch.Tensor) -> float:
+def correlation(image: Image.Image | torch.Tensor) -> float:
     """How much one place stands out (see the module's docstring), 0..1; `picture`: PIL, or RGB (3, H, W) in 0..1."""
-    if isinstance(picture, Image.Image):
-        picture = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
-    maps = likeness(picture)
+    if isinstance(image, Image.Image):
+        image = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+    maps = likeness(image)
     height, width = maps.shape[1:]
     margin = _margin()
     padded = F.pad(maps[None], (margin,) * 4, mode="replicate")[0]
@@ -106,18 +106,18 @@ def correlation(picture: Image.Image | torch.Tensor) -> float:
     return float(ncc_RHW.max() - elsewhere)
 
 
-def score(picture: Image.Image | torch.Tensor) -> float:
+def score(image: Image.Image | torch.Tensor) -> float:
     """How much `picture` shows the concept, 0..1; see the module's docstring."""
-    return min(max((correlation(picture) - LOW) / (HIGH - LOW), 0.0), 1.0)
+    return min(max((correlation(image) - LOW) / (HIGH - LOW), 0.0), 1.0)
 
 
 def by_step(folder: Path) -> dict[int, list[float]]:
     """The `correlation` of every sample in a job's `sample` folder, by training step, in the order of the prompts."""
     found: dict[int, list[float]] = {}
     for path in sorted(folder.glob("step-*.png")):
-        with Image.open(path) as picture:
-            if CONCEPT in picture.text["prompt_text"]:  # type: ignore[attr-defined]
-                found.setdefault(int(picture.text["step"]), []).append(correlation(picture))  # type: ignore[attr-defined]
+        with Image.open(path) as image:
+            if CONCEPT in image.text["prompt_text"]:  # type: ignore[attr-defined]
+                found.setdefault(int(image.text["step"]), []).append(correlation(image))  # type: ignore[attr-defined]
     return found
 
 

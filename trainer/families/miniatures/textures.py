@@ -21,13 +21,13 @@ def textures(batch: int, height: int, width: int, *, device: torch.device | str 
     Uses torch's global random state.
     """
     colours = torch.rand(4, batch, 3, 1, 1, device=device)
-    picture = colours[0].expand(-1, -1, height, width)
+    image = colours[0].expand(-1, -1, height, width)
     for colour in colours[1:]:
         field = (
             _noise(batch, height, width, octaves=5, device=device) + torch.randn(batch, 1, 1, 1, device=device) * 0.5
         )
         sharpness = 10 ** (torch.rand(batch, 1, 1, 1, device=device) * 1.8 - 0.3)
-        picture = torch.lerp(picture, colour, torch.sigmoid(field * sharpness))
+        image = torch.lerp(image, colour, torch.sigmoid(field * sharpness))
     light = _noise(batch, height, width, octaves=3, device=device) * 0.12 * torch.rand(batch, 1, 1, 1, device=device)
     grain = torch.randn(batch, 3, height, width, device=device) * 0.06 * torch.rand(batch, 1, 1, 1, device=device) ** 2
-    return (picture * (1 + light) + light * 0.3 + grain).clamp(0, 1)
+    return (image * (1 + light) + light * 0.3 + grain).clamp(0, 1)
