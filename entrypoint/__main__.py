@@ -182,7 +182,7 @@ def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
     sources = list(dict.fromkeys(s.source for d in plan.data.datasets for s in d.subsets))
     cancelled = threading.Event()
     retries = dataclasses.replace(http.USUAL, cancelled=cancelled)
-    access: dict[str, Any] = {"token": token, "hub_cache": hub, "patience": retries}
+    access: dict[str, Any] = {"token": token, "hub_cache": hub, "retries": retries}
     model, found = http.both(
         lambda: fetch_model(plan.model, patterns=patterns, **access),
         lambda: {source: fetch_source(source, cache=cache, **access) for source in sources},
