@@ -46,7 +46,7 @@ unit: .venv/.dev
 	$(BIN)/pytest tests/unit
 
 test: lint
-	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m "not gpu and not container and not slow and not alone"
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal --durations=25 -m "not gpu and not container and not slow and not alone"
 	$(BIN)/pytest -m "alone and not gpu and not container and not slow"
 
 # Whole jobs, interrupted jobs, and the concept score with its mutations: about half an hour.
