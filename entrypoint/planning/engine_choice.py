@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from entrypoint.fetch import flash_attention
+from entrypoint.settings import Settings
 from entrypoint.settings.checks import Notes, show
-from entrypoint.settings.read import Settings
 from entrypoint.system.hardware import Hardware, select
 from trainer.spec import memory_model
 from trainer.spec.errors import SettingsError
@@ -36,42 +36,42 @@ def engine_plan(
     The datasets come back with their batch size, where that was left to be chosen too.
     """
     try:
-        hardware = select(found, settings.backend)
+        hardware = select(found, settings.engine.backend)
     except SettingsError as problem:
         notes.add(str(problem))
         hardware = found
-    if settings.backend == "auto":
+    if settings.engine.backend == "auto":
         notes.chose("BACKEND", hardware.backend, str(hardware))
-    if settings.precision not in ("auto", *hardware.formats):
-        needs, allowed = PRECISIONS[settings.precision].needs, ", ".join(("auto", *hardware.formats))
-        what = f"PARAMS_PRECISION={show(settings.precision)} is not what {hardware} can do"
+    if settings.engine.precision not in ("auto", *hardware.formats):
+        needs, allowed = PRECISIONS[settings.engine.precision].needs, ", ".join(("auto", *hardware.formats))
+        what = f"PARAMS_PRECISION={show(settings.engine.precision)} is not what {hardware} can do"
         notes.add(f"{what}: it needs {needs}. Allowed: {allowed}.")
     plan = EnginePlan(
         device=hardware.device,
         num_gpus=_num_gpus(settings, hardware, notes),
-        replay=hardware.can_capture and not any(settings.text_encoder_lr),
+        replay=hardware.can_capture and not any(settings.training.text_encoder_lr),
         attention=_attention(settings, hardware, facts, model, notes),
-        memory_limit_gib=settings.memory_limit_gib,
-        step_timeout_s=settings.step_timeout,
+        memory_limit_gib=settings.engine.memory_limit_gib,
+        step_timeout_s=settings.engine.step_timeout,
     )
     if model.footprint is None or hardware.device == "cpu":
         plan = _as_it_is(settings, hardware, plan, notes=notes)
     else:
-        sizes = [(p.width, p.height) for p in prompts] if settings.sample_every_n_steps else []
+        sizes = [(p.width, p.height) for p in prompts] if settings.output.sample_every_n_steps else []
         sizes += [d.resolution for d in datasets for s in d.subsets if s.source.kind == "generated"]
         drawn = max((width * height for width, height in sizes), default=0)
         given = (settings, hardware, plan, model.footprint, datasets)
         never = plan.replay and facts.compiles == "never"
-        compiles = not never if settings.compile is None else settings.compile
+        compiles = not never if settings.engine.compile is None else settings.engine.compile
         plan, datasets = _fitted(*given, rank=rank, drawn=drawn, compiles=compiles, notes=notes)
     return dataclasses.replace(plan, compile=_compiled(settings, plan, facts.compiles, notes)), datasets
 
 
 def _compiled(settings: Settings, plan: EnginePlan, compiles: str, notes: Notes) -> bool:
     """Whether the blocks are compiled. Where steps are recorded, that may take longer than it saves."""
-    if settings.compile is not None:
-        return settings.compile
-    fused = PRECISIONS[plan.precision].form == "fp8" and settings.lora_type != "dora"
+    if settings.engine.compile is not None:
+        return settings.engine.compile
+    fused = PRECISIONS[plan.precision].form == "fp8" and settings.adapter.lora_type != "dora"
     recorded = plan.replay and plan.offload != "weights"
     if plan.device == "cpu":
         chosen, why = False, "takes longer than it saves here"
@@ -87,11 +87,11 @@ def _compiled(settings: Settings, plan: EnginePlan, compiles: str, notes: Notes)
 
 def _attention(settings: Settings, hardware: Hardware, facts: Facts, model: BaseModel, notes: Notes) -> str:
     """Whose attention runs: the fastest that is there, but for what is asked for."""
-    asked = settings.attention
+    asked = settings.engine.attention
     if asked == "auto":
         chosen, why = "native", "torch picks the kernel"
         if hardware.fastest_attention == "flash_4" and model.footprint:  # a miniature's heads are narrower
-            if flash_attention.is_installed(settings.cache_path):
+            if flash_attention.is_installed(settings.data.cache_path):
                 chosen, why = "flash_4", "the fastest here"
             else:
                 why += "; flash_4 is faster here and is brought when it is asked for"
@@ -103,7 +103,7 @@ def _attention(settings: Settings, hardware: Hardware, facts: Facts, model: Base
             notes.add(f"{what} Fix: set PARAMS_ATTENTION=auto.")
     elif asked != "native" and not facts.attention_backends:
         notes.add(
-            f"PARAMS_ATTENTION={asked}: {settings.base_model} has torch's own attention and no other. "
+            f"PARAMS_ATTENTION={asked}: {settings.model.base_model} has torch's own attention and no other. "
             "Allowed: auto, native, flash_4."
         )
     return asked
@@ -111,7 +111,7 @@ def _attention(settings: Settings, hardware: Hardware, facts: Facts, model: Base
 
 def _num_gpus(settings: Settings, hardware: Hardware, notes: Notes) -> int:
     """Processes that train together. On a CPU as many as are asked for, which is to try it out."""
-    asked, there = settings.num_gpus, hardware.count
+    asked, there = settings.engine.num_gpus, hardware.count
     if hardware.device == "cpu":
         return asked or 1
     if asked > there:
@@ -126,25 +126,25 @@ def _num_gpus(settings: Settings, hardware: Hardware, notes: Notes) -> int:
 
 def _as_it_is(settings: Settings, hardware: Hardware, plan: EnginePlan, *, notes: Notes) -> EnginePlan:
     """Of a miniature, which fits anywhere, or on a CPU, where nobody is short of memory."""
-    precision = settings.precision
+    precision = settings.engine.precision
     if precision == "auto":
         precision = hardware.plain
         notes.chose("PARAMS_PRECISION", precision, f"best for {hardware}")
-    if settings.offload not in ("auto", "none") and hardware.device == "cpu":
+    if settings.engine.offload not in ("auto", "none") and hardware.device == "cpu":
         notes.add(
-            f"PARAMS_OFFLOAD={settings.offload} is for accelerators: here the host's memory is all there is. "
+            f"PARAMS_OFFLOAD={settings.engine.offload} is for accelerators: here the host's memory is all there is. "
             "Allowed: auto, none."
         )
-    elif settings.offload == "weights" and settings.lora_type == "dora":
+    elif settings.engine.offload == "weights" and settings.adapter.lora_type == "dora":
         notes.add("PARAMS_OFFLOAD=weights does not go with PARAMS_LORA_TYPE=dora. Fix: change one of them.")
-    if settings.batch_size == 0:
+    if settings.data.batch_size == 0:
         notes.chose("PARAMS_BATCH_SIZE", "dataset.json's", "no speed is known of this model here")
     return dataclasses.replace(
         plan,
         precision=precision,
         dtype=hardware.computes_in(precision),
-        recompute=RECOMPUTE[bool(settings.gradient_checkpointing)],
-        offload="none" if settings.offload == "auto" else settings.offload,
+        recompute=RECOMPUTE[bool(settings.engine.gradient_checkpointing)],
+        offload="none" if settings.engine.offload == "auto" else settings.engine.offload,
     )
 
 
@@ -163,8 +163,8 @@ def _fitted(
     """The fastest that `trainer.spec.memory_model` predicts to fit, in each phase of the job. `drawn`: pixels of a
     sample."""
     work = _largest(settings, datasets, rank, footprint)
-    precisions = hardware.automatic if settings.precision == "auto" else (settings.precision,)
-    have = min(hardware.memory_gib, settings.memory_limit_gib or hardware.memory_gib)
+    precisions = hardware.automatic if settings.engine.precision == "auto" else (settings.engine.precision,)
+    have = min(hardware.memory_gib, settings.engine.memory_limit_gib or hardware.memory_gib)
     room, host = have * memory_model.SPARE, hardware.host_memory_gib * HOST_SHARE / plan.num_gpus
 
     def ways(work: memory_model.Workload) -> list[memory_model.Strategy]:
@@ -175,11 +175,11 @@ def _fitted(
 
     if not ways(work):
         notes.add(
-            f"PARAMS_OFFLOAD={settings.offload} goes with PARAMS_GRADIENT_CHECKPOINTING=auto or true, and weights "
-            "not with PARAMS_LORA_TYPE=dora."
+            f"PARAMS_OFFLOAD={settings.engine.offload} goes with PARAMS_GRADIENT_CHECKPOINTING=auto or true, and "
+            "weights not with PARAMS_LORA_TYPE=dora."
         )
         return plan, datasets
-    if settings.batch_size == 0:
+    if settings.data.batch_size == 0:
         tried = [best(dataclasses.replace(work, batch=batch)) for batch in memory_model.BATCHES]
         same = [t for t in tried if t[1].precision == tried[0][1].precision and t[1].gib <= room]
         work, way = memory_model.fastest(footprint, same or tried[:1])
@@ -207,20 +207,20 @@ def _fitted(
 def _chosen(settings: Settings, hardware: Hardware, way: memory_model.Strategy, *, have: float, notes: Notes) -> None:
     """What was left to be chosen, for the log."""
     reason = f"{way.gib:.1f} GiB of {have:.0f} GiB are predicted for a step"
-    if settings.precision == "auto":
+    if settings.engine.precision == "auto":
         notes.chose("PARAMS_PRECISION", way.precision, f"fastest for {hardware}")
-    if settings.gradient_checkpointing is None:
+    if settings.engine.gradient_checkpointing is None:
         notes.chose("PARAMS_GRADIENT_CHECKPOINTING", str(way), reason)
-    if settings.offload == "auto":
+    if settings.engine.offload == "auto":
         notes.chose("PARAMS_OFFLOAD", way.offload, reason)
 
 
 def _largest(settings: Settings, datasets: Sequence[Dataset], rank: int, footprint: Footprint) -> memory_model.Workload:
     """The batch with the most tokens, of which each picture's text has some."""
-    given = settings.batch_size != 0  # else all get the same
+    given = settings.data.batch_size != 0  # else all get the same
     works = [
         memory_model.Workload(
-            d.resolution[0] * d.resolution[1], d.batch_size if given else 1, rank, settings.optimizer_type
+            d.resolution[0] * d.resolution[1], d.batch_size if given else 1, rank, settings.training.optimizer_type
         )
         for d in datasets
     ]
@@ -263,10 +263,11 @@ def _allowed(
     return [
         way
         for way in ways
-        if settings.gradient_checkpointing is None or (way.recompute != "none") is settings.gradient_checkpointing
-        if settings.offload in ("auto", way.offload)
+        if settings.engine.gradient_checkpointing is None
+        or (way.recompute != "none") is settings.engine.gradient_checkpointing
+        if settings.engine.offload in ("auto", way.offload)
         # peft measures a layer's rows when it makes a DoRA adapter, and then the weights must be there.
-        if settings.lora_type != "dora" or way.offload != "weights"
+        if settings.adapter.lora_type != "dora" or way.offload != "weights"
         # Without the compiler, the host gets what all recompute, and no more (`trainer.spec.strategies.rungs`).
         if compiles or way.recompute == "all" or way.offload == "none"
     ]
