@@ -24,7 +24,7 @@ def test_the_scale_is_that_of_torchs_scaler(norms):
             lost = torch.tensor(float(not math.isfinite(norm)))
             torch._amp_update_scale_(scale, tracker, lost, 2.0, 0.5, 3)
             assert ours.overflows(1.0, norm) == bool(lost)
-            assert (ours.scale, ours.steady) == (scale.item(), tracker.item())
+            assert (ours.scale, ours.steps_since_scale_change) == (scale.item(), tracker.item())
 
 
 def test_without_a_scale_nothing_overflows_by_it_and_a_loss_that_is_none_is_another_matter():
@@ -38,7 +38,7 @@ def test_a_run_goes_on_with_its_scale():
     one.overflows(1.0, math.inf)
     one.overflows(1.0, 1.0)
     other.restore(one.state())
-    assert (other.scale, other.steady) == (512.0, 1)
+    assert (other.scale, other.steps_since_scale_change) == (512.0, 1)
     other.restore({"skipped": 0, "recent": []})  # as it was before there was a scale
     assert other.scale == 512.0
 

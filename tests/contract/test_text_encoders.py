@@ -67,7 +67,7 @@ def test_captions_are_encoded_as_the_pipeline_does(name, which):
         before = encoded(name, pipe, CAPTIONS)
         for component, model in texts.models.items():
             given(getattr(pipe, component), adapters.state(model))
-        expected, got = encoded(name, pipe, CAPTIONS), texts.renewed(before, CAPTIONS)
+        expected, got = encoded(name, pipe, CAPTIONS), texts.encode_trained(before, CAPTIONS)
     for key in ("tokens", "pooled"):
         torch.testing.assert_close(got[key], expected[key], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(before["pooled"], expected["pooled"], atol=1e-3) or (name, which) == ("sdxl", 0)
@@ -131,7 +131,12 @@ def test_training_them_is_a_straightforward_loop(name):
         for step in train(
             ((1, [batch]) for _ in range(5)),
             predict=lambda noisy, t, b: kind.predict(
-                denoiser, noisy, t, text=texts.renewed(b.text, b.captions), guidance=1.0, geometry_B6=b.geometry_B6
+                denoiser,
+                noisy,
+                t,
+                text=texts.encode_trained(b.text, b.captions),
+                guidance=1.0,
+                geometry_B6=b.geometry_B6,
             ),
             objective=trained_on,
             params=[p for group in groups for p in group["params"]],

@@ -90,7 +90,7 @@ class Session:
         )
 
     def predict(self, noisy_BCHW: torch.Tensor, t_B: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        text = self.training_state.texts.renewed(batch.text, batch.captions)
+        text = self.training_state.texts.encode_trained(batch.text, batch.captions)
         with self.engine.saving():
             return self.kind.predict(
                 self.training_state.denoiser,
@@ -286,7 +286,7 @@ class Session:
                 (c, {k: v[None].to(device, dtype) for k, v in caching.load(self.cache.text_path(c)).items()})
                 for c in (prompt.text, prompt.negative)
             )
-            text, negative = (self.training_state.texts.renewed(item, [c]) for c, item in cached)
+            text, negative = (self.training_state.texts.encode_trained(item, [c]) for c, item in cached)
             return self.kind.sample(
                 self.training_state.denoiser,
                 vae,
