@@ -53,7 +53,7 @@ def test_what_is_known_before_the_first_step_is_what_every_save_copies(name, mon
     snapshots = Snapshots(rehearsed.optimizer, "cpu")
     snapshots.copy(rehearsed.first_state())
     assert not any(rehearsed.optimizer.state_dict()["state"].values())
-    monkeypatch.setattr(snapshots, "_room", None)  # from here on nothing can be taken
+    monkeypatch.setattr(snapshots, "_allocate", None)  # from here on nothing can be taken
     for number in range(4):
         for one in (plain, rehearsed):
             x = torch.randn(32, 96, generator=torch.Generator().manual_seed(number))

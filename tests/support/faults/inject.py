@@ -183,13 +183,13 @@ def buffers(fault, due):
     """Fires whenever memory is taken for the copies of a save."""
     from trainer.checkpoints.snapshots import Snapshots
 
-    room = Snapshots._room
+    allocate = Snapshots._allocate
 
     def told(self, size, *, pinned):
         due()
-        return room(self, size, pinned=pinned)
+        return allocate(self, size, pinned=pinned)
 
-    Snapshots._room = told
+    Snapshots._allocate = told
 
 
 def clock_backwards(fault, due):
