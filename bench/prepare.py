@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--pictures", type=int, default=400)
     asked = parser.parse_args(arguments)
     kind = get_family(asked.family)
-    model = asked.model or Path(next(m.source for m in kind.FACTS.models.values() if not m.files_gib))
+    model = asked.model or Path(next(m.source for m in kind.FACTS.models.values() if m.is_miniature))
     size = SIZES[asked.family] if asked.model else (128, 128)
     engine = EnginePlan(device=DEVICE, dtype="bfloat16" if DEVICE == "cuda" else "float32")
     report = Report(f"{asked.family}: preparing {asked.pictures} pictures", asked.markdown)

@@ -243,7 +243,7 @@ def measure(bench: Bench, variant: str, batch: int, *, times: int = 5) -> dict[s
         width, height = bench.size
         work = Workload(width * height, batch, RANK, "adamw")
         offload = next((to for word, to in OFFLOADS.items() if word in words), "none")
-        if policy not in footprint.kept:
+        if policy not in footprint.saved_gib:
             return row
         gib = predicted(
             footprint, work, precision=bench.precision, recompute=policy, offload=offload, turned="turned" in words
@@ -274,7 +274,12 @@ def counted(bench: Bench) -> dict[str, Any]:
     trained = sum(p.numel() for p in bench.params)
     every = sum(p.numel() for p in bench.model.parameters()) + inside - trained
     regions = len(bench.kind.regions(bench.model))
-    return {"blocks": inside, "rest": every - inside, "adapters_per_rank": trained / RANK, "regions": regions}
+    return {
+        "block_weights": inside,
+        "other_weights": every - inside,
+        "adapter_weights_per_rank": trained / RANK,
+        "region_count": regions,
+    }
 
 
 def main(arguments: list[str]) -> None:

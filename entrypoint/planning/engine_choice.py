@@ -90,7 +90,7 @@ def _attention(settings: Settings, hardware: Hardware, facts: Facts, model: Base
     asked = settings.attention
     if asked == "auto":
         chosen, why = "native", "torch picks the kernel"
-        if hardware.fastest_attention == "flash_4" and model.footprint:  # a miniature's heads are narrower
+        if hardware.fastest_attention == "flash_4" and not model.is_miniature:  # a miniature's heads are narrower
             if flash_attention.is_installed(settings.cache_path):
                 chosen, why = "flash_4", "the fastest here"
             else:

@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 MINIATURE = str(Path(__file__).with_name("miniatures") / "flux")
 
 FOOTPRINT = Footprint(
-    blocks=11.82e9,
-    rest=0.08e9,
-    adapters=3.63e6,
-    regions=57,
+    block_weights=11.82e9,
+    other_weights=0.08e9,
+    adapter_weights_per_rank=3.63e6,
+    region_count=57,
     text_tokens=512,
-    kept={"none": 4.6, "products": 3.25, "attention": 0.673, "all": 0.334, "host": 0.02},
-    working=0.136,
-    largest=0.34e9,
-    turned=8.6e9,
-    encoders=4.89e9,
-    width=3072,
+    saved_gib={"none": 4.6, "products": 3.25, "attention": 0.673, "all": 0.334, "host": 0.02},
+    working_gib=0.136,
+    largest_region_weights=0.34e9,
+    fp8_weights=8.6e9,
+    encoder_weights=4.89e9,
+    hidden_size=3072,
 )
 FACTS = Facts(
     name="flux",

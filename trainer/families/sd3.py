@@ -18,35 +18,39 @@ if TYPE_CHECKING:
 
 MINIATURE = str(Path(__file__).with_name("miniatures") / "sd3")
 FOOTPRINT = Footprint(
-    blocks=2.01e9,
-    rest=0.02e9,
-    adapters=1.31e6,
-    regions=24,
+    block_weights=2.01e9,
+    other_weights=0.02e9,
+    adapter_weights_per_rank=1.31e6,
+    region_count=24,
     text_tokens=333,
-    kept={"none": 0.81, "products": 0.66, "attention": 0.14, "all": 0.07, "host": 0.02},
-    working=0.077,
-    largest=0.085e9,
-    turned=1.33e9,
-    encoders=5.58e9,
-    width=1536,
+    saved_gib={"none": 0.81, "products": 0.66, "attention": 0.14, "all": 0.07, "host": 0.02},
+    working_gib=0.077,
+    largest_region_weights=0.085e9,
+    fp8_weights=1.33e9,
+    encoder_weights=5.58e9,
+    hidden_size=1536,
 )
 MEDIUM_3 = BaseModel("stabilityai/stable-diffusion-3-medium-diffusers", 14.5, FOOTPRINT, gated=True)
 # Not measured: scaled from the above by width and number of blocks.
 LARGE = Footprint(
-    blocks=8.0e9,
-    rest=0.06e9,
-    adapters=3.3e6,
-    regions=38,
+    block_weights=8.0e9,
+    other_weights=0.06e9,
+    adapter_weights_per_rank=3.3e6,
+    region_count=38,
     text_tokens=333,
-    kept={"none": 2.1, "products": 1.6, "attention": 0.35, "all": 0.18, "host": 0.02},
-    working=0.12,
-    largest=0.213e9,
-    turned=5.3e9,
-    encoders=5.58e9,
-    width=2432,
+    saved_gib={"none": 2.1, "products": 1.6, "attention": 0.35, "all": 0.18, "host": 0.02},
+    working_gib=0.12,
+    largest_region_weights=0.213e9,
+    fp8_weights=5.3e9,
+    encoder_weights=5.58e9,
+    hidden_size=2432,
 )
 WIDER = dataclasses.replace(
-    FOOTPRINT, blocks=2.2e9, adapters=1.6e6, turned=1.4e9, kept={**FOOTPRINT.kept, "none": 1.07, "products": 0.86}
+    FOOTPRINT,
+    block_weights=2.2e9,
+    adapter_weights_per_rank=1.6e6,
+    fp8_weights=1.4e9,
+    saved_gib={**FOOTPRINT.saved_gib, "none": 1.07, "products": 0.86},
 )
 T5_TOKENS = 256  # the pipeline's default: what users' tools sample with is what is trained with
 

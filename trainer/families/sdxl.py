@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 MINIATURE = str(Path(__file__).with_name("miniatures") / "sdxl")
 FOOTPRINT = Footprint(
-    blocks=2.21e9,
-    rest=0.36e9,
-    adapters=2.66e6,
-    regions=87,
+    block_weights=2.21e9,
+    other_weights=0.36e9,
+    adapter_weights_per_rank=2.66e6,
+    region_count=87,
     text_tokens=0,
-    kept={"none": 1.0, "products": 0.8, "attention": 0.3, "all": 0.2, "host": 0.08},
-    working=0.146,
-    largest=0.05e9,
-    turned=2.21e9,
-    encoders=0.82e9,
-    width=1280,
-    recording=0.6,
-    plain=1.5,
+    saved_gib={"none": 1.0, "products": 0.8, "attention": 0.3, "all": 0.2, "host": 0.08},
+    working_gib=0.146,
+    largest_region_weights=0.05e9,
+    fp8_weights=2.21e9,
+    encoder_weights=0.82e9,
+    hidden_size=1280,
+    capture_gib=0.6,
+    unfused_factor=1.5,
 )
 BASE = BaseModel("stabilityai/stable-diffusion-xl-base-1.0", 12.9, FOOTPRINT)
 

@@ -398,7 +398,7 @@ class Session:
         plan = self.plan
         run = saving.trained(plan, self.kind, self.objective, order=self.order, found=self.found)
         # The second file is for diffusers, which knows kohya's keys at the published models' width and depth only.
-        miniature = not base_models()[plan.model.base][1].files_gib
+        miniature = base_models()[plan.model.base][1].is_miniature
         dora = plan.lora.kind == "dora"
         for to in reversed(("kohya", "peft") if miniature or dora else self.kind.KEYS.writes):
             made = convert.write(modules, to, self.kind.FACTS.name)
