@@ -121,7 +121,7 @@ class Bench:
         fused, targets = facts.fused_targets, facts.targets
         options = {"precision": precision, "dtype": self.dtype, "device": DEVICE, "rank": RANK}
         place(self.model, blocks, **options, fused=fused, targets=targets)
-        self.forwards = self.kind.forwards()
+        self.forwards = self.kind.fused_forwards()
         self.params = adapters.add_adapters(
             self.model, self.kind.blocks(self.model), targets=targets, fused=fused, rank=RANK, alpha=RANK, seed=0
         )

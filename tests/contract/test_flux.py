@@ -9,8 +9,8 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
 from trainer.engine import adapters
+from trainer.families import flux
 from trainer.lora_files import convert, peft_bridge, write
-from trainer.spec.family import flux
 from trainer.training.objective import FlowMatching, noise
 
 FUSED = flux.FACTS.fused_targets
@@ -170,8 +170,10 @@ def test_the_file_gives_the_trained_model_in_diffusers(flux_denoiser, flux_vae, 
     plain = copy.deepcopy(flux_denoiser)
     adapted(flux_denoiser, split=split)
     trained = velocity(flux_denoiser, text)
-    modules = peft_bridge.of_state(adapters.state(flux_denoiser), prefix="transformer", fused=FUSED, scale=2.0 / 3)
-    tensors = convert.write(modules, "peft", "flux").tensors
+    modules = peft_bridge.from_peft_state(
+        adapters.state(flux_denoiser), prefix="transformer", fused=FUSED, scale=2.0 / 3
+    )
+    tensors = convert.to_file(modules, "peft", "flux").tensors
     write.write_lora(tmp_path / "x.safetensors", tensors, {"ss_network_dim": "3"})
 
     pipe = pipeline(plain, flux_vae, flux_scheduler)
@@ -186,15 +188,17 @@ def test_a_file_begins_a_new_run_where_it_ended(flux_denoiser, text, tmp_path, s
 
     other = copy.deepcopy(flux_denoiser)
     adapted(flux_denoiser, split=split)
-    modules = peft_bridge.of_state(adapters.state(flux_denoiser), prefix="transformer", fused=FUSED, scale=2.0 / 3)
-    tensors = convert.write(modules, "peft", "flux").tensors
+    modules = peft_bridge.from_peft_state(
+        adapters.state(flux_denoiser), prefix="transformer", fused=FUSED, scale=2.0 / 3
+    )
+    tensors = convert.to_file(modules, "peft", "flux").tensors
     write.write_lora(tmp_path / "x.safetensors", tensors, {})
     adapted(other, split=split)
     for p in (q for q in other.parameters() if q.requires_grad):
         torch.nn.init.zeros_(p)
     back = convert.load(tmp_path / "x.safetensors", "flux")
     adapters.load(
-        other, peft_bridge.to_state(back, adapters.state(other), prefix="transformer", fused=FUSED, scale=2.0 / 3)
+        other, peft_bridge.to_peft_state(back, adapters.state(other), prefix="transformer", fused=FUSED, scale=2.0 / 3)
     )
     torch.testing.assert_close(velocity(other, text), velocity(flux_denoiser, text), atol=1e-5, rtol=1e-5)
 

@@ -88,8 +88,8 @@ def test_our_forward_passes_are_those_of_diffusers(base, joined):
         adapted(kind, denoiser, precision="fp32", dtype=torch.float32, forwards=None, targets=targets)
         there = 0
         for module in denoiser.modules():
-            if ours and type(module) in kind.forwards():
-                module.__class__ = kind.forwards()[type(module)]
+            if ours and type(module) in kind.fused_forwards():
+                module.__class__ = kind.fused_forwards()[type(module)]
                 there += 1
         assert there == 0 or not ours or there >= 3
         found.append(predicted(kind, denoiser, torch.float32))
@@ -108,10 +108,12 @@ def test_fp8_is_as_near_to_full_precision_as_with_diffusers_own_blocks(base):
         ("ours", "fp8", torch.bfloat16),
     ]:
         kind, denoiser = model(base)
-        forwards = kind.forwards() if way == "ours" else None
+        forwards = kind.fused_forwards() if way == "ours" else None
         adapted(kind, denoiser, precision=precision, dtype=dtype, forwards=forwards)
         there = {type(m) for m in denoiser.modules()}
-        assert there & set(kind.forwards().values()) == (set(kind.forwards().values()) if way == "ours" else set())
+        assert there & set(kind.fused_forwards().values()) == (
+            set(kind.fused_forwards().values()) if way == "ours" else set()
+        )
         found[way] = predicted(kind, denoiser, dtype)
     out, gradients = found.pop("full")
     assert found["ours"][1].keys() == gradients.keys()
@@ -205,7 +207,7 @@ def test_nothing_is_kept_but_the_beginning():
 def block(base="flux-dev"):
     """A block with adapters that runs our forward pass, and what it takes."""
     kind, denoiser = model(base)
-    adapted(kind, denoiser, precision="fp8", dtype=torch.bfloat16, forwards=kind.forwards())
+    adapted(kind, denoiser, precision="fp8", dtype=torch.bfloat16, forwards=kind.fused_forwards())
     torch.manual_seed(4)
     width = denoiser.inner_dim
     x, y = (torch.randn(2, n, width).bfloat16().requires_grad_() for n in (16, 6))

@@ -116,8 +116,8 @@ def assert_round_trip(name, folder, to, file):
     for p in params:
         torch.nn.init.normal_(p, std=0.1)
     state = adapters.state(trained)
-    modules = peft_bridge.of_state(state, prefix=facts.lora_prefix, fused=fused, scale=2 / 3)
-    save_file(convert.write(modules, to, name).tensors, file)
+    modules = peft_bridge.from_peft_state(state, prefix=facts.lora_prefix, fused=fused, scale=2 / 3)
+    save_file(convert.to_file(modules, to, name).tensors, file)
     prefix = facts.lora_prefix
     assert verify(file, {prefix: trained}, family_name=name, fused=fused, output=lambda: output(name, trained)) < 1e-4
     add(plain, [(convert.load(file, name), 1.0)], component=prefix)
@@ -150,7 +150,7 @@ MATRIX = [
     often(name, layout, to, now=(i + j + k) % 3 == 0)
     for i, name in enumerate(FAMILIES)
     for j, layout in enumerate(LAYOUTS)
-    for k, to in enumerate(convert.FORMATS)
+    for k, to in enumerate(convert.KEY_FORMATS)
 ]
 
 
@@ -170,7 +170,7 @@ def test_every_layout_with_every_format(name, layout, to, read_once, tmp_path):
 
 @pytest.mark.parametrize(
     ("base", "to"),
-    [often(base, to, now=to == "kohya" and "large" not in base) for base in VARIANTS for to in convert.FORMATS],
+    [often(base, to, now=to == "kohya" and "large" not in base) for base in VARIANTS for to in convert.KEY_FORMATS],
 )
 def test_every_published_variant_with_every_format(base, to, tmp_path):
     """Its numbers of layers, kinds of blocks and conditions at a small width, from one file in its original names."""

@@ -10,8 +10,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 from trainer.engine import adapters
+from trainer.families import sd3
 from trainer.lora_files import convert, peft_bridge, write
-from trainer.spec.family import sd3
 from trainer.spec.plan import Prompt
 from trainer.training.objective import FlowMatching, shifted
 
@@ -174,8 +174,10 @@ def test_the_file_gives_the_trained_model_in_diffusers(sd3_denoiser, sd3_vae, te
     plain = copy.deepcopy(sd3_denoiser)
     adapted(sd3_denoiser)
     trained = velocity(sd3_denoiser, text)
-    modules = peft_bridge.of_state(adapters.state(sd3_denoiser), prefix=sd3.FACTS.lora_prefix, fused={}, scale=2.0 / 3)
-    write.write_lora(tmp_path / "x.safetensors", convert.write(modules, "peft", "sd3").tensors, {})
+    modules = peft_bridge.from_peft_state(
+        adapters.state(sd3_denoiser), prefix=sd3.FACTS.lora_prefix, fused={}, scale=2.0 / 3
+    )
+    write.write_lora(tmp_path / "x.safetensors", convert.to_file(modules, "peft", "sd3").tensors, {})
 
     assert (velocity(plain, text) - trained).abs().max() > 0.1
     pipeline(plain, sd3_vae).load_lora_weights(tmp_path / "x.safetensors")

@@ -14,9 +14,9 @@ from trainer.data import batches
 from trainer.data.epochs import Example
 from trainer.data.records import ImageRecord, View
 from trainer.engine import adapters
+from trainer.families import sdxl
 from trainer.lora_files import convert, peft_bridge, write
 from trainer.spec.errors import SettingsError
-from trainer.spec.family import sdxl
 from trainer.spec.plan import Prompt, TrainPlan
 from trainer.training.objective import Denoising, make_objective, noise, scheduler_changes
 
@@ -280,10 +280,10 @@ def test_the_file_gives_the_trained_model_in_diffusers(sdxl_denoiser, sdxl_vae, 
     plain = copy.deepcopy(sdxl_denoiser)
     adapted(sdxl_denoiser)
     trained = output(sdxl_denoiser, text)
-    modules = peft_bridge.of_state(
+    modules = peft_bridge.from_peft_state(
         adapters.state(sdxl_denoiser), prefix=sdxl.FACTS.lora_prefix, fused={}, scale=2.0 / 3
     )
-    write.write_lora(tmp_path / "x.safetensors", convert.write(modules, "peft", "sdxl").tensors, {})
+    write.write_lora(tmp_path / "x.safetensors", convert.to_file(modules, "peft", "sdxl").tensors, {})
 
     assert (output(plain, text) - trained).abs().max() > 0.1
     pipeline(plain, sdxl_vae, EulerDiscreteScheduler(**BETAS)).load_lora_weights(tmp_path / "x.safetensors")

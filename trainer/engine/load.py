@@ -50,7 +50,7 @@ def place(
 
     Neither the host nor the device ever holds more than one block besides the mapped file and the result. The weights
     of the regions `streamed` stay on the host; the stream that brings them is returned. `rank`: of the adapters that
-    the layers will get; `forwards`: see `Family.forwards`.
+    the layers will get; `forwards`: see `Family.fused_forwards`.
     """
     form = weight_format_for(precision, device)
     parts = [*(block for _, block in blocks), *streamed]
@@ -113,4 +113,4 @@ def _forwards(kind: Family, plan: EnginePlan) -> Mapping[type, type]:
     form = weight_format_for(plan.precision, plan.device)
     if form is None or form not in WEIGHT_FORMATS or not WEIGHT_FORMATS[form].transposes:
         return {}
-    return kind.forwards() if self_test.agree(plan.device, WEIGHT_FORMATS[form].dtype) else {}
+    return kind.fused_forwards() if self_test.agree(plan.device, WEIGHT_FORMATS[form].dtype) else {}

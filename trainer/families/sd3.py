@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.families.common import traced
-from trainer.spec.family import OPTIONAL, BaseModel, Encoded, Facts, Footprint, Keys, Native, weights
+from trainer.spec.family import OPTIONAL, BaseModel, ClipOutput, Facts, Footprint, LoraKeys, OriginalLayer, weights
 
 if TYPE_CHECKING:
     import torch
@@ -155,7 +155,7 @@ def encode_text(encoders: StableDiffusion3Pipeline, captions: list[str]) -> list
     return [{"tokens": t.cpu(), "pooled": p.cpu()} for t, p in zip(tokens_BLD, pooled_BD, strict=True)]
 
 
-def with_encoded(text: dict[str, torch.Tensor], fresh: dict[str, Encoded]) -> dict[str, torch.Tensor]:
+def with_clip_outputs(text: dict[str, torch.Tensor], fresh: dict[str, ClipOutput]) -> dict[str, torch.Tensor]:
     """The first tokens are CLIP-L's and CLIP-G's, side by side, and zeros; the pooled outputs are side by side too."""
     import torch
 
@@ -219,7 +219,7 @@ def regions(denoiser: SD3Transformer2DModel) -> list[torch.nn.Module]:
     return [block for _, block in blocks(denoiser)]
 
 
-def forwards() -> dict[type, type]:
+def fused_forwards() -> dict[type, type]:
     from diffusers.models.attention import JointTransformerBlock
 
     from trainer.families.fused_blocks.sd3 import Joint
@@ -290,31 +290,34 @@ def sample(
     return image
 
 
-# ---- key names of LoRA files. Native: the modules of Stability-AI/sd3.5, which kohya's and ComfyUI's keys name.
+# ---- key names of LoRA files. Original: the modules of Stability-AI/sd3.5, which kohya's and ComfyUI's keys name.
 _OURS, _X, _CONTEXT = "transformer_blocks.{}", "joint_blocks.{}.x_block", "joint_blocks.{}.context_block"
 
-KEYS = Keys(
+LORA_KEYS = LoraKeys(
     layers=(
-        Native(f"{_X}.attn.qkv", tuple(f"{_OURS}.attn.to_{x}" for x in "qkv"), (1, 1, 1)),
-        Native(f"{_X}.attn2.qkv", tuple(f"{_OURS}.attn2.to_{x}" for x in "qkv"), (1, 1, 1)),
-        Native(f"{_CONTEXT}.attn.qkv", tuple(f"{_OURS}.attn.add_{x}_proj" for x in "qkv"), (1, 1, 1)),
-        Native(f"{_X}.attn.proj", (f"{_OURS}.attn.to_out.0",)),
-        Native(f"{_X}.attn2.proj", (f"{_OURS}.attn2.to_out.0",)),
-        Native(f"{_CONTEXT}.attn.proj", (f"{_OURS}.attn.to_add_out",)),
-        Native(f"{_X}.mlp.fc1", (f"{_OURS}.ff.net.0.proj",)),
-        Native(f"{_X}.mlp.fc2", (f"{_OURS}.ff.net.2",)),
-        Native(f"{_CONTEXT}.mlp.fc1", (f"{_OURS}.ff_context.net.0.proj",)),
-        Native(f"{_CONTEXT}.mlp.fc2", (f"{_OURS}.ff_context.net.2",)),
-        Native(f"{_X}.adaLN_modulation.1", (f"{_OURS}.norm1.linear",)),
+        OriginalLayer(f"{_X}.attn.qkv", tuple(f"{_OURS}.attn.to_{x}" for x in "qkv"), (1, 1, 1)),
+        OriginalLayer(f"{_X}.attn2.qkv", tuple(f"{_OURS}.attn2.to_{x}" for x in "qkv"), (1, 1, 1)),
+        OriginalLayer(f"{_CONTEXT}.attn.qkv", tuple(f"{_OURS}.attn.add_{x}_proj" for x in "qkv"), (1, 1, 1)),
+        OriginalLayer(f"{_X}.attn.proj", (f"{_OURS}.attn.to_out.0",)),
+        OriginalLayer(f"{_X}.attn2.proj", (f"{_OURS}.attn2.to_out.0",)),
+        OriginalLayer(f"{_CONTEXT}.attn.proj", (f"{_OURS}.attn.to_add_out",)),
+        OriginalLayer(f"{_X}.mlp.fc1", (f"{_OURS}.ff.net.0.proj",)),
+        OriginalLayer(f"{_X}.mlp.fc2", (f"{_OURS}.ff.net.2",)),
+        OriginalLayer(f"{_CONTEXT}.mlp.fc1", (f"{_OURS}.ff_context.net.0.proj",)),
+        OriginalLayer(f"{_CONTEXT}.mlp.fc2", (f"{_OURS}.ff_context.net.2",)),
+        OriginalLayer(f"{_X}.adaLN_modulation.1", (f"{_OURS}.norm1.linear",)),
         # Six or nine parts in the same order; only in the last block there are two, and they are swapped.
-        Native(f"{_CONTEXT}.adaLN_modulation.1", (f"{_OURS}.norm1_context.linear",), swapped=True),
-        Native("context_embedder", ("context_embedder",)),
-        Native("x_embedder.proj", ("pos_embed.proj",)),
-        *(Native(f"t_embedder.mlp.{2 * n - 2}", (f"time_text_embed.timestep_embedder.linear_{n}",)) for n in (1, 2)),
-        *(Native(f"y_embedder.mlp.{2 * n - 2}", (f"time_text_embed.text_embedder.linear_{n}",)) for n in (1, 2)),
-        Native("final_layer.linear", ("proj_out",)),
-        Native("final_layer.adaLN_modulation.1", ("norm_out.linear",), swapped=True),
+        OriginalLayer(f"{_CONTEXT}.adaLN_modulation.1", (f"{_OURS}.norm1_context.linear",), halves_swapped=True),
+        OriginalLayer("context_embedder", ("context_embedder",)),
+        OriginalLayer("x_embedder.proj", ("pos_embed.proj",)),
+        *(
+            OriginalLayer(f"t_embedder.mlp.{2 * n - 2}", (f"time_text_embed.timestep_embedder.linear_{n}",))
+            for n in (1, 2)
+        ),
+        *(OriginalLayer(f"y_embedder.mlp.{2 * n - 2}", (f"time_text_embed.text_embedder.linear_{n}",)) for n in (1, 2)),
+        OriginalLayer("final_layer.linear", ("proj_out",)),
+        OriginalLayer("final_layer.adaLN_modulation.1", ("norm_out.linear",), halves_swapped=True),
     ),
     encoders={"text_encoder": "te1", "text_encoder_2": "te2", "text_encoder_3": "te3"},  # CLIP-L, CLIP-G, T5
-    writes=("kohya", "peft"),  # kohya's keys are read by all but diffusers, and diffusers' by few others
+    file_formats=("kohya", "peft"),  # kohya's keys are read by all but diffusers, and diffusers' by few others
 )

@@ -133,7 +133,8 @@ def _start_from(denoiser: Any, texts: TextEncoders, modules: weights.LoraModules
     own = {name: adapter for name, adapter in modules.items() if name.partition(".")[0] not in texts.models}
     try:
         adapters.load(
-            denoiser, peft_bridge.to_state(own, state, prefix=facts.lora_prefix, fused=facts.fused_targets, scale=scale)
+            denoiser,
+            peft_bridge.to_peft_state(own, state, prefix=facts.lora_prefix, fused=facts.fused_targets, scale=scale),
         )
         for component, model in texts.models.items():
             text_encoders.start(model, component, modules, family_name=facts.name, scale=scale)

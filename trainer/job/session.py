@@ -384,7 +384,7 @@ class Session:
     def _modules(self) -> LoraModules:
         """The adapters as they are, by the names of the layers that they belong to."""
         scale, facts, training_state = self.plan.lora.scale, self.kind.FACTS, self.training_state
-        found = peft_bridge.of_state(
+        found = peft_bridge.from_peft_state(
             training_state.adapters, prefix=facts.lora_prefix, fused=facts.fused_targets, scale=scale
         )
         for component, state in training_state.text_adapters.items():
@@ -400,11 +400,11 @@ class Session:
         # The second file is for diffusers, which knows kohya's keys at the published models' width and depth only.
         miniature = base_models()[plan.model.base][1].is_miniature
         dora = plan.lora.kind == "dora"
-        for to in reversed(("kohya", "peft") if miniature or dora else self.kind.KEYS.writes):
-            made = convert.write(modules, to, self.kind.FACTS.name)
-            header = metadata.metadata(run, step=step, epoch=epoch, rank=made.rank, alpha=made.alpha)
+        for to in reversed(("kohya", "peft") if miniature or dora else self.kind.LORA_KEYS.file_formats):
+            made = convert.to_file(modules, to, self.kind.FACTS.name)
+            header = metadata.lora_metadata(run, step=step, epoch=epoch, rank=made.rank, alpha=made.alpha)
             header |= {"kiln_dora_read_by": convert.DORA_READERS[to]} if dora else {}
-            yield self.out / f"{stem}{convert.FORMATS[to]}.safetensors", made, header
+            yield self.out / f"{stem}{convert.KEY_FORMATS[to]}.safetensors", made, header
 
     def _one_output(self) -> torch.Tensor:
         """The denoiser's output for one picture of the dataset, the same each time."""

@@ -112,17 +112,17 @@ def weights(*parts: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Native:
+class OriginalLayer:
     """A layer of the model's original implementation, and the layers of diffusers' model that it is made of."""
 
     name: str  # dotted path; {} stands for the number of the block
-    parts: tuple[str, ...]  # paths in diffusers' model, with the same {}, in the order of their rows
-    rows: tuple[int, ...] = (1,)  # the rows of the parts, as a ratio: no width is written down anywhere
-    swapped: bool = False  # where its rows are two halves (rows = 2 * columns), they are the other way round
+    diffusers_names: tuple[str, ...]  # paths in diffusers' model, with the same {}, in the order of their rows
+    row_ratio: tuple[int, ...] = (1,)  # the rows of the parts, as a ratio: no width is written down anywhere
+    halves_swapped: bool = False  # where its rows are two halves (rows = 2 * columns), they are the other way round
 
 
 @dataclass(frozen=True)
-class Encoded:
+class ClipOutput:
     """What a CLIP text encoder makes of captions, as far as pipelines use it."""
 
     tokens_BLD: torch.Tensor  # the hidden states before the last layer
@@ -130,20 +130,20 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Keys:
+class LoraKeys:
     """The names that LoRA files of a family use, for `trainer.lora_files.key_names` and
     `trainer.lora_files.convert`."""
 
-    layers: tuple[Native, ...]
+    layers: tuple[OriginalLayer, ...]
     encoders: dict[str, str]  # text encoder of diffusers' pipeline → what kohya's keys call it: te1, te2, te3
-    writes: tuple[str, ...] = ("kohya",)  # formats that a job leaves; all but the first go into `<name>-<format>`
+    file_formats: tuple[str, ...] = ("kohya",)  # formats that a job leaves; all but the first go into `<name>-<format>`
 
 
 class Family(Protocol):
     """What a family module provides. `text` is what `encode_text` gave for one caption, or such tensors batched."""
 
     FACTS: Facts
-    KEYS: Keys
+    LORA_KEYS: LoraKeys
 
     def load_encoders(self, folder: Path, *, device: str, dtype: torch.dtype) -> Any:
         """Tokenizers and text encoders, frozen, as one object for `encode_text`."""
@@ -151,7 +151,7 @@ class Family(Protocol):
     def encode_text(self, encoders: Any, captions: list[str]) -> list[dict[str, torch.Tensor]]:
         """One dictionary of tensors, without a batch axis and on the CPU, for each caption."""
 
-    def with_encoded(self, text: dict[str, torch.Tensor], fresh: dict[str, Encoded]) -> dict[str, torch.Tensor]:
+    def with_clip_outputs(self, text: dict[str, torch.Tensor], fresh: dict[str, ClipOutput]) -> dict[str, torch.Tensor]:
         """`text`, batched, with what the text encoders in `fresh` gave in the places of what they gave before."""
 
     def load_vae(self, folder: Path, *, device: str) -> Any:
@@ -178,7 +178,7 @@ class Family(Protocol):
     def regions(self, denoiser: Any) -> list[torch.nn.Module]:
         """What is compiled, and recomputed in the backward pass, one by one: many modules of few kinds."""
 
-    def forwards(self) -> dict[type, type]:
+    def fused_forwards(self) -> dict[type, type]:
         """Classes of modules inside the blocks → the same with forward passes for FP8, for `fused.install`."""
 
     def predict(
@@ -226,7 +226,9 @@ def get_family(name: str) -> Family:
 
 def trainable_encoders(name: str) -> dict[str, str]:
     """The CLIP text encoders of family `name`, by diffusers' names → te1 (CLIP-L) or te2 (CLIP-G)."""
-    return {component: short for component, short in get_family(name).KEYS.encoders.items() if short in ("te1", "te2")}
+    return {
+        component: short for component, short in get_family(name).LORA_KEYS.encoders.items() if short in ("te1", "te2")
+    }
 
 
 def timestep_samplings() -> tuple[str, ...]:

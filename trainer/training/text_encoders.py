@@ -16,7 +16,7 @@ import torch
 
 from trainer.engine import adapters
 from trainer.lora_files import key_names, peft_bridge, weights
-from trainer.spec.family import Encoded, Family
+from trainer.spec.family import ClipOutput, Family
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
@@ -28,7 +28,7 @@ class Encoder:
     model: Any
     tokenizer: Any
 
-    def __call__(self, captions: Sequence[str]) -> Encoded:
+    def __call__(self, captions: Sequence[str]) -> ClipOutput:
         """As diffusers' pipelines encode, with a gradient where one is wanted."""
         ids_BL = self.tokenizer(
             list(captions),
@@ -39,7 +39,7 @@ class Encoder:
         ).input_ids
         out = self.model(ids_BL.to(self.model.device), output_hidden_states=True)
         pooled_BD = out.pooler_output if "pooler_output" in out else out.text_embeds
-        return Encoded(out.hidden_states[-2], pooled_BD)
+        return ClipOutput(out.hidden_states[-2], pooled_BD)
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class TextEncoders:
         """The cached `text` of `captions`, with what the trained encoders say now."""
         if not self.encoders:
             return text
-        return self.family.with_encoded(text, {c: encoder(captions) for c, encoder in self.encoders.items()})
+        return self.family.with_clip_outputs(text, {c: encoder(captions) for c, encoder in self.encoders.items()})
 
 
 def load(folder: Path, components: Collection[str], *, family: Family, device: str, dtype: torch.dtype) -> TextEncoders:
@@ -84,14 +84,14 @@ def blocks(model: Any) -> list[tuple[str, torch.nn.Module]]:
 
 def modules(state: dict[str, torch.Tensor], component: str, *, family_name: str, scale: float) -> weights.LoraModules:
     """What is being trained in one encoder (`lora.state`), under the names that files have."""
-    found = peft_bridge.of_state(state, prefix=component, fused={}, scale=scale)
-    return {key_names.in_files(name, family_name): adapter for name, adapter in found.items()}
+    found = peft_bridge.from_peft_state(state, prefix=component, fused={}, scale=scale)
+    return {key_names.name_in_files(name, family_name): adapter for name, adapter in found.items()}
 
 
 def start(model: Any, component: str, given: weights.LoraModules, *, family_name: str, scale: float) -> None:
     """Begin with what a LoRA file has for one encoder. Raises ValueError where it does not fit."""
     state = adapters.state(model)
     names = {f"{component}.{key.removesuffix('.lora_A.weight')}" for key in state if key.endswith(".lora_A.weight")}
-    ours = {key_names.in_files(name, family_name): name for name in names}
+    ours = {key_names.name_in_files(name, family_name): name for name in names}
     own = {ours.get(name, name): a for name, a in given.items() if name.partition(".")[0] == component}
-    adapters.load(model, peft_bridge.to_state(own, state, prefix=component, fused={}, scale=scale))
+    adapters.load(model, peft_bridge.to_peft_state(own, state, prefix=component, fused={}, scale=scale))
