@@ -89,7 +89,7 @@ def write_zeros(path: Path, state: State) -> None:
     """A safetensors file with zeros for `state`, on disk as a hole."""
     place, header = 0, {}
     for name, tensor in state.items():
-        kind = lazy_tensors.NAMES[tensor.dtype]
+        kind = lazy_tensors.DTYPE_NAMES[tensor.dtype]
         header[name] = {"dtype": kind, "shape": [*tensor.shape], "data_offsets": [place, place + tensor.nbytes]}
         place += tensor.nbytes
     text = json.dumps(header).encode()
@@ -109,7 +109,7 @@ def write_shards(folder: Path, model: torch.nn.Module, dtype: torch.dtype, size:
     base = "diffusion_pytorch_model"
     names = [f"{base}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, shard in zip(names, shards, strict=True):
-        lazy_tensors.write(folder / file, shard)
+        lazy_tensors.write_file(folder / file, shard)
     places = {key: file for file, shard in zip(names, shards, strict=True) for key in shard}
     (folder / f"{base}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
@@ -161,7 +161,7 @@ def written(
     parts = {}
     if layout in ("file", "zeros"):
         file = folder / "all.safetensors"
-        {"file": lazy_tensors.write, "zeros": write_zeros}[layout](file, file_state(name, models, dtype))
+        {"file": lazy_tensors.write_file, "zeros": write_zeros}[layout](file, file_state(name, models, dtype))
         parts = dict.fromkeys(["denoiser"] if name == "flux" else models, str(file))
     else:
         write_shards(folder / "model" / facts.parts["denoiser"], models["denoiser"], dtype, shard)
@@ -195,7 +195,7 @@ def wrong(folder: Path) -> list[str]:
     """The weights of an assembled denoiser that are not what was written, by diffusers' names."""
     found = []
     for file in folder.glob("*.safetensors"):
-        for key, tensor in lazy_tensors.of_file(file, "").items():
+        for key, tensor in lazy_tensors.load_file(file, "").items():
             content = tensor.read()  # type: ignore[attr-defined]
             if not torch.equal(content, numbers(key, content)):
                 found.append(key)

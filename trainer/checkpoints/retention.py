@@ -64,5 +64,5 @@ class CheckpointRetention:
             log.warning(
                 "OUTPUT_PATH: a save takes %.1f MiB, and %s are free: room for %d more. Free some, or the job will "
                 "stop with exit code 74 (it resumes by itself).",
-                need / 2**20, atomic.free(self.out), free // need,
+                need / 2**20, atomic.free_space(self.out), free // need,
             )  # fmt: skip

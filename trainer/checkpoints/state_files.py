@@ -56,7 +56,9 @@ def save(folder: Path, step: int, tree: dict[str, Any]) -> Path:
         for path in (temporary / "state.safetensors", temporary / "state.json", temporary):
             atomic.flush(path)
         back = load_file(temporary / "state.safetensors")
-        if back.keys() != tensors.keys() or not all(safetensors_writer.same(back[k], v) for k, v in tensors.items()):
+        if back.keys() != tensors.keys() or not all(
+            safetensors_writer.same_bits(back[k], v) for k, v in tensors.items()
+        ):
             raise StorageError(f"{final} does not read back as it was written.")
         if final.exists():
             shutil.rmtree(final)
@@ -116,8 +118,8 @@ def prune(folder: Path, keep: int) -> list[int]:
 
 def _write(path: Path, tensors: dict[str, torch.Tensor]) -> str:
     """Write a file of `tensors`; returns its SHA-256, which another thread computes meanwhile."""
-    entries, data = safetensors_writer.laid_out(tensors)
-    pieces: list[bytes | memoryview] = [safetensors_writer.header(entries), *data]
+    entries, data = safetensors_writer.layout(tensors)
+    pieces: list[bytes | memoryview] = [safetensors_writer.encode_header(entries), *data]
     with ThreadPoolExecutor(1, "hash") as aside:
         digest = aside.submit(safetensors_writer.sha256, pieces)
         with path.open("wb") as file:

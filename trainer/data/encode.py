@@ -69,7 +69,7 @@ def fill_images(
     check_in: Callable[[], None],
 ) -> None:
     """Encode the views of pictures that the cache lacks. Raises DataError for one that does not decode after all."""
-    views = list(order.every_view())
+    views = list(order.all_image_variants())
     if not caching.any_missing(cache.image_path(p, v) for p, v in views):
         log.info("All %d latents are in the cache.", len(views))
         return

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from trainer.base_model.lazy_tensors import NAMES
-from trainer.base_model.single_file import HALF
+from trainer.base_model.lazy_tensors import DTYPE_NAMES
+from trainer.base_model.single_file import FP16_VARIANT
 from trainer.engine import adapters
 from trainer.engine.device import torch_dtype
 from trainer.engine.fused_linear import install
@@ -26,11 +26,13 @@ from trainer.storage import safetensors_header
 def stored(folder: Path) -> torch.dtype:
     """The format that most of the weights in a part's folder are in: loaded so, they stay in the mapped files."""
     sizes: Counter[str] = Counter()
-    for file in (f for f in folder.glob("*.safetensors") if HALF not in f.name):
+    for file in (f for f in folder.glob("*.safetensors") if FP16_VARIANT not in f.name):
         for entry in safetensors_header.read_header(file).entries.values():
             sizes[entry.dtype] += entry.end - entry.begin
     most = sizes.most_common(1)[0][0]
-    return next((dtype for dtype, name in NAMES.items() if name == most), torch.bfloat16)  # which holds all of fp8
+    return next(
+        (dtype for dtype, name in DTYPE_NAMES.items() if name == most), torch.bfloat16
+    )  # which holds all of fp8
 
 
 def place(
