@@ -63,7 +63,7 @@ def _peers(asked: Any) -> list[tuple[str, Callable[[], step.Bench]]]:
     changes: dict[str, Callable[[torch.nn.Module], None] | None] = {
         "bf16 eager": None,
         "bf16 compiled": None,
-        "torchao compiled": partial(frozen_linear.freeze, form="torchao"),
+        "torchao compiled": partial(frozen_linear.freeze, weight_format="torchao"),
     }
     if asked.onetrainer:
         changes["OneTrainer float8 compiled"] = others.onetrainer(asked.onetrainer, torch.float8_e4m3fn)

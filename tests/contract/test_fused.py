@@ -60,7 +60,7 @@ def predicted(kind, denoiser, dtype):
 @pytest.fixture(autouse=True)
 def roomy_weights(monkeypatch):
     """Adapters ride in the products of these narrow layers as well."""
-    monkeypatch.setattr("trainer.spec.adapter_columns.ROOMY", 0)
+    monkeypatch.setattr("trainer.spec.adapter_columns.MIN_SIDE_PER_COLUMN", 0)
 
 
 def adapted(kind, denoiser, *, precision, dtype, forwards, targets=None):
@@ -254,10 +254,10 @@ def test_a_pass_that_fails_leaves_nothing_behind():
 
 def test_where_layers_run_one_by_one_a_block_is_recomputed_whole():
     one, _ = block()
-    assert one.remakes()
+    assert one.can_recompute_rope()
     one.proj_mlp.lora_dropout["default"] = torch.nn.Dropout(0.5)
     checkpointing.apply([one], ["products"], compiled=False)
-    assert not one.remakes() and not one.remade and "forward" in one.__dict__
+    assert not one.can_recompute_rope() and not one.recompute_rope and "forward" in one.__dict__
 
 
 def test_a_checkpointed_block_compiles_in_one_graph():

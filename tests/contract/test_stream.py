@@ -22,7 +22,7 @@ FAMILIES = ["flux", "sdxl", "sd3"]
 @pytest.fixture(autouse=True)
 def roomy_weights(monkeypatch):
     """Adapters ride in the products of narrow layers as well."""
-    monkeypatch.setattr("trainer.spec.adapter_columns.ROOMY", 0)
+    monkeypatch.setattr("trainer.spec.adapter_columns.MIN_SIDE_PER_COLUMN", 0)
 
 
 def miniature(name):

@@ -62,13 +62,13 @@ def attended(
     transposes: tuple[Tensor, Tensor],
     attention: Callable[[Tensor, Tensor, Tensor], Tensor],
     *,
-    remade: bool,
+    recompute_rope: bool,
 ) -> Tensor:
     """Attention among what `rotated` gives. `remade`: that is not kept for the backward pass, but made once more."""
     q, k, v = rotated(sources, transposes)
     with (
         _remaking(sources, transposes, (q, k, v) if len(sources) > 1 else (q, k))
-        if remade
+        if recompute_rope
         else contextlib.nullcontext()
     ):
         return attention(q, k, v)
