@@ -26,7 +26,7 @@ from trainer.training import optimizers, text_encoders
 from trainer.training.gradients import seeded
 from trainer.training.loop import train
 from trainer.training.objective import make_objective
-from trainer.training.step_guard import Guard
+from trainer.training.step_guard import StepGuard
 from trainer.training.stop_flag import StopFlag
 
 CAPTIONS = ("a red circle on a grey background", "a big kilnpot")
@@ -138,7 +138,7 @@ def test_training_them_is_a_straightforward_loop(name):
             optimizer=optimizer,
             schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0),
             max_grad_norm=1.0,
-            guard=Guard(),
+            guard=StepGuard(),
             device="cpu",
             seed=SEED,
             first_step=1,

@@ -36,7 +36,7 @@ from trainer.data.batches import micro_batch
 from trainer.engine.cuda_graphs import EagerStep
 from trainer.engine.device import limit_memory, release
 from trainer.job import build
-from trainer.job.prepare import Ready
+from trainer.job.prepare import PreparedData
 from trainer.job.session import Session
 from trainer.job.status import Status
 from trainer.job.watchdog import Watchdog
@@ -96,7 +96,7 @@ def told() -> Iterator[Told]:
         logging.getLogger("trainer").removeHandler(handler)
 
 
-def session(ready: Ready, out: Path) -> Session:
+def session(ready: PreparedData, out: Path) -> Session:
     """As `trainer.job.run` makes it."""
     plan = ready.plan
     training_state = build.build_training_state(
@@ -157,7 +157,7 @@ def attempt(of: NoisedBatch, ground: Ground) -> Outcome:
     return found
 
 
-def _attempt(ready: Ready, out: Path, room: float, *, found: Outcome, said: Told) -> None:
+def _attempt(ready: PreparedData, out: Path, room: float, *, found: Outcome, said: Told) -> None:
     made = session(ready, out)
     if ready.plan.engine.device == "cuda":
         found.gib = capped(made, room)

@@ -12,7 +12,7 @@ import torch
 from trainer.checkpoints import state_files
 from trainer.spec.errors import SettingsError
 from trainer.spec.plan import EnginePlan, Plan
-from trainer.spec.resume_rules import goes_on
+from trainer.spec.resume_rules import resumes_state
 
 
 def made_by(attention: str) -> dict[str, str]:
@@ -33,7 +33,7 @@ def resumable_state(plan: Plan, out: Path) -> state_files.State | None:
             state = state_files.read(asked)
         except ValueError as problem:
             raise SettingsError(f"PARAMS_RESUME_FROM {asked} is not a whole state: {problem}.") from problem
-    if state is None or goes_on(plan, state.tree["essence"], step=state.step, own=own):
+    if state is None or resumes_state(plan, state.tree["essence"], step=state.step, own=own):
         _say_what_made(state, plan.engine)
         return state
     aside = out / f"state.before-{int(time.time())}"

@@ -13,7 +13,7 @@ from trainer.spec.errors import StorageError
 from trainer.storage import atomic
 
 log = logging.getLogger(__name__)
-AHEAD = 3  # saves that there should be room for
+WARN_BELOW_SAVES = 3  # saves that there should be room for
 
 
 class CheckpointRetention:
@@ -60,7 +60,7 @@ class CheckpointRetention:
         mine += [*(self.out / "state" / f"step-{step:08d}").iterdir()]
         need = sum(p.stat().st_size for p in mine)
         free = shutil.disk_usage(self.out).free
-        if free < AHEAD * need:
+        if free < WARN_BELOW_SAVES * need:
             log.warning(
                 "OUTPUT_PATH: a save takes %.1f MiB, and %s are free: room for %d more. Free some, or the job will "
                 "stop with exit code 74 (it resumes by itself).",

@@ -96,7 +96,7 @@ def _mapped(value: Any, copy: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     return value
 
 
-class Background:
+class BackgroundWriter:
     """One thread that does one thing at a time."""
 
     def __init__(self) -> None:

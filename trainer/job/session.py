@@ -17,7 +17,7 @@ from PIL import Image
 
 from trainer.checkpoints import resume, state_files
 from trainer.checkpoints.retention import CheckpointRetention
-from trainer.checkpoints.snapshots import Background, Snapshots
+from trainer.checkpoints.snapshots import BackgroundWriter, Snapshots
 from trainer.data import cache as caching
 from trainer.data.batches import MicroBatch, micro_batch, prefetched
 from trainer.data.cache import Cache
@@ -49,7 +49,7 @@ from trainer.training.state import TrainingState
 from trainer.training.stop_flag import StopFlag
 
 log = logging.getLogger(__name__)
-SLOW_S = 0.2  # of waiting for the save before
+SLOW_SAVE_WARNING_S = 0.2  # of waiting for the save before
 
 
 def due(step: int, every: int, total: int) -> bool:
@@ -78,7 +78,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self.snapshots = Snapshots(self.training_state.optimizer, self.plan.engine.device)
-        self.background = Background()
+        self.background = BackgroundWriter()
         self.retention = CheckpointRetention(self.out, self.plan.output.name, self.plan.output.keep_checkpoints)
         self.spared = 0  # bytes that the rehearsal did without
         dtype, compiled = torch_dtype(self.plan.engine), self.engine.compiled  # which makes adapters' halves in passing
@@ -86,7 +86,7 @@ class Session:
         recorded = self.plan.engine.replay and self.engine.can_capture() and not self.training_state.texts.models
         around = partial(self.engine.passing, halves)
         self.runner = (GraphStep if recorded else EagerStep)(
-            self.training_state.parts, self.training_state.params, around
+            self.training_state.adapter_params, self.training_state.optimizer_params, around
         )
 
     def predict(self, noisy_BCHW: torch.Tensor, t_B: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
@@ -193,7 +193,7 @@ class Session:
                 prefetched(self.groups(first)),
                 predict=self.predict,
                 objective=self.objective,
-                params=self.training_state.params,
+                params=self.training_state.optimizer_params,
                 optimizer=self.training_state.optimizer,
                 schedule=self.training_state.schedule,
                 max_grad_norm=plan.train.max_grad_norm,
@@ -205,7 +205,7 @@ class Session:
                 workers=self.workers,
             ):
                 if self.training_state.ema and not step.skipped:
-                    self.training_state.ema.update(self.training_state.params)
+                    self.training_state.ema.update(self.training_state.optimizer_params)
                 metrics.step(
                     step, learning_rate=optimizers.step_size(self.training_state.optimizer), compiled=self.engine.graphs
                 )
@@ -314,13 +314,13 @@ class Session:
 
     def save(self, step: int, epoch: int) -> None:
         """Begin to write the LoRA file and the state of `step`; training goes on meanwhile."""
-        self.workers.check_same(self.training_state.params)
+        self.workers.check_same(self.training_state.optimizer_params)
         if not self.workers.is_first:
             return
         started = time.monotonic()
         self.background.join()  # of the save before, whose buffers these are; only a slow volume lets it wait
         waited = time.monotonic() - started
-        if waited > SLOW_S:
+        if waited > SLOW_SAVE_WARNING_S:
             log.warning("Training waited %.1f s for the save before: the volume of OUTPUT_PATH is slow.", waited)
         self.snapshots.release()
         with self.training_state.inference_weights():

@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 
 from trainer.spec.errors import KilnError, PeerError, SettingsError, StopRequestedError
+from trainer.spec.plan import RANK_VARIABLE, TEAM_VARIABLE
 from trainer.training.stop_flag import StopFlag
 
-RANK, TEAM = "KILN_RANK", "KILN_TEAM"  # as in entrypoint/processes/launch.py
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 UNLIMITED = datetime.timedelta(days=100)
 POLL_S = 0.05
@@ -97,22 +97,22 @@ class Workers:
         if self._largest(sums) != [-each for each in self._largest([-each for each in sums])]:
             raise KilnError(f"The {self.size} processes have come to different weights, which must not happen.")
 
-    def mean_gradient(self, flat: torch.Tensor, each_B: Sequence[torch.Tensor]) -> torch.Tensor:
-        """What is for `heard`, which alone waits for it. `each_B`: the losses of one's own pictures.
+    def mean_gradient(self, flat: torch.Tensor, losses_B: Sequence[torch.Tensor]) -> torch.Tensor:
+        """What is for `heard`, which alone waits for it. `losses_B`: the losses of one's own pictures.
 
         `flat`, each process's mean gradient over its own pictures, becomes the mean over all. Two sums do it: of the
         gradients, and of the pictures, the wish to stop, and losses.
         """
-        own = sum(len(each) for each in each_B)
+        own = sum(len(each) for each in losses_B)
         if self.size == 1:
-            loss = torch.cat(list(each_B)).mean()
+            loss = torch.cat(list(losses_B)).mean()
             return torch.stack([loss, torch.full_like(loss, own), torch.zeros_like(loss)])
         said = (0.0, float(own), float(self._stop.requested))
         if self._said is None or self._said[0] != said:  # the same in nearly all steps: no copy to wait for
             self._said = said, torch.tensor(said, device=flat.device)
         told = self._said[1].clone()
-        if each_B:
-            told[0] = torch.cat(list(each_B)).sum()
+        if losses_B:
+            told[0] = torch.cat(list(losses_B)).sum()
         flat.mul_(own)
         with _peers():
             dist.all_reduce(told)
@@ -149,16 +149,16 @@ def workers_from_environment(size: int, environment: Mapping[str, str], stop: St
     """This process's place among `size`, as the entrypoint has told it. Raises SettingsError where it has not."""
     if size == 1:
         return Workers(stop=stop)
-    if TEAM not in environment:
+    if TEAM_VARIABLE not in environment:
         raise SettingsError(
             f"The plan is for NUM_GPUS={size} processes, and this is one alone: start it by python -m entrypoint."
         )
-    return Workers(process_rank(environment), size, Path(environment[TEAM]), stop=stop)
+    return Workers(process_rank(environment), size, Path(environment[TEAM_VARIABLE]), stop=stop)
 
 
 def process_rank(environment: Mapping[str, str]) -> int:
     """Which of the processes this is; 0 where there is one."""
-    return int(environment.get(RANK, "0"))
+    return int(environment.get(RANK_VARIABLE, "0"))
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from trainer.data.batches import MicroBatch
 from trainer.engine.cuda_graphs import EagerStep
 from trainer.spec.errors import OutOfMemoryError
 from trainer.training.objective import NoisedBatch, Objective, loss
-from trainer.training.step_guard import Guard
+from trainer.training.step_guard import StepGuard
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def add_gradient(
     batch: MicroBatch, *, predict: Predict, objective: Objective, device: str, seed: int, runner: EagerStep
 ) -> None:
     """The gradient of the mean loss of a batch, as a step of it alone has it. Raises torch.OutOfMemoryError."""
-    Backward(predict, objective, torch.Generator(device), seed, Guard(), runner)._all([batch], 0)
+    Backward(predict, objective, torch.Generator(device), seed, StepGuard(), runner)._all([batch], 0)
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Backward:
     objective: Objective
     generator: torch.Generator
     seed: int
-    guard: Guard  # knows how many times as large as the gradient they are
+    guard: StepGuard  # knows how many times as large as the gradient they are
     runner: EagerStep
     process_rank: int = 0  # in the step, the first of these micro-batches has this number
     apart: int = 1  # and those that follow are so far from each other
@@ -131,8 +131,8 @@ class Backward:
         mask_B1HW = there.pop("mask_B1HW", None)
         batch = MicroBatch(**there, mask_B1HW=mask_B1HW, text=those("text"), names=names, captions=captions)
         predicted = self.predict(drawn.noisy_BCHW, drawn.t_B, batch)
-        each_B = loss(predicted, drawn, mask_B1HW=batch.mask_B1HW, weight_B=batch.weight_B)
-        return each_B, each_B.sum() * tensors["share"]
+        losses_B = loss(predicted, drawn, mask_B1HW=batch.mask_B1HW, weight_B=batch.weight_B)
+        return losses_B, losses_B.sum() * tensors["share"]
 
 
 def _named(prefix: str, of: NoisedBatch | MicroBatch) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from trainer.spec.errors import KilnError, NumbersError
 from trainer.training.distributed import Workers
 from trainer.training.gradients import Backward, Predict, seeded
 from trainer.training.objective import Objective, loss
-from trainer.training.step_guard import Guard, cause
+from trainer.training.step_guard import StepGuard, cause
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -43,7 +43,7 @@ def train(
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     max_grad_norm: float,
-    guard: Guard,
+    guard: StepGuard,
     device: str,
     seed: int,
     first_step: int,
@@ -65,7 +65,7 @@ def train(
     number, upcoming = first_step, next(given, None)
     while upcoming is not None:
         epoch, group = upcoming
-        each_B = backward(group, number)
+        losses_B = backward(group, number)
         try:
             upcoming = next(given, None)
         except (OSError, ValueError, KilnError) as problem:  # this step is done first, and saved if it is due
@@ -74,7 +74,7 @@ def train(
             backward.begin(upcoming[1], number + 1)
         if guard.scale != 1:
             runner.flat_grad.div_(guard.scale)
-        step_totals_3 = workers.mean_gradient(runner.flat_grad, each_B)
+        step_totals_3 = workers.mean_gradient(runner.flat_grad, losses_B)
         clipped = torch.nn.utils.clip_grad_norm_(params, max_grad_norm or float("inf"))
         loss, images, norm = workers.read_totals(step_totals_3, clipped)  # the step's one wait for the device
         overflow = guard.overflows(loss, norm)
@@ -84,7 +84,7 @@ def train(
         elif objection is None:
             optimizer.step()
         else:
-            lost = [x for each in each_B for x in each.tolist()]
+            lost = [x for each in losses_B for x in each.tolist()]
             elsewhere = workers.size > 1 and not math.isfinite(loss) and all(map(math.isfinite, lost))
             _skip(number, group, None if elsewhere else lost, guard=guard, params=params, objection=objection)
         schedule.step()
@@ -100,7 +100,7 @@ def _skip(
     group: list[MicroBatch],
     lost: list[float] | None,
     *,
-    guard: Guard,
+    guard: StepGuard,
     params: Sequence[torch.nn.Parameter],
     objection: str,
 ) -> None:

@@ -15,7 +15,7 @@ from trainer.engine.memory.weight_streaming import Stream
 from trainer.spec.errors import SettingsError
 from trainer.training import optimizers, random_state
 from trainer.training.ema import Ema
-from trainer.training.step_guard import Guard
+from trainer.training.step_guard import StepGuard
 from trainer.training.text_encoders import TextEncoders
 
 
@@ -25,13 +25,13 @@ class TrainingState:
 
     denoiser: Any
     texts: TextEncoders
-    parts: list[torch.nn.Parameter]  # of all of them, in the order of the optimiser's groups
-    params: list[torch.nn.Parameter]  # what the optimiser trains: these, or longer ones, of which they are views
+    adapter_params: list[torch.nn.Parameter]  # of all adapters, in the order of the optimiser's groups
+    optimizer_params: list[torch.nn.Parameter]  # those, or longer flat ones of which those are views
     optimizer: torch.optim.Optimizer
     new_optimizer: Callable[[], torch.optim.Optimizer]  # another one for the same parameters, as at the beginning
     schedule: torch.optim.lr_scheduler.LRScheduler
     ema: Ema | None
-    guard: Guard
+    guard: StepGuard
     stream: Stream | None = None  # of the denoiser's weights, where they wait on the host
 
     @functools.cached_property
@@ -61,9 +61,9 @@ class TrainingState:
 
         For what has to be known before: only that step makes an optimiser's own tensors.
         """
-        kept, optimizer = [p.detach().clone() for p in self.params], self.new_optimizer()
+        kept, optimizer = [p.detach().clone() for p in self.optimizer_params], self.new_optimizer()
         try:
-            for p in self.params:
+            for p in self.optimizer_params:
                 p.grad = torch.ones_like(p) if p.grad is None else p.grad.fill_(1)
             optimizer.step()
         finally:
@@ -81,7 +81,9 @@ class TrainingState:
             self.schedule.load_state_dict(tree["schedule"])
             if self.ema and tree["ema"]:
                 self.ema.steps = tree["ema"]["steps"]
-                self.ema.shadow = [s.to(p.device) for s, p in zip(tree["ema"]["shadow"], self.params, strict=True)]
+                self.ema.shadow = [
+                    s.to(p.device) for s, p in zip(tree["ema"]["shadow"], self.optimizer_params, strict=True)
+                ]
         except (KeyError, ValueError) as problem:
             what = "The state does not fit this plan, or another version of Kiln, which joined adapters otherwise"
             raise SettingsError(f"{what}: {problem}.") from problem
@@ -99,7 +101,7 @@ class TrainingState:
         if not self.has_averaged_weights:
             yield
             return
-        kept = [p.detach().clone() for p in self.params]
+        kept = [p.detach().clone() for p in self.optimizer_params]
         optimizers.set_training(self.optimizer, False)
         if self.ema:
             self._overwrite(self.ema.shadow)
@@ -111,5 +113,5 @@ class TrainingState:
 
     def _overwrite(self, values: list[torch.Tensor]) -> None:
         with torch.no_grad():
-            for p, value in zip(self.params, values, strict=True):
+            for p, value in zip(self.optimizer_params, values, strict=True):
                 p.copy_(value)

@@ -13,13 +13,13 @@ import torch
 # What backward passes begin with: in fp16 a gradient at the output is near the inverse of the latents' size, 2^-16 to
 # 2^-18, which is too small for 5 bits of exponent. The rule is that of torch.amp.GradScaler.
 LOSS_SCALE = {"float16": 2.0**16}
-STEADY = 2000  # steps without an overflow, until the scale is doubled
-RECENT = 64  # losses that a spike is measured against
-FEWEST = 16  # of them, before any is called a spike
+SCALE_GROWTH_INTERVAL_STEPS = 2000  # steps without an overflow, until the scale is doubled
+RECENT_LOSSES = 64  # losses that a spike is measured against
+MIN_LOSSES_FOR_SPIKE = 16  # of them, before any is called a spike
 
 
 @dataclass
-class Guard:
+class StepGuard:
     """Counts the steps that were skipped, and knows what losses are usual. Its state belongs to the run's.
 
     Backward passes are `scale` times as large as the gradient, unless that is 1: it is halved where they overflow. A
@@ -32,7 +32,7 @@ class Guard:
     scale: float = 1.0
     steady: int = 0  # steps since the scale was changed
     skipped: int = 0
-    recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_LOSSES))
 
     def overflows(self, loss: float, norm: float) -> bool:
         """Whether the gradient is too large for its format by the scale alone, which is less from now on."""
@@ -40,7 +40,7 @@ class Guard:
             self.scale, self.steady = self.scale / 2, 0
             return True
         self.steady += 1
-        if self.scale > 1 and self.steady == STEADY:
+        if self.scale > 1 and self.steady == SCALE_GROWTH_INTERVAL_STEPS:
             self.scale, self.steady = self.scale * 2, 0
         return False
 
@@ -49,7 +49,7 @@ class Guard:
         if not math.isfinite(loss) or not math.isfinite(norm):
             return f"the loss is {loss:g} and the gradient's norm {norm:g}"
         usual = max(self.recent, default=0.0)
-        if self.spike and len(self.recent) >= FEWEST and loss > self.spike * usual > 0:
+        if self.spike and len(self.recent) >= MIN_LOSSES_FOR_SPIKE and loss > self.spike * usual > 0:
             return f"the loss is {loss:g}, more than {self.spike:g} times the largest of the steps before ({usual:g})"
         self.recent.append(loss)
         return None
@@ -68,7 +68,7 @@ class Guard:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.skipped, self.recent = state["skipped"], deque(state["recent"], maxlen=RECENT)
+        self.skipped, self.recent = state["skipped"], deque(state["recent"], maxlen=RECENT_LOSSES)
         self.scale, self.steady = state.get("scale", self.scale), state.get("steady", 0)  # older states have neither
 
 
