@@ -31,7 +31,7 @@ import torch
 from bench import original_names as original
 from bench.full_size import FULL, write_configs
 from trainer.base_model import lazy_tensors, single_file
-from trainer.engine.load import place, stored
+from trainer.engine.load import place_denoiser, stored_dtype
 from trainer.spec.family import get_family
 from trainer.spec.plan import ModelPlan
 
@@ -179,12 +179,12 @@ def measured(plan: ModelPlan, cache: Path, *, device: str) -> tuple[Any, dict[st
     row |= {"assembled_s": round(time.monotonic() - started, 1), "assembled_own_gib": assembling[0] / GIB}
     started = time.monotonic()
     with memory_taken() as loading:
-        as_stored = stored(folder / facts.parts["denoiser"])
+        as_stored = stored_dtype(folder / facts.parts["denoiser"])
         denoiser = kind.load_denoiser(folder, device="cpu", dtype=as_stored)
         row["loaded_own_gib"] = loading[0] / GIB
         blocks, fused = kind.blocks(denoiser), facts.fused_targets if device == "cuda" else {}
         options = {"precision": precision, "dtype": torch.bfloat16, "device": device}
-        place(denoiser, blocks, **options, fused=fused, targets=facts.targets)
+        place_denoiser(denoiser, blocks, **options, fused=fused, targets=facts.targets)
     row |= {"placed_s": round(time.monotonic() - started, 1), "placed_own_gib": loading[0] / GIB}
     if device == "cuda":
         row["device_peak_gib"] = torch.cuda.max_memory_allocated() / GIB

@@ -84,7 +84,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--onetrainer", type=Path)
     parser.add_argument("--sd-scripts", type=Path)
     asked = parser.parse_args(arguments)
-    cudnn_fix.mend()
+    cudnn_fix.apply_fix()
     report = Report(f"{asked.family}: what else there is", asked.markdown)
     for what, made in (p for p in _peers(asked) if p[0].startswith(tuple(asked.only))):
         step.free()

@@ -139,7 +139,7 @@ def test_latents_are_what_the_pipeline_decodes(flux_vae):
 
 def adapted(denoiser, *, split, rank=3, alpha=2.0):
     fused = {} if split else FUSED
-    adapters.fuse(flux.blocks(denoiser), fused=fused, targets=flux.FACTS.targets)
+    adapters.fuse_projections(flux.blocks(denoiser), fused=fused, targets=flux.FACTS.targets)
     params = adapters.add_adapters(
         denoiser, flux.blocks(denoiser), targets=flux.FACTS.targets, fused=fused, rank=rank, alpha=alpha, seed=7
     )
@@ -158,7 +158,7 @@ def velocity(denoiser, text):
 
 def test_fused_projections_compute_the_same(flux_denoiser, text):
     before = velocity(flux_denoiser, text)
-    adapters.fuse(flux.blocks(flux_denoiser), fused=FUSED, targets=flux.FACTS.targets)
+    adapters.fuse_projections(flux.blocks(flux_denoiser), fused=FUSED, targets=flux.FACTS.targets)
     assert not hasattr(flux_denoiser.transformer_blocks[0].attn, "to_q")
     torch.testing.assert_close(velocity(flux_denoiser, text), before, atol=1e-5, rtol=1e-5)
 

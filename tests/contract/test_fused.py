@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.support.variants import CLASSES, config
 from trainer.engine import adapters, fused_linear, rope
 from trainer.engine.kernels import reference
-from trainer.engine.load import place
+from trainer.engine.load import place_denoiser
 from trainer.engine.memory import checkpointing
 from trainer.engine.quantization.frozen_linear import FrozenLinear
 from trainer.families.fused_blocks.projections import halves, whole
@@ -66,7 +66,7 @@ def roomy_weights(monkeypatch):
 def adapted(kind, denoiser, *, precision, dtype, forwards, targets=None):
     options = {"fused": kind.FACTS.fused_targets, "targets": targets or kind.FACTS.targets}
     where = {"precision": precision, "dtype": dtype, "device": "cpu", "rank": 4}
-    place(denoiser, kind.blocks(denoiser), **where, forwards=forwards, **options)
+    place_denoiser(denoiser, kind.blocks(denoiser), **where, forwards=forwards, **options)
     assert precision != "fp8" or any(m.rank for m in denoiser.modules() if isinstance(m, FrozenLinear))
     adapters.add_adapters(denoiser, kind.blocks(denoiser), **options, rank=4, alpha=4, seed=0)
     torch.manual_seed(2)

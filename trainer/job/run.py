@@ -47,7 +47,7 @@ def run(plan: Plan, stop: StopFlag) -> None:
     """
     out, workers = Path(plan.output.path), distributed.workers_from_environment(plan.engine.num_gpus, os.environ, stop)
     if plan.engine.attention == "flash_4":
-        flash_attention_4.prepare()
+        flash_attention_4.import_in_background()
     if not workers.is_first:
         _follow(plan, stop, out, workers=workers)
         return
