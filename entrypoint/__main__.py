@@ -139,7 +139,7 @@ def _now(environ: Mapping[str, str]) -> datetime.datetime:
 
 def _refuse_missing_accelerator(plan: Plan, *, asked: str) -> None:
     """A rented machine may come back without its GPUs; training a full-size model on the CPU would only cost money."""
-    if plan.engine.device == "cpu" and asked == "auto" and base_models()[plan.model.base][1].files_gib:
+    if plan.engine.device == "cpu" and asked == "auto" and not base_models()[plan.model.base][1].is_miniature:
         raise UnreachableError(
             f"No GPU answers here, and {plan.model.base} is not trained on a CPU. Give the container its GPUs (docker "
             "run --gpus all; --device /dev/kfd --device /dev/dri), or set BACKEND=cpu to train on the CPU all the same."

@@ -98,7 +98,7 @@ def add(model: Any, several: list[tuple[LoraModules, float]], *, component: str)
             if shape != weight.shape:
                 raise SettingsError(f"{name} is {list(shape)} in the LoRA and {list(weight.shape)} in the model.")
             before = weight.float()
-            weight.copy_(before + strength * (adapter.on(before) - before))
+            weight.copy_(before + strength * (adapter.applied_to(before) - before))
 
 
 def _layer(model: Any, name: str) -> Any:
@@ -200,7 +200,7 @@ def _encoded(
     """Texts → embeddings with a batch axis, by encoders as the files change them; these are gone afterwards."""
     texts = list(dict.fromkeys(prepare.prompt_texts(prompts)))
     encoders = kind.load_encoders(folder, device=device, dtype=dtype)
-    for component in kind.KEYS.encoders:
+    for component in kind.LORA_KEYS.encoders:
         add(getattr(encoders, component), several, component=component)
     found = kind.encode_text(encoders, texts)
     del encoders

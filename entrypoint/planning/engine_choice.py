@@ -71,7 +71,7 @@ def _compiled(settings: Settings, plan: EnginePlan, compiles: str, notes: Notes)
     """Whether the blocks are compiled. Where steps are recorded, that may take longer than it saves."""
     if settings.compile is not None:
         return settings.compile
-    fused = PRECISIONS[plan.precision].form == "fp8" and settings.lora_type != "dora"
+    fused = PRECISIONS[plan.precision].weight_format == "fp8" and settings.lora_type != "dora"
     recorded = plan.replay and plan.offload != "weights"
     if plan.device == "cpu":
         chosen, why = False, "takes longer than it saves here"
@@ -90,7 +90,7 @@ def _attention(settings: Settings, hardware: Hardware, facts: Facts, model: Base
     asked = settings.attention
     if asked == "auto":
         chosen, why = "native", "torch picks the kernel"
-        if hardware.fastest_attention == "flash_4" and model.footprint:  # a miniature's heads are narrower
+        if hardware.fastest_attention == "flash_4" and not model.is_miniature:  # a miniature's heads are narrower
             if flash_attention.is_installed(settings.cache_path):
                 chosen, why = "flash_4", "the fastest here"
             else:
@@ -128,7 +128,7 @@ def _as_it_is(settings: Settings, hardware: Hardware, plan: EnginePlan, *, notes
     """Of a miniature, which fits anywhere, or on a CPU, where nobody is short of memory."""
     precision = settings.precision
     if precision == "auto":
-        precision = hardware.plain
+        precision = hardware.unquantized_precision
         notes.chose("PARAMS_PRECISION", precision, f"best for {hardware}")
     if settings.offload not in ("auto", "none") and hardware.device == "cpu":
         notes.add(
@@ -142,7 +142,7 @@ def _as_it_is(settings: Settings, hardware: Hardware, plan: EnginePlan, *, notes
     return dataclasses.replace(
         plan,
         precision=precision,
-        dtype=hardware.computes_in(precision),
+        dtype=hardware.activation_dtype(precision),
         recompute=RECOMPUTE[bool(settings.gradient_checkpointing)],
         offload="none" if settings.offload == "auto" else settings.offload,
     )
@@ -163,7 +163,7 @@ def _fitted(
     """The fastest that `trainer.spec.memory_model` predicts to fit, in each phase of the job. `drawn`: pixels of a
     sample."""
     work = _largest(settings, datasets, rank, footprint)
-    precisions = hardware.automatic if settings.precision == "auto" else (settings.precision,)
+    precisions = hardware.auto_precisions if settings.precision == "auto" else (settings.precision,)
     have = min(hardware.memory_gib, settings.memory_limit_gib or hardware.memory_gib)
     room, host = have * memory_model.SPARE, hardware.host_memory_gib * HOST_SHARE / plan.num_gpus
 
@@ -192,7 +192,7 @@ def _fitted(
     plan = dataclasses.replace(
         plan,
         precision=way.precision,
-        dtype=hardware.computes_in(way.precision),
+        dtype=hardware.activation_dtype(way.precision),
         recompute=way.recompute,
         kept_blocks=way.kept_blocks,
         offload=way.offload,

@@ -111,7 +111,7 @@ def adapter(
 
 def _foreign(header: Header, found: LoraSummary, facts: Facts) -> str | None:
     """Why a file is not of this family, or not of a kind that is read."""
-    stems = [r[0] for key in header.entries if (r := key_names.role(key))]
+    stems = [r[0] for key in header.entries if (r := key_names.split_key(key))]
     likely = inspect.likely_family(stems, header.metadata)
     said = inspect.declared_family(header.metadata)
     if likely not in (None, facts.name) and (found.unmatched or said == likely):
@@ -164,10 +164,10 @@ def _is_covered(module: str, targets: tuple[str, ...]) -> bool:
 
 def _end(module: str, facts: Facts) -> str | None:
     """The end of a module's name inside its block; None if it is in no block."""
-    there = key_names.layer(module, facts.name)
-    if there is None or there.native is None or not there.number:
+    there = key_names.find_layer(module, facts.name)
+    if there is None or there.original is None or not there.number:
         return None
-    return there.native.parts[there.part or 0].rpartition("{}.")[2]
+    return there.original.diffusers_names[there.part or 0].rpartition("{}.")[2]
 
 
 def _targets(found: LoraSummary, facts: Facts) -> tuple[str, ...]:

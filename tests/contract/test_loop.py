@@ -95,7 +95,7 @@ def micro_batches(channels):
 def ours(case, denoiser, batches):
     """The losses of Kiln's loop, and the adapters as they were before it."""
     kind = get_family(case.family)
-    adapters.fuse(kind.blocks(denoiser), fused=case.fused, targets=kind.FACTS.targets)
+    adapters.fuse_projections(kind.blocks(denoiser), fused=case.fused, targets=kind.FACTS.targets)
     params = adapters.add_adapters(
         denoiser, kind.blocks(denoiser), targets=kind.FACTS.targets, fused=case.fused, rank=4, alpha=2.0, seed=SEED
     )

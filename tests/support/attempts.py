@@ -111,7 +111,7 @@ def capped(made: Session, room: float) -> tuple[float, float, float]:
     No cap where the host has no memory for that step.
     """
     low, its = torch.cuda.memory_allocated(), made.runner
-    made.runner = EagerStep(its.params, its.wholes, its.around)
+    made.runner = EagerStep(its.params, its.optimizer_params, its.pass_context)
     torch.cuda.reset_peak_memory_stats()
     fits = made._rehearsed([micro_batch(made.cache, batch) for batch in made.largest(made.order.epoch(0))])
     assert fits or made.plan.engine.host_gib == 0

@@ -64,7 +64,7 @@ def trained(workers, case):
             every.append(micro_batch(number, count, bad=case == "bad" and i == BAD and at == 1))
         groups.append((1, every[workers.process_rank :: workers.size]))
     params = [*model.parameters()]
-    wholes = flat_parameters.joined("adamw", params) if case.startswith("joined") else params
+    wholes = flat_parameters.flatten_parameters("adamw", params) if case.startswith("joined") else params
     optimizer = torch.optim.AdamW(wholes, lr=0.02, weight_decay=0.5)
     guard, runner = StepGuard(), EagerStep(params, wholes)
     steps = []

@@ -70,5 +70,5 @@ class CheckpointRetention:
             log.warning(
                 "OUTPUT_PATH: a save takes %.1f MiB, and %s are free: room for %d more. Free some, or the job will "
                 "stop with exit code 74 (it resumes by itself).",
-                needed / 2**20, atomic.free(self.out), free // needed,
+                needed / 2**20, atomic.free_space(self.out), free // needed,
             )  # fmt: skip

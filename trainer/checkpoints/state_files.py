@@ -132,8 +132,8 @@ def _state_folders(folder: Path) -> list[Path]:
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:
     """Write a safetensors file; returns its SHA-256, which another thread computes meanwhile."""
-    entries, data = safetensors_writer.laid_out(tensors)
-    pieces: list[bytes | memoryview] = [safetensors_writer.header(entries), *data]
+    entries, data = safetensors_writer.layout(tensors)
+    pieces: list[bytes | memoryview] = [safetensors_writer.encode_header(entries), *data]
     with ThreadPoolExecutor(1, "hash") as hasher:
         digest = hasher.submit(safetensors_writer.sha256, pieces)
         with path.open("wb") as file:
@@ -145,7 +145,7 @@ def _reads_back(path: Path, tensors: dict[str, torch.Tensor]) -> bool:
     back = load_file(path)
     if back.keys() != tensors.keys():
         return False
-    return all(safetensors_writer.same(back[name], tensor) for name, tensor in tensors.items())
+    return all(safetensors_writer.same_bits(back[name], tensor) for name, tensor in tensors.items())
 
 
 def _split(value: Any, tensors: dict[str, torch.Tensor]) -> Any:

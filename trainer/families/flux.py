@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.families.common import traced
-from trainer.spec.family import BaseModel, Encoded, Facts, Footprint, Keys, Native
+from trainer.spec.family import BaseModel, ClipOutput, Facts, Footprint, LoraKeys, OriginalLayer
 
 if TYPE_CHECKING:
     import torch
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 MINIATURE = str(Path(__file__).with_name("miniatures") / "flux")
 
 FOOTPRINT = Footprint(
-    blocks=11.82e9,
-    rest=0.08e9,
-    adapters=3.63e6,
-    regions=57,
+    block_weights=11.82e9,
+    other_weights=0.08e9,
+    adapter_weights_per_rank=3.63e6,
+    region_count=57,
     text_tokens=512,
-    kept={"none": 4.6, "products": 3.25, "attention": 0.673, "all": 0.334, "host": 0.02},
-    working=0.136,
-    largest=0.34e9,
-    turned=8.6e9,
-    encoders=4.89e9,
-    width=3072,
+    saved_gib={"none": 4.6, "products": 3.25, "attention": 0.673, "all": 0.334, "host": 0.02},
+    working_gib=0.136,
+    largest_region_weights=0.34e9,
+    fp8_weights=8.6e9,
+    encoder_weights=4.89e9,
+    hidden_size=3072,
 )
 FACTS = Facts(
     name="flux",
@@ -124,7 +124,7 @@ def encode_text(encoders: FluxPipeline, captions: list[str]) -> list[dict[str, t
     return [{"tokens": t.cpu(), "pooled": p.cpu()} for t, p in zip(tokens_BLD, pooled_BD, strict=True)]
 
 
-def with_encoded(text: dict[str, torch.Tensor], fresh: dict[str, Encoded]) -> dict[str, torch.Tensor]:
+def with_clip_outputs(text: dict[str, torch.Tensor], fresh: dict[str, ClipOutput]) -> dict[str, torch.Tensor]:
     """Of CLIP-L, this family reads the pooled output alone."""
     return {**text, "pooled": fresh["text_encoder"].pooled_BD} if "text_encoder" in fresh else text
 
@@ -161,7 +161,7 @@ def from_original(
     config: dict[str, Any],  # noqa: ARG001 (the names say all)
 ) -> dict[str, torch.Tensor]:
     """By the table of this family's LoRA keys, at any width: diffusers' own function knows the full-size one alone."""
-    layers = {layer.name: layer for layer in KEYS.layers}
+    layers = {layer.name: layer for layer in LORA_KEYS.layers}
     found = {}
     for name, tensor in state.items():
         path, end = name.rsplit(".", 1)
@@ -174,11 +174,11 @@ def from_original(
         if layer is None:
             found[name] = tensor  # and is refused
             continue
-        unit = tensor.shape[0] // sum(layer.rows)
-        pieces = tensor.split([unit * n for n in layer.rows]) if len(layer.parts) > 1 else (tensor,)
-        if layer.swapped:
+        unit = tensor.shape[0] // sum(layer.row_ratio)
+        pieces = tensor.split([unit * n for n in layer.row_ratio]) if len(layer.diffusers_names) > 1 else (tensor,)
+        if layer.halves_swapped:
             pieces = (tensor.roll(tensor.shape[0] // 2, 0),)
-        found |= {f"{part.format(number)}.{end}": p for part, p in zip(layer.parts, pieces, strict=True)}
+        found |= {f"{part.format(number)}.{end}": p for part, p in zip(layer.diffusers_names, pieces, strict=True)}
     return found
 
 
@@ -191,12 +191,12 @@ def regions(denoiser: FluxTransformer2DModel) -> list[torch.nn.Module]:
     return [block for _, block in blocks(denoiser)]
 
 
-def forwards() -> dict[type, type]:
+def fused_forwards() -> dict[type, type]:
     from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 
-    from trainer.families.fused_blocks.flux import Double, Single
+    from trainer.families.fused_blocks.flux import FusedDoubleBlock, FusedSingleBlock
 
-    return {FluxTransformerBlock: Double, FluxSingleTransformerBlock: Single}
+    return {FluxTransformerBlock: FusedDoubleBlock, FluxSingleTransformerBlock: FusedSingleBlock}
 
 
 def predict(
@@ -272,38 +272,38 @@ def sample(
     return image
 
 
-# ---- key names of LoRA files. Native: the modules of black-forest-labs/flux, which kohya's and ComfyUI's keys name.
+# ---- key names of LoRA files. Original: the modules of black-forest-labs/flux, which kohya's and ComfyUI's keys name.
 _DOUBLE, _SINGLE = "transformer_blocks.{}", "single_transformer_blocks.{}"
 _EMBEDDERS = {"timestep": "time_in", "text": "vector_in", "guidance": "guidance_in"}
 
-KEYS = Keys(
+LORA_KEYS = LoraKeys(
     layers=(
-        Native("double_blocks.{}.img_attn.qkv", tuple(f"{_DOUBLE}.attn.to_{x}" for x in "qkv"), (1, 1, 1)),
-        Native("double_blocks.{}.txt_attn.qkv", tuple(f"{_DOUBLE}.attn.add_{x}_proj" for x in "qkv"), (1, 1, 1)),
-        Native("double_blocks.{}.img_attn.proj", (f"{_DOUBLE}.attn.to_out.0",)),
-        Native("double_blocks.{}.txt_attn.proj", (f"{_DOUBLE}.attn.to_add_out",)),
-        Native("double_blocks.{}.img_mlp.0", (f"{_DOUBLE}.ff.net.0.proj",)),
-        Native("double_blocks.{}.img_mlp.2", (f"{_DOUBLE}.ff.net.2",)),
-        Native("double_blocks.{}.txt_mlp.0", (f"{_DOUBLE}.ff_context.net.0.proj",)),
-        Native("double_blocks.{}.txt_mlp.2", (f"{_DOUBLE}.ff_context.net.2",)),
-        Native("double_blocks.{}.img_mod.lin", (f"{_DOUBLE}.norm1.linear",)),
-        Native("double_blocks.{}.txt_mod.lin", (f"{_DOUBLE}.norm1_context.linear",)),
-        Native(
+        OriginalLayer("double_blocks.{}.img_attn.qkv", tuple(f"{_DOUBLE}.attn.to_{x}" for x in "qkv"), (1, 1, 1)),
+        OriginalLayer("double_blocks.{}.txt_attn.qkv", tuple(f"{_DOUBLE}.attn.add_{x}_proj" for x in "qkv"), (1, 1, 1)),
+        OriginalLayer("double_blocks.{}.img_attn.proj", (f"{_DOUBLE}.attn.to_out.0",)),
+        OriginalLayer("double_blocks.{}.txt_attn.proj", (f"{_DOUBLE}.attn.to_add_out",)),
+        OriginalLayer("double_blocks.{}.img_mlp.0", (f"{_DOUBLE}.ff.net.0.proj",)),
+        OriginalLayer("double_blocks.{}.img_mlp.2", (f"{_DOUBLE}.ff.net.2",)),
+        OriginalLayer("double_blocks.{}.txt_mlp.0", (f"{_DOUBLE}.ff_context.net.0.proj",)),
+        OriginalLayer("double_blocks.{}.txt_mlp.2", (f"{_DOUBLE}.ff_context.net.2",)),
+        OriginalLayer("double_blocks.{}.img_mod.lin", (f"{_DOUBLE}.norm1.linear",)),
+        OriginalLayer("double_blocks.{}.txt_mod.lin", (f"{_DOUBLE}.norm1_context.linear",)),
+        OriginalLayer(
             "single_blocks.{}.linear1",
             (*(f"{_SINGLE}.attn.to_{x}" for x in "qkv"), f"{_SINGLE}.proj_mlp"),
             (1, 1, 1, 4),  # the MLP is four times as wide as the model
         ),
-        Native("single_blocks.{}.linear2", (f"{_SINGLE}.proj_out",)),
-        Native("single_blocks.{}.modulation.lin", (f"{_SINGLE}.norm.linear",)),
-        Native("img_in", ("x_embedder",)),
-        Native("txt_in", ("context_embedder",)),
+        OriginalLayer("single_blocks.{}.linear2", (f"{_SINGLE}.proj_out",)),
+        OriginalLayer("single_blocks.{}.modulation.lin", (f"{_SINGLE}.norm.linear",)),
+        OriginalLayer("img_in", ("x_embedder",)),
+        OriginalLayer("txt_in", ("context_embedder",)),
         *(
-            Native(f"{native}.{end}_layer", (f"time_text_embed.{ours}_embedder.linear_{number}",))
+            OriginalLayer(f"{native}.{end}_layer", (f"time_text_embed.{ours}_embedder.linear_{number}",))
             for ours, native in _EMBEDDERS.items()
             for number, end in ((1, "in"), (2, "out"))
         ),
-        Native("final_layer.linear", ("proj_out",)),
-        Native("final_layer.adaLN_modulation.1", ("norm_out.linear",), swapped=True),
+        OriginalLayer("final_layer.linear", ("proj_out",)),
+        OriginalLayer("final_layer.adaLN_modulation.1", ("norm_out.linear",), halves_swapped=True),
     ),
     encoders={"text_encoder": "te1", "text_encoder_2": "te3"},  # CLIP-L and T5
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.families.common import traced
-from trainer.spec.family import OPTIONAL, BaseModel, Encoded, Facts, Footprint, Keys, Native, weights
+from trainer.spec.family import OPTIONAL, BaseModel, ClipOutput, Facts, Footprint, LoraKeys, OriginalLayer, weights
 
 if TYPE_CHECKING:
     import torch
@@ -18,35 +18,39 @@ if TYPE_CHECKING:
 
 MINIATURE = str(Path(__file__).with_name("miniatures") / "sd3")
 FOOTPRINT = Footprint(
-    blocks=2.01e9,
-    rest=0.02e9,
-    adapters=1.31e6,
-    regions=24,
+    block_weights=2.01e9,
+    other_weights=0.02e9,
+    adapter_weights_per_rank=1.31e6,
+    region_count=24,
     text_tokens=333,
-    kept={"none": 0.81, "products": 0.66, "attention": 0.14, "all": 0.07, "host": 0.02},
-    working=0.077,
-    largest=0.085e9,
-    turned=1.33e9,
-    encoders=5.58e9,
-    width=1536,
+    saved_gib={"none": 0.81, "products": 0.66, "attention": 0.14, "all": 0.07, "host": 0.02},
+    working_gib=0.077,
+    largest_region_weights=0.085e9,
+    fp8_weights=1.33e9,
+    encoder_weights=5.58e9,
+    hidden_size=1536,
 )
 MEDIUM_3 = BaseModel("stabilityai/stable-diffusion-3-medium-diffusers", 14.5, FOOTPRINT, gated=True)
 # Not measured: scaled from the above by width and number of blocks.
 LARGE = Footprint(
-    blocks=8.0e9,
-    rest=0.06e9,
-    adapters=3.3e6,
-    regions=38,
+    block_weights=8.0e9,
+    other_weights=0.06e9,
+    adapter_weights_per_rank=3.3e6,
+    region_count=38,
     text_tokens=333,
-    kept={"none": 2.1, "products": 1.6, "attention": 0.35, "all": 0.18, "host": 0.02},
-    working=0.12,
-    largest=0.213e9,
-    turned=5.3e9,
-    encoders=5.58e9,
-    width=2432,
+    saved_gib={"none": 2.1, "products": 1.6, "attention": 0.35, "all": 0.18, "host": 0.02},
+    working_gib=0.12,
+    largest_region_weights=0.213e9,
+    fp8_weights=5.3e9,
+    encoder_weights=5.58e9,
+    hidden_size=2432,
 )
 WIDER = dataclasses.replace(
-    FOOTPRINT, blocks=2.2e9, adapters=1.6e6, turned=1.4e9, kept={**FOOTPRINT.kept, "none": 1.07, "products": 0.86}
+    FOOTPRINT,
+    block_weights=2.2e9,
+    adapter_weights_per_rank=1.6e6,
+    fp8_weights=1.4e9,
+    saved_gib={**FOOTPRINT.saved_gib, "none": 1.07, "products": 0.86},
 )
 T5_TOKENS = 256  # the pipeline's default: what users' tools sample with is what is trained with
 
@@ -151,7 +155,7 @@ def encode_text(encoders: StableDiffusion3Pipeline, captions: list[str]) -> list
     return [{"tokens": t.cpu(), "pooled": p.cpu()} for t, p in zip(tokens_BLD, pooled_BD, strict=True)]
 
 
-def with_encoded(text: dict[str, torch.Tensor], fresh: dict[str, Encoded]) -> dict[str, torch.Tensor]:
+def with_clip_outputs(text: dict[str, torch.Tensor], fresh: dict[str, ClipOutput]) -> dict[str, torch.Tensor]:
     """The first tokens are CLIP-L's and CLIP-G's, side by side, and zeros; the pooled outputs are side by side too."""
     import torch
 
@@ -215,12 +219,12 @@ def regions(denoiser: SD3Transformer2DModel) -> list[torch.nn.Module]:
     return [block for _, block in blocks(denoiser)]
 
 
-def forwards() -> dict[type, type]:
+def fused_forwards() -> dict[type, type]:
     from diffusers.models.attention import JointTransformerBlock
 
-    from trainer.families.fused_blocks.sd3 import Joint
+    from trainer.families.fused_blocks.sd3 import FusedJointBlock
 
-    return {JointTransformerBlock: Joint}
+    return {JointTransformerBlock: FusedJointBlock}
 
 
 def predict(
@@ -286,31 +290,34 @@ def sample(
     return image
 
 
-# ---- key names of LoRA files. Native: the modules of Stability-AI/sd3.5, which kohya's and ComfyUI's keys name.
+# ---- key names of LoRA files. Original: the modules of Stability-AI/sd3.5, which kohya's and ComfyUI's keys name.
 _OURS, _X, _CONTEXT = "transformer_blocks.{}", "joint_blocks.{}.x_block", "joint_blocks.{}.context_block"
 
-KEYS = Keys(
+LORA_KEYS = LoraKeys(
     layers=(
-        Native(f"{_X}.attn.qkv", tuple(f"{_OURS}.attn.to_{x}" for x in "qkv"), (1, 1, 1)),
-        Native(f"{_X}.attn2.qkv", tuple(f"{_OURS}.attn2.to_{x}" for x in "qkv"), (1, 1, 1)),
-        Native(f"{_CONTEXT}.attn.qkv", tuple(f"{_OURS}.attn.add_{x}_proj" for x in "qkv"), (1, 1, 1)),
-        Native(f"{_X}.attn.proj", (f"{_OURS}.attn.to_out.0",)),
-        Native(f"{_X}.attn2.proj", (f"{_OURS}.attn2.to_out.0",)),
-        Native(f"{_CONTEXT}.attn.proj", (f"{_OURS}.attn.to_add_out",)),
-        Native(f"{_X}.mlp.fc1", (f"{_OURS}.ff.net.0.proj",)),
-        Native(f"{_X}.mlp.fc2", (f"{_OURS}.ff.net.2",)),
-        Native(f"{_CONTEXT}.mlp.fc1", (f"{_OURS}.ff_context.net.0.proj",)),
-        Native(f"{_CONTEXT}.mlp.fc2", (f"{_OURS}.ff_context.net.2",)),
-        Native(f"{_X}.adaLN_modulation.1", (f"{_OURS}.norm1.linear",)),
+        OriginalLayer(f"{_X}.attn.qkv", tuple(f"{_OURS}.attn.to_{x}" for x in "qkv"), (1, 1, 1)),
+        OriginalLayer(f"{_X}.attn2.qkv", tuple(f"{_OURS}.attn2.to_{x}" for x in "qkv"), (1, 1, 1)),
+        OriginalLayer(f"{_CONTEXT}.attn.qkv", tuple(f"{_OURS}.attn.add_{x}_proj" for x in "qkv"), (1, 1, 1)),
+        OriginalLayer(f"{_X}.attn.proj", (f"{_OURS}.attn.to_out.0",)),
+        OriginalLayer(f"{_X}.attn2.proj", (f"{_OURS}.attn2.to_out.0",)),
+        OriginalLayer(f"{_CONTEXT}.attn.proj", (f"{_OURS}.attn.to_add_out",)),
+        OriginalLayer(f"{_X}.mlp.fc1", (f"{_OURS}.ff.net.0.proj",)),
+        OriginalLayer(f"{_X}.mlp.fc2", (f"{_OURS}.ff.net.2",)),
+        OriginalLayer(f"{_CONTEXT}.mlp.fc1", (f"{_OURS}.ff_context.net.0.proj",)),
+        OriginalLayer(f"{_CONTEXT}.mlp.fc2", (f"{_OURS}.ff_context.net.2",)),
+        OriginalLayer(f"{_X}.adaLN_modulation.1", (f"{_OURS}.norm1.linear",)),
         # Six or nine parts in the same order; only in the last block there are two, and they are swapped.
-        Native(f"{_CONTEXT}.adaLN_modulation.1", (f"{_OURS}.norm1_context.linear",), swapped=True),
-        Native("context_embedder", ("context_embedder",)),
-        Native("x_embedder.proj", ("pos_embed.proj",)),
-        *(Native(f"t_embedder.mlp.{2 * n - 2}", (f"time_text_embed.timestep_embedder.linear_{n}",)) for n in (1, 2)),
-        *(Native(f"y_embedder.mlp.{2 * n - 2}", (f"time_text_embed.text_embedder.linear_{n}",)) for n in (1, 2)),
-        Native("final_layer.linear", ("proj_out",)),
-        Native("final_layer.adaLN_modulation.1", ("norm_out.linear",), swapped=True),
+        OriginalLayer(f"{_CONTEXT}.adaLN_modulation.1", (f"{_OURS}.norm1_context.linear",), halves_swapped=True),
+        OriginalLayer("context_embedder", ("context_embedder",)),
+        OriginalLayer("x_embedder.proj", ("pos_embed.proj",)),
+        *(
+            OriginalLayer(f"t_embedder.mlp.{2 * n - 2}", (f"time_text_embed.timestep_embedder.linear_{n}",))
+            for n in (1, 2)
+        ),
+        *(OriginalLayer(f"y_embedder.mlp.{2 * n - 2}", (f"time_text_embed.text_embedder.linear_{n}",)) for n in (1, 2)),
+        OriginalLayer("final_layer.linear", ("proj_out",)),
+        OriginalLayer("final_layer.adaLN_modulation.1", ("norm_out.linear",), halves_swapped=True),
     ),
     encoders={"text_encoder": "te1", "text_encoder_2": "te2", "text_encoder_3": "te3"},  # CLIP-L, CLIP-G, T5
-    writes=("kohya", "peft"),  # kohya's keys are read by all but diffusers, and diffusers' by few others
+    file_formats=("kohya", "peft"),  # kohya's keys are read by all but diffusers, and diffusers' by few others
 )

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.spec.family import BaseModel, Encoded, Facts, Footprint, Keys, Native, weights
+from trainer.spec.family import BaseModel, ClipOutput, Facts, Footprint, LoraKeys, OriginalLayer, weights
 
 if TYPE_CHECKING:
     import torch
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 MINIATURE = str(Path(__file__).with_name("miniatures") / "sdxl")
 FOOTPRINT = Footprint(
-    blocks=2.21e9,
-    rest=0.36e9,
-    adapters=2.66e6,
-    regions=87,
+    block_weights=2.21e9,
+    other_weights=0.36e9,
+    adapter_weights_per_rank=2.66e6,
+    region_count=87,
     text_tokens=0,
-    kept={"none": 1.0, "products": 0.8, "attention": 0.3, "all": 0.2, "host": 0.08},
-    working=0.146,
-    largest=0.05e9,
-    turned=2.21e9,
-    encoders=0.82e9,
-    width=1280,
-    recording=0.6,
-    plain=1.5,
+    saved_gib={"none": 1.0, "products": 0.8, "attention": 0.3, "all": 0.2, "host": 0.08},
+    working_gib=0.146,
+    largest_region_weights=0.05e9,
+    fp8_weights=2.21e9,
+    encoder_weights=0.82e9,
+    hidden_size=1280,
+    capture_gib=0.6,
+    unfused_factor=1.5,
 )
 BASE = BaseModel("stabilityai/stable-diffusion-xl-base-1.0", 12.9, FOOTPRINT)
 
@@ -110,7 +110,7 @@ def encode_text(encoders: StableDiffusionXLPipeline, captions: list[str]) -> lis
     return [{"tokens": t.cpu(), "pooled": p.cpu()} for t, p in zip(tokens_BLD, pooled_BD, strict=True)]
 
 
-def with_encoded(text: dict[str, torch.Tensor], fresh: dict[str, Encoded]) -> dict[str, torch.Tensor]:
+def with_clip_outputs(text: dict[str, torch.Tensor], fresh: dict[str, ClipOutput]) -> dict[str, torch.Tensor]:
     """The tokens are CLIP-L's and then CLIP-G's, side by side; the pooled output is CLIP-G's."""
     import torch
 
@@ -172,12 +172,12 @@ def regions(denoiser: UNet2DConditionModel) -> list[torch.nn.Module]:
     return [m for m in denoiser.modules() if isinstance(m, BasicTransformerBlock | ResnetBlock2D)]
 
 
-def forwards() -> dict[type, type]:
+def fused_forwards() -> dict[type, type]:
     from diffusers.models.attention import BasicTransformerBlock
 
-    from trainer.families.fused_blocks.sdxl import Basic
+    from trainer.families.fused_blocks.sdxl import FusedBasicBlock
 
-    return {BasicTransformerBlock: Basic}
+    return {BasicTransformerBlock: FusedBasicBlock}
 
 
 def predict(
@@ -246,8 +246,8 @@ def sample(
     return image
 
 
-# ---- key names of LoRA files. Native: the modules of Stability-AI/generative-models, which kohya's and ComfyUI's keys
-# name by their place in a list: three to a level going down (two with layers, one that halves the size), three up.
+# ---- key names of LoRA files. Original: the modules of Stability-AI/generative-models, which kohya's and ComfyUI's
+# keys name by their place in a list: three to a level going down (two with layers, one that halves the size), three up.
 _ATTENTIONS = {
     **{f"down_blocks.{i}.attentions.{j}": f"input_blocks.{3 * i + j + 1}.1" for i in (1, 2) for j in (0, 1)},
     "mid_block.attentions.0": "middle_block.1",
@@ -277,11 +277,11 @@ _OTHERS = {
     "conv_out": "out.2",
 }
 
-KEYS = Keys(
+LORA_KEYS = LoraKeys(
     layers=(
-        *(Native(f"{b}.{path}", (f"{a}.{path}",)) for a, b in _ATTENTIONS.items() for path in _IN_ATTENTION),
-        *(Native(f"{b}.{d}", (f"{a}.{c}",)) for a, b in _RESNETS.items() for c, d in _IN_RESNET.items()),
-        *(Native(b, (a,)) for a, b in _OTHERS.items()),
+        *(OriginalLayer(f"{b}.{path}", (f"{a}.{path}",)) for a, b in _ATTENTIONS.items() for path in _IN_ATTENTION),
+        *(OriginalLayer(f"{b}.{d}", (f"{a}.{c}",)) for a, b in _RESNETS.items() for c, d in _IN_RESNET.items()),
+        *(OriginalLayer(b, (a,)) for a, b in _OTHERS.items()),
     ),
     encoders={"text_encoder": "te1", "text_encoder_2": "te2"},  # CLIP-L and CLIP-G
 )

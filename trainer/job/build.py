@@ -12,7 +12,7 @@ import torch
 from trainer.engine import adapters, flat_parameters
 from trainer.engine.device import torch_dtype
 from trainer.engine.execution import Engine
-from trainer.engine.load import loaded
+from trainer.engine.load import load_denoiser
 from trainer.job import prepare
 from trainer.job.session import Session
 from trainer.job.watchdog import Watchdog
@@ -78,7 +78,7 @@ def build_training_state(plan: Plan, kind: Family, *, model: Path, total: int) -
     fused = {} if plan.lora.split_qkv else facts.fused_targets
     settings = plan.lora
     rank = 0 if settings.kind == "dora" else settings.rank  # whose adapters are no part of a product
-    denoiser, stream = loaded(kind, model, engine, fused=fused, targets=settings.targets, rank=rank)
+    denoiser, stream = load_denoiser(kind, model, engine, fused=fused, targets=settings.targets, rank=rank)
     put = partial(
         adapters.add_adapters, rank=settings.rank, alpha=settings.alpha, seed=plan.train.seed, kind=settings.kind
     )
@@ -94,7 +94,7 @@ def build_training_state(plan: Plan, kind: Family, *, model: Path, total: int) -
         trained.append((own, {"lr": plan.optim.text_encoders[component]}))
     parts = [p for own, _ in trained for p in own]
     groups: list[dict[str, Any]]
-    groups = [{"params": flat_parameters.joined(plan.optim.name, own), **rate} for own, rate in trained]
+    groups = [{"params": flat_parameters.flatten_parameters(plan.optim.name, own), **rate} for own, rate in trained]
     if start is not None:
         _start_from(denoiser, texts, start, plan=plan, facts=facts)
     new_optimizer = partial(
@@ -133,7 +133,8 @@ def _start_from(denoiser: Any, texts: TextEncoders, modules: weights.LoraModules
     own = {name: adapter for name, adapter in modules.items() if name.partition(".")[0] not in texts.models}
     try:
         adapters.load(
-            denoiser, peft_bridge.to_state(own, state, prefix=facts.lora_prefix, fused=facts.fused_targets, scale=scale)
+            denoiser,
+            peft_bridge.to_peft_state(own, state, prefix=facts.lora_prefix, fused=facts.fused_targets, scale=scale),
         )
         for component, model in texts.models.items():
             text_encoders.start(model, component, modules, family_name=facts.name, scale=scale)

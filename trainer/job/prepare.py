@@ -114,7 +114,7 @@ def _same_data(state: state_files.State | None, found: Scan) -> None:
 def fill_cache(ready: PreparedData, *, kind: Family, model: Path, check_in: Callable[[], None]) -> None:
     # Of the engine's formats, the encoders take the type of activations alone: the others are the denoiser's.
     plan, order, cache = ready.plan, ready.order, ready.cache
-    captions = [*order.every_caption(), *prompt_texts(plan.prompts)]
+    captions = [*order.all_captions(), *prompt_texts(plan.prompts)]
     fill_texts(cache, captions, family=kind, model=model, engine=plan.engine, check_in=check_in)
     fill_images(cache, order, family=kind, model=model, engine=plan.engine, check_in=check_in)
 

@@ -47,7 +47,7 @@ def run(plan: Plan, stop: StopFlag) -> None:
     """
     out, workers = Path(plan.output.path), distributed.workers_from_environment(plan.engine.num_gpus, os.environ, stop)
     if plan.engine.attention == "flash_4":
-        flash_attention_4.prepare()
+        flash_attention_4.import_in_background()
     if not workers.is_first:
         _follow(plan, stop, out, workers=workers)
         return
@@ -63,7 +63,7 @@ def run(plan: Plan, stop: StopFlag) -> None:
             crashes.record(str(problem))
 
         with watchdog.watching(out, hung), crashes.counted(), _named(out):
-            atomic.sweep(out)
+            atomic.remove_leftovers(out)
             _whole(plan, stop, out, status=status, watchdog=watchdog, workers=workers)
 
 
@@ -142,7 +142,7 @@ def _named(out: Path) -> Iterator[None]:
     except OSError as problem:
         if problem.errno is None:
             raise
-        left = f"; {atomic.free(out)} are free" if problem.errno in atomic.FULL else ""
+        left = f"; {atomic.free_space(out)} are free" if problem.errno in atomic.VOLUME_ERRORS else ""
         raise StorageError(f"{problem.filename or out}: {problem.strerror}{left}.") from problem
     except torch.OutOfMemoryError as problem:
         raise OutOfMemoryError(f"Out of memory: {str(problem).splitlines()[0]}") from problem

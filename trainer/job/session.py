@@ -26,8 +26,8 @@ from trainer.data.identity import fingerprint
 from trainer.data.records import Scan
 from trainer.engine import encoders
 from trainer.engine.cuda_graphs import EagerStep, GraphStep
-from trainer.engine.device import release, reserve, torch_dtype
-from trainer.engine.execution import Engine, drawing
+from trainer.engine.device import rehearsal_reserve, release, torch_dtype
+from trainer.engine.execution import Engine, without_new_compilation
 from trainer.engine.quantization.cast_adapters import AdapterCast
 from trainer.job import sampling, saving
 from trainer.job.metrics import Metrics
@@ -84,14 +84,14 @@ class Session:
         dtype, compiled = torch_dtype(self.plan.engine), self.engine.compiled  # which makes adapters' halves in passing
         halves = contextlib.nullcontext if compiled else AdapterCast(self.training_state.denoiser, dtype)
         recorded = self.plan.engine.replay and self.engine.can_capture() and not self.training_state.texts.models
-        around = partial(self.engine.passing, halves)
+        around = partial(self.engine.forward_backward, halves)
         self.runner = (GraphStep if recorded else EagerStep)(
             self.training_state.adapter_params, self.training_state.optimizer_params, around
         )
 
     def predict(self, noisy_BCHW: torch.Tensor, t_B: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
         text = self.training_state.texts.encode_trained(batch.text, batch.captions)
-        with self.engine.saving():
+        with self.engine.saved_tensors():
             return self.kind.predict(
                 self.training_state.denoiser,
                 noisy_BCHW,
@@ -143,7 +143,7 @@ class Session:
             if narrower:
                 continue
             if again or not as_recorded:
-                self.engine.lower(what)
+                self.engine.step_down(what)
                 release()  # what waited on the host
         if self.plan.engine.device == "cuda":
             peak = (torch.cuda.max_memory_allocated() - self.spared) / 2**30
@@ -162,7 +162,7 @@ class Session:
             # More stays on the device once it is known how much goes to the host. And what is launched finds memory in
             # the pieces that other sizes leave; as what is recorded anew does, where samples were drawn meanwhile.
             launched = [] if self.runner.capturing else between
-            self.spared = reserve(device, launched=bool(launched))
+            self.spared = rehearsal_reserve(device, eager=bool(launched))
             spare = torch.empty(self.spared, dtype=torch.uint8, device=device)
             for batch in [*batches, *launched, *(batches if launched or self.engine.offload else [])]:
                 add_gradient(
@@ -207,7 +207,9 @@ class Session:
                 if self.training_state.ema and not step.skipped:
                     self.training_state.ema.update(self.training_state.optimizer_params)
                 metrics.step(
-                    step, learning_rate=optimizers.step_size(self.training_state.optimizer), compiled=self.engine.graphs
+                    step,
+                    learning_rate=optimizers.step_size(self.training_state.optimizer),
+                    compiled=self.engine.compiled_graph_count,
                 )
                 if due(step.number, plan.output.validate_every, self.total):
                     self._alone(partial(self.validate, step.number, metrics=metrics))
@@ -299,12 +301,12 @@ class Session:
 
         self.snapshots.wait_on_device()
         try:
-            with metrics.aside(), self.training_state.inference_weights(), torch.no_grad(), drawing():
+            with metrics.aside(), self.training_state.inference_weights(), torch.no_grad(), without_new_compilation():
                 count = sampling.draw_all(
                     folder,
                     prompts,
                     step=step,
-                    draw=partial(draw, encoders.decoder(self.kind, model, self.plan.engine)),
+                    draw=partial(draw, encoders.load_vae(self.kind, model, self.plan.engine)),
                     stopped=lambda: self.stop.requested,
                 )
             log.info("Drew %d samples of step %d in %.1f s.", count, step, time.monotonic() - started)
@@ -384,7 +386,7 @@ class Session:
     def _modules(self) -> LoraModules:
         """The adapters as they are, by the names of the layers that they belong to."""
         scale, facts, training_state = self.plan.lora.scale, self.kind.FACTS, self.training_state
-        found = peft_bridge.of_state(
+        found = peft_bridge.from_peft_state(
             training_state.adapters, prefix=facts.lora_prefix, fused=facts.fused_targets, scale=scale
         )
         for component, state in training_state.text_adapters.items():
@@ -398,13 +400,13 @@ class Session:
         plan = self.plan
         run = saving.trained(plan, self.kind, self.objective, order=self.order, found=self.found)
         # The second file is for diffusers, which knows kohya's keys at the published models' width and depth only.
-        miniature = not base_models()[plan.model.base][1].files_gib
+        miniature = base_models()[plan.model.base][1].is_miniature
         dora = plan.lora.kind == "dora"
-        for to in reversed(("kohya", "peft") if miniature or dora else self.kind.KEYS.writes):
-            made = convert.write(modules, to, self.kind.FACTS.name)
-            header = metadata.metadata(run, step=step, epoch=epoch, rank=made.rank, alpha=made.alpha)
+        for to in reversed(("kohya", "peft") if miniature or dora else self.kind.LORA_KEYS.file_formats):
+            made = convert.to_file(modules, to, self.kind.FACTS.name)
+            header = metadata.lora_metadata(run, step=step, epoch=epoch, rank=made.rank, alpha=made.alpha)
             header |= {"kiln_dora_read_by": convert.DORA_READERS[to]} if dora else {}
-            yield self.out / f"{stem}{convert.FORMATS[to]}.safetensors", made, header
+            yield self.out / f"{stem}{convert.KEY_FORMATS[to]}.safetensors", made, header
 
     def _one_output(self) -> torch.Tensor:
         """The denoiser's output for one picture of the dataset, the same each time."""

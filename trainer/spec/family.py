@@ -35,24 +35,27 @@ OPTIONAL = "optional:"  # begins a pattern of files whose folder may be missing
 
 @dataclass(frozen=True)
 class Footprint:
-    """What `trainer.spec.memory_model` predicts from: numbers of weights, and GiB in 16 bits for 1,024 tokens of one
-    picture."""
+    """The sizes of a full-size model, from which `trainer.spec.memory_model` predicts memory.
 
-    blocks: float  # weights of the linear layers in the blocks, the ones that are quantised
-    rest: float  # all others
-    adapters: float  # trained weights for each rank, with all targets
-    regions: int
-    text_tokens: int  # besides one token for 16 x 16 pixels
-    kept: dict[
-        str, float
-    ]  # in FP8, by trainer.engine.memory.checkpointing's policy; "host": besides, where all that waits on the host
-    working: float  # besides, for the region at work
-    largest: float  # weights of the linear layers in the largest region
-    turned: float  # weights of those layers that FP8 multiplies: all but the modulations
-    encoders: float  # weights of the text encoders
-    width: int  # of most of those layers, the shorter side
-    recording: float = 2.5  # GiB besides, for steps that recompute and are recorded; without them they are launched
-    plain: float = 1.25  # times as much is kept where norms and activations are not fused with products in FP8
+    `python -m bench step --family FAMILY …` prints the numbers of weights, and on a GPU the peaks of memory from which
+    the GiB were fitted (docs/performance.md). GiB per kilotoken are those of 16-bit activations, for 1,024 tokens.
+    """
+
+    block_weights: float  # weights of the linear layers in the blocks: these are quantised
+    other_weights: float  # all other weights of the denoiser
+    adapter_weights_per_rank: float  # trained weights for each rank, with all targets
+    region_count: int  # modules that `Family.regions` returns
+    text_tokens: int  # tokens of a caption; an image has one token for 16 x 16 pixels besides
+    # GiB per kilotoken that the FP8 forward pass saves for the backward pass, by policy of
+    # trainer.engine.memory.checkpointing. "host": what stays on the device while all else is offloaded to the host.
+    saved_gib: dict[str, float]
+    working_gib: float  # GiB per kilotoken for the intermediate results of the region that is computed
+    largest_region_weights: float  # weights of the linear layers in the largest region
+    fp8_weights: float  # weights of the layers that multiply in FP8: all in the blocks but the modulations
+    encoder_weights: float  # weights of the text encoders
+    hidden_size: int  # the shorter side of most linear layers in the blocks
+    capture_gib: float = 2.5  # GiB that CUDA graphs take besides, where the step recomputes
+    unfused_factor: float = 1.25  # saved_gib is this times as large without the norms and GELUs fused for FP8
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,16 @@ class BaseModel:
     """A value of BASE_MODEL."""
 
     source: str  # Hub repository, or the folder of an embedded miniature
-    files_gib: float  # what a download of the needed files takes on disk
+    files_gib: float  # size of the downloaded files
     footprint: Footprint | None = None  # None: a miniature, which fits anywhere
-    gated: bool = False
+    gated: bool = False  # whether the Hub asks for its licence to be accepted
     resolution: int = 1024  # pixels; default of prompts and of dataset.json
     defaults: dict[str, Any] = field(default_factory=dict)  # fields of plan.Prompt that differ from the family's
+
+    @property
+    def is_miniature(self) -> bool:
+        """Whether this is a small model for tests and the demo, which trains on a CPU too."""
+        return self.footprint is None
 
 
 @dataclass(frozen=True)
@@ -104,17 +112,17 @@ def weights(*parts: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Native:
+class OriginalLayer:
     """A layer of the model's original implementation, and the layers of diffusers' model that it is made of."""
 
     name: str  # dotted path; {} stands for the number of the block
-    parts: tuple[str, ...]  # paths in diffusers' model, with the same {}, in the order of their rows
-    rows: tuple[int, ...] = (1,)  # the rows of the parts, as a ratio: no width is written down anywhere
-    swapped: bool = False  # where its rows are two halves (rows = 2 * columns), they are the other way round
+    diffusers_names: tuple[str, ...]  # paths in diffusers' model, with the same {}, in the order of their rows
+    row_ratio: tuple[int, ...] = (1,)  # the rows of the parts, as a ratio: no width is written down anywhere
+    halves_swapped: bool = False  # where its rows are two halves (rows = 2 * columns), they are the other way round
 
 
 @dataclass(frozen=True)
-class Encoded:
+class ClipOutput:
     """What a CLIP text encoder makes of captions, as far as pipelines use it."""
 
     tokens_BLD: torch.Tensor  # the hidden states before the last layer
@@ -122,20 +130,20 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Keys:
+class LoraKeys:
     """The names that LoRA files of a family use, for `trainer.lora_files.key_names` and
     `trainer.lora_files.convert`."""
 
-    layers: tuple[Native, ...]
+    layers: tuple[OriginalLayer, ...]
     encoders: dict[str, str]  # text encoder of diffusers' pipeline → what kohya's keys call it: te1, te2, te3
-    writes: tuple[str, ...] = ("kohya",)  # formats that a job leaves; all but the first go into `<name>-<format>`
+    file_formats: tuple[str, ...] = ("kohya",)  # formats that a job leaves; all but the first go into `<name>-<format>`
 
 
 class Family(Protocol):
     """What a family module provides. `text` is what `encode_text` gave for one caption, or such tensors batched."""
 
     FACTS: Facts
-    KEYS: Keys
+    LORA_KEYS: LoraKeys
 
     def load_encoders(self, folder: Path, *, device: str, dtype: torch.dtype) -> Any:
         """Tokenizers and text encoders, frozen, as one object for `encode_text`."""
@@ -143,7 +151,7 @@ class Family(Protocol):
     def encode_text(self, encoders: Any, captions: list[str]) -> list[dict[str, torch.Tensor]]:
         """One dictionary of tensors, without a batch axis and on the CPU, for each caption."""
 
-    def with_encoded(self, text: dict[str, torch.Tensor], fresh: dict[str, Encoded]) -> dict[str, torch.Tensor]:
+    def with_clip_outputs(self, text: dict[str, torch.Tensor], fresh: dict[str, ClipOutput]) -> dict[str, torch.Tensor]:
         """`text`, batched, with what the text encoders in `fresh` gave in the places of what they gave before."""
 
     def load_vae(self, folder: Path, *, device: str) -> Any:
@@ -170,7 +178,7 @@ class Family(Protocol):
     def regions(self, denoiser: Any) -> list[torch.nn.Module]:
         """What is compiled, and recomputed in the backward pass, one by one: many modules of few kinds."""
 
-    def forwards(self) -> dict[type, type]:
+    def fused_forwards(self) -> dict[type, type]:
         """Classes of modules inside the blocks → the same with forward passes for FP8, for `fused.install`."""
 
     def predict(
@@ -218,7 +226,9 @@ def get_family(name: str) -> Family:
 
 def trainable_encoders(name: str) -> dict[str, str]:
     """The CLIP text encoders of family `name`, by diffusers' names → te1 (CLIP-L) or te2 (CLIP-G)."""
-    return {component: short for component, short in get_family(name).KEYS.encoders.items() if short in ("te1", "te2")}
+    return {
+        component: short for component, short in get_family(name).LORA_KEYS.encoders.items() if short in ("te1", "te2")
+    }
 
 
 def timestep_samplings() -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from trainer.engine import adapters as lora
-from trainer.engine.memory.weight_streaming import Stream
+from trainer.engine.memory.weight_streaming import WeightStreamer
 from trainer.spec.errors import SettingsError
 from trainer.training import optimizers, random_state
 from trainer.training.ema import Ema
@@ -36,7 +36,7 @@ class TrainingState:
     schedule: torch.optim.lr_scheduler.LRScheduler
     ema: Ema | None
     guard: StepGuard
-    stream: Stream | None = None  # of the denoiser's weights, where they stay in the host's memory
+    stream: WeightStreamer | None = None  # of the denoiser's weights, where they stay in the host's memory
 
     @functools.cached_property
     def adapters(self) -> dict[str, torch.Tensor]:

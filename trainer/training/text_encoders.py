@@ -18,7 +18,7 @@ import torch
 
 from trainer.engine import adapters
 from trainer.lora_files import key_names, peft_bridge, weights
-from trainer.spec.family import Encoded, Family
+from trainer.spec.family import ClipOutput, Family
 
 # All linear layers of a CLIP block, as in sd-scripts.
 TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
@@ -31,7 +31,7 @@ class Encoder:
     model: Any
     tokenizer: Any
 
-    def __call__(self, captions: Sequence[str]) -> Encoded:
+    def __call__(self, captions: Sequence[str]) -> ClipOutput:
         """Second to last hidden states (B, L, D) and pooled output (B, D), as diffusers' pipelines encode.
 
         With a gradient where one is enabled.
@@ -45,7 +45,7 @@ class Encoder:
         ).input_ids
         out = self.model(ids_BL.to(self.model.device), output_hidden_states=True)
         pooled_BD = out.pooler_output if "pooler_output" in out else out.text_embeds
-        return Encoded(out.hidden_states[-2], pooled_BD)
+        return ClipOutput(out.hidden_states[-2], pooled_BD)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class TextEncoders:
         if not self.encoders:
             return text
         encoded = {component: encoder(captions) for component, encoder in self.encoders.items()}
-        return self.family.with_encoded(text, encoded)
+        return self.family.with_clip_outputs(text, encoded)
 
 
 def load(folder: Path, components: Collection[str], *, family: Family, device: str, dtype: torch.dtype) -> TextEncoders:
@@ -91,8 +91,8 @@ def blocks(model: Any) -> list[tuple[str, torch.nn.Module]]:
 
 def modules(state: dict[str, torch.Tensor], component: str, *, family_name: str, scale: float) -> weights.LoraModules:
     """The adapters of one encoder (`adapters.state`), under the names that LoRA files use."""
-    by_own_name = peft_bridge.of_state(state, prefix=component, fused={}, scale=scale)
-    return {key_names.in_files(name, family_name): adapter for name, adapter in by_own_name.items()}
+    by_own_name = peft_bridge.from_peft_state(state, prefix=component, fused={}, scale=scale)
+    return {key_names.name_in_files(name, family_name): adapter for name, adapter in by_own_name.items()}
 
 
 def start(model: Any, component: str, loaded: weights.LoraModules, *, family_name: str, scale: float) -> None:
@@ -105,9 +105,9 @@ def start(model: Any, component: str, loaded: weights.LoraModules, *, family_nam
     for key in state:
         if key.endswith(".lora_A.weight"):
             name = f"{component}.{key.removesuffix('.lora_A.weight')}"
-            own_names[key_names.in_files(name, family_name)] = name
+            own_names[key_names.name_in_files(name, family_name)] = name
     own_modules = {}
     for name, adapter in loaded.items():
         if name.partition(".")[0] == component:
             own_modules[own_names.get(name, name)] = adapter
-    adapters.load(model, peft_bridge.to_state(own_modules, state, prefix=component, fused={}, scale=scale))
+    adapters.load(model, peft_bridge.to_peft_state(own_modules, state, prefix=component, fused={}, scale=scale))
