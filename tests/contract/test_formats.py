@@ -444,3 +444,38 @@ def test_the_sample_command_draws_with_a_lora_and_without(tmp_path, capsys):
     assert without.size == (64, 64) and ImageChops.difference(without, nothing).getbbox() is None
     assert ImageChops.difference(without, changed).getbbox() is not None
     assert sample_command(["--base", "nothing", *common, "--out", str(tmp_path)]) == 78
+
+
+def prompt_lines(tmp_path, text, name="flux"):
+    from trainer.sample import read_prompts
+    from trainer.spec.family import get_family
+
+    (tmp_path / "prompts.txt").write_text(text, encoding="utf-8")
+    facts = get_family(name).FACTS
+    return read_prompts(tmp_path / "prompts.txt", facts, facts.models[f"mini-{name}"])
+
+
+def test_the_sample_command_reads_prompt_lines_as_a_job_does(tmp_path):
+    spot, dog = prompt_lines(tmp_path, "\ufeff # comment\na spot --W 96 --h 70 --l 2 --n dark\n\na dog\n")
+    assert (spot.text, spot.width, spot.height, spot.cfg, spot.negative) == ("a spot", 96, 64, 2.0, "dark")
+    assert (dog.text, dog.width, dog.height, dog.seed, spot.seed) == ("a dog", 128, 128, 43, 42)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("a cat --x 1", "--x is no flag"),
+        ("a cat --w=64", "--w=64 is no flag"),
+        ("a cat --s 0", "--s: 0 is not a whole number, 1 to 1000"),
+        ("a cat --l nan", "--l: 'nan' is not a number, 0 to 100"),
+        ("a cat --w 64 --w 96", "--w is given twice"),
+        ("--w 64", "there is no prompt before the flags"),
+        ("a cat --w 16", "the width is too small. Allowed: 32 or more"),
+    ],
+)
+def test_the_sample_command_names_every_bad_prompt_line(tmp_path, line, message):
+    from trainer.spec.errors import SettingsError
+
+    with pytest.raises(SettingsError) as caught:
+        prompt_lines(tmp_path, f"a dog\n{line}\na bird --d x\n", name="sdxl")
+    assert f"line 2: {message}" in str(caught.value) and "line 3: --d" in str(caught.value)

@@ -177,14 +177,14 @@ def test_a_job_leaves_a_wrong_file_under_another_name_and_fails(plan, tmp_path, 
         return dataclasses.replace(made, tensors=bad)
 
     right = convert.to_file
-    monkeypatch.setattr(convert, "write", wrong)
+    monkeypatch.setattr(convert, "to_file", wrong)
     with pytest.raises(FileMismatchError) as caught:
         run(plan, StopFlag())
     assert caught.value.exit_code == 70
     left = {p.name for p in (tmp_path / "out").glob("*safetensors*")}
     assert left == {"x-diffusers.safetensors.unverified"}
 
-    monkeypatch.setattr(convert, "write", right)
+    monkeypatch.setattr(convert, "to_file", right)
     run(plan, StopFlag())
     left = {p.name for p in (tmp_path / "out").glob("*safetensors*")}
     assert left == {"x-diffusers.safetensors", "x.safetensors"}
