@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> None:
     report = Report(f"{asked.family} on {hardware}", asked.markdown)
     for batch in asked.batch:
         work = memory_model.Workload(width * height, batch, RANK, "adamw")
-        ways = memory_model.ways(footprint, work, (asked.precision,) if asked.precision else hardware.automatic)
+        ways = memory_model.ways(footprint, work, (asked.precision,) if asked.precision else hardware.auto_precisions)
         way = memory_model.best(footprint, work, ways, have_gib=asked.memory, host_gib=asked.host)
         report.row(
             {

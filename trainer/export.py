@@ -26,7 +26,7 @@ def export_command(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m trainer.export", description="Convert a LoRA file, or merge several.")
     parser.add_argument("file", nargs="?", type=Path, metavar="IN.safetensors")
     parser.add_argument("--merge", nargs="+", metavar="FILE[:WEIGHT]", help="add these up instead")
-    parser.add_argument("--to", choices=sorted(convert.FORMATS), default="kohya", help="whose key names (kohya)")
+    parser.add_argument("--to", choices=sorted(convert.KEY_FORMATS), default="kohya", help="whose key names (kohya)")
     parser.add_argument("--out", type=Path, required=True, metavar="OUT.safetensors")
     parser.add_argument("--family", choices=family_names(), help="if the keys do not tell")
     parser.add_argument("--without-text-encoders", action="store_true", help="leave their modules out")
@@ -46,7 +46,7 @@ def _export(asked: argparse.Namespace) -> None:
     name = kinds.pop()
     loaded = [(load_lora(path, name), weight) for path, weight in several]
     try:
-        modules = convert.merged(loaded) if asked.merge else loaded[0][0]
+        modules = convert.merge(loaded) if asked.merge else loaded[0][0]
     except ValueError as problem:
         raise SettingsError(f"--merge: {problem}.") from problem
     if asked.without_text_encoders:
@@ -55,7 +55,7 @@ def _export(asked: argparse.Namespace) -> None:
     if not modules:
         raise SettingsError("Nothing is left to write.")
     try:
-        made = convert.write(modules, asked.to, name)
+        made = convert.to_file(modules, asked.to, name)
     except ValueError as problem:
         raise SettingsError(f"This cannot be written with {asked.to}'s names: {problem}.") from problem
     # Peft's settings and the hashes are about the file that was read.

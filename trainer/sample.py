@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,21 +21,15 @@ from trainer.job import prepare, sampling
 from trainer.lora_files.arguments import load_lora, read_family, run_command, split_weight
 from trainer.lora_files.weights import LoraModules
 from trainer.spec.errors import SettingsError
-from trainer.spec.family import OPTIONAL, PREFIXES, BaseModel, Family, base_models, family_names, get_family
+from trainer.spec.family import OPTIONAL, PREFIXES, BaseModel, Facts, Family, base_models, family_names, get_family
 from trainer.spec.plan import ModelPlan, Prompt
+from trainer.spec.prompts import complete_prompts, parse_lines
+from trainer.spec.values import Problems
 from trainer.storage import safetensors_header
 
 log = logging.getLogger(__name__)
 CACHE = Path.home() / ".cache" / "kiln"
-FLAGS: dict[str, tuple[str, type]] = {  # as in prompts.txt of a job
-    "w": ("width", int),
-    "h": ("height", int),
-    "d": ("seed", int),
-    "s": ("steps", int),
-    "l": ("cfg", float),
-    "g": ("guidance", float),
-    "n": ("negative", str),
-}
+SEED = 42  # of the first prompt, unless its line has --d
 
 
 def sample_command(arguments: list[str]) -> int:
@@ -61,7 +54,7 @@ def _sample(asked: argparse.Namespace) -> None:
     name, model, folder = _base(asked, several)
     kind = get_family(name)
     loaded = [(load_lora(path, name), weight) for path, weight in several]
-    prompts = _prompts(asked.prompts, kind, model)
+    prompts = read_prompts(asked.prompts, kind.FACTS, model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     texts = _encoded(kind, folder, prompts, loaded, device=device, dtype=dtype)
@@ -98,7 +91,7 @@ def add(model: Any, several: list[tuple[LoraModules, float]], *, component: str)
             if shape != weight.shape:
                 raise SettingsError(f"{name} is {list(shape)} in the LoRA and {list(weight.shape)} in the model.")
             before = weight.float()
-            weight.copy_(before + strength * (adapter.on(before) - before))
+            weight.copy_(before + strength * (adapter.applied_to(before) - before))
 
 
 def _layer(model: Any, name: str) -> Any:
@@ -161,37 +154,35 @@ def _folder(model: BaseModel, files: Sequence[str]) -> Path:
     return Path(snapshot_download(model.source, allow_patterns=patterns))
 
 
-def _prompts(path: Path, kind: Family, model: BaseModel) -> list[Prompt]:
-    """The lines of a prompts.txt, completed as a job does it."""
-    facts = kind.FACTS
-    common = {"steps": facts.prompt_steps, "guidance": facts.prompt_guidance, "cfg": facts.prompt_cfg, **model.defaults}
-    common |= {"width": model.resolution, "height": model.resolution}
-    found: list[Prompt] = []
+def read_prompts(path: Path, facts: Facts, model: BaseModel) -> tuple[Prompt, ...]:
+    """The lines of a prompts.txt, parsed and completed as a job does it, with the model's resolution."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as problem:
         raise SettingsError(f"--prompts {path}: {problem.strerror}.") from problem
-    for line in (text for text in lines if text.strip() and not text.startswith("#")):
-        text, *flags = re.split(r"\s+--(?=[a-z]\b)", line.strip())
-        values: dict[str, Any] = {"seed": 42 + len(found), **common}
-        try:
-            for flag in flags:
-                field, convert = FLAGS[flag[0]]
-                values[field] = convert(flag[1:].strip())
-        except (KeyError, ValueError) as problem:
-            raise SettingsError(f"--prompts {path}: {line!r}: {problem}.") from problem
-        for side in ("width", "height"):
-            values[side] = max(facts.multiple, values[side] // facts.multiple * facts.multiple)
-        found.append(Prompt(text=text, **values))
-    if not found:
+    except UnicodeDecodeError as problem:
+        raise SettingsError(f"--prompts {path} is not UTF-8 text.") from problem
+    problems = Problems()
+    requests = parse_lines(text, origin=str(path), problems=problems)
+    prompts = complete_prompts(
+        requests,
+        facts=facts,
+        model=model,
+        resolution=(model.resolution, model.resolution),
+        seed=SEED,
+        prefix="",
+        problems=problems,
+    )
+    problems.raise_if_any(f"--prompts {path} cannot be used")
+    if not prompts:
         raise SettingsError(f"--prompts {path} has no prompt.")
-    return found
+    return prompts
 
 
 def _encoded(
     kind: Family,
     folder: Path,
-    prompts: list[Prompt],
+    prompts: Sequence[Prompt],
     several: list[tuple[LoraModules, float]],
     *,
     device: str,
@@ -200,7 +191,7 @@ def _encoded(
     """Texts → embeddings with a batch axis, by encoders as the files change them; these are gone afterwards."""
     texts = list(dict.fromkeys(prepare.prompt_texts(prompts)))
     encoders = kind.load_encoders(folder, device=device, dtype=dtype)
-    for component in kind.KEYS.encoders:
+    for component in kind.LORA_KEYS.encoders:
         add(getattr(encoders, component), several, component=component)
     found = kind.encode_text(encoders, texts)
     del encoders

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from entrypoint.fetch import flash_attention
-from entrypoint.settings import Settings
 from entrypoint.settings.checks import Notes, show
+from entrypoint.settings.read import Settings
 from entrypoint.system.hardware import Hardware, select
 from trainer.spec import memory_model
 from trainer.spec.errors import SettingsError
@@ -71,7 +71,7 @@ def _compiled(settings: Settings, plan: EnginePlan, compiles: str, notes: Notes)
     """Whether the blocks are compiled. Where steps are recorded, that may take longer than it saves."""
     if settings.engine.compile is not None:
         return settings.engine.compile
-    fused = PRECISIONS[plan.precision].form == "fp8" and settings.adapter.lora_type != "dora"
+    fused = PRECISIONS[plan.precision].weight_format == "fp8" and settings.adapter.lora_type != "dora"
     recorded = plan.replay and plan.offload != "weights"
     if plan.device == "cpu":
         chosen, why = False, "takes longer than it saves here"
@@ -90,7 +90,7 @@ def _attention(settings: Settings, hardware: Hardware, facts: Facts, model: Base
     asked = settings.engine.attention
     if asked == "auto":
         chosen, why = "native", "torch picks the kernel"
-        if hardware.fastest_attention == "flash_4" and model.footprint:  # a miniature's heads are narrower
+        if hardware.fastest_attention == "flash_4" and not model.is_miniature:  # a miniature's heads are narrower
             if flash_attention.is_installed(settings.data.cache_path):
                 chosen, why = "flash_4", "the fastest here"
             else:
@@ -128,7 +128,7 @@ def _as_it_is(settings: Settings, hardware: Hardware, plan: EnginePlan, *, notes
     """Of a miniature, which fits anywhere, or on a CPU, where nobody is short of memory."""
     precision = settings.engine.precision
     if precision == "auto":
-        precision = hardware.plain
+        precision = hardware.unquantized_precision
         notes.chose("PARAMS_PRECISION", precision, f"best for {hardware}")
     if settings.engine.offload not in ("auto", "none") and hardware.device == "cpu":
         notes.add(
@@ -142,7 +142,7 @@ def _as_it_is(settings: Settings, hardware: Hardware, plan: EnginePlan, *, notes
     return dataclasses.replace(
         plan,
         precision=precision,
-        dtype=hardware.computes_in(precision),
+        dtype=hardware.activation_dtype(precision),
         recompute=RECOMPUTE[bool(settings.engine.gradient_checkpointing)],
         offload="none" if settings.engine.offload == "auto" else settings.engine.offload,
     )
@@ -163,7 +163,7 @@ def _fitted(
     """The fastest that `trainer.spec.memory_model` predicts to fit, in each phase of the job. `drawn`: pixels of a
     sample."""
     work = _largest(settings, datasets, rank, footprint)
-    precisions = hardware.automatic if settings.engine.precision == "auto" else (settings.engine.precision,)
+    precisions = hardware.auto_precisions if settings.engine.precision == "auto" else (settings.engine.precision,)
     have = min(hardware.memory_gib, settings.engine.memory_limit_gib or hardware.memory_gib)
     room, host = have * memory_model.SPARE, hardware.host_memory_gib * HOST_SHARE / plan.num_gpus
 
@@ -175,8 +175,8 @@ def _fitted(
 
     if not ways(work):
         notes.add(
-            f"PARAMS_OFFLOAD={settings.engine.offload} goes with PARAMS_GRADIENT_CHECKPOINTING=auto or true, and "
-            "weights not with PARAMS_LORA_TYPE=dora."
+            f"PARAMS_OFFLOAD={settings.engine.offload} goes with PARAMS_GRADIENT_CHECKPOINTING=auto or true, and weights "
+            "not with PARAMS_LORA_TYPE=dora."
         )
         return plan, datasets
     if settings.data.batch_size == 0:
@@ -192,7 +192,7 @@ def _fitted(
     plan = dataclasses.replace(
         plan,
         precision=way.precision,
-        dtype=hardware.computes_in(way.precision),
+        dtype=hardware.activation_dtype(way.precision),
         recompute=way.recompute,
         kept_blocks=way.kept_blocks,
         offload=way.offload,

@@ -15,7 +15,6 @@ from typing import Any
 
 from entrypoint.dataset_config.complete import Overrides, complete_datasets
 from entrypoint.dataset_config.manifest import HUB_ID, Manifest
-from entrypoint.dataset_config.prompts import complete_prompts
 from entrypoint.planning import single_files, starting_point, text_encoders
 from entrypoint.planning.engine_choice import engine_plan
 from entrypoint.settings import Settings
@@ -25,6 +24,7 @@ from trainer.spec.errors import SettingsError
 from trainer.spec.family import BaseModel, Facts, base_models, get_family
 from trainer.spec.optimizers import OPTIMIZERS
 from trainer.spec.plan import DataPlan, Dataset, LoraPlan, ModelPlan, OptimPlan, OutputPlan, Plan, TrainPlan
+from trainer.spec.prompts import complete_prompts
 
 CONSTANT = ("constant", "constant_with_warmup")  # the schedules that schedule-free optimisers go with
 CYCLIC = "cosine_with_restarts"

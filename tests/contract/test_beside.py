@@ -127,10 +127,10 @@ def test_an_engine_gives_up_copies_first_and_then_columns(monkeypatch):
         def __init__(self, *_, **__):
             pass
 
-        def know(self):
+        def find_weights(self):
             self.known += 1
 
-    monkeypatch.setattr(execution, "Offload", Told)
+    monkeypatch.setattr(execution, "ActivationOffload", Told)
     linear = torch.nn.Linear(K, N).bfloat16().requires_grad_(False)
     model = torch.nn.Sequential(FrozenLinear(linear, "fp8", 4))
     made = Engine(model, [model], EnginePlan(recompute="all", offload="activations", turned_weights=True))

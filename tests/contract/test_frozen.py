@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trainer.engine import adapters
 from trainer.engine.kernels.reference import most, quantize_rows
-from trainer.engine.load import place
+from trainer.engine.load import place_denoiser
 from trainer.engine.memory import checkpointing
 from trainer.engine.quantization.formats import WEIGHT_FORMATS
 from trainer.engine.quantization.frozen_linear import FrozenLinear
@@ -116,7 +116,7 @@ def test_the_miniatures_gradients_are_those_of_full_precision(precision, dtype, 
         torch.manual_seed(0)
         model = kind.load_denoiser(MINIATURE, device="cpu", dtype=torch.float32)
         options = {"fused": kind.FACTS.fused_targets, "targets": kind.FACTS.targets}
-        place(model, kind.blocks(model), precision=precision, dtype=dtype, device="cpu", **options)
+        place_denoiser(model, kind.blocks(model), precision=precision, dtype=dtype, device="cpu", **options)
         adapters.add_adapters(model, kind.blocks(model), **options, rank=4, alpha=4, seed=0)
         torch.manual_seed(2)
         for name, p in model.named_parameters():

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.support.variants import CLASSES, config
 from trainer.engine import adapters, fused_linear, rope
 from trainer.engine.kernels import reference
-from trainer.engine.load import place
+from trainer.engine.load import place_denoiser
 from trainer.engine.memory import checkpointing
 from trainer.engine.quantization.frozen_linear import FrozenLinear
 from trainer.families.fused_blocks.projections import halves, whole
@@ -60,13 +60,13 @@ def predicted(kind, denoiser, dtype):
 @pytest.fixture(autouse=True)
 def roomy_weights(monkeypatch):
     """Adapters ride in the products of these narrow layers as well."""
-    monkeypatch.setattr("trainer.spec.adapter_columns.ROOMY", 0)
+    monkeypatch.setattr("trainer.spec.adapter_columns.MIN_SIDE_PER_COLUMN", 0)
 
 
 def adapted(kind, denoiser, *, precision, dtype, forwards, targets=None):
     options = {"fused": kind.FACTS.fused_targets, "targets": targets or kind.FACTS.targets}
     where = {"precision": precision, "dtype": dtype, "device": "cpu", "rank": 4}
-    place(denoiser, kind.blocks(denoiser), **where, forwards=forwards, **options)
+    place_denoiser(denoiser, kind.blocks(denoiser), **where, forwards=forwards, **options)
     assert precision != "fp8" or any(m.rank for m in denoiser.modules() if isinstance(m, FrozenLinear))
     adapters.add_adapters(denoiser, kind.blocks(denoiser), **options, rank=4, alpha=4, seed=0)
     torch.manual_seed(2)
@@ -88,8 +88,8 @@ def test_our_forward_passes_are_those_of_diffusers(base, joined):
         adapted(kind, denoiser, precision="fp32", dtype=torch.float32, forwards=None, targets=targets)
         there = 0
         for module in denoiser.modules():
-            if ours and type(module) in kind.forwards():
-                module.__class__ = kind.forwards()[type(module)]
+            if ours and type(module) in kind.fused_forwards():
+                module.__class__ = kind.fused_forwards()[type(module)]
                 there += 1
         assert there == 0 or not ours or there >= 3
         found.append(predicted(kind, denoiser, torch.float32))
@@ -108,10 +108,12 @@ def test_fp8_is_as_near_to_full_precision_as_with_diffusers_own_blocks(base):
         ("ours", "fp8", torch.bfloat16),
     ]:
         kind, denoiser = model(base)
-        forwards = kind.forwards() if way == "ours" else None
+        forwards = kind.fused_forwards() if way == "ours" else None
         adapted(kind, denoiser, precision=precision, dtype=dtype, forwards=forwards)
         there = {type(m) for m in denoiser.modules()}
-        assert there & set(kind.forwards().values()) == (set(kind.forwards().values()) if way == "ours" else set())
+        assert there & set(kind.fused_forwards().values()) == (
+            set(kind.fused_forwards().values()) if way == "ours" else set()
+        )
         found[way] = predicted(kind, denoiser, dtype)
     out, gradients = found.pop("full")
     assert found["ours"][1].keys() == gradients.keys()
@@ -205,7 +207,7 @@ def test_nothing_is_kept_but_the_beginning():
 def block(base="flux-dev"):
     """A block with adapters that runs our forward pass, and what it takes."""
     kind, denoiser = model(base)
-    adapted(kind, denoiser, precision="fp8", dtype=torch.bfloat16, forwards=kind.forwards())
+    adapted(kind, denoiser, precision="fp8", dtype=torch.bfloat16, forwards=kind.fused_forwards())
     torch.manual_seed(4)
     width = denoiser.inner_dim
     x, y = (torch.randn(2, n, width).bfloat16().requires_grad_() for n in (16, 6))
@@ -252,10 +254,10 @@ def test_a_pass_that_fails_leaves_nothing_behind():
 
 def test_where_layers_run_one_by_one_a_block_is_recomputed_whole():
     one, _ = block()
-    assert one.remakes()
+    assert one.can_recompute_rope()
     one.proj_mlp.lora_dropout["default"] = torch.nn.Dropout(0.5)
     checkpointing.apply([one], ["products"], compiled=False)
-    assert not one.remakes() and not one.remade and "forward" in one.__dict__
+    assert not one.can_recompute_rope() and not one.recompute_rope and "forward" in one.__dict__
 
 
 def test_a_checkpointed_block_compiles_in_one_graph():

@@ -14,7 +14,7 @@ from trainer.engine.cuda_graphs import EagerStep, GraphStep
 from trainer.engine.execution import Engine
 from trainer.engine.kernels import reference
 from trainer.engine.memory import checkpointing
-from trainer.engine.memory.activation_offload import Offload
+from trainer.engine.memory.activation_offload import ActivationOffload
 from trainer.engine.quantization import formats
 from trainer.spec.adapter_columns import padding_for
 
@@ -141,7 +141,7 @@ def test_what_waits_on_the_host_comes_back_whole(policy, compiled):
     model = torch.nn.Sequential(*(Block() for _ in range(4))).cuda().bfloat16()
     checkpointing.apply(model, [policy] * 4, compiled=compiled)
     x = torch.randn(4, 1024, 512, device="cuda").bfloat16().requires_grad_()
-    offload, found = Offload(model, smallest=2**18), []
+    offload, found = ActivationOffload(model, smallest=2**18), []
     for _ in range(3):
         model(x).float().square().mean().backward()
         wanted, x.grad = x.grad, None
@@ -159,7 +159,7 @@ def test_what_waits_on_the_host_takes_no_memory_and_gives_the_same_bits(recorded
     torch.manual_seed(0)
     block = lambda: torch.nn.Sequential(torch.nn.Linear(256, 1024), torch.nn.GELU(), torch.nn.Linear(1024, 256))  # noqa: E731
     model = torch.nn.Sequential(*(block() for _ in range(32))).cuda().bfloat16()
-    params, offload = list(model.parameters()), Offload(model, smallest=2**18)
+    params, offload = list(model.parameters()), ActivationOffload(model, smallest=2**18)
 
     def steps(around):
         def work(given):
@@ -195,7 +195,7 @@ def test_a_pass_that_fails_leaves_nothing_on_the_device():
     """GroupNorm keeps its own results, the means; in a pass that is not run back nobody else lets them go."""
     before = torch.cuda.memory_allocated()
     norm = torch.nn.GroupNorm(4, 64).cuda()
-    offload = Offload(norm, smallest=2**18)
+    offload = ActivationOffload(norm, smallest=2**18)
     x = torch.randn(4, 64, 64, 64, device="cuda")
     with pytest.raises(torch.OutOfMemoryError), offload:
         for _ in range(3):
@@ -219,7 +219,7 @@ def test_weights_that_are_streamed_give_the_same_step(compiled):
         engine = Engine(model, layers, EnginePlan("cuda", recompute="all", offload=offload, compile=compiled))
         x, found = torch.randn(64, 512, device="cuda").bfloat16().requires_grad_(), []
         for _ in range(3):
-            with engine.saving():
+            with engine.saved_tensors():
                 loss = model(x).float().square().mean()
             loss.backward()
             found.append(x.grad)

@@ -57,7 +57,7 @@ def test_what_is_chosen_fits_if_anything_does(have, batch, name):
     choices = ways(of, work(batch), ["fp8", "bf16"])
     way = best(of, work(batch), choices, have_gib=have, host_gib=1000)
     assert way.gib <= have * TIGHT or way.gib == min(w.gib for w in choices)
-    assert 0 <= way.kept_blocks <= of.regions
+    assert 0 <= way.kept_blocks <= of.region_count
     again = predicted(
         of,
         work(batch),
@@ -91,11 +91,11 @@ def test_what_the_host_cannot_hold_is_not_sent_there():
 
 def test_no_more_blocks_are_kept_than_there_are():
     way = next(w for w in ways(FLUX, work(1, 512 * 512), ["fp8"]) if w.recompute == "attention")
-    assert best(FLUX, work(1, 512 * 512), [way], have_gib=139, host_gib=0).kept_blocks == FLUX.regions
+    assert best(FLUX, work(1, 512 * 512), [way], have_gib=139, host_gib=0).kept_blocks == FLUX.region_count
 
 
 def test_a_region_for_each_block_that_a_plan_may_keep_whole():
-    assert FLUX.regions == 19 + 38 and get_family("sd3").FACTS.models["sd3"].footprint.regions == 24
+    assert FLUX.region_count == 19 + 38 and get_family("sd3").FACTS.models["sd3"].footprint.region_count == 24
 
 
 def test_weights_are_streamed_before_4_bits_are_taken_and_after_all_that_stays():

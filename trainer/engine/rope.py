@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trainer.engine.kernels.dispatch import rotate, rotate_gradient
-from trainer.engine.memory.activation_offload import alone
+from trainer.engine.memory.activation_offload import without_graph
 
 Tensor = torch.Tensor
 Source = tuple[Tensor, Any, Any]  # queries, keys and values side by side, (B, T, 3HD); the norms of queries and keys
@@ -62,13 +62,13 @@ def attended(
     transposes: tuple[Tensor, Tensor],
     attention: Callable[[Tensor, Tensor, Tensor], Tensor],
     *,
-    remade: bool,
+    recompute_rope: bool,
 ) -> Tensor:
     """Attention among what `rotated` gives. `remade`: that is not kept for the backward pass, but made once more."""
     q, k, v = rotated(sources, transposes)
     with (
         _remaking(sources, transposes, (q, k, v) if len(sources) > 1 else (q, k))
-        if remade
+        if recompute_rope
         else contextlib.nullcontext()
     ):
         return attention(q, k, v)
@@ -84,7 +84,7 @@ def _remaking(
 
     def pack(tensor: Tensor) -> Tensor | tuple[int, torch.Size, tuple[int, ...]]:
         index, count = places.get(tensor.data_ptr(), (0, -1))
-        return (index, tensor.shape, tensor.stride()) if tensor.numel() == count else alone(tensor)
+        return (index, tensor.shape, tensor.stride()) if tensor.numel() == count else without_graph(tensor)
 
     def unpack(kept: Tensor | tuple[int, torch.Size, tuple[int, ...]]) -> Tensor:
         if isinstance(kept, Tensor):

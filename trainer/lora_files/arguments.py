@@ -43,7 +43,7 @@ def read_family(path: Path, asked: str | None) -> tuple[str, dict[str, str]]:
         header = safetensors_header.read_header(path)
     except ValueError as problem:
         raise SettingsError(f"{path}: {problem}.") from problem
-    stems = [found[0] for key in header.entries if (found := key_names.role(key))]
+    stems = [found[0] for key in header.entries if (found := key_names.split_key(key))]
     name = asked or inspect.likely_family(stems, header.metadata)
     if name is None:
         raise SettingsError(f"{path} has no keys of a LoRA for {', '.join(family_names())}.")

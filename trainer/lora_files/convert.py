@@ -1,7 +1,7 @@
 """LoRA files of every tool ↔ one form: diffusers' modules, each with its own matrices. Exact both ways.
 
 A layer that other tools keep as one (q, k, v; Flux's linear1) is here its parts. Where they share the down matrix, the
-whole is that matrix and the stacked up matrices; otherwise their terms of rank one side by side, block by block.
+whole is that matrix and the stack_layers up matrices; otherwise their terms of rank one side by side, block by block.
 Shapes: down (r, in) or (r, in, kh, kw); up (out, r) or (out, r, 1, 1).
 """
 
@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 
 from trainer.lora_files import key_names
 from trainer.lora_files.weights import LoraModules, LoraWeights
-from trainer.spec.family import Native, get_family
+from trainer.spec.family import OriginalLayer, get_family
 
-FORMATS = {"kohya": "", "comfyui": "-comfyui", "peft": "-diffusers"}  # → what a job adds to the name of such a file
+KEY_FORMATS = {"kohya": "", "comfyui": "-comfyui", "peft": "-diffusers"}  # → what a job adds to the name of such a file
 DORA_READERS = {"kohya": "ComfyUI, Forge", "comfyui": "ComfyUI, Forge", "peft": "diffusers"}
 
 
@@ -37,16 +37,16 @@ def load(path: Path, family_name: str) -> LoraModules:
             metadata = file.metadata() or {}
     except (OSError, SafetensorError) as problem:
         raise ValueError(f"it is not a safetensors file: {problem}") from problem
-    return read(tensors, metadata, family_name)
+    return from_tensors(tensors, metadata, family_name)
 
 
-def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], family_name: str) -> LoraModules:
+def from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], family_name: str) -> LoraModules:
     """All modules of a file, in fp32. Raises ValueError, with names, for what this family's files cannot have."""
     stems: dict[str, dict[str, torch.Tensor]] = {}
     unknown = []
     for key, tensor in tensors.items():
-        found = key_names.role(key)
-        if found is None or key_names.layer(found[0], family_name) is None:
+        found = key_names.split_key(key)
+        if found is None or key_names.find_layer(found[0], family_name) is None:
             unknown.append(key)
         else:
             stems.setdefault(found[0], {})[found[1]] = tensor.float()
@@ -56,7 +56,7 @@ def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], famil
         )
     modules: LoraModules = {}
     for stem, roles in stems.items():
-        there = key_names.layer(stem, family_name)
+        there = key_names.find_layer(stem, family_name)
         assert there is not None
         for name, adapter in _split(there, _adapter(stem, roles, there.modules[0], metadata)).items():
             if name in modules:
@@ -98,15 +98,15 @@ def _scale_in_header(module: str, rank: int, metadata: Mapping[str, str]) -> flo
 
 def _split(there: key_names.Layer, whole: LoraWeights) -> LoraModules:
     """The parts of a layer as its file has it. A part keeps the terms in which it has something."""
-    native = there.native
+    native = there.original
     if native is None or there.part is not None:
         return {there.modules[0]: whole}
-    if len(native.parts) == 1:
-        return {there.modules[0]: _swapped(whole) if native.swapped else whole}
+    if len(native.diffusers_names) == 1:
+        return {there.modules[0]: _swapped(whole) if native.halves_swapped else whole}
     rows = whole.up.shape[0]
-    if rows % sum(native.rows):
-        raise ValueError(f"{native.name} has {rows} rows, which {len(native.parts)} layers cannot share")
-    heights = [rows // sum(native.rows) * share for share in native.rows]
+    if rows % sum(native.row_ratio):
+        raise ValueError(f"{native.name} has {rows} rows, which {len(native.diffusers_names)} layers cannot share")
+    heights = [rows // sum(native.row_ratio) * share for share in native.row_ratio]
     ups = whole.up.split(heights)
     lengths = [None] * len(ups) if whole.magnitude is None else whole.magnitude.split(heights)
     used = [up.any(dim=0).nonzero().flatten() for up in ups]
@@ -130,14 +130,14 @@ def _swapped(adapter: LoraWeights) -> LoraWeights:
     return replace(adapter, up=torch.cat(adapter.up.chunk(2)[::-1]), magnitude=swapped)
 
 
-def stacked(parts: Sequence[LoraWeights | None], heights: Sequence[int]) -> LoraWeights:
+def stack_layers(parts: Sequence[LoraWeights | None], heights: Sequence[int]) -> LoraWeights:
     """One adapter for layers with these numbers of rows, one above the other; None: one without an adapter.
 
     Rows of the down matrices that are equal are kept once. Raises ValueError where some have magnitudes and some not.
     """
     there = [p for p in parts if p is not None]
     if len({p.scale for p in there}) > 1:
-        return stacked([None if p is None else p.folded() for p in parts], heights)
+        return stack_layers([None if p is None else p.folded() for p in parts], heights)
     places: dict[tuple[bytes, int], int] = {}
     chosen: list[list[int]] = []
     downs: list[torch.Tensor] = []
@@ -174,9 +174,9 @@ class LoraFile:
     alpha: float
 
 
-def write(modules: LoraModules, to: str, family_name: str) -> LoraFile:
+def to_file(modules: LoraModules, to: str, family_name: str) -> LoraFile:
     """The file in format `to`, in fp32. Raises ValueError for a module that has no name there."""
-    modules = {name: adapter.on_host() for name, adapter in modules.items()}
+    modules = {name: adapter.to_cpu() for name, adapter in modules.items()}
     if to == "peft":
         tensors = {}
         for name, adapter in modules.items():
@@ -208,31 +208,31 @@ def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _joined(modules: LoraModules, to: str, family_name: str) -> LoraModules:
     """Layers of the original model by the names that files give them → their adapters."""
     whole: LoraModules = {}
-    shared: dict[tuple[Native, str], dict[int, LoraWeights]] = {}
+    shared: dict[tuple[OriginalLayer, str], dict[int, LoraWeights]] = {}
     for name, adapter in modules.items():
-        there = key_names.layer(name, family_name)
+        there = key_names.find_layer(name, family_name)
         if there is None:
             raise ValueError(f"{name} has no name in files of this format")
-        if there.native is None:
-            short = get_family(family_name).KEYS.encoders[there.component]
+        if there.original is None:
+            short = get_family(family_name).LORA_KEYS.encoders[there.component]
             whole[f"lora_{short}_{there.path.replace('.', '_')}"] = adapter
         else:
-            shared.setdefault((there.native, there.number), {})[there.part or 0] = adapter
+            shared.setdefault((there.original, there.number), {})[there.part or 0] = adapter
     for (native, number), parts in shared.items():
         path = native.name.replace("{}", number)
         stem = f"diffusion_model.{path}" if to == "comfyui" else f"lora_unet_{path.replace('.', '_')}"
-        if len(native.parts) == 1:
-            whole[stem] = _swapped(parts[0]) if native.swapped else parts[0]
+        if len(native.diffusers_names) == 1:
+            whole[stem] = _swapped(parts[0]) if native.halves_swapped else parts[0]
         else:
-            units = {a.up.shape[0] / native.rows[i] for i, a in parts.items()}
+            units = {a.up.shape[0] / native.row_ratio[i] for i, a in parts.items()}
             if len(units) > 1:
                 raise ValueError(f"the parts of {path} have {sorted(units)} rows where they should have as many")
-            heights = [int(share * next(iter(units))) for share in native.rows]
-            whole[stem] = stacked([parts.get(i) for i in range(len(heights))], heights)
+            heights = [int(share * next(iter(units))) for share in native.row_ratio]
+            whole[stem] = stack_layers([parts.get(i) for i in range(len(heights))], heights)
     return whole
 
 
-def merged(several: Sequence[tuple[LoraModules, float]]) -> LoraModules:
+def merge(several: Sequence[tuple[LoraModules, float]]) -> LoraModules:
     """The sum of several files, each times its weight: ranks add up, nothing is approximated.
 
     Raises ValueError for DoRA, whose rows' lengths do not add up; one such file at weight 1 stays as it is.

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from trainer.lora_files.key_names import SCALARS, Layer, layer, role, style
+from trainer.lora_files.key_names import SCALARS, Layer, find_layer, key_style, split_key
 from trainer.spec.family import family_names, get_family
 from trainer.storage.safetensors_header import Entry, Header
 
@@ -44,14 +44,14 @@ def summarize(header: Header, family_name: str) -> LoraSummary:
     stems: dict[str, dict[str, Entry]] = {}
     unmatched = []
     for key, entry in header.entries.items():
-        found = role(key)
-        if found is None or layer(found[0], family_name) is None:
+        found = split_key(key)
+        if found is None or find_layer(found[0], family_name) is None:
             unmatched.append(key)
         else:
             stems.setdefault(found[0], {})[found[1]] = entry
     modules: dict[str, frozenset[tuple[str, int]]] = {}
     for stem, entries in stems.items():
-        there = layer(stem, family_name)
+        there = find_layer(stem, family_name)
         if there is None or not {"down", "up"} <= entries.keys():
             unmatched.append(stem)
         elif "magnitude" in entries and entries["magnitude"].shape[:1] != entries["up"].shape[:1]:
@@ -60,21 +60,22 @@ def summarize(header: Header, family_name: str) -> LoraSummary:
             modules |= _terms(header, there, entries)
     alphas = {_scalar(header, e["alpha"]) for e in stems.values() if "alpha" in e}
     dora = any("magnitude" in e for e in stems.values())
-    styles = [style(stem) for stem in stems if not stem.startswith(("lora_te", "text_encoder"))]
+    styles = [key_style(stem) for stem in stems if not stem.startswith(("lora_te", "text_encoder"))]
     common = max(set(styles), key=styles.count, default="text encoder")
     return LoraSummary(family_name, common, modules, tuple(sorted(alphas)), tuple(unmatched), dora)
 
 
 def _terms(header: Header, there: Layer, entries: dict[str, Entry]) -> dict[str, frozenset[tuple[str, int]]]:
-    """The terms of each module in `there`. Parts that were stacked block by block have zeros in the others' columns."""
+    """The terms of each module in `there`. Parts that are stacked block by block have zeros in
+    the columns of the others."""
     down, up = entries["down"], entries["up"]
     rank = down.shape[0] if down.shape else 0
     same = hashlib.sha256(header.read(down, 0, 1 << 16)).hexdigest()
-    if len(there.modules) == 1 or there.native is None or len(up.shape) != 2 or not up.shape[0]:
+    if len(there.modules) == 1 or there.original is None or len(up.shape) != 2 or not up.shape[0]:
         return {module: frozenset((same, i) for i in range(rank)) for module in there.modules}
     width = (up.end - up.begin) // (up.shape[0] * max(1, up.shape[1]))  # bytes of a number
-    unit, top, used = up.shape[0] // sum(there.native.rows), 0, []
-    for share in there.native.rows:
+    unit, top, used = up.shape[0] // sum(there.original.row_ratio), 0, []
+    for share in there.original.row_ratio:
         rows = range(top, top + unit * share, max(1, unit * share // 8))  # a few tell which columns are not zero
         read = [header.read(up, row * up.shape[1] * width, up.shape[1] * width) for row in rows]
         used.append({i for i in range(rank) if any(_not_zero(r[i * width : (i + 1) * width]) for r in read)})
@@ -112,8 +113,8 @@ def likely_family(stems: Iterable[str], metadata: Mapping[str, str]) -> str | No
     asked, said = list(stems), declared_family(metadata)
     scores: dict[str, tuple[int, bool, float]] = {}
     for name in family_names():
-        found = [there for stem in asked if (there := layer(stem, name))]
-        covered = {there.native.name for there in found if there.native}
-        scores[name] = (len(found), said == name, len(covered) / len(get_family(name).KEYS.layers))
+        found = [there for stem in asked if (there := find_layer(stem, name))]
+        covered = {there.original.name for there in found if there.original}
+        scores[name] = (len(found), said == name, len(covered) / len(get_family(name).LORA_KEYS.layers))
     best = max(scores, key=lambda name: scores[name])
     return best if scores[best][0] else None

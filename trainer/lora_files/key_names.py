@@ -1,7 +1,8 @@
 """The names in LoRA files: which tool's spelling a key has, and which layer it means. Standard library only.
 
 Every spelling leads to a module of diffusers' pipeline, `<component>.<path>`: transformer.norm_out.linear, or
-text_encoder.text_model.encoder.layers.0.mlp.fc1. The families' tables (`Keys`) say how original names relate to these.
+text_encoder.text_model.encoder.layers.0.mlp.fc1. The families' tables
+(`LoraKeys`) say how original names relate to these.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from trainer.spec.family import Native, get_family
+from trainer.spec.family import OriginalLayer, get_family
 
 # How a file spells the two matrices and the strength of a module. The longest ending that fits counts.
 ROLES = {
@@ -54,38 +55,42 @@ class Layer:
     """What a key names: a layer of the original model, one of its parts by diffusers' name, or a text encoder's."""
 
     component: str  # transformer, unet, text_encoder, text_encoder_2 …
-    native: Native | None  # None: a text encoder's layer, which has one name everywhere
+    original: OriginalLayer | None  # None: a text encoder's layer, which has one name everywhere
     number: str  # of the block
-    part: int | None  # an index of native.parts; None: the whole, with its rows as the original has them
+    part: int | None  # an index of original.diffusers_names; None: the whole, with its rows as the original has them
     path: str = ""  # of a text encoder's layer
 
     @property
     def modules(self) -> tuple[str, ...]:
         """The modules of diffusers' pipeline that this is, in the order of the rows."""
-        if self.native is None:
+        if self.original is None:
             return (f"{self.component}.{self.path}",)
-        parts = self.native.parts if self.part is None else self.native.parts[self.part : self.part + 1]
+        parts = (
+            self.original.diffusers_names
+            if self.part is None
+            else self.original.diffusers_names[self.part : self.part + 1]
+        )
         return tuple(f"{self.component}.{p.replace('{}', self.number)}" for p in parts)
 
 
-def role(key: str) -> tuple[str, str] | None:
+def split_key(key: str) -> tuple[str, str] | None:
     """A key → the name of its module as the file spells it, and down, up, alpha or magnitude; None for others."""
     ending = max((e for e in ROLES if key.endswith(e)), key=len, default=None)
     return None if ending is None else (key[: -len(ending)], ROLES[ending])
 
 
-def layer(stem: str, family_name: str) -> Layer | None:
+def find_layer(stem: str, family_name: str) -> Layer | None:
     """What the module name `stem` of a file means in a family; None if nothing."""
     return _encoder_layer(stem, family_name) or _denoiser_layer(stem, family_name)
 
 
-def in_files(module: str, family_name: str) -> str:
+def name_in_files(module: str, family_name: str) -> str:
     """The module's name as files have it: with the level `text_model` that transformers leaves out."""
-    there = layer(module, family_name)
-    return there.modules[0] if there is not None and there.native is None else module
+    there = find_layer(module, family_name)
+    return there.modules[0] if there is not None and there.original is None else module
 
 
-def style(stem: str) -> str:
+def key_style(stem: str) -> str:
     """Who spells module names like this."""
     if ".processor." in stem:
         return "diffusers before PEFT"
@@ -103,17 +108,19 @@ def _denoiser_layer(stem: str, family_name: str) -> Layer | None:
 
 
 @cache
-def _index(family_name: str) -> dict[str, tuple[Native, int | None]]:
+def _index(family_name: str) -> dict[str, tuple[OriginalLayer, int | None]]:
     """Every name of the family's layers with _ for dots, original and diffusers', → the layer and the part."""
-    found: dict[str, tuple[Native, int | None]] = {}
-    for native in get_family(family_name).KEYS.layers:
+    found: dict[str, tuple[OriginalLayer, int | None]] = {}
+    for native in get_family(family_name).LORA_KEYS.layers:
         found[native.name.replace(".", "_")] = native, None
-        for i, part in enumerate(native.parts):
+        for i, part in enumerate(native.diffusers_names):
             found[part.replace(".", "_")] = native, i
     return found
 
 
-def _numbered(name: str, index: Mapping[str, tuple[Native, int | None]]) -> tuple[Native, int | None, str] | None:
+def _numbered(
+    name: str, index: Mapping[str, tuple[OriginalLayer, int | None]]
+) -> tuple[OriginalLayer, int | None, str] | None:
     """Look `name` up as it is, and with each of its numbers as that of the block."""
     if name in index:
         return *index[name], ""
@@ -125,7 +132,7 @@ def _numbered(name: str, index: Mapping[str, tuple[Native, int | None]]) -> tupl
 
 
 def _encoder_layer(stem: str, family_name: str) -> Layer | None:
-    components = {kohya: component for component, kohya in get_family(family_name).KEYS.encoders.items()}
+    components = {kohya: component for component, kohya in get_family(family_name).LORA_KEYS.encoders.items()}
     if short := next((c for c in CLIPS if stem.startswith(f"lora_{c}")), None):
         component, path = components.get(CLIPS[short], ""), stem.removeprefix(f"lora_{short}")
     elif stem.startswith("text_encoders."):

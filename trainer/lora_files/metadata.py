@@ -14,7 +14,7 @@ from trainer.spec.plan import Dataset
 
 
 @dataclass(frozen=True)
-class TrainedSubset:
+class SubsetSummary:
     """What the header says about one source of pictures."""
 
     name: str  # of its folder, archive or repository alone; unique in a run
@@ -25,17 +25,17 @@ class TrainedSubset:
 
 
 @dataclass(frozen=True)
-class TrainedDataset:
+class DatasetSummary:
     """What the header says about pictures of one resolution and batch size."""
 
     plan: Dataset
-    subsets: tuple[TrainedSubset, ...]
+    subsets: tuple[SubsetSummary, ...]
     buckets: dict[tuple[int, int], int]  # (width, height) → pictures × repeats
 
     def count(self, *, reg: bool) -> int:
         return sum(s.images * s.repeats for s in self.subsets if s.is_reg is reg)
 
-    def told(self) -> dict[str, Any]:
+    def to_entry(self) -> dict[str, Any]:
         """As an entry of `ss_datasets`."""
         plan = self.plan
         return {
@@ -62,14 +62,14 @@ def _bucket_info(buckets: Mapping[tuple[int, int], int]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingRun:
     """What the header says about a run, besides the step."""
 
     name: str
     base: str
     base_version: str
     architecture: str
-    kind: str  # lora, rslora or dora
+    lora_type: str  # lora, rslora or dora
     alpha: float  # that was trained with; the file's own may differ
     started: int  # Unix seconds
     optimizer: str
@@ -81,10 +81,10 @@ class Trained:
     resolution: tuple[int, int]
     trigger: str | None
     objective: str
-    datasets: tuple[TrainedDataset, ...]
+    datasets: tuple[DatasetSummary, ...]
 
 
-def metadata(run: Trained, *, step: int, epoch: int, rank: int, alpha: float) -> dict[str, str]:
+def lora_metadata(run: TrainingRun, *, step: int, epoch: int, rank: int, alpha: float) -> dict[str, str]:
     """The header of a file, every value a string (DATASET_SCHEMA of sd-scripts' `ss_*`, and modelspec 1.0.1).
 
     `rank`, `alpha`: what the file's tensors have.
@@ -103,13 +103,13 @@ def metadata(run: Trained, *, step: int, epoch: int, rank: int, alpha: float) ->
         "ss_network_dim": rank,
         "ss_network_alpha": alpha,
         "kiln_alpha": run.alpha,
-        "kiln_lora_type": run.kind,
+        "kiln_lora_type": run.lora_type,
         "kiln_version": __version__,
         "ss_training_started_at": float(run.started),
         "ss_bucket_info": _bucket_info(buckets),
         "ss_resolution": f"({run.resolution[0]}, {run.resolution[1]})",
         "ss_dataset_dirs": {s.name: {"n_repeats": s.repeats, "img_count": s.images} for s in subsets},
-        "ss_datasets": [d.told() for d in run.datasets],
+        "ss_datasets": [d.to_entry() for d in run.datasets],
         "ss_tag_frequency": {s.name: s.tags for s in subsets},
         "ss_num_train_images": sum(d.count(reg=False) for d in run.datasets),
         "ss_num_reg_images": sum(d.count(reg=True) for d in run.datasets),

@@ -6,16 +6,16 @@ from collections.abc import Mapping
 
 import torch
 
-from trainer.lora_files.convert import stacked
+from trainer.lora_files.convert import stack_layers
 from trainer.lora_files.weights import LoraModules, LoraWeights
 
 # ---- modules ↔ the adapters that are being trained (`lora.state`)
 
-Fused = Mapping[str, tuple[str, ...]]  # as `lora.Fused`
+FusedTargets = Mapping[str, tuple[str, ...]]  # as `lora.FusedTargets`
 MAGNITUDE = "lora_magnitude_vector"  # peft's name for what DoRA trains besides
 
 
-def members(module: str, fused: Fused) -> tuple[str, ...]:
+def unfused_names(module: str, fused: FusedTargets) -> tuple[str, ...]:
     """The modules of diffusers' model that the trained module is: itself, or those that it joins."""
     for whole, parts in fused.items():
         if f".{module}".endswith(f".{whole}"):
@@ -23,22 +23,24 @@ def members(module: str, fused: Fused) -> tuple[str, ...]:
     return (module,)
 
 
-def of_state(state: Mapping[str, torch.Tensor], *, prefix: str, fused: Fused, scale: float) -> LoraModules:
+def from_peft_state(
+    state: Mapping[str, torch.Tensor], *, prefix: str, fused: FusedTargets, scale: float
+) -> LoraModules:
     """The modules of what is being trained, `prefix` before their names: views, where it is. Joined layers have equal
     numbers of rows."""
     found: LoraModules = {}
     for key in (k for k in state if k.endswith(".lora_A.weight")):
         module = key.removesuffix(".lora_A.weight")
         down, up = state[key].float(), state[f"{module}.lora_B.weight"].float()
-        names, length = members(module, fused), state.get(f"{module}.{MAGNITUDE}")
+        names, length = unfused_names(module, fused), state.get(f"{module}.{MAGNITUDE}")
         lengths = [None] * len(names) if length is None else length.float().chunk(len(names))
         for name, piece, own in zip(names, up.chunk(len(names)), lengths, strict=True):
             found[f"{prefix}.{name}"] = LoraWeights(down, piece, scale, own)
     return found
 
 
-def to_state(
-    modules: LoraModules, state: Mapping[str, torch.Tensor], *, prefix: str, fused: Fused, scale: float
+def to_peft_state(
+    modules: LoraModules, state: Mapping[str, torch.Tensor], *, prefix: str, fused: FusedTargets, scale: float
 ) -> dict[str, torch.Tensor]:
     """What to load so that training goes on from `modules`. `state`: the adapters as they begin (up matrices zero).
 
@@ -49,13 +51,13 @@ def to_state(
     for key in (k for k in state if k.endswith(".lora_A.weight")):
         module = key.removesuffix(".lora_A.weight")
         down, up = state[key], state[f"{module}.lora_B.weight"]
-        names = members(module, fused)
+        names = unfused_names(module, fused)
         parts = [left.pop(f"{prefix}.{name}", None) for name in names]
         if not any(parts):
             continue
         heights = [up.shape[0] // len(names)] * len(names)
         wrong = [p for p, height in zip(parts, heights, strict=True) if p is not None and p.up.shape[0] != height]
-        there = next(p for p in parts if p is not None) if wrong or len(parts) == 1 else stacked(parts, heights)
+        there = next(p for p in parts if p is not None) if wrong or len(parts) == 1 else stack_layers(parts, heights)
         if wrong or there.down.shape[1:] != down.shape[1:]:
             has, want = (there.up.shape[0], *there.down.shape[1:]), (up.shape[0] // len(names), *down.shape[1:])
             raise ValueError(f"{module} is {want} in this model and {has} in the file: it is of another model")

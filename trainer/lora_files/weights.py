@@ -28,7 +28,7 @@ class LoraWeights:
         product = self.up.flatten(1) @ self.down.flatten(1)
         return self.scale * product.view(self.up.shape[0], *self.down.shape[1:])
 
-    def on_host(self) -> LoraWeights:
+    def to_cpu(self) -> LoraWeights:
         """The same with its tensors on the CPU."""
         length = None if self.magnitude is None else self.magnitude.cpu()
         return replace(self, down=self.down.cpu(), up=self.up.cpu(), magnitude=length)
@@ -37,7 +37,7 @@ class LoraWeights:
         """The same with scale 1."""
         return self if self.scale == 1 else replace(self, up=self.up * self.scale, scale=1.0)
 
-    def on(self, weight: torch.Tensor) -> torch.Tensor:
+    def applied_to(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight with the adapter on it, in fp32."""
         whole = weight.float() + self.delta().to(weight.device)
         if self.magnitude is None:

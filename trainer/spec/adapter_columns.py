@@ -5,7 +5,7 @@ from __future__ import annotations
 # ---- an adapter has its place beside a weight that is multiplied in FP8 (`trainer.engine.kernels.reference.beside`)
 THIRDS, ALIGNED = 3, 16  # columns for each of its ranks; what tensor cores want a multiple of
 LINE = 128  # bytes: where rows begin at no multiple of it, products take a quarter longer
-ROOMY = 5  # times as many columns as an adapter takes beside a weight, its shorter side has at least
+MIN_SIDE_PER_COLUMN = 5  # times as many columns as an adapter takes beside a weight, its shorter side has at least
 
 
 def columns(rank: int) -> int:
@@ -15,7 +15,7 @@ def columns(rank: int) -> int:
 
 def fits_adapter_columns(rank: int, side: int) -> bool:
     """Whether an adapter has its place beside a weight whose shorter side is `side`."""
-    return rank > 0 and ROOMY * columns(rank) <= side
+    return rank > 0 and MIN_SIDE_PER_COLUMN * columns(rank) <= side
 
 
 def padding_for(rank: int, width: int) -> int:

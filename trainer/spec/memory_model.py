@@ -32,7 +32,7 @@ TIGHT = 0.97  # likewise, before a way that is much slower is taken: the rehears
 SHARE = 1 / 16
 # regions on the device where weights are streamed (trainer.engine.memory.weight_streaming): the one at work, and the
 # next
-SLOTS = 2
+RESIDENT_REGIONS = 2
 # Seconds of a step by what is recomputed, as a multiple of those with everything kept, of Flux.1 in FP8 on one
 # accelerator (docs/performance.md); and what a step costs besides, in the time of so many thousands of tokens.
 COST = {"none": 1.0, "products": 1.01, "attention": 1.2, "all": 1.28}
@@ -45,7 +45,7 @@ BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 WORTH = 1.02  # times the images per second that a larger batch must bring to be chosen
 # The VAE of all families, in fp32: its weights, and GiB for a million (2^20) pixels of one picture.
 VAE, ENCODE, DECODE = 0.31, 2.6, 3.2
-AT_ONCE = 2.0  # megapixels that the VAE encodes at once, where there is room
+ENCODE_BATCH_MEGAPIXELS = 2.0  # megapixels that the VAE encodes at once, where there is room
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,18 @@ def weights(of: Footprint, rank: int, precision: str, offload: str = "none", *, 
     `turned`: with a copy turned round.
     """
     each = PRECISIONS[precision].bytes or _wide(precision)
-    inside = SLOTS * of.largest if offload == "weights" else of.blocks
-    copies = of.turned if turned else 0.0  # of 8 bits
+    inside = RESIDENT_REGIONS * of.largest_region_weights if offload == "weights" else of.block_weights
+    copies = of.fp8_weights if turned else 0.0  # of 8 bits
     beside = 0.0
-    if PRECISIONS[precision].form == "fp8" and fits_adapter_columns(rank, of.width):
-        beside = (1.0 if turned else OUTPUTS) * of.adapters * padding_for(rank, of.width) * inside / of.blocks
-    return (inside * each + copies + of.rest * _wide(precision) + beside) / GIB
+    if PRECISIONS[precision].weight_format == "fp8" and fits_adapter_columns(rank, of.hidden_size):
+        beside = (
+            (1.0 if turned else OUTPUTS)
+            * of.adapter_weights_per_rank
+            * padding_for(rank, of.hidden_size)
+            * inside
+            / of.block_weights
+        )
+    return (inside * each + copies + of.other_weights * _wide(precision) + beside) / GIB
 
 
 def predicted(
@@ -108,12 +114,12 @@ def predicted(
     turned: bool = False,
 ) -> float:
     """The peak of training, in GiB."""
-    trained = of.adapters * work.rank * STATE_BYTES.get(work.optimizer, 16) / GIB
-    everything = of.kept["none"] * (1.0 if PRECISIONS[precision].form == "fp8" else of.plain)
-    kept, share = everything if recompute == "none" else of.kept[recompute], kept_blocks / of.regions
-    kept = of.kept["host"] + 2 * SHARE * kept if offload != "none" else kept * (1 - share) + everything * share
+    trained = of.adapter_weights_per_rank * work.rank * STATE_BYTES.get(work.optimizer, 16) / GIB
+    everything = of.saved_gib["none"] * (1.0 if PRECISIONS[precision].weight_format == "fp8" else of.unfused_factor)
+    kept, share = everything if recompute == "none" else of.saved_gib[recompute], kept_blocks / of.region_count
+    kept = of.saved_gib["host"] + 2 * SHARE * kept if offload != "none" else kept * (1 - share) + everything * share
     tokens = work.kilotokens(of) * _wide(precision) / 2
-    each = of.working + kept
+    each = of.working_gib + kept
     streamed = STREAMED if offload == "weights" else 0.0
     return weights(of, work.rank, precision, offload, turned=turned) + streamed + trained + tokens * each
 
@@ -123,7 +129,7 @@ def on_host(of: Footprint, work: Workload, way: Strategy) -> float:
     if way.offload == "none":
         return 0.0
     streamed = weights(of, work.rank, way.precision) if way.offload == "weights" else 0.0
-    return of.kept[way.recompute] * work.kilotokens(of) * _wide(way.precision) / 2 + streamed
+    return of.saved_gib[way.recompute] * work.kilotokens(of) * _wide(way.precision) / 2 + streamed
 
 
 def ways(of: Footprint, work: Workload, precisions: Iterable[str]) -> list[Strategy]:
@@ -167,19 +173,19 @@ def _filled(of: Footprint, work: Workload, way: Strategy, *, room: float, record
         gib = predicted(of, work, kept_blocks=kept_blocks, turned=turned, **given)
         return replace(way, kept_blocks=kept_blocks, turned=turned, gib=gib)
 
-    if (way.recompute, way.offload) == ("none", "none") and PRECISIONS[way.precision].form == "fp8":
+    if (way.recompute, way.offload) == ("none", "none") and PRECISIONS[way.precision].weight_format == "fp8":
         both = changed(turned=True)
         return both if both.gib <= room else way
     if way.recompute not in ("products", "attention") or way.offload != "none" or way.gib > room:
         return way
-    whole = changed(kept_blocks=of.regions).gib
-    left = max(0.0, room - way.gib - (of.recording if recorded else 0.0))
-    return changed(kept_blocks=min(of.regions, int(left / (whole - way.gib) * of.regions)))
+    whole = changed(kept_blocks=of.region_count).gib
+    left = max(0.0, room - way.gib - (of.capture_gib if recorded else 0.0))
+    return changed(kept_blocks=min(of.region_count, int(left / (whole - way.gib) * of.region_count)))
 
 
 def speed(of: Footprint, work: Workload, way: Strategy) -> float:
     """Images for a unit of time; only to compare batches of the same pictures on the same hardware."""
-    share = way.kept_blocks / of.regions
+    share = way.kept_blocks / of.region_count
     cost = COST[way.recompute] * (1 - share) + COST["none"] * share
     return work.batch / (STEP + work.kilotokens(of) * cost * BUS[way.offload])
 
@@ -200,14 +206,14 @@ def phases(
     """The predicted peak of each phase, in GiB. `drawn_pixels`: of the largest sample; `encoded_pixels`: of the largest
     picture. `tiled`: samples are decoded in pieces, and pictures encoded one by one.
     """
-    encoders = of.encoders * _wide(way.precision) / GIB
-    images = 1 if tiled else math.ceil(AT_ONCE * 1e6 / encoded_pixels)
+    encoders = of.encoder_weights * _wide(way.precision) / GIB
+    images = 1 if tiled else math.ceil(ENCODE_BATCH_MEGAPIXELS * 1e6 / encoded_pixels)
     return {
         "texts": 0.5 + (encoders / 12 if streamed else encoders),  # two of 24 layers
         "latents": VAE + ENCODE * images * encoded_pixels / 2**20,
         "training": way.gib,
         "samples": weights(of, work.rank, way.precision, way.offload, turned=way.turned)
-        + of.adapters * work.rank * STATE_BYTES.get(work.optimizer, 16) / GIB
+        + of.adapter_weights_per_rank * work.rank * STATE_BYTES.get(work.optimizer, 16) / GIB
         + VAE
         + (1.0 if tiled else DECODE * drawn_pixels / 2**20),
     }

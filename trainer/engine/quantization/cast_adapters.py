@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from trainer.engine.flat_parameters import pieces
+from trainer.engine.flat_parameters import split_into_pieces
 from trainer.engine.quantization.lora_linear import LoraLinear
 
 
@@ -53,7 +53,7 @@ class AdapterCast:
         self.dtype, self.layers, self.scale = dtype, found if len(scales) == 1 else [], max(scales, default=1.0)
         sizes = [sum(p.numel() for p in _matrices(layer)) for layer in self.layers]
         # In pieces, so that on the way back not all gradients are there at once in both types.
-        self.pieces = [[self.layers[i] for i in piece] for piece in pieces(sizes)]
+        self.pieces = [[self.layers[i] for i in piece] for piece in split_into_pieces(sizes)]
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:

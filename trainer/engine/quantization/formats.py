@@ -217,7 +217,7 @@ def weight_format_for(precision: str, device: str) -> str | None:
     """The key of `WEIGHT_FORMATS` for a value of PARAMS_PRECISION on a torch device type; None: not quantised."""
     import torch
 
-    form = PRECISIONS[precision].form
+    form = PRECISIONS[precision].weight_format
     if form == "fp8" and device == "cuda" and torch.version.hip:
         # CDNA 3 multiplies in the types without negative zero alone; CDNA 4 in those that NVIDIA has.
         return "fp8-fnuz" if "gfx94" in torch.cuda.get_device_properties(0).gcnArchName else form

@@ -22,18 +22,18 @@ from trainer.spec.adapter_columns import fits_adapter_columns, padding_for
 @contextlib.contextmanager
 def dequantized_matmul(model: torch.nn.Module) -> Iterator[None]:
     """Inside, frozen weights are multiplied in 16 bits or more: no rounding of an input to 8 changes what comes out."""
-    layers = [(m, m.form) for m in model.modules() if isinstance(m, FrozenLinear)]
+    layers = [(m, m.weight_format) for m in model.modules() if isinstance(m, FrozenLinear)]
     linear, plain = torch.nn.Linear, torch.nn.Linear.forward
     others = [m for m in model.modules() if isinstance(m, linear) and type(m).forward is not plain]  # torchao's
     try:
-        for layer, form in layers:
-            layer.form = STORED.get(form, form)
+        for layer, weight_format in layers:
+            layer.weight_format = STORED.get(weight_format, weight_format)
         for other in others:
             other.__dict__["forward"] = types.MethodType(plain, other)
         yield
     finally:
-        for layer, form in layers:
-            layer.form = form
+        for layer, weight_format in layers:
+            layer.weight_format = weight_format
         for other in others:
             del other.__dict__["forward"]
 
@@ -42,11 +42,11 @@ class _Product(torch.autograd.Function):
     """x wᵀ + bias + (x downᵀ) upᵀ for a frozen weight w in one of the forms."""
 
     @staticmethod
-    def forward(ctx: Any, x, w, scale, bias, down, up, turned, form):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x, w, scale, bias, down, up, turned, weight_format):  # type: ignore[no-untyped-def]
         h_MR = None if down is None else x @ down.t()
-        ctx.form, ctx.width = form, x.shape[1]
+        ctx.weight_format, ctx.width = weight_format, x.shape[1]
         ctx.save_for_backward(None if down is None else x, h_MR, w, scale, down, up, turned)
-        return WEIGHT_FORMATS[form].product(x, w, scale, bias, h_MR, up)
+        return WEIGHT_FORMATS[weight_format].product(x, w, scale, bias, h_MR, up)
 
     @staticmethod
     def backward(ctx: Any, g):  # type: ignore[no-untyped-def]
@@ -55,16 +55,16 @@ class _Product(torch.autograd.Function):
         gh_MR = None if up is None else g @ up
         gx = None
         if ctx.needs_input_grad[0]:
-            gx = WEIGHT_FORMATS[ctx.form].gradient(g, w, scale, gh_MR, down, turned, ctx.width)
+            gx = WEIGHT_FORMATS[ctx.weight_format].gradient(g, w, scale, gh_MR, down, turned, ctx.width)
         if gh_MR is None:
             return gx, None, None, None, None, None, None, None
         return gx, None, None, None, gh_MR.t() @ x, g.t() @ h_MR, None, None
 
 
 @torch.compiler.allow_in_graph
-def product(x, w, scale, bias, down, up, turned, form):  # type: ignore[no-untyped-def]
+def product(x, w, scale, bias, down, up, turned, weight_format):  # type: ignore[no-untyped-def]
     """`_Product`, which the compiler need not look into to differentiate."""
-    return _Product.apply(x, w, scale, bias, down, up, turned, form)
+    return _Product.apply(x, w, scale, bias, down, up, turned, weight_format)
 
 
 class FrozenLinear(torch.nn.Module):
@@ -77,13 +77,13 @@ class FrozenLinear(torch.nn.Module):
     scale_1N: torch.Tensor
     weight_t_KN: torch.Tensor | None
 
-    def __init__(self, linear: torch.nn.Linear, form: str, rank: int = 0) -> None:
+    def __init__(self, linear: torch.nn.Linear, weight_format: str, rank: int = 0) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.form = linear.in_features, linear.out_features, form
+        self.in_features, self.out_features, self.weight_format = linear.in_features, linear.out_features, weight_format
         worth = self.in_fp8 and fits_adapter_columns(rank, min(linear.weight.shape))
         self.rank = rank if worth and linear.weight.abs().max() >= LEAST else 0
         room = padding_for(self.rank, self.in_features)
-        values, scales = WEIGHT_FORMATS[form].store(linear.weight.detach(), room)
+        values, scales = WEIGHT_FORMATS[weight_format].store(linear.weight.detach(), room)
         self.width = values.shape[1] - room
         self.register_buffer("weight_NF", values)
         self.register_buffer("scale_1N", scales)
@@ -94,7 +94,7 @@ class FrozenLinear(torch.nn.Module):
     @property
     def in_fp8(self) -> bool:
         """Whether it multiplies in FP8, both ways."""
-        return WEIGHT_FORMATS[self.form].transposes
+        return WEIGHT_FORMATS[self.weight_format].transposes
 
     @property
     def weight_NK(self) -> torch.Tensor:
@@ -113,7 +113,7 @@ class FrozenLinear(torch.nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The weight that it stands for, (N, K), made anew each time."""
-        return WEIGHT_FORMATS[self.form].whole(self.weight_NK, self.scale_1N, self.dtype)
+        return WEIGHT_FORMATS[self.weight_format].whole(self.weight_NK, self.scale_1N, self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.product(x, None, None)
@@ -122,24 +122,24 @@ class FrozenLinear(torch.nn.Module):
         """x wᵀ + bias + (x downᵀ) upᵀ, (…, N)."""
         rows = x.reshape(-1, self.in_features)
         w = self.weight_NF if self.in_fp8 else self.weight_NK
-        y = product(rows, w, self.scale_1N, self.bias, down_RK, up_NR, self.weight_t_KN, self.form)
+        y = product(rows, w, self.scale_1N, self.bias, down_RK, up_NR, self.weight_t_KN, self.weight_format)
         return y.view(*x.shape[:-1], self.out_features)
 
 
-def freeze(block: torch.nn.Module, form: str, rank: Callable[[str], int] = lambda _: 0) -> None:
+def freeze(block: torch.nn.Module, weight_format: str, rank: Callable[[str], int] = lambda _: 0) -> None:
     """Replace the linear layers in `block`, in place. Modulations, with one row a picture, are only stored in 8 bits.
 
     Layers whose sides are no multiples of what the form needs stay as they are. `rank`: of the adapter that the layer
     of a name will get.
     """
-    if form == "torchao":
+    if weight_format == "torchao":
         _train_in_float8(block)
         return
-    stored = STORED.get(form, form)
+    stored = STORED.get(weight_format, weight_format)
     for name, layer in list(block.named_modules()):
         if not isinstance(layer, torch.nn.Linear):
             continue
-        here = stored if "norm" in name else form
+        here = stored if "norm" in name else weight_format
         if layer.in_features % WEIGHT_FORMATS[here].multiple or layer.out_features % WEIGHT_FORMATS[here].multiple:
             continue
         parent, _, leaf = name.rpartition(".")

@@ -38,13 +38,13 @@ def _joined(sources: list[Any]) -> bool:
 
 
 def _attended(
-    attn: Any, sources: list[tuple[list[torch.Tensor], Any, Any]], rotary: Rotary, *, remade: bool
+    attn: Any, sources: list[tuple[list[torch.Tensor], Any, Any]], rotary: Rotary, *, recompute_rope: bool
 ) -> torch.Tensor:
     """Attention among the tokens of all sources: what was projected, and the norms of queries and keys."""
     attention = functools.partial(dispatch_attention_fn, backend=attn.processor._attention_backend)
     if rotary is not None and _joined(sources) and sources[0][0][0].dtype != torch.float32:
         joined = [(projected[0], *norms) for projected, *norms in sources]
-        return attended(joined, rotary, attention, remade=remade).flatten(2, 3)
+        return attended(joined, rotary, attention, recompute_rope=recompute_rope).flatten(2, 3)
     several = [_heads(attn, *source) for source in sources]
     q, k, v = (torch.cat(parts, dim=1) for parts in zip(*several, strict=True)) if several[1:] else several[0]
     if rotary is not None:
@@ -53,10 +53,10 @@ def _attended(
     return found.flatten(2, 3).to(q.dtype)
 
 
-class Single(FluxSingleTransformerBlock):
-    remade = False  # see `trainer.engine.memory.checkpointing`
+class FusedSingleBlock(FluxSingleTransformerBlock):
+    recompute_rope = False  # see `trainer.engine.memory.checkpointing`
 
-    def remakes(self) -> bool:
+    def can_recompute_rope(self) -> bool:
         joined = _projections(self.attn)
         return fuses([*joined, self.proj_mlp, self.proj_out]) and _joined(
             [(joined, self.attn.norm_q, self.attn.norm_k)]
@@ -79,14 +79,16 @@ class Single(FluxSingleTransformerBlock):
         shift, scale, gate = self.norm.linear(self.norm.silu(temb)).chunk(3, dim=1)
         x = whole(encoder_hidden_states, hidden_states)
         *projected, mlp, x = normed(x, self.norm.norm, (scale, shift), [*_projections(attn), self.proj_mlp])
-        of_tokens = _attended(attn, [(projected, attn.norm_q, attn.norm_k)], image_rotary_emb, remade=self.remade)
+        of_tokens = _attended(
+            attn, [(projected, attn.norm_q, attn.norm_k)], image_rotary_emb, recompute_rope=self.recompute_rope
+        )
         return halves(gated(x, gate, activated(mlp, self.proj_out, left_BTL=of_tokens)), text)
 
 
-class Double(FluxTransformerBlock):
-    remade = False
+class FusedDoubleBlock(FluxTransformerBlock):
+    recompute_rope = False
 
-    def remakes(self) -> bool:
+    def can_recompute_rope(self) -> bool:
         attn, first, second = self.attn, _projections(self.attn), _text_projections(self.attn)
         others = [
             attn.to_out[0],
@@ -115,7 +117,9 @@ class Double(FluxTransformerBlock):
         *image, x = normed(x, self.norm1.norm, (of_x[1], of_x[0]), _projections(attn))
         *text, y = normed(y, self.norm1_context.norm, (of_y[1], of_y[0]), _text_projections(attn))
         sources = [(text, attn.norm_added_q, attn.norm_added_k), (image, attn.norm_q, attn.norm_k)]
-        of_text, of_image = halves(_attended(attn, sources, image_rotary_emb, remade=self.remade), y.shape[1])
+        of_text, of_image = halves(
+            _attended(attn, sources, image_rotary_emb, recompute_rope=self.recompute_rope), y.shape[1]
+        )
         x = gated(x, of_x[2], attn.to_out[0](of_image.contiguous()))
         y = gated(y, of_y[2], attn.to_add_out(of_text.contiguous()))
         made, x = feed_forward(self.ff, x, self.norm2, (of_x[4], of_x[3]))

@@ -23,7 +23,7 @@ def _attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).to(q.dtype)
 
 
-class Joint(JointTransformerBlock):
+class FusedJointBlock(JointTransformerBlock):
     def forward(
         self,
         hidden_states: torch.Tensor,

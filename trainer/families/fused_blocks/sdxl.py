@@ -18,7 +18,7 @@ def _attended(attn: Any, projected: list[torch.Tensor]) -> torch.Tensor:
     return found
 
 
-class Basic(BasicTransformerBlock):
+class FusedBasicBlock(BasicTransformerBlock):
     def forward(
         self,
         hidden_states: torch.Tensor,
