@@ -38,7 +38,7 @@ from trainer.engine.load import place_denoiser
 from trainer.engine.memory.checkpointing import POLICIES
 from trainer.engine.quantization.cast_adapters import AdapterCast
 from trainer.spec.family import get_family
-from trainer.spec.memory_model import Workload, predicted
+from trainer.spec.memory_model import Workload, predict_peak_gib
 from trainer.spec.plan import EnginePlan
 
 RANK, GIB, DEVICE = 16, 2**30, "cuda" if torch.cuda.is_available() else "cpu"
@@ -241,12 +241,17 @@ def measure(bench: Bench, variant: str, batch: int, *, times: int = 5) -> dict[s
     footprint = next(m.footprint for m in bench.kind.FACTS.models.values())
     if footprint is not None and not bench.small:
         width, height = bench.size
-        work = Workload(width * height, batch, RANK, "adamw")
+        workload = Workload(width * height, batch, RANK, "adamw")
         offload = next((to for word, to in OFFLOADS.items() if word in words), "none")
         if policy not in footprint.saved_gib:
             return row
-        gib = predicted(
-            footprint, work, precision=bench.precision, recompute=policy, offload=offload, turned="turned" in words
+        gib = predict_peak_gib(
+            footprint,
+            workload,
+            precision=bench.precision,
+            recompute=policy,
+            offload=offload,
+            transposed="turned" in words,
         )
         row["predicted_gib"] = round(gib, 2)
     bench.runner.release()

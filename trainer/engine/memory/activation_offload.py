@@ -13,7 +13,7 @@ import torch
 
 from trainer.engine.memory.pinned import pinned_bytes, unpin, view
 from trainer.engine.memory.weight_streaming import ALIGNED, WeightStreamer
-from trainer.spec.memory_model import SHARE
+from trainer.spec.memory_model import IN_FLIGHT_SHARE
 
 
 @dataclass(eq=False)
@@ -31,11 +31,11 @@ class _Stored:
 class ActivationOffload:
     """Around a forward pass: large tensors that autograd saves go to pinned memory of the host as they are made.
 
-    Copies run on streams of their own, both ways at once. `SHARE` of what a pass saves may be on its way; what is made
-    last is needed first and stays. Weights stay where they are, or are left to `stream`. All memory of the device is
-    taken and given back on the stream that computes, so that a pass may be recorded (`trainer.engine.cuda_graphs`)
-    once one of its
-    size has run. After each backward pass, whatever becomes of it: `join`. `limit_gib`: of the host's memory.
+    Copies in both directions overlap with the computation, each on a CUDA stream of its own. At most
+    `IN_FLIGHT_SHARE` of what a pass saves is on its way; what is saved last is needed first and stays on the device.
+    Weights stay where they are, or are left to `stream`. Device memory is allocated and freed on the computing stream
+    only, so that a pass can be captured as a CUDA graph (`trainer.engine.cuda_graphs`) once one of its size has run.
+    Call `join` after each backward pass, also after one that failed. `limit_gib`: host memory that may be pinned.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class ActivationOffload:
     @property
     def window(self) -> int:
         """Bytes that may be on their way at once: none before it is known how many there are."""
-        return int(max(self.totals.values(), default=0) * SHARE)
+        return int(max(self.totals.values(), default=0) * IN_FLIGHT_SHARE)
 
     def _pack(self, tensor: torch.Tensor) -> Any:
         if self.stream and not isinstance(weights := self.stream.pack(tensor), torch.Tensor):
