@@ -409,7 +409,7 @@ def test_several_files_with_weights_are_added_to_the_model(flux_denoiser, text):
     import copy
 
     from trainer.families import flux
-    from trainer.sample import add
+    from trainer.sample import apply_loras
 
     def output(denoiser):
         torch.manual_seed(4)
@@ -417,7 +417,7 @@ def test_several_files_with_weights_are_added_to_the_model(flux_denoiser, text):
 
     plain = copy.deepcopy(flux_denoiser)
     modules = trained(flux_denoiser, "flux", split=False)
-    add(plain, [(modules, 0.5), (modules, 0.5)], component="transformer")
+    apply_loras(plain, [(modules, 0.5), (modules, 0.5)], component="transformer")
     torch.testing.assert_close(output(plain), output(flux_denoiser), atol=1e-4, rtol=1e-4)
 
 

@@ -28,7 +28,7 @@ from trainer.engine import adapters
 from trainer.engine.load import stored_dtype
 from trainer.job.verify import verify
 from trainer.lora_files import convert, peft_bridge
-from trainer.sample import add
+from trainer.sample import apply_loras
 from trainer.spec.family import get_family
 
 FAMILIES = ("flux", "sdxl", "sd3")
@@ -120,7 +120,7 @@ def assert_round_trip(name, folder, to, file):
     save_file(convert.to_file(modules, to, name).tensors, file)
     prefix = facts.lora_prefix
     assert verify(file, {prefix: trained}, family_name=name, fused=fused, output=lambda: output(name, trained)) < 1e-4
-    add(plain, [(convert.load(file, name), 1.0)], component=prefix)
+    apply_loras(plain, [(convert.load(file, name), 1.0)], component=prefix)
     after, expected = output(name, plain), output(name, trained)
     assert (expected - before).norm() > 0.01 * before.norm()
     assert (after - expected).norm() < 1e-4 * expected.norm()
