@@ -66,9 +66,14 @@ def _split_by_rank(tensor: Tensor | None, layers: list[_Fp8Layer], dim: int) -> 
     """Each layer's part of a tensor that was computed with `_concatenated_down`; None for layers without an adapter."""
     if tensor is None:
         return [None] * len(layers)
-    ranks = [0 if layer.down_RK is None else len(layer.down_RK) for layer in layers]
-    parts = tensor.split(ranks, dim)
-    return [part if rank else None for part, rank in zip(parts, ranks, strict=True)]
+    ranks = []
+    for layer in layers:
+        ranks.append(0 if layer.down_RK is None else len(layer.down_RK))
+    parts: list[Tensor | None] = list(tensor.split(ranks, dim))
+    for i, rank in enumerate(ranks):
+        if rank == 0:
+            parts[i] = None
+    return parts
 
 
 def _padding(layers: list[_Fp8Layer], in_features: int) -> int:
@@ -84,8 +89,10 @@ def _linears(
     rows: the input in 16 bits, for the adapters; x8 and x_scale: the same, quantised, for the weights. The layers write
     their adapter columns into the same x8, one after the other.
     """
+    h = None
     down = _concatenated_down(layers)
-    h = None if down is None else rows_MK @ down.t()
+    if down is not None:
+        h = rows_MK @ down.t()
     outputs = []
     for layer, h_MR in zip(layers, _split_by_rank(h, layers, 1), strict=True):
         w, scale, bias = layer.w_NF, layer.scale_1N, layer.bias_N
@@ -98,10 +105,16 @@ def _adapter_gradients(
     gs: list[Tensor], layers: list[_Fp8Layer], h: Tensor | None
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """gh = g B of all adapters, (M, sum of R), and the gradient of each B, gᵀ h."""
-    ghs = [g @ layer.up_NR for g, layer in zip(gs, layers, strict=True) if layer.up_NR is not None]
-    parts = _split_by_rank(h, layers, 1)
-    up_gradients = [None if part is None else g.t() @ part for g, part in zip(gs, parts, strict=True)]
-    return torch.cat(ghs, 1) if ghs else None, up_gradients
+    ghs = []
+    for g, layer in zip(gs, layers, strict=True):
+        if layer.up_NR is not None:
+            ghs.append(g @ layer.up_NR)
+    up_gradients: list[Tensor | None] = []
+    for g, h_MR in zip(gs, _split_by_rank(h, layers, 1), strict=True):
+        up_gradients.append(None if h_MR is None else g.t() @ h_MR)
+    # Joined again, so that the gradients of all A matrices are one GEMM.
+    gh = torch.cat(ghs, 1) if ghs else None
+    return gh, up_gradients
 
 
 def _input_gradients(gs: list[Tensor], layers: list[_Fp8Layer], gh: Tensor | None, in_features: int) -> list[Tensor]:
@@ -117,9 +130,11 @@ def _layer_gradients(
     rows_MK: Tensor, gh: Tensor | None, up_gradients: list[Tensor | None], layers: list[_Fp8Layer]
 ) -> list[Tensor | None]:
     """The gradients of the flat layers: those of A, ghᵀ x, and of B; None for all other fields."""
-    down_gradients = _split_by_rank(None if gh is None else gh.t() @ rows_MK, layers, 0)
+    g_down = None
+    if gh is not None:
+        g_down = gh.t() @ rows_MK
     gradients: list[Tensor | None] = []
-    for down, up in zip(down_gradients, up_gradients, strict=True):
+    for down, up in zip(_split_by_rank(g_down, layers, 0), up_gradients, strict=True):
         gradients += [None, None, None, down, up, None]
     return gradients
 
@@ -150,11 +165,11 @@ class _NormLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, shift, h, *flat = ctx.saved_tensors
         layers = _unflatten(flat)
-        gs = [g.contiguous() for g in gradients[:-1]]
+        gs = [g.contiguous() for g in gradients[:-1]]  # a gradient may be part of longer rows
         residual_grad = gradients[-1]
         gh, up_gradients = _adapter_gradients(gs, layers, h)
         g_rows = _input_gradients(gs, layers, gh, x.shape[1])
-        while len(g_rows) > NORM_KERNEL_GRADIENTS:
+        while len(g_rows) > NORM_KERNEL_GRADIENTS:  # separate q, k, v and MLP in a single block of Flux.1
             g_rows = [g_rows[0] + g_rows[1], *g_rows[2:]]
         three_g = (*g_rows, *[None] * (NORM_KERNEL_GRADIENTS - len(g_rows)))
         gx, rows = norm_gradient(x, scale, shift, ctx.scale_offset, ctx.eps, *three_g, residual_grad, gh is not None)
@@ -197,7 +212,10 @@ class _GeluLinear(torch.autograd.Function):
         gh, up_gradients = _adapter_gradients(gs, layers, h)
         (g_rows,) = _input_gradients(gs, layers, gh, ctx.in_features)
         gy, g_left, rows = gelu_gradient(left, y, g_rows, ctx.geglu, gh is not None)
-        return None if left is None else g_left, gy, None, *_layer_gradients(rows, gh, up_gradients, layers)
+        of_layers = _layer_gradients(rows, gh, up_gradients, layers)
+        if left is None:  # g_left is an empty tensor then
+            return None, gy, None, *of_layers
+        return g_left, gy, None, *of_layers
 
 
 class _SharedInputLinear(torch.autograd.Function):
@@ -234,8 +252,12 @@ class _GatedResidual(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         gate, y = ctx.saved_tensors
-        g_gate = None if y is None else (g.float() * y.float()).sum(1).to(gate.dtype)
-        g_y = gated_residual_kernel(None, gate, g) if ctx.needs_input_grad[2] else None
+        g_gate = None
+        if y is not None:
+            g_gate = (g.float() * y.float()).sum(1).to(gate.dtype)
+        g_y = None
+        if ctx.needs_input_grad[2]:
+            g_y = gated_residual_kernel(None, gate, g)
         return g, g_gate, g_y
 
 
@@ -320,7 +342,9 @@ def gelu_linear(
             x = a * F.gelu(b)
         else:
             x = F.gelu(y_BTK, approximate="tanh")
-        output: Tensor = layer(x if left_BTL is None else torch.cat([left_BTL, x], -1))
+        if left_BTL is not None:
+            x = torch.cat([left_BTL, x], -1)
+        output: Tensor = layer(x)
         return output
     left_ML = None if left_BTL is None else left_BTL.reshape(-1, left_BTL.shape[-1])
     y_MN = _gelu_linear(left_ML, y_BTK.reshape(-1, y_BTK.shape[-1]), geglu, *flat)

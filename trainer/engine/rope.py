@@ -79,8 +79,11 @@ def _norm_rope(
 
 def can_fuse_rope(*norms: Any) -> bool:
     """Whether `norm_rope` can take these norms: frozen, with a weight, of heads whose size is a power of two."""
-    weights = [norm.weight for norm in norms]
-    return all(w is not None and not w.requires_grad and len(w).bit_count() == 1 for w in weights)
+    for norm in norms:
+        weight = norm.weight
+        if weight is None or weight.requires_grad or len(weight).bit_count() != 1:
+            return False
+    return True
 
 
 def norm_rope(sources: list[Source], cos_sin_TD: CosSin) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,7 +125,9 @@ def _recomputed(
     A checkpoint of the rotation alone would save nothing, because attention saves its inputs; one of both would run
     attention's forward pass twice.
     """
-    detached = [t.detach() if isinstance(t, Tensor) else t for t in _kernel_arguments(sources, cos_sin_TD)]
+    detached = []
+    for argument in _kernel_arguments(sources, cos_sin_TD):
+        detached.append(argument.detach() if isinstance(argument, Tensor) else argument)
     # Attention may save views with other strides: a tensor is known by its address and size.
     known = {t.data_ptr(): (index, t.numel()) for index, t in enumerate(outputs)}
     recomputed: dict[int, Tensor] = {}

@@ -37,7 +37,9 @@ class _Cast(torch.autograd.Function):
         like = next(g for g in gradients if g is not None)
         parts = []
         for g, shape in zip(gradients, ctx.shapes, strict=True):
-            parts.append(like.new_zeros(shape.numel()) if g is None else g.flatten())
+            if g is None:
+                g = like.new_zeros(shape.numel())
+            parts.append(g.flatten())
         flat = torch.cat(parts).to(ctx.dtype)
         if ctx.scale != 1:
             flat = flat.mul_(ctx.scale)
@@ -45,8 +47,9 @@ class _Cast(torch.autograd.Function):
 
 
 def _split(flat: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
+    """The tensors of these shapes that were concatenated to `flat`; views."""
     parts = flat.split([shape.numel() for shape in shapes])
-    return tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+    return tuple(map(Tensor.view, parts, shapes))
 
 
 def _matrices(layer: LoraLinear) -> tuple[Tensor, Tensor]:
@@ -61,14 +64,24 @@ class AdapterCast:
     """
 
     def __init__(self, model: torch.nn.Module, dtype: torch.dtype) -> None:
-        layers = [m for m in model.modules() if isinstance(m, LoraLinear) and m.is_plain(dtype)]
-        scales: set[float] = {layer.scaling["default"] for layer in layers}
         self.dtype = dtype
-        self.layers = layers if len(scales) == 1 else []
+        self.layers: list[LoraLinear] = []
+        scales: set[float] = set()
+        for module in model.modules():
+            if isinstance(module, LoraLinear) and module.is_plain(dtype):
+                self.layers.append(module)
+                scales.add(module.scaling["default"])
         self.scale = max(scales, default=1.0)
-        sizes = [sum(matrix.numel() for matrix in _matrices(layer)) for layer in self.layers]
+        if len(scales) > 1:
+            self.layers = []
+        sizes = []
+        for layer in self.layers:
+            down, up = _matrices(layer)
+            sizes.append(down.numel() + up.numel())
         # In pieces, so that the backward pass does not hold all gradients in both types at the same time.
-        self.pieces = [[self.layers[i] for i in piece] for piece in pieces(sizes)]
+        self.pieces: list[list[LoraLinear]] = []
+        for places in pieces(sizes):
+            self.pieces.append([self.layers[i] for i in places])
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:

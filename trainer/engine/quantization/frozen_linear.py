@@ -68,14 +68,14 @@ class _LinearFunction(torch.autograd.Function):
         h_MR = None if down is None else x @ down.t()
         ctx.weight_format = weight_format
         ctx.in_features = x.shape[1]
-        x_for_adapter = None if down is None else x
+        x_for_adapter = None if down is None else x  # only A's gradient needs it
         ctx.save_for_backward(x_for_adapter, h_MR, w, scale, down, up, weight_t)
         return WEIGHT_FORMATS[weight_format].linear(x, w, scale, bias, h_MR, up)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, h_MR, w, scale, down, up, weight_t = ctx.saved_tensors
-        g = g.contiguous()
+        g = g.contiguous()  # a gradient may be part of longer rows
         gh_MR = None if up is None else g @ up
         gx = None
         if ctx.needs_input_grad[0]:
@@ -122,7 +122,9 @@ class FrozenLinear(torch.nn.Module):
         self.out_features = linear.out_features
         self.weight_format = weight_format
         fits = self.in_fp8 and fits_adapter_columns(rank, min(linear.weight.shape))
-        self.rank = rank if fits and linear.weight.abs().max() >= MIN_LARGEST_WEIGHT else 0
+        self.rank = 0
+        if fits and linear.weight.abs().max() >= MIN_LARGEST_WEIGHT:
+            self.rank = rank
         padding = padding_for(self.rank, self.in_features)
         values, scales = WEIGHT_FORMATS[weight_format].store(linear.weight.detach(), padding)
         self.stored_columns = values.shape[1] - padding
@@ -147,8 +149,9 @@ class FrozenLinear(torch.nn.Module):
 
         At 512 x 512, copies save Flux.1 266 kernels of 22 µs a step. They take as much memory as the weights.
         """
-        padding = padding_for(self.rank, self.out_features)
-        self.weight_t_KN = transpose(self.weight_NK, padding) if keep and self.in_fp8 else None
+        self.weight_t_KN = None
+        if keep and self.in_fp8:
+            self.weight_t_KN = transpose(self.weight_NK, padding_for(self.rank, self.out_features))
 
     def drop_adapter_columns(self) -> None:
         """Store the weight without adapter columns. The LoRA term is then added after the product."""
@@ -166,7 +169,7 @@ class FrozenLinear(torch.nn.Module):
     def linear(self, x: Tensor, down_RK: Tensor | None, up_NR: Tensor | None) -> Tensor:
         """x wᵀ + bias + (x downᵀ) upᵀ, (…, N), for x (…, K). down and up: both or neither."""
         rows_MK = x.reshape(-1, self.in_features)
-        w = self.weight_NF if self.in_fp8 else self.weight_NK
+        w = self.weight_NF if self.in_fp8 else self.weight_NK  # inside `dequantized_matmul`: without columns
         y_MN = linear_function(
             rows_MK, w, self.scale_1N, self.bias, down_RK, up_NR, self.weight_t_KN, self.weight_format
         )

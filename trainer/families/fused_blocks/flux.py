@@ -23,11 +23,15 @@ Rotary = tuple[torch.Tensor, torch.Tensor] | None  # cosines and sines, (T, D) e
 
 
 def _projections(attn: Any) -> list[Any]:
-    return [attn.to_qkv] if hasattr(attn, "to_qkv") else [attn.to_q, attn.to_k, attn.to_v]
+    if hasattr(attn, "to_qkv"):
+        return [attn.to_qkv]
+    return [attn.to_q, attn.to_k, attn.to_v]
 
 
 def _text_projections(attn: Any) -> list[Any]:
-    return [attn.to_added_qkv] if hasattr(attn, "to_added_qkv") else [attn.add_q_proj, attn.add_k_proj, attn.add_v_proj]
+    if hasattr(attn, "to_added_qkv"):
+        return [attn.to_added_qkv]
+    return [attn.add_q_proj, attn.add_k_proj, attn.add_v_proj]
 
 
 def _heads(attn: Any, projected: list[torch.Tensor], norm_q: Any, norm_k: Any) -> list[torch.Tensor]:
