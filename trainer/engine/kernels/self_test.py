@@ -40,7 +40,7 @@ def agree(device: str, dtype: torch.dtype) -> bool:
             wrong.append(name)
     if wrong:
         log.warning(
-            "The fused kernels %s do not give what plain torch does on this device: training goes on without them.",
+            "The fused kernels %s give wrong results on this device. Training runs without fused kernels, more slowly.",
             ", ".join(wrong),
         )
     return not wrong
