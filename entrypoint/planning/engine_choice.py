@@ -217,8 +217,8 @@ def _fit_memory(
 
     if not allowed(workload):
         notes.add(
-            f"PARAMS_OFFLOAD={settings.engine.offload} goes with PARAMS_GRADIENT_CHECKPOINTING=auto or true, and weights "
-            "not with PARAMS_LORA_TYPE=dora."
+            f"PARAMS_OFFLOAD={settings.engine.offload} goes with PARAMS_GRADIENT_CHECKPOINTING=auto or true, and "
+            "weights not with PARAMS_LORA_TYPE=dora."
         )
         return plan, datasets
     if settings.data.batch_size == 0:
