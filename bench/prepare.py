@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--pictures", type=int, default=400)
     flags = parser.parse_args(arguments)
     family = get_family(flags.family)
-    model = flags.model or Path(next(m.source for m in family.FACTS.models.values() if not m.files_gib))
+    model = flags.model or Path(next(m.source for m in family.FACTS.models.values() if m.is_miniature))
     size = SIZES[flags.family] if flags.model else (128, 128)
     engine = EnginePlan(device=DEVICE, dtype="bfloat16" if DEVICE == "cuda" else "float32")
     report = Report(f"{flags.family}: preparing {flags.pictures} pictures", flags.markdown)

@@ -12,7 +12,7 @@ from trainer.lora_files import inspect, key_names
 from trainer.lora_files.inspect import LoraSummary
 from trainer.spec.family import Facts
 from trainer.spec.plan import Plan
-from trainer.spec.resume_rules import goes_on
+from trainer.spec.resume_rules import resumes_state
 from trainer.storage import safetensors_header
 from trainer.storage.safetensors_header import Header
 
@@ -42,7 +42,7 @@ def check_state(plan: Plan) -> None:
     folder = own or (Path(asked) if asked and is_folder(asked) else None)
     begun = _begun(folder) if folder else None
     if begun is not None:
-        goes_on(plan, begun[1], step=begun[0], own=own is not None)
+        resumes_state(plan, begun[1], step=begun[0], own=own is not None)
 
 
 def _begun(folder: Path) -> tuple[int, dict[str, Any]] | None:
@@ -111,7 +111,7 @@ def adapter(
 
 def _foreign(header: Header, found: LoraSummary, facts: Facts) -> str | None:
     """Why a file is not of this family, or not of a kind that is read."""
-    stems = [r[0] for key in header.entries if (r := key_names.role(key))]
+    stems = [r[0] for key in header.entries if (r := key_names.split_key(key))]
     likely = inspect.likely_family(stems, header.metadata)
     said = inspect.declared_family(header.metadata)
     if likely not in (None, facts.name) and (found.unmatched or said == likely):
@@ -164,10 +164,10 @@ def _is_covered(module: str, targets: tuple[str, ...]) -> bool:
 
 def _end(module: str, facts: Facts) -> str | None:
     """The end of a module's name inside its block; None if it is in no block."""
-    there = key_names.layer(module, facts.name)
-    if there is None or there.native is None or not there.number:
+    there = key_names.find_layer(module, facts.name)
+    if there is None or there.original is None or not there.number:
         return None
-    return there.native.parts[there.part or 0].rpartition("{}.")[2]
+    return there.original.diffusers_names[there.part or 0].rpartition("{}.")[2]
 
 
 def _targets(found: LoraSummary, facts: Facts) -> tuple[str, ...]:

@@ -42,9 +42,11 @@ def check_dora(family_name: str, targets: Collection[str], notes: Notes) -> None
         "ComfyUI and Forge read <name>.safetensors, diffusers reads <name>-diffusers.safetensors; sd-scripts and older "
         "tools read neither",
     )
-    for native in get_family(family_name).KEYS.layers:
-        without = [part for part in native.parts if not any(part.endswith(f".{target}") for target in targets)]
-        if without and len(without) < len(native.parts):
+    for native in get_family(family_name).LORA_KEYS.layers:
+        without = [
+            part for part in native.diffusers_names if not any(part.endswith(f".{target}") for target in targets)
+        ]
+        if without and len(without) < len(native.diffusers_names):
             missing = ", ".join(part.rpartition("{}.")[2] for part in without)
             notes.add(
                 f"PARAMS_TARGET_MODULES: with PARAMS_LORA_TYPE=dora, {native.name} is one in files, and {missing} "

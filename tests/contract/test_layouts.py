@@ -171,7 +171,7 @@ def test_a_model_that_has_fp16_copies_alone(tmp_path, name, shards):
     encoders = kind.load_encoders(miniature(name), device="cpu", dtype=torch.float16)
     denoiser = kind.load_denoiser(miniature(name), device="cpu", dtype=torch.float16)
     models = {kind.FACTS.parts["denoiser"]: denoiser, "vae": kind.load_vae(miniature(name), device="cpu").half()}
-    models |= {component: getattr(encoders, component) for component in kind.KEYS.encoders}
+    models |= {component: getattr(encoders, component) for component in kind.LORA_KEYS.encoders}
     for part, model in models.items():
         model.save_pretrained(folder / part, variant="fp16", max_shard_size=shards)
     if shards == "400KB":  # as both libraries, and older ones, name the shards of a variant

@@ -17,10 +17,10 @@ from trainer.data import cache as caching
 from trainer.data.cache import Cache
 from trainer.data.epochs import EpochSampler
 from trainer.engine.device import release
-from trainer.engine.encoders import text_encoders
+from trainer.engine.encoders import load_text_encoders
 from trainer.spec.errors import DataError
 from trainer.spec.family import Family
-from trainer.spec.memory_model import AT_ONCE
+from trainer.spec.memory_model import ENCODE_BATCH_MEGAPIXELS
 from trainer.spec.plan import EnginePlan
 from trainer.storage import digests
 
@@ -60,7 +60,7 @@ def fill_texts(
         log.info("All %d captions are in the cache.", len(set(captions)))
         return
     started = time.monotonic()
-    encoders = text_encoders(family, model, engine)
+    encoders = load_text_encoders(family, model, engine)
     count = caching.encode_texts(
         cache,
         captions,
@@ -97,7 +97,8 @@ def fill_images(
         variants,
         encode=partial(family.encode_images, vae),
         cpu_workers=cpu_workers(),
-        max_megapixels=0.0 if engine.tile_vae else AT_ONCE,  # tiles are for little memory: then one image at a time
+        # Tiles are for little memory: then one image at a time.
+        max_megapixels=0.0 if engine.tile_vae else ENCODE_BATCH_MEGAPIXELS,
         check_in=check_in,
     )
     del vae
