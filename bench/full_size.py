@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from bench import original_names as original
-from bench.layouts import CLIP_G, HEADS
 from bench.step import FLUX, SD3, SDXL
 from trainer.base_model import single_file
 from trainer.spec.family import get_family
@@ -27,6 +26,15 @@ VAE = {
     "use_post_quant_conv": False,
 }
 CLIP = {"vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
+CLIP_G = {
+    "vocab_size": 49408,
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+}
+HEADS = {"num_attention_heads": 12, "projection_dim": 768}
 T5 = {
     "vocab_size": 32128,
     "d_model": 4096,

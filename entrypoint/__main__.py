@@ -21,9 +21,11 @@ from typing import Any
 from entrypoint import bake
 from entrypoint.dataset_config.manifest import read_manifest
 from entrypoint.fetch import flash_attention, http
+from entrypoint.fetch.fetch import fetch_model, fetch_source
 from entrypoint.planning import single_files, starting_point
 from entrypoint.planning.plan import make_plan
 from entrypoint.processes import supervise, upload
+from entrypoint.processes.launch import launch
 from entrypoint.settings import Settings, help_env, read_settings
 from entrypoint.system import hardware
 from trainer import __version__
@@ -122,9 +124,6 @@ def job(environ: Mapping[str, str], *, check: bool) -> int:
             log.info("Checked: this job can run. Nothing was downloaded or trained.")
             return 0
         plan = _fetched(plan, settings, token=token)
-
-        from entrypoint.processes.launch import launch
-
         return launch(plan, environment=environ) or uploaded()
 
 
@@ -173,8 +172,6 @@ def _with_sources(plan: Plan, change: Callable[[Source], Source]) -> Plan:
 
 def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
     """The plan with every model and source at a local path; all are brought at the same time."""
-    from entrypoint.fetch.fetch import fetch_model, fetch_source
-
     hub, cache = settings.model.hf_home / "hub", Path(plan.output.cache)
     if plan.engine.attention == "flash_4":
         flash_attention.install(cache)

@@ -8,12 +8,13 @@ from tests.support.miniatures import FAMILIES, folder, pipeline
 from trainer.engine import adapters
 from trainer.engine.quantization.frozen_linear import freeze
 from trainer.export import export_command
+from trainer.families import flux
 from trainer.job.run import run
 from trainer.job.verify import verify
 from trainer.lora_files import convert, peft_bridge
 from trainer.sample import add
 from trainer.spec.errors import FileMismatchError, SettingsError
-from trainer.spec.family import flux, get_family
+from trainer.spec.family import get_family
 from trainer.training.stop_flag import StopFlag
 
 QUICK = {"PARAMS_OPTIMIZER_TYPE": "adamw", "PARAMS_LEARNING_RATE": "0.05", "PARAMS_MAX_STEPS": "3"}

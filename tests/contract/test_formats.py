@@ -408,8 +408,8 @@ def test_several_files_with_weights_are_added_to_the_model(flux_denoiser, text):
     """What trainer.sample draws with: half the file twice is the trained model."""
     import copy
 
+    from trainer.families import flux
     from trainer.sample import add
-    from trainer.spec.family import flux
 
     def output(denoiser):
         torch.manual_seed(4)
@@ -424,8 +424,8 @@ def test_several_files_with_weights_are_added_to_the_model(flux_denoiser, text):
 def test_the_sample_command_draws_with_a_lora_and_without(tmp_path, capsys):
     from PIL import Image, ImageChops
 
+    from trainer.families import flux
     from trainer.sample import sample_command
-    from trainer.spec.family import flux
 
     folder = flux.FACTS.models["mini-flux"].source
     denoiser = flux.load_denoiser(Path(folder), device="cpu", dtype=torch.float32)

@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 
 from trainer.engine import adapters
 from trainer.engine.quantization.frozen_linear import freeze
+from trainer.families import flux, sd3
 from trainer.job import verify as verification
 from trainer.job.run import run
 from trainer.job.verify import verify
 from trainer.lora_files import convert, peft_bridge
 from trainer.spec.errors import FileMismatchError
-from trainer.spec.family import flux, sd3
 from trainer.training.stop_flag import StopFlag
 
 RANK, ALPHA = 3, 2.0

@@ -31,7 +31,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as in
 import torch
 
 from entrypoint.system.hardware import detect
-from tests.support.random_plans import Ground, NoisedBatch, drawn
+from tests.support.random_plans import Drawn, Ground, drawn
 from trainer.data.batches import micro_batch
 from trainer.engine.cuda_graphs import EagerStep
 from trainer.engine.device import limit_memory, release
@@ -135,7 +135,7 @@ def emptied() -> None:
         torch.cuda.empty_cache()
 
 
-def attempt(of: NoisedBatch, ground: Ground) -> Outcome:
+def attempt(of: Drawn, ground: Ground) -> Outcome:
     """Rehearse and train; whatever happens, the next plan finds the device as this one did."""
     out, started, found = ground.folder / "out", time.monotonic(), Outcome()
     out.mkdir()
@@ -161,14 +161,14 @@ def _attempt(ready: Ready, out: Path, room: float, *, found: Outcome, said: Told
     made = session(ready, out)
     if ready.plan.engine.device == "cuda":
         found.gib = capped(made, room)
-    rungs = len(made.engine.fallbacks)
+    fallbacks = len(made.engine.fallbacks)
     try:
         made.rehearse()
     except SettingsError as problem:
         assert "Fix: lower PARAMS_BATCH_SIZE" in str(problem)
         found.why = str(problem)
         return
-    found.kind, found.fallbacks, rehearsed = "ran", rungs - len(made.engine.fallbacks), len(said.lines)
+    found.kind, found.fallbacks, rehearsed = "ran", fallbacks - len(made.engine.fallbacks), len(said.lines)
     found.way = " ".join(map(str, made.engine.fallbacks[0]))
     assert said.count("Instead of") == found.fallbacks  # each is told
     recorded = made.runner.capturing and not made.runner.short_of_memory
@@ -185,7 +185,7 @@ def _attempt(ready: Ready, out: Path, room: float, *, found: Outcome, said: Told
     assert found.why or (out / "x.safetensors").is_file()
 
 
-def row(of: NoisedBatch, outcome: Outcome) -> dict[str, Any]:
+def row(of: Drawn, outcome: Outcome) -> dict[str, Any]:
     """All that is known of a plan and what became of it."""
     plan = {k.removeprefix("PARAMS_").lower(): v for k, v in of.settings.items()}
     sizes = [f"{d['resolution']}:{d['batch_size']}" for d in of.datasets]

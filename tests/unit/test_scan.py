@@ -397,7 +397,7 @@ import json, multiprocessing, sys, time
 from pathlib import Path
 from trainer.data.scan import _examine_all
 if __name__ == "__main__":
-    found = _examine_all([Path(sys.argv[1])] * 64, workers=2, progress=None)
+    found = _examine_all([Path(sys.argv[1])] * 64, cpu_workers=2, progress=None)
     next(found)
     print(json.dumps([child.pid for child in multiprocessing.active_children()]), flush=True)
     time.sleep(600)

@@ -209,11 +209,11 @@ def forget(fault, due):
 
     restore = state.TrainingState.restore
 
-    def dequantize_rows(self, tree):
+    def restored(self, tree):
         without(tree)
         restore(self, tree)
 
-    state.TrainingState.restore = dequantize_rows
+    state.TrainingState.restore = restored
 
 
 KINDS = {
