@@ -75,7 +75,7 @@ def write_configs(folder: Path, name: str, changes: dict[str, dict[str, Any]]) -
             kept = {"_class_name", "architectures", "model_type"}
             own = {k: v for k, v in json.loads(path.read_text()).items() if k in kept}
             path.write_text(json.dumps({**own, **changes[part]}))
-        models[part] = single_file._shape(library, kind, path.parent)
+        models[part] = single_file.empty_model(library, kind, path.parent)
         if library == "diffusers":
             models[part].save_config(path.parent)
     return models

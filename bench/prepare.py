@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--pictures", type=int, default=400)
     asked = parser.parse_args(arguments)
     kind = get_family(asked.family)
-    model = asked.model or Path(next(m.source for m in kind.FACTS.models.values() if not m.files_gib))
+    model = asked.model or Path(next(m.source for m in kind.FACTS.models.values() if m.is_miniature))
     size = SIZES[asked.family] if asked.model else (128, 128)
     engine = EnginePlan(device=DEVICE, dtype="bfloat16" if DEVICE == "cuda" else "float32")
     report = Report(f"{asked.family}: preparing {asked.pictures} pictures", asked.markdown)
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
         scanned = time.monotonic()
         cache = encode.open_cache(Path(name) / "cache", model, precision=engine.dtype)
         parts = {"family": kind, "model": model, "tick": lambda: None}
-        encode.fill_texts(cache, list(order.every_caption()), engine=engine, **parts)
+        encode.fill_texts(cache, list(order.all_captions()), engine=engine, **parts)
         texts = time.monotonic()
         encode.fill_images(cache, order, engine=engine, **parts)
         done = time.monotonic()

@@ -47,7 +47,7 @@ def adapters(name: str, rank: int) -> tuple[dict[str, torch.Tensor], dict[str, A
         }
         model = make[name]().requires_grad_(False)
         facts = kind.FACTS
-        lora.fuse(kind.blocks(model), fused=facts.fused_targets, targets=facts.targets)
+        lora.fuse_projections(kind.blocks(model), fused=facts.fused_targets, targets=facts.targets)
         parts = {"targets": facts.targets, "fused": facts.fused_targets}
         lora.add_adapters(model, kind.blocks(model), **parts, rank=rank, alpha=rank, seed=0)
     found = {k: like(t) for k, t in lora.state(model).items()}
@@ -79,15 +79,15 @@ def main(arguments: list[str]) -> None:
         began = time.monotonic()
         snapshots.release()
         modules = snapshots.copy(
-            peft_bridge.of_state(tensors, prefix=facts.lora_prefix, fused=facts.fused_targets, scale=1.0)
+            peft_bridge.from_peft_state(tensors, prefix=facts.lora_prefix, fused=facts.fused_targets, scale=1.0)
         )
         tree = snapshots.copy(live)
         say(what=f"{turn} copies", stall_s=time.monotonic() - began, gb=snapshots.bytes / GB)
     out = options.folder / "bench-state"
     try:
         began = time.monotonic()
-        for to in get_family(options.family).KEYS.writes:
-            write.write_lora(out / f"{to}.safetensors", convert.write(modules, to, facts.name).tensors, {})
+        for to in get_family(options.family).LORA_KEYS.file_formats:
+            write.write_lora(out / f"{to}.safetensors", convert.to_file(modules, to, facts.name).tensors, {})
         say(what="lora", write_s=time.monotonic() - began, gb=size(out) / GB)
         began = time.monotonic()
         folder = state_files.save(out / "state", 1, tree)

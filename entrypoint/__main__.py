@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,8 +31,8 @@ from entrypoint.system import hardware
 from trainer import __version__
 from trainer.spec.errors import KilnError, StopRequestedError, UnreachableError
 from trainer.spec.family import base_models, get_family
-from trainer.spec.plan import Plan, Source
-from trainer.spec.resume_rules import changes
+from trainer.spec.plan import Dataset, Plan, Source
+from trainer.spec.resume_rules import blocking_differences
 
 log = logging.getLogger("entrypoint")
 PROGRAMS = {  # first arguments that become another program
@@ -139,7 +139,7 @@ def _now(environ: Mapping[str, str]) -> datetime.datetime:
 
 def _refuse_missing_accelerator(plan: Plan, *, asked: str) -> None:
     """A rented machine may come back without its GPUs; training a full-size model on the CPU would only cost money."""
-    if plan.engine.device == "cpu" and asked == "auto" and base_models()[plan.model.base][1].files_gib:
+    if plan.engine.device == "cpu" and asked == "auto" and not base_models()[plan.model.base][1].is_miniature:
         raise UnreachableError(
             f"No GPU answers here, and {plan.model.base} is not trained on a CPU. Give the container its GPUs (docker "
             "run --gpus all; --device /dev/kfd --device /dev/dri), or set BACKEND=cpu to train on the CPU all the same."
@@ -154,20 +154,12 @@ def _continued(plan: Plan, *, named: bool) -> tuple[Plan, Path | None]:
         status = json.loads((out / "status.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return plan, None
-    if changes(before.essence(), plan.essence()):
+    if blocking_differences(before.essence(), plan.essence()):
         return plan, None
     name = plan.output.name if named else before.output.name
     plan = dataclasses.replace(plan, output=dataclasses.replace(plan.output, name=name, started=before.output.started))
     final = out / f"{name}.safetensors"
     return plan, final if status.get("phase") == "done" and final.is_file() else None
-
-
-def _with_sources(plan: Plan, change: Callable[[Source], Source]) -> Plan:
-    datasets = []
-    for dataset in plan.data.datasets:
-        subsets = [dataclasses.replace(s, source=change(s.source)) for s in dataset.subsets]
-        datasets.append(dataclasses.replace(dataset, subsets=tuple(subsets)))
-    return dataclasses.replace(plan, data=dataclasses.replace(plan.data, datasets=tuple(datasets)))
 
 
 def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
@@ -186,10 +178,12 @@ def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
         cancelled=cancelled,
     )
 
-    def local(source: Source) -> Source:  # from here on nobody needs the key that an address may hold
+    def local(
+        source: Source, _dataset: Dataset
+    ) -> Source:  # from here on nobody needs the key that an address may hold
         return dataclasses.replace(found[source], location=source.public)
 
-    return dataclasses.replace(_with_sources(plan, local), model=model)
+    return dataclasses.replace(plan.map_sources(local), model=model)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from entrypoint.dataset_config.prompts import PromptRequest, parse_lines, parse_tree
+from entrypoint.dataset_config.prompts import parse_tree
 from entrypoint.settings.checks import Key, Problems, absolute, instead, is_file, is_folder, load_json, show
 from trainer.spec.errors import UnreachableError
 from trainer.spec.plan import Dataset, Source, Subset
+from trainer.spec.prompts import PromptRequest, parse_lines
 
 PACKAGED = Path(__file__).resolve().parents[2]  # where this program's own dataset.json and prompts.txt lie
 LARGEST = 2**20  # bytes of dataset.json or prompts.txt

@@ -16,7 +16,6 @@ from typing import Any
 
 from entrypoint.dataset_config.complete import complete_datasets
 from entrypoint.dataset_config.manifest import HUB_ID, Manifest
-from entrypoint.dataset_config.prompts import complete_prompts
 from entrypoint.planning import single_files, starting_point, text_encoders
 from entrypoint.planning.engine_choice import engine_plan
 from entrypoint.settings import Settings
@@ -30,6 +29,7 @@ from trainer.spec.errors import SettingsError
 from trainer.spec.family import BaseModel, Facts, base_models, get_family
 from trainer.spec.optimizers import OPTIMIZERS, OptimizerSpec
 from trainer.spec.plan import DataPlan, Dataset, LoraPlan, ModelPlan, OptimPlan, OutputPlan, Plan, TrainPlan
+from trainer.spec.prompts import complete_prompts
 
 # A schedule-free optimiser averages its iterates instead of following a schedule (Defazio et al. 2024,
 # arXiv:2405.15682), so that a falling learning rate would work against it.

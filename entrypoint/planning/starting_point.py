@@ -18,7 +18,7 @@ from trainer.lora_files import inspect, key_names
 from trainer.lora_files.inspect import LoraSummary
 from trainer.spec.family import Facts
 from trainer.spec.plan import LoraPlan, Plan
-from trainer.spec.resume_rules import goes_on
+from trainer.spec.resume_rules import resumes_state
 from trainer.storage import safetensors_header
 from trainer.storage.safetensors_header import Header
 
@@ -68,7 +68,7 @@ def check_state(plan: Plan) -> None:
     state = _read_state(folder) if folder else None
     if state is not None:
         step, essence = state
-        goes_on(plan, essence, step=step, own=own_state is not None)
+        resumes_state(plan, essence, step=step, own=own_state is not None)
 
 
 def _read_state(folder: Path) -> tuple[int, dict[str, Any]] | None:
@@ -144,8 +144,8 @@ def adapter_shape(
 
 def _wrong_family(header: Header, lora: LoraSummary, facts: Facts) -> str | None:
     """Why a file is not for this family, or not of a format that is read."""
-    roles = [key_names.role(key) for key in header.entries]
-    stems = [role[0] for role in roles if role]
+    split_keys = [key_names.split_key(key) for key in header.entries]
+    stems = [split[0] for split in split_keys if split]
     likely = inspect.likely_family(stems, header.metadata)
     declared = inspect.declared_family(header.metadata)
     if likely not in (None, facts.name) and (lora.unmatched or declared == likely):
@@ -205,10 +205,10 @@ def _is_covered(module: str, targets: tuple[str, ...]) -> bool:
 
 def _target_of(module: str, facts: Facts) -> str | None:
     """The end of a module's name inside its block, as PARAMS_TARGET_MODULES has it; None if it is in no block."""
-    layer = key_names.layer(module, facts.name)
-    if layer is None or layer.native is None or not layer.number:
+    layer = key_names.find_layer(module, facts.name)
+    if layer is None or layer.original is None or not layer.number:
         return None
-    return layer.native.parts[layer.part or 0].rpartition("{}.")[2]
+    return layer.original.diffusers_names[layer.part or 0].rpartition("{}.")[2]
 
 
 def _targets_of(lora: LoraSummary, facts: Facts) -> tuple[str, ...]:

@@ -57,9 +57,9 @@ def check_dora(family_name: str, targets: Collection[str], notes: Notes) -> None
         "ComfyUI and Forge read <name>.safetensors, diffusers reads <name>-diffusers.safetensors; sd-scripts and older "
         "tools read neither",
     )
-    for layer in get_family(family_name).KEYS.layers:
-        without_adapter = [part for part in layer.parts if not _is_targeted(part, targets)]
-        if without_adapter and len(without_adapter) < len(layer.parts):
+    for layer in get_family(family_name).LORA_KEYS.layers:
+        without_adapter = [part for part in layer.diffusers_names if not _is_targeted(part, targets)]
+        if without_adapter and len(without_adapter) < len(layer.diffusers_names):
             missing = ", ".join(part.rpartition("{}.")[2] for part in without_adapter)
             notes.add(
                 f"PARAMS_TARGET_MODULES: with PARAMS_LORA_TYPE=dora, {layer.name} is one in files, and {missing} "

@@ -4,35 +4,20 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
-import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.spec.errors import SettingsError
-
-# Python's int() and float() also take "１２", "1_000", "nan" and "infinity", which nobody means in a setting.
-_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
-_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")  # in time that grows with the length
-_TOKEN = re.compile(r"hf_\w{6,}", re.ASCII)
-_SHOWN = 80  # characters of a value in a message
-
-
-@dataclass
-class Problems:
-    """Everything that is wrong, to be said at once."""
-
-    lines: list[str] = field(default_factory=list)
-
-    def add(self, line: str) -> None:
-        self.lines.append(line)
-
-    def raise_if_any(self, heading: str) -> None:
-        """Raises SettingsError with one line for each problem."""
-        if self.lines:
-            raise SettingsError("\n  - ".join([f"{heading}:", *self.lines]))
+# The trainer reads values with these too; here they are at hand with the rest.
+from trainer.spec.values import Key as Key
+from trainer.spec.values import Problems as Problems
+from trainer.spec.values import as_integer as as_integer
+from trainer.spec.values import as_number as as_number
+from trainer.spec.values import inside as inside
+from trainer.spec.values import is_text as is_text
+from trainer.spec.values import show as show
+from trainer.spec.values import span as span
 
 
 @dataclass
@@ -43,40 +28,6 @@ class Notes(Problems):
 
     def chose(self, variable: str, value: Any, reason: str) -> None:
         self.reasons.append(f"{variable}: {str(value).lower() if isinstance(value, bool) else value} ({reason})")
-
-
-def as_integer(text: str) -> int | None:
-    """A whole number in ASCII digits, or None."""
-    return int(text) if _INTEGER.fullmatch(text) else None
-
-
-def as_number(text: str) -> float | None:
-    """A finite decimal number like 12, .5 or 1e-4, or None."""
-    number = float(text) if _NUMBER.fullmatch(text) else math.inf
-    return number if math.isfinite(number) else None
-
-
-def span(low: float | None, high: float | None, *, above: float | None = None) -> str:
-    """The words for a range: "0 to 1", "above 0, up to 10", "1 or more", or nothing."""
-    start = f"above {above:g}" if above is not None else None if low is None else f"{low:.12g}"
-    if high is None:
-        return f"{start} or more" if above is None and start else start or ""
-    if above is not None:
-        return f"{start}, up to {high:.12g}"
-    return f"{start} to {high:.12g}" if start else f"up to {high:.12g}"
-
-
-def inside(number: float, low: float | None, high: float | None, *, above: float | None = None) -> bool:
-    """Whether `number` is in the range that `span` words."""
-    if above is not None and number <= above:
-        return False
-    return (low is None or number >= low) and (high is None or number <= high)
-
-
-def show(value: Any) -> str:
-    """A value as a message may carry it: quoted, short, and without an access token."""
-    text = _TOKEN.sub("hf_***", repr(value))
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
 def nearest(name: str, known: Collection[str]) -> str | None:
@@ -110,56 +61,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_number(text: str) -> float:
     raise ValueError(f"{text} is not a number")
-
-
-@dataclass(frozen=True)
-class Key:
-    """What a key of a JSON or TOML file may hold."""
-
-    kind: str  # integer | number | boolean | text | size
-    low: float | None = None
-    high: float | None = None
-    choices: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        limits = span(self.low, self.high)
-        words = {
-            "integer": f"a whole number, {limits}",
-            "number": f"a number, {limits}",
-            "boolean": "true or false",
-            "text": "a text in quotes",
-            "size": f"a whole number or [width, height], {limits} each",
-        }[self.kind]
-        return f"one of {', '.join(self.choices)}" if self.choices else words
-
-    def read(self, value: Any) -> Any:
-        """The value in its type: float for numbers, (width, height) for sizes. Raises ValueError if it is another."""
-        sides = value if isinstance(value, list) and len(value) == 2 else [value, value]
-        good = {
-            "integer": self._is_integer(value),
-            "number": isinstance(value, float) or self._is_integer(value),
-            "boolean": isinstance(value, bool),
-            "text": isinstance(value, str) and (not self.choices or value in self.choices) and is_text(value),
-            "size": all(self._is_integer(side) for side in sides),
-        }[self.kind]
-        if good and self.kind in ("integer", "number", "size"):
-            good = all(inside(n, self.low, self.high) for n in (sides if self.kind == "size" else [value]))
-        if not good:
-            raise ValueError(f"{show(value)} is not {self}")
-        return (sides[0], sides[1]) if self.kind == "size" else float(value) if self.kind == "number" else value
-
-    @staticmethod
-    def _is_integer(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_text(value: str) -> bool:
-    """Whether it can be written to a file. Undecodable bytes of the environment arrive as lone surrogates."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return "\0" not in value
 
 
 def one_edit_apart(a: str, b: str) -> bool:

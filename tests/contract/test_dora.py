@@ -12,7 +12,7 @@ from trainer.families import flux
 from trainer.job.run import run
 from trainer.job.verify import verify
 from trainer.lora_files import convert, peft_bridge
-from trainer.sample import add
+from trainer.sample import apply_loras
 from trainer.spec.errors import FileMismatchError, SettingsError
 from trainer.spec.family import get_family
 from trainer.training.stop_flag import StopFlag
@@ -52,7 +52,7 @@ def test_a_jobs_files_are_one_model_in_diffusers_and_here(name, kind, job_plan, 
     pipe.load_lora_weights(peft)
     theirs = output(name, getattr(pipe, component))
     ours = get_family(name).load_denoiser(folder(name), device="cpu", dtype=torch.float32)
-    add(ours, [(convert.load(kohya, name), 1.0)], component=component)
+    apply_loras(ours, [(convert.load(kohya, name), 1.0)], component=component)
     torch.testing.assert_close(output(name, ours), theirs, rtol=1e-4, atol=1e-4)
     assert (theirs - before).norm() > 0.01 * before.norm()
 
@@ -71,7 +71,7 @@ def test_the_scale_of_rslora_is_by_the_root_of_the_rank(job_plan, tmp_path):
 def trained(flux_denoiser, text):
     """A Flux model with a trained DoRA, what it gives, and its modules."""
     fused = flux.FACTS.fused_targets
-    adapters.fuse(flux.blocks(flux_denoiser), fused=fused, targets=flux.FACTS.targets)
+    adapters.fuse_projections(flux.blocks(flux_denoiser), fused=fused, targets=flux.FACTS.targets)
     params = adapters.add_adapters(
         flux_denoiser, flux.blocks(flux_denoiser), targets=flux.FACTS.targets, fused=fused, rank=3, alpha=2.0, seed=7,
         kind="dora",
@@ -80,7 +80,7 @@ def trained(flux_denoiser, text):
     for p in params:
         p.data += 0.1 * torch.randn(p.shape)
     x, t = torch.randn(2, 16, 4, 6), torch.tensor([0.3, 0.8])
-    modules = peft_bridge.of_state(adapters.state(flux_denoiser), prefix="transformer", fused=fused, scale=2 / 3)
+    modules = peft_bridge.from_peft_state(adapters.state(flux_denoiser), prefix="transformer", fused=fused, scale=2 / 3)
     return flux_denoiser, lambda: flux.predict(flux_denoiser, x, t, text=text, guidance=1.0), modules
 
 
@@ -97,8 +97,8 @@ def test_it_goes_onto_weights_in_8_bits(flux_denoiser, text, tmp_path):
     assert sum(p.grad is not None and p.grad.abs().max() > 0 for p in params) >= len(params) * 2 / 3
     for p in params:
         p.data += 0.1 * torch.randn(p.shape)
-    modules = peft_bridge.of_state(adapters.state(flux_denoiser), prefix="transformer", fused={}, scale=2 / 3)
-    save_file(convert.write(modules, "kohya", "flux").tensors, tmp_path / "x.safetensors")
+    modules = peft_bridge.from_peft_state(adapters.state(flux_denoiser), prefix="transformer", fused={}, scale=2 / 3)
+    save_file(convert.to_file(modules, "kohya", "flux").tensors, tmp_path / "x.safetensors")
     assert check(tmp_path / "x.safetensors", flux_denoiser, out) < 1e-3
 
 
@@ -106,10 +106,10 @@ def check(path, denoiser, out):
     return verify(path, {"transformer": denoiser}, family_name="flux", fused=flux.FACTS.fused_targets, output=out)
 
 
-@pytest.mark.parametrize("to", convert.FORMATS)
+@pytest.mark.parametrize("to", convert.KEY_FORMATS)
 def test_a_right_file_passes(trained, tmp_path, to):
     denoiser, out, modules = trained
-    save_file(convert.write(modules, to, "flux").tensors, tmp_path / "x.safetensors")
+    save_file(convert.to_file(modules, to, "flux").tensors, tmp_path / "x.safetensors")
     before = out()
     assert check(tmp_path / "x.safetensors", denoiser, out) < 1e-5
     assert torch.equal(out(), before)
@@ -131,7 +131,7 @@ MUTATIONS = {
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_wrong_file_is_an_error(trained, tmp_path, mutation):
     denoiser, out, modules = trained
-    tensors = MUTATIONS[mutation](convert.write(modules, "kohya", "flux").tensors)
+    tensors = MUTATIONS[mutation](convert.to_file(modules, "kohya", "flux").tensors)
     save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "x.safetensors")
     with pytest.raises(FileMismatchError):
         check(tmp_path / "x.safetensors", denoiser, out)
@@ -139,7 +139,7 @@ def test_a_wrong_file_is_an_error(trained, tmp_path, mutation):
 
 def test_the_output_is_compared_too(trained, tmp_path, monkeypatch):
     denoiser, out, modules = trained
-    tensors = change(convert.write(modules, "kohya", "flux").tensors, ".dora_scale", lambda v: v * 1.1)
+    tensors = change(convert.to_file(modules, "kohya", "flux").tensors, ".dora_scale", lambda v: v * 1.1)
     save_file(tensors, tmp_path / "x.safetensors")
     monkeypatch.setattr("trainer.job.verify._difference", lambda layer, parts: 0.0)
     with pytest.raises(FileMismatchError, match="the outputs differ"):
@@ -148,13 +148,13 @@ def test_the_output_is_compared_too(trained, tmp_path, monkeypatch):
 
 def test_nothing_is_lost_between_the_formats(trained, tmp_path):
     *_, modules = trained
-    for to in convert.FORMATS:
-        back = convert.read(convert.write(modules, to, "flux").tensors, {}, "flux")
+    for to in convert.KEY_FORMATS:
+        back = convert.from_tensors(convert.to_file(modules, to, "flux").tensors, {}, "flux")
         assert back.keys() == modules.keys()
         for name, adapter in modules.items():
             torch.testing.assert_close(back[name].delta(), adapter.delta())
             assert torch.equal(back[name].magnitude, adapter.magnitude)
-    save_file(convert.write(modules, "kohya", "flux").tensors, tmp_path / "x.safetensors")
+    save_file(convert.to_file(modules, "kohya", "flux").tensors, tmp_path / "x.safetensors")
     one = str(tmp_path / "x.safetensors")
     assert export_command(["--merge", one, one, "--out", str(tmp_path / "y.safetensors")]) == 78
     assert export_command([one, "--to", "peft", "--out", str(tmp_path / "y.safetensors")]) == 0

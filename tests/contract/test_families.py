@@ -233,7 +233,7 @@ def adapted(name, denoiser, *, split):
     """Random adapters on the denoiser; the fused targets, by which their state is read."""
     kind = get_family(name)
     fused = {} if split else kind.FACTS.fused_targets
-    adapters.fuse(kind.blocks(denoiser), fused=fused, targets=kind.FACTS.targets)
+    adapters.fuse_projections(kind.blocks(denoiser), fused=fused, targets=kind.FACTS.targets)
     params = adapters.add_adapters(
         denoiser, kind.blocks(denoiser), targets=kind.FACTS.targets, fused=fused, rank=RANK, alpha=ALPHA, seed=7
     )
@@ -250,8 +250,8 @@ def how(name):
 
 
 def write_lora(name, denoiser, path):
-    modules = peft_bridge.of_state(adapters.state(denoiser), **how(name))
-    write.write_lora(path, convert.write(modules, "peft", name).tensors, {"ss_network_dim": str(RANK)})
+    modules = peft_bridge.from_peft_state(adapters.state(denoiser), **how(name))
+    write.write_lora(path, convert.to_file(modules, "peft", name).tensors, {"ss_network_dim": str(RANK)})
 
 
 @each_split
@@ -276,7 +276,7 @@ def test_a_file_begins_a_new_run_where_it_ended(name, split, text, tmp_path):
     for p in adapted(name, other, split=split):
         torch.nn.init.zeros_(p)
     back = convert.load(tmp_path / "x.safetensors", name)
-    adapters.load(other, peft_bridge.to_state(back, adapters.state(other), **how(name)))
+    adapters.load(other, peft_bridge.to_peft_state(back, adapters.state(other), **how(name)))
     torch.testing.assert_close(output(name, other, text), output(name, denoiser, text), atol=1e-5, rtol=1e-5)
 
 

@@ -102,7 +102,7 @@ def velocity(denoiser, text):
 
 def test_fused_projections_compute_the_same(flux_denoiser, text):
     before = velocity(flux_denoiser, text)
-    adapters.fuse(flux.blocks(flux_denoiser), fused=FUSED, targets=flux.FACTS.targets)
+    adapters.fuse_projections(flux.blocks(flux_denoiser), fused=FUSED, targets=flux.FACTS.targets)
     assert not hasattr(flux_denoiser.transformer_blocks[0].attn, "to_q")
     torch.testing.assert_close(velocity(flux_denoiser, text), before, atol=1e-5, rtol=1e-5)
 

@@ -77,13 +77,13 @@ def assert_equal(got, expected, *, tolerance=1e-6):
 # ---- our formats
 
 
-@pytest.mark.parametrize("to", convert.FORMATS)
+@pytest.mark.parametrize("to", convert.KEY_FORMATS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_layer_of_every_family_survives_every_format(model, tmp_path, name, to):
     modules = random_modules(model(name), name)
     modules[f"{CLIP}.mlp.fc1"] = LoraWeights(torch.randn(2, 8), torch.randn(12, 2), 0.5)
     assert len(modules) > 50
-    save_file(convert.write(modules, to, name).tensors, tmp_path / "x.safetensors")
+    save_file(convert.to_file(modules, to, name).tensors, tmp_path / "x.safetensors")
     assert_equal(convert.load(tmp_path / "x.safetensors", name), modules)
 
 
@@ -91,34 +91,34 @@ def test_every_layer_of_every_family_survives_every_format(model, tmp_path, name
 def test_formats_convert_in_a_circle(model, name):
     start = modules = random_modules(model(name), name)
     for to in ("kohya", "peft", "comfyui", "kohya"):
-        modules = convert.read(convert.write(modules, to, name).tensors, {}, name)
+        modules = convert.from_tensors(convert.to_file(modules, to, name).tensors, {}, name)
     assert_equal(modules, start)
     assert {n: a.rank for n, a in modules.items()} == {n: a.rank for n, a in start.items()}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_kohya_files_have_one_alpha_and_the_right_names(model, name):
-    written = convert.write(random_modules(model(name), name), "kohya", name)
+    written = convert.to_file(random_modules(model(name), name), "kohya", name)
     alphas = {k: v for k, v in written.tensors.items() if k.endswith(".alpha")}
     assert len(alphas) * 3 == len(written.tensors)
     assert {v.item() for v in alphas.values()} == {written.alpha} and {v.dtype for v in alphas.values()} == {
         torch.float32
     }
-    assert all(k.startswith("lora_unet_") and "." not in key_names.role(k)[0] for k in written.tensors)
+    assert all(k.startswith("lora_unet_") and "." not in key_names.split_key(k)[0] for k in written.tensors)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_peft_files_have_no_alpha_at_all(model, name):
-    written = convert.write(random_modules(model(name), name), "peft", name)
+    written = convert.to_file(random_modules(model(name), name), "peft", name)
     assert all(k.endswith((".lora_A.weight", ".lora_B.weight")) for k in written.tensors)
     assert written.alpha == written.rank
 
 
 def test_full_size_flux_has_304_modules_and_sdxl_722():
-    flux = [n for n in get_family("flux").KEYS.layers if "{}" in n.name]
+    flux = [n for n in get_family("flux").LORA_KEYS.layers if "{}" in n.name]
     assert sum(19 if n.name.startswith("double") else 38 for n in flux) == 304
     deep = ("input_blocks.7", "input_blocks.8", "middle", "output_blocks.0", "output_blocks.1", "output_blocks.2")
-    sdxl = [n.name for n in get_family("sdxl").KEYS.layers if "attentions" in n.parts[0]]
+    sdxl = [n.name for n in get_family("sdxl").LORA_KEYS.layers if "attentions" in n.diffusers_names[0]]
     assert sum((10 if n.startswith(deep) else 2) if "{}" in n else 1 for n in sdxl) == 722
 
 
@@ -126,7 +126,7 @@ def trained(denoiser, name, *, split, rank=3, alpha=2.0):
     """A model with adapters as a job has them, not zero; and its modules."""
     kind = get_family(name)
     fused = {} if split else kind.FACTS.fused_targets
-    adapters.fuse(kind.blocks(denoiser), fused=fused, targets=kind.FACTS.targets)
+    adapters.fuse_projections(kind.blocks(denoiser), fused=fused, targets=kind.FACTS.targets)
     blocks = kind.blocks(denoiser)
     params = adapters.add_adapters(
         denoiser, blocks, targets=kind.FACTS.targets, fused=fused, rank=rank, alpha=alpha, seed=7
@@ -135,13 +135,13 @@ def trained(denoiser, name, *, split, rank=3, alpha=2.0):
     for p in params:
         torch.nn.init.normal_(p, std=0.3)
     facts = kind.FACTS
-    return peft_bridge.of_state(
+    return peft_bridge.from_peft_state(
         adapters.state(denoiser), prefix=facts.lora_prefix, fused=facts.fused_targets, scale=alpha / rank
     )
 
 
 def test_one_adapter_for_q_k_and_v_goes_straight_into_kohyas_fused_layer(flux_denoiser):
-    written = convert.write(trained(flux_denoiser, "flux", split=False), "kohya", "flux")
+    written = convert.to_file(trained(flux_denoiser, "flux", split=False), "kohya", "flux")
     assert written.tensors["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"].shape[0] == 3
     assert written.tensors["lora_unet_single_blocks_0_linear1.lora_down.weight"].shape[0] == 3 + 3  # and the MLP's
     assert (written.rank, written.alpha) == (3, 2.0)
@@ -150,25 +150,25 @@ def test_one_adapter_for_q_k_and_v_goes_straight_into_kohyas_fused_layer(flux_de
 
 
 def test_parts_that_were_trained_apart_stand_block_by_block(flux_denoiser):
-    written = convert.write(trained(flux_denoiser, "flux", split=True), "kohya", "flux")
+    written = convert.to_file(trained(flux_denoiser, "flux", split=True), "kohya", "flux")
     up = written.tensors["lora_unet_single_blocks_0_linear1.lora_up.weight"]
     assert up.shape == (7 * 32, 4 * 3)
     assert (up[:32, 3:] == 0).all() and (up[3 * 32 :, :9] == 0).all() and (up[:32, :3] != 0).any()
 
 
 @pytest.mark.parametrize("split", [True, False])
-@pytest.mark.parametrize("to", convert.FORMATS)
+@pytest.mark.parametrize("to", convert.KEY_FORMATS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_training_goes_on_from_every_format(model, name, to, split):
     denoiser = model(name)
     modules = trained(denoiser, name, split=split)
-    back = convert.read(convert.write(modules, to, name).tensors, {}, name)
+    back = convert.from_tensors(convert.to_file(modules, to, name).tensors, {}, name)
     state, facts = adapters.state(denoiser), get_family(name).FACTS
     before = {k: v.clone() for k, v in state.items()}
     adapters.load(denoiser, {k: v if ".lora_A." in k else torch.zeros_like(v) for k, v in before.items()})
     where = {"prefix": facts.lora_prefix, "fused": facts.fused_targets, "scale": 2.0 / 3}
-    adapters.load(denoiser, peft_bridge.to_state(back, adapters.state(denoiser), **where))
-    assert_equal(peft_bridge.of_state(adapters.state(denoiser), **where), modules)
+    adapters.load(denoiser, peft_bridge.to_peft_state(back, adapters.state(denoiser), **where))
+    assert_equal(peft_bridge.from_peft_state(adapters.state(denoiser), **where), modules)
 
 
 def test_a_smaller_rank_is_filled_up_and_a_missing_layer_begins_anew(flux_denoiser):
@@ -176,8 +176,8 @@ def test_a_smaller_rank_is_filled_up_and_a_missing_layer_begins_anew(flux_denois
     some = {n: LoraWeights(a.down[:2], a.up[:, :2], 0.7) for n, a in modules.items() if "ff" in n}
     start = {k: v if ".lora_A." in k else torch.zeros_like(v) for k, v in adapters.state(flux_denoiser).items()}
     fused = get_family("flux").FACTS.fused_targets
-    filled = peft_bridge.to_state(some, start, prefix="transformer", fused=fused, scale=2.0 / 3)
-    got = peft_bridge.of_state(filled, prefix="transformer", fused=fused, scale=2.0 / 3)
+    filled = peft_bridge.to_peft_state(some, start, prefix="transformer", fused=fused, scale=2.0 / 3)
+    got = peft_bridge.from_peft_state(filled, prefix="transformer", fused=fused, scale=2.0 / 3)
     assert_equal({n: a for n, a in got.items() if "ff" in n}, some)
     assert all(a.delta().norm() == 0 for n, a in got.items() if "ff" not in n)
 
@@ -186,17 +186,17 @@ def test_a_layer_that_is_not_trained_is_refused_by_name(flux_denoiser):
     modules = {"transformer.x_embedder": LoraWeights(torch.randn(2, 64), torch.randn(32, 2), 1.0)}
     trained(flux_denoiser, "flux", split=False)
     with pytest.raises(ValueError, match=r"transformer\.x_embedder"):
-        peft_bridge.to_state(modules, adapters.state(flux_denoiser), prefix="transformer", fused={}, scale=1.0)
+        peft_bridge.to_peft_state(modules, adapters.state(flux_denoiser), prefix="transformer", fused={}, scale=1.0)
 
 
 def test_merging_adds_the_deltas_up(flux_denoiser):
     a = random_modules(flux_denoiser, "flux")
     b = {n: LoraWeights(x.down + 1, x.up, 2.0) for n, x in a.items() if "attn" in n}
-    got = convert.merged([(a, 0.6), (b, -0.4)])
+    got = convert.merge([(a, 0.6), (b, -0.4)])
     for name in a:
         expected = 0.6 * a[name].delta() - (0.4 * b[name].delta() if name in b else 0)
         torch.testing.assert_close(got[name].delta(), expected, rtol=1e-5, atol=1e-5)
-    assert_equal(convert.read(convert.write(got, "kohya", "flux").tensors, {}, "flux"), got)
+    assert_equal(convert.from_tensors(convert.to_file(got, "kohya", "flux").tensors, {}, "flux"), got)
 
 
 # ---- other tools' spellings
@@ -220,8 +220,8 @@ SPELLINGS = {
 @pytest.mark.parametrize("name", FAMILIES)
 def test_other_spellings_of_diffusers_names_are_read(model, name, spelling):
     modules = random_modules(model(name), name)
-    tensors = respell(convert.write(modules, "peft", name).tensors, SPELLINGS[spelling])
-    assert_equal(convert.read(tensors, {}, name), modules)
+    tensors = respell(convert.to_file(modules, "peft", name).tensors, SPELLINGS[spelling])
+    assert_equal(convert.from_tensors(tensors, {}, name), modules)
 
 
 @pytest.mark.parametrize("prefix", ["lora_transformer_", "lycoris_", "lora_unet_"])
@@ -233,20 +233,20 @@ def test_diffusers_names_with_underscores_are_read(model, name, prefix):
         stem = prefix + module.partition(".")[2].replace(".", "_")
         tensors |= {f"{stem}.lora_down.weight": a.down, f"{stem}.lora_up.weight": a.up}
         tensors[f"{stem}.alpha"] = torch.tensor(a.scale * a.rank)
-    assert_equal(convert.read(tensors, {}, name), modules)
+    assert_equal(convert.from_tensors(tensors, {}, name), modules)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_original_names_with_dots_and_peft_matrices_are_read(model, name):
     modules = random_modules(model(name), name, scales=(1.0,))
-    made = convert.write(modules, "comfyui", name)
+    made = convert.to_file(modules, "comfyui", name)
     factor = {k.removesuffix(".alpha"): v.item() for k, v in made.tensors.items() if k.endswith(".alpha")}
     tensors = {}
     for stem, alpha in factor.items():
         down = made.tensors[f"{stem}.lora_down.weight"]
         tensors[f"{stem}.lora_A.weight"] = down
         tensors[f"{stem}.lora_B.weight"] = made.tensors[f"{stem}.lora_up.weight"] * alpha / len(down)
-    assert_equal(convert.read(tensors, {}, name), modules)
+    assert_equal(convert.from_tensors(tensors, {}, name), modules)
 
 
 def test_old_attention_processors_are_read(model):
@@ -261,15 +261,15 @@ def test_old_attention_processors_are_read(model):
             return f"{block}.processor.{layer}_lora.{matrix}.weight"
         return f"{module}.lora.{matrix}.weight"
 
-    tensors = respell(convert.write(modules, "peft", "sdxl").tensors, old)
+    tensors = respell(convert.to_file(modules, "peft", "sdxl").tensors, old)
     assert sum(".processor." in k for k in tensors) > 50
-    assert_equal(convert.read(tensors, {}, "sdxl"), modules)
+    assert_equal(convert.from_tensors(tensors, {}, "sdxl"), modules)
 
 
 @pytest.mark.parametrize("how", ["alpha keys", "metadata", "alpha_pattern", "rslora"])
 def test_the_strength_is_found_wherever_it_is_said(flux_denoiser, how):
     modules = random_modules(flux_denoiser, "flux", ranks=(4,), scales=(1.0,), only="attn")
-    tensors, said = convert.write(modules, "peft", "flux").tensors, {}
+    tensors, said = convert.to_file(modules, "peft", "flux").tensors, {}
     expected = {n: LoraWeights(a.down, a.up, 2.0) for n, a in modules.items()}
     if how == "alpha keys":
         tensors |= {f"{n}.alpha": torch.tensor(8.0) for n in modules}
@@ -278,7 +278,7 @@ def test_the_strength_is_found_wherever_it_is_said(flux_denoiser, how):
     else:
         rslora = how == "rslora"
         said = {"transformer.lora_alpha": 4 if rslora else 8, "transformer.use_rslora": rslora}
-    assert_equal(convert.read(tensors, {"lora_adapter_metadata": json.dumps(said)}, "flux"), expected)
+    assert_equal(convert.from_tensors(tensors, {"lora_adapter_metadata": json.dumps(said)}, "flux"), expected)
 
 
 def test_text_encoders_are_read_with_and_without_the_level_that_transformers_5_lost():
@@ -288,10 +288,10 @@ def test_text_encoders_are_read_with_and_without_the_level_that_transformers_5_l
         CLIP.replace(".text_model", ""),
         CLIP.replace("text_encoder.", "text_encoders.clip_l.transformer."),
     ):
-        found = convert.read({f"{start}.self_attn.q_proj.{k}": v for k, v in layer.items()}, {}, "flux")
+        found = convert.from_tensors({f"{start}.self_attn.q_proj.{k}": v for k, v in layer.items()}, {}, "flux")
         assert list(found) == [f"{CLIP}.self_attn.q_proj"]
     kohya = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
-    assert set(convert.write(found, "kohya", "flux").tensors) == {
+    assert set(convert.to_file(found, "kohya", "flux").tensors) == {
         f"{kohya}.{end}" for end in ("lora_down.weight", "lora_up.weight", "alpha")
     }
 
@@ -310,16 +310,16 @@ def test_text_encoders_are_read_with_and_without_the_level_that_transformers_5_l
 )
 def test_what_cannot_be_is_refused_by_name(flux_denoiser, change, word):
     modules = random_modules(flux_denoiser, "flux", ranks=(2,), only="transformer_blocks.0.attn")
-    tensors = change(convert.write(modules, "kohya", "flux").tensors)
+    tensors = change(convert.to_file(modules, "kohya", "flux").tensors)
     with pytest.raises(ValueError, match=word):
-        convert.read(tensors, {}, "flux")
+        convert.from_tensors(tensors, {}, "flux")
 
 
-@pytest.mark.parametrize("to", convert.FORMATS)
+@pytest.mark.parametrize("to", convert.KEY_FORMATS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_family_of_a_file_is_found_from_its_keys(model, name, to):
-    tensors = convert.write(random_modules(model(name), name), to, name).tensors
-    assert inspect.likely_family([key_names.role(k)[0] for k in tensors], {}) == name
+    tensors = convert.to_file(random_modules(model(name), name), to, name).tensors
+    assert inspect.likely_family([key_names.split_key(k)[0] for k in tensors], {}) == name
 
 
 # ---- diffusers' own loader
@@ -342,14 +342,14 @@ def test_diffusers_reads_sdxl(sdxl_vae, tmp_path, to):
     unet = sdxl_of_two_layers()
     modules = random_modules(unet, "sdxl")
     pipe = StableDiffusionXLPipeline(sdxl_vae, None, None, None, None, unet=unet, scheduler=None, add_watermarker=False)
-    save_file(convert.write(modules, to, "sdxl").tensors, tmp_path / "x.safetensors")
+    save_file(convert.to_file(modules, to, "sdxl").tensors, tmp_path / "x.safetensors")
     assert_deltas(deltas_in_diffusers(pipe, unet, tmp_path / "x.safetensors", prefix="unet"), modules)
 
 
 def test_diffusers_reads_sd3(sd3_denoiser, sd3_vae, tmp_path):
     modules = random_modules(sd3_denoiser, "sd3")
     pipe = StableDiffusion3Pipeline(sd3_denoiser, None, sd3_vae, None, None, None, None, None, None)
-    save_file(convert.write(modules, "peft", "sd3").tensors, tmp_path / "x.safetensors")
+    save_file(convert.to_file(modules, "peft", "sd3").tensors, tmp_path / "x.safetensors")
     assert_deltas(deltas_in_diffusers(pipe, sd3_denoiser, tmp_path / "x.safetensors", prefix="transformer"), modules)
 
 
@@ -378,7 +378,7 @@ def test_diffusers_converts_flux_at_its_real_width(shared):
     add("single_transformer_blocks.0.proj_out", h, 5 * h)
     add("single_transformer_blocks.0.norm.linear", 3 * h)
 
-    got = _convert_kohya_flux_lora_to_diffusers(convert.write(modules, "kohya", "flux").tensors)
+    got = _convert_kohya_flux_lora_to_diffusers(convert.to_file(modules, "kohya", "flux").tensors)
     assert {k.rpartition(".lora_")[0] for k in got} == modules.keys()
     for name, a in modules.items():
         x = torch.randn(a.down.shape[1])
@@ -394,7 +394,7 @@ def test_the_commands_convert_and_merge(flux_denoiser, tmp_path):
 
     modules = random_modules(flux_denoiser, "flux", only="attn")
     first, second, third = (tmp_path / f"{n}.safetensors" for n in "abc")
-    save_file(convert.write(modules, "peft", "flux").tensors, first, {"lora_adapter_metadata": "{}", "ss_steps": "7"})
+    save_file(convert.to_file(modules, "peft", "flux").tensors, first, {"lora_adapter_metadata": "{}", "ss_steps": "7"})
     assert export_command([str(first), "--to", "comfyui", "--out", str(second)]) == 0
     assert all(k.startswith("diffusion_model.") for k in load_file(second))
     assert_equal(convert.load(second, "flux"), modules)
@@ -409,7 +409,7 @@ def test_several_files_with_weights_are_added_to_the_model(flux_denoiser, text):
     import copy
 
     from trainer.families import flux
-    from trainer.sample import add
+    from trainer.sample import apply_loras
 
     def output(denoiser):
         torch.manual_seed(4)
@@ -417,7 +417,7 @@ def test_several_files_with_weights_are_added_to_the_model(flux_denoiser, text):
 
     plain = copy.deepcopy(flux_denoiser)
     modules = trained(flux_denoiser, "flux", split=False)
-    add(plain, [(modules, 0.5), (modules, 0.5)], component="transformer")
+    apply_loras(plain, [(modules, 0.5), (modules, 0.5)], component="transformer")
     torch.testing.assert_close(output(plain), output(flux_denoiser), atol=1e-4, rtol=1e-4)
 
 
@@ -430,7 +430,7 @@ def test_the_sample_command_draws_with_a_lora_and_without(tmp_path, capsys):
     folder = flux.FACTS.models["mini-flux"].source
     denoiser = flux.load_denoiser(Path(folder), device="cpu", dtype=torch.float32)
     modules = random_modules(denoiser, "flux", scales=(0.05,), only="attn")
-    save_file(convert.write(modules, "kohya", "flux").tensors, tmp_path / "x.safetensors")
+    save_file(convert.to_file(modules, "kohya", "flux").tensors, tmp_path / "x.safetensors")
     (tmp_path / "prompts.txt").write_text("# comment\na spot --w 64 --h 64 --s 2 --d 7\n")
     common = ["--prompts", str(tmp_path / "prompts.txt")]
 
@@ -444,3 +444,38 @@ def test_the_sample_command_draws_with_a_lora_and_without(tmp_path, capsys):
     assert without.size == (64, 64) and ImageChops.difference(without, nothing).getbbox() is None
     assert ImageChops.difference(without, changed).getbbox() is not None
     assert sample_command(["--base", "nothing", *common, "--out", str(tmp_path)]) == 78
+
+
+def prompt_lines(tmp_path, text, name="flux"):
+    from trainer.sample import read_prompts
+    from trainer.spec.family import get_family
+
+    (tmp_path / "prompts.txt").write_text(text, encoding="utf-8")
+    facts = get_family(name).FACTS
+    return read_prompts(tmp_path / "prompts.txt", facts, facts.models[f"mini-{name}"])
+
+
+def test_the_sample_command_reads_prompt_lines_as_a_job_does(tmp_path):
+    spot, dog = prompt_lines(tmp_path, "\ufeff # comment\na spot --W 96 --h 70 --l 2 --n dark\n\na dog\n")
+    assert (spot.text, spot.width, spot.height, spot.cfg, spot.negative) == ("a spot", 96, 64, 2.0, "dark")
+    assert (dog.text, dog.width, dog.height, dog.seed, spot.seed) == ("a dog", 128, 128, 43, 42)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("a cat --x 1", "--x is no flag"),
+        ("a cat --w=64", "--w=64 is no flag"),
+        ("a cat --s 0", "--s: 0 is not a whole number, 1 to 1000"),
+        ("a cat --l nan", "--l: 'nan' is not a number, 0 to 100"),
+        ("a cat --w 64 --w 96", "--w is given twice"),
+        ("--w 64", "there is no prompt before the flags"),
+        ("a cat --w 16", "the width is too small. Allowed: 32 or more"),
+    ],
+)
+def test_the_sample_command_names_every_bad_prompt_line(tmp_path, line, message):
+    from trainer.spec.errors import SettingsError
+
+    with pytest.raises(SettingsError) as caught:
+        prompt_lines(tmp_path, f"a dog\n{line}\na bird --d x\n", name="sdxl")
+    assert f"line 2: {message}" in str(caught.value) and "line 3: --d" in str(caught.value)

@@ -50,7 +50,7 @@ def header(plan):
     found = scan(plan.data, cpu_workers=0)
     order = EpochSampler(found.images, plan.data, seed=0)
     run = saving.trained(plan, get_family("flux"), FlowMatching(), order=order, found=found)
-    return metadata.metadata(run, step=7, epoch=2, rank=4, alpha=4.0)
+    return metadata.lora_metadata(run, step=7, epoch=2, rank=4, alpha=4.0)
 
 
 def test_it_has_every_key_as_text_and_no_path(job_plan):

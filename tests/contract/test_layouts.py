@@ -171,7 +171,7 @@ def test_a_model_that_has_fp16_copies_alone(tmp_path, name, shards):
     encoders = kind.load_encoders(miniature(name), device="cpu", dtype=torch.float16)
     denoiser = kind.load_denoiser(miniature(name), device="cpu", dtype=torch.float16)
     models = {kind.FACTS.parts["denoiser"]: denoiser, "vae": kind.load_vae(miniature(name), device="cpu").half()}
-    models |= {component: getattr(encoders, component) for component in kind.KEYS.encoders}
+    models |= {component: getattr(encoders, component) for component in kind.LORA_KEYS.encoders}
     for part, model in models.items():
         model.save_pretrained(folder / part, variant="fp16", max_shard_size=shards)
     if shards == "400KB":  # as both libraries, and older ones, name the shards of a variant
@@ -239,10 +239,10 @@ def test_a_file_is_converted_once(tmp_path):
 def test_a_gigabyte_is_converted_in_the_memory_of_a_few_tensors(tmp_path):
     """64 tensors of 16 MiB, each cut in three and put together in another order."""
     file = tmp_path / "big.safetensors"
-    lazy_tensors.write(file, dict.fromkeys((f"layer.{i}" for i in range(64)), torch.ones(3 * 1024, 2731).half()))
+    lazy_tensors.write_file(file, dict.fromkeys((f"layer.{i}" for i in range(64)), torch.ones(3 * 1024, 2731).half()))
     with memory_taken() as most:
-        made = {name: torch.cat(tensor.chunk(3)[::-1]) for name, tensor in lazy_tensors.of_file(file, "").items()}
-        lazy_tensors.write(tmp_path / "out.safetensors", made)
+        made = {name: torch.cat(tensor.chunk(3)[::-1]) for name, tensor in lazy_tensors.load_file(file, "").items()}
+        lazy_tensors.write_file(tmp_path / "out.safetensors", made)
     assert (tmp_path / "out.safetensors").stat().st_size > 1e9
     assert most[0] < 100e6
 

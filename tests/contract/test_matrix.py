@@ -25,10 +25,10 @@ from tests.support.single_files import loaded
 from tests.support.variants import CLASSES, NARROW, VARIANTS, config
 from trainer.base_model import single_file
 from trainer.engine import adapters
-from trainer.engine.load import stored
+from trainer.engine.load import stored_dtype
 from trainer.job.verify import verify
 from trainer.lora_files import convert, peft_bridge
-from trainer.sample import add
+from trainer.sample import apply_loras
 from trainer.spec.family import get_family
 
 FAMILIES = ("flux", "sdxl", "sd3")
@@ -109,18 +109,18 @@ def assert_round_trip(name, folder, to, file):
     read = [kind.load_denoiser(folder, device="cpu", dtype=torch.float32) for _ in range(2)]
     trained, plain = read
     before = output(name, plain)
-    adapters.fuse(kind.blocks(trained), fused=facts.fused_targets, targets=facts.targets)
+    adapters.fuse_projections(kind.blocks(trained), fused=facts.fused_targets, targets=facts.targets)
     blocks, fused = kind.blocks(trained), facts.fused_targets
     params = adapters.add_adapters(trained, blocks, targets=facts.targets, fused=fused, rank=3, alpha=2.0, seed=7)
     torch.manual_seed(3)
     for p in params:
         torch.nn.init.normal_(p, std=0.1)
     state = adapters.state(trained)
-    modules = peft_bridge.of_state(state, prefix=facts.lora_prefix, fused=fused, scale=2 / 3)
-    save_file(convert.write(modules, to, name).tensors, file)
+    modules = peft_bridge.from_peft_state(state, prefix=facts.lora_prefix, fused=fused, scale=2 / 3)
+    save_file(convert.to_file(modules, to, name).tensors, file)
     prefix = facts.lora_prefix
     assert verify(file, {prefix: trained}, family_name=name, fused=fused, output=lambda: output(name, trained)) < 1e-4
-    add(plain, [(convert.load(file, name), 1.0)], component=prefix)
+    apply_loras(plain, [(convert.load(file, name), 1.0)], component=prefix)
     after, expected = output(name, plain), output(name, trained)
     assert (expected - before).norm() > 0.01 * before.norm()
     assert (after - expected).norm() < 1e-4 * expected.norm()
@@ -150,7 +150,7 @@ MATRIX = [
     often(name, layout, to, now=(i + j + k) % 3 == 0)
     for i, name in enumerate(FAMILIES)
     for j, layout in enumerate(LAYOUTS)
-    for k, to in enumerate(convert.FORMATS)
+    for k, to in enumerate(convert.KEY_FORMATS)
 ]
 
 
@@ -170,7 +170,7 @@ def test_every_layout_with_every_format(name, layout, to, read_once, tmp_path):
 
 @pytest.mark.parametrize(
     ("base", "to"),
-    [often(base, to, now=to == "kohya" and "large" not in base) for base in VARIANTS for to in convert.FORMATS],
+    [often(base, to, now=to == "kohya" and "large" not in base) for base in VARIANTS for to in convert.KEY_FORMATS],
 )
 def test_every_published_variant_with_every_format(base, to, tmp_path):
     """Its numbers of layers, kinds of blocks and conditions at a small width, from one file in its original names."""
@@ -179,7 +179,7 @@ def test_every_published_variant_with_every_format(base, to, tmp_path):
     plan = layouts.written(tmp_path, name, "file", changes=changes, dtype=torch.bfloat16)
     folder = single_file.convert_single_files(plan, tmp_path / "cache")
     place = folder / get_family(name).FACTS.parts["denoiser"]
-    assert layouts.wrong(place) == [] and stored(place) == torch.bfloat16
+    assert layouts.wrong(place) == [] and stored_dtype(place) == torch.bfloat16
     modules = assert_round_trip(name, folder, to, tmp_path / "x.safetensors")
     assert len(modules) == MODULES[base]
 

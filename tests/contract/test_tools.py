@@ -219,7 +219,7 @@ def comfy_model(base):
     return wrapper, states, names or table(config, output_prefix="diffusion_model.")
 
 
-COMFYUI = [(base, to) for base in BASES for to in convert.FORMATS if (base, to) != ("sdxl-base", "peft")]
+COMFYUI = [(base, to) for base in BASES for to in convert.KEY_FORMATS if (base, to) != ("sdxl-base", "peft")]
 
 
 @pytest.mark.parametrize(("base", "to"), COMFYUI)
@@ -236,7 +236,7 @@ def test_comfyui_reads_every_key_and_adds_what_was_trained(monkeypatch, base, to
     modules = adapters(base, everywhere=to != "peft")
     clip = types.SimpleNamespace(state_dict=clip_names)
     known = comfy.lora.model_lora_keys_clip(clip, comfy.lora.model_lora_keys_unet(wrapper, {}))
-    tensors = comfy.lora_convert.convert_lora(convert.write(modules, to, name).tensors)
+    tensors = comfy.lora_convert.convert_lora(convert.to_file(modules, to, name).tensors)
     said = []
     monkeypatch.setattr(comfy.lora.logging, "warning", lambda *words: said.append(words))
     patches = comfy.lora.load_lora(tensors, known)
@@ -252,7 +252,7 @@ def test_comfyui_does_not_read_peft_names_of_sdxl(monkeypatch):
     wrapper, *_ = comfy_model("sdxl-base")
     said = []
     monkeypatch.setattr(comfy.lora.logging, "warning", lambda *words: said.append(words))
-    tensors = convert.write(adapters("sdxl-base"), "peft", "sdxl").tensors
+    tensors = convert.to_file(adapters("sdxl-base"), "peft", "sdxl").tensors
     comfy.lora.load_lora(tensors, comfy.lora.model_lora_keys_unet(wrapper, {}))
     assert len(said) > 1000
 
@@ -315,7 +315,7 @@ def test_forge_reads_every_key_and_adds_what_was_trained(monkeypatch, base, to):
     name = VARIANTS[base][0]
     model, states, table = forge_model(base)
     modules = adapters(base, everywhere=to != "peft")
-    rest = convert.write(modules, to, name).tensors
+    rest = convert.to_file(modules, to, name).tensors
     in_model, rest = theirs.load_lora(rest, theirs.model_lora_keys_unet(model, {}))
     clip = types.SimpleNamespace(state_dict=clip_names)
     in_clip, rest = theirs.load_lora(rest, theirs.model_lora_keys_clip(clip, {}))
@@ -442,7 +442,7 @@ def sd_scripts_network(base, tensors):
 def test_sd_scripts_reads_every_key_and_adds_what_was_trained(monkeypatch, base):
     checkout(monkeypatch, "KILN_SD_SCRIPTS")
     modules = adapters(base, narrow=base == "flux-dev")  # its SDXL has one width
-    tensors = convert.write(modules, "kohya", VARIANTS[base][0]).tensors
+    tensors = convert.to_file(modules, "kohya", VARIANTS[base][0]).tensors
     network = sd_scripts_network(base, tensors)
     found = network.load_state_dict(tensors, strict=False)
     assert (found.missing_keys, found.unexpected_keys) == ([], [])

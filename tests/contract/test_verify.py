@@ -26,7 +26,7 @@ def trained(request, flux_denoiser, text):
     fused, targets = flux.FACTS.fused_targets, flux.FACTS.targets
     dtype = torch.float32 if request.param == "fp32" else torch.bfloat16
     denoiser = flux_denoiser.to(dtype)
-    adapters.fuse(flux.blocks(denoiser), fused=fused, targets=targets)
+    adapters.fuse_projections(flux.blocks(denoiser), fused=fused, targets=targets)
     if request.param in ("fp8", "torchao"):
         for _, block in flux.blocks(denoiser):
             freeze(block, request.param)
@@ -41,17 +41,17 @@ def trained(request, flux_denoiser, text):
 
 
 def save(denoiser, path, *, to="kohya"):
-    modules = peft_bridge.of_state(
+    modules = peft_bridge.from_peft_state(
         adapters.state(denoiser), prefix="transformer", fused=flux.FACTS.fused_targets, scale=ALPHA / RANK
     )
-    save_file(convert.write(modules, to, "flux").tensors, path)
+    save_file(convert.to_file(modules, to, "flux").tensors, path)
 
 
 def check(path, denoiser, output):
     return verify(path, {"transformer": denoiser}, family_name="flux", fused=flux.FACTS.fused_targets, output=output)
 
 
-@pytest.mark.parametrize("to", convert.FORMATS)
+@pytest.mark.parametrize("to", convert.KEY_FORMATS)
 def test_a_right_file_passes_and_nothing_is_changed(trained, tmp_path, to):
     denoiser, output = trained
     save(denoiser, tmp_path / "x.safetensors", to=to)
@@ -134,8 +134,8 @@ def test_swapped_halves_of_a_modulation_are_noticed(sd3_denoiser, text, tmp_path
         sd3_denoiser, sd3.blocks(sd3_denoiser), targets=targets, fused={}, rank=2, alpha=2.0, seed=7
     ):
         torch.nn.init.normal_(p, std=0.1)
-    modules = peft_bridge.of_state(adapters.state(sd3_denoiser), prefix="transformer", fused={}, scale=1.0)
-    tensors = convert.write(modules, "kohya", "sd3").tensors
+    modules = peft_bridge.from_peft_state(adapters.state(sd3_denoiser), prefix="transformer", fused={}, scale=1.0)
+    tensors = convert.to_file(modules, "kohya", "sd3").tensors
     x, t = torch.randn(2, 16, 8, 8), torch.tensor([0.3, 0.8])
 
     def checked():
@@ -176,15 +176,15 @@ def test_a_job_leaves_a_wrong_file_under_another_name_and_fails(plan, tmp_path, 
         bad = {k: v.roll(1, 0) if ".lora_up." in k or ".lora_B." in k else v for k, v in made.tensors.items()}
         return dataclasses.replace(made, tensors=bad)
 
-    right = convert.write
-    monkeypatch.setattr(convert, "write", wrong)
+    right = convert.to_file
+    monkeypatch.setattr(convert, "to_file", wrong)
     with pytest.raises(FileMismatchError) as caught:
         run(plan, StopFlag())
     assert caught.value.exit_code == 70
     left = {p.name for p in (tmp_path / "out").glob("*safetensors*")}
     assert left == {"x-diffusers.safetensors.unverified"}
 
-    monkeypatch.setattr(convert, "write", right)
+    monkeypatch.setattr(convert, "to_file", right)
     run(plan, StopFlag())
     left = {p.name for p in (tmp_path / "out").glob("*safetensors*")}
     assert left == {"x-diffusers.safetensors", "x.safetensors"}

@@ -36,7 +36,7 @@ from trainer.data.batches import micro_batch
 from trainer.engine.cuda_graphs import EagerStep
 from trainer.engine.device import limit_memory, release
 from trainer.job import build
-from trainer.job.prepare import Ready
+from trainer.job.prepare import PreparedData
 from trainer.job.session import Session
 from trainer.job.status import Status
 from trainer.job.watchdog import Watchdog
@@ -96,7 +96,7 @@ def told() -> Iterator[Told]:
         logging.getLogger("trainer").removeHandler(handler)
 
 
-def session(ready: Ready, out: Path) -> Session:
+def session(ready: PreparedData, out: Path) -> Session:
     """As `trainer.job.run` makes it."""
     plan = ready.plan
     training_state = build.build_training_state(
@@ -111,7 +111,7 @@ def capped(made: Session, room: float) -> tuple[float, float, float]:
     No cap where the host has no memory for that step.
     """
     low, its = torch.cuda.memory_allocated(), made.runner
-    made.runner = EagerStep(its.params, its.wholes, its.around)
+    made.runner = EagerStep(its.params, its.optimizer_params, its.pass_context)
     torch.cuda.reset_peak_memory_stats()
     fits = made._rehearsed([micro_batch(made.cache, batch) for batch in made.largest(made.order.epoch(0))])
     assert fits or made.plan.engine.host_gib == 0
@@ -157,7 +157,7 @@ def attempt(of: Drawn, ground: Ground) -> Outcome:
     return found
 
 
-def _attempt(ready: Ready, out: Path, room: float, *, found: Outcome, said: Told) -> None:
+def _attempt(ready: PreparedData, out: Path, room: float, *, found: Outcome, said: Told) -> None:
     made = session(ready, out)
     if ready.plan.engine.device == "cuda":
         found.gib = capped(made, room)

@@ -28,7 +28,7 @@ from trainer.data.encode import open_cache
 from trainer.data.records import Scan
 from trainer.data.scan import scan
 from trainer.engine.memory.checkpointing import POLICIES
-from trainer.job.prepare import Ready, _fill_cache, order_of
+from trainer.job.prepare import PreparedData, fill_cache, make_sampler
 from trainer.spec.family import base_models, family_names, get_family
 from trainer.spec.optimizers import OPTIMIZERS
 from trainer.spec.plan import Plan, Prompt
@@ -210,10 +210,10 @@ class Ground:
             prompts=(prompt,) if of.samples else (),
         )
 
-    def ready(self, plan: Plan) -> Ready:
-        """What `prepare.ready` gives, of pictures that were looked at before."""
+    def ready(self, plan: Plan) -> PreparedData:
+        """What `prepare.prepare_data` gives, of pictures that were looked at before."""
         kind, model = get_family(plan.model.family), Path(plan.model.path)
         cache = open_cache(Path(plan.output.cache), model, precision=plan.engine.dtype)
-        made = Ready(plan, self.found, order_of(plan, self.found), cache, None)
-        _fill_cache(made, kind=kind, model=model, check_in=lambda: None)
+        made = PreparedData(plan, self.found, make_sampler(plan, self.found), cache, None)
+        fill_cache(made, kind=kind, model=model, check_in=lambda: None)
         return made

@@ -8,7 +8,7 @@ from pathlib import Path
 from trainer.data.captions import tag_frequency
 from trainer.data.epochs import EpochSampler
 from trainer.data.records import Scan
-from trainer.lora_files.metadata import Trained, TrainedDataset, TrainedSubset
+from trainer.lora_files.metadata import DatasetSummary, SubsetSummary, TrainingRun
 from trainer.spec.family import Family
 from trainer.spec.plan import Plan
 from trainer.training.objective import Objective
@@ -19,10 +19,10 @@ def _unused(name: str, taken: Collection[str]) -> str:
     return next(n for n in (name, *(f"{name} ({i})" for i in range(2, len(taken) + 2))) if n not in taken)
 
 
-def trained(plan: Plan, kind: Family, objective: Objective, *, order: EpochSampler, found: Scan) -> Trained:
+def trained(plan: Plan, kind: Family, objective: Objective, *, order: EpochSampler, found: Scan) -> TrainingRun:
     """What the header of the LoRA file says about this run."""
     facts, first = kind.FACTS, plan.data.datasets[0]
-    datasets: list[TrainedDataset] = []
+    datasets: list[DatasetSummary] = []
     names: list[str] = []
     for d, dataset in enumerate(plan.data.datasets):
         subsets = []
@@ -30,15 +30,15 @@ def trained(plan: Plan, kind: Family, objective: Objective, *, order: EpochSampl
             names.append(_unused(Path(subset.source.public).name, names))
             own = [p.caption for p in found.images if (p.dataset, p.subset) == (d, i)]
             tags = tag_frequency(own, subset.caption_separator)
-            subsets.append(TrainedSubset(names[-1], len(own), subset.num_repeats, subset.is_reg, tags))
+            subsets.append(SubsetSummary(names[-1], len(own), subset.num_repeats, subset.is_reg, tags))
         buckets = {size: count for (owner, size), count in order.buckets.items() if owner == d}
-        datasets.append(TrainedDataset(dataset, tuple(subsets), buckets))
-    return Trained(
+        datasets.append(DatasetSummary(dataset, tuple(subsets), buckets))
+    return TrainingRun(
         name=plan.output.name,
         base=plan.model.base,
         base_version=facts.base_version,
         architecture=facts.architecture,
-        kind=plan.lora.kind,
+        lora_type=plan.lora.kind,
         alpha=plan.lora.alpha,
         started=plan.output.started,
         optimizer=plan.optim.name,

@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from trainer.engine.quantization.frozen_linear import dequantized_matmul
 from trainer.lora_files import convert, key_names, peft_bridge
-from trainer.lora_files.peft_bridge import Fused
+from trainer.lora_files.peft_bridge import FusedTargets
 from trainer.lora_files.weights import LoraModules, LoraWeights
 from trainer.spec.errors import FileMismatchError
 
@@ -28,7 +28,7 @@ OUTPUT_TOLERANCE, IN_16_BITS = 1e-3, 2e-2
 
 
 def verify(
-    path: Path, models: Mapping[str, Any], *, family_name: str, fused: Fused, output: Callable[[], torch.Tensor]
+    path: Path, models: Mapping[str, Any], *, family_name: str, fused: FusedTargets, output: Callable[[], torch.Tensor]
 ) -> float:
     """The relative difference between what `output` gives with the live adapters and with the file on the plain base.
 
@@ -68,10 +68,12 @@ def verify(
 
 
 def _by_layer(
-    path: Path, modules: LoraModules, live: dict[str, BaseTunerLayer], *, family_name: str, fused: Fused
+    path: Path, modules: LoraModules, live: dict[str, BaseTunerLayer], *, family_name: str, fused: FusedTargets
 ) -> dict[str, list[LoraWeights | None]]:
     """For each trained layer the file's adapters of its members, from top to bottom."""
-    members = {name: [key_names.in_files(m, family_name) for m in peft_bridge.members(name, fused)] for name in live}
+    members = {
+        name: [key_names.name_in_files(m, family_name) for m in peft_bridge.unfused_names(name, fused)] for name in live
+    }
     strange = modules.keys() - {m for names in members.values() for m in names}
     if strange:
         raise FileMismatchError(f"{path} has {len(strange)} modules that were not trained, {min(strange)} first.")

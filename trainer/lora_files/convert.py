@@ -1,8 +1,13 @@
-"""LoRA files of every tool ↔ one form: diffusers' modules, each with its own matrices. Exact both ways.
+"""LoRA files of every tool ↔ `LoraModules`: diffusers' modules, each with matrices of its own. Exact both ways.
 
-A layer that other tools keep as one (q, k, v; Flux's linear1) is here its parts. Where they share the down matrix, the
-whole is that matrix and the stacked up matrices; otherwise their terms of rank one side by side, block by block.
-Shapes: down (r, in) or (r, in, kh, kw); up (out, r) or (out, r, 1, 1).
+A layer that other tools keep as one (q, k and v; Flux's linear1) is split into its parts here, and stacked again to
+write. If the parts share the down matrix, the layer has that matrix and the up matrices one above the other. Otherwise
+it has the rank-one terms of all parts side by side, and each part's rows of the up matrix are zero in the columns of
+the others (the "fusing recipe"): the rank is then the sum of the parts' ranks, and alpha grows with it, so that
+scale = alpha / rank stays the same. sd-scripts' `split_qkv` forgets alpha, which leaves a third of the strength.
+
+Shapes: r rank, in and out the sides of a layer, kh and kw the sides of a convolution's kernel;
+down (r, in) or (r, in, kh, kw); up (out, r) or (out, r, 1, 1); magnitude (out,).
 """
 
 from __future__ import annotations
@@ -13,17 +18,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from trainer.lora_files import key_names
 from trainer.lora_files.weights import LoraModules, LoraWeights
-from trainer.spec.family import Native, get_family
+from trainer.spec.family import OriginalLayer, get_family
 
-FORMATS = {"kohya": "", "comfyui": "-comfyui", "peft": "-diffusers"}  # → what a job adds to the name of such a file
+KEY_FORMATS = {"kohya": "", "comfyui": "-comfyui", "peft": "-diffusers"}  # → what a job appends to the file's name
 DORA_READERS = {"kohya": "ComfyUI, Forge", "comfyui": "ComfyUI, Forge", "peft": "diffusers"}
+Number = TypeVar("Number", int, float)
+SAME_ALPHA = 1e-8  # factors this near to 1 leave `up` as it is
 
 
 # ---- files → modules
@@ -37,129 +44,154 @@ def load(path: Path, family_name: str) -> LoraModules:
             metadata = file.metadata() or {}
     except (OSError, SafetensorError) as problem:
         raise ValueError(f"it is not a safetensors file: {problem}") from problem
-    return read(tensors, metadata, family_name)
+    return from_tensors(tensors, metadata, family_name)
 
 
-def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], family_name: str) -> LoraModules:
+def from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], family_name: str) -> LoraModules:
     """All modules of a file, in fp32. Raises ValueError, with names, for what this family's files cannot have."""
     stems: dict[str, dict[str, torch.Tensor]] = {}
     unknown = []
     for key, tensor in tensors.items():
-        found = key_names.role(key)
-        if found is None or key_names.layer(found[0], family_name) is None:
+        split = key_names.split_key(key)
+        if split is None or key_names.find_layer(split[0], family_name) is None:
             unknown.append(key)
         else:
-            stems.setdefault(found[0], {})[found[1]] = tensor.float()
+            stem, role = split
+            stems.setdefault(stem, {})[role] = tensor.float()
     if unknown or not stems:
         raise ValueError(
             f"{len(unknown)} of {len(tensors)} keys mean nothing here: {', '.join(unknown[:5]) or 'empty'}"
         )
     modules: LoraModules = {}
     for stem, roles in stems.items():
-        there = key_names.layer(stem, family_name)
-        assert there is not None
-        for name, adapter in _split(there, _adapter(stem, roles, there.modules[0], metadata)).items():
+        layer = key_names.find_layer(stem, family_name)
+        assert layer is not None
+        weights = _read_weights(stem, roles, layer.modules[0], metadata)
+        for name, part in _split_layer(layer, weights).items():
             if name in modules:
                 raise ValueError(f"{name} is there twice, as {stem} too")
-            modules[name] = adapter
+            modules[name] = part
     return modules
 
 
-def _adapter(stem: str, roles: Mapping[str, torch.Tensor], module: str, metadata: Mapping[str, str]) -> LoraWeights:
-    lacking = {"down", "up"} - roles.keys()
-    if lacking:
-        raise ValueError(f"{stem} has no {' and no '.join(sorted(lacking))} matrix")
-    down, up = roles["down"], roles["up"]
+def _read_weights(
+    stem: str, roles: Mapping[str, torch.Tensor], module: str, metadata: Mapping[str, str]
+) -> LoraWeights:
+    """`roles`: down, up, alpha and magnitude, as far as the file has them."""
+    missing = {"down", "up"} - roles.keys()
+    if missing:
+        raise ValueError(f"{stem} has no {' and no '.join(sorted(missing))} matrix")
+    down = roles["down"]
+    up = roles["up"]
     if down.ndim < 2 or up.ndim != down.ndim or down.shape[0] != up.shape[1] or not down.shape[0]:
         raise ValueError(f"{stem} has matrices of shapes {list(down.shape)} and {list(up.shape)}")
-    bad = [role for role, tensor in roles.items() if not torch.isfinite(tensor).all()]
-    if bad:
-        raise ValueError(f"{stem}: {bad[0]} is not finite")
+    not_finite = [role for role, tensor in roles.items() if not torch.isfinite(tensor).all()]
+    if not_finite:
+        raise ValueError(f"{stem}: {not_finite[0]} is not finite")
     rank = down.shape[0]
     scale = roles["alpha"].item() / rank if "alpha" in roles else _scale_in_header(module, rank, metadata)
     if scale == 0:
         raise ValueError(f"{stem}: alpha is 0, which is no strength to some tools and the full strength to others")
     magnitude = roles.get("magnitude")
-    if magnitude is not None and magnitude.shape not in ((up.shape[0],), (up.shape[0], *[1] * (up.ndim - 1))):
+    if magnitude is None:
+        return LoraWeights(down, up, scale)
+    if magnitude.shape not in ((up.shape[0],), (up.shape[0], *[1] * (up.ndim - 1))):
         raise ValueError(f"{stem} has DoRA magnitudes of shape {list(magnitude.shape)}: only those of rows are read")
-    return LoraWeights(down, up, scale, None if magnitude is None else magnitude.flatten())
+    return LoraWeights(down, up, scale, magnitude.flatten())
 
 
 def _scale_in_header(module: str, rank: int, metadata: Mapping[str, str]) -> float:
-    """Diffusers' `lora_adapter_metadata`: peft's settings, with the component before each name. Without it, 1."""
-    said: dict[str, Any] = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    """The scale by diffusers' `lora_adapter_metadata`: PEFT's settings, after the component's name. Without it, 1."""
+    settings: dict[str, Any] = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     component, _, path = module.partition(".")
-    alpha = said.get(f"{component}.lora_alpha", rank)
-    for pattern, value in (said.get(f"{component}.alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
+    alpha = settings.get(f"{component}.lora_alpha", rank)
+    for pattern, value in (settings.get(f"{component}.alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", path):  # as PEFT matches it
             alpha = value
-    return float(alpha / (rank**0.5 if said.get(f"{component}.use_rslora") else rank))
+    rank_stabilised = settings.get(f"{component}.use_rslora")  # arXiv:2312.03732
+    return float(alpha / (rank**0.5 if rank_stabilised else rank))
 
 
-def _split(there: key_names.Layer, whole: LoraWeights) -> LoraModules:
-    """The parts of a layer as its file has it. A part keeps the terms in which it has something."""
-    native = there.native
-    if native is None or there.part is not None:
-        return {there.modules[0]: whole}
-    if len(native.parts) == 1:
-        return {there.modules[0]: _swapped(whole) if native.swapped else whole}
-    rows = whole.up.shape[0]
-    if rows % sum(native.rows):
-        raise ValueError(f"{native.name} has {rows} rows, which {len(native.parts)} layers cannot share")
-    heights = [rows // sum(native.rows) * share for share in native.rows]
-    ups = whole.up.split(heights)
-    lengths = [None] * len(ups) if whole.magnitude is None else whole.magnitude.split(heights)
+def _split_layer(layer: key_names.Layer, weights: LoraWeights) -> LoraModules:
+    """The parts of a layer that files keep as one. A part keeps the rank-one terms in which it is not zero."""
+    original = layer.original
+    if original is None or layer.part is not None:
+        return {layer.modules[0]: weights}
+    if len(original.diffusers_names) == 1:
+        return {layer.modules[0]: _swap_halves(weights) if original.halves_swapped else weights}
+    row_count = weights.up.shape[0]
+    if row_count % sum(original.row_ratio):
+        raise ValueError(
+            f"{original.name} has {row_count} rows, which {len(original.diffusers_names)} layers cannot share"
+        )
+    heights = [row_count // sum(original.row_ratio) * share for share in original.row_ratio]
+    ups = weights.up.split(heights)
+    magnitudes = [None] * len(ups) if weights.magnitude is None else weights.magnitude.split(heights)
     used = [up.any(dim=0).nonzero().flatten() for up in ups]
-    if not any(len(columns) for columns in used):  # nothing was learned: all of it belongs to all of them
-        used = [torch.arange(whole.rank)] * len(ups)
-    if whole.magnitude is not None:  # a part may have learnt that alone: one term that does nothing stands for none
+    if not any(len(columns) for columns in used):  # nothing has been learnt yet: every term belongs to every part
+        used = [torch.arange(weights.rank)] * len(ups)
+    if weights.magnitude is not None:  # a part may have learnt only its magnitudes: it keeps one term that is zero
         used = [columns if len(columns) else torch.arange(1) for columns in used]
-    return {
-        name: LoraWeights(whole.down[columns], up[:, columns], whole.scale, length)
-        for name, up, columns, length in zip(there.modules, ups, used, lengths, strict=True)
-        if len(columns)
-    }
+    parts: LoraModules = {}
+    for name, up, columns, magnitude in zip(layer.modules, ups, used, magnitudes, strict=True):
+        if len(columns):
+            parts[name] = LoraWeights(weights.down[columns], up[:, columns], weights.scale, magnitude)
+    return parts
 
 
-def _swapped(adapter: LoraWeights) -> LoraWeights:
-    """Exchange the halves of the rows, where there are two."""
-    if adapter.up.shape[0] != 2 * adapter.down.shape[1]:
-        return adapter
-    length = adapter.magnitude
-    swapped = None if length is None else torch.cat(length.chunk(2)[::-1])
-    return replace(adapter, up=torch.cat(adapter.up.chunk(2)[::-1]), magnitude=swapped)
+def _swap_halves(weights: LoraWeights) -> LoraWeights:
+    """Swap scale and shift of an adaptive norm, the two halves of its rows; other layers stay as they are."""
+    if weights.up.shape[0] != 2 * weights.down.shape[1]:
+        return weights
+    up = torch.cat(weights.up.chunk(2)[::-1])
+    if weights.magnitude is None:
+        return replace(weights, up=up)
+    return replace(weights, up=up, magnitude=torch.cat(weights.magnitude.chunk(2)[::-1]))
 
 
-def stacked(parts: Sequence[LoraWeights | None], heights: Sequence[int]) -> LoraWeights:
-    """One adapter for layers with these numbers of rows, one above the other; None: one without an adapter.
+def stack_layers(parts: Sequence[LoraWeights | None], heights: Sequence[int]) -> LoraWeights:
+    """The weights of one layer whose rows are those of `parts`, one above the other. None: a part without a LoRA.
 
-    Rows of the down matrices that are equal are kept once. Raises ValueError where some have magnitudes and some not.
+    `heights`: the number of rows of each part. Rows that several down matrices have are kept once, so that parts with
+    one common down matrix do not raise the rank. Raises ValueError if some parts have magnitudes and some not.
     """
-    there = [p for p in parts if p is not None]
-    if len({p.scale for p in there}) > 1:
-        return stacked([None if p is None else p.folded() for p in parts], heights)
-    places: dict[tuple[bytes, int], int] = {}
-    chosen: list[list[int]] = []
-    downs: list[torch.Tensor] = []
-    for part in there:
-        seen: Counter[bytes] = Counter()
-        chosen.append([])
-        for row in part.down:
-            raw = row.contiguous().numpy().tobytes()
-            place = places.setdefault((raw, seen[raw]), len(places))
-            if place == len(downs):
-                downs.append(row)
-            chosen[-1].append(place)
-            seen[raw] += 1
-    up, top, columns = torch.zeros(sum(heights), len(downs)), 0, iter(chosen)
-    for piece, height in zip(parts, heights, strict=True):
-        if piece is not None:
-            up[top : top + height, next(columns)] = piece.up
+    present = [part for part in parts if part is not None]
+    if len({part.scale for part in present}) > 1:
+        return stack_layers([None if part is None else part.folded() for part in parts], heights)
+    down, columns_of_parts = _merge_rows([part.down for part in present])
+    up = torch.zeros(sum(heights), len(down))
+    top = 0
+    columns = iter(columns_of_parts)
+    for part, height in zip(parts, heights, strict=True):
+        if part is not None:
+            up[top : top + height, next(columns)] = part.up
         top += height
-    lengths = [p.magnitude for p in there if p.magnitude is not None]
-    if lengths and len(lengths) < len(parts):
+    magnitudes = [part.magnitude for part in present if part.magnitude is not None]
+    if magnitudes and len(magnitudes) < len(parts):
         raise ValueError("layers that files have as one are partly DoRA and partly not")
-    return LoraWeights(torch.stack(downs), up, there[0].scale, torch.cat(lengths) if lengths else None)
+    return LoraWeights(down, up, present[0].scale, torch.cat(magnitudes) if magnitudes else None)
+
+
+def _merge_rows(downs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[list[int]]]:
+    """A matrix with the rows of all `downs`, equal ones once, and for each of `downs` the places of its rows in it.
+
+    Rows that are equal within one matrix stay apart: the n-th of them matches the n-th in the other matrices.
+    """
+    places: dict[tuple[bytes, int], int] = {}
+    rows: list[torch.Tensor] = []
+    places_of_downs: list[list[int]] = []
+    for down in downs:
+        seen: Counter[bytes] = Counter()
+        own_places = []
+        for row in down:
+            content = row.contiguous().numpy().tobytes()
+            place = places.setdefault((content, seen[content]), len(places))
+            if place == len(rows):
+                rows.append(row)
+            own_places.append(place)
+            seen[content] += 1
+        places_of_downs.append(own_places)
+    return torch.stack(rows), places_of_downs
 
 
 # ---- modules → files
@@ -167,85 +199,113 @@ def stacked(parts: Sequence[LoraWeights | None], heights: Sequence[int]) -> Lora
 
 @dataclass(frozen=True)
 class LoraFile:
-    """The tensors of a file, and what its header has to say about them: the commonest rank and the one alpha."""
+    """The tensors of a file, and the two values for its header."""
 
     tensors: dict[str, torch.Tensor]
-    rank: int
-    alpha: float
+    rank: int  # the commonest
+    alpha: float  # the same for all modules
 
 
-def write(modules: LoraModules, to: str, family_name: str) -> LoraFile:
-    """The file in format `to`, in fp32. Raises ValueError for a module that has no name there."""
-    modules = {name: adapter.on_host() for name, adapter in modules.items()}
-    if to == "peft":
-        tensors = {}
-        for name, adapter in modules.items():
-            tensors[f"{name}.lora_A.weight"] = adapter.down
-            tensors[f"{name}.lora_B.weight"] = adapter.folded().up  # then alpha = rank, for readers that know no alpha
-            if adapter.magnitude is not None:
-                tensors[f"{name}.lora_magnitude_vector"] = adapter.magnitude
-        rank = Counter(a.rank for a in modules.values()).most_common(1)[0][0]
-        return LoraFile(_plain(tensors), rank, float(rank))
-    whole = _joined(modules, to, family_name)
-    ranks = Counter(a.rank for a in whole.values())
-    # One alpha for all, which some readers take from the first module they see.
-    alpha = Counter(float(f"{a.scale * a.rank:.9g}") for a in whole.values()).most_common(1)[0][0]
+def to_file(modules: LoraModules, key_format: str, family_name: str) -> LoraFile:
+    """The content of a file with the keys of `key_format`, in fp32.
+
+    Raises ValueError for a module that has no name in this format.
+    """
+    modules = {name: weights.to_cpu() for name, weights in modules.items()}
+    if key_format == "peft":
+        return _to_peft_file(modules)
+    return _to_kohya_file(_stack_modules(modules, key_format, family_name))
+
+
+def _to_peft_file(modules: LoraModules) -> LoraFile:
+    """The scale is folded into lora_B, so that alpha = rank: ComfyUI and Forge ignore PEFT's alpha."""
     tensors = {}
-    for stem, adapter in whole.items():
-        factor = adapter.scale * adapter.rank / alpha
-        tensors[f"{stem}.lora_down.weight"] = adapter.down
-        tensors[f"{stem}.lora_up.weight"] = adapter.up if abs(factor - 1) < 1e-8 else adapter.up * factor
+    for name, weights in modules.items():
+        tensors[f"{name}.lora_A.weight"] = weights.down
+        tensors[f"{name}.lora_B.weight"] = weights.folded().up
+        if weights.magnitude is not None:
+            tensors[f"{name}.lora_magnitude_vector"] = weights.magnitude
+    rank = _commonest([weights.rank for weights in modules.values()])
+    return LoraFile(_sorted_fp32(tensors), rank, float(rank))
+
+
+def _to_kohya_file(layers: LoraModules) -> LoraFile:
+    """`layers`: by their stems. Also ComfyUI's format, whose stems are dotted.
+
+    All modules get the same alpha, and the rest of their scale is folded into lora_up: diffusers applies the commonest
+    alpha of an SDXL file to attention layers that have another.
+    """
+    # 9 digits: scales that were divided by different ranks give the same alpha again.
+    alpha = _commonest([float(f"{weights.scale * weights.rank:.9g}") for weights in layers.values()])
+    tensors = {}
+    for stem, weights in layers.items():
+        factor = weights.scale * weights.rank / alpha
+        tensors[f"{stem}.lora_down.weight"] = weights.down
+        tensors[f"{stem}.lora_up.weight"] = weights.up if abs(factor - 1) < SAME_ALPHA else weights.up * factor
         tensors[f"{stem}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
-        if adapter.magnitude is not None:
-            tensors[f"{stem}.dora_scale"] = adapter.magnitude.view(-1, *[1] * (adapter.down.ndim - 1))
-    return LoraFile(_plain(tensors), ranks.most_common(1)[0][0], alpha)
+        if weights.magnitude is not None:
+            tensors[f"{stem}.dora_scale"] = weights.magnitude.view(-1, *[1] * (weights.down.ndim - 1))
+    return LoraFile(_sorted_fp32(tensors), _commonest([weights.rank for weights in layers.values()]), alpha)
 
 
-def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _commonest(numbers: Sequence[Number]) -> Number:
+    return Counter(numbers).most_common(1)[0][0]
+
+
+def _sorted_fp32(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: tensor.float().cpu().contiguous().clone() for key, tensor in sorted(tensors.items())}
 
 
-def _joined(modules: LoraModules, to: str, family_name: str) -> LoraModules:
-    """Layers of the original model by the names that files give them → their adapters."""
-    whole: LoraModules = {}
-    shared: dict[tuple[Native, str], dict[int, LoraWeights]] = {}
-    for name, adapter in modules.items():
-        there = key_names.layer(name, family_name)
-        if there is None:
+def _stack_modules(modules: LoraModules, key_format: str, family_name: str) -> LoraModules:
+    """The stems of the original model's layers in this format → their weights."""
+    encoder_names = get_family(family_name).LORA_KEYS.encoders
+    stacked: LoraModules = {}
+    parts_of_layers: dict[tuple[OriginalLayer, str], dict[int, LoraWeights]] = {}
+    for name, weights in modules.items():
+        layer = key_names.find_layer(name, family_name)
+        if layer is None:
             raise ValueError(f"{name} has no name in files of this format")
-        if there.native is None:
-            short = get_family(family_name).KEYS.encoders[there.component]
-            whole[f"lora_{short}_{there.path.replace('.', '_')}"] = adapter
+        if layer.original is None:
+            stacked[f"lora_{encoder_names[layer.component]}_{layer.path.replace('.', '_')}"] = weights
         else:
-            shared.setdefault((there.native, there.number), {})[there.part or 0] = adapter
-    for (native, number), parts in shared.items():
-        path = native.name.replace("{}", number)
-        stem = f"diffusion_model.{path}" if to == "comfyui" else f"lora_unet_{path.replace('.', '_')}"
-        if len(native.parts) == 1:
-            whole[stem] = _swapped(parts[0]) if native.swapped else parts[0]
+            parts_of_layers.setdefault((layer.original, layer.number), {})[layer.part or 0] = weights
+    for (original, number), parts in parts_of_layers.items():
+        path = original.name.replace("{}", number)
+        stem = f"diffusion_model.{path}" if key_format == "comfyui" else f"lora_unet_{path.replace('.', '_')}"
+        if len(original.diffusers_names) == 1:
+            stacked[stem] = _swap_halves(parts[0]) if original.halves_swapped else parts[0]
         else:
-            units = {a.up.shape[0] / native.rows[i] for i, a in parts.items()}
-            if len(units) > 1:
-                raise ValueError(f"the parts of {path} have {sorted(units)} rows where they should have as many")
-            heights = [int(share * next(iter(units))) for share in native.rows]
-            whole[stem] = stacked([parts.get(i) for i in range(len(heights))], heights)
-    return whole
+            heights = _heights(path, parts, original.row_ratio)
+            stacked[stem] = stack_layers([parts.get(i) for i in range(len(heights))], heights)
+    return stacked
 
 
-def merged(several: Sequence[tuple[LoraModules, float]]) -> LoraModules:
-    """The sum of several files, each times its weight: ranks add up, nothing is approximated.
+def _heights(path: str, parts: Mapping[int, LoraWeights], row_ratio: Sequence[int]) -> list[int]:
+    """The rows of each part of a layer, from those of the parts that are present."""
+    units = {weights.up.shape[0] / row_ratio[i] for i, weights in parts.items()}
+    if len(units) > 1:
+        raise ValueError(f"the parts of {path} have {sorted(units)} rows where they should have as many")
+    unit = units.pop()
+    return [int(share * unit) for share in row_ratio]
 
-    Raises ValueError for DoRA, whose rows' lengths do not add up; one such file at weight 1 stays as it is.
+
+def merge(loras: Sequence[tuple[LoraModules, float]]) -> LoraModules:
+    """The sum of several LoRAs, each times its weight: ranks add up, nothing is approximated.
+
+    Raises ValueError for DoRA, whose magnitudes do not add up; one such LoRA with weight 1 stays as it is.
     """
-    if len(several) == 1 and several[0][1] == 1:
-        return dict(several[0][0])
-    if any(adapter.magnitude is not None for modules, _ in several for adapter in modules.values()):
+    if len(loras) == 1 and loras[0][1] == 1:
+        return dict(loras[0][0])
+    if any(weights.magnitude is not None for modules, _ in loras for weights in modules.values()):
         raise ValueError("DoRA files can be neither added up nor weighted")
-    found: LoraModules = {}
-    for name in dict.fromkeys(name for modules, _ in several for name in modules):
-        parts = [
-            replace(m[name], scale=m[name].scale * weight).folded() for m, weight in several if name in m and weight
-        ]
+    merged: LoraModules = {}
+    for name in dict.fromkeys(name for modules, _ in loras for name in modules):
+        parts = []
+        for modules, strength in loras:
+            if name in modules and strength:
+                parts.append(replace(modules[name], scale=modules[name].scale * strength).folded())
         if parts:
-            found[name] = LoraWeights(torch.cat([p.down for p in parts]), torch.cat([p.up for p in parts], dim=1), 1.0)
-    return found
+            down = torch.cat([part.down for part in parts])
+            up = torch.cat([part.up for part in parts], dim=1)
+            merged[name] = LoraWeights(down, up, 1.0)
+    return merged

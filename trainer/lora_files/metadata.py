@@ -14,10 +14,10 @@ from trainer.spec.plan import Dataset
 
 
 @dataclass(frozen=True)
-class TrainedSubset:
-    """What the header says about one source of pictures."""
+class SubsetSummary:
+    """One source of images, for the header."""
 
-    name: str  # of its folder, archive or repository alone; unique in a run
+    name: str  # last part of the path of its folder, archive or repository; unique in a run
     images: int
     repeats: int
     is_reg: bool
@@ -25,18 +25,19 @@ class TrainedSubset:
 
 
 @dataclass(frozen=True)
-class TrainedDataset:
-    """What the header says about pictures of one resolution and batch size."""
+class DatasetSummary:
+    """The images of one resolution and batch size, for the header."""
 
     plan: Dataset
-    subsets: tuple[TrainedSubset, ...]
-    buckets: dict[tuple[int, int], int]  # (width, height) → pictures × repeats
+    subsets: tuple[SubsetSummary, ...]
+    buckets: dict[tuple[int, int], int]  # (width, height) → images × repeats
 
     def count(self, *, reg: bool) -> int:
+        """Images × repeats: the regularisation images, or the others."""
         return sum(s.images * s.repeats for s in self.subsets if s.is_reg is reg)
 
-    def told(self) -> dict[str, Any]:
-        """As an entry of `ss_datasets`."""
+    def to_entry(self) -> dict[str, Any]:
+        """An entry of `ss_datasets`."""
         plan = self.plan
         return {
             "is_dreambooth": True,
@@ -57,37 +58,40 @@ class TrainedDataset:
 
 
 def _bucket_info(buckets: Mapping[tuple[int, int], int]) -> dict[str, Any]:
-    listed = enumerate(sorted(buckets.items()))
-    return {"buckets": {str(i): {"resolution": list(size), "count": count} for i, (size, count) in listed}}
+    entries = {}
+    for index, (size, count) in enumerate(sorted(buckets.items())):
+        entries[str(index)] = {"resolution": list(size), "count": count}
+    return {"buckets": entries}
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What the header says about a run, besides the step."""
+class TrainingRun:
+    """A run, for the header of its files, besides the step."""
 
-    name: str
-    base: str
+    name: str  # of the output
+    base: str  # value of BASE_MODEL
     base_version: str
     architecture: str
-    kind: str  # lora, rslora or dora
-    alpha: float  # that was trained with; the file's own may differ
+    lora_type: str  # lora, rslora or dora
+    alpha: float  # of training; a file may have another, with the difference multiplied into lora_up
     started: int  # Unix seconds
     optimizer: str
     learning_rate: float
-    text_encoders: dict[str, float]  # those that train → learning rate
+    text_encoders: dict[str, float]  # that train → learning rate
     schedule: str
     seed: int
     noise_offset: float
     resolution: tuple[int, int]
     trigger: str | None
     objective: str
-    datasets: tuple[TrainedDataset, ...]
+    datasets: tuple[DatasetSummary, ...]
 
 
-def metadata(run: Trained, *, step: int, epoch: int, rank: int, alpha: float) -> dict[str, str]:
-    """The header of a file, every value a string (DATASET_SCHEMA of sd-scripts' `ss_*`, and modelspec 1.0.1).
+def lora_metadata(run: TrainingRun, *, step: int, epoch: int, rank: int, alpha: float) -> dict[str, str]:
+    """The metadata of a file, every value a string, as safetensors requires.
 
-    `rank`, `alpha`: what the file's tensors have.
+    `rank`, `alpha`: those of the file's tensors. The `ss_*` keys are those of sd-scripts' train_network.py,
+    `modelspec.*` is Stability AI's ModelSpec 1.0.1, and `kiln_*` are our own.
     """
     date = datetime.datetime.fromtimestamp(run.started, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     resolution = f"{run.resolution[0]}x{run.resolution[1]}"
@@ -103,13 +107,13 @@ def metadata(run: Trained, *, step: int, epoch: int, rank: int, alpha: float) ->
         "ss_network_dim": rank,
         "ss_network_alpha": alpha,
         "kiln_alpha": run.alpha,
-        "kiln_lora_type": run.kind,
+        "kiln_lora_type": run.lora_type,
         "kiln_version": __version__,
         "ss_training_started_at": float(run.started),
         "ss_bucket_info": _bucket_info(buckets),
         "ss_resolution": f"({run.resolution[0]}, {run.resolution[1]})",
         "ss_dataset_dirs": {s.name: {"n_repeats": s.repeats, "img_count": s.images} for s in subsets},
-        "ss_datasets": [d.told() for d in run.datasets],
+        "ss_datasets": [d.to_entry() for d in run.datasets],
         "ss_tag_frequency": {s.name: s.tags for s in subsets},
         "ss_num_train_images": sum(d.count(reg=False) for d in run.datasets),
         "ss_num_reg_images": sum(d.count(reg=True) for d in run.datasets),
