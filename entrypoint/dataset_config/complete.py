@@ -11,9 +11,10 @@ import math
 from typing import Any
 
 from entrypoint.dataset_config.manifest import Manifest, classify
-from entrypoint.settings.checks import Notes, show
+from entrypoint.settings.checks import Notes
 from entrypoint.settings.variables.data import DataSettings
 from trainer.spec.plan import Dataset, Source, Subset
+from trainer.spec.values import show
 
 # Pixels. With a shorter side, the default limits of buckets (256 to 1024, in steps of 64) leave hardly a bucket.
 MIN_SIDE_FOR_DEFAULT_BUCKETS = 512

@@ -19,7 +19,7 @@ from entrypoint.dataset_config.manifest import HUB_ID, Manifest
 from entrypoint.planning import single_files, starting_point, text_encoders
 from entrypoint.planning.engine_choice import engine_plan
 from entrypoint.settings import Settings
-from entrypoint.settings.checks import Notes, absolute, instead, is_file, is_folder, show
+from entrypoint.settings.checks import Notes, absolute, is_file, is_folder, suggestion
 from entrypoint.settings.variables.adapter import AdapterSettings
 from entrypoint.settings.variables.model import ModelSettings
 from entrypoint.settings.variables.output import OutputSettings
@@ -30,6 +30,7 @@ from trainer.spec.family import BaseModel, Facts, base_models, get_family
 from trainer.spec.optimizers import OPTIMIZERS, OptimizerSpec
 from trainer.spec.plan import DataPlan, Dataset, LoraPlan, ModelPlan, OptimPlan, OutputPlan, Plan, TrainPlan
 from trainer.spec.prompts import complete_prompts
+from trainer.spec.values import show
 
 # A schedule-free optimiser averages its iterates instead of following a schedule (Defazio et al. 2024,
 # arXiv:2405.15682), so that a falling learning rate would work against it.
@@ -105,7 +106,7 @@ def _base_model(name: str) -> tuple[str, BaseModel]:
     """The family and the facts of BASE_MODEL."""
     known = base_models()
     if name not in known:
-        raise SettingsError(f"BASE_MODEL={show(name)} is not known; {instead(name, known)}")
+        raise SettingsError(f"BASE_MODEL={show(name)} is not known; {suggestion(name, known)}")
     return known[name]
 
 
@@ -254,7 +255,7 @@ def _optimizer_arguments(settings: TrainingSettings, spec: OptimizerSpec, notes:
         if name in ARGUMENT_VARIABLES and name not in spec.arguments:
             notes.add(f"{where}. Fix: remove it and set {ARGUMENT_VARIABLES[name]}.")
         elif name not in spec.arguments:
-            notes.add(f"{where}: {optimizer} has no such argument; {instead(name, spec.arguments)}")
+            notes.add(f"{where}: {optimizer} has no such argument; {suggestion(name, spec.arguments)}")
         elif name == "d_coef" and settings.d_coef is not None:
             notes.add(f"{where}: PARAMS_D_COEF says it too. Fix: remove one of them.")
         elif problem := _argument_problem(name, value, spec.defaults.get(name)):
@@ -293,8 +294,8 @@ def _training_plan(settings: Settings, facts: Facts, notes: Notes) -> TrainPlan:
         sampling = facts.timestep_samplings[0]
         notes.chose("PARAMS_TIMESTEP_SAMPLING", sampling, f"the default of {base_model}")
     elif sampling not in facts.timestep_samplings:
-        suggestion = instead(sampling, facts.timestep_samplings)
-        notes.add(f"PARAMS_TIMESTEP_SAMPLING={show(sampling)} is not one of {base_model}; {suggestion}")
+        advice = suggestion(sampling, facts.timestep_samplings)
+        notes.add(f"PARAMS_TIMESTEP_SAMPLING={show(sampling)} is not one of {base_model}; {advice}")
     if sampling == "shift" and training.discrete_flow_shift is None:
         notes.chose("PARAMS_DISCRETE_FLOW_SHIFT", f"{facts.flow_shift:g}", f"the default of {base_model}")
     _check_objective(training, facts, base_model, notes)

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from entrypoint.fetch import model_folder
-from entrypoint.settings.checks import Notes, absolute, is_file, is_folder, show
+from entrypoint.settings.checks import Notes, absolute, is_file, is_folder
 from entrypoint.settings.variables.model import ModelSettings
 from trainer.spec.family import OPTIONAL, PREFIXES, Facts
 from trainer.spec.plan import ModelPlan
+from trainer.spec.values import show
 
 SUFFIX = ".safetensors"
 LEFT_OUT = "none"  # the value of T5_PATH and the others that leaves the part out

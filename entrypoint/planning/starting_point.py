@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from entrypoint.settings.checks import Notes, is_file, is_folder, show
+from entrypoint.settings.checks import Notes, is_file, is_folder
 from entrypoint.settings.variables.adapter import AdapterSettings
 from trainer.lora_files import inspect, key_names
 from trainer.lora_files.inspect import LoraSummary
 from trainer.spec.family import Facts
 from trainer.spec.plan import LoraPlan, Plan
 from trainer.spec.resume_rules import resumes_state
+from trainer.spec.values import show
 from trainer.storage import safetensors_header
 from trainer.storage.safetensors_header import Header
 
