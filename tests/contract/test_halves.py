@@ -13,7 +13,7 @@ from trainer.engine.quantization.cast_adapters import AdapterCast
 def test_the_gradient_has_the_same_bits(name, way):
     bench = Bench(name, "fp8", small=True)
     engine = bench.engine(set(way.split("+")))
-    (halves,) = bench.runner.around.args
+    (halves,) = bench.runner.pass_context.args
     assert len(halves.layers) > 10
     for layer in halves.layers:
         layer.scaling["default"] = 0.5
