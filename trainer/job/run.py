@@ -142,7 +142,7 @@ def _named(out: Path) -> Iterator[None]:
     except OSError as problem:
         if problem.errno is None:
             raise
-        left = f"; {atomic.free_space(out)} are free" if problem.errno in atomic.VOLUME_ERRORS else ""
+        left = f"; {atomic.free_space(out)}" if problem.errno in atomic.VOLUME_ERRORS else ""
         raise StorageError(f"{problem.filename or out}: {problem.strerror}{left}.") from problem
     except torch.OutOfMemoryError as problem:
         raise OutOfMemoryError(f"Out of memory: {str(problem).splitlines()[0]}") from problem
