@@ -6,7 +6,7 @@ Shapes: r rank, in and out the sides of a layer; down (r, in), up (out, r), magn
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -43,8 +43,11 @@ def from_peft_state(
         up = state[module + UP].float()
         magnitude = state.get(module + MAGNITUDE)
         names = unfused_names(module, fused)
-        magnitudes = [None] * len(names) if magnitude is None else magnitude.float().chunk(len(names))
-        for name, part_up, part_magnitude in zip(names, up.chunk(len(names)), magnitudes, strict=True):
+        ups = up.chunk(len(names))
+        magnitudes: Sequence[torch.Tensor | None] = [None] * len(names)
+        if magnitude is not None:
+            magnitudes = magnitude.float().chunk(len(names))
+        for name, part_up, part_magnitude in zip(names, ups, magnitudes, strict=True):
             modules[f"{prefix}.{name}"] = LoraWeights(down, part_up, scale, part_magnitude)
     return modules
 
@@ -99,8 +102,10 @@ def _join(module: str, parts: list[LoraWeights | None], down: torch.Tensor, up: 
     """
     height = up.shape[0] // len(parts)
     present = [part for part in parts if part is not None]
-    wrong = [part for part in present if part.up.shape[0] != height]
-    weights = present[0] if wrong or len(parts) == 1 else stack_layers(parts, [height] * len(parts))
+    wrong = any(part.up.shape[0] != height for part in present)
+    weights = present[0]
+    if not wrong and len(parts) > 1:
+        weights = stack_layers(parts, [height] * len(parts))
     if wrong or weights.down.shape[1:] != down.shape[1:]:
         in_file = (weights.up.shape[0], *weights.down.shape[1:])
         in_model = (height, *down.shape[1:])
