@@ -58,10 +58,11 @@ def from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
         else:
             stem, role = split
             stems.setdefault(stem, {})[role] = tensor.float()
-    if unknown or not stems:
-        raise ValueError(
-            f"{len(unknown)} of {len(tensors)} keys mean nothing here: {', '.join(unknown[:5]) or 'empty'}"
-        )
+    if unknown:
+        listed = ", ".join(unknown[:5])
+        raise ValueError(f"{len(unknown)} of its {len(tensors)} keys name no layer of {family_name}: {listed}")
+    if not stems:
+        raise ValueError("it is empty")
     modules: LoraModules = {}
     for stem, roles in stems.items():
         layer = key_names.find_layer(stem, family_name)
@@ -69,7 +70,7 @@ def from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
         weights = _read_weights(stem, roles, layer.modules[0], metadata)
         for name, part in _split_layer(layer, weights).items():
             if name in modules:
-                raise ValueError(f"{name} is there twice, as {stem} too")
+                raise ValueError(f"it has {name} twice, the second time as {stem}")
             modules[name] = part
     return modules
 
@@ -84,19 +85,19 @@ def _read_weights(
     down = roles["down"]
     up = roles["up"]
     if down.ndim < 2 or up.ndim != down.ndim or down.shape[0] != up.shape[1] or not down.shape[0]:
-        raise ValueError(f"{stem} has matrices of shapes {list(down.shape)} and {list(up.shape)}")
+        raise ValueError(f"{stem}: the shapes of down {list(down.shape)} and up {list(up.shape)} do not match")
     not_finite = [role for role, tensor in roles.items() if not torch.isfinite(tensor).all()]
     if not_finite:
         raise ValueError(f"{stem}: {not_finite[0]} is not finite")
     rank = down.shape[0]
     scale = roles["alpha"].item() / rank if "alpha" in roles else _scale_in_header(module, rank, metadata)
     if scale == 0:
-        raise ValueError(f"{stem}: alpha is 0, which is no strength to some tools and the full strength to others")
+        raise ValueError(f"{stem}: alpha is 0, which some tools read as no strength and others as full strength")
     magnitude = roles.get("magnitude")
     if magnitude is None:
         return LoraWeights(down, up, scale)
     if magnitude.shape not in ((up.shape[0],), (up.shape[0], *[1] * (up.ndim - 1))):
-        raise ValueError(f"{stem} has DoRA magnitudes of shape {list(magnitude.shape)}: only those of rows are read")
+        raise ValueError(f"{stem} has DoRA magnitudes of shape {list(magnitude.shape)}; they need one a row")
     return LoraWeights(down, up, scale, magnitude.flatten())
 
 
@@ -123,7 +124,7 @@ def _split_layer(layer: key_names.Layer, weights: LoraWeights) -> LoraModules:
     row_count = weights.up.shape[0]
     if row_count % sum(original.row_ratio):
         raise ValueError(
-            f"{original.name} has {row_count} rows, which {len(original.diffusers_names)} layers cannot share"
+            f"{original.name} has {row_count} rows, which do not split into {len(original.diffusers_names)} layers"
         )
     untrained = not weights.up.any()
     parts: LoraModules = {}
@@ -177,7 +178,7 @@ def stack_layers(parts: Sequence[LoraWeights | None], heights: Sequence[int]) ->
     if not magnitudes:
         return LoraWeights(down, up, scale)
     if len(magnitudes) < len(parts):
-        raise ValueError("layers that files have as one are partly DoRA and partly not")
+        raise ValueError("DoRA must train all parts of a layer that files keep as one, or none")
     return LoraWeights(down, up, scale, torch.cat(magnitudes))
 
 
@@ -276,7 +277,7 @@ def _stack_modules(modules: LoraModules, key_format: str, family_name: str) -> L
     for name, weights in modules.items():
         layer = key_names.find_layer(name, family_name)
         if layer is None:
-            raise ValueError(f"{name} has no name in files of this format")
+            raise ValueError(f"{name} has no name in this format")
         if layer.original is None:
             stacked[f"lora_{encoder_names[layer.component]}_{layer.path.replace('.', '_')}"] = weights
         else:
@@ -298,7 +299,7 @@ def _heights(path: str, parts: Mapping[int, LoraWeights], row_ratio: Sequence[in
     """The rows of each part of a layer, from those of the parts that are present."""
     units = {weights.up.shape[0] / row_ratio[i] for i, weights in parts.items()}
     if len(units) > 1:
-        raise ValueError(f"the parts of {path} have {sorted(units)} rows where they should have as many")
+        raise ValueError(f"the numbers of rows of the parts of {path} do not match: {sorted(units)}")
     unit = units.pop()
     return [int(share * unit) for share in row_ratio]
 
@@ -311,7 +312,7 @@ def merge(loras: Sequence[tuple[LoraModules, float]]) -> LoraModules:
     if len(loras) == 1 and loras[0][1] == 1:
         return dict(loras[0][0])
     if any(weights.magnitude is not None for modules, _ in loras for weights in modules.values()):
-        raise ValueError("DoRA files can be neither added up nor weighted")
+        raise ValueError("DoRA files cannot be merged or weighted")
     merged: LoraModules = {}
     for name in dict.fromkeys(name for modules, _ in loras for name in modules):
         parts = []

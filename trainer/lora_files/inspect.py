@@ -142,7 +142,7 @@ def _scalar(header: Header, entry: Entry) -> float:
         return float(struct.unpack("<f", b"\0\0" + raw[:2])[0])
     layout = SCALARS.get(entry.dtype)
     if layout is None or len(raw) < struct.calcsize(layout):
-        raise ValueError(f"an alpha of it is of type {entry.dtype}, which is not read")
+        raise ValueError(f"it has an alpha of type {entry.dtype}, which is not supported")
     return float(struct.unpack(layout, raw[: struct.calcsize(layout)])[0])
 
 

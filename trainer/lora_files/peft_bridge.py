@@ -74,12 +74,12 @@ def to_peft_state(
             continue
         weights = _join(module, parts, down, up)
         if weights.rank > down.shape[0]:
-            raise ValueError(f"{module} has rank {weights.rank} in the file, and {down.shape[0]} in this plan")
+            raise ValueError(f"{module} has rank {weights.rank} in the file, and rank {down.shape[0]} in this job")
         magnitude_key = module + MAGNITUDE
         if weights.magnitude is not None and magnitude_key not in state:
-            raise ValueError(f"{module} is a DoRA in the file, and none in this plan")
+            raise ValueError(f"{module} is DoRA in the file, but not in this job")
         if weights.magnitude is None and magnitude_key in state:
-            raise ValueError(f"{module} is no DoRA in the file, and one in this plan")
+            raise ValueError(f"{module} is DoRA in this job, but not in the file")
         if weights.magnitude is not None:
             loaded[magnitude_key] = weights.magnitude.to(state[magnitude_key])
         filled_down = down.clone()
@@ -91,7 +91,7 @@ def to_peft_state(
         loaded[module + UP] = filled_up
     if remaining:
         names_left = ", ".join(list(remaining)[:5])
-        raise ValueError(f"{len(remaining)} of {len(modules)} modules get no adapter here: {names_left}")
+        raise ValueError(f"{len(remaining)} of its {len(modules)} modules have no adapter in this job: {names_left}")
     return loaded
 
 
@@ -109,5 +109,5 @@ def _join(module: str, parts: list[LoraWeights | None], down: torch.Tensor, up: 
     if wrong or weights.down.shape[1:] != down.shape[1:]:
         in_file = (weights.up.shape[0], *weights.down.shape[1:])
         in_model = (height, *down.shape[1:])
-        raise ValueError(f"{module} is {in_model} in this model and {in_file} in the file: it is of another model")
+        raise ValueError(f"{module} is {in_model} in this model and {in_file} in the file, which is for another model")
     return weights
