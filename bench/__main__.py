@@ -8,6 +8,8 @@ peers: what else a user would take, in the same run. memory: predicted against m
 kernels: those of the 8-bit engine, one by one. gpus: one, and several. job: a full-size model, and whole jobs on it.
 reach: all that is to be reached, on all accelerators there are. layouts, state: reading models and writing states.
 loading, scan: data.
+
+same: no measurement, but the proof that a refactoring changes no result (`make same BASE=<commit>`).
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from bench import original_names as original
-from bench.layouts import CLIP_G, HEADS
 from bench.step import FLUX, SD3, SDXL
 from trainer.base_model import single_file
 from trainer.spec.family import get_family
@@ -27,6 +26,15 @@ VAE = {
     "use_post_quant_conv": False,
 }
 CLIP = {"vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
+CLIP_G = {
+    "vocab_size": 49408,
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+}
+HEADS = {"num_attention_heads": 12, "projection_dim": 768}
 T5 = {
     "vocab_size": 32128,
     "d_model": 4096,
@@ -67,7 +75,7 @@ def write_configs(folder: Path, name: str, changes: dict[str, dict[str, Any]]) -
             kept = {"_class_name", "architectures", "model_type"}
             own = {k: v for k, v in json.loads(path.read_text()).items() if k in kept}
             path.write_text(json.dumps({**own, **changes[part]}))
-        models[part] = single_file._shape(library, kind, path.parent)
+        models[part] = single_file.empty_model(library, kind, path.parent)
         if library == "diffusers":
             models[part].save_config(path.parent)
     return models

@@ -63,7 +63,7 @@ def _peers(asked: Any) -> list[tuple[str, Callable[[], step.Bench]]]:
     changes: dict[str, Callable[[torch.nn.Module], None] | None] = {
         "bf16 eager": None,
         "bf16 compiled": None,
-        "torchao compiled": partial(frozen_linear.freeze, form="torchao"),
+        "torchao compiled": partial(frozen_linear.freeze, weight_format="torchao"),
     }
     if asked.onetrainer:
         changes["OneTrainer float8 compiled"] = others.onetrainer(asked.onetrainer, torch.float8_e4m3fn)
@@ -84,7 +84,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--onetrainer", type=Path)
     parser.add_argument("--sd-scripts", type=Path)
     asked = parser.parse_args(arguments)
-    cudnn_fix.mend()
+    cudnn_fix.apply_fix()
     report = Report(f"{asked.family}: what else there is", asked.markdown)
     for what, made in (p for p in _peers(asked) if p[0].startswith(tuple(asked.only))):
         step.free()

@@ -26,18 +26,19 @@ def main(arguments: list[str]) -> None:
     hardware = Hardware(asked.vendor, asked.architecture, asked.memory, 1, "", 2 * asked.host, 32)
     footprint = next(m.footprint for m in get_family(asked.family).FACTS.models.values() if m.footprint)
     width, height = SIZES[asked.family]
+    precisions = (asked.precision,) if asked.precision else hardware.auto_precisions
     report = Report(f"{asked.family} on {hardware}", asked.markdown)
     for batch in asked.batch:
-        work = memory_model.Workload(width * height, batch, RANK, "adamw")
-        ways = memory_model.ways(footprint, work, (asked.precision,) if asked.precision else hardware.automatic)
-        way = memory_model.best(footprint, work, ways, have_gib=asked.memory, host_gib=asked.host)
+        workload = memory_model.Workload(width * height, batch, RANK, "adamw")
+        candidates = memory_model.candidates(footprint, workload, precisions)
+        strategy = memory_model.choose(footprint, workload, candidates, have_gib=asked.memory, host_gib=asked.host)
         report.row(
             {
                 "batch": batch,
-                "weights": way.precision,
-                "way": strategies.described(way.recompute, way.kept_blocks, way.offload),
-                "predicted GiB": round(way.gib, 1),
-                "on the host": round(memory_model.on_host(footprint, work, way), 1),
-                "fits": way.gib <= asked.memory * memory_model.TIGHT,
+                "weights": strategy.precision,
+                "way": strategies.described(strategy.recompute, strategy.kept_blocks, strategy.offload),
+                "predicted GiB": round(strategy.gib, 1),
+                "on the host": round(memory_model.pinned_host_gib(footprint, workload, strategy), 1),
+                "fits": strategy.gib <= asked.memory * memory_model.MAX_USABLE_SHARE,
             }
         )

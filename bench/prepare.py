@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
         scanned = time.monotonic()
         cache = encode.open_cache(Path(name) / "cache", model, precision=engine.dtype)
         parts = {"family": kind, "model": model, "tick": lambda: None}
-        encode.fill_texts(cache, list(order.every_caption()), engine=engine, **parts)
+        encode.fill_texts(cache, list(order.all_captions()), engine=engine, **parts)
         texts = time.monotonic()
         encode.fill_images(cache, order, engine=engine, **parts)
         done = time.monotonic()

@@ -54,11 +54,11 @@ def measure(folder: Path, cpu_workers: int) -> dict[str, float]:
     scanned = time.perf_counter()
     order = EpochSampler(found.images, data, seed=0)
     batches = order.epoch(0)
-    views, captions = sum(1 for _ in order.every_view()), len(order.every_caption())
+    views, captions = sum(1 for _ in order.all_image_variants()), len(order.all_captions())
     ordered = time.perf_counter()
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return {
-        "pictures": found.found,
+        "pictures": found.num_found,
         "used": len(found.images),
         "batches": len(batches),
         "buckets": len(order.buckets),

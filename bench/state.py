@@ -47,7 +47,7 @@ def adapters(name: str, rank: int) -> tuple[dict[str, torch.Tensor], dict[str, A
         }
         model = make[name]().requires_grad_(False)
         facts = kind.FACTS
-        lora.fuse(kind.blocks(model), fused=facts.fused_targets, targets=facts.targets)
+        lora.fuse_projections(kind.blocks(model), fused=facts.fused_targets, targets=facts.targets)
         parts = {"targets": facts.targets, "fused": facts.fused_targets}
         lora.add_adapters(model, kind.blocks(model), **parts, rank=rank, alpha=rank, seed=0)
     found = {k: like(t) for k, t in lora.state(model).items()}

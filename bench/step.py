@@ -34,11 +34,11 @@ from trainer.engine.cuda_graphs import EagerStep, GraphStep
 from trainer.engine.device import limit_memory
 from trainer.engine.execution import Engine
 from trainer.engine.fused_linear import install
-from trainer.engine.load import place
+from trainer.engine.load import place_denoiser
 from trainer.engine.memory.checkpointing import POLICIES
 from trainer.engine.quantization.cast_adapters import AdapterCast
 from trainer.spec.family import get_family
-from trainer.spec.memory_model import Workload, predicted
+from trainer.spec.memory_model import Workload, predict_peak_gib
 from trainer.spec.plan import EnginePlan
 
 RANK, GIB, DEVICE = 16, 2**30, "cuda" if torch.cuda.is_available() else "cpu"
@@ -120,7 +120,7 @@ class Bench:
         facts, blocks = self.kind.FACTS, self.kind.blocks(self.model)
         fused, targets = facts.fused_targets, facts.targets
         options = {"precision": precision, "dtype": self.dtype, "device": DEVICE, "rank": RANK}
-        place(self.model, blocks, **options, fused=fused, targets=targets)
+        place_denoiser(self.model, blocks, **options, fused=fused, targets=targets)
         self.forwards = self.kind.fused_forwards()
         self.params = adapters.add_adapters(
             self.model, self.kind.blocks(self.model), targets=targets, fused=fused, rank=RANK, alpha=RANK, seed=0
@@ -130,7 +130,7 @@ class Bench:
             if "lora_B" in name_:
                 torch.nn.init.normal_(p, std=0.01)
         free()
-        self.optimizer_params = flat_parameters.joined("adamw", self.params)
+        self.optimizer_params = flat_parameters.flatten_parameters("adamw", self.params)
         self.optimizer = torch.optim.AdamW(self.optimizer_params, lr=1e-4)
         self.runner = EagerStep(self.params, self.optimizer_params)
 
@@ -152,7 +152,7 @@ class Bench:
         if "narrow" in words:
             engine.drop_adapter_columns()
         halves = AdapterCast(self.model, self.dtype) if "eager" in words else contextlib.nullcontext
-        around = partial(engine.passing, halves)
+        around = partial(engine.forward_backward, halves)
         self.runner = (GraphStep if "replay" in words else EagerStep)(self.params, self.optimizer_params, around)
         return engine
 
@@ -178,7 +178,7 @@ class Bench:
     def work(self, engine: Engine | None, given: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss, and what the gradient is taken of."""
         text = {"tokens": given["tokens"], "pooled": given["pooled"]}
-        with engine.saving() if engine else contextlib.nullcontext():
+        with engine.saved_tensors() if engine else contextlib.nullcontext():
             out = self.kind.predict(
                 self.model, given["noisy"], given["t"], text=text, guidance=1.0, geometry_B6=given["geometry"]
             )
@@ -241,12 +241,17 @@ def measure(bench: Bench, variant: str, batch: int, *, times: int = 5) -> dict[s
     footprint = next(m.footprint for m in bench.kind.FACTS.models.values())
     if footprint is not None and not bench.small:
         width, height = bench.size
-        work = Workload(width * height, batch, RANK, "adamw")
+        workload = Workload(width * height, batch, RANK, "adamw")
         offload = next((to for word, to in OFFLOADS.items() if word in words), "none")
         if policy not in footprint.saved_gib:
             return row
-        gib = predicted(
-            footprint, work, precision=bench.precision, recompute=policy, offload=offload, turned="turned" in words
+        gib = predict_peak_gib(
+            footprint,
+            workload,
+            precision=bench.precision,
+            recompute=policy,
+            offload=offload,
+            transposed="turned" in words,
         )
         row["predicted_gib"] = round(gib, 2)
     bench.runner.release()

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,16 +21,18 @@ from typing import Any
 from entrypoint import bake
 from entrypoint.dataset_config.manifest import read_manifest
 from entrypoint.fetch import flash_attention, http
+from entrypoint.fetch.fetch import fetch_model, fetch_source
 from entrypoint.planning import single_files, starting_point
 from entrypoint.planning.plan import make_plan
 from entrypoint.processes import supervise, upload
-from entrypoint.settings.read import Settings, help_env, read_settings
+from entrypoint.processes.launch import launch
+from entrypoint.settings import Settings, help_env, read_settings
 from entrypoint.system import hardware
 from trainer import __version__
 from trainer.spec.errors import KilnError, StopRequestedError, UnreachableError
 from trainer.spec.family import base_models, get_family
-from trainer.spec.plan import Plan, Source
-from trainer.spec.resume_rules import changes
+from trainer.spec.plan import Dataset, Plan, Source
+from trainer.spec.resume_rules import blocking_differences
 
 log = logging.getLogger("entrypoint")
 PROGRAMS = {  # first arguments that become another program
@@ -92,20 +94,20 @@ def job(environ: Mapping[str, str], *, check: bool) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _stop)
     settings = read_settings(environ)
-    supervise.Limit.set(settings.max_runtime, settings.max_cost, settings.price_per_hour)
-    manifest = read_manifest(settings.dataset_config, settings.sample_prompts)
+    supervise.Limit.set(settings.finish.max_runtime, settings.finish.max_cost, settings.finish.price_per_hour)
+    manifest = read_manifest(settings.data.dataset_config, settings.output.sample_prompts)
     found = hardware.detect()
     plan = make_plan(settings, manifest, found, now=_now(environ))
     if plan.engine.device != "cpu":
         hardware.check_torch(found, hardware.torch_version())
     plan = dataclasses.replace(plan, model=bake.with_baked(plan.model))
-    _refuse_missing_accelerator(plan, asked=settings.backend)
-    plan, done = _continued(plan, named=settings.output_name is not None)
+    _refuse_missing_accelerator(plan, asked=settings.engine.backend)
+    plan, done = _continued(plan, named=settings.output.output_name is not None)
     for reason in plan.reasons:
         log.info("%s", reason)
-    token = settings.hf_token.reveal() if settings.hf_token else None
-    write_token = settings.hf_write_token.reveal() if settings.hf_write_token else token
-    push = upload.job(settings.push_to_hub, write_token, plan, creates=not check)
+    token = settings.model.hf_token.reveal() if settings.model.hf_token else None
+    write_token = settings.finish.hf_write_token.reveal() if settings.finish.hf_write_token else token
+    push = upload.job(settings.finish.push_to_hub, write_token, plan, creates=not check)
     if done:
         log.info("This job is done: %s. Delete status.json to run it again.", done)
         if check or push is None or upload.is_done(Path(plan.output.path), push.repo, done):
@@ -116,15 +118,12 @@ def job(environ: Mapping[str, str], *, check: bool) -> int:
     from entrypoint.planning.preflight import preflight  # the Hub's client is slow to import: only now
 
     starting_point.check_state(plan)
-    preflight(plan, token=token, hub_cache=settings.hf_home / "hub")
+    preflight(plan, token=token, hub_cache=settings.model.hf_home / "hub")
     with upload.beside(push, environ) as uploaded:
         if check:
             log.info("Checked: this job can run. Nothing was downloaded or trained.")
             return 0
         plan = _fetched(plan, settings, token=token)
-
-        from entrypoint.processes.launch import launch
-
         return launch(plan, environment=environ) or uploaded()
 
 
@@ -155,7 +154,7 @@ def _continued(plan: Plan, *, named: bool) -> tuple[Plan, Path | None]:
         status = json.loads((out / "status.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return plan, None
-    if changes(before.essence(), plan.essence()):
+    if blocking_differences(before.essence(), plan.essence()):
         return plan, None
     name = plan.output.name if named else before.output.name
     plan = dataclasses.replace(plan, output=dataclasses.replace(plan.output, name=name, started=before.output.started))
@@ -163,19 +162,9 @@ def _continued(plan: Plan, *, named: bool) -> tuple[Plan, Path | None]:
     return plan, final if status.get("phase") == "done" and final.is_file() else None
 
 
-def _with_sources(plan: Plan, change: Callable[[Source], Source]) -> Plan:
-    datasets = []
-    for dataset in plan.data.datasets:
-        subsets = [dataclasses.replace(s, source=change(s.source)) for s in dataset.subsets]
-        datasets.append(dataclasses.replace(dataset, subsets=tuple(subsets)))
-    return dataclasses.replace(plan, data=dataclasses.replace(plan.data, datasets=tuple(datasets)))
-
-
 def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
     """The plan with every model and source at a local path; all are brought at the same time."""
-    from entrypoint.fetch.fetch import fetch_model, fetch_source
-
-    hub, cache = settings.hf_home / "hub", Path(plan.output.cache)
+    hub, cache = settings.model.hf_home / "hub", Path(plan.output.cache)
     if plan.engine.attention == "flash_4":
         flash_attention.install(cache)
     patterns = single_files.patterns(get_family(plan.model.family).FACTS, plan.model.parts)
@@ -189,10 +178,12 @@ def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
         cancelled=cancelled,
     )
 
-    def local(source: Source) -> Source:  # from here on nobody needs the key that an address may hold
+    def local(
+        source: Source, _dataset: Dataset
+    ) -> Source:  # from here on nobody needs the key that an address may hold
         return dataclasses.replace(found[source], location=source.public)
 
-    return dataclasses.replace(_with_sources(plan, local), model=model)
+    return dataclasses.replace(plan.map_sources(local), model=model)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TextIO
 
 from trainer.spec.errors import KilnError, SettingsError
-from trainer.spec.plan import Plan
+from trainer.spec.plan import RANK_VARIABLE, TEAM_VARIABLE, Plan
 from trainer.training.stop_flag import StopFlag
 
 log = logging.getLogger("trainer")
-RANK, TEAM = "KILN_RANK", "KILN_TEAM"  # as in trainer/training/distributed.py, which imports torch
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
@@ -24,7 +23,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print("usage: python -m trainer plan.json", file=sys.stderr)  # noqa: T201
         return 64
-    stop, number = StopFlag(), int(os.environ.get(RANK, "0"))
+    stop, number = StopFlag(), int(os.environ.get(RANK_VARIABLE, "0"))
     (stop.ignore if number else stop.listen)()
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, file=_stacks(number))  # the entrypoint asks where a job that hangs stands
@@ -42,7 +41,7 @@ def main(arguments: list[str]) -> int:
 
         run(plan, stop)
     except KilnError as problem:
-        if not problem.told:  # before there was a run.log to tell it in
+        if not problem.logged:  # before there was a run.log to tell it in
             log.error("%s", problem)
         log.error("%s [exit %d]", problem.advice, problem.exit_code)
         return problem.exit_code
@@ -55,7 +54,7 @@ def main(arguments: list[str]) -> int:
 
 def _stacks(number: int) -> TextIO:
     """Where it is told what each thread does; of several processes each has a file of its own, to be read apart."""
-    team = os.environ.get(TEAM)
+    team = os.environ.get(TEAM_VARIABLE)
     return (Path(team) / f"stacks-{number}.txt").open("w", encoding="utf-8") if team else sys.__stderr__ or sys.stderr
 
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from entrypoint.system.environment import child_environment
 from entrypoint.system.folders import build_folder, completed, locked, naming
 from trainer.spec.errors import UnreachableError
 
@@ -54,8 +55,6 @@ def install(cache: Path) -> None:
 
 
 def _fill(place: Path) -> dict[str, Any]:
-    from entrypoint.system.environment import child_environment  # which needs this module
-
     # What Python would compile when it is first imported would make the folder another than it was left.
     how = ("--quiet", "--no-deps", "--require-hashes", "--only-binary=:all:", "--no-cache-dir", "--compile")
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", *how, "--target", str(place)]

@@ -17,8 +17,8 @@ from entrypoint.dataset_config.complete import Overrides, complete_datasets
 from entrypoint.dataset_config.manifest import HUB_ID, Manifest
 from entrypoint.planning import single_files, starting_point, text_encoders
 from entrypoint.planning.engine_choice import engine_plan
+from entrypoint.settings import Settings
 from entrypoint.settings.checks import Notes, absolute, instead, is_file, is_folder, show
-from entrypoint.settings.read import Settings
 from entrypoint.system.hardware import Hardware
 from trainer.spec.errors import SettingsError
 from trainer.spec.family import BaseModel, Facts, base_models, get_family
@@ -40,23 +40,23 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
     """What will be done, complete. Raises SettingsError with a line for each thing that cannot be done."""
     notes = Notes()
     base = base_models()
-    if settings.base_model not in base:
+    if settings.model.base_model not in base:
         raise SettingsError(
-            f"BASE_MODEL={show(settings.base_model)} is not known; {instead(settings.base_model, base)}"
+            f"BASE_MODEL={show(settings.model.base_model)} is not known; {instead(settings.model.base_model, base)}"
         )
-    name, model = base[settings.base_model]
+    name, model = base[settings.model.base_model]
     facts = get_family(name).FACTS
     model_plan = _model(settings, name, model, notes)
     datasets = complete_datasets(
         manifest, _overrides(settings), model_resolution=model.resolution, multiple=facts.multiple, notes=notes
     )
-    own_prompts = settings.trigger_word if manifest.prompts_packaged else None
+    own_prompts = settings.data.trigger_word if manifest.prompts_packaged else None
     prompts = complete_prompts(
         manifest.prompts,
         facts=facts,
         model=model,
         resolution=datasets[0].resolution,
-        seed=settings.seed,
+        seed=settings.training.seed,
         prefix=f"{own_prompts}, " if own_prompts else "",
         problems=notes,
     )
@@ -67,7 +67,7 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
     )
     plan = Plan(
         model=model_plan,
-        data=DataPlan(datasets, strict=settings.strict_dataset),
+        data=DataPlan(datasets, strict=settings.data.strict_dataset),
         lora=lora,
         optim=optim,
         train=_train(settings, facts, notes),
@@ -83,15 +83,15 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
 
 def _model(settings: Settings, name: str, model: BaseModel, notes: Notes) -> ModelPlan:
     source, here = model.source, Path(model.source).is_absolute()
-    asked, variable = settings.model_path, "MODEL_PATH"
+    asked, variable = settings.model.model_path, "MODEL_PATH"
     if single_files.is_single(asked):
         if wrong := single_files.problem(asked or ""):
             notes.add(f"MODEL_PATH={show(asked)} {wrong}.")
-        asked, variable = settings.model_config_path, "MODEL_CONFIG_PATH"
-    elif settings.model_config_path:
+        asked, variable = settings.model.model_config_path, "MODEL_CONFIG_PATH"
+    elif settings.model.model_config_path:
         notes.add(
-            f"MODEL_CONFIG_PATH={show(settings.model_config_path)} goes with a .safetensors file in MODEL_PATH only. "
-            "Fix: remove it."
+            f"MODEL_CONFIG_PATH={show(settings.model.model_config_path)} goes with a .safetensors file in MODEL_PATH "
+            "only. Fix: remove it."
         )
     if asked:
         source, here = asked, is_folder(asked)
@@ -101,11 +101,13 @@ def _model(settings: Settings, name: str, model: BaseModel, notes: Notes) -> Mod
             accepted = f"{file}a folder in diffusers layout (with model_index.json), or a Hub repository like org/name"
             notes.add(f"{variable}={show(source)} {problem}. Allowed: {accepted}.")
         source = absolute(source) if here else source
-    if settings.model_revision and here:
+    if settings.model.model_revision and here:
         fix = f"Fix: remove it, or name a repository in {variable}."
-        notes.add(f"MODEL_REVISION={show(settings.model_revision)}: {source} is a folder and has no revisions. {fix}")
+        notes.add(
+            f"MODEL_REVISION={show(settings.model.model_revision)}: {source} is a folder and has no revisions. {fix}"
+        )
     parts = single_files.choose(settings, get_family(name).FACTS, notes)
-    return ModelPlan(settings.base_model, name, source, revision=settings.model_revision, parts=parts)
+    return ModelPlan(settings.model.base_model, name, source, revision=settings.model.model_revision, parts=parts)
 
 
 def _model_path_problem(source: str) -> str | None:
@@ -118,16 +120,16 @@ def _model_path_problem(source: str) -> str | None:
 
 def _overrides(settings: Settings) -> Overrides:
     return Overrides(
-        dataset_name=settings.dataset_name,
-        revision=settings.dataset_revision,
-        split=settings.dataset_split,
-        image_column=settings.image_column,
-        caption_column=settings.caption_column,
-        resolution=settings.resolution,
-        batch_size=settings.batch_size,
-        num_repeats=settings.num_repeats,
-        caption_dropout_rate=settings.caption_dropout_rate,
-        trigger_word=settings.trigger_word,
+        dataset_name=settings.data.dataset_name,
+        revision=settings.data.dataset_revision,
+        split=settings.data.dataset_split,
+        image_column=settings.data.image_column,
+        caption_column=settings.data.caption_column,
+        resolution=settings.data.resolution,
+        batch_size=settings.data.batch_size,
+        num_repeats=settings.data.num_repeats,
+        caption_dropout_rate=settings.data.caption_dropout_rate,
+        trigger_word=settings.data.trigger_word,
     )
 
 
@@ -135,26 +137,26 @@ def _overrides(settings: Settings) -> Overrides:
 
 
 def _lora(settings: Settings, facts: Facts, *, trained: Collection[str], notes: Notes) -> LoraPlan:
-    start = settings.resume_from
+    start = settings.adapter.resume_from
     if start and (wrong := starting_point.unusable(start)):
         notes.add(wrong)
         start = None
     rank, split_qkv, targets = starting_point.adapter(
         absolute(start) if start and is_file(start) else None,
         facts,
-        rank=settings.network_dim,
-        split_qkv=settings.split_qkv,
-        targets=settings.target_modules,
+        rank=settings.adapter.network_dim,
+        split_qkv=settings.adapter.split_qkv,
+        targets=settings.adapter.target_modules,
         encoders=trained,
-        dora=settings.lora_type == "dora",
+        dora=settings.adapter.lora_type == "dora",
         notes=notes,
     )
-    if settings.lora_type == "dora":
+    if settings.adapter.lora_type == "dora":
         text_encoders.check_dora(facts.name, targets, notes)
     return LoraPlan(
-        kind=settings.lora_type,
+        kind=settings.adapter.lora_type,
         rank=rank,
-        alpha=settings.network_alpha,
+        alpha=settings.adapter.network_alpha,
         split_qkv=split_qkv,
         targets=targets,
         resume_from=absolute(start) if start else None,
@@ -162,9 +164,9 @@ def _lora(settings: Settings, facts: Facts, *, trained: Collection[str], notes: 
 
 
 def _optim(settings: Settings, family_name: str, notes: Notes) -> OptimPlan:
-    name, scheduler = settings.optimizer_type, settings.learning_scheduler
+    name, scheduler = settings.training.optimizer_type, settings.training.learning_scheduler
     spec = OPTIMIZERS[name]
-    rate = settings.learning_rate
+    rate = settings.training.learning_rate
     if rate is None:
         rate = spec.learning_rate
         notes.chose("PARAMS_LEARNING_RATE", f"{rate:g}", f"the default with {name}")
@@ -173,26 +175,26 @@ def _optim(settings: Settings, family_name: str, notes: Notes) -> OptimPlan:
             f"PARAMS_LEARNING_SCHEDULER={scheduler}: {name} needs no schedule and takes none. "
             f"Allowed: {', '.join(CONSTANT)}."
         )
-    if settings.warmup_steps and scheduler == "constant" and not spec.own_warmup:
+    if settings.training.warmup_steps and scheduler == "constant" and not spec.own_warmup:
         notes.add(
-            f"PARAMS_WARMUP_STEPS={settings.warmup_steps}: PARAMS_LEARNING_SCHEDULER=constant has no warm-up. "
+            f"PARAMS_WARMUP_STEPS={settings.training.warmup_steps}: PARAMS_LEARNING_SCHEDULER=constant has no warm-up. "
             f"Fix: PARAMS_LEARNING_SCHEDULER=constant_with_warmup."
         )
-    cycles = settings.num_cycles or max(1, settings.max_epochs // 3)
-    if settings.num_cycles and scheduler != CYCLIC:
+    cycles = settings.training.num_cycles or max(1, settings.training.max_epochs // 3)
+    if settings.training.num_cycles and scheduler != CYCLIC:
         notes.chose("PARAMS_NUM_CYCLES", "not used", f"{scheduler} has no cycles")
     return OptimPlan(
         name=name,
         learning_rate=rate,
-        weight_decay=settings.weight_decay,
+        weight_decay=settings.training.weight_decay,
         args=_optimizer_args(settings, notes),
         scheduler=scheduler,
-        warmup_steps=settings.warmup_steps,
+        warmup_steps=settings.training.warmup_steps,
         num_cycles=cycles if scheduler == CYCLIC else 1,
         text_encoders=text_encoders.rates(
-            settings.text_encoder_lr,
+            settings.training.text_encoder_lr,
             family_name=family_name,
-            base=settings.base_model,
+            base=settings.model.base_model,
             optimizer=name,
             learning_rate=rate,
             notes=notes,
@@ -202,19 +204,21 @@ def _optim(settings: Settings, family_name: str, notes: Notes) -> OptimPlan:
 
 def _optimizer_args(settings: Settings, notes: Notes) -> dict[str, Any]:
     """All keyword arguments besides learning rate and weight decay; tuples as lists, as JSON has them."""
-    spec = OPTIMIZERS[settings.optimizer_type]
+    spec = OPTIMIZERS[settings.training.optimizer_type]
     args = json.loads(json.dumps(spec.defaults))
-    if settings.d_coef is not None and spec.prodigy:
-        args["d_coef"] = settings.d_coef
-    elif settings.d_coef is not None:
-        notes.chose("PARAMS_D_COEF", "not used", f"{settings.optimizer_type} has none")
-    for name, value in settings.optimizer_args.items():
+    if settings.training.d_coef is not None and spec.prodigy:
+        args["d_coef"] = settings.training.d_coef
+    elif settings.training.d_coef is not None:
+        notes.chose("PARAMS_D_COEF", "not used", f"{settings.training.optimizer_type} has none")
+    for name, value in settings.training.optimizer_args.items():
         where = f"PARAMS_OPTIMIZER_ARGS: {name}={value}"
         if name in ELSEWHERE and name not in spec.arguments:
             notes.add(f"{where}. Fix: remove it and set {ELSEWHERE[name]}.")
         elif name not in spec.arguments:
-            notes.add(f"{where}: {settings.optimizer_type} has no such argument; {instead(name, spec.arguments)}")
-        elif name == "d_coef" and settings.d_coef is not None:
+            notes.add(
+                f"{where}: {settings.training.optimizer_type} has no such argument; {instead(name, spec.arguments)}"
+            )
+        elif name == "d_coef" and settings.training.d_coef is not None:
             notes.add(f"{where}: PARAMS_D_COEF says it too. Fix: remove one of them.")
         elif problem := _argument_problem(name, value, spec.defaults.get(name)):
             notes.add(f"{where} {problem}.")
@@ -238,37 +242,40 @@ def _argument_problem(name: str, value: Any, default: Any) -> str | None:
 
 
 def _train(settings: Settings, facts: Facts, notes: Notes) -> TrainPlan:
-    sampling = settings.timestep_sampling
+    sampling = settings.training.timestep_sampling
     if sampling is None:
         sampling = facts.timestep_samplings[0]
-        notes.chose("PARAMS_TIMESTEP_SAMPLING", sampling, f"the default of {settings.base_model}")
+        notes.chose("PARAMS_TIMESTEP_SAMPLING", sampling, f"the default of {settings.model.base_model}")
     elif sampling not in facts.timestep_samplings:
         known = facts.timestep_samplings
         notes.add(
-            f"PARAMS_TIMESTEP_SAMPLING={show(sampling)} is not one of {settings.base_model}; {instead(sampling, known)}"
+            f"PARAMS_TIMESTEP_SAMPLING={show(sampling)} is not one of {settings.model.base_model}; "
+            f"{instead(sampling, known)}"
         )
-    if sampling == "shift" and settings.discrete_flow_shift is None:
-        notes.chose("PARAMS_DISCRETE_FLOW_SHIFT", f"{facts.flow_shift:g}", f"the default of {settings.base_model}")
+    if sampling == "shift" and settings.training.discrete_flow_shift is None:
+        notes.chose(
+            "PARAMS_DISCRETE_FLOW_SHIFT", f"{facts.flow_shift:g}", f"the default of {settings.model.base_model}"
+        )
     _check_objective(settings, facts, notes)
     return TrainPlan(
-        seed=settings.seed,
-        max_epochs=settings.max_epochs,
-        max_steps=settings.max_steps,
-        gradient_accumulation=settings.gradient_accumulation,
-        max_grad_norm=settings.max_grad_norm,
+        seed=settings.training.seed,
+        max_epochs=settings.training.max_epochs,
+        max_steps=settings.training.max_steps,
+        gradient_accumulation=settings.training.gradient_accumulation,
+        max_grad_norm=settings.training.max_grad_norm,
         timestep_sampling=sampling,
-        discrete_flow_shift=settings.discrete_flow_shift or facts.flow_shift,
-        loss_weighting=settings.loss_weighting,
-        prediction_type=settings.prediction_type,
-        zero_terminal_snr=settings.zero_terminal_snr,
-        min_snr_gamma=settings.min_snr_gamma,
-        guidance_scale=settings.guidance_scale,
-        noise_offset=settings.noise_offset,
-        caption_dropout_rate=settings.caption_dropout_rate or 0.0,
-        prior_loss_weight=settings.prior_loss_weight,
-        ema_decay=settings.ema_decay,
-        max_loss_spike=settings.max_loss_spike,
-        max_skipped_steps=settings.max_skipped_steps,
+        discrete_flow_shift=settings.training.discrete_flow_shift or facts.flow_shift,
+        loss_weighting=settings.training.loss_weighting,
+        prediction_type=settings.training.prediction_type,
+        zero_terminal_snr=settings.training.zero_terminal_snr,
+        min_snr_gamma=settings.training.min_snr_gamma,
+        guidance_scale=settings.training.guidance_scale,
+        noise_offset=settings.training.noise_offset,
+        caption_dropout_rate=settings.data.caption_dropout_rate or 0.0,
+        prior_loss_weight=settings.training.prior_loss_weight,
+        ema_decay=settings.training.ema_decay,
+        max_loss_spike=settings.training.max_loss_spike,
+        max_skipped_steps=settings.training.max_skipped_steps,
     )
 
 
@@ -276,14 +283,14 @@ def _check_objective(settings: Settings, facts: Facts, notes: Notes) -> None:
     """Refuse what belongs to another kind of training, and what contradicts itself."""
     for objective, fields in OF_OBJECTIVE.items():
         for field, nothing in fields.items():
-            value = getattr(settings, field)
+            value = getattr(settings.training, field)
             if objective != facts.objective and value != nothing:
                 shown = str(value).lower() if isinstance(value, bool) else value
                 notes.add(
-                    f"PARAMS_{field.upper()}={shown}: {settings.base_model} is trained by {facts.objective} and not by "
-                    f"{objective}, which alone has this. Fix: remove it."
+                    f"PARAMS_{field.upper()}={shown}: {settings.model.base_model} is trained by {facts.objective} and "
+                    f"not by {objective}, which alone has this. Fix: remove it."
                 )
-    if settings.zero_terminal_snr and settings.prediction_type == "epsilon":
+    if settings.training.zero_terminal_snr and settings.training.prediction_type == "epsilon":
         notes.add(
             "PARAMS_ZERO_TERMINAL_SNR=true: with PARAMS_PREDICTION_TYPE=epsilon the last noise level teaches nothing. "
             "Fix: PARAMS_PREDICTION_TYPE=v_prediction, if that is what the model predicts; or remove it."
@@ -294,20 +301,20 @@ def _check_objective(settings: Settings, facts: Facts, notes: Notes) -> None:
 
 
 def _output(settings: Settings, datasets: tuple[Dataset, ...], *, now: datetime, notes: Notes) -> OutputPlan:
-    if settings.validate_every_n_steps and not any(d.validation_split for d in datasets):
+    if settings.output.validate_every_n_steps and not any(d.validation_split for d in datasets):
         notes.add(
-            f"PARAMS_VALIDATE_EVERY_N_STEPS={settings.validate_every_n_steps}: no pictures are held out. "
+            f"PARAMS_VALIDATE_EVERY_N_STEPS={settings.output.validate_every_n_steps}: no pictures are held out. "
             f"Fix: validation_split in dataset.json, 0.1 for example."
         )
     return OutputPlan(
-        path=str(settings.output_path),
-        name=settings.output_name or "",
-        cache=str(settings.cache_path),
+        path=str(settings.output.output_path),
+        name=settings.output.output_name or "",
+        cache=str(settings.data.cache_path),
         started=int(now.timestamp()),
-        save_every=settings.save_every_n_steps,
-        sample_every=settings.sample_every_n_steps,
-        validate_every=settings.validate_every_n_steps,
-        keep_checkpoints=settings.keep_checkpoints,
+        save_every=settings.output.save_every_n_steps,
+        sample_every=settings.output.sample_every_n_steps,
+        validate_every=settings.output.validate_every_n_steps,
+        keep_checkpoints=settings.output.keep_checkpoints,
     )
 
 

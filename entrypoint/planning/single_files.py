@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from entrypoint.fetch import model_folder
+from entrypoint.settings import Settings
 from entrypoint.settings.checks import Notes, absolute, is_file, is_folder, show
-from entrypoint.settings.read import Settings
 from trainer.spec.family import OPTIONAL, PREFIXES, Facts
 from trainer.spec.plan import ModelPlan
 
@@ -36,19 +36,21 @@ def problem(path: str) -> str | None:
 def choose(settings: Settings, facts: Facts, notes: Notes) -> dict[str, str]:
     """`ModelPlan.parts`: what MODEL_PATH, if it is one file, and the variables for one part name."""
     parts: dict[str, str] = {}
-    single = settings.model_path
+    single = settings.model.model_path
     if single is not None and is_single(single) and problem(single) is None:
         names = model_folder.tensors(Path(absolute(single)))
         inside = [p for p in facts.parts if any(n.startswith(PREFIXES[p]) for n in names)]
         if "denoiser" not in inside and names & set(facts.landmarks):
             inside.append("denoiser")
         if "denoiser" not in inside:
-            notes.add(f"MODEL_PATH={show(single)} holds no denoiser that BASE_MODEL={settings.base_model} could have.")
+            notes.add(
+                f"MODEL_PATH={show(single)} holds no denoiser that BASE_MODEL={settings.model.base_model} could have."
+            )
         parts = dict.fromkeys(inside, absolute(single))
         lacks = ", ".join(p for p in facts.parts if p not in inside)
         notes.chose("MODEL_PATH", ", ".join(inside), f"what the file holds; not in it: {lacks or 'no part'}")
     for part, variable in OPTIONS.items():
-        asked: str | None = getattr(settings, variable.lower())
+        asked: str | None = getattr(settings.model, variable.lower())
         if asked is None:
             continue
         wrong = _override_problem(part, asked, facts)

@@ -12,7 +12,7 @@ from trainer.lora_files import inspect, key_names
 from trainer.lora_files.inspect import LoraSummary
 from trainer.spec.family import Facts
 from trainer.spec.plan import Plan
-from trainer.spec.resume_rules import goes_on
+from trainer.spec.resume_rules import resumes_state
 from trainer.storage import safetensors_header
 from trainer.storage.safetensors_header import Header
 
@@ -42,7 +42,7 @@ def check_state(plan: Plan) -> None:
     folder = own or (Path(asked) if asked and is_folder(asked) else None)
     begun = _begun(folder) if folder else None
     if begun is not None:
-        goes_on(plan, begun[1], step=begun[0], own=own is not None)
+        resumes_state(plan, begun[1], step=begun[0], own=own is not None)
 
 
 def _begun(folder: Path) -> tuple[int, dict[str, Any]] | None:

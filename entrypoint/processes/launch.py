@@ -19,16 +19,9 @@ from entrypoint.fetch import flash_attention
 from entrypoint.system import folders
 from entrypoint.system.environment import FORWARDED, VISIBLE, child_environment
 from trainer.spec.errors import HangError, KilnError, PeerError, StorageError
-from trainer.spec.plan import Plan
+from trainer.spec.plan import ALIVE_VARIABLE, RANK_VARIABLE, TEAM_VARIABLE, Plan
 
 log = logging.getLogger(__name__)
-ALIVE, RANK, TEAM = (
-    "KILN_ALIVE",
-    "KILN_RANK",
-    "KILN_TEAM",
-)  # as in trainer/job/watchdog.py and trainer/training/distributed.py
-
-
 GRACE_S = 5.0  # for the first process to end in order when another has failed
 
 
@@ -62,7 +55,7 @@ def launch(plan: Plan, *, environment: Mapping[str, str]) -> int:
             for rank in range(size):
                 given = dict(common)
                 given |= member_environment(given, folder, rank, size=size) if size > 1 else {}
-                given |= {} if rank else {ALIVE: str(folder / "alive")}
+                given |= {} if rank else {ALIVE_VARIABLE: str(folder / "alive")}
                 children.append(subprocess.Popen(arguments, env=given))  # noqa: S603
             for number in early:
                 children[0].send_signal(number)
@@ -89,7 +82,7 @@ def member_environment(environment: Mapping[str, str], folder: Path, rank: int, 
     # A process that waits for another is no reason to end it: whoever really hangs is found by our own watchdog.
     retries = {"TORCH_NCCL_ENABLE_MONITORING": "0"}
     few = {} if "OMP_NUM_THREADS" in environment else {"OMP_NUM_THREADS": str(threads)}
-    return {RANK: str(rank), TEAM: str(folder), **devices, **loopback, **retries, **few}
+    return {RANK_VARIABLE: str(rank), TEAM_VARIABLE: str(folder), **devices, **loopback, **retries, **few}
 
 
 def _watched(children: Sequence[subprocess.Popen[bytes]], alive: Path) -> tuple[int, int]:

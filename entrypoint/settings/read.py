@@ -30,7 +30,8 @@ from entrypoint.settings.checks import (
     show,
     span,
 )
-from entrypoint.settings.variables import ALIASES, CONFIG_JSON, NAMES, ROWS, Row, Secret, Settings
+from entrypoint.settings.row import Row, Secret
+from entrypoint.settings.variables import ALIASES, CONFIG_JSON, NAMES, ROWS, SECTIONS, Settings, section_rows
 
 TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 PREFIX = "PARAMS_"
@@ -57,23 +58,25 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         problems.add(f"{name}: it has characters that are not text (UTF-8). Fix: write it anew.")
         values.pop(name)
     _find_token(values, problems)
-    settings = _convert(values, problems)
+    converted = _convert(values, problems)
     if "BASE_MODEL" not in values:
-        problems.add(f"BASE_MODEL is not set. Allowed: {_allowed(ROWS['base_model'])}. Fix: set it to one of these.")
+        problems.add(f"BASE_MODEL is not set. Allowed: {_allowed(ROWS['BASE_MODEL'])}. Fix: set it to one of these.")
     problems.raise_if_any("The settings cannot be used")
-    return Settings(**settings)
+    sections = {}
+    for section, section_type in SECTIONS.items():
+        fields = {field: converted[row.name] for field, row in section_rows(section).items()}
+        sections[section] = section_type(**fields)
+    return Settings(**sections)
 
 
 def help_env() -> str:
     """The table of all variables, as Markdown."""
     lines = ["| variable | default | allowed | meaning |", "| --- | --- | --- | --- |"]
-    group = ""
-    for row in ROWS.values():
-        if row.group != group:
-            group = row.group
-            lines.append(f"| **{group}** | | | |")
-        default = f"`{row.default}`" if row.default else row.otherwise
-        lines.append(f"| `{row.name}` | {default} | {_allowed(row)} | {row.means} |")
+    for section in SECTIONS:
+        lines.append(f"| **{section}** | | | |")
+        for row in section_rows(section).values():
+            default = f"`{row.default}`" if row.default else row.if_unset
+            lines.append(f"| `{row.name}` | {default} | {_allowed(row)} | {row.meaning} |")
     everything = "any of the variables above in one JSON object; those that are set by themselves win"
     lines.append(f"| `{CONFIG_JSON}` | | a JSON object | {everything} |")
     return "\n".join(lines) + "\n"
@@ -156,11 +159,13 @@ class _Given(Env):
 
 
 def _convert(values: Mapping[str, str], problems: Problems) -> dict[str, Any]:
-    """The fields of Settings. Those that do not convert are None, with a problem said."""
+    """The values of all variables by name. Those that do not convert are None, with a problem said."""
     env = _Given(values)
-    for kind, parser in KINDS.items():
+    for kind, parser in PARSERS.items():
         env.add_parser(f"kiln_{kind}", _checked(parser))
-    found = {field: getattr(env, f"kiln_{row.kind}")(row.name, row.default, row=row) for field, row in ROWS.items()}
+    found = {}
+    for name, row in ROWS.items():
+        found[name] = getattr(env, f"kiln_{row.kind}")(name, row.default, row=row)
     try:
         env.seal()
     except EnvValidationError as problem:
@@ -168,7 +173,7 @@ def _convert(values: Mapping[str, str], problems: Problems) -> dict[str, Any]:
         for row in ROWS.values():
             for message in messages.get(row.name, ()):
                 value = "" if row.kind == "secret" else f"={show(values[row.name])}"
-                default = row.default or row.otherwise
+                default = row.default or row.if_unset
                 fix = f"correct it{f', or leave it empty for the default ({default})' if default else ''}"
                 problems.add(f"{row.name}{value} {message}. Allowed: {_allowed(row)}. Fix: {fix}.")
     return found
@@ -332,7 +337,7 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, str)
 
 
-KINDS: dict[str, Callable[[str, Row], Any]] = {
+PARSERS: dict[str, Callable[[str, Row], Any]] = {
     "text": _text,
     "choice": _choice,
     "integer": _integer,

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from entrypoint.settings.variables import BACKENDS, FORMATS
+from entrypoint.settings.variables.engine import BACKENDS, FORMATS
 from entrypoint.system.environment import VISIBLE, child_environment
 from trainer.spec.errors import SettingsError, UnreachableError
-from trainer.spec.weight_formats import PRECISIONS, supported
+from trainer.spec.weight_formats import PRECISIONS, supported_formats
 
 GIB = 2**30
 
@@ -61,12 +61,16 @@ class Hardware:
         if self.vendor == "cpu":
             return FORMATS
         nvidia = self.vendor == "nvidia"
-        known = supported(nvidia=_version(self.architecture)) if nvidia else supported(amd=self.architecture)
+        known = (
+            supported_formats(nvidia=_version(self.architecture))
+            if nvidia
+            else supported_formats(amd=self.architecture)
+        )
         first: tuple[str, ...] = _FASTEST if nvidia else _FASTEST_AMD
         return (*(name for name in first if name in known), *(name for name in known if name not in first))
 
     @property
-    def automatic(self) -> tuple[str, ...]:
+    def auto_precisions(self) -> tuple[str, ...]:
         """What PARAMS_PRECISION=auto may become: the fastest; if that is too large, 8 bits; and last, 4."""
         if self.vendor == "cpu":
             return self.formats[:1]
@@ -74,7 +78,7 @@ class Hardware:
         return tuple(dict.fromkeys((self.formats[0], *(name for name in smaller if name in self.formats))))
 
     @property
-    def plain(self) -> str:
+    def unquantized_precision(self) -> str:
         """The format that computes with weights as they are, for models too small to gain from another."""
         return next(name for name in self.formats if name in ("bf16", "fp32"))
 
@@ -93,7 +97,7 @@ class Hardware:
         """By what was measured: elsewhere torch is left to pick."""
         return "flash_4" if self.runs_flash_4 and _version(self.architecture)[0] == 9 else "native"
 
-    def computes_in(self, precision: str) -> str:
+    def activation_dtype(self, precision: str) -> str:
         """torch's name of the type of activations, with weights in a format: 16 bits that are fast here."""
         return PRECISIONS[precision].dtype or (
             "bfloat16" if self.vendor == "cpu" or "bf16" in self.formats else "float16"

@@ -2,7 +2,7 @@
 
 import torch
 
-from trainer.engine.attention.cudnn_fix import as_laid_out
+from trainer.engine.attention.cudnn_fix import with_strides_of
 
 
 def test_a_gradient_gets_the_strides_of_the_output():
@@ -10,7 +10,7 @@ def test_a_gradient_gets_the_strides_of_the_output():
     wide = torch.randn(2, 5, 40)
     for g in (wide[..., :24], wide[..., 1:25], wide[..., :1].expand(2, 5, 24)):
         g = g.unflatten(2, (3, 8)).transpose(1, 2)
-        found = as_laid_out(g, like)
+        found = with_strides_of(g, like)
         assert found.stride() == like.stride() and found.data_ptr() % 16 == 0 and found.equal(g)
 
 
@@ -19,4 +19,4 @@ def test_a_gradient_that_is_laid_out_so_is_not_copied():
     g = torch.randn(5, 24).as_strided(
         (1, 3, 5, 8), (999, 8, 24, 1)
     )  # one picture: how far the next would be is nothing
-    assert as_laid_out(g, like) is g
+    assert with_strides_of(g, like) is g

@@ -71,7 +71,7 @@ def test_the_scale_of_rslora_is_by_the_root_of_the_rank(job_plan, tmp_path):
 def trained(flux_denoiser, text):
     """A Flux model with a trained DoRA, what it gives, and its modules."""
     fused = flux.FACTS.fused_targets
-    adapters.fuse(flux.blocks(flux_denoiser), fused=fused, targets=flux.FACTS.targets)
+    adapters.fuse_projections(flux.blocks(flux_denoiser), fused=fused, targets=flux.FACTS.targets)
     params = adapters.add_adapters(
         flux_denoiser, flux.blocks(flux_denoiser), targets=flux.FACTS.targets, fused=fused, rank=3, alpha=2.0, seed=7,
         kind="dora",

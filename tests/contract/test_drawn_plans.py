@@ -10,9 +10,9 @@ import torch
 from entrypoint.system.hardware import Hardware
 from tests.support import random_plans as plans
 from tests.support.attempts import attempt
+from trainer.engine import execution
 from trainer.engine.memory.checkpointing import POLICIES
 from trainer.job.session import Session
-from trainer.spec import strategies
 from trainer.spec.family import family_names
 from trainer.spec.optimizers import OPTIMIZERS
 
@@ -33,10 +33,12 @@ def logged(caplog):
 @pytest.fixture
 def memory(monkeypatch):
     """`memory(room, later=None)`: of `NEEDS`; after so many forward passes for a gradient there is none at all."""
-    ladder, predict, passes = strategies.fallbacks, Session.predict, []
-    monkeypatch.setattr(
-        strategies, "rungs", lambda *way, compiled: [r for r in ladder(*way, compiled=compiled) if r[2] == "none"]
-    )
+    ladder, predict, passes = execution.fallbacks, Session.predict, []
+
+    def without_offload(*mode, compiled):
+        return [fallback for fallback in ladder(*mode, compiled=compiled) if fallback[2] == "none"]
+
+    monkeypatch.setattr(execution, "fallbacks", without_offload)
 
     def give(room, later=None):
         def short(self, *given):

@@ -138,7 +138,9 @@ def test_what_is_compared_with_is_what_autograd_gives(causal, keys):
     q, g = (made("apart", 5, 8, torch.float64, generator) for _ in "qg")
     k, v = (made("apart", keys, 8, torch.float64, generator) for _ in "kv")
     for found, wanted in zip(
-        flash_attention_4.exact(q, k, v, g, causal=causal), with_autograd(q, k, v, g, is_causal=causal), strict=True
+        flash_attention_4.reference_attention(q, k, v, g, causal=causal),
+        with_autograd(q, k, v, g, is_causal=causal),
+        strict=True,
     ):
         assert error(found, wanted) < 1e-12
 
@@ -270,13 +272,13 @@ def test_it_suits_models_whose_heads_it_takes_and_where_it_is_right(package, cap
     monkeypatch.setitem(step.SMALL, family, step.SMALL[family] | full)
     model = step.denoiser(family, small=True)
     installed = package()
-    assert flash_attention_4.suits(model, torch.bfloat16, "cpu") and not flash_attention_4.suits(
+    assert flash_attention_4.supports_model(model, torch.bfloat16, "cpu") and not flash_attention_4.supports_model(
         model, torch.float32, "cpu"
     )
     assert len(installed.calls) == 2  # of one size
-    assert not flash_attention_4.suits(torch.nn.Linear(2, 2), torch.bfloat16, "cpu") and not caplog.messages
+    assert not flash_attention_4.supports_model(torch.nn.Linear(2, 2), torch.bfloat16, "cpu") and not caplog.messages
     package(off=0.1)
-    assert not flash_attention_4.suits(model, torch.bfloat16, "cpu") and len(caplog.messages) == 1
+    assert not flash_attention_4.supports_model(model, torch.bfloat16, "cpu") and len(caplog.messages) == 1
 
 
 def test_want_of_memory_is_no_reason_to_do_without_it(package, caplog):
@@ -298,11 +300,11 @@ def test_without_a_package_that_loads_all_is_as_it_was(monkeypatch, caplog, tmp_
     )
     flash_attention_4._module.cache_clear()
     try:
-        flash_attention_4.use(True)
-        flash_attention_4.use(True)
+        flash_attention_4.set_enabled(True)
+        flash_attention_4.set_enabled(True)
         assert not flash_attention_4._used and torch.backends.cuda.cudnn_sdp_enabled()
     finally:
-        flash_attention_4.use(False)
+        flash_attention_4.set_enabled(False)
         flash_attention_4._module.cache_clear()
     (message,) = caplog.messages
     assert "cannot be loaded: torch's own attention is used" in message

@@ -126,7 +126,7 @@ def trained(denoiser, name, *, split, rank=3, alpha=2.0):
     """A model with adapters as a job has them, not zero; and its modules."""
     kind = get_family(name)
     fused = {} if split else kind.FACTS.fused_targets
-    adapters.fuse(kind.blocks(denoiser), fused=fused, targets=kind.FACTS.targets)
+    adapters.fuse_projections(kind.blocks(denoiser), fused=fused, targets=kind.FACTS.targets)
     blocks = kind.blocks(denoiser)
     params = adapters.add_adapters(
         denoiser, blocks, targets=kind.FACTS.targets, fused=fused, rank=rank, alpha=alpha, seed=7

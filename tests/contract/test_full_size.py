@@ -9,7 +9,7 @@ from diffusers import FluxTransformer2DModel
 from bench import full_size, layouts
 from bench.original_names import miniature
 from trainer.base_model import single_file
-from trainer.engine.load import place, stored
+from trainer.engine.load import place_denoiser, stored_dtype
 from trainer.spec.family import get_family
 
 
@@ -58,12 +58,14 @@ def test_weights_stay_in_the_mapped_file_until_their_block_is_placed(tmp_path):
     size = 2 * sum(p.numel() for p in model.parameters())
     expected = {k: v.bfloat16() for k, v in model.state_dict().items()}
     kind = get_family("flux")
-    assert stored(tmp_path / "transformer") == torch.float16 and size > 150e6
+    assert stored_dtype(tmp_path / "transformer") == torch.float16 and size > 150e6
     with layouts.memory_taken() as most:
-        there = kind.load_denoiser(tmp_path, device="cpu", dtype=stored(tmp_path / "transformer"))
+        there = kind.load_denoiser(tmp_path, device="cpu", dtype=stored_dtype(tmp_path / "transformer"))
     assert most[0] < size / 8
     with layouts.memory_taken() as most:
-        place(there, kind.blocks(there), precision="bf16", dtype=torch.bfloat16, device="cpu", fused={}, targets=())
+        place_denoiser(
+            there, kind.blocks(there), precision="bf16", dtype=torch.bfloat16, device="cpu", fused={}, targets=()
+        )
     assert size / 2 < most[0] < 1.2 * size
     assert all(torch.equal(v, expected[k]) for k, v in there.state_dict().items())
 
@@ -72,4 +74,4 @@ def test_the_format_of_a_folder_is_that_of_most_of_its_weights_and_not_of_copies
     model = get_family("sdxl").load_denoiser(miniature("sdxl"), device="cpu", dtype=torch.float32)
     model.save_pretrained(tmp_path)
     model.half().save_pretrained(tmp_path, variant="fp16")
-    assert stored(tmp_path) == torch.float32
+    assert stored_dtype(tmp_path) == torch.float32

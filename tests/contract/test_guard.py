@@ -11,34 +11,34 @@ from trainer.data.batches import MicroBatch
 from trainer.training import step_guard
 from trainer.training.loop import train
 from trainer.training.objective import NoisedBatch
-from trainer.training.step_guard import Guard
+from trainer.training.step_guard import StepGuard
 
 
 @given(st.lists(st.sampled_from([0.5, 0.5, 0.5, math.inf, math.nan]), max_size=60))
 def test_the_scale_is_that_of_torchs_scaler(norms):
-    ours = Guard(scale=2.0**60)
+    ours = StepGuard(scale=2.0**60)
     scale, tracker = torch.full((), 2.0**60, dtype=torch.float32), torch.zeros((), dtype=torch.int32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step_guard, "STEADY", 3)
+        patch.setattr(step_guard, "SCALE_GROWTH_INTERVAL_STEPS", 3)
         for norm in norms:
             lost = torch.tensor(float(not math.isfinite(norm)))
             torch._amp_update_scale_(scale, tracker, lost, 2.0, 0.5, 3)
             assert ours.overflows(1.0, norm) == bool(lost)
-            assert (ours.scale, ours.steady) == (scale.item(), tracker.item())
+            assert (ours.scale, ours.steps_since_scale_change) == (scale.item(), tracker.item())
 
 
 def test_without_a_scale_nothing_overflows_by_it_and_a_loss_that_is_none_is_another_matter():
-    for one, loss in ((Guard(), 1.0), (Guard(scale=1024.0), math.nan)):
+    for one, loss in ((StepGuard(), 1.0), (StepGuard(scale=1024.0), math.nan)):
         before = one.scale
         assert not one.overflows(loss, math.inf) and one.scale == before
 
 
 def test_a_run_goes_on_with_its_scale():
-    one, other = Guard(scale=1024.0), Guard(scale=1024.0)
+    one, other = StepGuard(scale=1024.0), StepGuard(scale=1024.0)
     one.overflows(1.0, math.inf)
     one.overflows(1.0, 1.0)
     other.restore(one.state())
-    assert (other.scale, other.steady) == (512.0, 1)
+    assert (other.scale, other.steps_since_scale_change) == (512.0, 1)
     other.restore({"skipped": 0, "recent": []})  # as it was before there was a scale
     assert other.scale == 512.0
 
@@ -71,11 +71,11 @@ def steps(one, count):
 
 
 def test_a_step_whose_gradient_overflows_is_skipped_and_not_counted_as_bad():
-    one = Guard(limit=0, scale=2.0**19)
+    one = StepGuard(limit=0, scale=2.0**19)
     found = list(steps(one, 6))
     skipped = [step.skipped for step, _ in found]
     assert skipped == sorted(skipped, reverse=True) and 0 < sum(skipped) < 6
     assert one.scale == 2.0 ** (19 - sum(skipped)) and one.skipped == 0
     assert {weight for step, weight in found if step.skipped} == {0.5}
-    plain = [weight for _, weight in steps(Guard(limit=0), 6 - sum(skipped))]
+    plain = [weight for _, weight in steps(StepGuard(limit=0), 6 - sum(skipped))]
     assert [weight for step, weight in found if not step.skipped] == pytest.approx(plain, rel=1e-3)

@@ -239,10 +239,10 @@ def test_a_file_is_converted_once(tmp_path):
 def test_a_gigabyte_is_converted_in_the_memory_of_a_few_tensors(tmp_path):
     """64 tensors of 16 MiB, each cut in three and put together in another order."""
     file = tmp_path / "big.safetensors"
-    lazy_tensors.write(file, dict.fromkeys((f"layer.{i}" for i in range(64)), torch.ones(3 * 1024, 2731).half()))
+    lazy_tensors.write_file(file, dict.fromkeys((f"layer.{i}" for i in range(64)), torch.ones(3 * 1024, 2731).half()))
     with memory_taken() as most:
-        made = {name: torch.cat(tensor.chunk(3)[::-1]) for name, tensor in lazy_tensors.of_file(file, "").items()}
-        lazy_tensors.write(tmp_path / "out.safetensors", made)
+        made = {name: torch.cat(tensor.chunk(3)[::-1]) for name, tensor in lazy_tensors.load_file(file, "").items()}
+        lazy_tensors.write_file(tmp_path / "out.safetensors", made)
     assert (tmp_path / "out.safetensors").stat().st_size > 1e9
     assert most[0] < 100e6
 

@@ -20,7 +20,7 @@ from trainer.spec.family import get_family
 from trainer.training.gradients import seeded
 from trainer.training.loop import train, validation_loss
 from trainer.training.objective import Denoising, FlowMatching
-from trainer.training.step_guard import Guard
+from trainer.training.step_guard import StepGuard
 
 STEPS, SEED, RATE, CLIP, GAMMA = 10, 42, 0.02, 1.0, 5.0
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -95,7 +95,7 @@ def micro_batches(channels):
 def ours(case, denoiser, batches):
     """The losses of Kiln's loop, and the adapters as they were before it."""
     kind = get_family(case.family)
-    adapters.fuse(kind.blocks(denoiser), fused=case.fused, targets=kind.FACTS.targets)
+    adapters.fuse_projections(kind.blocks(denoiser), fused=case.fused, targets=kind.FACTS.targets)
     params = adapters.add_adapters(
         denoiser, kind.blocks(denoiser), targets=kind.FACTS.targets, fused=case.fused, rank=4, alpha=2.0, seed=SEED
     )
@@ -111,7 +111,7 @@ def ours(case, denoiser, batches):
         optimizer=optimizer,
         schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0),
         max_grad_norm=CLIP,
-        guard=Guard(),
+        guard=StepGuard(),
         device="cpu",
         seed=SEED,
         first_step=1,

@@ -25,7 +25,7 @@ from tests.support.single_files import loaded
 from tests.support.variants import CLASSES, NARROW, VARIANTS, config
 from trainer.base_model import single_file
 from trainer.engine import adapters
-from trainer.engine.load import stored
+from trainer.engine.load import stored_dtype
 from trainer.job.verify import verify
 from trainer.lora_files import convert, peft_bridge
 from trainer.sample import apply_loras
@@ -109,7 +109,7 @@ def assert_round_trip(name, folder, to, file):
     read = [kind.load_denoiser(folder, device="cpu", dtype=torch.float32) for _ in range(2)]
     trained, plain = read
     before = output(name, plain)
-    adapters.fuse(kind.blocks(trained), fused=facts.fused_targets, targets=facts.targets)
+    adapters.fuse_projections(kind.blocks(trained), fused=facts.fused_targets, targets=facts.targets)
     blocks, fused = kind.blocks(trained), facts.fused_targets
     params = adapters.add_adapters(trained, blocks, targets=facts.targets, fused=fused, rank=3, alpha=2.0, seed=7)
     torch.manual_seed(3)
@@ -179,7 +179,7 @@ def test_every_published_variant_with_every_format(base, to, tmp_path):
     plan = layouts.written(tmp_path, name, "file", changes=changes, dtype=torch.bfloat16)
     folder = single_file.convert_single_files(plan, tmp_path / "cache")
     place = folder / get_family(name).FACTS.parts["denoiser"]
-    assert layouts.wrong(place) == [] and stored(place) == torch.bfloat16
+    assert layouts.wrong(place) == [] and stored_dtype(place) == torch.bfloat16
     modules = assert_round_trip(name, folder, to, tmp_path / "x.safetensors")
     assert len(modules) == MODULES[base]
 

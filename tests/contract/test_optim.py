@@ -135,14 +135,16 @@ def test_schedules_end_where_their_names_say():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_parameters_that_are_joined_are_trained_as_they_are_apart(name, monkeypatch):
     """Of optimisers that look at shapes none are; 8-bit states are quantised in blocks that now reach over a border."""
-    monkeypatch.setattr(flat_parameters, "PIECE", 96 * 64 + 64 * 72)  # the first two, and the third by itself
+    monkeypatch.setattr(
+        flat_parameters, "MAX_PIECE_ELEMENTS", 96 * 64 + 64 * 72
+    )  # the first two, and the third by itself
     found = []
     for joining in (False, True):
         torch.manual_seed(0)
         shapes = ((96, 64), (64, 72), (72, 8))
         params = [torch.nn.Parameter(torch.randn(*shape) / shape[0] ** 0.5) for shape in shapes]
         begin = [p.detach().clone() for p in params]
-        trained = flat_parameters.joined(name, params) if joining else params
+        trained = flat_parameters.flatten_parameters(name, params) if joining else params
         assert len(trained) == (2 if joining and not OPTIMIZERS[name].by_shape else 3)
         assert all(torch.equal(p, b) for p, b in zip(params, begin, strict=True))
         optimizer, runner = make(name, trained), EagerStep(params, trained)
@@ -162,7 +164,7 @@ def test_parameters_that_are_joined_are_trained_as_they_are_apart(name, monkeypa
 
 
 def test_neighbours_share_a_piece_as_far_as_it_goes(monkeypatch):
-    monkeypatch.setattr(flat_parameters, "PIECE", 10)
-    assert flat_parameters.pieces([4, 6, 1, 30, 5, 5, 5]) == [[0, 1], [2], [3], [4, 5], [6]]
-    assert flat_parameters.pieces([4, 2, 5, 5], alone=lambda size: size < 3) == [[0], [1], [2, 3]]
-    assert flat_parameters.pieces([]) == []
+    monkeypatch.setattr(flat_parameters, "MAX_PIECE_ELEMENTS", 10)
+    assert flat_parameters.split_into_pieces([4, 6, 1, 30, 5, 5, 5]) == [[0, 1], [2], [3], [4, 5], [6]]
+    assert flat_parameters.split_into_pieces([4, 2, 5, 5], separate=lambda size: size < 3) == [[0], [1], [2, 3]]
+    assert flat_parameters.split_into_pieces([]) == []

@@ -16,12 +16,12 @@ from entrypoint.system.environment import child_environment
 from tests.support.team import BAD, STEPS, Model, micro_batch, trained
 from trainer.data.records import ImageRecord
 from trainer.engine.cuda_graphs import EagerStep
-from trainer.job.handover import Prepared, hand_over, receive
+from trainer.job.handover import HandedOver, hand_over, receive
 from trainer.spec.errors import SettingsError
 from trainer.training.distributed import Workers, workers_from_environment
 from trainer.training.loop import train
 from trainer.training.objective import FlowMatching
-from trainer.training.step_guard import Guard
+from trainer.training.step_guard import StepGuard
 from trainer.training.stop_flag import StopFlag
 
 CASES = ["plain", "bad", "memory", "joined", "joined memory", "stop"]  # the wish to stop stays
@@ -110,7 +110,7 @@ def test_what_is_handed_over_arrives(tmp_path, job_plan):
         ImageRecord("b/c.png", Path("/x/b/c.png"), "2", 4, 5, 0, 1, "ä", True, Path("/m"), "3"),
     )
     for state in (None, Path("/out/state/step-00000004")):
-        given = Prepared(job_plan("flux"), state, images)
+        given = HandedOver(job_plan("flux"), state, images)
         hand_over(Workers(0, 2, tmp_path), given)
         assert receive(Workers(1, 2, tmp_path), lambda: None) == given
 
@@ -143,7 +143,7 @@ def steps(groups, objective=None, runner=EagerStep):
     params = [*model.parameters()]
     optimizer = torch.optim.AdamW(params, lr=0.02)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    options = {"max_grad_norm": 1.0, "guard": Guard(), "device": "cpu", "seed": 7, "first_step": 1}
+    options = {"max_grad_norm": 1.0, "guard": StepGuard(), "device": "cpu", "seed": 7, "first_step": 1}
     objective, runner = objective or FlowMatching(), runner(params)
     trained = {"params": params, "optimizer": optimizer, "schedule": schedule, "runner": runner, **options}
     try:

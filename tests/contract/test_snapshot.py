@@ -6,13 +6,13 @@ from functools import partial
 import pytest
 import torch
 
-from trainer.checkpoints.snapshots import Background, Snapshots
+from trainer.checkpoints.snapshots import BackgroundWriter, Snapshots
 from trainer.spec.family import get_family
 from trainer.spec.optimizers import OPTIMIZERS
 from trainer.training import optimizers
 from trainer.training.ema import Ema
 from trainer.training.state import TrainingState
-from trainer.training.step_guard import Guard
+from trainer.training.step_guard import StepGuard
 from trainer.training.text_encoders import TextEncoders
 
 
@@ -53,17 +53,17 @@ def test_what_is_known_before_the_first_step_is_what_every_save_copies(name, mon
     snapshots = Snapshots(rehearsed.optimizer, "cpu")
     snapshots.copy(rehearsed.first_state())
     assert not any(rehearsed.optimizer.state_dict()["state"].values())
-    monkeypatch.setattr(snapshots, "_room", None)  # from here on nothing can be taken
+    monkeypatch.setattr(snapshots, "_allocate", None)  # from here on nothing can be taken
     for number in range(4):
         for one in (plain, rehearsed):
             x = torch.randn(32, 96, generator=torch.Generator().manual_seed(number))
-            (x @ one.params[0] @ one.params[1] - x[:, :8]).square().mean().backward()
+            (x @ one.optimizer_params[0] @ one.optimizer_params[1] - x[:, :8]).square().mean().backward()
             one.optimizer.step()
             one.schedule.step()
             one.optimizer.zero_grad()
         snapshots.release()
         snapshots.copy(rehearsed.state())
-    assert all(torch.equal(a, b) for a, b in zip(plain.params, rehearsed.params, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(plain.optimizer_params, rehearsed.optimizer_params, strict=True))
 
 
 def training_state(name):
@@ -76,14 +76,14 @@ def training_state(name):
     optimizer = new()
     schedule = optimizers.make_schedule("constant", optimizer, warmup_steps=0, total_steps=9, num_cycles=1)
     both, average = (params, params), Ema(params, 0.9)
-    made = TrainingState(None, TextEncoders(get_family("flux")), *both, optimizer, new, schedule, average, Guard())
+    made = TrainingState(None, TextEncoders(get_family("flux")), *both, optimizer, new, schedule, average, StepGuard())
     made.adapters = {str(i): p.detach() for i, p in enumerate(params)}
     made.text_adapters = {}
     return made
 
 
 def test_what_fails_in_the_background_is_raised_in_front():
-    background = Background()
+    background = BackgroundWriter()
     background.begin(lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         background.join()

@@ -8,12 +8,12 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from trainer.engine import adapters
-from trainer.engine.encoders import decoder, text_encoders
-from trainer.engine.load import place
+from trainer.engine.encoders import load_text_encoders, load_vae
+from trainer.engine.load import place_denoiser
 from trainer.engine.memory import checkpointing, weight_streaming
-from trainer.engine.memory.weight_streaming import Stream
+from trainer.engine.memory.weight_streaming import WeightStreamer
 from trainer.spec.family import get_family
-from trainer.spec.memory_model import SLOTS
+from trainer.spec.memory_model import RESIDENT_REGIONS
 from trainer.spec.plan import EnginePlan
 
 FAMILIES = ["flux", "sdxl", "sd3"]
@@ -22,7 +22,7 @@ FAMILIES = ["flux", "sdxl", "sd3"]
 @pytest.fixture(autouse=True)
 def roomy_weights(monkeypatch):
     """Adapters ride in the products of narrow layers as well."""
-    monkeypatch.setattr("trainer.spec.adapter_columns.ROOMY", 0)
+    monkeypatch.setattr("trainer.spec.adapter_columns.MIN_SIDE_PER_COLUMN", 0)
 
 
 def miniature(name):
@@ -35,7 +35,7 @@ def model(name, precision, *, streamed):
     denoiser = kind.load_denoiser(miniature(name), device="cpu", dtype=torch.float32)
     options = {"fused": kind.FACTS.fused_targets, "targets": kind.FACTS.targets}
     regions = kind.regions(denoiser)
-    through = place(
+    through = place_denoiser(
         denoiser, kind.blocks(denoiser), precision=precision, dtype=torch.bfloat16, device="cpu", rank=4, **options,
         streamed=regions if streamed else (),
     )  # fmt: skip
@@ -82,7 +82,7 @@ def test_a_streamed_step_has_the_bits_of_one_whose_weights_stay(name, precision,
         regions = get_family(name).regions(denoiser)
         checkpointing.apply(regions, [policy] * len(regions), compiled=False)
         if through:
-            through.wrap()
+            through.attach()
         found.append([step(name, denoiser, through, seed) for seed in (3, 4)])
     for stayed, came in zip(*found, strict=True):
         assert len(stayed) == len(came) > 10 and all(torch.equal(a, b) for a, b in zip(stayed, came, strict=True))
@@ -95,19 +95,19 @@ def test_a_compiled_step_has_the_bits_of_one_whose_weights_stay():
         regions = get_family("sd3").regions(denoiser)
         checkpointing.apply(regions, ["all"] * len(regions), compiled=True)
         if through:
-            through.wrap()
+            through.attach()
         found.append(step("sd3", denoiser, through))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_two_regions_are_there_at_once_and_the_next_is_fetched_ahead():
     denoiser, through = model("flux", "bf16", streamed=True)
-    through.wrap()
+    through.attach()
     regions = get_family("flux").regions(denoiser)
     weights = {p.untyped_storage().data_ptr() for r in regions for p in r.parameters() if not p.requires_grad}
     assert weights == {through.slots[0].data_ptr()}
     largest = max(sum(p.nbytes for p in r.parameters() if not p.requires_grad) for r in regions)
-    assert len(through.slots) == SLOTS and all(slot.nbytes < 1.1 * largest for slot in through.slots)
+    assert len(through.slots) == RESIDENT_REGIONS and all(slot.nbytes < 1.1 * largest for slot in through.slots)
 
     step("flux", denoiser, through)
     load, late = through.load, []
@@ -117,7 +117,7 @@ def test_two_regions_are_there_at_once_and_the_next_is_fetched_ahead():
         return load(index)
 
     through.load = watched
-    through.wrap()
+    through.attach()
     step("flux", denoiser, through)
     assert late == []
 
@@ -126,11 +126,11 @@ def test_a_region_whose_weights_were_overwritten_fetches_them_again():
     layers = torch.nn.ModuleList(torch.nn.Linear(8, 8).requires_grad_(False) for _ in range(5))
     x = torch.randn(2, 8)
     wanted = [layer(x) for layer in layers]
-    through = Stream("cpu")
+    through = WeightStreamer("cpu")
     for layer in layers:
-        through.take(layer)
-    through.settle()
-    through.wrap()
+        through.add_region(layer)
+    through.allocate_slots()
+    through.attach()
     for order in ([0, 1, 2, 3, 4], [4, 0, 3, 0, 1], [2, 2, 1, 4, 0]):
         assert all(torch.equal(layers[i](x), wanted[i]) for i in order)
 
@@ -141,7 +141,7 @@ def test_text_encoders_whose_layers_are_streamed_say_the_same(name):
     found = []
     for streamed in (False, True):
         plan = EnginePlan(stream_encoders=streamed)
-        encoders = text_encoders(get_family(name), miniature(name), plan)
+        encoders = load_text_encoders(get_family(name), miniature(name), plan)
         found.append(get_family(name).encode_text(encoders, captions))
     for stayed, came in zip(*found, strict=True):
         assert all(torch.equal(stayed[key], came[key]) for key in stayed)
@@ -158,7 +158,7 @@ def test_what_is_streamed_is_the_longest_list_of_layers():
 def test_a_large_sample_is_decoded_in_pieces_of_512_pixels(name):
     seen = []
     for tiled in (False, True):
-        vae = decoder(get_family(name), miniature(name), EnginePlan(tile_vae=tiled))
+        vae = load_vae(get_family(name), miniature(name), EnginePlan(tile_vae=tiled))
         vae.decoder.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[-2:])))
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         with torch.no_grad():

@@ -9,12 +9,12 @@ import safetensors.torch
 import torch
 
 from trainer.storage import safetensors_writer
-from trainer.storage.safetensors_writer import DTYPES, header, is_finite, laid_out, same, sha256
+from trainer.storage.safetensors_writer import DTYPES, encode_header, is_finite, layout, same_bits, sha256
 
 
 def written(tensors, path):
-    entries, data = laid_out(tensors)
-    path.write_bytes(b"".join([header(entries), *data]))
+    entries, data = layout(tensors)
+    path.write_bytes(b"".join([encode_header(entries), *data]))
     return path
 
 
@@ -27,7 +27,7 @@ def test_every_type_and_shape_is_read_back_by_the_library(tmp_path):
     }
     back = safetensors.torch.load_file(written(tensors, tmp_path / "x"))
     assert back.keys() == tensors.keys()
-    assert all(back[k].shape == v.shape and same(back[k], v) for k, v in tensors.items())
+    assert all(back[k].shape == v.shape and same_bits(back[k], v) for k, v in tensors.items())
 
 
 def test_the_bytes_are_the_librarys(tmp_path):
@@ -43,14 +43,14 @@ def test_what_is_not_in_one_piece_is_written_as_it_is_read(tmp_path):
 
 def test_a_type_that_files_do_not_have_is_refused():
     with pytest.raises(TypeError, match="complex64"):
-        laid_out({"x": torch.zeros(2, dtype=torch.complex64)})
+        layout({"x": torch.zeros(2, dtype=torch.complex64)})
 
 
 def test_the_digest_is_that_of_the_file(tmp_path):
-    entries, data = laid_out({"x": torch.rand(1000)})
+    entries, data = layout({"x": torch.rand(1000)})
     path = written({"x": torch.rand(3)}, tmp_path / "x")
-    path.write_bytes(b"".join([header(entries), *data]))
-    assert sha256([header(entries), *data]) == hashlib.sha256(path.read_bytes()).hexdigest()
+    path.write_bytes(b"".join([encode_header(entries), *data]))
+    assert sha256([encode_header(entries), *data]) == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.bool])
@@ -60,15 +60,17 @@ def test_one_changed_bit_anywhere_is_another_tensor(dtype, count):
     for place in range(len(raw)):
         other = raw.clone()
         other[place] ^= 1
-        assert not same(raw.view(dtype), other.view(dtype))
-    assert same(raw.view(dtype), raw.clone().view(dtype))
+        assert not same_bits(raw.view(dtype), other.view(dtype))
+    assert same_bits(raw.view(dtype), raw.clone().view(dtype))
 
 
 def test_the_same_bits_are_the_same_even_where_they_are_no_number():
-    assert same(torch.tensor([float("nan"), -0.0]), torch.tensor([float("nan"), -0.0]))
-    assert not same(torch.tensor([0.0]), torch.tensor([-0.0]))
-    assert not same(torch.zeros(2), torch.zeros(2, dtype=torch.int32)) and not same(torch.zeros(2), torch.zeros(1, 2))
-    assert same(torch.zeros(9, dtype=torch.uint8)[1:], torch.zeros(8, dtype=torch.uint8)), "not aligned"
+    assert same_bits(torch.tensor([float("nan"), -0.0]), torch.tensor([float("nan"), -0.0]))
+    assert not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
+    assert not same_bits(torch.zeros(2), torch.zeros(2, dtype=torch.int32)) and not same_bits(
+        torch.zeros(2), torch.zeros(1, 2)
+    )
+    assert same_bits(torch.zeros(9, dtype=torch.uint8)[1:], torch.zeros(8, dtype=torch.uint8)), "not aligned"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -95,11 +97,11 @@ def test_other_threads_run_while_a_large_file_is_written(tmp_path):
 
     thread = threading.Thread(target=work)
     thread.start()
-    entries, data = safetensors_writer.laid_out(tensors)
+    entries, data = safetensors_writer.layout(tensors)
     safetensors_writer.sha256(data)
     with (tmp_path / "x").open("wb") as file:
-        file.writelines([safetensors_writer.header(entries), *data])
-    all(safetensors_writer.is_finite(t) and same(t, t.clone()) for t in tensors.values())
+        file.writelines([safetensors_writer.encode_header(entries), *data])
+    all(safetensors_writer.is_finite(t) and same_bits(t, t.clone()) for t in tensors.values())
     ended.set()
     thread.join()
     print(f"\nlongest time that another thread waited: {1000 * max(gaps):.0f} ms")

@@ -26,7 +26,7 @@ from trainer.training import optimizers, text_encoders
 from trainer.training.gradients import seeded
 from trainer.training.loop import train
 from trainer.training.objective import make_objective
-from trainer.training.step_guard import Guard
+from trainer.training.step_guard import StepGuard
 from trainer.training.stop_flag import StopFlag
 
 CAPTIONS = ("a red circle on a grey background", "a big kilnpot")
@@ -67,7 +67,7 @@ def test_captions_are_encoded_as_the_pipeline_does(name, which):
         before = encoded(name, pipe, CAPTIONS)
         for component, model in texts.models.items():
             given(getattr(pipe, component), adapters.state(model))
-        expected, got = encoded(name, pipe, CAPTIONS), texts.renewed(before, CAPTIONS)
+        expected, got = encoded(name, pipe, CAPTIONS), texts.encode_trained(before, CAPTIONS)
     for key in ("tokens", "pooled"):
         torch.testing.assert_close(got[key], expected[key], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(before["pooled"], expected["pooled"], atol=1e-3) or (name, which) == ("sdxl", 0)
@@ -131,14 +131,19 @@ def test_training_them_is_a_straightforward_loop(name):
         for step in train(
             ((1, [batch]) for _ in range(5)),
             predict=lambda noisy, t, b: kind.predict(
-                denoiser, noisy, t, text=texts.renewed(b.text, b.captions), guidance=1.0, geometry_B6=b.geometry_B6
+                denoiser,
+                noisy,
+                t,
+                text=texts.encode_trained(b.text, b.captions),
+                guidance=1.0,
+                geometry_B6=b.geometry_B6,
             ),
             objective=trained_on,
             params=[p for group in groups for p in group["params"]],
             optimizer=optimizer,
             schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0),
             max_grad_norm=1.0,
-            guard=Guard(),
+            guard=StepGuard(),
             device="cpu",
             seed=SEED,
             first_step=1,

@@ -26,7 +26,7 @@ def trained(request, flux_denoiser, text):
     fused, targets = flux.FACTS.fused_targets, flux.FACTS.targets
     dtype = torch.float32 if request.param == "fp32" else torch.bfloat16
     denoiser = flux_denoiser.to(dtype)
-    adapters.fuse(flux.blocks(denoiser), fused=fused, targets=targets)
+    adapters.fuse_projections(flux.blocks(denoiser), fused=fused, targets=targets)
     if request.param in ("fp8", "torchao"):
         for _, block in flux.blocks(denoiser):
             freeze(block, request.param)

@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from entrypoint.fetch.flash_attention import version
 from entrypoint.system.hardware import detect
 from trainer.engine.attention import flash_attention_4
-from trainer.engine.attention.cudnn_fix import mend
+from trainer.engine.attention.cudnn_fix import apply_fix
 
 pytestmark = pytest.mark.gpu
 HEADS, BESIDE = 3, 2**20
@@ -22,9 +22,9 @@ def kind(request):
     """Whose attention runs."""
     if request.param == "flash_4" and not (version() and detect().runs_flash_4):
         pytest.skip("it is not installed, or not for this device")
-    flash_attention_4.use(request.param == "flash_4")
+    flash_attention_4.set_enabled(request.param == "flash_4")
     yield request.param
-    flash_attention_4.use(False)
+    flash_attention_4.set_enabled(False)
 
 
 def placed(tokens, dim, generator):
@@ -60,7 +60,7 @@ def test_attention_and_its_gradients_are_those_of_full_precision(tokens, dim):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_gradient_may_be_laid_out_in_any_way(compiled):
     """As Flux.1's blocks lay it out: a part of longer rows, or rows of its own."""
-    mend()
+    apply_fix()
     tokens, dim = (1088, 64) if compiled else (1216, 64)  # of a size that nothing else has used
 
     def attended(q, k, v, extra):
@@ -99,7 +99,9 @@ def test_there_may_be_fewer_keys_than_queries(dim):
     generator = torch.Generator("cuda").manual_seed(dim)
     q, g = (placed(1024, dim, generator) for _ in "qg")
     k, v = (placed(77, dim, generator) for _ in "kv")
-    for found, wanted in zip(with_gradients(q, k, v, g), flash_attention_4.exact(q, k, v, g), strict=True):
+    for found, wanted in zip(
+        with_gradients(q, k, v, g), flash_attention_4.reference_attention(q, k, v, g), strict=True
+    ):
         assert error(found, wanted) < 1e-2
 
 
@@ -109,7 +111,7 @@ def test_a_token_may_see_those_before_it_alone(dim):
     generator = torch.Generator("cuda").manual_seed(dim)
     q, k, v, g = (placed(77, dim, generator) for _ in "qkvg")
     for found, wanted in zip(
-        with_gradients(q, k, v, g, True), flash_attention_4.exact(q, k, v, g, causal=True), strict=True
+        with_gradients(q, k, v, g, True), flash_attention_4.reference_attention(q, k, v, g, causal=True), strict=True
     ):
         assert error(found, wanted) < 1e-2
 
@@ -118,7 +120,9 @@ def test_parts_of_joined_rows_are_read_where_they_lie():
     rows = torch.randn(2, 700, 3 * HEADS * 64, device="cuda", dtype=torch.bfloat16)
     q, k, v = (t.unflatten(2, (HEADS, 64)).transpose(1, 2) for t in rows.chunk(3, 2))
     g = torch.randn(2, 700, HEADS * 64, device="cuda", dtype=torch.bfloat16).unflatten(2, (HEADS, 64)).transpose(1, 2)
-    for found, wanted in zip(with_gradients(q, k, v, g), flash_attention_4.exact(q, k, v, g), strict=True):
+    for found, wanted in zip(
+        with_gradients(q, k, v, g), flash_attention_4.reference_attention(q, k, v, g), strict=True
+    ):
         assert error(found, wanted) < 1e-2
 
 
@@ -139,7 +143,7 @@ def test_it_can_be_recorded(compiled):
     for t in (q, k, v, g):
         t.copy_(torch.randn(t.shape, device="cuda", generator=generator))
     graph.replay()
-    for a, b in zip(found, flash_attention_4.exact(q, k, v, g), strict=True):
+    for a, b in zip(found, flash_attention_4.reference_attention(q, k, v, g), strict=True):
         assert error(a, b) < 1e-2
 
 

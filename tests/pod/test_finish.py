@@ -169,9 +169,10 @@ def test_a_cost_needs_a_price():
 
 SCRIPT = """
 import sys
-from entrypoint.processes import supervise, net
+from entrypoint.fetch import http
+from entrypoint.processes import supervise
 from entrypoint.__main__ import main
-finish.USUAL = finish.Times(0.02, 0.05, 0.3, 5.0, net.RetryPolicy(budget=1.0, first_wait=0.05))
+supervise.USUAL = supervise.Times(0.02, 0.05, 0.3, 5.0, http.RetryPolicy(budget=1.0, first_wait=0.05))
 sys.exit(main([]))
 """
 

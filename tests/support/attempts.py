@@ -31,12 +31,12 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as in
 import torch
 
 from entrypoint.system.hardware import detect
-from tests.support.random_plans import Ground, NoisedBatch, drawn
+from tests.support.random_plans import Drawn, Ground, drawn
 from trainer.data.batches import micro_batch
 from trainer.engine.cuda_graphs import EagerStep
 from trainer.engine.device import limit_memory, release
 from trainer.job import build
-from trainer.job.prepare import Ready
+from trainer.job.prepare import PreparedData
 from trainer.job.session import Session
 from trainer.job.status import Status
 from trainer.job.watchdog import Watchdog
@@ -96,7 +96,7 @@ def told() -> Iterator[Told]:
         logging.getLogger("trainer").removeHandler(handler)
 
 
-def session(ready: Ready, out: Path) -> Session:
+def session(ready: PreparedData, out: Path) -> Session:
     """As `trainer.job.run` makes it."""
     plan = ready.plan
     training_state = build.build_training_state(
@@ -111,7 +111,7 @@ def capped(made: Session, room: float) -> tuple[float, float, float]:
     No cap where the host has no memory for that step.
     """
     low, its = torch.cuda.memory_allocated(), made.runner
-    made.runner = EagerStep(its.params, its.wholes, its.around)
+    made.runner = EagerStep(its.params, its.optimizer_params, its.pass_context)
     torch.cuda.reset_peak_memory_stats()
     fits = made._rehearsed([micro_batch(made.cache, batch) for batch in made.largest(made.order.epoch(0))])
     assert fits or made.plan.engine.host_gib == 0
@@ -135,7 +135,7 @@ def emptied() -> None:
         torch.cuda.empty_cache()
 
 
-def attempt(of: NoisedBatch, ground: Ground) -> Outcome:
+def attempt(of: Drawn, ground: Ground) -> Outcome:
     """Rehearse and train; whatever happens, the next plan finds the device as this one did."""
     out, started, found = ground.folder / "out", time.monotonic(), Outcome()
     out.mkdir()
@@ -157,18 +157,18 @@ def attempt(of: NoisedBatch, ground: Ground) -> Outcome:
     return found
 
 
-def _attempt(ready: Ready, out: Path, room: float, *, found: Outcome, said: Told) -> None:
+def _attempt(ready: PreparedData, out: Path, room: float, *, found: Outcome, said: Told) -> None:
     made = session(ready, out)
     if ready.plan.engine.device == "cuda":
         found.gib = capped(made, room)
-    rungs = len(made.engine.fallbacks)
+    fallbacks = len(made.engine.fallbacks)
     try:
         made.rehearse()
     except SettingsError as problem:
         assert "Fix: lower PARAMS_BATCH_SIZE" in str(problem)
         found.why = str(problem)
         return
-    found.kind, found.fallbacks, rehearsed = "ran", rungs - len(made.engine.fallbacks), len(said.lines)
+    found.kind, found.fallbacks, rehearsed = "ran", fallbacks - len(made.engine.fallbacks), len(said.lines)
     found.way = " ".join(map(str, made.engine.fallbacks[0]))
     assert said.count("Instead of") == found.fallbacks  # each is told
     recorded = made.runner.capturing and not made.runner.short_of_memory
@@ -185,7 +185,7 @@ def _attempt(ready: Ready, out: Path, room: float, *, found: Outcome, said: Told
     assert found.why or (out / "x.safetensors").is_file()
 
 
-def row(of: NoisedBatch, outcome: Outcome) -> dict[str, Any]:
+def row(of: Drawn, outcome: Outcome) -> dict[str, Any]:
     """All that is known of a plan and what became of it."""
     plan = {k.removeprefix("PARAMS_").lower(): v for k, v in of.settings.items()}
     sizes = [f"{d['resolution']}:{d['batch_size']}" for d in of.datasets]

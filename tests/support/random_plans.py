@@ -28,7 +28,7 @@ from trainer.data.encode import open_cache
 from trainer.data.records import Scan
 from trainer.data.scan import scan
 from trainer.engine.memory.checkpointing import POLICIES
-from trainer.job.prepare import Ready, _fill_cache, order_of
+from trainer.job.prepare import PreparedData, fill_cache, make_sampler
 from trainer.spec.family import base_models, family_names, get_family
 from trainer.spec.optimizers import OPTIMIZERS
 from trainer.spec.plan import Plan, Prompt
@@ -65,7 +65,7 @@ SCALES = {
 
 
 @dataclass(frozen=True)
-class NoisedBatch:
+class Drawn:
     """One plan. `room`: the cap, 0 where nothing but what is there before the first step fits, 1 where what is asked
     for just fits."""
 
@@ -78,7 +78,7 @@ class NoisedBatch:
     room: float
 
 
-def drawn(seed: int, hardware: Hardware) -> NoisedBatch:
+def drawn(seed: int, hardware: Hardware) -> Drawn:
     rng, scale = random.Random(f"plan {seed}"), SCALES[hardware.device]
     cuda = hardware.device == "cuda"
     compiled = cuda and seed % COMPILED == COMPILED // 2
@@ -119,7 +119,7 @@ def drawn(seed: int, hardware: Hardware) -> NoisedBatch:
     )  # fmt: skip
     # Too little for what is asked, just enough, or enough for recordings of several sizes.
     room = rng.uniform(*rng.choices(((-0.05, 0.95), (0.95, 1.15), (1.15, 2.5)), (70, 15, 15))[0])
-    return NoisedBatch(seed, name, settings, engine, datasets, every["SAMPLE"] > 0, round(room, 3))
+    return Drawn(seed, name, settings, engine, datasets, every["SAMPLE"] > 0, round(room, 3))
 
 
 def miniature(name: str) -> Path:
@@ -175,7 +175,7 @@ class Ground:
         """The same for all plans: each has two datasets of the same pictures."""
         return scan(self.plan(drawn(0, self.hardware)).data, workers=0)
 
-    def plan(self, of: NoisedBatch) -> Plan:
+    def plan(self, of: Drawn) -> Plan:
         subsets = [{"image_dir": str(self.images), "caption_extension": ".txt"}]
         datasets = [{**dataset, "subsets": subsets} for dataset in of.datasets]
         asked = {
@@ -210,10 +210,10 @@ class Ground:
             prompts=(prompt,) if of.samples else (),
         )
 
-    def ready(self, plan: Plan) -> Ready:
-        """What `prepare.ready` gives, of pictures that were looked at before."""
+    def ready(self, plan: Plan) -> PreparedData:
+        """What `prepare.prepare_data` gives, of pictures that were looked at before."""
         kind, model = get_family(plan.model.family), Path(plan.model.path)
         cache = open_cache(Path(plan.output.cache), model, precision=plan.engine.dtype)
-        made = Ready(plan, self.found, order_of(plan, self.found), cache, None)
-        _fill_cache(made, kind=kind, model=model, check_in=lambda: None)
+        made = PreparedData(plan, self.found, make_sampler(plan, self.found), cache, None)
+        fill_cache(made, kind=kind, model=model, check_in=lambda: None)
         return made

@@ -19,7 +19,7 @@ def loaded(tmp_path: Path, name: str, **variables: str) -> Path:
     """The folder that a job with these variables reads its weights from."""
     (tmp_path / "pictures").mkdir(exist_ok=True)
     settings = read_settings({"BASE_MODEL": f"mini-{name}", "DATASET_NAME": str(tmp_path / "pictures"), **variables})
-    manifest = read_manifest(settings.dataset_config, settings.sample_prompts)
+    manifest = read_manifest(settings.data.dataset_config, settings.output.sample_prompts)
     plan = make_plan(settings, manifest, CPU, now=datetime(2025, 1, 1, tzinfo=UTC))
     needed = patterns(get_family(name).FACTS, plan.model.parts)
     model = fetch_model(plan.model, patterns=needed, token=None)

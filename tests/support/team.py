@@ -15,7 +15,7 @@ from trainer.engine.cuda_graphs import EagerStep
 from trainer.training import distributed
 from trainer.training.loop import train
 from trainer.training.objective import FlowMatching
-from trainer.training.step_guard import Guard
+from trainer.training.step_guard import StepGuard
 from trainer.training.stop_flag import StopFlag
 
 SIZES = [(3, 1), (2, 2), (1, 3), (2,), (3, 2), (1,)]  # pictures of the micro-batches of each step
@@ -64,9 +64,9 @@ def trained(workers, case):
             every.append(micro_batch(number, count, bad=case == "bad" and i == BAD and at == 1))
         groups.append((1, every[workers.process_rank :: workers.size]))
     params = [*model.parameters()]
-    wholes = flat_parameters.joined("adamw", params) if case.startswith("joined") else params
+    wholes = flat_parameters.flatten_parameters("adamw", params) if case.startswith("joined") else params
     optimizer = torch.optim.AdamW(wholes, lr=0.02, weight_decay=0.5)
-    guard, runner = Guard(), EagerStep(params, wholes)
+    guard, runner = StepGuard(), EagerStep(params, wholes)
     steps = []
     for step in train(
         groups,

@@ -61,7 +61,7 @@ def test_a_sidecar_of_10_kb_is_read_whole(tmp_path):
 
 def test_a_sidecar_above_1_mib_is_refused(tmp_path):
     file = tmp_path / "a.txt"
-    file.write_bytes(b"x" * (captions.LONGEST + 1))
+    file.write_bytes(b"x" * (caption_files.MAX_SIDECAR_BYTES + 1))
     with pytest.raises(DataError, match=r"a\.txt is more than 1 MiB"):
         read_sidecar(file)
 

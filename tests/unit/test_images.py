@@ -299,9 +299,9 @@ def test_flipped_bytes_are_used_or_refused_but_never_raise_anything_else(draw):
 
 def test_empty_files_and_other_files_are_named():
     assert reason(b"") == decode.EMPTY
-    assert reason(b"a caption in the wrong place") == decode.NOT_A_PICTURE
-    assert reason(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n") == decode.NOT_A_PICTURE
-    assert reason(b"8BPS\0\1" + bytes(60)) == decode.NOT_A_PICTURE
+    assert reason(b"a caption in the wrong place") == decode.NOT_AN_IMAGE
+    assert reason(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n") == decode.NOT_AN_IMAGE
+    assert reason(b"8BPS\0\1" + bytes(60)) == decode.NOT_AN_IMAGE
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -143,7 +143,7 @@ VARIED = {
 @pytest.mark.parametrize("keys", [{}, {"flip_aug": True}, {"random_crop": True}, {"caption_dropout_rate": 0.5}, VARIED])
 def test_the_cache_knows_everything_that_epochs_use_and_nothing_else(keys):
     made = order(plan(subset(num_repeats=4, **keys), validation_split=0.2))
-    views, texts = list(made.every_view()), made.every_caption()
+    views, texts = list(made.all_image_variants()), made.all_captions()
     used = examples(b for n in range(40) for b in made.epoch(n)) + examples(made.validation())
     assert {(e.image, e.view) for e in used} == set(views) and len(views) == len(set(views))
     assert {e.caption for e in used} == set(texts) and len(texts) == len(set(texts))
@@ -151,8 +151,8 @@ def test_the_cache_knows_everything_that_epochs_use_and_nothing_else(keys):
 
 def test_nothing_varies_unless_asked_for():
     made = order(plan())
-    assert len(list(made.every_view())) == 10 and made.every_caption() == ["a, b, c"]
-    for _, view in made.every_view():
+    assert len(list(made.all_image_variants())) == 10 and made.all_captions() == ["a, b, c"]
+    for _, view in made.all_image_variants():
         assert not view.flip and view.colour is None
         assert view.offset == tuple((s - b) // 2 for s, b in zip(view.scaled, view.size, strict=True))
 
@@ -166,43 +166,45 @@ def test_a_subset_knows_how_much_each_thing_that_varies_takes(key):
     """Preflight reckons with these numbers."""
     kept = subset(**{key: VARYING[key]})
     made = order(plan(kept))
-    per_picture = Counter(p.name for p, _ in made.every_view())
+    per_picture = Counter(p.name for p, _ in made.all_image_variants())
     assert (kept.image_variants > 1, kept.caption_variants > 1) == (
         max(per_picture.values()) > 1,
         "caption" in key or "wild" in key,
     )
-    assert max(per_picture.values()) <= kept.image_variants and len(
-        made.every_caption()
-    ) <= kept.caption_variants * len(per_picture)
+    assert max(per_picture.values()) <= kept.image_variants and len(made.all_captions()) <= kept.caption_variants * len(
+        per_picture
+    )
 
 
 def test_the_pools_are_bounded():
     made = order(plan(subset(**VARIED)))
-    per_picture = Counter(p.name for p, _ in made.every_view())
+    per_picture = Counter(p.name for p, _ in made.all_image_variants())
     assert max(per_picture.values()) <= VARIANTS
-    assert all({v.flip for p, v in made.every_view() if p.name == name} == {False, True} for name in per_picture)
+    assert all(
+        {v.flip for p, v in made.all_image_variants() if p.name == name} == {False, True} for name in per_picture
+    )
 
 
 def test_a_flip_alone_is_two_views_each_used_about_half_the_time():
     made = order(plan(subset(flip_aug=True, num_repeats=100)))
-    assert len(list(made.every_view())) == 20
+    assert len(list(made.all_image_variants())) == 20
     flipped = sum(e.view.flip for e in examples(made.epoch(0)))
     assert 400 < flipped < 600
 
 
 def test_random_crops_stay_inside():
     made = order(plan(subset(random_crop=True)))
-    for _, view in made.every_view():
+    for _, view in made.all_image_variants():
         for offset, scaled, size in zip(view.offset, view.scaled, view.size, strict=True):
             assert 0 <= offset <= scaled - size
-    assert len({v.offset for p, v in made.every_view() if p.name == "000.png"}) > 1
+    assert len({v.offset for p, v in made.all_image_variants() if p.name == "000.png"}) > 1
 
 
 def test_captions_are_dropped_as_often_as_asked():
     made = order(plan(subset(num_repeats=300)), caption_dropout_rate=0.25)
     dropped = sum(e.caption == "" for e in examples(made.epoch(0)))
     assert abs(dropped / 3000 - 0.25) < 0.03
-    assert set(made.every_caption()) == {"a, b, c", ""}
+    assert set(made.all_captions()) == {"a, b, c", ""}
 
 
 def test_every_second_epoch_without_captions():

@@ -132,12 +132,12 @@ def test_every_bad_picture_is_skipped_with_its_reason(make_folder, draw):
     told = reasons(found)
     assert {k: v for k, v in told.items() if not k.startswith("cut")} == {
         "empty.png": decode.EMPTY,
-        "text.png": decode.NOT_A_PICTURE,
+        "text.png": decode.NOT_AN_IMAGE,
         "raw.dng": "format .dng is not read: save it as PNG or JPEG",
         "moving.gif": decode.ANIMATED,
     }
     assert all(told[f"cut{n}.jpg"].startswith("damaged or cut short") for n in (10, 50, 90))
-    assert len(found.images) == 41 and found.found == 48
+    assert len(found.images) == 41 and found.num_found == 48
     assert {f: f.read_bytes() for f in folder.iterdir()} == before
     assert f"  skipped empty.png: {decode.EMPTY}" in found.report()
 
@@ -249,7 +249,9 @@ def test_alpha_as_mask(make_folder):
     found = surveyed(folder, alpha_mask=True)
     opaque, clear = found.images
     assert (opaque.has_alpha, clear.has_alpha, clear.mask_sha256) == (False, True, "alpha")
-    view = next(v for p, v in EpochSampler(found.images, plan(subset(folder)), seed=0).every_view() if p is clear)
+    view = next(
+        v for p, v in EpochSampler(found.images, plan(subset(folder)), seed=0).all_image_variants() if p is clear
+    )
     mask = render_mask(clear, view)
     assert mask.shape == (64, 64) and mask[:, :20].max() == 0 and mask[:, 44:].min() == 255
     assert render_mask(opaque, view) is None
@@ -267,7 +269,7 @@ def test_masks_of_the_same_stem_are_cut_and_flipped_like_the_picture(make_folder
     found = surveyed(folder, conditioning_data_dir="masks", flip_aug=True)
     assert [p.name for p in found.images] == ["00.png", "01.png"]
     assert reasons(found) == {"02.png": module.NO_MASK}
-    for image, view in EpochSampler(found.images, plan(subset(folder, flip_aug=True)), seed=0).every_view():
+    for image, view in EpochSampler(found.images, plan(subset(folder, flip_aug=True)), seed=0).all_image_variants():
         mask = render_mask(image, view)
         kept = mask[:, 44:] if view.flip else mask[:, :20]
         gone = mask[:, :20] if view.flip else mask[:, 44:]
@@ -297,7 +299,7 @@ def test_rendering_is_the_view_and_nothing_else(make_folder):
     folder = make_folder("a", 3)
     keys = {"flip_aug": True, "random_crop": True, "color_aug": True}
     found = surveyed(folder, **keys)
-    for image, view in EpochSampler(found.images, plan(subset(folder, **keys)), seed=0).every_view():
+    for image, view in EpochSampler(found.images, plan(subset(folder, **keys)), seed=0).all_image_variants():
         pixels = render(image.file, view, sha256=image.sha256)
         assert pixels.dtype == np.uint8 and pixels.shape == (64, 64, 3)
         assert (render(image.file, view) == pixels).all()
@@ -308,7 +310,7 @@ def test_rendering_is_the_view_and_nothing_else(make_folder):
 def test_a_picture_changed_since_the_scan_is_noticed(make_folder):
     folder = make_folder("a", 2)
     found = surveyed(folder)
-    image, view = next(EpochSampler(found.images, plan(subset(folder)), seed=0).every_view())
+    image, view = next(EpochSampler(found.images, plan(subset(folder)), seed=0).all_image_variants())
     shutil.copy(folder / "01.png", folder / "00.png")
     with pytest.raises(UnusableImageError, match="changed while the job ran"):
         render(image.file, view, sha256=image.sha256)
@@ -378,7 +380,7 @@ def test_real_photographs(photographs):
     assert all(p.caption.startswith("a photo of sks") for p in found.images)
     made = EpochSampler(found.images, data, seed=0)
     assert len(made.buckets) >= 4  # `can` comes in five aspect ratios
-    for image, view in made.every_view():
+    for image, view in made.all_image_variants():
         pixels = render(image.file, view, sha256=image.sha256)
         assert pixels.shape == (view.size[1], view.size[0], 3)
         assert 5 < pixels.std() < 120
@@ -397,7 +399,7 @@ import json, multiprocessing, sys, time
 from pathlib import Path
 from trainer.data.scan import _examine_all
 if __name__ == "__main__":
-    found = _examine_all([Path(sys.argv[1])] * 64, workers=2, progress=None)
+    found = _examine_all([Path(sys.argv[1])] * 64, cpu_workers=2, progress=None)
     next(found)
     print(json.dumps([child.pid for child in multiprocessing.active_children()]), flush=True)
     time.sleep(600)

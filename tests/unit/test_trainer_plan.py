@@ -28,7 +28,7 @@ from trainer.spec.plan import (
     Subset,
     TrainPlan,
 )
-from trainer.spec.resume_rules import differences, goes_on
+from trainer.spec.resume_rules import differences, resumes_state
 
 
 def anything(kind: Any) -> st.SearchStrategy[Any]:
@@ -105,6 +105,22 @@ def test_the_key_in_an_address_is_no_part_of_the_essence(plan):
     assert "?key" not in str(at("https://host/p.zip?key=1"))
 
 
+@given(PLANS)
+@SLOW
+def test_map_sources_changes_the_sources_and_nothing_else(plan):
+    def moved(source, dataset):
+        return dataclasses.replace(source, path=f"{source.path}/{dataset.batch_size}")
+
+    def moved_back(source, dataset):
+        return dataclasses.replace(source, path=source.path.removesuffix(f"/{dataset.batch_size}"))
+
+    changed = plan.map_sources(moved)
+    for before, after in zip(plan.data.datasets, changed.data.datasets, strict=True):
+        for old, new in zip(before.subsets, after.subsets, strict=True):
+            assert new.source.path == f"{old.source.path}/{before.batch_size}"
+    assert changed.map_sources(moved_back) == plan
+
+
 def spread(gpus, each):
     engine, train = EnginePlan(num_gpus=gpus), TrainPlan(gradient_accumulation=each)
     model, output = ModelPlan("a", "a", "a"), OutputPlan("out", "x", "cache")
@@ -113,26 +129,26 @@ def spread(gpus, each):
 
 @pytest.mark.parametrize(("then", "now"), [((2, 1), (1, 2)), ((4, 1), (2, 2)), ((1, 6), (3, 2)), ((2, 3), (2, 3))])
 def test_another_number_of_gpus_goes_on_where_a_step_has_as_many_batches(then, now):
-    assert goes_on(spread(*now), spread(*then).essence(), step=1, own=True)
+    assert resumes_state(spread(*now), spread(*then).essence(), step=1, own=True)
 
 
 def test_a_run_of_before_there_were_several_gpus_goes_on():
     begun = spread(1, 1).essence()
     del begun["engine.num_gpus"]
-    assert goes_on(spread(1, 1), begun, step=1, own=True)
+    assert resumes_state(spread(1, 1), begun, step=1, own=True)
 
 
 def test_a_run_of_before_attention_was_neutral_goes_on():
     made, begun = spread(1, 1), {**spread(1, 1).essence(), "engine.attention": "native"}
     other = dataclasses.replace(made, engine=dataclasses.replace(made.engine, attention="flash_4"))
-    assert goes_on(made, begun, step=1, own=True) and goes_on(other, begun, step=1, own=False)
+    assert resumes_state(made, begun, step=1, own=True) and resumes_state(other, begun, step=1, own=False)
 
 
 def test_another_number_of_gpus_is_refused_by_name_where_a_step_would_have_other_batches():
     with pytest.raises(SettingsError, match=r"engine\.num_gpus: 2 → 4"):
-        goes_on(spread(4, 1), spread(2, 1).essence(), step=1, own=True)
+        resumes_state(spread(4, 1), spread(2, 1).essence(), step=1, own=True)
     with pytest.raises(SettingsError, match=r"engine\.num_gpus: 2 → 1\n  train\.gradient_accumulation: 1 → 3"):
-        goes_on(spread(1, 3), spread(2, 1).essence(), step=1, own=False)
+        resumes_state(spread(1, 3), spread(2, 1).essence(), step=1, own=False)
 
 
 def test_a_field_that_is_not_there_is_absent():

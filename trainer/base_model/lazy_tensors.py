@@ -21,7 +21,7 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = (".scale_weight", ".weight_scale")  # of a layer in files with scaled fp8
 MARKS = (*SCALES, ".scale_input", ".input_scale", ".comfy_quant")
 WEIGHTS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32)
-NAMES = {dtype: safetensors_writer.DTYPES[dtype] for dtype in WEIGHTS}  # of dtypes, in a header
+DTYPE_NAMES = {dtype: safetensors_writer.DTYPES[dtype] for dtype in WEIGHTS}  # of dtypes, in a header
 
 
 class LazyTensor(torch.Tensor):
@@ -64,7 +64,7 @@ def _piece(read: Callable[[], Any], i: int) -> torch.Tensor:
     return piece
 
 
-def of_file(path: Path, prefix: str) -> dict[str, torch.Tensor]:
+def load_file(path: Path, prefix: str) -> dict[str, torch.Tensor]:
     """Stand-ins for the tensors of a safetensors file whose names begin with `prefix`, which is removed.
 
     fp8 weights become bf16, times their scale where the file has one. Raises ValueError for what cannot be read so.
@@ -99,18 +99,18 @@ def _of_tensor(path: Path, file: Any, name: str, *, scale: str | None) -> LazyTe
     return LazyTensor(stored.to(torch.bfloat16) if is_fp8 else stored, read)
 
 
-def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def write_file(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write a safetensors file, one tensor after the other. Raises ValueError for a dtype that no weight has."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     place = 0
     for name, tensor in tensors.items():
-        if tensor.dtype not in NAMES:
+        if tensor.dtype not in DTYPE_NAMES:
             raise ValueError(f"{name} is {tensor.dtype}, which is not a format of weights")
         end = place + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, end]}
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, end]}
         place = end
     with path.open("wb") as file:
-        file.write(safetensors_writer.header(header))
+        file.write(safetensors_writer.encode_header(header))
         for tensor in tensors.values():
             _append(file, tensor)
 

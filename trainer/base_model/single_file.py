@@ -23,7 +23,7 @@ from trainer.storage.locks import locked
 log = logging.getLogger(__name__)
 VERSION = 1  # of the conversion: another one makes the files anew
 FILES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
-HALF = ".fp16"
+FP16_VARIANT = ".fp16"
 State = dict[str, torch.Tensor]
 
 
@@ -75,7 +75,7 @@ def _schedule(config: Path, denoiser: str) -> None:
 def _halves(folder: Path) -> bool:
     """Whether the only weights in `folder` are copies in 16 bits (model.fp16.safetensors)."""
     names = [p.name for p in folder.glob("*.safetensors")] if folder.is_dir() else []
-    return bool(names) and all(HALF in name for name in names)
+    return bool(names) and all(FP16_VARIANT in name for name in names)
 
 
 def _link(place: Path, target: Path) -> None:
@@ -87,11 +87,11 @@ def _link(place: Path, target: Path) -> None:
     for file in [place] if place.is_file() else [p for p in place.rglob("*") if p.is_file()]:
         link = target / file.relative_to(place) if place.is_dir() else target
         if halves:
-            link = link.with_name(link.name.replace(HALF, ""))
+            link = link.with_name(link.name.replace(FP16_VARIANT, ""))
         if link.exists():  # as another run has left it, or is using it
             continue
         if halves and link.name.endswith(".index.json"):  # it names the shards
-            atomic.write_text(link, file.read_text(encoding="utf-8").replace(HALF, ""))
+            atomic.write_text(link, file.read_text(encoding="utf-8").replace(FP16_VARIANT, ""))
             continue
         link.parent.mkdir(parents=True, exist_ok=True)
         link.unlink(missing_ok=True)  # it has lost its end
@@ -114,10 +114,10 @@ def _part(part: str, path: str, model: ModelPlan, *, cache: Path) -> Path | None
         return folder
     started = time.monotonic()
     try:
-        shape = _shape(library, name, config.parent)
+        shape = empty_model(library, name, config.parent)
         state = _fitted(_converted(part, Path(path), kind, config=_plain(config)), shape, part=part)
         with atomic.replacing(folder / FILES[library]) as temporary:
-            lazy_tensors.write(temporary, state)
+            lazy_tensors.write_file(temporary, state)
     except ValueError as problem:
         raise SettingsError(
             f"{path} cannot be the {part} of BASE_MODEL={model.base}: {problem}. Name the base model that the file was "
@@ -132,7 +132,7 @@ def _plain(config: Path) -> dict[str, Any]:
     return dict(json.loads(config.read_text(encoding="utf-8")))
 
 
-def _shape(library: str, name: str, folder: Path) -> torch.nn.Module:
+def empty_model(library: str, name: str, folder: Path) -> torch.nn.Module:
     """The part's model on the device "meta": names and shapes without weights."""
     if library not in FILES:
         raise ValueError(f"model_index.json names {library}, which is neither of {', '.join(FILES)}")
@@ -148,8 +148,8 @@ def _shape(library: str, name: str, folder: Path) -> torch.nn.Module:
 def _converted(part: str, path: Path, kind: Family, *, config: dict[str, Any]) -> State:
     """The tensors of `part`, as stand-ins, under diffusers' and transformers' names."""
     # A file with several parts has prefixes; that of one part alone often has none.
-    found = [state for prefix in PREFIXES[part] if (state := lazy_tensors.of_file(path, prefix))]
-    state = found[0] if found else lazy_tensors.of_file(path, "")
+    found = [state for prefix in PREFIXES[part] if (state := lazy_tensors.load_file(path, prefix))]
+    state = found[0] if found else lazy_tensors.load_file(path, "")
     if part == "denoiser" and kind.FACTS.landmarks[0] in state:
         return _tried(lambda: kind.from_original(state, config))
     if part == "vae" and "decoder.conv_norm_out.weight" not in state:

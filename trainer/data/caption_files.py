@@ -10,11 +10,12 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from trainer.data.captions import LONGEST, Caption, clean
+from trainer.data.captions import Caption, clean
 from trainer.spec.errors import DataError
 from trainer.spec.plan import Subset
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.json")  # found by themselves, in any folder
+MAX_SIDECAR_BYTES = 1 << 20  # a caption is never that long: 1 MiB is some 200,000 words
 NAME_KEYS = ("file_name", "image_path")
 CAPTION_KEYS = ("caption", "text")
 
@@ -44,10 +45,10 @@ def read_sidecar(path: Path) -> Caption:
     """Raises DataError for a file too long to be a caption, or one that cannot be read."""
     try:
         with path.open("rb") as file:
-            data = file.read(LONGEST + 1)
+            data = file.read(MAX_SIDECAR_BYTES + 1)
     except OSError as problem:
         raise DataError(f"The caption {path} cannot be read: {problem.strerror}.") from problem
-    if len(data) > LONGEST:
+    if len(data) > MAX_SIDECAR_BYTES:
         raise DataError(f"{path} is more than 1 MiB: not a caption. Remove it, or set caption_extension.")
     text, legacy = decode(data)
     return Caption(clean(text), "sidecar", legacy)

@@ -13,9 +13,6 @@ from dataclasses import dataclass
 
 from trainer.spec.plan import Subset
 
-LONGEST = 1 << 20  # bytes of a sidecar file; a caption is never that long
-
-
 # Unicode noncharacters, which no text holds, stand for the escaped {{ and }}.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 

@@ -54,7 +54,7 @@ INTERPOLATIONS = {
     "box": Image.Resampling.BOX,
     "area": Image.Resampling.BOX,  # enlarging; area shrinks by `_shrink_by_area`
 }
-NOT_A_PICTURE = "not a picture in a known format (JPEG, PNG, WebP, BMP, TIFF, GIF, AVIF)"
+NOT_AN_IMAGE = "not a picture in a known format (JPEG, PNG, WebP, BMP, TIFF, GIF, AVIF)"
 EMPTY = "the file is empty (0 bytes)"
 TOO_LARGE = f"more than {MAX_PIXELS // 1_000_000} million pixels (a decompression bomb?): make it smaller"
 ANIMATED = "animated, or several pages: save the one picture that is meant"
@@ -181,7 +181,7 @@ def _load(data: bytes, *, fast: bool = False) -> tuple[Image.Image, int, tuple[i
     except DAMAGED as problem:
         if isinstance(problem, Image.UnidentifiedImageError):
             known = any(Image.OPEN[f][1](data[:16]) for f in formats)  # type: ignore[misc]
-            raise UnusableImageError("damaged or cut short: its header" if known else NOT_A_PICTURE) from problem
+            raise UnusableImageError("damaged or cut short: its header" if known else NOT_AN_IMAGE) from problem
         raise UnusableImageError(f"damaged or cut short: {problem}") from problem
 
 

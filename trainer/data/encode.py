@@ -13,10 +13,10 @@ from trainer.data import cache as caching
 from trainer.data.cache import Cache
 from trainer.data.epochs import EpochSampler
 from trainer.engine.device import release
-from trainer.engine.encoders import text_encoders
+from trainer.engine.encoders import load_text_encoders
 from trainer.spec.errors import DataError
 from trainer.spec.family import Family
-from trainer.spec.memory_model import AT_ONCE
+from trainer.spec.memory_model import ENCODE_BATCH_MEGAPIXELS
 from trainer.spec.plan import EnginePlan
 from trainer.storage import digests
 
@@ -50,7 +50,7 @@ def fill_texts(
         log.info("All %d captions are in the cache.", len(set(captions)))
         return
     started = time.monotonic()
-    encoders = text_encoders(family, model, engine)
+    encoders = load_text_encoders(family, model, engine)
     count = caching.encode_texts(
         cache, captions, encode=partial(family.encode_text, encoders), batch=CAPTIONS, check_in=check_in
     )
@@ -69,7 +69,7 @@ def fill_images(
     check_in: Callable[[], None],
 ) -> None:
     """Encode the views of pictures that the cache lacks. Raises DataError for one that does not decode after all."""
-    views = list(order.every_view())
+    views = list(order.all_image_variants())
     if not caching.any_missing(cache.image_path(p, v) for p, v in views):
         log.info("All %d latents are in the cache.", len(views))
         return
@@ -80,7 +80,7 @@ def fill_images(
         views,
         encode=partial(family.encode_images, vae),
         cpu_workers=cpu_workers(),
-        at_once=0.0 if engine.tile_vae else AT_ONCE,
+        at_once=0.0 if engine.tile_vae else ENCODE_BATCH_MEGAPIXELS,
         check_in=check_in,
     )
     del vae

@@ -118,7 +118,7 @@ class EpochSampler:
             groups[image.dataset, view.size].append(Example(image, view, words))
         return [b for (d, _), some in groups.items() for b in _batches(some, self._data.datasets[d].batch_size)]
 
-    def every_view(self) -> Iterator[tuple[ImageRecord, View]]:
+    def all_image_variants(self) -> Iterator[tuple[ImageRecord, View]]:
         """Each picture with each view that `epoch` and `validation` may use, once; those of one size together."""
         for pool in sorted(self._pools, key=lambda pool: (pool.image.dataset, pool.views[0].size)):
             for view in dict.fromkeys(pool.views):
@@ -127,7 +127,7 @@ class EpochSampler:
             for example in batch:
                 yield example.image, example.view
 
-    def every_caption(self) -> list[str]:
+    def all_captions(self) -> list[str]:
         """Each text that `epoch` and `validation` may use, once."""
         found = dict.fromkeys(text for pool in self._pools for text in pool.captions)
         found |= dict.fromkeys(example.caption for batch in self.validation() for example in batch)

@@ -68,12 +68,12 @@ class Scan:
     notes: tuple[str, ...]  # what the user should know, one line each
 
     @property
-    def found(self) -> int:
+    def num_found(self) -> int:
         return len(self.images) + len(self.skipped)
 
     def report(self, *, limit: int | None = 20) -> str:
         """In / used / skipped with reasons, at most `limit` skipped ones by name, and the notes."""
-        lines = [f"Pictures: {self.found} found, {len(self.images)} used, {len(self.skipped)} skipped."]
+        lines = [f"Pictures: {self.num_found} found, {len(self.images)} used, {len(self.skipped)} skipped."]
         lines += [f"  skipped {s.name}: {s.reason}" for s in self.skipped[:limit]]
         if limit is not None and len(self.skipped) > limit:
             reasons = Counter(s.reason for s in self.skipped[limit:])
@@ -86,6 +86,8 @@ class Scan:
         if not self.images:
             raise DataError(f"No usable picture in the dataset.\n{self.report()}")
         if bad and strict:
-            raise DataError(f"STRICT_DATASET is true and {bad} of {self.found} pictures are unusable.\n{self.report()}")
-        if bad > MAX_UNUSABLE * self.found:
-            raise DataError(f"{bad} of {self.found} pictures are unusable, more than 10 %.\n{self.report()}")
+            raise DataError(
+                f"STRICT_DATASET is true and {bad} of {self.num_found} pictures are unusable.\n{self.report()}"
+            )
+        if bad > MAX_UNUSABLE * self.num_found:
+            raise DataError(f"{bad} of {self.num_found} pictures are unusable, more than 10 %.\n{self.report()}")

@@ -18,17 +18,17 @@ Blocks = Sequence[tuple[str, torch.nn.Module]]
 Fused = dict[str, tuple[str, ...]]  # the fused projection's name → those of its parts, in the order of their rows
 
 
-def targeted(name: str, targets: Sequence[str]) -> bool:
+def is_target(name: str, targets: Sequence[str]) -> bool:
     """Whether the module name `name` ends with one of `targets`, whole parts of a dotted name only."""
     return any(f".{name}".endswith(f".{t}") for t in targets)
 
 
-def adapted(targets: Sequence[str], fused: Fused) -> list[str]:
-    """What the names of layers that get an adapter end with: `targets`, and those that `fuse` makes of them."""
-    return [*targets, *(whole for whole, parts in fused.items() if all(targeted(part, targets) for part in parts))]
+def adapter_suffixes(targets: Sequence[str], fused: Fused) -> list[str]:
+    """Suffixes of the layers that get adapters: `targets`, and fused projections of which all parts are targets."""
+    return [*targets, *(whole for whole, parts in fused.items() if all(is_target(part, targets) for part in parts))]
 
 
-def fuse(blocks: Blocks, *, fused: Fused, targets: Sequence[str]) -> None:
+def fuse_projections(blocks: Blocks, *, fused: Fused, targets: Sequence[str]) -> None:
     """Replace projections that read the same input by one, in place, wherever all parts are among `targets`."""
     for _, block in blocks:
         for whole, parts in fused.items():
@@ -36,7 +36,7 @@ def fuse(blocks: Blocks, *, fused: Fused, targets: Sequence[str]) -> None:
             parent = block.get_submodule(parent_name)
             names = [part.rpartition(".")[2] for part in parts]
             linears = [getattr(parent, n, None) for n in names]
-            if all(linears) and all(targeted(part, targets) for part in parts):
+            if all(linears) and all(is_target(part, targets) for part in parts):
                 setattr(parent, leaf, _stacked(linears))
                 for n in names:
                     delattr(parent, n)
@@ -68,15 +68,15 @@ def add_adapters(
 
     `kind`: lora; rslora (arXiv:2312.03732), which counts alpha / √rank; dora (arXiv:2402.09353).
 
-    Layers that `fuse` has joined get one adapter for all. The start is peft's: A random from `seed`, B zero.
+    Fused projections get one adapter. Initialised as peft does: A random from `seed`, B zero.
     Raises SettingsError if no layer matches.
     """
-    ends = adapted(targets, fused)
+    ends = adapter_suffixes(targets, fused)
     names = [
         f"{prefix}.{name}"
         for prefix, block in blocks
         for name, layer in block.named_modules()
-        if isinstance(layer, torch.nn.Linear | FrozenLinear) and targeted(name, ends)
+        if isinstance(layer, torch.nn.Linear | FrozenLinear) and is_target(name, ends)
     ]
     if not names:
         raise SettingsError(f"PARAMS_TARGET_MODULES {','.join(targets)} matches no linear layer of the model.")

@@ -17,7 +17,7 @@ import torch
 log = logging.getLogger(__name__)
 Tensors = dict[str, torch.Tensor]
 Key = tuple[object, ...]  # names, sizes and types of inputs
-Around = Callable[[], contextlib.AbstractContextManager[None]]
+PassContext = Callable[[], contextlib.AbstractContextManager[None]]
 Work = Callable[[Tensors], tuple[torch.Tensor, torch.Tensor]]  # inputs → what is told of it, and a loss
 
 
@@ -41,7 +41,7 @@ class EagerStep:
 
     params: Sequence[torch.nn.Parameter]
     optimizer_params: Sequence[torch.nn.Parameter] = ()
-    around: Around = contextlib.nullcontext
+    pass_context: PassContext = contextlib.nullcontext
     capturing: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -57,7 +57,7 @@ class EagerStep:
         return [part.view_as(p) for part, p in zip(parts, params, strict=True)]
 
     def __call__(self, work: Work, inputs: Tensors) -> torch.Tensor:
-        with self.around():
+        with self.pass_context():
             per_image_loss, loss = work(inputs)
             loss.backward()
         return per_image_loss.detach()
@@ -136,7 +136,7 @@ class GraphStep(EagerStep):
 
     def _step(self, work: Work, inputs: Tensors) -> torch.Tensor:
         """The same as without a recording, in fewer pieces of work for the device."""
-        with self.around():
+        with self.pass_context():
             per_image_loss, loss = work(inputs)
             found = torch.autograd.grad(loss, self.params, allow_unused=True)
         pairs = [(whole, part) for whole, part in zip(self.grads, found, strict=True) if part is not None]

@@ -16,11 +16,11 @@ def limit_memory(device: str, gib: float | None) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / whole))
 
 
-def reserve(device: str, *, launched: bool) -> int:
+def rehearsal_reserve(device: str, *, eager: bool) -> int:
     """Bytes that a rehearsal does without, for later steps may find theirs in smaller pieces (docs/lab-notes.md)."""
     if device != "cuda":
         return 0
-    if not launched:
+    if not eager:
         return 2**26
     share = torch.cuda.get_per_process_memory_fraction()
     return max(2**26, int(share * torch.cuda.get_device_properties(0).total_memory / 64))

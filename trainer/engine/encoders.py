@@ -13,7 +13,7 @@ from trainer.spec.plan import EnginePlan
 TILE = 512  # pixels of a side
 
 
-def text_encoders(family: Family, model: Path, engine: EnginePlan) -> Any:
+def load_text_encoders(family: Family, model: Path, engine: EnginePlan) -> Any:
     """Tokenizers and text encoders for `encode_text`; their layers are streamed where the plan says so."""
     where = "cpu" if engine.stream_encoders else engine.device
     encoders = family.load_encoders(model, device=where, dtype=torch_dtype(engine))
@@ -23,7 +23,7 @@ def text_encoders(family: Family, model: Path, engine: EnginePlan) -> Any:
     return encoders
 
 
-def decoder(family: Family, model: Path, engine: EnginePlan) -> Any:
+def load_vae(family: Family, model: Path, engine: EnginePlan) -> Any:
     """The VAE for drawing; it decodes piece by piece where the plan says so."""
     vae = family.load_vae(model, device=engine.device)
     if engine.tile_vae:

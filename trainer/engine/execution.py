@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from trainer.engine.attention import cudnn_fix, flash_attention_4
-from trainer.engine.cuda_graphs import Around
+from trainer.engine.cuda_graphs import PassContext
 from trainer.engine.device import torch_dtype
 from trainer.engine.memory import checkpointing
-from trainer.engine.memory.activation_offload import Offload
-from trainer.engine.memory.weight_streaming import Stream
+from trainer.engine.memory.activation_offload import ActivationOffload
+from trainer.engine.memory.weight_streaming import WeightStreamer
 from trainer.engine.quantization.frozen_linear import FrozenLinear
 from trainer.spec.errors import SettingsError
 from trainer.spec.plan import EnginePlan
@@ -31,14 +31,14 @@ class Engine:
         denoiser: torch.nn.Module,
         regions: Sequence[torch.nn.Module],
         plan: EnginePlan,
-        stream: Stream | None = None,
+        stream: WeightStreamer | None = None,
     ) -> None:
-        cudnn_fix.mend()
-        flash_attention_4.use(
-            plan.attention == "flash_4" and flash_attention_4.suits(denoiser, torch_dtype(plan), plan.device)
+        cudnn_fix.apply_fix()
+        flash_attention_4.set_enabled(
+            plan.attention == "flash_4" and flash_attention_4.supports_model(denoiser, torch_dtype(plan), plan.device)
         )
         self.denoiser, self.regions, self.stream, self.device = denoiser, list(regions), stream, plan.device
-        self.offload: Offload | None = None
+        self.offload: ActivationOffload | None = None
         self.compiled, self.host_gib = plan.compile, plan.host_gib
         self.fallbacks = fallbacks(plan.recompute, plan.kept_blocks, plan.offload, compiled=plan.compile)
         frozen = sum(t.nbytes for r in regions for t in (*r.parameters(), *r.buffers()) if not t.requires_grad)
@@ -72,7 +72,7 @@ class Engine:
         for layer in layers:
             layer.drop_adapter_columns()
         if self.offload:
-            self.offload.know()
+            self.offload.find_weights()
         log.info("Adapters are no part of products any more, which takes less memory and 5 to 10 % more time.")
         return True
 
@@ -83,19 +83,19 @@ class Engine:
         checkpointing.apply(self.regions, policies, compiled=self.compiled)
         self.offload = None  # with what it holds
         if offload == "weights" and self.stream is None:
-            self.stream = Stream(self.device)
+            self.stream = WeightStreamer(self.device)
             for region in self.regions:
-                self.stream.take(region)
-            self.stream.settle()
+                self.stream.add_region(region)
+            self.stream.allocate_slots()
         if self.stream:
-            self.stream.wrap()
+            self.stream.attach()
         if offload != "none":
             taken = sum(map(len, self.stream.buffers)) / 2**30 if self.stream else 0.0
             limit = None if self.host_gib is None else self.host_gib - taken
-            self.offload = Offload(self.denoiser, stream=self.stream, limit_gib=limit)
+            self.offload = ActivationOffload(self.denoiser, stream=self.stream, limit_gib=limit)
 
     @property
-    def graphs(self) -> int | None:
+    def compiled_graph_count(self) -> int | None:
         """How many graphs were compiled so far, of all kinds of regions and sizes; None: nothing is compiled."""
         return int(torch._dynamo.utils.counters["stats"]["unique_graphs"]) if self.compiled else None
 
@@ -108,7 +108,7 @@ class Engine:
         """Whether the next way down sends more to the host, and is that much slower; or there is none."""
         return len(self.fallbacks) == 1 or self.fallbacks[1][2] != self.fallbacks[0][2]
 
-    def lower(self, problem: str) -> None:
+    def step_down(self, problem: str) -> None:
         """The next way, with less memory. Raises SettingsError where there is none."""
         if len(self.fallbacks) == 1:
             raise SettingsError(f"{problem} Fix: lower PARAMS_BATCH_SIZE or PARAMS_RESOLUTION, or give it more memory.")
@@ -118,11 +118,11 @@ class Engine:
         try:
             self._apply()
         except torch.OutOfMemoryError:
-            self.lower(problem)
+            self.step_down(problem)
 
     @contextlib.contextmanager
-    def passing(self, inside: Around = contextlib.nullcontext) -> Iterator[None]:
-        """Around a forward pass and its backward pass: at the end, nothing is on its way to the host or back."""
+    def forward_backward(self, inside: PassContext = contextlib.nullcontext) -> Iterator[None]:
+        """PassContext a forward pass and its backward pass: at the end, nothing is on its way to the host or back."""
         try:
             with inside():
                 yield
@@ -130,13 +130,13 @@ class Engine:
             if self.offload:
                 self.offload.join()
 
-    def saving(self) -> contextlib.AbstractContextManager[None]:
-        """Around a forward pass: where the tensors go that the backward pass needs."""
+    def saved_tensors(self) -> contextlib.AbstractContextManager[None]:
+        """PassContext a forward pass: where the tensors go that the backward pass needs."""
         return self.offload if self.offload and torch.is_grad_enabled() else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def drawing() -> Iterator[None]:
+def without_new_compilation() -> Iterator[None]:
     """Inside, nothing new is compiled: samples have shapes of their own, and few steps."""
     with torch.compiler.set_stance("eager_on_recompile"):
         yield

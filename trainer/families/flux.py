@@ -196,9 +196,9 @@ def regions(denoiser: FluxTransformer2DModel) -> list[torch.nn.Module]:
 def fused_forwards() -> dict[type, type]:
     from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 
-    from trainer.families.fused_blocks.flux import Double, Single
+    from trainer.families.fused_blocks.flux import FusedDoubleBlock, FusedSingleBlock
 
-    return {FluxTransformerBlock: Double, FluxSingleTransformerBlock: Single}
+    return {FluxTransformerBlock: FusedDoubleBlock, FluxSingleTransformerBlock: FusedSingleBlock}
 
 
 def predict(

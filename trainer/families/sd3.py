@@ -221,9 +221,9 @@ def regions(denoiser: SD3Transformer2DModel) -> list[torch.nn.Module]:
 def fused_forwards() -> dict[type, type]:
     from diffusers.models.attention import JointTransformerBlock
 
-    from trainer.families.fused_blocks.sd3 import Joint
+    from trainer.families.fused_blocks.sd3 import FusedJointBlock
 
-    return {JointTransformerBlock: Joint}
+    return {JointTransformerBlock: FusedJointBlock}
 
 
 def predict(

@@ -167,9 +167,9 @@ def regions(denoiser: UNet2DConditionModel) -> list[torch.nn.Module]:
 def fused_forwards() -> dict[type, type]:
     from diffusers.models.attention import BasicTransformerBlock
 
-    from trainer.families.fused_blocks.sdxl import Basic
+    from trainer.families.fused_blocks.sdxl import FusedBasicBlock
 
-    return {BasicTransformerBlock: Basic}
+    return {BasicTransformerBlock: FusedBasicBlock}
 
 
 def predict(

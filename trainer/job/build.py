@@ -12,7 +12,7 @@ import torch
 from trainer.engine import adapters, flat_parameters
 from trainer.engine.device import torch_dtype
 from trainer.engine.execution import Engine
-from trainer.engine.load import loaded
+from trainer.engine.load import load_denoiser
 from trainer.job import prepare
 from trainer.job.session import Session
 from trainer.job.watchdog import Watchdog
@@ -25,7 +25,7 @@ from trainer.training import optimizers, text_encoders
 from trainer.training.distributed import Workers
 from trainer.training.ema import Ema
 from trainer.training.state import TrainingState
-from trainer.training.step_guard import LOSS_SCALE, Guard
+from trainer.training.step_guard import LOSS_SCALE, StepGuard
 from trainer.training.stop_flag import StopFlag
 from trainer.training.text_encoders import TextEncoders
 
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def session_of(
-    ready: prepare.Ready,
+    ready: prepare.PreparedData,
     training_state: TrainingState,
     out: Path,
     stop: StopFlag,
@@ -66,7 +66,7 @@ def session_of(
 def adapter_summary(training_state: TrainingState) -> str:
     states = [adapters.state(model) for model in (training_state.denoiser, *training_state.texts.models.values())]
     count = sum(name.endswith(".lora_A.weight") for state in states for name in state)
-    return f"{count} adapters ({sum(p.numel() for p in training_state.params) / 1e6:.2f} M parameters)"
+    return f"{count} adapters ({sum(p.numel() for p in training_state.optimizer_params) / 1e6:.2f} M parameters)"
 
 
 def build_training_state(plan: Plan, kind: Family, *, model: Path, total: int) -> TrainingState:
@@ -78,7 +78,7 @@ def build_training_state(plan: Plan, kind: Family, *, model: Path, total: int) -
     fused = {} if plan.lora.split_qkv else facts.fused_targets
     settings = plan.lora
     rank = 0 if settings.kind == "dora" else settings.rank  # whose adapters are no part of a product
-    denoiser, stream = loaded(kind, model, engine, fused=fused, targets=settings.targets, rank=rank)
+    denoiser, stream = load_denoiser(kind, model, engine, fused=fused, targets=settings.targets, rank=rank)
     put = partial(
         adapters.add_adapters, rank=settings.rank, alpha=settings.alpha, seed=plan.train.seed, kind=settings.kind
     )
@@ -94,7 +94,7 @@ def build_training_state(plan: Plan, kind: Family, *, model: Path, total: int) -
         trained.append((own, {"lr": plan.optim.text_encoders[component]}))
     parts = [p for own, _ in trained for p in own]
     groups: list[dict[str, Any]]
-    groups = [{"params": flat_parameters.joined(plan.optim.name, own), **rate} for own, rate in trained]
+    groups = [{"params": flat_parameters.flatten_parameters(plan.optim.name, own), **rate} for own, rate in trained]
     if start is not None:
         _start_from(denoiser, texts, start, plan=plan, facts=facts)
     new_optimizer = partial(
@@ -116,7 +116,7 @@ def build_training_state(plan: Plan, kind: Family, *, model: Path, total: int) -
     )
     ema = Ema(params, plan.train.ema_decay) if plan.train.ema_decay else None
     scale = LOSS_SCALE.get(plan.engine.dtype, 1.0)
-    guard = Guard(plan.train.max_skipped_steps, plan.train.max_loss_spike, scale)
+    guard = StepGuard(plan.train.max_skipped_steps, plan.train.max_loss_spike, scale)
     return TrainingState(denoiser, texts, parts, params, optimizer, new_optimizer, schedule, ema, guard, stream)
 
 

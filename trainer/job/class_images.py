@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from trainer.engine.device import release, torch_dtype
-from trainer.engine.encoders import decoder, text_encoders
-from trainer.engine.load import loaded
+from trainer.engine.encoders import load_text_encoders, load_vae
+from trainer.engine.load import load_denoiser
 from trainer.job import prepare
 from trainer.spec.family import Family
 from trainer.spec.plan import EnginePlan, Prompt
@@ -67,14 +67,14 @@ def fill(
         return
     started = time.monotonic()
     texts = list(dict.fromkeys(prepare.prompt_texts([prompt for _, prompt in missing])))
-    encoders = text_encoders(family, model, engine)
+    encoders = load_text_encoders(family, model, engine)
     encoded = dict(zip(texts, family.encode_text(encoders, texts), strict=True))
     del encoders
     release()
-    denoiser, stream = loaded(family, model, engine, fused={}, targets=())
+    denoiser, stream = load_denoiser(family, model, engine, fused={}, targets=())
     if stream:
-        stream.wrap()
-    device, dtype, vae = engine.device, torch_dtype(engine), decoder(family, model, engine)
+        stream.attach()
+    device, dtype, vae = engine.device, torch_dtype(engine), load_vae(family, model, engine)
     for path, prompt in missing:
         check_in()
         text, negative = (

@@ -19,7 +19,7 @@ RESTARTS = 3
 COUNTED = (HangError, NumbersError, OutOfMemoryError)  # what ends in the same way unless something changes
 
 
-class Crashes:
+class CrashLog:
     """crashes.json in the output folder: how often this very plan has failed without coming further."""
 
     def __init__(self, out: Path, plan: Plan, *, step: Callable[[], int]) -> None:

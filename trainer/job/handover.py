@@ -21,7 +21,7 @@ NAME = "prepared.json"
 
 
 @dataclass(frozen=True)
-class Prepared:
+class HandedOver:
     """What the first process hands to the others: all that they need to train."""
 
     plan: Plan
@@ -35,23 +35,23 @@ class Prepared:
         return json.dumps({"plan": self.plan.to_json(), "state": self.state and str(self.state), "pictures": rows})
 
     @staticmethod
-    def from_json(text: str) -> Prepared:
+    def from_json(text: str) -> HandedOver:
         raw = json.loads(text)
         paths = ("file", "mask_file")
         rows: list[dict[str, Any]]
         rows = [{k: Path(v) if k in paths and v else v for k, v in row.items()} for row in raw["pictures"]]
         state = Path(raw["state"]) if raw["state"] else None
-        return Prepared(Plan.from_json(raw["plan"]), state, tuple(ImageRecord(**row) for row in rows))
+        return HandedOver(Plan.from_json(raw["plan"]), state, tuple(ImageRecord(**row) for row in rows))
 
 
-def hand_over(workers: Workers, prepared: Prepared) -> None:
+def hand_over(workers: Workers, prepared: HandedOver) -> None:
     """Let the other processes of `workers` begin."""
     if workers.size > 1:
         atomic.write_text(workers.folder / NAME, prepared.to_json())
 
 
-def receive(workers: Workers, check_in: Callable[[], None]) -> Prepared:
+def receive(workers: Workers, check_in: Callable[[], None]) -> HandedOver:
     """Wait for the first process to hand over, then return what it has prepared. Calls `tick` while it waits."""
     path = workers.folder / NAME
     workers.wait_for(path, check_in)
-    return Prepared.from_json(path.read_text(encoding="utf-8"))
+    return HandedOver.from_json(path.read_text(encoding="utf-8"))

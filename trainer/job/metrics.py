@@ -21,7 +21,7 @@ from trainer.storage import atomic
 from trainer.training.loop import Step
 
 log = logging.getLogger(__name__)
-EVERY_S = 5.0  # between two plain lines, and two writes of status.json
+REPORT_INTERVAL_S = 5.0  # between two plain lines, and two writes of status.json
 
 
 class Metrics:
@@ -38,7 +38,7 @@ class Metrics:
         self._above = contextlib.ExitStack()  # what is logged goes above the bar, not into it
         if not self._bar.disable:
             self._above.enter_context(logging_redirect_tqdm())
-        self._said = -EVERY_S
+        self._said = -REPORT_INTERVAL_S
         self._began, self._spent = time.monotonic(), 0.0  # seconds of training alone
         self._images = 0
 
@@ -56,7 +56,7 @@ class Metrics:
         self._bar.update(1)
         self._bar.set_postfix_str(f"loss {step.loss:.4f}")
         now = time.monotonic()
-        if now - self._said < EVERY_S and step.number != self.total:
+        if now - self._said < REPORT_INTERVAL_S and step.number != self.total:
             return
         self._said = now
         speed, left = self.images_per_second(), self.eta_s()

@@ -40,7 +40,7 @@ def scan_and_report(data: DataPlan, *, report: Path) -> Scan:
 
 
 @dataclass(frozen=True)
-class Ready:
+class PreparedData:
     """What training begins with."""
 
     plan: Plan
@@ -67,7 +67,7 @@ class Ready:
         return self.plan.train.max_steps or self.plan.train.max_epochs * self.steps_per_epoch
 
 
-def order_of(plan: Plan, found: Scan) -> EpochSampler:
+def make_sampler(plan: Plan, found: Scan) -> EpochSampler:
     return EpochSampler(
         found.images,
         plan.data,
@@ -77,26 +77,26 @@ def order_of(plan: Plan, found: Scan) -> EpochSampler:
     )
 
 
-def ready(
+def prepare_data(
     plan: Plan, out: Path, *, status: Status, state: state_files.State | None, check_in: Callable[[], None]
-) -> Ready:
+) -> PreparedData:
     """Look at the pictures, and encode them and their captions."""
     kind, model = get_family(plan.model.family), Path(plan.model.path)
     status.phase("reading the dataset")
     found = scan_and_report(plan.data, report=out / "dataset-report.txt")
-    order = order_of(plan, found)
+    order = make_sampler(plan, found)
     _same_data(state, found)
     for line in order.describe():
         log.info("%s", line)
     cache = open_cache(Path(plan.output.cache), model, precision=plan.engine.dtype)
-    made = Ready(plan, found, order, cache, state)
+    made = PreparedData(plan, found, order, cache, state)
     log.info("%d optimiser steps, %d an epoch.", made.total, made.steps_per_epoch)
     if order.batches_per_epoch < plan.engine.num_gpus:
         log.warning(
             "An epoch has %d batches: of NUM_GPUS=%d some do nothing.", order.batches_per_epoch, plan.engine.num_gpus
         )
     status.phase("encoding")
-    _fill_cache(made, kind=kind, model=model, check_in=check_in)
+    fill_cache(made, kind=kind, model=model, check_in=check_in)
     return made
 
 
@@ -111,10 +111,10 @@ def _same_data(state: state_files.State | None, found: Scan) -> None:
         )
 
 
-def _fill_cache(ready: Ready, *, kind: Family, model: Path, check_in: Callable[[], None]) -> None:
+def fill_cache(ready: PreparedData, *, kind: Family, model: Path, check_in: Callable[[], None]) -> None:
     # Of the engine's formats, the encoders take the type of activations alone: the others are the denoiser's.
     plan, order, cache = ready.plan, ready.order, ready.cache
-    captions = [*order.every_caption(), *prompt_texts(plan.prompts)]
+    captions = [*order.all_captions(), *prompt_texts(plan.prompts)]
     fill_texts(cache, captions, family=kind, model=model, engine=plan.engine, check_in=check_in)
     fill_images(cache, order, family=kind, model=model, engine=plan.engine, check_in=check_in)
 

@@ -23,13 +23,13 @@ from trainer.engine.device import limit_memory
 from trainer.job import class_images, prepare
 from trainer.job.build import adapter_summary, build_training_state, session_of
 from trainer.job.class_images import Wanted
-from trainer.job.crash_loop import Crashes
-from trainer.job.handover import Prepared, hand_over, receive
+from trainer.job.crash_loop import CrashLog
+from trainer.job.handover import HandedOver, hand_over, receive
 from trainer.job.status import Status
-from trainer.job.watchdog import ALIVE, OTHER_S, Watchdog
+from trainer.job.watchdog import OUTSIDE_STEPS_TIMEOUT_S, Watchdog
 from trainer.spec.errors import HangError, KilnError, OutOfMemoryError, StorageError
 from trainer.spec.family import base_models, get_family
-from trainer.spec.plan import Plan, Prompt
+from trainer.spec.plan import ALIVE_VARIABLE, Dataset, Plan, Prompt, Source
 from trainer.storage import atomic
 from trainer.storage.locks import locked
 from trainer.training import distributed
@@ -47,13 +47,15 @@ def run(plan: Plan, stop: StopFlag) -> None:
     """
     out, workers = Path(plan.output.path), distributed.workers_from_environment(plan.engine.num_gpus, os.environ, stop)
     if plan.engine.attention == "flash_4":
-        flash_attention_4.prepare()
+        flash_attention_4.import_in_background()
     if not workers.is_first:
         _follow(plan, stop, out, workers=workers)
         return
-    watchdog = Watchdog(plan.engine.step_timeout_s, alive=Path(os.environ[ALIVE]) if ALIVE in os.environ else None)
+    watchdog = Watchdog(
+        plan.engine.step_timeout_s, alive=Path(os.environ[ALIVE_VARIABLE]) if ALIVE_VARIABLE in os.environ else None
+    )
     with locked(out), _log_file(out / "run.log"), _told(Status(out)) as status:
-        crashes = Crashes(out, plan, step=lambda: status.step)
+        crashes = CrashLog(out, plan, step=lambda: status.step)
         crashes.check()
 
         def hung(problem: HangError) -> None:
@@ -61,7 +63,7 @@ def run(plan: Plan, stop: StopFlag) -> None:
             crashes.record(str(problem))
 
         with watchdog.watching(out, hung), crashes.counted(), _named(out):
-            atomic.sweep(out)
+            atomic.remove_leftovers(out)
             _whole(plan, stop, out, status=status, watchdog=watchdog, workers=workers)
 
 
@@ -71,10 +73,10 @@ def _follow(plan: Plan, stop: StopFlag, out: Path, *, workers: Workers) -> None:
     It keeps a status of its own, in the folder that goes with the job. Its watchdog is patient: the first process's
     ends the job when any of them stands still.
     """
-    watchdog = Watchdog(0.0 if plan.engine.step_timeout_s == 0 else OTHER_S)
+    watchdog = Watchdog(0.0 if plan.engine.step_timeout_s == 0 else OUTSIDE_STEPS_TIMEOUT_S)
     given = receive(workers, watchdog.heartbeat)
     with _log_file(out / "run.log", f"[process {workers.process_rank}] "), _told(Status(workers.own_folder)) as status:
-        crashes = Crashes(out, plan, step=lambda: status.step)
+        crashes = CrashLog(out, plan, step=lambda: status.step)
 
         def hung(problem: HangError) -> None:
             status.ended(problem)
@@ -82,10 +84,10 @@ def _follow(plan: Plan, stop: StopFlag, out: Path, *, workers: Workers) -> None:
         with watchdog.watching(workers.own_folder, hung), crashes.counted(), _named(out):
             plan, found = given.plan, Scan(given.images, (), ())
             limit_memory(plan.engine.device, plan.engine.memory_limit_gib)
-            order, model = prepare.order_of(plan, found), Path(plan.model.path)
+            order, model = prepare.make_sampler(plan, found), Path(plan.model.path)
             cache = encode.open_cache(Path(plan.output.cache), model, precision=plan.engine.dtype)
             state = state_files.read(given.state) if given.state else None
-            ready = prepare.Ready(plan, found, order, cache, state)
+            ready = prepare.PreparedData(plan, found, order, cache, state)
             _train(ready, stop, workers.own_folder, status=status, watchdog=watchdog, workers=workers)
 
 
@@ -96,8 +98,8 @@ def _whole(plan: Plan, stop: StopFlag, out: Path, *, status: Status, watchdog: W
     whole = str(convert_single_files(plan.model, Path(plan.output.cache)))
     plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, path=whole))
     plan = _with_class_pictures(plan, status=status, check_in=lambda: _check_in(watchdog, stop))
-    ready = prepare.ready(plan, out, status=status, state=state, check_in=lambda: _check_in(watchdog, stop))
-    hand_over(workers, Prepared(plan, state.folder if state else None, ready.found.images))
+    ready = prepare.prepare_data(plan, out, status=status, state=state, check_in=lambda: _check_in(watchdog, stop))
+    hand_over(workers, HandedOver(plan, state.folder if state else None, ready.found.images))
     _train(ready, stop, out, status=status, watchdog=watchdog, workers=workers)
 
 
@@ -113,23 +115,23 @@ def _with_class_pictures(plan: Plan, *, status: Status, check_in: Callable[[], N
     facts, base = kind.FACTS, base_models()[plan.model.base][1]
     common = {"steps": facts.prompt_steps, "guidance": facts.prompt_guidance, "cfg": facts.prompt_cfg, **base.defaults}
     precision, scheduler = plan.engine.precision, scheduler_changes(plan.train)
-    drawn, datasets = [], []
-    for dataset in plan.data.datasets:
-        subsets = list(dataset.subsets)
+    drawn: list[tuple[Wanted, Path]] = []
+
+    def with_folder(source: Source, dataset: Dataset) -> Source:
+        if source.kind != "generated":
+            return source
         width, height = (max(facts.multiple, side // facts.multiple * facts.multiple) for side in dataset.resolution)
-        for i, source in enumerate(s.source for s in dataset.subsets):
-            if source.kind != "generated":
-                continue
-            prompt = Prompt(text=source.location, width=width, height=height, seed=plan.train.seed, **common)
-            wanted = Wanted(prompt, source.count)
-            folder = wanted.folder(Path(plan.output.cache), model, precision=precision, scheduler=scheduler)
-            subsets[i] = dataclasses.replace(subsets[i], source=dataclasses.replace(source, path=str(folder)))
-            drawn.append((wanted, folder))
-        datasets.append(dataclasses.replace(dataset, subsets=tuple(subsets)))
+        prompt = Prompt(text=source.location, width=width, height=height, seed=plan.train.seed, **common)
+        wanted = Wanted(prompt, source.count)
+        folder = wanted.folder(Path(plan.output.cache), model, precision=precision, scheduler=scheduler)
+        drawn.append((wanted, folder))
+        return dataclasses.replace(source, path=str(folder))
+
+    with_folders = plan.map_sources(with_folder)
     if drawn:
         status.phase("drawing class pictures")
         class_images.fill(drawn, family=kind, model=model, engine=plan.engine, scheduler=scheduler, check_in=check_in)
-    return dataclasses.replace(plan, data=dataclasses.replace(plan.data, datasets=tuple(datasets)))
+    return with_folders
 
 
 @contextlib.contextmanager
@@ -140,7 +142,7 @@ def _named(out: Path) -> Iterator[None]:
     except OSError as problem:
         if problem.errno is None:
             raise
-        left = f"; {atomic.free(out)} are free" if problem.errno in atomic.FULL else ""
+        left = f"; {atomic.free_space(out)} are free" if problem.errno in atomic.VOLUME_ERRORS else ""
         raise StorageError(f"{problem.filename or out}: {problem.strerror}{left}.") from problem
     except torch.OutOfMemoryError as problem:
         raise OutOfMemoryError(f"Out of memory: {str(problem).splitlines()[0]}") from problem
@@ -155,7 +157,7 @@ def _told(status: Status) -> Iterator[Status]:
         ending = None
     except KilnError as problem:
         log.error("%s", problem)
-        problem.told = True
+        problem.logged = True
         ending = problem
         raise
     finally:
@@ -185,7 +187,7 @@ def _log_file(path: Path, of: str = "") -> Iterator[None]:
 
 
 def _train(
-    ready: prepare.Ready, stop: StopFlag, out: Path, *, status: Status, watchdog: Watchdog, workers: Workers
+    ready: prepare.PreparedData, stop: StopFlag, out: Path, *, status: Status, watchdog: Watchdog, workers: Workers
 ) -> None:
     plan, kind, total = ready.plan, get_family(ready.plan.model.family), ready.total
     status.phase("loading the model")
@@ -201,6 +203,6 @@ def _train(
     if ready.state is not None:
         training_state.restore(ready.state.tree)
         log.info("Resumed at step %d of %d.", ready.state.step, total)
-    workers.check_same(training_state.params)
+    workers.check_same(training_state.optimizer_params)
     session.train(status, first=ready.state.step if ready.state else 0)
     status.update({"output": f"{plan.output.name}.safetensors"})

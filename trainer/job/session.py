@@ -17,7 +17,7 @@ from PIL import Image
 
 from trainer.checkpoints import resume, state_files
 from trainer.checkpoints.retention import CheckpointRetention
-from trainer.checkpoints.snapshots import Background, Snapshots
+from trainer.checkpoints.snapshots import BackgroundWriter, Snapshots
 from trainer.data import cache as caching
 from trainer.data.batches import MicroBatch, micro_batch, prefetched
 from trainer.data.cache import Cache
@@ -26,8 +26,8 @@ from trainer.data.identity import fingerprint
 from trainer.data.records import Scan
 from trainer.engine import encoders
 from trainer.engine.cuda_graphs import EagerStep, GraphStep
-from trainer.engine.device import release, reserve, torch_dtype
-from trainer.engine.execution import Engine, drawing
+from trainer.engine.device import rehearsal_reserve, release, torch_dtype
+from trainer.engine.execution import Engine, without_new_compilation
 from trainer.engine.quantization.cast_adapters import AdapterCast
 from trainer.job import sampling, saving
 from trainer.job.metrics import Metrics
@@ -49,7 +49,7 @@ from trainer.training.state import TrainingState
 from trainer.training.stop_flag import StopFlag
 
 log = logging.getLogger(__name__)
-SLOW_S = 0.2  # of waiting for the save before
+SLOW_SAVE_WARNING_S = 0.2  # of waiting for the save before
 
 
 def due(step: int, every: int, total: int) -> bool:
@@ -78,20 +78,20 @@ class Session:
 
     def __post_init__(self) -> None:
         self.snapshots = Snapshots(self.training_state.optimizer, self.plan.engine.device)
-        self.background = Background()
+        self.background = BackgroundWriter()
         self.retention = CheckpointRetention(self.out, self.plan.output.name, self.plan.output.keep_checkpoints)
         self.spared = 0  # bytes that the rehearsal did without
         dtype, compiled = torch_dtype(self.plan.engine), self.engine.compiled  # which makes adapters' halves in passing
         halves = contextlib.nullcontext if compiled else AdapterCast(self.training_state.denoiser, dtype)
         recorded = self.plan.engine.replay and self.engine.can_capture() and not self.training_state.texts.models
-        around = partial(self.engine.passing, halves)
+        around = partial(self.engine.forward_backward, halves)
         self.runner = (GraphStep if recorded else EagerStep)(
-            self.training_state.parts, self.training_state.params, around
+            self.training_state.adapter_params, self.training_state.optimizer_params, around
         )
 
     def predict(self, noisy_BCHW: torch.Tensor, t_B: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        text = self.training_state.texts.renewed(batch.text, batch.captions)
-        with self.engine.saving():
+        text = self.training_state.texts.encode_trained(batch.text, batch.captions)
+        with self.engine.saved_tensors():
             return self.kind.predict(
                 self.training_state.denoiser,
                 noisy_BCHW,
@@ -143,7 +143,7 @@ class Session:
             if narrower:
                 continue
             if again or not as_recorded:
-                self.engine.lower(what)
+                self.engine.step_down(what)
                 release()  # what waited on the host
         if self.plan.engine.device == "cuda":
             peak = (torch.cuda.max_memory_allocated() - self.spared) / 2**30
@@ -162,7 +162,7 @@ class Session:
             # More stays on the device once it is known how much goes to the host. And what is launched finds memory in
             # the pieces that other sizes leave; as what is recorded anew does, where samples were drawn meanwhile.
             launched = [] if self.runner.capturing else between
-            self.spared = reserve(device, launched=bool(launched))
+            self.spared = rehearsal_reserve(device, eager=bool(launched))
             spare = torch.empty(self.spared, dtype=torch.uint8, device=device)
             for batch in [*batches, *launched, *(batches if launched or self.engine.offload else [])]:
                 add_gradient(
@@ -193,7 +193,7 @@ class Session:
                 prefetched(self.groups(first)),
                 predict=self.predict,
                 objective=self.objective,
-                params=self.training_state.params,
+                params=self.training_state.optimizer_params,
                 optimizer=self.training_state.optimizer,
                 schedule=self.training_state.schedule,
                 max_grad_norm=plan.train.max_grad_norm,
@@ -205,9 +205,11 @@ class Session:
                 workers=self.workers,
             ):
                 if self.training_state.ema and not step.skipped:
-                    self.training_state.ema.update(self.training_state.params)
+                    self.training_state.ema.update(self.training_state.optimizer_params)
                 metrics.step(
-                    step, learning_rate=optimizers.step_size(self.training_state.optimizer), compiled=self.engine.graphs
+                    step,
+                    learning_rate=optimizers.step_size(self.training_state.optimizer),
+                    compiled=self.engine.compiled_graph_count,
                 )
                 if due(step.number, plan.output.validate_every, self.total):
                     self._alone(partial(self.validate, step.number, metrics=metrics))
@@ -286,7 +288,7 @@ class Session:
                 (c, {k: v[None].to(device, dtype) for k, v in caching.load(self.cache.text_path(c)).items()})
                 for c in (prompt.text, prompt.negative)
             )
-            text, negative = (self.training_state.texts.renewed(item, [c]) for c, item in cached)
+            text, negative = (self.training_state.texts.encode_trained(item, [c]) for c, item in cached)
             return self.kind.sample(
                 self.training_state.denoiser,
                 vae,
@@ -299,12 +301,12 @@ class Session:
 
         self.snapshots.wait_on_device()
         try:
-            with metrics.aside(), self.training_state.inference_weights(), torch.no_grad(), drawing():
+            with metrics.aside(), self.training_state.inference_weights(), torch.no_grad(), without_new_compilation():
                 count = sampling.draw_all(
                     folder,
                     prompts,
                     step=step,
-                    draw=partial(draw, encoders.decoder(self.kind, model, self.plan.engine)),
+                    draw=partial(draw, encoders.load_vae(self.kind, model, self.plan.engine)),
                     stopped=lambda: self.stop.requested,
                 )
             log.info("Drew %d samples of step %d in %.1f s.", count, step, time.monotonic() - started)
@@ -314,13 +316,13 @@ class Session:
 
     def save(self, step: int, epoch: int) -> None:
         """Begin to write the LoRA file and the state of `step`; training goes on meanwhile."""
-        self.workers.check_same(self.training_state.params)
+        self.workers.check_same(self.training_state.optimizer_params)
         if not self.workers.is_first:
             return
         started = time.monotonic()
         self.background.join()  # of the save before, whose buffers these are; only a slow volume lets it wait
         waited = time.monotonic() - started
-        if waited > SLOW_S:
+        if waited > SLOW_SAVE_WARNING_S:
             log.warning("Training waited %.1f s for the save before: the volume of OUTPUT_PATH is slow.", waited)
         self.snapshots.release()
         with self.training_state.inference_weights():

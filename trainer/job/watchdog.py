@@ -1,7 +1,8 @@
-"""A job that stands still is ended with exit code 75, and tells where each thread stood.
+"""Ends a job that hangs with exit code 75, and leaves the stacks of all threads in hang.txt.
 
-A thread of the trainer does it as long as Python runs. Where a call keeps the interpreter's lock, or the process is
-stopped, the entrypoint does it: the trainer keeps its deadline in the file that KILN_ALIVE names.
+A thread of the trainer checks the deadline as long as Python runs. Where a call keeps the interpreter's lock, or the
+process is stopped, that thread cannot run: so the trainer also keeps its deadline in the file that KILN_ALIVE names,
+and the entrypoint (entrypoint/processes/launch.py) ends it.
 """
 
 from __future__ import annotations
@@ -21,66 +22,81 @@ from pathlib import Path
 from trainer.spec.errors import HangError
 
 log = logging.getLogger(__name__)
-TIMES, LEAST_S = 20, 300.0  # a step may take this many times the usual, and this long in any case
-OTHER_S = 3600.0  # between two signs of life outside of the steps: loading, compiling, a sample
-ALIVE = "KILN_ALIVE"
+
+# A step may take 20 times the usual, so that a machine that others slow down tenfold raises no false alarm
+# (tests/end_to_end/faults/test_hang.py), and 300 s in any case.
+TIMEOUT_IN_MEDIAN_STEPS = 20
+MIN_STEP_TIMEOUT_S = 300.0
+# Between two signs of life outside of the steps: loading, compiling, a sample.
+OUTSIDE_STEPS_TIMEOUT_S = 3600.0
+MEDIAN_WINDOW_STEPS = 32
+MAX_CHECK_INTERVAL_S = 5.0
 
 
 class Watchdog:
-    """Told of each sign of life. `timeout_s`: for a step; None: by what is usual; 0: never."""
+    """Keeps the deadline for the next sign of life, and ends the process when it is missed.
+
+    `timeout_s`: for a step; None: by the median of the last steps; 0: never. `alive`: a file that gets the deadline.
+    """
 
     def __init__(self, timeout_s: float | None, *, alive: Path | None = None) -> None:
         self.timeout_s = timeout_s
-        self.usual: deque[float] = deque(maxlen=32)  # seconds a step
-        self.limit = OTHER_S
-        self._step: float | None = None  # when the last step ended, if nothing else came after it
-        self._alive = os.open(alive, os.O_WRONLY | os.O_CREAT) if alive else None
+        self.step_seconds: deque[float] = deque(maxlen=MEDIAN_WINDOW_STEPS)
+        self.limit = OUTSIDE_STEPS_TIMEOUT_S
+        self._last_step: float | None = None  # when the last step ended, if nothing else came after it
+        self._alive: int | None = None  # file descriptor
+        if alive:
+            self._alive = os.open(alive, os.O_WRONLY | os.O_CREAT)
         self.heartbeat()
 
     def heartbeat(self) -> None:
-        """Something other than a step goes on."""
-        self._step = None
-        self._promise(OTHER_S)
+        """A sign of life outside of the steps."""
+        self._last_step = None
+        self._set_deadline(OUTSIDE_STEPS_TIMEOUT_S)
 
     def step(self) -> None:
         """A step is done, and the next one follows."""
         now = time.monotonic()
-        if self._step is not None:
-            self.usual.append(now - self._step)
-        self._step = now
-        by_time = max(LEAST_S, TIMES * statistics.median(self.usual)) if self.usual else OTHER_S
-        self._promise(self.timeout_s or by_time)
+        if self._last_step is not None:
+            self.step_seconds.append(now - self._last_step)
+        self._last_step = now
+        limit = OUTSIDE_STEPS_TIMEOUT_S
+        if self.step_seconds:
+            limit = max(MIN_STEP_TIMEOUT_S, TIMEOUT_IN_MEDIAN_STEPS * statistics.median(self.step_seconds))
+        self._set_deadline(self.timeout_s or limit)
 
-    def _promise(self, limit: float) -> None:
-        self.limit, self.deadline = limit, time.monotonic() + limit
+    def _set_deadline(self, limit: float) -> None:
+        self.limit = limit
+        self.deadline = time.monotonic() + limit
         if self._alive is not None and self.timeout_s != 0:
-            # The clock is the machine's: another process compares it with its own. Some more, as this one comes first.
+            # The monotonic clock is the machine's, so the entrypoint can compare the deadline with its own. It gets
+            # 2 s + 5 % more, for this process's own thread, which can say more, is to act first.
             os.pwrite(self._alive, f"{self.deadline + 2 + 0.05 * limit:020.3f}".encode(), 0)
 
     def message(self) -> str:
-        usual = f", usually {statistics.median(self.usual):.1f} s" if self.usual else ""
+        usual = f", usually {statistics.median(self.step_seconds):.1f} s" if self.step_seconds else ""
         return f"Nothing has happened for {self.limit:.0f} s{usual}: the job hangs. Each thread's place is in hang.txt."
 
     @contextlib.contextmanager
     def watching(self, out: Path, on_hang: Callable[[HangError], None]) -> Iterator[None]:
-        """Inside, a missed deadline ends the process; `on_hang` may tell of it before."""
+        """Inside, a missed deadline ends the process; `on_hang` is called with the reason before that."""
         if self.timeout_s == 0:
             yield
             return
-        ended = threading.Event()
+        done = threading.Event()
 
         def watch() -> None:
-            while not ended.wait(min(5.0, self.limit / 20)):
+            while not done.wait(min(MAX_CHECK_INTERVAL_S, self.limit / 20)):
                 if time.monotonic() > self.deadline:
-                    self._end(out, on_hang)
+                    self._end_process(out, on_hang)
 
         threading.Thread(target=watch, name="watchdog", daemon=True).start()
         try:
             yield
         finally:
-            ended.set()
+            done.set()
 
-    def _end(self, out: Path, on_hang: Callable[[HangError], None]) -> None:
+    def _end_process(self, out: Path, on_hang: Callable[[HangError], None]) -> None:
         faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr)
         problem = HangError(self.message())
         try:

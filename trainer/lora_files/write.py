@@ -32,7 +32,7 @@ def _serialised(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> l
 
     Adds the hash of the tensors' bytes without the header, as sd-scripts' `sshs_model_hash`.
     """
-    entries, data = safetensors_writer.laid_out(tensors)
+    entries, data = safetensors_writer.layout(tensors)
     digest = safetensors_writer.sha256(data)
     complete = {**metadata, "sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
-    return [safetensors_writer.header({"__metadata__": dict(sorted(complete.items())), **entries}), *data]
+    return [safetensors_writer.encode_header({"__metadata__": dict(sorted(complete.items())), **entries}), *data]

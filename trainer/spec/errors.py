@@ -6,7 +6,7 @@ from __future__ import annotations
 class KilnError(Exception):
     """A problem that the user can act on. The message names the variable or file, the value and the fix."""
 
-    told = False  # whether the log has it
+    logged = False  # whether the log has the message already
     exit_code = 70
     advice = "This is a bug in Kiln or numbers gone bad: see the log above and run.log."
 

@@ -10,12 +10,17 @@ import dataclasses
 import json
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 VERSION = 2
 
+# Environment variables by which the entrypoint tells a trainer its place among several, and where to keep its deadline.
+RANK_VARIABLE = "KILN_RANK"  # number of this process, from 0; absent: the only one
+TEAM_VARIABLE = "KILN_TEAM"  # folder that the processes of a job share
+ALIVE_VARIABLE = "KILN_ALIVE"  # file in which the first process keeps the deadline of its watchdog
 
 VARIANTS = 8  # crops and colours of a picture, and likewise wordings of its caption, where these vary
 T = TypeVar("T")
@@ -249,6 +254,16 @@ class Plan:
         if not isinstance(raw, dict) or raw.get("version") != VERSION:
             raise ValueError(f"not a plan of version {VERSION}")
         return _build(Plan, raw, where="plan")
+
+    def map_sources(self, change: Callable[[Source, Dataset], Source]) -> Plan:
+        """This plan with `change(source, dataset)` in the place of each source; `dataset` is the one that holds it."""
+        datasets = []
+        for dataset in self.data.datasets:
+            subsets = []
+            for subset in dataset.subsets:
+                subsets.append(dataclasses.replace(subset, source=change(subset.source, dataset)))
+            datasets.append(dataclasses.replace(dataset, subsets=tuple(subsets)))
+        return dataclasses.replace(self, data=dataclasses.replace(self.data, datasets=tuple(datasets)))
 
     def essence(self) -> dict[str, Any]:
         """Flat `section.field` → value of all that decides which weights come out."""

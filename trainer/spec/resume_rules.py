@@ -1,4 +1,8 @@
-"""Whether a state may be resumed under a plan, and what differs if it may not."""
+"""Whether a state may be resumed under a plan, and what differs if it may not.
+
+A state keeps the essence of the plan that began it (`Plan.essence`: every field that decides which weights come out).
+A run resumes only under an equal essence, since only then is it the same run; neutral fields may differ.
+"""
 
 from __future__ import annotations
 
@@ -9,41 +13,57 @@ from typing import Any
 from trainer.spec.errors import SettingsError
 from trainer.spec.plan import Plan
 
-SPREAD = ("engine.num_gpus", "train.gradient_accumulation")  # of an essence: their product is the batches of a step
-ONCE = ("engine.attention",)  # what essences in older states have as well
+# Their product is the number of batches in a step. Each process takes its share of them, so a run may resume on another
+# number of GPUs as long as the product stays the same.
+BATCHES_PER_STEP_KEYS = ("engine.num_gpus", "train.gradient_accumulation")
+RETIRED_KEYS = ("engine.attention",)  # in the essences of older states; neutral today
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """One line for each entry of `Plan.essence` that is not the same."""
-    keys = sorted(old.keys() | new.keys())
-    return [f"{k}: {old.get(k, 'absent')} → {new.get(k, 'absent')}" for k in keys if old.get(k) != new.get(k)]
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            lines.append(f"{key}: {old.get(key, 'absent')} → {new.get(key, 'absent')}")
+    return lines
 
 
-def changes(begun: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The differences for which a run cannot be gone on with: none, if a step has as many batches on other GPUs."""
-    begun = dict.fromkeys(SPREAD, 1) | {key: value for key, value in begun.items() if key not in ONCE}
-    batches = [math.prod(int(essence[key]) for key in SPREAD) for essence in (begun, now)]
-    return differences(begun | {key: now[key] for key in SPREAD} if batches[0] == batches[1] else begun, now)
+def blocking_differences(begun: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The differences that forbid to resume. A step of as many batches, spread over other GPUs, is no difference."""
+    # States from before there were several GPUs lack these keys.
+    begun = dict.fromkeys(BATCHES_PER_STEP_KEYS, 1) | begun
+    for key in RETIRED_KEYS:
+        begun.pop(key, None)
+    if _batches_per_step(begun) == _batches_per_step(now):
+        begun |= {key: now[key] for key in BATCHES_PER_STEP_KEYS}
+    return differences(begun, now)
 
 
-def goes_on(plan: Plan, begun: dict[str, Any], *, step: int, own: bool) -> bool:
-    """Whether a run that was begun as `begun` (an essence) is gone on with; False: with its weights alone.
+def _batches_per_step(essence: dict[str, Any]) -> int:
+    return math.prod(int(essence[key]) for key in BATCHES_PER_STEP_KEYS)
 
-    `own`: its state is in the output; else it is what PARAMS_RESUME_FROM names. Raises SettingsError where the plan is
-    another and PARAMS_RESUME_FROM does not ask for weights alone.
+
+def resumes_state(plan: Plan, begun: dict[str, Any], *, step: int, own: bool) -> bool:
+    """True: the run that began as `begun` (an essence) resumes with its whole state. False: with its weights alone.
+
+    `step`: of the state, for the message. `own`: the state is in the plan's output folder; otherwise it is the one that
+    PARAMS_RESUME_FROM names. Raises SettingsError where the plans differ and PARAMS_RESUME_FROM does not name a LoRA
+    file, which asks for the weights alone.
     """
-    asked = plan.lora.resume_from
-    changed = changes(begun if own else {**begun, "lora.resume_from": asked}, plan.essence())
+    resume_from = plan.lora.resume_from
+    if not own:
+        begun = {**begun, "lora.resume_from": resume_from}  # the state to resume from cannot have named itself
+    changed = blocking_differences(begun, plan.essence())
     if not changed:
         return True
-    if own and asked and Path(asked).is_file() and begun.get("lora.resume_from") != asked:
+    if own and resume_from and Path(resume_from).is_file() and begun.get("lora.resume_from") != resume_from:
         return False
-    gpus = any(line.startswith(SPREAD) for line in changed)
-    holder, elsewhere = (
-        (f"OUTPUT_PATH={plan.output.path}", "choose another OUTPUT_PATH; or ")
-        if own
-        else (f"PARAMS_RESUME_FROM={asked}", "")
-    )
+    holder = f"OUTPUT_PATH={plan.output.path}"
+    elsewhere = "choose another OUTPUT_PATH; or "
+    if not own:
+        holder = f"PARAMS_RESUME_FROM={resume_from}"
+        elsewhere = ""
+    gpus = any(line.startswith(BATCHES_PER_STEP_KEYS) for line in changed)
     raise SettingsError(
         f"{holder} holds a run of another plan, at step {step}. What differs (then → now):\n  "
         + "\n  ".join(changed)

@@ -16,7 +16,9 @@ class FormatSupport:
     nvidia: tuple[int, ...]  # lowest compute capability
     amd: tuple[str, ...]  # what the names of its architectures begin with
     bytes: float | None = None  # of one stored weight of a linear layer in the blocks; None: as many as `dtype` has
-    form: str | None = None  # a key of trainer.engine.quantization.formats.WEIGHT_FORMATS; None: weights in `dtype`
+    weight_format: str | None = (
+        None  # a key of trainer.engine.quantization.formats.WEIGHT_FORMATS; None: weights in `dtype`
+    )
     dtype: str | None = None  # what activations are computed in; None: 16 bits, whichever kind the hardware has
 
 
@@ -34,11 +36,11 @@ PRECISIONS: dict[str, FormatSupport] = {
     # Blocks of 64 numbers of 4 bits share a scale of 32 (QLoRA, arXiv 2305.14314).
     "nf4": FormatSupport(ANY, (7, 5), ("",), 0.5625, "nf4"),
     # Weights stay in 16 bits and are quantised in each step: torchao's recipe, to compare with.
-    "torchao": FormatSupport(FP8_TYPES, (8, 9), CDNA, form="torchao", dtype="bfloat16"),
+    "torchao": FormatSupport(FP8_TYPES, (8, 9), CDNA, weight_format="torchao", dtype="bfloat16"),
 }
 
 
-def supported(*, nvidia: tuple[int, ...] | None = None, amd: str | None = None) -> tuple[str, ...]:
+def supported_formats(*, nvidia: tuple[int, ...] | None = None, amd: str | None = None) -> tuple[str, ...]:
     """The formats that a GPU of this compute capability, or of this architecture, runs."""
     return tuple(
         name

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from trainer.spec.errors import StorageError
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+VOLUME_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
 @contextlib.contextmanager
@@ -34,7 +34,7 @@ def replacing(path: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as problem:
         if isinstance(problem, SafetensorError):
             raise StorageError(f"{path}: {problem}.") from problem
-        if problem.errno in FULL:
+        if problem.errno in VOLUME_ERRORS:
             raise StorageError(f"{path}: {problem.strerror}.") from problem
         raise
     finally:
@@ -42,7 +42,7 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def sweep(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove what a killed process left of files that it was writing, here and one folder down. For its owner alone."""
     for orphan in [*folder.glob(".*.tmp*"), *folder.glob("*/.*.tmp*")]:
         if orphan.is_dir():
@@ -71,7 +71,7 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def free(path: Path) -> str:
+def free_space(path: Path) -> str:
     """The room on the volume of `path`, in words."""
     try:
         return f"{shutil.disk_usage(path).free / 2**20:.0f} MiB"

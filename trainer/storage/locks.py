@@ -21,7 +21,7 @@ from typing import Any
 from trainer.spec.errors import SettingsError, StorageError
 from trainer.storage import atomic
 
-RENEW_S, WATCH_S = 3.0, 12.0
+RENEW_INTERVAL_S, WATCH_DURATION_S = 3.0, 12.0
 
 
 @contextlib.contextmanager
@@ -77,7 +77,7 @@ def _lease(folder: Path, *, sure: bool) -> Iterator[None]:
 
     def renew() -> None:
         number = 0
-        while not ended.wait(RENEW_S):
+        while not ended.wait(RENEW_INTERVAL_S):
             number += 1
             with contextlib.suppress(OSError, StorageError):  # the training itself meets a volume that fails
                 atomic.write_json(path, {**me, "number": number})
@@ -100,9 +100,9 @@ def _lease(folder: Path, *, sure: bool) -> Iterator[None]:
 
 def _watch(path: Path, before: dict[str, Any], folder: Path) -> None:
     """Raises SettingsError if somebody renews the lease."""
-    end = time.monotonic() + WATCH_S
+    end = time.monotonic() + WATCH_DURATION_S
     while time.monotonic() < end:
-        time.sleep(RENEW_S / 10)
+        time.sleep(RENEW_INTERVAL_S / 10)
         now = _read(path)
         if now is None:
             return

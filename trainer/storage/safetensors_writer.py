@@ -26,7 +26,7 @@ DTYPES = {
 }
 
 
-def laid_out(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, Any], list[memoryview]]:
+def layout(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, Any], list[memoryview]]:
     """What the header says of `tensors`, and their bytes in this order. The widest come first, so that all are aligned.
 
     Not copies where they are on the host and in one piece. Raises TypeError for a type that files do not have.
@@ -43,7 +43,7 @@ def laid_out(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, Any], list[mem
     return entries, data
 
 
-def header(entries: dict[str, Any]) -> bytes:
+def encode_header(entries: dict[str, Any]) -> bytes:
     """The beginning of the file."""
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format wants the tensors aligned
@@ -58,7 +58,7 @@ def sha256(pieces: Iterable[bytes | memoryview]) -> str:
     return total.hexdigest()
 
 
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Bit for bit."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from tests.support import faults
-from trainer.job.watchdog import LEAST_S, OTHER_S, Watchdog
+from trainer.job.watchdog import MIN_STEP_TIMEOUT_S, OUTSIDE_STEPS_TIMEOUT_S, Watchdog
 
 LIMIT = 4.0  # seconds
 
@@ -35,13 +35,13 @@ def test_the_limit_follows_the_usual_step(monkeypatch):
     clock = [100.0]
     monkeypatch.setattr("trainer.job.watchdog.time.monotonic", lambda: clock[0])
     watchdog = Watchdog(None)
-    assert watchdog.limit == OTHER_S, "loading and compiling take long"
+    assert watchdog.limit == OUTSIDE_STEPS_TIMEOUT_S, "loading and compiling take long"
     for _ in range(9):
         watchdog.step()
         clock[0] += 30.0
     assert watchdog.limit == 600.0
     watchdog.heartbeat()
-    assert watchdog.limit == OTHER_S
+    assert watchdog.limit == OUTSIDE_STEPS_TIMEOUT_S
     clock[0] += 900.0  # a long sample is no step
     watchdog.step()
     assert watchdog.limit == 600.0
@@ -49,7 +49,7 @@ def test_the_limit_follows_the_usual_step(monkeypatch):
     for _ in range(9):
         quick.step()
         clock[0] += 0.1
-    assert quick.limit == LEAST_S
+    assert quick.limit == MIN_STEP_TIMEOUT_S
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import fcntl, os, pathlib, sys, time
 from trainer.storage import locks
 from trainer.spec.errors import SettingsError
 folder, seconds, kind = pathlib.Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
-locks.RENEW_S, locks.WATCH_S = 0.2, 1.0
+locks.RENEW_INTERVAL_S, locks.WATCH_DURATION_S = 0.2, 1.0
 if kind == "no locks":
     def refuse(*_): raise OSError(37, "No locks available")
     fcntl.flock = refuse

@@ -20,7 +20,7 @@ ALIGNED = 16  # bytes
 _LIBRARY = torch.library.Library("aten", "IMPL")  # what is registered in it stays as long as it does
 
 
-def as_laid_out(g: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def with_strides_of(g: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """`g` with the strides of `like`, of the same size, and at an address that any kernel reads; itself if it is so."""
     pairs = zip(g.shape, g.stride(), like.stride(), strict=True)
     if all(its == wanted for size, its, wanted in pairs if size > 1) and g.data_ptr() % ALIGNED == 0:
@@ -29,7 +29,7 @@ def as_laid_out(g: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def mend() -> None:
+def apply_fix() -> None:
     """From now on each gradient is handed to cuDNN laid out as attention's output is. For this process, once."""
     if torch.version.cuda is None:
         return
@@ -38,7 +38,7 @@ def mend() -> None:
     def backward(
         keys: Any, g: torch.Tensor, q: Any, k: Any, v: Any, out: torch.Tensor, *more: Any, scale: Any = None
     ) -> Any:
-        return original.call_boxed(keys, as_laid_out(g, out), q, k, v, out, *more, scale=scale)
+        return original.call_boxed(keys, with_strides_of(g, out), q, k, v, out, *more, scale=scale)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that another kernel was there before

@@ -31,12 +31,12 @@ INSTEAD = "torch's own attention is used."
 _used: list[torch.library.Library] = []
 
 
-def prepare() -> None:
+def import_in_background() -> None:
     """Load the package beside whatever else a job begins with: it takes seconds."""
     threading.Thread(target=_module, name="flash", daemon=True).start()
 
 
-def suits(denoiser: torch.nn.Module, dtype: torch.dtype, device: str) -> bool:
+def supports_model(denoiser: torch.nn.Module, dtype: torch.dtype, device: str) -> bool:
     """Whether a model has heads of a size that it takes, and computes right for them; if not right, the log says so."""
     parts: list[Any] = [m for m in denoiser.modules() if hasattr(m, "inner_dim") and hasattr(m, "heads")]
     sizes = {part.inner_dim // part.heads for part in parts}
@@ -45,7 +45,7 @@ def suits(denoiser: torch.nn.Module, dtype: torch.dtype, device: str) -> bool:
     return bool(taken) and _module() is not None and all(_is_right(dim, dtype, where, False) for dim in taken)
 
 
-def use(wanted: bool) -> None:
+def set_enabled(wanted: bool) -> None:
     """Whether torch's flash attention is this one from now on, and is taken before cuDNN's. For the whole process."""
     if wanted == bool(_used):
         return
@@ -163,7 +163,7 @@ def _is_right(dim: int, dtype: torch.dtype, device: torch.device, causal: bool) 
     except _problems() as problem:
         log.warning("FlashAttention 4 does not run on this device: %s (%s)", INSTEAD, problem)
         return False
-    wanted = exact(q, k, v, g, causal=causal)
+    wanted = reference_attention(q, k, v, g, causal=causal)
     off = max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, wanted, strict=True))
     if not off <= ALLOWED:
         log.warning("FlashAttention 4 is %.1e from what plain torch gives on this device: %s", off, INSTEAD)
@@ -176,7 +176,7 @@ def _problems() -> tuple[type[Exception], ...]:
     return (own, *PROBLEMS) if own else PROBLEMS
 
 
-def exact(
+def reference_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, *, causal: bool = False
 ) -> tuple[torch.Tensor, ...]:
     """Attention and the gradients of q, k and v for a gradient `g` of what it returns, in float64 and written out."""

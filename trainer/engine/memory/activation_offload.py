@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 
 from trainer.engine.memory.pinned import pinned_bytes, unpin, view
-from trainer.engine.memory.weight_streaming import ALIGNED, Stream
-from trainer.spec.memory_model import SHARE
+from trainer.engine.memory.weight_streaming import ALIGNED, WeightStreamer
+from trainer.spec.memory_model import IN_FLIGHT_SHARE
 
 
 @dataclass(eq=False)
@@ -28,28 +28,28 @@ class _Stored:
     ready: torch.cuda.Event | None = None
 
 
-class Offload:
+class ActivationOffload:
     """Around a forward pass: large tensors that autograd saves go to pinned memory of the host as they are made.
 
-    Copies run on streams of their own, both ways at once. `SHARE` of what a pass saves may be on its way; what is made
-    last is needed first and stays. Weights stay where they are, or are left to `stream`. All memory of the device is
-    taken and given back on the stream that computes, so that a pass may be recorded (`trainer.engine.cuda_graphs`)
-    once one of its
-    size has run. After each backward pass, whatever becomes of it: `join`. `limit_gib`: of the host's memory.
+    Copies in both directions overlap with the computation, each on a CUDA stream of its own. At most
+    `IN_FLIGHT_SHARE` of what a pass saves is on its way; what is saved last is needed first and stays on the device.
+    Weights stay where they are, or are left to `stream`. Device memory is allocated and freed on the computing stream
+    only, so that a pass can be captured as a CUDA graph (`trainer.engine.cuda_graphs`) once one of its size has run.
+    Call `join` after each backward pass, also after one that failed. `limit_gib`: host memory that may be pinned.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
         *,
-        stream: Stream | None = None,
+        stream: WeightStreamer | None = None,
         smallest: int = 2**22,
         limit_gib: float | None = None,
     ) -> None:
         self.stream, self.smallest = stream, smallest
         self.limit = math.inf if limit_gib is None else limit_gib * 2**30
         self.model = model
-        self.know()
+        self.find_weights()
         self.out, self.back = torch.cuda.Stream(), torch.cuda.Stream()
         self.buffers: list[torch.Tensor] = []
         weakref.finalize(self, unpin, self.buffers).atexit = False
@@ -59,7 +59,7 @@ class Offload:
         self.totals: dict[int, int] = {}  # bytes that a pass saves, by those of the first tensor, which tell its size
         self.first = self.saved = self.away = self.staying = 0  # bytes
 
-    def know(self) -> None:
+    def find_weights(self) -> None:
         """Where the weights are, which are left alone; to be told again where they have moved."""
         self.weights = {t.untyped_storage().data_ptr() for t in (*self.model.parameters(), *self.model.buffers())}
 
@@ -90,21 +90,21 @@ class Offload:
     @property
     def window(self) -> int:
         """Bytes that may be on their way at once: none before it is known how many there are."""
-        return int(max(self.totals.values(), default=0) * SHARE)
+        return int(max(self.totals.values(), default=0) * IN_FLIGHT_SHARE)
 
     def _pack(self, tensor: torch.Tensor) -> Any:
         if self.stream and not isinstance(weights := self.stream.pack(tensor), torch.Tensor):
             return weights
         size = tensor.nbytes
         if not tensor.is_cuda or size < self.smallest or tensor.untyped_storage().data_ptr() in self.weights:
-            return alone(tensor)
+            return without_graph(tensor)
         self.first = self.first or size
         self.saved += size
         last = self.saved > self.totals.get(self.first, math.inf) - self.window
         buffer = None if last and self.staying + size <= self.window else self._buffer(size)
         if buffer is None:
             self.staying += size
-            return alone(tensor)
+            return without_graph(tensor)
         source, stride = tensor.detach(), tensor.stride()
         if torch.empty_like(source, device="meta").stride() != stride:  # a slice, which no single copy could read
             source = source.contiguous()
@@ -178,6 +178,6 @@ class Offload:
         bisect.insort(self.free, buffer, key=len)
 
 
-def alone(tensor: torch.Tensor) -> torch.Tensor:
+def without_graph(tensor: torch.Tensor) -> torch.Tensor:
     """Without the graph: a result that its own operation keeps would hold that, and a pass that fails stay for ever."""
     return tensor.detach() if tensor.grad_fn else tensor

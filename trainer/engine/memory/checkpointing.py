@@ -101,11 +101,11 @@ def apply(regions: Iterable[torch.nn.Module], policies: Sequence[str], *, compil
     torch._dynamo.config.recompile_limit = 64
     for region, policy in zip(regions, policies, strict=True):
         region.__dict__.pop("forward", None)
-        forward, remakes = POLICIES[policy], getattr(region, "remakes", None)
+        forward, can_recompute_rope = POLICIES[policy], getattr(region, "can_recompute_rope", None)
         # A block of ours keeps what a checkpoint of its products would, and need not run again to make the rest.
-        itself = policy == "products" and not compiled and remakes is not None and remakes()
-        if remakes is not None:
-            region.__dict__["remade"] = itself
+        itself = policy == "products" and not compiled and can_recompute_rope is not None and can_recompute_rope()
+        if can_recompute_rope is not None:
+            region.__dict__["recompute_rope"] = itself
         if forward is not None and not itself:
             region.forward = types.MethodType(forward, region)
         region._compiled_call_impl = None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from trainer.engine.memory.pinned import pinned_bytes, unpin, view
-from trainer.spec.memory_model import SLOTS
+from trainer.spec.memory_model import RESIDENT_REGIONS
 
 ALIGNED = 256  # bytes
 
@@ -40,7 +40,7 @@ class _Saved:
     dtype: torch.dtype
 
 
-class Stream:
+class WeightStreamer:
     """Regions that run one after the other in the same order each time, forwards and backwards.
 
     `take` each of them and `settle`; then `wrap` them once they are compiled. `pinned`: copy the weights into memory
@@ -61,7 +61,7 @@ class Stream:
         self.current: int | None = None
         self.copies = torch.cuda.Stream() if device == "cuda" else None
 
-    def take(self, region: torch.nn.Module) -> None:
+    def add_region(self, region: torch.nn.Module) -> None:
         """Let the frozen tensors of `region` wait in the host's memory."""
         frozen = [t for t in (*region.parameters(), *region.buffers()) if not t.requires_grad]
         offsets, size = [], 0
@@ -82,17 +82,17 @@ class Stream:
         self.regions.append(region)
         self.places.append(places)
 
-    def settle(self) -> None:
+    def allocate_slots(self) -> None:
         """Make room on the device for two regions. Whoever asks for a weight's device is told this one."""
         ends = [places[-1].offset + places[-1].host.nbytes for places in self.places if places]
         size = math.ceil(max(ends, default=0) / ALIGNED) * ALIGNED
-        self.slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(SLOTS)]
-        self.occupants = [None] * SLOTS
+        self.slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(RESIDENT_REGIONS)]
+        self.occupants = [None] * RESIDENT_REGIONS
         for places in self.places:
             for place in places:
                 place.tensor.data = place.view(self.slots[0])
 
-    def wrap(self) -> None:
+    def attach(self) -> None:
         """Bring each region's weights before it runs, outside of what is compiled."""
         for index, region in enumerate(self.regions):
             inner = region._compiled_call_impl or region._call_impl
@@ -153,13 +153,13 @@ class Stream:
         return view(self.load(saved.region), saved.offset, saved.shape, saved.stride, saved.dtype)
 
 
-def layers(model: torch.nn.Module, device: str) -> Stream:
+def layers(model: torch.nn.Module, device: str) -> WeightStreamer:
     """A model on `device`, but for the longest list of layers in it, which are streamed for a pass or two."""
     lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
-    stream = Stream(device, pinned=False)
+    stream = WeightStreamer(device, pinned=False)
     for layer in max(lists, key=lambda m: sum(p.numel() for p in m.parameters())):
-        stream.take(layer)
-    stream.settle()
+        stream.add_region(layer)
+    stream.allocate_slots()
     model.to(device)
-    stream.wrap()
+    stream.attach()
     return stream
