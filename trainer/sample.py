@@ -64,7 +64,8 @@ def _sample(options: argparse.Namespace) -> None:
     vae = family.load_vae(folder, device=device)
 
     def draw(prompt: Prompt) -> Any:
-        text, negative = texts[prompt.text], texts[prompt.negative]
+        text = texts[prompt.text]
+        negative = texts[prompt.negative]
         return family.sample(denoiser, vae, folder, prompt=prompt, text=text, negative=negative)
 
     for old in options.out.glob("step-00000000-*.png"):
