@@ -11,7 +11,7 @@ import torch
 
 from trainer.checkpoints import state_files
 from trainer.engine.cuda_graphs import EagerStep
-from trainer.job import session
+from trainer.job import build, rehearsal, sampling, session
 from trainer.job.run import run
 from trainer.spec.errors import StopRequestedError
 from trainer.training.stop_flag import StopFlag
@@ -46,9 +46,9 @@ def job(job_plan, tmp_path, monkeypatch):
                 self.given_up, self.capturing = True, False
                 return self.calls <= after + 1  # what it held is given back once
 
-        monkeypatch.setattr(session, "GraphStep", Recording)
-        monkeypatch.setattr(session.Engine, "lower", lambda self, problem: lowered.append(problem))
-        monkeypatch.setattr(session.Engine, "can_capture", lambda self, rung=0: rung == 0 or below)
+        monkeypatch.setattr(build, "GraphStep", Recording)
+        monkeypatch.setattr(rehearsal.Engine, "lower", lambda self, problem: lowered.append(problem))
+        monkeypatch.setattr(rehearsal.Engine, "can_capture", lambda self, rung=0: rung == 0 or below)
         out = tmp_path / f"out-{failures}-{replay}-{after}-{below}"
         output = dataclasses.replace(plan.output, path=str(out))
         run(
@@ -114,7 +114,7 @@ def test_a_size_that_cannot_be_recorded_beside_another_is_computed_without_recor
 
 def test_what_is_recorded_leaves_room_for_the_optimiser_or_is_given_up(job, monkeypatch):
     plain, _, _ = job(0, replay=False)
-    first_state, rehearsed, at, short = session.TrainingState.first_state, session.Session._rehearsed, [], []
+    first_state, rehearsed, at, short = rehearsal.TrainingState.first_state, rehearsal.Rehearsal.fits, [], []
 
     def full(self):
         if at[-1].runner.capturing and at[-1].runner.calls:
@@ -122,8 +122,8 @@ def test_what_is_recorded_leaves_room_for_the_optimiser_or_is_given_up(job, monk
             raise torch.OutOfMemoryError("no memory beside it")
         return first_state(self)
 
-    monkeypatch.setattr(session.TrainingState, "first_state", full)
-    monkeypatch.setattr(session.Session, "_rehearsed", lambda self, *given: at.append(self) or rehearsed(self, *given))
+    monkeypatch.setattr(rehearsal.TrainingState, "first_state", full)
+    monkeypatch.setattr(rehearsal.Rehearsal, "fits", lambda self, *given: at.append(self) or rehearsed(self, *given))
     found, (runner,), lowered = job(0)
     assert short == [True] and runner.calls == 1 + 1 + 2 and lowered == [] and found == plain
 
@@ -131,7 +131,7 @@ def test_what_is_recorded_leaves_room_for_the_optimiser_or_is_given_up(job, monk
 def test_where_the_largest_batch_cannot_be_recorded_smaller_ones_are_not_in_its_way(job, monkeypatch):
     _, (runner,), _ = job(0)
     assert not runner.given_up
-    monkeypatch.setattr(session.EagerStep, "short_of_memory", True)
+    monkeypatch.setattr(EagerStep, "short_of_memory", True)
     _, (runner,), lowered = job(0, replay=True, after=1)
     assert runner.given_up and lowered == []
 
@@ -139,14 +139,14 @@ def test_where_the_largest_batch_cannot_be_recorded_smaller_ones_are_not_in_its_
 def test_what_turns_out_to_be_launched_is_rehearsed_as_that(job, monkeypatch):
     """As where a kernel of another library waits for the device: with less memory than there is, and other sizes."""
     plain, _, _ = job(0, replay=False)
-    rehearsed = session.Session._rehearsed
+    rehearsed = rehearsal.Rehearsal.fits
 
     def ends(self, *given):
         found = rehearsed(self, *given)
         self.runner.capturing = False
         return found
 
-    monkeypatch.setattr(session.Session, "_rehearsed", ends)
+    monkeypatch.setattr(rehearsal.Rehearsal, "fits", ends)
     found, (runner,), lowered = job(0)
     assert runner.calls == 2 + 2 and lowered == [] and found == plain
 
@@ -154,7 +154,7 @@ def test_what_turns_out_to_be_launched_is_rehearsed_as_that(job, monkeypatch):
 def test_before_recording_is_given_up_adapters_leave_the_products(job, monkeypatch):
     plain, _, _ = job(0, replay=False)
     left = [True]
-    monkeypatch.setattr(session.Engine, "drop_adapter_columns", lambda _: bool(left) and left.pop())
+    monkeypatch.setattr(rehearsal.Engine, "drop_adapter_columns", lambda _: bool(left) and left.pop())
     found, (runner,), lowered = job(1)
     assert (
         runner.calls == 1 + 1 + 2 and runner.renewed == 1 and not runner.given_up and lowered == [] and found == plain
@@ -166,14 +166,14 @@ def test_a_stop_while_a_sample_is_drawn_saves_the_step_first(job_plan, tmp_path,
     prompts.write_text("a red circle --s 1")
     asked = {"SAMPLE_PROMPTS": str(prompts), "PARAMS_SAMPLE_EVERY_N_STEPS": "3", "PARAMS_MAX_STEPS": "8"}
     plan, stop = job_plan("flux", PARAMS_OPTIMIZER_TYPE="adamw", **asked), StopFlag()
-    draw = session.sampling.draw_all
+    draw = sampling.draw_all
 
     def interrupted(*given, step, **named):
         if step == 3:
             stop.signal = signal.SIGTERM
         return draw(*given, step=step, **named)
 
-    monkeypatch.setattr(session.sampling, "draw_all", interrupted)
+    monkeypatch.setattr(sampling, "draw_all", interrupted)
     with pytest.raises(StopRequestedError):
         run(plan, stop)
     assert state_files.latest(tmp_path / "out" / "state").step == 3

@@ -122,9 +122,7 @@ class OriginalLayer:
     name: str  # dotted path; {} stands for the number of the block
     diffusers_names: tuple[str, ...]  # paths in diffusers' model, with the same {}, in the order of their rows
     row_ratio: tuple[int, ...] = (1,)  # the rows of these layers, as a ratio, so that it holds at any width
-    halves_swapped: bool = (
-        False  # where its rows are scale and shift (rows = 2 * columns), the other way round
-    )
+    halves_swapped: bool = False  # where its rows are scale and shift (rows = 2 * columns), the other way round
 
 
 @dataclass(frozen=True)
