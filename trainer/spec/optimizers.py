@@ -18,7 +18,7 @@ class OptimizerSpec:
     own_warmup: bool = False  # has a warm-up of its own
     one_rate: bool = False  # all groups of parameters must have the same learning rate, or 0
     by_shape: bool = False  # its step depends on a parameter's rows and columns, or on its norm: none are joined
-    least: int = 0  # numbers in a parameter; the state of a smaller one stays in fp32 instead of 8 bits
+    least: int = 0  # numbers in a parameter; bitsandbytes keeps the state of a smaller one in another format
 
     @property
     def prodigy(self) -> bool:

@@ -45,9 +45,8 @@ class ModelPlan:
     revision: str | None = None  # MODEL_REVISION; `commit` is what the Hub resolved it to
     commit: str | None = neutral(None)
     path: str = neutral("")  # local folder in diffusers layout; filled by fetch
-    parts: dict[str, str] = field(
-        default_factory=dict
-    )  # key of Facts.parts → file or folder to take instead; "": without that part
+    # Key of Facts.parts → file or folder to take instead; "": without that part.
+    parts: dict[str, str] = field(default_factory=dict)
 
 
 def public(url: str) -> str:
@@ -61,9 +60,8 @@ class Source:
     """Where images come from."""
 
     kind: str  # folder | archive | hub | generated
-    location: str = field(
-        metadata={"essence_from": "public"}
-    )  # path, URL, Hub dataset id, or the prompt to generate from
+    # Path, URL, Hub dataset id, or the prompt to generate from. The essence has it without secrets.
+    location: str = field(metadata={"essence_from": "public"})
     revision: str | None = None
     split: str = "train"
     image_column: str | None = None  # None: found by its type
@@ -307,8 +305,8 @@ def _build(annotation: Any, raw: Any, *, where: str) -> Any:
         hints = typing.get_type_hints(annotation)
         if not isinstance(raw, dict) or raw.keys() - hints.keys():
             raise ValueError(f"{where}: unknown fields or not an object")
-        fields = {name: _build(hints[name], value, where=f"{where}.{name}") for name, value in raw.items()}
         try:
+            fields = {name: _build(hints[name], value, where=f"{where}.{name}") for name, value in raw.items()}
             return typing.cast(Any, annotation)(**fields)
         except TypeError as problem:
             raise ValueError(f"{where}: {problem}") from problem
