@@ -88,7 +88,7 @@ def run(folder: Path, name: str, settings: dict[str, str], number: int) -> dict[
             "steps": len(times),
         }
     log = (out / "run.log").read_text() if (out / "run.log").is_file() else ""
-    row["reserved_gib"] = next((line.split()[-2] for line in log.splitlines() if "were reserved" in line), "")
+    row["reserved_gib"] = next((line.split()[-2] for line in log.splitlines() if "Peak of reserved" in line), "")
     return row
 
 

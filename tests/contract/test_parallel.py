@@ -88,7 +88,7 @@ def test_weights_that_are_joined_are_trained_alike():
 
 def test_the_process_with_the_bad_picture_tells_of_it(pair):
     first, second = pair[1]
-    assert "a picture of another process" in first and "bad data" not in first
+    assert "an image of another process" in first and "bad data" not in first
     assert "bad data: the encoded 6-0.png" in second
 
 
@@ -100,7 +100,7 @@ def test_a_wish_to_stop_of_the_first_reaches_all_with_the_same_step(pair):
 @pytest.mark.slow
 def test_weights_that_have_come_apart_are_noticed(tmp_path):
     for process in start(tmp_path, "apart"):
-        assert "The 2 processes have come to different weights" in process.communicate(timeout=120)[1]
+        assert "The 2 processes have different weights" in process.communicate(timeout=120)[1]
         assert process.returncode == 1
 
 

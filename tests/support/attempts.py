@@ -69,8 +69,8 @@ class Outcome:
         return f"ran {self.fallbacks} rungs lower" if self.fallbacks else "ran as planned"
 
 
-HALVED, UNDRAWN = "pictures at once; from now on", "no memory to draw"
-GIVEN_UP, UNRECORDED = "not recorded any more", "no memory to record"
+HALVED, UNDRAWN = "images at once; from now on", "Not enough memory to draw"
+GIVEN_UP, UNRECORDED = "CUDA graphs are disabled", "no memory to record"
 
 
 class Told(logging.Handler):

@@ -207,7 +207,7 @@ def load_start_weights(lora: LoraPlan, family_name: str) -> LoraModules | None:
     try:
         return convert.load(Path(lora.resume_from), family_name)
     except ValueError as problem:
-        raise SettingsError(f"PARAMS_RESUME_FROM {lora.resume_from} cannot be gone on from: {problem}.") from problem
+        raise SettingsError(f"PARAMS_RESUME_FROM {lora.resume_from} cannot be read: {problem}.") from problem
 
 
 def apply_start_weights(adapted: AdaptedModels, modules: LoraModules, *, lora: LoraPlan, facts: Facts) -> None:
@@ -228,4 +228,4 @@ def apply_start_weights(adapted: AdaptedModels, modules: LoraModules, *, lora: L
             f"PARAMS_SPLIT_QKV={str(lora.split_qkv).lower()}, PARAMS_TARGET_MODULES="
             f"{','.join(lora.targets)}): {problem}."
         ) from problem
-    log.info("Began with the weights of %s: %d modules.", lora.resume_from, len(modules))
+    log.info("Started from the weights of %s: %d modules.", lora.resume_from, len(modules))

@@ -95,7 +95,7 @@ def _fill(
     for images, folder in wanted:
         missing += images.missing(folder)
     if not missing:
-        log.info("All %d class pictures are in the cache.", sum(images.count for images, _ in wanted))
+        log.info("All %d class images are in the cache.", sum(images.count for images, _ in wanted))
         return
     started = time.monotonic()
     texts = list(dict.fromkeys(prepare.prompt_texts([prompt for _, prompt in missing])))
@@ -122,4 +122,4 @@ def _fill(
             image.save(temporary, format="PNG")
     del denoiser, stream, vae
     release()
-    log.info("Drew %d class pictures in %.1f s.", len(missing), time.monotonic() - started)
+    log.info("Drew %d class images in %.1f s.", len(missing), time.monotonic() - started)

@@ -73,7 +73,9 @@ def prepare_data(
     log.info("%d optimiser steps, %d an epoch.", data.total, data.steps_per_epoch)
     if order.batches_per_epoch < plan.engine.num_gpus:
         log.warning(
-            "An epoch has %d batches: of NUM_GPUS=%d some do nothing.", order.batches_per_epoch, plan.engine.num_gpus
+            "An epoch has only %d batches: with NUM_GPUS=%d, some GPUs are idle.",
+            order.batches_per_epoch,
+            plan.engine.num_gpus,
         )
     status.phase("encoding")
     fill_cache(data, check_in=check_in)
@@ -91,7 +93,7 @@ def scan_and_report(data: DataPlan, *, report: Path) -> Scan:
         if WARNING in line or line.startswith("  skipped "):
             level = logging.WARNING
         log.log(level, "%s", line.replace(WARNING, ""))
-    log.info("Looked at the pictures in %.1f s.", time.monotonic() - started)
+    log.info("Scanned the images in %.1f s.", time.monotonic() - started)
     return found
 
 
@@ -130,5 +132,5 @@ def _check_same_data(state: state_files.State, images: Scan) -> None:
     if changed:
         raise SettingsError(
             "The dataset is not the one that this run began with:\n  " + "\n  ".join(changed) + "\nPut it back to "
-            "resume; or choose another OUTPUT_PATH; or set PARAMS_RESUME_FROM to a LoRA file to go on from its weights."
+            "resume; or choose another OUTPUT_PATH; or set PARAMS_RESUME_FROM to a LoRA file to start from its weights."
         )

@@ -75,7 +75,7 @@ class Rehearsal:
         """Fall back until the largest batches of `epoch` fit. Raises SettingsError where nothing is left to try."""
         started = time.monotonic()
         largest = largest_batches(epoch)
-        sizes = " or ".join(f"{len(batch)} pictures of {batch[0].view.size}" for batch in largest)
+        sizes = " or ".join(f"{len(batch)} images of {batch[0].view.size}" for batch in largest)
         problem = f"The largest batch ({sizes}) does not fit in memory."
         large = [batches.micro_batch(cache, batch) for batch in largest]
         small = []

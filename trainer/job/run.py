@@ -144,9 +144,7 @@ def _train(
     workers.connect(plan.engine.device)
     family = get_family(plan.model.family)
     training_state = build_training_state(plan, family, model=Path(plan.model.path), total=data.total)
-    log.info(
-        "Loaded the model and put %s on it in %.1f s.", adapter_summary(training_state), time.monotonic() - started
-    )
+    log.info("Loaded the model and added %s in %.1f s.", adapter_summary(training_state), time.monotonic() - started)
     _check_in(watchdog, stop)
     session = make_session(data, training_state, out, stop, watchdog=watchdog, workers=workers)
     session.rehearse()

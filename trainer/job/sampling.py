@@ -85,7 +85,7 @@ def sample(
             )
         log.info("Drew %d samples of step %d in %.1f s.", count, step, time.monotonic() - started)
     except torch.OutOfMemoryError as problem:
-        log.warning("There is no memory to draw all samples of step %d; training goes on: %s", step, problem)
+        log.warning("Not enough memory to draw all samples of step %d; training continues: %s", step, problem)
     release()
 
 

@@ -70,7 +70,7 @@ class Saver:
         self.writer.join()  # the save before: its buffers are reused. Only a slow volume makes this wait.
         waited = time.monotonic() - started
         if waited > SLOW_SAVE_WARNING_S:
-            log.warning("Training waited %.1f s for the save before: the volume of OUTPUT_PATH is slow.", waited)
+            log.warning("Training waited %.1f s for the previous save: the volume of OUTPUT_PATH is slow.", waited)
         self.snapshots.release()
         with self.training_state.inference_weights():
             modules = self.snapshots.copy(self.lora_modules())
@@ -100,7 +100,7 @@ class Saver:
 
         self.retention.write(write, step)
         log.info(
-            "Saved step %d: training stood still for %.0f ms; written and read back in %.2f s beside it.",
+            "Saved step %d: training paused for %.0f ms; written and read back in %.2f s in the background.",
             step, 1000 * paused_s, time.monotonic() - started,
         )  # fmt: skip
 

@@ -141,9 +141,7 @@ class Session:
             if every.sample_every:
                 self.sample(self.total, status=status, metrics=metrics)
         if self.plan.engine.device == "cuda":
-            log.info(
-                "At most, of the device's memory were reserved %.2f GiB.", torch.cuda.max_memory_reserved() / 2**30
-            )
+            log.info("Peak of reserved GPU memory: %.2f GiB.", torch.cuda.max_memory_reserved() / 2**30)
         log.info("Done: %s", final)
 
     def steps(self, first: int) -> Iterator[loop.Step]:

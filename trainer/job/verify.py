@@ -57,7 +57,7 @@ def verify(
     worst, worst_name = max((_difference(layer, parts[name]), name) for name, layer in layers.items())
     if not worst <= LAYER_TOLERANCE:  # also for NaN
         raise FileMismatchError(
-            f"{path} is not what was trained: {worst_name} differs by {worst:.2g} of its strength "
+            f"{path} is not what was trained: {worst_name} differs by {worst:.2g}, relative to its size "
             f"({LAYER_TOLERANCE:g} is allowed)."
         )
     denoiser = next(iter(models.values()))
@@ -70,7 +70,7 @@ def verify(
     allowed = OUTPUT_TOLERANCE if denoiser.dtype == torch.float32 else OUTPUT_TOLERANCE_16_BITS
     if not error <= allowed:
         raise FileMismatchError(
-            f"{path} on the base model gives another picture than the trained model: the outputs differ by "
+            f"{path} on the base model gives other images than the trained model: the outputs differ by "
             f"{error:.2g} ({allowed:g} is allowed)."
         )
     return error
