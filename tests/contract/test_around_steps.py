@@ -1,4 +1,4 @@
-"""Around the steps: what the one before the first gives up for memory, and what a stop between two leaves."""
+"""Around the steps: what the rehearsal gives up where memory runs out, and what a stop between two steps saves."""
 
 import dataclasses
 import hashlib
@@ -19,7 +19,7 @@ from trainer.training.stop_flag import StopFlag
 
 @pytest.fixture
 def job(job_plan, tmp_path, monkeypatch):
-    """`job(failures)`: a short job whose recorded steps run out of memory so many times; its LoRA and what was made."""
+    """`job(failures)`: a short job whose captured steps run out of memory so many times; its LoRA, runners, fallbacks."""
     plan = job_plan("flux", PARAMS_MAX_STEPS="2", PARAMS_OPTIMIZER_TYPE="adamw")
 
     def make(failures, *, replay=True, after=0, below=False):
@@ -59,14 +59,14 @@ def job(job_plan, tmp_path, monkeypatch):
     return make
 
 
-def test_a_recorded_step_is_rehearsed_as_it_trains(job):
+def test_a_captured_step_is_rehearsed_as_it_trains(job):
     plain, none, _ = job(0, replay=False)
     recorded, (runner,), lowered = job(0)
     assert none == [] and lowered == [] and recorded == plain
     assert runner.calls == 1 + 2  # the rehearsal, and two steps
 
 
-def test_the_batch_that_takes_most_is_rehearsed_though_another_has_more_pixels(job_plan, tmp_path, monkeypatch):
+def test_the_batch_that_needs_most_memory_is_rehearsed_though_another_has_more_pixels(job_plan, tmp_path, monkeypatch):
     def sized(side, count):
         subset = {"image_dir": str(tmp_path / "pictures"), "caption_extension": ".txt"}
         return {"resolution": side, "batch_size": count, "subsets": [subset]}
@@ -91,20 +91,20 @@ def test_the_batch_that_takes_most_is_rehearsed_though_another_has_more_pixels(j
     assert max(steps)[1] < max(kept for _, kept in steps) <= max(kept for _, kept in rehearsed)
 
 
-def test_recording_is_given_up_before_anything_is_computed_again(job):
+def test_cuda_graphs_are_disabled_before_anything_is_recomputed(job):
     plain, _, _ = job(0, replay=False)
     given_up, (runner,), lowered = job(1)
     assert runner.calls == 1 + 1 + 2 and runner.given_up and lowered == [] and given_up == plain
 
 
-def test_what_is_not_compiled_is_rather_recorded_in_the_next_way(job):
+def test_an_uncompiled_step_is_captured_with_the_next_strategy_instead(job):
     plain, _, _ = job(0, replay=False)
     found, (runner,), lowered = job(1, below=True)
     assert runner.calls == 1 + 1 + 2 and runner.renewed == 1 and not runner.given_up
     assert len(lowered) == 1 and found == plain
 
 
-def test_a_size_that_cannot_be_recorded_beside_another_is_computed_without_recordings(job, caplog):
+def test_out_of_memory_in_a_captured_step_disables_cuda_graphs_first(job, caplog):
     caplog.set_level(logging.WARNING)
     plain, _, _ = job(0, replay=False)
     found, (runner,), lowered = job(1, after=1)  # past the rehearsal
@@ -112,7 +112,7 @@ def test_a_size_that_cannot_be_recorded_beside_another_is_computed_without_recor
     assert "CUDA graphs are disabled" in caplog.text and "at once" not in caplog.text
 
 
-def test_what_is_recorded_leaves_room_for_the_optimiser_or_is_given_up(job, monkeypatch):
+def test_cuda_graphs_leave_room_for_the_optimiser_or_are_disabled(job, monkeypatch):
     plain, _, _ = job(0, replay=False)
     first_state, rehearsed, at, short = rehearsal.TrainingState.first_state, rehearsal.Rehearsal.fits, [], []
 
@@ -128,7 +128,7 @@ def test_what_is_recorded_leaves_room_for_the_optimiser_or_is_given_up(job, monk
     assert short == [True] and runner.calls == 1 + 1 + 2 and lowered == [] and found == plain
 
 
-def test_where_the_largest_batch_cannot_be_recorded_smaller_ones_are_not_in_its_way(job, monkeypatch):
+def test_cuda_graphs_are_disabled_where_the_largest_batch_cannot_be_captured(job, monkeypatch):
     _, (runner,), _ = job(0)
     assert not runner.given_up
     monkeypatch.setattr(EagerStep, "short_of_memory", True)
@@ -136,7 +136,7 @@ def test_where_the_largest_batch_cannot_be_recorded_smaller_ones_are_not_in_its_
     assert runner.given_up and lowered == []
 
 
-def test_what_turns_out_to_be_launched_is_rehearsed_as_that(job, monkeypatch):
+def test_a_step_that_cannot_be_captured_is_rehearsed_again_as_an_eager_one(job, monkeypatch):
     """As where a kernel of another library waits for the device: with less memory than there is, and other sizes."""
     plain, _, _ = job(0, replay=False)
     rehearsed = rehearsal.Rehearsal.fits
@@ -151,7 +151,7 @@ def test_what_turns_out_to_be_launched_is_rehearsed_as_that(job, monkeypatch):
     assert runner.calls == 2 + 2 and lowered == [] and found == plain
 
 
-def test_before_recording_is_given_up_adapters_leave_the_products(job, monkeypatch):
+def test_adapter_columns_are_dropped_before_cuda_graphs_are_disabled(job, monkeypatch):
     plain, _, _ = job(0, replay=False)
     left = [True]
     monkeypatch.setattr(rehearsal.Engine, "drop_adapter_columns", lambda _: bool(left) and left.pop())

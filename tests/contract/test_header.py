@@ -53,7 +53,7 @@ def header(plan):
     return metadata.lora_metadata(run, step=7, epoch=2, rank=4, alpha=4.0)
 
 
-def test_it_has_every_key_as_text_and_no_path(job_plan):
+def test_the_header_has_every_key_as_text_and_no_path(job_plan):
     plan = job_plan("flux", TRIGGER_WORD="zot", PARAMS_NUM_REPEATS="3")
     found = header(plan)
     assert found.keys() >= {*READ, *(f"modelspec.{key}" for key in MODELSPEC)}
@@ -90,6 +90,6 @@ def test_buckets_and_tags_are_there_in_both_shapes_for_each_dataset(job_plan, tm
     }
 
 
-def test_a_key_in_an_address_is_told_to_nobody():
+def test_secrets_in_a_url_are_not_in_the_header():
     assert Source("archive", "https://host/a/pictures.zip?key=canary").public == "https://host/a/pictures.zip"
     assert Source("folder", "/data/what?").public == "/data/what?"
