@@ -106,7 +106,7 @@ def _reserved_gib(log: Path) -> str:
     """The peak of reserved memory that the job logs at its end; "" without one."""
     if log.is_file():
         for line in log.read_text().splitlines():
-            if "were reserved" in line:
+            if "Peak of reserved" in line:
                 return line.split()[-2]
     return ""
 
