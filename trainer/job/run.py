@@ -128,10 +128,10 @@ def _received(handed: HandedOver) -> PreparedData:
     plan = handed.plan
     limit_memory(plan.engine.device, plan.engine.memory_limit_gib)
     images = Scan(handed.images, (), ())
-    order = make_sampler(plan, images)
+    sampler = make_sampler(plan, images)
     cache = open_cache(Path(plan.output.cache), Path(plan.model.path), precision=plan.engine.dtype)
     state = state_files.read(handed.state) if handed.state else None
-    return PreparedData(plan, images, order, cache, state)
+    return PreparedData(plan, images, sampler, cache, state)
 
 
 def _train(
