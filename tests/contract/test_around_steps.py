@@ -19,7 +19,7 @@ from trainer.training.stop_flag import StopFlag
 
 @pytest.fixture
 def job(job_plan, tmp_path, monkeypatch):
-    """`job(failures)`: a short job whose captured steps run out of memory so many times; its LoRA, runners, fallbacks."""
+    """`job(failures)`: a short job whose captured steps run out of memory so often; its LoRA, runners, fallbacks."""
     plan = job_plan("flux", PARAMS_MAX_STEPS="2", PARAMS_OPTIMIZER_TYPE="adamw")
 
     def make(failures, *, replay=True, after=0, below=False):
