@@ -47,7 +47,7 @@ def job(job_plan, tmp_path, monkeypatch):
                 return self.calls <= after + 1  # what it held is given back once
 
         monkeypatch.setattr(build, "GraphStep", Recording)
-        monkeypatch.setattr(rehearsal.Engine, "lower", lambda self, problem: lowered.append(problem))
+        monkeypatch.setattr(rehearsal.Engine, "step_down", lambda self, problem: lowered.append(problem))
         monkeypatch.setattr(rehearsal.Engine, "can_capture", lambda self, rung=0: rung == 0 or below)
         out = tmp_path / f"out-{failures}-{replay}-{after}-{below}"
         output = dataclasses.replace(plan.output, path=str(out))
