@@ -1,15 +1,15 @@
-"""Predicted and measured peaks of a training step, for several ways and batches.
+"""Predicted and measured peaks of a training step, for all memory modes with weights on the device.
 
     python -m bench memory --family flux --batch 1 4 16
 
-A way that does not fit is told so. `off`: the measured peak less the predicted one, in GiB.
+`off`: the measured peak minus the predicted one, in GiB. A mode that does not fit has "out of memory" as its peak.
 """
 
 from __future__ import annotations
 
 from bench import step
 from bench.report import Report, options
-from trainer.spec.strategies import RESIDENT
+from trainer.spec.strategies import MEMORY_MODES
 
 
 def main(arguments: list[str]) -> None:
@@ -21,11 +21,16 @@ def main(arguments: list[str]) -> None:
     for precision in asked.precision:
         step.free()
         bench = step.Bench(asked.family, precision, small=asked.small)
-        for policy, offload in RESIDENT:
-            if offload != "none" and asked.small:
-                continue  # the CPU has no other place
+        for mode in MEMORY_MODES:
+            if not mode.weights_on_device:
+                continue
+            if mode.offload != "none" and asked.small:
+                continue  # --small runs on the CPU, which has nowhere to offload to
+            variant = f"{precision}+{mode.recompute}"
+            if mode.offload != "none":
+                variant += "+host"
             for batch in asked.batch:
-                row = step.measure(bench, f"{precision}+{policy}{'+host' if offload != 'none' else ''}", batch)
+                row = step.measure(bench, variant, batch)
                 if isinstance(row.get("peak_gib"), float) and "predicted_gib" in row:
                     row["off"] = round(row["peak_gib"] - row["predicted_gib"], 2)
                 report.row(row)

@@ -1,4 +1,4 @@
-"""The plan for hardware that need not be there: how each batch would be trained, and the memory predicted for it.
+"""The plan for hardware that need not be there: the strategy for each batch size, and its predicted memory.
 
     python -m bench plans --family flux --vendor amd --architecture gfx942 --memory 192 --batch 4 8 16 32 48 60
 
@@ -18,26 +18,27 @@ def main(arguments: list[str]) -> None:
     parser = options(__doc__)
     parser.add_argument("--vendor", default="nvidia")
     parser.add_argument("--architecture", default="9.0")
-    parser.add_argument("--memory", type=float, default=139.0, help="GiB of the device")
-    parser.add_argument("--host", type=float, default=500.0, help="GiB of the host that may be pinned")
-    parser.add_argument("--precision", help="the hardware's own choice, if none is named")
+    parser.add_argument("--memory", type=float, default=139.0, help="of the device, in GiB")
+    parser.add_argument("--host", type=float, default=500.0, help="host memory that may be pinned, in GiB")
+    parser.add_argument("--precision", help="default: what PARAMS_PRECISION=auto may choose")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 60])
     asked = parser.parse_args(arguments)
     hardware = Hardware(asked.vendor, asked.architecture, asked.memory, 1, "", 2 * asked.host, 32)
     footprint = next(m.footprint for m in get_family(asked.family).FACTS.models.values() if m.footprint)
     width, height = SIZES[asked.family]
+    precisions = (asked.precision,) if asked.precision else hardware.auto_precisions
     report = Report(f"{asked.family} on {hardware}", asked.markdown)
     for batch in asked.batch:
-        work = memory_model.Workload(width * height, batch, RANK, "adamw")
-        ways = memory_model.ways(footprint, work, (asked.precision,) if asked.precision else hardware.auto_precisions)
-        way = memory_model.best(footprint, work, ways, have_gib=asked.memory, host_gib=asked.host)
+        workload = memory_model.Workload(width * height, batch, RANK, "adamw")
+        candidates = memory_model.candidates(footprint, workload, precisions)
+        strategy = memory_model.choose(footprint, workload, candidates, have_gib=asked.memory, host_gib=asked.host)
         report.row(
             {
                 "batch": batch,
-                "weights": way.precision,
-                "way": strategies.described(way.recompute, way.kept_blocks, way.offload),
-                "predicted GiB": round(way.gib, 1),
-                "on the host": round(memory_model.on_host(footprint, work, way), 1),
-                "fits": way.gib <= asked.memory * memory_model.TIGHT,
+                "weights": strategy.precision,
+                "way": strategies.described(strategy.recompute, strategy.kept_blocks, strategy.offload),
+                "predicted GiB": round(strategy.gib, 1),
+                "on the host": round(memory_model.pinned_host_gib(footprint, workload, strategy), 1),
+                "fits": strategy.gib <= asked.memory * memory_model.MAX_USABLE_SHARE,
             }
         )

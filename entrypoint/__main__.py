@@ -26,7 +26,7 @@ from entrypoint.planning import single_files, starting_point
 from entrypoint.planning.plan import make_plan
 from entrypoint.processes import supervise, upload
 from entrypoint.processes.launch import launch
-from entrypoint.settings.read import Settings, help_env, read_settings
+from entrypoint.settings import Settings, help_env, read_settings
 from entrypoint.system import hardware
 from trainer import __version__
 from trainer.spec.errors import KilnError, StopRequestedError, UnreachableError
@@ -94,20 +94,20 @@ def job(environ: Mapping[str, str], *, check: bool) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _stop)
     settings = read_settings(environ)
-    supervise.Limit.set(settings.max_runtime, settings.max_cost, settings.price_per_hour)
-    manifest = read_manifest(settings.dataset_config, settings.sample_prompts)
+    supervise.Limit.set(settings.finish.max_runtime, settings.finish.max_cost, settings.finish.price_per_hour)
+    manifest = read_manifest(settings.data.dataset_config, settings.output.sample_prompts)
     found = hardware.detect()
     plan = make_plan(settings, manifest, found, now=_now(environ))
     if plan.engine.device != "cpu":
         hardware.check_torch(found, hardware.torch_version())
     plan = dataclasses.replace(plan, model=bake.with_baked(plan.model))
-    _refuse_missing_accelerator(plan, asked=settings.backend)
-    plan, done = _continued(plan, named=settings.output_name is not None)
+    _refuse_missing_accelerator(plan, asked=settings.engine.backend)
+    plan, done = _continued(plan, named=settings.output.output_name is not None)
     for reason in plan.reasons:
         log.info("%s", reason)
-    token = settings.hf_token.reveal() if settings.hf_token else None
-    write_token = settings.hf_write_token.reveal() if settings.hf_write_token else token
-    push = upload.job(settings.push_to_hub, write_token, plan, creates=not check)
+    token = settings.model.hf_token.reveal() if settings.model.hf_token else None
+    write_token = settings.finish.hf_write_token.reveal() if settings.finish.hf_write_token else token
+    push = upload.job(settings.finish.push_to_hub, write_token, plan, creates=not check)
     if done:
         log.info("This job is done: %s. Delete status.json to run it again.", done)
         if check or push is None or upload.is_done(Path(plan.output.path), push.repo, done):
@@ -118,7 +118,7 @@ def job(environ: Mapping[str, str], *, check: bool) -> int:
     from entrypoint.planning.preflight import preflight  # the Hub's client is slow to import: only now
 
     starting_point.check_state(plan)
-    preflight(plan, token=token, hub_cache=settings.hf_home / "hub")
+    preflight(plan, token=token, hub_cache=settings.model.hf_home / "hub")
     with upload.beside(push, environ) as uploaded:
         if check:
             log.info("Checked: this job can run. Nothing was downloaded or trained.")
@@ -164,10 +164,10 @@ def _continued(plan: Plan, *, named: bool) -> tuple[Plan, Path | None]:
 
 def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
     """The plan with every model and source at a local path; all are brought at the same time."""
-    hub, cache = settings.hf_home / "hub", Path(plan.output.cache)
+    hub, cache = settings.model.hf_home / "hub", Path(plan.output.cache)
     if plan.engine.attention == "flash_4":
         flash_attention.install(cache)
-    patterns = single_files.patterns(get_family(plan.model.family).FACTS, plan.model.parts)
+    patterns = single_files.file_patterns(get_family(plan.model.family).FACTS, plan.model.parts)
     sources = list(dict.fromkeys(s.source for d in plan.data.datasets for s in d.subsets))
     cancelled = threading.Event()
     retries = dataclasses.replace(http.USUAL, cancelled=cancelled)

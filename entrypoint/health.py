@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from entrypoint import DEFAULT_OUTPUT_PATH
+
 PATIENCE_MIN = 30.0  # longer than the first step with a compiler takes
 
 
 def main() -> int:
     """Look at status.json in OUTPUT_PATH; HEALTH_PATIENCE_MINUTES is how old it may be while training."""
-    path = Path(os.environ.get("OUTPUT_PATH") or "/workspace/output") / "status.json"
+    path = Path(os.environ.get("OUTPUT_PATH") or DEFAULT_OUTPUT_PATH) / "status.json"
     try:
         status = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

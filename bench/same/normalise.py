@@ -38,6 +38,7 @@ NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?")
 BY_CHANCE = (
     re.compile(r"Training waited .* for the (save before|previous save)"),
     re.compile(r"^Failed to load "),
+    re.compile(r"\d+%\|.*\|.*\[\d+:\d\d<"),  # progress bars of libraries, with speeds
     re.compile(r"^[WE]\d{4} \d\d:\d\d:\d\d\.\d+ "),
 )
 

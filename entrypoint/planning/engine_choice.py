@@ -1,4 +1,9 @@
-"""How the plan uses the hardware: the weights' format, what is recomputed or offloaded, what is compiled."""
+"""How the plan uses the hardware: precision, recompute policy, offload, compilation, attention, number of GPUs.
+
+`engine_plan` is the entry. A miniature, or a CPU, gets a plan that keeps everything (`_unlimited`); for a published
+model on an accelerator, `_fit_memory` picks the fastest strategy that `trainer.spec.memory_model` predicts to fit. Each
+choice that a setting left to `auto` is noted with its reason, for the log.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +12,21 @@ from collections.abc import Sequence
 from functools import partial
 
 from entrypoint.fetch import flash_attention
-from entrypoint.settings.checks import Notes, show
+from entrypoint.settings.checks import Notes
 from entrypoint.settings.read import Settings
 from entrypoint.system.hardware import Hardware, select
 from trainer.spec import memory_model
 from trainer.spec.errors import SettingsError
 from trainer.spec.family import BaseModel, Facts, Footprint
+from trainer.spec.memory_model import Strategy, Workload
 from trainer.spec.plan import Dataset, EnginePlan, Prompt
+from trainer.spec.strategies import memory_mode
+from trainer.spec.values import show
 from trainer.spec.weight_formats import PRECISIONS
 
-RECOMPUTE = {True: "all", False: "none"}
-HOST_SHARE = 0.5  # of the host's memory that may be pinned
+RECOMPUTE_POLICY = {True: "all", False: "none"}  # by PARAMS_GRADIENT_CHECKPOINTING, where memory does not matter
+# Share of the host's memory that may be pinned, which the kernel cannot swap out or give to its file cache.
+PINNED_HOST_SHARE = 0.5
 
 
 def engine_plan(
@@ -31,53 +40,79 @@ def engine_plan(
     prompts: tuple[Prompt, ...],
     notes: Notes,
 ) -> tuple[EnginePlan, tuple[Dataset, ...]]:
-    """Whatever the settings leave to be chosen, chosen for the hardware and the largest batch, with reasons.
+    """Choose for the hardware and the largest batch all that the settings leave to `auto`, and note the reasons.
 
-    The datasets come back with their batch size, where that was left to be chosen too.
+    Returns the datasets as well: with their batch size, where that was left to `auto`.
     """
     try:
-        hardware = select(found, settings.backend)
+        hardware = select(found, settings.engine.backend)
     except SettingsError as problem:
         notes.add(str(problem))
         hardware = found
-    if settings.backend == "auto":
+    if settings.engine.backend == "auto":
         notes.chose("BACKEND", hardware.backend, str(hardware))
-    if settings.precision not in ("auto", *hardware.formats):
-        needs, allowed = PRECISIONS[settings.precision].needs, ", ".join(("auto", *hardware.formats))
-        what = f"PARAMS_PRECISION={show(settings.precision)} is not what {hardware} can do"
+    if settings.engine.precision not in ("auto", *hardware.formats):
+        needs, allowed = PRECISIONS[settings.engine.precision].needs, ", ".join(("auto", *hardware.formats))
+        what = f"PARAMS_PRECISION={show(settings.engine.precision)} is not what {hardware} can do"
         notes.add(f"{what}: it needs {needs}. Allowed: {allowed}.")
     plan = EnginePlan(
         device=hardware.device,
         num_gpus=_num_gpus(settings, hardware, notes),
-        replay=hardware.can_capture and not any(settings.text_encoder_lr),
+        # Text encoders that train tokenise captions inside the step, which no CUDA graph can hold.
+        replay=hardware.can_capture and not any(settings.training.text_encoder_lr),
         attention=_attention(settings, hardware, facts, model, notes),
-        memory_limit_gib=settings.memory_limit_gib,
-        step_timeout_s=settings.step_timeout,
+        memory_limit_gib=settings.engine.memory_limit_gib,
+        step_timeout_s=settings.engine.step_timeout,
     )
     if model.footprint is None or hardware.device == "cpu":
-        plan = _as_it_is(settings, hardware, plan, notes=notes)
+        plan = _unlimited(settings, hardware, plan, notes=notes)
     else:
-        sizes = [(p.width, p.height) for p in prompts] if settings.sample_every_n_steps else []
-        sizes += [d.resolution for d in datasets for s in d.subsets if s.source.kind == "generated"]
-        drawn = max((width * height for width, height in sizes), default=0)
-        given = (settings, hardware, plan, model.footprint, datasets)
-        never = plan.replay and facts.compiles == "never"
-        compiles = not never if settings.compile is None else settings.compile
-        plan, datasets = _fitted(*given, rank=rank, drawn=drawn, compiles=compiles, notes=notes)
+        plan, datasets = _fit_memory(
+            settings,
+            hardware,
+            plan,
+            model.footprint,
+            datasets,
+            rank=rank,
+            drawn_pixels=_largest_sample(settings, datasets, prompts),
+            compiles=_may_compile(settings, plan, facts.compiles),
+            notes=notes,
+        )
     return dataclasses.replace(plan, compile=_compiled(settings, plan, facts.compiles, notes)), datasets
 
 
+def _largest_sample(settings: Settings, datasets: Sequence[Dataset], prompts: Sequence[Prompt]) -> int:
+    """Pixels of the largest image that the job draws: a sample, or a class image. 0: it draws none."""
+    sizes: list[tuple[int, int]] = []
+    if settings.output.sample_every_n_steps:
+        sizes += [(prompt.width, prompt.height) for prompt in prompts]
+    for dataset in datasets:
+        if any(subset.source.kind == "generated" for subset in dataset.subsets):
+            sizes.append(dataset.resolution)
+    return max((width * height for width, height in sizes), default=0)
+
+
+def _may_compile(settings: Settings, plan: EnginePlan, compiles: str) -> bool:
+    """Whether blocks may be compiled; `_compiled` decides, once it is known what is recomputed."""
+    if settings.engine.compile is not None:
+        return settings.engine.compile
+    return not (plan.replay and compiles == "never")
+
+
 def _compiled(settings: Settings, plan: EnginePlan, compiles: str, notes: Notes) -> bool:
-    """Whether the blocks are compiled. Where steps are recorded, that may take longer than it saves."""
-    if settings.compile is not None:
-        return settings.compile
-    fused = PRECISIONS[plan.precision].weight_format == "fp8" and settings.lora_type != "dora"
-    recorded = plan.replay and plan.offload != "weights"
+    """Whether the blocks are compiled. Where steps are captured, compiling may take longer than it saves.
+
+    `compiles`: see `Facts.compiles`.
+    """
+    if settings.engine.compile is not None:
+        return settings.engine.compile
+    fused = PRECISIONS[plan.precision].weight_format == "fp8" and settings.adapter.lora_type != "dora"
+    captured = plan.replay and plan.offload != "weights"
     if plan.device == "cpu":
         chosen, why = False, "takes longer than it saves here"
-    elif recorded and compiles == "never":
+    elif captured and compiles == "never":
         chosen, why = False, "the model has so many kinds of blocks that it takes minutes; steps are recorded instead"
-    elif recorded and compiles == "recomputed" and fused and plan.recompute in ("none", "products"):
+    elif captured and compiles == "recomputed" and fused and plan.recompute in ("none", "products"):
         chosen, why = False, "steps are recorded, and what they keep is fused already"
     else:
         chosen, why = True, "pays on accelerators"
@@ -86,12 +121,13 @@ def _compiled(settings: Settings, plan: EnginePlan, compiles: str, notes: Notes)
 
 
 def _attention(settings: Settings, hardware: Hardware, facts: Facts, model: BaseModel, notes: Notes) -> str:
-    """Whose attention runs: the fastest that is there, but for what is asked for."""
-    asked = settings.attention
+    """The implementation of attention: the one that PARAMS_ATTENTION names, or the fastest that is installed."""
+    asked = settings.engine.attention
     if asked == "auto":
         chosen, why = "native", "torch picks the kernel"
-        if hardware.fastest_attention == "flash_4" and not model.is_miniature:  # a miniature's heads are narrower
-            if flash_attention.is_installed(settings.cache_path):
+        # The heads of a miniature are narrower than FlashAttention 4 takes.
+        if hardware.fastest_attention == "flash_4" and not model.is_miniature:
+            if flash_attention.is_installed(settings.data.cache_path):
                 chosen, why = "flash_4", "the fastest here"
             else:
                 why += "; flash_4 is faster here and is brought when it is asked for"
@@ -103,52 +139,54 @@ def _attention(settings: Settings, hardware: Hardware, facts: Facts, model: Base
             notes.add(f"{what} Fix: set PARAMS_ATTENTION=auto.")
     elif asked != "native" and not facts.attention_backends:
         notes.add(
-            f"PARAMS_ATTENTION={asked}: {settings.base_model} has torch's own attention and no other. "
+            f"PARAMS_ATTENTION={asked}: {settings.model.base_model} has torch's own attention and no other. "
             "Allowed: auto, native, flash_4."
         )
     return asked
 
 
 def _num_gpus(settings: Settings, hardware: Hardware, notes: Notes) -> int:
-    """Processes that train together. On a CPU as many as are asked for, which is to try it out."""
-    asked, there = settings.num_gpus, hardware.count
+    """How many processes train together. A CPU takes any number, for trying it out."""
+    asked = settings.engine.num_gpus
+    available = hardware.count
     if hardware.device == "cpu":
         return asked or 1
-    if asked > there:
-        notes.add(f"NUM_GPUS={asked}: there are not so many here, only {hardware}. Allowed: auto, 1 to {there}.")
+    if asked > available:
+        notes.add(f"NUM_GPUS={asked}: there are not so many here, only {hardware}. Allowed: auto, 1 to {available}.")
         return 1
-    if asked or there == 1:
+    if asked or available == 1:
         return asked or 1
-    # With more than one the batch of a step grows and its steps are fewer: that is for whoever trains to decide.
-    notes.chose("NUM_GPUS", 1, f"the batch of one; NUM_GPUS={there} trains on all with {there} times as many pictures")
+    # More GPUs mean larger batches and fewer steps, which changes the training: the user decides.
+    several = f"NUM_GPUS={available} trains on all with {available} times as many pictures"
+    notes.chose("NUM_GPUS", 1, f"the batch of one; {several}")
     return 1
 
 
-def _as_it_is(settings: Settings, hardware: Hardware, plan: EnginePlan, *, notes: Notes) -> EnginePlan:
-    """Of a miniature, which fits anywhere, or on a CPU, where nobody is short of memory."""
-    precision = settings.precision
+def _unlimited(settings: Settings, hardware: Hardware, plan: EnginePlan, *, notes: Notes) -> EnginePlan:
+    """The plan for a miniature, which fits anywhere, or for a CPU, where no device memory is short."""
+    precision = settings.engine.precision
     if precision == "auto":
         precision = hardware.unquantized_precision
         notes.chose("PARAMS_PRECISION", precision, f"best for {hardware}")
-    if settings.offload not in ("auto", "none") and hardware.device == "cpu":
+    if settings.engine.offload not in ("auto", "none") and hardware.device == "cpu":
         notes.add(
-            f"PARAMS_OFFLOAD={settings.offload} is for accelerators: here the host's memory is all there is. "
+            f"PARAMS_OFFLOAD={settings.engine.offload} is for accelerators: here the host's memory is all there is. "
             "Allowed: auto, none."
         )
-    elif settings.offload == "weights" and settings.lora_type == "dora":
+    elif settings.engine.offload == "weights" and settings.adapter.lora_type == "dora":
         notes.add("PARAMS_OFFLOAD=weights does not go with PARAMS_LORA_TYPE=dora. Fix: change one of them.")
-    if settings.batch_size == 0:
+    if settings.data.batch_size == 0:
         notes.chose("PARAMS_BATCH_SIZE", "dataset.json's", "no speed is known of this model here")
     return dataclasses.replace(
         plan,
         precision=precision,
         dtype=hardware.activation_dtype(precision),
-        recompute=RECOMPUTE[bool(settings.gradient_checkpointing)],
-        offload="none" if settings.offload == "auto" else settings.offload,
+        recompute=RECOMPUTE_POLICY[bool(settings.engine.gradient_checkpointing)],
+        offload="none" if settings.engine.offload == "auto" else settings.engine.offload,
     )
 
 
-def _fitted(
+def _fit_memory(
     settings: Settings,
     hardware: Hardware,
     plan: EnginePlan,
@@ -156,117 +194,154 @@ def _fitted(
     datasets: tuple[Dataset, ...],
     *,
     rank: int,
-    drawn: int,
+    drawn_pixels: int,
     compiles: bool,
     notes: Notes,
 ) -> tuple[EnginePlan, tuple[Dataset, ...]]:
-    """The fastest that `trainer.spec.memory_model` predicts to fit, in each phase of the job. `drawn`: pixels of a
-    sample."""
-    work = _largest(settings, datasets, rank, footprint)
-    precisions = hardware.auto_precisions if settings.precision == "auto" else (settings.precision,)
-    have = min(hardware.memory_gib, settings.memory_limit_gib or hardware.memory_gib)
-    room, host = have * memory_model.SPARE, hardware.host_memory_gib * HOST_SHARE / plan.num_gpus
+    """Choose the fastest strategy that is predicted to fit, and save memory in the other phases as far as needed.
 
-    def ways(work: memory_model.Workload) -> list[memory_model.Strategy]:
-        return _allowed(settings, memory_model.ways(footprint, work, precisions), compiles=compiles)
+    `drawn_pixels`: of the largest sample.
+    """
+    workload = _largest_workload(settings, datasets, rank, footprint)
+    precisions = hardware.auto_precisions if settings.engine.precision == "auto" else (settings.engine.precision,)
+    have_gib = min(hardware.memory_gib, settings.engine.memory_limit_gib or hardware.memory_gib)
+    host_gib = hardware.host_memory_gib * PINNED_HOST_SHARE / plan.num_gpus
 
-    def best(work: memory_model.Workload) -> tuple[memory_model.Workload, memory_model.Strategy]:
-        return work, memory_model.best(footprint, work, ways(work), have_gib=have, host_gib=host, recorded=plan.replay)
+    def allowed(workload: Workload) -> list[Strategy]:
+        strategies = memory_model.candidates(footprint, workload, precisions)
+        return _allowed(settings, strategies, compiles=compiles)
 
-    if not ways(work):
+    def choose(workload: Workload) -> Strategy:
+        return memory_model.choose(
+            footprint, workload, allowed(workload), have_gib=have_gib, host_gib=host_gib, captured=plan.replay
+        )
+
+    if not allowed(workload):
         notes.add(
-            f"PARAMS_OFFLOAD={settings.offload} goes with PARAMS_GRADIENT_CHECKPOINTING=auto or true, and weights "
-            "not with PARAMS_LORA_TYPE=dora."
+            f"PARAMS_OFFLOAD={settings.engine.offload} goes with PARAMS_GRADIENT_CHECKPOINTING=auto or true, and "
+            "weights not with PARAMS_LORA_TYPE=dora."
         )
         return plan, datasets
-    if settings.batch_size == 0:
-        tried = [best(dataclasses.replace(work, batch=batch)) for batch in memory_model.BATCHES]
-        same = [t for t in tried if t[1].precision == tried[0][1].precision and t[1].gib <= room]
-        work, way = memory_model.fastest(footprint, same or tried[:1])
-        datasets = tuple(dataclasses.replace(d, batch_size=work.batch) for d in datasets)
-        notes.chose("PARAMS_BATCH_SIZE", work.batch, "most images per second in the memory there is")
+    if settings.data.batch_size == 0:
+        tried: list[tuple[Workload, Strategy]] = []
+        for batch in memory_model.BATCHES:
+            larger = dataclasses.replace(workload, batch=batch)
+            tried.append((larger, choose(larger)))
+        workload, strategy = memory_model.fastest_batch(footprint, _comparable(tried, have_gib=have_gib))
+        datasets = tuple(dataclasses.replace(dataset, batch_size=workload.batch) for dataset in datasets)
+        notes.chose("PARAMS_BATCH_SIZE", workload.batch, "most images per second in the memory there is")
     else:
-        work, way = best(work)
-    _chosen(settings, hardware, way, have=have, notes=notes)
-    streamed, tiled = _told(footprint, work, way, ways(work), have=have, drawn=drawn, datasets=datasets, notes=notes)
+        strategy = choose(workload)
+    _note_choices(settings, hardware, strategy, have_gib=have_gib, notes=notes)
+    streamed, tiled = _fit_other_phases(
+        footprint,
+        workload,
+        strategy,
+        have_gib=have_gib,
+        drawn_pixels=drawn_pixels,
+        datasets=datasets,
+        notes=notes,
+    )
+    _note_strategies(workload, strategy, allowed(workload), notes)
     plan = dataclasses.replace(
         plan,
-        precision=way.precision,
-        dtype=hardware.activation_dtype(way.precision),
-        recompute=way.recompute,
-        kept_blocks=way.kept_blocks,
-        offload=way.offload,
-        turned_weights=way.turned,
+        precision=strategy.precision,
+        dtype=hardware.activation_dtype(strategy.precision),
+        recompute=strategy.recompute,
+        kept_blocks=strategy.kept_blocks,
+        offload=strategy.offload,
+        turned_weights=strategy.transposed,
         stream_encoders=streamed,
-        host_gib=host,
+        host_gib=host_gib,
         tile_vae=tiled,
     )
     return plan, datasets
 
 
-def _chosen(settings: Settings, hardware: Hardware, way: memory_model.Strategy, *, have: float, notes: Notes) -> None:
-    """What was left to be chosen, for the log."""
-    reason = f"{way.gib:.1f} GiB of {have:.0f} GiB are predicted for a step"
-    if settings.precision == "auto":
-        notes.chose("PARAMS_PRECISION", way.precision, f"fastest for {hardware}")
-    if settings.gradient_checkpointing is None:
-        notes.chose("PARAMS_GRADIENT_CHECKPOINTING", str(way), reason)
-    if settings.offload == "auto":
-        notes.chose("PARAMS_OFFLOAD", way.offload, reason)
+def _comparable(tried: list[tuple[Workload, Strategy]], *, have_gib: float) -> list[tuple[Workload, Strategy]]:
+    """Batches that fit in the precision of the smallest one; no batch is worth fewer bits. At least the smallest."""
+    precision = tried[0][1].precision
+    fitting: list[tuple[Workload, Strategy]] = []
+    for workload, strategy in tried:
+        if strategy.precision == precision and strategy.gib <= have_gib * memory_model.USABLE_SHARE:
+            fitting.append((workload, strategy))
+    return fitting or tried[:1]
 
 
-def _largest(settings: Settings, datasets: Sequence[Dataset], rank: int, footprint: Footprint) -> memory_model.Workload:
-    """The batch with the most tokens, of which each picture's text has some."""
-    given = settings.batch_size != 0  # else all get the same
-    works = [
-        memory_model.Workload(
-            d.resolution[0] * d.resolution[1], d.batch_size if given else 1, rank, settings.optimizer_type
-        )
-        for d in datasets
-    ]
-    return max(works, key=lambda work: work.kilotokens(footprint))
+def _note_choices(settings: Settings, hardware: Hardware, strategy: Strategy, *, have_gib: float, notes: Notes) -> None:
+    """Note the strategy as the value of each setting that was left to `auto`."""
+    reason = f"{strategy.gib:.1f} GiB of {have_gib:.0f} GiB are predicted for a step"
+    if settings.engine.precision == "auto":
+        notes.chose("PARAMS_PRECISION", strategy.precision, f"fastest for {hardware}")
+    if settings.engine.gradient_checkpointing is None:
+        notes.chose("PARAMS_GRADIENT_CHECKPOINTING", str(strategy), reason)
+    if settings.engine.offload == "auto":
+        notes.chose("PARAMS_OFFLOAD", strategy.offload, reason)
 
 
-def _told(
+def _largest_workload(settings: Settings, datasets: Sequence[Dataset], rank: int, footprint: Footprint) -> Workload:
+    """The batch with the most tokens: those of its images, and those of each image's caption.
+
+    With PARAMS_BATCH_SIZE=auto, all datasets get the same batch size, so one image of each is compared.
+    """
+    workloads: list[Workload] = []
+    for dataset in datasets:
+        width, height = dataset.resolution
+        batch = dataset.batch_size if settings.data.batch_size != 0 else 1
+        workloads.append(Workload(width * height, batch, rank, settings.training.optimizer_type))
+    return max(workloads, key=lambda workload: workload.kilotokens(footprint))
+
+
+def _fit_other_phases(
     footprint: Footprint,
-    work: memory_model.Workload,
-    way: memory_model.Strategy,
-    ways: Sequence[memory_model.Strategy],
+    workload: Workload,
+    strategy: Strategy,
     *,
-    have: float,
-    drawn: int,
+    have_gib: float,
+    drawn_pixels: int,
     datasets: Sequence[Dataset],
     notes: Notes,
 ) -> tuple[bool, bool]:
-    """Whether the text encoders are streamed, and samples decoded in pieces; the log tells the ways there are."""
-    encoded = max(d.resolution[0] * d.resolution[1] for d in datasets)
-    phases = partial(memory_model.phases, footprint, work, way, drawn_pixels=drawn, encoded_pixels=encoded)
-    peaks, room = phases(streamed=False, tiled=False), have * memory_model.SPARE
-    streamed, tiled = peaks["texts"] > room, max(peaks["samples"], peaks["latents"]) > room
-    peaks = phases(streamed=streamed, tiled=tiled)
-    notes.reasons += [
-        f"Peaks predicted, in GiB of {have:.0f}: "
-        + ", ".join(f"{name} {gib:.1f}" for name, gib in peaks.items())
-        + ".",
-        *(["The text encoders come to the device layer by layer."] if streamed else []),
-        *(["Samples are decoded piece by piece, and pictures encoded one by one."] if tiled else []),
-        f"Ways to train with batches of {work.batch}, first the one that is taken:",
-        *(f"  {one}" for one in dict.fromkeys(map(str, (way, *ways)))),
-    ]
+    """Whether the text encoders are streamed, and whether the VAE works in tiles; notes the peaks of all phases."""
+    phase_peaks = partial(
+        memory_model.phase_peaks_gib,
+        footprint,
+        workload,
+        strategy,
+        drawn_pixels=drawn_pixels,
+        encoded_pixels=max(dataset.resolution[0] * dataset.resolution[1] for dataset in datasets),
+    )
+    usable_gib = have_gib * memory_model.USABLE_SHARE
+    peaks_gib = phase_peaks(streamed=False, tiled=False)
+    streamed = peaks_gib["texts"] > usable_gib
+    tiled = max(peaks_gib["samples"], peaks_gib["latents"]) > usable_gib
+    peaks_gib = phase_peaks(streamed=streamed, tiled=tiled)
+    in_words = ", ".join(f"{phase} {gib:.1f}" for phase, gib in peaks_gib.items())
+    notes.reasons.append(f"Peaks predicted, in GiB of {have_gib:.0f}: {in_words}.")
+    if streamed:
+        notes.reasons.append("The text encoders come to the device layer by layer.")
+    if tiled:
+        notes.reasons.append("Samples are decoded piece by piece, and pictures encoded one by one.")
     return streamed, tiled
 
 
-def _allowed(
-    settings: Settings, ways: Sequence[memory_model.Strategy], *, compiles: bool
-) -> list[memory_model.Strategy]:
-    """Those that the settings do not rule out."""
-    return [
-        way
-        for way in ways
-        if settings.gradient_checkpointing is None or (way.recompute != "none") is settings.gradient_checkpointing
-        if settings.offload in ("auto", way.offload)
-        # peft measures a layer's rows when it makes a DoRA adapter, and then the weights must be there.
-        if settings.lora_type != "dora" or way.offload != "weights"
-        # Without the compiler, the host gets what all recompute, and no more (`trainer.spec.strategies.rungs`).
-        if compiles or way.recompute == "all" or way.offload == "none"
-    ]
+def _note_strategies(workload: Workload, chosen: Strategy, strategies: Sequence[Strategy], notes: Notes) -> None:
+    """List the chosen strategy and the others, each once."""
+    notes.reasons.append(f"Ways to train with batches of {workload.batch}, first the one that is taken:")
+    for line in dict.fromkeys(map(str, (chosen, *strategies))):
+        notes.reasons.append(f"  {line}")
+
+
+def _allowed(settings: Settings, strategies: Sequence[Strategy], *, compiles: bool) -> list[Strategy]:
+    """The strategies that the settings do not rule out and whose conditions are met."""
+    allowed: list[Strategy] = []
+    for strategy in strategies:
+        recomputes = strategy.recompute != "none"
+        if settings.engine.gradient_checkpointing not in (None, recomputes):
+            continue
+        if settings.engine.offload not in ("auto", strategy.offload):
+            continue
+        mode = memory_mode(strategy.recompute, strategy.offload)
+        if mode.is_allowed(compiled=compiles, dora=settings.adapter.lora_type == "dora"):
+            allowed.append(strategy)
+    return allowed

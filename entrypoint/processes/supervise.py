@@ -19,10 +19,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 
+from entrypoint import DEFAULT_OUTPUT_PATH
 from entrypoint.fetch import http
 from entrypoint.processes.pod import asked_to_end, start_ssh
 from entrypoint.settings.checks import load_json
-from entrypoint.settings.variables import ACTIONS
+from entrypoint.settings.variables.finish import ACTIONS
 from entrypoint.system.folders import read_json, write_text
 from trainer.spec.errors import SettingsError, StorageError
 
@@ -155,7 +156,7 @@ def _write(environ: Mapping[str, str], diary: Diary) -> None:
 
 
 def _output(environ: Mapping[str, str]) -> Path:
-    return Path(_raw(environ, "OUTPUT_PATH") or "/workspace/output").expanduser()
+    return Path(_raw(environ, "OUTPUT_PATH") or DEFAULT_OUTPUT_PATH).expanduser()
 
 
 def _raw(environ: Mapping[str, str], name: str) -> str:

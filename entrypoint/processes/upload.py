@@ -246,21 +246,33 @@ def _refusal(repo: str, status: int) -> KilnError:
 
 
 def card(path: Path, *, base: str, with_samples: bool) -> str:
-    """README.md of the repository, from the header of the LoRA file alone."""
-    about = read_header(path).metadata
-    trigger, title = about.get("modelspec.trigger_phrase", ""), about.get("ss_output_name", path.stem)
-    lines = ["---", *([f"base_model: {json.dumps(base)}", "base_model_relation: adapter"] if base else [])]
-    lines += ["library_name: diffusers", "pipeline_tag: text-to-image", "tags:", "- lora", "- text-to-image"]
-    lines += [f"instance_prompt: {json.dumps(trigger, ensure_ascii=False)}"] if trigger else []
-    lines += ["---", "", f"# {title}", ""]
-    size, steps, images = (about.get(k, "?") for k in ("ss_network_dim", "ss_steps", "ss_num_train_images"))
-    what = f"[{base}](https://huggingface.co/{base})" if base else about.get("ss_sd_model_name", "a local model")
-    lines += [f"A LoRA of rank {size} for {what}: {steps} steps on {images} pictures, repeats included."]
-    lines += ["The base model's licence applies."] if base else []
-    lines += ["", f"Trigger: `{trigger.replace('`', '')}`"] if trigger else []
-    lines += ["", "![samples by prompt and step](sample/contact-sheet.png)"] if with_samples else []
+    """README.md of the repository, from the header of the LoRA file alone. `base`: see `Job`."""
+    from huggingface_hub import ModelCardData  # late: a job without PUSH_TO_HUB never imports it
+
+    header = read_header(path).metadata
+    title = header.get("ss_output_name", path.stem)
+    trigger = header.get("modelspec.trigger_phrase", "")
+    data = ModelCardData(
+        base_model=base or None,
+        base_model_relation="adapter" if base else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["lora", "text-to-image"],
+        instance_prompt=trigger or None,
+    )
+    rank, steps, images = (header.get(key, "?") for key in ("ss_network_dim", "ss_steps", "ss_num_train_images"))
+    model = f"[{base}](https://huggingface.co/{base})" if base else header.get("ss_sd_model_name", "a local model")
+    lines = ["---", data.to_yaml(), "---", "", f"# {title}", ""]
+    lines.append(f"A LoRA of rank {rank} for {model}: {steps} steps on {images} images, repeats included.")
+    if base:
+        lines.append("The base model's licence applies.")
+    if trigger:
+        lines += ["", f"Trigger: `{trigger.replace('`', '')}`"]
+    if with_samples:
+        lines += ["", "![samples by prompt and step](sample/contact-sheet.png)"]
     lines += ["", f"`{path.name}` has kohya's key names, which ComfyUI, Forge and sd-scripts read. In diffusers:", ""]
-    return "\n".join([*lines, f"    pipe.load_lora_weights(REPOSITORY, weight_name={json.dumps(path.name)})", ""])
+    lines += [f"    pipe.load_lora_weights(REPOSITORY, weight_name={json.dumps(path.name)})", ""]
+    return "\n".join(lines)
 
 
 def main() -> int:

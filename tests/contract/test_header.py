@@ -1,4 +1,4 @@
-"""The header of the LoRA file: what users' tools read of a run."""
+"""The header of the LoRA file, which users' tools show."""
 
 import json
 
@@ -66,8 +66,8 @@ def test_the_header_has_every_key_as_text_and_no_path(job_plan):
     assert json.loads(found["ss_bucket_info"]) == {"buckets": {"0": {"resolution": [128, 128], "count": 6}}}
 
 
-def test_buckets_and_tags_are_there_in_both_shapes_for_each_dataset(job_plan, tmp_path):
-    """One folder at two resolutions, and as regularisation pictures: three sources of one name."""
+def test_buckets_and_tags_are_listed_for_the_run_and_for_each_dataset(job_plan, tmp_path):
+    """One folder at two resolutions, and as regularisation images: three sources of one name."""
     folder = {"image_dir": str(tmp_path / "pictures")}
     config = {
         "datasets": [

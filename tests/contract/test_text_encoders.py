@@ -247,7 +247,7 @@ def test_diffusers_and_our_sampler_draw_with_them(name, job_plan, tmp_path):
     encoders = get_family(name).load_encoders(folder(name), device="cpu", dtype=torch.float32)
     loaded = [(arguments.load_lora(tmp_path / "out" / "x.safetensors", name), 1.0)]
     for component in get_family(name).LORA_KEYS.encoders:
-        sample.add(getattr(encoders, component), loaded, component=component)
+        sample.apply_loras(getattr(encoders, component), loaded, component=component)
     ours = get_family(name).encode_text(encoders, list(CAPTIONS))
     for key in ("tokens", "pooled"):
         torch.testing.assert_close(torch.stack([o[key] for o in ours]), expected[key], rtol=1e-4, atol=1e-4)

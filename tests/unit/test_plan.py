@@ -145,7 +145,7 @@ from entrypoint.dataset_config import manifest
 from entrypoint.planning import plan
 from entrypoint.system import hardware
 asked = settings.read_settings({{"BASE_MODEL": {MINI!r}, "DATASET_NAME": "org/pictures"}})
-said = manifest.read_manifest(asked.dataset_config, asked.sample_prompts)
+said = manifest.read_manifest(asked.data.dataset_config, asked.output.sample_prompts)
 plan.make_plan(asked, said, hardware.Hardware("cpu", "x86_64", 8.0, 0, "", 8.0, 2), now=datetime.now())
 print(time.process_time(), *(m for m in ("torch", "numpy", "diffusers", "transformers") if m in sys.modules))
 """

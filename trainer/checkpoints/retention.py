@@ -68,7 +68,7 @@ class CheckpointRetention:
         free = shutil.disk_usage(self.out).free
         if free < WARN_BELOW_SAVES * needed:
             log.warning(
-                "OUTPUT_PATH: a save takes %.1f MiB and %s are free: room for %d more. Free some space, or the job "
+                "OUTPUT_PATH: a save takes %.1f MiB and %s: room for %d more. Free some space, or the job "
                 "will stop with exit code 74. It resumes when it is started again.",
                 needed / 2**20, atomic.free_space(self.out), free // needed,
             )  # fmt: skip

@@ -175,8 +175,8 @@ def _as_job_errors(out: Path) -> Iterator[None]:
     except OSError as problem:
         if problem.errno is None:
             raise
-        free = f"; {atomic.free_space(out)} are free" if problem.errno in atomic.VOLUME_ERRORS else ""
-        raise StorageError(f"{problem.filename or out}: {problem.strerror}{free}.") from problem
+        left = f"; {atomic.free_space(out)}" if problem.errno in atomic.VOLUME_ERRORS else ""
+        raise StorageError(f"{problem.filename or out}: {problem.strerror}{left}.") from problem
     except torch.OutOfMemoryError as problem:
         raise OutOfMemoryError(f"Out of memory: {str(problem).splitlines()[0]}") from problem
 

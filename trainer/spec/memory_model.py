@@ -1,8 +1,18 @@
-"""What a plan takes of a device's memory, predicted without torch, and the fastest way to train within what there is.
+"""Predicts the device memory that a plan takes, without torch, and chooses the fastest strategy that fits.
 
-A step takes: the frozen weights; the adapters with their gradients and their optimiser's state; and for each picture
-and each token what the regions keep, which depends on what is recomputed, and what the region at work needs besides.
-The constants (`trainer.spec.family.Footprint`) are measured by `python -m bench step`.
+The peak of a training step, in GiB, is the sum of
+
+- the frozen weights on the device, with the adapter columns appended to them (`weights_gib`);
+- the adapters with their gradients and the optimiser's state (`trained_gib`);
+- for each kilotoken (1,024 tokens of the batch): what the forward pass saves for the backward pass, which depends on
+  the recompute policy and the offload mode, and the working memory of the region that is computed.
+
+A strategy is a precision, a memory mode (`trainer.spec.strategies`), a number of blocks exempt from recompute, and the
+predicted peak. `candidates` lists them in order of preference, `choose` takes the first that fits, `fastest_batch`
+compares batch sizes, and `phase_peaks_gib` predicts the phases before and after training.
+
+`trainer.spec.family.Footprint` has the sizes of each model; `python -m bench memory` prints predictions beside measured
+peaks, and tests/unit/test_memory.py holds them to 5 % or 0.5 GiB.
 """
 
 from __future__ import annotations
@@ -13,207 +23,313 @@ from dataclasses import dataclass, replace
 
 from trainer.spec.adapter_columns import fits_adapter_columns, padding_for
 from trainer.spec.family import Footprint
-from trainer.spec.strategies import RESIDENT, described
+from trainer.spec.strategies import MEMORY_MODES, OFFLOADS, RECOMPUTE_POLICIES, MemoryMode, described
 from trainer.spec.weight_formats import PRECISIONS
 
 GIB = 2**30
-STATE_BYTES = {
+
+# Bytes of each trained number: the fp32 parameter, its gradient, and the optimiser's state. Optimisers that are not
+# listed keep two fp32 moments.
+BYTES_PER_TRAINED_NUMBER = {
     "prodigy": 24,
     "prodigy-schedulefree": 24,
     "adamw8bit": 10,
     "lion": 12,
-}  # of one trained number, all in all
-SPARE = 0.93  # of the memory there is: the driver's own, and gaps between tensors
-TIGHT = 0.97  # likewise, before a way that is much slower is taken: the rehearsal sees whether it fits
+}
+BYTES_PER_TRAINED_NUMBER_WITH_TWO_MOMENTS = 16
 
+# Share of the device's memory that a predicted peak may fill. The driver takes the rest, or it is lost in gaps between
+# tensors. Activation offload may fill more, because the next strategy, weight streaming, is much slower: the rehearsal
+# step finds out whether it really fits.
+USABLE_SHARE = 0.93
+MAX_USABLE_SHARE = 0.97
 
-# of what waits on the host: so much is on its way there, and as much on its way back
-# (trainer.engine.memory.activation_offload)
-SHARE = 1 / 16
-# regions on the device where weights are streamed (trainer.engine.memory.weight_streaming): the one at work, and the
-# next
+# Share of the offloaded activations that may be on their way to the host at once, and again as much on its way back
+# (`trainer.engine.memory.activation_offload`; docs/lab-notes.md, "Bounded copies").
+IN_FLIGHT_SHARE = 1 / 16
+# Regions whose weights are on the device with weight streaming: the one that runs, and the next
+# (`trainer.engine.memory.weight_streaming`).
 RESIDENT_REGIONS = 2
-# Seconds of a step by what is recomputed, as a multiple of those with everything kept, of Flux.1 in FP8 on one
-# accelerator (docs/performance.md); and what a step costs besides, in the time of so many thousands of tokens.
-COST = {"none": 1.0, "products": 1.01, "attention": 1.2, "all": 1.28}
-# Times as long, by what waits on the host: measured with batches of 4 and of 1, of which the larger hides more.
-BUS = {"none": 1.0, "activations": 1.02, "weights": 1.4}
-OUTPUTS = 0.54  # of the sides of all layers that have adapters
-STREAMED = 1.0  # GiB that a step takes besides where weights are streamed
-STEP = 1.0
-BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-WORTH = 1.02  # times the images per second that a larger batch must bring to be chosen
-# The VAE of all families, in fp32: its weights, and GiB for a million (2^20) pixels of one picture.
-VAE, ENCODE, DECODE = 0.31, 2.6, 3.2
-ENCODE_BATCH_MEGAPIXELS = 2.0  # megapixels that the VAE encodes at once, where there is room
+# GiB that a step takes besides with weight streaming (`python -m bench step --family flux fp8+all+weights:1`).
+STREAMING_OVERHEAD_GIB = 1.0
+# The share of output features in the input and output features of all layers that have adapters. Without transposed
+# copies, only the rows of the weights, which are the outputs, are padded for adapter columns.
+OUTPUT_SHARE = 0.54
+
+# The fixed cost of a step, in the time of this many kilotokens. Only the ratio of batch sizes depends on it.
+STEP_OVERHEAD_KILOTOKENS = 1.0
+BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # tried for PARAMS_BATCH_SIZE=auto
+# A larger batch is chosen only if it brings this many times the images per second.
+MIN_BATCH_SPEEDUP = 1.02
+
+# The VAE, which is alike in all families and runs in fp32 (`python -m bench prepare`): its weights in GiB, and GiB for
+# each 2^20 pixels of an image that it encodes or decodes.
+VAE_GIB = 0.31
+ENCODE_GIB_PER_MEGAPIXEL = 2.6
+DECODE_GIB_PER_MEGAPIXEL = 3.2
+TILED_DECODE_GIB = 1.0  # decoding in tiles of 512 pixels
+ENCODE_BATCH_MEGAPIXELS = 2.0  # millions of pixels that the VAE encodes at once, if memory allows
+TEXT_OVERHEAD_GIB = 0.5  # activations of the text encoders
+STREAMED_ENCODER_DIVISOR = 12  # two of T5-XXL's 24 layers are on the device at once
 
 
 @dataclass(frozen=True)
 class Strategy:
     """One way to run a step, and its predicted peak."""
 
-    precision: str
+    precision: str  # a key of PRECISIONS
     recompute: str
-    kept_blocks: int
+    kept_blocks: int  # blocks exempt from recompute
     offload: str
-    gib: float
-    turned: bool = False  # weights are kept turned round as well
+    gib: float  # predicted peak of a training step
+    transposed: bool = False  # keeps transposed copies of the weights for the backward pass
+
+    @property
+    def weights_on_device(self) -> bool:
+        """Whether all frozen weights stay on the device; otherwise they are streamed from the host."""
+        return self.offload != "weights"
 
     def __str__(self) -> str:
-        how = described(self.recompute, self.kept_blocks, self.offload)
-        return f"{self.precision}, {how}{', weights both ways round' if self.turned else ''}: {self.gib:.1f} GiB"
+        mode = described(self.recompute, self.kept_blocks, self.offload)
+        copies = ", weights both ways round" if self.transposed else ""
+        return f"{self.precision}, {mode}{copies}: {self.gib:.1f} GiB"
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained: sizes in pixels of one picture, pictures at once, the adapters' rank, the optimiser's name."""
+    """The size of a step."""
 
-    pixels: int
-    batch: int
-    rank: int
+    pixels: int  # of one image
+    batch: int  # images
+    rank: int  # of the adapters
     optimizer: str
 
-    def kilotokens(self, of: Footprint) -> float:
-        """Thousands (1,024) of tokens in a batch."""
-        return self.batch * (self.pixels / 256 + of.text_tokens) / 1024
+    def kilotokens(self, footprint: Footprint) -> float:
+        """Thousands (1,024) of tokens in a batch: one for each 16 x 16 pixels, and those of the captions."""
+        return self.batch * (self.pixels / 256 + footprint.text_tokens) / 1024
 
 
-def _wide(precision: str) -> int:
-    """Bytes of an activation."""
+def _is_fp8(precision: str) -> bool:
+    """Whether frozen weights are multiplied in FP8, by our own fused blocks."""
+    return PRECISIONS[precision].weight_format == "fp8"
+
+
+def _activation_bytes(precision: str) -> int:
+    """Bytes of one number of an activation."""
     return 4 if PRECISIONS[precision].dtype == "float32" else 2
 
 
-def weights(of: Footprint, rank: int, precision: str, offload: str = "none", *, turned: bool = False) -> float:
-    """The denoiser's frozen weights on the device with what adapters have beside them, in GiB.
+def weights_gib(
+    footprint: Footprint, rank: int, precision: str, offload: str = "none", *, transposed: bool = False
+) -> float:
+    """The denoiser's frozen weights on the device, with padding for adapter columns, in GiB.
 
-    `turned`: with a copy turned round.
+    `transposed`: with transposed copies, which are padded too.
     """
-    each = PRECISIONS[precision].bytes or _wide(precision)
-    inside = RESIDENT_REGIONS * of.largest_region_weights if offload == "weights" else of.block_weights
-    copies = of.fp8_weights if turned else 0.0  # of 8 bits
-    beside = 0.0
-    if PRECISIONS[precision].weight_format == "fp8" and fits_adapter_columns(rank, of.hidden_size):
-        beside = (
-            (1.0 if turned else OUTPUTS)
-            * of.adapter_weights_per_rank
-            * padding_for(rank, of.hidden_size)
-            * inside
-            / of.block_weights
-        )
-    return (inside * each + copies + of.other_weights * _wide(precision) + beside) / GIB
+    bytes_per_weight = PRECISIONS[precision].bytes or _activation_bytes(precision)
+    on_device = footprint.block_weights
+    if offload == "weights":
+        on_device = RESIDENT_REGIONS * footprint.largest_region_weights
+    copies = footprint.fp8_weights if transposed else 0.0  # one byte each
+    padding = 0.0
+    if _is_fp8(precision) and fits_adapter_columns(rank, footprint.hidden_size):
+        padded_share = 1.0 if transposed else OUTPUT_SHARE
+        columns = padding_for(rank, footprint.hidden_size)
+        # A weight has as many rows (or, transposed, columns) as its adapter has numbers for each rank.
+        padding = padded_share * footprint.adapter_weights_per_rank * columns * on_device / footprint.block_weights
+    others = footprint.other_weights * _activation_bytes(precision)
+    return (on_device * bytes_per_weight + copies + others + padding) / GIB
 
 
-def predicted(
-    of: Footprint,
-    work: Workload,
+def trained_gib(footprint: Footprint, workload: Workload) -> float:
+    """The adapters with their gradients and the optimiser's state, in GiB."""
+    bytes_per_number = BYTES_PER_TRAINED_NUMBER.get(workload.optimizer, BYTES_PER_TRAINED_NUMBER_WITH_TWO_MOMENTS)
+    return footprint.adapter_weights_per_rank * workload.rank * bytes_per_number / GIB
+
+
+def _saved_gib_per_kilotoken(
+    footprint: Footprint, *, precision: str, recompute: str, kept_blocks: int, offload: str
+) -> float:
+    """What the forward pass keeps on the device for the backward pass, for each kilotoken in 16 bits."""
+    everything = footprint.saved_gib["none"] * (1.0 if _is_fp8(precision) else footprint.unfused_factor)
+    saved = everything if recompute == "none" else footprint.saved_gib[recompute]
+    if offload != "none":
+        # All but what is on its way, in both directions, is on the host.
+        return footprint.saved_gib["host"] + 2 * IN_FLIGHT_SHARE * saved
+    kept_share = kept_blocks / footprint.region_count
+    return saved * (1 - kept_share) + everything * kept_share
+
+
+def predict_peak_gib(
+    footprint: Footprint,
+    workload: Workload,
     *,
     precision: str,
     recompute: str,
     kept_blocks: int = 0,
     offload: str = "none",
-    turned: bool = False,
+    transposed: bool = False,
 ) -> float:
-    """The peak of training, in GiB."""
-    trained = of.adapter_weights_per_rank * work.rank * STATE_BYTES.get(work.optimizer, 16) / GIB
-    everything = of.saved_gib["none"] * (1.0 if PRECISIONS[precision].weight_format == "fp8" else of.unfused_factor)
-    kept, share = everything if recompute == "none" else of.saved_gib[recompute], kept_blocks / of.region_count
-    kept = of.saved_gib["host"] + 2 * SHARE * kept if offload != "none" else kept * (1 - share) + everything * share
-    tokens = work.kilotokens(of) * _wide(precision) / 2
-    each = of.working_gib + kept
-    streamed = STREAMED if offload == "weights" else 0.0
-    return weights(of, work.rank, precision, offload, turned=turned) + streamed + trained + tokens * each
+    """The peak of a training step, in GiB."""
+    saved = _saved_gib_per_kilotoken(
+        footprint, precision=precision, recompute=recompute, kept_blocks=kept_blocks, offload=offload
+    )
+    kilotokens = workload.kilotokens(footprint) * _activation_bytes(precision) / 2  # the footprint counts 16 bits
+    frozen = weights_gib(footprint, workload.rank, precision, offload, transposed=transposed)
+    streaming = STREAMING_OVERHEAD_GIB if offload == "weights" else 0.0
+    return frozen + streaming + trained_gib(footprint, workload) + kilotokens * (footprint.working_gib + saved)
 
 
-def on_host(of: Footprint, work: Workload, way: Strategy) -> float:
-    """What a way keeps in the host's memory, in GiB."""
-    if way.offload == "none":
+def pinned_host_gib(footprint: Footprint, workload: Workload, strategy: Strategy) -> float:
+    """The pinned host memory that a strategy takes, in GiB."""
+    if strategy.offload == "none":
         return 0.0
-    streamed = weights(of, work.rank, way.precision) if way.offload == "weights" else 0.0
-    return of.saved_gib[way.recompute] * work.kilotokens(of) * _wide(way.precision) / 2 + streamed
+    streamed = 0.0
+    if not strategy.weights_on_device:
+        streamed = weights_gib(footprint, workload.rank, strategy.precision)
+    saved = footprint.saved_gib[strategy.recompute] * workload.kilotokens(footprint)
+    return saved * _activation_bytes(strategy.precision) / 2 + streamed
 
 
-def ways(of: Footprint, work: Workload, precisions: Iterable[str]) -> list[Strategy]:
-    """The ways to be tried, the best first: weights that stay on the device, in each precision in its turn; then
-    weights that are streamed; and 4 bits after all others."""
-    named = list(precisions)
-    wide = [p for p in named if (PRECISIONS[p].bytes or 2) >= 1]
-    orders = [
-        (precision, *order)
-        for some in (wide, [p for p in named if p not in wide])
-        for precision, *order in (
-            *((p, *o) for p in some for o in RESIDENT),
-            *((p, "all", "weights") for p in some[-1:]),
-        )
-    ]
-    return [Strategy(p, r, 0, o, predicted(of, work, precision=p, recompute=r, offload=o)) for p, r, o in orders]
+def candidates(footprint: Footprint, workload: Workload, precisions: Iterable[str]) -> list[Strategy]:
+    """The strategies to try, in order of preference.
+
+    First each precision in turn with its weights on the device; then weight streaming, in the last of them, which has
+    the fewest bytes to transfer. 4 bits lose more than rounding, so they come after all of that, in the same order.
+    """
+    of_8_bits_or_more: list[str] = []
+    of_4_bits: list[str] = []
+    for precision in precisions:
+        if (PRECISIONS[precision].bytes or 2) >= 1:
+            of_8_bits_or_more.append(precision)
+        else:
+            of_4_bits.append(precision)
+
+    strategies: list[Strategy] = []
+
+    def add(precision: str, mode: MemoryMode) -> None:
+        gib = predict_peak_gib(footprint, workload, precision=precision, recompute=mode.recompute, offload=mode.offload)
+        strategies.append(Strategy(precision, mode.recompute, 0, mode.offload, gib))
+
+    on_device = [mode for mode in MEMORY_MODES if mode.weights_on_device]
+    streamed = [mode for mode in MEMORY_MODES if not mode.weights_on_device]
+    for group in (of_8_bits_or_more, of_4_bits):
+        for precision in group:
+            for mode in on_device:
+                add(precision, mode)
+        for precision in group[-1:]:
+            for mode in streamed:
+                add(precision, mode)
+    return strategies
 
 
-def best(
-    of: Footprint,
-    work: Workload,
-    choices: Sequence[Strategy],
+def choose(
+    footprint: Footprint,
+    workload: Workload,
+    strategies: Sequence[Strategy],
     *,
     have_gib: float,
     host_gib: float,
-    recorded: bool = False,
+    captured: bool = False,
 ) -> Strategy:
-    """The first way that fits, or the one that takes least, with as much kept as the memory lets it."""
-    room = have_gib * SPARE
-    possible = [way for way in choices if on_host(of, work, way) <= host_gib] or list(choices)
-    rooms = {"none": room, "activations": have_gib * TIGHT, "weights": room}
-    way = next((way for way in possible if way.gib <= rooms[way.offload]), min(possible, key=lambda way: way.gib))
-    return _filled(of, work, way, room=room, recorded=recorded)
+    """The first strategy that fits, or the one with the lowest peak; what memory is left makes it faster.
 
-
-def _filled(of: Footprint, work: Workload, way: Strategy, *, room: float, recorded: bool) -> Strategy:
-    """What memory is left over goes to blocks that keep more, or to a copy of the weights."""
-
-    def changed(*, turned: bool = False, kept_blocks: int = 0) -> Strategy:
-        given = {"precision": way.precision, "recompute": way.recompute, "offload": way.offload}
-        gib = predicted(of, work, kept_blocks=kept_blocks, turned=turned, **given)
-        return replace(way, kept_blocks=kept_blocks, turned=turned, gib=gib)
-
-    if (way.recompute, way.offload) == ("none", "none") and PRECISIONS[way.precision].weight_format == "fp8":
-        both = changed(turned=True)
-        return both if both.gib <= room else way
-    if way.recompute not in ("products", "attention") or way.offload != "none" or way.gib > room:
-        return way
-    whole = changed(kept_blocks=of.region_count).gib
-    left = max(0.0, room - way.gib - (of.capture_gib if recorded else 0.0))
-    return changed(kept_blocks=min(of.region_count, int(left / (whole - way.gib) * of.region_count)))
-
-
-def speed(of: Footprint, work: Workload, way: Strategy) -> float:
-    """Images for a unit of time; only to compare batches of the same pictures on the same hardware."""
-    share = way.kept_blocks / of.region_count
-    cost = COST[way.recompute] * (1 - share) + COST["none"] * share
-    return work.batch / (STEP + work.kilotokens(of) * cost * BUS[way.offload])
-
-
-def fastest(of: Footprint, tried: Iterable[tuple[Workload, Strategy]]) -> tuple[Workload, Strategy]:
-    """Of several batches, smallest first, that with the most images per second; a larger one must be worth it."""
-    chosen, most = None, 0.0
-    for work, way in tried:
-        if (found := speed(of, work, way)) > most * WORTH:
-            chosen, most = (work, way), found
-    assert chosen is not None
-    return chosen
-
-
-def phases(
-    of: Footprint, work: Workload, way: Strategy, *, streamed: bool, tiled: bool, drawn_pixels: int, encoded_pixels: int
-) -> dict[str, float]:
-    """The predicted peak of each phase, in GiB. `drawn_pixels`: of the largest sample; `encoded_pixels`: of the largest
-    picture. `tiled`: samples are decoded in pieces, and pictures encoded one by one.
+    `have_gib`: memory of the device. `host_gib`: memory of the host that may be pinned. `captured`: whether steps are
+    captured as CUDA graphs, which take memory of their own.
     """
-    encoders = of.encoder_weights * _wide(way.precision) / GIB
-    images = 1 if tiled else math.ceil(ENCODE_BATCH_MEGAPIXELS * 1e6 / encoded_pixels)
+    possible: list[Strategy] = []
+    for strategy in strategies:
+        if pinned_host_gib(footprint, workload, strategy) <= host_gib:
+            possible.append(strategy)
+    possible = possible or list(strategies)
+    usable_gib = have_gib * USABLE_SHARE
+    limits_gib = {"none": usable_gib, "activations": have_gib * MAX_USABLE_SHARE, "weights": usable_gib}
+    chosen = min(possible, key=lambda strategy: strategy.gib)
+    for strategy in possible:
+        if strategy.gib <= limits_gib[strategy.offload]:
+            chosen = strategy
+            break
+    return _use_spare_memory(footprint, workload, chosen, usable_gib=usable_gib, captured=captured)
+
+
+def _use_spare_memory(
+    footprint: Footprint, workload: Workload, strategy: Strategy, *, usable_gib: float, captured: bool
+) -> Strategy:
+    """Spend the memory that is left on blocks exempt from recompute, or on transposed copies of the weights."""
+
+    def changed(*, transposed: bool = False, kept_blocks: int = 0) -> Strategy:
+        gib = predict_peak_gib(
+            footprint,
+            workload,
+            precision=strategy.precision,
+            recompute=strategy.recompute,
+            kept_blocks=kept_blocks,
+            offload=strategy.offload,
+            transposed=transposed,
+        )
+        return replace(strategy, kept_blocks=kept_blocks, transposed=transposed, gib=gib)
+
+    mode = (strategy.recompute, strategy.offload)
+    if mode == ("none", "none") and _is_fp8(strategy.precision):
+        with_copies = changed(transposed=True)
+        return with_copies if with_copies.gib <= usable_gib else strategy
+    if mode not in (("products", "none"), ("attention", "none")) or strategy.gib > usable_gib:
+        return strategy
+    # A graph of a step that recomputes reserves more than it allocates (docs/lab-notes.md, "Memory of a captured
+    # graph"); without that memory the step would be launched kernel by kernel.
+    reserved_gib = footprint.capture_gib if captured else 0.0
+    spare_gib = max(0.0, usable_gib - strategy.gib - reserved_gib)
+    all_exempt_gib = changed(kept_blocks=footprint.region_count).gib
+    affordable = int(spare_gib / (all_exempt_gib - strategy.gib) * footprint.region_count)
+    return changed(kept_blocks=min(footprint.region_count, affordable))
+
+
+def relative_speed(footprint: Footprint, workload: Workload, strategy: Strategy) -> float:
+    """Images per unit of time. Only for comparing batch sizes with the same images on the same hardware."""
+    kept_share = strategy.kept_blocks / footprint.region_count
+    policy = RECOMPUTE_POLICIES[strategy.recompute]
+    cost = policy.step_cost * (1 - kept_share) + RECOMPUTE_POLICIES["none"].step_cost * kept_share
+    slowdown = OFFLOADS[strategy.offload].slowdown
+    return workload.batch / (STEP_OVERHEAD_KILOTOKENS + workload.kilotokens(footprint) * cost * slowdown)
+
+
+def fastest_batch(footprint: Footprint, tried: Iterable[tuple[Workload, Strategy]]) -> tuple[Workload, Strategy]:
+    """The batch with the most images per second. `tried`: smallest batch first; a larger one must be worth it."""
+    fastest: tuple[Workload, Strategy] | None = None
+    fastest_speed = 0.0
+    for workload, strategy in tried:
+        speed = relative_speed(footprint, workload, strategy)
+        if speed > fastest_speed * MIN_BATCH_SPEEDUP:
+            fastest = (workload, strategy)
+            fastest_speed = speed
+    assert fastest is not None
+    return fastest
+
+
+def phase_peaks_gib(
+    footprint: Footprint,
+    workload: Workload,
+    strategy: Strategy,
+    *,
+    streamed: bool,
+    tiled: bool,
+    drawn_pixels: int,
+    encoded_pixels: int,
+) -> dict[str, float]:
+    """The predicted peak of each phase of a job, in GiB.
+
+    `streamed`: the layers of the text encoders come to the device one by one. `tiled`: samples are decoded in tiles,
+    and images encoded one by one. `drawn_pixels`: of the largest sample. `encoded_pixels`: of the largest image.
+    """
+    encoders_gib = footprint.encoder_weights * _activation_bytes(strategy.precision) / GIB
+    images_at_once = 1 if tiled else math.ceil(ENCODE_BATCH_MEGAPIXELS * 1e6 / encoded_pixels)
+    decode_gib = TILED_DECODE_GIB if tiled else DECODE_GIB_PER_MEGAPIXEL * drawn_pixels / 2**20
+    frozen_gib = weights_gib(
+        footprint, workload.rank, strategy.precision, strategy.offload, transposed=strategy.transposed
+    )
     return {
-        "texts": 0.5 + (encoders / 12 if streamed else encoders),  # two of 24 layers
-        "latents": VAE + ENCODE * images * encoded_pixels / 2**20,
-        "training": way.gib,
-        "samples": weights(of, work.rank, way.precision, way.offload, turned=way.turned)
-        + of.adapter_weights_per_rank * work.rank * STATE_BYTES.get(work.optimizer, 16) / GIB
-        + VAE
-        + (1.0 if tiled else DECODE * drawn_pixels / 2**20),
+        "texts": TEXT_OVERHEAD_GIB + (encoders_gib / STREAMED_ENCODER_DIVISOR if streamed else encoders_gib),
+        "latents": VAE_GIB + ENCODE_GIB_PER_MEGAPIXEL * images_at_once * encoded_pixels / 2**20,
+        "training": strategy.gib,
+        "samples": frozen_gib + trained_gib(footprint, workload) + VAE_GIB + decode_gib,
     }
