@@ -173,7 +173,7 @@ class Ground:
     @cached_property
     def found(self) -> Scan:
         """The same for all plans: each has two datasets of the same pictures."""
-        return scan(self.plan(drawn(0, self.hardware)).data, workers=0)
+        return scan(self.plan(drawn(0, self.hardware)).data, cpu_workers=0)
 
     def plan(self, of: Drawn) -> Plan:
         subsets = [{"image_dir": str(self.images), "caption_extension": ".txt"}]
