@@ -79,8 +79,8 @@ def preflight(plan: Plan, *, token: str | None, hub_cache: Path, retries: RetryP
 
     attempt(partial(_check_resume, plan.lora.resume_from))
     if plan.engine.attention == "flash_4" and not flash_attention.is_installed(places["CACHE_PATH"]):
-        logger.info("To fetch: FlashAttention 4 with its compiler, %s.", human(flash_attention.BYTES))
-        space.add("CACHE_PATH", "FlashAttention 4", flash_attention.BYTES)
+        logger.info("To fetch: FlashAttention 4 with its compiler, %s.", human(flash_attention.INSTALL_BYTES))
+        space.add("CACHE_PATH", "FlashAttention 4", flash_attention.INSTALL_BYTES)
     attempt(partial(_check_model, plan, space, token=token, hub_cache=hub_cache, retries=retries))
     for source, cache_bytes in _cache_bytes_per_image(plan).items():
         if any(isinstance(problem, UnreachableError) for problem in problems):

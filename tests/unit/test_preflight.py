@@ -176,7 +176,7 @@ def test_what_flash_attention_takes_is_told_and_counted_unless_it_is_there(
     plan: Plan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     wanted = dataclasses.replace(plan, engine=EnginePlan(attention="flash_4"))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, flash_attention.BYTES // 2))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, flash_attention.INSTALL_BYTES // 2))
     monkeypatch.setattr(flash_attention, "is_installed", lambda cache: False)
     with caplog.at_level("INFO"), pytest.raises(StorageError, match=r"CACHE_PATH.*FlashAttention 4: 420 MiB"):
         preflight(wanted, token=None, hub_cache=Path(wanted.output.cache))
