@@ -1,4 +1,4 @@
-"""Regularisation images that the base model draws: once, as diffusers draws them, and trained on as such."""
+"""Class images: the base model draws them once, as diffusers does, and they are trained on as regularisation images."""
 
 import dataclasses
 import json

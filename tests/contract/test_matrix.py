@@ -21,7 +21,7 @@ from bench.original_names import (
     vae_original,
     weights,
 )  # fmt: skip
-from tests.support.single_files import loaded
+from tests.support.single_files import model_folder
 from tests.support.variants import CLASSES, NARROW, VARIANTS, config
 from trainer.base_model import single_file
 from trainer.engine import adapters
@@ -135,7 +135,7 @@ def read_once(tmp_path_factory):
     def folder(name, layout):
         if (name, layout) not in known:
             place = tmp_path_factory.mktemp("layout")
-            known[name, layout] = loaded(place, name, **LAYOUTS[layout](name, place))
+            known[name, layout] = model_folder(place, name, **LAYOUTS[layout](name, place))
         return known[name, layout]
 
     return folder

@@ -15,7 +15,7 @@ from trainer.base_model import single_file
 from trainer.spec.family import get_family
 
 
-def loaded(tmp_path: Path, name: str, **variables: str) -> Path:
+def model_folder(tmp_path: Path, name: str, **variables: str) -> Path:
     """The folder that a job with these variables reads its weights from."""
     (tmp_path / "pictures").mkdir(exist_ok=True)
     settings = read_settings({"BASE_MODEL": f"mini-{name}", "DATASET_NAME": str(tmp_path / "pictures"), **variables})
