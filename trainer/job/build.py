@@ -73,7 +73,7 @@ def make_session(
     engine = Engine(training_state.denoiser, regions, plan.engine, training_state.weight_streamer)
     objective = data.objective
     snapshots = Snapshots(training_state.optimizer, plan.engine.device)
-    describe_run = partial(saving.describe_run, plan, family, objective, order=data.order, scan=data.scan)
+    describe_run = partial(saving.describe_run, plan, family, objective, sampler=data.sampler, scan=data.scan)
     return Session(
         plan,
         family,
@@ -85,7 +85,7 @@ def make_session(
         training_state=training_state,
         snapshots=snapshots,
         saver=saving.Saver(plan, family, out, stop, training_state, snapshots, data.scan, describe_run),
-        order=data.order,
+        sampler=data.sampler,
         cache=data.cache,
         total=data.total,
         steps_per_epoch=data.steps_per_epoch,

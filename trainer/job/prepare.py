@@ -32,7 +32,7 @@ class PreparedData:
 
     plan: Plan
     scan: Scan
-    order: EpochSampler
+    sampler: EpochSampler
     cache: Cache
     state: state_files.State | None
 
@@ -46,7 +46,7 @@ class PreparedData:
     def steps_per_epoch(self) -> int:
         """Optimiser steps; the last one of an epoch may have fewer batches."""
         batches_per_step = self.plan.train.gradient_accumulation * self.plan.engine.num_gpus
-        return math.ceil(self.order.batches_per_epoch / batches_per_step)
+        return math.ceil(self.sampler.batches_per_epoch / batches_per_step)
 
     @property
     def total(self) -> int:
@@ -63,18 +63,18 @@ def prepare_data(
     """
     status.phase("reading the dataset")
     scanned = scan_and_report(plan.data, report=out / "dataset-report.txt")
-    order = make_sampler(plan, scanned)
+    sampler = make_sampler(plan, scanned)
     if state is not None:
         _check_same_data(state, scanned)
-    for line in order.describe():
+    for line in sampler.describe():
         log.info("%s", line)
     cache = open_cache(Path(plan.output.cache), Path(plan.model.path), precision=plan.engine.dtype)
-    data = PreparedData(plan, scanned, order, cache, state)
+    data = PreparedData(plan, scanned, sampler, cache, state)
     log.info("%d optimiser steps, %d an epoch.", data.total, data.steps_per_epoch)
-    if order.batches_per_epoch < plan.engine.num_gpus:
+    if sampler.batches_per_epoch < plan.engine.num_gpus:
         log.warning(
             "An epoch has only %d batches: with NUM_GPUS=%d, some GPUs are idle.",
-            order.batches_per_epoch,
+            sampler.batches_per_epoch,
             plan.engine.num_gpus,
         )
     status.phase("encoding")
@@ -113,9 +113,9 @@ def fill_cache(data: PreparedData, *, check_in: Callable[[], None]) -> None:
     plan = data.plan
     family = get_family(plan.model.family)
     model = Path(plan.model.path)
-    captions = [*data.order.all_captions(), *prompt_texts(plan.prompts)]
+    captions = [*data.sampler.all_captions(), *prompt_texts(plan.prompts)]
     fill_texts(data.cache, captions, family=family, model=model, engine=plan.engine, check_in=check_in)
-    fill_images(data.cache, data.order, family=family, model=model, engine=plan.engine, check_in=check_in)
+    fill_images(data.cache, data.sampler, family=family, model=model, engine=plan.engine, check_in=check_in)
 
 
 def prompt_texts(prompts: Sequence[Prompt]) -> list[str]:

@@ -128,10 +128,10 @@ def _received(handed: HandedOver) -> PreparedData:
     plan = handed.plan
     limit_memory(plan.engine.device, plan.engine.memory_limit_gib)
     scanned = Scan(handed.images, (), ())
-    order = make_sampler(plan, scanned)
+    sampler = make_sampler(plan, scanned)
     cache = open_cache(Path(plan.output.cache), Path(plan.model.path), precision=plan.engine.dtype)
     state = state_files.read(handed.state) if handed.state else None
-    return PreparedData(plan, scanned, order, cache, state)
+    return PreparedData(plan, scanned, sampler, cache, state)
 
 
 def _train(

@@ -60,7 +60,7 @@ class Session:
     training_state: TrainingState
     snapshots: Snapshots
     saver: Saver
-    order: EpochSampler
+    sampler: EpochSampler
     cache: Cache
     total: int
     steps_per_epoch: int
@@ -82,7 +82,7 @@ class Session:
 
     def rehearse(self) -> None:
         """A step at the largest batches, forgotten: memory runs out here, or never. Raises SettingsError if it does."""
-        self.rehearsal().run(self.order.epoch(0), self.cache)
+        self.rehearsal().run(self.sampler.epoch(0), self.cache)
 
     def rehearsal(self) -> Rehearsal:
         return Rehearsal(
@@ -173,7 +173,7 @@ class Session:
         for done in range(first, self.total):
             epoch, index = divmod(done, self.steps_per_epoch)
             if index == 0 or done == first:
-                epoch_batches = self.order.epoch(epoch)
+                epoch_batches = self.sampler.epoch(epoch)
             step_batches = epoch_batches[index * per_step : (index + 1) * per_step]
             group = []
             for batch in step_batches[self.workers.process_rank :: self.workers.size]:
@@ -189,7 +189,7 @@ class Session:
         """Record the loss on the held-out images."""
         self.watchdog.heartbeat()
         self._pause_training()
-        held_out = (batches.micro_batch(self.cache, batch) for batch in self.order.validation())
+        held_out = (batches.micro_batch(self.cache, batch) for batch in self.sampler.validation())
         with metrics.aside(), self.training_state.inference_weights():
             loss = loop.validation_loss(
                 held_out,
@@ -239,7 +239,7 @@ class Session:
     def _fixed_output(self) -> torch.Tensor:
         """The denoiser's output for one image of the dataset, the same each time."""
         device = self.plan.engine.device
-        first_image = self.order.epoch(0)[0][:1]
+        first_image = self.sampler.epoch(0)[0][:1]
         batch = batches.micro_batch(self.cache, first_image).to(device)
         generator = seeded(torch.Generator(device), self.plan.train.seed)
         noised = self.objective.add_noise(latents(batch.moments_B2CHW, generator), generator)
