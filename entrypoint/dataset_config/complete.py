@@ -10,7 +10,8 @@ import dataclasses
 import math
 from typing import Any
 
-from entrypoint.dataset_config.manifest import Manifest, classify
+from entrypoint.dataset_config.manifest import Manifest
+from entrypoint.dataset_config.sources import classify
 from entrypoint.settings.checks import Notes
 from entrypoint.settings.variables.data import DataSettings
 from trainer.spec.plan import Dataset, Source, Subset

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from entrypoint.dataset_config.complete import complete_datasets
-from entrypoint.dataset_config.manifest import HUB_ID, Manifest
+from entrypoint.dataset_config.manifest import Manifest
+from entrypoint.dataset_config.sources import HUB_ID
 from entrypoint.planning import single_files, starting_point, text_encoders
 from entrypoint.planning.engine_choice import engine_plan
 from entrypoint.settings import Settings
