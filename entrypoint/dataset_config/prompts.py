@@ -53,9 +53,9 @@ def _parse_object(raw: dict[str, Any], *, place: str, problems: Problems) -> Pro
             continue
         field = KEYS.get(key)
         if field is None:
-            problems.add(f"{place}: {show(key)} is no key of a prompt; {suggestion(key, ['prompt', *KEYS])}")
+            problems.add(f"{place}: {show(key)} is not a key of a prompt; {suggestion(key, ['prompt', *KEYS])}")
         elif field in values:
-            problems.add(f"{place}: {key} says again what another key says.")
+            problems.add(f"{place}: {key} sets what another key sets already.")
         else:
             values[field] = read_value(FIELDS[field], value, f"{place}: {key}", problems)
     text = read_value(Key("text"), raw.get("prompt"), f"{place}: prompt", problems) or ""

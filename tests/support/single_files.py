@@ -1,4 +1,4 @@
-"""Weights as users have them, read through the product."""
+"""Single files and folders of weights, read through the settings, the plan and the fetcher, as a job reads them."""
 
 from __future__ import annotations
 

@@ -68,6 +68,6 @@ def resumes_state(plan: Plan, begun: dict[str, Any], *, step: int, own: bool) ->
         f"{holder} holds a run of another plan, at step {step}. What differs (then → now):\n  "
         + "\n  ".join(changed)
         + ("\nNUM_GPUS times PARAMS_GRADIENT_ACCUMULATION must stay the same." if gpus else "")
-        + f"\nPut it back to resume; or {elsewhere}set PARAMS_RESUME_FROM to a LoRA file of that run to go on from its "
+        + f"\nPut it back to resume; or {elsewhere}set PARAMS_RESUME_FROM to a LoRA file of that run to start from its "
         "weights alone."
     )

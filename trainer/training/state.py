@@ -96,7 +96,7 @@ class TrainingState:
                 pairs = zip(tree["ema"]["shadow"], self.optimizer_params, strict=True)
                 self.ema.shadow = [shadow.to(p.device) for shadow, p in pairs]
         except (KeyError, ValueError) as problem:
-            what = "The state does not fit this plan, or another version of Kiln, which joined adapters otherwise"
+            what = "The state does not fit this plan. Another version of Kiln may have written it"
             raise SettingsError(f"{what}: {problem}.") from problem
         self.guard.restore(tree["guard"])
         random_state.set_random_state(tree["random"])
