@@ -193,7 +193,7 @@ def _parse_datasets(raw: Any, origin: str, problems: Problems) -> list[tuple[Dat
             dataset = Dataset(subsets, **{"resolution": (0, 0), **dataset_values})
             datasets.append((dataset, frozenset(dataset_values)))
             if all(subset.is_reg for subset in subsets):
-                problems.add(f"{where}: all subsets are regularisation pictures. Fix: one without is_reg.")
+                problems.add(f"{where}: all subsets are regularisation images. Fix: add a subset without is_reg.")
     return datasets
 
 
@@ -210,7 +210,7 @@ def _parse_subsets(raw: Any, inherited: Mapping[str, Any], where: str, problems:
 def _read_list(raw: Any, where: str, problems: Problems) -> list[Any]:
     if isinstance(raw, list) and raw:
         return raw
-    problems.add(f"{where}: a list with at least one object is needed ({{}} takes its pictures from DATASET_NAME).")
+    problems.add(f"{where}: a list with at least one object is needed ({{}} takes its images from DATASET_NAME).")
     return []
 
 
@@ -248,7 +248,7 @@ def _subset(inherited: Mapping[str, Any], own: Mapping[str, Any], where: str, pr
     values = {name: value for name, value in merged.items() if name in SHARED_KEYS or name in OWN_KEYS}
     if "class_prompt" in own:
         if not values.setdefault("is_reg", True):
-            problems.add(f"{where}: pictures of class_prompt are regularisation pictures. Fix: remove is_reg.")
+            problems.add(f"{where}: images of class_prompt are regularisation images. Fix: remove is_reg.")
         # Prefix and suffix that are inherited describe the user's own images, such as a trigger word that the class
         # must not learn.
         values["caption_prefix"] = own.get("caption_prefix")
@@ -282,7 +282,7 @@ def _generated_source(own: Mapping[str, Any], hub_values: Mapping[str, Any]) -> 
     """The class images that the base model generates before training. Raises ValueError."""
     for name in (*LOCATION_KEYS, *hub_values, *NOT_WITH_CLASS_PROMPT):
         if name in own:
-            raise ValueError(f"{name} does not go together with class_prompt: the model draws these pictures")
+            raise ValueError(f"{name} does not go together with class_prompt: the model generates these images")
     if not own.get("class_prompt"):
-        raise ValueError("num_class_images needs a class_prompt to draw from, a dog for example")
+        raise ValueError("num_class_images needs a class_prompt, a dog for example")
     return Source("generated", own["class_prompt"], count=own.get("num_class_images", DEFAULT_CLASS_IMAGES))

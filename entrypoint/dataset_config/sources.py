@@ -28,9 +28,9 @@ def classify(location: str, *, hub: bool = True) -> tuple[str, str]:
     if lower.endswith(ARCHIVES):
         return "archive", absolute(location)
     if lower.endswith(OTHER_ARCHIVES):
-        raise ValueError(f"{show(location)} is of a kind that is not read. Allowed: {', '.join(ARCHIVES)}")
+        raise ValueError(f"{show(location)} is an archive of a format that is not read. Allowed: {', '.join(ARCHIVES)}")
     if is_file(location):
-        raise ValueError(f"{show(location)} is a file, but no archive. Allowed: a folder, or {', '.join(ARCHIVES)}")
+        raise ValueError(f"{show(location)} is a file, but not an archive. Allowed: a folder, or {', '.join(ARCHIVES)}")
     # A folder that does not exist yet may be mounted where the job runs: preflight looks for it.
     if not hub or location.startswith(("/", ".", "~")):
         return "folder", absolute(location)
@@ -50,5 +50,5 @@ def _archive_url(location: str) -> str:
     if re.fullmatch(r"/datasets/[^/]+/[^/]+/?", url.path) and url.hostname.endswith(("huggingface.co", "hf.co")):
         raise ValueError(f"{show(location)} is a page. Fix: name the dataset, {url.path.strip('/').split('/', 1)[1]}")
     if path.endswith(OTHER_ARCHIVES) and not path.endswith(ARCHIVES):
-        raise ValueError(f"{show(location)} is of a kind that is not read. Allowed: {', '.join(ARCHIVES)}")
+        raise ValueError(f"{show(location)} is an archive of a format that is not read. Allowed: {', '.join(ARCHIVES)}")
     return location

@@ -130,7 +130,7 @@ def _check_resume(resume_from: str | None) -> None:
     if resume_from is not None and not Path(resume_from).exists():
         raise SettingsError(
             f"PARAMS_RESUME_FROM={resume_from}: there is no such file or folder. Name a LoRA file (.safetensors) or "
-            "the folder of a state, or leave it empty to start anew."
+            "the folder of a state, or leave it empty to start from the beginning."
         )
 
 
@@ -189,11 +189,11 @@ def _check_source(
     """
     if source.kind == "generated":
         count = source.count
-        space.add("CACHE_PATH", "class pictures", count * TYPICAL_IMAGE_BYTES)
+        space.add("CACHE_PATH", "class images", count * TYPICAL_IMAGE_BYTES)
     elif source.kind == "folder":
         count = _count_images(fetch.local_folder(source))
         if not count:
-            raise DataError(f"{fetch.named(source)}: there is no picture in it. Put pictures there (or mount them).")
+            raise DataError(f"{fetch.named(source)}: there is no image in it. Put images there (or mount them).")
     elif source.kind == "hub":
         count = _check_hub_dataset(source, space, token=token, retries=retries) // TYPICAL_IMAGE_BYTES
     elif fetch.is_url(source):
@@ -201,11 +201,11 @@ def _check_source(
     else:
         path = fetch.local_archive(source)
         if not archive.has_file(path, hub_rows.PICTURES):
-            raise DataError(f"{fetch.named(source)}: there is no picture among its first entries.")
+            raise DataError(f"{fetch.named(source)}: there is no image among its first entries.")
         size = path.stat().st_size
         space.add("CACHE_PATH", "unpacked archives", size * UNPACKED_BYTES_PER_ARCHIVE_BYTE)
         count = size // TYPICAL_IMAGE_BYTES
-    space.add("CACHE_PATH", "encoded pictures", count * cache_bytes)
+    space.add("CACHE_PATH", "encoded images", count * cache_bytes)
 
 
 def _count_images(folder: Path) -> int:
@@ -226,7 +226,7 @@ def _check_hub_dataset(source: Source, space: NeededSpace, *, token: str | None,
     hub.check_access(repo, listing, files[0].name)
     size = sum(file.size for file in files)
     space.add("HF_HOME", f"the dataset {repo.name}", hub.missing_bytes(repo, files))
-    space.add("CACHE_PATH", f"the pictures of {repo.name}", size * UNPACKED_BYTES_PER_ARCHIVE_BYTE)
+    space.add("CACHE_PATH", f"the images of {repo.name}", size * UNPACKED_BYTES_PER_ARCHIVE_BYTE)
     return size
 
 
@@ -239,7 +239,7 @@ def _check_url(source: Source, space: NeededSpace, *, token: str | None, retries
     with httpx.Client() as client:
         size = fetch.remote_archive(client, source, token=token, retries=retries).size or 0
     # The download stays until it is unpacked, so that both are there at once.
-    space.add("CACHE_PATH", "the download and its pictures", size * (1 + UNPACKED_BYTES_PER_ARCHIVE_BYTE))
+    space.add("CACHE_PATH", "the download and its images", size * (1 + UNPACKED_BYTES_PER_ARCHIVE_BYTE))
     return size
 
 
@@ -298,7 +298,7 @@ def _full_volumes(space: NeededSpace) -> list[KilnError]:
             errors.append(
                 StorageError(
                     f"{', '.join(variables)}: about {human_size(needed)} are needed on the volume of {place} "
-                    f"({made_of}), and {human_size(free)} are free. Free some room, or choose another volume."
+                    f"({made_of}), and {human_size(free)} are free. Free some space, or choose another volume."
                 )
             )
     return errors
