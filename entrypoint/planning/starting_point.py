@@ -69,7 +69,7 @@ def check_state(plan: Plan) -> None:
     state = _read_state(folder) if folder else None
     if state is not None:
         step, essence = state
-        resumes_state(plan, essence, step=step, own=own_state is not None)
+        resumes_state(plan, essence, step=step, in_output=own_state is not None)
 
 
 def _read_state(folder: Path) -> tuple[int, dict[str, Any]] | None:

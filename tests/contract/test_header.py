@@ -48,8 +48,8 @@ MODELSPEC = [
 
 def header(plan):
     found = scan(plan.data, cpu_workers=0)
-    order = EpochSampler(found.images, plan.data, seed=0)
-    run = saving.describe_run(plan, get_family("flux"), FlowMatching(), order=order, scan=found)
+    sampler = EpochSampler(found.images, plan.data, seed=0)
+    run = saving.describe_run(plan, get_family("flux"), FlowMatching(), sampler=sampler, scan=found)
     return metadata.lora_metadata(run, step=7, epoch=2, rank=4, alpha=4.0)
 
 

@@ -114,7 +114,7 @@ def capped(made: Session, room: float) -> tuple[float, float, float]:
     low, its = torch.cuda.memory_allocated(), made.runner
     made.runner = EagerStep(its.params, its.optimizer_params, its.pass_context)
     torch.cuda.reset_peak_memory_stats()
-    largest = largest_batches(made.order.epoch(0))
+    largest = largest_batches(made.sampler.epoch(0))
     fits = made.rehearsal().fits([micro_batch(made.cache, batch) for batch in largest])
     assert fits or made.plan.engine.host_gib == 0
     high = torch.cuda.max_memory_allocated()

@@ -47,13 +47,13 @@ def convert_single_files(model: ModelPlan, cache: Path) -> Path:
             places: dict[str, Path | None] = {entry.name: entry for entry in source.iterdir()}
             for part, path in model.parts.items():
                 places[part_folders[part]] = _convert_part(part, path, model, cache=cache)
-            key = digests.digest([VERSION, *((name, str(place)) for name, place in sorted(places.items()))])
+            listed = [(name, str(place)) for name, place in sorted(places.items())]
+            key = digests.digest([VERSION, *listed])
             folder = cache / "models" / key[:32]
             for name, place in places.items():
                 if place is not None:
                     _link(place, folder / name)
-            for link in [path for path in folder.rglob("*") if path.is_symlink() and not path.exists()]:
-                link.unlink()
+            _remove_dead_links(folder)
             _write_schedule(folder / "scheduler" / "scheduler_config.json", model.parts.get("denoiser", ""))
         except OSError as problem:
             raise StorageError(f"CACHE_PATH {cache}: {problem.strerror or problem}.") from problem
@@ -93,6 +93,12 @@ def _has_fp16_only(folder: Path) -> bool:
     return bool(names) and all(FP16_VARIANT in name for name in names)
 
 
+def _remove_dead_links(folder: Path) -> None:
+    for path in list(folder.rglob("*")):
+        if path.is_symlink() and not path.exists():
+            path.unlink()
+
+
 def _link(place: Path, target: Path) -> None:
     """A file as a link; a folder as a folder of links, since glob patterns do not follow links to folders.
 
@@ -102,8 +108,9 @@ def _link(place: Path, target: Path) -> None:
         _link_file(place, target, is_fp16=False)
         return
     is_fp16 = _has_fp16_only(place)
-    for file in [path for path in place.rglob("*") if path.is_file()]:
-        _link_file(file, target / file.relative_to(place), is_fp16=is_fp16)
+    for file in list(place.rglob("*")):
+        if file.is_file():
+            _link_file(file, target / file.relative_to(place), is_fp16=is_fp16)
 
 
 def _link_file(file: Path, link: Path, *, is_fp16: bool) -> None:
@@ -227,7 +234,9 @@ def _fit(state: State, model: torch.nn.Module, *, part: str) -> State:
     for name, tensor in fitted.items():
         if tensor.shape != expected[name].shape:
             problems.append(f"{name} has the shape {[*tensor.shape]} and not {[*expected[name].shape]}")
-    problems += [f"{name} is missing" for name in expected if name not in fitted]
+    for name in expected:
+        if name not in fitted:
+            problems.append(f"{name} is missing")
     if part == "denoiser":
         problems += [f"{name} is not of this model" for name in rest]
     if problems:

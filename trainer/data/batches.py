@@ -15,7 +15,7 @@ from typing import TypeVar, cast
 import torch
 
 from trainer.data import cache as caching
-from trainer.data.cache import Cache
+from trainer.data.cache import Cache, Item
 from trainer.data.epochs import Batch, Example
 
 T = TypeVar("T")
@@ -66,21 +66,29 @@ def prefetched(items: Iterator[T], depth: int = 2) -> Iterator[T]:
 
 def micro_batch(cache: Cache, batch: Batch) -> MicroBatch:
     """Read one batch from the cache. An image without a mask, among images with one, is trained everywhere."""
-    images = [caching.load(cache.image_path(example.image, example.view)) for example in batch]
-    texts = [caching.load(cache.text_path(example.caption)) for example in batch]
+    images: list[Item] = []
+    texts: list[Item] = []
+    for example in batch:
+        images.append(caching.load(cache.image_path(example.image, example.view)))
+        texts.append(caching.load(cache.text_path(example.caption)))
     mask_B1HW = None
     if any("mask" in image for image in images):
         ones_1HW = torch.ones(1, *images[0]["moments"].shape[-2:])
         mask_B1HW = torch.stack([image.get("mask", ones_1HW) for image in images])
     return MicroBatch(
-        moments_B2CHW=torch.stack([image["moments"] for image in images]),
-        text={name: torch.stack([text[name] for text in texts]) for name in texts[0]},
+        moments_B2CHW=_stack(images, "moments"),
+        text={name: _stack(texts, name) for name in texts[0]},
         geometry_B6=torch.tensor([geometry(example) for example in batch], dtype=torch.float32),
         mask_B1HW=mask_B1HW,
         weight_B=torch.tensor([example.weight for example in batch]),
         names=tuple(example.image.name for example in batch),
         captions=tuple(example.caption for example in batch),
     )
+
+
+def _stack(items: list[Item], name: str) -> torch.Tensor:
+    """One tensor of every item, along a new first dimension B."""
+    return torch.stack([item[name] for item in items])
 
 
 def geometry(example: Example) -> tuple[int, int, int, int, int, int]:

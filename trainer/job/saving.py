@@ -167,7 +167,7 @@ class Saver:
             yield self.out / f"{stem}{convert.KEY_FORMATS[key_format]}.safetensors", lora_file, header
 
 
-def describe_run(plan: Plan, family: Family, objective: Objective, *, order: EpochSampler, scan: Scan) -> TrainingRun:
+def describe_run(plan: Plan, family: Family, objective: Objective, *, sampler: EpochSampler, scan: Scan) -> TrainingRun:
     """The facts of this run for the header of its LoRA files."""
     datasets: list[DatasetSummary] = []
     names: list[str] = []
@@ -178,7 +178,7 @@ def describe_run(plan: Plan, family: Family, objective: Objective, *, order: Epo
             captions = [image.caption for image in scan.images if (image.dataset, image.subset) == (d, s)]
             tags = tag_frequency(captions, subset.caption_separator)
             subsets.append(SubsetSummary(names[-1], len(captions), subset.num_repeats, subset.is_reg, tags))
-        buckets = {size: count for (owner, size), count in order.buckets.items() if owner == d}
+        buckets = {size: count for (owner, size), count in sampler.buckets.items() if owner == d}
         datasets.append(DatasetSummary(dataset, tuple(subsets), buckets))
     first = plan.data.datasets[0]
     return TrainingRun(

@@ -60,7 +60,7 @@ class Session:
     training_state: TrainingState
     snapshots: Snapshots
     saver: Saver
-    order: EpochSampler
+    sampler: EpochSampler
     cache: Cache
     total: int
     steps_per_epoch: int
@@ -82,7 +82,7 @@ class Session:
 
     def rehearse(self) -> None:
         """A step at the largest batches, forgotten: memory runs out here, or never. Raises SettingsError if it does."""
-        self.rehearsal().run(self.order.epoch(0), self.cache)
+        self.rehearsal().run(self.sampler.epoch(0), self.cache)
 
     def rehearsal(self) -> Rehearsal:
         return Rehearsal(
@@ -110,6 +110,7 @@ class Session:
                 self.on_first(partial(self.sample, first, status=status, metrics=metrics))
             status.phase("training")
             for step in self.steps(first):
+                is_last = step.number == self.total
                 if self.training_state.ema and not step.skipped:
                     self.training_state.ema.update(self.training_state.optimizer_params)
                 learning_rate = optimizers.step_size(self.training_state.optimizer)
@@ -119,10 +120,12 @@ class Session:
                 saved = due(step.number, every.save_every, self.total) or self.workers.stopping
                 if saved:
                     self.save(step.number, step.epoch)
-                if due(step.number, every.sample_every, self.total) and step.number < self.total:
+                if (
+                    due(step.number, every.sample_every, self.total) and not is_last
+                ):  # the last samples follow the export
                     self.on_first(partial(self.sample, step.number, status=status, metrics=metrics))
                     status.phase("training")
-                if self.workers.stopping and step.number < self.total:
+                if self.workers.stopping and not is_last:
                     if not saved:  # the stop was requested while a sample was drawn
                         self.save(step.number, step.epoch)
                     self.workers.disconnect()
@@ -170,7 +173,7 @@ class Session:
         for done in range(first, self.total):
             epoch, index = divmod(done, self.steps_per_epoch)
             if index == 0 or done == first:
-                epoch_batches = self.order.epoch(epoch)
+                epoch_batches = self.sampler.epoch(epoch)
             step_batches = epoch_batches[index * per_step : (index + 1) * per_step]
             group = []
             for batch in step_batches[self.workers.process_rank :: self.workers.size]:
@@ -186,7 +189,7 @@ class Session:
         """Record the loss on the held-out images."""
         self.watchdog.heartbeat()
         self._pause_training()
-        held_out = (batches.micro_batch(self.cache, batch) for batch in self.order.validation())
+        held_out = (batches.micro_batch(self.cache, batch) for batch in self.sampler.validation())
         with metrics.aside(), self.training_state.inference_weights():
             loss = loop.validation_loss(
                 held_out,
@@ -236,7 +239,7 @@ class Session:
     def _fixed_output(self) -> torch.Tensor:
         """The denoiser's output for one image of the dataset, the same each time."""
         device = self.plan.engine.device
-        first_image = self.order.epoch(0)[0][:1]
+        first_image = self.sampler.epoch(0)[0][:1]
         batch = batches.micro_batch(self.cache, first_image).to(device)
         generator = seeded(torch.Generator(device), self.plan.train.seed)
         noised = self.objective.add_noise(latents(batch.moments_B2CHW, generator), generator)
