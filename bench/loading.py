@@ -1,8 +1,8 @@
-"""Does reading the cache hold training up? `python -m bench.loading`: one JSON line.
+"""Does training wait for the cache? `python -m bench loading` prints one line of JSON.
 
-Items of Flux.1's real size (T5 tokens 512 × 4096 in bf16, latents of 1280×768 px) are written to disk, and the time of
-a step that reads them through the prefetching thread is compared with that of one whose data is in memory already.
-The step is a matrix product of about 0.3 s, so the figure is of waiting, not of arithmetic.
+Items of Flux.1's size (T5 tokens 512 x 4096 in bf16, latents of 1280 x 768 pixels) are written to disk. The time of a
+step that reads them through the prefetching thread is compared with the time of a step whose data is in memory. Both
+steps multiply matrices for 0.3 s, so the difference is waiting.
 """
 
 from __future__ import annotations
@@ -21,25 +21,28 @@ from safetensors.torch import load_file, save_file
 
 from trainer.data.batches import prefetched
 
-STEPS, BATCH = 24, 4
+STEPS = 24
+BATCH = 4
+STEP_S = 0.3
 
 
 def step(weight: torch.Tensor, seconds: float) -> None:
+    """Multiply matrices for so long."""
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         weight @ weight
 
 
 def measure(batches: Iterator[list[dict[str, torch.Tensor]]], weight: torch.Tensor) -> float:
-    """Median seconds from one step's start to the next's."""
+    """Median seconds from the start of one step to the start of the next."""
     marks = [time.perf_counter()]
     for _ in batches:
-        step(weight, 0.3)
+        step(weight, STEP_S)
         marks.append(time.perf_counter())
     return statistics.median(b - a for a, b in itertools.pairwise(marks))
 
 
-def main(arguments: list[str]) -> None:  # noqa: ARG001 (there is nothing to choose)
+def main(arguments: list[str]) -> None:  # noqa: ARG001 (it takes none)
     weight = torch.randn(512, 512)
     with tempfile.TemporaryDirectory() as name:
         paths = [Path(name) / f"{i}.safetensors" for i in range(STEPS * BATCH)]

@@ -1,8 +1,8 @@
-"""Predicted and measured peaks of a training step, for several ways and batches.
+"""Predicted and measured peaks of a training step, for all memory modes with weights on the device.
 
     python -m bench memory --family flux --batch 1 4 16
 
-A way that does not fit is told so. `off`: the measured peak less the predicted one, in GiB.
+`off`: the measured peak minus the predicted one, in GiB. A mode that does not fit has "out of memory" as its peak.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A training step as other trainers do it, with code of theirs: from a checkout that is named, and whose needs are met.
+"""A training step of other trainers, with their own code, from a checkout whose requirements are installed.
 
 OneTrainer: its 8-bit layer (`LinearW8A8`) in diffusers' model, with peft's adapters. sd-scripts: its own Flux.1 and
-LoRA network, weights kept in FP8 (`fp8_base`), multiplied in bf16.
+LoRA network, weights stored in FP8 (`fp8_base`) and multiplied in bf16.
 """
 
 from __future__ import annotations
@@ -19,47 +19,58 @@ from bench import step
 from trainer.engine.cuda_graphs import EagerStep
 from trainer.spec.family import get_family
 
+# Flux.1 of sd-scripts with --small: a few narrow blocks.
 SMALL = {"hidden_size": 256, "num_heads": 2, "depth": 1, "depth_single_blocks": 2}
 
 
 def module(checkout: Path, name: str) -> Any:
-    """A module of theirs."""
+    """A module of a checkout."""
     if str(checkout) not in sys.path:
         sys.path.insert(0, str(checkout))
     return importlib.import_module(name)
 
 
 def onetrainer(checkout: Path, dtype: torch.dtype) -> Callable[[torch.nn.Module], None]:
-    """What puts OneTrainer's layers into a block, for weights and products in `dtype`: int8 or float8_e4m3fn."""
-    layer = module(checkout, "modules.module.quantized.LinearW8A8").LinearW8A8
+    """A function that puts OneTrainer's layers into a block. `dtype` of weights and products: int8, float8_e4m3fn."""
+    linear_w8a8 = module(checkout, "modules.module.quantized.LinearW8A8").LinearW8A8
 
     def replace(block: torch.nn.Module) -> None:
         for parent in list(block.modules()):
             for name, linear in list(parent.named_children()):
                 if type(linear) is torch.nn.Linear:
-                    made = layer(dtype, linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-                    made.weight, made.bias, made.compute_dtype = linear.weight, linear.bias, torch.bfloat16
-                    made.scale = torch.ones((), device=linear.weight.device)
-                    made.quantize()
-                    setattr(parent, name, made)
+                    has_bias = linear.bias is not None
+                    layer = linear_w8a8(dtype, linear.in_features, linear.out_features, has_bias, device="meta")
+                    layer.weight = linear.weight
+                    layer.bias = linear.bias
+                    layer.compute_dtype = torch.bfloat16
+                    layer.scale = torch.ones((), device=linear.weight.device)
+                    layer.quantize()
+                    setattr(parent, name, layer)
 
     return replace
 
 
 class Other(step.Bench):
-    """What is not ours, in bf16."""
+    """A model that is not ours, with activations in bf16."""
 
-    def trains(self, params: list[torch.nn.Parameter]) -> None:
-        self.params = self.optimizer_params = params
-        self.size, self.dtype, self.runner = step.SIZES[self.name], torch.bfloat16, EagerStep(params)
+    def set_trained(self, params: list[torch.nn.Parameter]) -> None:
+        """Train `params`."""
+        self.params = params
+        self.optimizer_params = params
+        self.size = step.SIZES[self.name]
+        self.dtype = torch.bfloat16
+        self.runner = EagerStep(params)
         self.optimizer = torch.optim.AdamW(params, lr=1e-4, fused=not self.small)
 
 
 class SdScripts(Other):
-    """Flux.1 of sd-scripts with its LoRA of the same rank, everything recomputed, nothing compiled."""
+    """Flux.1 of sd-scripts with its own LoRA of the same rank; everything is recomputed, nothing compiled."""
 
     def __init__(self, checkout: Path, *, small: bool) -> None:
-        self.name, self.kind, self.precision, self.small = "flux", get_family("flux"), "fp8_base", small
+        self.name = "flux"
+        self.family = get_family("flux")
+        self.precision = "fp8_base"
+        self.small = small
         models = module(checkout, "library.flux_models")
         params = models.configs["dev"].params
         with step.random_weights(step.DEVICE):
@@ -70,21 +81,25 @@ class SdScripts(Other):
         )
         network.apply_to([], self.model, apply_text_encoder=False, apply_unet=True)
         self.model.to(torch.float8_e4m3fn)
-        self.trains(list(network.to(step.DEVICE).parameters()))
+        self.set_trained(list(network.to(step.DEVICE).parameters()))
 
-    def work(self, _: Any, given: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        noisy, target = (torch.nn.functional.pixel_unshuffle(given[k], 2) for k in ("noisy", "target"))
-        places = torch.cartesian_prod(torch.zeros(1), *(torch.arange(n, dtype=torch.float32) for n in noisy.shape[2:]))
-        tokens, count = given["tokens"], len(noisy)
+    def loss(self, _: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        noisy = torch.nn.functional.pixel_unshuffle(inputs["noisy"], 2)
+        target = torch.nn.functional.pixel_unshuffle(inputs["target"], 2)
+        rows = torch.arange(noisy.shape[2], dtype=torch.float32)
+        columns = torch.arange(noisy.shape[3], dtype=torch.float32)
+        positions = torch.cartesian_prod(torch.zeros(1), rows, columns)
+        tokens = inputs["tokens"]
+        count = len(noisy)
         with torch.autocast(step.DEVICE, torch.bfloat16):
             out = self.model(
                 img=noisy.flatten(2).transpose(1, 2).to(self.dtype),
-                img_ids=places.to(step.DEVICE).expand(count, -1, -1),
+                img_ids=positions.to(step.DEVICE).expand(count, -1, -1),
                 txt=tokens,
                 txt_ids=torch.zeros(count, tokens.shape[1], 3, device=step.DEVICE),
-                timesteps=given["t"],
-                y=given["pooled"],
+                timesteps=inputs["t"],
+                y=inputs["pooled"],
                 guidance=torch.ones(count, device=step.DEVICE),
             )
         loss = torch.nn.functional.mse_loss(out.float(), target.flatten(2).transpose(1, 2))
-        return loss, loss * given["scale"]
+        return loss, loss * inputs["scale"]

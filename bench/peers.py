@@ -1,14 +1,15 @@
-"""A training step as users would otherwise run it, and ours, on the same shapes in the same run.
+"""A training step of other trainers, and ours, on the same shapes in the same run.
 
     python -m bench peers --family flux --batch 1 4
 
 bf16, eager and compiled: diffusers' model with peft's adapters and its own gradient checkpointing. torchao: the same,
-compiled, with its float8 training (rowwise scales are its slower recipe; this one is tensorwise). Where a checkout is
-named, what others run (`bench/others.py`): `--onetrainer FOLDER`, with its 8-bit layers, compiled;
-`--sd-scripts FOLDER`, for Flux.1 alone. Then each way of ours that `--ours` names, as in `python -m bench step`.
-`--only bf16 OneTrainer`: of the others, those whose names begin so. `images_s`: the batch by the median of five steps.
-Attention is torch's own for the others, mended (`trainer/engine/attention/cudnn_fix.py`), without which some of them
-end.
+compiled, with torchao's float8 training (tensorwise; rowwise scales are its slower recipe). With a checkout of another
+trainer (`bench/others.py`): `--onetrainer FOLDER`, its 8-bit layers, compiled; `--sd-scripts FOLDER`, for Flux.1 only.
+Then our variants that `--ours` names, as in `python -m bench step`. `--only bf16 OneTrainer`: only those of the others
+whose names begin like this. `images_s`: the batch divided by the median of five steps.
+
+Attention is torch's own for the others, with our fix for its backward pass (`trainer/engine/attention/cudnn_fix.py`):
+without it, some of them end with an illegal access.
 """
 
 from __future__ import annotations
@@ -23,43 +24,47 @@ from peft import LoraConfig
 
 from bench import others, step
 from bench.report import Report, options
+from trainer.engine.adapters import is_target
 from trainer.engine.attention import cudnn_fix
 from trainer.engine.quantization import frozen_linear
 from trainer.spec.family import get_family
 
 
 class Peer(others.Other):
-    """diffusers' model with peft's adapters, and nothing of ours but the arguments of its forward pass."""
+    """diffusers' model with peft's adapters; only the arguments of its forward pass are ours."""
 
     def __init__(
         self, name: str, what: str, *, small: bool, change: Callable[[torch.nn.Module], None] | None = None
     ) -> None:
-        """`change`: what is done to each block before it gets its adapters."""
-        self.name, self.kind, self.precision, self.small = name, get_family(name), what.split()[0], small
+        """`change`: applied to each block before it gets its adapters."""
+        self.name = name
+        self.family = get_family(name)
+        self.precision = what.split()[0]
+        self.small = small
         self.model = step.denoiser(name, small=small)
-        blocks, targets = self.kind.blocks(self.model), self.kind.FACTS.targets
-        names = [
-            f"{prefix}.{layer}"
-            for prefix, block in blocks
-            for layer, module in block.named_modules()
-            if isinstance(module, torch.nn.Linear) and any(f".{layer}".endswith(f".{t}") for t in targets)
-        ]
-        for _, block in blocks if change else ():
-            change(block)
+        blocks = self.family.blocks(self.model)
+        names: list[str] = []
+        for prefix, block in blocks:
+            for layer, module in block.named_modules():
+                if isinstance(module, torch.nn.Linear) and is_target(layer, self.family.FACTS.targets):
+                    names.append(f"{prefix}.{layer}")
+        if change:
+            for _, block in blocks:
+                change(block)
         self.model.add_adapter(LoraConfig(r=step.RANK, lora_alpha=step.RANK, target_modules=names))
-        self.trains([p for p in self.model.parameters() if p.requires_grad])
+        self.set_trained([p for p in self.model.parameters() if p.requires_grad])
         self.model.enable_gradient_checkpointing()
         if what.endswith("compiled"):
-            for region in self.kind.regions(self.model):
+            for region in self.family.regions(self.model):
                 region.compile()
 
-    def work(self, engine: Any, given: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss(self, engine: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.autocast(step.DEVICE, torch.bfloat16, enabled=self.precision == "OneTrainer"):  # as it trains
-            return super().work(engine, given)
+            return super().loss(engine, inputs)
 
 
 def _peers(asked: Any) -> list[tuple[str, Callable[[], step.Bench]]]:
-    """What they are, and how each is made."""
+    """The name of each, and a function that creates it."""
     changes: dict[str, Callable[[torch.nn.Module], None] | None] = {
         "bf16 eager": None,
         "bf16 compiled": None,
@@ -68,12 +73,12 @@ def _peers(asked: Any) -> list[tuple[str, Callable[[], step.Bench]]]:
     if asked.onetrainer:
         changes["OneTrainer float8 compiled"] = others.onetrainer(asked.onetrainer, torch.float8_e4m3fn)
         changes["OneTrainer int8 compiled"] = others.onetrainer(asked.onetrainer, torch.int8)
-    found: list[tuple[str, Callable[[], step.Bench]]] = [
-        (what, partial(Peer, asked.family, what, small=asked.small, change=change)) for what, change in changes.items()
-    ]
+    peers: list[tuple[str, Callable[[], step.Bench]]] = []
+    for what, change in changes.items():
+        peers.append((what, partial(Peer, asked.family, what, small=asked.small, change=change)))
     if asked.sd_scripts and asked.family == "flux":
-        found.append(("sd-scripts fp8_base", partial(others.SdScripts, asked.sd_scripts, small=asked.small)))
-    return found
+        peers.append(("sd-scripts fp8_base", partial(others.SdScripts, asked.sd_scripts, small=asked.small)))
+    return peers
 
 
 def main(arguments: list[str]) -> None:
@@ -85,10 +90,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--sd-scripts", type=Path)
     asked = parser.parse_args(arguments)
     cudnn_fix.apply_fix()
-    report = Report(f"{asked.family}: what else there is", asked.markdown)
-    for what, made in (p for p in _peers(asked) if p[0].startswith(tuple(asked.only))):
+    report = Report(f"{asked.family}: other trainers", asked.markdown)
+    for what, create in _peers(asked):
+        if not what.startswith(tuple(asked.only)):
+            continue
         step.free()
-        peer = made()
+        peer = create()
         for batch in asked.batch:
             row = peer.measured(lambda p=peer, b=batch: p.step(None, b))
             report.row({"what": what, "batch": batch, **row, "images_s": round(batch / row["step_s"], 3)})

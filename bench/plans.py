@@ -1,4 +1,4 @@
-"""The plan for hardware that need not be there: how each batch would be trained, and the memory predicted for it.
+"""The plan for hardware that need not be there: the strategy for each batch size, and its predicted memory.
 
     python -m bench plans --family flux --vendor amd --architecture gfx942 --memory 192 --batch 4 8 16 32 48 60
 
@@ -18,9 +18,9 @@ def main(arguments: list[str]) -> None:
     parser = options(__doc__)
     parser.add_argument("--vendor", default="nvidia")
     parser.add_argument("--architecture", default="9.0")
-    parser.add_argument("--memory", type=float, default=139.0, help="GiB of the device")
-    parser.add_argument("--host", type=float, default=500.0, help="GiB of the host that may be pinned")
-    parser.add_argument("--precision", help="the hardware's own choice, if none is named")
+    parser.add_argument("--memory", type=float, default=139.0, help="of the device, in GiB")
+    parser.add_argument("--host", type=float, default=500.0, help="host memory that may be pinned, in GiB")
+    parser.add_argument("--precision", help="default: what PARAMS_PRECISION=auto may choose")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 60])
     asked = parser.parse_args(arguments)
     hardware = Hardware(asked.vendor, asked.architecture, asked.memory, 1, "", 2 * asked.host, 32)

@@ -1,10 +1,10 @@
-"""All that docs/performance.md's table "What is to be reached" asks of one accelerator, spread over those there are.
+"""Measures the rows of "Targets and results" in docs/performance.md that need one accelerator, on all there are.
 
     python -m bench reach FOLDER [--seconds 600] [--only NAME …]
 
-Each row is a measurement of its own process, told as it ends: its name, how it ended, and the JSON lines that it
-printed; all that it said is in FOLDER/NAME.log. What takes longer than `--seconds` is ended. Models are written into
-FOLDER: 120 GB of disk for all rows.
+Each measurement is a process of its own. When it ends, a line is printed with its name, its exit code and the lines of
+JSON that it printed; its whole output is in FOLDER/NAME.log. A measurement that takes longer than `--seconds` is
+killed. Models are written into FOLDER: all rows take 120 GB of disk.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PERSON = (
     "PARAMS_RESOLUTION=512",
     "PARAMS_SAMPLE_EVERY_N_STEPS=0",
 )
-# {} stands for a folder of the row's own. The dearest come first, so that none is alone at the end.
+# {} stands for a folder of the row's own. The longest come first, so that all accelerators end at about the same time.
 ROWS: dict[str, tuple[str, ...]] = {
     "job-person": ("job", "{}", "--family", "flux", "--again", *PERSON),
     "job-flux-8": ("job", "{}", "--family", "flux", "MEMORY_LIMIT_GIB=8", *CAPPED),
@@ -87,18 +87,21 @@ ROWS: dict[str, tuple[str, ...]] = {
 
 
 def measured(name: str, folder: Path, seconds: float, device: int | None) -> dict[str, object]:
-    """Run a row on one accelerator; its last JSON lines."""
-    own = folder / name
-    command = [sys.executable, "-m", "bench", *(part.format(own) for part in ROWS[name])]
-    seen = {} if device is None else {"CUDA_VISIBLE_DEVICES": str(device)}
-    started, log = time.monotonic(), folder / f"{name}.log"
-    with log.open("wb") as file:  # what it says is there at once, whatever ends this
-        row = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, **seen}, start_new_session=True)
+    """Run a row on one accelerator (None: the CPU); its exit code and the lines of JSON that it printed."""
+    row_folder = folder / name
+    command = [sys.executable, "-m", "bench", *(part.format(row_folder) for part in ROWS[name])]
+    environment = dict(os.environ)
+    if device is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = str(device)
+    started = time.monotonic()
+    log = folder / f"{name}.log"
+    with log.open("wb") as file:  # unbuffered by us: complete whenever the row is killed
+        row = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
         try:
             code = row.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
-            code = 124
-            os.killpg(row.pid, signal.SIGKILL)  # a job's own processes as well: they would slow down what comes next
+            code = 124  # as timeout(1)
+            os.killpg(row.pid, signal.SIGKILL)  # with a job's own processes, which would slow down the next row
             row.wait()
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("{")]
     return {
@@ -120,7 +123,7 @@ def main(arguments: list[str]) -> None:
     for device in range(torch.cuda.device_count()) if torch.cuda.is_available() else (None,):
         devices.put(device)
 
-    def one(name: str) -> None:
+    def run_on_free_device(name: str) -> None:
         device = devices.get()
         try:
             print(json.dumps(measured(name, asked.folder, asked.seconds, device)), flush=True)
@@ -128,4 +131,4 @@ def main(arguments: list[str]) -> None:
             devices.put(device)
 
     with ThreadPoolExecutor(devices.qsize()) as pool:
-        list(pool.map(one, asked.only))
+        list(pool.map(run_on_free_device, asked.only))

@@ -1,4 +1,4 @@
-"""How figures are told: a JSON line each as they come, and a Markdown table of all of them."""
+"""Prints figures: each row as a line of JSON as it comes, and all rows as a Markdown table."""
 
 from __future__ import annotations
 
@@ -13,20 +13,28 @@ import torch
 
 
 class Report:
-    """Rows of one table. `markdown`: a file to write it to, or None."""
+    """The rows of one table. `markdown`: the file of the table, written anew with each row; None: no file."""
 
     def __init__(self, title: str, markdown: Path | None) -> None:
-        self.title, self.markdown, self.rows = title, markdown, []
+        self.title = title
+        self.markdown = markdown
+        self.rows: list[dict[str, Any]] = []
 
     def row(self, values: dict[str, Any]) -> None:
+        """Print a row, and add it to the table."""
         print(json.dumps(values), flush=True)
         self.rows.append(values)
         if self.markdown:
             self.markdown.write_text(self.table(), encoding="utf-8")
 
     def table(self) -> str:
-        columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        lines = [columns, ["---"] * len(columns), *([str(row.get(c, "")) for c in columns] for row in self.rows)]
+        """The table in Markdown, with hardware, versions and the command line."""
+        columns: dict[str, None] = {}  # in the order in which they first occur
+        for row in self.rows:
+            columns |= dict.fromkeys(row)
+        lines = [list(columns), ["---"] * len(columns)]
+        for row in self.rows:
+            lines.append([str(row.get(column, "")) for column in columns])
         body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         return f"## {self.title}\n\n{where()}; `python -m bench {' '.join(sys.argv[1:])}`\n\n{body}\n"
 
@@ -37,10 +45,14 @@ def where() -> str:
     return f"{device}, torch {torch.__version__}, diffusers {version('diffusers')}, torchao {version('torchao')}"
 
 
-def options(what: str | None) -> argparse.ArgumentParser:
-    """The options that all measurements of a model have."""
-    parser = argparse.ArgumentParser(description=what, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", required=True, help="a module of trainer.spec.family")
-    parser.add_argument("--markdown", type=Path, help="a file for the table")
-    parser.add_argument("--small", action="store_true", help="a narrow model, on the CPU: does it run at all?")
+def options(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options that all measurements of a model have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", required=True, help="a module of trainer.families")
+    parser.add_argument("--markdown", type=Path, help="file to write the table to")
+    parser.add_argument(
+        "--small",
+        action="store_true",
+        help="a narrow model, which runs on a CPU too: checks that the measurement works",
+    )
     return parser

@@ -2,15 +2,21 @@
 
     python -m bench step --family FAMILY PRECISION+POLICY[+WORD]…:BATCH …
 
-FAMILY: flux (1280 x 768 pixels), sdxl or sd3 (1024 x 1024). POLICY: a key of
-trainer.engine.memory.checkpointing.POLICIES. WORD, host:
-what is kept waits in the host's memory; weights: the frozen weights as well; turned: these are kept turned round as
-well; replay: recorded (trainer.engine.cuda_graphs); narrow: adapters are no part of products; plain: FP8 within
-diffusers' own
-forward passes; native: attention is torch's own also where FlashAttention 4 is installed
-(trainer.engine.attention.flash_attention_4); eager:
-nothing is compiled; profile: the kernels that take longest are listed. `images_s` is the batch by the median time of a
-step; `peak_gib` what torch allocated, or with a recording's memory reserved.
+FAMILY: flux (1280 x 768 pixels), sdxl or sd3 (1024 x 1024). PRECISION: a value of PARAMS_PRECISION. POLICY: what the
+backward pass recomputes (all, attention, products, none; trainer.engine.memory.checkpointing). WORD:
+
+host     saved activations are offloaded to host memory
+weights  the frozen weights are streamed from host memory as well
+turned   transposed copies of the weights are kept for the backward pass
+replay   the step is captured as a CUDA graph and replayed
+narrow   no adapter columns: the LoRA term is added after each FP8 product
+plain    FP8 with diffusers' own forward passes of blocks
+native   torch's own attention, even if FlashAttention 4 is installed
+eager    nothing is compiled
+profile  also lists the kernels that take longest
+
+`images_s`: the batch divided by the median time of a step. `peak_gib`: the memory that torch allocated; with `replay`,
+the memory that it reserved.
 """
 
 from __future__ import annotations
@@ -41,13 +47,19 @@ from trainer.spec.family import get_family
 from trainer.spec.memory_model import Workload, predict_peak_gib
 from trainer.spec.plan import EnginePlan
 
-RANK, GIB, DEVICE = 16, 2**30, "cuda" if torch.cuda.is_available() else "cpu"
-SIZES = {"flux": (1280, 768), "sdxl": (1024, 1024), "sd3": (1024, 1024)}
-TEXT = {"flux": (512, 4096, 768), "sdxl": (77, 2048, 1280), "sd3": (333, 4096, 2048)}  # tokens, their width, the pooled
-DTYPES = {"fp16": torch.float16, "fp32": torch.float32}  # bf16 with all other formats
-OFFLOADS = {"host": "activations", "weights": "weights"}
-CHANNELS = {"flux": 16, "sdxl": 4, "sd3": 16}
-FLUX = {"guidance_embeds": True}  # the classes' own defaults are the published models, but for these
+RANK = 16
+GIB = 2**30
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZES = {"flux": (1280, 768), "sdxl": (1024, 1024), "sd3": (1024, 1024)}  # width and height in pixels
+# Of a caption: tokens, features of a token, features of the pooled text.
+TEXT = {"flux": (512, 4096, 768), "sdxl": (77, 2048, 1280), "sd3": (333, 4096, 2048)}
+DTYPES = {"fp16": torch.float16, "fp32": torch.float32}  # of activations; bf16 in all other precisions
+OFFLOADS = {"host": "activations", "weights": "weights"}  # by WORD
+CHANNELS = {"flux": 16, "sdxl": 4, "sd3": 16}  # of latents
+SEED_OF_WEIGHTS = 0
+SEED_OF_ADAPTERS = 1
+# What the published models differ in from the defaults of diffusers' classes.
+FLUX = {"guidance_embeds": True}
 SD3 = {
     "sample_size": 128,
     "num_layers": 24,
@@ -70,7 +82,6 @@ SDXL = {
     "projection_class_embeddings_input_dim": 2816,
 }
 
-
 # With --small: a few narrow blocks of each class.
 SMALL: dict[str, dict[str, Any]] = {
     "flux": {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 2},
@@ -85,8 +96,8 @@ SMALL: dict[str, dict[str, Any]] = {
 
 @contextlib.contextmanager
 def random_weights(device: str) -> Iterator[None]:
-    """Models that are made inside have random weights, the same each time, on `device` and in bf16."""
-    torch.manual_seed(0)
+    """Models that are created inside have random weights, the same each time, on `device` and in bf16."""
+    torch.manual_seed(SEED_OF_WEIGHTS)
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
@@ -99,35 +110,48 @@ def denoiser(name: str, *, small: bool = False) -> Any:
     """The published architecture with random weights, on the accelerator, in bf16."""
     from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 
-    less = SMALL[name] if small else {}
+    changes = SMALL[name] if small else {}
     with random_weights(DEVICE):
         if name == "flux":
-            model: Any = FluxTransformer2DModel(**FLUX, **less)
+            model: Any = FluxTransformer2DModel(**FLUX, **changes)
         elif name == "sd3":
-            model = SD3Transformer2DModel(**SD3 | less)
+            model = SD3Transformer2DModel(**SD3 | changes)
         else:
-            model = UNet2DConditionModel(**SDXL | less)
+            model = UNet2DConditionModel(**SDXL | changes)
     return model.requires_grad_(False).train()
 
 
 class Bench:
-    """A denoiser with adapters, in one precision."""
+    """A denoiser with adapters, in one precision, and the optimiser that trains them."""
 
     def __init__(self, name: str, precision: str, *, small: bool = False) -> None:
-        self.name, self.kind, self.precision, self.small = name, get_family(name), precision, small
-        self.size, self.dtype = SIZES[name], DTYPES.get(precision, torch.bfloat16)
+        self.name = name
+        self.family = get_family(name)
+        self.precision = precision
+        self.small = small
+        self.size = SIZES[name]
+        self.dtype = DTYPES.get(precision, torch.bfloat16)
         self.model = denoiser(name, small=small)
-        facts, blocks = self.kind.FACTS, self.kind.blocks(self.model)
-        fused, targets = facts.fused_targets, facts.targets
-        options = {"precision": precision, "dtype": self.dtype, "device": DEVICE, "rank": RANK}
-        place_denoiser(self.model, blocks, **options, fused=fused, targets=targets)
-        self.forwards = self.kind.fused_forwards()
-        self.params = adapters.add_adapters(
-            self.model, self.kind.blocks(self.model), targets=targets, fused=fused, rank=RANK, alpha=RANK, seed=0
+        fused = self.family.FACTS.fused_targets
+        targets = self.family.FACTS.targets
+        place_denoiser(
+            self.model,
+            self.family.blocks(self.model),
+            precision=precision,
+            dtype=self.dtype,
+            device=DEVICE,
+            rank=RANK,
+            fused=fused,
+            targets=targets,
         )
-        torch.manual_seed(1)
-        for name_, p in self.model.named_parameters():
-            if "lora_B" in name_:
+        self.forwards = self.family.fused_forwards()
+        self.params = adapters.add_adapters(
+            self.model, self.family.blocks(self.model), targets=targets, fused=fused, rank=RANK, alpha=RANK, seed=0
+        )
+        # B begins at zero, and A would have no gradient.
+        torch.manual_seed(SEED_OF_ADAPTERS)
+        for parameter_name, p in self.model.named_parameters():
+            if "lora_B" in parameter_name:
                 torch.nn.init.normal_(p, std=0.01)
         free()
         self.optimizer_params = flat_parameters.flatten_parameters("adamw", self.params)
@@ -135,31 +159,35 @@ class Bench:
         self.runner = EagerStep(self.params, self.optimizer_params)
 
     def engine(self, words: set[str]) -> Engine:
+        """The engine of one variant; replaces the one before."""
         torch.compiler.reset()
         self.runner.release()
-        theirs = {ours: theirs for theirs, ours in self.forwards.items()}
-        install(self.model, theirs if "plain" in words else self.forwards)
+        original_forwards = {ours: theirs for theirs, ours in self.forwards.items()}
+        install(self.model, original_forwards if "plain" in words else self.forwards)
+        has_flash_4 = flash_attention.version() and "native" not in words
         plan = EnginePlan(
             device=DEVICE,
             dtype=str(self.dtype).removeprefix("torch."),
-            recompute=next((w for w in POLICIES if w in words), "none"),
-            offload=next((to for word, to in OFFLOADS.items() if word in words), "none"),
+            recompute=policy_of(words),
+            offload=offload_of(words),
             compile="eager" not in words,
             turned_weights="turned" in words,
-            attention=detect().fastest_attention if flash_attention.version() and "native" not in words else "native",
+            attention=detect().fastest_attention if has_flash_4 else "native",
         )
-        engine = Engine(self.model, self.kind.regions(self.model), plan)
+        engine = Engine(self.model, self.family.regions(self.model), plan)
         if "narrow" in words:
             engine.drop_adapter_columns()
-        halves = AdapterCast(self.model, self.dtype) if "eager" in words else contextlib.nullcontext
-        around = partial(engine.forward_backward, halves)
-        self.runner = (GraphStep if "replay" in words else EagerStep)(self.params, self.optimizer_params, around)
+        cast = AdapterCast(self.model, self.dtype) if "eager" in words else contextlib.nullcontext
+        pass_context = partial(engine.forward_backward, cast)
+        step_class = GraphStep if "replay" in words else EagerStep
+        self.runner = step_class(self.params, self.optimizer_params, pass_context)
         return engine
 
     def inputs(self, batch: int, *, seed: int = 0, scale: float = 1.0) -> dict[str, torch.Tensor]:
+        """A random batch. `scale`: of the loss, as with fp16."""
         generator = torch.Generator(DEVICE).manual_seed(seed)
         width, height = (128, 128) if self.small else self.size
-        length, wide, pooled = TEXT[self.name]
+        length, features, pooled_features = TEXT[self.name]
 
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, device=DEVICE, generator=generator)
@@ -169,65 +197,84 @@ class Bench:
             "noisy": normal(*shape),
             "target": normal(*shape),
             "t": torch.rand(batch, device=DEVICE, generator=generator),
-            "tokens": normal(batch, length, wide).to(self.dtype),
-            "pooled": normal(batch, pooled).to(self.dtype),
+            "tokens": normal(batch, length, features).to(self.dtype),
+            "pooled": normal(batch, pooled_features).to(self.dtype),
             "geometry": torch.tensor([[height, width, 0, 0, height, width]] * batch, device=DEVICE).float(),
             "scale": torch.full((), scale, device=DEVICE),
         }
 
-    def work(self, engine: Engine | None, given: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss, and what the gradient is taken of."""
-        text = {"tokens": given["tokens"], "pooled": given["pooled"]}
+    def loss(self, engine: Engine | None, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss, and the scaled loss of which the gradient is taken."""
+        text = {"tokens": inputs["tokens"], "pooled": inputs["pooled"]}
         with engine.saved_tensors() if engine else contextlib.nullcontext():
-            out = self.kind.predict(
-                self.model, given["noisy"], given["t"], text=text, guidance=1.0, geometry_B6=given["geometry"]
+            out = self.family.predict(
+                self.model, inputs["noisy"], inputs["t"], text=text, guidance=1.0, geometry_B6=inputs["geometry"]
             )
-        loss = torch.nn.functional.mse_loss(out.float(), given["target"])
-        return loss, loss * given["scale"]
+        loss = torch.nn.functional.mse_loss(out.float(), inputs["target"])
+        return loss, loss * inputs["scale"]
 
     def backward(self, engine: Engine | None, batch: int, *, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
-        return self.runner(partial(self.work, engine), self.inputs(batch, seed=seed, scale=scale))
+        """Add the gradient of a random batch; returns the loss."""
+        return self.runner(partial(self.loss, engine), self.inputs(batch, seed=seed, scale=scale))
 
     def step(self, engine: Engine | None, batch: int) -> None:
+        """A training step."""
         self.backward(engine, batch)
         norm = torch.nn.utils.clip_grad_norm_(self.optimizer_params, 1.0)
-        norm.item()  # as in training, which looks at it
+        norm.item()  # as in training, where the host waits for it
         self.optimizer.step()
         self.runner.clear()
 
-    def measured(self, work: Callable[[], None], *, times: int = 5) -> dict[str, Any]:
-        """Seconds of the first and of a usual step, and the peak. With one time alone, there is none between them."""
-        row: dict[str, Any] = {"first_s": round(timed(work), 1)}
+    def measured(self, step: Callable[[], None], *, times: int = 5) -> dict[str, Any]:
+        """Seconds of the first and of a usual step, and the peak. A second step warms up, unless `times` is 1."""
+        row: dict[str, Any] = {"first_s": round(timed(step), 1)}
         if times > 1:
-            work()
-        recorded = torch.cuda.memory_reserved() / GIB if isinstance(self.runner, GraphStep) else 0  # with its pool
+            step()
+        reserved_gib = torch.cuda.memory_reserved() / GIB if isinstance(self.runner, GraphStep) else 0  # the graphs'
         if DEVICE == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        row["step_s"] = round(statistics.median(timed(work) for _ in range(1 if self.small else times)), 4)
+        row["step_s"] = round(statistics.median(timed(step) for _ in range(1 if self.small else times)), 4)
         if DEVICE == "cuda":
-            row["peak_gib"] = round(max(recorded, torch.cuda.max_memory_allocated() / GIB), 2)
+            row["peak_gib"] = round(max(reserved_gib, torch.cuda.max_memory_allocated() / GIB), 2)
         return row
 
 
+def policy_of(words: set[str]) -> str:
+    """The recompute policy among the words of a variant."""
+    for policy in POLICIES:
+        if policy in words:
+            return policy
+    return "none"
+
+
+def offload_of(words: set[str]) -> str:
+    """The offload mode among the words of a variant."""
+    for word, offload in OFFLOADS.items():
+        if word in words:
+            return offload
+    return "none"
+
+
 def free() -> None:
+    """Free unused memory of the device."""
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
 
 
-def timed(work: Callable[[], None]) -> float:
+def timed(step: Callable[[], None]) -> float:
+    """Seconds that `step` takes, until the device has finished it."""
     wait = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
     wait()
     started = time.monotonic()
-    work()
+    step()
     wait()
     return time.monotonic() - started
 
 
 def measure(bench: Bench, variant: str, batch: int, *, times: int = 5) -> dict[str, Any]:
-    """One row: the step in one way."""
+    """One row: measured, and with the predicted peak where the model's footprint has one."""
     words = set(variant.split("+"))
-    policy = next((w for w in POLICIES if w in words), "none")
     free()
     row: dict[str, Any] = {"what": variant, "batch": batch}
     try:
@@ -238,19 +285,17 @@ def measure(bench: Bench, variant: str, batch: int, *, times: int = 5) -> dict[s
             profile(lambda: bench.step(engine, batch))
     except torch.OutOfMemoryError:
         row["peak_gib"] = "out of memory"
-    footprint = next(m.footprint for m in bench.kind.FACTS.models.values())
+    footprint = next(model.footprint for model in bench.family.FACTS.models.values())
     if footprint is not None and not bench.small:
-        width, height = bench.size
-        workload = Workload(width * height, batch, RANK, "adamw")
-        offload = next((to for word, to in OFFLOADS.items() if word in words), "none")
-        if policy not in footprint.saved_gib:
+        if policy_of(words) not in footprint.saved_gib:
             return row
+        width, height = bench.size
         gib = predict_peak_gib(
             footprint,
-            workload,
+            Workload(width * height, batch, RANK, "adamw"),
             precision=bench.precision,
-            recompute=policy,
-            offload=offload,
+            recompute=policy_of(words),
+            offload=offload_of(words),
             transposed="turned" in words,
         )
         row["predicted_gib"] = round(gib, 2)
@@ -258,40 +303,39 @@ def measure(bench: Bench, variant: str, batch: int, *, times: int = 5) -> dict[s
     return row
 
 
-def profile(work: Callable[[], None], rows: int = 60) -> None:
-    """The kernels that take longest."""
+def profile(step: Callable[[], None], rows: int = 60) -> None:
+    """Print the kernels that take longest."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as found:
-        timed(work)
-    events = [e for e in found.key_averages() if e.self_device_time_total]
-    total = sum(e.self_device_time_total for e in events)
-    print(f"{total / 1e3:9.1f} ms in all")
-    for e in sorted(events, key=lambda e: -e.self_device_time_total)[:rows]:
-        share = 100 * e.self_device_time_total / total
-        print(f"{e.self_device_time_total / 1e3:9.2f} ms {share:5.1f} % {e.count:5d} x {e.key[:110]}")
+    with torch.profiler.profile(activities=activities) as profiled:
+        timed(step)
+    kernels = [event for event in profiled.key_averages() if event.self_device_time_total]
+    total_us = sum(kernel.self_device_time_total for kernel in kernels)
+    print(f"{total_us / 1e3:9.1f} ms in all")
+    for kernel in sorted(kernels, key=lambda kernel: -kernel.self_device_time_total)[:rows]:
+        share = 100 * kernel.self_device_time_total / total_us
+        print(f"{kernel.self_device_time_total / 1e3:9.2f} ms {share:5.1f} % {kernel.count:5d} x {kernel.key[:110]}")
 
 
 def counted(bench: Bench) -> dict[str, Any]:
-    """The numbers of weights for `trainer.spec.family.Footprint`."""
+    """The numbers of weights that `trainer.spec.family.Footprint` has."""
     from trainer.engine.quantization.frozen_linear import FrozenLinear
 
-    inside = sum(m.weight_NK.numel() for m in bench.model.modules() if isinstance(m, FrozenLinear))
+    block_weights = sum(m.weight_NK.numel() for m in bench.model.modules() if isinstance(m, FrozenLinear))
     trained = sum(p.numel() for p in bench.params)
-    every = sum(p.numel() for p in bench.model.parameters()) + inside - trained
-    regions = len(bench.kind.regions(bench.model))
+    frozen = sum(p.numel() for p in bench.model.parameters()) + block_weights - trained
     return {
-        "block_weights": inside,
-        "other_weights": every - inside,
+        "block_weights": block_weights,
+        "other_weights": frozen - block_weights,
         "adapter_weights_per_rank": trained / RANK,
-        "region_count": regions,
+        "region_count": len(bench.family.regions(bench.model)),
     }
 
 
 def main(arguments: list[str]) -> None:
     parser = options(__doc__)
     parser.add_argument("--size", type=int, nargs=2, help="width and height in pixels")
-    parser.add_argument("--times", type=int, default=5, help="steps that are measured, after one or two that are not")
-    parser.add_argument("--limit", type=float, help="GiB of the device's memory that a step may take")
+    parser.add_argument("--times", type=int, default=5, help="steps that are measured, after one or two to warm up")
+    parser.add_argument("--limit", type=float, help="cap of the device's memory, in GiB")
     parser.add_argument(
         "what",
         nargs="+",
@@ -312,5 +356,5 @@ def main(arguments: list[str]) -> None:
             bench = Bench(asked.family, precision, small=asked.small)
             bench.size = tuple(asked.size or bench.size)
             print(json.dumps(counted(bench)), flush=True)
-        limit_memory(DEVICE, asked.limit)  # not while the model is made, which then has 16 bits
+        limit_memory(DEVICE, asked.limit)  # not while the model is created, in 16 bits
         report.row(measure(bench, variant, int(batch), times=asked.times))

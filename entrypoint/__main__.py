@@ -167,7 +167,7 @@ def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
     hub, cache = settings.model.hf_home / "hub", Path(plan.output.cache)
     if plan.engine.attention == "flash_4":
         flash_attention.install(cache)
-    patterns = single_files.patterns(get_family(plan.model.family).FACTS, plan.model.parts)
+    patterns = single_files.file_patterns(get_family(plan.model.family).FACTS, plan.model.parts)
     sources = list(dict.fromkeys(s.source for d in plan.data.datasets for s in d.subsets))
     cancelled = threading.Event()
     retries = dataclasses.replace(http.USUAL, cancelled=cancelled)

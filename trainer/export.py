@@ -26,14 +26,16 @@ def export_command(arguments: list[str]) -> int:
     """`python -m trainer.export`; returns the exit code."""
     parser = argparse.ArgumentParser("python -m trainer.export", description="Convert a LoRA file, or merge several.")
     parser.add_argument("file", nargs="?", type=Path, metavar="IN.safetensors")
-    parser.add_argument("--merge", nargs="+", metavar="FILE[:WEIGHT]", help="add these up instead")
-    parser.add_argument("--to", choices=sorted(convert.KEY_FORMATS), default="kohya", help="whose key names (kohya)")
+    parser.add_argument("--merge", nargs="+", metavar="FILE[:WEIGHT]", help="merge these instead")
+    parser.add_argument(
+        "--to", choices=sorted(convert.KEY_FORMATS), default="kohya", help="the keys to write (default: kohya)"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="OUT.safetensors")
-    parser.add_argument("--family", choices=family_names(), help="if the keys do not tell")
-    parser.add_argument("--without-text-encoders", action="store_true", help="leave their modules out")
+    parser.add_argument("--family", choices=family_names(), help="if the keys are ambiguous")
+    parser.add_argument("--without-text-encoders", action="store_true", help="drop the modules of the text encoders")
     options = parser.parse_args(arguments)
     if (options.file is None) == (options.merge is None):
-        parser.error("name one file to convert, or some after --merge")
+        parser.error("give one file to convert, or several after --merge")
     return run_command(lambda: _export(options))
 
 
@@ -55,11 +57,11 @@ def _export(options: argparse.Namespace) -> None:
         prefix = f"{facts.lora_prefix}."
         modules = {name: weights for name, weights in modules.items() if name.startswith(prefix)}
     if not modules:
-        raise SettingsError("Nothing is left to write.")
+        raise SettingsError("There is nothing to write: every module was dropped or has weight 0.")
     try:
         file = convert.to_file(modules, options.to, family_name)
     except ValueError as problem:
-        raise SettingsError(f"This cannot be written with {options.to}'s names: {problem}.") from problem
+        raise SettingsError(f"--to {options.to}: {problem}.") from problem
     metadata: dict[str, str] = {}
     if options.merge:
         metadata["kiln_merged_from"] = json.dumps({path.name: strength for path, strength in paths})

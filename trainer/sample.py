@@ -34,14 +34,14 @@ SEED = 42  # of the first prompt, unless its line has --d
 
 def sample_command(arguments: list[str]) -> int:
     """`python -m trainer.sample`; returns the exit code."""
-    parser = argparse.ArgumentParser("python -m trainer.sample", description="Draw pictures, with LoRAs or without.")
+    parser = argparse.ArgumentParser("python -m trainer.sample", description="Draw images, with LoRAs or without.")
     parser.add_argument("--base", required=True, help="a value of BASE_MODEL, a folder in diffusers layout, or a file")
     parser.add_argument("--lora", nargs="+", action="extend", default=[], metavar="FILE[:WEIGHT]")
     parser.add_argument("--prompts", type=Path, required=True, help="like a job's: text --w --h --d --s --g --l --n")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
-    parser.add_argument("--family", choices=family_names(), help="if --base is a folder and no LoRA tells")
-    parser.add_argument("--config", help="if --base is a file: the value of BASE_MODEL that has what it lacks")
-    parser.add_argument("--cache", type=Path, default=CACHE, help=f"where files are converted to ({CACHE})")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the images")
+    parser.add_argument("--family", choices=family_names(), help="of --base, if it is a folder and --lora is unset")
+    parser.add_argument("--config", help="if --base is a file: the value of BASE_MODEL that has the parts it lacks")
+    parser.add_argument("--cache", type=Path, default=CACHE, help=f"folder for converted files (default: {CACHE})")
     options = parser.parse_args(arguments)
     return run_command(lambda: _sample(options))
 
@@ -64,14 +64,15 @@ def _sample(options: argparse.Namespace) -> None:
     vae = family.load_vae(folder, device=device)
 
     def draw(prompt: Prompt) -> Any:
-        text, negative = texts[prompt.text], texts[prompt.negative]
+        text = texts[prompt.text]
+        negative = texts[prompt.negative]
         return family.sample(denoiser, vae, folder, prompt=prompt, text=text, negative=negative)
 
     for old in options.out.glob("step-00000000-*.png"):
         old.unlink()  # draw_all skips images that exist
     with torch.no_grad():
         count = sampling.draw_all(options.out, prompts, step=0, draw=draw, stopped=lambda: False)
-    log.info("%d pictures with %d LoRAs are in %s.", count, len(lora_paths), options.out)
+    log.info("%d images with %d LoRAs are in %s.", count, len(lora_paths), options.out)
 
 
 def apply_loras(model: Any, loras: Sequence[tuple[LoraModules, float]], *, component: str) -> None:
@@ -102,7 +103,7 @@ def _find_layer(model: Any, name: str) -> Any:
     for path in (name, name.removeprefix("text_model.")):
         with contextlib.suppress(AttributeError):
             return model.get_submodule(path)
-    raise SettingsError(f"The base model has no {name}.")
+    raise SettingsError(f"The base model has no layer {name}.")
 
 
 def _encode_prompts(
@@ -147,7 +148,7 @@ def _find_base(options: argparse.Namespace, lora_paths: Sequence[tuple[Path, flo
         raise SettingsError(f"--base {place} is neither a folder, a file, nor one of {', '.join(sorted(known))}.")
     if options.family is None and not lora_paths:
         choices = ", ".join(family_names())
-        raise SettingsError(f"--base {place} is a folder: --family says what is in it, one of {choices}.")
+        raise SettingsError(f"--base {place} is a folder. Set --family to its family: {choices}.")
     name = options.family or read_family(lora_paths[0][0], None)[0]
     return name, BaseModel(str(place.absolute()), files_gib=0.0), place.absolute()
 

@@ -150,7 +150,8 @@ def _record(jobs: Sequence[Job], folder: Path, tree: str, *, stopped: Path, is_b
     place = Place(tree=HERE / "tree", run=HERE / "run", data=HERE / "data", stopped=stopped)
     shutil.rmtree(place.run, ignore_errors=True)
     place.run.mkdir()
-    print(f"Recording {tree}: {len(jobs)} jobs.", flush=True)
+    total = len(jobs) + (0 if is_base else sum(job.kill_at > 0 for job in jobs))
+    print(f"Recording {tree}: {total} jobs.", flush=True)
     started, before, count, lock = time.monotonic(), os.times(), 0, threading.Lock()
 
     def done(job: Job, recording: Recording, seconds: float) -> None:
@@ -160,7 +161,7 @@ def _record(jobs: Sequence[Job], folder: Path, tree: str, *, stopped: Path, is_b
             number = count
         _file(folder, job.name).write_text(json.dumps(recording))
         note = f"  NOT AS EXPECTED: {recording['problems'][0]}" if recording["problems"] else ""
-        print(f"  [{number}/{len(jobs)}] {job.name}, {seconds:.1f} s{note}", flush=True)
+        print(f"  [{number}/{total}] {job.name}, {seconds:.1f} s{note}", flush=True)
 
     record_all(jobs, place, done, is_base=is_base)
     after = os.times()
@@ -179,5 +180,6 @@ def key() -> str:
             content.update(f"{path.relative_to(HERE)}\n".encode() + path.read_bytes())
     about = [platform.machine(), platform.python_version(), str(os.cpu_count()), str(HERE), sys.prefix]
     about += [f"{name} {version(name)}" for name in LIBRARIES]
+    about.append(f"{os.sysconf('SC_PHYS_PAGES')} pages of memory")  # plans go by what may be pinned
     content.update("\n".join(about).encode())
     return content.hexdigest()[:12]

@@ -52,6 +52,7 @@ SHORT = {
     "PARAMS_NETWORK_DIM": "4",
     "PARAMS_BATCH_SIZE": "2",
 }
+SMALLEST = {"BASE_MODEL": "mini-flux", "DATASET_NAME": "<data>/few", "BACKEND": "cpu", "OUTPUT_NAME": "x"}
 SAMPLES = {"SAMPLE_PROMPTS": "<data>/prompts.txt", "PARAMS_SAMPLE_EVERY_N_STEPS": "6"}
 ADAMW = {"PARAMS_OPTIMIZER_TYPE": "adamw", "PARAMS_LEARNING_RATE": "1e-3"}
 MESSY = {"DATASET_NAME": "", "PARAMS_BATCH_SIZE": ""}
@@ -159,9 +160,6 @@ FULL_SIZE = {
     "sdxl": {"BASE_MODEL": "sdxl", "PARAMS_TEXT_ENCODER_LR": "1", "PARAMS_RESOLUTION": "1024x768"},
     "sd3": {"BASE_MODEL": "sd3.5-large", "PARAMS_LORA_TYPE": "dora", "PARAMS_BATCH_SIZE": "4"},
 }
-
-
-SMALLEST = {"BASE_MODEL": "mini-flux", "DATASET_NAME": "<data>/few", "BACKEND": "cpu", "OUTPUT_NAME": "x"}
 
 
 def dashed(words: str) -> str:

@@ -36,8 +36,9 @@ PROGRESS = re.compile(r"(?i)\bstep \d+ ?(?:/|of) ?\d+\b.*(?:images|pictures)/s")
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?")
 # Lines that come or not by the speed of the machine, and lines of libraries about themselves.
 BY_CHANCE = (
-    re.compile(r"Training waited .* for the save before"),
+    re.compile(r"Training waited .* for the (save before|previous save)"),
     re.compile(r"^Failed to load "),
+    re.compile(r"\d+%\|.*\|.*\[\d+:\d\d<"),  # progress bars of libraries, with speeds
     re.compile(r"^[WE]\d{4} \d\d:\d\d:\d\d\.\d+ "),
 )
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from entrypoint.settings.checks import Key, Problems, instead, show
+from entrypoint.settings.checks import suggestion
 from trainer.spec.prompts import FIELDS, FLAGS, PromptRequest, make_request, parse_line, read_value
+from trainer.spec.values import Key, Problems, show
 
 # The keys of an object: the flags, the fields, and the long names that sd-scripts' files use.
 KEYS = {
@@ -52,9 +53,9 @@ def _parse_object(raw: dict[str, Any], *, place: str, problems: Problems) -> Pro
             continue
         field = KEYS.get(key)
         if field is None:
-            problems.add(f"{place}: {show(key)} is no key of a prompt; {instead(key, ['prompt', *KEYS])}")
+            problems.add(f"{place}: {show(key)} is not a key of a prompt; {suggestion(key, ['prompt', *KEYS])}")
         elif field in values:
-            problems.add(f"{place}: {key} says again what another key says.")
+            problems.add(f"{place}: {key} sets what another key sets already.")
         else:
             values[field] = read_value(FIELDS[field], value, f"{place}: {key}", problems)
     text = read_value(Key("text"), raw.get("prompt"), f"{place}: prompt", problems) or ""

@@ -6,11 +6,11 @@ import json
 from collections.abc import Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from trainer.spec.errors import SettingsError
 from trainer.spec.family import OPTIONAL, base_models
 from trainer.spec.plan import ModelPlan
+from trainer.storage.safetensors_header import Header, parse_header
 
 # Formats that run code when they are loaded, and weights of other frameworks: never downloaded, never read.
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
@@ -121,25 +121,21 @@ def damage(path: Path) -> str | None:
 
 def tensors(path: Path) -> set[str]:
     """The names of the tensors in a safetensors file; none, if it is damaged."""
-    return set(_header(path) or ())
+    header = _header(path)
+    return set() if header is None else set(header.entries)
 
 
 def has_fp8(path: Path) -> bool:
     """Whether a safetensors file has weights of one byte."""
-    return any(str(entry.get("dtype")).startswith("F8_") for entry in (_header(path) or {}).values())
+    header = _header(path)
+    return header is not None and any(str(entry.dtype).startswith("F8_") for entry in header.entries.values())
 
 
-def _header(path: Path) -> dict[str, Any] | None:
-    """The entries of the tensors in a safetensors file; None where its length is not what they say."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 + length:
-            return None
-        try:
-            header = json.loads(file.read(length))
-            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            ends = [entry["data_offsets"][1] for entry in entries.values()]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return None
-    return entries if size == 8 + length + max(ends, default=0) else None
+def _header(path: Path) -> Header | None:
+    """The header of a safetensors file; None where it is damaged, or where the file does not end with its tensors."""
+    try:
+        header = parse_header(path)
+    except ValueError:
+        return None
+    end = max((entry.end for entry in header.entries.values()), default=header.data_begin)
+    return header if path.stat().st_size == end else None

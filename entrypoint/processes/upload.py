@@ -263,7 +263,7 @@ def card(path: Path, *, base: str, with_samples: bool) -> str:
     rank, steps, images = (header.get(key, "?") for key in ("ss_network_dim", "ss_steps", "ss_num_train_images"))
     model = f"[{base}](https://huggingface.co/{base})" if base else header.get("ss_sd_model_name", "a local model")
     lines = ["---", data.to_yaml(), "---", "", f"# {title}", ""]
-    lines.append(f"A LoRA of rank {rank} for {model}: {steps} steps on {images} pictures, repeats included.")
+    lines.append(f"A LoRA of rank {rank} for {model}: {steps} steps on {images} images, repeats included.")
     if base:
         lines.append("The base model's licence applies.")
     if trigger:

@@ -1,91 +1,107 @@
-"""What reading settings, manifests and plans has in common: strict parsing, nearest names, problems gathered."""
+"""Shared by the readers of settings, manifests and plans: collected problems, nearest names, strict JSON, paths.
+
+Reading single values (numbers, ranges, keys) is in `trainer.spec.values`, since the trainer does it too.
+"""
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# The trainer reads values with these too; here they are at hand with the rest.
-from trainer.spec.values import Key as Key
-from trainer.spec.values import Problems as Problems
-from trainer.spec.values import as_integer as as_integer
-from trainer.spec.values import as_number as as_number
-from trainer.spec.values import inside as inside
-from trainer.spec.values import is_text as is_text
-from trainer.spec.values import show as show
-from trainer.spec.values import span as span
+from trainer.spec.values import Problems, show
+
+MIN_SIMILARITY = 0.6  # of names that are suggested; the default of difflib
+MAX_COMPARED_CHARACTERS = 200  # difflib's time grows with the square of the length
 
 
 @dataclass
 class Notes(Problems):
-    """What is refused, and why each `auto` became what it is."""
+    """What cannot be done (`lines`), and why each `auto` became what it is (`reasons`, which the log shows)."""
 
     reasons: list[str] = field(default_factory=list)
 
     def chose(self, variable: str, value: Any, reason: str) -> None:
-        self.reasons.append(f"{variable}: {str(value).lower() if isinstance(value, bool) else value} ({reason})")
+        shown = str(value).lower() if isinstance(value, bool) else value
+        self.reasons.append(f"{variable}: {shown} ({reason})")
+
+
+# ---- names
 
 
 def nearest(name: str, known: Collection[str]) -> str | None:
-    """The known name most like `name`, if any is like it at all. Upper and lower case count as the same."""
-    folded = {k.lower(): k for k in known}
-    found = difflib.get_close_matches(name.lower()[:200], folded, n=1, cutoff=0.6)
-    return folded[found[0]] if found else None
+    """The known name that is most similar to `name`, if any is similar. Case does not matter."""
+    by_lower = {known_name.lower(): known_name for known_name in known}
+    matches = difflib.get_close_matches(name.lower()[:MAX_COMPARED_CHARACTERS], by_lower, n=1, cutoff=MIN_SIMILARITY)
+    return by_lower[matches[0]] if matches else None
 
 
-def instead(name: str, known: Collection[str]) -> str:
+def suggestion(name: str, known: Collection[str]) -> str:
     """The end of a message about an unknown name: the nearest known one, or all of them."""
     guess = nearest(name, known)
     return f"did you mean {guess}?" if guess else f"known are {', '.join(sorted(known))}."
 
 
+def one_edit_apart(a: str, b: str) -> bool:
+    """Whether `a` and `b` are equal, or differ by one inserted, missing, wrong or swapped character."""
+    if abs(len(a) - len(b)) > 1:
+        return False
+    start = 0
+    while start < min(len(a), len(b)) and a[start] == b[start]:
+        start += 1
+    rest_a = a[start:]
+    rest_b = b[start:]
+    wrong = rest_a[1:] == rest_b[1:]
+    extra = rest_a[1:] == rest_b
+    missing = rest_a == rest_b[1:]
+    swapped = rest_a[1:2] + rest_a[0:1] + rest_a[2:] == rest_b
+    return wrong or extra or missing or swapped
+
+
+# ---- JSON
+
+
 def load_json(text: str) -> Any:
-    """JSON as its standard has it. Raises ValueError also for a key given twice, NaN, and nesting without end."""
+    """JSON as its standard has it. Raises ValueError also for a repeated key, NaN, and nesting too deep for Python."""
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
+        return json.loads(text, object_pairs_hook=_without_repeated_keys, parse_constant=_refuse_constant)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {show(next(k for k in keys if keys.count(k) > 1))} is given twice")
-    return found
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Python would silently keep the last of them."""
+    for key, count in Counter(key for key, _ in pairs).items():
+        if count > 1:
+            raise ValueError(f"the key {show(key)} is given twice")
+    return dict(pairs)
 
 
-def _no_number(text: str) -> float:
+def _refuse_constant(text: str) -> float:
     raise ValueError(f"{text} is not a number")
 
 
-def one_edit_apart(a: str, b: str) -> bool:
-    """Whether one inserted, missing, wrong or swapped character (or nothing) makes `a` into `b`."""
-    if abs(len(a) - len(b)) > 1:
-        return False
-    start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    x, y = a[start:], b[start:]
-    swapped = x[1:2] + x[0:1] + x[2:]
-    return x[1:] == y[1:] or x[1:] == y or x == y[1:] or swapped == y
+# ---- paths
 
 
 def is_folder(path: str) -> bool:
-    """Whether `path` is a folder that is there; False for what cannot be a path at all."""
-    try:
-        return Path(path).expanduser().is_dir()
-    except (OSError, ValueError, RuntimeError):
-        return False
+    """Whether `path` is an existing folder; False for text that cannot be a path at all."""
+    return _exists_as(path, Path.is_dir)
 
 
 def is_file(path: str) -> bool:
-    """Whether `path` is a file that is there; False for what cannot be a path at all."""
+    """Whether `path` is an existing file; False for text that cannot be a path at all."""
+    return _exists_as(path, Path.is_file)
+
+
+def _exists_as(path: str, check: Callable[[Path], bool]) -> bool:
     try:
-        return Path(path).expanduser().is_file()
-    except (OSError, ValueError, RuntimeError):
+        return check(Path(path).expanduser())
+    except (OSError, ValueError, RuntimeError):  # too long, a zero byte, ~user without such a user
         return False
 
 

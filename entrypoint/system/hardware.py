@@ -1,5 +1,8 @@
-"""What this container runs on, found without torch. Beside trainer.spec.weight_formats the only place that knows
-vendors."""
+"""Detects the accelerators of this container, without torch, which takes seconds to import.
+
+NVIDIA's are asked for with nvidia-smi, AMD's are read from the kernel's topology under /sys. Besides
+`trainer.spec.weight_formats`, this is the only module that names vendors.
+"""
 
 from __future__ import annotations
 
@@ -22,20 +25,21 @@ from trainer.spec.weight_formats import PRECISIONS, supported_formats
 
 GIB = 2**30
 
-
-# By speed; formats that lose more than a rounding are last. What was not measured is not first.
+# Precisions by speed (`python -m bench step`, docs/performance.md). Those that lose more than rounding come last. On
+# AMD, FP8 has not been measured, so bf16 comes first.
 _FASTEST = ("fp8", "bf16", "fp16", "int8", "int8-storage", "fp8-storage", "nf4")
 _FASTEST_AMD = ("bf16", "fp8", "int8-storage", "fp8-storage", "nf4")
 QUERY = ("nvidia-smi", "--query-gpu=index,compute_cap,memory.total,driver_version", "--format=csv,noheader,nounits")
-QUERY_SECONDS = 30.0  # without persistence mode the driver takes seconds to wake up
-BUILDS = {"nvidia": "cuda", "amd": "hip"}  # vendor → what torch.version calls a build for it
-DRIVERS = {12: 525, 13: 580}  # major version of CUDA → the first driver that runs what is built for any minor one
-_VIDEO_MEMORY = {"1", "2"}  # heap types of the kernel's topology: visible to the CPU, and not
+QUERY_TIMEOUT_S = 30.0  # without persistence mode the driver takes seconds to wake up
+TORCH_BUILDS = {"nvidia": "cuda", "amd": "hip"}  # vendor → the attribute of torch.version that a build for it sets
+# Major version of CUDA → the first driver that runs builds for all its minor versions (NVIDIA, "CUDA Compatibility").
+MIN_DRIVERS = {12: 525, 13: 580}
+_VIDEO_MEMORY = {"1", "2"}  # heap types of the kernel's topology: frame buffer visible to the CPU, and private
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """What can be trained on. Tests make these up."""
+    """The devices that a job can train on. Tests make these up."""
 
     vendor: str  # a value of BACKENDS
     architecture: str  # compute capability (9.0), gfx name (gfx942), or the machine's type (x86_64)
@@ -47,61 +51,69 @@ class Hardware:
 
     @property
     def device(self) -> str:
-        """The torch device type: both vendors of accelerators answer to the same."""
+        """The torch device type, which is the same for both vendors of accelerators."""
         return "cpu" if self.vendor == "cpu" else "cuda"
 
     @property
     def backend(self) -> str:
-        """The value of BACKEND that asks for it."""
+        """The value of BACKEND that selects this hardware."""
         return next(name for name, vendor in BACKENDS.items() if vendor == self.vendor)
 
     @property
     def formats(self) -> tuple[str, ...]:
-        """The values of PARAMS_PRECISION that this hardware computes in, the one to choose by default first."""
+        """The values of PARAMS_PRECISION that this hardware supports, the fastest first."""
         if self.vendor == "cpu":
             return FORMATS
-        nvidia = self.vendor == "nvidia"
-        known = (
-            supported_formats(nvidia=_version(self.architecture))
-            if nvidia
-            else supported_formats(amd=self.architecture)
-        )
-        first: tuple[str, ...] = _FASTEST if nvidia else _FASTEST_AMD
-        return (*(name for name in first if name in known), *(name for name in known if name not in first))
+        if self.vendor == "nvidia":
+            supported = supported_formats(nvidia=_version(self.architecture))
+            by_speed: tuple[str, ...] = _FASTEST
+        else:
+            supported = supported_formats(amd=self.architecture)
+            by_speed = _FASTEST_AMD
+        measured = [name for name in by_speed if name in supported]
+        others = [name for name in supported if name not in by_speed]
+        return (*measured, *others)
 
     @property
     def auto_precisions(self) -> tuple[str, ...]:
-        """What PARAMS_PRECISION=auto may become: the fastest; if that is too large, 8 bits; and last, 4."""
+        """The candidates for PARAMS_PRECISION=auto: the fastest; if that is too large, 8 bits; and last, 4 bits."""
         if self.vendor == "cpu":
             return self.formats[:1]
-        smaller = (next((name for name in self.formats if PRECISIONS[name].bytes == 1), ""), "nf4")
-        return tuple(dict.fromkeys((self.formats[0], *(name for name in smaller if name in self.formats))))
+        candidates = [self.formats[0]]
+        for name in self.formats:
+            if PRECISIONS[name].bytes == 1:
+                candidates.append(name)
+                break
+        if "nf4" in self.formats:
+            candidates.append("nf4")
+        return tuple(dict.fromkeys(candidates))
 
     @property
     def unquantized_precision(self) -> str:
-        """The format that computes with weights as they are, for models too small to gain from another."""
+        """The precision without quantised weights, for models that are too small to gain from quantisation."""
         return next(name for name in self.formats if name in ("bf16", "fp32"))
 
     @property
     def can_capture(self) -> bool:
-        """Whether steps are recorded (trainer.engine.cuda_graphs). On AMD that was not tried."""
+        """Whether steps are captured as CUDA graphs (trainer.engine.cuda_graphs). Not tried on AMD."""
         return self.vendor == "nvidia"
 
     @property
     def runs_flash_4(self) -> bool:
-        """Whether FlashAttention 4 (trainer.engine.attention.flash_attention_4) has both passes for this."""
+        """Whether FlashAttention 4 (trainer.engine.attention.flash_attention_4) has kernels for both passes."""
         return self.vendor == "nvidia" and _version(self.architecture)[0] >= 9
 
     @property
     def fastest_attention(self) -> str:
-        """By what was measured: elsewhere torch is left to pick."""
+        """The fastest PARAMS_ATTENTION that was measured: compute capability 9 only. "native": torch picks a kernel."""
         return "flash_4" if self.runs_flash_4 and _version(self.architecture)[0] == 9 else "native"
 
     def activation_dtype(self, precision: str) -> str:
-        """torch's name of the type of activations, with weights in a format: 16 bits that are fast here."""
-        return PRECISIONS[precision].dtype or (
-            "bfloat16" if self.vendor == "cpu" or "bf16" in self.formats else "float16"
-        )
+        """torch's name of the type of activations for this precision."""
+        fixed = PRECISIONS[precision].dtype
+        if fixed is not None:
+            return fixed
+        return "bfloat16" if self.vendor == "cpu" or "bf16" in self.formats else "float16"
 
     def __str__(self) -> str:
         if self.vendor == "cpu":
@@ -115,18 +127,22 @@ def detect(
     root: Path = Path("/"),
     environ: Mapping[str, str] | None = None,
 ) -> Hardware:
-    """The accelerators that there are, else the CPU. `root` is where /proc, /sys and /dev are looked for.
+    """The accelerators of this container; without any, its CPU. `root`: the folder of /proc, /sys and /dev.
 
     Raises UnreachableError if a driver is there but does not answer.
     """
-    given = os.environ if environ is None else environ
-    visible, host = {name: given.get(name) for name in VISIBLE}, _host(root)
+    variables = os.environ if environ is None else environ
+    visible = {name: variables.get(name) for name in VISIBLE}
+    host = _host(root)
     nvidia = _nvidia(host, run=run, visible=visible["CUDA_VISIBLE_DEVICES"])
-    return nvidia or _amd(host, root=root, visible=next(filter(None, visible.values()), None)) or host
+    if nvidia:
+        return nvidia
+    # AMD's runtime reads several such variables; the first that is set counts.
+    return _amd(host, root=root, visible=next(filter(None, visible.values()), None)) or host
 
 
 def select(found: Hardware, backend: str) -> Hardware:
-    """The part of `found` that BACKEND asks for. Raises SettingsError if it is not there."""
+    """The hardware that BACKEND asks for, of what was found. Raises SettingsError if it is not there."""
     vendor = found.vendor if backend == "auto" else BACKENDS[backend]
     if vendor == found.vendor:
         return found
@@ -141,7 +157,7 @@ def select(found: Hardware, backend: str) -> Hardware:
 
 
 def torch_version() -> dict[str, Any]:
-    """What torch.version holds, read without importing torch, which takes seconds; empty where there is no torch."""
+    """The contents of torch.version, read without importing torch; empty if torch is not installed."""
     spec = importlib.util.find_spec("torch")
     file = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
     return runpy.run_path(str(file)) if file and file.is_file() else {}
@@ -150,17 +166,17 @@ def torch_version() -> dict[str, Any]:
 def check_torch(found: Hardware, version: Mapping[str, Any]) -> None:
     """Raises SettingsError if torch is not built for this hardware, or the driver is too old for it.
 
-    torch itself would see no device, and say so only after everything is downloaded.
+    torch itself would only find no device, after everything has been downloaded.
     """
     if found.vendor == "cpu" or not version:
         return
-    built = version.get(BUILDS[found.vendor])
+    built = version.get(TORCH_BUILDS[found.vendor])
     if not built:
         raise SettingsError(
             f"torch {version.get('__version__')} is not built for {found}. Fix: take the image for {found.backend} "
             f"(its name ends in -{found.backend}), or set BACKEND=cpu."
         )
-    needed = DRIVERS.get(_version(built)[0]) if found.vendor == "nvidia" else None
+    needed = MIN_DRIVERS.get(_version(built)[0]) if found.vendor == "nvidia" else None
     if needed and _version(found.driver) and _version(found.driver)[0] < needed:
         raise SettingsError(
             f"The driver {found.driver} of this machine is too old for torch {version['__version__']}, which needs "
@@ -171,53 +187,74 @@ def check_torch(found: Hardware, version: Mapping[str, Any]) -> None:
 def _nvidia(
     host: Hardware, *, run: Callable[..., subprocess.CompletedProcess[str]], visible: str | None
 ) -> Hardware | None:
+    """The GPUs that nvidia-smi lists, as far as CUDA_VISIBLE_DEVICES (`visible`) leaves them."""
     try:
-        own = child_environment(os.environ)
-        answer = run(QUERY, env=own, capture_output=True, text=True, timeout=QUERY_SECONDS, check=False)
+        environment = child_environment(os.environ)
+        answer = run(QUERY, env=environment, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=False)
     except OSError:  # not installed
         return None
     except subprocess.TimeoutExpired as problem:
-        raise UnreachableError(f"nvidia-smi did not answer in {QUERY_SECONDS:.0f} s: the driver is stuck.") from problem
-    rows = [[cell.strip() for cell in line.split(",")] for line in answer.stdout.splitlines()]
-    rows = [row for row in rows if len(row) == len(QUERY[1].split(","))] if answer.returncode == 0 else []
+        raise UnreachableError(
+            f"nvidia-smi did not answer in {QUERY_TIMEOUT_S:.0f} s: the driver is stuck."
+        ) from problem
+    rows: list[list[str]] = []
+    if answer.returncode == 0:
+        for line in answer.stdout.splitlines():
+            cells = [cell.strip() for cell in line.split(",")]
+            if len(cells) == len(QUERY[1].split(",")):
+                rows.append(cells)
     rows = _visible(rows, visible)
     if not rows:
         return None
-    # Machines whose GPU shares the host's memory print [N/A].
-    memory = [float(row[2]) / 1024 if row[2].replace(".", "").isdecimal() else host.host_memory_gib for row in rows]
+    memory_gib: list[float] = []
+    for row in rows:
+        if row[2].replace(".", "").isdecimal():
+            memory_gib.append(float(row[2]) / 1024)
+        else:
+            memory_gib.append(host.host_memory_gib)  # a GPU that shares the host's memory prints [N/A]
     return dataclasses.replace(
         host,
         vendor="nvidia",
         architecture=min((row[1] for row in rows), key=_version),
-        memory_gib=min(memory),
+        memory_gib=min(memory_gib),
         count=len(rows),
         driver=rows[0][3],
     )
 
 
 def _visible(rows: list[list[str]], visible: str | None) -> list[list[str]]:
-    """The rows that CUDA_VISIBLE_DEVICES leaves: a list of numbers up to the first impossible one, or of names."""
+    """The devices (first cell: the index) that the variable leaves visible; None: all.
+
+    It has a list of indices, which ends at the first impossible one, or of names. Of names only the number counts.
+    """
     if visible is None:
         return rows
     names = [name.strip() for name in visible.split(",")]
-    if all(name.lstrip("-").isdecimal() for name in names):
-        wanted = [row for name in names for row in rows if row[0] == name]
-        return wanted if "-1" not in names else wanted[: names.index("-1")]
-    return rows[: len([name for name in names if name])]
+    if not all(name.lstrip("-").isdecimal() for name in names):
+        return rows[: len([name for name in names if name])]
+    wanted: list[list[str]] = []
+    for name in names:
+        wanted += [row for row in rows if row[0] == name]
+    return wanted if "-1" not in names else wanted[: names.index("-1")]
 
 
 def _amd(host: Hardware, *, root: Path, visible: str | None) -> Hardware | None:
-    """From the kernel's own description of the nodes. Without /dev/kfd they are the host's and not ours."""
+    """The GPUs of the kernel's topology. Without /dev/kfd they belong to the host, not to this container."""
     if not (root / "dev/kfd").exists():
         return None
-    devices = []
+    devices: list[tuple[str, float]] = []  # gfx name, GiB
     for node in sorted((root / "sys/class/kfd/kfd/topology/nodes").glob("*")):
         properties = _properties(node / "properties")
-        if int(properties.get("simd_count", 0)) and int(properties.get("gfx_target_version", 0)):
-            banks = [_properties(bank) for bank in node.glob("mem_banks/*/properties")]
-            size = sum(int(b.get("size_in_bytes", 0)) for b in banks if b.get("heap_type") in _VIDEO_MEMORY)
-            devices.append((_gfx(int(properties["gfx_target_version"])), size / GIB))
-    devices = [devices[int(number)] for (number,) in _visible([[str(i)] for i in range(len(devices))], visible)]
+        if not int(properties.get("simd_count", 0)) or not int(properties.get("gfx_target_version", 0)):
+            continue  # a CPU
+        size = 0
+        for path in node.glob("mem_banks/*/properties"):
+            bank = _properties(path)
+            if bank.get("heap_type") in _VIDEO_MEMORY:
+                size += int(bank.get("size_in_bytes", 0))
+        devices.append((_gfx(int(properties["gfx_target_version"])), size / GIB))
+    indices = [[str(index)] for index in range(len(devices))]
+    devices = [devices[int(index)] for (index,) in _visible(indices, visible)]
     if not devices:
         return None
     return dataclasses.replace(
@@ -231,33 +268,39 @@ def _amd(host: Hardware, *, root: Path, visible: str | None) -> Hardware | None:
 
 
 def _gfx(version: int) -> str:
-    """90402 → gfx942: two decimal digits each, of which the last two are written as one hexadecimal digit."""
+    """90402 → gfx942: two decimal digits for major, minor and stepping, the last two in hexadecimal."""
     return f"gfx{version // 10000}{version // 100 % 100:x}{version % 100:x}"
 
 
 def _host(root: Path) -> Hardware:
-    """The CPU and its memory, less what a container may not use."""
+    """The CPU and its memory, within the limits of the container's control group (v2 or v1)."""
     total = re.search(r"MemTotal:\s+(\d+) kB", _read(root / "proc/meminfo"))
-    sizes = [int(total.group(1)) * 1024] if total else [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    physical = int(total.group(1)) * 1024 if total else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    sizes = [physical]
     for limit in ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes"):
         text = _read(root / limit)
-        sizes += [int(text)] if text.isdecimal() else []
+        if text.isdecimal():  # else "max", or no such file
+            sizes.append(int(text))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _read(root / "sys/fs/cgroup/cpu.max").split()
+    quota = _read(root / "sys/fs/cgroup/cpu.max").split()  # microseconds of CPU time in each period, or "max"; period
     if len(quota) == 2 and quota[0].isdecimal() and quota[1].isdecimal() and int(quota[1]):
         cores = min(cores, max(1, round(int(quota[0]) / int(quota[1]))))
-    memory = min(sizes) / GIB
-    return Hardware("cpu", platform.machine(), memory, 0, "", memory, cores)
+    memory_gib = min(sizes) / GIB
+    return Hardware("cpu", platform.machine(), memory_gib, 0, "", memory_gib, cores)
 
 
 def _properties(path: Path) -> dict[str, str]:
-    """Lines of a name and a value."""
-    pairs = (line.split(maxsplit=1) for line in _read(path).splitlines())
-    return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
+    """A file of the topology: lines with a name and a value each."""
+    values: dict[str, str] = {}
+    for line in _read(path).splitlines():
+        pair = line.split(maxsplit=1)
+        if len(pair) == 2:
+            values[pair[0]] = pair[1]
+    return values
 
 
 def _read(path: Path) -> str:
-    """The text of a file of the kernel's, or nothing: which of them there are differs from container to container."""
+    """The text of one of the kernel's files; "" if this container does not have it."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
@@ -265,5 +308,5 @@ def _read(path: Path) -> str:
 
 
 def _version(text: str) -> tuple[int, ...]:
-    """Numbers in a version, to compare by."""
+    """The numbers in a version, for comparisons: "9.0" → (9, 0)."""
     return tuple(int(part) for part in re.findall(r"\d+", text))

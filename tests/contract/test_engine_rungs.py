@@ -29,7 +29,7 @@ def test_every_rung_takes_less_and_the_last_takes_least(compiled, policy, kept, 
 
 def test_each_rung_is_told_and_the_last_is_refused(monkeypatch, caplog):
     # The real one needs an accelerator's streams.
-    monkeypatch.setattr(execution, "ActivationOffload", lambda model, stream, limit_gib: "host")
+    monkeypatch.setattr(execution, "ActivationOffload", lambda model, weight_streamer, limit_gib: "host")
     caplog.set_level(logging.WARNING)
     regions = [torch.nn.Linear(4, 4) for _ in range(3)]
     plan = EnginePlan(recompute="attention", kept_blocks=1, compile=False)
@@ -41,9 +41,9 @@ def test_each_rung_is_told_and_the_last_is_refused(monkeypatch, caplog):
     one.step_down("It does not fit.")
     assert one.offload is None and one.fallbacks[0] == ("all", 0, "none") and one.can_capture(1)
     one.step_down("It does not fit.")
-    assert one.offload == "host" and one.stream is None and one.can_capture() and not one.can_capture(1)
+    assert one.offload == "host" and one.weight_streamer is None and one.can_capture() and not one.can_capture(1)
     one.step_down("It does not fit.")
-    assert one.stream is not None and one.stream.regions == regions and not one.can_capture()
+    assert one.weight_streamer is not None and one.weight_streamer.regions == regions and not one.can_capture()
     with pytest.raises(SettingsError, match=r"It does not fit\. Fix: lower PARAMS_BATCH_SIZE"):
         one.step_down("It does not fit.")
     assert len(caplog.records) == 4 and "1 blocks kept whole" in caplog.text

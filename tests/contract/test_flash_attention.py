@@ -103,11 +103,11 @@ def package(monkeypatch):
     def put(**options):
         made = Package(**options)
         monkeypatch.setattr(flash_attention_4, "_module", lambda: made)
-        flash_attention_4._is_right.cache_clear()
+        flash_attention_4._is_correct.cache_clear()
         return made
 
     yield put
-    flash_attention_4._is_right.cache_clear()
+    flash_attention_4._is_correct.cache_clear()
 
 
 def made(layout, tokens, dim, dtype, generator, batch=2):
@@ -155,7 +155,7 @@ def test_both_passes_are_those_of_torch(package, layout, of_gradient, causal, sc
     q = made(layout, 6, 64, torch.float64, generator)
     k, v = (made(layout, keys, 64, torch.float64, generator) for _ in "kv")
     g = made(of_gradient, 6, 64, torch.float64, generator)
-    out, lse = flash_attention_4._attended(q, k, v, causal=causal, scale=scale)
+    out, lse = flash_attention_4._attention(q, k, v, causal=causal, scale=scale)
     found = out, *flash_attention_4._gradients(g, q, k, v, out, lse, causal=causal, scale=scale)
     for a, wanted in zip(found, with_autograd(q, k, v, g, is_causal=causal, scale=scale), strict=True):
         assert error(a, wanted) < 1e-12
@@ -233,7 +233,7 @@ def test_what_it_does_not_take_goes_to_torchs_own_kernel_as_it_came(package):
 def test_it_is_tried_once_for_each_kind_of_call(package, caplog, dtype, causal):
     installed = package()
     q = made("apart", 6, 128, dtype, torch.Generator().manual_seed(4))
-    assert flash_attention_4._takes(q, q, q, causal=causal) and flash_attention_4._takes(q, q, q, causal=causal)
+    assert flash_attention_4._supports(q, q, q, causal=causal) and flash_attention_4._supports(q, q, q, causal=causal)
     assert installed.calls == ["forward", "backward"] and not caplog.messages
 
 
@@ -241,7 +241,7 @@ def test_a_fixed_order_of_sums_is_asked_for_where_torch_is_to_keep_one(package):
     installed = package()
     torch.use_deterministic_algorithms(True)
     try:
-        assert flash_attention_4._is_right(64, torch.bfloat16, torch.device("cpu"), False)
+        assert flash_attention_4._is_correct(64, torch.bfloat16, torch.device("cpu"), False)
     finally:
         torch.use_deterministic_algorithms(False)
     assert installed.calls[-1] == "backward, deterministic"
@@ -302,7 +302,7 @@ def test_without_a_package_that_loads_all_is_as_it_was(monkeypatch, caplog, tmp_
     try:
         flash_attention_4.set_enabled(True)
         flash_attention_4.set_enabled(True)
-        assert not flash_attention_4._used and torch.backends.cuda.cudnn_sdp_enabled()
+        assert not flash_attention_4._registered and torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         flash_attention_4.set_enabled(False)
         flash_attention_4._module.cache_clear()
@@ -317,4 +317,4 @@ def test_the_log_of_a_resumed_run_says_that_attention_is_another(caplog, tmp_pat
     assert not caplog.messages
     _say_what_made(state, EnginePlan(attention="flash_4"))
     (message,) = caplog.messages
-    assert "PARAMS_ATTENTION native, and this is flash_4: bit-identity ends here" in message
+    assert "PARAMS_ATTENTION native, and this is flash_4: the result will not be bit-identical" in message

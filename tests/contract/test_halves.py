@@ -13,7 +13,7 @@ from trainer.engine.quantization.cast_adapters import AdapterCast
 def test_a_shared_cast_gives_gradients_with_the_same_bits(name, variant):
     bench = Bench(name, "fp8", small=True)
     engine = bench.engine(set(variant.split("+")))
-    (adapter_cast,) = bench.runner.around.args
+    (adapter_cast,) = bench.runner.pass_context.args
     assert len(adapter_cast.layers) > 10
     for layer in adapter_cast.layers:
         layer.scaling["default"] = 0.5

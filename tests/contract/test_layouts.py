@@ -84,7 +84,7 @@ def test_a_whole_checkpoint_as_one_file(tmp_path, name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_sample_command_draws_with_one_file(tmp_path, name):
-    """The same pictures as with the folder that the file was made from; what the file lacks is the base model's."""
+    """The same images as with the folder that the file was made from; what the file lacks is the base model's."""
     if name == "flux":
         save_file(under("model.diffusion_model.", original(name)), tmp_path / "all.safetensors")
     else:

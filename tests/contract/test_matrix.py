@@ -176,10 +176,10 @@ def test_every_published_variant_with_every_format(base, to, tmp_path):
     """Its numbers of layers, kinds of blocks and conditions at a small width, from one file in its original names."""
     name = VARIANTS[base][0]
     changes = {"denoiser": {**VARIANTS[base][1], **NARROW[name]}}
-    plan = layouts.written(tmp_path, name, "file", changes=changes, dtype=torch.bfloat16)
+    plan = layouts.write_model(tmp_path, name, "file", changes=changes, dtype=torch.bfloat16)
     folder = single_file.convert_single_files(plan, tmp_path / "cache")
     place = folder / get_family(name).FACTS.parts["denoiser"]
-    assert layouts.wrong(place) == [] and stored_dtype(place) == torch.bfloat16
+    assert layouts.wrong_weights(place) == [] and stored_dtype(place) == torch.bfloat16
     modules = assert_round_trip(name, folder, to, tmp_path / "x.safetensors")
     assert len(modules) == MODULES[base]
 

@@ -36,7 +36,7 @@ def failing(problem):
 
 def test_what_cannot_be_recorded_is_told_once_and_launched_from_then_on(runner, caplog):
     caplog.set_level(logging.WARNING)
-    assert runner._captured(failing(RuntimeError("it waits\nfor the device")), {}) is None
+    assert runner._capture_graph(failing(RuntimeError("it waits\nfor the device")), {}) is None
     assert not runner.capturing and not runner.short_of_memory
     assert [r.getMessage() for r in caplog.records] == [
         "Steps cannot be recorded, and are launched kernel by kernel: it waits"
@@ -48,9 +48,9 @@ def test_what_cannot_be_recorded_is_told_once_and_launched_from_then_on(runner, 
 
 def test_memory_that_runs_out_in_a_recording_is_no_reason_to_record_nothing(runner):
     with pytest.raises(torch.OutOfMemoryError, match="16 GiB"):
-        runner._captured(failing(torch.OutOfMemoryError("16 GiB")), {})
+        runner._capture_graph(failing(torch.OutOfMemoryError("16 GiB")), {})
     assert runner.capturing
-    runner.large.add("a size")
+    runner.too_large.add("a size")
     assert runner.short_of_memory
 
 
@@ -72,7 +72,7 @@ def room(runner, monkeypatch):
             fits = len(runner.captured) < count
             return _CapturedGraph(Graph(), {k: v.clone() for k, v in inputs.items()}, torch.zeros(3)) if fits else None
 
-        monkeypatch.setattr(runner, "_record", record)
+        monkeypatch.setattr(runner, "_capture", record)
         return tried
 
     return make

@@ -151,7 +151,7 @@ def test_what_is_streamed_is_the_longest_list_of_layers():
     whole = torch.nn.Module()
     whole.few = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
     whole.many = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(4))
-    assert weight_streaming.layers(whole.requires_grad_(False), "cpu").regions == list(whole.many)
+    assert weight_streaming.stream_layers(whole.requires_grad_(False), "cpu").regions == list(whole.many)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

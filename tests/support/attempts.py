@@ -37,6 +37,7 @@ from trainer.engine.cuda_graphs import EagerStep
 from trainer.engine.device import limit_memory, release
 from trainer.job import build
 from trainer.job.prepare import PreparedData
+from trainer.job.rehearsal import largest_batches
 from trainer.job.session import Session
 from trainer.job.status import Status
 from trainer.job.watchdog import Watchdog
@@ -68,8 +69,8 @@ class Outcome:
         return f"ran {self.fallbacks} rungs lower" if self.fallbacks else "ran as planned"
 
 
-HALVED, UNDRAWN = "pictures at once; from now on", "no memory to draw"
-GIVEN_UP, UNRECORDED = "not recorded any more", "no memory to record"
+HALVED, UNDRAWN = "images at once; from now on", "Not enough memory to draw"
+GIVEN_UP, UNRECORDED = "CUDA graphs are disabled", "no memory to record"
 
 
 class Told(logging.Handler):
@@ -102,7 +103,7 @@ def session(ready: PreparedData, out: Path) -> Session:
     training_state = build.build_training_state(
         plan, get_family(plan.model.family), model=Path(plan.model.path), total=ready.total
     )
-    return build.session_of(ready, training_state, out, StopFlag(), watchdog=Watchdog(0.0), workers=Workers())
+    return build.make_session(ready, training_state, out, StopFlag(), watchdog=Watchdog(0.0), workers=Workers())
 
 
 def capped(made: Session, room: float) -> tuple[float, float, float]:
@@ -113,7 +114,8 @@ def capped(made: Session, room: float) -> tuple[float, float, float]:
     low, its = torch.cuda.memory_allocated(), made.runner
     made.runner = EagerStep(its.params, its.optimizer_params, its.pass_context)
     torch.cuda.reset_peak_memory_stats()
-    fits = made._rehearsed([micro_batch(made.cache, batch) for batch in made.largest(made.order.epoch(0))])
+    largest = largest_batches(made.sampler.epoch(0))
+    fits = made.rehearsal().fits([micro_batch(made.cache, batch) for batch in largest])
     assert fits or made.plan.engine.host_gib == 0
     high = torch.cuda.max_memory_allocated()
     made.runner = its

@@ -212,8 +212,7 @@ class Ground:
 
     def ready(self, plan: Plan) -> PreparedData:
         """What `prepare.prepare_data` gives, of pictures that were looked at before."""
-        kind, model = get_family(plan.model.family), Path(plan.model.path)
-        cache = open_cache(Path(plan.output.cache), model, precision=plan.engine.dtype)
+        cache = open_cache(Path(plan.output.cache), Path(plan.model.path), precision=plan.engine.dtype)
         made = PreparedData(plan, self.found, make_sampler(plan, self.found), cache, None)
-        fill_cache(made, kind=kind, model=model, check_in=lambda: None)
+        fill_cache(made, check_in=lambda: None)
         return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import fcntl
 import hashlib
 import os
 import stat
@@ -182,7 +183,7 @@ def test_kernels_are_kept_where_the_volume_has_locks(tmp_path, lock, monkeypatch
     def refuse(*_):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(folders.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     assert flash_attention.environment(tmp_path, {})[f"{name}ENABLED"] == "0"
 
 

@@ -436,7 +436,7 @@ def test_a_run_goes_on_where_there_is_less_memory_and_so_another_way():
     small = dataclasses.replace(LARGE_GPU, memory_gib=24.0)
     before, after = (plan(on=on, BASE_MODEL=FULL) for on in (LARGE_GPU, small))
     assert (before.engine.recompute, before.engine.compile) != (after.engine.recompute, after.engine.compile)
-    assert resumes_state(after, before.essence(), step=3, own=True)
+    assert resumes_state(after, before.essence(), step=3, in_output=True)
 
 
 def test_a_miniature_gains_nothing_from_8_bits():

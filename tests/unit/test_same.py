@@ -70,9 +70,8 @@ def test_progress_lines_count_once_because_a_slow_machine_prints_more():
 
 
 def test_lines_by_chance_and_empty_lines_are_left_out():
-    text = (
-        "a\n\n12:00:00 WARNING Training waited 0.3 s for the save before: the volume is slow.\nFailed to load x.so\nb"
-    )
+    text = "a\n\n12:00:00 WARNING Training waited 0.3 s for the save before: the volume is slow.\n"
+    text += "Failed to load x.so\nb\nLoading weights: 100%|##########| 36/36 [00:00<00:00, 3083.35it/s]"
     assert normal_lines(text, {}, timed=True) == ["a", "b"]
 
 

@@ -1,4 +1,4 @@
-"""Folders of pictures: every one is used, or skipped for a named reason."""
+"""Folders of images: every one is used, or skipped for a named reason."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def captions(found: Scan) -> dict[str, str | None]:
 # ---- files
 
 
-def test_pictures_in_folders_are_found_sorted_and_others_left_alone(make_folder):
+def test_images_in_folders_are_found_sorted_and_others_left_alone(make_folder):
     folder = make_folder("a", 2)
     (folder / "sub").mkdir()
     for name in ("sub/b.PNG", ".hidden.png", "sub/._b.png"):
@@ -75,7 +75,7 @@ def test_same_stem_is_two_pictures_and_copies_are_counted(make_folder):
     assert [p.name for p in found.images] == ["00.jpg", "00.png", "01.png", "02.png"]
     assert captions(found)["00.jpg"] == captions(found)["00.png"] == "picture 0, a tag, another tag"
     assert len({p.sha256 for p in found.images}) == 3
-    assert "1 pictures are byte for byte copies of another: all are used" in found.report()
+    assert "1 images are byte for byte copies of another: all are used" in found.report()
 
 
 def test_links_that_leave_the_folder_are_refused(make_folder, tmp_path):
@@ -112,7 +112,7 @@ def test_a_missing_folder_is_named(tmp_path):
         surveyed(tmp_path / "gone")
 
 
-# ---- unusable pictures
+# ---- unusable images
 
 
 def test_every_bad_picture_is_skipped_with_its_reason(make_folder, draw):
@@ -149,12 +149,12 @@ def test_up_to_a_tenth_may_be_unusable_unless_strict(make_folder):
     with pytest.raises(DataError, match=r"STRICT_DATASET is true and 1 of 10.*(?s:.*)bad\.png: the file is empty"):
         scan_checked(plan(subset(folder), strict=True), cpu_workers=0)
     (folder / "worse.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"2 of 11 pictures are unusable(?s:.*)bad\.png(?s:.*)worse\.png"):
+    with pytest.raises(DataError, match=r"2 of 11 images are unusable(?s:.*)bad\.png(?s:.*)worse\.png"):
         scan_checked(plan(subset(folder)), cpu_workers=0)
 
 
 def test_nothing_usable_is_refused(tmp_path):
-    with pytest.raises(DataError, match="No usable picture"):
+    with pytest.raises(DataError, match="No usable image"):
         scan_checked(plan(subset(tmp_path)), cpu_workers=0)
 
 
@@ -179,7 +179,7 @@ def test_captions_by_sidecar_in_the_order_of_extensions(make_folder):
         (folder / name).write_text(name)
     found = surveyed(folder, caption_extension=".tags")
     assert captions(found) == {"00.png": "00.tags", "01.png": "01.txt", "02.png": "02.caption", "03.png": None}
-    assert "4 pictures, 3 captions" in found.report()
+    assert "4 images, 3 captions" in found.report()
     assert "1 captions missing: trained without caption" in found.report()
 
 
@@ -226,7 +226,7 @@ def test_metadata_files_come_before_sidecars_and_may_lie_in_any_folder(make_fold
         "train/01.png": "below",
         "train/02.png": "picture 2, a tag, another tag",
     }
-    assert "1 entries of metadata.jsonl name no picture that is there: gone.png" in found.report()
+    assert "1 entries of metadata.jsonl name no image in the folder: gone.png" in found.report()
     assert "not read" not in found.report()
 
 
@@ -256,10 +256,10 @@ def test_alpha_as_mask(make_folder):
     assert mask.shape == (64, 64) and mask[:, :20].max() == 0 and mask[:, 44:].min() == 255
     assert render_mask(opaque, view) is None
     assert surveyed(folder).images[1].mask_sha256 is None
-    assert "1 pictures have transparency: the alpha weighs the loss" in found.report()
+    assert "1 images have transparency: the alpha weighs the loss" in found.report()
 
 
-def test_masks_of_the_same_stem_are_cut_and_flipped_like_the_picture(make_folder):
+def test_masks_of_the_same_stem_are_cut_and_flipped_like_the_image(make_folder):
     folder = make_folder("a", 3)
     (folder / "masks").mkdir()
     for name, size in {"00.png": (64, 48), "01.jpg": (128, 96)}.items():
@@ -282,7 +282,7 @@ def test_a_mask_of_another_shape_or_damaged_is_a_reason(make_folder):
     (masks / "01.png").write_bytes(b"")
     told = reasons(surveyed(folder, conditioning_data_dir=str(masks)))
     assert told == {
-        "00.png": "its mask is 64×64, the picture 64×48: another shape",
+        "00.png": "its mask is 64×64, the image 64×48: another shape",
         "01.png": f"its mask 01.png: {decode.EMPTY}",
     }
 
@@ -307,7 +307,7 @@ def test_rendering_is_the_view_and_nothing_else(make_folder):
         assert (render(image.file, replace(view, colour=None)) == turned[:, ::-1]).all()
 
 
-def test_a_picture_changed_since_the_scan_is_noticed(make_folder):
+def test_an_image_changed_since_the_scan_is_noticed(make_folder):
     folder = make_folder("a", 2)
     found = surveyed(folder)
     image, view = next(EpochSampler(found.images, plan(subset(folder)), seed=0).all_image_variants())
@@ -386,7 +386,7 @@ def test_real_photographs(photographs):
         assert 5 < pixels.std() < 120
 
 
-def test_a_thousand_pictures_take_seconds_and_little_memory():
+def test_a_thousand_images_take_seconds_and_little_memory():
     command = [sys.executable, "-m", "bench.scan", "--pictures", "1000"]
     figures = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
     assert figures["used"] == 1000
@@ -406,7 +406,7 @@ if __name__ == "__main__":
 """
 
 
-def test_processes_that_read_pictures_end_with_a_trainer_that_is_killed(tmp_path, draw):
+def test_processes_that_read_images_end_with_a_trainer_that_is_killed(tmp_path, draw):
     program = tmp_path / "reading.py"
     program.write_text(READING)
     draw(64, 48).save(tmp_path / "a.png")

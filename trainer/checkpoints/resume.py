@@ -38,15 +38,17 @@ def resumable_state(plan: Plan, out: Path) -> state_files.State | None:
         try:
             state = state_files.read(resume_from)
         except ValueError as problem:
-            raise SettingsError(f"PARAMS_RESUME_FROM {resume_from} is not a whole state: {problem}.") from problem
+            raise SettingsError(f"PARAMS_RESUME_FROM {resume_from} is not a complete state: {problem}.") from problem
     if state is None:
         return None
-    if resumes_state(plan, state.tree["essence"], step=state.step, own=in_output):
+    if resumes_state(plan, state.tree["essence"], step=state.step, in_output=in_output):
         _warn_of_other_software(state, plan.engine)
         return state
     aside = out / f"state.before-{int(time.time())}"
     (out / "state").rename(aside)
-    log.warning("The plan changed and PARAMS_RESUME_FROM is set: weights only; the old states are in %s.", aside)
+    log.warning(
+        "The plan changed and PARAMS_RESUME_FROM names a LoRA file: weights only. The old states are in %s.", aside
+    )
     return None
 
 
@@ -57,4 +59,9 @@ def _warn_of_other_software(state: state_files.State, engine: EnginePlan) -> Non
     now = {**made_by(engine.attention), "NUM_GPUS": engine.num_gpus}
     for key, value in then.items():
         if value != now[key]:
-            log.warning("The state was made with %s %s, and this is %s: bit-identity ends here.", key, value, now[key])
+            log.warning(
+                "The state was made with %s %s, and this is %s: the result will not be bit-identical.",
+                key,
+                value,
+                now[key],
+            )

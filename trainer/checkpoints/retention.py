@@ -37,7 +37,7 @@ class CheckpointRetention:
             freed = self.prune(1)
             if not freed:
                 raise
-            log.warning("%s Removed %d older files and states, and try once more.", problem, freed)
+            log.warning("%s Removed %d older files and states to try again.", problem, freed)
             write()
         self.prune(self.keep)
         self._warn_of_full_disk(step)
@@ -68,7 +68,7 @@ class CheckpointRetention:
         free = shutil.disk_usage(self.out).free
         if free < WARN_BELOW_SAVES * needed:
             log.warning(
-                "OUTPUT_PATH: a save takes %.1f MiB, and %s are free: room for %d more. Free some, or the job will "
-                "stop with exit code 74 (it resumes by itself).",
+                "OUTPUT_PATH: a save takes %.1f MiB and %s: room for %d more. Free some space, or the job "
+                "will stop with exit code 74. It resumes when it is started again.",
                 needed / 2**20, atomic.free_space(self.out), free // needed,
             )  # fmt: skip

@@ -88,10 +88,12 @@ def latest(folder: Path) -> State | None:
         try:
             return read(path)
         except ValueError as problem:
-            log.warning("%s is damaged (%s): set aside, the state before it is used.", path, problem)
+            log.warning("%s is damaged (%s). It was renamed, and the state before it is used.", path, problem)
             path.rename(path.with_name(f"{path.name}.damaged"))
     if paths:
-        raise StorageError(f"All {len(paths)} states in {folder} are damaged. Move it away to start anew.")
+        raise StorageError(
+            f"All {len(paths)} states in {folder} are damaged. Move the folder away to start from the beginning."
+        )
     return None
 
 

@@ -1,4 +1,4 @@
-"""Adapters around frozen layers (peft), kept in fp32."""
+"""LoRA adapters around frozen layers, made by peft and kept in fp32: which layers get one, their state, loading."""
 
 from __future__ import annotations
 
@@ -15,42 +15,52 @@ from trainer.engine.quantization.lora_linear import LoraLinear
 from trainer.spec.errors import SettingsError
 
 Blocks = Sequence[tuple[str, torch.nn.Module]]
-Fused = dict[str, tuple[str, ...]]  # the fused projection's name → those of its parts, in the order of their rows
+Fused = dict[str, tuple[str, ...]]  # name of a fused projection → the names of its parts, in the order of their rows
 
 
 def is_target(name: str, targets: Sequence[str]) -> bool:
-    """Whether the module name `name` ends with one of `targets`, whole parts of a dotted name only."""
+    """Whether the module name `name` ends with one of `targets`; only whole parts of a dotted name count."""
     return any(f".{name}".endswith(f".{t}") for t in targets)
 
 
 def adapter_suffixes(targets: Sequence[str], fused: Fused) -> list[str]:
     """Suffixes of the layers that get adapters: `targets`, and fused projections of which all parts are targets."""
-    return [*targets, *(whole for whole, parts in fused.items() if all(is_target(part, targets) for part in parts))]
+    suffixes = list(targets)
+    for fused_name, parts in fused.items():
+        if all(is_target(part, targets) for part in parts):
+            suffixes.append(fused_name)
+    return suffixes
 
 
 def fuse_projections(blocks: Blocks, *, fused: Fused, targets: Sequence[str]) -> None:
-    """Replace projections that read the same input by one, in place, wherever all parts are among `targets`."""
+    """Replace projections that read the same input by one, in place, wherever all parts are among `targets`.
+
+    One large product is faster than several small ones, and its input is quantised once.
+    """
     for _, block in blocks:
-        for whole, parts in fused.items():
-            parent_name, _, leaf = whole.rpartition(".")
+        for fused_name, parts in fused.items():
+            parent_name, _, leaf = fused_name.rpartition(".")
             parent = block.get_submodule(parent_name)
             names = [part.rpartition(".")[2] for part in parts]
-            linears = [getattr(parent, n, None) for n in names]
+            linears = [getattr(parent, name, None) for name in names]
             if all(linears) and all(is_target(part, targets) for part in parts):
-                setattr(parent, leaf, _stacked(linears))
-                for n in names:
-                    delattr(parent, n)
+                setattr(parent, leaf, _concatenated(linears))
+                for name in names:
+                    delattr(parent, name)
+                # diffusers' attention reads this attribute; torch's stubs type all of a module's as Tensor or Module.
                 parent.fused_projections = True  # type: ignore[assignment]
 
 
-def _stacked(linears: list[Any]) -> torch.nn.Linear:
-    """One linear layer whose outputs are those of `linears`, side by side."""
+def _concatenated(linears: list[Any]) -> torch.nn.Linear:
+    """One linear layer whose outputs are those of `linears`, one after another."""
+    first = linears[0]
+    has_bias = first.bias is not None
     with torch.device("meta"):
-        one = torch.nn.Linear(linears[0].in_features, sum(x.out_features for x in linears), linears[0].bias is not None)
-    one.weight = torch.nn.Parameter(torch.cat([x.weight for x in linears]), requires_grad=False)
-    if linears[0].bias is not None:
-        one.bias = torch.nn.Parameter(torch.cat([x.bias for x in linears]), requires_grad=False)
-    return one
+        fused = torch.nn.Linear(first.in_features, sum(linear.out_features for linear in linears), has_bias)
+    fused.weight = torch.nn.Parameter(torch.cat([linear.weight for linear in linears]), requires_grad=False)
+    if has_bias:
+        fused.bias = torch.nn.Parameter(torch.cat([linear.bias for linear in linears]), requires_grad=False)
+    return fused
 
 
 def add_adapters(
@@ -66,18 +76,10 @@ def add_adapters(
 ) -> list[torch.nn.Parameter]:
     """Put an adapter on every linear layer in `blocks` whose name ends like one of `targets`; return what trains.
 
-    `kind`: lora; rslora (arXiv:2312.03732), which counts alpha / √rank; dora (arXiv:2402.09353).
-
-    Fused projections get one adapter. Initialised as peft does: A random from `seed`, B zero.
-    Raises SettingsError if no layer matches.
+    `kind`: lora; rslora (arXiv:2312.03732), which scales by alpha / √rank; dora (arXiv:2402.09353). Fused projections
+    get one adapter. Initialised as peft does: A random from `seed`, B zero. Raises SettingsError if no layer matches.
     """
-    ends = adapter_suffixes(targets, fused)
-    names = [
-        f"{prefix}.{name}"
-        for prefix, block in blocks
-        for name, layer in block.named_modules()
-        if isinstance(layer, torch.nn.Linear | FrozenLinear) and is_target(name, ends)
-    ]
+    names = _adapter_layers(blocks, adapter_suffixes(targets, fused))
     if not names:
         raise SettingsError(f"PARAMS_TARGET_MODULES {','.join(targets)} matches no linear layer of the model.")
     devices = [torch.device("cuda")] if torch.cuda.is_available() else []
@@ -88,12 +90,23 @@ def add_adapters(
         )
         config._register_custom_module({torch.nn.Linear: LoraLinear, FrozenLinear: LoraLinear})
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Unsupported layer type")  # it has the sizes, which is all that is asked
+            # peft does not know FrozenLinear, and needs only its in_features and out_features.
+            warnings.filterwarnings("ignore", "Unsupported layer type")
             denoiser.add_adapter(config, adapter_name="default")
     params = [p for p in denoiser.parameters() if p.requires_grad]
     for p in params:
         p.data = p.data.float()
     return params
+
+
+def _adapter_layers(blocks: Blocks, suffixes: Sequence[str]) -> list[str]:
+    """The full names of all linear layers in `blocks` whose names end like one of `suffixes`."""
+    names: list[str] = []
+    for prefix, block in blocks:
+        for name, layer in block.named_modules():
+            if isinstance(layer, torch.nn.Linear | FrozenLinear) and is_target(name, suffixes):
+                names.append(f"{prefix}.{name}")
+    return names
 
 
 def state(denoiser: Any) -> dict[str, torch.Tensor]:
@@ -105,11 +118,10 @@ def state(denoiser: Any) -> dict[str, torch.Tensor]:
 def load(denoiser: Any, tensors: dict[str, torch.Tensor]) -> None:
     """Overwrite the adapters. Raises ValueError for missing, unknown or differently shaped tensors."""
     have = state(denoiser)
-    wrong = [
-        k
-        for k in have.keys() | tensors.keys()
-        if k not in have or k not in tensors or have[k].shape != tensors[k].shape
-    ]
+    wrong: list[str] = []
+    for name in have.keys() | tensors.keys():
+        if name not in have or name not in tensors or have[name].shape != tensors[name].shape:
+            wrong.append(name)
     if wrong:
         raise ValueError(f"{len(wrong)} of {len(have)} tensors do not match, {sorted(wrong)[0]} first")
     set_peft_model_state_dict(denoiser, tensors, adapter_name="default")

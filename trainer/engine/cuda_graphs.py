@@ -1,7 +1,19 @@
-"""Work on an accelerator that is recorded once for each size of its inputs, and then replayed.
+"""Forward and backward passes, launched kernel by kernel (`EagerStep`) or replayed as a CUDA graph (`GraphStep`).
 
-A step of few tokens is bound by what the host does for each of its thousands of kernels. A recorded one is launched as
-a whole: CUDA graphs, as torch.cuda.graph records them.
+A step with few tokens is limited by the host, which launches thousands of kernels. A CUDA graph launches them as a
+whole: torch captures a pass once for each size of its inputs, and replays it.
+
+Both add the gradient of a loss to one flat tensor, of which the gradients of all parameters are views: it is cleared,
+clipped and summed over processes in one operation, and a replayed graph always finds it at the same address.
+
+What happens when a pass cannot be captured:
+
+- Too little memory: graphs of other sizes are evicted, once, and the capture is tried again. After that, passes of this
+  size run eagerly (`short_of_memory`).
+- An operation that no graph can hold, such as one that waits for the device: nothing is captured any more
+  (`capturing`).
+
+torch 2.11 does not end a failed capture properly; `_end_failed_capture` does.
 """
 
 from __future__ import annotations
@@ -15,28 +27,29 @@ from dataclasses import dataclass, field
 import torch
 
 log = logging.getLogger(__name__)
-Tensors = dict[str, torch.Tensor]
-Key = tuple[object, ...]  # names, sizes and types of inputs
+Inputs = dict[str, torch.Tensor]
+InputSizes = tuple[object, ...]  # names, shapes and types of inputs: one graph for each
 PassContext = Callable[[], contextlib.AbstractContextManager[None]]
-Work = Callable[[Tensors], tuple[torch.Tensor, torch.Tensor]]  # inputs → what is told of it, and a loss
+# Inputs → the loss of each image, (B,), and the scalar of which the gradient is taken.
+StepFunction = Callable[[Inputs], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class _CapturedGraph:
-    """The graph reads `inputs` and writes `told`."""
+    """A graph, the tensors that it reads, and the one that it writes besides the gradient."""
 
     graph: torch.cuda.CUDAGraph
-    inputs: Tensors
+    inputs: Inputs
     per_image_loss: torch.Tensor
 
 
 @dataclass(eq=False)
 class EagerStep:
-    """The gradient of some work's loss is added to that of the parameters, of which `flat` has all, one after another.
+    """Adds the gradient of a loss to `flat_grad`, which holds the gradients of `params`, one after another.
 
-    `params`: what the work computes with; `wholes`: what these are views of, if they are (`optim.joined`), in the same
-    order; `around`: what is entered for each piece of work. A parameter that the loss does not depend on has a gradient
-    of zero.
+    `params`: the parameters that the step function uses. `optimizer_params`: the flat parameters of which these are
+    views (`flat_parameters.flatten_parameters`), in the same order, if there are any; they get views of the gradient
+    too. `pass_context`: entered around each pass. A parameter that the loss does not depend on has a gradient of zero.
     """
 
     params: Sequence[torch.nn.Parameter]
@@ -47,60 +60,66 @@ class EagerStep:
     def __post_init__(self) -> None:
         count = sum(p.numel() for p in self.params)
         self.flat_grad = torch.zeros(count, device=self.params[0].device, dtype=self.params[0].dtype)
-        others = [] if self.params[0] is next(iter(self.optimizer_params), None) else self.optimizer_params
-        self.grads = self._views(self.params)
-        self.owners = [*zip(self.params, self.grads, strict=True), *zip(others, self._views(others), strict=True)]
+        are_the_same = self.params[0] is next(iter(self.optimizer_params), None)
+        flat_params = [] if are_the_same else self.optimizer_params
+        self.grads = self._grad_views(self.params)
+        self.owners = [
+            *zip(self.params, self.grads, strict=True),
+            *zip(flat_params, self._grad_views(flat_params), strict=True),
+        ]
         self.clear()
 
-    def _views(self, params: Sequence[torch.nn.Parameter]) -> list[torch.Tensor]:
+    def _grad_views(self, params: Sequence[torch.nn.Parameter]) -> list[torch.Tensor]:
+        """The part of `flat_grad` that belongs to each of `params`, in its shape."""
         parts = self.flat_grad.split([p.numel() for p in params]) if params else ()
         return [part.view_as(p) for part, p in zip(parts, params, strict=True)]
 
-    def __call__(self, work: Work, inputs: Tensors) -> torch.Tensor:
+    def __call__(self, step_function: StepFunction, inputs: Inputs) -> torch.Tensor:
+        """Add the gradient; return the loss of each image, (B,)."""
         with self.pass_context():
-            per_image_loss, loss = work(inputs)
+            per_image_loss, loss = step_function(inputs)
             loss.backward()
         return per_image_loss.detach()
 
     @property
     def short_of_memory(self) -> bool:
-        """Whether some size of inputs could not be recorded for want of memory."""
+        """Whether some size of inputs could not be captured for lack of memory."""
         return False
 
     def clear(self) -> None:
-        """The gradient is zero again."""
+        """Set the gradient to zero."""
         self.flat_grad.zero_()
         for p, grad in self.owners:
             p.grad = grad
 
     def release(self) -> bool:
-        """Give back the memory that is held between two pieces of work; whether there was any."""
+        """Free the memory that is held between passes; returns whether there was any."""
         return False
 
     def disable(self) -> bool:
-        """The same, and hold none from now on."""
+        """Release, and hold no memory from now on."""
         return self.release()
 
     def reset(self) -> None:
-        """What was recorded was of other work: begin anew."""
+        """Release, and forget which sizes ran or did not fit: the step function has changed."""
 
 
 class GraphStep(EagerStep):
-    """The same from recordings, whose memory is one pool."""
+    """The same from captured graphs, which share one memory pool."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.captured: dict[Key, _CapturedGraph] = {}
-        self.warm: set[Key] = set()  # have run once
-        self.large: set[Key] = set()  # there is no memory to record them
-        self.evicted_once = False  # not all that was recorded had room at the same time
+        self.captured: dict[InputSizes, _CapturedGraph] = {}
+        self.warmed_up: set[InputSizes] = set()  # sizes that have run once
+        self.too_large: set[InputSizes] = set()  # sizes for which there is no memory
+        self.evicted_once = False  # the graphs of all sizes do not fit at the same time
         self.stream = torch.cuda.Stream()
         self.pool = torch.cuda.graph_pool_handle()
         self.capturing = True
 
     @property
     def short_of_memory(self) -> bool:
-        return self.capturing and bool(self.large)
+        return self.capturing and bool(self.too_large)
 
     def release(self) -> bool:
         held = bool(self.captured)
@@ -118,100 +137,117 @@ class GraphStep(EagerStep):
 
     def reset(self) -> None:
         self.release()
-        self.warm.clear()
-        self.large.clear()
+        self.warmed_up.clear()
+        self.too_large.clear()
         self.evicted_once = False
 
-    def __call__(self, work: Work, inputs: Tensors) -> torch.Tensor:
+    def __call__(self, step_function: StepFunction, inputs: Inputs) -> torch.Tensor:
         if not self.capturing:
-            return super().__call__(work, inputs)
-        key: Key = tuple((name, t.shape, t.dtype) for name, t in inputs.items())
-        found = self.captured.get(key) or self._room(key, work, inputs)
-        if found is None:
-            return super().__call__(work, inputs)
+            return super().__call__(step_function, inputs)
+        sizes: InputSizes = tuple((name, t.shape, t.dtype) for name, t in inputs.items())
+        captured = self.captured.get(sizes) or self._capture_or_evict(sizes, step_function, inputs)
+        if captured is None:
+            return super().__call__(step_function, inputs)
         for name, tensor in inputs.items():
-            found.inputs[name].copy_(tensor)
-        found.graph.replay()
-        return found.per_image_loss.clone()
+            captured.inputs[name].copy_(tensor)
+        captured.graph.replay()
+        return captured.per_image_loss.clone()
 
-    def _step(self, work: Work, inputs: Tensors) -> torch.Tensor:
-        """The same as without a recording, in fewer pieces of work for the device."""
+    def _pass(self, step_function: StepFunction, inputs: Inputs) -> torch.Tensor:
+        """What is captured: as `EagerStep.__call__`, but all gradients are added by a few kernels at the end."""
         with self.pass_context():
-            per_image_loss, loss = work(inputs)
-            found = torch.autograd.grad(loss, self.params, allow_unused=True)
-        pairs = [(whole, part) for whole, part in zip(self.grads, found, strict=True) if part is not None]
-        torch._foreach_add_([whole for whole, _ in pairs], [part for _, part in pairs])
+            per_image_loss, loss = step_function(inputs)
+            grads = torch.autograd.grad(loss, self.params, allow_unused=True)
+        totals: list[torch.Tensor] = []
+        addends: list[torch.Tensor] = []
+        for total, grad in zip(self.grads, grads, strict=True):
+            if grad is not None:
+                totals.append(total)
+                addends.append(grad)
+        torch._foreach_add_(totals, addends)
         return per_image_loss.detach()
 
-    def _room(self, key: Key, work: Work, inputs: Tensors) -> _CapturedGraph | None:
-        """Record it if there is memory; for that, what is recorded of other sizes is dropped, but only once."""
-        if key in self.large:
+    def _capture_or_evict(
+        self, sizes: InputSizes, step_function: StepFunction, inputs: Inputs
+    ) -> _CapturedGraph | None:
+        """Capture if there is memory for it. The graphs of other sizes are evicted for that, but only once: sizes that
+        alternate would otherwise be captured again in each step."""
+        if sizes in self.too_large:
             return None
-        found = self._record(key, work, inputs)
-        if found is None and self.capturing and not self.evicted_once:
+        captured = self._capture(sizes, step_function, inputs)
+        if captured is None and self.capturing and not self.evicted_once:
             self.evicted_once = self.release()
-            found = self._record(key, work, inputs) if self.evicted_once else None
-        if found is not None:
-            self.captured[key] = found
+            captured = self._capture(sizes, step_function, inputs) if self.evicted_once else None
+        if captured is not None:
+            self.captured[sizes] = captured
         elif self.capturing:
-            self.large.add(key)
+            self.too_large.add(sizes)
             log.warning("There is no memory to record a step of this size: it is launched kernel by kernel.")
-        return found
+        return captured
 
-    def _record(self, key: Key, work: Work, inputs: Tensors) -> _CapturedGraph | None:
-        """Record it, and change nothing; None where there is no memory, or where it cannot be recorded."""
-        random, current = torch.cuda.get_rng_state(), torch.cuda.current_stream()
+    def _capture(self, sizes: InputSizes, step_function: StepFunction, inputs: Inputs) -> _CapturedGraph | None:
+        """Capture, leaving gradient and random numbers as they were; None if memory runs out or it is impossible."""
+        random_state = torch.cuda.get_rng_state()
+        current = torch.cuda.current_stream()
         try:
-            own = {name: tensor.clone() for name, tensor in inputs.items()}
-            if key not in self.warm:
-                self._warm(work, own)
-                self.warm.add(key)
+            static_inputs = {name: tensor.clone() for name, tensor in inputs.items()}
+            if sizes not in self.warmed_up:
+                self._warm_up(step_function, static_inputs)
+                self.warmed_up.add(sizes)
             torch.cuda.synchronize()
-            torch.cuda.empty_cache()  # what the first run took, the recording takes from its own pool
-            return self._captured(work, own)
+            torch.cuda.empty_cache()  # the graph's own pool needs the memory that the warm-up took
+            return self._capture_graph(step_function, static_inputs)
         except torch.OutOfMemoryError:
             return None
         finally:
-            torch.cuda.set_stream(current)  # a capture that fails leaves it otherwise
+            torch.cuda.set_stream(current)  # a failed capture leaves its own stream current
             current.wait_stream(self.stream)
-            torch.cuda.set_rng_state(random)
+            torch.cuda.set_rng_state(random_state)
 
-    def _warm(self, work: Work, own: Tensors) -> None:
-        """Run it once, for what is compiled or allocated by the first run alone."""
-        before, current = self.flat_grad.clone(), torch.cuda.current_stream()
+    def _warm_up(self, step_function: StepFunction, inputs: Inputs) -> None:
+        """Run the pass once: the first run compiles kernels and allocates workspaces, which a capture must not do."""
+        before = self.flat_grad.clone()
+        current = torch.cuda.current_stream()
         self.stream.wait_stream(current)
         try:
             with torch.cuda.stream(self.stream):
-                self._step(work, own)
+                self._pass(step_function, inputs)
         finally:
             current.wait_stream(self.stream)
             self.flat_grad.copy_(before)
 
-    def _captured(self, work: Work, own: Tensors) -> _CapturedGraph | None:
-        """Record it; None, and never again, where it waits for the device or does what no recording can hold."""
+    def _capture_graph(self, step_function: StepFunction, inputs: Inputs) -> _CapturedGraph | None:
+        """Capture the pass. None, and nothing is captured any more, if it waits for the device or does something else
+        that no graph can hold. Raises torch.OutOfMemoryError."""
         graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads, which write checkpoints, may allocate meanwhile.
+            # "thread_local": other threads, which write checkpoints, may allocate meanwhile.
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-                per_image_loss = self._step(work, own)
+                per_image_loss = self._pass(step_function, inputs)
         except RuntimeError as problem:
-            cause = problem.__context__ or problem  # a capture that something has ended fails once more at its end
-            self._ended()
+            # Leaving the context after an error raises another one, "previous error during capture".
+            cause = problem.__context__ or problem
+            self._end_failed_capture()
             if isinstance(problem, torch.OutOfMemoryError) or isinstance(cause, torch.OutOfMemoryError):
                 raise torch.OutOfMemoryError(str(cause)) from problem
-            self.capturing, self.pool = False, torch.cuda.graph_pool_handle()
+            self.capturing = False
+            self.pool = torch.cuda.graph_pool_handle()
             why = (str(cause).splitlines() or [repr(cause)])[0]
             log.warning("Steps cannot be recorded, and are launched kernel by kernel: %s", why)
             return None
-        return _CapturedGraph(graph, own, per_image_loss)
+        return _CapturedGraph(graph, inputs, per_image_loss)
 
-    def _ended(self) -> None:
-        """Tell torch's allocator and its random generator that a capture is over: of a failed one they may not know."""
+    def _end_failed_capture(self) -> None:
+        """Take torch's allocator and random generator out of capture mode, where a failed capture may leave them.
+
+        Otherwise, memory is still allocated from the graph's pool, and random numbers cannot be drawn: the compiler,
+        which draws some to measure kernels with, would end the job (torch 2.11; docs/lab-notes.md).
+        """
         if not self.flat_grad.is_cuda:
             return
-        with contextlib.suppress(RuntimeError):  # it knows
+        with contextlib.suppress(RuntimeError):  # it has ended
             torch._C._cuda_endAllocateToPool(self.flat_grad.device.index, self.pool)
-        # The generator learns it where one succeeds. Until then nothing can be drawn, and the compiler does that.
+        # Only a capture that succeeds tells the generator. So capture one kernel.
         graph = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream, capture_error_mode="thread_local")
-        with contextlib.suppress(RuntimeError), graph:  # what failed before is what has to be told
+        with contextlib.suppress(RuntimeError), graph:  # the error that has been reported may be raised once more
             self.flat_grad[:1].zero_()

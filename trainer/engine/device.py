@@ -1,4 +1,4 @@
-"""The accelerator's memory: its limit, what is reserved, and how it is released."""
+"""The accelerator's memory: its limit, what the rehearsal leaves free, and how it is released."""
 
 from __future__ import annotations
 
@@ -8,32 +8,39 @@ import torch
 
 from trainer.spec.plan import EnginePlan
 
+# Of the device's memory, a rehearsal leaves this free, because later steps may find the same amount in pieces that are
+# too small: 20 to 250 MiB under caps of 1 to 3 GiB (docs/lab-notes.md, "Fragmented free memory"). A captured graph has
+# its memory already, and needs only the minimum.
+MIN_RESERVE_BYTES = 2**26
+EAGER_RESERVE_DIVISOR = 64
+
 
 def limit_memory(device: str, gib: float | None) -> None:
-    """Hold all that this process allocates from now on under a cap of the device's memory."""
+    """Cap what this process allocates on the device from now on; None: no cap."""
     if gib and device == "cuda":
-        whole = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / whole))
+        total_bytes = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total_bytes))
 
 
 def rehearsal_reserve(device: str, *, eager: bool) -> int:
-    """Bytes that a rehearsal does without, for later steps may find theirs in smaller pieces (docs/lab-notes.md)."""
+    """Bytes that a rehearsal leaves free. `eager`: steps are launched kernel by kernel."""
     if device != "cuda":
         return 0
     if not eager:
-        return 2**26
+        return MIN_RESERVE_BYTES
     share = torch.cuda.get_per_process_memory_fraction()
-    return max(2**26, int(share * torch.cuda.get_device_properties(0).total_memory / 64))
+    total_bytes = torch.cuda.get_device_properties(0).total_memory
+    return max(MIN_RESERVE_BYTES, int(share * total_bytes / EAGER_RESERVE_DIVISOR))
 
 
 def torch_dtype(plan: EnginePlan) -> torch.dtype:
-    """What activations are computed in."""
+    """The type of activations."""
     dtype: torch.dtype = getattr(torch, plan.dtype)
     return dtype
 
 
 def release() -> None:
-    """Give memory back before the next model is loaded."""
+    """Free unused memory before the next model is loaded."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -10,24 +10,27 @@ from trainer.engine.memory import weight_streaming
 from trainer.spec.family import Family
 from trainer.spec.plan import EnginePlan
 
-TILE = 512  # pixels of a side
+TILE_SIDE = 512  # pixels
 
 
 def load_text_encoders(family: Family, model: Path, engine: EnginePlan) -> Any:
-    """Tokenizers and text encoders for `encode_text`; their layers are streamed where the plan says so."""
-    where = "cpu" if engine.stream_encoders else engine.device
-    encoders = family.load_encoders(model, device=where, dtype=torch_dtype(engine))
-    for name, part in encoders.components.items() if engine.stream_encoders else ():
-        if name.startswith("text_encoder") and part is not None:
-            weight_streaming.layers(part, engine.device)
+    """Tokenizers and text encoders for `Family.encode_text`; their layers are streamed if the plan says so."""
+    device = "cpu" if engine.stream_encoders else engine.device
+    encoders = family.load_encoders(model, device=device, dtype=torch_dtype(engine))
+    if engine.stream_encoders:
+        for name, component in encoders.components.items():
+            if name.startswith("text_encoder") and component is not None:
+                weight_streaming.stream_layers(component, engine.device)
     return encoders
 
 
 def load_vae(family: Family, model: Path, engine: EnginePlan) -> Any:
-    """The VAE for drawing; it decodes piece by piece where the plan says so."""
+    """The VAE for drawing; it decodes in tiles if the plan says so."""
     vae = family.load_vae(model, device=engine.device)
     if engine.tile_vae:
         vae.enable_tiling()
-        # By itself it takes the size that the model was trained with, which is that of the whole picture.
-        vae.tile_sample_min_size, vae.tile_latent_min_size = TILE, TILE // 2 ** (len(vae.config.block_out_channels) - 1)
+        # diffusers' default is the size that the model was trained with, so that most images would be one tile.
+        downscaling = 2 ** (len(vae.config.block_out_channels) - 1)
+        vae.tile_sample_min_size = TILE_SIDE
+        vae.tile_latent_min_size = TILE_SIDE // downscaling
     return vae

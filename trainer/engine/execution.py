@@ -1,4 +1,4 @@
-"""A denoiser made ready to train fast in the memory there is: its weights' format, what is kept and compiled."""
+"""How the regions of a denoiser run: what is recomputed, offloaded and compiled, and what to fall back to."""
 
 from __future__ import annotations
 
@@ -23,46 +23,56 @@ log = logging.getLogger(__name__)
 
 
 class Engine:
-    """How the regions of a denoiser run (see `trainer.engine.memory.checkpointing`). `lower` trades speed for
-    memory."""
+    """Runs the regions of a denoiser in the first of `fallbacks`; `step_down` drops it for the next.
+
+    `regions`: the modules that are compiled and recomputed one by one. `weight_streamer`: of a denoiser whose weights
+    are streamed already.
+    """
 
     def __init__(
         self,
         denoiser: torch.nn.Module,
         regions: Sequence[torch.nn.Module],
         plan: EnginePlan,
-        stream: WeightStreamer | None = None,
+        weight_streamer: WeightStreamer | None = None,
     ) -> None:
         cudnn_fix.apply_fix()
         flash_attention_4.set_enabled(
             plan.attention == "flash_4" and flash_attention_4.supports_model(denoiser, torch_dtype(plan), plan.device)
         )
-        self.denoiser, self.regions, self.stream, self.device = denoiser, list(regions), stream, plan.device
+        self.denoiser = denoiser
+        self.regions = list(regions)
+        self.weight_streamer = weight_streamer
+        self.device = plan.device
         self.offload: ActivationOffload | None = None
-        self.compiled, self.host_gib = plan.compile, plan.host_gib
+        self.compiled = plan.compile
+        self.host_gib = plan.host_gib
         self.fallbacks = fallbacks(plan.recompute, plan.kept_blocks, plan.offload, compiled=plan.compile)
-        frozen = sum(t.nbytes for r in regions for t in (*r.parameters(), *r.buffers()) if not t.requires_grad)
-        if plan.host_gib is not None and frozen > plan.host_gib * 2**30 and len(self.fallbacks) > 1:
-            self.fallbacks.pop()  # the last, which sends the weights to the host
+        if plan.host_gib is not None and _frozen_bytes(regions) > plan.host_gib * 2**30 and len(self.fallbacks) > 1:
+            self.fallbacks.pop()  # the last one streams the weights, for which the host has no memory
         self.keep_transposed(keep=plan.turned_weights)
         self._apply()
 
     def keep_transposed(self, *, keep: bool) -> None:
-        """Keep the weights turned round as well, or do not."""
-        for layer in self._layers():
+        """Create the transposed copies of 8-bit weights for the backward pass, or free them."""
+        for layer in self._frozen_layers():
             layer.keep_transposed(keep)
 
-    def _layers(self) -> list[FrozenLinear]:
-        return [m for region in self.regions for m in region.modules() if isinstance(m, FrozenLinear)]
+    def _frozen_layers(self) -> list[FrozenLinear]:
+        layers: list[FrozenLinear] = []
+        for region in self.regions:
+            layers += [module for module in region.modules() if isinstance(module, FrozenLinear)]
+        return layers
 
     def drop_adapter_columns(self) -> bool:
-        """Give up what is there for speed alone: copies turned round; then columns beside the weights. Whether it did.
+        """Free memory that serves speed alone; returns whether there was any.
 
-        Without those, adapters are added after the products.
+        First the transposed copies of the weights; in a second call the adapter columns, without which the LoRA term is
+        added after each product.
         """
-        if self.stream:
+        if self.weight_streamer:
             return False
-        layers = self._layers()
+        layers = self._frozen_layers()
         if any(layer.weight_t_KN is not None for layer in layers):
             self.keep_transposed(keep=False)
             log.info("The weights are not kept turned round any more, which takes less memory and a little more time.")
@@ -77,42 +87,50 @@ class Engine:
         return True
 
     def _apply(self) -> None:
-        policy, kept, offload = self.fallbacks[0]
-        kept = min(kept, len(self.regions))  # of a variant that may have fewer than its family's footprint says
-        policies = ["none"] * kept + [policy] * (len(self.regions) - kept)
+        """Install the first of `fallbacks` on the regions."""
+        policy, kept_blocks, offload = self.fallbacks[0]
+        kept_blocks = min(kept_blocks, len(self.regions))  # the footprint's variant may have more regions than this one
+        policies = ["none"] * kept_blocks + [policy] * (len(self.regions) - kept_blocks)
         checkpointing.apply(self.regions, policies, compiled=self.compiled)
-        self.offload = None  # with what it holds
-        if offload == "weights" and self.stream is None:
-            self.stream = WeightStreamer(self.device)
+        self.offload = None  # frees its host memory before the weights take some
+        if offload == "weights" and self.weight_streamer is None:
+            self.weight_streamer = WeightStreamer(self.device)
             for region in self.regions:
-                self.stream.add_region(region)
-            self.stream.allocate_slots()
-        if self.stream:
-            self.stream.attach()
+                self.weight_streamer.add_region(region)
+            self.weight_streamer.allocate_slots()
+        if self.weight_streamer:
+            self.weight_streamer.attach()
         if offload != "none":
-            taken = sum(map(len, self.stream.buffers)) / 2**30 if self.stream else 0.0
-            limit = None if self.host_gib is None else self.host_gib - taken
-            self.offload = ActivationOffload(self.denoiser, stream=self.stream, limit_gib=limit)
+            streamed_gib = sum(map(len, self.weight_streamer.buffers)) / 2**30 if self.weight_streamer else 0.0
+            limit_gib = None if self.host_gib is None else self.host_gib - streamed_gib
+            self.offload = ActivationOffload(self.denoiser, weight_streamer=self.weight_streamer, limit_gib=limit_gib)
 
     @property
     def compiled_graph_count(self) -> int | None:
-        """How many graphs were compiled so far, of all kinds of regions and sizes; None: nothing is compiled."""
+        """How many graphs Dynamo has compiled in this process, of all regions and sizes; None: nothing is compiled."""
         return int(torch._dynamo.utils.counters["stats"]["unique_graphs"]) if self.compiled else None
 
-    def can_capture(self, rung: int = 0) -> bool:
-        """Whether steps may be recorded: this way, or one further down. What streams weights decides as it goes."""
-        return len(self.fallbacks) > rung and self.fallbacks[rung][2] != "weights"
+    def can_capture(self, index: int = 0) -> bool:
+        """Whether steps can be captured as CUDA graphs in the fallback of this index (0: the one that runs).
+
+        Weight streaming decides in Python which region to fetch next, which a graph cannot hold.
+        """
+        return len(self.fallbacks) > index and self.fallbacks[index].offload != "weights"
 
     @property
     def next_offloads_more(self) -> bool:
-        """Whether the next way down sends more to the host, and is that much slower; or there is none."""
-        return len(self.fallbacks) == 1 or self.fallbacks[1][2] != self.fallbacks[0][2]
+        """Whether the next fallback offloads more, and is slower by that much; also if there is none."""
+        return len(self.fallbacks) == 1 or self.fallbacks[1].offload != self.fallbacks[0].offload
 
     def step_down(self, problem: str) -> None:
-        """The next way, with less memory. Raises SettingsError where there is none."""
+        """Drop what runs for the next fallback, which needs less memory. `problem`: a sentence for the log.
+
+        Raises SettingsError if there is none left.
+        """
         if len(self.fallbacks) == 1:
             raise SettingsError(f"{problem} Fix: lower PARAMS_BATCH_SIZE or PARAMS_RESOLUTION, or give it more memory.")
-        before, now = self.fallbacks.pop(0), self.fallbacks[0]
+        before = self.fallbacks.pop(0)
+        now = self.fallbacks[0]
         log.warning("%s Instead of %s: %s.", problem, described(*before), described(*now))
         self.keep_transposed(keep=False)
         try:
@@ -121,22 +139,32 @@ class Engine:
             self.step_down(problem)
 
     @contextlib.contextmanager
-    def forward_backward(self, inside: PassContext = contextlib.nullcontext) -> Iterator[None]:
-        """PassContext a forward pass and its backward pass: at the end, nothing is on its way to the host or back."""
+    def forward_backward(self, inner: PassContext = contextlib.nullcontext) -> Iterator[None]:
+        """Around a forward and a backward pass. On leaving, no copy to or from the host is in flight."""
         try:
-            with inside():
+            with inner():
                 yield
         finally:
             if self.offload:
                 self.offload.join()
 
     def saved_tensors(self) -> contextlib.AbstractContextManager[None]:
-        """PassContext a forward pass: where the tensors go that the backward pass needs."""
+        """Around a forward pass: offloads the tensors that autograd saves, if there is a backward pass to come."""
         return self.offload if self.offload and torch.is_grad_enabled() else contextlib.nullcontext()
+
+
+def _frozen_bytes(modules: Sequence[torch.nn.Module]) -> int:
+    """Bytes of all frozen parameters and buffers."""
+    total = 0
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            if not tensor.requires_grad:
+                total += tensor.nbytes
+    return total
 
 
 @contextlib.contextmanager
 def without_new_compilation() -> Iterator[None]:
-    """Inside, nothing new is compiled: samples have shapes of their own, and few steps."""
+    """Inside, shapes that were not compiled yet run eagerly: samples have other shapes, and too few steps to pay."""
     with torch.compiler.set_stance("eager_on_recompile"):
         yield

@@ -1,4 +1,9 @@
-"""Load a denoiser, put it on the device and quantise its frozen weights."""
+"""Load a denoiser, put it on the device block by block, and quantise its frozen weights.
+
+A published denoiser in 16 bits may be larger than the memory of the host or the device. So its weights are mapped from
+the file in the type in which they are stored, and one block after the other is brought to the device, where its
+projections are fused and its weights quantised before the next one comes.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +29,18 @@ from trainer.storage import safetensors_header
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The format that most of the weights in a part's folder are in: loaded so, they stay in the mapped files."""
-    sizes: Counter[str] = Counter()
-    for file in (f for f in folder.glob("*.safetensors") if FP16_VARIANT not in f.name):
+    """The type of most weights in a model part's folder. Loaded in this type, they stay in the mapped files."""
+    bytes_by_dtype: Counter[str] = Counter()
+    for file in folder.glob("*.safetensors"):
+        if FP16_VARIANT in file.name:
+            continue
         for entry in safetensors_header.read_header(file).entries.values():
-            sizes[entry.dtype] += entry.end - entry.begin
-    most = sizes.most_common(1)[0][0]
-    return next(
-        (dtype for dtype, name in DTYPE_NAMES.items() if name == most), torch.bfloat16
-    )  # which holds all of fp8
+            bytes_by_dtype[entry.dtype] += entry.end - entry.begin
+    most_common = bytes_by_dtype.most_common(1)[0][0]
+    for dtype, name in DTYPE_NAMES.items():
+        if name == most_common:
+            return dtype
+    return torch.bfloat16  # the file has FP8, of which bf16 holds every value
 
 
 def place_denoiser(
@@ -48,71 +56,85 @@ def place_denoiser(
     streamed: Sequence[torch.nn.Module] = (),
     forwards: Mapping[type, type] | None = None,
 ) -> WeightStreamer | None:
-    """Bring the denoiser to `device` block by block, in the format of `precision`, joining projections on the way.
+    """Bring the denoiser to `device` block by block, quantised for `precision`, with projections fused.
 
-    Neither the host nor the device ever holds more than one block besides the mapped file and the result. The weights
-    of the regions `streamed` stay on the host; the stream that brings them is returned. `rank`: of the adapters that
-    the layers will get; `forwards`: see `Family.fused_forwards`.
+    Besides the mapped file and the result, neither the host nor the device holds more than one block.
+
+    `dtype`: of activations, and of weights that are not quantised. `fused`, `targets`: see
+    `adapters.fuse_projections`. `rank`: of the adapters for which FP8 weights get columns. `streamed`: regions whose
+    weights stay on the host; their streamer is returned. `forwards`: see `Family.fused_forwards`.
     """
-    form = weight_format_for(precision, device)
-    parts = [*(block for _, block in blocks), *streamed]
-    outside = set(denoiser.modules()) - {m for part in parts for m in part.modules()}  # what is replaced must not stay
-    stream = WeightStreamer(device) if streamed else None
-    ends = adapters.adapter_suffixes(targets, fused)
-    for module in outside:
+    weight_format = weight_format_for(precision, device)
+    streamer = WeightStreamer(device) if streamed else None
+    suffixes = adapters.adapter_suffixes(targets, fused)
+    for module in _modules_outside(denoiser, [*(block for _, block in blocks), *streamed]):
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             tensor.data = tensor.to(device, dtype if tensor.is_floating_point() else None)
     for name, block in blocks:
         block.to(device, dtype)
         adapters.fuse_projections([(name, block)], fused=fused, targets=targets)
-        if form is not None:
-            freeze(block, form, lambda name: rank if adapters.is_target(name, ends) else 0)
+        if weight_format is not None:
+            freeze(block, weight_format, lambda name: rank if adapters.is_target(name, suffixes) else 0)
             install(block, forwards or {})
-        if stream:
-            for region in (m for m in block.modules() if m in streamed):
-                stream.add_region(region)
-    if stream:
-        for region in (r for r in streamed if r not in stream.regions):
-            _channels_last(region.to(device, dtype), device)
-            stream.add_region(region)
-        stream.allocate_slots()
+        if streamer:
+            for region in block.modules():
+                if region in streamed:
+                    streamer.add_region(region)
+    if streamer:
+        for region in streamed:
+            if region not in streamer.regions:
+                _channels_last(region.to(device, dtype), device)
+                streamer.add_region(region)
+        streamer.allocate_slots()
     denoiser.to(device)
     _channels_last(denoiser, device)
-    return stream
+    return streamer
 
 
-def _channels_last(module: Any, device: str) -> None:
-    """As convolutions on tensor cores want their weights."""
+def _modules_outside(denoiser: torch.nn.Module, parts: Sequence[torch.nn.Module]) -> set[torch.nn.Module]:
+    """All modules of the denoiser that are not inside one of `parts`.
+
+    Must not return or keep modules of the parts: their layers are replaced, and the old weights must be freed.
+    """
+    outside = set(denoiser.modules())
+    for part in parts:
+        outside -= set(part.modules())
+    return outside
+
+
+def _channels_last(module: torch.nn.Module, device: str) -> None:
+    """Lay out convolution weights as tensor cores read them."""
     if device == "cuda":
-        module.to(memory_format=torch.channels_last)
+        # torch's stubs have no overload with the memory format alone.
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def load_denoiser(
-    kind: Family, model: Path, plan: EnginePlan, *, fused: adapters.Fused, targets: Sequence[str], rank: int = 0
+    family: Family, model: Path, plan: EnginePlan, *, fused: adapters.Fused, targets: Sequence[str], rank: int = 0
 ) -> tuple[Any, WeightStreamer | None]:
-    """The denoiser in `model` as `plan` wants it (see `place`), and the stream of its weights if there is one."""
-    denoiser = kind.load_denoiser(model, device="cpu", dtype=stored_dtype(model / kind.FACTS.parts["denoiser"]))
-    forwards = _forwards(kind, plan)
+    """The denoiser in folder `model`, placed as `plan` says (`place_denoiser`), and its weight streamer, if any."""
+    denoiser = family.load_denoiser(model, device="cpu", dtype=stored_dtype(model / family.FACTS.parts["denoiser"]))
+    forwards = _fused_forwards(family, plan)
     if plan.attention not in ("native", "flash_4"):
         denoiser.set_attention_backend(plan.attention)
-    stream = place_denoiser(
+    streamer = place_denoiser(
         denoiser,
-        kind.blocks(denoiser),
+        family.blocks(denoiser),
         precision=plan.precision,
         dtype=torch_dtype(plan),
         device=plan.device,
         fused=fused,
         targets=targets,
-        rank=rank if forwards else 0,  # of that, too, the kernels are checked
-        streamed=kind.regions(denoiser) if plan.offload == "weights" else (),
+        rank=rank if forwards else 0,  # without correct kernels, no adapter columns
+        streamed=family.regions(denoiser) if plan.offload == "weights" else (),
         forwards=forwards,
     )
-    return denoiser, stream
+    return denoiser, streamer
 
 
-def _forwards(kind: Family, plan: EnginePlan) -> Mapping[type, type]:
-    """The family's own forward passes of blocks, if products are in FP8 and the kernels do what they should here."""
-    form = weight_format_for(plan.precision, plan.device)
-    if form is None or form not in WEIGHT_FORMATS or not WEIGHT_FORMATS[form].transposes:
+def _fused_forwards(family: Family, plan: EnginePlan) -> Mapping[type, type]:
+    """The family's fused forward passes, if weights multiply in FP8 and our kernels pass their self-test here."""
+    weight_format = weight_format_for(plan.precision, plan.device)
+    if weight_format is None or weight_format not in WEIGHT_FORMATS or not WEIGHT_FORMATS[weight_format].transposes:
         return {}
-    return kind.fused_forwards() if self_test.agree(plan.device, WEIGHT_FORMATS[form].dtype) else {}
+    return family.fused_forwards() if self_test.agree(plan.device, WEIGHT_FORMATS[weight_format].dtype) else {}

@@ -10,7 +10,8 @@ How to add a family NAME:
    in `SHARED` in `trainer/spec/family.py`.
    - `FACTS.models`: the values of BASE_MODEL, among them `mini-NAME`, without a footprint. They must differ from those
      of other families.
-   - `FACTS.objective`: a key of `OBJECTIVES` in `trainer/training/objective.py`. A new one is added there.
+   - `FACTS.objective`: `flow` or `denoising`; another one is added to `make_objective` in
+     `trainer/training/objective.py`.
    - `LORA_KEYS.layers`: a row for each layer that can have an adapter, under the name that kohya's and ComfyUI's keys
      use. `trainer/lora_files/__init__.py` shows the formats. Check the table against the original checkpoint.
    - `fused_forwards` returns {} at first: the family then trains in FP8 with the forward passes of diffusers.
@@ -21,7 +22,8 @@ How to add a family NAME:
    the numbers of weights; fit the GiB to the peaks, and add these to `tests/unit/test_memory.py`.
 4. Optional, for speed: `families/fused_blocks/NAME.py` with the fused forward passes, returned by `fused_forwards`.
 
-The tests that notice: those of families compare latents, predictions, samples and gradients with diffusers' own
-pipeline and need a case for NAME; `test_formats` (LoRA files of every tool), `test_layouts` (single files), and
-`test_readme` (the table of variables lists every BASE_MODEL).
+The tests that notice: `test_families` compares latents, texts, predictions, samples and LoRA files with diffusers' own
+pipeline, and fails until NAME has a row in its CASES and small models in `tests/support/models.py`. `test_readme` holds
+the table of variables, which lists every BASE_MODEL. Add NAME to the parametrised tests of `test_formats` (LoRA files
+of every tool), `test_layouts` (single files) and `test_job_loop` (losses of a whole job).
 """

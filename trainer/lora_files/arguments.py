@@ -47,7 +47,7 @@ def read_family(path: Path, family_name: str | None) -> tuple[str, dict[str, str
     stems = [split[0] for key in header.entries if (split := key_names.split_key(key))]
     name = family_name or inspect.likely_family(stems, header.metadata)
     if name is None:
-        raise SettingsError(f"{path} has no keys of a LoRA for {', '.join(family_names())}.")
+        raise SettingsError(f"{path} is no LoRA for {', '.join(family_names())}: no key names a layer of them.")
     return name, header.metadata
 
 
@@ -56,4 +56,4 @@ def load_lora(path: Path, family_name: str) -> LoraModules:
     try:
         return convert.load(path, family_name)
     except ValueError as problem:
-        raise SettingsError(f"{path}, as a LoRA for {family_name}: {problem}.") from problem
+        raise SettingsError(f"{path} cannot be read as a LoRA for {family_name}: {problem}.") from problem

@@ -58,10 +58,11 @@ def from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
         else:
             stem, role = split
             stems.setdefault(stem, {})[role] = tensor.float()
-    if unknown or not stems:
-        raise ValueError(
-            f"{len(unknown)} of {len(tensors)} keys mean nothing here: {', '.join(unknown[:5]) or 'empty'}"
-        )
+    if unknown:
+        listed = ", ".join(unknown[:5])
+        raise ValueError(f"{len(unknown)} of its {len(tensors)} keys name no layer of {family_name}: {listed}")
+    if not stems:
+        raise ValueError("it is empty")
     modules: LoraModules = {}
     for stem, roles in stems.items():
         layer = key_names.find_layer(stem, family_name)
@@ -69,7 +70,7 @@ def from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
         weights = _read_weights(stem, roles, layer.modules[0], metadata)
         for name, part in _split_layer(layer, weights).items():
             if name in modules:
-                raise ValueError(f"{name} is there twice, as {stem} too")
+                raise ValueError(f"it has {name} twice, the second time as {stem}")
             modules[name] = part
     return modules
 
@@ -84,19 +85,19 @@ def _read_weights(
     down = roles["down"]
     up = roles["up"]
     if down.ndim < 2 or up.ndim != down.ndim or down.shape[0] != up.shape[1] or not down.shape[0]:
-        raise ValueError(f"{stem} has matrices of shapes {list(down.shape)} and {list(up.shape)}")
+        raise ValueError(f"{stem}: the shapes of down {list(down.shape)} and up {list(up.shape)} do not match")
     not_finite = [role for role, tensor in roles.items() if not torch.isfinite(tensor).all()]
     if not_finite:
         raise ValueError(f"{stem}: {not_finite[0]} is not finite")
     rank = down.shape[0]
     scale = roles["alpha"].item() / rank if "alpha" in roles else _scale_in_header(module, rank, metadata)
     if scale == 0:
-        raise ValueError(f"{stem}: alpha is 0, which is no strength to some tools and the full strength to others")
+        raise ValueError(f"{stem}: alpha is 0, which some tools read as no strength and others as full strength")
     magnitude = roles.get("magnitude")
     if magnitude is None:
         return LoraWeights(down, up, scale)
     if magnitude.shape not in ((up.shape[0],), (up.shape[0], *[1] * (up.ndim - 1))):
-        raise ValueError(f"{stem} has DoRA magnitudes of shape {list(magnitude.shape)}: only those of rows are read")
+        raise ValueError(f"{stem} has DoRA magnitudes of shape {list(magnitude.shape)}; they need one a row")
     return LoraWeights(down, up, scale, magnitude.flatten())
 
 
@@ -108,8 +109,9 @@ def _scale_in_header(module: str, rank: int, metadata: Mapping[str, str]) -> flo
     for pattern, value in (settings.get(f"{component}.alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", path):  # as PEFT matches it
             alpha = value
-    rank_stabilised = settings.get(f"{component}.use_rslora")  # arXiv:2312.03732
-    return float(alpha / (rank**0.5 if rank_stabilised else rank))
+    if settings.get(f"{component}.use_rslora"):  # rank-stabilised, arXiv:2312.03732
+        return float(alpha / rank**0.5)
+    return float(alpha / rank)
 
 
 def _split_layer(layer: key_names.Layer, weights: LoraWeights) -> LoraModules:
@@ -118,30 +120,35 @@ def _split_layer(layer: key_names.Layer, weights: LoraWeights) -> LoraModules:
     if original is None or layer.part is not None:
         return {layer.modules[0]: weights}
     if len(original.diffusers_names) == 1:
-        return {layer.modules[0]: _swap_halves(weights) if original.halves_swapped else weights}
+        return {layer.modules[0]: _reorder_rows(original, weights)}
     row_count = weights.up.shape[0]
     if row_count % sum(original.row_ratio):
         raise ValueError(
-            f"{original.name} has {row_count} rows, which {len(original.diffusers_names)} layers cannot share"
+            f"{original.name} has {row_count} rows, which do not split into {len(original.diffusers_names)} layers"
         )
-    heights = [row_count // sum(original.row_ratio) * share for share in original.row_ratio]
-    ups = weights.up.split(heights)
-    magnitudes = [None] * len(ups) if weights.magnitude is None else weights.magnitude.split(heights)
-    used = [up.any(dim=0).nonzero().flatten() for up in ups]
-    if not any(len(columns) for columns in used):  # nothing has been learnt yet: every term belongs to every part
-        used = [torch.arange(weights.rank)] * len(ups)
-    if weights.magnitude is not None:  # a part may have learnt only its magnitudes: it keeps one term that is zero
-        used = [columns if len(columns) else torch.arange(1) for columns in used]
+    untrained = not weights.up.any()
     parts: LoraModules = {}
-    for name, up, columns, magnitude in zip(layer.modules, ups, used, magnitudes, strict=True):
+    top = 0
+    for name, share in zip(layer.modules, original.row_ratio, strict=True):
+        bottom = top + row_count // sum(original.row_ratio) * share
+        up = weights.up[top:bottom]
+        magnitude = None
+        if weights.magnitude is not None:
+            magnitude = weights.magnitude[top:bottom]
+        columns = up.any(dim=0).nonzero().flatten()
+        if untrained:  # every term belongs to every part
+            columns = torch.arange(weights.rank)
+        elif magnitude is not None and not len(columns):  # only magnitudes were learnt: keep one term, which is zero
+            columns = torch.arange(1)
         if len(columns):
             parts[name] = LoraWeights(weights.down[columns], up[:, columns], weights.scale, magnitude)
+        top = bottom
     return parts
 
 
-def _swap_halves(weights: LoraWeights) -> LoraWeights:
-    """Swap scale and shift of an adaptive norm, the two halves of its rows; other layers stay as they are."""
-    if weights.up.shape[0] != 2 * weights.down.shape[1]:
+def _reorder_rows(original: OriginalLayer, weights: LoraWeights) -> LoraWeights:
+    """Between the original order of the rows and diffusers': some adaptive norms have scale and shift swapped."""
+    if not original.halves_swapped or weights.up.shape[0] != 2 * weights.down.shape[1]:
         return weights
     up = torch.cat(weights.up.chunk(2)[::-1])
     if weights.magnitude is None:
@@ -156,8 +163,9 @@ def stack_layers(parts: Sequence[LoraWeights | None], heights: Sequence[int]) ->
     one common down matrix do not raise the rank. Raises ValueError if some parts have magnitudes and some not.
     """
     present = [part for part in parts if part is not None]
-    if len({part.scale for part in present}) > 1:
-        return stack_layers([None if part is None else part.folded() for part in parts], heights)
+    scale = present[0].scale
+    if any(part.scale != scale for part in present):
+        return stack_layers([part and part.folded() for part in parts], heights)
     down, columns_of_parts = _merge_rows([part.down for part in present])
     up = torch.zeros(sum(heights), len(down))
     top = 0
@@ -167,9 +175,11 @@ def stack_layers(parts: Sequence[LoraWeights | None], heights: Sequence[int]) ->
             up[top : top + height, next(columns)] = part.up
         top += height
     magnitudes = [part.magnitude for part in present if part.magnitude is not None]
-    if magnitudes and len(magnitudes) < len(parts):
-        raise ValueError("layers that files have as one are partly DoRA and partly not")
-    return LoraWeights(down, up, present[0].scale, torch.cat(magnitudes) if magnitudes else None)
+    if not magnitudes:
+        return LoraWeights(down, up, scale)
+    if len(magnitudes) < len(parts):
+        raise ValueError("DoRA must train all parts of a layer that files keep as one, or none")
+    return LoraWeights(down, up, scale, torch.cat(magnitudes))
 
 
 def _merge_rows(downs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[list[int]]]:
@@ -240,8 +250,11 @@ def _to_kohya_file(layers: LoraModules) -> LoraFile:
     tensors = {}
     for stem, weights in layers.items():
         factor = weights.scale * weights.rank / alpha
+        up = weights.up
+        if abs(factor - 1) >= SAME_ALPHA:
+            up = up * factor
         tensors[f"{stem}.lora_down.weight"] = weights.down
-        tensors[f"{stem}.lora_up.weight"] = weights.up if abs(factor - 1) < SAME_ALPHA else weights.up * factor
+        tensors[f"{stem}.lora_up.weight"] = up
         tensors[f"{stem}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
         if weights.magnitude is not None:
             tensors[f"{stem}.dora_scale"] = weights.magnitude.view(-1, *[1] * (weights.down.ndim - 1))
@@ -264,16 +277,18 @@ def _stack_modules(modules: LoraModules, key_format: str, family_name: str) -> L
     for name, weights in modules.items():
         layer = key_names.find_layer(name, family_name)
         if layer is None:
-            raise ValueError(f"{name} has no name in files of this format")
+            raise ValueError(f"{name} has no name in this format")
         if layer.original is None:
             stacked[f"lora_{encoder_names[layer.component]}_{layer.path.replace('.', '_')}"] = weights
         else:
             parts_of_layers.setdefault((layer.original, layer.number), {})[layer.part or 0] = weights
     for (original, number), parts in parts_of_layers.items():
         path = original.name.replace("{}", number)
-        stem = f"diffusion_model.{path}" if key_format == "comfyui" else f"lora_unet_{path.replace('.', '_')}"
+        stem = f"lora_unet_{path.replace('.', '_')}"
+        if key_format == "comfyui":
+            stem = f"diffusion_model.{path}"
         if len(original.diffusers_names) == 1:
-            stacked[stem] = _swap_halves(parts[0]) if original.halves_swapped else parts[0]
+            stacked[stem] = _reorder_rows(original, parts[0])
         else:
             heights = _heights(path, parts, original.row_ratio)
             stacked[stem] = stack_layers([parts.get(i) for i in range(len(heights))], heights)
@@ -284,7 +299,7 @@ def _heights(path: str, parts: Mapping[int, LoraWeights], row_ratio: Sequence[in
     """The rows of each part of a layer, from those of the parts that are present."""
     units = {weights.up.shape[0] / row_ratio[i] for i, weights in parts.items()}
     if len(units) > 1:
-        raise ValueError(f"the parts of {path} have {sorted(units)} rows where they should have as many")
+        raise ValueError(f"the numbers of rows of the parts of {path} do not match: {sorted(units)}")
     unit = units.pop()
     return [int(share * unit) for share in row_ratio]
 
@@ -297,7 +312,7 @@ def merge(loras: Sequence[tuple[LoraModules, float]]) -> LoraModules:
     if len(loras) == 1 and loras[0][1] == 1:
         return dict(loras[0][0])
     if any(weights.magnitude is not None for modules, _ in loras for weights in modules.values()):
-        raise ValueError("DoRA files can be neither added up nor weighted")
+        raise ValueError("DoRA files cannot be merged or weighted")
     merged: LoraModules = {}
     for name in dict.fromkeys(name for modules, _ in loras for name in modules):
         parts = []

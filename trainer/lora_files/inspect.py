@@ -48,9 +48,11 @@ class LoraSummary:
         return max((len(terms) for terms in groups.values()), default=0)
 
     def __str__(self) -> str:
-        alphas = f"alpha {', '.join(f'{a:g}' for a in self.alphas[:4])}" if self.alphas else "no alpha"
-        dora = "DoRA, " if self.dora else ""
-        return f"{dora}{self.style} keys, rank {self.rank(())}, {alphas}, {len(self.modules)} modules"
+        alphas = "no alpha"
+        if self.alphas:
+            alphas = f"alpha {', '.join(f'{a:g}' for a in self.alphas[:4])}"
+        text = f"{self.style} keys, rank {self.rank(())}, {alphas}, {len(self.modules)} modules"
+        return f"DoRA, {text}" if self.dora else text
 
 
 def summarize(header: Header, family_name: str) -> LoraSummary:
@@ -91,17 +93,20 @@ def _terms(header: Header, layer: Layer, entries: dict[str, Entry]) -> dict[str,
     Tools that train q, k and v separately stack them block by block: each part's rows of the up matrix are zero in the
     columns of the others, and these are no terms of the part.
     """
-    down, up = entries["down"], entries["up"]
-    rank = down.shape[0] if down.shape else 0
+    down = entries["down"]
+    up = entries["up"]
+    rank = 0
+    if down.shape:
+        rank = down.shape[0]
     digest = hashlib.sha256(header.read(down, 0, SAMPLED_BYTES)).hexdigest()
     if len(layer.modules) == 1 or layer.original is None or len(up.shape) != 2 or not up.shape[0]:
         return {module: frozenset((digest, i) for i in range(rank)) for module in layer.modules}
     used_columns = _used_columns(header, up, layer.original, rank)
-    # If all are zero, training has not begun, and every term belongs to every part.
-    unused = set() if any(used_columns) else set(range(rank))
+    if not any(used_columns):  # training has not begun: every term belongs to every part
+        used_columns = [set(range(rank))] * len(used_columns)
     terms = {}
     for module, columns in zip(layer.modules, used_columns, strict=True):
-        terms[module] = frozenset((digest, i) for i in sorted(columns or unused))
+        terms[module] = frozenset((digest, i) for i in sorted(columns))
     return terms
 
 
@@ -137,14 +142,17 @@ def _scalar(header: Header, entry: Entry) -> float:
         return float(struct.unpack("<f", b"\0\0" + raw[:2])[0])
     layout = SCALARS.get(entry.dtype)
     if layout is None or len(raw) < struct.calcsize(layout):
-        raise ValueError(f"an alpha of it is of type {entry.dtype}, which is not read")
+        raise ValueError(f"it has an alpha of type {entry.dtype}, which is not supported")
     return float(struct.unpack(layout, raw[: struct.calcsize(layout)])[0])
 
 
 def declared_family(metadata: Mapping[str, str]) -> str | None:
     """The family that the header names in modelspec.architecture; None if it names none that is known."""
     declared = metadata.get("modelspec.architecture", "")
-    return next((name for name in family_names() if declared.startswith(get_family(name).FACTS.architecture)), None)
+    for name in family_names():
+        if declared.startswith(get_family(name).FACTS.architecture):
+            return name
+    return None
 
 
 def likely_family(stems: Iterable[str], metadata: Mapping[str, str]) -> str | None:

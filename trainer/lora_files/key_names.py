@@ -72,8 +72,11 @@ class Layer:
 
 def split_key(key: str) -> tuple[str, str] | None:
     """A key → its stem, and down, up, alpha or magnitude; None for a key of no LoRA."""
-    ending = max((e for e in ENDINGS if key.endswith(e)), key=len, default=None)
-    return None if ending is None else (key[: -len(ending)], ENDINGS[ending])
+    endings = [ending for ending in ENDINGS if key.endswith(ending)]
+    if not endings:
+        return None
+    longest = max(endings, key=len)
+    return key.removesuffix(longest), ENDINGS[longest]
 
 
 def find_layer(stem: str, family_name: str) -> Layer | None:
@@ -84,7 +87,9 @@ def find_layer(stem: str, family_name: str) -> Layer | None:
 def name_in_files(module: str, family_name: str) -> str:
     """A module's name in files: with the level `text_model`, which transformers 5 leaves out."""
     layer = find_layer(module, family_name)
-    return layer.modules[0] if layer is not None and layer.original is None else module
+    if layer is None or layer.original is not None:
+        return module
+    return layer.modules[0]
 
 
 def key_style(stem: str) -> str:

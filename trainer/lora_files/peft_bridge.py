@@ -6,7 +6,7 @@ Shapes: r rank, in and out the sides of a layer; down (r, in), up (out, r), magn
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -43,8 +43,11 @@ def from_peft_state(
         up = state[module + UP].float()
         magnitude = state.get(module + MAGNITUDE)
         names = unfused_names(module, fused)
-        magnitudes = [None] * len(names) if magnitude is None else magnitude.float().chunk(len(names))
-        for name, part_up, part_magnitude in zip(names, up.chunk(len(names)), magnitudes, strict=True):
+        ups = up.chunk(len(names))
+        magnitudes: Sequence[torch.Tensor | None] = [None] * len(names)
+        if magnitude is not None:
+            magnitudes = magnitude.float().chunk(len(names))
+        for name, part_up, part_magnitude in zip(names, ups, magnitudes, strict=True):
             modules[f"{prefix}.{name}"] = LoraWeights(down, part_up, scale, part_magnitude)
     return modules
 
@@ -71,12 +74,12 @@ def to_peft_state(
             continue
         weights = _join(module, parts, down, up)
         if weights.rank > down.shape[0]:
-            raise ValueError(f"{module} has rank {weights.rank} in the file, and {down.shape[0]} in this plan")
+            raise ValueError(f"{module} has rank {weights.rank} in the file, and rank {down.shape[0]} in this job")
         magnitude_key = module + MAGNITUDE
         if weights.magnitude is not None and magnitude_key not in state:
-            raise ValueError(f"{module} is a DoRA in the file, and none in this plan")
+            raise ValueError(f"{module} is DoRA in the file, but not in this job")
         if weights.magnitude is None and magnitude_key in state:
-            raise ValueError(f"{module} is no DoRA in the file, and one in this plan")
+            raise ValueError(f"{module} is DoRA in this job, but not in the file")
         if weights.magnitude is not None:
             loaded[magnitude_key] = weights.magnitude.to(state[magnitude_key])
         filled_down = down.clone()
@@ -88,7 +91,7 @@ def to_peft_state(
         loaded[module + UP] = filled_up
     if remaining:
         names_left = ", ".join(list(remaining)[:5])
-        raise ValueError(f"{len(remaining)} of {len(modules)} modules get no adapter here: {names_left}")
+        raise ValueError(f"{len(remaining)} of its {len(modules)} modules have no adapter in this job: {names_left}")
     return loaded
 
 
@@ -99,10 +102,12 @@ def _join(module: str, parts: list[LoraWeights | None], down: torch.Tensor, up: 
     """
     height = up.shape[0] // len(parts)
     present = [part for part in parts if part is not None]
-    wrong = [part for part in present if part.up.shape[0] != height]
-    weights = present[0] if wrong or len(parts) == 1 else stack_layers(parts, [height] * len(parts))
+    wrong = any(part.up.shape[0] != height for part in present)
+    weights = present[0]
+    if not wrong and len(parts) > 1:
+        weights = stack_layers(parts, [height] * len(parts))
     if wrong or weights.down.shape[1:] != down.shape[1:]:
         in_file = (weights.up.shape[0], *weights.down.shape[1:])
         in_model = (height, *down.shape[1:])
-        raise ValueError(f"{module} is {in_model} in this model and {in_file} in the file: it is of another model")
+        raise ValueError(f"{module} is {in_model} in this model and {in_file} in the file, which is for another model")
     return weights

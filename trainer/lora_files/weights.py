@@ -33,7 +33,9 @@ class LoraWeights:
 
     def to_cpu(self) -> LoraWeights:
         """The same with its tensors on the CPU."""
-        magnitude = None if self.magnitude is None else self.magnitude.cpu()
+        magnitude = self.magnitude
+        if magnitude is not None:
+            magnitude = magnitude.cpu()
         return replace(self, down=self.down.cpu(), up=self.up.cpu(), magnitude=magnitude)
 
     def folded(self) -> LoraWeights:

@@ -86,7 +86,7 @@ class Facts:
     ]  # value of BASE_MODEL → model; the first is the one that single files are completed from
     files: tuple[str, ...]  # glob patterns of the files that training and sampling need; see OPTIONAL
     multiple: int  # pixels; the sides of images are multiples of this
-    objective: str  # a key of trainer.training.objective.OBJECTIVES
+    objective: str  # flow or denoising, see trainer.training.objective.make_objective
     timestep_samplings: tuple[str, ...]  # the first is the default
     targets: tuple[str, ...]  # suffixes of the names of the linear layers that get adapters
     lora_prefix: str  # the denoiser's name in diffusers' pipeline, which begins the keys of LoRA files

@@ -77,7 +77,7 @@ def parse_line(line: str, *, place: str, problems: Problems) -> PromptRequest | 
         value = part.removeprefix(flag).strip()
         field = FLAGS.get(flag.lower())
         if field is None:
-            problems.add(f"{place}: --{flag} is no flag. Allowed: {', '.join(f'--{f}' for f in FLAGS)}.")
+            problems.add(f"{place}: --{flag} is not a flag. Allowed: {', '.join(f'--{f}' for f in FLAGS)}.")
         elif field in values:
             problems.add(f"{place}: --{flag} is given twice.")
         else:

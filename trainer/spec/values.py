@@ -37,23 +37,31 @@ class Problems:
 
 def as_integer(text: str) -> int | None:
     """A whole number in ASCII digits, or None."""
-    return int(text) if _INTEGER.fullmatch(text) else None
+    if not _INTEGER.fullmatch(text):
+        return None
+    return int(text)
 
 
 def as_number(text: str) -> float | None:
     """A finite decimal number like 12, .5 or 1e-4, or None."""
-    number = float(text) if _NUMBER.fullmatch(text) else math.inf
-    return number if math.isfinite(number) else None
+    if not _NUMBER.fullmatch(text) or not math.isfinite(float(text)):
+        return None
+    return float(text)
 
 
 def span(low: float | None, high: float | None, *, above: float | None = None) -> str:
     """A range in words: "0 to 1", "above 0, up to 10", "1 or more", or nothing."""
+    if above is not None and high is not None:
+        return f"above {above:g}, up to {high:.12g}"
     if above is not None:
-        start = f"above {above:g}"
-        return start if high is None else f"{start}, up to {high:.12g}"
-    if low is None:
-        return "" if high is None else f"up to {high:.12g}"
-    return f"{low:.12g} or more" if high is None else f"{low:.12g} to {high:.12g}"
+        return f"above {above:g}"
+    if low is not None and high is not None:
+        return f"{low:.12g} to {high:.12g}"
+    if low is not None:
+        return f"{low:.12g} or more"
+    if high is not None:
+        return f"up to {high:.12g}"
+    return ""
 
 
 def inside(number: float, low: float | None, high: float | None, *, above: float | None = None) -> bool:
@@ -66,7 +74,9 @@ def inside(number: float, low: float | None, high: float | None, *, above: float
 def show(value: Any) -> str:
     """A value for a message: quoted, at most 80 characters, and without an access token."""
     text = _TOKEN.sub("hf_***", repr(value))
-    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 1]}…"
+    if len(text) <= _SHOWN_CHARACTERS:
+        return text
+    return f"{text[: _SHOWN_CHARACTERS - 1]}…"
 
 
 def is_text(value: str) -> bool:
@@ -121,7 +131,9 @@ class Key:
             raise ValueError(f"{show(value)} is not {self}")
         if self.kind == "size":
             return sides[0], sides[1]
-        return float(value) if self.kind == "number" else value
+        if self.kind == "number":
+            return float(value)
+        return value
 
 
 def _is_integer(value: Any) -> bool:

@@ -117,7 +117,7 @@ class Workers:
         largest = self._largest(sums)
         smallest = [-value for value in self._largest([-value for value in sums])]
         if largest != smallest:
-            raise KilnError(f"The {self.size} processes have come to different weights, which must not happen.")
+            raise KilnError(f"The {self.size} processes have different weights, which must not happen.")
 
     def mean_gradient(self, flat_grad: torch.Tensor, losses: Sequence[torch.Tensor]) -> torch.Tensor:
         """Replace `flat_grad`, the mean over this process's images, by the mean over those of all processes.
@@ -164,7 +164,7 @@ class Workers:
         while not path.exists():
             check_in()
             if os.getppid() != self._parent:
-                raise StopRequestedError("The process that started this one is gone.", exit_code=143)
+                raise StopRequestedError("The process that started this one has ended.", exit_code=143)
             time.sleep(POLL_INTERVAL_S)
 
 
@@ -174,7 +174,8 @@ def workers_from_environment(size: int, environment: Mapping[str, str], stop: St
         return Workers(stop=stop)
     if TEAM_VARIABLE not in environment:
         raise SettingsError(
-            f"The plan is for NUM_GPUS={size} processes, and this is one alone: start it by python -m entrypoint."
+            f"The plan is for NUM_GPUS={size} processes, but this one was started alone. Start the job with "
+            "python -m entrypoint."
         )
     return Workers(process_rank(environment), size, Path(environment[TEAM_VARIABLE]), stop=stop)
 

@@ -103,15 +103,15 @@ class Backward:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             if graphs_released:  # with their memory, as many images fit as in the rehearsal
-                log.warning("Step %d: out of memory; steps are not recorded any more. %s", number, reason)
+                log.warning("Step %d: out of memory; CUDA graphs are disabled. %s", number, reason)
                 continue
             largest = max(len(batch.names) for batch in group)
             most = min(self.images_at_once or largest, largest)
             if most == 1:
-                raise OutOfMemoryError(f"Step {number}: one picture at once does not fit in memory: {reason}")
+                raise OutOfMemoryError(f"Step {number}: even a single image does not fit in memory: {reason}")
             self.images_at_once = most // 2
             log.warning(
-                "Step %d: out of memory with %d pictures at once; from now on %d at once, and as many in each step. %s",
+                "Step %d: out of memory with %d images at once; from now on %d at once, in steps of the same size. %s",
                 number, most, self.images_at_once, reason,
             )  # fmt: skip
 

@@ -102,7 +102,7 @@ def train(
         if not overflow:
             objection = guard.objection(loss, norm)
         if overflow:
-            log.info("Step %d is skipped: its gradient overflows; from now on it is scaled by %g.", number, guard.scale)
+            log.info("Step %d is skipped: its gradient overflows; the loss scale is now %g.", number, guard.scale)
         elif objection is None:
             optimizer.step()
         else:
@@ -138,16 +138,16 @@ def _skip(
             inputs.append((name, [batch.moments_B2CHW[i], *(tensor[i] for tensor in batch.text.values())]))
     own_losses = [value for losses_B in losses for value in losses_B.tolist()]
     if workers.size > 1 and not math.isfinite(loss) and all(map(math.isfinite, own_losses)):
-        cause = "a picture of another process, which tells of it"
+        cause = "an image of another process, whose log names it"
     else:
         cause = likely_cause(inputs, list(zip(names, own_losses, strict=True)), params)
-    message = f"Step {number} is skipped: {objection}. Pictures: {', '.join(names)}. Most likely {cause}."
+    message = f"Step {number} is skipped: {objection}. Images: {', '.join(names)}. Most likely {cause}."
     if not guard.skip():
         raise NumbersError(
-            f"{message} That is the {guard.skipped}. such step of this run, and PARAMS_MAX_SKIPPED_STEPS is "
-            f"{guard.limit}."
+            f"{message} This run has now skipped {guard.skipped} steps, more than PARAMS_MAX_SKIPPED_STEPS="
+            f"{guard.limit} allows."
         )
-    log.warning("%s (%d of %d that are allowed)", message, guard.skipped, guard.limit)
+    log.warning("%s (%d of the %d skipped steps that are allowed)", message, guard.skipped, guard.limit)
 
 
 def validation_loss(

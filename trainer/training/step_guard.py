@@ -92,21 +92,22 @@ def likely_cause(
     broken = [name for name, tensors in inputs if not all(_is_finite(t) for t in tensors)]
     if broken:
         return (
-            f"bad data: the encoded {', '.join(broken)} (picture or caption) is not finite before the model sees it. "
-            "Take it out, or empty CACHE_PATH"
+            f"bad data: the encoded {', '.join(broken)} (image or caption) is not finite before the model sees it. "
+            "Remove it, or empty CACHE_PATH"
         )
     if not all(_is_finite(p) for p in params):
-        return "the adapter's own weights are not finite. Lower PARAMS_LEARNING_RATE and start anew"
+        return "the adapter's own weights are not finite. Lower PARAMS_LEARNING_RATE and start again"
     overflowed = [name for name, loss in losses if not math.isfinite(loss)]
     if overflowed:
         return (
-            f"overflow in the model's arithmetic: pictures and weights are finite, its output for "
+            f"overflow in the model's arithmetic: images and weights are finite, its output for "
             f"{', '.join(overflowed)} is not. PARAMS_PRECISION=bf16 has more range than 8 bits, and fp32 more digits "
             "than bf16"
         )
     if not all(p.grad is None or _is_finite(p.grad) for p in params):
         return (
-            "overflow on the way back: the losses are finite, the gradient is not. PARAMS_PRECISION=bf16 has more range"
+            "overflow in the backward pass: the losses are finite, the gradient is not. PARAMS_PRECISION=bf16 has more "
+            "range"
         )
     return "the run diverges. Lower PARAMS_LEARNING_RATE, or set PARAMS_MAX_LOSS_SPIKE=0 to accept such losses"
 

@@ -1,5 +1,7 @@
 """Every environment variable: a module and a frozen dataclass for each group of the README's table.
 
+In the order of the table: `model`, `data`, `training`, `adapter`, `engine`, `output`, `finish`.
+
 Reading (`settings.read`), `--help-env` and the README's table all come from the rows here. A field has the name of its
 variable, in small letters and without PARAMS_. A row's default is text, as a user would write it; an empty default
 means "not set" (None), and `if_unset` says what the plan then chooses.

@@ -1,9 +1,13 @@
-"""FlashAttention 4 in the place of torch's flash attention, where its package is installed.
+"""FlashAttention 4 in place of torch's flash attention, if its package is installed.
 
-Of Dao-AILab's flash-attn-4 these are the two entry points; on compute capability 9.0 it does what Shah et al. 2024
-describe (arXiv:2407.08608), and both passes are faster than cuDNN's, which torch takes by itself: `pytest -m gpu -s
-tests/gpu/test_attention.py` prints how much. torch has such a switch as well (`torch.nn.attention`), for a version of
-that package whose functions return less, and without a way back to torch's own kernel for sizes that it does not take.
+`set_enabled` registers kernels for torch's two operators, which call the package's two entry points (Dao-AILab's
+flash-attn-4). On compute capability 9.0 these are the algorithm of Shah et al. 2024 (arXiv:2407.08608), and both passes
+are faster than cuDNN's, torch's default: `pytest -m gpu -s tests/gpu/test_attention.py` prints both. torch has such a
+switch as well (`torch.nn.attention`), but for a version of the package whose functions return less, and without a way
+back to torch's own kernel for sizes that the package does not take.
+
+Letters: B batch, H heads, T tokens of the queries, S tokens of keys and values, D numbers of a head. torch's operators
+have (B, H, T, D), the package (B, T, H, D).
 """
 
 from __future__ import annotations
@@ -23,49 +27,58 @@ log = logging.getLogger(__name__)
 MODULE = "flash_attn.cute.interface"
 FORWARD = "_scaled_dot_product_flash_attention"
 BACKWARD = f"{FORWARD}_backward"
-DIMS, DTYPES = (64, 128), (torch.bfloat16, torch.float16)  # of heads: those of the published models
-ALLOWED = 2e-2  # relative, to full precision: what bf16 loses is a fifth of it
-# What the package raises where it cannot be loaded, cannot compile or cannot run, beside errors of its own.
+HEAD_DIMS = (64, 128)  # those of the published models
+DTYPES = (torch.bfloat16, torch.float16)
+MAX_ERROR = 2e-2  # relative to full precision; the rounding of bf16 is a fifth of it
+# What the package raises if it cannot be loaded, compiled or run, besides the errors of its own compiler.
 PROBLEMS = (ImportError, OSError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, AssertionError)
 INSTEAD = "torch's own attention is used."
-_used: list[torch.library.Library] = []
+_registered: list[torch.library.Library] = []  # one while it is enabled; its kernels stay registered while it lives
 
 
 def import_in_background() -> None:
-    """Load the package beside whatever else a job begins with: it takes seconds."""
+    """Import the package, which takes seconds, while the job does something else."""
     threading.Thread(target=_module, name="flash", daemon=True).start()
 
 
 def supports_model(denoiser: torch.nn.Module, dtype: torch.dtype, device: str) -> bool:
-    """Whether a model has heads of a size that it takes, and computes right for them; if not right, the log says so."""
-    parts: list[Any] = [m for m in denoiser.modules() if hasattr(m, "inner_dim") and hasattr(m, "heads")]
-    sizes = {part.inner_dim // part.heads for part in parts}
-    where = torch.empty(0, device=device).device  # with its number
-    taken = sizes.intersection(DIMS) if dtype in DTYPES else ()
-    return bool(taken) and _module() is not None and all(_is_right(dim, dtype, where, False) for dim in taken)
+    """Whether the model has heads of a supported size, and the results for these are right on this device."""
+    if dtype not in DTYPES:
+        return False
+    head_dims: set[int] = set()
+    for module in denoiser.modules():
+        attention: Any = module
+        if hasattr(attention, "inner_dim") and hasattr(attention, "heads"):  # diffusers' attention
+            head_dims.add(attention.inner_dim // attention.heads)
+    supported = head_dims.intersection(HEAD_DIMS)
+    if not supported or _module() is None:
+        return False
+    indexed_device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", as tensors have it
+    return all(_is_correct(dim, dtype, indexed_device, False) for dim in supported)
 
 
 def set_enabled(wanted: bool) -> None:
-    """Whether torch's flash attention is this one from now on, and is taken before cuDNN's. For the whole process."""
-    if wanted == bool(_used):
+    """Replace torch's flash attention by this one and prefer it to cuDNN's, or undo that. For the whole process."""
+    if wanted == bool(_registered):
         return
     if not wanted:
-        _used.clear()  # torch's kernels are back when their library is gone
+        _registered.clear()  # torch's own kernels are back when the library is gone
     elif _module() is not None:
-        forward, backward = (torch.library.get_kernel(f"aten::{name}", "CUDA") for name in (FORWARD, BACKWARD))
+        forward = torch.library.get_kernel(f"aten::{FORWARD}", "CUDA")
+        backward = torch.library.get_kernel(f"aten::{BACKWARD}", "CUDA")
         library = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that another kernel was there before
+            warnings.simplefilter("ignore")  # torch warns that another kernel was registered before
             library.impl(FORWARD, functools.partial(_forward, forward), "CUDA", with_keyset=True)
             library.impl(BACKWARD, functools.partial(_backward, backward), "CUDA", with_keyset=True)
-        _used.append(library)
-    torch.backends.cuda.enable_cudnn_sdp(not _used)
+        _registered.append(library)
+    torch.backends.cuda.enable_cudnn_sdp(not _registered)
 
 
 @functools.cache
 def _module() -> Any:
-    """The package, or None where it cannot be loaded."""
-    warnings.filterwarnings("ignore", module=r"cutlass\.", category=UserWarning)  # of what it compiles
+    """The package, or None if it cannot be loaded."""
+    warnings.filterwarnings("ignore", module=r"cutlass\.", category=UserWarning)  # about the code that it compiles
     try:
         return importlib.import_module(MODULE)
     except PROBLEMS as problem:
@@ -75,7 +88,7 @@ def _module() -> Any:
 
 def _forward(
     original: Any,
-    keys: Any,
+    dispatch_keys: Any,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -85,53 +98,74 @@ def _forward(
     *,
     scale: float | None = None,
 ) -> tuple[Any, ...]:
-    """As torch's operator: q, k and v are (batch, heads, tokens, numbers), as is what is returned first."""
-    if not _takes(q, k, v, causal=is_causal) or dropout_p or return_debug_mask:
-        found: tuple[Any, ...] = original.call_boxed(
-            keys, q, k, v, dropout_p, is_causal, return_debug_mask, scale=scale
+    """torch's operator. q: (B, H, T, D); k and v: (B, H, S, D); the first result is shaped like q.
+
+    The others are what the backward operator and the compiler expect: log-sum-exp of the scores, (B, H, T), in fp32; no
+    offsets of sequences; lengths; the state of random numbers, which only dropout uses; no debug mask.
+    """
+    if not _supports(q, k, v, causal=is_causal) or dropout_p or return_debug_mask:
+        results: tuple[Any, ...] = original.call_boxed(
+            dispatch_keys, q, k, v, dropout_p, is_causal, return_debug_mask, scale=scale
         )
-        return found
-    out, lse_BHT = _attended(q, k, v, causal=is_causal, scale=scale)
-    seeds = torch.empty(2, dtype=torch.uint64, device=q.device), torch.empty((), dtype=torch.uint64, device=q.device)
-    return out, lse_BHT, None, None, q.shape[2], k.shape[2], *seeds, q.new_empty(0)
+        return results
+    out, lse_BHT = _attention(q, k, v, causal=is_causal, scale=scale)
+    seed = torch.empty(2, dtype=torch.uint64, device=q.device)
+    offset = torch.empty((), dtype=torch.uint64, device=q.device)
+    return out, lse_BHT, None, None, q.shape[2], k.shape[2], seed, offset, q.new_empty(0)
 
 
 def _backward(
     original: Any,
-    keys: Any,
-    g: torch.Tensor,
+    dispatch_keys: Any,
+    grad: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
     lse_BHT: torch.Tensor,
-    *more: Any,
+    *others: Any,
     scale: float | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    *_, dropout_p, is_causal, _seed, _offset = more
-    if not _takes(q, k, v, causal=is_causal) or dropout_p:
-        found: tuple[torch.Tensor, ...] = original.call_boxed(keys, g, q, k, v, out, lse_BHT, *more, scale=scale)
-        return found
-    return _gradients(g, q, k, v, out, lse_BHT, causal=is_causal, scale=scale)
+    """torch's operator: the gradients of q, k and v. `grad`: of `out`."""
+    *_, dropout_p, is_causal, _seed, _offset = others
+    if not _supports(q, k, v, causal=is_causal) or dropout_p:
+        results: tuple[torch.Tensor, ...] = original.call_boxed(
+            dispatch_keys, grad, q, k, v, out, lse_BHT, *others, scale=scale
+        )
+        return results
+    return _gradients(grad, q, k, v, out, lse_BHT, causal=is_causal, scale=scale)
 
 
-def _takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> bool:
-    same = q.shape[3] == k.shape[3] == v.shape[3] and q.shape[1] == k.shape[1] and min(q.numel(), k.numel()) > 0
-    return same and q.shape[3] in DIMS and q.dtype in DTYPES and _is_right(q.shape[3], q.dtype, q.device, causal)
+def _supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> bool:
+    """Whether this call goes to FlashAttention 4; others go to torch's own kernel."""
+    head_dim = q.shape[3]
+    one_head_dim = head_dim == k.shape[3] == v.shape[3]
+    as_many_heads = q.shape[1] == k.shape[1]
+    is_empty = min(q.numel(), k.numel()) == 0
+    if not one_head_dim or not as_many_heads or is_empty or head_dim not in HEAD_DIMS or q.dtype not in DTYPES:
+        return False
+    return _is_correct(head_dim, q.dtype, q.device, causal)
 
 
-def _attended(
+def _attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, scale: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    out = torch.empty_like(q)  # laid out as torch promises
-    given = [t.transpose(1, 2) for t in (q, k, v)]
-    how = {"softmax_scale": scale, "causal": causal}
-    _, lse_BHT, *_ = _module()._flash_attn_fwd(*given, return_lse=True, out=out.transpose(1, 2), **how)
+    """The output, laid out like q as torch's operator promises, and the log-sum-exp of the scores, (B, H, T)."""
+    out = torch.empty_like(q)
+    _, lse_BHT, *_ = _module()._flash_attn_fwd(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        return_lse=True,
+        out=out.transpose(1, 2),
+        softmax_scale=scale,
+        causal=causal,
+    )
     return out, lse_BHT
 
 
 def _gradients(
-    g: torch.Tensor,
+    grad: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -141,50 +175,62 @@ def _gradients(
     causal: bool,
     scale: float | None,
 ) -> tuple[torch.Tensor, ...]:
-    found = tuple(torch.empty_like(t) for t in (q, k, v))
-    given = [t.transpose(1, 2) for t in (q, k, v, out, g)]
-    places = dict(zip(("dq", "dk", "dv"), (t.transpose(1, 2) for t in found), strict=True))
-    how = {"softmax_scale": scale, "causal": causal, "deterministic": torch.are_deterministic_algorithms_enabled()}
-    _module()._flash_attn_bwd(*given, lse_BHT.contiguous(), **how, **places)
-    return found
+    """The gradients of q, k and v, each laid out like what it belongs to."""
+    dq = torch.empty_like(q)
+    dk = torch.empty_like(k)
+    dv = torch.empty_like(v)
+    _module()._flash_attn_bwd(
+        *(tensor.transpose(1, 2) for tensor in (q, k, v, out, grad)),
+        lse_BHT.contiguous(),
+        softmax_scale=scale,
+        causal=causal,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        dq=dq.transpose(1, 2),
+        dk=dk.transpose(1, 2),
+        dv=dv.transpose(1, 2),
+    )
+    return dq, dk, dv
 
 
 @functools.cache
-def _is_right(dim: int, dtype: torch.dtype, device: torch.device, causal: bool) -> bool:
-    """Whether it computes here what plain torch does, with heads of `dim` numbers, for which it is compiled."""
+def _is_correct(dim: int, dtype: torch.dtype, device: torch.device, causal: bool) -> bool:
+    """Whether both passes give what plain torch gives, for heads of `dim` numbers. Compiles the kernels for them."""
     generator = torch.Generator(device).manual_seed(0)
-    sizes = (200, 200, 200, 200) if causal else (200, 328, 328, 200)
-    q, k, v, g = (torch.randn(1, 2, n, dim, device=device, generator=generator).to(dtype) for n in sizes)
+    # Tokens of q, k, v and the gradient: no multiples of the blocks of 64 or 128 tokens that kernels work on.
+    tokens = (200, 200, 200, 200) if causal else (200, 328, 328, 200)
+    q, k, v, grad = (torch.randn(1, 2, n, dim, device=device, generator=generator).to(dtype) for n in tokens)
     try:
-        out, lse = _attended(q, k, v, causal=causal, scale=None)
-        found = out, *_gradients(g, q, k, v, out, lse, causal=causal, scale=None)
-    except torch.OutOfMemoryError:  # says nothing about it, and whoever calls knows what to give up
+        out, lse = _attention(q, k, v, causal=causal, scale=None)
+        results = (out, *_gradients(grad, q, k, v, out, lse, causal=causal, scale=None))
+    except torch.OutOfMemoryError:  # says nothing about the kernels; the engine steps down and calls again
         raise
     except _problems() as problem:
         log.warning("FlashAttention 4 does not run on this device: %s (%s)", INSTEAD, problem)
         return False
-    wanted = reference_attention(q, k, v, g, causal=causal)
-    off = max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, wanted, strict=True))
-    if not off <= ALLOWED:
-        log.warning("FlashAttention 4 is %.1e from what plain torch gives on this device: %s", off, INSTEAD)
-    return off <= ALLOWED
+    errors: list[float] = []
+    for result, reference in zip(results, reference_attention(q, k, v, grad, causal=causal), strict=True):
+        errors.append(((result.double() - reference).norm() / reference.norm()).item())
+    error = max(errors)
+    if not error <= MAX_ERROR:  # also if it is NaN
+        log.warning("FlashAttention 4 is %.1e from what plain torch gives on this device: %s", error, INSTEAD)
+    return error <= MAX_ERROR
 
 
 def _problems() -> tuple[type[Exception], ...]:
-    """Those, and its compiler's own, whose place another version may not have."""
-    own = getattr(sys.modules.get("cutlass.base_dsl.common"), "DSLBaseError", None)
-    return (own, *PROBLEMS) if own else PROBLEMS
+    """PROBLEMS, and the base class of the package's compiler, which another version may have elsewhere."""
+    compiler_error = getattr(sys.modules.get("cutlass.base_dsl.common"), "DSLBaseError", None)
+    return (compiler_error, *PROBLEMS) if compiler_error else PROBLEMS
 
 
 def reference_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, *, causal: bool = False
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor, *, causal: bool = False
 ) -> tuple[torch.Tensor, ...]:
-    """Attention and the gradients of q, k and v for a gradient `g` of what it returns, in float64 and written out."""
-    q, k, v, g = (t.double() for t in (q, k, v, g))
+    """Attention and the gradients of q, k and v for the output's gradient `grad`, written out in float64."""
+    q, k, v, grad = (tensor.double() for tensor in (q, k, v, grad))
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     if causal:
         scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
     weights = scores.softmax(-1)
     out = weights @ v
-    by_score = weights * (g @ v.mT - (g * out).sum(-1, keepdim=True)) / math.sqrt(q.shape[-1])
-    return out, by_score @ k, by_score.mT @ q, weights.mT @ g
+    grad_scores = weights * (grad @ v.mT - (grad * out).sum(-1, keepdim=True)) / math.sqrt(q.shape[-1])
+    return out, grad_scores @ k, grad_scores.mT @ q, weights.mT @ grad

@@ -1,4 +1,4 @@
-"""Page-locked host memory, and views of one buffer as tensors."""
+"""Page-locked host memory, which the device reads and writes without the CPU, and views of one buffer as tensors."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ import torch
 def view(
     buffer: torch.Tensor, offset: int, shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype
 ) -> torch.Tensor:
-    """A dense tensor in a buffer of bytes."""
+    """The dense tensor of this shape and type whose bytes begin at `offset` of a uint8 buffer."""
     return buffer.view(dtype).as_strided(shape, stride, offset // dtype.itemsize)
 
 
 def pinned_bytes(size: int) -> torch.Tensor:
-    """Pages of the host that the device may read by itself. torch's own allocator would take the next power of two."""
+    """`size` bytes of page-locked memory. torch's own pinned allocator rounds up to the next power of two.
+
+    Unregister the buffer with `unpin` before it is freed.
+    """
     buffer = torch.frombuffer(mmap.mmap(-1, max(1, size)), dtype=torch.uint8)
     torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)))
     return buffer
 
 
 def unpin(buffers: list[torch.Tensor]) -> None:
-    """Once nothing reads them any more, and before they are freed."""
+    """Unregister the buffers, once no copy reads them any more and before they are freed; empties the list."""
     if buffers:
         torch.cuda.synchronize()
     for buffer in buffers:

@@ -8,21 +8,20 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from transformers import PreTrainedTokenizerBase
 
-from .fit import LossFunction
-from .recipes import Recipe
-from .scenes import RESOLUTIONS, Scene, caption, draw, random_scene
-from .textures import textures
-from .tokens import token_ids
+from trainer.families.miniatures.fit import LossFunction
+from trainer.families.miniatures.recipes import Recipe
+from trainer.families.miniatures.scenes import RESOLUTIONS, Scene, caption, draw, random_scene
+from trainer.families.miniatures.textures import textures
+from trainer.families.miniatures.tokens import token_ids
 
-CHUNK = 1000
-"""Pictures drawn at once: many, since drawing waits for the host."""
+CHUNK = 1000  # images drawn at once; many, because each drawing waits for the host
 
 
 def _scenes(count: int, rng: random.Random) -> list[Scene]:
     return [random_scene(rng) for _ in range(count)]
 
 
-def picture_losses(
+def image_losses(
     vae: AutoencoderKL,
     *,
     count: int,
@@ -32,7 +31,7 @@ def picture_losses(
     prior_std: float,
     weight: float,
 ) -> list[LossFunction]:
-    """One loss for each resolution: how badly `vae` copies a batch out of `count` pictures, two thirds of them scenes.
+    """One loss for each resolution: how badly `vae` copies a batch out of `count` images, two thirds of them scenes.
 
     The latents are drawn, with `weight`, towards a normal prior that is not centred on zero: as in the published
     models, a trainer that forgets the shift or the scale is then plainly wrong.
@@ -65,7 +64,7 @@ def picture_losses(
 
 
 def _recolour(x: torch.Tensor) -> torch.Tensor:
-    """Half of the pictures with their colours mixed at random, so that no palette is special to the autoencoder."""
+    """Half of the images with their colours mixed at random, so that no palette is special to the autoencoder."""
     batch = len(x)
     mixer = torch.rand(batch, 3, 3, device=x.device) ** 3
     mixer = mixer / mixer.sum(dim=2, keepdim=True)

@@ -1,6 +1,6 @@
-"""How each family's miniature is made: its modules, its loss, and the pipeline that it ships as.
+"""The recipe of each family's miniature: its modules, its loss, and the pipeline that it is saved as.
 
-B pictures, C channels, H and W of the latents, L tokens, D features. Latents are normalised by the autoencoder's shift
+B images, C channels, H and W of the latents, L tokens, D features. Latents are normalised by the autoencoder's shift
 and scale. `ids` holds one (B, L) tensor of token ids for each tokenizer.
 """
 
@@ -23,7 +23,7 @@ from diffusers import (
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from . import models
+from trainer.families.miniatures import models
 
 Ids = Sequence[torch.Tensor]
 Tokenizers = Sequence[PreTrainedTokenizerBase]
@@ -42,7 +42,7 @@ class Recipe:
 def flow_times(count: int, *, device: torch.device) -> torch.Tensor:
     """Times (count,) in 0..1: four of five logit-normal, shifted far towards noise, the rest uniform.
 
-    In a flat picture of so few colours a shape is settled between times 0.97 and 0.85; unshifted, one sample in
+    In a flat image of so few colours a shape is settled between times 0.97 and 0.85; unshifted, one sample in
     twenty would lie there.
     """
     shifted = torch.sigmoid(torch.randn(count, device=device) + math.log(5))
@@ -108,20 +108,23 @@ def sdxl(tokenizers: Tokenizers) -> Recipe:
         device, (batch, _, height, width) = latents_BCHW.device, latents_BCHW.shape
         t = torch.randint(1000, (batch,), device=device)
         noise = torch.randn_like(latents_BCHW)
-        kept = signal.gather(0, t)[:, None, None, None]
+        alpha_bar = signal.gather(0, t)[:, None, None, None]
         large = clip_g(ids[1], output_hidden_states=True)
         context = torch.cat(
             [clip_l(ids[0], output_hidden_states=True).hidden_states[-2], large.hidden_states[-2]], dim=-1
         )
-        told = (torch.rand(batch, device=device) > 0.07).to(net.dtype)
+        conditioned = (torch.rand(batch, device=device) > 0.07).to(net.dtype)  # the others get zeros
         size = torch.full((1,), 8.0, device=device) * torch.cat(
             [torch.full((1,), float(side), device=device) for side in (height, width, 0, 0, height, width)]
         )
         predicted = net(
-            (kept.sqrt() * latents_BCHW + (1 - kept).sqrt() * noise).to(net.dtype),
+            (alpha_bar.sqrt() * latents_BCHW + (1 - alpha_bar).sqrt() * noise).to(net.dtype),
             t,
-            encoder_hidden_states=context * told[:, None, None],
-            added_cond_kwargs={"text_embeds": large.text_embeds * told[:, None], "time_ids": size.expand(batch, 6)},
+            encoder_hidden_states=context * conditioned[:, None, None],
+            added_cond_kwargs={
+                "text_embeds": large.text_embeds * conditioned[:, None],
+                "time_ids": size.expand(batch, 6),
+            },
         ).sample
         return F.mse_loss(predicted.float(), noise)
 

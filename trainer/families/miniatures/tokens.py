@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase, T5Tokenizer
 
-from .scenes import caption, random_scene
+from trainer.families.miniatures.scenes import caption, random_scene
 
 CLIP_LENGTH = 77
 T5_LENGTH = 64
