@@ -46,7 +46,7 @@ def test_each_rung_is_told_and_the_last_is_refused(monkeypatch, caplog):
     assert one.weight_streamer is not None and one.weight_streamer.regions == regions and not one.can_capture()
     with pytest.raises(SettingsError, match=r"It does not fit\. Fix: lower PARAMS_BATCH_SIZE"):
         one.step_down("It does not fit.")
-    assert len(caplog.records) == 4 and "1 blocks kept whole" in caplog.text
+    assert len(caplog.records) == 4 and "except in 1 blocks" in caplog.text
 
 
 @pytest.mark.parametrize(("host_gib", "last"), [(None, "weights"), (1.0, "weights"), (0.0, "activations")])

@@ -39,7 +39,7 @@ def test_what_cannot_be_recorded_is_told_once_and_launched_from_then_on(runner, 
     assert runner._capture_graph(failing(RuntimeError("it waits\nfor the device")), {}) is None
     assert not runner.capturing and not runner.short_of_memory
     assert [r.getMessage() for r in caplog.records] == [
-        "Steps cannot be recorded, and are launched kernel by kernel: it waits"
+        "Steps cannot be captured as a CUDA graph, and run kernel by kernel: it waits"
     ]
     x = torch.full((3,), 2.0)
     told = runner(lambda given: ((runner.params[0] * given["x"]), (runner.params[0] * given["x"]).sum()), {"x": x})

@@ -69,7 +69,7 @@ class Outcome:
 
 
 HALVED, UNDRAWN = "pictures at once; from now on", "no memory to draw"
-GIVEN_UP, UNRECORDED = "not recorded any more", "no memory to record"
+GIVEN_UP, UNRECORDED = "not recorded any more", "no memory to capture"
 
 
 class Told(logging.Handler):
