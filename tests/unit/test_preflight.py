@@ -189,7 +189,7 @@ def test_what_flash_attention_takes_is_told_and_counted_unless_it_is_there(
 
 
 def test_the_cache_needs_space_for_every_image_and_caption_variant(plan: Plan) -> None:
-    """The full-size model at 1024 px in bf16: 2 MiB of latents for each image variant, 4 MiB for the 512 tokens of each caption."""
+    """At 1024 px in bf16: 2 MiB of latents for each image variant, 4 MiB for the 512 tokens of each caption."""
 
     def needed(**keys: object) -> float:
         varied = dataclasses.replace(plan.data.datasets[0].subsets[0], **keys)
