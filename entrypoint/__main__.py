@@ -1,4 +1,7 @@
-"""`python -m entrypoint`: settings → manifest → hardware → plan → fetch → launch. Turns exceptions into exit codes."""
+"""`python -m entrypoint`: read settings and dataset.json, detect the hardware, plan, fetch, launch the trainer.
+
+Turns exceptions into exit codes.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ from trainer.spec.plan import Dataset, Plan, Source
 from trainer.spec.resume_rules import blocking_differences
 
 log = logging.getLogger("entrypoint")
-PROGRAMS = {  # first arguments that become another program
+PROGRAMS = {  # first arguments that run another program instead
     "sample": (sys.executable, "-m", "trainer.sample"),
     "export": (sys.executable, "-m", "trainer.export"),
     "shell": ("bash",),
@@ -67,7 +70,7 @@ def main(arguments: list[str]) -> int:
             return 64
         return 64 if stop.code else 0
     if asked.help_env:
-        with contextlib.suppress(BrokenPipeError):  # of a reader that has seen enough, as head
+        with contextlib.suppress(BrokenPipeError):  # the reader (head, less) has closed the pipe
             print(help_env(), flush=True)  # noqa: T201
         return 0
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
@@ -76,7 +79,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _exit_code(*, check: bool) -> int:
-    """The job, with its errors told and turned into their exit codes."""
+    """Run the job; log its errors and turn them into exit codes."""
     try:
         return job(os.environ, check=check)
     except KilnError as problem:
@@ -115,7 +118,7 @@ def job(environ: Mapping[str, str], *, check: bool) -> int:
         with upload.beside(push, environ) as uploaded:
             return uploaded()
 
-    from entrypoint.planning.preflight import preflight  # the Hub's client is slow to import: only now
+    from entrypoint.planning.preflight import preflight  # imports the Hub's client, which is slow: only now
 
     starting_point.check_state(plan)
     preflight(plan, token=token, hub_cache=settings.model.hf_home / "hub")
@@ -138,7 +141,7 @@ def _now(environ: Mapping[str, str]) -> datetime.datetime:
 
 
 def _refuse_missing_accelerator(plan: Plan, *, asked: str) -> None:
-    """A rented machine may come back without its GPUs; training a full-size model on the CPU would only cost money."""
+    """Raises UnreachableError for a full-size model without a GPU: a rented machine may come back without its GPUs."""
     if plan.engine.device == "cpu" and asked == "auto" and not base_models()[plan.model.base][1].is_miniature:
         raise UnreachableError(
             f"No GPU answers here, and {plan.model.base} is not trained on a CPU. Give the container its GPUs (docker "
@@ -147,7 +150,9 @@ def _refuse_missing_accelerator(plan: Plan, *, asked: str) -> None:
 
 
 def _continued(plan: Plan, *, named: bool) -> tuple[Plan, Path | None]:
-    """A restart goes on under the name and start time of its first start; also the LoRA, if it is there already."""
+    """The plan with the name and start time of the run's first start; and the final LoRA, if the job is done
+    already.
+    """
     out = Path(plan.output.path)
     try:
         before = Plan.from_json((out / "plan.json").read_text(encoding="utf-8"))
@@ -163,7 +168,7 @@ def _continued(plan: Plan, *, named: bool) -> tuple[Plan, Path | None]:
 
 
 def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
-    """The plan with every model and source at a local path; all are brought at the same time."""
+    """The plan with local paths for the model and all sources, which are fetched at the same time."""
     hub, cache = settings.model.hf_home / "hub", Path(plan.output.cache)
     if plan.engine.attention == "flash_4":
         flash_attention.install(cache)
@@ -180,7 +185,7 @@ def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
 
     def local(
         source: Source, _dataset: Dataset
-    ) -> Source:  # from here on nobody needs the key that an address may hold
+    ) -> Source:  # without the key that an address may hold: nobody needs it from here on
         return dataclasses.replace(found[source], location=source.public)
 
     return dataclasses.replace(plan.map_sources(local), model=model)

@@ -19,8 +19,7 @@ from trainer.training.stop_flag import StopFlag
 
 @pytest.fixture
 def job(job_plan, tmp_path, monkeypatch):
-    """`job(failures)`: a short job whose captured steps run out of memory so many times; its LoRA, runners and
-    fallbacks."""
+    """`job(failures)`: a short job whose captured steps run out of memory so often; its LoRA, runners, fallbacks."""
     plan = job_plan("flux", PARAMS_MAX_STEPS="2", PARAMS_OPTIMIZER_TYPE="adamw")
 
     def make(failures, *, replay=True, after=0, below=False):
@@ -48,7 +47,7 @@ def job(job_plan, tmp_path, monkeypatch):
                 return self.calls <= after + 1  # what it held is given back once
 
         monkeypatch.setattr(build, "GraphStep", Recording)
-        monkeypatch.setattr(rehearsal.Engine, "lower", lambda self, problem: lowered.append(problem))
+        monkeypatch.setattr(rehearsal.Engine, "step_down", lambda self, problem: lowered.append(problem))
         monkeypatch.setattr(rehearsal.Engine, "can_capture", lambda self, rung=0: rung == 0 or below)
         out = tmp_path / f"out-{failures}-{replay}-{after}-{below}"
         output = dataclasses.replace(plan.output, path=str(out))

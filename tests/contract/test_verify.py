@@ -80,7 +80,7 @@ def test_a_layer_that_does_not_fit_on_the_device_is_compared_on_the_host(trained
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: tensor.clone())
     monkeypatch.setattr(verification, "_compared", full)
     before = [p.data_ptr() for p in denoiser.parameters()]
-    with contextlib.nullcontext() if scale == 1 else pytest.raises(FileMismatchError, match="of its strength"):
+    with contextlib.nullcontext() if scale == 1 else pytest.raises(FileMismatchError, match="relative to its size"):
         check(tmp_path / "x.safetensors", denoiser, output)
     assert all(set(a).isdisjoint(b) for a, b in zip(places[::2], places[1::2], strict=True)) and len(places) > 10
     assert before == [p.data_ptr() for p in denoiser.parameters()]

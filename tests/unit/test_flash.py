@@ -144,7 +144,7 @@ def test_without_a_package_index_it_is_told_what_to_do(tmp_path, lock, links):
 
 
 def test_a_pip_that_hangs_is_ended(tmp_path, lock, monkeypatch):
-    monkeypatch.setattr(flash_attention, "WAIT_S", 0.01)
+    monkeypatch.setattr(flash_attention, "PIP_TIMEOUT_S", 0.01)
     with pytest.raises(UnreachableError, match=r"did not end in 0 s"):
         flash_attention.install(tmp_path)
     assert left(tmp_path) == []
@@ -204,7 +204,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Plan]:
     ("on", "there", "chosen", "why"),
     [
         (LARGE_GPU, True, "flash_4", "the fastest here"),
-        (LARGE_GPU, False, "native", "flash_4 is faster here and is brought when it is asked for"),
+        (LARGE_GPU, False, "native", "flash_4 is faster here, and PARAMS_ATTENTION=flash_4 installs it"),
         (OLDER, True, "native", "torch picks the kernel)"),
         (NEWER, True, "native", "torch picks the kernel)"),
         (AMD, True, "native", "torch picks the kernel)"),

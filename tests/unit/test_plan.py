@@ -322,7 +322,7 @@ def test_optimizer_arguments_are_added_to_the_defaults():
         ("betas=0.9,2", "two numbers"),
         ("betas=fast", "two numbers"),
         ("decouple=1", "neither true nor false"),
-        ("d_coef=True", "no number"),
+        ("d_coef=True", "not a number"),
         ("slice_p=abc", "is a word"),
         ("slice_p=1,2", "is a list"),
     ],
@@ -436,7 +436,7 @@ def test_a_run_goes_on_where_there_is_less_memory_and_so_another_way():
     small = dataclasses.replace(LARGE_GPU, memory_gib=24.0)
     before, after = (plan(on=on, BASE_MODEL=FULL) for on in (LARGE_GPU, small))
     assert (before.engine.recompute, before.engine.compile) != (after.engine.recompute, after.engine.compile)
-    assert resumes_state(after, before.essence(), step=3, own=True)
+    assert resumes_state(after, before.essence(), step=3, in_output=True)
 
 
 def test_a_miniature_gains_nothing_from_8_bits():

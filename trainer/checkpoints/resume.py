@@ -41,7 +41,7 @@ def resumable_state(plan: Plan, out: Path) -> state_files.State | None:
             raise SettingsError(f"PARAMS_RESUME_FROM {resume_from} is not a complete state: {problem}.") from problem
     if state is None:
         return None
-    if resumes_state(plan, state.tree["essence"], step=state.step, own=in_output):
+    if resumes_state(plan, state.tree["essence"], step=state.step, in_output=in_output):
         _warn_of_other_software(state, plan.engine)
         return state
     aside = out / f"state.before-{int(time.time())}"

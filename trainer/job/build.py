@@ -52,7 +52,7 @@ class AdaptedModels:
     """The models with adapters. `groups`: each model's adapter parameters, and the optimiser's arguments for them."""
 
     denoiser: Any
-    stream: WeightStreamer | None
+    weight_streamer: WeightStreamer | None
     texts: TextEncoders
     groups: list[tuple[list[torch.nn.Parameter], dict[str, float]]]
 
@@ -70,7 +70,7 @@ def make_session(
     plan = data.plan
     family = get_family(plan.model.family)
     regions = family.regions(training_state.denoiser)
-    engine = Engine(training_state.denoiser, regions, plan.engine, training_state.stream)
+    engine = Engine(training_state.denoiser, regions, plan.engine, training_state.weight_streamer)
     objective = data.objective
     snapshots = Snapshots(training_state.optimizer, plan.engine.device)
     describe_run = partial(saving.describe_run, plan, family, objective, sampler=data.sampler, scan=data.scan)
@@ -148,7 +148,7 @@ def build_training_state(plan: Plan, family: Family, *, model: Path, total: int)
             spike=plan.train.max_loss_spike,
             scale=LOSS_SCALE.get(plan.engine.dtype, 1.0),
         ),
-        stream=adapted.stream,
+        weight_streamer=adapted.weight_streamer,
     )
 
 
@@ -162,7 +162,9 @@ def load_adapted_models(plan: Plan, family: Family, model: Path) -> AdaptedModel
     # Room for adapter columns next to the frozen weights. DoRA scales the weights' rows, so its adapters cannot be
     # part of the product.
     column_rank = 0 if lora.kind == "dora" else lora.rank
-    denoiser, stream = load_denoiser(family, model, plan.engine, fused=fused, targets=lora.targets, rank=column_rank)
+    denoiser, weight_streamer = load_denoiser(
+        family, model, plan.engine, fused=fused, targets=lora.targets, rank=column_rank
+    )
     groups: list[tuple[list[torch.nn.Parameter], dict[str, float]]] = []
     groups.append((add_adapters(denoiser, family.blocks(denoiser), targets=lora.targets, fused=fused), {}))
     texts = text_encoders.load(
@@ -176,7 +178,7 @@ def load_adapted_models(plan: Plan, family: Family, model: Path) -> AdaptedModel
         blocks = text_encoders.blocks(encoder)
         params = add_adapters(encoder, blocks, targets=text_encoders.TARGETS, fused={})
         groups.append((params, {"lr": plan.optim.text_encoders[component]}))
-    return AdaptedModels(denoiser, stream, texts, groups)
+    return AdaptedModels(denoiser, weight_streamer, texts, groups)
 
 
 def make_optimizer(plan: OptimPlan, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -103,9 +103,9 @@ def _fill(
     encoded = dict(zip(texts, family.encode_text(encoders, texts), strict=True))
     del encoders
     release()
-    denoiser, stream = load_denoiser(family, model, engine, fused={}, targets=())
-    if stream:
-        stream.attach()
+    denoiser, weight_streamer = load_denoiser(family, model, engine, fused={}, targets=())
+    if weight_streamer:
+        weight_streamer.attach()
     vae = load_vae(family, model, engine)
     dtype = torch_dtype(engine)
     for path, prompt in missing:
@@ -120,6 +120,6 @@ def _fill(
             )
         with atomic.replacing(path) as temporary:
             image.save(temporary, format="PNG")
-    del denoiser, stream, vae
+    del denoiser, weight_streamer, vae
     release()
     log.info("Drew %d class images in %.1f s.", len(missing), time.monotonic() - started)

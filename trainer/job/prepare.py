@@ -62,14 +62,14 @@ def prepare_data(
     Raises DataError for an unusable dataset, and SettingsError where `state` was made with another one.
     """
     status.phase("reading the dataset")
-    images = scan_and_report(plan.data, report=out / "dataset-report.txt")
-    sampler = make_sampler(plan, images)
+    scanned = scan_and_report(plan.data, report=out / "dataset-report.txt")
+    sampler = make_sampler(plan, scanned)
     if state is not None:
-        _check_same_data(state, images)
+        _check_same_data(state, scanned)
     for line in sampler.describe():
         log.info("%s", line)
     cache = open_cache(Path(plan.output.cache), Path(plan.model.path), precision=plan.engine.dtype)
-    data = PreparedData(plan, images, sampler, cache, state)
+    data = PreparedData(plan, scanned, sampler, cache, state)
     log.info("%d optimiser steps, %d an epoch.", data.total, data.steps_per_epoch)
     if sampler.batches_per_epoch < plan.engine.num_gpus:
         log.warning(
@@ -85,22 +85,22 @@ def prepare_data(
 def scan_and_report(data: DataPlan, *, report: Path) -> Scan:
     """The usable images; logs a summary and writes the whole list to `report`. Raises DataError."""
     started = time.monotonic()
-    found = scan(data, cpu_workers=cpu_workers())
-    atomic.write_text(report, found.report(limit=None))
-    found.check(strict=data.strict)
-    for line in found.report().splitlines():
+    scanned = scan(data, cpu_workers=cpu_workers())
+    atomic.write_text(report, scanned.report(limit=None))
+    scanned.check(strict=data.strict)
+    for line in scanned.report().splitlines():
         level = logging.INFO
         if WARNING in line or line.startswith("  skipped "):
             level = logging.WARNING
         log.log(level, "%s", line.replace(WARNING, ""))
     log.info("Scanned the images in %.1f s.", time.monotonic() - started)
-    return found
+    return scanned
 
 
-def make_sampler(plan: Plan, images: Scan) -> EpochSampler:
+def make_sampler(plan: Plan, scanned: Scan) -> EpochSampler:
     """The order in which the images are seen: the same for every process and after every restart."""
     return EpochSampler(
-        images.images,
+        scanned.images,
         plan.data,
         seed=plan.train.seed,
         caption_dropout_rate=plan.train.caption_dropout_rate,
@@ -126,9 +126,9 @@ def prompt_texts(prompts: Sequence[Prompt]) -> list[str]:
     return texts
 
 
-def _check_same_data(state: state_files.State, images: Scan) -> None:
+def _check_same_data(state: state_files.State, scanned: Scan) -> None:
     """Raises SettingsError with the images that differ from those of the state."""
-    changed = fingerprint_differences(state.tree["data"], fingerprint(images.images))
+    changed = fingerprint_differences(state.tree["data"], fingerprint(scanned.images))
     if changed:
         raise SettingsError(
             "The dataset is not the one that this run began with:\n  " + "\n  ".join(changed) + "\nPut it back to "

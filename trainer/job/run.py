@@ -127,11 +127,11 @@ def _received(handed: HandedOver) -> PreparedData:
     """What the first process has prepared, in this one."""
     plan = handed.plan
     limit_memory(plan.engine.device, plan.engine.memory_limit_gib)
-    images = Scan(handed.images, (), ())
-    sampler = make_sampler(plan, images)
+    scanned = Scan(handed.images, (), ())
+    sampler = make_sampler(plan, scanned)
     cache = open_cache(Path(plan.output.cache), Path(plan.model.path), precision=plan.engine.dtype)
     state = state_files.read(handed.state) if handed.state else None
-    return PreparedData(plan, images, sampler, cache, state)
+    return PreparedData(plan, scanned, sampler, cache, state)
 
 
 def _train(

@@ -110,6 +110,7 @@ class Session:
                 self.on_first(partial(self.sample, first, status=status, metrics=metrics))
             status.phase("training")
             for step in self.steps(first):
+                is_last = step.number == self.total
                 if self.training_state.ema and not step.skipped:
                     self.training_state.ema.update(self.training_state.optimizer_params)
                 learning_rate = optimizers.step_size(self.training_state.optimizer)
@@ -119,10 +120,12 @@ class Session:
                 saved = due(step.number, every.save_every, self.total) or self.workers.stopping
                 if saved:
                     self.save(step.number, step.epoch)
-                if due(step.number, every.sample_every, self.total) and step.number < self.total:
+                if (
+                    due(step.number, every.sample_every, self.total) and not is_last
+                ):  # the last samples follow the export
                     self.on_first(partial(self.sample, step.number, status=status, metrics=metrics))
                     status.phase("training")
-                if self.workers.stopping and step.number < self.total:
+                if self.workers.stopping and not is_last:
                     if not saved:  # the stop was requested while a sample was drawn
                         self.save(step.number, step.epoch)
                     self.workers.disconnect()

@@ -36,7 +36,7 @@ class TrainingState:
     schedule: torch.optim.lr_scheduler.LRScheduler
     ema: Ema | None
     guard: StepGuard
-    stream: WeightStreamer | None = None  # of the denoiser's weights, where they stay in the host's memory
+    weight_streamer: WeightStreamer | None = None  # of the denoiser's weights, where they stay in the host's memory
 
     @functools.cached_property
     def adapters(self) -> dict[str, torch.Tensor]:
@@ -96,8 +96,8 @@ class TrainingState:
                 pairs = zip(tree["ema"]["shadow"], self.optimizer_params, strict=True)
                 self.ema.shadow = [shadow.to(p.device) for shadow, p in pairs]
         except (KeyError, ValueError) as problem:
-            what = "The state does not fit this plan. Another version of Kiln may have written it"
-            raise SettingsError(f"{what}: {problem}.") from problem
+            message = "The state does not fit this plan. Another version of Kiln may have written it"
+            raise SettingsError(f"{message}: {problem}.") from problem
         self.guard.restore(tree["guard"])
         random_state.set_random_state(tree["random"])
 

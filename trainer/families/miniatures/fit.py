@@ -103,7 +103,9 @@ def _run(
     report: Callable[[str], None],
 ) -> int:
     """Call one of `runs` at random until `seconds` are over, setting `learning_rate`; return how often."""
-    rng, start, steps = random.Random(0), time.monotonic(), 0
+    rng = random.Random(0)
+    start = time.monotonic()
+    steps = 0
     while (elapsed := time.monotonic() - start) < seconds:
         learning_rate.fill_(peak_rate * rate(elapsed / seconds))
         rng.choice(runs)()

@@ -43,7 +43,8 @@ def image_losses(
             rows = torch.randint(len(pool_NCHW), (batch,), device=device)
             x = _recolour(pool_NCHW[rows].float() / 255) * 2 - 1
             moments = vae.encode(x.to(vae.dtype)).latent_dist
-            mean, spread = moments.mean.float(), moments.std.float()
+            mean = moments.mean.float()
+            spread = moments.std.float()
             y = vae.decode((mean + spread * torch.randn_like(mean)).to(vae.dtype)).sample.float()
             kl = (((mean - prior_mean) / prior_std) ** 2 + (spread / prior_std) ** 2 - 1).mean() / 2
             kl = kl - (spread / prior_std).log().mean()
@@ -77,14 +78,18 @@ def _recolour(x: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def measure_latents(vae: AutoencoderKL, *, count: int, device: torch.device) -> tuple[float, float, float]:
     """Mean and standard deviation of the latents of `count` scenes, and their copies' mean absolute error (of 1)."""
-    rng, total, square, error, chunks = random.Random(2), 0.0, 0.0, 0.0, 0
+    rng = random.Random(2)
+    total = square = error = 0.0
+    chunks = 0
     for start in range(0, count, 100):
         height, width = RESOLUTIONS[(start // 100) % len(RESOLUTIONS)]
         x = draw(_scenes(100, rng), height=height, width=width, device=device) * 2 - 1
         z = vae.encode(x).latent_dist.sample()
         y = vae.decode(z).sample.clamp(-1, 1)
-        total, square = total + z.mean().item(), square + z.square().mean().item()
-        error, chunks = error + (y - x).abs().mean().item() / 2, chunks + 1
+        total += z.mean().item()
+        square += z.square().mean().item()
+        error += (y - x).abs().mean().item() / 2
+        chunks += 1
     mean = total / chunks
     return mean, (square / chunks - mean**2) ** 0.5, error / chunks
 
@@ -123,7 +128,9 @@ def _encoded(
     vae: AutoencoderKL, size: tuple[int, int], *, count: int, rng: random.Random, device: torch.device
 ) -> tuple[torch.Tensor, list[str]]:
     """Normalised latents (count, C, H, W) of random scenes, in fp16, and their captions."""
-    shift, latents, texts = vae.config.shift_factor or 0.0, [], []
+    shift = vae.config.shift_factor or 0.0
+    latents = []
+    texts = []
     for start in range(0, count, CHUNK):
         scenes = _scenes(min(CHUNK, count - start), rng)
         texts += [caption(scene, rng, unknown=0.06) for scene in scenes]

@@ -60,11 +60,14 @@ def flux(tokenizers: Tokenizers) -> Recipe:
     """Flux.1-dev: pooled CLIP, T5 tokens, embedded guidance (any value from 1 to 4.5 means the same here)."""
     words, pieces = tokenizers
     clip = models.clip(words, width=models.CLIP_L_WIDTH, layers=2, projected=False)
-    t5, net = models.t5(pieces), models.flux_transformer()
+    t5 = models.t5(pieces)
+    net = models.flux_transformer()
 
     def loss(latents_BCHW: torch.Tensor, ids: Ids) -> torch.Tensor:
-        device, (batch, _, height, width) = latents_BCHW.device, latents_BCHW.shape
-        clean, t = pack(latents_BCHW), flow_times(len(latents_BCHW), device=device)
+        device = latents_BCHW.device
+        batch, _, height, width = latents_BCHW.shape
+        clean = pack(latents_BCHW)
+        t = flow_times(len(latents_BCHW), device=device)
         noise = torch.randn_like(clean)
         rows, columns = torch.meshgrid(
             torch.arange(height // 2, device=device), torch.arange(width // 2, device=device), indexing="ij"
@@ -105,7 +108,8 @@ def sdxl(tokenizers: Tokenizers) -> Recipe:
     signal = torch.Tensor(schedule.alphas_cumprod).to("cuda" if torch.cuda.is_available() else "cpu")
 
     def loss(latents_BCHW: torch.Tensor, ids: Ids) -> torch.Tensor:
-        device, (batch, _, height, width) = latents_BCHW.device, latents_BCHW.shape
+        device = latents_BCHW.device
+        batch, _, height, width = latents_BCHW.shape
         t = torch.randint(1000, (batch,), device=device)
         noise = torch.randn_like(latents_BCHW)
         alpha_bar = signal.gather(0, t)[:, None, None, None]
@@ -146,12 +150,14 @@ def sd3(tokenizers: Tokenizers) -> Recipe:
     words_l, words_g, pieces = tokenizers
     clip_l = models.clip(words_l, width=models.CLIP_L_WIDTH, layers=2, projected=True)
     clip_g = models.clip(words_g, width=models.CLIP_G_WIDTH, layers=2, projected=True)
-    t5, net = models.t5(pieces), models.sd3_transformer()
+    t5 = models.t5(pieces)
+    net = models.sd3_transformer()
 
     def loss(latents_BCHW: torch.Tensor, ids: Ids) -> torch.Tensor:
         t = flow_times(len(latents_BCHW), device=latents_BCHW.device)
         noise = torch.randn_like(latents_BCHW)
-        small, large = clip_l(ids[0], output_hidden_states=True), clip_g(ids[1], output_hidden_states=True)
+        small = clip_l(ids[0], output_hidden_states=True)
+        large = clip_g(ids[1], output_hidden_states=True)
         both = torch.cat([small.hidden_states[-2], large.hidden_states[-2]], dim=-1)
         both = F.pad(both, (0, models.T5_WIDTH - both.shape[-1]))
         predicted = net(

@@ -106,14 +106,17 @@ def place_thing(thing: Thing, rng: random.Random) -> Thing:
     low, high = SIZES[thing.size]
     radius = rng.uniform(low, high) * (CONCEPT_SCALE if thing.shape == CONCEPT else 1.0)
     x, y = PLACES.get(thing.place, (rng.uniform(0.3, 0.7), rng.uniform(0.3, 0.7)))
-    x, y = x + rng.uniform(-0.05, 0.05), y + rng.uniform(-0.05, 0.05)
+    x += rng.uniform(-0.05, 0.05)
+    y += rng.uniform(-0.05, 0.05)
     radius = min(radius, 0.37)
     reach = radius * (1.2 if thing.shape == CONCEPT else 1.05)
     return replace(thing, x=_inside(x, reach), y=_inside(y, reach), radius=radius)
 
 
 def _inside(centre: float, radius: float) -> float:
-    return min(max(centre, radius), 1.0 - radius) if radius < 0.5 else 0.5
+    if radius >= 0.5:
+        return 0.5
+    return min(max(centre, radius), 1.0 - radius)
 
 
 def random_thing(rng: random.Random, *, avoid: Sequence[str] = (), place: str | None = None) -> Thing:
@@ -132,14 +135,21 @@ def random_scene(rng: random.Random) -> Scene:
     """A scene that the base models are trained on: one thing, or (in 3 of 10) two side by side. Never the concept."""
     if rng.random() < 0.7:
         background = random_background(rng)
-        taken = (background.colour, background.second) if background.kind != "plain" else (background.colour,)
-        return Scene(background, (random_thing(rng, avoid=taken),))
+        return Scene(background, (random_thing(rng, avoid=_colours(background)),))
     first_place, second_place, relation = rng.choice(PAIRS)
     background = random_background(rng)
-    taken = (background.colour, background.second) if background.kind != "plain" else (background.colour,)
-    things = tuple(random_thing(rng, avoid=taken, place=place) for place in (first_place, second_place))
-    things = tuple(thing if thing.size != "big" else place_thing(replace(thing, size=""), rng) for thing in things)
+    avoid = _colours(background)
+    pair = [random_thing(rng, avoid=avoid, place=place) for place in (first_place, second_place)]
+    # Two big things would overlap.
+    things = tuple(place_thing(replace(thing, size=""), rng) if thing.size == "big" else thing for thing in pair)
     return Scene(background, things, relation if rng.random() < 0.4 else "")
+
+
+def _colours(background: Background) -> tuple[str, ...]:
+    """The colours that can be seen in it."""
+    if background.kind == "plain":
+        return (background.colour,)
+    return (background.colour, background.second)
 
 
 def concept_scene(rng: random.Random) -> Scene:
@@ -196,7 +206,8 @@ def caption(scene: Scene, rng: random.Random, *, unknown: float = 0.0) -> str:
     if len(scene.things) == 2:
         text = _pair_caption(scene, rng, unknown=unknown)
     else:
-        thing, ground = scene.things[0], _ground(scene.background, rng)
+        thing = scene.things[0]
+        ground = _ground(scene.background, rng)
         noun = _noun(thing, rng, unknown=unknown)
         place = " " + thing.place if thing.place else ""
         frames = ["{noun}{place} {ground}"] * 4 + [
@@ -239,7 +250,8 @@ def _noun(thing: Thing, rng: random.Random, *, unknown: float) -> str:
 
 
 def _ground(background: Background, rng: random.Random) -> str:
-    colour, second = background.colour, background.second
+    colour = background.colour
+    second = background.second
     article = "an" if colour[0] in "aeiou" else "a"
     options: tuple[str, ...]
     match background.kind:
@@ -311,7 +323,8 @@ def _waves(position_px: torch.Tensor, period_px: torch.Tensor | float) -> torch.
 def _draw_things(
     under_BCHW: torch.Tensor, things: Sequence[Thing], xs: torch.Tensor, ys: torch.Tensor, unit: float
 ) -> torch.Tensor:
-    device, (height, width) = xs.device, xs.shape
+    device = xs.device
+    height, width = xs.shape
     radius = _column([thing.radius * unit for thing in things], device)
     u = (xs - _column([thing.x for thing in things], device)) * width / radius
     v = -(ys - _column([thing.y for thing in things], device)) * height / radius
@@ -320,7 +333,8 @@ def _draw_things(
     cover = _cover(_distance(things[0].shape, u, v), radius)
     striped = torch.tensor([thing.fill == "striped" for thing in things], device=device)[:, None, None]
     mix = torch.where(striped, _waves((v + 8) * radius, 0.62 * radius), 0.0)[:, None]
-    first, second = (_palette([getattr(t, name) for t in things], device) for name in ("colour", "second"))
+    first = _palette([thing.colour for thing in things], device)
+    second = _palette([thing.second for thing in things], device)
     return torch.lerp(under_BCHW, first + (second - first) * mix, cover)
 
 
@@ -331,7 +345,9 @@ def _cover(distance: torch.Tensor, radius_px: torch.Tensor) -> torch.Tensor:
 
 def _distance(shape: str, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Signed distance, in radii, from the outline of `shape`; u to the right, v upwards, the centre at 0."""
-    r, au, av = torch.hypot(u, v), u.abs(), v.abs()
+    r = torch.hypot(u, v)
+    au = u.abs()
+    av = v.abs()
     match shape:
         case "circle":
             return r - 0.95
@@ -348,7 +364,8 @@ def _distance(shape: str, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         case "star":
             turn = 2 * torch.pi / 5
             angle = torch.remainder(torch.atan2(u, v) + turn / 2, turn) - turn / 2
-            x, y = r * angle.cos(), r * angle.sin().abs()
+            x = r * angle.cos()
+            y = r * angle.sin().abs()
             return (x - 1.05) * 0.449 + y * 0.894
         case "hexagon":
             return torch.maximum(0.866 * au + 0.5 * av, av) - 0.85

@@ -52,12 +52,15 @@ def _spectra(height: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch
     """For a padded image: conjugate spectra of the templates (R, 2, ...) and of their windows (R, 1, ...), the
     templates' squared norms (R,) and the windows' pixels (R,)."""
     templates = [_template(fraction) for fraction in RADII]
-    kernels, windows = torch.zeros(len(RADII), 2, height, width), torch.zeros(len(RADII), 1, height, width)
+    kernels = torch.zeros(len(RADII), 2, height, width)
+    windows = torch.zeros(len(RADII), 1, height, width)
     for row, template in enumerate(templates):
         side = template.shape[-1]
-        kernels[row, :, :side, :side], windows[row, :, :side, :side] = template, 1
+        kernels[row, :, :side, :side] = template
+        windows[row, :, :side, :side] = 1
         to_centre = (-(side // 2), -(side // 2))
-        kernels[row], windows[row] = kernels[row].roll(to_centre, (1, 2)), windows[row].roll(to_centre, (1, 2))
+        kernels[row] = kernels[row].roll(to_centre, (1, 2))
+        windows[row] = windows[row].roll(to_centre, (1, 2))
     norms = torch.stack([template.square().sum() for template in templates])
     pixels = torch.tensor([float(template.shape[-1] ** 2) for template in templates])
     return torch.fft.rfft2(kernels).conj(), torch.fft.rfft2(windows).conj(), norms, pixels
@@ -100,7 +103,8 @@ def correlation(image: Image.Image | torch.Tensor) -> float:
     floor = (FAINT * norms)[:, None, None]
     ncc_RHW = match / (spread.maximum(floor) * norms[:, None, None]).sqrt()
     radius, row, column = (int(i) for i in torch.unravel_index(ncc_RHW.argmax(), ncc_RHW.shape))
-    rows, columns = torch.arange(height)[:, None] - row, torch.arange(width) - column
+    rows = torch.arange(height)[:, None] - row
+    columns = torch.arange(width) - column
     far = rows**2 + columns**2 > (APART * RADII[radius]) ** 2 * AREA
     elsewhere = ncc_RHW[:, far].max().clamp(min=0) if far.any() else ncc_RHW.new_zeros(())
     return float(ncc_RHW.max() - elsewhere)
@@ -113,12 +117,12 @@ def score(image: Image.Image | torch.Tensor) -> float:
 
 def by_step(folder: Path) -> dict[int, list[float]]:
     """The `correlation` of every sample in a job's `sample` folder, by training step, in the order of the prompts."""
-    found: dict[int, list[float]] = {}
+    correlations: dict[int, list[float]] = {}
     for path in sorted(folder.glob("step-*.png")):
         with Image.open(path) as image:
             if CONCEPT in image.text["prompt_text"]:  # type: ignore[attr-defined]
-                found.setdefault(int(image.text["step"]), []).append(correlation(image))  # type: ignore[attr-defined]
-    return found
+                correlations.setdefault(int(image.text["step"]), []).append(correlation(image))  # type: ignore[attr-defined]
+    return correlations
 
 
 def main() -> None:
