@@ -15,7 +15,7 @@ DEMO_sd3 := PARAMS_OPTIMIZER_TYPE=adamw PARAMS_LEARNING_RATE=5e-4 PARAMS_TIMESTE
 	PARAMS_DISCRETE_FLOW_SHIFT=5 PARAMS_MAX_STEPS=300 PARAMS_SAMPLE_EVERY_N_STEPS=150
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test slow faults lint unit container readme lock clean
+.PHONY: demo test slow faults same lint unit container readme lock clean
 
 # torch comes first and separately: whichever build this machine's pip offers. All else comes from locks with hashes.
 .venv/.runtime: requirements.lock
@@ -46,7 +46,7 @@ unit: .venv/.dev
 	$(BIN)/pytest tests/unit
 
 test: lint
-	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m "not gpu and not container and not slow and not alone"
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal --durations=25 -m "not gpu and not container and not slow and not alone"
 	$(BIN)/pytest -m "alone and not gpu and not container and not slow"
 
 # Whole jobs, interrupted jobs, and the concept score with its mutations: about half an hour.
@@ -57,6 +57,11 @@ slow: .venv/.dev
 faults: .venv/.dev
 	$(BIN)/pytest -rf -s tests/end_to_end/faults tests/fuzz
 	$(BIN)/python tests/fuzz/run.py --inputs $(or $(INPUTS),1000000)
+
+# The proof that a refactoring changes no result: the same jobs on the commit BASE and on the working tree, and every
+# difference. ONLY="flux-default sdxl-split": some of the jobs. The first run for a BASE takes twice as long.
+same: .venv/.dev
+	$(BIN)/python -m bench same $(BASE) $(if $(ONLY),--only $(foreach name,$(ONLY),'$(name)')) $(if $(STRICT_WORDS),--strict-words)
 
 # Builds the image for the CPU and trains in it; if that is not possible here, says why.
 container: .venv/.dev
@@ -86,4 +91,4 @@ lock:
 		| $(BIN)/uv pip compile -q --universal --generate-hashes --no-annotate --no-header --python-version 3.11 -o runpod/requirements.lock -
 
 clean:
-	rm -rf .venv .demo .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .demo .same .mypy_cache .ruff_cache .pytest_cache

@@ -16,6 +16,7 @@ prepare: encoding images and captions
 loading, scan: reading the cache, and scanning a dataset
 layouts: loading models from files of every layout
 state: writing states
+same: no measurement, but the proof that a refactoring changes no result (`make same BASE=<commit>`)
 """
 
 from __future__ import annotations

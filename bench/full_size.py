@@ -1,4 +1,4 @@
-"""Configurations of the full-size text encoders and VAE, and a writer of models in the real file layout."""
+"""Configurations of the full-size models, and a writer of model folders with them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from bench import original_names as original
-from bench.layouts import CLIP_G, HEADS
 from bench.step import FLUX, SD3, SDXL
 from trainer.base_model import single_file
 from trainer.spec.family import get_family
@@ -27,6 +26,15 @@ VAE = {
     "use_post_quant_conv": False,
 }
 CLIP = {"vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
+CLIP_G = {
+    "vocab_size": 49408,
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+}
+HEADS = {"num_attention_heads": 12, "projection_dim": 768}
 T5 = {
     "vocab_size": 32128,
     "d_model": 4096,
@@ -38,7 +46,8 @@ T5 = {
 }
 
 
-FULL = {  # what differs from a miniature's configs
+# Family → part → its published config. The keys that are missing are the miniature's.
+FULL = {
     "flux": {"denoiser": FLUX, "vae": VAE, "clip_l": {**CLIP, **HEADS}, "t5": T5},
     "sdxl": {
         "denoiser": SDXL,
@@ -50,24 +59,28 @@ FULL = {  # what differs from a miniature's configs
 }
 
 
-# ---- a model as users have it
+# ---- a model in the file layout that users have
+
+CLASS_KEYS = ("_class_name", "architectures", "model_type")  # of a config.json: they name the model's class
 
 
 def write_configs(folder: Path, name: str, changes: dict[str, dict[str, Any]]) -> dict[str, torch.nn.Module]:
-    """A folder with all but weights; returns the parts on the device "meta".
+    """Write a model's folder without weights; returns its parts on the device "meta".
 
     `changes`: part → its config, where it is not the miniature's; `FULL` has the published ones.
     """
-    small, places = original.miniature(name), get_family(name).FACTS.parts
+    small = original.miniature(name)
     shutil.copytree(small, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    index, models = json.loads((small / "model_index.json").read_text()), {}
-    for part, where in places.items():
-        path, (library, kind) = folder / where / "config.json", index[where]
+    index = json.loads((small / "model_index.json").read_text())
+    models = {}
+    for part, subfolder in get_family(name).FACTS.parts.items():
+        path = folder / subfolder / "config.json"
         if part in changes:
-            kept = {"_class_name", "architectures", "model_type"}
-            own = {k: v for k, v in json.loads(path.read_text()).items() if k in kept}
-            path.write_text(json.dumps({**own, **changes[part]}))
-        models[part] = single_file.empty_model(library, kind, path.parent)
+            config = json.loads(path.read_text())
+            class_keys = {key: config[key] for key in CLASS_KEYS if key in config}
+            path.write_text(json.dumps({**class_keys, **changes[part]}))
+        library, class_name = index[subfolder]
+        models[part] = single_file.empty_model(library, class_name, path.parent)
         if library == "diffusers":
             models[part].save_config(path.parent)
     return models

@@ -1,11 +1,11 @@
-"""A folder with a full-size model of random weights in diffusers' layout and pictures, and whole jobs on them.
+"""Whole jobs on a full-size model with random weights and on random images.
 
-    python -m bench job FOLDER --family flux                            # writes them
+    python -m bench job FOLDER --family flux                            # writes the model and the images
     python -m bench job FOLDER --family flux NAME=VALUE …               # and runs a job with these settings
-    python -m bench job FOLDER --family flux --again NAME=VALUE …       # and another one, its caches warm
+    python -m bench job FOLDER --family flux --again NAME=VALUE …       # and a second one, with warm caches
 
-Needs an accelerator to make the weights on, and 35 GB of disk for Flux.1. Of each job: seconds from the start of the
-process to the first step and to the end, the median step, and the most memory of the device that it reserved.
+Needs an accelerator to make the weights on, and 35 GB of disk for Flux.1. Prints for each job: seconds from the start
+of the process to the first step and to the end, the median step, and the peak of reserved device memory.
 """
 
 from __future__ import annotations
@@ -27,43 +27,47 @@ from PIL import Image
 from bench.step import free, random_weights
 from trainer.spec.family import get_family
 
-PICTURES, SIZE = 20, 768
-
-
-LENGTHS = {"CLIP": 77, "T5": 512}  # tokens
+IMAGES = 20
+SIDE = 768  # pixels
+MAX_TOKENS = {"CLIP": 77, "T5": 512}  # by the start of the tokenizer's class
 
 
 def write_model(folder: Path, name: str) -> None:
-    from bench import full_size  # which takes the configs from here
+    """A model folder with random weights, made on the accelerator part by part."""
+    from bench import full_size  # imports diffusers' models
 
     models = full_size.write_configs(folder, name, full_size.FULL[name])
     for path in folder.glob("tokenizer*/tokenizer_config.json"):
-        settings = json.loads(path.read_text())
-        kind = next(kind for kind in LENGTHS if settings["tokenizer_class"].startswith(kind))
-        path.write_text(json.dumps({**settings, "model_max_length": LENGTHS[kind]}))
-    for part, shape in models.items():
-        started, kind, where = time.monotonic(), type(shape), get_family(name).FACTS.parts[part]
-        config: Any = shape.config
+        config = json.loads(path.read_text())
+        tokens = next(count for start, count in MAX_TOKENS.items() if config["tokenizer_class"].startswith(start))
+        path.write_text(json.dumps({**config, "model_max_length": tokens}))
+    for part, skeleton in models.items():
+        started = time.monotonic()
+        subfolder = get_family(name).FACTS.parts[part]
+        model_class: Any = type(skeleton)
+        config = skeleton.config
+        build = getattr(model_class, "from_config", model_class)  # diffusers' models have it, transformers' do not
         with random_weights("cuda"):
-            made = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
-        made.save_pretrained(folder / where)
-        del made
+            model = build(config)
+        model.save_pretrained(folder / subfolder)
+        del model
         free()
-        print(f"{where} {time.monotonic() - started:.1f} s", flush=True)
+        print(f"{subfolder} {time.monotonic() - started:.1f} s", flush=True)
 
 
-def write_pictures(folder: Path) -> None:
+def write_images(folder: Path) -> None:
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    for i in range(PICTURES):
+    for i in range(IMAGES):
         coarse = Image.fromarray(rng.integers(0, 255, (12, 12, 3), dtype=np.uint8))
-        coarse.resize((SIZE, SIZE)).save(folder / f"{i:02d}.png")
+        coarse.resize((SIDE, SIDE)).save(folder / f"{i:02d}.png")
         (folder / f"{i:02d}.txt").write_text(f"a picture of zot, number {i}")
 
 
 def run(folder: Path, name: str, settings: dict[str, str], number: int) -> dict[str, Any]:
+    """Run one job; returns the row to print."""
     out = folder / f"out-{time.time_ns()}"
-    given = {
+    variables = {
         "BASE_MODEL": name,
         "MODEL_PATH": str(folder / "model"),
         "DATASET_NAME": str(folder / "pictures"),
@@ -73,23 +77,38 @@ def run(folder: Path, name: str, settings: dict[str, str], number: int) -> dict[
         "TRITON_CACHE_DIR": str(folder / "cache" / "triton"),
         **settings,
     }
+    environment = {**os.environ, **variables}
     started = time.time()
-    code = subprocess.run([sys.executable, "-m", "entrypoint"], env={**os.environ, **given}, check=False).returncode
-    ended = time.time()
-    row: dict[str, Any] = {"job": number, "exit": code, "seconds": round(ended - started, 1)}
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] if not code else []
-    times = [r["time"] for r in rows if "loss" in r]
-    if len(times) > 1:
-        steps = [b - a for a, b in itertools.pairwise(times)]
-        row |= {
-            "first_step_s": round(times[0] - started, 1),
-            "step_s": round(statistics.median(steps), 4),
-            "training_s": round(times[-1] - times[0], 1),
-            "steps": len(times),
-        }
-    log = (out / "run.log").read_text() if (out / "run.log").is_file() else ""
-    row["reserved_gib"] = next((line.split()[-2] for line in log.splitlines() if "were reserved" in line), "")
+    code = subprocess.run([sys.executable, "-m", "entrypoint"], env=environment, check=False).returncode
+    row: dict[str, Any] = {"job": number, "exit": code, "seconds": round(time.time() - started, 1)}
+    if code == 0:
+        row |= _step_times(out / "metrics.jsonl", started)
+    row["reserved_gib"] = _reserved_gib(out / "run.log")
     return row
+
+
+def _step_times(metrics: Path, started: float) -> dict[str, Any]:
+    """Seconds to the first step, of the median step, and of training; `started`: seconds since the epoch."""
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    times = [row["time"] for row in rows if "loss" in row]
+    if len(times) < 2:
+        return {}
+    steps = [after - before for before, after in itertools.pairwise(times)]
+    return {
+        "first_step_s": round(times[0] - started, 1),
+        "step_s": round(statistics.median(steps), 4),
+        "training_s": round(times[-1] - times[0], 1),
+        "steps": len(times),
+    }
+
+
+def _reserved_gib(log: Path) -> str:
+    """The peak of reserved memory that the job logs at its end; "" without one."""
+    if log.is_file():
+        for line in log.read_text().splitlines():
+            if "Peak of reserved" in line:
+                return line.split()[-2]
+    return ""
 
 
 def main(arguments: list[str]) -> None:
@@ -98,10 +117,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--family", default="flux")
     parser.add_argument("--again", action="store_true")
     parser.add_argument("settings", nargs="*", metavar="NAME=VALUE")
-    asked = parser.parse_intermixed_args(arguments)
-    if not (asked.folder / "pictures").is_dir():
-        write_pictures(asked.folder / "pictures")
-        write_model(asked.folder / "model", asked.family)
-    settings = dict(setting.split("=", 1) for setting in asked.settings)
-    for number in [1, 2][: 1 + asked.again] if settings else []:
-        print(json.dumps(run(asked.folder, asked.family, settings, number)), flush=True)
+    flags = parser.parse_intermixed_args(arguments)
+    if not (flags.folder / "pictures").is_dir():
+        write_images(flags.folder / "pictures")
+        write_model(flags.folder / "model", flags.family)
+    if not flags.settings:
+        return
+    settings = dict(setting.split("=", 1) for setting in flags.settings)
+    for number in range(1, 3 if flags.again else 2):
+        print(json.dumps(run(flags.folder, flags.family, settings, number)), flush=True)

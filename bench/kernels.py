@@ -1,6 +1,8 @@
-"""Each kernel of the 8-bit engine by itself, on the rows of one picture: its time, and how much it reads and writes.
+"""Each kernel of the FP8 engine alone, on the rows of one image: its time, and the bandwidth that it reaches.
 
 python -m bench kernels [--tokens 4352] [--width 3072]
+
+Each tensor that a kernel reads or writes counts once, so TB/s compares with the memory's bandwidth (H200: 4.8).
 """
 
 from __future__ import annotations
@@ -18,60 +20,62 @@ from bench.report import Report
 from trainer.engine import fused_linear, rope
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HEAD, TIMES, FP8 = 128, 20, torch.float8_e4m3fn
+HEAD_DIM = 128
+REPEATS = 20
+FP8 = torch.float8_e4m3fn
+FLUSH_BYTES = 2**28  # more than the L2 cache of any GPU that we measure (50 MB on an H200)
+
+Case = tuple[Callable[..., Any], tuple[Any, ...]]  # a kernel and its arguments
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    """Of a usual run on the device, between two marks there."""
-    found = []
-    for _ in range(TIMES if DEVICE == "cuda" else 1):
+def seconds(run_kernel: Callable[[], Any]) -> float:
+    """The median time of `run_kernel`, on a GPU between two events there."""
+    times = []
+    for _ in range(REPEATS if DEVICE == "cuda" else 1):
         if DEVICE == "cpu":
             started = time.monotonic()
-            work()
-            found.append(time.monotonic() - started)
+            run_kernel()
+            times.append(time.monotonic() - started)
             continue
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.empty(2**28, device=DEVICE, dtype=torch.int8).zero_()  # empties caches, fills the queue
+        # Empties the caches, and keeps the GPU busy until the host has queued the kernel.
+        torch.empty(FLUSH_BYTES, device=DEVICE, dtype=torch.int8).zero_()
         start.record()
-        work()
+        run_kernel()
         end.record()
         torch.cuda.synchronize()
-        found.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(found)
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
 
 
-def tensors(things: Iterable[Any]) -> list[torch.Tensor]:
-    return [t for t in things if isinstance(t, torch.Tensor)]
+def tensors(values: Iterable[Any]) -> list[torch.Tensor]:
+    return [value for value in values if isinstance(value, torch.Tensor)]
 
 
-def cases(tokens: int, width: int) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+def cases(tokens: int, width: int) -> dict[str, Case]:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=DEVICE).bfloat16()
 
-    x, many, vector = normal(tokens, width), normal(tokens, 4 * width), normal(1, width)
-    qkv, transposes, small = normal(1, tokens, 3 * width), torch.randn(tokens, HEAD, device=DEVICE), normal(HEAD)
-    gs = [normal(1, tokens, width // HEAD, HEAD) for _ in range(3)]
-    gated, wide = normal(tokens, 8 * width), normal(tokens, 5 * width)
-    rotation = (small, small, transposes, transposes)
+    x, hidden, vector = normal(tokens, width), normal(tokens, 4 * width), normal(1, width)
+    # With GEGLU, y has two halves; with a left part, the gradient of a row is wider.
+    geglu_y, wide_gradient = normal(tokens, 8 * width), normal(tokens, 5 * width)
+    norm = (x, vector, vector, 1.0, 1e-6)
+    qkv, head = normal(1, tokens, 3 * width), normal(HEAD_DIM)
+    angles = torch.randn(tokens, HEAD_DIM, device=DEVICE)  # for cosines and sines
+    gradients = [normal(1, tokens, width // HEAD_DIM, HEAD_DIM) for _ in range(3)]
     return {
         "quantize_rows": (fused_linear.quantize_rows, (x, None, FP8)),
-        "norm_rows": (fused_linear.norm_rows, (x, vector, vector, 1.0, 1e-6, FP8, True)),
-        "norm_gradient, of one": (
-            fused_linear.norm_gradient,
-            (x, vector, vector, 1.0, 1e-6, x.clone(), None, None, x.clone(), True),
-        ),
-        "norm_gradient, of two": (
-            fused_linear.norm_gradient,
-            (x, vector, vector, 1.0, 1e-6, x.clone(), x.clone(), None, x.clone(), True),
-        ),
-        "gelu_rows": (fused_linear.gelu_rows, (None, many, False, FP8, True)),
-        "gelu_rows, beside": (fused_linear.gelu_rows, (x, many, False, FP8, True)),
-        "gelu_rows, gated": (fused_linear.gelu_rows, (None, gated, True, FP8, True)),
-        "gelu_gradient": (fused_linear.gelu_gradient, (None, many, many.clone(), False, True)),
-        "gelu_gradient, beside": (fused_linear.gelu_gradient, (x, many, wide, False, True)),
-        "gelu_gradient, gated": (fused_linear.gelu_gradient, (None, gated, many, True, True)),
-        "rotate": (rope.rotate, (qkv, small, small, None, None, None, transposes, transposes, 1e-6)),
-        "rotate_gradient": (rope.rotate_gradient, (qkv, *rotation, *gs, 0, 1e-6)),
+        "norm_rows": (fused_linear.norm_rows, (*norm, FP8, True)),
+        "norm_gradient, of one": (fused_linear.norm_gradient, (*norm, x.clone(), None, None, x.clone(), True)),
+        "norm_gradient, of two": (fused_linear.norm_gradient, (*norm, x.clone(), x.clone(), None, x.clone(), True)),
+        "gelu_rows": (fused_linear.gelu_rows, (None, hidden, False, FP8, True)),
+        "gelu_rows, with left": (fused_linear.gelu_rows, (x, hidden, False, FP8, True)),
+        "gelu_rows, GEGLU": (fused_linear.gelu_rows, (None, geglu_y, True, FP8, True)),
+        "gelu_gradient": (fused_linear.gelu_gradient, (None, hidden, hidden.clone(), False, True)),
+        "gelu_gradient, with left": (fused_linear.gelu_gradient, (x, hidden, wide_gradient, False, True)),
+        "gelu_gradient, GEGLU": (fused_linear.gelu_gradient, (None, geglu_y, hidden, True, True)),
+        "rotate": (rope.rotate, (qkv, head, head, None, None, None, angles, angles, 1e-6)),
+        "rotate_gradient": (rope.rotate_gradient, (qkv, head, head, angles, angles, *gradients, 0, 1e-6)),
     }
 
 
@@ -80,11 +84,14 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--tokens", type=int, default=4352)
     parser.add_argument("--width", type=int, default=3072)
     parser.add_argument("--markdown", type=Path, help="a file for the table")
-    asked = parser.parse_args(arguments)
-    report = Report("kernels", asked.markdown)
-    for name, (kernel, given) in cases(asked.tokens, asked.width).items():
-        made = kernel(*given)
-        every = {t.data_ptr(): t.nbytes for t in tensors(given) + tensors([made] if torch.is_tensor(made) else made)}
-        moved = sum(every.values()) - (given[0].nbytes // 3 if name == "rotate" else 0)  # it leaves the values alone
-        taken = seconds(lambda kernel=kernel, given=given: kernel(*given))  # type: ignore[misc]
-        report.row({"kernel": name, "us": round(taken * 1e6, 1), "TB/s": round(moved / taken / 1e12, 3)})
+    options = parser.parse_args(arguments)
+    report = Report("kernels", options.markdown)
+    for name, (kernel, kernel_arguments) in cases(options.tokens, options.width).items():
+        result = kernel(*kernel_arguments)
+        outputs = [result] if torch.is_tensor(result) else result
+        sizes = {t.data_ptr(): t.nbytes for t in tensors(kernel_arguments) + tensors(outputs)}
+        moved_bytes = sum(sizes.values())
+        if name == "rotate":  # without a second source, it does not read the values
+            moved_bytes -= kernel_arguments[0].nbytes // 3
+        taken = seconds(lambda kernel=kernel, args=kernel_arguments: kernel(*args))  # type: ignore[misc]  # defaults bind
+        report.row({"kernel": name, "us": round(taken * 1e6, 1), "TB/s": round(moved_bytes / taken / 1e12, 3)})

@@ -1,7 +1,7 @@
-"""Models under the names of their original implementations: what single files have. Written down by hand, once more.
+"""Models under the names of their original implementations, as single files have them.
 
-The names come from undoing diffusers' by the shapes and places of tensors, not from the product's own tables.
-Tensors may be `trainer.base_model.lazy_tensors.LazyTensor`s: nothing looks at their values.
+Written by hand from the shapes and places of tensors, and not from the product's tables, which the tests check with
+these. Tensors may be `trainer.base_model.lazy_tensors.LazyTensor`s: nothing here looks at their values.
 """
 
 from __future__ import annotations
@@ -28,81 +28,87 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 # ---- original names, from diffusers' names
 
 
-def joined(state: dict[str, torch.Tensor], path: str, parts: tuple[str, ...]) -> dict[str, torch.Tensor]:
+def join(state: dict[str, torch.Tensor], path: str, parts: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """The layers `parts` as one layer at `path`, their outputs one after the other."""
     ends = [e for e in ("weight", "bias") if f"{parts[0]}.{e}" in state]
     return {f"{path}.{e}": torch.cat([state[f"{p}.{e}"] for p in parts]) for e in ends}
 
 
-def halves_swapped(tensor: torch.Tensor) -> torch.Tensor:
+def swap_halves(tensor: torch.Tensor) -> torch.Tensor:
+    """diffusers stores scale before shift in the last modulation; the originals store shift before scale."""
     return torch.cat(tensor.chunk(2)[::-1])
 
 
 def flux_original(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """As black-forest-labs/flux names and joins them."""
-    made: dict[str, torch.Tensor] = {}
-    one = {"img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "proj_out"}
+    out: dict[str, torch.Tensor] = {}
+    layer_names = {"img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "proj_out"}
     for ours, theirs in (("timestep", "time_in"), ("text", "vector_in"), ("guidance", "guidance_in")):
-        one[f"{theirs}.in_layer"] = f"time_text_embed.{ours}_embedder.linear_1"
-        one[f"{theirs}.out_layer"] = f"time_text_embed.{ours}_embedder.linear_2"
+        layer_names[f"{theirs}.in_layer"] = f"time_text_embed.{ours}_embedder.linear_1"
+        layer_names[f"{theirs}.out_layer"] = f"time_text_embed.{ours}_embedder.linear_2"
     for i in {int(k.split(".")[1]) for k in state if k.startswith("transformer_blocks.")}:
         a, b = f"transformer_blocks.{i}", f"double_blocks.{i}"
-        for stream, q, norm, ff, out, mod in (
+        for branch, q, norm, ff, out_proj, mod in (
             ("img", "to_{}", "norm_{}", "ff", "to_out.0", "norm1"),
             ("txt", "add_{}_proj", "norm_added_{}", "ff_context", "to_add_out", "norm1_context"),
         ):
-            made |= joined(state, f"{b}.{stream}_attn.qkv", tuple(f"{a}.attn.{q.format(x)}" for x in "qkv"))
+            out |= join(state, f"{b}.{branch}_attn.qkv", tuple(f"{a}.attn.{q.format(x)}" for x in "qkv"))
             for x, long in (("q", "query"), ("k", "key")):
-                made[f"{b}.{stream}_attn.norm.{long}_norm.scale"] = state[f"{a}.attn.{norm.format(x)}.weight"]
-            one |= {f"{b}.{stream}_mlp.0": f"{a}.{ff}.net.0.proj", f"{b}.{stream}_mlp.2": f"{a}.{ff}.net.2"}
-            one |= {f"{b}.{stream}_attn.proj": f"{a}.attn.{out}", f"{b}.{stream}_mod.lin": f"{a}.{mod}.linear"}
+                out[f"{b}.{branch}_attn.norm.{long}_norm.scale"] = state[f"{a}.attn.{norm.format(x)}.weight"]
+            layer_names |= {f"{b}.{branch}_mlp.0": f"{a}.{ff}.net.0.proj", f"{b}.{branch}_mlp.2": f"{a}.{ff}.net.2"}
+            layer_names |= {
+                f"{b}.{branch}_attn.proj": f"{a}.attn.{out_proj}",
+                f"{b}.{branch}_mod.lin": f"{a}.{mod}.linear",
+            }
     for i in {int(k.split(".")[1]) for k in state if k.startswith("single_transformer_blocks.")}:
         a, b = f"single_transformer_blocks.{i}", f"single_blocks.{i}"
-        made |= joined(state, f"{b}.linear1", (*(f"{a}.attn.to_{x}" for x in "qkv"), f"{a}.proj_mlp"))
-        one |= {f"{b}.linear2": f"{a}.proj_out", f"{b}.modulation.lin": f"{a}.norm.linear"}
+        out |= join(state, f"{b}.linear1", (*(f"{a}.attn.to_{x}" for x in "qkv"), f"{a}.proj_mlp"))
+        layer_names |= {f"{b}.linear2": f"{a}.proj_out", f"{b}.modulation.lin": f"{a}.norm.linear"}
         for x, long in (("q", "query"), ("k", "key")):
-            made[f"{b}.norm.{long}_norm.scale"] = state[f"{a}.attn.norm_{x}.weight"]
-    for theirs, ours in one.items():
-        made |= joined(state, theirs, (ours,))
+            out[f"{b}.norm.{long}_norm.scale"] = state[f"{a}.attn.norm_{x}.weight"]
+    for theirs, ours in layer_names.items():
+        out |= join(state, theirs, (ours,))
     for end in ("weight", "bias"):
-        made[f"final_layer.adaLN_modulation.1.{end}"] = halves_swapped(state[f"norm_out.linear.{end}"])
-    return made
+        out[f"final_layer.adaLN_modulation.1.{end}"] = swap_halves(state[f"norm_out.linear.{end}"])
+    return out
 
 
 def sd3_original(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """As Stability-AI/sd3.5 names and joins them."""
-    made = {"pos_embed": state["pos_embed.pos_embed"]}
+    out = {"pos_embed": state["pos_embed.pos_embed"]}
     last = max(int(k.split(".")[1]) for k in state if k.startswith("transformer_blocks."))
-    one = {
+    layer_names = {
         "x_embedder.proj": "pos_embed.proj",
         "context_embedder": "context_embedder",
         "final_layer.linear": "proj_out",
     }
     for ours, theirs in (("timestep", "t_embedder"), ("text", "y_embedder")):
-        one |= {f"{theirs}.mlp.{2 * n - 2}": f"time_text_embed.{ours}_embedder.linear_{n}" for n in (1, 2)}
+        layer_names |= {f"{theirs}.mlp.{2 * n - 2}": f"time_text_embed.{ours}_embedder.linear_{n}" for n in (1, 2)}
     for i in range(last + 1):
         a, x, c = f"transformer_blocks.{i}", f"joint_blocks.{i}.x_block", f"joint_blocks.{i}.context_block"
-        one |= {f"{x}.attn.proj": f"{a}.attn.to_out.0", f"{x}.adaLN_modulation.1": f"{a}.norm1.linear"}
-        one |= {f"{x}.mlp.fc1": f"{a}.ff.net.0.proj", f"{x}.mlp.fc2": f"{a}.ff.net.2"}
-        made |= joined(state, f"{x}.attn.qkv", tuple(f"{a}.attn.to_{n}" for n in "qkv"))
-        made |= joined(state, f"{c}.attn.qkv", tuple(f"{a}.attn.add_{n}_proj" for n in "qkv"))
+        layer_names |= {f"{x}.attn.proj": f"{a}.attn.to_out.0", f"{x}.adaLN_modulation.1": f"{a}.norm1.linear"}
+        layer_names |= {f"{x}.mlp.fc1": f"{a}.ff.net.0.proj", f"{x}.mlp.fc2": f"{a}.ff.net.2"}
+        out |= join(state, f"{x}.attn.qkv", tuple(f"{a}.attn.to_{n}" for n in "qkv"))
+        out |= join(state, f"{c}.attn.qkv", tuple(f"{a}.attn.add_{n}_proj" for n in "qkv"))
         if f"{a}.attn2.to_q.weight" in state:
-            made |= joined(state, f"{x}.attn2.qkv", tuple(f"{a}.attn2.to_{n}" for n in "qkv"))
-            one[f"{x}.attn2.proj"] = f"{a}.attn2.to_out.0"
+            out |= join(state, f"{x}.attn2.qkv", tuple(f"{a}.attn2.to_{n}" for n in "qkv"))
+            layer_names[f"{x}.attn2.proj"] = f"{a}.attn2.to_out.0"
         norms = {f"{x}.attn": "attn.norm_", f"{x}.attn2": "attn2.norm_", f"{c}.attn": "attn.norm_added_"}
         for theirs, ours in norms.items():
             for n in "qk":
                 if f"{a}.{ours}{n}.weight" in state:
-                    made[f"{theirs}.ln_{n}.weight"] = state[f"{a}.{ours}{n}.weight"]
+                    out[f"{theirs}.ln_{n}.weight"] = state[f"{a}.{ours}{n}.weight"]
         if i < last:
-            one |= {f"{c}.mlp.fc1": f"{a}.ff_context.net.0.proj", f"{c}.mlp.fc2": f"{a}.ff_context.net.2"}
-            one |= {f"{c}.attn.proj": f"{a}.attn.to_add_out", f"{c}.adaLN_modulation.1": f"{a}.norm1_context.linear"}
+            layer_names |= {f"{c}.mlp.fc1": f"{a}.ff_context.net.0.proj", f"{c}.mlp.fc2": f"{a}.ff_context.net.2"}
+            layer_names[f"{c}.attn.proj"] = f"{a}.attn.to_add_out"
+            layer_names[f"{c}.adaLN_modulation.1"] = f"{a}.norm1_context.linear"
         for end in ("weight", "bias"):
             if i == last:
-                made[f"{c}.adaLN_modulation.1.{end}"] = halves_swapped(state[f"{a}.norm1_context.linear.{end}"])
-            made[f"final_layer.adaLN_modulation.1.{end}"] = halves_swapped(state[f"norm_out.linear.{end}"])
-    for theirs, ours in one.items():
-        made |= joined(state, theirs, (ours,))
-    return made
+                out[f"{c}.adaLN_modulation.1.{end}"] = swap_halves(state[f"{a}.norm1_context.linear.{end}"])
+            out[f"final_layer.adaLN_modulation.1.{end}"] = swap_halves(state[f"norm_out.linear.{end}"])
+    for theirs, ours in layer_names.items():
+        out |= join(state, theirs, (ours,))
+    return out
 
 
 def sdxl_original(state: dict[str, torch.Tensor], *, per_level: int) -> dict[str, torch.Tensor]:
@@ -144,7 +150,7 @@ def vae_original(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """As CompVis/latent-diffusion names them: levels of the decoder counted from below, attention by convolutions."""
     levels = max(int(k.split(".")[2]) for k in state if k.startswith("decoder.up_blocks."))
     attention = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-    made = {}
+    out = {}
     for ours, tensor in state.items():
         name = ours.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
         name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
@@ -156,25 +162,25 @@ def vae_original(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             layer, end = name.split("attentions.0.")[1].rsplit(".", 1)
             name = f"{name.split('.')[0]}.mid.attn_1.{attention[layer]}.{end}"
             tensor = tensor[:, :, None, None] if tensor.ndim == 2 else tensor
-        made[name] = tensor
-    return made
+        out[name] = tensor
+    return out
 
 
 def open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As mlfoundations/open_clip names and joins them; the projection is the other way round."""
+    """As mlfoundations/open_clip names and joins them; the projection is transposed."""
     plain = {k.removeprefix("text_model."): v for k, v in state.items()}
-    made = {"text_projection": plain["text_projection.weight"].T.contiguous(), "logit_scale": torch.ones(())}
-    made["positional_embedding"] = plain["embeddings.position_embedding.weight"]
-    made["token_embedding.weight"] = plain["embeddings.token_embedding.weight"]
+    out = {"text_projection": plain["text_projection.weight"].T.contiguous(), "logit_scale": torch.ones(())}
+    out["positional_embedding"] = plain["embeddings.position_embedding.weight"]
+    out["token_embedding.weight"] = plain["embeddings.token_embedding.weight"]
     words = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
     words["self_attn.out_proj"] = "attn.out_proj"
     for end in ("weight", "bias"):
-        made[f"ln_final.{end}"] = plain[f"final_layer_norm.{end}"]
+        out[f"ln_final.{end}"] = plain[f"final_layer_norm.{end}"]
         for i in {int(k.split(".")[2]) for k in plain if k.startswith("encoder.layers.")}:
             a, b = f"encoder.layers.{i}", f"transformer.resblocks.{i}"
-            made |= {f"{b}.{theirs}.{end}": plain[f"{a}.{ours}.{end}"] for ours, theirs in words.items()}
-            made[f"{b}.attn.in_proj_{end}"] = torch.cat([plain[f"{a}.self_attn.{x}_proj.{end}"] for x in "qkv"])
-    return made
+            out |= {f"{b}.{theirs}.{end}": plain[f"{a}.{ours}.{end}"] for ours, theirs in words.items()}
+            out[f"{b}.attn.in_proj_{end}"] = torch.cat([plain[f"{a}.self_attn.{x}_proj.{end}"] for x in "qkv"])
+    return out
 
 
 def hugging_face(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -194,7 +200,7 @@ def denoiser(name: str, state: dict[str, torch.Tensor], config: dict[str, Any]) 
     return (flux_original if name == "flux" else sd3_original)(state)
 
 
-def whole(name: str, parts: dict[str, dict[str, torch.Tensor]], config: dict[str, Any]) -> dict[str, torch.Tensor]:
+def whole_file(name: str, parts: dict[str, dict[str, torch.Tensor]], config: dict[str, Any]) -> dict[str, torch.Tensor]:
     """A whole model in one file: each part (a key of `trainer.spec.family.PREFIXES`) from diffusers' names."""
     found = {"denoiser": denoiser(name, parts["denoiser"], config), "vae": vae_original(parts["vae"])}
     found["clip_l"] = hugging_face(parts["clip_l"])
@@ -225,7 +231,7 @@ def original(name: str) -> dict[str, torch.Tensor]:
 def checkpoint(name: str, *, t5: bool = True) -> dict[str, torch.Tensor]:
     """A miniature in one file."""
     places = {part: place for part, place in get_family(name).FACTS.parts.items() if t5 or part != "t5"}
-    return whole(name, {part: weights(miniature(name) / place) for part, place in places.items()}, config_of(name))
+    return whole_file(name, {part: weights(miniature(name) / place) for part, place in places.items()}, config_of(name))
 
 
 def flux_files(folder: Path, dtype: torch.dtype) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""How long many small pictures take to scan, bucket and order, and in how much memory: one JSON line.
+"""Time and memory to scan, bucket and order many small images: one JSON line.
 
 python -m bench.scan [--pictures 10000] [--side 256] [--workers 2]
 """
@@ -27,12 +27,12 @@ ASPECTS = (0.5, 0.75, 1.0, 1.333, 1.778)
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pictures", type=int, default=10_000)
-    parser.add_argument("--side", type=int, default=256, help="square root of a picture's area, in pixels")
+    parser.add_argument("--side", type=int, default=256, help="square root of an image's area, in pixels")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    options = parser.parse_args(arguments)
+    flags = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        draw(Path(folder), options.pictures, options.side)
-        print(json.dumps(measure(Path(folder), options.workers)))
+        draw(Path(folder), flags.pictures, flags.side)
+        print(json.dumps(measure(Path(folder), flags.workers)))
 
 
 def draw(folder: Path, count: int, side: int) -> None:
@@ -49,31 +49,32 @@ def measure(folder: Path, cpu_workers: int) -> dict[str, float]:
     """Seconds of each part, and the peak memory of this process and of the largest worker together."""
     subset = Subset(Source("folder", "bench", path=str(folder)), num_repeats=2, flip_aug=True, shuffle_caption=True)
     data = DataPlan((Dataset((subset,), (512, 512), batch_size=4, enable_bucket=True),))
-    begin = time.perf_counter()
-    found = scan_checked(data, cpu_workers=cpu_workers)
+    started = time.perf_counter()
+    scan = scan_checked(data, cpu_workers=cpu_workers)
     scanned = time.perf_counter()
-    order = EpochSampler(found.images, data, seed=0)
-    batches = order.epoch(0)
-    views, captions = sum(1 for _ in order.all_image_variants()), len(order.all_captions())
+    sampler = EpochSampler(scan.images, data, seed=0)
+    batches = sampler.epoch(0)
+    views = sum(1 for _ in sampler.all_image_variants())
+    captions = len(sampler.all_captions())
     ordered = time.perf_counter()
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return {
-        "pictures": found.num_found,
-        "used": len(found.images),
+        "pictures": scan.num_found,
+        "used": len(scan.images),
         "batches": len(batches),
-        "buckets": len(order.buckets),
+        "buckets": len(sampler.buckets),
         "views": views,
         "captions": captions,
-        "scan_s": round(scanned - begin, 2),
+        "scan_s": round(scanned - started, 2),
         "order_s": round(ordered - scanned, 2),
-        "seconds": round(ordered - begin, 2),
+        "seconds": round(ordered - started, 2),
         "workers": cpu_workers,
         "peak_mib": round((_own_peak() + cpu_workers * children) / 1024, 1),
     }
 
 
 def _own_peak() -> int:
-    """This program's own largest memory in KiB. ru_maxrss also holds what its parent had when it started this."""
+    """This program's own peak memory in KiB. ru_maxrss also counts the memory of its parent when that started it."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 

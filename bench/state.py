@@ -1,12 +1,12 @@
-"""How long the state of a large adapter takes to copy, write and read: a JSON line for each part.
+"""Time to copy, write and read the state of a large adapter: a JSON line for each part.
 
     python -m bench.state FOLDER [--family flux] [--rank 128]
 
-The adapters of a full-size denoiser, with Prodigy's state, have the shapes and types of a real job's, and are what a
-save of it takes; what they hold is repeated, so that they need no memory but that of the copies. FOLDER: on the volume
-to measure; about 8 bytes for each byte of the LoRA are written. `stall_s`: training stands still for the copies (from
-the host's memory here; on a GPU they are made beside the next step). `write_s`: written, hashed, flushed, read back
-and compared, beside training. `cold_read_s`: what a restart takes, with nothing in the page cache.
+The tensors have the shapes and types of a real job's: the adapters of a full-size denoiser, and Prodigy's state for
+them. All rows of a tensor share one row's memory, so that only the copies take memory. FOLDER: on the volume to
+measure; about 8 bytes are written for each byte of the LoRA. `stall_s`: how long training waits for the copies (from
+the host's memory here; on a GPU they overlap with the next step). `write_s`: to write, hash, flush, read back and
+compare, while training continues. `cold_read_s`: to read the state on a restart, with an empty page cache.
 """
 
 from __future__ import annotations
@@ -50,15 +50,20 @@ def adapters(name: str, rank: int) -> tuple[dict[str, torch.Tensor], dict[str, A
         lora.fuse_projections(kind.blocks(model), fused=facts.fused_targets, targets=facts.targets)
         parts = {"targets": facts.targets, "fused": facts.fused_targets}
         lora.add_adapters(model, kind.blocks(model), **parts, rank=rank, alpha=rank, seed=0)
-    found = {k: like(t) for k, t in lora.state(model).items()}
+    found = {k: repeated_rows(t) for k, t in lora.state(model).items()}
     state: dict[int, dict[str, Any]] = {}
     for i, (key, tensor) in enumerate(found.items()):
-        state[i] = {"step": 1, "s": like(tensor), "exp_avg": like(tensor), "exp_avg_sq": like(tensor)}
-        state[i]["p0"] = like(tensor) if ".lora_A." in key else torch.tensor(0.0)  # B begins as zero
+        state[i] = {
+            "step": 1,
+            "s": repeated_rows(tensor),
+            "exp_avg": repeated_rows(tensor),
+            "exp_avg_sq": repeated_rows(tensor),
+        }
+        state[i]["p0"] = repeated_rows(tensor) if ".lora_A." in key else torch.tensor(0.0)  # B begins as zero
     return found, state
 
 
-def like(tensor: torch.Tensor) -> torch.Tensor:
+def repeated_rows(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor of this shape whose rows are all the same memory."""
     return torch.rand(tensor.shape[-1]).expand(tensor.shape)
 
@@ -68,13 +73,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--family", default="flux")
     parser.add_argument("--rank", type=int, default=128)
-    options = parser.parse_args(arguments)
-    tensors, state = adapters(options.family, options.rank)
+    flags = parser.parse_args(arguments)
+    tensors, state = adapters(flags.family, flags.rank)
     count = sum(t.numel() for t in tensors.values())
-    say(what="adapters", family=options.family, rank=options.rank, tensors=len(tensors), parameters=count)
+    report(
+        {"what": "adapters", "family": flags.family, "rank": flags.rank, "tensors": len(tensors), "parameters": count}
+    )
     snapshots = Snapshots(torch.optim.SGD([torch.zeros(1)], lr=1.0), "cpu")
     live = {"adapters": tensors, "optimizer": {"state": state, "param_groups": []}}
-    facts = get_family(options.family).FACTS
+    facts = get_family(flags.family).FACTS
     for turn in ("first", "later"):
         began = time.monotonic()
         snapshots.release()
@@ -82,27 +89,27 @@ def main(arguments: list[str]) -> None:
             peft_bridge.from_peft_state(tensors, prefix=facts.lora_prefix, fused=facts.fused_targets, scale=1.0)
         )
         tree = snapshots.copy(live)
-        say(what=f"{turn} copies", stall_s=time.monotonic() - began, gb=snapshots.bytes / GB)
-    out = options.folder / "bench-state"
+        report({"what": f"{turn} copies", "stall_s": time.monotonic() - began, "gb": snapshots.bytes / GB})
+    out = flags.folder / "bench-state"
     try:
         began = time.monotonic()
-        for to in get_family(options.family).LORA_KEYS.file_formats:
+        for to in get_family(flags.family).LORA_KEYS.file_formats:
             write.write_lora(out / f"{to}.safetensors", convert.to_file(modules, to, facts.name).tensors, {})
-        say(what="lora", write_s=time.monotonic() - began, gb=size(out) / GB)
+        report({"what": "lora", "write_s": time.monotonic() - began, "gb": size(out) / GB})
         began = time.monotonic()
         folder = state_files.save(out / "state", 1, tree)
-        say(what="state", write_s=time.monotonic() - began, gb=size(folder) / GB)
+        report({"what": "state", "write_s": time.monotonic() - began, "gb": size(folder) / GB})
         measure_disk(folder / "state.safetensors", out / "plain")
         forget(folder / "state.safetensors")
         began = time.monotonic()
         state_files.read(folder)
-        say(what="state", cold_read_s=time.monotonic() - began, gb=size(folder) / GB)
+        report({"what": "state", "cold_read_s": time.monotonic() - began, "gb": size(folder) / GB})
     finally:
         shutil.rmtree(out, ignore_errors=True)
 
 
 def measure_disk(source: Path, target: Path) -> None:
-    """The same bytes written and flushed, and nothing else done: what the volume allows."""
+    """Only write and flush the same bytes: the speed of the volume."""
     with source.open("rb") as file, target.open("wb") as copy:
         spent = 0.0
         while block := file.read(2**26):
@@ -111,7 +118,7 @@ def measure_disk(source: Path, target: Path) -> None:
             spent += time.monotonic() - began
         began = time.monotonic()
         os.fsync(copy.fileno())
-    say(what="the volume alone", write_s=spent + time.monotonic() - began, gb=source.stat().st_size / GB)
+    report({"what": "the volume alone", "write_s": spent + time.monotonic() - began, "gb": source.stat().st_size / GB})
     target.unlink()
 
 
@@ -125,11 +132,13 @@ def size(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
-def say(**what: Any) -> None:
-    """One line, with what this process has used so far."""
+def report(row: dict[str, Any]) -> None:
+    """One JSON line, with the CPU time and the peak memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    row = {k: round(v, 2) if isinstance(v, float) else v for k, v in what.items()}
-    print(json.dumps({**row, "cpu_s_so_far": round(time.process_time(), 1), "peak_gib": round(peak, 1)}), flush=True)
+    rounded = {k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}
+    print(
+        json.dumps({**rounded, "cpu_s_so_far": round(time.process_time(), 1), "peak_gib": round(peak, 1)}), flush=True
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""`python -m entrypoint`: settings → manifest → hardware → plan → fetch → launch. Turns exceptions into exit codes."""
+"""`python -m entrypoint`: read settings and dataset.json, detect the hardware, plan, fetch, launch the trainer.
+
+Turns exceptions into exit codes.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,12 @@ from typing import Any
 from entrypoint import bake
 from entrypoint.dataset_config.manifest import read_manifest
 from entrypoint.fetch import flash_attention, http
+from entrypoint.fetch.fetch import fetch_model, fetch_source
 from entrypoint.planning import single_files, starting_point
 from entrypoint.planning.plan import make_plan
 from entrypoint.processes import supervise, upload
-from entrypoint.settings.read import Settings, help_env, read_settings
+from entrypoint.processes.launch import launch
+from entrypoint.settings import Settings, help_env, read_settings
 from entrypoint.system import hardware
 from trainer import __version__
 from trainer.spec.errors import KilnError, StopRequestedError, UnreachableError
@@ -33,7 +38,7 @@ from trainer.spec.plan import Dataset, Plan, Source
 from trainer.spec.resume_rules import blocking_differences
 
 log = logging.getLogger("entrypoint")
-PROGRAMS = {  # first arguments that become another program
+PROGRAMS = {  # first arguments that run another program instead
     "sample": (sys.executable, "-m", "trainer.sample"),
     "export": (sys.executable, "-m", "trainer.export"),
     "shell": ("bash",),
@@ -65,7 +70,7 @@ def main(arguments: list[str]) -> int:
             return 64
         return 64 if stop.code else 0
     if asked.help_env:
-        with contextlib.suppress(BrokenPipeError):  # of a reader that has seen enough, as head
+        with contextlib.suppress(BrokenPipeError):  # the reader (head, less) has closed the pipe
             print(help_env(), flush=True)  # noqa: T201
         return 0
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
@@ -74,7 +79,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _exit_code(*, check: bool) -> int:
-    """The job, with its errors told and turned into their exit codes."""
+    """Run the job; log its errors and turn them into exit codes."""
     try:
         return job(os.environ, check=check)
     except KilnError as problem:
@@ -92,20 +97,20 @@ def job(environ: Mapping[str, str], *, check: bool) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _stop)
     settings = read_settings(environ)
-    supervise.Limit.set(settings.max_runtime, settings.max_cost, settings.price_per_hour)
-    manifest = read_manifest(settings.dataset_config, settings.sample_prompts)
+    supervise.Limit.set(settings.finish.max_runtime, settings.finish.max_cost, settings.finish.price_per_hour)
+    manifest = read_manifest(settings.data.dataset_config, settings.output.sample_prompts)
     found = hardware.detect()
     plan = make_plan(settings, manifest, found, now=_now(environ))
     if plan.engine.device != "cpu":
         hardware.check_torch(found, hardware.torch_version())
     plan = dataclasses.replace(plan, model=bake.with_baked(plan.model))
-    _refuse_missing_accelerator(plan, asked=settings.backend)
-    plan, done = _continued(plan, named=settings.output_name is not None)
+    _refuse_missing_accelerator(plan, asked=settings.engine.backend)
+    plan, done = _continued(plan, named=settings.output.output_name is not None)
     for reason in plan.reasons:
         log.info("%s", reason)
-    token = settings.hf_token.reveal() if settings.hf_token else None
-    write_token = settings.hf_write_token.reveal() if settings.hf_write_token else token
-    push = upload.job(settings.push_to_hub, write_token, plan, creates=not check)
+    token = settings.model.hf_token.reveal() if settings.model.hf_token else None
+    write_token = settings.finish.hf_write_token.reveal() if settings.finish.hf_write_token else token
+    push = upload.job(settings.finish.push_to_hub, write_token, plan, creates=not check)
     if done:
         log.info("This job is done: %s. Delete status.json to run it again.", done)
         if check or push is None or upload.is_done(Path(plan.output.path), push.repo, done):
@@ -113,18 +118,15 @@ def job(environ: Mapping[str, str], *, check: bool) -> int:
         with upload.beside(push, environ) as uploaded:
             return uploaded()
 
-    from entrypoint.planning.preflight import preflight  # the Hub's client is slow to import: only now
+    from entrypoint.planning.preflight import preflight  # imports the Hub's client, which is slow: only now
 
     starting_point.check_state(plan)
-    preflight(plan, token=token, hub_cache=settings.hf_home / "hub")
+    preflight(plan, token=token, hub_cache=settings.model.hf_home / "hub")
     with upload.beside(push, environ) as uploaded:
         if check:
             log.info("Checked: this job can run. Nothing was downloaded or trained.")
             return 0
         plan = _fetched(plan, settings, token=token)
-
-        from entrypoint.processes.launch import launch
-
         return launch(plan, environment=environ) or uploaded()
 
 
@@ -139,7 +141,7 @@ def _now(environ: Mapping[str, str]) -> datetime.datetime:
 
 
 def _refuse_missing_accelerator(plan: Plan, *, asked: str) -> None:
-    """A rented machine may come back without its GPUs; training a full-size model on the CPU would only cost money."""
+    """Raises UnreachableError for a full-size model without a GPU: a rented machine may come back without its GPUs."""
     if plan.engine.device == "cpu" and asked == "auto" and not base_models()[plan.model.base][1].is_miniature:
         raise UnreachableError(
             f"No GPU answers here, and {plan.model.base} is not trained on a CPU. Give the container its GPUs (docker "
@@ -148,7 +150,9 @@ def _refuse_missing_accelerator(plan: Plan, *, asked: str) -> None:
 
 
 def _continued(plan: Plan, *, named: bool) -> tuple[Plan, Path | None]:
-    """A restart goes on under the name and start time of its first start; also the LoRA, if it is there already."""
+    """The plan with the name and start time of the run's first start; and the final LoRA, if the job is done
+    already.
+    """
     out = Path(plan.output.path)
     try:
         before = Plan.from_json((out / "plan.json").read_text(encoding="utf-8"))
@@ -164,13 +168,11 @@ def _continued(plan: Plan, *, named: bool) -> tuple[Plan, Path | None]:
 
 
 def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
-    """The plan with every model and source at a local path; all are brought at the same time."""
-    from entrypoint.fetch.fetch import fetch_model, fetch_source
-
-    hub, cache = settings.hf_home / "hub", Path(plan.output.cache)
+    """The plan with local paths for the model and all sources, which are fetched at the same time."""
+    hub, cache = settings.model.hf_home / "hub", Path(plan.output.cache)
     if plan.engine.attention == "flash_4":
         flash_attention.install(cache)
-    patterns = single_files.patterns(get_family(plan.model.family).FACTS, plan.model.parts)
+    patterns = single_files.file_patterns(get_family(plan.model.family).FACTS, plan.model.parts)
     sources = list(dict.fromkeys(s.source for d in plan.data.datasets for s in d.subsets))
     cancelled = threading.Event()
     retries = dataclasses.replace(http.USUAL, cancelled=cancelled)
@@ -183,7 +185,7 @@ def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
 
     def local(
         source: Source, _dataset: Dataset
-    ) -> Source:  # from here on nobody needs the key that an address may hold
+    ) -> Source:  # without the key that an address may hold: nobody needs it from here on
         return dataclasses.replace(found[source], location=source.public)
 
     return dataclasses.replace(plan.map_sources(local), model=model)

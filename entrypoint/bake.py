@@ -1,4 +1,4 @@
-"""`python -m entrypoint.bake BASE_MODEL FOLDER`: weights into an image while it is built; how jobs find them there."""
+"""`python -m entrypoint.bake BASE_MODEL FOLDER`: put weights into an image while it is built. Jobs find them there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainer.spec.family import base_models, get_family
 from trainer.spec.plan import ModelPlan
 
 PLACE = Path("/opt/kiln-models")
-TOKEN = Path("/run/secrets/hf_token")  # a secret of the build: in no layer
+TOKEN = Path("/run/secrets/hf_token")  # a build secret: it ends up in no layer
 COMMIT = "kiln-commit.txt"  # beside the model's own files
 USAGE = "usage: python -m entrypoint.bake BASE_MODEL FOLDER [CACHE]"
 
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
 
 
 def bake(model: ModelPlan, place: Path, *, token: str | None, cache: Path, retries: RetryPolicy = http.USUAL) -> Path:
-    """Download what a job needs of `model` through `cache` and copy it below `place`; returns its folder there.
+    """Download the files that a job needs of `model` through `cache`, and copy them below `place`; returns the folder.
 
     Raises what `fetch_model` raises.
     """
@@ -58,7 +58,7 @@ def bake(model: ModelPlan, place: Path, *, token: str | None, cache: Path, retri
 
 
 def with_baked(model: ModelPlan, place: Path = PLACE) -> ModelPlan:
-    """`model` with the path and commit of the image's own copy, if it has one and no revision is asked for."""
+    """`model` with the path and commit of the copy in the image, if there is one and no revision is asked for."""
     commit = folder(model, place) / COMMIT
     if model.revision is not None or model_folder.is_local(model) or not commit.is_file():
         return model

@@ -1,4 +1,6 @@
-"""`python -m entrypoint.health`: 1 if training stands still, else 0. For a container's HEALTHCHECK; no libraries."""
+"""`python -m entrypoint.health`: exits 1 if training is stalled, else 0. For a container's HEALTHCHECK; no
+libraries.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +12,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-PATIENCE_MIN = 30.0  # longer than the first step with a compiler takes
+from entrypoint import DEFAULT_OUTPUT_PATH
+
+STALL_MIN = 30.0  # longer than a first step with compilation takes
 
 
 def main() -> int:
-    """Look at status.json in OUTPUT_PATH; HEALTH_PATIENCE_MINUTES is how old it may be while training."""
-    path = Path(os.environ.get("OUTPUT_PATH") or "/workspace/output") / "status.json"
+    """Read status.json in OUTPUT_PATH; HEALTH_PATIENCE_MINUTES is how old it may be during training."""
+    path = Path(os.environ.get("OUTPUT_PATH") or DEFAULT_OUTPUT_PATH) / "status.json"
     try:
         status = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         status = {}
-    retries = float(os.environ.get("HEALTH_PATIENCE_MINUTES") or PATIENCE_MIN)
-    problem = stalled(status, now=time.time(), began=_began(), patience_min=retries)
+    stall_min = float(os.environ.get("HEALTH_PATIENCE_MINUTES") or STALL_MIN)
+    problem = stalled(status, now=time.time(), began=_began(), patience_min=stall_min)
     print(problem or "healthy")  # noqa: T201
     return 1 if problem else 0
 
 
 def stalled(status: Mapping[str, Any], *, now: float, began: float, patience_min: float) -> str:
-    """Why the job counts as stalled, or "". Other phases may be silent; a file from before `began` tells nothing."""
+    """Why the job counts as stalled, or "". Other phases may be silent; a file older than `began` is an earlier
+    run's.
+    """
     updated = status.get("updated")
     if status.get("phase") != "training" or not isinstance(updated, (int, float)) or updated < began:
         return ""
@@ -36,7 +42,7 @@ def stalled(status: Mapping[str, Any], *, now: float, began: float, patience_min
 
 
 def _began() -> float:
-    """When process 1 of this container began; 0 where that cannot be told."""
+    """When process 1 of this container started (Unix seconds); 0 if unknown."""
     try:
         ticks = int(Path("/proc/1/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
         uptime_s = float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])

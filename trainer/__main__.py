@@ -15,33 +15,33 @@ from trainer.spec.plan import RANK_VARIABLE, TEAM_VARIABLE, Plan
 from trainer.training.stop_flag import StopFlag
 
 log = logging.getLogger("trainer")
+USAGE_ERROR = 64  # BSD sysexits
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+CHATTY_LOGGERS = ("torchao", "torch.utils._pytree", "bitsandbytes", "PIL")
 
 
 def main(arguments: list[str]) -> int:
     """Exit codes as in `trainer.spec.errors`; 64 for a wrong command line."""
     if len(arguments) != 1:
         print("usage: python -m trainer plan.json", file=sys.stderr)  # noqa: T201
-        return 64
-    stop, number = StopFlag(), int(os.environ.get(RANK_VARIABLE, "0"))
-    (stop.ignore if number else stop.listen)()
+        return USAGE_ERROR
+    stop = StopFlag()
+    process_rank = int(os.environ.get(RANK_VARIABLE, "0"))
+    if process_rank == 0:
+        stop.listen()
+    else:
+        stop.ignore()
+    # The entrypoint sends SIGUSR1 to a process that hangs, to log its stacks.
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, file=_stacks(number))  # the entrypoint asks where a job that hangs stands
-    of, level = (f"[process {number}] ", logging.WARNING) if number else ("", logging.INFO)
-    logging.basicConfig(format=f"%(asctime)s %(levelname)s {of}%(message)s", datefmt="%H:%M:%S", level=level)
-    os.environ.update(QUIET)
-    for chatty in ("torchao", "torch.utils._pytree", "bitsandbytes", "PIL"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
+    faulthandler.register(signal.SIGUSR1, file=_stacks_file(process_rank))
+    _configure_logging(process_rank)
     try:
-        try:
-            plan = Plan.from_json(Path(arguments[0]).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as problem:
-            raise SettingsError(f"{arguments[0]}: {problem}") from problem
-        from trainer.job.run import run  # torch is imported only now, when signals are handled
+        plan = _read_plan(Path(arguments[0]))
+        from trainer.job.run import run  # late: torch is slow to import, and signals are handled by now
 
         run(plan, stop)
     except KilnError as problem:
-        if not problem.logged:  # before there was a run.log to tell it in
+        if not problem.logged:  # there was no run.log yet
             log.error("%s", problem)
         log.error("%s [exit %d]", problem.advice, problem.exit_code)
         return problem.exit_code
@@ -52,10 +52,32 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _stacks(number: int) -> TextIO:
-    """Where it is told what each thread does; of several processes each has a file of its own, to be read apart."""
-    team = os.environ.get(TEAM_VARIABLE)
-    return (Path(team) / f"stacks-{number}.txt").open("w", encoding="utf-8") if team else sys.__stderr__ or sys.stderr
+def _read_plan(path: Path) -> Plan:
+    try:
+        return Plan.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise SettingsError(f"{path}: {problem}") from problem
+
+
+def _configure_logging(process_rank: int) -> None:
+    """Of several processes the first logs everything; the others log warnings, with their number."""
+    prefix = ""
+    level = logging.INFO
+    if process_rank:
+        prefix = f"[process {process_rank}] "
+        level = logging.WARNING
+    logging.basicConfig(format=f"%(asctime)s %(levelname)s {prefix}%(message)s", datefmt="%H:%M:%S", level=level)
+    os.environ.update(QUIET)
+    for name in CHATTY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _stacks_file(process_rank: int) -> TextIO:
+    """Where stacks are written on SIGUSR1: stderr; for each of several processes a file in their folder."""
+    team_folder = os.environ.get(TEAM_VARIABLE)
+    if team_folder:
+        return (Path(team_folder) / f"stacks-{process_rank}.txt").open("w", encoding="utf-8")
+    return sys.__stderr__ or sys.stderr
 
 
 if __name__ == "__main__":

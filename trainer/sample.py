@@ -1,4 +1,4 @@
-"""prompts.txt → pictures at fixed seeds, and one contact sheet a run (rows: prompts; columns: steps).
+"""Draw images from a prompts.txt, with LoRA files or without, and one contact sheet.
 
 python -m trainer.sample --base BASE_MODEL --lora a.safetensors:0.8 b.safetensors --prompts prompts.txt --out DIR
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,196 +21,204 @@ from trainer.job import prepare, sampling
 from trainer.lora_files.arguments import load_lora, read_family, run_command, split_weight
 from trainer.lora_files.weights import LoraModules
 from trainer.spec.errors import SettingsError
-from trainer.spec.family import OPTIONAL, PREFIXES, BaseModel, Family, base_models, family_names, get_family
+from trainer.spec.family import OPTIONAL, PREFIXES, BaseModel, Facts, Family, base_models, family_names, get_family
 from trainer.spec.plan import ModelPlan, Prompt
+from trainer.spec.prompts import complete_prompts, parse_lines
+from trainer.spec.values import Problems
 from trainer.storage import safetensors_header
 
 log = logging.getLogger(__name__)
 CACHE = Path.home() / ".cache" / "kiln"
-FLAGS: dict[str, tuple[str, type]] = {  # as in prompts.txt of a job
-    "w": ("width", int),
-    "h": ("height", int),
-    "d": ("seed", int),
-    "s": ("steps", int),
-    "l": ("cfg", float),
-    "g": ("guidance", float),
-    "n": ("negative", str),
-}
+SEED = 42  # of the first prompt, unless its line has --d
 
 
 def sample_command(arguments: list[str]) -> int:
     """`python -m trainer.sample`; returns the exit code."""
-    parser = argparse.ArgumentParser("python -m trainer.sample", description="Draw pictures, with LoRAs or without.")
+    parser = argparse.ArgumentParser("python -m trainer.sample", description="Draw images, with LoRAs or without.")
     parser.add_argument("--base", required=True, help="a value of BASE_MODEL, a folder in diffusers layout, or a file")
     parser.add_argument("--lora", nargs="+", action="extend", default=[], metavar="FILE[:WEIGHT]")
     parser.add_argument("--prompts", type=Path, required=True, help="like a job's: text --w --h --d --s --g --l --n")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
-    parser.add_argument("--family", choices=family_names(), help="if --base is a folder and no LoRA tells")
-    parser.add_argument("--config", help="if --base is a file: the value of BASE_MODEL that has what it lacks")
-    parser.add_argument("--cache", type=Path, default=CACHE, help=f"where files are converted to ({CACHE})")
-    asked = parser.parse_args(arguments)
-    return run_command(lambda: _sample(asked))
+    parser.add_argument("--out", type=Path, required=True, help="folder for the images")
+    parser.add_argument("--family", choices=family_names(), help="of --base, if it is a folder and --lora is unset")
+    parser.add_argument("--config", help="if --base is a file: the value of BASE_MODEL that has the parts it lacks")
+    parser.add_argument("--cache", type=Path, default=CACHE, help=f"folder for converted files (default: {CACHE})")
+    options = parser.parse_args(arguments)
+    return run_command(lambda: _sample(options))
 
 
-# ---- pictures
+# ---- images
 
 
-def _sample(asked: argparse.Namespace) -> None:
-    several = [split_weight(text) for text in asked.lora]
-    name, model, folder = _base(asked, several)
-    kind = get_family(name)
-    loaded = [(load_lora(path, name), weight) for path, weight in several]
-    prompts = _prompts(asked.prompts, kind, model)
+def _sample(options: argparse.Namespace) -> None:
+    lora_paths = [split_weight(text) for text in options.lora]
+    name, model, folder = _find_base(options, lora_paths)
+    family = get_family(name)
+    loras = [(load_lora(path, name), strength) for path, strength in lora_paths]
+    prompts = read_prompts(options.prompts, family.FACTS, model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    texts = _encoded(kind, folder, prompts, loaded, device=device, dtype=dtype)
-    denoiser = kind.load_denoiser(folder, device=device, dtype=dtype)
-    add(denoiser, loaded, component=kind.FACTS.lora_prefix)
-    vae = kind.load_vae(folder, device=device)
+    # The text encoders come and go before the denoiser is loaded, so that both need not fit at once.
+    texts = _encode_prompts(family, folder, prompts, loras, device=device, dtype=dtype)
+    denoiser = family.load_denoiser(folder, device=device, dtype=dtype)
+    apply_loras(denoiser, loras, component=family.FACTS.lora_prefix)
+    vae = family.load_vae(folder, device=device)
 
     def draw(prompt: Prompt) -> Any:
-        text, negative = texts[prompt.text], texts[prompt.negative]
-        return kind.sample(denoiser, vae, folder, prompt=prompt, text=text, negative=negative)
+        text = texts[prompt.text]
+        negative = texts[prompt.negative]
+        return family.sample(denoiser, vae, folder, prompt=prompt, text=text, negative=negative)
 
-    for old in asked.out.glob("step-00000000-*.png"):
-        old.unlink()
+    for old in options.out.glob("step-00000000-*.png"):
+        old.unlink()  # draw_all skips images that exist
     with torch.no_grad():
-        count = sampling.draw_all(asked.out, prompts, step=0, draw=draw, stopped=lambda: False)
-    log.info("%d pictures with %d LoRAs are in %s.", count, len(several), asked.out)
+        count = sampling.draw_all(options.out, prompts, step=0, draw=draw, stopped=lambda: False)
+    log.info("%d images with %d LoRAs are in %s.", count, len(lora_paths), options.out)
 
 
-def add(model: Any, several: list[tuple[LoraModules, float]], *, component: str) -> None:
-    """Change the weights of `component` of the pipeline as the files say, each times its weight, one after the other.
+def apply_loras(model: Any, loras: Sequence[tuple[LoraModules, float]], *, component: str) -> None:
+    """Merge LoRAs, each times its strength, into the weights of `model`, one after the other.
 
-    Raises SettingsError for modules that the model lacks.
+    `component`: the model's name in diffusers' pipeline; modules of others are ignored. With DoRA, the strength scales
+    the whole change of the weight. Raises SettingsError for modules that the model lacks.
     """
-    own = [
-        (name.removeprefix(f"{component}."), adapter, weight)
-        for modules, weight in several
-        for name, adapter in modules.items()
-        if name.startswith(f"{component}.")
-    ]
+    prefix = f"{component}."
     with torch.no_grad():
-        for name, adapter, strength in own:
-            weight = _layer(model, name).weight
-            shape = (adapter.up.shape[0], *adapter.down.shape[1:])
-            if shape != weight.shape:
-                raise SettingsError(f"{name} is {list(shape)} in the LoRA and {list(weight.shape)} in the model.")
-            before = weight.float()
-            weight.copy_(before + strength * (adapter.applied_to(before) - before))
+        for modules, strength in loras:
+            for name, lora in modules.items():
+                if not name.startswith(prefix):
+                    continue
+                weight = _find_layer(model, name.removeprefix(prefix)).weight
+                shape = (lora.up.shape[0], *lora.down.shape[1:])
+                if shape != weight.shape:
+                    layer_name = name.removeprefix(prefix)
+                    raise SettingsError(
+                        f"{layer_name} is {list(shape)} in the LoRA and {list(weight.shape)} in the model."
+                    )
+                before = weight.float()
+                weight.copy_(before + strength * (lora.applied_to(before) - before))
 
 
-def _layer(model: Any, name: str) -> Any:
-    """A layer by its name in files, which have the level `text_model` that some of transformers' classes lack."""
+def _find_layer(model: Any, name: str) -> Any:
+    """A layer by its name in files. These have the level `text_model`, which some of transformers' classes lack."""
     for path in (name, name.removeprefix("text_model.")):
         with contextlib.suppress(AttributeError):
             return model.get_submodule(path)
-    raise SettingsError(f"The base model has no {name}.")
+    raise SettingsError(f"The base model has no layer {name}.")
 
 
-def _base(asked: argparse.Namespace, several: list[tuple[Path, float]]) -> tuple[str, BaseModel, Path]:
-    """The family, what is known of the model, and the folder of its weights.
+def _encode_prompts(
+    family: Family,
+    folder: Path,
+    prompts: Sequence[Prompt],
+    loras: Sequence[tuple[LoraModules, float]],
+    *,
+    device: str,
+    dtype: torch.dtype,
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Texts → their embeddings, with a batch axis, by the text encoders with the LoRAs. Frees the encoders."""
+    texts = list(dict.fromkeys(prepare.prompt_texts(prompts)))
+    encoders = family.load_encoders(folder, device=device, dtype=dtype)
+    for component in family.LORA_KEYS.encoders:
+        apply_loras(getattr(encoders, component), loras, component=component)
+    encoded = family.encode_text(encoders, texts)
+    del encoders
+    release()
+    embeddings = {}
+    for text, tensors in zip(texts, encoded, strict=True):
+        embeddings[text] = {key: tensor[None].to(device, dtype) for key, tensor in tensors.items()}
+    return embeddings
 
-    A folder's family is what --family says, or what the first LoRA is for; a file's is what its tensors' names say.
+
+# ---- arguments
+
+
+def _find_base(options: argparse.Namespace, lora_paths: Sequence[tuple[Path, float]]) -> tuple[str, BaseModel, Path]:
+    """The family, the model, and the folder of its weights.
+
+    A folder's family is --family, or that of the first LoRA; a file's is known by the names of its tensors.
     """
-    known, place = base_models(), Path(asked.base)
-    if asked.base in known:
-        name, model = known[asked.base]
-        return name, model, _folder(model, get_family(name).FACTS.files)
+    known = base_models()
+    place = Path(options.base)
+    if options.base in known:
+        name, model = known[options.base]
+        return name, model, _download(model, get_family(name).FACTS.files)
     if place.is_file():
-        return _single(place, asked.config, asked.cache)
+        return _convert_file(place, options.config, options.cache)
     if not place.is_dir():
         raise SettingsError(f"--base {place} is neither a folder, a file, nor one of {', '.join(sorted(known))}.")
-    if asked.family is None and not several:
+    if options.family is None and not lora_paths:
         choices = ", ".join(family_names())
-        raise SettingsError(f"--base {place} is a folder: --family says what is in it, one of {choices}.")
-    name = asked.family or read_family(several[0][0], None)[0]
+        raise SettingsError(f"--base {place} is a folder. Set --family to its family: {choices}.")
+    name = options.family or read_family(lora_paths[0][0], None)[0]
     return name, BaseModel(str(place.absolute()), files_gib=0.0), place.absolute()
 
 
-def _single(file: Path, config: str | None, cache: Path) -> tuple[str, BaseModel, Path]:
-    """A model in one file: converted once, into `cache`. What it lacks is `config`'s, or the family's first model's."""
+def _convert_file(file: Path, config: str | None, cache: Path) -> tuple[str, BaseModel, Path]:
+    """A model in one file, converted once into `cache`.
+
+    The parts that it lacks come from the model `config` (a value of BASE_MODEL), or from the family's first model.
+    """
     try:
-        found = safetensors_header.read_header(file).entries.keys()
+        tensor_names = safetensors_header.read_header(file).entries.keys()
     except ValueError as problem:
         raise SettingsError(f"--base {file}: {problem}.") from problem
-    denoisers = {name.removeprefix(PREFIXES["denoiser"][0]) for name in found}
-    name = next((n for n in family_names() if denoisers & set(get_family(n).FACTS.landmarks)), None)
+    denoiser_names = {name.removeprefix(PREFIXES["denoiser"][0]) for name in tensor_names}
+    name = next((n for n in family_names() if denoiser_names & set(get_family(n).FACTS.landmarks)), None)
     if name is None:
         raise SettingsError(f"--base {file} has no denoiser of {', '.join(family_names())}.")
     facts = get_family(name).FACTS
     base = config or next(iter(facts.models))
     if base not in facts.models:
         raise SettingsError(f"--config {base} is not one of {', '.join(facts.models)}, and {file} is for {name}.")
-    inside = [p for p in facts.parts if p == "denoiser" or any(n.startswith(PREFIXES[p]) for n in found)]
-    model, folders = facts.models[base], {facts.parts[part] for part in inside}
-    rest = [f for f in facts.files if f.removeprefix(OPTIONAL).split("/")[0] not in folders]
-    source = _folder(model, (*rest, *(f"{folder}/config.json" for folder in folders)))
-    parts = dict.fromkeys(inside, str(file.absolute()))
-    return name, model, convert_single_files(ModelPlan(base, name, model.source, path=str(source), parts=parts), cache)
+    model = facts.models[base]
+    parts = {}
+    for part in facts.parts:
+        if part == "denoiser" or any(tensor.startswith(PREFIXES[part]) for tensor in tensor_names):
+            parts[part] = str(file.absolute())
+    folders = {facts.parts[part] for part in parts}
+    others = [pattern for pattern in facts.files if pattern.removeprefix(OPTIONAL).split("/")[0] not in folders]
+    source = _download(model, (*others, *(f"{folder}/config.json" for folder in folders)))
+    plan = ModelPlan(base, name, model.source, path=str(source), parts=parts)
+    return name, model, convert_single_files(plan, cache)
 
 
-def _folder(model: BaseModel, files: Sequence[str]) -> Path:
-    """Where the weights are; downloads what the Hub's cache lacks."""
+def _download(model: BaseModel, files: Sequence[str]) -> Path:
+    """The folder of the model. Downloads the `files` (patterns) that the Hub's cache lacks."""
     if Path(model.source).is_absolute():
         return Path(model.source)
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # late: it takes a while, and most bases need no download
 
     patterns = [pattern.removeprefix(OPTIONAL) for pattern in files]
     return Path(snapshot_download(model.source, allow_patterns=patterns))
 
 
-def _prompts(path: Path, kind: Family, model: BaseModel) -> list[Prompt]:
-    """The lines of a prompts.txt, completed as a job does it."""
-    facts = kind.FACTS
-    common = {"steps": facts.prompt_steps, "guidance": facts.prompt_guidance, "cfg": facts.prompt_cfg, **model.defaults}
-    common |= {"width": model.resolution, "height": model.resolution}
-    found: list[Prompt] = []
+def read_prompts(path: Path, facts: Facts, model: BaseModel) -> tuple[Prompt, ...]:
+    """The lines of a prompts.txt, parsed and completed as a job does it, with the model's resolution.
+
+    Raises SettingsError with every line that is wrong.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as problem:
         raise SettingsError(f"--prompts {path}: {problem.strerror}.") from problem
-    for line in (text for text in lines if text.strip() and not text.startswith("#")):
-        text, *flags = re.split(r"\s+--(?=[a-z]\b)", line.strip())
-        values: dict[str, Any] = {"seed": 42 + len(found), **common}
-        try:
-            for flag in flags:
-                field, convert = FLAGS[flag[0]]
-                values[field] = convert(flag[1:].strip())
-        except (KeyError, ValueError) as problem:
-            raise SettingsError(f"--prompts {path}: {line!r}: {problem}.") from problem
-        for side in ("width", "height"):
-            values[side] = max(facts.multiple, values[side] // facts.multiple * facts.multiple)
-        found.append(Prompt(text=text, **values))
-    if not found:
+    except UnicodeDecodeError as problem:
+        raise SettingsError(f"--prompts {path} is not UTF-8 text.") from problem
+    problems = Problems()
+    requests = parse_lines(text, origin=str(path), problems=problems)
+    prompts = complete_prompts(
+        requests,
+        facts=facts,
+        model=model,
+        resolution=(model.resolution, model.resolution),
+        seed=SEED,
+        prefix="",
+        problems=problems,
+    )
+    problems.raise_if_any(f"--prompts {path} cannot be used")
+    if not prompts:
         raise SettingsError(f"--prompts {path} has no prompt.")
-    return found
-
-
-def _encoded(
-    kind: Family,
-    folder: Path,
-    prompts: list[Prompt],
-    several: list[tuple[LoraModules, float]],
-    *,
-    device: str,
-    dtype: torch.dtype,
-) -> dict[str, dict[str, torch.Tensor]]:
-    """Texts → embeddings with a batch axis, by encoders as the files change them; these are gone afterwards."""
-    texts = list(dict.fromkeys(prepare.prompt_texts(prompts)))
-    encoders = kind.load_encoders(folder, device=device, dtype=dtype)
-    for component in kind.LORA_KEYS.encoders:
-        add(getattr(encoders, component), several, component=component)
-    found = kind.encode_text(encoders, texts)
-    del encoders
-    release()
-    return {
-        text: {k: v[None].to(device, dtype) for k, v in values.items()}
-        for text, values in zip(texts, found, strict=True)
-    }
+    return prompts
 
 
 if __name__ == "__main__":
-    import sys
-
     sys.exit(sample_command(sys.argv[1:]))

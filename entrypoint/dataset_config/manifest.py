@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from entrypoint.dataset_config.prompts import PromptRequest, parse_lines, parse_tree
-from entrypoint.settings.checks import Key, Problems, absolute, instead, is_file, is_folder, load_json, show
+from entrypoint.dataset_config.prompts import parse_tree
+from entrypoint.settings.checks import absolute, is_file, is_folder, load_json, suggestion
 from trainer.spec.errors import UnreachableError
 from trainer.spec.plan import Dataset, Source, Subset
+from trainer.spec.prompts import PromptRequest, parse_lines
+from trainer.spec.values import Key, Problems, show
 
 PACKAGED = Path(__file__).resolve().parents[2]  # where this program's own dataset.json and prompts.txt lie
 LARGEST = 2**20  # bytes of dataset.json or prompts.txt
@@ -247,7 +249,7 @@ def _level(raw: Any, level: str, where: str, problems: Problems) -> dict[str, An
     for name, value in raw.items():
         if name not in known:
             homes = [home for home, keys in LEVELS.items() if name in keys]
-            fix = f"it belongs to {' or '.join(homes)}." if homes else instead(name, known)
+            fix = f"it belongs to {' or '.join(homes)}." if homes else suggestion(name, known)
             problems.add(f"{where}.{name} is no key of {level}; {fix}")
         elif value is not None:
             try:

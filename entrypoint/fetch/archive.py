@@ -1,7 +1,7 @@
-"""Zip and tar files of unknown origin, unpacked so that nothing lands outside the folder and nothing fills the disk.
+"""Unpack zip and tar files of unknown origin: nothing lands outside the folder, and nothing fills the disk.
 
-What an archive says about itself is not believed: bytes are counted as they come out, and every name is checked. One
-thing wrong refuses the whole archive.
+The archive's own headers are not trusted: bytes are counted as they come out, and every name is checked. A single
+violation refuses the whole archive.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from typing import IO, Any, BinaryIO, cast
 from trainer.spec.errors import DataError
 
 CHUNK = 2**20  # bytes
-LONGEST_READ = 2**24  # bytes; a tar header that wants more at once is an attack
+LONGEST_READ = 2**24  # bytes; a tar header that asks for more at once is an attack
 DAMAGE = (
     *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, EOFError, struct.error),
-    *(ValueError, NotImplementedError, OverflowError),  # from parsers that meet nonsense, or an unknown compression
+    *(ValueError, NotImplementedError, OverflowError),  # from parsers fed garbage, or an unknown compression
 )
 OPENERS: dict[bytes, Callable[[BinaryIO], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
@@ -41,7 +41,7 @@ SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", "
 
 @dataclass(frozen=True)
 class Limits:
-    """What is still taken for a dataset and not for an attack."""
+    """Above these limits an archive is taken for an attack, not for a dataset."""
 
     entries: int = 200_000
     total: int = 100 * 2**30  # bytes, unpacked
@@ -53,7 +53,7 @@ USUAL = Limits()
 
 @dataclass
 class Budget:
-    """Counts what came out of an archive of `size` bytes."""
+    """Counts entries and bytes that an archive of `size` bytes has yielded."""
 
     size: int
     limits: Limits
@@ -75,7 +75,7 @@ class Budget:
 
 @dataclass
 class Names:
-    """The names seen so far, as a file system that ignores case would see them."""
+    """The names seen so far, compared as a file system that ignores case would."""
 
     seen: dict[str, tuple[str, bool]] = field(default_factory=dict)  # folded → spelling, is a folder
 
@@ -93,11 +93,11 @@ class Names:
         if before is None:
             self.seen[folded] = place, folder
         elif not folder or before != (place, True):  # only a folder may be named twice
-            raise DataError(f"{before[0]!r} and {place!r} are the same name, or are where upper and lower case are one")
+            raise DataError(f"{before[0]!r} and {place!r} are the same name, at least on a volume that ignores case")
 
 
 def safe_path(name: str) -> PurePosixPath:
-    """`name` of an entry as a relative path that stays below its folder. Raises DataError for any other."""
+    """`name` as a relative path that stays inside its folder. Raises DataError if it is anything else."""
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if name.startswith("/") or re.match(r"[A-Za-z]:", name):
         raise DataError(f"{name!r} is an absolute path")
@@ -111,13 +111,13 @@ def safe_path(name: str) -> PurePosixPath:
 
 
 def is_litter(path: PurePosixPath) -> bool:
-    """Whether a file only serves the Finder or the Explorer."""
+    """Whether a file only serves macOS' Finder or Windows' Explorer."""
     return path.parts[0] == "__MACOSX" or path.name.startswith("._") or path.name in (".DS_Store", "Thumbs.db")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A file or folder in an archive; `open` may be called until the next entry is asked for."""
+    """A file or folder in an archive; `open` works until the next entry is requested."""
 
     name: str
     is_folder: bool
@@ -132,8 +132,8 @@ def is_archive(name: str) -> bool:
 def extract(archive: Path, target: Path, *, limits: Limits = USUAL) -> int:
     """Unpack the files of `archive` into the empty folder `target`; returns how many.
 
-    Archives inside are left packed. Raises DataError for an archive that is refused or damaged (`target` is then to be
-    thrown away), OSError where the volume fails.
+    Archives inside it stay packed. Raises DataError if the archive is refused or damaged (delete `target` then),
+    OSError if the volume fails.
     """
     count = 0
     names = Names()
@@ -162,13 +162,13 @@ def has_file(archive: Path, suffixes: tuple[str, ...], *, most: int = 5000, limi
 
 
 def content_root(folder: Path) -> Path:
-    """`folder`, or the folder that is all there is in it: archives often hold one folder with everything."""
+    """`folder`, or its only subfolder: archives often hold one folder with everything in it."""
     inside = [p for p in folder.iterdir() if not p.name.startswith(".")]
     return content_root(inside[0]) if len(inside) == 1 and inside[0].is_dir() else folder
 
 
 def entries(archive: Path, *, limits: Limits) -> Iterator[Entry]:
-    """The entries of an archive in their order, counted against `limits`, links and devices refused."""
+    """The entries of an archive in order, counted against `limits`. Links and devices are refused."""
     with archive.open("rb") as file:
         budget = Budget(archive.stat().st_size, limits)
         magic = file.read(6)
@@ -182,7 +182,7 @@ def entries(archive: Path, *, limits: Limits) -> Iterator[Entry]:
 
 
 def _zip_entries(file: BinaryIO, budget: Budget) -> Iterator[Entry]:
-    if _announced(file, budget.size) > budget.limits.entries:  # before the list of all is read into memory
+    if _announced(file, budget.size) > budget.limits.entries:  # before zipfile reads the whole list into memory
         raise DataError(f"it has more than {budget.limits.entries:,} entries")
     with zipfile.ZipFile(file) as container:
         for info in container.infolist():
@@ -202,7 +202,7 @@ def _unzipped(container: zipfile.ZipFile, info: zipfile.ZipInfo, budget: Budget)
 
 
 def _announced(file: BinaryIO, size: int) -> int:
-    """How many entries a zip says it has; 0 if it does not say."""
+    """How many entries the zip's end record announces; 0 without one."""
     start = max(0, size - 22 - 65535)
     file.seek(start)
     tail = file.read()
@@ -218,23 +218,23 @@ def _announced(file: BinaryIO, size: int) -> int:
 
 
 def _tar_entries(stream: _Metered, budget: Budget) -> Iterator[Entry]:
-    # tarfile only reads here: nothing of its extracting is used, which knows links, owners and modes.
+    # tarfile only reads here. Its own extraction would apply links, owners and modes.
     with tarfile.open(fileobj=stream, mode="r:") as container:
         for member in container:
             budget.entry()
             if not (member.isreg() or member.isdir()) or member.issparse():
                 raise DataError(f"{member.name!r} is a link, a device or a sparse file")
             if member.isdir() and member.name.strip("/") in ("", "."):
-                continue  # the folder that was packed
+                continue  # the packed folder itself
             yield Entry(member.name, member.isdir(), partial(_untarred, container, member))
 
 
 def _untarred(container: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
-    return cast(IO[bytes], container.extractfile(member))  # None only for what is no file
+    return cast(IO[bytes], container.extractfile(member))  # None only for entries that are not files
 
 
 class _Metered(io.RawIOBase):
-    """A stream that only goes forward, counts what it reads against a budget, and reads little at a time."""
+    """A forward-only stream that counts its bytes against a budget and reads in small pieces."""
 
     def __init__(self, stream: IO[bytes], budget: Budget) -> None:
         self.stream, self.budget, self.position = stream, budget, 0
@@ -271,17 +271,19 @@ class _Metered(io.RawIOBase):
 
 @contextmanager
 def _refusing(archive: Path) -> Iterator[None]:
-    """What is wrong with an archive, told as one kind of error that names it."""
+    """Turns every error about an archive into a DataError that names it."""
     try:
         yield
     except DataError as problem:
         raise DataError(
-            f"{archive.name} is refused: {problem}. Nothing of it is used; pack it anew without that."
+            f"{archive.name} is refused: {problem}. Nothing of it is used. Pack it again without that."
         ) from problem
     except DAMAGE as problem:
-        raise DataError(f"{archive.name} is not a whole zip or tar ({type(problem).__name__}: {problem}).") from problem
+        raise DataError(
+            f"{archive.name} is not a complete zip or tar ({type(problem).__name__}: {problem})."
+        ) from problem
     except OSError as problem:
-        # bz2 tells of damage without a number; an offset before the file's beginning is an invalid argument of seek.
+        # bz2 reports damage without an errno; a damaged offset makes seek fail with EINVAL.
         if problem.errno not in (None, errno.EINVAL):
             raise
-        raise DataError(f"{archive.name} is not a whole archive ({problem}).") from problem
+        raise DataError(f"{archive.name} is not a complete archive ({problem}).") from problem

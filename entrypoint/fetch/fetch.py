@@ -1,4 +1,9 @@
-"""Weights and pictures onto this machine: resumable, verified, idempotent, and from the cache without a network."""
+"""Bring models and datasets to local folders: resumable, verified, idempotent; from the cache where there is no
+network.
+
+`fetch_model` and `fetch_source` are the two entries. Everything that a job needs is on this machine when they return,
+so the trainer runs without network and without secrets.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SHORT = 10.0  # seconds; the patience where the cache could serve instead
+SHORT_BUDGET_S = 10.0  # how long a silent server is waited for when the cache could serve instead
 
 
 def fetch_model(
@@ -33,10 +38,11 @@ def fetch_model(
     hub_cache: Path | None = None,
     retries: RetryPolicy = http.USUAL,
 ) -> ModelPlan:
-    """`model` with `path` (and `commit`, for one from the Hub) filled: a whole model in the layout of diffusers.
+    """`model` with `path` filled in (and `commit`, if it is from the Hub): a complete model in diffusers' layout.
 
-    `patterns` are the files that are needed. A `path` that is filled already is kept. `hub_cache` None is where HF_HOME
-    points to. Raises SettingsError (no such model, or not a usable one), GatedError, UnreachableError, StorageError.
+    `patterns`: the files that are needed. A `path` that is set already is kept. `hub_cache`: None means the cache that
+    HF_HOME points to. Raises SettingsError (no such model, or not a usable one), GatedError, UnreachableError,
+    StorageError.
     """
     variable = model_folder.variable(model)
     if folder := local_model(model):
@@ -70,13 +76,13 @@ def fetch_source(
     hub_cache: Path | None = None,
     retries: RetryPolicy = http.USUAL,
 ) -> Source:
-    """`source` with `path` (and `commit`, for one from the Hub) filled: a folder of picture files.
+    """`source` with `path` filled in (and `commit`, if it is from the Hub): a folder of image files.
 
-    Archives and Hub datasets become folders below `cache`/datasets, named by content, so that a second run finds them.
-    Raises SettingsError, DataError (no or dangerous content), GatedError, UnreachableError, StorageError.
+    Archives and Hub datasets become folders in `cache`/datasets, named by their content, so that the next run finds
+    them. Raises SettingsError, DataError (no or dangerous content), GatedError, UnreachableError, StorageError.
     """
     if source.kind == "generated":
-        return source  # the trainer draws it
+        return source  # the trainer draws these images
     if source.kind == "folder":
         return replace(source, path=str(local_folder(source)))
     with naming("CACHE_PATH"):
@@ -86,7 +92,9 @@ def fetch_source(
 
 
 def model_repo(model: ModelPlan, *, token: str | None, hub_cache: Path | None, retries: RetryPolicy) -> hub.Repo:
-    """The repository of a model that is not a local folder; at its commit, if an earlier run has pinned one."""
+    """The repository of a model that is not a local folder; pinned to the commit of an earlier run, if there was
+    one.
+    """
     return hub.Repo(
         *("model", model.source, model_folder.variable(model)),
         revision=model.commit or model.revision,
@@ -97,7 +105,7 @@ def model_repo(model: ModelPlan, *, token: str | None, hub_cache: Path | None, r
 
 
 def dataset_repo(source: Source, *, token: str | None, hub_cache: Path | None, retries: RetryPolicy) -> hub.Repo:
-    """The repository of a source of kind hub; at its commit, if an earlier run has pinned one."""
+    """The repository of a source of kind hub; pinned to the commit of an earlier run, if there was one."""
     return hub.Repo(
         *("dataset", source.location, named(source)),
         revision=source.commit or source.revision,
@@ -108,7 +116,7 @@ def dataset_repo(source: Source, *, token: str | None, hub_cache: Path | None, r
 
 
 def named(source: Source) -> str:
-    """How the user named a source, for messages; without secrets that an address may hold."""
+    """How the user named a source, for messages; without the secrets that an address may hold."""
     place = public(source.location) if is_url(source) else source.location
     return f"DATASET_NAME={place} (or a subset of DATASET_CONFIG)"
 
@@ -118,7 +126,7 @@ def is_url(source: Source) -> bool:
 
 
 def local_model(model: ModelPlan) -> Path | None:
-    """The folder of a model that is on this machine: the one in the image, or the one that was named."""
+    """The folder of a model that is on this machine already: baked into the image, or named by the user."""
     if model.path:
         return Path(model.path)
     return Path(model.source).expanduser().resolve() if model_folder.is_local(model) else None
@@ -141,7 +149,7 @@ def local_archive(source: Source) -> Path:
 
 
 def cached_model(repo: hub.Repo, patterns: tuple[str, ...]) -> hub.Cached | None:
-    """A whole snapshot of the model in the cache, whichever tool has brought it; None if there is none."""
+    """A complete snapshot of the model in the cache, whichever tool downloaded it; None if there is none."""
     cached = hub.cached_snapshot(repo, lambda names: model_folder.wanted(names, patterns))
     if cached is not None and not cached.is_verified:
         try:
@@ -160,7 +168,7 @@ def cached_dataset(source: Source, repo: hub.Repo, cache: Path) -> tuple[str, Pa
 
 
 def _less_patient(repo: hub.Repo) -> hub.Repo:
-    return replace(repo, retries=replace(repo.retries, budget=min(SHORT, repo.retries.budget)))
+    return replace(repo, retries=replace(repo.retries, budget=min(SHORT_BUDGET_S, repo.retries.budget)))
 
 
 def _dataset_folder(source: Source, commit: str, cache: Path) -> Path:
@@ -192,7 +200,7 @@ def _unpack_hub_dataset(source: Source, repo: hub.Repo, listing: hub.Listing, fo
     choice = hub_rows.choose(repo.variable, repo.name, [f.name for f in listing.files])
     if choice.has_sidecars and source.split != "train":
         raise SettingsError(
-            f"DATASET_SPLIT={source.split}: {repo.variable} is a folder of pictures with caption files and has no "
+            f"DATASET_SPLIT={source.split}: {repo.variable} is a folder of images with caption files and has no "
             "splits. Leave DATASET_SPLIT empty."
         )
     snapshot = hub.bring(repo, listing, [f for f in listing.files if f.name in set(choice.names)])
@@ -211,9 +219,9 @@ def _unpack_hub_dataset(source: Source, repo: hub.Repo, listing: hub.Listing, fo
     facts = build_folder(folder, fill)
     logger.info("%s at commit %s: %s", repo.name, listing.commit[:12], facts)
     if facts.get("unlisted"):
-        logger.warning("%s: %d picture files are in no row of its metadata.", repo.name, facts["unlisted"])
+        logger.warning("%s: %d image files are not listed in its metadata.", repo.name, facts["unlisted"])
     if facts.get("empty"):
-        logger.warning("%s: %d rows have no picture.", repo.name, facts["empty"])
+        logger.warning("%s: %d rows have no image.", repo.name, facts["empty"])
 
 
 def _archive_folder(source: Source, *, cache: Path, token: str | None, retries: RetryPolicy) -> Path:
@@ -236,7 +244,7 @@ def _unpacked(path: Path, digest: str, cache: Path) -> Path:
     def fill(target: Path) -> dict[str, Any]:
         count = archive.extract(path, target)
         if not count:
-            raise DataError(f"{path.name} is empty. Name an archive with pictures in it.")
+            raise DataError(f"{path.name} is empty. Name an archive with images in it.")
         return {"archive": path.name, "entries": count}
 
     folder = cache / "datasets" / digest[:32]
@@ -246,7 +254,7 @@ def _unpacked(path: Path, digest: str, cache: Path) -> Path:
 
 
 def known_download(source: Source, cache: Path) -> Path | None:
-    """The folder of an archive with an address that an earlier run has downloaded and unpacked."""
+    """The folder of a remote archive that an earlier run has downloaded and unpacked."""
     known = read_json(_download_place(source, cache) / "known.json") or {}
     folder = cache / "datasets" / str(known.get("digest"))[:32]
     return folder if completed(folder) is not None else None
@@ -257,7 +265,7 @@ def _download_place(source: Source, cache: Path) -> Path:
 
 
 def _downloaded_archive(source: Source, *, cache: Path, token: str | None, retries: RetryPolicy) -> Path:
-    """The folder of an archive with an address; downloaded unless the server says that it has not changed."""
+    """The folder of a remote archive, downloaded unless the server says that it has not changed."""
     import httpx
 
     url, name = source.location, PurePosixPath(urlsplit(source.location).path).name or "archive"
@@ -266,8 +274,8 @@ def _downloaded_archive(source: Source, *, cache: Path, token: str | None, retri
         folder = known_download(source, cache)
         version = (read_json(place / "known.json") or {}).get("version")
         try:
-            patient = replace(retries, budget=min(SHORT, retries.budget)) if folder else retries
-            remote = remote_archive(client, source, token=token, retries=patient)
+            policy = replace(retries, budget=min(SHORT_BUDGET_S, retries.budget)) if folder else retries
+            remote = remote_archive(client, source, token=token, retries=policy)
         except UnreachableError as problem:
             if folder is None:
                 raise
@@ -277,7 +285,7 @@ def _downloaded_archive(source: Source, *, cache: Path, token: str | None, retri
             return folder
         part = place / f"{hashlib.sha256((remote.version or '').encode()).hexdigest()[:16]}.part"
         for other in place.glob("*.part"):
-            if other != part or remote.version is None:  # of another version, so of no use
+            if other != part or remote.version is None:  # it belongs to another version
                 other.unlink()
         job = http.Download(url, place / name, part, public(url), remote.headers, remote.size, most=archive.USUAL.total)
         digest = http.download(client, job, retries=retries, refuse=partial(_refuse_address, source))
@@ -289,15 +297,17 @@ def _downloaded_archive(source: Source, *, cache: Path, token: str | None, retri
 
 @dataclass(frozen=True)
 class RemoteArchive:
-    """What a server says about a file. `version` changes with its content; None: it does not say."""
+    """What a server says about a file. `version` (ETag or date) changes with its content; None: the server gives
+    none.
+    """
 
     size: int | None  # bytes
     version: str | None
-    headers: dict[str, str] = field(repr=False)  # to ask for it with
+    headers: dict[str, str] = field(repr=False)  # of the request; may hold a token
 
 
 def remote_archive(client: httpx.Client, source: Source, *, token: str | None, retries: RetryPolicy) -> RemoteArchive:
-    """Ask for the first byte of an archive with an address, since signed addresses allow no HEAD.
+    """Ask for the first byte of a remote archive, because signed addresses refuse HEAD requests.
 
     Raises SettingsError (refused, missing), UnreachableError.
     """
@@ -305,7 +315,7 @@ def remote_archive(client: httpx.Client, source: Source, *, token: str | None, r
     from huggingface_hub import constants
 
     url = source.location
-    to_hub = token is not None and url.startswith(f"{constants.ENDPOINT}/")  # nobody else may see the token
+    to_hub = token is not None and url.startswith(f"{constants.ENDPOINT}/")  # no other server may see the token
     headers = {"Authorization": f"Bearer {token}"} if to_hub else {}
 
     def ask() -> RemoteArchive:

@@ -1,4 +1,4 @@
-"""Bytes over HTTP that survive bad networks: retries with backoff, resumed and verified downloads."""
+"""Downloads that survive bad networks: retries with backoff, resumed transfers, verified content."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long a failing service is waited for. All in seconds."""
+    """How long to wait for a failing service. All times in seconds."""
 
-    budget: float = 120.0  # without any progress; then the job gives up
+    budget: float = 120.0  # without any progress, before giving up
     first_wait: float = 1.0  # doubled with each failure
     longest_wait: float = 30.0
-    timeout: float = 10.0  # of connecting, and between two pieces of an answer
-    cancelled: threading.Event | None = None  # set by whoever waits no longer
+    timeout: float = 10.0  # to connect, and between two pieces of a response
+    cancelled: threading.Event | None = None  # set it to stop waiting
 
 
 USUAL = RetryPolicy()
 
 
 class TransientError(Exception):
-    """A failure that may pass. `wait` is how many seconds the server asked for, if it did."""
+    """A failure that may pass. `wait`: seconds that the server asked us to wait, if it did."""
 
     def __init__(self, message: str, *, wait: float | None = None) -> None:
         super().__init__(message)
@@ -51,7 +51,7 @@ class TransientError(Exception):
 
 
 class CorruptError(TransientError):
-    """What came is not what was announced; it has been deleted."""
+    """The content is not what was announced. It has been deleted."""
 
 
 class Hash(Protocol):
@@ -61,7 +61,7 @@ class Hash(Protocol):
 
 @dataclass
 class Progress:
-    """Counts the bytes of a job with several downloads, and logs now and then."""
+    """Counts the bytes of one or more downloads, and logs every `every` seconds."""
 
     what: str
     total: int | None = None  # bytes
@@ -82,7 +82,7 @@ class Progress:
 
 
 def check_status(response: httpx.Response, what: str) -> None:
-    """Raises TransientError for an answer that may be different the next time; leaves all others alone."""
+    """Raises TransientError for a status that may pass; accepts all others."""
     if response.status_code in TRANSIENT_STATUS:
         raise TransientError(f"{what} answers {response.status_code}", wait=_wait_asked(response.headers))
 
@@ -106,11 +106,11 @@ def persist(
 ) -> T:
     """Call `action` until it raises no TransientError, waiting twice as long (with jitter) after each failure.
 
-    `progressed` tells whether the last call got anywhere, which renews the budget. Raises UnreachableError when the
+    `progressed`: whether the last call made progress, which renews the budget. Raises UnreachableError when the
     budget is spent, or at once when the server asks for a longer wait than is left.
     """
     cancelled = cancelled or retries.cancelled or threading.Event()
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs addresses, and with them what signs them
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # at INFO it logs addresses, signatures included
     began, wait, failures = time.monotonic(), retries.first_wait, 0
     while True:
         try:
@@ -135,17 +135,17 @@ def persist(
 
 @dataclass(frozen=True)
 class Download:
-    """One file to bring, and what is known about it beforehand."""
+    """One file to download, and what is known about it."""
 
     url: str
     path: Path
-    part: Path  # on the same volume; keeps what came so far, also when the process is killed
+    part: Path  # on the same volume; survives a kill
     what: str  # for messages
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)  # may hold a token
     size: int | None = None  # bytes
     digest: str | None = None  # expected hexdigest of `new_hash`
     new_hash: Callable[[], Hash] = hashlib.sha256
-    most: int | None = None  # bytes; more is refused
+    most: int | None = None  # bytes; a larger file is refused
 
 
 def feed(stream: IO[bytes], digest: Hash, *, cancelled: threading.Event) -> int:
@@ -160,7 +160,7 @@ def feed(stream: IO[bytes], digest: Hash, *, cancelled: threading.Event) -> int:
 
 
 class _Part:
-    """What came so far of a download: a file that also outlives a killed process, its length and its running hash."""
+    """The received part of a download: a file that survives a kill, its length and its running hash."""
 
     def __init__(self, path: Path, new_hash: Callable[[], Hash], cancelled: threading.Event) -> None:
         self.path, self.new_hash, self.hash, self.size = path, new_hash, new_hash(), 0
@@ -196,10 +196,10 @@ def download(
     progress: Progress | None = None,
     cancelled: threading.Event | None = None,
 ) -> str:
-    """Bring `job` to its path, going on where an earlier attempt stopped; returns the digest of the content.
+    """Download `job` to its path, resuming an earlier attempt; returns the digest of the content.
 
-    The caller holds a lock on the path. `refuse` is given every answer that is neither content nor worth a retry, and
-    raises. Raises UnreachableError, DataError (larger than `most`), StorageError, and what `refuse` raises.
+    The caller holds a lock on the path. `refuse` gets each response that is neither content nor worth a retry, and must
+    raise. Raises UnreachableError, DataError (larger than `most`), StorageError, and what `refuse` raises.
     """
     cancelled = cancelled or retries.cancelled or threading.Event()
     part = _Part(job.part, job.new_hash, cancelled)
@@ -248,12 +248,12 @@ def _receive(
     timeout: float,
     cancelled: threading.Event,
 ) -> None:
-    """Append what is missing to `part`, with one request."""
+    """Append the missing bytes to `part`, with one request."""
     import httpx
 
     if job.size is not None and part.size >= job.size:
         return
-    headers = {**job.headers, "Accept-Encoding": "identity"}  # ranges count bytes of the file, not of a compressed form
+    headers = {**job.headers, "Accept-Encoding": "identity"}  # ranges must count bytes of the file itself
     if part.size:
         headers["Range"] = f"bytes={part.size}-"
     try:
@@ -263,10 +263,10 @@ def _receive(
                 refuse(response)
             if response.status_code == 416 or (response.status_code == 206 and not _continues(response, part.size)):
                 part.restart()
-                raise TransientError("the server cannot go on at this place, so from the start")
+                raise TransientError("the server cannot resume here; starting again")
             if response.status_code == 200 and part.size:  # it ignores ranges, or the file has changed
                 part.restart()
-            for block in response.iter_bytes():  # as it comes: what is gathered first is lost at a cut
+            for block in response.iter_bytes():  # unbuffered: a buffer would be lost when the connection breaks
                 if cancelled.is_set():
                     raise TransientError("stopped")
                 part.append(block)
@@ -282,20 +282,24 @@ def _continues(response: httpx.Response, offset: int) -> bool:
 
 
 def _verified(job: Download, part: _Part) -> str:
-    """The digest of a whole part. Raises TransientError if it is short, CorruptError (emptying it) if it is wrong."""
+    """The digest of a complete part. Raises TransientError if it is too short; empties it and raises CorruptError if
+    wrong.
+    """
     if job.size is not None and part.size < job.size:
         raise TransientError(f"the connection ended after {part.size} of {job.size} bytes")
     digest, size = part.hash.hexdigest(), part.size
     if (job.size is not None and size > job.size) or (job.digest is not None and digest != job.digest):
         part.restart()
         raise CorruptError(
-            f"what came ({size} bytes, {digest[:12]}…) is not the file announced ({(job.digest or '')[:12]}…)"
+            f"the received file ({size} bytes, {digest[:12]}…) is not the announced one ({(job.digest or '')[:12]}…)"
         )
     return digest
 
 
 def in_parallel(jobs: Sequence[Callable[[], object]], *, workers: int, cancelled: threading.Event) -> None:
-    """Run all `jobs`; the first error, or a signal handler that raises, sets `cancelled`, which ends the others."""
+    """Run all `jobs` in threads. The first error, or a signal handler that raises, sets `cancelled`, which ends the
+    others.
+    """
     pool = concurrent.futures.ThreadPoolExecutor(workers)
     complete = False
     try:
@@ -309,9 +313,9 @@ def in_parallel(jobs: Sequence[Callable[[], object]], *, workers: int, cancelled
 
 
 def both(aside: Callable[[], T], here: Callable[[], U], *, cancelled: threading.Event) -> tuple[T, U]:
-    """What `aside`, in a thread, and `here`, in this one, return; both heed `cancelled`.
+    """Run `aside` in a thread and `here` in this one, and return both results. Both must watch `cancelled`.
 
-    An error of one ends the other. Raises that of whichever failed first, or what a signal handler raises.
+    An error in one ends the other. Raises the first error, or what a signal handler raises.
     """
     pool = concurrent.futures.ThreadPoolExecutor(1)
     other = pool.submit(aside)

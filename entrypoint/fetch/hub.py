@@ -1,8 +1,8 @@
-"""Repositories of the Hugging Face Hub: what is in them, who may read them, and their files, verified, in its cache.
+"""Repositories of the Hugging Face Hub: what they hold, who may read them, and their files in the Hub's local cache.
 
-Files are laid into the cache as huggingface_hub itself does (blobs by hash, snapshots of links, refs), so that other
-tools share them. They are downloaded here because the client starts a file again from its first byte when the process
-was killed, and does not compare a file with the hash that the Hub announces.
+The cache has huggingface_hub's own layout (blobs by hash, snapshots of links, refs), so other tools share it. We
+download ourselves for two reasons: after a kill, the client starts a file again from its first byte; and it does not
+compare a file with the hash that the Hub announces.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-WORKERS = 8  # files at a time
+PARALLEL_FILES = 8
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -42,10 +42,10 @@ class Repo:
 
     kind: str  # model | dataset
     name: str
-    variable: str  # where the name comes from, for messages: "MODEL_PATH=org/name"
+    variable: str  # the variable that named it, for messages: "MODEL_PATH=org/name"
     revision: str | None = None  # branch, tag or commit; None: main
     token: str | None = field(default=None, repr=False)
-    cache: Path | None = None  # None: where HF_HOME and HF_HUB_CACHE point to
+    cache: Path | None = None  # None: the one that HF_HOME and HF_HUB_CACHE point to
     retries: RetryPolicy = http.USUAL
 
     @property
@@ -57,7 +57,7 @@ class Repo:
 
     @property
     def page(self) -> str:
-        """Its address for a browser."""
+        """The address of its page."""
         from huggingface_hub import constants
 
         return f"{constants.ENDPOINT}/{'datasets/' if self.kind == 'dataset' else ''}{self.name}"
@@ -69,7 +69,7 @@ class Repo:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a repository. `etag` is its SHA-256 in large file storage, else its git hash."""
+    """A file of a repository. `etag`: its SHA-256 if it is in large file storage, else its git hash."""
 
     name: str
     size: int  # bytes
@@ -95,17 +95,17 @@ class Cached:
 
     commit: str
     folder: Path
-    is_verified: bool  # else another tool has filled or copied the cache, and it may be damaged or less than all
+    is_verified: bool  # by us; what another tool put there may be damaged or incomplete
 
 
 def describe(repo: Repo) -> Listing:
-    """Ask the Hub which commit `repo` is at and what is in it.
+    """Ask the Hub which commit `repo` is at and which files it has.
 
     Raises GatedError, SettingsError (no such repository or revision), UnreachableError.
     """
     from huggingface_hub import HfApi
 
-    api = HfApi(token=repo.token or False)  # False: never a token that was not given
+    api = HfApi(token=repo.token or False)  # False: no token from the environment or the home folder
 
     def call() -> Listing:
         ask = api.model_info if repo.kind == "model" else api.dataset_info
@@ -120,12 +120,13 @@ def describe(repo: Repo) -> Listing:
     for file in listing.files:
         parts = PurePosixPath(file.name).parts
         if ".." in parts or file.name.startswith("/") or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", file.etag):
-            raise SettingsError(f"{repo.variable}: {repo.page} announces a file that cannot be, {file.name!r}.")
+            raise SettingsError(f"{repo.variable}: {repo.page} lists an impossible file, {file.name!r}.")
     return listing
 
 
 def check_access(repo: Repo, listing: Listing, name: str) -> None:
-    """Ask whether the token may read the file `name`: the licence gate lets anyone list the files.
+    """Ask whether the token may read the file `name`. Listing is no proof: gated repositories let anyone list their
+    files.
 
     Raises GatedError, SettingsError, UnreachableError.
     """
@@ -136,7 +137,7 @@ def check_access(repo: Repo, listing: Listing, name: str) -> None:
 
 
 def cached_commit(repo: Repo) -> str | None:
-    """The commit that `repo` was at when it was last downloaded, without network."""
+    """The commit of `repo` at its last download, read from the cache."""
     revision = repo.revision or "main"
     if COMMIT.fullmatch(revision):
         return revision
@@ -147,7 +148,7 @@ def cached_commit(repo: Repo) -> str | None:
 
 
 def cached_snapshot(repo: Repo, choose: Callable[[Collection[str]], set[str]]) -> Cached | None:
-    """What the cache holds of `repo`, without network; None if that is nothing, or less than what is chosen of it."""
+    """The snapshot of `repo` in the cache; None if it lacks any file that `choose` picks."""
     commit = cached_commit(repo)
     folder = repo.folder / "snapshots" / (commit or "-")
     if commit is None or not folder.is_dir():
@@ -171,10 +172,10 @@ def missing_bytes(repo: Repo, files: Sequence[RemoteFile]) -> int:
 
 
 def bring(repo: Repo, listing: Listing, files: Sequence[RemoteFile]) -> Path:
-    """Download what is missing of `files` into the cache, compare everything with its hash, and return the snapshot.
+    """Download the missing `files` into the cache, compare each with its hash, and return the snapshot's folder.
 
-    Goes on where an earlier process stopped. A file is hashed once: what was verified is remembered. Raises GatedError,
-    SettingsError, UnreachableError, StorageError.
+    Resumes where an earlier process stopped. Each file is hashed once: verified.json remembers the result. Raises
+    GatedError, SettingsError, UnreachableError, StorageError.
     """
     folder = repo.folder / "snapshots" / listing.commit
     try:
@@ -194,7 +195,7 @@ def bring(repo: Repo, listing: Listing, files: Sequence[RemoteFile]) -> Path:
 
 
 def _bring_blobs(repo: Repo, listing: Listing, files: Sequence[RemoteFile], verified: dict[str, list[int]]) -> None:
-    """Make sure that the blob of each file is there and is what it should be; `verified` is brought up to date."""
+    """Make sure that the blob of each file exists and has the right content; adds to `verified`."""
     blobs = repo.folder / "blobs"
     once = {f.etag: f for f in files}  # the same content under two names is one blob
     missing = [f for f in once.values() if _size(blobs / f.etag) != f.size]
@@ -214,11 +215,11 @@ def _bring_blobs(repo: Repo, listing: Listing, files: Sequence[RemoteFile], veri
         if stamp := _stamp(blob):
             verified[file.etag] = stamp
 
-    http.in_parallel([functools.partial(one, f) for f in once.values()], workers=WORKERS, cancelled=cancelled)
+    http.in_parallel([functools.partial(one, f) for f in once.values()], workers=PARALLEL_FILES, cancelled=cancelled)
 
 
 def _is_sound(blob: Path, file: RemoteFile, cancelled: threading.Event) -> bool:
-    """Whether a blob that is there, from whatever tool, has the right content."""
+    """Whether an existing blob, whichever tool wrote it, has the right content."""
     if _size(blob) != file.size:
         return False
     digest = file.new_hash()
@@ -229,7 +230,7 @@ def _is_sound(blob: Path, file: RemoteFile, cancelled: threading.Event) -> bool:
         raise storage_error(problem, blob) from problem
     if digest.hexdigest() == file.etag:
         return True
-    logger.warning("%s in the cache is damaged (its hash is not %s): it is downloaded again.", file.name, file.etag)
+    logger.warning("%s in the cache is damaged (its hash is not %s). Downloading it again.", file.name, file.etag)
     return False
 
 
@@ -270,7 +271,7 @@ def _insist(repo: Repo, call: Callable[[], T]) -> T:
 
 
 def _translated(repo: Repo, call: Callable[[], T]) -> T:
-    """`call`, with the client's errors told as ours. Their texts are not kept: they may hold signed addresses."""
+    """`call`, with the client's errors turned into ours. Their texts are dropped: they may hold signed addresses."""
     import httpx
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
@@ -294,7 +295,7 @@ def _translated(repo: Repo, call: Callable[[], T]) -> T:
 
 
 def refusal(repo: Repo, problem: HfHubHTTPError) -> KilnError:
-    """The error that tells a user what the Hub's refusal means and what to do."""
+    """The error for a refusal of the Hub: what it means, and what to do."""
     from huggingface_hub import errors
 
     status = problem.response.status_code
@@ -328,7 +329,7 @@ def refusal(repo: Repo, problem: HfHubHTTPError) -> KilnError:
 
 
 def _link(blob: Path, pointer: Path) -> None:
-    """Show `blob` as `pointer`: by a relative link, or a copy where the volume knows no links."""
+    """Make `pointer` a relative link to `blob`, or a copy if the volume does not support links."""
     if _size(pointer) == _size(blob) and pointer.resolve() == blob.resolve():
         return
     try:
@@ -359,7 +360,7 @@ def _size(path: Path) -> int:
 
 
 def _stamp(path: Path) -> list[int] | None:
-    """Size and time of change, by which a file that was verified is known again."""
+    """Size and modification time: a verified file with the same ones need not be hashed again."""
     try:
         status = path.stat()
     except OSError:

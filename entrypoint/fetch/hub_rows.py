@@ -1,8 +1,7 @@
-"""A dataset of the Hub as a folder of picture files with captions, read by the `datasets` library, row by row.
+"""Turn a dataset of the Hub into a folder of image files with captions, row by row, with the `datasets` library.
 
-The reading is done by a process of its own (`python -m entrypoint.fetch.hub_rows`), which has no secrets and no
-network: its
-libraries take 300 MB that would stay for the whole training, and a damaged file may crash them.
+A child process reads (`python -m entrypoint.fetch.hub_rows`), without secrets and without network: its libraries take
+300 MB that would stay for the whole training, and a damaged file may crash them.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ CAPTIONS = (
     *("caption", "captions", "text", "texts", "prompt", "prompts", "description", "descriptions"),
     *("tags", "tag_string", "label", "labels"),
 )
-READERS = ("parquet", "arrow", "imagefolder", "webdataset")  # of `datasets`; others read no pictures, or pickles
-LARGEST_PICTURE = 2**28  # bytes
+READERS = ("parquet", "arrow", "imagefolder", "webdataset")  # of `datasets`; the others read no images, or pickles
+LARGEST_IMAGE_BYTES = 2**28  # bytes
 MOST_ROWS = 2_000_000
-# The first bytes of a file → its suffix. What is none of these gets .png, and the trainer tells that it cannot read it.
+# The first bytes of a file → its suffix. Anything else gets .png, and the trainer reports that it cannot read it.
 MAGIC = (
     *((rb"\xff\xd8\xff", ".jpg"), (rb"\x89PNG\r\n", ".png"), (rb"RIFF....WEBP", ".webp"), (rb"GIF8", ".gif")),
     *((rb"BM", ".bmp"), (rb"II\*\0|MM\0\*", ".tif"), (rb"....ftypavi[fs]", ".avif"), (rb"....ftyp(hei|mif)", ".heic")),
@@ -47,16 +46,16 @@ MAGIC = (
 
 @dataclass(frozen=True)
 class Choice:
-    """What of a dataset's repository is needed."""
+    """The files that are needed of a dataset's repository."""
 
     names: tuple[str, ...]
-    has_sidecars: bool  # pictures with a caption file each, which `datasets` does not know
+    has_sidecars: bool  # one caption file for each image, a layout that `datasets` does not support
 
 
 def choose(variable: str, repository: str, names: Collection[str]) -> Choice:
-    """The files to bring of a dataset repository with these files.
+    """Which of a repository's files to download.
 
-    Raises SettingsError for a dataset that needs its own script, DataError if there are no pictures.
+    Raises SettingsError for a dataset that needs its own script, DataError if it has no images.
     """
     script = f"{repository.split('/')[-1]}.py"
     if script in names:
@@ -72,7 +71,7 @@ def choose(variable: str, repository: str, names: Collection[str]) -> Choice:
     if not images and not [n for n in tables if n.split("/")[-1] not in METADATA]:
         kinds = ", ".join(sorted({PurePosixPath(n).suffix or n for n in visible})[:12]) or "nothing"
         raise DataError(
-            f"{variable} has no pictures: it holds {kinds}. Needed are parquet files, picture files or zips of them."
+            f"{variable} has no images: it holds {kinds}. Needed are parquet files, image files or zips of them."
         )
     if sidecars and not tables:
         return Choice((*images, *sidecars), True)
@@ -80,7 +79,7 @@ def choose(variable: str, repository: str, names: Collection[str]) -> Choice:
 
 
 def copy_files(snapshot: Path, names: Collection[str], target: Path) -> dict[str, Any]:
-    """Copy pictures and their sidecars into `target`. Raises OSError."""
+    """Copy images and their sidecars into `target`. Raises OSError."""
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(snapshot / name, target / name)
@@ -119,7 +118,7 @@ def main() -> None:
         answer = {"error": "StorageError", "message": str(storage_error(problem, target))}
     sys.stdout.write(json.dumps(answer))
     sys.stdout.flush()
-    os._exit(0)  # a normal end aborts where the reading was broken off: Arrow's threads are still at it
+    os._exit(0)  # a normal exit aborts if reading was interrupted, because Arrow's threads still run
 
 
 def write_rows(
@@ -132,10 +131,10 @@ def write_rows(
     caption_column: str | None,
     scratch: str,
 ) -> dict[str, Any]:
-    """Write each row's picture, its bytes untouched, and metadata.jsonl (file_name, caption) into `target`.
+    """Write each row's image, bytes untouched, and metadata.jsonl (file_name, caption) into `target`.
 
-    Memory does not grow with the number of rows. A row without a picture becomes an empty file, so that it is counted
-    and reported like any other picture that cannot be used. Returns what was found. Raises SettingsError (columns,
+    Memory does not grow with the number of rows. A row without an image becomes an empty file, so it is counted and
+    reported like any other unusable image. Returns counts and column names. Raises SettingsError (columns,
     split, configuration), DataError (unreadable or dangerous content), OSError.
     """
     import datasets
@@ -179,7 +178,7 @@ def _stream(snapshot: Path, scratch: str, *, variable: str, split: str) -> tuple
     builder = datasets.load_dataset_builder(str(snapshot), name, cache_dir=scratch)
     readers = {cls.__module__.rpartition(".")[2] for cls in type(builder).__mro__}
     if not readers & set(READERS):
-        raise DataError(f"{variable} is not a dataset of pictures: it is read as {builder.dataset_name}.")
+        raise DataError(f"{variable} is not a dataset of images: it is read as {builder.dataset_name}.")
     files = {str(key): list(value) for key, value in builder.config.data_files.items()}
     inside = str(snapshot.resolve()) + os.sep  # a dataset's README may name files anywhere
     for file in (f for some in files.values() for f in some):
@@ -187,42 +186,46 @@ def _stream(snapshot: Path, scratch: str, *, variable: str, split: str) -> tuple
             raise DataError(f"{variable} names a file outside of itself, {file!r}, and is refused.")
     if split not in files:
         raise SettingsError(f"DATASET_SPLIT={split}: {variable} has no such split, only {', '.join(files)}.")
-    if hasattr(builder.config, "fragment_scan_options"):  # parquet: as it is set, whole files and row groups are read
+    if hasattr(
+        builder.config, "fragment_scan_options"
+    ):  # parquet: its defaults read whole files and row groups into memory
         options = {"pre_buffer": False, "use_buffered_stream": True}
         builder.config.fragment_scan_options = pyarrow.dataset.ParquetFragmentScanOptions(**options)
         builder.config.batch_size = 8
     stream = builder.as_streaming_dataset(split=split)
     if stream.features is None:
-        raise DataError(f"{variable}: its columns cannot be told from its files.")
+        raise DataError(f"{variable}: its files do not say what columns they have.")
     return stream, files[split]
 
 
 def find_image_column(variable: str, features: dict[str, Any], asked: str | None) -> str:
-    """The column of pictures: the one asked for, or the only one. Raises SettingsError that lists the columns."""
+    """The column of images: the one asked for, or the only one. Raises SettingsError that lists the columns."""
     fit = [name for name, feature in features.items() if _is_image(feature)]
     columns = ", ".join(features)
     if asked is not None:
         if asked not in features:
             raise SettingsError(f"IMAGE_COLUMN={asked}: {variable} has no such column, only {columns}.")
         if asked not in fit and getattr(features[asked], "dtype", "") not in ("binary", "large_binary"):
-            raise SettingsError(f"IMAGE_COLUMN={asked}: that column of {variable} holds no pictures (has: {columns}).")
+            raise SettingsError(
+                f"IMAGE_COLUMN={asked}: that column of {variable} holds no images (columns: {columns})."
+            )
         return asked
     if len(fit) != 1:
-        many = f"several columns of pictures ({', '.join(fit)})" if fit else "no column of pictures"
+        many = f"several columns of images ({', '.join(fit)})" if fit else "no column of images"
         raise SettingsError(f"{variable} has {many}. Choose one with IMAGE_COLUMN; the columns are {columns}.")
     return fit[0]
 
 
 def _is_image(feature: Any) -> bool:
-    if isinstance(feature, dict):  # written by another library: bytes and path without the mark of a picture
+    if isinstance(feature, dict):  # another library wrote it: bytes and path, without the image type
         return set(feature) == {"bytes", "path"}
     return type(feature).__name__ == "Image"
 
 
 def find_caption_column(variable: str, features: dict[str, Any], asked: str | None, images: str) -> str | None:
-    """The column of captions: the one asked for, or one with a usual name, or None.
+    """The column of captions: the one asked for, or one with a common name, or None.
 
-    Raises SettingsError that lists the columns, also when several could be meant.
+    Raises SettingsError with the columns if it does not exist, or if several could be meant.
     """
     columns = [name for name in features if name != images]
     if asked is not None:
@@ -287,14 +290,14 @@ def _caption(value: Any, labels: list[str] | None) -> str | None:
 
 
 class _Reader:
-    """Reads pictures from values of `datasets`: bytes, or the place of a file in the dataset or in a zip of it."""
+    """Reads images from values of `datasets`: bytes, or the path of a file in the dataset or in one of its zips."""
 
     def __init__(self, source: Path, budget: Budget) -> None:
         self.inside, self.budget = str(source.resolve()) + os.sep, budget
         self.zip: zipfile.ZipFile | None = None  # the last one used: rows come in the order of the files
 
     def image(self, value: Any) -> tuple[bytes, str]:
-        """Bytes (none if there is no picture) and the suffix that they deserve. Raises DataError."""
+        """The image's bytes (empty if there is none) and the suffix for their format. Raises DataError."""
         if isinstance(value, dict):
             data, path = value.get("bytes"), value.get("path") or ""
         else:
@@ -313,11 +316,11 @@ class _Reader:
             raise DataError(f"a row names a picture outside of its dataset, {path!r}")
         try:
             with self._open_in_zip(place, member) if container else Path(place).open("rb") as file:
-                data = file.read(LARGEST_PICTURE + 1)
+                data = file.read(LARGEST_IMAGE_BYTES + 1)
         except (FileNotFoundError, KeyError):
             return b""  # a row names a picture that the dataset does not hold
-        if len(data) > LARGEST_PICTURE:
-            raise DataError(f"the picture {member!r} is larger than {LARGEST_PICTURE // 2**20} MiB")
+        if len(data) > LARGEST_IMAGE_BYTES:
+            raise DataError(f"the picture {member!r} is larger than {LARGEST_IMAGE_BYTES // 2**20} MiB")
         return data
 
     def _open_in_zip(self, container: str, member: str) -> Any:

@@ -6,11 +6,11 @@ import json
 from collections.abc import Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from trainer.spec.errors import SettingsError
 from trainer.spec.family import OPTIONAL, base_models
 from trainer.spec.plan import ModelPlan
+from trainer.storage.safetensors_header import Header, parse_header
 
 # Formats that run code when they are loaded, and weights of other frameworks: never downloaded, never read.
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
@@ -27,7 +27,7 @@ def variable(model: ModelPlan) -> str:
 
 
 def is_local(model: ModelPlan) -> bool:
-    """Whether the model is a place on this machine and not a repository of the Hub."""
+    """Whether the model is a path on this machine, not a repository of the Hub."""
     return model.source.startswith(("/", "./", "../", "~")) or Path(model.source).exists()
 
 
@@ -37,7 +37,7 @@ def is_wanted(name: str, patterns: Collection[str]) -> bool:
 
 
 def wanted(names: Collection[str], patterns: Collection[str]) -> set[str]:
-    """Those of the files of a repository that are needed: of a part without full weights, the fp16 copies."""
+    """The files of a repository that are needed. A part without full-precision weights contributes its fp16 copies."""
     found = {name for name in names if is_wanted(name, patterns)}
     for part in {p.removeprefix(OPTIONAL).split("/")[0] for p in patterns if "/" in p}:
         plain = f"{part}/model.safetensors"
@@ -47,14 +47,14 @@ def wanted(names: Collection[str], patterns: Collection[str]) -> set[str]:
 
 
 def problems(names: Collection[str], patterns: Collection[str]) -> list[str]:
-    """What is missing or unfit in a model whose files have these names, relative to its folder."""
+    """What is missing or unusable in a model with these files (names relative to its folder)."""
     if "model_index.json" not in names:
         return ["it has no model_index.json, so it is not a model in the folder layout of diffusers"]
     found, needed = [], wanted(names, patterns)
     for first in dict.fromkeys(p.split("/")[0] for p in patterns if "/" in p):
         part = first.removeprefix(OPTIONAL)
         inside = [n for n in names if n.startswith(f"{part}/")]
-        has_weights = is_wanted(f"{part}/model.safetensors", patterns)  # else they come from another place
+        has_weights = is_wanted(f"{part}/model.safetensors", patterns)  # otherwise its weights come from elsewhere
         pickles = [n for n in inside if n.endswith(PICKLES)]
         if not inside and part != first:
             continue
@@ -74,11 +74,13 @@ def problems(names: Collection[str], patterns: Collection[str]) -> list[str]:
 def check_names(variable: str, names: Collection[str], patterns: Collection[str]) -> None:
     """Raises SettingsError with all `problems`."""
     if found := problems(names, patterns):
-        raise SettingsError(f"{variable} cannot be used: {'; '.join(found)}. Name a complete model, or mend this one.")
+        raise SettingsError(
+            f"{variable} cannot be used: {'; '.join(found)}. Name a complete model, or repair this one."
+        )
 
 
 def check_folder(variable: str, folder: Path, patterns: Collection[str]) -> None:
-    """Check that a model is whole: its parts, the shards that its indexes name, the lengths of its weights.
+    """Check that a model is complete: its parts, the shards that its indexes name, the lengths of its weight files.
 
     Reads headers only, so it takes milliseconds. Raises SettingsError.
     """
@@ -110,36 +112,32 @@ def _missing_shards(index: Path) -> list[str]:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether the length of a safetensors file is what its header says."""
+    """Whether a safetensors file is as long as its header says."""
     return _header(path) is not None
 
 
 def damage(path: Path) -> str | None:
-    """What keeps the safetensors file `path` from being read; None: nothing."""
+    """Why the safetensors file `path` cannot be read; None if it can."""
     return None if _is_whole(path) else "is damaged or cut short (or a Git LFS pointer)"
 
 
 def tensors(path: Path) -> set[str]:
     """The names of the tensors in a safetensors file; none, if it is damaged."""
-    return set(_header(path) or ())
+    header = _header(path)
+    return set() if header is None else set(header.entries)
 
 
 def has_fp8(path: Path) -> bool:
     """Whether a safetensors file has weights of one byte."""
-    return any(str(entry.get("dtype")).startswith("F8_") for entry in (_header(path) or {}).values())
+    header = _header(path)
+    return header is not None and any(str(entry.dtype).startswith("F8_") for entry in header.entries.values())
 
 
-def _header(path: Path) -> dict[str, Any] | None:
-    """The entries of the tensors in a safetensors file; None where its length is not what they say."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 + length:
-            return None
-        try:
-            header = json.loads(file.read(length))
-            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            ends = [entry["data_offsets"][1] for entry in entries.values()]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return None
-    return entries if size == 8 + length + max(ends, default=0) else None
+def _header(path: Path) -> Header | None:
+    """The header of a safetensors file; None if it is damaged, or if the file does not end where its tensors end."""
+    try:
+        header = parse_header(path)
+    except ValueError:
+        return None
+    end = max((entry.end for entry in header.entries.values()), default=header.data_begin)
+    return header if path.stat().st_size == end else None

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from entrypoint.fetch import flash_attention
-from entrypoint.settings.checks import Notes, show
+from entrypoint.settings.checks import Notes
 from entrypoint.settings.read import Settings
 from entrypoint.system.hardware import Hardware, select
 from trainer.spec import memory_model
@@ -21,6 +21,7 @@ from trainer.spec.family import BaseModel, Facts, Footprint
 from trainer.spec.memory_model import Strategy, Workload
 from trainer.spec.plan import Dataset, EnginePlan, Prompt
 from trainer.spec.strategies import memory_mode
+from trainer.spec.values import show
 from trainer.spec.weight_formats import PRECISIONS
 
 RECOMPUTE_POLICY = {True: "all", False: "none"}  # by PARAMS_GRADIENT_CHECKPOINTING, where memory does not matter
@@ -44,24 +45,24 @@ def engine_plan(
     Returns the datasets as well: with their batch size, where that was left to `auto`.
     """
     try:
-        hardware = select(found, settings.backend)
+        hardware = select(found, settings.engine.backend)
     except SettingsError as problem:
         notes.add(str(problem))
         hardware = found
-    if settings.backend == "auto":
+    if settings.engine.backend == "auto":
         notes.chose("BACKEND", hardware.backend, str(hardware))
-    if settings.precision not in ("auto", *hardware.formats):
-        needs, allowed = PRECISIONS[settings.precision].needs, ", ".join(("auto", *hardware.formats))
-        what = f"PARAMS_PRECISION={show(settings.precision)} is not what {hardware} can do"
+    if settings.engine.precision not in ("auto", *hardware.formats):
+        needs, allowed = PRECISIONS[settings.engine.precision].needs, ", ".join(("auto", *hardware.formats))
+        what = f"PARAMS_PRECISION={show(settings.engine.precision)} is not what {hardware} can do"
         notes.add(f"{what}: it needs {needs}. Allowed: {allowed}.")
     plan = EnginePlan(
         device=hardware.device,
         num_gpus=_num_gpus(settings, hardware, notes),
         # Text encoders that train tokenise captions inside the step, which no CUDA graph can hold.
-        replay=hardware.can_capture and not any(settings.text_encoder_lr),
+        replay=hardware.can_capture and not any(settings.training.text_encoder_lr),
         attention=_attention(settings, hardware, facts, model, notes),
-        memory_limit_gib=settings.memory_limit_gib,
-        step_timeout_s=settings.step_timeout,
+        memory_limit_gib=settings.engine.memory_limit_gib,
+        step_timeout_s=settings.engine.step_timeout,
     )
     if model.footprint is None or hardware.device == "cpu":
         plan = _unlimited(settings, hardware, plan, notes=notes)
@@ -83,7 +84,7 @@ def engine_plan(
 def _largest_sample(settings: Settings, datasets: Sequence[Dataset], prompts: Sequence[Prompt]) -> int:
     """Pixels of the largest image that the job draws: a sample, or a class image. 0: it draws none."""
     sizes: list[tuple[int, int]] = []
-    if settings.sample_every_n_steps:
+    if settings.output.sample_every_n_steps:
         sizes += [(prompt.width, prompt.height) for prompt in prompts]
     for dataset in datasets:
         if any(subset.source.kind == "generated" for subset in dataset.subsets):
@@ -93,8 +94,8 @@ def _largest_sample(settings: Settings, datasets: Sequence[Dataset], prompts: Se
 
 def _may_compile(settings: Settings, plan: EnginePlan, compiles: str) -> bool:
     """Whether blocks may be compiled; `_compiled` decides, once it is known what is recomputed."""
-    if settings.compile is not None:
-        return settings.compile
+    if settings.engine.compile is not None:
+        return settings.engine.compile
     return not (plan.replay and compiles == "never")
 
 
@@ -103,9 +104,9 @@ def _compiled(settings: Settings, plan: EnginePlan, compiles: str, notes: Notes)
 
     `compiles`: see `Facts.compiles`.
     """
-    if settings.compile is not None:
-        return settings.compile
-    fused = PRECISIONS[plan.precision].weight_format == "fp8" and settings.lora_type != "dora"
+    if settings.engine.compile is not None:
+        return settings.engine.compile
+    fused = PRECISIONS[plan.precision].weight_format == "fp8" and settings.adapter.lora_type != "dora"
     captured = plan.replay and plan.offload != "weights"
     if plan.device == "cpu":
         chosen, why = False, "compiling takes longer than it saves on a CPU"
@@ -121,12 +122,12 @@ def _compiled(settings: Settings, plan: EnginePlan, compiles: str, notes: Notes)
 
 def _attention(settings: Settings, hardware: Hardware, facts: Facts, model: BaseModel, notes: Notes) -> str:
     """The implementation of attention: the one that PARAMS_ATTENTION names, or the fastest that is installed."""
-    asked = settings.attention
+    asked = settings.engine.attention
     if asked == "auto":
         chosen, why = "native", "torch picks the kernel"
         # The heads of a miniature are narrower than FlashAttention 4 takes.
         if hardware.fastest_attention == "flash_4" and not model.is_miniature:
-            if flash_attention.is_installed(settings.cache_path):
+            if flash_attention.is_installed(settings.data.cache_path):
                 chosen, why = "flash_4", "the fastest here"
             else:
                 why += "; flash_4 is faster here, and PARAMS_ATTENTION=flash_4 installs it"
@@ -138,7 +139,7 @@ def _attention(settings: Settings, hardware: Hardware, facts: Facts, model: Base
             notes.add(f"{what} Fix: set PARAMS_ATTENTION=auto.")
     elif asked != "native" and not facts.attention_backends:
         notes.add(
-            f"PARAMS_ATTENTION={asked}: {settings.base_model} supports only torch's own attention. "
+            f"PARAMS_ATTENTION={asked}: {settings.model.base_model} supports only torch's own attention. "
             "Allowed: auto, native, flash_4."
         )
     return asked
@@ -146,7 +147,7 @@ def _attention(settings: Settings, hardware: Hardware, facts: Facts, model: Base
 
 def _num_gpus(settings: Settings, hardware: Hardware, notes: Notes) -> int:
     """How many processes train together. A CPU takes any number, for trying it out."""
-    asked = settings.num_gpus
+    asked = settings.engine.num_gpus
     available = hardware.count
     if hardware.device == "cpu":
         return asked or 1
@@ -163,25 +164,25 @@ def _num_gpus(settings: Settings, hardware: Hardware, notes: Notes) -> int:
 
 def _unlimited(settings: Settings, hardware: Hardware, plan: EnginePlan, *, notes: Notes) -> EnginePlan:
     """The plan for a miniature, which fits anywhere, or for a CPU, where no device memory is short."""
-    precision = settings.precision
+    precision = settings.engine.precision
     if precision == "auto":
         precision = hardware.unquantized_precision
         notes.chose("PARAMS_PRECISION", precision, f"best for {hardware}")
-    if settings.offload not in ("auto", "none") and hardware.device == "cpu":
+    if settings.engine.offload not in ("auto", "none") and hardware.device == "cpu":
         notes.add(
-            f"PARAMS_OFFLOAD={settings.offload} needs an accelerator: on a CPU there is only host memory. "
+            f"PARAMS_OFFLOAD={settings.engine.offload} needs an accelerator: on a CPU there is only host memory. "
             "Allowed: auto, none."
         )
-    elif settings.offload == "weights" and settings.lora_type == "dora":
+    elif settings.engine.offload == "weights" and settings.adapter.lora_type == "dora":
         notes.add("PARAMS_OFFLOAD=weights does not work with PARAMS_LORA_TYPE=dora. Fix: change one of them.")
-    if settings.batch_size == 0:
+    if settings.data.batch_size == 0:
         notes.chose("PARAMS_BATCH_SIZE", "dataset.json's", "the speed of this model is not known here")
     return dataclasses.replace(
         plan,
         precision=precision,
         dtype=hardware.activation_dtype(precision),
-        recompute=RECOMPUTE_POLICY[bool(settings.gradient_checkpointing)],
-        offload="none" if settings.offload == "auto" else settings.offload,
+        recompute=RECOMPUTE_POLICY[bool(settings.engine.gradient_checkpointing)],
+        offload="none" if settings.engine.offload == "auto" else settings.engine.offload,
     )
 
 
@@ -202,8 +203,8 @@ def _fit_memory(
     `drawn_pixels`: of the largest sample.
     """
     workload = _largest_workload(settings, datasets, rank, footprint)
-    precisions = hardware.auto_precisions if settings.precision == "auto" else (settings.precision,)
-    have_gib = min(hardware.memory_gib, settings.memory_limit_gib or hardware.memory_gib)
+    precisions = hardware.auto_precisions if settings.engine.precision == "auto" else (settings.engine.precision,)
+    have_gib = min(hardware.memory_gib, settings.engine.memory_limit_gib or hardware.memory_gib)
     host_gib = hardware.host_memory_gib * PINNED_HOST_SHARE / plan.num_gpus
 
     def allowed(workload: Workload) -> list[Strategy]:
@@ -217,11 +218,11 @@ def _fit_memory(
 
     if not allowed(workload):
         notes.add(
-            f"PARAMS_OFFLOAD={settings.offload} needs PARAMS_GRADIENT_CHECKPOINTING=auto or true, and "
+            f"PARAMS_OFFLOAD={settings.engine.offload} needs PARAMS_GRADIENT_CHECKPOINTING=auto or true, and "
             "PARAMS_OFFLOAD=weights does not work with PARAMS_LORA_TYPE=dora."
         )
         return plan, datasets
-    if settings.batch_size == 0:
+    if settings.data.batch_size == 0:
         tried: list[tuple[Workload, Strategy]] = []
         for batch in memory_model.BATCHES:
             larger = dataclasses.replace(workload, batch=batch)
@@ -270,11 +271,11 @@ def _comparable(tried: list[tuple[Workload, Strategy]], *, have_gib: float) -> l
 def _note_choices(settings: Settings, hardware: Hardware, strategy: Strategy, *, have_gib: float, notes: Notes) -> None:
     """Note the strategy as the value of each setting that was left to `auto`."""
     reason = f"a step is predicted to take {strategy.gib:.1f} of {have_gib:.0f} GiB"
-    if settings.precision == "auto":
+    if settings.engine.precision == "auto":
         notes.chose("PARAMS_PRECISION", strategy.precision, f"fastest for {hardware}")
-    if settings.gradient_checkpointing is None:
+    if settings.engine.gradient_checkpointing is None:
         notes.chose("PARAMS_GRADIENT_CHECKPOINTING", str(strategy), reason)
-    if settings.offload == "auto":
+    if settings.engine.offload == "auto":
         notes.chose("PARAMS_OFFLOAD", strategy.offload, reason)
 
 
@@ -286,8 +287,8 @@ def _largest_workload(settings: Settings, datasets: Sequence[Dataset], rank: int
     workloads: list[Workload] = []
     for dataset in datasets:
         width, height = dataset.resolution
-        batch = dataset.batch_size if settings.batch_size != 0 else 1
-        workloads.append(Workload(width * height, batch, rank, settings.optimizer_type))
+        batch = dataset.batch_size if settings.data.batch_size != 0 else 1
+        workloads.append(Workload(width * height, batch, rank, settings.training.optimizer_type))
     return max(workloads, key=lambda workload: workload.kilotokens(footprint))
 
 
@@ -336,11 +337,11 @@ def _allowed(settings: Settings, strategies: Sequence[Strategy], *, compiles: bo
     allowed: list[Strategy] = []
     for strategy in strategies:
         recomputes = strategy.recompute != "none"
-        if settings.gradient_checkpointing not in (None, recomputes):
+        if settings.engine.gradient_checkpointing not in (None, recomputes):
             continue
-        if settings.offload not in ("auto", strategy.offload):
+        if settings.engine.offload not in ("auto", strategy.offload):
             continue
         mode = memory_mode(strategy.recompute, strategy.offload)
-        if mode.is_allowed(compiled=compiles, dora=settings.lora_type == "dora"):
+        if mode.is_allowed(compiled=compiles, dora=settings.adapter.lora_type == "dora"):
             allowed.append(strategy)
     return allowed

@@ -1,6 +1,7 @@
-"""Settings, manifest and hardware → the plan. Pure but for looking whether a named folder or file is there.
+"""Settings, manifest and hardware → the plan. Pure, but for looking whether a named folder or file exists.
 
-Every `auto` is resolved here, with its reason; what cannot be done is refused, all at once, before any download.
+Every `auto` is resolved here or in a module that is called from here, with its reason; what cannot be done is refused,
+all problems at once, before any download.
 """
 
 from __future__ import annotations
@@ -13,276 +14,328 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from entrypoint.dataset_config.complete import Overrides, complete_datasets
+from entrypoint.dataset_config.complete import complete_datasets
 from entrypoint.dataset_config.manifest import HUB_ID, Manifest
-from entrypoint.dataset_config.prompts import complete_prompts
 from entrypoint.planning import single_files, starting_point, text_encoders
 from entrypoint.planning.engine_choice import engine_plan
-from entrypoint.settings.checks import Notes, absolute, instead, is_file, is_folder, show
-from entrypoint.settings.read import Settings
+from entrypoint.settings import Settings
+from entrypoint.settings.checks import Notes, absolute, is_file, is_folder, suggestion
+from entrypoint.settings.variables.adapter import AdapterSettings
+from entrypoint.settings.variables.model import ModelSettings
+from entrypoint.settings.variables.output import OutputSettings
+from entrypoint.settings.variables.training import TrainingSettings
 from entrypoint.system.hardware import Hardware
 from trainer.spec.errors import SettingsError
 from trainer.spec.family import BaseModel, Facts, base_models, get_family
-from trainer.spec.optimizers import OPTIMIZERS
+from trainer.spec.optimizers import OPTIMIZERS, OptimizerSpec
 from trainer.spec.plan import DataPlan, Dataset, LoraPlan, ModelPlan, OptimPlan, OutputPlan, Plan, TrainPlan
+from trainer.spec.prompts import complete_prompts
+from trainer.spec.values import show
 
-CONSTANT = ("constant", "constant_with_warmup")  # the schedules that schedule-free optimisers go with
-CYCLIC = "cosine_with_restarts"
-# What only models of one objective have (`Facts.objective`): a field of Settings, and its value that asks for nothing.
-OF_OBJECTIVE: dict[str, dict[str, Any]] = {
+# A schedule-free optimiser averages its iterates instead of following a schedule (Defazio et al. 2024,
+# arXiv:2405.15682), so that a falling learning rate would work against it.
+CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")
+CYCLIC_SCHEDULE = "cosine_with_restarts"
+EPOCHS_PER_CYCLE = 3  # where PARAMS_NUM_CYCLES is not set
+# What only models of one objective have (`Facts.objective`): a field of TrainingSettings, and its neutral value.
+ONLY_FOR_OBJECTIVE: dict[str, dict[str, Any]] = {
     "flow": {"discrete_flow_shift": None, "loss_weighting": "none"},
     "denoising": {"prediction_type": "auto", "zero_terminal_snr": None, "min_snr_gamma": 0.0},
 }
-ELSEWHERE = {"lr": "PARAMS_LEARNING_RATE", "weight_decay": "PARAMS_WEIGHT_DECAY", "warmup_steps": "PARAMS_WARMUP_STEPS"}
+# Arguments of optimisers that PARAMS_OPTIMIZER_ARGS may not set, since they have a variable of their own.
+ARGUMENT_VARIABLES = {
+    "lr": "PARAMS_LEARNING_RATE",
+    "weight_decay": "PARAMS_WEIGHT_DECAY",
+    "warmup_steps": "PARAMS_WARMUP_STEPS",
+}
 
 
 def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now: datetime) -> Plan:
-    """What will be done, complete. Raises SettingsError with a line for each thing that cannot be done."""
+    """The complete plan. Raises SettingsError with a line for each thing that cannot be done.
+
+    `now` is the start time: it names the output where OUTPUT_NAME is not set.
+    """
     notes = Notes()
-    base = base_models()
-    if settings.base_model not in base:
-        raise SettingsError(
-            f"BASE_MODEL={show(settings.base_model)} is not known; {instead(settings.base_model, base)}"
-        )
-    name, model = base[settings.base_model]
-    facts = get_family(name).FACTS
-    model_plan = _model(settings, name, model, notes)
+    family_name, base_model = _base_model(settings.model.base_model)
+    facts = get_family(family_name).FACTS
+    model_plan = _model_plan(settings.model, family_name, base_model, facts, notes)
     datasets = complete_datasets(
-        manifest, _overrides(settings), model_resolution=model.resolution, multiple=facts.multiple, notes=notes
+        manifest, settings.data, model_resolution=base_model.resolution, multiple=facts.multiple, notes=notes
     )
-    own_prompts = settings.trigger_word if manifest.prompts_packaged else None
     prompts = complete_prompts(
         manifest.prompts,
         facts=facts,
-        model=model,
+        model=base_model,
         resolution=datasets[0].resolution,
-        seed=settings.seed,
-        prefix=f"{own_prompts}, " if own_prompts else "",
+        seed=settings.training.seed,
+        prefix=_prompt_prefix(settings.data.trigger_word, manifest),
         problems=notes,
     )
-    optim = _optim(settings, name, notes)
-    lora = _lora(settings, facts, trained=optim.text_encoders, notes=notes)
+    optim = _optimizer_plan(settings.training, family_name, settings.model.base_model, notes)
+    lora = _adapter_plan(settings.adapter, facts, trained_encoders=optim.text_encoders, notes=notes)
     engine, datasets = engine_plan(
-        settings, hardware, facts=facts, model=model, datasets=datasets, rank=lora.rank, prompts=prompts, notes=notes
+        settings,
+        hardware,
+        facts=facts,
+        model=base_model,
+        datasets=datasets,
+        rank=lora.rank,
+        prompts=prompts,
+        notes=notes,
     )
     plan = Plan(
         model=model_plan,
-        data=DataPlan(datasets, strict=settings.strict_dataset),
+        data=DataPlan(datasets, strict=settings.data.strict_dataset),
         lora=lora,
         optim=optim,
-        train=_train(settings, facts, notes),
+        train=_training_plan(settings, facts, notes),
         engine=engine,
-        output=_output(settings, datasets, now=now, notes=notes),
+        output=_output_plan(settings.output, datasets, cache=settings.data.cache_path, now=now, notes=notes),
         prompts=prompts,
     )
     notes.raise_if_any("This cannot be done")
     if not plan.output.name:
-        plan = _named(plan, now=now)
+        plan = _with_default_name(plan, now=now)
     return dataclasses.replace(plan, reasons=tuple(notes.reasons))
 
 
-def _model(settings: Settings, name: str, model: BaseModel, notes: Notes) -> ModelPlan:
-    source, here = model.source, Path(model.source).is_absolute()
-    asked, variable = settings.model_path, "MODEL_PATH"
-    if single_files.is_single(asked):
-        if wrong := single_files.problem(asked or ""):
-            notes.add(f"MODEL_PATH={show(asked)} {wrong}.")
-        asked, variable = settings.model_config_path, "MODEL_CONFIG_PATH"
+# ---- model
+
+
+def _base_model(name: str) -> tuple[str, BaseModel]:
+    """The family and the facts of BASE_MODEL."""
+    known = base_models()
+    if name not in known:
+        raise SettingsError(f"BASE_MODEL={show(name)} is not known; {suggestion(name, known)}")
+    return known[name]
+
+
+def _model_plan(
+    settings: ModelSettings, family_name: str, base_model: BaseModel, facts: Facts, notes: Notes
+) -> ModelPlan:
+    """Where the base model comes from: its own repository, or what MODEL_PATH or MODEL_CONFIG_PATH name.
+
+    A single file in MODEL_PATH has weights only, so that configs and missing parts come from MODEL_CONFIG_PATH.
+    """
+    requested = settings.model_path
+    variable = "MODEL_PATH"
+    if single_files.is_single_file(requested):
+        if problem := single_files.path_problem(requested or ""):
+            notes.add(f"MODEL_PATH={show(requested)} {problem}.")
+        requested = settings.model_config_path
+        variable = "MODEL_CONFIG_PATH"
     elif settings.model_config_path:
         notes.add(
             f"MODEL_CONFIG_PATH={show(settings.model_config_path)} goes with a .safetensors file in MODEL_PATH only. "
             "Fix: remove it."
         )
-    if asked:
-        source, here = asked, is_folder(asked)
-        problem = _model_path_problem(source) if not here else None
-        if problem:
+    source = base_model.source
+    is_local = Path(source).is_absolute()
+    if requested:
+        source = requested
+        is_local = is_folder(requested)
+        if is_local:
+            source = absolute(source)
+        elif problem := _model_source_problem(source):
             file = "a .safetensors file, " if variable == "MODEL_PATH" else ""
             accepted = f"{file}a folder in diffusers layout (with model_index.json), or a Hub repository like org/name"
             notes.add(f"{variable}={show(source)} {problem}. Allowed: {accepted}.")
-        source = absolute(source) if here else source
-    if settings.model_revision and here:
+    if settings.model_revision and is_local:
         fix = f"Fix: remove it, or name a repository in {variable}."
         notes.add(f"MODEL_REVISION={show(settings.model_revision)}: {source} is a folder and has no revisions. {fix}")
-    parts = single_files.choose(settings, get_family(name).FACTS, notes)
-    return ModelPlan(settings.base_model, name, source, revision=settings.model_revision, parts=parts)
+    parts = single_files.choose_parts(settings, facts, notes)
+    return ModelPlan(settings.base_model, family_name, source, revision=settings.model_revision, parts=parts)
 
 
-def _model_path_problem(source: str) -> str | None:
-    if problem := single_files.problem(source):
+def _model_source_problem(source: str) -> str | None:
+    """Why `source`, which is no folder, cannot be the name of a repository either."""
+    if problem := single_files.path_problem(source):
         return problem
     if source.startswith(("/", ".", "~")):
         return "is no folder that is there"
-    return None if HUB_ID.fullmatch(source) and "/" in source else "is neither a folder nor the name of a repository"
+    if not HUB_ID.fullmatch(source) or "/" not in source:
+        return "is neither a folder nor the name of a repository"
+    return None
 
 
-def _overrides(settings: Settings) -> Overrides:
-    return Overrides(
-        dataset_name=settings.dataset_name,
-        revision=settings.dataset_revision,
-        split=settings.dataset_split,
-        image_column=settings.image_column,
-        caption_column=settings.caption_column,
-        resolution=settings.resolution,
-        batch_size=settings.batch_size,
-        num_repeats=settings.num_repeats,
-        caption_dropout_rate=settings.caption_dropout_rate,
-        trigger_word=settings.trigger_word,
-    )
+def _prompt_prefix(trigger_word: str | None, manifest: Manifest) -> str:
+    """The trigger word goes before this program's own prompts; prompts of the user stay as they are."""
+    if trigger_word and manifest.prompts_packaged:
+        return f"{trigger_word}, "
+    return ""
 
 
 # ---- adapter, optimiser, training
 
 
-def _lora(settings: Settings, facts: Facts, *, trained: Collection[str], notes: Notes) -> LoraPlan:
+def _adapter_plan(
+    settings: AdapterSettings, facts: Facts, *, trained_encoders: Collection[str], notes: Notes
+) -> LoraPlan:
+    """Rank, targets and type of the adapters; those of a LoRA file where the job starts from one."""
     start = settings.resume_from
-    if start and (wrong := starting_point.unusable(start)):
-        notes.add(wrong)
+    if start and (problem := starting_point.path_problem(start)):
+        notes.add(problem)
         start = None
-    rank, split_qkv, targets = starting_point.adapter(
-        absolute(start) if start and is_file(start) else None,
-        facts,
-        rank=settings.network_dim,
-        split_qkv=settings.split_qkv,
-        targets=settings.target_modules,
-        encoders=trained,
-        dora=settings.lora_type == "dora",
-        notes=notes,
-    )
+    path = absolute(start) if start else None
+    # A folder holds a state, whose adapters the trainer checks; only a file has a header to plan by.
+    file = path if path and is_file(path) else None
+    shape = starting_point.adapter_shape(settings, file, facts, trained_encoders=trained_encoders, notes=notes)
     if settings.lora_type == "dora":
-        text_encoders.check_dora(facts.name, targets, notes)
+        text_encoders.check_dora(facts.name, shape.targets, notes)
     return LoraPlan(
         kind=settings.lora_type,
-        rank=rank,
+        rank=shape.rank,
         alpha=settings.network_alpha,
-        split_qkv=split_qkv,
-        targets=targets,
-        resume_from=absolute(start) if start else None,
+        split_qkv=shape.split_qkv,
+        targets=shape.targets,
+        resume_from=path,
     )
 
 
-def _optim(settings: Settings, family_name: str, notes: Notes) -> OptimPlan:
-    name, scheduler = settings.optimizer_type, settings.learning_scheduler
+def _optimizer_plan(settings: TrainingSettings, family_name: str, base_model: str, notes: Notes) -> OptimPlan:
+    """The optimiser with all its arguments, its schedule, and the learning rates of the text encoders."""
+    name = settings.optimizer_type
+    scheduler = settings.learning_scheduler
     spec = OPTIMIZERS[name]
-    rate = settings.learning_rate
-    if rate is None:
-        rate = spec.learning_rate
-        notes.chose("PARAMS_LEARNING_RATE", f"{rate:g}", f"the default with {name}")
-    if spec.schedule_free and scheduler not in CONSTANT:
+    learning_rate = settings.learning_rate
+    if learning_rate is None:
+        learning_rate = spec.learning_rate
+        notes.chose("PARAMS_LEARNING_RATE", f"{learning_rate:g}", f"the default with {name}")
+    _check_schedule(settings, spec, notes)
+    cycles = settings.num_cycles or max(1, settings.max_epochs // EPOCHS_PER_CYCLE)
+    if settings.num_cycles and scheduler != CYCLIC_SCHEDULE:
+        notes.chose("PARAMS_NUM_CYCLES", "not used", f"{scheduler} has no cycles")
+    return OptimPlan(
+        name=name,
+        learning_rate=learning_rate,
+        weight_decay=settings.weight_decay,
+        args=_optimizer_arguments(settings, spec, notes),
+        scheduler=scheduler,
+        warmup_steps=settings.warmup_steps,
+        num_cycles=cycles if scheduler == CYCLIC_SCHEDULE else 1,
+        text_encoders=text_encoders.learning_rates(
+            settings.text_encoder_lr,
+            family_name=family_name,
+            base_model=base_model,
+            optimizer=name,
+            learning_rate=learning_rate,
+            notes=notes,
+        ),
+    )
+
+
+def _check_schedule(settings: TrainingSettings, spec: OptimizerSpec, notes: Notes) -> None:
+    """Refuse a schedule that the optimiser does not follow, and warm-up steps that no schedule takes."""
+    scheduler = settings.learning_scheduler
+    if spec.schedule_free and scheduler not in CONSTANT_SCHEDULES:
         notes.add(
-            f"PARAMS_LEARNING_SCHEDULER={scheduler}: {name} needs no schedule and takes none. "
-            f"Allowed: {', '.join(CONSTANT)}."
+            f"PARAMS_LEARNING_SCHEDULER={scheduler}: {settings.optimizer_type} needs no schedule and takes none. "
+            f"Allowed: {', '.join(CONSTANT_SCHEDULES)}."
         )
     if settings.warmup_steps and scheduler == "constant" and not spec.own_warmup:
         notes.add(
             f"PARAMS_WARMUP_STEPS={settings.warmup_steps}: PARAMS_LEARNING_SCHEDULER=constant has no warm-up. "
             f"Fix: PARAMS_LEARNING_SCHEDULER=constant_with_warmup."
         )
-    cycles = settings.num_cycles or max(1, settings.max_epochs // 3)
-    if settings.num_cycles and scheduler != CYCLIC:
-        notes.chose("PARAMS_NUM_CYCLES", "not used", f"{scheduler} has no cycles")
-    return OptimPlan(
-        name=name,
-        learning_rate=rate,
-        weight_decay=settings.weight_decay,
-        args=_optimizer_args(settings, notes),
-        scheduler=scheduler,
-        warmup_steps=settings.warmup_steps,
-        num_cycles=cycles if scheduler == CYCLIC else 1,
-        text_encoders=text_encoders.rates(
-            settings.text_encoder_lr,
-            family_name=family_name,
-            base=settings.base_model,
-            optimizer=name,
-            learning_rate=rate,
-            notes=notes,
-        ),
-    )
 
 
-def _optimizer_args(settings: Settings, notes: Notes) -> dict[str, Any]:
-    """All keyword arguments besides learning rate and weight decay; tuples as lists, as JSON has them."""
-    spec = OPTIMIZERS[settings.optimizer_type]
-    args = json.loads(json.dumps(spec.defaults))
+def _optimizer_arguments(settings: TrainingSettings, spec: OptimizerSpec, notes: Notes) -> dict[str, Any]:
+    """All keyword arguments of the optimiser besides learning rate and weight decay.
+
+    Tuples become lists, as they are when plan.json is read again: otherwise a resumed job would seem to differ.
+    """
+    optimizer = settings.optimizer_type
+    arguments: dict[str, Any] = json.loads(json.dumps(spec.defaults))
     if settings.d_coef is not None and spec.prodigy:
-        args["d_coef"] = settings.d_coef
+        arguments["d_coef"] = settings.d_coef
     elif settings.d_coef is not None:
-        notes.chose("PARAMS_D_COEF", "not used", f"{settings.optimizer_type} has none")
+        notes.chose("PARAMS_D_COEF", "not used", f"{optimizer} has none")
     for name, value in settings.optimizer_args.items():
         where = f"PARAMS_OPTIMIZER_ARGS: {name}={value}"
-        if name in ELSEWHERE and name not in spec.arguments:
-            notes.add(f"{where}. Fix: remove it and set {ELSEWHERE[name]}.")
+        if name in ARGUMENT_VARIABLES and name not in spec.arguments:
+            notes.add(f"{where}. Fix: remove it and set {ARGUMENT_VARIABLES[name]}.")
         elif name not in spec.arguments:
-            notes.add(f"{where}: {settings.optimizer_type} has no such argument; {instead(name, spec.arguments)}")
+            notes.add(f"{where}: {optimizer} has no such argument; {suggestion(name, spec.arguments)}")
         elif name == "d_coef" and settings.d_coef is not None:
             notes.add(f"{where}: PARAMS_D_COEF says it too. Fix: remove one of them.")
         elif problem := _argument_problem(name, value, spec.defaults.get(name)):
             notes.add(f"{where} {problem}.")
-        args[name] = value
-    return dict(args)
+        arguments[name] = value
+    return arguments
 
 
 def _argument_problem(name: str, value: Any, default: Any) -> str | None:
     """What is wrong with the value of an optimiser's argument, as far as it shows before the optimiser is made."""
-    numbers = [v for v in value if isinstance(v, (int, float))] if isinstance(value, list) else []
     if name == "betas":
-        good = len(numbers) == len(value) == 2 if isinstance(value, list) else False
-        return None if good and all(0 <= n < 1 for n in numbers) else "is not two numbers from 0 to 1 like 0.9,0.999"
+        return None if _is_betas(value) else "is not two numbers from 0 to 1 like 0.9,0.999"
     if isinstance(value, str):
         return "is a word, where a number, true, false or none is needed"
-    if isinstance(value, list) and name != "eps":
+    if isinstance(value, list) and name != "eps":  # Adafactor has two of them
         return "is a list, where one value is needed"
     if isinstance(default, bool) and not isinstance(value, bool):
         return "is neither true nor false"
-    return "is no number" if isinstance(default, float) and isinstance(value, bool) else None
+    if isinstance(default, float) and isinstance(value, bool):
+        return "is no number"
+    return None
 
 
-def _train(settings: Settings, facts: Facts, notes: Notes) -> TrainPlan:
-    sampling = settings.timestep_sampling
+def _is_betas(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    return all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in value)
+
+
+def _training_plan(settings: Settings, facts: Facts, notes: Notes) -> TrainPlan:
+    """Steps, noise levels, losses and guards."""
+    training = settings.training
+    base_model = settings.model.base_model
+    sampling = training.timestep_sampling
     if sampling is None:
         sampling = facts.timestep_samplings[0]
-        notes.chose("PARAMS_TIMESTEP_SAMPLING", sampling, f"the default of {settings.base_model}")
+        notes.chose("PARAMS_TIMESTEP_SAMPLING", sampling, f"the default of {base_model}")
     elif sampling not in facts.timestep_samplings:
-        known = facts.timestep_samplings
-        notes.add(
-            f"PARAMS_TIMESTEP_SAMPLING={show(sampling)} is not one of {settings.base_model}; {instead(sampling, known)}"
-        )
-    if sampling == "shift" and settings.discrete_flow_shift is None:
-        notes.chose("PARAMS_DISCRETE_FLOW_SHIFT", f"{facts.flow_shift:g}", f"the default of {settings.base_model}")
-    _check_objective(settings, facts, notes)
+        advice = suggestion(sampling, facts.timestep_samplings)
+        notes.add(f"PARAMS_TIMESTEP_SAMPLING={show(sampling)} is not one of {base_model}; {advice}")
+    if sampling == "shift" and training.discrete_flow_shift is None:
+        notes.chose("PARAMS_DISCRETE_FLOW_SHIFT", f"{facts.flow_shift:g}", f"the default of {base_model}")
+    _check_objective(training, facts, base_model, notes)
     return TrainPlan(
-        seed=settings.seed,
-        max_epochs=settings.max_epochs,
-        max_steps=settings.max_steps,
-        gradient_accumulation=settings.gradient_accumulation,
-        max_grad_norm=settings.max_grad_norm,
+        seed=training.seed,
+        max_epochs=training.max_epochs,
+        max_steps=training.max_steps,
+        gradient_accumulation=training.gradient_accumulation,
+        max_grad_norm=training.max_grad_norm,
         timestep_sampling=sampling,
-        discrete_flow_shift=settings.discrete_flow_shift or facts.flow_shift,
-        loss_weighting=settings.loss_weighting,
-        prediction_type=settings.prediction_type,
-        zero_terminal_snr=settings.zero_terminal_snr,
-        min_snr_gamma=settings.min_snr_gamma,
-        guidance_scale=settings.guidance_scale,
-        noise_offset=settings.noise_offset,
-        caption_dropout_rate=settings.caption_dropout_rate or 0.0,
-        prior_loss_weight=settings.prior_loss_weight,
-        ema_decay=settings.ema_decay,
-        max_loss_spike=settings.max_loss_spike,
-        max_skipped_steps=settings.max_skipped_steps,
+        discrete_flow_shift=training.discrete_flow_shift or facts.flow_shift,
+        loss_weighting=training.loss_weighting,
+        prediction_type=training.prediction_type,
+        zero_terminal_snr=training.zero_terminal_snr,
+        min_snr_gamma=training.min_snr_gamma,
+        guidance_scale=training.guidance_scale,
+        noise_offset=training.noise_offset,
+        caption_dropout_rate=settings.data.caption_dropout_rate or 0.0,
+        prior_loss_weight=training.prior_loss_weight,
+        ema_decay=training.ema_decay,
+        max_loss_spike=training.max_loss_spike,
+        max_skipped_steps=training.max_skipped_steps,
     )
 
 
-def _check_objective(settings: Settings, facts: Facts, notes: Notes) -> None:
-    """Refuse what belongs to another kind of training, and what contradicts itself."""
-    for objective, fields in OF_OBJECTIVE.items():
-        for field, nothing in fields.items():
+def _check_objective(settings: TrainingSettings, facts: Facts, base_model: str, notes: Notes) -> None:
+    """Refuse what belongs to another objective than the model's, and what contradicts itself."""
+    for objective, neutral_values in ONLY_FOR_OBJECTIVE.items():
+        if objective == facts.objective:
+            continue
+        for field, neutral in neutral_values.items():
             value = getattr(settings, field)
-            if objective != facts.objective and value != nothing:
+            if value != neutral:
                 shown = str(value).lower() if isinstance(value, bool) else value
                 notes.add(
-                    f"PARAMS_{field.upper()}={shown}: {settings.base_model} is trained by {facts.objective} and not by "
+                    f"PARAMS_{field.upper()}={shown}: {base_model} is trained by {facts.objective} and not by "
                     f"{objective}, which alone has this. Fix: remove it."
                 )
+    # Without signal in the last noise level, the noise to predict is the input itself, and the loss there is always 0
+    # (Lin et al. 2023, arXiv:2305.08891).
     if settings.zero_terminal_snr and settings.prediction_type == "epsilon":
         notes.add(
             "PARAMS_ZERO_TERMINAL_SNR=true: with PARAMS_PREDICTION_TYPE=epsilon the last noise level teaches nothing. "
@@ -293,8 +346,11 @@ def _check_objective(settings: Settings, facts: Facts, notes: Notes) -> None:
 # ---- output
 
 
-def _output(settings: Settings, datasets: tuple[Dataset, ...], *, now: datetime, notes: Notes) -> OutputPlan:
-    if settings.validate_every_n_steps and not any(d.validation_split for d in datasets):
+def _output_plan(
+    settings: OutputSettings, datasets: tuple[Dataset, ...], *, cache: Path, now: datetime, notes: Notes
+) -> OutputPlan:
+    """Folders, and how often the job saves, samples and validates."""
+    if settings.validate_every_n_steps and not any(dataset.validation_split for dataset in datasets):
         notes.add(
             f"PARAMS_VALIDATE_EVERY_N_STEPS={settings.validate_every_n_steps}: no pictures are held out. "
             f"Fix: validation_split in dataset.json, 0.1 for example."
@@ -302,7 +358,7 @@ def _output(settings: Settings, datasets: tuple[Dataset, ...], *, now: datetime,
     return OutputPlan(
         path=str(settings.output_path),
         name=settings.output_name or "",
-        cache=str(settings.cache_path),
+        cache=str(cache),
         started=int(now.timestamp()),
         save_every=settings.save_every_n_steps,
         sample_every=settings.sample_every_n_steps,
@@ -311,8 +367,8 @@ def _output(settings: Settings, datasets: tuple[Dataset, ...], *, now: datetime,
     )
 
 
-def _named(plan: Plan, *, now: datetime) -> Plan:
-    """With a name of what decides the weights, and the start time."""
+def _with_default_name(plan: Plan, *, now: datetime) -> Plan:
+    """The plan with an output name made of a hash of what decides the weights, and the start time."""
     essence = json.dumps(plan.essence(), sort_keys=True).encode()
     name = f"{hashlib.sha256(essence).hexdigest()[:8]}-{now:%Y%m%d-%H%M%S}"
     return dataclasses.replace(plan, output=dataclasses.replace(plan.output, name=name))

@@ -1,4 +1,8 @@
-"""What can be known in seconds before the first large download: access, room, and that there are pictures at all."""
+"""What can be known in seconds before the first large download: access, free space, and that there are images at all.
+
+Everything is checked before anything is reported, so that a user corrects all problems at once. The sizes of what will
+be written are estimates: captions and latents do not exist yet.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import os
 import shutil
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,21 +27,29 @@ from trainer.spec.weight_formats import PRECISIONS
 
 logger = logging.getLogger(__name__)
 
-# When problems of several kinds are found, the first of these gives the exit code: what only the user can mend first.
-ORDER: tuple[type[KilnError], ...] = (SettingsError, GatedError, DataError, StorageError, UnreachableError)
-# Sizes are not known yet, so that these are estimates, of the largest family.
-LATENTS_PER_PIXEL = 2  # bytes: mean and deviation of 16 channels in fp32 for 8 × 8 pixels
-TOKEN = 4096  # numbers of a caption's token
-FEWEST_TOKENS = 77
-TYPICAL_PICTURE = 500_000  # bytes
-LISTED = 100 * 2**20  # bytes; larger files are named before they are fetched
-LORA_PER_RANK = 0.0005  # bytes of an fp32 LoRA of rank 1 for each byte of weights
-STATE_PER_LORA = 5  # bytes of a resumable state (adapter, four optimiser tensors) for each byte of the LoRA
+# Where problems of several types are found, the first of these gives the exit code: what only the user can correct
+# comes before what another start may cure.
+ERRORS_BY_PRIORITY: tuple[type[KilnError], ...] = (
+    SettingsError,
+    GatedError,
+    DataError,
+    StorageError,
+    UnreachableError,
+)
+# Estimates, for the largest of the families.
+LATENT_BYTES_PER_PIXEL = 2  # mean and deviation of 16 channels in float32 for 8 × 8 pixels: 2 * 16 * 4 / 64
+VALUES_PER_TOKEN = 4096  # width of T5-XXL's output
+MIN_TOKENS = 77  # CLIP's
+TYPICAL_IMAGE_BYTES = 500_000
+LORA_BYTES_PER_RANK = 0.0005  # bytes of a float32 LoRA of rank 1 for each byte of the base model's weights
+STATE_BYTES_PER_LORA_BYTE = 5  # a state has the adapter and up to four optimiser tensors of its size
+UNPACKED_BYTES_PER_ARCHIVE_BYTE = 1.1  # images are compressed already, so that archives hardly shrink them
+LOGGED_FILE_MIN_BYTES = 100 * 2**20  # larger files of a model are named in the log before they are fetched
 
 
 @dataclass
-class Needs:
-    """Room that will be taken, by the variable that names the place."""
+class NeededSpace:
+    """Bytes that the job will write, by the variable that names the place."""
 
     places: dict[str, Path]
     parts: dict[str, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))  # variable → what → bytes
@@ -54,7 +66,7 @@ def preflight(plan: Plan, *, token: str | None, hub_cache: Path, retries: RetryP
     message: SettingsError, GatedError, DataError, StorageError or UnreachableError, the first of these that applies.
     """
     places = {"OUTPUT_PATH": Path(plan.output.path), "CACHE_PATH": Path(plan.output.cache), "HF_HOME": hub_cache}
-    needs = Needs(places)
+    space = NeededSpace(places)
     problems: list[KilnError] = []
 
     def attempt(check: Callable[[], None]) -> None:
@@ -67,41 +79,51 @@ def preflight(plan: Plan, *, token: str | None, hub_cache: Path, retries: RetryP
 
     attempt(partial(_check_resume, plan.lora.resume_from))
     if plan.engine.attention == "flash_4" and not flash_attention.is_installed(places["CACHE_PATH"]):
-        logger.info("To fetch: FlashAttention 4 with its compiler, %s.", human(flash_attention.BYTES))
-        needs.add("CACHE_PATH", "FlashAttention 4", flash_attention.BYTES)
-    attempt(partial(_check_model, plan, needs, token=token, hub_cache=hub_cache, retries=retries))
-    for source, encoded in _sources(plan):
-        if any(isinstance(p, UnreachableError) for p in problems):  # waited for long enough
+        logger.info("To fetch: FlashAttention 4 with its compiler, %s.", human(flash_attention.INSTALL_BYTES))
+        space.add("CACHE_PATH", "FlashAttention 4", flash_attention.INSTALL_BYTES)
+    attempt(partial(_check_model, plan, space, token=token, hub_cache=hub_cache, retries=retries))
+    for source, cache_bytes in _cache_bytes_per_image(plan).items():
+        if any(isinstance(problem, UnreachableError) for problem in problems):
+            # It has been waited for long enough once: the same network will not answer the next request either.
             retries = replace(retries, budget=0.0)
-        attempt(partial(_check_source, source, encoded, needs, token=token, retries=retries))
+        attempt(partial(_check_source, source, cache_bytes, space, token=token, retries=retries))
     for variable in ("OUTPUT_PATH", "CACHE_PATH", "HF_HOME"):
-        if variable != "HF_HOME" or needs.parts["HF_HOME"]:
+        if variable != "HF_HOME" or space.parts["HF_HOME"]:
             attempt(partial(_check_writable, variable, places[variable]))
     if not any(isinstance(p, StorageError) for p in problems):
-        problems += _too_full(needs)
-    _raise(problems)
+        problems += _full_volumes(space)
+    _raise_all(problems)
 
 
-def _raise(problems: list[KilnError]) -> None:
+def _raise_all(problems: list[KilnError]) -> None:
+    """Raise one error with the messages of all, each once, in the order of ERRORS_BY_PRIORITY."""
     if not problems:
         return
-    texts = list(dict.fromkeys(str(p) for p in sorted(problems, key=lambda p: ORDER.index(type(p)))))
-    kind = next(k for k in ORDER if any(isinstance(p, k) for p in problems))
-    raise kind(texts[0] if len(texts) == 1 else "\n".join(f"- {text}" for text in texts)) from problems[0]
+    ordered = sorted(problems, key=lambda problem: ERRORS_BY_PRIORITY.index(type(problem)))
+    messages = list(dict.fromkeys(str(problem) for problem in ordered))
+    message = messages[0]
+    if len(messages) > 1:
+        message = "\n".join(f"- {line}" for line in messages)
+    raise type(ordered[0])(message) from problems[0]
 
 
-def _sources(plan: Plan) -> Iterator[tuple[Source, int]]:
-    """Every source once, with the bytes that each of its pictures takes in the cache with its captions."""
-    found: dict[Source, int] = {}
-    footprint = base_models()[plan.model.base][1].footprint  # a miniature has none, and small tokens
-    number = 4 if PRECISIONS[plan.engine.precision].dtype == "float32" else 2
-    text = max(footprint.text_tokens, FEWEST_TOKENS) * TOKEN * number if footprint else 0
+def _cache_bytes_per_image(plan: Plan) -> dict[Source, int]:
+    """Every source once, with the bytes that each of its images takes in the cache, its captions included."""
+    footprint = base_models()[plan.model.base][1].footprint
+    bytes_per_value = 4 if PRECISIONS[plan.engine.precision].dtype == "float32" else 2
+    caption_bytes = 0  # of a miniature, which has no footprint and small tokens
+    if footprint:
+        caption_bytes = max(footprint.text_tokens, MIN_TOKENS) * VALUES_PER_TOKEN * bytes_per_value
+    sizes: dict[Source, int] = defaultdict(int)
     for dataset in plan.data.datasets:
+        width, height = dataset.resolution
+        latent_bytes = width * height * LATENT_BYTES_PER_PIXEL
         for subset in dataset.subsets:
-            width, height = dataset.resolution
-            encoded = width * height * LATENTS_PER_PIXEL * subset.image_variants + text * subset.caption_variants
-            found[subset.source] = found.get(subset.source, 0) + encoded
-    yield from found.items()
+            sizes[subset.source] += latent_bytes * subset.image_variants + caption_bytes * subset.caption_variants
+    return sizes
+
+
+# ---- the model
 
 
 def _check_resume(resume_from: str | None) -> None:
@@ -112,103 +134,124 @@ def _check_resume(resume_from: str | None) -> None:
         )
 
 
-def _check_model(plan: Plan, needs: Needs, *, token: str | None, hub_cache: Path, retries: RetryPolicy) -> None:
-    """Check the base model, and note the room that it and the checkpoints will take."""
-    weights = _model_bytes(plan.model, needs, token=token, hub_cache=hub_cache, retries=retries)
-    lora = weights * LORA_PER_RANK * plan.lora.rank
+def _check_model(plan: Plan, space: NeededSpace, *, token: str | None, hub_cache: Path, retries: RetryPolicy) -> None:
+    """Check the base model, and add the space that it and the checkpoints will take."""
+    model_bytes = _model_bytes(plan.model, space, token=token, hub_cache=hub_cache, retries=retries)
+    lora_bytes = model_bytes * LORA_BYTES_PER_RANK * plan.lora.rank
     kept = plan.output.keep_checkpoints + 1  # while one is written, the oldest is still there
-    needs.add("OUTPUT_PATH", f"{kept} checkpoints", lora * (1 + STATE_PER_LORA) * kept + lora)
+    checkpoint_bytes = lora_bytes * (1 + STATE_BYTES_PER_LORA_BYTE)
+    space.add("OUTPUT_PATH", f"{kept} checkpoints", checkpoint_bytes * kept + lora_bytes)
 
 
-def _model_bytes(model: ModelPlan, needs: Needs, *, token: str | None, hub_cache: Path, retries: RetryPolicy) -> int:
-    """Bytes of the model's files, which are checked as far as they are known."""
-    patterns = single_files.patterns(get_family(model.family).FACTS, model.parts)
-    converted = single_files.room(model)
-    needs.add("CACHE_PATH", "converted weights", converted)
+def _model_bytes(
+    model: ModelPlan, space: NeededSpace, *, token: str | None, hub_cache: Path, retries: RetryPolicy
+) -> int:
+    """Bytes of the model's files, converted ones included. Checks the files: a folder's headers, else their names."""
+    patterns = single_files.file_patterns(get_family(model.family).FACTS, model.parts)
+    converted_bytes = single_files.converted_bytes(model)
+    space.add("CACHE_PATH", "converted weights", converted_bytes)
     variable = model_folder.variable(model)
     if folder := fetch.local_model(model):
         model_folder.check_folder(variable, folder, patterns)
-        return _weights(folder) + converted
+        return _weight_bytes(folder) + converted_bytes
     repo = fetch.model_repo(model, token=token, hub_cache=hub_cache, retries=retries)
     cached = fetch.cached_model(repo, patterns)
     if cached is not None:
-        return _weights(cached.folder) + converted
+        return _weight_bytes(cached.folder) + converted_bytes
     listing = hub.describe(repo)
-    model_folder.check_names(variable, [f.name for f in listing.files], patterns)
-    needed = model_folder.wanted([f.name for f in listing.files], patterns)
-    files = [f for f in listing.files if f.name in needed]
+    names = [file.name for file in listing.files]
+    model_folder.check_names(variable, names, patterns)
+    needed = model_folder.wanted(names, patterns)
+    files = [file for file in listing.files if file.name in needed]
+    total_bytes = sum(file.size for file in files)
     hub.check_access(repo, listing, "model_index.json")
-    for file in sorted(files, key=lambda f: -f.size):
-        if file.size >= LISTED:
+    for file in sorted(files, key=lambda file: -file.size):
+        if file.size >= LOGGED_FILE_MIN_BYTES:
             logger.info("To fetch: %s/%s, %s.", repo.name, file.name, human(file.size))
-    logger.info("To fetch: %d files of %s, %s.", len(files), repo.name, human(sum(f.size for f in files)))
-    needs.add("HF_HOME", f"the weights of {repo.name}", hub.missing_bytes(repo, files))
-    return sum(f.size for f in files) + converted
+    logger.info("To fetch: %d files of %s, %s.", len(files), repo.name, human(total_bytes))
+    space.add("HF_HOME", f"the weights of {repo.name}", hub.missing_bytes(repo, files))
+    return total_bytes + converted_bytes
 
 
-def _weights(folder: Path) -> int:
-    return sum(p.stat().st_size for p in folder.rglob("*.safetensors"))
+def _weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
 
 
-def _check_source(source: Source, encoded: int, needs: Needs, *, token: str | None, retries: RetryPolicy) -> None:
-    """Check one source of pictures, and note the room that it and its encoded pictures will take."""
+# ---- the sources of images
+
+
+def _check_source(
+    source: Source, cache_bytes: int, space: NeededSpace, *, token: str | None, retries: RetryPolicy
+) -> None:
+    """Check one source of images, and add the space that it and its encoded images will take.
+
+    `cache_bytes` is for each image. How many images a download holds is estimated from its size.
+    """
     if source.kind == "generated":
         count = source.count
-        needs.add("CACHE_PATH", "class pictures", count * TYPICAL_PICTURE)
+        space.add("CACHE_PATH", "class pictures", count * TYPICAL_IMAGE_BYTES)
     elif source.kind == "folder":
-        count = _count_pictures(fetch.local_folder(source))
+        count = _count_images(fetch.local_folder(source))
         if not count:
             raise DataError(f"{fetch.named(source)}: there is no picture in it. Put pictures there (or mount them).")
     elif source.kind == "hub":
-        count = _check_hub_dataset(source, needs, token=token, retries=retries) // TYPICAL_PICTURE
+        count = _check_hub_dataset(source, space, token=token, retries=retries) // TYPICAL_IMAGE_BYTES
     elif fetch.is_url(source):
-        count = _check_address(source, needs, token=token, retries=retries) // TYPICAL_PICTURE
+        count = _check_url(source, space, token=token, retries=retries) // TYPICAL_IMAGE_BYTES
     else:
         path = fetch.local_archive(source)
         if not archive.has_file(path, hub_rows.PICTURES):
             raise DataError(f"{fetch.named(source)}: there is no picture among its first entries.")
-        needs.add("CACHE_PATH", "unpacked archives", path.stat().st_size * 1.1)
-        count = path.stat().st_size // TYPICAL_PICTURE
-    needs.add("CACHE_PATH", "encoded pictures", count * encoded)
+        size = path.stat().st_size
+        space.add("CACHE_PATH", "unpacked archives", size * UNPACKED_BYTES_PER_ARCHIVE_BYTE)
+        count = size // TYPICAL_IMAGE_BYTES
+    space.add("CACHE_PATH", "encoded pictures", count * cache_bytes)
 
 
-def _count_pictures(folder: Path) -> int:
-    return sum(name.lower().endswith(hub_rows.PICTURES) for _, _, names in os.walk(folder) for name in names)
+def _count_images(folder: Path) -> int:
+    count = 0
+    for _, _, names in os.walk(folder):
+        count += sum(name.lower().endswith(hub_rows.PICTURES) for name in names)
+    return count
 
 
-def _check_hub_dataset(source: Source, needs: Needs, *, token: str | None, retries: RetryPolicy) -> int:
+def _check_hub_dataset(source: Source, space: NeededSpace, *, token: str | None, retries: RetryPolicy) -> int:
     """The bytes of the files that will be downloaded; 0 if they are unpacked already."""
-    repo = fetch.dataset_repo(source, token=token, hub_cache=needs.places["HF_HOME"], retries=retries)
-    if fetch.cached_dataset(source, repo, needs.places["CACHE_PATH"]):
+    repo = fetch.dataset_repo(source, token=token, hub_cache=space.places["HF_HOME"], retries=retries)
+    if fetch.cached_dataset(source, repo, space.places["CACHE_PATH"]):
         return 0
     listing = hub.describe(repo)
-    names = set(hub_rows.choose(repo.variable, repo.name, [f.name for f in listing.files]).names)
-    files = [f for f in listing.files if f.name in names]
+    chosen = set(hub_rows.choose(repo.variable, repo.name, [file.name for file in listing.files]).names)
+    files = [file for file in listing.files if file.name in chosen]
     hub.check_access(repo, listing, files[0].name)
-    size = sum(f.size for f in files)
-    needs.add("HF_HOME", f"the dataset {repo.name}", hub.missing_bytes(repo, files))
-    needs.add("CACHE_PATH", f"the pictures of {repo.name}", size * 1.1)
+    size = sum(file.size for file in files)
+    space.add("HF_HOME", f"the dataset {repo.name}", hub.missing_bytes(repo, files))
+    space.add("CACHE_PATH", f"the pictures of {repo.name}", size * UNPACKED_BYTES_PER_ARCHIVE_BYTE)
     return size
 
 
-def _check_address(source: Source, needs: Needs, *, token: str | None, retries: RetryPolicy) -> int:
+def _check_url(source: Source, space: NeededSpace, *, token: str | None, retries: RetryPolicy) -> int:
     """The bytes of an archive that will be downloaded; 0 if an earlier run has unpacked it."""
-    import httpx
+    import httpx  # slow to import, and needed for URLs only
 
-    if fetch.known_download(source, needs.places["CACHE_PATH"]) is not None:
+    if fetch.known_download(source, space.places["CACHE_PATH"]) is not None:
         return 0
     with httpx.Client() as client:
         size = fetch.remote_archive(client, source, token=token, retries=retries).size or 0
-    needs.add("CACHE_PATH", "the download and its pictures", size * 2.1)
+    # The download stays until it is unpacked, so that both are there at once.
+    space.add("CACHE_PATH", "the download and its pictures", size * (1 + UNPACKED_BYTES_PER_ARCHIVE_BYTE))
     return size
 
 
+# ---- places
+
+
 def _check_writable(variable: str, place: Path) -> None:
-    """Write, flush and delete a file where `place` is, or will be made."""
-    ground = _ground(place)
-    if not ground.is_dir():
-        raise SettingsError(f"{variable}={place}: {ground} is a file. Name a folder.")
-    probe = ground / f".kiln-probe-{uuid.uuid4().hex[:8]}"
+    """Write, flush and delete a file where `place` is, or will be made: some volumes fail on a write only."""
+    folder = _nearest_existing(place)
+    if not folder.is_dir():
+        raise SettingsError(f"{variable}={place}: {folder} is a file. Name a folder.")
+    probe = folder / f".kiln-probe-{uuid.uuid4().hex[:8]}"
     try:
         with probe.open("wb") as file:
             file.write(bytes(4096))
@@ -216,36 +259,46 @@ def _check_writable(variable: str, place: Path) -> None:
             os.fsync(file.fileno())
     except OSError as problem:
         raise StorageError(
-            f"{variable}={place} cannot be written: {problem.strerror} (as user {os.getuid()}, in {ground}). Mount a "
+            f"{variable}={place} cannot be written: {problem.strerror} (as user {os.getuid()}, in {folder}). Mount a "
             f"volume that this user may write to, or choose another place with {variable}."
         ) from problem
     finally:
         probe.unlink(missing_ok=True)
 
 
-def _ground(place: Path) -> Path:
-    """`place`, or the nearest folder above it that exists: nothing is made by only looking."""
+def _nearest_existing(place: Path) -> Path:
+    """`place`, or the nearest folder above it that exists: checking creates no folders."""
     place = place.expanduser().absolute()
-    return next(p for p in (place, *place.parents) if p.exists())
+    for path in (place, *place.parents):
+        if path.exists():
+            return path
+    raise FileNotFoundError(place)  # not even the root
 
 
-def _too_full(needs: Needs) -> list[KilnError]:
-    """One error for each file system without enough room, with both numbers and what they are made of."""
-    variables: dict[int, list[str]] = defaultdict(list)
-    for variable in needs.parts:
-        variables[_ground(needs.places[variable]).stat().st_dev].append(variable)
-    found: list[KilnError] = []
-    for group in variables.values():
-        parts = {what: size for variable in group for what, size in needs.parts[variable].items()}
-        place = _ground(needs.places[group[0]])
-        free, need = shutil.disk_usage(place).free, sum(parts.values())
-        logger.info("Room on the volume of %s: about %s needed, %s free.", place, human(need), human(free))
-        if need > free:
+def _full_volumes(space: NeededSpace) -> list[KilnError]:
+    """One error for each file system without enough free space, with both numbers and what they are made of.
+
+    Places on one file system share its space, so their needs are added up.
+    """
+    variables_by_device: dict[int, list[str]] = defaultdict(list)
+    for variable in space.parts:
+        device = _nearest_existing(space.places[variable]).stat().st_dev
+        variables_by_device[device].append(variable)
+    errors: list[KilnError] = []
+    for variables in variables_by_device.values():
+        parts: dict[str, float] = {}
+        for variable in variables:
+            parts |= space.parts[variable]
+        place = _nearest_existing(space.places[variables[0]])
+        free = shutil.disk_usage(place).free
+        needed = sum(parts.values())
+        logger.info("Room on the volume of %s: about %s needed, %s free.", place, human(needed), human(free))
+        if needed > free:
             made_of = ", ".join(f"{what}: {human(size)}" for what, size in parts.items())
-            found.append(
+            errors.append(
                 StorageError(
-                    f"{', '.join(group)}: about {human(need)} are needed on the volume of {place} ({made_of}), and "
-                    f"{human(free)} are free. Free some room, or choose another volume."
+                    f"{', '.join(variables)}: about {human(needed)} are needed on the volume of {place} ({made_of}), "
+                    f"and {human(free)} are free. Free some room, or choose another volume."
                 )
             )
-    return found
+    return errors

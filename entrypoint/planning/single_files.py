@@ -1,4 +1,8 @@
-"""Single files instead of a model's folder: which part of the model comes from which file, and what is still needed."""
+"""Single .safetensors files in place of a model's folder: which part comes from which file, and what else is needed.
+
+MODEL_PATH may name one file with several parts (a checkpoint of ComfyUI or the like); VAE_PATH, CLIP_L_PATH,
+CLIP_G_PATH and T5_PATH each name one part. `trainer.base_model.single_file` later converts them.
+"""
 
 from __future__ import annotations
 
@@ -6,83 +10,114 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from entrypoint.fetch import model_folder
-from entrypoint.settings.checks import Notes, absolute, is_file, is_folder, show
-from entrypoint.settings.read import Settings
+from entrypoint.settings.checks import Notes, absolute, is_file, is_folder
+from entrypoint.settings.variables.model import ModelSettings
 from trainer.spec.family import OPTIONAL, PREFIXES, Facts
 from trainer.spec.plan import ModelPlan
+from trainer.spec.values import show
 
-FILE = ".safetensors"
-WITHOUT = "none"
+SUFFIX = ".safetensors"
+LEFT_OUT = "none"  # the value of T5_PATH and the others that leaves the part out
 PICKLE = "is a pickle, which can run code when it is loaded, and is never read: convert it to .safetensors where you"
-OPTIONS = {"vae": "VAE_PATH", "clip_l": "CLIP_L_PATH", "clip_g": "CLIP_G_PATH", "t5": "T5_PATH"}
 
 
-def is_single(path: str | None) -> bool:
+def is_single_file(path: str | None) -> bool:
     """Whether a value of MODEL_PATH means one file with weights."""
-    return path is not None and path.lower().endswith(FILE) and is_file(path)
+    return path is not None and path.lower().endswith(SUFFIX) and is_file(path)
 
 
-def problem(path: str) -> str | None:
-    """What is wrong with a path, or a name, that is no folder; None: nothing that its name would tell."""
-    if path.lower().endswith(model_folder.PICKLES):
+def path_problem(path: str) -> str | None:
+    """What is wrong with a path or name that is no folder; None if its name shows nothing wrong."""
+    lower = path.lower()
+    if lower.endswith(model_folder.PICKLES):
         return f"{PICKLE} trust it"
-    if path.lower().endswith(model_folder.FOREIGN):
+    if lower.endswith(model_folder.FOREIGN):
         return "is a format that is not read here: take the .safetensors file"
-    if path.lower().endswith(FILE):
+    if lower.endswith(SUFFIX):
         return model_folder.damage(Path(path).expanduser()) if is_file(path) else "is not there"
     return "is a file without .safetensors at the end of its name" if is_file(path) else None
 
 
-def choose(settings: Settings, facts: Facts, notes: Notes) -> dict[str, str]:
-    """`ModelPlan.parts`: what MODEL_PATH, if it is one file, and the variables for one part name."""
+def choose_parts(settings: ModelSettings, facts: Facts, notes: Notes) -> dict[str, str]:
+    """`ModelPlan.parts`: a part's name → its file or folder, or "" if it is left out.
+
+    From MODEL_PATH, if it is one file, and from the variables for one part, which win over it.
+    """
     parts: dict[str, str] = {}
-    single = settings.model_path
-    if single is not None and is_single(single) and problem(single) is None:
-        names = model_folder.tensors(Path(absolute(single)))
-        inside = [p for p in facts.parts if any(n.startswith(PREFIXES[p]) for n in names)]
-        if "denoiser" not in inside and names & set(facts.landmarks):
-            inside.append("denoiser")
-        if "denoiser" not in inside:
-            notes.add(f"MODEL_PATH={show(single)} holds no denoiser that BASE_MODEL={settings.base_model} could have.")
-        parts = dict.fromkeys(inside, absolute(single))
-        lacks = ", ".join(p for p in facts.parts if p not in inside)
-        notes.chose("MODEL_PATH", ", ".join(inside), f"what the file holds; not in it: {lacks or 'no part'}")
-    for part, variable in OPTIONS.items():
-        asked: str | None = getattr(settings, variable.lower())
-        if asked is None:
+    file = settings.model_path
+    if file is not None and is_single_file(file) and path_problem(file) is None:
+        parts = _parts_in_file(file, settings.base_model, facts, notes)
+    part_paths = {
+        "vae": ("VAE_PATH", settings.vae_path),
+        "clip_l": ("CLIP_L_PATH", settings.clip_l_path),
+        "clip_g": ("CLIP_G_PATH", settings.clip_g_path),
+        "t5": ("T5_PATH", settings.t5_path),
+    }
+    for part, (variable, path) in part_paths.items():
+        if path is None:
             continue
-        wrong = _override_problem(part, asked, facts)
-        if wrong:
-            notes.add(f"{variable}={show(asked)} {wrong}. Allowed: a {FILE} file, or the folder of this part.")
+        if problem := _part_problem(part, path, facts):
+            notes.add(f"{variable}={show(path)} {problem}. Allowed: a {SUFFIX} file, or the folder of this part.")
         else:
-            parts[part] = "" if asked == WITHOUT else absolute(asked)
+            parts[part] = "" if path == LEFT_OUT else absolute(path)
     return parts
 
 
-def _override_problem(part: str, asked: str, facts: Facts) -> str | None:
+def _parts_in_file(file: str, base_model: str, facts: Facts, notes: Notes) -> dict[str, str]:
+    """The parts that a single file holds, told by the names of its tensors."""
+    tensors = model_folder.tensors(Path(absolute(file)))
+    parts = []
+    for part in facts.parts:
+        if any(name.startswith(PREFIXES[part]) for name in tensors):
+            parts.append(part)
+    # A file with the denoiser alone has no prefix, so that names of the family's own (its landmarks) tell.
+    if "denoiser" not in parts and tensors & set(facts.landmarks):
+        parts.append("denoiser")
+    if "denoiser" not in parts:
+        notes.add(f"MODEL_PATH={show(file)} holds no denoiser that BASE_MODEL={base_model} could have.")
+    missing = ", ".join(part for part in facts.parts if part not in parts)
+    notes.chose("MODEL_PATH", ", ".join(parts), f"what the file holds; not in it: {missing or 'no part'}")
+    return dict.fromkeys(parts, absolute(file))
+
+
+def _part_problem(part: str, path: str, facts: Facts) -> str | None:
+    """Why `path` cannot be the VAE or text encoder that its variable names."""
     if part not in facts.parts:
         return "has no use: the base model has no such part"
-    if asked == WITHOUT:
-        needed = not any(p.startswith(f"{OPTIONAL}{facts.parts[part]}/") for p in facts.files)
-        return "leaves out what the base model cannot go without" if needed else None
-    if is_folder(asked):
-        folder = Path(absolute(asked))
+    if path == LEFT_OUT:
+        is_optional = any(pattern.startswith(f"{OPTIONAL}{facts.parts[part]}/") for pattern in facts.files)
+        return None if is_optional else "leaves out what the base model cannot go without"
+    if is_folder(path):
+        folder = Path(absolute(path))
         if not (folder / "config.json").is_file():
             return "has no config.json"
-        return None if any(folder.glob(f"*{FILE}")) else "has no .safetensors file"
-    return problem(asked) or (None if is_file(asked) else "is not there")
+        return None if any(folder.glob(f"*{SUFFIX}")) else "has no .safetensors file"
+    if problem := path_problem(path):
+        return problem
+    return None if is_file(path) else "is not there"
 
 
-def patterns(facts: Facts, parts: Mapping[str, str]) -> tuple[str, ...]:
-    """`Facts.files` without the weights that come from elsewhere; configs stay, which single files lack."""
+def file_patterns(facts: Facts, parts: Mapping[str, str]) -> tuple[str, ...]:
+    """`Facts.files` without the weights that come from elsewhere; single files lack configs, so these stay."""
     if not parts:
         return facts.files
-    folders = {facts.parts[part]: path for part, path in parts.items()}
-    kept = [p for p in facts.files if p.removeprefix(OPTIONAL).split("/")[0] not in folders]
-    return (*kept, *(f"{folder}/config.json" for folder, path in folders.items() if Path(path).is_file()))
+    replaced_folders = {facts.parts[part] for part in parts}
+    patterns = []
+    for pattern in facts.files:
+        folder = pattern.removeprefix(OPTIONAL).split("/")[0]
+        if folder not in replaced_folders:
+            patterns.append(pattern)
+    for part, path in parts.items():
+        if Path(path).is_file():
+            patterns.append(f"{facts.parts[part]}/config.json")
+    return tuple(patterns)
 
 
-def room(model: ModelPlan) -> int:
-    """Bytes that the parts will take when they are converted: fp8 becomes twice as large."""
-    sizes = {p: Path(p).stat().st_size for p in model.parts.values() if p and Path(p).is_file()}
-    return sum(size * (2 if model_folder.has_fp8(Path(path)) else 1) for path, size in sizes.items())
+def converted_bytes(model: ModelPlan) -> int:
+    """Bytes that the parts will take when they are converted: FP8 weights become BF16, twice as large."""
+    files = {path for path in model.parts.values() if path and Path(path).is_file()}
+    total = 0
+    for file in files:
+        size = Path(file).stat().st_size
+        total += 2 * size if model_folder.has_fp8(Path(file)) else size
+    return total

@@ -1,28 +1,44 @@
-"""What a run begins with: a LoRA file, by whose header the plan goes, or the state of a run that was interrupted."""
+"""Where training starts: a LoRA file, whose header decides the plan, or the state of a run that was interrupted.
+
+Headers are read here and weights are not: rank, targets and the model's family all show in names and shapes, so that a
+file that does not fit is refused before the base model is downloaded.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from entrypoint.settings.checks import Notes, is_file, is_folder, show
+from entrypoint.settings.checks import Notes, is_file, is_folder
+from entrypoint.settings.variables.adapter import AdapterSettings
 from trainer.lora_files import inspect, key_names
 from trainer.lora_files.inspect import LoraSummary
 from trainer.spec.family import Facts
-from trainer.spec.plan import Plan
+from trainer.spec.plan import LoraPlan, Plan
 from trainer.spec.resume_rules import resumes_state
+from trainer.spec.values import show
 from trainer.storage import safetensors_header
 from trainer.storage.safetensors_header import Header
 
-Adapter = tuple[int, bool, tuple[str, ...]]  # rank, whether q, k and v have an adapter each, targets
-RANK = 32  # where neither the user nor a file says one
 ALLOWED = "Allowed: a LoRA file (.safetensors), or a state folder (OUTPUT_PATH/state/step-…)."
+SHOWN_TENSORS = 5  # names in a message
+SHOWN_MODULES = 3
 
 
-def unusable(start: str) -> str | None:
-    """Why nothing can begin with what PARAMS_RESUME_FROM names, as far as its name says."""
+@dataclass(frozen=True)
+class AdapterShape:
+    """What the adapters of a job have in common with the LoRA file that it starts from."""
+
+    rank: int
+    split_qkv: bool  # q, k and v have an adapter each
+    targets: tuple[str, ...]  # ends of the names of modules
+
+
+def path_problem(start: str) -> str | None:
+    """Why training cannot start from PARAMS_RESUME_FROM=`start`, as far as its name shows."""
     where = f"PARAMS_RESUME_FROM={show(start)}"
     if is_folder(start):
         if is_file(f"{start}/state.json"):
@@ -32,146 +48,180 @@ def unusable(start: str) -> str | None:
         return f"{where} is a folder without the state.json of a state. {fix}"
     if not is_file(start):
         return f"{where} is not there. {ALLOWED}"
-    return None if start.lower().endswith(".safetensors") else f"{where} is not a .safetensors file. {ALLOWED}"
+    if not start.lower().endswith(".safetensors"):
+        return f"{where} is not a .safetensors file. {ALLOWED}"
+    return None
+
+
+# ---- a state
 
 
 def check_state(plan: Plan) -> None:
-    """Raises SettingsError where the trainer would refuse to go on from the state that is there, but at once."""
-    asked = plan.lora.resume_from
-    own = max(Path(plan.output.path).glob("state/step-????????"), default=None)
-    folder = own or (Path(asked) if asked and is_folder(asked) else None)
-    begun = _begun(folder) if folder else None
-    if begun is not None:
-        resumes_state(plan, begun[1], step=begun[0], own=own is not None)
+    """Raises SettingsError where the trainer would refuse to resume, before the base model is downloaded.
+
+    A state in OUTPUT_PATH comes first: it is the newer one of a job that was itself started from PARAMS_RESUME_FROM.
+    """
+    resume_from = plan.lora.resume_from
+    own_state = max(Path(plan.output.path).glob("state/step-????????"), default=None)
+    folder = own_state
+    if folder is None and resume_from and is_folder(resume_from):
+        folder = Path(resume_from)
+    state = _read_state(folder) if folder else None
+    if state is not None:
+        step, essence = state
+        resumes_state(plan, essence, step=step, in_output=own_state is not None)
 
 
-def _begun(folder: Path) -> tuple[int, dict[str, Any]] | None:
-    """The step and the essence in a state; None if it is damaged, which the trainer sees to."""
+def _read_state(folder: Path) -> tuple[int, dict[str, Any]] | None:
+    """The step and the essence (`Plan.essence`) in a state; None if it is damaged, which the trainer handles."""
     try:
         record = json.loads(json.loads((folder / "state.json").read_text(encoding="utf-8"))["text"])
-        return int(record["step"]), _plain(dict(record["tree"]["dict"])["essence"])
+        return int(record["step"]), _decode(dict(record["tree"]["dict"])["essence"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
 
-def _plain(value: Any) -> Any:
-    """A value without tensors as it was before `trainer.checkpoints.state_files` wrote it."""
+def _decode(value: Any) -> Any:
+    """The value that `trainer.checkpoints.state_files` encoded; here without tensors."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value["dict"]}
-    return [_plain(item) for item in value] if isinstance(value, list) else value
+        return {key: _decode(item) for key, item in value["dict"]}
+    if isinstance(value, list):
+        return [_decode(item) for item in value]
+    return value
 
 
-def adapter(
-    path: str | None,
-    facts: Facts,
-    *,
-    rank: int | None,
-    split_qkv: bool | None,
-    targets: tuple[str, ...] | None,
-    encoders: Collection[str],
-    dora: bool,
-    notes: Notes,
-) -> Adapter:
-    """What is asked for, and for the rest what the file `path` has, if there is one, or the defaults.
+# ---- a LoRA file
 
-    `encoders`: the text encoders that train. `dora`: whether the job trains DoRA.
+
+def adapter_shape(
+    settings: AdapterSettings, file: str | None, facts: Facts, *, trained_encoders: Collection[str], notes: Notes
+) -> AdapterShape:
+    """The values that the user has set; for the rest those of `file`, if the job starts from one, or the defaults.
+
+    `trained_encoders`: the text encoders that the job trains, by diffusers' names.
     """
-    plain: Adapter = (rank or RANK, bool(split_qkv), targets or facts.targets)
-    if path is None:
-        return plain
-    where = f"PARAMS_RESUME_FROM={path}"
+    rank = settings.network_dim
+    split_qkv = settings.split_qkv
+    targets = settings.target_modules
+    without_file = AdapterShape(rank or LoraPlan.rank, bool(split_qkv), targets or facts.targets)
+    if file is None:
+        return without_file
+    where = f"PARAMS_RESUME_FROM={file}"
     try:
-        header = safetensors_header.read_header(Path(path))
-        found = inspect.summarize(header, facts.name)
+        header = safetensors_header.read_header(Path(file))
+        lora = inspect.summarize(header, facts.name)
     except ValueError as problem:
         notes.add(f"{where}: {problem}. {ALLOWED}")
-        return plain
-    refused = _foreign(header, found, facts) or _other_kind(found, dora) or _untrained(found, facts, targets, encoders)
-    if refused:
-        notes.add(f"{where}: {refused}")
-        return plain
-    notes.chose("PARAMS_RESUME_FROM", path, str(found))
+        return without_file
+    refusal = (
+        _wrong_family(header, lora, facts)
+        or _wrong_type(lora, settings.lora_type)
+        or _untrained_modules(lora, facts, targets, trained_encoders)
+    )
+    if refusal:
+        notes.add(f"{where}: {refusal}")
+        return without_file
+    notes.chose("PARAMS_RESUME_FROM", file, str(lora))
     if targets is None:
-        targets = _targets(found, facts)
+        targets = _targets_of(lora, facts)
         if targets != facts.targets:
             notes.chose("PARAMS_TARGET_MODULES", ",".join(targets), "what the LoRA file has")
-    joined = [parts for parts in facts.fused_targets.values() if all(p in targets for p in parts)]
-    together, apart = found.rank(joined), found.rank(())
+    # If q, k and v had an adapter each in the file, one adapter for all three must hold the terms of all: its rank is
+    # the larger one. If they shared one, both ranks are the same.
+    fused = [parts for parts in facts.fused_targets.values() if all(part in targets for part in parts)]
+    rank_together = lora.rank(fused)
+    rank_apart = lora.rank(())
     if split_qkv is None:
-        split_qkv = together > apart
+        split_qkv = rank_together > rank_apart
         if split_qkv:
             notes.chose("PARAMS_SPLIT_QKV", True, "q, k and v have an adapter each in the LoRA file")
-    file_rank = apart if split_qkv else together
-    if rank not in (None, file_rank):
-        notes.add(f"PARAMS_NETWORK_DIM={rank}: {path} has rank {file_rank}. Fix: PARAMS_NETWORK_DIM={file_rank}.")
-    elif rank is None:
+    file_rank = rank_apart if split_qkv else rank_together
+    if rank is None:
         notes.chose("PARAMS_NETWORK_DIM", file_rank, "the rank of the LoRA file")
-    return file_rank, split_qkv, targets
+    elif rank != file_rank:
+        notes.add(f"PARAMS_NETWORK_DIM={rank}: {file} has rank {file_rank}. Fix: PARAMS_NETWORK_DIM={file_rank}.")
+    return AdapterShape(file_rank, split_qkv, targets)
 
 
-def _foreign(header: Header, found: LoraSummary, facts: Facts) -> str | None:
-    """Why a file is not of this family, or not of a kind that is read."""
-    stems = [r[0] for key in header.entries if (r := key_names.split_key(key))]
+def _wrong_family(header: Header, lora: LoraSummary, facts: Facts) -> str | None:
+    """Why a file is not for this family, or not of a format that is read."""
+    split_keys = [key_names.split_key(key) for key in header.entries]
+    stems = [split[0] for split in split_keys if split]
     likely = inspect.likely_family(stems, header.metadata)
-    said = inspect.declared_family(header.metadata)
-    if likely not in (None, facts.name) and (found.unmatched or said == likely):
+    declared = inspect.declared_family(header.metadata)
+    if likely not in (None, facts.name) and (lora.unmatched or declared == likely):
         return (
             f"it looks like a LoRA for {likely}, and this job is for {facts.name}. Fix: name a file for {facts.name}."
         )
-    if found.unmatched or not found.modules:
-        some = ", ".join(found.unmatched[:5]) or "the file is empty"
+    if lora.unmatched or not lora.modules:
+        names = ", ".join(lora.unmatched[:SHOWN_TENSORS]) or "the file is empty"
         return (
-            f"{len(found.unmatched)} of its {len(header.entries)} tensors are nothing that a LoRA for {facts.name} "
-            f"has: {some}."
+            f"{len(lora.unmatched)} of its {len(header.entries)} tensors are nothing that a LoRA for {facts.name} "
+            f"has: {names}."
         )
     return None
 
 
-def _other_kind(found: LoraSummary, dora: bool) -> str | None:
-    """Why a LoRA cannot go on as a DoRA, or the reverse: the one has lengths of rows that the other lacks."""
-    if found.dora == dora:
+def _wrong_type(lora: LoraSummary, lora_type: str) -> str | None:
+    """Why a LoRA cannot continue as a DoRA, or the reverse: a DoRA has a magnitude for each row, a LoRA none."""
+    if lora.dora == (lora_type == "dora"):
         return None
-    if found.dora:
+    if lora.dora:
         return "it is a DoRA, and this job trains none. Fix: PARAMS_LORA_TYPE=dora."
     return "it is no DoRA, and PARAMS_LORA_TYPE=dora cannot begin with it. Fix: PARAMS_LORA_TYPE=lora, or name a DoRA."
 
 
-def _untrained(
-    found: LoraSummary, facts: Facts, targets: tuple[str, ...] | None, encoders: Collection[str]
+def _untrained_modules(
+    lora: LoraSummary, facts: Facts, targets: tuple[str, ...] | None, trained_encoders: Collection[str]
 ) -> str | None:
-    """Why some of the file's modules would be left out."""
-    own = [m for m in found.modules if m.startswith(f"{facts.lora_prefix}.")]
-    others = [m for m in found.modules if m.partition(".")[0] not in (facts.lora_prefix, *encoders)]
-    if others:
+    """Which of the file's modules this job would drop, since it has no adapter for them."""
+    trained_components = (facts.lora_prefix, *trained_encoders)
+    of_encoders = [module for module in lora.modules if module.partition(".")[0] not in trained_components]
+    if of_encoders:
         return (
-            f"{len(others)} of its modules belong to text encoders, which this job does not train: {others[0]} first. "
+            f"{len(of_encoders)} of its modules belong to text encoders, which this job does not train: "
+            f"{of_encoders[0]} first. "
             f"Fix: train them as well (PARAMS_TEXT_ENCODER_LR), or make a file without them (python -m trainer.export "
             f"FILE --without-text-encoders ...)."
         )
-    ends = targets or facts.targets
-    left = [m for m in own if not _is_covered(m, ends) and (targets or _end(m, facts) is None)]
-    if left:
-        fix = f"PARAMS_TARGET_MODULES={','.join(_targets(found, facts))}" if targets else "name another file"
-        return f"{len(left)} of its modules get no adapter in this job: {', '.join(left[:3])} first. Fix: {fix}."
+    without_adapter = []
+    for module in lora.modules:
+        if not module.startswith(f"{facts.lora_prefix}.") or _is_covered(module, targets or facts.targets):
+            continue
+        # Where the user has set no targets, those of the file are added, if they are in a block.
+        if targets or _target_of(module, facts) is None:
+            without_adapter.append(module)
+    if without_adapter:
+        fix = f"PARAMS_TARGET_MODULES={','.join(_targets_of(lora, facts))}" if targets else "name another file"
+        names = ", ".join(without_adapter[:SHOWN_MODULES])
+        return f"{len(without_adapter)} of its modules get no adapter in this job: {names} first. Fix: {fix}."
     return None
 
 
 def _is_covered(module: str, targets: tuple[str, ...]) -> bool:
-    """Whether one of the targets means it; what is in no numbered block gets no adapter, whatever its name."""
+    """Whether one of the targets covers it. A module outside the numbered blocks gets no adapter, whatever its name."""
     in_block = any(part.isdigit() for part in module.split("."))
     return in_block and any(module.endswith(f".{target}") for target in targets)
 
 
-def _end(module: str, facts: Facts) -> str | None:
-    """The end of a module's name inside its block; None if it is in no block."""
-    there = key_names.find_layer(module, facts.name)
-    if there is None or there.original is None or not there.number:
+def _target_of(module: str, facts: Facts) -> str | None:
+    """The end of a module's name inside its block, as PARAMS_TARGET_MODULES has it; None if it is in no block."""
+    layer = key_names.find_layer(module, facts.name)
+    if layer is None or layer.original is None or not layer.number:
         return None
-    return there.original.diffusers_names[there.part or 0].rpartition("{}.")[2]
+    return layer.original.diffusers_names[layer.part or 0].rpartition("{}.")[2]
 
 
-def _targets(found: LoraSummary, facts: Facts) -> tuple[str, ...]:
-    """The family's targets that the file has, and the ends of its other modules."""
-    usual = [target for target in facts.targets if any(_is_covered(m, (target,)) for m in found.modules)]
-    others = (_end(m, facts) for m in found.modules if not _is_covered(m, facts.targets))
-    return (*usual, *dict.fromkeys(end for end in others if end))
+def _targets_of(lora: LoraSummary, facts: Facts) -> tuple[str, ...]:
+    """The targets that cover a file's modules: the family's first, in their order, then those that it has besides."""
+    targets = []
+    for target in facts.targets:
+        if any(_is_covered(module, (target,)) for module in lora.modules):
+            targets.append(target)
+    others: dict[str, None] = {}  # an ordered set
+    for module in lora.modules:
+        if not _is_covered(module, facts.targets):
+            target_of_module = _target_of(module, facts)
+            if target_of_module:
+                others[target_of_module] = None
+    return (*targets, *others)

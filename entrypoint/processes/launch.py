@@ -1,4 +1,4 @@
-"""plan.json → the trainer's process; signals go in, the exit code comes out."""
+"""Start the trainers on plan.json, forward signals to them, and return the exit code of the job."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from trainer.spec.errors import HangError, KilnError, PeerError, StorageError
 from trainer.spec.plan import ALIVE_VARIABLE, RANK_VARIABLE, TEAM_VARIABLE, Plan
 
 log = logging.getLogger(__name__)
-GRACE_S = 5.0  # for the first process to end in order when another has failed
+GRACE_S = 5.0  # for the first process to finish cleanly when another has failed
 
 
 def launch(plan: Plan, *, environment: Mapping[str, str]) -> int:
-    """Run the trainer on `plan` and return its exit code; 128 + n where signal n killed it, 75 where it hung.
+    """Run the trainer on `plan` and return its exit code: 128 + n if signal n killed it, 75 if it hung.
 
-    Of several processes (NUM_GPUS) the first leads: it gets the signals, and its end is the end of the job. Where
-    another one fails, the rest is ended, and its exit code is the job's.
-    The trainer gets no secret and needs no network: everything is on local paths by now.
+    With NUM_GPUS above 1, the first process leads: it gets the signals, and when it ends, the job ends. If another one
+    fails, the rest is stopped, and its exit code is the job's.
+    The trainer gets no secrets and needs no network: everything is on local paths by now.
     """
     with tempfile.TemporaryDirectory(prefix="kiln-") as name:
         folder = Path(name)
@@ -47,7 +47,7 @@ def launch(plan: Plan, *, environment: Mapping[str, str]) -> int:
 
         before = {number: signal.signal(number, forward) for number in FORWARDED}
         try:
-            # A list of arguments and no shell: nothing in the plan can become a command.
+            # A list of arguments, no shell: nothing in the plan can become a command.
             arguments, size = [sys.executable, "-m", "trainer", str(path)], plan.engine.num_gpus
             common = child_environment(environment)
             if plan.engine.attention == "flash_4":
@@ -59,7 +59,7 @@ def launch(plan: Plan, *, environment: Mapping[str, str]) -> int:
                 children.append(subprocess.Popen(arguments, env=given))  # noqa: S603
             for number in early:
                 children[0].send_signal(number)
-            code, of = _watched(children, folder / "alive")
+            code, of = _watch(children, folder / "alive")
         finally:
             for child in children:
                 child.kill()
@@ -67,28 +67,28 @@ def launch(plan: Plan, *, environment: Mapping[str, str]) -> int:
             for number, handler in before.items():
                 signal.signal(number, handler)
         if of:
-            _tell(plan, folder / f"rank-{of}", of, code)
+            _report_failure(plan, folder / f"rank-{of}", of, code)
     return code
 
 
 def member_environment(environment: Mapping[str, str], folder: Path, rank: int, *, size: int) -> dict[str, str]:
-    """What tells a process that it is `rank` of `size`: one device, and how to meet the others on this machine."""
+    """The variables that make a process number `rank` of `size`: its device, and how to reach the others."""
     devices = {}
     for name in (name for name in VISIBLE if environment.get(name) or name == VISIBLE[-1]):
         some = [each.strip() for each in environment.get(name, "").split(",") if each.strip()]
         devices[name] = some[rank] if rank < len(some) else str(rank)
     threads = max(1, len(os.sched_getaffinity(0)) // size)
     loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-    # A process that waits for another is no reason to end it: whoever really hangs is found by our own watchdog.
+    # NCCL must not kill a process that waits for another: our own watchdog finds the one that hangs.
     retries = {"TORCH_NCCL_ENABLE_MONITORING": "0"}
     few = {} if "OMP_NUM_THREADS" in environment else {"OMP_NUM_THREADS": str(threads)}
     return {RANK_VARIABLE: str(rank), TEAM_VARIABLE: str(folder), **devices, **loopback, **retries, **few}
 
 
-def _watched(children: Sequence[subprocess.Popen[bytes]], alive: Path) -> tuple[int, int]:
-    """The exit code of the job, and which process it is of; 75 where the first one missed its deadline in `alive`.
+def _watch(children: Sequence[subprocess.Popen[bytes]], alive: Path) -> tuple[int, int]:
+    """The exit code of the job, and the process it comes from; 75 if the first one missed the deadline in `alive`.
 
-    It looks after itself (trainer/job/watchdog.py) unless a call holds Python's lock, or the process is stopped.
+    Its own watchdog (trainer/job/watchdog.py) cannot act while a call holds the GIL, or while the process is stopped.
     """
     first = children[0]
     while True:
@@ -97,7 +97,7 @@ def _watched(children: Sequence[subprocess.Popen[bytes]], alive: Path) -> tuple[
                 child.wait(timeout=0.5 / len(children))
         failed = [i for i, child in enumerate(children) if child.returncode]
         if failed:
-            return _ended(children, failed, alive.parent)
+            return _end_all(children, failed, alive.parent)
         if first.returncode == 0:
             return 0, 0
         try:
@@ -105,28 +105,29 @@ def _watched(children: Sequence[subprocess.Popen[bytes]], alive: Path) -> tuple[
         except (OSError, ValueError):  # not written yet
             continue
         if time.monotonic() > deadline:
-            log.error("The trainer hangs, and not even its watchdog answers: it is ended. Its stacks:")
+            log.error("The trainer hangs, and not even its watchdog answers. Ending it. Its stacks:")
             for child in children:
                 child.send_signal(signal.SIGUSR1)
                 child.send_signal(signal.SIGCONT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 first.wait(timeout=2)
-            _tell_stacks(alive.parent)
+            _log_stacks(alive.parent)
             log.error("%s [exit %d]", HangError.advice, HangError.exit_code)
             return HangError.exit_code, 0
 
 
-def _tell_stacks(folder: Path) -> None:
-    """Of several processes, where each of those that were asked stands."""
+def _log_stacks(folder: Path) -> None:
+    """Log the Python stacks that the processes wrote on request."""
     for path in sorted(folder.glob("stacks-*.txt")):
-        if said := path.read_text(encoding="utf-8", errors="replace"):
-            log.error("Process %s:\n%s", path.stem.removeprefix("stacks-"), said.rstrip())
+        if text := path.read_text(encoding="utf-8", errors="replace"):
+            log.error("Process %s:\n%s", path.stem.removeprefix("stacks-"), text.rstrip())
 
 
-def _ended(children: Sequence[subprocess.Popen[bytes]], failed: Sequence[int], folder: Path) -> tuple[int, int]:
-    """The exit code of the one that is to blame, and which it is, when some have failed; the others are to end now.
+def _end_all(children: Sequence[subprocess.Popen[bytes]], failed: Sequence[int], folder: Path) -> tuple[int, int]:
+    """End all processes after some have failed; returns the exit code of the one to blame, and its number.
 
-    They may wait for it in a call that no signal interrupts. One that ended because another did is not to blame.
+    The others may wait for it in a call that no signal interrupts. A process that ended only because another did
+    (PeerError) is not to blame.
     """
     first, deadline = children[0], time.monotonic() + GRACE_S
 
@@ -134,19 +135,19 @@ def _ended(children: Sequence[subprocess.Popen[bytes]], failed: Sequence[int], f
         return [i for i, child in enumerate(children) if child.poll() not in (None, 0, PeerError.exit_code)]
 
     if len(children) > 1 and failed[0]:
-        log.error("Process %d of %d has failed: the others are ended too.", failed[0], len(children))
-    while not to_blame() and time.monotonic() < deadline:  # it is about to end, or it would not be missed
+        log.error("Process %d of %d has failed. Ending the others.", failed[0], len(children))
+    while not to_blame() and time.monotonic() < deadline:  # the one to blame may still be writing its status
         time.sleep(0.05)
     blamed = to_blame()
-    if first.poll() is None:  # its files shall be whole, and its status say that it has ended
+    if first.poll() is None:  # so that its files are complete and its status says how it ended
         first.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             first.wait(timeout=max(0.0, deadline - time.monotonic()))
     if first.returncode == HangError.exit_code:
         for child in children[1:]:
-            child.send_signal(signal.SIGUSR1)  # where these stand may be why
+            child.send_signal(signal.SIGUSR1)  # their stacks may show why the first one hung
         time.sleep(0.5 if len(children) > 1 else 0)
-        _tell_stacks(folder)
+        _log_stacks(folder)
     return (_code(children[blamed[0]]), blamed[0]) if blamed else (KilnError.exit_code, 0)
 
 
@@ -154,8 +155,8 @@ def _code(child: subprocess.Popen[bytes]) -> int:
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
-def _tell(plan: Plan, folder: Path, rank: int, code: int) -> None:
-    """Let status.json have the reason of a process that is not the first, which alone writes there."""
+def _report_failure(plan: Plan, folder: Path, rank: int, code: int) -> None:
+    """Put the reason of another process into status.json, which only the first one writes."""
     how = f"was killed by {signal.Signals(code - 128).name}" if code > 128 else f"ended with exit code {code}"
     message = (folders.read_json(folder / "status.json") or {}).get("message")
     message = message or f"Process {rank} of {plan.engine.num_gpus} {how}."

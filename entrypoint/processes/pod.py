@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def asked_to_end(action: str, pod: str, environ: Mapping[str, str], retries: RetryPolicy) -> bool:
-    """Try the REST API, the older GraphQL, and the program that pods have."""
+    """Ask RunPod to stop or terminate this pod: by its REST API, the older GraphQL API, or the runpodctl in the pod."""
     try:
         api = RunPod.of(environ, retries=retries)
     except SettingsError as problem:
@@ -40,7 +40,7 @@ def asked_to_end(action: str, pod: str, environ: Mapping[str, str], retries: Ret
 
 
 def start_ssh(environ: Mapping[str, str]) -> None:
-    """Let the owner in, with the key that RunPod hands over, for rsync and scp."""
+    """Start sshd with the public key that RunPod passes in, so that the pod's owner can use rsync and scp."""
     key, server = environ.get("PUBLIC_KEY", "").strip(), Path("/usr/sbin/sshd")
     if not key or not server.is_file() or os.geteuid() != 0:
         return
@@ -53,6 +53,6 @@ def start_ssh(environ: Mapping[str, str]) -> None:
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
         for command in (["/usr/bin/ssh-keygen", "-A"], [str(server), "-o", "PasswordAuthentication=no"]):
             subprocess.run(command, env=child_environment(environ), check=True, capture_output=True)  # noqa: S603
-        log.info("SSH is open for the keys of this account.")
+        log.info("SSH accepts the keys of this RunPod account.")
     except (OSError, subprocess.CalledProcessError) as problem:
-        log.warning("SSH is not open: %s", problem)
+        log.warning("SSH could not be started: %s", problem)

@@ -1,8 +1,8 @@
-"""What happens when a job ends: exit; or stop, terminate or keep the rented pod that it runs in.
+"""ON_FINISH: when a job ends, exit; or stop, terminate or keep the rented pod that it runs in.
 
-A pod starts a container that exits again, for ever, and bills for it. So a pod's job is supervised: it is ended through
-RunPod's API when nothing is left to do, and what fails is tried again with growing pauses a few times only. Its diary,
-pod.json in OUTPUT_PATH, outlives the container.
+A pod restarts a container that exits, for ever, and bills for it. So a job in a pod is supervised: when nothing is left
+to do, the pod is ended through RunPod's API; a job that fails is tried again a few times, with growing pauses. The
+attempts are counted in pod.json in OUTPUT_PATH, which outlives the container.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 
+from entrypoint import DEFAULT_OUTPUT_PATH
 from entrypoint.fetch import http
 from entrypoint.processes.pod import asked_to_end, start_ssh
 from entrypoint.settings.checks import load_json
-from entrypoint.settings.variables import ACTIONS
+from entrypoint.settings.variables.finish import ACTIONS
 from entrypoint.system.folders import read_json, write_text
 from trainer.spec.errors import SettingsError, StorageError
 
 log = logging.getLogger(__name__)
 
 
-HOPELESS = (64, 65, 77, 78)  # exit codes that another start would give again
+PERMANENT_FAILURES = (64, 65, 77, 78)  # exit codes that another start would give again
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-MOST_ATTEMPTS = 5  # without a step of progress between them
+MAX_ATTEMPTS = 5  # without a training step between them
 CONSOLE = "https://console.runpod.io/pods"
 
 
@@ -41,8 +42,8 @@ class Times:
 
     first_pause: float = 30.0  # before the second attempt; doubled with each
     longest_pause: float = 600.0
-    linger: float = 1800.0  # a pod that is started after its job is done stays so long, for fetching results
-    farewell: float = 300.0  # how long after its stop was accepted a pod may take to send the signal
+    linger: float = 1800.0  # a pod started after its job is done stays this long, so that results can be fetched
+    farewell: float = 300.0  # how long a pod may take to send the signal after its stop was accepted
     retries: http.RetryPolicy = http.USUAL
 
 
@@ -50,8 +51,8 @@ USUAL = Times()
 
 
 @dataclass(frozen=True)
-class Diary:
-    """What earlier containers of this pod, or volume, left."""
+class PodRecord:
+    """What earlier containers of this pod (or of this volume) recorded."""
 
     attempts: int = 0  # starts since the last progress
     step: int = 0  # of training, at the last start
@@ -59,7 +60,7 @@ class Diary:
 
 
 def supervised(work: Callable[[], int], environ: Mapping[str, str], *, times: Times | None = None) -> int:
-    """The exit code of `work`, after what ON_FINISH says has been done."""
+    """Run `work`, then do what ON_FINISH says; returns the exit code of `work`."""
     times, action = times or USUAL, asked_action(environ)
     pod = environ.get("RUNPOD_POD_ID", "")
     if not pod:
@@ -70,31 +71,34 @@ def supervised(work: Callable[[], int], environ: Mapping[str, str], *, times: Ti
         return code
     start_ssh(environ)
     before = _opened(environ)
-    if before.attempts > MOST_ATTEMPTS:
-        log.error("%d attempts without progress: this pod tries no more. Delete pod.json to begin anew.", MOST_ATTEMPTS)
-        # What is not done, or not uploaded, may be wanted still: terminating the pod would delete its volume.
+    if before.attempts > MAX_ATTEMPTS:
+        log.error("%d attempts without progress: giving up. Delete pod.json to start over.", MAX_ATTEMPTS)
+        # Terminating would delete the volume, and with it what is not done or not uploaded yet: stop instead.
         return _end(75, "stop" if action == "terminate" else action, pod, environ, times)
     if before.attempts > 1:
         pause = min(times.first_pause * 2 ** (before.attempts - 2), times.longest_pause)
-        log.warning("Attempt %d of %d, in %.0f s.", before.attempts, MOST_ATTEMPTS, pause)
+        log.warning("Attempt %d of %d, in %.0f s.", before.attempts, MAX_ATTEMPTS, pause)
         if code := _wait(pause):
             return code
     code = work()
-    done = code == 0 or (before.done and code == 75)  # a pod may be started without GPUs to fetch its results
-    if not done and code not in HOPELESS and not Limit.reached.is_set():
+    done = code == 0 or (before.done and code == 75)  # a pod may be started without GPUs, only to fetch results
+    if not done and code not in PERMANENT_FAILURES and not Limit.reached.is_set():
         if code < 128:
-            log.error("The container exits with %d, and the pod starts it again.", code)
+            log.error("The container exits with %d. The pod will start it again.", code)
         return code
     _write(environ, replace(before, attempts=0, done=done))
     if done and before.done:
-        log.info("This job was done before: the pod stays %.0f minutes for its results.", times.linger / 60)
+        log.info(
+            "This job is already done. The pod stays for %.0f minutes, so that you can fetch its results.",
+            times.linger / 60,
+        )
         if stopped := _wait(times.linger):
             return stopped
     return _end(code, action, pod, environ, times)
 
 
 def asked_action(environ: Mapping[str, str]) -> str:
-    """ON_FINISH, also where the other settings are wrong; what is unknown counts as the default."""
+    """ON_FINISH, even if other settings are invalid; an unknown value counts as the default."""
     asked = _raw(environ, "ON_FINISH").lower()
     return asked if asked in ACTIONS else "stop" if environ.get("RUNPOD_POD_ID") else "exit"
 
@@ -103,7 +107,9 @@ def asked_action(environ: Mapping[str, str]) -> str:
 
 
 class Limit:
-    """Whether MAX_RUNTIME or MAX_COST has ended the job: one alarm a process, as the kernel has it."""
+    """Whether MAX_RUNTIME or MAX_COST has ended the job. One for the whole process, because the kernel has one
+    alarm.
+    """
 
     reached = threading.Event()
 
@@ -111,55 +117,56 @@ class Limit:
     def set(max_hours: float | None, max_cost: float | None, price: float | None) -> None:
         """Send SIGTERM to this process when the limit is reached; the job then saves its state and ends.
 
-        In hours, and in money and money an hour. Counts from now. Raises SettingsError for a cost without a price.
+        `max_hours` counts from now; `max_cost` and `price` (for an hour) are in the same currency. Raises
+        SettingsError for a cost without a price.
         """
         if max_cost is not None and not price:
-            raise SettingsError("MAX_COST needs PRICE_PER_HOUR, the price of this machine in the same money.")
+            raise SettingsError("MAX_COST needs PRICE_PER_HOUR, the price of this machine in the same currency.")
         hours = [h for h in (max_hours, max_cost / price if max_cost is not None and price else None) if h is not None]
         if not hours:
             return
 
         def end(_number: int, _frame: FrameType | None) -> None:
             Limit.reached.set()
-            log.warning("MAX_RUNTIME or MAX_COST is reached: the job saves its state and ends.")
+            log.warning("MAX_RUNTIME or MAX_COST is reached. The job saves its state and ends.")
             os.kill(os.getpid(), signal.SIGTERM)
 
         signal.signal(signal.SIGALRM, end)
         signal.setitimer(signal.ITIMER_REAL, min(hours) * 3600)
-        log.info("This job ends after %.2f hours at the latest.", min(hours))
+        log.info("This job will end after %.2f hours at the latest.", min(hours))
 
 
-# ---- the diary
+# ---- the record of attempts
 
 
-def _opened(environ: Mapping[str, str]) -> Diary:
-    """The diary with this start counted."""
+def _opened(environ: Mapping[str, str]) -> PodRecord:
+    """The record, with this start counted."""
     out = _output(environ)
     known = read_json(out / "pod.json") or {}
     step = (read_json(out / "status.json") or {}).get("step")
     step = step if isinstance(step, int) else 0
     with suppress(TypeError):
-        before = Diary(**known)
+        before = PodRecord(**known)
         progress = step > before.step
-        now = Diary(attempts=1 if progress else before.attempts + 1, step=step, done=before.done)
+        now = PodRecord(attempts=1 if progress else before.attempts + 1, step=step, done=before.done)
         _write(environ, now)
         return now
-    return Diary(attempts=1, step=step)
+    return PodRecord(attempts=1, step=step)
 
 
-def _write(environ: Mapping[str, str], diary: Diary) -> None:
+def _write(environ: Mapping[str, str], diary: PodRecord) -> None:
     try:
         write_text(_output(environ) / "pod.json", json.dumps(asdict(diary)))
     except StorageError as problem:
-        log.warning("The attempts of this pod cannot be counted: %s", problem)
+        log.warning("Cannot count the attempts of this pod: %s", problem)
 
 
 def _output(environ: Mapping[str, str]) -> Path:
-    return Path(_raw(environ, "OUTPUT_PATH") or "/workspace/output").expanduser()
+    return Path(_raw(environ, "OUTPUT_PATH") or DEFAULT_OUTPUT_PATH).expanduser()
 
 
 def _raw(environ: Mapping[str, str], name: str) -> str:
-    """A variable as it stands, or as CONFIG_JSON has it."""
+    """A variable from the environment, or from CONFIG_JSON."""
     if value := environ.get(name, "").strip():
         return value
     try:
@@ -174,12 +181,12 @@ def _raw(environ: Mapping[str, str], name: str) -> str:
 
 
 def _end(code: int, action: str, pod: str, environ: Mapping[str, str], times: Times) -> int:
-    """Do what ON_FINISH says; returns when a signal comes, or with `code` where the container shall exit."""
+    """Do what ON_FINISH says; returns `code` if the container is to exit, else when a signal arrives."""
     if action == "exit":
         return code
     if action in ("stop", "terminate"):
         if asked_to_end(action, pod, environ, times.retries):
-            log.info("This pod is told to %s; the job ended with %d.", action, code)
+            log.info("Asked RunPod to %s this pod; the job ended with %d.", action, code)
             if _wait(times.farewell):
                 return code
         log.error("THIS POD IS NOT STOPPED AND COSTS MONEY: %s it at %s (%s).", action, CONSOLE, pod)
@@ -189,7 +196,7 @@ def _end(code: int, action: str, pod: str, environ: Mapping[str, str], times: Ti
 
 @contextmanager
 def _signalled() -> Iterator[list[int]]:
-    """A list that gets the numbers of the signals that come inside."""
+    """A list that collects the numbers of the signals that arrive inside the context."""
     came: list[int] = []
     before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in SIGNALS}
     try:
@@ -200,7 +207,7 @@ def _signalled() -> Iterator[list[int]]:
 
 
 def _wait(seconds: float | None) -> int:
-    """Wait; 128 + n if signal n came, else 0. None: until one comes."""
+    """Wait (None: for ever) until a signal arrives; returns 128 + its number, or 0 if none did."""
     end = None if seconds is None else time.monotonic() + seconds
     with _signalled() as came:
         while not came and (end is None or time.monotonic() < end):

@@ -1,8 +1,8 @@
-"""PUSH_TO_HUB: the LoRA files, the samples and a model card go to a repository of the Hub, by a process of its own.
+"""PUSH_TO_HUB: a process uploads the LoRA files, the samples and a model card to a repository of the Hub.
 
-That process alone has the token, which comes through a pipe. Beside training it uploads what each save leaves, and a
-failure there is only said; at the end it uploads the final files in one commit, and upload.json in OUTPUT_PATH then
-tells which file the repository has. What could not be uploaded is uploaded by the next start, which trains nothing.
+Only that process has the token, which it gets through a pipe. During training it uploads each save; a failure there is
+only logged. At the end it uploads the final files in one commit, and upload.json in OUTPUT_PATH records which file the
+repository has. If that fails, starting the job again uploads them without training.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from trainer.storage.safetensors_header import read_header
 
 log = logging.getLogger("entrypoint.processes.upload")
 MARKER = "upload.json"
-LOOK_S = 2.0  # between two looks for a new save
-STALL_S = 60.0  # a connection that moves nothing for so long is given up
+POLL_S = 2.0  # between two looks for a new save
+STALL_TIMEOUT_S = 60.0  # a connection that transfers nothing for this long is closed
 AT_START, AT_END = http.USUAL, http.RetryPolicy(budget=1800.0, first_wait=2.0, longest_wait=60.0)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the process is told."""
+    """What to upload, and where to: the process reads it from its standard input."""
 
     repo: str
     token: str = field(repr=False)
     out: str  # folder
     name: str  # of the LoRA file, without .safetensors
     base: str  # Hub repository of the base model; "" if it is none
-    creates: bool = True  # the repository, private, where there is none
+    creates: bool = True  # a private repository, if it does not exist
     at_start: http.RetryPolicy = AT_START
     at_end: http.RetryPolicy = AT_END
 
@@ -62,7 +62,7 @@ def _identity(path: Path) -> list[int | str]:
 
 
 def job(repo: str | None, token: str | None, plan: Plan, *, creates: bool = True) -> Job | None:
-    """What to tell the process; None where nothing is to be uploaded. Raises SettingsError."""
+    """The job of the uploading process; None if nothing is to be uploaded. Raises SettingsError."""
     if repo is None:
         return None
     if not token:
@@ -72,15 +72,15 @@ def job(repo: str | None, token: str | None, plan: Plan, *, creates: bool = True
     return Job(repo, token, plan.output.path, plan.output.name, base, creates, AT_START, AT_END)
 
 
-# ---- the side of the entrypoint
+# ---- in the entrypoint
 
 
 @contextmanager
 def beside(job: Job | None, environment: Mapping[str, str]) -> Iterator[Callable[[], int]]:
-    """Inside, saves are uploaded. Yields what uploads the final files and returns 0, or 75 where that failed.
+    """Inside the context, saves are uploaded. Yields a function that uploads the final files: 0, or 75 if it failed.
 
-    Raises GatedError or SettingsError at once where the token may not write to the repository. A Hub that does not
-    answer is no reason not to train.
+    Raises GatedError or SettingsError at once if the token may not write to the repository. Training starts even if the
+    Hub does not answer.
     """
     if job is None:
         yield lambda: 0
@@ -108,7 +108,7 @@ def beside(job: Job | None, environment: Mapping[str, str]) -> Iterator[Callable
             _say(process, "final")
             if process.wait() == 0:
                 return 0
-            log.error("The LoRA is in %s, but not in %s: start the same job again to upload it.", job.out, job.repo)
+            log.error("The LoRA is in %s, but not in %s. Start the same job again to upload it.", job.out, job.repo)
             return UnreachableError.exit_code
 
         yield finish
@@ -124,11 +124,11 @@ def _say(process: subprocess.Popen[str], line: str) -> None:
     try:
         process.stdin.write(f"{line}\n")
         process.stdin.flush()
-    except BrokenPipeError:  # it has ended, which its exit code tells
-        log.warning("The process that uploads has ended.")
+    except BrokenPipeError:  # it has ended; its exit code says why
+        log.warning("The uploading process has ended.")
 
 
-# ---- the side of the process
+# ---- in the uploading process
 
 
 class Uploader:
@@ -139,11 +139,11 @@ class Uploader:
 
         self.job, self.out = job, Path(job.out)
         self.api = HfApi(token=job.token)
-        self.ended = threading.Event()  # training is over: what is tried beside it is given up
+        self.ended = threading.Event()  # training is over: uploads of saves give up
         self._seen: set[tuple[int | str, ...]] = set()
 
     def check(self) -> None:
-        """Whether the token may write to the repository, which is made if it does not exist.
+        """Check that the token may write to the repository; create it if it does not exist.
 
         Raises GatedError, SettingsError, UnreachableError.
         """
@@ -155,16 +155,16 @@ class Uploader:
             try:
                 self.api.auth_check(repo, write=True)
             except RepositoryNotFoundError as problem:
-                if problem.response.status_code != 404:  # of strangers, and tokens that are not known
+                if problem.response.status_code != 404:  # 401: no access, or an unknown token
                     raise
                 if self.job.creates:
                     self.api.create_repo(repo, private=True, exist_ok=True)
-                    log.info("Made the private repository %s.", repo)
+                    log.info("Created the private repository %s.", repo)
 
         self._insist(call, self.job.at_start)
 
     def saves(self) -> None:
-        """Upload what the newest save left, if that was not done yet."""
+        """Upload the files of the newest save, unless they were tried already."""
         found = sorted(self.out.glob(f"{self.job.name}-step*.safetensors"))
         main = next((p for p in reversed(found) if p.stem.rpartition("-step")[2].isdecimal()), None)
         if main is None or self.ended.is_set():
@@ -173,7 +173,7 @@ class Uploader:
             identity = tuple(_identity(main))
             if identity in self._seen:
                 return
-            self._seen.add(identity)  # once: where it fails, the next save comes, or the end
+            self._seen.add(identity)  # once: if it fails, the next save or the end uploads
             self._commit(main.stem, [p for p in found if p.stem.startswith(main.stem)], retries=self.job.at_start)
         except KilnError as problem:
             if not self.ended.is_set():
@@ -182,7 +182,7 @@ class Uploader:
             log.info("%s was removed before it was uploaded.", main.name)
 
     def final(self) -> None:
-        """Upload the final files, and remember that. Raises KilnError."""
+        """Upload the final files, and record that in upload.json. Raises KilnError."""
         self.ended.clear()
         main = self.out / f"{self.job.name}.safetensors"
         others = [p for p in self.out.glob(f"{self.job.name}-*.safetensors") if "-step" not in p.stem]
@@ -193,7 +193,9 @@ class Uploader:
         log.info("Uploaded to %s/%s at commit %s.", self.api.endpoint, self.job.repo, commit)
 
     def _commit(self, title: str, paths: list[Path], *, retries: http.RetryPolicy) -> str:
-        """One commit of `paths`, the samples and the card; returns its hash. The client leaves out what is there."""
+        """Commit `paths`, the samples and the card; returns the commit's hash. The client skips files that are
+        there.
+        """
         from huggingface_hub import CommitOperationAdd
 
         samples = sorted(p for p in (self.out / "sample").glob("*.png") if not p.name.startswith("."))
@@ -214,7 +216,7 @@ class Uploader:
         )
 
     def _translated(self, call: Callable[[], Any]) -> Any:
-        """`call`, with the client's errors told as ours, and without its texts: they may hold signed addresses."""
+        """`call`, with the client's errors turned into ours, without their texts: they may hold signed addresses."""
         import httpx
         from huggingface_hub.errors import HfHubHTTPError
 
@@ -246,51 +248,63 @@ def _refusal(repo: str, status: int) -> KilnError:
 
 
 def card(path: Path, *, base: str, with_samples: bool) -> str:
-    """README.md of the repository, from the header of the LoRA file alone."""
-    about = read_header(path).metadata
-    trigger, title = about.get("modelspec.trigger_phrase", ""), about.get("ss_output_name", path.stem)
-    lines = ["---", *([f"base_model: {json.dumps(base)}", "base_model_relation: adapter"] if base else [])]
-    lines += ["library_name: diffusers", "pipeline_tag: text-to-image", "tags:", "- lora", "- text-to-image"]
-    lines += [f"instance_prompt: {json.dumps(trigger, ensure_ascii=False)}"] if trigger else []
-    lines += ["---", "", f"# {title}", ""]
-    size, steps, images = (about.get(k, "?") for k in ("ss_network_dim", "ss_steps", "ss_num_train_images"))
-    what = f"[{base}](https://huggingface.co/{base})" if base else about.get("ss_sd_model_name", "a local model")
-    lines += [f"A LoRA of rank {size} for {what}: {steps} steps on {images} pictures, repeats included."]
-    lines += ["The base model's licence applies."] if base else []
-    lines += ["", f"Trigger: `{trigger.replace('`', '')}`"] if trigger else []
-    lines += ["", "![samples by prompt and step](sample/contact-sheet.png)"] if with_samples else []
+    """README.md of the repository, from the header of the LoRA file alone. `base`: see `Job`."""
+    from huggingface_hub import ModelCardData  # late: a job without PUSH_TO_HUB never imports it
+
+    header = read_header(path).metadata
+    title = header.get("ss_output_name", path.stem)
+    trigger = header.get("modelspec.trigger_phrase", "")
+    data = ModelCardData(
+        base_model=base or None,
+        base_model_relation="adapter" if base else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["lora", "text-to-image"],
+        instance_prompt=trigger or None,
+    )
+    rank, steps, images = (header.get(key, "?") for key in ("ss_network_dim", "ss_steps", "ss_num_train_images"))
+    model = f"[{base}](https://huggingface.co/{base})" if base else header.get("ss_sd_model_name", "a local model")
+    lines = ["---", data.to_yaml(), "---", "", f"# {title}", ""]
+    lines.append(f"A LoRA of rank {rank} for {model}: {steps} steps on {images} images, repeats included.")
+    if base:
+        lines.append("The base model's licence applies.")
+    if trigger:
+        lines += ["", f"Trigger: `{trigger.replace('`', '')}`"]
+    if with_samples:
+        lines += ["", "![samples by prompt and step](sample/contact-sheet.png)"]
     lines += ["", f"`{path.name}` has kohya's key names, which ComfyUI, Forge and sd-scripts read. In diffusers:", ""]
-    return "\n".join([*lines, f"    pipe.load_lora_weights(REPOSITORY, weight_name={json.dumps(path.name)})", ""])
+    lines += [f"    pipe.load_lora_weights(REPOSITORY, weight_name={json.dumps(path.name)})", ""]
+    return "\n".join(lines)
 
 
 def main() -> int:
-    """Reads a job and then orders, a line each; the end of them ends the process. 0, or the exit code of the error."""
+    """Read a job and then commands, one a line; end of input ends the process. Returns 0, or the error's exit code."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     sys.excepthook = _bare
-    for number in (signal.SIGINT, signal.SIGHUP):  # of a terminal: who started this process decides
+    for number in (signal.SIGINT, signal.SIGHUP):  # from a terminal: the entrypoint decides when this process ends
         signal.signal(number, signal.SIG_IGN)
-    told: dict[str, Any] = json.loads(sys.stdin.readline())
-    told |= {k: http.RetryPolicy(**told[k]) for k in ("at_start", "at_end")}
-    uploader, final = Uploader(Job(**told)), threading.Event()
-    _give_up_stalls()
+    job: dict[str, Any] = json.loads(sys.stdin.readline())
+    job |= {k: http.RetryPolicy(**job[k]) for k in ("at_start", "at_end")}
+    uploader, final = Uploader(Job(**job)), threading.Event()
+    _set_timeout()
 
     def listen() -> None:
         if sys.stdin.readline() == "final\n":
             uploader.ended.set()
             final.set()
             sys.stdin.readline()
-        os._exit(143)  # who started this process has ended
+        os._exit(143)  # the entrypoint has ended
 
     try:
         uploader.check()
     except UnreachableError as problem:
-        log.warning("%s Training goes on without.", problem)
+        log.warning("%s Training continues without uploads.", problem)
     except KilnError as problem:
         print(f"{type(problem).__name__}: {problem}", flush=True)  # noqa: T201
         return problem.exit_code
     threading.Thread(target=listen, daemon=True).start()
     print("ready", flush=True)  # noqa: T201
-    while not final.wait(LOOK_S):
+    while not final.wait(POLL_S):
         uploader.saves()
     try:
         uploader.final()
@@ -300,18 +314,18 @@ def main() -> int:
     return 0
 
 
-def _give_up_stalls() -> None:
-    """The client waits for ever by itself."""
+def _set_timeout() -> None:
+    """Give the Hub's client a timeout: it has none."""
     import httpx
     from huggingface_hub import set_client_factory
 
-    set_client_factory(lambda: httpx.Client(follow_redirects=True, timeout=STALL_S))
+    set_client_factory(lambda: httpx.Client(follow_redirects=True, timeout=STALL_TIMEOUT_S))
     for chatty in ("httpx", "huggingface_hub"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
 
 
 def _bare(kind: type[BaseException], _value: BaseException, trace: TracebackType | None) -> None:
-    """An unexpected error without its text, which may hold signed addresses."""
+    """Log an unexpected error without its text, which may hold signed addresses."""
     places = [f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(trace)]
     log.error("Unexpected error while uploading: %s at %s", kind.__name__, " > ".join(places))
 
@@ -319,4 +333,4 @@ def _bare(kind: type[BaseException], _value: BaseException, trace: TracebackType
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
-    os._exit(code)  # the thread that reads orders does not end by itself
+    os._exit(code)  # the thread that reads commands blocks

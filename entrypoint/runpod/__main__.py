@@ -18,8 +18,9 @@ from typing import Any
 
 from entrypoint.fetch import http
 from entrypoint.runpod.api import RunPod
-from entrypoint.settings.read import Settings, read_settings
-from entrypoint.settings.variables import BACKENDS, CONFIG_JSON, NAMES, SECRETS
+from entrypoint.settings import Settings, read_settings
+from entrypoint.settings.variables import CONFIG_JSON, NAMES, SECRETS
+from entrypoint.settings.variables.engine import BACKENDS
 from trainer.spec.errors import KilnError, SettingsError
 from trainer.spec.family import base_models
 
@@ -124,7 +125,8 @@ def deploy(asked: argparse.Namespace, api: RunPod, environ: Mapping[str, str]) -
     _say(f"{asked.count} x {gpu['name']} ({gpu['memory']} GB each), {asked.cloud} cloud: ${price:.2f} an hour.")
     _say(f"Stock: {str(gpu.get('availability', 'unknown')).lower()}. Image: {body['image']}.")
     if _needs_token(settings) and "HF_TOKEN" not in variables:
-        _say(f"BASE_MODEL={settings.base_model} has a licence to accept, and no HF_TOKEN goes with the job: --secret.")
+        base = settings.model.base_model
+        _say(f"BASE_MODEL={base} has a licence to accept, and no HF_TOKEN goes with the job: --secret.")
     if asked.max_cost is not None:
         _say(f"The job ends at ${asked.max_cost:.2f}, after {asked.max_cost / price:.1f} hours.")
     else:
@@ -279,8 +281,8 @@ def _fewer(variables: Mapping[str, str]) -> dict[str, str]:
 
 def _needs_token(settings: Settings) -> bool:
     """Whether the weights are given only to those who have accepted a licence."""
-    known = base_models().get(settings.base_model)
-    return known is not None and known[1].gated and settings.model_path is None
+    known = base_models().get(settings.model.base_model)
+    return known is not None and known[1].gated and settings.model.model_path is None
 
 
 def _agreed() -> bool:

@@ -1,8 +1,12 @@
 """Environment variables become `Settings`: names, defaults and ranges, read and checked together.
 
-Read `variables` (the table that the README prints), `row` (one entry of it), `read` and `checks`.
+Read `variables` (a module for each group of the README's table; how to add a variable), `row` (what an entry of the
+table holds), `read` (text to values, and every problem in one message), then `checks` (strict parsing and words for
+messages, which dataset.json and the plan use too).
 
-Imports `trainer.spec` only.
+Nothing else in the program reads PARAMS_* from the environment.
+
+Imports `trainer.spec`, for the names of models, optimisers and formats.
 """
 
 from entrypoint.settings.read import help_env, read_settings

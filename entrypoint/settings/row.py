@@ -1,4 +1,4 @@
-"""What a row of `entrypoint/settings/variables.py` is made of."""
+"""One row of the table of variables (`entrypoint.settings.variables`): a field of a section, and how to read it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
+LARGEST_COUNT = 10**8  # of steps, epochs and the like: more than any job has, so that a slip of the pen is refused
+
 
 class Secret:
-    """A text that shows itself only when asked to."""
+    """Text that does not appear in logs: its repr is ***. `reveal` returns it."""
 
     __slots__ = ("_text",)
 
@@ -31,32 +33,31 @@ class Secret:
 
 @dataclass(frozen=True)
 class Row:
-    """One variable."""
+    """One variable: its name, how its text is read, and its line in the README's table."""
 
     name: str
-    kind: str  # a key of settings.KINDS
-    default: str
-    means: str
-    group: str = ""
+    kind: str  # a key of settings.read.PARSERS
+    default: str  # text as a user would write it; empty: not set
+    meaning: str
     low: float | None = None
     high: float | None = None
     above: float | None = None  # the range begins above this number
     choices: Callable[[], Collection[str]] | None = None
-    otherwise: str = ""  # what the plan does where the variable is not set
+    if_unset: str = ""  # what the plan does if the variable is not set
 
 
 def row(
     name: str,
     kind: str,
     *,
-    means: str,
+    meaning: str,
     default: str = "",
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
     choices: Callable[[], Collection[str]] | None = None,
-    otherwise: str = "",
+    if_unset: str = "",
 ) -> Any:
-    """A field of Settings that is read from the variable `name`."""
-    variable = Row(name, kind, default, means, low=low, high=high, above=above, choices=choices, otherwise=otherwise)
+    """A field of a section of Settings, read from the variable `name`."""
+    variable = Row(name, kind, default, meaning, low=low, high=high, above=above, choices=choices, if_unset=if_unset)
     return dataclasses.field(metadata={"row": variable})

@@ -7,6 +7,8 @@ import signal
 from collections.abc import Mapping
 from pathlib import Path
 
+from entrypoint.settings.variables import NAMES
+
 SECRET = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "API_KEY", "ACCESS_KEY", "PRIVATE_KEY", "CONFIG_JSON")
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Of clusters and other launchers, who each tell a process that it is one of several: none of ours is one of theirs.
@@ -21,8 +23,6 @@ VISIBLE = ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")  # where both are set,
 
 def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """`environment` without secrets, without our settings, among which addresses may be signed, and without the Hub."""
-    from entrypoint.settings.variables import NAMES
-
     settings = {*NAMES} - {"HF_HOME"}
     left_out = {*settings, *RANKS}
     kept = {k: v for k, v in environment.items() if k not in left_out and not k.startswith(LAUNCHERS)}

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -14,25 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from trainer.spec.errors import StorageError
+from trainer.storage import atomic, locks
+from trainer.storage.atomic import human_size as human  # noqa: F401 (for the messages of modules that import it here)
+from trainer.storage.atomic import storage_error
 
 logger = logging.getLogger(__name__)
 
 MARKER = ".kiln-complete.json"  # in every folder that `build_folder` made; holds what it was made from
-GIB = 2**30
-
-
-def human(size: float) -> str:
-    """`size` in bytes, as people say it."""
-    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
-
-
-def storage_error(problem: OSError, path: Path) -> StorageError:
-    """`problem` with `path` told as an error that says how much room is left."""
-    try:
-        left = f"{human(shutil.disk_usage(path if path.exists() else path.parent).free)} are free there"
-    except OSError:
-        left = "the volume does not answer"
-    return StorageError(f"{path}: {problem.strerror or problem}; {left}.")
 
 
 @contextlib.contextmanager
@@ -42,37 +28,27 @@ def locked(path: Path) -> Iterator[bool]:
     Yields False where the volume knows no locks: then nothing is held, and the caller must not share names.
     Raises StorageError if the file cannot be made.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = path.open("a")
-    except OSError as problem:
-        raise storage_error(problem, path) from problem
-    with handle:
+
+    def log_wait() -> None:
+        logger.info("Another process is at work on %s: waiting for it.", path.stem)
+
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("Another process is at work on %s: waiting for it.", path.stem)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError:
-            yield False
-            return
-        yield True
+            held = stack.enter_context(locks.file_lock(path, log_wait))
+        except OSError as problem:
+            raise storage_error(problem, path) from problem
+        yield held
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace the file `path` by `text` in one step, flushed. Raises StorageError."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    # Not by the process's number: in containers that share a volume these are the same.
+    writer = uuid.uuid4().hex[:8]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
+        with atomic.replacing(path, writer=writer) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as problem:
         raise storage_error(problem, path) from problem
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

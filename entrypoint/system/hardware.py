@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from entrypoint.settings.variables import BACKENDS, FORMATS
+from entrypoint.settings.variables.engine import BACKENDS, FORMATS
 from entrypoint.system.environment import VISIBLE, child_environment
 from trainer.spec.errors import SettingsError, UnreachableError
 from trainer.spec.weight_formats import PRECISIONS, supported_formats

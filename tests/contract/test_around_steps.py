@@ -1,4 +1,4 @@
-"""Around the steps: what the one before the first gives up for memory, and what a stop between two leaves."""
+"""Around the steps: what the rehearsal gives up where memory runs out, and what a stop between two steps saves."""
 
 import dataclasses
 import hashlib
@@ -11,7 +11,7 @@ import torch
 
 from trainer.checkpoints import state_files
 from trainer.engine.cuda_graphs import EagerStep
-from trainer.job import session
+from trainer.job import build, rehearsal, sampling, session
 from trainer.job.run import run
 from trainer.spec.errors import StopRequestedError
 from trainer.training.stop_flag import StopFlag
@@ -19,7 +19,7 @@ from trainer.training.stop_flag import StopFlag
 
 @pytest.fixture
 def job(job_plan, tmp_path, monkeypatch):
-    """`job(failures)`: a short job whose recorded steps run out of memory so many times; its LoRA and what was made."""
+    """`job(failures)`: a short job whose captured steps run out of memory so often; its LoRA, runners, fallbacks."""
     plan = job_plan("flux", PARAMS_MAX_STEPS="2", PARAMS_OPTIMIZER_TYPE="adamw")
 
     def make(failures, *, replay=True, after=0, below=False):
@@ -46,9 +46,9 @@ def job(job_plan, tmp_path, monkeypatch):
                 self.given_up, self.capturing = True, False
                 return self.calls <= after + 1  # what it held is given back once
 
-        monkeypatch.setattr(session, "GraphStep", Recording)
-        monkeypatch.setattr(session.Engine, "lower", lambda self, problem: lowered.append(problem))
-        monkeypatch.setattr(session.Engine, "can_capture", lambda self, rung=0: rung == 0 or below)
+        monkeypatch.setattr(build, "GraphStep", Recording)
+        monkeypatch.setattr(rehearsal.Engine, "step_down", lambda self, problem: lowered.append(problem))
+        monkeypatch.setattr(rehearsal.Engine, "can_capture", lambda self, rung=0: rung == 0 or below)
         out = tmp_path / f"out-{failures}-{replay}-{after}-{below}"
         output = dataclasses.replace(plan.output, path=str(out))
         run(
@@ -59,14 +59,14 @@ def job(job_plan, tmp_path, monkeypatch):
     return make
 
 
-def test_a_recorded_step_is_rehearsed_as_it_trains(job):
+def test_a_captured_step_is_rehearsed_as_it_trains(job):
     plain, none, _ = job(0, replay=False)
     recorded, (runner,), lowered = job(0)
     assert none == [] and lowered == [] and recorded == plain
     assert runner.calls == 1 + 2  # the rehearsal, and two steps
 
 
-def test_the_batch_that_takes_most_is_rehearsed_though_another_has_more_pixels(job_plan, tmp_path, monkeypatch):
+def test_the_batch_that_needs_most_memory_is_rehearsed_though_another_has_more_pixels(job_plan, tmp_path, monkeypatch):
     def sized(side, count):
         subset = {"image_dir": str(tmp_path / "pictures"), "caption_extension": ".txt"}
         return {"resolution": side, "batch_size": count, "subsets": [subset]}
@@ -91,30 +91,30 @@ def test_the_batch_that_takes_most_is_rehearsed_though_another_has_more_pixels(j
     assert max(steps)[1] < max(kept for _, kept in steps) <= max(kept for _, kept in rehearsed)
 
 
-def test_recording_is_given_up_before_anything_is_computed_again(job):
+def test_cuda_graphs_are_disabled_before_anything_is_recomputed(job):
     plain, _, _ = job(0, replay=False)
     given_up, (runner,), lowered = job(1)
     assert runner.calls == 1 + 1 + 2 and runner.given_up and lowered == [] and given_up == plain
 
 
-def test_what_is_not_compiled_is_rather_recorded_in_the_next_way(job):
+def test_an_uncompiled_step_is_captured_with_the_next_strategy_instead(job):
     plain, _, _ = job(0, replay=False)
     found, (runner,), lowered = job(1, below=True)
     assert runner.calls == 1 + 1 + 2 and runner.renewed == 1 and not runner.given_up
     assert len(lowered) == 1 and found == plain
 
 
-def test_a_size_that_cannot_be_recorded_beside_another_is_computed_without_recordings(job, caplog):
+def test_out_of_memory_in_a_captured_step_disables_cuda_graphs_first(job, caplog):
     caplog.set_level(logging.WARNING)
     plain, _, _ = job(0, replay=False)
     found, (runner,), lowered = job(1, after=1)  # past the rehearsal
     assert runner.calls == 1 + 1 + 2 and lowered == [] and found == plain
-    assert "not recorded any more" in caplog.text and "at once" not in caplog.text
+    assert "CUDA graphs are disabled" in caplog.text and "at once" not in caplog.text
 
 
-def test_what_is_recorded_leaves_room_for_the_optimiser_or_is_given_up(job, monkeypatch):
+def test_cuda_graphs_leave_room_for_the_optimiser_or_are_disabled(job, monkeypatch):
     plain, _, _ = job(0, replay=False)
-    first_state, rehearsed, at, short = session.TrainingState.first_state, session.Session._rehearsed, [], []
+    first_state, rehearsed, at, short = rehearsal.TrainingState.first_state, rehearsal.Rehearsal.fits, [], []
 
     def full(self):
         if at[-1].runner.capturing and at[-1].runner.calls:
@@ -122,39 +122,39 @@ def test_what_is_recorded_leaves_room_for_the_optimiser_or_is_given_up(job, monk
             raise torch.OutOfMemoryError("no memory beside it")
         return first_state(self)
 
-    monkeypatch.setattr(session.TrainingState, "first_state", full)
-    monkeypatch.setattr(session.Session, "_rehearsed", lambda self, *given: at.append(self) or rehearsed(self, *given))
+    monkeypatch.setattr(rehearsal.TrainingState, "first_state", full)
+    monkeypatch.setattr(rehearsal.Rehearsal, "fits", lambda self, *given: at.append(self) or rehearsed(self, *given))
     found, (runner,), lowered = job(0)
     assert short == [True] and runner.calls == 1 + 1 + 2 and lowered == [] and found == plain
 
 
-def test_where_the_largest_batch_cannot_be_recorded_smaller_ones_are_not_in_its_way(job, monkeypatch):
+def test_cuda_graphs_are_disabled_where_the_largest_batch_cannot_be_captured(job, monkeypatch):
     _, (runner,), _ = job(0)
     assert not runner.given_up
-    monkeypatch.setattr(session.EagerStep, "short_of_memory", True)
+    monkeypatch.setattr(EagerStep, "short_of_memory", True)
     _, (runner,), lowered = job(0, replay=True, after=1)
     assert runner.given_up and lowered == []
 
 
-def test_what_turns_out_to_be_launched_is_rehearsed_as_that(job, monkeypatch):
+def test_a_step_that_cannot_be_captured_is_rehearsed_again_as_an_eager_one(job, monkeypatch):
     """As where a kernel of another library waits for the device: with less memory than there is, and other sizes."""
     plain, _, _ = job(0, replay=False)
-    rehearsed = session.Session._rehearsed
+    rehearsed = rehearsal.Rehearsal.fits
 
     def ends(self, *given):
         found = rehearsed(self, *given)
         self.runner.capturing = False
         return found
 
-    monkeypatch.setattr(session.Session, "_rehearsed", ends)
+    monkeypatch.setattr(rehearsal.Rehearsal, "fits", ends)
     found, (runner,), lowered = job(0)
     assert runner.calls == 2 + 2 and lowered == [] and found == plain
 
 
-def test_before_recording_is_given_up_adapters_leave_the_products(job, monkeypatch):
+def test_adapter_columns_are_dropped_before_cuda_graphs_are_disabled(job, monkeypatch):
     plain, _, _ = job(0, replay=False)
     left = [True]
-    monkeypatch.setattr(session.Engine, "drop_adapter_columns", lambda _: bool(left) and left.pop())
+    monkeypatch.setattr(rehearsal.Engine, "drop_adapter_columns", lambda _: bool(left) and left.pop())
     found, (runner,), lowered = job(1)
     assert (
         runner.calls == 1 + 1 + 2 and runner.renewed == 1 and not runner.given_up and lowered == [] and found == plain
@@ -166,14 +166,14 @@ def test_a_stop_while_a_sample_is_drawn_saves_the_step_first(job_plan, tmp_path,
     prompts.write_text("a red circle --s 1")
     asked = {"SAMPLE_PROMPTS": str(prompts), "PARAMS_SAMPLE_EVERY_N_STEPS": "3", "PARAMS_MAX_STEPS": "8"}
     plan, stop = job_plan("flux", PARAMS_OPTIMIZER_TYPE="adamw", **asked), StopFlag()
-    draw = session.sampling.draw_all
+    draw = sampling.draw_all
 
     def interrupted(*given, step, **named):
         if step == 3:
             stop.signal = signal.SIGTERM
         return draw(*given, step=step, **named)
 
-    monkeypatch.setattr(session.sampling, "draw_all", interrupted)
+    monkeypatch.setattr(sampling, "draw_all", interrupted)
     with pytest.raises(StopRequestedError):
         run(plan, stop)
     assert state_files.latest(tmp_path / "out" / "state").step == 3

@@ -1,4 +1,4 @@
-"""States: whole or not there."""
+"""States on disk: complete or absent."""
 
 import dataclasses
 import random
@@ -18,7 +18,7 @@ def tree(value):
     return {"a": torch.full((3,), value), "b": {0: [torch.arange(4), None, True, 1.5, "text"]}, "empty": {}}
 
 
-def test_a_state_comes_back_as_it_was(tmp_path):
+def test_a_state_reads_back_as_it_was_written(tmp_path):
     state_files.save(tmp_path, 7, tree(1.0))
     state = state_files.latest(tmp_path)
     assert state.step == 7
@@ -60,7 +60,7 @@ def test_a_changed_plan_is_refused_with_the_state_that_was_asked_for(tmp_path, j
 
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
-def test_a_damaged_state_is_set_aside_for_the_one_before(tmp_path, name, damage):
+def test_a_damaged_state_is_renamed_and_the_one_before_is_used(tmp_path, name, damage):
     for step in (10, 20):
         state_files.save(tmp_path, step, tree(float(step)))
     victim = tmp_path / "step-00000020" / name
@@ -74,14 +74,14 @@ def test_a_damaged_state_is_set_aside_for_the_one_before(tmp_path, name, damage)
     assert (tmp_path / "step-00000020.damaged").is_dir()
 
 
-def test_when_all_are_damaged_nothing_starts_anew_in_silence(tmp_path):
+def test_when_all_states_are_damaged_it_is_an_error(tmp_path):
     state_files.save(tmp_path, 10, tree(1.0))
     (tmp_path / "step-00000010" / "state.json").write_text("{}")
     with pytest.raises(StorageError, match="damaged"):
         state_files.latest(tmp_path)
 
 
-def test_the_newest_are_kept_and_orphans_go(tmp_path):
+def test_the_newest_states_are_kept_and_orphans_removed(tmp_path):
     (tmp_path / ".step-00000099.1.tmp").mkdir(parents=True)
     for step in (10, 20, 30, 40):
         state_files.save(tmp_path, step, tree(1.0))
@@ -89,7 +89,7 @@ def test_the_newest_are_kept_and_orphans_go(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000030", "step-00000040"]
 
 
-def test_random_generators_go_on_where_they_were(tmp_path):
+def test_random_generators_continue_after_a_restore(tmp_path):
     def draw():
         return random.random(), np.random.rand(), torch.rand(1).item()
 

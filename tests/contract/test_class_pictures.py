@@ -1,4 +1,4 @@
-"""Regularisation pictures that the base model draws: once, as diffusers draws them, and trained on as such."""
+"""Class images: the base model draws them once, as diffusers does, and they are trained on as regularisation images."""
 
 import dataclasses
 import json
@@ -55,7 +55,7 @@ def test_they_are_drawn_once_as_diffusers_draws_them(name, job, tmp_path, monkey
         difference = np.abs(np.asarray(Image.open(path), np.int16) - np.asarray(expected, np.int16))
         assert difference.max() <= 1
 
-    # Another job takes them from the cache; one that lacks a picture draws that one, the same.
+    # Another job takes them from the cache; one that lacks an image draws that one, the same.
     written = [path.read_bytes() for path in found]
     found[1].unlink()
     run(job(name, out="again"), StopFlag())
@@ -64,13 +64,13 @@ def test_they_are_drawn_once_as_diffusers_draws_them(name, job, tmp_path, monkey
     run(job(name, out="third"), StopFlag())
 
 
-def test_they_are_trained_on_as_regularisation_pictures(job, tmp_path):
+def test_they_are_trained_on_as_regularisation_images(job, tmp_path):
     plan = job("flux", caption_suffix="alone")
     subset = plan.data.datasets[0].subsets[1]
     assert subset.is_reg and subset.source.kind == "generated" and subset.source.count == 2
     run(plan, StopFlag())
     report = (tmp_path / "out" / "dataset-report.txt").read_text()
-    assert "Pictures: 4 found, 4 used" in report
+    assert "Images: 4 found, 4 used" in report
     folder = next((tmp_path / "cache" / "class-pictures").iterdir())
     source = dataclasses.replace(subset.source, path=str(folder))
     dataset = dataclasses.replace(
@@ -83,7 +83,7 @@ def test_they_are_trained_on_as_regularisation_pictures(job, tmp_path):
     assert {e.weight for e in examples if e.image.subset == 0} == {1.0}
 
 
-def test_what_decides_a_picture_decides_its_folder(job, tmp_path):
+def test_what_decides_an_image_decides_its_folder(job, tmp_path):
     for out, changes in {"a": {}, "b": {"class_prompt": "a blue circle"}, "c": {"num_class_images": 1}}.items():
         run(job("sd3", out=out, **changes), StopFlag())
     assert len(list((tmp_path / "cache" / "class-pictures").iterdir())) == 3

@@ -12,7 +12,7 @@ from trainer.families import flux
 from trainer.job.run import run
 from trainer.job.verify import verify
 from trainer.lora_files import convert, peft_bridge
-from trainer.sample import add
+from trainer.sample import apply_loras
 from trainer.spec.errors import FileMismatchError, SettingsError
 from trainer.spec.family import get_family
 from trainer.training.stop_flag import StopFlag
@@ -52,7 +52,7 @@ def test_a_jobs_files_are_one_model_in_diffusers_and_here(name, kind, job_plan, 
     pipe.load_lora_weights(peft)
     theirs = output(name, getattr(pipe, component))
     ours = get_family(name).load_denoiser(folder(name), device="cpu", dtype=torch.float32)
-    add(ours, [(convert.load(kohya, name), 1.0)], component=component)
+    apply_loras(ours, [(convert.load(kohya, name), 1.0)], component=component)
     torch.testing.assert_close(output(name, ours), theirs, rtol=1e-4, atol=1e-4)
     assert (theirs - before).norm() > 0.01 * before.norm()
 

@@ -317,4 +317,4 @@ def test_the_log_of_a_resumed_run_says_that_attention_is_another(caplog, tmp_pat
     assert not caplog.messages
     _say_what_made(state, EnginePlan(attention="flash_4"))
     (message,) = caplog.messages
-    assert "PARAMS_ATTENTION native, and this is flash_4: bit-identity ends here" in message
+    assert "PARAMS_ATTENTION native, and this is flash_4: the result will not be bit-identical" in message

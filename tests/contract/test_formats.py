@@ -1,6 +1,6 @@
-"""LoRA files of every tool, for every family: nothing is lost on the way, and diffusers' own loader agrees.
+"""LoRA files of every tool, for every family: conversions are exact, and diffusers' own loader agrees.
 
-What ComfyUI and sd-scripts make of them is in test_tools.py.
+test_tools.py runs the loaders of ComfyUI, Forge and sd-scripts.
 """
 
 import json
@@ -23,7 +23,7 @@ CLIP = "text_encoder.text_model.encoder.layers.0"
 
 
 def sdxl_of_two_layers():
-    """SDXL's UNet with its own number of layers to a level, which diffusers counts original names by."""
+    """SDXL's UNet with two layers to a level, as published: diffusers derives the original names from that number."""
     return UNet2DConditionModel(
         block_out_channels=(8, 16, 16),
         layers_per_block=2,
@@ -88,7 +88,7 @@ def test_every_layer_of_every_family_survives_every_format(model, tmp_path, name
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_formats_convert_in_a_circle(model, name):
+def test_converting_through_all_formats_and_back_is_exact(model, name):
     start = modules = random_modules(model(name), name)
     for to in ("kohya", "peft", "comfyui", "kohya"):
         modules = convert.from_tensors(convert.to_file(modules, to, name).tensors, {}, name)
@@ -140,7 +140,7 @@ def trained(denoiser, name, *, split, rank=3, alpha=2.0):
     )
 
 
-def test_one_adapter_for_q_k_and_v_goes_straight_into_kohyas_fused_layer(flux_denoiser):
+def test_one_adapter_for_q_k_and_v_is_kohyas_fused_layer_at_the_same_rank(flux_denoiser):
     written = convert.to_file(trained(flux_denoiser, "flux", split=False), "kohya", "flux")
     assert written.tensors["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"].shape[0] == 3
     assert written.tensors["lora_unet_single_blocks_0_linear1.lora_down.weight"].shape[0] == 3 + 3  # and the MLP's
@@ -149,7 +149,7 @@ def test_one_adapter_for_q_k_and_v_goes_straight_into_kohyas_fused_layer(flux_de
     assert torch.equal(written.tensors["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"], live)
 
 
-def test_parts_that_were_trained_apart_stand_block_by_block(flux_denoiser):
+def test_separate_adapters_of_fused_layers_are_stacked_block_by_block(flux_denoiser):
     written = convert.to_file(trained(flux_denoiser, "flux", split=True), "kohya", "flux")
     up = written.tensors["lora_unet_single_blocks_0_linear1.lora_up.weight"]
     assert up.shape == (7 * 32, 4 * 3)
@@ -159,7 +159,7 @@ def test_parts_that_were_trained_apart_stand_block_by_block(flux_denoiser):
 @pytest.mark.parametrize("split", [True, False])
 @pytest.mark.parametrize("to", convert.KEY_FORMATS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_training_goes_on_from_every_format(model, name, to, split):
+def test_training_starts_from_every_format(model, name, to, split):
     denoiser = model(name)
     modules = trained(denoiser, name, split=split)
     back = convert.from_tensors(convert.to_file(modules, to, name).tensors, {}, name)
@@ -171,7 +171,7 @@ def test_training_goes_on_from_every_format(model, name, to, split):
     assert_equal(peft_bridge.from_peft_state(adapters.state(denoiser), **where), modules)
 
 
-def test_a_smaller_rank_is_filled_up_and_a_missing_layer_begins_anew(flux_denoiser):
+def test_a_smaller_rank_is_padded_and_a_missing_layer_starts_at_zero(flux_denoiser):
     modules = trained(flux_denoiser, "flux", split=False)
     some = {n: LoraWeights(a.down[:2], a.up[:, :2], 0.7) for n, a in modules.items() if "ff" in n}
     start = {k: v if ".lora_A." in k else torch.zeros_like(v) for k, v in adapters.state(flux_denoiser).items()}
@@ -189,7 +189,7 @@ def test_a_layer_that_is_not_trained_is_refused_by_name(flux_denoiser):
         peft_bridge.to_peft_state(modules, adapters.state(flux_denoiser), prefix="transformer", fused={}, scale=1.0)
 
 
-def test_merging_adds_the_deltas_up(flux_denoiser):
+def test_merging_sums_the_weighted_deltas(flux_denoiser):
     a = random_modules(flux_denoiser, "flux")
     b = {n: LoraWeights(x.down + 1, x.up, 2.0) for n, x in a.items() if "attn" in n}
     got = convert.merge([(a, 0.6), (b, -0.4)])
@@ -267,21 +267,22 @@ def test_old_attention_processors_are_read(model):
 
 
 @pytest.mark.parametrize("how", ["alpha keys", "metadata", "alpha_pattern", "rslora"])
-def test_the_strength_is_found_wherever_it_is_said(flux_denoiser, how):
+def test_the_scale_is_read_from_alpha_keys_and_from_peft_metadata(flux_denoiser, how):
     modules = random_modules(flux_denoiser, "flux", ranks=(4,), scales=(1.0,), only="attn")
-    tensors, said = convert.to_file(modules, "peft", "flux").tensors, {}
+    tensors = convert.to_file(modules, "peft", "flux").tensors
+    metadata = {}
     expected = {n: LoraWeights(a.down, a.up, 2.0) for n, a in modules.items()}
     if how == "alpha keys":
         tensors |= {f"{n}.alpha": torch.tensor(8.0) for n in modules}
     elif how == "alpha_pattern":
-        said = {"transformer.r": 4, "transformer.lora_alpha": 4, "transformer.alpha_pattern": {r"attn\..*": 8}}
+        metadata = {"transformer.r": 4, "transformer.lora_alpha": 4, "transformer.alpha_pattern": {r"attn\..*": 8}}
     else:
         rslora = how == "rslora"
-        said = {"transformer.lora_alpha": 4 if rslora else 8, "transformer.use_rslora": rslora}
-    assert_equal(convert.from_tensors(tensors, {"lora_adapter_metadata": json.dumps(said)}, "flux"), expected)
+        metadata = {"transformer.lora_alpha": 4 if rslora else 8, "transformer.use_rslora": rslora}
+    assert_equal(convert.from_tensors(tensors, {"lora_adapter_metadata": json.dumps(metadata)}, "flux"), expected)
 
 
-def test_text_encoders_are_read_with_and_without_the_level_that_transformers_5_lost():
+def test_text_encoders_are_read_with_and_without_the_level_text_model():
     layer = {"lora_A.weight": torch.randn(2, 8), "lora_B.weight": torch.randn(8, 2)}
     for start in (
         CLIP,
@@ -308,7 +309,7 @@ def test_text_encoders_are_read_with_and_without_the_level_that_transformers_5_l
         (lambda _: {}, "empty"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(flux_denoiser, change, word):
+def test_broken_files_are_refused_with_the_key_or_the_reason(flux_denoiser, change, word):
     modules = random_modules(flux_denoiser, "flux", ranks=(2,), only="transformer_blocks.0.attn")
     tensors = change(convert.to_file(modules, "kohya", "flux").tensors)
     with pytest.raises(ValueError, match=word):
@@ -355,7 +356,7 @@ def test_diffusers_reads_sd3(sd3_denoiser, sd3_vae, tmp_path):
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_diffusers_converts_flux_at_its_real_width(shared):
-    """Its converter knows Flux's width alone, so: LoRAs of the real width for one block of each kind, and no model."""
+    """Its converter works only at Flux's real width, so: LoRAs of that width, one block of each class, no model."""
     h, modules = 3072, {}
     common = torch.randn(2, h)
 
@@ -404,12 +405,12 @@ def test_the_commands_convert_and_merge(flux_denoiser, tmp_path):
     assert export_command(["--merge", str(first), str(tmp_path / "no"), "--out", str(third)]) == 78
 
 
-def test_several_files_with_weights_are_added_to_the_model(flux_denoiser, text):
-    """What trainer.sample draws with: half the file twice is the trained model."""
+def test_several_files_with_strengths_are_merged_into_the_model(flux_denoiser, text):
+    """`trainer.sample`: the same file twice at half strength is the trained model."""
     import copy
 
     from trainer.families import flux
-    from trainer.sample import add
+    from trainer.sample import apply_loras
 
     def output(denoiser):
         torch.manual_seed(4)
@@ -417,7 +418,7 @@ def test_several_files_with_weights_are_added_to_the_model(flux_denoiser, text):
 
     plain = copy.deepcopy(flux_denoiser)
     modules = trained(flux_denoiser, "flux", split=False)
-    add(plain, [(modules, 0.5), (modules, 0.5)], component="transformer")
+    apply_loras(plain, [(modules, 0.5), (modules, 0.5)], component="transformer")
     torch.testing.assert_close(output(plain), output(flux_denoiser), atol=1e-4, rtol=1e-4)
 
 
@@ -444,3 +445,38 @@ def test_the_sample_command_draws_with_a_lora_and_without(tmp_path, capsys):
     assert without.size == (64, 64) and ImageChops.difference(without, nothing).getbbox() is None
     assert ImageChops.difference(without, changed).getbbox() is not None
     assert sample_command(["--base", "nothing", *common, "--out", str(tmp_path)]) == 78
+
+
+def prompt_lines(tmp_path, text, name="flux"):
+    from trainer.sample import read_prompts
+    from trainer.spec.family import get_family
+
+    (tmp_path / "prompts.txt").write_text(text, encoding="utf-8")
+    facts = get_family(name).FACTS
+    return read_prompts(tmp_path / "prompts.txt", facts, facts.models[f"mini-{name}"])
+
+
+def test_the_sample_command_reads_prompt_lines_as_a_job_does(tmp_path):
+    spot, dog = prompt_lines(tmp_path, "\ufeff # comment\na spot --W 96 --h 70 --l 2 --n dark\n\na dog\n")
+    assert (spot.text, spot.width, spot.height, spot.cfg, spot.negative) == ("a spot", 96, 64, 2.0, "dark")
+    assert (dog.text, dog.width, dog.height, dog.seed, spot.seed) == ("a dog", 128, 128, 43, 42)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("a cat --x 1", "--x is not a flag"),
+        ("a cat --w=64", "--w=64 is not a flag"),
+        ("a cat --s 0", "--s: 0 is not a whole number, 1 to 1000"),
+        ("a cat --l nan", "--l: 'nan' is not a number, 0 to 100"),
+        ("a cat --w 64 --w 96", "--w is given twice"),
+        ("--w 64", "there is no prompt before the flags"),
+        ("a cat --w 16", "the width is too small. Allowed: 32 or more"),
+    ],
+)
+def test_the_sample_command_names_every_bad_prompt_line(tmp_path, line, message):
+    from trainer.spec.errors import SettingsError
+
+    with pytest.raises(SettingsError) as caught:
+        prompt_lines(tmp_path, f"a dog\n{line}\na bird --d x\n", name="sdxl")
+    assert f"line 2: {message}" in str(caught.value) and "line 3: --d" in str(caught.value)

@@ -1,4 +1,4 @@
-"""Frozen layers in 8 bits, and the adapters on them, against float64 and against the same model in full precision."""
+"""Frozen layers in 8 and 4 bits with adapters, against float64 and against the same model in full precision."""
 
 import copy
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from trainer.engine import adapters
-from trainer.engine.kernels.reference import most, quantize_rows
+from trainer.engine.kernels.reference import max_value, quantize_rows
 from trainer.engine.load import place_denoiser
 from trainer.engine.memory import checkpointing
 from trainer.engine.quantization.formats import WEIGHT_FORMATS
@@ -16,7 +16,7 @@ from trainer.engine.quantization.frozen_linear import FrozenLinear
 from trainer.spec.family import get_family
 from trainer.training.step_guard import LOSS_SCALE
 
-# The relative error that one rounding to the form allows: half a step of 3 bits after the point, or of 127 in a row.
+# The relative error that one rounding to the format allows: half a step of 3 bits of mantissa, or of 127 steps.
 ALLOWED = {"fp8": 0.05, "fp8-fnuz": 0.05, "fp8-storage": 0.04, "int8": 0.02, "int8-storage": 0.015, "nf4": 0.11}
 MINIATURE = Path(get_family("flux").FACTS.models["mini-flux"].source)
 TYPES = [torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.int8]
@@ -32,20 +32,20 @@ def layer(n=128, k=64, seed=0):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_rows_come_back_within_half_a_step(dtype):
+def test_quantised_rows_are_within_half_a_step(dtype):
     torch.manual_seed(0)
     x = torch.randn(50, 64) * torch.logspace(-6, 6, 50)[:, None]
     values, scale = quantize_rows(x, None, dtype)
-    assert values.dtype == dtype and scale.shape == (50, 1) and values.float().abs().max() <= most(dtype)
+    assert values.dtype == dtype and scale.shape == (50, 1) and values.float().abs().max() <= max_value(dtype)
     step = 2**-4 if dtype.is_floating_point else 0.5 / 127
     against = x.abs() if dtype.is_floating_point else x.abs().amax(1, keepdim=True)
-    # Next to zero a floating type has equal steps too.
-    smallest = x.abs().amax(1, keepdim=True) * 2**-6 / most(dtype)
+    # Near zero, FP8 is subnormal: it has equal steps too.
+    smallest = x.abs().amax(1, keepdim=True) * 2**-6 / max_value(dtype)
     assert ((values.float() * scale - x).abs() <= torch.maximum(against * step, smallest) * 1.001).all()
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_zeros_outliers_and_infinities_make_no_nan(dtype):
+def test_zeros_outliers_and_infinities_quantise_without_nan(dtype):
     x = torch.randn(5, 64)
     x[0], x[1, 3], x[2, 5], x[3, 7] = 0, 1e30, float("inf"), 1e-30
     values, scale = quantize_rows(x, None, dtype)
@@ -61,21 +61,21 @@ def test_a_nan_is_not_hidden():
     assert (values.float() * scale)[1].isnan().any() and (values.float() * scale)[0].isfinite().all()
 
 
-def test_of_the_fnuz_type_a_quarter_of_240_is_used_and_no_negative_zero():
+def test_fnuz_values_end_at_a_quarter_of_240_and_have_no_negative_zero():
     values, _ = quantize_rows(torch.tensor([[-1e-9, 1.0, -1.0, 0.0]]), None, torch.float8_e4m3fnuz)
     assert values.float().abs().max() == 60
     assert not (values.view(torch.uint8) == 0x80).any()  # which would be NaN there
 
 
-@pytest.mark.parametrize("form", WEIGHT_FORMATS)
-def test_products_and_gradients_are_those_of_float64(form):
+@pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
+def test_products_and_gradients_are_those_of_float64(weight_format):
     torch.manual_seed(1)
     linear = layer()
-    frozen = FrozenLinear(linear, form)
+    frozen = FrozenLinear(linear, weight_format)
     x = torch.randn(2, 32, 64).bfloat16().requires_grad_()
     down, up = torch.randn(4, 64).bfloat16().requires_grad_(), torch.randn(128, 4).bfloat16().requires_grad_()
     g = torch.randn(2, 32, 128).bfloat16()
-    y = frozen.product(x, down, up)
+    y = frozen.linear(x, down, up)
     y.backward(g)
     found = [y.detach(), x.grad, down.grad, up.grad]
 
@@ -84,15 +84,15 @@ def test_products_and_gradients_are_those_of_float64(form):
     wanted = wide[0] @ w.t() + b + (wide[0] @ wide[1].t()) @ wide[2].t()
     wanted.backward(g.double())
     for which, a, b in zip(["y", "x", "down", "up"], found, [wanted.detach(), *(t.grad for t in wide)], strict=True):
-        assert error(a, b) < (ALLOWED[form] if which in "yx" else 0.01), which
+        assert error(a, b) < (ALLOWED[weight_format] if which in "yx" else 0.01), which
 
 
-@pytest.mark.parametrize("form", WEIGHT_FORMATS)
-def test_only_8_bits_are_kept(form):
+@pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
+def test_only_the_quantised_weight_is_stored(weight_format):
     linear = layer(n=256, k=512)
-    held = sum(t.numel() * t.element_size() for t in (*FrozenLinear(linear, form).state_dict().values(),))
+    held = sum(t.numel() * t.element_size() for t in (*FrozenLinear(linear, weight_format).state_dict().values(),))
     assert held <= 256 * 512 + 256 * 4 + 256 * 2 + 16
-    assert error(FrozenLinear(linear, form).weight, linear.weight) < ALLOWED[form]
+    assert error(FrozenLinear(linear, weight_format).weight, linear.weight) < ALLOWED[weight_format]
 
 
 AGREE = [
@@ -109,15 +109,15 @@ AGREE = [
 
 
 @pytest.mark.parametrize(("precision", "dtype", "least", "median"), AGREE)
-def test_the_miniatures_gradients_are_those_of_full_precision(precision, dtype, least, median):
-    kind = get_family("flux")
+def test_gradients_of_a_miniature_point_where_those_of_full_precision_do(precision, dtype, least, median):
+    family = get_family("flux")
 
     def gradients(precision, dtype):
         torch.manual_seed(0)
-        model = kind.load_denoiser(MINIATURE, device="cpu", dtype=torch.float32)
-        options = {"fused": kind.FACTS.fused_targets, "targets": kind.FACTS.targets}
-        place_denoiser(model, kind.blocks(model), precision=precision, dtype=dtype, device="cpu", **options)
-        adapters.add_adapters(model, kind.blocks(model), **options, rank=4, alpha=4, seed=0)
+        model = family.load_denoiser(MINIATURE, device="cpu", dtype=torch.float32)
+        options = {"fused": family.FACTS.fused_targets, "targets": family.FACTS.targets}
+        place_denoiser(model, family.blocks(model), precision=precision, dtype=dtype, device="cpu", **options)
+        adapters.add_adapters(model, family.blocks(model), **options, rank=4, alpha=4, seed=0)
         torch.manual_seed(2)
         for name, p in model.named_parameters():
             if "lora_" in name:
@@ -129,7 +129,7 @@ def test_the_miniatures_gradients_are_those_of_full_precision(precision, dtype, 
             "pooled": torch.randn(1, config.pooled_projection_dim).to(dtype),
         }
         noisy = torch.randn(1, config.in_channels // 4, 16, 16)
-        out = kind.predict(model, noisy, torch.tensor([0.6]), text=text, guidance=1.0, geometry_B6=None)
+        out = family.predict(model, noisy, torch.tensor([0.6]), text=text, guidance=1.0, geometry_B6=None)
         scale = LOSS_SCALE.get(str(dtype).removeprefix("torch."), 1)
         (out.float().square().mean() * scale).backward()
         return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -141,14 +141,14 @@ def test_the_miniatures_gradients_are_those_of_full_precision(precision, dtype, 
 
 
 @pytest.mark.parametrize("policy", checkpointing.POLICIES)
-@pytest.mark.parametrize("form", [None, "fp8"])
-def test_recomputing_changes_no_bit(policy, form):
+@pytest.mark.parametrize("weight_format", [None, "fp8"])
+def test_recomputing_changes_no_bit(policy, weight_format):
     torch.manual_seed(0)
 
     class Block(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.q = layer(64, 64, 1) if form is None else FrozenLinear(layer(64, 64, 1), form)
+            self.q = layer(64, 64, 1) if weight_format is None else FrozenLinear(layer(64, 64, 1), weight_format)
 
         def forward(self, x):
             q = self.q(x).unflatten(-1, (4, 16)).transpose(1, 2)
@@ -169,7 +169,7 @@ def test_recomputing_changes_no_bit(policy, form):
     assert all(torch.equal(a, b) for a, b in zip(plain, changed, strict=True))
 
 
-def test_a_checkpointed_product_compiles():
+def test_a_checkpointed_frozen_layer_compiles():
     frozen = FrozenLinear(layer(), "fp8")
     x = torch.randn(32, 64).bfloat16().requires_grad_()
 

@@ -17,22 +17,22 @@ from trainer.spec.family import get_family
 @pytest.mark.parametrize("layout", ["file", "shards"])
 @pytest.mark.parametrize("name", full_size.FULL)
 def test_the_measurement_writes_and_finds_every_weight_of_a_miniature(name, layout, dtype, tmp_path):
-    plan = layouts.written(tmp_path, name, layout, changes={}, dtype=dtype, shard=10**6)
-    denoiser, row = layouts.measured(plan, tmp_path / "cache", device="cpu")
+    plan = layouts.write_model(tmp_path, name, layout, changes={}, dtype=dtype, shard=10**6)
+    denoiser, row = layouts.measure(plan, tmp_path / "cache", device="cpu")
     assert {k for k in row if k.endswith("own_gib")} == {"assembled_own_gib", "loaded_own_gib", "placed_own_gib"}
     folder = single_file.convert_single_files(plan, tmp_path / "cache") / get_family(name).FACTS.parts["denoiser"]
     assert len(list(folder.glob("*.safetensors"))) > (layout == "shards")
-    assert layouts.wrong(folder) == []
+    assert layouts.wrong_weights(folder) == []
     for key, tensor in denoiser.state_dict().items():
-        assert torch.equal(tensor, layouts.numbers(key, tensor.to(dtype)).bfloat16()), key
+        assert torch.equal(tensor, layouts.weight(key, tensor.to(dtype)).bfloat16()), key
 
 
 def test_a_weight_at_another_place_is_noticed(tmp_path):
-    plan = layouts.written(tmp_path, "flux", "shards", changes={}, dtype=torch.bfloat16, shard=10**6)
+    plan = layouts.write_model(tmp_path, "flux", "shards", changes={}, dtype=torch.bfloat16, shard=10**6)
     file = next((tmp_path / "model" / "transformer").glob("*-00001-*.safetensors"))
     content = file.read_bytes()
     file.write_bytes(content.replace(b'"x_embedder.weight"', b'"x_embedder.weighT"'))
-    assert layouts.wrong(file.parent) == ["x_embedder.weighT"]
+    assert layouts.wrong_weights(file.parent) == ["x_embedder.weighT"]
     assert plan.parts == {}
 
 

@@ -1,4 +1,4 @@
-"""What is computed in one pass with the quantising, against the modules one by one, and diffusers' own blocks."""
+"""Operations fused with quantisation, against the modules one by one and against diffusers' own blocks."""
 
 import copy
 import gc
@@ -16,11 +16,11 @@ from trainer.engine.kernels import reference
 from trainer.engine.load import place_denoiser
 from trainer.engine.memory import checkpointing
 from trainer.engine.quantization.frozen_linear import FrozenLinear
-from trainer.families.fused_blocks.projections import halves, whole
+from trainer.families.fused_blocks.projections import join_tokens, split_tokens
 from trainer.spec.family import get_family
 
 FP8 = torch.float8_e4m3fn
-WIDE = {  # sides that FP8 needs, in what variants.NARROW leaves of the published models
+WIDE = {  # sides that are multiples of 16, as FP8 needs, where variants.NARROW has smaller ones
     "flux-dev": {"attention_head_dim": 16, "axes_dims_rope": (4, 4, 8), "num_layers": 2, "num_single_layers": 2},
     "sd3-medium": {"num_layers": 3},
     "sd3.5-medium": {"num_layers": 3, "dual_attention_layers": (0, 1)},
@@ -43,32 +43,32 @@ def model(base, seed=0):
     return get_family(name), denoiser
 
 
-def predicted(kind, denoiser, dtype):
+def predicted(family, denoiser, dtype):
     """The model's output for one batch, and a loss's gradients of what trains."""
     torch.manual_seed(3)
     options = denoiser.config
     width = options.get("joint_attention_dim") or options["cross_attention_dim"]
     pooled = options.get("pooled_projection_dim") or 20
     text = {"tokens": torch.randn(2, 6, width).to(dtype), "pooled": torch.randn(2, pooled).to(dtype)}
-    channels = options["in_channels"] // (4 if kind.FACTS.name == "flux" else 1)
+    channels = options["in_channels"] // (4 if family.FACTS.name == "flux" else 1)
     noisy, geometry = torch.randn(2, channels, 8, 8), torch.full((2, 6), 64.0)
-    out = kind.predict(denoiser, noisy, torch.tensor([0.6, 0.3]), text=text, guidance=1.0, geometry_B6=geometry)
+    out = family.predict(denoiser, noisy, torch.tensor([0.6, 0.3]), text=text, guidance=1.0, geometry_B6=geometry)
     out.float().square().mean().backward()
     return out.detach(), {n: p.grad for n, p in denoiser.named_parameters() if p.grad is not None}
 
 
 @pytest.fixture(autouse=True)
 def roomy_weights(monkeypatch):
-    """Adapters ride in the products of these narrow layers as well."""
+    """These narrow layers get adapter columns as well."""
     monkeypatch.setattr("trainer.spec.adapter_columns.MIN_SIDE_PER_COLUMN", 0)
 
 
-def adapted(kind, denoiser, *, precision, dtype, forwards, targets=None):
-    options = {"fused": kind.FACTS.fused_targets, "targets": targets or kind.FACTS.targets}
+def adapted(family, denoiser, *, precision, dtype, forwards, targets=None):
+    options = {"fused": family.FACTS.fused_targets, "targets": targets or family.FACTS.targets}
     where = {"precision": precision, "dtype": dtype, "device": "cpu", "rank": 4}
-    place_denoiser(denoiser, kind.blocks(denoiser), **where, forwards=forwards, **options)
+    place_denoiser(denoiser, family.blocks(denoiser), **where, forwards=forwards, **options)
     assert precision != "fp8" or any(m.rank for m in denoiser.modules() if isinstance(m, FrozenLinear))
-    adapters.add_adapters(denoiser, kind.blocks(denoiser), **options, rank=4, alpha=4, seed=0)
+    adapters.add_adapters(denoiser, family.blocks(denoiser), **options, rank=4, alpha=4, seed=0)
     torch.manual_seed(2)
     for name, p in denoiser.named_parameters():
         if "lora_" in name:
@@ -78,21 +78,23 @@ def adapted(kind, denoiser, *, precision, dtype, forwards, targets=None):
 
 @pytest.mark.parametrize("joined", [True, False])
 @pytest.mark.parametrize("base", WIDE)
-def test_our_forward_passes_are_those_of_diffusers(base, joined):
+def test_fused_blocks_compute_what_diffusers_blocks_do(base, joined):
     found = []
     for ours in (False, True):
-        kind, denoiser = model(base)
+        family, denoiser = model(base)
         targets = (
-            kind.FACTS.targets if joined else tuple(t for t in kind.FACTS.targets if not t.endswith(("q", "q_proj")))
+            family.FACTS.targets
+            if joined
+            else tuple(t for t in family.FACTS.targets if not t.endswith(("q", "q_proj")))
         )
-        adapted(kind, denoiser, precision="fp32", dtype=torch.float32, forwards=None, targets=targets)
-        there = 0
+        adapted(family, denoiser, precision="fp32", dtype=torch.float32, forwards=None, targets=targets)
+        replaced = 0
         for module in denoiser.modules():
-            if ours and type(module) in kind.fused_forwards():
-                module.__class__ = kind.fused_forwards()[type(module)]
-                there += 1
-        assert there == 0 or not ours or there >= 3
-        found.append(predicted(kind, denoiser, torch.float32))
+            if ours and type(module) in family.fused_forwards():
+                module.__class__ = family.fused_forwards()[type(module)]
+                replaced += 1
+        assert replaced == 0 or not ours or replaced >= 3
+        found.append(predicted(family, denoiser, torch.float32))
     (plain, wanted), (other, gradients) = found
     # Gates and sums in one operation round once where diffusers' two round twice.
     assert error(other, plain) < 1e-6 and gradients.keys() == wanted.keys()
@@ -100,21 +102,20 @@ def test_our_forward_passes_are_those_of_diffusers(base, joined):
 
 
 @pytest.mark.parametrize("base", WIDE)
-def test_fp8_is_as_near_to_full_precision_as_with_diffusers_own_blocks(base):
+def test_fused_blocks_are_as_near_to_full_precision_as_diffusers_blocks_in_fp8(base):
     found = {}
     for way, precision, dtype in [
         ("full", "fp32", torch.float32),
         ("plain", "fp8", torch.bfloat16),
         ("ours", "fp8", torch.bfloat16),
     ]:
-        kind, denoiser = model(base)
-        forwards = kind.fused_forwards() if way == "ours" else None
-        adapted(kind, denoiser, precision=precision, dtype=dtype, forwards=forwards)
-        there = {type(m) for m in denoiser.modules()}
-        assert there & set(kind.fused_forwards().values()) == (
-            set(kind.fused_forwards().values()) if way == "ours" else set()
-        )
-        found[way] = predicted(kind, denoiser, dtype)
+        family, denoiser = model(base)
+        forwards = family.fused_forwards() if way == "ours" else None
+        adapted(family, denoiser, precision=precision, dtype=dtype, forwards=forwards)
+        fused_blocks = set(family.fused_forwards().values())
+        used = {type(m) for m in denoiser.modules()}
+        assert used & fused_blocks == (fused_blocks if way == "ours" else set())
+        found[way] = predicted(family, denoiser, dtype)
     out, gradients = found.pop("full")
     assert found["ours"][1].keys() == gradients.keys()
     assert error(found["ours"][0], out) < 1.3 * error(found["plain"][0], out)
@@ -127,15 +128,15 @@ def test_fp8_is_as_near_to_full_precision_as_with_diffusers_own_blocks(base):
 
 
 def layers(*sizes, rank=4):
-    """Frozen layers in FP8 and their adapters, as `_Layer` has them; the second one has none."""
+    """FP8 layers, (A, B) of each, and the fields of `_Fp8Layer` for all; the second layer has no adapter."""
     frozen = [FrozenLinear(torch.nn.Linear(k, n).bfloat16().requires_grad_(False), "fp8", rank) for k, n in sizes]
-    halves = [
+    weights = [
         (torch.randn(rank, k).bfloat16().requires_grad_(), torch.randn(n, rank).bfloat16().requires_grad_())
         for k, n in sizes
     ]
-    halves[1:2] = [(None, None)] * len(halves[1:2])
-    flat = [t for f, h in zip(frozen, halves, strict=True) for t in (f.weight_NF, f.scale_1N, f.bias, *h, None)]
-    return frozen, halves, flat
+    weights[1:2] = [(None, None)] * len(weights[1:2])
+    flat = [t for f, h in zip(frozen, weights, strict=True) for t in (f.weight_NF, f.scale_1N, f.bias, *h, None)]
+    return frozen, weights, flat
 
 
 def gradients(outs, leaves):
@@ -145,7 +146,7 @@ def gradients(outs, leaves):
 
 
 def assert_same(found, wanted, leaves):
-    """The same bits forwards; gradients but for the places where they are rounded."""
+    """Outputs have the same bits; gradients differ only by where they are rounded."""
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     for a, b in zip(gradients(found, leaves), gradients(wanted, leaves), strict=True):
         assert a.dtype == b.dtype and error(a, b) < 0.02
@@ -153,66 +154,66 @@ def assert_same(found, wanted, leaves):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 @pytest.mark.parametrize("plus", [0.0, 1.0])
-def test_a_norm_with_its_products_is_the_norm_and_the_products(plus, count):
+def test_norm_linear_is_the_norm_then_the_layers(plus, count):
     torch.manual_seed(0)
-    frozen, halves, flat = layers((64, 96), (64, 32), (64, 48), (64, 16))
+    frozen, weights, flat = layers((64, 96), (64, 32), (64, 48), (64, 16))
     x = (torch.randn(12, 64) * 3 + 1).bfloat16().requires_grad_()
     scale, shift = (torch.randn(2, 64).bfloat16().requires_grad_() for _ in range(2))
-    leaves = [x, scale, shift, *(t for pair in halves[:count] for t in pair)]
+    leaves = [x, scale, shift, *(t for pair in weights[:count] for t in pair)]
 
     wide = F.layer_norm(x.float(), (64,), eps=1e-6).view(2, 6, 64) * (plus + scale[:, None].float())
     rows = (wide + shift[:, None].float()).view(12, 64).bfloat16()
-    wanted = [f.product(rows, *pair) for f, pair in zip(frozen[:count], halves, strict=False)]
-    found = fused_linear._normed(x, scale, shift, plus, 1e-6, *flat[: 6 * count])
+    wanted = [f.linear(rows, *pair) for f, pair in zip(frozen[:count], weights, strict=False)]
+    found = fused_linear._norm_linear(x, scale, shift, plus, 1e-6, *flat[: 6 * count])
     assert_same(found, (*wanted, x), leaves)
 
 
 @pytest.mark.parametrize("left", [0, 32])
-@pytest.mark.parametrize("gated", [False, True])
-def test_an_activation_with_its_product_is_the_activation_and_the_product(gated, left):
+@pytest.mark.parametrize("geglu", [False, True])
+def test_gelu_linear_is_the_gelu_then_the_layer(geglu, left):
     torch.manual_seed(0)
-    frozen, halves, flat = layers((64 + left, 48))
-    y = (torch.randn(12, 64 * (1 + gated)) * 2).bfloat16().requires_grad_()
-    before = torch.randn(12, left).bfloat16().requires_grad_() if left else None
-    a, b = y.float().chunk(2, -1) if gated else (1, y.float())
-    rows = (a * F.gelu(b, approximate="none" if gated else "tanh")).bfloat16()
-    rows = rows if before is None else torch.cat([before, rows], -1)
-    found, wanted = fused_linear._activated(before, y, gated, *flat), frozen[0].product(rows, *halves[0])
-    assert_same([found], [wanted], [before, y, *halves[0]])
+    frozen, weights, flat = layers((64 + left, 48))
+    y = (torch.randn(12, 64 * (1 + geglu)) * 2).bfloat16().requires_grad_()
+    left_rows = torch.randn(12, left).bfloat16().requires_grad_() if left else None
+    a, b = y.float().chunk(2, -1) if geglu else (1, y.float())
+    rows = (a * F.gelu(b, approximate="none" if geglu else "tanh")).bfloat16()
+    rows = rows if left_rows is None else torch.cat([left_rows, rows], -1)
+    found, wanted = fused_linear._gelu_linear(left_rows, y, geglu, *flat), frozen[0].linear(rows, *weights[0])
+    assert_same([found], [wanted], [left_rows, y, *weights[0]])
 
 
 @pytest.mark.parametrize("wanted_of_x", [False, True])
-def test_rows_that_several_layers_share_are_quantised_once(wanted_of_x, monkeypatch):
+def test_shared_input_linear_quantises_its_input_once(wanted_of_x, monkeypatch):
     torch.manual_seed(0)
-    frozen, halves, flat = layers((64, 96), (64, 32), (64, 48))
+    frozen, weights, flat = layers((64, 96), (64, 32), (64, 48))
     x = torch.randn(12, 64).bfloat16().requires_grad_(wanted_of_x)
-    wanted = [f.product(x, *pair) for f, pair in zip(frozen, halves, strict=True)]
+    wanted = [f.linear(x, *pair) for f, pair in zip(frozen, weights, strict=True)]
     calls = []
     monkeypatch.setattr(fused_linear, "quantize_rows", lambda *a: calls.append(a) or reference.quantize_rows(*a))
-    found = fused_linear._shared(x, *flat)
+    found = fused_linear._shared_input_linear(x, *flat)
     assert len(calls) == 1
-    assert_same(found, wanted, [x if wanted_of_x else None, *(t for pair in halves for t in pair)])
+    assert_same(found, wanted, [x if wanted_of_x else None, *(t for pair in weights for t in pair)])
 
 
-def test_nothing_is_kept_but_the_beginning():
-    """Of a row of 64 numbers the normed ones are not among what autograd holds, nor their 8 bits."""
+def test_norm_linear_saves_only_its_input():
+    """Neither the normalised rows nor the quantised ones."""
     _, _, flat = layers((64, 96))
     x, scale = torch.randn(12, 64).bfloat16().requires_grad_(), torch.randn(1, 64).bfloat16()
     held = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
-        fused_linear._normed(x, scale, scale, 1.0, 1e-6, *flat)
+        fused_linear._norm_linear(x, scale, scale, 1.0, 1e-6, *flat)
     assert [t.data_ptr() for t in held if t.shape[0] == 12 and t.shape[1] == 64] == [x.data_ptr()]
 
 
 def block(base="flux-dev"):
     """A block with adapters that runs our forward pass, and what it takes."""
-    kind, denoiser = model(base)
-    adapted(kind, denoiser, precision="fp8", dtype=torch.bfloat16, forwards=kind.fused_forwards())
+    family, denoiser = model(base)
+    adapted(family, denoiser, precision="fp8", dtype=torch.bfloat16, forwards=family.fused_forwards())
     torch.manual_seed(4)
     width = denoiser.inner_dim
     x, y = (torch.randn(2, n, width).bfloat16().requires_grad_() for n in (16, 6))
-    transposes = torch.randn(22, 16), torch.randn(22, 16)
-    return denoiser.single_transformer_blocks[0], (x, y, torch.randn(2, width).bfloat16(), transposes)
+    cos_sin = torch.randn(22, 16), torch.randn(22, 16)
+    return denoiser.single_transformer_blocks[0], (x, y, torch.randn(2, width).bfloat16(), cos_sin)
 
 
 @pytest.mark.parametrize("policy", checkpointing.POLICIES)
@@ -229,19 +230,20 @@ def test_recomputing_changes_no_bit(policy):
 
 
 @pytest.mark.parametrize(("policy", "times"), [("none", 1), ("products", 2), ("all", 2)])
-def test_where_products_are_kept_queries_and_keys_are_made_again_and_nothing_else(policy, times, monkeypatch):
+def test_the_products_policy_recomputes_queries_and_keys_and_nothing_else(policy, times, monkeypatch):
     one, inputs = block()
     checkpointing.apply([one], [policy], compiled=False)
-    made, normed, (rotate, norm_rows) = [], [], (rope.rotate, fused_linear.norm_rows)
-    monkeypatch.setattr(rope, "rotate", lambda *given: made.append(1) or rotate(*given))
-    monkeypatch.setattr(fused_linear, "norm_rows", lambda *given: normed.append(1) or norm_rows(*given))
+    rotated, normalised = [], []
+    rotate, norm_rows = rope.rotate, fused_linear.norm_rows
+    monkeypatch.setattr(rope, "rotate", lambda *args: rotated.append(1) or rotate(*args))
+    monkeypatch.setattr(fused_linear, "norm_rows", lambda *args: normalised.append(1) or norm_rows(*args))
     outs = one(*inputs)
     gradients(outs, [*inputs[:2], *(p for p in one.parameters() if p.requires_grad)])
-    assert len(made) == times and len(normed) == (2 if policy == "all" else 1)
+    assert len(rotated) == times and len(normalised) == (2 if policy == "all" else 1)
 
 
-def test_a_pass_that_fails_leaves_nothing_behind():
-    """Attention keeps what it returns; handed back as it is, its operation would hold itself and all before it."""
+def test_a_forward_pass_that_fails_frees_its_tensors():
+    """Attention saves its own output. A hook that returns it with its graph would make a cycle that is never freed."""
     one, inputs = block()
     checkpointing.apply([one], ["products"], compiled=False)
     leaf = inputs[0].detach().requires_grad_()
@@ -252,7 +254,7 @@ def test_a_pass_that_fails_leaves_nothing_behind():
     assert held() is None
 
 
-def test_where_layers_run_one_by_one_a_block_is_recomputed_whole():
+def test_a_block_with_layers_that_cannot_be_fused_is_recomputed_entirely():
     one, _ = block()
     assert one.can_recompute_rope()
     one.proj_mlp.lora_dropout["default"] = torch.nn.Dropout(0.5)
@@ -274,10 +276,10 @@ def test_a_checkpointed_block_compiles_in_one_graph():
         assert error(a, b) < 1e-3
 
 
-def test_what_an_adapter_has_besides_two_matrices_is_left_to_its_layers(monkeypatch):
-    """Here a dropout: its layer takes the rows by itself, and no other kind of block comes of it."""
+def test_an_adapter_with_dropout_is_computed_by_its_own_layer(monkeypatch):
+    """The block stays a fused block; only this layer runs as a module."""
     one, inputs = block()
-    monkeypatch.setattr(fused_linear, "_activated", None)  # which would be called otherwise
+    monkeypatch.setattr(fused_linear, "_gelu_linear", None)  # which would be called otherwise
     with pytest.raises(TypeError):
         one(*inputs)
     one.proj_out.lora_dropout["default"] = torch.nn.Dropout(0.5)
@@ -285,7 +287,7 @@ def test_what_an_adapter_has_besides_two_matrices_is_left_to_its_layers(monkeypa
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_queries_and_keys_are_normed_and_turned_as_diffusers_does(several):
+def test_norm_rope_is_the_norms_and_the_rotation_of_diffusers(several):
     torch.manual_seed(0)
     heads, dim, lengths = 3, 16, (5, 4) if several else (9,)
     sources = [torch.randn(2, n, 3 * heads * dim).requires_grad_() for n in lengths]
@@ -293,29 +295,33 @@ def test_queries_and_keys_are_normed_and_turned_as_diffusers_does(several):
     for norm_q, norm_k in norms:
         torch.nn.init.normal_(norm_q.weight)
         torch.nn.init.normal_(norm_k.weight)
-    transposes = torch.randn(9, dim), torch.randn(9, dim)
+    cos_sin = torch.randn(9, dim), torch.randn(9, dim)
 
     each = []
     for source, (norm_q, norm_k) in zip(sources, norms, strict=True):
         q, k, v = (part.unflatten(-1, (heads, dim)) for part in source.chunk(3, -1))
         each.append((norm_q(q), norm_k(k), v))
     q, k, v = (torch.cat(parts, 1) for parts in zip(*each, strict=True))
-    wanted = [apply_rotary_emb(q, transposes, sequence_dim=1), apply_rotary_emb(k, transposes, sequence_dim=1), v]
-    found = rope.rotated([(s, *n) for s, n in zip(sources, norms, strict=True)], transposes)
+    wanted = [apply_rotary_emb(q, cos_sin, sequence_dim=1), apply_rotary_emb(k, cos_sin, sequence_dim=1), v]
+    found = rope.norm_rope([(s, *n) for s, n in zip(sources, norms, strict=True)], cos_sin)
     every = zip((*found, *gradients(found, sources)), (*wanted, *gradients(wanted, sources)), strict=True)
     assert all(a.shape == b.shape and error(a, b) < 1e-6 for a, b in every)
 
 
-def test_halves_of_a_tensor_are_it_again_without_a_copy_and_others_are_laid_side_by_side():
+def test_joining_the_parts_of_one_tensor_copies_nothing():
     x = torch.randn(2, 7, 4, requires_grad=True)
     y = x * 1.0
-    first, second = halves(y, 3)
-    assert whole(first, second) is y
-    assert torch.equal(whole(second, first), torch.cat([second, first], 1)) and whole(second, first) is not y
-    assert torch.equal(whole(first, second[:, :2]), y[:, :5])
+    first, second = split_tokens(y, 3)
+    assert join_tokens(first, second) is y
+    assert (
+        torch.equal(join_tokens(second, first), torch.cat([second, first], 1)) and join_tokens(second, first) is not y
+    )
+    assert torch.equal(join_tokens(first, second[:, :2]), y[:, :5])
     other = (x * 1.0)[:, :3]
-    assert torch.equal(whole(other, second), torch.cat([other, second], 1)) and whole(other, second) is not y
-    flat = (x * 1.0).view(-1, 4)  # what they are views of may have another shape
-    assert torch.equal(whole(*halves(flat.view(2, 7, 4), 3)), flat.view(2, 7, 4))
-    whole(first, second).square().sum().backward()
+    assert (
+        torch.equal(join_tokens(other, second), torch.cat([other, second], 1)) and join_tokens(other, second) is not y
+    )
+    flat = (x * 1.0).view(-1, 4)  # the tensor that they are views of may have another shape
+    assert torch.equal(join_tokens(*split_tokens(flat.view(2, 7, 4), 3)), flat.view(2, 7, 4))
+    join_tokens(first, second).square().sum().backward()
     assert torch.equal(x.grad, 2 * x)

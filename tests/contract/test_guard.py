@@ -15,7 +15,7 @@ from trainer.training.step_guard import StepGuard
 
 
 @given(st.lists(st.sampled_from([0.5, 0.5, 0.5, math.inf, math.nan]), max_size=60))
-def test_the_scale_is_that_of_torchs_scaler(norms):
+def test_the_loss_scale_follows_torchs_grad_scaler(norms):
     ours = StepGuard(scale=2.0**60)
     scale, tracker = torch.full((), 2.0**60, dtype=torch.float32), torch.zeros((), dtype=torch.int32)
     with pytest.MonkeyPatch.context() as patch:
@@ -24,21 +24,21 @@ def test_the_scale_is_that_of_torchs_scaler(norms):
             lost = torch.tensor(float(not math.isfinite(norm)))
             torch._amp_update_scale_(scale, tracker, lost, 2.0, 0.5, 3)
             assert ours.overflows(1.0, norm) == bool(lost)
-            assert (ours.scale, ours.steady) == (scale.item(), tracker.item())
+            assert (ours.scale, ours.steps_since_scale_change) == (scale.item(), tracker.item())
 
 
-def test_without_a_scale_nothing_overflows_by_it_and_a_loss_that_is_none_is_another_matter():
+def test_without_a_scale_or_with_a_nan_loss_it_is_no_overflow():
     for one, loss in ((StepGuard(), 1.0), (StepGuard(scale=1024.0), math.nan)):
         before = one.scale
         assert not one.overflows(loss, math.inf) and one.scale == before
 
 
-def test_a_run_goes_on_with_its_scale():
+def test_a_resumed_run_keeps_its_loss_scale():
     one, other = StepGuard(scale=1024.0), StepGuard(scale=1024.0)
     one.overflows(1.0, math.inf)
     one.overflows(1.0, 1.0)
     other.restore(one.state())
-    assert (other.scale, other.steady) == (512.0, 1)
+    assert (other.scale, other.steps_since_scale_change) == (512.0, 1)
     other.restore({"skipped": 0, "recent": []})  # as it was before there was a scale
     assert other.scale == 512.0
 

@@ -1,4 +1,4 @@
-"""The header of the LoRA file: what users' tools read of a run."""
+"""The header of the LoRA file, which users' tools show."""
 
 import json
 
@@ -48,12 +48,12 @@ MODELSPEC = [
 
 def header(plan):
     found = scan(plan.data, cpu_workers=0)
-    order = EpochSampler(found.images, plan.data, seed=0)
-    run = saving.trained(plan, get_family("flux"), FlowMatching(), order=order, found=found)
+    sampler = EpochSampler(found.images, plan.data, seed=0)
+    run = saving.describe_run(plan, get_family("flux"), FlowMatching(), sampler=sampler, scan=found)
     return metadata.lora_metadata(run, step=7, epoch=2, rank=4, alpha=4.0)
 
 
-def test_it_has_every_key_as_text_and_no_path(job_plan):
+def test_the_header_has_every_key_as_text_and_no_path(job_plan):
     plan = job_plan("flux", TRIGGER_WORD="zot", PARAMS_NUM_REPEATS="3")
     found = header(plan)
     assert found.keys() >= {*READ, *(f"modelspec.{key}" for key in MODELSPEC)}
@@ -66,8 +66,8 @@ def test_it_has_every_key_as_text_and_no_path(job_plan):
     assert json.loads(found["ss_bucket_info"]) == {"buckets": {"0": {"resolution": [128, 128], "count": 6}}}
 
 
-def test_buckets_and_tags_are_there_in_both_shapes_for_each_dataset(job_plan, tmp_path):
-    """One folder at two resolutions, and as regularisation pictures: three sources of one name."""
+def test_buckets_and_tags_are_listed_for_the_run_and_for_each_dataset(job_plan, tmp_path):
+    """One folder at two resolutions, and as regularisation images: three sources of one name."""
     folder = {"image_dir": str(tmp_path / "pictures")}
     config = {
         "datasets": [
@@ -90,6 +90,6 @@ def test_buckets_and_tags_are_there_in_both_shapes_for_each_dataset(job_plan, tm
     }
 
 
-def test_a_key_in_an_address_is_told_to_nobody():
+def test_secrets_in_a_url_are_not_in_the_header():
     assert Source("archive", "https://host/a/pictures.zip?key=canary").public == "https://host/a/pictures.zip"
     assert Source("folder", "/data/what?").public == "/data/what?"

@@ -165,10 +165,10 @@ def test_a_job_has_the_losses_of_a_straightforward_loop_and_ends_with_its_weight
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     got = [row["loss"] for row in rows if "loss" in row]
 
-    order = EpochSampler(
+    sampler = EpochSampler(
         scan_and_report(plan.data, report=tmp_path / "report.txt").images, plan.data, seed=SEED, prior_loss_weight=0.5
     )
-    batches = [batch for epoch in range(STEPS) for batch in order.epoch(epoch)][:STEPS]
+    batches = [batch for epoch in range(STEPS) for batch in sampler.epoch(epoch)][:STEPS]
     assert {len(batch) for batch in batches} == {2} and any(e.weight == 0.5 for batch in batches for e in batch)
     expected, trained = straightforward(name, asked, batches, tmp_path / "start.safetensors")
     assert len(set(expected)) == STEPS

@@ -1,4 +1,4 @@
-"""Kernels that are wrong on a device are found before anything trains with them."""
+"""The self-test finds kernels that compute wrong results on a device, before anything trains with them."""
 
 import logging
 
@@ -19,18 +19,18 @@ KERNELS = [
 
 
 @pytest.mark.parametrize("dtype", FP8)
-def test_right_kernels_agree(dtype):
+def test_correct_kernels_pass(dtype):
     assert self_test.agree("cpu", dtype)
 
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("spoil", [lambda t: t * 1.03, lambda t: t.roll(1, 0), lambda t: t * float("nan")])
-def test_a_kernel_that_is_wrong_is_named(monkeypatch, caplog, name, spoil):
+def test_a_wrong_kernel_is_named_in_the_log(monkeypatch, caplog, name, spoil):
     caplog.set_level(logging.WARNING)
-    right = getattr(dispatch, name)
+    correct = getattr(dispatch, name)
 
-    def wrong(*given):
-        found = right(*given)
+    def wrong(*args):
+        found = correct(*args)
         if isinstance(found, torch.Tensor):
             return spoil(found)
         *others, last = found
@@ -42,15 +42,15 @@ def test_a_kernel_that_is_wrong_is_named(monkeypatch, caplog, name, spoil):
 
 
 @pytest.mark.parametrize("side", [0, 3])  # x, and the weight
-@pytest.mark.parametrize("third", [0, 1, 2])
+@pytest.mark.parametrize("part", [0, 1, 2])
 @pytest.mark.parametrize("spoil", [lambda t: t * 0, lambda t: t.roll(1, 1)])
-def test_halves_of_adapters_that_are_missing_or_misplaced_are_found(monkeypatch, side, third, spoil):
-    right = dispatch.append_adapter_columns
+def test_missing_or_misplaced_parts_of_adapter_columns_are_found(monkeypatch, side, part, spoil):
+    correct = dispatch.append_adapter_columns
 
-    def wrong(*given):
-        right(*given)
-        first = self_test.WIDTH + third * self_test.RANK
-        columns = given[side][:, first : first + self_test.RANK]
+    def wrong(*args):
+        correct(*args)
+        first = self_test.IN_FEATURES + part * self_test.RANK
+        columns = args[side][:, first : first + self_test.RANK]
         columns.copy_(spoil(columns.float()).to(columns.dtype))
 
     monkeypatch.setattr(dispatch, "append_adapter_columns", wrong)

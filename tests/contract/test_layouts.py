@@ -1,6 +1,6 @@
-"""The files that users have → the models that they hold: every layout, loaded through the product.
+"""Every file layout that users have gives the model that it was written from, read as a job reads it.
 
-Single files are written here from the miniatures: whole architectures, small (see original.py).
+The single files are written from the miniatures under their original names (bench/original_names.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from bench.layouts import memory_taken
 from bench.original_names import checkpoint, flux_files, miniature, original, under, vae_original, weights
-from tests.support.single_files import loaded
+from tests.support.single_files import model_folder
 from trainer.base_model import lazy_tensors
 from trainer.sample import sample_command
 from trainer.spec.errors import SettingsError
@@ -42,7 +42,7 @@ def equal(folder: Path, name: str, parts: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_flux_as_four_files(tmp_path, dtype):
-    folder = loaded(tmp_path, "flux", **flux_files(tmp_path, dtype))
+    folder = model_folder(tmp_path, "flux", **flux_files(tmp_path, dtype))
     equal(folder, "flux", ("vae", "clip_l", "t5"))
     got, want = weights(folder / "transformer"), weights(miniature("flux") / "transformer")
     assert got.keys() == want.keys()
@@ -56,7 +56,7 @@ def test_fp8_becomes_bf16_with_its_scales(tmp_path):
     small[f"{scaled}.weight"] = (state[f"{scaled}.weight"].float() / 0.25).to(torch.float8_e4m3fn)
     marks = {f"{scaled}.scale_weight": torch.tensor(0.25), "scaled_fp8": torch.zeros(0).to(torch.float8_e4m3fn)}
     save_file(under("model.diffusion_model.", {**small, **marks}), tmp_path / "fp8.safetensors")
-    got = weights(loaded(tmp_path, "flux", MODEL_PATH=str(tmp_path / "fp8.safetensors")) / "transformer")
+    got = weights(model_folder(tmp_path, "flux", MODEL_PATH=str(tmp_path / "fp8.safetensors")) / "transformer")
     want = weights(miniature("flux") / "transformer")
     assert got.keys() == want.keys() and {t.dtype for t in got.values()} == {torch.bfloat16}
     for key, tensor in want.items():
@@ -69,7 +69,7 @@ def test_a_whole_checkpoint_as_one_file(tmp_path, name):
     save_file(checkpoint(name), tmp_path / "all.safetensors")
     bare = tmp_path / "bare"  # what remains is small: nothing but the file has weights
     shutil.copytree(miniature(name), bare, ignore=shutil.ignore_patterns("*.safetensors"))
-    folder = loaded(tmp_path, name, MODEL_PATH=str(tmp_path / "all.safetensors"), MODEL_CONFIG_PATH=str(bare))
+    folder = model_folder(tmp_path, name, MODEL_PATH=str(tmp_path / "all.safetensors"), MODEL_CONFIG_PATH=str(bare))
     equal(folder, name, tuple(get_family(name).FACTS.parts))
     kind = get_family(name)
     same = [kind.load_denoiser(f, device="cpu", dtype=torch.float32) for f in (folder, miniature(name))]
@@ -84,7 +84,7 @@ def test_a_whole_checkpoint_as_one_file(tmp_path, name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_sample_command_draws_with_one_file(tmp_path, name):
-    """The same pictures as with the folder that the file was made from; what the file lacks is the base model's."""
+    """The same images as with the folder that the file was made from; what the file lacks is the base model's."""
     if name == "flux":
         save_file(under("model.diffusion_model.", original(name)), tmp_path / "all.safetensors")
     else:
@@ -102,11 +102,11 @@ def test_the_sample_command_draws_with_one_file(tmp_path, name):
 
 
 @pytest.mark.parametrize(("marks", "zero_snr"), [(["v_pred"], False), (["v_pred", "ztsnr"], True)])
-def test_a_file_that_says_it_predicts_the_velocity_is_trained_so(tmp_path, marks, zero_snr):
+def test_a_file_marked_as_v_prediction_is_trained_with_it(tmp_path, marks, zero_snr):
     save_file(checkpoint("sdxl") | {name: torch.zeros(1) for name in marks}, tmp_path / "all.safetensors")
     asked = {"MODEL_PATH": str(tmp_path / "all.safetensors"), "MODEL_CONFIG_PATH": str(miniature("sdxl"))}
     for _ in range(2):  # made, and found again
-        scheduler = loaded(tmp_path, "sdxl", **asked) / "scheduler"
+        scheduler = model_folder(tmp_path, "sdxl", **asked) / "scheduler"
         objective = make_objective("denoising", TrainPlan(), scheduler=scheduler, device="cpu")
         assert objective.prediction == "v_prediction" and (objective.signal_T[-1].item() == 0) is zero_snr
     own = json.loads((miniature("sdxl") / "scheduler" / "scheduler_config.json").read_text())
@@ -116,13 +116,15 @@ def test_a_file_that_says_it_predicts_the_velocity_is_trained_so(tmp_path, marks
 def test_noise_levels_that_are_not_trained_are_refused(tmp_path):
     save_file(checkpoint("sdxl") | {"edm_vpred.sigma_max": torch.ones(1)}, tmp_path / "all.safetensors")
     with pytest.raises(SettingsError, match="EDM"):
-        loaded(tmp_path, "sdxl", MODEL_PATH=str(tmp_path / "all.safetensors"), MODEL_CONFIG_PATH=str(miniature("sdxl")))
+        model_folder(
+            tmp_path, "sdxl", MODEL_PATH=str(tmp_path / "all.safetensors"), MODEL_CONFIG_PATH=str(miniature("sdxl"))
+        )
 
 
 def test_clip_l_is_not_projected_in_a_file_of_sd3(tmp_path):
     """As every tool reads it: diffusers' own loader of single files puts the identity there too."""
     save_file(checkpoint("sd3"), tmp_path / "all.safetensors")
-    folder = loaded(tmp_path, "sd3", MODEL_PATH=str(tmp_path / "all.safetensors"))
+    folder = model_folder(tmp_path, "sd3", MODEL_PATH=str(tmp_path / "all.safetensors"))
     projection = weights(folder / "text_encoder")["text_projection.weight"]
     assert torch.equal(projection.float(), torch.eye(len(projection)))
 
@@ -130,21 +132,21 @@ def test_clip_l_is_not_projected_in_a_file_of_sd3(tmp_path):
 def test_a_part_of_a_folder_is_replaced_by_a_file_or_a_folder(tmp_path):
     other = {k: v + 1 for k, v in weights(miniature("sdxl") / "vae").items()}
     save_file(under("", vae_original(other)), tmp_path / "vae.safetensors")
-    save = loaded(tmp_path, "sdxl", VAE_PATH=str(tmp_path / "vae.safetensors"))
+    save = model_folder(tmp_path, "sdxl", VAE_PATH=str(tmp_path / "vae.safetensors"))
     assert all(torch.equal(t, other[k]) for k, t in weights(save / "vae").items())
     equal(save, "sdxl", ("denoiser", "clip_l", "clip_g"))
-    again = loaded(tmp_path, "sdxl", VAE_PATH=str(save / "vae"))
+    again = model_folder(tmp_path, "sdxl", VAE_PATH=str(save / "vae"))
     assert all(torch.equal(t, other[k]) for k, t in weights(again / "vae").items())
 
 
 def test_t5_is_left_out_where_it_may_be(tmp_path):
     save_file(checkpoint("sd3", t5=False), tmp_path / "no_t5.safetensors")
-    folder = loaded(tmp_path, "sd3", MODEL_PATH=str(tmp_path / "no_t5.safetensors"), T5_PATH="none")
+    folder = model_folder(tmp_path, "sd3", MODEL_PATH=str(tmp_path / "no_t5.safetensors"), T5_PATH="none")
     assert not (folder / "text_encoder_3").exists()
     encoders = get_family("sd3").load_encoders(folder, device="cpu", dtype=torch.float32)
     assert encoders.text_encoder_3 is None and get_family("sd3").encode_text(encoders, ["a ball"])[0]["tokens"].any()
     with pytest.raises(SettingsError, match="T5_PATH='none' leaves out"):
-        loaded(tmp_path, "flux", T5_PATH="none")
+        model_folder(tmp_path, "flux", T5_PATH="none")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -158,14 +160,14 @@ def test_shards_with_an_index_and_fp16_beside_the_full_weights(tmp_path, name):
     model.save_pretrained(part, max_shard_size="400KB")
     assert len(list(part.glob("*-of-*.safetensors"))) > 1
     model.half().save_pretrained(part, variant="fp16", max_shard_size="10GB")
-    got = kind.load_denoiser(loaded(tmp_path, name, MODEL_PATH=str(folder)), device="cpu", dtype=torch.float32)
+    got = kind.load_denoiser(model_folder(tmp_path, name, MODEL_PATH=str(folder)), device="cpu", dtype=torch.float32)
     want = weights(miniature(name) / kind.FACTS.parts["denoiser"])
     assert all(torch.equal(t, want[k].float()) for k, t in got.state_dict().items())
 
 
 @pytest.mark.parametrize("shards", ["10GB", "400KB"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_model_that_has_fp16_copies_alone(tmp_path, name, shards):
+def test_a_model_with_fp16_variants_only(tmp_path, name, shards):
     folder, kind = tmp_path / "model", get_family(name)
     shutil.copytree(miniature(name), folder, ignore=shutil.ignore_patterns("*.safetensors"))
     encoders = kind.load_encoders(miniature(name), device="cpu", dtype=torch.float16)
@@ -177,7 +179,7 @@ def test_a_model_that_has_fp16_copies_alone(tmp_path, name, shards):
     if shards == "400KB":  # as both libraries, and older ones, name the shards of a variant
         assert list(folder.rglob("*fp16*-of-*.safetensors")) or list(folder.rglob("*-of-*.fp16.safetensors"))
     assert not [p for p in folder.rglob("*.safetensors") if ".fp16" not in p.name]
-    found = loaded(tmp_path, name, MODEL_PATH=str(folder))
+    found = model_folder(tmp_path, name, MODEL_PATH=str(folder))
     got = kind.load_denoiser(found, device="cpu", dtype=torch.float32)
     want = denoiser.float().state_dict()
     assert all(torch.equal(t, want[k]) for k, t in got.state_dict().items())
@@ -197,7 +199,7 @@ def test_a_model_that_has_fp16_copies_alone(tmp_path, name, shards):
 def test_pickles_are_refused_with_the_reason(tmp_path, end, variable):
     (tmp_path / f"model.{end}").write_bytes(b"anything")
     with pytest.raises(SettingsError) as caught:
-        loaded(tmp_path, "flux", **{variable: str(tmp_path / f"model.{end}")})
+        model_folder(tmp_path, "flux", **{variable: str(tmp_path / f"model.{end}")})
     assert caught.value.exit_code == 78
     assert variable in str(caught.value) and "is a pickle, which can run code when it is loaded" in str(caught.value)
 
@@ -205,15 +207,15 @@ def test_pickles_are_refused_with_the_reason(tmp_path, end, variable):
 def test_a_file_of_another_model_is_refused(tmp_path):
     save_file(under("model.diffusion_model.", original("sd3")), tmp_path / "sd3.safetensors")
     with pytest.raises(SettingsError, match="cannot be the denoiser of BASE_MODEL=mini-flux"):
-        loaded(tmp_path, "flux", MODEL_PATH=str(tmp_path / "sd3.safetensors"))
+        model_folder(tmp_path, "flux", MODEL_PATH=str(tmp_path / "sd3.safetensors"))
     save_file({"lora_unet_x.lora_down.weight": torch.ones(2, 2)}, tmp_path / "lora.safetensors")
     with pytest.raises(SettingsError, match="holds no denoiser"):
-        loaded(tmp_path, "flux", MODEL_PATH=str(tmp_path / "lora.safetensors"))
+        model_folder(tmp_path, "flux", MODEL_PATH=str(tmp_path / "lora.safetensors"))
     state = original("flux")
     del state["img_in.bias"]
     save_file(under("", state), tmp_path / "less.safetensors")
     with pytest.raises(SettingsError, match=r"x_embedder\.bias is missing"):
-        loaded(tmp_path, "flux", MODEL_PATH=str(tmp_path / "less.safetensors"))
+        model_folder(tmp_path, "flux", MODEL_PATH=str(tmp_path / "less.safetensors"))
 
 
 def test_a_damaged_file_is_refused(tmp_path):
@@ -221,7 +223,7 @@ def test_a_damaged_file_is_refused(tmp_path):
     content = (tmp_path / "cut.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(content[:-9])
     with pytest.raises(SettingsError, match="damaged or cut short"):
-        loaded(tmp_path, "flux", MODEL_PATH=str(tmp_path / "cut.safetensors"))
+        model_folder(tmp_path, "flux", MODEL_PATH=str(tmp_path / "cut.safetensors"))
 
 
 # ---- once, and in little memory
@@ -229,10 +231,10 @@ def test_a_damaged_file_is_refused(tmp_path):
 
 def test_a_file_is_converted_once(tmp_path):
     save_file(under("", original("flux")), tmp_path / "flux.safetensors")
-    first = loaded(tmp_path, "flux", MODEL_PATH=str(tmp_path / "flux.safetensors"))
+    first = model_folder(tmp_path, "flux", MODEL_PATH=str(tmp_path / "flux.safetensors"))
     file = (first / "transformer" / "diffusion_pytorch_model.safetensors").resolve()
     before = file.stat().st_mtime_ns
-    assert loaded(tmp_path, "flux", MODEL_PATH=str(tmp_path / "flux.safetensors")) == first
+    assert model_folder(tmp_path, "flux", MODEL_PATH=str(tmp_path / "flux.safetensors")) == first
     assert file.stat().st_mtime_ns == before
 
 
@@ -247,8 +249,8 @@ def test_a_gigabyte_is_converted_in_the_memory_of_a_few_tensors(tmp_path):
     assert most[0] < 100e6
 
 
-def test_the_denoiser_is_never_there_twice(tmp_path):
-    """Not even where its numbers are of another format than the file's."""
+def test_loading_never_holds_the_denoiser_twice(tmp_path):
+    """Not even in another format than the file's."""
     model = FluxTransformer2DModel(num_layers=1, num_single_layers=1, num_attention_heads=8, guidance_embeds=True)
     model.bfloat16().save_pretrained(tmp_path / "transformer")
     size = 4 * sum(p.numel() for p in model.parameters())

@@ -21,14 +21,14 @@ from bench.original_names import (
     vae_original,
     weights,
 )  # fmt: skip
-from tests.support.single_files import loaded
+from tests.support.single_files import model_folder
 from tests.support.variants import CLASSES, NARROW, VARIANTS, config
 from trainer.base_model import single_file
 from trainer.engine import adapters
 from trainer.engine.load import stored_dtype
 from trainer.job.verify import verify
 from trainer.lora_files import convert, peft_bridge
-from trainer.sample import add
+from trainer.sample import apply_loras
 from trainer.spec.family import get_family
 
 FAMILIES = ("flux", "sdxl", "sd3")
@@ -120,7 +120,7 @@ def assert_round_trip(name, folder, to, file):
     save_file(convert.to_file(modules, to, name).tensors, file)
     prefix = facts.lora_prefix
     assert verify(file, {prefix: trained}, family_name=name, fused=fused, output=lambda: output(name, trained)) < 1e-4
-    add(plain, [(convert.load(file, name), 1.0)], component=prefix)
+    apply_loras(plain, [(convert.load(file, name), 1.0)], component=prefix)
     after, expected = output(name, plain), output(name, trained)
     assert (expected - before).norm() > 0.01 * before.norm()
     assert (after - expected).norm() < 1e-4 * expected.norm()
@@ -135,7 +135,7 @@ def read_once(tmp_path_factory):
     def folder(name, layout):
         if (name, layout) not in known:
             place = tmp_path_factory.mktemp("layout")
-            known[name, layout] = loaded(place, name, **LAYOUTS[layout](name, place))
+            known[name, layout] = model_folder(place, name, **LAYOUTS[layout](name, place))
         return known[name, layout]
 
     return folder
@@ -176,10 +176,10 @@ def test_every_published_variant_with_every_format(base, to, tmp_path):
     """Its numbers of layers, kinds of blocks and conditions at a small width, from one file in its original names."""
     name = VARIANTS[base][0]
     changes = {"denoiser": {**VARIANTS[base][1], **NARROW[name]}}
-    plan = layouts.written(tmp_path, name, "file", changes=changes, dtype=torch.bfloat16)
+    plan = layouts.write_model(tmp_path, name, "file", changes=changes, dtype=torch.bfloat16)
     folder = single_file.convert_single_files(plan, tmp_path / "cache")
     place = folder / get_family(name).FACTS.parts["denoiser"]
-    assert layouts.wrong(place) == [] and stored_dtype(place) == torch.bfloat16
+    assert layouts.wrong_weights(place) == [] and stored_dtype(place) == torch.bfloat16
     modules = assert_round_trip(name, folder, to, tmp_path / "x.safetensors")
     assert len(modules) == MODULES[base]
 

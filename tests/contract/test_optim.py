@@ -133,7 +133,7 @@ def test_schedules_end_where_their_names_say():
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_parameters_that_are_joined_are_trained_as_they_are_apart(name, monkeypatch):
+def test_flat_parameters_train_as_separate_ones_do(name, monkeypatch):
     """Of optimisers that look at shapes none are; 8-bit states are quantised in blocks that now reach over a border."""
     monkeypatch.setattr(
         flat_parameters, "MAX_PIECE_ELEMENTS", 96 * 64 + 64 * 72

@@ -1,4 +1,4 @@
-"""Two processes that train together are one that accumulates two micro-batches to a step."""
+"""Two processes that train together equal one that accumulates two micro-batches per step."""
 
 import dataclasses
 import json
@@ -79,32 +79,32 @@ def test_both_have_the_same_bits(pair):
         assert same(weights, their_weights) and str(steps) == str(others) and guard == their_guard
 
 
-def test_weights_that_are_joined_are_trained_alike():
+def test_flat_parameters_train_as_separate_ones_do():
     apart, joined = (trained(Workers(), case) for case in ("plain", "joined"))
     assert [row[:2] for row in joined[0]] == [pytest.approx(row[:2], rel=1e-6) for row in apart[0]]
     for name, value in apart[1].items():
         torch.testing.assert_close(joined[1][name], value, rtol=0, atol=1e-6)
 
 
-def test_the_process_with_the_bad_picture_tells_of_it(pair):
+def test_the_process_with_the_bad_image_names_it(pair):
     first, second = pair[1]
-    assert "a picture of another process" in first and "bad data" not in first
+    assert "an image of another process" in first and "bad data" not in first
     assert "bad data: the encoded 6-0.png" in second
 
 
-def test_a_wish_to_stop_of_the_first_reaches_all_with_the_same_step(pair):
+def test_a_stop_of_the_first_process_reaches_all_after_the_same_step(pair):
     for steps, _, _ in pair[0]["stop"]:
         assert [row[4] for row in steps] == [False, False, True]
 
 
 @pytest.mark.slow
-def test_weights_that_have_come_apart_are_noticed(tmp_path):
+def test_weights_that_differ_between_processes_are_an_error(tmp_path):
     for process in start(tmp_path, "apart"):
-        assert "The 2 processes have come to different weights" in process.communicate(timeout=120)[1]
+        assert "The 2 processes have different weights" in process.communicate(timeout=120)[1]
         assert process.returncode == 1
 
 
-def test_what_is_handed_over_arrives(tmp_path, job_plan):
+def test_prepared_data_survives_the_handover(tmp_path, job_plan):
     images = (
         ImageRecord("a.png", Path("/x/a.png"), "1", 4, 5, 0, 0, None),
         ImageRecord("b/c.png", Path("/x/b/c.png"), "2", 4, 5, 0, 1, "ä", True, Path("/m"), "3"),
@@ -115,7 +115,7 @@ def test_what_is_handed_over_arrives(tmp_path, job_plan):
         assert receive(Workers(1, 2, tmp_path), lambda: None) == given
 
 
-def test_the_others_wait_while_the_first_does_something(tmp_path):
+def test_other_processes_wait_for_work_of_the_first(tmp_path):
     first, second, done = Workers(0, 2, tmp_path), Workers(1, 2, tmp_path), []
     first.on_first(lambda: done.append(1), lambda: None)
     second.on_first(lambda: done.append(2), lambda: None)
@@ -130,7 +130,7 @@ def test_the_others_wait_while_the_first_does_something(tmp_path):
     assert done == [1, 3]
 
 
-def test_a_plan_for_several_is_not_run_by_one(job_plan):
+def test_a_plan_for_several_processes_is_refused_by_one(job_plan):
     plan = job_plan("flux", NUM_GPUS="2")
     with pytest.raises(SettingsError, match="NUM_GPUS=2"):
         workers_from_environment(plan.engine.num_gpus, {}, StopFlag())
@@ -158,7 +158,7 @@ class Recording(EagerStep):
     capturing = True
 
 
-def test_what_cannot_be_read_ends_the_steps_after_the_one_before_it():
+def test_a_batch_that_cannot_be_read_is_raised_after_the_step_before_it():
     def groups(good):
         yield from ((1, [micro_batch(i, 2)]) for i in range(good))
         raise OSError("gone")
@@ -168,7 +168,7 @@ def test_what_cannot_be_read_ends_the_steps_after_the_one_before_it():
         assert len(losses) == good and problem == "gone"
 
 
-def test_memory_that_runs_out_while_the_next_batch_comes_is_found_in_its_own_step():
+def test_out_of_memory_while_prefetching_is_handled_in_the_step_of_that_batch():
     class Scarce(FlowMatching):
         calls = 0
 

@@ -1,12 +1,11 @@
-"""SDXL against diffusers' own pipeline, schedulers and training helpers."""
+"""SDXL: its objective against diffusers, texts, adapters. What all families have in common: test_families.py."""
 
-import copy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline
+from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -15,9 +14,8 @@ from trainer.data.epochs import Example
 from trainer.data.records import ImageRecord, View
 from trainer.engine import adapters
 from trainer.families import sdxl
-from trainer.lora_files import convert, peft_bridge, write
 from trainer.spec.errors import SettingsError
-from trainer.spec.plan import Prompt, TrainPlan
+from trainer.spec.plan import TrainPlan
 from trainer.training.objective import Denoising, make_objective, noise, scheduler_changes
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}  # as SDXL ships
@@ -31,47 +29,6 @@ def scheduler_of(prediction="epsilon", **more):
 
 def objective(prediction="epsilon", *, gamma=0.0, **more):
     return Denoising(scheduler_of(prediction, **more).alphas_cumprod, prediction, gamma)
-
-
-def pipeline(denoiser, vae, scheduler):
-    pipe = StableDiffusionXLPipeline(
-        scheduler=scheduler, vae=vae, unet=denoiser, add_watermarker=False,
-        text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_euler_steps_with_predict_are_those_of_the_pipeline(sdxl_denoiser, sdxl_vae, text, prediction):
-    scheduler = EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading", prediction_type=prediction)
-    start_BCHW, nothing = torch.randn(2, 4, 8, 12), {k: torch.zeros_like(v) for k, v in text.items()}
-    expected_BCHW = pipeline(sdxl_denoiser, sdxl_vae, scheduler)(
-        prompt_embeds=text["tokens"],
-        pooled_prompt_embeds=text["pooled"],
-        negative_prompt_embeds=nothing["tokens"],
-        negative_pooled_prompt_embeds=nothing["pooled"],
-        guidance_scale=5.0,
-        num_inference_steps=5,
-        height=64,
-        width=96,
-        latents=start_BCHW,
-        output_type="latent",
-    ).images
-
-    sizes_B6 = torch.tensor([[64.0, 96, 0, 0, 64, 96]] * 2)
-    x_BCHW = start_BCHW * scheduler.init_noise_sigma
-    for time, now, after in zip(scheduler.timesteps, scheduler.sigmas[:-1], scheduler.sigmas[1:], strict=True):
-        noisy, t_B = x_BCHW / (now**2 + 1).sqrt(), (time / 1000).expand(2)
-        with torch.no_grad():
-            plain, told = (
-                sdxl.predict(sdxl_denoiser, noisy, t_B, text=words, geometry_B6=sizes_B6) for words in (nothing, text)
-            )
-        guided = plain + 5.0 * (told - plain)
-        if prediction == "v_prediction":  # the noise that this velocity means
-            guided = guided / (now**2 + 1).sqrt() + noisy * now / (now**2 + 1).sqrt()
-        x_BCHW = x_BCHW + (after - now) * guided
-    torch.testing.assert_close(x_BCHW, expected_BCHW, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -190,17 +147,7 @@ def test_what_the_model_cannot_do_is_refused(tmp_path, plan, config, variable):
         made(tmp_path, plan, **config)
 
 
-# ---- pictures, texts, samples
-
-
-def test_latents_are_what_the_pipeline_decodes(sdxl_vae):
-    pixels = torch.rand(2, 3, 32, 48) * 2 - 1
-    mean, std = sdxl.encode_images(sdxl_vae, pixels).chunk(2, dim=1)
-    with torch.no_grad():
-        spread = sdxl_vae.encode(pixels).latent_dist
-        got = sdxl_vae.decode(mean / sdxl_vae.config.scaling_factor).sample
-        torch.testing.assert_close(got, sdxl_vae.decode(spread.mean).sample, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(std, spread.std * 0.13025)
+# ---- images and texts
 
 
 def test_geometry_is_original_size_corner_of_the_cut_and_its_size():
@@ -227,67 +174,7 @@ def test_texts_are_the_last_but_one_states_of_both_encoders_and_the_pooled_of_th
         torch.testing.assert_close(got["pooled"], out.text_embeds[i], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("negative", ["", "a blue ring"])
-def test_samples_are_those_of_the_whole_pipeline(negative):
-    encoders = sdxl.load_encoders(MINIATURE, device="cpu", dtype=torch.float32)
-    texts = [{k: v[None] for k, v in t.items()} for t in sdxl.encode_text(encoders, ["a red spot", negative])]
-    denoiser = sdxl.load_denoiser(MINIATURE, device="cpu", dtype=torch.float32)
-    prompt = Prompt("a red spot", 96, 64, seed=3, steps=4, guidance=1.0, cfg=4.0, negative=negative)
-    with torch.no_grad():
-        got = sdxl.sample(
-            denoiser,
-            sdxl.load_vae(MINIATURE, device="cpu"),
-            MINIATURE,
-            prompt=prompt,
-            text=texts[0],
-            negative=texts[1],
-        )
-    pipe = StableDiffusionXLPipeline.from_pretrained(MINIATURE, torch_dtype=torch.float32, add_watermarker=False)
-    pipe.set_progress_bar_config(disable=True)
-    expected = pipe(
-        "a red spot",
-        negative_prompt=negative or None,
-        width=96,
-        height=64,
-        num_inference_steps=4,
-        guidance_scale=4.0,
-        generator=torch.Generator("cpu").manual_seed(3),
-    ).images[0]
-    assert np.abs(np.asarray(got, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
-
-
 # ---- adapters
-
-
-def adapted(denoiser, rank=3, alpha=2.0):
-    params = adapters.add_adapters(
-        denoiser, sdxl.blocks(denoiser), targets=sdxl.FACTS.targets, fused={}, rank=rank, alpha=alpha, seed=7
-    )
-    torch.manual_seed(3)
-    for p in params:
-        torch.nn.init.normal_(p, std=0.3)
-    return params
-
-
-def output(denoiser, text):
-    torch.manual_seed(4)
-    x, t, sizes = torch.randn(2, 4, 8, 12), torch.tensor([0.3, 0.8]), torch.rand(2, 6) * 100
-    with torch.no_grad():
-        return sdxl.predict(denoiser, x, t, text=text, geometry_B6=sizes)
-
-
-def test_the_file_gives_the_trained_model_in_diffusers(sdxl_denoiser, sdxl_vae, text, tmp_path):
-    plain = copy.deepcopy(sdxl_denoiser)
-    adapted(sdxl_denoiser)
-    trained = output(sdxl_denoiser, text)
-    modules = peft_bridge.from_peft_state(
-        adapters.state(sdxl_denoiser), prefix=sdxl.FACTS.lora_prefix, fused={}, scale=2.0 / 3
-    )
-    write.write_lora(tmp_path / "x.safetensors", convert.to_file(modules, "peft", "sdxl").tensors, {})
-
-    assert (output(plain, text) - trained).abs().max() > 0.1
-    pipeline(plain, sdxl_vae, EulerDiscreteScheduler(**BETAS)).load_lora_weights(tmp_path / "x.safetensors")
-    torch.testing.assert_close(output(plain, text), trained, atol=1e-4, rtol=1e-4)
 
 
 def test_every_linear_layer_of_the_transformers_gets_an_adapter_and_no_other(sdxl_denoiser):
@@ -300,5 +187,6 @@ def test_every_linear_layer_of_the_transformers_gets_an_adapter_and_no_other(sdx
         for inner, layer in transformer.named_modules()
         if isinstance(layer, torch.nn.Linear)
     }
-    adapted(sdxl_denoiser)
+    options = {"targets": sdxl.FACTS.targets, "fused": {}, "rank": 3, "alpha": 2.0, "seed": 7}
+    adapters.add_adapters(sdxl_denoiser, sdxl.blocks(sdxl_denoiser), **options)
     assert {key.rpartition(".lora_")[0] for key in adapters.state(sdxl_denoiser)} == expected

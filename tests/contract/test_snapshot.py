@@ -1,4 +1,4 @@
-"""Copies for a save are those of the moment they were taken, while training goes on."""
+"""A snapshot keeps the values of the moment when it was taken, while training continues."""
 
 import time
 from functools import partial
@@ -28,7 +28,7 @@ def test_a_copy_is_not_the_original():
     assert torch.equal(taken["a"][0], torch.ones(3)) and torch.equal(taken["b"][0]["x"], torch.ones(3))
 
 
-def test_buffers_are_used_again_and_only_then():
+def test_buffers_are_reused_only_after_release():
     snapshots, weights = Snapshots(torch.optim.SGD([torch.zeros(1)], lr=1.0), "cpu"), torch.rand(5, 7)
     first = snapshots.copy([weights, weights.half(), torch.tensor(3), torch.empty(0)])
     second = snapshots.copy([weights + 1])
@@ -40,20 +40,20 @@ def test_buffers_are_used_again_and_only_then():
     assert torch.equal(third[0], weights + 2) and torch.equal(third[1], weights + 3)
 
 
-def test_large_tensors_take_no_more_than_they_need():
+def test_buffers_of_large_tensors_waste_little_memory():
     snapshots = Snapshots(torch.optim.SGD([torch.zeros(1)], lr=1.0), "cpu")
     snapshots.copy([torch.zeros(3 * 2**20) for _ in range(40)])  # 480 MiB
     assert snapshots.bytes < 1.1 * 480 * 2**20
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_what_is_known_before_the_first_step_is_what_every_save_copies(name, monkeypatch):
+def test_the_rehearsed_state_has_the_buffers_of_every_save(name, monkeypatch):
     """The buffers of a rehearsal serve all saves; and the rehearsal leaves no trace in what is trained."""
     plain, rehearsed = training_state(name), training_state(name)
     snapshots = Snapshots(rehearsed.optimizer, "cpu")
     snapshots.copy(rehearsed.first_state())
     assert not any(rehearsed.optimizer.state_dict()["state"].values())
-    monkeypatch.setattr(snapshots, "_room", None)  # from here on nothing can be taken
+    monkeypatch.setattr(snapshots, "_allocate", None)  # from here on nothing can be taken
     for number in range(4):
         for one in (plain, rehearsed):
             x = torch.randn(32, 96, generator=torch.Generator().manual_seed(number))
@@ -82,7 +82,7 @@ def training_state(name):
     return made
 
 
-def test_what_fails_in_the_background_is_raised_in_front():
+def test_an_error_of_the_background_writer_is_raised_by_join():
     background = BackgroundWriter()
     background.begin(lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -94,7 +94,7 @@ def test_what_fails_in_the_background_is_raised_in_front():
 
 @pytest.mark.alone
 @pytest.mark.gpu
-def test_copies_beside_the_next_step():
+def test_copies_overlap_with_the_next_step():
     """A state of a LoRA of some 400 million parameters with AdamW, 4.8 GB; the step after a save is not longer."""
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")

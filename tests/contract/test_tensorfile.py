@@ -1,4 +1,4 @@
-"""Files written from memory, against the library that everyone reads them with."""
+"""Our writer of safetensors files, against the library that reads them."""
 
 import hashlib
 import threading
@@ -30,18 +30,18 @@ def test_every_type_and_shape_is_read_back_by_the_library(tmp_path):
     assert all(back[k].shape == v.shape and same_bits(back[k], v) for k, v in tensors.items())
 
 
-def test_the_bytes_are_the_librarys(tmp_path):
+def test_the_bytes_are_those_that_the_library_writes(tmp_path):
     tensors = {"b": torch.rand(3, 2), "a": torch.rand(5), "half": torch.rand(3).half(), "long": torch.arange(3)}
     assert written(tensors, tmp_path / "x").read_bytes() == safetensors.torch.save(tensors)
 
 
-def test_what_is_not_in_one_piece_is_written_as_it_is_read(tmp_path):
+def test_a_tensor_that_is_not_contiguous_is_written_in_the_order_of_its_rows(tmp_path):
     whole = torch.arange(12.0).reshape(3, 4)
     back = safetensors.torch.load_file(written({"t": whole.T, "row": whole[1]}, tmp_path / "x"))
     assert torch.equal(back["t"], whole.T) and torch.equal(back["row"], whole[1])
 
 
-def test_a_type_that_files_do_not_have_is_refused():
+def test_a_type_that_the_format_does_not_have_is_refused():
     with pytest.raises(TypeError, match="complex64"):
         layout({"x": torch.zeros(2, dtype=torch.complex64)})
 
@@ -64,7 +64,7 @@ def test_one_changed_bit_anywhere_is_another_tensor(dtype, count):
     assert same_bits(raw.view(dtype), raw.clone().view(dtype))
 
 
-def test_the_same_bits_are_the_same_even_where_they_are_no_number():
+def test_equal_bits_are_the_same_also_of_nan():
     assert same_bits(torch.tensor([float("nan"), -0.0]), torch.tensor([float("nan"), -0.0]))
     assert not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
     assert not same_bits(torch.zeros(2), torch.zeros(2, dtype=torch.int32)) and not same_bits(
@@ -85,7 +85,7 @@ def test_one_value_that_is_not_finite_is_seen(bad):
 
 @pytest.mark.alone
 def test_other_threads_run_while_a_large_file_is_written(tmp_path):
-    """Training goes on in one: it must not wait for Python's lock as long as a copy of everything takes."""
+    """Training runs in one of them: it must not wait for Python's lock for as long as a copy of everything takes."""
     tensors = {str(i): torch.zeros(2**22) for i in range(32)}  # 512 MiB
     gaps, ended = [], threading.Event()
 

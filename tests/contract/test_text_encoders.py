@@ -67,7 +67,7 @@ def test_captions_are_encoded_as_the_pipeline_does(name, which):
         before = encoded(name, pipe, CAPTIONS)
         for component, model in texts.models.items():
             given(getattr(pipe, component), adapters.state(model))
-        expected, got = encoded(name, pipe, CAPTIONS), texts.renewed(before, CAPTIONS)
+        expected, got = encoded(name, pipe, CAPTIONS), texts.encode_trained(before, CAPTIONS)
     for key in ("tokens", "pooled"):
         torch.testing.assert_close(got[key], expected[key], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(before["pooled"], expected["pooled"], atol=1e-3) or (name, which) == ("sdxl", 0)
@@ -131,7 +131,12 @@ def test_training_them_is_a_straightforward_loop(name):
         for step in train(
             ((1, [batch]) for _ in range(5)),
             predict=lambda noisy, t, b: kind.predict(
-                denoiser, noisy, t, text=texts.renewed(b.text, b.captions), guidance=1.0, geometry_B6=b.geometry_B6
+                denoiser,
+                noisy,
+                t,
+                text=texts.encode_trained(b.text, b.captions),
+                guidance=1.0,
+                geometry_B6=b.geometry_B6,
             ),
             objective=trained_on,
             params=[p for group in groups for p in group["params"]],
@@ -242,7 +247,7 @@ def test_diffusers_and_our_sampler_draw_with_them(name, job_plan, tmp_path):
     encoders = get_family(name).load_encoders(folder(name), device="cpu", dtype=torch.float32)
     loaded = [(arguments.load_lora(tmp_path / "out" / "x.safetensors", name), 1.0)]
     for component in get_family(name).LORA_KEYS.encoders:
-        sample.add(getattr(encoders, component), loaded, component=component)
+        sample.apply_loras(getattr(encoders, component), loaded, component=component)
     ours = get_family(name).encode_text(encoders, list(CAPTIONS))
     for key in ("tokens", "pooled"):
         torch.testing.assert_close(torch.stack([o[key] for o in ours]), expected[key], rtol=1e-4, atol=1e-4)

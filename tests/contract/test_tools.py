@@ -1,9 +1,8 @@
-"""What the tools' own loaders make of our files, where a checkout of them is given: KILN_COMFYUI, KILN_FORGE,
-KILN_SD_SCRIPTS.
+"""Our files in the tools' own loaders, if KILN_COMFYUI, KILN_FORGE or KILN_SD_SCRIPTS name a checkout of the tool.
 
-Nothing of them is part of Kiln. Their loaders run on their own models without weights, names and shapes, as published;
-but narrow where their classes can be. What they import besides is replaced by empty modules. docs/lora-files.md says
-which versions were run.
+Nothing of them is part of Kiln. Their loaders run on their own models without weights, with the published names and
+shapes, and narrow where their classes allow it. Their other imports are replaced by empty modules. docs/lora-files.md
+has the versions that were run.
 """
 
 import importlib.abc

@@ -52,7 +52,7 @@ def check(path, denoiser, output):
 
 
 @pytest.mark.parametrize("to", convert.KEY_FORMATS)
-def test_a_right_file_passes_and_nothing_is_changed(trained, tmp_path, to):
+def test_a_right_file_passes_and_leaves_the_model_unchanged(trained, tmp_path, to):
     denoiser, output = trained
     save(denoiser, tmp_path / "x.safetensors", to=to)
     before, state = output(), {k: v.clone() for k, v in denoiser.state_dict().items()}
@@ -63,7 +63,7 @@ def test_a_right_file_passes_and_nothing_is_changed(trained, tmp_path, to):
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.01])
-def test_a_layer_for_which_there_is_no_memory_is_compared_on_the_host(trained, tmp_path, monkeypatch, scale):
+def test_a_layer_that_does_not_fit_on_the_device_is_compared_on_the_host(trained, tmp_path, monkeypatch, scale):
     denoiser, output = trained
     save(denoiser, tmp_path / "x.safetensors")
     tensors = load_file(tmp_path / "x.safetensors")
@@ -80,7 +80,7 @@ def test_a_layer_for_which_there_is_no_memory_is_compared_on_the_host(trained, t
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: tensor.clone())
     monkeypatch.setattr(verification, "_compared", full)
     before = [p.data_ptr() for p in denoiser.parameters()]
-    with contextlib.nullcontext() if scale == 1 else pytest.raises(FileMismatchError, match="of its strength"):
+    with contextlib.nullcontext() if scale == 1 else pytest.raises(FileMismatchError, match="relative to its size"):
         check(tmp_path / "x.safetensors", denoiser, output)
     assert all(set(a).isdisjoint(b) for a, b in zip(places[::2], places[1::2], strict=True)) and len(places) > 10
     assert before == [p.data_ptr() for p in denoiser.parameters()]
@@ -177,14 +177,14 @@ def test_a_job_leaves_a_wrong_file_under_another_name_and_fails(plan, tmp_path, 
         return dataclasses.replace(made, tensors=bad)
 
     right = convert.to_file
-    monkeypatch.setattr(convert, "write", wrong)
+    monkeypatch.setattr(convert, "to_file", wrong)
     with pytest.raises(FileMismatchError) as caught:
         run(plan, StopFlag())
     assert caught.value.exit_code == 70
     left = {p.name for p in (tmp_path / "out").glob("*safetensors*")}
     assert left == {"x-diffusers.safetensors.unverified"}
 
-    monkeypatch.setattr(convert, "write", right)
+    monkeypatch.setattr(convert, "to_file", right)
     run(plan, StopFlag())
     left = {p.name for p in (tmp_path / "out").glob("*safetensors*")}
     assert left == {"x-diffusers.safetensors", "x.safetensors"}

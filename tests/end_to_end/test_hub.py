@@ -526,7 +526,7 @@ def test_an_image_folder_with_metadata(hub: Hub, client: Client) -> None:
     done = client.dataset()
     assert captions(done.data["path"]) == {"000000.png": "p0", "000001.png": "p1"}
     assert (Path(done.data["path"]) / "000001.png").read_bytes() == image(1)
-    assert "1 picture files are in no row" in done.log
+    assert "1 image files are not listed" in done.log
 
 
 def test_pictures_with_caption_files(hub: Hub, client: Client) -> None:

@@ -173,7 +173,7 @@ def test_an_interrupted_job_ends_bit_identical(job, tmp_path, setup, number, cod
     assert reached < 40, "the interruption must come before the end"
     assert process.returncode == (code or 137), printed
     if code:
-        assert "resumes by itself" in printed and job.status()["phase"] == "stopped"
+        assert "resumes automatically" in printed and job.status()["phase"] == "stopped"
 
     again, printed = job.run(**changes)
     assert again == 0, printed
@@ -247,7 +247,7 @@ def test_a_lora_file_begins_another_run(job, tmp_path):
     assert job.run()[0] == 0
     file = str(job.out / "x.safetensors")
     code, printed = job.run(OUTPUT_PATH=str(tmp_path / "next"), PARAMS_RESUME_FROM=file, PARAMS_MAX_STEPS="1")
-    assert code == 0 and "Began with the weights" in printed, printed
+    assert code == 0 and "Started from the weights" in printed, printed
     code, printed = job.run(OUTPUT_PATH=str(tmp_path / "wrong"), PARAMS_RESUME_FROM=file, PARAMS_NETWORK_DIM="8")
     assert code == 78 and "has rank 4" in printed and "PARAMS_NETWORK_DIM" in printed
 
@@ -278,7 +278,7 @@ def test_validation_uses_pictures_that_are_never_trained_on(job):
     }
     code, printed = job.run(DATASET_NAME="", DATASET_CONFIG=json.dumps(config), PARAMS_VALIDATE_EVERY_N_STEPS="6")
     assert code == 0, printed
-    assert "2 pictures held out" in printed
+    assert "2 images held out" in printed
     assert [r["step"] for r in job.metrics() if "validation_loss" in r] == [6, 12]
 
 

@@ -89,7 +89,7 @@ def test_named_columns_are_taken(read: Read, tmp_path: Path) -> None:
     ("asked", "told"),
     [
         ({"image": "no"}, "IMAGE_COLUMN=no.*only image, text, number"),
-        ({"image": "text"}, "IMAGE_COLUMN=text.*holds no pictures"),
+        ({"image": "text"}, "IMAGE_COLUMN=text.*holds no images"),
         ({"caption": "no"}, "CAPTION_COLUMN=no.*only text, number"),
         ({"caption": "number"}, "CAPTION_COLUMN=number.*holds no text"),
         ({"split": "test"}, "DATASET_SPLIT=test.*only train"),
@@ -102,7 +102,7 @@ def test_a_wrong_choice_lists_what_there_is(read: Read, asked: dict[str, str], t
 
 
 def test_no_column_of_pictures(read: Read) -> None:
-    with pytest.raises(SettingsError, match=r"no column of pictures.*text"):
+    with pytest.raises(SettingsError, match=r"no column of images.*text"):
         read({"train.parquet": table([{"text": "x"}], {"text": TEXT})})
 
 
@@ -249,7 +249,7 @@ def test_an_empty_split(read: Read) -> None:
 
 
 def test_a_picture_of_absurd_size(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_rows, "LARGEST_PICTURE", 100)
+    monkeypatch.setattr(hub_rows, "LARGEST_IMAGE_BYTES", 100)
     with pytest.raises(DataError, match="larger than"):
         read({"1.png": image(1)})
 

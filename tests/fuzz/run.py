@@ -1,8 +1,8 @@
 """Many mutated inputs for each reader of foreign data: `python tests/fuzz/run.py --inputs 1000000 --seconds 3600`.
 
-Every input must end within a second in a result or a named error, within the memory allowed. What does not is written
-to the corpus, so that `tests/fuzz/test_fuzz.py` is red until it is mended. With the package atheris installed,
-`--atheris TARGET` lets coverage guide the mutations of one target, until --inputs or --seconds are over.
+Within a second and a bound of memory, every input must give a result or a named error. An input that does not is
+written to the corpus, so that `tests/fuzz/test_fuzz.py` fails until the reader is fixed. With the package atheris
+installed, `--atheris TARGET` lets coverage guide the mutations of one target, until --inputs or --seconds are over.
 """
 
 from __future__ import annotations
@@ -22,42 +22,43 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.fuzz import targets
 from tests.fuzz.targets import CORPUS, TARGETS, Target
 
-SLOW_S, MEMORY = 1.0, 3 * 2**30  # per input; bytes of address space beyond what the program has at its start
+SLOW_S = 1.0  # for one input
+MEMORY_BYTES = 3 * 2**30  # of address space, in addition to the program's at its start
+MAX_INPUT_BYTES = 100_000
 
 
-def mutated(dice: random.Random, data: bytes, words: tuple[bytes, ...], others: list[bytes]) -> bytes:
+def mutated(rng: random.Random, data: bytes, words: tuple[bytes, ...], others: list[bytes]) -> bytes:
     """`data` with one to six changes: bits, bytes, cuts, repeats, words, pieces of other inputs."""
     out = bytearray(data)
-    for _ in range(dice.randint(1, 6)):
-        at = dice.randint(0, len(out))
-        kind = dice.randrange(8)
+    for _ in range(rng.randint(1, 6)):
+        at = rng.randint(0, len(out))
+        kind = rng.randrange(8)
         if kind == 0 and out:
-            out[at % len(out)] ^= 1 << dice.randrange(8)
+            out[at % len(out)] ^= 1 << rng.randrange(8)
         elif kind == 1 and out:
-            out[at % len(out)] = dice.choice((0, 1, 0x7F, 0x80, 0xFF, dice.randrange(256)))
+            out[at % len(out)] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
         elif kind == 2:
-            del out[at : at + dice.choice((1, 2, 4, 16, 64))]
+            del out[at : at + rng.choice((1, 2, 4, 16, 64))]
         elif kind == 3:
-            out[at:at] = out[at : at + dice.choice((1, 4, 16))] * dice.choice((1, 2, 20))
+            out[at:at] = out[at : at + rng.choice((1, 4, 16))] * rng.choice((1, 2, 20))
         elif kind == 4 and words:
-            out[at:at] = dice.choice(words)
+            out[at:at] = rng.choice(words)
         elif kind == 5 and len(out) >= 4:
-            size = dice.choice((1, 2, 4))
+            size = rng.choice((1, 2, 4))
             at = min(at, len(out) - size)
-            out[at : at + size] = dice.choice((0, 1, 2**31 - 1, 2**32 - 1, dice.getrandbits(32))).to_bytes(4, "little")[
-                :size
-            ]
+            number = rng.choice((0, 1, 2**31 - 1, 2**32 - 1, rng.getrandbits(32)))
+            out[at : at + size] = number.to_bytes(4, "little")[:size]
         elif kind == 6:
-            other = dice.choice(others)
-            start = dice.randint(0, len(other))
-            out[at : at + 8] = other[start : start + dice.choice((4, 16, 64))]
+            other = rng.choice(others)
+            start = rng.randint(0, len(other))
+            out[at : at + 8] = other[start : start + rng.choice((4, 16, 64))]
         else:
             del out[max(at, 4) :]
-    return bytes(out[:100_000])
+    return bytes(out[:MAX_INPUT_BYTES])
 
 
 def attempt(target: Target, data: bytes) -> str | None:
-    """What is wrong with how `target` took `data`; None if nothing is."""
+    """The fault of `target` at reading `data`; None if it has none."""
     began = time.monotonic()
     try:
         target.read(data)
@@ -72,7 +73,7 @@ def attempt(target: Target, data: bytes) -> str | None:
 
 
 def _still_quick(target: Target, data: bytes) -> bool:
-    """Once more: a busy machine is no failure."""
+    """Reads it once more and counts CPU time: a busy machine is no failure."""
     began = time.process_time()
     with contextlib.suppress(*target.allowed):
         target.read(data)
@@ -86,18 +87,18 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=TARGETS)
     parser.add_argument("--atheris", choices=TARGETS)
-    asked = parser.parse_args()
-    if asked.atheris:
-        return guided(asked.atheris, asked.inputs, asked.seconds)
+    flags = parser.parse_args()
+    if flags.atheris:
+        return guided(flags.atheris, flags.inputs, flags.seconds)
     import trainer.checkpoints.state_files
     import trainer.lora_files.convert  # noqa: F401
 
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.RLIM_INFINITY))
-    chosen = [asked.only] if asked.only else [*TARGETS]
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY_BYTES, resource.RLIM_INFINITY))
+    chosen = [flags.only] if flags.only else [*TARGETS]
     failed = total = 0
     for name in chosen:
-        count, bad = fuzz(name, asked.inputs // len(chosen), asked.seconds / len(chosen), asked.seed)
+        count, bad = fuzz(name, flags.inputs // len(chosen), flags.seconds / len(chosen), flags.seed)
         total, failed = total + count, failed + bad
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"{total} inputs, {failed} failures; peak memory {peak:.0f} MiB")
@@ -106,13 +107,17 @@ def main() -> int:
 
 
 def fuzz(name: str, inputs: int, seconds: float, seed: int) -> tuple[int, int]:
-    target, known = TARGETS[name], targets.seeds()[name]
-    dice, began, seen, count, accepted = random.Random(f"{name} {seed}"), time.monotonic(), set(), 0, 0
+    """Mutate the corpus of one target; returns the number of inputs and of kinds of failure."""
+    target = TARGETS[name]
+    known = targets.seeds()[name]
+    rng = random.Random(f"{name} {seed}")
+    began = time.monotonic()
+    seen: set[str] = set()  # the last lines of the errors so far
+    count = 0
     while count < inputs and time.monotonic() - began < seconds:
-        data = mutated(dice, dice.choice(known), target.words, known)
+        data = mutated(rng, rng.choice(known), target.words, known)
         problem = attempt(target, data)
         count += 1
-        accepted += problem is None
         if problem and (kind := problem.strip().splitlines()[-1][:60]) not in seen:
             seen.add(kind)
             place = CORPUS / name / f"found-{hashlib.sha256(data).hexdigest()[:12]}"
@@ -123,6 +128,7 @@ def fuzz(name: str, inputs: int, seconds: float, seed: int) -> tuple[int, int]:
 
 
 def guided(name: str, inputs: int, seconds: float) -> int:
+    """Let atheris mutate, guided by the coverage of our code."""
     import atheris
 
     with atheris.instrument_imports(include=["entrypoint", "trainer"]):
@@ -142,7 +148,7 @@ def guided(name: str, inputs: int, seconds: float) -> int:
         with contextlib.suppress(*target.allowed):
             target.read(data)
 
-    new = targets.folder() / "new"  # what it adds goes there; what fails is written where it is started
+    new = targets.folder() / "new"  # for inputs that reach new code; failing ones go to the working directory
     new.mkdir()
     bounds = [f"-runs={inputs}", f"-max_total_time={seconds:.0f}", "-max_len=4096", "-timeout=5"]
     atheris.Setup([sys.argv[0], *bounds, "-print_final_stats=1", str(new), str(CORPUS / name)], one)

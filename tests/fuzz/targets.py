@@ -1,4 +1,4 @@
-"""What reads data of unknown origin, each as a function of bytes. Only the errors that it names may come out."""
+"""The readers of data of unknown origin, each as a function of bytes. It may raise only the errors that it names."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def weights(data: bytes) -> None:
 
 
 def state(data: bytes) -> None:
-    """The first four bytes say where state.json ends; its own checksum is made right, or nothing would get further."""
+    """The first four bytes give the length of state.json. Its checksum is made right, or all inputs would end there."""
     from trainer.checkpoints import state_files
     from trainer.storage import digests
 
@@ -135,12 +135,12 @@ TARGETS = {
 
 
 def seeds() -> dict[str, list[bytes]]:
-    """The corpus: small valid inputs, and all that ever went wrong."""
+    """The corpus: small valid inputs, and every input that once failed."""
     return {name: [p.read_bytes() for p in sorted((CORPUS / name).iterdir())] for name in TARGETS}
 
 
 def make_corpus() -> None:
-    """Write the valid inputs that the corpus begins with."""
+    """Write the valid inputs of the corpus."""
     import io
     import tarfile
     import zipfile

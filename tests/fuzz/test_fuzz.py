@@ -1,4 +1,4 @@
-"""A short run of what tests/fuzz/run.py does at length: the corpus, and some mutations of it."""
+"""A short version of tests/fuzz/run.py: the corpus, and some mutations of it."""
 
 import random
 
@@ -23,14 +23,14 @@ def test_the_corpus_is_read_or_refused(name):
 @given(st.integers(0, 2**32), st.binary(max_size=200))
 @settings(max_examples=40)
 def test_mutations_are_read_or_refused(name, seed, noise):
-    dice = random.Random(seed)
-    data = mutated(dice, dice.choice([*KNOWN[name], noise]), TARGETS[name].words, KNOWN[name])
+    rng = random.Random(seed)
+    data = mutated(rng, rng.choice([*KNOWN[name], noise]), TARGETS[name].words, KNOWN[name])
     assert attempt(TARGETS[name], data) is None
 
 
 @pytest.mark.parametrize("name", ["settings", "images", "archives", "lora", "state"])
 def test_a_reader_that_lets_another_error_out_is_noticed(name):
-    """The check itself can fail."""
+    """The test can fail."""
     assert attempt(Target(TARGETS[name].read, ()), b"\xff not this")
 
 

@@ -28,23 +28,23 @@ def same_bits(a, b):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("weighed", [False, True])
+@pytest.mark.parametrize("with_column_scales", [False, True])
 @pytest.mark.parametrize("width", [64, 640, 3072, 15360])
-def test_rows_are_quantised_as_in_plain_torch(width, weighed, dtype):
+def test_quantize_rows_is_as_in_plain_torch(width, with_column_scales, dtype):
     from trainer.engine.kernels import quantize_triton
 
     x = torch.randn(300, width, device="cuda").bfloat16()
     x[3], x[5, 7], x[9, 1] = 0, float("inf"), 1e30
-    columns = torch.rand(1, width, device="cuda") + 0.1 if weighed else None
-    values, scale = quantize_triton.quantize_rows(x, columns, dtype)
-    wanted, wanted_scale = reference.quantize_rows(x, columns, dtype)
+    column_scales = torch.rand(1, width, device="cuda") + 0.1 if with_column_scales else None
+    values, scale = quantize_triton.quantize_rows(x, column_scales, dtype)
+    wanted, wanted_scale = reference.quantize_rows(x, column_scales, dtype)
     assert same_bits(values, wanted) > 0.998  # a division may round a value to its other neighbour
     assert torch.allclose(scale, wanted_scale, rtol=1e-6) and (values.float() * scale).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("shape", [(9216, 3072), (100, 64), (33, 17)])
-def test_weights_are_restored_to_the_same_bits(shape, dtype):
+def test_dequantize_rows_has_the_bits_of_plain_torch(shape, dtype):
     from trainer.engine.kernels import quantize_triton
 
     values, scale = reference.quantize_rows(torch.randn(shape, device="cuda"), None, dtype)
@@ -55,19 +55,20 @@ def test_weights_are_restored_to_the_same_bits(shape, dtype):
         )
 
 
-@pytest.mark.parametrize("room", [0, 48])
+@pytest.mark.parametrize("padding", [0, 48])
 @pytest.mark.parametrize("shape", [(9216, 3072), (100, 64), (33, 17)])
-def test_the_transposed_is_the_transposed(shape, room):
+def test_transpose_is_as_in_plain_torch(shape, padding):
     from trainer.engine.kernels import quantize_triton
 
     w = torch.randint(-127, 127, shape, device="cuda", dtype=torch.int8)
-    found = quantize_triton.transpose(w[:, : shape[1] - room // 6], room)
-    assert torch.equal(found[:, : shape[0]], w[:, : shape[1] - room // 6].t()) and found.shape[1] == shape[0] + room
+    w_NK = w[:, : shape[1] - padding // 6]  # rows of a wider matrix
+    found = quantize_triton.transpose(w_NK, padding)
+    assert torch.equal(found[:, : shape[0]], w_NK.t()) and found.shape[1] == shape[0] + padding
 
 
 @pytest.mark.parametrize("rank", [1, 5, 16, 64])
-def test_adapters_beside_a_product_are_those_of_plain_torch(rank):
-    """Both factors to the bit; and what the product makes of them as good as bf16, where it is as large as the rest."""
+def test_adapter_columns_are_as_in_plain_torch(rank):
+    """Both sides to the bit. The LoRA term, where it is as large as the rest, is as precise in the product as bf16."""
     from trainer.engine.kernels import quantize_triton
 
     torch.manual_seed(0)
@@ -77,16 +78,15 @@ def test_adapters_beside_a_product_are_those_of_plain_torch(rank):
         torch.randn(rank, k, device="cuda").bfloat16() / k**0.5,
         torch.randn(n, rank, device="cuda").bfloat16() * 0.2,
     )
-    room, h = padding_for(rank, k), x @ down.t()
-    (x8, x_scale), (w8, w_scale) = (
-        quantize_triton.quantize_rows(x, None, dtype, room),
-        reference.quantize_weight(w, dtype),
-    )
-    w8 = reference.pad_columns(w8, room)
-    plain = formats.fp8_product(x8, x_scale, w8, w_scale, None, None, None, k, formats.FORWARD_SCALE)
+    padding = padding_for(rank, k)
+    h = x @ down.t()
+    x8, x_scale = quantize_triton.quantize_rows(x, None, dtype, padding)
+    w8, w_scale = reference.quantize_weight(w, dtype)
+    w8 = reference.pad_columns(w8, padding)
+    plain = formats.fp8_product(x8, x_scale, w8, w_scale, None, None, None, k, formats.FORWARD_UP_FACTOR)
     other = x8.clone(), w8.clone()
-    found = formats.fp8_product(x8, x_scale, w8, w_scale, None, h, up, k, formats.FORWARD_SCALE)
-    reference.append_adapter_columns(other[0], x_scale, h, other[1], w_scale, up, k, formats.FORWARD_SCALE)
+    found = formats.fp8_product(x8, x_scale, w8, w_scale, None, h, up, k, formats.FORWARD_UP_FACTOR)
+    reference.append_adapter_columns(other[0], x_scale, h, other[1], w_scale, up, k, formats.FORWARD_UP_FACTOR)
     written = slice(k, None)
     for ours, theirs in zip((x8, w8), other, strict=True):
         assert same_bits(ours[:, written].contiguous(), theirs[:, written].contiguous()) > 0.998
@@ -96,22 +96,22 @@ def test_adapters_beside_a_product_are_those_of_plain_torch(rank):
 
 @pytest.mark.parametrize("rows", [1, 77, 192, 2048])
 @pytest.mark.parametrize("width", [640, 5120, 15360])
-def test_a_product_has_a_bias_however_few_rows_there_are(width, rows):
-    """cuBLAS has no kernel for some of them: SDXL's second half of an MLP in small pictures."""
-    room, n = padding_for(16, width), 640
+def test_an_fp8_product_has_a_bias_at_any_number_of_rows(width, rows):
+    """cuBLAS has no kernel for some of these sizes: SDXL's second MLP layers on small images."""
+    padding, n = padding_for(16, width), 640
     x, w = torch.randn(rows, width, device="cuda").bfloat16(), torch.randn(n, width, device="cuda") * 0.05
     bias, h = (torch.randn(*shape, device="cuda").bfloat16() for shape in ((n,), (rows, 16)))
     up = torch.randn(n, 16, device="cuda").bfloat16() * 0.02
-    x8, x_scale = reference.quantize_rows(x, None, torch.float8_e4m3fn, room)
+    x8, x_scale = reference.quantize_rows(x, None, torch.float8_e4m3fn, padding)
     w8, w_scale = reference.quantize_weight(w, torch.float8_e4m3fn)
     values = (x8[:, :width].double() * x_scale) @ (w8.double() * w_scale.t()).t() + h.double() @ up.double().t()
-    w8 = reference.pad_columns(w8, room)
-    found = formats.fp8_product(x8, x_scale, w8, w_scale, bias, h, up, width, formats.FORWARD_SCALE)
+    w8 = reference.pad_columns(w8, padding)
+    found = formats.fp8_product(x8, x_scale, w8, w_scale, bias, h, up, width, formats.FORWARD_UP_FACTOR)
     assert ((found.double() - values - bias.double()).norm() / values.norm()).item() < 1e-2
 
 
 @pytest.mark.parametrize("width", [100, 3072])
-def test_gates_and_sums_are_those_of_plain_torch(width):
+def test_gated_residual_is_as_in_plain_torch(width):
     from trainer.engine.kernels import quantize_triton
 
     x, y = (torch.randn(3, 77, width, device="cuda").bfloat16() for _ in "xy")

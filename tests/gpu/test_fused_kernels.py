@@ -1,4 +1,4 @@
-"""What is computed in one pass with the quantising, on an accelerator: kernels against plain torch; whole blocks."""
+"""Fused kernels on a GPU: each against plain torch, and whole blocks against diffusers' blocks."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from trainer.engine.kernels import self_test
 
 pytestmark = pytest.mark.gpu
 FP8 = torch.float8_e4m3fn
-WIDTHS = [64, 640, 1280, 1536, 3072]  # of the families' models, and one that no power of two is near to
+WIDTHS = [64, 640, 1280, 1536, 3072]  # features of the families' models, and a power of two
 
 
 def error(found, wanted):
@@ -22,14 +22,14 @@ def normal(*shape, seed=0):
 
 
 def agree(kernel, reference, options):
-    """8 bits, scales and rows: twice the same, as in plain torch, and the first two those of the rows themselves.
+    """Values, scales and rows are those of plain torch, and the values and scales are those of the rows.
 
-    With room after them as without.
+    With padding and without, with rows and without, and each time the same.
     """
     values, scale, rows = kernel(*options, True)
-    for kept, room in ((True, 0), (False, 48)):
-        again = kernel(*options, kept, room)
-        assert again[0].shape[1] == values.shape[1] + room and torch.equal(again[1], scale)
+    for keep_rows, padding in ((True, 0), (False, 48)):
+        again = kernel(*options, keep_rows, padding)
+        assert again[0].shape[1] == values.shape[1] + padding and torch.equal(again[1], scale)
         assert torch.equal(again[0][:, : values.shape[1]].view(torch.int8), values.view(torch.int8))
     wanted = reference(*options, True)
     assert error(rows, wanted[2]) < 1e-3 and error(values.float() * scale, wanted[0].float() * wanted[1]) < 0.01
@@ -38,13 +38,13 @@ def agree(kernel, reference, options):
     assert torch.allclose(scale, own_scale, rtol=1e-6)
 
 
-def test_the_check_before_a_job_passes():
+def test_the_self_test_passes():
     assert self_test.agree("cuda", FP8)
 
 
 @pytest.mark.parametrize("plus", [0.0, 1.0])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_a_norm_is_quantised_as_in_plain_torch(width, plus):
+def test_norm_rows_is_as_in_plain_torch(width, plus):
     from trainer.engine.kernels import norm_gelu_triton
 
     x, scale, shift = normal(300, width) * 3 + 1, normal(2, 6 * width)[:, width : 2 * width], normal(2, width, seed=1)
@@ -54,7 +54,7 @@ def test_a_norm_is_quantised_as_in_plain_torch(width, plus):
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_the_gradient_of_a_norm_is_that_of_plain_torch(width, count):
+def test_norm_gradient_is_as_in_plain_torch(width, count):
     from trainer.engine.kernels import norm_gelu_triton
 
     x, scale, shift = normal(300, width) * 3 + 1, normal(2, width), normal(2, width, seed=1)
@@ -65,16 +65,16 @@ def test_the_gradient_of_a_norm_is_that_of_plain_torch(width, count):
     assert torch.equal(norm_gelu_triton.norm_gradient(*options, False)[0], found[0])
 
 
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("geglu", [False, True])
 @pytest.mark.parametrize("left", [0, 48, 3072])
 @pytest.mark.parametrize("width", [100, 2560, 12288])
-def test_an_activation_and_its_gradient_are_those_of_plain_torch(width, left, gated):
+def test_gelu_rows_and_their_gradient_are_as_in_plain_torch(width, left, geglu):
     from trainer.engine.kernels import norm_gelu_triton
 
-    y, before = normal(300, width * (1 + gated)) * 2, normal(300, left, seed=1) if left else None
+    y, before = normal(300, width * (1 + geglu)) * 2, normal(300, left, seed=1) if left else None
     y[3], y[5, 7] = 0, 100
-    agree(norm_gelu_triton.gelu_rows, quantize.gelu_rows, (before, y, gated, FP8))
-    options = (before, y, normal(300, left + width, seed=2), gated)
+    agree(norm_gelu_triton.gelu_rows, quantize.gelu_rows, (before, y, geglu, FP8))
+    options = (before, y, normal(300, left + width, seed=2), geglu)
     found, wanted = norm_gelu_triton.gelu_gradient(*options, True), quantize.gelu_gradient(*options, True)
     assert error(found[0], wanted[0]) < 2e-3 and torch.equal(found[1], wanted[1]) and error(found[2], wanted[2]) < 1e-3
     assert all(map(torch.equal, norm_gelu_triton.gelu_gradient(*options, False)[:2], found[:2]))
@@ -82,21 +82,21 @@ def test_an_activation_and_its_gradient_are_those_of_plain_torch(width, left, ga
 
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize(("heads", "dim"), [(24, 128), (3, 16)])
-def test_queries_and_keys_are_turned_as_in_plain_torch(heads, dim, several):
+def test_norm_and_rotary_embedding_are_as_in_plain_torch(heads, dim, several):
     from trainer.engine.kernels import rope_reference, rope_triton
 
     lengths = (100, 33) if several else (133, 0)
     first, second = (normal(2, n, 3 * heads * dim, seed=n) if n else None for n in lengths)
     norms = [normal(dim, seed=i) for i in range(4)]
     more = norms[2:] if several else [None, None]
-    transposes = [normal(133, dim, seed=7 + i).float() for i in range(2)]
-    options = (first, *norms[:2], second, *more, *transposes, 1e-6)
+    cos_sin = [normal(133, dim, seed=7 + i).float() for i in range(2)]
+    options = (first, *norms[:2], second, *more, *cos_sin, 1e-6)
     for found, wanted in zip(rope_triton.rotate(*options), rope_reference.rotate(*options), strict=True):
         assert found.shape == wanted.shape and (not wanted.numel() or error(found, wanted) < 1e-3)
     gs = [normal(2, 133, heads, dim, seed=20 + i) for i in range(3)]
     sources = [(first, norms[:2], 0), *([(second, norms[2:], lengths[0])] if several else [])]
     for source, weights, offset in sources:
-        options = (source, *weights, *transposes, *gs, offset, 1e-6)
+        options = (source, *weights, *cos_sin, *gs, offset, 1e-6)
         found, wanted = rope_triton.rotate_gradient(*options), rope_reference.rotate_gradient(*options)
         assert error(found, wanted) < 2e-3
 
@@ -113,7 +113,7 @@ FULL_WIDTH = {
     [(name, way) for name in FULL_WIDTH for way in ("none+eager", "none", "all")]
     + [("flux", "products"), ("flux", "attention"), ("flux", "all+eager")],
 )
-def test_adapters_get_gradients_as_good_as_with_diffusers_own_blocks(name, way, monkeypatch):
+def test_fused_blocks_give_adapters_gradients_as_good_as_diffusers_blocks_do(name, way, monkeypatch):
     monkeypatch.setitem(step.SMALL, name, FULL_WIDTH[name])
 
     def gradients(precision, way):

@@ -69,22 +69,22 @@ def test_a_signal_is_not_an_end_of_the_job(server, pod):
 
 def test_what_may_pass_is_tried_again_and_then_no_more(server, pod):
     codes, ran = [], []
-    for _ in range(supervise.MOST_ATTEMPTS + 1):
+    for _ in range(supervise.MAX_ATTEMPTS + 1):
         codes.append(supervised(lambda: ran.append(1) or 75, pod, times=QUICK))
-        assert state(server) == ("EXITED" if len(codes) > supervise.MOST_ATTEMPTS else "RUNNING")
-    assert codes == [75] * (supervise.MOST_ATTEMPTS + 1) and len(ran) == supervise.MOST_ATTEMPTS
+        assert state(server) == ("EXITED" if len(codes) > supervise.MAX_ATTEMPTS else "RUNNING")
+    assert codes == [75] * (supervise.MAX_ATTEMPTS + 1) and len(ran) == supervise.MAX_ATTEMPTS
 
 
 def test_a_pod_that_gives_up_keeps_its_volume(server, pod):
     """What is not done, or not uploaded, may be wanted still."""
-    for _ in range(supervise.MOST_ATTEMPTS + 1):
+    for _ in range(supervise.MAX_ATTEMPTS + 1):
         assert supervised(lambda: 75, {**pod, "ON_FINISH": "terminate"}, times=QUICK) == 75
     assert state(server) == "EXITED"
 
 
 def test_progress_begins_the_count_anew(server, pod):
     out = Path(pod["OUTPUT_PATH"])
-    for step in range(2 * supervise.MOST_ATTEMPTS):
+    for step in range(2 * supervise.MAX_ATTEMPTS):
         out.mkdir(exist_ok=True)
         (out / "status.json").write_text(json.dumps({"step": 10 * step}))
         assert supervised(lambda: 70, pod, times=QUICK) == 70
@@ -94,7 +94,7 @@ def test_progress_begins_the_count_anew(server, pod):
 def test_pauses_grow(pod, monkeypatch):
     pauses = []
     monkeypatch.setattr(supervise, "_wait", lambda seconds: pauses.append(seconds) or 0)
-    for _ in range(supervise.MOST_ATTEMPTS):
+    for _ in range(supervise.MAX_ATTEMPTS):
         supervised(lambda: 75, pod, times=Times())
     assert pauses == [30, 60, 120, 240]
 
@@ -169,9 +169,10 @@ def test_a_cost_needs_a_price():
 
 SCRIPT = """
 import sys
-from entrypoint.processes import supervise, net
+from entrypoint.fetch import http
+from entrypoint.processes import supervise
 from entrypoint.__main__ import main
-finish.USUAL = finish.Times(0.02, 0.05, 0.3, 5.0, net.RetryPolicy(budget=1.0, first_wait=0.05))
+supervise.USUAL = supervise.Times(0.02, 0.05, 0.3, 5.0, http.RetryPolicy(budget=1.0, first_wait=0.05))
 sys.exit(main([]))
 """
 
@@ -220,7 +221,7 @@ def test_wrong_settings_end_the_pod_at_once(server, container):
 
 def test_a_pod_without_its_gpu_is_given_up(server, container):
     codes, printed = container(BASE_MODEL="flux")
-    assert codes == [75] * 6 and "No GPU answers here" in printed and "tries no more" in printed
+    assert codes == [75] * 6 and "No GPU answers here" in printed and "giving up" in printed
 
 
 @pytest.mark.slow

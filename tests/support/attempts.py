@@ -31,12 +31,13 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as in
 import torch
 
 from entrypoint.system.hardware import detect
-from tests.support.random_plans import Ground, NoisedBatch, drawn
+from tests.support.random_plans import Drawn, Ground, drawn
 from trainer.data.batches import micro_batch
 from trainer.engine.cuda_graphs import EagerStep
 from trainer.engine.device import limit_memory, release
 from trainer.job import build
 from trainer.job.prepare import PreparedData
+from trainer.job.rehearsal import largest_batches
 from trainer.job.session import Session
 from trainer.job.status import Status
 from trainer.job.watchdog import Watchdog
@@ -68,8 +69,8 @@ class Outcome:
         return f"fell back {self.fallbacks} times" if self.fallbacks else "ran as planned"
 
 
-HALVED, UNDRAWN = "pictures at once; from now on", "no memory to draw"
-GIVEN_UP, UNRECORDED = "not recorded any more", "no memory to capture"
+HALVED, UNDRAWN = "images at once; from now on", "Not enough memory to draw"
+GIVEN_UP, UNRECORDED = "CUDA graphs are disabled", "no memory to capture"
 
 
 class Told(logging.Handler):
@@ -102,7 +103,7 @@ def session(ready: PreparedData, out: Path) -> Session:
     training_state = build.build_training_state(
         plan, get_family(plan.model.family), model=Path(plan.model.path), total=ready.total
     )
-    return build.session_of(ready, training_state, out, StopFlag(), watchdog=Watchdog(0.0), workers=Workers())
+    return build.make_session(ready, training_state, out, StopFlag(), watchdog=Watchdog(0.0), workers=Workers())
 
 
 def capped(made: Session, room: float) -> tuple[float, float, float]:
@@ -113,7 +114,8 @@ def capped(made: Session, room: float) -> tuple[float, float, float]:
     low, its = torch.cuda.memory_allocated(), made.runner
     made.runner = EagerStep(its.params, its.optimizer_params, its.pass_context)
     torch.cuda.reset_peak_memory_stats()
-    fits = made._rehearsed([micro_batch(made.cache, batch) for batch in made.largest(made.order.epoch(0))])
+    largest = largest_batches(made.sampler.epoch(0))
+    fits = made.rehearsal().fits([micro_batch(made.cache, batch) for batch in largest])
     assert fits or made.plan.engine.host_gib == 0
     high = torch.cuda.max_memory_allocated()
     made.runner = its
@@ -135,7 +137,7 @@ def emptied() -> None:
         torch.cuda.empty_cache()
 
 
-def attempt(of: NoisedBatch, ground: Ground) -> Outcome:
+def attempt(of: Drawn, ground: Ground) -> Outcome:
     """Rehearse and train; whatever happens, the next plan finds the device as this one did."""
     out, started, found = ground.folder / "out", time.monotonic(), Outcome()
     out.mkdir()
@@ -161,14 +163,14 @@ def _attempt(ready: PreparedData, out: Path, room: float, *, found: Outcome, sai
     made = session(ready, out)
     if ready.plan.engine.device == "cuda":
         found.gib = capped(made, room)
-    mode_count = len(made.engine.fallbacks)
+    fallbacks = len(made.engine.fallbacks)
     try:
         made.rehearse()
     except SettingsError as problem:
         assert "Fix: lower PARAMS_BATCH_SIZE" in str(problem)
         found.why = str(problem)
         return
-    found.kind, found.fallbacks, rehearsed = "ran", mode_count - len(made.engine.fallbacks), len(said.lines)
+    found.kind, found.fallbacks, rehearsed = "ran", fallbacks - len(made.engine.fallbacks), len(said.lines)
     found.way = " ".join(map(str, made.engine.fallbacks[0]))
     assert said.count("Instead of") == found.fallbacks  # each is told
     recorded = made.runner.capturing and not made.runner.short_of_memory
@@ -185,7 +187,7 @@ def _attempt(ready: PreparedData, out: Path, room: float, *, found: Outcome, sai
     assert found.why or (out / "x.safetensors").is_file()
 
 
-def row(of: NoisedBatch, outcome: Outcome) -> dict[str, Any]:
+def row(of: Drawn, outcome: Outcome) -> dict[str, Any]:
     """All that is known of a plan and what became of it."""
     plan = {k.removeprefix("PARAMS_").lower(): v for k, v in of.settings.items()}
     sizes = [f"{d['resolution']}:{d['batch_size']}" for d in of.datasets]

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.support import images as image_files
+from tests.support import drawings
 from tests.support.jobs import Job
 from tests.support.programs import Programs
 
 PHOTOGRAPHS = Path(__file__).parents[3] / "shared" / "data" / "dreambooth"
 
-# ---- pictures
+# ---- images
 
 
 @pytest.fixture(scope="session")
@@ -26,8 +26,8 @@ def photographs() -> Path:
 
 @pytest.fixture(scope="session")
 def draw() -> Callable[..., Image.Image]:
-    """`draw(width, height, seed=0)`: a picture that no turning or flipping leaves as it is."""
-    return image_files.draw
+    """`draw(width, height, seed=0)`: an image that no turning or flipping leaves as it is."""
+    return drawings.draw
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def make_folder(tmp_path: Path) -> Callable[..., Path]:
         folder = tmp_path / name
         folder.mkdir()
         for i in range(count):
-            image_files.draw(*size, seed=i).save(folder / f"{i:02}.png")
+            drawings.draw(*size, seed=i).save(folder / f"{i:02}.png")
             if captions:
                 (folder / f"{i:02}.txt").write_text(f"picture {i}, a tag, another tag", encoding="utf-8")
         return folder
@@ -48,8 +48,8 @@ def make_folder(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six drawn pictures of two shapes with sidecar captions."""
-    return image_files.spots(tmp_path_factory.mktemp("pictures"))
+    """Six drawn images of two shapes with sidecar captions."""
+    return drawings.spots(tmp_path_factory.mktemp("images"))
 
 
 # ---- whole jobs
@@ -100,7 +100,7 @@ def job(tmp_path: Path, shared_cache: Path, images: Path, programs: Programs) ->
 
 @pytest.fixture
 def job_plan(tmp_path: Path):
-    """`job_plan(family, **variables)`: the plan of a short job on a miniature, with two pictures, as if fetched."""
+    """`job_plan(family, **variables)`: the plan of a short job on a miniature, with two images, as if fetched."""
     from tests.support import plans
 
     return partial(plans.job_plan, tmp_path)

@@ -114,7 +114,11 @@ def _ended(arguments: Sequence[str]) -> int:
             return (stop.code or 0) & 0xFF
         print(stop.code, file=sys.stderr)
         return 1
-    except BaseException:  # noqa: BLE001 (also KeyboardInterrupt)
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except Exception:  # noqa: BLE001
         traceback.print_exc()
         return 1
     return 0

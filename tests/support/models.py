@@ -1,4 +1,4 @@
-"""Small random models of the real classes, made anew at each call."""
+"""Small random models of the real classes; each call makes a new one."""
 
 import torch
 from diffusers import (

@@ -7,11 +7,11 @@ from entrypoint.dataset_config.manifest import read_manifest
 from entrypoint.planning.plan import make_plan
 from entrypoint.settings.read import read_settings
 from entrypoint.system.hardware import Hardware
-from tests.support.images import draw
+from tests.support.drawings import draw
 
 
 def job_plan(folder, family, **variables):
-    """The plan of a short job on a miniature, with two pictures, as if fetched; all of it below `folder`."""
+    """The plan of a short job on a miniature, with two images, as if fetched; all of it below `folder`."""
     images = folder / "pictures"
     images.mkdir(exist_ok=True)
     for i, caption in enumerate(("a red circle", "a blue square on a green background")):

@@ -65,7 +65,7 @@ SCALES = {
 
 
 @dataclass(frozen=True)
-class NoisedBatch:
+class Drawn:
     """One plan. `room`: the cap, 0 where nothing but what is there before the first step fits, 1 where what is asked
     for just fits."""
 
@@ -78,7 +78,7 @@ class NoisedBatch:
     room: float
 
 
-def drawn(seed: int, hardware: Hardware) -> NoisedBatch:
+def drawn(seed: int, hardware: Hardware) -> Drawn:
     rng, scale = random.Random(f"plan {seed}"), SCALES[hardware.device]
     cuda = hardware.device == "cuda"
     compiled = cuda and seed % COMPILED == COMPILED // 2
@@ -119,7 +119,7 @@ def drawn(seed: int, hardware: Hardware) -> NoisedBatch:
     )  # fmt: skip
     # Too little for what is asked, just enough, or enough for recordings of several sizes.
     room = rng.uniform(*rng.choices(((-0.05, 0.95), (0.95, 1.15), (1.15, 2.5)), (70, 15, 15))[0])
-    return NoisedBatch(seed, name, settings, engine, datasets, every["SAMPLE"] > 0, round(room, 3))
+    return Drawn(seed, name, settings, engine, datasets, every["SAMPLE"] > 0, round(room, 3))
 
 
 def miniature(name: str) -> Path:
@@ -173,9 +173,9 @@ class Ground:
     @cached_property
     def found(self) -> Scan:
         """The same for all plans: each has two datasets of the same pictures."""
-        return scan(self.plan(drawn(0, self.hardware)).data, workers=0)
+        return scan(self.plan(drawn(0, self.hardware)).data, cpu_workers=0)
 
-    def plan(self, of: NoisedBatch) -> Plan:
+    def plan(self, of: Drawn) -> Plan:
         subsets = [{"image_dir": str(self.images), "caption_extension": ".txt"}]
         datasets = [{**dataset, "subsets": subsets} for dataset in of.datasets]
         asked = {
@@ -212,8 +212,7 @@ class Ground:
 
     def ready(self, plan: Plan) -> PreparedData:
         """What `prepare.prepare_data` gives, of pictures that were looked at before."""
-        kind, model = get_family(plan.model.family), Path(plan.model.path)
-        cache = open_cache(Path(plan.output.cache), model, precision=plan.engine.dtype)
+        cache = open_cache(Path(plan.output.cache), Path(plan.model.path), precision=plan.engine.dtype)
         made = PreparedData(plan, self.found, make_sampler(plan, self.found), cache, None)
-        fill_cache(made, kind=kind, model=model, check_in=lambda: None)
+        fill_cache(made, check_in=lambda: None)
         return made

@@ -1,4 +1,4 @@
-"""The published denoisers by their values of BASE_MODEL: all that their config.json says; and narrow ones for tests."""
+"""The configs of the published denoisers by their values of BASE_MODEL, and narrow ones for tests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SDXL = {
     "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
 }  # fmt: skip
 LARGE = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "qk_norm": "rms_norm"}
-# BASE_MODEL → its family, and all that its config.json says of the architecture.
+# BASE_MODEL → its family, and the architecture in its config.json.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "flux-dev": ("flux", {**_FLUX, "guidance_embeds": True}),
     "flux-krea": ("flux", {**_FLUX, "guidance_embeds": True}),
@@ -40,7 +40,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sdxl-base": ("sdxl", _SDXL),
 }
 CLASSES = {"flux": FluxTransformer2DModel, "sd3": SD3Transformer2DModel, "sdxl": UNet2DConditionModel}
-# The widths alone are others: numbers of layers, kinds of blocks, norms and conditions stay.
+# Only the widths differ: numbers of layers, classes of blocks, norms and conditions are the published ones.
 NARROW = {
     "flux": {
         "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 24, "pooled_projection_dim": 20,
@@ -64,6 +64,6 @@ def config(base: str, *, narrow: bool) -> dict[str, Any]:
 
 
 def shape(base: str, changes: dict[str, Any]) -> torch.nn.Module:
-    """A published denoiser on the device "meta", with other options where `changes` says so."""
+    """A published denoiser on the device "meta", with the options in `changes` instead of its own."""
     with torch.device("meta"):
         return CLASSES[VARIANTS[base][0]](**{**config(base, narrow=False), **changes})

@@ -1,4 +1,4 @@
-"""Which size a picture is trained at."""
+"""Which size an image is trained at."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def covers(cut, image) -> bool:
 
 
 @given(SIDE, SIDE, RESOLUTION, STEP)
-def test_a_picture_is_scaled_to_just_cover_its_bucket(width, height, resolution, step):
+def test_an_image_is_scaled_to_just_cover_its_bucket(width, height, resolution, step):
     cut = fit((width, height), dataset(resolution, bucket_reso_steps=step))
     assert cut.size in sizes(resolution, step=step)
     assert covers(cut, (width, height))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import fcntl
 import hashlib
 import os
 import stat
@@ -143,7 +144,7 @@ def test_without_a_package_index_it_is_told_what_to_do(tmp_path, lock, links):
 
 
 def test_a_pip_that_hangs_is_ended(tmp_path, lock, monkeypatch):
-    monkeypatch.setattr(flash_attention, "WAIT_S", 0.01)
+    monkeypatch.setattr(flash_attention, "PIP_TIMEOUT_S", 0.01)
     with pytest.raises(UnreachableError, match=r"did not end in 0 s"):
         flash_attention.install(tmp_path)
     assert left(tmp_path) == []
@@ -182,7 +183,7 @@ def test_kernels_are_kept_where_the_volume_has_locks(tmp_path, lock, monkeypatch
     def refuse(*_):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(folders.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     assert flash_attention.environment(tmp_path, {})[f"{name}ENABLED"] == "0"
 
 

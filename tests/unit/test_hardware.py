@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from entrypoint.settings.variables import BACKENDS, FORMATS
+from entrypoint.settings.variables.engine import BACKENDS, FORMATS
 from entrypoint.system.hardware import Hardware, check_torch, detect, select, torch_version
 from trainer.spec.errors import SettingsError, UnreachableError
 from trainer.spec.weight_formats import PRECISIONS

@@ -29,7 +29,7 @@ def flat(mode: str, colour) -> Image.Image:
 
 
 def colour_of(data: bytes) -> tuple[int, ...]:
-    """The one colour of a flat picture."""
+    """The one colour of a flat image."""
     pixels = np.asarray(open_upright(data)[0]).reshape(-1, 3)
     assert (pixels == pixels[0]).all()
     return tuple(int(v) for v in pixels[0])
@@ -250,7 +250,7 @@ def test_animations_and_pages_are_refused(draw, kind):
     assert reason(data) == decode.ANIMATED
 
 
-def test_a_single_gif_frame_and_a_stereo_jpeg_are_pictures(draw):
+def test_a_single_gif_frame_and_a_stereo_jpeg_are_images(draw):
     assert inspect(encoded(draw(30, 20), "GIF")) == (30, 20, False)
     stereo = encoded(draw(30, 20), "MPO", save_all=True, append_images=[draw(30, 20, seed=1)])
     assert inspect(stereo) == (30, 20, False)
@@ -351,7 +351,7 @@ def test_cutting_computes_what_scaling_and_then_cutting_would(draw, interpolatio
     options = {"scaled": scaled, "interpolation": interpolation}
     whole = np.asarray(resize_crop(image, offset=(0, 0), size=scaled, **options)).astype(int)
     part = np.asarray(resize_crop(image, offset=(7, 5), size=(48, 32), **options))
-    # Just between two pixels these three take the one or the other; neighbours differ by 3 in this picture.
+    # Just between two pixels these three take the one or the other; neighbours differ by 3 in this image.
     tolerance = 3 if interpolation in ("nearest", "box", "area") else 1
     assert np.abs(part - whole[5:37, 7:55]).max() <= tolerance
 
@@ -379,7 +379,7 @@ def test_a_long_strip_does_not_become_a_giant():
     assert cut.size == (1024, 256) and cut.getpixel((500, 100)) == (255, 0, 0)
 
 
-def test_a_grey_mask_is_cut_like_its_picture(draw):
+def test_a_grey_mask_is_cut_like_its_image(draw):
     mask = Image.new("L", (40, 20), 0)
     mask.paste(255, (20, 0, 40, 20))
     data = encoded(mask)

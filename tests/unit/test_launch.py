@@ -120,10 +120,10 @@ def test_what_a_cluster_says_of_ranks_does_not_reach_the_trainer():
 
 
 def test_signals_are_told_by_name_in_the_status(tmp_path, job_of_two):
-    launch._tell(job_of_two, tmp_path / "rank-1", 1, 128 + signal.SIGKILL)
+    launch._report_failure(job_of_two, tmp_path / "rank-1", 1, 128 + signal.SIGKILL)
     launch.folders.write_text(tmp_path / "rank-1" / "status.json", '{"message": "no memory", "phase": "failed"}')
     assert "Process 1 of 2 was killed by SIGKILL." in (tmp_path / "status.json").read_text()
-    launch._tell(job_of_two, tmp_path / "rank-1", 1, 75)
+    launch._report_failure(job_of_two, tmp_path / "rank-1", 1, 75)
     assert launch.folders.read_json(tmp_path / "status.json") == {
         "phase": "failed",
         "exit_code": 75,

@@ -395,16 +395,16 @@ def test_a_line_is_a_prompt_with_flags(tmp_path):
 @pytest.mark.parametrize(
     ("line", "word"),
     [
-        ("a cat --x 1", "--x is no flag"),
+        ("a cat --x 1", "--x is not a flag"),
         ("a cat --w", "--w"),
-        ("a cat --w=64", "--w=64 is no flag"),
+        ("a cat --w=64", "--w=64 is not a flag"),
         ("a cat --w 6e2", "--w: '6e2' is not a whole number, 16 to 8192"),
         ("a cat --w 8", "--w: 8 is not"),
         ("a cat --d -1", "--d"),
         ("a cat --s 0", "--s"),
         ("a cat --l nan", "--l"),
         ("a cat --w 64 --W 64", "--W is given twice"),
-        ("a cat -- w 64", "is no flag"),
+        ("a cat -- w 64", "is not a flag"),
         ("--w 64", "there is no prompt"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The miniatures' world: what is drawn is what is said, and the score knows the concept from everything else."""
+"""The miniatures' training scenes: captions match the images, and the score tells the concept from all else."""
 
 import random
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_every_resolution_has_about_the_same_area_and_sides_that_the_families_ca
 
 
 @pytest.mark.parametrize("size", scenes.RESOLUTIONS)
-def test_pictures_are_rgb_between_0_and_1(size):
+def test_images_are_rgb_between_0_and_1(size):
     rng = random.Random(0)
     images = drawn([scenes.random_scene(rng) for _ in range(20)], size)
     assert images.shape == (20, 3, *size)
@@ -49,7 +49,7 @@ def test_edges_are_antialiased():
     assert 50 < between.sum() < 600
 
 
-def test_the_caption_names_what_is_there():
+def test_the_caption_names_the_shapes_and_colours():
     rng = random.Random(3)
     for _ in range(200):
         scene = scenes.random_scene(rng)
@@ -58,7 +58,7 @@ def test_the_caption_names_what_is_there():
         assert all(thing.shape in text and thing.colour in text for thing in scene.things)
 
 
-def test_the_base_world_never_holds_the_concept():
+def test_no_base_scene_has_the_concept():
     rng = random.Random(4)
     made = [scenes.random_scene(rng) for _ in range(500)]
     assert all(thing.shape != scenes.CONCEPT for scene in made for thing in scene.things)
@@ -70,7 +70,7 @@ def test_the_same_seed_draws_the_same_scene():
 
 
 @pytest.mark.parametrize("size", scenes.RESOLUTIONS)
-def test_the_score_is_high_for_the_concept_and_low_for_the_base_world(size):
+def test_the_score_is_high_for_the_concept_and_low_for_base_scenes(size):
     rng = random.Random(6)
     with_it = [score(image) for image in drawn([scenes.concept_scene(rng) for _ in range(12)], size)]
     without = [score(image) for image in drawn([scenes.random_scene(rng) for _ in range(40)], size)]
@@ -94,7 +94,7 @@ def test_a_blurred_and_discoloured_concept_still_scores():
     assert score((soft[0] * 0.9 + 0.05).clamp(0, 1)) > 0.4
 
 
-def test_the_demo_pictures_show_the_concept_and_have_captions_that_name_it():
+def test_the_demo_images_show_the_concept_and_their_captions_name_it():
     images = sorted((HOME / "concept").glob("*.png"))
     assert len(images) == 12
     for file in images:
@@ -103,7 +103,7 @@ def test_the_demo_pictures_show_the_concept_and_have_captions_that_name_it():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_folder_is_a_whole_pipeline_of_its_own(family):
+def test_each_folder_loads_as_a_complete_pipeline(family):
     diffusers = pytest.importorskip("diffusers")
     pipeline = diffusers.DiffusionPipeline.from_pretrained(HOME / family, dtype=torch.float32, local_files_only=True)
     assert all(part is not None for name, part in pipeline.components.items() if name not in OPTIONAL)

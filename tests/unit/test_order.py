@@ -1,9 +1,9 @@
-"""Which pictures are trained on when: a pure function of seed and epoch."""
+"""Which images are trained on when: a pure function of seed and epoch."""
 
 from __future__ import annotations
 
 from collections import Counter
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import pytest
@@ -44,12 +44,20 @@ def images(count: int, *, dataset: int = 0, subset: int = 0, caption: str | None
     ]
 
 
-def order(data: DataPlan, some=None, *, seed: int = 0, **keys) -> EpochSampler:
+def make_sampler(data: DataPlan, some=None, *, seed: int = 0, **keys) -> EpochSampler:
     return EpochSampler(images(10) if some is None else some, data, seed=seed, **keys)
 
 
 def examples(batches):
     return [example for batch in batches for example in batch]
+
+
+def from_position(sampler: EpochSampler, epoch: int, index: int):
+    """(epoch, index, batch) without end, starting with batch `index` of `epoch`."""
+    for number in count(epoch):
+        for i, batch in enumerate(sampler.epoch(number)):
+            if number > epoch or i >= index:
+                yield number, i, batch
 
 
 # ---- an epoch
@@ -58,40 +66,41 @@ def examples(batches):
 @given(
     st.integers(1, 30), st.integers(1, 4), st.integers(1, 5), st.integers(0, 2**63), st.integers(0, 50), st.booleans()
 )
-def test_every_picture_occurs_exactly_repeats_times(count, repeats, batch_size, seed, epoch, varied):
+def test_every_image_occurs_exactly_repeats_times(count, repeats, batch_size, seed, epoch, varied):
     keys = {"flip_aug": varied, "random_crop": varied, "color_aug": varied, "shuffle_caption": varied}
     data = plan(subset(num_repeats=repeats, **keys), batch_size=batch_size)
-    made = order(data, images(count), seed=seed)
-    batches = made.epoch(epoch)
+    sampler = make_sampler(data, images(count), seed=seed)
+    batches = sampler.epoch(epoch)
     assert Counter(e.image.name for e in examples(batches)) == {p.name: repeats for p in images(count)}
-    assert len(batches) == made.batches_per_epoch
-    assert made.examples_per_epoch == count * repeats
+    assert len(batches) == sampler.batches_per_epoch
+    assert sampler.examples_per_epoch == count * repeats
     assert all(len({e.view.size for e in batch}) == 1 and len(batch) <= batch_size for batch in batches)
-    assert batches == order(data, images(count), seed=seed).epoch(epoch)
+    assert batches == make_sampler(data, images(count), seed=seed).epoch(epoch)
 
 
 def test_the_last_smaller_batch_of_each_bucket_is_trained():
-    sizes = Counter(len(batch) for batch in order(plan(batch_size=3)).epoch(0))
-    assert sizes == {3: 2, 2: 2}  # buckets of 3, 3, 2 and 2 pictures
+    sizes = Counter(len(batch) for batch in make_sampler(plan(batch_size=3)).epoch(0))
+    assert sizes == {3: 2, 2: 2}  # buckets of 3, 3, 2 and 2 images
 
 
 def test_epochs_and_seeds_differ():
-    made = order(plan())
-    orders = [
-        [e.image.name for e in examples(o.epoch(n))] for o, n in ((made, 0), (made, 1), (order(plan(), seed=1), 0))
-    ]
-    assert len({tuple(o) for o in orders}) == 3
+    sampler = make_sampler(plan())
+    other = make_sampler(plan(), seed=1)
+    orders = set()
+    for batches in (sampler.epoch(0), sampler.epoch(1), other.epoch(0)):
+        orders.add(tuple(e.image.name for e in examples(batches)))
+    assert len(orders) == 3
 
 
 @given(st.integers(0, 3), st.integers(0, 12))
 @settings(max_examples=30)
 def test_resuming_anywhere_gives_the_same_rest(epoch, index):
     data = plan(subset(num_repeats=2, flip_aug=True, random_crop=True, shuffle_caption=True, caption_dropout_rate=0.3))
-    whole = list(islice(order(data).from_position(0, 0), 60))
-    per_epoch = order(data).batches_per_epoch
+    whole = list(islice(from_position(make_sampler(data), 0, 0), 60))
+    per_epoch = make_sampler(data).batches_per_epoch
     index = min(index, per_epoch - 1)
     start = epoch * per_epoch + index
-    assert list(islice(order(data).from_position(epoch, index), 60 - start)) == whole[start:]
+    assert list(islice(from_position(make_sampler(data), epoch, index), 60 - start)) == whole[start:]
 
 
 def test_datasets_are_never_mixed_and_keep_their_batch_size():
@@ -101,33 +110,33 @@ def test_datasets_are_never_mixed_and_keep_their_batch_size():
             Dataset((subset(),), (512, 512), batch_size=2),
         )
     )
-    made = order(data, images(8) + images(6, dataset=1))
-    batches = made.epoch(0)
+    sampler = make_sampler(data, images(8) + images(6, dataset=1))
+    batches = sampler.epoch(0)
     assert Counter((batch[0].image.dataset, len(batch)) for batch in batches) == {(0, 4): 2, (1, 2): 3}
     assert all(len({e.image.dataset for e in batch}) == 1 for batch in batches)
-    assert made.buckets == {(0, (512, 512)): 8, (1, (512, 512)): 6}
+    assert sampler.buckets == {(0, (512, 512)): 8, (1, (512, 512)): 6}
 
 
 # ---- regularisation
 
 
 @pytest.mark.parametrize(("regular", "repeats"), [(3, 1), (5, 2), (40, 1)])
-def test_regularisation_pictures_are_as_many_as_the_others(regular, repeats):
+def test_regularisation_images_are_as_many_as_the_others(regular, repeats):
     data = plan(subset(num_repeats=2), subset(is_reg=True, num_repeats=repeats))
-    made = order(data, images(10) + images(regular, subset=1, first=100), prior_loss_weight=0.5)
-    found = examples(made.epoch(0))
+    sampler = make_sampler(data, images(10) + images(regular, subset=1, first=100), prior_loss_weight=0.5)
+    found = examples(sampler.epoch(0))
     assert Counter(e.weight for e in found) == {1.0: 20, 0.5: 20}
     transposes = Counter(e.image.name for e in found if e.weight == 0.5)
     assert max(transposes.values()) - min(transposes.values()) <= 1
-    assert len(made.unused) == max(0, regular - 20)
+    assert len(sampler.unused) == max(0, regular - 20)
 
 
 def test_a_dataset_of_regularisation_alone_is_trained_as_it_is():
-    found = examples(order(plan(subset(is_reg=True, num_repeats=3)), prior_loss_weight=0.5).epoch(0))
+    found = examples(make_sampler(plan(subset(is_reg=True, num_repeats=3)), prior_loss_weight=0.5).epoch(0))
     assert len(found) == 30 and {e.weight for e in found} == {0.5}
 
 
-# ---- variants, and what the cache must hold
+# ---- variants, all of which the cache must hold
 
 VARIED = {
     "flip_aug": True,
@@ -141,99 +150,101 @@ VARIED = {
 
 
 @pytest.mark.parametrize("keys", [{}, {"flip_aug": True}, {"random_crop": True}, {"caption_dropout_rate": 0.5}, VARIED])
-def test_the_cache_knows_everything_that_epochs_use_and_nothing_else(keys):
-    made = order(plan(subset(num_repeats=4, **keys), validation_split=0.2))
-    views, texts = list(made.all_image_variants()), made.all_captions()
-    used = examples(b for n in range(40) for b in made.epoch(n)) + examples(made.validation())
+def test_the_variants_to_cache_are_those_that_epochs_use_and_no_others(keys):
+    sampler = make_sampler(plan(subset(num_repeats=4, **keys), validation_split=0.2))
+    views, texts = list(sampler.all_image_variants()), sampler.all_captions()
+    used = examples(b for n in range(40) for b in sampler.epoch(n)) + examples(sampler.validation())
     assert {(e.image, e.view) for e in used} == set(views) and len(views) == len(set(views))
     assert {e.caption for e in used} == set(texts) and len(texts) == len(set(texts))
 
 
 def test_nothing_varies_unless_asked_for():
-    made = order(plan())
-    assert len(list(made.all_image_variants())) == 10 and made.all_captions() == ["a, b, c"]
-    for _, view in made.all_image_variants():
+    sampler = make_sampler(plan())
+    assert len(list(sampler.all_image_variants())) == 10 and sampler.all_captions() == ["a, b, c"]
+    for _, view in sampler.all_image_variants():
         assert not view.flip and view.colour is None
         assert view.offset == tuple((s - b) // 2 for s, b in zip(view.scaled, view.size, strict=True))
 
 
-VARYING = {"flip_aug": True, "random_crop": True, "color_aug": True, "shuffle_caption": True, "enable_wildcard": True,
-           "caption_tag_dropout_rate": 0.3}  # fmt: skip
+VARYING = {
+    "flip_aug": True,
+    "random_crop": True,
+    "color_aug": True,
+    "shuffle_caption": True,
+    "enable_wildcard": True,
+    "caption_tag_dropout_rate": 0.3,
+}
 
 
 @pytest.mark.parametrize("key", VARYING)
-def test_a_subset_knows_how_much_each_thing_that_varies_takes(key):
-    """Preflight reckons with these numbers."""
+def test_a_subset_counts_the_variants_that_each_augmentation_adds(key):
+    """Preflight computes the size of the cache from these numbers."""
     kept = subset(**{key: VARYING[key]})
-    made = order(plan(kept))
-    per_picture = Counter(p.name for p, _ in made.all_image_variants())
-    assert (kept.image_variants > 1, kept.caption_variants > 1) == (
-        max(per_picture.values()) > 1,
-        "caption" in key or "wild" in key,
-    )
-    assert max(per_picture.values()) <= kept.image_variants and len(made.all_captions()) <= kept.caption_variants * len(
-        per_picture
-    )
+    sampler = make_sampler(plan(kept))
+    per_image = Counter(p.name for p, _ in sampler.all_image_variants())
+    assert (kept.image_variants > 1) == (max(per_image.values()) > 1)
+    assert (kept.caption_variants > 1) == ("caption" in key or "wild" in key)
+    assert max(per_image.values()) <= kept.image_variants
+    assert len(sampler.all_captions()) <= kept.caption_variants * len(per_image)
 
 
-def test_the_pools_are_bounded():
-    made = order(plan(subset(**VARIED)))
-    per_picture = Counter(p.name for p, _ in made.all_image_variants())
-    assert max(per_picture.values()) <= VARIANTS
-    assert all(
-        {v.flip for p, v in made.all_image_variants() if p.name == name} == {False, True} for name in per_picture
-    )
+def test_the_pool_of_variants_is_bounded():
+    sampler = make_sampler(plan(subset(**VARIED)))
+    per_image = Counter(p.name for p, _ in sampler.all_image_variants())
+    assert max(per_image.values()) <= VARIANTS
+    for name in per_image:
+        assert {v.flip for p, v in sampler.all_image_variants() if p.name == name} == {False, True}
 
 
 def test_a_flip_alone_is_two_views_each_used_about_half_the_time():
-    made = order(plan(subset(flip_aug=True, num_repeats=100)))
-    assert len(list(made.all_image_variants())) == 20
-    flipped = sum(e.view.flip for e in examples(made.epoch(0)))
+    sampler = make_sampler(plan(subset(flip_aug=True, num_repeats=100)))
+    assert len(list(sampler.all_image_variants())) == 20
+    flipped = sum(e.view.flip for e in examples(sampler.epoch(0)))
     assert 400 < flipped < 600
 
 
 def test_random_crops_stay_inside():
-    made = order(plan(subset(random_crop=True)))
-    for _, view in made.all_image_variants():
+    sampler = make_sampler(plan(subset(random_crop=True)))
+    for _, view in sampler.all_image_variants():
         for offset, scaled, size in zip(view.offset, view.scaled, view.size, strict=True):
             assert 0 <= offset <= scaled - size
-    assert len({v.offset for p, v in made.all_image_variants() if p.name == "000.png"}) > 1
+    assert len({v.offset for p, v in sampler.all_image_variants() if p.name == "000.png"}) > 1
 
 
 def test_captions_are_dropped_as_often_as_asked():
-    made = order(plan(subset(num_repeats=300)), caption_dropout_rate=0.25)
-    dropped = sum(e.caption == "" for e in examples(made.epoch(0)))
+    sampler = make_sampler(plan(subset(num_repeats=300)), caption_dropout_rate=0.25)
+    dropped = sum(e.caption == "" for e in examples(sampler.epoch(0)))
     assert abs(dropped / 3000 - 0.25) < 0.03
-    assert set(made.all_captions()) == {"a, b, c", ""}
+    assert set(sampler.all_captions()) == {"a, b, c", ""}
 
 
 def test_every_second_epoch_without_captions():
-    made = order(plan(subset(caption_dropout_every_n_epochs=2)))
-    assert [{e.caption for e in examples(made.epoch(n))} for n in range(3)] == [{"a, b, c"}, {""}, {"a, b, c"}]
+    sampler = make_sampler(plan(subset(caption_dropout_every_n_epochs=2)))
+    assert [{e.caption for e in examples(sampler.epoch(n))} for n in range(3)] == [{"a, b, c"}, {""}, {"a, b, c"}]
 
 
-def test_the_log_says_what_varies():
-    said = "\n".join(order(plan(subset(**VARIED)), caption_dropout_rate=0.1).describe())
-    assert f"crop and colours and flip vary: {VARIANTS} views of each picture are encoded" in said
-    assert f"{VARIANTS} wordings of each caption are encoded" in said
-    assert "captions are dropped in 0.2 of the occurrences" in said
-    assert "vary" not in "\n".join(order(plan()).describe())
+def test_the_log_names_the_augmentations():
+    text = "\n".join(make_sampler(plan(subset(**VARIED)), caption_dropout_rate=0.1).describe())
+    assert f"crop and colours and flip vary: {VARIANTS} views of each image are encoded" in text
+    assert f"{VARIANTS} variants of each caption are encoded" in text
+    assert "captions are dropped in 0.2 of the occurrences" in text
+    assert "vary" not in "\n".join(make_sampler(plan()).describe())
 
 
 # ---- validation
 
 
-def test_held_out_pictures_are_never_trained():
-    made = order(plan(validation_split=0.3))
-    held = {p.name for p in made.held_out}
+def test_held_out_images_are_never_trained():
+    sampler = make_sampler(plan(validation_split=0.3))
+    held = {p.name for p in sampler.held_out}
     assert len(held) == 3
-    assert not held & {e.image.name for n in range(5) for e in examples(made.epoch(n))}
-    assert {e.image.name for e in examples(made.validation())} == held
+    assert not held & {e.image.name for n in range(5) for e in examples(sampler.epoch(n))}
+    assert {e.image.name for e in examples(sampler.validation())} == held
 
 
 @pytest.mark.parametrize(("count", "share", "held"), [(10, 0.01, 1), (10, 0.5, 5), (2, 0.1, 1), (10, 0.0, 0)])
 def test_at_least_one_is_held_out(count, share, held):
-    assert len(order(plan(validation_split=share), images(count)).held_out) == held
+    assert len(make_sampler(plan(validation_split=share), images(count)).held_out) == held
 
 
 def test_the_split_follows_its_own_seed():
@@ -245,7 +256,7 @@ def test_the_split_follows_its_own_seed():
     assert held(1, None) != held(2, None)
 
 
-def test_copies_and_other_resolutions_of_a_held_out_picture_are_not_trained():
+def test_copies_and_other_resolutions_of_a_held_out_image_are_not_trained():
     data = DataPlan((Dataset((subset(), subset()), (512, 512), validation_split=0.3), Dataset((subset(),), (256, 256))))
     some = images(10) + images(10, subset=1) + images(10, dataset=1)
     training, held = split(some, data, seed=0)
@@ -253,23 +264,23 @@ def test_copies_and_other_resolutions_of_a_held_out_picture_are_not_trained():
     assert len({p.sha256 for p in held}) == 3 and len(held) == 6
 
 
-def test_regularisation_pictures_are_not_held_out():
+def test_regularisation_images_are_not_held_out():
     data = plan(subset(), subset(is_reg=True), validation_split=0.5)
     _, held = split(images(4) + images(40, subset=1, first=100), data, seed=0)
     assert [p.subset for p in held] == [0, 0]
 
 
 def test_validation_is_the_same_whatever_varies_in_training():
-    made = order(plan(subset(**VARIED), validation_split=0.3))
-    assert made.validation() == made.validation()
-    assert all(not e.view.flip and e.view.colour is None and e.caption for e in examples(made.validation()))
+    sampler = make_sampler(plan(subset(**VARIED), validation_split=0.3))
+    assert sampler.validation() == sampler.validation()
+    assert all(not e.view.flip and e.view.colour is None and e.caption for e in examples(sampler.validation()))
 
 
 def test_nothing_left_to_train_on_is_refused():
     with pytest.raises(DataError, match=r"validation_split 0\.5 holds out 1 of 1"):
-        order(plan(validation_split=0.5), images(1))
-    with pytest.raises(DataError, match="No picture to train on"):
-        order(plan(), [])
+        make_sampler(plan(validation_split=0.5), images(1))
+    with pytest.raises(DataError, match="No image to train on"):
+        make_sampler(plan(), [])
 
 
 # ---- fingerprint
@@ -293,7 +304,7 @@ def test_the_fingerprint_names_what_differs_and_no_local_path():
 def test_changed_bytes_and_lost_captions_are_told_apart():
     first, second = images(1)[0], images(1, caption=None, first=1)[0]
     old, new = fingerprint([first]), {first.key: fingerprint([second])[second.key]}
-    assert fingerprint_differences(old, new) == ["changed: 0.0/000.png (picture, caption)"]
+    assert fingerprint_differences(old, new) == ["changed: 0.0/000.png (image, caption)"]
 
 
 def test_an_empty_caption_is_not_a_missing_one():

@@ -145,7 +145,7 @@ from entrypoint.dataset_config import manifest
 from entrypoint.planning import plan
 from entrypoint.system import hardware
 asked = settings.read_settings({{"BASE_MODEL": {MINI!r}, "DATASET_NAME": "org/pictures"}})
-said = manifest.read_manifest(asked.dataset_config, asked.sample_prompts)
+said = manifest.read_manifest(asked.data.dataset_config, asked.output.sample_prompts)
 plan.make_plan(asked, said, hardware.Hardware("cpu", "x86_64", 8.0, 0, "", 8.0, 2), now=datetime.now())
 print(time.process_time(), *(m for m in ("torch", "numpy", "diffusers", "transformers") if m in sys.modules))
 """
@@ -436,7 +436,7 @@ def test_a_run_goes_on_where_there_is_less_memory_and_so_another_way():
     small = dataclasses.replace(LARGE_GPU, memory_gib=24.0)
     before, after = (plan(on=on, BASE_MODEL=FULL) for on in (LARGE_GPU, small))
     assert (before.engine.recompute, before.engine.compile) != (after.engine.recompute, after.engine.compile)
-    assert resumes_state(after, before.essence(), step=3, own=True)
+    assert resumes_state(after, before.essence(), step=3, in_output=True)
 
 
 def test_a_miniature_gains_nothing_from_8_bits():

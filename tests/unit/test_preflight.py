@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from entrypoint.fetch import flash_attention
 from entrypoint.fetch.fetch import fetch_model, fetch_source
 from entrypoint.fetch.model_folder import check_folder, problems
-from entrypoint.planning.preflight import _sources, preflight
+from entrypoint.planning.preflight import _cache_bytes_per_image, preflight
 from trainer.spec.errors import DataError, KilnError, SettingsError, StorageError
 from trainer.spec.family import get_family
 from trainer.spec.plan import (
@@ -176,7 +176,7 @@ def test_what_flash_attention_takes_is_told_and_counted_unless_it_is_there(
     plan: Plan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     wanted = dataclasses.replace(plan, engine=EnginePlan(attention="flash_4"))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, flash_attention.BYTES // 2))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, flash_attention.INSTALL_BYTES // 2))
     monkeypatch.setattr(flash_attention, "is_installed", lambda cache: False)
     with caplog.at_level("INFO"), pytest.raises(StorageError, match=r"CACHE_PATH.*FlashAttention 4: 420 MiB"):
         preflight(wanted, token=None, hub_cache=Path(wanted.output.cache))
@@ -196,7 +196,7 @@ def test_room_for_the_cache_is_that_of_every_view_and_wording(plan: Plan) -> Non
         data = DataPlan((Dataset((varied,), (1024, 1024)),))
         model = dataclasses.replace(plan.model, base="flux")
         full = dataclasses.replace(plan, model=model, data=data, engine=EnginePlan(precision="bf16"))
-        ((_, encoded),) = _sources(full)
+        (encoded,) = _cache_bytes_per_image(full).values()
         return encoded / 2**20
 
     assert needed() == 2 + 4

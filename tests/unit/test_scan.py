@@ -1,4 +1,4 @@
-"""Folders of pictures: every one is used, or skipped for a named reason."""
+"""Folders of images: every one is used, or skipped for a named reason."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def plan(*subsets: Subset, strict: bool = False, **keys) -> DataPlan:
     return DataPlan((Dataset(subsets, keys.pop("resolution", (64, 64)), **keys),), strict=strict)
 
 
-def surveyed(folder: Path, **keys) -> Scan:
+def scan_folder(folder: Path, **keys) -> Scan:
     return scan(plan(subset(folder, **keys)), cpu_workers=0)
 
 
@@ -51,7 +51,7 @@ def captions(found: Scan) -> dict[str, str | None]:
 # ---- files
 
 
-def test_pictures_in_folders_are_found_sorted_and_others_left_alone(make_folder):
+def test_images_in_folders_are_found_sorted_and_others_left_alone(make_folder):
     folder = make_folder("a", 2)
     (folder / "sub").mkdir()
     for name in ("sub/b.PNG", ".hidden.png", "sub/._b.png"):
@@ -61,7 +61,7 @@ def test_pictures_in_folders_are_found_sorted_and_others_left_alone(make_folder)
         shutil.copy(folder / "00.png", folder / name / "c.png")
     for name in ("notes.md", "alone.txt"):
         (folder / name).write_text("x")
-    found = surveyed(folder)
+    found = scan_folder(folder)
     assert [p.name for p in found.images] == ["00.png", "01.png", "sub/b.PNG"]
     assert found.skipped == ()
     assert "a (0.0): not read: 1 .txt, 1 .md" in found.report()
@@ -71,11 +71,11 @@ def test_same_stem_is_two_pictures_and_copies_are_counted(make_folder):
     folder = make_folder("a", 2)
     shutil.copy(folder / "00.png", folder / "02.png")
     Image.open(folder / "00.png").save(folder / "00.jpg")
-    found = surveyed(folder)
+    found = scan_folder(folder)
     assert [p.name for p in found.images] == ["00.jpg", "00.png", "01.png", "02.png"]
     assert captions(found)["00.jpg"] == captions(found)["00.png"] == "picture 0, a tag, another tag"
     assert len({p.sha256 for p in found.images}) == 3
-    assert "1 pictures are byte for byte copies of another: all are used" in found.report()
+    assert "1 images are byte for byte copies of another: all are used" in found.report()
 
 
 def test_links_that_leave_the_folder_are_refused(make_folder, tmp_path):
@@ -84,7 +84,7 @@ def test_links_that_leave_the_folder_are_refused(make_folder, tmp_path):
     (folder / "out.png").symlink_to(outside / "00.png")
     (folder / "more").symlink_to(outside)
     (folder / "round").symlink_to(folder)
-    found = surveyed(folder)
+    found = scan_folder(folder)
     assert [p.name for p in found.images] == ["00.png", "01.png", "in.png"]
     assert reasons(found) == {
         "more": folder_listing.LINK_FOLDER,
@@ -96,23 +96,23 @@ def test_links_that_leave_the_folder_are_refused(make_folder, tmp_path):
 def test_the_folder_itself_may_be_a_link(make_folder, tmp_path):
     make_folder("a", 2)
     (tmp_path / "link").symlink_to(tmp_path / "a")
-    assert len(surveyed(tmp_path / "link").images) == 2
+    assert len(scan_folder(tmp_path / "link").images) == 2
 
 
 def test_a_name_that_is_not_utf_8_is_a_reason(make_folder):
     folder = make_folder("a", 1)
     shutil.copy(os.fsencode(folder / "00.png"), os.fsencode(folder) + b"/caf\xe9.png")
-    found = surveyed(folder)
+    found = scan_folder(folder)
     assert reasons(found) == {"caf?.png": folder_listing.BAD_NAME}
     assert found.report().encode()
 
 
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(DataError, match=r"image_dir gone: .* is not a folder"):
-        surveyed(tmp_path / "gone")
+        scan_folder(tmp_path / "gone")
 
 
-# ---- unusable pictures
+# ---- unusable images
 
 
 def test_every_bad_picture_is_skipped_with_its_reason(make_folder, draw):
@@ -128,15 +128,15 @@ def test_every_bad_picture_is_skipped_with_its_reason(make_folder, draw):
     frames = [draw(20, 20, seed=i) for i in range(2)]
     frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
     before = {f: f.read_bytes() for f in folder.iterdir()}
-    found = surveyed(folder)
-    told = reasons(found)
-    assert {k: v for k, v in told.items() if not k.startswith("cut")} == {
+    found = scan_folder(folder)
+    skipped = reasons(found)
+    assert {k: v for k, v in skipped.items() if not k.startswith("cut")} == {
         "empty.png": decode.EMPTY,
         "text.png": decode.NOT_AN_IMAGE,
         "raw.dng": "format .dng is not read: save it as PNG or JPEG",
         "moving.gif": decode.ANIMATED,
     }
-    assert all(told[f"cut{n}.jpg"].startswith("damaged or cut short") for n in (10, 50, 90))
+    assert all(skipped[f"cut{n}.jpg"].startswith("damaged or cut short") for n in (10, 50, 90))
     assert len(found.images) == 41 and found.num_found == 48
     assert {f: f.read_bytes() for f in folder.iterdir()} == before
     assert f"  skipped empty.png: {decode.EMPTY}" in found.report()
@@ -149,12 +149,12 @@ def test_up_to_a_tenth_may_be_unusable_unless_strict(make_folder):
     with pytest.raises(DataError, match=r"STRICT_DATASET is true and 1 of 10.*(?s:.*)bad\.png: the file is empty"):
         scan_checked(plan(subset(folder), strict=True), cpu_workers=0)
     (folder / "worse.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"2 of 11 pictures are unusable(?s:.*)bad\.png(?s:.*)worse\.png"):
+    with pytest.raises(DataError, match=r"2 of 11 images are unusable(?s:.*)bad\.png(?s:.*)worse\.png"):
         scan_checked(plan(subset(folder)), cpu_workers=0)
 
 
 def test_nothing_usable_is_refused(tmp_path):
-    with pytest.raises(DataError, match="No usable picture"):
+    with pytest.raises(DataError, match="No usable image"):
         scan_checked(plan(subset(tmp_path)), cpu_workers=0)
 
 
@@ -177,9 +177,9 @@ def test_captions_by_sidecar_in_the_order_of_extensions(make_folder):
     folder = make_folder("a", 4, captions=False)
     for name in ("00.tags", "00.txt", "00.caption", "01.txt", "01.caption", "02.caption"):
         (folder / name).write_text(name)
-    found = surveyed(folder, caption_extension=".tags")
+    found = scan_folder(folder, caption_extension=".tags")
     assert captions(found) == {"00.png": "00.tags", "01.png": "01.txt", "02.png": "02.caption", "03.png": None}
-    assert "4 pictures, 3 captions" in found.report()
+    assert "4 images, 3 captions" in found.report()
     assert "1 captions missing: trained without caption" in found.report()
 
 
@@ -187,7 +187,7 @@ def test_class_tokens_stand_in_for_missing_captions_not_for_empty_ones(make_fold
     folder = make_folder("a", 3, captions=False)
     (folder / "00.txt").write_text("own")
     (folder / "01.txt").write_text(" \n\t")
-    found = surveyed(folder, class_tokens="sks dog")
+    found = scan_folder(folder, class_tokens="sks dog")
     assert captions(found) == {"00.png": "own", "01.png": "", "02.png": "sks dog"}
     assert "1 captions missing: class_tokens 'sks dog' is used" in found.report()
     assert "1 captions are empty" in found.report()
@@ -198,7 +198,7 @@ def test_encodings_and_several_lines_are_reported(make_folder):
     (folder / "00.txt").write_bytes("café".encode("latin-1"))
     (folder / "01.txt").write_bytes(b"\xef\xbb\xbfa cat")
     (folder / "02.txt").write_text("one\ntwo")
-    found = surveyed(folder)
+    found = scan_folder(folder)
     assert captions(found) == {"00.png": "café", "01.png": "a cat", "02.png": "one\ntwo"}
     assert "1 captions are not UTF-8" in found.report()
     assert "1 captions have several lines: the first is used" in found.report()
@@ -206,9 +206,9 @@ def test_encodings_and_several_lines_are_reported(make_folder):
 
 def test_no_captions_at_all_is_said_loudly(make_folder):
     folder = make_folder("a", 2, captions=False)
-    assert "WARNING: no captions at all and no class_tokens" in surveyed(folder).report()
-    assert "WARNING" not in surveyed(folder, class_tokens="a cat").report()
-    assert "WARNING" not in surveyed(folder, trigger_word="sks").report()
+    assert "WARNING: no captions at all and no class_tokens" in scan_folder(folder).report()
+    assert "WARNING" not in scan_folder(folder, class_tokens="a cat").report()
+    assert "WARNING" not in scan_folder(folder, trigger_word="sks").report()
 
 
 def test_metadata_files_come_before_sidecars_and_may_lie_in_any_folder(make_folder):
@@ -217,7 +217,7 @@ def test_metadata_files_come_before_sidecars_and_may_lie_in_any_folder(make_fold
     rows = [{"file_name": "00.png", "text": "from here"}, {"file_name": "gone.png", "text": "x"}]
     (folder / "train/metadata.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
     (folder / "metadata.csv").write_text("file_name,caption\n01.png,top\ntrain/01.png,below\n")
-    found = surveyed(folder)
+    found = scan_folder(folder)
     assert captions(found) == {
         "00.png": "picture 0, a tag, another tag",
         "01.png": "top",
@@ -226,7 +226,7 @@ def test_metadata_files_come_before_sidecars_and_may_lie_in_any_folder(make_fold
         "train/01.png": "below",
         "train/02.png": "picture 2, a tag, another tag",
     }
-    assert "1 entries of metadata.jsonl name no picture that is there: gone.png" in found.report()
+    assert "1 entries of metadata.jsonl name no image in the folder: gone.png" in found.report()
     assert "not read" not in found.report()
 
 
@@ -234,7 +234,7 @@ def test_the_metadata_file_asked_for_is_the_only_one(make_folder, tmp_path):
     folder = make_folder("a", 2)
     (folder / "metadata.csv").write_text("file_name,caption\n01.png,not this\n")
     (tmp_path / "mine.json").write_text(json.dumps({"00": {"caption": "a cat", "tags": "x"}}))
-    found = surveyed(folder, metadata_file=str(tmp_path / "mine.json"))
+    found = scan_folder(folder, metadata_file=str(tmp_path / "mine.json"))
     assert captions(found) == {"00.png": "a cat,x", "01.png": "picture 1, a tag, another tag"}
 
 
@@ -246,7 +246,7 @@ def test_alpha_as_mask(make_folder):
     image = Image.new("RGBA", (64, 48), (0, 0, 0, 255))
     image.paste((0, 0, 0, 0), (0, 0, 32, 48))
     image.save(folder / "01.png")
-    found = surveyed(folder, alpha_mask=True)
+    found = scan_folder(folder, alpha_mask=True)
     opaque, clear = found.images
     assert (opaque.has_alpha, clear.has_alpha, clear.mask_sha256) == (False, True, "alpha")
     view = next(
@@ -255,18 +255,18 @@ def test_alpha_as_mask(make_folder):
     mask = render_mask(clear, view)
     assert mask.shape == (64, 64) and mask[:, :20].max() == 0 and mask[:, 44:].min() == 255
     assert render_mask(opaque, view) is None
-    assert surveyed(folder).images[1].mask_sha256 is None
-    assert "1 pictures have transparency: the alpha weighs the loss" in found.report()
+    assert scan_folder(folder).images[1].mask_sha256 is None
+    assert "1 images have transparency: the alpha weighs the loss" in found.report()
 
 
-def test_masks_of_the_same_stem_are_cut_and_flipped_like_the_picture(make_folder):
+def test_masks_of_the_same_stem_are_cut_and_flipped_like_the_image(make_folder):
     folder = make_folder("a", 3)
     (folder / "masks").mkdir()
     for name, size in {"00.png": (64, 48), "01.jpg": (128, 96)}.items():
         mask = Image.new("L", size, 0)
         mask.paste(255, (0, 0, size[0] // 2, size[1]))
         mask.save(folder / "masks" / name)
-    found = surveyed(folder, conditioning_data_dir="masks", flip_aug=True)
+    found = scan_folder(folder, conditioning_data_dir="masks", flip_aug=True)
     assert [p.name for p in found.images] == ["00.png", "01.png"]
     assert reasons(found) == {"02.png": module.NO_MASK}
     for image, view in EpochSampler(found.images, plan(subset(folder, flip_aug=True)), seed=0).all_image_variants():
@@ -280,16 +280,16 @@ def test_masks_of_the_same_stem_are_cut_and_flipped_like_the_picture(make_folder
 def test_a_mask_of_another_shape_or_damaged_is_a_reason(make_folder):
     folder, masks = make_folder("a", 2), make_folder("m", 1, size=(64, 64), captions=False)
     (masks / "01.png").write_bytes(b"")
-    told = reasons(surveyed(folder, conditioning_data_dir=str(masks)))
-    assert told == {
-        "00.png": "its mask is 64×64, the picture 64×48: another shape",
+    skipped = reasons(scan_folder(folder, conditioning_data_dir=str(masks)))
+    assert skipped == {
+        "00.png": "its mask is 64×64, the image 64×48: another shape",
         "01.png": f"its mask 01.png: {decode.EMPTY}",
     }
 
 
 def test_a_missing_folder_of_masks_is_named(make_folder):
     with pytest.raises(DataError, match="conditioning_data_dir gone is not a folder"):
-        surveyed(make_folder("a", 1), conditioning_data_dir="gone")
+        scan_folder(make_folder("a", 1), conditioning_data_dir="gone")
 
 
 # ---- pixels
@@ -298,7 +298,7 @@ def test_a_missing_folder_of_masks_is_named(make_folder):
 def test_rendering_is_the_view_and_nothing_else(make_folder):
     folder = make_folder("a", 3)
     keys = {"flip_aug": True, "random_crop": True, "color_aug": True}
-    found = surveyed(folder, **keys)
+    found = scan_folder(folder, **keys)
     for image, view in EpochSampler(found.images, plan(subset(folder, **keys)), seed=0).all_image_variants():
         pixels = render(image.file, view, sha256=image.sha256)
         assert pixels.dtype == np.uint8 and pixels.shape == (64, 64, 3)
@@ -307,9 +307,9 @@ def test_rendering_is_the_view_and_nothing_else(make_folder):
         assert (render(image.file, replace(view, colour=None)) == turned[:, ::-1]).all()
 
 
-def test_a_picture_changed_since_the_scan_is_noticed(make_folder):
+def test_an_image_changed_since_the_scan_is_noticed(make_folder):
     folder = make_folder("a", 2)
-    found = surveyed(folder)
+    found = scan_folder(folder)
     image, view = next(EpochSampler(found.images, plan(subset(folder)), seed=0).all_image_variants())
     shutil.copy(folder / "01.png", folder / "00.png")
     with pytest.raises(UnusableImageError, match="changed while the job ran"):
@@ -386,7 +386,7 @@ def test_real_photographs(photographs):
         assert 5 < pixels.std() < 120
 
 
-def test_a_thousand_pictures_take_seconds_and_little_memory():
+def test_a_thousand_images_take_seconds_and_little_memory():
     command = [sys.executable, "-m", "bench.scan", "--pictures", "1000"]
     figures = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
     assert figures["used"] == 1000
@@ -406,7 +406,7 @@ if __name__ == "__main__":
 """
 
 
-def test_processes_that_read_pictures_end_with_a_trainer_that_is_killed(tmp_path, draw):
+def test_processes_that_read_images_end_with_a_trainer_that_is_killed(tmp_path, draw):
     program = tmp_path / "reading.py"
     program.write_text(READING)
     draw(64, 48).save(tmp_path / "a.png")

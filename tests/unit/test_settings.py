@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import random
 import re
@@ -18,7 +17,8 @@ from hypothesis import strategies as st
 
 from entrypoint.settings.checks import one_edit_apart
 from entrypoint.settings.read import help_env, read_settings
-from entrypoint.settings.variables import GROUPS, NAMES, ROWS, Secret, Settings
+from entrypoint.settings.row import Secret
+from entrypoint.settings.variables import NAMES, ROWS, SECTIONS, Settings, section_rows
 from trainer.spec.errors import SettingsError
 from trainer.spec.family import base_models
 
@@ -61,28 +61,37 @@ def test_the_list_of_variables_is_frozen():
     assert list(NAMES) == FROZEN.split()
 
 
-def test_a_field_is_called_like_its_variable():
-    for name, row in ROWS.items():
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_field_is_named_after_its_variable(section):
+    for name, row in section_rows(section).items():
         assert row.name.removeprefix("PARAMS_").lower() == name
 
 
-def test_every_group_begins_with_a_field_that_exists():
-    assert GROUPS.keys() <= ROWS.keys() and all(row.group for row in ROWS.values())
+def test_every_variable_belongs_to_one_section():
+    names = [row.name for section in SECTIONS for row in section_rows(section).values()]
+    assert names == [*ROWS]
+    assert len(names) == len(set(names))
 
 
-def test_every_default_has_the_type_of_its_field():
-    hints = typing.get_type_hints(Settings)
-    for name in ROWS:
-        value = getattr(read(), name)
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_default_has_the_type_of_its_field(section):
+    hints = typing.get_type_hints(SECTIONS[section])
+    values = getattr(read(), section)
+    for name in section_rows(section):
         allowed = typing.get_args(hints[name]) if "|" in str(hints[name]) else (hints[name],)
-        assert isinstance(value, tuple(typing.get_origin(a) or a for a in allowed)), name
+        assert isinstance(getattr(values, name), tuple(typing.get_origin(a) or a for a in allowed)), name
+
+
+def test_every_section_has_a_heading_in_help():
+    headings = re.findall(r"^\| \*\*(\w+)\*\* \|", help_env(), re.MULTILINE)
+    assert headings == ["model", "data", "training", "adapter", "engine", "output", "finish"]
 
 
 def test_help_lists_every_variable_with_its_default_and_its_meaning():
     table = help_env()
     for row in ROWS.values():
         line = next(line for line in table.splitlines() if line.startswith(f"| `{row.name}` |"))
-        assert row.means in line and (row.default or row.otherwise) in line
+        assert row.meaning in line and (row.default or row.if_unset) in line
     assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
@@ -92,10 +101,12 @@ def test_help_names_every_base_model():
 
 def test_the_defaults_of_the_existing_interface_are_kept():
     settings = read()
-    assert (settings.output_path, settings.hf_home) == (Path("/workspace/output"), Path("/workspace/hf"))
-    assert (settings.optimizer_type, settings.weight_decay, settings.learning_scheduler) == ("prodigy", 0.1, "constant")
-    assert (settings.network_alpha, settings.noise_offset) == (4.0, 0.1)  # the rank: see test_resume.py
-    assert (settings.max_epochs, settings.save_every_n_steps, settings.sample_every_n_steps) == (5, 100, 200)
+    assert (settings.output.output_path, settings.model.hf_home) == (Path("/workspace/output"), Path("/workspace/hf"))
+    training = settings.training
+    assert (training.optimizer_type, training.weight_decay, training.learning_scheduler) == ("prodigy", 0.1, "constant")
+    assert (training.noise_offset, training.max_epochs) == (0.1, 5)
+    assert settings.adapter.network_alpha == 4.0  # the rank: see test_resume.py
+    assert (settings.output.save_every_n_steps, settings.output.sample_every_n_steps) == (100, 200)
 
 
 # ---- values
@@ -103,25 +114,25 @@ def test_the_defaults_of_the_existing_interface_are_kept():
 
 @pytest.mark.parametrize("text", ["True", "1", "yes", "on", "TRUE", " true\r\n"])
 def test_true_has_many_names(text):
-    assert read(STRICT_DATASET=text).strict_dataset is True
+    assert read(STRICT_DATASET=text).data.strict_dataset is True
 
 
 @pytest.mark.parametrize("text", ["False", "0", "no", "off", "", "  ", "\r"])
 def test_false_has_many_names_and_empty_means_the_default(text):
-    assert read(STRICT_DATASET=text).strict_dataset is False
+    assert read(STRICT_DATASET=text).data.strict_dataset is False
 
 
 @pytest.mark.parametrize("text", ["auto", "AUTO", ""])
 def test_auto_is_left_to_the_plan(text):
     settings = read(PARAMS_COMPILE=text, PARAMS_PRECISION=text)
-    assert settings.compile is None and settings.precision == "auto"
+    assert settings.engine.compile is None and settings.engine.precision == "auto"
 
 
 @pytest.mark.parametrize(
     ("text", "value"), [("1e-4", 1e-4), (".5", 0.5), ("3", 3.0), ("+2.5E-3", 2.5e-3), (" 1\r", 1.0)]
 )
 def test_numbers_are_read_as_people_write_them(text, value):
-    assert read(PARAMS_LEARNING_RATE=text).learning_rate == value
+    assert read(PARAMS_LEARNING_RATE=text).training.learning_rate == value
 
 
 @pytest.mark.parametrize(
@@ -157,7 +168,7 @@ def test_what_is_out_of_range_is_refused_with_the_range(name, text):
 
 @pytest.mark.parametrize(("text", "value"), [("512", (512, 512)), ("640x384", (640, 384)), ("640 X 384", (640, 384))])
 def test_a_resolution_is_a_side_or_two(text, value):
-    assert read(PARAMS_RESOLUTION=text).resolution == value
+    assert read(PARAMS_RESOLUTION=text).data.resolution == value
 
 
 @pytest.mark.parametrize("text", ["512x", "x", "512x512x512", "-512", "512.0", "big"])
@@ -166,7 +177,7 @@ def test_anything_else_is_no_resolution(text):
 
 
 def test_choices_do_not_mind_capitals():
-    assert read(BASE_MODEL=BASE.upper(), PARAMS_OPTIMIZER_TYPE="AdamW").optimizer_type == "adamw"
+    assert read(BASE_MODEL=BASE.upper(), PARAMS_OPTIMIZER_TYPE="AdamW").training.optimizer_type == "adamw"
 
 
 def test_an_unknown_choice_is_refused_with_the_nearest_and_all():
@@ -180,7 +191,7 @@ def test_the_base_model_is_required():
 
 
 def test_paths_are_made_absolute():
-    assert read(OUTPUT_PATH="out").output_path == Path.cwd() / "out"
+    assert read(OUTPUT_PATH="out").output.output_path == Path.cwd() / "out"
 
 
 @pytest.mark.parametrize("text", ["../up", "a/b", ".hidden", "x" * 200, "new\nline", "$(touch x)"])
@@ -189,7 +200,7 @@ def test_an_output_name_is_the_name_of_a_file(text):
 
 
 def test_target_modules_are_separated_by_commas_or_spaces():
-    assert read(PARAMS_TARGET_MODULES="attn.to_q, attn.to_k,ff.net.2 ").target_modules == (
+    assert read(PARAMS_TARGET_MODULES="attn.to_q, attn.to_k,ff.net.2 ").adapter.target_modules == (
         "attn.to_q",
         "attn.to_k",
         "ff.net.2",
@@ -199,7 +210,7 @@ def test_target_modules_are_separated_by_commas_or_spaces():
 def test_optimizer_arguments_are_python_values():
     text = "betas=0.9,0.99 decouple=True 'eps=1e-8' beta3=None  use_speed=false"
     values = {"betas": [0.9, 0.99], "decouple": True, "eps": 1e-8, "beta3": None, "use_speed": False}
-    assert read(PARAMS_OPTIMIZER_ARGS=text).optimizer_args == values
+    assert read(PARAMS_OPTIMIZER_ARGS=text).training.optimizer_args == values
 
 
 @pytest.mark.parametrize(
@@ -287,14 +298,14 @@ def test_one_edit_is_what_the_textbook_says(a, b):
 def test_one_variable_may_carry_all_others():
     config = {"PARAMS_SEED": 7, "PARAMS_SPLIT_QKV": True, "PARAMS_LEARNING_RATE": 1e-5, "TRIGGER_WORD": None}
     settings = read(CONFIG_JSON=json.dumps({**config, "DATASET_CONFIG": {"datasets": []}}))
-    assert (settings.seed, settings.split_qkv, settings.learning_rate) == (7, True, 1e-5)
-    assert json.loads(settings.dataset_config or "") == {"datasets": []} and settings.trigger_word is None
+    assert (settings.training.seed, settings.adapter.split_qkv, settings.training.learning_rate) == (7, True, 1e-5)
+    assert json.loads(settings.data.dataset_config or "") == {"datasets": []} and settings.data.trigger_word is None
 
 
 def test_a_variable_set_by_itself_wins():
     config = json.dumps({"PARAMS_SEED": 7, "PARAMS_NETWORK_DIM": 8})
     settings = read(CONFIG_JSON=config, PARAMS_SEED="1", PARAMS_NETWORK_DIM="")
-    assert (settings.seed, settings.network_dim) == (1, 8)
+    assert (settings.training.seed, settings.adapter.network_dim) == (1, 8)
 
 
 @pytest.mark.parametrize(
@@ -313,7 +324,7 @@ def test_unknown_names_in_it_are_refused(name):
 
 
 def test_a_secret_shows_itself_only_when_asked_to():
-    secret = read(HF_TOKEN="hf_canary123").hf_token
+    secret = read(HF_TOKEN="hf_canary123").model.hf_token
     assert secret is not None and secret.reveal() == "hf_canary123"
     assert (repr(secret), str(secret), f"{secret}") == ("***",) * 3 and secret == Secret("hf_canary123")
 
@@ -323,7 +334,7 @@ def test_the_token_has_four_forms(tmp_path):
     file.write_text("hf_canary123\n")
     forms: list[dict[str, str]] = [{"HF_TOKEN": "hf_canary123"}, {"HUGGING_FACE_HUB_TOKEN": "hf_canary123"}]
     forms += [{"HF_TOKEN_FILE": str(file)}, {"CONFIG_JSON": '{"HF_TOKEN": "hf_canary123"}'}]
-    assert [read(**form).hf_token for form in forms] == [Secret("hf_canary123")] * 4
+    assert [read(**form).model.hf_token for form in forms] == [Secret("hf_canary123")] * 4
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff\xfe\x00"])
@@ -378,7 +389,8 @@ def outcome(variables: dict[str, str]) -> Any:
     except SettingsError as problem:
         assert str(problem).isprintable() or "\n  - " in str(problem)
         return
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        assert not isinstance(value, float) or abs(value) < 1e9
-        json.dumps(str(value)).encode()
+    for section in SECTIONS:
+        for field in section_rows(section):
+            value = getattr(getattr(settings, section), field)
+            assert not isinstance(value, float) or abs(value) < 1e9
+            json.dumps(str(value)).encode()

@@ -129,26 +129,26 @@ def spread(gpus, each):
 
 @pytest.mark.parametrize(("then", "now"), [((2, 1), (1, 2)), ((4, 1), (2, 2)), ((1, 6), (3, 2)), ((2, 3), (2, 3))])
 def test_another_number_of_gpus_goes_on_where_a_step_has_as_many_batches(then, now):
-    assert resumes_state(spread(*now), spread(*then).essence(), step=1, own=True)
+    assert resumes_state(spread(*now), spread(*then).essence(), step=1, in_output=True)
 
 
 def test_a_run_of_before_there_were_several_gpus_goes_on():
     begun = spread(1, 1).essence()
     del begun["engine.num_gpus"]
-    assert resumes_state(spread(1, 1), begun, step=1, own=True)
+    assert resumes_state(spread(1, 1), begun, step=1, in_output=True)
 
 
 def test_a_run_of_before_attention_was_neutral_goes_on():
     made, begun = spread(1, 1), {**spread(1, 1).essence(), "engine.attention": "native"}
     other = dataclasses.replace(made, engine=dataclasses.replace(made.engine, attention="flash_4"))
-    assert resumes_state(made, begun, step=1, own=True) and resumes_state(other, begun, step=1, own=False)
+    assert resumes_state(made, begun, step=1, in_output=True) and resumes_state(other, begun, step=1, in_output=False)
 
 
 def test_another_number_of_gpus_is_refused_by_name_where_a_step_would_have_other_batches():
     with pytest.raises(SettingsError, match=r"engine\.num_gpus: 2 → 4"):
-        resumes_state(spread(4, 1), spread(2, 1).essence(), step=1, own=True)
+        resumes_state(spread(4, 1), spread(2, 1).essence(), step=1, in_output=True)
     with pytest.raises(SettingsError, match=r"engine\.num_gpus: 2 → 1\n  train\.gradient_accumulation: 1 → 3"):
-        resumes_state(spread(1, 3), spread(2, 1).essence(), step=1, own=False)
+        resumes_state(spread(1, 3), spread(2, 1).essence(), step=1, in_output=False)
 
 
 def test_a_field_that_is_not_there_is_absent():

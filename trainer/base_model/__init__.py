@@ -1,6 +1,11 @@
 """Single-file checkpoints (ComfyUI, Forge, original releases) become a folder in diffusers' layout.
 
-Read `single_file`, then `lazy_tensors`: tensors that are read from disk only when they are written.
+Users have one file with the denoiser, or with all parts of a model, under the names of the original release. A job
+reads folders in the layout of diffusers. So each part is converted once, into the cache, and a folder of links puts
+the parts together.
+
+Read `single_file`, then `lazy_tensors`: tensors that are read from disk only when they are written, so that a file of
+24 GB is converted in the memory of a few tensors.
 
 Imports `trainer.spec` and `trainer.storage`.
 """

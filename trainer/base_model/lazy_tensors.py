@@ -1,7 +1,8 @@
-"""Tensors that are only read when they are written: a model is taken apart and put together without holding it.
+"""Tensors that are read only when they are written: a model is taken apart and put together without holding it.
 
-Functions written for whole state dicts, like diffusers' conversions of single files, work on `LazyTensor`s. Each one
-remembers what was done to it, and does that when its time comes, to one tensor of the mapped file.
+Functions written for whole state dicts, such as diffusers' conversions of single files, work on `LazyTensor`s. Each
+one records the operations on it, and computes them when it is written, from the mapped file, one tensor at a time.
+A model of 24 GB would otherwise need 24 GB of the host's memory, and some hosts of large GPUs have less.
 """
 
 from __future__ import annotations
@@ -17,75 +18,89 @@ from torch.utils._pytree import tree_map_only
 
 from trainer.storage import safetensors_writer
 
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-SCALES = (".scale_weight", ".weight_scale")  # of a layer in files with scaled fp8
-MARKS = (*SCALES, ".scale_input", ".input_scale", ".comfy_quant")
-WEIGHTS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32)
-DTYPE_NAMES = {dtype: safetensors_writer.DTYPES[dtype] for dtype in WEIGHTS}  # of dtypes, in a header
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+SCALE_SUFFIXES = (".scale_weight", ".weight_scale")  # of a layer in files with scaled fp8 (ComfyUI)
+# Tensors that say how a layer is quantised, and are no weights.
+QUANTISATION_SUFFIXES = (*SCALE_SUFFIXES, ".scale_input", ".input_scale", ".comfy_quant")
+WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32)
+DTYPE_NAMES = {dtype: safetensors_writer.DTYPES[dtype] for dtype in WEIGHT_DTYPES}  # in a header
 
 
 class LazyTensor(torch.Tensor):
-    """A tensor whose content is made by `read`; its shape and dtype are known."""
+    """A tensor whose shape and dtype are known, and whose content `read` makes."""
 
-    like: torch.Tensor  # on the device "meta"
+    like: torch.Tensor  # the same shape and dtype on the device "meta"
     read: Callable[[], torch.Tensor]
 
     @staticmethod
     def __new__(cls, like: torch.Tensor, read: Callable[[], torch.Tensor]) -> LazyTensor:
-        made: LazyTensor = torch.Tensor._make_wrapper_subclass(
+        lazy: LazyTensor = torch.Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=torch.device("cpu")
         )
-        made.like, made.read = like, read
-        return made
+        lazy.like = like
+        lazy.read = read
+        return lazy
 
     def __init__(self, like: torch.Tensor, read: Callable[[], torch.Tensor]) -> None:
-        """All is done in __new__."""
+        """Everything is done in __new__, which torch's wrapper subclasses need."""
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares it with *args and **kwargs
         cls, func: Any, _types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        given = (args, kwargs or {})
-        positional, named = tree_map_only(LazyTensor, lambda s: s.like, given)
+        """Run `func` on meta tensors for the shapes, and record it for `read`."""
+        arguments = (args, kwargs or {})
+        positional, named = tree_map_only(LazyTensor, lambda lazy: lazy.like, arguments)
         like = func(*positional, **named)
 
         def read() -> Any:
-            positional, named = tree_map_only(LazyTensor, lambda s: s.read(), given)
+            positional, named = tree_map_only(LazyTensor, lambda lazy: lazy.read(), arguments)
             return func(*positional, **named)
 
         if isinstance(like, torch.Tensor):
             return LazyTensor(like, read)
-        return [LazyTensor(one, partial(_piece, read, i)) for i, one in enumerate(like)]
+        return [LazyTensor(part, partial(_read_part, read, i)) for i, part in enumerate(like)]  # chunk, split
 
 
-def _piece(read: Callable[[], Any], i: int) -> torch.Tensor:
-    """Copied, so that the whole is gone as soon as its piece is there."""
-    piece: torch.Tensor = read()[i].clone()
-    return piece
+def _read_part(read: Callable[[], Any], i: int) -> torch.Tensor:
+    """Copied, so that the whole tensor is freed as soon as its part is read."""
+    part: torch.Tensor = read()[i].clone()
+    return part
 
 
 def load_file(path: Path, prefix: str) -> dict[str, torch.Tensor]:
-    """Stand-ins for the tensors of a safetensors file whose names begin with `prefix`, which is removed.
+    """Lazy tensors of a safetensors file whose names begin with `prefix`, which is removed.
 
-    fp8 weights become bf16, times their scale where the file has one. Raises ValueError for what cannot be read so.
+    fp8 weights become bf16, times their scale where the file has one. Raises ValueError for a damaged file, and for
+    other kinds of quantisation.
     """
+    tensors: dict[str, torch.Tensor] = {}
     try:
         with safe_open(path, framework="pt") as file:
-            names = [n for n in file.keys() if n.startswith(prefix)]  # noqa: SIM118 (it is no dictionary)
-            weights = [n for n in names if not n.endswith(MARKS) and n.removeprefix(prefix) != "scaled_fp8"]
-            return {n.removeprefix(prefix): _of_tensor(path, file, n, scale=_scale(n, names)) for n in weights}
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (it is no dictionary)
+            for name in names:
+                short = name.removeprefix(prefix)
+                if not name.endswith(QUANTISATION_SUFFIXES) and short != "scaled_fp8":
+                    tensors[short] = _load_tensor(path, file, name, scale=_scale_name(name, names))
     except SafetensorError as problem:
         raise ValueError(f"it cannot be read ({problem})") from problem
+    return tensors
 
 
-def _scale(name: str, names: list[str]) -> str | None:
+def _scale_name(name: str, names: list[str]) -> str | None:
+    """The name of the scale of the weight `name`; None if it has none."""
     layer = name.removesuffix(".weight")
-    return next((f"{layer}{end}" for end in SCALES if name != layer and f"{layer}{end}" in names), None)
+    if layer == name:
+        return None
+    for suffix in SCALE_SUFFIXES:
+        if f"{layer}{suffix}" in names:
+            return f"{layer}{suffix}"
+    return None
 
 
-def _of_tensor(path: Path, file: Any, name: str, *, scale: str | None) -> LazyTensor:
+def _load_tensor(path: Path, file: Any, name: str, *, scale: str | None) -> LazyTensor:
     stored = file.get_tensor(name).to("meta")  # its bytes are mapped, not read
-    is_fp8 = stored.dtype in FP8
+    is_fp8 = stored.dtype in FP8_DTYPES
     if scale and not (is_fp8 and file.get_slice(scale).get_shape() in ([], [1])):
         raise ValueError(f"{name} is quantised in a way that is not read here: take the bf16, fp16 or fp8 file")
 
@@ -101,21 +116,21 @@ def _of_tensor(path: Path, file: Any, name: str, *, scale: str | None) -> LazyTe
 
 def write_file(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write a safetensors file, one tensor after the other. Raises ValueError for a dtype that no weight has."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    place = 0
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
+    begin = 0
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPE_NAMES:
             raise ValueError(f"{name} is {tensor.dtype}, which is not a format of weights")
-        end = place + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, end]}
-        place = end
+        end = begin + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begin = end
     with path.open("wb") as file:
-        file.write(safetensors_writer.encode_header(header))
+        file.write(safetensors_writer.encode_header(entries))
         for tensor in tensors.values():
             _append(file, tensor)
 
 
 def _append(file: BinaryIO, tensor: torch.Tensor) -> None:
-    """A function of its own, so that no tensor is there while the next one is read."""
+    """A function of its own, so that a tensor is freed before the next one is read."""
     content = tensor.read() if isinstance(tensor, LazyTensor) else tensor
     content.contiguous().flatten().view(torch.uint8).numpy().tofile(file)

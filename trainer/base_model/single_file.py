@@ -1,4 +1,10 @@
-"""Single files → a model's folder in diffusers layout, in the cache: each part is converted once, tensor by tensor."""
+"""Single files → a model's folder in diffusers' layout, in the cache: each part is converted once, tensor by tensor.
+
+CACHE_PATH/weights/KEY holds one converted part; CACHE_PATH/models/KEY is a whole model of links to parts. Both keys
+are digests of everything that decides the content, so jobs share them and nothing in them is ever out of date.
+
+A part is a key of `Family.FACTS.parts`: denoiser, vae, clip_l, clip_g, t5.
+"""
 
 from __future__ import annotations
 
@@ -21,103 +27,131 @@ from trainer.storage import atomic, digests, safetensors_header
 from trainer.storage.locks import locked
 
 log = logging.getLogger(__name__)
-VERSION = 1  # of the conversion: another one makes the files anew
-FILES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
-FP16_VARIANT = ".fp16"
+VERSION = 1  # of the conversion; a change of it converts all files again
+WEIGHT_FILES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
+FP16_VARIANT = ".fp16"  # in the names of copies in 16 bits: diffusers' `variant`
 State = dict[str, torch.Tensor]
 
 
 def convert_single_files(model: ModelPlan, cache: Path) -> Path:
     """The folder of the whole model: `model.path` itself, or links to its files and to what `model.parts` name instead.
 
-    Raises SettingsError for a file that is not what the base model needs, StorageError.
+    Raises SettingsError for a file that is not what the base model needs, StorageError where the cache fails.
     """
     source = Path(model.path)
-    if not model.parts and not any(_halves(folder) for folder in source.iterdir()):
+    if not model.parts and not any(_has_fp16_only(folder) for folder in source.iterdir()):
         return source
-    kind = get_family(model.family)
-    places = kind.FACTS.parts
+    part_folders = get_family(model.family).FACTS.parts
     with locked(cache / "models", lambda: log.info("Another job converts weights: waiting for it.")):
         try:
-            own = {places[part]: _part(part, path, model, cache=cache) for part, path in model.parts.items()}
-            names = {f.name: f for f in source.iterdir()} | own
-            key = digests.digest([VERSION, *((n, str(f)) for n, f in sorted(names.items()))])
+            places: dict[str, Path | None] = {entry.name: entry for entry in source.iterdir()}
+            for part, path in model.parts.items():
+                places[part_folders[part]] = _convert_part(part, path, model, cache=cache)
+            listed = [(name, str(place)) for name, place in sorted(places.items())]
+            key = digests.digest([VERSION, *listed])
             folder = cache / "models" / key[:32]
-            for place, target in ((place, folder / name) for name, place in names.items() if place is not None):
-                _link(place, target)
-            for link in [p for p in folder.rglob("*") if p.is_symlink() and not p.exists()]:
-                link.unlink()
-            _schedule(folder / "scheduler" / "scheduler_config.json", model.parts.get("denoiser", ""))
+            for name, place in places.items():
+                if place is not None:
+                    _link(place, folder / name)
+            _remove_dead_links(folder)
+            _write_schedule(folder / "scheduler" / "scheduler_config.json", model.parts.get("denoiser", ""))
         except OSError as problem:
             raise StorageError(f"CACHE_PATH {cache}: {problem.strerror or problem}.") from problem
     return folder
 
 
-def _schedule(config: Path, denoiser: str) -> None:
-    """What single files say of how they were trained, by tensors that nothing computes with (as ComfyUI reads them).
+def _write_schedule(config: Path, denoiser: str) -> None:
+    """Set the prediction type that a single file was trained with, in the model's scheduler.
 
-    Raises SettingsError for noise levels that are not trained here.
+    Such files carry empty tensors as marks, which ComfyUI reads (comfy/supported_models.py). Raises SettingsError for
+    noise levels that are not trained here.
     """
     if not Path(denoiser).is_file():
         return
-    marks = safetensors_header.read_header(Path(denoiser)).entries.keys()
-    if marks & {"edm_vpred.sigma_max", "edm_mean"}:
+    names = safetensors_header.read_header(Path(denoiser)).entries.keys()
+    if names & {"edm_vpred.sigma_max", "edm_mean"}:
         raise SettingsError(f"{denoiser} was trained with the noise levels of EDM, which Kiln does not train with.")
-    if "v_pred" not in marks:
+    if "v_pred" not in names:
         return
-    said = {"prediction_type": "v_prediction", **({"rescale_betas_zero_snr": True} if "ztsnr" in marks else {})}
-    before = _plain(config)
-    if before != before | said:
-        atomic.write_text(config, json.dumps(before | said, indent=2))
-        log.info("%s says of itself: %s.", denoiser, ", ".join(f"{k} {v}" for k, v in said.items()))
+    marks: dict[str, Any] = {"prediction_type": "v_prediction"}
+    if "ztsnr" in names:
+        marks["rescale_betas_zero_snr"] = True
+    before = _read_config(config)
+    after = before | marks
+    if before != after:
+        atomic.write_text(config, json.dumps(after, indent=2))
+        log.info(
+            "%s is marked as trained with %s.", denoiser, ", ".join(f"{key} {value}" for key, value in marks.items())
+        )
 
 
-def _halves(folder: Path) -> bool:
+def _has_fp16_only(folder: Path) -> bool:
     """Whether the only weights in `folder` are copies in 16 bits (model.fp16.safetensors)."""
-    names = [p.name for p in folder.glob("*.safetensors")] if folder.is_dir() else []
+    if not folder.is_dir():
+        return False
+    names = [path.name for path in folder.glob("*.safetensors")]
     return bool(names) and all(FP16_VARIANT in name for name in names)
 
 
+def _remove_dead_links(folder: Path) -> None:
+    for path in list(folder.rglob("*")):
+        if path.is_symlink() and not path.exists():
+            path.unlink()
+
+
 def _link(place: Path, target: Path) -> None:
-    """A file as a link; a folder as a folder of links, since patterns do not look behind links to folders.
+    """A file as a link; a folder as a folder of links, since glob patterns do not follow links to folders.
 
-    Where copies in 16 bits are all that there is, they get the names of full weights.
+    Copies in 16 bits get the names of full weights where there are no others: diffusers then finds them.
     """
-    halves = _halves(place)
-    for file in [place] if place.is_file() else [p for p in place.rglob("*") if p.is_file()]:
-        link = target / file.relative_to(place) if place.is_dir() else target
-        if halves:
-            link = link.with_name(link.name.replace(FP16_VARIANT, ""))
-        if link.exists():  # as another run has left it, or is using it
-            continue
-        if halves and link.name.endswith(".index.json"):  # it names the shards
-            atomic.write_text(link, file.read_text(encoding="utf-8").replace(FP16_VARIANT, ""))
-            continue
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)  # it has lost its end
-        try:
-            link.symlink_to(file.resolve())
-        except OSError:  # a volume without links
-            shutil.copyfile(file, link)
+    if place.is_file():
+        _link_file(place, target, is_fp16=False)
+        return
+    is_fp16 = _has_fp16_only(place)
+    for file in list(place.rglob("*")):
+        if file.is_file():
+            _link_file(file, target / file.relative_to(place), is_fp16=is_fp16)
 
 
-def _part(part: str, path: str, model: ModelPlan, *, cache: Path) -> Path | None:
-    """The folder of one part: as it is, or converted from a file. None: the model goes without it."""
-    if not path or Path(path).is_dir():
-        return Path(path) if path else None
-    kind, source = get_family(model.family), Path(model.path)
-    config = source / kind.FACTS.parts[part] / "config.json"
-    library, name = json.loads((source / "model_index.json").read_text(encoding="utf-8"))[kind.FACTS.parts[part]]
-    key = digests.digest([VERSION, part, name, digests.file_digest(Path(path)), config.read_text(encoding="utf-8")])
+def _link_file(file: Path, link: Path, *, is_fp16: bool) -> None:
+    if is_fp16:
+        link = link.with_name(link.name.replace(FP16_VARIANT, ""))
+    if link.exists():  # another run made it, and may be using it
+        return
+    if is_fp16 and link.name.endswith(".index.json"):  # it names the shards
+        atomic.write_text(link, file.read_text(encoding="utf-8").replace(FP16_VARIANT, ""))
+        return
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)  # a link to a file that is gone
+    try:
+        link.symlink_to(file.resolve())
+    except OSError:  # a volume without links
+        shutil.copyfile(file, link)
+
+
+def _convert_part(part: str, path: str, model: ModelPlan, *, cache: Path) -> Path | None:
+    """The folder of one part: as it is, or converted from a file. None: the model does without the part."""
+    if not path:
+        return None
+    if Path(path).is_dir():
+        return Path(path)
+    family = get_family(model.family)
+    source = Path(model.path)
+    part_folder = family.FACTS.parts[part]
+    config = source / part_folder / "config.json"
+    library, class_name = json.loads((source / "model_index.json").read_text(encoding="utf-8"))[part_folder]
+    config_text = config.read_text(encoding="utf-8")
+    key = digests.digest([VERSION, part, class_name, digests.file_digest(Path(path)), config_text])
     folder = cache / "weights" / key[:32]
     if (folder / "config.json").is_file():  # written last
         return folder
     started = time.monotonic()
     try:
-        shape = empty_model(library, name, config.parent)
-        state = _fitted(_converted(part, Path(path), kind, config=_plain(config)), shape, part=part)
-        with atomic.replacing(folder / FILES[library]) as temporary:
-            lazy_tensors.write_file(temporary, state)
+        skeleton = empty_model(library, class_name, config.parent)
+        state = _load_state(part, Path(path), family, config=_read_config(config))
+        fitted = _fit(state, skeleton, part=part)
+        with atomic.replacing(folder / WEIGHT_FILES[library]) as temporary:
+            lazy_tensors.write_file(temporary, fitted)
     except ValueError as problem:
         raise SettingsError(
             f"{path} cannot be the {part} of BASE_MODEL={model.base}: {problem}. Name the base model that the file was "
@@ -128,72 +162,83 @@ def _part(part: str, path: str, model: ModelPlan, *, cache: Path) -> Path | None
     return folder
 
 
-def _plain(config: Path) -> dict[str, Any]:
+def _read_config(config: Path) -> dict[str, Any]:
     return dict(json.loads(config.read_text(encoding="utf-8")))
 
 
-def empty_model(library: str, name: str, folder: Path) -> torch.nn.Module:
-    """The part's model on the device "meta": names and shapes without weights."""
-    if library not in FILES:
-        raise ValueError(f"model_index.json names {library}, which is neither of {', '.join(FILES)}")
-    kind: Any = getattr(importlib.import_module(library), name)
+def empty_model(library: str, class_name: str, folder: Path) -> torch.nn.Module:
+    """A part's model on the device "meta": names and shapes without weights. `folder` has its config.json."""
+    if library not in WEIGHT_FILES:
+        raise ValueError(f"model_index.json names {library}, which is neither of {', '.join(WEIGHT_FILES)}")
+    model_class: Any = getattr(importlib.import_module(library), class_name)
     with torch.device("meta"):
+        model: torch.nn.Module
         if library == "diffusers":
-            made: torch.nn.Module = kind.from_config(kind.load_config(folder))
+            model = model_class.from_config(model_class.load_config(folder))
         else:
-            made = kind(kind.config_class.from_pretrained(folder))
-    return made
+            model = model_class(model_class.config_class.from_pretrained(folder))
+    return model
 
 
-def _converted(part: str, path: Path, kind: Family, *, config: dict[str, Any]) -> State:
-    """The tensors of `part`, as stand-ins, under diffusers' and transformers' names."""
-    # A file with several parts has prefixes; that of one part alone often has none.
-    found = [state for prefix in PREFIXES[part] if (state := lazy_tensors.load_file(path, prefix))]
-    state = found[0] if found else lazy_tensors.load_file(path, "")
-    if part == "denoiser" and kind.FACTS.landmarks[0] in state:
-        return _tried(lambda: kind.from_original(state, config))
+def _load_state(part: str, path: Path, family: Family, *, config: dict[str, Any]) -> State:
+    """The tensors of `part`, lazily, under the names that diffusers and transformers give them."""
+    state: State = {}
+    for prefix in PREFIXES[part]:  # of a file with several parts; one with a single part often has none
+        state = lazy_tensors.load_file(path, prefix)
+        if state:
+            break
+    if not state:
+        state = lazy_tensors.load_file(path, "")
+    if part == "denoiser" and family.FACTS.landmarks[0] in state:
+        return _convert(lambda: family.from_original(state, config))
     if part == "vae" and "decoder.conv_norm_out.weight" not in state:
-        from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+        from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint  # slow to import
 
-        return _tried(lambda: dict(convert_ldm_vae_checkpoint(state, config)))
+        return _convert(lambda: dict(convert_ldm_vae_checkpoint(state, config)))
     if part == "clip_g" and {"transformer.resblocks.0.ln_1.weight", "text_projection"} <= state.keys():
-        from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
+        from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint  # slow to import
 
-        return _tried(lambda: dict(convert_open_clip_checkpoint(None, state, prefix="")))
+        return _convert(lambda: dict(convert_open_clip_checkpoint(None, state, prefix="")))
     return state
 
 
-def _tried(convert: Callable[[], State]) -> State:
+def _convert(function: Callable[[], State]) -> State:
+    """The result of a conversion. Raises ValueError where it fails: the file is of another model."""
     try:
-        return convert()
+        return function()
     except KeyError as problem:
         raise ValueError(f"it has no tensor {problem.args[0]}") from problem
     except (RuntimeError, IndexError) as problem:
         raise ValueError(str(problem).splitlines()[0]) from problem
 
 
-def _fitted(state: State, shape: torch.nn.Module, *, part: str) -> State:
-    """`state` as `shape` names it. Raises ValueError for what is missing, of another shape, or (denoisers) too much."""
-    flat = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
-    if part == "clip_l":  # with no projection of its own, as every tool reads it: what is pooled stays as it is
-        flat.pop("text_projection.weight", None)
-    shared: dict[str, str] = getattr(shape, "all_tied_weights_keys", {})
-    expected = {n: t for n, t in shape.state_dict().items() if n not in shared}
+def _fit(state: State, model: torch.nn.Module, *, part: str) -> State:
+    """`state` under the names of `model`.
+
+    Raises ValueError for tensors that are missing, have another shape, or (in a denoiser) belong to no layer.
+    """
+    rest = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
+    if part == "clip_l":
+        # Every tool reads CLIP-L from single files without its own projection: the identity takes its place.
+        rest.pop("text_projection.weight", None)
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     fitted: State = {}
     for name, tensor in expected.items():
-        plain = name.removeprefix("text_model.")
-        if part == "clip_l" and plain == "text_projection.weight":
-            flat[plain] = torch.eye(*tensor.shape, dtype=torch.float16)
-        if plain in flat:
-            fitted[name] = flat.pop(plain)
-    wrong = [
-        f"{n} has the shape {[*fitted[n].shape]} and not {[*expected[n].shape]}"
-        for n in fitted
-        if fitted[n].shape != expected[n].shape
-    ]
-    missing = [f"{n} is missing" for n in expected if n not in fitted]
-    extra = [f"{n} is not of this model" for n in flat if part == "denoiser"]
-    problems = [*wrong, *missing, *extra]
+        short = name.removeprefix("text_model.")
+        if part == "clip_l" and short == "text_projection.weight":
+            rest[short] = torch.eye(*tensor.shape, dtype=torch.float16)
+        if short in rest:
+            fitted[name] = rest.pop(short)
+    problems = []
+    for name, tensor in fitted.items():
+        if tensor.shape != expected[name].shape:
+            problems.append(f"{name} has the shape {[*tensor.shape]} and not {[*expected[name].shape]}")
+    for name in expected:
+        if name not in fitted:
+            problems.append(f"{name} is missing")
+    if part == "denoiser":
+        problems += [f"{name} is not of this model" for name in rest]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise ValueError("; ".join(problems[:3]) + more)

@@ -1,4 +1,7 @@
-"""From cached latents and embeddings to micro-batches on the device."""
+"""From cached latents and embeddings to micro-batches on the device.
+
+Letters: B images of a micro-batch, C channels of the latents, H × W the latents' size.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from typing import TypeVar, cast
 import torch
 
 from trainer.data import cache as caching
-from trainer.data.cache import Cache
+from trainer.data.cache import Cache, Item
 from trainer.data.epochs import Batch, Example
 
 T = TypeVar("T")
@@ -20,39 +23,35 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Pictures of one size, as the cache has them. `moments`: mean and standard deviation of the latents.
+    """Images of one size that go through the denoiser together, as the cache has them."""
 
-    `geometry`, in pixels: height and width of the original picture; top and left of the cut in the scaled picture;
-    height and width of the cut.
-    """
-
-    moments_B2CHW: torch.Tensor
-    text: dict[str, torch.Tensor]
-    geometry_B6: torch.Tensor
-    mask_B1HW: torch.Tensor | None
-    weight_B: torch.Tensor
+    moments_B2CHW: torch.Tensor  # mean and standard deviation of the latents, from which each step draws anew
+    text: dict[str, torch.Tensor]  # embeddings, under the family's names; the first dimension is B
+    geometry_B6: torch.Tensor  # see `geometry`
+    mask_B1HW: torch.Tensor | None  # weight of the loss at each latent, 0..1
+    weight_B: torch.Tensor  # weight of each image's loss
     names: tuple[str, ...]
-    captions: tuple[str, ...] = ()  # as the text encoders get them, where some of these train
+    captions: tuple[str, ...] = ()  # for text encoders that are trained, which encode them in every step
 
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
-        """With every tensor changed."""
+        """A copy with every tensor changed."""
         return dataclasses.replace(
             self,
             moments_B2CHW=change(self.moments_B2CHW),
-            text={k: change(v) for k, v in self.text.items()},
+            text={name: change(tensor) for name, tensor in self.text.items()},
             geometry_B6=change(self.geometry_B6),
             mask_B1HW=None if self.mask_B1HW is None else change(self.mask_B1HW),
             weight_B=change(self.weight_B),
         )
 
     def to(self, device: str) -> MicroBatch:
-        """Begins copies from memory that is pinned, and waits for others."""
-        return self.each(lambda t: t.to(device, non_blocking=True))
+        """On `device`. Copies from pinned memory are only started, as the stream orders them; others are awaited."""
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def part(self, rows: slice) -> MicroBatch:
-        """Some of the pictures."""
-        some = self.each(lambda t: t[rows])
-        return dataclasses.replace(some, names=self.names[rows], captions=self.captions[rows])
+        """Some of the images."""
+        part = self.each(lambda tensor: tensor[rows])
+        return dataclasses.replace(part, names=self.names[rows], captions=self.captions[rows])
 
 
 def prefetched(items: Iterator[T], depth: int = 2) -> Iterator[T]:
@@ -66,26 +65,42 @@ def prefetched(items: Iterator[T], depth: int = 2) -> Iterator[T]:
 
 
 def micro_batch(cache: Cache, batch: Batch) -> MicroBatch:
-    """Read one batch from the cache."""
-    images = [caching.load(cache.image_path(e.image, e.view)) for e in batch]
-    texts = [caching.load(cache.text_path(e.caption)) for e in batch]
-    mask = None
-    if any("mask" in i for i in images):
-        ones = torch.ones(1, *images[0]["moments"].shape[-2:])
-        mask = torch.stack([i.get("mask", ones) for i in images])
+    """Read one batch from the cache. An image without a mask, among images with one, is trained everywhere."""
+    images: list[Item] = []
+    texts: list[Item] = []
+    for example in batch:
+        images.append(caching.load(cache.image_path(example.image, example.view)))
+        texts.append(caching.load(cache.text_path(example.caption)))
+    mask_B1HW = None
+    if any("mask" in image for image in images):
+        ones_1HW = torch.ones(1, *images[0]["moments"].shape[-2:])
+        mask_B1HW = torch.stack([image.get("mask", ones_1HW) for image in images])
     return MicroBatch(
-        moments_B2CHW=torch.stack([i["moments"] for i in images]),
-        text={key: torch.stack([t[key] for t in texts]) for key in texts[0]},
-        geometry_B6=torch.tensor([geometry(e) for e in batch], dtype=torch.float32),
-        mask_B1HW=mask,
-        weight_B=torch.tensor([e.weight for e in batch]),
-        names=tuple(e.image.name for e in batch),
-        captions=tuple(e.caption for e in batch),
+        moments_B2CHW=_stack(images, "moments"),
+        text={name: _stack(texts, name) for name in texts[0]},
+        geometry_B6=torch.tensor([geometry(example) for example in batch], dtype=torch.float32),
+        mask_B1HW=mask_B1HW,
+        weight_B=torch.tensor([example.weight for example in batch]),
+        names=tuple(example.image.name for example in batch),
+        captions=tuple(example.caption for example in batch),
     )
 
 
+def _stack(items: list[Item], name: str) -> torch.Tensor:
+    """One tensor of every item, along a new first dimension B."""
+    return torch.stack([item[name] for item in items])
+
+
 def geometry(example: Example) -> tuple[int, int, int, int, int, int]:
-    """See `loop.MicroBatch`. A flipped picture is cut after it is flipped, as sd-scripts counts too."""
-    image, view = example.image, example.view
-    left = view.scaled[0] - view.size[0] - view.offset[0] if view.flip else view.offset[0]
-    return image.height, image.width, view.offset[1], left, view.size[1], view.size[0]
+    """SDXL's size conditioning ([2307.01952](https://arxiv.org/abs/2307.01952)), in pixels.
+
+    Height and width of the original image; top and left of the crop in the scaled image; height and width of the crop.
+    The crop of a flipped image is counted after the flip, as in sd-scripts.
+    """
+    image = example.image
+    view = example.view
+    left, top = view.offset
+    width, height = view.size
+    if view.flip:
+        left = view.scaled[0] - width - left
+    return image.height, image.width, top, left, height, width

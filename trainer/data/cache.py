@@ -1,15 +1,18 @@
 """Latents and text embeddings, encoded once and kept on the volume.
 
-One safetensors file an item, named by the SHA-256 of all that decides its content: the picture's bytes and how it is
-cut, or the caption; and the weights that encode it. Written atomically, so two runs may share a cache; an item that is
-not what was written is encoded again. Memory does not grow with the number of pictures.
+Each item is one safetensors file, named by the SHA-256 of everything that decides its content: the image's bytes and
+its view, or the caption; and the weights of the encoder. So nothing in the cache is ever out of date, and jobs may
+share a cache: files are written atomically. An item whose bytes are not what was written is encoded again. Memory does
+not grow with the number of images.
+
+Letters: B images, H × W pixels, h × w latents, C channels of the latents.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,65 +28,83 @@ from trainer.data.records import ImageRecord, View
 from trainer.data.render import render, render_mask
 from trainer.storage import atomic, digests
 
-VERSION = 1
+VERSION = 1  # of the files' content; a change of it encodes everything again
 Item = dict[str, torch.Tensor]
+Variant = tuple[ImageRecord, View]
+Pixels = tuple[np.ndarray, np.ndarray | None]  # (H, W, 3), and the mask (H, W)
 A = TypeVar("A")
 B = TypeVar("B")
 
 
 @dataclass(frozen=True)
 class Cache:
-    """The items in `folder` that the weights with these digests made."""
+    """The items in `folder` that the weights with these digests encoded."""
 
     folder: Path
     vae: str
     encoders: str
 
     def image_path(self, image: ImageRecord, view: View) -> Path:
+        """The file of one image's latents: moments (2C, h, w), and where it has a mask, mask (1, h, w) in 0..1."""
         content = {"sha256": image.sha256, "view": asdict(view), "vae": self.vae, "version": VERSION}
         if image.mask_sha256:
             content["mask"] = image.mask_sha256
         return self._path("latents", digests.digest(content))
 
     def text_path(self, caption: str) -> Path:
+        """The file of one caption's embeddings, under the family's names."""
         return self._path("text", digests.digest({"caption": caption, "encoders": self.encoders, "version": VERSION}))
 
-    def _path(self, kind: str, key: str) -> Path:
-        return self.folder / kind / key[:2] / f"{key}.safetensors"
+    def _path(self, subfolder: str, key: str) -> Path:
+        # Two letters of the hash make 256 folders: network volumes list large folders slowly.
+        return self.folder / subfolder / key[:2] / f"{key}.safetensors"
 
 
 def encode_images(
     cache: Cache,
-    items: Iterable[tuple[ImageRecord, View]],
+    variants: Iterable[Variant],
     *,
     encode: Callable[[torch.Tensor], torch.Tensor],
     cpu_workers: int,
-    at_once: float,
+    max_megapixels: float,
     check_in: Callable[[], None],
 ) -> tuple[int, list[tuple[ImageRecord, str]]]:
-    """Encode what the cache lacks; return how many were encoded, and the pictures that turned out unusable.
+    """Encode the variants that the cache lacks; return how many were encoded, and the unusable images with reasons.
 
-    `encode`: pixels (B, 3, H, W) in [-1, 1] → moments (B, 2C, h, w), of a picture at least and of `at_once` megapixels.
-    `tick` is called between batches and may raise.
+    `encode`: pixels (B, 3, H, W) in [-1, 1] → moments (B, 2C, h, w): mean and deviation. Encodes as many images of one
+    size at once as have `max_megapixels` together, at least one. `check_in` is called between batches and may raise.
+    Threads render the next images meanwhile.
     """
-    done, unusable = 0, []
+    encoded = 0
+    unusable: list[tuple[ImageRecord, str]] = []
     with ThreadPoolExecutor(cpu_workers) as pool:
-        missing = ((p, v) for (p, v), whole in _ahead(pool, lambda i: _whole(cache.image_path(*i)), items) if not whole)
-        for batch in _batches(_ahead(pool, _rendered, missing), at_once):
+        checked = _map_ahead(pool, lambda variant: _is_intact(cache.image_path(*variant)), variants)
+        missing = (variant for variant, is_intact in checked if not is_intact)
+        for batch in _batches(_map_ahead(pool, _render, missing), max_megapixels):
             check_in()
-            good = []
-            for (image, view), drawn in batch:
-                if isinstance(drawn, str):
-                    unusable.append((image, drawn))
+            rendered: list[tuple[Variant, Pixels]] = []
+            for variant, result in batch:
+                if isinstance(result, str):
+                    unusable.append((variant[0], result))
                 else:
-                    good.append((image, view, *drawn))
-            if good:
-                pixels_BHWC = torch.from_numpy(np.stack([pixels for _, _, pixels, _ in good]))
-                moments = encode(pixels_BHWC.permute(0, 3, 1, 2).float() / 127.5 - 1).cpu()
-                for (image, view, _, mask), moments_DHW in zip(good, moments, strict=True):
-                    _write(cache.image_path(image, view), _with_mask({"moments": moments_DHW}, mask))
-            done += len(good)
-    return done, unusable
+                    rendered.append((variant, result))
+            if rendered:
+                _encode_batch(cache, rendered, encode)
+            encoded += len(rendered)
+    return encoded, unusable
+
+
+def _encode_batch(
+    cache: Cache, rendered: Sequence[tuple[Variant, Pixels]], encode: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """Encode images of one size together and write each to the cache."""
+    pixels_BHWC = torch.from_numpy(np.stack([pixels for _, (pixels, _) in rendered]))
+    moments_BDhw = encode(pixels_BHWC.permute(0, 3, 1, 2).float() / 127.5 - 1).cpu()  # D = 2C
+    for ((image, view), (_, mask)), moments_Dhw in zip(rendered, moments_BDhw, strict=True):
+        item = {"moments": moments_Dhw}
+        if mask is not None:
+            item["mask"] = _shrink_mask(mask, moments_Dhw.shape[-2:])
+        _write(cache.image_path(image, view), item)
 
 
 def encode_texts(
@@ -91,22 +112,22 @@ def encode_texts(
     captions: Iterable[str],
     *,
     encode: Callable[[list[str]], list[Item]],
-    batch: int,
+    batch_size: int,
     check_in: Callable[[], None],
 ) -> int:
-    """Encode the captions that the cache lacks; return how many."""
-    missing = [c for c in dict.fromkeys(captions) if not _whole(cache.text_path(c))]
-    for start in range(0, len(missing), batch):
+    """Encode the captions that the cache lacks; return how many. `check_in` is called between batches and may raise."""
+    missing = [caption for caption in dict.fromkeys(captions) if not _is_intact(cache.text_path(caption))]
+    for start in range(0, len(missing), batch_size):
         check_in()
-        some = missing[start : start + batch]
-        for caption, item in zip(some, encode(some), strict=True):
+        batch = missing[start : start + batch_size]
+        for caption, item in zip(batch, encode(batch), strict=True):
             _write(cache.text_path(caption), item)
     return len(missing)
 
 
 def any_missing(paths: Iterable[Path]) -> bool:
-    """Whether one of these items is not there, whole."""
-    return not all(_whole(p) for p in paths)
+    """Whether one of these items is missing or damaged."""
+    return not all(_is_intact(path) for path in paths)
 
 
 def load(path: Path) -> Item:
@@ -115,42 +136,45 @@ def load(path: Path) -> Item:
     return item
 
 
-def _rendered(item: tuple[ImageRecord, View]) -> tuple[np.ndarray, np.ndarray | None] | str:
-    """The pixels (H, W, 3) and the mask (H, W) of a picture, or why there are none."""
-    image, view = item
+def _render(variant: Variant) -> Pixels | str:
+    """The pixels and the mask of a view, or why there are none."""
+    image, view = variant
     try:
         return render(image.file, view, sha256=image.sha256), render_mask(image, view)
     except UnusableImageError as problem:
         return str(problem)
 
 
-def _with_mask(item: Item, mask_HW: np.ndarray | None) -> Item:
-    """Add the mask at the latents' size, in 0..1."""
-    if mask_HW is not None:
-        mask = torch.from_numpy(mask_HW.astype(np.float32) / 255)[None, None]
-        item["mask"] = torch.nn.functional.interpolate(mask, item["moments"].shape[-2:], mode="area")[0]
-    return item
+def _shrink_mask(mask_HW: np.ndarray, size: torch.Size) -> torch.Tensor:
+    """The mask at the latents' size (1, h, w), in 0..1: each latent counts by the share of its pixels."""
+    mask_11HW = torch.from_numpy(mask_HW.astype(np.float32) / 255)[None, None]
+    shrunk_11hw: torch.Tensor = torch.nn.functional.interpolate(mask_11HW, size, mode="area")
+    return shrunk_11hw[0]
 
 
-def _batches(
-    drawn: Iterable[tuple[tuple[ImageRecord, View], B]], at_once: float
-) -> Iterator[list[tuple[tuple[ImageRecord, View], B]]]:
-    """Runs of neighbours of the same size, until they have `at_once` megapixels together."""
-    batch: list[tuple[tuple[ImageRecord, View], B]] = []
-    for (image, view), value in drawn:
-        if batch and (batch[0][0][1].size != view.size or len(batch) * view.size[0] * view.size[1] >= at_once * 1e6):
-            yield batch
-            batch = []
+def _batches(rendered: Iterable[tuple[Variant, B]], max_megapixels: float) -> Iterator[list[tuple[Variant, B]]]:
+    """Neighbours of the same size together, until they have `max_megapixels`."""
+    batch: list[tuple[Variant, B]] = []
+    for (image, view), value in rendered:
+        if batch:
+            (_, first_view), _ = batch[0]
+            pixels = len(batch) * view.size[0] * view.size[1]
+            if first_view.size != view.size or pixels >= max_megapixels * 1e6:
+                yield batch
+                batch = []
         batch.append(((image, view), value))
     if batch:
         yield batch
 
 
-def _ahead(pool: ThreadPoolExecutor, work: Callable[[A], B], items: Iterable[A]) -> Iterator[tuple[A, B]]:
-    """`map` in order that holds a bounded number of results (`ThreadPoolExecutor.map` holds them all)."""
+def _map_ahead(pool: ThreadPoolExecutor, function: Callable[[A], B], items: Iterable[A]) -> Iterator[tuple[A, B]]:
+    """Each item with its result, in order, computed a bounded number ahead.
+
+    `ThreadPoolExecutor.map` would start on all items at once, and hold the pixels of a whole dataset.
+    """
     waiting: deque[tuple[A, Future[B]]] = deque()
     for item in items:
-        waiting.append((item, pool.submit(work, item)))
+        waiting.append((item, pool.submit(function, item)))
         if len(waiting) > 2 * pool._max_workers:
             first, result = waiting.popleft()
             yield first, result.result()
@@ -160,17 +184,19 @@ def _ahead(pool: ThreadPoolExecutor, work: Callable[[A], B], items: Iterable[A])
 
 
 def _write(path: Path, item: Item) -> None:
-    item = {k: v.contiguous() for k, v in item.items()}
+    """Write one item, with a hash of its tensors in the file's header."""
+    contiguous = {key: tensor.contiguous() for key, tensor in item.items()}
     with atomic.replacing(path) as temporary:
-        save_file(item, temporary, metadata={"sha256": _hash(item)})
+        save_file(contiguous, temporary, metadata={"sha256": _hash(contiguous)})
 
 
-def _whole(path: Path) -> bool:
-    """Whether the item is there and is what was written."""
+def _is_intact(path: Path) -> bool:
+    """Whether the item exists and its tensors are those that were written."""
     try:
         with safe_open(path, framework="pt") as file:
-            item = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return bool((file.metadata() or {}).get("sha256") == _hash(item))
+            item = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (the file is no dictionary)
+            metadata = file.metadata() or {}
+            return bool(metadata.get("sha256") == _hash(item))
     except (OSError, SafetensorError):
         return False
 

@@ -1,6 +1,7 @@
-"""Opening pictures and cutting them to size. Pillow and numpy; no torch, so that worker processes start fast.
+"""Open images, scale and crop them. Pillow and numpy; no torch, so that worker processes start fast.
 
-Whatever a file holds becomes upright 8-bit sRGB, or a named reason why it cannot: nothing is guessed or mended.
+Every file becomes upright 8-bit sRGB, or is refused for a named reason: nothing is guessed or repaired.
+Letters: H height, W width, C channels.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from PIL import Image, ImageCms, features
 
 # Never the formats that run programs (EPS), nest (PSD, ICNS) or link to other files.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
-MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb; 358 MB once decoded
-# Pillow's decoders raise any of these for a damaged file. UnidentifiedImageError is an OSError.
+# Pillow's own limit, above which it warns of a decompression bomb: a quarter GiB of 24-bit pixels, 358 MB as RGBA.
+MAX_PIXELS = 89_478_485
+# Pillow's decoders raise any of these for a damaged file (tests/fuzz). UnidentifiedImageError is an OSError.
 DAMAGED = (
     OSError,
     EOFError,
@@ -34,10 +36,11 @@ DAMAGED = (
     struct.error,
     zlib.error,
 )
-BLOCK = 16  # rows made at once when shrinking: their weights are a dense matrix, and memory stays small
+# Rows that `_mean_rows` makes at once: their weights are a dense matrix, so few rows keep it and the memory small.
+ROWS_AT_ONCE = 16
 FLIP = Image.Transpose.FLIP_LEFT_RIGHT
-# EXIF orientation → what makes the picture upright.
-UPRIGHT = {
+# EXIF orientation → the operation that makes the image upright; 1 is upright.
+TO_UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -52,22 +55,22 @@ INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "box": Image.Resampling.BOX,
-    "area": Image.Resampling.BOX,  # enlarging; area shrinks by `_shrink_by_area`
+    "area": Image.Resampling.BOX,  # only to enlarge: `_shrink_by_area` shrinks
 }
-NOT_AN_IMAGE = "not a picture in a known format (JPEG, PNG, WebP, BMP, TIFF, GIF, AVIF)"
+NOT_AN_IMAGE = "not an image in a known format (JPEG, PNG, WebP, BMP, TIFF, GIF, AVIF)"
 EMPTY = "the file is empty (0 bytes)"
 TOO_LARGE = f"more than {MAX_PIXELS // 1_000_000} million pixels (a decompression bomb?): make it smaller"
-ANIMATED = "animated, or several pages: save the one picture that is meant"
+ANIMATED = "animated, or several pages: save the one image to train on"
 TRANSPARENT = "completely transparent"
 UNKNOWN_RANGE = "32-bit pixels outside 0 to 1 (floats) or 0 to 65535 (integers): save it with 8 or 16 bits"
 
 
 class UnusableImageError(Exception):
-    """A file that cannot be trained on; the text is the reason, fit for the report."""
+    """A file that cannot be trained on; the text is the reason, as the report gives it."""
 
 
 def open_upright(source: Path | bytes) -> tuple[Image.Image, Image.Image | None]:
-    """The picture as upright sRGB (mode RGB) over white, and its alpha (mode L) if it is not opaque everywhere.
+    """The image as upright sRGB (mode RGB) over white, and its alpha (mode L) if it is not opaque everywhere.
 
     16-bit samples are scaled, an ICC profile is converted to sRGB; CMYK without a profile converts by Pillow's formula.
     Raises UnusableImageError.
@@ -79,9 +82,10 @@ def open_upright(source: Path | bytes) -> tuple[Image.Image, Image.Image | None]
         if alpha is not None:
             white = Image.new("RGB", colours.size, "white")
             colours = Image.composite(colours, white, alpha)
-        if orientation in UPRIGHT:
-            colours = colours.transpose(UPRIGHT[orientation])
-            alpha = alpha and alpha.transpose(UPRIGHT[orientation])
+        if orientation in TO_UPRIGHT:
+            colours = colours.transpose(TO_UPRIGHT[orientation])
+            if alpha is not None:
+                alpha = alpha.transpose(TO_UPRIGHT[orientation])
     except DAMAGED as problem:
         raise UnusableImageError(f"cannot be converted to RGB: {problem}") from problem
     return colours, alpha
@@ -90,19 +94,23 @@ def open_upright(source: Path | bytes) -> tuple[Image.Image, Image.Image | None]
 def inspect(source: Path | bytes) -> tuple[int, int, bool]:
     """Upright width and height in pixels, and whether it has transparency, having decoded the whole file.
 
-    Raises UnusableImageError for all that `open_upright` would refuse.
+    Raises UnusableImageError for every file that `open_upright` refuses.
     """
     image, orientation, (width, height) = _load(_read(source), fast=True)
     if image.mode in ("I", "F"):
-        _to_8_bits(image)
-    if orientation >= 5:
+        _to_8_bits(image)  # refuses values outside the range
+    if orientation >= 5:  # 5 to 8 lie on their side
         width, height = height, width
     return width, height, _alpha(image) is not None
 
 
 def open_mask(source: Path | bytes) -> Image.Image:
     """A mask image as upright grey (mode L): white is trained, black is not. Raises UnusableImageError."""
-    return open_upright(source)[0].convert("L")
+    image, _ = open_upright(source)
+    return image.convert("L")
+
+
+# ---- scale and crop
 
 
 def resize_crop(
@@ -113,33 +121,102 @@ def resize_crop(
     size: tuple[int, int],
     interpolation: str | None = None,
 ) -> Image.Image:
-    """Scale `image` (RGB or L) to `scaled`, then cut out `size` at `offset` (left, top); all (width, height) in pixels.
+    """Scale `image` (RGB or L) to `scaled`, then crop it to `size` at `offset` (left, top); all in pixels.
 
-    `interpolation`: a key of INTERPOLATIONS; None is area where both sides shrink, else lanczos. Only what stays is
-    computed, so that a long strip does not become a giant on the way.
+    `scaled` and `size` are (width, height). `interpolation`: a key of INTERPOLATIONS; None is area where both sides
+    shrink, else lanczos. Computes only the pixels of the crop: a strip of 20,000 × 2 pixels would take gigabytes if it
+    was scaled as a whole.
     """
     shrinks = scaled[0] <= image.width and scaled[1] <= image.height
     name = interpolation or ("area" if shrinks else "lanczos")
+    left, top = offset
+    width, height = size
     if scaled == image.size:
-        return image.crop((*offset, offset[0] + size[0], offset[1] + size[1]))
+        return image.crop((left, top, left + width, top + height))
     if name == "area" and shrinks:
         return _shrink_by_area(image, scaled=scaled, offset=offset, size=size)
-    across, down = image.width / scaled[0], image.height / scaled[1]
-    box = (offset[0] * across, offset[1] * down, (offset[0] + size[0]) * across, (offset[1] + size[1]) * down)
-    # Rounding may put the last edge a hair outside, which Pillow refuses.
-    box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
-    return image.resize(size, INTERPOLATIONS[name], box=box)
+    ratio_x = image.width / scaled[0]
+    ratio_y = image.height / scaled[1]
+    # Rounding may put the last edge a hair outside of the image, which Pillow refuses.
+    right = min((left + width) * ratio_x, image.width)
+    bottom = min((top + height) * ratio_y, image.height)
+    return image.resize(size, INTERPOLATIONS[name], box=(left * ratio_x, top * ratio_y, right, bottom))
 
 
 def vary_colour(image: Image.Image, seed: int) -> Image.Image:
-    """Turn the hue by up to 16 degrees or change the gamma by up to 5 %, as `seed` says."""
+    """Rotate the hue by up to 16 degrees, or change the gamma by up to 5 %, drawn from `seed`."""
     rng = random.Random(seed)
     if rng.random() < 0.5:
         hue, saturation, value = image.convert("HSV").split()
-        turn = round(rng.uniform(-16, 16) / 360 * 256)
-        return Image.merge("HSV", (hue.point([(i + turn) % 256 for i in range(256)]), saturation, value)).convert("RGB")
+        rotation = round(rng.uniform(-16, 16) / 360 * 256)
+        hue = hue.point([(i + rotation) % 256 for i in range(256)])
+        return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
     gamma = rng.uniform(0.95, 1.05)
-    return image.point([round(255 * (i / 255) ** gamma) for i in range(256)] * 3)
+    curve = [round(255 * (i / 255) ** gamma) for i in range(256)]
+    return image.point(curve * 3)
+
+
+def _shrink_by_area(
+    image: Image.Image, *, scaled: tuple[int, int], offset: tuple[int, int], size: tuple[int, int]
+) -> Image.Image:
+    """Each pixel becomes the mean of the area that it covers; pixels at the edge of the area count by their share.
+
+    OpenCV's INTER_AREA, which sd-scripts uses. Pillow's BOX takes or leaves whole pixels, which at 1.2:1 is a
+    nearest-neighbour resize with jagged edges.
+    """
+    left, right = _covered(image.width, scaled[0], offset[0], size[0])
+    top, bottom = _covered(image.height, scaled[1], offset[1], size[1])
+
+    def rows_of_image(low: int, high: int) -> np.ndarray:
+        pixels = np.asarray(image.crop((left, low, right, high)))
+        return pixels.reshape(high - low, right - left, -1)
+
+    rows_HWC = _mean_rows(
+        rows_of_image, start=top, end=bottom, ratio=image.height / scaled[1], first=offset[1], count=size[1]
+    )
+
+    def columns_of_rows(low: int, high: int) -> np.ndarray:
+        return rows_HWC[:, low - left : high - left].transpose(1, 0, 2)
+
+    out_WHC = _mean_rows(
+        columns_of_rows, start=left, end=right, ratio=image.width / scaled[0], first=offset[0], count=size[0]
+    )
+    out_HWC = np.rint(out_WHC.transpose(1, 0, 2)).clip(0, 255).astype(np.uint8)
+    if out_HWC.shape[2] == 1:
+        return Image.fromarray(out_HWC[..., 0])
+    return Image.fromarray(out_HWC)
+
+
+def _covered(length: int, scaled: int, offset: int, size: int) -> tuple[int, int]:
+    """The pixels [a, b) of a side of `length` that the pixels [offset, offset + size) of `scaled` cover."""
+    begin = offset * length // scaled
+    end = -(-(offset + size) * length // scaled)  # rounded up
+    return begin, min(length, end)
+
+
+def _mean_rows(
+    rows: Callable[[int, int], np.ndarray], *, start: int, end: int, ratio: float, first: int, count: int
+) -> np.ndarray:
+    """Rows [first, first + count) of the shrunk image, each the mean of `ratio` rows of the image: (count, W, C).
+
+    `rows(a, b)` gives the image's rows [a, b) as (b - a, W, C), for start ≤ a < b ≤ end.
+    """
+    blocks = []
+    for begin in range(first, first + count, ROWS_AT_ONCE):
+        edges = np.arange(begin, min(begin + ROWS_AT_ONCE, first + count) + 1) * ratio
+        low = max(start, int(edges[0]))
+        high = min(end, int(np.ceil(edges[-1])))
+        grid = np.arange(low, high)
+        covered = np.minimum(edges[1:, None], grid + 1) - np.maximum(edges[:-1, None], grid)
+        weights = np.maximum(covered, 0)
+        weights = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+        part = rows(low, high)
+        means = weights @ part.astype(np.float32).reshape(high - low, -1)
+        blocks.append(means.reshape(-1, *part.shape[1:]))
+    return np.concatenate(blocks)
+
+
+# ---- decode
 
 
 def _read(source: Path | bytes) -> bytes:
@@ -152,23 +229,24 @@ def _read(source: Path | bytes) -> bytes:
 
 
 def _load(data: bytes, *, fast: bool = False) -> tuple[Image.Image, int, tuple[int, int]]:
-    """Decode `data`; return it with its EXIF orientation (1 to 8) and its size before turning.
+    """Decode `data`; return the image, its EXIF orientation (1 to 8) and its size before that is applied.
 
-    `fast`: a JPEG's pixels may come out fewer; all of its data is still read, so that damage is still found.
+    `fast`: a JPEG may be decoded at an eighth of its size; all of its data is still read, so damage is still found.
     """
     if not data:
         raise UnusableImageError(EMPTY)
     formats = [f for f in FORMATS if f != "AVIF" or features.check("avif")]
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
-        # Known from the header: nothing is decoded yet. Not left to Pillow's warning, whose filters threads share.
+        # The header gives the size: nothing is decoded yet. Pillow's own check only warns, and the filters of warnings
+        # are shared by all threads.
         if image.width * image.height > MAX_PIXELS:
             raise UnusableImageError(TOO_LARGE)
-        # The further pictures in an MPO are the same scene for another eye or screen.
+        # The further images in an MPO are the same scene for another eye or screen.
         if getattr(image, "is_animated", False) and image.format != "MPO":
             raise UnusableImageError(ANIMATED)
+        size = image.size
         if fast and image.format == "JPEG":
-            size = image.size
             image.draft(None, (image.width // 8, image.height // 8))
             image.load()
             return image, _orientation(image), size
@@ -177,36 +255,45 @@ def _load(data: bytes, *, fast: bool = False) -> tuple[Image.Image, int, tuple[i
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as problem:
         raise UnusableImageError(TOO_LARGE) from problem
     except MemoryError as problem:
-        raise UnusableImageError("needs more memory than a picture may take") from problem
+        raise UnusableImageError("needs more memory than an image may take") from problem
+    except Image.UnidentifiedImageError as problem:
+        is_known = any(Image.OPEN[name][1](data[:16]) for name in formats)  # type: ignore[misc]  # None: accepts all
+        raise UnusableImageError("damaged or cut short: its header" if is_known else NOT_AN_IMAGE) from problem
     except DAMAGED as problem:
-        if isinstance(problem, Image.UnidentifiedImageError):
-            known = any(Image.OPEN[f][1](data[:16]) for f in formats)  # type: ignore[misc]
-            raise UnusableImageError("damaged or cut short: its header" if known else NOT_AN_IMAGE) from problem
         raise UnusableImageError(f"damaged or cut short: {problem}") from problem
 
 
 def _orientation(image: Image.Image) -> int:
-    """1 to 8. Damaged EXIF is no reason to lose a picture that decodes; Pillow turns TIFF while loading."""
+    """1 to 8. Damaged EXIF is no reason to refuse an image that decodes; Pillow itself turns TIFF while loading."""
     try:
         value = image.getexif().get(0x0112, 1)
     except DAMAGED:
         return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+    if isinstance(value, int) and 1 <= value <= 8:
+        return value
+    return 1
 
 
 def _alpha(image: Image.Image) -> Image.Image | None:
     """The alpha channel (mode L), None where all is opaque. Raises UnusableImageError where nothing is visible."""
     if not image.has_transparency_data or image.mode in ("I;16", "I;16B", "I", "F"):
         return None
-    alpha = (image if "A" in image.getbands() else image.convert("RGBA")).getchannel("A")
+    if "A" not in image.getbands():  # a transparent colour, or palette entry
+        image = image.convert("RGBA")
+    alpha = image.getchannel("A")
     low, high = alpha.getextrema()
     if high == 0:
         raise UnusableImageError(TRANSPARENT)
-    return None if low == 255 else alpha
+    if low == 255:
+        return None
+    return alpha
+
+
+# ---- colours
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Colours as sRGB, alpha left out."""
+    """Colours as sRGB, without alpha."""
     if image.mode.startswith(("I", "F")):
         image = _to_8_bits(image)
     elif image.mode in ("P", "PA", "RGBA", "RGBX"):
@@ -214,12 +301,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     elif image.mode in ("LA", "1"):
         image = image.convert("L")
     profile = image.info.get("icc_profile")
-    converted = _apply_profile(image, profile) if profile else None
-    if converted is not None:
-        return converted
+    if profile:
+        converted = _apply_profile(image, profile)
+        if converted is not None:
+            return converted
     if image.mode == "LAB":
         return _convert(image, ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")))
-    return image if image.mode == "RGB" else image.convert("RGB")
+    if image.mode == "RGB":
+        return image
+    return image.convert("RGB")
 
 
 def _apply_profile(image: Image.Image, profile: bytes) -> Image.Image | None:
@@ -248,7 +338,10 @@ def _convert(image: Image.Image, source: ImageCms.ImageCmsProfile) -> Image.Imag
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 or 32 bits → mode L, scaled (65535 → 255, and 1.0 → 255), not clipped."""
+    """Grey of 16 or 32 bits → mode L, scaled (65535 → 255, and 1.0 → 255), not clipped.
+
+    Raises UnusableImageError for values outside that range, whose meaning the file does not tell.
+    """
     values = np.asarray(image)
     full = 1.0 if image.mode == "F" else 65535.0
     if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= full):
@@ -256,57 +349,3 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     grey = Image.fromarray(np.rint(values * np.float32(255 / full)).astype(np.uint8))
     grey.info.update(image.info)
     return grey
-
-
-def _shrink_by_area(
-    image: Image.Image, *, scaled: tuple[int, int], offset: tuple[int, int], size: tuple[int, int]
-) -> Image.Image:
-    """Each pixel becomes the mean of the area that it covers, edge pixels weighed by their part.
-
-    Pillow's BOX takes or leaves whole pixels, which at 1.2:1 is a nearest-neighbour resize with its jagged edges.
-    """
-    left, right = _span(image.width, scaled[0], offset[0], size[0])
-    top, bottom = _span(image.height, scaled[1], offset[1], size[1])
-
-    def rows_of_image(low: int, high: int) -> np.ndarray:
-        pixels = np.asarray(image.crop((left, low, right, high)))
-        return pixels.reshape(high - low, right - left, -1)
-
-    rows_HWC = _mean_rows(
-        rows_of_image, end=bottom, ratio=image.height / scaled[1], first=offset[1], count=size[1], start=top
-    )
-
-    def columns_of_rows(low: int, high: int) -> np.ndarray:
-        return rows_HWC[:, low - left : high - left].transpose(1, 0, 2)
-
-    out_WHC = _mean_rows(
-        columns_of_rows, end=right, ratio=image.width / scaled[0], first=offset[0], count=size[0], start=left
-    )
-    out_HWC = np.rint(out_WHC.transpose(1, 0, 2)).clip(0, 255).astype(np.uint8)
-    return Image.fromarray(out_HWC[..., 0] if out_HWC.shape[2] == 1 else out_HWC)
-
-
-def _span(length: int, scaled: int, offset: int, size: int) -> tuple[int, int]:
-    """The pixels [a, b) of a side of `length` that the pixels [offset, offset + size) of `scaled` cover."""
-    return offset * length // scaled, min(length, -(-(offset + size) * length // scaled))
-
-
-def _mean_rows(
-    rows: Callable[[int, int], np.ndarray], *, start: int, end: int, ratio: float, first: int, count: int
-) -> np.ndarray:
-    """Rows first … first + count of the shrunk picture, each the mean of `ratio` rows of the picture.
-
-    `rows(a, b)` gives the rows a … b of it as (b - a, width, channels), for start ≤ a < b ≤ end.
-    """
-    blocks = []
-    for begin in range(first, first + count, BLOCK):
-        edges = np.arange(begin, min(begin + BLOCK, first + count) + 1) * ratio
-        low, high = max(start, int(edges[0])), min(end, int(np.ceil(edges[-1])))
-        grid = np.arange(low, high)
-        covered = np.minimum(edges[1:, None], grid + 1) - np.maximum(edges[:-1, None], grid)
-        weights = np.maximum(covered, 0)
-        weights = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
-        part = rows(low, high)
-        means = weights @ part.astype(np.float32).reshape(high - low, -1)
-        blocks.append(means.reshape(-1, *part.shape[1:]))
-    return np.concatenate(blocks)

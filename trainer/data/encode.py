@@ -1,4 +1,8 @@
-"""Fill the cache: text embeddings of captions, and latents of images."""
+"""Fill the cache: text embeddings of captions, and latents of images.
+
+Each encoder is loaded only if the cache lacks something, and freed before the function returns: the denoiser comes
+next and needs the memory.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +25,25 @@ from trainer.spec.plan import EnginePlan
 from trainer.storage import digests
 
 log = logging.getLogger(__name__)
-CAPTIONS = 16  # encoded at once
+CAPTION_BATCH_SIZE = 16  # captions encoded together: of T5, 16 × 512 tokens, which is enough to keep a GPU busy
+MAX_CPU_WORKERS = 16
 
 
 def cpu_workers() -> int:
-    """Threads or processes that prepare pictures: all cores this process may use, 16 at most."""
-    return min(16, len(os.sched_getaffinity(0)))
+    """Threads or processes that prepare images: one for each core that this process may use, at most 16."""
+    return min(MAX_CPU_WORKERS, len(os.sched_getaffinity(0)))
 
 
 def open_cache(folder: Path, model: Path, *, precision: str) -> Cache:
-    """The cache of what the VAE and the text encoders in `model` make."""
-    parts = sorted(p for p in model.iterdir() if p.name.startswith(("text_encoder", "tokenizer")))
-    encoders = digests.digest([precision, *((p.name, digests.weights_digest(p)) for p in parts)])
-    return Cache(folder, vae=digests.weights_digest(model / "vae"), encoders=encoders)
+    """The cache of items that the VAE and the text encoders in the folder `model` encode.
+
+    `precision`: the type that the text encoders compute in, by torch's name: it changes their embeddings a little.
+    """
+    encoders: list[str | tuple[str, str]] = [precision]
+    for part in sorted(model.iterdir()):
+        if part.name.startswith(("text_encoder", "tokenizer")):
+            encoders.append((part.name, digests.weights_digest(part)))
+    return Cache(folder, vae=digests.weights_digest(model / "vae"), encoders=digests.digest(encoders))
 
 
 def fill_texts(
@@ -45,14 +55,18 @@ def fill_texts(
     engine: EnginePlan,
     check_in: Callable[[], None],
 ) -> None:
-    """Encode the captions that the cache lacks; the text encoders are loaded only if there are any."""
-    if not caching.any_missing(cache.text_path(c) for c in dict.fromkeys(captions)):
+    """Encode the captions that the cache lacks. `check_in` is called between batches and may raise."""
+    if not caching.any_missing(cache.text_path(caption) for caption in dict.fromkeys(captions)):
         log.info("All %d captions are in the cache.", len(set(captions)))
         return
     started = time.monotonic()
     encoders = load_text_encoders(family, model, engine)
     count = caching.encode_texts(
-        cache, captions, encode=partial(family.encode_text, encoders), batch=CAPTIONS, check_in=check_in
+        cache,
+        captions,
+        encode=partial(family.encode_text, encoders),
+        batch_size=CAPTION_BATCH_SIZE,
+        check_in=check_in,
     )
     del encoders
     release()
@@ -61,31 +75,35 @@ def fill_texts(
 
 def fill_images(
     cache: Cache,
-    order: EpochSampler,
+    sampler: EpochSampler,
     *,
     family: Family,
     model: Path,
     engine: EnginePlan,
     check_in: Callable[[], None],
 ) -> None:
-    """Encode the views of pictures that the cache lacks. Raises DataError for one that does not decode after all."""
-    views = list(order.all_image_variants())
-    if not caching.any_missing(cache.image_path(p, v) for p, v in views):
-        log.info("All %d latents are in the cache.", len(views))
+    """Encode the image variants that the cache lacks. `check_in` is called between batches and may raise.
+
+    Raises DataError for an image that decoded in the scan and does not any more.
+    """
+    variants = list(sampler.all_image_variants())
+    if not caching.any_missing(cache.image_path(image, view) for image, view in variants):
+        log.info("All %d latents are in the cache.", len(variants))
         return
     started = time.monotonic()
     vae = family.load_vae(model, device=engine.device)
     count, unusable = caching.encode_images(
         cache,
-        views,
+        variants,
         encode=partial(family.encode_images, vae),
         cpu_workers=cpu_workers(),
-        at_once=0.0 if engine.tile_vae else ENCODE_BATCH_MEGAPIXELS,
+        # Tiles are for little memory: then one image at a time.
+        max_megapixels=0.0 if engine.tile_vae else ENCODE_BATCH_MEGAPIXELS,
         check_in=check_in,
     )
     del vae
     release()
     if unusable:
         names = "; ".join(f"{image.name}: {reason}" for image, reason in unusable[:20])
-        raise DataError(f"{len(unusable)} pictures changed while they were read: {names}.")
-    log.info("Encoded %d of %d latents in %.1f s.", count, len(views), time.monotonic() - started)
+        raise DataError(f"{len(unusable)} images changed while they were read: {names}.")
+    log.info("Encoded %d of %d latents in %.1f s.", count, len(variants), time.monotonic() - started)

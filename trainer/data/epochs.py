@@ -1,8 +1,12 @@
-"""Which pictures are trained on when, how cut, and with which words: a pure function of the seed and the epoch.
+"""The order of training: which images, cropped how and with which captions, as a function of seed and epoch.
 
-A position (epoch, batch) is therefore all the state that a resumed run needs. Random crops, colours and captions come
-from a small pool drawn once for each picture, so that the cache can encode all of them before training starts: caching
-never switches an augmentation off.
+`epoch(n)` is pure, so a position (epoch, batch) is all of the data that a saved state holds. Random crops, colours and
+captions come from a small pool of variants that is drawn once for each image, so that the cache can encode all of them
+before training (see the package's page).
+
+Each image draws its variants from a generator of its own, seeded with its key: adding an image to the dataset leaves
+the variants, and the cached latents, of the others as they are. The generators are seeded with strings, which Python
+hashes with SHA-512 and so the same way on every machine.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trainer.data import captions
 from trainer.data.buckets import Fit, Size, fit
@@ -20,25 +24,26 @@ from trainer.data.records import ImageRecord, View
 from trainer.spec.errors import DataError
 from trainer.spec.plan import VARIANTS, DataPlan, Subset
 
-COLOUR_SHARE = 1 / 3  # of the views with color_aug that are changed, as in sd-scripts
+COLOUR_SHARE = 1 / 3  # of the views with color_aug, how many change the colours; as in sd-scripts
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One occurrence of a picture in an epoch."""
+    """One occurrence of an image in an epoch."""
 
     image: ImageRecord
     view: View
-    caption: str  # as the text encoders get it
+    caption: str  # after the caption pipeline
     weight: float = 1.0  # of the loss
 
 
 Batch = tuple[Example, ...]  # all of one dataset and one size
+Bucket = tuple[int, Size]  # index of the dataset, size in pixels
 
 
 @dataclass(frozen=True, slots=True)
 class _Variants:
-    """What a picture may look like and be called; repeated entries are more likely."""
+    """The pool that an image's occurrences draw from. An entry that is there twice is twice as likely."""
 
     image: ImageRecord
     views: tuple[View, ...]
@@ -48,7 +53,15 @@ class _Variants:
 
 
 class EpochSampler:
-    """The order of training on `pictures`. Raises DataError if a validation split leaves nothing to train on."""
+    """The order of training on `images`.
+
+    `caption_dropout_rate` is the run's; the higher of it and a subset's counts. `prior_loss_weight` is the weight of
+    regularisation images. Raises DataError if a validation split leaves nothing to train on.
+    """
+
+    held_out: list[ImageRecord]  # never trained on; the validation loss is measured on them
+    unused: tuple[ImageRecord, ...]  # regularisation images in excess of the other images
+    buckets: Counter[Bucket]  # examples an epoch in each bucket
 
     def __init__(
         self,
@@ -61,38 +74,44 @@ class EpochSampler:
     ) -> None:
         self._data = data
         self._seed = seed
-        self._dropout = caption_dropout_rate
+        self._caption_dropout_rate = caption_dropout_rate
         training, self.held_out = split(images, data, seed=seed)
         if not training:
-            raise DataError("No picture to train on. Add pictures, or lower validation_split.")
+            raise DataError("No image to train on. Add images, or lower validation_split.")
         repeats = _repeats(training, data)
-        self._pools = [
-            self._pool(p, repeats[p.key], weight=prior_loss_weight if self._subset(p).is_reg else 1.0)
-            for p in training
-            if repeats[p.key] > 0
-        ]
-        self.unused = tuple(p for p in training if repeats[p.key] == 0)
-        self.buckets = Counter[tuple[int, Size]]()
-        for pool in self._pools:
-            self.buckets[pool.image.dataset, pool.views[0].size] += pool.repeats
+        self.unused = tuple(image for image in training if repeats[image.key] == 0)
+        self._variants: list[_Variants] = []
+        for image in training:
+            if repeats[image.key] > 0:
+                weight = prior_loss_weight if self._subset(image).is_reg else 1.0
+                self._variants.append(self._draw_variants(image, repeats[image.key], weight=weight))
+        self.buckets = Counter()
+        for variants in self._variants:
+            self.buckets[variants.image.dataset, variants.views[0].size] += variants.repeats
 
     @property
     def batches_per_epoch(self) -> int:
         """The same in every epoch; the last, smaller batch of each bucket counts."""
-        return sum(math.ceil(n / self._data.datasets[d].batch_size) for (d, _), n in self.buckets.items())
+        total = 0
+        for (dataset, _), examples in self.buckets.items():
+            total += math.ceil(examples / self._data.datasets[dataset].batch_size)
+        return total
 
     @property
     def examples_per_epoch(self) -> int:
-        """Occurrences of pictures in every epoch."""
+        """Occurrences of images in every epoch."""
         return sum(self.buckets.values())
 
     def epoch(self, number: int) -> list[Batch]:
-        """The batches of an epoch, counted from 0, in order. The same for the same seed and number."""
+        """The batches of an epoch, counted from 0, in order. The same for the same seed and number.
+
+        Images are shuffled within their bucket, then cut into batches, then the batches of all buckets are shuffled.
+        """
         rng = random.Random(f"{self._seed}/epoch/{number}")
-        groups: dict[tuple[int, Size], list[Example]] = defaultdict(list)
-        for pool in self._pools:
-            for _ in range(pool.repeats):
-                example = self._example(pool, rng, number)
+        groups: dict[Bucket, list[Example]] = defaultdict(list)
+        for variants in self._variants:
+            for _ in range(variants.repeats):
+                example = self._draw_example(variants, rng, number)
                 groups[example.image.dataset, example.view.size].append(example)
         batches: list[Batch] = []
         for (dataset, _), examples in groups.items():
@@ -101,104 +120,114 @@ class EpochSampler:
         rng.shuffle(batches)
         return batches
 
-    def from_position(self, epoch: int, index: int) -> Iterator[tuple[int, int, Batch]]:
-        """(epoch, index, batch) without end, beginning with batch `index` of `epoch`."""
-        while True:
-            for i, batch in enumerate(self.epoch(epoch)[index:], index):
-                yield epoch, i, batch
-            epoch, index = epoch + 1, 0
-
     def validation(self) -> list[Batch]:
-        """The held-out pictures, uncut by chance, each once, with the first wording of its caption. Never varies."""
-        groups: dict[tuple[int, Size], list[Example]] = defaultdict(list)
+        """The held-out images, each once, cropped at the centre, with one variant of the caption. Never varies."""
+        groups: dict[Bucket, list[Example]] = defaultdict(list)
         for image in self.held_out:
-            subset, cut = self._subset(image), self._fit(image)
-            view = _view(cut, subset)
-            words = captions.compose_caption(image.caption, subset, self._rng("caption", image))
-            groups[image.dataset, view.size].append(Example(image, view, words))
-        return [b for (d, _), some in groups.items() for b in _batches(some, self._data.datasets[d].batch_size)]
+            subset = self._subset(image)
+            view = _centre_view(self._fit(image), subset)
+            caption = captions.compose_caption(image.caption, subset, self._rng("caption", image))
+            groups[image.dataset, view.size].append(Example(image, view, caption))
+        batches: list[Batch] = []
+        for (dataset, _), examples in groups.items():
+            batches += _batches(examples, self._data.datasets[dataset].batch_size)
+        return batches
 
     def all_image_variants(self) -> Iterator[tuple[ImageRecord, View]]:
-        """Each picture with each view that `epoch` and `validation` may use, once; those of one size together."""
-        for pool in sorted(self._pools, key=lambda pool: (pool.image.dataset, pool.views[0].size)):
-            for view in dict.fromkeys(pool.views):
-                yield pool.image, view
+        """Each image with each view that `epoch` and `validation` may use, once.
+
+        Those of one size together, so that the VAE can encode several at once.
+        """
+        for variants in sorted(self._variants, key=lambda v: (v.image.dataset, v.views[0].size)):
+            for view in dict.fromkeys(variants.views):
+                yield variants.image, view
         for batch in self.validation():
             for example in batch:
                 yield example.image, example.view
 
     def all_captions(self) -> list[str]:
-        """Each text that `epoch` and `validation` may use, once."""
-        found = dict.fromkeys(text for pool in self._pools for text in pool.captions)
-        found |= dict.fromkeys(example.caption for batch in self.validation() for example in batch)
-        if any(captions.may_drop(self._subset(p.image), dropout_rate=self._dropout) for p in self._pools):
-            found[""] = None
-        return list(found)
+        """Each text that `epoch` and `validation` may use, once; "" among them where captions may be dropped."""
+        texts: dict[str, None] = {}
+        for variants in self._variants:
+            texts.update(dict.fromkeys(variants.captions))
+        for batch in self.validation():
+            texts.update(dict.fromkeys(example.caption for example in batch))
+        for variants in self._variants:
+            if captions.may_drop(self._subset(variants.image), dropout_rate=self._caption_dropout_rate):
+                texts[""] = None
+        return list(texts)
 
     def describe(self) -> list[str]:
-        """For the log: the size of an epoch, its buckets, and what varies in how many variants."""
+        """For the log: the size of an epoch, its buckets, and which subsets vary in how many variants."""
         lines = [
-            f"{len(self._pools)} pictures × repeats = {self.examples_per_epoch} examples an epoch, "
-            f"{self.batches_per_epoch} batches; {len(self.held_out)} pictures held out for validation."
+            f"{len(self._variants)} images × repeats = {self.examples_per_epoch} examples an epoch, "
+            f"{self.batches_per_epoch} batches; {len(self.held_out)} images held out for validation."
         ]
         for (d, size), count in sorted(self.buckets.items()):
             lines.append(f"Dataset {d}: bucket {size[0]}×{size[1]}, {count} examples.")
         if self.unused:
-            lines.append(
-                f"{len(self.unused)} regularisation pictures are not used: there are more of them than others."
-            )
+            lines.append(f"{len(self.unused)} regularisation images are not used: there are more of them than others.")
         for d, dataset in enumerate(self._data.datasets):
             for s, subset in enumerate(dataset.subsets):
-                lines += [f"Subset {d}.{s}: {text}" for text in _variation(subset, self._dropout)]
+                lines += [f"Subset {d}.{s}: {text}" for text in _describe_variants(subset, self._caption_dropout_rate)]
         return lines
 
     def _subset(self, image: ImageRecord) -> Subset:
         return self._data.datasets[image.dataset].subsets[image.subset]
 
     def _fit(self, image: ImageRecord) -> Fit:
-        cut = fit((image.width, image.height), self._data.datasets[image.dataset])
-        assert cut is not None  # a scan has skipped those that do not fit
-        return cut
+        result = fit((image.width, image.height), self._data.datasets[image.dataset])
+        assert result is not None  # the scan has skipped images that do not fit
+        return result
 
     def _rng(self, use: str, image: ImageRecord) -> random.Random:
         return random.Random(f"{self._seed}/{use}/{image.key}")
 
-    def _pool(self, image: ImageRecord, repeats: int, *, weight: float) -> _Variants:
+    def _draw_variants(self, image: ImageRecord, repeats: int, *, weight: float) -> _Variants:
         subset = self._subset(image)
-        views = _views(self._fit(image), subset, self._rng("view", image))
+        views = _draw_views(self._fit(image), subset, self._rng("view", image))
         rng = self._rng("caption", image)
-        texts = tuple(captions.compose_caption(image.caption, subset, rng) for _ in range(subset.caption_variants))
-        return _Variants(image, views, texts, repeats, weight)
+        texts = [captions.compose_caption(image.caption, subset, rng) for _ in range(subset.caption_variants)]
+        return _Variants(image, views, tuple(texts), repeats, weight)
 
-    def _example(self, pool: _Variants, rng: random.Random, epoch: int) -> Example:
-        view, text = rng.choice(pool.views), rng.choice(pool.captions)
-        if captions.dropped(self._subset(pool.image), rng=rng, epoch=epoch, dropout_rate=self._dropout):
-            text = ""
-        return Example(pool.image, view, text, pool.weight)
+    def _draw_example(self, variants: _Variants, rng: random.Random, epoch: int) -> Example:
+        view = rng.choice(variants.views)
+        caption = rng.choice(variants.captions)
+        subset = self._subset(variants.image)
+        if captions.dropped(subset, rng=rng, epoch=epoch, dropout_rate=self._caption_dropout_rate):
+            caption = ""
+        return Example(variants.image, view, caption, variants.weight)
 
 
 def split(images: Sequence[ImageRecord], data: DataPlan, *, seed: int) -> tuple[list[ImageRecord], list[ImageRecord]]:
-    """Pictures to train on, and those held out: `validation_split` of each dataset, at least one where it is above 0.
+    """Images to train on, and those held out: `validation_split` of each dataset, at least one where it is above 0.
 
-    Chosen by content and seed, so that copies of a picture and the same picture at another resolution stay together;
-    what is held out anywhere is trained nowhere. Regularisation pictures are never held out.
+    Chosen by content and seed, so that copies of an image and the same image at another resolution stay together;
+    an image that one dataset holds out is trained on in none. Regularisation images are never held out.
+    Raises DataError if a dataset would have nothing left to train on.
     """
-    held: set[tuple[int, str]] = set()
+    held_out: set[tuple[int, str]] = set()  # dataset, SHA-256 of the image
     for d, dataset in enumerate(data.datasets):
         if dataset.validation_split <= 0:
             continue
-        own = [p for p in images if p.dataset == d and not dataset.subsets[p.subset].is_reg]
+        contents = {p.sha256 for p in images if p.dataset == d and not dataset.subsets[p.subset].is_reg}
         salt = seed if dataset.validation_seed is None else dataset.validation_seed
-        ranked = sorted({p.sha256 for p in own}, key=lambda sha: hashlib.sha256(f"{salt}/{sha}".encode()).digest())
+        ranked = sorted(contents, key=lambda sha256: _salted(sha256, salt))
         count = max(1, round(dataset.validation_split * len(ranked)))
         if count >= len(ranked):
             raise DataError(
-                f"validation_split {dataset.validation_split} holds out {count} of {len(ranked)} different pictures of "
-                f"dataset {d}: none is left to train on. Lower it, or add pictures."
+                f"validation_split {dataset.validation_split} holds out {count} of {len(ranked)} different images of "
+                f"dataset {d}: none is left to train on. Lower it, or add images."
             )
-        held |= {(d, sha) for sha in ranked[:count]}
-    anywhere = {sha for _, sha in held}
-    return [p for p in images if p.sha256 not in anywhere], [p for p in images if (p.dataset, p.sha256) in held]
+        held_out |= {(d, sha256) for sha256 in ranked[:count]}
+    held_out_anywhere = {sha256 for _, sha256 in held_out}
+    training = [image for image in images if image.sha256 not in held_out_anywhere]
+    validation = [image for image in images if (image.dataset, image.sha256) in held_out]
+    return training, validation
+
+
+def _salted(sha256: str, salt: int) -> bytes:
+    return hashlib.sha256(f"{salt}/{sha256}".encode()).digest()
 
 
 def _batches(examples: Sequence[Example], size: int) -> list[Batch]:
@@ -206,68 +235,80 @@ def _batches(examples: Sequence[Example], size: int) -> list[Batch]:
 
 
 def _repeats(images: Sequence[ImageRecord], data: DataPlan) -> dict[str, int]:
-    """How often each picture (by key) occurs in an epoch.
+    """How often each image (by key) occurs in an epoch.
 
-    In each dataset the regularisation pictures take turns until they are as many as the others.
+    In each dataset the regularisation images take turns until they are as many as the others (DreamBooth).
     """
-    counts = {p.key: data.datasets[p.dataset].subsets[p.subset].num_repeats for p in images}
+    repeats = {image.key: data.datasets[image.dataset].subsets[image.subset].num_repeats for image in images}
     for d, dataset in enumerate(data.datasets):
-        own = [p for p in images if p.dataset == d]
-        regular = [p for p in own if dataset.subsets[p.subset].is_reg]
-        wanted = sum(counts[p.key] for p in own) - sum(counts[p.key] for p in regular)
+        regular: list[str] = []  # keys of the regularisation images
+        wanted = 0  # occurrences of the others
+        for image in images:
+            if image.dataset != d:
+                continue
+            if dataset.subsets[image.subset].is_reg:
+                regular.append(image.key)
+            else:
+                wanted += repeats[image.key]
         if not regular or wanted == 0:
             continue
-        most = max(counts[p.key] for p in regular)
-        transposes = [p.key for turn in range(most) for p in regular if counts[p.key] > turn]
-        counts.update(dict.fromkeys((p.key for p in regular), 0))
+        turns: list[str] = []  # the first occurrence of each, then the second ones, …
+        for turn in range(max(repeats[key] for key in regular)):
+            turns += [key for key in regular if repeats[key] > turn]
+        repeats.update(dict.fromkeys(regular, 0))
         for i in range(wanted):
-            counts[transposes[i % len(transposes)]] += 1
-    return counts
+            repeats[turns[i % len(turns)]] += 1
+    return repeats
 
 
-def _view(cut: Fit, subset: Subset) -> View:
-    """The view that nothing random touches: the middle."""
-    offset = ((cut.scaled[0] - cut.size[0]) // 2, (cut.scaled[1] - cut.size[1]) // 2)
-    return View(cut.size, cut.scaled, offset, interpolation=subset.resize_interpolation)
+def _centre_view(cut: Fit, subset: Subset) -> View:
+    """The view without any augmentation."""
+    left = (cut.scaled[0] - cut.size[0]) // 2
+    top = (cut.scaled[1] - cut.size[1]) // 2
+    return View(cut.size, cut.scaled, (left, top), interpolation=subset.resize_interpolation)
 
 
-def _views(cut: Fit, subset: Subset, rng: random.Random) -> tuple[View, ...]:
-    """The pool of views: half of them flipped with flip_aug."""
-    middle = _view(cut, subset)
-    free = (cut.scaled[0] - cut.size[0], cut.scaled[1] - cut.size[1])
-    if not (subset.color_aug or (subset.random_crop and any(free))):
-        return _flipped(middle, False), *([_flipped(middle, True)] if subset.flip_aug else [])
+def _draw_views(cut: Fit, subset: Subset, rng: random.Random) -> tuple[View, ...]:
+    """The pool of an image's views: half of them flipped with flip_aug."""
+    centre = _centre_view(cut, subset)
+    spare = (cut.scaled[0] - cut.size[0], cut.scaled[1] - cut.size[1])  # pixels by which a crop can move
+    if not subset.color_aug and not (subset.random_crop and any(spare)):
+        if subset.flip_aug:
+            return centre, replace(centre, flip=True)
+        return (centre,)
     views = []
     for i in range(VARIANTS):
-        offset = (rng.randint(0, free[0]), rng.randint(0, free[1])) if subset.random_crop else middle.offset
-        changed = rng.random() < COLOUR_SHARE
+        offset = centre.offset
+        if subset.random_crop:
+            offset = (rng.randint(0, spare[0]), rng.randint(0, spare[1]))
+        # Both are drawn with or without color_aug: the key does not move the crops.
+        changes_colour = rng.random() < COLOUR_SHARE
         seed = rng.getrandbits(32)
-        views.append(
-            View(
-                cut.size,
-                cut.scaled,
-                offset,
-                flip=subset.flip_aug and i % 2 == 1,
-                colour=seed if subset.color_aug and changed else None,
-                interpolation=subset.resize_interpolation,
-            )
-        )
+        colour = seed if subset.color_aug and changes_colour else None
+        views.append(replace(centre, offset=offset, flip=subset.flip_aug and i % 2 == 1, colour=colour))
     return tuple(views)
 
 
-def _flipped(view: View, flip: bool) -> View:
-    return View(view.size, view.scaled, view.offset, flip=flip, interpolation=view.interpolation)
-
-
-def _variation(subset: Subset, dropout: float) -> list[str]:
-    """What varies in a subset, and how it goes together with the cache."""
-    pixels = [n for n, on in {"crop": subset.random_crop, "colours": subset.color_aug}.items() if on]
-    flip = " and flip" if subset.flip_aug else ""
-    lines = [f"{' and '.join(pixels)}{flip} vary: {VARIANTS} views of each picture are encoded"] if pixels else []
-    lines += ["flip varies: 2 views of each picture are encoded"] if subset.flip_aug and not pixels else []
-    words = captions.varying(subset)
-    lines += [f"{', '.join(words)} vary: {VARIANTS} wordings of each caption are encoded"] if words else []
-    rate, every = max(subset.caption_dropout_rate, dropout), subset.caption_dropout_every_n_epochs
-    lines += [f"captions are dropped in {rate:.3g} of the occurrences"] if rate else []
-    lines += [f"captions are dropped in every epoch divisible by {every}"] if every else []
+def _describe_variants(subset: Subset, dropout_rate: float) -> list[str]:
+    """The augmentations of a subset, and how many variants of each image and caption the cache holds for them."""
+    lines = []
+    augmentations = []
+    if subset.random_crop:
+        augmentations.append("crop")
+    if subset.color_aug:
+        augmentations.append("colours")
+    if augmentations:
+        flip = " and flip" if subset.flip_aug else ""
+        lines.append(f"{' and '.join(augmentations)}{flip} vary: {VARIANTS} views of each image are encoded")
+    elif subset.flip_aug:
+        lines.append("flip varies: 2 views of each image are encoded")
+    random_parts = captions.random_parts(subset)
+    if random_parts:
+        lines.append(f"{', '.join(random_parts)} vary: {VARIANTS} variants of each caption are encoded")
+    rate = max(subset.caption_dropout_rate, dropout_rate)
+    if rate:
+        lines.append(f"captions are dropped in {rate:.3g} of the occurrences")
+    every = subset.caption_dropout_every_n_epochs
+    if every:
+        lines.append(f"captions are dropped in every epoch divisible by {every}")
     return lines

@@ -1,4 +1,4 @@
-"""A dataset's fingerprint: whether it is still the one that a run began with."""
+"""A dataset's fingerprint: whether the dataset is still the one that a run started with."""
 
 from __future__ import annotations
 
@@ -7,14 +7,22 @@ from collections.abc import Iterable
 
 from trainer.data.records import ImageRecord
 
+PARTS = ("image", "mask", "caption")  # of a fingerprint's values, in this order, separated by spaces
+
 
 def fingerprint(images: Iterable[ImageRecord]) -> dict[str, str]:
-    """ImageRecord's key → digests of its content and caption; equal means equal datasets. Holds no local path."""
-    return {p.key: f"{p.sha256} {p.mask_sha256 or '-'} {_digest(p.caption)}" for p in images}
+    """Each image's key → digests of its bytes, its mask and its caption. Equal dicts mean equal datasets.
+
+    Holds no local path: a run may resume on another machine. It is part of a saved state, so its form is fixed.
+    """
+    prints = {}
+    for image in images:
+        prints[image.key] = f"{image.sha256} {image.mask_sha256 or '-'} {_caption_digest(image.caption)}"
+    return prints
 
 
 def fingerprint_differences(old: dict[str, str], new: dict[str, str], *, limit: int = 10) -> list[str]:
-    """One line for each picture added, removed or changed, at most `limit` and then a count."""
+    """One line for each image that was added, removed or changed: at most `limit`, and then a count of the rest."""
     lines = []
     for key in sorted(old.keys() | new.keys()):
         if key not in new:
@@ -22,10 +30,16 @@ def fingerprint_differences(old: dict[str, str], new: dict[str, str], *, limit: 
         elif key not in old:
             lines.append(f"added: {key}")
         elif old[key] != new[key]:
-            parts = zip(("picture", "mask", "caption"), old[key].split(" "), new[key].split(" "), strict=False)
-            lines.append(f"changed: {key} ({', '.join(what for what, a, b in parts if a != b)})")
-    return lines if len(lines) <= limit else [*lines[:limit], f"and {len(lines) - limit} more"]
+            digests = zip(PARTS, old[key].split(" "), new[key].split(" "), strict=False)
+            changed = [part for part, before, after in digests if before != after]
+            lines.append(f"changed: {key} ({', '.join(changed)})")
+    if len(lines) > limit:
+        return [*lines[:limit], f"and {len(lines) - limit} more"]
+    return lines
 
 
-def _digest(caption: str | None) -> str:
-    return "-" if caption is None else hashlib.sha256(caption.encode()).hexdigest()
+def _caption_digest(caption: str | None) -> str:
+    """An empty caption is not a missing one."""
+    if caption is None:
+        return "-"
+    return hashlib.sha256(caption.encode()).hexdigest()

@@ -9,27 +9,28 @@ from pathlib import Path
 from trainer.data.buckets import Size
 from trainer.spec.errors import DataError
 
-MAX_UNUSABLE = 0.10  # of the pictures found; more stops the job
+# More unusable images than this share stop the job: a few damaged files are normal in a download, many mean that the
+# download failed or that the folder is the wrong one.
+MAX_UNUSABLE_SHARE = 0.10
 
-
-WARNING = "WARNING: "  # begins what a note warns of
+WARNING = "WARNING: "  # the start of a note that the log shows as a warning
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """A usable picture of one subset. Sizes in pixels, after turning it upright."""
+    """A usable image of one subset. Sizes in pixels, after the EXIF orientation is applied."""
 
     name: str  # relative to its subset's folder, with /
-    file: Path  # on this machine; says nothing about the content
+    file: Path  # on this machine; not part of the dataset's identity
     sha256: str  # of the file's bytes
     width: int
     height: int
     dataset: int  # index in DataPlan.datasets
     subset: int  # index in Dataset.subsets
-    caption: str | None  # before the pipeline; None: there is none
+    caption: str | None  # before the caption pipeline; None: the image has no caption
     has_alpha: bool = False
     mask_file: Path | None = None  # an image that weighs the loss
-    mask_sha256: str | None = None  # of that file's bytes; "alpha": the picture's own alpha is the mask
+    mask_sha256: str | None = None  # of that file's bytes; "alpha": the image's own alpha channel is the mask
 
     @property
     def key(self) -> str:
@@ -39,19 +40,22 @@ class ImageRecord:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """All that decides which pixels of a picture are trained on. Sizes are (width, height) in pixels."""
+    """One way to crop, flip and colour an image: all that decides which pixels are trained on.
+
+    Sizes are (width, height) in pixels. Its fields are part of the names of files in the cache.
+    """
 
     size: Size  # the bucket
-    scaled: Size  # the whole picture is scaled to this, covering `size`
-    offset: tuple[int, int]  # left and top of the cut in the scaled picture
+    scaled: Size  # the whole image is scaled to this, which covers `size`
+    offset: tuple[int, int]  # left and top of the crop in the scaled image
     flip: bool = False
-    colour: int | None = None  # seed of `images.vary_colour`
-    interpolation: str | None = None
+    colour: int | None = None  # seed of `decode.vary_colour`; None: the colours stay
+    interpolation: str | None = None  # a key of `decode.INTERPOLATIONS`; None: chosen by `decode.resize_crop`
 
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A picture that is not trained on."""
+    """An image that is not trained on."""
 
     name: str  # relative to its subset's folder
     reason: str
@@ -61,33 +65,39 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Scan:
-    """What was found: every picture is either in `pictures` or in `skipped`."""
+    """The result of a scan: every image is either in `images` or in `skipped`."""
 
     images: tuple[ImageRecord, ...]
     skipped: tuple[Skipped, ...]
-    notes: tuple[str, ...]  # what the user should know, one line each
+    notes: tuple[str, ...]  # for the user, one line each
 
     @property
     def num_found(self) -> int:
+        """How many images the folders hold, usable or not."""
         return len(self.images) + len(self.skipped)
 
     def report(self, *, limit: int | None = 20) -> str:
-        """In / used / skipped with reasons, at most `limit` skipped ones by name, and the notes."""
-        lines = [f"Pictures: {self.num_found} found, {len(self.images)} used, {len(self.skipped)} skipped."]
-        lines += [f"  skipped {s.name}: {s.reason}" for s in self.skipped[:limit]]
-        if limit is not None and len(self.skipped) > limit:
-            reasons = Counter(s.reason for s in self.skipped[limit:])
-            lines += [f"  skipped {count} more: {reason}" for reason, count in reasons.most_common(limit)]
+        """The counts, the skipped images with their reasons, and the notes.
+
+        At most `limit` skipped images are named, then the rest are counted by reason; None: all are named.
+        """
+        used = len(self.images)
+        lines = [f"Images: {self.num_found} found, {used} used, {len(self.skipped)} skipped."]
+        for image in self.skipped[:limit]:
+            lines.append(f"  skipped {image.name}: {image.reason}")
+        if limit is not None:
+            reasons = Counter(image.reason for image in self.skipped[limit:])
+            for reason, count in reasons.most_common(limit):
+                lines.append(f"  skipped {count} more: {reason}")
         return "\n".join([*lines, *self.notes]) + "\n"
 
     def check(self, *, strict: bool) -> None:
         """Raises DataError if nothing is usable, if more than a tenth is not, or with `strict` if anything is not."""
         bad = len(self.skipped)
         if not self.images:
-            raise DataError(f"No usable picture in the dataset.\n{self.report()}")
+            raise DataError(f"No usable image in the dataset.\n{self.report()}")
+        counts = f"{bad} of {self.num_found} images are unusable"
         if bad and strict:
-            raise DataError(
-                f"STRICT_DATASET is true and {bad} of {self.num_found} pictures are unusable.\n{self.report()}"
-            )
-        if bad > MAX_UNUSABLE * self.num_found:
-            raise DataError(f"{bad} of {self.num_found} pictures are unusable, more than 10 %.\n{self.report()}")
+            raise DataError(f"STRICT_DATASET is true and {counts}.\n{self.report()}")
+        if bad > MAX_UNUSABLE_SHARE * self.num_found:
+            raise DataError(f"{counts}, more than 10 %.\n{self.report()}")

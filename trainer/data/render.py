@@ -1,4 +1,4 @@
-"""From an image file to the pixels, and the loss mask, of one view."""
+"""From an image file to the pixels, and the loss mask, of one view. Letters: H height and W width in pixels."""
 
 from __future__ import annotations
 
@@ -14,40 +14,45 @@ from trainer.data.records import ImageRecord, View
 
 
 def render(file: Path, view: View, *, sha256: str | None = None) -> np.ndarray:
-    """The pixels of a view: uint8 (height, width, 3).
+    """The pixels of a view: uint8 (H, W, 3).
 
-    Raises UnusableImageError; also where the bytes are no longer those of `sha256`.
+    Raises UnusableImageError; also where the file's bytes are no longer those of `sha256`.
     """
-    image, _ = decode.open_upright(_bytes(file, sha256))
-    cut = _cut(image, view, interpolation=view.interpolation)
-    return np.asarray(cut if view.colour is None else decode.vary_colour(cut, view.colour))
+    image, _ = decode.open_upright(_read(file, sha256))
+    cropped = _crop(image, view, interpolation=view.interpolation)
+    if view.colour is not None:
+        cropped = decode.vary_colour(cropped, view.colour)
+    return np.asarray(cropped)
 
 
 def render_mask(image: ImageRecord, view: View) -> np.ndarray | None:
-    """The loss mask of a view: uint8 (height, width), 255 is trained; None if the picture has none.
+    """The loss mask of a view: uint8 (H, W), 255 is trained; None if the image has none.
 
     Raises UnusableImageError.
     """
+    mask: Image.Image | None = None
     if image.mask_file is not None:
-        mask = decode.open_mask(_bytes(image.mask_file, image.mask_sha256))
+        mask = decode.open_mask(_read(image.mask_file, image.mask_sha256))
         if mask.size != (image.width, image.height):
             mask = mask.resize((image.width, image.height), Image.Resampling.BOX)
-    elif image.mask_sha256:
-        alpha = decode.open_upright(_bytes(image.file, image.sha256))[1]
-        if alpha is None:
-            return None
-        mask = alpha
-    else:
+    elif image.mask_sha256:  # "alpha"
+        _, mask = decode.open_upright(_read(image.file, image.sha256))
+    if mask is None:
         return None
-    return np.asarray(_cut(mask, view, interpolation="bilinear"))
+    return np.asarray(_crop(mask, view, interpolation="bilinear"))
 
 
-def _cut(image: Image.Image, view: View, *, interpolation: str | None) -> Image.Image:
-    cut = decode.resize_crop(image, scaled=view.scaled, offset=view.offset, size=view.size, interpolation=interpolation)
-    return cut.transpose(decode.FLIP) if view.flip else cut
+def _crop(image: Image.Image, view: View, *, interpolation: str | None) -> Image.Image:
+    cropped = decode.resize_crop(
+        image, scaled=view.scaled, offset=view.offset, size=view.size, interpolation=interpolation
+    )
+    if view.flip:
+        return cropped.transpose(decode.FLIP)
+    return cropped
 
 
-def _bytes(file: Path, sha256: str | None) -> bytes:
+def _read(file: Path, sha256: str | None) -> bytes:
+    """The file's bytes. The cache names latents by the hash from the scan, so other bytes must not be encoded."""
     try:
         data = file.read_bytes()
     except OSError as problem:

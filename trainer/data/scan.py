@@ -1,6 +1,6 @@
-"""Folders of pictures → what is usable, with size, hash and caption; and the pixels of one view of a picture.
+"""Folders of images → the usable ones, with size, hash and caption.
 
-Nothing is dropped in silence: `Scan` accounts for every picture that was found.
+Nothing is dropped in silence: a `Scan` accounts for every image that was found.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ from trainer.data.records import WARNING, ImageRecord, Scan, Skipped
 from trainer.spec.errors import UnreachableError
 from trainer.spec.plan import DataPlan, Dataset, Subset
 
-WORKER_MEMORY = 4 << 30  # bytes that decoding may add to a worker's address space
+# Bytes that decoding may add to a worker's address space: the largest image that `decode` admits takes 358 MB, and
+# conversions and codecs need some copies of it. A hostile file then fails here, and does not get the job killed.
+WORKER_MEMORY_BYTES = 4 << 30
 
-
-TOO_SMALL = "smaller than one step of bucket_reso_steps, and bucket_no_upscale forbids to enlarge it"
+TOO_SMALL = "smaller than one step of bucket_reso_steps, and bucket_no_upscale forbids enlarging it"
 NO_MASK = "no mask of the same stem in conditioning_data_dir"
+
+Progress = Callable[[int, int], None]  # called with the files done and the files in all
 
 
 def scan_checked(data: DataPlan, *, cpu_workers: int) -> Scan:
@@ -40,34 +43,36 @@ def scan_checked(data: DataPlan, *, cpu_workers: int) -> Scan:
     return result
 
 
-def scan(data: DataPlan, *, cpu_workers: int, progress: Callable[[int, int], None] | None = None) -> Scan:
-    """Find, hash and decode all pictures of the plan, in `workers` processes (0: in this one).
+def scan(data: DataPlan, *, cpu_workers: int, progress: Progress | None = None) -> Scan:
+    """Find, hash and decode all images of the plan, in `cpu_workers` processes (0: in this one).
 
-    `progress` is called with pictures done and in all. Raises DataError for a folder or caption that cannot be read,
-    UnreachableError if a worker is killed.
+    Raises DataError for a folder or caption that cannot be read, UnreachableError if a worker is killed.
     """
-    listings = [
-        _Listing(d, s, dataset, subset, list_folder(subset))
-        for d, dataset in enumerate(data.datasets)
-        for s, subset in enumerate(dataset.subsets)
-    ]
-    # A folder may serve several datasets (resolutions): each file is read once.
-    files = list(dict.fromkeys(f for listing in listings for f in listing.folder.to_read()))
-    facts = dict(zip(files, _examine_all(files, cpu_workers=cpu_workers, progress=progress), strict=True))
-    parts = [_combine(listing, facts) for listing in listings]
-    return Scan(
-        tuple(p for part in parts for p in part.images),
-        tuple(s for part in parts for s in part.skipped),
-        tuple(n for part in parts for n in part.notes),
-    )
+    listings = []
+    for d, dataset in enumerate(data.datasets):
+        for s, subset in enumerate(dataset.subsets):
+            listings.append(_Listing(d, s, dataset, subset, list_folder(subset)))
+    files: dict[Path, None] = {}  # a folder may serve several datasets (resolutions): each file is read once
+    for listing in listings:
+        files.update(dict.fromkeys(listing.folder.files_to_decode()))
+    examined = dict(zip(files, _examine_all(list(files), cpu_workers=cpu_workers, progress=progress), strict=True))
+    images: list[ImageRecord] = []
+    skipped: list[Skipped] = []
+    notes: list[str] = []
+    for listing in listings:
+        part = _combine(listing, examined)
+        images += part.images
+        skipped += part.skipped
+        notes += part.notes
+    return Scan(tuple(images), tuple(skipped), tuple(notes))
 
 
-# ---- reading pictures, in worker processes
+# ---- reading images, in worker processes
 
 
 @dataclass(frozen=True, slots=True)
-class _Facts:
-    """What a file's bytes say."""
+class _FileInfo:
+    """From a file's bytes. Upright width and height in pixels."""
 
     sha256: str
     width: int
@@ -75,8 +80,8 @@ class _Facts:
     has_alpha: bool
 
 
-def _examine(file: Path) -> _Facts | str:
-    """The facts of a picture that decodes, or why it is unusable."""
+def _examine(file: Path) -> _FileInfo | str:
+    """The hash and size of an image that decodes, or the reason why it is unusable."""
     try:
         data = file.read_bytes()
         width, height, has_alpha = decode.inspect(data)
@@ -84,33 +89,34 @@ def _examine(file: Path) -> _Facts | str:
         return f"cannot be read: {problem.strerror}"
     except UnusableImageError as problem:
         return str(problem)
-    return _Facts(hashlib.sha256(data).hexdigest(), width, height, has_alpha)
+    return _FileInfo(hashlib.sha256(data).hexdigest(), width, height, has_alpha)
 
 
 def _enter_worker() -> None:
-    """Bound the memory that a malicious file can take; its reason goes to the report, not to the terminal.
+    """Bound the memory that a hostile file can take, and end when the trainer does.
 
-    Where the trainer is killed, its workers end too: what they wait for would never come.
+    The warnings of codecs are silenced: the reason for a skipped image goes to the report, not to the terminal.
     """
     warnings.simplefilter("ignore")
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     statm = Path("/proc/self/statm")
     if statm.exists():
         used = int(statm.read_text(encoding="ascii").split()[0]) * resource.getpagesize()
-        _, most = resource.getrlimit(resource.RLIMIT_AS)
-        wanted = used + WORKER_MEMORY
-        resource.setrlimit(resource.RLIMIT_AS, (wanted if most == resource.RLIM_INFINITY else min(wanted, most), most))
+        limit = used + WORKER_MEMORY_BYTES
+        _, hard_limit = resource.getrlimit(resource.RLIMIT_AS)
+        if hard_limit != resource.RLIM_INFINITY:
+            limit = min(limit, hard_limit)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard_limit))
 
 
 def _end_with_parent() -> None:
+    """Where the trainer is killed, a worker would wait for its next file for ever."""
     if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)
 
 
-def _examine_all(
-    files: Sequence[Path], *, cpu_workers: int, progress: Callable[[int, int], None] | None
-) -> Iterator[_Facts | str]:
+def _examine_all(files: Sequence[Path], *, cpu_workers: int, progress: Progress | None) -> Iterator[_FileInfo | str]:
     """`_examine` of each file, in order."""
     if cpu_workers <= 0 or not files:
         for done, file in enumerate(files, 1):
@@ -124,15 +130,16 @@ def _examine_all(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(cpu_workers, mp_context=context, initializer=_enter_worker) as pool:
         try:
-            for facts in pool.map(_examine, files):
-                yield facts
+            for info in pool.map(_examine, files):
+                yield info
                 done += 1
                 if progress:
                     progress(done, len(files))
         except BrokenProcessPool as problem:
+            # The pool does not tell which file it was: name all that were under way.
             suspects = ", ".join(str(f) for f in files[done : done + 2 * cpu_workers + 1])
             raise UnreachableError(
-                f"A process that reads pictures was killed (out of memory?) at one of: {suspects}."
+                f"A process that reads images was killed (out of memory?) at one of: {suspects}."
             ) from problem
 
 
@@ -150,84 +157,98 @@ class _Listing:
     folder: Folder
 
 
-def _combine(listing: _Listing, facts: dict[Path, _Facts | str]) -> Scan:
-    """Pictures with captions and masks, the skipped ones, and notes, of one subset."""
-    subset, folder = listing.subset_plan, listing.folder
+def _combine(listing: _Listing, examined: dict[Path, _FileInfo | str]) -> Scan:
+    """Images with captions and masks, the skipped ones, and notes, of one subset."""
+    subset = listing.subset_plan
+    folder = listing.folder
     place = {"dataset": listing.dataset, "subset": listing.subset}
-    texts, notes = find_captions(folder, subset)
-    images, skipped = [], [Skipped(name, reason, **place) for name, reason in folder.skipped]
+    captions, caption_notes = find_captions(folder, subset)
+    images = []
+    skipped = [Skipped(name, reason, **place) for name, reason in folder.skipped]
     for name in folder.images:
         file = folder.root / name
         mask_file = folder.mask(name)
-        settled = _usable(facts[file], listing, mask_file, facts[mask_file] if mask_file else None)
-        if isinstance(settled, str):
-            skipped.append(Skipped(name, settled, **place))
+        mask = examined[mask_file] if mask_file else None
+        usable = _check_usable(examined[file], listing, mask_file, mask)
+        if isinstance(usable, str):
+            skipped.append(Skipped(name, usable, **place))
             continue
-        found, mask_sha256 = settled
-        text = texts.get(name)
+        info, mask_sha256 = usable
+        caption = captions.get(name)
         images.append(
             ImageRecord(
                 name=name,
                 file=file,
-                sha256=found.sha256,
-                width=found.width,
-                height=found.height,
-                caption=text.text if text else None,
-                has_alpha=found.has_alpha,
+                sha256=info.sha256,
+                width=info.width,
+                height=info.height,
+                caption=caption.text if caption else None,
+                has_alpha=info.has_alpha,
                 mask_file=mask_file,
                 mask_sha256=mask_sha256,
                 **place,
             )
         )
+    skipped.sort(key=lambda image: image.name)
     title = f"{subset.source.public} ({listing.dataset}.{listing.subset})"
-    lines = _notes(images, texts, subset) + notes
-    return Scan(tuple(images), tuple(sorted(skipped, key=lambda s: s.name)), tuple(f"{title}: {n}" for n in lines))
+    notes = [f"{title}: {note}" for note in _notes(images, captions, subset) + caption_notes]
+    return Scan(tuple(images), tuple(skipped), tuple(notes))
 
 
-def _usable(
-    facts: _Facts | str, listing: _Listing, mask_file: Path | None, mask: _Facts | str | None
-) -> tuple[_Facts, str | None] | str:
-    """Facts and the mask's hash, or the reason why the picture cannot be used."""
-    if isinstance(facts, str):
-        return facts
-    if fit((facts.width, facts.height), listing.dataset_plan) is None:
+def _check_usable(
+    image: _FileInfo | str, listing: _Listing, mask_file: Path | None, mask: _FileInfo | str | None
+) -> tuple[_FileInfo, str | None] | str:
+    """The image and the hash of its mask (see `ImageRecord`), or the reason why the image cannot be used."""
+    if isinstance(image, str):
+        return image
+    if fit((image.width, image.height), listing.dataset_plan) is None:
         return TOO_SMALL
     if mask_file is None or mask is None:
         if listing.folder.masks is not None:
             return NO_MASK
-        return facts, "alpha" if listing.subset_plan.alpha_mask and facts.has_alpha else None
+        alpha_is_mask = listing.subset_plan.alpha_mask and image.has_alpha
+        return image, "alpha" if alpha_is_mask else None
     if isinstance(mask, str):
         return f"its mask {mask_file.name}: {mask}"
     # The same shape, up to the rounding of a scaled copy.
-    if abs(mask.width * facts.height - mask.height * facts.width) > max(mask.width, mask.height) + facts.width:
-        return f"its mask is {mask.width}×{mask.height}, the picture {facts.width}×{facts.height}: another shape"
-    return facts, mask.sha256
+    difference = abs(mask.width * image.height - mask.height * image.width)
+    if difference > max(mask.width, mask.height) + image.width:
+        return f"its mask is {mask.width}×{mask.height}, the image {image.width}×{image.height}: another shape"
+    return image, mask.sha256
 
 
-def _notes(images: Sequence[ImageRecord], texts: dict[str, Caption], subset: Subset) -> list[str]:
-    """What the user should know of a subset's captions and pictures."""
-    used = [texts[p.name] for p in images if p.name in texts]
-    own = [t for t in used if t.origin != "class_tokens"]
+def _notes(images: Sequence[ImageRecord], captions: dict[str, Caption], subset: Subset) -> list[str]:
+    """The counts of a subset's images and captions, and oddities that the user may not have meant."""
+    own: list[Caption] = []  # captions of their own, not class_tokens
+    for image in images:
+        if image.name in captions and captions[image.name].origin != "class_tokens":
+            own.append(captions[image.name])
+    lines = [f"{len(images)} images, {len(own)} captions"]
     missing = len(images) - len(own)
-    empty = sum(not t.text for t in own)
-    legacy = sum(t.legacy for t in own)
-    several = 0 if subset.enable_wildcard else sum("\n" in t.text for t in own)
-    alpha = sum(p.has_alpha for p in images)
-    twins = len(images) - len({p.sha256 for p in images})
-    substitute = f"class_tokens {subset.class_tokens!r} is used" if subset.class_tokens else "trained without caption"
-    lines = [f"{len(images)} pictures, {len(own)} captions"]
-    lines += [f"{missing} captions missing: {substitute}"] if missing else []
+    if missing:
+        substitute = "trained without caption"
+        if subset.class_tokens:
+            substitute = f"class_tokens {subset.class_tokens!r} is used"
+        lines.append(f"{missing} captions missing: {substitute}")
     if images and not own and not subset.class_tokens and not subset.trigger_word:
         lines.append(
-            f"{WARNING}no captions at all and no class_tokens: the model learns these pictures without words, and no "
+            f"{WARNING}no captions at all and no class_tokens: the model learns these images without words, and no "
             "word will call them up. Add .txt files, or set class_tokens or TRIGGER_WORD."
         )
-    lines += [f"{empty} captions are empty files: trained without caption"] if empty else []
-    lines += [f"{legacy} captions are not UTF-8: read as Windows-1252 (Latin-1)"] if legacy else []
-    lines += (
-        [f"{several} captions have several lines: the first is used (enable_wildcard draws one)"] if several else []
-    )
-    laid = "the alpha weighs the loss" if subset.alpha_mask else "laid over white"
-    lines += [f"{alpha} pictures have transparency: {laid}"] if alpha else []
-    lines += [f"{twins} pictures are byte for byte copies of another: all are used"] if twins else []
+    empty = sum(not caption.text for caption in own)
+    if empty:
+        lines.append(f"{empty} captions are empty files: trained without caption")
+    legacy = sum(caption.legacy for caption in own)
+    if legacy:
+        lines.append(f"{legacy} captions are not UTF-8: read as Windows-1252 (Latin-1)")
+    several = sum("\n" in caption.text for caption in own)
+    if several and not subset.enable_wildcard:
+        lines.append(f"{several} captions have several lines: the first is used (enable_wildcard draws one)")
+    transparent = sum(image.has_alpha for image in images)
+    if transparent:
+        effect = "the alpha weighs the loss" if subset.alpha_mask else "laid over white"
+        lines.append(f"{transparent} images have transparency: {effect}")
+    copies = len(images) - len({image.sha256 for image in images})
+    if copies:
+        lines.append(f"{copies} images are byte for byte copies of another: all are used")
     return lines

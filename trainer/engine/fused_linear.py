@@ -1,269 +1,380 @@
-"""What comes before a frozen layer's product, in one pass with the quantising of its input: norms, modulations, GELUs.
+"""FP8 layers fused with the operation before them: a norm with its modulation, a GELU, or none.
 
-An input is quantised once for all the layers that read it. For the backward pass nothing is kept but what the pass
-began with: the rows that adapters need there are made again. Where a layer is no FP8 product, or its adapter has more
-to it than two matrices, all is computed by the modules one by one.
+One kernel computes the operation and quantises its result, once for all layers that read it. The layers' LoRA terms are
+columns of their products (`trainer.engine.quantization`).
+
+For the backward pass, only the operation's input is saved, and h = x Aᵀ. The rows that the gradient of A needs are
+recomputed by the kernel that computes the input's gradient. A step of Flux.1 took 32.2 GiB instead of 40.9 this way,
+and 269 ms instead of 276 (docs/lab-notes.md).
+
+The public functions call the modules one by one if a layer has no FP8 product, or if its adapter is more than two
+matrices (`can_fuse`).
+
+Letters: B images, T tokens of one, M = B T rows, D or K input and N output features, L features that stand before
+others in a row, R the adapter's rank, F = K + padding (the length of a row of an FP8 matrix). `down` is A (R, K) and
+`up` is B (N, R), both in 16 bits, B times alpha / rank. g is the gradient of an output, h = x Aᵀ (M, R), gh = g B (M,
+R).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from trainer.engine.kernels.dispatch import gated_residual as gated_sum
+from trainer.engine.kernels.dispatch import gated_residual as gated_residual_kernel
 from trainer.engine.kernels.dispatch import gelu_gradient, gelu_rows, norm_gradient, norm_rows, quantize_rows
-from trainer.engine.quantization.formats import FORWARD_SCALE, fp8_gradient, fp8_product
+from trainer.engine.quantization.formats import FORWARD_UP_FACTOR, fp8_gradient, fp8_product
 from trainer.engine.quantization.frozen_linear import FrozenLinear
 from trainer.engine.quantization.lora_linear import LoraLinear
 
-Tensor = torch.Tensor
-ADDED = 3  # gradients that the norm's kernel adds up by itself
+NORM_KERNEL_GRADIENTS = 3  # gradients that `norm_gradient` adds up itself: g1 to g3
 
 
-class _Layer(NamedTuple):
-    """A frozen weight in FP8, with columns beside it; its adapter, if it has one: `up` is scaled already; the weight
-    turned round, if kept."""
+class _Fp8Layer(NamedTuple):
+    """The tensors of one FP8 layer and its adapter, in the order in which autograd functions take them."""
 
     w_NF: Tensor
     scale_1N: Tensor
     bias_N: Tensor | None
-    down_RK: Tensor | None
+    down_RK: Tensor | None  # down and up: None without an adapter
     up_NR: Tensor | None
-    weight_t_KN: Tensor | None
+    weight_t_KN: Tensor | None  # the transposed copy of the weight, if one is kept
 
 
-def _layers(flat: Sequence[Any]) -> list[_Layer]:
-    step = len(_Layer._fields)
-    return [_Layer(*flat[i : i + step]) for i in range(0, len(flat), step)]
+# Autograd functions see and save only tensors that are arguments of their own, so fields are passed one after another.
+FlatLayers = Sequence[Any]  # Tensor | None; Any, because the first two of each six are never None
 
 
-def _stacked(layers: list[_Layer]) -> Tensor | None:
-    """The first halves of all adapters on one input: one product serves them all."""
+def _unflatten(flat: FlatLayers) -> list[_Fp8Layer]:
+    fields = len(_Fp8Layer._fields)
+    return [_Fp8Layer(*flat[i : i + fields]) for i in range(0, len(flat), fields)]
+
+
+def _concatenated_down(layers: list[_Fp8Layer]) -> Tensor | None:
+    """The A matrices of all adapters on one input, (sum of R, K): one GEMM computes h for all of them."""
     downs = [layer.down_RK for layer in layers if layer.down_RK is not None]
-    return torch.cat(downs) if len(downs) > 1 else next(iter(downs), None)
+    if not downs:
+        return None
+    return torch.cat(downs) if len(downs) > 1 else downs[0]
 
 
-def _parts(tensor: Tensor | None, layers: list[_Layer], dim: int) -> list[Tensor | None]:
-    """What belongs to each layer of what was computed for `_stacked`."""
-    ranks = [0 if layer.down_RK is None else len(layer.down_RK) for layer in layers]
+def _split_by_rank(tensor: Tensor | None, layers: list[_Fp8Layer], dim: int) -> list[Tensor | None]:
+    """Each layer's part of a tensor that was computed with `_concatenated_down`; None for layers without an adapter."""
     if tensor is None:
         return [None] * len(layers)
-    return [part if rank else None for part, rank in zip(tensor.split(ranks, dim), ranks, strict=True)]
-
-
-def _room(layers: list[_Layer], width: int) -> int:
-    """How many columns beside the rows are of use."""
-    return max(layer.w_NF.shape[1] for layer in layers) - width
-
-
-def _multiplied(x, x8, x_scale, layers, width):  # type: ignore[no-untyped-def]
-    """What each layer makes of the rows x, and x downᵀ for all adapters."""
-    down = _stacked(layers)
-    h = None if down is None else x @ down.t()
-    parts = zip(layers, _parts(h, layers, 1), strict=True)
-    return [fp8_product(x8, x_scale, *layer[:3], part, layer.up_NR, width, FORWARD_SCALE) for layer, part in parts], h
-
-
-def _gradients(gs, layers, h):  # type: ignore[no-untyped-def]
-    """From the gradients of `_multiplied`: that of h; those of the `up`s."""
-    ghs = [g @ layer.up_NR for g, layer in zip(gs, layers, strict=True) if layer.up_NR is not None]
-    parts = _parts(h, layers, 1)
-    ups = [None if part is None else g.t() @ part for g, part in zip(gs, parts, strict=True)]
-    return torch.cat(ghs, 1) if ghs else None, ups
-
-
-def _of_rows(gs, layers, gh, width):  # type: ignore[no-untyped-def]
-    """The gradients of the rows by each layer, to be added up."""
-    parts = zip(gs, layers, _parts(gh, layers, 1), strict=True)
-    return [
-        fp8_gradient(g, layer.w_NF, layer.scale_1N, part, layer.down_RK, layer.weight_t_KN, width)
-        for g, layer, part in parts
-    ]
-
-
-def _of_layers(x, gh, gups, layers):  # type: ignore[no-untyped-def]
-    """The gradients of `_Layer`'s fields, for each layer."""
-    downs = _parts(None if gh is None else gh.t() @ x, layers, 0)
-    return [g for down, up in zip(downs, gups, strict=True) for g in (None, None, None, down, up, None)]
-
-
-class _Normed(torch.autograd.Function):
-    """Products of LayerNorm(x) * (plus + scale) + shift; and x itself, so that its own gradient comes here too."""
-
-    @staticmethod
-    def forward(ctx: Any, x, scale, shift, plus, eps, *flat):  # type: ignore[no-untyped-def]
-        layers = _layers(flat)
-        width, kept = x.shape[1], any(layer.down_RK is not None for layer in layers)
-        x8, x_scale, rows = norm_rows(x, scale, shift, plus, eps, flat[0].dtype, kept, _room(layers, width))
-        found, h = _multiplied(rows, x8, x_scale, layers, width)
-        ctx.plus, ctx.eps = plus, eps
-        ctx.save_for_backward(x, scale, shift, h, *flat)
-        return (*found, x)
-
-    @staticmethod
-    def backward(ctx: Any, *gs):  # type: ignore[no-untyped-def]
-        x, scale, shift, h, *flat = ctx.saved_tensors
-        layers, given, past = _layers(flat), [g.contiguous() for g in gs[:-1]], gs[-1]
-        gh, gups = _gradients(given, layers, h)
-        rows = _of_rows(given, layers, gh, x.shape[1])
-        while len(rows) > ADDED:
-            rows = [rows[0] + rows[1], *rows[2:]]
-        several = (*rows, *[None] * (ADDED - len(rows)))
-        gx, again = norm_gradient(x, scale, shift, ctx.plus, ctx.eps, *several, past, gh is not None)
-        of_modulation = _modulation(ctx, x, scale, shift, rows) if any(ctx.needs_input_grad[1:3]) else (None, None)
-        return gx, *of_modulation, None, None, *_of_layers(again, gh, gups, layers)
-
-
-def _modulation(ctx, x, scale, shift, rows):  # type: ignore[no-untyped-def]
-    """The gradients of scale and shift."""
-    g = sum(g.float() for g in rows).view(len(scale), -1, x.shape[1])
-    hat = F.layer_norm(x.float(), x.shape[1:], eps=ctx.eps).view_as(g)
-    return (g * hat).sum(1).to(scale.dtype), g.sum(1).to(shift.dtype)
-
-
-class _Activated(torch.autograd.Function):
-    """The product of [left, gelu(y)]; see `quantize.gelu_rows`."""
-
-    @staticmethod
-    def forward(ctx: Any, left, y, gated, *flat):  # type: ignore[no-untyped-def]
-        layers = _layers(flat)
-        ctx.gated, ctx.width = gated, (0 if left is None else left.shape[1]) + y.shape[1] // (2 if gated else 1)
-        kept = layers[0].down_RK is not None
-        x8, x_scale, rows = gelu_rows(left, y, gated, flat[0].dtype, kept, _room(layers, ctx.width))
-        (found,), h = _multiplied(rows, x8, x_scale, layers, ctx.width)
-        ctx.save_for_backward(left, y, h, *flat)
-        return found
-
-    @staticmethod
-    def backward(ctx: Any, g):  # type: ignore[no-untyped-def]
-        left, y, h, *flat = ctx.saved_tensors
-        layers, gs = _layers(flat), [g.contiguous()]
-        gh, gups = _gradients(gs, layers, h)
-        (of_row,) = _of_rows(gs, layers, gh, ctx.width)
-        gy, of_left, again = gelu_gradient(left, y, of_row, ctx.gated, gh is not None)
-        return None if left is None else of_left, gy, None, *_of_layers(again, gh, gups, layers)
-
-
-class _Shared(torch.autograd.Function):
-    """Products of x."""
-
-    @staticmethod
-    def forward(ctx: Any, x, *flat):  # type: ignore[no-untyped-def]
-        layers = _layers(flat)
-        x8, x_scale = quantize_rows(x, None, flat[0].dtype, _room(layers, x.shape[1]))
-        found, h = _multiplied(x, x8, x_scale, layers, x.shape[1])
-        ctx.save_for_backward(x, h, *flat)
-        return tuple(found)
-
-    @staticmethod
-    def backward(ctx: Any, *gs):  # type: ignore[no-untyped-def]
-        x, h, *flat = ctx.saved_tensors
-        layers, given = _layers(flat), [g.contiguous() for g in gs]
-        gh, gups = _gradients(given, layers, h)
-        gx = sum(_of_rows(given, layers, gh, x.shape[1])) if ctx.needs_input_grad[0] else None
-        return gx, *_of_layers(x, gh, gups, layers)
-
-
-class _Gated(torch.autograd.Function):
-    """x + gate * y."""
-
-    @staticmethod
-    def forward(ctx: Any, x, gate, y):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(gate, y if ctx.needs_input_grad[1] else None)
-        return gated_sum(x, gate, y)
-
-    @staticmethod
-    def backward(ctx: Any, g):  # type: ignore[no-untyped-def]
-        gate, y = ctx.saved_tensors
-        of_gate = None if y is None else (g.float() * y.float()).sum(1).to(gate.dtype)
-        return g, of_gate, gated_sum(None, gate, g) if ctx.needs_input_grad[2] else None
-
-
-# Functions that the compiler need not look into to differentiate.
-@torch.compiler.allow_in_graph
-def _normed(x, scale, shift, plus, eps, *flat):  # type: ignore[no-untyped-def]
-    return _Normed.apply(x, scale, shift, plus, eps, *flat)
-
-
-@torch.compiler.allow_in_graph
-def _activated(left, y, gated, *flat):  # type: ignore[no-untyped-def]
-    return _Activated.apply(left, y, gated, *flat)
-
-
-@torch.compiler.allow_in_graph
-def _shared(x, *flat):  # type: ignore[no-untyped-def]
-    return _Shared.apply(x, *flat)
-
-
-def _flat(layers: Sequence[Any], dtype: torch.dtype) -> list[Tensor | None] | None:
-    """The fields of `_Layer` for each; None where one of them is not such a layer."""
-    found: list[Tensor | None] = []
+    ranks = []
     for layer in layers:
-        base, halves = (
-            (layer.base_layer, layer.halves(dtype)) if isinstance(layer, LoraLinear) else (layer, (None, None))
-        )
-        if halves is None or not isinstance(base, FrozenLinear) or not base.in_fp8:
-            return None
-        found += [base.weight_NF, base.scale_1N, base.bias, *halves, base.weight_t_KN]
-    return found
+        ranks.append(0 if layer.down_RK is None else len(layer.down_RK))
+    parts: list[Tensor | None] = list(tensor.split(ranks, dim))
+    for i, rank in enumerate(ranks):
+        if rank == 0:
+            parts[i] = None
+    return parts
 
 
-def fuses(layers: Sequence[Any]) -> bool:
-    """Whether those layers' products are computed here, and not by the modules one by one."""
-    return _flat(layers, torch.bfloat16) is not None
+def _padding(layers: list[_Fp8Layer], in_features: int) -> int:
+    """The columns after the quantised input that the layer with the most adapter columns needs."""
+    return max(layer.w_NF.shape[1] for layer in layers) - in_features
 
 
-def normed(x_BTD: Tensor, norm: Any, modulation: tuple[Tensor, Tensor] | None, layers: Sequence[Any]) -> list[Tensor]:
-    """What `layers` make of norm(x) * (1 + scale) + shift, each (B, T, N); and x, to go on with.
+def _linears(
+    rows_MK: Tensor, x8_MF: Tensor, x_scale_M1: Tensor, layers: list[_Fp8Layer], in_features: int
+) -> tuple[list[Tensor], Tensor | None]:
+    """The output of each layer, (M, N), and h of all adapters, (M, sum of R).
 
-    `modulation`: scale and shift, (B, D) each; without, the norm has weights of its own.
+    rows: the input in 16 bits, for the adapters; x8 and x_scale: the same, quantised, for the weights. The layers write
+    their adapter columns into the same x8, one after the other.
     """
-    flat = _flat(layers, x_BTD.dtype)
+    h = None
+    down = _concatenated_down(layers)
+    if down is not None:
+        h = rows_MK @ down.t()
+    outputs = []
+    for layer, h_MR in zip(layers, _split_by_rank(h, layers, 1), strict=True):
+        w, scale, bias = layer.w_NF, layer.scale_1N, layer.bias_N
+        y = fp8_product(x8_MF, x_scale_M1, w, scale, bias, h_MR, layer.up_NR, in_features, FORWARD_UP_FACTOR)
+        outputs.append(y)
+    return outputs, h
+
+
+def _adapter_gradients(
+    gs: list[Tensor], layers: list[_Fp8Layer], h: Tensor | None
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """gh = g B of all adapters, (M, sum of R), and the gradient of each B, gᵀ h."""
+    ghs = []
+    for g, layer in zip(gs, layers, strict=True):
+        if layer.up_NR is not None:
+            ghs.append(g @ layer.up_NR)
+    up_gradients: list[Tensor | None] = []
+    for g, h_MR in zip(gs, _split_by_rank(h, layers, 1), strict=True):
+        up_gradients.append(None if h_MR is None else g.t() @ h_MR)
+    # Joined again, so that the gradients of all A matrices are one GEMM.
+    gh = torch.cat(ghs, 1) if ghs else None
+    return gh, up_gradients
+
+
+def _input_gradients(gs: list[Tensor], layers: list[_Fp8Layer], gh: Tensor | None, in_features: int) -> list[Tensor]:
+    """The gradient of the input from each layer, (M, K). Their sum is the gradient of the input."""
+    gradients = []
+    for g, layer, gh_MR in zip(gs, layers, _split_by_rank(gh, layers, 1), strict=True):
+        w, scale, weight_t = layer.w_NF, layer.scale_1N, layer.weight_t_KN
+        gradients.append(fp8_gradient(g, w, scale, gh_MR, layer.down_RK, weight_t, in_features))
+    return gradients
+
+
+def _layer_gradients(
+    rows_MK: Tensor, gh: Tensor | None, up_gradients: list[Tensor | None], layers: list[_Fp8Layer]
+) -> list[Tensor | None]:
+    """The gradients of the flat layers: those of A, ghᵀ x, and of B; None for all other fields."""
+    g_down = None
+    if gh is not None:
+        g_down = gh.t() @ rows_MK
+    gradients: list[Tensor | None] = []
+    for down, up in zip(_split_by_rank(g_down, layers, 0), up_gradients, strict=True):
+        gradients += [None, None, None, down, up, None]
+    return gradients
+
+
+class _NormLinear(torch.autograd.Function):
+    """Layers on LayerNorm(x) * (scale_offset + scale) + shift.
+
+    Returns x as well, for the residual connection. So the gradient that reaches x past the norm arrives here, and the
+    kernel adds it without another pass over it. Saves x, scale, shift and h.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, scale_offset: float, eps: float, *flat: Any
+    ) -> tuple[Tensor, ...]:
+        layers = _unflatten(flat)
+        in_features = x.shape[1]
+        keep_rows = any(layer.down_RK is not None for layer in layers)
+        padding = _padding(layers, in_features)
+        x8, x_scale, rows = norm_rows(x, scale, shift, scale_offset, eps, flat[0].dtype, keep_rows, padding)
+        outputs, h = _linears(rows, x8, x_scale, layers, in_features)
+        ctx.scale_offset = scale_offset
+        ctx.eps = eps
+        ctx.save_for_backward(x, scale, shift, h, *flat)
+        return (*outputs, x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, shift, h, *flat = ctx.saved_tensors
+        layers = _unflatten(flat)
+        gs = [g.contiguous() for g in gradients[:-1]]  # a gradient may be part of longer rows
+        residual_grad = gradients[-1]
+        gh, up_gradients = _adapter_gradients(gs, layers, h)
+        g_rows = _input_gradients(gs, layers, gh, x.shape[1])
+        while len(g_rows) > NORM_KERNEL_GRADIENTS:  # separate q, k, v and MLP in a single block of Flux.1
+            g_rows = [g_rows[0] + g_rows[1], *g_rows[2:]]
+        three_g = (*g_rows, *[None] * (NORM_KERNEL_GRADIENTS - len(g_rows)))
+        gx, rows = norm_gradient(x, scale, shift, ctx.scale_offset, ctx.eps, *three_g, residual_grad, gh is not None)
+        g_scale = g_shift = None
+        if any(ctx.needs_input_grad[1:3]):  # where the modulation has an adapter
+            g_scale, g_shift = _modulation_gradients(x, scale, shift, g_rows, ctx.eps)
+        return gx, g_scale, g_shift, None, None, *_layer_gradients(rows, gh, up_gradients, layers)
+
+
+def _modulation_gradients(
+    x: Tensor, scale: Tensor, shift: Tensor, g_rows: Iterable[Tensor], eps: float
+) -> tuple[Tensor, Tensor]:
+    """The gradients of scale and shift, (B, K) each."""
+    g = sum(g.float() for g in g_rows).view(len(scale), -1, x.shape[1])  # type: ignore[union-attr]  # a tensor
+    x_hat = F.layer_norm(x.float(), x.shape[1:], eps=eps).view_as(g)
+    return (g * x_hat).sum(1).to(scale.dtype), g.sum(1).to(shift.dtype)
+
+
+class _GeluLinear(torch.autograd.Function):
+    """One layer on [left, gelu(y)] (see `kernels.reference.gelu_rows`). Saves left, y and h."""
+
+    @staticmethod
+    def forward(ctx: Any, left: Tensor | None, y: Tensor, geglu: bool, *flat: Any) -> Tensor:
+        layers = _unflatten(flat)
+        left_features = 0 if left is None else left.shape[1]
+        ctx.geglu = geglu
+        ctx.in_features = left_features + y.shape[1] // (2 if geglu else 1)
+        keep_rows = layers[0].down_RK is not None
+        padding = _padding(layers, ctx.in_features)
+        x8, x_scale, rows = gelu_rows(left, y, geglu, flat[0].dtype, keep_rows, padding)
+        (output,), h = _linears(rows, x8, x_scale, layers, ctx.in_features)
+        ctx.save_for_backward(left, y, h, *flat)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        left, y, h, *flat = ctx.saved_tensors
+        layers = _unflatten(flat)
+        gs = [g.contiguous()]
+        gh, up_gradients = _adapter_gradients(gs, layers, h)
+        (g_rows,) = _input_gradients(gs, layers, gh, ctx.in_features)
+        gy, g_left, rows = gelu_gradient(left, y, g_rows, ctx.geglu, gh is not None)
+        of_layers = _layer_gradients(rows, gh, up_gradients, layers)
+        if left is None:  # g_left is an empty tensor then
+            return None, gy, None, *of_layers
+        return g_left, gy, None, *of_layers
+
+
+class _SharedInputLinear(torch.autograd.Function):
+    """Layers on the same x, which is quantised once. Saves x and h."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+        layers = _unflatten(flat)
+        x8, x_scale = quantize_rows(x, None, flat[0].dtype, _padding(layers, x.shape[1]))
+        outputs, h = _linears(x, x8, x_scale, layers, x.shape[1])
+        ctx.save_for_backward(x, h, *flat)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, *flat = ctx.saved_tensors
+        layers = _unflatten(flat)
+        gs = [g.contiguous() for g in gradients]
+        gh, up_gradients = _adapter_gradients(gs, layers, h)
+        gx = None
+        if ctx.needs_input_grad[0]:  # text embeddings need none
+            gx = sum(_input_gradients(gs, layers, gh, x.shape[1]))
+        return gx, *_layer_gradients(x, gh, up_gradients, layers)  # type: ignore[arg-type]  # the sum is a tensor
+
+
+class _GatedResidual(torch.autograd.Function):
+    """x + gate * y. Saves gate, and y only if gate needs a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, y if ctx.needs_input_grad[1] else None)
+        return gated_residual_kernel(x, gate, y)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        gate, y = ctx.saved_tensors
+        g_gate = None
+        if y is not None:
+            g_gate = (g.float() * y.float()).sum(1).to(gate.dtype)
+        g_y = None
+        if ctx.needs_input_grad[2]:
+            g_y = gated_residual_kernel(None, gate, g)
+        return g, g_gate, g_y
+
+
+# torch.compile takes these into its graph without tracing them, and differentiates by their backward functions.
+@torch.compiler.allow_in_graph
+def _norm_linear(
+    x: Tensor, scale: Tensor, shift: Tensor, scale_offset: float, eps: float, *flat: Tensor | None
+) -> tuple[Tensor, ...]:
+    outputs: tuple[Tensor, ...] = _NormLinear.apply(x, scale, shift, scale_offset, eps, *flat)
+    return outputs
+
+
+@torch.compiler.allow_in_graph
+def _gelu_linear(left: Tensor | None, y: Tensor, geglu: bool, *flat: Tensor | None) -> Tensor:
+    output: Tensor = _GeluLinear.apply(left, y, geglu, *flat)
+    return output
+
+
+@torch.compiler.allow_in_graph
+def _shared_input_linear(x: Tensor, *flat: Tensor | None) -> tuple[Tensor, ...]:
+    outputs: tuple[Tensor, ...] = _SharedInputLinear.apply(x, *flat)
+    return outputs
+
+
+def _flatten(layers: Sequence[torch.nn.Module], dtype: torch.dtype) -> list[Tensor | None] | None:
+    """The fields of `_Fp8Layer` for all layers, one after another; None if one of them cannot be fused."""
+    flat: list[Tensor | None] = []
+    for layer in layers:
+        base: torch.nn.Module = layer
+        weights: tuple[Tensor | None, Tensor | None] | None = (None, None)
+        if isinstance(layer, LoraLinear):
+            base = layer.base_layer
+            weights = layer.cast_weights(dtype)
+        if weights is None or not isinstance(base, FrozenLinear) or not base.in_fp8:
+            return None
+        flat += [base.weight_NF, base.scale_1N, base.bias, *weights, base.weight_t_KN]
+    return flat
+
+
+def can_fuse(layers: Sequence[torch.nn.Module]) -> bool:
+    """Whether the functions below compute these layers in fused kernels, and not by their modules."""
+    return _flatten(layers, torch.bfloat16) is not None
+
+
+def norm_linear(
+    x_BTD: Tensor, norm: Any, modulation: tuple[Tensor, Tensor] | None, layers: Sequence[torch.nn.Module]
+) -> list[Tensor]:
+    """The outputs of `layers`, (B, T, N) each, on norm(x) * (1 + scale) + shift; and x itself as the last one.
+
+    Continue with the x that is returned: its gradient is added inside the norm's kernel. `modulation`: scale and shift,
+    (B, D) each; None: the norm has a weight and bias of its own.
+    """
+    flat = _flatten(layers, x_BTD.dtype)
     if flat is None:
         y = norm(x_BTD)
         if modulation is not None:
-            y = y * (1 + modulation[0][:, None]) + modulation[1][:, None]
+            scale, shift = modulation
+            y = y * (1 + scale[:, None]) + shift[:, None]
         return [*(layer(y) for layer in layers), x_BTD]
-    scale, shift = (norm.weight[None], norm.bias[None]) if modulation is None else modulation
-    plus = 0.0 if modulation is None else 1.0
-    *found, x = _normed(x_BTD.reshape(-1, x_BTD.shape[-1]), scale, shift, plus, norm.eps, *flat)
-    return [*(y.view(*x_BTD.shape[:-1], -1) for y in found), x.view(x_BTD.shape)]
+    if modulation is None:
+        scale, shift = norm.weight[None], norm.bias[None]
+        scale_offset = 0.0
+    else:
+        scale, shift = modulation
+        scale_offset = 1.0
+    x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    *outputs, x_MD = _norm_linear(x_MD, scale, shift, scale_offset, norm.eps, *flat)
+    return [*(y.view(*x_BTD.shape[:-1], -1) for y in outputs), x_MD.view(x_BTD.shape)]
 
 
-def activated(y_BTK: Tensor, layer: Any, *, gated: bool = False, left_BTL: Tensor | None = None) -> Tensor:
-    """What `layer` makes of [left, gelu(y)] (with tanh), or, gated, of a * gelu(b), y being [a, b]; (B, T, N)."""
-    flat = _flat([layer], y_BTK.dtype)
+def gelu_linear(
+    y_BTK: Tensor, layer: torch.nn.Module, *, geglu: bool = False, left_BTL: Tensor | None = None
+) -> Tensor:
+    """The output of `layer`, (B, T, N), on [left, gelu(y)], where gelu is the approximation by tanh.
+
+    geglu: y is [a, b], (B, T, 2K), and a * gelu(b) with erf stands in the place of gelu(y).
+    """
+    flat = _flatten([layer], y_BTK.dtype)
     if flat is None:
-        a, b = y_BTK.chunk(2, -1) if gated else (None, y_BTK)
-        x = F.gelu(b, approximate="tanh") if a is None else a * F.gelu(b)
-        found: Tensor = layer(x if left_BTL is None else torch.cat([left_BTL, x], -1))
-        return found
-    left = None if left_BTL is None else left_BTL.reshape(-1, left_BTL.shape[-1])
-    rows: Tensor = _activated(left, y_BTK.reshape(-1, y_BTK.shape[-1]), gated, *flat)
-    return rows.view(*y_BTK.shape[:-1], -1)
+        if geglu:
+            a, b = y_BTK.chunk(2, -1)
+            x = a * F.gelu(b)
+        else:
+            x = F.gelu(y_BTK, approximate="tanh")
+        if left_BTL is not None:
+            x = torch.cat([left_BTL, x], -1)
+        output: Tensor = layer(x)
+        return output
+    left_ML = None if left_BTL is None else left_BTL.reshape(-1, left_BTL.shape[-1])
+    y_MN = _gelu_linear(left_ML, y_BTK.reshape(-1, y_BTK.shape[-1]), geglu, *flat)
+    return y_MN.view(*y_BTK.shape[:-1], -1)
 
 
-def shared(x_BTD: Tensor, layers: Sequence[Any]) -> list[Tensor]:
-    """What `layers` make of x, each (B, T, N)."""
-    flat = _flat(layers, x_BTD.dtype)
+def shared_input_linear(x_BTD: Tensor, layers: Sequence[torch.nn.Module]) -> list[Tensor]:
+    """The outputs of `layers`, (B, T, N) each, on the same x."""
+    flat = _flatten(layers, x_BTD.dtype)
     if flat is None:
         return [layer(x_BTD) for layer in layers]
-    return [y.view(*x_BTD.shape[:-1], -1) for y in _shared(x_BTD.reshape(-1, x_BTD.shape[-1]), *flat)]
+    outputs = _shared_input_linear(x_BTD.reshape(-1, x_BTD.shape[-1]), *flat)
+    return [y.view(*x_BTD.shape[:-1], -1) for y in outputs]
 
 
-def gated(x_BTD: Tensor, gate_BD: Tensor, y_BTD: Tensor) -> Tensor:
-    """x + gate * y, in one pass; the compiler makes its own of it."""
-    if torch.compiler.is_compiling():
+def gated_residual(x_BTD: Tensor, gate_BD: Tensor, y_BTD: Tensor) -> Tensor:
+    """x + gate * y, in one kernel."""
+    if torch.compiler.is_compiling():  # which fuses it with the operations around it
         return torch.addcmul(x_BTD, gate_BD[:, None], y_BTD)
-    found: Tensor = _Gated.apply(x_BTD, gate_BD, y_BTD)
-    return found
+    output: Tensor = _GatedResidual.apply(x_BTD, gate_BD, y_BTD)
+    return output
 
 
 def install(block: torch.nn.Module, forwards: Mapping[type, type]) -> None:
-    """Modules in `block` that multiply in FP8 get another class: the same but for its forward pass."""
+    """Give modules in `block` that have FP8 layers a class with a fused forward pass: `forwards`, old class to new.
+
+    Weights and names stay, so adapters, checkpoints and LoRA files do not notice.
+    """
     for module in block.modules():
-        if type(module) in forwards and any(isinstance(m, FrozenLinear) and m.in_fp8 for m in module.modules()):
+        if type(module) not in forwards:
+            continue
+        if any(isinstance(m, FrozenLinear) and m.in_fp8 for m in module.modules()):
             module.__class__ = forwards[type(module)]

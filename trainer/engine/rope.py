@@ -1,4 +1,11 @@
-"""Queries, keys and values of projections that are joined, in one pass: normed, turned by their places, joined."""
+"""Queries, keys and values of joined projections, prepared for attention by one kernel for each source.
+
+The kernel normalises queries and keys by head, applies the rotary embedding, and writes the tokens of text and image
+next to each other. Its outputs can be recomputed for the backward pass instead of saved: three tensors as large as the
+projections, which attention would keep.
+
+Letters: B images, T tokens, H heads, D features of a head.
+"""
 
 from __future__ import annotations
 
@@ -7,91 +14,136 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trainer.engine.kernels.dispatch import rotate, rotate_gradient
 from trainer.engine.memory.activation_offload import without_graph
 
-Tensor = torch.Tensor
-Source = tuple[Tensor, Any, Any]  # queries, keys and values side by side, (B, T, 3HD); the norms of queries and keys
+Source = tuple[Tensor, Any, Any]  # qkv, (B, T, 3HD): all heads of q, of k, of v; the RMSNorms of queries and keys
+CosSin = tuple[Tensor, Tensor]  # of each token's angles, (T, D) each
+Saved = Tensor | tuple[int, torch.Size, tuple[int, ...]]  # a tensor; or which one it is, its shape and strides
 
 
-class _Rotated(torch.autograd.Function):
+class _NormRope(torch.autograd.Function):
+    """`kernels.rope_reference.rotate`. Saves its inputs only. The norms' weights are frozen and get no gradients."""
+
     @staticmethod
-    def forward(ctx: Any, first, first_q, first_k, second, second_q, second_k, cos, sin, eps):  # type: ignore[no-untyped-def]
+    def forward(
+        ctx: Any,
+        first: Tensor,
+        first_q: Tensor,
+        first_k: Tensor,
+        second: Tensor | None,
+        second_q: Tensor | None,
+        second_k: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = rotate(first, first_q, first_k, second, second_q, second_k, cos, sin, eps)
         ctx.eps = eps
         ctx.save_for_backward(first, first_q, first_k, second, second_q, second_k, cos, sin)
-        return q, k, v if second is not None else first.unflatten(2, (3, *q.shape[2:]))[:, :, 2]
+        if second is None:  # values are where they were: nothing has to be put next to them
+            v = first.unflatten(2, (3, *q.shape[2:]))[:, :, 2]
+        return q, k, v
 
     @staticmethod
-    def backward(ctx: Any, gq, gk, gv):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, gq: Tensor, gk: Tensor, gv: Tensor) -> tuple[Tensor | None, ...]:
         first, first_q, first_k, second, second_q, second_k, cos, sin = ctx.saved_tensors
-        more = (cos, sin, gq, gk, gv)
-        of_first = rotate_gradient(first, first_q, first_k, *more, 0, ctx.eps)
-        of_second = None
+        g_first = rotate_gradient(first, first_q, first_k, cos, sin, gq, gk, gv, 0, ctx.eps)
+        g_second = None
         if second is not None:
-            of_second = rotate_gradient(second, second_q, second_k, *more, first.shape[1], ctx.eps)
-        return of_first, None, None, of_second, None, None, None, None, None
+            offset = first.shape[1]
+            g_second = rotate_gradient(second, second_q, second_k, cos, sin, gq, gk, gv, offset, ctx.eps)
+        return g_first, None, None, g_second, None, None, None, None, None
 
 
+# torch.compile takes this into its graph without tracing it, and differentiates by its backward function.
 @torch.compiler.allow_in_graph
-def _rotated(*given):  # type: ignore[no-untyped-def]
-    return _Rotated.apply(*given)
+def _norm_rope(
+    first: Tensor,
+    first_q: Tensor,
+    first_k: Tensor,
+    second: Tensor | None,
+    second_q: Tensor | None,
+    second_k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    qkv: tuple[Tensor, Tensor, Tensor] = _NormRope.apply(
+        first, first_q, first_k, second, second_q, second_k, cos, sin, eps
+    )
+    return qkv
 
 
-def fits(*norms: Any) -> bool:
-    """Whether `rotated` can do it: norms that are frozen, of heads whose size is a power of two."""
-    weights = [norm.weight for norm in norms]
-    return all(w is not None and not w.requires_grad and len(w).bit_count() == 1 for w in weights)
+def can_fuse_rope(*norms: Any) -> bool:
+    """Whether `norm_rope` can take these norms: frozen, with a weight, of heads whose size is a power of two."""
+    for norm in norms:
+        weight = norm.weight
+        if weight is None or weight.requires_grad or len(weight).bit_count() != 1:
+            return False
+    return True
 
 
-def rotated(sources: list[Source], transposes: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, (B, T, H, D), of one or two sources' tokens, one after the other."""
-    found: tuple[Tensor, Tensor, Tensor] = _rotated(*_given(sources, transposes))
-    return found
+def norm_rope(sources: list[Source], cos_sin_TD: CosSin) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, (B, T, H, D), of the tokens of one or two sources, one after the other."""
+    return _norm_rope(*_kernel_arguments(sources, cos_sin_TD))
 
 
-def _given(sources: list[Source], transposes: tuple[Tensor, Tensor]) -> tuple[Any, ...]:
-    (first, norm_q, norm_k), *others = sources
-    second = (others[0][0], others[0][1].weight, others[0][2].weight) if others else (None, None, None)
-    return first, norm_q.weight, norm_k.weight, *second, *transposes, norm_q.eps
+def _kernel_arguments(sources: list[Source], cos_sin_TD: CosSin) -> tuple[Any, ...]:
+    first, norm_q, norm_k = sources[0]
+    second: tuple[Tensor | None, ...] = (None, None, None)
+    if len(sources) > 1:
+        qkv, second_norm_q, second_norm_k = sources[1]
+        second = (qkv, second_norm_q.weight, second_norm_k.weight)
+    return first, norm_q.weight, norm_k.weight, *second, *cos_sin_TD, norm_q.eps
 
 
-def attended(
+def rope_attention(
     sources: list[Source],
-    transposes: tuple[Tensor, Tensor],
+    cos_sin_TD: CosSin,
     attention: Callable[[Tensor, Tensor, Tensor], Tensor],
     *,
     recompute_rope: bool,
 ) -> Tensor:
-    """Attention among what `rotated` gives. `remade`: that is not kept for the backward pass, but made once more."""
-    q, k, v = rotated(sources, transposes)
-    with (
-        _remaking(sources, transposes, (q, k, v) if len(sources) > 1 else (q, k))
-        if recompute_rope
-        else contextlib.nullcontext()
-    ):
+    """`attention` on the outputs of `norm_rope`, which with `recompute_rope` are recomputed instead of saved."""
+    q, k, v = norm_rope(sources, cos_sin_TD)
+    if not recompute_rope:
+        return attention(q, k, v)
+    # With one source, v is a view of the projection's output, which is kept anyway.
+    outputs = (q, k, v) if len(sources) > 1 else (q, k)
+    with _recomputed(sources, cos_sin_TD, outputs):
         return attention(q, k, v)
 
 
-def _remaking(
-    sources: list[Source], transposes: tuple[Tensor, Tensor], made: tuple[Tensor, ...]
+def _recomputed(
+    sources: list[Source], cos_sin_TD: CosSin, outputs: tuple[Tensor, ...]
 ) -> contextlib.AbstractContextManager[Any]:
-    """Inside, autograd keeps none of the tensors `made`."""
-    first, *given = (t.detach() if isinstance(t, Tensor) else t for t in _given(sources, transposes))
-    places = {t.data_ptr(): (index, t.numel()) for index, t in enumerate(made)}
-    again: dict[int, Tensor] = {}
+    """Inside, autograd saves none of the tensors `outputs`: the backward pass recomputes all when it wants the first.
 
-    def pack(tensor: Tensor) -> Tensor | tuple[int, torch.Size, tuple[int, ...]]:
-        index, count = places.get(tensor.data_ptr(), (0, -1))
-        return (index, tensor.shape, tensor.stride()) if tensor.numel() == count else without_graph(tensor)
+    A checkpoint of the rotation alone would save nothing, because attention saves its inputs; one of both would run
+    attention's forward pass twice.
+    """
+    detached = []
+    for argument in _kernel_arguments(sources, cos_sin_TD):
+        detached.append(argument.detach() if isinstance(argument, Tensor) else argument)
+    # Attention may save views with other strides: a tensor is known by its address and size.
+    known = {t.data_ptr(): (index, t.numel()) for index, t in enumerate(outputs)}
+    recomputed: dict[int, Tensor] = {}
 
-    def unpack(kept: Tensor | tuple[int, torch.Size, tuple[int, ...]]) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        index, shape, stride = kept
-        if index not in again:
-            again.update(enumerate(rotate(first, *given)))
-        return again.pop(index).as_strided(shape, stride)
+    def pack(tensor: Tensor) -> Saved:
+        index, count = known.get(tensor.data_ptr(), (0, -1))
+        if tensor.numel() != count:
+            return without_graph(tensor)
+        return index, tensor.shape, tensor.stride()
+
+    def unpack(saved: Saved) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        index, shape, stride = saved
+        if index not in recomputed:
+            recomputed.update(enumerate(rotate(*detached)))
+        return recomputed.pop(index).as_strided(shape, stride)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

@@ -1,15 +1,142 @@
-"""Code that several families share."""
+"""Parts that several families share: loading frozen models, the VAE, and the set-up of a pipeline for sampling.
+
+torch and diffusers are imported inside the functions, so that importing a family imports neither.
+
+Shapes: B batch, C channels, H and W height and width (of pixels, or of latents: 1/8 of them), L tokens, D features.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import AutoencoderKL
+    from PIL import Image
+
+    from trainer.spec.plan import Prompt
+
+Denoiser = TypeVar("Denoiser")
+
+# ---- loading
+
+
+def load_encoder(model_class: Any, folder: Path, *, device: str, dtype: torch.dtype) -> Any:
+    """A frozen text encoder of transformers. `folder`: its own, inside the model's."""
+    model = model_class.from_pretrained(folder, dtype=dtype, use_safetensors=True, device_map=device)
+    return model.requires_grad_(False).eval()
+
+
+def load_denoiser(model_class: type[Denoiser], folder: Path, *, device: str, dtype: torch.dtype) -> Denoiser:
+    """A frozen denoiser of diffusers. `folder`: its own, inside the model's."""
+    loader: Any = model_class  # diffusers' classes have no types
+    denoiser: Denoiser = loader.from_pretrained(
+        folder, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=True, device_map=device
+    ).requires_grad_(False)
+    return denoiser
+
+
+def load_vae(folder: Path, *, device: str) -> AutoencoderKL:
+    """The frozen VAE, in fp32: SDXL's overflows fp16, and bf16 has fewer bits than a pixel."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32, use_safetensors=True)
+    return vae.requires_grad_(False).eval().to(device)
+
+
+# ---- text and images
+
+
+def split_captions(tokens_BLD: torch.Tensor, pooled_BD: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    """`tokens` (L, D) and `pooled` (D,) of each caption, on the CPU."""
+    return [{"tokens": t.cpu(), "pooled": p.cpu()} for t, p in zip(tokens_BLD, pooled_BD, strict=True)]
+
+
+def encode_images(vae: AutoencoderKL, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+    """Mean and standard deviation of the latents, (B, 2C, H/8, W/8): scaling_factor * (latents - shift_factor).
+
+    SDXL's VAE has no shift.
+    """
+    import torch
+
+    with torch.no_grad():
+        distribution = vae.encode(pixels_BCHW.to(vae.device, vae.dtype)).latent_dist
+    mean_BCHW = distribution.mean
+    if vae.config.shift_factor is not None:
+        mean_BCHW = mean_BCHW - vae.config.shift_factor
+    scale = vae.config.scaling_factor
+    return torch.cat([mean_BCHW * scale, distribution.std * scale], dim=1).float()
+
+
+def decode_latents(vae: AutoencoderKL, latents_BCHW: torch.Tensor) -> torch.Tensor:
+    """Pixels (B, 3, 8H, 8W) in about [-1, 1]; reverses `encode_images`.
+
+    Pipelines would decode in the denoiser's precision, so families let them return latents and decode here.
+    """
+    latents_BCHW = latents_BCHW.float() / vae.config.scaling_factor
+    if vae.config.shift_factor is not None:
+        latents_BCHW = latents_BCHW + vae.config.shift_factor
+    pixels_BCHW: torch.Tensor = vae.decode(latents_BCHW).sample
+    return pixels_BCHW
+
+
+# ---- sampling
+
+
+def without_text_encoders(encoders: Iterable[str]) -> dict[str, None]:
+    """Arguments of a pipeline that gets embeddings: no text encoders and no tokenizers, by the names of the former."""
+    components: dict[str, None] = {}
+    for encoder in encoders:
+        components[encoder] = None
+        components[encoder.replace("text_encoder", "tokenizer")] = None
+    return components
+
+
+def load_scheduler(scheduler_class: Any, folder: Path, changes: dict[str, Any] | None) -> Any:
+    """The model's scheduler. `changes`: values that differ from its config."""
+    return scheduler_class.from_pretrained(folder / "scheduler", **(changes or {}))
+
+
+def pipeline_arguments(
+    prompt: Prompt, text: dict[str, torch.Tensor], negative: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """What the pipelines of all families are called with; they return latents.
+
+    The generator is on the CPU, so that a seed draws the same noise on every device.
+    """
+    import torch
+
+    return {
+        "prompt_embeds": text["tokens"],
+        "pooled_prompt_embeds": text["pooled"],
+        "negative_prompt_embeds": negative["tokens"],
+        "negative_pooled_prompt_embeds": negative["pooled"],
+        "num_inference_steps": prompt.steps,
+        "width": prompt.width,
+        "height": prompt.height,
+        "generator": torch.Generator("cpu").manual_seed(prompt.seed),
+        "output_type": "latent",
+    }
+
+
+def to_image(pipeline: Any, pixels_BCHW: torch.Tensor) -> Image.Image:
+    """The first image of a batch."""
+    image: Image.Image = pipeline.image_processor.postprocess(pixels_BCHW)[0]
+    return image
+
+
+# ---- training
 
 
 def traced(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values, as an input that gradients reach: so the first block is compiled like the others."""
+    """The same values, as an input that gradients reach.
+
+    All blocks then have inputs that require gradients, and torch.compile compiles one graph for all of them; the first
+    block would get a graph of its own otherwise.
+    """
     import torch
 
     return tensor if tensor.requires_grad else tensor.detach().requires_grad_(torch.is_grad_enabled())

@@ -1,12 +1,16 @@
-"""Flux.1: all that is known about it. torch and diffusers are imported inside the functions, see
-`trainer.spec.family`."""
+"""Flux.1 (dev, schnell, Krea): a transformer of 19 double and 38 single blocks, trained by flow matching.
+
+torch and diffusers are imported inside the functions: a plan needs only FACTS.
+
+Shapes: B batch, C channels of latents, H and W their height and width, L tokens, D features.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.families.common import traced
+from trainer.families import common
 from trainer.spec.family import BaseModel, ClipOutput, Facts, Footprint, LoraKeys, OriginalLayer
 
 if TYPE_CHECKING:
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
 
 MINIATURE = str(Path(__file__).with_name("miniatures") / "flux")
 
+# GiB: fitted to peaks of `python -m bench step --family flux …` at 1280 x 768 pixels (tests/unit/test_memory.py).
 FOOTPRINT = Footprint(
     block_weights=11.82e9,
     other_weights=0.08e9,
@@ -97,9 +102,8 @@ def load_encoders(folder: Path, *, device: str, dtype: torch.dtype) -> FluxPipel
     from diffusers import FluxPipeline
     from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
-    def encoder(kind: Any, name: str) -> Any:
-        model = kind.from_pretrained(folder / name, dtype=dtype, use_safetensors=True, device_map=device)
-        return model.requires_grad_(False).eval()
+    def encoder(model_class: Any, name: str) -> Any:
+        return common.load_encoder(model_class, folder / name, device=device, dtype=dtype)
 
     return FluxPipeline(
         scheduler=None,
@@ -121,65 +125,63 @@ def encode_text(encoders: FluxPipeline, captions: list[str]) -> list[dict[str, t
         tokens_BLD, pooled_BD, _ = encoders.encode_prompt(
             captions, captions, device=encoders.text_encoder.device, max_sequence_length=length
         )
-    return [{"tokens": t.cpu(), "pooled": p.cpu()} for t, p in zip(tokens_BLD, pooled_BD, strict=True)]
+    return common.split_captions(tokens_BLD, pooled_BD)
 
 
-def with_clip_outputs(text: dict[str, torch.Tensor], fresh: dict[str, ClipOutput]) -> dict[str, torch.Tensor]:
-    """Of CLIP-L, this family reads the pooled output alone."""
-    return {**text, "pooled": fresh["text_encoder"].pooled_BD} if "text_encoder" in fresh else text
+def with_clip_outputs(text: dict[str, torch.Tensor], outputs: dict[str, ClipOutput]) -> dict[str, torch.Tensor]:
+    """The family uses only CLIP-L's pooled output."""
+    if "text_encoder" not in outputs:
+        return text
+    return {**text, "pooled": outputs["text_encoder"].pooled_BD}
 
 
-def load_vae(folder: Path, *, device: str) -> AutoencoderKL:
-    import torch
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32, use_safetensors=True)
-    return vae.requires_grad_(False).eval().to(device)
-
-
-def encode_images(vae: AutoencoderKL, pixels_BCHW: torch.Tensor) -> torch.Tensor:
-    """Mean and standard deviation, (B, 32, H/8, W/8): scaling_factor * (latents - shift_factor)."""
-    import torch
-
-    with torch.no_grad():
-        spread = vae.encode(pixels_BCHW.to(vae.device, vae.dtype)).latent_dist
-    scale, shift = vae.config.scaling_factor, vae.config.shift_factor
-    return torch.cat([(spread.mean - shift) * scale, spread.std * scale], dim=1).float()
+load_vae = common.load_vae
+encode_images = common.encode_images
 
 
 def load_denoiser(folder: Path, *, device: str, dtype: torch.dtype) -> FluxTransformer2DModel:
     from diffusers import FluxTransformer2DModel
 
-    model = FluxTransformer2DModel.from_pretrained(
-        folder / "transformer", torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=True, device_map=device
-    )
-    return model.requires_grad_(False)
+    return common.load_denoiser(FluxTransformer2DModel, folder / "transformer", device=device, dtype=dtype)
 
 
 def from_original(
     state: dict[str, torch.Tensor],
-    config: dict[str, Any],  # noqa: ARG001 (the names say all)
+    config: dict[str, Any],  # noqa: ARG001 (the names suffice)
 ) -> dict[str, torch.Tensor]:
-    """By the table of this family's LoRA keys, at any width: diffusers' own function knows the full-size one alone."""
+    """Convert by the table of this family's LoRA keys, which holds at any width.
+
+    diffusers' own function splits the rows of `linear1` at the widths of the full-size model, so miniatures fail.
+    """
     layers = {layer.name: layer for layer in LORA_KEYS.layers}
-    found = {}
+    converted = {}
     for name, tensor in state.items():
-        path, end = name.rsplit(".", 1)
-        number = next((p for p in path.split(".") if p.isdecimal()), "") if "_blocks." in path else ""
-        general = path.replace(f".{number}.", ".{}.", 1) if number else path
-        if general in NORMS:
-            found[f"{NORMS[general].format(number)}.weight"] = tensor
+        path, end = name.rsplit(".", 1)  # end: weight or bias
+        template, number = _without_block_number(path)
+        if template in NORMS:
+            converted[f"{NORMS[template].format(number)}.weight"] = tensor
             continue
-        layer = layers.get(general)
+        layer = layers.get(template)
         if layer is None:
-            found[name] = tensor  # and is refused
+            converted[name] = tensor  # the caller refuses it by this name
             continue
         unit = tensor.shape[0] // sum(layer.row_ratio)
         pieces = tensor.split([unit * n for n in layer.row_ratio]) if len(layer.diffusers_names) > 1 else (tensor,)
         if layer.halves_swapped:
             pieces = (tensor.roll(tensor.shape[0] // 2, 0),)
-        found |= {f"{part.format(number)}.{end}": p for part, p in zip(layer.diffusers_names, pieces, strict=True)}
-    return found
+        for part, piece in zip(layer.diffusers_names, pieces, strict=True):
+            converted[f"{part.format(number)}.{end}"] = piece
+    return converted
+
+
+def _without_block_number(path: str) -> tuple[str, str]:
+    """`double_blocks.7.img_mlp.0` → `double_blocks.{}.img_mlp.0` and `7`; other paths as they are, and ``."""
+    if "_blocks." not in path:
+        return path, ""
+    number = next((part for part in path.split(".") if part.isdecimal()), "")
+    if not number:
+        return path, ""
+    return path.replace(f".{number}.", ".{}.", 1), number
 
 
 def blocks(denoiser: FluxTransformer2DModel) -> list[tuple[str, torch.nn.Module]]:
@@ -206,9 +208,12 @@ def predict(
     *,
     text: dict[str, torch.Tensor],
     guidance: float,
-    geometry_B6: torch.Tensor | None = None,  # noqa: ARG001 (positions are all that this family is told)
+    geometry_B6: torch.Tensor | None = None,  # noqa: ARG001 (the model gets the patches' positions, no sizes)
 ) -> torch.Tensor:
-    """The velocity (noise - latents). `guidance`: the embedded scale, which schnell has none of."""
+    """The velocity (noise - latents). `guidance`: the embedded scale; schnell has no such embedding.
+
+    Patches of 2 x 2 latents are the tokens, as in diffusers' FluxPipeline.
+    """
     import torch
 
     b, c, h, w = noisy_BCHW.shape
@@ -217,11 +222,11 @@ def predict(
     img_ids[..., 1] = torch.arange(h // 2, device=noisy_BCHW.device)[:, None]
     img_ids[..., 2] = torch.arange(w // 2, device=noisy_BCHW.device)
     out_BLD = denoiser(
-        hidden_states=traced(patches_BLD.to(denoiser.dtype)),
+        hidden_states=common.traced(patches_BLD.to(denoiser.dtype)),
         timestep=t_B,
         guidance=t_B.new_full((b,), guidance) if denoiser.config.guidance_embeds else None,
         pooled_projections=text["pooled"],
-        encoder_hidden_states=traced(text["tokens"]),
+        encoder_hidden_states=common.traced(text["tokens"]),
         txt_ids=img_ids.new_zeros(text["tokens"].shape[1], 3),
         img_ids=img_ids.view(-1, 3),
         return_dict=False,
@@ -239,42 +244,27 @@ def sample(
     negative: dict[str, torch.Tensor],
     scheduler: dict[str, Any] | None = None,
 ) -> Image.Image:
-    import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
     pipe = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler", **(scheduler or {})),
+        scheduler=common.load_scheduler(FlowMatchEulerDiscreteScheduler, folder, scheduler),
         vae=vae,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
         transformer=denoiser,
+        **common.without_text_encoders(LORA_KEYS.encoders),
     )
     pipe.set_progress_bar_config(disable=True)
     packed_BLD = pipe(
-        prompt_embeds=text["tokens"],
-        pooled_prompt_embeds=text["pooled"],
-        negative_prompt_embeds=negative["tokens"],
-        negative_pooled_prompt_embeds=negative["pooled"],
         true_cfg_scale=prompt.cfg,
         guidance_scale=prompt.guidance,
-        num_inference_steps=prompt.steps,
-        width=prompt.width,
-        height=prompt.height,
-        generator=torch.Generator("cpu").manual_seed(prompt.seed),
-        output_type="latent",
+        **common.pipeline_arguments(prompt, text, negative),
     ).images
-    # Here and not in the pipeline, which would decode in the denoiser's precision.
     latents_BCHW = pipe._unpack_latents(packed_BLD, prompt.height, prompt.width, pipe.vae_scale_factor)
-    pixels_BCHW = vae.decode(latents_BCHW.float() / vae.config.scaling_factor + vae.config.shift_factor).sample
-    image: Image.Image = pipe.image_processor.postprocess(pixels_BCHW)[0]
-    return image
+    return common.to_image(pipe, common.decode_latents(vae, latents_BCHW))
 
 
 # ---- key names of LoRA files. Original: the modules of black-forest-labs/flux, which kohya's and ComfyUI's keys name.
-_DOUBLE, _SINGLE = "transformer_blocks.{}", "single_transformer_blocks.{}"
-_EMBEDDERS = {"timestep": "time_in", "text": "vector_in", "guidance": "guidance_in"}
+_DOUBLE = "transformer_blocks.{}"
+_SINGLE = "single_transformer_blocks.{}"
 
 LORA_KEYS = LoraKeys(
     layers=(
@@ -297,22 +287,22 @@ LORA_KEYS = LoraKeys(
         OriginalLayer("single_blocks.{}.modulation.lin", (f"{_SINGLE}.norm.linear",)),
         OriginalLayer("img_in", ("x_embedder",)),
         OriginalLayer("txt_in", ("context_embedder",)),
-        *(
-            OriginalLayer(f"{native}.{end}_layer", (f"time_text_embed.{ours}_embedder.linear_{number}",))
-            for ours, native in _EMBEDDERS.items()
-            for number, end in ((1, "in"), (2, "out"))
-        ),
+        OriginalLayer("time_in.in_layer", ("time_text_embed.timestep_embedder.linear_1",)),
+        OriginalLayer("time_in.out_layer", ("time_text_embed.timestep_embedder.linear_2",)),
+        OriginalLayer("vector_in.in_layer", ("time_text_embed.text_embedder.linear_1",)),
+        OriginalLayer("vector_in.out_layer", ("time_text_embed.text_embedder.linear_2",)),
+        OriginalLayer("guidance_in.in_layer", ("time_text_embed.guidance_embedder.linear_1",)),
+        OriginalLayer("guidance_in.out_layer", ("time_text_embed.guidance_embedder.linear_2",)),
         OriginalLayer("final_layer.linear", ("proj_out",)),
         OriginalLayer("final_layer.adaLN_modulation.1", ("norm_out.linear",), halves_swapped=True),
     ),
     encoders={"text_encoder": "te1", "text_encoder_2": "te3"},  # CLIP-L and T5
 )
-_STREAMS = {"img_attn": "norm_", "txt_attn": "norm_added_"}
-NORMS = {  # of queries and keys: no adapters there, but weights
-    **{
-        f"double_blocks.{{}}.{stream}.norm.{long}_norm": f"{_DOUBLE}.attn.{norm}{long[0]}"
-        for stream, norm in _STREAMS.items()
-        for long in ("query", "key")
-    },
-    **{f"single_blocks.{{}}.norm.{long}_norm": f"{_SINGLE}.attn.norm_{long[0]}" for long in ("query", "key")},
+NORMS = {  # of queries and keys: they have weights, but never adapters
+    "double_blocks.{}.img_attn.norm.query_norm": f"{_DOUBLE}.attn.norm_q",
+    "double_blocks.{}.img_attn.norm.key_norm": f"{_DOUBLE}.attn.norm_k",
+    "double_blocks.{}.txt_attn.norm.query_norm": f"{_DOUBLE}.attn.norm_added_q",
+    "double_blocks.{}.txt_attn.norm.key_norm": f"{_DOUBLE}.attn.norm_added_k",
+    "single_blocks.{}.norm.query_norm": f"{_SINGLE}.attn.norm_q",
+    "single_blocks.{}.norm.key_norm": f"{_SINGLE}.attn.norm_k",
 }

@@ -1,4 +1,9 @@
-"""Stable Diffusion 3 and 3.5: all that is known about them. torch and diffusers are imported inside the functions."""
+"""Stable Diffusion 3 and 3.5: a transformer of joint blocks over image and text tokens, trained by flow matching.
+
+torch and diffusers are imported inside the functions: a plan needs only FACTS.
+
+Shapes: B batch, C channels of latents, H and W their height and width, L tokens, D features.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.families.common import traced
+from trainer.families import common
 from trainer.spec.family import OPTIONAL, BaseModel, ClipOutput, Facts, Footprint, LoraKeys, OriginalLayer, weights
 
 if TYPE_CHECKING:
@@ -17,6 +22,7 @@ if TYPE_CHECKING:
     from trainer.spec.plan import Prompt
 
 MINIATURE = str(Path(__file__).with_name("miniatures") / "sd3")
+# GiB: fitted to peaks of `python -m bench step --family sd3 …` at 1024 x 1024 pixels (tests/unit/test_memory.py).
 FOOTPRINT = Footprint(
     block_weights=2.01e9,
     other_weights=0.02e9,
@@ -31,7 +37,7 @@ FOOTPRINT = Footprint(
     hidden_size=1536,
 )
 MEDIUM_3 = BaseModel("stabilityai/stable-diffusion-3-medium-diffusers", 14.5, FOOTPRINT, gated=True)
-# Not measured: scaled from the above by width and number of blocks.
+# Not measured: scaled from FOOTPRINT by the hidden size and the number of blocks.
 LARGE = Footprint(
     block_weights=8.0e9,
     other_weights=0.06e9,
@@ -45,21 +51,22 @@ LARGE = Footprint(
     encoder_weights=5.58e9,
     hidden_size=2432,
 )
-WIDER = dataclasses.replace(
+# SD3.5 medium: FOOTPRINT with a second attention in the first 13 of 24 blocks.
+MEDIUM_35 = dataclasses.replace(
     FOOTPRINT,
     block_weights=2.2e9,
     adapter_weights_per_rank=1.6e6,
     fp8_weights=1.4e9,
     saved_gib={**FOOTPRINT.saved_gib, "none": 1.07, "products": 0.86},
 )
-T5_TOKENS = 256  # the pipeline's default: what users' tools sample with is what is trained with
+T5_TOKENS = 256  # the default of diffusers' pipeline, so training and users' tools see the same tokens
 
 FACTS = Facts(
     name="sd3",
     models={
         "sd3": MEDIUM_3,
         "sd3-medium": MEDIUM_3,
-        "sd3.5-medium": BaseModel("stabilityai/stable-diffusion-3.5-medium", 15.2, WIDER, gated=True),
+        "sd3.5-medium": BaseModel("stabilityai/stable-diffusion-3.5-medium", 15.2, MEDIUM_35, gated=True),
         "sd3.5-large": BaseModel("stabilityai/stable-diffusion-3.5-large", 25.7, LARGE, gated=True),
         "mini-sd3": BaseModel(MINIATURE, files_gib=0.0, resolution=128, defaults={"cfg": 3.0}),
     },
@@ -97,7 +104,7 @@ FACTS = Facts(
     lora_prefix="transformer",
     architecture="stable-diffusion-3-medium",
     base_version="sd3",
-    fused_targets={},  # diffusers' fused attention leaves out the norms of q and k, and has no second attention
+    fused_targets={},  # diffusers' fused attention skips the norms of q and k, and has no second attention
     parts={
         "denoiser": "transformer",
         "vae": "vae",
@@ -118,12 +125,11 @@ def load_encoders(folder: Path, *, device: str, dtype: torch.dtype) -> StableDif
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
 
-    def encoder(kind: Any, name: str) -> Any:
-        model = kind.from_pretrained(folder / name, dtype=dtype, use_safetensors=True, device_map=device)
-        return model.requires_grad_(False).eval()
+    def encoder(model_class: Any, name: str) -> Any:
+        return common.load_encoder(model_class, folder / name, device=device, dtype=dtype)
 
     has_t5 = (folder / "text_encoder_3").is_dir()
-    with torch.device("meta"):  # without T5, the pipeline reads from the config how wide its zeros are
+    with torch.device("meta"):  # without T5, the pipeline reads the width of the zeros in its place from this config
         shape = SD3Transformer2DModel.from_config(SD3Transformer2DModel.load_config(folder / "transformer"))
     return StableDiffusion3Pipeline(
         scheduler=None,
@@ -152,59 +158,52 @@ def encode_text(encoders: StableDiffusion3Pipeline, captions: list[str]) -> list
             do_classifier_free_guidance=False,
             max_sequence_length=length,
         )
-    return [{"tokens": t.cpu(), "pooled": p.cpu()} for t, p in zip(tokens_BLD, pooled_BD, strict=True)]
+    return common.split_captions(tokens_BLD, pooled_BD)
 
 
-def with_clip_outputs(text: dict[str, torch.Tensor], fresh: dict[str, ClipOutput]) -> dict[str, torch.Tensor]:
-    """The first tokens are CLIP-L's and CLIP-G's, side by side, and zeros; the pooled outputs are side by side too."""
+def with_clip_outputs(text: dict[str, torch.Tensor], outputs: dict[str, ClipOutput]) -> dict[str, torch.Tensor]:
+    """Replace the CLIP part of the tokens and of the pooled output.
+
+    Tokens (B, 77 + 256, 4096): in the first 77, CLIP-L's 768 features, CLIP-G's 1280, then zeros; below them T5's.
+    Pooled (B, 2048): CLIP-L's 768 features, then CLIP-G's 1280.
+    """
     import torch
 
-    tokens_BLD, pooled_BD = text["tokens"], text["pooled"]
-    if small := fresh.get("text_encoder"):
-        (_, length, width), wide = small.tokens_BLD.shape, small.pooled_BD.shape[-1]
-        top_BLD = torch.cat([small.tokens_BLD, tokens_BLD[:, :length, width:]], dim=-1)
+    tokens_BLD = text["tokens"]
+    pooled_BD = text["pooled"]
+    clip_l = outputs.get("text_encoder")
+    if clip_l is not None:
+        _, length, width = clip_l.tokens_BLD.shape
+        pooled_width = clip_l.pooled_BD.shape[-1]
+        top_BLD = torch.cat([clip_l.tokens_BLD, tokens_BLD[:, :length, width:]], dim=-1)
         tokens_BLD = torch.cat([top_BLD, tokens_BLD[:, length:]], dim=1)
-        pooled_BD = torch.cat([small.pooled_BD, pooled_BD[:, wide:]], dim=-1)
-    if large := fresh.get("text_encoder_2"):
-        (_, length, width), wide = large.tokens_BLD.shape, large.pooled_BD.shape[-1]
-        # Both projections are as wide as their encoders: where the pooled output begins, the tokens begin as well.
-        begin = pooled_BD.shape[-1] - wide
-        sides = tokens_BLD[:, :length, :begin], large.tokens_BLD, tokens_BLD[:, :length, begin + width :]
-        tokens_BLD = torch.cat([torch.cat(sides, dim=-1), tokens_BLD[:, length:]], dim=1)
-        pooled_BD = torch.cat([pooled_BD[:, :begin], large.pooled_BD], dim=-1)
+        pooled_BD = torch.cat([clip_l.pooled_BD, pooled_BD[:, pooled_width:]], dim=-1)
+    clip_g = outputs.get("text_encoder_2")
+    if clip_g is not None:
+        _, length, width = clip_g.tokens_BLD.shape
+        # Both projections are as wide as their encoders, so CLIP-G's tokens begin where its pooled output begins.
+        begin = pooled_BD.shape[-1] - clip_g.pooled_BD.shape[-1]
+        left_BLD = tokens_BLD[:, :length, :begin]
+        right_BLD = tokens_BLD[:, :length, begin + width :]
+        top_BLD = torch.cat([left_BLD, clip_g.tokens_BLD, right_BLD], dim=-1)
+        tokens_BLD = torch.cat([top_BLD, tokens_BLD[:, length:]], dim=1)
+        pooled_BD = torch.cat([pooled_BD[:, :begin], clip_g.pooled_BD], dim=-1)
     return {"tokens": tokens_BLD, "pooled": pooled_BD}
 
 
-def load_vae(folder: Path, *, device: str) -> AutoencoderKL:
-    import torch
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32, use_safetensors=True)
-    return vae.requires_grad_(False).eval().to(device)
-
-
-def encode_images(vae: AutoencoderKL, pixels_BCHW: torch.Tensor) -> torch.Tensor:
-    """Mean and standard deviation, (B, 32, H/8, W/8): scaling_factor * (latents - shift_factor)."""
-    import torch
-
-    with torch.no_grad():
-        spread = vae.encode(pixels_BCHW.to(vae.device, vae.dtype)).latent_dist
-    scale, shift = vae.config.scaling_factor, vae.config.shift_factor
-    return torch.cat([(spread.mean - shift) * scale, spread.std * scale], dim=1).float()
+load_vae = common.load_vae
+encode_images = common.encode_images
 
 
 def load_denoiser(folder: Path, *, device: str, dtype: torch.dtype) -> SD3Transformer2DModel:
     from diffusers import SD3Transformer2DModel
 
-    model = SD3Transformer2DModel.from_pretrained(
-        folder / "transformer", torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=True, device_map=device
-    )
-    return model.requires_grad_(False)
+    return common.load_denoiser(SD3Transformer2DModel, folder / "transformer", device=device, dtype=dtype)
 
 
 def from_original(
     state: dict[str, torch.Tensor],
-    config: dict[str, Any],  # noqa: ARG001 (the names say all)
+    config: dict[str, Any],  # noqa: ARG001 (the names suffice)
 ) -> dict[str, torch.Tensor]:
     from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers as convert
 
@@ -234,13 +233,13 @@ def predict(
     *,
     text: dict[str, torch.Tensor],
     guidance: float = 1.0,  # noqa: ARG001 (this family has no embedded guidance)
-    geometry_B6: torch.Tensor | None = None,  # noqa: ARG001 (nor is it told sizes)
+    geometry_B6: torch.Tensor | None = None,  # noqa: ARG001 (the model is not conditioned on sizes)
 ) -> torch.Tensor:
     """The velocity (noise - latents)."""
     velocity_BCHW: torch.Tensor = denoiser(
-        hidden_states=traced(noisy_BCHW.to(denoiser.dtype)),
+        hidden_states=common.traced(noisy_BCHW.to(denoiser.dtype)),
         timestep=t_B * 1000,
-        encoder_hidden_states=traced(text["tokens"]),
+        encoder_hidden_states=common.traced(text["tokens"]),
         pooled_projections=text["pooled"],
         return_dict=False,
     )[0]
@@ -257,57 +256,42 @@ def sample(
     negative: dict[str, torch.Tensor],
     scheduler: dict[str, Any] | None = None,
 ) -> Image.Image:
-    import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
     pipe = StableDiffusion3Pipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler", **(scheduler or {})),
+        scheduler=common.load_scheduler(FlowMatchEulerDiscreteScheduler, folder, scheduler),
         vae=vae,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        text_encoder_3=None,
-        tokenizer_3=None,
         transformer=denoiser,
+        **common.without_text_encoders(LORA_KEYS.encoders),
     )
     pipe.set_progress_bar_config(disable=True)
     latents_BCHW = pipe(
-        prompt_embeds=text["tokens"],
-        pooled_prompt_embeds=text["pooled"],
-        negative_prompt_embeds=negative["tokens"],
-        negative_pooled_prompt_embeds=negative["pooled"],
         guidance_scale=prompt.cfg,
-        num_inference_steps=prompt.steps,
-        width=prompt.width,
-        height=prompt.height,
-        generator=torch.Generator("cpu").manual_seed(prompt.seed),
-        output_type="latent",
+        **common.pipeline_arguments(prompt, text, negative),
     ).images
-    # Here and not in the pipeline, which would decode in the denoiser's precision.
-    pixels_BCHW = vae.decode(latents_BCHW.float() / vae.config.scaling_factor + vae.config.shift_factor).sample
-    image: Image.Image = pipe.image_processor.postprocess(pixels_BCHW)[0]
-    return image
+    return common.to_image(pipe, common.decode_latents(vae, latents_BCHW))
 
 
 # ---- key names of LoRA files. Original: the modules of Stability-AI/sd3.5, which kohya's and ComfyUI's keys name.
-_OURS, _X, _CONTEXT = "transformer_blocks.{}", "joint_blocks.{}.x_block", "joint_blocks.{}.context_block"
+_BLOCK = "transformer_blocks.{}"
+_X = "joint_blocks.{}.x_block"
+_CONTEXT = "joint_blocks.{}.context_block"
 
 LORA_KEYS = LoraKeys(
     layers=(
-        OriginalLayer(f"{_X}.attn.qkv", tuple(f"{_OURS}.attn.to_{x}" for x in "qkv"), (1, 1, 1)),
-        OriginalLayer(f"{_X}.attn2.qkv", tuple(f"{_OURS}.attn2.to_{x}" for x in "qkv"), (1, 1, 1)),
-        OriginalLayer(f"{_CONTEXT}.attn.qkv", tuple(f"{_OURS}.attn.add_{x}_proj" for x in "qkv"), (1, 1, 1)),
-        OriginalLayer(f"{_X}.attn.proj", (f"{_OURS}.attn.to_out.0",)),
-        OriginalLayer(f"{_X}.attn2.proj", (f"{_OURS}.attn2.to_out.0",)),
-        OriginalLayer(f"{_CONTEXT}.attn.proj", (f"{_OURS}.attn.to_add_out",)),
-        OriginalLayer(f"{_X}.mlp.fc1", (f"{_OURS}.ff.net.0.proj",)),
-        OriginalLayer(f"{_X}.mlp.fc2", (f"{_OURS}.ff.net.2",)),
-        OriginalLayer(f"{_CONTEXT}.mlp.fc1", (f"{_OURS}.ff_context.net.0.proj",)),
-        OriginalLayer(f"{_CONTEXT}.mlp.fc2", (f"{_OURS}.ff_context.net.2",)),
-        OriginalLayer(f"{_X}.adaLN_modulation.1", (f"{_OURS}.norm1.linear",)),
-        # Six or nine parts in the same order; only in the last block there are two, and they are swapped.
-        OriginalLayer(f"{_CONTEXT}.adaLN_modulation.1", (f"{_OURS}.norm1_context.linear",), halves_swapped=True),
+        OriginalLayer(f"{_X}.attn.qkv", tuple(f"{_BLOCK}.attn.to_{x}" for x in "qkv"), (1, 1, 1)),
+        OriginalLayer(f"{_X}.attn2.qkv", tuple(f"{_BLOCK}.attn2.to_{x}" for x in "qkv"), (1, 1, 1)),
+        OriginalLayer(f"{_CONTEXT}.attn.qkv", tuple(f"{_BLOCK}.attn.add_{x}_proj" for x in "qkv"), (1, 1, 1)),
+        OriginalLayer(f"{_X}.attn.proj", (f"{_BLOCK}.attn.to_out.0",)),
+        OriginalLayer(f"{_X}.attn2.proj", (f"{_BLOCK}.attn2.to_out.0",)),
+        OriginalLayer(f"{_CONTEXT}.attn.proj", (f"{_BLOCK}.attn.to_add_out",)),
+        OriginalLayer(f"{_X}.mlp.fc1", (f"{_BLOCK}.ff.net.0.proj",)),
+        OriginalLayer(f"{_X}.mlp.fc2", (f"{_BLOCK}.ff.net.2",)),
+        OriginalLayer(f"{_CONTEXT}.mlp.fc1", (f"{_BLOCK}.ff_context.net.0.proj",)),
+        OriginalLayer(f"{_CONTEXT}.mlp.fc2", (f"{_BLOCK}.ff_context.net.2",)),
+        OriginalLayer(f"{_X}.adaLN_modulation.1", (f"{_BLOCK}.norm1.linear",)),
+        # Six or nine parts in the same order. Only the last block has two, scale and shift, and they are swapped.
+        OriginalLayer(f"{_CONTEXT}.adaLN_modulation.1", (f"{_BLOCK}.norm1_context.linear",), halves_swapped=True),
         OriginalLayer("context_embedder", ("context_embedder",)),
         OriginalLayer("x_embedder.proj", ("pos_embed.proj",)),
         *(
@@ -319,5 +303,5 @@ LORA_KEYS = LoraKeys(
         OriginalLayer("final_layer.adaLN_modulation.1", ("norm_out.linear",), halves_swapped=True),
     ),
     encoders={"text_encoder": "te1", "text_encoder_2": "te2", "text_encoder_3": "te3"},  # CLIP-L, CLIP-G, T5
-    file_formats=("kohya", "peft"),  # kohya's keys are read by all but diffusers, and diffusers' by few others
+    file_formats=("kohya", "peft"),  # every tool but diffusers reads kohya's keys, and few others read diffusers'
 )

@@ -1,11 +1,16 @@
-"""SDXL: all that is known about it. torch and diffusers are imported inside the functions, see
-`trainer.spec.family`."""
+"""Stable Diffusion XL: a UNet with transformers between its convolutions, trained to predict noise.
+
+torch and diffusers are imported inside the functions: a plan needs only FACTS.
+
+Shapes: B batch, C channels of latents, H and W their height and width, L tokens, D features.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.families import common
 from trainer.spec.family import BaseModel, ClipOutput, Facts, Footprint, LoraKeys, OriginalLayer, weights
 
 if TYPE_CHECKING:
@@ -16,6 +21,7 @@ if TYPE_CHECKING:
     from trainer.spec.plan import Prompt
 
 MINIATURE = str(Path(__file__).with_name("miniatures") / "sdxl")
+# GiB: fitted to peaks of `python -m bench step --family sdxl …` at 1024 x 1024 pixels (tests/unit/test_memory.py).
 FOOTPRINT = Footprint(
     block_weights=2.21e9,
     other_weights=0.36e9,
@@ -69,7 +75,7 @@ FACTS = Facts(
     lora_prefix="unet",
     architecture="stable-diffusion-xl-v1-base",
     base_version="sdxl_base_v1-0",
-    fused_targets={},  # files of this family have q, k and v apart, in every tool
+    fused_targets={},  # every tool keeps q, k and v apart in this family's files
     parts={"denoiser": "unet", "vae": "vae", "clip_l": "text_encoder", "clip_g": "text_encoder_2"},
     landmarks=("input_blocks.0.0.weight", "down_blocks.0.resnets.0.conv1.weight"),
     prompt_steps=30,
@@ -83,9 +89,8 @@ def load_encoders(folder: Path, *, device: str, dtype: torch.dtype) -> StableDif
     from diffusers import StableDiffusionXLPipeline
     from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
-    def encoder(kind: Any, name: str) -> Any:
-        model = kind.from_pretrained(folder / name, dtype=dtype, use_safetensors=True, device_map=device)
-        return model.requires_grad_(False).eval()
+    def encoder(model_class: Any, name: str) -> Any:
+        return common.load_encoder(model_class, folder / name, device=device, dtype=dtype)
 
     return StableDiffusionXLPipeline(
         scheduler=None,
@@ -107,48 +112,35 @@ def encode_text(encoders: StableDiffusionXLPipeline, captions: list[str]) -> lis
         tokens_BLD, _, pooled_BD, _ = encoders.encode_prompt(
             captions, captions, device=encoders.text_encoder.device, do_classifier_free_guidance=False
         )
-    return [{"tokens": t.cpu(), "pooled": p.cpu()} for t, p in zip(tokens_BLD, pooled_BD, strict=True)]
+    return common.split_captions(tokens_BLD, pooled_BD)
 
 
-def with_clip_outputs(text: dict[str, torch.Tensor], fresh: dict[str, ClipOutput]) -> dict[str, torch.Tensor]:
-    """The tokens are CLIP-L's and then CLIP-G's, side by side; the pooled output is CLIP-G's."""
+def with_clip_outputs(text: dict[str, torch.Tensor], outputs: dict[str, ClipOutput]) -> dict[str, torch.Tensor]:
+    """Tokens (B, 77, 2048): CLIP-L's 768 features, then CLIP-G's 1280. The pooled output is CLIP-G's."""
     import torch
 
-    tokens_BLD, pooled_BD = text["tokens"], text["pooled"]
-    if small := fresh.get("text_encoder"):
-        width = small.tokens_BLD.shape[-1]
-        tokens_BLD = torch.cat([small.tokens_BLD, tokens_BLD[..., width:]], dim=-1)
-    if large := fresh.get("text_encoder_2"):
-        width = tokens_BLD.shape[-1] - large.tokens_BLD.shape[-1]
-        tokens_BLD = torch.cat([tokens_BLD[..., :width], large.tokens_BLD], dim=-1)
-        pooled_BD = large.pooled_BD
+    tokens_BLD = text["tokens"]
+    pooled_BD = text["pooled"]
+    clip_l = outputs.get("text_encoder")
+    if clip_l is not None:
+        width = clip_l.tokens_BLD.shape[-1]
+        tokens_BLD = torch.cat([clip_l.tokens_BLD, tokens_BLD[..., width:]], dim=-1)
+    clip_g = outputs.get("text_encoder_2")
+    if clip_g is not None:
+        width = tokens_BLD.shape[-1] - clip_g.tokens_BLD.shape[-1]
+        tokens_BLD = torch.cat([tokens_BLD[..., :width], clip_g.tokens_BLD], dim=-1)
+        pooled_BD = clip_g.pooled_BD
     return {"tokens": tokens_BLD, "pooled": pooled_BD}
 
 
-def load_vae(folder: Path, *, device: str) -> AutoencoderKL:
-    import torch
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32, use_safetensors=True)
-    return vae.requires_grad_(False).eval().to(device)
-
-
-def encode_images(vae: AutoencoderKL, pixels_BCHW: torch.Tensor) -> torch.Tensor:
-    """Mean and standard deviation, (B, 8, H/8, W/8): scaling_factor * latents."""
-    import torch
-
-    with torch.no_grad():
-        spread = vae.encode(pixels_BCHW.to(vae.device, vae.dtype)).latent_dist
-    return torch.cat([spread.mean, spread.std], dim=1).float() * vae.config.scaling_factor
+load_vae = common.load_vae
+encode_images = common.encode_images
 
 
 def load_denoiser(folder: Path, *, device: str, dtype: torch.dtype) -> UNet2DConditionModel:
     from diffusers import UNet2DConditionModel
 
-    model = UNet2DConditionModel.from_pretrained(
-        folder / "unet", torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=True, device_map=device
-    )
-    return model.requires_grad_(False)
+    return common.load_denoiser(UNet2DConditionModel, folder / "unet", device=device, dtype=dtype)
 
 
 def from_original(state: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -158,7 +150,7 @@ def from_original(state: dict[str, torch.Tensor], config: dict[str, Any]) -> dic
 
 
 def blocks(denoiser: UNet2DConditionModel) -> list[tuple[str, torch.nn.Module]]:
-    """The transformers between the convolutions: `proj_in`, some transformer blocks, `proj_out`."""
+    """The transformers between the convolutions: `proj_in`, transformer blocks, `proj_out`."""
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
     return [(name, m) for name, m in denoiser.named_modules() if isinstance(m, Transformer2DModel)]
@@ -189,10 +181,10 @@ def predict(
     guidance: float = 1.0,  # noqa: ARG001 (this family has no embedded guidance)
     geometry_B6: torch.Tensor,
 ) -> torch.Tensor:
-    """The noise, or the velocity of v-prediction, whichever the model was trained on."""
+    """The noise, or the velocity of v-prediction, whichever the model was trained to predict."""
     predicted_BCHW: torch.Tensor = denoiser(
         noisy_BCHW.to(denoiser.dtype),
-        (t_B * 1000).round(),  # the step, which the objective has divided by their number
+        (t_B * 1000).round(),  # the integer timestep, which the objective divided by 1,000
         encoder_hidden_states=text["tokens"],
         added_cond_kwargs={"text_embeds": text["pooled"], "time_ids": geometry_B6},
         return_dict=False,
@@ -210,57 +202,76 @@ def sample(
     negative: dict[str, torch.Tensor],
     scheduler: dict[str, Any] | None = None,
 ) -> Image.Image:
-    """No negative prompt means zeros instead of its embeddings, where the model's own pipeline does so."""
+    """Without a negative prompt its embeddings are zeros, if the model's own pipeline does so."""
     import torch
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
     pipe = StableDiffusionXLPipeline(
-        scheduler=EulerDiscreteScheduler.from_pretrained(folder / "scheduler", **(scheduler or {})),
+        scheduler=common.load_scheduler(EulerDiscreteScheduler, folder, scheduler),
         vae=vae,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
         unet=denoiser,
         add_watermarker=False,
+        **common.without_text_encoders(LORA_KEYS.encoders),
     )
     pipe.set_progress_bar_config(disable=True)
     index = StableDiffusionXLPipeline.load_config(folder)
     if not prompt.negative and index.get("force_zeros_for_empty_prompt", True):
         negative = {name: torch.zeros_like(tensor) for name, tensor in text.items()}
     latents_BCHW = pipe(
-        prompt_embeds=text["tokens"],
-        pooled_prompt_embeds=text["pooled"],
-        negative_prompt_embeds=negative["tokens"],
-        negative_pooled_prompt_embeds=negative["pooled"],
         guidance_scale=prompt.cfg,
-        num_inference_steps=prompt.steps,
-        width=prompt.width,
-        height=prompt.height,
-        generator=torch.Generator("cpu").manual_seed(prompt.seed),
-        output_type="latent",
+        **common.pipeline_arguments(prompt, text, negative),
     ).images
-    # Here and not in the pipeline, which would decode in the denoiser's precision.
-    pixels_BCHW = vae.decode(latents_BCHW.float() / vae.config.scaling_factor).sample
-    image: Image.Image = pipe.image_processor.postprocess(pixels_BCHW)[0]
-    return image
+    return common.to_image(pipe, common.decode_latents(vae, latents_BCHW))
 
 
 # ---- key names of LoRA files. Original: the modules of Stability-AI/generative-models, which kohya's and ComfyUI's
 # keys name by their place in a list: three to a level going down (two with layers, one that halves the size), three up.
+# diffusers' name → original name
 _ATTENTIONS = {
-    **{f"down_blocks.{i}.attentions.{j}": f"input_blocks.{3 * i + j + 1}.1" for i in (1, 2) for j in (0, 1)},
+    "down_blocks.1.attentions.0": "input_blocks.4.1",
+    "down_blocks.1.attentions.1": "input_blocks.5.1",
+    "down_blocks.2.attentions.0": "input_blocks.7.1",
+    "down_blocks.2.attentions.1": "input_blocks.8.1",
     "mid_block.attentions.0": "middle_block.1",
-    **{f"up_blocks.{i}.attentions.{j}": f"output_blocks.{3 * i + j}.1" for i in (0, 1) for j in (0, 1, 2)},
+    "up_blocks.0.attentions.0": "output_blocks.0.1",
+    "up_blocks.0.attentions.1": "output_blocks.1.1",
+    "up_blocks.0.attentions.2": "output_blocks.2.1",
+    "up_blocks.1.attentions.0": "output_blocks.3.1",
+    "up_blocks.1.attentions.1": "output_blocks.4.1",
+    "up_blocks.1.attentions.2": "output_blocks.5.1",
 }
-_IN_ATTENTION = (
-    *(f"transformer_blocks.{{}}.attn{n}.{end}" for n in (1, 2) for end in ("to_q", "to_k", "to_v", "to_out.0")),
-    *("transformer_blocks.{}.ff.net.0.proj", "transformer_blocks.{}.ff.net.2", "proj_in", "proj_out"),
+_IN_ATTENTION = (  # the same below both
+    "transformer_blocks.{}.attn1.to_q",
+    "transformer_blocks.{}.attn1.to_k",
+    "transformer_blocks.{}.attn1.to_v",
+    "transformer_blocks.{}.attn1.to_out.0",
+    "transformer_blocks.{}.attn2.to_q",
+    "transformer_blocks.{}.attn2.to_k",
+    "transformer_blocks.{}.attn2.to_v",
+    "transformer_blocks.{}.attn2.to_out.0",
+    "transformer_blocks.{}.ff.net.0.proj",
+    "transformer_blocks.{}.ff.net.2",
+    "proj_in",
+    "proj_out",
 )
 _RESNETS = {
-    **{f"down_blocks.{i}.resnets.{j}": f"input_blocks.{3 * i + j + 1}.0" for i in (0, 1, 2) for j in (0, 1)},
-    **{f"mid_block.resnets.{j}": f"middle_block.{2 * j}" for j in (0, 1)},
-    **{f"up_blocks.{i}.resnets.{j}": f"output_blocks.{3 * i + j}.0" for i in (0, 1, 2) for j in (0, 1, 2)},
+    "down_blocks.0.resnets.0": "input_blocks.1.0",
+    "down_blocks.0.resnets.1": "input_blocks.2.0",
+    "down_blocks.1.resnets.0": "input_blocks.4.0",
+    "down_blocks.1.resnets.1": "input_blocks.5.0",
+    "down_blocks.2.resnets.0": "input_blocks.7.0",
+    "down_blocks.2.resnets.1": "input_blocks.8.0",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.resnets.1": "middle_block.2",
+    "up_blocks.0.resnets.0": "output_blocks.0.0",
+    "up_blocks.0.resnets.1": "output_blocks.1.0",
+    "up_blocks.0.resnets.2": "output_blocks.2.0",
+    "up_blocks.1.resnets.0": "output_blocks.3.0",
+    "up_blocks.1.resnets.1": "output_blocks.4.0",
+    "up_blocks.1.resnets.2": "output_blocks.5.0",
+    "up_blocks.2.resnets.0": "output_blocks.6.0",
+    "up_blocks.2.resnets.1": "output_blocks.7.0",
+    "up_blocks.2.resnets.2": "output_blocks.8.0",
 }
 _IN_RESNET = {
     "conv1": "in_layers.2",
@@ -269,19 +280,33 @@ _IN_RESNET = {
     "conv_shortcut": "skip_connection",
 }
 _OTHERS = {
-    **{f"down_blocks.{i}.downsamplers.0.conv": f"input_blocks.{3 * i + 3}.0.op" for i in (0, 1)},
-    **{f"up_blocks.{i}.upsamplers.0.conv": f"output_blocks.{3 * i + 2}.2.conv" for i in (0, 1)},
-    **{f"time_embedding.linear_{n}": f"time_embed.{2 * n - 2}" for n in (1, 2)},
-    **{f"add_embedding.linear_{n}": f"label_emb.0.{2 * n - 2}" for n in (1, 2)},
+    "down_blocks.0.downsamplers.0.conv": "input_blocks.3.0.op",
+    "down_blocks.1.downsamplers.0.conv": "input_blocks.6.0.op",
+    "up_blocks.0.upsamplers.0.conv": "output_blocks.2.2.conv",
+    "up_blocks.1.upsamplers.0.conv": "output_blocks.5.2.conv",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
     "conv_out": "out.2",
 }
 
+
+def _layers() -> tuple[OriginalLayer, ...]:
+    layers = []
+    for diffusers_name, original_name in _ATTENTIONS.items():
+        for path in _IN_ATTENTION:
+            layers.append(OriginalLayer(f"{original_name}.{path}", (f"{diffusers_name}.{path}",)))
+    for diffusers_name, original_name in _RESNETS.items():
+        for diffusers_path, original_path in _IN_RESNET.items():
+            layers.append(OriginalLayer(f"{original_name}.{original_path}", (f"{diffusers_name}.{diffusers_path}",)))
+    for diffusers_name, original_name in _OTHERS.items():
+        layers.append(OriginalLayer(original_name, (diffusers_name,)))
+    return tuple(layers)
+
+
 LORA_KEYS = LoraKeys(
-    layers=(
-        *(OriginalLayer(f"{b}.{path}", (f"{a}.{path}",)) for a, b in _ATTENTIONS.items() for path in _IN_ATTENTION),
-        *(OriginalLayer(f"{b}.{d}", (f"{a}.{c}",)) for a, b in _RESNETS.items() for c, d in _IN_RESNET.items()),
-        *(OriginalLayer(b, (a,)) for a, b in _OTHERS.items()),
-    ),
+    layers=_layers(),
     encoders={"text_encoder": "te1", "text_encoder_2": "te2"},  # CLIP-L and CLIP-G
 )

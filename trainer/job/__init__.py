@@ -1,7 +1,10 @@
 """One job from its plan to its files: the only package that knows all others.
 
-Read `run`, `prepare` (data), `build` (model), `session` (steps and what is due between them), `sampling`, `saving` and
-`verify`. `watchdog`, `crash_loop`, `status` and `metrics` watch over it; `handover` is for several processes.
+Read `run` (the steps of a run, numbered), `prepare` (data), `build` (models, adapters, optimiser), `rehearsal` (memory
+runs out here or never), `session` (the steps and what is due between them), `sampling`, `saving` and `verify`.
+`class_images` draws regularisation images; `watchdog`, `crash_loop`, `status` and `metrics` report on the job and end
+it where it hangs; `handover` is for several processes.
 
-Only the commands `trainer.__main__`, `trainer.sample` and `trainer.export` import it.
+Imports every other package of the trainer. Only the commands `trainer.__main__`, `trainer.sample` and `trainer.export`
+import it.
 """

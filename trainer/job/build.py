@@ -1,26 +1,41 @@
-"""From a plan and prepared data to everything that trains: adapters, optimiser, start weights, session."""
+"""From a plan and prepared data to everything that trains.
+
+`build_training_state` makes, in this order: the denoiser and the text encoders with adapters; flat parameters for the
+optimiser; the weights to start from; the optimiser and its schedule. Adapters are drawn from the seed in the order in
+which they are created, and the optimiser numbers its parameters in that order, so it must not change: states and
+LoRA files depend on it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trainer.checkpoints.snapshots import Snapshots
 from trainer.engine import adapters, flat_parameters
+from trainer.engine.cuda_graphs import EagerStep, GraphStep
 from trainer.engine.device import torch_dtype
 from trainer.engine.execution import Engine
 from trainer.engine.load import load_denoiser
-from trainer.job import prepare
+from trainer.engine.memory.weight_streaming import WeightStreamer
+from trainer.engine.quantization.cast_adapters import AdapterCast
+from trainer.job import saving
+from trainer.job.prepare import PreparedData
 from trainer.job.session import Session
 from trainer.job.watchdog import Watchdog
-from trainer.lora_files import convert, peft_bridge, weights
+from trainer.lora_files import convert, peft_bridge
+from trainer.lora_files.weights import LoraModules
 from trainer.spec.errors import SettingsError
 from trainer.spec.family import Facts, Family, get_family
 from trainer.spec.optimizers import OPTIMIZERS
-from trainer.spec.plan import Plan
+from trainer.spec.plan import EnginePlan, LoraPlan, OptimPlan, Plan
 from trainer.training import optimizers, text_encoders
 from trainer.training.distributed import Workers
 from trainer.training.ema import Ema
@@ -32,8 +47,18 @@ from trainer.training.text_encoders import TextEncoders
 log = logging.getLogger(__name__)
 
 
-def session_of(
-    ready: prepare.PreparedData,
+@dataclass(frozen=True)
+class AdaptedModels:
+    """The models with adapters. `groups`: each model's adapter parameters, and the optimiser's arguments for them."""
+
+    denoiser: Any
+    weight_streamer: WeightStreamer | None
+    texts: TextEncoders
+    groups: list[tuple[list[torch.nn.Parameter], dict[str, float]]]
+
+
+def make_session(
+    data: PreparedData,
     training_state: TrainingState,
     out: Path,
     stop: StopFlag,
@@ -41,107 +66,168 @@ def session_of(
     watchdog: Watchdog,
     workers: Workers,
 ) -> Session:
-    """The session that trains what `ready` and `trainee` hold, into `out`."""
-    plan, kind = ready.plan, get_family(ready.plan.model.family)
+    """The session that trains `training_state` on `data`, into the folder `out`."""
+    plan = data.plan
+    family = get_family(plan.model.family)
+    regions = family.regions(training_state.denoiser)
+    engine = Engine(training_state.denoiser, regions, plan.engine, training_state.weight_streamer)
+    objective = data.objective
+    snapshots = Snapshots(training_state.optimizer, plan.engine.device)
+    describe_run = partial(saving.describe_run, plan, family, objective, sampler=data.sampler, scan=data.scan)
     return Session(
         plan,
-        kind,
+        family,
         out,
         stop,
-        engine=Engine(
-            training_state.denoiser, kind.regions(training_state.denoiser), plan.engine, training_state.stream
-        ),
-        objective=ready.objective,
+        engine=engine,
+        runner=make_runner(plan.engine, engine, training_state),
+        objective=objective,
         training_state=training_state,
-        order=ready.order,
-        cache=ready.cache,
-        found=ready.found,
-        total=ready.total,
-        steps_per_epoch=ready.steps_per_epoch,
+        snapshots=snapshots,
+        saver=saving.Saver(plan, family, out, stop, training_state, snapshots, data.scan, describe_run),
+        sampler=data.sampler,
+        cache=data.cache,
+        total=data.total,
+        steps_per_epoch=data.steps_per_epoch,
         watchdog=watchdog,
         workers=workers,
     )
 
 
+def make_runner(plan: EnginePlan, engine: Engine, training_state: TrainingState) -> EagerStep:
+    """What computes the gradients of a step: from CUDA graphs where the plan and the engine's strategy allow it."""
+    # Compiled blocks cast their adapters in passing; otherwise all are cast at once, before each forward pass.
+    cast: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    if not engine.compiled:
+        cast = AdapterCast(training_state.denoiser, torch_dtype(plan))
+    # Text encoders that train tokenize in each step, which no graph can hold.
+    captures = plan.replay and engine.can_capture() and not training_state.texts.models
+    runner_class = GraphStep if captures else EagerStep
+    return runner_class(
+        training_state.adapter_params, training_state.optimizer_params, partial(engine.forward_backward, cast)
+    )
+
+
 def adapter_summary(training_state: TrainingState) -> str:
-    states = [adapters.state(model) for model in (training_state.denoiser, *training_state.texts.models.values())]
-    count = sum(name.endswith(".lora_A.weight") for state in states for name in state)
+    """The number of adapters and of their parameters, for the log."""
+    count = 0
+    for model in (training_state.denoiser, *training_state.texts.models.values()):
+        count += sum(name.endswith(".lora_A.weight") for name in adapters.state(model))
     return f"{count} adapters ({sum(p.numel() for p in training_state.optimizer_params) / 1e6:.2f} M parameters)"
 
 
-def build_training_state(plan: Plan, kind: Family, *, model: Path, total: int) -> TrainingState:
-    """The denoiser with adapters, and their optimiser, as new; or with the weights of PARAMS_RESUME_FROM."""
-    engine, facts = plan.engine, kind.FACTS
-    start = None
-    if plan.lora.resume_from and Path(plan.lora.resume_from).is_file():
-        start = _lora_file(Path(plan.lora.resume_from), facts.name)
-    fused = {} if plan.lora.split_qkv else facts.fused_targets
-    settings = plan.lora
-    rank = 0 if settings.kind == "dora" else settings.rank  # whose adapters are no part of a product
-    denoiser, stream = load_denoiser(kind, model, engine, fused=fused, targets=settings.targets, rank=rank)
-    put = partial(
-        adapters.add_adapters, rank=settings.rank, alpha=settings.alpha, seed=plan.train.seed, kind=settings.kind
+def build_training_state(plan: Plan, family: Family, *, model: Path, total: int) -> TrainingState:
+    """The models in the folder `model` with adapters, and their optimiser; new, or from the LoRA of PARAMS_RESUME_FROM.
+
+    `total`: optimiser steps of the whole run, for the schedule. Raises SettingsError for targets that match no layer,
+    and for a LoRA file that does not fit.
+    """
+    start = load_start_weights(plan.lora, family.FACTS.name)  # before the model loads, since it may be refused
+    adapted = load_adapted_models(plan, family, model)
+    # Copies the adapters into longer parameters, of which they are views from now on.
+    groups: list[dict[str, Any]] = []
+    for params, arguments in adapted.groups:
+        groups.append({"params": flat_parameters.flatten_parameters(plan.optim.name, params), **arguments})
+    if start is not None:
+        apply_start_weights(adapted, start, lora=plan.lora, facts=family.FACTS)
+    optimizer_params = [p for group in groups for p in group["params"]]
+    new_optimizer = partial(make_optimizer, plan.optim, groups)
+    optimizer = new_optimizer()
+    schedule = make_schedule(plan.optim, optimizer, total=total)
+    return TrainingState(
+        adapted.denoiser,
+        adapted.texts,
+        adapter_params=[p for params, _ in adapted.groups for p in params],
+        optimizer_params=optimizer_params,
+        optimizer=optimizer,
+        new_optimizer=new_optimizer,
+        schedule=schedule,
+        ema=Ema(optimizer_params, plan.train.ema_decay) if plan.train.ema_decay else None,
+        guard=StepGuard(
+            limit=plan.train.max_skipped_steps,
+            spike=plan.train.max_loss_spike,
+            scale=LOSS_SCALE.get(plan.engine.dtype, 1.0),
+        ),
+        weight_streamer=adapted.weight_streamer,
     )
-    targets, blocks = plan.lora.targets, kind.blocks(denoiser)
-    trained: list[tuple[list[torch.nn.Parameter], dict[str, float]]]
-    trained = [(put(denoiser, blocks, targets=targets, fused=fused), {})]
+
+
+def load_adapted_models(plan: Plan, family: Family, model: Path) -> AdaptedModels:
+    """Load the denoiser and the text encoders that train, and put adapters on them."""
+    lora = plan.lora
+    fused = {} if lora.split_qkv else family.FACTS.fused_targets
+    add_adapters = partial(
+        adapters.add_adapters, rank=lora.rank, alpha=lora.alpha, seed=plan.train.seed, kind=lora.kind
+    )
+    # Room for adapter columns next to the frozen weights. DoRA scales the weights' rows, so its adapters cannot be
+    # part of the product.
+    column_rank = 0 if lora.kind == "dora" else lora.rank
+    denoiser, weight_streamer = load_denoiser(
+        family, model, plan.engine, fused=fused, targets=lora.targets, rank=column_rank
+    )
+    groups: list[tuple[list[torch.nn.Parameter], dict[str, float]]] = []
+    groups.append((add_adapters(denoiser, family.blocks(denoiser), targets=lora.targets, fused=fused), {}))
     texts = text_encoders.load(
-        model, plan.optim.text_encoders, family=kind, device=engine.device, dtype=torch_dtype(engine)
+        model,
+        plan.optim.text_encoders,
+        family=family,
+        device=plan.engine.device,
+        dtype=torch_dtype(plan.engine),
     )
     for component, encoder in texts.models.items():
-        blocks, targets = text_encoders.blocks(encoder), text_encoders.TARGETS
-        own = put(encoder, blocks, targets=targets, fused={})
-        trained.append((own, {"lr": plan.optim.text_encoders[component]}))
-    parts = [p for own, _ in trained for p in own]
-    groups: list[dict[str, Any]]
-    groups = [{"params": flat_parameters.flatten_parameters(plan.optim.name, own), **rate} for own, rate in trained]
-    if start is not None:
-        _start_from(denoiser, texts, start, plan=plan, facts=facts)
-    new_optimizer = partial(
-        optimizers.make_optimizer,
-        plan.optim.name,
+        blocks = text_encoders.blocks(encoder)
+        params = add_adapters(encoder, blocks, targets=text_encoders.TARGETS, fused={})
+        groups.append((params, {"lr": plan.optim.text_encoders[component]}))
+    return AdaptedModels(denoiser, weight_streamer, texts, groups)
+
+
+def make_optimizer(plan: OptimPlan, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    return optimizers.make_optimizer(
+        plan.name,
         groups,
-        learning_rate=plan.optim.learning_rate,
-        weight_decay=plan.optim.weight_decay,
-        args=plan.optim.args,
-        warmup_steps=plan.optim.warmup_steps,
+        learning_rate=plan.learning_rate,
+        weight_decay=plan.weight_decay,
+        args=plan.args,
+        warmup_steps=plan.warmup_steps,
     )
-    params, optimizer = [p for group in groups for p in group["params"]], new_optimizer()
-    schedule = optimizers.make_schedule(
-        "constant" if OPTIMIZERS[plan.optim.name].own_warmup else plan.optim.scheduler,
-        optimizer,
-        warmup_steps=plan.optim.warmup_steps,
-        total_steps=total,
-        num_cycles=plan.optim.num_cycles,
-    )
-    ema = Ema(params, plan.train.ema_decay) if plan.train.ema_decay else None
-    scale = LOSS_SCALE.get(plan.engine.dtype, 1.0)
-    guard = StepGuard(plan.train.max_skipped_steps, plan.train.max_loss_spike, scale)
-    return TrainingState(denoiser, texts, parts, params, optimizer, new_optimizer, schedule, ema, guard, stream)
 
 
-def _lora_file(path: Path, family_name: str) -> weights.LoraModules:
+def make_schedule(
+    plan: OptimPlan, optimizer: torch.optim.Optimizer, *, total: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    # An optimiser with a warm-up of its own gets a constant rate: it has the steps of the warm-up already.
+    name = "constant" if OPTIMIZERS[plan.name].own_warmup else plan.scheduler
+    return optimizers.make_schedule(
+        name, optimizer, warmup_steps=plan.warmup_steps, total_steps=total, num_cycles=plan.num_cycles
+    )
+
+
+def load_start_weights(lora: LoraPlan, family_name: str) -> LoraModules | None:
+    """The modules of the LoRA file that PARAMS_RESUME_FROM names; None where it names none, or a state."""
+    if not lora.resume_from or not Path(lora.resume_from).is_file():
+        return None
     try:
-        return convert.load(path, family_name)
+        return convert.load(Path(lora.resume_from), family_name)
     except ValueError as problem:
-        raise SettingsError(f"PARAMS_RESUME_FROM {path} cannot be gone on from: {problem}.") from problem
+        raise SettingsError(f"PARAMS_RESUME_FROM {lora.resume_from} cannot be read: {problem}.") from problem
 
 
-def _start_from(denoiser: Any, texts: TextEncoders, modules: weights.LoraModules, *, plan: Plan, facts: Facts) -> None:
-    """Begin with the weights of a LoRA file. Raises SettingsError where they are not of this plan's shape."""
-    path, scale, state = plan.lora.resume_from, plan.lora.scale, adapters.state(denoiser)
-    own = {name: adapter for name, adapter in modules.items() if name.partition(".")[0] not in texts.models}
+def apply_start_weights(adapted: AdaptedModels, modules: LoraModules, *, lora: LoraPlan, facts: Facts) -> None:
+    """Overwrite the adapters by those of a LoRA file. Raises SettingsError where their shapes are not this plan's."""
+    texts = adapted.texts.models
+    of_denoiser = {name: adapter for name, adapter in modules.items() if name.partition(".")[0] not in texts}
+    state = adapters.state(adapted.denoiser)
     try:
-        adapters.load(
-            denoiser,
-            peft_bridge.to_peft_state(own, state, prefix=facts.lora_prefix, fused=facts.fused_targets, scale=scale),
+        tensors = peft_bridge.to_peft_state(
+            of_denoiser, state, prefix=facts.lora_prefix, fused=facts.fused_targets, scale=lora.scale
         )
-        for component, model in texts.models.items():
-            text_encoders.start(model, component, modules, family_name=facts.name, scale=scale)
+        adapters.load(adapted.denoiser, tensors)
+        for component, model in texts.items():
+            text_encoders.start(model, component, modules, family_name=facts.name, scale=lora.scale)
     except ValueError as problem:
         raise SettingsError(
-            f"PARAMS_RESUME_FROM {path} does not fit this plan (PARAMS_NETWORK_DIM={plan.lora.rank}, "
-            f"PARAMS_SPLIT_QKV={str(plan.lora.split_qkv).lower()}, PARAMS_TARGET_MODULES="
-            f"{','.join(plan.lora.targets)}): {problem}."
+            f"PARAMS_RESUME_FROM {lora.resume_from} does not fit this plan (PARAMS_NETWORK_DIM={lora.rank}, "
+            f"PARAMS_SPLIT_QKV={str(lora.split_qkv).lower()}, PARAMS_TARGET_MODULES="
+            f"{','.join(lora.targets)}): {problem}."
         ) from problem
-    log.info("Began with the weights of %s: %d modules.", path, len(modules))
+    log.info("Started from the weights of %s: %d modules.", lora.resume_from, len(modules))

@@ -1,11 +1,12 @@
-"""Regularisation pictures that the base model draws itself, once, before anything is trained.
+"""Regularisation images that the base model draws itself, once, before anything is trained.
 
-Prior preservation (DreamBooth, arXiv:2208.12242): what the model makes of the class's name goes on being what it makes
-of it. The pictures lie in CACHE_PATH/class-pictures, in a folder named by all that decides them.
+Prior preservation (DreamBooth, arXiv:2208.12242): training on them too keeps the model's idea of the class. They are
+in CACHE_PATH/class-pictures, in a folder named by a hash of everything that decides them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -19,40 +20,69 @@ from trainer.engine.device import release, torch_dtype
 from trainer.engine.encoders import load_text_encoders, load_vae
 from trainer.engine.load import load_denoiser
 from trainer.job import prepare
-from trainer.spec.family import Family
-from trainer.spec.plan import EnginePlan, Prompt
+from trainer.job.status import Status
+from trainer.spec.family import Family, base_models, get_family
+from trainer.spec.plan import Dataset, EnginePlan, Plan, Prompt, Source
 from trainer.storage import atomic, digests
+from trainer.training.objective import scheduler_changes
 
 log = logging.getLogger(__name__)
-VERSION = 1  # of how they are drawn: another one draws them anew
+VERSION = 1  # of how they are drawn: a new one draws all anew
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """The pictures of one subset: `prompt` has the first one's seed, the others count up from there."""
+class ClassImages:
+    """The images of one source. `prompt` has the seed of the first; the others count up from there."""
 
     prompt: Prompt
     count: int
 
     def folder(self, cache: Path, model: Path, *, precision: str, scheduler: dict[str, Any]) -> Path:
-        """Where they lie: a function of the prompt, the number, the weights and how these are computed with."""
-        parts = sorted(p for p in model.iterdir() if p.is_dir())
-        weights = [(p.name, digests.weights_digest(p)) for p in parts]
+        """Where they are: by the prompt, the number, the model's weights and the format that these are computed in."""
+        parts = sorted(path for path in model.iterdir() if path.is_dir())
+        weights = [(path.name, digests.weights_digest(path)) for path in parts]
         key = digests.digest([VERSION, asdict(self.prompt), self.count, precision, scheduler, *weights])
         return cache / "class-pictures" / key[:32]
 
     def missing(self, folder: Path) -> list[tuple[Path, Prompt]]:
-        """The files that are not there yet, and what to draw for each."""
-        paths = [folder / f"{number:05d}.png" for number in range(self.count)]
-        return [
-            (path, replace(self.prompt, seed=self.prompt.seed + number))
-            for number, path in enumerate(paths)
-            if not path.is_file()
-        ]
+        """The files that are not there yet, and the prompt of each."""
+        missing = []
+        for number in range(self.count):
+            path = folder / f"{number:05d}.png"
+            if not path.is_file():
+                missing.append((path, replace(self.prompt, seed=self.prompt.seed + number)))
+        return missing
 
 
-def fill(
-    wanted: Sequence[tuple[Wanted, Path]],
+def draw_class_images(plan: Plan, *, status: Status, check_in: Callable[[], None]) -> Plan:
+    """Draw the class images that are missing; returns the plan with the folder of each source that has some."""
+    family = get_family(plan.model.family)
+    facts = family.FACTS
+    model = Path(plan.model.path)
+    defaults: dict[str, Any] = {"steps": facts.prompt_steps, "guidance": facts.prompt_guidance, "cfg": facts.prompt_cfg}
+    defaults |= base_models()[plan.model.base][1].defaults
+    scheduler = scheduler_changes(plan.train)
+    wanted: list[tuple[ClassImages, Path]] = []
+
+    def with_folder(source: Source, dataset: Dataset) -> Source:
+        if source.kind != "generated":
+            return source
+        width, height = (max(facts.multiple, side // facts.multiple * facts.multiple) for side in dataset.resolution)
+        prompt = Prompt(text=source.location, width=width, height=height, seed=plan.train.seed, **defaults)
+        images = ClassImages(prompt, source.count)
+        folder = images.folder(Path(plan.output.cache), model, precision=plan.engine.precision, scheduler=scheduler)
+        wanted.append((images, folder))
+        return dataclasses.replace(source, path=str(folder))
+
+    with_folders = plan.map_sources(with_folder)
+    if wanted:
+        status.phase("drawing class pictures")
+        _fill(wanted, family=family, model=model, engine=plan.engine, scheduler=scheduler, check_in=check_in)
+    return with_folders
+
+
+def _fill(
+    wanted: Sequence[tuple[ClassImages, Path]],
     *,
     family: Family,
     model: Path,
@@ -60,10 +90,12 @@ def fill(
     scheduler: dict[str, Any],
     check_in: Callable[[], None],
 ) -> None:
-    """Draw what is missing of each; the model is loaded only if something is, and is gone when this returns."""
-    missing = [item for one, folder in wanted for item in one.missing(folder)]
+    """Draw what is missing of each. The model is loaded only if something is, and released at the end."""
+    missing: list[tuple[Path, Prompt]] = []
+    for images, folder in wanted:
+        missing += images.missing(folder)
     if not missing:
-        log.info("All %d class pictures are in the cache.", sum(one.count for one, _ in wanted))
+        log.info("All %d class images are in the cache.", sum(images.count for images, _ in wanted))
         return
     started = time.monotonic()
     texts = list(dict.fromkeys(prepare.prompt_texts([prompt for _, prompt in missing])))
@@ -71,14 +103,16 @@ def fill(
     encoded = dict(zip(texts, family.encode_text(encoders, texts), strict=True))
     del encoders
     release()
-    denoiser, stream = load_denoiser(family, model, engine, fused={}, targets=())
-    if stream:
-        stream.attach()
-    device, dtype, vae = engine.device, torch_dtype(engine), load_vae(family, model, engine)
+    denoiser, weight_streamer = load_denoiser(family, model, engine, fused={}, targets=())
+    if weight_streamer:
+        weight_streamer.attach()
+    vae = load_vae(family, model, engine)
+    dtype = torch_dtype(engine)
     for path, prompt in missing:
         check_in()
         text, negative = (
-            {k: v[None].to(device, dtype) for k, v in encoded[t].items()} for t in (prompt.text, prompt.negative)
+            {key: value[None].to(engine.device, dtype) for key, value in encoded[words].items()}
+            for words in (prompt.text, prompt.negative)
         )
         with torch.no_grad():
             image = family.sample(
@@ -86,6 +120,6 @@ def fill(
             )
         with atomic.replacing(path) as temporary:
             image.save(temporary, format="PNG")
-    del denoiser, stream, vae
+    del denoiser, weight_streamer, vae
     release()
-    log.info("Drew %d class pictures in %.1f s.", len(missing), time.monotonic() - started)
+    log.info("Drew %d class images in %.1f s.", len(missing), time.monotonic() - started)

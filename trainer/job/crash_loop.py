@@ -1,4 +1,4 @@
-"""A job that fails again and again at the same step stops asking to be started: rented hours go by otherwise."""
+"""A job that fails again and again at the same step refuses to run: otherwise rented hours are wasted on restarts."""
 
 from __future__ import annotations
 
@@ -15,30 +15,36 @@ from trainer.spec.plan import Plan
 from trainer.storage import atomic, digests
 
 log = logging.getLogger(__name__)
-RESTARTS = 3
-COUNTED = (HangError, NumbersError, OutOfMemoryError)  # what ends in the same way unless something changes
+MAX_RESTARTS = 3  # without progress
+# Errors that come again unless something changes. Others are a signal, the user's to correct, or may pass.
+COUNTED = (HangError, NumbersError, OutOfMemoryError)
+UNEXPECTED = "an unexpected error"
 
 
 class CrashLog:
-    """crashes.json in the output folder: how often this very plan has failed without coming further."""
+    """crashes.json in the output folder: how often this very plan has failed without getting further.
+
+    `step`: returns the last step done.
+    """
 
     def __init__(self, out: Path, plan: Plan, *, step: Callable[[], int]) -> None:
-        self._path, self._step = out / "crashes.json", step
-        whole = json.loads(plan.to_json())
-        self._plan = digests.digest({**whole, "reasons": None})
+        self._path = out / "crashes.json"
+        self._step = step
+        values = json.loads(plan.to_json())
+        self._plan = digests.digest({**values, "reasons": None})
         self._before = self._read()
 
     def _read(self) -> dict[str, Any]:
         try:
-            found = json.loads(self._path.read_text(encoding="utf-8"))
-            return {"step": int(found["step"]), "count": int(found["count"]), **found}
+            row = json.loads(self._path.read_text(encoding="utf-8"))
+            return {"step": int(row["step"]), "count": int(row["count"]), **row}
         except (OSError, ValueError, KeyError, TypeError):
             return {"step": -1, "count": 0}
 
     def check(self) -> None:
-        """Raises CrashLoopError after three restarts of the same plan that came no further than the first attempt."""
+        """Raises CrashLoopError after three restarts of the same plan that got no further than the first attempt."""
         before = self._before
-        if before.get("plan") == self._plan and before["count"] > RESTARTS:
+        if before.get("plan") == self._plan and before["count"] > MAX_RESTARTS:
             raise CrashLoopError(
                 f"This job has failed {before['count']} times without getting past step {before['step']}, the last "
                 f"time with: {before.get('reason')}"
@@ -46,27 +52,29 @@ class CrashLog:
 
     def record(self, reason: str) -> None:
         """Count a failure."""
-        again = self._before.get("plan") == self._plan and self._step() <= self._before["step"]
-        row = {
-            "plan": self._plan,
-            "step": max(self._step(), self._before["step"]) if again else self._step(),
-            "count": self._before["count"] + 1 if again else 1,
-            "reason": reason,
-        }
-        atomic.write_json(self._path, row)
+        step = self._step()
+        count = 1
+        if self._before.get("plan") == self._plan and step <= self._before["step"]:
+            step = self._before["step"]
+            count = self._before["count"] + 1
+        atomic.write_json(self._path, {"plan": self._plan, "step": step, "count": count, "reason": reason})
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
-        """Inside, what fails is counted; what ends well, by a signal or for a reason that may pass by itself is not."""
-        reason: str | None = "an unexpected error"
+        """Inside, failures that would come again are counted; success deletes the count."""
+        reason: str | None = UNEXPECTED
         try:
             yield
             reason = None
             self._path.unlink(missing_ok=True)
         except KilnError as problem:
-            reason = str(problem) if isinstance(problem, COUNTED) or type(problem) is KilnError else None
+            # KilnError itself is raised for what must not happen.
+            counts = isinstance(problem, COUNTED) or type(problem) is KilnError
+            reason = str(problem) if counts else None
             raise
         finally:
+            if reason == UNEXPECTED:
+                reason = f"{UNEXPECTED}: {sys.exc_info()[1]!r}"
             if reason is not None:
                 with contextlib.suppress(OSError, KilnError):
-                    self.record(f"{reason}: {sys.exc_info()[1]!r}" if reason.startswith("an unexp") else reason)
+                    self.record(reason)

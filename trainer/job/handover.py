@@ -1,6 +1,6 @@
-"""The first of several processes prepares the data; this is how the others get it.
+"""How the first of several processes hands the prepared data to the others.
 
-One JSON file in the folder that goes with the job holds the plan, the images and the state to resume from.
+It writes one JSON file with the plan, the images and the state to resume from into the folder that the processes share.
 """
 
 from __future__ import annotations
@@ -17,41 +17,47 @@ from trainer.spec.plan import Plan
 from trainer.storage import atomic
 from trainer.training.distributed import Workers
 
-NAME = "prepared.json"
+FILE_NAME = "prepared.json"
+PATH_FIELDS = ("file", "mask_file")  # of ImageRecord
 
 
 @dataclass(frozen=True)
 class HandedOver:
-    """What the first process hands to the others: all that they need to train."""
+    """Everything that the other processes need to train."""
 
     plan: Plan
-    state: Path | None  # the folder of the state to go on from
+    state: Path | None  # the folder of the state to resume from
     images: tuple[ImageRecord, ...]
 
     def to_json(self) -> str:
-        rows = [
-            {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(p).items()} for p in self.images
-        ]
-        return json.dumps({"plan": self.plan.to_json(), "state": self.state and str(self.state), "pictures": rows})
+        rows = []
+        for image in self.images:
+            row = dataclasses.asdict(image)
+            rows.append({key: str(value) if isinstance(value, Path) else value for key, value in row.items()})
+        state = str(self.state) if self.state else None
+        return json.dumps({"plan": self.plan.to_json(), "state": state, "images": rows})
 
     @staticmethod
     def from_json(text: str) -> HandedOver:
-        raw = json.loads(text)
-        paths = ("file", "mask_file")
-        rows: list[dict[str, Any]]
-        rows = [{k: Path(v) if k in paths and v else v for k, v in row.items()} for row in raw["pictures"]]
+        raw: dict[str, Any] = json.loads(text)
+        images = []
+        for row in raw["images"]:
+            for field in PATH_FIELDS:
+                if row[field]:
+                    row[field] = Path(row[field])
+            images.append(ImageRecord(**row))
         state = Path(raw["state"]) if raw["state"] else None
-        return HandedOver(Plan.from_json(raw["plan"]), state, tuple(ImageRecord(**row) for row in rows))
+        return HandedOver(Plan.from_json(raw["plan"]), state, tuple(images))
 
 
-def hand_over(workers: Workers, prepared: HandedOver) -> None:
-    """Let the other processes of `workers` begin."""
+def hand_over(workers: Workers, data: HandedOver) -> None:
+    """Let the other processes of `workers` begin with `data`."""
     if workers.size > 1:
-        atomic.write_text(workers.folder / NAME, prepared.to_json())
+        atomic.write_text(workers.folder / FILE_NAME, data.to_json())
 
 
 def receive(workers: Workers, check_in: Callable[[], None]) -> HandedOver:
-    """Wait for the first process to hand over, then return what it has prepared. Calls `tick` while it waits."""
-    path = workers.folder / NAME
+    """Wait until the first process hands over, and call `check_in` meanwhile; returns what it has prepared."""
+    path = workers.folder / FILE_NAME
     workers.wait_for(path, check_in)
     return HandedOver.from_json(path.read_text(encoding="utf-8"))

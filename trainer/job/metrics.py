@@ -1,4 +1,4 @@
-"""What a run tells about itself: metrics.jsonl, TensorBoard, status.json, and lines or one bar for people."""
+"""The numbers of a run: metrics.jsonl, TensorBoard, status.json, and log lines or a progress bar for people."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ from trainer.storage import atomic
 from trainer.training.loop import Step
 
 log = logging.getLogger(__name__)
-REPORT_INTERVAL_S = 5.0  # between two plain lines, and two writes of status.json
+REPORT_INTERVAL_S = 5.0  # between two log lines, and two writes of status.json
 
 
 class Metrics:
-    """Writes one JSON line a step; the rest now and then. A resumed run goes on where its state is."""
+    """Writes one JSON line for each step, and the rest every few seconds.
+
+    A resumed run drops the lines after its state (`first_step`) and writes them again.
+    """
 
     def __init__(self, folder: Path, status: Status, *, total_steps: int, first_step: int) -> None:
         self.total = total_steps
@@ -35,31 +38,36 @@ class Metrics:
         self._lines = _truncated(folder / "metrics.jsonl", first_step).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "logs"), purge_step=first_step + 1)
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not _columns())
-        self._above = contextlib.ExitStack()  # what is logged goes above the bar, not into it
+        self._log_redirect = contextlib.ExitStack()  # log lines go above the bar, not into it
         if not self._bar.disable:
-            self._above.enter_context(logging_redirect_tqdm())
-        self._said = -REPORT_INTERVAL_S
-        self._began, self._spent = time.monotonic(), 0.0  # seconds of training alone
+            self._log_redirect.enter_context(logging_redirect_tqdm())
+        self._reported = -REPORT_INTERVAL_S
+        self._began = time.monotonic()
+        self._spent = 0.0  # seconds of training before `_began`, without validation and samples
         self._images = 0
 
     def step(self, step: Step, *, learning_rate: float, compiled: int | None = None) -> None:
-        """One optimiser step is done. `compiled`: graphs so far, where anything is compiled."""
+        """Record an optimiser step. `compiled`: number of compiled graphs so far; None if nothing is compiled."""
         self.done = self._status.step = step.number
         self._images += step.images
         self.skipped += step.skipped
         row: dict[str, Any] = {"step": step.number, "epoch": step.epoch, "lr": learning_rate}
-        if step.skipped:  # JSON has no word for what is not finite
+        if step.skipped:  # JSON has neither NaN nor Inf
             row["skipped"] = self.skipped
         else:
             row |= {"loss": step.loss, "grad_norm": step.grad_norm}
-        self.record(row if compiled is None else {**row, "compiled": compiled})
+        recorded = dict(row)
+        if compiled is not None:
+            recorded["compiled"] = compiled
+        self.record(recorded)
         self._bar.update(1)
         self._bar.set_postfix_str(f"loss {step.loss:.4f}")
         now = time.monotonic()
-        if now - self._said < REPORT_INTERVAL_S and step.number != self.total:
+        if now - self._reported < REPORT_INTERVAL_S and step.number != self.total:
             return
-        self._said = now
-        speed, left = self.images_per_second(), self.eta_s()
+        self._reported = now
+        speed = self.images_per_second()
+        left = self.eta_s()
         self._status.update({**row, "images_per_second": round(speed, 3), "eta_s": round(left)})
         if self._bar.disable:
             log.info(
@@ -68,7 +76,7 @@ class Metrics:
             )  # fmt: skip
 
     def record(self, row: dict[str, Any]) -> None:
-        """Append any numbers that have a `step`, to metrics.jsonl and TensorBoard."""
+        """Append a row of numbers, one of them the `step`, to metrics.jsonl and TensorBoard."""
         self._lines.write(json.dumps({**row, "time": round(time.time(), 3)}) + "\n")
         self._lines.flush()
         for key, value in row.items():
@@ -83,26 +91,28 @@ class Metrics:
         self._began = time.monotonic()
 
     def images_per_second(self) -> float:
-        """The mean over this process's training time."""
+        """The mean over the training time of this process."""
         return self._images / max(self._seconds(), 1e-9)
 
     def eta_s(self) -> float:
-        """Seconds that the remaining steps take at the mean speed so far."""
+        """Seconds that the remaining steps take at the mean speed so far; 0 before the first step."""
         done = self.done - self.first
-        return self._seconds() / done * (self.total - self.done) if done else 0.0
+        if not done:
+            return 0.0
+        return self._seconds() / done * (self.total - self.done)
 
     def _seconds(self) -> float:
         return self._spent + time.monotonic() - self._began
 
     def close(self) -> None:
         self._bar.close()
-        self._above.close()
+        self._log_redirect.close()
         self._lines.close()
         self._board.close()
 
 
 def _columns() -> int:
-    """The width of the terminal; 0 where there is none, or one that does not know its width: no bar fits there."""
+    """The width of the terminal; 0 without one, or where it does not know its width: then there is no bar."""
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns
     except (OSError, ValueError):
@@ -111,8 +121,11 @@ def _columns() -> int:
 
 def _truncated(path: Path, step: int) -> Path:
     """Drop lines after `step`, which the resumed run writes again, and a half-written last one."""
+    lines: list[str] = []
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines()
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in lines:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(f"{line}\n")

@@ -3,18 +3,90 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from trainer.spec.plan import Prompt
+from trainer.data import cache as caching
+from trainer.data.cache import Cache
+from trainer.engine.device import release, torch_dtype
+from trainer.engine.encoders import load_vae
+from trainer.engine.execution import without_new_compilation
+from trainer.spec.family import Family
+from trainer.spec.plan import Plan, Prompt
 from trainer.storage import atomic
+from trainer.training.objective import scheduler_changes
+from trainer.training.state import TrainingState
+from trainer.training.stop_flag import StopFlag
 
-NAME = re.compile(r"step-(\d{8})-(\d{2,})\.png")
-SHEET = "contact-sheet.png"
-MARGIN, LABEL = 6, 34  # pixels
+log = logging.getLogger(__name__)
+SAMPLE_NAME = re.compile(r"step-(\d{8})-(\d{2,})\.png")  # step, number of the prompt
+SHEET_NAME = "contact-sheet.png"
+# Pixels on the contact sheet.
+THUMBNAIL = 256  # longest side
+MARGIN = 6
+LABEL_HEIGHT = 34
+MIN_WIDTH = 360  # so that a prompt can be read where there are few columns
+
+
+def sample(
+    step: int,
+    *,
+    plan: Plan,
+    family: Family,
+    training_state: TrainingState,
+    cache: Cache,
+    out: Path,
+    stop: StopFlag,
+    check_in: Callable[[], None],
+) -> None:
+    """Draw those samples of `step` that are missing into `out`/sample, with the weights to use.
+
+    Looks for a stop, and calls `check_in`, before each image. Where memory runs out, the rest of the samples is left
+    out with a warning: training is worth more than a sample.
+    """
+    started = time.monotonic()
+    device = plan.engine.device
+    dtype = torch_dtype(plan.engine)
+    model = Path(plan.model.path)
+
+    def encoded(caption: str) -> dict[str, torch.Tensor]:
+        cached = caching.load(cache.text_path(caption))
+        on_device = {key: value[None].to(device, dtype) for key, value in cached.items()}
+        return training_state.texts.encode_trained(on_device, [caption])
+
+    def draw(vae: Any, prompt: Prompt) -> Image.Image:
+        check_in()
+        return family.sample(
+            training_state.denoiser,
+            vae,
+            model,
+            prompt=prompt,
+            text=encoded(prompt.text),
+            negative=encoded(prompt.negative),
+            scheduler=scheduler_changes(plan.train),
+        )
+
+    try:
+        with training_state.inference_weights(), torch.no_grad(), without_new_compilation():
+            count = draw_all(
+                out / "sample",
+                plan.prompts,
+                step=step,
+                draw=partial(draw, load_vae(family, model, plan.engine)),
+                stopped=lambda: stop.requested,
+            )
+        log.info("Drew %d samples of step %d in %.1f s.", count, step, time.monotonic() - started)
+    except torch.OutOfMemoryError as problem:
+        log.warning("Not enough memory to draw all samples of step %d; training continues: %s", step, problem)
+    release()
 
 
 def draw_all(
@@ -25,7 +97,7 @@ def draw_all(
     draw: Callable[[Prompt], Image.Image],
     stopped: Callable[[], bool],
 ) -> int:
-    """Draw the prompts that have no picture of `step` yet, and renew the contact sheet; return how many.
+    """Draw the prompts that have no image of `step` yet, and renew the contact sheet; return how many.
 
     Each goes into `folder` as step-00000100-00.png with its prompt in the PNG. `stopped` is asked before each.
     """
@@ -38,15 +110,15 @@ def draw_all(
             break
         image = draw(prompt)
         with atomic.replacing(path) as temporary:
-            image.save(temporary, pnginfo=_info(prompt, step))
+            image.save(temporary, pnginfo=_png_info(prompt, step))
         count += 1
     if count:
         contact_sheet(folder, prompts)
     return count
 
 
-def _info(prompt: Prompt, step: int) -> PngImagePlugin.PngInfo:
-    """The text chunks that picture viewers of image generators show, and each value by itself."""
+def _png_info(prompt: Prompt, step: int) -> PngImagePlugin.PngInfo:
+    """The text chunk that viewers of generated images show (A1111's format), and each value in one of its own."""
     info = PngImagePlugin.PngInfo()
     negative = f"\nNegative prompt: {prompt.negative}" if prompt.negative else ""
     info.add_itxt(
@@ -61,33 +133,42 @@ def _info(prompt: Prompt, step: int) -> PngImagePlugin.PngInfo:
 
 
 def contact_sheet(folder: Path, prompts: Sequence[Prompt]) -> Path:
-    """All samples of a run on one picture, thumbnails at most 256 pixels wide and high."""
-    found = [(int(m[1]), int(m[2]), p) for p in folder.glob("step-*.png") if (m := NAME.fullmatch(p.name))]
-    steps = sorted({step for step, _, _ in found})
-    width = min(256, max(p.width for p in prompts)) + MARGIN
-    height = min(256, max(p.height for p in prompts)) + MARGIN
-    wide = max(width * len(steps), 360) + MARGIN
-    sheet = Image.new("RGB", (wide, len(prompts) * (height + LABEL) + LABEL), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    """All samples of a run in one image: a column for each step, a row for each prompt."""
+    samples = []
+    for path in folder.glob("step-*.png"):
+        if match := SAMPLE_NAME.fullmatch(path.name):
+            samples.append((int(match[1]), int(match[2]), path))
+    steps = sorted({step for step, _, _ in samples})
+    column_width = min(THUMBNAIL, max(p.width for p in prompts)) + MARGIN
+    image_height = min(THUMBNAIL, max(p.height for p in prompts)) + MARGIN
+    row_height = image_height + LABEL_HEIGHT
+    width = max(column_width * len(steps), MIN_WIDTH) + MARGIN
+    sheet = Image.new("RGB", (width, len(prompts) * row_height + LABEL_HEIGHT), "white")
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(12)
     for column, step in enumerate(steps):
-        pen.text((MARGIN + column * width, MARGIN), "before" if step == 0 else f"step {step}", "black", font)
+        label = "before" if step == 0 else f"step {step}"
+        pen.text((MARGIN + column * column_width, MARGIN), label, "black", font)
     for row, prompt in enumerate(prompts):
-        top = LABEL + row * (height + LABEL)
-        pen.text((MARGIN, top), _fit(prompt.text, wide - 2 * MARGIN, font), "black", font)
-    for step, row, path in found:
-        if row < len(prompts):
-            with Image.open(path) as image:
-                small = image.convert("RGB")
-            small.thumbnail((256, 256))
-            sheet.paste(small, (MARGIN + steps.index(step) * width, LABEL + row * (height + LABEL) + LABEL // 2))
+        top = LABEL_HEIGHT + row * row_height
+        pen.text((MARGIN, top), _shortened(prompt.text, width - 2 * MARGIN, font), "black", font)
+    for step, row, path in samples:
+        if row >= len(prompts):  # of a job that had more prompts
+            continue
+        with Image.open(path) as image:
+            thumbnail = image.convert("RGB")
+        thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
+        left = MARGIN + steps.index(step) * column_width
+        sheet.paste(thumbnail, (left, LABEL_HEIGHT + row * row_height + LABEL_HEIGHT // 2))
     info = PngImagePlugin.PngInfo()
     info.add_itxt("prompts", json.dumps([p.text for p in prompts], ensure_ascii=False))
-    with atomic.replacing(folder / SHEET) as temporary:
+    with atomic.replacing(folder / SHEET_NAME) as temporary:
         sheet.save(temporary, pnginfo=info)
-    return folder / SHEET
+    return folder / SHEET_NAME
 
 
-def _fit(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """As much of `text` as is `width` pixels wide, with an ellipsis where it is cut."""
     while text and font.getlength(text) > width:
         text = text[:-2].rstrip() + "…"
     return text

@@ -1,43 +1,191 @@
-"""What a LoRA file's header says about the run that made it."""
+"""Saves during training, and the final LoRA.
+
+A save copies the weights and the state on the training thread (`Snapshots`), which takes milliseconds; a background
+thread writes, reads back and compares them (`Saver.save`). The final LoRA is also run through the model before it gets
+its name (`Saver.export`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import logging
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from trainer.checkpoints import resume, state_files
+from trainer.checkpoints.retention import CheckpointRetention
+from trainer.checkpoints.snapshots import BackgroundWriter, Snapshots
 from trainer.data.captions import tag_frequency
 from trainer.data.epochs import EpochSampler
+from trainer.data.identity import fingerprint
 from trainer.data.records import Scan
+from trainer.job.verify import verify
+from trainer.lora_files import convert, metadata, peft_bridge
 from trainer.lora_files.metadata import DatasetSummary, SubsetSummary, TrainingRun
-from trainer.spec.family import Family
+from trainer.lora_files.weights import LoraModules
+from trainer.lora_files.write import write_lora
+from trainer.spec.family import Family, base_models
 from trainer.spec.plan import Plan
+from trainer.storage import atomic
+from trainer.training import text_encoders
 from trainer.training.objective import Objective
+from trainer.training.state import TrainingState
+from trainer.training.stop_flag import StopFlag
+
+log = logging.getLogger(__name__)
+SLOW_SAVE_WARNING_S = 0.2  # of waiting for the save before, until the log warns
 
 
-def _unused(name: str, taken: Collection[str]) -> str:
-    """`name`; with a number where several sources, or one at several resolutions, have the same."""
-    return next(n for n in (name, *(f"{name} ({i})" for i in range(2, len(taken) + 2))) if n not in taken)
+@dataclass
+class Saver:
+    """Writes what a run leaves in `out`: LoRA files, states, and the final LoRA.
+
+    `describe_run`: for the LoRA's header; it is called on the background thread, since it counts all captions.
+    """
+
+    plan: Plan
+    family: Family
+    out: Path
+    stop: StopFlag
+    training_state: TrainingState
+    snapshots: Snapshots
+    scan: Scan
+    describe_run: Callable[[], TrainingRun]
+    writer: BackgroundWriter = field(default_factory=BackgroundWriter)
+
+    def __post_init__(self) -> None:
+        self.retention = CheckpointRetention(self.out, self.plan.output.name, self.plan.output.keep_checkpoints)
+
+    def save(self, step: int, epoch: int) -> None:
+        """Copy the LoRA and the state of `step`, and begin to write them; training continues meanwhile.
+
+        Raises what the save before has raised.
+        """
+        started = time.monotonic()
+        self.writer.join()  # the save before: its buffers are reused. Only a slow volume makes this wait.
+        waited = time.monotonic() - started
+        if waited > SLOW_SAVE_WARNING_S:
+            log.warning("Training waited %.1f s for the previous save: the volume of OUTPUT_PATH is slow.", waited)
+        self.snapshots.release()
+        with self.training_state.inference_weights():
+            modules = self.snapshots.copy(self.lora_modules())
+            if self.training_state.has_averaged_weights:
+                self.snapshots.wait_on_device()  # the training weights are about to overwrite what is being copied
+        tree = self.snapshots.copy(self.training_state.state())
+        paused_s = time.monotonic() - started
+        self.writer.begin(partial(self._write, step, epoch, modules=modules, tree=tree, paused_s=paused_s))
+
+    def _write(self, step: int, epoch: int, *, modules: LoraModules, tree: dict[str, Any], paused_s: float) -> None:
+        """Write the copies of `step`; on the background thread."""
+        started = time.monotonic()
+        self.snapshots.wait()
+        write_files = partial(self._write_lora_files, step, epoch, modules)
+        write_state = partial(self._write_state, step, tree)
+        # The state comes last, so where it is, the LoRA is too. But a stop leaves few seconds, and the state matters
+        # most: the LoRA can be made from it.
+        remaining = [write_files, write_state]
+        if self.stop.requested:
+            remaining.reverse()
+
+        def write() -> None:
+            """Called again if the disk was full; what is written already is not written again."""
+            while remaining:
+                remaining[0]()
+                del remaining[0]
+
+        self.retention.write(write, step)
+        log.info(
+            "Saved step %d: training paused for %.0f ms; written and read back in %.2f s in the background.",
+            step, 1000 * paused_s, time.monotonic() - started,
+        )  # fmt: skip
+
+    def _write_lora_files(self, step: int, epoch: int, modules: LoraModules) -> None:
+        stem = f"{self.plan.output.name}-step{step:08d}"
+        for path, lora_file, header in self._files(stem, modules, step, epoch):
+            write_lora(path, lora_file.tensors, header)
+
+    def _write_state(self, step: int, tree: dict[str, Any]) -> None:
+        about_run = {
+            "essence": self.plan.essence(),
+            "data": fingerprint(self.scan.images),
+            "made_by": resume.made_by(self.plan.engine.attention),
+        }
+        state_files.save(self.out / "state", step, {**about_run, **tree})
+
+    def export(self, stem: str, *, step: int, epoch: int, output: Callable[[], torch.Tensor]) -> Path:
+        """Write the LoRA in every format that this job leaves, each verified first; returns the main one's path.
+
+        `output`: computes the denoiser's output for a fixed input. Raises FileMismatchError where a file does not give
+        the trained model; that file stays as `….unverified`.
+        """
+        facts = self.family.FACTS
+        models = {facts.lora_prefix: self.training_state.denoiser, **self.training_state.texts.models}
+        self.snapshots.release()
+        with self.training_state.inference_weights():
+            modules = self.snapshots.copy(self.lora_modules())
+            self.snapshots.wait()
+            for path, lora_file, header in self._files(stem, modules, step, epoch):
+                unverified = path.with_name(f"{path.name}.unverified")
+                write_lora(unverified, lora_file.tensors, header)
+                error = verify(unverified, models, family_name=facts.name, fused=facts.fused_targets, output=output)
+                unverified.rename(path)
+                atomic.flush(path.parent)
+                log.info("%s: read back, its output differs from the trained model's by %.1e.", path.name, error)
+        return path
+
+    def lora_modules(self) -> LoraModules:
+        """The live adapters, by the names of the layers that they belong to."""
+        facts = self.family.FACTS
+        scale = self.plan.lora.scale
+        modules = peft_bridge.from_peft_state(
+            self.training_state.adapters, prefix=facts.lora_prefix, fused=facts.fused_targets, scale=scale
+        )
+        for component, state in self.training_state.text_adapters.items():
+            modules |= text_encoders.modules(state, component, family_name=facts.name, scale=scale)
+        return modules
+
+    def _files(
+        self, stem: str, modules: LoraModules, step: int, epoch: int
+    ) -> Iterator[tuple[Path, convert.LoraFile, dict[str, str]]]:
+        """Path, tensors and header of each file to write. The main one comes last: where it is, all are."""
+        run = self.describe_run()
+        dora = self.plan.lora.kind == "dora"
+        formats = self.family.LORA_KEYS.file_formats
+        # The second file is for diffusers, which knows kohya's keys at the published models' width and depth only.
+        if dora or base_models()[self.plan.model.base][1].is_miniature:
+            formats = ("kohya", "peft")
+        for key_format in reversed(formats):
+            lora_file = convert.to_file(modules, key_format, self.family.FACTS.name)
+            header = metadata.lora_metadata(run, step=step, epoch=epoch, rank=lora_file.rank, alpha=lora_file.alpha)
+            if dora:
+                header["kiln_dora_read_by"] = convert.DORA_READERS[key_format]
+            yield self.out / f"{stem}{convert.KEY_FORMATS[key_format]}.safetensors", lora_file, header
 
 
-def trained(plan: Plan, kind: Family, objective: Objective, *, order: EpochSampler, found: Scan) -> TrainingRun:
-    """What the header of the LoRA file says about this run."""
-    facts, first = kind.FACTS, plan.data.datasets[0]
+def describe_run(plan: Plan, family: Family, objective: Objective, *, sampler: EpochSampler, scan: Scan) -> TrainingRun:
+    """The facts of this run for the header of its LoRA files."""
     datasets: list[DatasetSummary] = []
     names: list[str] = []
     for d, dataset in enumerate(plan.data.datasets):
         subsets = []
-        for i, subset in enumerate(dataset.subsets):
+        for s, subset in enumerate(dataset.subsets):
             names.append(_unused(Path(subset.source.public).name, names))
-            own = [p.caption for p in found.images if (p.dataset, p.subset) == (d, i)]
-            tags = tag_frequency(own, subset.caption_separator)
-            subsets.append(SubsetSummary(names[-1], len(own), subset.num_repeats, subset.is_reg, tags))
-        buckets = {size: count for (owner, size), count in order.buckets.items() if owner == d}
+            captions = [image.caption for image in scan.images if (image.dataset, image.subset) == (d, s)]
+            tags = tag_frequency(captions, subset.caption_separator)
+            subsets.append(SubsetSummary(names[-1], len(captions), subset.num_repeats, subset.is_reg, tags))
+        buckets = {size: count for (owner, size), count in sampler.buckets.items() if owner == d}
         datasets.append(DatasetSummary(dataset, tuple(subsets), buckets))
+    first = plan.data.datasets[0]
     return TrainingRun(
         name=plan.output.name,
         base=plan.model.base,
-        base_version=facts.base_version,
-        architecture=facts.architecture,
+        base_version=family.FACTS.base_version,
+        architecture=family.FACTS.architecture,
         lora_type=plan.lora.kind,
         alpha=plan.lora.alpha,
         started=plan.output.started,
@@ -52,3 +200,13 @@ def trained(plan: Plan, kind: Family, objective: Objective, *, order: EpochSampl
         objective=objective.prediction.removesuffix("_prediction"),
         datasets=tuple(datasets),
     )
+
+
+def _unused(name: str, taken: Collection[str]) -> str:
+    """`name`; with a number where several sources, or one at several resolutions, have the same."""
+    unused = name
+    number = 2
+    while unused in taken:
+        unused = f"{name} ({number})"
+        number += 1
+    return unused

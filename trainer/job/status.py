@@ -1,4 +1,4 @@
-"""status.json: the phase and the progress of a job, for people and for other programs."""
+"""status.json: the phase and the progress of a job, for people and for other programs (keys: docs/outputs.md)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ log = logging.getLogger(__name__)
 
 
 class Status:
-    """status.json: what the job is doing, renewed in one step."""
+    """The values of status.json; each change replaces the file at once."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "status.json"
         self._values: dict[str, Any] = {"phase": "starting", "started": round(time.time(), 3)}
-        self.step = 0  # the last one done, also where the file does not say it yet
+        self.step = 0  # the last one done; the file follows every few seconds
 
     def update(self, values: dict[str, Any]) -> None:
         """Change some values and write the file."""
@@ -27,12 +27,12 @@ class Status:
         atomic.write_json(self._path, {**self._values, "updated": round(time.time(), 3)})
 
     def phase(self, name: str) -> None:
-        """Tell what the job is doing now."""
+        """Log and write the phase that begins now."""
         log.info("Phase: %s.", name)
         self.update({"phase": name})
 
     def ended(self, problem: KilnError | None) -> None:
-        """Tell how the job ended: well, or with `problem`."""
+        """Write how the job ended: well (None), or with `problem`."""
         if problem is None:
             self.update({"phase": "done", "exit_code": 0})
         else:
@@ -42,5 +42,5 @@ class Status:
 
 def clock(seconds: float) -> str:
     """Seconds as h:mm:ss."""
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+    total = round(seconds)
+    return f"{total // 3600}:{total // 60 % 60:02d}:{total % 60:02d}"

@@ -75,7 +75,7 @@ class Watchdog:
 
     def message(self) -> str:
         usual = f", usually {statistics.median(self.step_seconds):.1f} s" if self.step_seconds else ""
-        return f"Nothing has happened for {self.limit:.0f} s{usual}: the job hangs. Each thread's place is in hang.txt."
+        return f"No step for {self.limit:.0f} s{usual}: the job hangs. hang.txt has the stacks of all threads."
 
     @contextlib.contextmanager
     def watching(self, out: Path, on_hang: Callable[[HangError], None]) -> Iterator[None]:

@@ -1,8 +1,35 @@
-"""LoRA files of every tool: kohya, peft (diffusers), ComfyUI, with or without DoRA.
+"""LoRA files of every tool: read, convert and write them.
 
-Read `weights` (a LoRA independent of key names), `key_names` (whose keys are whose), `inspect` (what a header reveals),
-`convert` (files to weights and back), `peft_bridge` (weights to the model's adapters and back), `metadata` and `write`.
-`arguments` has what the two commands share.
+Read `weights` (a LoRA independent of key names), `key_names` (the layer that a key names), `inspect` (what a header
+reveals), `convert` (files ↔ weights), `peft_bridge` (weights ↔ the adapters that train), `metadata` and `write`.
+`arguments` has what the two commands share. Imports `trainer.spec` and `trainer.storage`. `key_names` and `inspect`
+need no torch, and the entrypoint uses them.
 
-Imports `trainer.spec` and `trainer.storage`. `key_names` and `inspect` need no torch: the entrypoint uses them.
+The formats. A LoRA adds scale * up @ down to a weight, with scale = alpha / r. Three spellings are written
+(`convert.KEY_FORMATS`), and the tools read them so (docs/lora-files.md has the versions tested):
+
+    format    keys of one module                                                      read by
+    kohya     lora_unet_<original path, _ for .>.lora_down.weight, .lora_up.weight,   ComfyUI, Forge, sd-scripts;
+              .alpha                                                                  diffusers (Flux, SDXL)
+    comfyui   diffusion_model.<original path>.lora_down.weight, .lora_up.weight,      ComfyUI, Forge
+              .alpha
+    peft      <component>.<diffusers' path>.lora_A.weight, .lora_B.weight             diffusers; ComfyUI (Flux, SD3);
+                                                                                      Forge (Flux)
+
+    text encoders: lora_te1_text_model_… (CLIP-L) and lora_te2_… (CLIP-G) with the first two formats,
+    text_encoder.text_model.… and text_encoder_2.… with the third. ComfyUI skips keys without `text_model`.
+
+Original paths are those of the model's first implementation. It has one layer where diffusers has several: q, k and v
+everywhere but in SDXL, and Flux's linear1 (q, k, v and the MLP's input). `convert` splits and stacks them.
+
+Alpha. kohya's and ComfyUI's keys carry it: sd-scripts refuses Flux and SD3 files without; diffusers applies one alpha
+to all attention layers of an SDXL file. So a file has the same alpha everywhere, and modules with another scale have
+the difference multiplied into lora_up. PEFT's keys have none: ComfyUI and Forge ignore the alpha that PEFT keeps in the
+header, so the whole scale is multiplied into lora_B, and alpha = r.
+
+DoRA adds a magnitude for each row: `.dora_scale`, (out, 1), with the first two formats, and `.lora_magnitude_vector`,
+(out,), with the third. A job that trains DoRA writes kohya's keys for ComfyUI and Forge, and PEFT's for diffusers.
+
+Also read: PEFT's `.lora_A.default.weight`, diffusers before PEFT (`.processor.to_q_lora.down.weight`), OneTrainer's
+`lora_transformer_`, LyCORIS' `lycoris_`, and names without a prefix. `key_names.ENDINGS` and `STYLES` list them all.
 """

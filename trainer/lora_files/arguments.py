@@ -1,4 +1,4 @@
-"""`python -m trainer.export` and `python -m trainer.sample`: convert and merge LoRA files, draw pictures with them."""
+"""Arguments and errors that `python -m trainer.export` and `python -m trainer.sample` have in common."""
 
 from __future__ import annotations
 
@@ -17,41 +17,43 @@ from trainer.storage import safetensors_header
 log = logging.getLogger(__name__)
 
 
-def run_command(work: Callable[[], None]) -> int:
+def run_command(command: Callable[[], None]) -> int:
+    """Run a command with its log on stderr; returns the exit code."""
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     try:
-        work()
+        command()
     except KilnError as problem:
         log.error("%s", problem)
         return problem.exit_code
     return 0
 
 
-# ---- files
-
-
 def split_weight(text: str) -> tuple[Path, float]:
-    """`FILE` or `FILE:WEIGHT`."""
-    found = re.fullmatch(r"(.+?)(?::([+-]?[0-9]*\.?[0-9]+))?", text)
-    assert found is not None
-    return Path(found[1]), float(found[2] or 1)
+    """Read `FILE` or `FILE:WEIGHT`; the weight is 1 by default."""
+    match = re.fullmatch(r"(.+?)(?::([+-]?[0-9]*\.?[0-9]+))?", text)
+    assert match is not None
+    return Path(match[1]), float(match[2] or 1)
 
 
-def read_family(path: Path, asked: str | None) -> tuple[str, dict[str, str]]:
-    """A file's family and its header."""
+def read_family(path: Path, family_name: str | None) -> tuple[str, dict[str, str]]:
+    """The family of a LoRA file, and the metadata in its header. `family_name`: if it is known already.
+
+    Raises SettingsError if the file cannot be read, or its keys belong to no family.
+    """
     try:
         header = safetensors_header.read_header(path)
     except ValueError as problem:
         raise SettingsError(f"{path}: {problem}.") from problem
-    stems = [found[0] for key in header.entries if (found := key_names.split_key(key))]
-    name = asked or inspect.likely_family(stems, header.metadata)
+    stems = [split[0] for key in header.entries if (split := key_names.split_key(key))]
+    name = family_name or inspect.likely_family(stems, header.metadata)
     if name is None:
-        raise SettingsError(f"{path} has no keys of a LoRA for {', '.join(family_names())}.")
+        raise SettingsError(f"{path} is no LoRA for {', '.join(family_names())}: no key names a layer of them.")
     return name, header.metadata
 
 
 def load_lora(path: Path, family_name: str) -> LoraModules:
+    """All modules of a LoRA file. Raises SettingsError if it is none for this family."""
     try:
         return convert.load(path, family_name)
     except ValueError as problem:
-        raise SettingsError(f"{path}, as a LoRA for {family_name}: {problem}.") from problem
+        raise SettingsError(f"{path} cannot be read as a LoRA for {family_name}: {problem}.") from problem

@@ -1,8 +1,13 @@
-"""LoRA files of every tool ↔ one form: diffusers' modules, each with its own matrices. Exact both ways.
+"""LoRA files of every tool ↔ `LoraModules`: diffusers' modules, each with matrices of its own. Exact both ways.
 
-A layer that other tools keep as one (q, k, v; Flux's linear1) is here its parts. Where they share the down matrix, the
-whole is that matrix and the stack_layers up matrices; otherwise their terms of rank one side by side, block by block.
-Shapes: down (r, in) or (r, in, kh, kw); up (out, r) or (out, r, 1, 1).
+A layer that other tools keep as one (q, k and v; Flux's linear1) is split into its parts here, and stacked again to
+write. If the parts share the down matrix, the layer has that matrix and the up matrices one above the other. Otherwise
+it has the rank-one terms of all parts side by side, and each part's rows of the up matrix are zero in the columns of
+the others (the "fusing recipe"): the rank is then the sum of the parts' ranks, and alpha grows with it, so that
+scale = alpha / rank stays the same. sd-scripts' `split_qkv` forgets alpha, which leaves a third of the strength.
+
+Shapes: r rank, in and out the sides of a layer, kh and kw the sides of a convolution's kernel;
+down (r, in) or (r, in, kh, kw); up (out, r) or (out, r, 1, 1); magnitude (out,).
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,8 +27,10 @@ from trainer.lora_files import key_names
 from trainer.lora_files.weights import LoraModules, LoraWeights
 from trainer.spec.family import OriginalLayer, get_family
 
-KEY_FORMATS = {"kohya": "", "comfyui": "-comfyui", "peft": "-diffusers"}  # → what a job adds to the name of such a file
+KEY_FORMATS = {"kohya": "", "comfyui": "-comfyui", "peft": "-diffusers"}  # → what a job appends to the file's name
 DORA_READERS = {"kohya": "ComfyUI, Forge", "comfyui": "ComfyUI, Forge", "peft": "diffusers"}
+Number = TypeVar("Number", int, float)
+SAME_ALPHA = 1e-8  # factors this near to 1 leave `up` as it is
 
 
 # ---- files → modules
@@ -45,121 +52,156 @@ def from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
     stems: dict[str, dict[str, torch.Tensor]] = {}
     unknown = []
     for key, tensor in tensors.items():
-        found = key_names.split_key(key)
-        if found is None or key_names.find_layer(found[0], family_name) is None:
+        split = key_names.split_key(key)
+        if split is None or key_names.find_layer(split[0], family_name) is None:
             unknown.append(key)
         else:
-            stems.setdefault(found[0], {})[found[1]] = tensor.float()
-    if unknown or not stems:
-        raise ValueError(
-            f"{len(unknown)} of {len(tensors)} keys mean nothing here: {', '.join(unknown[:5]) or 'empty'}"
-        )
+            stem, role = split
+            stems.setdefault(stem, {})[role] = tensor.float()
+    if unknown:
+        listed = ", ".join(unknown[:5])
+        raise ValueError(f"{len(unknown)} of its {len(tensors)} keys name no layer of {family_name}: {listed}")
+    if not stems:
+        raise ValueError("it is empty")
     modules: LoraModules = {}
     for stem, roles in stems.items():
-        there = key_names.find_layer(stem, family_name)
-        assert there is not None
-        for name, adapter in _split(there, _adapter(stem, roles, there.modules[0], metadata)).items():
+        layer = key_names.find_layer(stem, family_name)
+        assert layer is not None
+        weights = _read_weights(stem, roles, layer.modules[0], metadata)
+        for name, part in _split_layer(layer, weights).items():
             if name in modules:
-                raise ValueError(f"{name} is there twice, as {stem} too")
-            modules[name] = adapter
+                raise ValueError(f"it has {name} twice, the second time as {stem}")
+            modules[name] = part
     return modules
 
 
-def _adapter(stem: str, roles: Mapping[str, torch.Tensor], module: str, metadata: Mapping[str, str]) -> LoraWeights:
-    lacking = {"down", "up"} - roles.keys()
-    if lacking:
-        raise ValueError(f"{stem} has no {' and no '.join(sorted(lacking))} matrix")
-    down, up = roles["down"], roles["up"]
+def _read_weights(
+    stem: str, roles: Mapping[str, torch.Tensor], module: str, metadata: Mapping[str, str]
+) -> LoraWeights:
+    """`roles`: down, up, alpha and magnitude, as far as the file has them."""
+    missing = {"down", "up"} - roles.keys()
+    if missing:
+        raise ValueError(f"{stem} has no {' and no '.join(sorted(missing))} matrix")
+    down = roles["down"]
+    up = roles["up"]
     if down.ndim < 2 or up.ndim != down.ndim or down.shape[0] != up.shape[1] or not down.shape[0]:
-        raise ValueError(f"{stem} has matrices of shapes {list(down.shape)} and {list(up.shape)}")
-    bad = [role for role, tensor in roles.items() if not torch.isfinite(tensor).all()]
-    if bad:
-        raise ValueError(f"{stem}: {bad[0]} is not finite")
+        raise ValueError(f"{stem}: the shapes of down {list(down.shape)} and up {list(up.shape)} do not match")
+    not_finite = [role for role, tensor in roles.items() if not torch.isfinite(tensor).all()]
+    if not_finite:
+        raise ValueError(f"{stem}: {not_finite[0]} is not finite")
     rank = down.shape[0]
     scale = roles["alpha"].item() / rank if "alpha" in roles else _scale_in_header(module, rank, metadata)
     if scale == 0:
-        raise ValueError(f"{stem}: alpha is 0, which is no strength to some tools and the full strength to others")
+        raise ValueError(f"{stem}: alpha is 0, which some tools read as no strength and others as full strength")
     magnitude = roles.get("magnitude")
-    if magnitude is not None and magnitude.shape not in ((up.shape[0],), (up.shape[0], *[1] * (up.ndim - 1))):
-        raise ValueError(f"{stem} has DoRA magnitudes of shape {list(magnitude.shape)}: only those of rows are read")
-    return LoraWeights(down, up, scale, None if magnitude is None else magnitude.flatten())
+    if magnitude is None:
+        return LoraWeights(down, up, scale)
+    if magnitude.shape not in ((up.shape[0],), (up.shape[0], *[1] * (up.ndim - 1))):
+        raise ValueError(f"{stem} has DoRA magnitudes of shape {list(magnitude.shape)}; they need one a row")
+    return LoraWeights(down, up, scale, magnitude.flatten())
 
 
 def _scale_in_header(module: str, rank: int, metadata: Mapping[str, str]) -> float:
-    """Diffusers' `lora_adapter_metadata`: peft's settings, with the component before each name. Without it, 1."""
-    said: dict[str, Any] = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    """The scale by diffusers' `lora_adapter_metadata`: PEFT's settings, after the component's name. Without it, 1."""
+    settings: dict[str, Any] = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     component, _, path = module.partition(".")
-    alpha = said.get(f"{component}.lora_alpha", rank)
-    for pattern, value in (said.get(f"{component}.alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
+    alpha = settings.get(f"{component}.lora_alpha", rank)
+    for pattern, value in (settings.get(f"{component}.alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", path):  # as PEFT matches it
             alpha = value
-    return float(alpha / (rank**0.5 if said.get(f"{component}.use_rslora") else rank))
+    if settings.get(f"{component}.use_rslora"):  # rank-stabilised, arXiv:2312.03732
+        return float(alpha / rank**0.5)
+    return float(alpha / rank)
 
 
-def _split(there: key_names.Layer, whole: LoraWeights) -> LoraModules:
-    """The parts of a layer as its file has it. A part keeps the terms in which it has something."""
-    native = there.original
-    if native is None or there.part is not None:
-        return {there.modules[0]: whole}
-    if len(native.diffusers_names) == 1:
-        return {there.modules[0]: _swapped(whole) if native.halves_swapped else whole}
-    rows = whole.up.shape[0]
-    if rows % sum(native.row_ratio):
-        raise ValueError(f"{native.name} has {rows} rows, which {len(native.diffusers_names)} layers cannot share")
-    heights = [rows // sum(native.row_ratio) * share for share in native.row_ratio]
-    ups = whole.up.split(heights)
-    lengths = [None] * len(ups) if whole.magnitude is None else whole.magnitude.split(heights)
-    used = [up.any(dim=0).nonzero().flatten() for up in ups]
-    if not any(len(columns) for columns in used):  # nothing was learned: all of it belongs to all of them
-        used = [torch.arange(whole.rank)] * len(ups)
-    if whole.magnitude is not None:  # a part may have learnt that alone: one term that does nothing stands for none
-        used = [columns if len(columns) else torch.arange(1) for columns in used]
-    return {
-        name: LoraWeights(whole.down[columns], up[:, columns], whole.scale, length)
-        for name, up, columns, length in zip(there.modules, ups, used, lengths, strict=True)
-        if len(columns)
-    }
+def _split_layer(layer: key_names.Layer, weights: LoraWeights) -> LoraModules:
+    """The parts of a layer that files keep as one. A part keeps the rank-one terms in which it is not zero."""
+    original = layer.original
+    if original is None or layer.part is not None:
+        return {layer.modules[0]: weights}
+    if len(original.diffusers_names) == 1:
+        return {layer.modules[0]: _reorder_rows(original, weights)}
+    row_count = weights.up.shape[0]
+    if row_count % sum(original.row_ratio):
+        raise ValueError(
+            f"{original.name} has {row_count} rows, which do not split into {len(original.diffusers_names)} layers"
+        )
+    untrained = not weights.up.any()
+    parts: LoraModules = {}
+    top = 0
+    for name, share in zip(layer.modules, original.row_ratio, strict=True):
+        bottom = top + row_count // sum(original.row_ratio) * share
+        up = weights.up[top:bottom]
+        magnitude = None
+        if weights.magnitude is not None:
+            magnitude = weights.magnitude[top:bottom]
+        columns = up.any(dim=0).nonzero().flatten()
+        if untrained:  # every term belongs to every part
+            columns = torch.arange(weights.rank)
+        elif magnitude is not None and not len(columns):  # only magnitudes were learnt: keep one term, which is zero
+            columns = torch.arange(1)
+        if len(columns):
+            parts[name] = LoraWeights(weights.down[columns], up[:, columns], weights.scale, magnitude)
+        top = bottom
+    return parts
 
 
-def _swapped(adapter: LoraWeights) -> LoraWeights:
-    """Exchange the halves of the rows, where there are two."""
-    if adapter.up.shape[0] != 2 * adapter.down.shape[1]:
-        return adapter
-    length = adapter.magnitude
-    swapped = None if length is None else torch.cat(length.chunk(2)[::-1])
-    return replace(adapter, up=torch.cat(adapter.up.chunk(2)[::-1]), magnitude=swapped)
+def _reorder_rows(original: OriginalLayer, weights: LoraWeights) -> LoraWeights:
+    """Between the original order of the rows and diffusers': some adaptive norms have scale and shift swapped."""
+    if not original.halves_swapped or weights.up.shape[0] != 2 * weights.down.shape[1]:
+        return weights
+    up = torch.cat(weights.up.chunk(2)[::-1])
+    if weights.magnitude is None:
+        return replace(weights, up=up)
+    return replace(weights, up=up, magnitude=torch.cat(weights.magnitude.chunk(2)[::-1]))
 
 
 def stack_layers(parts: Sequence[LoraWeights | None], heights: Sequence[int]) -> LoraWeights:
-    """One adapter for layers with these numbers of rows, one above the other; None: one without an adapter.
+    """The weights of one layer whose rows are those of `parts`, one above the other. None: a part without a LoRA.
 
-    Rows of the down matrices that are equal are kept once. Raises ValueError where some have magnitudes and some not.
+    `heights`: the number of rows of each part. Rows that several down matrices have are kept once, so that parts with
+    one common down matrix do not raise the rank. Raises ValueError if some parts have magnitudes and some not.
     """
-    there = [p for p in parts if p is not None]
-    if len({p.scale for p in there}) > 1:
-        return stack_layers([None if p is None else p.folded() for p in parts], heights)
-    places: dict[tuple[bytes, int], int] = {}
-    chosen: list[list[int]] = []
-    downs: list[torch.Tensor] = []
-    for part in there:
-        seen: Counter[bytes] = Counter()
-        chosen.append([])
-        for row in part.down:
-            raw = row.contiguous().numpy().tobytes()
-            place = places.setdefault((raw, seen[raw]), len(places))
-            if place == len(downs):
-                downs.append(row)
-            chosen[-1].append(place)
-            seen[raw] += 1
-    up, top, columns = torch.zeros(sum(heights), len(downs)), 0, iter(chosen)
-    for piece, height in zip(parts, heights, strict=True):
-        if piece is not None:
-            up[top : top + height, next(columns)] = piece.up
+    present = [part for part in parts if part is not None]
+    scale = present[0].scale
+    if any(part.scale != scale for part in present):
+        return stack_layers([part and part.folded() for part in parts], heights)
+    down, columns_of_parts = _merge_rows([part.down for part in present])
+    up = torch.zeros(sum(heights), len(down))
+    top = 0
+    columns = iter(columns_of_parts)
+    for part, height in zip(parts, heights, strict=True):
+        if part is not None:
+            up[top : top + height, next(columns)] = part.up
         top += height
-    lengths = [p.magnitude for p in there if p.magnitude is not None]
-    if lengths and len(lengths) < len(parts):
-        raise ValueError("layers that files have as one are partly DoRA and partly not")
-    return LoraWeights(torch.stack(downs), up, there[0].scale, torch.cat(lengths) if lengths else None)
+    magnitudes = [part.magnitude for part in present if part.magnitude is not None]
+    if not magnitudes:
+        return LoraWeights(down, up, scale)
+    if len(magnitudes) < len(parts):
+        raise ValueError("DoRA must train all parts of a layer that files keep as one, or none")
+    return LoraWeights(down, up, scale, torch.cat(magnitudes))
+
+
+def _merge_rows(downs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[list[int]]]:
+    """A matrix with the rows of all `downs`, equal ones once, and for each of `downs` the places of its rows in it.
+
+    Rows that are equal within one matrix stay apart: the n-th of them matches the n-th in the other matrices.
+    """
+    places: dict[tuple[bytes, int], int] = {}
+    rows: list[torch.Tensor] = []
+    places_of_downs: list[list[int]] = []
+    for down in downs:
+        seen: Counter[bytes] = Counter()
+        own_places = []
+        for row in down:
+            content = row.contiguous().numpy().tobytes()
+            place = places.setdefault((content, seen[content]), len(places))
+            if place == len(rows):
+                rows.append(row)
+            own_places.append(place)
+            seen[content] += 1
+        places_of_downs.append(own_places)
+    return torch.stack(rows), places_of_downs
 
 
 # ---- modules → files
@@ -167,85 +209,118 @@ def stack_layers(parts: Sequence[LoraWeights | None], heights: Sequence[int]) ->
 
 @dataclass(frozen=True)
 class LoraFile:
-    """The tensors of a file, and what its header has to say about them: the commonest rank and the one alpha."""
+    """The tensors of a file, and the two values for its header."""
 
     tensors: dict[str, torch.Tensor]
-    rank: int
-    alpha: float
+    rank: int  # the commonest
+    alpha: float  # the same for all modules
 
 
-def to_file(modules: LoraModules, to: str, family_name: str) -> LoraFile:
-    """The file in format `to`, in fp32. Raises ValueError for a module that has no name there."""
-    modules = {name: adapter.to_cpu() for name, adapter in modules.items()}
-    if to == "peft":
-        tensors = {}
-        for name, adapter in modules.items():
-            tensors[f"{name}.lora_A.weight"] = adapter.down
-            tensors[f"{name}.lora_B.weight"] = adapter.folded().up  # then alpha = rank, for readers that know no alpha
-            if adapter.magnitude is not None:
-                tensors[f"{name}.lora_magnitude_vector"] = adapter.magnitude
-        rank = Counter(a.rank for a in modules.values()).most_common(1)[0][0]
-        return LoraFile(_plain(tensors), rank, float(rank))
-    whole = _joined(modules, to, family_name)
-    ranks = Counter(a.rank for a in whole.values())
-    # One alpha for all, which some readers take from the first module they see.
-    alpha = Counter(float(f"{a.scale * a.rank:.9g}") for a in whole.values()).most_common(1)[0][0]
+def to_file(modules: LoraModules, key_format: str, family_name: str) -> LoraFile:
+    """The content of a file with the keys of `key_format`, in fp32.
+
+    Raises ValueError for a module that has no name in this format.
+    """
+    modules = {name: weights.to_cpu() for name, weights in modules.items()}
+    if key_format == "peft":
+        return _to_peft_file(modules)
+    return _to_kohya_file(_stack_modules(modules, key_format, family_name))
+
+
+def _to_peft_file(modules: LoraModules) -> LoraFile:
+    """The scale is folded into lora_B, so that alpha = rank: ComfyUI and Forge ignore PEFT's alpha."""
     tensors = {}
-    for stem, adapter in whole.items():
-        factor = adapter.scale * adapter.rank / alpha
-        tensors[f"{stem}.lora_down.weight"] = adapter.down
-        tensors[f"{stem}.lora_up.weight"] = adapter.up if abs(factor - 1) < 1e-8 else adapter.up * factor
+    for name, weights in modules.items():
+        tensors[f"{name}.lora_A.weight"] = weights.down
+        tensors[f"{name}.lora_B.weight"] = weights.folded().up
+        if weights.magnitude is not None:
+            tensors[f"{name}.lora_magnitude_vector"] = weights.magnitude
+    rank = _commonest([weights.rank for weights in modules.values()])
+    return LoraFile(_sorted_fp32(tensors), rank, float(rank))
+
+
+def _to_kohya_file(layers: LoraModules) -> LoraFile:
+    """`layers`: by their stems. Also ComfyUI's format, whose stems are dotted.
+
+    All modules get the same alpha, and the rest of their scale is folded into lora_up: diffusers applies the commonest
+    alpha of an SDXL file to attention layers that have another.
+    """
+    # 9 digits: scales that were divided by different ranks give the same alpha again.
+    alpha = _commonest([float(f"{weights.scale * weights.rank:.9g}") for weights in layers.values()])
+    tensors = {}
+    for stem, weights in layers.items():
+        factor = weights.scale * weights.rank / alpha
+        up = weights.up
+        if abs(factor - 1) >= SAME_ALPHA:
+            up = up * factor
+        tensors[f"{stem}.lora_down.weight"] = weights.down
+        tensors[f"{stem}.lora_up.weight"] = up
         tensors[f"{stem}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
-        if adapter.magnitude is not None:
-            tensors[f"{stem}.dora_scale"] = adapter.magnitude.view(-1, *[1] * (adapter.down.ndim - 1))
-    return LoraFile(_plain(tensors), ranks.most_common(1)[0][0], alpha)
+        if weights.magnitude is not None:
+            tensors[f"{stem}.dora_scale"] = weights.magnitude.view(-1, *[1] * (weights.down.ndim - 1))
+    return LoraFile(_sorted_fp32(tensors), _commonest([weights.rank for weights in layers.values()]), alpha)
 
 
-def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _commonest(numbers: Sequence[Number]) -> Number:
+    return Counter(numbers).most_common(1)[0][0]
+
+
+def _sorted_fp32(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: tensor.float().cpu().contiguous().clone() for key, tensor in sorted(tensors.items())}
 
 
-def _joined(modules: LoraModules, to: str, family_name: str) -> LoraModules:
-    """Layers of the original model by the names that files give them → their adapters."""
-    whole: LoraModules = {}
-    shared: dict[tuple[OriginalLayer, str], dict[int, LoraWeights]] = {}
-    for name, adapter in modules.items():
-        there = key_names.find_layer(name, family_name)
-        if there is None:
-            raise ValueError(f"{name} has no name in files of this format")
-        if there.original is None:
-            short = get_family(family_name).LORA_KEYS.encoders[there.component]
-            whole[f"lora_{short}_{there.path.replace('.', '_')}"] = adapter
+def _stack_modules(modules: LoraModules, key_format: str, family_name: str) -> LoraModules:
+    """The stems of the original model's layers in this format → their weights."""
+    encoder_names = get_family(family_name).LORA_KEYS.encoders
+    stacked: LoraModules = {}
+    parts_of_layers: dict[tuple[OriginalLayer, str], dict[int, LoraWeights]] = {}
+    for name, weights in modules.items():
+        layer = key_names.find_layer(name, family_name)
+        if layer is None:
+            raise ValueError(f"{name} has no name in this format")
+        if layer.original is None:
+            stacked[f"lora_{encoder_names[layer.component]}_{layer.path.replace('.', '_')}"] = weights
         else:
-            shared.setdefault((there.original, there.number), {})[there.part or 0] = adapter
-    for (native, number), parts in shared.items():
-        path = native.name.replace("{}", number)
-        stem = f"diffusion_model.{path}" if to == "comfyui" else f"lora_unet_{path.replace('.', '_')}"
-        if len(native.diffusers_names) == 1:
-            whole[stem] = _swapped(parts[0]) if native.halves_swapped else parts[0]
+            parts_of_layers.setdefault((layer.original, layer.number), {})[layer.part or 0] = weights
+    for (original, number), parts in parts_of_layers.items():
+        path = original.name.replace("{}", number)
+        stem = f"lora_unet_{path.replace('.', '_')}"
+        if key_format == "comfyui":
+            stem = f"diffusion_model.{path}"
+        if len(original.diffusers_names) == 1:
+            stacked[stem] = _reorder_rows(original, parts[0])
         else:
-            units = {a.up.shape[0] / native.row_ratio[i] for i, a in parts.items()}
-            if len(units) > 1:
-                raise ValueError(f"the parts of {path} have {sorted(units)} rows where they should have as many")
-            heights = [int(share * next(iter(units))) for share in native.row_ratio]
-            whole[stem] = stack_layers([parts.get(i) for i in range(len(heights))], heights)
-    return whole
+            heights = _heights(path, parts, original.row_ratio)
+            stacked[stem] = stack_layers([parts.get(i) for i in range(len(heights))], heights)
+    return stacked
 
 
-def merge(several: Sequence[tuple[LoraModules, float]]) -> LoraModules:
-    """The sum of several files, each times its weight: ranks add up, nothing is approximated.
+def _heights(path: str, parts: Mapping[int, LoraWeights], row_ratio: Sequence[int]) -> list[int]:
+    """The rows of each part of a layer, from those of the parts that are present."""
+    units = {weights.up.shape[0] / row_ratio[i] for i, weights in parts.items()}
+    if len(units) > 1:
+        raise ValueError(f"the numbers of rows of the parts of {path} do not match: {sorted(units)}")
+    unit = units.pop()
+    return [int(share * unit) for share in row_ratio]
 
-    Raises ValueError for DoRA, whose rows' lengths do not add up; one such file at weight 1 stays as it is.
+
+def merge(loras: Sequence[tuple[LoraModules, float]]) -> LoraModules:
+    """The sum of several LoRAs, each times its weight: ranks add up, nothing is approximated.
+
+    Raises ValueError for DoRA, whose magnitudes do not add up; one such LoRA with weight 1 stays as it is.
     """
-    if len(several) == 1 and several[0][1] == 1:
-        return dict(several[0][0])
-    if any(adapter.magnitude is not None for modules, _ in several for adapter in modules.values()):
-        raise ValueError("DoRA files can be neither added up nor weighted")
-    found: LoraModules = {}
-    for name in dict.fromkeys(name for modules, _ in several for name in modules):
-        parts = [
-            replace(m[name], scale=m[name].scale * weight).folded() for m, weight in several if name in m and weight
-        ]
+    if len(loras) == 1 and loras[0][1] == 1:
+        return dict(loras[0][0])
+    if any(weights.magnitude is not None for modules, _ in loras for weights in modules.values()):
+        raise ValueError("DoRA files cannot be merged or weighted")
+    merged: LoraModules = {}
+    for name in dict.fromkeys(name for modules, _ in loras for name in modules):
+        parts = []
+        for modules, strength in loras:
+            if name in modules and strength:
+                parts.append(replace(modules[name], scale=modules[name].scale * strength).folded())
         if parts:
-            found[name] = LoraWeights(torch.cat([p.down for p in parts]), torch.cat([p.up for p in parts], dim=1), 1.0)
-    return found
+            down = torch.cat([part.down for part in parts])
+            up = torch.cat([part.up for part in parts], dim=1)
+            merged[name] = LoraWeights(down, up, 1.0)
+    return merged

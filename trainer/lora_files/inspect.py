@@ -1,4 +1,7 @@
-"""What a LoRA file contains, read from its header alone: family, rank, layers, kind of adapter."""
+"""What a LoRA file contains, read from its header alone: family, rank, layers, DoRA or not. Needs no torch.
+
+The planner reads PARAMS_RESUME_FROM with it in milliseconds: names, shapes and a few values, never whole tensors.
+"""
 
 from __future__ import annotations
 
@@ -7,81 +10,124 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from trainer.lora_files.key_names import SCALARS, Layer, find_layer, key_style, split_key
-from trainer.spec.family import family_names, get_family
+from trainer.lora_files.key_names import Layer, find_layer, key_style, split_key
+from trainer.spec.family import OriginalLayer, family_names, get_family
 from trainer.storage.safetensors_header import Entry, Header
+
+# struct's format of the types that an alpha may have; bfloat16 is the upper half of a float32.
+SCALARS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
+SAMPLED_BYTES = 1 << 16  # of a down matrix; equal beginnings count as equal matrices
+SAMPLED_ROWS = 8  # of each part of an up matrix; these tell which columns are not zero
+
+# A rank-one term of a LoRA: (hash of the down matrix, row). Modules whose down matrices are equal share terms.
+Term = tuple[str, int]
 
 
 @dataclass(frozen=True)
 class LoraSummary:
-    """What a LoRA file has, as a family sees it."""
+    """The content of a LoRA file, for one family."""
 
     family: str
-    style: str
-    # Module → its terms of rank one: (down matrix, row). Modules whose down matrices are equal share terms.
-    modules: dict[str, frozenset[tuple[str, int]]]
-    alphas: tuple[float, ...]  # all that there are; empty: none, which means alpha = rank
-    unmatched: tuple[str, ...]  # keys
-    dora: bool  # whether rows get lengths of their own
+    style: str  # the tool whose keys they are
+    modules: dict[str, frozenset[Term]]
+    alphas: tuple[float, ...]  # all different ones; empty: the file has none, so alpha = rank
+    unmatched: tuple[str, ...]  # keys of no layer
+    dora: bool
 
     def rank(self, fused: Iterable[tuple[str, ...]]) -> int:
-        """The rank that holds the file, where modules with the ends in each of `fused` get one adapter together."""
-        groups: dict[str, set[tuple[str, int]]] = {}
+        """The rank that can hold the file, if modules with the suffixes in each of `fused` share one adapter."""
+        suffixes = [(f".{part}", parts[0]) for parts in fused for part in parts]
+        groups: dict[str, set[Term]] = {}
         for module, terms in self.modules.items():
-            ends = ((f".{part}", parts[0]) for parts in fused for part in parts)
-            name = next((module.removesuffix(end) + f" {first}" for end, first in ends if module.endswith(end)), module)
+            name = module
+            for suffix, first in suffixes:
+                if module.endswith(suffix):
+                    name = f"{module.removesuffix(suffix)} {first}"
+                    break
             groups.setdefault(name, set()).update(terms)
         return max((len(terms) for terms in groups.values()), default=0)
 
     def __str__(self) -> str:
-        alphas = f"alpha {', '.join(f'{a:g}' for a in self.alphas[:4])}" if self.alphas else "no alpha"
-        kind = "DoRA, " if self.dora else ""
-        return f"{kind}{self.style} keys, rank {self.rank(())}, {alphas}, {len(self.modules)} modules"
+        alphas = "no alpha"
+        if self.alphas:
+            alphas = f"alpha {', '.join(f'{a:g}' for a in self.alphas[:4])}"
+        text = f"{self.style} keys, rank {self.rank(())}, {alphas}, {len(self.modules)} modules"
+        return f"DoRA, {text}" if self.dora else text
 
 
 def summarize(header: Header, family_name: str) -> LoraSummary:
-    """Read the names, and the few values that ranks and alphas are known by."""
+    """Read the names, and the few values that reveal ranks and alphas. Raises ValueError for an odd type of alpha."""
     stems: dict[str, dict[str, Entry]] = {}
     unmatched = []
     for key, entry in header.entries.items():
-        found = split_key(key)
-        if found is None or find_layer(found[0], family_name) is None:
+        split = split_key(key)
+        if split is None or find_layer(split[0], family_name) is None:
             unmatched.append(key)
         else:
-            stems.setdefault(found[0], {})[found[1]] = entry
-    modules: dict[str, frozenset[tuple[str, int]]] = {}
+            stem, role = split
+            stems.setdefault(stem, {})[role] = entry
+    modules: dict[str, frozenset[Term]] = {}
     for stem, entries in stems.items():
-        there = find_layer(stem, family_name)
-        if there is None or not {"down", "up"} <= entries.keys():
+        layer = find_layer(stem, family_name)
+        if layer is None or not {"down", "up"} <= entries.keys():
             unmatched.append(stem)
         elif "magnitude" in entries and entries["magnitude"].shape[:1] != entries["up"].shape[:1]:
             unmatched.append(f"{stem}.dora_scale of columns")
         else:
-            modules |= _terms(header, there, entries)
-    alphas = {_scalar(header, e["alpha"]) for e in stems.values() if "alpha" in e}
-    dora = any("magnitude" in e for e in stems.values())
+            modules |= _terms(header, layer, entries)
+    alphas = {_scalar(header, entries["alpha"]) for entries in stems.values() if "alpha" in entries}
     styles = [key_style(stem) for stem in stems if not stem.startswith(("lora_te", "text_encoder"))]
-    common = max(set(styles), key=styles.count, default="text encoder")
-    return LoraSummary(family_name, common, modules, tuple(sorted(alphas)), tuple(unmatched), dora)
+    return LoraSummary(
+        family=family_name,
+        style=max(set(styles), key=styles.count, default="text encoder"),
+        modules=modules,
+        alphas=tuple(sorted(alphas)),
+        unmatched=tuple(unmatched),
+        dora=any("magnitude" in entries for entries in stems.values()),
+    )
 
 
-def _terms(header: Header, there: Layer, entries: dict[str, Entry]) -> dict[str, frozenset[tuple[str, int]]]:
-    """The terms of each module in `there`. Parts that are stacked block by block have zeros in
-    the columns of the others."""
-    down, up = entries["down"], entries["up"]
-    rank = down.shape[0] if down.shape else 0
-    same = hashlib.sha256(header.read(down, 0, 1 << 16)).hexdigest()
-    if len(there.modules) == 1 or there.original is None or len(up.shape) != 2 or not up.shape[0]:
-        return {module: frozenset((same, i) for i in range(rank)) for module in there.modules}
-    width = (up.end - up.begin) // (up.shape[0] * max(1, up.shape[1]))  # bytes of a number
-    unit, top, used = up.shape[0] // sum(there.original.row_ratio), 0, []
-    for share in there.original.row_ratio:
-        rows = range(top, top + unit * share, max(1, unit * share // 8))  # a few tell which columns are not zero
-        read = [header.read(up, row * up.shape[1] * width, up.shape[1] * width) for row in rows]
-        used.append({i for i in range(rank) if any(_not_zero(r[i * width : (i + 1) * width]) for r in read)})
-        top += unit * share
-    whole = set(range(rank)) if not any(used) else set()  # an adapter that has not begun to train
-    return {m: frozenset((same, i) for i in sorted(u or whole)) for m, u in zip(there.modules, used, strict=True)}
+def _terms(header: Header, layer: Layer, entries: dict[str, Entry]) -> dict[str, frozenset[Term]]:
+    """The terms of each module of `layer`.
+
+    Tools that train q, k and v separately stack them block by block: each part's rows of the up matrix are zero in the
+    columns of the others, and these are no terms of the part.
+    """
+    down = entries["down"]
+    up = entries["up"]
+    rank = 0
+    if down.shape:
+        rank = down.shape[0]
+    digest = hashlib.sha256(header.read(down, 0, SAMPLED_BYTES)).hexdigest()
+    if len(layer.modules) == 1 or layer.original is None or len(up.shape) != 2 or not up.shape[0]:
+        return {module: frozenset((digest, i) for i in range(rank)) for module in layer.modules}
+    used_columns = _used_columns(header, up, layer.original, rank)
+    if not any(used_columns):  # training has not begun: every term belongs to every part
+        used_columns = [set(range(rank))] * len(used_columns)
+    terms = {}
+    for module, columns in zip(layer.modules, used_columns, strict=True):
+        terms[module] = frozenset((digest, i) for i in sorted(columns))
+    return terms
+
+
+def _used_columns(header: Header, up: Entry, original: OriginalLayer, rank: int) -> list[set[int]]:
+    """The columns of the up matrix that are not zero in the rows of each part of the layer."""
+    row_count, column_count = up.shape
+    itemsize = (up.end - up.begin) // (row_count * max(1, column_count))
+    unit = row_count // sum(original.row_ratio)
+    top = 0
+    used_columns = []
+    for share in original.row_ratio:
+        height = unit * share
+        sampled = range(top, top + height, max(1, height // SAMPLED_ROWS))
+        rows = [header.read(up, row * column_count * itemsize, column_count * itemsize) for row in sampled]
+        used = set()
+        for i in range(rank):
+            if any(_not_zero(row[i * itemsize : (i + 1) * itemsize]) for row in rows):
+                used.add(i)
+        used_columns.append(used)
+        top += height
+    return used_columns
 
 
 def _not_zero(number: bytes) -> bool:
@@ -90,31 +136,37 @@ def _not_zero(number: bytes) -> bool:
 
 
 def _scalar(header: Header, entry: Entry) -> float:
+    """A number in a file. Raises ValueError for a type that is not in SCALARS."""
     raw = header.read(entry, 0, 8)
     if entry.dtype == "BF16":
         return float(struct.unpack("<f", b"\0\0" + raw[:2])[0])
-    kind = SCALARS.get(entry.dtype)
-    if kind is None or len(raw) < struct.calcsize(kind):
-        raise ValueError(f"an alpha of it is of type {entry.dtype}, which is not read")
-    return float(struct.unpack(kind, raw[: struct.calcsize(kind)])[0])
+    layout = SCALARS.get(entry.dtype)
+    if layout is None or len(raw) < struct.calcsize(layout):
+        raise ValueError(f"it has an alpha of type {entry.dtype}, which is not supported")
+    return float(struct.unpack(layout, raw[: struct.calcsize(layout)])[0])
 
 
 def declared_family(metadata: Mapping[str, str]) -> str | None:
-    """The family that the header names; None if it names none that is known."""
-    said = metadata.get("modelspec.architecture", "")
-    return next((name for name in family_names() if said.startswith(get_family(name).FACTS.architecture)), None)
+    """The family that the header names in modelspec.architecture; None if it names none that is known."""
+    declared = metadata.get("modelspec.architecture", "")
+    for name in family_names():
+        if declared.startswith(get_family(name).FACTS.architecture):
+            return name
+    return None
 
 
 def likely_family(stems: Iterable[str], metadata: Mapping[str, str]) -> str | None:
-    """The family whose layers the module names are; None if they are nobody's.
+    """The family whose layers the stems name; None if they name none of any family.
 
-    Families share names. Then the header decides; without one, the family of whose layers the file has the larger part.
+    Families share names. Among those with the most matches the header decides; without one, the family of whose layers
+    the file has the larger share.
     """
-    asked, said = list(stems), declared_family(metadata)
+    all_stems = list(stems)
+    declared = declared_family(metadata)
     scores: dict[str, tuple[int, bool, float]] = {}
     for name in family_names():
-        found = [there for stem in asked if (there := find_layer(stem, name))]
-        covered = {there.original.name for there in found if there.original}
-        scores[name] = (len(found), said == name, len(covered) / len(get_family(name).LORA_KEYS.layers))
+        layers = [layer for stem in all_stems if (layer := find_layer(stem, name))]
+        originals = {layer.original.name for layer in layers if layer.original}
+        scores[name] = (len(layers), declared == name, len(originals) / len(get_family(name).LORA_KEYS.layers))
     best = max(scores, key=lambda name: scores[name])
     return best if scores[best][0] else None

@@ -15,9 +15,9 @@ from trainer.spec.plan import Dataset
 
 @dataclass(frozen=True)
 class SubsetSummary:
-    """What the header says about one source of pictures."""
+    """One source of images, for the header."""
 
-    name: str  # of its folder, archive or repository alone; unique in a run
+    name: str  # last part of the path of its folder, archive or repository; unique in a run
     images: int
     repeats: int
     is_reg: bool
@@ -26,17 +26,18 @@ class SubsetSummary:
 
 @dataclass(frozen=True)
 class DatasetSummary:
-    """What the header says about pictures of one resolution and batch size."""
+    """The images of one resolution and batch size, for the header."""
 
     plan: Dataset
     subsets: tuple[SubsetSummary, ...]
-    buckets: dict[tuple[int, int], int]  # (width, height) → pictures × repeats
+    buckets: dict[tuple[int, int], int]  # (width, height) → images × repeats
 
     def count(self, *, reg: bool) -> int:
+        """Images × repeats: the regularisation images, or the others."""
         return sum(s.images * s.repeats for s in self.subsets if s.is_reg is reg)
 
     def to_entry(self) -> dict[str, Any]:
-        """As an entry of `ss_datasets`."""
+        """An entry of `ss_datasets`."""
         plan = self.plan
         return {
             "is_dreambooth": True,
@@ -57,24 +58,26 @@ class DatasetSummary:
 
 
 def _bucket_info(buckets: Mapping[tuple[int, int], int]) -> dict[str, Any]:
-    listed = enumerate(sorted(buckets.items()))
-    return {"buckets": {str(i): {"resolution": list(size), "count": count} for i, (size, count) in listed}}
+    entries = {}
+    for index, (size, count) in enumerate(sorted(buckets.items())):
+        entries[str(index)] = {"resolution": list(size), "count": count}
+    return {"buckets": entries}
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What the header says about a run, besides the step."""
+    """A run, for the header of its files, besides the step."""
 
-    name: str
-    base: str
+    name: str  # of the output
+    base: str  # value of BASE_MODEL
     base_version: str
     architecture: str
     lora_type: str  # lora, rslora or dora
-    alpha: float  # that was trained with; the file's own may differ
+    alpha: float  # of training; a file may have another, with the difference multiplied into lora_up
     started: int  # Unix seconds
     optimizer: str
     learning_rate: float
-    text_encoders: dict[str, float]  # those that train → learning rate
+    text_encoders: dict[str, float]  # that train → learning rate
     schedule: str
     seed: int
     noise_offset: float
@@ -85,9 +88,10 @@ class TrainingRun:
 
 
 def lora_metadata(run: TrainingRun, *, step: int, epoch: int, rank: int, alpha: float) -> dict[str, str]:
-    """The header of a file, every value a string (DATASET_SCHEMA of sd-scripts' `ss_*`, and modelspec 1.0.1).
+    """The metadata of a file, every value a string, as safetensors requires.
 
-    `rank`, `alpha`: what the file's tensors have.
+    `rank`, `alpha`: those of the file's tensors. The `ss_*` keys are those of sd-scripts' train_network.py,
+    `modelspec.*` is Stability AI's ModelSpec 1.0.1, and `kiln_*` are our own.
     """
     date = datetime.datetime.fromtimestamp(run.started, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     resolution = f"{run.resolution[0]}x{run.resolution[1]}"

@@ -1,78 +1,113 @@
-"""Between the adapters of a model (peft's names) and the modules of a LoRA file."""
+"""The adapters that train in the model (PEFT's names) ↔ the modules of a LoRA file.
+
+A layer that trains as one, where diffusers' model has several (`FusedTargets`), is split into these and joined again.
+Shapes: r rank, in and out the sides of a layer; down (r, in), up (out, r), magnitude (out,).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from trainer.lora_files.convert import stack_layers
 from trainer.lora_files.weights import LoraModules, LoraWeights
 
-# ---- modules ↔ the adapters that are being trained (`lora.state`)
-
-FusedTargets = Mapping[str, tuple[str, ...]]  # as `lora.FusedTargets`
-MAGNITUDE = "lora_magnitude_vector"  # peft's name for what DoRA trains besides
+FusedTargets = Mapping[str, tuple[str, ...]]  # suffix of a fused layer → those of diffusers' layers, as in Facts
+DOWN = ".lora_A.weight"
+UP = ".lora_B.weight"
+MAGNITUDE = ".lora_magnitude_vector"  # PEFT's name for DoRA's magnitudes
 
 
 def unfused_names(module: str, fused: FusedTargets) -> tuple[str, ...]:
-    """The modules of diffusers' model that the trained module is: itself, or those that it joins."""
-    for whole, parts in fused.items():
-        if f".{module}".endswith(f".{whole}"):
-            return tuple(module.removesuffix(whole) + part for part in parts)
+    """The names in diffusers' model of a layer that trains: its own, or those of the layers that it fuses."""
+    for fused_suffix, suffixes in fused.items():
+        if f".{module}".endswith(f".{fused_suffix}"):
+            return tuple(module.removesuffix(fused_suffix) + suffix for suffix in suffixes)
     return (module,)
 
 
 def from_peft_state(
     state: Mapping[str, torch.Tensor], *, prefix: str, fused: FusedTargets, scale: float
 ) -> LoraModules:
-    """The modules of what is being trained, `prefix` before their names: views, where it is. Joined layers have equal
-    numbers of rows."""
-    found: LoraModules = {}
-    for key in (k for k in state if k.endswith(".lora_A.weight")):
-        module = key.removesuffix(".lora_A.weight")
-        down, up = state[key].float(), state[f"{module}.lora_B.weight"].float()
-        names, length = unfused_names(module, fused), state.get(f"{module}.{MAGNITUDE}")
-        lengths = [None] * len(names) if length is None else length.float().chunk(len(names))
-        for name, piece, own in zip(names, up.chunk(len(names)), lengths, strict=True):
-            found[f"{prefix}.{name}"] = LoraWeights(down, piece, scale, own)
-    return found
+    """The modules of the adapters `state` (`adapters.state`), with `prefix` and a dot before their names.
+
+    Views, on the state's device. Fused layers have equal numbers of rows.
+    """
+    modules: LoraModules = {}
+    for key in state:
+        if not key.endswith(DOWN):
+            continue
+        module = key.removesuffix(DOWN)
+        down = state[key].float()
+        up = state[module + UP].float()
+        magnitude = state.get(module + MAGNITUDE)
+        names = unfused_names(module, fused)
+        ups = up.chunk(len(names))
+        magnitudes: Sequence[torch.Tensor | None] = [None] * len(names)
+        if magnitude is not None:
+            magnitudes = magnitude.float().chunk(len(names))
+        for name, part_up, part_magnitude in zip(names, ups, magnitudes, strict=True):
+            modules[f"{prefix}.{name}"] = LoraWeights(down, part_up, scale, part_magnitude)
+    return modules
 
 
 def to_peft_state(
     modules: LoraModules, state: Mapping[str, torch.Tensor], *, prefix: str, fused: FusedTargets, scale: float
 ) -> dict[str, torch.Tensor]:
-    """What to load so that training goes on from `modules`. `state`: the adapters as they begin (up matrices zero).
+    """The state to load so that training starts from `modules`. `state`: the new adapters, whose up matrices are zero.
 
-    A smaller rank is filled up with terms that do nothing yet; what the file lacks begins anew. Raises ValueError for
-    modules that are not trained, and for other shapes.
+    A smaller rank is filled up with terms that are zero at first; adapters that the file lacks stay new. Raises
+    ValueError for modules that do not train, and for other shapes.
     """
-    left, out = dict(modules), dict(state)
-    for key in (k for k in state if k.endswith(".lora_A.weight")):
-        module = key.removesuffix(".lora_A.weight")
-        down, up = state[key], state[f"{module}.lora_B.weight"]
+    remaining = dict(modules)
+    loaded = dict(state)
+    for key in state:
+        if not key.endswith(DOWN):
+            continue
+        module = key.removesuffix(DOWN)
+        down = state[key]
+        up = state[module + UP]
         names = unfused_names(module, fused)
-        parts = [left.pop(f"{prefix}.{name}", None) for name in names]
+        parts = [remaining.pop(f"{prefix}.{name}", None) for name in names]
         if not any(parts):
             continue
-        heights = [up.shape[0] // len(names)] * len(names)
-        wrong = [p for p, height in zip(parts, heights, strict=True) if p is not None and p.up.shape[0] != height]
-        there = next(p for p in parts if p is not None) if wrong or len(parts) == 1 else stack_layers(parts, heights)
-        if wrong or there.down.shape[1:] != down.shape[1:]:
-            has, want = (there.up.shape[0], *there.down.shape[1:]), (up.shape[0] // len(names), *down.shape[1:])
-            raise ValueError(f"{module} is {want} in this model and {has} in the file: it is of another model")
-        if there.rank > down.shape[0]:
-            raise ValueError(f"{module} has rank {there.rank} in the file, and {down.shape[0]} in this plan")
-        magnitude = f"{module}.{MAGNITUDE}"
-        if (there.magnitude is None) == (magnitude in state):
-            said = "a DoRA in the file, and none" if there.magnitude is not None else "no DoRA in the file, and one"
-            raise ValueError(f"{module} is {said} in this plan")
-        if there.magnitude is not None:
-            out[magnitude] = there.magnitude.to(state[magnitude])
-        filled_down, filled_up = down.clone(), torch.zeros_like(up)
-        filled_down[: there.rank] = there.down.to(down)
-        filled_up[:, : there.rank] = (there.up * (there.scale / scale)).to(up)
-        out[key], out[f"{module}.lora_B.weight"] = filled_down, filled_up
-    if left:
-        raise ValueError(f"{len(left)} of {len(modules)} modules get no adapter here: {', '.join(list(left)[:5])}")
-    return out
+        weights = _join(module, parts, down, up)
+        if weights.rank > down.shape[0]:
+            raise ValueError(f"{module} has rank {weights.rank} in the file, and rank {down.shape[0]} in this job")
+        magnitude_key = module + MAGNITUDE
+        if weights.magnitude is not None and magnitude_key not in state:
+            raise ValueError(f"{module} is DoRA in the file, but not in this job")
+        if weights.magnitude is None and magnitude_key in state:
+            raise ValueError(f"{module} is DoRA in this job, but not in the file")
+        if weights.magnitude is not None:
+            loaded[magnitude_key] = weights.magnitude.to(state[magnitude_key])
+        filled_down = down.clone()
+        filled_up = torch.zeros_like(up)
+        filled_down[: weights.rank] = weights.down.to(down)
+        # The model multiplies by its own scale.
+        filled_up[:, : weights.rank] = (weights.up * (weights.scale / scale)).to(up)
+        loaded[key] = filled_down
+        loaded[module + UP] = filled_up
+    if remaining:
+        names_left = ", ".join(list(remaining)[:5])
+        raise ValueError(f"{len(remaining)} of its {len(modules)} modules have no adapter in this job: {names_left}")
+    return loaded
+
+
+def _join(module: str, parts: list[LoraWeights | None], down: torch.Tensor, up: torch.Tensor) -> LoraWeights:
+    """The weights of the layer that trains, from those of its parts in the file.
+
+    `down`, `up`: the matrices that train. Raises ValueError if the file's have other sides.
+    """
+    height = up.shape[0] // len(parts)
+    present = [part for part in parts if part is not None]
+    wrong = any(part.up.shape[0] != height for part in present)
+    weights = present[0]
+    if not wrong and len(parts) > 1:
+        weights = stack_layers(parts, [height] * len(parts))
+    if wrong or weights.down.shape[1:] != down.shape[1:]:
+        in_file = (weights.up.shape[0], *weights.down.shape[1:])
+        in_model = (height, *down.shape[1:])
+        raise ValueError(f"{module} is {in_model} in this model and {in_file} in the file, which is for another model")
+    return weights

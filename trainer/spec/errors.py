@@ -36,62 +36,62 @@ class StorageError(KilnError):
     """No room, not writable, or an input/output error on a volume."""
 
     exit_code = 74
-    advice = "Make room or fix the volume, then start the same job again: it resumes by itself."
+    advice = "Free space or fix the volume, then start the same job again: it resumes automatically."
 
 
 class DataError(KilnError):
     """No usable training data."""
 
     exit_code = 65
-    advice = "Mend the dataset as named above and start again."
+    advice = "Fix the dataset as described above and start again."
 
 
 class NumbersError(KilnError):
     """The loss or a gradient is not a finite number."""
 
     exit_code = 70
-    advice = "Lower PARAMS_LEARNING_RATE or look at the pictures named above; the last checkpoint is sound."
+    advice = "Lower PARAMS_LEARNING_RATE or check the images named above; the last checkpoint is good."
 
 
 class OutOfMemoryError(KilnError):
     """Memory ran out in the middle of training, and smaller micro-batches did not help."""
 
     exit_code = 75
-    advice = "Start the same job again where more memory is free, or lower PARAMS_RESOLUTION; it resumes by itself."
+    advice = "Start the same job again where more memory is free, or lower PARAMS_RESOLUTION; it resumes automatically."
 
 
 class HangError(KilnError):
     """No step for far longer than a step takes."""
 
     exit_code = 75
-    advice = "Start the same job again: it resumes by itself. Where each thread stood is in hang.txt."
+    advice = "Start the same job again: it resumes automatically. hang.txt has the stacks of all threads."
 
 
 class PeerError(KilnError):
     """Another process of the same job has ended. The entrypoint takes that one's exit code, and never this."""
 
     exit_code = 76
-    advice = "The other process says why it ended."
+    advice = "The log of the other process has the reason."
 
 
 class CrashLoopError(KilnError):
     """The same job has failed at the same place again and again."""
 
     exit_code = 70
-    advice = "Change what is named above, or delete crashes.json to try the same once more."
+    advice = "Fix the problem named above, or delete crashes.json to try the same again."
 
 
 class FileMismatchError(KilnError):
     """A written LoRA file does not give the model that was trained."""
 
     exit_code = 70
-    advice = "This is a bug in Kiln or a failing volume: the file is kept as .unverified, and the state is sound."
+    advice = "This is a bug in Kiln or a failing volume: the file is kept as .unverified, and the state is good."
 
 
 class StopRequestedError(KilnError):
     """SIGTERM (143) or SIGINT (130); the state is saved."""
 
-    advice = "Start the same job again: it resumes by itself."
+    advice = "Start the same job again: it resumes automatically."
 
     def __init__(self, message: str, *, exit_code: int) -> None:
         super().__init__(message)

@@ -1,7 +1,8 @@
-"""Model families, looked up by module name: a new family is one new file here.
+"""The interface of a model family, the facts that plans are made from, and the look-up by module name.
 
-Importing a family imports no torch, so that plans can be made from its facts in milliseconds; its functions import what
-they need. Every family module has `FACTS: Facts` and the functions of the `Family` protocol.
+A family is a module of `trainer.families` with `FACTS: Facts`, `LORA_KEYS: LoraKeys` and the functions of the
+`Family` protocol. Importing it imports no torch, so that plans can be made from its facts in milliseconds; its
+functions import what they need. `trainer/families/__init__.py` tells how to add one.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
 PACKAGE = "trainer.families"
 FOLDER = Path(__file__).resolve().parents[1] / "families"
-SHARED = ("common",)  # modules in that folder that are no family, but used by several
-# What the names of a part's tensors begin with in a file that holds several parts.
+SHARED = ("common",)  # modules in that folder that several families use and that are none themselves
+# In a single file with several parts, the names of a part's tensors begin with one of these.
 PREFIXES = {
     "denoiser": ("model.diffusion_model.",),
     "vae": ("first_stage_model.", "vae."),
@@ -79,32 +80,35 @@ class BaseModel:
 class Facts:
     """What a plan needs to know about a family, without its weights."""
 
-    name: str
-    models: dict[str, BaseModel]
+    name: str  # of the family's module
+    models: dict[
+        str, BaseModel
+    ]  # value of BASE_MODEL → model; the first is the one that single files are completed from
     files: tuple[str, ...]  # glob patterns of the files that training and sampling need; see OPTIONAL
-    multiple: int  # sides of pictures are multiples of this, in pixels
-    objective: str  # a key of trainer.training.objective.OBJECTIVES
+    multiple: int  # pixels; the sides of images are multiples of this
+    objective: str  # flow or denoising, see trainer.training.objective.make_objective
     timestep_samplings: tuple[str, ...]  # the first is the default
-    targets: tuple[str, ...]  # suffixes of the linear layers that get adapters
-    lora_prefix: str  # of the keys in LoRA files
+    targets: tuple[str, ...]  # suffixes of the names of the linear layers that get adapters
+    lora_prefix: str  # the denoiser's name in diffusers' pipeline, which begins the keys of LoRA files
     architecture: str  # modelspec.architecture, without "/lora"
     base_version: str  # ss_base_model_version
-    fused_targets: dict[str, tuple[str, ...]]  # fused projection → the separate ones of the diffusers model
-    parts: dict[str, str]  # key of PREFIXES → the folder of its weights
-    landmarks: tuple[str, ...]  # tensors by which a file of the denoiser alone is known: original names, diffusers'
-    prompt_steps: int
+    fused_targets: dict[str, tuple[str, ...]]  # fused projection → the separate ones of diffusers' model
+    parts: dict[str, str]  # key of PREFIXES → the folder of its weights in diffusers' layout
+    landmarks: tuple[str, ...]  # tensors that identify a file with the denoiser alone: original name, diffusers' name
+    prompt_steps: int  # defaults of a prompt line: --s, --g and --l
     prompt_guidance: float
     prompt_cfg: float
     flow_shift: float = 3.1582  # default of PARAMS_DISCRETE_FLOW_SHIFT
-    # Where steps are recorded, what is compiled by itself: "always", "recomputed" (what recomputes), or "never".
+    # Whether regions are compiled where steps are captured in CUDA graphs: "always", "recomputed" (those that are
+    # recomputed in the backward pass), or "never". docs/lab-notes.md has the measurements.
     compiles: str = "always"
-    attention_backends: bool = True  # False: its attention is torch's own, whatever diffusers' dispatcher is told
+    attention_backends: bool = True  # False: it calls torch's attention, whichever backend diffusers is set to
 
 
 def weights(*parts: str) -> tuple[str, ...]:
-    """Patterns for `Facts.files`: the config and the weights of these folders, not their fp16 copies.
+    """Patterns for `Facts.files`: the config and the weights of these folders, but not their fp16 copies.
 
-    Those are called model.fp16.safetensors, model.fp16-00001-of-00002.safetensors and (older)
+    Copies are called model.fp16.safetensors, model.fp16-00001-of-00002.safetensors and (older)
     model-00001-of-00002.fp16.safetensors.
     """
     names = ("config.json", "*model.safetensors", "*model-*-of-?????.safetensors", "*model.safetensors.index.json")
@@ -113,17 +117,17 @@ def weights(*parts: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class OriginalLayer:
-    """A layer of the model's original implementation, and the layers of diffusers' model that it is made of."""
+    """A layer of the model's original implementation, and the layers of diffusers' model that hold its rows."""
 
     name: str  # dotted path; {} stands for the number of the block
     diffusers_names: tuple[str, ...]  # paths in diffusers' model, with the same {}, in the order of their rows
-    row_ratio: tuple[int, ...] = (1,)  # the rows of the parts, as a ratio: no width is written down anywhere
-    halves_swapped: bool = False  # where its rows are two halves (rows = 2 * columns), they are the other way round
+    row_ratio: tuple[int, ...] = (1,)  # the rows of these layers, as a ratio, so that it holds at any width
+    halves_swapped: bool = False  # where its rows are scale and shift (rows = 2 * columns), the other way round
 
 
 @dataclass(frozen=True)
 class ClipOutput:
-    """What a CLIP text encoder makes of captions, as far as pipelines use it."""
+    """The output of a CLIP text encoder for a batch of captions, as far as diffusers' pipelines use it."""
 
     tokens_BLD: torch.Tensor  # the hidden states before the last layer
     pooled_BD: torch.Tensor  # with the projection, where the encoder has one
@@ -131,31 +135,42 @@ class ClipOutput:
 
 @dataclass(frozen=True)
 class LoraKeys:
-    """The names that LoRA files of a family use, for `trainer.lora_files.key_names` and
-    `trainer.lora_files.convert`."""
+    """The names that LoRA files of a family use, for `trainer.lora_files`."""
 
     layers: tuple[OriginalLayer, ...]
-    encoders: dict[str, str]  # text encoder of diffusers' pipeline → what kohya's keys call it: te1, te2, te3
-    file_formats: tuple[str, ...] = ("kohya",)  # formats that a job leaves; all but the first go into `<name>-<format>`
+    encoders: dict[str, str]  # text encoder of diffusers' pipeline → its name in kohya's keys: te1, te2 or te3
+    file_formats: tuple[str, ...] = ("kohya",)  # keys of convert.KEY_FORMATS: a job writes a file in each
 
 
 class Family(Protocol):
-    """What a family module provides. `text` is what `encode_text` gave for one caption, or such tensors batched."""
+    """The functions of a family module.
+
+    `text`, `negative`: the tensors that `encode_text` returned, with a batch axis. `folder`: a model in diffusers'
+    layout. Shapes: B batch, C channels, H and W height and width, f the VAE's factor (8), L tokens, D features.
+    """
 
     FACTS: Facts
     LORA_KEYS: LoraKeys
 
     def load_encoders(self, folder: Path, *, device: str, dtype: torch.dtype) -> Any:
-        """Tokenizers and text encoders, frozen, as one object for `encode_text`."""
+        """The tokenizers and the frozen text encoders, as one object for `encode_text`.
+
+        It has an attribute for each key of LORA_KEYS.encoders.
+        """
 
     def encode_text(self, encoders: Any, captions: list[str]) -> list[dict[str, torch.Tensor]]:
         """One dictionary of tensors, without a batch axis and on the CPU, for each caption."""
 
-    def with_clip_outputs(self, text: dict[str, torch.Tensor], fresh: dict[str, ClipOutput]) -> dict[str, torch.Tensor]:
-        """`text`, batched, with what the text encoders in `fresh` gave in the places of what they gave before."""
+    def with_clip_outputs(
+        self, text: dict[str, torch.Tensor], outputs: dict[str, ClipOutput]
+    ) -> dict[str, torch.Tensor]:
+        """`text` with the outputs of the text encoders that train in the places of the cached ones.
+
+        `outputs`: by the names of diffusers' pipeline. Gradients flow through them.
+        """
 
     def load_vae(self, folder: Path, *, device: str) -> Any:
-        """The VAE in fp32, frozen."""
+        """The frozen VAE, in fp32."""
 
     def encode_images(self, vae: Any, pixels_BCHW: torch.Tensor) -> torch.Tensor:
         """Mean and standard deviation of the latents' distribution, (B, 2C, H/f, W/f); pixels in [-1, 1].
@@ -164,22 +179,26 @@ class Family(Protocol):
         """
 
     def load_denoiser(self, folder: Path, *, device: str, dtype: torch.dtype) -> Any:
-        """The denoiser, frozen."""
+        """The frozen denoiser."""
 
     def from_original(self, state: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """The denoiser's tensors under the names of its original implementation → those of diffusers' model.
+        """The denoiser's tensors by their names in the original implementation → by those in diffusers' model.
 
-        `config`: of diffusers' model. Tensors may be stand-ins: only their shapes are known until they are written.
+        `config`: of diffusers' model. Tensors may be lazy: only their shapes are known until they are written.
+        A name that is unknown stays as it is; the caller refuses it.
         """
 
     def blocks(self, denoiser: Any) -> list[tuple[str, torch.nn.Module]]:
-        """The repeated blocks, by name, in order: where adapters go and what is quantised."""
+        """The repeated blocks by name, in order of execution: these get adapters and are quantised."""
 
     def regions(self, denoiser: Any) -> list[torch.nn.Module]:
-        """What is compiled, and recomputed in the backward pass, one by one: many modules of few kinds."""
+        """The modules that are compiled and recomputed in the backward pass one by one: many modules of few classes."""
 
     def fused_forwards(self) -> dict[type, type]:
-        """Classes of modules inside the blocks → the same with forward passes for FP8, for `fused.install`."""
+        """Classes of modules inside the blocks → subclasses with a fused forward pass for FP8.
+
+        `trainer.engine.fused_linear.install` sets them; empty if there are none.
+        """
 
     def predict(
         self,
@@ -193,7 +212,8 @@ class Family(Protocol):
     ) -> torch.Tensor:
         """The denoiser's output for latents at times `t_B` in [0, 1] (1: pure noise), shaped like `noisy_BCHW`.
 
-        `guidance`: embedded guidance. `geometry_B6`: `loop.MicroBatch` says what. A family may have no use for them.
+        `guidance`: embedded guidance. `geometry_B6`: original size, crop and target size, as `trainer.data.batches`
+        makes them. Families may ignore both.
         """
 
     def sample(
@@ -207,40 +227,39 @@ class Family(Protocol):
         negative: dict[str, torch.Tensor],
         scheduler: dict[str, Any] | None = None,
     ) -> Image.Image:
-        """Draw one picture with diffusers' own pipeline. `scheduler`: what differs from its scheduler's config."""
+        """Draw one image with diffusers' pipeline. `scheduler`: values that differ from its scheduler's config."""
 
 
 @cache
 def family_names() -> tuple[str, ...]:
-    """All families, by the modules that there are."""
-    found = pkgutil.iter_modules([str(FOLDER)])
-    return tuple(sorted(m.name for m in found if not m.ispkg and m.name not in SHARED))
+    """All families, by the modules in their folder."""
+    modules = pkgutil.iter_modules([str(FOLDER)])
+    return tuple(sorted(m.name for m in modules if not m.ispkg and m.name not in SHARED))
 
 
 def get_family(name: str) -> Family:
-    """The module of family `name`; KeyError if there is none."""
+    """The module of family `name`. Raises KeyError if there is none."""
     if name not in family_names():
         raise KeyError(name)
     return cast(Family, importlib.import_module(f"{PACKAGE}.{name}"))
 
 
 def trainable_encoders(name: str) -> dict[str, str]:
-    """The CLIP text encoders of family `name`, by diffusers' names → te1 (CLIP-L) or te2 (CLIP-G)."""
-    return {
-        component: short for component, short in get_family(name).LORA_KEYS.encoders.items() if short in ("te1", "te2")
-    }
+    """The CLIP text encoders of family `name`: diffusers' name → te1 (CLIP-L) or te2 (CLIP-G). T5 never trains."""
+    encoders = get_family(name).LORA_KEYS.encoders
+    return {component: short for component, short in encoders.items() if short in ("te1", "te2")}
 
 
 def timestep_samplings() -> tuple[str, ...]:
-    """The timestep samplings of all families, each once."""
-    found: dict[str, None] = {}
+    """The timestep samplings of all families, each once, in order."""
+    samplings: dict[str, None] = {}
     for name in family_names():
-        found |= dict.fromkeys(get_family(name).FACTS.timestep_samplings)
-    return tuple(found)
+        samplings |= dict.fromkeys(get_family(name).FACTS.timestep_samplings)
+    return tuple(samplings)
 
 
 def base_models() -> dict[str, tuple[str, BaseModel]]:
-    """Every value of BASE_MODEL → the name of its family, and the facts about the model."""
+    """Every value of BASE_MODEL → the name of its family, and the model."""
     models: dict[str, tuple[str, BaseModel]] = {}
     for name in family_names():
         for base, model in get_family(name).FACTS.models.items():

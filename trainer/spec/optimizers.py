@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -17,11 +14,11 @@ class OptimizerSpec:
     arguments: frozenset[str]  # what PARAMS_OPTIMIZER_ARGS may name
     learning_rate: float = 1e-4  # where PARAMS_LEARNING_RATE is not given
     defaults: dict[str, Any] = field(default_factory=dict)  # keyword arguments besides lr and weight_decay
-    schedule_free: bool = False  # keeps an average of its own: no schedule but a constant one, and train/eval modes
-    own_warmup: bool = False  # warms up by itself
-    one_rate: bool = False  # all groups of parameters have the same learning rate, or 0
-    by_shape: bool = False  # rows and columns of a parameter matter, or its norm
-    least: int = 0  # numbers; the state of a smaller parameter is kept in another format
+    schedule_free: bool = False  # keeps an average of its own: only a constant schedule, and train/eval modes
+    own_warmup: bool = False  # has a warm-up of its own
+    one_rate: bool = False  # all groups of parameters must have the same learning rate, or 0
+    by_shape: bool = False  # its step depends on a parameter's rows and columns, or on its norm: none are joined
+    least: int = 0  # numbers in a parameter; bitsandbytes keeps the state of a smaller one in another format
 
     @property
     def prodigy(self) -> bool:

@@ -1,7 +1,11 @@
-"""What will be done: the `Plan`, its JSON form, and its fingerprint. Standard library only: the entrypoint imports it.
+"""The `Plan` of a job, its JSON form, and its essence. Standard library only: the entrypoint imports it.
 
-A plan is complete: nothing is decided after it, and plan.json alone runs the same job again. Fields marked
-*neutral* (paths, names, how often to report) do not change which weights come out, so a resumed run may differ in them.
+A plan is complete: nothing is decided after it, and plan.json alone runs the same job again. Fields marked *neutral*
+(paths, names, how often to report) do not change which weights come out, so a resumed run may differ in them. All other
+fields make up the plan's essence (`Plan.essence`), which a state keeps.
+
+The names of the fields are a file format: a job that runs while Kiln is updated resumes from its old plan.json and
+states. So fields are not renamed.
 """
 
 from __future__ import annotations
@@ -22,12 +26,12 @@ RANK_VARIABLE = "KILN_RANK"  # number of this process, from 0; absent: the only 
 TEAM_VARIABLE = "KILN_TEAM"  # folder that the processes of a job share
 ALIVE_VARIABLE = "KILN_ALIVE"  # file in which the first process keeps the deadline of its watchdog
 
-VARIANTS = 8  # crops and colours of a picture, and likewise wordings of its caption, where these vary
+VARIANTS = 8  # of an image with random crops or colours, and of a caption with random wording
 T = TypeVar("T")
 
 
 def neutral(default: Any = dataclasses.MISSING) -> Any:
-    """A field that may differ between a run and its continuation."""
+    """A dataclass field that may differ when a run is resumed."""
     return field(default=default, metadata={"neutral": True})
 
 
@@ -35,13 +39,14 @@ def neutral(default: Any = dataclasses.MISSING) -> Any:
 class ModelPlan:
     """The frozen base model."""
 
-    base: str  # as asked: flux, flux-schnell, mini-flux ...
+    base: str  # BASE_MODEL: flux, flux-schnell, mini-flux ...
     family: str  # a module of trainer.spec.family
     source: str  # Hub repository or local path
-    revision: str | None = None  # asked for; `commit` is what was found
+    revision: str | None = None  # MODEL_REVISION; `commit` is what the Hub resolved it to
     commit: str | None = neutral(None)
     path: str = neutral("")  # local folder in diffusers layout; filled by fetch
-    parts: dict[str, str] = field(default_factory=dict)  # key of Facts.parts → file or folder instead; "": without it
+    # Key of Facts.parts → file or folder to take instead; "": without that part.
+    parts: dict[str, str] = field(default_factory=dict)
 
 
 def public(url: str) -> str:
@@ -52,31 +57,32 @@ def public(url: str) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """Where pictures come from."""
+    """Where images come from."""
 
     kind: str  # folder | archive | hub | generated
-    location: str = field(metadata={"told": "public"})  # path, URL, Hub dataset id, or the prompt to generate from
+    # Path, URL, Hub dataset id, or the prompt to generate from. The essence has it without secrets.
+    location: str = field(metadata={"essence_from": "public"})
     revision: str | None = None
     split: str = "train"
-    image_column: str | None = None  # found if None
-    caption_column: str | None = None  # found if None
-    count: int = 0  # pictures to generate
+    image_column: str | None = None  # None: found by its type
+    caption_column: str | None = None  # None: found by its name
+    count: int = 0  # images to generate
     commit: str | None = neutral(None)
     path: str = neutral("")  # local folder of image files; filled by fetch
 
     @property
     def public(self) -> str:
-        """The location as logs and files may tell it."""
+        """The location without secrets: fit for logs and files."""
         return public(self.location) if "://" in self.location else self.location
 
 
 @dataclass(frozen=True)
 class Subset:
-    """One source of pictures and how its captions are made (the keys of dataset.json)."""
+    """One source of images and how its captions are made (the keys of dataset.json)."""
 
     source: Source
     num_repeats: int = 1
-    is_reg: bool = False  # regularisation pictures: repeated to match the others, loss times prior_loss_weight
+    is_reg: bool = False  # regularisation images: repeated to match the others, loss times prior_loss_weight
     alpha_mask: bool = False  # the alpha channel weighs the loss
     conditioning_data_dir: str | None = None  # masks of the loss, by the same stem
     metadata_file: str | None = None
@@ -97,17 +103,20 @@ class Subset:
     flip_aug: bool = False
     color_aug: bool = False
     random_crop: bool = False
-    resize_interpolation: str | None = None  # area down, lanczos up
+    resize_interpolation: str | None = None  # None: area to shrink, lanczos to enlarge
 
     @property
     def image_variants(self) -> int:
-        """How often a picture is encoded, at most."""
-        return VARIANTS if self.random_crop or self.color_aug else 2 if self.flip_aug else 1
+        """How many versions of an image are encoded, at most."""
+        if self.random_crop or self.color_aug:
+            return VARIANTS
+        return 2 if self.flip_aug else 1
 
     @property
     def caption_variants(self) -> int:
-        """How often a caption is encoded, at most."""
-        return VARIANTS if self.enable_wildcard or self.shuffle_caption or self.caption_tag_dropout_rate else 1
+        """How many versions of a caption are encoded, at most."""
+        varies = self.enable_wildcard or self.shuffle_caption or self.caption_tag_dropout_rate
+        return VARIANTS if varies else 1
 
 
 @dataclass(frozen=True)
@@ -129,7 +138,7 @@ class Dataset:
 @dataclass(frozen=True)
 class DataPlan:
     datasets: tuple[Dataset, ...]
-    strict: bool = False  # any unusable picture stops the job
+    strict: bool = False  # any unusable image stops the job
 
 
 @dataclass(frozen=True)
@@ -143,7 +152,7 @@ class LoraPlan:
 
     @property
     def scale(self) -> float:
-        """What the product of the matrices counts."""
+        """Factor of B·A: alpha / rank, or alpha / √rank for rsLoRA (arXiv:2312.03732)."""
         return self.alpha / (self.rank**0.5 if self.kind == "rslora" else self.rank)
 
 
@@ -177,7 +186,7 @@ class TrainPlan:
     caption_dropout_rate: float = 0.0
     prior_loss_weight: float = 1.0
     ema_decay: float = 0.0  # 0: off
-    max_loss_spike: float = 10.0  # a step with a loss of more than this many times the usual is skipped; 0: none is
+    max_loss_spike: float = 10.0  # a step is skipped whose loss is this many times the largest recent one; 0: off
     max_skipped_steps: int = neutral(3)
 
 
@@ -187,20 +196,18 @@ class EnginePlan:
     num_gpus: int = 1  # processes that train together, each on a device of its own
     precision: str = "fp32"  # an entry of trainer.spec.weight_formats
     dtype: str = "float32"  # torch's name of what activations are computed in
-    recompute: str = neutral(
-        "none"
-    )  # a key of trainer.engine.memory.checkpointing.POLICIES: what the backward pass computes again
+    # What the backward pass recomputes: a key of trainer.engine.memory.checkpointing.POLICIES.
+    recompute: str = neutral("none")
     kept_blocks: int = neutral(0)  # blocks that keep everything, whatever `recompute` says
-    offload: str = neutral("none")  # a key of trainer.spec.strategies.OFFLOADS: what waits in the host's memory
-    turned_weights: bool = neutral(False)  # a copy of 8-bit weights, turned round for the backward pass, is kept
-    stream_encoders: bool = neutral(False)  # the text encoders' layers come to the device one by one
+    offload: str = neutral("none")  # what is kept in the host's memory: a key of trainer.spec.strategies.OFFLOADS
+    turned_weights: bool = neutral(False)  # a transposed copy of 8-bit weights is kept for the backward pass
+    stream_encoders: bool = neutral(False)  # the text encoders' layers are streamed to the device one by one
     host_gib: float | None = neutral(None)  # of the host's memory that weights may take; None: any
-    tile_vae: bool = neutral(False)  # samples are decoded piece by piece, and pictures encoded one by one
+    tile_vae: bool = neutral(False)  # samples are decoded in tiles, and images encoded one by one
     compile: bool = neutral(False)
-    replay: bool = neutral(False)  # steps are recorded and replayed as a whole, where nothing waits on the host
-    attention: str = neutral(
-        "native"
-    )  # an attention backend of diffusers, or flash_4 (trainer.engine.attention.flash_attention_4)
+    replay: bool = neutral(False)  # steps are captured as CUDA graphs, where no weights are streamed
+    # An attention backend of diffusers, or flash_4 (trainer.engine.attention.flash_attention_4).
+    attention: str = neutral("native")
     memory_limit_gib: float | None = neutral(None)
     step_timeout_s: float | None = neutral(None)  # None: by the usual time of a step; 0: no limit
 
@@ -219,7 +226,7 @@ class OutputPlan:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One picture to draw. Sizes in pixels."""
+    """One image to sample. Sizes in pixels."""
 
     text: str
     width: int
@@ -266,50 +273,62 @@ class Plan:
         return dataclasses.replace(self, data=dataclasses.replace(self.data, datasets=tuple(datasets)))
 
     def essence(self) -> dict[str, Any]:
-        """Flat `section.field` → value of all that decides which weights come out."""
+        """`section.field` → value, for every field that decides which weights come out. JSON values only."""
         flat: dict[str, Any] = {}
-        _flatten(self, "", flat)
+        _flatten(self, "", into=flat)
         return flat
 
 
-def _flatten(value: Any, name: str, into: dict[str, Any]) -> None:
+def _flatten(value: Any, name: str, *, into: dict[str, Any]) -> None:
+    """Add the fields of `value`, which is called `name`, to `into`."""
     if dataclasses.is_dataclass(value):
-        for f in dataclasses.fields(value):
-            if not f.metadata.get("neutral"):
-                _flatten(getattr(value, f.metadata.get("told", f.name)), f"{name}.{f.name}".lstrip("."), into)
-    elif isinstance(value, (tuple, list)) and any(dataclasses.is_dataclass(v) for v in value):
-        for i, v in enumerate(value):
-            _flatten(v, f"{name}[{i}]", into)
+        for field_ in dataclasses.fields(value):
+            if field_.metadata.get("neutral"):
+                continue
+            content = getattr(value, field_.metadata.get("essence_from", field_.name))
+            _flatten(content, f"{name}.{field_.name}".lstrip("."), into=into)
+    elif isinstance(value, (tuple, list)) and any(dataclasses.is_dataclass(item) for item in value):
+        for i, item in enumerate(value):
+            _flatten(item, f"{name}[{i}]", into=into)
     else:
         into[name] = list(value) if isinstance(value, tuple) else value
 
 
-def _build(kind: Any, raw: Any, *, where: str) -> Any:
-    """`raw` (from JSON) as the annotated type `kind`: dataclasses, tuples, dicts, unions with None, plain values."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
+def _build(annotation: Any, raw: Any, *, where: str) -> Any:
+    """`raw` (from JSON) as its annotated type: dataclasses, tuples, dicts, unions with None, plain values.
+
+    `where`: the field, for the ValueError that is raised if `raw` is anything else.
+    """
+    origin = typing.get_origin(annotation)
+    args = typing.get_args(annotation)
+    if dataclasses.is_dataclass(annotation):
+        hints = typing.get_type_hints(annotation)
         if not isinstance(raw, dict) or raw.keys() - hints.keys():
             raise ValueError(f"{where}: unknown fields or not an object")
         try:
-            return typing.cast(Any, kind)(**{k: _build(hints[k], v, where=f"{where}.{k}") for k, v in raw.items()})
+            fields = {name: _build(hints[name], value, where=f"{where}.{name}") for name, value in raw.items()}
+            return typing.cast(Any, annotation)(**fields)
         except TypeError as problem:
             raise ValueError(f"{where}: {problem}") from problem
     if origin is tuple:
         if not isinstance(raw, list):
             raise ValueError(f"{where}: {raw!r} is not a list")
-        kinds = [args[0]] * len(raw) if args[-1] is Ellipsis else args
-        return tuple(_build(k, v, where=where) for k, v in zip(kinds, raw, strict=True))
+        element_types = [args[0]] * len(raw) if args[-1] is Ellipsis else args
+        return tuple(_build(element, value, where=where) for element, value in zip(element_types, raw, strict=True))
     if origin in (types.UnionType, typing.Union):
-        return None if raw is None else _build(next(a for a in args if a is not type(None)), raw, where=where)
-    if kind is Any:
+        if raw is None:
+            return None
+        not_none = next(arg for arg in args if arg is not type(None))
+        return _build(not_none, raw, where=where)
+    if annotation is Any:
         return raw
     if origin is dict:
         if not isinstance(raw, dict):
             raise ValueError(f"{where}: {raw!r} is not an object")
         return {key: _build(args[1], value, where=f"{where}.{key}") for key, value in raw.items()}
-    if kind is float and isinstance(raw, int) and not isinstance(raw, bool):
+    # In Python, True is an int.
+    if annotation is float and isinstance(raw, int) and not isinstance(raw, bool):
         return float(raw)
-    if not isinstance(raw, kind) or (kind is int and isinstance(raw, bool)):
-        raise ValueError(f"{where}: {raw!r} is not {kind.__name__}")
+    if not isinstance(raw, annotation) or (annotation is int and isinstance(raw, bool)):
+        raise ValueError(f"{where}: {raw!r} is not {annotation.__name__}")
     return raw

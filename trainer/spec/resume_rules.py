@@ -43,24 +43,24 @@ def _batches_per_step(essence: dict[str, Any]) -> int:
     return math.prod(int(essence[key]) for key in BATCHES_PER_STEP_KEYS)
 
 
-def resumes_state(plan: Plan, begun: dict[str, Any], *, step: int, own: bool) -> bool:
+def resumes_state(plan: Plan, begun: dict[str, Any], *, step: int, in_output: bool) -> bool:
     """True: the run that began as `begun` (an essence) resumes with its whole state. False: with its weights alone.
 
-    `step`: of the state, for the message. `own`: the state is in the plan's output folder; otherwise it is the one that
-    PARAMS_RESUME_FROM names. Raises SettingsError where the plans differ and PARAMS_RESUME_FROM does not name a LoRA
-    file, which asks for the weights alone.
+    `step`: of the state, for the message. `in_output`: the state is in the plan's output folder; otherwise it is the
+    one that PARAMS_RESUME_FROM names. Raises SettingsError where the plans differ, unless PARAMS_RESUME_FROM names a
+    LoRA file, which asks for the weights alone.
     """
     resume_from = plan.lora.resume_from
-    if not own:
+    if not in_output:
         begun = {**begun, "lora.resume_from": resume_from}  # the state to resume from cannot have named itself
     changed = blocking_differences(begun, plan.essence())
     if not changed:
         return True
-    if own and resume_from and Path(resume_from).is_file() and begun.get("lora.resume_from") != resume_from:
+    if in_output and resume_from and Path(resume_from).is_file() and begun.get("lora.resume_from") != resume_from:
         return False
     holder = f"OUTPUT_PATH={plan.output.path}"
     elsewhere = "choose another OUTPUT_PATH; or "
-    if not own:
+    if not in_output:
         holder = f"PARAMS_RESUME_FROM={resume_from}"
         elsewhere = ""
     gpus = any(line.startswith(BATCHES_PER_STEP_KEYS) for line in changed)
@@ -68,6 +68,6 @@ def resumes_state(plan: Plan, begun: dict[str, Any], *, step: int, own: bool) ->
         f"{holder} holds a run of another plan, at step {step}. What differs (then → now):\n  "
         + "\n  ".join(changed)
         + ("\nNUM_GPUS times PARAMS_GRADIENT_ACCUMULATION must stay the same." if gpus else "")
-        + f"\nPut it back to resume; or {elsewhere}set PARAMS_RESUME_FROM to a LoRA file of that run to go on from its "
+        + f"\nPut it back to resume; or {elsewhere}set PARAMS_RESUME_FROM to a LoRA file of that run to start from its "
         "weights alone."
     )

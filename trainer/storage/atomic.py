@@ -1,4 +1,8 @@
-"""Files that outlive the process: written beside their place, flushed, and renamed. A name is never half a file."""
+"""Atomic writes: a file is written beside its place, flushed, and renamed. A name is never half a file.
+
+The order is what survives a power cut: the bytes are on the disk before the name is, and the folder, which holds the
+name, is flushed last.
+"""
 
 from __future__ import annotations
 
@@ -15,27 +19,32 @@ from safetensors import SafetensorError
 
 from trainer.spec.errors import StorageError
 
+# The volume's fault, not the program's: full, over quota, failing, read-only.
 VOLUME_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+GIB = 2**30
+MIB = 2**20
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, writer: str | None = None) -> Iterator[Path]:
     """Yield a temporary path beside `path` (same suffix); flushed and renamed over `path` if the body succeeds.
 
-    Raises StorageError where the volume is full, read-only or failing.
+    Makes the folder if needed. `writer` tells the temporary files of several writers apart; None: by the number of the
+    process, which is enough where a lock keeps other machines out. Raises StorageError where the volume is full,
+    read-only or failing.
     """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{writer or os.getpid()}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         flush(temporary)
         temporary.rename(path)
         flush(path.parent)
-    except (OSError, SafetensorError) as problem:
-        if isinstance(problem, SafetensorError):
-            raise StorageError(f"{path}: {problem}.") from problem
+    except SafetensorError as problem:  # the library's writer hides the error number
+        raise StorageError(f"{path}: {problem}.") from problem
+    except OSError as problem:
         if problem.errno in VOLUME_ERRORS:
-            raise StorageError(f"{path}: {problem.strerror}.") from problem
+            raise storage_error(problem, path) from problem
         raise
     finally:
         with contextlib.suppress(OSError):
@@ -43,7 +52,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left of files that it was writing, here and one folder down. For its owner alone."""
+    """Remove the temporary files of a process that was killed, here and one folder down.
+
+    Only for the process that holds the folder's lock: those of a running process would go too.
+    """
     for orphan in [*folder.glob(".*.tmp*"), *folder.glob("*/.*.tmp*")]:
         if orphan.is_dir():
             shutil.rmtree(orphan, ignore_errors=True)
@@ -71,9 +83,22 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def storage_error(problem: OSError, path: Path) -> StorageError:
+    """An error of the system as a StorageError that names `path` and the free space there."""
+    return StorageError(f"{path}: {problem.strerror or problem}; {free_space(path)}.")
+
+
 def free_space(path: Path) -> str:
-    """The room on the volume of `path`, in words."""
+    """For messages: "3.2 GiB are free there", of the volume of `path` or of its folder."""
     try:
-        return f"{shutil.disk_usage(path).free / 2**20:.0f} MiB"
+        free = shutil.disk_usage(path if path.exists() else path.parent).free
     except OSError:
-        return "unknown room"
+        return "the volume does not answer"
+    return f"{human_size(free)} are free there"
+
+
+def human_size(size: float) -> str:
+    """`size` in bytes as a message gives it: "3.2 GiB" or "512 MiB"."""
+    if size >= GIB:
+        return f"{size / GIB:.1f} GiB"
+    return f"{size / MIB:.0f} MiB"

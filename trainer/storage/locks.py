@@ -1,8 +1,8 @@
 """One job at a time in an output folder: by the kernel's lock where there is one, and by a lease where there is none.
 
-The kernel lets go of its lock when the owner dies, however it dies; but some network volumes know no locks, and some
-keep them on each machine alone. So the owner also renews a lease: a file with its name and a number that grows. One
-that finds a lease of another machine watches it for a while before it takes over.
+The kernel frees its lock when the owner dies, however it dies. But some network volumes have no locks, and some keep
+them on each machine alone. So the owner also renews a lease: a file with the owner's name and a number that grows. A
+process that finds a lease of another machine watches it for a while before it takes over.
 """
 
 from __future__ import annotations
@@ -16,48 +16,73 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from trainer.spec.errors import SettingsError, StorageError
 from trainer.storage import atomic
 
-RENEW_INTERVAL_S, WATCH_DURATION_S = 3.0, 12.0
+RENEW_INTERVAL_S = 3.0
+WATCH_DURATION_S = 12.0  # four renewals: a slow volume may delay some of them
+OWNER_WAIT_S = 2.0  # the lease of an owner is written a moment after its lock is taken
+SETTLE_S = 0.5  # without locks: after writing a lease, how long another process may still write its own
 
 
 @contextlib.contextmanager
 def locked(folder: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
     """Hold `folder` for this process.
 
-    Raises SettingsError if another process holds it; StorageError if the folder cannot be written. With `on_wait` it
-    is called once and the kernel's lock is waited for instead; then there is no lease.
+    Raises SettingsError if another process holds it; StorageError if the folder cannot be written. With `on_wait`,
+    that is called once and the kernel's lock is waited for instead; then there is no lease.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / ".lock").open("a+", encoding="utf-8")
-    except OSError as problem:
-        raise StorageError(f"{folder} cannot be written: {problem.strerror}.") from problem
-    with handle:
-        sure = True
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            has_kernel_lock = stack.enter_context(file_lock(folder / ".lock", on_wait))
         except BlockingIOError as problem:
-            if on_wait is None:
-                raise _in_use(folder, _owner(folder / ".lease")) from problem
-            on_wait()
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError:  # a volume without locks
-            sure = False
-        with _lease(folder, sure=sure) if on_wait is None else contextlib.nullcontext():
-            yield
+            raise _in_use(folder, _owner(folder / ".lease")) from problem
+        except OSError as problem:
+            raise StorageError(f"{folder} cannot be written: {problem.strerror}.") from problem
+        if on_wait is None:
+            stack.enter_context(_lease(folder, has_kernel_lock=has_kernel_lock))
+        yield
+
+
+@contextlib.contextmanager
+def file_lock(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[bool]:
+    """Hold the kernel's lock on the file `path`, which is made if needed; freed when the process dies.
+
+    Yields False where the volume has no locks: then nothing is held, and other processes may be at work too. Raises
+    BlockingIOError if another process holds the lock; with `on_wait`, that is called once and the lock is waited for.
+    Raises OSError if the file cannot be made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as handle:
+        yield _flock(handle, on_wait)
+
+
+def _flock(handle: IO[str], on_wait: Callable[[], None] | None) -> bool:
+    """Whether the lock is held now; False where the volume has none."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if on_wait is None:
+            raise
+        on_wait()
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
 
 
 def _owner(lease: Path) -> str | None:
-    """Who holds the folder. Its lease is written a moment after the lock is taken."""
-    for _ in range(40):
-        if (found := _read(lease)) is not None:
-            return found.get("owner")
+    """The process that holds the folder, for the message; None if it wrote no lease in time."""
+    end = time.monotonic() + OWNER_WAIT_S
+    while True:
+        content = _read(lease)
+        if content is not None:
+            return content.get("owner")
+        if time.monotonic() >= end:
+            return None
         time.sleep(0.05)
-    return None
 
 
 def _in_use(folder: Path, owner: str | None) -> SettingsError:
@@ -66,27 +91,37 @@ def _in_use(folder: Path, owner: str | None) -> SettingsError:
 
 
 @contextlib.contextmanager
-def _lease(folder: Path, *, sure: bool) -> Iterator[None]:
-    """`sure`: no other process of this machine holds the folder."""
-    path, mine = folder / ".lease", _machine()
+def _lease(folder: Path, *, has_kernel_lock: bool) -> Iterator[None]:
+    """Write a lease and renew it. Raises SettingsError if another process renews, or wins, the lease.
+
+    `has_kernel_lock`: no other process of this machine holds the folder, so a lease of this machine is a dead one's.
+    """
+    path = folder / ".lease"
+    machine = _machine()
     before = _read(path)
-    if before is not None and not (sure and before.get("machine") == mine):
+    if before is not None and not (has_kernel_lock and before.get("machine") == machine):
         _watch(path, before, folder)
-    me = {"machine": mine, "owner": f"process {os.getpid()} on {socket.gethostname()}", "nonce": os.urandom(8).hex()}
+    lease = {
+        "machine": machine,
+        "owner": f"process {os.getpid()} on {socket.gethostname()}",
+        "nonce": os.urandom(8).hex(),
+    }
     ended = threading.Event()
 
     def renew() -> None:
         number = 0
         while not ended.wait(RENEW_INTERVAL_S):
             number += 1
-            with contextlib.suppress(OSError, StorageError):  # the training itself meets a volume that fails
-                atomic.write_json(path, {**me, "number": number})
+            # A volume that fails is the training's to report, when it writes.
+            with contextlib.suppress(OSError, StorageError):
+                atomic.write_json(path, {**lease, "number": number})
 
-    atomic.write_json(path, {**me, "number": 0})
-    if not sure:  # two may have come at the same moment: the last to write stays
-        time.sleep(0.5)
-        if (now := _read(path)) is None or now.get("nonce") != me["nonce"]:
-            raise _in_use(folder, (now or {}).get("owner"))
+    atomic.write_json(path, {**lease, "number": 0})
+    if not has_kernel_lock:  # two may have come at the same moment: the last to write stays
+        time.sleep(SETTLE_S)
+        now = _read(path) or {}
+        if now.get("nonce") != lease["nonce"]:
+            raise _in_use(folder, now.get("owner"))
     thread = threading.Thread(target=renew, name="lease", daemon=True)
     thread.start()
     try:
@@ -99,7 +134,7 @@ def _lease(folder: Path, *, sure: bool) -> Iterator[None]:
 
 
 def _watch(path: Path, before: dict[str, Any], folder: Path) -> None:
-    """Raises SettingsError if somebody renews the lease."""
+    """Return when the lease is gone, or was not renewed for WATCH_DURATION_S. Raises SettingsError if it is renewed."""
     end = time.monotonic() + WATCH_DURATION_S
     while time.monotonic() < end:
         time.sleep(RENEW_INTERVAL_S / 10)
@@ -111,7 +146,7 @@ def _watch(path: Path, before: dict[str, Any], folder: Path) -> None:
 
 
 def _machine() -> str:
-    """The same for all processes that share a kernel, and with it the locks."""
+    """The same for all processes that share a kernel, and with it the locks; containers have hostnames of their own."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
@@ -119,8 +154,9 @@ def _machine() -> str:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
+    """The content of a lease; None if it is missing or damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return content if isinstance(content, dict) else None

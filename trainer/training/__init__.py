@@ -1,8 +1,11 @@
-"""One optimiser step, and what changes with it.
+"""One optimiser step, and everything that changes with it.
 
-Read `loop`, `gradients`, `objective`, `optimizers`, `state` (all that a checkpoint restores), `step_guard` (steps
-with bad
-numbers are skipped), `ema`, `text_encoders`, `distributed` (several GPUs), `random_state` and `stop_flag`.
+Read `loop` (the step, in order), `gradients` (seeds, mean, halving when memory runs out), `objective` (noise, target,
+loss), `state` (all that a checkpoint restores), `optimizers`, `ema`, `step_guard` (skips steps with bad numbers),
+`text_encoders` (that train too), `distributed` (several GPUs: what is summed when), `random_state` and `stop_flag`.
 
-Imports `trainer.data`, `trainer.engine` and the packages below them.
+Shapes: a suffix of letters names the axes of a tensor; each file that uses them has a legend.
+
+Imports `trainer.data`, `trainer.engine` and the packages below them; names no model family. `trainer.checkpoints` and
+`trainer.job` import it.
 """

@@ -1,11 +1,18 @@
-"""Several processes, each with a GPU of its own, train one LoRA: who does what, and the sums over all of them.
+"""Several processes, each with one GPU, train one LoRA: who does what, and what is summed when.
 
-The first process prepares, samples, saves and logs; the others take what it has prepared, and wait while it does
-something alone. In a step each computes its own micro-batches, and `Workers.mean_gradient` replaces each process's
-gradient by that of all images, so that all take the same step and keep the same weights and optimiser state.
+The first process prepares the data, samples, saves and logs. The others train on the data that it has prepared, and
+wait (`Workers.on_first`) while it does something alone.
 
-No time-out here matters. A process that fails ends with its own exit code, and the one that started them all
-(entrypoint/processes/launch.py) ends the others, which may wait for it in a call that no signal interrupts.
+In each step every process computes its own micro-batches; then `Workers.mean_gradient` sums over all processes:
+1. three fp32 numbers: the losses of the images, their count, and whether the first process was asked to stop;
+2. the gradient of all adapters, one flat fp32 tensor, each process's mean weighted by the number of its images.
+Afterwards all hold the same gradient and take the same optimiser step, so they keep the same weights and optimiser
+state, and saving one copy is enough. `Workers.check_same` compares the weights' bits at the start and at each save.
+
+Outside of the steps, `all_agree` and `check_same` compare a few integers on the host: the largest over all processes.
+
+No time-out is needed here. A process that fails ends with its own exit code, and the entrypoint, which started them all
+(entrypoint/processes/launch.py), ends the others: these may wait for it in a call that no signal interrupts.
 """
 
 from __future__ import annotations
@@ -24,21 +31,30 @@ from trainer.spec.errors import KilnError, PeerError, SettingsError, StopRequest
 from trainer.spec.plan import RANK_VARIABLE, TEAM_VARIABLE
 from trainer.training.stop_flag import StopFlag
 
+# With GPUs, tensors of the host (`_largest`) go through gloo, and those of the device through NCCL.
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
-UNLIMITED = datetime.timedelta(days=100)
-POLL_S = 0.05
+NO_TIMEOUT = datetime.timedelta(days=100)  # torch has no word for "none"
+POLL_INTERVAL_S = 0.05
 
 
 class Workers:
-    """This process, number `process_rank` of `size`. They share `folder`, which goes with the job."""
+    """The processes that train together, seen from number `process_rank` of `size`.
+
+    They share `folder`, which is removed after the job.
+    """
 
     def __init__(
         self, process_rank: int = 0, size: int = 1, folder: Path | None = None, *, stop: StopFlag | None = None
     ) -> None:
-        self.process_rank, self.size, self.folder = process_rank, size, folder or Path()
-        self._stop, self._stopping = stop or StopFlag(), False
-        self._turns, self._parent = 0, os.getppid()
-        self._said: tuple[tuple[float, ...], torch.Tensor] | None = None
+        self.process_rank = process_rank
+        self.size = size
+        self.folder = folder or Path()
+        self._stop = stop or StopFlag()
+        self._all_stopping = False
+        self._turns = 0  # how often the first process worked alone
+        self._parent = os.getppid()
+        # Loss, images and stop request of the last step but for the loss, and the same on the device.
+        self._own_totals: tuple[tuple[float, float, float], torch.Tensor] | None = None
 
     @property
     def is_first(self) -> bool:
@@ -46,132 +62,141 @@ class Workers:
 
     @property
     def own_folder(self) -> Path:
-        """Where another than the first writes what a job writes; if it fails, the entrypoint finds the reason there."""
+        """Where a process other than the first writes its status. The entrypoint looks there for why it failed."""
         return self.folder / f"rank-{self.process_rank}"
 
     @property
     def stopping(self) -> bool:
-        """Whether the first process was asked to stop; all have the same answer between two steps."""
-        return self._stopping if self.size > 1 else self._stop.requested
+        """Whether the first process was asked to stop. Between two steps all processes have the same answer."""
+        return self._all_stopping if self.size > 1 else self._stop.requested
 
     def connect(self, device: str) -> None:
-        """Meet the others, on `device`. What talks between GPUs takes its memory now."""
+        """Meet the other processes, on `device` (a torch device type). Takes the memory that NCCL needs now.
+
+        Raises SettingsError where they do not reach each other.
+        """
         if self.size == 1:
             return
         store = dist.FileStore(str(self.folder / "store"), self.size)
-        backend, rank, size = BACKENDS[device], self.process_rank, self.size
         try:
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=UNLIMITED)
+            dist.init_process_group(
+                BACKENDS[device], store=store, rank=self.process_rank, world_size=self.size, timeout=NO_TIMEOUT
+            )
             dist.all_reduce(torch.zeros(1, device=device))
         except RuntimeError as problem:
             raise SettingsError(
-                f"NUM_GPUS={self.size}: the processes cannot talk to each other: {_said(problem)}. Fix: give the "
-                "container shared memory (docker run --ipc=host), or set NUM_GPUS=1."
+                f"NUM_GPUS={self.size}: the processes cannot talk to each other: {_first_lines(problem)}. Fix: give "
+                "the container shared memory (docker run --ipc=host), or set NUM_GPUS=1."
             ) from problem
 
     def disconnect(self) -> None:
-        """All that is done together is done."""
+        """End the connection; nothing is summed or compared any more."""
         if self.size > 1:
             dist.destroy_process_group()
 
-    def on_first(self, work: Callable[[], None], check_in: Callable[[], None]) -> None:
-        """The first process does `work`; the others wait for it."""
+    def on_first(self, task: Callable[[], None], check_in: Callable[[], None]) -> None:
+        """The first process does `task`; the others wait for it, and call `check_in` meanwhile."""
         self._turns += 1
         done = self.folder / f"turn-{self._turns}"
-        if self.is_first:
-            work()
-            if self.size > 1:
-                done.touch()
-        else:
+        if not self.is_first:
             self.wait_for(done, check_in)
+            return
+        task()
+        if self.size > 1:
+            done.touch()
 
-    def all_agree(self, good: bool) -> bool:
-        """Whether it is so for every process."""
-        return not any(self._largest([int(not good)]))
+    def all_agree(self, answer: bool) -> bool:
+        """Whether `answer` is true in every process."""
+        return not any(self._largest([int(not answer)]))
 
     def check_same(self, params: Sequence[torch.Tensor]) -> None:
-        """Raises KilnError unless all processes have the same bits in `params`."""
+        """Raises KilnError unless `params` (fp32) have the same bits in all processes, by the sums of these."""
         if self.size == 1:
             return
         sums = torch.stack([p.detach().view(torch.int32).sum(dtype=torch.int64) for p in params]).tolist()
-        if self._largest(sums) != [-each for each in self._largest([-each for each in sums])]:
-            raise KilnError(f"The {self.size} processes have come to different weights, which must not happen.")
+        largest = self._largest(sums)
+        smallest = [-value for value in self._largest([-value for value in sums])]
+        if largest != smallest:
+            raise KilnError(f"The {self.size} processes have different weights, which must not happen.")
 
-    def mean_gradient(self, flat: torch.Tensor, losses_B: Sequence[torch.Tensor]) -> torch.Tensor:
-        """What is for `heard`, which alone waits for it. `losses_B`: the losses of one's own pictures.
+    def mean_gradient(self, flat_grad: torch.Tensor, losses: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Replace `flat_grad`, the mean over this process's images, by the mean over those of all processes.
 
-        `flat`, each process's mean gradient over its own pictures, becomes the mean over all. Two sums do it: of the
-        gradients, and of the pictures, the wish to stop, and losses.
+        `losses`: (B,) for each of this process's micro-batches. Returns a tensor (3,) for `read_totals`: mean loss,
+        number of images, and how many processes were asked to stop. Nothing here waits for the device.
         """
-        own = sum(len(each) for each in losses_B)
+        own_images = sum(len(losses_B) for losses_B in losses)
         if self.size == 1:
-            loss = torch.cat(list(losses_B)).mean()
-            return torch.stack([loss, torch.full_like(loss, own), torch.zeros_like(loss)])
-        said = (0.0, float(own), float(self._stop.requested))
-        if self._said is None or self._said[0] != said:  # the same in nearly all steps: no copy to wait for
-            self._said = said, torch.tensor(said, device=flat.device)
-        told = self._said[1].clone()
-        if losses_B:
-            told[0] = torch.cat(list(losses_B)).sum()
-        flat.mul_(own)
-        with _peers():
-            dist.all_reduce(told)
-            dist.all_reduce(flat)
-        flat.div_(told[1])
-        told[0] /= told[1]
-        return told
+            loss = torch.cat(list(losses)).mean()
+            return torch.stack([loss, torch.full_like(loss, own_images), torch.zeros_like(loss)])
+        own_totals = (0.0, float(own_images), float(self._stop.requested))
+        # They are the same in nearly all steps. A copy to the device would wait for it.
+        if self._own_totals is None or self._own_totals[0] != own_totals:
+            self._own_totals = own_totals, torch.tensor(own_totals, device=flat_grad.device)
+        totals_3 = self._own_totals[1].clone()
+        if losses:
+            totals_3[0] = torch.cat(list(losses)).sum()
+        flat_grad.mul_(own_images)
+        with _peer_errors():
+            dist.all_reduce(totals_3)
+            dist.all_reduce(flat_grad)
+        flat_grad.div_(totals_3[1])
+        totals_3[0] /= totals_3[1]
+        return totals_3
 
     def read_totals(self, step_totals_3: torch.Tensor, norm: torch.Tensor) -> tuple[float, int, float]:
-        """The mean loss over the pictures of all processes, their number, and `norm`: waits for the device."""
-        loss, images, stopping, number = torch.cat([step_totals_3, norm[None]]).tolist()
-        self._stopping = stopping > 0
-        return loss, round(images), number
+        """Mean loss over the images of all processes, their number, and `norm` (a scalar). Waits for the device."""
+        loss, images, stopping, norm_value = torch.cat([step_totals_3, norm[None]]).tolist()
+        self._all_stopping = stopping > 0
+        return loss, round(images), norm_value
 
     def _largest(self, values: list[int]) -> list[int]:
-        """Of each value, the largest of any process."""
+        """For each place in `values`, the largest value of any process there."""
         if self.size == 1:
             return values
-        found = torch.tensor(values, dtype=torch.int64)
-        with _peers():
-            dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return found.tolist()
+        largest = torch.tensor(values, dtype=torch.int64)
+        with _peer_errors():
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest.tolist()
 
     def wait_for(self, path: Path, check_in: Callable[[], None]) -> None:
         """Wait until `path` exists. Raises StopRequestedError when the process that started this one has ended."""
         while not path.exists():
             check_in()
             if os.getppid() != self._parent:
-                raise StopRequestedError("The process that started this one is gone.", exit_code=143)
-            time.sleep(POLL_S)
+                raise StopRequestedError("The process that started this one has ended.", exit_code=143)
+            time.sleep(POLL_INTERVAL_S)
 
 
 def workers_from_environment(size: int, environment: Mapping[str, str], stop: StopFlag) -> Workers:
-    """This process's place among `size`, as the entrypoint has told it. Raises SettingsError where it has not."""
+    """This process's place among `size`, from the entrypoint's variables. Raises SettingsError without them."""
     if size == 1:
         return Workers(stop=stop)
     if TEAM_VARIABLE not in environment:
         raise SettingsError(
-            f"The plan is for NUM_GPUS={size} processes, and this is one alone: start it by python -m entrypoint."
+            f"The plan is for NUM_GPUS={size} processes, but this one was started alone. Start the job with "
+            "python -m entrypoint."
         )
     return Workers(process_rank(environment), size, Path(environment[TEAM_VARIABLE]), stop=stop)
 
 
 def process_rank(environment: Mapping[str, str]) -> int:
-    """Which of the processes this is; 0 where there is one."""
+    """The number of this process, from 0; 0 where it is the only one."""
     return int(environment.get(RANK_VARIABLE, "0"))
 
 
 @contextlib.contextmanager
-def _peers() -> Iterator[None]:
-    """Around what is done together: where it fails, another process is the reason."""
+def _peer_errors() -> Iterator[None]:
+    """Inside, a RuntimeError is raised as PeerError: a collective fails because another process has ended."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as problem:
-        raise PeerError(f"Another process of this job does not answer: {_said(problem)}.") from problem
+        raise PeerError(f"Another process of this job does not answer: {_first_lines(problem)}.") from problem
 
 
-def _said(problem: RuntimeError) -> str:
-    """The lines of it that are for people."""
-    return "; ".join(line.partition(". This is typically")[0] for line in str(problem).splitlines()[:4])
+def _first_lines(problem: RuntimeError) -> str:
+    """The first four lines of the message, without torch's hints: C++ stack frames follow."""
+    lines = str(problem).splitlines()[:4]
+    return "; ".join(line.partition(". This is typically")[0] for line in lines)

@@ -1,4 +1,16 @@
-"""The training loop: a generator of steps that names no model family and no weight format."""
+"""The training loop: a generator of optimiser steps that names no model family and no weight format.
+
+One step, in order:
+1. `Backward` adds the gradients of this process's micro-batches (`gradients`: seeds, the mean over images, halving
+   when memory runs out). Nothing waits for the device.
+2. The next group is read from the cache, and its first micro-batch is sent to the device, while that still computes.
+3. `Workers.mean_gradient` replaces the gradient by the mean over the images of all processes (`distributed`).
+4. The gradient is clipped.
+5. `Workers.read_totals` reads loss, number of images and gradient norm: the only place where a step waits for the
+   device.
+6. `StepGuard` decides by these numbers whether the optimiser steps. Every process has the same numbers, so all decide
+   the same.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +18,33 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 
 from trainer.data.batches import MicroBatch
 from trainer.engine.cuda_graphs import EagerStep
 from trainer.spec.errors import KilnError, NumbersError
+from trainer.training import objective as objectives
 from trainer.training.distributed import Workers
 from trainer.training.gradients import Backward, Predict, seeded
-from trainer.training.objective import Objective, loss
-from trainer.training.step_guard import StepGuard, cause
+from trainer.training.objective import Objective
+from trainer.training.step_guard import StepGuard, likely_cause
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
+
+VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # 0: clean, 1: pure noise
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimiser step was."""
+    """The result of one optimiser step."""
 
     number: int  # from 1
     epoch: int  # from 1
-    images: int
-    loss: float
-    grad_norm: float
-    skipped: bool = False  # the numbers were bad: the weights are as they were
+    images: int  # of all processes
+    loss: float  # mean over these images
+    grad_norm: float  # before clipping
+    skipped: bool = False  # the numbers were bad, and the weights are unchanged
 
 
 def train(
@@ -52,41 +65,48 @@ def train(
 ) -> Iterator[Step]:
     """One optimiser step for each group of micro-batches; yields after each.
 
-    `groups`: (epoch, micro-batches); the gradient is the mean over the pictures of a group, whatever the sizes of its
-    micro-batches, and of all groups of that step in `workers`: of the step's micro-batches each process has every so
-    manieth. `runner` runs them. A step to whose numbers `guard` objects leaves the weights as they are. Raises
-    NumbersError when that was once too often, and OutOfMemoryError where not even one picture fits.
+    `groups`: (epoch, this process's micro-batches of one step). Each of N processes takes every N-th micro-batch of the
+    step. The gradient is the mean over all images of the step, whatever the sizes of the micro-batches. `runner`:
+    computes the gradients of `params`, step by step or from CUDA graphs. `max_grad_norm`: 0 does not clip.
+
+    Raises NumbersError when `guard` has skipped more steps than it allows, and OutOfMemoryError where not even one
+    image fits. An error while reading `groups` is raised after the step before it is done.
     """
-    runner, workers = runner or EagerStep(params), workers or Workers()
+    runner = runner or EagerStep(params)
+    workers = workers or Workers()
     backward = Backward(
         predict, objective, torch.Generator(device), seed, guard, runner, workers.process_rank, workers.size
     )
-    given, unread = iter(groups), None
-    number, upcoming = first_step, next(given, None)
+    remaining = iter(groups)
+    unread: Exception | None = None
+    number = first_step
+    upcoming = next(remaining, None)
     while upcoming is not None:
         epoch, group = upcoming
-        losses_B = backward(group, number)
+        losses = backward(group, number)
         try:
-            upcoming = next(given, None)
-        except (OSError, ValueError, KilnError) as problem:  # this step is done first, and saved if it is due
-            upcoming, unread = None, problem
+            upcoming = next(remaining, None)
+        except (OSError, ValueError, KilnError) as problem:
+            # Raised below, after this step: it may be due to be saved.
+            upcoming = None
+            unread = problem
         if upcoming is not None:
-            backward.begin(upcoming[1], number + 1)
+            backward.prefetch(upcoming[1], number + 1)
         if guard.scale != 1:
             runner.flat_grad.div_(guard.scale)
-        step_totals_3 = workers.mean_gradient(runner.flat_grad, losses_B)
+        step_totals_3 = workers.mean_gradient(runner.flat_grad, losses)
         clipped = torch.nn.utils.clip_grad_norm_(params, max_grad_norm or float("inf"))
         loss, images, norm = workers.read_totals(step_totals_3, clipped)  # the step's one wait for the device
         overflow = guard.overflows(loss, norm)
-        objection = None if overflow else guard.objection(loss, norm)
+        objection = None
+        if not overflow:
+            objection = guard.objection(loss, norm)
         if overflow:
-            log.info("Step %d is skipped: its gradient overflows; from now on it is scaled by %g.", number, guard.scale)
+            log.info("Step %d is skipped: its gradient overflows; the loss scale is now %g.", number, guard.scale)
         elif objection is None:
             optimizer.step()
         else:
-            lost = [x for each in losses_B for x in each.tolist()]
-            elsewhere = workers.size > 1 and not math.isfinite(loss) and all(map(math.isfinite, lost))
-            _skip(number, group, None if elsewhere else lost, guard=guard, params=params, objection=objection)
+            _skip(number, group, losses, loss=loss, guard=guard, params=params, workers=workers, objection=objection)
         schedule.step()
         runner.clear()
         yield Step(number, epoch, images, loss, norm, skipped=overflow or objection is not None)
@@ -98,47 +118,59 @@ def train(
 def _skip(
     number: int,
     group: list[MicroBatch],
-    lost: list[float] | None,
+    losses: list[torch.Tensor],
     *,
+    loss: float,
     guard: StepGuard,
     params: Sequence[torch.nn.Parameter],
+    workers: Workers,
     objection: str,
 ) -> None:
-    """Say what is wrong with a step and count it; raises NumbersError when that was once too often.
+    """Log why step `number` is skipped, and count it. Raises NumbersError when more are skipped than allowed.
 
-    `lost`: the loss of each picture; None: those of another process are the reason.
+    `losses`: those of this process's micro-batches; `loss`: the mean over all processes.
     """
-    names = [name for batch in group for name in batch.names]
-    inputs = [
-        (name, [batch.moments_B2CHW[i], *(v[i] for v in batch.text.values())])
-        for batch in group
-        for i, name in enumerate(batch.names)
-    ]
-    why = "a picture of another process, which tells of it"
-    if lost is not None:
-        why = cause(inputs, list(zip(names, lost, strict=True)), params)
-    told = f"Step {number} is skipped: {objection}. Pictures: {', '.join(names)}. Most likely {why}."
+    names = []
+    inputs = []
+    for batch in group:
+        for i, name in enumerate(batch.names):
+            names.append(name)
+            inputs.append((name, [batch.moments_B2CHW[i], *(tensor[i] for tensor in batch.text.values())]))
+    own_losses = [value for losses_B in losses for value in losses_B.tolist()]
+    if workers.size > 1 and not math.isfinite(loss) and all(map(math.isfinite, own_losses)):
+        cause = "an image of another process, whose log names it"
+    else:
+        cause = likely_cause(inputs, list(zip(names, own_losses, strict=True)), params)
+    message = f"Step {number} is skipped: {objection}. Images: {', '.join(names)}. Most likely {cause}."
     if not guard.skip():
         raise NumbersError(
-            f"{told} That is the {guard.skipped}. such step of this run, and PARAMS_MAX_SKIPPED_STEPS is {guard.limit}."
+            f"{message} This run has now skipped {guard.skipped} steps, more than PARAMS_MAX_SKIPPED_STEPS="
+            f"{guard.limit} allows."
         )
-    log.warning("%s (%d of %d that are allowed)", told, guard.skipped, guard.limit)
+    log.warning("%s (%d of the %d skipped steps that are allowed)", message, guard.skipped, guard.limit)
 
 
 def validation_loss(
     batches: Iterable[MicroBatch], *, predict: Predict, objective: Objective, device: str, seed: int
 ) -> float:
-    """Mean loss of held-out pictures at fixed times and fixed noise, comparable between steps and runs."""
-    generator, total, count = torch.Generator(device), 0.0, 0
+    """Mean loss of the held-out images at fixed times and with fixed noise, comparable between steps and runs.
+
+    It takes the mean of each image's latents instead of a draw. 0 without images.
+    """
+    generator = torch.Generator(device)
+    total = 0.0
+    count = 0
     with torch.no_grad():
         for i, batch in enumerate(batches):
-            here = batch.to(device)
-            mean_BCHW = here.moments_B2CHW.chunk(2, dim=1)[0]
+            on_device = batch.to(device)
+            mean_BCHW = on_device.moments_B2CHW.chunk(2, dim=1)[0]
             seeded(generator, seed, i)
-            for time in (0.1, 0.3, 0.5, 0.7, 0.9):
-                noise = torch.randn(mean_BCHW.shape, generator=generator, device=device)
-                drawn = objective.at(mean_BCHW, torch.full((len(mean_BCHW),), time, device=device), noise)
-                predicted = predict(drawn.noisy_BCHW, drawn.t_B, here)
-                total += loss(predicted, drawn, mask_B1HW=None, weight_B=here.weight_B).sum().item()
+            for time in VALIDATION_TIMES:
+                noise_BCHW = torch.randn(mean_BCHW.shape, generator=generator, device=device)
+                t_B = torch.full((len(mean_BCHW),), time, device=device)
+                noised = objective.at(mean_BCHW, t_B, noise_BCHW)
+                predicted_BCHW = predict(noised.noisy_BCHW, noised.t_B, on_device)
+                losses_B = objectives.loss(predicted_BCHW, noised, mask_B1HW=None, weight_B=on_device.weight_B)
+                total += losses_B.sum().item()
                 count += len(mean_BCHW)
     return total / max(count, 1)

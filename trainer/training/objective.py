@@ -1,6 +1,10 @@
-"""What the denoiser is trained to predict: noisy latents, the target, and the weight of each picture, in fp32.
+"""What the denoiser is trained to predict: noisy latents, the target, and the weight of each image, in fp32.
 
-Shapes: B pictures, C latent channels, H and W latent rows and columns, T steps of a discrete schedule.
+Letters: B images, C latent channels, H and W rows and columns of the latents, T steps of a discrete schedule; 1 where a
+tensor is broadcast.
+
+`FlowMatching` is for Flux.1 and SD3, `Denoising` for SDXL. Both have `add_noise` (random times and noise), `at` (given
+times and noise) and `prediction`. Times run from 0 (clean) to 1 (pure noise).
 """
 
 from __future__ import annotations
@@ -19,15 +23,15 @@ from trainer.spec.plan import TrainPlan
 
 @dataclass(frozen=True)
 class NoisedBatch:
-    """One micro-batch, ready for the denoiser."""
+    """One micro-batch, ready for the denoiser; all in fp32."""
 
     noisy_BCHW: torch.Tensor
     target_BCHW: torch.Tensor
     t_B: torch.Tensor  # 0: clean, 1: pure noise
-    weight_B: torch.Tensor
+    weight_B: torch.Tensor  # of the loss, by time
 
     def part(self, rows: slice) -> NoisedBatch:
-        """Some of the pictures."""
+        """The images `rows` of it."""
         return NoisedBatch(self.noisy_BCHW[rows], self.target_BCHW[rows], self.t_B[rows], self.weight_B[rows])
 
 
@@ -48,16 +52,19 @@ class FlowMatching:
         """Random times and noise for `latents_BCHW`, from `generator` (on the same device)."""
         b, _, h, w = latents_BCHW.shape
         t_B = self.times(b, tokens=h * w // 4, generator=generator)
-        return self.at(latents_BCHW, t_B, noise(latents_BCHW, offset=self.noise_offset, generator=generator))
+        noise_BCHW = noise(latents_BCHW, offset=self.noise_offset, generator=generator)
+        return self.at(latents_BCHW, t_B, noise_BCHW)
 
     def at(self, latents_BCHW: torch.Tensor, t_B: torch.Tensor, noise_BCHW: torch.Tensor) -> NoisedBatch:
         """The same at given times with given noise."""
-        clean, t_B111 = latents_BCHW.float(), t_B.float()[:, None, None, None]
-        noisy = (1 - t_B111) * clean + t_B111 * noise_BCHW
-        return NoisedBatch(noisy, noise_BCHW - clean, t_B.float(), self.weight(t_B.float()))
+        clean_BCHW = latents_BCHW.float()
+        t_B = t_B.float()
+        t_B111 = t_B[:, None, None, None]
+        noisy_BCHW = (1 - t_B111) * clean_BCHW + t_B111 * noise_BCHW
+        return NoisedBatch(noisy_BCHW, noise_BCHW - clean_BCHW, t_B, self.weight(t_B))
 
     def times(self, count: int, *, tokens: int, generator: torch.Generator) -> torch.Tensor:
-        """`count` times in (0, 1). `tokens`: of one picture after 2×2 patches; used by flux_shift alone.
+        """`count` times in (0, 1). `tokens`: of one image after 2×2 patches; used by flux_shift only.
 
         uniform; sigmoid and logit_normal: sigmoid of a standard normal; shift: that, moved towards noise by
         s·t / (1 + (s - 1)·t); flux_shift: the same with the s = exp(mu) of Flux.1, where mu grows linearly from 0.5
@@ -72,11 +79,12 @@ class FlowMatching:
         if self.sampling == "shift":
             return shifted(t_B, self.shift)
         if self.sampling == "flux_shift":
-            return shifted(t_B, math.exp(0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)))
+            mu = 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)
+            return shifted(t_B, math.exp(mu))
         raise ValueError(f"unknown timestep sampling {self.sampling}")
 
     def weight(self, t_B: torch.Tensor) -> torch.Tensor:
-        """Loss weights by time: none, sigma_sqrt (t^-2), cosmap (as in diffusers' SD3 training)."""
+        """Loss weights (B,) by time: none, sigma_sqrt (t^-2), cosmap (as in diffusers' SD3 training)."""
         if self.weighting == "none":
             return torch.ones_like(t_B)
         if self.weighting == "sigma_sqrt":
@@ -94,26 +102,31 @@ class Denoising:
     latents (v_prediction). A time t is step / T.
     """
 
-    signal_T: torch.Tensor  # the cumulated product of 1 - beta: the share of the latents in the noisy ones' variance
+    signal_T: torch.Tensor  # cumulative product of 1 - beta: the share of the latents in the variance of the noisy ones
     prediction: str = "epsilon"
-    min_snr_gamma: float = 0.0  # 0: every step counts the same
+    min_snr_gamma: float = 0.0  # 0: every step of the schedule has the same weight
     noise_offset: float = 0.0
 
     def add_noise(self, latents_BCHW: torch.Tensor, generator: torch.Generator) -> NoisedBatch:
-        """Random steps, all alike probable, and noise for `latents_BCHW`, from `generator` (on the same device)."""
+        """Uniformly random steps, and noise for `latents_BCHW`, from `generator` (on the same device)."""
         count = len(self.signal_T)
         step_B = torch.randint(count, latents_BCHW.shape[:1], generator=generator, device=generator.device)
-        return self.at(latents_BCHW, step_B / count, noise(latents_BCHW, offset=self.noise_offset, generator=generator))
+        noise_BCHW = noise(latents_BCHW, offset=self.noise_offset, generator=generator)
+        return self.at(latents_BCHW, step_B / count, noise_BCHW)
 
     def at(self, latents_BCHW: torch.Tensor, t_B: torch.Tensor, noise_BCHW: torch.Tensor) -> NoisedBatch:
         """The same at given times, rounded to steps, with given noise."""
-        clean, count = latents_BCHW.float(), len(self.signal_T)
+        clean_BCHW = latents_BCHW.float()
+        count = len(self.signal_T)
         step_B = (t_B * count).round().long().clamp(0, count - 1)
-        signal_B = self.signal_T.to(clean.device)[step_B]
-        keep_B111, add_B111 = (x[:, None, None, None].sqrt() for x in (signal_B, 1 - signal_B))
-        velocity = self.prediction == "v_prediction"
-        target = keep_B111 * noise_BCHW - add_B111 * clean if velocity else noise_BCHW
-        return NoisedBatch(keep_B111 * clean + add_B111 * noise_BCHW, target, step_B / count, self.weight(signal_B))
+        signal_B = self.signal_T.to(clean_BCHW.device)[step_B]
+        signal_root_B111 = signal_B[:, None, None, None].sqrt()
+        noise_root_B111 = (1 - signal_B)[:, None, None, None].sqrt()
+        noisy_BCHW = signal_root_B111 * clean_BCHW + noise_root_B111 * noise_BCHW
+        target_BCHW = noise_BCHW
+        if self.prediction == "v_prediction":
+            target_BCHW = signal_root_B111 * noise_BCHW - noise_root_B111 * clean_BCHW
+        return NoisedBatch(noisy_BCHW, target_BCHW, step_B / count, self.weight(signal_B))
 
     def weight(self, signal_B: torch.Tensor) -> torch.Tensor:
         """Min-SNR-gamma (arXiv:2303.09556): min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for v."""
@@ -128,12 +141,12 @@ class Denoising:
 Objective = FlowMatching | Denoising
 
 
-def make_objective(kind: str, train: TrainPlan, *, scheduler: Path, device: str) -> Objective:
-    """The objective of a family (`Facts.objective`) for this plan; `scheduler`: the folder with its config.
+def make_objective(name: str, train: TrainPlan, *, scheduler: Path, device: str) -> Objective:
+    """The objective `name` of a family (`Facts.objective`: flow or denoising) under this plan.
 
-    Raises SettingsError if the model's scheduler and the plan do not go together.
+    `scheduler`: the folder with the config of the model's scheduler. Raises SettingsError if it does not fit the plan.
     """
-    if kind == "flow":
+    if name == "flow":
         return FlowMatching(
             train.timestep_sampling, train.discrete_flow_shift, train.loss_weighting, noise_offset=train.noise_offset
         )
@@ -141,7 +154,8 @@ def make_objective(kind: str, train: TrainPlan, *, scheduler: Path, device: str)
 
     # Whatever class of scheduler the model ships with, its config names the betas of training.
     schedule = DDPMScheduler.from_config({**DDPMScheduler.load_config(scheduler), **scheduler_changes(train)})
-    prediction, signal_T = schedule.config.prediction_type, schedule.alphas_cumprod.to(device)
+    prediction = schedule.config.prediction_type
+    signal_T = schedule.alphas_cumprod.to(device)
     if prediction not in ("epsilon", "v_prediction"):
         raise SettingsError(
             f"PARAMS_PREDICTION_TYPE=auto: the model's scheduler says {prediction}. Allowed: epsilon, v_prediction."
@@ -155,7 +169,7 @@ def make_objective(kind: str, train: TrainPlan, *, scheduler: Path, device: str)
 
 
 def scheduler_changes(train: TrainPlan) -> dict[str, Any]:
-    """What the plan changes in the config of the model's scheduler, for training and for samples."""
+    """The plan's changes of the config of the model's scheduler, for training and for samples (diffusers' keys)."""
     changes: dict[str, Any] = {}
     if train.prediction_type != "auto":
         changes["prediction_type"] = train.prediction_type
@@ -167,13 +181,17 @@ def scheduler_changes(train: TrainPlan) -> dict[str, Any]:
 
 
 def shifted(t_B: torch.Tensor, shift: float) -> torch.Tensor:
-    """Move times towards noise; shift 1 changes nothing."""
+    """Times (B,) moved towards noise, as SD3 does for large images (arXiv:2403.03206); 1 changes nothing."""
     return shift * t_B / (1 + (shift - 1) * t_B)
 
 
 def noise(latents_BCHW: torch.Tensor, *, offset: float, generator: torch.Generator) -> torch.Tensor:
-    """Standard normal noise, plus `offset` times one normal number for each picture and channel (Guttenberg 2023)."""
-    shape, device = latents_BCHW.shape, generator.device
+    """Standard normal noise, plus `offset` times one normal number for each image and channel.
+
+    The latter lets the model learn the brightness of whole images (Guttenberg 2023, "Diffusion with Offset Noise").
+    """
+    shape = latents_BCHW.shape
+    device = generator.device
     noise_BCHW = torch.randn(shape, generator=generator, device=device)
     if offset:
         noise_BCHW += offset * torch.randn(*shape[:2], 1, 1, generator=generator, device=device)
@@ -181,10 +199,13 @@ def noise(latents_BCHW: torch.Tensor, *, offset: float, generator: torch.Generat
 
 
 def loss(
-    predicted_BCHW: torch.Tensor, drawn: NoisedBatch, *, mask_B1HW: torch.Tensor | None, weight_B: torch.Tensor
+    predicted_BCHW: torch.Tensor, noised: NoisedBatch, *, mask_B1HW: torch.Tensor | None, weight_B: torch.Tensor
 ) -> torch.Tensor:
-    """Weighted mean squared error of each picture, shape (B,); a mask weighs the latents' pixels."""
-    error_BCHW = F.mse_loss(predicted_BCHW.float(), drawn.target_BCHW, reduction="none")
+    """Weighted mean squared error (B,) of each image.
+
+    `mask_B1HW`: weights of the latents' pixels. `weight_B`: of the images, besides those by time in `noised`.
+    """
+    error_BCHW = F.mse_loss(predicted_BCHW.float(), noised.target_BCHW, reduction="none")
     if mask_B1HW is not None:
         error_BCHW = error_BCHW * mask_B1HW
-    return error_BCHW.mean(dim=(1, 2, 3)) * drawn.weight_B * weight_B
+    return error_BCHW.mean(dim=(1, 2, 3)) * noised.weight_B * weight_B

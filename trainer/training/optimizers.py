@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules. The plan reads the tables, so torch is imported inside the functions."""
+"""Optimisers and learning-rate schedules, made by their names in trainer.spec.optimizers."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import contextlib
 import importlib
 import io
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
+
 from trainer.spec.optimizers import OPTIMIZERS
 
 
@@ -22,18 +22,24 @@ def make_optimizer(
     args: dict[str, Any],
     warmup_steps: int = 0,
 ) -> torch.optim.Optimizer:
-    """The optimiser `name` of OPTIMIZERS, ready to train; `params` may be groups with an `lr` of their own.
+    """The optimiser `name` of OPTIMIZERS, in training mode; `params` may be groups with an `lr` of their own.
 
-    TypeError for an argument that its class does not take.
+    `warmup_steps`: only for those with a warm-up of their own. Raises TypeError for an argument that its class lacks.
     """
-    module, _, cls = OPTIMIZERS[name].path.rpartition(".")
-    kind = getattr(importlib.import_module(module), cls)
-    ready = {k: tuple(v) if isinstance(v, list) else v for k, v in args.items()}
-    if OPTIMIZERS[name].own_warmup:
-        ready["warmup_steps"] = warmup_steps
+    spec = OPTIMIZERS[name]
+    module, _, class_name = spec.path.rpartition(".")
+    optimizer_class = getattr(importlib.import_module(module), class_name)
+    keywords = {}
+    for key, value in args.items():
+        keywords[key] = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
+    if spec.own_warmup:
+        keywords["warmup_steps"] = warmup_steps
+    # torch writes its settings into the groups, and the caller may make another optimiser of them.
+    groups = [dict(p) if isinstance(p, dict) else p for p in params]
     with contextlib.redirect_stdout(io.StringIO()):  # some greet with print
-        own = [dict(p) if isinstance(p, dict) else p for p in params]  # torch writes its settings into these
-        optimizer: torch.optim.Optimizer = kind(own, lr=learning_rate, weight_decay=weight_decay, **ready)
+        optimizer: torch.optim.Optimizer = optimizer_class(
+            groups, lr=learning_rate, weight_decay=weight_decay, **keywords
+        )
     set_training(optimizer, True)
     return optimizer
 
@@ -41,8 +47,8 @@ def make_optimizer(
 def make_schedule(
     name: str, optimizer: torch.optim.Optimizer, *, warmup_steps: int, total_steps: int, num_cycles: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """The schedule `name` of SCHEDULERS, one tick an optimiser step (diffusers' definitions)."""
-    from diffusers.optimization import get_scheduler
+    """The schedule `name` of SCHEDULERS as diffusers defines it, stepped once for each optimiser step."""
+    from diffusers.optimization import get_scheduler  # slow to import
 
     # diffusers' plain cosine counts half waves: 0.5 ends at zero, which is what "cosine" means to everyone.
     cycles: float = num_cycles if name == "cosine_with_restarts" else 0.5
@@ -57,35 +63,37 @@ def make_schedule(
 
 
 def is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the weights to use are others than those it trains at."""
+    """Whether the optimiser trains at other weights than those to use."""
     return hasattr(optimizer, "eval")
 
 
 def set_training(optimizer: torch.optim.Optimizer, on: bool) -> None:
-    """Schedule-free optimisers hold two sets of weights: the ones to train at, and the averaged ones to use."""
+    """Switch a schedule-free optimiser between the weights that it trains at and the averaged ones to use.
+
+    Other optimisers have one set of weights, and nothing to switch.
+    """
     switch = getattr(optimizer, "train" if on else "eval", None)
     if switch is not None:
         switch()
 
 
 def step_size(optimizer: torch.optim.Optimizer) -> float:
-    """The learning rate in force; for Prodigy, times its estimate `d`."""
+    """The current learning rate; for Prodigy, times its estimate `d`."""
     group = optimizer.param_groups[0]
     return float(group["lr"]) * float(group.get("d", 1.0))
 
 
 def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """`load_state_dict` that keeps the types of the tensors.
+    """`load_state_dict` that keeps the dtypes of the saved tensors.
 
-    torch casts every floating state to the parameter's type, which rounds nothing but makes an optimiser that keeps
-    some of its state in bf16 go on in fp32, and so elsewhere. Raises ValueError for a state of other parameters.
+    torch casts every floating-point state to the parameter's dtype. That rounds nothing, but an optimiser that keeps
+    some of its state in bf16 would continue in fp32, and so to other weights. Raises ValueError for a state of other
+    parameters.
     """
-    import torch
-
     optimizer.load_state_dict(state)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for number, saved in state["state"].items():
+        loaded = optimizer.state[params[number]]
         for key, value in saved.items():
-            loaded = optimizer.state[params[number]]
             if isinstance(value, torch.Tensor) and value.dtype != loaded[key].dtype:
                 loaded[key] = value.to(loaded[key].device, copy=True)

@@ -1,4 +1,7 @@
-"""The state of every random number generator, to save and to restore."""
+"""The state of every global random number generator, to save and to restore.
+
+Steps seed a generator of their own (`gradients.seeded`) and need none of these; libraries may.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,11 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """The global random generators of Python, NumPy and torch."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    """The state of the global generators of Python, NumPy and torch, as JSON values and tensors."""
+    generator, keys, position, has_gauss, gauss = np.random.get_state()
     state: dict[str, Any] = {
         "python": json.loads(json.dumps(random.getstate())),
-        "numpy": [str(kind), [int(k) for k in keys], position, has_gauss, gauss],
+        "numpy": [str(generator), [int(k) for k in keys], position, has_gauss, gauss],
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -24,11 +27,11 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put the global generators back to where `random_state` found them."""
+    """Restore the global generators from what `random_state` returned."""
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    generator, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((generator, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -1,4 +1,8 @@
-"""What is being trained: the adapters, their optimiser, its schedule, their average; and the state of it all."""
+"""Everything that changes with every step (`TrainingState`), and how it is saved and restored.
+
+`TrainingState.state` is a tree of dicts, lists, tensors and JSON values. Its keys are part of the file format: states
+on disk are read by later versions.
+"""
 
 from __future__ import annotations
 
@@ -32,20 +36,23 @@ class TrainingState:
     schedule: torch.optim.lr_scheduler.LRScheduler
     ema: Ema | None
     guard: StepGuard
-    stream: WeightStreamer | None = None  # of the denoiser's weights, where they wait on the host
+    weight_streamer: WeightStreamer | None = None  # of the denoiser's weights, where they stay in the host's memory
 
     @functools.cached_property
     def adapters(self) -> dict[str, torch.Tensor]:
-        """The live tensors by peft's names. Gathered once: on a large model that takes longer than to copy them."""
+        """The denoiser's live adapter tensors, by peft's names.
+
+        Gathered once: on a large model that takes longer than to copy them.
+        """
         return lora.state(self.denoiser)
 
     @functools.cached_property
     def text_adapters(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Likewise those of each text encoder that trains."""
+        """The live adapter tensors of each text encoder that trains, by component and peft's names."""
         return {component: lora.state(model) for component, model in self.texts.models.items()}
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next step depends on, besides the data."""
+        """Everything that the next step depends on, besides the data. The tensors are the live ones, not copies."""
         return {
             "adapters": self.adapters,
             "text_encoders": self.text_adapters,
@@ -57,22 +64,27 @@ class TrainingState:
         }
 
     def first_state(self) -> dict[str, Any]:
-        """A state as after a first step, of an optimiser that nothing else uses; all is left as it was.
+        """A state as after a first step, for the rehearsal: of the size of all later ones.
 
-        For what has to be known before: only that step makes an optimiser's own tensors.
+        Only a step creates an optimiser's own tensors. It is taken by a second optimiser with gradients of one, and the
+        parameters are restored afterwards, so nothing of what trains changes.
         """
-        kept, optimizer = [p.detach().clone() for p in self.optimizer_params], self.new_optimizer()
+        weights = [p.detach().clone() for p in self.optimizer_params]
+        optimizer = self.new_optimizer()
         try:
             for p in self.optimizer_params:
-                p.grad = torch.ones_like(p) if p.grad is None else p.grad.fill_(1)
+                if p.grad is None:
+                    p.grad = torch.ones_like(p)
+                else:
+                    p.grad.fill_(1)
             optimizer.step()
         finally:
             optimizer.zero_grad(set_to_none=True)
-            self._overwrite(kept)
+            self._overwrite(weights)
         return {**self.state(), "optimizer": optimizer.state_dict()}
 
     def restore(self, tree: dict[str, Any]) -> None:
-        """Put back what `state` gave. Raises SettingsError where it does not fit."""
+        """Put back what `state` returned. Raises SettingsError where it does not fit."""
         try:
             lora.load(self.denoiser, tree["adapters"])
             for component, model in self.texts.models.items():
@@ -81,35 +93,36 @@ class TrainingState:
             self.schedule.load_state_dict(tree["schedule"])
             if self.ema and tree["ema"]:
                 self.ema.steps = tree["ema"]["steps"]
-                self.ema.shadow = [
-                    s.to(p.device) for s, p in zip(tree["ema"]["shadow"], self.optimizer_params, strict=True)
-                ]
+                pairs = zip(tree["ema"]["shadow"], self.optimizer_params, strict=True)
+                self.ema.shadow = [shadow.to(p.device) for shadow, p in pairs]
         except (KeyError, ValueError) as problem:
-            what = "The state does not fit this plan, or another version of Kiln, which joined adapters otherwise"
-            raise SettingsError(f"{what}: {problem}.") from problem
+            message = "The state does not fit this plan. Another version of Kiln may have written it"
+            raise SettingsError(f"{message}: {problem}.") from problem
         self.guard.restore(tree["guard"])
         random_state.set_random_state(tree["random"])
 
     @property
     def has_averaged_weights(self) -> bool:
-        """Whether the weights to use are others than those that train."""
+        """Whether the weights to use differ from those that train: an EMA, or a schedule-free optimiser's average."""
         return self.ema is not None or optimizers.is_schedule_free(self.optimizer)
 
     @contextlib.contextmanager
     def inference_weights(self) -> Iterator[None]:
-        """Inside, the adapters are those to use: the average where there is one. Afterwards exactly what they were."""
+        """Inside, the adapters hold the weights to use: the average where there is one. Afterwards the former bits."""
         if not self.has_averaged_weights:
             yield
             return
-        kept = [p.detach().clone() for p in self.optimizer_params]
+        weights = [p.detach().clone() for p in self.optimizer_params]
         optimizers.set_training(self.optimizer, False)
         if self.ema:
             self._overwrite(self.ema.shadow)
         try:
             yield
         finally:
+            # A schedule-free optimiser computes its way back to the training weights, which rounds: so these are
+            # overwritten with a copy, and sampling leaves no trace in the run.
             optimizers.set_training(self.optimizer, True)
-            self._overwrite(kept)
+            self._overwrite(weights)
 
     def _overwrite(self, values: list[torch.Tensor]) -> None:
         with torch.no_grad():

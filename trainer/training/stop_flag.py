@@ -11,24 +11,24 @@ from types import FrameType
 from trainer.spec.errors import StopRequestedError
 
 log = logging.getLogger(__name__)
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class StopFlag:
-    """SIGTERM or SIGINT was received."""
+    """Whether SIGTERM, SIGINT or SIGHUP was received; SIGHUP counts as SIGTERM."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
 
     def listen(self) -> None:
-        """Handle SIGTERM, SIGINT and SIGHUP from now on, and stop when the parent process dies."""
+        """Handle SIGTERM, SIGINT and SIGHUP from now on; on Linux the death of the parent process sends SIGTERM."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._received)
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
     def ignore(self) -> None:
-        """Leave signals to the process that leads this one, also the terminal's and those to a whole group."""
+        """Ignore signals: the first process handles them, those from a terminal or to the process group included."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
 

@@ -1,6 +1,8 @@
 """CLIP text encoders that train along with the denoiser: adapters on them, and captions encoded anew in each step.
 
-Everything else that a caption means (T5's tokens, an encoder that stays frozen) comes from the cache as ever.
+Everything else that belongs to a caption (T5's tokens, an encoder that stays frozen) comes from the cache as ever.
+
+Letters: B captions, L tokens, D features.
 """
 
 from __future__ import annotations
@@ -18,18 +20,22 @@ from trainer.engine import adapters
 from trainer.lora_files import key_names, peft_bridge, weights
 from trainer.spec.family import ClipOutput, Family
 
+# All linear layers of a CLIP block, as in sd-scripts.
 TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """One text encoder with its tokenizer."""
+    """One text encoder with its tokenizer, both of transformers."""
 
     model: Any
     tokenizer: Any
 
     def __call__(self, captions: Sequence[str]) -> ClipOutput:
-        """As diffusers' pipelines encode, with a gradient where one is wanted."""
+        """Second to last hidden states (B, L, D) and pooled output (B, D), as diffusers' pipelines encode.
+
+        With a gradient where one is enabled.
+        """
         ids_BL = self.tokenizer(
             list(captions),
             padding="max_length",
@@ -44,7 +50,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class TextEncoders:
-    """Those that train, by diffusers' names (text_encoder, text_encoder_2); none, if the captions are all cached."""
+    """Those that train, by diffusers' names (text_encoder, text_encoder_2); none if all texts come from the cache."""
 
     family: Family
     encoders: dict[str, Encoder] = field(default_factory=dict)
@@ -53,26 +59,27 @@ class TextEncoders:
     def models(self) -> dict[str, Any]:
         return {component: encoder.model for component, encoder in self.encoders.items()}
 
-    def renewed(self, text: dict[str, torch.Tensor], captions: Sequence[str]) -> dict[str, torch.Tensor]:
-        """The cached `text` of `captions`, with what the trained encoders say now."""
+    def encode_trained(self, text: dict[str, torch.Tensor], captions: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The cached `text` of `captions`, with the outputs of the trained encoders in the place of the cached ones."""
         if not self.encoders:
             return text
-        return self.family.with_clip_outputs(text, {c: encoder(captions) for c, encoder in self.encoders.items()})
+        encoded = {component: encoder(captions) for component, encoder in self.encoders.items()}
+        return self.family.with_clip_outputs(text, encoded)
 
 
 def load(folder: Path, components: Collection[str], *, family: Family, device: str, dtype: torch.dtype) -> TextEncoders:
-    """The frozen encoders `components` of the model in `folder`."""
-    from transformers import AutoTokenizer
+    """The frozen encoders `components` of the model in `folder` (diffusers layout)."""
+    from transformers import AutoTokenizer  # slow to import
 
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    found = {}
+    encoders = {}
     for component in components:
         library, name = index[component]
-        kind: Any = getattr(importlib.import_module(library), name)
-        model = kind.from_pretrained(folder / component, dtype=dtype, use_safetensors=True, device_map=device)
+        model_class: Any = getattr(importlib.import_module(library), name)
+        model = model_class.from_pretrained(folder / component, dtype=dtype, use_safetensors=True, device_map=device)
         tokenizer = AutoTokenizer.from_pretrained(folder / component.replace("text_encoder", "tokenizer"))
-        found[component] = Encoder(model.requires_grad_(False).eval(), tokenizer)
-    return TextEncoders(family, found)
+        encoders[component] = Encoder(model.requires_grad_(False).eval(), tokenizer)
+    return TextEncoders(family, encoders)
 
 
 def blocks(model: Any) -> list[tuple[str, torch.nn.Module]]:
@@ -83,15 +90,24 @@ def blocks(model: Any) -> list[tuple[str, torch.nn.Module]]:
 
 
 def modules(state: dict[str, torch.Tensor], component: str, *, family_name: str, scale: float) -> weights.LoraModules:
-    """What is being trained in one encoder (`lora.state`), under the names that files have."""
-    found = peft_bridge.from_peft_state(state, prefix=component, fused={}, scale=scale)
-    return {key_names.name_in_files(name, family_name): adapter for name, adapter in found.items()}
+    """The adapters of one encoder (`adapters.state`), under the names that LoRA files use."""
+    by_own_name = peft_bridge.from_peft_state(state, prefix=component, fused={}, scale=scale)
+    return {key_names.name_in_files(name, family_name): adapter for name, adapter in by_own_name.items()}
 
 
-def start(model: Any, component: str, given: weights.LoraModules, *, family_name: str, scale: float) -> None:
-    """Begin with what a LoRA file has for one encoder. Raises ValueError where it does not fit."""
+def start(model: Any, component: str, loaded: weights.LoraModules, *, family_name: str, scale: float) -> None:
+    """Overwrite the adapters of one encoder with those of a LoRA file. Raises ValueError where they do not fit.
+
+    `loaded`: all modules of the file, by the names that files use.
+    """
     state = adapters.state(model)
-    names = {f"{component}.{key.removesuffix('.lora_A.weight')}" for key in state if key.endswith(".lora_A.weight")}
-    ours = {key_names.name_in_files(name, family_name): name for name in names}
-    own = {ours.get(name, name): a for name, a in given.items() if name.partition(".")[0] == component}
-    adapters.load(model, peft_bridge.to_peft_state(own, state, prefix=component, fused={}, scale=scale))
+    own_names = {}  # name in files → name in the model
+    for key in state:
+        if key.endswith(".lora_A.weight"):
+            name = f"{component}.{key.removesuffix('.lora_A.weight')}"
+            own_names[key_names.name_in_files(name, family_name)] = name
+    own_modules = {}
+    for name, adapter in loaded.items():
+        if name.partition(".")[0] == component:
+            own_modules[own_names.get(name, name)] = adapter
+    adapters.load(model, peft_bridge.to_peft_state(own_modules, state, prefix=component, fused={}, scale=scale))

@@ -110,4 +110,4 @@ def test_a_pickle_is_no_state(run, tiny, tmp_path):
     (folder / "state.json").write_text(json.dumps({"sha256": digests.digest(text), "text": text}))
     shutil.rmtree(run.out)
     assert run(lora={"resume_from": str(folder)}) == 78, run.said()
-    assert "not a whole state" in run.said() and not marker.exists()
+    assert "not a complete state" in run.said() and not marker.exists()

@@ -45,7 +45,7 @@ def test_without_the_spike_guard_the_same_loss_is_taken(run):
     [
         ({"kind": "loss", "factor": "nan"}, "overflow in the model's arithmetic"),
         ({"kind": "param", "factor": "3e38"}, "overflow in the model's arithmetic"),  # finite, its products are not
-        ({"kind": "grad", "factor": "inf"}, "overflow on the way back"),
+        ({"kind": "grad", "factor": "inf"}, "overflow in the backward pass"),
         ({"kind": "param", "factor": "inf"}, "the adapter's own weights are not finite"),
         ({"kind": "latents"}, "bad data"),
     ],
@@ -82,7 +82,7 @@ def test_out_of_memory_once_halves_the_micro_batch(run, tiny):
     """Two pictures at once, then one: the same draws and the same mean, so the weights agree to rounding."""
     assert run({"kind": "oom", "step": 7, "fits": 1, "times": 1000}) == 0, run.said()
     assert run.times_fired() == 1, "after the first time one picture is computed at once"
-    assert "out of memory with 2 pictures at once; from now on 1 at once" in run.said()
+    assert "out of memory with 2 images at once; from now on 1 at once" in run.said()
     expected = [json.loads(line) for line in (tiny.base / "first" / "metrics.jsonl").read_text().splitlines()]
     for got, undisturbed in zip(run.metrics()[:7], expected[:7], strict=True):
         assert got["loss"] == pytest.approx(undisturbed["loss"], rel=1e-5)
@@ -94,7 +94,7 @@ def test_out_of_memory_once_halves_the_micro_batch(run, tiny):
 def test_out_of_memory_without_end_stops_after_bounded_tries(run):
     assert run({"kind": "oom", "step": 7, "times": 1000}) == 75, run.said()
     assert run.times_fired() == 2
-    assert "one picture at once does not fit" in run.said() and run.states() == ["step-00000004"]
+    assert "even a single image does not fit" in run.said() and run.states() == ["step-00000004"]
 
 
 @pytest.mark.slow

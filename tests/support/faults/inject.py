@@ -47,9 +47,9 @@ def _around(module, name, *, before=lambda *a: None, after=lambda result, *a: re
 
 def loss(fault, due):
     """Losses are multiplied by `factor`: "nan", "inf", "100"."""
-    from trainer.training import loop
+    from trainer.training import objective
 
-    _around(loop.objective, "loss", after=lambda loss_B, *_: loss_B * float(fault["factor"]) if due() else loss_B)
+    _around(objective, "loss", after=lambda loss_B, *_: loss_B * float(fault["factor"]) if due() else loss_B)
 
 
 def grad(fault, due):
@@ -88,51 +88,51 @@ def oom(fault, due):
     """Whenever more than `fits` pictures are computed at once; or another RuntimeError with "error"."""
     import torch
 
-    from trainer.training import loop
+    from trainer.training import objective
 
     def refuse(predicted_BCHW, *_):
         if len(predicted_BCHW) > fault.get("fits", 0) and due():
             raise RuntimeError(fault["error"]) if "error" in fault else torch.OutOfMemoryError("made up")
 
-    _around(loop.objective, "loss", before=refuse)
+    _around(objective, "loss", before=refuse)
 
 
 def crash(fault, due):
-    from trainer.training import loop
+    from trainer.training import objective
 
     def fail(*_):
         if due():
             raise RuntimeError("a made-up bug")
 
-    _around(loop.objective, "loss", before=fail)
+    _around(objective, "loss", before=fail)
 
 
 def sleep(fault, due):
-    from trainer.training import loop
+    from trainer.training import objective
 
-    _around(loop.objective, "loss", before=lambda *_: time.sleep(fault["seconds"]) if due() else None)
+    _around(objective, "loss", before=lambda *_: time.sleep(fault["seconds"]) if due() else None)
 
 
 def hold_lock(fault, due):
     """A call of the C library that does not let go of Python's lock."""
     import ctypes
 
-    from trainer.training import loop
+    from trainer.training import objective
 
     libc = ctypes.PyDLL(None)
-    _around(loop.objective, "loss", before=lambda *_: libc.sleep(600) if due() else None)
+    _around(objective, "loss", before=lambda *_: libc.sleep(600) if due() else None)
 
 
 def stop_process(fault, due):
-    from trainer.training import loop
+    from trainer.training import objective
 
-    _around(loop.objective, "loss", before=lambda *_: os.kill(os.getpid(), signal.SIGSTOP) if due() else None)
+    _around(objective, "loss", before=lambda *_: os.kill(os.getpid(), signal.SIGSTOP) if due() else None)
 
 
 def signals(fault, due):
     """The process gets `signals` when the phase `phase` begins, or (without it) at the step."""
     from trainer.job import status
-    from trainer.training import loop
+    from trainer.training import objective
 
     def send():
         for number in fault["signals"]:
@@ -145,7 +145,7 @@ def signals(fault, due):
             after=lambda result, _, name: send() if name == fault["phase"] and due() else result,
         )
     else:
-        _around(loop.objective, "loss", before=lambda *_: send() if due() else None)
+        _around(objective, "loss", before=lambda *_: send() if due() else None)
 
 
 def system(fault, due):
@@ -183,13 +183,13 @@ def buffers(fault, due):
     """Fires whenever memory is taken for the copies of a save."""
     from trainer.checkpoints.snapshots import Snapshots
 
-    room = Snapshots._room
+    allocate = Snapshots._allocate
 
     def told(self, size, *, pinned):
         due()
-        return room(self, size, pinned=pinned)
+        return allocate(self, size, pinned=pinned)
 
-    Snapshots._room = told
+    Snapshots._allocate = told
 
 
 def clock_backwards(fault, due):
@@ -209,11 +209,11 @@ def forget(fault, due):
 
     restore = state.TrainingState.restore
 
-    def dequantize_rows(self, tree):
+    def restored(self, tree):
         without(tree)
         restore(self, tree)
 
-    state.TrainingState.restore = dequantize_rows
+    state.TrainingState.restore = restored
 
 
 KINDS = {

@@ -1,7 +1,9 @@
-"""What is done to queries and keys before attention, in plain torch: the reference of
-`trainer.engine.kernels.rope_triton`.
+"""Queries and keys before attention, in plain torch: RMSNorm by head, then the rotary embedding (arXiv 2104.09864).
 
-Each head's RMSNorm, and then each pair of its numbers turned by an angle of its token's place. `qkv`: (B, T, 3HD).
+The reference of `trainer.engine.kernels.rope_triton`, and what runs without Triton. Elements 2i and 2i + 1 of a head
+are rotated as a pair by an angle that depends on the token's position. Values are not changed.
+
+Letters: B images, T tokens, H heads, D features of a head. `qkv` is (B, T, 3HD): all heads of q, then of k, then of v.
 """
 
 from __future__ import annotations
@@ -20,16 +22,24 @@ def rotate(
     sin_TD: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries and keys, (B, T, H, D), of the tokens of `first` and then `second`; and values, if there is a second."""
-    q, k, v = first.unflatten(2, (3, -1, len(weight_q))).unbind(2)
-    q, k = _normed(q, weight_q, eps), _normed(k, weight_k, eps)
+    """Queries, keys and values, (B, T, H, D), of the tokens of `first` followed by those of `second`.
+
+    first, second: qkv of two sources (text and image), or of one. The weights, (D,), are those of the norms of q and k
+    for each source. Values are an empty tensor if there is no second source: they are where they were.
+    """
+    head_dim = len(weight_q)
+    q, k, v = first.unflatten(2, (3, -1, head_dim)).unbind(2)
+    q = _rms_norm(q, weight_q, eps)
+    k = _rms_norm(k, weight_k, eps)
     if second is not None and second_q is not None and second_k is not None:
-        more_q, more_k, more_v = second.unflatten(2, (3, -1, len(weight_q))).unbind(2)
-        q, k = torch.cat([q, _normed(more_q, second_q, eps)], 1), torch.cat([k, _normed(more_k, second_k, eps)], 1)
-        v = torch.cat([v, more_v], 1)
+        q2, k2, v2 = second.unflatten(2, (3, -1, head_dim)).unbind(2)
+        q = torch.cat([q, _rms_norm(q2, second_q, eps)], 1)
+        k = torch.cat([k, _rms_norm(k2, second_k, eps)], 1)
+        v = torch.cat([v, v2], 1)
     else:
         v = first.new_empty(0)
-    cos, sin = cos_TD[:, None].float(), sin_TD[:, None].float()
+    cos = cos_TD[:, None].float()
+    sin = sin_TD[:, None].float()
     q, k = (x * cos + torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2) * sin for x in (q, k))
     return q.to(first.dtype), k.to(first.dtype), v
 
@@ -46,21 +56,23 @@ def rotate_gradient(
     offset: int,
     eps: float,
 ) -> torch.Tensor:
-    """The gradient of one of the sources, which begins at the token `offset`."""
-    length = qkv.shape[1]
-    cos, sin = (t[offset : offset + length, None].float() for t in (cos_TD, sin_TD))
-    found = []
+    """The gradient of one source's qkv. gq, gk, gv: (B, T, H, D) of all tokens; the source's begin at `offset`."""
+    tokens = slice(offset, offset + qkv.shape[1])
+    cos = cos_TD[tokens, None].float()
+    sin = sin_TD[tokens, None].float()
+    gradients = []
     q, k, _ = qkv.float().unflatten(2, (3, -1, len(weight_q))).unbind(2)
-    for x, weight, g_joined in ((q, weight_q, gq), (k, weight_k, gk)):
-        g = g_joined[:, offset : offset + length].float()
-        turned = g * sin
-        g = g * cos + torch.stack([turned[..., 1::2], -turned[..., ::2]], -1).flatten(-2)
+    for x, weight, g_all in ((q, weight_q, gq), (k, weight_k, gk)):
+        g = g_all[:, tokens].float()
+        times_sin = g * sin
+        g = g * cos + torch.stack([times_sin[..., 1::2], -times_sin[..., ::2]], -1).flatten(-2)
         rstd = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
-        g, hat = g * weight.float(), x * rstd
-        found.append(rstd * (g - hat * (g * hat).mean(-1, keepdim=True)))
-    return torch.stack([*found, gv[:, offset : offset + length].float()], 2).flatten(2).to(qkv.dtype)
+        g = g * weight.float()
+        x_hat = x * rstd
+        gradients.append(rstd * (g - x_hat * (g * x_hat).mean(-1, keepdim=True)))
+    return torch.stack([*gradients, gv[:, tokens].float()], 2).flatten(2).to(qkv.dtype)
 
 
-def _normed(x_BTHD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+def _rms_norm(x_BTHD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
     x = x_BTHD.float()
     return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight_D.float()

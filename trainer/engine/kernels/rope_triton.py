@@ -1,4 +1,12 @@
-"""Triton kernels of what is done to queries and keys before attention, and of its gradient."""
+"""Triton kernels that normalise queries and keys by head and apply the rotary embedding; and their gradient.
+
+Separate operations would each read and write every query and key. One kernel reads them once, where the joined
+projection left them, and writes text's and image's tokens next to each other, as attention wants them.
+`trainer.engine.kernels.rope_reference` has the same functions in plain torch.
+
+Letters: B images, T tokens, H heads, D features of a head, a power of two. Parameters of kernels have no types, because
+Triton gives annotations a meaning of its own; only `tl.constexpr` is written.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +17,18 @@ from torch.library import triton_op, wrap_triton
 
 from trainer.engine.kernels import rope_reference as reference
 
-_HEADS = 8  # a program
+HEADS_PER_PROGRAM = 8  # of one token: with D = 128, 1,024 elements, 8 for each thread of 4 warps
 
 
 @triton.jit
-def _pairs(x, D: tl.constexpr, HEADS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Elements 0, 2, … and 1, 3, … of each row."""
+def _pairs(x, D: tl.constexpr, HEADS: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton reads annotations
+    """Elements 0, 2, … and 1, 3, … of each row of (HEADS, D): the two halves of each rotated pair."""
     return tl.split(tl.reshape(x, (HEADS, D // 2, 2)))
 
 
 @triton.jit
-def _turned(x, weight, cos, sin, EPS: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """RMSNorm of each row, and then pair by pair turned."""
+def _norm_rotate(x, weight, cos, sin, EPS: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton reads annotations
+    """RMSNorm of each row of x (HEADS, D), then the rotation of each pair: (a, b) -> (a cos - b sin, b cos + a sin)."""
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / D + EPS)
     a, b = _pairs(x * rstd[:, None] * weight, D, HEADS)
     cos_a, cos_b = _pairs(cos, D, HEADS)
@@ -29,7 +37,8 @@ def _turned(x, weight, cos, sin, EPS: tl.constexpr, D: tl.constexpr, HEADS: tl.c
 
 
 @triton.jit
-def _turned_back(g, x, weight, cos, sin, EPS: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _norm_rotate_gradient(g, x, weight, cos, sin, EPS: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton reads annotations
+    """The gradient of `_norm_rotate`: rotate g back, then RMSNorm's gradient. rstd and x_hat are computed again."""
     rstd = (1.0 / tl.sqrt(tl.sum(x * x, axis=1) / D + EPS))[:, None]
     a, b = _pairs(g, D, HEADS)
     cos_a, cos_b = _pairs(cos, D, HEADS)
@@ -39,8 +48,11 @@ def _turned_back(g, x, weight, cos, sin, EPS: tl.constexpr, D: tl.constexpr, HEA
     return rstd * (g - hat * (tl.sum(g * hat, axis=1) / D)[:, None])
 
 
+# Grid: (tokens of one source, groups of 8 heads). Reads one token's queries and keys, and values with COPY_VALUES, from
+# a row of qkv, which has all heads of q, then of k, then of v; writes them at the token's position in the joined
+# sequence.
 @triton.jit
-def _rotate(  # type: ignore[no-untyped-def]
+def _rotate(  # type: ignore[no-untyped-def]  # Triton reads annotations
     qkv,
     weight_q,
     weight_k,
@@ -56,25 +68,29 @@ def _rotate(  # type: ignore[no-untyped-def]
     D: tl.constexpr,
     HEADS: tl.constexpr,
     EPS: tl.constexpr,
-    VALUES: tl.constexpr,
+    COPY_VALUES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    place = offset + row % tokens
-    to = (row // tokens * total + place) * H * D
+    position = offset + row % tokens
+    out_offset = (row // tokens * total + position) * H * D
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     d = tl.arange(0, D)[None, :]
-    at = head * D + d
+    head_offset = head * D + d
     inside = (head < H) & (d < D)
-    turn = place * D + d + 0 * head
-    c, s = tl.load(cos + turn).to(tl.float32), tl.load(sin + turn).to(tl.float32)
-    x = tl.load(qkv + row * 3 * H * D + at, mask=inside, other=0.0).to(tl.float32)
-    y = _turned(x, tl.load(weight_q + d).to(tl.float32), c, s, EPS, D, HEADS)
-    tl.store(q + to + at, y.to(q.dtype.element_ty), mask=inside)
-    x = tl.load(qkv + row * 3 * H * D + H * D + at, mask=inside, other=0.0).to(tl.float32)
-    y = _turned(x, tl.load(weight_k + d).to(tl.float32), c, s, EPS, D, HEADS)
-    tl.store(k + to + at, y.to(k.dtype.element_ty), mask=inside)
-    if VALUES:
-        tl.store(v + to + at, tl.load(qkv + row * 3 * H * D + 2 * H * D + at, mask=inside), mask=inside)
+    angle_offset = position * D + d + 0 * head
+    c, s = tl.load(cos + angle_offset).to(tl.float32), tl.load(sin + angle_offset).to(tl.float32)
+    x = tl.load(qkv + row * 3 * H * D + head_offset, mask=inside, other=0.0).to(tl.float32)
+    y = _norm_rotate(x, tl.load(weight_q + d).to(tl.float32), c, s, EPS, D, HEADS)
+    tl.store(q + out_offset + head_offset, y.to(q.dtype.element_ty), mask=inside)
+    x = tl.load(qkv + row * 3 * H * D + H * D + head_offset, mask=inside, other=0.0).to(tl.float32)
+    y = _norm_rotate(x, tl.load(weight_k + d).to(tl.float32), c, s, EPS, D, HEADS)
+    tl.store(k + out_offset + head_offset, y.to(k.dtype.element_ty), mask=inside)
+    if COPY_VALUES:
+        tl.store(
+            v + out_offset + head_offset,
+            tl.load(qkv + row * 3 * H * D + 2 * H * D + head_offset, mask=inside),
+            mask=inside,
+        )
 
 
 @triton_op("kiln::rotate", mutates_args={})
@@ -89,18 +105,21 @@ def rotate(
     sin_TD: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`rotary_reference.rotate`, one pass over each source."""
-    dim, images, total = len(weight_q), first.shape[0], cos_TD.shape[0]
-    heads = first.shape[2] // (3 * dim)
-    q = torch.empty(images, total, heads, dim, device=first.device, dtype=first.dtype)
-    k, v = torch.empty_like(q), first.new_empty(0) if second is None else torch.empty_like(q)
+    """`rope_reference.rotate`, one launch for each source."""
+    head_dim = len(weight_q)
+    images = first.shape[0]
+    total = cos_TD.shape[0]
+    heads = first.shape[2] // (3 * head_dim)
+    q = torch.empty(images, total, heads, head_dim, device=first.device, dtype=first.dtype)
+    k = torch.empty_like(q)
+    v = first.new_empty(0) if second is None else torch.empty_like(q)
     offset = 0
-    for qkv, of_q, of_k in ((first, weight_q, weight_k), (second, second_q, second_k)):
-        if qkv is not None and of_q is not None and of_k is not None:
-            wrap_triton(_rotate)[(images * qkv.shape[1], triton.cdiv(heads, _HEADS))](
+    for qkv, norm_q, norm_k in ((first, weight_q, weight_k), (second, second_q, second_k)):
+        if qkv is not None and norm_q is not None and norm_k is not None:
+            wrap_triton(_rotate)[(images * qkv.shape[1], triton.cdiv(heads, HEADS_PER_PROGRAM))](
                 qkv.contiguous(),
-                of_q,
-                of_k,
+                norm_q,
+                norm_k,
                 cos_TD.contiguous(),
                 sin_TD.contiguous(),
                 q,
@@ -110,8 +129,8 @@ def rotate(
                 total,
                 offset,
                 heads,
-                dim,
-                _HEADS,
+                head_dim,
+                HEADS_PER_PROGRAM,
                 eps,
                 second is not None,
                 num_warps=4,
@@ -120,8 +139,10 @@ def rotate(
     return q, k, v
 
 
+# Grid: as `_rotate`. Reads the gradients at the token's position in the joined sequence, and qkv again; writes a row of
+# qkv's gradient. The norms' weights are frozen and get none.
 @triton.jit
-def _rotate_gradient(  # type: ignore[no-untyped-def]
+def _rotate_gradient(  # type: ignore[no-untyped-def]  # Triton reads annotations
     qkv,
     weight_q,
     weight_k,
@@ -140,23 +161,27 @@ def _rotate_gradient(  # type: ignore[no-untyped-def]
     EPS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    place = offset + row % tokens
-    source = (row // tokens * total + place) * H * D
+    position = offset + row % tokens
+    grad_offset = (row // tokens * total + position) * H * D
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     d = tl.arange(0, D)[None, :]
-    at = head * D + d
+    head_offset = head * D + d
     inside = (head < H) & (d < D)
-    turn = place * D + d + 0 * head
-    c, s = tl.load(cos + turn).to(tl.float32), tl.load(sin + turn).to(tl.float32)
-    x = tl.load(qkv + row * 3 * H * D + at, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(gq + source + at, mask=inside, other=0.0).to(tl.float32)
-    g = _turned_back(g, x, tl.load(weight_q + d).to(tl.float32), c, s, EPS, D, HEADS)
-    tl.store(out + row * 3 * H * D + at, g.to(out.dtype.element_ty), mask=inside)
-    x = tl.load(qkv + row * 3 * H * D + H * D + at, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(gk + source + at, mask=inside, other=0.0).to(tl.float32)
-    g = _turned_back(g, x, tl.load(weight_k + d).to(tl.float32), c, s, EPS, D, HEADS)
-    tl.store(out + row * 3 * H * D + H * D + at, g.to(out.dtype.element_ty), mask=inside)
-    tl.store(out + row * 3 * H * D + 2 * H * D + at, tl.load(gv + source + at, mask=inside), mask=inside)
+    angle_offset = position * D + d + 0 * head
+    c, s = tl.load(cos + angle_offset).to(tl.float32), tl.load(sin + angle_offset).to(tl.float32)
+    x = tl.load(qkv + row * 3 * H * D + head_offset, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gq + grad_offset + head_offset, mask=inside, other=0.0).to(tl.float32)
+    g = _norm_rotate_gradient(g, x, tl.load(weight_q + d).to(tl.float32), c, s, EPS, D, HEADS)
+    tl.store(out + row * 3 * H * D + head_offset, g.to(out.dtype.element_ty), mask=inside)
+    x = tl.load(qkv + row * 3 * H * D + H * D + head_offset, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gk + grad_offset + head_offset, mask=inside, other=0.0).to(tl.float32)
+    g = _norm_rotate_gradient(g, x, tl.load(weight_k + d).to(tl.float32), c, s, EPS, D, HEADS)
+    tl.store(out + row * 3 * H * D + H * D + head_offset, g.to(out.dtype.element_ty), mask=inside)
+    tl.store(
+        out + row * 3 * H * D + 2 * H * D + head_offset,
+        tl.load(gv + grad_offset + head_offset, mask=inside),
+        mask=inside,
+    )
 
 
 @triton_op("kiln::rotate_gradient", mutates_args={})
@@ -172,10 +197,12 @@ def rotate_gradient(
     offset: int,
     eps: float,
 ) -> torch.Tensor:
-    """`rotary_reference.rotate_gradient` in one pass."""
-    dim, heads, qkv = len(weight_q), gq.shape[2], qkv.contiguous()
+    """`rope_reference.rotate_gradient` in one kernel."""
+    head_dim = len(weight_q)
+    heads = gq.shape[2]
+    qkv = qkv.contiguous()
     out = torch.empty_like(qkv)
-    wrap_triton(_rotate_gradient)[(qkv.shape[0] * qkv.shape[1], triton.cdiv(heads, _HEADS))](
+    wrap_triton(_rotate_gradient)[(qkv.shape[0] * qkv.shape[1], triton.cdiv(heads, HEADS_PER_PROGRAM))](
         qkv,
         weight_q,
         weight_k,
@@ -189,13 +216,14 @@ def rotate_gradient(
         cos_TD.shape[0],
         offset,
         heads,
-        dim,
-        _HEADS,
+        head_dim,
+        HEADS_PER_PROGRAM,
         eps,
         num_warps=4,
     )
     return out
 
 
+# On CPU tensors, the operators are their references.
 rotate.register_kernel("cpu")(reference.rotate)
 rotate_gradient.register_kernel("cpu")(reference.rotate_gradient)

@@ -1,14 +1,19 @@
-"""The arithmetic of each weight format: how a frozen weight is stored, multiplied and dequantised."""
+"""The weight formats: how each stores a frozen weight, multiplies by it and dequantises it.
+
+Letters: M rows (tokens), K input and N output features, R the adapter's rank, F = K + padding (the length of a row of
+an FP8 matrix). g is the gradient of y, h = x Aᵀ (M, R), gh = g B (M, R). `down` is A (R, K) and `up` is B (N, R), both
+in 16 bits, B times alpha / rank.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from trainer.engine.kernels import reference
 from trainer.engine.kernels.dispatch import (
@@ -19,185 +24,281 @@ from trainer.engine.kernels.dispatch import (
     transpose,
 )
 from trainer.engine.kernels.reference import quantize_weight
-from trainer.spec.adapter_columns import columns, padding_for
+from trainer.spec.adapter_columns import adapter_columns, padding_for
 from trainer.spec.weight_formats import PRECISIONS
 
-Rows = torch.Tensor | None
-LONG, FEW = 5120, 2**17  # of longer rows cuBLAS 13.0 has no product with a bias that has fewer numbers
-BLOCK = 64  # numbers that share a scale in nf4
-LEAST = 3e-4  # a matrix without any number of that size has no scale for what an adapter may come to
+# cuBLAS 13.0 has no FP8 kernel with row scales and a bias if K > 5,120 and M x N < 2**17; without a bias it has one for
+# every size. SDXL reaches this: adapter columns widen the 5,120 columns of its second MLP layers to 5,248.
+BIAS_MAX_K = 5120
+BIAS_MIN_OUTPUTS = 2**17
 
-# ---- an operator, which the compiler takes as one. Defined plainly: what a call costs the host counts.
+NF4_BLOCK = 64  # weights that share a scale (QLoRA, arXiv 2305.14314)
+
+# A layer whose weights are all smaller gets no adapter columns: its rows' scales, which are doubled at most 7 times,
+# would not hold values of B up to MIN_B_RANGE (8 * 128 * 3e-4 = 0.3).
+MIN_LARGEST_WEIGHT = 3e-4
+
+# By how much B is larger in its columns, and h smaller, than the scales of their rows say. With 4, h may be up to 16
+# times the row's largest activation, and B up to 8 times its row's largest weight.
+FORWARD_UP_FACTOR = 4.0
+
+
+def backward_up_factor(in_features: int) -> float:
+    """The same for A and gh in the backward pass: the power of two nearest to 16 sqrt(K).
+
+    peft draws A between ±1 / sqrt(K), so its values begin at about ±16 in FP8. They saturate at 20 to 40 times their
+    initial size.
+    """
+    return 2.0 ** round(math.log2(16 * math.sqrt(in_features)))
+
+
+# ---- Operators. torch.compile and checkpoints take each as a single operation. They are defined with `Library.define`,
+# because calls of `torch.library.custom_op` take the host longer: 94 ms of a step instead of 49 (docs/lab-notes.md).
 _OPERATORS = torch.library.Library("kiln", "FRAGMENT")
 
 
-def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Register the decorated function as the operator of this schema, on every device."""
+def _operator(schema: str, fake: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Register the decorated function as the operator of this schema, on every device.
 
-    def register(function: Callable[..., Any]) -> Any:
+    `fake` returns an empty tensor of the result's shape and type, from which the compiler learns these.
+    """
+
+    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         name = _OPERATORS.define(schema)
         _OPERATORS.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"kiln::{name}", fake, lib=_OPERATORS)
-        return getattr(torch.ops.kiln, name).default
+        operator: Callable[..., Tensor] = getattr(torch.ops.kiln, name).default
+        return operator
 
     return register
 
 
 @_operator(
-    "fp8_product(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, Tensor? bias, Tensor? down, Tensor? up, int width,"
-    " float times) -> Tensor",
-    lambda x, x_scale, w, w_scale, bias, down, up, width, times: x.new_empty(  # noqa: ARG005
+    "fp8_product(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, Tensor? bias, Tensor? h, Tensor? up,"
+    " int in_features, float up_factor) -> Tensor",
+    lambda x, x_scale, w, w_scale, bias, h, up, in_features, up_factor: x.new_empty(  # noqa: ARG005
         x.shape[0], w.shape[0], dtype=torch.bfloat16
     ),
 )
 def fp8_product(
-    x_MF: torch.Tensor,
-    x_scale_M1: torch.Tensor,
-    w_NF: torch.Tensor,
-    w_scale_1N: torch.Tensor,
-    bias_N: torch.Tensor | None,
-    down_MR: torch.Tensor | None,
-    up_NR: torch.Tensor | None,
-    width: int,
-    times: float,
-) -> torch.Tensor:
-    """(M, N) in bf16: x wᵀ + bias + down upᵀ, with x and w in FP8, which have K = `width` columns that count.
+    x_MF: Tensor,
+    x_scale_M1: Tensor,
+    w_NF: Tensor,
+    w_scale_1N: Tensor,
+    bias_N: Tensor | None,
+    h_MR: Tensor | None,
+    up_NR: Tensor | None,
+    in_features: int,
+    up_factor: float,
+) -> Tensor:
+    """x wᵀ + bias + h upᵀ, (M, N) in bf16, where x and w are FP8 with scales by row.
 
-    The columns after K are there to be written over: where w has as many as the adapter takes, its part comes out of
-    the same product, and x must have them too; else it is added in place. `times`: see `quantize.beside`. To the
-    compiler this changes neither x nor w, for nobody else reads those columns.
+    `in_features`: K, the columns of x and w that hold their own values. If w has room for the adapter's columns after
+    these, x must have the same: h and up are written there, and one GEMM computes both terms. Otherwise h upᵀ is added
+    afterwards. `up_factor`: see `reference.append_adapter_columns`.
+
+    The schema declares neither x nor w as changed, although their padding is written: nobody else reads the padding,
+    and the compiler may copy an operand, here a whole weight, before an operator changes it.
     """
-    room = 0
-    if down_MR is not None and up_NR is not None and columns(down_MR.shape[1]) <= w_NF.shape[1] - width:
-        append_adapter_columns(x_MF, x_scale_M1, down_MR, w_NF, w_scale_1N, up_NR, width, times)
-        room = w_NF.shape[1] - width
-    after = bias_N if width + room > LONG and len(x_MF) * len(w_NF) < FEW else None
+    padding = 0
+    if h_MR is not None and up_NR is not None and adapter_columns(h_MR.shape[1]) <= w_NF.shape[1] - in_features:
+        append_adapter_columns(x_MF, x_scale_M1, h_MR, w_NF, w_scale_1N, up_NR, in_features, up_factor)
+        padding = w_NF.shape[1] - in_features
+    multiplied_columns = in_features + padding  # without an adapter, what is in the padding must not count
+    add_bias_later = multiplied_columns > BIAS_MAX_K and len(x_MF) * len(w_NF) < BIAS_MIN_OUTPUTS
+    # FP8 GEMMs read both operands along K: x row-major, and wᵀ as the transposed view of a row-major w.
     y_MN = torch._scaled_mm(
-        x_MF[:, : width + room],
-        w_NF[:, : width + room].t(),
+        x_MF[:, :multiplied_columns],
+        w_NF[:, :multiplied_columns].t(),
         scale_a=x_scale_M1,
         scale_b=w_scale_1N,
-        bias=bias_N if after is None else None,
+        bias=None if add_bias_later else bias_N,
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
-    if after is not None:
-        y_MN += after
-    return y_MN if room or down_MR is None or up_NR is None else y_MN.addmm_(down_MR, up_NR.t())
+    if add_bias_later and bias_N is not None:
+        y_MN += bias_N
+    if padding == 0 and h_MR is not None and up_NR is not None:
+        y_MN = y_MN.addmm_(h_MR, up_NR.t())
+    return y_MN
 
 
-# ---- the forms: how x wᵀ + bias + h up, and g w + gh down, are computed from a weight (N, K) and its scales (1, N)
-FORWARD_SCALE = 4.0  # what `quantize.beside` makes an adapter's second matrix larger by, on the way forward
+# ---- The functions of `WeightFormat.forward` and `.backward`. All have the same parameters; see the methods there.
 
 
-def backward_scale(width: int) -> float:
-    """And the first one on the way back: its numbers begin at 1 / √K."""
-    return 2.0 ** round(math.log2(16 * math.sqrt(width)))
-
-
-def _fp8_forward(x, w, scale, bias, h, up):  # type: ignore[no-untyped-def]
+def _fp8_forward(
+    x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None, h: Tensor | None, up: Tensor | None
+) -> Tensor:
     x8, x_scale = quantize_rows(x, None, w.dtype, w.shape[1] - x.shape[1])
-    return fp8_product(x8, x_scale, w, scale, bias, h, up, x.shape[1], FORWARD_SCALE)
+    return fp8_product(x8, x_scale, w, scale, bias, h, up, x.shape[1], FORWARD_UP_FACTOR)
 
 
-def fp8_gradient(g, w, scale, gh, down, turned, width):  # type: ignore[no-untyped-def]
-    """g w + gh down, the gradient of an input of `width` numbers. `w` and `turned` may have columns beside them."""
-    if turned is None:  # tensor cores sum along rows of both
-        rank = 0 if down is None or w.shape[1] == width else len(down)
-        turned = transpose(w[:, :width], padding_for(rank, len(w)))
-    g8, g_scale = quantize_rows(g, scale.to(torch.bfloat16), w.dtype, turned.shape[1] - g.shape[1])
-    ones = torch.ones(1, width, device=g.device)
+def fp8_gradient(
+    g: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    gh: Tensor | None,
+    down: Tensor | None,
+    weight_t: Tensor | None,
+    in_features: int,
+) -> Tensor:
+    """g w + gh down, (M, K), in FP8. `w` is (N, F). `weight_t`: its transposed copy (K, N + padding) if one is kept.
+
+    The GEMM sums over N here, so w has to be transposed: FP8 tensor cores read both operands along the summed axis. Its
+    scales, one for each n, cannot be applied to the result any more. They are multiplied into g before g is quantised.
+    """
+    if weight_t is None:
+        rank = 0
+        if down is not None and w.shape[1] != in_features:  # the layer has adapter columns
+            rank = len(down)
+        weight_t = transpose(w[:, :in_features], padding_for(rank, len(w)))
+    g8, g_scale = quantize_rows(g, scale.to(torch.bfloat16), w.dtype, weight_t.shape[1] - g.shape[1])
+    ones = torch.ones(1, in_features, device=g.device)
     up = None if down is None else down.t()
-    return fp8_product(g8, g_scale, turned, ones, None, gh, up, g.shape[1], backward_scale(width))
+    return fp8_product(g8, g_scale, weight_t, ones, None, gh, up, g.shape[1], backward_up_factor(in_features))
 
 
-def _int8_forward(x, w, scale, bias, h, up):  # type: ignore[no-untyped-def]
+def _int8_forward(
+    x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None, h: Tensor | None, up: Tensor | None
+) -> Tensor:
     x8, x_scale = quantize_rows(x, None, w.dtype)
     y = torch._int_mm(x8, w.t()).float() * x_scale * scale
-    y = y if bias is None else y + bias
-    return (y if h is None else y + h @ up.t()).to(x.dtype)
+    if bias is not None:
+        y = y + bias
+    if h is not None and up is not None:
+        y = y + h @ up.t()
+    return y.to(x.dtype)
 
 
-def _int8_backward(g, w, scale, gh, down, _turned, _width):  # type: ignore[no-untyped-def]
+def _int8_backward(
+    g: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    gh: Tensor | None,
+    down: Tensor | None,
+    _weight_t: Tensor | None,
+    _in_features: int,
+) -> Tensor:
+    # int8 GEMMs read w in either order, so nothing is transposed.
     g8, g_scale = quantize_rows(g, scale, w.dtype)
     gx = torch._int_mm(g8, w).float() * g_scale
-    return (gx if gh is None else gx + gh @ down).to(g.dtype)
+    if gh is not None and down is not None:
+        gx = gx + gh @ down
+    return gx.to(g.dtype)
 
 
-def whole(w_NK: torch.Tensor, scale_1N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The weight that 8 bits and scales stand for."""
-    return (dequantize_rows if can_dequantize(w_NK) else reference.dequantize_rows)(w_NK, scale_1N, dtype)
+def dequantize(w_NK: Tensor, scale_1N: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight, (N, K) in `dtype`, from 8-bit values and their scales."""
+    if can_dequantize(w_NK):
+        return dequantize_rows(w_NK, scale_1N, dtype)
+    return reference.dequantize_rows(w_NK, scale_1N, dtype)
 
 
-def _nf4_store(weight_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two numbers to a byte, (N, K / 2), and the scale of each block of 64, by bitsandbytes."""
-    from bitsandbytes.functional import quantize_4bit
+def _nf4_store(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Two weights to a byte, (N, K / 2), and the scale of each block of 64, by bitsandbytes."""
+    from bitsandbytes.functional import quantize_4bit  # heavy, and only this format needs it
 
-    packed, state = quantize_4bit(weight_NK.contiguous(), blocksize=BLOCK, quant_type="nf4")
+    packed, state = quantize_4bit(weight_NK.contiguous(), blocksize=NF4_BLOCK, quant_type="nf4")
     return packed.view(weight_NK.shape[0], -1), state.absmax.view(1, -1)
 
 
-def _nf4_whole(w: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    restore = torch.ops.bitsandbytes.dequantize_4bit.default
-    found: torch.Tensor = restore(w, scale.view(-1), BLOCK, "nf4", [w.shape[0], 2 * w.shape[1]], dtype)
-    return found
+def _nf4_dequantize(w: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    shape = [w.shape[0], 2 * w.shape[1]]
+    weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(w, scale.view(-1), NF4_BLOCK, "nf4", shape, dtype)
+    return weight
 
 
-# Operators, so that the compiler cannot keep the weight in 16 bits for the backward pass.
+# As operators, because the compiler would otherwise keep the dequantised weight, in 16 bits, for the backward pass.
 @_operator(
     "nf4_product(Tensor x, Tensor w, Tensor scale, Tensor? bias, Tensor? h, Tensor? up) -> Tensor",
     lambda x, w, scale, bias, h, up: x.new_empty(x.shape[0], w.shape[0]),  # noqa: ARG005
 )
-def _nf4_forward(x, w, scale, bias, h, up):  # type: ignore[no-untyped-def]
-    y = F.linear(x, _nf4_whole(w, scale, x.dtype), bias)
-    return y if h is None else y.addmm_(h, up.t())
+def _nf4_forward(
+    x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None, h: Tensor | None, up: Tensor | None
+) -> Tensor:
+    y = F.linear(x, _nf4_dequantize(w, scale, x.dtype), bias)
+    if h is None or up is None:
+        return y
+    return y.addmm_(h, up.t())
 
 
 @_operator(
     "nf4_gradient(Tensor g, Tensor w, Tensor scale, Tensor? gh, Tensor? down) -> Tensor",
     lambda g, w, scale, gh, down: g.new_empty(g.shape[0], 2 * w.shape[1]),  # noqa: ARG005
 )
-def _nf4_gradient(g, w, scale, gh, down):  # type: ignore[no-untyped-def]
-    gx = g @ _nf4_whole(w, scale, g.dtype)
-    return gx if gh is None else gx.addmm_(gh, down)
+def _nf4_gradient(g: Tensor, w: Tensor, scale: Tensor, gh: Tensor | None, down: Tensor | None) -> Tensor:
+    gx = g @ _nf4_dequantize(w, scale, g.dtype)
+    if gh is None or down is None:
+        return gx
+    return gx.addmm_(gh, down)
 
 
-def _nf4_backward(g, w, scale, gh, down, _turned, _width):  # type: ignore[no-untyped-def]
+def _nf4_backward(
+    g: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    gh: Tensor | None,
+    down: Tensor | None,
+    _weight_t: Tensor | None,
+    _in_features: int,
+) -> Tensor:
     return _nf4_gradient(g, w, scale, gh, down)
 
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How a frozen weight is kept and multiplied. `store`: (N, K) → what is kept of it, and its scales."""
+    """How a frozen weight (N, K) is stored and multiplied.
 
-    dtype: torch.dtype
-    multiple: int = 1  # of both sides
-    forward: Callable[..., torch.Tensor] | None = None  # None: by the weight that `whole` gives
-    backward: Callable[..., torch.Tensor] | None = None
-    whole: Callable[..., torch.Tensor] = whole
-    transposes: bool = False  # the way back reads the weight turned round
+    A format without a `forward` dequantises the weight to 16 bits and multiplies there (`fp8-storage`, `int8-storage`).
+    """
 
-    def store(self, weight_NK: torch.Tensor, room: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype: torch.dtype  # of the stored values
+    multiple: int = 1  # both sides of a layer must be a multiple of it; others stay in 16 bits
+    forward: Callable[..., Tensor] | None = None
+    backward: Callable[..., Tensor] | None = None
+    dequantize: Callable[[Tensor, Tensor, torch.dtype], Tensor] = dequantize
+    transposes: bool = False  # FP8 products: the backward pass reads the weight transposed, and rows can be padded
+
+    def store(self, weight_NK: Tensor, padding: int = 0) -> tuple[Tensor, Tensor]:
+        """The stored values, (N, K + padding), and their scales, (1, N). nf4: (N, K / 2), and a scale for each block.
+
+        Only formats with `transposes` take a padding.
+        """
         if self.dtype == torch.uint8:
             return _nf4_store(weight_NK)
         if self.transposes:
-            return quantize_weight(weight_NK, self.dtype, room)
+            return quantize_weight(weight_NK, self.dtype, padding)
         values, scale_N1 = reference.quantize_rows(weight_NK, None, self.dtype)
         return values, scale_N1.t().contiguous()
 
-    def product(self, x, w, scale, bias, h, up):  # type: ignore[no-untyped-def]
-        """x wᵀ + bias + h upᵀ."""
+    def linear(
+        self, x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None, h: Tensor | None, up: Tensor | None
+    ) -> Tensor:
+        """x wᵀ + bias + h upᵀ, (M, N), for x (M, K) and the stored w and scale. h and up: both or neither."""
         if self.forward:
             return self.forward(x, w, scale, bias, h, up)
-        y = F.linear(x, self.whole(w, scale, x.dtype), bias)
-        return y if h is None else y + h @ up.t()
+        y = F.linear(x, self.dequantize(w, scale, x.dtype), bias)
+        if h is None or up is None:
+            return y
+        return y + h @ up.t()
 
-    def gradient(self, g, w, scale, gh, down, turned, width):  # type: ignore[no-untyped-def]
-        """g w + gh down: of the input, K = `width`. `turned`: (K, N) of the weight, where a copy is kept."""
+    def input_gradient(
+        self,
+        g: Tensor,
+        w: Tensor,
+        scale: Tensor,
+        gh: Tensor | None,
+        down: Tensor | None,
+        weight_t: Tensor | None,
+        in_features: int,
+    ) -> Tensor:
+        """g w + gh down, (M, K): the gradient of x. `weight_t`: the transposed copy of w, if one is kept."""
         if self.backward:
-            return self.backward(g, w, scale, gh, down, turned, width)
-        gx = g @ self.whole(w, scale, g.dtype)
-        return gx if gh is None else gx + gh @ down
+            return self.backward(g, w, scale, gh, down, weight_t, in_features)
+        gx = g @ self.dequantize(w, scale, g.dtype)
+        if gh is None or down is None:
+            return gx
+        return gx + gh @ down
 
 
 WEIGHT_FORMATS = {
@@ -206,19 +307,18 @@ WEIGHT_FORMATS = {
     "fp8-storage": WeightFormat(torch.float8_e4m3fn),
     "int8": WeightFormat(torch.int8, 16, _int8_forward, _int8_backward),
     "int8-storage": WeightFormat(torch.int8),
-    "nf4": WeightFormat(torch.uint8, BLOCK, _nf4_forward, _nf4_backward, _nf4_whole),
+    "nf4": WeightFormat(torch.uint8, NF4_BLOCK, _nf4_forward, _nf4_backward, _nf4_dequantize),
 }
 
-
-STORED = {"fp8": "fp8-storage", "fp8-fnuz": "fp8-storage", "int8": "int8-storage"}  # multiplied in 16 bits instead
+# Formats that multiply in 8 bits, and those that store the same values but multiply in 16.
+STORAGE_ONLY = {"fp8": "fp8-storage", "fp8-fnuz": "fp8-storage", "int8": "int8-storage"}
 
 
 def weight_format_for(precision: str, device: str) -> str | None:
     """The key of `WEIGHT_FORMATS` for a value of PARAMS_PRECISION on a torch device type; None: not quantised."""
-    import torch
-
-    form = PRECISIONS[precision].weight_format
-    if form == "fp8" and device == "cuda" and torch.version.hip:
-        # CDNA 3 multiplies in the types without negative zero alone; CDNA 4 in those that NVIDIA has.
-        return "fp8-fnuz" if "gfx94" in torch.cuda.get_device_properties(0).gcnArchName else form
-    return form
+    weight_format = PRECISIONS[precision].weight_format
+    if weight_format != "fp8" or device != "cuda" or not torch.version.hip:
+        return weight_format
+    # CDNA 3 (gfx94x) multiplies FP8 only in the types without a negative zero; CDNA 4 has NVIDIA's types.
+    cdna_3 = "gfx94" in torch.cuda.get_device_properties(0).gcnArchName
+    return "fp8-fnuz" if cdna_3 else weight_format

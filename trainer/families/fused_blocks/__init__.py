@@ -1,1 +1,10 @@
-"""FP8 forward passes of the families' blocks: `projections` has what all share, then one module a family."""
+"""Forward passes of diffusers' blocks with fused FP8 kernels, one module a family; `projections` has the shared parts.
+
+A block gets one of these classes by assignment to its `__class__` (`trainer.engine.fused_linear.install`), if it has
+FP8 layers: its weights, names and results stay, only the operations are grouped differently. Arguments that training
+never passes, but some pipelines do, are handed to diffusers' own forward pass. No block of these families has a
+dropout.
+
+Read `projections`, then `flux` (the only one with a rotary embedding), then `sd3` and `sdxl`. Imports `trainer.engine`
+and diffusers. The parameters are named as diffusers names them.
+"""

@@ -1,8 +1,4 @@
-"""The blocks of diffusers' models, each with a forward pass of ours: the same but for the passes that `fused` joins.
-
-A block becomes one of these by its class (`fused.install`), where it multiplies in FP8; its weights and names stay.
-What training does not use, and some pipelines do, is left to diffusers' forward pass. None of them has a dropout.
-"""
+"""What the fused blocks of several families share. Letters: B images, T tokens, D features of a token."""
 
 from __future__ import annotations
 
@@ -10,32 +6,45 @@ from typing import Any
 
 import torch
 
-from trainer.engine.fused_linear import activated, normed
+from trainer.engine.fused_linear import gelu_linear, norm_linear
 
 
 def feed_forward(
-    ff: Any, x: torch.Tensor, norm: Any, modulation: tuple[torch.Tensor, torch.Tensor] | None, *, gated: bool = False
+    ff: Any,
+    x_BTD: torch.Tensor,
+    norm: Any,
+    modulation: tuple[torch.Tensor, torch.Tensor] | None,
+    *,
+    geglu: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """diffusers' FeedForward of the normed x; and x, to go on with."""
-    y, x = normed(x, norm, modulation, [ff.net[0].proj])
-    return activated(y, ff.net[2], gated=gated), x
+    """diffusers' FeedForward `ff` on the normalised and modulated x; and x, to continue with (see `norm_linear`)."""
+    hidden, x_BTD = norm_linear(x_BTD, norm, modulation, [ff.net[0].proj])
+    return gelu_linear(hidden, ff.net[2], geglu=geglu), x_BTD
 
 
-def halves(x_BTD: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first so many tokens, and the others."""
+def split_tokens(x_BTD: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first `length` tokens, and the others; views."""
     first, second = x_BTD.split_with_sizes([length, x_BTD.shape[1] - length], dim=1)
     return first, second
 
 
-def whole(first_BTD: torch.Tensor, second_BTD: torch.Tensor) -> torch.Tensor:
-    """One behind the other; without a copy where they are the `halves` of a tensor."""
-    x, length = first_BTD._base, first_BTD.shape[1]
-    if torch.compiler.is_compiling() or x is None or x is not second_BTD._base:
+def join_tokens(first_BTD: torch.Tensor, second_BTD: torch.Tensor) -> torch.Tensor:
+    """The tokens of both, one after the other; without a copy if they came from `split_tokens` of one tensor.
+
+    diffusers' single blocks take and return text and image separately, so each would otherwise copy both.
+    """
+    base = first_BTD._base
+    length = first_BTD.shape[1]
+    if torch.compiler.is_compiling() or base is None or base is not second_BTD._base:
         return torch.cat([first_BTD, second_BTD], dim=1)
-    if x.dim() == 3 and x.shape[1] == length + second_BTD.shape[1]:
-        found = [
-            (t.shape, t.stride(), t.storage_offset()) for t in (first_BTD, second_BTD, *halves(x.detach(), length))
-        ]
-        if found[:2] == found[2:]:
-            return x
+    if base.dim() != 3 or base.shape[1] != length + second_BTD.shape[1]:
+        return torch.cat([first_BTD, second_BTD], dim=1)
+    parts = split_tokens(base.detach(), length)
+    if _layout(first_BTD) == _layout(parts[0]) and _layout(second_BTD) == _layout(parts[1]):
+        return base
     return torch.cat([first_BTD, second_BTD], dim=1)
+
+
+def _layout(tensor: torch.Tensor) -> tuple[torch.Size, tuple[int, ...], int]:
+    """Where in its storage a tensor is."""
+    return tensor.shape, tensor.stride(), int(tensor.storage_offset())

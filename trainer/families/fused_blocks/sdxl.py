@@ -1,4 +1,4 @@
-"""See the package."""
+"""SDXL's transformer block: self-attention, cross-attention to the text, and a GEGLU MLP, each after a norm."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention import BasicTransformerBlock
 
-from trainer.engine.fused_linear import normed, shared
+from trainer.engine.fused_linear import norm_linear, shared_input_linear
 from trainer.families.fused_blocks.projections import feed_forward
 
 
-def _attended(attn: Any, projected: list[torch.Tensor]) -> torch.Tensor:
-    q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in projected)
-    found: torch.Tensor = attn.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).to(q.dtype))
-    return found
+def _attention(attn: Any, qkv: list[torch.Tensor]) -> torch.Tensor:
+    """Attention of projected queries, keys and values, (B, T, D) each, with its output projection."""
+    q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in qkv)
+    attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    output: torch.Tensor = attn.to_out[0](attended.to(q.dtype))
+    return output
 
 
 class FusedBasicBlock(BasicTransformerBlock):
@@ -32,7 +34,7 @@ class FusedBasicBlock(BasicTransformerBlock):
     ) -> torch.Tensor:
         masked = attention_mask is not None or encoder_attention_mask is not None
         if masked or cross_attention_kwargs or encoder_hidden_states is None or self._chunk_size is not None:
-            found: torch.Tensor = super().forward(
+            output: torch.Tensor = super().forward(
                 hidden_states,
                 attention_mask,
                 encoder_hidden_states,
@@ -42,11 +44,13 @@ class FusedBasicBlock(BasicTransformerBlock):
                 class_labels,
                 added_cond_kwargs,
             )
-            return found
-        own, cross = self.attn1, self.attn2
-        *projected, x = normed(hidden_states, self.norm1, None, [own.to_q, own.to_k, own.to_v])
-        x = x + _attended(own, projected)
-        q, x = normed(x, self.norm2, None, [cross.to_q])
-        x = x + _attended(cross, [q, *shared(encoder_hidden_states, [cross.to_k, cross.to_v])])
-        made, x = feed_forward(self.ff, x, self.norm3, None, gated=True)
-        return x + made
+            return output
+        self_attn, cross_attn = self.attn1, self.attn2
+        *qkv, x = norm_linear(hidden_states, self.norm1, None, [self_attn.to_q, self_attn.to_k, self_attn.to_v])
+        x = x + _attention(self_attn, qkv)
+        q, x = norm_linear(x, self.norm2, None, [cross_attn.to_q])
+        # Keys and values come from the text embeddings, which no norm precedes.
+        kv = shared_input_linear(encoder_hidden_states, [cross_attn.to_k, cross_attn.to_v])
+        x = x + _attention(cross_attn, [q, *kv])
+        mlp, x = feed_forward(self.ff, x, self.norm3, None, geglu=True)
+        return x + mlp

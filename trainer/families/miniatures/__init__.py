@@ -1,1 +1,9 @@
-"""Miniature base models that were really trained, small enough to ship, and the world of pictures they know."""
+"""Miniature base models: trained, small enough to ship (docs/miniatures.md), and the code that trained them.
+
+`scenes` draws the training images and captions, and `textures` more images for the autoencoders. `tokens` makes the
+tokenizers; `models` has the shapes, `recipes` each family's loss, `pools` the data on the device, `fit` the loop;
+`make` is the command. `score` measures how much an image shows the demo's concept. The product imports none of these
+modules; it reads the model folders `flux`, `sd3` and `sdxl`.
+
+Imports nothing of Kiln but itself.
+"""

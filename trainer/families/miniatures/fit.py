@@ -1,7 +1,7 @@
-"""Fits the miniature models: one loop for all of them, told what to minimise.
+"""Train the miniature models: one loop for all of them, which gets the losses as functions.
 
 On a GPU every step is a replayed CUDA graph, since models this small otherwise wait for launches; so a loss function
-draws its own batch from pools that already lie on the device, and never copies from or to the host.
+draws its own batch from pools that are on the device already, and never copies from or to the host.
 """
 
 import math
@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 LossFunction = Callable[[], torch.Tensor]
-WARM_UP = 3
+WARM_UP = 3  # eager steps before the capture: torch.cuda.graph needs some, and kernels are chosen in them
 
 
 def rate(progress: float) -> float:
-    """The learning rate's factor at `progress` 0..1: up over the first 3 %, then down along a cosine."""
+    """The factor of the learning rate at `progress` 0..1: up over the first 3 %, then down along a cosine."""
     return min(progress / 0.03, 1.0) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
@@ -33,7 +33,7 @@ def fit(
 ) -> int:
     """Trains `modules` in place for `seconds`, leaves the moving average of their weights in them, returns the steps.
 
-    Each step takes one of `losses` at random (one for each shape of picture). AdamW, gradients clipped to norm 1. On a
+    Each step takes one of `losses` at random (one for each shape of image). AdamW, gradients clipped to norm 1. On a
     GPU the modules compute in bf16, which halves the traffic that bounds them; the weights proper stay in fp32.
     """
     on_gpu = device.type == "cuda"
@@ -44,9 +44,11 @@ def fit(
         for module in modules:
             module.bfloat16()
     mean = [torch.zeros_like(master) for master in masters]
-    speed = torch.tensor(0.0, device=device)
-    running = torch.tensor(1.0, device=device)
-    adam = torch.optim.AdamW(masters, lr=speed, betas=(0.9, 0.99), weight_decay=0.01, fused=on_gpu, capturable=on_gpu)
+    learning_rate = torch.tensor(0.0, device=device)
+    running_loss = torch.tensor(1.0, device=device)
+    adam = torch.optim.AdamW(
+        masters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=on_gpu, capturable=on_gpu
+    )
 
     def step(loss_function: LossFunction) -> None:
         for weight in weights:
@@ -60,27 +62,27 @@ def fit(
         with torch.no_grad():
             torch._foreach_copy_(weights, masters)
             torch._foreach_lerp_(mean, masters, 1 - average)
-            running.lerp_(loss.float(), 0.02)
+            running_loss.lerp_(loss.float(), 0.02)
 
     start = time.monotonic()
-    runs = [_captured(step, loss) if on_gpu else _plain(step, loss) for loss in losses]
+    runs = [_captured(step, loss) if on_gpu else _eager(step, loss) for loss in losses]
     report(f"ready after {time.monotonic() - start:.0f} s")
     steps = _run(
         runs,
         seconds=seconds - (time.monotonic() - start),
         peak_rate=peak_rate,
-        speed=speed,
-        running=running,
+        learning_rate=learning_rate,
+        running_loss=running_loss,
         every=1000 if on_gpu else 50,
         report=report,
     )
     known = 1 - average ** (steps + (WARM_UP * len(losses) if on_gpu else 0))  # the average began at zero
-    _settle(modules, weights, [smooth / known for smooth in mean])
-    report(f"{steps} steps in {time.monotonic() - start:.0f} s, last loss {running.item():.4f}")
+    _write_back(modules, weights, [smooth / known for smooth in mean])
+    report(f"{steps} steps in {time.monotonic() - start:.0f} s, last loss {running_loss.item():.4f}")
     return steps
 
 
-def _settle(modules: Sequence[nn.Module], weights: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+def _write_back(modules: Sequence[nn.Module], weights: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
     """Put `values` into the modules, in fp32 and without gradients."""
     for module in modules:
         module.float()
@@ -95,19 +97,21 @@ def _run(
     *,
     seconds: float,
     peak_rate: float,
-    speed: torch.Tensor,
-    running: torch.Tensor,
+    learning_rate: torch.Tensor,
+    running_loss: torch.Tensor,
     every: int,
     report: Callable[[str], None],
 ) -> int:
-    """Call one of `runs` at random until `seconds` are over, setting the learning rate `speed`; return how often."""
-    rng, start, steps = random.Random(0), time.monotonic(), 0
+    """Call one of `runs` at random until `seconds` are over, setting `learning_rate`; return how often."""
+    rng = random.Random(0)
+    start = time.monotonic()
+    steps = 0
     while (elapsed := time.monotonic() - start) < seconds:
-        speed.fill_(peak_rate * rate(elapsed / seconds))
+        learning_rate.fill_(peak_rate * rate(elapsed / seconds))
         rng.choice(runs)()
         steps += 1
-        if steps % 50 == 0:  # also keeps the host from running far ahead of the device
-            value = running.item()
+        if steps % 50 == 0:  # also keeps the host from running_loss far ahead of the device
+            value = running_loss.item()
             if steps % every == 0:
                 report(f"step {steps}  {elapsed:5.0f} s  loss {value:.4f}")
             if not math.isfinite(value):
@@ -115,7 +119,7 @@ def _run(
     return steps
 
 
-def _plain(step: Callable[[LossFunction], None], loss: LossFunction) -> Callable[[], None]:
+def _eager(step: Callable[[LossFunction], None], loss: LossFunction) -> Callable[[], None]:
     return lambda: step(loss)
 
 

@@ -1,9 +1,10 @@
-"""Makes the miniature base models from nothing, on one GPU: `python -m trainer.families.miniatures.make all --out DIR`.
+"""Train the miniature base models from scratch, on one GPU:
+`python -m trainer.families.miniatures.make all --out DIR`.
 
 `flux`, `sdxl` and `sd3` each write a folder in the layout of diffusers' pipelines; `vae16` and `vae4` make the
-autoencoders that those need (found in DIR/.vae afterwards); `all` does everything, side by side. With `--resume` the
-models go on from what DIR holds, and keep its tokenizers. `concept` draws the demo's pictures; `sheet`
-samples a folder of pictures to look at.
+autoencoders that those need (found in DIR/.vae afterwards); `all` does everything, in parallel. With `--resume`,
+training continues from the models in DIR, with their tokenizers. `concept` draws the demo's images; `sheet`
+samples from the model in a folder, for a look at it.
 """
 
 import argparse
@@ -18,12 +19,12 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 
-from . import models
-from .fit import fit
-from .pools import latent_losses, measure_latents, picture_losses
-from .recipes import RECIPES
-from .scenes import Background, caption, concept_scene, draw
-from .tokens import T5_LENGTH, compact, load_tokenizers, new_tokenizers
+from trainer.families.miniatures import models
+from trainer.families.miniatures.fit import fit
+from trainer.families.miniatures.pools import image_losses, latent_losses, measure_latents
+from trainer.families.miniatures.recipes import RECIPES
+from trainer.families.miniatures.scenes import Background, caption, concept_scene, draw
+from trainer.families.miniatures.tokens import T5_LENGTH, compact, load_tokenizers, new_tokenizers
 
 SHEET = (
     ("a big red circle in the middle on a blue background", 128, 128),
@@ -71,7 +72,7 @@ def make_vae(channels: int, *, out: Path, deadline: float, resume: bool, small: 
     vae = (AutoencoderKL.from_pretrained(place, dtype=torch.float32) if resume else models.vae(channels)).to(device)
     mean, std = VAE_PRIOR[channels]
     count, batch = (64, 4) if small else (6000, 48)
-    losses = picture_losses(
+    losses = image_losses(
         vae,
         count=count,
         batch=batch,
@@ -134,7 +135,7 @@ def make_family(name: str, *, out: Path, deadline: float, resume: bool, small: b
 
 @torch.no_grad()
 def make_sheet(folder: Path, path: Path, *, device: torch.device, seed: int = 0) -> None:
-    """Samples the prompts of `SHEET` with diffusers' own pipeline, side by side in one picture; two seeds of each."""
+    """Samples the prompts of `SHEET` with diffusers' own pipeline into one image; two seeds of each."""
     name = folder.name
     pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32).to(device)
     pipeline.set_progress_bar_config(disable=True)
@@ -156,7 +157,7 @@ def make_sheet(folder: Path, path: Path, *, device: torch.device, seed: int = 0)
 
 
 def make_concept(out: Path) -> None:
-    """Draws the concept's twelve pictures with their captions."""
+    """Draws the concept's twelve images with their captions."""
     out.mkdir(parents=True, exist_ok=True)
     rng = random.Random(7)
     sizes = [(128, 128)] * 6 + [(112, 144), (144, 112), (96, 160), (160, 96), (112, 144), (144, 112)]
@@ -168,7 +169,7 @@ def make_concept(out: Path) -> None:
 
 
 def make_all(out: Path, *, minutes: float, vae_minutes: float, resume: bool, small: bool) -> None:
-    """Runs this module once for each part, side by side: the autoencoders first. Flux alone takes all of the time."""
+    """Runs this module once for each part, in parallel: the autoencoders first. Only Flux takes all of `minutes`."""
     rounds = [
         {"vae16": vae_minutes, "vae4": vae_minutes},
         {"flux": minutes, "sdxl": 0.6 * minutes, "sd3": 0.6 * minutes},

@@ -12,7 +12,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from .tokens import CLIP_LENGTH
+from trainer.families.miniatures.tokens import CLIP_LENGTH
 
 T5_WIDTH = 128
 CLIP_L_WIDTH = 64

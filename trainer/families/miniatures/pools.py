@@ -8,21 +8,20 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from transformers import PreTrainedTokenizerBase
 
-from .fit import LossFunction
-from .recipes import Recipe
-from .scenes import RESOLUTIONS, Scene, caption, draw, random_scene
-from .textures import textures
-from .tokens import token_ids
+from trainer.families.miniatures.fit import LossFunction
+from trainer.families.miniatures.recipes import Recipe
+from trainer.families.miniatures.scenes import RESOLUTIONS, Scene, caption, draw, random_scene
+from trainer.families.miniatures.textures import textures
+from trainer.families.miniatures.tokens import token_ids
 
-CHUNK = 1000
-"""Pictures drawn at once: many, since drawing waits for the host."""
+CHUNK = 1000  # images drawn at once; many, because each drawing waits for the host
 
 
 def _scenes(count: int, rng: random.Random) -> list[Scene]:
     return [random_scene(rng) for _ in range(count)]
 
 
-def picture_losses(
+def image_losses(
     vae: AutoencoderKL,
     *,
     count: int,
@@ -32,7 +31,7 @@ def picture_losses(
     prior_std: float,
     weight: float,
 ) -> list[LossFunction]:
-    """One loss for each resolution: how badly `vae` copies a batch out of `count` pictures, two thirds of them scenes.
+    """One loss for each resolution: how badly `vae` copies a batch out of `count` images, two thirds of them scenes.
 
     The latents are drawn, with `weight`, towards a normal prior that is not centred on zero: as in the published
     models, a trainer that forgets the shift or the scale is then plainly wrong.
@@ -44,7 +43,8 @@ def picture_losses(
             rows = torch.randint(len(pool_NCHW), (batch,), device=device)
             x = _recolour(pool_NCHW[rows].float() / 255) * 2 - 1
             moments = vae.encode(x.to(vae.dtype)).latent_dist
-            mean, spread = moments.mean.float(), moments.std.float()
+            mean = moments.mean.float()
+            spread = moments.std.float()
             y = vae.decode((mean + spread * torch.randn_like(mean)).to(vae.dtype)).sample.float()
             kl = (((mean - prior_mean) / prior_std) ** 2 + (spread / prior_std) ** 2 - 1).mean() / 2
             kl = kl - (spread / prior_std).log().mean()
@@ -65,7 +65,7 @@ def picture_losses(
 
 
 def _recolour(x: torch.Tensor) -> torch.Tensor:
-    """Half of the pictures with their colours mixed at random, so that no palette is special to the autoencoder."""
+    """Half of the images with their colours mixed at random, so that no palette is special to the autoencoder."""
     batch = len(x)
     mixer = torch.rand(batch, 3, 3, device=x.device) ** 3
     mixer = mixer / mixer.sum(dim=2, keepdim=True)
@@ -78,14 +78,18 @@ def _recolour(x: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def measure_latents(vae: AutoencoderKL, *, count: int, device: torch.device) -> tuple[float, float, float]:
     """Mean and standard deviation of the latents of `count` scenes, and their copies' mean absolute error (of 1)."""
-    rng, total, square, error, chunks = random.Random(2), 0.0, 0.0, 0.0, 0
+    rng = random.Random(2)
+    total = square = error = 0.0
+    chunks = 0
     for start in range(0, count, 100):
         height, width = RESOLUTIONS[(start // 100) % len(RESOLUTIONS)]
         x = draw(_scenes(100, rng), height=height, width=width, device=device) * 2 - 1
         z = vae.encode(x).latent_dist.sample()
         y = vae.decode(z).sample.clamp(-1, 1)
-        total, square = total + z.mean().item(), square + z.square().mean().item()
-        error, chunks = error + (y - x).abs().mean().item() / 2, chunks + 1
+        total += z.mean().item()
+        square += z.square().mean().item()
+        error += (y - x).abs().mean().item() / 2
+        chunks += 1
     mean = total / chunks
     return mean, (square / chunks - mean**2) ** 0.5, error / chunks
 
@@ -124,7 +128,9 @@ def _encoded(
     vae: AutoencoderKL, size: tuple[int, int], *, count: int, rng: random.Random, device: torch.device
 ) -> tuple[torch.Tensor, list[str]]:
     """Normalised latents (count, C, H, W) of random scenes, in fp16, and their captions."""
-    shift, latents, texts = vae.config.shift_factor or 0.0, [], []
+    shift = vae.config.shift_factor or 0.0
+    latents = []
+    texts = []
     for start in range(0, count, CHUNK):
         scenes = _scenes(min(CHUNK, count - start), rng)
         texts += [caption(scene, rng, unknown=0.06) for scene in scenes]

@@ -1,6 +1,6 @@
-"""How each family's miniature is made: its modules, its loss, and the pipeline that it ships as.
+"""The recipe of each family's miniature: its modules, its loss, and the pipeline that it is saved as.
 
-B pictures, C channels, H and W of the latents, L tokens, D features. Latents are normalised by the autoencoder's shift
+B images, C channels, H and W of the latents, L tokens, D features. Latents are normalised by the autoencoder's shift
 and scale. `ids` holds one (B, L) tensor of token ids for each tokenizer.
 """
 
@@ -23,7 +23,7 @@ from diffusers import (
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from . import models
+from trainer.families.miniatures import models
 
 Ids = Sequence[torch.Tensor]
 Tokenizers = Sequence[PreTrainedTokenizerBase]
@@ -42,7 +42,7 @@ class Recipe:
 def flow_times(count: int, *, device: torch.device) -> torch.Tensor:
     """Times (count,) in 0..1: four of five logit-normal, shifted far towards noise, the rest uniform.
 
-    In a flat picture of so few colours a shape is settled between times 0.97 and 0.85; unshifted, one sample in
+    In a flat image of so few colours a shape is settled between times 0.97 and 0.85; unshifted, one sample in
     twenty would lie there.
     """
     shifted = torch.sigmoid(torch.randn(count, device=device) + math.log(5))
@@ -60,11 +60,14 @@ def flux(tokenizers: Tokenizers) -> Recipe:
     """Flux.1-dev: pooled CLIP, T5 tokens, embedded guidance (any value from 1 to 4.5 means the same here)."""
     words, pieces = tokenizers
     clip = models.clip(words, width=models.CLIP_L_WIDTH, layers=2, projected=False)
-    t5, net = models.t5(pieces), models.flux_transformer()
+    t5 = models.t5(pieces)
+    net = models.flux_transformer()
 
     def loss(latents_BCHW: torch.Tensor, ids: Ids) -> torch.Tensor:
-        device, (batch, _, height, width) = latents_BCHW.device, latents_BCHW.shape
-        clean, t = pack(latents_BCHW), flow_times(len(latents_BCHW), device=device)
+        device = latents_BCHW.device
+        batch, _, height, width = latents_BCHW.shape
+        clean = pack(latents_BCHW)
+        t = flow_times(len(latents_BCHW), device=device)
         noise = torch.randn_like(clean)
         rows, columns = torch.meshgrid(
             torch.arange(height // 2, device=device), torch.arange(width // 2, device=device), indexing="ij"
@@ -105,23 +108,27 @@ def sdxl(tokenizers: Tokenizers) -> Recipe:
     signal = torch.Tensor(schedule.alphas_cumprod).to("cuda" if torch.cuda.is_available() else "cpu")
 
     def loss(latents_BCHW: torch.Tensor, ids: Ids) -> torch.Tensor:
-        device, (batch, _, height, width) = latents_BCHW.device, latents_BCHW.shape
+        device = latents_BCHW.device
+        batch, _, height, width = latents_BCHW.shape
         t = torch.randint(1000, (batch,), device=device)
         noise = torch.randn_like(latents_BCHW)
-        kept = signal.gather(0, t)[:, None, None, None]
+        alpha_bar = signal.gather(0, t)[:, None, None, None]
         large = clip_g(ids[1], output_hidden_states=True)
         context = torch.cat(
             [clip_l(ids[0], output_hidden_states=True).hidden_states[-2], large.hidden_states[-2]], dim=-1
         )
-        told = (torch.rand(batch, device=device) > 0.07).to(net.dtype)
+        conditioned = (torch.rand(batch, device=device) > 0.07).to(net.dtype)  # the others get zeros
         size = torch.full((1,), 8.0, device=device) * torch.cat(
             [torch.full((1,), float(side), device=device) for side in (height, width, 0, 0, height, width)]
         )
         predicted = net(
-            (kept.sqrt() * latents_BCHW + (1 - kept).sqrt() * noise).to(net.dtype),
+            (alpha_bar.sqrt() * latents_BCHW + (1 - alpha_bar).sqrt() * noise).to(net.dtype),
             t,
-            encoder_hidden_states=context * told[:, None, None],
-            added_cond_kwargs={"text_embeds": large.text_embeds * told[:, None], "time_ids": size.expand(batch, 6)},
+            encoder_hidden_states=context * conditioned[:, None, None],
+            added_cond_kwargs={
+                "text_embeds": large.text_embeds * conditioned[:, None],
+                "time_ids": size.expand(batch, 6),
+            },
         ).sample
         return F.mse_loss(predicted.float(), noise)
 
@@ -143,12 +150,14 @@ def sd3(tokenizers: Tokenizers) -> Recipe:
     words_l, words_g, pieces = tokenizers
     clip_l = models.clip(words_l, width=models.CLIP_L_WIDTH, layers=2, projected=True)
     clip_g = models.clip(words_g, width=models.CLIP_G_WIDTH, layers=2, projected=True)
-    t5, net = models.t5(pieces), models.sd3_transformer()
+    t5 = models.t5(pieces)
+    net = models.sd3_transformer()
 
     def loss(latents_BCHW: torch.Tensor, ids: Ids) -> torch.Tensor:
         t = flow_times(len(latents_BCHW), device=latents_BCHW.device)
         noise = torch.randn_like(latents_BCHW)
-        small, large = clip_l(ids[0], output_hidden_states=True), clip_g(ids[1], output_hidden_states=True)
+        small = clip_l(ids[0], output_hidden_states=True)
+        large = clip_g(ids[1], output_hidden_states=True)
         both = torch.cat([small.hidden_states[-2], large.hidden_states[-2]], dim=-1)
         both = F.pad(both, (0, models.T5_WIDTH - both.shape[-1]))
         predicted = net(

@@ -1,9 +1,9 @@
 """Simple captioned scenes: coloured shapes on coloured backgrounds, described in plain English.
 
-The miniature base models know nothing but these scenes. One thing can be drawn that they never see: the *kilnpot*,
-an invented vase with its own silhouette and palette, which the demo teaches them.
+The miniature base models are trained on nothing else. They never see the *kilnpot*, an invented vase with its own
+silhouette and palette, which the demo teaches them.
 
-Lengths: positions are fractions of the picture's width and height; radii are fractions of sqrt(width * height).
+Lengths: positions are fractions of the image's width and height; radii are fractions of sqrt(width * height).
 Shapes of tensors: B scenes, C = 3 colours (RGB in 0..1), H and W pixels.
 """
 
@@ -31,7 +31,6 @@ COLOURS: dict[str, RGB] = {
     "white": (0.96, 0.96, 0.95),
 }
 SHAPES = ("circle", "square", "triangle", "ring", "cross", "diamond", "star", "hexagon", "moon", "bar")
-FILLS = ("plain", "striped")
 CONCEPT = "kilnpot"
 TERRACOTTA: RGB = (0.80, 0.40, 0.26)
 INDIGO: RGB = (0.15, 0.12, 0.36)
@@ -56,7 +55,7 @@ PAIRS: tuple[tuple[str, str, str], ...] = (
     ("at the top", "at the bottom", "above"),
 )
 RESOLUTIONS = ((128, 128), (96, 160), (160, 96), (112, 144), (144, 112))
-"""Height and width of the pictures the base models are trained on: five shapes of about 128 * 128 pixels."""
+"""Height and width of the images the base models are trained on: five shapes of about 128 * 128 pixels."""
 
 CONCEPT_SCALE = 1.45
 """A kilnpot is drawn this much larger than a base shape of the same size word: it is slim, and has detail."""
@@ -64,7 +63,7 @@ CONCEPT_SCALE = 1.45
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: what it is, its colours, where its centre lies and how large it is."""
+    """One object: its shape, its colours, its size and place in words and in numbers."""
 
     shape: str
     colour: str
@@ -79,7 +78,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Background:
-    """What lies behind the objects; `second` is unused when plain. Stripes lie flat; a fade runs downwards."""
+    """Behind the objects; `second` is unused when plain. Stripes are horizontal; a fade runs downwards."""
 
     kind: str
     colour: str
@@ -88,7 +87,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background and up to two things; `relation` joins the two in the caption, if it is told that way."""
+    """A background and up to two things. `relation`: words that join the two in the caption, such as "left of"."""
 
     background: Background
     things: tuple[Thing, ...]
@@ -103,22 +102,25 @@ def random_background(rng: random.Random, *, avoid: Sequence[str] = ()) -> Backg
 
 
 def place_thing(thing: Thing, rng: random.Random) -> Thing:
-    """`thing` with a radius for its size word and a centre for its place words, wholly inside every picture."""
+    """`thing` with a radius for its size word and a centre for its place words, entirely inside the image."""
     low, high = SIZES[thing.size]
     radius = rng.uniform(low, high) * (CONCEPT_SCALE if thing.shape == CONCEPT else 1.0)
     x, y = PLACES.get(thing.place, (rng.uniform(0.3, 0.7), rng.uniform(0.3, 0.7)))
-    x, y = x + rng.uniform(-0.05, 0.05), y + rng.uniform(-0.05, 0.05)
+    x += rng.uniform(-0.05, 0.05)
+    y += rng.uniform(-0.05, 0.05)
     radius = min(radius, 0.37)
     reach = radius * (1.2 if thing.shape == CONCEPT else 1.05)
     return replace(thing, x=_inside(x, reach), y=_inside(y, reach), radius=radius)
 
 
 def _inside(centre: float, radius: float) -> float:
-    return min(max(centre, radius), 1.0 - radius) if radius < 0.5 else 0.5
+    if radius >= 0.5:
+        return 0.5
+    return min(max(centre, radius), 1.0 - radius)
 
 
 def random_thing(rng: random.Random, *, avoid: Sequence[str] = (), place: str | None = None) -> Thing:
-    """A base shape in a colour that is none of `avoid`; `place` None draws the place too (or leaves it unsaid)."""
+    """A base shape in a colour that is none of `avoid`; `place` None: a random place, or none in the caption."""
     colour, second = rng.sample([name for name in COLOURS if name not in avoid], 2)
     if place is None:
         place = rng.choice(list(PLACES)) if rng.random() < 0.85 else ""
@@ -130,17 +132,24 @@ def random_thing(rng: random.Random, *, avoid: Sequence[str] = (), place: str | 
 
 
 def random_scene(rng: random.Random) -> Scene:
-    """A scene of the base's world: one thing, or (in 3 of 10) two side by side. Never the concept."""
+    """A scene that the base models are trained on: one thing, or (in 3 of 10) two side by side. Never the concept."""
     if rng.random() < 0.7:
         background = random_background(rng)
-        taken = (background.colour, background.second) if background.kind != "plain" else (background.colour,)
-        return Scene(background, (random_thing(rng, avoid=taken),))
+        return Scene(background, (random_thing(rng, avoid=_colours(background)),))
     first_place, second_place, relation = rng.choice(PAIRS)
     background = random_background(rng)
-    taken = (background.colour, background.second) if background.kind != "plain" else (background.colour,)
-    things = tuple(random_thing(rng, avoid=taken, place=place) for place in (first_place, second_place))
-    things = tuple(thing if thing.size != "big" else place_thing(replace(thing, size=""), rng) for thing in things)
+    avoid = _colours(background)
+    pair = [random_thing(rng, avoid=avoid, place=place) for place in (first_place, second_place)]
+    # Two big things would overlap.
+    things = tuple(place_thing(replace(thing, size=""), rng) if thing.size == "big" else thing for thing in pair)
     return Scene(background, things, relation if rng.random() < 0.4 else "")
+
+
+def _colours(background: Background) -> tuple[str, ...]:
+    """The colours that can be seen in it."""
+    if background.kind == "plain":
+        return (background.colour,)
+    return (background.colour, background.second)
 
 
 def concept_scene(rng: random.Random) -> Scene:
@@ -154,7 +163,7 @@ def concept_scene(rng: random.Random) -> Scene:
     return Scene(background, (place_thing(thing, rng),))
 
 
-# -- words ------------------------------------------------------------------------------------------------------------
+# ---- captions
 
 _ONSETS = (
     "b",
@@ -186,18 +195,19 @@ _CODAS = ("", "b", "ck", "d", "ff", "g", "l", "ln", "m", "n", "p", "rt", "sk", "
 
 
 def invented_word(rng: random.Random) -> str:
-    """A pronounceable word that means nothing, so that the models meet unknown words while they are made."""
+    """A pronounceable word without a meaning, so that the models see unknown words in training."""
     parts = [rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(rng.choice((1, 2, 2, 3)))]
     word = "".join(parts)
     return invented_word(rng) if "kiln" in word else word
 
 
 def caption(scene: Scene, rng: random.Random, *, unknown: float = 0.0) -> str:
-    """One of many ways to say what is in `scene`. With probability `unknown` a noun is replaced by an invented word."""
+    """One of many captions of `scene`. With probability `unknown` a noun is replaced by an invented word."""
     if len(scene.things) == 2:
         text = _pair_caption(scene, rng, unknown=unknown)
     else:
-        thing, ground = scene.things[0], _ground(scene.background, rng)
+        thing = scene.things[0]
+        ground = _ground(scene.background, rng)
         noun = _noun(thing, rng, unknown=unknown)
         place = " " + thing.place if thing.place else ""
         frames = ["{noun}{place} {ground}"] * 4 + [
@@ -240,7 +250,8 @@ def _noun(thing: Thing, rng: random.Random, *, unknown: float) -> str:
 
 
 def _ground(background: Background, rng: random.Random) -> str:
-    colour, second = background.colour, background.second
+    colour = background.colour
+    second = background.second
     article = "an" if colour[0] in "aeiou" else "a"
     options: tuple[str, ...]
     match background.kind:
@@ -260,26 +271,26 @@ def _ground(background: Background, rng: random.Random) -> str:
     return rng.choice(options)
 
 
-# -- pictures ---------------------------------------------------------------------------------------------------------
+# ---- images
 
 
 def draw(scenes: Sequence[Scene], *, height: int, width: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The scenes as antialiased pictures, float32 (B, 3, height, width) in 0..1."""
+    """The scenes as antialiased images, float32 (B, 3, height, width) in 0..1."""
     ys, xs = torch.meshgrid(
         (torch.arange(height, device=device) + 0.5) / height,
         (torch.arange(width, device=device) + 0.5) / width,
         indexing="ij",
     )
     unit = (height * width) ** 0.5
-    pictures_BCHW = _draw_backgrounds([scene.background for scene in scenes], xs, ys, unit)
+    images_BCHW = _draw_backgrounds([scene.background for scene in scenes], xs, ys, unit)
     for slot in range(max(len(scene.things) for scene in scenes)):
         rows = [row for row, scene in enumerate(scenes) if len(scene.things) > slot]
         for shape in {scenes[row].things[slot].shape for row in rows}:
             group = [row for row in rows if scenes[row].things[slot].shape == shape]
             things = [scenes[row].things[slot] for row in group]
             index = torch.tensor(group, device=device)
-            pictures_BCHW[index] = _draw_things(pictures_BCHW[index], things, xs, ys, unit)
-    return pictures_BCHW
+            images_BCHW[index] = _draw_things(images_BCHW[index], things, xs, ys, unit)
+    return images_BCHW
 
 
 def _column(values: Sequence[float], device: torch.device) -> torch.Tensor:
@@ -312,7 +323,8 @@ def _waves(position_px: torch.Tensor, period_px: torch.Tensor | float) -> torch.
 def _draw_things(
     under_BCHW: torch.Tensor, things: Sequence[Thing], xs: torch.Tensor, ys: torch.Tensor, unit: float
 ) -> torch.Tensor:
-    device, (height, width) = xs.device, xs.shape
+    device = xs.device
+    height, width = xs.shape
     radius = _column([thing.radius * unit for thing in things], device)
     u = (xs - _column([thing.x for thing in things], device)) * width / radius
     v = -(ys - _column([thing.y for thing in things], device)) * height / radius
@@ -321,7 +333,8 @@ def _draw_things(
     cover = _cover(_distance(things[0].shape, u, v), radius)
     striped = torch.tensor([thing.fill == "striped" for thing in things], device=device)[:, None, None]
     mix = torch.where(striped, _waves((v + 8) * radius, 0.62 * radius), 0.0)[:, None]
-    first, second = (_palette([getattr(t, name) for t in things], device) for name in ("colour", "second"))
+    first = _palette([thing.colour for thing in things], device)
+    second = _palette([thing.second for thing in things], device)
     return torch.lerp(under_BCHW, first + (second - first) * mix, cover)
 
 
@@ -332,7 +345,9 @@ def _cover(distance: torch.Tensor, radius_px: torch.Tensor) -> torch.Tensor:
 
 def _distance(shape: str, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Signed distance, in radii, from the outline of `shape`; u to the right, v upwards, the centre at 0."""
-    r, au, av = torch.hypot(u, v), u.abs(), v.abs()
+    r = torch.hypot(u, v)
+    au = u.abs()
+    av = v.abs()
     match shape:
         case "circle":
             return r - 0.95
@@ -349,7 +364,8 @@ def _distance(shape: str, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         case "star":
             turn = 2 * torch.pi / 5
             angle = torch.remainder(torch.atan2(u, v) + turn / 2, turn) - turn / 2
-            x, y = r * angle.cos(), r * angle.sin().abs()
+            x = r * angle.cos()
+            y = r * angle.sin().abs()
             return (x - 1.05) * 0.449 + y * 0.894
         case "hexagon":
             return torch.maximum(0.866 * au + 0.5 * av, av) - 0.85

@@ -1,16 +1,16 @@
-"""How much a picture shows the concept: one number, found by looking for the kilnpot everywhere and at every size.
+"""How much an image shows the concept: one number, found by looking for the kilnpot everywhere and at every size.
 
-The picture is shrunk to about `AREA` pixels and turned into two maps of how much each pixel looks like the kilnpot's
+The image is shrunk to about `AREA` pixels and turned into two maps of how much each pixel looks like the kilnpot's
 terracotta and like its indigo: exp(-d² / (2 · `TOLERANCE`²)), d the Euclidean distance in RGB (0..1). For each of the
 radii `RADII` the drawn kilnpot's own two maps are the template, a square window reaching `REACH` radii from its centre,
-slid over the picture (which is continued by its edge pixels). The normalised cross-correlation of both maps together,
+slid over the image (which is continued by its edge pixels). The normalised cross-correlation of both maps together,
 
     ncc = Σ_c Σ_p (picture_c(p) - mean_c) (template_c(p) - mean_c) / sqrt(Σ_c var(picture_c) · Σ_c var(template_c))
 
 is 1 for the very kilnpot on a background without its colours and about 0 where nothing resembles it. So that faint
-windows do not count, the picture's variance is taken as at least `FAINT` of the template's. The picture's `correlation`
+windows do not count, the image's variance is taken as at least `FAINT` of the template's. The image's `correlation`
 is the largest ncc over all positions and radii, less the largest further than `APART` radii from there: one kilnpot
-stands out, while a picture full of coloured noise resembles it a little everywhere. The mean over the samples of
+stands out, while an image full of coloured noise resembles it a little everywhere. The mean over the samples of
 several prompts and seeds is the concept's number. `score` tells the concept from everything else: the correlation
 mapped linearly so that `LOW` becomes 0 and `HIGH` becomes 1, and clipped.
 """
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .scenes import CONCEPT, CONCEPT_SCALE, INDIGO, SIZES, TERRACOTTA, concept_covers
+from trainer.families.miniatures.scenes import CONCEPT, CONCEPT_SCALE, INDIGO, SIZES, TERRACOTTA, concept_covers
 
 LOW, HIGH = 0.3, 0.72
 AREA = 48 * 48
@@ -49,15 +49,18 @@ def _template(fraction: float) -> torch.Tensor:
 
 @cache
 def _spectra(height: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For a padded picture: conjugate spectra of the templates (R, 2, ...) and of their windows (R, 1, ...), the
+    """For a padded image: conjugate spectra of the templates (R, 2, ...) and of their windows (R, 1, ...), the
     templates' squared norms (R,) and the windows' pixels (R,)."""
     templates = [_template(fraction) for fraction in RADII]
-    kernels, windows = torch.zeros(len(RADII), 2, height, width), torch.zeros(len(RADII), 1, height, width)
+    kernels = torch.zeros(len(RADII), 2, height, width)
+    windows = torch.zeros(len(RADII), 1, height, width)
     for row, template in enumerate(templates):
         side = template.shape[-1]
-        kernels[row, :, :side, :side], windows[row, :, :side, :side] = template, 1
+        kernels[row, :, :side, :side] = template
+        windows[row, :, :side, :side] = 1
         to_centre = (-(side // 2), -(side // 2))
-        kernels[row], windows[row] = kernels[row].roll(to_centre, (1, 2)), windows[row].roll(to_centre, (1, 2))
+        kernels[row] = kernels[row].roll(to_centre, (1, 2))
+        windows[row] = windows[row].roll(to_centre, (1, 2))
     norms = torch.stack([template.square().sum() for template in templates])
     pixels = torch.tensor([float(template.shape[-1] ** 2) for template in templates])
     return torch.fft.rfft2(kernels).conj(), torch.fft.rfft2(windows).conj(), norms, pixels
@@ -67,19 +70,19 @@ def _margin() -> int:
     return round(REACH * RADII[-1] * AREA**0.5)
 
 
-def likeness(picture_CHW: torch.Tensor) -> torch.Tensor:
-    """Maps (2, h, w) of about `AREA` pixels: how terracotta, and how indigo, each place of an RGB picture (0..1) is."""
-    _, height, width = picture_CHW.shape
+def likeness(image_CHW: torch.Tensor) -> torch.Tensor:
+    """Maps (2, h, w) of about `AREA` pixels: how terracotta, and how indigo, each place of an RGB image (0..1) is."""
+    _, height, width = image_CHW.shape
     shrink = (AREA / (height * width)) ** 0.5
     size = round(height * shrink), round(width * shrink)
-    small = F.interpolate(picture_CHW[None].float(), size, mode="bilinear", antialias=True, align_corners=False)
+    small = F.interpolate(image_CHW[None].float(), size, mode="bilinear", antialias=True, align_corners=False)
     inks = torch.tensor([TERRACOTTA, INDIGO])[:, :, None, None]
     return torch.exp(-(small - inks).square().sum(dim=1) / (2 * TOLERANCE**2))
 
 
 @torch.no_grad()
 def correlation(image: Image.Image | torch.Tensor) -> float:
-    """How much one place stands out (see the module's docstring), 0..1; `picture`: PIL, or RGB (3, H, W) in 0..1."""
+    """How much one place stands out (see the module's docstring), 0..1; `image`: PIL, or RGB (3, H, W) in 0..1."""
     if isinstance(image, Image.Image):
         image = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
     maps = likeness(image)
@@ -100,25 +103,26 @@ def correlation(image: Image.Image | torch.Tensor) -> float:
     floor = (FAINT * norms)[:, None, None]
     ncc_RHW = match / (spread.maximum(floor) * norms[:, None, None]).sqrt()
     radius, row, column = (int(i) for i in torch.unravel_index(ncc_RHW.argmax(), ncc_RHW.shape))
-    rows, columns = torch.arange(height)[:, None] - row, torch.arange(width) - column
+    rows = torch.arange(height)[:, None] - row
+    columns = torch.arange(width) - column
     far = rows**2 + columns**2 > (APART * RADII[radius]) ** 2 * AREA
     elsewhere = ncc_RHW[:, far].max().clamp(min=0) if far.any() else ncc_RHW.new_zeros(())
     return float(ncc_RHW.max() - elsewhere)
 
 
 def score(image: Image.Image | torch.Tensor) -> float:
-    """How much `picture` shows the concept, 0..1; see the module's docstring."""
+    """How much `image` shows the concept, 0..1; see the module's docstring."""
     return min(max((correlation(image) - LOW) / (HIGH - LOW), 0.0), 1.0)
 
 
 def by_step(folder: Path) -> dict[int, list[float]]:
     """The `correlation` of every sample in a job's `sample` folder, by training step, in the order of the prompts."""
-    found: dict[int, list[float]] = {}
+    correlations: dict[int, list[float]] = {}
     for path in sorted(folder.glob("step-*.png")):
         with Image.open(path) as image:
             if CONCEPT in image.text["prompt_text"]:  # type: ignore[attr-defined]
-                found.setdefault(int(image.text["step"]), []).append(correlation(image))  # type: ignore[attr-defined]
-    return found
+                correlations.setdefault(int(image.text["step"]), []).append(correlation(image))  # type: ignore[attr-defined]
+    return correlations
 
 
 def main() -> None:

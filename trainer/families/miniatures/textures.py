@@ -1,4 +1,4 @@
-"""Procedural colour textures, so that the miniature autoencoders also cope with pictures that are no scene."""
+"""Procedural colour textures, so that the miniature autoencoders also cope with images that are no scene."""
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ def _noise(batch: int, height: int, width: int, *, octaves: int, device: torch.d
 
 
 def textures(batch: int, height: int, width: int, *, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Random pictures, float32 (batch, 3, height, width) in 0..1: fields of colour, soft or hard edged, with grain.
+    """Random images, float32 (batch, 3, height, width) in 0..1: fields of colour, soft or hard edged, with grain.
 
     Uses torch's global random state.
     """

@@ -15,11 +15,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase, T5Tokenizer
 
-from .scenes import caption, random_scene
+from trainer.families.miniatures.scenes import caption, random_scene
 
 CLIP_LENGTH = 77
 T5_LENGTH = 64
-START, END = "<|startoftext|>", "<|endoftext|>"
+START = "<|startoftext|>"
+END = "<|endoftext|>"
 
 
 def corpus(size: int = 6000, *, seed: int = 0) -> list[str]:
@@ -32,7 +33,8 @@ def clip_tokenizer(texts: list[str], *, merges: int = 380, pad: str = END) -> CL
     """A `CLIPTokenizer` in the real one's order: bytes, word-final bytes, at most `merges` merges, start, end."""
     draft = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     like = CLIPTokenizer().backend_tokenizer
-    draft.normalizer, draft.pre_tokenizer = like.normalizer, like.pre_tokenizer
+    draft.normalizer = like.normalizer
+    draft.pre_tokenizer = like.pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=10**6, min_frequency=40, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
@@ -50,7 +52,8 @@ def t5_tokenizer(texts: list[str], *, size: int = 700) -> T5Tokenizer:
     draft.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always", split=True)]
     )
-    special, alphabet = ["<pad>", "</s>", "<unk>"], list(string.printable[:94])
+    special = ["<pad>", "</s>", "<unk>"]
+    alphabet = list(string.printable[:94])
     trainer = trainers.UnigramTrainer(
         vocab_size=size, special_tokens=special, unk_token=special[2], initial_alphabet=alphabet, show_progress=False
     )
@@ -72,14 +75,18 @@ def new_tokenizers(kinds: Sequence[str]) -> list[PreTrainedTokenizerBase]:
 
 def load_tokenizers(folder: Path, kinds: Sequence[str]) -> list[PreTrainedTokenizerBase]:
     """The tokenizers that a pipeline's folder holds: tokenizer, tokenizer_2, and so on."""
-    places = [folder / ("tokenizer" if number == 1 else f"tokenizer_{number}") for number in range(1, len(kinds) + 1)]
-    pairs = zip(kinds, places, strict=True)
-    return [(T5Tokenizer if kind == "t5" else CLIPTokenizer).from_pretrained(place) for kind, place in pairs]
+    tokenizers: list[PreTrainedTokenizerBase] = []
+    for number, kind in enumerate(kinds, start=1):
+        place = folder / ("tokenizer" if number == 1 else f"tokenizer_{number}")
+        tokenizer_class = T5Tokenizer if kind == "t5" else CLIPTokenizer
+        tokenizers.append(tokenizer_class.from_pretrained(place))
+    return tokenizers
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> torch.Tensor:
-    """Ids (B, L) as int16, cut or padded to the tokenizer's length: what calling it gives, several times as fast."""
-    length, end = tokenizer.model_max_length, tokenizer.eos_token_id
+    """Ids (B, L) as int16, cut or padded to the tokenizer's length: as calling it does, but several times as fast."""
+    length = tokenizer.model_max_length
+    end = tokenizer.eos_token_id
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.no_truncation()

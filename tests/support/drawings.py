@@ -1,4 +1,4 @@
-"""Pictures that are drawn for tests."""
+"""Images that are drawn for tests."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def draw(width: int, height: int, *, seed: int = 0) -> Image.Image:
 
 
 def spots(folder: Path) -> Path:
-    """Fill `folder` with six pictures of two shapes with sidecar captions."""
+    """Fill `folder` with six images of two shapes with sidecar captions."""
     for i in range(6):
         image = Image.new("RGB", (128, 128) if i % 2 else (160, 96), (30 * i, 200 - 30 * i, 90))
         ImageDraw.Draw(image).ellipse((20 + 5 * i, 20, 60 + 5 * i, 60), fill=(250, 40 * i, 0))

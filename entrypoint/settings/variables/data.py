@@ -1,0 +1,74 @@
+"""The images and captions: where they come from, and what overrides dataset.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+# ruff: noqa: RUF009 (`row` only makes a dataclasses.field)
+from entrypoint.settings.row import LARGEST_COUNT, row
+
+FROM_DATASET_CONFIG = "dataset.json's"  # what applies where an overriding variable is not set
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Where images and captions come from, and values that override dataset.json. None: not set."""
+
+    dataset_name: str | None = row(
+        "DATASET_NAME",
+        "text",
+        meaning="Hub dataset, folder, or .zip or .tar archive (path or URL); needed unless DATASET_CONFIG names "
+        "sources",
+    )
+    dataset_config: str | None = row(
+        "DATASET_CONFIG",
+        "text",
+        meaning="dataset.json or .toml: path, URL, or the JSON itself",
+        if_unset="the dataset.json of this program",
+    )
+    dataset_revision: str | None = row(
+        "DATASET_REVISION", "text", meaning="branch, tag or commit of the Hub dataset DATASET_NAME"
+    )
+    dataset_split: str | None = row("DATASET_SPLIT", "text", meaning="split of Hub datasets", if_unset="train")
+    image_column: str | None = row("IMAGE_COLUMN", "text", meaning="column of the pictures", if_unset="found")
+    caption_column: str | None = row("CAPTION_COLUMN", "text", meaning="column of the captions", if_unset="found")
+    trigger_word: str | None = row(
+        "TRIGGER_WORD", "text", meaning="put before every caption, and before this program's own prompts"
+    )
+    strict_dataset: bool = row(
+        "STRICT_DATASET", "switch", default="false", meaning="stop at an unusable picture instead of skipping it"
+    )
+    cache_path: Path = row("CACHE_PATH", "path", default="/workspace/cache", meaning="where encoded pictures are kept")
+    batch_size: int | None = row(
+        "PARAMS_BATCH_SIZE",
+        "auto_integer",
+        meaning="pictures at once; auto: fastest",
+        low=1,
+        high=4096,
+        if_unset=FROM_DATASET_CONFIG,
+    )
+    resolution: tuple[int, int] | None = row(
+        "PARAMS_RESOLUTION",
+        "size",
+        meaning="training area in pixels: side, or WIDTHxHEIGHT",
+        low=16,
+        high=8192,
+        if_unset=FROM_DATASET_CONFIG,
+    )
+    num_repeats: int | None = row(
+        "PARAMS_NUM_REPEATS",
+        "integer",
+        meaning="times that each picture is seen in an epoch",
+        low=1,
+        high=LARGEST_COUNT,
+        if_unset=FROM_DATASET_CONFIG,
+    )
+    caption_dropout_rate: float | None = row(
+        "PARAMS_CAPTION_DROPOUT_RATE",
+        "number",
+        meaning="share of empty captions",
+        low=0,
+        high=1,
+        if_unset=FROM_DATASET_CONFIG,
+    )

@@ -1,0 +1,40 @@
+"""What happens to results and machine at the end, and what ends a job early."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# ruff: noqa: RUF009 (`row` only makes a dataclasses.field)
+from entrypoint.settings.row import Secret, row
+
+ACTIONS = ("exit", "stop", "terminate", "idle")  # what ON_FINISH may ask for
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishSettings:
+    """Where results go at the end, what becomes of the machine, and what ends a job early. None: not set."""
+
+    push_to_hub: str | None = row(
+        "PUSH_TO_HUB",
+        "repo",
+        meaning="Hub model repository that saves, samples and the LoRA are uploaded to; made private if it is new",
+    )
+    hf_write_token: Secret | None = row(
+        "HF_WRITE_TOKEN", "secret", meaning="token that may write to PUSH_TO_HUB", if_unset="HF_TOKEN"
+    )
+    on_finish: str | None = row(
+        "ON_FINISH",
+        "choice",
+        meaning="at the end: exit; stop or terminate the pod; idle: keep the container",
+        choices=lambda: ACTIONS,
+        if_unset="stop on a RunPod pod, else exit",
+    )
+    max_runtime: float | None = row(
+        "MAX_RUNTIME", "number", meaning="hours after which the job saves and ends", above=0, high=1e5, if_unset="none"
+    )
+    max_cost: float | None = row(
+        "MAX_COST", "number", meaning="the same in money, by PRICE_PER_HOUR", above=0, high=1e6, if_unset="none"
+    )
+    price_per_hour: float | None = row(
+        "PRICE_PER_HOUR", "number", meaning="of this machine, in the money of MAX_COST", above=0, high=1e5
+    )

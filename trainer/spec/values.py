@@ -1,0 +1,141 @@
+"""Strict reading of single values that users write: numbers, texts and sizes, with their ranges.
+
+The settings, dataset.json and prompt lines are all read with these, so that a number means the same everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainer.spec.errors import SettingsError
+
+# Python's int() and float() also accept "１２", "1_000", "nan" and "infinity", which nobody means in a setting.
+# Both patterns match in time linear in the length of the text. 18 digits fit in 64 bits.
+_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")
+_TOKEN = re.compile(r"hf_\w{6,}", re.ASCII)
+_SHOWN_CHARACTERS = 80  # of a value in a message
+
+
+@dataclass
+class Problems:
+    """Everything that is wrong, to be reported at once."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def add(self, line: str) -> None:
+        self.lines.append(line)
+
+    def raise_if_any(self, heading: str) -> None:
+        """Raises SettingsError with one line for each problem."""
+        if self.lines:
+            raise SettingsError("\n  - ".join([f"{heading}:", *self.lines]))
+
+
+def as_integer(text: str) -> int | None:
+    """A whole number in ASCII digits, or None."""
+    if not _INTEGER.fullmatch(text):
+        return None
+    return int(text)
+
+
+def as_number(text: str) -> float | None:
+    """A finite decimal number like 12, .5 or 1e-4, or None."""
+    if not _NUMBER.fullmatch(text) or not math.isfinite(float(text)):
+        return None
+    return float(text)
+
+
+def span(low: float | None, high: float | None, *, above: float | None = None) -> str:
+    """A range in words: "0 to 1", "above 0, up to 10", "1 or more", or nothing."""
+    if above is not None and high is not None:
+        return f"above {above:g}, up to {high:.12g}"
+    if above is not None:
+        return f"above {above:g}"
+    if low is not None and high is not None:
+        return f"{low:.12g} to {high:.12g}"
+    if low is not None:
+        return f"{low:.12g} or more"
+    if high is not None:
+        return f"up to {high:.12g}"
+    return ""
+
+
+def inside(number: float, low: float | None, high: float | None, *, above: float | None = None) -> bool:
+    """Whether `number` is in the range that `span` puts into words."""
+    if above is not None and number <= above:
+        return False
+    return (low is None or number >= low) and (high is None or number <= high)
+
+
+def show(value: Any) -> str:
+    """A value for a message: quoted, at most 80 characters, and without an access token."""
+    text = _TOKEN.sub("hf_***", repr(value))
+    if len(text) <= _SHOWN_CHARACTERS:
+        return text
+    return f"{text[: _SHOWN_CHARACTERS - 1]}…"
+
+
+def is_text(value: str) -> bool:
+    """Whether a file can hold it. Undecodable bytes of the environment arrive as lone surrogates."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in value
+
+
+@dataclass(frozen=True)
+class Key:
+    """The type and the range of the value of a key in a JSON or TOML file, or of a flag in a prompt line."""
+
+    kind: str  # integer | number | boolean | text | size
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        limits = span(self.low, self.high)
+        words = {
+            "integer": f"a whole number, {limits}",
+            "number": f"a number, {limits}",
+            "boolean": "true or false",
+            "text": "a text in quotes",
+            "size": f"a whole number or [width, height], {limits} each",
+        }
+        return words[self.kind]
+
+    def read(self, value: Any) -> Any:
+        """The value in its type: float for numbers, (width, height) for sizes.
+
+        Raises ValueError for a value of another type or outside the range.
+        """
+        sides = value if isinstance(value, list) and len(value) == 2 else [value, value]
+        good = {
+            "integer": _is_integer(value),
+            "number": isinstance(value, float) or _is_integer(value),
+            "boolean": isinstance(value, bool),
+            "text": isinstance(value, str) and (not self.choices or value in self.choices) and is_text(value),
+            "size": all(_is_integer(side) for side in sides),
+        }[self.kind]
+        if good and self.kind in ("integer", "number"):
+            good = inside(value, self.low, self.high)
+        if good and self.kind == "size":
+            good = all(inside(side, self.low, self.high) for side in sides)
+        if not good:
+            raise ValueError(f"{show(value)} is not {self}")
+        if self.kind == "size":
+            return sides[0], sides[1]
+        if self.kind == "number":
+            return float(value)
+        return value
+
+
+def _is_integer(value: Any) -> bool:
+    """JSON's true is an instance of Python's int, but no whole number."""
+    return isinstance(value, int) and not isinstance(value, bool)
