@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Before torch or a BLAS is loaded: two test processes share two cores, and one thread gives the same sums everywhere.
@@ -16,3 +17,9 @@ pytest.register_assert_rewrite("tests.support")
 # A busy machine is no failure; the same examples each time, so that a red test is red again.
 settings.register_profile("kiln", deadline=None, derandomize=True, database=None)
 settings.load_profile("kiln")
+
+
+def pytest_collection_finish() -> None:
+    """Jobs in this process collect garbage many times: what is imported by now need not be looked through each time."""
+    gc.collect()
+    gc.freeze()

@@ -10,7 +10,8 @@ import dataclasses
 import math
 from typing import Any
 
-from entrypoint.dataset_config.manifest import Manifest, classify
+from entrypoint.dataset_config.manifest import Manifest
+from entrypoint.dataset_config.sources import classify
 from entrypoint.settings.checks import Notes
 from entrypoint.settings.variables.data import DataSettings
 from trainer.spec.plan import Dataset, Source, Subset
@@ -68,15 +69,15 @@ def _source_of_dataset_name(manifest: Manifest, settings: DataSettings, notes: N
     revision = settings.dataset_revision
     if name is None:
         if needed:
-            reason = "" if manifest.datasets_packaged else f", and a subset of {manifest.origin} names no pictures"
+            reason = "" if manifest.datasets_packaged else f", and a subset of {manifest.origin} names no images"
             allowed = "a Hub dataset (org/name), a folder, an archive or its URL"
             notes.add(f"DATASET_NAME is not set{reason}. Allowed: {allowed}.")
         elif revision:
-            notes.add(f"DATASET_REVISION={show(revision)} goes with DATASET_NAME, which is not set.")
+            notes.add(f"DATASET_REVISION={show(revision)} belongs to DATASET_NAME, which is not set. Fix: remove it.")
         return NO_SOURCE
     if not needed:
         fix = "Fix: remove it, or remove image_dir or dataset from the subset that is to take it"
-        notes.add(f"DATASET_NAME={show(name)}: every subset of {manifest.origin} names its own pictures. {fix}.")
+        notes.add(f"DATASET_NAME={show(name)}: every subset of {manifest.origin} names its own images. {fix}.")
     try:
         kind, location = classify(name)
     except ValueError as problem:
@@ -104,7 +105,10 @@ def _complete_subset(
             caption_column=own.caption_column or settings.caption_column,
         )
     elif source.kind and not own.kind and (own.revision or own.split or own.image_column or own.caption_column):
-        notes.add(f"{where}: revision, split and columns are of Hub datasets, and DATASET_NAME is a {source.kind}.")
+        notes.add(
+            f"{where}: revision, split and columns are for Hub datasets, and DATASET_NAME is a {source.kind}. "
+            "Fix: remove them."
+        )
     dropout_rate = settings.caption_dropout_rate
     if dropout_rate is None:
         dropout_rate = subset.caption_dropout_rate
@@ -164,7 +168,8 @@ def _check_sizes(dataset: Dataset, *, multiple: int, where: str, notes: Notes) -
     if step % multiple:
         next_multiple = math.ceil(step / multiple) * multiple
         notes.add(
-            f"{where}.bucket_reso_steps {step} is no multiple of {multiple}, as this model needs. Fix: {next_multiple}."
+            f"{where}.bucket_reso_steps {step} is not a multiple of {multiple}, as this model needs. "
+            f"Fix: {next_multiple}."
         )
     if step > math.isqrt(width * height):
         notes.add(f"{where}.bucket_reso_steps {step} is larger than the resolution {width}x{height}. Fix: {multiple}.")

@@ -1,44 +1,47 @@
-"""dataset.json and prompts.txt → frozen records. Nothing is guessed; a bad key or line is named with its place.
+"""dataset.json and prompts.txt → `Manifest`. Nothing is guessed; a bad key or line is named with its place.
 
-Both are given as a path, an http(s) URL or inline JSON, and may be TOML too.
+dataset.json has three levels: `general`, its `datasets`, and their `subsets`. The tables below say which keys are known
+at which level and what they may hold; the names are those of sd-scripts' dataset configuration, where it has them. A
+value is looked up in the subset, then in its dataset, then in `general`; `trainer.spec.plan` has the default.
+
+How to add a key:
+1. Give `trainer.spec.plan.Dataset` or `Subset` a field of the key's name, with its default.
+2. Add the key to DATASET_KEYS (about a dataset as a whole: sizes, batches, validation), SHARED_KEYS (about a subset,
+   and worth a default for all), or OWN_KEYS (about one subset alone), with the values that it may have.
+3. Use the field in `trainer.data`. If it changes how images or captions are encoded, it belongs into the cache's key.
+4. A check that needs other values than the key's own goes to `_subset` below; to `complete` if it needs the model.
+5. Add a row to docs/dataset-json.md and a value to VALUES in tests/unit/test_manifest.py; both tests fail until then.
 """
 
 from __future__ import annotations
 
-import http.client
-import re
-import time
-import tomllib
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+from entrypoint.dataset_config.documents import label, parse_text, read_text
 from entrypoint.dataset_config.prompts import parse_tree
-from entrypoint.settings.checks import absolute, is_file, is_folder, load_json, suggestion
-from trainer.spec.errors import UnreachableError
+from entrypoint.dataset_config.sources import HUB_ID, classify
+from entrypoint.settings.checks import suggestion
 from trainer.spec.plan import Dataset, Source, Subset
 from trainer.spec.prompts import PromptRequest, parse_lines
 from trainer.spec.values import Key, Problems, show
 
-PACKAGED = Path(__file__).resolve().parents[2]  # where this program's own dataset.json and prompts.txt lie
-LARGEST = 2**20  # bytes of dataset.json or prompts.txt
-SECONDS = 10.0  # for a URL
-TRANSIENT = (408, 425, 429)  # answers that another try may change, as may 500 and above
+PACKAGED = Path(__file__).resolve().parents[2]  # the folder with this program's own dataset.json and prompts.txt
 
-ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-OTHER_ARCHIVES = (".rar", ".7z", ".zst", ".gz", ".bz2", ".xz", ".lz4")
-HUB_ID = re.compile(r"(\w[\w.-]{0,95}/)?\w[\w.-]{0,95}", re.ASCII)
-UNNAMED = Source(kind="", location="", split="")  # a subset that takes DATASET_NAME
+# ---- the keys. A Key says what a value may be: its type and range, or its choices.
 
-_SIDE = Key("integer", 16, 16384)
-_RATE = Key("number", 0, 1)
+_SIDE = Key("integer", 16, 16384)  # pixels
+_RATE = Key("number", 0, 1)  # a probability
 _COUNT = Key("integer", 0, 10**6)
-_TEXT, _FLAG = Key("text"), Key("boolean")
-DATASET_KEYS = {  # of a dataset; `general` gives defaults
+_TEXT = Key("text")
+_FLAG = Key("boolean")
+
+# Of a dataset: how its images are resized, batched and held out. `general` may give defaults; a subset may not differ,
+# since a batch is drawn from all subsets of a dataset.
+DATASET_KEYS = {
     "resolution": Key("size", 16, 8192),
     "batch_size": Key("integer", 1, 4096),
     "enable_bucket": _FLAG,
@@ -46,10 +49,11 @@ DATASET_KEYS = {  # of a dataset; `general` gives defaults
     "max_bucket_reso": _SIDE,
     "bucket_reso_steps": Key("integer", 1, 2048),
     "bucket_no_upscale": _FLAG,
-    "validation_split": Key("number", 0, 0.99),
+    "validation_split": Key("number", 0, 0.99),  # a share: something must be left to train on
     "validation_seed": Key("integer", 0, 2**32 - 1),
 }
-SHARED_KEYS = {  # of a subset; its dataset and `general` give defaults
+# Of a subset: repeats, captions, augmentation. Its dataset and `general` may give defaults.
+SHARED_KEYS = {
     "resize_interpolation": Key("text", choices=("lanczos", "nearest", "bilinear", "bicubic", "area", "box")),
     "num_repeats": Key("integer", 1, 10**6),
     "shuffle_caption": _FLAG,
@@ -69,25 +73,38 @@ SHARED_KEYS = {  # of a subset; its dataset and `general` give defaults
     "caption_extension": _TEXT,
     "class_tokens": _TEXT,
 }
+# Of a subset alone: where its images come from (LOCATION_KEYS, HUB_KEYS, CLASS_KEYS), and what they are (OWN_KEYS).
+LOCATION_KEYS = {"image_dir": _TEXT, "dataset": _TEXT}
 HUB_KEYS = {"revision": _TEXT, "split": _TEXT, "image_column": _TEXT, "caption_column": _TEXT}
+CLASS_KEYS = {"class_prompt": _TEXT, "num_class_images": Key("integer", 1, 100_000)}  # the model generates the images
 OWN_KEYS = {"is_reg": _FLAG, "alpha_mask": _FLAG, "metadata_file": _TEXT, "conditioning_data_dir": _TEXT}
-CLASS_KEYS = {"class_prompt": _TEXT, "num_class_images": Key("integer", 1, 100_000)}  # pictures that the model draws
-CLASS_IMAGES = 100
-MADE_BY_HAND = ("class_tokens", "alpha_mask", "metadata_file", "conditioning_data_dir")  # which drawn pictures lack
-SUBSET_KEYS = {"image_dir": _TEXT, "dataset": _TEXT, **HUB_KEYS, **CLASS_KEYS, **OWN_KEYS}  # of a subset alone
-LEVELS = {
+SUBSET_KEYS = {**LOCATION_KEYS, **HUB_KEYS, **CLASS_KEYS, **OWN_KEYS}
+LEVELS = {  # by the words for a level in messages
     "general": {**DATASET_KEYS, **SHARED_KEYS},
     "a dataset": {**DATASET_KEYS, **SHARED_KEYS},
     "a subset": {**SHARED_KEYS, **SUBSET_KEYS},
 }
 
+DEFAULT_CLASS_IMAGES = 100  # where num_class_images is not set
+NOT_WITH_CLASS_PROMPT = (
+    "class_tokens",
+    "alpha_mask",
+    "metadata_file",
+    "conditioning_data_dir",
+)  # made for given images
+FROM_DATASET_NAME = Source(kind="", location="", split="")  # the source of a subset that names none
+
 
 @dataclass(frozen=True)
 class Manifest:
-    """What dataset.json and prompts.txt say. `named` is parallel to `datasets`."""
+    """The content of dataset.json and prompts.txt.
 
-    datasets: tuple[Dataset, ...]  # the resolution is (0, 0) where none is said, a subset's source may be UNNAMED
-    named: tuple[frozenset[str], ...]  # the keys of DATASET_KEYS that are said for each dataset
+    A dataset's resolution is (0, 0) if it is not set, and a subset's source may be FROM_DATASET_NAME:
+    `complete.complete_datasets` fills these in.
+    """
+
+    datasets: tuple[Dataset, ...]
+    named: tuple[frozenset[str], ...]  # for each dataset: which of DATASET_KEYS are set, there or in general
     prompts: tuple[PromptRequest, ...]
     datasets_packaged: bool  # they are this program's own, not the user's
     prompts_packaged: bool
@@ -101,239 +118,171 @@ def read_manifest(
     open_url: Callable[..., Any] = urllib.request.urlopen,
     packaged: Path = PACKAGED,
 ) -> Manifest:
-    """What DATASET_CONFIG and SAMPLE_PROMPTS name, or this program's own files.
+    """Read what DATASET_CONFIG and SAMPLE_PROMPTS name, or this program's own files.
 
     Raises SettingsError with a line for each problem in both, UnreachableError if a URL does not answer.
     """
     problems = Problems()
-    config, prompts = dataset_config or "", sample_prompts or ""
-    origin = "dataset.json"
+    origin = label(dataset_config, "DATASET_CONFIG") if dataset_config else "dataset.json"
     tree: Any = {"datasets": [{"subsets": [{}]}]}
-    if config or (packaged / "dataset.json").is_file():
-        origin = _label(config, "DATASET_CONFIG") if config else origin
-        text, form = _read(config or str(packaged / "dataset.json"), "DATASET_CONFIG", problems, open_url=open_url)
-        tree = _tree(text, form=form, origin=origin, problems=problems)
-    datasets = _parse_datasets(tree, origin, problems) if tree is not None else []
-    asked: tuple[PromptRequest, ...] = ()
-    if prompts or (packaged / "prompts.txt").is_file():
-        place = _label(prompts, "SAMPLE_PROMPTS") if prompts else "prompts.txt"
-        text, form = _read(prompts or str(packaged / "prompts.txt"), "SAMPLE_PROMPTS", problems, open_url=open_url)
-        if form == "txt":
-            asked = parse_lines(text or "", origin=place, problems=problems)
-        elif (listed := _tree(text, form=form, origin=place, problems=problems)) is not None:
-            asked = parse_tree(listed, origin=place, problems=problems)
+    if dataset_config or (packaged / "dataset.json").is_file():
+        location = dataset_config or str(packaged / "dataset.json")
+        text, text_format = read_text(location, "DATASET_CONFIG", problems, default_format="json", open_url=open_url)
+        tree = None
+        if text is not None:
+            tree = parse_text(text, text_format=text_format, origin=origin, problems=problems)
+    datasets: list[Dataset] = []
+    named: list[frozenset[str]] = []
+    if tree is not None:
+        for dataset, keys in _parse_datasets(tree, origin, problems):
+            datasets.append(dataset)
+            named.append(keys)
+    prompts = _read_prompts(sample_prompts, problems, open_url=open_url, packaged=packaged)
     problems.raise_if_any("The dataset's description or the prompts cannot be used")
     return Manifest(
-        datasets=tuple(dataset for dataset, _ in datasets),
-        named=tuple(named for _, named in datasets),
-        prompts=asked,
-        datasets_packaged=not config,
-        prompts_packaged=not prompts,
+        datasets=tuple(datasets),
+        named=tuple(named),
+        prompts=prompts,
+        datasets_packaged=not dataset_config,
+        prompts_packaged=not sample_prompts,
         origin=origin,
     )
 
 
-# ---- a path, a URL, or the text itself
-
-
-def _label(value: str, variable: str) -> str:
-    """How messages call it. What follows ? in a URL may be a key to it."""
-    return variable if value[:1] in "{[" else f"{variable} {value.split('?')[0]}"
-
-
-def _read(value: str, variable: str, problems: Problems, *, open_url: Callable[..., Any]) -> tuple[str | None, str]:
-    """The text (None with a problem said), and json, toml or txt."""
-    if value[:1] in ("{", "["):
-        return value, "json"
-    try:
-        url = urlsplit(value)
-        remote = url.scheme in ("http", "https")
-        suffix = Path(url.path if remote else value).suffix.lower()
-        form = {".json": "json", ".toml": "toml"}.get(suffix, "json" if variable == "DATASET_CONFIG" else "txt")
-        data = _download(value, open_url) if remote else _load(value)
-        if len(data) > LARGEST:
-            raise ValueError(f"it is larger than {LARGEST // 2**20} MiB")
-        return data.decode("utf-8-sig"), form
-    except UnicodeDecodeError:
-        problems.add(f"{_label(value, variable)}: it is not UTF-8 text.")
-    except (ValueError, OSError) as problem:
-        reason = getattr(problem, "strerror", None) or str(problem)
-        fix = "give the path of a file, an http(s) URL, or the JSON itself"
-        problems.add(f"{_label(value, variable)}: it cannot be read: {reason}. Fix: {fix}.")
-    return None, "json"
-
-
-def _load(path: str) -> bytes:
-    if "://" in path:
-        raise ValueError("only http and https URLs can be read")
-    with Path(absolute(path)).open("rb") as file:
-        return file.read(LARGEST + 1)
-
-
-def _download(url: str, open_url: Callable[..., Any]) -> bytes:
-    """Up to LARGEST bytes, and one more if there are more. UnreachableError if it is worth another try."""
-    deadline, data = time.monotonic() + SECONDS, b""
-    try:
-        with open_url(url, timeout=SECONDS) as response:
-            while len(data) <= LARGEST and (piece := response.read(2**16)):
-                data += piece
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"it takes longer than {SECONDS:.0f} s")
-        return data
-    except http.client.InvalidURL as problem:
-        raise ValueError("it is not a URL") from problem
-    except urllib.error.HTTPError as problem:
-        if problem.code < 500 and problem.code not in TRANSIENT:
-            raise ValueError(f"the server answers {problem.code} {problem.reason}") from problem
-        raise UnreachableError(f"{url.split('?')[0]}: the server answers {problem.code}.") from problem
-    except (OSError, http.client.HTTPException) as problem:
-        raise UnreachableError(f"{url.split('?')[0]} cannot be reached: {problem}.") from problem
-
-
-def _tree(text: str | None, *, form: str, origin: str, problems: Problems) -> Any:
-    """The parsed text; None with a problem said."""
+def _read_prompts(
+    sample_prompts: str | None, problems: Problems, *, open_url: Callable[..., Any], packaged: Path
+) -> tuple[PromptRequest, ...]:
+    """The prompts that SAMPLE_PROMPTS names, or those of this program's own prompts.txt, if it is there."""
+    if not sample_prompts and not (packaged / "prompts.txt").is_file():
+        return ()
+    origin = label(sample_prompts, "SAMPLE_PROMPTS") if sample_prompts else "prompts.txt"
+    location = sample_prompts or str(packaged / "prompts.txt")
+    text, text_format = read_text(location, "SAMPLE_PROMPTS", problems, default_format="txt", open_url=open_url)
     if text is None:
-        return None
-    try:
-        return load_json(text) if form == "json" else tomllib.loads(text)
-    except RecursionError:
-        problems.add(f"{origin}: it is nested too deeply.")
-    except ValueError as problem:
-        problems.add(f"{origin}: it is not {form.upper()}: {problem}.")
-    return None
+        return ()
+    if text_format == "txt":
+        return parse_lines(text, origin=origin, problems=problems)
+    tree = parse_text(text, text_format=text_format, origin=origin, problems=problems)
+    return () if tree is None else parse_tree(tree, origin=origin, problems=problems)
 
 
-# ---- the schema
+# ---- the levels
 
 
 def _parse_datasets(raw: Any, origin: str, problems: Problems) -> list[tuple[Dataset, frozenset[str]]]:
-    """Each dataset with the keys that are said for it. Look-up: subset, dataset, general, default."""
+    """Each dataset with the keys of DATASET_KEYS that are set for it. None, if there is any problem."""
     if not isinstance(raw, dict) or raw.keys() - {"general", "datasets"} or "datasets" not in raw:
-        strange = sorted(raw.keys() - {"general", "datasets"}) if isinstance(raw, dict) else []
-        said = f"the key {show(strange[0])} is not known; " if strange else ""
-        problems.add(f'{origin}: {said}an object {{"general": {{...}}, "datasets": [...]}} is needed.')
+        unknown = sorted(raw.keys() - {"general", "datasets"}) if isinstance(raw, dict) else []
+        reason = f"the key {show(unknown[0])} is not known; " if unknown else ""
+        problems.add(f'{origin}: {reason}an object {{"general": {{...}}, "datasets": [...]}} is needed.')
         return []
-    before = len(problems.lines)
-    general = _level(raw.get("general", {}), "general", f"{origin}: general", problems)
-    found = []
-    for i, item in enumerate(_listed(raw["datasets"], f"{origin}: datasets", problems)):
-        where = f"{origin}: datasets[{i}]"
-        subsets = item.get("subsets") if isinstance(item, dict) else None
-        bare = {k: v for k, v in item.items() if k != "subsets"} if isinstance(item, dict) else item
-        dataset = {**general, **_level(bare, "a dataset", where, problems)}
-        made = []
-        for j, each in enumerate(_listed(subsets, f"{where}.subsets", problems)):
-            place = f"{where}.subsets[{j}]"
-            made.append(_subset(dataset, _level(each, "a subset", place, problems), place, problems))
-        values = {key: value for key, value in dataset.items() if key in DATASET_KEYS}
-        if len(problems.lines) == before:
-            found.append((Dataset(tuple(made), **{"resolution": (0, 0), **values}), frozenset(values)))
-            if all(subset.is_reg for subset in made):
-                problems.add(f"{where}: all subsets are regularisation pictures. Fix: one without is_reg.")
-    return found
+    problems_before = len(problems.lines)
+    general = _read_level(raw.get("general", {}), "general", f"{origin}: general", problems)
+    datasets = []
+    for index, raw_dataset in enumerate(_read_list(raw["datasets"], f"{origin}: datasets", problems)):
+        where = f"{origin}: datasets[{index}]"
+        raw_subsets = None
+        raw_values = raw_dataset
+        if isinstance(raw_dataset, dict):
+            raw_subsets = raw_dataset.get("subsets")
+            raw_values = {key: value for key, value in raw_dataset.items() if key != "subsets"}
+        values = {**general, **_read_level(raw_values, "a dataset", where, problems)}
+        subsets = _parse_subsets(raw_subsets, values, f"{where}.subsets", problems)
+        dataset_values = {key: value for key, value in values.items() if key in DATASET_KEYS}
+        if len(problems.lines) == problems_before:  # else values may be missing, and nothing is used anyway
+            dataset = Dataset(subsets, **{"resolution": (0, 0), **dataset_values})
+            datasets.append((dataset, frozenset(dataset_values)))
+            if all(subset.is_reg for subset in subsets):
+                problems.add(f"{where}: all subsets are regularisation images. Fix: add a subset without is_reg.")
+    return datasets
 
 
-def _listed(raw: Any, where: str, problems: Problems) -> list[Any]:
+def _parse_subsets(raw: Any, inherited: Mapping[str, Any], where: str, problems: Problems) -> tuple[Subset, ...]:
+    """`inherited`: the values of the dataset and of `general`."""
+    subsets = []
+    for index, raw_subset in enumerate(_read_list(raw, where, problems)):
+        place = f"{where}[{index}]"
+        own = _read_level(raw_subset, "a subset", place, problems)
+        subsets.append(_subset(inherited, own, place, problems))
+    return tuple(subsets)
+
+
+def _read_list(raw: Any, where: str, problems: Problems) -> list[Any]:
     if isinstance(raw, list) and raw:
         return raw
-    problems.add(f"{where}: a list with at least one object is needed ({{}} takes its pictures from DATASET_NAME).")
+    problems.add(f"{where}: a list with at least one object is needed ({{}} takes its images from DATASET_NAME).")
     return []
 
 
-def _level(raw: Any, level: str, where: str, problems: Problems) -> dict[str, Any]:
-    """The checked values of one object. A null is as good as nothing."""
+def _read_level(raw: Any, level: str, where: str, problems: Problems) -> dict[str, Any]:
+    """The checked values of one object; `level` is a key of LEVELS. A null counts as not set."""
     if not isinstance(raw, dict):
         problems.add(f"{where}: {show(raw)} is not an object.")
         return {}
-    known, found = LEVELS[level], {}
+    keys = LEVELS[level]
+    values = {}
     for name, value in raw.items():
-        if name not in known:
-            homes = [home for home, keys in LEVELS.items() if name in keys]
-            fix = f"it belongs to {' or '.join(homes)}." if homes else suggestion(name, known)
+        if name not in keys:
+            other_levels = [other for other, known in LEVELS.items() if name in known]
+            fix = f"it belongs to {' or '.join(other_levels)}." if other_levels else suggestion(name, keys)
             problems.add(f"{where}.{name} is no key of {level}; {fix}")
         elif value is not None:
             try:
-                found[name] = known[name].read(value)
+                values[name] = keys[name].read(value)
             except ValueError as problem:
                 problems.add(f"{where}.{name}: {problem}.")
-    return found
+    return values
 
 
-def _subset(dataset: Mapping[str, Any], own: Mapping[str, Any], where: str, problems: Problems) -> Subset:
-    merged = {**dataset, **own}
+# ---- a subset
+
+
+def _subset(inherited: Mapping[str, Any], own: Mapping[str, Any], where: str, problems: Problems) -> Subset:
+    """One subset from its own values and those that it inherits."""
+    merged = {**inherited, **own}
     if not merged.get("caption_separator", ","):
         problems.add(f'{where}.caption_separator is empty. Fix: "," for example.')
-    if not merged.get("caption_extension", ".").startswith("."):
-        problems.add(
-            f"{where}.caption_extension {show(merged['caption_extension'])} has no dot. Fix: .txt for example."
-        )
-    kept = {name: value for name, value in merged.items() if name in SHARED_KEYS or name in OWN_KEYS}
+    extension = merged.get("caption_extension", ".")
+    if not extension.startswith("."):
+        problems.add(f"{where}.caption_extension {show(extension)} has no dot. Fix: .txt for example.")
+    values = {name: value for name, value in merged.items() if name in SHARED_KEYS or name in OWN_KEYS}
     if "class_prompt" in own:
-        if not kept.setdefault("is_reg", True):
-            problems.add(f"{where}: pictures of class_prompt are regularisation pictures. Fix: remove is_reg.")
-        # What the datasets above say of captions is said of the user's own pictures.
-        plain = {name: own.get(name) for name in ("caption_prefix", "caption_suffix")}
-        kept |= {**plain, "class_tokens": own["class_prompt"]}
-    return Subset(_subset_source(own, where, problems), **kept)
+        if not values.setdefault("is_reg", True):
+            problems.add(f"{where}: images of class_prompt are regularisation images. Fix: remove is_reg.")
+        # Prefix and suffix that are inherited describe the user's own images, such as a trigger word that the class
+        # must not learn.
+        values["caption_prefix"] = own.get("caption_prefix")
+        values["caption_suffix"] = own.get("caption_suffix")
+        values["class_tokens"] = own["class_prompt"]
+    return Subset(_source(own, where, problems), **values)
 
 
-def _subset_source(own: Mapping[str, Any], where: str, problems: Problems) -> Source:
-    hub = {name: value for name, value in own.items() if name in HUB_KEYS}
+def _source(own: Mapping[str, Any], where: str, problems: Problems) -> Source:
+    """Where a subset's images come from; FROM_DATASET_NAME, with a line in `problems`, if its keys do not fit."""
+    hub_values = {name: value for name, value in own.items() if name in HUB_KEYS}
     try:
         if "class_prompt" in own or "num_class_images" in own:
-            if wrong := [name for name in ("image_dir", "dataset", *hub, *MADE_BY_HAND) if name in own]:
-                raise ValueError(f"{wrong[0]} does not go together with class_prompt: the model draws these pictures")
-            if not own.get("class_prompt"):
-                raise ValueError("num_class_images needs a class_prompt to draw from, a dog for example")
-            return Source("generated", own["class_prompt"], count=own.get("num_class_images", CLASS_IMAGES))
-        if "image_dir" in own and ("dataset" in own or hub):
-            raise ValueError(f"image_dir does not go together with {['dataset', *hub][-1]}")
+            return _generated_source(own, hub_values)
         if "image_dir" in own:
+            others = [name for name in ("dataset", *hub_values) if name in own]
+            if others:
+                raise ValueError(f"image_dir does not go together with {others[-1]}")
             return Source(*classify(own["image_dir"], hub=False))
         if "dataset" in own:
             if not HUB_ID.fullmatch(own["dataset"]):
                 raise ValueError(f"dataset {show(own['dataset'])} is not a Hub dataset like org/name")
-            return Source("hub", own["dataset"], **{"split": "", **hub})
-        return Source("", "", **{"split": "", **hub})
+            return Source("hub", own["dataset"], **{"split": "", **hub_values})
+        return Source("", "", **{"split": "", **hub_values})
     except ValueError as problem:
         problems.add(f"{where}: {problem}.")
-        return UNNAMED
+        return FROM_DATASET_NAME
 
 
-def classify(location: str, *, hub: bool = True) -> tuple[str, str]:
-    """What DATASET_NAME or image_dir names: folder, archive or hub; and the absolute path, URL or Hub id.
-
-    Without `hub`, what is not there yet is a folder. Raises ValueError for what is none of them.
-    """
-    lower = location.lower()
-    if not location:
-        raise ValueError("an empty name. Allowed: a Hub dataset (org/name), a folder, an archive or its URL")
-    if "://" in location:
-        return "archive", _archive_url(location)
-    if is_folder(location):
-        return "folder", absolute(location)
-    if lower.endswith(ARCHIVES):
-        return "archive", absolute(location)
-    if lower.endswith(OTHER_ARCHIVES):
-        raise ValueError(f"{show(location)} is of a kind that is not read. Allowed: {', '.join(ARCHIVES)}")
-    if is_file(location):
-        raise ValueError(f"{show(location)} is a file, but no archive. Allowed: a folder, or {', '.join(ARCHIVES)}")
-    if not hub or location.startswith(("/", ".", "~")):
-        return "folder", absolute(location)
-    if HUB_ID.fullmatch(location):
-        return "hub", location
-    raise ValueError(f"{show(location)} is neither a Hub dataset (org/name), a folder, an archive nor a URL")
-
-
-def _archive_url(location: str) -> str:
-    url = urlsplit(location)
-    path = url.path.lower()
-    if url.scheme not in ("http", "https") or not url.hostname:
-        raise ValueError(f"{show(location.split('@')[-1])} cannot be downloaded. Allowed: http and https URLs")
-    if url.username or url.password:
-        raise ValueError("a URL with a password in it would end up in plan.json. Fix: download the archive yourself")
-    if re.fullmatch(r"/datasets/[^/]+/[^/]+/?", url.path) and url.hostname.endswith(("huggingface.co", "hf.co")):
-        raise ValueError(f"{show(location)} is a page. Fix: name the dataset, {url.path.strip('/').split('/', 1)[1]}")
-    if path.endswith(OTHER_ARCHIVES) and not path.endswith(ARCHIVES):
-        raise ValueError(f"{show(location)} is of a kind that is not read. Allowed: {', '.join(ARCHIVES)}")
-    return location
+def _generated_source(own: Mapping[str, Any], hub_values: Mapping[str, Any]) -> Source:
+    """The class images that the base model generates before training. Raises ValueError."""
+    for name in (*LOCATION_KEYS, *hub_values, *NOT_WITH_CLASS_PROMPT):
+        if name in own:
+            raise ValueError(f"{name} does not go together with class_prompt: the model generates these images")
+    if not own.get("class_prompt"):
+        raise ValueError("num_class_images needs a class_prompt, a dog for example")
+    return Source("generated", own["class_prompt"], count=own.get("num_class_images", DEFAULT_CLASS_IMAGES))

@@ -1,7 +1,21 @@
-"""Settings, dataset and hardware become a `Plan`, and it is checked before anything is downloaded.
+"""From settings, dataset.json and hardware to a `Plan`, and its check before anything is downloaded.
 
-Read `plan`, `engine_choice` (memory and speed), `starting_point` (what PARAMS_RESUME_FROM names), `text_encoders`,
-`single_files`, then `preflight`.
+`plan.make_plan` is the way in. A plan is complete: the trainer decides nothing, and plan.json alone runs the job again.
+Each `auto`, and each default that depends on something else, is decided in one place; `Plan.reasons` says why:
 
-Imports everything to the left of it: settings, system, dataset_config, fetch.
+| decision | where |
+| --- | --- |
+| where the base model comes from; optimiser, schedule, noise levels; output | `plan` |
+| which file each part of the model comes from | `single_files` |
+| rank, targets and q/k/v of a LoRA file to start from; whether a state can be resumed | `starting_point` |
+| which text encoders train, and how fast; which layers DoRA needs together | `text_encoders` |
+| device, precision, memory-saving strategy, batch size, compilation, attention | `engine_choice` |
+
+Five checks stop a job before any download, each with all its problems in one message, in this order: the variables
+(`settings.read`); dataset.json and prompts.txt (`dataset_config.manifest`); what cannot be done (`make_plan`); a state
+that does not fit (`starting_point.check_state`); access, free space and images (`preflight`, which asks the network
+only for what no cache has).
+
+Read in the order of the table, then `preflight`. Imports settings, system, dataset_config and fetch; of the trainer,
+what needs no torch.
 """

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from entrypoint.dataset_config.complete import complete_datasets
-from entrypoint.dataset_config.manifest import HUB_ID, Manifest
+from entrypoint.dataset_config.manifest import Manifest
+from entrypoint.dataset_config.sources import HUB_ID
 from entrypoint.planning import single_files, starting_point, text_encoders
 from entrypoint.planning.engine_choice import engine_plan
 from entrypoint.settings import Settings
@@ -152,7 +153,7 @@ def _model_source_problem(source: str) -> str | None:
     if problem := single_files.path_problem(source):
         return problem
     if source.startswith(("/", ".", "~")):
-        return "is no folder that is there"
+        return "is not an existing folder"
     if not HUB_ID.fullmatch(source) or "/" not in source:
         return "is neither a folder nor the name of a repository"
     return None
@@ -257,7 +258,7 @@ def _optimizer_arguments(settings: TrainingSettings, spec: OptimizerSpec, notes:
         elif name not in spec.arguments:
             notes.add(f"{where}: {optimizer} has no such argument; {suggestion(name, spec.arguments)}")
         elif name == "d_coef" and settings.d_coef is not None:
-            notes.add(f"{where}: PARAMS_D_COEF says it too. Fix: remove one of them.")
+            notes.add(f"{where}: PARAMS_D_COEF sets it too. Fix: remove one of them.")
         elif problem := _argument_problem(name, value, spec.defaults.get(name)):
             notes.add(f"{where} {problem}.")
         arguments[name] = value
@@ -275,7 +276,7 @@ def _argument_problem(name: str, value: Any, default: Any) -> str | None:
     if isinstance(default, bool) and not isinstance(value, bool):
         return "is neither true nor false"
     if isinstance(default, float) and isinstance(value, bool):
-        return "is no number"
+        return "is not a number"
     return None
 
 
@@ -352,8 +353,8 @@ def _output_plan(
     """Folders, and how often the job saves, samples and validates."""
     if settings.validate_every_n_steps and not any(dataset.validation_split for dataset in datasets):
         notes.add(
-            f"PARAMS_VALIDATE_EVERY_N_STEPS={settings.validate_every_n_steps}: no pictures are held out. "
-            f"Fix: validation_split in dataset.json, 0.1 for example."
+            f"PARAMS_VALIDATE_EVERY_N_STEPS={settings.validate_every_n_steps}: no images are held out. "
+            f"Fix: set validation_split in dataset.json, 0.1 for example."
         )
     return OutputPlan(
         path=str(settings.output_path),

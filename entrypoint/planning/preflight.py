@@ -19,11 +19,11 @@ from pathlib import Path
 from entrypoint.fetch import archive, fetch, flash_attention, http, hub, hub_rows, model_folder
 from entrypoint.fetch.http import RetryPolicy
 from entrypoint.planning import single_files
-from entrypoint.system.folders import human, storage_error
 from trainer.spec.errors import DataError, GatedError, KilnError, SettingsError, StorageError, UnreachableError
 from trainer.spec.family import base_models, get_family
 from trainer.spec.plan import ModelPlan, Plan, Source
 from trainer.spec.weight_formats import PRECISIONS
+from trainer.storage.atomic import human_size, storage_error
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def preflight(plan: Plan, *, token: str | None, hub_cache: Path, retries: RetryP
 
     attempt(partial(_check_resume, plan.lora.resume_from))
     if plan.engine.attention == "flash_4" and not flash_attention.is_installed(places["CACHE_PATH"]):
-        logger.info("To fetch: FlashAttention 4 with its compiler, %s.", human(flash_attention.INSTALL_BYTES))
+        logger.info("To fetch: FlashAttention 4 with its compiler, %s.", human_size(flash_attention.INSTALL_BYTES))
         space.add("CACHE_PATH", "FlashAttention 4", flash_attention.INSTALL_BYTES)
     attempt(partial(_check_model, plan, space, token=token, hub_cache=hub_cache, retries=retries))
     for source, cache_bytes in _cache_bytes_per_image(plan).items():
@@ -130,7 +130,7 @@ def _check_resume(resume_from: str | None) -> None:
     if resume_from is not None and not Path(resume_from).exists():
         raise SettingsError(
             f"PARAMS_RESUME_FROM={resume_from}: there is no such file or folder. Name a LoRA file (.safetensors) or "
-            "the folder of a state, or leave it empty to start anew."
+            "the folder of a state, or leave it empty to start from the beginning."
         )
 
 
@@ -167,8 +167,8 @@ def _model_bytes(
     hub.check_access(repo, listing, "model_index.json")
     for file in sorted(files, key=lambda file: -file.size):
         if file.size >= LOGGED_FILE_MIN_BYTES:
-            logger.info("To fetch: %s/%s, %s.", repo.name, file.name, human(file.size))
-    logger.info("To fetch: %d files of %s, %s.", len(files), repo.name, human(total_bytes))
+            logger.info("To fetch: %s/%s, %s.", repo.name, file.name, human_size(file.size))
+    logger.info("To fetch: %d files of %s, %s.", len(files), repo.name, human_size(total_bytes))
     space.add("HF_HOME", f"the weights of {repo.name}", hub.missing_bytes(repo, files))
     return total_bytes + converted_bytes
 
@@ -189,11 +189,11 @@ def _check_source(
     """
     if source.kind == "generated":
         count = source.count
-        space.add("CACHE_PATH", "class pictures", count * TYPICAL_IMAGE_BYTES)
+        space.add("CACHE_PATH", "class images", count * TYPICAL_IMAGE_BYTES)
     elif source.kind == "folder":
         count = _count_images(fetch.local_folder(source))
         if not count:
-            raise DataError(f"{fetch.named(source)}: there is no picture in it. Put pictures there (or mount them).")
+            raise DataError(f"{fetch.named(source)}: there is no image in it. Put images there (or mount them).")
     elif source.kind == "hub":
         count = _check_hub_dataset(source, space, token=token, retries=retries) // TYPICAL_IMAGE_BYTES
     elif fetch.is_url(source):
@@ -201,11 +201,11 @@ def _check_source(
     else:
         path = fetch.local_archive(source)
         if not archive.has_file(path, hub_rows.PICTURES):
-            raise DataError(f"{fetch.named(source)}: there is no picture among its first entries.")
+            raise DataError(f"{fetch.named(source)}: there is no image among its first entries.")
         size = path.stat().st_size
         space.add("CACHE_PATH", "unpacked archives", size * UNPACKED_BYTES_PER_ARCHIVE_BYTE)
         count = size // TYPICAL_IMAGE_BYTES
-    space.add("CACHE_PATH", "encoded pictures", count * cache_bytes)
+    space.add("CACHE_PATH", "encoded images", count * cache_bytes)
 
 
 def _count_images(folder: Path) -> int:
@@ -226,7 +226,7 @@ def _check_hub_dataset(source: Source, space: NeededSpace, *, token: str | None,
     hub.check_access(repo, listing, files[0].name)
     size = sum(file.size for file in files)
     space.add("HF_HOME", f"the dataset {repo.name}", hub.missing_bytes(repo, files))
-    space.add("CACHE_PATH", f"the pictures of {repo.name}", size * UNPACKED_BYTES_PER_ARCHIVE_BYTE)
+    space.add("CACHE_PATH", f"the images of {repo.name}", size * UNPACKED_BYTES_PER_ARCHIVE_BYTE)
     return size
 
 
@@ -239,7 +239,7 @@ def _check_url(source: Source, space: NeededSpace, *, token: str | None, retries
     with httpx.Client() as client:
         size = fetch.remote_archive(client, source, token=token, retries=retries).size or 0
     # The download stays until it is unpacked, so that both are there at once.
-    space.add("CACHE_PATH", "the download and its pictures", size * (1 + UNPACKED_BYTES_PER_ARCHIVE_BYTE))
+    space.add("CACHE_PATH", "the download and its images", size * (1 + UNPACKED_BYTES_PER_ARCHIVE_BYTE))
     return size
 
 
@@ -292,13 +292,13 @@ def _full_volumes(space: NeededSpace) -> list[KilnError]:
         place = _nearest_existing(space.places[variables[0]])
         free = shutil.disk_usage(place).free
         needed = sum(parts.values())
-        logger.info("Room on the volume of %s: about %s needed, %s free.", place, human(needed), human(free))
+        logger.info("Room on the volume of %s: about %s needed, %s free.", place, human_size(needed), human_size(free))
         if needed > free:
-            made_of = ", ".join(f"{what}: {human(size)}" for what, size in parts.items())
+            made_of = ", ".join(f"{what}: {human_size(size)}" for what, size in parts.items())
             errors.append(
                 StorageError(
-                    f"{', '.join(variables)}: about {human(needed)} are needed on the volume of {place} ({made_of}), "
-                    f"and {human(free)} are free. Free some room, or choose another volume."
+                    f"{', '.join(variables)}: about {human_size(needed)} are needed on the volume of {place} "
+                    f"({made_of}), and {human_size(free)} are free. Free some space, or choose another volume."
                 )
             )
     return errors

@@ -32,10 +32,10 @@ def path_problem(path: str) -> str | None:
     if lower.endswith(model_folder.PICKLES):
         return f"{PICKLE} trust it"
     if lower.endswith(model_folder.FOREIGN):
-        return "is a format that is not read here: take the .safetensors file"
+        return "is of a format that is not read: use the .safetensors file"
     if lower.endswith(SUFFIX):
         return model_folder.damage(Path(path).expanduser()) if is_file(path) else "is not there"
-    return "is a file without .safetensors at the end of its name" if is_file(path) else None
+    return "is a file whose name does not end in .safetensors" if is_file(path) else None
 
 
 def choose_parts(settings: ModelSettings, facts: Facts, notes: Notes) -> dict[str, str]:
@@ -74,7 +74,7 @@ def _parts_in_file(file: str, base_model: str, facts: Facts, notes: Notes) -> di
     if "denoiser" not in parts and tensors & set(facts.landmarks):
         parts.append("denoiser")
     if "denoiser" not in parts:
-        notes.add(f"MODEL_PATH={show(file)} holds no denoiser that BASE_MODEL={base_model} could have.")
+        notes.add(f"MODEL_PATH={show(file)} holds no denoiser for BASE_MODEL={base_model}.")
     missing = ", ".join(part for part in facts.parts if part not in parts)
     notes.chose("MODEL_PATH", ", ".join(parts), f"what the file holds; not in it: {missing or 'no part'}")
     return dict.fromkeys(parts, absolute(file))
@@ -83,10 +83,10 @@ def _parts_in_file(file: str, base_model: str, facts: Facts, notes: Notes) -> di
 def _part_problem(part: str, path: str, facts: Facts) -> str | None:
     """Why `path` cannot be the VAE or text encoder that its variable names."""
     if part not in facts.parts:
-        return "has no use: the base model has no such part"
+        return "is not used: the base model has no such part"
     if path == LEFT_OUT:
         is_optional = any(pattern.startswith(f"{OPTIONAL}{facts.parts[part]}/") for pattern in facts.files)
-        return None if is_optional else "leaves out what the base model cannot go without"
+        return None if is_optional else "leaves out a part that the base model needs"
     if is_folder(path):
         folder = Path(absolute(path))
         if not (folder / "config.json").is_file():

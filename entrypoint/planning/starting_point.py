@@ -44,8 +44,8 @@ def path_problem(start: str) -> str | None:
         if is_file(f"{start}/state.json"):
             return None
         states = sorted([*Path(start).glob("step-*/state.json"), *Path(start).glob("state/step-*/state.json")])
-        fix = f"Fix: name the one to go on from: {states[-1].parent}." if states else ALLOWED
-        return f"{where} is a folder without the state.json of a state. {fix}"
+        fix = f"Fix: name the state to resume from: {states[-1].parent}." if states else ALLOWED
+        return f"{where} is a folder without a state.json. {fix}"
     if not is_file(start):
         return f"{where} is not there. {ALLOWED}"
     if not start.lower().endswith(".safetensors"):
@@ -156,8 +156,8 @@ def _wrong_family(header: Header, lora: LoraSummary, facts: Facts) -> str | None
     if lora.unmatched or not lora.modules:
         names = ", ".join(lora.unmatched[:SHOWN_TENSORS]) or "the file is empty"
         return (
-            f"{len(lora.unmatched)} of its {len(header.entries)} tensors are nothing that a LoRA for {facts.name} "
-            f"has: {names}."
+            f"{len(lora.unmatched)} of its {len(header.entries)} tensors do not belong to a LoRA for "
+            f"{facts.name}: {names}."
         )
     return None
 
@@ -167,8 +167,8 @@ def _wrong_type(lora: LoraSummary, lora_type: str) -> str | None:
     if lora.dora == (lora_type == "dora"):
         return None
     if lora.dora:
-        return "it is a DoRA, and this job trains none. Fix: PARAMS_LORA_TYPE=dora."
-    return "it is no DoRA, and PARAMS_LORA_TYPE=dora cannot begin with it. Fix: PARAMS_LORA_TYPE=lora, or name a DoRA."
+        return "it is a DoRA, and this job trains a LoRA. Fix: PARAMS_LORA_TYPE=dora."
+    return "it is not a DoRA, and PARAMS_LORA_TYPE=dora needs one. Fix: PARAMS_LORA_TYPE=lora, or name a DoRA."
 
 
 def _untrained_modules(
@@ -181,7 +181,7 @@ def _untrained_modules(
         return (
             f"{len(of_encoders)} of its modules belong to text encoders, which this job does not train: "
             f"{of_encoders[0]} first. "
-            f"Fix: train them as well (PARAMS_TEXT_ENCODER_LR), or make a file without them (python -m trainer.export "
+            f"Fix: train them too (PARAMS_TEXT_ENCODER_LR), or make a file without them (python -m trainer.export "
             f"FILE --without-text-encoders ...)."
         )
     without_adapter = []

@@ -45,7 +45,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
     values = {**_read_config_json(texts.get(CONFIG_JSON, ""), problems), **texts}
     for name in NAMES:
         if not is_text(values.get(name, "")):
-            problems.add(f"{name}: it has characters that are not text (UTF-8). Fix: write it anew.")
+            problems.add(f"{name}: it is not UTF-8 text. Fix: write it again.")
             values.pop(name)
     _resolve_token(values, problems)
     converted = _convert(values, problems)

@@ -1,4 +1,7 @@
-"""The machine: its accelerators, the environment of child processes, folders on its volumes.
+"""The machine: its accelerators, folders on its volumes, the environment of child processes.
 
-Imports `entrypoint.settings`.
+Read `hardware` (which GPUs there are and what they can do: the only module that tells vendors apart), `folders` (a
+download is complete or not there), then `environment` (what a child process gets to see).
+
+Imports `entrypoint.settings`, and `trainer.spec` and `trainer.storage`.
 """

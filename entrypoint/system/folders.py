@@ -1,4 +1,10 @@
-"""Folders and locks that outlive the process: made beside their place and renamed, never half there."""
+"""Folders that outlive the process: a download or an unpacked archive is complete under its name, or not there.
+
+`build_folder` fills a folder under a temporary name beside its place and renames it. A marker in it says how many files
+and bytes it was left with, so that a folder that lost some (a power cut, a user's `rm`) is built again. A lock makes
+sure that of several jobs with one cache only one builds it; volumes without locks (some network file systems) get
+unique temporary names instead.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +19,11 @@ from typing import Any
 
 from trainer.spec.errors import StorageError
 from trainer.storage import atomic, locks
-from trainer.storage.atomic import human_size as human  # noqa: F401 (for the messages of modules that import it here)
 from trainer.storage.atomic import storage_error
 
 logger = logging.getLogger(__name__)
 
-MARKER = ".kiln-complete.json"  # in every folder that `build_folder` made; holds what it was made from
+MARKER = ".kiln-complete.json"  # in every folder that `build_folder` made
 
 
 @contextlib.contextmanager
@@ -60,55 +65,62 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def contents(folder: Path) -> tuple[int, int]:
-    """Number and total bytes of the files below `folder`, the marker aside."""
-    sizes = [p.lstat().st_size for p in folder.rglob("*") if p.is_file() and p.name != MARKER]
-    return len(sizes), sum(sizes)
+def _measure(folder: Path) -> tuple[int, int]:
+    """Number and total bytes of the files below `folder`, without the marker."""
+    files = 0
+    size = 0
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name != MARKER:
+            files += 1
+            size += path.lstat().st_size
+    return files, size
 
 
 def completed(folder: Path) -> dict[str, Any] | None:
-    """The facts that `build_folder` stored for `folder`; None if it is missing or not as it was left.
+    """What `fill` returned for a folder of `build_folder`; None if the folder is missing, or not as it was left.
 
-    Sizes are compared instead of flushing each file when it is written: what a power cut lost is made again.
+    Files are counted instead of flushed one by one, which would take minutes: what a power cut lost is built again.
     """
     marker = read_json(folder / MARKER)
-    if marker is None or (marker.get("files"), marker.get("bytes")) != contents(folder):
+    if marker is None or (marker.get("files"), marker.get("bytes")) != _measure(folder):
         return None
-    facts = marker.get("facts")
-    return facts if isinstance(facts, dict) else None
+    record = marker.get("facts")
+    return record if isinstance(record, dict) else None
 
 
 def build_folder(final: Path, fill: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     """Make the folder `final` by calling `fill` on an empty one beside it, once among all processes.
 
-    Returns the facts that `fill` returned, now or in an earlier run. Whatever `fill` raises leaves nothing behind.
-    Raises StorageError where the volume fails.
+    Returns what `fill` returned (JSON: where the files came from), now or in an earlier run. If `fill` raises, nothing
+    is left behind. Raises StorageError if the volume fails.
     """
-    with locked(final.parent / f".{final.name}.lock") as alone:
-        if (facts := completed(final)) is not None:
-            return facts
+    with locked(final.parent / f".{final.name}.lock") as has_lock:
+        record = completed(final)
+        if record is not None:
+            return record
         temporary = final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}.tmp"
         try:
-            if alone:  # then nobody is using these
+            if has_lock:  # else another process may be filling one of these
                 for stale in [final, *final.parent.glob(f".{final.name}.*.tmp")]:
                     shutil.rmtree(stale, ignore_errors=True)
             temporary.mkdir(parents=True)
-            facts = fill(temporary)
-            files, size = contents(temporary)
-            write_text(temporary / MARKER, json.dumps({"files": files, "bytes": size, "facts": facts}))
+            record = fill(temporary)
+            files, size = _measure(temporary)
+            write_text(temporary / MARKER, json.dumps({"files": files, "bytes": size, "facts": record}))
             _rename_unless_there(temporary, final)
         except OSError as problem:
             raise storage_error(problem, final) from problem
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    return facts
+    return record
 
 
 def _rename_unless_there(temporary: Path, final: Path) -> None:
     try:
         temporary.rename(final)
     except OSError:
-        if completed(final) is None:  # else another process was faster, where there are no locks: its folder is as good
+        # Without locks, another process may have been faster: its folder is as good.
+        if completed(final) is None:
             raise
 
 

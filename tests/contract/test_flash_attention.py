@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from bench import step
 from trainer.checkpoints import resume, state_files
-from trainer.checkpoints.resume import _say_what_made
+from trainer.checkpoints.resume import _warn_of_other_software
 from trainer.engine.attention import flash_attention_4
 from trainer.spec.plan import EnginePlan
 
@@ -313,8 +313,8 @@ def test_without_a_package_that_loads_all_is_as_it_was(monkeypatch, caplog, tmp_
 
 def test_the_log_of_a_resumed_run_says_that_attention_is_another(caplog, tmp_path):
     state = state_files.State(3, tmp_path, {"made_by": resume.made_by("native"), "essence": {}})
-    _say_what_made(state, EnginePlan(attention="native"))
+    _warn_of_other_software(state, EnginePlan(attention="native"))
     assert not caplog.messages
-    _say_what_made(state, EnginePlan(attention="flash_4"))
+    _warn_of_other_software(state, EnginePlan(attention="flash_4"))
     (message,) = caplog.messages
     assert "PARAMS_ATTENTION native, and this is flash_4: the result will not be bit-identical" in message

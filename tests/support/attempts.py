@@ -163,14 +163,14 @@ def _attempt(ready: PreparedData, out: Path, room: float, *, found: Outcome, sai
     made = session(ready, out)
     if ready.plan.engine.device == "cuda":
         found.gib = capped(made, room)
-    fallbacks = len(made.engine.fallbacks)
+    mode_count = len(made.engine.fallbacks)
     try:
         made.rehearse()
     except SettingsError as problem:
         assert "Fix: lower PARAMS_BATCH_SIZE" in str(problem)
         found.why = str(problem)
         return
-    found.kind, found.fallbacks, rehearsed = "ran", fallbacks - len(made.engine.fallbacks), len(said.lines)
+    found.kind, found.fallbacks, rehearsed = "ran", mode_count - len(made.engine.fallbacks), len(said.lines)
     found.way = " ".join(map(str, made.engine.fallbacks[0]))
     assert said.count("Instead of") == found.fallbacks  # each is told
     recorded = made.runner.capturing and not made.runner.short_of_memory

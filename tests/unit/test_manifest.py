@@ -15,15 +15,15 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from entrypoint.dataset_config.documents import MAX_BYTES
 from entrypoint.dataset_config.manifest import (
     DATASET_KEYS,
-    LARGEST,
     LEVELS,
     SHARED_KEYS,
     Manifest,
-    classify,
     read_manifest,
 )
+from entrypoint.dataset_config.sources import classify
 from trainer.spec.errors import SettingsError, UnreachableError
 from trainer.spec.plan import Dataset, Subset
 
@@ -300,7 +300,7 @@ def test_toml_has_the_same_shape(tmp_path):
         ("a.json", b'{"datasets": [], "datasets": []}', "given twice"),
         ("a.json", b'{"datasets": NaN}', "not a number"),
         ("a.json", b"\xff\xfe", "not UTF-8"),
-        ("a.json", b" " * (LARGEST + 1), "larger than 1 MiB"),
+        ("a.json", b" " * (MAX_BYTES + 1), "larger than 1 MiB"),
         ("a.json", b"[" * 100_000, "nested too deeply"),
         ("a.toml", b"a = ", "is not TOML"),
         ("a.toml", b"datasets = 1979-05-27", "datasets"),
@@ -341,7 +341,7 @@ def url():
         "/dataset.json": (200, json.dumps(one({"num_repeats": 4})).encode()),
         "/dataset.toml": (200, b"[[datasets]]\n[[datasets.subsets]]\nnum_repeats = 4\n"),
         "/prompts": (200, b"a cat\na dog --w 512\n"),
-        "/large": (200, b" " * (LARGEST + 100)),
+        "/large": (200, b" " * (MAX_BYTES + 100)),
         "/missing": (404, b""),
         "/busy": (503, b""),
     }

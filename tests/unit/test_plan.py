@@ -322,7 +322,7 @@ def test_optimizer_arguments_are_added_to_the_defaults():
         ("betas=0.9,2", "two numbers"),
         ("betas=fast", "two numbers"),
         ("decouple=1", "neither true nor false"),
-        ("d_coef=True", "no number"),
+        ("d_coef=True", "not a number"),
         ("slice_p=abc", "is a word"),
         ("slice_p=1,2", "is a list"),
     ],

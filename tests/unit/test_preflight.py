@@ -119,7 +119,7 @@ def test_all_problems_are_told_in_one_message(plan: Plan, tmp_path: Path, model:
     plan = dataclasses.replace(plan, lora=LoraPlan(resume_from=str(tmp_path / "no.safetensors")))
     with pytest.raises(SettingsError) as problem:
         check(plan, tmp_path)
-    assert all(word in str(problem.value) for word in ("PARAMS_RESUME_FROM=", "model_index.json", "no picture in it"))
+    assert all(word in str(problem.value) for word in ("PARAMS_RESUME_FROM=", "model_index.json", "no image in it"))
 
 
 # --- places and room
@@ -214,14 +214,14 @@ def test_a_folder_that_is_not_there(plan: Plan, tmp_path: Path) -> None:
 
 def test_an_empty_folder(plan: Plan, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no picture"):
+    with pytest.raises(DataError, match="no image"):
         check(with_source(plan, Source("folder", str(tmp_path / "empty"))), tmp_path)
 
 
 def test_an_archive_without_pictures(plan: Plan, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as container:
         container.writestr("1.txt", "x")
-    with pytest.raises(DataError, match="no picture"):
+    with pytest.raises(DataError, match="no image"):
         check(with_source(plan, Source("archive", str(tmp_path / "a.zip"))), tmp_path)
 
 

@@ -71,12 +71,12 @@ def attention(tmp_path: Path) -> str:
 
 
 def test_a_folder_that_is_no_state_is_refused_and_a_state_near_by_is_named(tmp_path):
-    assert "is a folder without the state.json of a state. Allowed: a LoRA file" in refusal(str(tmp_path))
+    assert "is a folder without a state.json. Allowed: a LoRA file" in refusal(str(tmp_path))
     for step in ("step-00000004", "step-00000008"):
         (tmp_path / "state" / step).mkdir(parents=True)
         (tmp_path / "state" / step / "state.json").write_text("{}")
     for folder in (tmp_path, tmp_path / "state"):
-        assert f"Fix: name the one to go on from: {tmp_path}/state/step-00000008." in refusal(str(folder))
+        assert f"Fix: name the state to resume from: {tmp_path}/state/step-00000008." in refusal(str(folder))
     newest = str(tmp_path / "state" / "step-00000008")
     assert plan(newest).lora.resume_from == newest
 

@@ -12,7 +12,7 @@ from trainer.job.watchdog import MIN_STEP_TIMEOUT_S, OUTSIDE_STEPS_TIMEOUT_S, Wa
 LIMIT = 4.0  # seconds
 
 
-@pytest.mark.on_first
+@pytest.mark.alone
 def test_a_step_that_sleeps_is_ended_with_its_stack(run):
     fault = {"kind": "sleep", "step": 7, "seconds": 600}
     assert run(fault, engine={"step_timeout_s": LIMIT}) == 75, run.said()
