@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from entrypoint.fetch import flash_attention
-from entrypoint.settings.checks import Notes
+from entrypoint.settings.checks import Notes, show
 from entrypoint.settings.read import Settings
 from entrypoint.system.hardware import Hardware, select
 from trainer.spec import memory_model
@@ -21,7 +21,6 @@ from trainer.spec.family import BaseModel, Facts, Footprint
 from trainer.spec.memory_model import Strategy, Workload
 from trainer.spec.plan import Dataset, EnginePlan, Prompt
 from trainer.spec.strategies import memory_mode
-from trainer.spec.values import show
 from trainer.spec.weight_formats import PRECISIONS
 
 RECOMPUTE_POLICY = {True: "all", False: "none"}  # by PARAMS_GRADIENT_CHECKPOINTING, where memory does not matter
@@ -109,13 +108,13 @@ def _compiled(settings: Settings, plan: EnginePlan, compiles: str, notes: Notes)
     fused = PRECISIONS[plan.precision].weight_format == "fp8" and settings.adapter.lora_type != "dora"
     captured = plan.replay and plan.offload != "weights"
     if plan.device == "cpu":
-        chosen, why = False, "takes longer than it saves here"
+        chosen, why = False, "compiling takes longer than it saves on a CPU"
     elif captured and compiles == "never":
-        chosen, why = False, "the model has so many kinds of blocks that it takes minutes; steps are recorded instead"
+        chosen, why = False, "compiling its many kinds of blocks takes minutes; steps are captured as CUDA graphs"
     elif captured and compiles == "recomputed" and fused and plan.recompute in ("none", "products"):
-        chosen, why = False, "steps are recorded, and what they keep is fused already"
+        chosen, why = False, "steps are captured as CUDA graphs, and their kernels are fused already"
     else:
-        chosen, why = True, "pays on accelerators"
+        chosen, why = True, "faster on accelerators"
     notes.chose("PARAMS_COMPILE", chosen, why)
     return chosen
 
@@ -130,16 +129,16 @@ def _attention(settings: Settings, hardware: Hardware, facts: Facts, model: Base
             if flash_attention.is_installed(settings.data.cache_path):
                 chosen, why = "flash_4", "the fastest here"
             else:
-                why += "; flash_4 is faster here and is brought when it is asked for"
+                why += "; flash_4 is faster here, and PARAMS_ATTENTION=flash_4 installs it"
         notes.chose("PARAMS_ATTENTION", chosen, why)
         return chosen
     if asked == "flash_4":
         if not hardware.runs_flash_4:
-            what = f"PARAMS_ATTENTION=flash_4 needs compute capability 9.0 or more, which {hardware} has not."
+            what = f"PARAMS_ATTENTION=flash_4 needs compute capability 9.0 or more, which {hardware} does not have."
             notes.add(f"{what} Fix: set PARAMS_ATTENTION=auto.")
     elif asked != "native" and not facts.attention_backends:
         notes.add(
-            f"PARAMS_ATTENTION={asked}: {settings.model.base_model} has torch's own attention and no other. "
+            f"PARAMS_ATTENTION={asked}: {settings.model.base_model} supports only torch's own attention. "
             "Allowed: auto, native, flash_4."
         )
     return asked
@@ -157,8 +156,8 @@ def _num_gpus(settings: Settings, hardware: Hardware, notes: Notes) -> int:
     if asked or available == 1:
         return asked or 1
     # More GPUs mean larger batches and fewer steps, which changes the training: the user decides.
-    several = f"NUM_GPUS={available} trains on all with {available} times as many pictures"
-    notes.chose("NUM_GPUS", 1, f"the batch of one; {several}")
+    several = f"NUM_GPUS={available} trains on all of them with {available} times as many images a step"
+    notes.chose("NUM_GPUS", 1, f"keeps the batch size; {several}")
     return 1
 
 
@@ -170,13 +169,13 @@ def _unlimited(settings: Settings, hardware: Hardware, plan: EnginePlan, *, note
         notes.chose("PARAMS_PRECISION", precision, f"best for {hardware}")
     if settings.engine.offload not in ("auto", "none") and hardware.device == "cpu":
         notes.add(
-            f"PARAMS_OFFLOAD={settings.engine.offload} is for accelerators: here the host's memory is all there is. "
+            f"PARAMS_OFFLOAD={settings.engine.offload} needs an accelerator: on a CPU there is only host memory. "
             "Allowed: auto, none."
         )
     elif settings.engine.offload == "weights" and settings.adapter.lora_type == "dora":
-        notes.add("PARAMS_OFFLOAD=weights does not go with PARAMS_LORA_TYPE=dora. Fix: change one of them.")
+        notes.add("PARAMS_OFFLOAD=weights does not work with PARAMS_LORA_TYPE=dora. Fix: change one of them.")
     if settings.data.batch_size == 0:
-        notes.chose("PARAMS_BATCH_SIZE", "dataset.json's", "no speed is known of this model here")
+        notes.chose("PARAMS_BATCH_SIZE", "dataset.json's", "the speed of this model is not known here")
     return dataclasses.replace(
         plan,
         precision=precision,
@@ -218,8 +217,8 @@ def _fit_memory(
 
     if not allowed(workload):
         notes.add(
-            f"PARAMS_OFFLOAD={settings.engine.offload} goes with PARAMS_GRADIENT_CHECKPOINTING=auto or true, and "
-            "weights not with PARAMS_LORA_TYPE=dora."
+            f"PARAMS_OFFLOAD={settings.engine.offload} needs PARAMS_GRADIENT_CHECKPOINTING=auto or true, and "
+            "PARAMS_OFFLOAD=weights does not work with PARAMS_LORA_TYPE=dora."
         )
         return plan, datasets
     if settings.data.batch_size == 0:
@@ -229,7 +228,7 @@ def _fit_memory(
             tried.append((larger, choose(larger)))
         workload, strategy = memory_model.fastest_batch(footprint, _comparable(tried, have_gib=have_gib))
         datasets = tuple(dataclasses.replace(dataset, batch_size=workload.batch) for dataset in datasets)
-        notes.chose("PARAMS_BATCH_SIZE", workload.batch, "most images per second in the memory there is")
+        notes.chose("PARAMS_BATCH_SIZE", workload.batch, "most images per second that fit in memory")
     else:
         strategy = choose(workload)
     _note_choices(settings, hardware, strategy, have_gib=have_gib, notes=notes)
@@ -270,7 +269,7 @@ def _comparable(tried: list[tuple[Workload, Strategy]], *, have_gib: float) -> l
 
 def _note_choices(settings: Settings, hardware: Hardware, strategy: Strategy, *, have_gib: float, notes: Notes) -> None:
     """Note the strategy as the value of each setting that was left to `auto`."""
-    reason = f"{strategy.gib:.1f} GiB of {have_gib:.0f} GiB are predicted for a step"
+    reason = f"a step is predicted to take {strategy.gib:.1f} of {have_gib:.0f} GiB"
     if settings.engine.precision == "auto":
         notes.chose("PARAMS_PRECISION", strategy.precision, f"fastest for {hardware}")
     if settings.engine.gradient_checkpointing is None:
@@ -321,13 +320,13 @@ def _fit_other_phases(
     if streamed:
         notes.reasons.append("The text encoders come to the device layer by layer.")
     if tiled:
-        notes.reasons.append("Samples are decoded piece by piece, and pictures encoded one by one.")
+        notes.reasons.append("Samples are decoded in tiles, and images encoded one by one.")
     return streamed, tiled
 
 
 def _note_strategies(workload: Workload, chosen: Strategy, strategies: Sequence[Strategy], notes: Notes) -> None:
     """List the chosen strategy and the others, each once."""
-    notes.reasons.append(f"Ways to train with batches of {workload.batch}, first the one that is taken:")
+    notes.reasons.append(f"Strategies for batches of {workload.batch}, the chosen one first:")
     for line in dict.fromkeys(map(str, (chosen, *strategies))):
         notes.reasons.append(f"  {line}")
 

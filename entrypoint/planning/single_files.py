@@ -34,8 +34,12 @@ def path_problem(path: str) -> str | None:
     if lower.endswith(model_folder.FOREIGN):
         return "is of a format that is not read: use the .safetensors file"
     if lower.endswith(SUFFIX):
-        return model_folder.damage(Path(path).expanduser()) if is_file(path) else "is not there"
-    return "is a file whose name does not end in .safetensors" if is_file(path) else None
+        if not is_file(path):
+            return "is not there"
+        return model_folder.damage(Path(path).expanduser())
+    if is_file(path):
+        return "is a file whose name does not end in .safetensors"
+    return None
 
 
 def choose_parts(settings: ModelSettings, facts: Facts, notes: Notes) -> dict[str, str]:
@@ -86,15 +90,21 @@ def _part_problem(part: str, path: str, facts: Facts) -> str | None:
         return "is not used: the base model has no such part"
     if path == LEFT_OUT:
         is_optional = any(pattern.startswith(f"{OPTIONAL}{facts.parts[part]}/") for pattern in facts.files)
-        return None if is_optional else "leaves out a part that the base model needs"
+        if not is_optional:
+            return "leaves out a part that the base model needs"
+        return None
     if is_folder(path):
         folder = Path(absolute(path))
         if not (folder / "config.json").is_file():
             return "has no config.json"
-        return None if any(folder.glob(f"*{SUFFIX}")) else "has no .safetensors file"
+        if not any(folder.glob(f"*{SUFFIX}")):
+            return "has no .safetensors file"
+        return None
     if problem := path_problem(path):
         return problem
-    return None if is_file(path) else "is not there"
+    if not is_file(path):
+        return "is not there"
+    return None
 
 
 def file_patterns(facts: Facts, parts: Mapping[str, str]) -> tuple[str, ...]:

@@ -151,7 +151,7 @@ def select(found: Hardware, backend: str) -> Hardware:
             found, vendor="cpu", architecture="host", memory_gib=found.host_memory_gib, count=0, driver=""
         )
     raise SettingsError(
-        f"BACKEND={backend!r}: no such device answers here, only {found}. Fix: give the container its GPUs "
+        f"BACKEND={backend!r}: this device was not found, only {found}. Fix: give the container its GPUs "
         f"(for example docker run --gpus all, or --device /dev/kfd --device /dev/dri), or set BACKEND=auto."
     )
 

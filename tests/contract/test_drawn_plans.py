@@ -74,11 +74,11 @@ def test_plans_run_to_their_end(seed, ground):
 @pytest.mark.parametrize(
     ("room", "what", "way"),
     [
-        (1, "ran 3 rungs lower", "all 0 none"),
+        (1, "fell back 3 times", "all 0 none"),
         (0, "refused", ""),
     ],
 )
-def test_rungs_are_counted_and_refusals(room, what, way, ground, memory):
+def test_fallbacks_and_refusals_are_counted(room, what, way, ground, memory):
     memory(room)
     found = attempt(simple(), ground)
     assert (str(found), found.way) == (what, way) and ("Fix: lower" in found.why) is (what == "refused")

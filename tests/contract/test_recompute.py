@@ -1,4 +1,4 @@
-"""What is left of a pass through regions that are recomputed, where it fails; and that they compile."""
+"""A checkpointed region that fails leaves nothing behind, and regions with checkpoints compile."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ class Block(torch.nn.Module):
 
 
 def suspended(function, *args, use_reentrant, preserve_rng_state, context_fn=None, **kwargs):
-    """How torch's checkpoint was before version 2.13, and its hooks, which nobody must meet any more."""
+    """torch's checkpoint as it was before version 2.13, with hooks that must not be called after the pass."""
 
     def gone(t):
         raise AssertionError("This hook is of a pass that is over.")
@@ -68,7 +68,7 @@ def test_a_region_that_fails_leaves_no_hook_and_no_mode(policy, fails):
     assert region(x, more=torch.ones(16)).isfinite().all()
 
 
-def test_nor_does_it_with_a_torch_that_does(monkeypatch):
+def test_a_failing_region_leaves_no_hook_with_an_older_torch(monkeypatch):
     monkeypatch.setattr(checkpointing, "checkpoint", suspended)
     region = Block(1)
     checkpointing.apply([region], ["all"], compiled=False)

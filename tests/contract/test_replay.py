@@ -1,4 +1,4 @@
-"""What becomes of a recording that fails. The recordings themselves: tests/gpu/test_engine.py."""
+"""CUDA graph captures that fail. Captures that succeed: tests/gpu/test_engine.py."""
 
 import contextlib
 import logging
@@ -11,7 +11,7 @@ from trainer.engine.cuda_graphs import GraphStep, _CapturedGraph
 
 @pytest.fixture
 def runner(monkeypatch):
-    """A runner whose captures fail once more at their end, as CUDA's do where something has ended them."""
+    """A GraphStep whose captures raise a second error at their end, as CUDA's do after a failure."""
 
     @contextlib.contextmanager
     def graph(*_given, **_options):
@@ -34,19 +34,19 @@ def failing(problem):
     return work
 
 
-def test_what_cannot_be_recorded_is_told_once_and_launched_from_then_on(runner, caplog):
+def test_a_step_that_cannot_be_captured_is_logged_once_and_runs_eagerly_from_then_on(runner, caplog):
     caplog.set_level(logging.WARNING)
     assert runner._capture_graph(failing(RuntimeError("it waits\nfor the device")), {}) is None
     assert not runner.capturing and not runner.short_of_memory
     assert [r.getMessage() for r in caplog.records] == [
-        "Steps cannot be recorded, and are launched kernel by kernel: it waits"
+        "Steps cannot be captured as a CUDA graph, and run kernel by kernel: it waits"
     ]
     x = torch.full((3,), 2.0)
     told = runner(lambda given: ((runner.params[0] * given["x"]), (runner.params[0] * given["x"]).sum()), {"x": x})
     assert torch.equal(told, x) and torch.equal(runner.flat_grad, x)
 
 
-def test_memory_that_runs_out_in_a_recording_is_no_reason_to_record_nothing(runner):
+def test_running_out_of_memory_during_a_capture_does_not_end_capturing(runner):
     with pytest.raises(torch.OutOfMemoryError, match="16 GiB"):
         runner._capture_graph(failing(torch.OutOfMemoryError("16 GiB")), {})
     assert runner.capturing
@@ -61,7 +61,7 @@ class Graph:
 
 @pytest.fixture
 def room(runner, monkeypatch):
-    """`room(count)`: there is memory for so many recordings at once; the sizes that were tried, in their order."""
+    """`room(count)`: memory for so many graphs at once. Returns the sizes of all captures that were tried, in order."""
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     tried = []
@@ -82,23 +82,23 @@ def step(runner, size):
     runner(lambda given: (given["x"], (runner.params[0].sum() * given["x"]).sum()), {"x": torch.ones(size)})
 
 
-def test_a_size_gets_the_memory_of_the_others_once_and_is_launched_after_that(runner, room, caplog):
+def test_a_size_evicts_the_graphs_of_others_once_and_runs_eagerly_after_that(runner, room, caplog):
     caplog.set_level(logging.WARNING)
     tried = room(1)
     for _ in range(10):
         step(runner, 3)
         step(runner, 5)
-    # The second size gets the place of the first, which is then tried once more.
+    # The second size evicts the first, which is then tried once more.
     assert tried == [3, 5, 5, 3] and runner.short_of_memory and len(caplog.records) == 1
     runner.release()
     step(runner, 3)
-    assert tried == [3, 5, 5, 3]  # what does not fit is remembered
+    assert tried == [3, 5, 5, 3]  # a size that does not fit is not tried again
     runner.reset()
     step(runner, 3)
     assert tried[4:] == [3] and not runner.short_of_memory
 
 
-def test_where_there_is_no_memory_at_all_each_size_is_tried_once(runner, room):
+def test_without_any_memory_each_size_is_tried_once(runner, room):
     tried = room(0)
     for _ in range(3):
         step(runner, 3)

@@ -1,4 +1,4 @@
-"""Weights that wait on the host: the same bits as weights that stay, and never more than two regions at once."""
+"""Weight streaming: the same bits as with weights on the device, and never more than two regions there at once."""
 
 import contextlib
 from pathlib import Path
@@ -30,7 +30,7 @@ def miniature(name):
 
 
 def model(name, precision, *, streamed):
-    """A denoiser with adapters, and its stream."""
+    """A denoiser with adapters, and its weight streamer."""
     kind = get_family(name)
     denoiser = kind.load_denoiser(miniature(name), device="cpu", dtype=torch.float32)
     options = {"fused": kind.FACTS.fused_targets, "targets": kind.FACTS.targets}
@@ -75,7 +75,7 @@ def step(name, denoiser, through, seed=3):
 
 @pytest.mark.parametrize("policy", checkpointing.POLICIES)
 @pytest.mark.parametrize(("name", "precision"), [*((n, "bf16") for n in FAMILIES), ("flux", "fp8"), ("flux", "nf4")])
-def test_a_streamed_step_has_the_bits_of_one_whose_weights_stay(name, precision, policy):
+def test_a_step_has_the_same_bits_with_weight_streaming(name, precision, policy):
     found = []
     for streamed in (False, True):
         denoiser, through = model(name, precision, streamed=streamed)
@@ -88,7 +88,7 @@ def test_a_streamed_step_has_the_bits_of_one_whose_weights_stay(name, precision,
         assert len(stayed) == len(came) > 10 and all(torch.equal(a, b) for a, b in zip(stayed, came, strict=True))
 
 
-def test_a_compiled_step_has_the_bits_of_one_whose_weights_stay():
+def test_a_compiled_step_has_the_same_bits_with_weight_streaming():
     found = []
     for streamed in (False, True):
         denoiser, through = model("sd3", "fp8", streamed=streamed)
@@ -100,7 +100,7 @@ def test_a_compiled_step_has_the_bits_of_one_whose_weights_stay():
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_two_regions_are_there_at_once_and_the_next_is_fetched_ahead():
+def test_two_regions_are_on_the_device_at_once_and_the_next_is_fetched_ahead():
     denoiser, through = model("flux", "bf16", streamed=True)
     through.attach()
     regions = get_family("flux").regions(denoiser)
@@ -136,7 +136,7 @@ def test_a_region_whose_weights_were_overwritten_fetches_them_again():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_text_encoders_whose_layers_are_streamed_say_the_same(name):
+def test_streamed_text_encoders_give_the_same_embeddings(name):
     captions = ["a red circle", "a blue square on a green background"]
     found = []
     for streamed in (False, True):
@@ -147,7 +147,7 @@ def test_text_encoders_whose_layers_are_streamed_say_the_same(name):
         assert all(torch.equal(stayed[key], came[key]) for key in stayed)
 
 
-def test_what_is_streamed_is_the_longest_list_of_layers():
+def test_the_longest_list_of_layers_is_streamed():
     whole = torch.nn.Module()
     whole.few = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
     whole.many = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(4))
@@ -155,7 +155,7 @@ def test_what_is_streamed_is_the_longest_list_of_layers():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_large_sample_is_decoded_in_pieces_of_512_pixels(name):
+def test_a_large_sample_is_decoded_in_tiles_of_512_pixels(name):
     seen = []
     for tiled in (False, True):
         vae = load_vae(get_family(name), miniature(name), EnginePlan(tile_vae=tiled))

@@ -2,7 +2,7 @@
 
     python -m tests.support.attempts --plans 100 --seed 0
 
-Prints a JSON line for each plan, and at last how many were refused, ran as planned, or went down how many rungs. The
+Prints a JSON line for each plan, and at last how many were refused, ran as planned, or fell back how many times. The
 plan of a seed is always the same: `--plans 1 --seed 17` runs one again.
 """
 
@@ -66,11 +66,11 @@ class Outcome:
     def __str__(self) -> str:
         if self.kind != "ran":
             return self.kind
-        return f"ran {self.fallbacks} rungs lower" if self.fallbacks else "ran as planned"
+        return f"fell back {self.fallbacks} times" if self.fallbacks else "ran as planned"
 
 
 HALVED, UNDRAWN = "images at once; from now on", "Not enough memory to draw"
-GIVEN_UP, UNRECORDED = "CUDA graphs are disabled", "no memory to record"
+GIVEN_UP, UNRECORDED = "CUDA graphs are disabled", "no memory to capture"
 
 
 class Told(logging.Handler):
@@ -163,14 +163,14 @@ def _attempt(ready: PreparedData, out: Path, room: float, *, found: Outcome, sai
     made = session(ready, out)
     if ready.plan.engine.device == "cuda":
         found.gib = capped(made, room)
-    fallbacks = len(made.engine.fallbacks)
+    mode_count = len(made.engine.fallbacks)
     try:
         made.rehearse()
     except SettingsError as problem:
         assert "Fix: lower PARAMS_BATCH_SIZE" in str(problem)
         found.why = str(problem)
         return
-    found.kind, found.fallbacks, rehearsed = "ran", fallbacks - len(made.engine.fallbacks), len(said.lines)
+    found.kind, found.fallbacks, rehearsed = "ran", mode_count - len(made.engine.fallbacks), len(said.lines)
     found.way = " ".join(map(str, made.engine.fallbacks[0]))
     assert said.count("Instead of") == found.fallbacks  # each is told
     recorded = made.runner.capturing and not made.runner.short_of_memory

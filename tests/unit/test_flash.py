@@ -204,7 +204,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Plan]:
     ("on", "there", "chosen", "why"),
     [
         (LARGE_GPU, True, "flash_4", "the fastest here"),
-        (LARGE_GPU, False, "native", "flash_4 is faster here and is brought when it is asked for"),
+        (LARGE_GPU, False, "native", "flash_4 is faster here, and PARAMS_ATTENTION=flash_4 installs it"),
         (OLDER, True, "native", "torch picks the kernel)"),
         (NEWER, True, "native", "torch picks the kernel)"),
         (AMD, True, "native", "torch picks the kernel)"),

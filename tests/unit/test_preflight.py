@@ -1,4 +1,4 @@
-"""What is found before anything is downloaded: places, room, models and pictures. Without a network."""
+"""Preflight, before anything is downloaded: places, free space, models and images. Without a network."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_it_is_quick_and_loads_no_client_of_the_hub_for_local_places(plan: Plan,
     assert float(run.stdout) < 0.7  # and nothing heavy before the number
 
 
-def test_all_problems_are_told_in_one_message(plan: Plan, tmp_path: Path, model: Path, images: Path) -> None:
+def test_all_problems_are_reported_in_one_message(plan: Plan, tmp_path: Path, model: Path, images: Path) -> None:
     (model / "model_index.json").unlink()
     (images / "deep" / "1.JPG").unlink()
     plan = dataclasses.replace(plan, lora=LoraPlan(resume_from=str(tmp_path / "no.safetensors")))
@@ -188,8 +188,8 @@ def test_what_flash_attention_takes_is_told_and_counted_unless_it_is_there(
     assert not [message for message in caplog.messages if "FlashAttention" in message]
 
 
-def test_room_for_the_cache_is_that_of_every_view_and_wording(plan: Plan) -> None:
-    """The full-size model at 1024 px in bf16: 2 MiB of latents for a view, and 4 MiB for 512 tokens of a wording."""
+def test_the_cache_needs_space_for_every_image_and_caption_variant(plan: Plan) -> None:
+    """At 1024 px in bf16: 2 MiB of latents for each image variant, 4 MiB for the 512 tokens of each caption."""
 
     def needed(**keys: object) -> float:
         varied = dataclasses.replace(plan.data.datasets[0].subsets[0], **keys)

@@ -123,7 +123,7 @@ def test_false_has_many_names_and_empty_means_the_default(text):
 
 
 @pytest.mark.parametrize("text", ["auto", "AUTO", ""])
-def test_auto_is_left_to_the_plan(text):
+def test_auto_is_resolved_by_the_plan(text):
     settings = read(PARAMS_COMPILE=text, PARAMS_PRECISION=text)
     assert settings.engine.compile is None and settings.engine.precision == "auto"
 
@@ -161,7 +161,7 @@ def test_whole_numbers_are_read_strictly(text):
         ("PARAMS_RESOLUTION", "8"),
     ],
 )
-def test_what_is_out_of_range_is_refused_with_the_range(name, text):
+def test_a_value_out_of_range_is_refused_with_the_range(name, text):
     message = refusal(**{name: text})
     assert f"{name}='{text}'" in message and "out of range" in message and " to " in message
 
@@ -284,7 +284,7 @@ def test_nearly_all_typos_of_one_character_are_refused_with_the_right_name():
 
 @given(st.text("ABC_", max_size=8), st.text("ABC_", max_size=8))
 @hypothesis_settings(deadline=None)
-def test_one_edit_is_what_the_textbook_says(a, b):
+def test_one_edit_is_a_distance_of_damerau_and_levenshtein_of_at_most_1(a, b):
     letters = sorted(set(a + b))
     cuts = [(a[:i], a[i:]) for i in range(len(a) + 1)]
     near = {a} | {x + y[1:] for x, y in cuts} | {x + y[1:2] + y[:1] + y[2:] for x, y in cuts}

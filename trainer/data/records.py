@@ -96,8 +96,8 @@ class Scan:
         bad = len(self.skipped)
         if not self.images:
             raise DataError(f"No usable image in the dataset.\n{self.report()}")
-        counts = f"{bad} of {self.num_found} images are unusable"
+        counts = f"{bad} of {self.num_found} images"
         if bad and strict:
-            raise DataError(f"STRICT_DATASET is true and {counts}.\n{self.report()}")
+            raise DataError(f"STRICT_DATASET is true and {counts} are unusable.\n{self.report()}")
         if bad > MAX_UNUSABLE_SHARE * self.num_found:
-            raise DataError(f"{counts}, more than 10 %.\n{self.report()}")
+            raise DataError(f"{counts} are unusable, more than 10 %.\n{self.report()}")

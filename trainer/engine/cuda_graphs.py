@@ -182,7 +182,7 @@ class GraphStep(EagerStep):
             self.captured[sizes] = captured
         elif self.capturing:
             self.too_large.add(sizes)
-            log.warning("There is no memory to record a step of this size: it is launched kernel by kernel.")
+            log.warning("There is no memory to capture a step of this size as a CUDA graph: it runs kernel by kernel.")
         return captured
 
     def _capture(self, sizes: InputSizes, step_function: StepFunction, inputs: Inputs) -> _CapturedGraph | None:
@@ -233,7 +233,7 @@ class GraphStep(EagerStep):
             self.capturing = False
             self.pool = torch.cuda.graph_pool_handle()
             why = (str(cause).splitlines() or [repr(cause)])[0]
-            log.warning("Steps cannot be recorded, and are launched kernel by kernel: %s", why)
+            log.warning("Steps cannot be captured as a CUDA graph, and run kernel by kernel: %s", why)
             return None
         return _CapturedGraph(graph, inputs, per_image_loss)
 

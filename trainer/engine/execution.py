@@ -75,7 +75,7 @@ class Engine:
         layers = self._frozen_layers()
         if any(layer.weight_t_KN is not None for layer in layers):
             self.keep_transposed(keep=False)
-            log.info("The weights are not kept turned round any more, which takes less memory and a little more time.")
+            log.info("Dropped the transposed weight copies: less memory, slightly slower.")
             return True
         if not any(layer.rank for layer in layers):
             return False
@@ -83,7 +83,7 @@ class Engine:
             layer.drop_adapter_columns()
         if self.offload:
             self.offload.find_weights()
-        log.info("Adapters are no part of products any more, which takes less memory and 5 to 10 % more time.")
+        log.info("Dropped the adapter columns of FP8 weights: less memory, 5 to 10 % slower.")
         return True
 
     def _apply(self) -> None:
@@ -128,7 +128,9 @@ class Engine:
         Raises SettingsError if there is none left.
         """
         if len(self.fallbacks) == 1:
-            raise SettingsError(f"{problem} Fix: lower PARAMS_BATCH_SIZE or PARAMS_RESOLUTION, or give it more memory.")
+            raise SettingsError(
+                f"{problem} Fix: lower PARAMS_BATCH_SIZE or PARAMS_RESOLUTION, or use a device with more memory."
+            )
         before = self.fallbacks.pop(0)
         now = self.fallbacks[0]
         log.warning("%s Instead of %s: %s.", problem, described(*before), described(*now))

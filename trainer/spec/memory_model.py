@@ -91,7 +91,7 @@ class Strategy:
 
     def __str__(self) -> str:
         mode = described(self.recompute, self.kept_blocks, self.offload)
-        copies = ", weights both ways round" if self.transposed else ""
+        copies = ", transposed weight copies" if self.transposed else ""
         return f"{self.precision}, {mode}{copies}: {self.gib:.1f} GiB"
 
 

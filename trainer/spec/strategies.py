@@ -43,8 +43,8 @@ POLICIES = tuple(RECOMPUTE_POLICIES)
 # `python -m bench step --family flux fp8+all+host:4 fp8+all+weights:1`; larger batches hide more of the transfer.
 OFFLOADS = {
     "none": OffloadMode(1.0, ""),
-    "activations": OffloadMode(1.02, ", kept on the host"),
-    "weights": OffloadMode(1.4, ", kept on the host as the weights are"),
+    "activations": OffloadMode(1.02, ", activations offloaded"),
+    "weights": OffloadMode(1.4, ", activations offloaded, weights streamed"),
 }
 
 
@@ -118,5 +118,5 @@ def fallbacks(policy: str, kept_blocks: int, offload: str, *, compiled: bool) ->
 
 def described(recompute: str, kept_blocks: int, offload: str) -> str:
     """A running mode in words, for the log."""
-    exempt = f", {kept_blocks} blocks kept whole" if kept_blocks else ""
+    exempt = f", except in {kept_blocks} blocks" if kept_blocks else ""
     return f"{RECOMPUTE_POLICIES[recompute].description}{exempt}{OFFLOADS[offload].description}"

@@ -210,7 +210,9 @@ class ActivationOffload:
             return None
         wanted = math.ceil(size / ALIGNMENT) * ALIGNMENT
         if sum(map(len, self.buffers)) + wanted > self.limit:
-            raise torch.OutOfMemoryError(f"{self.limit / 2**30:.1f} GiB of the host's memory may be taken, and are.")
+            raise torch.OutOfMemoryError(
+                f"Activation offload has used all {self.limit / 2**30:.1f} GiB of host memory it may pin."
+            )
         self.buffers.append(pinned_bytes(wanted))
         return self.buffers[-1]
 
