@@ -43,7 +43,7 @@ lint: .venv/.dev
 	$(BIN)/bandit -q -ll -c pyproject.toml -r entrypoint trainer runpod
 
 unit: .venv/.dev
-	$(BIN)/pytest tests/unit
+	$(BIN)/pytest -m "not slow and not gpu" tests/entrypoint tests/project tests/trainer/spec tests/trainer/data
 
 test: lint
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal --durations=25 -m "not gpu and not container and not slow and not alone"
@@ -51,11 +51,11 @@ test: lint
 
 # Whole jobs, interrupted jobs, and the concept score with its mutations: about half an hour.
 slow: .venv/.dev
-	$(BIN)/pytest -rf -m "slow and not container" --ignore tests/end_to_end/faults
+	$(BIN)/pytest -rf -m "slow and not container" --ignore tests/faults
 
 # Every row of docs/reliability.md, and fuzzing: about an hour and a half. KILLS, EVERY, STEPS and INPUTS set how much.
 faults: .venv/.dev
-	$(BIN)/pytest -rf -s tests/end_to_end/faults tests/fuzz
+	$(BIN)/pytest -rf -s tests/faults tests/fuzz
 	$(BIN)/python tests/fuzz/run.py --inputs $(or $(INPUTS),1000000)
 
 # The proof that a refactoring changes no result: the same jobs on the commit BASE and on the working tree, and every

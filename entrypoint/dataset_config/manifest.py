@@ -10,7 +10,8 @@ How to add a key:
    and worth a default for all), or OWN_KEYS (about one subset alone), with the values that it may have.
 3. Use the field in `trainer.data`. If it changes how images or captions are encoded, it belongs into the cache's key.
 4. A check that needs other values than the key's own goes to `_subset` below; to `complete` if it needs the model.
-5. Add a row to docs/dataset-json.md and a value to VALUES in tests/unit/test_manifest.py; both tests fail until then.
+5. Add a row to docs/dataset-json.md and a value to VALUES in tests/entrypoint/dataset_config/test_manifest.py; both
+tests fail until then.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ How to add a family NAME:
    its shapes to `miniatures/models.py`, a recipe to `miniatures/recipes.py`, its tokenizers, guidance and steps to
    `miniatures/make.py`, and run `python -m trainer.families.miniatures.make NAME --out DIR`.
 3. The footprint: on a GPU, run `python -m bench step --family NAME …` for some strategies and batch sizes. It prints
-   the numbers of weights; fit the GiB to the peaks, and add these to `tests/unit/test_memory.py`.
+   the numbers of weights; fit the GiB to the peaks, and add these to `tests/trainer/spec/test_memory_model.py`.
 4. Optional, for speed: `families/fused_blocks/NAME.py` with the fused forward passes, returned by `fused_forwards`.
 
 The tests that notice: `test_families` compares latents, texts, predictions, samples and LoRA files with diffusers' own

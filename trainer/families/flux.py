@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 MINIATURE = str(Path(__file__).with_name("miniatures") / "flux")
 
-# GiB: fitted to peaks of `python -m bench step --family flux …` at 1280 x 768 pixels (tests/unit/test_memory.py).
+# GiB: fitted to peaks of `python -m bench step --family flux …` at 1280 x 768 pixels
+# (tests/trainer/spec/test_memory_model.py).
 FOOTPRINT = Footprint(
     block_weights=11.82e9,
     other_weights=0.08e9,

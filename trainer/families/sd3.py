@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from trainer.spec.plan import Prompt
 
 MINIATURE = str(Path(__file__).with_name("miniatures") / "sd3")
-# GiB: fitted to peaks of `python -m bench step --family sd3 …` at 1024 x 1024 pixels (tests/unit/test_memory.py).
+# GiB: fitted to peaks of `python -m bench step --family sd3 …` at 1024 x 1024 pixels
+# (tests/trainer/spec/test_memory_model.py).
 FOOTPRINT = Footprint(
     block_weights=2.01e9,
     other_weights=0.02e9,

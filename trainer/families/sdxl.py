@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from trainer.spec.plan import Prompt
 
 MINIATURE = str(Path(__file__).with_name("miniatures") / "sdxl")
-# GiB: fitted to peaks of `python -m bench step --family sdxl …` at 1024 x 1024 pixels (tests/unit/test_memory.py).
+# GiB: fitted to peaks of `python -m bench step --family sdxl …` at 1024 x 1024 pixels
+# (tests/trainer/spec/test_memory_model.py).
 FOOTPRINT = Footprint(
     block_weights=2.21e9,
     other_weights=0.36e9,

@@ -24,7 +24,7 @@ from trainer.spec.errors import HangError
 log = logging.getLogger(__name__)
 
 # A step may take 20 times the usual, so that a machine that others slow down tenfold raises no false alarm
-# (tests/end_to_end/faults/test_hang.py), and 300 s in any case.
+# (tests/faults/test_hang.py), and 300 s in any case.
 TIMEOUT_IN_MEDIAN_STEPS = 20
 MIN_STEP_TIMEOUT_S = 300.0
 # Between two signs of life outside of the steps: loading, compiling, a sample.

@@ -12,7 +12,7 @@ predicted peak. `candidates` lists them in order of preference, `choose` takes t
 compares batch sizes, and `phase_peaks_gib` predicts the phases before and after training.
 
 `trainer.spec.family.Footprint` has the sizes of each model; `python -m bench memory` prints predictions beside measured
-peaks, and tests/unit/test_memory.py holds them to 5 % or 0.5 GiB.
+peaks, and tests/trainer/spec/test_memory_model.py holds them to 5 % or 0.5 GiB.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ How to add a variable:
 2. Its kind is a key of `settings.read.PARSERS`. A new kind needs a parser there, and words in `allowed_values`.
 3. Use it in `entrypoint.planning`, which hands its value on in a field of `trainer.spec.plan.Plan`. Below planning,
    functions take the value or the section, never all of `Settings`.
-4. Add its name to FROZEN in tests/unit/test_settings.py, run `make readme`, and name it in docs/settings-guide.md.
+4. Add its name to FROZEN in tests/entrypoint/settings/test_settings.py, run `make readme`, and name it in
+docs/settings-guide.md.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ nearest one, and low, the one nearest to the remainder.
 
 Of the four products of high and low parts, low times low is left out. A low part is at most 1 / 16 of its high part
 (half a step of 3 bits), so that product is at most 1 / 256 of the term: about what bf16 rounds by
-(`tests/contract/test_beside.py` allows an error of 4e-3).
+(`tests/trainer/engine/quantization/test_adapter_columns.py` allows an error of 4e-3).
 
 Both sides are shifted into FP8's range by a factor: B is written times `FORWARD_UP_FACTOR`, A times
 `backward_up_factor`, and h or gh divided by the same. Activations and gradients use only a quarter of the range,

@@ -25,7 +25,7 @@ from trainer.data.scan import scan, scan_checked
 from trainer.spec.errors import DataError, UnreachableError
 from trainer.spec.plan import DataPlan, Dataset, Source, Subset
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def subset(folder: Path, **keys) -> Subset:

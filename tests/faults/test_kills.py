@@ -198,7 +198,7 @@ def test_what_was_not_flushed_may_be_lost(halfway, tiny):
 
 @pytest.mark.slow
 def test_a_finished_job_is_left_alone_by_the_trainer(run, tiny):
-    """A7 (with the entrypoint: tests/end_to_end/test_job.py)."""
+    """A7 (with the entrypoint: tests/jobs/test_job.py)."""
     assert run() == 0
     before = {k: v.clone() for k, v in load_file(run.out / "x.safetensors").items()}
     assert run() == 0 and run.final == tiny.reference

@@ -28,7 +28,7 @@ from trainer.spec.optimizers import OPTIMIZERS, SCHEDULERS
 from trainer.spec.plan import Dataset, Plan
 from trainer.spec.resume_rules import resumes_state
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MODELS = base_models()
 MULTIPLE = get_family(MODELS[MINI][0]).FACTS.multiple
 

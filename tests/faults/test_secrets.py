@@ -131,7 +131,9 @@ def test_nothing_in_a_variable_becomes_a_command(job, tmp_path):
 
 @pytest.mark.slow
 def test_a_pickle_by_another_name_is_refused(job, tmp_path):
-    """H2: as the LoRA to start from. (As a model: tests/unit/test_preflight.py; as a cache or state: test_data.py.)"""
+    """H2: as the LoRA to start from. (As a model: tests/entrypoint/planning/test_preflight.py; as a cache or state:
+    test_data.py.)
+    """
     import pickle
 
     class Bomb:

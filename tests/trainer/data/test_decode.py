@@ -15,7 +15,7 @@ from PIL import Image, ImageCms
 from trainer.data import decode
 from trainer.data.decode import UnusableImageError, inspect, open_mask, open_upright, resize_crop, vary_colour
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:

@@ -37,7 +37,7 @@ from trainer.spec.plan import (
     TrainPlan,
 )
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PATTERNS = get_family("flux").FACTS.files
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 Usage = namedtuple("Usage", "total used free")

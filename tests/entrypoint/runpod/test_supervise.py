@@ -13,7 +13,7 @@ from entrypoint.fetch import http
 from entrypoint.processes import supervise
 from entrypoint.processes.supervise import Limit, Times, supervised
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 QUICK = Times(0.02, 0.05, 0.3, 0.3, http.RetryPolicy(budget=0.3, first_wait=0.02, timeout=2.0))
 
 

@@ -1,4 +1,4 @@
-"""D6, D7, D8: pictures and caches that change under a job. (The rest of D: tests/unit.)"""
+"""D6, D7, D8: pictures and caches that change under a job. (The rest of D: tests/trainer/data.)"""
 
 import dataclasses
 import os

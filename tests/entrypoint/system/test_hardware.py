@@ -16,7 +16,7 @@ from entrypoint.system.hardware import Hardware, check_torch, detect, select, to
 from trainer.spec.errors import SettingsError, UnreachableError
 from trainer.spec.weight_formats import PRECISIONS
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CPU = Hardware("cpu", "x86_64", 32.0, 0, "", 32.0, 8)
 NVIDIA = Hardware("nvidia", "9.0", 80.0, 2, "550.1", 500.0, 32)
 AMD = Hardware("amd", "gfx942", 192.0, 8, "6.8", 1500.0, 96)
