@@ -253,7 +253,7 @@ def test_a_class_without_an_entry_exists_and_has_none():
 # ---- paths and names of the code, in all documents and docstrings
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")))
-PATHS = re.compile(r"(?<![\w/.-])((?:trainer|entrypoint|bench|docs)/[\w/]*\w\.(?:py|md|sh|png|json|txt|lock))\b")
+PATHS = re.compile(r"(?<![\w/.-])((?:trainer|entrypoint|bench|docs|tests)/[\w/]*\w\.(?:py|md|sh|png|json|txt|lock))\b")
 DOTTED = re.compile(r"(?<![\w/.-])((?:trainer|entrypoint|bench)(?:\.\w+)+)\b(?![/\w])")
 FILE_ENDINGS = ("py", "md", "sh", "json", "lock", "egg")
 
