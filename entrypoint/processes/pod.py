@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 def asked_to_end(action: str, pod: str, environ: Mapping[str, str], retries: RetryPolicy) -> bool:
     """Ask RunPod to stop or terminate this pod: by its REST API, the older GraphQL API, or the runpodctl in the pod."""
     try:
-        api = RunPod.of(environ, retries=retries)
+        api = RunPod.from_environment(environ, retries=retries)
     except SettingsError as problem:
         log.warning("%s", problem)
     else:

@@ -1,6 +1,9 @@
-"""`python -m entrypoint.runpod template|deploy|status|logs|stop|gpus`: jobs on RunPod, from your own machine.
+"""`python -m entrypoint.runpod template|deploy|status|logs|stop|gpus`: run jobs on RunPod, from your own machine.
 
-deploy takes the job's variables from the environment, as a local start does.
+`deploy` takes the job's variables from the environment, as a local start does, and checks them before it asks for a
+pod, because a pod costs money from its first second. docs/runpod.md walks through all commands.
+
+Each command is a function of the parsed options, the API client and the environment; it returns the exit code.
 """
 
 from __future__ import annotations
@@ -24,29 +27,43 @@ from entrypoint.settings.variables.engine import BACKENDS
 from trainer.spec.errors import KilnError, SettingsError
 from trainer.spec.family import base_models
 
-VOLUME = "/workspace"
-DISK_GB, VOLUME_GB = 25, 100
-PORTS = ["22/tcp"]  # SSH, for fetching the results
-MOST_VARIABLES = 50  # of a pod
-CUDA = "13.0"  # that torch in the image is built for: the host's driver must know it
-ENDED = ("EXITED", "ERROR", "TERMINATED")
-PLACES = ("OUTPUT_PATH", "CACHE_PATH", "HF_HOME")  # the image has good ones, and yours are of another machine
-TEMPLATE = {"DATASET_NAME": "", "TRIGGER_WORD": "", "HF_TOKEN": "{{ RUNPOD_SECRET_HF_TOKEN }}"}
+logger = logging.getLogger(__name__)
+
+VOLUME_PATH = "/workspace"  # the image keeps output, cache and models below it
+DISK_GB = 25  # the container's own disk: the image and temporary files
+VOLUME_GB = 100  # base models, cache, checkpoints and results: everything below VOLUME_PATH
+PORTS = ["22/tcp"]  # SSH, to download the results with rsync
+MAX_POD_VARIABLES = 50  # RunPod's limit; docs.runpod.io/api-reference-v2, CreatePodRequest.env
+MIN_CUDA_VERSION = "13.0"  # the image's torch is built for it, so the host's driver must support it
+ENDED_STATUSES = ("EXITED", "ERROR", "TERMINATED")
+# These are not sent to a pod: the image sets them, and the values of this machine name folders that a pod lacks.
+LOCAL_PATHS = ("OUTPUT_PATH", "CACHE_PATH", "HF_HOME")
+FROM_RUNPOD = "RUNPOD_SECRET_"  # RunPod replaces `{{ RUNPOD_SECRET_name }}` by the secret when the pod starts
+TEMPLATE_VARIABLES = {"DATASET_NAME": "", "TRIGGER_WORD": "", "HF_TOKEN": "{{ RUNPOD_SECRET_HF_TOKEN }}"}
 
 
 def main(arguments: list[str], environ: Mapping[str, str]) -> int:
-    """Exit codes as in `trainer.spec.errors`; 64 for a wrong command line; 1 if you say no."""
+    """Run one command and return its exit code.
+
+    Codes are those of `trainer.spec.errors`; 64 for a wrong command line; 1 if you decline the price.
+    """
     parser = _parser()
     try:
-        asked = parser.parse_args(arguments)
+        options = parser.parse_args(arguments)
     except SystemExit as stop:
         return 64 if stop.code else 0
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     commands = {
-        "template": template, "deploy": deploy, "status": status, "logs": logs, "stop": stop_pod, "gpus": gpus
-    }  # fmt: skip
+        "template": template,
+        "deploy": deploy,
+        "status": status,
+        "logs": logs,
+        "stop": stop_pod,
+        "gpus": gpus,
+    }
+    command = commands[options.command]
     try:
-        return commands[asked.command](asked, RunPod.of(environ), environ)
+        return command(options, RunPod.from_environment(environ), environ)
     except KilnError as problem:
         print(problem, file=sys.stderr)  # noqa: T201
         return problem.exit_code
@@ -55,243 +72,324 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m entrypoint.runpod", description="Jobs on RunPod; needs RUNPOD_API_KEY.")
     commands = parser.add_subparsers(dest="command", required=True)
-    images = argparse.ArgumentParser(add_help=False)
-    images.add_argument("--image", required=True, help="as ./build.sh --tag calls it, REGISTRY/NAME:TAG")
-    images.add_argument("--disk", type=int, default=DISK_GB, help=f"GB of the container ({DISK_GB})")
-    images.add_argument("--volume", type=int, default=VOLUME_GB, help=f"GB of {VOLUME}, kept while stopped (100)")
-    clouds = argparse.ArgumentParser(add_help=False)
-    clouds.add_argument("--cloud", choices=("secure", "community"), default="secure")
-    clouds.add_argument("--count", type=int, default=1, help="GPUs of the pod")
 
-    make = commands.add_parser("template", parents=[images], help="make or update a template")
-    make.add_argument("--backend", choices=[b for b in BACKENDS if b != "cpu"], default="cuda")
+    image_options = argparse.ArgumentParser(add_help=False)
+    image_options.add_argument("--image", required=True, help="REGISTRY/NAME:TAG, as for ./build.sh --tag")
+    image_options.add_argument("--disk", type=int, default=DISK_GB, help=f"GB for the container (default {DISK_GB})")
+    image_options.add_argument(
+        "--volume",
+        type=int,
+        default=VOLUME_GB,
+        help=f"GB for {VOLUME_PATH}, kept while the pod is stopped (default {VOLUME_GB})",
+    )
+    cloud_options = argparse.ArgumentParser(add_help=False)
+    cloud_options.add_argument("--cloud", choices=("secure", "community"), default="secure")
+    cloud_options.add_argument("--count", type=int, default=1, help="number of GPUs in the pod")
+
+    accelerators = [backend for backend in BACKENDS if backend != "cpu"]
+    make = commands.add_parser("template", parents=[image_options], help="create or update a template")
+    make.add_argument("--backend", choices=accelerators, default="cuda")
     make.add_argument("--name", default="Kiln")
-    new = commands.add_parser("deploy", parents=[images, clouds], help="start a job in a new pod; asks before it pays")
-    new.add_argument("--gpu", required=True, help="part of a name that gpus prints")
-    new.add_argument("--network-volume", metavar="ID", help=f"of RunPod, for {VOLUME}, instead of a volume of the pod")
-    new.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="beside those of the environment")
-    new.add_argument("--secret", action="append", default=[], metavar="NAME=SECRET", help="a variable from a secret")
-    new.add_argument("--max-cost", type=float, metavar="USD", help="the job saves, and the pod ends, at this cost")
-    new.add_argument("--name", default="kiln")
-    new.add_argument("--yes", action="store_true", help="do not ask")
-    new.add_argument("--dry-run", action="store_true", help="print what would be asked for, and its price")
-    about = commands.add_parser("status", help="your pods, or one of them and how to fetch its results")
-    about.add_argument("pod", nargs="?")
-    tell = commands.add_parser("logs", help="what a pod prints")
-    tell.add_argument("pod")
-    tell.add_argument("--tail", type=int, default=100, help="lines of before (100)")
-    tell.add_argument("--follow", action="store_true", help="until the pod ends")
-    end = commands.add_parser("stop", help="stop a pod; its volume is kept, and costs")
+
+    start = commands.add_parser(
+        "deploy",
+        parents=[image_options, cloud_options],
+        help="start a job in a new pod; shows the price and asks first",
+    )
+    start.add_argument("--gpu", required=True, help="part of a name that the gpus command prints")
+    start.add_argument("--network-volume", metavar="ID", help=f"mount this network volume at {VOLUME_PATH} instead")
+    start.add_argument(
+        "--env", action="append", default=[], metavar="NAME=VALUE", help="set a variable, besides the environment's"
+    )
+    start.add_argument(
+        "--secret", action="append", default=[], metavar="NAME=SECRET", help="set a variable from a RunPod secret"
+    )
+    start.add_argument("--max-cost", type=float, metavar="USD", help="save and end the pod when it has cost this much")
+    start.add_argument("--name", default="kiln")
+    start.add_argument("--yes", action="store_true", help="do not ask for confirmation")
+    start.add_argument("--dry-run", action="store_true", help="print the request and its price; deploy nothing")
+
+    show = commands.add_parser("status", help="list your pods, or show one and how to download its results")
+    show.add_argument("pod", nargs="?")
+    follow = commands.add_parser("logs", help="print a pod's log")
+    follow.add_argument("pod")
+    follow.add_argument("--tail", type=int, default=100, help="number of past lines to print first (default 100)")
+    follow.add_argument("--follow", action="store_true", help="continue until the pod ends")
+    end = commands.add_parser("stop", help="stop a pod; its volume is kept, and billed")
     end.add_argument("pod")
-    end.add_argument("--terminate", action="store_true", help="delete it with its volume")
-    commands.add_parser("gpus", parents=[clouds], help="GPU types with their prices")
+    end.add_argument("--terminate", action="store_true", help="delete the pod with its volume")
+    commands.add_parser("gpus", parents=[cloud_options], help="list GPU types with their prices")
     return parser
 
 
 # ---- commands
 
 
-def template(asked: argparse.Namespace, api: RunPod, _: Mapping[str, str]) -> int:
-    vendor = BACKENDS[asked.backend].upper()
+def template(options: argparse.Namespace, api: RunPod, _: Mapping[str, str]) -> int:
+    """Create or update the template of one backend."""
     body = {
-        "name": f"{asked.name} ({asked.backend})",
-        "image": _image(asked.image, asked.backend),
+        "name": f"{options.name} ({options.backend})",
+        "image": _with_backend(options.image, options.backend),
         "args": "train",
-        "category": vendor,
-        "disk": asked.disk,
-        "env": {"BASE_MODEL": next(iter(base_models())), **TEMPLATE},
+        "category": BACKENDS[options.backend].upper(),
+        "disk": options.disk,
+        "env": {"BASE_MODEL": next(iter(base_models())), **TEMPLATE_VARIABLES},
         "ports": PORTS,
-        "mounts": {"persistent": {"size": asked.volume, "path": VOLUME}},
+        "mounts": {"persistent": {"size": options.volume, "path": VOLUME_PATH}},
         "startSsh": True,
         "startJupyter": False,
     }
-    found, made = api.put_template(body)
-    _say(f"{'Made' if made else 'Updated'} the template {found['name']} ({found['id']}) with {found['image']}.")
+    saved, is_new = api.put_template(body)
+    verb = "Created" if is_new else "Updated"
+    _print(f"{verb} the template {saved['name']} ({saved['id']}) with {saved['image']}.")
     return 0
 
 
-def deploy(asked: argparse.Namespace, api: RunPod, environ: Mapping[str, str]) -> int:
-    gpu = _gpu(asked.gpu, api.gpus(cloud=asked.cloud.upper(), count=asked.count))
-    price = gpu["price"][asked.cloud] * asked.count
-    if not gpu[asked.cloud] or not price:
-        raise SettingsError(f"--cloud {asked.cloud} has no {gpu['name']}: python -m entrypoint.runpod gpus lists all.")
-    variables = _variables(asked, environ)
-    variables["PRICE_PER_HOUR"] = f"{price:.4g}"
-    if asked.max_cost is not None:
-        variables["MAX_COST"] = f"{asked.max_cost:g}"
-    settings = read_settings({k: v for k, v in variables.items() if "RUNPOD_SECRET_" not in v})
-    body = _pod(asked, gpu, _fewer(variables))
+def deploy(options: argparse.Namespace, api: RunPod, environ: Mapping[str, str]) -> int:
+    """Check the job's settings, show the price, ask, and create the pod."""
+    gpu = _choose_gpu(options.gpu, api.gpus(cloud=options.cloud.upper(), count=options.count))
+    price_per_hour = gpu["price"][options.cloud] * options.count
+    if not gpu[options.cloud] or not price_per_hour:
+        raise SettingsError(
+            f"--cloud {options.cloud} has no {gpu['name']}: `python -m entrypoint.runpod gpus` lists those it has."
+        )
+    variables = _job_variables(options, environ)
+    variables["PRICE_PER_HOUR"] = f"{price_per_hour:.4g}"
+    if options.max_cost is not None:
+        variables["MAX_COST"] = f"{options.max_cost:g}"
+    # A secret's value is known only inside the pod, so its variable cannot be checked here.
+    settings = read_settings({name: value for name, value in variables.items() if FROM_RUNPOD not in value})
+    body = _pod_request(options, gpu, _pack(variables))
 
-    _say(f"{asked.count} x {gpu['name']} ({gpu['memory']} GB each), {asked.cloud} cloud: ${price:.2f} an hour.")
-    _say(f"Stock: {str(gpu.get('availability', 'unknown')).lower()}. Image: {body['image']}.")
+    stock = str(gpu.get("availability", "unknown")).lower()
+    _print(
+        f"{options.count} x {gpu['name']} ({gpu['memory']} GB each), {options.cloud} cloud: "
+        f"${price_per_hour:.2f} an hour."
+    )
+    _print(f"Stock: {stock}. Image: {body['image']}.")
     if _needs_token(settings) and "HF_TOKEN" not in variables:
-        base = settings.model.base_model
-        _say(f"BASE_MODEL={base} has a licence to accept, and no HF_TOKEN goes with the job: --secret.")
-    if asked.max_cost is not None:
-        _say(f"The job ends at ${asked.max_cost:.2f}, after {asked.max_cost / price:.1f} hours.")
+        base_model = settings.model.base_model
+        _print(
+            f"BASE_MODEL={base_model} needs an accepted licence and HF_TOKEN is not set: add --secret HF_TOKEN=NAME."
+        )
+    if options.max_cost is not None:
+        hours = options.max_cost / price_per_hour
+        _print(f"The job ends when it has cost ${options.max_cost:.2f}, after {hours:.1f} hours.")
     else:
-        _say("Without --max-cost it runs, and costs, until the job is done.")
-    if asked.dry_run:
-        secret = [n for n in SECRETS if "RUNPOD_SECRET_" not in body["env"].get(n, "RUNPOD_SECRET_")]
-        _say(json.dumps({**body, "env": {**body["env"], **dict.fromkeys(secret, "***")}}, indent=2))
+        _print("No --max-cost is set: the pod runs, and costs, until the job ends.")
+    if options.dry_run:
+        _print(json.dumps({**body, "env": _hide_secrets(body["env"])}, indent=2))
         return 0
-    if not asked.yes and not _agreed():
-        _say("Nothing was deployed.")
+    if not options.yes and not _confirmed():
+        _print("Nothing was deployed.")
         return 1
     pod = api.create_pod(body)
-    _say(f"Pod {pod['id']} ({pod['name']}) is {pod['status'].lower()}, ${pod['cost']:.2f} an hour. It stops by itself.")
-    _say(f"python -m entrypoint.runpod logs {pod['id']} --follow")
+    _print(
+        f"Pod {pod['id']} ({pod['name']}) is {pod['status'].lower()}, ${pod['cost']:.2f} an hour. "
+        "It stops itself when the job ends."
+    )
+    _print(f"python -m entrypoint.runpod logs {pod['id']} --follow")
     return 0
 
 
-def status(asked: argparse.Namespace, api: RunPod, _: Mapping[str, str]) -> int:
-    if asked.pod is None:
+def status(options: argparse.Namespace, api: RunPod, _: Mapping[str, str]) -> int:
+    """List all pods, or show one with the command that downloads its results in its present state."""
+    if options.pod is None:
         for pod in api.pods():
             gpu = pod.get("gpu") or {"id": "CPU", "count": 1}
-            _say(f"{pod['id']}  {pod['status']:<12} ${pod['cost']:.2f}/h  {gpu['count']} x {gpu['id']}  {pod['name']}")
+            _print(
+                f"{pod['id']}  {pod['status']:<12} ${pod['cost']:.2f}/h  {gpu['count']} x {gpu['id']}  {pod['name']}"
+            )
         return 0
-    pod = api.pod(asked.pod)
-    _say(f"{pod['name']}: {pod['status']}, ${pod['cost']:.2f} an hour, {pod['image']}.")
-    out = pod["env"].get("OUTPUT_PATH", f"{VOLUME}/output")
-    direct = (pod.get("ssh") or {}).get("direct")
-    if direct:
-        way = f"ssh -p {direct['port']}"
-        _say(f"rsync -av -e '{way}' {direct['username']}@{direct['host']}:{out}/ ./output/")
+    pod = api.pod(options.pod)
+    _print(f"{pod['name']}: {pod['status']}, ${pod['cost']:.2f} an hour, {pod['image']}.")
+    output_path = pod["env"].get("OUTPUT_PATH", f"{VOLUME_PATH}/output")
+    direct_ssh = (pod.get("ssh") or {}).get("direct")
+    if direct_ssh:
+        host = f"{direct_ssh['username']}@{direct_ssh['host']}"
+        _print(f"rsync -av -e 'ssh -p {direct_ssh['port']}' {host}:{output_path}/ ./output/")
     elif pod["status"] == "EXITED":
-        _say(
-            f"To fetch the results, start it again at https://console.runpod.io/pods: it stays half an hour for {out}."
+        _print(
+            "To download the results, start the pod again at https://console.runpod.io/pods: "
+            f"it stays up for half an hour with {output_path}."
         )
     else:
-        _say(f"In the pod's web terminal: runpodctl send {out}; then here: runpodctl receive CODE")
+        _print(f"In the pod's web terminal: runpodctl send {output_path}; then here: runpodctl receive CODE")
     return 0
 
 
-def logs(asked: argparse.Namespace, api: RunPod, _: Mapping[str, str]) -> int:
+def logs(options: argparse.Namespace, api: RunPod, _: Mapping[str, str]) -> int:
+    """Print a pod's log. RunPod closes the stream now and then; with --follow, it is opened again where it ended."""
     cursor: str | None = None
     while True:
         try:
-            for event, line in api.log_lines(asked.pod, tail=asked.tail, cursor=cursor):
-                cursor = event or cursor
-                _say(line)
+            for event_id, line in api.log_lines(options.pod, tail=options.tail, cursor=cursor):
+                cursor = event_id or cursor
+                _print(line)
         except http.TransientError as problem:
-            logging.warning("%s: the log is asked for again.", problem)
+            logger.warning("%s: asking for the log again.", problem)
         except KeyboardInterrupt:
             return 130
-        if not asked.follow or api.pod(asked.pod)["status"] in ENDED:
+        if not options.follow or api.pod(options.pod)["status"] in ENDED_STATUSES:
             return 0
         time.sleep(api.retries.first_wait)
 
 
-def stop_pod(asked: argparse.Namespace, api: RunPod, _: Mapping[str, str]) -> int:
-    action = "terminate" if asked.terminate else "stop"
-    api.act(asked.pod, action)
-    _say(f"{asked.pod}: {action} was accepted.")
+def stop_pod(options: argparse.Namespace, api: RunPod, _: Mapping[str, str]) -> int:
+    action = "terminate" if options.terminate else "stop"
+    api.act(options.pod, action)
+    _print(f"{options.pod}: RunPod accepted {action}.")
     return 0
 
 
-def gpus(asked: argparse.Namespace, api: RunPod, _: Mapping[str, str]) -> int:
-    for gpu in sorted(api.gpus(cloud=asked.cloud.upper(), count=asked.count), key=lambda g: g["price"][asked.cloud]):
-        if gpu[asked.cloud]:
-            price, stock = gpu["price"][asked.cloud] * asked.count, str(gpu.get("availability", "unknown")).lower()
-            _say(f"${price:6.2f}/h  {gpu['memory'] * asked.count:4d} GB  stock {stock:<8} {gpu['name']}  ({gpu['id']})")
+def gpus(options: argparse.Namespace, api: RunPod, _: Mapping[str, str]) -> int:
+    """List the GPU types of a cloud, cheapest first, with price and memory of `--count` of them."""
+    types = api.gpus(cloud=options.cloud.upper(), count=options.count)
+    for gpu in sorted(types, key=lambda gpu: gpu["price"][options.cloud]):
+        if not gpu[options.cloud]:
+            continue
+        price = gpu["price"][options.cloud] * options.count
+        memory_gb = gpu["memory"] * options.count
+        stock = str(gpu.get("availability", "unknown")).lower()
+        _print(f"${price:6.2f}/h  {memory_gb:4d} GB  stock {stock:<8} {gpu['name']}  ({gpu['id']})")
     return 0
 
 
 # ---- parts of a request
 
 
-def _pod(asked: argparse.Namespace, gpu: Mapping[str, Any], variables: Mapping[str, str]) -> dict[str, Any]:
-    """The body of POST /v2/pods."""
-    backend = next((b for b, vendor in BACKENDS.items() if vendor.upper() == gpu["manufacturer"]), "cuda")
-    wanted: dict[str, Any] = {"id": gpu["id"], "count": asked.count}
+def _pod_request(options: argparse.Namespace, gpu: Mapping[str, Any], variables: Mapping[str, str]) -> dict[str, Any]:
+    """The body of POST /v2/pods. The GPU's manufacturer decides which of the two images the pod gets."""
+    backend = "cuda"
+    for name, vendor in BACKENDS.items():
+        if vendor.upper() == gpu["manufacturer"]:
+            backend = name
+            break
+    gpu_request: dict[str, Any] = {"id": gpu["id"], "count": options.count}
     if backend == "cuda":
-        wanted["minCudaVersion"] = CUDA
-    mounts: dict[str, Any] = {"persistent": {"size": asked.volume, "path": VOLUME}}
-    if asked.network_volume:
-        mounts = {"network": [{"volumeId": asked.network_volume, "path": VOLUME}]}
+        gpu_request["minCudaVersion"] = MIN_CUDA_VERSION
+    mounts: dict[str, Any] = {"persistent": {"size": options.volume, "path": VOLUME_PATH}}
+    if options.network_volume:
+        mounts = {"network": [{"volumeId": options.network_volume, "path": VOLUME_PATH}]}
     return {
-        "name": f"{asked.name}-{uuid.uuid4().hex[:8]}",
-        "image": _image(asked.image, backend),
+        # A unique name: `RunPod.create_pod` looks for it after a lost answer.
+        "name": f"{options.name}-{uuid.uuid4().hex[:8]}",
+        "image": _with_backend(options.image, backend),
         "args": "train",
-        "cloud": asked.cloud.upper(),
-        "disk": asked.disk,
+        "cloud": options.cloud.upper(),
+        "disk": options.disk,
         "env": dict(variables),
-        "gpu": wanted,
+        "gpu": gpu_request,
         "mounts": mounts,
         "ports": PORTS,
         "startSsh": True,
     }
 
 
-def _image(name: str, backend: str) -> str:
-    """`name` with the ending of ./build.sh, where it has none."""
-    return name if "@" in name or name.endswith(tuple(f"-{b}" for b in BACKENDS)) else f"{name}-{backend}"
+def _with_backend(image: str, backend: str) -> str:
+    """`image` with the suffix that ./build.sh adds (-cuda, -rocm); unchanged if it has one, or names a digest."""
+    suffixes = tuple(f"-{name}" for name in BACKENDS)
+    if "@" in image or image.endswith(suffixes):
+        return image
+    return f"{image}-{backend}"
 
 
-def _gpu(asked: str, known: list[dict[str, Any]]) -> dict[str, Any]:
-    exact = [g for g in known if asked.lower() in (g["id"].lower(), g["name"].lower())]
-    found = exact or [g for g in known if asked.lower() in f"{g['id']} {g['name']}".lower()]
-    if len(found) != 1:
-        names = ", ".join(sorted(g["name"] for g in found or known))
-        raise SettingsError(f"--gpu {asked}: {'which of' if found else 'there is none; known are'} {names}.")
-    return found[0]
+def _choose_gpu(wanted: str, types: list[dict[str, Any]]) -> dict[str, Any]:
+    """The one GPU type that `wanted` names, in whole or in part. Raises SettingsError for none, or several."""
+    wanted_lower = wanted.lower()
+    matches = [gpu for gpu in types if wanted_lower in (gpu["id"].lower(), gpu["name"].lower())]
+    if not matches:
+        matches = [gpu for gpu in types if wanted_lower in f"{gpu['id']} {gpu['name']}".lower()]
+    if len(matches) == 1:
+        return matches[0]
+    names = ", ".join(sorted(gpu["name"] for gpu in matches or types))
+    if matches:
+        raise SettingsError(f"--gpu {wanted} matches several types: name one of {names}.")
+    raise SettingsError(f"--gpu {wanted} matches no type: name one of {names}.")
 
 
-def _variables(asked: argparse.Namespace, environ: Mapping[str, str]) -> dict[str, str]:
-    """The job's variables: those of the environment, then --env, then --secret. Raises SettingsError."""
-    found = {n: environ[n] for n in NAMES if environ.get(n, "").strip() and n not in PLACES}
-    for name, value in (_pair(text, "--env") for text in asked.env):
+def _job_variables(options: argparse.Namespace, environ: Mapping[str, str]) -> dict[str, str]:
+    """The job's variables: those of the environment, then --env, then --secret. Raises SettingsError.
+
+    Small local files (the token, dataset.json, prompts) travel as text, because a pod cannot read this machine's disk.
+    """
+    variables: dict[str, str] = {}
+    for name in NAMES:
+        if environ.get(name, "").strip() and name not in LOCAL_PATHS:
+            variables[name] = environ[name]
+    for text in options.env:
+        name, value = _pair(text, "--env")
         if name not in NAMES:
-            raise SettingsError(f"--env {name}: no such variable. python -m entrypoint --help-env lists all.")
-        found[name] = value
-    for name, secret in (_pair(text, "--secret") for text in asked.secret):
-        found[name] = f"{{{{ RUNPOD_SECRET_{secret} }}}}"
-    if file := found.pop("HF_TOKEN_FILE", ""):
+            raise SettingsError(f"--env {name}: no such variable. `python -m entrypoint --help-env` lists all.")
+        variables[name] = value
+    for text in options.secret:
+        name, secret = _pair(text, "--secret")
+        variables[name] = f"{{{{ {FROM_RUNPOD}{secret} }}}}"
+    if token_file := variables.pop("HF_TOKEN_FILE", ""):
         try:
-            found["HF_TOKEN"] = Path(file).expanduser().read_text(encoding="utf-8").strip()
+            variables["HF_TOKEN"] = Path(token_file).expanduser().read_text(encoding="utf-8").strip()
         except OSError as problem:
-            raise SettingsError(f"HF_TOKEN_FILE={file}: {problem.strerror}.") from problem
+            raise SettingsError(f"HF_TOKEN_FILE={token_file}: {problem.strerror}.") from problem
     for name in ("DATASET_CONFIG", "SAMPLE_PROMPTS"):
-        if found.get(name, "").endswith(".json") and Path(found[name]).is_file():
-            found[name] = json.dumps(json.loads(Path(found[name]).read_text(encoding="utf-8")))
-    for name, value in found.items():
-        if not value.startswith((VOLUME, "/opt", "{", "[", "http")) and Path(value).expanduser().exists():
-            raise SettingsError(
-                f"{name}={value} is on this machine, where no pod can read it. Name a Hub repository, an address, or a "
-                f"place on the volume ({VOLUME}/...)."
-            )
-    return found
+        value = variables.get(name, "")
+        if value.endswith(".json") and Path(value).is_file():
+            variables[name] = json.dumps(json.loads(Path(value).read_text(encoding="utf-8")))
+    for name, value in variables.items():
+        _refuse_local_path(name, value)
+    return variables
+
+
+def _refuse_local_path(name: str, value: str) -> None:
+    """Raise SettingsError if `value` names a file or folder of this machine and none of the pod."""
+    if value.startswith((VOLUME_PATH, "/opt", "{", "[", "http")):
+        return
+    if Path(value).expanduser().exists():
+        raise SettingsError(
+            f"{name}={value} is on this machine, where no pod can read it. Name a Hub repository, a URL, or a path on "
+            f"the volume ({VOLUME_PATH}/...)."
+        )
 
 
 def _pair(text: str, option: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name:
-        raise SettingsError(f"{option} {text}: NAME=VALUE is needed.")
+        raise SettingsError(f"{option} {text} has no value: write {option} NAME=VALUE.")
     return name, value
 
 
-def _fewer(variables: Mapping[str, str]) -> dict[str, str]:
-    """At most as many variables as a pod may have: the rest go into CONFIG_JSON."""
-    if len(variables) <= MOST_VARIABLES:
+def _pack(variables: Mapping[str, str]) -> dict[str, str]:
+    """At most as many variables as a pod may have: if there are more, all PARAMS_* go into CONFIG_JSON."""
+    if len(variables) <= MAX_POD_VARIABLES:
         return dict(variables)
-    packed = {n: v for n, v in variables.items() if n.startswith("PARAMS_")}
-    packed = {**json.loads(variables.get(CONFIG_JSON, "{}")), **packed}
-    return {n: v for n, v in variables.items() if n not in packed} | {CONFIG_JSON: json.dumps(packed)}
+    packed = dict(json.loads(variables.get(CONFIG_JSON, "{}")))
+    packed.update({name: value for name, value in variables.items() if name.startswith("PARAMS_")})
+    kept = {name: value for name, value in variables.items() if name not in packed}
+    kept[CONFIG_JSON] = json.dumps(packed)
+    return kept
+
+
+def _hide_secrets(variables: Mapping[str, str]) -> dict[str, str]:
+    """A copy to print: secret values become ***; references to RunPod's secrets stay readable."""
+    shown = dict(variables)
+    for name in SECRETS:
+        if name in shown and FROM_RUNPOD not in shown[name]:
+            shown[name] = "***"
+    return shown
 
 
 def _needs_token(settings: Settings) -> bool:
-    """Whether the weights are given only to those who have accepted a licence."""
+    """Whether the Hub gives the base model's weights only to accounts that have accepted its licence."""
     known = base_models().get(settings.model.base_model)
     return known is not None and known[1].gated and settings.model.model_path is None
 
 
-def _agreed() -> bool:
+def _confirmed() -> bool:
     if not sys.stdin.isatty():
-        raise SettingsError("Nobody can be asked here: say --yes to deploy at this price.")
+        raise SettingsError("No terminal to confirm the price in: add --yes to deploy at this price.")
     return input("Deploy? [y/N] ").strip().lower() in ("y", "yes")
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(text, flush=True)  # noqa: T201
 
 

@@ -1,6 +1,10 @@
-"""A small client of RunPod's REST API v2: retries, problem documents (RFC 9457) told as this program's errors.
+"""A small client of RunPod's REST API v2.
 
-Shapes: https://docs.runpod.io/api-reference-v2. Lists come wrapped in an object; a pod is created with POST /v2/pods
+It repeats requests whose failure may pass, and turns RunPod's problem documents (RFC 9457) into this program's errors:
+every method may raise UnreachableError (RunPod stays away), GatedError (the key is refused) and SettingsError (the
+request is refused).
+
+Schemas: https://docs.runpod.io/api-reference-v2. Lists come wrapped in an object; a pod is created with POST /v2/pods
 and changed with POST /v2/pods/{id}/action. RUNPOD_API_BASE_URL replaces the host, as in RunPod's own SDK.
 """
 
@@ -20,57 +24,64 @@ if TYPE_CHECKING:
     import httpx
 
 HOST = "https://api.runpod.io"
-KEYS = "https://console.runpod.io/user/settings"
-GRAPHQL = {"stop": "podStop", "terminate": "podTerminate"}
-SILENT = 90.0  # seconds without a line before a log's connection is made anew
+KEYS_PAGE = "https://console.runpod.io/user/settings"
+GRAPHQL_MUTATIONS = {"stop": "podStop", "terminate": "podTerminate"}
+# A log's connection that is silent for longer is opened again. Long, because a job prints nothing while it loads.
+LOG_SILENCE_S = 90.0
+ADVICE = {  # by HTTP status
+    402: "Add credit to the account.",
+    404: "Check the id: `python -m entrypoint.runpod status` lists your pods.",
+    409: "The pod's state does not allow it: `python -m entrypoint.runpod status` shows the state.",
+}
 
 
 @dataclass(frozen=True)
 class RunPod:
-    """An account, or the pod that this process runs in."""
+    """A client with the rights of one API key: an account's, or the one that RunPod sets inside each pod."""
 
     key: str = field(repr=False)
     host: str = HOST
     retries: RetryPolicy = http.USUAL
 
     @classmethod
-    def of(cls, environ: Mapping[str, str], *, retries: RetryPolicy = http.USUAL) -> RunPod:
+    def from_environment(cls, environ: Mapping[str, str], *, retries: RetryPolicy = http.USUAL) -> RunPod:
         """From RUNPOD_API_KEY and RUNPOD_API_BASE_URL. Raises SettingsError without a key."""
         key = environ.get("RUNPOD_API_KEY", "").strip()
         if not key:
-            raise SettingsError(f"RUNPOD_API_KEY is not set. Make a key at {KEYS} and export it.")
+            raise SettingsError(f"RUNPOD_API_KEY is not set. Create a key at {KEYS_PAGE} and export it.")
         return cls(key, environ.get("RUNPOD_API_BASE_URL", HOST).rstrip("/"), retries)
 
     # ---- catalog, templates
 
     def gpus(self, *, cloud: str, count: int) -> list[dict[str, Any]]:
-        """All GPU types, with prices and what is free for pods of `count` GPUs."""
-        asked = {"include": "AVAILABILITY", "product": "POD", "cloud": cloud, "count": str(count)}
-        return list(self._call("GET", "/v2/catalog/gpus", params=asked)["gpus"])
+        """All GPU types, with their prices and the stock for pods of `count` GPUs."""
+        query = {"include": "AVAILABILITY", "product": "POD", "cloud": cloud, "count": str(count)}
+        return list(self._call("GET", "/v2/catalog/gpus", params=query)["gpus"])
 
     def put_template(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-        """Make the template with this name, or change it if it is there; also whether it was made."""
-        known = self._call("GET", "/v2/templates")["templates"]
-        same = next((t for t in known if t["name"] == body["name"]), None)
-        if same is None:
+        """Create the template `body["name"]`, or update the one with that name; also returns whether it is new."""
+        existing = _named(self._call("GET", "/v2/templates")["templates"], body["name"])
+        if existing is None:
             return self._call("POST", "/v2/templates", body=body), True
-        # A template's category cannot be left out of what is shown, but everything here may be changed.
-        return self._call("PATCH", f"/v2/templates/{quote(same['id'], safe='')}", body=body), False
+        return self._call("PATCH", f"/v2/templates/{quote(existing['id'], safe='')}", body=body), False
 
     # ---- pods
 
     def create_pod(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Create one pod. Its name must be unique: after an answer that was lost, the pod is looked for by it, so that
-        none is created, and paid for, twice."""
+        """Create one pod, whose name must be unique.
+
+        When RunPod's answer is lost, the pod may exist or not. Each further try first looks for its name, so that no
+        second pod is created and paid for.
+        """
         tries = 0
 
         def create() -> dict[str, Any]:
             nonlocal tries
             tries += 1
             if tries > 1:
-                same = next((p for p in self._once("GET", "/v2/pods")["pods"] if p["name"] == body["name"]), None)
-                if same is not None:
-                    return dict(same)
+                existing = _named(self._once("GET", "/v2/pods")["pods"], body["name"])
+                if existing is not None:
+                    return existing
             return self._once("POST", "/v2/pods", body=body)
 
         return http.persist(create, what=f"{self.host}/v2/pods", retries=self.retries)
@@ -82,40 +93,45 @@ class RunPod:
         return self._call("GET", f"/v2/pods/{quote(pod_id, safe='')}")
 
     def act(self, pod_id: str, action: str) -> None:
-        """start, stop, restart or terminate. An action that the pod's state does not allow is a SettingsError."""
+        """Start, stop, restart or terminate a pod. Raises SettingsError if the pod's state does not allow it."""
         self._call("POST", f"/v2/pods/{quote(pod_id, safe='')}/action", body={"action": action})
 
     def act_by_graphql(self, pod_id: str, action: str) -> None:
-        """stop or terminate, by the older interface. Raises as `act`."""
-        query = f"mutation end($id: String!) {{ {GRAPHQL[action]}(input: {{podId: $id}})"
+        """Stop or terminate a pod through the older GraphQL API. Raises the errors of `act`."""
+        query = f"mutation end($id: String!) {{ {GRAPHQL_MUTATIONS[action]}(input: {{podId: $id}})"
+        # podStop returns the pod, of which GraphQL wants fields to be selected; podTerminate returns nothing.
         query += " { id desiredStatus } }" if action == "stop" else " }"
         answer = self._call("POST", "/graphql", body={"query": query, "variables": {"id": pod_id}})
         if answer.get("errors"):
-            raise SettingsError(f"{self.host}/graphql refuses {GRAPHQL[action]}: {json.dumps(answer['errors'])[:300]}.")
+            errors = json.dumps(answer["errors"])[:300]
+            raise SettingsError(f"{self.host}/graphql refuses {GRAPHQL_MUTATIONS[action]}: {errors}.")
 
     def log_lines(self, pod_id: str, *, tail: int, cursor: str | None = None) -> Iterator[tuple[str, str]]:
-        """The id of each event and its line, until the server ends the stream or falls silent.
+        """Yield (event id, log line) until the server ends the stream (server-sent events).
 
-        `cursor` is the id of the last event that was seen: the stream goes on after it.
+        `tail` is the number of past lines to begin with; `cursor` the id of the last event seen, after which to
+        continue. Raises TransientError when the connection breaks or is silent for LOG_SILENCE_S.
         """
         import httpx
 
-        headers = {"Accept": "text/event-stream", **self._headers(), **({"Last-Event-ID": cursor} if cursor else {})}
+        headers = {"Accept": "text/event-stream", **self._headers()}
+        if cursor:
+            headers["Last-Event-ID"] = cursor
         url = f"{self.host}/v2/pods/{quote(pod_id, safe='')}/logs"
-        times = httpx.Timeout(self.retries.timeout, read=SILENT)
+        timeouts = httpx.Timeout(self.retries.timeout, read=LOG_SILENCE_S)
         try:
-            with httpx.stream("GET", url, headers=headers, params={"tail": str(tail)}, timeout=times) as answer:
+            with httpx.stream("GET", url, headers=headers, params={"tail": str(tail)}, timeout=timeouts) as answer:
                 if answer.status_code != 200:
                     answer.read()
                     http.check_status(answer, "RunPod")
                     raise refusal(answer, f"GET {url}")
-                event = ""
+                event_id = ""
                 for row in answer.iter_lines():
                     name, _, value = row.partition(":")
                     if name == "id":
-                        event = value.strip()
+                        event_id = value.strip()
                     elif name == "data":
-                        yield event, str(json.loads(value)["line"])
+                        yield event_id, str(json.loads(value)["line"])
         except httpx.RequestError as problem:
             raise http.TransientError(f"{type(problem).__name__} ({problem})") from problem
 
@@ -124,16 +140,31 @@ class RunPod:
     def _headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.key}", "User-Agent": "kiln"}
 
-    def _call(self, method: str, path: str, *, params: Any = None, body: Any = None) -> dict[str, Any]:
-        """One request, repeated while the failure may pass; only for those that may be done twice."""
+    def _call(
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, str] | None = None,
+        body: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """One request, repeated while its failure may pass: only for requests that do no harm when done twice."""
         return http.persist(
             lambda: self._once(method, path, params=params, body=body),
             what=f"{self.host}{path}",
             retries=self.retries,
         )
 
-    def _once(self, method: str, path: str, *, params: Any = None, body: Any = None) -> dict[str, Any]:
-        import httpx
+    def _once(
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, str] | None = None,
+        body: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """One request without a retry. Raises TransientError for a failure that may pass."""
+        import httpx  # late: the pod's supervisor imports this module, and needs httpx only at its end
 
         url = f"{self.host}{path}"
         try:
@@ -146,26 +177,35 @@ class RunPod:
         if not answer.is_success:
             raise refusal(answer, f"{method} {path}")
         try:
-            found = answer.json() if answer.content else {}
+            content = answer.json() if answer.content else {}
         except ValueError as problem:
             raise http.TransientError("the answer is not JSON") from problem
-        return found if isinstance(found, dict) else {}
+        if not isinstance(content, dict):
+            return {}
+        return content
 
 
-def refusal(answer: httpx.Response, asked: str) -> KilnError:
+def _named(items: list[dict[str, Any]], name: str) -> dict[str, Any] | None:
+    """The template or pod with this name, if there is one."""
+    for item in items:
+        if item["name"] == name:
+            return item
+    return None
+
+
+def refusal(answer: httpx.Response, request: str) -> KilnError:
     """The error for an answer that no retry changes."""
     try:
         problem = answer.json()
-        told = f"{problem['title']}: {problem['detail']}"
-        told += "".join(f"; {each}" for each in problem.get("errors", ()))
+        reason = f"{problem['title']}: {problem['detail']}"
+        for error in problem.get("errors", ()):
+            reason += f"; {error}"
     except (ValueError, KeyError, TypeError):
-        told = "it does not say why"
+        reason = "no reason given"
     status = answer.status_code
     if status in (401, 403):
-        return GatedError(f"RunPod refuses {asked} ({status}, {told}). Check RUNPOD_API_KEY and its rights at {KEYS}.")
-    advice = {
-        402: "Add credit to the account.",
-        404: "Check the id: python -m entrypoint.runpod status lists your pods.",
-        409: "The pod's state does not allow it: python -m entrypoint.runpod status shows it.",
-    }.get(status, "Change what is asked for.")
-    return SettingsError(f"RunPod refuses {asked} ({status}, {told}). {advice}")
+        return GatedError(
+            f"RunPod refuses {request} ({status}, {reason}). Check RUNPOD_API_KEY and its rights at {KEYS_PAGE}."
+        )
+    advice = ADVICE.get(status, "Change the request.")
+    return SettingsError(f"RunPod refuses {request} ({status}, {reason}). {advice}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
+import tokenize
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -19,8 +21,8 @@ from trainer.spec.plan import Dataset, Subset
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 USERS = ("tutorial", "dataset-json", "settings-guide", "troubleshooting", "glossary")  # the documents for users
-# Variables that no table has, and a name of the code.
-OTHERS = {"SOURCE_DATE_EPOCH", "HEALTH_PATIENCE_MINUTES", "HF_HUB_OFFLINE", "WEIGHT_FORMATS"}
+# Variables that no table has, and names of the code.
+OTHERS = {"SOURCE_DATE_EPOCH", "HEALTH_PATIENCE_MINUTES", "HF_HUB_OFFLINE", "WEIGHT_FORMATS", "MEMORY_MODES"}
 LETTERS = {"general": "G", "a dataset": "D", "a subset": "S"}  # levels of dataset.json, as its document names them
 
 
@@ -178,3 +180,132 @@ def test_a_term_of_the_glossary_stands_once_and_is_explained():
     found = [(cells[0], cells[1]) for cells in rows("glossary.md", "term")]
     assert len({term for term, _ in found}) == len(found) > 80
     assert all(len(meaning.split()) >= 3 for _, meaning in found)
+
+
+PRODUCT = ("trainer", "entrypoint")
+# Public classes that are no terms: one module uses them, as a record of what its functions pass on, and explains them.
+NO_TERMS = {
+    **dict.fromkeys(("AdaptedModels", "Backward", "Session"), "parts of a run, passed between two modules"),
+    **dict.fromkeys(("PreparedData", "Folder", "AdapterShape"), "the result of one function"),
+    **dict.fromkeys(("Metrics", "Status", "Progress", "Problems"), "an output or a list that its name describes"),
+    **dict.fromkeys(
+        ("DatasetSummary", "SubsetSummary", "TrainingRun", "LoraSummary"), "contents of a LoRA file's header"
+    ),
+    **dict.fromkeys(("Prompt", "PromptRequest"), "a prompt line, which the documents call a prompt"),
+    **dict.fromkeys(("Budget", "Limits", "Names"), "bounds on archives"),
+    **dict.fromkeys(("Cached", "Choice", "Listing", "RemoteFile", "Repo"), "records of the Hub's client"),
+    **dict.fromkeys(("Download", "Hash", "RemoteArchive"), "records of downloads"),
+    **dict.fromkeys(("Job", "Uploader", "Times"), "parts of one process"),
+    **dict.fromkeys(("Background", "Recipe", "Scene", "Thing"), "contents of the miniatures' drawings"),
+}
+
+
+def modules(*folders: str) -> Iterator[Path]:
+    for folder in folders:
+        yield from sorted((ROOT / folder).rglob("*.py"))
+
+
+def defined_names(path: Path) -> Iterator[str]:
+    """The names of a module, of its functions and classes, and of every value and attribute in it."""
+    yield path.stem
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            yield node.name
+    yield from identifiers(path)
+
+
+def imported_names(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            for alias in node.names:
+                yield alias.asname or alias.name
+
+
+def public_classes() -> set[str]:
+    names = set()
+    for path in modules(*PRODUCT):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and not node.name.endswith("Error"):
+                names.add(node.name)
+    return names
+
+
+def names_in_the_glossary() -> set[str]:
+    cells = [row[2] for row in rows("glossary.md", "term")]
+    return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+
+
+def test_every_name_in_the_glossary_exists_in_the_code():
+    defined = {name for path in modules(*PRODUCT, "bench") for name in defined_names(path)}
+    assert len(names_in_the_glossary()) > 150
+    assert names_in_the_glossary() - defined == set()
+
+
+def test_every_public_class_is_in_the_glossary_or_needs_no_entry():
+    assert public_classes() - names_in_the_glossary() - set(NO_TERMS) == set()
+
+
+def test_a_class_without_an_entry_exists_and_has_none():
+    assert set(NO_TERMS) - public_classes() == set()
+    assert set(NO_TERMS) & names_in_the_glossary() == set()
+
+
+# ---- paths and names of the code, in all documents and docstrings
+
+DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")))
+PATHS = re.compile(r"(?<![\w/.-])((?:trainer|entrypoint|bench|docs)/[\w/]*\w\.(?:py|md|sh|png|json|txt|lock))\b")
+DOTTED = re.compile(r"(?<![\w/.-])((?:trainer|entrypoint|bench)(?:\.\w+)+)\b(?![/\w])")
+FILE_ENDINGS = ("py", "md", "sh", "json", "lock", "egg")
+
+
+def prose(path: Path) -> str:
+    """The docstrings and comments of a module."""
+    source = path.read_text(encoding="utf-8")
+    pieces = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            pieces.append(ast.get_docstring(node) or "")
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            pieces.append(token.string)
+    return "\n".join(pieces)
+
+
+def texts() -> dict[str, str]:
+    """The documents, and the docstrings and comments of each module, by path."""
+    written = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in DOCUMENTS}
+    for path in modules("trainer", "entrypoint", "bench", "runpod"):
+        written[str(path.relative_to(ROOT))] = prose(path)
+    return written
+
+
+TEXTS = texts()
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_path_of_the_product_that_a_text_names_exists(name):
+    missing = [path for path in PATHS.findall(TEXTS[name]) if "NAME" not in path and not (ROOT / path).exists()]
+    assert missing == []
+
+
+def names_a_module_or_what_it_defines(dotted: str) -> bool:
+    """Whether a.b.c is a package, a module, or a name in module a.b. A package has the names that it imports."""
+    parts = dotted.split(".")
+    for length in range(len(parts), 0, -1):
+        place = ROOT.joinpath(*parts[:length])
+        rest = parts[length:]
+        if place.is_dir() and not rest:
+            return True
+        module = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+        if module.is_file():
+            return set(rest) <= {*defined_names(module), *imported_names(module)}
+    return False
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_dotted_name_of_the_product_exists(name):
+    wrong = []
+    for dotted in DOTTED.findall(TEXTS[name]):
+        if dotted.rpartition(".")[2] not in FILE_ENDINGS and not names_a_module_or_what_it_defines(dotted):
+            wrong.append(dotted)
+    assert wrong == []

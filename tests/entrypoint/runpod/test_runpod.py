@@ -25,7 +25,9 @@ IMAGE = ("--image", "ghcr.io/me/kiln:0.1.0")
 def command(account, capsys, monkeypatch):
     """`command(*arguments, **environment)`: exit code and all that was printed."""
     monkeypatch.setattr(
-        __main__.RunPod, "of", classmethod(lambda cls, e: cls(e["RUNPOD_API_KEY"], e["RUNPOD_API_BASE_URL"], QUICK))
+        __main__.RunPod,
+        "from_environment",
+        classmethod(lambda cls, e: cls(e["RUNPOD_API_KEY"], e["RUNPOD_API_BASE_URL"], QUICK)),
     )
 
     def run(*arguments, **environment):
@@ -42,7 +44,7 @@ def sent(server, asked):
 
 def test_the_template_is_made_once_and_then_updated(server, command):
     code, printed = command("template", *IMAGE)
-    assert code == 0 and "Made the template Kiln (cuda) (tpl1)" in printed
+    assert code == 0 and "Created the template Kiln (cuda) (tpl1)" in printed
     code, printed = command("template", "--image", "ghcr.io/me/kiln:0.2.0", "--volume", "200")
     assert code == 0 and "Updated" in printed
     (template,) = server.templates.values()
@@ -94,7 +96,7 @@ def test_more_variables_than_a_pod_may_have_are_packed(server, command):
 
 
 def test_the_price_is_confirmed(server, command, monkeypatch):
-    assert "say --yes" in command("deploy", *IMAGE, "--gpu", "4090", **JOB)[1]
+    assert "add --yes" in command("deploy", *IMAGE, "--gpu", "4090", **JOB)[1]
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda _: "n")
     code, printed = command("deploy", *IMAGE, "--gpu", "4090", **JOB)
@@ -110,7 +112,7 @@ def test_a_dry_run_shows_no_token_and_deploys_nothing(server, command):
 
 def test_weights_behind_a_licence_without_a_token_are_pointed_out(server, command):
     asked = ("deploy", *IMAGE, "--gpu", "4090", "--dry-run")
-    hint = "no HF_TOKEN goes with the job"
+    hint = "HF_TOKEN is not set"
     assert hint in command(*asked, **JOB)[1]
     assert hint not in command(*asked, "--secret", "HF_TOKEN=mine", **JOB)[1]
     assert hint not in command(*asked, **{**JOB, "BASE_MODEL": "sdxl"})[1]
@@ -131,8 +133,8 @@ def test_local_files_travel_as_text_or_are_refused(server, command, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "environment", "code", "hint"),
     [
-        (("--gpu", "h100"), {}, 78, "which of H100 PCIe, H100 SXM"),
-        (("--gpu", "h200"), {}, 78, "there is none; known are"),
+        (("--gpu", "h100"), {}, 78, "matches several types: name one of H100 PCIe, H100 SXM"),
+        (("--gpu", "h200"), {}, 78, "matches no type: name one of"),
         (("--gpu", "mi300x", "--cloud", "community"), {}, 78, "has no MI300X"),
         (("--gpu", "4090"), {"BASE_MODEL": "fluks"}, 78, "fluks"),
         (("--gpu", "4090", "--env", "PARAMS_MAX_EPOHCS=3"), {}, 78, "no such variable"),
@@ -173,7 +175,7 @@ def test_status_tells_how_to_fetch_the_results(server, command):
     assert code == 0 and printed.count("\n") == 3 and "$0.69/h" in printed
     assert "rsync -av -e 'ssh -p 34446' root@195.0.2.3:/workspace/output/ ./output/" in command("status", "a1")[1]
     assert "runpodctl send /workspace/output" in command("status", "b2")[1]
-    assert "start it again" in command("status", "c3")[1]
+    assert "start the pod again" in command("status", "c3")[1]
     code, printed = command("status", "d4")
     assert code == 78 and "pod not found" in printed
 
@@ -214,7 +216,7 @@ def test_the_lines_of_the_document(server, account, tmp_path):
         cwd=tmp_path, env={**environment, **account, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "step 1/1" in done.stdout and "start it again" in done.stdout and not server.pods
+    assert "step 1/1" in done.stdout and "start the pod again" in done.stdout and not server.pods
     assert len(server.templates) == 2
     (body,) = sent(server, "POST /v2/pods")
     assert body["env"]["HF_TOKEN"] == "{{ RUNPOD_SECRET_HF_TOKEN }}" and body["env"]["MAX_COST"] == "5"

@@ -71,7 +71,7 @@ def test_with_runpods_own_library(work, tmp_path):
 @pytest.mark.parametrize(
     ("given", "hint"),
     [
-        ({"LD_PRELOAD": "/x.so"}, "LD_PRELOAD is no variable"),
+        ({"LD_PRELOAD": "/x.so"}, "LD_PRELOAD is not a variable"),
         ({"PARAMS_MAX_STPES": 3}, "PARAMS_MAX_STEPS"),
         ({"PARAMS_NETWORK_DIM": "many"}, "PARAMS_NETWORK_DIM='many'"),
     ],

@@ -1,8 +1,8 @@
 """Flux.1's two kinds of blocks.
 
 Attention's projections are three layers, or one joined layer with the rows of all three
-(`trainer.engine.adapters.fuse`). If they are joined, `trainer.engine.rope` computes norms and rotary embedding in one
-kernel.
+(`trainer.engine.adapters.fuse_projections`). If they are joined, `trainer.engine.rope` computes norms and rotary
+embedding in one kernel.
 """
 
 from __future__ import annotations
