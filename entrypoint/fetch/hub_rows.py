@@ -186,9 +186,8 @@ def _stream(snapshot: Path, scratch: str, *, variable: str, split: str) -> tuple
             raise DataError(f"{variable} names a file outside of itself, {file!r}, and is refused.")
     if split not in files:
         raise SettingsError(f"DATASET_SPLIT={split}: {variable} has no such split, only {', '.join(files)}.")
-    if hasattr(
-        builder.config, "fragment_scan_options"
-    ):  # parquet: its defaults read whole files and row groups into memory
+    # Parquet: its defaults read whole files and row groups into memory.
+    if hasattr(builder.config, "fragment_scan_options"):
         options = {"pre_buffer": False, "use_buffered_stream": True}
         builder.config.fragment_scan_options = pyarrow.dataset.ParquetFragmentScanOptions(**options)
         builder.config.batch_size = 8
