@@ -79,9 +79,10 @@ def _fill(place: Path) -> dict[str, Any]:
 def environment(cache: Path, given: Mapping[str, str]) -> dict[str, str]:
     """The variables by which a process finds it, and keeps the kernels that it compiles."""
     place = folder(cache)
-    own = (
-        [] if version() else [str(place), *map(str, place.glob("*/dsl_packages"))]
-    )  # dsl_packages: a .pth file adds it in a normal installation
+    own: list[str] = []
+    if version() is None:
+        # In a normal installation, a .pth file adds dsl_packages to the path.
+        own = [str(place), *map(str, place.glob("*/dsl_packages"))]
     # It locks each cached kernel, and fails on a volume without locks: there, it caches none.
     with naming("CACHE_PATH"), locked(place.parent / ".kernels.lock") as there:
         kernels = {"CACHE_ENABLED": str(int(there)), "CACHE_DIR": str(place.parent / "kernels")}

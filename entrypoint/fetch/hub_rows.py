@@ -23,7 +23,7 @@ from entrypoint.fetch.archive import Budget, Limits
 from entrypoint.system.folders import storage_error
 from trainer.spec.errors import DataError, KilnError, SettingsError, StorageError
 
-PICTURES = (
+IMAGE_SUFFIXES = (
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"),
     *(".avif", ".jxl", ".heic", ".heif"),
 )
@@ -35,7 +35,7 @@ CAPTIONS = (
     *("tags", "tag_string", "label", "labels"),
 )
 READERS = ("parquet", "arrow", "imagefolder", "webdataset")  # of `datasets`; the others read no images, or pickles
-LARGEST_IMAGE_BYTES = 2**28  # bytes
+MAX_IMAGE_BYTES = 2**28  # bytes
 MOST_ROWS = 2_000_000
 # The first bytes of a file → its suffix. Anything else gets .png, and the trainer reports that it cannot read it.
 MAGIC = (
@@ -64,7 +64,7 @@ def choose(variable: str, repository: str, names: Collection[str]) -> Choice:
             "DATASET_REVISION=refs/convert/parquet if its page offers a parquet version, or convert it."
         )
     visible = [n for n in names if not any(part.startswith(".") for part in PurePosixPath(n).parts)]
-    images = [n for n in visible if n.lower().endswith(PICTURES)]
+    images = [n for n in visible if n.lower().endswith(IMAGE_SUFFIXES)]
     tables = [n for n in visible if n.lower().endswith(TABLES) or n.split("/")[-1] in METADATA]
     stems = {n.rpartition(".")[0] for n in images}
     sidecars = [n for n in visible if n.lower().endswith(SIDECARS) and n.rpartition(".")[0] in stems]
@@ -83,7 +83,7 @@ def copy_files(snapshot: Path, names: Collection[str], target: Path) -> dict[str
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(snapshot / name, target / name)
-    return {"pictures": sum(n.lower().endswith(PICTURES) for n in names)}
+    return {"images": sum(n.lower().endswith(IMAGE_SUFFIXES) for n in names)}
 
 
 def unpack(
@@ -156,8 +156,8 @@ def write_rows(
             raise DataError(f"{variable} is refused: {problem}.") from problem
     except (*unreadable, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as problem:
         raise DataError(f"{variable}: its rows cannot be read ({type(problem).__name__}: {problem}).") from problem
-    facts["unlisted"] = max(0, sum(f.lower().endswith(PICTURES) for f in files) - facts["pictures"])
-    if not facts["pictures"]:
+    facts["unlisted"] = max(0, sum(f.lower().endswith(IMAGE_SUFFIXES) for f in files) - facts["images"])
+    if not facts["images"]:
         raise DataError(f"{variable}: the split {split!r} is empty. Choose another with DATASET_SPLIT.")
     return facts
 
@@ -186,9 +186,8 @@ def _stream(snapshot: Path, scratch: str, *, variable: str, split: str) -> tuple
             raise DataError(f"{variable} names a file outside of itself, {file!r}, and is refused.")
     if split not in files:
         raise SettingsError(f"DATASET_SPLIT={split}: {variable} has no such split, only {', '.join(files)}.")
-    if hasattr(
-        builder.config, "fragment_scan_options"
-    ):  # parquet: its defaults read whole files and row groups into memory
+    # Parquet: its defaults read whole files and row groups into memory.
+    if hasattr(builder.config, "fragment_scan_options"):
         options = {"pre_buffer": False, "use_buffered_stream": True}
         builder.config.fragment_scan_options = pyarrow.dataset.ParquetFragmentScanOptions(**options)
         builder.config.batch_size = 8
@@ -277,7 +276,7 @@ def _write(
             metadata.write(json.dumps(line, ensure_ascii=False) + "\n")
             count, empty, silent = count + 1, empty + (not data), silent + (caption is None)
     reader.close()
-    return {"pictures": count, "empty": empty, "without_caption": silent, "image": images, "caption": captions}
+    return {"images": count, "empty": empty, "without_caption": silent, "image": images, "caption": captions}
 
 
 def _caption(value: Any, labels: list[str] | None) -> str | None:
@@ -307,20 +306,20 @@ class _Reader:
         self.budget.take(len(data))
         found = next((suffix for magic, suffix in MAGIC if re.match(magic, data, re.DOTALL)), None)
         named = PurePosixPath(path.split("::")[0]).suffix.lower()
-        return data, found or (named if named in PICTURES else ".png")
+        return data, found or (named if named in IMAGE_SUFFIXES else ".png")
 
     def _file(self, path: str) -> bytes:
         member, _, container = path.removeprefix("zip://").partition("::")
         place = os.path.normpath(container or path)
         if not place.startswith(self.inside):
-            raise DataError(f"a row names a picture outside of its dataset, {path!r}")
+            raise DataError(f"a row names an image outside of its dataset, {path!r}")
         try:
             with self._open_in_zip(place, member) if container else Path(place).open("rb") as file:
-                data = file.read(LARGEST_IMAGE_BYTES + 1)
+                data = file.read(MAX_IMAGE_BYTES + 1)
         except (FileNotFoundError, KeyError):
-            return b""  # a row names a picture that the dataset does not hold
-        if len(data) > LARGEST_IMAGE_BYTES:
-            raise DataError(f"the picture {member!r} is larger than {LARGEST_IMAGE_BYTES // 2**20} MiB")
+            return b""  # a row names an image that the dataset does not hold
+        if len(data) > MAX_IMAGE_BYTES:
+            raise DataError(f"the image {member!r} is larger than {MAX_IMAGE_BYTES // 2**20} MiB")
         return data
 
     def _open_in_zip(self, container: str, member: str) -> Any:

@@ -242,7 +242,13 @@ def _fit_memory(
         notes=notes,
     )
     _note_strategies(workload, strategy, allowed(workload), notes)
-    plan = dataclasses.replace(
+    plan = dataclasses.replace(plan, stream_encoders=streamed, tile_vae=tiled, host_gib=host_gib)
+    return _with_strategy(plan, strategy, hardware), datasets
+
+
+def _with_strategy(plan: EnginePlan, strategy: Strategy, hardware: Hardware) -> EnginePlan:
+    """The plan that trains with `strategy`."""
+    return dataclasses.replace(
         plan,
         precision=strategy.precision,
         dtype=hardware.activation_dtype(strategy.precision),
@@ -250,11 +256,7 @@ def _fit_memory(
         kept_blocks=strategy.kept_blocks,
         offload=strategy.offload,
         turned_weights=strategy.transposed,
-        stream_encoders=streamed,
-        host_gib=host_gib,
-        tile_vae=tiled,
     )
-    return plan, datasets
 
 
 def _comparable(tried: list[tuple[Workload, Strategy]], *, have_gib: float) -> list[tuple[Workload, Strategy]]:

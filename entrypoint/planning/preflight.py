@@ -200,7 +200,7 @@ def _check_source(
         count = _check_url(source, space, token=token, retries=retries) // TYPICAL_IMAGE_BYTES
     else:
         path = fetch.local_archive(source)
-        if not archive.has_file(path, hub_rows.PICTURES):
+        if not archive.has_file(path, hub_rows.IMAGE_SUFFIXES):
             raise DataError(f"{fetch.named(source)}: there is no image among its first entries.")
         size = path.stat().st_size
         space.add("CACHE_PATH", "unpacked archives", size * UNPACKED_BYTES_PER_ARCHIVE_BYTE)
@@ -211,7 +211,7 @@ def _check_source(
 def _count_images(folder: Path) -> int:
     count = 0
     for _, _, names in os.walk(folder):
-        count += sum(name.lower().endswith(hub_rows.PICTURES) for name in names)
+        count += sum(name.lower().endswith(hub_rows.IMAGE_SUFFIXES) for name in names)
     return count
 
 

@@ -249,7 +249,7 @@ def test_an_empty_split(read: Read) -> None:
 
 
 def test_a_picture_of_absurd_size(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_rows, "LARGEST_IMAGE_BYTES", 100)
+    monkeypatch.setattr(hub_rows, "MAX_IMAGE_BYTES", 100)
     with pytest.raises(DataError, match="larger than"):
         read({"1.png": image(1)})
 

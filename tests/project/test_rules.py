@@ -79,10 +79,10 @@ PASSING_ON = (
     "_forward",
     "attempt",
     "_recompute_all",
-    "_recompute_but_attention",
-    "_recompute_but_products",
+    "_recompute_all_but_attention",
+    "_recompute_all_but_products",
     "_keep",
-    "_through",
+    "_load_and_call",
 )
 
 

@@ -120,9 +120,8 @@ class Session:
                 saved = due(step.number, every.save_every, self.total) or self.workers.stopping
                 if saved:
                     self.save(step.number, step.epoch)
-                if (
-                    due(step.number, every.sample_every, self.total) and not is_last
-                ):  # the last samples follow the export
+                # The last samples follow the export.
+                if due(step.number, every.sample_every, self.total) and not is_last:
                     self.on_first(partial(self.sample, step.number, status=status, metrics=metrics))
                     status.phase("training")
                 if self.workers.stopping and not is_last:

@@ -49,5 +49,5 @@ class AdapterSettings:
         "PARAMS_RESUME_FROM",
         "text",
         meaning="a LoRA file to start from (weights only), or a state folder (everything)",
-        if_unset="an interrupted run in OUTPUT_PATH goes on by itself",
+        if_unset="an interrupted run in OUTPUT_PATH resumes automatically",
     )

@@ -31,19 +31,19 @@ class DataSettings:
         "DATASET_REVISION", "text", meaning="branch, tag or commit of the Hub dataset DATASET_NAME"
     )
     dataset_split: str | None = row("DATASET_SPLIT", "text", meaning="split of Hub datasets", if_unset="train")
-    image_column: str | None = row("IMAGE_COLUMN", "text", meaning="column of the pictures", if_unset="found")
-    caption_column: str | None = row("CAPTION_COLUMN", "text", meaning="column of the captions", if_unset="found")
+    image_column: str | None = row("IMAGE_COLUMN", "text", meaning="column of the images", if_unset="detected")
+    caption_column: str | None = row("CAPTION_COLUMN", "text", meaning="column of the captions", if_unset="detected")
     trigger_word: str | None = row(
         "TRIGGER_WORD", "text", meaning="put before every caption, and before this program's own prompts"
     )
     strict_dataset: bool = row(
-        "STRICT_DATASET", "switch", default="false", meaning="stop at an unusable picture instead of skipping it"
+        "STRICT_DATASET", "switch", default="false", meaning="stop at an unusable image instead of skipping it"
     )
-    cache_path: Path = row("CACHE_PATH", "path", default="/workspace/cache", meaning="where encoded pictures are kept")
+    cache_path: Path = row("CACHE_PATH", "path", default="/workspace/cache", meaning="where encoded images are kept")
     batch_size: int | None = row(
         "PARAMS_BATCH_SIZE",
         "auto_integer",
-        meaning="pictures at once; auto: fastest",
+        meaning="images at once; auto: fastest",
         low=1,
         high=4096,
         if_unset=FROM_DATASET_CONFIG,
@@ -59,7 +59,7 @@ class DataSettings:
     num_repeats: int | None = row(
         "PARAMS_NUM_REPEATS",
         "integer",
-        meaning="times that each picture is seen in an epoch",
+        meaning="times that each image is seen in an epoch",
         low=1,
         high=LARGEST_COUNT,
         if_unset=FROM_DATASET_CONFIG,

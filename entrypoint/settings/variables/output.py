@@ -47,7 +47,7 @@ class OutputSettings:
         "PARAMS_VALIDATE_EVERY_N_STEPS",
         "integer",
         default="0",
-        meaning="steps between validations on held-out pictures; 0 is off",
+        meaning="steps between validations on held-out images; 0 is off",
         low=0,
         high=LARGEST_COUNT,
     )

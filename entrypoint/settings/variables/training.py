@@ -23,7 +23,7 @@ class TrainingSettings:
         "PARAMS_MAX_EPOCHS",
         "integer",
         default="5",
-        meaning="passes over pictures times repeats",
+        meaning="passes over images times repeats",
         low=1,
         high=LARGEST_COUNT,
     )
@@ -145,7 +145,7 @@ class TrainingSettings:
         "PARAMS_PRIOR_LOSS_WEIGHT",
         "number",
         default="1.0",
-        meaning="weight of regularisation pictures",
+        meaning="weight of regularisation images",
         low=0,
         high=1000,
     )
