@@ -255,6 +255,7 @@ def test_a_class_without_an_entry_exists_and_has_none():
 DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")))
 PATHS = re.compile(r"(?<![\w/.-])((?:trainer|entrypoint|bench|docs|tests)/[\w/]*\w\.(?:py|md|sh|png|json|txt|lock))\b")
 DOTTED = re.compile(r"(?<![\w/.-])((?:trainer|entrypoint|bench)(?:\.\w+)+)\b(?![/\w])")
+TEST_FILES = re.compile(r"(?<![\w/.-])test_\w+\.py\b")  # a test that is named without its folder
 FILE_ENDINGS = ("py", "md", "sh", "json", "lock", "egg")
 
 
@@ -284,7 +285,8 @@ TEXTS = texts()
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_every_path_of_the_product_that_a_text_names_exists(name):
-    missing = [path for path in PATHS.findall(TEXTS[name]) if "NAME" not in path and not (ROOT / path).exists()]
+    named = PATHS.findall(TEXTS[name]) + [f"tests/**/{file}" for file in TEST_FILES.findall(TEXTS[name])]
+    missing = [path for path in named if "NAME" not in path and not list(ROOT.glob(path))]
     assert missing == []
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ROWS = [
     line.split("|")[1:5]
-    for line in (TESTS.parent / "docs" / "reliability.md").read_text(encoding="utf-8").splitlines()
+    for line in (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8").splitlines()
     if re.match(r"\| ([A-H]\d[^|]*|soak) \|", line)
 ]
 
@@ -19,8 +19,7 @@ def test_every_row_has_its_tests(row):
     named = re.findall(r"`([\w/]+\.py)::(\w+)`", row[3])
     assert named
     for file, name in named:
-        path = TESTS / file.replace("faults/", "end_to_end/faults/")
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
         assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{file}::{name}"
 
 
