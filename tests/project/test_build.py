@@ -1,4 +1,4 @@
-"""build.sh with an engine that only notes what it is told."""
+"""build.sh with an engine that only records how it is called."""
 
 import re
 import shutil
@@ -14,20 +14,20 @@ TORCH = next(line.split()[0] for line in (ROOT / "torch.lock").read_text().split
 
 @pytest.fixture
 def build(tmp_path):
-    """`build(*arguments, free_gib=100, engine=True, **environment)`: exit code, what was printed, what was asked."""
+    """`build(*arguments, free_gib=100, engine=True, **environment)`: exit code, output, calls of the engine."""
     tools = tmp_path / "bin"
     tools.mkdir()
     for name in ("bash", "cat", "awk", "dirname", "head", "git", "sed"):
-        if found := shutil.which(name):
-            (tools / name).symlink_to(found)
+        if path := shutil.which(name):
+            (tools / name).symlink_to(path)
 
     def start(*arguments, free_gib=100, engine=True, base=True, **environment):
         script(tools / "df", f"printf 'Filesystem 1024-blocks Used Available\\nx 1 1 {free_gib * 2**20}\\n'")
         if engine:
-            told = f'echo "$@" >> {tmp_path}/told; case $1 in info) echo {tmp_path};; images) echo "1.5 GB";; '
-            told += "" if base else "inspect | pull) exit 125 ;; "
-            told += "esac"
-            script(tools / "buildah", told)
+            stub = f'echo "$@" >> {tmp_path}/calls; case $1 in info) echo {tmp_path};; images) echo "1.5 GB";; '
+            stub += "" if base else "inspect | pull) exit 125 ;; "
+            stub += "esac"
+            script(tools / "buildah", stub)
         done = subprocess.run(
             [str(ROOT / "build.sh"), *arguments],
             env={"PATH": str(tools), **environment},
@@ -35,8 +35,8 @@ def build(tmp_path):
             stderr=subprocess.STDOUT,
             text=True,
         )
-        told = tmp_path / "told"
-        return done.returncode, done.stdout, told.read_text() if told.exists() else ""
+        calls = tmp_path / "calls"
+        return done.returncode, done.stdout, calls.read_text() if calls.exists() else ""
 
     return start
 
@@ -47,28 +47,28 @@ def script(path, text):
 
 
 def test_the_cpu_variant_comes_from_the_same_file(build):
-    code, printed, told = build("cpu", "--tag", "place:5000/kiln", "--platform", "linux/amd64", "--push")
+    code, printed, calls = build("cpu", "--tag", "place:5000/kiln", "--platform", "linux/amd64", "--push")
     assert code == 0, printed
     assert (
-        "--file Dockerfile.cuda" in told
-        and "--tag place:5000/kiln:0.1.0-cpu" in told
-        and "--platform linux/amd64" in told
+        "--file Dockerfile.cuda" in calls
+        and "--tag place:5000/kiln:0.1.0-cpu" in calls
+        and "--platform linux/amd64" in calls
     )
-    assert f"--build-arg TORCH={TORCH} --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu" in told
-    assert "push place:5000/kiln:0.1.0-cpu" in told
-    assert "1.5 GB" in printed and "--secret" not in told
+    assert f"--build-arg TORCH={TORCH} --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu" in calls
+    assert "push place:5000/kiln:0.1.0-cpu" in calls
+    assert "1.5 GB" in printed and "--secret" not in calls
 
 
 def test_cuda_is_the_default_and_the_environment_is_handed_on(build):
-    code, printed, told = build(BASE_IMAGE="base@sha256:0", PIP_CONF_SECRET="/x", BUILD_OPTIONS="--network host")
+    code, printed, calls = build(BASE_IMAGE="base@sha256:0", PIP_CONF_SECRET="/x", BUILD_OPTIONS="--network host")
     assert code == 0, printed
-    assert "--tag kiln:0.1.0-cuda" in told and "BASE_IMAGE=base@sha256:0" in told and "TORCH" not in told
-    assert "--secret id=pipconf,src=/x" in told and "--network host" in told and "push" not in told
+    assert "--tag kiln:0.1.0-cuda" in calls and "BASE_IMAGE=base@sha256:0" in calls and "TORCH" not in calls
+    assert "--secret id=pipconf,src=/x" in calls and "--network host" in calls and "push" not in calls
 
 
 def test_another_build_of_torch_has_the_version_of_the_lock(build):
-    code, printed, told = build("cuda", TORCH_INDEX="https://place/cu128")
-    assert code == 0 and f"--build-arg TORCH={TORCH} --build-arg TORCH_INDEX=https://place/cu128" in told, printed
+    code, printed, calls = build("cuda", TORCH_INDEX="https://place/cu128")
+    assert code == 0 and f"--build-arg TORCH={TORCH} --build-arg TORCH_INDEX=https://place/cu128" in calls, printed
 
 
 def test_what_the_image_installs_is_locked_with_hashes():
@@ -84,10 +84,10 @@ def test_what_the_image_installs_is_locked_with_hashes():
 
 def test_weights_are_baked_with_a_token_that_is_no_argument(build, tmp_path):
     (tmp_path / "token").write_text("hf_secret")
-    code, printed, told = build("cuda", free_gib=200, BAKE_MODEL="flux", HF_TOKEN_FILE=str(tmp_path / "token"))
+    code, printed, calls = build("cuda", free_gib=200, BAKE_MODEL="flux", HF_TOKEN_FILE=str(tmp_path / "token"))
     assert code == 0, printed
-    assert "BAKE_MODEL=flux" in told and "--tag kiln:0.1.0-cuda-flux" in told and "hf_secret" not in told + printed
-    assert f"--secret id=hf_token,src={tmp_path}/token" in told
+    assert "BAKE_MODEL=flux" in calls and "--tag kiln:0.1.0-cuda-flux" in calls and "hf_secret" not in calls + printed
+    assert f"--secret id=hf_token,src={tmp_path}/token" in calls
     code, printed, _ = build("cuda", BAKE_MODEL="flux")
     assert code == 74 and "needs 125 GiB" in printed
 
@@ -103,5 +103,5 @@ def test_weights_are_baked_with_a_token_that_is_no_argument(build, tmp_path):
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is_built(build, arguments, options, code, hint):
-    found, printed, told = build(*arguments, **options)
-    assert found == code and hint in printed and "bud" not in told
+    found, printed, calls = build(*arguments, **options)
+    assert found == code and hint in printed and "bud" not in calls

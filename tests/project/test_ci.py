@@ -1,4 +1,4 @@
-"""What CI calls, with tools that only note what they are told."""
+"""The scripts that CI calls, with tools that only record how they are called."""
 
 import os
 import shutil
@@ -34,8 +34,9 @@ def start(tmp_path):
     """
     tree, tools = tmp_path / "tree", tmp_path / "bin"
 
-    def run(name, **given):
-        stubs, variables = ({k: v for k, v in given.items() if k.isupper() is upper} for upper in (False, True))
+    def run(name, **stubs_and_variables):
+        stubs = {key: value for key, value in stubs_and_variables.items() if not key.isupper()}
+        variables = {key: value for key, value in stubs_and_variables.items() if key.isupper()}
         shutil.rmtree(tools, ignore_errors=True)
         tools.mkdir()
         for tool in set(TOOLS) - stubs.keys():
@@ -71,8 +72,8 @@ def test_a_machine_that_is_too_slow_is_no_failure_and_a_build_that_fails_is(star
     """The second is left to the tests, which build it again."""
     quick = {"KILN_QUICK": "yes", "PIP_CONF_SECRET": "x", "timeout": f"exit {code}", "podman": "echo 3.11"}
     printed = start("tests/container/run.sh", **quick)[1]
-    told, reason = printed.splitlines()[-1].split(", because: ")
-    assert told.endswith("-m container and not slow tests/container")
+    command, reason = printed.splitlines()[-1].split(", because: ")
+    assert command.endswith("-m container and not slow tests/container")
     assert because in reason and bool(because) is bool(reason)
 
 
@@ -107,7 +108,7 @@ esac
 
 
 @pytest.mark.parametrize(("test", "last"), [("0", 3), ("1", 2)])
-def test_how_each_run_of_pytest_ended_is_said_last(start, test, last):
+def test_the_last_lines_say_how_each_run_of_pytest_ended(start, test, last):
     code, printed = start(".ci/run", make=MAKE.replace("TEST", test))
     closing = ["5 passed, 1 skipped in 3.00s", "3 passed in 0.20s", "2 failed, 7 passed in 99s (0:01)"][:last]
     assert code == (2 if test == "0" else 1) and printed.splitlines()[-last:] == closing

@@ -42,11 +42,11 @@ def test_the_licences_of_the_image_let_it_be_passed_on():
     """`pytest -s` prints the list."""
     lock = (ROOT / "requirements.lock").read_text()
     names = sorted(set(re.findall(r"^([\w.-]+)==", lock, re.MULTILINE)))
-    known = {name: said for name in names if (said := licence(name)) is not None}
-    for name, said in known.items():
-        print(f"{name:28} {said}")
-    assert len(known) > 0.9 * len(names)
-    assert {name: said for name, said in known.items() if not FREE.search(said) or "GPL" in said} == {}
+    licences = {name: text for name in names if (text := licence(name)) is not None}
+    for name, text in licences.items():
+        print(f"{name:28} {text}")
+    assert len(licences) > 0.9 * len(names)
+    assert {name: text for name, text in licences.items() if not FREE.search(text) or "GPL" in text} == {}
 
 
 def bandit(*paths):
@@ -62,7 +62,7 @@ def test_bandit_finds_nothing_here_and_something_where_there_is(tmp_path):
     assert run.returncode == 1 and "B301" in run.stdout and "B614" in run.stdout
 
 
-def found(text):
+def kinds_of_secrets(text):
     return [kind for kind, pattern in SECRETS.items() if re.search(pattern, text)]
 
 
@@ -70,12 +70,12 @@ def test_no_file_holds_a_secret():
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True).stdout
     files = [ROOT / name for name in listed.split("\0") if name and not name.endswith((".safetensors", ".png"))]
     assert len(files) > 100
-    told = {}
+    secrets = {}
     for path in files:
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-        if kinds := found(text):
-            told[str(path.relative_to(ROOT))] = kinds
-    assert told == {}
+        if kinds := kinds_of_secrets(text):
+            secrets[str(path.relative_to(ROOT))] = kinds
+    assert secrets == {}
 
 
 @pytest.mark.parametrize(
@@ -91,4 +91,4 @@ def test_no_file_holds_a_secret():
     ],
 )
 def test_a_secret_would_be_found(kind, parts):
-    assert found(f"x = '{''.join(parts)}'\n") == [kind]
+    assert kinds_of_secrets(f"x = '{''.join(parts)}'\n") == [kind]

@@ -147,7 +147,7 @@ esac
     "python": """
 if [ "$1 $2" = "-m venv" ]; then
   mkdir -p "$3/bin"
-  for name in pip pip-audit; do printf '#!/bin/sh\\necho "%s $*" >> "$TOLD"\\n' "$name" > "$3/bin/$name"; done
+  for name in pip pip-audit; do printf '#!/bin/sh\\necho "%s $*" >> "$CALLS"\\n' "$name" > "$3/bin/$name"; done
   chmod +x "$3"/bin/*
 fi
 """,
@@ -160,14 +160,14 @@ TOOLS = ("bash", "sh", "cat", "awk", "sed", "grep", "jq", "mkdir", "chmod", "dir
 
 
 class Runner:
-    """A checkout with tools that only note what they are told."""
+    """A checkout with tools that only record how they are called."""
 
     def __init__(self, place):
-        self.folder, self.tools, self.told = place / "work", place / "bin", place / "told"
+        self.folder, self.tools, self.calls = place / "work", place / "bin", place / "calls"
         self.env, self.summary = place / "env", place / "summary"
         for path in (self.folder, self.tools):
             path.mkdir()
-        for path in (self.told, self.env, self.summary):
+        for path in (self.calls, self.env, self.summary):
             path.touch()
         for name in TOOLS:
             if not shutil.which(name):
@@ -175,19 +175,19 @@ class Runner:
             (self.tools / name).symlink_to(shutil.which(name))
         for name, text in STUBS.items():
             path = self.tools / name
-            path.write_text(f'#!{shutil.which("bash")}\necho "{name} $*" >> "$TOLD"\n{text}\n')
+            path.write_text(f'#!{shutil.which("bash")}\necho "{name} $*" >> "$CALLS"\n{text}\n')
             path.chmod(0o755)
         for name in ("build.sh", "pyproject.toml", "Makefile", *(p.name for p in ROOT.glob("Dockerfile.*"))):
             shutil.copy(ROOT / name, self.folder)
 
     def job(self, file, job, *, event="push", ref="main", **expressions):
-        """Run the shell steps of a job in order, until one fails; exit code, and what was printed and told."""
+        """Run the shell steps of a job in order, until one fails; exit code, and the output with the calls of tools."""
         workflow = parsed(ROOT / ".github/workflows" / file)
         body = workflow["jobs"][job]
         known = {"github.token": "t0ken", **expressions}
         environment = {
             "PATH": str(self.tools),
-            "TOLD": str(self.told),
+            "CALLS": str(self.calls),
             "GITHUB_ENV": str(self.env),
             "GITHUB_STEP_SUMMARY": str(self.summary),
             "GITHUB_EVENT_NAME": event,
@@ -208,7 +208,7 @@ class Runner:
             if done.returncode:
                 break
             environment |= dict(line.split("=", 1) for line in self.env.read_text().splitlines())
-        return done.returncode, printed + self.told.read_text()
+        return done.returncode, printed + self.calls.read_text()
 
     def shell(self, script, environment):
         """As GitHub's runner does it."""
@@ -234,45 +234,45 @@ JOBS = [("checks.yml", "test"), ("checks.yml", "slow"), ("checks.yml", "containe
 
 
 def test_no_job_is_left_out():
-    found = [(path.name, job) for path in WORKFLOWS for job, body in parsed(path)["jobs"].items()]
-    assert sorted(found) == sorted(JOBS)
+    jobs = [(path.name, job) for path in WORKFLOWS for job, body in parsed(path)["jobs"].items()]
+    assert sorted(jobs) == sorted(JOBS)
 
 
 @pytest.mark.parametrize(("file", "job"), JOBS[:3])
 def test_checks_ask_for_targets_that_exist(runner, file, job):
-    code, told = runner.job(file, job)
-    (asked,) = re.findall(r"^make (\w+)$", told, re.MULTILINE)
-    assert code == 0 and re.search(rf"^{asked}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    code, calls = runner.job(file, job)
+    (target,) = re.findall(r"^make (\w+)$", calls, re.MULTILINE)
+    assert code == 0 and re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
 def test_the_audit_covers_every_lock(runner):
-    code, told = runner.job("audit.yml", "audit")
-    assert code == 0, told
+    code, calls = runner.job("audit.yml", "audit")
+    assert code == 0, calls
     listed = subprocess.run(["git", "ls-files", "*.lock"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     assert listed
     for lock in listed:
-        assert f"--require-hashes -r {lock}" in told
-    assert told.count("pip-audit --strict") == len(listed)
+        assert f"--require-hashes -r {lock}" in calls
+    assert calls.count("pip-audit --strict") == len(listed)
 
 
 @pytest.mark.parametrize("target", ["cuda", "rocm"])
 def test_a_release_is_built_signed_scanned_and_measured(runner, target):
     (runner.folder / "sbom.cyclonedx.json").write_text("{}")  # what the scanning action leaves
     attest = {job["target"]: job["attest"] for job in image_matrix()}[target]
-    code, told = runner.job(
+    code, calls = runner.job(
         "images.yml", "image", ref=f"v{VERSION}", **{"matrix.target": target, "matrix.attest": attest}
     )
-    assert code == 0, told
+    assert code == 0, calls
     name, pinned = f"ghcr.io/someone/kiln:{VERSION}-{target}", f"ghcr.io/someone/kiln@{DIGEST}"
-    assert f"--file Dockerfile.{target} " in told and f"--tag {name} --output type=registry,compression=zstd," in told
-    assert re.search(r"--build-arg BASE_IMAGE=docker\.io/\S+@sha256:base ", told)
-    assert "--provenance=mode=max" in told and ("--sbom=true" in told) is (target == "cuda")
-    assert f"--cache-to type=registry,ref=ghcr.io/someone/kiln:cache-{target},mode=max" in told
-    assert f"cosign sign --yes {pinned}" in told
-    assert "--certificate-identity https://github.com/Someone/Kiln/.github/workflows/images.yml@refs/tags/v" in told
-    assert f"cosign attest --yes --type cyclonedx --predicate sbom.cyclonedx.json {pinned}" in told
-    assert ("--target added" in told) is (target == "rocm") and (runner.folder / "scanned").is_dir()
-    assert "t0ken" not in told
+    assert f"--file Dockerfile.{target} " in calls and f"--tag {name} --output type=registry,compression=zstd," in calls
+    assert re.search(r"--build-arg BASE_IMAGE=docker\.io/\S+@sha256:base ", calls)
+    assert "--provenance=mode=max" in calls and ("--sbom=true" in calls) is (target == "cuda")
+    assert f"--cache-to type=registry,ref=ghcr.io/someone/kiln:cache-{target},mode=max" in calls
+    assert f"cosign sign --yes {pinned}" in calls
+    assert "--certificate-identity https://github.com/Someone/Kiln/.github/workflows/images.yml@refs/tags/v" in calls
+    assert f"cosign attest --yes --type cyclonedx --predicate sbom.cyclonedx.json {pinned}" in calls
+    assert ("--target added" in calls) is (target == "rocm") and (runner.folder / "scanned").is_dir()
+    assert "t0ken" not in calls
     assert (runner.folder / f"notes/{target}.md").read_text() == f"| `{name}` | `{DIGEST}` | 2.05 GB |\n"
 
 
@@ -282,21 +282,21 @@ def image_matrix():
 
 def test_by_hand_the_commit_is_in_the_tag(runner):
     (runner.folder / "sbom.cyclonedx.json").write_text("{}")
-    asked = {"matrix.target": "cuda", "matrix.attest": ""}
-    code, told = runner.job("images.yml", "image", event="workflow_dispatch", **asked)
-    assert code == 0 and f"--tag ghcr.io/someone/kiln:{VERSION}-0123456-cuda --output type=registry" in told, told
+    manual_run = {"matrix.target": "cuda", "matrix.attest": ""}
+    code, calls = runner.job("images.yml", "image", event="workflow_dispatch", **manual_run)
+    assert code == 0 and f"--tag ghcr.io/someone/kiln:{VERSION}-0123456-cuda --output type=registry" in calls, calls
 
 
 def test_a_tag_that_is_not_the_version_builds_nothing(runner):
-    code, told = runner.job("images.yml", "image", ref="v9.9.9", **{"matrix.target": "cuda", "matrix.attest": ""})
-    assert code == 1 and f"pyproject.toml says {VERSION}" in told and "buildx" not in told
+    code, calls = runner.job("images.yml", "image", ref="v9.9.9", **{"matrix.target": "cuda", "matrix.attest": ""})
+    assert code == 1 and f"pyproject.toml says {VERSION}" in calls and "buildx" not in calls
 
 
 def test_the_release_tells_digests_and_how_to_verify(runner):
     (runner.folder / "notes").mkdir()
     (runner.folder / "notes/cuda.md").write_text(f"| `x` | `{DIGEST}` | 2.05 GB |\n")
-    code, told = runner.job("images.yml", "release", ref=f"v{VERSION}")
-    assert code == 0, told
-    assert f"gh release create v{VERSION} --repo Someone/Kiln --verify-tag --title Kiln {VERSION}" in told
+    code, calls = runner.job("images.yml", "release", ref=f"v{VERSION}")
+    assert code == 0, calls
+    assert f"gh release create v{VERSION} --repo Someone/Kiln --verify-tag --title Kiln {VERSION}" in calls
     notes = (runner.folder / "notes.md").read_text()
     assert notes.startswith("| image | digest |") and DIGEST in notes and "cosign verify" in notes

@@ -16,7 +16,7 @@ from entrypoint.runpod.api import RunPod
 from tests.support.pod import KEY, violations
 
 QUICK = http.RetryPolicy(budget=3.0, first_wait=0.01, longest_wait=0.05, timeout=2.0)
-JOB = {"BASE_MODEL": "flux", "DATASET_NAME": "org/pictures", "PARAMS_MAX_EPOCHS": "3", "HF_HOME": "/home/me/hf"}
+JOB = {"BASE_MODEL": "flux", "DATASET_NAME": "org/images", "PARAMS_MAX_EPOCHS": "3", "HF_HOME": "/home/me/hf"}
 ROOT = Path(__file__).resolve().parents[3]
 IMAGE = ("--image", "ghcr.io/me/kiln:0.1.0")
 
@@ -61,7 +61,7 @@ def test_a_pod_gets_the_variables_of_the_environment(server, command):
     assert "1 x MI300X (192 GB each), secure cloud: $2.49 an hour" in printed and "after 2.0 hours" in printed
     (body,) = sent(server, "POST /v2/pods")
     assert body["env"] == {
-        "BASE_MODEL": "flux", "DATASET_NAME": "org/pictures", "PARAMS_MAX_EPOCHS": "3", "PRICE_PER_HOUR": "2.49",
+        "BASE_MODEL": "flux", "DATASET_NAME": "org/images", "PARAMS_MAX_EPOCHS": "3", "PRICE_PER_HOUR": "2.49",
         "MAX_COST": "5",
     }  # fmt: skip
     assert body["image"] == "ghcr.io/me/kiln:0.1.0-rocm" and body["gpu"] == {

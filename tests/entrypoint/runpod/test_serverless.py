@@ -24,21 +24,23 @@ def own_library():
 def work(tmp_path):
     """`work(site, **input)`: run the handler on test_input.json; exit code, what was printed, progress."""
 
-    def run(site, **given):
+    def run(site, **job_input):
         job = json.loads((ROOT / "runpod/test_input.json").read_text())
-        job["input"] |= {"DATASET_NAME": CONCEPT, **given}
+        job["input"] |= {"DATASET_NAME": CONCEPT, **job_input}
         (tmp_path / "test_input.json").write_text(json.dumps(job))
         kept = {k: v for k, v in os.environ.items() if k in ("PATH", "LANG")}
-        told = tmp_path / "told"
+        progress_file = tmp_path / "progress"
         environment = {
-            **kept, "HOME": str(tmp_path), "PYTHONPATH": site, "TOLD": str(told),
+            **kept, "HOME": str(tmp_path), "PYTHONPATH": site, "PROGRESS_FILE": str(progress_file),
             "OMP_NUM_THREADS": "1", "RUNPOD_POD_ID": "worker1", "RUNPOD_API_KEY": "never used",
         }  # fmt: skip
         done = subprocess.run(
             [sys.executable, ROOT / "runpod/handler.py"],
             cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240,
         )  # fmt: skip
-        progress = [json.loads(line) for line in told.read_text().splitlines()] if told.exists() else []
+        progress = (
+            [json.loads(line) for line in progress_file.read_text().splitlines()] if progress_file.exists() else []
+        )
         return done.returncode, done.stdout, progress
 
     return run
@@ -48,7 +50,7 @@ STANDIN = str(ROOT / "tests/support/standin")
 
 
 @pytest.mark.slow
-def test_a_job_is_trained_and_its_progress_told(work, tmp_path):
+def test_a_job_is_trained_and_reports_its_progress(work, tmp_path):
     code, printed, progress = work(STANDIN)
     assert code == 0, printed
     out = tmp_path / "kiln/local_test"
@@ -76,7 +78,7 @@ def test_with_runpods_own_library(work, tmp_path):
         ({"PARAMS_NETWORK_DIM": "many"}, "PARAMS_NETWORK_DIM='many'"),
     ],
 )
-def test_what_is_wrong_is_told_in_the_answer(work, given, hint):
+def test_the_answer_names_what_is_wrong(work, given, hint):
     code, printed, _ = work(STANDIN, **given)
     assert code == 1 and hint in printed
 

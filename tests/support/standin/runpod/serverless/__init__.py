@@ -13,5 +13,5 @@ def start(config):
 
 
 def progress_update(job, progress):
-    with open(os.environ["TOLD"], "a") as file:
+    with open(os.environ["PROGRESS_FILE"], "a") as file:
         file.write(json.dumps([job["id"], progress]) + "\n")
