@@ -48,41 +48,45 @@ def launch(plan: Plan, *, environment: Mapping[str, str]) -> int:
         before = {number: signal.signal(number, forward) for number in FORWARDED}
         try:
             # A list of arguments, no shell: nothing in the plan can become a command.
-            arguments, size = [sys.executable, "-m", "trainer", str(path)], plan.engine.num_gpus
+            arguments = [sys.executable, "-m", "trainer", str(path)]
+            size = plan.engine.num_gpus
             common = child_environment(environment)
             if plan.engine.attention == "flash_4":
                 common |= flash_attention.environment(Path(plan.output.cache), common)
-            for rank in range(size):
-                given = dict(common)
-                given |= member_environment(given, folder, rank, size=size) if size > 1 else {}
-                given |= {} if rank else {ALIVE_VARIABLE: str(folder / "alive")}
-                children.append(subprocess.Popen(arguments, env=given))  # noqa: S603
+            for process_rank in range(size):
+                own = dict(common)
+                if size > 1:
+                    own |= member_environment(own, folder, process_rank, size=size)
+                if process_rank == 0:
+                    own[ALIVE_VARIABLE] = str(folder / "alive")
+                children.append(subprocess.Popen(arguments, env=own))  # noqa: S603
             for number in early:
                 children[0].send_signal(number)
-            code, of = _watch(children, folder / "alive")
+            code, failed = _watch(children, folder / "alive")
         finally:
             for child in children:
                 child.kill()
                 child.wait()
             for number, handler in before.items():
                 signal.signal(number, handler)
-        if of:
-            _report_failure(plan, folder / f"rank-{of}", of, code)
+        if failed:
+            _report_failure(plan, folder / f"rank-{failed}", failed, code)
     return code
 
 
-def member_environment(environment: Mapping[str, str], folder: Path, rank: int, *, size: int) -> dict[str, str]:
-    """The variables that make a process number `rank` of `size`: its device, and how to reach the others."""
-    devices = {}
-    for name in (name for name in VISIBLE if environment.get(name) or name == VISIBLE[-1]):
-        some = [each.strip() for each in environment.get(name, "").split(",") if each.strip()]
-        devices[name] = some[rank] if rank < len(some) else str(rank)
-    threads = max(1, len(os.sched_getaffinity(0)) // size)
-    loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+def member_environment(environment: Mapping[str, str], folder: Path, process_rank: int, *, size: int) -> dict[str, str]:
+    """The variables that make a process number `process_rank` of `size`: its device, and how to reach the others."""
+    own = {RANK_VARIABLE: str(process_rank), TEAM_VARIABLE: str(folder)}
+    for name in VISIBLE:
+        if environment.get(name) or name == VISIBLE[-1]:
+            devices = [device.strip() for device in environment.get(name, "").split(",") if device.strip()]
+            own[name] = devices[process_rank] if process_rank < len(devices) else str(process_rank)
+    own |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     # NCCL must not kill a process that waits for another: our own watchdog finds the one that hangs.
-    retries = {"TORCH_NCCL_ENABLE_MONITORING": "0"}
-    few = {} if "OMP_NUM_THREADS" in environment else {"OMP_NUM_THREADS": str(threads)}
-    return {RANK_VARIABLE: str(rank), TEAM_VARIABLE: str(folder), **devices, **loopback, **retries, **few}
+    own["TORCH_NCCL_ENABLE_MONITORING"] = "0"
+    if "OMP_NUM_THREADS" not in environment:
+        own["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // size))
+    return own
 
 
 def _watch(children: Sequence[subprocess.Popen[bytes]], alive: Path) -> tuple[int, int]:
@@ -155,11 +159,11 @@ def _code(child: subprocess.Popen[bytes]) -> int:
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
-def _report_failure(plan: Plan, folder: Path, rank: int, code: int) -> None:
+def _report_failure(plan: Plan, folder: Path, process_rank: int, code: int) -> None:
     """Put the reason of another process into status.json, which only the first one writes."""
     how = f"was killed by {signal.Signals(code - 128).name}" if code > 128 else f"ended with exit code {code}"
     message = (folders.read_json(folder / "status.json") or {}).get("message")
-    message = message or f"Process {rank} of {plan.engine.num_gpus} {how}."
+    message = message or f"Process {process_rank} of {plan.engine.num_gpus} {how}."
     log.error("%s [exit %d]", message, code)
     status = Path(plan.output.path) / "status.json"
     with contextlib.suppress(StorageError):
