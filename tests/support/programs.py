@@ -33,9 +33,12 @@ def basic_environment() -> dict[str, str]:
 class Program:
     """A running program: what tests use of `subprocess.Popen`. What it prints goes to a file, so it never waits."""
 
-    def __init__(self, connection: socket.socket, arguments: list[str], output: Path, errors: Path) -> None:
+    def __init__(
+        self, connection: socket.socket, arguments: list[str], output: Path, errors: Path, server_errors: Path
+    ) -> None:
         self.args, self.returncode = arguments, None
         self._connection, self._output, self._errors = connection, output, errors
+        self._server_errors = server_errors
         self.pid: int = self._answer(START_S)["pid"]
 
     def _answer(self, timeout: float | None) -> dict[str, int]:
@@ -43,7 +46,7 @@ class Program:
         if not select.select([self._connection], [], [], timeout)[0]:
             return {}
         message = self._connection.recv(4096)
-        assert message, "the forking process is gone"
+        assert message, f"the forking process is gone: {_text(self._server_errors)}"
         return json.loads(message)
 
     def poll(self) -> int | None:
@@ -168,16 +171,19 @@ class Programs:
         if self._server is None:
             own = {**basic_environment(), **ENVIRONMENT, "HF_HOME": str(Path(self._folder.name) / "hf")}
             command = [sys.executable, "-m", "tests.support.forking_server", str(self._socket)]
-            errors = Path(self._folder.name) / "forking-server.txt"
-            with errors.open("wb") as err:
+            with self._server_errors.open("wb") as err:
                 self._server = subprocess.Popen(
                     command, cwd=ROOT, env=own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err,
                     process_group=0,
                 )  # fmt: skip
             said = self._server.stdout.readline().strip()
-            assert said in (b"ready", b"accelerator"), _text(errors)
+            assert said in (b"ready", b"accelerator"), _text(self._server_errors)
             self._forks = said == b"ready"
         return self._forks
+
+    @property
+    def _server_errors(self) -> Path:
+        return Path(self._folder.name) / "forking-server.txt"
 
     @property
     def _socket(self) -> Path:
@@ -191,7 +197,7 @@ class Programs:
         asked = json.dumps({"arguments": arguments, "environment": dict(environment), "cwd": str(cwd)}).encode()
         with open(os.devnull, "rb") as nothing, output.open("ab") as out, errors.open("ab") as err:
             socket.send_fds(connection, [asked], [f.fileno() for f in (nothing, out, err)])
-        return Program(connection, [sys.executable, *arguments], output, errors)
+        return Program(connection, [sys.executable, *arguments], output, errors, self._server_errors)
 
 
 def wait_for(condition, seconds: float = 60.0) -> None:

@@ -41,7 +41,7 @@ def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator:
                 assert child.stdout is not None
                 child.stdout.readline()
         began = time.monotonic()
-        found = launch._watched(started, tmp_path / "alive")
+        found = launch._watch(started, tmp_path / "alive")
         return found, time.monotonic() - began, [child.poll() for child in started]
 
     yield run
