@@ -63,18 +63,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--help-env", action="store_true", help="print every variable with default, range and meaning")
     parser.add_argument("--version", action="version", version=f"kiln {__version__}")
     try:
-        asked = parser.parse_args(arguments)
+        options = parser.parse_args(arguments)
     except (SystemExit, argparse.ArgumentError) as stop:
         if isinstance(stop, argparse.ArgumentError):
             print(f"{parser.format_usage()}{stop}", file=sys.stderr)  # noqa: T201
             return 64
         return 64 if stop.code else 0
-    if asked.help_env:
+    if options.help_env:
         with contextlib.suppress(BrokenPipeError):  # the reader (head, less) has closed the pipe
             print(help_env(), flush=True)  # noqa: T201
         return 0
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    check = asked.check or asked.command == "check"
+    check = options.check or options.command == "check"
     return supervise.supervised(lambda: _exit_code(check=check), os.environ)
 
 
@@ -99,12 +99,12 @@ def job(environ: Mapping[str, str], *, check: bool) -> int:
     settings = read_settings(environ)
     supervise.Limit.set(settings.finish.max_runtime, settings.finish.max_cost, settings.finish.price_per_hour)
     manifest = read_manifest(settings.data.dataset_config, settings.output.sample_prompts)
-    found = hardware.detect()
-    plan = make_plan(settings, manifest, found, now=_now(environ))
+    detected = hardware.detect()
+    plan = make_plan(settings, manifest, detected, now=_now(environ))
     if plan.engine.device != "cpu":
-        hardware.check_torch(found, hardware.torch_version())
+        hardware.check_torch(detected, hardware.torch_version())
     plan = dataclasses.replace(plan, model=bake.with_baked(plan.model))
-    _refuse_missing_accelerator(plan, asked=settings.engine.backend)
+    _refuse_missing_accelerator(plan, backend=settings.engine.backend)
     plan, done = _continued(plan, named=settings.output.output_name is not None)
     for reason in plan.reasons:
         log.info("%s", reason)
@@ -140,9 +140,9 @@ def _now(environ: Mapping[str, str]) -> datetime.datetime:
     return datetime.datetime.fromtimestamp(int(epoch) if epoch.isdecimal() else time.time(), datetime.UTC)
 
 
-def _refuse_missing_accelerator(plan: Plan, *, asked: str) -> None:
+def _refuse_missing_accelerator(plan: Plan, *, backend: str) -> None:
     """Raises UnreachableError for a full-size model without a GPU: a rented machine may come back without its GPUs."""
-    if plan.engine.device == "cpu" and asked == "auto" and not base_models()[plan.model.base][1].is_miniature:
+    if plan.engine.device == "cpu" and backend == "auto" and not base_models()[plan.model.base][1].is_miniature:
         raise UnreachableError(
             f"No GPU answers here, and {plan.model.base} is not trained on a CPU. Give the container its GPUs (docker "
             "run --gpus all; --device /dev/kfd --device /dev/dri), or set BACKEND=cpu to train on the CPU all the same."
@@ -169,24 +169,26 @@ def _continued(plan: Plan, *, named: bool) -> tuple[Plan, Path | None]:
 
 def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
     """The plan with local paths for the model and all sources, which are fetched at the same time."""
-    hub, cache = settings.model.hf_home / "hub", Path(plan.output.cache)
+    hub_cache = settings.model.hf_home / "hub"
+    cache = Path(plan.output.cache)
     if plan.engine.attention == "flash_4":
         flash_attention.install(cache)
     patterns = single_files.file_patterns(get_family(plan.model.family).FACTS, plan.model.parts)
-    sources = list(dict.fromkeys(s.source for d in plan.data.datasets for s in d.subsets))
+    sources: dict[Source, None] = {}  # each once, in order
+    for dataset in plan.data.datasets:
+        sources |= dict.fromkeys(subset.source for subset in dataset.subsets)
     cancelled = threading.Event()
     retries = dataclasses.replace(http.USUAL, cancelled=cancelled)
-    access: dict[str, Any] = {"token": token, "hub_cache": hub, "retries": retries}
-    model, found = http.both(
+    access: dict[str, Any] = {"token": token, "hub_cache": hub_cache, "retries": retries}
+    model, fetched = http.both(
         lambda: fetch_model(plan.model, patterns=patterns, **access),
         lambda: {source: fetch_source(source, cache=cache, **access) for source in sources},
         cancelled=cancelled,
     )
 
-    def local(
-        source: Source, _dataset: Dataset
-    ) -> Source:  # without the key that an address may hold: nobody needs it from here on
-        return dataclasses.replace(found[source], location=source.public)
+    def local(source: Source, _dataset: Dataset) -> Source:
+        # Without the key that an address may hold: nobody needs it from here on.
+        return dataclasses.replace(fetched[source], location=source.public)
 
     return dataclasses.replace(plan.map_sources(local), model=model)
 

@@ -9,7 +9,7 @@ Each `auto`, and each default that depends on something else, is decided in one 
 | which file each part of the model comes from | `single_files` |
 | rank, targets and q/k/v of a LoRA file to start from; whether a state can be resumed | `starting_point` |
 | which text encoders train, and how fast; which layers DoRA needs together | `text_encoders` |
-| device, precision, memory-saving strategy, batch size, compilation, attention | `engine_choice` |
+| device, precision, memory mode, batch size, compilation, attention | `engine_choice` |
 
 Five checks stop a job before any download, each with all its problems in one message, in this order: the variables
 (`settings.read`); dataset.json and prompts.txt (`dataset_config.manifest`); what cannot be done (`make_plan`); a state

@@ -95,7 +95,7 @@ def make_session(
 
 
 def make_runner(plan: EnginePlan, engine: Engine, training_state: TrainingState) -> EagerStep:
-    """What computes the gradients of a step: from CUDA graphs where the plan and the engine's strategy allow it."""
+    """What computes the gradients of a step: from CUDA graphs where the plan and the engine's memory mode allow it."""
     # Compiled blocks cast their adapters in passing; otherwise all are cast at once, before each forward pass.
     cast: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
     if not engine.compiled:

@@ -4,10 +4,10 @@ It compiles and captures what the steps will use, allocates the buffers of a sav
 gradients are forgotten. Where memory runs out, it tries again with less, until a step fits:
 - before a change that makes steps much slower (more offloading, no CUDA graphs any more), the adapter columns next to
   the frozen weights are dropped;
-- a captured step of which nothing is compiled takes the engine's next strategy (recompute more, offload activations)
+- a captured step of which nothing is compiled takes the engine's next memory mode (recompute more, offload activations)
   and is captured again, if that can be: to launch its kernels one by one would be far slower;
 - any other captured step is launched kernel by kernel from then on;
-- a step that is not captured takes the engine's next strategy. Past the last one the job ends with SettingsError.
+- a step that is not captured takes the engine's next memory mode. Past the last one the job ends with SettingsError.
 All processes fall back together, so that all do the same.
 """
 
@@ -99,7 +99,7 @@ class Rehearsal:
             )  # fmt: skip
 
     def _fall_back(self, problem: str, *, fits: bool, capturing: bool, was_capturing: bool) -> None:
-        """Give up one thing, or take one strategy that needs less memory (the order is in the module's docstring)."""
+        """Give up one thing, or take one memory mode that needs less memory (the order is in the module's docstring)."""
         capture_next = capturing and not self.engine.compiled and self.engine.can_capture(1)
         much_slower_next = self.engine.next_offloads_more or (was_capturing and not capture_next)
         dropped_columns = not fits and much_slower_next and self.engine.drop_adapter_columns()
@@ -112,7 +112,7 @@ class Rehearsal:
             return
         if capture_next or not was_capturing:
             self.engine.step_down(problem)
-            release()  # host memory of the strategy before
+            release()  # host memory of the memory mode before
 
     def fits(self, large: Sequence[MicroBatch], small: Sequence[MicroBatch] = ()) -> bool:
         """Whether a step of each of `large` fits, next to a save and the optimiser's state.

@@ -81,9 +81,7 @@ class Facts:
     """What a plan needs to know about a family, without its weights."""
 
     name: str  # of the family's module
-    models: dict[
-        str, BaseModel
-    ]  # value of BASE_MODEL → model; the first is the one that single files are completed from
+    models: dict[str, BaseModel]  # by value of BASE_MODEL; single files are completed from the first
     files: tuple[str, ...]  # glob patterns of the files that training and sampling need; see OPTIONAL
     multiple: int  # pixels; the sides of images are multiples of this
     objective: str  # flow or denoising, see trainer.training.objective.make_objective
