@@ -99,7 +99,9 @@ class Rehearsal:
             )  # fmt: skip
 
     def _fall_back(self, problem: str, *, fits: bool, capturing: bool, was_capturing: bool) -> None:
-        """Give up one thing, or take one memory mode that needs less memory (the order is in the module's docstring)."""
+        """Give up one thing, or take one memory mode that needs less memory (the order is in the module's
+        docstring).
+        """
         capture_next = capturing and not self.engine.compiled and self.engine.can_capture(1)
         much_slower_next = self.engine.next_offloads_more or (was_capturing and not capture_next)
         dropped_columns = not fits and much_slower_next and self.engine.drop_adapter_columns()
