@@ -161,7 +161,7 @@ def test_no_script_prints_the_environment():
     """In no script of the repository: neither `env`, `printenv` nor `set -x`."""
     import re
 
-    root = HERE.parents[2]
+    root = HERE.parents[1]
     listed = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=True).stdout.split(
         "\n"
     )

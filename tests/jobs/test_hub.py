@@ -348,7 +348,7 @@ def test_one_wrong_byte_is_found_and_the_file_brought_again(hub: Hub, client: Cl
     hub.add("model", "org/model", files)
     flip = hub.fault(cdn(files[TRANSFORMER]), flip_at=200_000)
     done = client.model()
-    assert done.code == 0 and flip.fired == 1 and "not the file announced" in done.log
+    assert done.code == 0 and flip.fired == 1 and "not the announced one" in done.log
     assert (Path(done.data["path"]) / TRANSFORMER).read_bytes() == files[TRANSFORMER]
 
 

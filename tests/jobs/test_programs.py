@@ -39,7 +39,12 @@ def run(programs):
         ("import os; os._exit(3)", 3),
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -9),
         ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", -15),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGINT)", -2),
+        # A shell starts its background jobs with SIGINT ignored, and a child of the tests inherits that.
+        (
+            "import os, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+            "os.kill(os.getpid(), signal.SIGINT)",
+            -2,
+        ),
     ],
 )
 def test_exit_codes(run, own_interpreter, code, expected):

@@ -285,6 +285,6 @@ def test_a_script_is_refused_and_other_code_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("names", [[], ["README.md"], ["a.csv"], ["metadata.csv"], ["model.safetensors"]])
-def test_a_repository_without_pictures(names: list[str]) -> None:
-    with pytest.raises(DataError, match="no pictures"):
+def test_a_repository_without_images(names: list[str]) -> None:
+    with pytest.raises(DataError, match="no images"):
         choose("X", "org/set", names)
