@@ -56,27 +56,32 @@ def install(cache: Path) -> None:
 
 def _fill(place: Path) -> dict[str, Any]:
     # --compile: bytecode written at the first import would change the folder after it was recorded as complete.
-    how = ("--quiet", "--no-deps", "--require-hashes", "--only-binary=:all:", "--no-cache-dir", "--compile")
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", *how, "--target", str(place)]
+    options = ("--quiet", "--no-deps", "--require-hashes", "--only-binary=:all:", "--no-cache-dir", "--compile")
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", *options, "--target", str(place)]
     command += ["-r", str(LOCK)]
+    reason = ""
     try:
-        with tempfile.TemporaryDirectory(dir=place) as room:  # /tmp may be small
-            own = child_environment(os.environ) | {"TMPDIR": room}
-            done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=PIP_TIMEOUT_S, check=False)  # noqa: S603
-        said = done.stderr.strip()  # pip first says that it retries, and last why it gives up
-        why = "" if done.returncode == 0 else (said.partition("ERROR: ")[2] or said or f"pip: {done.returncode}")[:500]
+        with tempfile.TemporaryDirectory(dir=place) as scratch:  # /tmp may be small
+            own = child_environment(os.environ) | {"TMPDIR": scratch}
+            done = subprocess.run(  # noqa: S603
+                command, env=own, capture_output=True, text=True, timeout=PIP_TIMEOUT_S, check=False
+            )
+        if done.returncode != 0:
+            # pip first says that it retries, and last why it gives up.
+            output = done.stderr.strip()
+            reason = (output.partition("ERROR: ")[2] or output or f"pip: {done.returncode}")[:500]
     except subprocess.TimeoutExpired:
-        why = f"pip did not end in {PIP_TIMEOUT_S:.0f} s"
-    if why:
+        reason = f"pip did not end in {PIP_TIMEOUT_S:.0f} s"
+    if reason:
         raise UnreachableError(
-            f"PARAMS_ATTENTION=flash_4: FlashAttention 4 could not be installed ({why}). "
+            f"PARAMS_ATTENTION=flash_4: FlashAttention 4 could not be installed ({reason}). "
             "Let this machine reach a package index that has the locked files, or set PARAMS_ATTENTION=native, which "
             "is a little slower."
         )
     return {}
 
 
-def environment(cache: Path, given: Mapping[str, str]) -> dict[str, str]:
+def environment(cache: Path, inherited: Mapping[str, str]) -> dict[str, str]:
     """The variables by which a process finds it, and keeps the kernels that it compiles."""
     place = folder(cache)
     own: list[str] = []
@@ -84,7 +89,7 @@ def environment(cache: Path, given: Mapping[str, str]) -> dict[str, str]:
         # In a normal installation, a .pth file adds dsl_packages to the path.
         own = [str(place), *map(str, place.glob("*/dsl_packages"))]
     # It locks each cached kernel, and fails on a volume without locks: there, it caches none.
-    with naming("CACHE_PATH"), locked(place.parent / ".kernels.lock") as there:
-        kernels = {"CACHE_ENABLED": str(int(there)), "CACHE_DIR": str(place.parent / "kernels")}
-    path = os.pathsep.join(p for p in (*given.get("PYTHONPATH", "").split(os.pathsep), *own) if p)
+    with naming("CACHE_PATH"), locked(place.parent / ".kernels.lock") as has_locks:
+        kernels = {"CACHE_ENABLED": str(int(has_locks)), "CACHE_DIR": str(place.parent / "kernels")}
+    path = os.pathsep.join(p for p in (*inherited.get("PYTHONPATH", "").split(os.pathsep), *own) if p)
     return {"PYTHONPATH": path, **{f"FLASH_ATTENTION_CUTE_DSL_{name}": value for name, value in kernels.items()}}

@@ -59,12 +59,12 @@ class PodRecord:
     done: bool = False
 
 
-def supervised(work: Callable[[], int], environ: Mapping[str, str], *, times: Times | None = None) -> int:
+def supervised(job: Callable[[], int], environ: Mapping[str, str], *, times: Times | None = None) -> int:
     """Run `work`, then do what ON_FINISH says; returns the exit code of `work`."""
     times, action = times or USUAL, asked_action(environ)
     pod = environ.get("RUNPOD_POD_ID", "")
     if not pod:
-        code = work()
+        code = job()
         if action == "idle":
             log.info("The job ended with %d; ON_FINISH=idle keeps the container.", code)
             _wait(None)
@@ -80,7 +80,7 @@ def supervised(work: Callable[[], int], environ: Mapping[str, str], *, times: Ti
         log.warning("Attempt %d of %d, in %.0f s.", before.attempts, MAX_ATTEMPTS, pause)
         if code := _wait(pause):
             return code
-    code = work()
+    code = job()
     done = code == 0 or (before.done and code == 75)  # a pod may be started without GPUs, only to fetch results
     if not done and code not in PERMANENT_FAILURES and not Limit.reached.is_set():
         if code < 128:
@@ -170,10 +170,10 @@ def _raw(environ: Mapping[str, str], name: str) -> str:
     if value := environ.get(name, "").strip():
         return value
     try:
-        given = load_json(environ.get("CONFIG_JSON", ""))
+        config = load_json(environ.get("CONFIG_JSON", ""))
     except ValueError:
         return ""
-    found = given.get(name) if isinstance(given, dict) else None
+    found = config.get(name) if isinstance(config, dict) else None
     return found.strip() if isinstance(found, str) else ""
 
 
@@ -197,10 +197,10 @@ def _end(code: int, action: str, pod: str, environ: Mapping[str, str], times: Ti
 @contextmanager
 def _signalled() -> Iterator[list[int]]:
     """A list that collects the numbers of the signals that arrive inside the context."""
-    came: list[int] = []
-    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in SIGNALS}
+    received: list[int] = []
+    before = {n: signal.signal(n, lambda number, _: received.append(number)) for n in SIGNALS}
     try:
-        yield came
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -209,7 +209,7 @@ def _signalled() -> Iterator[list[int]]:
 def _wait(seconds: float | None) -> int:
     """Wait (None: for ever) until a signal arrives; returns 128 + its number, or 0 if none did."""
     end = None if seconds is None else time.monotonic() + seconds
-    with _signalled() as came:
-        while not came and (end is None or time.monotonic() < end):
+    with _signalled() as received:
+        while not received and (end is None or time.monotonic() < end):
             time.sleep(0.2)
-    return 128 + came[0] if came else 0
+    return 128 + received[0] if received else 0

@@ -141,17 +141,17 @@ def detect(
     return _amd(host, root=root, visible=next(filter(None, visible.values()), None)) or host
 
 
-def select(found: Hardware, backend: str) -> Hardware:
+def select(detected: Hardware, backend: str) -> Hardware:
     """The hardware that BACKEND asks for, of what was found. Raises SettingsError if it is not there."""
-    vendor = found.vendor if backend == "auto" else BACKENDS[backend]
-    if vendor == found.vendor:
-        return found
+    vendor = detected.vendor if backend == "auto" else BACKENDS[backend]
+    if vendor == detected.vendor:
+        return detected
     if vendor == "cpu":
         return dataclasses.replace(
-            found, vendor="cpu", architecture="host", memory_gib=found.host_memory_gib, count=0, driver=""
+            detected, vendor="cpu", architecture="host", memory_gib=detected.host_memory_gib, count=0, driver=""
         )
     raise SettingsError(
-        f"BACKEND={backend!r}: this device was not found, only {found}. Fix: give the container its GPUs "
+        f"BACKEND={backend!r}: this device was not found, only {detected}. Fix: give the container its GPUs "
         f"(for example docker run --gpus all, or --device /dev/kfd --device /dev/dri), or set BACKEND=auto."
     )
 
@@ -163,23 +163,23 @@ def torch_version() -> dict[str, Any]:
     return runpy.run_path(str(file)) if file and file.is_file() else {}
 
 
-def check_torch(found: Hardware, version: Mapping[str, Any]) -> None:
+def check_torch(detected: Hardware, version: Mapping[str, Any]) -> None:
     """Raises SettingsError if torch is not built for this hardware, or the driver is too old for it.
 
     torch itself would only find no device, after everything has been downloaded.
     """
-    if found.vendor == "cpu" or not version:
+    if detected.vendor == "cpu" or not version:
         return
-    built = version.get(TORCH_BUILDS[found.vendor])
+    built = version.get(TORCH_BUILDS[detected.vendor])
     if not built:
         raise SettingsError(
-            f"torch {version.get('__version__')} is not built for {found}. Fix: take the image for {found.backend} "
-            f"(its name ends in -{found.backend}), or set BACKEND=cpu."
+            f"torch {version.get('__version__')} is not built for {detected}. Fix: take the image for "
+            f"{detected.backend} (its name ends in -{detected.backend}), or set BACKEND=cpu."
         )
-    needed = MIN_DRIVERS.get(_version(built)[0]) if found.vendor == "nvidia" else None
-    if needed and _version(found.driver) and _version(found.driver)[0] < needed:
+    needed = MIN_DRIVERS.get(_version(built)[0]) if detected.vendor == "nvidia" else None
+    if needed and _version(detected.driver) and _version(detected.driver)[0] < needed:
         raise SettingsError(
-            f"The driver {found.driver} of this machine is too old for torch {version['__version__']}, which needs "
+            f"The driver {detected.driver} of this machine is too old for torch {version['__version__']}, which needs "
             f"{needed} or newer. Fix: update the driver, or rent a machine with CUDA {built} or newer."
         )
 
