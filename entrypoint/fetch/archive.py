@@ -36,7 +36,6 @@ DAMAGE = (
     *(ValueError, NotImplementedError, OverflowError),  # from parsers fed garbage, or an unknown compression
 )
 OPENERS: dict[bytes, Callable[[BinaryIO], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
-SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 
 
 @dataclass(frozen=True)
@@ -122,11 +121,6 @@ class Entry:
     name: str
     is_folder: bool
     open: Callable[[], IO[bytes] | io.RawIOBase]
-
-
-def is_archive(name: str) -> bool:
-    """Whether `name` (of a file, or in an address) is that of a kind of archive that can be unpacked."""
-    return name.lower().endswith(SUFFIXES)
 
 
 def extract(archive: Path, target: Path, *, limits: Limits = USUAL) -> int:
