@@ -10,6 +10,7 @@ Each `auto`, and each default that depends on something else, is decided in one 
 | rank, targets and q/k/v of a LoRA file to start from; whether a state can be resumed | `starting_point` |
 | which text encoders train, and how fast; which layers DoRA needs together | `text_encoders` |
 | device, precision, memory mode, batch size, compilation, attention | `engine_choice` |
+| whether a batch fits in any memory mode, and the largest that does | `memory_refusal` |
 
 Five checks stop a job before any download, each with all its problems in one message, in this order: the variables
 (`settings.read`); dataset.json and prompts.txt (`dataset_config.manifest`); what cannot be done (`make_plan`); a state
