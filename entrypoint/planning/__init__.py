@@ -1,7 +1,8 @@
 """From settings, dataset.json and hardware to a `Plan`, and its check before anything is downloaded.
 
 `plan.make_plan` is the way in. A plan is complete: the trainer decides nothing, and plan.json alone runs the job again.
-Each `auto`, and each default that depends on something else, is decided in one place; `Plan.reasons` says why:
+Each `auto`, and each default that depends on something else, is decided in one place; `Plan.reasons` says why, and
+`Plan.warnings` what can be done but is probably not meant (`Notes.warn`):
 
 | decision | where |
 | --- | --- |
