@@ -226,7 +226,7 @@ def test_metadata_files_come_before_sidecars_and_may_lie_in_any_folder(make_fold
         "train/01.png": "below",
         "train/02.png": "picture 2, a tag, another tag",
     }
-    assert "1 entries of metadata.jsonl name no image in the folder: gone.png" in found.report()
+    assert "train/metadata.jsonl: 1 of its 2 rows name no image in the folder: line 2 (gone.png)" in found.report()
     assert "not read" not in found.report()
 
 
