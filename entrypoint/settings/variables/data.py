@@ -31,10 +31,16 @@ class DataSettings:
         "DATASET_REVISION", "text", meaning="branch, tag or commit of the Hub dataset DATASET_NAME"
     )
     dataset_split: str | None = row("DATASET_SPLIT", "text", meaning="split of Hub datasets", if_unset="train")
-    image_column: str | None = row("IMAGE_COLUMN", "text", meaning="column of the images", if_unset="detected")
-    caption_column: str | None = row("CAPTION_COLUMN", "text", meaning="column of the captions", if_unset="detected")
+    image_column: str | None = row(
+        "IMAGE_COLUMN", "text", meaning="column of the images, in a Hub dataset or a metadata file", if_unset="detected"
+    )
+    caption_column: str | None = row(
+        "CAPTION_COLUMN", "text", meaning="column of the captions, likewise", if_unset="detected"
+    )
     trigger_word: str | None = row(
-        "TRIGGER_WORD", "text", meaning="put before every caption, and before this program's own prompts"
+        "TRIGGER_WORD",
+        "text",
+        meaning="put before every caption or in the place of [trigger], and before this program's own prompts",
     )
     strict_dataset: bool = row(
         "STRICT_DATASET", "switch", default="false", meaning="stop at an unusable image instead of skipping it"

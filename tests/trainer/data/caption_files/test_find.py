@@ -40,7 +40,7 @@ def test_metadata_comes_before_sidecars_and_both_texts_are_named(tmp_path):
     found = find(tmp_path, {"a.png": "", "a.txt": "sidecar", "metadata.jsonl": rows(("a.png", "row"))})
     assert texts(found) == {"a.png": "row"}
     assert found.captions["a.png"].file == "metadata.jsonl, line 1"
-    assert "metadata.jsonl: 1 images have another caption elsewhere. The row is used: a.png (not a.txt)" in notes(found)
+    assert "metadata.jsonl: another caption elsewhere for 1 image; the row is used: a.png (not a.txt)" in notes(found)
     assert found.findings.unused == ["a.txt: metadata.jsonl, line 1 has the caption of a.png"]
 
 
@@ -53,8 +53,7 @@ def test_two_metadata_files_for_one_image(tmp_path):
 def test_rows_that_match_nothing_are_a_warning_with_both_sides(tmp_path):
     found = find(tmp_path, {"a.png": "", "metadata.jsonl": rows(("b.png", "x"))}, trigger_word="zot")
     assert notes(found) == (
-        "WARNING: metadata.jsonl: none of its 1 rows names an image in the folder: line 1 (b.png). "
-        "An image without a row is a.png."
+        "WARNING: metadata.jsonl: no row names an image in the folder: line 1 (b.png). An image without a row is a.png."
     )
     assert found.findings.unused == ["metadata.jsonl, line 1 (b.png): there is no such image"]
 
@@ -62,7 +61,7 @@ def test_rows_that_match_nothing_are_a_warning_with_both_sides(tmp_path):
 def test_some_rows_without_an_image_are_named(tmp_path):
     files = {"a.png": "", "b.heic": "", "metadata.jsonl": rows(("a.png", "x"), ("gone.png", "y"), ("b.heic", "z"))}
     found = find(tmp_path, files)
-    assert "1 of its 3 rows name no image in the folder: line 2 (gone.png)" in notes(found)
+    assert "no image in the folder for 1 of its 3 rows: line 2 (gone.png)" in notes(found)
     assert found.findings.unused == [
         "metadata.jsonl, line 2 (gone.png): there is no such image",
         "metadata.jsonl, line 3 (b.heic): its image is skipped",
@@ -84,7 +83,7 @@ def test_of_several_rows_the_first_wins_and_it_is_said(tmp_path):
     files = {"a.png": "", "metadata.jsonl": rows(("a.png", "one"), ("./a.png", "two"))}
     found = find(tmp_path, files)
     assert texts(found) == {"a.png": "one\ntwo"}
-    assert "1 images have several rows: the first is used (enable_wildcard draws one): a.png (line 1, line 2)" in notes(
+    assert "several rows for 1 image: the first is used (enable_wildcard draws one): a.png (line 1, line 2)" in notes(
         found
     )
     assert notes(find(tmp_path, files, enable_wildcard=True)) == ""
@@ -106,23 +105,23 @@ def test_the_metadata_file_asked_for_is_the_only_one(tmp_path):
 
 def test_a_table_with_another_name_is_a_warning_if_captions_are_missing(tmp_path):
     found = find(tmp_path, {"a.png": "", "captions.csv": "file_name,text\na.png,x\n"}, class_tokens="cat")
-    assert "captions.csv is not read. If the captions are there, call it metadata.csv" in notes(found)
+    assert (
+        "no caption for 1 image, and captions.csv is not read. If the captions are there, call it metadata.csv"
+        in notes(found)
+    )
     assert found.findings.unused == ["captions.csv: it is neither an image nor a caption"]
 
 
 def test_text_files_without_an_image_are_a_warning_with_both_sides(tmp_path):
     found = find(tmp_path, {"a.b.png": "", "a.txt": "x", "notes.txt": ""}, trigger_word="zot")
-    assert notes(found) == "WARNING: 1 text files have no image: a.txt. An image without a text file is a.b.png."
+    assert notes(found) == "WARNING: no image for 1 text file: a.txt. An image without a text file is a.b.png."
     assert "a.txt: there is no image of this name" in found.findings.unused
     assert "notes.txt: it is neither an image nor a caption" in found.findings.unused
 
 
 def test_captions_of_other_tools_are_named(tmp_path):
     found = find(tmp_path, {"a.png": "", "a.tags": "x", "b.png": "", "b.txt": "y", "b.json": "{}"})
-    assert (
-        "1 images without a caption have files of another kind beside them, which are not read: a.tags for a.png"
-        in (notes(found))
-    )
+    assert "not read, though 1 image without a caption would need it: a.tags for a.png" in (notes(found))
     assert "b.json: its extension is not the caption_extension" in found.findings.unused
 
 
@@ -134,18 +133,22 @@ def test_two_text_files_for_one_image(tmp_path):
 def test_an_older_encoding_is_named_with_the_file(tmp_path):
     found = find(tmp_path, {"a.png": "", "a.txt": "赤い円、白い背景".encode("cp932"), "b.png": "", "b.txt": "x"})
     assert texts(found) == {"a.png": "赤い円、白い背景", "b.png": "x"}
-    assert "1 captions are not UTF-8: read as cp932: a.txt (赤い円、白い背景)" in notes(found)
+    assert "not UTF-8, so read as cp932: 1 file: a.txt (赤い円、白い背景)" in notes(found)
     assert found.captions["a.png"].encoding == "cp932"
+
+
+def test_a_caption_of_10_kb_is_read_whole(tmp_path):
+    assert len(texts(find(tmp_path, {"a.png": "", "a.txt": "word " * 2000}))["a.png"]) == 9999
 
 
 def test_controls_are_taken_out_and_the_file_is_named(tmp_path):
     found = find(tmp_path, {"a.png": "", "a.txt": "a\0 cat sits on the m\ufffdt \u200b"})
     assert texts(found) == {"a.png": "a  cat sits on the m t"}
-    assert "1 captions: a.txt (U+0000, U+200B, U+FFFD)" in notes(found)
+    assert "1 caption: a.txt (U+0000, U+200B, U+FFFD)" in notes(found)
 
 
 def test_letters_that_were_spoilt_before_are_named(tmp_path):
-    assert "1 captions look like UTF-8 that was read as Windows-1252" in notes(
+    assert "UTF-8 that was once read as Windows-1252 and saved so: 1 file" in notes(
         find(tmp_path, {"a.png": "", "a.txt": "cafÃ©"})
     )
 
@@ -153,7 +156,7 @@ def test_letters_that_were_spoilt_before_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "neither Unicode nor in another encoding"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "neither Unicode nor another known encoding"),
         ("\x01\x02\x03\x04\x05a", "its characters are those of no text"),
         ("{\\rtf1 a cat}", "it is RTF: save it as plain text"),
         ("<!DOCTYPE html><p>404", "it is a web page"),

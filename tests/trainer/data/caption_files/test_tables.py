@@ -160,8 +160,7 @@ def test_a_caption_with_commas_and_without_quotes_is_whole_and_said():
     rows, findings = read("m.csv", 'file_name,text\na.png,a dragon, flying, red\nb.png,"a, b"\nc.png,x\n')
     assert rows == {"a.png": "a dragon, flying, red", "b.png": "a, b", "c.png": "x"}
     assert findings.notes == [
-        "WARNING: m.csv: the captions of 1 rows have ',' in them without double quotes: all of the text is taken: "
-        "row 2."
+        "WARNING: m.csv: ',' without double quotes in the caption of 1 row: all of the text is taken: row 2."
     ]
 
 
@@ -186,8 +185,8 @@ def test_the_fields_that_a_spreadsheet_adds_do_not_count():
 def test_too_few_fields_and_empty_captions_are_named():
     rows, findings = read("m.csv", "file_name,text\na.png\nb.png,\nc.png,x\n")
     assert rows == {"a.png": None, "b.png": "", "c.png": "x"}
-    assert "1 rows have fewer fields than the header's 2: row 2." in findings.notes[0]
-    assert "1 rows have no caption: row 2 (a.png)." in findings.notes[1]
+    assert "fewer fields than the header's 2 in 1 row: row 2." in findings.notes[0]
+    assert "no caption in 1 row: row 2 (a.png)." in findings.notes[1]
     assert findings.unused == ["m.csv, row 2 (a.png): it has no caption"]
 
 
