@@ -1,4 +1,4 @@
-"""The files in a subset's folder: images, masks, captions. Looks at names and reads captions; decodes no image."""
+"""The files in a subset's folder: images, masks and others. Looks at names only."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from trainer.data import caption_files
-from trainer.data.captions import Caption
 from trainer.spec.errors import DataError
 from trainer.spec.plan import Subset
 
@@ -67,7 +65,7 @@ def list_folder(subset: Subset) -> Folder:
         raise DataError(f"image_dir {subset.source.location}: {root} is not a folder.")
     if subset.conditioning_data_dir is None:
         return _walk(root, leave_out=None)
-    mask_root = _resolve(root, subset.conditioning_data_dir)
+    mask_root = resolve(root, subset.conditioning_data_dir)
     if not mask_root.is_dir():
         raise DataError(f"conditioning_data_dir {subset.conditioning_data_dir} is not a folder.")
     folder = _walk(root, leave_out=mask_root)
@@ -82,54 +80,7 @@ def without_suffix(name: str) -> str:
     return str(PurePosixPath(name).with_suffix(""))
 
 
-def find_captions(folder: Folder, subset: Subset) -> tuple[dict[str, Caption], list[str]]:
-    """Captions by the image's name, and notes. Metadata files win over sidecar files, these over class_tokens.
-
-    Raises DataError for a metadata file that is missing or cannot be read.
-    """
-    captions: dict[str, Caption] = {}
-    if subset.class_tokens:
-        captions = dict.fromkeys(folder.images, Caption(subset.class_tokens, "class_tokens"))
-    read: set[str] = set()
-    others = set(folder.others)
-    for name in folder.images:
-        for sidecar in caption_files.sidecar_names(without_suffix(name), subset.caption_extension):
-            if sidecar in others:
-                captions[name] = caption_files.read_sidecar(folder.root / sidecar)
-                read.add(sidecar)
-                break
-    notes = []
-    for file, prefix in _metadata_files(folder, subset):
-        names = [name.removeprefix(prefix) for name in folder.images if name.startswith(prefix)]
-        entries = caption_files.read_metadata(file, subset)
-        if file.is_relative_to(folder.root):
-            read.add(file.relative_to(folder.root).as_posix())
-        matched, unknown = caption_files.match_names(entries, names, folder=folder.root / prefix)
-        for name, caption in matched.items():
-            captions[prefix + name] = caption
-        if unknown:
-            examples = ", ".join(unknown[:5])
-            notes.append(f"{len(unknown)} entries of {file.name} name no image in the folder: {examples}")
-    return captions, notes + folder.note_unread(read)
-
-
-def _metadata_files(folder: Folder, subset: Subset) -> list[tuple[Path, str]]:
-    """Metadata files, each with the folder (as a prefix) that its names are relative to.
-
-    The file that the subset names; without one, every file with a usual name, in any folder.
-    """
-    if subset.metadata_file is not None:
-        return [(_resolve(folder.root, subset.metadata_file), "")]
-    files = []
-    for other in folder.others:
-        name = PurePosixPath(other)
-        if name.name in caption_files.METADATA_NAMES:
-            prefix = "" if str(name.parent) == "." else f"{name.parent}/"
-            files.append((folder.root / name, prefix))
-    return files
-
-
-def _resolve(root: Path, name: str) -> Path:
+def resolve(root: Path, name: str) -> Path:
     """A path of dataset.json: relative to the images' folder if it exists there, else as written."""
     if (root / name).exists():
         return root / name

@@ -13,6 +13,8 @@ from trainer.spec.errors import DataError
 # download failed or that the folder is the wrong one.
 MAX_UNUSABLE_SHARE = 0.10
 
+MOST_PROBLEMS = 20  # in one message
+
 WARNING = "WARNING: "  # the start of a note that the log shows as a warning
 
 
@@ -31,6 +33,8 @@ class ImageRecord:
     has_alpha: bool = False
     mask_file: Path | None = None  # an image that weighs the loss
     mask_sha256: str | None = None  # of that file's bytes; "alpha": the image's own alpha channel is the mask
+    caption_file: str = ""  # where the caption was read: "a.txt", or "metadata.csv, row 2"
+    caption_encoding: str = ""  # of that file
 
     @property
     def key(self) -> str:
@@ -70,6 +74,8 @@ class Scan:
     images: tuple[ImageRecord, ...]
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...]  # for the user, one line each
+    unused: tuple[str, ...] = ()  # files, rows and columns that nothing is taken from, by name, with the reason
+    problems: tuple[str, ...] = ()  # of captions; each refuses the dataset
 
     @property
     def num_found(self) -> int:
@@ -79,7 +85,8 @@ class Scan:
     def report(self, *, limit: int | None = 20) -> str:
         """The counts, the skipped images with their reasons, and the notes.
 
-        At most `limit` skipped images are named, then the rest are counted by reason; None: all are named.
+        At most `limit` skipped images are named, then the rest are counted by reason; None: all are named, and so are
+        all images that are used, and the files, rows and columns that are not.
         """
         used = len(self.images)
         lines = [f"Images: {self.num_found} found, {used} used, {len(self.skipped)} skipped."]
@@ -89,11 +96,37 @@ class Scan:
             reasons = Counter(image.reason for image in self.skipped[limit:])
             for reason, count in reasons.most_common(limit):
                 lines.append(f"  skipped {count} more: {reason}")
-        return "\n".join([*lines, *self.notes]) + "\n"
+        lines += self.notes
+        if limit is None:
+            lines += self._inventory()
+        return "\n".join(lines) + "\n"
+
+    def _inventory(self) -> list[str]:
+        """Every image with the place of its caption, and everything that is not used, by name."""
+        lines = []
+        if self.problems:
+            lines += ["", "Problems, for which the dataset is refused:", *(f"  {problem}" for problem in self.problems)]
+        if self.unused:
+            lines += ["", "Files, rows and columns that are not used:", *(f"  {name}" for name in self.unused)]
+        lines += ["", "Images:"]
+        for image in self.images:
+            source = "no caption"
+            if image.caption is not None:
+                source = f"caption from {image.caption_file}"
+            lines.append(f"  {image.key}: {image.width}x{image.height}, {source}")
+        return lines
 
     def check(self, *, strict: bool) -> None:
-        """Raises DataError if nothing is usable, if more than a tenth is not, or with `strict` if anything is not."""
+        """Raises DataError if captions cannot be read, or if there are too few usable images.
+
+        That is none, or fewer than nine tenths, or with `strict` not all.
+        """
         bad = len(self.skipped)
+        if self.problems:
+            shown = self.problems[:MOST_PROBLEMS]
+            more = len(self.problems) - len(shown)
+            lines = [*shown, f"and {more} more: see dataset-report.txt"] if more else list(shown)
+            raise DataError("The captions cannot be used as they are:\n  - " + "\n  - ".join(lines))
         if not self.images:
             raise DataError(f"No usable image in the dataset.\n{self.report()}")
         counts = f"{bad} of {self.num_found} images"

@@ -19,10 +19,11 @@ from pathlib import Path
 
 from trainer.data import decode
 from trainer.data.buckets import fit
-from trainer.data.captions import Caption
+from trainer.data.caption_files.find import find_captions
+from trainer.data.caption_files.notes import note_captions
 from trainer.data.decode import UnusableImageError
-from trainer.data.folder_listing import Folder, find_captions, list_folder
-from trainer.data.records import WARNING, ImageRecord, Scan, Skipped
+from trainer.data.folder_listing import Folder, list_folder
+from trainer.data.records import ImageRecord, Scan, Skipped
 from trainer.spec.errors import UnreachableError
 from trainer.spec.plan import DataPlan, Dataset, Subset
 
@@ -59,12 +60,16 @@ def scan(data: DataPlan, *, cpu_workers: int, progress: Progress | None = None) 
     images: list[ImageRecord] = []
     skipped: list[Skipped] = []
     notes: list[str] = []
+    unused: list[str] = []
+    problems: list[str] = []
     for listing in listings:
         part = _combine(listing, examined)
         images += part.images
         skipped += part.skipped
         notes += part.notes
-    return Scan(tuple(images), tuple(skipped), tuple(notes))
+        unused += part.unused
+        problems += part.problems
+    return Scan(tuple(images), tuple(skipped), tuple(notes), tuple(unused), tuple(problems))
 
 
 # ---- reading images, in worker processes
@@ -162,7 +167,7 @@ def _combine(listing: _Listing, examined: dict[Path, _FileInfo | str]) -> Scan:
     subset = listing.subset_plan
     folder = listing.folder
     place = {"dataset": listing.dataset, "subset": listing.subset}
-    captions, caption_notes = find_captions(folder, subset)
+    found = find_captions(folder, subset)
     images = []
     skipped = [Skipped(name, reason, **place) for name, reason in folder.skipped]
     for name in folder.images:
@@ -174,7 +179,7 @@ def _combine(listing: _Listing, examined: dict[Path, _FileInfo | str]) -> Scan:
             skipped.append(Skipped(name, usable, **place))
             continue
         info, mask_sha256 = usable
-        caption = captions.get(name)
+        caption = found.captions.get(name)
         images.append(
             ImageRecord(
                 name=name,
@@ -183,6 +188,8 @@ def _combine(listing: _Listing, examined: dict[Path, _FileInfo | str]) -> Scan:
                 width=info.width,
                 height=info.height,
                 caption=caption.text if caption else None,
+                caption_file=caption.file if caption else "",
+                caption_encoding=caption.encoding if caption else "",
                 has_alpha=info.has_alpha,
                 mask_file=mask_file,
                 mask_sha256=mask_sha256,
@@ -190,9 +197,17 @@ def _combine(listing: _Listing, examined: dict[Path, _FileInfo | str]) -> Scan:
             )
         )
     skipped.sort(key=lambda image: image.name)
+    findings = found.findings
+    note_captions([image.name for image in images], found.captions, subset, findings)
     title = f"{subset.source.public} ({listing.dataset}.{listing.subset})"
-    notes = [f"{title}: {note}" for note in _notes(images, captions, subset) + caption_notes]
-    return Scan(tuple(images), tuple(skipped), tuple(notes))
+    notes = findings.notes + _notes(images, subset) + folder.note_unread(found.read)
+    return Scan(
+        tuple(images),
+        tuple(skipped),
+        tuple(f"{title}: {note}" for note in notes),
+        tuple(f"{title}: {name}" for name in findings.unused),
+        tuple(f"{title}: {problem}" for problem in findings.problems),
+    )
 
 
 def _check_usable(
@@ -217,33 +232,9 @@ def _check_usable(
     return image, mask.sha256
 
 
-def _notes(images: Sequence[ImageRecord], captions: dict[str, Caption], subset: Subset) -> list[str]:
-    """The counts of a subset's images and captions, and oddities that the user may not have meant."""
-    own: list[Caption] = []  # captions of their own, not class_tokens
-    for image in images:
-        if image.name in captions and captions[image.name].origin != "class_tokens":
-            own.append(captions[image.name])
-    lines = [f"{len(images)} images, {len(own)} captions"]
-    missing = len(images) - len(own)
-    if missing:
-        substitute = "trained without caption"
-        if subset.class_tokens:
-            substitute = f"class_tokens {subset.class_tokens!r} is used"
-        lines.append(f"{missing} captions missing: {substitute}")
-    if images and not own and not subset.class_tokens and not subset.trigger_word:
-        lines.append(
-            f"{WARNING}no captions at all and no class_tokens: the model learns these images without words, and no "
-            "word will call them up. Add .txt files, or set class_tokens or TRIGGER_WORD."
-        )
-    empty = sum(not caption.text for caption in own)
-    if empty:
-        lines.append(f"{empty} captions are empty files: trained without caption")
-    legacy = sum(caption.legacy for caption in own)
-    if legacy:
-        lines.append(f"{legacy} captions are not UTF-8: read as Windows-1252 (Latin-1)")
-    several = sum("\n" in caption.text for caption in own)
-    if several and not subset.enable_wildcard:
-        lines.append(f"{several} captions have several lines: the first is used (enable_wildcard draws one)")
+def _notes(images: Sequence[ImageRecord], subset: Subset) -> list[str]:
+    """Oddities of a subset's images that the user may not have meant."""
+    lines = []
     transparent = sum(image.has_alpha for image in images)
     if transparent:
         effect = "the alpha weighs the loss" if subset.alpha_mask else "laid over white"

@@ -15,12 +15,12 @@ from trainer.data.encode import cpu_workers, fill_images, fill_texts, open_cache
 from trainer.data.epochs import EpochSampler
 from trainer.data.identity import fingerprint, fingerprint_differences
 from trainer.data.records import WARNING, Scan
+from trainer.data.report import write_report
 from trainer.data.scan import scan
 from trainer.job.status import Status
 from trainer.spec.errors import SettingsError
 from trainer.spec.family import get_family
 from trainer.spec.plan import DataPlan, Plan, Prompt
-from trainer.storage import atomic
 from trainer.training.objective import Objective, make_objective
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def prepare_data(
     Raises DataError for an unusable dataset, and SettingsError where `state` was made with another one.
     """
     status.phase("reading the dataset")
-    scanned = scan_and_report(plan.data, report=out / "dataset-report.txt")
+    scanned = scan_and_report(plan.data, report=out / "dataset-report.txt", seed=plan.train.seed)
     sampler = make_sampler(plan, scanned)
     if state is not None:
         _check_same_data(state, scanned)
@@ -82,11 +82,14 @@ def prepare_data(
     return data
 
 
-def scan_and_report(data: DataPlan, *, report: Path) -> Scan:
-    """The usable images; logs a summary and writes the whole list to `report`. Raises DataError."""
+def scan_and_report(data: DataPlan, *, report: Path, seed: int = 0) -> Scan:
+    """The usable images; logs a summary, and writes the whole list to `report` and to a .csv file beside it.
+
+    `seed` is the run's, for the captions of the report. Raises DataError.
+    """
     started = time.monotonic()
     scanned = scan(data, cpu_workers=cpu_workers())
-    atomic.write_text(report, scanned.report(limit=None))
+    write_report(scanned, data, text=report, seed=seed)
     scanned.check(strict=data.strict)
     for line in scanned.report().splitlines():
         level = logging.INFO
