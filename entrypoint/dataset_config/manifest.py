@@ -255,7 +255,7 @@ def _subset(inherited: Mapping[str, Any], own: Mapping[str, Any], where: str, pr
         values["caption_prefix"] = own.get("caption_prefix")
         values["caption_suffix"] = own.get("caption_suffix")
         values["class_tokens"] = own["class_prompt"]
-    return Subset(_source(own, where, problems), **values)
+    return Subset(_source(own, where, problems), repeats_chosen="num_repeats" in own, **values)
 
 
 def _source(own: Mapping[str, Any], where: str, problems: Problems) -> Source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
@@ -13,6 +14,7 @@ from trainer.checkpoints import state_files
 from trainer.data.cache import Cache
 from trainer.data.encode import cpu_workers, fill_images, fill_texts, open_cache
 from trainer.data.epochs import EpochSampler
+from trainer.data.folders.own_output import Written
 from trainer.data.identity import fingerprint, fingerprint_differences
 from trainer.data.records import WARNING, Scan
 from trainer.data.scan import scan
@@ -62,7 +64,9 @@ def prepare_data(
     Raises DataError for an unusable dataset, and SettingsError where `state` was made with another one.
     """
     status.phase("reading the dataset")
-    scanned = scan_and_report(plan.data, report=out / "dataset-report.txt")
+    written = Written({"OUTPUT_PATH": out, "CACHE_PATH": Path(plan.output.cache)})
+    scanned = scan_and_report(plan.data, report=out / "dataset-report.txt", written=written)
+    plan = dataclasses.replace(plan, data=scanned.data)  # with the subsets that the names of folders make
     sampler = make_sampler(plan, scanned)
     if state is not None:
         _check_same_data(state, scanned)
@@ -82,10 +86,13 @@ def prepare_data(
     return data
 
 
-def scan_and_report(data: DataPlan, *, report: Path) -> Scan:
-    """The usable images; logs a summary and writes the whole list to `report`. Raises DataError."""
+def scan_and_report(data: DataPlan, *, report: Path, written: Written | None = None) -> Scan:
+    """The usable images; logs a summary and writes the whole list to `report`. Raises DataError.
+
+    `written`: the folders that this job writes to, which are no sources.
+    """
     started = time.monotonic()
-    scanned = scan(data, cpu_workers=cpu_workers())
+    scanned = scan(data, cpu_workers=cpu_workers(), written=written)
     atomic.write_text(report, scanned.report(limit=None))
     scanned.check(strict=data.strict)
     for line in scanned.report().splitlines():

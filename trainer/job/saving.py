@@ -174,8 +174,10 @@ def describe_run(plan: Plan, family: Family, objective: Objective, *, sampler: E
     for d, dataset in enumerate(plan.data.datasets):
         subsets = []
         for s, subset in enumerate(dataset.subsets):
-            names.append(_unused(Path(subset.source.public).name, names))
             captions = [image.caption for image in scan.images if (image.dataset, image.subset) == (d, s)]
+            if not captions and any(other.part_of == s for other in dataset.subsets):
+                continue  # all of its images are in folders that their names make subsets
+            names.append(_unused(Path(subset.folder or subset.source.public).name, names))
             tags = tag_frequency(captions, subset.caption_separator)
             subsets.append(SubsetSummary(names[-1], len(captions), subset.num_repeats, subset.is_reg, tags))
         buckets = {size: count for (owner, size), count in sampler.buckets.items() if owner == d}
