@@ -1,7 +1,7 @@
 """The datasets of a manifest, completed from the variables → the datasets of a plan.
 
 A variable wins over dataset.json, and dataset.json over the model's default. The exceptions are the keys that name a
-subset's own images (`revision`, `split` and the columns): there, dataset.json wins.
+subset's own images (`revision`, `split` and the columns), and `trigger_word`: there, dataset.json wins.
 """
 
 from __future__ import annotations
@@ -101,23 +101,29 @@ def _complete_subset(
             source,
             revision=own.revision or source.revision,
             split=own.split or settings.dataset_split or "train",
+        )
+    elif source.kind and not own.kind and (own.revision or own.split):
+        notes.add(
+            f"{where}: revision and split are for Hub datasets, and DATASET_NAME is a {source.kind}. Fix: remove them."
+        )
+    if source.kind in SOURCE_WORDS:  # generated images have no columns
+        source = dataclasses.replace(
+            source,
             image_column=own.image_column or settings.image_column,
             caption_column=own.caption_column or settings.caption_column,
-        )
-    elif source.kind and not own.kind and (own.revision or own.split or own.image_column or own.caption_column):
-        notes.add(
-            f"{where}: revision, split and columns are for Hub datasets, and DATASET_NAME is a {source.kind}. "
-            "Fix: remove them."
         )
     dropout_rate = settings.caption_dropout_rate
     if dropout_rate is None:
         dropout_rate = subset.caption_dropout_rate
+    trigger_word = subset.trigger_word
+    if trigger_word is None:
+        trigger_word = settings.trigger_word
     return dataclasses.replace(
         subset,
         source=source,
         num_repeats=settings.num_repeats or subset.num_repeats,
         repeats_chosen=settings.num_repeats is not None or subset.repeats_chosen,
-        trigger_word=settings.trigger_word,
+        trigger_word=trigger_word or None,
         caption_dropout_rate=dropout_rate,
     )
 

@@ -1,4 +1,4 @@
-"""The files in a subset's folder: images, masks, captions. Looks at names and reads captions; decodes no image.
+"""The files in a subset's folder: images, masks and others. Looks at names only.
 
 Every name in the folder is accounted for: it is an image, an image that is skipped, a file that may hold captions
 (`others`), or it is left out for a named reason. `trainer.data.folders` has what the names mean.
@@ -13,8 +13,6 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from trainer.data import caption_files
-from trainer.data.captions import Caption
 from trainer.data.folders import formats, leftovers, own_output
 from trainer.data.folders.own_output import Written
 from trainer.data.records import printable
@@ -50,7 +48,6 @@ class Folder:
     masks: dict[str, Path] | None = None  # by the image's name without suffix; None: the subset has no masks
     left_out: list[LeftOutName] = field(default_factory=list)
     unreadable: list[tuple[str, str]] = field(default_factory=list)  # folder, reason
-    unread: list[str] = field(default_factory=list)  # those of `others` that hold no caption; set by `note_unread`
 
     def mask(self, name: str) -> Path | None:
         """The mask of the image `name`."""
@@ -75,10 +72,10 @@ class Folder:
 
     def note_unread(self, captions: Collection[str]) -> list[str]:
         """A note that counts the files that are neither images nor among `captions`; [] if there are none."""
-        self.unread = [name for name in self.others if name not in captions]
         suffixes = Counter[str]()
-        for name in self.unread:
-            suffixes[PurePosixPath(name).suffix.lower() or "without suffix"] += 1
+        for name in self.others:
+            if name not in captions:
+                suffixes[PurePosixPath(name).suffix.lower() or "without suffix"] += 1
         if not suffixes:
             return []
         counts = [f"{count} {printable(suffix)}" for suffix, count in suffixes.most_common(8)]
@@ -98,7 +95,7 @@ def list_folder(subset: Subset, written: Written | None = None) -> Folder:
         folder = _walk(root, leave_out=None, written=written)
         _leave_out_companions(folder)
         return folder
-    mask_root = _resolve(root, subset.conditioning_data_dir)
+    mask_root = resolve(root, subset.conditioning_data_dir)
     if not mask_root.is_dir():
         raise DataError(f"conditioning_data_dir {printable(subset.conditioning_data_dir)} is not a folder.")
     same = os.path.realpath(mask_root) == os.path.realpath(root)
@@ -121,54 +118,7 @@ def without_suffix(name: str) -> str:
     return leftovers.stem(name)
 
 
-def find_captions(folder: Folder, subset: Subset) -> tuple[dict[str, Caption], list[str]]:
-    """Captions by the image's name, and notes. Metadata files win over sidecar files, these over class_tokens.
-
-    Raises DataError for a metadata file that is missing or cannot be read.
-    """
-    captions: dict[str, Caption] = {}
-    if subset.class_tokens:
-        captions = dict.fromkeys(folder.images, Caption(subset.class_tokens, "class_tokens"))
-    read: set[str] = set()
-    others = set(folder.others)
-    for name in folder.images:
-        for sidecar in caption_files.sidecar_names(without_suffix(name), subset.caption_extension):
-            if sidecar in others:
-                captions[name] = caption_files.read_sidecar(folder.root / sidecar)
-                read.add(sidecar)
-                break
-    notes = []
-    for file, prefix in _metadata_files(folder, subset):
-        names = [name.removeprefix(prefix) for name in folder.images if name.startswith(prefix)]
-        entries = caption_files.read_metadata(file, subset)
-        if file.is_relative_to(folder.root):
-            read.add(file.relative_to(folder.root).as_posix())
-        matched, unknown = caption_files.match_names(entries, names, folder=folder.root / prefix)
-        for name, caption in matched.items():
-            captions[prefix + name] = caption
-        if unknown:
-            examples = ", ".join(unknown[:5])
-            notes.append(f"{len(unknown)} entries of {file.name} name no image in the folder: {examples}")
-    return captions, notes + folder.note_unread(read)
-
-
-def _metadata_files(folder: Folder, subset: Subset) -> list[tuple[Path, str]]:
-    """Metadata files, each with the folder (as a prefix) that its names are relative to.
-
-    The file that the subset names; without one, every file with a usual name, in any folder.
-    """
-    if subset.metadata_file is not None:
-        return [(_resolve(folder.root, subset.metadata_file), "")]
-    files = []
-    for other in folder.others:
-        name = PurePosixPath(other)
-        if name.name in caption_files.METADATA_NAMES:
-            prefix = "" if str(name.parent) == "." else f"{name.parent}/"
-            files.append((folder.root / name, prefix))
-    return files
-
-
-def _resolve(root: Path, name: str) -> Path:
+def resolve(root: Path, name: str) -> Path:
     """A path of dataset.json: relative to the images' folder if it exists there, else as written."""
     if (root / name).exists():
         return root / name

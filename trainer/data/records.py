@@ -21,6 +21,7 @@ LONGEST_NAME = 160  # characters of a name in a message
 # Controls, surrogates and separators of lines; and marks that change the direction of what follows.
 UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
 DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+MOST_PROBLEMS = 20  # in one message
 
 WARNING = "WARNING: "  # the start of a note that the log shows as a warning
 
@@ -63,6 +64,8 @@ class ImageRecord:
     # the folder's name says. `subset` is the one that the convention made.
     part_of: int | None = None
     convention: str | None = None
+    caption_file: str = ""  # where the caption was read: "a.txt", or "metadata.csv, row 2"
+    caption_encoding: str = ""  # of that file
 
     @property
     def key(self) -> str:
@@ -96,17 +99,9 @@ class Skipped:
     subset: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class LeftOut:
-    """A file or folder that is no image to train on: of a system, of another program, or Kiln's own."""
-
-    name: str  # relative to its subset's folder
-    reason: str
-
-
 @dataclass(frozen=True)
 class Scan:
-    """The result of a scan: every image is either in `images` or in `skipped`, every other file in `left_out`.
+    """The result of a scan: every image is either in `images` or in `skipped`.
 
     `data`: the plan's datasets, and at the end of each the subsets that folder conventions make. The images' numbers
     of subsets refer to it.
@@ -115,7 +110,8 @@ class Scan:
     images: tuple[ImageRecord, ...]
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...]  # for the user, one line each
-    left_out: tuple[LeftOut, ...] = ()
+    unused: tuple[str, ...] = ()  # files, rows and columns that nothing is taken from, by name, with the reason
+    problems: tuple[str, ...] = ()  # of captions; each refuses the dataset
     data: DataPlan = field(default_factory=lambda: DataPlan(()))
 
     @property
@@ -126,8 +122,8 @@ class Scan:
     def report(self, *, limit: int | None = 20) -> str:
         """The counts, the skipped images with their reasons, the notes, and what is left out.
 
-        At most `limit` skipped images are named, then the rest are counted by reason. None: all are named, and so is
-        all that is left out.
+        At most `limit` skipped images are named, then the rest are counted by reason; None: all are named, and so are
+        all images that are used, and the files, rows and columns that are not.
         """
         used = len(self.images)
         lines = [f"Images: {self.num_found} found, {used} used, {len(self.skipped)} skipped."]
@@ -138,16 +134,36 @@ class Scan:
             for reason, count in reasons.most_common(limit):
                 lines.append(f"  skipped {count} more: {reason}")
         lines += self.notes
-        if self.left_out and limit is not None:
-            lines.append(f"{len(self.left_out)} other files and folders are left out: dataset-report.txt names each.")
-        elif self.left_out:
-            lines.append("Left out:")
-            lines += [f"  {printable(item.name)}: {item.reason}" for item in self.left_out]
+        if limit is None:
+            lines += self._inventory()
         return "\n".join(lines) + "\n"
 
+    def _inventory(self) -> list[str]:
+        """Every image with the place of its caption, and everything that is not used, by name."""
+        lines = []
+        if self.problems:
+            lines += ["", "Problems, for which the dataset is refused:", *(f"  {problem}" for problem in self.problems)]
+        if self.unused:
+            lines += ["", "Files, rows and columns that are not used:", *(f"  {name}" for name in self.unused)]
+        lines += ["", "Images:"]
+        for image in self.images:
+            source = "no caption"
+            if image.caption is not None:
+                source = f"caption from {image.caption_file}"
+            lines.append(f"  {printable(image.key)}: {image.width}x{image.height}, {source}")
+        return lines
+
     def check(self, *, strict: bool) -> None:
-        """Raises DataError if nothing is usable, if more than a tenth is not, or with `strict` if anything is not."""
+        """Raises DataError if captions cannot be read, or if there are too few usable images.
+
+        That is none, or fewer than nine tenths, or with `strict` not all.
+        """
         bad = len(self.skipped)
+        if self.problems:
+            shown = self.problems[:MOST_PROBLEMS]
+            more = len(self.problems) - len(shown)
+            lines = [*shown, f"and {more} more: see dataset-report.txt"] if more else list(shown)
+            raise DataError("The captions cannot be used as they are:\n  - " + "\n  - ".join(lines))
         if not self.images:
             raise DataError(f"No usable image in the dataset.\n{self.report()}")
         counts = f"{bad} of {self.num_found} images"

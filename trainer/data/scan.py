@@ -20,13 +20,16 @@ from pathlib import Path
 
 from trainer.data import decode
 from trainer.data.buckets import fit
+from trainer.data.caption_files.find import find_captions
+from trainer.data.caption_files.findings import Findings
+from trainer.data.caption_files.notes import note_captions
 from trainer.data.captions import Caption
 from trainer.data.decode import UnusableImageError
-from trainer.data.folder_listing import Folder, find_captions, list_folder
+from trainer.data.folder_listing import Folder, list_folder
 from trainer.data.folders import leftovers
 from trainer.data.folders.conventions import Reading, derived_subset, read_folders
 from trainer.data.folders.own_output import Written
-from trainer.data.records import WARNING, ImageRecord, LeftOut, Scan, Skipped, printable, some
+from trainer.data.records import WARNING, ImageRecord, Scan, Skipped, printable, some
 from trainer.spec.errors import UnreachableError
 from trainer.spec.plan import DataPlan, Dataset, Subset
 from trainer.storage.read import read_regular
@@ -92,15 +95,17 @@ def scan(data: DataPlan, *, cpu_workers: int, progress: Progress | None = None, 
     images: list[ImageRecord] = []
     skipped: list[Skipped] = []
     notes_of_all: list[str] = []
-    left_out: list[LeftOut] = []
+    unused: list[str] = []
+    problems: list[str] = []
     for listing in listings:
-        part_scan = _combine(listing, examined)
-        images += part_scan.images
-        skipped += part_scan.skipped
-        notes_of_all += part_scan.notes
-        left_out += part_scan.left_out
+        of_subset = _combine(listing, examined)
+        images += of_subset.images
+        skipped += of_subset.skipped
+        notes_of_all += of_subset.notes
+        unused += of_subset.unused
+        problems += of_subset.problems
     expanded = dataclasses.replace(data, datasets=tuple(datasets))
-    return Scan(tuple(images), tuple(skipped), tuple(notes_of_all), tuple(left_out), expanded)
+    return Scan(tuple(images), tuple(skipped), tuple(notes_of_all), tuple(unused), tuple(problems), expanded)
 
 
 def _named_folder(subset: Subset) -> str:
@@ -204,12 +209,12 @@ def _combine(listing: _Listing, examined: dict[Path, _FileInfo | str]) -> Scan:
     """Images with captions and masks, the skipped ones, notes, and what is left out, of one subset."""
     subset = listing.subset_plan
     folder = listing.folder
-    captions, caption_notes = find_captions(folder, subset)
+    found = find_captions(folder, subset)
     for name in folder.images:
         part = listing.reading.part_of(name)
         words = listing.parts[part][1].class_tokens if part is not None else None
-        if words and name not in captions:
-            captions[name] = Caption(words, "class_tokens")
+        if words and name not in found.captions:
+            found.captions[name] = Caption(words, "class_tokens", "the name of its folder")
     images = []
     skipped = []
     for name, reason in folder.skipped:
@@ -221,18 +226,33 @@ def _combine(listing: _Listing, examined: dict[Path, _FileInfo | str]) -> Scan:
         if isinstance(usable, str):
             skipped.append(Skipped(name, usable, dataset=listing.dataset, subset=listing.subset))
         else:
-            images.append(_record(name, listing, captions.get(name), *usable))
+            images.append(_record(name, listing, found.captions.get(name), *usable))
     skipped.sort(key=lambda image: image.name)
-    notes = [f"{_title(listing, None)}: {note}" for note in [*listing.reading.notes, *_left_out_notes(folder)]]
+    title = _title(listing, None)
+    findings = found.findings
+    notes = [f"{title}: {note}" for note in [*listing.reading.notes, *_left_out_notes(folder)]]
     for part in (None, *range(len(listing.parts))):
         own = [image for image in images if listing.reading.part_of(image.name) == part]
         if own or not listing.parts:
             plan = subset if part is None else listing.parts[part][1]
-            notes += [f"{_title(listing, part)}: {note}" for note in _notes(own, captions, plan)]
-    notes += [f"{_title(listing, None)}: {note}" for note in caption_notes]
-    left_out = [LeftOut(item.name, item.reason) for item in folder.left_out]
-    left_out += [LeftOut(name, "not read: neither an image nor a caption of one") for name in folder.unread]
-    return Scan(tuple(images), tuple(skipped), tuple(notes), tuple(left_out))
+            notes += [f"{_title(listing, part)}: {note}" for note in _part_notes(own, found.captions, plan)]
+    notes += [f"{title}: {note}" for note in [*findings.notes, *folder.note_unread(found.read)]]
+    unused = [*findings.unused, *(f"{printable(item.name)}: {item.reason}" for item in folder.left_out)]
+    return Scan(
+        tuple(images),
+        tuple(skipped),
+        tuple(notes),
+        tuple(f"{title}: {name}" for name in unused),
+        tuple(f"{title}: {problem}" for problem in findings.problems),
+    )
+
+
+def _part_notes(images: Sequence[ImageRecord], captions: dict[str, Caption], subset: Subset) -> list[str]:
+    """What is to be said of the images that share the settings of `subset`."""
+    findings = Findings()
+    own = {image.name: captions[image.name] for image in images if image.name in captions}
+    note_captions([image.name for image in images], own, subset, findings)
+    return findings.notes + _notes(images, subset)
 
 
 def _record(
@@ -253,6 +273,8 @@ def _record(
         dataset=listing.dataset,
         subset=subset,
         caption=caption.text if caption else None,
+        caption_file=caption.file if caption else "",
+        caption_encoding=caption.encoding if caption else "",
         has_alpha=info.has_alpha,
         mask_file=listing.folder.mask(name),
         mask_sha256=mask_sha256,
@@ -306,33 +328,9 @@ def _check_usable(
     return image, mask.sha256
 
 
-def _notes(images: Sequence[ImageRecord], captions: dict[str, Caption], subset: Subset) -> list[str]:
-    """The counts of a subset's images and captions, and oddities that the user may not have meant."""
-    own: list[Caption] = []  # captions of their own, not class_tokens
-    for image in images:
-        if image.name in captions and captions[image.name].origin != "class_tokens":
-            own.append(captions[image.name])
-    lines = [f"{len(images)} images, {len(own)} captions"]
-    missing = len(images) - len(own)
-    if missing:
-        substitute = "trained without caption"
-        if subset.class_tokens:
-            substitute = f"class_tokens {subset.class_tokens!r} is used"
-        lines.append(f"{missing} captions missing: {substitute}")
-    if images and not own and not subset.class_tokens and not subset.trigger_word:
-        lines.append(
-            f"{WARNING}no captions at all and no class_tokens: the model learns these images without words, and no "
-            "word will call them up. Add .txt files, or set class_tokens or TRIGGER_WORD."
-        )
-    empty = sum(not caption.text for caption in own)
-    if empty:
-        lines.append(f"{empty} captions are empty files: trained without caption")
-    legacy = sum(caption.legacy for caption in own)
-    if legacy:
-        lines.append(f"{legacy} captions are not UTF-8: read as Windows-1252 (Latin-1)")
-    several = sum("\n" in caption.text for caption in own)
-    if several and not subset.enable_wildcard:
-        lines.append(f"{several} captions have several lines: the first is used (enable_wildcard draws one)")
+def _notes(images: Sequence[ImageRecord], subset: Subset) -> list[str]:
+    """Oddities of a subset's images that the user may not have meant."""
+    lines = []
     transparent = sum(image.has_alpha for image in images)
     if transparent:
         effect = "the alpha weighs the loss" if subset.alpha_mask else "laid over white"
