@@ -122,6 +122,7 @@ def _complete_subset(
         subset,
         source=source,
         num_repeats=settings.num_repeats or subset.num_repeats,
+        repeats_chosen=settings.num_repeats is not None or subset.repeats_chosen,
         trigger_word=trigger_word or None,
         caption_dropout_rate=dropout_rate,
     )

@@ -260,7 +260,7 @@ def _subset(inherited: Mapping[str, Any], own: Mapping[str, Any], where: str, pr
         values["class_tokens"] = own["class_prompt"]
     if values.get("is_reg") and own.get("trigger_word"):
         problems.add(f"{where}: regularisation images get no trigger word. Fix: remove trigger_word.")
-    return Subset(_source(own, where, problems), **values)
+    return Subset(_source(own, where, problems), repeats_chosen="num_repeats" in own, **values)
 
 
 def _source(own: Mapping[str, Any], where: str, problems: Problems) -> Source:

@@ -175,11 +175,13 @@ def describe_run(plan: Plan, family: Family, objective: Objective, *, sampler: E
     for d, dataset in enumerate(plan.data.datasets):
         subsets = []
         for s, subset in enumerate(dataset.subsets):
-            names.append(_unused(Path(subset.source.public).name, names))
             captions = []
             for image in scan.images:
                 if (image.dataset, image.subset) == (d, s):
                     captions.append(fill_placeholders(image.caption, subset))
+            if not captions and any(other.part_of == s for other in dataset.subsets):
+                continue  # all of its images are in folders that their names make subsets
+            names.append(_unused(Path(subset.folder or subset.source.public).name, names))
             triggers[own_trigger(subset)] = None
             tags = tag_frequency(captions, subset.caption_separator)
             subsets.append(SubsetSummary(names[-1], len(captions), subset.num_repeats, subset.is_reg, tags))

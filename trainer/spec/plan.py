@@ -104,6 +104,12 @@ class Subset:
     color_aug: bool = False
     random_crop: bool = False
     resize_interpolation: str | None = None  # None: area to shrink, lanczos to enlarge
+    # The user has set num_repeats: it wins over a number in a folder's name (trainer.data.folders.conventions).
+    repeats_chosen: bool = neutral(False)
+    # Of a subset that such a name makes during the scan: the number of the subset whose folder it is in, and where. No
+    # plan.json has one, and the essence leaves it out: the fingerprint of the images has what the names say.
+    part_of: int | None = neutral(None)
+    folder: str | None = neutral(None)
 
     @property
     def image_variants(self) -> int:
@@ -276,7 +282,12 @@ class Plan:
     def essence(self) -> dict[str, Any]:
         """`section.field` → value, for every field that decides which weights come out. JSON values only."""
         flat: dict[str, Any] = {}
-        _flatten(self, "", into=flat)
+        datasets = []
+        for dataset in self.data.datasets:
+            asked = tuple(subset for subset in dataset.subsets if subset.part_of is None)
+            datasets.append(dataclasses.replace(dataset, subsets=asked))
+        data = dataclasses.replace(self.data, datasets=tuple(datasets))
+        _flatten(dataclasses.replace(self, data=data), "", into=flat)
         return flat
 
 
