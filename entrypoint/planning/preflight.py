@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from entrypoint.fetch import archive, fetch, flash_attention, http, hub, hub_rows, model_folder
+from entrypoint.fetch import archive, fetch, flash_attention, http, hub, hub_choice, model_folder
 from entrypoint.fetch.http import RetryPolicy
 from entrypoint.planning import single_files
 from trainer.spec.errors import DataError, GatedError, KilnError, SettingsError, StorageError, UnreachableError
@@ -202,7 +202,7 @@ def _check_source(
         count = _check_url(source, space, token=token, retries=retries) // TYPICAL_IMAGE_BYTES
     else:
         path = fetch.local_archive(source)
-        if not archive.has_file(path, hub_rows.IMAGE_SUFFIXES):
+        if not archive.has_file(path, hub_choice.IMAGE_SUFFIXES):
             raise DataError(f"{fetch.named(source)}: there is no image among its first entries.")
         size = path.stat().st_size
         space.add("CACHE_PATH", "unpacked archives", size * UNPACKED_BYTES_PER_ARCHIVE_BYTE)
@@ -213,7 +213,7 @@ def _check_source(
 def _count_images(folder: Path) -> int:
     count = 0
     for _, _, names in os.walk(folder):
-        count += sum(name.lower().endswith(hub_rows.IMAGE_SUFFIXES) for name in names)
+        count += sum(name.lower().endswith(hub_choice.IMAGE_SUFFIXES) for name in names)
     return count
 
 
@@ -223,7 +223,7 @@ def _check_hub_dataset(source: Source, space: NeededSpace, *, token: str | None,
     if fetch.cached_dataset(source, repo, space.places["CACHE_PATH"]):
         return 0
     listing = hub.describe(repo)
-    chosen = set(hub_rows.choose(repo.variable, repo.name, [file.name for file in listing.files]).names)
+    chosen = set(hub_choice.choose(repo.variable, repo.name, [file.name for file in listing.files]).names)
     files = [file for file in listing.files if file.name in chosen]
     hub.check_access(repo, listing, files[0].name)
     size = sum(file.size for file in files)
