@@ -40,7 +40,7 @@ FOOTPRINT = Footprint(
 FACTS = Facts(
     name="flux",
     models={
-        "flux": BaseModel("black-forest-labs/FLUX.1-dev", 31.5, FOOTPRINT, gated=True),
+        "flux": BaseModel("black-forest-labs/FLUX.1-dev", 31.5, FOOTPRINT, gated=True, aliases=("flux.1", "flux1")),
         "flux-dev": BaseModel("black-forest-labs/FLUX.1-dev", 31.5, FOOTPRINT, gated=True),
         "flux-krea": BaseModel("black-forest-labs/FLUX.1-Krea-dev", 31.5, FOOTPRINT, gated=True),
         "flux-schnell": BaseModel(

@@ -37,7 +37,13 @@ FOOTPRINT = Footprint(
     encoder_weights=5.58e9,
     hidden_size=1536,
 )
-MEDIUM_3 = BaseModel("stabilityai/stable-diffusion-3-medium-diffusers", 14.5, FOOTPRINT, gated=True)
+MEDIUM_3 = BaseModel(
+    "stabilityai/stable-diffusion-3-medium-diffusers",
+    files_gib=14.5,
+    footprint=FOOTPRINT,
+    gated=True,
+    aliases=("stable-diffusion-3-medium", "stable-diffusion-3"),
+)
 # Not measured: scaled from FOOTPRINT by the hidden size and the number of blocks.
 LARGE = Footprint(
     block_weights=8.0e9,

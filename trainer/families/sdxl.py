@@ -38,7 +38,18 @@ FOOTPRINT = Footprint(
     capture_gib=0.6,
     unfused_factor=1.5,
 )
-BASE = BaseModel("stabilityai/stable-diffusion-xl-base-1.0", 12.9, FOOTPRINT)
+BASE = BaseModel(
+    "stabilityai/stable-diffusion-xl-base-1.0",
+    files_gib=12.9,
+    footprint=FOOTPRINT,
+    aliases=(
+        "sdxl 1.0",
+        "sd_xl_base_1.0",
+        "stable-diffusion-xl",
+        "stable-diffusion-xl-base",
+        "stable-diffusion-xl-1.0",
+    ),
+)
 
 FACTS = Facts(
     name="sdxl",

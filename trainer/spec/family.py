@@ -69,6 +69,7 @@ class BaseModel:
     gated: bool = False  # whether the Hub asks for its licence to be accepted
     resolution: int = 1024  # pixels; default of prompts and of dataset.json
     defaults: dict[str, Any] = field(default_factory=dict)  # fields of plan.Prompt that differ from the family's
+    aliases: tuple[str, ...] = ()  # further names that people write for it; `source` is one without being listed
 
     @property
     def is_miniature(self) -> bool:
