@@ -108,6 +108,8 @@ def job(environ: Mapping[str, str], *, check: bool) -> int:
     plan, done = _continued(plan, named=settings.output.output_name is not None)
     for reason in plan.reasons:
         log.info("%s", reason)
+    for warning in plan.warnings:
+        log.warning("%s", warning)
     token = settings.model.hf_token.reveal() if settings.model.hf_token else None
     write_token = settings.finish.hf_write_token.reveal() if settings.finish.hf_write_token else token
     push = upload.job(settings.finish.push_to_hub, write_token, plan, creates=not check)

@@ -1,7 +1,8 @@
 """From settings, dataset.json and hardware to a `Plan`, and its check before anything is downloaded.
 
 `plan.make_plan` is the way in. A plan is complete: the trainer decides nothing, and plan.json alone runs the job again.
-Each `auto`, and each default that depends on something else, is decided in one place; `Plan.reasons` says why:
+Each `auto`, and each default that depends on something else, is decided in one place; `Plan.reasons` says why, and
+`Plan.warnings` what can be done but is probably not meant (`Notes.warn`):
 
 | decision | where |
 | --- | --- |
@@ -10,6 +11,7 @@ Each `auto`, and each default that depends on something else, is decided in one 
 | rank, targets and q/k/v of a LoRA file to start from; whether a state can be resumed | `starting_point` |
 | which text encoders train, and how fast; which layers DoRA needs together | `text_encoders` |
 | device, precision, memory mode, batch size, compilation, attention | `engine_choice` |
+| whether a batch fits in any memory mode, and the largest that does | `memory_refusal` |
 
 Five checks stop a job before any download, each with all its problems in one message, in this order: the variables
 (`settings.read`); dataset.json and prompts.txt (`dataset_config.manifest`); what cannot be done (`make_plan`); a state
