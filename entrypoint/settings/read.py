@@ -28,7 +28,6 @@ OTHER_PROGRAMS = frozenset({"CCACHE_PATH"})  # variables of other programs that 
 HELP = "python -m entrypoint --help-env lists all variables."
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,127}")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)  # the Hub allows 96 characters
-_LAYER_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _TOKEN_TEXT = re.compile(r"[\x21-\x7e]+")
 _MAX_TOKEN_CHARACTERS = 10_000  # of HF_TOKEN_FILE: a file that is larger holds something else
 _MAX_ARGUMENT = 1e18  # number in PARAMS_OPTIMIZER_ARGS: JSON of other programs would lose digits of larger ones
@@ -298,10 +297,7 @@ def _repo(text: str, _: Row) -> str | None:
 
 
 def _names(text: str, _: Row) -> tuple[str, ...] | None:
-    names = tuple(name for name in re.split(r"[,\s]+", text) if name)
-    for name in names:
-        if not _LAYER_NAME.fullmatch(name):
-            raise EnvError(f"has {show(name)}, which is not the name of a layer")
+    names = tuple(name.strip("\"'") for name in re.split(r"[,\s]+", text.strip("[]")) if name.strip("\"'"))
     return names or None
 
 

@@ -98,6 +98,15 @@ def add_adapters(
     return params
 
 
+def unmatched_targets(blocks: Blocks, targets: Sequence[str]) -> list[str]:
+    """Those of `targets` that mean no linear layer in `blocks`."""
+    unmatched = []
+    for target in targets:
+        if not _adapter_layers(blocks, targets=(target,), fused={}):
+            unmatched.append(target)
+    return unmatched
+
+
 def _adapter_layers(blocks: Blocks, *, targets: Sequence[str], fused: Fused) -> list[str]:
     """The full names of all linear layers in `blocks` that get adapters."""
     names: list[str] = []

@@ -178,8 +178,26 @@ def test_a_dora_goes_on_as_a_dora_alone(job_plan, tmp_path):
         assert torch.equal(second[name].magnitude, adapter.magnitude)
 
 
-def test_layers_that_files_have_as_one_are_trained_together_or_not(job_plan):
-    with pytest.raises(SettingsError, match=r"single_blocks.*proj_mlp|double_blocks.*to_k"):
-        job_plan("flux", PARAMS_LORA_TYPE="dora", PARAMS_TARGET_MODULES="attn.to_q")
-    plan = job_plan("flux", PARAMS_LORA_TYPE="dora", PARAMS_TARGET_MODULES="ff.net.2,ff_context.net.2")
+def test_a_part_of_a_layer_that_files_have_as_one_trains_alone(job_plan, tmp_path):
+    only = {**QUICK, **SHAPE, "PARAMS_LORA_TYPE": "dora", "PARAMS_TARGET_MODULES": "attn.to_q,proj_out"}
+    plan = job_plan("flux", **only)
     assert any("sd-scripts" in reason for reason in plan.reasons)
+    run(plan, StopFlag())
+    kohya, peft = tmp_path / "out" / "x.safetensors", tmp_path / "out" / "x-diffusers.safetensors"
+    modules = convert.load(kohya, "flux")
+    assert modules.keys() == convert.load(peft, "flux").keys()
+    assert {name.split("attn.")[-1] for name in modules if ".attn." in name and "text" not in name} == {"to_q"}
+    # The rows without a LoRA keep their own norms, so that every reader leaves them as they are.
+    base = get_family("flux").load_denoiser(folder("flux"), device="cpu", dtype=torch.float32)
+    rows = load_file(kohya)["lora_unet_double_blocks_0_img_attn_qkv.dora_scale"].flatten()
+    norms = base.transformer_blocks[0].attn.to_k.weight.norm(dim=1)
+    torch.testing.assert_close(rows[len(norms) : 2 * len(norms)], norms)
+    pipe, before = pipeline("flux"), output("flux", base)
+    pipe.load_lora_weights(peft)
+    apply_loras(base, [(modules, 1.0)], component="transformer")
+    torch.testing.assert_close(output("flux", base), output("flux", pipe.transformer), rtol=1e-4, atol=1e-4)
+    assert (output("flux", base) - before).norm() > 0.01 * before.norm()
+    more = {**only, "PARAMS_RESUME_FROM": str(kohya), "OUTPUT_PATH": str(tmp_path / "next")}
+    del more["PARAMS_TARGET_MODULES"]
+    assert job_plan("flux", **more).lora.targets == ("attn.to_q", "proj_out")
+    run(job_plan("flux", **more), StopFlag())
