@@ -237,7 +237,9 @@ def _to_peft_file(modules: LoraModules) -> LoraFile:
         tensors[f"{name}.lora_A.weight"] = weights.down
         tensors[f"{name}.lora_B.weight"] = weights.folded().up
         if weights.magnitude is not None:
-            tensors[f"{name}.lora_magnitude_vector"] = weights.magnitude
+            # transformers renames keys up to the adapter's name, and does not add `.weight` as peft does.
+            ending = ".weight" if name.startswith("text_encoder") else ""
+            tensors[f"{name}.lora_magnitude_vector{ending}"] = weights.magnitude
     rank = _commonest([weights.rank for weights in modules.values()])
     return LoraFile(_sorted_fp32(tensors), rank, float(rank))
 

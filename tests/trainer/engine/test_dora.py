@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.miniatures import FAMILIES, folder, pipeline
+from tests.support.miniatures import FAMILIES, encoded, folder, pipeline
 from trainer.engine import adapters
 from trainer.engine.quantization.frozen_linear import freeze
 from trainer.export import export_command
@@ -55,6 +55,38 @@ def test_a_jobs_files_are_one_model_in_diffusers_and_here(name, kind, job_plan, 
     apply_loras(ours, [(convert.load(kohya, name), 1.0)], component=component)
     torch.testing.assert_close(output(name, ours), theirs, rtol=1e-4, atol=1e-4)
     assert (theirs - before).norm() > 0.01 * before.norm()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_diffusers_reads_the_magnitudes_of_text_encoders(name, job_plan, tmp_path):
+    """The encoders give in diffusers what they give here, and change with the magnitudes alone."""
+    run(job_plan(name, **QUICK, **SHAPE, PARAMS_LORA_TYPE="dora"), StopFlag())
+    kohya, peft = tmp_path / "out" / "x.safetensors", tmp_path / "out" / "x-diffusers.safetensors"
+    tensors, captions = load_file(peft), ["a red circle on a blue ground"]
+    only_magnitudes = {k: torch.zeros_like(v) if k.endswith("lora_B.weight") else v for k, v in tensors.items()}
+    longer = change(only_magnitudes, ".lora_magnitude_vector.weight", lambda v: v * 1.5)
+    save_file(longer, tmp_path / "longer.safetensors")
+    found = {}
+    for which, file in {"base": None, "trained": peft, "longer": tmp_path / "longer.safetensors"}.items():
+        pipe = pipeline(name)
+        if file:
+            pipe.load_lora_weights(file)
+        found[which] = encoded(name, pipe, captions)["pooled"]
+    ours = pipeline(name)
+    for component in get_family(name).LORA_KEYS.encoders:
+        apply_loras(getattr(ours, component), [(convert.load(kohya, name), 1.0)], component=component)
+    torch.testing.assert_close(found["trained"], encoded(name, ours, captions)["pooled"], rtol=1e-4, atol=1e-4)
+    assert (found["trained"] - found["base"]).norm() > 1e-3 * found["base"].norm()
+    assert (found["longer"] - found["base"]).norm() > 1e-2 * found["base"].norm()
+
+
+def test_the_older_names_of_magnitudes_are_still_read(trained):
+    modules = {"text_encoder.text_model.encoder.layers.0.mlp.fc1": next(iter(trained[2].values()))}
+    tensors = convert.to_file(modules, "peft", "flux").tensors
+    older = {k.replace("_vector.weight", "_vector"): v for k, v in tensors.items()}
+    assert older.keys() != tensors.keys()
+    (new,), (old,) = (convert.from_tensors(t, {}, "flux").values() for t in (tensors, older))
+    assert torch.equal(new.magnitude, old.magnitude)
 
 
 def test_the_scale_of_rslora_is_by_the_root_of_the_rank(job_plan, tmp_path):
