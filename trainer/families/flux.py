@@ -143,7 +143,12 @@ encode_images = common.encode_images
 def load_denoiser(folder: Path, *, device: str, dtype: torch.dtype) -> FluxTransformer2DModel:
     from diffusers import FluxTransformer2DModel
 
-    return common.load_denoiser(FluxTransformer2DModel, folder / "transformer", device=device, dtype=dtype)
+    from trainer.families.fused_blocks.flux import PartlyJoinedProcessor
+
+    denoiser = common.load_denoiser(FluxTransformer2DModel, folder / "transformer", device=device, dtype=dtype)
+    for block in denoiser.transformer_blocks:
+        block.attn.set_processor(PartlyJoinedProcessor())
+    return denoiser
 
 
 def from_original(
