@@ -97,7 +97,7 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
     notes.raise_if_any("This cannot be done")
     if not plan.output.name:
         plan = _with_default_name(plan, now=now)
-    return dataclasses.replace(plan, reasons=tuple(notes.reasons))
+    return dataclasses.replace(plan, reasons=tuple(notes.reasons), warnings=tuple(notes.warnings))
 
 
 # ---- model
@@ -205,7 +205,10 @@ def _optimizer_plan(settings: TrainingSettings, family_name: str, base_model: st
     _check_schedule(settings, spec, notes)
     cycles = settings.num_cycles or max(1, settings.max_epochs // EPOCHS_PER_CYCLE)
     if settings.num_cycles and scheduler != CYCLIC_SCHEDULE:
-        notes.chose("PARAMS_NUM_CYCLES", "not used", f"{scheduler} has no cycles")
+        notes.warn(
+            f"PARAMS_NUM_CYCLES={settings.num_cycles} has no effect: PARAMS_LEARNING_SCHEDULER={scheduler} has no "
+            f"cycles, {CYCLIC_SCHEDULE} has."
+        )
     return OptimPlan(
         name=name,
         learning_rate=learning_rate,
@@ -250,7 +253,9 @@ def _optimizer_arguments(settings: TrainingSettings, spec: OptimizerSpec, notes:
     if settings.d_coef is not None and spec.prodigy:
         arguments["d_coef"] = settings.d_coef
     elif settings.d_coef is not None:
-        notes.chose("PARAMS_D_COEF", "not used", f"{optimizer} has none")
+        notes.warn(
+            f"PARAMS_D_COEF={settings.d_coef:g} has no effect: PARAMS_OPTIMIZER_TYPE={optimizer} has none, prodigy has."
+        )
     for name, value in settings.optimizer_args.items():
         where = f"PARAMS_OPTIMIZER_ARGS: {name}={value}"
         if name in ARGUMENT_VARIABLES and name not in spec.arguments:

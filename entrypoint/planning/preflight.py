@@ -59,11 +59,12 @@ class NeededSpace:
             self.parts[variable][what] = self.parts[variable].get(what, 0) + size
 
 
-def preflight(plan: Plan, *, token: str | None, hub_cache: Path, retries: RetryPolicy = http.USUAL) -> None:
+def preflight(plan: Plan, *, token: str | None, hub_cache: Path, retries: RetryPolicy = http.USUAL) -> bool:
     """Check all that can be checked before the first large download; asks the network only for what no cache has.
 
-    `hub_cache` is where downloads from the Hub are kept (HF_HOME/hub). Raises one error with all problems in its
-    message: SettingsError, GatedError, DataError, StorageError or UnreachableError, the first of these that applies.
+    `hub_cache` is where downloads from the Hub are kept (HF_HOME/hub). Returns whether anything will be downloaded to
+    it. Raises one error with all problems in its message: SettingsError, GatedError, DataError, StorageError or
+    UnreachableError, the first of these that applies.
     """
     places = {"OUTPUT_PATH": Path(plan.output.path), "CACHE_PATH": Path(plan.output.cache), "HF_HOME": hub_cache}
     space = NeededSpace(places)
@@ -93,6 +94,7 @@ def preflight(plan: Plan, *, token: str | None, hub_cache: Path, retries: RetryP
     if not any(isinstance(p, StorageError) for p in problems):
         problems += _full_volumes(space)
     _raise_all(problems)
+    return bool(space.parts["HF_HOME"])
 
 
 def _raise_all(problems: list[KilnError]) -> None:

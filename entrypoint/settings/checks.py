@@ -21,13 +21,20 @@ MAX_COMPARED_CHARACTERS = 200  # difflib's time grows with the square of the len
 
 @dataclass
 class Notes(Problems):
-    """What cannot be done (`lines`), and why each `auto` became what it is (`reasons`, which the log shows)."""
+    """What cannot be done (`lines`), why each `auto` became what it is (`reasons`), and what can be done but is
+    probably not meant (`warnings`). The log shows all of them.
+    """
 
     reasons: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def chose(self, variable: str, value: Any, reason: str) -> None:
         shown = str(value).lower() if isinstance(value, bool) else value
         self.reasons.append(f"{variable}: {shown} ({reason})")
+
+    def warn(self, text: str) -> None:
+        """Add a warning: a sentence that names the variable, file or row, its value, and what is usual."""
+        self.warnings.append(text)
 
 
 # ---- names

@@ -74,7 +74,8 @@ def _run_first(plan: Plan, stop: StopFlag, workers: Workers) -> None:
     out = Path(plan.output.path)
     alive = os.environ.get(ALIVE_VARIABLE)
     watchdog = Watchdog(plan.engine.step_timeout_s, alive=Path(alive) if alive is not None else None)
-    with locked(out), _log_file(out / "run.log"), _report_ending(Status(out)) as status:
+    with locked(out), _log_file(out / "run.log") as log_file, _report_ending(Status(out)) as status:
+        _record_decisions(plan, log_file)
         crashes = CrashLog(out, plan, step=lambda: status.step)
         crashes.check()
 
@@ -206,14 +207,21 @@ class _QuietFileHandler(logging.FileHandler):
             super().handleError(record)
 
 
+def _record_decisions(plan: Plan, log_file: logging.Handler) -> None:
+    """Write what was decided, and the plan's warnings, to run.log alone: the entrypoint has printed them."""
+    for level, sentences in ((logging.INFO, plan.reasons), (logging.WARNING, plan.warnings)):
+        for sentence in sentences:
+            log_file.handle(log.makeRecord(log.name, level, __file__, 0, sentence, (), None))
+
+
 @contextlib.contextmanager
-def _log_file(path: Path, prefix: str = "") -> Iterator[None]:
-    """Inside, the log goes to `path` as well."""
+def _log_file(path: Path, prefix: str = "") -> Iterator[logging.Handler]:
+    """Inside, the log goes to `path` as well. Yields the handler that writes there."""
     handler = _QuietFileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {prefix}%(message)s"))
     logging.getLogger().addHandler(handler)
     try:
-        yield
+        yield handler
     finally:
         logging.getLogger().removeHandler(handler)
         with contextlib.suppress(OSError):

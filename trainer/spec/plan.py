@@ -248,7 +248,8 @@ class Plan:
     engine: EnginePlan
     output: OutputPlan = field(metadata={"neutral": True})
     prompts: tuple[Prompt, ...] = field(default=(), metadata={"neutral": True})
-    reasons: tuple[str, ...] = field(default=(), metadata={"neutral": True})  # why each `auto` became what it is
+    reasons: tuple[str, ...] = neutral(())  # why each `auto` became what it is
+    warnings: tuple[str, ...] = neutral(())  # what the job does, but probably nobody wants
     version: int = VERSION
 
     def to_json(self) -> str:

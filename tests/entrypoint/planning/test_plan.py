@@ -339,9 +339,8 @@ def test_an_argument_is_not_given_twice():
 def test_variables_of_other_optimizers_and_schedules_change_nothing_and_say_so():
     made = plan(PARAMS_OPTIMIZER_TYPE="adamw", PARAMS_D_COEF="1", PARAMS_NUM_CYCLES="2")
     assert made.optim.args == OPTIMIZERS["adamw"].defaults and made.optim.num_cycles == 1
-    assert {"PARAMS_D_COEF: not used (adamw has none)", "PARAMS_NUM_CYCLES: not used (constant has no cycles)"} <= set(
-        made.reasons
-    )
+    for variable in ("PARAMS_D_COEF=1", "PARAMS_NUM_CYCLES=2"):
+        assert any(warning.startswith(f"{variable} has no effect: ") for warning in made.warnings)
 
 
 @pytest.mark.parametrize(("epochs", "asked", "cycles"), [("2", "", 1), ("9", "", 3), ("9", "5", 5)])
@@ -477,7 +476,8 @@ def test_a_home_machine_trains_flux_in_8_gib():
     assert re.search(
         r"Peaks predicted, in GiB of 8: texts \d\.\d, latents \d\.\d, training \d\.\d, samples \d\.\d\.", told
     )
-    assert told.count(" GiB\n") > 8 and "layer by layer" in told
+    (too_large,) = re.findall(r"Faster, but too large: (.*)\.\n", told)
+    assert too_large.count(" GiB") >= 6 and "layer by layer" in told
 
 
 def test_a_dora_adapter_needs_its_weights_there():
