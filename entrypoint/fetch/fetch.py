@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from entrypoint.fetch import archive, http, hub, hub_choice, hub_rows, model_folder
+from entrypoint.fetch import archive, http, hub, hub_choice, hub_rows, local_weights, model_folder
 from entrypoint.fetch.http import RetryPolicy
 from entrypoint.system.folders import build_folder, completed, locked, naming, read_json, storage_error, write_text
 from trainer.spec.errors import DataError, GatedError, SettingsError, UnreachableError
@@ -44,6 +44,8 @@ def fetch_model(
     HF_HOME points to. Raises SettingsError (no such model, or not a usable one), GatedError, UnreachableError,
     StorageError.
     """
+    if published := local_weights.published(model):
+        return replace(model, path=str(local_weights.assemble(model, published, hub_cache=hub_cache, retries=retries)))
     variable = model_folder.variable(model)
     if folder := local_model(model):
         model_folder.check_folder(variable, folder, patterns)
