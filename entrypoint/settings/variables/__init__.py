@@ -49,7 +49,7 @@ class Settings:
 
 def _sections() -> dict[str, type[typing.Any]]:
     hints = typing.get_type_hints(Settings)
-    return {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    return {name: kind for name, kind in hints.items() if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
 
 
 SECTIONS = _sections()  # a field of Settings → its dataclass
