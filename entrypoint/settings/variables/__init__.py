@@ -1,8 +1,8 @@
-"""Every environment variable: a module and a frozen dataclass for each group of the README's table.
+"""Every environment variable: a module and a frozen dataclass for each group of the table in docs/variables.md.
 
 In the order of the table: `model`, `data`, `training`, `adapter`, `engine`, `output`, `finish`.
 
-Reading (`settings.read`), `--help-env` and the README's table all come from the rows here. A field has the name of its
+Reading (`settings.read`), `--help-env` and the table in docs/variables.md all come from the rows here. A field has the name of its
 variable, in small letters and without PARAMS_. A row's default is text, as a user would write it; an empty default
 means "not set" (None), and `if_unset` says what the plan then chooses.
 
@@ -33,7 +33,7 @@ from entrypoint.settings.variables.training import TrainingSettings
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The values of all variables, in the sections of the README's table."""
+    """The values of all variables, in the sections of the table in docs/variables.md."""
 
     model: ModelSettings
     data: DataSettings
