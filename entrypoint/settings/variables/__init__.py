@@ -2,9 +2,9 @@
 
 In the order of the table: `model`, `data`, `training`, `adapter`, `engine`, `output`, `finish`.
 
-Reading (`settings.read`), `--help-env` and the table in docs/variables.md all come from the rows here. A field has the name of its
-variable, in small letters and without PARAMS_. A row's default is text, as a user would write it; an empty default
-means "not set" (None), and `if_unset` says what the plan then chooses.
+Reading (`settings.read`), `--help-env` and the table in docs/variables.md all come from the rows here. A field has
+the name of its variable, in small letters and without PARAMS_. A row's default is text, as a user would write it; an
+empty default means "not set" (None), and `if_unset` says what the plan then chooses.
 
 How to add a variable:
 1. Add a field with its row to the section that it belongs to. The order of the fields is the order in the table.
