@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,9 +17,11 @@ from trainer.data.caption_files.text_encoding import Decoded, decode_all
 from trainer.data.captions import Caption, clean, removed_characters
 from trainer.data.folder_listing import Folder, resolve
 from trainer.spec.plan import Subset
+from trainer.storage.read import read_regular
 
 METADATA = re.compile(r"metadata\.(jsonl|json|csv|tsv)", re.IGNORECASE)  # found without being named, in any folder
 TABLE = re.compile(r".*\.(jsonl|json|csv|tsv|parquet|xlsx?|ods)", re.IGNORECASE)  # of captions, perhaps
+MAX_METADATA_BYTES = 1 << 30  # some millions of captions
 MAX_SIDECAR_BYTES = 1 << 20  # 1 MiB is some 200,000 words: no caption
 MOST_REMOVED_SHARE = 0.1  # of a text's characters: with more that no caption has, it is no text
 # How a file begins that has the name of a caption and is something else.
@@ -112,7 +115,7 @@ def _read_files(
             data[name] = content
     for table in metadata:
         try:
-            data[table.title] = table.file.read_bytes()
+            data[table.title] = read_regular(table.file, limit=MAX_METADATA_BYTES)
         except OSError as problem:
             findings.problems.append(f"metadata_file {table.file} cannot be read: {problem.strerror}.")
     decoded = decode_all(data)
@@ -143,15 +146,13 @@ def _read_files(
 
 def _read_sidecar(path: Path, findings: Findings) -> bytes | None:
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_SIDECAR_BYTES + 1)
+        return read_regular(path, limit=MAX_SIDECAR_BYTES)
     except OSError as problem:
-        findings.problems.append(f"The caption {path} cannot be read: {problem.strerror}.")
+        if problem.errno == errno.EFBIG:
+            findings.problems.append(f"{path} is more than 1 MiB: not a caption. Remove it, or set caption_extension.")
+        else:
+            findings.problems.append(f"The caption {path} cannot be read: {problem.strerror}.")
         return None
-    if len(data) > MAX_SIDECAR_BYTES:
-        findings.problems.append(f"{path} is more than 1 MiB: not a caption. Remove it, or set caption_extension.")
-        return None
-    return data
 
 
 def _why_no_caption(text: str) -> str | None:

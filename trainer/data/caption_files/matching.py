@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from trainer.data.caption_files.sidecars import folded
-from trainer.data.folder_listing import READABLE, UNREADABLE
+from trainer.data.folders.formats import READABLE, UNREADABLE
 
 ELSEWHERE = re.compile(r"[A-Za-z]:/|[A-Za-z][A-Za-z0-9+.-]*://")  # a Windows drive, or a URL
 
