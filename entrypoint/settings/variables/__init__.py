@@ -48,8 +48,11 @@ class Settings:
 
 
 def _sections() -> dict[str, type[typing.Any]]:
-    hints = typing.get_type_hints(Settings)
-    return {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    sections: dict[str, type[typing.Any]] = {}
+    for name, kind in typing.get_type_hints(Settings).items():
+        if dataclasses.is_dataclass(kind):
+            sections[name] = typing.cast(type[typing.Any], kind)
+    return sections
 
 
 SECTIONS = _sections()  # a field of Settings → its dataclass
