@@ -19,6 +19,7 @@ from entrypoint.dataset_config.manifest import Manifest
 from entrypoint.dataset_config.sources import HUB_ID
 from entrypoint.planning import single_files, starting_point, text_encoders
 from entrypoint.planning.engine_choice import engine_plan
+from entrypoint.planning.targets import check_targets
 from entrypoint.settings import Settings
 from entrypoint.settings.checks import Notes, absolute, is_file, is_folder, suggestion
 from entrypoint.settings.variables.adapter import AdapterSettings
@@ -74,7 +75,8 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
         problems=notes,
     )
     optim = _optimizer_plan(settings.training, family_name, settings.model.base_model, notes)
-    lora = _adapter_plan(settings.adapter, facts, trained_encoders=optim.text_encoders, notes=notes)
+    adapter = check_targets(settings.adapter, model=model_plan, facts=facts, notes=notes)
+    lora = _adapter_plan(adapter, facts, trained_encoders=optim.text_encoders, notes=notes)
     engine, datasets = engine_plan(
         settings,
         hardware,
@@ -183,7 +185,10 @@ def _adapter_plan(
     file = path if path and is_file(path) else None
     shape = starting_point.adapter_shape(settings, file, facts, trained_encoders=trained_encoders, notes=notes)
     if settings.lora_type == "dora":
-        text_encoders.check_dora(facts.name, shape.targets, notes)
+        text = (
+            "ComfyUI and Forge read <name>.safetensors, diffusers reads <name>-diffusers.safetensors; sd-scripts and "
+        )
+        notes.chose("PARAMS_LORA_TYPE", "dora", f"{text}older tools read neither")
     return LoraPlan(
         kind=settings.lora_type,
         rank=shape.rank,

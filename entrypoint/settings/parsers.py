@@ -23,7 +23,6 @@ TRUE = ("true", "1", "yes", "on", "y", "t", "enabled")
 FALSE = ("false", "0", "no", "off", "n", "f", "disabled")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,127}")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)  # the Hub allows 96 characters
-_LAYER_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _TOKEN_TEXT = re.compile(r"[\x21-\x7e]+")
 _KEY = re.compile(r"(?:(?<=[\s,;\"'])|^)(?:--)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*")  # of PARAMS_OPTIMIZER_ARGS
 _BETWEEN = " \t\r\n,;\"'"  # what may stand around a key and its value
@@ -131,10 +130,7 @@ def _repo(text: str, _: Row) -> str | None:
 
 
 def _names(text: str, _: Row) -> tuple[str, ...] | None:
-    names = tuple(name for name in re.split(r"[,\s]+", text) if name)
-    for name in names:
-        if not _LAYER_NAME.fullmatch(name):
-            raise EnvError(f"has {show(name)}, which is not the name of a layer")
+    names = tuple(name.strip("\"'") for name in re.split(r"[,\s]+", text.strip("[]")) if name.strip("\"'"))
     return names or None
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.families import common
+from trainer.families.published import sd3 as published
 from trainer.spec.family import OPTIONAL, BaseModel, ClipOutput, Facts, Footprint, LoraKeys, OriginalLayer, weights
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ MEDIUM_3 = BaseModel(
     footprint=FOOTPRINT,
     gated=True,
     aliases=("stable-diffusion-3-medium", "stable-diffusion-3"),
+    published=published.MEDIUM,
 )
 # Not measured: scaled from FOOTPRINT by the hidden size and the number of blocks.
 LARGE = Footprint(
@@ -73,8 +75,12 @@ FACTS = Facts(
     models={
         "sd3": MEDIUM_3,
         "sd3-medium": MEDIUM_3,
-        "sd3.5-medium": BaseModel("stabilityai/stable-diffusion-3.5-medium", 15.2, MEDIUM_35, gated=True),
-        "sd3.5-large": BaseModel("stabilityai/stable-diffusion-3.5-large", 25.7, LARGE, gated=True),
+        "sd3.5-medium": BaseModel(
+            "stabilityai/stable-diffusion-3.5-medium", 15.2, MEDIUM_35, gated=True, published=published.MEDIUM_35
+        ),
+        "sd3.5-large": BaseModel(
+            "stabilityai/stable-diffusion-3.5-large", 25.7, LARGE, gated=True, published=published.LARGE_35
+        ),
         "mini-sd3": BaseModel(MINIATURE, files_gib=0.0, resolution=128, defaults={"cfg": 3.0}),
     },
     files=(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.families import common
+from trainer.families.published import sdxl as published
 from trainer.spec.family import BaseModel, ClipOutput, Facts, Footprint, LoraKeys, OriginalLayer, weights
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ BASE = BaseModel(
     "stabilityai/stable-diffusion-xl-base-1.0",
     files_gib=12.9,
     footprint=FOOTPRINT,
+    published=published.BASE,
     aliases=(
         "sdxl 1.0",
         "sd_xl_base_1.0",
