@@ -20,6 +20,7 @@ from trainer.data.records import WARNING, Scan
 from trainer.data.report import write_report
 from trainer.data.scan import scan
 from trainer.job.status import Status
+from trainer.spec import sanity
 from trainer.spec.errors import SettingsError
 from trainer.spec.family import get_family
 from trainer.spec.plan import DataPlan, Plan, Prompt
@@ -76,6 +77,8 @@ def prepare_data(
     cache = open_cache(Path(plan.output.cache), Path(plan.model.path), precision=plan.engine.dtype)
     data = PreparedData(plan, scanned, sampler, cache, state)
     log.info("%d optimiser steps, %d an epoch.", data.total, data.steps_per_epoch)
+    for warning in sanity.warnings(plan, sanity.Length(data.total, data.steps_per_epoch, len(scanned.images))):
+        log.warning("%s", warning)
     if sampler.batches_per_epoch < plan.engine.num_gpus:
         log.warning(
             "An epoch has only %d batches: with NUM_GPUS=%d, some GPUs are idle.",

@@ -257,6 +257,7 @@ class Plan:
     prompts: tuple[Prompt, ...] = field(default=(), metadata={"neutral": True})
     reasons: tuple[str, ...] = neutral(())  # why each `auto` became what it is
     warnings: tuple[str, ...] = neutral(())  # what the job does, but probably nobody wants
+    given: tuple[str, ...] = neutral(())  # the variables that the user has set
     version: int = VERSION
 
     def to_json(self) -> str:
