@@ -268,15 +268,28 @@ def _source(own: Mapping[str, Any], where: str, problems: Problems) -> Source:
             others = [name for name in ("dataset", *hub_values) if name in own]
             if others:
                 raise ValueError(f"image_dir does not go together with {others[-1]}")
-            return Source(*classify(own["image_dir"], hub=False))
+            return _named_source(own["image_dir"], is_path=True)
         if "dataset" in own:
-            if not HUB_ID.fullmatch(own["dataset"]):
-                raise ValueError(f"dataset {show(own['dataset'])} is not a Hub dataset like org/name")
-            return Source("hub", own["dataset"], **{"split": "", **hub_values})
+            found = Source("hub", own["dataset"])
+            if not HUB_ID.fullmatch(own["dataset"]):  # an existing folder of the same name does not count
+                found = _named_source(own["dataset"], is_path=False)
+            if found.kind != "hub":
+                raise ValueError(f"dataset {show(own['dataset'])} is not a Hub dataset like owner/name. Fix: image_dir")
+            if found.revision and hub_values.get("revision", found.revision) != found.revision:
+                raise ValueError(f"dataset names the revision {found.revision}, and revision another one")
+            return Source("hub", found.location, **{"split": "", "revision": found.revision, **hub_values})
         return Source("", "", **{"split": "", **hub_values})
     except ValueError as problem:
         problems.add(f"{where}: {problem}.")
         return FROM_DATASET_NAME
+
+
+def _named_source(name: str, *, is_path: bool) -> Source:
+    """The source that `image_dir` (a path) or `dataset` names. Raises ValueError."""
+    place = classify(name, hub=not is_path)
+    if place.kind == "hub" and is_path:
+        raise ValueError(f"image_dir {show(name)} is a dataset of the Hub. Fix: dataset {show(place.location)}")
+    return Source(place.kind, place.location, place.revision)
 
 
 def _generated_source(own: Mapping[str, Any], hub_values: Mapping[str, Any]) -> Source:

@@ -23,7 +23,7 @@ from entrypoint.dataset_config.manifest import (
     Manifest,
     read_manifest,
 )
-from entrypoint.dataset_config.sources import classify
+from entrypoint.dataset_config.sources import Place, classify
 from trainer.spec.errors import SettingsError, UnreachableError
 from trainer.spec.plan import Dataset, Subset
 
@@ -227,32 +227,31 @@ def test_a_folder_has_none_of_them(other):
 
 @pytest.mark.parametrize("archive", ["a.zip", "/a/b.TAR", "./b.tar.gz", "b.tgz", "b.tar.bz2", "~/b.tar.xz"])
 def test_archives_are_known_by_their_endings(archive):
-    kind, location = classify(archive)
-    assert kind == "archive" and Path(location).is_absolute()
+    place = classify(archive)
+    assert place.kind == "archive" and Path(place.location).is_absolute()
 
 
 @pytest.mark.parametrize("url", ["https://x.org/a.zip", "http://x.org/a.tar?key=1", "https://x.org/download?id=3"])
 def test_a_url_is_an_archive(url):
-    assert classify(url) == ("archive", url)
+    assert classify(url) == Place("archive", url)
 
 
 def test_an_existing_folder_comes_before_a_hub_dataset_of_that_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert classify("org/name") == ("hub", "org/name")
+    assert classify("org/name") == Place("hub", "org/name")
     (tmp_path / "org" / "name").mkdir(parents=True)
-    assert classify("org/name") == ("folder", str(tmp_path / "org" / "name"))
+    assert classify("org/name") == Place("folder", str(tmp_path / "org" / "name"))
 
 
 @pytest.mark.parametrize("name", ["/a/b", "./pictures", "../pictures", "~/pictures"])
 def test_what_looks_like_a_path_is_a_folder(name):
-    assert classify(name)[0] == "folder"
+    assert classify(name).kind == "folder"
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
         "a/b/c",
-        "org/",
         "a b",
         "",
         "café/x",
@@ -264,7 +263,7 @@ def test_what_looks_like_a_path_is_a_folder(name):
         "https://",
         "https://x.org/a.rar",
         "https://user:password@x.org/a.zip",
-        "https://huggingface.co/datasets/org/name",
+        "https://huggingface.co/org/model",
         __file__,
     ],
 )
