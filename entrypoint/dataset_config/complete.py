@@ -31,6 +31,7 @@ def complete_datasets(
     `model_resolution` is the side that the base model was trained at, `multiple` what sides must be a multiple of, both
     in pixels. Problems and choices go to `notes`.
     """
+    notes.reasons.extend(manifest.notes)
     default_source = _source_of_dataset_name(manifest, settings, notes)
     completed = []
     for index, dataset in enumerate(manifest.datasets):
