@@ -244,7 +244,7 @@ def _check_hub_dataset(source: Source, space: NeededSpace, *, token: str | None,
     repo = fetch.dataset_repo(source, token=token, hub_cache=space.places["HF_HOME"], retries=retries)
     if fetch.cached_dataset(source, repo, space.places["CACHE_PATH"]):
         return 0
-    listing = hub.describe(repo)
+    listing = fetch.describe_dataset(source, repo)
     chosen = set(hub_choice.choose(repo.variable, repo.name, [file.name for file in listing.files]).names)
     files = [file for file in listing.files if file.name in chosen]
     hub.check_access(repo, listing, files[0].name)
