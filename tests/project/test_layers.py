@@ -48,7 +48,7 @@ ENGINE_LAYERS = (  # within the engine, likewise
 )
 WITHOUT_TORCH = (
     *("trainer.spec", "trainer.storage", "trainer.lora_files.key_names", "trainer.lora_files.inspect"),
-    *("trainer.data.epochs", "trainer.data.records", "trainer.data.scan"),
+    *("trainer.data.epochs", "trainer.data.records", "trainer.data.scan", "trainer.data.folder"),
 )
 NEEDS_TORCH = "trainer.storage.safetensors_writer"
 MOST_MODULES = 14
