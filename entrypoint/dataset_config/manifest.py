@@ -78,7 +78,7 @@ SHARED_KEYS = {
 # Of a subset alone: where its images come from (LOCATION_KEYS, HUB_KEYS, COLUMN_KEYS, CLASS_KEYS), and what they are
 # (OWN_KEYS).
 LOCATION_KEYS = {"image_dir": _TEXT, "dataset": _TEXT}
-HUB_KEYS = {"revision": _TEXT, "split": _TEXT}
+HUB_KEYS = {"revision": _TEXT, "split": _TEXT, "subset": _TEXT}
 COLUMN_KEYS = {"image_column": _TEXT, "caption_column": _TEXT}  # of a Hub dataset, or of a metadata file
 CLASS_KEYS = {"class_prompt": _TEXT, "num_class_images": Key("integer", 1, 100_000)}  # the model generates the images
 OWN_KEYS = {"is_reg": _FLAG, "alpha_mask": _FLAG, "metadata_file": _TEXT, "conditioning_data_dir": _TEXT}

@@ -7,6 +7,7 @@ its name (`Saver.export`).
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -25,9 +26,9 @@ from trainer.data.epochs import EpochSampler
 from trainer.data.identity import fingerprint
 from trainer.data.records import Scan
 from trainer.job.verify import verify
-from trainer.lora_files import convert, metadata, peft_bridge
+from trainer.lora_files import convert, key_names, metadata, peft_bridge
 from trainer.lora_files.metadata import DatasetSummary, SubsetSummary, TrainingRun
-from trainer.lora_files.weights import LoraModules
+from trainer.lora_files.weights import LoraModules, LoraWeights
 from trainer.lora_files.write import write_lora
 from trainer.spec.family import Family, base_models
 from trainer.spec.plan import Plan
@@ -145,6 +146,9 @@ class Saver:
         modules = peft_bridge.from_peft_state(
             self.training_state.adapters, prefix=facts.lora_prefix, fused=facts.fused_targets, scale=scale
         )
+        for name, norms in self.training_state.untrained_norms.items():
+            module = f"{facts.lora_prefix}.{name}"
+            modules[module] = LoraWeights(norms.new_zeros(0, 1), norms.new_zeros(len(norms), 0), scale, norms)
         for component, state in self.training_state.text_adapters.items():
             modules |= text_encoders.modules(state, component, family_name=facts.name, scale=scale)
         return modules
@@ -162,6 +166,9 @@ class Saver:
         for key_format in reversed(formats):
             lora_file = convert.to_file(modules, key_format, self.family.FACTS.name)
             header = metadata.lora_metadata(run, step=step, epoch=epoch, rank=lora_file.rank, alpha=lora_file.alpha)
+            untrained = [name for name, weights in modules.items() if not weights.rank]
+            if untrained:
+                header[key_names.UNTRAINED] = json.dumps(untrained)
             if dora:
                 header["kiln_dora_read_by"] = convert.DORA_READERS[key_format]
             yield self.out / f"{stem}{convert.KEY_FORMATS[key_format]}.safetensors", lora_file, header

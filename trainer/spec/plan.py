@@ -64,6 +64,7 @@ class Source:
     location: str = field(metadata={"essence_from": "public"})
     revision: str | None = None
     split: str = "train"
+    subset: str | None = None  # configuration of a Hub dataset; None: its default
     image_column: str | None = None  # None: found by its type
     caption_column: str | None = None  # None: found by its name
     count: int = 0  # images to generate
