@@ -220,7 +220,7 @@ def _why_plain(number: str, words: str | None, *, certain: bool) -> str | None:
         return None
     if words is None:
         return ONLY_A_NUMBER
-    if number.startswith("0") and count > 0:
+    if number.startswith("0") and number != "0":
         return f"{number} seems to be a place in an order"
     if count in SIZES or count > (MOST_REPEATS_IN_IMG if certain else MOST_REPEATS):
         return f"{number} may be a year, a size or a count"
