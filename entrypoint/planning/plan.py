@@ -74,6 +74,7 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
         problems=notes,
     )
     optim = _optimizer_plan(settings.training, family_name, settings.model.base_model, notes)
+    single_files.note_prediction(model_plan.parts.get("denoiser"), settings.training, facts, notes)
     adapter = check_targets(settings.adapter, model=model_plan, facts=facts, notes=notes)
     lora = _adapter_plan(adapter, facts, trained_encoders=optim.text_encoders, notes=notes)
     engine, datasets = engine_plan(
