@@ -21,7 +21,7 @@ import torch
 from trainer.checkpoints import resume, state_files
 from trainer.checkpoints.retention import CheckpointRetention
 from trainer.checkpoints.snapshots import BackgroundWriter, Snapshots
-from trainer.data.captions import tag_frequency
+from trainer.data.captions import fill_placeholders, own_trigger, tag_frequency
 from trainer.data.epochs import EpochSampler
 from trainer.data.identity import fingerprint
 from trainer.data.records import Scan
@@ -178,11 +178,18 @@ def describe_run(plan: Plan, family: Family, objective: Objective, *, sampler: E
     """The facts of this run for the header of its LoRA files."""
     datasets: list[DatasetSummary] = []
     names: list[str] = []
+    triggers: dict[str, None] = {}  # those of all subsets, in order
     for d, dataset in enumerate(plan.data.datasets):
         subsets = []
         for s, subset in enumerate(dataset.subsets):
-            names.append(_unused(Path(subset.source.public).name, names))
-            captions = [image.caption for image in scan.images if (image.dataset, image.subset) == (d, s)]
+            captions = []
+            for image in scan.images:
+                if (image.dataset, image.subset) == (d, s):
+                    captions.append(fill_placeholders(image.caption, subset))
+            if not captions and any(other.part_of == s for other in dataset.subsets):
+                continue  # all of its images are in folders that their names make subsets
+            names.append(_unused(Path(subset.folder or subset.source.public).name, names))
+            triggers[own_trigger(subset)] = None
             tags = tag_frequency(captions, subset.caption_separator)
             subsets.append(SubsetSummary(names[-1], len(captions), subset.num_repeats, subset.is_reg, tags))
         buckets = {size: count for (owner, size), count in sampler.buckets.items() if owner == d}
@@ -203,7 +210,7 @@ def describe_run(plan: Plan, family: Family, objective: Objective, *, sampler: E
         seed=plan.train.seed,
         noise_offset=plan.train.noise_offset,
         resolution=first.resolution,
-        trigger=first.subsets[0].trigger_word,
+        trigger=", ".join(word for word in triggers if word),
         objective=objective.prediction.removesuffix("_prediction"),
         datasets=tuple(datasets),
     )
