@@ -10,6 +10,7 @@ from pathlib import Path
 from trainer.spec.errors import SettingsError
 from trainer.spec.family import OPTIONAL, base_models
 from trainer.spec.plan import ModelPlan
+from trainer.spec.prediction_marks import PredictionMarks, prediction_marks
 from trainer.storage.safetensors_header import Header, parse_header
 
 # Formats that run code when they are loaded, and weights of other frameworks: never downloaded, never read.
@@ -125,6 +126,14 @@ def tensors(path: Path) -> set[str]:
     """The names of the tensors in a safetensors file; none, if it is damaged."""
     header = _header(path)
     return set() if header is None else set(header.entries)
+
+
+def prediction(path: Path) -> PredictionMarks:
+    """What a file of weights says that its model predicts; nothing, if it is damaged."""
+    header = _header(path)
+    if header is None:
+        return PredictionMarks()
+    return prediction_marks(header.entries.keys(), header.metadata)
 
 
 def has_fp8(path: Path) -> bool:
