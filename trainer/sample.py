@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from trainer.base_model import weight_check
 from trainer.base_model.single_file import convert_single_files
 from trainer.engine.device import release
 from trainer.job import prepare, sampling
@@ -60,6 +61,7 @@ def _sample(options: argparse.Namespace) -> None:
     # The text encoders come and go before the denoiser is loaded, so that both need not fit at once.
     texts = _encode_prompts(family, folder, prompts, loras, device=device, dtype=dtype)
     denoiser = family.load_denoiser(folder, device=device, dtype=dtype)
+    weight_check.check_weights(denoiser.named_parameters(), folder / family.FACTS.parts["denoiser"])
     apply_loras(denoiser, loras, component=family.FACTS.lora_prefix)
     vae = family.load_vae(folder, device=device)
 

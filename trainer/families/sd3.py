@@ -121,6 +121,7 @@ FACTS = Facts(
         "t5": "text_encoder_3",
     },
     landmarks=("joint_blocks.0.x_block.attn.qkv.weight", "transformer_blocks.0.attn.add_q_proj.weight"),
+    lookalikes=published.LOOKALIKES,
     prompt_steps=28,
     prompt_guidance=1.0,
     prompt_cfg=5.0,

@@ -80,6 +80,7 @@ FACTS = Facts(
     fused_targets={},  # every tool keeps q, k and v apart in this family's files
     parts={"denoiser": "unet", "vae": "vae", "clip_l": "text_encoder", "clip_g": "text_encoder_2"},
     landmarks=("input_blocks.0.0.weight", "down_blocks.0.resnets.0.conv1.weight"),
+    lookalikes=published.LOOKALIKES,
     prompt_steps=30,
     prompt_guidance=1.0,
     prompt_cfg=7.0,

@@ -38,7 +38,8 @@ class NoAcceleratorError(UnreachableError):
     advice = (
         "On a rented machine, start the same job again: it may have come back without its GPU. On a computer without "
         "one, `python -m entrypoint --check --gpu 'RTX 4090'` checks this job for a card that is not here, "
-        "`python -m entrypoint.runpod deploy` rents one, and the base models whose names begin with mini- try everything out on a CPU."
+        "`python -m entrypoint.runpod deploy` rents one, and base models with names like mini-… try everything out "
+        "on a CPU."
     )
 
 

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from trainer.spec.published import Published
+from trainer.spec.published import Lookalike, Published
 
 if TYPE_CHECKING:
     import torch
@@ -96,6 +96,7 @@ class Facts:
     fused_targets: dict[str, tuple[str, ...]]  # fused projection → the separate ones of diffusers' model
     parts: dict[str, str]  # key of PREFIXES → the folder of its weights in diffusers' layout
     landmarks: tuple[str, ...]  # tensors that identify a file with the denoiser alone: original name, diffusers' name
+    lookalikes: tuple[Lookalike, ...]  # other models whose files have the names of this family
     prompt_steps: int  # defaults of a prompt line: --s, --g and --l
     prompt_guidance: float
     prompt_cfg: float
