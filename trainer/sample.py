@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from trainer.base_model import weight_check
 from trainer.base_model.single_file import convert_single_files
 from trainer.data import caption_length
 from trainer.engine.device import release
@@ -71,6 +72,7 @@ def _sample(options: argparse.Namespace) -> None:
         log.warning("%s", line)
     texts = _encode_prompts(family, folder, prompts, loras, device=device, dtype=dtype, max_tokens=max_tokens)
     denoiser = family.load_denoiser(folder, device=device, dtype=dtype)
+    weight_check.check_weights(denoiser.named_parameters(), folder / family.FACTS.parts["denoiser"])
     apply_loras(denoiser, loras, component=family.FACTS.lora_prefix)
     vae = family.load_vae(folder, device=device)
 

@@ -51,6 +51,7 @@ def fetch_model(
     variable = model_folder.variable(model)
     if folder := local_model(model):
         model_folder.check_folder(variable, folder, patterns)
+        model_folder.check_kind(variable, folder, model)
         return replace(model, path=str(folder))
     repo = model_repo(model, token=token, hub_cache=hub_cache, retries=retries)
     cached = cached_model(repo, patterns)
@@ -69,6 +70,7 @@ def fetch_model(
             logger.warning("%s The cache has %s at commit %s: using that.", problem, repo.name, cached.commit)
     assert cached is not None
     model_folder.check_folder(variable, cached.folder, patterns)
+    model_folder.check_kind(variable, cached.folder, model)
     return replace(model, commit=cached.commit, path=str(cached.folder))
 
 

@@ -99,6 +99,7 @@ FACTS = Facts(
     parts={"denoiser": "transformer", "vae": "vae", "clip_l": "text_encoder", "t5": "text_encoder_2"},
     landmarks=("double_blocks.0.img_attn.qkv.weight", "single_transformer_blocks.0.proj_mlp.weight"),
     text_readers={"tokenizer_2": ("T5", T5_TOKENS)},
+    lookalikes=published.LOOKALIKES,
     prompt_steps=20,
     prompt_guidance=3.5,
     prompt_cfg=1.0,

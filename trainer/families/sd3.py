@@ -137,6 +137,7 @@ FACTS = Facts(
     },
     landmarks=("joint_blocks.0.x_block.attn.qkv.weight", "transformer_blocks.0.attn.add_q_proj.weight"),
     text_readers={"tokenizer_3": ("T5", T5_TOKENS), "tokenizer": ("CLIP", CLIP_TOKENS)},
+    lookalikes=published.LOOKALIKES,
     prompt_steps=28,
     prompt_guidance=1.0,
     prompt_cfg=5.0,

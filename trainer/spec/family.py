@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from trainer.spec.published import Published
+from trainer.spec.published import Lookalike, Published
 
 if TYPE_CHECKING:
     import torch
@@ -101,6 +101,7 @@ class Facts:
     # Folders of tokenizers → the name of their text encoder and the tokens that it reads of a caption; the first that a
     # model has reads the most.
     text_readers: dict[str, tuple[str, int]]
+    lookalikes: tuple[Lookalike, ...]  # other models whose files have the names of this family
     prompt_steps: int  # defaults of a prompt line: --s, --g and --l
     prompt_guidance: float
     prompt_cfg: float
