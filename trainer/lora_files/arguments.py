@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from trainer.lora_files import convert, inspect, key_names
+from trainer.lora_files import contents, convert
 from trainer.lora_files.weights import LoraModules
 from trainer.spec.errors import KilnError, SettingsError
 from trainer.spec.family import family_names
@@ -44,8 +44,7 @@ def read_family(path: Path, family_name: str | None) -> tuple[str, dict[str, str
         header = safetensors_header.read_header(path)
     except ValueError as problem:
         raise SettingsError(f"{path}: {problem}.") from problem
-    stems = [split[0] for key in header.entries if (split := key_names.split_key(key))]
-    name = family_name or inspect.likely_family(stems, header.metadata)
+    name = family_name or contents.likely_family(header.entries, header.metadata)
     if name is None:
         raise SettingsError(f"{path} is no LoRA for {', '.join(family_names())}: no key names a layer of them.")
     return name, header.metadata
