@@ -205,7 +205,7 @@ def _without_kernel(sides: tuple[int, ...]) -> tuple[int, ...]:
 def _weights_of(model: ModelPlan, facts: Facts) -> dict[str, tuple[int, ...]]:
     """The shapes of the denoiser's weights by their layers, if the base model is a folder here; else empty."""
     folder = Path(model.source) / facts.parts["denoiser"]
-    if "denoiser" in model.parts or not Path(model.source).is_absolute() or not is_folder(folder):
+    if "denoiser" in model.parts or not Path(model.source).is_absolute() or not is_folder(str(folder)):
         return {}
     shapes = {}
     for file in sorted(folder.glob("*.safetensors")):

@@ -6,7 +6,7 @@ Every ValueError completes a sentence about the file ("x.safetensors: it is empt
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from trainer.lora_files import numbers, other_kinds
@@ -28,10 +28,13 @@ class LayerTensors:
     keys: dict[str, str]
 
 
-def read_layers(header: Header, family_name: str) -> list[LayerTensors]:
-    """The layers of a LoRA file. Raises ValueError for a file that is damaged, of another kind, or not finite."""
+def read_layers(header: Header, family_name: str, *, ignored: Collection[str] = ()) -> list[LayerTensors]:
+    """The layers of a LoRA file. Raises ValueError for a file that is damaged, of another kind, or not finite.
+
+    `ignored`: keys that do not count.
+    """
     safetensors_header.check_layout(header)
-    shapes = {key: entry.shape for key, entry in header.entries.items()}
+    shapes = {key: entry.shape for key, entry in header.entries.items() if key not in ignored}
     layers = assemble(shapes, family_name, header.metadata)
     for tensors in layers:
         _check_types(header, tensors)

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from trainer.lora_files import contents, key_names
+from trainer.lora_files import contents, key_names, other_kinds
 from trainer.lora_files.weights import LoraModules, LoraWeights
 from trainer.spec.family import OriginalLayer, get_family
 from trainer.storage import safetensors_header
@@ -40,14 +40,20 @@ SAME_ALPHA = 1e-8  # factors this near to 1 leave `up` as it is
 # ---- files → modules
 
 
-def load(path: Path, family_name: str) -> LoraModules:
-    """All modules of the file `path`. Raises ValueError with what is wrong with it."""
+def load(path: Path, family_name: str, *, without_embeddings: bool = False) -> LoraModules:
+    """All modules of the file `path`. Raises ValueError with what is wrong with it.
+
+    `without_embeddings`: leave out those that OneTrainer puts into a file.
+    """
     header = safetensors_header.read_header(path)
-    contents.read_layers(header, family_name)
+    ignored = other_kinds.bundled_embeddings(header.entries) if without_embeddings else []
+    contents.read_layers(header, family_name, ignored=ignored)
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as problem:
         raise ValueError(f"it cannot be read: {problem}") from problem
+    for key in ignored:
+        del tensors[key]
     return from_tensors(tensors, {**_peft_config(path), **header.metadata}, family_name)
 
 

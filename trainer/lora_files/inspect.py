@@ -124,8 +124,9 @@ def _terms(header: Header, tensors: LayerTensors) -> dict[str, frozenset[Term]] 
     top = 0
     terms = {}
     for module, share in zip(layer.modules, layer.original.row_ratio, strict=True):
-        columns = set(used[top : top + unit * share].any(axis=0).nonzero()[0].tolist())
-        top += unit * share
+        bottom = top + unit * share
+        columns = {i for i in range(used.shape[1]) if used[top:bottom, i].any()}
+        top = bottom
         if columns or is_dora:
             terms[module] = frozenset(term for term in every if term[1] in columns)
     return terms

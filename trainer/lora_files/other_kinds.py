@@ -6,7 +6,7 @@ A file is known by its keys. What its header declares is only quoted, since tool
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from trainer.lora_files.key_names import split_key
@@ -132,6 +132,6 @@ def declared(metadata: Mapping[str, str]) -> str:
     return ""
 
 
-def without_embeddings(keys: Collection[str]) -> list[str]:
-    """The keys but those of the embeddings that OneTrainer bundles."""
-    return [key for key in keys if not key.startswith("bundle_emb.")]
+def bundled_embeddings(keys: Iterable[str]) -> list[str]:
+    """The keys of the embeddings that OneTrainer puts into a LoRA file."""
+    return [key for key in keys if key.startswith("bundle_emb.")]
