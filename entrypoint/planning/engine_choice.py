@@ -8,10 +8,12 @@ choice that a setting left to `auto` is noted with its reason, for the log.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
 
 from entrypoint.fetch import flash_attention
+from entrypoint.planning import memory_refusal
 from entrypoint.settings.checks import Notes, show
 from entrypoint.settings.read import Settings
 from entrypoint.system.hardware import Hardware, select
@@ -231,6 +233,10 @@ def _fit_memory(
         notes.chose("PARAMS_BATCH_SIZE", workload.batch, "most images per second that fit in memory")
     else:
         strategy = choose(workload)
+    _refuse_too_large(
+        settings, hardware, footprint, workload, datasets, have_gib=have_gib, host_gib=host_gib, compiles=compiles,
+        notes=notes,
+    )  # fmt: skip
     _note_choices(settings, hardware, strategy, have_gib=have_gib, notes=notes)
     streamed, tiled = _fit_other_phases(
         footprint,
@@ -244,6 +250,34 @@ def _fit_memory(
     _note_strategies(workload, strategy, allowed(workload), notes)
     plan = dataclasses.replace(plan, stream_encoders=streamed, tile_vae=tiled, host_gib=host_gib)
     return _with_strategy(plan, strategy, hardware), datasets
+
+
+def _refuse_too_large(
+    settings: Settings,
+    hardware: Hardware,
+    footprint: Footprint,
+    workload: Workload,
+    datasets: Sequence[Dataset],
+    *,
+    have_gib: float,
+    host_gib: float,
+    compiles: bool,
+    notes: Notes,
+) -> None:
+    """Note a batch that no memory mode can train, in the precision that is set or in any that `auto` may choose."""
+
+    def problem(precisions: tuple[str, ...]) -> str | None:
+        least = memory_refusal.least_peak(footprint, precisions, host_gib=host_gib, compiles=compiles)
+        size = next(d.resolution for d in datasets if math.prod(d.resolution) == workload.pixels)
+        variable = "PARAMS_BATCH_SIZE" if settings.data.batch_size else "batch_size of dataset.json"
+        return memory_refusal.refusal(workload, least, have_gib=have_gib, size=size, variable=variable)
+
+    if settings.engine.precision == "auto":
+        refused = problem(hardware.auto_precisions)
+    elif (refused := problem((settings.engine.precision,))) and not problem(hardware.auto_precisions):
+        refused += f" With PARAMS_PRECISION=auto instead of {settings.engine.precision} it fits."
+    if refused:
+        notes.add(refused)
 
 
 def _with_strategy(plan: EnginePlan, strategy: Strategy, hardware: Hardware) -> EnginePlan:
@@ -327,10 +361,16 @@ def _fit_other_phases(
 
 
 def _note_strategies(workload: Workload, chosen: Strategy, strategies: Sequence[Strategy], notes: Notes) -> None:
-    """List the chosen strategy and the others, each once."""
-    notes.reasons.append(f"Strategies for batches of {workload.batch}, the chosen one first:")
-    for line in dict.fromkeys(map(str, (chosen, *strategies))):
-        notes.reasons.append(f"  {line}")
+    """Note the chosen strategy, and those that come before it in order of preference but need more memory."""
+    images = "image" if workload.batch == 1 else "images"
+    notes.reasons.append(f"Memory mode for steps of {workload.batch} {images}: {chosen}.")
+    too_large: list[str] = []
+    for strategy in strategies:
+        if (strategy.precision, *strategy.mode) == (chosen.precision, *chosen.mode):
+            break
+        too_large.append(str(strategy))
+    if too_large:
+        notes.reasons.append(f"Faster, but too large: {'; '.join(dict.fromkeys(too_large))}.")
 
 
 def _allowed(settings: Settings, strategies: Sequence[Strategy], *, compiles: bool) -> list[Strategy]:

@@ -7,7 +7,7 @@ file that does not fit is refused before the base model is downloaded.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from trainer.lora_files.inspect import LoraSummary, Training
 from trainer.spec.family import Facts, get_family
 from trainer.spec.plan import LoraPlan, ModelPlan, Plan
 from trainer.spec.resume_rules import resumes_state
+from trainer.spec.targets import is_target
 from trainer.spec.values import show
 from trainer.storage import safetensors_header
 
@@ -134,7 +135,7 @@ def adapter_shape(
             notes.chose("PARAMS_TARGET_MODULES", ",".join(targets), "what the LoRA file has")
     # If q, k and v had an adapter each in the file, one adapter for all three must hold the terms of all: its rank is
     # the larger one. If they shared one, both ranks are the same.
-    fused = [parts for parts in facts.fused_targets.values() if all(part in targets for part in parts)]
+    fused = [parts for parts in facts.fused_targets.values() if _is_fused(parts, lora, targets)]
     rank_together = lora.rank(fused)
     rank_apart = lora.rank(())
     if trained is not None and (trained.split_qkv or not fused):
@@ -155,6 +156,16 @@ def adapter_shape(
     return AdapterShape(file_rank, split_qkv, targets)
 
 
+def _is_fused(parts: Sequence[str], lora: LoraSummary, targets: Sequence[str]) -> bool:
+    """Whether some block of this job has one adapter for all of `parts`: all of them are targets there."""
+    for module in lora.modules or lora.unclear:
+        if module.endswith(f".{parts[0]}"):
+            block = module.removesuffix(parts[0])
+            if all(is_target(f"{block}{part}", targets) for part in parts):
+                return True
+    return False
+
+
 def _own_training(lora: LoraSummary, facts: Facts) -> Training | None:
     """What a file of ours says about its adapters; None where its tensors say otherwise.
 
@@ -169,7 +180,7 @@ def _own_training(lora: LoraSummary, facts: Facts) -> Training | None:
     if not all(_is_covered(name, trained.targets) for name in names):
         return None
     covered = [name for name in lora.unclear if name.startswith(prefix) and _is_covered(name, trained.targets)]
-    fused = [parts for parts in facts.fused_targets.values() if all(part in trained.targets for part in parts)]
+    fused = [parts for parts in facts.fused_targets.values() if _is_fused(parts, lora, trained.targets)]
     needed = lora.rank(() if trained.split_qkv else fused)
     if names and needed != trained.rank:
         return None
@@ -256,7 +267,7 @@ def _untrained_modules(
 
 def _is_covered(module: str, targets: tuple[str, ...]) -> bool:
     """Whether one of the targets covers it. A module outside the numbered blocks gets no adapter, whatever its name."""
-    return _is_in_block(module) and any(module.endswith(f".{target}") for target in targets)
+    return _is_in_block(module) and is_target(module, targets)
 
 
 def _is_in_block(module: str) -> bool:

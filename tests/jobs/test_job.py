@@ -45,6 +45,16 @@ def test_a_job_leaves_everything_that_the_readme_names(job):
         assert sheet.width >= 3 * 64
 
 
+def test_a_warning_of_the_plan_is_printed_once_and_is_in_the_log_of_the_run(job):
+    said = "WARNING PARAMS_NUM_CYCLES=2 has no effect"
+    code, printed = job.run("--check", PARAMS_NUM_CYCLES="2")
+    assert code == 0 and printed.count(said) == 1, printed
+    code, printed = job.run(PARAMS_NUM_CYCLES="2", PARAMS_MAX_STEPS="1")
+    assert code == 0 and printed.count(said) == 1, printed
+    log = (job.out / "run.log").read_text()
+    assert log.count(said) == 1 and "INFO PARAMS_PRECISION: fp32" in log
+
+
 def write(job, name, text):
     path = job.folder / name
     path.write_text(text)

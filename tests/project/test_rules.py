@@ -16,6 +16,7 @@ FILES = sorted(path for folder in ("entrypoint", "trainer") for path in (ROOT / 
 VENDORS = r"nvidia|amd|rocm|geforce|radeon|hopper|ampere|mi[23]\d\dx?|gfx\d\w+|[ah]100|h200"
 WITH_VENDORS = {
     "entrypoint/settings/variables/engine.py",
+    "entrypoint/system/cards.py",
     "entrypoint/system/hardware.py",
     "trainer/engine/quantization/formats.py",
     "trainer/spec/weight_formats.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
@@ -13,14 +14,15 @@ from trainer.checkpoints import state_files
 from trainer.data.cache import Cache
 from trainer.data.encode import cpu_workers, fill_images, fill_texts, open_cache
 from trainer.data.epochs import EpochSampler
+from trainer.data.folders.own_output import Written
 from trainer.data.identity import fingerprint, fingerprint_differences
 from trainer.data.records import WARNING, Scan
+from trainer.data.report import write_report
 from trainer.data.scan import scan
 from trainer.job.status import Status
 from trainer.spec.errors import SettingsError
 from trainer.spec.family import get_family
 from trainer.spec.plan import DataPlan, Plan, Prompt
-from trainer.storage import atomic
 from trainer.training.objective import Objective, make_objective
 
 log = logging.getLogger(__name__)
@@ -62,7 +64,10 @@ def prepare_data(
     Raises DataError for an unusable dataset, and SettingsError where `state` was made with another one.
     """
     status.phase("reading the dataset")
-    scanned = scan_and_report(plan.data, report=out / "dataset-report.txt")
+    written = Written({"OUTPUT_PATH": out, "CACHE_PATH": Path(plan.output.cache)})
+    report = out / "dataset-report.txt"
+    scanned = scan_and_report(plan.data, report=report, seed=plan.train.seed, written=written)
+    plan = dataclasses.replace(plan, data=scanned.data)  # with the subsets that the names of folders make
     sampler = make_sampler(plan, scanned)
     if state is not None:
         _check_same_data(state, scanned)
@@ -82,11 +87,15 @@ def prepare_data(
     return data
 
 
-def scan_and_report(data: DataPlan, *, report: Path) -> Scan:
-    """The usable images; logs a summary and writes the whole list to `report`. Raises DataError."""
+def scan_and_report(data: DataPlan, *, report: Path, seed: int = 0, written: Written | None = None) -> Scan:
+    """The usable images; logs a summary, and writes the whole list to `report` and to a .csv file beside it.
+
+    `seed` is the run's, for the captions of the report. `written`: the folders that this job writes to, which are no
+    sources. Raises DataError.
+    """
     started = time.monotonic()
-    scanned = scan(data, cpu_workers=cpu_workers())
-    atomic.write_text(report, scanned.report(limit=None))
+    scanned = scan(data, cpu_workers=cpu_workers(), written=written)
+    write_report(scanned, scanned.data, text=report, seed=seed)
     scanned.check(strict=data.strict)
     for line in scanned.report().splitlines():
         level = logging.INFO

@@ -36,7 +36,7 @@ from trainer.data.encode import open_cache
 from trainer.data.records import Scan
 from trainer.engine.attention import flash_attention_4
 from trainer.engine.device import limit_memory
-from trainer.job.build import adapter_summary, build_training_state, make_session
+from trainer.job.build import adapter_summary, build_training_state, check_targets, make_session
 from trainer.job.class_images import draw_class_images
 from trainer.job.crash_loop import CrashLog
 from trainer.job.handover import HandedOver, hand_over, receive
@@ -74,7 +74,8 @@ def _run_first(plan: Plan, stop: StopFlag, workers: Workers) -> None:
     out = Path(plan.output.path)
     alive = os.environ.get(ALIVE_VARIABLE)
     watchdog = Watchdog(plan.engine.step_timeout_s, alive=Path(alive) if alive is not None else None)
-    with locked(out), _log_file(out / "run.log"), _report_ending(Status(out)) as status:
+    with locked(out), _log_file(out / "run.log") as log_file, _report_ending(Status(out)) as status:
+        _record_decisions(plan, log_file)
         crashes = CrashLog(out, plan, step=lambda: status.step)
         crashes.check()
 
@@ -119,6 +120,7 @@ def _prepare(
     limit_memory(plan.engine.device, plan.engine.memory_limit_gib)
     model_folder = str(convert_single_files(plan.model, Path(plan.output.cache)))
     plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, path=model_folder))
+    check_targets(plan)
     plan = draw_class_images(plan, status=status, check_in=check_in)
     return prepare_data(plan, out, status=status, state=state, check_in=check_in)
 
@@ -206,14 +208,21 @@ class _QuietFileHandler(logging.FileHandler):
             super().handleError(record)
 
 
+def _record_decisions(plan: Plan, log_file: logging.Handler) -> None:
+    """Write what was decided, and the plan's warnings, to run.log alone: the entrypoint has printed them."""
+    for level, sentences in ((logging.INFO, plan.reasons), (logging.WARNING, plan.warnings)):
+        for sentence in sentences:
+            log_file.handle(log.makeRecord(log.name, level, __file__, 0, sentence, (), None))
+
+
 @contextlib.contextmanager
-def _log_file(path: Path, prefix: str = "") -> Iterator[None]:
-    """Inside, the log goes to `path` as well."""
+def _log_file(path: Path, prefix: str = "") -> Iterator[logging.Handler]:
+    """Inside, the log goes to `path` as well. Yields the handler that writes there."""
     handler = _QuietFileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {prefix}%(message)s"))
     logging.getLogger().addHandler(handler)
     try:
-        yield
+        yield handler
     finally:
         logging.getLogger().removeHandler(handler)
         with contextlib.suppress(OSError):

@@ -78,6 +78,8 @@ def from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
         if "alpha" in roles:
             contents.check_alpha(layer.keys["alpha"], roles["alpha"].item())
         modules |= _split_layer(layer.layer, _read_weights(roles, layer.layer.modules[0], settings))
+    for name in key_names.untrained_modules(metadata):
+        modules.pop(name, None)
     return modules
 
 
@@ -240,12 +242,15 @@ def to_file(modules: LoraModules, key_format: str, family_name: str) -> LoraFile
 
 def _to_peft_file(modules: LoraModules) -> LoraFile:
     """The scale is folded into lora_B, so that alpha = rank: ComfyUI and Forge ignore PEFT's alpha."""
+    modules = {name: weights for name, weights in modules.items() if weights.rank}
     tensors = {}
     for name, weights in modules.items():
         tensors[f"{name}.lora_A.weight"] = weights.down
         tensors[f"{name}.lora_B.weight"] = weights.folded().up
         if weights.magnitude is not None:
-            tensors[f"{name}.lora_magnitude_vector"] = weights.magnitude
+            # transformers renames keys up to the adapter's name, and does not add `.weight` as peft does.
+            ending = ".weight" if name.startswith("text_encoder") else ""
+            tensors[f"{name}.lora_magnitude_vector{ending}"] = weights.magnitude
     rank = _commonest([weights.rank for weights in modules.values()])
     return LoraFile(_sorted_fp32(tensors), rank, float(rank))
 

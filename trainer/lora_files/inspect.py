@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from trainer.lora_files import numbers
 from trainer.lora_files.contents import LayerTensors, read_layers
-from trainer.lora_files.key_names import key_style
+from trainer.lora_files.key_names import key_style, untrained_modules
 from trainer.storage.safetensors_header import Header
 
 # A rank-one term of a LoRA: (hash of the down matrix, row). Modules whose down matrices are equal share terms.
@@ -83,6 +83,8 @@ def summarize(header: Header, family_name: str) -> LoraSummary:
         sides |= _sides(header, tensors)
         if "alpha" in tensors.keys:
             alphas.add(numbers.scalar(header, header.entries[tensors.keys["alpha"]]))
+    for module in untrained_modules(header.metadata):
+        modules.pop(module, None)
     styles = [key_style(tensors.stem) for tensors in layers if tensors.layer.original is not None]
     return LoraSummary(
         family=family_name,

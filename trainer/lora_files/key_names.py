@@ -8,6 +8,7 @@ The tools' own code is the source: kohya-ss/sd-scripts, ComfyUI's comfy/lora.py,
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ CLIP_LAYER = re.compile(
 )
 CLIP_BEFORE_PEFT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 CLIP_PROJECTION = "text_projection"
+UNTRAINED = "kiln_untrained"  # key of a header: the modules of rank 0 that a DoRA file holds, as JSON
 T5_LAYER = re.compile(r"encoder_block_(\d+)_layer_(\d)_(SelfAttention|DenseReluDense)_(q|k|v|o|wi_0|wi_1|wi|wo)")
 
 
@@ -83,6 +85,15 @@ def split_key(key: str) -> tuple[str, str] | None:
         if match := ending.search(key):
             return key[: match.start()], role
     return None
+
+
+def untrained_modules(metadata: Mapping[str, str]) -> list[str]:
+    """The modules without a LoRA that a DoRA's file holds since it keeps them and one with a LoRA as one layer."""
+    try:
+        names = json.loads(metadata.get(UNTRAINED, "[]"))
+    except ValueError:
+        return []
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def find_layer(stem: str, family_name: str) -> Layer | None:

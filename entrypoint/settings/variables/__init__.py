@@ -42,9 +42,17 @@ class Settings:
     engine: EngineSettings
     output: OutputSettings
     finish: FinishSettings
+    given: frozenset[str] = frozenset()  # the variables that the user has set
+    reasons: tuple[str, ...] = ()  # what was read otherwise than it is written, for the log
+    warnings: tuple[str, ...] = ()  # what is set, but not read
 
 
-SECTIONS: dict[str, type[typing.Any]] = typing.get_type_hints(Settings)  # a field of Settings → its dataclass
+def _sections() -> dict[str, type[typing.Any]]:
+    hints = typing.get_type_hints(Settings)
+    return {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+
+
+SECTIONS = _sections()  # a field of Settings → its dataclass
 
 
 def section_rows(section: str) -> dict[str, Row]:

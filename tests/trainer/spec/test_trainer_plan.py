@@ -63,6 +63,14 @@ def test_a_plan_survives_json(plan):
 
 @given(PLANS)
 @SLOW
+def test_a_plan_from_before_there_were_warnings_is_read(plan):
+    raw = json.loads(plan.to_json())
+    del raw["warnings"]
+    assert Plan.from_json(json.dumps(raw)) == dataclasses.replace(plan, warnings=())
+
+
+@given(PLANS)
+@SLOW
 def test_its_essence_survives_json_too(plan):
     kept = json.loads(json.dumps(plan.essence()))
     assert differences(kept, Plan.from_json(plan.to_json()).essence()) == []
@@ -74,7 +82,13 @@ def test_neutral_fields_make_no_difference(plan, other):
     model = dataclasses.replace(plan.model, commit=other.model.commit, path=other.model.path)
     engine = dataclasses.replace(plan.engine, memory_limit_gib=other.engine.memory_limit_gib)
     changed = dataclasses.replace(
-        plan, model=model, engine=engine, output=other.output, prompts=other.prompts, reasons=other.reasons
+        plan,
+        model=model,
+        engine=engine,
+        output=other.output,
+        prompts=other.prompts,
+        reasons=other.reasons,
+        warnings=other.warnings,
     )
     assert differences(plan.essence(), changed.essence()) == []
 
