@@ -86,8 +86,9 @@ def _source_of_dataset_name(manifest: Manifest, settings: DataSettings, notes: N
     except ValueError as problem:
         notes.add(f"DATASET_NAME: {problem}.")
         return NO_SOURCE
-    columns = {"image_column": settings.image_column, "caption_column": settings.caption_column}
-    source = Source(kind, location, revision, **columns)
+    source = Source(
+        kind, location, revision, image_column=settings.image_column, caption_column=settings.caption_column
+    )
     notes.chose("DATASET_NAME", source.public, SOURCE_WORDS[kind])
     if revision and kind != "hub":
         notes.add(f"DATASET_REVISION={show(revision)}: {SOURCE_WORDS[kind]} has no revisions. Fix: remove it.")

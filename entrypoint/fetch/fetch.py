@@ -174,7 +174,7 @@ def _less_patient(repo: hub.Repo) -> hub.Repo:
 
 
 def _dataset_folder(source: Source, commit: str, cache: Path) -> Path:
-    asked = [source.location, commit, source.split, source.image_column, source.caption_column]
+    asked: list[str | int | None] = [source.location, commit, source.split, source.image_column, source.caption_column]
     asked += [source.subset, hub_rows.VERSION]
     return cache / "datasets" / hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
 

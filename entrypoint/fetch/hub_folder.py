@@ -22,7 +22,7 @@ from typing import Any
 from entrypoint.fetch import archive, hub_choice
 from entrypoint.fetch.hub_choice import IMAGE_SUFFIXES, LISTS, SIDECARS, is_metadata, some
 from entrypoint.fetch.hub_layout import Layout
-from trainer.data.caption_files import decode
+from trainer.data.caption_files.text_encoding import decode_all
 from trainer.spec.errors import DataError
 
 IMAGE = "image"  # the column of the images, as the Hub names it
@@ -63,8 +63,8 @@ def read(snapshot: Path, layout: Layout, target: Path) -> Found:
     """
     files = _unpack(snapshot, layout.files, target)
     if not files.images() and _tables(files):  # tables of a split, and images beside them that belong to none
-        others = {name for other in layout.others.values() for name in other} - set(layout.files)
-        files = _unpack(snapshot, [name for name in names(snapshot) if name not in others], target)
+        of_others = {name for other in layout.others.values() for name in other} - set(layout.files)
+        files = _unpack(snapshot, [name for name in names(snapshot) if name not in of_others], target)
     if not files.images():
         raise DataError(f"the split {layout.split!r} has no image files")
     found = _listed(snapshot, layout, files)
@@ -75,11 +75,11 @@ def read(snapshot: Path, layout: Layout, target: Path) -> Found:
     unused = [name for name in files.places if name not in files.used]
     images = set(files.images())
     unlisted = [name for name in unused if name in images]
-    others = [name for name in unused if name not in images]
+    other_files = [name for name in unused if name not in images]
     if unlisted:
         found.notes.append(f"images that its metadata does not list are not trained: {some(unlisted)}.")
-    if others:
-        found.notes.append(f"files that take no part: {some(others)}.")
+    if other_files:
+        found.notes.append(f"files that take no part: {some(other_files)}.")
     return found
 
 
@@ -173,13 +173,21 @@ def _fields(names: list[str], files: _Files) -> Row:
         ending = _ending(name)
         kind = ending.rpartition(".")[2].lower()
         if kind in TEXT_FIELDS or kind in ("json", "jsn", "cls"):
-            text = decode(files.places[name].read_bytes())[0]
+            text = _text(name, files.places[name].read_bytes())
             files.used.add(name)
             if kind in ("json", "jsn"):
                 row[ending] = _json(text, name)
             else:
                 row[ending] = int(text) if kind == "cls" and text.strip().isdecimal() else text
     return row
+
+
+def _text(name: str, data: bytes) -> str:
+    """The text of a file in whichever encoding it has. Raises DataError if none fits."""
+    decoded = decode_all({name: data})[name]
+    if not decoded.encoding:
+        raise DataError(f"{name} is not text in any known encoding")
+    return decoded.text
 
 
 def _json(text: str, name: str) -> Any:
@@ -353,7 +361,7 @@ def read_table(path: Path) -> list[Row]:
         import pyarrow.parquet
 
         return list(pyarrow.parquet.read_table(path).to_pylist())
-    text = decode(path.read_bytes())[0]
+    text = _text(path.name, path.read_bytes())
     if suffix in (".csv", ".tsv"):
         return _csv_rows(text, path.name)
     if suffix == ".json":

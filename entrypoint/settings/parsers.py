@@ -30,7 +30,7 @@ _MAX_ARGUMENT = 1e18  # number in PARAMS_OPTIMIZER_ARGS: JSON of other programs 
 
 
 def allowed_values(row: Row) -> str:
-    """The words for what a variable may be, in messages and in the README's table."""
+    """The words for what a variable may be, in messages and in the table in docs/variables.md."""
     if row.choices:
         return ", ".join(row.choices())
     limits = span(row.low, row.high, above=row.above)

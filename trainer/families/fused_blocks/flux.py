@@ -85,8 +85,13 @@ class PartlyJoinedProcessor(FluxAttnProcessor):
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: Rotary = None,
     ) -> Any:
-        has_text = encoder_hidden_states is not None and attn.added_kv_proj_dim is not None
-        if not has_text or attention_mask is not None or hasattr(attn, "to_qkv") == hasattr(attn, "to_added_qkv"):
+        has_text = attn.added_kv_proj_dim is not None
+        if (
+            encoder_hidden_states is None
+            or not has_text
+            or attention_mask is not None
+            or hasattr(attn, "to_qkv") == hasattr(attn, "to_added_qkv")
+        ):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         image = [layer(hidden_states) for layer in _projections(attn)]
         text = [layer(encoder_hidden_states) for layer in _text_projections(attn)]
