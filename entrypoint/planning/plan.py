@@ -76,7 +76,7 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
     optim = _optimizer_plan(settings.training, family_name, settings.model.base_model, notes)
     single_files.note_prediction(model_plan.parts.get("denoiser"), settings.training, facts, notes)
     adapter = check_targets(settings.adapter, model=model_plan, facts=facts, notes=notes)
-    lora = _adapter_plan(adapter, facts, trained_encoders=optim.text_encoders, notes=notes)
+    lora = _adapter_plan(adapter, facts, model=model_plan, trained_encoders=optim.text_encoders, notes=notes)
     engine, datasets = engine_plan(
         settings,
         hardware,
@@ -175,7 +175,7 @@ def _prompt_prefix(trigger_word: str | None, manifest: Manifest) -> str:
 
 
 def _adapter_plan(
-    settings: AdapterSettings, facts: Facts, *, trained_encoders: Collection[str], notes: Notes
+    settings: AdapterSettings, facts: Facts, *, model: ModelPlan, trained_encoders: Collection[str], notes: Notes
 ) -> LoraPlan:
     """Rank, targets and type of the adapters; those of a LoRA file where the job starts from one."""
     start = settings.resume_from
@@ -185,7 +185,9 @@ def _adapter_plan(
     path = absolute(start) if start else None
     # A folder holds a state, whose adapters the trainer checks; only a file has a header to plan by.
     file = path if path and is_file(path) else None
-    shape = starting_point.adapter_shape(settings, file, facts, trained_encoders=trained_encoders, notes=notes)
+    shape = starting_point.adapter_shape(
+        settings, file, facts, model=model, trained_encoders=trained_encoders, notes=notes
+    )
     if settings.lora_type == "dora":
         text = (
             "ComfyUI and Forge read <name>.safetensors, diffusers reads <name>-diffusers.safetensors; sd-scripts and "
