@@ -231,6 +231,22 @@ def test_settings_override_dataset_json():
     assert (subset.num_repeats, subset.caption_dropout_rate, subset.trigger_word) == (4, 0.0, "sks")
 
 
+def test_a_subset_may_have_a_trigger_word_of_its_own_or_none():
+    three = {"resolution": 512, "subsets": [{}, {"trigger_word": "zot"}, {"trigger_word": ""}]}
+    assert [s.trigger_word for s in dataset(config={"datasets": [three]}, TRIGGER_WORD="sks").subsets] == (
+        ["sks", "zot", None]
+    )
+    assert [s.trigger_word for s in dataset(config={"datasets": [three]}).subsets] == [None, "zot", None]
+
+
+def test_columns_are_also_for_folders(tmp_path):
+    both = {"datasets": [{"resolution": 512, "subsets": [{"image_dir": str(tmp_path)}, {"caption_column": "c"}]}]}
+    asked = {"DATASET_NAME": str(tmp_path), "IMAGE_COLUMN": "img", "CAPTION_COLUMN": "text"}
+    first, second = (s.source for s in dataset(config=both, **asked).subsets)
+    assert (first.image_column, first.caption_column) == ("img", "text")
+    assert (second.kind, second.image_column, second.caption_column) == ("folder", "img", "c")
+
+
 def test_a_caption_dropout_rate_is_the_runs_and_every_subsets():
     made = plan(PARAMS_CAPTION_DROPOUT_RATE="0.2")
     assert made.train.caption_dropout_rate == made.data.datasets[0].subsets[0].caption_dropout_rate == 0.2
@@ -597,6 +613,19 @@ def test_a_model_may_have_defaults_of_its_own(base):
 def test_the_trigger_word_goes_before_the_packaged_prompts_alone():
     assert all(p.text.startswith("sks, ") for p in plan(TRIGGER_WORD="sks").prompts)
     assert plan(TRIGGER_WORD="sks", prompts=["a cat"]).prompts[0].text == "a cat"
+
+
+def test_a_prompt_has_the_trigger_word_where_it_wants_it():
+    prompts = ["[trigger] on a bench --n [Trigger], dark"]
+    made = plan(TRIGGER_WORD="sks", prompts=prompts)
+    assert (made.prompts[0].text, made.prompts[0].negative) == ("sks on a bench", "sks, dark")
+    assert made.warnings == ()
+    subsets = [{"is_reg": True, "trigger_word": ""}, {"trigger_word": "zot"}]
+    own = {"datasets": [{"resolution": 512, "subsets": subsets}]}
+    assert plan(config=own, prompts=prompts).prompts[0].text == "zot on a bench"
+    assert all(p.text.startswith("zot, ") for p in plan(config=own).prompts)
+    (warning,) = plan(prompts=prompts).warnings
+    assert "[trigger] in it, which stays as it is" in warning
 
 
 # ---- anything at all
