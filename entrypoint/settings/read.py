@@ -19,6 +19,7 @@ from environs import Env, EnvError, EnvValidationError
 from entrypoint.settings.checks import absolute, load_json, nearest, one_edit_apart, suggestion
 from entrypoint.settings.row import Row, Secret
 from entrypoint.settings.variables import ALIASES, CONFIG_JSON, NAMES, ROWS, SECTIONS, Settings, section_rows
+from trainer.spec.plan import AUTO
 from trainer.spec.values import Problems, as_integer, as_number, inside, is_text, show, span
 
 TRUE = ("true", "1", "yes", "on")
@@ -206,6 +207,7 @@ def allowed_values(row: Row) -> str:
     return {
         "integer": f"whole number, {limits}",
         "auto_integer": f"auto, or a whole number, {limits}",
+        "auto_count": f"auto, or a whole number, {limits}",
         "number": f"number, {limits}",
         "size": f"side or WIDTHxHEIGHT, {limits} each",
         "switch": "true, false",
@@ -255,6 +257,11 @@ def _integer(text: str, row: Row) -> int | None:
 def _auto_integer(text: str, row: Row) -> int | None:
     """0 stands for auto, None for not set: of PARAMS_BATCH_SIZE these are not the same."""
     return 0 if text.lower() == "auto" else _integer(text, row)
+
+
+def _auto_count(text: str, row: Row) -> int | None:
+    """AUTO for auto: 0 means off."""
+    return AUTO if text.lower() == "auto" else _integer(text, row)
 
 
 def _number(text: str, row: Row) -> float | None:
@@ -361,6 +368,7 @@ PARSERS: dict[str, Callable[[str, Row], Any]] = {
     "choice": _choice,
     "integer": _integer,
     "auto_integer": _auto_integer,
+    "auto_count": _auto_count,
     "number": _number,
     "switch": _switch,
     "auto_switch": _auto_switch,
