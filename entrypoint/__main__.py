@@ -34,7 +34,7 @@ from trainer import __version__
 from trainer.spec.errors import KilnError, StopRequestedError, UnreachableError
 from trainer.spec.family import base_models, get_family
 from trainer.spec.plan import Dataset, Plan, Source
-from trainer.storage import choose_run, run_records
+from trainer.storage import choose_run
 
 log = logging.getLogger("entrypoint")
 PROGRAMS = {  # first arguments that run another program instead
@@ -162,14 +162,7 @@ def _chosen(plan: Plan) -> tuple[Plan, Path | None]:
     if text := choice.describe():
         plan = dataclasses.replace(choice.plan, reasons=(text, *plan.reasons))
         return plan, None
-    final = choice.finished
-    unchanged = not (choice.found.steps or choice.found.places or choice.found.model)
-    if final is None or choice.run is None or not unchanged:
-        return choice.plan, None
-    # Without a listing, the run is of a version that kept none.
-    if choice.run.record.get("listing", "") not in ("", run_records.listing_digest(choice.plan)):
-        return choice.plan, None  # the trainer looks closer: it may be the same images after all
-    return choice.plan, final
+    return choice.plan, choice.done
 
 
 def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:

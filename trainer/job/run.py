@@ -52,7 +52,7 @@ from trainer.spec.optimizers import STRETCHED_SCHEDULERS
 from trainer.spec.plan import ALIVE_VARIABLE, Plan
 from trainer.spec.resume_rules import changes
 from trainer.storage import atomic, json_files
-from trainer.storage.choose_run import HOW_TO_GO_ON, already_trained
+from trainer.storage.choose_run import HOW_TO_GO_ON, already_trained, asked_length
 from trainer.storage.locks import locked
 from trainer.storage.run_records import RunRecord
 from trainer.training import distributed, optimizers
@@ -179,7 +179,7 @@ def _train(
     final = session.train(status, first=first)
     if final is not None:
         finished = sorted({*opened.record.finished, data.total})
-        opened.record.update({"done": True, "finished": finished})
+        opened.record.update({"done": True, "finished": finished, "asked": asked_length(opened.plan)})
         status.update({"output": final.name})
 
 
@@ -209,6 +209,7 @@ def _report_over(opened: OpenRun, data: PreparedData, status: Status) -> None:
     final = f"{name}.safetensors"
     trained = opened.trained(data.state.step if data.state else 0)
     if trained <= data.total:
+        opened.record.update({"asked": asked_length(opened.plan)})
         log.info("This job is done: %s. %s", opened.out / final, HOW_TO_GO_ON)
     else:
         log.info("%s", already_trained(opened.out, name, trained=trained, wanted=data.total))

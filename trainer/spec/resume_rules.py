@@ -12,6 +12,7 @@ import functools
 import math
 import re
 import typing
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,12 +114,20 @@ def changes(begun: dict[str, Any], plan: Plan) -> Changes:
             kind = "model"
         elif HARDWARE_KEYS.fullmatch(key) and variable(key) in plan.automatic:
             kind = "hardware"
-        elif key == "model.family" and "model.base" in changed:
-            continue  # BASE_MODEL says it
+        elif _follows(key, changed):
+            continue
         else:
             kind = "settings"
         found[kind].append(line(key, begun, now))
     return Changes(**{kind: tuple(dict.fromkeys(lines)) for kind, lines in found.items()})
+
+
+def _follows(key: str, changed: Collection[str]) -> bool:
+    """Whether another changed key says the same: the family follows from BASE_MODEL, the buckets from the resolution."""
+    if key == "model.family":
+        return "model.base" in changed
+    dataset, _, name = key.rpartition(".")
+    return name in ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps") and f"{dataset}.resolution" in changed
 
 
 def completed(begun: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

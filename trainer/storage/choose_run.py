@@ -40,11 +40,26 @@ class Choice:
 
     @property
     def finished(self) -> Path | None:
-        """The final LoRA, if the run is done and nothing else is asked for, as far as the settings show."""
+        """The final LoRA, if the run is done, with as many steps as it was to have then."""
         final = Path(self.plan.output.path) / f"{self.plan.output.name}.safetensors"
         if self.run is None or not self.run.done or self.changes or not final.is_file():
             return None
         return final
+
+    @property
+    def done(self) -> Path | None:
+        """The final LoRA, if the run is done and nothing else is asked for. None also where only a look at the images
+        can tell.
+        """
+        if self.run is None or self.found.steps or self.found.places or self.found.model:
+            return None
+        record = self.run.record
+        if record.get("asked", asked_length(self.plan)) != asked_length(self.plan):
+            return None
+        # Without a listing, the run is of a version that kept none.
+        if record.get("listing") not in (None, run_records.listing_digest(self.plan)):
+            return None
+        return self.finished
 
     @property
     def home(self) -> Path:
@@ -75,6 +90,11 @@ class Choice:
         if ways:
             text += f" To go on from it instead: {'; '.join(ways)}."
         return text
+
+
+def asked_length(plan: Plan) -> list[int | None]:
+    """How long the user asked for, to compare with what a finished run was asked for."""
+    return [plan.train.max_steps, plan.train.max_epochs]
 
 
 def choose(plan: Plan, *, content_changes: ContentChanges | None = None) -> Choice:
