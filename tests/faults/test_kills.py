@@ -218,9 +218,9 @@ def test_a_finished_job_is_left_alone_by_the_trainer(run, tiny):
 @pytest.mark.slow
 @pytest.mark.parametrize("when", [1, 3, 5, 8, 12, 20, 40])
 def test_a_new_run_may_be_killed_anywhere(halfway, tiny, when):
-    """A8: before the call number `when` that changes a file. Both runs then end as if nothing had happened."""
+    """A8: before a call that changes a file, after `when` others. Both runs then end as if nothing had happened."""
     before = files_of(halfway.out)
-    kill = {"kind": "kill", "call": when}
+    kill = {"kind": "kill_at", "skip": when}
     code = halfway(kill, train={"seed": 7})
     assert code == -9, halfway.said()
     assert files_of(halfway.out).items() >= before.items()

@@ -34,7 +34,6 @@ from entrypoint.system.hardware import detect
 from tests.support.random_plans import Drawn, Ground, drawn
 from trainer.checkpoints.open_run import OpenRun
 from trainer.data.batches import micro_batch
-from trainer.storage.run_records import RunRecord
 from trainer.engine.cuda_graphs import EagerStep
 from trainer.engine.device import limit_memory, release
 from trainer.job import build
@@ -45,6 +44,7 @@ from trainer.job.status import Status
 from trainer.job.watchdog import Watchdog
 from trainer.spec.errors import KilnError, OutOfMemoryError, SettingsError
 from trainer.spec.family import get_family
+from trainer.storage.run_records import RunRecord
 from trainer.training.distributed import Workers
 from trainer.training.stop_flag import StopFlag
 

@@ -123,7 +123,7 @@ def changes(begun: dict[str, Any], plan: Plan) -> Changes:
 
 
 def _follows(key: str, changed: Collection[str]) -> bool:
-    """Whether another changed key says the same: the family follows from BASE_MODEL, the buckets from the resolution."""
+    """Whether another changed key says it: the family follows from BASE_MODEL, the buckets from the resolution."""
     if key == "model.family":
         return "model.base" in changed
     dataset, _, name = key.rpartition(".")

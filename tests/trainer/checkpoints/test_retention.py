@@ -18,7 +18,11 @@ def folder(tmp_path):
         record.own(name)
         (tmp_path / name).write_bytes(b"LoRA")
         state_files.save(tmp_path / "state", step, {"a": torch.zeros(1)})
-    for name in ("x-step00000001-my-favourite.safetensors", "x-step00000002.safetensors", "x-2-step00000004.safetensors"):
+    for name in (
+        "x-step00000001-my-favourite.safetensors",
+        "x-step00000002.safetensors",
+        "x-2-step00000004.safetensors",
+    ):
         (tmp_path / name).write_bytes(b"mine")
     return tmp_path
 
