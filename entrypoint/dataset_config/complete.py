@@ -1,7 +1,7 @@
 """The datasets of a manifest, completed from the variables → the datasets of a plan.
 
 A variable wins over dataset.json, and dataset.json over the model's default. The exceptions are the keys that name a
-subset's own images (`revision`, `split` and the columns): there, dataset.json wins.
+subset's own images (`revision`, `split` and the columns), and `trigger_word`: there, dataset.json wins.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import math
 from typing import Any
 
-from entrypoint.dataset_config.manifest import Manifest
+from entrypoint.dataset_config.manifest import HUB_KEYS, Manifest
 from entrypoint.dataset_config.sources import classify
 from entrypoint.settings.checks import Notes
 from entrypoint.settings.variables.data import DataSettings
@@ -54,8 +54,11 @@ def complete_datasets(
         batch_size = settings.batch_size or dataset.batch_size
         completed.append(dataclasses.replace(sized, subsets=tuple(subsets), batch_size=batch_size))
     kinds = {subset.source.kind for dataset in completed for subset in dataset.subsets}
-    if settings.dataset_split and not kinds & {"hub", ""}:
-        notes.add(f"DATASET_SPLIT={show(settings.dataset_split)}: only Hub datasets have splits. Fix: remove it.")
+    for_hub = {"DATASET_SPLIT": settings.dataset_split, "DATASET_SUBSET": settings.dataset_subset}
+    for variable, value in for_hub.items():
+        if value and not kinds & {"hub", ""}:
+            what = variable.removeprefix("DATASET_").lower()
+            notes.add(f"{variable}={show(value)}: only Hub datasets have a {what}. Fix: remove it.")
     return tuple(completed)
 
 
@@ -83,7 +86,9 @@ def _source_of_dataset_name(manifest: Manifest, settings: DataSettings, notes: N
     except ValueError as problem:
         notes.add(f"DATASET_NAME: {problem}.")
         return NO_SOURCE
-    source = Source(kind, location, revision, "train", settings.image_column, settings.caption_column)
+    source = Source(
+        kind, location, revision, image_column=settings.image_column, caption_column=settings.caption_column
+    )
     notes.chose("DATASET_NAME", source.public, SOURCE_WORDS[kind])
     if revision and kind != "hub":
         notes.add(f"DATASET_REVISION={show(revision)}: {SOURCE_WORDS[kind]} has no revisions. Fix: remove it.")
@@ -101,22 +106,30 @@ def _complete_subset(
             source,
             revision=own.revision or source.revision,
             split=own.split or settings.dataset_split or "train",
+            subset=own.subset or settings.dataset_subset,
+        )
+    elif source.kind and not own.kind:
+        for key in HUB_KEYS:
+            if getattr(own, key):
+                notes.add(f"{where}: {key} is for Hub datasets, and DATASET_NAME is a {source.kind}. Fix: remove it.")
+    if source.kind in SOURCE_WORDS:  # generated images have no columns
+        source = dataclasses.replace(
+            source,
             image_column=own.image_column or settings.image_column,
             caption_column=own.caption_column or settings.caption_column,
-        )
-    elif source.kind and not own.kind and (own.revision or own.split or own.image_column or own.caption_column):
-        notes.add(
-            f"{where}: revision, split and columns are for Hub datasets, and DATASET_NAME is a {source.kind}. "
-            "Fix: remove them."
         )
     dropout_rate = settings.caption_dropout_rate
     if dropout_rate is None:
         dropout_rate = subset.caption_dropout_rate
+    trigger_word = subset.trigger_word
+    if trigger_word is None:
+        trigger_word = settings.trigger_word
     return dataclasses.replace(
         subset,
         source=source,
         num_repeats=settings.num_repeats or subset.num_repeats,
-        trigger_word=settings.trigger_word,
+        repeats_chosen=settings.num_repeats is not None or subset.repeats_chosen,
+        trigger_word=trigger_word or None,
         caption_dropout_rate=dropout_rate,
     )
 

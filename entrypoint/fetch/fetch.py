@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from entrypoint.fetch import archive, http, hub, hub_rows, model_folder
+from entrypoint.fetch import archive, http, hub, hub_choice, hub_rows, local_weights, model_folder
 from entrypoint.fetch.http import RetryPolicy
 from entrypoint.system.folders import build_folder, completed, locked, naming, read_json, storage_error, write_text
 from trainer.spec.errors import DataError, GatedError, SettingsError, UnreachableError
@@ -44,6 +44,8 @@ def fetch_model(
     HF_HOME points to. Raises SettingsError (no such model, or not a usable one), GatedError, UnreachableError,
     StorageError.
     """
+    if published := local_weights.published(model):
+        return replace(model, path=str(local_weights.assemble(model, published, hub_cache=hub_cache, retries=retries)))
     variable = model_folder.variable(model)
     if folder := local_model(model):
         model_folder.check_folder(variable, folder, patterns)
@@ -172,7 +174,8 @@ def _less_patient(repo: hub.Repo) -> hub.Repo:
 
 
 def _dataset_folder(source: Source, commit: str, cache: Path) -> Path:
-    asked = [source.location, commit, source.split, source.image_column, source.caption_column]
+    asked: list[str | int | None] = [source.location, commit, source.split, source.image_column, source.caption_column]
+    asked += [source.subset, hub_rows.VERSION]
     return cache / "datasets" / hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
 
 
@@ -182,7 +185,7 @@ def _hub_dataset(
     repo = dataset_repo(source, token=token, hub_cache=hub_cache, retries=retries)
     cached = cached_dataset(source, repo, cache)
     if cached is not None and cached[0] == repo.revision:
-        return replace(source, commit=cached[0], path=str(cached[1]))
+        return _logged(source, repo, *cached)
     try:
         listing = hub.describe(_less_patient(repo) if cached else repo)
         folder = _dataset_folder(source, listing.commit, cache)
@@ -193,35 +196,50 @@ def _hub_dataset(
         if cached is None:
             raise
         logger.warning("%s The cache has %s at commit %s: using that.", problem, repo.name, cached[0])
-    return replace(source, commit=cached[0], path=str(cached[1]))
+    return _logged(source, repo, *cached)
+
+
+def _logged(source: Source, repo: hub.Repo, commit: str, folder: Path) -> Source:
+    """The source in its folder, after the log has said what of the dataset takes part."""
+    _log_hub_dataset(repo.name, commit, completed(folder) or {})
+    return replace(source, commit=commit, path=str(folder))
 
 
 def _unpack_hub_dataset(source: Source, repo: hub.Repo, listing: hub.Listing, folder: Path) -> None:
-    choice = hub_rows.choose(repo.variable, repo.name, [f.name for f in listing.files])
-    if choice.has_sidecars and source.split != "train":
-        raise SettingsError(
-            f"DATASET_SPLIT={source.split}: {repo.variable} is a folder of images with caption files and has no "
-            "splits. Leave DATASET_SPLIT empty."
-        )
+    choice = hub_choice.choose(repo.variable, repo.name, [f.name for f in listing.files])
     snapshot = hub.bring(repo, listing, [f for f in listing.files if f.name in set(choice.names)])
+    asked = hub_rows.Asked(
+        variable=repo.variable,
+        split=source.split,
+        configuration=source.subset,
+        image_column=source.image_column,
+        caption_column=source.caption_column,
+    )
 
     def fill(target: Path) -> dict[str, Any]:
-        if choice.has_sidecars:
-            return hub_rows.copy_files(snapshot, choice.names, target)
-        return hub_rows.unpack(
-            *(snapshot, target),
-            variable=repo.variable,
-            split=source.split,
-            image_column=source.image_column,
-            caption_column=source.caption_column,
-        )
+        facts = hub_rows.unpack(snapshot, target, asked)
+        return {**facts, "left_out": choice.left_out}
 
-    facts = build_folder(folder, fill)
-    logger.info("%s at commit %s: %s", repo.name, listing.commit[:12], facts)
-    if facts.get("unlisted"):
-        logger.warning("%s: %d image files are not listed in its metadata.", repo.name, facts["unlisted"])
-    if facts.get("empty"):
-        logger.warning("%s: %d rows have no image.", repo.name, facts["empty"])
+    build_folder(folder, fill)
+
+
+def _log_hub_dataset(name: str, commit: str, facts: dict[str, Any]) -> None:
+    """Say what was read of a Hub dataset, and name what takes no part. In every run, not only in the first."""
+    said = [f"{facts['images']} images of the split {facts['split']}"]
+    if facts["subset"] != "default":
+        said.append(f"subset {facts['subset']}")
+    if facts.get("image"):
+        said.append(f"images from the column {facts['image']}")
+        said.append(f"captions from {facts['caption']}" if facts.get("caption") else "no captions")
+    unused = {
+        "splits not used": facts["other_splits"],
+        "columns not used": facts.get("unused_columns", ()),
+        "files not used": facts["left_out"],
+    }
+    said += [f"{what}: {hub_choice.some(names)}" for what, names in unused.items() if names]
+    logger.info("%s at commit %s: %s.", name, commit[:12], "; ".join(said))
+    for note in facts["notes"]:
+        logger.warning("%s: %s", name, note)
 
 
 def _archive_folder(source: Source, *, cache: Path, token: str | None, retries: RetryPolicy) -> Path:

@@ -19,6 +19,7 @@ from entrypoint.dataset_config.manifest import Manifest
 from entrypoint.dataset_config.sources import HUB_ID
 from entrypoint.planning import single_files, starting_point, text_encoders
 from entrypoint.planning.engine_choice import engine_plan
+from entrypoint.planning.targets import check_targets
 from entrypoint.settings import Settings
 from entrypoint.settings.checks import Notes, absolute, is_file, is_folder, suggestion
 from entrypoint.settings.variables.adapter import AdapterSettings
@@ -28,10 +29,10 @@ from entrypoint.settings.variables.training import TrainingSettings
 from entrypoint.system.hardware import Hardware
 from trainer.spec.errors import SettingsError
 from trainer.spec.family import BaseModel, Facts, base_models, get_family
-from trainer.spec.optimizers import OPTIMIZERS, OptimizerSpec
+from trainer.spec.optimizers import NOT_OFFERED, OPTIMIZERS, OptimizerSpec
 from trainer.spec.plan import DataPlan, Dataset, LoraPlan, ModelPlan, OptimPlan, OutputPlan, Plan, TrainPlan
 from trainer.spec.prompts import complete_prompts
-from trainer.spec.values import show
+from trainer.spec.values import shorten, show
 
 # A schedule-free optimiser averages its iterates instead of following a schedule (Defazio et al. 2024,
 # arXiv:2405.15682), so that a falling learning rate would work against it.
@@ -46,6 +47,7 @@ ONLY_FOR_OBJECTIVE: dict[str, dict[str, Any]] = {
 # Arguments of optimisers that PARAMS_OPTIMIZER_ARGS may not set, since they have a variable of their own.
 ARGUMENT_VARIABLES = {
     "lr": "PARAMS_LEARNING_RATE",
+    "learning_rate": "PARAMS_LEARNING_RATE",
     "weight_decay": "PARAMS_WEIGHT_DECAY",
     "warmup_steps": "PARAMS_WARMUP_STEPS",
 }
@@ -56,7 +58,7 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
 
     `now` is the start time: it names the output where OUTPUT_NAME is not set.
     """
-    notes = Notes()
+    notes = Notes(reasons=[*settings.reasons], warnings=[*settings.warnings])
     family_name, base_model = _base_model(settings.model.base_model)
     facts = get_family(family_name).FACTS
     model_plan = _model_plan(settings.model, family_name, base_model, facts, notes)
@@ -73,7 +75,8 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
         problems=notes,
     )
     optim = _optimizer_plan(settings.training, family_name, settings.model.base_model, notes)
-    lora = _adapter_plan(settings.adapter, facts, trained_encoders=optim.text_encoders, notes=notes)
+    adapter = check_targets(settings.adapter, model=model_plan, facts=facts, notes=notes)
+    lora = _adapter_plan(adapter, facts, trained_encoders=optim.text_encoders, notes=notes)
     engine, datasets = engine_plan(
         settings,
         hardware,
@@ -200,7 +203,10 @@ def _adapter_plan(
     file = path if path and is_file(path) else None
     shape = starting_point.adapter_shape(settings, file, facts, trained_encoders=trained_encoders, notes=notes)
     if settings.lora_type == "dora":
-        text_encoders.check_dora(facts.name, shape.targets, notes)
+        text = (
+            "ComfyUI and Forge read <name>.safetensors, diffusers reads <name>-diffusers.safetensors; sd-scripts and "
+        )
+        notes.chose("PARAMS_LORA_TYPE", "dora", f"{text}older tools read neither")
     return LoraPlan(
         kind=settings.lora_type,
         rank=shape.rank,
@@ -275,38 +281,39 @@ def _optimizer_arguments(settings: TrainingSettings, spec: OptimizerSpec, notes:
             f"PARAMS_D_COEF={settings.d_coef:g} has no effect: PARAMS_OPTIMIZER_TYPE={optimizer} has none, prodigy has."
         )
     for name, value in settings.optimizer_args.items():
-        where = f"PARAMS_OPTIMIZER_ARGS: {name}={value}"
-        if name in ARGUMENT_VARIABLES and name not in spec.arguments:
-            notes.add(f"{where}. Fix: remove it and set {ARGUMENT_VARIABLES[name]}.")
-        elif name not in spec.arguments:
-            notes.add(f"{where}: {optimizer} has no such argument; {suggestion(name, spec.arguments)}")
-        elif name == "d_coef" and settings.d_coef is not None:
-            notes.add(f"{where}: PARAMS_D_COEF sets it too. Fix: remove one of them.")
-        elif problem := _argument_problem(name, value, spec.defaults.get(name)):
-            notes.add(f"{where} {problem}.")
+        if problem := _argument_problem(name, value, settings, spec):
+            notes.add(f"PARAMS_OPTIMIZER_ARGS: {name}={_in_words(value)} {problem}.")
         arguments[name] = value
     return arguments
 
 
-def _argument_problem(name: str, value: Any, default: Any) -> str | None:
-    """What is wrong with the value of an optimiser's argument, as far as it shows before the optimiser is made."""
-    if name == "betas":
-        return None if _is_betas(value) else "is not two numbers from 0 to 1 like 0.9,0.999"
-    if isinstance(value, str):
-        return "is a word, where a number, true, false or none is needed"
-    if isinstance(value, list) and name != "eps":  # Adafactor has two of them
-        return "is a list, where one value is needed"
-    if isinstance(default, bool) and not isinstance(value, bool):
-        return "is neither true nor false"
-    if isinstance(default, float) and isinstance(value, bool):
-        return "is not a number"
-    return None
+def _argument_problem(name: str, value: Any, settings: TrainingSettings, spec: OptimizerSpec) -> str | None:
+    """Why the optimiser cannot have this argument, as the rest of a sentence that names it."""
+    if name in spec.rules:
+        if name == "d_coef" and settings.d_coef is not None:
+            return "is set by PARAMS_D_COEF too. Fix: remove one of them"
+        return spec.rules[name].problem(value)
+    if name in ARGUMENT_VARIABLES:
+        return f"has a variable of its own. Fix: remove it and set {ARGUMENT_VARIABLES[name]}={_in_words(value)}"
+    if name in NOT_OFFERED:
+        return NOT_OFFERED[name]
+    optimizer = settings.optimizer_type
+    others = [other for other, its in OPTIMIZERS.items() if name in its.rules]
+    if others:
+        return f"is an argument of {', '.join(others)}, and not of PARAMS_OPTIMIZER_TYPE={optimizer}. Fix: remove it"
+    advice = suggestion(name, spec.arguments).removesuffix(".")
+    return f"is unknown: {optimizer} has no such argument; {advice}"
 
 
-def _is_betas(value: Any) -> bool:
-    if not isinstance(value, list) or len(value) != 2:
-        return False
-    return all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in value)
+def _in_words(value: Any) -> str:
+    """A value as a user writes it in PARAMS_OPTIMIZER_ARGS; at most 80 characters."""
+    if isinstance(value, list):
+        words = ",".join(_in_words(item) for item in value)
+    elif value is None or isinstance(value, bool):
+        words = str(value).lower()
+    else:
+        words = str(value)
+    return shorten(words)
 
 
 def _training_plan(settings: Settings, facts: Facts, notes: Notes) -> TrainPlan:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from entrypoint.fetch import archive, fetch, flash_attention, http, hub, hub_rows, model_folder
+from entrypoint.fetch import archive, fetch, flash_attention, http, hub, hub_choice, local_weights, model_folder
 from entrypoint.fetch.http import RetryPolicy
 from entrypoint.planning import single_files
 from trainer.spec.errors import DataError, GatedError, KilnError, SettingsError, StorageError, UnreachableError
@@ -60,11 +60,12 @@ class NeededSpace:
             self.parts[variable][what] = self.parts[variable].get(what, 0) + size
 
 
-def preflight(plan: Plan, *, token: str | None, hub_cache: Path, retries: RetryPolicy = http.USUAL) -> None:
+def preflight(plan: Plan, *, token: str | None, hub_cache: Path, retries: RetryPolicy = http.USUAL) -> bool:
     """Check all that can be checked before the first large download; asks the network only for what no cache has.
 
-    `hub_cache` is where downloads from the Hub are kept (HF_HOME/hub). Raises one error with all problems in its
-    message: SettingsError, GatedError, DataError, StorageError or UnreachableError, the first of these that applies.
+    `hub_cache` is where downloads from the Hub are kept (HF_HOME/hub). Returns whether anything will be downloaded to
+    it. Raises one error with all problems in its message: SettingsError, GatedError, DataError, StorageError or
+    UnreachableError, the first of these that applies.
     """
     places = {"OUTPUT_PATH": Path(plan.output.path), "CACHE_PATH": Path(plan.output.cache), "HF_HOME": hub_cache}
     space = NeededSpace(places)
@@ -94,6 +95,7 @@ def preflight(plan: Plan, *, token: str | None, hub_cache: Path, retries: RetryP
     if not any(isinstance(p, StorageError) for p in problems):
         problems += _full_volumes(space)
     _raise_all(problems)
+    return bool(space.parts["HF_HOME"])
 
 
 def _raise_all(problems: list[KilnError]) -> None:
@@ -153,17 +155,39 @@ def _model_bytes(
     patterns = single_files.file_patterns(get_family(model.family).FACTS, model.parts)
     converted_bytes = single_files.converted_bytes(model)
     space.add("CACHE_PATH", "converted weights", converted_bytes)
+    if published := local_weights.published(model):
+        wanted = local_weights.missing(model, published, hub_cache=hub_cache)
+        downloads = local_weights.describe(wanted, hub_cache=hub_cache, retries=retries)
+        local_weights.log_downloads(downloads)
+        for repo, _, files in downloads:
+            space.add("HF_HOME", repo.variable, hub.missing_bytes(repo, files))
+        return converted_bytes
     variable = model_folder.variable(model)
     if folder := fetch.local_model(model):
         model_folder.check_folder(variable, folder, patterns)
+        logger.info("To fetch for the model: nothing. %s is here.", folder)
         return _weight_bytes(folder) + converted_bytes
     repo = fetch.model_repo(model, token=token, hub_cache=hub_cache, retries=retries)
     cached = fetch.cached_model(repo, patterns)
     if cached is not None:
+        logger.info("To fetch for the model: nothing. HF_HOME has %s at commit %s.", repo.name, cached.commit[:12])
         return _weight_bytes(cached.folder) + converted_bytes
+    try:
+        return _download_bytes(repo, patterns, space) + converted_bytes
+    except (GatedError, UnreachableError) as problem:
+        variables = local_weights.missing_parts(model)
+        if not variables:
+            raise
+        raise type(problem)(
+            f"{problem} Or use local files, which need neither a token nor this repository: set {', '.join(variables)}."
+        ) from problem
+
+
+def _download_bytes(repo: hub.Repo, patterns: tuple[str, ...], space: NeededSpace) -> int:
+    """Bytes of the files to download, after a check that they are complete and that they may be read."""
     listing = hub.describe(repo)
     names = [file.name for file in listing.files]
-    model_folder.check_names(variable, names, patterns)
+    model_folder.check_names(repo.variable, names, patterns)
     needed = model_folder.wanted(names, patterns)
     files = [file for file in listing.files if file.name in needed]
     total_bytes = sum(file.size for file in files)
@@ -173,7 +197,7 @@ def _model_bytes(
             logger.info("To fetch: %s/%s, %s.", repo.name, file.name, human_size(file.size))
     logger.info("To fetch: %d files of %s, %s.", len(files), repo.name, human_size(total_bytes))
     space.add("HF_HOME", f"the weights of {repo.name}", hub.missing_bytes(repo, files))
-    return total_bytes + converted_bytes
+    return total_bytes
 
 
 def _weight_bytes(folder: Path) -> int:
@@ -203,7 +227,7 @@ def _check_source(
         count = _check_url(source, space, token=token, retries=retries) // TYPICAL_IMAGE_BYTES
     else:
         path = fetch.local_archive(source)
-        if not archive.has_file(path, hub_rows.IMAGE_SUFFIXES):
+        if not archive.has_file(path, hub_choice.IMAGE_SUFFIXES):
             raise DataError(f"{fetch.named(source)}: there is no image among its first entries.")
         size = path.stat().st_size
         space.add("CACHE_PATH", "unpacked archives", size * UNPACKED_BYTES_PER_ARCHIVE_BYTE)
@@ -214,7 +238,7 @@ def _check_source(
 def _count_images(folder: Path) -> int:
     count = 0
     for _, _, names in os.walk(folder):
-        count += sum(name.lower().endswith(hub_rows.IMAGE_SUFFIXES) for name in names)
+        count += sum(name.lower().endswith(hub_choice.IMAGE_SUFFIXES) for name in names)
     return count
 
 
@@ -224,7 +248,7 @@ def _check_hub_dataset(source: Source, space: NeededSpace, *, token: str | None,
     if fetch.cached_dataset(source, repo, space.places["CACHE_PATH"]):
         return 0
     listing = hub.describe(repo)
-    chosen = set(hub_rows.choose(repo.variable, repo.name, [file.name for file in listing.files]).names)
+    chosen = set(hub_choice.choose(repo.variable, repo.name, [file.name for file in listing.files]).names)
     files = [file for file in listing.files if file.name in chosen]
     hub.check_access(repo, listing, files[0].name)
     size = sum(file.size for file in files)

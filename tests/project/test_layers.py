@@ -46,7 +46,11 @@ ENGINE_LAYERS = (  # within the engine, likewise
     ("quantization",),
     ("memory",),
 )
-WITHOUT_TORCH = ("trainer.spec", "trainer.storage", "trainer.lora_files.key_names", "trainer.lora_files.inspect")
+WITHOUT_TORCH = (
+    *("trainer.spec", "trainer.storage", "trainer.lora_files.key_names", "trainer.lora_files.inspect"),
+    *("trainer.data.caption_files.text_encoding", "trainer.data.captions"),
+    *("trainer.data.epochs", "trainer.data.records", "trainer.data.scan"),
+)
 NEEDS_TORCH = "trainer.storage.safetensors_writer"
 MOST_MODULES = 14
 HEAVY = ("torch", "diffusers", "transformers", "peft", "numpy", "datasets", "huggingface_hub", "PIL", "safetensors")

@@ -8,7 +8,7 @@ projections are fused and its weights quantised before the next one comes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,16 @@ def place_denoiser(
     weights stay on the host; their streamer is returned. `forwards`: see `Family.fused_forwards`.
     """
     weight_format = weight_format_for(precision, device)
+
+    def column_rank(block_name: str) -> Callable[[str], int]:
+        """The rank of the adapter that a layer of this block will get, by the layer's name in the block."""
+
+        def of_layer(name: str) -> int:
+            return rank if adapters.gets_adapter(f"{block_name}.{name}", targets=targets, fused=fused) else 0
+
+        return of_layer
+
     streamer = WeightStreamer(device) if streamed else None
-    suffixes = adapters.adapter_suffixes(targets, fused)
     for module in _modules_outside(denoiser, [*(block for _, block in blocks), *streamed]):
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             tensor.data = tensor.to(device, dtype if tensor.is_floating_point() else None)
@@ -74,7 +82,7 @@ def place_denoiser(
         block.to(device, dtype)
         adapters.fuse_projections([(name, block)], fused=fused, targets=targets)
         if weight_format is not None:
-            freeze(block, weight_format, lambda name: rank if adapters.is_target(name, suffixes) else 0)
+            freeze(block, weight_format, column_rank(name))
             install(block, forwards or {})
         if streamer:
             for region in block.modules():

@@ -7,10 +7,12 @@ Shapes: B batch, C channels of latents, H and W their height and width, L tokens
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.families import common
+from trainer.families.published import flux as published
 from trainer.spec.family import BaseModel, ClipOutput, Facts, Footprint, LoraKeys, OriginalLayer
 
 if TYPE_CHECKING:
@@ -37,18 +39,21 @@ FOOTPRINT = Footprint(
     encoder_weights=4.89e9,
     hidden_size=3072,
 )
+DEV = BaseModel("black-forest-labs/FLUX.1-dev", 31.5, FOOTPRINT, gated=True, published=published.DEV)
+
 FACTS = Facts(
     name="flux",
     models={
-        "flux": BaseModel("black-forest-labs/FLUX.1-dev", 31.5, FOOTPRINT, gated=True),
-        "flux-dev": BaseModel("black-forest-labs/FLUX.1-dev", 31.5, FOOTPRINT, gated=True),
-        "flux-krea": BaseModel("black-forest-labs/FLUX.1-Krea-dev", 31.5, FOOTPRINT, gated=True),
+        "flux": dataclasses.replace(DEV, aliases=("flux.1", "flux1")),
+        "flux-dev": DEV,
+        "flux-krea": dataclasses.replace(DEV, source="black-forest-labs/FLUX.1-Krea-dev"),
         "flux-schnell": BaseModel(
             "black-forest-labs/FLUX.1-schnell",
             files_gib=31.4,
             footprint=FOOTPRINT,
             gated=True,
             defaults={"steps": 4, "guidance": 0.0},
+            published=published.SCHNELL,
         ),
         "mini-flux": BaseModel(MINIATURE, files_gib=0.0, resolution=128),
     },
@@ -143,7 +148,12 @@ encode_images = common.encode_images
 def load_denoiser(folder: Path, *, device: str, dtype: torch.dtype) -> FluxTransformer2DModel:
     from diffusers import FluxTransformer2DModel
 
-    return common.load_denoiser(FluxTransformer2DModel, folder / "transformer", device=device, dtype=dtype)
+    from trainer.families.fused_blocks.flux import PartlyJoinedProcessor
+
+    denoiser = common.load_denoiser(FluxTransformer2DModel, folder / "transformer", device=device, dtype=dtype)
+    for block in denoiser.transformer_blocks:
+        block.attn.set_processor(PartlyJoinedProcessor())
+    return denoiser
 
 
 def from_original(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.families import common
+from trainer.families.published import sd3 as published
 from trainer.spec.family import OPTIONAL, BaseModel, ClipOutput, Facts, Footprint, LoraKeys, OriginalLayer, weights
 
 if TYPE_CHECKING:
@@ -37,7 +38,14 @@ FOOTPRINT = Footprint(
     encoder_weights=5.58e9,
     hidden_size=1536,
 )
-MEDIUM_3 = BaseModel("stabilityai/stable-diffusion-3-medium-diffusers", 14.5, FOOTPRINT, gated=True)
+MEDIUM_3 = BaseModel(
+    "stabilityai/stable-diffusion-3-medium-diffusers",
+    files_gib=14.5,
+    footprint=FOOTPRINT,
+    gated=True,
+    aliases=("stable-diffusion-3-medium", "stable-diffusion-3"),
+    published=published.MEDIUM,
+)
 # Not measured: scaled from FOOTPRINT by the hidden size and the number of blocks.
 LARGE = Footprint(
     block_weights=8.0e9,
@@ -67,8 +75,12 @@ FACTS = Facts(
     models={
         "sd3": MEDIUM_3,
         "sd3-medium": MEDIUM_3,
-        "sd3.5-medium": BaseModel("stabilityai/stable-diffusion-3.5-medium", 15.2, MEDIUM_35, gated=True),
-        "sd3.5-large": BaseModel("stabilityai/stable-diffusion-3.5-large", 25.7, LARGE, gated=True),
+        "sd3.5-medium": BaseModel(
+            "stabilityai/stable-diffusion-3.5-medium", 15.2, MEDIUM_35, gated=True, published=published.MEDIUM_35
+        ),
+        "sd3.5-large": BaseModel(
+            "stabilityai/stable-diffusion-3.5-large", 25.7, LARGE, gated=True, published=published.LARGE_35
+        ),
         "mini-sd3": BaseModel(MINIATURE, files_gib=0.0, resolution=128, defaults={"cfg": 3.0}),
     },
     files=(

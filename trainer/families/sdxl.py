@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.families import common
+from trainer.families.published import sdxl as published
 from trainer.spec.family import BaseModel, ClipOutput, Facts, Footprint, LoraKeys, OriginalLayer, weights
 
 if TYPE_CHECKING:
@@ -38,7 +39,19 @@ FOOTPRINT = Footprint(
     capture_gib=0.6,
     unfused_factor=1.5,
 )
-BASE = BaseModel("stabilityai/stable-diffusion-xl-base-1.0", 12.9, FOOTPRINT)
+BASE = BaseModel(
+    "stabilityai/stable-diffusion-xl-base-1.0",
+    files_gib=12.9,
+    footprint=FOOTPRINT,
+    published=published.BASE,
+    aliases=(
+        "sdxl 1.0",
+        "sd_xl_base_1.0",
+        "stable-diffusion-xl",
+        "stable-diffusion-xl-base",
+        "stable-diffusion-xl-1.0",
+    ),
+)
 
 FACTS = Facts(
     name="sdxl",

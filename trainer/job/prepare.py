@@ -16,14 +16,15 @@ from trainer.checkpoints.open_run import OpenRun, open_run
 from trainer.data.cache import Cache
 from trainer.data.encode import cpu_workers, fill_images, fill_texts, open_cache
 from trainer.data.epochs import EpochSampler
+from trainer.data.folders.own_output import Written
 from trainer.data.records import WARNING, ImageRecord, Scan
+from trainer.data.report import write_report
 from trainer.data.scan import scan
 from trainer.job.status import Status
 from trainer.spec import automatic
 from trainer.spec.errors import DataError
 from trainer.spec.family import get_family
 from trainer.spec.plan import AUTO, DataPlan, Plan, Prompt
-from trainer.storage import atomic
 from trainer.storage.choose_run import choose
 from trainer.storage.run_records import RunRecord
 from trainer.training.objective import Objective, make_objective
@@ -77,7 +78,8 @@ def find_run(plan: Plan, *, status: Status) -> tuple[OpenRun, Scan]:
             home = opened[0].home
         return home / "dataset-report.txt"
 
-    scanned = scan_and_report(plan.data, report=report_place)
+    written = Written({"OUTPUT_PATH": Path(plan.output.path), "CACHE_PATH": Path(plan.output.cache)})
+    scanned = scan_and_report(plan.data, report=report_place, seed=plan.train.seed, written=written)
     return opened[0], scanned
 
 
@@ -90,10 +92,11 @@ def prepare_data(
     check_in: Callable[[], None],
 ) -> PreparedData:
     """Encode the images and their captions into the cache; the plan gets the lengths that were left to `auto`."""
-    sampler = make_sampler(run.plan, scanned)
+    plan = dataclasses.replace(run.plan, data=scanned.data)  # with the subsets that the names of folders make
+    sampler = make_sampler(plan, scanned)
     for line in sampler.describe():
         log.info("%s", line)
-    plan = with_lengths(run.plan, sampler, scanned.images, record=run.record)
+    plan = with_lengths(plan, sampler, scanned.images, record=run.record)
     cache = open_cache(Path(plan.output.cache), Path(plan.model.path), precision=plan.engine.dtype)
     data = PreparedData(plan, scanned, sampler, cache, state)
     log.info("%d optimiser steps, %d an epoch.", data.total, data.steps_per_epoch)
@@ -168,12 +171,18 @@ def images_per_step(plan: Plan) -> int:
     return batch_size * plan.train.gradient_accumulation * plan.engine.num_gpus
 
 
-def scan_and_report(data: DataPlan, *, report: Path | Callable[[Scan], Path]) -> Scan:
-    """The usable images; logs a summary and writes the whole list to `report`. Raises DataError."""
+def scan_and_report(
+    data: DataPlan, *, report: Path | Callable[[Scan], Path], seed: int = 0, written: Written | None = None
+) -> Scan:
+    """The usable images; logs a summary, and writes the whole list to `report` and to a .csv file beside it.
+
+    `seed` is the run's, for the captions of the report. `written`: the folders that this job writes to, which are no
+    sources. Raises DataError.
+    """
     started = time.monotonic()
-    scanned = scan(data, cpu_workers=cpu_workers())
+    scanned = scan(data, cpu_workers=cpu_workers(), written=written)
     report = report if isinstance(report, Path) else report(scanned)
-    atomic.write_text(report, scanned.report(limit=None))
+    write_report(scanned, scanned.data, text=report, seed=seed)
     scanned.check(strict=data.strict)
     for line in scanned.report().splitlines():
         level = logging.INFO

@@ -39,7 +39,7 @@ from trainer.data.identity import fingerprint
 from trainer.data.records import Scan
 from trainer.engine.attention import flash_attention_4
 from trainer.engine.device import limit_memory
-from trainer.job.build import adapter_summary, build_training_state, make_session
+from trainer.job.build import adapter_summary, build_training_state, check_targets, make_session
 from trainer.job.class_images import draw_class_images
 from trainer.job.crash_loop import CrashLog
 from trainer.job.handover import HandedOver, hand_over, receive
@@ -132,6 +132,7 @@ def _prepare(plan: Plan, stop: StopFlag, *, status: Status, watchdog: Watchdog) 
     limit_memory(plan.engine.device, plan.engine.memory_limit_gib)
     model_folder = str(convert_single_files(plan.model, Path(plan.output.cache)))
     plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, path=model_folder))
+    check_targets(plan)
     plan = draw_class_images(plan, status=status, check_in=check_in)
     opened, scanned = find_run(plan, status=status)
     atomic.remove_leftovers(opened.home)
@@ -171,7 +172,7 @@ def _train(
     session.rehearse()
     first = 0
     if data.state is not None:
-        _restore(data, data.state, training_state)
+        _restore(opened.plan, data, data.state, training_state)
         first = data.state.step
     workers.check_same(training_state.optimizer_params)
     if workers.is_first:
@@ -183,18 +184,18 @@ def _train(
         status.update({"output": final.name})
 
 
-def _restore(data: PreparedData, state: state_files.State, training_state: TrainingState) -> None:
+def _restore(plan: Plan, data: PreparedData, state: state_files.State, training_state: TrainingState) -> None:
     """Put the state back; where the run is to end elsewhere, or has other settings, the next step follows them."""
     begun = total_steps(state, steps_per_epoch=data.steps_per_epoch)
-    essence = {**state.tree["essence"], "lora.resume_from": data.plan.lora.resume_from}
-    changed = changes(essence, data.plan).settings
+    essence = {**state.tree["essence"], "lora.resume_from": plan.lora.resume_from}
+    changed = changes(essence, plan).settings
     training_state.restore(state.tree, renew=begun != data.total or bool(changed))
     log.info("Resumed at step %d of %d.", state.step, data.total)
     for text in changed:
         log.warning("From here on: %s.", text)
     if begun == data.total:
         return
-    scheduler = data.plan.optim.scheduler
+    scheduler = plan.optim.scheduler
     text = f"The run was to end at step {begun} and now ends at step {data.total}: optimiser, averages and the order "
     text += "of the images go on as they are."
     if scheduler in STRETCHED_SCHEDULERS:

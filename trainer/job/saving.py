@@ -7,6 +7,7 @@ its name (`Saver.export`).
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shutil
@@ -22,14 +23,14 @@ import torch
 from trainer.checkpoints import resume, state_files
 from trainer.checkpoints.retention import CheckpointRetention
 from trainer.checkpoints.snapshots import BackgroundWriter, Snapshots
-from trainer.data.captions import tag_frequency
+from trainer.data.captions import fill_placeholders, own_trigger, tag_frequency
 from trainer.data.epochs import EpochSampler
 from trainer.data.identity import fingerprint
 from trainer.data.records import Scan
 from trainer.job.verify import verify
-from trainer.lora_files import convert, metadata, peft_bridge
+from trainer.lora_files import convert, key_names, metadata, peft_bridge
 from trainer.lora_files.metadata import DatasetSummary, SubsetSummary, TrainingRun
-from trainer.lora_files.weights import LoraModules
+from trainer.lora_files.weights import LoraModules, LoraWeights
 from trainer.lora_files.write import write_lora
 from trainer.spec.family import Family, base_models
 from trainer.spec.plan import AUTO, Plan
@@ -64,6 +65,7 @@ class Saver:
     scan: Scan
     describe_run: Callable[[], TrainingRun]
     total: int  # optimiser steps of the run
+    essence: dict[str, Any]  # of the plan as it was launched: names of folders and `auto` may have completed it since
     writer: BackgroundWriter = field(default_factory=BackgroundWriter)
 
     def __post_init__(self) -> None:
@@ -150,7 +152,7 @@ class Saver:
     def _write_state(self, step: int, tree: dict[str, Any]) -> None:
         about_run = {
             "run": {"name": self.plan.output.name, "requested": self.plan.output.requested},
-            "essence": self.plan.essence(),
+            "essence": self.essence,
             "total": self.total,
             "data": fingerprint(self.scan.images),
             "made_by": resume.made_by(self.plan.engine.attention),
@@ -201,6 +203,9 @@ class Saver:
         modules = peft_bridge.from_peft_state(
             self.training_state.adapters, prefix=facts.lora_prefix, fused=facts.fused_targets, scale=scale
         )
+        for name, norms in self.training_state.untrained_norms.items():
+            module = f"{facts.lora_prefix}.{name}"
+            modules[module] = LoraWeights(norms.new_zeros(0, 1), norms.new_zeros(len(norms), 0), scale, norms)
         for component, state in self.training_state.text_adapters.items():
             modules |= text_encoders.modules(state, component, family_name=facts.name, scale=scale)
         return modules
@@ -214,6 +219,9 @@ class Saver:
         for key_format in reversed(self._formats()):
             lora_file = convert.to_file(modules, key_format, self.family.FACTS.name)
             header = metadata.lora_metadata(run, step=step, epoch=epoch, rank=lora_file.rank, alpha=lora_file.alpha)
+            untrained = [name for name, weights in modules.items() if not weights.rank]
+            if untrained:
+                header[key_names.UNTRAINED] = json.dumps(untrained)
             if dora:
                 header["kiln_dora_read_by"] = convert.DORA_READERS[key_format]
             yield self.out / f"{stem}{convert.KEY_FORMATS[key_format]}.safetensors", lora_file, header
@@ -230,11 +238,18 @@ def describe_run(plan: Plan, family: Family, objective: Objective, *, sampler: E
     """The facts of this run for the header of its LoRA files."""
     datasets: list[DatasetSummary] = []
     names: list[str] = []
+    triggers: dict[str, None] = {}  # those of all subsets, in order
     for d, dataset in enumerate(plan.data.datasets):
         subsets = []
         for s, subset in enumerate(dataset.subsets):
-            names.append(_unused(Path(subset.source.public).name, names))
-            captions = [image.caption for image in scan.images if (image.dataset, image.subset) == (d, s)]
+            captions = []
+            for image in scan.images:
+                if (image.dataset, image.subset) == (d, s):
+                    captions.append(fill_placeholders(image.caption, subset))
+            if not captions and any(other.part_of == s for other in dataset.subsets):
+                continue  # all of its images are in folders that their names make subsets
+            names.append(_unused(Path(subset.folder or subset.source.public).name, names))
+            triggers[own_trigger(subset)] = None
             tags = tag_frequency(captions, subset.caption_separator)
             subsets.append(SubsetSummary(names[-1], len(captions), subset.num_repeats, subset.is_reg, tags))
         buckets = {size: count for (owner, size), count in sampler.buckets.items() if owner == d}
@@ -255,7 +270,7 @@ def describe_run(plan: Plan, family: Family, objective: Objective, *, sampler: E
         seed=plan.train.seed,
         noise_offset=plan.train.noise_offset,
         resolution=first.resolution,
-        trigger=first.subsets[0].trigger_word,
+        trigger=", ".join(word for word in triggers if word),
         objective=objective.prediction.removesuffix("_prediction"),
         datasets=tuple(datasets),
     )

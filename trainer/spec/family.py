@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from trainer.spec.published import Published
+
 if TYPE_CHECKING:
     import torch
     from PIL import Image
@@ -69,6 +71,8 @@ class BaseModel:
     gated: bool = False  # whether the Hub asks for its licence to be accepted
     resolution: int = 1024  # pixels; default of prompts and of dataset.json
     defaults: dict[str, Any] = field(default_factory=dict)  # fields of plan.Prompt that differ from the family's
+    aliases: tuple[str, ...] = ()  # further names that people write for it; `source` is one without being listed
+    published: Published | None = None  # its configs, for jobs whose weights are local files; None: a miniature
 
     @property
     def is_miniature(self) -> bool:

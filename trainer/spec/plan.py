@@ -65,6 +65,7 @@ class Source:
     location: str = field(metadata={"essence_from": "public"})
     revision: str | None = None
     split: str = "train"
+    subset: str | None = None  # configuration of a Hub dataset; None: its default
     image_column: str | None = None  # None: found by its type
     caption_column: str | None = None  # None: found by its name
     count: int = 0  # images to generate
@@ -105,6 +106,12 @@ class Subset:
     color_aug: bool = False
     random_crop: bool = False
     resize_interpolation: str | None = None  # None: area to shrink, lanczos to enlarge
+    # The user has set num_repeats: it wins over a number in a folder's name (trainer.data.folders.conventions).
+    repeats_chosen: bool = neutral(False)
+    # Of a subset that such a name makes during the scan: the number of the subset whose folder it is in, and where. No
+    # plan.json has one, and the essence leaves it out: the fingerprint of the images has what the names say.
+    part_of: int | None = neutral(None)
+    folder: str | None = neutral(None)
 
     @property
     def image_variants(self) -> int:
@@ -281,7 +288,12 @@ class Plan:
     def essence(self) -> dict[str, Any]:
         """`section.field` → value, for every field that decides which weights come out. JSON values only."""
         flat: dict[str, Any] = {}
-        _flatten(self, "", into=flat)
+        datasets = []
+        for dataset in self.data.datasets:
+            asked = tuple(subset for subset in dataset.subsets if subset.part_of is None)
+            datasets.append(dataclasses.replace(dataset, subsets=asked))
+        data = dataclasses.replace(self.data, datasets=tuple(datasets))
+        _flatten(dataclasses.replace(self, data=data), "", into=flat)
         return flat
 
 

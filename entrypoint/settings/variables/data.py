@@ -31,6 +31,9 @@ class DataSettings:
         "DATASET_REVISION", "text", meaning="branch, tag or commit of the Hub dataset DATASET_NAME"
     )
     dataset_split: str | None = row("DATASET_SPLIT", "text", meaning="split of Hub datasets", if_unset="train")
+    dataset_subset: str | None = row(
+        "DATASET_SUBSET", "text", meaning="subset (configuration) of Hub datasets", if_unset="the default one"
+    )
     image_column: str | None = row("IMAGE_COLUMN", "text", meaning="column of the images", if_unset="detected")
     caption_column: str | None = row("CAPTION_COLUMN", "text", meaning="column of the captions", if_unset="detected")
     trigger_word: str | None = row(
