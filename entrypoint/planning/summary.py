@@ -18,9 +18,9 @@ from entrypoint.system.folders import completed
 from trainer.data.epochs import EpochSampler
 from trainer.data.records import WARNING, ImageRecord, Scan
 from trainer.data.scan import scan
-from trainer.spec import memory_model
+from trainer.spec import automatic, memory_model
 from trainer.spec.family import base_models
-from trainer.spec.plan import Dataset, Plan, Source
+from trainer.spec.plan import AUTO, Dataset, Plan, Source
 from trainer.storage.atomic import human_size
 from trainer.storage.digests import sha256
 
@@ -86,6 +86,10 @@ def describe(plan: Plan, sampler: EpochSampler) -> list[str]:
     lines = [_shapes(sampler)]
     images_per_step = plan.train.gradient_accumulation * plan.engine.num_gpus
     steps_per_epoch = math.ceil(sampler.batches_per_epoch / images_per_step)
+    plan, chosen = automatic.with_lengths(
+        plan, images_per_epoch=sampler.subject_examples_per_epoch, steps_per_epoch=steps_per_epoch
+    )
+    lines += chosen
     total = plan.train.max_steps or plan.train.max_epochs * steps_per_epoch
     batch_sizes = sorted({dataset.batch_size * images_per_step for dataset in plan.data.datasets})
     per_step = " or ".join(str(size) for size in batch_sizes)
@@ -150,10 +154,10 @@ def _rounds(plan: Plan, total: int) -> str:
     saves = total // output.save_every if output.save_every else 0
     text = "Saves: only the finished LoRA"
     if saves:
-        kept = min(saves, output.keep_checkpoints)
-        text = (
-            f"Saves: {saves}, every {output.save_every} steps, of which the newest {kept} are kept; the finished LoRA"
-        )
+        kept = f"the newest {min(saves, output.keep_checkpoints)}"
+        if output.keep_checkpoints == AUTO:
+            kept = "all LoRA files and the newest two states"
+        text = f"Saves: {saves}, every {output.save_every} steps, of which {kept} are kept; the finished LoRA"
     if not output.sample_every or not plan.prompts:
         return f"{text}. Samples: none."
     drawn = 1 + (total - 1) // output.sample_every + FINAL_SAMPLES

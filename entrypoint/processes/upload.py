@@ -51,8 +51,8 @@ class Job:
     token: str = field(repr=False)
     out: str  # folder
     name: str  # of the LoRA file, without .safetensors, as far as it is known when the job starts
-    folder: str  # of the run, below `out`; likewise
     base: str  # Hub repository of the base model; "" if it is none
+    folder: str = ""  # of the run, below `out`; as far as it is known, too
     started: float = 0.0  # Unix seconds; an older status.json is another job's
     creates: bool = True  # a private repository, if it does not exist
     at_start: http.RetryPolicy = AT_START
@@ -89,7 +89,7 @@ def job(repo: str | None, token: str | None, plan: Plan, *, creates: bool = True
     known = base_models()[plan.model.base][1].source
     base = "" if Path(known).is_absolute() else known
     output = plan.output
-    return Job(repo, token, output.path, output.name, output.folder, base, time.time(), creates, AT_START, AT_END)
+    return Job(repo, token, output.path, output.name, base, folder=output.folder, started=time.time(), creates=creates)
 
 
 # ---- in the entrypoint
@@ -187,7 +187,7 @@ class Uploader:
         """Upload the files of the newest save, unless they were tried already."""
         name, _ = current_run(self.job)
         save = re.compile(rf"{re.escape(name)}-step\d{{8}}(-[a-z]+)?\.safetensors")
-        found = sorted(path for path in self.out.iterdir() if save.fullmatch(path.name))
+        found = sorted(path for path in self.out.glob("*.safetensors") if save.fullmatch(path.name))
         main = next((p for p in reversed(found) if p.stem.rpartition("-step")[2].isdecimal()), None)
         if main is None or self.ended.is_set():
             return
@@ -224,8 +224,9 @@ class Uploader:
 
         _, home = current_run(self.job)
         samples = sorted(p for p in (home / "sample").glob("*.png") if not p.name.startswith("."))
-        text = card(paths[-1], base=self.job.base, with_samples=bool(samples))
-        files = {**{p.name: p for p in paths}, **{f"sample/{p.name}": p for p in samples}}
+        folder = (home / "sample").relative_to(self.out).as_posix()  # of a further run: runs/<name>/sample
+        text = card(paths[-1], base=self.job.base, samples=folder if samples else None)
+        files = {**{p.name: p for p in paths}, **{f"{folder}/{p.name}": p for p in samples}}
 
         def call() -> str:
             operations = [CommitOperationAdd(name, path) for name, path in files.items()]
@@ -272,8 +273,10 @@ def _refusal(repo: str, status: int) -> KilnError:
     return SettingsError(f"PUSH_TO_HUB={repo}: the Hub refuses it ({status}). Check the name.")
 
 
-def card(path: Path, *, base: str, with_samples: bool) -> str:
-    """README.md of the repository, from the header of the LoRA file alone. `base`: see `Job`."""
+def card(path: Path, *, base: str, samples: str | None) -> str:
+    """README.md of the repository, from the header of the LoRA file alone. `base`: see `Job`. `samples`: their folder
+    there.
+    """
     from huggingface_hub import ModelCardData  # late: a job without PUSH_TO_HUB never imports it
 
     header = read_header(path).metadata
@@ -295,8 +298,8 @@ def card(path: Path, *, base: str, with_samples: bool) -> str:
         lines.append("The base model's licence applies.")
     if trigger:
         lines += ["", f"Trigger: `{trigger.replace('`', '')}`"]
-    if with_samples:
-        lines += ["", "![samples by prompt and step](sample/contact-sheet.png)"]
+    if samples:
+        lines += ["", f"![samples by prompt and step]({samples}/contact-sheet.png)"]
     lines += ["", f"`{path.name}` has kohya's key names, which ComfyUI, Forge and sd-scripts read. In diffusers:", ""]
     lines += [f"    pipe.load_lora_weights(REPOSITORY, weight_name={json.dumps(path.name)})", ""]
     return "\n".join(lines)

@@ -17,7 +17,7 @@ from trainer.data.cache import Cache
 from trainer.data.encode import cpu_workers, fill_images, fill_texts, open_cache
 from trainer.data.epochs import EpochSampler
 from trainer.data.folders.own_output import Written
-from trainer.data.records import WARNING, ImageRecord, Scan
+from trainer.data.records import WARNING, Scan
 from trainer.data.report import write_report
 from trainer.data.scan import scan
 from trainer.job.status import Status
@@ -96,7 +96,7 @@ def prepare_data(
     sampler = make_sampler(plan, scanned)
     for line in sampler.describe():
         log.info("%s", line)
-    plan = with_lengths(plan, sampler, scanned.images, record=run.record)
+    plan = with_lengths(plan, sampler, run.record)
     cache = open_cache(Path(plan.output.cache), Path(plan.model.path), precision=plan.engine.dtype)
     data = PreparedData(plan, scanned, sampler, cache, state)
     log.info("%d optimiser steps, %d an epoch.", data.total, data.steps_per_epoch)
@@ -120,55 +120,22 @@ def is_over(run: OpenRun, data: PreparedData) -> bool:
     )
 
 
-def with_lengths(plan: Plan, sampler: EpochSampler, images: Sequence[ImageRecord], *, record: RunRecord) -> Plan:
-    """`plan` with numbers for how long to train, and how often to save and sample, where it leaves that to `auto`.
-
-    What a run has chosen for its length once, it keeps.
-    """
-    train = plan.train
-    if train.max_steps is None and train.max_epochs == AUTO:
-        chosen = record.values.get("automatic_steps")
-        older_epochs = record.values.get("automatic_epochs")
-        if isinstance(chosen, int) and chosen > 0:
-            log.info("PARAMS_MAX_EPOCHS: auto, %d steps as this run chose when it began.", chosen)
-        elif isinstance(older_epochs, int) and older_epochs > 0:
-            chosen = older_epochs * steps_per_epoch(plan, sampler)
-            log.info("PARAMS_MAX_EPOCHS: auto, %d epochs as when this run began.", older_epochs)
-        else:
-            per_epoch, per_step = images_per_epoch(plan.data, images, sampler), images_per_step(plan)
-            chosen = automatic.automatic_steps(per_epoch, per_step)
-            reason = automatic.reason(per_epoch, per_step)
-            log.info("PARAMS_MAX_EPOCHS: auto, %d steps (%s). PARAMS_MAX_STEPS sets another number.", chosen, reason)
-        record.update({"automatic_steps": chosen})
-        train = dataclasses.replace(train, max_steps=chosen)
-    output = plan.output
-    total = train.max_steps or train.max_epochs * steps_per_epoch(plan, sampler)
-    save_every, sample_every = automatic.intervals(
-        total,
-        save_every=None if output.save_every == AUTO else output.save_every,
-        sample_every=None if output.sample_every == AUTO else output.sample_every,
+def with_lengths(plan: Plan, sampler: EpochSampler, record: RunRecord) -> Plan:
+    """`plan` with the lengths that it leaves to `auto`. What a run has chosen for its length once, it keeps."""
+    per_epoch = steps_per_epoch(plan, sampler)
+    chosen = record.values.get("automatic_steps")
+    older_epochs = record.values.get("automatic_epochs")
+    if not isinstance(chosen, int) or chosen < 1:
+        chosen = older_epochs * per_epoch if isinstance(older_epochs, int) and older_epochs > 0 else None
+    is_automatic = plan.train.max_steps is None and plan.train.max_epochs == AUTO
+    plan, lines = automatic.with_lengths(
+        plan, images_per_epoch=sampler.subject_examples_per_epoch, steps_per_epoch=per_epoch, chosen=chosen
     )
-    if AUTO in (output.save_every, output.sample_every):
-        log.info("Saves every %d steps, samples every %d (0: none).", save_every, sample_every)
-    output = dataclasses.replace(output, save_every=save_every, sample_every=sample_every)
-    return dataclasses.replace(plan, train=train, output=output)
-
-
-def images_per_epoch(data: DataPlan, images: Sequence[ImageRecord], sampler: EpochSampler) -> int:
-    """Images that are trained on, times their repeats, without regularisation images."""
-    held_out = {image.key for image in sampler.held_out}
-    count = 0
-    for image in images:
-        subset = data.datasets[image.dataset].subsets[image.subset]
-        if not subset.is_reg and image.key not in held_out:
-            count += subset.num_repeats
-    return count
-
-
-def images_per_step(plan: Plan) -> int:
-    """Of all GPUs; with several datasets, the largest batch size counts."""
-    batch_size = max(dataset.batch_size for dataset in plan.data.datasets)
-    return batch_size * plan.train.gradient_accumulation * plan.engine.num_gpus
+    if is_automatic:
+        record.update({"automatic_steps": plan.train.max_steps})
+    for line in lines:
+        log.info("%s", line)
+    return plan
 
 
 def scan_and_report(

@@ -5,7 +5,10 @@ The rule, and what published guides say, is in docs/settings-guide.md.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+
+from trainer.spec.plan import AUTO, Plan
 
 VISITS_PER_IMAGE = 100
 LEAST_VISITS = 1000  # of all images together
@@ -57,3 +60,39 @@ def _meeting(usual: int, other: int | None) -> int:
     if not other:
         return usual
     return other * max(1, round(usual / other))
+
+
+def with_lengths(
+    plan: Plan, *, images_per_epoch: int, steps_per_epoch: int, chosen: int | None = None
+) -> tuple[Plan, list[str]]:
+    """`plan` with numbers for how long to train, and how often to save and sample, where it leaves that to `auto`; and
+    a line for the log for each.
+
+    `images_per_epoch`: as for `automatic_steps`. `chosen`: what the run has chosen for its length already, and keeps.
+    """
+    lines = []
+    train = plan.train
+    if train.max_steps is None and train.max_epochs == AUTO:
+        per_step = images_per_step(plan)
+        why = "as this run chose when it began"
+        if chosen is None:
+            chosen = automatic_steps(images_per_epoch, per_step)
+            why = reason(images_per_epoch, per_step)
+        lines.append(f"PARAMS_MAX_EPOCHS: auto, {chosen} steps ({why}). PARAMS_MAX_STEPS sets another number.")
+        train = dataclasses.replace(train, max_steps=chosen)
+    output = plan.output
+    save_every, sample_every = intervals(
+        train.max_steps or train.max_epochs * steps_per_epoch,
+        save_every=None if output.save_every == AUTO else output.save_every,
+        sample_every=None if output.sample_every == AUTO else output.sample_every,
+    )
+    if AUTO in (output.save_every, output.sample_every):
+        lines.append(f"Saves every {save_every} steps, samples every {sample_every} (0: none).")
+    output = dataclasses.replace(output, save_every=save_every, sample_every=sample_every)
+    return dataclasses.replace(plan, train=train, output=output), lines
+
+
+def images_per_step(plan: Plan) -> int:
+    """Of all GPUs; with several datasets, the largest batch size counts."""
+    batch_size = max(dataset.batch_size for dataset in plan.data.datasets)
+    return batch_size * plan.train.gradient_accumulation * plan.engine.num_gpus
