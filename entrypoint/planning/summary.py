@@ -16,12 +16,14 @@ from pathlib import Path
 from entrypoint.fetch import archive, fetch, http
 from entrypoint.system.folders import completed
 from trainer.data.epochs import EpochSampler
+from trainer.data.identity import content_changes, fingerprint
 from trainer.data.records import WARNING, ImageRecord, Scan
 from trainer.data.scan import scan
 from trainer.spec import automatic, memory_model
 from trainer.spec.family import base_models
 from trainer.spec.plan import AUTO, Dataset, Plan, Source
 from trainer.storage.atomic import human_size
+from trainer.storage.choose_run import choose
 from trainer.storage.digests import sha256
 
 log = logging.getLogger(__name__)
@@ -57,6 +59,10 @@ def log_summary(plan: Plan, *, token: str | None, hub_cache: Path) -> None:
     for line in scanned.report().splitlines():
         level = logging.WARNING if line.startswith((WARNING, "  skipped ")) else logging.INFO
         log.log(level, "%s", line.removeprefix(WARNING))
+    choice = choose(plan, content_changes=content_changes(fingerprint(scanned.images), None))
+    text = choice.describe()
+    if text and choice.plan.output.name != plan.output.name:  # the settings alone did not say so
+        log.info("%s", text)
     images = [*scanned.images, *_class_images(local_plan)]
     sampler = EpochSampler(images, local_plan.data, seed=plan.train.seed)
     for line in describe(local_plan, sampler):

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.data.identity import fingerprint, fingerprint_differences
+from trainer.data.identity import content_changes, fingerprint
 from trainer.data.records import ImageRecord
 from trainer.spec.plan import AUTO, Plan
-from trainer.spec.resume_rules import Changes
 from trainer.storage import atomic, digests, json_files, run_records
 from trainer.storage.choose_run import Choice, choose
-from trainer.storage.run_records import Run, RunRecord
+from trainer.storage.run_records import RunRecord
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +45,7 @@ def open_run(plan: Plan, images: Sequence[ImageRecord]) -> OpenRun:
     out = Path(plan.output.path)
     prints = fingerprint(images)
     model = _model_digest(plan)
-
-    def content_changes(run: Run, found: Changes) -> list[str]:
-        return _content_changes(run, found, prints=prints, model=model)
-
-    choice = choose(plan, content_changes=content_changes)
+    choice = choose(plan, content_changes=content_changes(prints, model))
     _log_choice(plan, choice)
     home = choice.home
     _set_aside_odd_files(home)
@@ -88,35 +83,12 @@ def _log_choice(asked: Plan, choice: Choice) -> None:
     text = choice.describe()
     if text and not told:
         log.warning("%s", text)
-
-
-def _content_changes(run: Run, found: Changes, *, prints: dict[str, str], model: str) -> list[str]:
-    """What differs in the images, captions and weights, whatever the settings say about their places."""
-    lines: list[str] = []
-    began_with = _prints_of(run)
-    if began_with is not None:
-        changed = fingerprint_differences(began_with, prints)
-        if changed:
-            lines += [*found.places, *changed]
-    if found.model and run.record.get("model") != model:
-        lines += found.model
-    if not lines:
-        for moved in (*found.places, *found.model):
-            log.info("The same content is elsewhere, so run %s goes on: %s.", run.name, moved)
-        for other in found.hardware:
-            log.warning("The hardware is another one, so the result will not be bit-identical: %s.", other)
-    return lines
-
-
-def _prints_of(run: Run) -> dict[str, str] | None:
-    """The fingerprint of the dataset that a run began with; None if it is not known."""
-    prints = run.record.get("data")
-    if prints is None:
-        state = run_records.newest_state(run.home)
-        prints = state.tree.get("data") if state else None
-    if not isinstance(prints, dict) or not all(isinstance(value, str) for value in prints.values()):
-        return None
-    return prints
+    if choice.run is None:
+        return
+    for moved in (*choice.found.places, *choice.found.model):
+        log.info("The same content is elsewhere, so run %s goes on: %s.", choice.run.name, moved)
+    for other in choice.found.hardware:
+        log.warning("The hardware is another one, so the result will not be bit-identical: %s.", other)
 
 
 def _model_digest(plan: Plan) -> str:

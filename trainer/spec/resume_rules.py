@@ -50,10 +50,12 @@ VARIABLES = {
     "engine.device": "BACKEND",
     "engine.dtype": "PARAMS_PRECISION",
     "engine.num_gpus": "NUM_GPUS",
+    "version": "Kiln's format of plans",
 }
 DATASET_VARIABLES = {  # ends of keys of `data` → variable
     "source.location": "DATASET_NAME",
     "source.revision": "DATASET_REVISION",
+    "source.subset": "DATASET_SUBSET",
     "source.split": "DATASET_SPLIT",
     "source.image_column": "IMAGE_COLUMN",
     "source.caption_column": "CAPTION_COLUMN",

@@ -114,7 +114,11 @@ def choose(plan: Plan, *, content_changes: ContentChanges | None = None) -> Choi
         if not lines:
             return Choice(_named_as(run, plan, runs), run, found=found)
         compared.append((run, found, lines))
-    with_states = [(run, lines) for run, _, lines in compared if run.step]
+    # A job that names another place to start from does not go on with the state of a run here.
+    start = plan.lora.resume_from
+    with_states = [
+        (run, lines) for run, _, lines in compared if run.step and run.essence.get("lora.resume_from") == start
+    ]
     if plan.output.resume_with_changes and with_states:
         run, lines = with_states[0]
         state = run_records.newest_state(run.home)

@@ -145,6 +145,13 @@ def test_a_run_goes_on_with_changes_if_asked_and_if_its_state_fits(plan):
         choose(asked(rank, resume_with_changes=True))
 
 
+def test_a_place_to_start_from_is_not_ignored_beside_it(plan, out):
+    leave(choose(plan))
+    start = dataclasses.replace(plan, lora=dataclasses.replace(plan.lora, resume_from=str(out / "x.safetensors")))
+    choice = choose(asked(start, resume_with_changes=True))
+    assert choice.run is None and choice.plan.output.name == "x-2"
+
+
 def test_content_decides_where_images_are_elsewhere(plan):
     leave(choose(plan))
     moved = plan.map_sources(lambda source, _: dataclasses.replace(source, location="/elsewhere"))
