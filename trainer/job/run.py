@@ -283,6 +283,8 @@ def _record_decisions(plan: Plan, log_file: logging.Handler) -> None:
 @contextlib.contextmanager
 def _log_file(path: Path, prefix: str = "") -> Iterator[logging.Handler]:
     """Inside, the log goes to `path` as well. Yields the handler that writes there."""
+    if path.exists() and not path.is_file():
+        json_files.set_aside(path, "is no file")
     handler = _QuietFileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {prefix}%(message)s"))
     logging.getLogger().addHandler(handler)

@@ -26,6 +26,7 @@ from trainer.storage import atomic, digests, json_files
 RECORD = "run.json"
 RUNS_FOLDER = "runs"
 STATE_FOLDER_NAME = re.compile(r"step-(\d{8})")
+FILE_NAME = re.compile(r"[^/\0.][^/\0]*")
 # What follows the name of a run in the names of its LoRA files (trainer.lora_files.convert.KEY_FORMATS).
 SUFFIXES = ("", "-diffusers", "-comfyui")
 
@@ -106,7 +107,9 @@ def read_state_header(folder: Path) -> StateHeader | None:
     """The step, the essence and the dataset of a state; None if it is damaged, which the trainer handles."""
     outer = json_files.read_object(folder / "state.json")
     try:
-        record = json.loads(outer["text"]) if outer else {}
+        if outer is None or digests.digest(outer["text"]) != outer["sha256"]:
+            return None
+        record = json.loads(outer["text"])
         tree = dict(record["tree"]["dict"])
         known = {key: _decoded(tree[key]) for key in ("essence", "data", "run", "total") if key in tree}
         return StateHeader(int(record["step"]), folder, known) if isinstance(known.get("essence"), dict) else None
@@ -165,6 +168,8 @@ def _read_run(out: Path, folder: str) -> Run | None:
         name = plan.output.name
         requested = plan.output.requested
         essence = plan.essence()
+    if not FILE_NAME.fullmatch(str(name)):  # a foreign or edited file: names become paths
+        name = ""
     done = record.get("done") is True
     if not record and not folder:  # of a version that kept no records
         status = json_files.read_object(out / "status.json") or {}
@@ -180,7 +185,7 @@ def read_plan(path: Path) -> Plan | None:
         return None
     try:
         return Plan.from_json(json.dumps(raw))
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
 
 

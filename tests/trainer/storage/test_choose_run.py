@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.plans import job_plan as make_plan
 from trainer.spec.errors import SettingsError
-from trainer.storage import json_files, run_records
+from trainer.storage import digests, json_files, run_records
 from trainer.storage.choose_run import already_trained, choose
 from trainer.storage.run_records import RunRecord
 
@@ -40,7 +40,7 @@ def leave(choice, *, step=8, done=False, files=True, record=None):
         folder.mkdir(parents=True)
         tree = {"dict": [["essence", {"dict": list(map(list, plan.essence().items()))}]]}
         text = json.dumps({"step": step, "tree": encoded(tree)})
-        (folder / "state.json").write_text(json.dumps({"text": text}))
+        (folder / "state.json").write_text(json.dumps({"text": text, "sha256": digests.digest(text)}))
     used = len(run_records.known_runs(Path(plan.output.path)))
     RunRecord(home).update({"name": plan.output.name, "files": names, "done": done, "used": used, **(record or {})})
 
