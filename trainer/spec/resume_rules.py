@@ -22,6 +22,7 @@ from trainer.spec.plan import AUTO, Plan
 # Their product is the number of batches in a step. Each process takes its share of them, so a run may resume on another
 # number of GPUs as long as the product stays the same.
 BATCHES_PER_STEP_KEYS = ("engine.num_gpus", "train.gradient_accumulation")
+ADDED_KEYS = {"train.max_token_length": 77}  # that older states lack → the value that they were trained with
 RETIRED_KEYS = ("engine.attention",)  # in the essences of older states; neutral today
 STEP_KEYS = ("train.max_epochs", "train.max_steps")
 CYCLES_KEY = "optim.num_cycles"  # follows from PARAMS_MAX_EPOCHS where PARAMS_NUM_CYCLES is not set
@@ -135,6 +136,7 @@ def _follows(key: str, changed: Collection[str]) -> bool:
 def completed(begun: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """`begun`, as a version of today would have written it. A step of as many batches is no difference."""
     begun = {key: value for key, value in begun.items() if key not in (*RETIRED_KEYS, *CHECK_KEYS)}
+    begun = ADDED_KEYS | begun
     now_without = now.keys() - set(CHECK_KEYS)
     for key in now_without - begun.keys():
         default = _default(key)
