@@ -167,6 +167,7 @@ def _model_bytes(
     variable = model_folder.variable(model)
     if folder := fetch.local_model(model):
         model_folder.check_folder(variable, folder, patterns)
+        model_folder.check_kind(variable, folder, model)
         logger.info("To fetch for the model: nothing. %s is here.", folder)
         return _weight_bytes(folder) + converted_bytes
     repo = fetch.model_repo(model, token=token, hub_cache=hub_cache, retries=retries)
@@ -245,7 +246,7 @@ def _check_hub_dataset(source: Source, space: NeededSpace, *, token: str | None,
     repo = fetch.dataset_repo(source, token=token, hub_cache=space.places["HF_HOME"], retries=retries)
     if fetch.cached_dataset(source, repo, space.places["CACHE_PATH"]):
         return 0
-    listing = hub.describe(repo)
+    listing = fetch.describe_dataset(source, repo)
     chosen = set(hub_choice.choose(repo.variable, repo.name, [file.name for file in listing.files]).names)
     files = [file for file in listing.files if file.name in chosen]
     if not any(name.lower().endswith((*formats.READABLE_SUFFIXES, *PACKED)) for name in chosen):

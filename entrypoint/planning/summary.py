@@ -19,7 +19,7 @@ from trainer.data.epochs import EpochSampler
 from trainer.data.folders.own_output import Written
 from trainer.data.records import WARNING, ImageRecord, Scan
 from trainer.data.scan import scan
-from trainer.spec import memory_model
+from trainer.spec import memory_model, sanity
 from trainer.spec.family import base_models
 from trainer.spec.plan import Dataset, Plan, Source
 from trainer.storage.atomic import human_size
@@ -64,6 +64,8 @@ def log_summary(plan: Plan, *, token: str | None, hub_cache: Path) -> None:
     sampler = EpochSampler(images, local_plan.data, seed=plan.train.seed)
     for line in describe(local_plan, sampler):
         log.info("%s", line)
+    for warning in sanity.warnings(local_plan, _length(local_plan, sampler, images=len(scanned.images))):
+        log.warning("%s", warning)
 
 
 def local_copy(source: Source, *, cache: Path, token: str | None, hub_cache: Path) -> Path | None:
@@ -88,8 +90,9 @@ def describe(plan: Plan, sampler: EpochSampler) -> list[str]:
     """Lines for the log: shapes, steps, saves and samples, and the size of the files."""
     lines = [_shapes(sampler)]
     images_per_step = plan.train.gradient_accumulation * plan.engine.num_gpus
-    steps_per_epoch = math.ceil(sampler.batches_per_epoch / images_per_step)
-    total = plan.train.max_steps or plan.train.max_epochs * steps_per_epoch
+    length = _length(plan, sampler, images=0)
+    total = length.steps
+    steps_per_epoch = length.steps_per_epoch or 1
     batch_sizes = sorted({dataset.batch_size * images_per_step for dataset in plan.data.datasets})
     per_step = " or ".join(str(size) for size in batch_sizes)
     lines.append(
@@ -105,6 +108,13 @@ def describe(plan: Plan, sampler: EpochSampler) -> list[str]:
             f"Files: a LoRA has about {human_size(lora_bytes)}, a state to resume from {human_size(state_bytes)}."
         )
     return lines
+
+
+def _length(plan: Plan, sampler: EpochSampler, *, images: int) -> sanity.Length:
+    """How long the job is with these images."""
+    batches_per_step = plan.train.gradient_accumulation * plan.engine.num_gpus
+    steps_per_epoch = math.ceil(sampler.batches_per_epoch / batches_per_step)
+    return sanity.Length(plan.train.max_steps or plan.train.max_epochs * steps_per_epoch, steps_per_epoch, images)
 
 
 def _scan(plan: Plan, written: Written) -> Scan:

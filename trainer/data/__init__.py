@@ -14,6 +14,8 @@ The life of one image, which is also the order to read the modules in:
    encoders turn each caption into embeddings. Then the encoders are freed.
 6. `batches` reads one batch from the cache. The training step adds noise to its latents and computes the loss.
 
+`caption_length` names the captions that are longer than the text encoder reads.
+
 `identity` compares the dataset of a resumed run with the one that it started with.
 
 Caching never switches an augmentation off. A cache of one latent per image would: it cannot hold a new crop or a
