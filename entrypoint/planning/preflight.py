@@ -193,7 +193,7 @@ def _check_source(
     elif source.kind == "folder":
         count = _count_images(fetch.local_folder(source))
         if not count:
-            raise DataError(f"{fetch.named(source)}: there is no image in it. Put images there (or mount them).")
+            raise DataError(_without_images(source))
     elif source.kind == "hub":
         count = _check_hub_dataset(source, space, token=token, retries=retries) // TYPICAL_IMAGE_BYTES
     elif fetch.is_url(source):
@@ -201,11 +201,33 @@ def _check_source(
     else:
         path = fetch.local_archive(source)
         if not archive.has_file(path, hub_choice.IMAGE_SUFFIXES):
-            raise DataError(f"{fetch.named(source)}: there is no image among its first entries.")
+            raise DataError(_archive_without_images(source, path))
         size = path.stat().st_size
         space.add("CACHE_PATH", "unpacked archives", size * UNPACKED_BYTES_PER_ARCHIVE_BYTE)
         count = size // TYPICAL_IMAGE_BYTES
     space.add("CACHE_PATH", "encoded images", count * cache_bytes)
+
+
+def _without_images(source: Source) -> str:
+    """That a folder has no images; where it has archives, what to name instead."""
+    folder = fetch.local_folder(source)
+    packed = fetch.archives_in(folder)
+    if not packed:
+        return f"{fetch.named(source)}: there is no image in it. Put images there (or mount them)."
+    return (
+        f"{fetch.named(source)}: there is no image in it, only {hub_choice.some(packed)}. Name the archive itself, "
+        f"{folder / packed[0]}, or unpack it there."
+    )
+
+
+def _archive_without_images(source: Source, path: Path) -> str:
+    """That an archive has no images; where it has archives, these by name."""
+    names = archive.first_names(path)
+    packed = [name for name in names if name.lower().endswith(fetch.ANY_ARCHIVE)]
+    said = f"{fetch.named(source)}: there is no image "
+    if packed:
+        return said + f"in it, only archives ({hub_choice.some(packed)}). Unpack it, and name the folder."
+    return said + f"among its first entries. It holds {hub_choice.some(names) or 'nothing'}."
 
 
 def _count_images(folder: Path) -> int:

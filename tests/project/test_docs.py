@@ -194,6 +194,7 @@ NO_TERMS = {
     **dict.fromkeys(("Prompt", "PromptRequest"), "a prompt line, which the documents call a prompt"),
     **dict.fromkeys(("Budget", "Limits", "Names"), "bounds on archives"),
     **dict.fromkeys(("Cached", "Choice", "Listing", "RemoteFile", "Repo"), "records of the Hub's client"),
+    **dict.fromkeys(("Asked", "Found", "Layout", "Place"), "how a dataset was named, and what was found of it"),
     **dict.fromkeys(("Download", "Hash", "RemoteArchive"), "records of downloads"),
     **dict.fromkeys(("Job", "Uploader", "Times"), "parts of one process"),
     **dict.fromkeys(("Background", "Recipe", "Scene", "Thing"), "contents of the miniatures' drawings"),
