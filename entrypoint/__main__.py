@@ -30,14 +30,15 @@ from entrypoint.planning.plan import make_plan
 from entrypoint.processes import supervise, upload
 from entrypoint.processes.launch import launch
 from entrypoint.settings import Settings, help_env, read_settings
-from entrypoint.system import hardware
+from entrypoint.system import cards, hardware
 from trainer import __version__
-from trainer.spec.errors import KilnError, StopRequestedError, UnreachableError
+from trainer.spec.errors import KilnError, NoAcceleratorError, StopRequestedError
 from trainer.spec.family import base_models, get_family
 from trainer.spec.plan import Dataset, Plan, Source
 from trainer.spec.resume_rules import blocking_differences
 
 log = logging.getLogger("entrypoint")
+CHECK_RETRIES_S = 15.0  # how long a check waits for a silent network: the user waits as well
 PROGRAMS = {  # first arguments that run another program instead
     "sample": (sys.executable, "-m", "trainer.sample"),
     "export": (sys.executable, "-m", "trainer.export"),
@@ -60,6 +61,8 @@ def main(arguments: list[str]) -> int:
     choices = ("train", "check", *PROGRAMS)
     parser.add_argument("command", nargs="?", choices=choices, default="train", help=commands)
     parser.add_argument("--check", action="store_true", help="the same as the command check")
+    plans_for = "check for a card that is not here: a name like 'RTX 4090', '2 x RTX 3090', or a size like '12 GB'"
+    parser.add_argument("--gpu", metavar="CARD", help=plans_for)
     parser.add_argument("--help-env", action="store_true", help="print every variable with default, range and meaning")
     parser.add_argument("--version", action="version", version=f"kiln {__version__}")
     try:
@@ -74,14 +77,14 @@ def main(arguments: list[str]) -> int:
             print(help_env(), flush=True)  # noqa: T201
         return 0
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    check = options.check or options.command == "check"
-    return supervise.supervised(lambda: _exit_code(check=check), os.environ)
+    check = options.check or options.command == "check" or options.gpu is not None
+    return supervise.supervised(lambda: _exit_code(check=check, card=options.gpu), os.environ)
 
 
-def _exit_code(*, check: bool) -> int:
+def _exit_code(*, check: bool, card: str | None) -> int:
     """Run the job; log its errors and turn them into exit codes."""
     try:
-        return job(os.environ, check=check)
+        return job(os.environ, check=check, card=card)
     except KilnError as problem:
         log.error("%s", problem)
         log.error("%s [exit %d]", problem.advice, problem.exit_code)
@@ -92,19 +95,25 @@ def _exit_code(*, check: bool) -> int:
         return KilnError.exit_code
 
 
-def job(environ: Mapping[str, str], *, check: bool) -> int:
-    """The whole job; returns the trainer's exit code, or 0. Raises the errors of `trainer.spec.errors`."""
+def job(environ: Mapping[str, str], *, check: bool, card: str | None = None) -> int:
+    """The whole job; returns the trainer's exit code, or 0. Raises the errors of `trainer.spec.errors`.
+
+    `card`: the name of one to check for, in place of what this machine has.
+    """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _stop)
     settings = read_settings(environ)
     supervise.Limit.set(settings.finish.max_runtime, settings.finish.max_cost, settings.finish.price_per_hour)
     manifest = read_manifest(settings.data.dataset_config, settings.output.sample_prompts)
-    detected = hardware.detect()
+    detected = _card_to_check_for(card) if card is not None else hardware.detect()
+    kernels = hardware.TorchKernels() if card is None and detected.vendor != "cpu" else None
     plan = make_plan(settings, manifest, detected, now=_now(environ))
-    if plan.engine.device != "cpu":
+    if kernels is not None and plan.engine.device != "cpu":
         hardware.check_torch(detected, hardware.torch_version())
     plan = dataclasses.replace(plan, model=bake.with_baked(plan.model))
-    _refuse_missing_accelerator(plan, backend=settings.engine.backend)
+    missing = _missing_accelerator(plan, backend=settings.engine.backend)
+    if missing and not check:
+        raise missing
     plan, done = _continued(plan, named=settings.output.output_name is not None)
     for reason in plan.reasons:
         log.info("%s", reason)
@@ -121,15 +130,34 @@ def job(environ: Mapping[str, str], *, check: bool) -> int:
             return uploaded()
 
     from entrypoint.planning.preflight import preflight  # imports the Hub's client, which is slow: only now
+    from entrypoint.planning.summary import log_summary
 
     starting_point.check_state(plan)
-    preflight(plan, token=token, hub_cache=settings.model.hf_home / "hub")
+    hub_cache = settings.model.hf_home / "hub"
+    if check:  # first, since it needs no network
+        log_summary(plan, token=token, hub_cache=hub_cache)
+    retries = dataclasses.replace(http.USUAL, budget=CHECK_RETRIES_S) if check else http.USUAL
+    fetches = preflight(plan, token=token, hub_cache=hub_cache, retries=retries)
+    if fetches and not check:  # otherwise the trainer reads the images at once, and says the same
+        log_summary(plan, token=token, hub_cache=hub_cache)
+    if kernels is not None and plan.engine.device != "cpu":
+        hardware.check_kernels(detected, kernels.names())
+    if missing:
+        raise missing
     with upload.beside(push, environ) as uploaded:
         if check:
             log.info("Checked: this job can run. Nothing was downloaded or trained.")
             return 0
         plan = _fetched(plan, settings, token=token)
         return launch(plan, environment=environ) or uploaded()
+
+
+def _card_to_check_for(name: str) -> hardware.Hardware:
+    """The hardware that --gpu names. Raises SettingsError if it is unknown, or torch in the image cannot use it."""
+    found = cards.hardware_of(name)
+    log.info("Checking for %s and %.0f GiB of host memory.", found, found.host_memory_gib)
+    hardware.check_kernels(found, hardware.IMAGE_KERNELS)
+    return found
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:
@@ -142,13 +170,14 @@ def _now(environ: Mapping[str, str]) -> datetime.datetime:
     return datetime.datetime.fromtimestamp(int(epoch) if epoch.isdecimal() else time.time(), datetime.UTC)
 
 
-def _refuse_missing_accelerator(plan: Plan, *, backend: str) -> None:
-    """Raises UnreachableError for a full-size model without a GPU: a rented machine may come back without its GPUs."""
-    if plan.engine.device == "cpu" and backend == "auto" and not base_models()[plan.model.base][1].is_miniature:
-        raise UnreachableError(
-            f"No GPU answers here, and {plan.model.base} is not trained on a CPU. Give the container its GPUs (docker "
-            "run --gpus all; --device /dev/kfd --device /dev/dri), or set BACKEND=cpu to train on the CPU all the same."
-        )
+def _missing_accelerator(plan: Plan, *, backend: str) -> NoAcceleratorError | None:
+    """The error for a full-size model without a GPU: a rented machine may come back without its GPUs."""
+    if plan.engine.device != "cpu" or backend != "auto" or base_models()[plan.model.base][1].is_miniature:
+        return None
+    return NoAcceleratorError(
+        f"No GPU answers here, and {plan.model.base} is not trained on a CPU. Give the container its GPUs (docker "
+        "run --gpus all; --device /dev/kfd --device /dev/dri), or set BACKEND=cpu to train on the CPU all the same."
+    )
 
 
 def _continued(plan: Plan, *, named: bool) -> tuple[Plan, Path | None]:

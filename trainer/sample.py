@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
+from trainer.base_model import weight_check
 from trainer.base_model.single_file import convert_single_files
+from trainer.data import caption_length
 from trainer.engine.device import release
 from trainer.job import prepare, sampling
 from trainer.lora_files.arguments import load_lora, read_family, run_command, split_weight
@@ -41,6 +43,12 @@ def sample_command(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the images")
     parser.add_argument("--family", choices=family_names(), help="of --base, if it is a folder and --lora is unset")
     parser.add_argument("--config", help="if --base is a file: the value of BASE_MODEL that has the parts it lacks")
+    parser.add_argument(
+        "--max-token-length",
+        type=int,
+        metavar="N",
+        help="as PARAMS_MAX_TOKEN_LENGTH (default: what the LoRA was trained with)",
+    )
     parser.add_argument("--cache", type=Path, default=CACHE, help=f"folder for converted files (default: {CACHE})")
     options = parser.parse_args(arguments)
     return run_command(lambda: _sample(options))
@@ -58,8 +66,13 @@ def _sample(options: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     # The text encoders come and go before the denoiser is loaded, so that both need not fit at once.
-    texts = _encode_prompts(family, folder, prompts, loras, device=device, dtype=dtype)
+    max_tokens = _max_token_length(options.max_token_length, [path for path, _ in lora_paths], family.FACTS)
+    reader = caption_length.load_reader(family.FACTS, folder, max_tokens=max_tokens)
+    for line in caption_length.describe_prompts(reader, prompts) if reader else []:
+        log.warning("%s", line)
+    texts = _encode_prompts(family, folder, prompts, loras, device=device, dtype=dtype, max_tokens=max_tokens)
     denoiser = family.load_denoiser(folder, device=device, dtype=dtype)
+    weight_check.check_weights(denoiser.named_parameters(), folder / family.FACTS.parts["denoiser"])
     apply_loras(denoiser, loras, component=family.FACTS.lora_prefix)
     vae = family.load_vae(folder, device=device)
 
@@ -114,13 +127,14 @@ def _encode_prompts(
     *,
     device: str,
     dtype: torch.dtype,
+    max_tokens: int,
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Texts → their embeddings, with a batch axis, by the text encoders with the LoRAs. Frees the encoders."""
     texts = list(dict.fromkeys(prepare.prompt_texts(prompts)))
     encoders = family.load_encoders(folder, device=device, dtype=dtype)
     for component in family.LORA_KEYS.encoders:
         apply_loras(getattr(encoders, component), loras, component=component)
-    encoded = family.encode_text(encoders, texts)
+    encoded = family.encode_text(encoders, texts, max_tokens=max_tokens)
     del encoders
     release()
     embeddings = {}
@@ -130,6 +144,22 @@ def _encode_prompts(
 
 
 # ---- arguments
+
+
+def _max_token_length(asked: int | None, lora_paths: Sequence[Path], facts: Facts) -> int:
+    """How many tokens of a prompt CLIP reads: as asked for, or the most that one of the LoRAs was trained with."""
+    lengths = [facts.max_token_lengths[0]]
+    if asked is not None:
+        lengths = [asked]
+    else:
+        for path in lora_paths:
+            written = read_family(path, facts.name)[1].get("ss_max_token_length", "")
+            if written.isdecimal() and int(written) in facts.max_token_lengths:
+                lengths.append(int(written))
+    if max(lengths) not in facts.max_token_lengths:
+        allowed = ", ".join(map(str, facts.max_token_lengths))
+        raise SettingsError(f"--max-token-length {asked} is not one of {facts.name}. Allowed: {allowed}.")
+    return max(lengths)
 
 
 def _find_base(options: argparse.Namespace, lora_paths: Sequence[tuple[Path, float]]) -> tuple[str, BaseModel, Path]:

@@ -1,7 +1,7 @@
 """The datasets of a manifest, completed from the variables → the datasets of a plan.
 
 A variable wins over dataset.json, and dataset.json over the model's default. The exceptions are the keys that name a
-subset's own images (`revision`, `split` and the columns): there, dataset.json wins.
+subset's own images (`revision`, `split` and the columns), and `trigger_word`: there, dataset.json wins.
 """
 
 from __future__ import annotations
@@ -89,8 +89,13 @@ def _source_of_dataset_name(manifest: Manifest, settings: DataSettings, notes: N
         return NO_SOURCE
     if revision and place.revision and revision != place.revision:
         notes.add(f"DATASET_REVISION={show(revision)}: DATASET_NAME names {show(place.revision)}. Fix: remove one.")
-    columns = {"image_column": settings.image_column, "caption_column": settings.caption_column}
-    source = Source(place.kind, place.location, revision or place.revision, **columns)
+    source = Source(
+        place.kind,
+        place.location,
+        revision or place.revision,
+        image_column=settings.image_column,
+        caption_column=settings.caption_column,
+    )
     notes.chose("DATASET_NAME", source.public, place.note or SOURCE_WORDS[place.kind])
     if revision and place.kind != "hub":
         notes.add(f"DATASET_REVISION={show(revision)}: {SOURCE_WORDS[place.kind]} has no revisions. Fix: remove it.")
@@ -109,21 +114,29 @@ def _complete_subset(
             revision=own.revision or source.revision,
             split=own.split or settings.dataset_split or "train",
             subset=own.subset or settings.dataset_subset,
-            image_column=own.image_column or settings.image_column,
-            caption_column=own.caption_column or settings.caption_column,
         )
     elif source.kind and not own.kind:
         for key in HUB_KEYS:
             if getattr(own, key):
                 notes.add(f"{where}: {key} is for Hub datasets, and DATASET_NAME is a {source.kind}. Fix: remove it.")
+    if source.kind in SOURCE_WORDS:  # generated images have no columns
+        source = dataclasses.replace(
+            source,
+            image_column=own.image_column or settings.image_column,
+            caption_column=own.caption_column or settings.caption_column,
+        )
     dropout_rate = settings.caption_dropout_rate
     if dropout_rate is None:
         dropout_rate = subset.caption_dropout_rate
+    trigger_word = subset.trigger_word
+    if trigger_word is None:
+        trigger_word = settings.trigger_word
     return dataclasses.replace(
         subset,
         source=source,
         num_repeats=settings.num_repeats or subset.num_repeats,
-        trigger_word=settings.trigger_word,
+        repeats_chosen=settings.num_repeats is not None or subset.repeats_chosen,
+        trigger_word=trigger_word or None,
         caption_dropout_rate=dropout_rate,
     )
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import urllib.request
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +75,16 @@ SHARED_KEYS = {
     "random_crop": _FLAG,
     "caption_extension": _TEXT,
     "class_tokens": _TEXT,
+    "trigger_word": _TEXT,  # "": none, whatever TRIGGER_WORD is
 }
-# Of a subset alone: where its images come from (LOCATION_KEYS, HUB_KEYS, CLASS_KEYS), and what they are (OWN_KEYS).
+# Of a subset alone: where its images come from (LOCATION_KEYS, HUB_KEYS, COLUMN_KEYS, CLASS_KEYS), and what they are
+# (OWN_KEYS).
 LOCATION_KEYS = {"image_dir": _TEXT, "dataset": _TEXT}
-HUB_KEYS = {"revision": _TEXT, "split": _TEXT, "subset": _TEXT, "image_column": _TEXT, "caption_column": _TEXT}
+HUB_KEYS = {"revision": _TEXT, "split": _TEXT, "subset": _TEXT}
+COLUMN_KEYS = {"image_column": _TEXT, "caption_column": _TEXT}  # of a Hub dataset, or of a metadata file
 CLASS_KEYS = {"class_prompt": _TEXT, "num_class_images": Key("integer", 1, 100_000)}  # the model generates the images
 OWN_KEYS = {"is_reg": _FLAG, "alpha_mask": _FLAG, "metadata_file": _TEXT, "conditioning_data_dir": _TEXT}
-SUBSET_KEYS = {**LOCATION_KEYS, **HUB_KEYS, **CLASS_KEYS, **OWN_KEYS}
+SUBSET_KEYS = {**LOCATION_KEYS, **HUB_KEYS, **COLUMN_KEYS, **CLASS_KEYS, **OWN_KEYS}
 LEVELS = {  # by the words for a level in messages
     "general": {**DATASET_KEYS, **SHARED_KEYS},
     "a dataset": {**DATASET_KEYS, **SHARED_KEYS},
@@ -341,20 +344,23 @@ def _subset(inherited: Mapping[str, Any], own: Mapping[str, Any], where: str, pr
         values["caption_prefix"] = own.get("caption_prefix")
         values["caption_suffix"] = own.get("caption_suffix")
         values["class_tokens"] = own["class_prompt"]
-    return Subset(_source(own, where, problems), **values)
+    if values.get("is_reg") and own.get("trigger_word"):
+        problems.add(f"{where}: regularisation images get no trigger word. Fix: remove trigger_word.")
+    return Subset(_source(own, where, problems), repeats_chosen="num_repeats" in own, **values)
 
 
 def _source(own: Mapping[str, Any], where: str, problems: Problems) -> Source:
     """Where a subset's images come from; FROM_DATASET_NAME, with a line in `problems`, if its keys do not fit."""
     hub_values = {name: value for name, value in own.items() if name in HUB_KEYS}
+    columns = {name: value for name, value in own.items() if name in COLUMN_KEYS}
     try:
         if "class_prompt" in own or "num_class_images" in own:
-            return _generated_source(own, hub_values)
+            return _generated_source(own, {**hub_values, **columns})
         if "image_dir" in own:
             others = [name for name in ("dataset", *hub_values) if name in own]
             if others:
                 raise ValueError(f"image_dir does not go together with {others[-1]}")
-            return _named_source(own["image_dir"], is_path=True)
+            return replace(_named_source(own["image_dir"], is_path=True), **columns)
         if "dataset" in own:
             found = Source("hub", own["dataset"])
             if not HUB_ID.fullmatch(own["dataset"]):  # an existing folder of the same name does not count
@@ -363,8 +369,8 @@ def _source(own: Mapping[str, Any], where: str, problems: Problems) -> Source:
                 raise ValueError(f"dataset {show(own['dataset'])} is not a Hub dataset like owner/name. Fix: image_dir")
             if found.revision and hub_values.get("revision", found.revision) != found.revision:
                 raise ValueError(f"dataset names the revision {found.revision}, and revision another one")
-            return Source("hub", found.location, **{"split": "", "revision": found.revision, **hub_values})
-        return Source("", "", **{"split": "", **hub_values})
+            return Source("hub", found.location, **{"split": "", "revision": found.revision, **hub_values, **columns})
+        return Source("", "", **{"split": "", **hub_values, **columns})
     except ValueError as problem:
         problems.add(f"{where}: {problem}.")
         return FROM_DATASET_NAME

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from entrypoint.dataset_config.sources import ARCHIVES, no_such_folder
-from entrypoint.fetch import archive, http, hub, hub_choice, hub_folder, hub_rows, model_folder
+from entrypoint.fetch import archive, http, hub, hub_choice, hub_folder, hub_rows, local_weights, model_folder
 from entrypoint.fetch.http import RetryPolicy
 from entrypoint.system.folders import build_folder, completed, locked, naming, read_json, storage_error, write_text
 from trainer.spec.errors import DataError, GatedError, SettingsError, UnreachableError
@@ -47,9 +47,12 @@ def fetch_model(
     HF_HOME points to. Raises SettingsError (no such model, or not a usable one), GatedError, UnreachableError,
     StorageError.
     """
+    if published := local_weights.published(model):
+        return replace(model, path=str(local_weights.assemble(model, published, hub_cache=hub_cache, retries=retries)))
     variable = model_folder.variable(model)
     if folder := local_model(model):
         model_folder.check_folder(variable, folder, patterns)
+        model_folder.check_kind(variable, folder, model)
         return replace(model, path=str(folder))
     repo = model_repo(model, token=token, hub_cache=hub_cache, retries=retries)
     cached = cached_model(repo, patterns)
@@ -68,6 +71,7 @@ def fetch_model(
             logger.warning("%s The cache has %s at commit %s: using that.", problem, repo.name, cached.commit)
     assert cached is not None
     model_folder.check_folder(variable, cached.folder, patterns)
+    model_folder.check_kind(variable, cached.folder, model)
     return replace(model, commit=cached.commit, path=str(cached.folder))
 
 
@@ -197,7 +201,7 @@ def _less_patient(repo: hub.Repo) -> hub.Repo:
 
 
 def _dataset_folder(source: Source, commit: str, cache: Path) -> Path:
-    asked = [source.location, commit, source.split, source.image_column, source.caption_column]
+    asked: list[str | int | None] = [source.location, commit, source.split, source.image_column, source.caption_column]
     asked += [source.subset, hub_rows.VERSION]
     return cache / "datasets" / hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
 

@@ -33,6 +33,7 @@ class RetryPolicy:
     """How long to wait for a failing service. All times in seconds."""
 
     budget: float = 120.0  # without any progress, before giving up
+    unreached: float = 10.0  # the same, where not even a connection is made
     first_wait: float = 1.0  # doubled with each failure
     longest_wait: float = 30.0
     timeout: float = 10.0  # to connect, and between two pieces of a response
@@ -43,11 +44,15 @@ USUAL = RetryPolicy()
 
 
 class TransientError(Exception):
-    """A failure that may pass. `wait`: seconds that the server asked us to wait, if it did."""
+    """A failure that may pass. `wait`: seconds that the server asked us to wait, if it did.
 
-    def __init__(self, message: str, *, wait: float | None = None) -> None:
+    `unreached`: there was no connection at all, as on a machine without a network.
+    """
+
+    def __init__(self, message: str, *, wait: float | None = None, unreached: bool = False) -> None:
         super().__init__(message)
         self.wait = wait
+        self.unreached = unreached
 
 
 class CorruptError(TransientError):
@@ -119,7 +124,8 @@ def persist(
             failures += 1
             if progressed():
                 began, wait = time.monotonic(), retries.first_wait
-            left = began + retries.budget - time.monotonic()
+            budget = min(retries.budget, retries.unreached) if problem.unreached else retries.budget
+            left = began + budget - time.monotonic()
             pause = problem.wait if problem.wait is not None else wait * random.uniform(0.5, 1.0)
             if pause > left:
                 asked = f" and asks to wait {problem.wait:.0f} s" if problem.wait is not None else ""
@@ -127,7 +133,9 @@ def persist(
                     f"{what}: {problem}{asked}; gave up after {failures} attempts in "
                     f"{time.monotonic() - began:.0f} s without progress. Check the network of this machine."
                 ) from problem
-            logger.warning("%s: %s; attempt %d in %.1f s", what, problem, failures + 1, pause)
+            logger.warning(
+                *("%s: %s; attempt %d in %.1f s, gives up in %.0f s", what, problem, failures + 1, pause, left)
+            )
             if cancelled.wait(pause):
                 raise UnreachableError(f"{what}: stopped because another download failed.") from problem
             wait = min(wait * 2, retries.longest_wait)

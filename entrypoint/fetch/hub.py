@@ -267,7 +267,7 @@ def _download(
 
 def _insist(repo: Repo, call: Callable[[], T]) -> T:
     """`call` the Hub, with retries."""
-    return http.persist(lambda: _translated(repo, call), what=repo.page, retries=repo.retries)
+    return http.persist(lambda: _translated(repo, call), what=f"{repo.variable}: {repo.page}", retries=repo.retries)
 
 
 def _translated(repo: Repo, call: Callable[[], T]) -> T:
@@ -289,7 +289,8 @@ def _translated(repo: Repo, call: Callable[[], T]) -> T:
             f"{repo.variable} is neither a folder nor the name of a Hub repository (org/name)."
         ) from problem
     except httpx.RequestError as problem:
-        raise http.TransientError(f"{type(problem).__name__} ({problem})") from problem
+        unreached = isinstance(problem, (httpx.ConnectError, httpx.ConnectTimeout))
+        raise http.TransientError(f"{type(problem).__name__} ({problem})", unreached=unreached) from problem
     except json.JSONDecodeError as problem:
         raise http.TransientError("the answer is not one of the Hub (a captive portal or proxy?)") from problem
 

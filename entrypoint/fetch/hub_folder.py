@@ -23,12 +23,15 @@ from entrypoint.fetch import archive, hub_choice
 from entrypoint.fetch.hub_choice import IMAGE_SUFFIXES, LISTS, SIDECARS, is_metadata, some
 from entrypoint.fetch.hub_columns import CAPTIONS
 from entrypoint.fetch.hub_layout import Layout
-from trainer.data.caption_files import decode
+from trainer.data.caption_files.text_encoding import decode_all
+from trainer.data.folder_listing import Folder
+from trainer.data.folders.conventions import read_folders
 from trainer.spec.errors import DataError
 
 IMAGE = "image"  # the column of the images, as the Hub names it
 LABEL = "label"
 KEY = "__key__"
+FOLDER = "__folder__"  # that the image is written into
 UNPACKED = ".unpacked"  # beside the images that are made: they are moved from there
 NAME_COLUMNS = ("file_name", "image_path", "filename", "file", "image", "path", "img", "image_file", "file_path")
 TEXT_FIELDS = ("txt", "text", "caption", "transcript")
@@ -65,23 +68,24 @@ def read(snapshot: Path, layout: Layout, target: Path) -> Found:
     """
     files = _unpack(snapshot, layout.files, target)
     if not files.images() and _tables(files):  # tables of a split, and images beside them that belong to none
-        others = {name for other in layout.others.values() for name in other} - set(layout.files)
-        files = _unpack(snapshot, [name for name in names(snapshot) if name not in others], target)
+        of_others = {name for other in layout.others.values() for name in other} - set(layout.files)
+        files = _unpack(snapshot, [name for name in names(snapshot) if name not in of_others], target)
     if not files.images():
         raise DataError(f"the split {layout.split!r} has no image files")
     found = _listed(snapshot, layout, files)
     if found is None:
         found = Found(_samples(files))
-        if not any(len(row.keys() - {IMAGE, KEY}) for row in found.rows):
+        has_folders = _keep_folders(files, found.rows)
+        if not has_folders and not any(len(row.keys() - {IMAGE, KEY}) for row in found.rows):
             _add_labels(files, found.rows)
     unused = [name for name in files.places if name not in files.used]
     images = set(files.images())
     unlisted = [name for name in unused if name in images]
-    others = [name for name in unused if name not in images]
+    other_files = [name for name in unused if name not in images]
     if unlisted:
         found.notes.append(f"images that its metadata does not list are not trained: {some(unlisted)}.")
-    if others:
-        found.notes.append(f"files that take no part: {some(others)}.")
+    if other_files:
+        found.notes.append(f"files that take no part: {some(other_files)}.")
     return found
 
 
@@ -198,13 +202,21 @@ def _fields(names: list[str], files: _Files) -> Row:
         ending = _ending(name)
         kind = ending.rpartition(".")[2].lower()
         if kind in TEXT_FIELDS or kind in ("json", "jsn", "cls"):
-            text = decode(files.places[name].read_bytes())[0]
+            text = _text(name, files.places[name].read_bytes())
             files.used.add(name)
             if kind in ("json", "jsn"):
                 row[ending] = _json(text, name)
             else:
                 row[ending] = int(text) if kind == "cls" and text.strip().isdecimal() else text
     return row
+
+
+def _text(name: str, data: bytes) -> str:
+    """The text of a file in whichever encoding it has. Raises DataError if none fits."""
+    decoded = decode_all({name: data})[name]
+    if not decoded.encoding:
+        raise DataError(f"{name} is not text in any known encoding")
+    return decoded.text
 
 
 def _json(text: str, name: str) -> Any:
@@ -222,6 +234,21 @@ def _key(name: str) -> str:
 
 def _ending(name: str) -> str:
     return name.rpartition("/")[2].partition(".")[2]
+
+
+def _keep_folders(files: _Files, rows: list[Row]) -> bool:
+    """Let images stay in their folders where these mean something, as `10_ohwx woman` does; returns whether they do."""
+    inside = {}  # image → its name inside of its archive, since shards may have numbers too
+    for name in files.images():
+        inside[name] = name.removeprefix(f"{files.packed_in.get(name, '')}/")
+    if not read_folders(Folder(Path(), images=sorted(inside.values())), "").parts:
+        return False
+    folders = {files.places[name]: inside[name].rpartition("/")[0] for name in inside}
+    for row in rows:
+        for value in list(row.values()):  # a webdataset's column has the name of the image's ending
+            if isinstance(value, Path) and value in folders:
+                row[FOLDER] = folders[value]
+    return True
 
 
 def _add_labels(files: _Files, rows: list[Row]) -> None:
@@ -378,7 +405,7 @@ def read_table(path: Path) -> list[Row]:
         import pyarrow.parquet
 
         return list(pyarrow.parquet.read_table(path).to_pylist())
-    text = decode(path.read_bytes())[0]
+    text = _text(path.name, path.read_bytes())
     if suffix in (".csv", ".tsv"):
         return _csv_rows(text, path.name)
     if suffix == ".json":

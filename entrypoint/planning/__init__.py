@@ -9,7 +9,8 @@ Each `auto`, and each default that depends on something else, is decided in one 
 | where the base model comes from; optimiser, schedule, noise levels; output | `plan` |
 | which file each part of the model comes from | `single_files` |
 | rank, targets and q/k/v of a LoRA file to start from; whether a state can be resumed | `starting_point` |
-| which text encoders train, and how fast; which layers DoRA needs together | `text_encoders` |
+| which layers get adapters | `targets` |
+| which text encoders train, and how fast | `text_encoders` |
 | device, precision, memory mode, batch size, compilation, attention | `engine_choice` |
 | whether a batch fits in any memory mode, and the largest that does | `memory_refusal` |
 
@@ -18,6 +19,7 @@ Five checks stop a job before any download, each with all its problems in one me
 that does not fit (`starting_point.check_state`); access, free space and images (`preflight`, which asks the network
 only for what no cache has).
 
-Read in the order of the table, then `preflight`. Imports settings, system, dataset_config and fetch; of the trainer,
+Read in the order of the table, then `preflight`, and `summary`, which reads the images that are here and says what the
+job will do with them. Imports settings, system, dataset_config and fetch; of the trainer,
 what needs no torch.
 """

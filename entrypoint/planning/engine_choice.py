@@ -267,9 +267,7 @@ def _refuse_too_large(
     """Note a batch that no memory mode can train, in the precision that is set or in any that `auto` may choose."""
 
     def problem(precisions: tuple[str, ...]) -> str | None:
-        least = memory_refusal.least_peak(
-            footprint, precisions, host_gib=host_gib, compiles=compiles, dora=settings.adapter.lora_type == "dora"
-        )
+        least = memory_refusal.least_peak(footprint, precisions, host_gib=host_gib, compiles=compiles)
         size = next(d.resolution for d in datasets if math.prod(d.resolution) == workload.pixels)
         variable = "PARAMS_BATCH_SIZE" if settings.data.batch_size else "batch_size of dataset.json"
         return memory_refusal.refusal(workload, least, have_gib=have_gib, size=size, variable=variable)
@@ -363,10 +361,16 @@ def _fit_other_phases(
 
 
 def _note_strategies(workload: Workload, chosen: Strategy, strategies: Sequence[Strategy], notes: Notes) -> None:
-    """List the chosen strategy and the others, each once."""
-    notes.reasons.append(f"Strategies for batches of {workload.batch}, the chosen one first:")
-    for line in dict.fromkeys(map(str, (chosen, *strategies))):
-        notes.reasons.append(f"  {line}")
+    """Note the chosen strategy, and those that come before it in order of preference but need more memory."""
+    images = "image" if workload.batch == 1 else "images"
+    notes.reasons.append(f"Memory mode for steps of {workload.batch} {images}: {chosen}.")
+    too_large: list[str] = []
+    for strategy in strategies:
+        if (strategy.precision, *strategy.mode) == (chosen.precision, *chosen.mode):
+            break
+        too_large.append(str(strategy))
+    if too_large:
+        notes.reasons.append(f"Faster, but too large: {'; '.join(dict.fromkeys(too_large))}.")
 
 
 def _allowed(settings: Settings, strategies: Sequence[Strategy], *, compiles: bool) -> list[Strategy]:

@@ -39,8 +39,8 @@ def refusal(workload: Workload, least: Fits, *, have_gib: float, size: tuple[int
         batch = math.ceil(workload.batch / accumulation)
         return (
             f"{variable}={workload.batch}: {problem}. The largest batch that fits is {largest}. Fix: "
-            f"PARAMS_BATCH_SIZE={batch} with PARAMS_GRADIENT_ACCUMULATION={accumulation} trains on {batch * accumulation} "
-            "images a step; or PARAMS_BATCH_SIZE=auto."
+            f"PARAMS_BATCH_SIZE={batch} with PARAMS_GRADIENT_ACCUMULATION={accumulation}, which trains on "
+            f"{batch * accumulation} images a step; or PARAMS_BATCH_SIZE=auto."
         )
     fixes = ["take a larger card"]  # the last one; those before it are tried
     one = replace(workload, batch=1)
@@ -55,9 +55,7 @@ def refusal(workload: Workload, least: Fits, *, have_gib: float, size: tuple[int
     return f"{problem[0].upper()}{problem[1:]}. Fix: {'; or '.join(fixes)}."
 
 
-def least_peak(
-    footprint: Footprint, precisions: tuple[str, ...], *, host_gib: float, compiles: bool, dora: bool
-) -> Fits:
+def least_peak(footprint: Footprint, precisions: tuple[str, ...], *, host_gib: float, compiles: bool) -> Fits:
     """The function that gives the strategy with the lowest peak of all that the rehearsal may step down to.
 
     The settings for recomputing and offloading do not count here: they say where the job begins.
@@ -68,7 +66,8 @@ def least_peak(
         for strategy in memory_model.candidates(footprint, workload, precisions):
             mode = memory_mode(strategy.recompute, strategy.offload)
             in_host = memory_model.pinned_host_gib(footprint, workload, strategy) <= host_gib
-            if in_host and mode.is_allowed(compiled=compiles, dora=dora):
+            # DoRA is no condition here: once its adapters are there, the weights may be streamed (`fallbacks`).
+            if in_host and mode.is_allowed(compiled=compiles, dora=False):
                 possible.append(strategy)
         possible = possible or memory_model.candidates(footprint, workload, precisions)
         return min(possible, key=lambda strategy: strategy.gib)

@@ -16,12 +16,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from entrypoint.fetch import archive, fetch, flash_attention, http, hub, hub_choice, model_folder
+from entrypoint.fetch import archive, fetch, flash_attention, http, hub, hub_choice, local_weights, model_folder
 from entrypoint.fetch.http import RetryPolicy
 from entrypoint.planning import single_files
+from trainer.data.folder_listing import list_folder
+from trainer.data.folders import formats
+from trainer.data.folders.own_output import Written
+from trainer.data.records import printable
 from trainer.spec.errors import DataError, GatedError, KilnError, SettingsError, StorageError, UnreachableError
 from trainer.spec.family import base_models, get_family
-from trainer.spec.plan import ModelPlan, Plan, Source
+from trainer.spec.plan import ModelPlan, Plan, Source, Subset
 from trainer.spec.weight_formats import PRECISIONS
 from trainer.storage.atomic import human_size, storage_error
 
@@ -44,6 +48,7 @@ TYPICAL_IMAGE_BYTES = 500_000
 LORA_BYTES_PER_RANK = 0.0005  # bytes of a float32 LoRA of rank 1 for each byte of the base model's weights
 STATE_BYTES_PER_LORA_BYTE = 5  # a state has the adapter and up to four optimiser tensors of its size
 UNPACKED_BYTES_PER_ARCHIVE_BYTE = 1.1  # images are compressed already, so that archives hardly shrink them
+PACKED = (".parquet", ".arrow", ".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz")  # files that may hold images
 LOGGED_FILE_MIN_BYTES = 100 * 2**20  # larger files of a model are named in the log before they are fetched
 
 
@@ -59,11 +64,12 @@ class NeededSpace:
             self.parts[variable][what] = self.parts[variable].get(what, 0) + size
 
 
-def preflight(plan: Plan, *, token: str | None, hub_cache: Path, retries: RetryPolicy = http.USUAL) -> None:
+def preflight(plan: Plan, *, token: str | None, hub_cache: Path, retries: RetryPolicy = http.USUAL) -> bool:
     """Check all that can be checked before the first large download; asks the network only for what no cache has.
 
-    `hub_cache` is where downloads from the Hub are kept (HF_HOME/hub). Raises one error with all problems in its
-    message: SettingsError, GatedError, DataError, StorageError or UnreachableError, the first of these that applies.
+    `hub_cache` is where downloads from the Hub are kept (HF_HOME/hub). Returns whether anything will be downloaded to
+    it. Raises one error with all problems in its message: SettingsError, GatedError, DataError, StorageError or
+    UnreachableError, the first of these that applies.
     """
     places = {"OUTPUT_PATH": Path(plan.output.path), "CACHE_PATH": Path(plan.output.cache), "HF_HOME": hub_cache}
     space = NeededSpace(places)
@@ -93,6 +99,7 @@ def preflight(plan: Plan, *, token: str | None, hub_cache: Path, retries: RetryP
     if not any(isinstance(p, StorageError) for p in problems):
         problems += _full_volumes(space)
     _raise_all(problems)
+    return bool(space.parts["HF_HOME"])
 
 
 def _raise_all(problems: list[KilnError]) -> None:
@@ -150,17 +157,40 @@ def _model_bytes(
     patterns = single_files.file_patterns(get_family(model.family).FACTS, model.parts)
     converted_bytes = single_files.converted_bytes(model)
     space.add("CACHE_PATH", "converted weights", converted_bytes)
+    if published := local_weights.published(model):
+        wanted = local_weights.missing(model, published, hub_cache=hub_cache)
+        downloads = local_weights.describe(wanted, hub_cache=hub_cache, retries=retries)
+        local_weights.log_downloads(downloads)
+        for repo, _, files in downloads:
+            space.add("HF_HOME", repo.variable, hub.missing_bytes(repo, files))
+        return converted_bytes
     variable = model_folder.variable(model)
     if folder := fetch.local_model(model):
         model_folder.check_folder(variable, folder, patterns)
+        model_folder.check_kind(variable, folder, model)
+        logger.info("To fetch for the model: nothing. %s is here.", folder)
         return _weight_bytes(folder) + converted_bytes
     repo = fetch.model_repo(model, token=token, hub_cache=hub_cache, retries=retries)
     cached = fetch.cached_model(repo, patterns)
     if cached is not None:
+        logger.info("To fetch for the model: nothing. HF_HOME has %s at commit %s.", repo.name, cached.commit[:12])
         return _weight_bytes(cached.folder) + converted_bytes
+    try:
+        return _download_bytes(repo, patterns, space) + converted_bytes
+    except (GatedError, UnreachableError) as problem:
+        variables = local_weights.missing_parts(model)
+        if not variables:
+            raise
+        raise type(problem)(
+            f"{problem} Or use local files, which need neither a token nor this repository: set {', '.join(variables)}."
+        ) from problem
+
+
+def _download_bytes(repo: hub.Repo, patterns: tuple[str, ...], space: NeededSpace) -> int:
+    """Bytes of the files to download, after a check that they are complete and that they may be read."""
     listing = hub.describe(repo)
     names = [file.name for file in listing.files]
-    model_folder.check_names(variable, names, patterns)
+    model_folder.check_names(repo.variable, names, patterns)
     needed = model_folder.wanted(names, patterns)
     files = [file for file in listing.files if file.name in needed]
     total_bytes = sum(file.size for file in files)
@@ -170,7 +200,7 @@ def _model_bytes(
             logger.info("To fetch: %s/%s, %s.", repo.name, file.name, human_size(file.size))
     logger.info("To fetch: %d files of %s, %s.", len(files), repo.name, human_size(total_bytes))
     space.add("HF_HOME", f"the weights of {repo.name}", hub.missing_bytes(repo, files))
-    return total_bytes + converted_bytes
+    return total_bytes
 
 
 def _weight_bytes(folder: Path) -> int:
@@ -191,50 +221,46 @@ def _check_source(
         count = source.count
         space.add("CACHE_PATH", "class images", count * TYPICAL_IMAGE_BYTES)
     elif source.kind == "folder":
-        count = _count_images(fetch.local_folder(source))
+        folder = list_folder(Subset(replace(source, path=str(fetch.local_folder(source)))), Written(space.places))
+        count = len(folder.images)
         if not count:
-            raise DataError(_without_images(source))
+            names = [printable(name) for name in folder.all_names()]
+            raise DataError(f"{fetch.named(source)}: {_without_images(source, names)}")
     elif source.kind == "hub":
         count = _check_hub_dataset(source, space, token=token, retries=retries) // TYPICAL_IMAGE_BYTES
     elif fetch.is_url(source):
         count = _check_url(source, space, token=token, retries=retries) // TYPICAL_IMAGE_BYTES
     else:
         path = fetch.local_archive(source)
-        if not archive.has_file(path, hub_choice.IMAGE_SUFFIXES):
-            raise DataError(_archive_without_images(source, path))
+        if not archive.has_file(path, formats.READABLE_SUFFIXES):
+            raise DataError(f"{fetch.named(source)}: {_archive_without_images(path)}")
         size = path.stat().st_size
         space.add("CACHE_PATH", "unpacked archives", size * UNPACKED_BYTES_PER_ARCHIVE_BYTE)
         count = size // TYPICAL_IMAGE_BYTES
     space.add("CACHE_PATH", "encoded images", count * cache_bytes)
 
 
-def _without_images(source: Source) -> str:
+def _without_images(source: Source, names: list[str]) -> str:
     """That a folder has no images; where it has archives, what to name instead."""
     folder = fetch.local_folder(source)
     packed = fetch.archives_in(folder)
     if not packed:
-        return f"{fetch.named(source)}: there is no image in it. Put images there (or mount them)."
+        return formats.why_none(names)
     return (
-        f"{fetch.named(source)}: there is no image in it, only {hub_choice.some(packed)}. Name the archive itself, "
-        f"{folder / packed[0]}, or unpack it there."
+        f"there is no image in it, only {hub_choice.some(packed)}. Name the archive itself, {folder / packed[0]}, or "
+        "unpack it there."
     )
 
 
-def _archive_without_images(source: Source, path: Path) -> str:
+def _archive_without_images(path: Path) -> str:
     """That an archive has no images; where it has archives, these by name."""
     names = archive.first_names(path)
     packed = [name for name in names if name.lower().endswith(fetch.ANY_ARCHIVE)]
-    said = f"{fetch.named(source)}: there is no image "
     if packed:
-        return said + f"in it, only archives ({hub_choice.some(packed)}). Unpack it, and name the folder."
-    return said + f"among its first entries. It holds {hub_choice.some(names) or 'nothing'}."
-
-
-def _count_images(folder: Path) -> int:
-    count = 0
-    for _, _, names in os.walk(folder):
-        count += sum(name.lower().endswith(hub_choice.IMAGE_SUFFIXES) for name in names)
-    return count
+        return f"there is no image in it, only archives ({hub_choice.some(packed)}). Unpack it, and name the folder."
+    known = ", ".join(formats.READABLE_SUFFIXES)
+    held = hub_choice.some(names) or "nothing"
+    return f"there is no image among its first entries. It holds {held}. Read are {known}."
 
 
 def _check_hub_dataset(source: Source, space: NeededSpace, *, token: str | None, retries: RetryPolicy) -> int:
@@ -245,6 +271,8 @@ def _check_hub_dataset(source: Source, space: NeededSpace, *, token: str | None,
     listing = fetch.describe_dataset(source, repo)
     chosen = set(hub_choice.choose(repo.variable, repo.name, [file.name for file in listing.files]).names)
     files = [file for file in listing.files if file.name in chosen]
+    if not any(name.lower().endswith((*formats.READABLE_SUFFIXES, *PACKED)) for name in chosen):
+        raise DataError(f"{repo.variable}: {formats.why_none(sorted(chosen))}")
     hub.check_access(repo, listing, files[0].name)
     size = sum(file.size for file in files)
     space.add("HF_HOME", f"the dataset {repo.name}", hub.missing_bytes(repo, files))

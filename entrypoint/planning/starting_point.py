@@ -7,7 +7,7 @@ file that does not fit is refused before the base model is downloaded.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from trainer.lora_files.inspect import LoraSummary
 from trainer.spec.family import Facts
 from trainer.spec.plan import LoraPlan, Plan
 from trainer.spec.resume_rules import resumes_state
+from trainer.spec.targets import is_target
 from trainer.spec.values import show
 from trainer.storage import safetensors_header
 from trainer.storage.safetensors_header import Header
@@ -128,7 +129,7 @@ def adapter_shape(
             notes.chose("PARAMS_TARGET_MODULES", ",".join(targets), "what the LoRA file has")
     # If q, k and v had an adapter each in the file, one adapter for all three must hold the terms of all: its rank is
     # the larger one. If they shared one, both ranks are the same.
-    fused = [parts for parts in facts.fused_targets.values() if all(part in targets for part in parts)]
+    fused = [parts for parts in facts.fused_targets.values() if _is_fused(parts, lora, targets)]
     rank_together = lora.rank(fused)
     rank_apart = lora.rank(())
     if split_qkv is None:
@@ -141,6 +142,16 @@ def adapter_shape(
     elif rank != file_rank:
         notes.add(f"PARAMS_NETWORK_DIM={rank}: {file} has rank {file_rank}. Fix: PARAMS_NETWORK_DIM={file_rank}.")
     return AdapterShape(file_rank, split_qkv, targets)
+
+
+def _is_fused(parts: Sequence[str], lora: LoraSummary, targets: Sequence[str]) -> bool:
+    """Whether some block of this job has one adapter for all of `parts`: all of them are targets there."""
+    for module in lora.modules:
+        if module.endswith(f".{parts[0]}"):
+            block = module.removesuffix(parts[0])
+            if all(is_target(f"{block}{part}", targets) for part in parts):
+                return True
+    return False
 
 
 def _wrong_family(header: Header, lora: LoraSummary, facts: Facts) -> str | None:
@@ -201,7 +212,7 @@ def _untrained_modules(
 def _is_covered(module: str, targets: tuple[str, ...]) -> bool:
     """Whether one of the targets covers it. A module outside the numbered blocks gets no adapter, whatever its name."""
     in_block = any(part.isdigit() for part in module.split("."))
-    return in_block and any(module.endswith(f".{target}") for target in targets)
+    return in_block and is_target(module, targets)
 
 
 def _target_of(module: str, facts: Facts) -> str | None:

@@ -13,7 +13,8 @@ import platform
 import re
 import runpy
 import subprocess
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,14 @@ QUERY_TIMEOUT_S = 30.0  # without persistence mode the driver takes seconds to w
 TORCH_BUILDS = {"nvidia": "cuda", "amd": "hip"}  # vendor → the attribute of torch.version that a build for it sets
 # Major version of CUDA → the first driver that runs builds for all its minor versions (NVIDIA, "CUDA Compatibility").
 MIN_DRIVERS = {12: 525, 13: 580}
+# The architectures that torch's kernels are built for. torch.cuda.get_arch_list() gives the same, if a device answers.
+PRINT_KERNELS = "import torch._C; print(torch._C._cuda_getArchFlags() or '')"
+KERNELS_TIMEOUT_S = 60.0
+# Those of the torch in our images (CUDA 13 and ROCm 7), for cards that are planned for on a machine with another torch.
+IMAGE_KERNELS = (
+    *("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"),
+    *("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201"),
+)
 _VIDEO_MEMORY = {"1", "2"}  # heap types of the kernel's topology: frame buffer visible to the CPU, and private
 
 
@@ -182,6 +191,73 @@ def check_torch(detected: Hardware, version: Mapping[str, Any]) -> None:
             f"The driver {detected.driver} of this machine is too old for torch {version['__version__']}, which needs "
             f"{needed} or newer. Fix: update the driver, or rent a machine with CUDA {built} or newer."
         )
+
+
+class TorchKernels:
+    """Asks torch in a process of its own which architectures its kernels are built for: the import takes seconds."""
+
+    def __init__(self) -> None:
+        environment = child_environment(os.environ)
+        self._process = subprocess.Popen(  # noqa: S603 (our own interpreter)
+            (sys.executable, "-c", PRINT_KERNELS),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def names(self) -> tuple[str, ...]:
+        """Such as sm_90, compute_120 or gfx942. Waits for the answer; () where torch does not say."""
+        try:
+            printed, _ = self._process.communicate(timeout=KERNELS_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.stop()
+            return ()
+        return tuple(printed.split()) if self._process.returncode == 0 else ()
+
+    def stop(self) -> None:
+        """End the process, if it still runs."""
+        self._process.kill()
+        self._process.wait()
+
+
+def check_kernels(detected: Hardware, kernels: Sequence[str]) -> None:
+    """Raises SettingsError if none of torch's `kernels` runs on this hardware; () counts as unknown.
+
+    Machine code (sm_XY) runs on its own major version, from its own minor version on; a name that ends in a letter, on
+    exactly its version. PTX (compute_XY) runs on all that are newer (NVIDIA, CUDA programming guide, "Compute
+    capabilities").
+    """
+    if detected.vendor == "cpu" or not kernels:
+        return
+    if detected.vendor == "amd":
+        if detected.architecture in kernels:
+            return
+        built = ", ".join(name for name in kernels if name.startswith("gfx"))
+    else:
+        have = _version(detected.architecture)[:2]
+        versions: list[tuple[int, int]] = []
+        for kernel in kernels:
+            match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([a-z]?)", kernel)
+            if match is None:
+                continue
+            version = (int(match[2]), int(match[3]))
+            versions.append(version)
+            if match[1] == "compute":
+                runs = have >= version
+            elif match[4]:
+                runs = have == version
+            else:
+                runs = have[0] == version[0] and have[1] >= version[1]
+            if runs:
+                return
+        built = ", ".join(f"{major}.{minor}" for major, minor in sorted(set(versions)))
+    what = "compute capability" if detected.vendor == "nvidia" else "architecture"
+    raise SettingsError(
+        f"This torch has no kernels for {detected}: it is built for {what} {built}. Fix: take a card of one of these, "
+        "or install a build of torch for this card."
+    )
 
 
 def _nvidia(

@@ -8,22 +8,51 @@ import pytest
 
 from entrypoint import __main__ as entrypoint
 from entrypoint import health
+from tests.support.drawings import draw
 
 
 @pytest.mark.parametrize(
     ("arguments", "check"),
-    [([], False), (["train"], False), (["check"], True), (["--check"], True), (["train", "--check"], True)],
+    [
+        *(([], False), (["train"], False), (["check"], True), (["--check"], True), (["train", "--check"], True)),
+        (["--gpu", "RTX 4090"], True),  # nothing can be trained on a card that is not here
+    ],
 )
 def test_the_first_argument_chooses(monkeypatch, arguments, check):
     asked = []
-    monkeypatch.setattr(entrypoint, "job", lambda environ, *, check: asked.append(check) or 0)
+    monkeypatch.setattr(entrypoint, "job", lambda environ, *, check, card: asked.append(check) or 0)
     assert entrypoint.main(arguments) == 0
     assert asked == [check]
 
 
+@pytest.fixture
+def photographs(monkeypatch, tmp_path):
+    """The variables of a job for Flux.1 on two images."""
+    for i in range(2):
+        draw(64, 64, seed=i).save(tmp_path / f"{i}.png")
+    (tmp_path / "model").mkdir()
+    names = {"BASE_MODEL": "flux", "DATASET_NAME": str(tmp_path), "MODEL_PATH": str(tmp_path / "model")}
+    names |= {"OUTPUT_PATH": str(tmp_path / "out"), "CACHE_PATH": str(tmp_path / "cache")}
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_card_that_is_not_here_is_planned_for(photographs, caplog):
+    with caplog.at_level("INFO"):
+        assert entrypoint.main(["--check", "--gpu", "RTX 4090"]) == 78  # for the model's folder is empty
+    assert "1 × nvidia 8.9, 24 GiB" in caplog.text and "Images: 2 found" in caplog.text
+    assert "MODEL_PATH" in caplog.text and "No GPU answers" not in caplog.text
+
+
+@pytest.mark.parametrize(("card", "message"), [("RTX 4091", "did you mean"), ("GTX 1080 Ti", "no kernels")])
+def test_a_card_that_cannot_train_is_refused(photographs, caplog, card, message):
+    assert entrypoint.main(["--check", "--gpu", card]) == 78
+    assert message in caplog.text
+
+
 @pytest.mark.parametrize("arguments", [["trian"], ["check", "more"]])
 def test_an_unknown_command_is_a_wrong_command_line(monkeypatch, capsys, arguments):
-    monkeypatch.setattr(entrypoint, "job", lambda environ, *, check: pytest.fail("it ran"))
+    monkeypatch.setattr(entrypoint, "job", lambda environ, *, check, card: pytest.fail("it ran"))
     assert entrypoint.main(arguments) == 64
     assert "train" in capsys.readouterr().err
 

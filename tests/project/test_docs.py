@@ -192,10 +192,11 @@ NO_TERMS = {
         ("DatasetSummary", "SubsetSummary", "TrainingRun", "LoraSummary"), "contents of a LoRA file's header"
     ),
     **dict.fromkeys(("Prompt", "PromptRequest"), "a prompt line, which the documents call a prompt"),
+    **dict.fromkeys(("Card", "TorchKernels"), "what a card, and this torch, can do"),
     **dict.fromkeys(("Budget", "Limits", "Names"), "bounds on archives"),
     **dict.fromkeys(("Cached", "Choice", "Listing", "RemoteFile", "Repo"), "records of the Hub's client"),
     **dict.fromkeys(("Asked", "Found", "Layout", "Place"), "how a dataset was named, and what was found of it"),
-    **dict.fromkeys(("Download", "Hash", "RemoteArchive"), "records of downloads"),
+    **dict.fromkeys(("Download", "Hash", "RemoteArchive", "SshHost"), "records of downloads"),
     **dict.fromkeys(("Job", "Uploader", "Times"), "parts of one process"),
     **dict.fromkeys(("Background", "Recipe", "Scene", "Thing"), "contents of the miniatures' drawings"),
 }

@@ -48,7 +48,8 @@ ENGINE_LAYERS = (  # within the engine, likewise
 )
 WITHOUT_TORCH = (
     *("trainer.spec", "trainer.storage", "trainer.lora_files.key_names", "trainer.lora_files.inspect"),
-    *("trainer.data.caption_files", "trainer.data.captions"),
+    *("trainer.data.caption_files.text_encoding", "trainer.data.captions", "trainer.data.folder"),
+    *("trainer.data.epochs", "trainer.data.records", "trainer.data.scan"),
 )
 NEEDS_TORCH = "trainer.storage.safetensors_writer"
 MOST_MODULES = 14

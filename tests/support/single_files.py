@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,14 +14,20 @@ from entrypoint.settings.read import read_settings
 from tests.support.machines import CPU
 from trainer.base_model import single_file
 from trainer.spec.family import get_family
+from trainer.spec.plan import ModelPlan
+
+
+def planned(environment: Mapping[str, str]) -> ModelPlan:
+    """The plan's section for the model. Raises SettingsError."""
+    settings = read_settings(environment)
+    manifest = read_manifest(settings.data.dataset_config, settings.output.sample_prompts)
+    return make_plan(settings, manifest, CPU, now=datetime(2025, 1, 1, tzinfo=UTC)).model
 
 
 def model_folder(tmp_path: Path, name: str, **variables: str) -> Path:
-    """The folder that a job with these variables reads its weights from."""
+    """The folder that a job with these variables reads its weights from. `name`: of a family, whose miniature it is."""
     (tmp_path / "pictures").mkdir(exist_ok=True)
-    settings = read_settings({"BASE_MODEL": f"mini-{name}", "DATASET_NAME": str(tmp_path / "pictures"), **variables})
-    manifest = read_manifest(settings.data.dataset_config, settings.output.sample_prompts)
-    plan = make_plan(settings, manifest, CPU, now=datetime(2025, 1, 1, tzinfo=UTC))
-    needed = file_patterns(get_family(name).FACTS, plan.model.parts)
-    model = fetch_model(plan.model, patterns=needed, token=None)
+    plan = planned({"BASE_MODEL": f"mini-{name}", "DATASET_NAME": str(tmp_path / "pictures"), **variables})
+    needed = file_patterns(get_family(plan.family).FACTS, plan.parts)
+    model = fetch_model(plan, patterns=needed, token=None)
     return single_file.convert_single_files(model, tmp_path / "cache")

@@ -7,11 +7,13 @@ Shapes: B batch, C channels of latents, H and W their height and width, L tokens
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.families import common
-from trainer.spec.family import BaseModel, ClipOutput, Facts, Footprint, LoraKeys, OriginalLayer
+from trainer.families.published import flux as published
+from trainer.spec.family import CLIP_TOKENS, BaseModel, ClipOutput, Facts, Footprint, LoraKeys, OriginalLayer
 
 if TYPE_CHECKING:
     import torch
@@ -37,18 +39,23 @@ FOOTPRINT = Footprint(
     encoder_weights=4.89e9,
     hidden_size=3072,
 )
+DEV = BaseModel("black-forest-labs/FLUX.1-dev", 31.5, FOOTPRINT, gated=True, published=published.DEV)
+
+T5_TOKENS = 512
+
 FACTS = Facts(
     name="flux",
     models={
-        "flux": BaseModel("black-forest-labs/FLUX.1-dev", 31.5, FOOTPRINT, gated=True),
-        "flux-dev": BaseModel("black-forest-labs/FLUX.1-dev", 31.5, FOOTPRINT, gated=True),
-        "flux-krea": BaseModel("black-forest-labs/FLUX.1-Krea-dev", 31.5, FOOTPRINT, gated=True),
+        "flux": dataclasses.replace(DEV, aliases=("flux.1", "flux1")),
+        "flux-dev": DEV,
+        "flux-krea": dataclasses.replace(DEV, source="black-forest-labs/FLUX.1-Krea-dev"),
         "flux-schnell": BaseModel(
             "black-forest-labs/FLUX.1-schnell",
             files_gib=31.4,
             footprint=FOOTPRINT,
             gated=True,
             defaults={"steps": 4, "guidance": 0.0},
+            published=published.SCHNELL,
         ),
         "mini-flux": BaseModel(MINIATURE, files_gib=0.0, resolution=128),
     },
@@ -91,6 +98,8 @@ FACTS = Facts(
     },
     parts={"denoiser": "transformer", "vae": "vae", "clip_l": "text_encoder", "t5": "text_encoder_2"},
     landmarks=("double_blocks.0.img_attn.qkv.weight", "single_transformer_blocks.0.proj_mlp.weight"),
+    text_readers={"tokenizer_2": ("T5", T5_TOKENS)},
+    lookalikes=published.LOOKALIKES,
     prompt_steps=20,
     prompt_guidance=3.5,
     prompt_cfg=1.0,
@@ -117,12 +126,17 @@ def load_encoders(folder: Path, *, device: str, dtype: torch.dtype) -> FluxPipel
     )
 
 
-def encode_text(encoders: FluxPipeline, captions: list[str]) -> list[dict[str, torch.Tensor]]:
+def encode_text(
+    encoders: FluxPipeline,
+    captions: list[str],
+    *,
+    max_tokens: int = CLIP_TOKENS,  # noqa: ARG001 (CLIP gives the pooled output alone, which is that of its first tokens)
+) -> list[dict[str, torch.Tensor]]:
     """`tokens` (L, 4096) of T5 and `pooled` (768,) of CLIP-L for each caption, padded as the pipeline pads."""
     import torch
 
-    length = min(512, encoders.tokenizer_2.model_max_length)
-    with torch.no_grad():
+    length = min(T5_TOKENS, encoders.tokenizer_2.model_max_length)
+    with torch.no_grad(), common.without_warnings():
         tokens_BLD, pooled_BD, _ = encoders.encode_prompt(
             captions, captions, device=encoders.text_encoder.device, max_sequence_length=length
         )
@@ -143,7 +157,12 @@ encode_images = common.encode_images
 def load_denoiser(folder: Path, *, device: str, dtype: torch.dtype) -> FluxTransformer2DModel:
     from diffusers import FluxTransformer2DModel
 
-    return common.load_denoiser(FluxTransformer2DModel, folder / "transformer", device=device, dtype=dtype)
+    from trainer.families.fused_blocks.flux import PartlyJoinedProcessor
+
+    denoiser = common.load_denoiser(FluxTransformer2DModel, folder / "transformer", device=device, dtype=dtype)
+    for block in denoiser.transformer_blocks:
+        block.attn.set_processor(PartlyJoinedProcessor())
+    return denoiser
 
 
 def from_original(

@@ -12,7 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.families import common
-from trainer.spec.family import OPTIONAL, BaseModel, ClipOutput, Facts, Footprint, LoraKeys, OriginalLayer, weights
+from trainer.families.published import sd3 as published
+from trainer.spec.family import (
+    CLIP_TOKENS,
+    OPTIONAL,
+    BaseModel,
+    ClipOutput,
+    Facts,
+    Footprint,
+    LoraKeys,
+    OriginalLayer,
+    weights,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +48,14 @@ FOOTPRINT = Footprint(
     encoder_weights=5.58e9,
     hidden_size=1536,
 )
-MEDIUM_3 = BaseModel("stabilityai/stable-diffusion-3-medium-diffusers", 14.5, FOOTPRINT, gated=True)
+MEDIUM_3 = BaseModel(
+    "stabilityai/stable-diffusion-3-medium-diffusers",
+    files_gib=14.5,
+    footprint=FOOTPRINT,
+    gated=True,
+    aliases=("stable-diffusion-3-medium", "stable-diffusion-3"),
+    published=published.MEDIUM,
+)
 # Not measured: scaled from FOOTPRINT by the hidden size and the number of blocks.
 LARGE = Footprint(
     block_weights=8.0e9,
@@ -67,8 +85,12 @@ FACTS = Facts(
     models={
         "sd3": MEDIUM_3,
         "sd3-medium": MEDIUM_3,
-        "sd3.5-medium": BaseModel("stabilityai/stable-diffusion-3.5-medium", 15.2, MEDIUM_35, gated=True),
-        "sd3.5-large": BaseModel("stabilityai/stable-diffusion-3.5-large", 25.7, LARGE, gated=True),
+        "sd3.5-medium": BaseModel(
+            "stabilityai/stable-diffusion-3.5-medium", 15.2, MEDIUM_35, gated=True, published=published.MEDIUM_35
+        ),
+        "sd3.5-large": BaseModel(
+            "stabilityai/stable-diffusion-3.5-large", 25.7, LARGE, gated=True, published=published.LARGE_35
+        ),
         "mini-sd3": BaseModel(MINIATURE, files_gib=0.0, resolution=128, defaults={"cfg": 3.0}),
     },
     files=(
@@ -114,6 +136,8 @@ FACTS = Facts(
         "t5": "text_encoder_3",
     },
     landmarks=("joint_blocks.0.x_block.attn.qkv.weight", "transformer_blocks.0.attn.add_q_proj.weight"),
+    text_readers={"tokenizer_3": ("T5", T5_TOKENS), "tokenizer": ("CLIP", CLIP_TOKENS)},
+    lookalikes=published.LOOKALIKES,
     prompt_steps=28,
     prompt_guidance=1.0,
     prompt_cfg=5.0,
@@ -145,12 +169,17 @@ def load_encoders(folder: Path, *, device: str, dtype: torch.dtype) -> StableDif
     )
 
 
-def encode_text(encoders: StableDiffusion3Pipeline, captions: list[str]) -> list[dict[str, torch.Tensor]]:
+def encode_text(
+    encoders: StableDiffusion3Pipeline,
+    captions: list[str],
+    *,
+    max_tokens: int = CLIP_TOKENS,  # noqa: ARG001 (other trainers do not read CLIP in chunks here: T5 reads the rest)
+) -> list[dict[str, torch.Tensor]]:
     """`tokens` (77 + 256, 4096): both CLIPs side by side, padded with zeros, then T5 or zeros; `pooled` (2048,)."""
     import torch
 
     length = min(T5_TOKENS, encoders.tokenizer_3.model_max_length) if encoders.tokenizer_3 else T5_TOKENS
-    with torch.no_grad():
+    with torch.no_grad(), common.without_warnings():
         tokens_BLD, _, pooled_BD, _ = encoders.encode_prompt(
             captions,
             captions,

@@ -36,7 +36,7 @@ from trainer.data.encode import open_cache
 from trainer.data.records import Scan
 from trainer.engine.attention import flash_attention_4
 from trainer.engine.device import limit_memory
-from trainer.job.build import adapter_summary, build_training_state, make_session
+from trainer.job.build import adapter_summary, build_training_state, check_targets, make_session
 from trainer.job.class_images import draw_class_images
 from trainer.job.crash_loop import CrashLog
 from trainer.job.handover import HandedOver, hand_over, receive
@@ -120,6 +120,7 @@ def _prepare(
     limit_memory(plan.engine.device, plan.engine.memory_limit_gib)
     model_folder = str(convert_single_files(plan.model, Path(plan.output.cache)))
     plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, path=model_folder))
+    check_targets(plan)
     plan = draw_class_images(plan, status=status, check_in=check_in)
     return prepare_data(plan, out, status=status, state=state, check_in=check_in)
 
@@ -130,7 +131,12 @@ def _received(handed: HandedOver) -> PreparedData:
     limit_memory(plan.engine.device, plan.engine.memory_limit_gib)
     scanned = Scan(handed.images, (), ())
     sampler = make_sampler(plan, scanned)
-    cache = open_cache(Path(plan.output.cache), Path(plan.model.path), precision=plan.engine.dtype)
+    cache = open_cache(
+        Path(plan.output.cache),
+        Path(plan.model.path),
+        precision=plan.engine.dtype,
+        max_tokens=plan.train.max_token_length,
+    )
     state = state_files.read(handed.state) if handed.state else None
     return PreparedData(plan, scanned, sampler, cache, state)
 

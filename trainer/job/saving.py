@@ -7,6 +7,7 @@ its name (`Saver.export`).
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -20,14 +21,14 @@ import torch
 from trainer.checkpoints import resume, state_files
 from trainer.checkpoints.retention import CheckpointRetention
 from trainer.checkpoints.snapshots import BackgroundWriter, Snapshots
-from trainer.data.captions import tag_frequency
+from trainer.data.captions import fill_placeholders, own_trigger, tag_frequency
 from trainer.data.epochs import EpochSampler
 from trainer.data.identity import fingerprint
 from trainer.data.records import Scan
 from trainer.job.verify import verify
-from trainer.lora_files import convert, metadata, peft_bridge
+from trainer.lora_files import convert, key_names, metadata, peft_bridge
 from trainer.lora_files.metadata import DatasetSummary, SubsetSummary, TrainingRun
-from trainer.lora_files.weights import LoraModules
+from trainer.lora_files.weights import LoraModules, LoraWeights
 from trainer.lora_files.write import write_lora
 from trainer.spec.family import Family, base_models
 from trainer.spec.plan import Plan
@@ -145,6 +146,9 @@ class Saver:
         modules = peft_bridge.from_peft_state(
             self.training_state.adapters, prefix=facts.lora_prefix, fused=facts.fused_targets, scale=scale
         )
+        for name, norms in self.training_state.untrained_norms.items():
+            module = f"{facts.lora_prefix}.{name}"
+            modules[module] = LoraWeights(norms.new_zeros(0, 1), norms.new_zeros(len(norms), 0), scale, norms)
         for component, state in self.training_state.text_adapters.items():
             modules |= text_encoders.modules(state, component, family_name=facts.name, scale=scale)
         return modules
@@ -162,6 +166,9 @@ class Saver:
         for key_format in reversed(formats):
             lora_file = convert.to_file(modules, key_format, self.family.FACTS.name)
             header = metadata.lora_metadata(run, step=step, epoch=epoch, rank=lora_file.rank, alpha=lora_file.alpha)
+            untrained = [name for name, weights in modules.items() if not weights.rank]
+            if untrained:
+                header[key_names.UNTRAINED] = json.dumps(untrained)
             if dora:
                 header["kiln_dora_read_by"] = convert.DORA_READERS[key_format]
             yield self.out / f"{stem}{convert.KEY_FORMATS[key_format]}.safetensors", lora_file, header
@@ -171,11 +178,18 @@ def describe_run(plan: Plan, family: Family, objective: Objective, *, sampler: E
     """The facts of this run for the header of its LoRA files."""
     datasets: list[DatasetSummary] = []
     names: list[str] = []
+    triggers: dict[str, None] = {}  # those of all subsets, in order
     for d, dataset in enumerate(plan.data.datasets):
         subsets = []
         for s, subset in enumerate(dataset.subsets):
-            names.append(_unused(Path(subset.source.public).name, names))
-            captions = [image.caption for image in scan.images if (image.dataset, image.subset) == (d, s)]
+            captions = []
+            for image in scan.images:
+                if (image.dataset, image.subset) == (d, s):
+                    captions.append(fill_placeholders(image.caption, subset))
+            if not captions and any(other.part_of == s for other in dataset.subsets):
+                continue  # all of its images are in folders that their names make subsets
+            names.append(_unused(Path(subset.folder or subset.source.public).name, names))
+            triggers[own_trigger(subset)] = None
             tags = tag_frequency(captions, subset.caption_separator)
             subsets.append(SubsetSummary(names[-1], len(captions), subset.num_repeats, subset.is_reg, tags))
         buckets = {size: count for (owner, size), count in sampler.buckets.items() if owner == d}
@@ -195,8 +209,9 @@ def describe_run(plan: Plan, family: Family, objective: Objective, *, sampler: E
         schedule=plan.optim.scheduler,
         seed=plan.train.seed,
         noise_offset=plan.train.noise_offset,
+        max_token_length=plan.train.max_token_length,
         resolution=first.resolution,
-        trigger=first.subsets[0].trigger_word,
+        trigger=", ".join(word for word in triggers if word),
         objective=objective.prediction.removesuffix("_prediction"),
         datasets=tuple(datasets),
     )

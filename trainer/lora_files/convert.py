@@ -72,6 +72,8 @@ def from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
             if name in modules:
                 raise ValueError(f"it has {name} twice, the second time as {stem}")
             modules[name] = part
+    for name in key_names.untrained_modules(metadata):
+        modules.pop(name, None)
     return modules
 
 
@@ -229,12 +231,15 @@ def to_file(modules: LoraModules, key_format: str, family_name: str) -> LoraFile
 
 def _to_peft_file(modules: LoraModules) -> LoraFile:
     """The scale is folded into lora_B, so that alpha = rank: ComfyUI and Forge ignore PEFT's alpha."""
+    modules = {name: weights for name, weights in modules.items() if weights.rank}
     tensors = {}
     for name, weights in modules.items():
         tensors[f"{name}.lora_A.weight"] = weights.down
         tensors[f"{name}.lora_B.weight"] = weights.folded().up
         if weights.magnitude is not None:
-            tensors[f"{name}.lora_magnitude_vector"] = weights.magnitude
+            # transformers renames keys up to the adapter's name, and does not add `.weight` as peft does.
+            ending = ".weight" if name.startswith("text_encoder") else ""
+            tensors[f"{name}.lora_magnitude_vector{ending}"] = weights.magnitude
     rank = _commonest([weights.rank for weights in modules.values()])
     return LoraFile(_sorted_fp32(tensors), rank, float(rank))
 

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from trainer.lora_files.key_names import Layer, find_layer, key_style, split_key
+from trainer.lora_files.key_names import Layer, find_layer, key_style, split_key, untrained_modules
 from trainer.spec.family import OriginalLayer, family_names, get_family
 from trainer.storage.safetensors_header import Entry, Header
 
@@ -75,6 +75,8 @@ def summarize(header: Header, family_name: str) -> LoraSummary:
             unmatched.append(f"{stem}.dora_scale of columns")
         else:
             modules |= _terms(header, layer, entries)
+    for module in untrained_modules(header.metadata):
+        modules.pop(module, None)
     alphas = {_scalar(header, entries["alpha"]) for entries in stems.values() if "alpha" in entries}
     styles = [key_style(stem) for stem in stems if not stem.startswith(("lora_te", "text_encoder"))]
     return LoraSummary(

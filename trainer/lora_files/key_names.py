@@ -8,6 +8,7 @@ The tools' own code is the source: kohya-ss/sd-scripts, ComfyUI's comfy/lora.py,
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ STYLES = {
 }
 KOHYA_ENCODERS = {"te_": "te1", "te1_": "te1", "te2_": "te2", "te3_": "te3"}  # after `lora_`
 COMFYUI_ENCODERS = {"clip_l": "te1", "clip_g": "te2", "t5xxl": "te3"}  # after `text_encoders.`
+UNTRAINED = "kiln_untrained"  # key of a header: the modules of rank 0 that a DoRA file holds, as JSON
 CLIP_LAYER = re.compile(r"(?:text_model_)?encoder_layers_(\d+)_(self_attn|mlp)_([qkv]_proj|out_proj|fc1|fc2)")
 T5_LAYER = re.compile(r"encoder_block_(\d+)_layer_(\d)_(SelfAttention|DenseReluDense)_(q|k|v|o|wi_0|wi_1|wi|wo)")
 
@@ -77,6 +79,15 @@ def split_key(key: str) -> tuple[str, str] | None:
         return None
     longest = max(endings, key=len)
     return key.removesuffix(longest), ENDINGS[longest]
+
+
+def untrained_modules(metadata: Mapping[str, str]) -> list[str]:
+    """The modules without a LoRA that a DoRA's file holds since it keeps them and one with a LoRA as one layer."""
+    try:
+        names = json.loads(metadata.get(UNTRAINED, "[]"))
+    except ValueError:
+        return []
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def find_layer(stem: str, family_name: str) -> Layer | None:

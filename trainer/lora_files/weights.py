@@ -14,7 +14,9 @@ import torch
 class LoraWeights:
     """What a LoRA (arXiv:2106.09685) adds to the weight of one layer: scale * up @ down, where scale = alpha / r.
 
-    With DoRA (arXiv:2402.09353), each row of the sum is then scaled to the norm in `magnitude`.
+    With DoRA (arXiv:2402.09353), each row of the sum is then scaled to the norm in `magnitude`. A layer of rank 0 does
+    not train, and its magnitudes are the norms that its rows have: a file needs them where it keeps that layer and one
+    that trains as one.
     """
 
     down: torch.Tensor  # (r, in) or (r, in, kh, kw); A in papers

@@ -32,6 +32,17 @@ class UnreachableError(KilnError):
     advice = "Start the same job again later: what was downloaded is kept."
 
 
+class NoAcceleratorError(UnreachableError):
+    """This machine has no GPU, or has lost it, and the model needs one."""
+
+    advice = (
+        "On a rented machine, start the same job again: it may have come back without its GPU. On a computer without "
+        "one, `python -m entrypoint --check --gpu 'RTX 4090'` checks this job for a card that is not here, "
+        "`python -m entrypoint.runpod deploy` rents one, and base models with names like mini-… try everything out "
+        "on a CPU."
+    )
+
+
 class StorageError(KilnError):
     """No room, not writable, or an input/output error on a volume."""
 

@@ -35,8 +35,10 @@ BYTES_PER_TRAINED_NUMBER = {
     "prodigy-schedulefree": 24,
     "adamw8bit": 10,
     "lion": 12,
+    "lion8bit": 9,
 }
 BYTES_PER_TRAINED_NUMBER_WITH_TWO_MOMENTS = 16
+FLOAT32_BYTES = 4
 
 # Share of the device's memory that a predicted peak may fill. The driver takes the rest, or it is lost in gaps between
 # tensors. Activation offload may fill more, because the next strategy, weight streaming, is much slower: the rehearsal
@@ -88,6 +90,11 @@ class Strategy:
     def weights_on_device(self) -> bool:
         """Whether all frozen weights stay on the device; otherwise they are streamed from the host."""
         return self.offload != "weights"
+
+    @property
+    def mode(self) -> tuple[str, str]:
+        """The recompute policy and the offload mode."""
+        return self.recompute, self.offload
 
     def __str__(self) -> str:
         mode = described(self.recompute, self.kept_blocks, self.offload)
@@ -145,6 +152,17 @@ def trained_gib(footprint: Footprint, workload: Workload) -> float:
     """The adapters with their gradients and the optimiser's state, in GiB."""
     bytes_per_number = BYTES_PER_TRAINED_NUMBER.get(workload.optimizer, BYTES_PER_TRAINED_NUMBER_WITH_TWO_MOMENTS)
     return footprint.adapter_weights_per_rank * workload.rank * bytes_per_number / GIB
+
+
+def lora_bytes(footprint: Footprint, rank: int) -> float:
+    """The size of a LoRA file with all of the family's targets, in float32."""
+    return footprint.adapter_weights_per_rank * rank * FLOAT32_BYTES
+
+
+def state_bytes(footprint: Footprint, rank: int, optimizer: str) -> float:
+    """The size of a state: the adapters and what the optimiser keeps of each number, but no gradients."""
+    in_memory = BYTES_PER_TRAINED_NUMBER.get(optimizer, BYTES_PER_TRAINED_NUMBER_WITH_TWO_MOMENTS)
+    return footprint.adapter_weights_per_rank * rank * (in_memory - FLOAT32_BYTES)
 
 
 def _saved_gib_per_kilotoken(
@@ -269,7 +287,7 @@ def _use_spare_memory(
         )
         return replace(strategy, kept_blocks=kept_blocks, transposed=transposed, gib=gib)
 
-    mode = (strategy.recompute, strategy.offload)
+    mode = strategy.mode
     if mode == ("none", "none") and _is_fp8(strategy.precision):
         with_copies = changed(transposed=True)
         return with_copies if with_copies.gib <= usable_gib else strategy

@@ -105,6 +105,12 @@ class Subset:
     color_aug: bool = False
     random_crop: bool = False
     resize_interpolation: str | None = None  # None: area to shrink, lanczos to enlarge
+    # The user has set num_repeats: it wins over a number in a folder's name (trainer.data.folders.conventions).
+    repeats_chosen: bool = neutral(False)
+    # Of a subset that such a name makes during the scan: the number of the subset whose folder it is in, and where. No
+    # plan.json has one, and the essence leaves it out: the fingerprint of the images has what the names say.
+    part_of: int | None = neutral(None)
+    folder: str | None = neutral(None)
 
     @property
     def image_variants(self) -> int:
@@ -189,6 +195,7 @@ class TrainPlan:
     ema_decay: float = 0.0  # 0: off
     max_loss_spike: float = 10.0  # a step is skipped whose loss is this many times the largest recent one; 0: off
     max_skipped_steps: int = neutral(3)
+    max_token_length: int = 77  # tokens of a caption that CLIP text encoders read: 77, or 150 or 225 in chunks
 
 
 @dataclass(frozen=True)
@@ -251,6 +258,7 @@ class Plan:
     prompts: tuple[Prompt, ...] = field(default=(), metadata={"neutral": True})
     reasons: tuple[str, ...] = neutral(())  # why each `auto` became what it is
     warnings: tuple[str, ...] = neutral(())  # what the job does, but probably nobody wants
+    given: tuple[str, ...] = neutral(())  # the variables that the user has set
     version: int = VERSION
 
     def to_json(self) -> str:
@@ -277,7 +285,12 @@ class Plan:
     def essence(self) -> dict[str, Any]:
         """`section.field` → value, for every field that decides which weights come out. JSON values only."""
         flat: dict[str, Any] = {}
-        _flatten(self, "", into=flat)
+        datasets = []
+        for dataset in self.data.datasets:
+            asked = tuple(subset for subset in dataset.subsets if subset.part_of is None)
+            datasets.append(dataclasses.replace(dataset, subsets=asked))
+        data = dataclasses.replace(self.data, datasets=tuple(datasets))
+        _flatten(dataclasses.replace(self, data=data), "", into=flat)
         return flat
 
 

@@ -17,6 +17,9 @@ from trainer.spec.family import BaseModel, Facts
 from trainer.spec.plan import Prompt
 from trainer.spec.values import Key, Problems, as_integer, as_number
 
+# Where a caption or a prompt wants the trigger word, as ai-toolkit has it.
+TRIGGER_PLACEHOLDER = re.compile(r"\[(?:trigger(?:[ _]word)?|name)\]", re.IGNORECASE)
+
 FLAGS = {  # flag of a line → the field that it sets
     "w": "width",
     "h": "height",

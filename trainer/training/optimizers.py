@@ -31,7 +31,8 @@ def make_optimizer(
     optimizer_class = getattr(importlib.import_module(module), class_name)
     keywords = {}
     for key, value in args.items():
-        keywords[key] = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
+        # JSON has no tuples; and torch takes no pair of a float and a whole number, such as 0.
+        keywords[key] = tuple(float(number) for number in value) if isinstance(value, list) else value
     if spec.own_warmup:
         keywords["warmup_steps"] = warmup_steps
     # torch writes its settings into the groups, and the caller may make another optimiser of them.

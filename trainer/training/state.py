@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ class TrainingState:
     ema: Ema | None
     guard: StepGuard
     weight_streamer: WeightStreamer | None = None  # of the denoiser's weights, where they stay in the host's memory
+    # With DoRA: the norms of the rows of the layers that do not train, but that a file keeps as one with one that does.
+    untrained_norms: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @functools.cached_property
     def adapters(self) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from entrypoint.settings.variables.engine import BACKENDS, FORMATS
-from entrypoint.system.hardware import Hardware, check_torch, detect, select, torch_version
+from entrypoint.system.hardware import Hardware, TorchKernels, check_kernels, check_torch, detect, select, torch_version
 from trainer.spec.errors import SettingsError, UnreachableError
 from trainer.spec.weight_formats import PRECISIONS
 
@@ -221,3 +222,47 @@ def test_a_job_asks_before_it_fetches_anything(tmp_path):
     code += "hardware.torch_version = lambda: {'__version__': '2.13.0', 'cuda': '13.0'}\nsys.exit(m.main(['check']))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 78 and "needs 580 or newer" in done.stderr, done.stderr
+
+
+# ---- kernels
+
+BUILT = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
+
+
+@pytest.mark.parametrize("capability", ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0", "12.1"])
+def test_machine_code_runs_on_its_own_major_version(capability):
+    check_kernels(Hardware("nvidia", capability, 24.0, 1, "580", 64.0, 8), BUILT)
+
+
+@pytest.mark.parametrize(
+    ("capability", "kernels"),
+    [
+        ("6.1", BUILT),
+        ("7.0", BUILT),
+        ("11.0", BUILT),
+        ("12.0", ("sm_50", "sm_80", "sm_90")),  # a build for CUDA 12.6 on a card that is newer
+        ("9.1", ("sm_90a",)),
+        ("8.6", ("compute_90",)),
+    ],
+)
+def test_a_card_that_torch_has_no_kernels_for_is_refused(capability, kernels):
+    with pytest.raises(SettingsError, match=f"no kernels for 1 × nvidia {re.escape(capability)}"):
+        check_kernels(Hardware("nvidia", capability, 24.0, 1, "580", 64.0, 8), kernels)
+
+
+def test_ptx_runs_on_newer_cards():
+    check_kernels(Hardware("nvidia", "12.0", 24.0, 1, "580", 64.0, 8), ("sm_80", "compute_90"))
+
+
+def test_other_vendors_need_their_own_architecture():
+    card = Hardware("amd", "gfx942", 192.0, 1, "6", 512.0, 64)
+    check_kernels(card, ("gfx90a", "gfx942"))
+    with pytest.raises(SettingsError, match="built for architecture gfx90a, gfx1100"):
+        check_kernels(card, ("gfx90a", "gfx1100"))
+
+
+def test_kernels_that_torch_does_not_name_refuse_nothing():
+    """This machine's torch may be built without a GPU: then the real question gets no answer, or names."""
+    kernels = TorchKernels().names()
+    assert all(name.startswith(("sm_", "compute_", "gfx")) for name in kernels)
+    check_kernels(Hardware("nvidia", "3.0", 2.0, 1, "580", 8.0, 2), ())

@@ -1,0 +1,94 @@
+"""The configs that are written down make the published models: their weights are as many, and their files fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from transformers import AutoConfig
+
+from bench.full_size import FULL
+from tests.support import full_size_files
+from trainer.base_model.single_file import empty_model
+from trainer.spec.family import base_models, get_family
+
+# Weights of the published parts, counted in their repositories' files.
+DENOISERS = {
+    "flux-dev": 11_901_408_320,
+    "flux-krea": 11_901_408_320,
+    "flux-schnell": 11_891_178_560,
+    "sdxl": 2_567_463_684,
+    "sd3": 2_028_328_000,
+    "sd3.5-medium": 2_243_171_520,
+    "sd3.5-large": 8_056_627_520,
+}
+OTHERS = {"vae": (83_819_683, 83_653_863), "clip_l": (123_060_480, 123_650_304), "clip_g": (694_659_840,)}
+OTHERS["t5"] = (4_762_310_656,)
+
+
+@pytest.mark.parametrize("base", DENOISERS)
+def test_the_parts_have_as_many_weights_as_published(base, tmp_path):
+    family, model = base_models()[base]
+    for name, config in model.published.configs.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(config))
+    index = model.published.configs["model_index.json"]
+    for part, folder in get_family(family).FACTS.parts.items():
+        made = empty_model(*index[folder], tmp_path / folder)
+        count = sum(weight.numel() for weight in made.parameters())
+        assert count == DENOISERS[base] if part == "denoiser" else count in OTHERS[part], part
+    scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(tmp_path / "scheduler")
+    assert scheduler.config.num_train_timesteps == 1000
+
+
+@pytest.mark.parametrize("base", DENOISERS)
+def test_the_marks_are_in_the_file_of_this_model(base):
+    state = full_size_files.denoiser(base)
+    for name, shape in base_models()[base][1].published.marks.items():
+        assert (tuple(state[name].shape) if name in state else None) == shape, name
+
+
+def test_schedules_are_the_published_ones():
+    def schedule(base: str) -> dict:
+        return base_models()[base][1].published.configs["scheduler/scheduler_config.json"]
+
+    assert schedule("flux-dev")["shift"] == 3.0 and schedule("flux-dev")["use_dynamic_shifting"]
+    assert schedule("flux-schnell")["shift"] == 1.0 and "use_dynamic_shifting" not in schedule("flux-schnell")
+    assert schedule("sd3.5-large")["shift"] == 3.0
+    assert schedule("sdxl")["timestep_spacing"] == "leading" and schedule("sdxl")["steps_offset"] == 1
+
+
+@pytest.mark.parametrize(("family", "base"), [("flux", "flux-dev"), ("sdxl", "sdxl"), ("sd3", "sd3")])
+def test_they_agree_with_the_configs_that_the_benchmarks_measure(family, base):
+    configs = base_models()[base][1].published.configs
+    for part, expected in FULL[family].items():
+        found = configs[f"{get_family(family).FACTS.parts[part]}/config.json"]
+        for key, value in expected.items():
+            if key in found and not (part == "vae" and key.endswith("factor")):
+                assert found[key] == (list(value) if isinstance(value, tuple) else value), (part, key)
+
+
+def test_every_published_base_has_configs_and_tokenizers_from_open_repositories():
+    gated = {model.source for _, model in base_models().values() if model.gated}
+    for base, (family, model) in base_models().items():
+        if model.is_miniature:
+            continue
+        facts = get_family(family).FACTS
+        folders = {name.split("/")[0] for name in model.published.configs}
+        assert folders == {"model_index.json", "scheduler", *facts.parts.values()}, base
+        encoders = {folder for folder in facts.parts.values() if folder.startswith("text_encoder")}
+        tokenizers = model.published.tokenizers
+        assert {name.replace("tokenizer", "text_encoder") for name in tokenizers} == encoders
+        assert not {tokenizer.repository for tokenizer in tokenizers.values()} & gated
+
+
+def test_clip_takes_the_last_of_its_end_tokens_whatever_the_config_calls_it(tmp_path: Path):
+    """transformers reads the pooled output at the highest token where the config says 2, as published configs do."""
+    (tmp_path / "config.json").write_text(
+        json.dumps(base_models()["sdxl"][1].published.configs["text_encoder/config.json"])
+    )
+    assert AutoConfig.from_pretrained(tmp_path).eos_token_id == 2
+    assert torch.tensor([49406, 320, 49407, 49407]).argmax().item() == 2

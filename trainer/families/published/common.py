@@ -1,0 +1,124 @@
+"""Text encoders, VAEs and tokenizers that several families share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer.spec.published import Config, Tokenizer
+
+# ---- text encoders
+
+# Each of them counts 2 as the end of text, as their first configs did: transformers then takes the token with the
+# highest number for it, which is 49407, the real end.
+_CLIP = {"vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+CLIP_L: Config = {
+    **_CLIP,
+    "architectures": ["CLIPTextModel"],
+    "model_type": "clip_text_model",
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+    "hidden_act": "quick_gelu",
+}
+CLIP_L_PROJECTED: Config = {**CLIP_L, "architectures": ["CLIPTextModelWithProjection"]}
+CLIP_G: Config = {
+    **_CLIP,
+    "architectures": ["CLIPTextModelWithProjection"],
+    "model_type": "clip_text_model",
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+    "hidden_act": "gelu",
+}
+T5_XXL: Config = {
+    "architectures": ["T5EncoderModel"],
+    "model_type": "t5",
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "layer_norm_epsilon": 1e-6,
+    "dropout_rate": 0.1,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "tie_word_embeddings": False,
+}
+
+# ---- VAE
+
+
+def vae(*, latent_channels: int, scaling_factor: float, shift_factor: float | None, quant_conv: bool) -> Config:
+    """An AutoencoderKL of four levels, which shrinks an image's sides by 8."""
+    return {
+        "_class_name": "AutoencoderKL",
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+        "in_channels": 3,
+        "out_channels": 3,
+        "sample_size": 1024,
+        "force_upcast": True,
+        "latent_channels": latent_channels,
+        "scaling_factor": scaling_factor,
+        "shift_factor": shift_factor,
+        "use_quant_conv": quant_conv,
+        "use_post_quant_conv": quant_conv,
+    }
+
+
+# ---- tokenizers
+
+
+def clip_tokenizer(pad_token: str) -> Tokenizer:
+    """CLIP's; all models have the same vocabulary, but not the same padding."""
+    return Tokenizer(
+        name="CLIP",
+        repository="openai/clip-vit-large-patch14",
+        files=("vocab.json", "merges.txt"),
+        config={
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": 77,
+            "bos_token": "<|startoftext|>",
+            "eos_token": "<|endoftext|>",
+            "unk_token": "<|endoftext|>",
+            "pad_token": pad_token,
+        },
+    )
+
+
+CLIP_L_TOKENIZER = clip_tokenizer("<|endoftext|>")
+CLIP_G_TOKENIZER = clip_tokenizer("!")  # which is number 0
+# T5 v1.1 has the vocabulary of T5, but its own repositories lack tokenizer.json.
+T5_TOKENIZER = Tokenizer(
+    name="T5",
+    repository="google-t5/t5-large",
+    files=("tokenizer.json",),
+    config={
+        "tokenizer_class": "T5Tokenizer",
+        "model_max_length": 512,
+        "extra_ids": 100,
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+    },
+)
+
+
+def index(pipeline: str, components: dict[str, str]) -> Config:
+    """model_index.json. `components`: name → class; the text encoders and tokenizers are transformers' classes."""
+    listed: dict[str, Any] = {"_class_name": pipeline}
+    for name, class_name in components.items():
+        library = "transformers" if name.startswith(("text_encoder", "tokenizer")) else "diffusers"
+        listed[name] = [library, class_name]
+    return listed
