@@ -100,7 +100,7 @@ def write_json_captions(folder: Path) -> int:
         has_image = any(path.with_suffix(suffix).is_file() for suffix in IMAGE_SUFFIXES)
         if not has_image or any(text.is_file() for text in beside) or path.stat().st_size > LARGEST_SIDECAR:
             continue
-        row = _json(decode(path.read_bytes())[0], path.name)
+        row = _json(_text(path.name, path.read_bytes()), path.name)
         for column in CAPTIONS if isinstance(row, dict) else ():
             caption = row.get(column)
             if isinstance(caption, list) and all(isinstance(line, str) for line in caption):
