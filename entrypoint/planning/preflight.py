@@ -260,7 +260,7 @@ def _archive_without_images(path: Path) -> str:
         return f"there is no image in it, only archives ({hub_choice.some(packed)}). Unpack it, and name the folder."
     known = ", ".join(formats.READABLE_SUFFIXES)
     held = hub_choice.some(names) or "nothing"
-    return f"there is no image among its first entries. It holds {held}. Read are {known}."
+    return f"there is no image among its first entries. Read are {known}. It holds {held}."
 
 
 def _check_hub_dataset(source: Source, space: NeededSpace, *, token: str | None, retries: RetryPolicy) -> int:

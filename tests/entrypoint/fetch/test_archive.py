@@ -95,7 +95,7 @@ def refused(path: Path, why: str, **limits: int) -> None:
         (b"<!DOCTYPE html><html>", "a web page"),
         (b"\n<html>", "a web page"),
         (b"version https://git-lfs.github.com/spec/v1", "Git LFS"),
-        (b"\x28\xb5\x2f\xfd", "zstd"),
+        (b"\x28\xb5\x2f\xfd", "compressed with zstd"),
     ],
 )
 def test_what_is_only_named_like_an_archive_is_named_for_what_it_is(tmp_path: Path, head: bytes, what: str) -> None:
@@ -372,9 +372,7 @@ def test_an_archive_that_was_cut_is_refused(pack: Pack, kind: str) -> None:
             extract(short, folder)
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"<html>not found</html>", NOISE, b"Rar!\x1a\x07\x00" + NOISE, b"\x1f\x8b" + NOISE]
-)
+@pytest.mark.parametrize("data", [b"", NOISE, b"\x1f\x8b" + NOISE])
 def test_what_is_no_archive_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.zip").write_bytes(data)
     refused(tmp_path / "a.zip", "not a complete")
