@@ -17,8 +17,8 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from entrypoint.dataset_config.sources import no_such_folder
-from entrypoint.fetch import archive, http, hub, hub_choice, hub_rows, local_weights, model_folder
+from entrypoint.dataset_config.sources import ARCHIVES, no_such_folder
+from entrypoint.fetch import archive, http, hub, hub_choice, hub_folder, hub_rows, local_weights, model_folder
 from entrypoint.fetch.http import RetryPolicy
 from entrypoint.system.folders import build_folder, completed, locked, naming, read_json, storage_error, write_text
 from trainer.data.records import printable
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+ANY_ARCHIVE = (*ARCHIVES, ".7z", ".rar")
 QUICK_TIMEOUT_S = 5.0  # for the answer to a name that is hardly one of a dataset
 SHORT_BUDGET_S = 10.0  # how long a silent server is waited for when the cache could serve instead
 
@@ -309,12 +310,24 @@ def _unpacked(path: Path, digest: str, cache: Path) -> Path:
         count = archive.extract(path, target)
         if not count:
             raise DataError(f"{path.name} is empty. Name an archive with images in it.")
-        return {"archive": path.name, "entries": count}
+        described = hub_folder.write_json_captions(target)
+        inner = [name for name in hub_folder.names(target) if name.lower().endswith(ANY_ARCHIVE)]
+        return {"archive": path.name, "entries": count, "described": described, "inner": inner}
 
     folder = cache / "datasets" / digest[:32]
     facts = build_folder(folder, fill)
     logger.info("%s: %d files in %s", path.name, facts["entries"], folder)
+    if facts.get("described"):
+        logger.info("%s: the captions of %d images come from .json files beside them", path.name, facts["described"])
+    if facts.get("inner"):
+        inner = hub_choice.some(facts["inner"])
+        logger.warning("%s: archives in it take no part: %s. Unpack it, or name them.", path.name, inner)
     return folder
+
+
+def archives_in(folder: Path) -> list[str]:
+    """The archives that are directly in a folder."""
+    return sorted(path.name for path in folder.iterdir() if path.name.lower().endswith(ANY_ARCHIVE))
 
 
 def known_download(source: Source, cache: Path) -> Path | None:
@@ -389,6 +402,11 @@ def remote_archive(client: httpx.Client, source: Source, *, token: str | None, r
                 http.check_status(response, "the server")
                 if response.status_code not in (200, 206):
                     _refuse_address(source, response)
+                if response.headers.get("content-type", "").startswith("text/html"):
+                    raise SettingsError(
+                        f"{named(source)}: the address gives a web page, and not an archive. Download the archive "
+                        "yourself and name the file, or use the address of the file itself."
+                    )
                 length = response.headers.get(
                     *("content-length", "") if response.status_code == 200 else ("content-range", "")
                 )

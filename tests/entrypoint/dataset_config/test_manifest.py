@@ -222,7 +222,7 @@ def test_a_hub_dataset_has_revision_split_and_columns():
     assert {key: getattr(source, key) for key in keys} == keys
 
 
-@pytest.mark.parametrize("other", [{"dataset": "org/name"}, {"split": "test"}, {"revision": "v1"}])
+@pytest.mark.parametrize("other", [{"dataset": "org/name"}, {"split": "test"}, {"revision": "v1"}, {"subset": "a"}])
 def test_a_folder_has_none_of_them(other):
     assert "image_dir does not go together" in refusal(one({"image_dir": "/a", **other}))
 

@@ -218,6 +218,21 @@ def test_an_empty_folder(plan: Plan, tmp_path: Path) -> None:
         check(with_source(plan, Source("folder", str(tmp_path / "empty"))), tmp_path)
 
 
+def test_a_folder_with_an_archive_alone(plan: Plan, tmp_path: Path) -> None:
+    folder = tmp_path / "mount"
+    folder.mkdir()
+    (folder / "images.zip").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"only images\.zip\. Name the archive itself, .*/mount/images\.zip"):
+        check(with_source(plan, Source("folder", str(folder))), tmp_path)
+
+
+def test_an_archive_of_archives(plan: Plan, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as container:
+        container.writestr("inner.zip", "x")
+    with pytest.raises(DataError, match=r"only archives \(inner\.zip\)\. Unpack it"):
+        check(with_source(plan, Source("archive", str(tmp_path / "a.zip"))), tmp_path)
+
+
 def test_an_archive_without_pictures(plan: Plan, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as container:
         container.writestr("1.txt", "x")
