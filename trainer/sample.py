@@ -62,6 +62,12 @@ def sample_command(arguments: list[str]) -> int:
     )
     parser.add_argument("--family", choices=family_names(), help="of --base, if it is a folder that does not tell")
     parser.add_argument("--config", help="if --base is a file: the value of BASE_MODEL that has the parts it lacks")
+    parser.add_argument(
+        "--max-token-length",
+        type=int,
+        metavar="N",
+        help="as PARAMS_MAX_TOKEN_LENGTH (default: what the LoRA was trained with)",
+    )
     parser.add_argument("--cache", type=Path, default=CACHE, help=f"folder for converted files (default: {CACHE})")
     options = parser.parse_args(arguments)
     if options.prompts is None and not options.prompt:
@@ -80,6 +86,7 @@ def _sample(options: argparse.Namespace) -> None:
     base = _find_base(options, lora_paths)
     family = get_family(base.family)
     prompts = read_prompts(options.prompts, family.FACTS, base.model, texts=options.prompt, seed=options.seed)
+    max_tokens = _max_token_length(options.max_token_length, [path for path, _ in lora_paths], family.FACTS)
     _check_out(options.out)
     loras = [(load_lora(path, base.family), strength) for path, strength in lora_paths]
     folder = base.folder()
@@ -92,7 +99,7 @@ def _sample(options: argparse.Namespace) -> None:
     log.info("Drawing %s with %s by %s on %s.", images, plural(len(loras), "LoRA"), options.base, device)
     try:
         with _named_errors(options.base):
-            draw = _load(family, folder, prompts, loras, device=device, dtype=dtype)
+            draw = _load(family, folder, prompts, loras, device=device, dtype=dtype, max_tokens=max_tokens)
         with torch.no_grad():
             _draw_all(options.out, prompts, draw)
     except torch.OutOfMemoryError as problem:
@@ -120,13 +127,21 @@ def _load(
     *,
     device: str,
     dtype: torch.dtype,
+    max_tokens: int,
 ) -> Callable[[Prompt], Any]:
     """What draws a prompt. The text encoders come and go before the denoiser is loaded: both need not fit at once."""
     from transformers.utils import logging as transformers_logging
 
+    from trainer.base_model import weight_check
+    from trainer.data import caption_length
+
     transformers_logging.disable_progress_bar()
-    texts = _encode_prompts(family, folder, prompts, loras, device=device, dtype=dtype)
+    reader = caption_length.load_reader(family.FACTS, folder, max_tokens=max_tokens)
+    for line in caption_length.describe_prompts(reader, prompts) if reader else []:
+        log.warning("%s", line)
+    texts = _encode_prompts(family, folder, prompts, loras, device=device, dtype=dtype, max_tokens=max_tokens)
     denoiser = family.load_denoiser(folder, device=device, dtype=dtype)
+    weight_check.check_weights(denoiser.named_parameters(), folder / family.FACTS.parts["denoiser"])
     apply_loras(denoiser, loras, component=family.FACTS.lora_prefix)
     vae = family.load_vae(folder, device=device)
 
@@ -198,6 +213,7 @@ def _encode_prompts(
     *,
     device: str,
     dtype: torch.dtype,
+    max_tokens: int,
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Texts → their embeddings, with a batch axis, by the text encoders with the LoRAs. Frees the encoders."""
     from trainer.engine.device import release
@@ -207,7 +223,7 @@ def _encode_prompts(
     encoders = family.load_encoders(folder, device=device, dtype=dtype)
     for component in family.LORA_KEYS.encoders:
         apply_loras(getattr(encoders, component), loras, component=component)
-    encoded = family.encode_text(encoders, texts)
+    encoded = family.encode_text(encoders, texts, max_tokens=max_tokens)
     del encoders
     release()
     embeddings = {}
@@ -217,6 +233,22 @@ def _encode_prompts(
 
 
 # ---- arguments
+
+
+def _max_token_length(asked: int | None, lora_paths: Sequence[Path], facts: Facts) -> int:
+    """How many tokens of a prompt CLIP reads: as asked for, or the most that one of the LoRAs was trained with."""
+    lengths = [facts.max_token_lengths[0]]
+    if asked is not None:
+        lengths = [asked]
+    else:
+        for path in lora_paths:
+            written = read_family(path, facts.name)[1].get("ss_max_token_length", "")
+            if written.isdecimal() and int(written) in facts.max_token_lengths:
+                lengths.append(int(written))
+    if max(lengths) not in facts.max_token_lengths:
+        allowed = ", ".join(map(str, facts.max_token_lengths))
+        raise SettingsError(f"--max-token-length {asked} is not one of {facts.name}. Allowed: {allowed}.")
+    return max(lengths)
 
 
 class _Base:

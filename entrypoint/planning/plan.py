@@ -17,7 +17,7 @@ from typing import Any
 from entrypoint.dataset_config.complete import complete_datasets
 from entrypoint.dataset_config.manifest import Manifest
 from entrypoint.dataset_config.sources import HUB_ID
-from entrypoint.planning import single_files, starting_point, text_encoders
+from entrypoint.planning import sanity, single_files, starting_point, text_encoders
 from entrypoint.planning.engine_choice import engine_plan
 from entrypoint.planning.targets import check_targets
 from entrypoint.settings import Settings
@@ -37,7 +37,6 @@ from trainer.spec.values import shorten, show
 # A schedule-free optimiser averages its iterates instead of following a schedule (Defazio et al. 2024,
 # arXiv:2405.15682), so that a falling learning rate would work against it.
 CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")
-CYCLIC_SCHEDULE = "cosine_with_restarts"
 EPOCHS_PER_CYCLE = 3  # where PARAMS_NUM_CYCLES is not set
 # What only models of one objective have (`Facts.objective`): a field of TrainingSettings, and its neutral value.
 ONLY_FOR_OBJECTIVE: dict[str, dict[str, Any]] = {
@@ -75,6 +74,7 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
         problems=notes,
     )
     optim = _optimizer_plan(settings.training, family_name, settings.model.base_model, notes)
+    single_files.note_prediction(model_plan.parts.get("denoiser"), settings.training, facts, notes)
     adapter = check_targets(settings.adapter, model=model_plan, facts=facts, notes=notes)
     lora = _adapter_plan(adapter, facts, model=model_plan, trained_encoders=optim.text_encoders, notes=notes)
     engine, datasets = engine_plan(
@@ -100,6 +100,8 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
     notes.raise_if_any("This cannot be done")
     if not plan.output.name:
         plan = _with_default_name(plan, now=now)
+    plan = dataclasses.replace(plan, given=tuple(sorted(settings.given)))
+    sanity.warn(sanity.Request(settings, plan, facts, base_model), notes)
     return dataclasses.replace(plan, reasons=tuple(notes.reasons), warnings=tuple(notes.warnings))
 
 
@@ -212,11 +214,6 @@ def _optimizer_plan(settings: TrainingSettings, family_name: str, base_model: st
         notes.chose("PARAMS_LEARNING_RATE", f"{learning_rate:g}", f"the default with {name}")
     _check_schedule(settings, spec, notes)
     cycles = settings.num_cycles or max(1, settings.max_epochs // EPOCHS_PER_CYCLE)
-    if settings.num_cycles and scheduler != CYCLIC_SCHEDULE:
-        notes.warn(
-            f"PARAMS_NUM_CYCLES={settings.num_cycles} has no effect: PARAMS_LEARNING_SCHEDULER={scheduler} has no "
-            f"cycles, {CYCLIC_SCHEDULE} has."
-        )
     return OptimPlan(
         name=name,
         learning_rate=learning_rate,
@@ -224,7 +221,7 @@ def _optimizer_plan(settings: TrainingSettings, family_name: str, base_model: st
         args=_optimizer_arguments(settings, spec, notes),
         scheduler=scheduler,
         warmup_steps=settings.warmup_steps,
-        num_cycles=cycles if scheduler == CYCLIC_SCHEDULE else 1,
+        num_cycles=cycles if scheduler == sanity.CYCLIC_SCHEDULE else 1,
         text_encoders=text_encoders.learning_rates(
             settings.text_encoder_lr,
             family_name=family_name,
@@ -256,14 +253,9 @@ def _optimizer_arguments(settings: TrainingSettings, spec: OptimizerSpec, notes:
 
     Tuples become lists, as they are when plan.json is read again: otherwise a resumed job would seem to differ.
     """
-    optimizer = settings.optimizer_type
     arguments: dict[str, Any] = json.loads(json.dumps(spec.defaults))
     if settings.d_coef is not None and spec.prodigy:
         arguments["d_coef"] = settings.d_coef
-    elif settings.d_coef is not None:
-        notes.warn(
-            f"PARAMS_D_COEF={settings.d_coef:g} has no effect: PARAMS_OPTIMIZER_TYPE={optimizer} has none, prodigy has."
-        )
     for name, value in settings.optimizer_args.items():
         if problem := _argument_problem(name, value, settings, spec):
             notes.add(f"PARAMS_OPTIMIZER_ARGS: {name}={_in_words(value)} {problem}.")
@@ -333,7 +325,20 @@ def _training_plan(settings: Settings, facts: Facts, notes: Notes) -> TrainPlan:
         ema_decay=training.ema_decay,
         max_loss_spike=training.max_loss_spike,
         max_skipped_steps=training.max_skipped_steps,
+        max_token_length=_max_token_length(training, facts, base_model, notes),
     )
+
+
+def _max_token_length(training: TrainingSettings, facts: Facts, base_model: str, notes: Notes) -> int:
+    """How many tokens of a caption CLIP reads."""
+    length = int(training.max_token_length)
+    if length not in facts.max_token_lengths:
+        reader, tokens = next(iter(facts.text_readers.values()))
+        notes.add(
+            f"PARAMS_MAX_TOKEN_LENGTH={length}: in {base_model}, {reader} reads {tokens} tokens of a caption, and CLIP "
+            "gives a summary of its beginning. Fix: remove it."
+        )
+    return length
 
 
 def _check_objective(settings: TrainingSettings, facts: Facts, base_model: str, notes: Notes) -> None:

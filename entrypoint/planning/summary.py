@@ -16,9 +16,10 @@ from pathlib import Path
 from entrypoint.fetch import archive, fetch, http
 from entrypoint.system.folders import completed
 from trainer.data.epochs import EpochSampler
+from trainer.data.folders.own_output import Written
 from trainer.data.records import WARNING, ImageRecord, Scan
 from trainer.data.scan import scan
-from trainer.spec import memory_model
+from trainer.spec import memory_model, sanity
 from trainer.spec.family import base_models
 from trainer.spec.plan import Dataset, Plan, Source
 from trainer.storage.atomic import human_size
@@ -53,14 +54,18 @@ def log_summary(plan: Plan, *, token: str | None, hub_cache: Path) -> None:
         return dataclasses.replace(source, path=str(folder)) if folder else source
 
     local_plan = plan.map_sources(local)
-    scanned = _scan(local_plan)
+    places = {"OUTPUT_PATH": Path(plan.output.path), "CACHE_PATH": Path(plan.output.cache), "HF_HOME": hub_cache.parent}
+    scanned = _scan(local_plan, Written(places))
+    local_plan = dataclasses.replace(local_plan, data=scanned.data)  # with the subsets that names of folders make
     for line in scanned.report().splitlines():
-        level = logging.WARNING if line.startswith((WARNING, "  skipped ")) else logging.INFO
-        log.log(level, "%s", line.removeprefix(WARNING))
+        level = logging.WARNING if WARNING in line or line.startswith("  skipped ") else logging.INFO
+        log.log(level, "%s", line.replace(WARNING, ""))
     images = [*scanned.images, *_class_images(local_plan)]
     sampler = EpochSampler(images, local_plan.data, seed=plan.train.seed)
     for line in describe(local_plan, sampler):
         log.info("%s", line)
+    for warning in sanity.warnings(local_plan, _length(local_plan, sampler, images=len(scanned.images))):
+        log.warning("%s", warning)
 
 
 def local_copy(source: Source, *, cache: Path, token: str | None, hub_cache: Path) -> Path | None:
@@ -85,8 +90,9 @@ def describe(plan: Plan, sampler: EpochSampler) -> list[str]:
     """Lines for the log: shapes, steps, saves and samples, and the size of the files."""
     lines = [_shapes(sampler)]
     images_per_step = plan.train.gradient_accumulation * plan.engine.num_gpus
-    steps_per_epoch = math.ceil(sampler.batches_per_epoch / images_per_step)
-    total = plan.train.max_steps or plan.train.max_epochs * steps_per_epoch
+    length = _length(plan, sampler, images=0)
+    total = length.steps
+    steps_per_epoch = length.steps_per_epoch or 1
     batch_sizes = sorted({dataset.batch_size * images_per_step for dataset in plan.data.datasets})
     per_step = " or ".join(str(size) for size in batch_sizes)
     lines.append(
@@ -104,7 +110,14 @@ def describe(plan: Plan, sampler: EpochSampler) -> list[str]:
     return lines
 
 
-def _scan(plan: Plan) -> Scan:
+def _length(plan: Plan, sampler: EpochSampler, *, images: int) -> sanity.Length:
+    """How long the job is with these images."""
+    batches_per_step = plan.train.gradient_accumulation * plan.engine.num_gpus
+    steps_per_epoch = math.ceil(sampler.batches_per_epoch / batches_per_step)
+    return sanity.Length(plan.train.max_steps or plan.train.max_epochs * steps_per_epoch, steps_per_epoch, images)
+
+
+def _scan(plan: Plan, written: Written) -> Scan:
     """All images, decoded. A large dataset takes minutes, so the log shows how far it is."""
     last = time.monotonic()
 
@@ -115,7 +128,7 @@ def _scan(plan: Plan) -> Scan:
             log.info("Read %d of %d images.", done, total)
 
     cpu_workers = min(MAX_CPU_WORKERS, len(os.sched_getaffinity(0)))
-    scanned = scan(plan.data, cpu_workers=cpu_workers, progress=progress)
+    scanned = scan(plan.data, cpu_workers=cpu_workers, progress=progress, written=written)
     scanned.check(strict=plan.data.strict)
     return scanned
 

@@ -44,6 +44,7 @@ _PLACEHOLDER = re.compile(
     r"(?i)(hf_)?(x+|\.+|…|\*+|_+|<.*>|\[.*\]|change_?me|(your|my)[\w-]*|(hf_)?(token|key)([_-]?here)?|\w*_here|)"
 )
 _COMMENT = re.compile(r"\s+#(\s.*)?$")
+NOT_EXPANDED = "env files and web forms put in no variables. Fix: write its value"
 FULL = "Fix: write the whole path, from / on"
 RUNPOD_SECRET = "RUNPOD_SECRET_"  # noqa: S105 (the beginning of a name)
 
@@ -132,9 +133,7 @@ def _refuse_unexpanded(text: str, row: Row) -> None:
     else:
         found = _UNEXPANDED.search(text)
     if found:
-        raise ValueError(
-            f"holds {found[0]} as it stands: env files and web forms put in no variables. Fix: write its value"
-        )
+        raise ValueError(f"holds {found[0]} as it stands: {NOT_EXPANDED}")
 
 
 def _means_nothing(text: str, row: Row) -> bool:
@@ -160,6 +159,8 @@ def _secret(text: str) -> str:
     """A token without the word that goes before it in a header."""
     if text.lower() in NOTHING:
         return ""
+    if re.fullmatch(r"\$\{?[A-Za-z_]\w*\}?", text):  # which is not shown: it might be a secret all the same
+        raise ValueError(f"holds the name of a variable, and not its value: {NOT_EXPANDED}")
     return re.sub(r"(?i)^(authorization:\s*)?(bearer|token)\s+", "", text)
 
 

@@ -212,6 +212,7 @@ def describe_run(plan: Plan, family: Family, objective: Objective, *, sampler: E
         schedule=plan.optim.scheduler,
         seed=plan.train.seed,
         noise_offset=plan.train.noise_offset,
+        max_token_length=plan.train.max_token_length,
         resolution=first.resolution,
         trigger=", ".join(word for word in triggers if word),
         objective=objective.prediction.removesuffix("_prediction"),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer import __version__
+from trainer.spec.family import CLIP_TOKENS
 from trainer.spec.plan import Dataset
 
 
@@ -84,6 +85,7 @@ class TrainingRun:
     schedule: str
     seed: int
     noise_offset: float
+    max_token_length: int
     resolution: tuple[int, int]
     trigger: str | None
     objective: str
@@ -141,6 +143,8 @@ def lora_metadata(run: TrainingRun, *, step: int, epoch: int, rank: int, alpha: 
         "modelspec.license": "",
         "modelspec.tags": "",
     }
+    if run.max_token_length != CLIP_TOKENS:  # sd-scripts has no such key, or None, where CLIP reads as usual
+        values["ss_max_token_length"] = run.max_token_length
     if run.text_encoders:
         values["ss_text_encoder_lr"] = [*run.text_encoders.values()]
     return {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in values.items()}

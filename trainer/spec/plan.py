@@ -195,6 +195,7 @@ class TrainPlan:
     ema_decay: float = 0.0  # 0: off
     max_loss_spike: float = 10.0  # a step is skipped whose loss is this many times the largest recent one; 0: off
     max_skipped_steps: int = neutral(3)
+    max_token_length: int = 77  # tokens of a caption that CLIP text encoders read: 77, or 150 or 225 in chunks
 
 
 @dataclass(frozen=True)
@@ -257,6 +258,7 @@ class Plan:
     prompts: tuple[Prompt, ...] = field(default=(), metadata={"neutral": True})
     reasons: tuple[str, ...] = neutral(())  # why each `auto` became what it is
     warnings: tuple[str, ...] = neutral(())  # what the job does, but probably nobody wants
+    given: tuple[str, ...] = neutral(())  # the variables that the user has set
     version: int = VERSION
 
     def to_json(self) -> str:
