@@ -31,6 +31,7 @@ def complete_datasets(
     `model_resolution` is the side that the base model was trained at, `multiple` what sides must be a multiple of, both
     in pixels. Problems and choices go to `notes`.
     """
+    notes.reasons.extend(manifest.notes)
     default_source = _source_of_dataset_name(manifest, settings, notes)
     completed = []
     for index, dataset in enumerate(manifest.datasets):
@@ -85,16 +86,22 @@ def _source_of_dataset_name(manifest: Manifest, settings: DataSettings, notes: N
         fix = "Fix: remove it, or remove image_dir or dataset from the subset that is to take it"
         notes.add(f"DATASET_NAME={show(name)}: every subset of {manifest.origin} names its own images. {fix}.")
     try:
-        kind, location = classify(name)
+        place = classify(name)
     except ValueError as problem:
         notes.add(f"DATASET_NAME: {problem}.")
         return NO_SOURCE
+    if revision and place.revision and revision != place.revision:
+        notes.add(f"DATASET_REVISION={show(revision)}: DATASET_NAME names {show(place.revision)}. Fix: remove one.")
     source = Source(
-        kind, location, revision, image_column=settings.image_column, caption_column=settings.caption_column
+        place.kind,
+        place.location,
+        revision or place.revision,
+        image_column=settings.image_column,
+        caption_column=settings.caption_column,
     )
-    notes.chose("DATASET_NAME", source.public, SOURCE_WORDS[kind])
-    if revision and kind != "hub":
-        notes.add(f"DATASET_REVISION={show(revision)}: {SOURCE_WORDS[kind]} has no revisions. Fix: remove it.")
+    notes.chose("DATASET_NAME", source.public, place.note or SOURCE_WORDS[place.kind])
+    if revision and place.kind != "hub":
+        notes.add(f"DATASET_REVISION={show(revision)}: {SOURCE_WORDS[place.kind]} has no revisions. Fix: remove it.")
     return source
 
 

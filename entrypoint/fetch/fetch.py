@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from entrypoint.dataset_config.sources import no_such_folder
 from entrypoint.fetch import archive, http, hub, hub_choice, hub_rows, local_weights, model_folder
 from entrypoint.fetch.http import RetryPolicy
 from entrypoint.system.folders import build_folder, completed, locked, naming, read_json, storage_error, write_text
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+QUICK_TIMEOUT_S = 5.0  # for the answer to a name that is hardly one of a dataset
 SHORT_BUDGET_S = 10.0  # how long a silent server is waited for when the cache could serve instead
 
 
@@ -49,6 +51,7 @@ def fetch_model(
     variable = model_folder.variable(model)
     if folder := local_model(model):
         model_folder.check_folder(variable, folder, patterns)
+        model_folder.check_kind(variable, folder, model)
         return replace(model, path=str(folder))
     repo = model_repo(model, token=token, hub_cache=hub_cache, retries=retries)
     cached = cached_model(repo, patterns)
@@ -67,6 +70,7 @@ def fetch_model(
             logger.warning("%s The cache has %s at commit %s: using that.", problem, repo.name, cached.commit)
     assert cached is not None
     model_folder.check_folder(variable, cached.folder, patterns)
+    model_folder.check_kind(variable, cached.folder, model)
     return replace(model, commit=cached.commit, path=str(cached.folder))
 
 
@@ -106,6 +110,26 @@ def model_repo(model: ModelPlan, *, token: str | None, hub_cache: Path | None, r
     )
 
 
+def describe_dataset(source: Source, repo: hub.Repo) -> hub.Listing:
+    """`hub.describe`, for a name that may be meant as a folder. Raises what that raises.
+
+    A name without an owner is hardly ever a dataset, so that it is asked for once, and not for two minutes.
+    """
+    if "/" not in source.location:
+        retries = replace(repo.retries, budget=0.0, timeout=min(QUICK_TIMEOUT_S, repo.retries.timeout))
+        repo = replace(repo, retries=retries)
+    folder = no_such_folder(source.location)
+    try:
+        return hub.describe(repo)
+    except (SettingsError, UnreachableError) as problem:
+        if "/" in source.location:
+            raise type(problem)(f"{problem} If a folder was meant: {folder}.") from problem
+        raise SettingsError(
+            f"{named(source)}: {folder}, and the Hub gives no dataset of this name ({problem}) Write the path of a "
+            "folder, or a dataset as owner/name."
+        ) from problem
+
+
 def dataset_repo(source: Source, *, token: str | None, hub_cache: Path | None, retries: RetryPolicy) -> hub.Repo:
     """The repository of a source of kind hub; pinned to the commit of an earlier run, if there was one."""
     return hub.Repo(
@@ -138,7 +162,9 @@ def local_folder(source: Source) -> Path:
     """The folder of a source of kind folder. Raises SettingsError if there is none."""
     folder = Path(source.location).expanduser().resolve()
     if not folder.is_dir():
-        raise SettingsError(f"{named(source)}: there is no folder {folder}. Check the path and what is mounted there.")
+        raise SettingsError(
+            f"{named(source)}: {no_such_folder(source.location)}. Check the path and what is mounted there."
+        )
     return folder
 
 
@@ -187,13 +213,14 @@ def _hub_dataset(
     if cached is not None and cached[0] == repo.revision:
         return _logged(source, repo, *cached)
     try:
-        listing = hub.describe(_less_patient(repo) if cached else repo)
+        listing = describe_dataset(source, _less_patient(repo) if cached else repo)
         folder = _dataset_folder(source, listing.commit, cache)
         if completed(folder) is None:
             _unpack_hub_dataset(source, repo, listing, folder)
         cached = listing.commit, folder
-    except (UnreachableError, GatedError) as problem:
-        if cached is None:
+    except (UnreachableError, GatedError, SettingsError) as problem:
+        # A name without an owner: its errors are those of a folder, though the Hub may only be out of reach.
+        if cached is None or (isinstance(problem, SettingsError) and "/" in source.location):
             raise
         logger.warning("%s The cache has %s at commit %s: using that.", problem, repo.name, cached[0])
     return _logged(source, repo, *cached)

@@ -23,11 +23,14 @@ from entrypoint.fetch import archive, hub_choice
 from entrypoint.fetch.hub_choice import IMAGE_SUFFIXES, LISTS, SIDECARS, is_metadata, some
 from entrypoint.fetch.hub_layout import Layout
 from trainer.data.caption_files.text_encoding import decode_all
+from trainer.data.folder_listing import Folder
+from trainer.data.folders.conventions import read_folders
 from trainer.spec.errors import DataError
 
 IMAGE = "image"  # the column of the images, as the Hub names it
 LABEL = "label"
 KEY = "__key__"
+FOLDER = "__folder__"  # that the image is written into
 UNPACKED = ".unpacked"  # beside the images that are made: they are moved from there
 NAME_COLUMNS = ("file_name", "image_path", "filename", "file", "image", "path", "img", "image_file", "file_path")
 TEXT_FIELDS = ("txt", "text", "caption", "transcript")
@@ -70,7 +73,8 @@ def read(snapshot: Path, layout: Layout, target: Path) -> Found:
     found = _listed(snapshot, layout, files)
     if found is None:
         found = Found(_samples(files))
-        if not any(len(row.keys() - {IMAGE, KEY}) for row in found.rows):
+        has_folders = _keep_folders(files, found.rows)
+        if not has_folders and not any(len(row.keys() - {IMAGE, KEY}) for row in found.rows):
             _add_labels(files, found.rows)
     unused = [name for name in files.places if name not in files.used]
     images = set(files.images())
@@ -205,6 +209,21 @@ def _key(name: str) -> str:
 
 def _ending(name: str) -> str:
     return name.rpartition("/")[2].partition(".")[2]
+
+
+def _keep_folders(files: _Files, rows: list[Row]) -> bool:
+    """Let images stay in their folders where these mean something, as `10_ohwx woman` does; returns whether they do."""
+    inside = {}  # image → its name inside of its archive, since shards may have numbers too
+    for name in files.images():
+        inside[name] = name.removeprefix(f"{files.packed_in.get(name, '')}/")
+    if not read_folders(Folder(Path(), images=sorted(inside.values())), "").parts:
+        return False
+    folders = {files.places[name]: inside[name].rpartition("/")[0] for name in inside}
+    for row in rows:
+        for value in list(row.values()):  # a webdataset's column has the name of the image's ending
+            if isinstance(value, Path) and value in folders:
+                row[FOLDER] = folders[value]
+    return True
 
 
 def _add_labels(files: _Files, rows: list[Row]) -> None:

@@ -74,8 +74,9 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
         problems=notes,
     )
     optim = _optimizer_plan(settings.training, family_name, settings.model.base_model, notes)
+    single_files.note_prediction(model_plan.parts.get("denoiser"), settings.training, facts, notes)
     adapter = check_targets(settings.adapter, model=model_plan, facts=facts, notes=notes)
-    lora = _adapter_plan(adapter, facts, trained_encoders=optim.text_encoders, notes=notes)
+    lora = _adapter_plan(adapter, facts, model=model_plan, trained_encoders=optim.text_encoders, notes=notes)
     engine, datasets = engine_plan(
         settings,
         hardware,
@@ -174,7 +175,7 @@ def _prompt_prefix(trigger_word: str | None, manifest: Manifest) -> str:
 
 
 def _adapter_plan(
-    settings: AdapterSettings, facts: Facts, *, trained_encoders: Collection[str], notes: Notes
+    settings: AdapterSettings, facts: Facts, *, model: ModelPlan, trained_encoders: Collection[str], notes: Notes
 ) -> LoraPlan:
     """Rank, targets and type of the adapters; those of a LoRA file where the job starts from one."""
     start = settings.resume_from
@@ -184,7 +185,9 @@ def _adapter_plan(
     path = absolute(start) if start else None
     # A folder holds a state, whose adapters the trainer checks; only a file has a header to plan by.
     file = path if path and is_file(path) else None
-    shape = starting_point.adapter_shape(settings, file, facts, trained_encoders=trained_encoders, notes=notes)
+    shape = starting_point.adapter_shape(
+        settings, file, facts, model=model, trained_encoders=trained_encoders, notes=notes
+    )
     if settings.lora_type == "dora":
         text = (
             "ComfyUI and Forge read <name>.safetensors, diffusers reads <name>-diffusers.safetensors; sd-scripts and "
@@ -322,7 +325,20 @@ def _training_plan(settings: Settings, facts: Facts, notes: Notes) -> TrainPlan:
         ema_decay=training.ema_decay,
         max_loss_spike=training.max_loss_spike,
         max_skipped_steps=training.max_skipped_steps,
+        max_token_length=_max_token_length(training, facts, base_model, notes),
     )
+
+
+def _max_token_length(training: TrainingSettings, facts: Facts, base_model: str, notes: Notes) -> int:
+    """How many tokens of a caption CLIP reads."""
+    length = int(training.max_token_length)
+    if length not in facts.max_token_lengths:
+        reader, tokens = next(iter(facts.text_readers.values()))
+        notes.add(
+            f"PARAMS_MAX_TOKEN_LENGTH={length}: in {base_model}, {reader} reads {tokens} tokens of a caption, and CLIP "
+            "gives a summary of its beginning. Fix: remove it."
+        )
+    return length
 
 
 def _check_objective(settings: TrainingSettings, facts: Facts, base_model: str, notes: Notes) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from entrypoint.fetch import archive, fetch, http
 from entrypoint.system.folders import completed
 from trainer.data.epochs import EpochSampler
+from trainer.data.folders.own_output import Written
 from trainer.data.records import WARNING, ImageRecord, Scan
 from trainer.data.scan import scan
 from trainer.spec import memory_model, sanity
@@ -53,10 +54,12 @@ def log_summary(plan: Plan, *, token: str | None, hub_cache: Path) -> None:
         return dataclasses.replace(source, path=str(folder)) if folder else source
 
     local_plan = plan.map_sources(local)
-    scanned = _scan(local_plan)
+    places = {"OUTPUT_PATH": Path(plan.output.path), "CACHE_PATH": Path(plan.output.cache), "HF_HOME": hub_cache.parent}
+    scanned = _scan(local_plan, Written(places))
+    local_plan = dataclasses.replace(local_plan, data=scanned.data)  # with the subsets that names of folders make
     for line in scanned.report().splitlines():
-        level = logging.WARNING if line.startswith((WARNING, "  skipped ")) else logging.INFO
-        log.log(level, "%s", line.removeprefix(WARNING))
+        level = logging.WARNING if WARNING in line or line.startswith("  skipped ") else logging.INFO
+        log.log(level, "%s", line.replace(WARNING, ""))
     images = [*scanned.images, *_class_images(local_plan)]
     sampler = EpochSampler(images, local_plan.data, seed=plan.train.seed)
     for line in describe(local_plan, sampler):
@@ -114,7 +117,7 @@ def _length(plan: Plan, sampler: EpochSampler, *, images: int) -> sanity.Length:
     return sanity.Length(plan.train.max_steps or plan.train.max_epochs * steps_per_epoch, steps_per_epoch, images)
 
 
-def _scan(plan: Plan) -> Scan:
+def _scan(plan: Plan, written: Written) -> Scan:
     """All images, decoded. A large dataset takes minutes, so the log shows how far it is."""
     last = time.monotonic()
 
@@ -125,7 +128,7 @@ def _scan(plan: Plan) -> Scan:
             log.info("Read %d of %d images.", done, total)
 
     cpu_workers = min(MAX_CPU_WORKERS, len(os.sched_getaffinity(0)))
-    scanned = scan(plan.data, cpu_workers=cpu_workers, progress=progress)
+    scanned = scan(plan.data, cpu_workers=cpu_workers, progress=progress, written=written)
     scanned.check(strict=plan.data.strict)
     return scanned
 

@@ -157,6 +157,16 @@ class EpochSampler:
                 texts[""] = None
         return list(texts)
 
+    def captions_by_image(self) -> dict[str, tuple[str, ...]]:
+        """The key of each image that is used → the texts that it may be shown with, without the empty one."""
+        texts: dict[str, dict[str, None]] = {}
+        for variants in self._variants:
+            texts.setdefault(variants.image.key, {}).update(dict.fromkeys(variants.captions))
+        for batch in self.validation():
+            for example in batch:
+                texts.setdefault(example.image.key, {})[example.caption] = None
+        return {key: tuple(text for text in own if text) for key, own in texts.items()}
+
     def describe(self) -> list[str]:
         """For the log: the size of an epoch, its buckets, and which subsets vary in how many variants."""
         lines = [

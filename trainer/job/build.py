@@ -224,6 +224,7 @@ def load_adapted_models(plan: Plan, family: Family, model: Path) -> AdaptedModel
         family=family,
         device=plan.engine.device,
         dtype=torch_dtype(plan.engine),
+        max_tokens=plan.train.max_token_length,
     )
     for component, encoder in texts.models.items():
         blocks = text_encoders.blocks(encoder)

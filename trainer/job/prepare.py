@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.checkpoints import state_files
+from trainer.data import caption_length
 from trainer.data.cache import Cache
 from trainer.data.encode import cpu_workers, fill_images, fill_texts, open_cache
 from trainer.data.epochs import EpochSampler
@@ -24,6 +25,7 @@ from trainer.spec import sanity
 from trainer.spec.errors import SettingsError
 from trainer.spec.family import get_family
 from trainer.spec.plan import DataPlan, Plan, Prompt
+from trainer.storage import atomic
 from trainer.training.objective import Objective, make_objective
 
 log = logging.getLogger(__name__)
@@ -74,7 +76,13 @@ def prepare_data(
         _check_same_data(state, scanned)
     for line in sampler.describe():
         log.info("%s", line)
-    cache = open_cache(Path(plan.output.cache), Path(plan.model.path), precision=plan.engine.dtype)
+    note_long_captions(plan, sampler, report=report)
+    cache = open_cache(
+        Path(plan.output.cache),
+        Path(plan.model.path),
+        precision=plan.engine.dtype,
+        max_tokens=plan.train.max_token_length,
+    )
     data = PreparedData(plan, scanned, sampler, cache, state)
     log.info("%d optimiser steps, %d an epoch.", data.total, data.steps_per_epoch)
     for warning in sanity.warnings(plan, sanity.Length(data.total, data.steps_per_epoch, len(scanned.images))):
@@ -109,6 +117,23 @@ def scan_and_report(data: DataPlan, *, report: Path, seed: int = 0, written: Wri
     return scanned
 
 
+def note_long_captions(plan: Plan, sampler: EpochSampler, *, report: Path) -> None:
+    """Warn of captions and prompts that the text encoder does not read to their end; the report gets all of them."""
+    facts = get_family(plan.model.family).FACTS
+    model = Path(plan.model.path)
+    reader = caption_length.load_reader(facts, model, max_tokens=plan.train.max_token_length)
+    if reader is None:
+        return
+    cuts = caption_length.find_cuts(reader, sampler.captions_by_image())
+    for line in caption_length.describe_cuts(reader, cuts, facts, limit=caption_length.SHOWN_CAPTIONS):
+        log.warning("%s", line)
+    for line in caption_length.describe_prompts(reader, plan.prompts):
+        log.warning("%s", line)
+    if cuts:
+        listed = "\n".join(caption_length.describe_cuts(reader, cuts, facts, limit=None))
+        atomic.write_text(report, f"{report.read_text(encoding='utf-8')}\n{listed}\n")
+
+
 def make_sampler(plan: Plan, scanned: Scan) -> EpochSampler:
     """The order in which the images are seen: the same for every process and after every restart."""
     return EpochSampler(
@@ -126,7 +151,15 @@ def fill_cache(data: PreparedData, *, check_in: Callable[[], None]) -> None:
     family = get_family(plan.model.family)
     model = Path(plan.model.path)
     captions = [*data.sampler.all_captions(), *prompt_texts(plan.prompts)]
-    fill_texts(data.cache, captions, family=family, model=model, engine=plan.engine, check_in=check_in)
+    fill_texts(
+        data.cache,
+        captions,
+        family=family,
+        model=model,
+        engine=plan.engine,
+        check_in=check_in,
+        max_tokens=plan.train.max_token_length,
+    )
     fill_images(data.cache, data.sampler, family=family, model=model, engine=plan.engine, check_in=check_in)
 
 

@@ -131,7 +131,12 @@ def _received(handed: HandedOver) -> PreparedData:
     limit_memory(plan.engine.device, plan.engine.memory_limit_gib)
     scanned = Scan(handed.images, (), ())
     sampler = make_sampler(plan, scanned)
-    cache = open_cache(Path(plan.output.cache), Path(plan.model.path), precision=plan.engine.dtype)
+    cache = open_cache(
+        Path(plan.output.cache),
+        Path(plan.model.path),
+        precision=plan.engine.dtype,
+        max_tokens=plan.train.max_token_length,
+    )
     state = state_files.read(handed.state) if handed.state else None
     return PreparedData(plan, scanned, sampler, cache, state)
 

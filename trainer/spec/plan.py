@@ -197,6 +197,7 @@ class TrainPlan:
     ema_decay: float = 0.0  # 0: off
     max_loss_spike: float = 10.0  # a step is skipped whose loss is this many times the largest recent one; 0: off
     max_skipped_steps: int = neutral(3)
+    max_token_length: int = 77  # tokens of a caption that CLIP text encoders read: 77, or 150 or 225 in chunks
 
 
 @dataclass(frozen=True)

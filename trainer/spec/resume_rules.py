@@ -16,6 +16,7 @@ from trainer.spec.plan import Plan
 # Their product is the number of batches in a step. Each process takes its share of them, so a run may resume on another
 # number of GPUs as long as the product stays the same.
 BATCHES_PER_STEP_KEYS = ("engine.num_gpus", "train.gradient_accumulation")
+ADDED_KEYS = {"train.max_token_length": 77}  # that older states lack → the value that they were trained with
 RETIRED_KEYS = ("engine.attention",)  # in the essences of older states; neutral today
 
 
@@ -32,6 +33,7 @@ def blocking_differences(begun: dict[str, Any], now: dict[str, Any]) -> list[str
     """The differences that forbid to resume. A step of as many batches, spread over other GPUs, is no difference."""
     # States from before there were several GPUs lack these keys.
     begun = dict.fromkeys(BATCHES_PER_STEP_KEYS, 1) | begun
+    begun = ADDED_KEYS | begun
     for key in RETIRED_KEYS:
         begun.pop(key, None)
     if _batches_per_step(begun) == _batches_per_step(now):

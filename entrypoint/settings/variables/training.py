@@ -12,6 +12,7 @@ from trainer.spec.optimizers import OPTIMIZERS, SCHEDULERS
 
 TEXT_ENCODER_LR = "learning rate of the CLIP text encoders, or CLIP-L's and CLIP-G's"
 LOSS_WEIGHTINGS = ("none", "sigma_sqrt", "cosmap")  # by noise level; Esser et al. 2024, arXiv:2403.03206
+MAX_TOKEN_LENGTHS = ("77", "150", "225")
 PREDICTION_TYPES = ("auto", "epsilon", "v_prediction")  # by diffusers' names
 
 
@@ -126,6 +127,13 @@ class TrainingSettings:
         default="auto",
         meaning="whether the last noise level has no signal left; auto: what the scheduler says; not with flow "
         "matching",
+    )
+    max_token_length: str = row(
+        "PARAMS_MAX_TOKEN_LENGTH",
+        "choice",
+        default="77",
+        meaning="tokens of a caption that CLIP reads; 150 and 225 in chunks of 75; SDXL only",
+        choices=lambda: MAX_TOKEN_LENGTHS,
     )
     min_snr_gamma: float = row(
         "PARAMS_MIN_SNR_GAMMA",

@@ -225,6 +225,29 @@ def test_an_archive_without_pictures(plan: Plan, tmp_path: Path) -> None:
         check(with_source(plan, Source("archive", str(tmp_path / "a.zip"))), tmp_path)
 
 
+def test_images_of_formats_that_are_not_read_are_refused_before_anything_is_fetched(plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "phone").mkdir()
+    for name in ("IMG_1.HEIC", "IMG_2.heic", "clip.mov"):
+        (tmp_path / "phone" / name).write_text("x")
+    with pytest.raises(
+        DataError, match=r"no image in it can be read\. IMG_1\.HEIC: format \.HEIC .*clip\.mov: a video"
+    ):
+        check(with_source(plan, Source("folder", str(tmp_path / "phone"))), tmp_path)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as container:
+        container.writestr("IMG_1.HEIC", "x")
+    with pytest.raises(DataError, match=r"no image among its first entries\. Read are \.jpg"):
+        check(with_source(plan, Source("archive", str(tmp_path / "a.zip"))), tmp_path)
+
+
+def test_a_folder_with_the_output_of_a_job_alone_is_empty(plan: Plan, tmp_path: Path) -> None:
+    out = tmp_path / "pictures_of_none"
+    (out / "sample").mkdir(parents=True)
+    for name in ("sample/step-00000002-00.png", "plan.json", "status.json"):
+        (out / name).write_text("{}")
+    with pytest.raises(DataError, match="there is no image in it"):
+        check(with_source(plan, Source("folder", str(out))), tmp_path)
+
+
 def test_a_dangerous_archive(plan: Plan, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as container:
         container.writestr("../1.png", "x")
@@ -283,9 +306,6 @@ def test_a_missing_shard_is_named(model: Path) -> None:
         lambda data: data + b"x",
         lambda data: data[:4],
         lambda data: b"",
-        lambda data: (
-            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 1\n"
-        ),
         lambda data: (2**60).to_bytes(8, "little") + data[8:],
     ],
 )

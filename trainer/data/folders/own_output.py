@@ -51,6 +51,16 @@ class Written:
                 return variable
         return None
 
+    def holds_output(self, real_path: str) -> str | None:
+        """Where this job writes, as "OUTPUT_PATH/sample", if `real_path` is there or below it."""
+        if "OUTPUT_PATH" not in self.folders:
+            return None
+        place = os.path.realpath(self.folders["OUTPUT_PATH"]).rstrip("/") + "/"
+        first = real_path.removeprefix(place).split("/")[0]
+        if real_path.startswith(place) and OUTPUT_NAMES.fullmatch(first):
+            return f"OUTPUT_PATH/{first}"
+        return None
+
 
 def names_written(names: Collection[str], variable: str | None) -> frozenset[str]:
     """Which of the `names` in a folder a Kiln job has written.
