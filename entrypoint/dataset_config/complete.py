@@ -52,7 +52,10 @@ def complete_datasets(
                 notes.add(f"{where}.resolution is missing. Fix: add it ({model_resolution} suits this model).")
         sized = _with_sizes(dataset, resolution, chosen_keys=chosen_keys, multiple=multiple, where=where, notes=notes)
         _check_sizes(sized, multiple=multiple, where=where, notes=notes)
-        subsets = [_complete_subset(s, default_source, settings, where=where, notes=notes) for s in dataset.subsets]
+        subsets = []
+        for number, subset in enumerate(dataset.subsets):
+            place = f"{where}.subsets[{number}]"
+            subsets.append(_complete_subset(subset, default_source, settings, where=place, notes=notes))
         batch_size = settings.batch_size or dataset.batch_size
         completed.append(dataclasses.replace(sized, subsets=tuple(subsets), batch_size=batch_size))
     kinds = {subset.source.kind for dataset in completed for subset in dataset.subsets}
@@ -108,7 +111,7 @@ def _complete_subset(
 ) -> Subset:
     """The subset with its source complete and the variables applied."""
     own = subset.source
-    source = own if own.kind else default_source
+    source = dataclasses.replace(own, named_in=where) if own.kind else default_source
     if source.kind == "hub":
         source = dataclasses.replace(
             source,

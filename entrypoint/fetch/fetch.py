@@ -150,7 +150,7 @@ def named(source: Source) -> str:
     """How the user named a source, for messages; without the secrets that an address may hold."""
     place = public(source.location) if is_url(source) else source.location
     place = printable(place)
-    return f"DATASET_NAME={place} (or a subset of DATASET_CONFIG)"
+    return f"{source.named_in}: {place}" if source.named_in else f"DATASET_NAME={place}"
 
 
 def is_url(source: Source) -> bool:
