@@ -39,6 +39,10 @@ class Status:
             phase = "stopped" if isinstance(problem, StopRequestedError) else "failed"
             self.update({"phase": phase, "exit_code": problem.exit_code, "message": str(problem)})
 
+    def seconds(self) -> float:
+        """How long this start of the job has taken so far."""
+        return time.time() - float(self._values["started"])
+
 
 def clock(seconds: float) -> str:
     """Seconds as h:mm:ss."""
