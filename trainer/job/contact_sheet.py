@@ -71,8 +71,8 @@ def contact_sheet(folder: Path, prompts: Sequence[Prompt]) -> Path:
 
 
 def _settings(prompt: Prompt) -> str:
-    """What else decides the images of a prompt."""
-    parts = [f"seed {prompt.seed}", f"{prompt.width} × {prompt.height}", f"{prompt.steps} steps"]
+    """What else decides the images of a prompt. In characters that the font of Pillow has."""
+    parts = [f"seed {prompt.seed}", f"{prompt.width}x{prompt.height}", f"{prompt.steps} steps"]
     if prompt.cfg != 1.0:
         parts.append(f"CFG {prompt.cfg:g}")
     if prompt.guidance:
