@@ -7,7 +7,8 @@ Shapes: B batch, C channels, H and W height and width (of pixels, or of latents:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,7 +26,10 @@ Denoiser = TypeVar("Denoiser")
 
 def load_encoder(model_class: Any, folder: Path, *, device: str, dtype: torch.dtype) -> Any:
     """A frozen text encoder of transformers. `folder`: its own, inside the model's."""
+    from trainer.base_model import weight_check
+
     model = model_class.from_pretrained(folder, dtype=dtype, use_safetensors=True, device_map=device)
+    weight_check.check_weights(model.named_parameters(), folder)
     return model.requires_grad_(False).eval()
 
 
@@ -43,11 +47,27 @@ def load_vae(folder: Path, *, device: str) -> AutoencoderKL:
     import torch
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32, use_safetensors=True)
-    return vae.requires_grad_(False).eval().to(device)
+    from trainer.base_model import weight_check
+
+    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32, use_safetensors=True).to(device)
+    weight_check.check_weights(vae.named_parameters(), folder / "vae")
+    return vae.requires_grad_(False).eval()
 
 
 # ---- text and images
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Inside, diffusers does not warn of captions that are cut: `trainer.data.caption_length` says it with names."""
+    from diffusers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def split_captions(tokens_BLD: torch.Tensor, pooled_BD: torch.Tensor) -> list[dict[str, torch.Tensor]]:

@@ -24,7 +24,7 @@ class DataSettings:
     dataset_config: str | None = row(
         "DATASET_CONFIG",
         "text",
-        meaning="dataset.json or .toml: path, URL, or the JSON itself",
+        meaning="dataset.json, .yaml or .toml: path, URL, or the text itself",
         if_unset="the dataset.json of this program",
     )
     dataset_revision: str | None = row(

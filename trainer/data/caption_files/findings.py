@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from trainer.data.records import WARNING
+from trainer.data.records import WARNING, printable
 
 MOST_EXAMPLES = 5  # names in one message; the report has all of them
 
@@ -30,7 +30,7 @@ def many(count: int, word: str) -> str:
 
 def some(names: Sequence[str]) -> str:
     """The first names of many: "a.txt, b.txt and 7 more"."""
-    shown = ", ".join(names[:MOST_EXAMPLES])
+    shown = ", ".join(printable(name) for name in names[:MOST_EXAMPLES])
     if len(names) > MOST_EXAMPLES:
         return f"{shown} and {len(names) - MOST_EXAMPLES} more"
     return shown
