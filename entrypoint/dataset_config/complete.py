@@ -14,7 +14,8 @@ from entrypoint.dataset_config.manifest import HUB_KEYS, Manifest
 from entrypoint.dataset_config.sources import classify
 from entrypoint.settings.checks import Notes
 from entrypoint.settings.variables.data import DataSettings
-from trainer.spec.plan import Dataset, Source, Subset
+from trainer.spec.plan import Dataset, Prompt, Source, Subset
+from trainer.spec.prompts import TRIGGER_PLACEHOLDER
 from trainer.spec.values import show
 
 # Pixels. With a shorter side, the default limits of buckets (256 to 1024, in steps of 64) leave hardly a bucket.
@@ -142,6 +143,36 @@ def _complete_subset(
         trigger_word=trigger_word or None,
         caption_dropout_rate=dropout_rate,
     )
+
+
+# ---- the trigger word in prompts
+
+
+def trigger_of(datasets: tuple[Dataset, ...]) -> str | None:
+    """The trigger word of the first subset that has one and whose captions get it; None if there is none."""
+    for dataset in datasets:
+        for subset in dataset.subsets:
+            if subset.trigger_word and not subset.is_reg:
+                return subset.trigger_word
+    return None
+
+
+def fill_trigger(prompts: tuple[Prompt, ...], trigger: str | None, notes: Notes) -> tuple[Prompt, ...]:
+    """The prompts with the trigger word in the place of each [trigger]."""
+    filled = []
+    for prompt in prompts:
+        wants_trigger = TRIGGER_PLACEHOLDER.search(prompt.text) or TRIGGER_PLACEHOLDER.search(prompt.negative)
+        if wants_trigger and trigger is None:
+            notes.warn(
+                f"The prompt {show(prompt.text)} has [trigger] in it, which stays as it is: there is no trigger word. "
+                "Set TRIGGER_WORD, or trigger_word in dataset.json."
+            )
+        elif wants_trigger and trigger is not None:
+            text = trigger.join(TRIGGER_PLACEHOLDER.split(prompt.text))
+            negative = trigger.join(TRIGGER_PLACEHOLDER.split(prompt.negative))
+            prompt = dataclasses.replace(prompt, text=text, negative=negative)
+        filled.append(prompt)
+    return tuple(filled)
 
 
 # ---- sizes
