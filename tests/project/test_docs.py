@@ -195,6 +195,7 @@ NO_TERMS = {
         ("DatasetSummary", "SubsetSummary", "TrainingRun", "LoraSummary"), "contents of a LoRA file's header"
     ),
     **dict.fromkeys(("Prompt", "PromptRequest"), "a prompt line, which the documents call a prompt"),
+    **dict.fromkeys(("Length", "Request"), "what a row of a table of sanity checks looks at"),
     **dict.fromkeys(("Card", "TorchKernels"), "what a card, and this torch, can do"),
     **dict.fromkeys(("Budget", "Limits", "Names"), "bounds on archives"),
     **dict.fromkeys(("Cached", "Choice", "Listing", "RemoteFile", "Repo"), "records of the Hub's client"),

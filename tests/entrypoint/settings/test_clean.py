@@ -104,7 +104,7 @@ def test_what_is_meant_without_doubt_is_read_and_the_log_says_so(name, text, mea
         ("OUTPUT_PATH", "%USERPROFILE%/out", "holds %USERPROFILE% as it stands"),
         ("HF_TOKEN", "$HF_TOKEN", "holds the name of a variable"),
         ("TRIGGER_WORD", "${TRIGGER}", "holds ${TRIGGER} as it stands"),
-        ("DATASET_NAME", "C:\\Users\\me\\images", "docker run -v"),
+        ("DATASET_NAME", "C:\\Users\\me\\images", "docker run -v C:\\Users\\me\\images:/data"),
         ("DATASET_NAME", "C:\\Users\\me\\images", "DATASET_NAME=/data"),
         ("DATASET_NAME", "C:/Users/me/images", "/mnt/c/Users/me/images"),
         ("OUTPUT_PATH", "\\\\server\\share", "is a Windows path"),
