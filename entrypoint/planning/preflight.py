@@ -25,7 +25,7 @@ from trainer.data.folders.own_output import Written
 from trainer.data.records import printable
 from trainer.spec.errors import DataError, GatedError, KilnError, SettingsError, StorageError, UnreachableError
 from trainer.spec.family import base_models, get_family
-from trainer.spec.plan import ModelPlan, Plan, Source, Subset
+from trainer.spec.plan import AUTO, ModelPlan, Plan, Source, Subset
 from trainer.spec.weight_formats import PRECISIONS
 from trainer.storage.atomic import human_size, storage_error
 
@@ -47,6 +47,7 @@ MIN_TOKENS = 77  # CLIP's
 TYPICAL_IMAGE_BYTES = 500_000
 LORA_BYTES_PER_RANK = 0.0005  # bytes of a float32 LoRA of rank 1 for each byte of the base model's weights
 STATE_BYTES_PER_LORA_BYTE = 5  # a state has the adapter and up to four optimiser tensors of its size
+AUTOMATIC_CHECKPOINTS = 2  # with their states, that KEEP_CHECKPOINTS=auto needs at least
 UNPACKED_BYTES_PER_ARCHIVE_BYTE = 1.1  # images are compressed already, so that archives hardly shrink them
 PACKED = (".parquet", ".arrow", ".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz")  # files that may hold images
 LOGGED_FILE_MIN_BYTES = 100 * 2**20  # larger files of a model are named in the log before they are fetched
@@ -145,7 +146,9 @@ def _check_model(plan: Plan, space: NeededSpace, *, token: str | None, hub_cache
     """Check the base model, and add the space that it and the checkpoints will take."""
     model_bytes = _model_bytes(plan.model, space, token=token, hub_cache=hub_cache, retries=retries)
     lora_bytes = model_bytes * LORA_BYTES_PER_RANK * plan.lora.rank
-    kept = plan.output.keep_checkpoints + 1  # while one is written, the oldest is still there
+    # Where that is left to the job, it keeps more LoRA files if there is room (trainer.job.saving).
+    keep = AUTOMATIC_CHECKPOINTS if plan.output.keep_checkpoints == AUTO else plan.output.keep_checkpoints
+    kept = keep + 1  # while one is written, the oldest is still there
     checkpoint_bytes = lora_bytes * (1 + STATE_BYTES_PER_LORA_BYTE)
     space.add("OUTPUT_PATH", f"{kept} checkpoints", checkpoint_bytes * kept + lora_bytes)
 

@@ -333,5 +333,6 @@ LORA_KEYS = LoraKeys(
         OriginalLayer("final_layer.adaLN_modulation.1", ("norm_out.linear",), halves_swapped=True),
     ),
     encoders={"text_encoder": "te1", "text_encoder_2": "te2", "text_encoder_3": "te3"},  # CLIP-L, CLIP-G, T5
+    one_width=True,
     file_formats=("kohya", "peft"),  # every tool but diffusers reads kohya's keys, and few others read diffusers'
 )

@@ -148,6 +148,8 @@ class LoraKeys:
     layers: tuple[OriginalLayer, ...]
     encoders: dict[str, str]  # text encoder of diffusers' pipeline → its name in kohya's keys: te1, te2 or te3
     file_formats: tuple[str, ...] = ("kohya",)  # keys of convert.KEY_FORMATS: a job writes a file in each
+    other_names: tuple[OriginalLayer, ...] = ()  # further names of layers, which are read and never written
+    one_width: bool = False  # whether the shorter side of every linear layer in the blocks is Footprint.hidden_size
 
 
 class Family(Protocol):
