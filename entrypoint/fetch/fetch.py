@@ -129,9 +129,11 @@ def describe_dataset(source: Source, repo: hub.Repo) -> hub.Listing:
     except (SettingsError, UnreachableError) as problem:
         if "/" in source.location:
             raise type(problem)(f"{problem} If a folder was meant: {folder}.") from problem
+        hub_says = "the Hub does not answer"
+        if isinstance(problem, SettingsError):
+            hub_says = "the Hub knows no dataset of this name"
         raise SettingsError(
-            f"{named(source)}: {folder}, and the Hub gives no dataset of this name ({problem}) Write the path of a "
-            "folder, or a dataset as owner/name."
+            f"{named(source)}: {folder}, and {hub_says}. Write the path of a folder, or a dataset as owner/name."
         ) from problem
 
 
