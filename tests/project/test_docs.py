@@ -189,8 +189,10 @@ NO_TERMS = {
     **dict.fromkeys(("PreparedData", "Folder", "AdapterShape"), "the result of one function"),
     **dict.fromkeys(("Metrics", "Status", "Progress", "Problems"), "an output or a list that its name describes"),
     **dict.fromkeys(
-        ("DatasetSummary", "SubsetSummary", "TrainingRun", "LoraSummary"), "contents of a LoRA file's header"
+        ("DatasetSummary", "SubsetSummary", "TrainingRun", "LoraSummary", "Training"),
+        "contents of a LoRA file's header",
     ),
+    **dict.fromkeys(("Float", "Kind", "LayerTensors", "Parser"), "rows and records of the readers of LoRA files"),
     **dict.fromkeys(("Prompt", "PromptRequest"), "a prompt line, which the documents call a prompt"),
     **dict.fromkeys(("Card", "TorchKernels"), "what a card, and this torch, can do"),
     **dict.fromkeys(("Budget", "Limits", "Names"), "bounds on archives"),
