@@ -155,7 +155,7 @@ def _load(
 
 def _draw_all(out: Path, prompts: Sequence[Prompt], draw: Callable[[Prompt], Any]) -> None:
     """Draw all prompts into `out`, and say which file has which."""
-    from trainer.job import sampling
+    from trainer.job import contact_sheet, sampling
 
     for old in out.glob(IMAGES):
         old.unlink()  # draw_all skips images that exist
@@ -168,7 +168,7 @@ def _draw_all(out: Path, prompts: Sequence[Prompt], draw: Callable[[Prompt], Any
             "%s: %s (%d x %d, seed %d, %d steps)",
             path, prompt.text, prompt.width, prompt.height, prompt.seed, prompt.steps,
         )  # fmt: skip
-    log.info("%s: all in one.", out / sampling.SHEET_NAME)
+    log.info("%s: all in one.", out / contact_sheet.SHEET_NAME)
 
 
 def apply_loras(model: Any, loras: Sequence[tuple[LoraModules, float]], *, component: str) -> None:

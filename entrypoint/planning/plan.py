@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from entrypoint.dataset_config.complete import complete_datasets
+from entrypoint.dataset_config.complete import complete_datasets, fill_trigger, trigger_of
 from entrypoint.dataset_config.manifest import Manifest
 from entrypoint.dataset_config.sources import HUB_ID
 from entrypoint.planning import sanity, single_files, starting_point, text_encoders
@@ -70,9 +70,10 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
         model=base_model,
         resolution=datasets[0].resolution,
         seed=settings.training.seed,
-        prefix=_prompt_prefix(settings.data.trigger_word, manifest),
+        prefix=_prompt_prefix(datasets, manifest),
         problems=notes,
     )
+    prompts = fill_trigger(prompts, trigger_of(datasets), notes)
     optim = _optimizer_plan(settings.training, family_name, settings.model.base_model, notes)
     single_files.note_prediction(model_plan.parts.get("denoiser"), settings.training, facts, notes)
     adapter = check_targets(settings.adapter, model=model_plan, facts=facts, notes=notes)
@@ -94,15 +95,33 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
         optim=optim,
         train=_training_plan(settings, facts, notes),
         engine=engine,
-        output=_output_plan(settings.output, datasets, cache=settings.data.cache_path, now=now, notes=notes),
+        output=_output_plan(
+            settings.output,
+            datasets,
+            cache=settings.data.cache_path,
+            resume_with_changes=settings.adapter.resume_with_changes,
+            now=now,
+            notes=notes,
+        ),
         prompts=prompts,
     )
     notes.raise_if_any("This cannot be done")
     if not plan.output.name:
         plan = _with_default_name(plan, now=now)
-    plan = dataclasses.replace(plan, given=tuple(sorted(settings.given)))
+    automatic = _left_to_hardware(settings)
+    plan = dataclasses.replace(plan, given=tuple(sorted(settings.given)), automatic=automatic)
     sanity.warn(sanity.Request(settings, plan, facts, base_model), notes)
     return dataclasses.replace(plan, reasons=tuple(notes.reasons), warnings=tuple(notes.warnings))
+
+
+def _left_to_hardware(settings: Settings) -> tuple[str, ...]:
+    """The variables that are `auto` and decided by the hardware: on another card a run goes on all the same."""
+    choices = {
+        "BACKEND": settings.engine.backend == "auto",
+        "PARAMS_PRECISION": settings.engine.precision == "auto",
+        "PARAMS_BATCH_SIZE": settings.data.batch_size == 0,
+    }
+    return tuple(name for name, is_auto in choices.items() if is_auto)
 
 
 # ---- model
@@ -164,10 +183,11 @@ def _model_source_problem(source: str) -> str | None:
     return None
 
 
-def _prompt_prefix(trigger_word: str | None, manifest: Manifest) -> str:
+def _prompt_prefix(datasets: tuple[Dataset, ...], manifest: Manifest) -> str:
     """The trigger word goes before this program's own prompts; prompts of the user stay as they are."""
-    if trigger_word and manifest.prompts_packaged:
-        return f"{trigger_word}, "
+    trigger = trigger_of(datasets)
+    if trigger and manifest.prompts_packaged:
+        return f"{trigger}, "
     return ""
 
 
@@ -367,7 +387,13 @@ def _check_objective(settings: TrainingSettings, facts: Facts, base_model: str, 
 
 
 def _output_plan(
-    settings: OutputSettings, datasets: tuple[Dataset, ...], *, cache: Path, now: datetime, notes: Notes
+    settings: OutputSettings,
+    datasets: tuple[Dataset, ...],
+    *,
+    cache: Path,
+    resume_with_changes: bool,
+    now: datetime,
+    notes: Notes,
 ) -> OutputPlan:
     """Folders, and how often the job saves, samples and validates."""
     if settings.validate_every_n_steps and not any(dataset.validation_split for dataset in datasets):
@@ -384,6 +410,8 @@ def _output_plan(
         sample_every=settings.sample_every_n_steps,
         validate_every=settings.validate_every_n_steps,
         keep_checkpoints=settings.keep_checkpoints,
+        requested=settings.output_name or "",
+        resume_with_changes=resume_with_changes,
     )
 
 

@@ -25,7 +25,7 @@ from trainer.data.folders.own_output import Written
 from trainer.data.records import printable
 from trainer.spec.errors import DataError, GatedError, KilnError, SettingsError, StorageError, UnreachableError
 from trainer.spec.family import base_models, get_family
-from trainer.spec.plan import ModelPlan, Plan, Source, Subset
+from trainer.spec.plan import AUTO, ModelPlan, Plan, Source, Subset
 from trainer.spec.weight_formats import PRECISIONS
 from trainer.storage.atomic import human_size, storage_error
 
@@ -47,6 +47,7 @@ MIN_TOKENS = 77  # CLIP's
 TYPICAL_IMAGE_BYTES = 500_000
 LORA_BYTES_PER_RANK = 0.0005  # bytes of a float32 LoRA of rank 1 for each byte of the base model's weights
 STATE_BYTES_PER_LORA_BYTE = 5  # a state has the adapter and up to four optimiser tensors of its size
+AUTOMATIC_CHECKPOINTS = 2  # with their states, that KEEP_CHECKPOINTS=auto needs at least
 UNPACKED_BYTES_PER_ARCHIVE_BYTE = 1.1  # images are compressed already, so that archives hardly shrink them
 PACKED = (".parquet", ".arrow", ".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz")  # files that may hold images
 LOGGED_FILE_MIN_BYTES = 100 * 2**20  # larger files of a model are named in the log before they are fetched
@@ -145,7 +146,9 @@ def _check_model(plan: Plan, space: NeededSpace, *, token: str | None, hub_cache
     """Check the base model, and add the space that it and the checkpoints will take."""
     model_bytes = _model_bytes(plan.model, space, token=token, hub_cache=hub_cache, retries=retries)
     lora_bytes = model_bytes * LORA_BYTES_PER_RANK * plan.lora.rank
-    kept = plan.output.keep_checkpoints + 1  # while one is written, the oldest is still there
+    # Where that is left to the job, it keeps more LoRA files if there is room (trainer.job.saving).
+    keep = AUTOMATIC_CHECKPOINTS if plan.output.keep_checkpoints == AUTO else plan.output.keep_checkpoints
+    kept = keep + 1  # while one is written, the oldest is still there
     checkpoint_bytes = lora_bytes * (1 + STATE_BYTES_PER_LORA_BYTE)
     space.add("OUTPUT_PATH", f"{kept} checkpoints", checkpoint_bytes * kept + lora_bytes)
 
@@ -225,7 +228,7 @@ def _check_source(
         count = len(folder.images)
         if not count:
             names = [printable(name) for name in folder.all_names()]
-            raise DataError(f"{fetch.named(source)}: {formats.why_none(names)}")
+            raise DataError(f"{fetch.named(source)}: {_without_images(source, names)}")
     elif source.kind == "hub":
         count = _check_hub_dataset(source, space, token=token, retries=retries) // TYPICAL_IMAGE_BYTES
     elif fetch.is_url(source):
@@ -233,12 +236,34 @@ def _check_source(
     else:
         path = fetch.local_archive(source)
         if not archive.has_file(path, formats.READABLE_SUFFIXES):
-            known = ", ".join(formats.READABLE_SUFFIXES)
-            raise DataError(f"{fetch.named(source)}: there is no image among its first entries. Read are {known}.")
+            raise DataError(f"{fetch.named(source)}: {_archive_without_images(path)}")
         size = path.stat().st_size
         space.add("CACHE_PATH", "unpacked archives", size * UNPACKED_BYTES_PER_ARCHIVE_BYTE)
         count = size // TYPICAL_IMAGE_BYTES
     space.add("CACHE_PATH", "encoded images", count * cache_bytes)
+
+
+def _without_images(source: Source, names: list[str]) -> str:
+    """That a folder has no images; where it has archives, what to name instead."""
+    folder = fetch.local_folder(source)
+    packed = fetch.archives_in(folder)
+    if not packed:
+        return formats.why_none(names)
+    return (
+        f"there is no image in it, only {hub_choice.some(packed)}. Name the archive itself, {folder / packed[0]}, or "
+        "unpack it there."
+    )
+
+
+def _archive_without_images(path: Path) -> str:
+    """That an archive has no images; where it has archives, these by name."""
+    names = archive.first_names(path)
+    packed = [name for name in names if name.lower().endswith(fetch.ANY_ARCHIVE)]
+    if packed:
+        return f"there is no image in it, only archives ({hub_choice.some(packed)}). Unpack it, and name the folder."
+    known = ", ".join(formats.READABLE_SUFFIXES)
+    held = hub_choice.some(names) or "nothing"
+    return f"there is no image among its first entries. Read are {known}. It holds {held}."
 
 
 def _check_hub_dataset(source: Source, space: NeededSpace, *, token: str | None, retries: RetryPolicy) -> int:

@@ -6,11 +6,9 @@ file that does not fit is refused before the base model is downloaded.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from entrypoint.settings.checks import Notes, is_file, is_folder
 from entrypoint.settings.variables.adapter import AdapterSettings
@@ -18,10 +16,10 @@ from trainer.lora_files import inspect, key_names
 from trainer.lora_files.inspect import LoraSummary, Training
 from trainer.spec.family import Facts, get_family
 from trainer.spec.plan import LoraPlan, ModelPlan, Plan
-from trainer.spec.resume_rules import resumes_state
+from trainer.spec.resume_rules import check_named_state
 from trainer.spec.targets import is_target
 from trainer.spec.values import show
-from trainer.storage import safetensors_header
+from trainer.storage import run_records, safetensors_header
 
 ALLOWED = "Allowed: a LoRA file (.safetensors), or a state folder (OUTPUT_PATH/state/step-…)."
 ANOTHER_BASE = "It is for another base. Fix: name a LoRA for this one, or set BASE_MODEL or MODEL_PATH to its base."
@@ -57,37 +55,18 @@ def path_problem(start: str) -> str | None:
 
 
 def check_state(plan: Plan) -> None:
-    """Raises SettingsError where the trainer would refuse to resume, before the base model is downloaded.
+    """Raises SettingsError where the trainer would refuse the state that PARAMS_RESUME_FROM names, before the base
+    model is downloaded.
 
-    A state in OUTPUT_PATH comes first: it is the newer one of a job that was itself started from PARAMS_RESUME_FROM.
+    A state of the run itself comes first: it is the newer one of a job that was once started from that state.
     """
     resume_from = plan.lora.resume_from
-    own_state = max(Path(plan.output.path).glob("state/step-????????"), default=None)
-    folder = own_state
-    if folder is None and resume_from and is_folder(resume_from):
-        folder = Path(resume_from)
-    state = _read_state(folder) if folder else None
+    home = Path(plan.output.path) / plan.output.folder
+    if not resume_from or not is_folder(resume_from) or run_records.state_steps(home):
+        return
+    state = run_records.read_state_header(Path(resume_from))
     if state is not None:
-        step, essence = state
-        resumes_state(plan, essence, step=step, in_output=own_state is not None)
-
-
-def _read_state(folder: Path) -> tuple[int, dict[str, Any]] | None:
-    """The step and the essence (`Plan.essence`) in a state; None if it is damaged, which the trainer handles."""
-    try:
-        record = json.loads(json.loads((folder / "state.json").read_text(encoding="utf-8"))["text"])
-        return int(record["step"]), _decode(dict(record["tree"]["dict"])["essence"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return None
-
-
-def _decode(value: Any) -> Any:
-    """The value that `trainer.checkpoints.state_files` encoded; here without tensors."""
-    if isinstance(value, dict):
-        return {key: _decode(item) for key, item in value["dict"]}
-    if isinstance(value, list):
-        return [_decode(item) for item in value]
-    return value
+        check_named_state(plan, state.tree["essence"], step=state.step)
 
 
 # ---- a LoRA file

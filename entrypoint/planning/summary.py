@@ -17,12 +17,14 @@ from entrypoint.fetch import archive, fetch, http
 from entrypoint.system.folders import completed
 from trainer.data.epochs import EpochSampler
 from trainer.data.folders.own_output import Written
+from trainer.data.identity import content_changes, fingerprint
 from trainer.data.records import WARNING, ImageRecord, Scan
 from trainer.data.scan import scan
-from trainer.spec import memory_model, sanity
+from trainer.spec import automatic, memory_model, sanity
 from trainer.spec.family import base_models
-from trainer.spec.plan import Dataset, Plan, Source
+from trainer.spec.plan import AUTO, Dataset, Plan, Source
 from trainer.storage.atomic import human_size
+from trainer.storage.choose_run import choose
 from trainer.storage.digests import sha256
 
 log = logging.getLogger(__name__)
@@ -60,6 +62,10 @@ def log_summary(plan: Plan, *, token: str | None, hub_cache: Path) -> None:
     for line in scanned.report().splitlines():
         level = logging.WARNING if WARNING in line or line.startswith("  skipped ") else logging.INFO
         log.log(level, "%s", line.replace(WARNING, ""))
+    choice = choose(plan, content_changes=content_changes(fingerprint(scanned.images), None))
+    text = choice.describe()
+    if text and choice.plan.output.name != plan.output.name:  # the settings alone did not say so
+        log.info("%s", text)
     images = [*scanned.images, *_class_images(local_plan)]
     sampler = EpochSampler(images, local_plan.data, seed=plan.train.seed)
     for line in describe(local_plan, sampler):
@@ -90,9 +96,12 @@ def describe(plan: Plan, sampler: EpochSampler) -> list[str]:
     """Lines for the log: shapes, steps, saves and samples, and the size of the files."""
     lines = [_shapes(sampler)]
     images_per_step = plan.train.gradient_accumulation * plan.engine.num_gpus
-    length = _length(plan, sampler, images=0)
-    total = length.steps
-    steps_per_epoch = length.steps_per_epoch or 1
+    steps_per_epoch = max(1, math.ceil(sampler.batches_per_epoch / images_per_step))
+    plan, chosen = automatic.with_lengths(
+        plan, images_per_epoch=sampler.subject_examples_per_epoch, steps_per_epoch=steps_per_epoch
+    )
+    lines += chosen
+    total = plan.train.max_steps or plan.train.max_epochs * steps_per_epoch
     batch_sizes = sorted({dataset.batch_size * images_per_step for dataset in plan.data.datasets})
     per_step = " or ".join(str(size) for size in batch_sizes)
     lines.append(
@@ -114,6 +123,9 @@ def _length(plan: Plan, sampler: EpochSampler, *, images: int) -> sanity.Length:
     """How long the job is with these images."""
     batches_per_step = plan.train.gradient_accumulation * plan.engine.num_gpus
     steps_per_epoch = math.ceil(sampler.batches_per_epoch / batches_per_step)
+    plan, _ = automatic.with_lengths(
+        plan, images_per_epoch=sampler.subject_examples_per_epoch, steps_per_epoch=steps_per_epoch
+    )
     return sanity.Length(plan.train.max_steps or plan.train.max_epochs * steps_per_epoch, steps_per_epoch, images)
 
 
@@ -163,10 +175,10 @@ def _rounds(plan: Plan, total: int) -> str:
     saves = total // output.save_every if output.save_every else 0
     text = "Saves: only the finished LoRA"
     if saves:
-        kept = min(saves, output.keep_checkpoints)
-        text = (
-            f"Saves: {saves}, every {output.save_every} steps, of which the newest {kept} are kept; the finished LoRA"
-        )
+        kept = f"the newest {min(saves, output.keep_checkpoints)}"
+        if output.keep_checkpoints == AUTO:
+            kept = "all LoRA files and the newest two states"
+        text = f"Saves: {saves}, every {output.save_every} steps, of which {kept} are kept; the finished LoRA"
     if not output.sample_every or not plan.prompts:
         return f"{text}. Samples: none."
     drawn = 1 + (total - 1) // output.sample_every + FINAL_SAMPLES

@@ -31,7 +31,7 @@ LOCATIONS = (
     "SAMPLE_PROMPTS",
     "PARAMS_RESUME_FROM",
 )
-NUMBERS = ("integer", "auto_integer", "number", "numbers", "size")
+NUMBERS = ("integer", "auto_integer", "auto_count", "number", "numbers", "size")
 NOTHING = ("none", "null", "nil", "undefined", "n/a")  # what forms and programs write for no value
 QUOTES = {'"': '"', "'": "'", "`": "`", "“": "”", "‘": "’", "„": "“", "«": "»"}
 INVISIBLE = "\ufeff\u200b\u200c\u200d\u2060"  # a byte order mark, and blanks of no width, which copying brings along
@@ -234,7 +234,11 @@ def _single_number(text: str, row: Row) -> str:
     if re.fullmatch(r"[+-]?\d+,\d+([eE][+-]?\d+)?", text):
         raise ValueError(f"has a comma. Fix: {row.name}={text.replace(',', '.')}")
     whole = as_number(text)
-    if row.kind in ("integer", "auto_integer") and whole is not None and not re.fullmatch(r"[+-]?\d+", text):
+    if (
+        row.kind in ("integer", "auto_integer", "auto_count")
+        and whole is not None
+        and not re.fullmatch(r"[+-]?\d+", text)
+    ):
         fix = f"{row.name}={whole:.0f}" if whole == int(whole) and abs(whole) < 1e9 else "a number without a point"
         raise ValueError(f"is not written as a whole number. Fix: {fix}")
     return text

@@ -25,6 +25,12 @@ class LoraWeights:
     magnitude: torch.Tensor | None = None  # (out,)
 
     @property
+    def nbytes(self) -> int:
+        """Of all its tensors."""
+        magnitude = self.magnitude.nbytes if self.magnitude is not None else 0
+        return self.down.nbytes + self.up.nbytes + magnitude
+
+    @property
     def rank(self) -> int:
         return self.down.shape[0]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 MARKS = ("status.json", "run.log", "metrics.jsonl", "state", "dataset-report.txt")
 OUTPUT_NAMES = re.compile(
     r"(sample|samples|state|logs|runs)([.-].*)?"
-    r"|(plan|status|upload|crashes)\.json|metrics\.jsonl|run\.log|hang\.txt|dataset-report\.(txt|csv)"
+    r"|(plan|status|upload|crashes|run|pod)\.json|metrics\.jsonl|run\.log|hang\.txt|dataset-report\.(txt|csv)"
     r"|.*\.safetensors(\.unverified)?"
 )
 # In CACHE_PATH. A folder is recognised by the first two.
