@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import TextIO
 
@@ -37,8 +38,11 @@ def main(arguments: list[str]) -> int:
     _configure_logging(process_rank)
     try:
         plan = _read_plan(Path(arguments[0]))
+        started = time.monotonic()
+        log.info("Loading torch and diffusers, which takes 5 to 30 s.")
         from trainer.job.run import run  # late: torch is slow to import, and signals are handled by now
 
+        log.info("Loaded them in %.1f s.", time.monotonic() - started)
         run(plan, stop)
     except StopRequestedError as problem:
         if not problem.logged:

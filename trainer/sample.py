@@ -95,13 +95,8 @@ def _sample(options: argparse.Namespace) -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    log.info(
-        "Drawing %s with %s by %s on %s.",
-        plural(len(prompts), "image"),
-        plural(len(loras), "LoRA"),
-        options.base,
-        "the GPU" if device == "cuda" else "the CPU, which takes long for full-size models",
-    )
+    images = plural(len(prompts), "image")
+    log.info("Drawing %s with %s by %s on %s.", images, plural(len(loras), "LoRA"), options.base, device)
     try:
         with _named_errors(options.base):
             draw = _load(family, folder, prompts, loras, device=device, dtype=dtype, max_tokens=max_tokens)
@@ -160,7 +155,7 @@ def _load(
 
 def _draw_all(out: Path, prompts: Sequence[Prompt], draw: Callable[[Prompt], Any]) -> None:
     """Draw all prompts into `out`, and say which file has which."""
-    from trainer.job import sampling
+    from trainer.job import contact_sheet, sampling
 
     for old in out.glob(IMAGES):
         old.unlink()  # draw_all skips images that exist
@@ -173,7 +168,7 @@ def _draw_all(out: Path, prompts: Sequence[Prompt], draw: Callable[[Prompt], Any
             "%s: %s (%d x %d, seed %d, %d steps)",
             path, prompt.text, prompt.width, prompt.height, prompt.seed, prompt.steps,
         )  # fmt: skip
-    log.info("%s: all in one.", out / sampling.SHEET_NAME)
+    log.info("%s: all in one.", out / contact_sheet.SHEET_NAME)
 
 
 def apply_loras(model: Any, loras: Sequence[tuple[LoraModules, float]], *, component: str) -> None:
@@ -289,7 +284,11 @@ def _find_base(options: argparse.Namespace, lora_paths: Sequence[tuple[Path, flo
     missing = _missing(place, get_family(family).FACTS.files)
     if missing:
         raise SettingsError(f"--base {place} is not a whole model for {family}: it has no {', '.join(missing)}.")
-    return _Base(family, BaseModel(str(place.absolute()), files_gib=0.0), place.absolute)
+    model = BaseModel(str(place.absolute()), files_gib=0.0)
+    for known_model in get_family(family).FACTS.models.values():
+        if Path(known_model.source) == place.absolute():  # a miniature by its folder
+            model = known_model
+    return _Base(family, model, place.absolute)
 
 
 def _folder_family(folder: Path, asked: str | None, lora_paths: Sequence[tuple[Path, float]]) -> str | None:

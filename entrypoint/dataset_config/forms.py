@@ -48,7 +48,7 @@ def parse(text: str, text_format: str) -> tuple[Any, str | None]:
     except ValueError as problem:
         tree, note = _otherwise(text, text_format, problem)
     _check(tree)
-    return tree, note
+    return _whole_letters(tree), note
 
 
 def _otherwise(text: str, text_format: str, problem: ValueError) -> tuple[Any, str]:
@@ -123,7 +123,7 @@ def _load_yaml(text: str) -> Any:
             if line[: len(line) - len(line.lstrip())].count("\t"):
                 raise ValueError(f"line {number} begins with a tab. Fix: use spaces")
     try:
-        return yaml.load(text, Loader=_yaml_loader())  # noqa: S506 (a SafeLoader)
+        return _yaml_loader()(text).get_single_data()
     except yaml.YAMLError as problem:
         mark = getattr(problem, "problem_mark", None)
         place = f" (line {mark.line + 1})" if mark else ""
@@ -205,6 +205,17 @@ def _walk(tree: Any) -> Iterator[tuple[str, Any]]:
                 waiting.append((f"{place}\0{'.' if place else ''}{key}", inner))
         elif isinstance(value, list):
             waiting.extend((f"{place}\0[{index}]", inner) for index, inner in enumerate(value))
+
+
+def _whole_letters(tree: Any) -> Any:
+    """The tree with letters that were escaped as two halves (JSON's `\\ud83d\\ude00`) put together."""
+    if isinstance(tree, dict):
+        return {_whole_letters(key): _whole_letters(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_whole_letters(value) for value in tree]
+    if isinstance(tree, str):
+        return tree.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+    return tree
 
 
 def format_of(name: str, default: str) -> str:

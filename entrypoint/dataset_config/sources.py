@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from entrypoint.settings.checks import absolute, is_file, is_folder
+from trainer.data.records import printable
 from trainer.spec.values import show
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")  # what `entrypoint.fetch.archive` reads
@@ -93,7 +94,7 @@ def no_such_folder(location: str) -> str:
     """That there is no folder `location`, and what similar names there are beside it. For the end of a message."""
     path = Path(absolute(location))
     above = path.parent
-    while not above.is_dir():
+    while not is_folder(str(above)):  # which is False for a name too long, and for links in a circle
         path, above = above, above.parent
     try:
         folders = sorted(entry.name for entry in os.scandir(above) if entry.is_dir())
@@ -101,7 +102,7 @@ def no_such_folder(location: str) -> str:
         folders = []
     by_lower = {name.lower(): name for name in folders}
     near = difflib.get_close_matches(path.name.lower()[:200], by_lower, n=MOST_NEAR)
-    said = f"there is no folder {path.name} in {above}"
+    said = f"there is no folder {printable(path.name)} in {printable(str(above))}"
     if near:
         said += f", but {', '.join(by_lower[name] for name in near)}"
     if is_folder(f"/{location}") and not location.startswith("/"):

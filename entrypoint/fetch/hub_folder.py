@@ -21,6 +21,7 @@ from typing import Any
 
 from entrypoint.fetch import archive, hub_choice
 from entrypoint.fetch.hub_choice import IMAGE_SUFFIXES, LISTS, SIDECARS, is_metadata, some
+from entrypoint.fetch.hub_columns import CAPTIONS
 from entrypoint.fetch.hub_layout import Layout
 from trainer.data.caption_files.text_encoding import decode_all
 from trainer.data.folder_listing import Folder
@@ -34,6 +35,7 @@ FOLDER = "__folder__"  # that the image is written into
 UNPACKED = ".unpacked"  # beside the images that are made: they are moved from there
 NAME_COLUMNS = ("file_name", "image_path", "filename", "file", "image", "path", "img", "image_file", "file_path")
 TEXT_FIELDS = ("txt", "text", "caption", "transcript")
+LARGEST_SIDECAR = 2**20  # bytes of a file about one image
 LARGEST_TABLE = 2**28  # bytes of a metadata file, which is read as a whole
 Row = dict[str, Any]
 
@@ -85,6 +87,29 @@ def read(snapshot: Path, layout: Layout, target: Path) -> Found:
     if other_files:
         found.notes.append(f"files that take no part: {some(other_files)}.")
     return found
+
+
+def write_json_captions(folder: Path) -> int:
+    """Write `7.txt` with the caption that `7.json` has, for images of an unpacked webdataset without a text.
+
+    Returns how many. The trainer reads texts beside images, and JSON only where it lists many images.
+    """
+    count = 0
+    for path in sorted(folder.rglob("*.json")):
+        beside = [path.with_suffix(suffix) for suffix in SIDECARS]
+        has_image = any(path.with_suffix(suffix).is_file() for suffix in IMAGE_SUFFIXES)
+        if not has_image or any(text.is_file() for text in beside) or path.stat().st_size > LARGEST_SIDECAR:
+            continue
+        row = _json(_text(path.name, path.read_bytes()), path.name)
+        for column in CAPTIONS if isinstance(row, dict) else ():
+            caption = row.get(column)
+            if isinstance(caption, list) and all(isinstance(line, str) for line in caption):
+                caption = "\n".join(caption)
+            if isinstance(caption, str) and caption.strip():
+                path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+                count += 1
+                break
+    return count
 
 
 def names(snapshot: Path) -> list[str]:

@@ -262,6 +262,12 @@ def _cut_short(path: Path, size: int) -> str:
     return f"is damaged or cut short: it has {human_size(size)} of {human_size(whole)}"
 
 
+def tensors(path: Path) -> set[str]:
+    """The names of the tensors in a safetensors file; none, if it is damaged."""
+    header = _header(path)
+    return set() if header is None else set(header.entries)
+
+
 def prediction(path: Path) -> PredictionMarks:
     """What a file of weights says that its model predicts; nothing, if it is damaged."""
     header = _header(path)

@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from entrypoint.dataset_config.complete import complete_datasets
+from entrypoint.dataset_config.complete import complete_datasets, fill_trigger, trigger_of
 from entrypoint.dataset_config.manifest import Manifest
 from entrypoint.dataset_config.sources import HUB_ID
 from entrypoint.planning import sanity, single_files, starting_point, text_encoders
@@ -70,9 +70,10 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
         model=base_model,
         resolution=datasets[0].resolution,
         seed=settings.training.seed,
-        prefix=_prompt_prefix(settings.data.trigger_word, manifest),
+        prefix=_prompt_prefix(datasets, manifest),
         problems=notes,
     )
+    prompts = fill_trigger(prompts, trigger_of(datasets), notes)
     optim = _optimizer_plan(settings.training, family_name, settings.model.base_model, notes)
     single_files.note_prediction(model_plan.parts.get("denoiser"), settings.training, facts, notes)
     adapter = check_targets(settings.adapter, model=model_plan, facts=facts, notes=notes)
@@ -182,10 +183,11 @@ def _model_source_problem(source: str) -> str | None:
     return None
 
 
-def _prompt_prefix(trigger_word: str | None, manifest: Manifest) -> str:
+def _prompt_prefix(datasets: tuple[Dataset, ...], manifest: Manifest) -> str:
     """The trigger word goes before this program's own prompts; prompts of the user stay as they are."""
-    if trigger_word and manifest.prompts_packaged:
-        return f"{trigger_word}, "
+    trigger = trigger_of(datasets)
+    if trigger and manifest.prompts_packaged:
+        return f"{trigger}, "
     return ""
 
 

@@ -228,7 +228,7 @@ def _check_source(
         count = len(folder.images)
         if not count:
             names = [printable(name) for name in folder.all_names()]
-            raise DataError(f"{fetch.named(source)}: {formats.why_none(names)}")
+            raise DataError(f"{fetch.named(source)}: {_without_images(source, names)}")
     elif source.kind == "hub":
         count = _check_hub_dataset(source, space, token=token, retries=retries) // TYPICAL_IMAGE_BYTES
     elif fetch.is_url(source):
@@ -236,12 +236,34 @@ def _check_source(
     else:
         path = fetch.local_archive(source)
         if not archive.has_file(path, formats.READABLE_SUFFIXES):
-            known = ", ".join(formats.READABLE_SUFFIXES)
-            raise DataError(f"{fetch.named(source)}: there is no image among its first entries. Read are {known}.")
+            raise DataError(f"{fetch.named(source)}: {_archive_without_images(path)}")
         size = path.stat().st_size
         space.add("CACHE_PATH", "unpacked archives", size * UNPACKED_BYTES_PER_ARCHIVE_BYTE)
         count = size // TYPICAL_IMAGE_BYTES
     space.add("CACHE_PATH", "encoded images", count * cache_bytes)
+
+
+def _without_images(source: Source, names: list[str]) -> str:
+    """That a folder has no images; where it has archives, what to name instead."""
+    folder = fetch.local_folder(source)
+    packed = fetch.archives_in(folder)
+    if not packed:
+        return formats.why_none(names)
+    return (
+        f"there is no image in it, only {hub_choice.some(packed)}. Name the archive itself, {folder / packed[0]}, or "
+        "unpack it there."
+    )
+
+
+def _archive_without_images(path: Path) -> str:
+    """That an archive has no images; where it has archives, these by name."""
+    names = archive.first_names(path)
+    packed = [name for name in names if name.lower().endswith(fetch.ANY_ARCHIVE)]
+    if packed:
+        return f"there is no image in it, only archives ({hub_choice.some(packed)}). Unpack it, and name the folder."
+    known = ", ".join(formats.READABLE_SUFFIXES)
+    held = hub_choice.some(names) or "nothing"
+    return f"there is no image among its first entries. Read are {known}. It holds {held}."
 
 
 def _check_hub_dataset(source: Source, space: NeededSpace, *, token: str | None, retries: RetryPolicy) -> int:

@@ -1,10 +1,8 @@
-"""Sample images during a job: prompts at fixed seeds, and one contact sheet (rows: prompts; columns: steps)."""
+"""Sample images during a job: prompts at fixed seeds, drawn with the weights so far."""
 
 from __future__ import annotations
 
-import json
 import logging
-import re
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, PngImagePlugin
 
 from trainer.data import cache as caching
 from trainer.data.cache import Cache
 from trainer.engine.device import release, torch_dtype
 from trainer.engine.encoders import load_vae
 from trainer.engine.execution import without_new_compilation
+from trainer.job.contact_sheet import SAMPLE_NAME, SHEET_NAME, contact_sheet
 from trainer.spec.family import Family
 from trainer.spec.plan import Plan, Prompt
 from trainer.storage import atomic
@@ -27,13 +26,6 @@ from trainer.training.state import TrainingState
 from trainer.training.stop_flag import StopFlag
 
 log = logging.getLogger(__name__)
-SAMPLE_NAME = re.compile(r"step-(\d{8})-(\d{2,})\.png")  # step, number of the prompt
-SHEET_NAME = "contact-sheet.png"
-# Pixels on the contact sheet.
-THUMBNAIL = 256  # longest side
-MARGIN = 6
-LABEL_HEIGHT = 34
-MIN_WIDTH = 360  # so that a prompt can be read where there are few columns
 
 
 def sample(
@@ -171,45 +163,3 @@ def _png_info(prompt: Prompt, step: int) -> PngImagePlugin.PngInfo:
     info.add_text("step", str(step))
     info.add_text("seed", str(prompt.seed))
     return info
-
-
-def contact_sheet(folder: Path, prompts: Sequence[Prompt]) -> Path:
-    """All samples of a run in one image: a column for each step, a row for each prompt."""
-    samples = []
-    for path in folder.glob("step-*.png"):
-        if match := SAMPLE_NAME.fullmatch(path.name):
-            samples.append((int(match[1]), int(match[2]), path))
-    steps = sorted({step for step, _, _ in samples})
-    column_width = min(THUMBNAIL, max(p.width for p in prompts)) + MARGIN
-    image_height = min(THUMBNAIL, max(p.height for p in prompts)) + MARGIN
-    row_height = image_height + LABEL_HEIGHT
-    width = max(column_width * len(steps), MIN_WIDTH) + MARGIN
-    sheet = Image.new("RGB", (width, len(prompts) * row_height + LABEL_HEIGHT), "white")
-    pen = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(12)
-    for column, step in enumerate(steps):
-        label = "before" if step == 0 else f"step {step}"
-        pen.text((MARGIN + column * column_width, MARGIN), label, "black", font)
-    for row, prompt in enumerate(prompts):
-        top = LABEL_HEIGHT + row * row_height
-        pen.text((MARGIN, top), _shortened(prompt.text, width - 2 * MARGIN, font), "black", font)
-    for step, row, path in samples:
-        if row >= len(prompts):  # of a job that had more prompts
-            continue
-        with Image.open(path) as image:
-            thumbnail = image.convert("RGB")
-        thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
-        left = MARGIN + steps.index(step) * column_width
-        sheet.paste(thumbnail, (left, LABEL_HEIGHT + row * row_height + LABEL_HEIGHT // 2))
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt("prompts", json.dumps([p.text for p in prompts], ensure_ascii=False))
-    with atomic.replacing(folder / SHEET_NAME) as temporary:
-        sheet.save(temporary, pnginfo=info)
-    return folder / SHEET_NAME
-
-
-def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """As much of `text` as is `width` pixels wide, with an ellipsis where it is cut."""
-    while text and font.getlength(text) > width:
-        text = text[:-2].rstrip() + "…"
-    return text

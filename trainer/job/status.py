@@ -47,6 +47,10 @@ class Status:
             phase = "stopped" if isinstance(problem, StopRequestedError) else "failed"
             self.update({**values, "phase": phase, "exit_code": problem.exit_code, "message": str(problem)})
 
+    def seconds(self) -> float:
+        """How long this start of the job has taken so far."""
+        return time.time() - float(self._values["started"])
+
 
 def clock(seconds: float) -> str:
     """Seconds as h:mm:ss."""

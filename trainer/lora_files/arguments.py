@@ -34,7 +34,7 @@ QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-CHATTY_LOGGERS = ("torchao", "torch", "bitsandbytes", "PIL", "httpx", "huggingface_hub")
+CHATTY_LOGGERS = ("torchao", "torch.utils._pytree", "bitsandbytes", "PIL", "httpx", "huggingface_hub")
 
 
 class Parser(argparse.ArgumentParser):

@@ -5,9 +5,12 @@ Every ValueError completes a sentence about the file ("x.safetensors: it is empt
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from trainer.lora_files import numbers, other_kinds
 from trainer.lora_files.key_names import Layer, find_layer, split_key
@@ -15,6 +18,7 @@ from trainer.spec.family import family_names, get_family
 from trainer.storage import safetensors_header
 from trainer.storage.safetensors_header import Header
 
+ADAPTER_SETTINGS = "lora_adapter_metadata"  # diffusers' name for PEFT's settings in a file's header
 SHOWN_TENSORS = 5  # names in a message
 Shapes = Mapping[str, tuple[int, ...]]  # of the tensors, by their keys
 
@@ -42,6 +46,11 @@ def read_layers(header: Header, family_name: str, *, ignored: Collection[str] = 
     for tensors in layers:
         if "alpha" in tensors.keys:
             check_alpha(tensors.keys["alpha"], numbers.scalar(header, header.entries[tensors.keys["alpha"]]))
+    settings = adapter_settings(metadata_of(header))
+    for tensors in layers:
+        if "alpha" not in tensors.keys:
+            rank = header.entries[tensors.keys["down"]].shape[0]
+            scale_in_header(tensors.layer.modules[0], rank, settings)
     return layers
 
 
@@ -178,6 +187,59 @@ def check_alpha(key: str, alpha: float) -> None:
     """Raises ValueError for an alpha of 0: it is no strength for some tools (ComfyUI), and alpha = rank for others."""
     if alpha == 0:
         raise ValueError(f"{key}: alpha is 0, which some tools read as no strength and others as full strength")
+
+
+# ---- the alpha of files without alpha keys
+
+
+def metadata_of(header: Header) -> dict[str, str]:
+    """The metadata of a file, with PEFT's settings from beside adapter_model.safetensors."""
+    config = header.path.with_name("adapter_config.json")
+    if header.path.name != "adapter_model.safetensors" or not config.is_file():
+        return header.metadata
+    try:
+        return {ADAPTER_SETTINGS: config.read_text(encoding="utf-8"), **header.metadata}
+    except OSError as problem:
+        raise ValueError(f"{config} beside it cannot be read: {problem.strerror}") from problem
+
+
+def adapter_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """PEFT's settings in the header, as diffusers writes them. Raises ValueError where they are damaged."""
+    try:
+        settings = json.loads(metadata.get(ADAPTER_SETTINGS, "{}"))
+    except (ValueError, RecursionError) as problem:
+        raise ValueError(f"its {ADAPTER_SETTINGS} is damaged: {problem}") from problem
+    if not isinstance(settings, dict):
+        raise ValueError(f"its {ADAPTER_SETTINGS} is damaged")
+    return settings
+
+
+def scale_in_header(module: str, rank: int, settings: Mapping[str, Any]) -> float:
+    """The scale by PEFT's settings, whose names may begin with the component's name. Without any, 1."""
+    component, _, path = module.partition(".")
+
+    def setting(name: str) -> Any:
+        return settings.get(f"{component}.{name}", settings.get(name))
+
+    alpha = setting("lora_alpha")
+    if alpha is None:
+        alpha = rank
+    patterns = setting("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"its {ADAPTER_SETTINGS} is damaged: alpha_pattern")
+    for pattern, value in patterns.items():
+        try:
+            matches = re.match(rf"(.*\.)?({pattern})$", path)  # as PEFT matches it
+        except re.error as problem:
+            raise ValueError(f"its {ADAPTER_SETTINGS} is damaged: alpha_pattern: {problem}") from problem
+        if matches:
+            alpha = value
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise ValueError(f"its {ADAPTER_SETTINGS} has no number for the alpha of {module}")
+    check_alpha(ADAPTER_SETTINGS, alpha)
+    if setting("use_rslora"):  # rank-stabilised, arXiv:2312.03732
+        return float(alpha / rank**0.5)
+    return float(alpha / rank)
 
 
 # ---- the family of a file

@@ -12,9 +12,6 @@ down (r, in) or (r, in, kh, kw); up (out, r) or (out, r, 1, 1); magnitude (out,)
 
 from __future__ import annotations
 
-import json
-import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +29,6 @@ from trainer.storage import safetensors_header
 
 KEY_FORMATS = {"kohya": "", "comfyui": "-comfyui", "peft": "-diffusers"}  # → what a job appends to the file's name
 DORA_READERS = {"kohya": "ComfyUI, Forge", "comfyui": "ComfyUI, Forge", "peft": "diffusers"}
-ADAPTER_SETTINGS = "lora_adapter_metadata"  # diffusers' name for PEFT's settings in a file's header
 Number = TypeVar("Number", int, float)
 SAME_ALPHA = 1e-8  # factors this near to 1 leave `up` as it is
 
@@ -54,15 +50,7 @@ def load(path: Path, family_name: str, *, without_embeddings: bool = False) -> L
         raise ValueError(f"it cannot be read: {problem}") from problem
     for key in ignored:
         del tensors[key]
-    return from_tensors(tensors, {**_peft_config(path), **header.metadata}, family_name)
-
-
-def _peft_config(path: Path) -> dict[str, str]:
-    """The settings that PEFT writes beside adapter_model.safetensors, since that file has no alpha."""
-    config = path.with_name("adapter_config.json")
-    if path.name != "adapter_model.safetensors" or not config.is_file():
-        return {}
-    return {ADAPTER_SETTINGS: config.read_text(encoding="utf-8")}
+    return from_tensors(tensors, contents.metadata_of(header), family_name)
 
 
 def from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], family_name: str) -> LoraModules:
@@ -71,7 +59,7 @@ def from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
     not_finite = [key for key, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]
     if not_finite:
         raise ValueError(contents.not_finite(not_finite, len(tensors)))
-    settings = _adapter_settings(metadata)
+    settings = contents.adapter_settings(metadata)
     modules: LoraModules = {}
     for layer in layers:
         roles = {role: tensors[key].float() for role, key in layer.keys.items()}
@@ -88,7 +76,7 @@ def _read_weights(roles: Mapping[str, torch.Tensor], module: str, settings: Mapp
     down = roles["down"]
     up = roles["up"]
     rank = down.shape[0]
-    scale = roles["alpha"].item() / rank if "alpha" in roles else _scale_in_header(module, rank, settings)
+    scale = roles["alpha"].item() / rank if "alpha" in roles else contents.scale_in_header(module, rank, settings)
     if "mid" in roles:
         # LyCORIS' LoCon with Tucker's decomposition: a convolution (r, r, kh, kw) between two of 1 x 1.
         down = torch.einsum("abhw,bi->aihw", roles["mid"], down.flatten(1))
@@ -97,38 +85,6 @@ def _read_weights(roles: Mapping[str, torch.Tensor], module: str, settings: Mapp
     if magnitude is not None:
         magnitude = magnitude.flatten()
     return LoraWeights(down, up, scale, magnitude)
-
-
-def _adapter_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """PEFT's settings in the header, as diffusers writes them. Raises ValueError where they are damaged."""
-    try:
-        settings = json.loads(metadata.get(ADAPTER_SETTINGS, "{}"))
-    except (ValueError, RecursionError) as problem:
-        raise ValueError(f"its {ADAPTER_SETTINGS} is damaged: {problem}") from problem
-    if not isinstance(settings, dict):
-        raise ValueError(f"its {ADAPTER_SETTINGS} is damaged")
-    return settings
-
-
-def _scale_in_header(module: str, rank: int, settings: Mapping[str, Any]) -> float:
-    """The scale by PEFT's settings, whose names may begin with the component's name. Without any, 1."""
-    component, _, path = module.partition(".")
-
-    def setting(name: str) -> Any:
-        return settings.get(f"{component}.{name}", settings.get(name))
-
-    alpha = setting("lora_alpha")
-    if alpha is None:
-        alpha = rank
-    for pattern, value in dict(setting("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):  # as PEFT matches it
-            alpha = value
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise ValueError(f"its {ADAPTER_SETTINGS} has no number for the alpha of {module}")
-    contents.check_alpha(ADAPTER_SETTINGS, alpha)
-    if setting("use_rslora"):  # rank-stabilised, arXiv:2312.03732
-        return float(alpha / rank**0.5)
-    return float(alpha / rank)
 
 
 def _split_layer(layer: key_names.Layer, weights: LoraWeights) -> LoraModules:

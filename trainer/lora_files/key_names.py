@@ -91,7 +91,7 @@ def untrained_modules(metadata: Mapping[str, str]) -> list[str]:
     """The modules without a LoRA that a DoRA's file holds since it keeps them and one with a LoRA as one layer."""
     try:
         names = json.loads(metadata.get(UNTRAINED, "[]"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return []
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 

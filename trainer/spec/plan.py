@@ -71,6 +71,8 @@ class Source:
     count: int = 0  # images to generate
     commit: str | None = neutral(None)
     path: str = neutral("")  # local folder of image files; filled by fetch
+    # Where the user has named it, for messages: a subset of dataset.json; "": DATASET_NAME. No part of what it is.
+    named_in: str = field(default="", compare=False, metadata={"neutral": True})
 
     @property
     def public(self) -> str:

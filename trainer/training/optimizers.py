@@ -113,6 +113,12 @@ def renew(
     schedule._last_lr = rates
 
 
+def estimate(optimizer: torch.optim.Optimizer) -> float | None:
+    """Prodigy's estimate `d` of the distance to the solution (arXiv:2306.06101); None for other optimisers."""
+    d = optimizer.param_groups[0].get("d")
+    return None if d is None else float(d)
+
+
 def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """`load_state_dict` that keeps the dtypes of the saved tensors.
 

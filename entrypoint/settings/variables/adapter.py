@@ -42,7 +42,7 @@ class AdapterSettings:
     target_modules: tuple[str, ...] | None = row(
         "PARAMS_TARGET_MODULES",
         "names",
-        meaning="ends of the names of the layers that get adapters, with commas between",
+        meaning="ends of the names of the layers that get adapters; * in them stands for any characters but a dot",
         if_unset="the model's; or the resumed file's",
     )
     resume_from: str | None = row(

@@ -118,7 +118,7 @@ class TrainingSettings:
         "PARAMS_PREDICTION_TYPE",
         "choice",
         default="auto",
-        meaning="what the model predicts; auto: what its scheduler says; not with flow matching",
+        meaning="what the model predicts; auto: what its file or its scheduler says; not with flow matching",
         choices=lambda: PREDICTION_TYPES,
     )
     zero_terminal_snr: bool | None = row(

@@ -75,6 +75,7 @@ VALUES: dict[str, Any] = {
     "random_crop": True,
     "caption_extension": ".txt",
     "class_tokens": "dog",
+    "trigger_word": "zot",
     "is_reg": True,
     "alpha_mask": True,
     "metadata_file": "meta.jsonl",
@@ -91,7 +92,7 @@ def value_of(manifest: Manifest, key: str) -> Any:
 def test_every_field_of_the_plan_has_a_key():
     fields = {f.name for kind in (Dataset, Subset) for f in dataclasses.fields(kind)}
     made = {"part_of", "folder", "repeats_chosen"}  # by the scan, from the names of folders; and whether a key is set
-    assert fields - {"subsets", "source", "trigger_word"} - made == VALUES.keys()
+    assert fields - {"subsets", "source"} - made == VALUES.keys()
 
 
 @pytest.mark.parametrize("key", [k for k in VALUES if k in DATASET_KEYS])
@@ -221,9 +222,20 @@ def test_a_hub_dataset_has_revision_split_and_columns():
     assert {key: getattr(source, key) for key in keys} == keys
 
 
-@pytest.mark.parametrize("other", [{"dataset": "org/name"}, {"split": "test"}, {"image_column": "img"}])
+@pytest.mark.parametrize("other", [{"dataset": "org/name"}, {"split": "test"}, {"revision": "v1"}, {"subset": "a"}])
 def test_a_folder_has_none_of_them(other):
     assert "image_dir does not go together" in refusal(one({"image_dir": "/a", **other}))
+
+
+def test_a_folder_has_columns_of_its_metadata_file():
+    source = (
+        read(one({"image_dir": "/a", "image_column": "img", "caption_column": "text"})).datasets[0].subsets[0].source
+    )
+    assert (source.kind, source.image_column, source.caption_column) == ("folder", "img", "text")
+
+
+def test_regularisation_images_have_no_trigger_word():
+    assert "get no trigger word" in refusal(one({"is_reg": True, "trigger_word": "zot"}, {}))
 
 
 @pytest.mark.parametrize("archive", ["a.zip", "/a/b.TAR", "./b.tar.gz", "b.tgz", "b.tar.bz2", "~/b.tar.xz"])

@@ -342,10 +342,19 @@ def test_a_file_whose_tensors_do_not_fill_it_is_refused_with_the_tensor(tmp_path
         convert.load(path, "flux")
 
 
-@pytest.mark.parametrize("settings", ["[]", "{", '{"lora_alpha": "x"}', '{"lora_alpha": 0}', '{"lora_alpha": NaN}'])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *("[]", "{", '{"lora_alpha": "x"}', '{"lora_alpha": 0}', '{"lora_alpha": NaN}'),
+        *('{"alpha_pattern": [1]}', '{"alpha_pattern": {"(": 1}}'),
+    ],
+)
 def test_damaged_settings_in_the_header_are_refused(tmp_path, settings):
-    with pytest.raises(ValueError, match="lora_adapter_metadata"):
-        read_both(pair(TO_Q, **PEFT), "flux", tmp_path / "x.safetensors", {"lora_adapter_metadata": settings})
+    path = tmp_path / "x.safetensors"
+    save_file(pair(TO_Q, **PEFT), path, {"lora_adapter_metadata": settings})
+    for read in (convert.load, lambda file, family: inspect.summarize(safetensors_header.read_header(file), family)):
+        with pytest.raises(ValueError, match="lora_adapter_metadata"):
+            read(path, "flux")
 
 
 @pytest.mark.parametrize("byte", range(256))

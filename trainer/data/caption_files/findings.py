@@ -23,6 +23,11 @@ class Findings:
         self.notes.append(f"{WARNING}{text}")
 
 
+def many(count: int, word: str) -> str:
+    """1 caption, 2 captions."""
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
 def some(names: Sequence[str]) -> str:
     """The first names of many: "a.txt, b.txt and 7 more"."""
     shown = ", ".join(printable(name) for name in names[:MOST_EXAMPLES])
