@@ -96,7 +96,7 @@ def test_what_is_meant_without_doubt_is_read_and_the_log_says_so(name, text, mea
         ("PARAMS_MAX_STEPS", "１００", "Fix: PARAMS_MAX_STEPS=100"),
         ("PARAMS_LEARNING_RATE", "0,0001", "Fix: PARAMS_LEARNING_RATE=0.0001"),
         ("PARAMS_LEARNING_RATE", "10%", "is a percentage"),
-        ("PARAMS_SAVE_EVERY_N_STEPS", "none", "Fix: 0, or leave it empty for the default (100)"),
+        ("PARAMS_SAVE_EVERY_N_STEPS", "none", "Fix: 0, or leave it empty for the default (auto)"),
         ("HF_TOKEN", "{{ RUNPOD_SECRET_HF }}", "create the secret HF at RunPod"),
         ("TRIGGER_WORD", "{{ trigger }}", "the placeholder {{ trigger }}"),
         ("DATASET_NAME", "$HOME/images", "holds $HOME as it stands"),
