@@ -48,8 +48,8 @@ def fetch_model(
         return replace(model, path=str(local_weights.assemble(model, published, hub_cache=hub_cache, retries=retries)))
     variable = model_folder.variable(model)
     if folder := local_model(model):
-        model_folder.check_folder(variable, folder, patterns)
         model_folder.check_kind(variable, folder, model)
+        model_folder.check_folder(variable, folder, patterns)
         return replace(model, path=str(folder))
     repo = model_repo(model, token=token, hub_cache=hub_cache, retries=retries)
     cached = cached_model(repo, patterns)

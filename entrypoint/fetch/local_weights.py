@@ -20,7 +20,7 @@ from entrypoint.fetch import hub
 from entrypoint.fetch.http import RetryPolicy
 from entrypoint.system.folders import build_folder, naming
 from trainer.spec.errors import GatedError, SettingsError, UnreachableError
-from trainer.spec.family import base_models, get_family
+from trainer.spec.family import OPTIONAL, base_models, get_family
 from trainer.spec.plan import ModelPlan
 from trainer.spec.published import Published, Tokenizer
 from trainer.storage import digests
@@ -58,7 +58,15 @@ def missing_parts(model: ModelPlan) -> list[str]:
         return []
     variables = {"denoiser": "MODEL_PATH"}
     parts = get_family(model.family).FACTS.parts
-    return [variables.get(part, f"{part.upper()}_PATH") for part in parts if part not in model.parts]
+    missing_variables = [variables.get(part, f"{part.upper()}_PATH") for part in parts if part not in model.parts]
+    return [f"{name} (or {name}=none)" if _is_optional(model, name) else name for name in missing_variables]
+
+
+def _is_optional(model: ModelPlan, variable: str) -> bool:
+    """Whether the model does without the part that `variable` names."""
+    facts = get_family(model.family).FACTS
+    folder = facts.parts.get(variable.removesuffix("_PATH").lower())
+    return any(pattern.startswith(f"{OPTIONAL}{folder}/") for pattern in facts.files)
 
 
 # ---- tokenizers
@@ -120,7 +128,7 @@ def describe(
         tokenizer = vocabulary.tokenizer
         # Without a token: the repositories are open, and the Hub would refuse a token that has expired.
         repo = hub.Repo(
-            *("model", tokenizer.repository, f"the tokenizer of {tokenizer.name}"),
+            *("model", tokenizer.repository, f"{tokenizer.name}'s tokenizer"),
             cache=hub_cache,
             retries=replace(retries, budget=min(PATIENCE_S, retries.budget)),
         )
