@@ -164,6 +164,21 @@ def _way_out(vocabularies: list[Vocabulary]) -> str:
     return f"Or download {'; '.join(steps)} (no token is needed), and set MODEL_CONFIG_PATH=FOLDER."
 
 
+def bake(place: Path, *, hub_cache: Path, retries: RetryPolicy) -> None:
+    """Put the vocabularies of all base models below `place`, where jobs in the image find them (`IN_IMAGE`)."""
+    for _, model in base_models().values():
+        for folder, tokenizer in model.published.tokenizers.items() if model.published else ():
+            target = place / tokenizer.repository.replace("/", "--")
+            if target.is_dir():
+                continue
+            found = describe([Vocabulary(tokenizer, (folder,))], hub_cache=hub_cache, retries=retries)
+            for repo, listing, files in found:
+                source = hub.bring(repo, listing, files)
+                target.mkdir(parents=True)
+                for file in files:
+                    shutil.copyfile(source / file.name, target / file.name)
+
+
 # ---- the folder
 
 

@@ -140,7 +140,12 @@ def check_folder(variable: str, folder: Path, patterns: Collection[str]) -> None
             damaged.append(f"{name} {problem}")
     if damaged:
         raise SettingsError(f"{variable} cannot be used: {'; '.join(damaged)}. Copy or download it again.")
-    for name in sorted(wanted(names, patterns)):
+    check_quantised(variable, folder, sorted(wanted(names, patterns)))
+
+
+def check_quantised(variable: str, folder: Path, names: Collection[str]) -> None:
+    """Raises SettingsError if one of the files `names`, configs or weights, says that weights are quantised."""
+    for name in names:
         if tool := _quantised(folder / name):
             raise SettingsError(
                 f"{variable} cannot be used: {name} is quantised by {tool}, which is not read. "
@@ -181,7 +186,8 @@ def check_kind(variable: str, folder: Path, model: ModelPlan) -> None:
 
 def _difference(index: dict[str, Any], config: dict[str, Any], place: str, expected: dict[str, Any]) -> str | None:
     """How a folder's denoiser in `place` differs from the one with the config `expected`."""
-    if place not in index:
+    names_components = any(isinstance(value, list) for value in index.values())
+    if place not in index and names_components:
         return f"its model_index.json says {index.get('_class_name')}, without a {place}"
     class_name = config.get("_class_name", expected["_class_name"])
     if class_name != expected["_class_name"]:
