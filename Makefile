@@ -68,7 +68,7 @@ container: .venv/.dev
 	tests/container/run.sh
 
 readme: .venv/.runtime
-	$(BIN)/python -c "import pathlib, re; from entrypoint.settings import help_env; p = pathlib.Path('README.md'); \
+	$(BIN)/python -c "import pathlib, re; from entrypoint.settings import help_env; p = pathlib.Path('docs/variables.md'); \
 	p.write_text(re.sub(r'(?s)(<!-- variables -->\n).*?(<!-- /variables -->)', lambda m: m[1] + help_env().strip() + '\n' + m[2], p.read_text()))"
 
 # Needed only after pyproject.toml changes. torch and its CUDA libraries have a separate lock, for the image. So does

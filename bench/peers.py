@@ -24,10 +24,10 @@ from peft import LoraConfig
 
 from bench import others, step
 from bench.report import Report, options
-from trainer.engine.adapters import is_target
 from trainer.engine.attention import cudnn_fix
 from trainer.engine.quantization import frozen_linear
 from trainer.spec.family import get_family
+from trainer.spec.targets import is_target
 
 
 class Peer(others.Other):

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-from trainer.spec.errors import KilnError, SettingsError
+from trainer.spec.errors import KilnError, SettingsError, StopRequestedError
 from trainer.spec.plan import RANK_VARIABLE, TEAM_VARIABLE, Plan
 from trainer.training.stop_flag import StopFlag
 
@@ -40,6 +40,10 @@ def main(arguments: list[str]) -> int:
         from trainer.job.run import run  # late: torch is slow to import, and signals are handled by now
 
         run(plan, stop)
+    except StopRequestedError as problem:
+        if not problem.logged:
+            log.info("%s", problem.last_line())
+        return problem.exit_code
     except KilnError as problem:
         if not problem.logged:  # there was no run.log yet
             log.error("%s", problem)

@@ -1,7 +1,7 @@
 """The datasets of a manifest, completed from the variables → the datasets of a plan.
 
 A variable wins over dataset.json, and dataset.json over the model's default. The exceptions are the keys that name a
-subset's own images (`revision`, `split` and the columns): there, dataset.json wins.
+subset's own images (`revision`, `split` and the columns), and `trigger_word`: there, dataset.json wins.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import dataclasses
 import math
 from typing import Any
 
-from entrypoint.dataset_config.manifest import Manifest
+from entrypoint.dataset_config.manifest import HUB_KEYS, Manifest
 from entrypoint.dataset_config.sources import classify
 from entrypoint.settings.checks import Notes
 from entrypoint.settings.variables.data import DataSettings
-from trainer.spec.plan import Dataset, Source, Subset
+from trainer.spec.plan import Dataset, Prompt, Source, Subset
+from trainer.spec.prompts import TRIGGER_PLACEHOLDER
 from trainer.spec.values import show
 
 # Pixels. With a shorter side, the default limits of buckets (256 to 1024, in steps of 64) leave hardly a bucket.
@@ -31,6 +32,7 @@ def complete_datasets(
     `model_resolution` is the side that the base model was trained at, `multiple` what sides must be a multiple of, both
     in pixels. Problems and choices go to `notes`.
     """
+    notes.reasons.extend(manifest.notes)
     default_source = _source_of_dataset_name(manifest, settings, notes)
     completed = []
     for index, dataset in enumerate(manifest.datasets):
@@ -54,8 +56,11 @@ def complete_datasets(
         batch_size = settings.batch_size or dataset.batch_size
         completed.append(dataclasses.replace(sized, subsets=tuple(subsets), batch_size=batch_size))
     kinds = {subset.source.kind for dataset in completed for subset in dataset.subsets}
-    if settings.dataset_split and not kinds & {"hub", ""}:
-        notes.add(f"DATASET_SPLIT={show(settings.dataset_split)}: only Hub datasets have splits. Fix: remove it.")
+    for_hub = {"DATASET_SPLIT": settings.dataset_split, "DATASET_SUBSET": settings.dataset_subset}
+    for variable, value in for_hub.items():
+        if value and not kinds & {"hub", ""}:
+            what = variable.removeprefix("DATASET_").lower()
+            notes.add(f"{variable}={show(value)}: only Hub datasets have a {what}. Fix: remove it.")
     return tuple(completed)
 
 
@@ -79,14 +84,22 @@ def _source_of_dataset_name(manifest: Manifest, settings: DataSettings, notes: N
         fix = "Fix: remove it, or remove image_dir or dataset from the subset that is to take it"
         notes.add(f"DATASET_NAME={show(name)}: every subset of {manifest.origin} names its own images. {fix}.")
     try:
-        kind, location = classify(name)
+        place = classify(name)
     except ValueError as problem:
         notes.add(f"DATASET_NAME: {problem}.")
         return NO_SOURCE
-    source = Source(kind, location, revision, "train", settings.image_column, settings.caption_column)
-    notes.chose("DATASET_NAME", source.public, SOURCE_WORDS[kind])
-    if revision and kind != "hub":
-        notes.add(f"DATASET_REVISION={show(revision)}: {SOURCE_WORDS[kind]} has no revisions. Fix: remove it.")
+    if revision and place.revision and revision != place.revision:
+        notes.add(f"DATASET_REVISION={show(revision)}: DATASET_NAME names {show(place.revision)}. Fix: remove one.")
+    source = Source(
+        place.kind,
+        place.location,
+        revision or place.revision,
+        image_column=settings.image_column,
+        caption_column=settings.caption_column,
+    )
+    notes.chose("DATASET_NAME", source.public, place.note or SOURCE_WORDS[place.kind])
+    if revision and place.kind != "hub":
+        notes.add(f"DATASET_REVISION={show(revision)}: {SOURCE_WORDS[place.kind]} has no revisions. Fix: remove it.")
     return source
 
 
@@ -101,24 +114,62 @@ def _complete_subset(
             source,
             revision=own.revision or source.revision,
             split=own.split or settings.dataset_split or "train",
+            subset=own.subset or settings.dataset_subset,
+        )
+    elif source.kind and not own.kind:
+        for key in HUB_KEYS:
+            if getattr(own, key):
+                notes.add(f"{where}: {key} is for Hub datasets, and DATASET_NAME is a {source.kind}. Fix: remove it.")
+    if source.kind in SOURCE_WORDS:  # generated images have no columns
+        source = dataclasses.replace(
+            source,
             image_column=own.image_column or settings.image_column,
             caption_column=own.caption_column or settings.caption_column,
-        )
-    elif source.kind and not own.kind and (own.revision or own.split or own.image_column or own.caption_column):
-        notes.add(
-            f"{where}: revision, split and columns are for Hub datasets, and DATASET_NAME is a {source.kind}. "
-            "Fix: remove them."
         )
     dropout_rate = settings.caption_dropout_rate
     if dropout_rate is None:
         dropout_rate = subset.caption_dropout_rate
+    trigger_word = subset.trigger_word
+    if trigger_word is None:
+        trigger_word = settings.trigger_word
     return dataclasses.replace(
         subset,
         source=source,
         num_repeats=settings.num_repeats or subset.num_repeats,
-        trigger_word=settings.trigger_word,
+        repeats_chosen=settings.num_repeats is not None or subset.repeats_chosen,
+        trigger_word=trigger_word or None,
         caption_dropout_rate=dropout_rate,
     )
+
+
+# ---- the trigger word in prompts
+
+
+def trigger_of(datasets: tuple[Dataset, ...]) -> str | None:
+    """The trigger word of the first subset that has one and whose captions get it; None if there is none."""
+    for dataset in datasets:
+        for subset in dataset.subsets:
+            if subset.trigger_word and not subset.is_reg:
+                return subset.trigger_word
+    return None
+
+
+def fill_trigger(prompts: tuple[Prompt, ...], trigger: str | None, notes: Notes) -> tuple[Prompt, ...]:
+    """The prompts with the trigger word in the place of each [trigger]."""
+    filled = []
+    for prompt in prompts:
+        wants_trigger = TRIGGER_PLACEHOLDER.search(prompt.text) or TRIGGER_PLACEHOLDER.search(prompt.negative)
+        if wants_trigger and trigger is None:
+            notes.warn(
+                f"The prompt {show(prompt.text)} has [trigger] in it, which stays as it is: there is no trigger word. "
+                "Set TRIGGER_WORD, or trigger_word in dataset.json."
+            )
+        elif wants_trigger and trigger is not None:
+            text = trigger.join(TRIGGER_PLACEHOLDER.split(prompt.text))
+            negative = trigger.join(TRIGGER_PLACEHOLDER.split(prompt.negative))
+            prompt = dataclasses.replace(prompt, text=text, negative=negative)
+        filled.append(prompt)
+    return tuple(filled)
 
 
 # ---- sizes

@@ -13,6 +13,7 @@ from entrypoint.fetch import weight_kinds
 from trainer.spec.errors import SettingsError
 from trainer.spec.family import OPTIONAL, base_models, get_family
 from trainer.spec.plan import ModelPlan
+from trainer.spec.prediction_marks import PredictionMarks, prediction_marks
 from trainer.storage.atomic import human_size
 from trainer.storage.safetensors_header import MAX_HEADER_BYTES, Header, parse_header
 
@@ -286,6 +287,20 @@ def _cut_short(path: Path, size: int) -> str:
         return f"is damaged or cut short: it ends within its header, after {human_size(size)}"
     whole = 8 + length + max(ends)
     return f"is damaged or cut short: it has {human_size(size)} of {human_size(whole)}"
+
+
+def tensors(path: Path) -> set[str]:
+    """The names of the tensors in a safetensors file; none, if it is damaged."""
+    header = _header(path)
+    return set() if header is None else set(header.entries)
+
+
+def prediction(path: Path) -> PredictionMarks:
+    """What a file of weights says that its model predicts; nothing, if it is damaged."""
+    header = _header(path)
+    if header is None:
+        return PredictionMarks()
+    return prediction_marks(header.entries.keys(), header.metadata)
 
 
 def has_fp8(path: Path) -> bool:

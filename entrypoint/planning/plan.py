@@ -14,11 +14,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from entrypoint.dataset_config.complete import complete_datasets
+from entrypoint.dataset_config.complete import complete_datasets, fill_trigger, trigger_of
 from entrypoint.dataset_config.manifest import Manifest
 from entrypoint.dataset_config.sources import HUB_ID
-from entrypoint.planning import single_files, starting_point, text_encoders
+from entrypoint.planning import sanity, single_files, starting_point, text_encoders
 from entrypoint.planning.engine_choice import engine_plan
+from entrypoint.planning.targets import check_targets
 from entrypoint.settings import Settings
 from entrypoint.settings.checks import Notes, absolute, is_file, is_folder, suggestion
 from entrypoint.settings.variables.adapter import AdapterSettings
@@ -28,15 +29,14 @@ from entrypoint.settings.variables.training import TrainingSettings
 from entrypoint.system.hardware import Hardware
 from trainer.spec.errors import SettingsError
 from trainer.spec.family import BaseModel, Facts, base_models, get_family
-from trainer.spec.optimizers import OPTIMIZERS, OptimizerSpec
+from trainer.spec.optimizers import NOT_OFFERED, OPTIMIZERS, OptimizerSpec
 from trainer.spec.plan import DataPlan, Dataset, LoraPlan, ModelPlan, OptimPlan, OutputPlan, Plan, TrainPlan
 from trainer.spec.prompts import complete_prompts
-from trainer.spec.values import show
+from trainer.spec.values import shorten, show
 
 # A schedule-free optimiser averages its iterates instead of following a schedule (Defazio et al. 2024,
 # arXiv:2405.15682), so that a falling learning rate would work against it.
 CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")
-CYCLIC_SCHEDULE = "cosine_with_restarts"
 EPOCHS_PER_CYCLE = 3  # where PARAMS_NUM_CYCLES is not set
 # What only models of one objective have (`Facts.objective`): a field of TrainingSettings, and its neutral value.
 ONLY_FOR_OBJECTIVE: dict[str, dict[str, Any]] = {
@@ -46,6 +46,7 @@ ONLY_FOR_OBJECTIVE: dict[str, dict[str, Any]] = {
 # Arguments of optimisers that PARAMS_OPTIMIZER_ARGS may not set, since they have a variable of their own.
 ARGUMENT_VARIABLES = {
     "lr": "PARAMS_LEARNING_RATE",
+    "learning_rate": "PARAMS_LEARNING_RATE",
     "weight_decay": "PARAMS_WEIGHT_DECAY",
     "warmup_steps": "PARAMS_WARMUP_STEPS",
 }
@@ -56,7 +57,7 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
 
     `now` is the start time: it names the output where OUTPUT_NAME is not set.
     """
-    notes = Notes()
+    notes = Notes(reasons=[*settings.reasons], warnings=[*settings.warnings])
     family_name, base_model = _base_model(settings.model.base_model)
     facts = get_family(family_name).FACTS
     model_plan = _model_plan(settings.model, family_name, base_model, facts, notes)
@@ -69,11 +70,14 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
         model=base_model,
         resolution=datasets[0].resolution,
         seed=settings.training.seed,
-        prefix=_prompt_prefix(settings.data.trigger_word, manifest),
+        prefix=_prompt_prefix(datasets, manifest),
         problems=notes,
     )
+    prompts = fill_trigger(prompts, trigger_of(datasets), notes)
     optim = _optimizer_plan(settings.training, family_name, settings.model.base_model, notes)
-    lora = _adapter_plan(settings.adapter, facts, trained_encoders=optim.text_encoders, notes=notes)
+    single_files.note_prediction(model_plan.parts.get("denoiser"), settings.training, facts, notes)
+    adapter = check_targets(settings.adapter, model=model_plan, facts=facts, notes=notes)
+    lora = _adapter_plan(adapter, facts, model=model_plan, trained_encoders=optim.text_encoders, notes=notes)
     engine, datasets = engine_plan(
         settings,
         hardware,
@@ -91,13 +95,33 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
         optim=optim,
         train=_training_plan(settings, facts, notes),
         engine=engine,
-        output=_output_plan(settings.output, datasets, cache=settings.data.cache_path, now=now, notes=notes),
+        output=_output_plan(
+            settings.output,
+            datasets,
+            cache=settings.data.cache_path,
+            resume_with_changes=settings.adapter.resume_with_changes,
+            now=now,
+            notes=notes,
+        ),
         prompts=prompts,
     )
     notes.raise_if_any("This cannot be done")
     if not plan.output.name:
         plan = _with_default_name(plan, now=now)
+    automatic = _left_to_hardware(settings)
+    plan = dataclasses.replace(plan, given=tuple(sorted(settings.given)), automatic=automatic)
+    sanity.warn(sanity.Request(settings, plan, facts, base_model), notes)
     return dataclasses.replace(plan, reasons=tuple(notes.reasons), warnings=tuple(notes.warnings))
+
+
+def _left_to_hardware(settings: Settings) -> tuple[str, ...]:
+    """The variables that are `auto` and decided by the hardware: on another card a run goes on all the same."""
+    choices = {
+        "BACKEND": settings.engine.backend == "auto",
+        "PARAMS_PRECISION": settings.engine.precision == "auto",
+        "PARAMS_BATCH_SIZE": settings.data.batch_size == 0,
+    }
+    return tuple(name for name, is_auto in choices.items() if is_auto)
 
 
 # ---- model
@@ -164,10 +188,11 @@ def _model_source_problem(source: str) -> str | None:
     return None
 
 
-def _prompt_prefix(trigger_word: str | None, manifest: Manifest) -> str:
+def _prompt_prefix(datasets: tuple[Dataset, ...], manifest: Manifest) -> str:
     """The trigger word goes before this program's own prompts; prompts of the user stay as they are."""
-    if trigger_word and manifest.prompts_packaged:
-        return f"{trigger_word}, "
+    trigger = trigger_of(datasets)
+    if trigger and manifest.prompts_packaged:
+        return f"{trigger}, "
     return ""
 
 
@@ -175,7 +200,7 @@ def _prompt_prefix(trigger_word: str | None, manifest: Manifest) -> str:
 
 
 def _adapter_plan(
-    settings: AdapterSettings, facts: Facts, *, trained_encoders: Collection[str], notes: Notes
+    settings: AdapterSettings, facts: Facts, *, model: ModelPlan, trained_encoders: Collection[str], notes: Notes
 ) -> LoraPlan:
     """Rank, targets and type of the adapters; those of a LoRA file where the job starts from one."""
     start = settings.resume_from
@@ -185,9 +210,14 @@ def _adapter_plan(
     path = absolute(start) if start else None
     # A folder holds a state, whose adapters the trainer checks; only a file has a header to plan by.
     file = path if path and is_file(path) else None
-    shape = starting_point.adapter_shape(settings, file, facts, trained_encoders=trained_encoders, notes=notes)
+    shape = starting_point.adapter_shape(
+        settings, file, facts, model=model, trained_encoders=trained_encoders, notes=notes
+    )
     if settings.lora_type == "dora":
-        text_encoders.check_dora(facts.name, shape.targets, notes)
+        text = (
+            "ComfyUI and Forge read <name>.safetensors, diffusers reads <name>-diffusers.safetensors; sd-scripts and "
+        )
+        notes.chose("PARAMS_LORA_TYPE", "dora", f"{text}older tools read neither")
     return LoraPlan(
         kind=settings.lora_type,
         rank=shape.rank,
@@ -209,11 +239,6 @@ def _optimizer_plan(settings: TrainingSettings, family_name: str, base_model: st
         notes.chose("PARAMS_LEARNING_RATE", f"{learning_rate:g}", f"the default with {name}")
     _check_schedule(settings, spec, notes)
     cycles = settings.num_cycles or max(1, settings.max_epochs // EPOCHS_PER_CYCLE)
-    if settings.num_cycles and scheduler != CYCLIC_SCHEDULE:
-        notes.warn(
-            f"PARAMS_NUM_CYCLES={settings.num_cycles} has no effect: PARAMS_LEARNING_SCHEDULER={scheduler} has no "
-            f"cycles, {CYCLIC_SCHEDULE} has."
-        )
     return OptimPlan(
         name=name,
         learning_rate=learning_rate,
@@ -221,7 +246,7 @@ def _optimizer_plan(settings: TrainingSettings, family_name: str, base_model: st
         args=_optimizer_arguments(settings, spec, notes),
         scheduler=scheduler,
         warmup_steps=settings.warmup_steps,
-        num_cycles=cycles if scheduler == CYCLIC_SCHEDULE else 1,
+        num_cycles=cycles if scheduler == sanity.CYCLIC_SCHEDULE else 1,
         text_encoders=text_encoders.learning_rates(
             settings.text_encoder_lr,
             family_name=family_name,
@@ -253,47 +278,43 @@ def _optimizer_arguments(settings: TrainingSettings, spec: OptimizerSpec, notes:
 
     Tuples become lists, as they are when plan.json is read again: otherwise a resumed job would seem to differ.
     """
-    optimizer = settings.optimizer_type
     arguments: dict[str, Any] = json.loads(json.dumps(spec.defaults))
     if settings.d_coef is not None and spec.prodigy:
         arguments["d_coef"] = settings.d_coef
-    elif settings.d_coef is not None:
-        notes.warn(
-            f"PARAMS_D_COEF={settings.d_coef:g} has no effect: PARAMS_OPTIMIZER_TYPE={optimizer} has none, prodigy has."
-        )
     for name, value in settings.optimizer_args.items():
-        where = f"PARAMS_OPTIMIZER_ARGS: {name}={value}"
-        if name in ARGUMENT_VARIABLES and name not in spec.arguments:
-            notes.add(f"{where}. Fix: remove it and set {ARGUMENT_VARIABLES[name]}.")
-        elif name not in spec.arguments:
-            notes.add(f"{where}: {optimizer} has no such argument; {suggestion(name, spec.arguments)}")
-        elif name == "d_coef" and settings.d_coef is not None:
-            notes.add(f"{where}: PARAMS_D_COEF sets it too. Fix: remove one of them.")
-        elif problem := _argument_problem(name, value, spec.defaults.get(name)):
-            notes.add(f"{where} {problem}.")
+        if problem := _argument_problem(name, value, settings, spec):
+            notes.add(f"PARAMS_OPTIMIZER_ARGS: {name}={_in_words(value)} {problem}.")
         arguments[name] = value
     return arguments
 
 
-def _argument_problem(name: str, value: Any, default: Any) -> str | None:
-    """What is wrong with the value of an optimiser's argument, as far as it shows before the optimiser is made."""
-    if name == "betas":
-        return None if _is_betas(value) else "is not two numbers from 0 to 1 like 0.9,0.999"
-    if isinstance(value, str):
-        return "is a word, where a number, true, false or none is needed"
-    if isinstance(value, list) and name != "eps":  # Adafactor has two of them
-        return "is a list, where one value is needed"
-    if isinstance(default, bool) and not isinstance(value, bool):
-        return "is neither true nor false"
-    if isinstance(default, float) and isinstance(value, bool):
-        return "is not a number"
-    return None
+def _argument_problem(name: str, value: Any, settings: TrainingSettings, spec: OptimizerSpec) -> str | None:
+    """Why the optimiser cannot have this argument, as the rest of a sentence that names it."""
+    if name in spec.rules:
+        if name == "d_coef" and settings.d_coef is not None:
+            return "is set by PARAMS_D_COEF too. Fix: remove one of them"
+        return spec.rules[name].problem(value)
+    if name in ARGUMENT_VARIABLES:
+        return f"has a variable of its own. Fix: remove it and set {ARGUMENT_VARIABLES[name]}={_in_words(value)}"
+    if name in NOT_OFFERED:
+        return NOT_OFFERED[name]
+    optimizer = settings.optimizer_type
+    others = [other for other, its in OPTIMIZERS.items() if name in its.rules]
+    if others:
+        return f"is an argument of {', '.join(others)}, and not of PARAMS_OPTIMIZER_TYPE={optimizer}. Fix: remove it"
+    advice = suggestion(name, spec.arguments).removesuffix(".")
+    return f"is unknown: {optimizer} has no such argument; {advice}"
 
 
-def _is_betas(value: Any) -> bool:
-    if not isinstance(value, list) or len(value) != 2:
-        return False
-    return all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in value)
+def _in_words(value: Any) -> str:
+    """A value as a user writes it in PARAMS_OPTIMIZER_ARGS; at most 80 characters."""
+    if isinstance(value, list):
+        words = ",".join(_in_words(item) for item in value)
+    elif value is None or isinstance(value, bool):
+        words = str(value).lower()
+    else:
+        words = str(value)
+    return shorten(words)
 
 
 def _training_plan(settings: Settings, facts: Facts, notes: Notes) -> TrainPlan:
@@ -329,7 +350,20 @@ def _training_plan(settings: Settings, facts: Facts, notes: Notes) -> TrainPlan:
         ema_decay=training.ema_decay,
         max_loss_spike=training.max_loss_spike,
         max_skipped_steps=training.max_skipped_steps,
+        max_token_length=_max_token_length(training, facts, base_model, notes),
     )
+
+
+def _max_token_length(training: TrainingSettings, facts: Facts, base_model: str, notes: Notes) -> int:
+    """How many tokens of a caption CLIP reads."""
+    length = int(training.max_token_length)
+    if length not in facts.max_token_lengths:
+        reader, tokens = next(iter(facts.text_readers.values()))
+        notes.add(
+            f"PARAMS_MAX_TOKEN_LENGTH={length}: in {base_model}, {reader} reads {tokens} tokens of a caption, and CLIP "
+            "gives a summary of its beginning. Fix: remove it."
+        )
+    return length
 
 
 def _check_objective(settings: TrainingSettings, facts: Facts, base_model: str, notes: Notes) -> None:
@@ -358,7 +392,13 @@ def _check_objective(settings: TrainingSettings, facts: Facts, base_model: str, 
 
 
 def _output_plan(
-    settings: OutputSettings, datasets: tuple[Dataset, ...], *, cache: Path, now: datetime, notes: Notes
+    settings: OutputSettings,
+    datasets: tuple[Dataset, ...],
+    *,
+    cache: Path,
+    resume_with_changes: bool,
+    now: datetime,
+    notes: Notes,
 ) -> OutputPlan:
     """Folders, and how often the job saves, samples and validates."""
     if settings.validate_every_n_steps and not any(dataset.validation_split for dataset in datasets):
@@ -375,6 +415,8 @@ def _output_plan(
         sample_every=settings.sample_every_n_steps,
         validate_every=settings.validate_every_n_steps,
         keep_checkpoints=settings.keep_checkpoints,
+        requested=settings.output_name or "",
+        resume_with_changes=resume_with_changes,
     )
 
 

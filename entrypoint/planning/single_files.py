@@ -12,8 +12,10 @@ from pathlib import Path
 from entrypoint.fetch import model_folder, weight_kinds
 from entrypoint.settings.checks import Notes, absolute, is_file, is_folder
 from entrypoint.settings.variables.model import ModelSettings
+from entrypoint.settings.variables.training import TrainingSettings
 from trainer.spec.family import OPTIONAL, PREFIXES, Facts, base_models
 from trainer.spec.plan import ModelPlan
+from trainer.spec.prediction_marks import HEADER_KEY
 from trainer.spec.values import show
 
 SUFFIX = ".safetensors"
@@ -77,6 +79,48 @@ def _parts_in_file(file: str, base_model: str, facts: Facts, notes: Notes) -> di
     missing = ", ".join(part for part in facts.parts if part not in parts)
     notes.chose("MODEL_PATH", ", ".join(parts), f"what the file holds; not in it: {missing or 'no part'}")
     return dict.fromkeys(parts, absolute(file))
+
+
+def note_prediction(denoiser: str | None, training: TrainingSettings, facts: Facts, notes: Notes) -> None:
+    """What a single file says that it predicts: a note where PARAMS_PREDICTION_TYPE=auto takes it, a warning if not.
+
+    `denoiser`: the file that holds the denoiser. `trainer.base_model.single_file` puts it into the model's scheduler.
+    """
+    if not denoiser or not is_file(denoiser) or facts.objective != "denoising":
+        return
+    marks = model_folder.prediction(Path(denoiser))
+    where = f"MODEL_PATH={show(denoiser)}"
+    if marks.edm:
+        notes.add(
+            f"{where} was trained with the noise levels of EDM, which Kiln does not train with. Fix: another file."
+        )
+    if marks.unknown is not None:
+        notes.warn(
+            f"{where}: {HEADER_KEY}={show(marks.unknown)} in its header is not one of epsilon and v, and does not "
+            f"count. PARAMS_PREDICTION_TYPE={training.prediction_type} is used."
+        )
+    if marks.prediction is None:
+        if marks.zero_terminal_snr:
+            notes.warn(f"{where} has the mark ztsnr, but none of v-prediction: it does not count.")
+        return
+    asked = training.prediction_type
+    if asked == "auto":
+        notes.chose("PARAMS_PREDICTION_TYPE", marks.prediction, f"{marks.said_by} says so")
+    elif asked != marks.prediction:
+        notes.warn(
+            f"PARAMS_PREDICTION_TYPE={asked}, but {denoiser} predicts {marks.prediction}, by {marks.said_by}: samples "
+            "would turn grey or into noise. Fix: leave PARAMS_PREDICTION_TYPE unset, unless you know that the file "
+            "is marked wrongly."
+        )
+    if marks.prediction != "v_prediction" or not marks.zero_terminal_snr:
+        return
+    if training.zero_terminal_snr is None and asked in ("auto", "v_prediction"):
+        notes.chose("PARAMS_ZERO_TERMINAL_SNR", True, "its tensor ztsnr says so")
+    elif training.zero_terminal_snr is False:
+        notes.warn(
+            f"PARAMS_ZERO_TERMINAL_SNR=false, but {denoiser} was trained with it, by its tensor ztsnr. Fix: leave "
+            "PARAMS_ZERO_TERMINAL_SNR unset."
+        )
 
 
 def _part_problem(part: str, path: str, base_model: str, facts: Facts) -> str | None:

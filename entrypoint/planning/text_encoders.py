@@ -1,11 +1,11 @@
-"""Which text encoders get adapters, and how fast they learn; which targets DoRA needs."""
+"""Which text encoders get adapters, and how fast they learn."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from entrypoint.settings.checks import Notes
-from trainer.spec.family import get_family, trainable_encoders
+from trainer.spec.family import trainable_encoders
 from trainer.spec.optimizers import OPTIMIZERS
 
 # By the names that LoRA files have for them. T5 is not trained: it is larger than some denoisers.
@@ -44,29 +44,3 @@ def learning_rates(
             f"Fix: {learning_rate:g} or 0; or PARAMS_OPTIMIZER_TYPE=adamw, prodigy-schedulefree or another."
         )
     return trained
-
-
-def check_dora(family_name: str, targets: Collection[str], notes: Notes) -> None:
-    """Log which tools read DoRA files; refuse targets of which these files could not be written.
-
-    Layers that files have as one (q, k and v) have one list of magnitudes: all of them need an adapter, or none.
-    """
-    notes.chose(
-        "PARAMS_LORA_TYPE",
-        "dora",
-        "ComfyUI and Forge read <name>.safetensors, diffusers reads <name>-diffusers.safetensors; sd-scripts and older "
-        "tools read neither",
-    )
-    for layer in get_family(family_name).LORA_KEYS.layers:
-        without_adapter = [part for part in layer.diffusers_names if not _is_targeted(part, targets)]
-        if without_adapter and len(without_adapter) < len(layer.diffusers_names):
-            missing = ", ".join(part.rpartition("{}.")[2] for part in without_adapter)
-            notes.add(
-                f"PARAMS_TARGET_MODULES: with PARAMS_LORA_TYPE=dora, {layer.name} is one in files, and {missing} "
-                "would be missing from it. Fix: add it, or leave PARAMS_TARGET_MODULES unset."
-            )
-            return
-
-
-def _is_targeted(module: str, targets: Collection[str]) -> bool:
-    return any(module.endswith(f".{target}") for target in targets)

@@ -1,4 +1,4 @@
-"""`python -m entrypoint.runpod template|deploy|status|logs|stop|gpus`: run jobs on RunPod, from your own machine.
+"""`python -m entrypoint.runpod COMMAND`: run jobs on RunPod, from your own machine.
 
 `deploy` takes the job's variables from the environment, as a local start does, and checks them before it asks for a
 pod, because a pod costs money from its first second. docs/runpod.md walks through all commands.
@@ -12,33 +12,26 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import sys
 import time
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from entrypoint.fetch import http
+from entrypoint.runpod import download, request
 from entrypoint.runpod.api import RunPod
 from entrypoint.settings import Settings, read_settings
-from entrypoint.settings.variables import CONFIG_JSON, NAMES, SECRETS
 from entrypoint.settings.variables.engine import BACKENDS
 from trainer.spec.errors import KilnError, SettingsError
 from trainer.spec.family import base_models
 
 logger = logging.getLogger(__name__)
 
-VOLUME_PATH = "/workspace"  # the image keeps output, cache and models below it
 DISK_GB = 25  # the container's own disk: the image and temporary files
-VOLUME_GB = 100  # base models, cache, checkpoints and results: everything below VOLUME_PATH
-PORTS = ["22/tcp"]  # SSH, to download the results with rsync
-MAX_POD_VARIABLES = 50  # RunPod's limit; docs.runpod.io/api-reference-v2, CreatePodRequest.env
-MIN_CUDA_VERSION = "13.0"  # the image's torch is built for it, so the host's driver must support it
+VOLUME_GB = 100  # base models, cache, checkpoints and results: everything below request.VOLUME_PATH
 ENDED_STATUSES = ("EXITED", "ERROR", "TERMINATED")
-# These are not sent to a pod: the image sets them, and the values of this machine name folders that a pod lacks.
-LOCAL_PATHS = ("OUTPUT_PATH", "CACHE_PATH", "HF_HOME")
-FROM_RUNPOD = "RUNPOD_SECRET_"  # RunPod replaces `{{ RUNPOD_SECRET_name }}` by the secret when the pod starts
 TEMPLATE_VARIABLES = {"DATASET_NAME": "", "TRIGGER_WORD": "", "HF_TOKEN": "{{ RUNPOD_SECRET_HF_TOKEN }}"}
 
 
@@ -58,6 +51,8 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         "deploy": deploy,
         "status": status,
         "logs": logs,
+        "start": start_pod,
+        "fetch": fetch,
         "stop": stop_pod,
         "gpus": gpus,
     }
@@ -80,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         "--volume",
         type=int,
         default=VOLUME_GB,
-        help=f"GB for {VOLUME_PATH}, kept while the pod is stopped (default {VOLUME_GB})",
+        help=f"GB for {request.VOLUME_PATH}, kept while the pod is stopped (default {VOLUME_GB})",
     )
     cloud_options = argparse.ArgumentParser(add_help=False)
     cloud_options.add_argument("--cloud", choices=("secure", "community"), default="secure")
@@ -97,7 +92,9 @@ def _parser() -> argparse.ArgumentParser:
         help="start a job in a new pod; shows the price and asks first",
     )
     start.add_argument("--gpu", required=True, help="part of a name that the gpus command prints")
-    start.add_argument("--network-volume", metavar="ID", help=f"mount this network volume at {VOLUME_PATH} instead")
+    start.add_argument(
+        "--network-volume", metavar="ID", help=f"mount this network volume at {request.VOLUME_PATH} instead"
+    )
     start.add_argument(
         "--env", action="append", default=[], metavar="NAME=VALUE", help="set a variable, besides the environment's"
     )
@@ -115,6 +112,11 @@ def _parser() -> argparse.ArgumentParser:
     follow.add_argument("pod")
     follow.add_argument("--tail", type=int, default=100, help="number of past lines to print first (default 100)")
     follow.add_argument("--follow", action="store_true", help="continue until the pod ends")
+    again = commands.add_parser("start", help="start a stopped pod: its job resumes, or its results can be downloaded")
+    again.add_argument("pod")
+    bring = commands.add_parser("fetch", help="download a pod's results; starts the pod if it is stopped")
+    bring.add_argument("pod")
+    bring.add_argument("--to", default="output", metavar="FOLDER", help="where to put them (default output)")
     end = commands.add_parser("stop", help="stop a pod; its volume is kept, and billed")
     end.add_argument("pod")
     end.add_argument("--terminate", action="store_true", help="delete the pod with its volume")
@@ -129,13 +131,13 @@ def template(options: argparse.Namespace, api: RunPod, _: Mapping[str, str]) -> 
     """Create or update the template of one backend."""
     body = {
         "name": f"{options.name} ({options.backend})",
-        "image": _with_backend(options.image, options.backend),
+        "image": request.with_backend(options.image, options.backend),
         "args": "train",
         "category": BACKENDS[options.backend].upper(),
         "disk": options.disk,
         "env": {"BASE_MODEL": next(iter(base_models())), **TEMPLATE_VARIABLES},
-        "ports": PORTS,
-        "mounts": {"persistent": {"size": options.volume, "path": VOLUME_PATH}},
+        "ports": request.PORTS,
+        "mounts": {"persistent": {"size": options.volume, "path": request.VOLUME_PATH}},
         "startSsh": True,
         "startJupyter": False,
     }
@@ -153,13 +155,15 @@ def deploy(options: argparse.Namespace, api: RunPod, environ: Mapping[str, str])
         raise SettingsError(
             f"--cloud {options.cloud} has no {gpu['name']}: `python -m entrypoint.runpod gpus` lists those it has."
         )
-    variables = _job_variables(options, environ)
+    variables = request.job_variables(options, environ)
     variables["PRICE_PER_HOUR"] = f"{price_per_hour:.4g}"
     if options.max_cost is not None:
         variables["MAX_COST"] = f"{options.max_cost:g}"
     # A secret's value is known only inside the pod, so its variable cannot be checked here.
-    settings = read_settings({name: value for name, value in variables.items() if FROM_RUNPOD not in value})
-    body = _pod_request(options, gpu, _pack(variables))
+    settings = read_settings({name: value for name, value in variables.items() if request.FROM_RUNPOD not in value})
+    body = request.pod_request(options, gpu, request.pack(variables))
+
+    planned = request.card_summary(variables, gpu, count=options.count)
 
     stock = str(gpu.get("availability", "unknown")).lower()
     _print(
@@ -167,6 +171,8 @@ def deploy(options: argparse.Namespace, api: RunPod, environ: Mapping[str, str])
         f"${price_per_hour:.2f} an hour."
     )
     _print(f"Stock: {stock}. Image: {body['image']}.")
+    for line in planned:
+        _print(line)
     if _needs_token(settings) and "HF_TOKEN" not in variables:
         base_model = settings.model.base_model
         _print(
@@ -178,7 +184,7 @@ def deploy(options: argparse.Namespace, api: RunPod, environ: Mapping[str, str])
     else:
         _print("No --max-cost is set: the pod runs, and costs, until the job ends.")
     if options.dry_run:
-        _print(json.dumps({**body, "env": _hide_secrets(body["env"])}, indent=2))
+        _print(json.dumps({**body, "env": request.hide_secrets(body["env"])}, indent=2))
         return 0
     if not options.yes and not _confirmed():
         _print("Nothing was deployed.")
@@ -203,18 +209,16 @@ def status(options: argparse.Namespace, api: RunPod, _: Mapping[str, str]) -> in
         return 0
     pod = api.pod(options.pod)
     _print(f"{pod['name']}: {pod['status']}, ${pod['cost']:.2f} an hour, {pod['image']}.")
-    output_path = pod["env"].get("OUTPUT_PATH", f"{VOLUME_PATH}/output")
-    direct_ssh = (pod.get("ssh") or {}).get("direct")
-    if direct_ssh:
-        host = f"{direct_ssh['username']}@{direct_ssh['host']}"
-        _print(f"rsync -av -e 'ssh -p {direct_ssh['port']}' {host}:{output_path}/ ./output/")
+    folder = output_path(pod)
+    host = download.ssh_host(pod)
+    if host or pod["status"] == "EXITED":
+        _print(f"To download the results: python -m entrypoint.runpod fetch {options.pod}")
+    if host:
+        _print(f"That is: {shlex.join(download.commands(host, folder, Path('output'))[0])}")
     elif pod["status"] == "EXITED":
-        _print(
-            "To download the results, start the pod again at https://console.runpod.io/pods: "
-            f"it stays up for half an hour with {output_path}."
-        )
+        _print(f"It starts the pod again, which then stays up for half an hour with {folder}.")
     else:
-        _print(f"In the pod's web terminal: runpodctl send {output_path}; then here: runpodctl receive CODE")
+        _print(f"In the pod's web terminal: runpodctl send {folder}; then here: runpodctl receive CODE")
     return 0
 
 
@@ -233,6 +237,33 @@ def logs(options: argparse.Namespace, api: RunPod, _: Mapping[str, str]) -> int:
         if not options.follow or api.pod(options.pod)["status"] in ENDED_STATUSES:
             return 0
         time.sleep(api.retries.first_wait)
+
+
+def start_pod(options: argparse.Namespace, api: RunPod, _: Mapping[str, str]) -> int:
+    """Start a stopped pod. An unfinished job resumes; a finished one leaves half an hour for downloading."""
+    api.act(options.pod, "start")
+    _print(f"{options.pod}: RunPod accepted start. It costs ${api.pod(options.pod)['cost']:.2f} an hour again.")
+    _print(f"python -m entrypoint.runpod logs {options.pod} --follow")
+    return 0
+
+
+def fetch(options: argparse.Namespace, api: RunPod, environ: Mapping[str, str]) -> int:
+    """Download the output of a pod to a folder here."""
+    pod = api.pod(options.pod)
+    was_stopped = pod["status"] == "EXITED"
+    if was_stopped:
+        api.act(options.pod, "start")
+        _print(f"{options.pod} is starting; it costs money until it stops again.")
+    host = download.wait_for_ssh(api, options.pod)
+    code = download.copy(host, output_path(pod), Path(options.to), environ=environ)
+    if was_stopped:
+        _print(f"Stop it again: python -m entrypoint.runpod stop {options.pod}")
+    return code
+
+
+def output_path(pod: Mapping[str, Any]) -> str:
+    """The folder of a pod's results, inside the pod."""
+    return str(pod["env"].get("OUTPUT_PATH", f"{request.VOLUME_PATH}/output"))
 
 
 def stop_pod(options: argparse.Namespace, api: RunPod, _: Mapping[str, str]) -> int:
@@ -255,43 +286,7 @@ def gpus(options: argparse.Namespace, api: RunPod, _: Mapping[str, str]) -> int:
     return 0
 
 
-# ---- parts of a request
-
-
-def _pod_request(options: argparse.Namespace, gpu: Mapping[str, Any], variables: Mapping[str, str]) -> dict[str, Any]:
-    """The body of POST /v2/pods. The GPU's manufacturer decides which of the two images the pod gets."""
-    backend = "cuda"
-    for name, vendor in BACKENDS.items():
-        if vendor.upper() == gpu["manufacturer"]:
-            backend = name
-            break
-    gpu_request: dict[str, Any] = {"id": gpu["id"], "count": options.count}
-    if backend == "cuda":
-        gpu_request["minCudaVersion"] = MIN_CUDA_VERSION
-    mounts: dict[str, Any] = {"persistent": {"size": options.volume, "path": VOLUME_PATH}}
-    if options.network_volume:
-        mounts = {"network": [{"volumeId": options.network_volume, "path": VOLUME_PATH}]}
-    return {
-        # A unique name: `RunPod.create_pod` looks for it after a lost answer.
-        "name": f"{options.name}-{uuid.uuid4().hex[:8]}",
-        "image": _with_backend(options.image, backend),
-        "args": "train",
-        "cloud": options.cloud.upper(),
-        "disk": options.disk,
-        "env": dict(variables),
-        "gpu": gpu_request,
-        "mounts": mounts,
-        "ports": PORTS,
-        "startSsh": True,
-    }
-
-
-def _with_backend(image: str, backend: str) -> str:
-    """`image` with the suffix that ./build.sh adds (-cuda, -rocm); unchanged if it has one, or names a digest."""
-    suffixes = tuple(f"-{name}" for name in BACKENDS)
-    if "@" in image or image.endswith(suffixes):
-        return image
-    return f"{image}-{backend}"
+# ---- parts of a command
 
 
 def _choose_gpu(wanted: str, types: list[dict[str, Any]]) -> dict[str, Any]:
@@ -306,75 +301,6 @@ def _choose_gpu(wanted: str, types: list[dict[str, Any]]) -> dict[str, Any]:
     if matches:
         raise SettingsError(f"--gpu {wanted} matches several types: name one of {names}.")
     raise SettingsError(f"--gpu {wanted} matches no type: name one of {names}.")
-
-
-def _job_variables(options: argparse.Namespace, environ: Mapping[str, str]) -> dict[str, str]:
-    """The job's variables: those of the environment, then --env, then --secret. Raises SettingsError.
-
-    Small local files (the token, dataset.json, prompts) travel as text, because a pod cannot read this machine's disk.
-    """
-    variables: dict[str, str] = {}
-    for name in NAMES:
-        if environ.get(name, "").strip() and name not in LOCAL_PATHS:
-            variables[name] = environ[name]
-    for text in options.env:
-        name, value = _pair(text, "--env")
-        if name not in NAMES:
-            raise SettingsError(f"--env {name}: no such variable. `python -m entrypoint --help-env` lists all.")
-        variables[name] = value
-    for text in options.secret:
-        name, secret = _pair(text, "--secret")
-        variables[name] = f"{{{{ {FROM_RUNPOD}{secret} }}}}"
-    if token_file := variables.pop("HF_TOKEN_FILE", ""):
-        try:
-            variables["HF_TOKEN"] = Path(token_file).expanduser().read_text(encoding="utf-8").strip()
-        except OSError as problem:
-            raise SettingsError(f"HF_TOKEN_FILE={token_file}: {problem.strerror}.") from problem
-    for name in ("DATASET_CONFIG", "SAMPLE_PROMPTS"):
-        value = variables.get(name, "")
-        if value.endswith(".json") and Path(value).is_file():
-            variables[name] = json.dumps(json.loads(Path(value).read_text(encoding="utf-8")))
-    for name, value in variables.items():
-        _refuse_local_path(name, value)
-    return variables
-
-
-def _refuse_local_path(name: str, value: str) -> None:
-    """Raise SettingsError if `value` names a file or folder of this machine and none of the pod."""
-    if value.startswith((VOLUME_PATH, "/opt", "{", "[", "http")):
-        return
-    if Path(value).expanduser().exists():
-        raise SettingsError(
-            f"{name}={value} is on this machine, where no pod can read it. Name a Hub repository, a URL, or a path on "
-            f"the volume ({VOLUME_PATH}/...)."
-        )
-
-
-def _pair(text: str, option: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise SettingsError(f"{option} {text} has no value: write {option} NAME=VALUE.")
-    return name, value
-
-
-def _pack(variables: Mapping[str, str]) -> dict[str, str]:
-    """At most as many variables as a pod may have: if there are more, all PARAMS_* go into CONFIG_JSON."""
-    if len(variables) <= MAX_POD_VARIABLES:
-        return dict(variables)
-    packed = dict(json.loads(variables.get(CONFIG_JSON, "{}")))
-    packed.update({name: value for name, value in variables.items() if name.startswith("PARAMS_")})
-    kept = {name: value for name, value in variables.items() if name not in packed}
-    kept[CONFIG_JSON] = json.dumps(packed)
-    return kept
-
-
-def _hide_secrets(variables: Mapping[str, str]) -> dict[str, str]:
-    """A copy to print: secret values become ***; references to RunPod's secrets stay readable."""
-    shown = dict(variables)
-    for name in SECRETS:
-        if name in shown and FROM_RUNPOD not in shown[name]:
-            shown[name] = "***"
-    return shown
 
 
 def _needs_token(settings: Settings) -> bool:

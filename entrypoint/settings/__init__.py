@@ -1,8 +1,10 @@
 """Environment variables become `Settings`: names, defaults and ranges, read and checked together.
 
-Read `variables` (a module for each group of the README's table; how to add a variable), `row` (what an entry of the
-table holds), `read` (text to values, and every problem in one message), then `checks` (strict parsing and words for
-messages, which dataset.json and the plan use too).
+Read `variables` (a module for each group of the table in docs/variables.md; how to add a variable), `row` (what an
+entry of the table holds), `read` (the three steps from text to values, and every problem in one message), then a
+module for each step: `names` (whose name is it; `aliases` are those of other trainers), `clean` (what was meant by a
+text that a form or a shell has changed), `parsers` (which value that is). `checks` has strict parsing and words for
+messages, which dataset.json and the plan use too.
 
 Nothing else in the program reads PARAMS_* from the environment.
 

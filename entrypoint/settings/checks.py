@@ -13,9 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import json5
+
 from trainer.spec.values import Problems, show
 
 MIN_SIMILARITY = 0.6  # of names that are suggested; the default of difflib
+MAX_JSON5_CHARACTERS = 200_000  # its reader takes some 30 microseconds for each
 MAX_COMPARED_CHARACTERS = 200  # difflib's time grows with the square of the length
 
 
@@ -53,6 +56,24 @@ def suggestion(name: str, known: Collection[str]) -> str:
     return f"did you mean {guess}?" if guess else f"known are {', '.join(sorted(known))}."
 
 
+def edits_apart(a: str, b: str, *, limit: int) -> int:
+    """Inserted, missing, wrong and swapped characters between `a` and `b`; `limit` + 1 for more than `limit`."""
+    if abs(len(a) - len(b)) > limit or sum((Counter(a) - Counter(b)).values()) > limit:
+        return limit + 1
+    before_last: list[int] = []
+    last = [*range(len(b) + 1)]
+    for i, letter in enumerate(a, 1):
+        row = [i]
+        for j, other in enumerate(b, 1):
+            least = min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (letter != other))
+            if i > 1 and j > 1 and letter == b[j - 2] and a[i - 2] == other:
+                least = min(least, before_last[j - 2] + 1)
+            row.append(least)
+        before_last = last
+        last = row
+    return min(last[-1], limit + 1)
+
+
 def one_edit_apart(a: str, b: str) -> bool:
     """Whether `a` and `b` are equal, or differ by one inserted, missing, wrong or swapped character."""
     if abs(len(a) - len(b)) > 1:
@@ -76,6 +97,19 @@ def load_json(text: str) -> Any:
     """JSON as its standard has it. Raises ValueError also for a repeated key, NaN, and nesting too deep for Python."""
     try:
         return json.loads(text, object_pairs_hook=_without_repeated_keys, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def load_json5(text: str) -> Any:
+    """JSON with what people add to it: comments, commas at the end, single quotes, keys without quotes (json5.org).
+
+    Raises ValueError for anything else, also for a repeated key, and nesting too deep for Python.
+    """
+    if len(text) > MAX_JSON5_CHARACTERS:
+        raise ValueError(f"it is not strict JSON, and longer than the {MAX_JSON5_CHARACTERS} characters of JSON5")
+    try:
+        return json5.loads(text, allow_duplicate_keys=False, parse_constant=_refuse_constant)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

@@ -33,7 +33,7 @@ class Secret:
 
 @dataclass(frozen=True)
 class Row:
-    """One variable: its name, how its text is read, and its line in the README's table."""
+    """One variable: its name, how its text is read, and its line in the table in docs/variables.md."""
 
     name: str
     kind: str  # a key of settings.read.PARSERS

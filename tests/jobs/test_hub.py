@@ -534,7 +534,34 @@ def test_an_image_folder_with_metadata(hub: Hub, client: Client) -> None:
     done = client.dataset()
     assert captions(done.data["path"]) == {"000000.png": "p0", "000001.png": "p1"}
     assert (Path(done.data["path"]) / "000001.png").read_bytes() == image(1)
-    assert "1 image files are not listed" in done.log
+    assert "images that its metadata does not list are not trained: train/2.png." in done.log
+
+
+def test_a_name_without_an_owner_is_asked_for_once(hub: Hub, client: Client) -> None:
+    hub.add("dataset", "mnist", {"train.parquet": simple_table(1)})
+    assert client.source("hub", "mnist").code == 0
+    hub.down = True
+    done = client.source("hub", "photos")
+    assert done.code == 78 and "there is no folder photos in" in done.data["message"]
+    assert "or a dataset as owner/name" in done.data["message"] and len(hub.asked("/api/datasets/photos")) == 1
+
+
+def test_a_dataset_that_is_not_there_may_be_a_folder_that_is_not_there(hub: Hub, client: Client) -> None:
+    message = client.source("hub", "photos/cats").data["message"]
+    assert (
+        "knows no dataset photos/cats" in message and "If a folder was meant: there is no folder photos in" in message
+    )
+
+
+def test_a_subset_is_chosen_and_what_takes_no_part_is_logged(hub: Hub, client: Client) -> None:
+    card = "---\nconfigs:\n- {config_name: a, data_files: a.parquet}\n- {config_name: b, data_files: b.parquet}\n---\n"
+    files = {"a.parquet": simple_table(1), "b.parquet": simple_table(1, 5), "notes.pdf": b"x"}
+    hub.add("dataset", "org/pictures", {"README.md": card.encode(), **files})
+    assert "several subsets and no default one: a, b" in client.dataset().data["message"]
+    for _ in range(2):  # the second finds the folder of the first, and says the same
+        done = client.dataset(subset="b")
+        assert list(captions(done.data["path"]).values()) == ["caption 5"]
+        assert "subset b; images from the column image; captions from text; files not used: notes.pdf" in done.log
 
 
 def test_pictures_with_caption_files(hub: Hub, client: Client) -> None:

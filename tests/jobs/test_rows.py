@@ -18,7 +18,9 @@ import pytest
 from PIL import Image
 
 from entrypoint.fetch import hub_rows
-from entrypoint.fetch.hub_rows import choose, find_caption_column, write_rows
+from entrypoint.fetch.hub_choice import choose
+from entrypoint.fetch.hub_columns import find_caption_column
+from entrypoint.fetch.hub_rows import Asked, write_dataset
 from trainer.spec.errors import DataError, SettingsError
 
 TEXT = datasets.Value("string")
@@ -55,8 +57,8 @@ def read(tmp_path: Path) -> Read:
             (tmp_path / "set" / name).write_bytes(data)
         out = tmp_path / "out"
         out.mkdir()
-        asked = {"split": split, "image_column": image, "caption_column": caption}
-        write_rows(tmp_path / "set", out, variable="DATASET_NAME=x", scratch=str(tmp_path / "s"), **asked)
+        asked = Asked("DATASET_NAME=x", split, image_column=image, caption_column=caption)
+        write_dataset(tmp_path / "set", out, asked, scratch=str(tmp_path / "s"))
         lines = (out / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
         return {line["file_name"]: line.get("caption") for line in map(json.loads, lines)}
 
@@ -187,9 +189,8 @@ def test_many_rows_take_no_more_memory_than_few(tmp_path: Path) -> None:
         noise = np.random.default_rng(count)
         lines = [{"image": {"bytes": b"\xff\xd8\xff" + noise.bytes(100_000), "path": None}} for _ in range(count)]
         (folder / "set" / "train.parquet").write_bytes(table(lines, {"image": datasets.Image()}, group=10))
-        asked: dict[str, Any] = {"split": "train", "image_column": None, "caption_column": None}
         tracemalloc.start()
-        write_rows(folder / "set", folder / "out", variable="X", scratch=str(folder), **asked)
+        write_dataset(folder / "set", folder / "out", Asked("X", "train"), scratch=str(folder))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 4_000_000, peaks  # of 40 MB of pictures
@@ -271,11 +272,16 @@ def test_only_what_is_needed_is_brought() -> None:
     assert set(choose("X", "org/set", names).names) == {"data/train.parquet", "README.md"}
 
 
-def test_caption_files_count_where_there_is_no_metadata() -> None:
-    plain = choose("X", "org/set", ["a/1.png", "a/1.txt", "2.jpg", "readme.txt"])
-    assert plain.has_sidecars and set(plain.names) == {"a/1.png", "a/1.txt", "2.jpg"}
-    listed = choose("X", "org/set", ["1.png", "1.txt", "metadata.csv"])
-    assert not listed.has_sidecars and set(listed.names) == {"1.png", "metadata.csv"}
+def test_caption_files_and_metadata_are_brought() -> None:
+    plain = choose("X", "org/set", ["a/1.png", "a/1.txt", "2.jpg", "readme.txt", "notes.txt"])
+    assert set(plain.names) == {"a/1.png", "a/1.txt", "2.jpg"} and plain.left_out == ("notes.txt",)
+    listed = choose("X", "org/set", ["1.png", "1.txt", "metadata.csv", "captions.csv"])
+    assert set(listed.names) == {"1.png", "1.txt", "metadata.csv", "captions.csv"}
+
+
+def test_archives_of_other_formats_are_named() -> None:
+    with pytest.raises(DataError, match=r"images\.7z is an archive of another format"):
+        choose("X", "org/set", ["README.md", "images.7z"])
 
 
 def test_a_script_is_refused_and_other_code_is_left_alone() -> None:

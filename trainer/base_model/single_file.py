@@ -23,6 +23,7 @@ from trainer.base_model import lazy_tensors, weight_check
 from trainer.spec.errors import SettingsError, StorageError
 from trainer.spec.family import PREFIXES, Family, get_family
 from trainer.spec.plan import ModelPlan
+from trainer.spec.prediction_marks import MARKS, prediction_marks
 from trainer.storage import atomic, digests, safetensors_header
 from trainer.storage.locks import locked
 
@@ -41,7 +42,8 @@ def convert_single_files(model: ModelPlan, cache: Path) -> Path:
     source = Path(model.path)
     if not model.parts and not any(_has_fp16_only(folder) for folder in source.iterdir()):
         return source
-    part_folders = get_family(model.family).FACTS.parts
+    family = get_family(model.family)
+    part_folders = family.FACTS.parts
     with locked(cache / "models", lambda: log.info("Another job converts weights: waiting for it.")):
         try:
             places: dict[str, Path | None] = {entry.name: entry for entry in source.iterdir()}
@@ -54,35 +56,37 @@ def convert_single_files(model: ModelPlan, cache: Path) -> Path:
                 if place is not None:
                     _link(place, folder / name)
             _remove_dead_links(folder)
-            _write_schedule(folder / "scheduler" / "scheduler_config.json", model.parts.get("denoiser", ""))
+            if family.FACTS.objective == "denoising":
+                _write_schedule(folder / "scheduler" / "scheduler_config.json", model.parts.get("denoiser", ""))
         except OSError as problem:
             raise StorageError(f"CACHE_PATH {cache}: {problem.strerror or problem}.") from problem
     return folder
 
 
 def _write_schedule(config: Path, denoiser: str) -> None:
-    """Set the prediction type that a single file was trained with, in the model's scheduler.
+    """Set the prediction type that a single file was trained with, in the model's scheduler, if the file says it.
 
-    Such files carry empty tensors as marks, which ComfyUI reads (comfy/supported_models.py). Raises SettingsError for
-    noise levels that are not trained here.
+    Raises SettingsError for noise levels that are not trained here.
     """
     if not Path(denoiser).is_file():
         return
-    names = safetensors_header.read_header(Path(denoiser)).entries.keys()
-    if names & {"edm_vpred.sigma_max", "edm_mean"}:
+    header = safetensors_header.read_header(Path(denoiser))
+    marks = prediction_marks(header.entries.keys(), header.metadata)
+    if marks.edm:
         raise SettingsError(f"{denoiser} was trained with the noise levels of EDM, which Kiln does not train with.")
-    if "v_pred" not in names:
+    if marks.prediction is None:
         return
-    marks: dict[str, Any] = {"prediction_type": "v_prediction"}
-    if "ztsnr" in names:
-        marks["rescale_betas_zero_snr"] = True
+    changes: dict[str, Any] = {"prediction_type": marks.prediction}
+    if marks.prediction == "v_prediction" and marks.zero_terminal_snr:
+        changes["rescale_betas_zero_snr"] = True
     before = _read_config(config)
-    after = before | marks
+    after = before | changes
     if before != after:
         atomic.write_text(config, json.dumps(after, indent=2))
         log.info(
-            "%s is marked as trained with %s.", denoiser, ", ".join(f"{key} {value}" for key, value in marks.items())
-        )
+            "%s was trained with %s: %s says so.",
+            denoiser, ", ".join(f"{key} {value}" for key, value in changes.items()), marks.said_by,
+        )  # fmt: skip
 
 
 def _has_fp16_only(folder: Path) -> bool:
@@ -191,6 +195,8 @@ def _load_state(part: str, path: Path, family: Family, *, config: dict[str, Any]
             break
     if not state:
         state = lazy_tensors.load_file(path, "")
+    if part == "denoiser":
+        state = {name: tensor for name, tensor in state.items() if name not in MARKS}  # which are no weights
     if part == "denoiser" and family.FACTS.landmarks[0] in state:
         return _convert(lambda: family.from_original(state, config))
     if part == "vae" and "decoder.conv_norm_out.weight" not in state:

@@ -2,16 +2,19 @@
 
 The life of one image, which is also the order to read the modules in:
 
-1. `folder_listing` sorts the names in a subset's folder into images, masks and other files; `caption_files` reads the
-   captions from sidecar and metadata files. Nothing is decoded yet.
-2. `scan` reads and decodes every file once, in worker processes (`decode`). Each image is used, with its SHA-256, its
-   upright size and its caption, or skipped for a named reason. `records` has the classes that describe it.
+1. `folder_listing` sorts the names in a subset's folder into images, masks and other files. `folders` has what names
+   mean: kohya's folders, masks, what a job wrote.
+2. `scan` reads and decodes every file once, in worker processes (`decode`), and takes the captions from sidecar and
+   metadata files (`caption_files`). Each image is used, with its SHA-256, its upright size and its caption, or skipped
+   for a named reason. `records` has the classes that describe it; `report` writes all of it for the user.
 3. `buckets` chooses the size that the image is trained at. Images of one bucket can share a batch.
 4. `epochs` draws the image's variants: up to 8 views (crop, flip, colours) and up to 8 captions (by the pipeline in
    `captions`). `EpochSampler.epoch` picks one of each for every occurrence and groups these into batches.
 5. `encode` fills the `cache`: `render` cuts the pixels of each view, the VAE turns them into latents, and the text
    encoders turn each caption into embeddings. Then the encoders are freed.
 6. `batches` reads one batch from the cache. The training step adds noise to its latents and computes the loss.
+
+`caption_length` names the captions that are longer than the text encoder reads.
 
 `identity` compares the dataset of a resumed run with the one that it started with.
 

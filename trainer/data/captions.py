@@ -5,6 +5,7 @@ The order of the steps is that of sd-scripts' `process_caption`, whose dataset f
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 from collections import Counter
@@ -12,39 +13,45 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from trainer.spec.plan import Subset
+from trainer.spec.prompts import TRIGGER_PLACEHOLDER
 
-# Unicode noncharacters, which no text holds, stand for the escaped {{ and }}.
+# Unicode noncharacters, which `clean` keeps out of captions, stand for the escaped {{ and }}, and for the trigger word.
 OPEN_BRACE = "\ufdd0"
 CLOSE_BRACE = "\ufdd1"
+TRIGGER_MARK = "\ufdd2"
+
+# What a caption never means. Controls but tab and newline, the replacement character (a letter that was lost when the
+# file was converted), halves of surrogate pairs and noncharacters become a blank. Characters without width are removed;
+# but not the joiners, which emoji and some scripts need.
+CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufff9-\ufffd\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+INVISIBLE = re.compile("[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Caption:
     """A caption before the pipeline. Its lines are stripped and not empty; "" if nothing remains."""
 
     text: str
     origin: str  # metadata | sidecar | class_tokens
-    legacy: bool = False  # not UTF-8: read as Windows-1252, which includes the letters of Latin-1
+    file: str = ""  # where it was read, relative to the subset's folder: "a.txt", or "metadata.csv, row 2"
+    encoding: str = ""  # of that file
 
 
 def clean(text: str) -> str:
-    """Strip lines and leave out empty ones; halves of surrogate pairs, which tokenizers refuse, become `?`."""
-    text = text.encode("utf-8", "replace").decode("utf-8")
+    """Strip lines, leave out empty ones, and take out the characters of CONTROLS and INVISIBLE."""
+    text = INVISIBLE.sub("", CONTROLS.sub(" ", text))
     # Not splitlines(), which also splits at characters that a caption may hold.
     lines = [line.strip() for line in re.split(r"\r\n|\r|\n", text)]
     return "\n".join(line for line in lines if line)
 
 
+def removed_characters(text: str) -> list[str]:
+    """The characters that `clean` takes out of `text`, as U+0000, each once."""
+    found = CONTROLS.findall(text) + INVISIBLE.findall(text)
+    return [f"U+{ord(character):04X}" for character in sorted(set(found))]
+
+
 # ---- the pipeline
-
-
-def apply_pipeline(
-    caption: str | None, subset: Subset, *, rng: random.Random, epoch: int, dropout_rate: float = 0.0
-) -> str:
-    """The text trained on in one occurrence of an image. Pure: all chance comes from `rng`; `epoch` counts from 0."""
-    if dropped(subset, rng=rng, epoch=epoch, dropout_rate=dropout_rate):
-        return ""
-    return compose_caption(caption, subset, rng)
 
 
 def dropped(subset: Subset, *, rng: random.Random, epoch: int, dropout_rate: float = 0.0) -> bool:
@@ -67,22 +74,42 @@ def compose_caption(caption: str | None, subset: Subset, rng: random.Random) -> 
     """The caption after every step of the pipeline but caption dropout.
 
     One line (a random one with `enable_wildcard`, else the first) → prefix and suffix → wildcards → kept tokens first,
-    the others shuffled and dropped → secondary separator → the trigger word in front if it is not in the text. Two
-    differences from sd-scripts: the line is chosen first, so that every line gets prefix and suffix; and
-    regularisation images never get the trigger word.
+    the others shuffled and dropped → secondary separator → the trigger word in front if it is not in the text. Three
+    differences from sd-scripts: the line is chosen first, so that every line gets prefix and suffix; regularisation
+    images never get the trigger word; and a `keep_tokens_separator` is taken out also where nothing is shuffled.
+
+    While tags are moved, a mark stands for the trigger word, so that it is one token even if it has a separator in it.
     """
     lines = (caption or "").split("\n")
     line = rng.choice(lines) if subset.enable_wildcard else lines[0]
     text = " ".join(part for part in (subset.caption_prefix, line, subset.caption_suffix) if part)
+    trigger = own_trigger(subset)
+    if trigger:
+        text = _find_trigger(trigger).sub(TRIGGER_MARK, TRIGGER_PLACEHOLDER.sub(TRIGGER_MARK, text))
     if subset.enable_wildcard:
         text = _expand_wildcards(text, rng)
-    if subset.shuffle_caption or subset.caption_tag_dropout_rate > 0:
+    if subset.shuffle_caption or subset.caption_tag_dropout_rate > 0 or _has_fixed_part(text, subset):
         text = _shuffle(text, subset, rng)
     if subset.secondary_separator:
         text = text.replace(subset.secondary_separator, subset.caption_separator)
-    if subset.trigger_word and not subset.is_reg:
-        text = _with_trigger(text, subset.trigger_word)
+    if trigger:
+        text = _with_trigger(text, trigger)
     return text
+
+
+def own_trigger(subset: Subset) -> str:
+    """The trigger word that this subset's captions get: "" for none."""
+    if subset.is_reg:
+        return ""
+    return subset.trigger_word or ""
+
+
+def fill_placeholders(caption: str | None, subset: Subset) -> str | None:
+    """The caption with its placeholders replaced, where there is a trigger word to replace them with."""
+    trigger = own_trigger(subset)
+    if not caption or not trigger:
+        return caption
+    return trigger.join(TRIGGER_PLACEHOLDER.split(caption))
 
 
 def random_parts(subset: Subset) -> tuple[str, ...]:
@@ -115,8 +142,15 @@ def _expand_wildcards(text: str, rng: random.Random) -> str:
     return text.replace(OPEN_BRACE, "{").replace(CLOSE_BRACE, "}")
 
 
+def _has_fixed_part(text: str, subset: Subset) -> bool:
+    return bool(subset.keep_tokens_separator) and str(subset.keep_tokens_separator) in text
+
+
 def _shuffle(text: str, subset: Subset, rng: random.Random) -> str:
-    """Keep the first tokens (or those around `keep_tokens_separator`); shuffle and drop some of the others."""
+    """Keep the first tokens (or those around `keep_tokens_separator`); shuffle and drop some of the others.
+
+    A token that is the trigger word goes to the kept ones, and one that has it among other words is never dropped.
+    """
     first: list[str] = []
     last: list[str] = []
     parts = text.split(subset.keep_tokens_separator, 2) if subset.keep_tokens_separator else [text]
@@ -124,15 +158,23 @@ def _shuffle(text: str, subset: Subset, rng: random.Random) -> str:
         first = _tokens(parts[0], subset, blank=False)
         free = _tokens(parts[1], subset, blank=False)
         if len(parts) > 2:
-            last = _tokens(parts[2], subset, blank=False)
+            rest = parts[2].replace(subset.keep_tokens_separator or "", subset.caption_separator)
+            last = _tokens(rest, subset, blank=False)
     else:
         tokens = _tokens(text, subset, blank=True)
         first = tokens[: subset.keep_tokens]
         free = tokens[subset.keep_tokens :]
     if subset.shuffle_caption:
+        first += [token for token in free if token == TRIGGER_MARK]
+        free = [token for token in free if token != TRIGGER_MARK]
         rng.shuffle(free)
     if subset.caption_tag_dropout_rate > 0:
-        free = [token for token in free if rng.random() >= subset.caption_tag_dropout_rate]
+        kept = []
+        for token in free:
+            dropped_token = rng.random() < subset.caption_tag_dropout_rate
+            if not dropped_token or TRIGGER_MARK in token:
+                kept.append(token)
+        free = kept
     return ", ".join(first + free + last)
 
 
@@ -142,10 +184,16 @@ def _tokens(text: str, subset: Subset, *, blank: bool) -> list[str]:
     return [part.strip() for part in parts if blank or part.strip()]
 
 
+@functools.cache
+def _find_trigger(trigger: str) -> re.Pattern[str]:
+    """Finds the trigger word as a word of its own."""
+    return re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)")
+
+
 def _with_trigger(text: str, trigger: str) -> str:
-    """The trigger word in front, unless it is in the text as a word of its own."""
-    if re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text):
-        return text
+    """The trigger word in the place of its marks; in front, unless it is in the text."""
+    if TRIGGER_MARK in text or _find_trigger(trigger).search(text):
+        return text.replace(TRIGGER_MARK, trigger)
     if not text:
         return trigger
     return f"{trigger}, {text}"

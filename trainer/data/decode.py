@@ -16,10 +16,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, features
 
+from trainer.storage.read import read_regular
+
 # Never the formats that run programs (EPS), nest (PSD, ICNS) or link to other files.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 # Pillow's own limit, above which it warns of a decompression bomb: a quarter GiB of 24-bit pixels, 358 MB as RGBA.
 MAX_PIXELS = 89_478_485
+MAX_FILE_BYTES = 1 << 30  # of an image's file: as many pixels as are allowed take 0.7 GB at most, uncompressed
 # Pillow's decoders raise any of these for a damaged file (tests/fuzz). UnidentifiedImageError is an OSError.
 DAMAGED = (
     OSError,
@@ -223,7 +226,7 @@ def _read(source: Path | bytes) -> bytes:
     if isinstance(source, bytes):
         return source
     try:
-        return source.read_bytes()
+        return read_regular(source, limit=MAX_FILE_BYTES)
     except OSError as problem:
         raise UnusableImageError(f"cannot be read: {problem.strerror}") from problem
 

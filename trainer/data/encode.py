@@ -19,7 +19,7 @@ from trainer.data.epochs import EpochSampler
 from trainer.engine.device import release
 from trainer.engine.encoders import load_text_encoders
 from trainer.spec.errors import DataError
-from trainer.spec.family import Family
+from trainer.spec.family import CLIP_TOKENS, Family
 from trainer.spec.memory_model import ENCODE_BATCH_MEGAPIXELS
 from trainer.spec.plan import EnginePlan
 from trainer.storage import digests
@@ -34,12 +34,15 @@ def cpu_workers() -> int:
     return min(MAX_CPU_WORKERS, len(os.sched_getaffinity(0)))
 
 
-def open_cache(folder: Path, model: Path, *, precision: str) -> Cache:
+def open_cache(folder: Path, model: Path, *, precision: str, max_tokens: int = CLIP_TOKENS) -> Cache:
     """The cache of items that the VAE and the text encoders in the folder `model` encode.
 
     `precision`: the type that the text encoders compute in, by torch's name: it changes their embeddings a little.
+    `max_tokens`: of a caption that CLIP reads.
     """
     encoders: list[str | tuple[str, str]] = [precision]
+    if max_tokens != CLIP_TOKENS:
+        encoders.append(f"{max_tokens} tokens")
     for part in sorted(model.iterdir()):
         if part.name.startswith(("text_encoder", "tokenizer")):
             encoders.append((part.name, digests.weights_digest(part)))
@@ -54,6 +57,7 @@ def fill_texts(
     model: Path,
     engine: EnginePlan,
     check_in: Callable[[], None],
+    max_tokens: int = CLIP_TOKENS,
 ) -> None:
     """Encode the captions that the cache lacks. `check_in` is called between batches and may raise."""
     if not caching.any_missing(cache.text_path(caption) for caption in dict.fromkeys(captions)):
@@ -64,7 +68,7 @@ def fill_texts(
     count = caching.encode_texts(
         cache,
         captions,
-        encode=partial(family.encode_text, encoders),
+        encode=partial(family.encode_text, encoders, max_tokens=max_tokens),
         batch_size=CAPTION_BATCH_SIZE,
         check_in=check_in,
     )

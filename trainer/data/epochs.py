@@ -102,6 +102,11 @@ class EpochSampler:
         """Occurrences of images in every epoch."""
         return sum(self.buckets.values())
 
+    @property
+    def subject_examples_per_epoch(self) -> int:
+        """The same without those of regularisation images."""
+        return sum(v.repeats for v in self._variants if not self._subset(v.image).is_reg)
+
     def epoch(self, number: int) -> list[Batch]:
         """The batches of an epoch, counted from 0, in order. The same for the same seed and number.
 
@@ -156,6 +161,16 @@ class EpochSampler:
             if captions.may_drop(self._subset(variants.image), dropout_rate=self._caption_dropout_rate):
                 texts[""] = None
         return list(texts)
+
+    def captions_by_image(self) -> dict[str, tuple[str, ...]]:
+        """The key of each image that is used → the texts that it may be shown with, without the empty one."""
+        texts: dict[str, dict[str, None]] = {}
+        for variants in self._variants:
+            texts.setdefault(variants.image.key, {}).update(dict.fromkeys(variants.captions))
+        for batch in self.validation():
+            for example in batch:
+                texts.setdefault(example.image.key, {})[example.caption] = None
+        return {key: tuple(text for text in own if text) for key, own in texts.items()}
 
     def describe(self) -> list[str]:
         """For the log: the size of an epoch, its buckets, and which subsets vary in how many variants."""

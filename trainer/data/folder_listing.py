@@ -1,27 +1,40 @@
-"""The files in a subset's folder: images, masks, captions. Looks at names and reads captions; decodes no image."""
+"""The files in a subset's folder: images, masks and others. Looks at names only.
+
+Every name in the folder is accounted for: it is an image, an image that is skipped, a file that may hold captions
+(`others`), or it is left out for a named reason. `trainer.data.folders` has what the names mean.
+"""
 
 from __future__ import annotations
 
 import os
-import re
+import stat
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from trainer.data import caption_files
-from trainer.data.captions import Caption
+from trainer.data.folders import formats, leftovers, own_output
+from trainer.data.folders.own_output import Written
+from trainer.data.records import printable
 from trainer.spec.errors import DataError
 from trainer.spec.plan import Subset
+from trainer.storage.read import special_kind
 
-READABLE = re.compile(r"\.(jpe?g|jpe|jfif|mpo|a?png|webp|bmp|dib|tiff?|gif|avif)", re.IGNORECASE)
-# Images in formats that are not read. They count as skipped, so that a folder of them does not look empty.
-UNREADABLE = re.compile(
-    r"\.(hei[cf]|jxl|jp2|psd|svg|eps|tga|ico|exr|hdr|cr[23]|nef|arw|dng|orf|rw2|raf)", re.IGNORECASE
-)
 LINK_OUT = "a link that leads out of its folder"
 BAD_NAME = "its name is not UTF-8: rename it"
 LINK_FOLDER = "a link to a folder: give that folder as a subset of its own"
+LINK_LOST = "a link that leads nowhere, or round in a circle"
+LINK_OUTPUT = "a link to what a Kiln job writes"
+SHOWN_FOLDERS = 5  # in a message
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOutName:
+    """A file or folder that is not used. `kind` groups the warnings: mask, video, …; "": it needs no warning."""
+
+    name: str
+    reason: str
+    kind: str = ""
 
 
 @dataclass
@@ -33,6 +46,8 @@ class Folder:
     skipped: list[tuple[str, str]] = field(default_factory=list)  # name, reason
     others: list[str] = field(default_factory=list)
     masks: dict[str, Path] | None = None  # by the image's name without suffix; None: the subset has no masks
+    left_out: list[LeftOutName] = field(default_factory=list)
+    unreadable: list[tuple[str, str]] = field(default_factory=list)  # folder, reason
 
     def mask(self, name: str) -> Path | None:
         """The mask of the image `name`."""
@@ -48,6 +63,18 @@ class Folder:
             if mask is not None:
                 yield mask
 
+    def all_names(self) -> list[str]:
+        """Every name but those of captions and the like, in order."""
+        names = [*self.images, *(name for name, _ in self.skipped), *(item.name for item in self.left_out)]
+        return sorted(names)
+
+    def leave_out(self, prefix: str, reason: str, kind: str = "") -> None:
+        """Use nothing of the folder `prefix`."""
+        for names in (self.images, self.others):
+            names[:] = [name for name in names if not name.startswith(f"{prefix}/")]
+        self.skipped = [(name, why) for name, why in self.skipped if not name.startswith(f"{prefix}/")]
+        self.left_out.append(LeftOutName(prefix, reason, kind))
+
     def note_unread(self, captions: Collection[str]) -> list[str]:
         """A note that counts the files that are neither images nor among `captions`; [] if there are none."""
         suffixes = Counter[str]()
@@ -56,130 +83,222 @@ class Folder:
                 suffixes[PurePosixPath(name).suffix.lower() or "without suffix"] += 1
         if not suffixes:
             return []
-        counts = [f"{count} {suffix}" for suffix, count in suffixes.most_common(8)]
+        counts = [f"{count} {printable(suffix)}" for suffix, count in suffixes.most_common(8)]
         return ["not read: " + ", ".join(counts)]
 
 
-def list_folder(subset: Subset) -> Folder:
-    """The files of a subset. Raises DataError if its folder, or the folder of its masks, does not exist."""
+def list_folder(subset: Subset, written: Written | None = None) -> Folder:
+    """The files of a subset, without those that this job, which writes to the folders `written`, or another one wrote.
+
+    Raises DataError if its folder, or the folder of its masks, does not exist, or if a folder below cannot be read.
+    """
+    written = written or Written()
     root = Path(subset.source.path)
     if not root.is_dir():
-        raise DataError(f"image_dir {subset.source.location}: {root} is not a folder.")
+        raise DataError(f"image_dir {printable(subset.source.location)}: {printable(str(root))} is not a folder.")
+    inside = written.holds_output(os.path.realpath(root))
+    if inside:
+        raise DataError(
+            f"image_dir {printable(subset.source.location)} is where this job writes ({inside}): its own files would "
+            f"become training images. Copy the images to another folder, or choose another {inside.split('/')[0]}."
+        )
     if subset.conditioning_data_dir is None:
-        return _walk(root, leave_out=None)
-    mask_root = _resolve(root, subset.conditioning_data_dir)
+        folder = _walk(root, leave_out=None, written=written)
+        _leave_out_companions(folder)
+        return folder
+    mask_root = resolve(root, subset.conditioning_data_dir)
     if not mask_root.is_dir():
-        raise DataError(f"conditioning_data_dir {subset.conditioning_data_dir} is not a folder.")
-    folder = _walk(root, leave_out=mask_root)
+        raise DataError(f"conditioning_data_dir {printable(subset.conditioning_data_dir)} is not a folder.")
+    same = os.path.realpath(mask_root) == os.path.realpath(root)
+    folder = _walk(root, leave_out=None if same else mask_root, written=written)
+    if same:
+        masks = _leave_out_companions(folder, keep="mask")
+    else:
+        _leave_out_companions(folder)
+        masks = _walk(mask_root, leave_out=None, written=written).images
     folder.masks = {}
-    for name in _walk(mask_root, leave_out=None).images:
-        folder.masks[without_suffix(name)] = mask_root / name
+    for position in range(2):  # a mask of exactly the image's name wins
+        for name in masks:
+            for mask_stem in leftovers.mask_stems(name)[position : position + 1]:
+                folder.masks.setdefault(mask_stem, mask_root / name)
     return folder
 
 
 def without_suffix(name: str) -> str:
     """`a/b.jpg` → `a/b`."""
-    return str(PurePosixPath(name).with_suffix(""))
+    return leftovers.stem(name)
 
 
-def find_captions(folder: Folder, subset: Subset) -> tuple[dict[str, Caption], list[str]]:
-    """Captions by the image's name, and notes. Metadata files win over sidecar files, these over class_tokens.
-
-    Raises DataError for a metadata file that is missing or cannot be read.
-    """
-    captions: dict[str, Caption] = {}
-    if subset.class_tokens:
-        captions = dict.fromkeys(folder.images, Caption(subset.class_tokens, "class_tokens"))
-    read: set[str] = set()
-    others = set(folder.others)
-    for name in folder.images:
-        for sidecar in caption_files.sidecar_names(without_suffix(name), subset.caption_extension):
-            if sidecar in others:
-                captions[name] = caption_files.read_sidecar(folder.root / sidecar)
-                read.add(sidecar)
-                break
-    notes = []
-    for file, prefix in _metadata_files(folder, subset):
-        names = [name.removeprefix(prefix) for name in folder.images if name.startswith(prefix)]
-        entries = caption_files.read_metadata(file, subset)
-        if file.is_relative_to(folder.root):
-            read.add(file.relative_to(folder.root).as_posix())
-        matched, unknown = caption_files.match_names(entries, names, folder=folder.root / prefix)
-        for name, caption in matched.items():
-            captions[prefix + name] = caption
-        if unknown:
-            examples = ", ".join(unknown[:5])
-            notes.append(f"{len(unknown)} entries of {file.name} name no image in the folder: {examples}")
-    return captions, notes + folder.note_unread(read)
-
-
-def _metadata_files(folder: Folder, subset: Subset) -> list[tuple[Path, str]]:
-    """Metadata files, each with the folder (as a prefix) that its names are relative to.
-
-    The file that the subset names; without one, every file with a usual name, in any folder.
-    """
-    if subset.metadata_file is not None:
-        return [(_resolve(folder.root, subset.metadata_file), "")]
-    files = []
-    for other in folder.others:
-        name = PurePosixPath(other)
-        if name.name in caption_files.METADATA_NAMES:
-            prefix = "" if str(name.parent) == "." else f"{name.parent}/"
-            files.append((folder.root / name, prefix))
-    return files
-
-
-def _resolve(root: Path, name: str) -> Path:
+def resolve(root: Path, name: str) -> Path:
     """A path of dataset.json: relative to the images' folder if it exists there, else as written."""
     if (root / name).exists():
         return root / name
     return Path(name)
 
 
-def _walk(root: Path, *, leave_out: Path | None) -> Folder:
-    """All files below `root` but hidden ones and the copies that macOS puts in archives.
+def _leave_out_companions(folder: Folder, keep: str = "") -> list[str]:
+    """Take masks, maps, previews and samples out of the images; returns those of the kind `keep`."""
+    found = leftovers.companions(folder.images, folder.others)
+    folder.images = [name for name in folder.images if name not in found]
+    kept = []
+    for name, companion in found.items():
+        if companion.kind == keep:
+            kept.append(name)
+        else:
+            folder.left_out.append(LeftOutName(name, companion.reason, companion.kind))
+    return kept
 
-    `leave_out`: a folder, perhaps inside `root`, whose files do not count. Links to folders are not followed.
+
+# ---- walking through a folder
+
+
+def _walk(root: Path, *, leave_out: Path | None, written: Written) -> Folder:
+    """All files below `root`. Links to folders are not followed. `leave_out`: a folder whose files do not count.
+
+    Without recursion and without `Path.resolve`: folders may be nested deeper than Python's stack, and links may lead
+    round in circles. Raises DataError naming the folders that cannot be read.
     """
-    folder = Folder(root)
-    real_root = root.resolve()
-    left_out = leave_out.resolve() if leave_out is not None else None
-    for here, subfolders, names in os.walk(root, onerror=_raise_unreadable):
-        kept = []
-        for name in subfolders:
-            path = Path(here) / name
-            if name.startswith(".") or name == "__MACOSX" or path.resolve() == left_out:
-                continue
-            if path.is_symlink():
-                folder.skipped.append((path.relative_to(root).as_posix(), LINK_FOLDER))
-            else:
-                kept.append(name)
-        subfolders[:] = kept  # os.walk visits what is left in the list
-        for name in names:
-            if not name.startswith("."):
-                _add(Path(here) / name, folder, real_root=real_root)
-    folder.images.sort()
-    folder.skipped.sort()
-    folder.others.sort()
+    walker = _Walker(Folder(root), written, leave_out)
+    pending = [""]
+    while pending:
+        pending += walker.enter(pending.pop())
+    folder = walker.folder
+    if folder.unreadable:
+        lines = [f"{printable(name)}: {reason}" for name, reason in folder.unreadable[:SHOWN_FOLDERS]]
+        more = len(folder.unreadable) - len(lines)
+        lines += [f"and {more} more"] if more else []
+        raise DataError(f"Folders in {printable(str(root))} cannot be read: {'; '.join(lines)}.")
+    for names in (folder.images, folder.skipped, folder.others):
+        names.sort()
+    folder.left_out.sort(key=lambda item: item.name)
     return folder
 
 
-def _raise_unreadable(problem: OSError) -> None:
-    raise DataError(f"The folder {problem.filename} cannot be read: {problem.strerror}.") from problem
+class _Walker:
+    """Puts each name into its place in `folder`."""
+
+    def __init__(self, folder: Folder, written: Written, leave_out: Path | None) -> None:
+        self.folder = folder
+        self.written = written
+        self.own = written.identities()
+        self.root = os.path.realpath(folder.root)
+        self.masks = os.path.realpath(leave_out) if leave_out is not None else None
+
+    def enter(self, here: str) -> list[str]:
+        """Sort the names in the folder `here` (relative; "": the root); returns the folders to enter next."""
+        try:
+            with os.scandir(os.path.join(self.root, here)) as entries:  # noqa: PTH118 (a Path takes long for 1,000 parts)
+                found = sorted(entries, key=lambda entry: entry.name)
+            variable = self._variable(here)
+        except OSError as problem:
+            self.folder.unreadable.append((here or ".", problem.strerror or str(problem)))
+            return []
+        names = [entry.name for entry in found]
+        if here:
+            whole = own_output.whole_reason(PurePosixPath(here).name, names)
+            kind = "other job"
+            if variable not in (None, "OUTPUT_PATH"):  # there, images of the user may lie beside the job's
+                whole = f"the {variable} of this job"
+                kind = "own"
+            if whole:
+                self._leave_out(here, whole, kind)
+                return []
+        taken = own_output.names_written(names, variable)
+        if taken and here and variable:
+            self._leave_out(here, f"the {variable} of this job", "own")
+        elif taken and here:
+            self._leave_out(here, own_output.OTHER_JOB, "other job")
+        subfolders = []
+        for entry in found:
+            name = f"{here}/{entry.name}" if here else entry.name
+            if entry.name in taken:
+                if not here:
+                    self._leave_out(name, own_output.IN_ROOT, "own")
+            elif self._is_folder_to_enter(entry, name):
+                subfolders.append(name)
+        return subfolders
+
+    def _variable(self, here: str) -> str | None:
+        """The variable of this job that names the folder `here`."""
+        if not self.own:
+            return None
+        status = os.stat(os.path.join(self.root, here))  # noqa: PTH116, PTH118
+        return self.own.get((status.st_dev, status.st_ino))
+
+    def _is_folder_to_enter(self, entry: os.DirEntry[str], name: str) -> bool:
+        """Add what is no folder to the images, the skipped, the others or what is left out."""
+        is_folder = entry.is_dir(follow_symlinks=False)
+        if is_folder or entry.is_symlink():
+            reason = leftovers.folder_reason(entry.name)
+            if reason is None and os.path.realpath(entry.path) == self.masks:
+                reason = "the masks (conditioning_data_dir)"
+        else:
+            reason = leftovers.file_reason(entry.name)
+        if reason is not None:
+            self._leave_out(name, reason)
+        elif is_folder:
+            return True
+        elif entry.is_symlink():
+            self._add_link(entry, name)
+        else:
+            self._add(name, special_kind(entry.stat(follow_symlinks=False).st_mode))
+        return False
+
+    def _add_link(self, entry: os.DirEntry[str], name: str) -> None:
+        """A link counts as the file that it leads to, if that is inside of the folder."""
+        suffix = PurePosixPath(name).suffix
+        is_image = formats.READABLE.fullmatch(suffix) or formats.UNREADABLE.fullmatch(suffix)
+        target = os.path.realpath(entry.path)
+        try:
+            mode = Path(entry.path).stat().st_mode
+        except OSError:
+            if is_image:
+                self._skip(name, LINK_LOST)
+            else:
+                self._leave_out(name, LINK_LOST, "unreadable")
+            return
+        inside = target == self.root or target.startswith(self.root.rstrip("/") + "/")
+        if self.written.holds(target) or (stat.S_ISDIR(mode) and _is_output(target)):
+            self._leave_out(name, LINK_OUTPUT)
+        elif stat.S_ISDIR(mode):
+            self._skip(name, LINK_FOLDER)
+        elif is_image and not inside:
+            self._skip(name, LINK_OUT)  # a downloaded dataset must not reach other files of this machine
+        else:
+            self._add(name, special_kind(mode))
+
+    def _add(self, name: str, special: str | None) -> None:
+        """Add a file to the images, the skipped or the others. `special`: what it is, if it is no regular file."""
+        suffix = PurePosixPath(name).suffix
+        bad_name = name.encode("utf-8", "replace").decode("utf-8") != name  # reports and states are UTF-8
+        is_readable = formats.READABLE.fullmatch(suffix)
+        if is_readable or formats.UNREADABLE.fullmatch(suffix):
+            if bad_name:
+                self._skip(name, BAD_NAME)
+            elif special is not None:
+                self._skip(name, f"{special}, not a file")
+            elif not is_readable:
+                self._skip(name, formats.why_unreadable(suffix))
+            else:
+                self.folder.images.append(name)
+        elif formats.VIDEO.fullmatch(suffix):
+            self._leave_out(name, formats.A_VIDEO, "video")
+        elif special is not None:
+            self._leave_out(name, f"{special}, not a file", "unreadable")
+        elif bad_name:
+            self._leave_out(name, BAD_NAME, "unreadable")
+        else:
+            self.folder.others.append(name)
+
+    def _skip(self, name: str, reason: str) -> None:
+        self.folder.skipped.append((name.encode("utf-8", "replace").decode("utf-8"), reason))
+
+    def _leave_out(self, name: str, reason: str, kind: str = "") -> None:
+        self.folder.left_out.append(LeftOutName(name.encode("utf-8", "replace").decode("utf-8"), reason, kind))
 
 
-def _add(file: Path, folder: Folder, *, real_root: Path) -> None:
-    """Add `file` to the images, the skipped or the others."""
-    raw_name = file.relative_to(folder.root).as_posix()
-    name = raw_name.encode("utf-8", "replace").decode("utf-8")  # reports and states are UTF-8
-    suffix = file.suffix
-    if not (READABLE.fullmatch(suffix) or UNREADABLE.fullmatch(suffix)):
-        folder.others.append(raw_name)
-    elif file.is_symlink() and not file.resolve().is_relative_to(real_root):
-        folder.skipped.append((name, LINK_OUT))  # a downloaded dataset must not reach other files of this machine
-    elif name != raw_name:
-        folder.skipped.append((name, BAD_NAME))
-    elif UNREADABLE.fullmatch(suffix):
-        folder.skipped.append((name, f"format {suffix} is not read: save it as PNG or JPEG"))
-    else:
-        folder.images.append(name)
+def _is_output(folder: str) -> bool:
+    try:
+        return own_output.is_output([path.name for path in Path(folder).iterdir()])
+    except OSError:
+        return False

@@ -2,18 +2,52 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainer.data.buckets import Size
 from trainer.spec.errors import DataError
+from trainer.spec.plan import DataPlan
 
 # More unusable images than this share stop the job: a few damaged files are normal in a download, many mean that the
 # download failed or that the folder is the wrong one.
 MAX_UNUSABLE_SHARE = 0.10
 
+SHOWN_NAMES = 5  # of files in a message
+LONGEST_NAME = 160  # characters of a name in a message
+# Controls, surrogates and separators of lines; and marks that change the direction of what follows.
+UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
+DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+MOST_PROBLEMS = 20  # in one message
+
 WARNING = "WARNING: "  # the start of a note that the log shows as a warning
+
+
+def one_line(text: str) -> str:
+    """`text` with all escaped that would break the line, or turn its direction."""
+    letters = []
+    for letter in text:
+        if unicodedata.category(letter) in UNPRINTABLE or letter in DIRECTIONS:
+            letter = letter.encode("unicode_escape", "surrogatepass").decode("ascii")
+        letters.append(letter)
+    return "".join(letters)
+
+
+def printable(name: str) -> str:
+    """A name for a message: on one line, and without its middle where it is very long."""
+    text = one_line(name)
+    if len(text) <= LONGEST_NAME:
+        return text
+    return f"{text[: LONGEST_NAME // 3]}…{text[-LONGEST_NAME // 3 * 2 :]}"
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of the `names`, for a message."""
+    shown = ", ".join(printable(name) for name in names[:SHOWN_NAMES])
+    return shown if len(names) <= SHOWN_NAMES else f"{shown} and {len(names) - SHOWN_NAMES} more"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +65,18 @@ class ImageRecord:
     has_alpha: bool = False
     mask_file: Path | None = None  # an image that weighs the loss
     mask_sha256: str | None = None  # of that file's bytes; "alpha": the image's own alpha channel is the mask
+    # Where a convention made a subset of a folder (`folders.conventions`): the subset that the plan asks for, and what
+    # the folder's name says. `subset` is the one that the convention made.
+    part_of: int | None = None
+    convention: str | None = None
+    caption_file: str = ""  # where the caption was read: "a.txt", or "metadata.csv, row 2"
+    caption_encoding: str = ""  # of that file
 
     @property
     def key(self) -> str:
-        """Unique in a plan, the same on every machine."""
-        return f"{self.dataset}.{self.subset}/{self.name}"
+        """Unique in a plan, the same on every machine. A folder that is added moves no other image's key."""
+        subset = self.subset if self.part_of is None else self.part_of
+        return f"{self.dataset}.{subset}/{self.name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +106,18 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Scan:
-    """The result of a scan: every image is either in `images` or in `skipped`."""
+    """The result of a scan: every image is either in `images` or in `skipped`.
+
+    `data`: the plan's datasets, and at the end of each the subsets that folder conventions make. The images' numbers
+    of subsets refer to it.
+    """
 
     images: tuple[ImageRecord, ...]
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...]  # for the user, one line each
+    unused: tuple[str, ...] = ()  # files, rows and columns that nothing is taken from, by name, with the reason
+    problems: tuple[str, ...] = ()  # of captions; each refuses the dataset
+    data: DataPlan = field(default_factory=lambda: DataPlan(()))
 
     @property
     def num_found(self) -> int:
@@ -77,23 +125,50 @@ class Scan:
         return len(self.images) + len(self.skipped)
 
     def report(self, *, limit: int | None = 20) -> str:
-        """The counts, the skipped images with their reasons, and the notes.
+        """The counts, the skipped images with their reasons, the notes, and what is left out.
 
-        At most `limit` skipped images are named, then the rest are counted by reason; None: all are named.
+        At most `limit` skipped images are named, then the rest are counted by reason; None: all are named, and so are
+        all images that are used, and the files, rows and columns that are not.
         """
         used = len(self.images)
         lines = [f"Images: {self.num_found} found, {used} used, {len(self.skipped)} skipped."]
         for image in self.skipped[:limit]:
-            lines.append(f"  skipped {image.name}: {image.reason}")
+            lines.append(f"  skipped {printable(image.name)}: {image.reason}")
         if limit is not None:
             reasons = Counter(image.reason for image in self.skipped[limit:])
             for reason, count in reasons.most_common(limit):
                 lines.append(f"  skipped {count} more: {reason}")
-        return "\n".join([*lines, *self.notes]) + "\n"
+        lines += self.notes
+        if limit is None:
+            lines += self._inventory()
+        return "\n".join(one_line(line) for line in lines) + "\n"
+
+    def _inventory(self) -> list[str]:
+        """Every image with the place of its caption, and everything that is not used, by name."""
+        lines = []
+        if self.problems:
+            lines += ["", "Problems, for which the dataset is refused:", *(f"  {problem}" for problem in self.problems)]
+        if self.unused:
+            lines += ["", "Files, rows and columns that are not used:", *(f"  {name}" for name in self.unused)]
+        lines += ["", "Images:"]
+        for image in self.images:
+            source = "no caption"
+            if image.caption is not None:
+                source = f"caption from {printable(image.caption_file)}"
+            lines.append(f"  {printable(image.key)}: {image.width}x{image.height}, {source}")
+        return lines
 
     def check(self, *, strict: bool) -> None:
-        """Raises DataError if nothing is usable, if more than a tenth is not, or with `strict` if anything is not."""
+        """Raises DataError if captions cannot be read, or if there are too few usable images.
+
+        That is none, or fewer than nine tenths, or with `strict` not all.
+        """
         bad = len(self.skipped)
+        if self.problems:
+            shown = self.problems[:MOST_PROBLEMS]
+            more = len(self.problems) - len(shown)
+            lines = [*shown, f"and {more} more: see dataset-report.txt"] if more else list(shown)
+            raise DataError("The captions cannot be used as they are:\n  - " + "\n  - ".join(lines))
         if not self.images:
             raise DataError(f"No usable image in the dataset.\n{self.report()}")
         counts = f"{bad} of {self.num_found} images"

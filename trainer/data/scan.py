@@ -5,6 +5,7 @@ Nothing is dropped in silence: a `Scan` accounts for every image that was found.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import multiprocessing
 import os
@@ -14,17 +15,24 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainer.data import decode
 from trainer.data.buckets import fit
+from trainer.data.caption_files.find import find_captions
+from trainer.data.caption_files.findings import Findings
+from trainer.data.caption_files.notes import note_captions
 from trainer.data.captions import Caption
 from trainer.data.decode import UnusableImageError
-from trainer.data.folder_listing import Folder, find_captions, list_folder
-from trainer.data.records import WARNING, ImageRecord, Scan, Skipped
+from trainer.data.folder_listing import Folder, LeftOutName, list_folder
+from trainer.data.folders import leftovers
+from trainer.data.folders.conventions import Reading, derived_subset, read_folders
+from trainer.data.folders.own_output import Written
+from trainer.data.records import WARNING, ImageRecord, Scan, Skipped, printable, some
 from trainer.spec.errors import UnreachableError
 from trainer.spec.plan import DataPlan, Dataset, Subset
+from trainer.storage.read import read_regular
 
 # Bytes that decoding may add to a worker's address space: the largest image that `decode` admits takes 358 MB, and
 # conversions and codecs need some copies of it. A hostile file then fails here, and does not get the job killed.
@@ -32,6 +40,21 @@ WORKER_MEMORY_BYTES = 4 << 30
 
 TOO_SMALL = "smaller than one step of bucket_reso_steps, and bucket_no_upscale forbids enlarging it"
 NO_MASK = "no mask of the same stem in conditioning_data_dir"
+
+# A kind of `LeftOutName` → what to do if it was meant otherwise.
+ADVICE = {
+    "own": "",
+    "mask": 'To weigh the loss by masks, give the subset "conditioning_data_dir" in dataset.json ("." for masks that '
+    f"lie beside their images). {leftovers.KEEP_IT}",
+    "map": leftovers.KEEP_IT,
+    "preview": leftovers.KEEP_IT,
+    "sample": leftovers.KEEP_IT,
+    "video": "",
+    "zero": "",
+    "unreadable": "",
+    "kohya": "To train on them too, move them out of this folder.",
+    "other job": "",
+}
 
 Progress = Callable[[int, int], None]  # called with the files done and the files in all
 
@@ -43,28 +66,52 @@ def scan_checked(data: DataPlan, *, cpu_workers: int) -> Scan:
     return result
 
 
-def scan(data: DataPlan, *, cpu_workers: int, progress: Progress | None = None) -> Scan:
+def scan(data: DataPlan, *, cpu_workers: int, progress: Progress | None = None, written: Written | None = None) -> Scan:
     """Find, hash and decode all images of the plan, in `cpu_workers` processes (0: in this one).
 
-    Raises DataError for a folder or caption that cannot be read, UnreachableError if a worker is killed.
+    `written`: the folders that this job writes to, which are no sources. Raises DataError for a folder or caption that
+    cannot be read, UnreachableError if a worker is killed.
     """
     listings = []
+    datasets = []
     for d, dataset in enumerate(data.datasets):
+        subsets = list(dataset.subsets)
         for s, subset in enumerate(dataset.subsets):
-            listings.append(_Listing(d, s, dataset, subset, list_folder(subset)))
+            folder = list_folder(subset, written)
+            reading = Reading()
+            if subset.source.kind != "generated":
+                reading = read_folders(folder, _named_folder(subset))
+            listing = _Listing(d, s, dataset, subset, folder, reading)
+            for part in reading.parts:
+                derived, notes = derived_subset(subset, part, s)
+                reading.notes += notes
+                listing.parts.append((len(subsets), derived))
+                subsets.append(derived)
+            listings.append(listing)
+        datasets.append(dataclasses.replace(dataset, subsets=tuple(subsets)))
     files: dict[Path, None] = {}  # a folder may serve several datasets (resolutions): each file is read once
     for listing in listings:
         files.update(dict.fromkeys(listing.folder.files_to_decode()))
     examined = dict(zip(files, _examine_all(list(files), cpu_workers=cpu_workers, progress=progress), strict=True))
     images: list[ImageRecord] = []
     skipped: list[Skipped] = []
-    notes: list[str] = []
+    notes_of_all: list[str] = []
+    unused: list[str] = []
+    problems: list[str] = []
     for listing in listings:
-        part = _combine(listing, examined)
-        images += part.images
-        skipped += part.skipped
-        notes += part.notes
-    return Scan(tuple(images), tuple(skipped), tuple(notes))
+        of_subset = _combine(listing, examined)
+        images += of_subset.images
+        skipped += of_subset.skipped
+        notes_of_all += of_subset.notes
+        unused += of_subset.unused
+        problems += of_subset.problems
+    expanded = dataclasses.replace(data, datasets=tuple(datasets))
+    return Scan(tuple(images), tuple(skipped), tuple(notes_of_all), tuple(unused), tuple(problems), expanded)
+
+
+def _named_folder(subset: Subset) -> str:
+    """The folder as the user named it. Of an archive, whose one folder may be the source, the name in it."""
+    return subset.source.location if subset.source.kind == "folder" else subset.source.path
 
 
 # ---- reading images, in worker processes
@@ -83,7 +130,7 @@ class _FileInfo:
 def _examine(file: Path) -> _FileInfo | str:
     """The hash and size of an image that decodes, or the reason why it is unusable."""
     try:
-        data = file.read_bytes()
+        data = read_regular(file, limit=decode.MAX_FILE_BYTES)
         width, height, has_alpha = decode.inspect(data)
     except OSError as problem:
         return f"cannot be read: {problem.strerror}"
@@ -148,51 +195,120 @@ def _examine_all(files: Sequence[Path], *, cpu_workers: int, progress: Progress 
 
 @dataclass(frozen=True, slots=True)
 class _Listing:
-    """A subset, its place in the plan, and its files."""
+    """A subset of the plan, its place there, its files, and the subsets that the names of its folders make."""
 
     dataset: int
     subset: int
     dataset_plan: Dataset
     subset_plan: Subset
     folder: Folder
+    reading: Reading
+    parts: list[tuple[int, Subset]] = field(default_factory=list)  # number in the dataset; as in `reading.parts`
 
 
 def _combine(listing: _Listing, examined: dict[Path, _FileInfo | str]) -> Scan:
-    """Images with captions and masks, the skipped ones, and notes, of one subset."""
+    """Images with captions and masks, the skipped ones, notes, and what is left out, of one subset."""
     subset = listing.subset_plan
     folder = listing.folder
-    place = {"dataset": listing.dataset, "subset": listing.subset}
-    captions, caption_notes = find_captions(folder, subset)
-    images = []
-    skipped = [Skipped(name, reason, **place) for name, reason in folder.skipped]
+    found = find_captions(folder, subset)
     for name in folder.images:
-        file = folder.root / name
+        part = listing.reading.part_of(name)
+        words = listing.parts[part][1].class_tokens if part is not None else None
+        if words and name not in found.captions:
+            found.captions[name] = Caption(words, "class_tokens", "the name of its folder")
+    images = []
+    skipped = []
+    for name, reason in folder.skipped:
+        skipped.append(Skipped(name, reason, dataset=listing.dataset, subset=listing.subset))
+    for name in folder.images:
         mask_file = folder.mask(name)
         mask = examined[mask_file] if mask_file else None
-        usable = _check_usable(examined[file], listing, mask_file, mask)
+        usable = _check_usable(examined[folder.root / name], listing, mask_file, mask)
         if isinstance(usable, str):
-            skipped.append(Skipped(name, usable, **place))
-            continue
-        info, mask_sha256 = usable
-        caption = captions.get(name)
-        images.append(
-            ImageRecord(
-                name=name,
-                file=file,
-                sha256=info.sha256,
-                width=info.width,
-                height=info.height,
-                caption=caption.text if caption else None,
-                has_alpha=info.has_alpha,
-                mask_file=mask_file,
-                mask_sha256=mask_sha256,
-                **place,
-            )
-        )
+            skipped.append(Skipped(name, usable, dataset=listing.dataset, subset=listing.subset))
+        else:
+            images.append(_record(name, listing, found.captions.get(name), *usable))
     skipped.sort(key=lambda image: image.name)
-    title = f"{subset.source.public} ({listing.dataset}.{listing.subset})"
-    notes = [f"{title}: {note}" for note in _notes(images, captions, subset) + caption_notes]
-    return Scan(tuple(images), tuple(skipped), tuple(notes))
+    title = _title(listing, None)
+    findings = found.findings
+    notes = [f"{title}: {note}" for note in [*listing.reading.notes, *_left_out_notes(folder)]]
+    for part in (None, *range(len(listing.parts))):
+        own = [image for image in images if listing.reading.part_of(image.name) == part]
+        if own or not listing.parts:
+            plan = subset if part is None else listing.parts[part][1]
+            notes += [f"{_title(listing, part)}: {note}" for note in _part_notes(own, found.captions, plan)]
+    notes += [f"{title}: {note}" for note in [*findings.notes, *folder.note_unread(found.read)]]
+    unused = [*findings.unused, *(f"{printable(item.name)}: {item.reason}" for item in folder.left_out)]
+    return Scan(
+        tuple(images),
+        tuple(skipped),
+        tuple(notes),
+        tuple(f"{title}: {name}" for name in unused),
+        tuple(f"{title}: {problem}" for problem in findings.problems),
+    )
+
+
+def _part_notes(images: Sequence[ImageRecord], captions: dict[str, Caption], subset: Subset) -> list[str]:
+    """What is to be said of the images that share the settings of `subset`."""
+    findings = Findings()
+    own = {image.name: captions[image.name] for image in images if image.name in captions}
+    note_captions([image.name for image in images], own, subset, findings)
+    return findings.notes + _notes(images, subset)
+
+
+def _record(
+    name: str, listing: _Listing, caption: Caption | None, info: _FileInfo, mask_sha256: str | None
+) -> ImageRecord:
+    part = listing.reading.part_of(name)
+    subset = listing.subset
+    convention = None
+    if part is not None:
+        subset, plan = listing.parts[part]
+        convention = f"x{plan.num_repeats}{'-reg' if plan.is_reg else ''}"
+    return ImageRecord(
+        name=name,
+        file=listing.folder.root / name,
+        sha256=info.sha256,
+        width=info.width,
+        height=info.height,
+        dataset=listing.dataset,
+        subset=subset,
+        caption=caption.text if caption else None,
+        caption_file=caption.file if caption else "",
+        caption_encoding=caption.encoding if caption else "",
+        has_alpha=info.has_alpha,
+        mask_file=listing.folder.mask(name),
+        mask_sha256=mask_sha256,
+        part_of=listing.subset if part is not None else None,
+        convention=convention,
+    )
+
+
+def _title(listing: _Listing, part: int | None) -> str:
+    """The start of a note: where the images come from, and the numbers of dataset and subset."""
+    place = printable(listing.subset_plan.source.public)
+    number = listing.subset
+    if part is not None:
+        number = listing.parts[part][0]
+        folder = listing.reading.parts[part].folder
+        place = f"{place}/{printable(folder)}" if folder else place
+    return f"{place} ({listing.dataset}.{number})"
+
+
+def _left_out_notes(folder: Folder) -> list[str]:
+    """A line for each kind of files: a warning, if they might have been meant as training data."""
+    lines = []
+    for kind, advice in ADVICE.items():
+        groups: dict[str, list[LeftOutName]] = {}
+        for item in folder.left_out:
+            if item.kind == kind:
+                # The reasons of companions name another image each.
+                groups.setdefault("" if kind in leftovers.KINDS else item.reason, []).append(item)
+        for items in groups.values():
+            level = "" if kind == "own" else WARNING
+            names = some([item.name for item in items])
+            lines.append(f"{level}left out: {names} ({items[0].reason}). {advice}".rstrip())
+    return lines
 
 
 def _check_usable(
@@ -217,33 +333,9 @@ def _check_usable(
     return image, mask.sha256
 
 
-def _notes(images: Sequence[ImageRecord], captions: dict[str, Caption], subset: Subset) -> list[str]:
-    """The counts of a subset's images and captions, and oddities that the user may not have meant."""
-    own: list[Caption] = []  # captions of their own, not class_tokens
-    for image in images:
-        if image.name in captions and captions[image.name].origin != "class_tokens":
-            own.append(captions[image.name])
-    lines = [f"{len(images)} images, {len(own)} captions"]
-    missing = len(images) - len(own)
-    if missing:
-        substitute = "trained without caption"
-        if subset.class_tokens:
-            substitute = f"class_tokens {subset.class_tokens!r} is used"
-        lines.append(f"{missing} captions missing: {substitute}")
-    if images and not own and not subset.class_tokens and not subset.trigger_word:
-        lines.append(
-            f"{WARNING}no captions at all and no class_tokens: the model learns these images without words, and no "
-            "word will call them up. Add .txt files, or set class_tokens or TRIGGER_WORD."
-        )
-    empty = sum(not caption.text for caption in own)
-    if empty:
-        lines.append(f"{empty} captions are empty files: trained without caption")
-    legacy = sum(caption.legacy for caption in own)
-    if legacy:
-        lines.append(f"{legacy} captions are not UTF-8: read as Windows-1252 (Latin-1)")
-    several = sum("\n" in caption.text for caption in own)
-    if several and not subset.enable_wildcard:
-        lines.append(f"{several} captions have several lines: the first is used (enable_wildcard draws one)")
+def _notes(images: Sequence[ImageRecord], subset: Subset) -> list[str]:
+    """Oddities of a subset's images that the user may not have meant."""
+    lines = []
     transparent = sum(image.has_alpha for image in images)
     if transparent:
         effect = "the alpha weighs the loss" if subset.alpha_mask else "laid over white"

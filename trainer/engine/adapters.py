@@ -13,42 +13,41 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from trainer.engine.quantization.frozen_linear import FrozenLinear
 from trainer.engine.quantization.lora_linear import LoraLinear
 from trainer.spec.errors import SettingsError
+from trainer.spec.targets import is_target
 
 Blocks = Sequence[tuple[str, torch.nn.Module]]
 Fused = dict[str, tuple[str, ...]]  # name of a fused projection → the names of its parts, in the order of their rows
 
 
-def is_target(name: str, targets: Sequence[str]) -> bool:
-    """Whether the module name `name` ends with one of `targets`; only whole parts of a dotted name count."""
-    return any(f".{name}".endswith(f".{t}") for t in targets)
-
-
-def adapter_suffixes(targets: Sequence[str], fused: Fused) -> list[str]:
-    """Suffixes of the layers that get adapters: `targets`, and fused projections of which all parts are targets."""
-    suffixes = list(targets)
-    for fused_name, parts in fused.items():
-        if all(is_target(part, targets) for part in parts):
-            suffixes.append(fused_name)
-    return suffixes
-
-
 def fuse_projections(blocks: Blocks, *, fused: Fused, targets: Sequence[str]) -> None:
     """Replace projections that read the same input by one, in place, wherever all parts are among `targets`.
 
-    One large product is faster than several small ones, and its input is quantised once.
+    One large product is faster than several small ones, and its input is quantised once. A block may have some of its
+    projections joined and others not: its forward pass asks which there are.
     """
-    for _, block in blocks:
+    for prefix, block in blocks:
         for fused_name, parts in fused.items():
             parent_name, _, leaf = fused_name.rpartition(".")
             parent = block.get_submodule(parent_name)
             names = [part.rpartition(".")[2] for part in parts]
             linears = [getattr(parent, name, None) for name in names]
-            if all(linears) and all(is_target(part, targets) for part in parts):
+            if all(linears) and all(is_target(f"{prefix}.{part}", targets) for part in parts):
                 setattr(parent, leaf, _concatenated(linears))
                 for name in names:
                     delattr(parent, name)
                 # diffusers' attention reads this attribute; torch's stubs type all of a module's as Tensor or Module.
                 parent.fused_projections = True  # type: ignore[assignment]
+
+
+def gets_adapter(name: str, *, targets: Sequence[str], fused: Fused) -> bool:
+    """Whether the layer of this full name gets an adapter: it is a target, or fuses layers that all are."""
+    if is_target(name, targets):
+        return True
+    for fused_name, parts in fused.items():
+        if f".{name}".endswith(f".{fused_name}"):
+            stem = name.removesuffix(fused_name)
+            return all(is_target(f"{stem}{part}", targets) for part in parts)
+    return False
 
 
 def _concatenated(linears: list[Any]) -> torch.nn.Linear:
@@ -79,7 +78,7 @@ def add_adapters(
     `kind`: lora; rslora (arXiv:2312.03732), which scales by alpha / √rank; dora (arXiv:2402.09353). Fused projections
     get one adapter. Initialised as peft does: A random from `seed`, B zero. Raises SettingsError if no layer matches.
     """
-    names = _adapter_layers(blocks, adapter_suffixes(targets, fused))
+    names = _adapter_layers(blocks, targets=targets, fused=fused)
     if not names:
         raise SettingsError(f"PARAMS_TARGET_MODULES {','.join(targets)} matches no linear layer of the model.")
     devices = [torch.device("cuda")] if torch.cuda.is_available() else []
@@ -99,13 +98,25 @@ def add_adapters(
     return params
 
 
-def _adapter_layers(blocks: Blocks, suffixes: Sequence[str]) -> list[str]:
-    """The full names of all linear layers in `blocks` whose names end like one of `suffixes`."""
+def unmatched_targets(blocks: Blocks, targets: Sequence[str]) -> list[str]:
+    """Those of `targets` that mean no linear layer in `blocks`."""
+    unmatched = []
+    for target in targets:
+        if not _adapter_layers(blocks, targets=(target,), fused={}):
+            unmatched.append(target)
+    return unmatched
+
+
+def _adapter_layers(blocks: Blocks, *, targets: Sequence[str], fused: Fused) -> list[str]:
+    """The full names of all linear layers in `blocks` that get adapters."""
     names: list[str] = []
     for prefix, block in blocks:
         for name, layer in block.named_modules():
-            if isinstance(layer, torch.nn.Linear | FrozenLinear) and is_target(name, suffixes):
-                names.append(f"{prefix}.{name}")
+            full_name = f"{prefix}.{name}"
+            if isinstance(layer, torch.nn.Linear | FrozenLinear) and gets_adapter(
+                full_name, targets=targets, fused=fused
+            ):
+                names.append(full_name)
     return names
 
 

@@ -8,7 +8,7 @@ projections are fused and its weights quantised before the next one comes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,16 @@ def place_denoiser(
     weights' files, for messages. Raises SettingsError for weights that are no numbers.
     """
     weight_format = weight_format_for(precision, device)
+
+    def column_rank(block_name: str) -> Callable[[str], int]:
+        """The rank of the adapter that a layer of this block will get, by the layer's name in the block."""
+
+        def of_layer(name: str) -> int:
+            return rank if adapters.gets_adapter(f"{block_name}.{name}", targets=targets, fused=fused) else 0
+
+        return of_layer
+
     streamer = WeightStreamer(device) if streamed else None
-    suffixes = adapters.adapter_suffixes(targets, fused)
     outside = _modules_outside(denoiser, [*(block for _, block in blocks), *streamed])
     for module in outside:
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
@@ -82,7 +90,7 @@ def place_denoiser(
         weight_check.check_weights(((f"{name}.{own}", weight) for own, weight in block.named_parameters()), folder)
         adapters.fuse_projections([(name, block)], fused=fused, targets=targets)
         if weight_format is not None:
-            freeze(block, weight_format, lambda name: rank if adapters.is_target(name, suffixes) else 0)
+            freeze(block, weight_format, column_rank(name))
             install(block, forwards or {})
         if streamer:
             for region in block.modules():

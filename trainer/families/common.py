@@ -7,7 +7,8 @@ Shapes: B batch, C channels, H and W height and width (of pixels, or of latents:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -54,6 +55,19 @@ def load_vae(folder: Path, *, device: str) -> AutoencoderKL:
 
 
 # ---- text and images
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Inside, diffusers does not warn of captions that are cut: `trainer.data.caption_length` says it with names."""
+    from diffusers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def split_captions(tokens_BLD: torch.Tensor, pooled_BD: torch.Tensor) -> list[dict[str, torch.Tensor]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.families import common
 from trainer.families.published import flux as published
-from trainer.spec.family import BaseModel, ClipOutput, Facts, Footprint, LoraKeys, OriginalLayer
+from trainer.spec.family import CLIP_TOKENS, BaseModel, ClipOutput, Facts, Footprint, LoraKeys, OriginalLayer
 
 if TYPE_CHECKING:
     import torch
@@ -41,10 +41,12 @@ FOOTPRINT = Footprint(
 )
 DEV = BaseModel("black-forest-labs/FLUX.1-dev", 31.5, FOOTPRINT, gated=True, published=published.DEV)
 
+T5_TOKENS = 512
+
 FACTS = Facts(
     name="flux",
     models={
-        "flux": DEV,
+        "flux": dataclasses.replace(DEV, aliases=("flux.1", "flux1")),
         "flux-dev": DEV,
         "flux-krea": dataclasses.replace(DEV, source="black-forest-labs/FLUX.1-Krea-dev"),
         "flux-schnell": BaseModel(
@@ -96,6 +98,7 @@ FACTS = Facts(
     },
     parts={"denoiser": "transformer", "vae": "vae", "clip_l": "text_encoder", "t5": "text_encoder_2"},
     landmarks=("double_blocks.0.img_attn.qkv.weight", "single_transformer_blocks.0.proj_mlp.weight"),
+    text_readers={"tokenizer_2": ("T5", T5_TOKENS)},
     lookalikes=published.LOOKALIKES,
     prompt_steps=20,
     prompt_guidance=3.5,
@@ -123,12 +126,17 @@ def load_encoders(folder: Path, *, device: str, dtype: torch.dtype) -> FluxPipel
     )
 
 
-def encode_text(encoders: FluxPipeline, captions: list[str]) -> list[dict[str, torch.Tensor]]:
+def encode_text(
+    encoders: FluxPipeline,
+    captions: list[str],
+    *,
+    max_tokens: int = CLIP_TOKENS,  # noqa: ARG001 (CLIP gives the pooled output alone, which is that of its first tokens)
+) -> list[dict[str, torch.Tensor]]:
     """`tokens` (L, 4096) of T5 and `pooled` (768,) of CLIP-L for each caption, padded as the pipeline pads."""
     import torch
 
-    length = min(512, encoders.tokenizer_2.model_max_length)
-    with torch.no_grad():
+    length = min(T5_TOKENS, encoders.tokenizer_2.model_max_length)
+    with torch.no_grad(), common.without_warnings():
         tokens_BLD, pooled_BD, _ = encoders.encode_prompt(
             captions, captions, device=encoders.text_encoder.device, max_sequence_length=length
         )
@@ -149,7 +157,12 @@ encode_images = common.encode_images
 def load_denoiser(folder: Path, *, device: str, dtype: torch.dtype) -> FluxTransformer2DModel:
     from diffusers import FluxTransformer2DModel
 
-    return common.load_denoiser(FluxTransformer2DModel, folder / "transformer", device=device, dtype=dtype)
+    from trainer.families.fused_blocks.flux import PartlyJoinedProcessor
+
+    denoiser = common.load_denoiser(FluxTransformer2DModel, folder / "transformer", device=device, dtype=dtype)
+    for block in denoiser.transformer_blocks:
+        block.attn.set_processor(PartlyJoinedProcessor())
+    return denoiser
 
 
 def from_original(
@@ -304,6 +317,17 @@ LORA_KEYS = LoraKeys(
         OriginalLayer("final_layer.adaLN_modulation.1", ("norm_out.linear",), halves_swapped=True),
     ),
     encoders={"text_encoder": "te1", "text_encoder_2": "te3"},  # CLIP-L and T5
+    other_names=(
+        # XLabs' x-flux, without the level `processor`: 1 is the image's stream and 2 the text's.
+        OriginalLayer("double_blocks.{}.qkv_lora1", tuple(f"{_DOUBLE}.attn.to_{x}" for x in "qkv"), (1, 1, 1)),
+        OriginalLayer("double_blocks.{}.qkv_lora2", tuple(f"{_DOUBLE}.attn.add_{x}_proj" for x in "qkv"), (1, 1, 1)),
+        OriginalLayer("double_blocks.{}.proj_lora1", (f"{_DOUBLE}.attn.to_out.0",)),
+        OriginalLayer("double_blocks.{}.proj_lora2", (f"{_DOUBLE}.attn.to_add_out",)),
+        OriginalLayer("single_blocks.{}.qkv", tuple(f"{_SINGLE}.attn.to_{x}" for x in "qkv"), (1, 1, 1)),
+        OriginalLayer("single_blocks.{}.proj", (f"{_SINGLE}.proj_out",)),
+        OriginalLayer("img_in.proj", ("x_embedder",)),  # OMI
+    ),
+    one_width=True,
 )
 NORMS = {  # of queries and keys: they have weights, but never adapters
     "double_blocks.{}.img_attn.norm.query_norm": f"{_DOUBLE}.attn.norm_q",

@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.families import common
 from trainer.families.published import sd3 as published
-from trainer.spec.family import OPTIONAL, BaseModel, ClipOutput, Facts, Footprint, LoraKeys, OriginalLayer, weights
+from trainer.spec.family import (
+    CLIP_TOKENS,
+    OPTIONAL,
+    BaseModel,
+    ClipOutput,
+    Facts,
+    Footprint,
+    LoraKeys,
+    OriginalLayer,
+    weights,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +49,12 @@ FOOTPRINT = Footprint(
     hidden_size=1536,
 )
 MEDIUM_3 = BaseModel(
-    "stabilityai/stable-diffusion-3-medium-diffusers", 14.5, FOOTPRINT, gated=True, published=published.MEDIUM
+    "stabilityai/stable-diffusion-3-medium-diffusers",
+    files_gib=14.5,
+    footprint=FOOTPRINT,
+    gated=True,
+    aliases=("stable-diffusion-3-medium", "stable-diffusion-3"),
+    published=published.MEDIUM,
 )
 # Not measured: scaled from FOOTPRINT by the hidden size and the number of blocks.
 LARGE = Footprint(
@@ -121,6 +136,7 @@ FACTS = Facts(
         "t5": "text_encoder_3",
     },
     landmarks=("joint_blocks.0.x_block.attn.qkv.weight", "transformer_blocks.0.attn.add_q_proj.weight"),
+    text_readers={"tokenizer_3": ("T5", T5_TOKENS), "tokenizer": ("CLIP", CLIP_TOKENS)},
     lookalikes=published.LOOKALIKES,
     prompt_steps=28,
     prompt_guidance=1.0,
@@ -153,12 +169,17 @@ def load_encoders(folder: Path, *, device: str, dtype: torch.dtype) -> StableDif
     )
 
 
-def encode_text(encoders: StableDiffusion3Pipeline, captions: list[str]) -> list[dict[str, torch.Tensor]]:
+def encode_text(
+    encoders: StableDiffusion3Pipeline,
+    captions: list[str],
+    *,
+    max_tokens: int = CLIP_TOKENS,  # noqa: ARG001 (other trainers do not read CLIP in chunks here: T5 reads the rest)
+) -> list[dict[str, torch.Tensor]]:
     """`tokens` (77 + 256, 4096): both CLIPs side by side, padded with zeros, then T5 or zeros; `pooled` (2048,)."""
     import torch
 
     length = min(T5_TOKENS, encoders.tokenizer_3.model_max_length) if encoders.tokenizer_3 else T5_TOKENS
-    with torch.no_grad():
+    with torch.no_grad(), common.without_warnings():
         tokens_BLD, _, pooled_BD, _ = encoders.encode_prompt(
             captions,
             captions,
@@ -312,5 +333,6 @@ LORA_KEYS = LoraKeys(
         OriginalLayer("final_layer.adaLN_modulation.1", ("norm_out.linear",), halves_swapped=True),
     ),
     encoders={"text_encoder": "te1", "text_encoder_2": "te2", "text_encoder_3": "te3"},  # CLIP-L, CLIP-G, T5
+    one_width=True,
     file_formats=("kohya", "peft"),  # every tool but diffusers reads kohya's keys, and few others read diffusers'
 )

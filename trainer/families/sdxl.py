@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.families import common
 from trainer.families.published import sdxl as published
-from trainer.spec.family import BaseModel, ClipOutput, Facts, Footprint, LoraKeys, OriginalLayer, weights
+from trainer.spec.family import CLIP_TOKENS, BaseModel, ClipOutput, Facts, Footprint, LoraKeys, OriginalLayer, weights
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,19 @@ FOOTPRINT = Footprint(
     capture_gib=0.6,
     unfused_factor=1.5,
 )
-BASE = BaseModel("stabilityai/stable-diffusion-xl-base-1.0", 12.9, FOOTPRINT, published=published.BASE)
+BASE = BaseModel(
+    "stabilityai/stable-diffusion-xl-base-1.0",
+    files_gib=12.9,
+    footprint=FOOTPRINT,
+    published=published.BASE,
+    aliases=(
+        "sdxl 1.0",
+        "sd_xl_base_1.0",
+        "stable-diffusion-xl",
+        "stable-diffusion-xl-base",
+        "stable-diffusion-xl-1.0",
+    ),
+)
 
 FACTS = Facts(
     name="sdxl",
@@ -80,6 +92,8 @@ FACTS = Facts(
     fused_targets={},  # every tool keeps q, k and v apart in this family's files
     parts={"denoiser": "unet", "vae": "vae", "clip_l": "text_encoder", "clip_g": "text_encoder_2"},
     landmarks=("input_blocks.0.0.weight", "down_blocks.0.resnets.0.conv1.weight"),
+    text_readers={"tokenizer": ("CLIP", CLIP_TOKENS)},
+    max_token_lengths=(CLIP_TOKENS, 150, 225),
     lookalikes=published.LOOKALIKES,
     prompt_steps=30,
     prompt_guidance=1.0,
@@ -107,11 +121,23 @@ def load_encoders(folder: Path, *, device: str, dtype: torch.dtype) -> StableDif
     )
 
 
-def encode_text(encoders: StableDiffusionXLPipeline, captions: list[str]) -> list[dict[str, torch.Tensor]]:
-    """`tokens` (77, 2048): the last but one hidden states of both encoders side by side; `pooled` (1280,) of CLIP-G."""
+def encode_text(
+    encoders: StableDiffusionXLPipeline, captions: list[str], *, max_tokens: int = CLIP_TOKENS
+) -> list[dict[str, torch.Tensor]]:
+    """`tokens` (77, 2048): the last but one hidden states of both encoders side by side; `pooled` (1280,) of CLIP-G.
+
+    With `max_tokens` of 150 or 225, the tokens are 152 or 227 (`trainer.engine.encoders`).
+    """
     import torch
 
-    with torch.no_grad():
+    if max_tokens != CLIP_TOKENS:
+        from trainer.engine.encoders import clip_output
+
+        with torch.no_grad():
+            clip_l = clip_output(encoders.text_encoder, encoders.tokenizer, captions, max_tokens=max_tokens)
+            clip_g = clip_output(encoders.text_encoder_2, encoders.tokenizer_2, captions, max_tokens=max_tokens)
+        return common.split_captions(torch.cat([clip_l.tokens_BLD, clip_g.tokens_BLD], dim=-1), clip_g.pooled_BD)
+    with torch.no_grad(), common.without_warnings():
         tokens_BLD, _, pooled_BD, _ = encoders.encode_prompt(
             captions, captions, device=encoders.text_encoder.device, do_classifier_free_guidance=False
         )

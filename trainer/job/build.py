@@ -9,6 +9,8 @@ LoRA files depend on it.
 from __future__ import annotations
 
 import contextlib
+import difflib
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ from typing import Any
 
 import torch
 
+from trainer.base_model import single_file
+from trainer.checkpoints.open_run import OpenRun
 from trainer.checkpoints.snapshots import Snapshots
 from trainer.engine import adapters, flat_parameters
 from trainer.engine.cuda_graphs import EagerStep, GraphStep
@@ -30,7 +34,7 @@ from trainer.job import saving
 from trainer.job.prepare import PreparedData
 from trainer.job.session import Session
 from trainer.job.watchdog import Watchdog
-from trainer.lora_files import convert, peft_bridge
+from trainer.lora_files import convert, key_names, peft_bridge
 from trainer.lora_files.weights import LoraModules
 from trainer.spec.errors import SettingsError
 from trainer.spec.family import Facts, Family, get_family
@@ -58,15 +62,15 @@ class AdaptedModels:
 
 
 def make_session(
+    opened: OpenRun,
     data: PreparedData,
     training_state: TrainingState,
-    out: Path,
     stop: StopFlag,
     *,
     watchdog: Watchdog,
     workers: Workers,
 ) -> Session:
-    """The session that trains `training_state` on `data`, into the folder `out`."""
+    """The session that trains `training_state` on `data`, as the run `opened`."""
     plan = data.plan
     family = get_family(plan.model.family)
     regions = family.regions(training_state.denoiser)
@@ -77,14 +81,27 @@ def make_session(
     return Session(
         plan,
         family,
-        out,
+        opened.home,
         stop,
         engine=engine,
         runner=make_runner(plan.engine, engine, training_state),
         objective=objective,
         training_state=training_state,
         snapshots=snapshots,
-        saver=saving.Saver(plan, family, out, stop, training_state, snapshots, data.scan, describe_run),
+        saver=saving.Saver(
+            plan,
+            family,
+            opened.out,
+            opened.home,
+            opened.record,
+            stop,
+            training_state,
+            snapshots,
+            data.scan,
+            describe_run,
+            data.total,
+            opened.plan.essence(),
+        ),
         sampler=data.sampler,
         cache=data.cache,
         total=data.total,
@@ -149,7 +166,55 @@ def build_training_state(plan: Plan, family: Family, *, model: Path, total: int)
             scale=LOSS_SCALE.get(plan.engine.dtype, 1.0),
         ),
         weight_streamer=adapted.weight_streamer,
+        untrained_norms=untrained_norms(adapted.denoiser, family) if plan.lora.kind == "dora" else {},
     )
+
+
+def untrained_norms(denoiser: Any, family: Family) -> dict[str, torch.Tensor]:
+    """The norms of the rows of each layer that has no adapter, but that LoRA files keep as one with a layer that has.
+
+    DoRA's files have one list of magnitudes for both (`TrainingState.untrained_norms`).
+    """
+    facts = family.FACTS
+    trained: set[str] = set()
+    for key in adapters.state(denoiser):
+        if key.endswith(peft_bridge.DOWN):
+            trained.update(peft_bridge.unfused_names(key.removesuffix(peft_bridge.DOWN), facts.fused_targets))
+    norms: dict[str, torch.Tensor] = {}
+    for name in sorted(trained):
+        layer = key_names.find_layer(f"{facts.lora_prefix}.{name}", facts.name)
+        if layer is None or layer.original is None:
+            continue
+        for template in layer.original.diffusers_names:
+            sibling = template.replace("{}", layer.number)
+            if sibling not in trained and sibling not in norms:
+                norms[sibling] = denoiser.get_submodule(sibling).weight.detach().float().norm(dim=1).cpu()
+    return norms
+
+
+def check_targets(plan: Plan) -> None:
+    """Raises SettingsError for a target that means no layer of the model, before anything is encoded for it.
+
+    The plan has checked the names; only the model's own files tell how many blocks of which kind it has. `plan` has
+    the path of its folder. A family's own targets are not all in each of its models.
+    """
+    family = get_family(plan.model.family)
+    if set(plan.lora.targets) == set(family.FACTS.targets):
+        return
+    folder = Path(plan.model.path)
+    part = family.FACTS.parts["denoiser"]
+    library, class_name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))[part]
+    denoiser = single_file.empty_model(library, class_name, folder / part)
+    unmatched = adapters.unmatched_targets(family.blocks(denoiser), plan.lora.targets)
+    if unmatched:
+        names = []
+        for prefix, block in family.blocks(denoiser):
+            names += [f"{prefix}.{name}" for name, _ in block.named_modules()]
+        near = difflib.get_close_matches(unmatched[0], names, n=3)
+        raise SettingsError(
+            f"PARAMS_TARGET_MODULES: {', '.join(unmatched)} means no layer of BASE_MODEL={plan.model.base}"
+            f"{'; near it are ' if near else ''}{', '.join(near)}. Fix: correct it, or leave it out."
+        )
 
 
 def load_adapted_models(plan: Plan, family: Family, model: Path) -> AdaptedModels:
@@ -173,6 +238,7 @@ def load_adapted_models(plan: Plan, family: Family, model: Path) -> AdaptedModel
         family=family,
         device=plan.engine.device,
         dtype=torch_dtype(plan.engine),
+        max_tokens=plan.train.max_token_length,
     )
     for component, encoder in texts.models.items():
         blocks = text_encoders.blocks(encoder)

@@ -21,8 +21,8 @@ from trainer.engine.encoders import load_text_encoders, load_vae
 from trainer.engine.load import load_denoiser
 from trainer.job import prepare
 from trainer.job.status import Status
-from trainer.spec.family import Family, base_models, get_family
-from trainer.spec.plan import Dataset, EnginePlan, Plan, Prompt, Source
+from trainer.spec.family import CLIP_TOKENS, base_models, get_family
+from trainer.spec.plan import Dataset, Plan, Prompt, Source
 from trainer.storage import atomic, digests
 from trainer.training.objective import scheduler_changes
 
@@ -37,11 +37,16 @@ class ClassImages:
     prompt: Prompt
     count: int
 
-    def folder(self, cache: Path, model: Path, *, precision: str, scheduler: dict[str, Any]) -> Path:
+    def folder(
+        self, cache: Path, model: Path, *, precision: str, scheduler: dict[str, Any], max_tokens: int = CLIP_TOKENS
+    ) -> Path:
         """Where they are: by the prompt, the number, the model's weights and the format that these are computed in."""
         parts = sorted(path for path in model.iterdir() if path.is_dir())
         weights = [(path.name, digests.weights_digest(path)) for path in parts]
-        key = digests.digest([VERSION, asdict(self.prompt), self.count, precision, scheduler, *weights])
+        content = [VERSION, asdict(self.prompt), self.count, precision, scheduler, *weights]
+        if max_tokens != CLIP_TOKENS:
+            content.append(f"{max_tokens} tokens")
+        key = digests.digest(content)
         return cache / "class-pictures" / key[:32]
 
     def missing(self, folder: Path) -> list[tuple[Path, Prompt]]:
@@ -70,27 +75,28 @@ def draw_class_images(plan: Plan, *, status: Status, check_in: Callable[[], None
         width, height = (max(facts.multiple, side // facts.multiple * facts.multiple) for side in dataset.resolution)
         prompt = Prompt(text=source.location, width=width, height=height, seed=plan.train.seed, **defaults)
         images = ClassImages(prompt, source.count)
-        folder = images.folder(Path(plan.output.cache), model, precision=plan.engine.precision, scheduler=scheduler)
+        folder = images.folder(
+            Path(plan.output.cache),
+            model,
+            precision=plan.engine.precision,
+            scheduler=scheduler,
+            max_tokens=plan.train.max_token_length,
+        )
         wanted.append((images, folder))
         return dataclasses.replace(source, path=str(folder))
 
     with_folders = plan.map_sources(with_folder)
     if wanted:
         status.phase("drawing class pictures")
-        _fill(wanted, family=family, model=model, engine=plan.engine, scheduler=scheduler, check_in=check_in)
+        _fill(wanted, plan, model=model, check_in=check_in)
     return with_folders
 
 
-def _fill(
-    wanted: Sequence[tuple[ClassImages, Path]],
-    *,
-    family: Family,
-    model: Path,
-    engine: EnginePlan,
-    scheduler: dict[str, Any],
-    check_in: Callable[[], None],
-) -> None:
+def _fill(wanted: Sequence[tuple[ClassImages, Path]], plan: Plan, *, model: Path, check_in: Callable[[], None]) -> None:
     """Draw what is missing of each. The model is loaded only if something is, and released at the end."""
+    family = get_family(plan.model.family)
+    engine = plan.engine
+    scheduler = scheduler_changes(plan.train)
     missing: list[tuple[Path, Prompt]] = []
     for images, folder in wanted:
         missing += images.missing(folder)
@@ -100,7 +106,7 @@ def _fill(
     started = time.monotonic()
     texts = list(dict.fromkeys(prepare.prompt_texts([prompt for _, prompt in missing])))
     encoders = load_text_encoders(family, model, engine)
-    encoded = dict(zip(texts, family.encode_text(encoders, texts), strict=True))
+    encoded = dict(zip(texts, family.encode_text(encoders, texts, max_tokens=plan.train.max_token_length), strict=True))
     del encoders
     release()
     denoiser, weight_streamer = load_denoiser(family, model, engine, fused={}, targets=())

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from trainer.job.status import Status, clock
-from trainer.storage import atomic
+from trainer.storage import atomic, json_files
 from trainer.training.loop import Step
 
 log = logging.getLogger(__name__)
@@ -120,16 +120,24 @@ def _columns() -> int:
 
 
 def _truncated(path: Path, step: int) -> Path:
-    """Drop lines after `step`, which the resumed run writes again, and a half-written last one."""
+    """Drop lines after `step`, which the resumed run writes again, and a half-written last one.
+
+    A file that holds anything else is set aside first.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        json_files.set_aside(path, "is not a file that Kiln wrote")
     lines: list[str] = []
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
     kept = []
-    for line in lines:
+    foreign = 0
+    if path.exists():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(f"{line}\n")
-        except (ValueError, KeyError, TypeError):
-            continue
+        except (ValueError, KeyError, TypeError, RecursionError):
+            foreign += number < len(lines)
+    if foreign:
+        json_files.set_aside(path, f"has {foreign} lines that Kiln did not write")
     atomic.write_text(path, "".join(kept))
     return path

@@ -43,11 +43,11 @@ def sample(
     family: Family,
     training_state: TrainingState,
     cache: Cache,
-    out: Path,
+    folder: Path,
     stop: StopFlag,
     check_in: Callable[[], None],
 ) -> None:
-    """Draw those samples of `step` that are missing into `out`/sample, with the weights to use.
+    """Draw those samples of `step` that are missing into `folder`, with the weights to use.
 
     Looks for a stop, and calls `check_in`, before each image. Where memory runs out, the rest of the samples is left
     out with a warning: training is worth more than a sample.
@@ -77,7 +77,7 @@ def sample(
     try:
         with training_state.inference_weights(), torch.no_grad(), without_new_compilation():
             count = draw_all(
-                out / "sample",
+                folder,
                 plan.prompts,
                 step=step,
                 draw=partial(draw, load_vae(family, model, plan.engine)),
@@ -104,7 +104,7 @@ def draw_all(
     count = 0
     for number, prompt in enumerate(prompts):
         path = folder / f"step-{step:08d}-{number:02d}.png"
-        if path.exists():
+        if path.exists() and is_of(path, prompt):
             continue
         if stopped():
             break
@@ -117,15 +117,56 @@ def draw_all(
     return count
 
 
-def _png_info(prompt: Prompt, step: int) -> PngImagePlugin.PngInfo:
-    """The text chunk that viewers of generated images show (A1111's format), and each value in one of its own."""
-    info = PngImagePlugin.PngInfo()
+def set_aside_outdated(folder: Path, prompts: Sequence[Prompt]) -> None:
+    """Move the images of prompts that have changed since into `folder`/earlier, so that no row shows two prompts."""
+    moved = 0
+    for path in sorted(folder.glob("step-*.png")):
+        match = SAMPLE_NAME.fullmatch(path.name)
+        if match is None:
+            continue
+        number = int(match[2])
+        if number < len(prompts) and is_of(path, prompts[number]):
+            continue
+        earlier = folder / "earlier"
+        earlier.mkdir(exist_ok=True)
+        target = earlier / path.name
+        copy = 1
+        while target.exists():
+            copy += 1
+            target = earlier / f"{path.stem}-{copy}.png"
+        path.rename(target)
+        moved += 1
+    if moved:
+        log.info("prompts.txt has changed: %d images of earlier prompts are in %s.", moved, folder / "earlier")
+        if any(SAMPLE_NAME.fullmatch(path.name) for path in folder.iterdir()):
+            contact_sheet(folder, prompts)
+        else:
+            (folder / SHEET_NAME).unlink(missing_ok=True)
+
+
+def is_of(path: Path, prompt: Prompt) -> bool:
+    """Whether the image was drawn with this prompt, its seed, size and all, as its own text chunk says."""
+    try:
+        with Image.open(path) as image:
+            drawn_with = image.info.get("parameters")
+    except (OSError, ValueError, SyntaxError):  # damaged, or no image
+        return False
+    return drawn_with is not None and str(drawn_with) == _parameters(prompt)
+
+
+def _parameters(prompt: Prompt) -> str:
+    """All that decides an image besides the weights, in A1111's format, which viewers of generated images show."""
     negative = f"\nNegative prompt: {prompt.negative}" if prompt.negative else ""
-    info.add_itxt(
-        "parameters",
+    return (
         f"{prompt.text}{negative}\nSteps: {prompt.steps}, CFG scale: {prompt.cfg}, Distilled CFG Scale: "
-        f"{prompt.guidance}, Seed: {prompt.seed}, Size: {prompt.width}x{prompt.height}",
+        f"{prompt.guidance}, Seed: {prompt.seed}, Size: {prompt.width}x{prompt.height}"
     )
+
+
+def _png_info(prompt: Prompt, step: int) -> PngImagePlugin.PngInfo:
+    """A text chunk with everything, and each value in one of its own."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("parameters", _parameters(prompt))
     info.add_itxt("prompt_text", prompt.text)
     info.add_text("step", str(step))
     info.add_text("seed", str(prompt.seed))

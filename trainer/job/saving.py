@@ -7,9 +7,12 @@ its name (`Saver.export`).
 
 from __future__ import annotations
 
+import json
 import logging
+import math
+import shutil
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,30 +23,33 @@ import torch
 from trainer.checkpoints import resume, state_files
 from trainer.checkpoints.retention import CheckpointRetention
 from trainer.checkpoints.snapshots import BackgroundWriter, Snapshots
-from trainer.data.captions import tag_frequency
+from trainer.data.captions import fill_placeholders, own_trigger, tag_frequency
 from trainer.data.epochs import EpochSampler
 from trainer.data.identity import fingerprint
 from trainer.data.records import Scan
 from trainer.job.verify import verify
-from trainer.lora_files import convert, metadata, peft_bridge
+from trainer.lora_files import convert, key_names, metadata, peft_bridge
 from trainer.lora_files.metadata import DatasetSummary, SubsetSummary, TrainingRun
-from trainer.lora_files.weights import LoraModules
+from trainer.lora_files.weights import LoraModules, LoraWeights
 from trainer.lora_files.write import write_lora
 from trainer.spec.family import Family, base_models
-from trainer.spec.plan import Plan
+from trainer.spec.plan import AUTO, Plan
 from trainer.storage import atomic
+from trainer.storage.run_records import RunRecord
 from trainer.training import text_encoders
 from trainer.training.objective import Objective
 from trainer.training.state import TrainingState
 from trainer.training.stop_flag import StopFlag
 
 log = logging.getLogger(__name__)
+KEPT_STATES = 2  # where KEEP_CHECKPOINTS is auto: only the newest is resumed from, and one may be damaged
+LEAST_KEPT = 2  # LoRA files, however little room there is
 SLOW_SAVE_WARNING_S = 0.2  # of waiting for the save before, until the log warns
 
 
 @dataclass
 class Saver:
-    """Writes what a run leaves in `out`: LoRA files, states, and the final LoRA.
+    """Writes what a run leaves: LoRA files in `out`, under names that `record` lists first, and states in `home`.
 
     `describe_run`: for the LoRA's header; it is called on the background thread, since it counts all captions.
     """
@@ -51,15 +57,47 @@ class Saver:
     plan: Plan
     family: Family
     out: Path
+    home: Path
+    record: RunRecord
     stop: StopFlag
     training_state: TrainingState
     snapshots: Snapshots
     scan: Scan
     describe_run: Callable[[], TrainingRun]
+    total: int  # optimiser steps of the run
+    essence: dict[str, Any]  # of the plan as it was launched: names of folders and `auto` may have completed it since
     writer: BackgroundWriter = field(default_factory=BackgroundWriter)
 
     def __post_init__(self) -> None:
-        self.retention = CheckpointRetention(self.out, self.plan.output.name, self.plan.output.keep_checkpoints)
+        self.last_saved: int | None = None  # step of the newest state that this process wrote
+        keep = self.plan.output.keep_checkpoints
+        states, loras = (KEPT_STATES, 0) if keep == AUTO else (keep, keep)
+        self.retention = CheckpointRetention(self.out, self.home, self.record, keep_states=states, keep_loras=loras)
+
+    def saved_step(self) -> int | None:
+        return self.last_saved
+
+    def choose_kept(self, total: int) -> None:
+        """Decide how many LoRA files are kept where KEEP_CHECKPOINTS is `auto`: all, as far as there is room."""
+        every = self.plan.output.save_every
+        if self.plan.output.keep_checkpoints != AUTO or not every:
+            return
+        formats = len(self._formats())
+        lora_bytes = formats * sum(module.nbytes for module in self.lora_modules().values())
+        state_bytes = max(self.snapshots.copied_bytes - lora_bytes // formats, lora_bytes)  # a save copies both
+        there = len(self.retention.saved_steps())
+        rounds = math.ceil(total / every)
+        free = shutil.disk_usage(self.out).free - (KEPT_STATES + 1) * state_bytes - lora_bytes
+        room = there + max(0, int(free // max(lora_bytes, 1)) - 1)
+        if room >= rounds:
+            kept = f"the LoRA files of all {rounds} saves"
+        else:
+            self.retention.keep_loras = max(room, LEAST_KEPT)
+            kept = f"only the newest {self.retention.keep_loras} of {rounds} LoRA files ({atomic.free_space(self.out)})"
+        log.info(
+            "KEEP_CHECKPOINTS: auto, keeps %s, %s each, and the newest %d states, about %s each.",
+            kept, atomic.human_size(lora_bytes), KEPT_STATES, atomic.human_size(state_bytes),
+        )  # fmt: skip
 
     def save(self, step: int, epoch: int) -> None:
         """Copy the LoRA and the state of `step`, and begin to write them; training continues meanwhile.
@@ -99,6 +137,7 @@ class Saver:
                 del remaining[0]
 
         self.retention.write(write, step)
+        self.last_saved = step
         log.info(
             "Saved step %d: training paused for %.0f ms; written and read back in %.2f s in the background.",
             step, 1000 * paused_s, time.monotonic() - started,
@@ -107,15 +146,18 @@ class Saver:
     def _write_lora_files(self, step: int, epoch: int, modules: LoraModules) -> None:
         stem = f"{self.plan.output.name}-step{step:08d}"
         for path, lora_file, header in self._files(stem, modules, step, epoch):
+            self.record.own(path.name)
             write_lora(path, lora_file.tensors, header)
 
     def _write_state(self, step: int, tree: dict[str, Any]) -> None:
         about_run = {
-            "essence": self.plan.essence(),
+            "run": {"name": self.plan.output.name, "requested": self.plan.output.requested},
+            "essence": self.essence,
+            "total": self.total,
             "data": fingerprint(self.scan.images),
             "made_by": resume.made_by(self.plan.engine.attention),
         }
-        state_files.save(self.out / "state", step, {**about_run, **tree})
+        state_files.save(self.home / "state", step, {**about_run, **tree})
 
     def export(self, stem: str, *, step: int, epoch: int, output: Callable[[], torch.Tensor]) -> Path:
         """Write the LoRA in every format that this job leaves, each verified first; returns the main one's path.
@@ -123,6 +165,7 @@ class Saver:
         `output`: computes the denoiser's output for a fixed input. Raises FileMismatchError where a file does not give
         the trained model; that file stays as `….unverified`.
         """
+        stem = self._free_stem(stem)
         facts = self.family.FACTS
         models = {facts.lora_prefix: self.training_state.denoiser, **self.training_state.texts.models}
         self.snapshots.release()
@@ -133,10 +176,25 @@ class Saver:
                 unverified = path.with_name(f"{path.name}.unverified")
                 write_lora(unverified, lora_file.tensors, header)
                 error = verify(unverified, models, family_name=facts.name, fused=facts.fused_targets, output=output)
+                self.record.own(path.name)
                 unverified.rename(path)
                 atomic.flush(path.parent)
                 log.info("%s: read back, its output differs from the trained model's by %.1e.", path.name, error)
         return path
+
+    def _free_stem(self, stem: str) -> str:
+        """`stem`; or, where a file of that name has come from elsewhere since the run began, another one."""
+        found = stem
+        number = 1
+        while any((self.out / name).exists() and name not in self.record.files for name in self._final_names(found)):
+            number += 1
+            found = f"{stem}-{number}"
+        if found != stem:
+            log.warning("%s.safetensors is there, and this run did not write it: the LoRA is called %s.", stem, found)
+        return found
+
+    def _final_names(self, stem: str) -> list[str]:
+        return [f"{stem}{convert.KEY_FORMATS[key_format]}.safetensors" for key_format in self._formats()]
 
     def lora_modules(self) -> LoraModules:
         """The live adapters, by the names of the layers that they belong to."""
@@ -145,6 +203,9 @@ class Saver:
         modules = peft_bridge.from_peft_state(
             self.training_state.adapters, prefix=facts.lora_prefix, fused=facts.fused_targets, scale=scale
         )
+        for name, norms in self.training_state.untrained_norms.items():
+            module = f"{facts.lora_prefix}.{name}"
+            modules[module] = LoraWeights(norms.new_zeros(0, 1), norms.new_zeros(len(norms), 0), scale, norms)
         for component, state in self.training_state.text_adapters.items():
             modules |= text_encoders.modules(state, component, family_name=facts.name, scale=scale)
         return modules
@@ -155,27 +216,40 @@ class Saver:
         """Path, tensors and header of each file to write. The main one comes last: where it is, all are."""
         run = self.describe_run()
         dora = self.plan.lora.kind == "dora"
-        formats = self.family.LORA_KEYS.file_formats
-        # The second file is for diffusers, which knows kohya's keys at the published models' width and depth only.
-        if dora or base_models()[self.plan.model.base][1].is_miniature:
-            formats = ("kohya", "peft")
-        for key_format in reversed(formats):
+        for key_format in reversed(self._formats()):
             lora_file = convert.to_file(modules, key_format, self.family.FACTS.name)
             header = metadata.lora_metadata(run, step=step, epoch=epoch, rank=lora_file.rank, alpha=lora_file.alpha)
+            untrained = [name for name, weights in modules.items() if not weights.rank]
+            if untrained:
+                header[key_names.UNTRAINED] = json.dumps(untrained)
             if dora:
                 header["kiln_dora_read_by"] = convert.DORA_READERS[key_format]
             yield self.out / f"{stem}{convert.KEY_FORMATS[key_format]}.safetensors", lora_file, header
+
+    def _formats(self) -> Sequence[str]:
+        """The key names of the files that this job leaves."""
+        # The second file is for diffusers, which knows kohya's keys at the published models' width and depth only.
+        if self.plan.lora.kind == "dora" or base_models()[self.plan.model.base][1].is_miniature:
+            return ("kohya", "peft")
+        return self.family.LORA_KEYS.file_formats
 
 
 def describe_run(plan: Plan, family: Family, objective: Objective, *, sampler: EpochSampler, scan: Scan) -> TrainingRun:
     """The facts of this run for the header of its LoRA files."""
     datasets: list[DatasetSummary] = []
     names: list[str] = []
+    triggers: dict[str, None] = {}  # those of all subsets, in order
     for d, dataset in enumerate(plan.data.datasets):
         subsets = []
         for s, subset in enumerate(dataset.subsets):
-            names.append(_unused(Path(subset.source.public).name, names))
-            captions = [image.caption for image in scan.images if (image.dataset, image.subset) == (d, s)]
+            captions = []
+            for image in scan.images:
+                if (image.dataset, image.subset) == (d, s):
+                    captions.append(fill_placeholders(image.caption, subset))
+            if not captions and any(other.part_of == s for other in dataset.subsets):
+                continue  # all of its images are in folders that their names make subsets
+            names.append(_unused(Path(subset.folder or subset.source.public).name, names))
+            triggers[own_trigger(subset)] = None
             tags = tag_frequency(captions, subset.caption_separator)
             subsets.append(SubsetSummary(names[-1], len(captions), subset.num_repeats, subset.is_reg, tags))
         buckets = {size: count for (owner, size), count in sampler.buckets.items() if owner == d}
@@ -187,6 +261,9 @@ def describe_run(plan: Plan, family: Family, objective: Objective, *, sampler: E
         base_version=family.FACTS.base_version,
         architecture=family.FACTS.architecture,
         lora_type=plan.lora.kind,
+        rank=plan.lora.rank,
+        split_qkv=plan.lora.split_qkv,
+        targets=plan.lora.targets,
         alpha=plan.lora.alpha,
         started=plan.output.started,
         optimizer=plan.optim.name,
@@ -195,8 +272,9 @@ def describe_run(plan: Plan, family: Family, objective: Objective, *, sampler: E
         schedule=plan.optim.scheduler,
         seed=plan.train.seed,
         noise_offset=plan.train.noise_offset,
+        max_token_length=plan.train.max_token_length,
         resolution=first.resolution,
-        trigger=first.subsets[0].trigger_word,
+        trigger=", ".join(word for word in triggers if word),
         objective=objective.prediction.removesuffix("_prediction"),
         datasets=tuple(datasets),
     )

@@ -52,7 +52,7 @@ class Session:
 
     plan: Plan
     family: Family
-    out: Path
+    home: Path  # of the run: samples, metrics
     stop: StopFlag
     engine: Engine
     runner: EagerStep
@@ -98,13 +98,17 @@ class Session:
             seed=self.plan.train.seed,
         )
 
-    def train(self, status: Status, *, first: int) -> None:
-        """All steps after `first`, with what is due between them; then the final LoRA.
+    def train(self, status: Status, *, first: int) -> Path | None:
+        """All steps after `first`, with what is due between them; then the final LoRA, whose path is returned.
 
         Of several processes only the first validates, saves, samples and exports; the others wait for it.
         """
         every = self.plan.output
-        metrics = Metrics(self.out, status, total_steps=self.total, first_step=first)
+        if self.workers.is_first:
+            self.saver.choose_kept(self.total)
+            sampling.set_aside_outdated(self.home / "sample", self.plan.prompts)
+        metrics = Metrics(self.home, status, total_steps=self.total, first_step=first)
+        status.saved = self.saver.saved_step
         with contextlib.closing(metrics), contextlib.closing(self.saver.writer):
             if every.sample_every and first % every.sample_every == 0:
                 self.on_first(partial(self.sample, first, status=status, metrics=metrics))
@@ -129,15 +133,16 @@ class Session:
                         self.save(step.number, step.epoch)
                     self.workers.disconnect()
                     self.saver.writer.join()
-                    self.stop.check()  # raises in the first process, which reports the stop
-                    return
+                    # Raises in the first process, which reports the stop.
+                    self.stop.check(f" at step {step.number}; it is saved")
+                    return None
                 self.saver.writer.check()
                 self.watchdog.step()
             self.watchdog.heartbeat()
             self.workers.disconnect()
             self.saver.writer.join()
             if not self.workers.is_first:
-                return
+                return None
             status.phase("exporting")
             final = self.export()
             if every.sample_every:
@@ -145,6 +150,7 @@ class Session:
         if self.plan.engine.device == "cuda":
             log.info("Peak of reserved GPU memory: %.2f GiB.", torch.cuda.max_memory_reserved() / 2**30)
         log.info("Done: %s", final)
+        return final
 
     def steps(self, first: int) -> Iterator[loop.Step]:
         """The optimiser steps after `first`, as an iterator that does them."""
@@ -219,7 +225,7 @@ class Session:
                 family=self.family,
                 training_state=self.training_state,
                 cache=self.cache,
-                out=self.out,
+                folder=self.home / "sample",
                 stop=self.stop,
                 check_in=self.watchdog.heartbeat,
             )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer import __version__
+from trainer.spec.family import CLIP_TOKENS
 from trainer.spec.plan import Dataset
 
 
@@ -73,6 +74,9 @@ class TrainingRun:
     base_version: str
     architecture: str
     lora_type: str  # lora, rslora or dora
+    rank: int  # of training; layers that files keep as one may have more
+    split_qkv: bool
+    targets: tuple[str, ...]
     alpha: float  # of training; a file may have another, with the difference multiplied into lora_up
     started: int  # Unix seconds
     optimizer: str
@@ -81,6 +85,7 @@ class TrainingRun:
     schedule: str
     seed: int
     noise_offset: float
+    max_token_length: int
     resolution: tuple[int, int]
     trigger: str | None
     objective: str
@@ -108,6 +113,9 @@ def lora_metadata(run: TrainingRun, *, step: int, epoch: int, rank: int, alpha: 
         "ss_network_alpha": alpha,
         "kiln_alpha": run.alpha,
         "kiln_lora_type": run.lora_type,
+        "kiln_rank": run.rank,
+        "kiln_split_qkv": run.split_qkv,
+        "kiln_targets": run.targets,
         "kiln_version": __version__,
         "ss_training_started_at": float(run.started),
         "ss_bucket_info": _bucket_info(buckets),
@@ -135,6 +143,8 @@ def lora_metadata(run: TrainingRun, *, step: int, epoch: int, rank: int, alpha: 
         "modelspec.license": "",
         "modelspec.tags": "",
     }
+    if run.max_token_length != CLIP_TOKENS:  # sd-scripts has no such key, or None, where CLIP reads as usual
+        values["ss_max_token_length"] = run.max_token_length
     if run.text_encoders:
         values["ss_text_encoder_lr"] = [*run.text_encoders.values()]
     return {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in values.items()}

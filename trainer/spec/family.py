@@ -33,6 +33,7 @@ PREFIXES = {
     "clip_g": ("conditioner.embedders.1.model.", "text_encoders.clip_g.transformer."),
     "t5": ("text_encoders.t5xxl.transformer.",),
 }
+CLIP_TOKENS = 77  # that a CLIP text encoder reads at once, with those of begin and end
 OPTIONAL = "optional:"  # begins a pattern of files whose folder may be missing
 
 
@@ -71,6 +72,7 @@ class BaseModel:
     gated: bool = False  # whether the Hub asks for its licence to be accepted
     resolution: int = 1024  # pixels; default of prompts and of dataset.json
     defaults: dict[str, Any] = field(default_factory=dict)  # fields of plan.Prompt that differ from the family's
+    aliases: tuple[str, ...] = ()  # further names that people write for it; `source` is one without being listed
     published: Published | None = None  # its configs, for jobs whose weights are local files; None: a miniature
 
     @property
@@ -96,6 +98,9 @@ class Facts:
     fused_targets: dict[str, tuple[str, ...]]  # fused projection → the separate ones of diffusers' model
     parts: dict[str, str]  # key of PREFIXES → the folder of its weights in diffusers' layout
     landmarks: tuple[str, ...]  # tensors that identify a file with the denoiser alone: original name, diffusers' name
+    # Folders of tokenizers → the name of their text encoder and the tokens that it reads of a caption; the first that a
+    # model has reads the most.
+    text_readers: dict[str, tuple[str, int]]
     lookalikes: tuple[Lookalike, ...]  # other models whose files have the names of this family
     prompt_steps: int  # defaults of a prompt line: --s, --g and --l
     prompt_guidance: float
@@ -104,6 +109,7 @@ class Facts:
     # Whether regions are compiled where steps are captured in CUDA graphs: "always", "recomputed" (those that are
     # recomputed in the backward pass), or "never". docs/lab-notes.md has the measurements.
     compiles: str = "always"
+    max_token_lengths: tuple[int, ...] = (CLIP_TOKENS,)  # values of PARAMS_MAX_TOKEN_LENGTH; the first is the default
     attention_backends: bool = True  # False: it calls torch's attention, whichever backend diffusers is set to
 
 
@@ -142,6 +148,8 @@ class LoraKeys:
     layers: tuple[OriginalLayer, ...]
     encoders: dict[str, str]  # text encoder of diffusers' pipeline → its name in kohya's keys: te1, te2 or te3
     file_formats: tuple[str, ...] = ("kohya",)  # keys of convert.KEY_FORMATS: a job writes a file in each
+    other_names: tuple[OriginalLayer, ...] = ()  # further names of layers, which are read and never written
+    one_width: bool = False  # whether the shorter side of every linear layer in the blocks is Footprint.hidden_size
 
 
 class Family(Protocol):
@@ -160,8 +168,13 @@ class Family(Protocol):
         It has an attribute for each key of LORA_KEYS.encoders.
         """
 
-    def encode_text(self, encoders: Any, captions: list[str]) -> list[dict[str, torch.Tensor]]:
-        """One dictionary of tensors, without a batch axis and on the CPU, for each caption."""
+    def encode_text(
+        self, encoders: Any, captions: list[str], *, max_tokens: int = CLIP_TOKENS
+    ) -> list[dict[str, torch.Tensor]]:
+        """One dictionary of tensors, without a batch axis and on the CPU, for each caption.
+
+        `max_tokens`: one of `Facts.max_token_lengths`.
+        """
 
     def with_clip_outputs(
         self, text: dict[str, torch.Tensor], outputs: dict[str, ClipOutput]

@@ -35,6 +35,7 @@ BYTES_PER_TRAINED_NUMBER = {
     "prodigy-schedulefree": 24,
     "adamw8bit": 10,
     "lion": 12,
+    "lion8bit": 9,
 }
 BYTES_PER_TRAINED_NUMBER_WITH_TWO_MOMENTS = 16
 FLOAT32_BYTES = 4

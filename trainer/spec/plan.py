@@ -26,6 +26,7 @@ RANK_VARIABLE = "KILN_RANK"  # number of this process, from 0; absent: the only 
 TEAM_VARIABLE = "KILN_TEAM"  # folder that the processes of a job share
 ALIVE_VARIABLE = "KILN_ALIVE"  # file in which the first process keeps the deadline of its watchdog
 
+AUTO = -1  # a number that the trainer chooses once it knows the images (trainer.spec.automatic)
 VARIANTS = 8  # of an image with random crops or colours, and of a caption with random wording
 T = TypeVar("T")
 
@@ -64,6 +65,7 @@ class Source:
     location: str = field(metadata={"essence_from": "public"})
     revision: str | None = None
     split: str = "train"
+    subset: str | None = None  # configuration of a Hub dataset; None: its default
     image_column: str | None = None  # None: found by its type
     caption_column: str | None = None  # None: found by its name
     count: int = 0  # images to generate
@@ -104,6 +106,12 @@ class Subset:
     color_aug: bool = False
     random_crop: bool = False
     resize_interpolation: str | None = None  # None: area to shrink, lanczos to enlarge
+    # The user has set num_repeats: it wins over a number in a folder's name (trainer.data.folders.conventions).
+    repeats_chosen: bool = neutral(False)
+    # Of a subset that such a name makes during the scan: the number of the subset whose folder it is in, and where. No
+    # plan.json has one, and the essence leaves it out: the fingerprint of the images has what the names say.
+    part_of: int | None = neutral(None)
+    folder: str | None = neutral(None)
 
     @property
     def image_variants(self) -> int:
@@ -171,7 +179,7 @@ class OptimPlan:
 @dataclass(frozen=True)
 class TrainPlan:
     seed: int = 42
-    max_epochs: int = 5
+    max_epochs: int = 5  # or AUTO
     max_steps: int | None = None  # overrides max_epochs; optimiser steps
     gradient_accumulation: int = 1
     max_grad_norm: float = 1.0  # 0: no clipping
@@ -188,6 +196,7 @@ class TrainPlan:
     ema_decay: float = 0.0  # 0: off
     max_loss_spike: float = 10.0  # a step is skipped whose loss is this many times the largest recent one; 0: off
     max_skipped_steps: int = neutral(3)
+    max_token_length: int = 77  # tokens of a caption that CLIP text encoders read: 77, or 150 or 225 in chunks
 
 
 @dataclass(frozen=True)
@@ -218,10 +227,13 @@ class OutputPlan:
     name: str
     cache: str
     started: int = 0  # Unix seconds of the first start; goes into the LoRA's header
-    save_every: int = 100  # optimiser steps; 0: only at the end
-    sample_every: int = 200
+    save_every: int = 100  # optimiser steps; 0: only at the end; or AUTO
+    sample_every: int = 200  # 0: none; or AUTO
     validate_every: int = 0
-    keep_checkpoints: int = 3
+    keep_checkpoints: int = 3  # states and LoRA files of saves, the newest; AUTO: all LoRA files and two states
+    requested: str = ""  # OUTPUT_NAME; empty: not set. `name` may have a number besides
+    folder: str = ""  # of this run below `path`: see trainer.storage.run_records
+    resume_with_changes: bool = False  # RESUME_WITH_CHANGES
 
 
 @dataclass(frozen=True)
@@ -249,7 +261,9 @@ class Plan:
     output: OutputPlan = field(metadata={"neutral": True})
     prompts: tuple[Prompt, ...] = field(default=(), metadata={"neutral": True})
     reasons: tuple[str, ...] = neutral(())  # why each `auto` became what it is
+    automatic: tuple[str, ...] = neutral(())  # variables that the hardware decides, since they are `auto`
     warnings: tuple[str, ...] = neutral(())  # what the job does, but probably nobody wants
+    given: tuple[str, ...] = neutral(())  # the variables that the user has set
     version: int = VERSION
 
     def to_json(self) -> str:
@@ -276,7 +290,12 @@ class Plan:
     def essence(self) -> dict[str, Any]:
         """`section.field` → value, for every field that decides which weights come out. JSON values only."""
         flat: dict[str, Any] = {}
-        _flatten(self, "", into=flat)
+        datasets = []
+        for dataset in self.data.datasets:
+            asked = tuple(subset for subset in dataset.subsets if subset.part_of is None)
+            datasets.append(dataclasses.replace(dataset, subsets=asked))
+        data = dataclasses.replace(self.data, datasets=tuple(datasets))
+        _flatten(dataclasses.replace(self, data=data), "", into=flat)
         return flat
 
 

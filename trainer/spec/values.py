@@ -73,7 +73,11 @@ def inside(number: float, low: float | None, high: float | None, *, above: float
 
 def show(value: Any) -> str:
     """A value for a message: quoted, at most 80 characters, and without an access token."""
-    text = _TOKEN.sub("hf_***", repr(value))
+    return shorten(_TOKEN.sub("hf_***", repr(value)))
+
+
+def shorten(text: str) -> str:
+    """`text` for a message: at most 80 characters."""
     if len(text) <= _SHOWN_CHARACTERS:
         return text
     return f"{text[: _SHOWN_CHARACTERS - 1]}…"

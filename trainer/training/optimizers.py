@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from trainer.spec.optimizers import OPTIMIZERS
+from trainer.spec.resume_rules import FREE_ARGUMENTS
 
 
 def make_optimizer(
@@ -31,7 +32,8 @@ def make_optimizer(
     optimizer_class = getattr(importlib.import_module(module), class_name)
     keywords = {}
     for key, value in args.items():
-        keywords[key] = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
+        # JSON has no tuples; and torch takes no pair of a float and a whole number, such as 0.
+        keywords[key] = tuple(float(number) for number in value) if isinstance(value, list) else value
     if spec.own_warmup:
         keywords["warmup_steps"] = warmup_steps
     # torch writes its settings into the groups, and the caller may make another optimiser of them.
@@ -81,6 +83,34 @@ def step_size(optimizer: torch.optim.Optimizer) -> float:
     """The current learning rate; for Prodigy, times its estimate `d`."""
     group = optimizer.param_groups[0]
     return float(group["lr"]) * float(group.get("d", 1.0))
+
+
+def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What the plan has set in each group of parameters, besides the parameters."""
+    kept = ("lr", "initial_lr", "weight_decay", *FREE_ARGUMENTS)
+    groups = []
+    for group in optimizer.param_groups:
+        groups.append({key: value for key, value in group.items() if key in kept})
+    return groups
+
+
+def renew(
+    optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler, settings: list[dict[str, Any]]
+) -> None:
+    """Let an optimiser and a schedule that were restored go on by `settings` and by the schedule's own course.
+
+    A state brings the settings that it was made with, and the learning rate of its own course.
+    """
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)
+    if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+        return
+    schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+    rates = []
+    for group, base, course in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group["lr"] = base * course(schedule.last_epoch)
+        rates.append(group["lr"])
+    schedule._last_lr = rates
 
 
 def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from trainer.engine import adapters
+from trainer.engine.encoders import clip_output
 from trainer.lora_files import key_names, peft_bridge, weights
-from trainer.spec.family import ClipOutput, Family
+from trainer.spec.family import CLIP_TOKENS, ClipOutput, Family
 
 # All linear layers of a CLIP block, as in sd-scripts.
 TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
@@ -30,22 +31,11 @@ class Encoder:
 
     model: Any
     tokenizer: Any
+    max_tokens: int = CLIP_TOKENS
 
     def __call__(self, captions: Sequence[str]) -> ClipOutput:
-        """Second to last hidden states (B, L, D) and pooled output (B, D), as diffusers' pipelines encode.
-
-        With a gradient where one is enabled.
-        """
-        ids_BL = self.tokenizer(
-            list(captions),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        out = self.model(ids_BL.to(self.model.device), output_hidden_states=True)
-        pooled_BD = out.pooler_output if "pooler_output" in out else out.text_embeds
-        return ClipOutput(out.hidden_states[-2], pooled_BD)
+        """Second to last hidden states (B, L, D) and pooled output (B, D), as the cached ones were encoded."""
+        return clip_output(self.model, self.tokenizer, captions, max_tokens=self.max_tokens)
 
 
 @dataclass(frozen=True)
@@ -67,7 +57,15 @@ class TextEncoders:
         return self.family.with_clip_outputs(text, encoded)
 
 
-def load(folder: Path, components: Collection[str], *, family: Family, device: str, dtype: torch.dtype) -> TextEncoders:
+def load(
+    folder: Path,
+    components: Collection[str],
+    *,
+    family: Family,
+    device: str,
+    dtype: torch.dtype,
+    max_tokens: int = CLIP_TOKENS,
+) -> TextEncoders:
     """The frozen encoders `components` of the model in `folder` (diffusers layout)."""
     from transformers import AutoTokenizer  # slow to import
 
@@ -78,7 +76,7 @@ def load(folder: Path, components: Collection[str], *, family: Family, device: s
         model_class: Any = getattr(importlib.import_module(library), name)
         model = model_class.from_pretrained(folder / component, dtype=dtype, use_safetensors=True, device_map=device)
         tokenizer = AutoTokenizer.from_pretrained(folder / component.replace("text_encoder", "tokenizer"))
-        encoders[component] = Encoder(model.requires_grad_(False).eval(), tokenizer)
+        encoders[component] = Encoder(model.requires_grad_(False).eval(), tokenizer, max_tokens)
     return TextEncoders(family, encoders)
 
 

@@ -1,10 +1,10 @@
-"""Every environment variable: a module and a frozen dataclass for each group of the README's table.
+"""Every environment variable: a module and a frozen dataclass for each group of the table in docs/variables.md.
 
 In the order of the table: `model`, `data`, `training`, `adapter`, `engine`, `output`, `finish`.
 
-Reading (`settings.read`), `--help-env` and the README's table all come from the rows here. A field has the name of its
-variable, in small letters and without PARAMS_. A row's default is text, as a user would write it; an empty default
-means "not set" (None), and `if_unset` says what the plan then chooses.
+Reading (`settings.read`), `--help-env` and the table in docs/variables.md all come from the rows here. A field has
+the name of its variable, in small letters and without PARAMS_. A row's default is text, as a user would write it; an
+empty default means "not set" (None), and `if_unset` says what the plan then chooses.
 
 How to add a variable:
 1. Add a field with its row to the section that it belongs to. The order of the fields is the order in the table.
@@ -33,7 +33,7 @@ from entrypoint.settings.variables.training import TrainingSettings
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The values of all variables, in the sections of the README's table."""
+    """The values of all variables, in the sections of the table in docs/variables.md."""
 
     model: ModelSettings
     data: DataSettings
@@ -42,9 +42,17 @@ class Settings:
     engine: EngineSettings
     output: OutputSettings
     finish: FinishSettings
+    given: frozenset[str] = frozenset()  # the variables that the user has set
+    reasons: tuple[str, ...] = ()  # what was read otherwise than it is written, for the log
+    warnings: tuple[str, ...] = ()  # what is set, but not read
 
 
-SECTIONS: dict[str, type[typing.Any]] = typing.get_type_hints(Settings)  # a field of Settings → its dataclass
+def _sections() -> dict[str, type[typing.Any]]:
+    hints = typing.get_type_hints(Settings)
+    return {name: kind for name, kind in hints.items() if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
+
+
+SECTIONS = _sections()  # a field of Settings → its dataclass
 
 
 def section_rows(section: str) -> dict[str, Row]:

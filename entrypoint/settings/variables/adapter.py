@@ -42,7 +42,7 @@ class AdapterSettings:
     target_modules: tuple[str, ...] | None = row(
         "PARAMS_TARGET_MODULES",
         "names",
-        meaning="ends of the names of the layers that get adapters, with commas between",
+        meaning="ends of the names of the layers that get adapters; * in them stands for any characters but a dot",
         if_unset="the model's; or the resumed file's",
     )
     resume_from: str | None = row(
@@ -50,4 +50,11 @@ class AdapterSettings:
         "text",
         meaning="a LoRA file to start from (weights only), or a state folder (everything)",
         if_unset="an interrupted run in OUTPUT_PATH resumes automatically",
+    )
+    resume_with_changes: bool = row(
+        "RESUME_WITH_CHANGES",
+        "switch",
+        default="false",
+        meaning="true: the last run in OUTPUT_PATH goes on with other settings or images, where its state fits them; "
+        "false: they begin a new run beside it",
     )

@@ -12,6 +12,7 @@ from trainer.spec.optimizers import OPTIMIZERS, SCHEDULERS
 
 TEXT_ENCODER_LR = "learning rate of the CLIP text encoders, or CLIP-L's and CLIP-G's"
 LOSS_WEIGHTINGS = ("none", "sigma_sqrt", "cosmap")  # by noise level; Esser et al. 2024, arXiv:2403.03206
+MAX_TOKEN_LENGTHS = ("77", "150", "225")
 PREDICTION_TYPES = ("auto", "epsilon", "v_prediction")  # by diffusers' names
 
 
@@ -21,9 +22,9 @@ class TrainingSettings:
 
     max_epochs: int = row(
         "PARAMS_MAX_EPOCHS",
-        "integer",
-        default="5",
-        meaning="passes over images times repeats",
+        "auto_count",
+        default="auto",
+        meaning="passes over images times repeats; auto: 1,000 steps or more, by the number of images",
         low=1,
         high=LARGEST_COUNT,
     )
@@ -82,7 +83,7 @@ class TrainingSettings:
         meaning="restarts of cosine_with_restarts",
         low=1,
         high=LARGEST_COUNT,
-        if_unset="a third of the epochs",
+        if_unset="a third of PARAMS_MAX_EPOCHS, at least 1",
     )
     gradient_accumulation: int = row(
         "PARAMS_GRADIENT_ACCUMULATION", "integer", default="1", meaning="batches to a step", low=1, high=LARGEST_COUNT
@@ -117,7 +118,7 @@ class TrainingSettings:
         "PARAMS_PREDICTION_TYPE",
         "choice",
         default="auto",
-        meaning="what the model predicts; auto: what its scheduler says; not with flow matching",
+        meaning="what the model predicts; auto: what its file or its scheduler says; not with flow matching",
         choices=lambda: PREDICTION_TYPES,
     )
     zero_terminal_snr: bool | None = row(
@@ -126,6 +127,13 @@ class TrainingSettings:
         default="auto",
         meaning="whether the last noise level has no signal left; auto: what the scheduler says; not with flow "
         "matching",
+    )
+    max_token_length: str = row(
+        "PARAMS_MAX_TOKEN_LENGTH",
+        "choice",
+        default="77",
+        meaning="tokens of a caption that CLIP reads; 150 and 225 in chunks of 75; SDXL only",
+        choices=lambda: MAX_TOKEN_LENGTHS,
     )
     min_snr_gamma: float = row(
         "PARAMS_MIN_SNR_GAMMA",

@@ -26,7 +26,7 @@ from trainer.spec.errors import SettingsError
 from trainer.spec.family import base_models, get_family, timestep_samplings
 from trainer.spec.optimizers import OPTIMIZERS, SCHEDULERS
 from trainer.spec.plan import Dataset, Plan
-from trainer.spec.resume_rules import resumes_state
+from trainer.spec.resume_rules import changes
 
 ROOT = Path(__file__).parents[3]
 MODELS = base_models()
@@ -231,6 +231,22 @@ def test_settings_override_dataset_json():
     assert (subset.num_repeats, subset.caption_dropout_rate, subset.trigger_word) == (4, 0.0, "sks")
 
 
+def test_a_subset_may_have_a_trigger_word_of_its_own_or_none():
+    three = {"resolution": 512, "subsets": [{}, {"trigger_word": "zot"}, {"trigger_word": ""}]}
+    assert [s.trigger_word for s in dataset(config={"datasets": [three]}, TRIGGER_WORD="sks").subsets] == (
+        ["sks", "zot", None]
+    )
+    assert [s.trigger_word for s in dataset(config={"datasets": [three]}).subsets] == [None, "zot", None]
+
+
+def test_columns_are_also_for_folders(tmp_path):
+    both = {"datasets": [{"resolution": 512, "subsets": [{"image_dir": str(tmp_path)}, {"caption_column": "c"}]}]}
+    asked = {"DATASET_NAME": str(tmp_path), "IMAGE_COLUMN": "img", "CAPTION_COLUMN": "text"}
+    first, second = (s.source for s in dataset(config=both, **asked).subsets)
+    assert (first.image_column, first.caption_column) == ("img", "text")
+    assert (second.kind, second.image_column, second.caption_column) == ("folder", "img", "c")
+
+
 def test_a_caption_dropout_rate_is_the_runs_and_every_subsets():
     made = plan(PARAMS_CAPTION_DROPOUT_RATE="0.2")
     assert made.train.caption_dropout_rate == made.data.datasets[0].subsets[0].caption_dropout_rate == 0.2
@@ -323,8 +339,15 @@ def test_optimizer_arguments_are_added_to_the_defaults():
         ("betas=fast", "two numbers"),
         ("decouple=1", "neither true nor false"),
         ("d_coef=True", "not a number"),
-        ("slice_p=abc", "is a word"),
-        ("slice_p=1,2", "is a list"),
+        ("slice_p=abc", "not a whole number"),
+        ("slice_p=1,2", "not a whole number"),
+        ("slice_p=0", "not a whole number, 1 to"),
+        ("d0=0", "not a number, 1e-12 to 1"),
+        ("eps=none", "not a number"),
+        ("weight_decay=0.01", "set PARAMS_WEIGHT_DECAY=0.01"),
+        ("learning_rate=1", "set PARAMS_LEARNING_RATE=1"),
+        ("amsgrad=true", "is an argument of adamw, adamw8bit"),
+        ("fsdp_in_use=true", "Kiln's own"),
     ],
 )
 def test_wrong_optimizer_arguments_are_refused(args, word):
@@ -343,7 +366,7 @@ def test_variables_of_other_optimizers_and_schedules_change_nothing_and_say_so()
         assert any(warning.startswith(f"{variable} has no effect: ") for warning in made.warnings)
 
 
-@pytest.mark.parametrize(("epochs", "asked", "cycles"), [("2", "", 1), ("9", "", 3), ("9", "5", 5)])
+@pytest.mark.parametrize(("epochs", "asked", "cycles"), [("auto", "", 1), ("2", "", 1), ("9", "", 3), ("9", "5", 5)])
 def test_cycles_are_a_third_of_the_epochs(epochs, asked, cycles):
     scheduler = "cosine_with_restarts"
     made = plan(PARAMS_LEARNING_SCHEDULER=scheduler, PARAMS_MAX_EPOCHS=epochs, PARAMS_NUM_CYCLES=asked)
@@ -435,7 +458,7 @@ def test_a_run_goes_on_where_there_is_less_memory_and_so_another_way():
     small = dataclasses.replace(LARGE_GPU, memory_gib=24.0)
     before, after = (plan(on=on, BASE_MODEL=FULL) for on in (LARGE_GPU, small))
     assert (before.engine.recompute, before.engine.compile) != (after.engine.recompute, after.engine.compile)
-    assert resumes_state(after, before.essence(), step=3, in_output=True)
+    assert changes(before.essence(), after).settings == ()
 
 
 def test_a_miniature_gains_nothing_from_8_bits():
@@ -590,6 +613,19 @@ def test_a_model_may_have_defaults_of_its_own(base):
 def test_the_trigger_word_goes_before_the_packaged_prompts_alone():
     assert all(p.text.startswith("sks, ") for p in plan(TRIGGER_WORD="sks").prompts)
     assert plan(TRIGGER_WORD="sks", prompts=["a cat"]).prompts[0].text == "a cat"
+
+
+def test_a_prompt_has_the_trigger_word_where_it_wants_it():
+    prompts = ["[trigger] on a bench --n [Trigger], dark"]
+    made = plan(TRIGGER_WORD="sks", prompts=prompts)
+    assert (made.prompts[0].text, made.prompts[0].negative) == ("sks on a bench", "sks, dark")
+    assert made.warnings == ()
+    subsets = [{"is_reg": True, "trigger_word": ""}, {"trigger_word": "zot"}]
+    own = {"datasets": [{"resolution": 512, "subsets": subsets}]}
+    assert plan(config=own, prompts=prompts).prompts[0].text == "zot on a bench"
+    assert all(p.text.startswith("zot, ") for p in plan(config=own).prompts)
+    (warning,) = plan(prompts=prompts).warnings
+    assert "[trigger] in it, which stays as it is" in warning
 
 
 # ---- anything at all

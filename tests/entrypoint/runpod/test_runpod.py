@@ -5,12 +5,13 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from entrypoint.fetch import http
-from entrypoint.runpod import __main__
+from entrypoint.runpod import __main__, download
 from entrypoint.runpod import api as runpod_api
 from entrypoint.runpod.api import RunPod
 from tests.support.pod import KEY, violations
@@ -88,6 +89,7 @@ def test_more_variables_than_a_pod_may_have_are_packed(server, command):
         if row.kind in ("integer", "number") and row.name not in many and row.name.startswith("PARAMS_"):
             many[row.name] = str(int(row.high))
     assert len(many) > 30
+    many["PARAMS_NETWORK_DIM"] = "16"  # the card's memory must hold the job
     padding = [x for i in range(30) for x in ("--secret", f"EXTRA_{i}=s{i}")]
     code, printed = command("deploy", *IMAGE, "--gpu", "4090", "--yes", *padding, **{**many, **JOB})
     assert code == 0, printed
@@ -173,11 +175,99 @@ def test_status_tells_how_to_fetch_the_results(server, command):
     server.add_pod("c3", "EXITED")
     code, printed = command("status")
     assert code == 0 and printed.count("\n") == 3 and "$0.69/h" in printed
-    assert "rsync -av -e 'ssh -p 34446' root@195.0.2.3:/workspace/output/ ./output/" in command("status", "a1")[1]
+    printed = command("status", "a1")[1]
+    assert re.search(r"rsync -av --partial -e 'ssh -p 34446 .*' root@195.0.2.3:/workspace/output/ output/\n", printed)
     assert "runpodctl send /workspace/output" in command("status", "b2")[1]
-    assert "start the pod again" in command("status", "c3")[1]
+    assert "It starts the pod again" in command("status", "c3")[1]
     code, printed = command("status", "d4")
     assert code == 78 and "pod not found" in printed
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """A function that makes programs of these names, all that PATH has: they note their arguments, and end as told."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+
+    def make(name, code=0):
+        (folder / name).write_text(f'#!/bin/sh\necho "$0 $*" >> {tmp_path}/ran\nexit {code}\n')
+        (folder / name).chmod(0o755)
+        return tmp_path / "ran"
+
+    return make
+
+
+def test_results_of_a_running_pod_are_copied(server, command, programs, tmp_path):
+    server.add_pod("a1", ports=["22/tcp"])
+    ran = programs("rsync")
+    code, printed = command("fetch", "a1", "--to", str(tmp_path / "here"))
+    assert code == 0, printed
+    assert "--partial" in ran.read_text() and f"root@195.0.2.3:/workspace/output/ {tmp_path}/here/" in ran.read_text()
+    assert (tmp_path / "here").is_dir()
+
+
+def test_a_stopped_pod_is_started_for_its_results(server, command, programs, tmp_path, monkeypatch):
+    server.add_pod("a1", "EXITED", ports=["22/tcp"])
+    monkeypatch.setattr(time, "sleep", lambda _: server.add_pod("a1", ports=["22/tcp"]))  # while it waits, it is ready
+    ran = programs("scp")
+    code, printed = command("fetch", "a1", "--to", str(tmp_path / "here"))
+    assert code == 0 and ("POST /v2/pods/a1/action", {"action": "start"}) in server.asked, printed
+    assert "costs money" in printed and "stop a1" in printed and "/workspace/output/." in ran.read_text()
+
+
+def test_a_copy_that_fails_can_be_tried_again(server, command, programs, tmp_path):
+    server.add_pod("a1", ports=["22/tcp"])
+    assert command("fetch", "a1", "--to", str(tmp_path / "here"))[0] == 78  # no program is installed
+    programs("rsync", code=12)
+    code, printed = command("fetch", "a1", "--to", str(tmp_path / "here"))
+    assert code == 75 and "rsync ended with 12" in printed
+
+
+def test_a_pod_without_ssh_says_what_is_missing(server, command, programs, monkeypatch):
+    server.add_pod("a1")
+    programs("rsync")
+    monkeypatch.setattr(download, "SSH_TIMEOUT_S", 0.1)
+    code, printed = command("fetch", "a1")
+    assert code == 75 and "public key" in printed
+
+
+def test_a_stopped_pod_is_started_again(server, command):
+    server.add_pod("a1", "EXITED")
+    code, printed = command("start", "a1")
+    assert code == 0 and server.pods["a1"]["status"] == "STARTING" and "logs a1" in printed
+    assert command("start", "a1")[0] == 78
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("DATASET_NAME", place) for place in ("./photos", "/home/me/photos", "~/photos", "C:\\Users\\me\\photos")),
+        *(("DATASET_NAME", place) for place in ("D:/photos", "\\\\server\\photos", "../photos.zip")),
+        ("MODEL_PATH", "/models/flux.safetensors"),
+        ("DATASET_CONFIG", '{"datasets": [{"resolution": 512, "subsets": [{"image_dir": "/home/me/photos"}]}]}'),
+        ("DATASET_CONFIG", '{"general": {"metadata_file": "./m.json"}, "datasets": []}'),
+    ],
+)
+def test_paths_of_this_machine_are_refused_whether_or_not_they_exist(server, command, name, value):
+    code, printed = command("deploy", *IMAGE, "--gpu", "4090", "--yes", **{**JOB, name: value})
+    assert code == 78 and "no pod can read it" in printed and not server.pods, printed
+
+
+def test_a_word_that_names_a_local_file_by_chance_is_no_path(server, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "zot").touch()
+    code, printed = command("deploy", *IMAGE, "--gpu", "4090", "--yes", **JOB, TRIGGER_WORD="zot")
+    assert code == 0, printed
+
+
+def test_a_job_that_the_card_cannot_hold_is_refused(server, command):
+    config = {"datasets": [{"resolution": 1024, "batch_size": 64, "subsets": [{"image_dir": "/workspace/images"}]}]}
+    job = {"BASE_MODEL": "flux", "DATASET_CONFIG": json.dumps(config)}
+    code, printed = command("deploy", *IMAGE, "--gpu", "4090", "--yes", **job)
+    assert code == 78 and "largest batch that fits" in printed and not server.pods, printed
+    code, printed = command("deploy", *IMAGE, "--gpu", "mi300x", "--yes", **job, PARAMS_BATCH_SIZE="8")
+    assert code == 0 and "Peaks predicted, in GiB of 192" in printed, printed
 
 
 def test_the_log_is_followed_over_cut_connections(server, command):
@@ -216,7 +306,7 @@ def test_the_lines_of_the_document(server, account, tmp_path):
         cwd=tmp_path, env={**environment, **account, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "step 1/1" in done.stdout and "start the pod again" in done.stdout and not server.pods
+    assert "step 1/1" in done.stdout and "It starts the pod again" in done.stdout and not server.pods
     assert len(server.templates) == 2
     (body,) = sent(server, "POST /v2/pods")
     assert body["env"]["HF_TOKEN"] == "{{ RUNPOD_SECRET_HF_TOKEN }}" and body["env"]["MAX_COST"] == "5"

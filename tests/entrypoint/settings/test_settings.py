@@ -21,6 +21,7 @@ from entrypoint.settings.row import Secret
 from entrypoint.settings.variables import NAMES, ROWS, SECTIONS, Settings, section_rows
 from trainer.spec.errors import SettingsError
 from trainer.spec.family import base_models
+from trainer.spec.plan import AUTO
 
 BASE = min(base_models())
 FROZEN = """
@@ -31,10 +32,11 @@ PARAMS_MAX_EPOCHS PARAMS_MAX_STEPS PARAMS_OPTIMIZER_TYPE PARAMS_OPTIMIZER_ARGS P
 PARAMS_TEXT_ENCODER_LR PARAMS_D_COEF
 PARAMS_WEIGHT_DECAY PARAMS_LEARNING_SCHEDULER PARAMS_WARMUP_STEPS PARAMS_NUM_CYCLES PARAMS_GRADIENT_ACCUMULATION
 PARAMS_MAX_GRAD_NORM PARAMS_SEED PARAMS_TIMESTEP_SAMPLING PARAMS_DISCRETE_FLOW_SHIFT PARAMS_LOSS_WEIGHTING
-PARAMS_PREDICTION_TYPE PARAMS_ZERO_TERMINAL_SNR PARAMS_MIN_SNR_GAMMA
+PARAMS_PREDICTION_TYPE PARAMS_ZERO_TERMINAL_SNR PARAMS_MAX_TOKEN_LENGTH PARAMS_MIN_SNR_GAMMA
 PARAMS_GUIDANCE_SCALE PARAMS_NOISE_OFFSET PARAMS_PRIOR_LOSS_WEIGHT PARAMS_EMA_DECAY
 PARAMS_MAX_SKIPPED_STEPS PARAMS_MAX_LOSS_SPIKE
 PARAMS_LORA_TYPE PARAMS_NETWORK_DIM PARAMS_NETWORK_ALPHA PARAMS_SPLIT_QKV PARAMS_TARGET_MODULES PARAMS_RESUME_FROM
+RESUME_WITH_CHANGES
 BACKEND NUM_GPUS PARAMS_PRECISION PARAMS_GRADIENT_CHECKPOINTING PARAMS_OFFLOAD PARAMS_COMPILE PARAMS_ATTENTION
 MEMORY_LIMIT_GIB PARAMS_STEP_TIMEOUT
 OUTPUT_PATH OUTPUT_NAME SAMPLE_PROMPTS PARAMS_SAMPLE_EVERY_N_STEPS PARAMS_SAVE_EVERY_N_STEPS
@@ -104,9 +106,9 @@ def test_the_defaults_of_the_existing_interface_are_kept():
     assert (settings.output.output_path, settings.model.hf_home) == (Path("/workspace/output"), Path("/workspace/hf"))
     training = settings.training
     assert (training.optimizer_type, training.weight_decay, training.learning_scheduler) == ("prodigy", 0.1, "constant")
-    assert (training.noise_offset, training.max_epochs) == (0.1, 5)
+    assert (training.noise_offset, training.max_epochs) == (0.1, AUTO)
     assert settings.adapter.network_alpha == 4.0  # the rank: see test_resume.py
-    assert (settings.output.save_every_n_steps, settings.output.sample_every_n_steps) == (100, 200)
+    assert (settings.output.save_every_n_steps, settings.output.sample_every_n_steps) == (AUTO, AUTO)
 
 
 # ---- values
@@ -236,18 +238,20 @@ def test_text_with_undecodable_bytes_is_refused():
 
 
 def test_an_unknown_parameter_is_refused_with_the_nearest_name():
-    assert "did you mean PARAMS_LEARNING_SCHEDULER?" in refusal(PARAMS_LR_SCHEDULER="cosine")
+    assert "did you mean PARAMS_LEARNING_SCHEDULER?" in refusal(PARAMS_LEARN_SCHEDULER="cosine")
 
 
 @pytest.mark.parametrize(
     ("typed", "meant"),
     [
         ("LEARNING_RAT", "PARAMS_LEARNING_RATE"),
-        ("LEARNING_RATE", "PARAMS_LEARNING_RATE"),
+        ("LERNING_RATE", "PARAMS_LEARNING_RATE"),
         ("BASE_MODELL", "BASE_MODEL"),
         ("DATASET_NAM", "DATASET_NAME"),
         ("PARAM_SEED", "PARAMS_SEED"),
-        ("params_seed", "PARAMS_SEED"),
+        ("params_sed", "PARAMS_SEED"),
+        ("BASEMODEL", "BASE_MODEL"),
+        ("PARAMSMAXSTEPS", "PARAMS_MAX_STEPS"),
         ("HF_TOKNE", "HF_TOKEN"),
     ],
 )
@@ -309,13 +313,13 @@ def test_a_variable_set_by_itself_wins():
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "{", "1", '{"A": NaN}', "{'PARAMS_SEED': 1}", '{"PARAMS_SEED": 1, "PARAMS_SEED": 2}', "[" * 99999]
+    "text", ["[]", "{", "1", '{"A": NaN}', "{'PARAMS_SEED' 1}", '{"PARAMS_SEED": 1, "PARAMS_SEED": 2}', "[" * 99999]
 )
 def test_anything_but_an_object_is_refused(text):
     assert "CONFIG_JSON is not a JSON object" in refusal(CONFIG_JSON=text)
 
 
-@pytest.mark.parametrize("name", ["PARAMS_SEEDS", "SEED", "CONFIG_JSON", "PATH", ""])
+@pytest.mark.parametrize("name", ["PARAMS_SEEDS", "SEEDY", "CONFIG_JSON", "PATH", ""])
 def test_unknown_names_in_it_are_refused(name):
     assert f"CONFIG_JSON: {name!r} is no variable" in refusal(CONFIG_JSON=json.dumps({name: 1}))
 

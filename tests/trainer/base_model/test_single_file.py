@@ -113,6 +113,35 @@ def test_a_file_marked_as_v_prediction_is_trained_with_it(tmp_path, marks, zero_
     assert own["prediction_type"] == "epsilon"  # what was linked to is as it was
 
 
+SAYS = [  # tensors, metadata, what is in the scheduler of the base model → prediction, zero terminal SNR
+    ([], {"modelspec.prediction_type": "v"}, {}, "v_prediction", False),
+    (["ztsnr"], {"modelspec.prediction_type": "v_prediction"}, {}, "v_prediction", True),
+    (["v_pred"], {"modelspec.prediction_type": "epsilon"}, {}, "v_prediction", False),
+    ([], {"modelspec.prediction_type": "epsilon"}, {"prediction_type": "v_prediction"}, "epsilon", False),
+    (["ztsnr"], {}, {}, "epsilon", False),
+    ([], {"modelspec.prediction_type": "rectified"}, {}, "epsilon", False),
+    ([], {}, {"prediction_type": "v_prediction"}, "v_prediction", False),
+]
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize(("tensors", "metadata", "scheduler", "prediction", "zero_snr"), SAYS)
+def test_a_file_is_trained_with_the_prediction_that_it_names(
+    tmp_path, tensors, metadata, scheduler, prediction, zero_snr, prefix
+):
+    """Also a file with the denoiser alone, where the marks stand beside the weights."""
+    base = tmp_path / "base"
+    shutil.copytree(miniature("sdxl"), base)
+    config = base / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | scheduler))
+    state = under(prefix, original("sdxl")) if not prefix else checkpoint("sdxl")
+    save_file(state | {name: torch.zeros(1) for name in tensors}, tmp_path / "x.safetensors", metadata)
+    asked = {"MODEL_PATH": str(tmp_path / "x.safetensors"), "MODEL_CONFIG_PATH": str(base)}
+    folder = model_folder(tmp_path, "sdxl", **asked)
+    objective = make_objective("denoising", TrainPlan(), scheduler=folder / "scheduler", device="cpu")
+    assert (objective.prediction, objective.signal_T[-1].item() == 0) == (prediction, zero_snr)
+
+
 def test_noise_levels_that_are_not_trained_are_refused(tmp_path):
     save_file(checkpoint("sdxl") | {"edm_vpred.sigma_max": torch.ones(1)}, tmp_path / "all.safetensors")
     with pytest.raises(SettingsError, match="EDM"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.miniatures import FAMILIES, folder, pipeline
+from tests.support.miniatures import FAMILIES, encoded, folder, pipeline
 from trainer.engine import adapters
 from trainer.engine.quantization.frozen_linear import freeze
 from trainer.export import export_command
@@ -55,6 +55,38 @@ def test_a_jobs_files_are_one_model_in_diffusers_and_here(name, kind, job_plan, 
     apply_loras(ours, [(convert.load(kohya, name), 1.0)], component=component)
     torch.testing.assert_close(output(name, ours), theirs, rtol=1e-4, atol=1e-4)
     assert (theirs - before).norm() > 0.01 * before.norm()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_diffusers_reads_the_magnitudes_of_text_encoders(name, job_plan, tmp_path):
+    """The encoders give in diffusers what they give here, and change with the magnitudes alone."""
+    run(job_plan(name, **QUICK, **SHAPE, PARAMS_LORA_TYPE="dora"), StopFlag())
+    kohya, peft = tmp_path / "out" / "x.safetensors", tmp_path / "out" / "x-diffusers.safetensors"
+    tensors, captions = load_file(peft), ["a red circle on a blue ground"]
+    only_magnitudes = {k: torch.zeros_like(v) if k.endswith("lora_B.weight") else v for k, v in tensors.items()}
+    longer = change(only_magnitudes, ".lora_magnitude_vector.weight", lambda v: v * 1.5)
+    save_file(longer, tmp_path / "longer.safetensors")
+    found = {}
+    for which, file in {"base": None, "trained": peft, "longer": tmp_path / "longer.safetensors"}.items():
+        pipe = pipeline(name)
+        if file:
+            pipe.load_lora_weights(file)
+        found[which] = encoded(name, pipe, captions)["pooled"]
+    ours = pipeline(name)
+    for component in get_family(name).LORA_KEYS.encoders:
+        apply_loras(getattr(ours, component), [(convert.load(kohya, name), 1.0)], component=component)
+    torch.testing.assert_close(found["trained"], encoded(name, ours, captions)["pooled"], rtol=1e-4, atol=1e-4)
+    assert (found["trained"] - found["base"]).norm() > 1e-3 * found["base"].norm()
+    assert (found["longer"] - found["base"]).norm() > 1e-2 * found["base"].norm()
+
+
+def test_the_older_names_of_magnitudes_are_still_read(trained):
+    modules = {"text_encoder.text_model.encoder.layers.0.mlp.fc1": next(iter(trained[2].values()))}
+    tensors = convert.to_file(modules, "peft", "flux").tensors
+    older = {k.replace("_vector.weight", "_vector"): v for k, v in tensors.items()}
+    assert older.keys() != tensors.keys()
+    (new,), (old,) = (convert.from_tensors(t, {}, "flux").values() for t in (tensors, older))
+    assert torch.equal(new.magnitude, old.magnitude)
 
 
 def test_the_scale_of_rslora_is_by_the_root_of_the_rank(job_plan, tmp_path):
@@ -178,8 +210,26 @@ def test_a_dora_goes_on_as_a_dora_alone(job_plan, tmp_path):
         assert torch.equal(second[name].magnitude, adapter.magnitude)
 
 
-def test_layers_that_files_have_as_one_are_trained_together_or_not(job_plan):
-    with pytest.raises(SettingsError, match=r"single_blocks.*proj_mlp|double_blocks.*to_k"):
-        job_plan("flux", PARAMS_LORA_TYPE="dora", PARAMS_TARGET_MODULES="attn.to_q")
-    plan = job_plan("flux", PARAMS_LORA_TYPE="dora", PARAMS_TARGET_MODULES="ff.net.2,ff_context.net.2")
+def test_a_part_of_a_layer_that_files_have_as_one_trains_alone(job_plan, tmp_path):
+    only = {**QUICK, **SHAPE, "PARAMS_LORA_TYPE": "dora", "PARAMS_TARGET_MODULES": "attn.to_q,proj_out"}
+    plan = job_plan("flux", **only)
     assert any("sd-scripts" in reason for reason in plan.reasons)
+    run(plan, StopFlag())
+    kohya, peft = tmp_path / "out" / "x.safetensors", tmp_path / "out" / "x-diffusers.safetensors"
+    modules = convert.load(kohya, "flux")
+    assert modules.keys() == convert.load(peft, "flux").keys()
+    assert {name.split("attn.")[-1] for name in modules if ".attn." in name and "text" not in name} == {"to_q"}
+    # The rows without a LoRA keep their own norms, so that every reader leaves them as they are.
+    base = get_family("flux").load_denoiser(folder("flux"), device="cpu", dtype=torch.float32)
+    rows = load_file(kohya)["lora_unet_double_blocks_0_img_attn_qkv.dora_scale"].flatten()
+    norms = base.transformer_blocks[0].attn.to_k.weight.norm(dim=1)
+    torch.testing.assert_close(rows[len(norms) : 2 * len(norms)], norms)
+    pipe, before = pipeline("flux"), output("flux", base)
+    pipe.load_lora_weights(peft)
+    apply_loras(base, [(modules, 1.0)], component="transformer")
+    torch.testing.assert_close(output("flux", base), output("flux", pipe.transformer), rtol=1e-4, atol=1e-4)
+    assert (output("flux", base) - before).norm() > 0.01 * before.norm()
+    more = {**only, "PARAMS_RESUME_FROM": str(kohya), "OUTPUT_PATH": str(tmp_path / "next")}
+    del more["PARAMS_TARGET_MODULES"]
+    assert job_plan("flux", **more).lora.targets == ("attn.to_q", "proj_out")
+    run(job_plan("flux", **more), StopFlag())

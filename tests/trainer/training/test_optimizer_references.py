@@ -187,6 +187,7 @@ CASES = {
     "adamw": (Adam, {}, EXACT),
     "adamw8bit": (Adam, {}, 0.03),  # moments in 8 bits
     "lion": (Lion, {}, EXACT),
+    "lion8bit": (Lion, {}, 0.03),  # a momentum in 8 bits
     "adafactor": (Adafactor, {}, EXACT),
     "adamw-schedulefree": (ScheduleFree, {}, EXACT),
     "prodigy-schedulefree": (  # keeps s in bf16

@@ -13,7 +13,11 @@ from typing import Any
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttnProcessor,
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
 
 from trainer.engine.fused_linear import can_fuse, gated_residual, gelu_linear, norm_linear
 from trainer.engine.rope import can_fuse_rope, rope_attention
@@ -65,6 +69,37 @@ def _attention(
         k = apply_rotary_emb(k, rotary, sequence_dim=1)
     attended: torch.Tensor = attention(q, k, v)
     return attended.flatten(2, 3).to(q.dtype)
+
+
+class PartlyJoinedProcessor(FluxAttnProcessor):
+    """diffusers' attention, also where only image or only text has joined projections; otherwise unchanged.
+
+    diffusers' own asks one question for both: where `to_qkv` is there, `to_added_qkv` has to be.
+    """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: Rotary = None,
+    ) -> Any:
+        has_text = attn.added_kv_proj_dim is not None
+        if (
+            encoder_hidden_states is None
+            or not has_text
+            or attention_mask is not None
+            or hasattr(attn, "to_qkv") == hasattr(attn, "to_added_qkv")
+        ):
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        image = [layer(hidden_states) for layer in _projections(attn)]
+        text = [layer(encoder_hidden_states) for layer in _text_projections(attn)]
+        sources = [(text, attn.norm_added_q, attn.norm_added_k), (image, attn.norm_q, attn.norm_k)]
+        attended = _attention(attn, sources, image_rotary_emb, recompute_rope=False)
+        attended_text, attended_image = split_tokens(attended, encoder_hidden_states.shape[1])
+        attended_image = attn.to_out[1](attn.to_out[0](attended_image.contiguous()))
+        return attended_image, attn.to_add_out(attended_text.contiguous())
 
 
 class FusedSingleBlock(FluxSingleTransformerBlock):

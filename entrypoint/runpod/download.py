@@ -1,0 +1,83 @@
+"""Copy a pod's results to this machine over SSH, with the programs that are installed here."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from entrypoint.runpod.api import RunPod
+from entrypoint.system.environment import child_environment
+from trainer.spec.errors import SettingsError, UnreachableError
+
+READY_TIMEOUT_S = 600.0  # a pod that has to load its image again takes minutes
+SSH_TIMEOUT_S = 60.0  # of a running pod: the address follows within seconds, where the owner has a public key
+# A pod gets a new host key with each start, at an address that other pods had before.
+SSH_OPTIONS = ("-o", "StrictHostKeyChecking=accept-new", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR")
+ENDED_STATUSES = ("ERROR", "TERMINATED")
+
+
+class SshHost(NamedTuple):
+    """Where a pod's SSH server listens."""
+
+    user: str
+    host: str
+    port: int
+
+
+def ssh_host(pod: Mapping[str, Any]) -> SshHost | None:
+    """The pod's direct SSH address; None where it has none (yet), or no public key of its owner."""
+    direct = (pod.get("ssh") or {}).get("direct")
+    return SshHost(direct["username"], direct["host"], direct["port"]) if direct else None
+
+
+def wait_for_ssh(api: RunPod, pod_id: str, *, timeout_s: float = READY_TIMEOUT_S) -> SshHost:
+    """The pod's SSH address, as soon as it has one. Raises UnreachableError if it gets none."""
+    deadline = time.monotonic() + timeout_s
+    running = False
+    while True:
+        pod = api.pod(pod_id)
+        host = ssh_host(pod)
+        if host is not None:
+            return host
+        if pod["status"] in ENDED_STATUSES:
+            raise SettingsError(f"{pod_id} is {pod['status']}: there is nothing to download.")
+        if pod["status"] == "RUNNING" and not running:
+            running = True
+            deadline = min(deadline, time.monotonic() + SSH_TIMEOUT_S)
+        if time.monotonic() > deadline:
+            raise UnreachableError(
+                f"{pod_id} ({pod['status']}) has no SSH address. Add your public key at "
+                "https://console.runpod.io/user/settings and start the pod again, or use runpodctl: "
+                f"`python -m entrypoint.runpod status {pod_id}` prints the commands."
+            )
+        time.sleep(api.retries.longest_wait)
+
+
+def commands(host: SshHost, folder: str, target: Path) -> list[list[str]]:
+    """The commands that copy `folder`, in order of preference. rsync continues where an earlier copy was cut off."""
+    ssh = ["ssh", "-p", str(host.port), *SSH_OPTIONS]
+    address = f"{host.user}@{host.host}:{folder}"
+    rsync = ["rsync", "-av", "--partial", "-e", " ".join(ssh), f"{address}/", f"{target}/"]
+    scp = ["scp", "-r", "-P", str(host.port), *SSH_OPTIONS, f"{address}/.", f"{target}/"]
+    return [rsync, scp]
+
+
+def copy(host: SshHost, folder: str, target: Path, *, environ: Mapping[str, str]) -> int:
+    """Copy `folder` into `target` with the first program that is installed here; returns 0.
+
+    Raises SettingsError without such a program, UnreachableError where it fails.
+    """
+    for command in commands(host, folder, target):
+        program = shutil.which(command[0])
+        if program is None:
+            continue
+        target.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run([program, *command[1:]], env=child_environment(environ), check=False)  # noqa: S603 (what the user asks for)
+        if done.returncode:
+            raise UnreachableError(f"{command[0]} ended with {done.returncode}. What was copied is kept: try again.")
+        return 0
+    raise SettingsError("Neither rsync nor scp is installed here. Install one, or use `runpodctl receive`.")

@@ -1,0 +1,146 @@
+"""Captions and prompts that a text encoder does not read to their end are named, with the place of the cut."""
+
+import logging
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from tests.support.miniatures import folder
+from trainer.data import caption_length
+from trainer.job.run import run
+from trainer.sample import sample_command
+from trainer.spec.family import family_names, get_family
+from trainer.training.stop_flag import StopFlag
+
+START = "a b c d e f g h " * 12  # 96 tokens
+QUICK = {"PARAMS_OPTIMIZER_TYPE": "adamw", "PARAMS_LEARNING_RATE": "0.01", "PARAMS_MAX_STEPS": "2"}
+
+
+def reader(family, **options):
+    return caption_length.load_reader(get_family(family).FACTS, folder(family), **options)
+
+
+@pytest.mark.parametrize(("family", "name", "limit"), [("sdxl", "CLIP", 77), ("flux", "T5", 64), ("sd3", "T5", 64)])
+def test_the_encoder_that_reads_most_counts(family, name, limit):
+    """The miniatures' T5 has a tokenizer for 64 tokens."""
+    found = reader(family)
+    assert (found.name, found.limit) == (name, limit)
+
+
+@pytest.mark.parametrize("family", family_names())
+@given(words=st.lists(st.sampled_from(["red", "a", "Ünïcode", "blue,", "😀", "  two", "x" * 30]), max_size=120))
+def test_the_cut_is_where_the_tokens_end(family, words):
+    text, found = " ".join(words), reader(family)
+    cut = found.cut(text)
+    ids = found.tokenizer(text, verbose=False).input_ids
+    assert (cut is not None) == (len(ids) > found.limit)
+    if cut is not None:
+        assert cut.tokens == len(ids) and cut.kept + cut.lost == text and cut.lost.strip()
+        kept = found.tokenizer(cut.kept, verbose=False).input_ids
+        assert abs(len(kept) - found.limit) <= 3  # a character may be several tokens, cut in its middle
+
+
+def test_captions_of_just_the_limit_are_whole():
+    found = reader("sdxl")
+    assert found.cut("a " * 75) is None and found.cut("a " * 76).tokens == 78
+    longer = reader("sdxl", max_tokens=150)
+    assert longer.cut("a " * 150) is None and longer.cut("a " * 151).tokens == 153
+
+
+@pytest.mark.parametrize(
+    ("count", "max_tokens", "fix"),
+    [(80, 77, "TOKEN_LENGTH=150, or"), (200, 77, "TOKEN_LENGTH=225, or"), (999, 77, "TOKEN_LENGTH=225, or"),
+     (200, 150, "TOKEN_LENGTH=225, or"), (999, 225, "Fix: shorten")],
+)  # fmt: skip
+def test_the_smallest_length_that_helps_is_advised(count, max_tokens, fix):
+    found = reader("sdxl", max_tokens=max_tokens)
+    cuts = caption_length.find_cuts(found, {"0.0/a.png": ["a " * count], "0.0/b.png": ["a"]})
+    lines = caption_length.describe_cuts(found, cuts, get_family("sdxl").FACTS, limit=5)
+    assert fix in lines[0] and "0.0/a.png" in lines[1] and "b.png" not in "".join(lines)
+
+
+def test_other_families_offer_no_longer_captions():
+    facts = get_family("flux").FACTS
+    cuts = caption_length.find_cuts(reader("flux"), {"0.0/a.png": ["a " * 300]})
+    assert "TOKEN_LENGTH" not in caption_length.describe_cuts(reader("flux"), cuts, facts, limit=5)[0]
+
+
+def write_captions(plan, *captions):
+    for number, caption in enumerate(captions):
+        (plan_folder(plan) / f"{number}.txt").write_text(caption)
+
+
+def plan_folder(plan):
+    from pathlib import Path
+
+    return Path(plan.data.datasets[0].subsets[0].source.path)
+
+
+@pytest.mark.parametrize("family", family_names())
+def test_a_job_names_what_is_cut_and_no_warning_of_a_library_leaks(family, job_plan, tmp_path, caplog, capfd):
+    caplog.set_level(logging.INFO)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"{START * 2} --n {START * 3}\n")
+    plan = job_plan(family, **QUICK, SAMPLE_PROMPTS=str(prompts))
+    write_captions(plan, f"{START}red wall", "a red circle")
+    run(plan, StopFlag())
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert any("1 captions are longer than the" in text for text in warnings)
+    assert any("0.0/0.png: " in text and "cut before" in text for text in warnings)
+    assert any(text.startswith("Prompt 0") for text in warnings)
+    assert any(text.startswith("Negative prompt 0") for text in warnings)
+    assert "0.0/0.png" in (tmp_path / "out" / "dataset-report.txt").read_text().partition("are longer than")[2]
+    leaked = "\n".join([*warnings, capfd.readouterr().err])
+    assert "Token indices" not in leaked and "truncated" not in leaked
+
+
+def test_chunks_reach_training_samples_and_the_file_s_header(job_plan, tmp_path):
+    """With 225 tokens two captions that differ at their ends train, are sampled, and are drawn by the command."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"{START}red --s 2 --n {START}green\n")
+    asked = {"SAMPLE_PROMPTS": str(prompts), "PARAMS_SAMPLE_EVERY_N_STEPS": "2"}
+    long = {"PARAMS_MAX_TOKEN_LENGTH": "225", "PARAMS_TEXT_ENCODER_LR": "0.01"}
+    for name, more in {"plain": {}, "long": long}.items():
+        plan = job_plan("sdxl", **QUICK, **asked, **more, OUTPUT_PATH=str(tmp_path / name))
+        write_captions(plan, f"{START}red", f"{START}blue")
+        run(plan, StopFlag())
+        assert list((tmp_path / name / "samples").glob("*.png"))
+    texts = list((tmp_path / "cache").rglob("text/*/*.safetensors"))
+    lengths = set()
+    for path in texts:
+        with safe_open(path, framework="pt") as file:
+            lengths.add(file.get_slice("tokens").get_shape()[0])
+    assert lengths == {77, 227}
+    headers = {}
+    for name in ("plain", "long"):
+        with safe_open(tmp_path / name / "x.safetensors", framework="pt") as file:
+            headers[name] = file.metadata()
+    assert headers["long"]["ss_max_token_length"] == "225" and "ss_max_token_length" not in headers["plain"]
+
+
+def test_the_sample_command_reads_the_length_from_the_lora(job_plan, tmp_path, caplog):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"{START}red --s 1 --w 64 --h 64 --n bad\n{START}blue --s 1 --w 64 --h 64 --d 42\n")
+    run(job_plan("sdxl", **QUICK, PARAMS_MAX_TOKEN_LENGTH="150"), StopFlag())
+    lora = str(tmp_path / "out" / "x.safetensors")
+    drawn = {}
+    for name, more in {"150": [], "77": ["--max-token-length", "77"]}.items():
+        out = tmp_path / name
+        asked = ["--base", "mini-sdxl", "--lora", lora, "--prompts", str(prompts), "--out", str(out), *more]
+        caplog.clear()
+        assert sample_command(asked) == 0
+        drawn[name] = [path.read_bytes() for path in sorted(out.glob("step-*.png"))]
+        assert any("Prompt 0 is longer" in r.getMessage() for r in caplog.records) is (name == "77")
+    assert drawn["150"] != drawn["77"]
+    assert sample_command([*asked[:-1], "100"]) == 78
+
+
+def test_cached_texts_of_77_tokens_keep_their_names(tmp_path):
+    from trainer.data.encode import open_cache
+
+    plain = open_cache(tmp_path, folder("sdxl"), precision="float32")
+    asked = open_cache(tmp_path, folder("sdxl"), precision="float32", max_tokens=77)
+    longer = open_cache(tmp_path, folder("sdxl"), precision="float32", max_tokens=150)
+    assert plain.text_path("a") == asked.text_path("a") != longer.text_path("a")

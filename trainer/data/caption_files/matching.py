@@ -1,0 +1,103 @@
+"""Which image a row of a metadata file names.
+
+Rows were often written on another machine, before the images were moved or converted. A name counts as that of an
+image only if no other image could be meant.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from trainer.data.caption_files.sidecars import folded
+from trainer.data.folders.formats import READABLE, UNREADABLE
+
+ELSEWHERE = re.compile(r"[A-Za-z]:/|[A-Za-z][A-Za-z0-9+.-]*://")  # a Windows drive, or a URL
+
+
+class ImageNames:
+    """The images that the rows of one metadata file may name.
+
+    `names` are relative to `folder`, which has the metadata file, with /.
+    """
+
+    def __init__(self, names: Iterable[str], *, folder: Path) -> None:
+        self._folder = folder
+        self._exact: dict[str, list[str]] = {}  # whole names, and names without suffix
+        self._loose: dict[str, list[str]] = {}  # the same, folded
+        self._last: dict[str, list[str]] = {}  # the last part of the name, likewise folded
+        for name in names:
+            for key in dict.fromkeys((name, _stem(name))):
+                self._exact.setdefault(key, []).append(name)
+                self._loose.setdefault(folded(key), []).append(name)
+                self._last.setdefault(folded(_last_part(key)), []).append(name)
+
+    def find(self, entry: str) -> list[str]:
+        """The images that `entry` names: one; all of one stem, if it has no suffix; or none.
+
+        Of a path on another machine the longest end that is an image here counts, and of a relative path also what is
+        left without the names of the folders that the file is in (`train/a.png` in `train/metadata.csv`).
+        """
+        path, anywhere = self._normal(entry)
+        images = self._look_up(path)
+        if images:
+            return images
+        parts = PurePosixPath(path).parts
+        here = [folded(part) for part in self._folder.parts]
+        for dropped in range(1, len(parts)):
+            if images:
+                break
+            is_here = here[-dropped:] == [folded(part) for part in parts[:dropped]]
+            if anywhere or is_here:
+                images = self._look_up("/".join(parts[dropped:]))
+        return images
+
+    def find_by_last_part(self, entry: str) -> list[str]:
+        """The only image in any folder with the same last part of the name, for files of which no row matches."""
+        path, _ = self._normal(entry)
+        last = _last_part(path)
+        return _only(self._last.get(folded(last))) or _only(self._last.get(folded(_stem(last))))
+
+    def _normal(self, entry: str) -> tuple[str, bool]:
+        """The entry as a relative path with /, and whether it is one of another machine."""
+        text = entry.strip().replace("\\", "/")
+        if "/" not in text:
+            return text, False
+        if elsewhere := ELSEWHERE.match(text):
+            if "://" in elsewhere.group():
+                text = re.split(r"[?#]", text)[0]
+            return str(PurePosixPath(text[elsewhere.end() :])).lstrip("/"), True
+        path = PurePosixPath(text)
+        if not path.is_absolute():
+            return str(path), False
+        for folder in (self._folder, self._folder.resolve()):
+            if path.is_relative_to(folder):
+                return str(path.relative_to(folder)), False
+        return str(path).lstrip("/"), True
+
+    def _look_up(self, path: str) -> list[str]:
+        """The images by whole name; by stem; by a name that differs in case; by one that differs in its suffix."""
+        if path in self._exact:
+            return self._exact[path]
+        stem = _stem(path)
+        return _only(self._loose.get(folded(path))) or (_only(self._loose.get(folded(stem))) if stem != path else [])
+
+
+def _stem(name: str) -> str:
+    """`a/b.png` → `a/b`; `a/b.v2`, whose end is no suffix of an image, stays."""
+    suffix = "." + name.rpartition(".")[2]
+    if READABLE.fullmatch(suffix) or UNREADABLE.fullmatch(suffix):
+        return name[: -len(suffix)]
+    return name
+
+
+def _last_part(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def _only(images: list[str] | None) -> list[str]:
+    """The images, if they are one."""
+    if images is not None and len(set(images)) == 1:
+        return images[:1]
+    return []

@@ -1,0 +1,116 @@
+"""Captions and prompts that are longer than the text encoder reads, by name, with the place where they are cut.
+
+Encoders read a number of tokens and drop the rest without a word. A token is a short word, a part of a longer one, or
+a comma. Where a model has several encoders, the one that reads most counts: the others give a summary of the beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.data.records import printable
+from trainer.spec.family import CLIP_TOKENS, Facts
+from trainer.spec.plan import Prompt
+
+SHOWN_CAPTIONS = 5  # in the log; the report has all
+SHOWN_CHARACTERS = 40  # of a caption, on each side of the cut
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The text encoder that reads the most of a caption, by its tokenizer."""
+
+    name: str  # CLIP or T5
+    tokenizer: Any  # of transformers
+    limit: int  # tokens, with those of begin and end
+
+    def cut(self, text: str) -> Cut | None:
+        """Where `text` is cut; None if it is read whole."""
+        encoded = self.tokenizer(text, return_offsets_mapping=True, verbose=False)
+        count = len(encoded.input_ids)
+        if count <= self.limit:
+            return None
+        end = encoded.offset_mapping[self.limit - 2][1]  # of the last token before the one that ends
+        return Cut(count, text[:end], text[end:])
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A text that is longer than its encoder reads."""
+
+    tokens: int
+    kept: str
+    lost: str
+
+    def __str__(self) -> str:
+        kept = self.kept if len(self.kept) <= SHOWN_CHARACTERS else f"…{self.kept[-SHOWN_CHARACTERS:]}"
+        lost = self.lost if len(self.lost) <= SHOWN_CHARACTERS else f"{self.lost[:SHOWN_CHARACTERS]}…"
+        return f"{self.tokens} tokens, read to {printable(kept)!r} and cut before {printable(lost.strip())!r}"
+
+
+def load_reader(facts: Facts, model: Path, *, max_tokens: int = CLIP_TOKENS) -> Reader | None:
+    """The reader of the model in the folder `model`. `max_tokens`: PARAMS_MAX_TOKEN_LENGTH."""
+    from transformers import AutoTokenizer  # slow to import
+
+    for folder, (name, tokens) in facts.text_readers.items():
+        if (model / folder).is_dir():
+            tokenizer = AutoTokenizer.from_pretrained(model / folder)
+            limit = min(tokens, tokenizer.model_max_length)
+            if max_tokens != CLIP_TOKENS:
+                limit = max_tokens + 2
+            return Reader(name, tokenizer, limit)
+    return None
+
+
+def find_cuts(reader: Reader, captions: Mapping[str, Sequence[str]]) -> dict[str, Cut]:
+    """Images → the longest of their captions, if it is cut. `captions`: all that each image may be trained with."""
+    known: dict[str, Cut | None] = {}
+    cuts: dict[str, Cut] = {}
+    for image, texts in captions.items():
+        for text in texts:
+            if text not in known:
+                known[text] = reader.cut(text)
+            cut = known[text]
+            if cut is not None and (image not in cuts or cut.tokens > cuts[image].tokens):
+                cuts[image] = cut
+    return cuts
+
+
+def describe_cuts(reader: Reader, cuts: Mapping[str, Cut], facts: Facts, *, limit: int | None) -> list[str]:
+    """Lines for the log or the report: how many captions are cut, which, where, and what helps.
+
+    At most `limit` are named; None: all.
+    """
+    if not cuts:
+        return []
+    longest = max(cut.tokens for cut in cuts.values())
+    fix = "shorten them, or put what matters first"
+    larger = [length for length in facts.max_token_lengths[1:] if length + 2 > reader.limit]
+    if larger:
+        enough = [length for length in larger if length + 2 >= longest]
+        fix = f"PARAMS_MAX_TOKEN_LENGTH={(enough or larger[-1:])[0]}, or {fix}"
+    lines = [
+        f"{len(cuts)} captions are longer than the {reader.limit} tokens that {reader.name} reads; their ends have no "
+        f"effect. Fix: {fix}."
+    ]
+    for image, cut in list(cuts.items())[:limit]:
+        lines.append(f"  {printable(image)}: {cut}")
+    if limit is not None and len(cuts) > limit:
+        lines.append(f"  and {len(cuts) - limit} more: see dataset-report.txt.")
+    return lines
+
+
+def describe_prompts(reader: Reader, prompts: Sequence[Prompt]) -> list[str]:
+    """A line for each prompt, or negative prompt, that is cut."""
+    lines = []
+    for number, prompt in enumerate(prompts):
+        for which, text in (("Prompt", prompt.text), ("Negative prompt", prompt.negative)):
+            cut = reader.cut(text)
+            if cut is not None:
+                lines.append(
+                    f"{which} {number} is longer than the {reader.limit} tokens that {reader.name} reads: {cut}."
+                )
+    return lines

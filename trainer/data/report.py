@@ -1,0 +1,92 @@
+"""dataset-report.txt and dataset-report.csv: what became of each image and caption, for people and spreadsheets."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import random
+from pathlib import Path
+
+from trainer.data.buckets import fit
+from trainer.data.captions import compose_caption
+from trainer.data.records import ImageRecord, Scan
+from trainer.spec.plan import DataPlan
+from trainer.storage import atomic
+
+COLUMNS = (
+    *("file", "subset", "status", "reason", "width", "height", "bucket", "repeats"),
+    *("caption", "trained caption", "caption file", "encoding"),
+)
+# A spreadsheet takes a cell that begins with one of these for a formula, and runs it.
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+
+
+def write_report(scan: Scan, data: DataPlan, *, text: Path, seed: int) -> None:
+    """Write the report to the file `text`, and as a table beside it."""
+    atomic.write_text(text, _writable(scan.report(limit=None)))
+    atomic.write_text(text.with_suffix(".csv"), table(scan, data, seed=seed))
+
+
+def table(scan: Scan, data: DataPlan, *, seed: int) -> str:
+    """One row for each image. It begins with a byte order mark, by which Excel knows that it is UTF-8."""
+
+    @functools.cache
+    def bucket(size: tuple[int, int], dataset: int) -> str:
+        cut = fit(size, data.datasets[dataset])
+        return f"{cut.size[0]}x{cut.size[1]}" if cut else ""
+
+    fixed = random.Random(0)  # for captions in which nothing is drawn
+    rows: list[list[str | int]] = []
+    for image in scan.images:
+        subset = data.datasets[image.dataset].subsets[image.subset]
+        notes = []
+        if subset.is_reg:
+            notes.append("regularisation image")
+        if image.mask_sha256:
+            notes.append("with mask")
+        rows.append(
+            [
+                _cell(image.name),
+                f"{image.dataset}.{image.subset}",
+                "used",
+                ", ".join(notes),
+                image.width,
+                image.height,
+                bucket((image.width, image.height), image.dataset),
+                subset.num_repeats,
+                _cell(image.caption or ""),
+                _cell(_first_variant(image, data, seed=seed, fixed=fixed)),
+                _cell(image.caption_file),
+                image.caption_encoding,
+            ]
+        )
+    for skipped in scan.skipped:
+        place = f"{skipped.dataset}.{skipped.subset}"
+        rows.append([_cell(skipped.name), place, "skipped", _cell(skipped.reason), *[""] * (len(COLUMNS) - 4)])
+    out = io.StringIO(newline="")
+    out.write("\ufeff")
+    writer = csv.writer(out, quoting=csv.QUOTE_NONNUMERIC)
+    writer.writerow(COLUMNS)
+    writer.writerows(rows)
+    return _writable(out.getvalue())
+
+
+def _first_variant(image: ImageRecord, data: DataPlan, *, seed: int, fixed: random.Random) -> str:
+    """The caption as it is trained; where it varies, the first of its variants."""
+    subset = data.datasets[image.dataset].subsets[image.subset]
+    if subset.caption_variants == 1:  # nothing is drawn, and a generator takes longer to seed than a row to write
+        return compose_caption(image.caption, subset, fixed)
+    return compose_caption(image.caption, subset, random.Random(f"{seed}/caption/{image.key}"))
+
+
+def _cell(text: str) -> str:
+    """The text, which a spreadsheet shows and does not run."""
+    if text.startswith(FORMULA_STARTS):
+        return f"'{text}"
+    return text
+
+
+def _writable(text: str) -> str:
+    """Bytes of file names that are not UTF-8 become `?`."""
+    return text.encode("utf-8", "replace").decode("utf-8")
