@@ -1,7 +1,7 @@
 """A model whose weights are all local files: no token, no gated repository and, with its tokenizers here, no network.
 
 Single files have weights only. The configs that go with them are written down in the family
-(`trainer.spec.published`); the vocabularies of the tokenizers come from open repositories, once. Both become a folder
+(`trainer.spec.family`); the vocabularies of the tokenizers come from open repositories, once. Both become a folder
 in diffusers' layout without weights, which `trainer.base_model.single_file` completes.
 """
 
@@ -20,9 +20,8 @@ from entrypoint.fetch import hub
 from entrypoint.fetch.http import RetryPolicy
 from entrypoint.system.folders import build_folder, naming
 from trainer.spec.errors import GatedError, SettingsError, UnreachableError
-from trainer.spec.family import OPTIONAL, base_models, get_family
+from trainer.spec.family import OPTIONAL, Published, Tokenizer, base_models, get_family
 from trainer.spec.plan import ModelPlan
-from trainer.spec.published import Published, Tokenizer
 from trainer.storage import digests
 from trainer.storage.atomic import human_size
 
