@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import json
 import logging
 import os
 import signal
@@ -35,7 +34,7 @@ from trainer import __version__
 from trainer.spec.errors import KilnError, NoAcceleratorError, StopRequestedError
 from trainer.spec.family import base_models, get_family
 from trainer.spec.plan import Dataset, Plan, Source
-from trainer.spec.resume_rules import blocking_differences
+from trainer.storage import choose_run
 
 log = logging.getLogger("entrypoint")
 CHECK_RETRIES_S = 15.0  # how long a check waits for a silent network: the user waits as well
@@ -85,6 +84,9 @@ def _exit_code(*, check: bool, card: str | None) -> int:
     """Run the job; log its errors and turn them into exit codes."""
     try:
         return job(os.environ, check=check, card=card)
+    except StopRequestedError as problem:
+        log.info("%s", problem.last_line())
+        return problem.exit_code
     except KilnError as problem:
         log.error("%s", problem)
         log.error("%s [exit %d]", problem.advice, problem.exit_code)
@@ -114,7 +116,7 @@ def job(environ: Mapping[str, str], *, check: bool, card: str | None = None) -> 
     missing = _missing_accelerator(plan, backend=settings.engine.backend)
     if missing and not check:
         raise missing
-    plan, done = _continued(plan, named=settings.output.output_name is not None)
+    plan, done = _chosen(plan)
     for reason in plan.reasons:
         log.info("%s", reason)
     for warning in plan.warnings:
@@ -123,8 +125,8 @@ def job(environ: Mapping[str, str], *, check: bool, card: str | None = None) -> 
     write_token = settings.finish.hf_write_token.reveal() if settings.finish.hf_write_token else token
     push = upload.job(settings.finish.push_to_hub, write_token, plan, creates=not check)
     if done:
-        log.info("This job is done: %s. Delete status.json to run it again.", done)
-        if check or push is None or upload.is_done(Path(plan.output.path), push.repo, done):
+        log.info("This job is done: %s. %s", done, choose_run.HOW_TO_GO_ON)
+        if check or push is None or upload.is_done(push, done):
             return 0
         with upload.beside(push, environ) as uploaded:
             return uploaded()
@@ -161,7 +163,8 @@ def _card_to_check_for(name: str) -> hardware.Hardware:
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:
-    raise StopRequestedError(f"Stopped by {signal.Signals(number).name} before training began.", exit_code=128 + number)
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    raise StopRequestedError(f"Stopped by {name} before training began.", exit_code=128 + number)
 
 
 def _now(environ: Mapping[str, str]) -> datetime.datetime:
@@ -180,22 +183,15 @@ def _missing_accelerator(plan: Plan, *, backend: str) -> NoAcceleratorError | No
     )
 
 
-def _continued(plan: Plan, *, named: bool) -> tuple[Plan, Path | None]:
-    """The plan with the name and start time of the run's first start; and the final LoRA, if the job is done
-    already.
+def _chosen(plan: Plan) -> tuple[Plan, Path | None]:
+    """The plan with the name, folder and start time of its run, and what makes it a new one as its first reason; and
+    the final LoRA, if that run is done already.
     """
-    out = Path(plan.output.path)
-    try:
-        before = Plan.from_json((out / "plan.json").read_text(encoding="utf-8"))
-        status = json.loads((out / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    choice = choose_run.choose(plan)
+    if text := choice.describe():
+        plan = dataclasses.replace(choice.plan, reasons=(text, *plan.reasons))
         return plan, None
-    if blocking_differences(before.essence(), plan.essence()):
-        return plan, None
-    name = plan.output.name if named else before.output.name
-    plan = dataclasses.replace(plan, output=dataclasses.replace(plan.output, name=name, started=before.output.started))
-    final = out / f"{name}.safetensors"
-    return plan, final if status.get("phase") == "done" and final.is_file() else None
+    return choice.plan, choice.done
 
 
 def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:

@@ -7,10 +7,11 @@ import logging
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import TextIO
 
-from trainer.spec.errors import KilnError, SettingsError
+from trainer.spec.errors import KilnError, SettingsError, StopRequestedError
 from trainer.spec.plan import RANK_VARIABLE, TEAM_VARIABLE, Plan
 from trainer.training.stop_flag import StopFlag
 
@@ -37,9 +38,16 @@ def main(arguments: list[str]) -> int:
     _configure_logging(process_rank)
     try:
         plan = _read_plan(Path(arguments[0]))
+        started = time.monotonic()
+        log.info("Loading torch and diffusers, which takes 5 to 30 s.")
         from trainer.job.run import run  # late: torch is slow to import, and signals are handled by now
 
+        log.info("Loaded them in %.1f s.", time.monotonic() - started)
         run(plan, stop)
+    except StopRequestedError as problem:
+        if not problem.logged:
+            log.info("%s", problem.last_line())
+        return problem.exit_code
     except KilnError as problem:
         if not problem.logged:  # there was no run.log yet
             log.error("%s", problem)

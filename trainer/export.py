@@ -10,29 +10,36 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from trainer.lora_files import convert, write
-from trainer.lora_files.arguments import load_lora, read_family, run_command, split_weight
+from trainer.lora_files.arguments import Parser, check_file, load_lora, plural, read_family, run_command, split_weights
 from trainer.spec.errors import SettingsError
 from trainer.spec.family import family_names, get_family
 
+if TYPE_CHECKING:
+    from trainer.lora_files.weights import LoraModules
+
 log = logging.getLogger(__name__)
+KEY_FORMATS = ("comfyui", "kohya", "peft")  # those of convert.KEY_FORMATS, which needs torch
 # Metadata that describe only the file that was read: PEFT's settings and the hashes.
 DROPPED_METADATA = ("lora_adapter_metadata", "sshs_", "modelspec.hash")
 
 
 def export_command(arguments: list[str]) -> int:
     """`python -m trainer.export`; returns the exit code."""
-    parser = argparse.ArgumentParser("python -m trainer.export", description="Convert a LoRA file, or merge several.")
-    parser.add_argument("file", nargs="?", type=Path, metavar="IN.safetensors")
-    parser.add_argument("--merge", nargs="+", metavar="FILE[:WEIGHT]", help="merge these instead")
-    parser.add_argument(
-        "--to", choices=sorted(convert.KEY_FORMATS), default="kohya", help="the keys to write (default: kohya)"
-    )
+    parser = Parser("python -m trainer.export", description="Convert a LoRA file, or merge several.")
+    parser.add_argument("file", nargs="?", metavar="IN.safetensors")
+    parser.add_argument("--merge", nargs="+", metavar="FILE[:STRENGTH]", help="merge these instead")
+    parser.add_argument("--to", choices=KEY_FORMATS, default="kohya", help="the keys to write (default: kohya)")
     parser.add_argument("--out", type=Path, required=True, metavar="OUT.safetensors")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT.safetensors if it exists")
     parser.add_argument("--family", choices=family_names(), help="if the keys are ambiguous")
     parser.add_argument("--without-text-encoders", action="store_true", help="drop the modules of the text encoders")
+    parser.add_argument(
+        "--without-embeddings", action="store_true", help="drop the embeddings that OneTrainer puts into a file"
+    )
     options = parser.parse_args(arguments)
     if (options.file is None) == (options.merge is None):
         parser.error("give one file to convert, or several after --merge")
@@ -40,7 +47,8 @@ def export_command(arguments: list[str]) -> int:
 
 
 def _export(options: argparse.Namespace) -> None:
-    paths = [split_weight(text) for text in options.merge] if options.merge else [(options.file, 1.0)]
+    paths = split_weights(options.merge, "--merge") if options.merge else [(_input(options.file), 1.0)]
+    check_file(options.out, "--out", overwrite=options.overwrite)
     families_and_metadata = [read_family(path, options.family) for path, _ in paths]
     families = [name for name, _ in families_and_metadata]
     if len(set(families)) > 1:
@@ -48,30 +56,59 @@ def _export(options: argparse.Namespace) -> None:
         raise SettingsError(f"Only LoRAs of one family can be merged: {listed}.")
     family_name = families[0]
     facts = get_family(family_name).FACTS
-    loras = [(load_lora(path, family_name), strength) for path, strength in paths]
+
+    from trainer.lora_files import convert, write  # late: torch
+
+    loras = []
+    for path, strength in paths:
+        loras.append((load_lora(path, family_name, without_embeddings=options.without_embeddings), strength))
+        if not strength:
+            log.info("%s has the strength 0 and adds nothing.", path)
     try:
         modules = convert.merge(loras) if options.merge else loras[0][0]
     except ValueError as problem:
         raise SettingsError(f"--merge: {problem}.") from problem
     if options.without_text_encoders:
-        prefix = f"{facts.lora_prefix}."
-        modules = {name: weights for name, weights in modules.items() if name.startswith(prefix)}
+        modules = _without_text_encoders(modules, facts.lora_prefix)
     if not modules:
-        raise SettingsError("There is nothing to write: every module was dropped or has weight 0.")
+        raise SettingsError("There is nothing to write: every module was dropped or has strength 0.")
     try:
         file = convert.to_file(modules, options.to, family_name)
     except ValueError as problem:
         raise SettingsError(f"--to {options.to}: {problem}.") from problem
     metadata: dict[str, str] = {}
     if options.merge:
-        metadata["kiln_merged_from"] = json.dumps({path.name: strength for path, strength in paths})
+        metadata["kiln_merged_from"] = json.dumps(_strengths(paths))
     else:
         old_metadata = families_and_metadata[0][1]
         metadata = {key: value for key, value in old_metadata.items() if not key.startswith(DROPPED_METADATA)}
     metadata |= {"ss_network_dim": str(file.rank), "ss_network_alpha": f"{file.alpha:g}"}
     metadata.setdefault("modelspec.architecture", f"{facts.architecture}/lora")
     write.write_lora(options.out, file.tensors, metadata)
-    log.info("%s: %d modules for %s, rank %d, alpha %g.", options.out, len(modules), family_name, file.rank, file.alpha)
+    count = plural(len(modules), "module")
+    log.info("%s: %s for %s, rank %d, alpha %g.", options.out, count, family_name, file.rank, file.alpha)
+
+
+def _input(name: str) -> Path:
+    """The file to convert. A strength belongs to --merge."""
+    path, strength = split_weights([name], "IN.safetensors")[0]
+    if strength != 1:
+        raise SettingsError(f"{name}: a file to convert takes no strength. Fix: --merge {name}.")
+    return path
+
+
+def _without_text_encoders(modules: LoraModules, prefix: str) -> LoraModules:
+    kept = {name: weights for name, weights in modules.items() if name.startswith(f"{prefix}.")}
+    log.info("Dropped %s of text encoders.", plural(len(modules) - len(kept), "module"))
+    return kept
+
+
+def _strengths(paths: Sequence[tuple[Path, float]]) -> dict[str, float]:
+    """The names of the files → their strengths, added up where a name comes twice."""
+    strengths: dict[str, float] = {}
+    for path, strength in paths:
+        strengths[path.name] = strengths.get(path.name, 0.0) + strength
+    return strengths
 
 
 if __name__ == "__main__":

@@ -1,46 +1,66 @@
-"""Draw images from a prompts.txt, with LoRA files or without, and one contact sheet.
+"""Draw images from prompts, with LoRA files or without, and one contact sheet.
 
 python -m trainer.sample --base BASE_MODEL --lora a.safetensors:0.8 b.safetensors --prompts prompts.txt --out DIR
+python -m trainer.sample --base BASE_MODEL --prompt "a red fox --w 768 --d 7" --out DIR
+
+Everything that imports torch is imported late, so that --help and mistakes in the arguments answer at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
+import functools
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from safetensors import SafetensorError
 
-from trainer.base_model.single_file import convert_single_files
-from trainer.data import caption_length
-from trainer.engine.device import release
-from trainer.job import prepare, sampling
-from trainer.lora_files.arguments import load_lora, read_family, run_command, split_weight
-from trainer.lora_files.weights import LoraModules
-from trainer.spec.errors import SettingsError
+from trainer.lora_files.arguments import (
+    Parser,
+    check_folder,
+    load_lora,
+    plural,
+    read_family,
+    run_command,
+    split_weights,
+)
+from trainer.spec.errors import GatedError, OutOfMemoryError, SettingsError, StorageError, UnreachableError
 from trainer.spec.family import OPTIONAL, PREFIXES, BaseModel, Facts, Family, base_models, family_names, get_family
 from trainer.spec.plan import ModelPlan, Prompt
-from trainer.spec.prompts import complete_prompts, parse_lines
+from trainer.spec.prompts import FLAGS, PromptRequest, complete_prompts, parse_line, parse_lines
 from trainer.spec.values import Problems
-from trainer.storage import safetensors_header
+from trainer.storage import atomic, safetensors_header
+
+if TYPE_CHECKING:
+    import torch
+
+    from trainer.lora_files.weights import LoraModules
 
 log = logging.getLogger(__name__)
 CACHE = Path.home() / ".cache" / "kiln"
-SEED = 42  # of the first prompt, unless its line has --d
+SEED = 42  # the default of --seed, as of PARAMS_SEED
+MAX_SEED = 2**32 - 1
+IMAGES = "step-00000000-*.png"
 
 
 def sample_command(arguments: list[str]) -> int:
     """`python -m trainer.sample`; returns the exit code."""
-    parser = argparse.ArgumentParser("python -m trainer.sample", description="Draw images, with LoRAs or without.")
+    flags = " ".join(f"--{flag}" for flag in FLAGS)
+    parser = Parser("python -m trainer.sample", description="Draw images, with LoRAs or without.")
     parser.add_argument("--base", required=True, help="a value of BASE_MODEL, a folder in diffusers layout, or a file")
-    parser.add_argument("--lora", nargs="+", action="extend", default=[], metavar="FILE[:WEIGHT]")
-    parser.add_argument("--prompts", type=Path, required=True, help="like a job's: text --w --h --d --s --g --l --n")
+    parser.add_argument("--lora", nargs="+", action="extend", default=[], metavar="FILE[:STRENGTH]")
+    parser.add_argument("--prompts", type=Path, help=f"a text file with a prompt a line, like a job's: text {flags}")
+    parser.add_argument("--prompt", action="append", default=[], help="one prompt, like such a line; may be repeated")
     parser.add_argument("--out", type=Path, required=True, help="folder for the images")
-    parser.add_argument("--family", choices=family_names(), help="of --base, if it is a folder and --lora is unset")
+    parser.add_argument(
+        "--seed", type=int, default=SEED, help=f"of the first prompt; the next adds 1 (default: {SEED})"
+    )
+    parser.add_argument("--family", choices=family_names(), help="of --base, if it is a folder that does not tell")
     parser.add_argument("--config", help="if --base is a file: the value of BASE_MODEL that has the parts it lacks")
     parser.add_argument(
         "--max-token-length",
@@ -50,6 +70,10 @@ def sample_command(arguments: list[str]) -> int:
     )
     parser.add_argument("--cache", type=Path, default=CACHE, help=f"folder for converted files (default: {CACHE})")
     options = parser.parse_args(arguments)
+    if options.prompts is None and not options.prompt:
+        parser.error("give --prompt TEXT, or --prompts FILE")
+    if not 0 <= options.seed <= MAX_SEED:
+        parser.error(f"--seed {options.seed} is out of range: 0 to {MAX_SEED}")
     return run_command(lambda: _sample(options))
 
 
@@ -57,20 +81,67 @@ def sample_command(arguments: list[str]) -> int:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    lora_paths = [split_weight(text) for text in options.lora]
-    name, model, folder = _find_base(options, lora_paths)
-    family = get_family(name)
-    loras = [(load_lora(path, name), strength) for path, strength in lora_paths]
-    prompts = read_prompts(options.prompts, family.FACTS, model)
+    """Everything that can be wrong with the arguments is found before a model is downloaded or loaded."""
+    lora_paths = split_weights(options.lora, "--lora")
+    base = _find_base(options, lora_paths)
+    family = get_family(base.family)
+    prompts = read_prompts(options.prompts, family.FACTS, base.model, texts=options.prompt, seed=options.seed)
+    max_tokens = _max_token_length(options.max_token_length, [path for path, _ in lora_paths], family.FACTS)
+    _check_out(options.out)
+    loras = [(load_lora(path, base.family), strength) for path, strength in lora_paths]
+    folder = base.folder()
+
+    import torch
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    # The text encoders come and go before the denoiser is loaded, so that both need not fit at once.
-    max_tokens = _max_token_length(options.max_token_length, [path for path, _ in lora_paths], family.FACTS)
+    images = plural(len(prompts), "image")
+    log.info("Drawing %s with %s by %s on %s.", images, plural(len(loras), "LoRA"), options.base, device)
+    try:
+        with _named_errors(options.base):
+            draw = _load(family, folder, prompts, loras, device=device, dtype=dtype, max_tokens=max_tokens)
+        with torch.no_grad():
+            _draw_all(options.out, prompts, draw)
+    except torch.OutOfMemoryError as problem:
+        raise OutOfMemoryError(
+            f"The GPU's memory does not hold this: {str(problem).splitlines()[0]} Fix: smaller --w and --h, or end "
+            "other programs on the GPU."
+        ) from problem
+
+
+@contextlib.contextmanager
+def _named_errors(base: str) -> Iterator[None]:
+    """The errors of the libraries that load the model name it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as problem:
+        reason = str(problem).strip().splitlines()[0]
+        raise SettingsError(f"--base {base} cannot be loaded: {reason}") from problem
+
+
+def _load(
+    family: Family,
+    folder: Path,
+    prompts: Sequence[Prompt],
+    loras: Sequence[tuple[LoraModules, float]],
+    *,
+    device: str,
+    dtype: torch.dtype,
+    max_tokens: int,
+) -> Callable[[Prompt], Any]:
+    """What draws a prompt. The text encoders come and go before the denoiser is loaded: both need not fit at once."""
+    from transformers.utils import logging as transformers_logging
+
+    from trainer.base_model import weight_check
+    from trainer.data import caption_length
+
+    transformers_logging.disable_progress_bar()
     reader = caption_length.load_reader(family.FACTS, folder, max_tokens=max_tokens)
     for line in caption_length.describe_prompts(reader, prompts) if reader else []:
         log.warning("%s", line)
     texts = _encode_prompts(family, folder, prompts, loras, device=device, dtype=dtype, max_tokens=max_tokens)
     denoiser = family.load_denoiser(folder, device=device, dtype=dtype)
+    weight_check.check_weights(denoiser.named_parameters(), folder / family.FACTS.parts["denoiser"])
     apply_loras(denoiser, loras, component=family.FACTS.lora_prefix)
     vae = family.load_vae(folder, device=device)
 
@@ -79,11 +150,25 @@ def _sample(options: argparse.Namespace) -> None:
         negative = texts[prompt.negative]
         return family.sample(denoiser, vae, folder, prompt=prompt, text=text, negative=negative)
 
-    for old in options.out.glob("step-00000000-*.png"):
+    return draw
+
+
+def _draw_all(out: Path, prompts: Sequence[Prompt], draw: Callable[[Prompt], Any]) -> None:
+    """Draw all prompts into `out`, and say which file has which."""
+    from trainer.job import contact_sheet, sampling
+
+    for old in out.glob(IMAGES):
         old.unlink()  # draw_all skips images that exist
-    with torch.no_grad():
-        count = sampling.draw_all(options.out, prompts, step=0, draw=draw, stopped=lambda: False)
-    log.info("%d images with %d LoRAs are in %s.", count, len(lora_paths), options.out)
+    try:
+        sampling.draw_all(out, prompts, step=0, draw=draw, stopped=lambda: False)
+    except OSError as problem:
+        raise StorageError(f"--out {out} cannot be written: {problem.strerror or problem}.") from problem
+    for path, prompt in zip(sorted(out.glob(IMAGES)), prompts, strict=True):
+        log.info(
+            "%s: %s (%d x %d, seed %d, %d steps)",
+            path, prompt.text, prompt.width, prompt.height, prompt.seed, prompt.steps,
+        )  # fmt: skip
+    log.info("%s: all in one.", out / contact_sheet.SHEET_NAME)
 
 
 def apply_loras(model: Any, loras: Sequence[tuple[LoraModules, float]], *, component: str) -> None:
@@ -92,13 +177,16 @@ def apply_loras(model: Any, loras: Sequence[tuple[LoraModules, float]], *, compo
     `component`: the model's name in diffusers' pipeline; modules of others are ignored. With DoRA, the strength scales
     the whole change of the weight. Raises SettingsError for modules that the model lacks.
     """
+    import torch
+
     prefix = f"{component}."
     with torch.no_grad():
         for modules, strength in loras:
-            for name, lora in modules.items():
+            for name, in_file in modules.items():
                 if not name.startswith(prefix):
                     continue
                 weight = _find_layer(model, name.removeprefix(prefix)).weight
+                lora = in_file.without_kernel() if weight.ndim == 2 else in_file
                 shape = (lora.up.shape[0], *lora.down.shape[1:])
                 if shape != weight.shape:
                     layer_name = name.removeprefix(prefix)
@@ -128,6 +216,9 @@ def _encode_prompts(
     max_tokens: int,
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Texts → their embeddings, with a batch axis, by the text encoders with the LoRAs. Frees the encoders."""
+    from trainer.engine.device import release
+    from trainer.job import prepare
+
     texts = list(dict.fromkeys(prepare.prompt_texts(prompts)))
     encoders = family.load_encoders(folder, device=device, dtype=dtype)
     for component in family.LORA_KEYS.encoders:
@@ -160,36 +251,90 @@ def _max_token_length(asked: int | None, lora_paths: Sequence[Path], facts: Fact
     return max(lengths)
 
 
-def _find_base(options: argparse.Namespace, lora_paths: Sequence[tuple[Path, float]]) -> tuple[str, BaseModel, Path]:
-    """The family, the model, and the folder of its weights.
+class _Base:
+    """--base: its family, its defaults for prompts, and its folder, which may have to be downloaded or converted."""
 
-    A folder's family is --family, or that of the first LoRA; a file's is known by the names of its tensors.
-    """
+    def __init__(self, family: str, model: BaseModel, folder: Callable[[], Path]) -> None:
+        self.family = family
+        self.model = model
+        self.folder = folder
+
+
+def _find_base(options: argparse.Namespace, lora_paths: Sequence[tuple[Path, float]]) -> _Base:
+    """The base model by --base: a value of BASE_MODEL, a folder or a file."""
     known = base_models()
     place = Path(options.base)
     if options.base in known:
         name, model = known[options.base]
-        return name, model, _download(model, get_family(name).FACTS.files)
+        files = get_family(name).FACTS.files
+        return _Base(name, model, functools.partial(_download, model, files, where=f"--base {options.base}"))
     if place.is_file():
-        return _convert_file(place, options.config, options.cache)
+        return _find_file(place, options.config, options.cache)
     if not place.is_dir():
-        raise SettingsError(f"--base {place} is neither a folder, a file, nor one of {', '.join(sorted(known))}.")
-    if options.family is None and not lora_paths:
+        near = difflib.get_close_matches(options.base.lower(), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}."
+        raise SettingsError(f"--base {options.base} is neither a folder, a file, nor a value of BASE_MODEL; {hint}")
+    family = _folder_family(place, options.family, lora_paths)
+    if family is None:
         choices = ", ".join(family_names())
-        raise SettingsError(f"--base {place} is a folder. Set --family to its family: {choices}.")
-    name = options.family or read_family(lora_paths[0][0], None)[0]
-    return name, BaseModel(str(place.absolute()), files_gib=0.0), place.absolute()
+        raise SettingsError(
+            f"--base {place} is a folder without a denoiser of {choices}. Fix: name a folder in diffusers layout (with "
+            "model_index.json), a .safetensors file, or a value of BASE_MODEL."
+        )
+    missing = _missing(place, get_family(family).FACTS.files)
+    if missing:
+        raise SettingsError(f"--base {place} is not a whole model for {family}: it has no {', '.join(missing)}.")
+    model = BaseModel(str(place.absolute()), files_gib=0.0)
+    for known_model in get_family(family).FACTS.models.values():
+        if Path(known_model.source) == place.absolute():  # a miniature by its folder
+            model = known_model
+    return _Base(family, model, place.absolute)
 
 
-def _convert_file(file: Path, config: str | None, cache: Path) -> tuple[str, BaseModel, Path]:
+def _folder_family(folder: Path, asked: str | None, lora_paths: Sequence[tuple[Path, float]]) -> str | None:
+    """The family of a folder: by the names of its denoiser's tensors, or else --family, or that of the first LoRA."""
+    found = _denoiser_family(folder)
+    if found and asked and found != asked:
+        raise SettingsError(f"--family {asked}: --base {folder} is for {found}. Fix: leave --family out.")
+    if found or asked:
+        return found or asked
+    if lora_paths:
+        return read_family(lora_paths[0][0], None)[0]
+    return None
+
+
+def _denoiser_family(folder: Path) -> str | None:
+    for name in family_names():
+        facts = get_family(name).FACTS
+        for file in sorted((folder / facts.parts["denoiser"]).glob("*.safetensors")):
+            if set(facts.landmarks) & _tensor_names(file):
+                return name
+    return None
+
+
+def _tensor_names(file: Path) -> set[str]:
+    try:
+        return set(safetensors_header.read_header(file).entries)
+    except ValueError as problem:
+        raise SettingsError(f"--base {file}: {problem}.") from problem
+
+
+def _missing(folder: Path, patterns: Sequence[str]) -> list[str]:
+    """The files and folders that the patterns need and `folder` lacks."""
+    missing: dict[str, None] = {}
+    for pattern in patterns:
+        top = pattern.split("/")[0]
+        if not pattern.startswith(OPTIONAL) and not (folder / top).exists():
+            missing[top] = None
+    return list(missing)
+
+
+def _find_file(file: Path, config: str | None, cache: Path) -> _Base:
     """A model in one file, converted once into `cache`.
 
     The parts that it lacks come from the model `config` (a value of BASE_MODEL), or from the family's first model.
     """
-    try:
-        tensor_names = safetensors_header.read_header(file).entries.keys()
-    except ValueError as problem:
-        raise SettingsError(f"--base {file}: {problem}.") from problem
+    tensor_names = _tensor_names(file)
     denoiser_names = {name.removeprefix(PREFIXES["denoiser"][0]) for name in tensor_names}
     name = next((n for n in family_names() if denoiser_names & set(get_family(n).FACTS.landmarks)), None)
     if name is None:
@@ -203,49 +348,117 @@ def _convert_file(file: Path, config: str | None, cache: Path) -> tuple[str, Bas
     for part in facts.parts:
         if part == "denoiser" or any(tensor.startswith(PREFIXES[part]) for tensor in tensor_names):
             parts[part] = str(file.absolute())
-    folders = {facts.parts[part] for part in parts}
-    others = [pattern for pattern in facts.files if pattern.removeprefix(OPTIONAL).split("/")[0] not in folders]
-    source = _download(model, (*others, *(f"{folder}/config.json" for folder in folders)))
-    plan = ModelPlan(base, name, model.source, path=str(source), parts=parts)
-    return name, model, convert_single_files(plan, cache)
+
+    def folder() -> Path:
+        from trainer.base_model.single_file import convert_single_files
+
+        folders = {facts.parts[part] for part in parts}
+        others = [pattern for pattern in facts.files if pattern.removeprefix(OPTIONAL).split("/")[0] not in folders]
+        files = (*others, *(f"{folder}/config.json" for folder in folders))
+        source = _download(model, files, where=f"--config {base}")
+        return convert_single_files(ModelPlan(base, name, model.source, path=str(source), parts=parts), cache)
+
+    return _Base(name, model, folder)
 
 
-def _download(model: BaseModel, files: Sequence[str]) -> Path:
-    """The folder of the model. Downloads the `files` (patterns) that the Hub's cache lacks."""
+def _download(model: BaseModel, files: Sequence[str], *, where: str) -> Path:
+    """The folder of the model. Downloads the `files` (patterns) that the Hub's cache lacks.
+
+    Raises GatedError, UnreachableError, StorageError or SettingsError, as a job does.
+    """
     if Path(model.source).is_absolute():
         return Path(model.source)
-    from huggingface_hub import snapshot_download  # late: it takes a while, and most bases need no download
+    # late: it takes a while, and most bases need no download
+    import httpx
+    from huggingface_hub import constants, errors, snapshot_download
 
+    page = f"{constants.ENDPOINT}/{model.source}"
     patterns = [pattern.removeprefix(OPTIONAL) for pattern in files]
-    return Path(snapshot_download(model.source, allow_patterns=patterns))
+    try:
+        folder = Path(snapshot_download(model.source, allow_patterns=patterns))
+    except errors.GatedRepoError as problem:
+        raise GatedError(
+            f"{where}: the Hub guards {model.source} by a licence. Open {page}, accept the conditions, and set "
+            "HF_TOKEN to a token of the same account."
+        ) from problem
+    except errors.RepositoryNotFoundError as problem:
+        raise SettingsError(
+            f"{where}: the Hub knows no {model.source}, or does not show it. Fix: set HF_TOKEN to a token that may "
+            f"read {page}."
+        ) from problem
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as problem:
+        raise UnreachableError(_unreachable(where, page)) from problem
+    except httpx.RequestError as problem:
+        raise UnreachableError(_unreachable(where, page)) from problem
+    except OSError as problem:
+        if problem.errno not in atomic.VOLUME_ERRORS:
+            raise UnreachableError(_unreachable(where, page)) from problem
+        raise StorageError(f"HF_HOME cannot take {model.source}: {problem.strerror}.") from problem
+    missing = _missing(folder, files)
+    if missing:
+        raise UnreachableError(f"{_unreachable(where, page)} The cache lacks {', '.join(missing)}.")
+    return folder
 
 
-def read_prompts(path: Path, facts: Facts, model: BaseModel) -> tuple[Prompt, ...]:
-    """The lines of a prompts.txt, parsed and completed as a job does it, with the model's resolution.
+def _unreachable(where: str, page: str) -> str:
+    return (
+        f"{where} is not downloaded yet, and {page} cannot be reached. Fix: check the network and HF_HUB_OFFLINE, or "
+        "name a folder or file that is here."
+    )
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a folder that has a job's samples: they would be replaced."""
+    check_folder(out, "--out")
+    own = set(out.glob(IMAGES))
+    if (out.parent / "status.json").exists() or set(out.glob("step-*.png")) - own:
+        raise SettingsError(f"--out {out} holds the samples of a job. Fix: name another folder.")
+
+
+def read_prompts(
+    path: Path | None, facts: Facts, model: BaseModel, *, texts: Sequence[str] = (), seed: int = SEED
+) -> tuple[Prompt, ...]:
+    """The lines of a prompts.txt and single prompts, completed as a job does it, with the model's resolution.
 
     Raises SettingsError with every line that is wrong.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as problem:
-        raise SettingsError(f"--prompts {path}: {problem.strerror}.") from problem
-    except UnicodeDecodeError as problem:
-        raise SettingsError(f"--prompts {path} is not UTF-8 text.") from problem
     problems = Problems()
-    requests = parse_lines(text, origin=str(path), problems=problems)
+    requests: list[PromptRequest] = []
+    for number, text in enumerate(texts, start=1):
+        place = "--prompt" if len(texts) == 1 else f"--prompt {number}"
+        request = parse_line(text, place=place, problems=problems)
+        if request is not None:
+            requests.append(request)
+    if path is not None:
+        requests += parse_lines(_read_text(path), origin=str(path), problems=problems)
     prompts = complete_prompts(
         requests,
         facts=facts,
         model=model,
         resolution=(model.resolution, model.resolution),
-        seed=SEED,
+        seed=seed,
         prefix="",
         problems=problems,
     )
-    problems.raise_if_any(f"--prompts {path} cannot be used")
+    problems.raise_if_any(f"--prompts {path} cannot be used" if path else "--prompt cannot be used")
     if not prompts:
         raise SettingsError(f"--prompts {path} has no prompt.")
     return prompts
+
+
+def _read_text(path: Path) -> str:
+    """The text of a file of prompts."""
+    if path.suffix.lower() in (".json", ".toml", ".yaml", ".yml"):
+        raise SettingsError(
+            f"--prompts {path}: this command reads text files with a prompt a line, like a job's prompts.txt. Fix: "
+            f"write the prompts so, or give each with --prompt."
+        )
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as problem:
+        raise SettingsError(f"--prompts {path}: {problem.strerror}.") from problem
+    except UnicodeDecodeError as problem:
+        raise SettingsError(f"--prompts {path} is not UTF-8 text.") from problem
 
 
 if __name__ == "__main__":

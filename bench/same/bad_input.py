@@ -155,7 +155,7 @@ _CONTENT: dict[str, Environment] = {
     "class images that are not regularisation": _dataset({}, {"class_prompt": "a pot", "is_reg": False}),
     "two sources": _dataset({}, {"image_dir": "<data>/few", "dataset": "org/name"}),
     "no name of the Hub": _dataset({}, {"dataset": "a/b/c"}),
-    "columns of a folder": _dataset({}, {"image_dir": "<data>/few", "image_column": "image"}),
+    "a split of a folder": _dataset({}, {"image_dir": "<data>/few", "split": "train"}),
     "an image folder that is not there": _dataset({}, {"image_dir": "/nowhere"}),
     "prompts that are no list": {"SAMPLE_PROMPTS": '{"a": 1}'},
     "unknown key of a prompt": _prompts({"prompt": "a", "widht": 64}),

@@ -227,7 +227,7 @@ def _begun_with_files() -> Iterator[Job]:
     dora = {"BASE_MODEL": "mini-sd3", **SHORT, "PARAMS_LORA_TYPE": "dora", **DORA["sd3"]}
     yield Job("done", "a finished job", CHECK, dora, needs=("sd3-dora",), folder="sd3-dora")
     changed = dora | {"PARAMS_NETWORK_DIM": "8", "PARAMS_SEED": "1", "PARAMS_MAX_STEPS": "9"}
-    yield Job("changed", "other settings", CHECK, changed, needs=("sd3-dora",), folder="sd3-dora", expects=78)
+    yield Job("changed", "other settings", CHECK, changed, needs=("sd3-dora",), folder="sd3-dora")
     rank = dora | {"PARAMS_RESUME_FROM": "<run>/sd3-dora/out/x.safetensors", "PARAMS_NETWORK_DIM": "16"}
     yield Job("other-rank", "a LoRA of another rank", CHECK, rank, needs=("sd3-dora",), expects=78)
 

@@ -26,7 +26,7 @@ UNSEEDED = "random"
 # Measured anew in each run.
 CLOCKS = ("started", "updated", "images_per_second", "eta_s")
 # Written by the operating system's clock, or where a process was when it was killed.
-NOT_READ = ("crashes.json", "hang.txt", ".lock")
+NOT_READ = ("run.json", "crashes.json", "hang.txt", ".lock")
 
 
 def read_folder(out: Path, places: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, list[str]]]:

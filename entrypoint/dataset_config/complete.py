@@ -14,7 +14,8 @@ from entrypoint.dataset_config.manifest import HUB_KEYS, Manifest
 from entrypoint.dataset_config.sources import classify
 from entrypoint.settings.checks import Notes
 from entrypoint.settings.variables.data import DataSettings
-from trainer.spec.plan import Dataset, Source, Subset
+from trainer.spec.plan import Dataset, Prompt, Source, Subset
+from trainer.spec.prompts import TRIGGER_PLACEHOLDER
 from trainer.spec.values import show
 
 # Pixels. With a shorter side, the default limits of buckets (256 to 1024, in steps of 64) leave hardly a bucket.
@@ -31,6 +32,7 @@ def complete_datasets(
     `model_resolution` is the side that the base model was trained at, `multiple` what sides must be a multiple of, both
     in pixels. Problems and choices go to `notes`.
     """
+    notes.reasons.extend(manifest.notes)
     default_source = _source_of_dataset_name(manifest, settings, notes)
     completed = []
     for index, dataset in enumerate(manifest.datasets):
@@ -50,7 +52,10 @@ def complete_datasets(
                 notes.add(f"{where}.resolution is missing. Fix: add it ({model_resolution} suits this model).")
         sized = _with_sizes(dataset, resolution, chosen_keys=chosen_keys, multiple=multiple, where=where, notes=notes)
         _check_sizes(sized, multiple=multiple, where=where, notes=notes)
-        subsets = [_complete_subset(s, default_source, settings, where=where, notes=notes) for s in dataset.subsets]
+        subsets = []
+        for number, subset in enumerate(dataset.subsets):
+            place = f"{where}.subsets[{number}]"
+            subsets.append(_complete_subset(subset, default_source, settings, where=place, notes=notes))
         batch_size = settings.batch_size or dataset.batch_size
         completed.append(dataclasses.replace(sized, subsets=tuple(subsets), batch_size=batch_size))
     kinds = {subset.source.kind for dataset in completed for subset in dataset.subsets}
@@ -82,16 +87,22 @@ def _source_of_dataset_name(manifest: Manifest, settings: DataSettings, notes: N
         fix = "Fix: remove it, or remove image_dir or dataset from the subset that is to take it"
         notes.add(f"DATASET_NAME={show(name)}: every subset of {manifest.origin} names its own images. {fix}.")
     try:
-        kind, location = classify(name)
+        place = classify(name)
     except ValueError as problem:
         notes.add(f"DATASET_NAME: {problem}.")
         return NO_SOURCE
+    if revision and place.revision and revision != place.revision:
+        notes.add(f"DATASET_REVISION={show(revision)}: DATASET_NAME names {show(place.revision)}. Fix: remove one.")
     source = Source(
-        kind, location, revision, image_column=settings.image_column, caption_column=settings.caption_column
+        place.kind,
+        place.location,
+        revision or place.revision,
+        image_column=settings.image_column,
+        caption_column=settings.caption_column,
     )
-    notes.chose("DATASET_NAME", source.public, SOURCE_WORDS[kind])
-    if revision and kind != "hub":
-        notes.add(f"DATASET_REVISION={show(revision)}: {SOURCE_WORDS[kind]} has no revisions. Fix: remove it.")
+    notes.chose("DATASET_NAME", source.public, place.note or SOURCE_WORDS[place.kind])
+    if revision and place.kind != "hub":
+        notes.add(f"DATASET_REVISION={show(revision)}: {SOURCE_WORDS[place.kind]} has no revisions. Fix: remove it.")
     return source
 
 
@@ -100,7 +111,7 @@ def _complete_subset(
 ) -> Subset:
     """The subset with its source complete and the variables applied."""
     own = subset.source
-    source = own if own.kind else default_source
+    source = dataclasses.replace(own, named_in=where) if own.kind else default_source
     if source.kind == "hub":
         source = dataclasses.replace(
             source,
@@ -132,6 +143,36 @@ def _complete_subset(
         trigger_word=trigger_word or None,
         caption_dropout_rate=dropout_rate,
     )
+
+
+# ---- the trigger word in prompts
+
+
+def trigger_of(datasets: tuple[Dataset, ...]) -> str | None:
+    """The trigger word of the first subset that has one and whose captions get it; None if there is none."""
+    for dataset in datasets:
+        for subset in dataset.subsets:
+            if subset.trigger_word and not subset.is_reg:
+                return subset.trigger_word
+    return None
+
+
+def fill_trigger(prompts: tuple[Prompt, ...], trigger: str | None, notes: Notes) -> tuple[Prompt, ...]:
+    """The prompts with the trigger word in the place of each [trigger]."""
+    filled = []
+    for prompt in prompts:
+        wants_trigger = TRIGGER_PLACEHOLDER.search(prompt.text) or TRIGGER_PLACEHOLDER.search(prompt.negative)
+        if wants_trigger and trigger is None:
+            notes.warn(
+                f"The prompt {show(prompt.text)} has [trigger] in it, which stays as it is: there is no trigger word. "
+                "Set TRIGGER_WORD, or trigger_word in dataset.json."
+            )
+        elif wants_trigger and trigger is not None:
+            text = trigger.join(TRIGGER_PLACEHOLDER.split(prompt.text))
+            negative = trigger.join(TRIGGER_PLACEHOLDER.split(prompt.negative))
+            prompt = dataclasses.replace(prompt, text=text, negative=negative)
+        filled.append(prompt)
+    return tuple(filled)
 
 
 # ---- sizes

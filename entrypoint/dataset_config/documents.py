@@ -1,20 +1,20 @@
-"""DATASET_CONFIG and SAMPLE_PROMPTS → text, then a JSON or TOML tree.
+"""DATASET_CONFIG and SAMPLE_PROMPTS → text, then a tree (see `forms`).
 
-Each is a path, an http(s) URL, or the JSON itself.
+Each is a path, an http(s) URL, or the text itself.
 """
 
 from __future__ import annotations
 
 import http.client
 import time
-import tomllib
 import urllib.error
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from entrypoint.settings.checks import absolute, load_json
+from entrypoint.dataset_config.forms import BackslashError, format_of, parse
+from entrypoint.settings.checks import absolute
 from trainer.spec.errors import UnreachableError
 from trainer.spec.values import Problems
 
@@ -22,39 +22,52 @@ MAX_BYTES = 2**20  # of dataset.json or prompts.txt, which people write by hand:
 DOWNLOAD_TIMEOUT_S = 10.0
 PIECE_BYTES = 2**16
 TRANSIENT_STATUS = (408, 425, 429)  # answers that another try may change, as may 500 and above
-FORMAT_BY_SUFFIX = {".json": "json", ".toml": "toml"}
-INLINE = ("{", "[")  # a value that begins like this is the JSON itself
+INLINE = ("{", "[")  # a value that begins like this is the text itself, and so is one of several lines
+
+
+def is_inline(value: str) -> bool:
+    """Whether a value is the document itself and not its place."""
+    return value.lstrip().startswith(INLINE) or "\n" in value.strip()
 
 
 def label(value: str, variable: str) -> str:
     """How messages name a document. What follows ? in a URL may be a key that gives access to it."""
-    return variable if value.startswith(INLINE) else f"{variable} {value.split('?')[0]}"
+    return variable if is_inline(value) else f"{variable} {value.split('?')[0][:200]}"
 
 
 def read_text(
     value: str, variable: str, problems: Problems, *, default_format: str, open_url: Callable[..., Any]
 ) -> tuple[str | None, str]:
-    """The text, and its format: json, toml, or `default_format` where the name has another suffix.
+    """The text, and its form: json, yaml, toml, or `default_format` where the name has another suffix.
 
     The text is None, with a line in `problems`, if it cannot be read. Raises UnreachableError if another try may help.
     """
-    if value.startswith(INLINE):
-        return value, "json"
+    if is_inline(value):
+        return value, "json" if value.lstrip().startswith(INLINE) else default_format
     try:
         url = urlsplit(value)
         is_remote = url.scheme in ("http", "https")
-        suffix = Path(url.path if is_remote else value).suffix.lower()
+        text_format = format_of(url.path if is_remote else value, default_format)
         data = _download(value, open_url) if is_remote else _load(value)
         if len(data) > MAX_BYTES:
             raise ValueError(f"it is larger than {MAX_BYTES // 2**20} MiB")
-        return data.decode("utf-8-sig"), FORMAT_BY_SUFFIX.get(suffix, default_format)
+        return _decode(data), text_format
     except UnicodeDecodeError:
-        problems.add(f"{label(value, variable)}: it is not UTF-8 text.")
+        problems.add(f"{label(value, variable)}: it is not UTF-8 text. Fix: save it as UTF-8.")
     except (ValueError, OSError) as problem:
         reason = getattr(problem, "strerror", None) or str(problem)
-        fix = "give the path of a file, an http(s) URL, or the JSON itself"
+        fix = "give the path of a file, an http(s) URL, or the text itself"
         problems.add(f"{label(value, variable)}: it cannot be read: {reason}. Fix: {fix}.")
     return None, default_format
+
+
+def _decode(data: bytes) -> str:
+    """UTF-8, or the UTF-16 that Windows' editors write. Raises UnicodeDecodeError."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return data.decode("utf-16")
+    if data[1:2] == b"\0" and data[:1] != b"\0":  # without a mark: every other byte of ASCII text is zero
+        return data.decode("utf-16-le")
+    return data.decode("utf-8-sig")
 
 
 def _load(path: str) -> bytes:
@@ -89,12 +102,16 @@ def _download(url: str, open_url: Callable[..., Any]) -> bytes:
         raise UnreachableError(f"{url.split('?')[0]} cannot be reached: {problem}.") from problem
 
 
-def parse_text(text: str, *, text_format: str, origin: str, problems: Problems) -> Any:
-    """The tree of JSON or TOML text; None, with a line in `problems`, if it is neither."""
+def parse_text(text: str, *, text_format: str, origin: str, problems: Problems, notes: list[str] | None = None) -> Any:
+    """The tree of a text; None, with a line in `problems`, if it is none. `notes` gets how it was read otherwise."""
     try:
-        return load_json(text) if text_format == "json" else tomllib.loads(text)
-    except RecursionError:
-        problems.add(f"{origin}: it is nested too deeply.")
+        tree, note = parse(text, text_format)
+    except BackslashError as problem:
+        problems.add(f"{origin}, {problem}.")
     except ValueError as problem:
-        problems.add(f"{origin}: it is not {text_format.upper()}: {problem}.")
+        problems.add(f"{origin}: {problem}.")
+    else:
+        if note and notes is not None:
+            notes.append(f"{origin}: {note}")
+        return tree
     return None

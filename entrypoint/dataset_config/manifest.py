@@ -16,16 +16,18 @@ tests fail until then.
 
 from __future__ import annotations
 
+import json
 import urllib.request
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from entrypoint.dataset_config.documents import label, parse_text, read_text
+from entrypoint.dataset_config import shapes
+from entrypoint.dataset_config.documents import is_inline, label, parse_text, read_text
 from entrypoint.dataset_config.prompts import parse_tree
 from entrypoint.dataset_config.sources import HUB_ID, classify
-from entrypoint.settings.checks import suggestion
+from entrypoint.settings.checks import absolute, is_file, is_folder, suggestion
 from trainer.spec.plan import Dataset, Source, Subset
 from trainer.spec.prompts import PromptRequest, parse_lines
 from trainer.spec.values import Key, Problems, show
@@ -96,6 +98,7 @@ NOT_WITH_CLASS_PROMPT = (
     "metadata_file",
     "conditioning_data_dir",
 )  # made for given images
+PATH_KEYS = ("image_dir", "metadata_file", "conditioning_data_dir")
 FROM_DATASET_NAME = Source(kind="", location="", split="")  # the source of a subset that names none
 
 
@@ -113,6 +116,7 @@ class Manifest:
     datasets_packaged: bool  # they are this program's own, not the user's
     prompts_packaged: bool
     origin: str = "dataset.json"  # for messages
+    notes: tuple[str, ...] = ()  # what was read otherwise than it is written
 
 
 def read_manifest(
@@ -127,115 +131,197 @@ def read_manifest(
     Raises SettingsError with a line for each problem in both, UnreachableError if a URL does not answer.
     """
     problems = Problems()
+    notes: list[str] = []
     origin = label(dataset_config, "DATASET_CONFIG") if dataset_config else "dataset.json"
-    tree: Any = {"datasets": [{"subsets": [{}]}]}
-    if dataset_config or (packaged / "dataset.json").is_file():
-        location = dataset_config or str(packaged / "dataset.json")
-        text, text_format = read_text(location, "DATASET_CONFIG", problems, default_format="json", open_url=open_url)
-        tree = None
-        if text is not None:
-            tree = parse_text(text, text_format=text_format, origin=origin, problems=problems)
+    own_tree = _own_tree(packaged)
+    tree: Any = own_tree
+    if dataset_config:
+        tree = _read_tree(dataset_config, origin, problems, notes, open_url=open_url)
+    # A copy of this program's own file means what the file itself means: the model's resolution, for example.
+    is_own = not dataset_config or (tree is not None and tree == own_tree)
+    if dataset_config and is_own:
+        notes.append(f"{origin}: it is this program's own dataset.json, so that the base model chooses the resolution")
     datasets: list[Dataset] = []
     named: list[frozenset[str]] = []
     if tree is not None:
-        for dataset, keys in _parse_datasets(tree, origin, problems):
+        beside = _folder_of(dataset_config)
+        for dataset, keys in _Reader(origin, problems, notes, beside).datasets(tree):
             datasets.append(dataset)
             named.append(keys)
-    prompts = _read_prompts(sample_prompts, problems, open_url=open_url, packaged=packaged)
+    prompts, own_prompts = _read_prompts(sample_prompts, problems, notes, open_url=open_url, packaged=packaged)
     problems.raise_if_any("The dataset's description or the prompts cannot be used")
     return Manifest(
         datasets=tuple(datasets),
         named=tuple(named),
         prompts=prompts,
-        datasets_packaged=not dataset_config,
-        prompts_packaged=not sample_prompts,
+        datasets_packaged=is_own,
+        prompts_packaged=own_prompts,
         origin=origin,
+        notes=tuple(notes),
     )
 
 
-def _read_prompts(
-    sample_prompts: str | None, problems: Problems, *, open_url: Callable[..., Any], packaged: Path
-) -> tuple[PromptRequest, ...]:
-    """The prompts that SAMPLE_PROMPTS names, or those of this program's own prompts.txt, if it is there."""
-    if not sample_prompts and not (packaged / "prompts.txt").is_file():
-        return ()
-    origin = label(sample_prompts, "SAMPLE_PROMPTS") if sample_prompts else "prompts.txt"
-    location = sample_prompts or str(packaged / "prompts.txt")
-    text, text_format = read_text(location, "SAMPLE_PROMPTS", problems, default_format="txt", open_url=open_url)
+def _own_tree(packaged: Path) -> Any:
+    """This program's own dataset.json: one dataset, with its images from DATASET_NAME."""
+    path = packaged / "dataset.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    return {"datasets": [{"subsets": [{}]}]}
+
+
+def _read_tree(
+    location: str, origin: str, problems: Problems, notes: list[str], *, open_url: Callable[..., Any]
+) -> Any:
+    text, text_format = read_text(location, "DATASET_CONFIG", problems, default_format="json", open_url=open_url)
     if text is None:
-        return ()
+        return None
+    return parse_text(text, text_format=text_format, origin=origin, problems=problems, notes=notes)
+
+
+def _folder_of(document: str | None) -> Path | None:
+    """The folder of a document that is a file on this machine."""
+    if document is None or is_inline(document) or "://" in document:
+        return None
+    return Path(absolute(document)).parent
+
+
+def _read_prompts(
+    sample_prompts: str | None,
+    problems: Problems,
+    notes: list[str],
+    *,
+    open_url: Callable[..., Any],
+    packaged: Path,
+) -> tuple[tuple[PromptRequest, ...], bool]:
+    """The prompts that SAMPLE_PROMPTS names, or those of this program's own prompts.txt; and whether they are its own.
+
+    A copy of its prompts.txt is the same as that file.
+    """
+    own_path = packaged / "prompts.txt"
+    own_text = own_path.read_text(encoding="utf-8") if own_path.is_file() else ""
+    text: str | None = own_text
+    text_format = "txt"
+    origin = "prompts.txt"
+    if sample_prompts:
+        origin = label(sample_prompts, "SAMPLE_PROMPTS")
+        text, text_format = read_text(
+            sample_prompts, "SAMPLE_PROMPTS", problems, default_format="txt", open_url=open_url
+        )
+    if text is None:
+        return (), False
+    is_own = text.split() == own_text.split()
     if text_format == "txt":
-        return parse_lines(text, origin=origin, problems=problems)
-    tree = parse_text(text, text_format=text_format, origin=origin, problems=problems)
-    return () if tree is None else parse_tree(tree, origin=origin, problems=problems)
+        return parse_lines(text, origin=origin, problems=problems, notes=notes), is_own
+    tree = parse_text(text, text_format=text_format, origin=origin, problems=problems, notes=notes)
+    return (() if tree is None else parse_tree(tree, origin=origin, problems=problems)), False
 
 
 # ---- the levels
 
 
-def _parse_datasets(raw: Any, origin: str, problems: Problems) -> list[tuple[Dataset, frozenset[str]]]:
-    """Each dataset with the keys of DATASET_KEYS that are set for it. None, if there is any problem."""
-    if not isinstance(raw, dict) or raw.keys() - {"general", "datasets"} or "datasets" not in raw:
-        unknown = sorted(raw.keys() - {"general", "datasets"}) if isinstance(raw, dict) else []
-        reason = f"the key {show(unknown[0])} is not known; " if unknown else ""
-        problems.add(f'{origin}: {reason}an object {{"general": {{...}}, "datasets": [...]}} is needed.')
+@dataclass(frozen=True)
+class _Reader:
+    """Reads the tree of one document. Problems and notes are added to the lists of the caller."""
+
+    origin: str
+    problems: Problems
+    notes: list[str]
+    beside: Path | None  # the document's folder
+
+    def datasets(self, raw: Any) -> list[tuple[Dataset, frozenset[str]]]:
+        """Each dataset with the keys of DATASET_KEYS that are set for it. None, if there is any problem."""
+        problem = shapes.problem_of(raw, subset_keys=LEVELS["a subset"], dataset_keys=LEVELS["a dataset"])
+        if problem is not None:
+            self.problems.add(f"{self.origin}: {problem}")
+            return []
+        problems_before = len(self.problems.lines)
+        general = self._level(raw.get("general", {}), "general", f"{self.origin}: general")
+        datasets = []
+        for index, raw_dataset in enumerate(self._list(raw["datasets"], f"{self.origin}: datasets")):
+            where = f"{self.origin}: datasets[{index}]"
+            raw_subsets = None
+            raw_values = raw_dataset
+            if isinstance(raw_dataset, dict):
+                raw_subsets = raw_dataset.get("subsets")
+                raw_values = {key: value for key, value in raw_dataset.items() if key != "subsets"}
+                if raw_subsets is None and isinstance(raw_values.get("subset"), dict | list):
+                    self.problems.add(f"{where}.subset is no key of a dataset; did you mean subsets?")
+                    continue
+            values = {**general, **self._level(raw_values, "a dataset", where)}
+            subsets = self._subsets(raw_subsets, values, f"{where}.subsets")
+            dataset_values = {key: value for key, value in values.items() if key in DATASET_KEYS}
+            if len(self.problems.lines) == problems_before:  # else values may be missing, and nothing is used anyway
+                dataset = Dataset(subsets, **{"resolution": (0, 0), **dataset_values})
+                datasets.append((dataset, frozenset(dataset_values)))
+                if all(subset.is_reg for subset in subsets):
+                    fix = "Fix: add a subset without is_reg."
+                    self.problems.add(f"{where}: all subsets are regularisation images. {fix}")
+        return datasets
+
+    def _subsets(self, raw: Any, inherited: Mapping[str, Any], where: str) -> tuple[Subset, ...]:
+        """`inherited`: the values of the dataset and of `general`."""
+        subsets = []
+        for index, raw_subset in enumerate(self._list(raw, where)):
+            place = f"{where}[{index}]"
+            own = self._level(raw_subset, "a subset", place)
+            own = self._with_folder(own, place)
+            subsets.append(_subset(inherited, own, place, self.problems))
+        return tuple(subsets)
+
+    def _list(self, raw: Any, where: str) -> list[Any]:
+        if isinstance(raw, list) and raw:
+            return raw
+        self.problems.add(
+            f"{where}: a list with at least one object is needed ({{}} takes its images from DATASET_NAME)."
+        )
         return []
-    problems_before = len(problems.lines)
-    general = _read_level(raw.get("general", {}), "general", f"{origin}: general", problems)
-    datasets = []
-    for index, raw_dataset in enumerate(_read_list(raw["datasets"], f"{origin}: datasets", problems)):
-        where = f"{origin}: datasets[{index}]"
-        raw_subsets = None
-        raw_values = raw_dataset
-        if isinstance(raw_dataset, dict):
-            raw_subsets = raw_dataset.get("subsets")
-            raw_values = {key: value for key, value in raw_dataset.items() if key != "subsets"}
-        values = {**general, **_read_level(raw_values, "a dataset", where, problems)}
-        subsets = _parse_subsets(raw_subsets, values, f"{where}.subsets", problems)
-        dataset_values = {key: value for key, value in values.items() if key in DATASET_KEYS}
-        if len(problems.lines) == problems_before:  # else values may be missing, and nothing is used anyway
-            dataset = Dataset(subsets, **{"resolution": (0, 0), **dataset_values})
-            datasets.append((dataset, frozenset(dataset_values)))
-            if all(subset.is_reg for subset in subsets):
-                problems.add(f"{where}: all subsets are regularisation images. Fix: add a subset without is_reg.")
-    return datasets
+
+    def _level(self, raw: Any, level: str, where: str) -> dict[str, Any]:
+        """The checked values of one object; `level` is a key of LEVELS. A null counts as not set."""
+        if not isinstance(raw, dict):
+            self.problems.add(f"{where}: {show(raw)} is not an object.")
+            return {}
+        keys = LEVELS[level]
+        values = {}
+        for name, value in raw.items():
+            if name not in keys:
+                other_levels = [other for other, known in LEVELS.items() if name in known]
+                fix = f"it belongs to {' or '.join(other_levels)}." if other_levels else suggestion(name, keys)
+                self.problems.add(f"{where}.{name} is no key of {level}; {fix}")
+            elif value is not None:
+                try:
+                    values[name] = keys[name].read(value)
+                    if name in PATH_KEYS:
+                        _refuse_escapes(values[name])
+                except ValueError as problem:
+                    self.problems.add(f"{where}.{name}: {problem}.")
+        return values
+
+    def _with_folder(self, own: dict[str, Any], where: str) -> dict[str, Any]:
+        """`own` with an image_dir that is only there beside the document, as people expect of a path in a file.
+
+        A relative path counts from where the program starts.
+        """
+        name = own.get("image_dir")
+        if not name or self.beside is None or is_folder(name) or is_file(name):
+            return own
+        path = Path(name)
+        if path.is_absolute() or name.startswith("~") or "://" in name:
+            return own
+        beside = str(self.beside / path)
+        if not is_folder(beside) and not is_file(beside):
+            return own
+        self.notes.append(f"{where}.image_dir {name}: it is not in {Path.cwd()}, but beside the file: {beside}")
+        return {**own, "image_dir": beside}
 
 
-def _parse_subsets(raw: Any, inherited: Mapping[str, Any], where: str, problems: Problems) -> tuple[Subset, ...]:
-    """`inherited`: the values of the dataset and of `general`."""
-    subsets = []
-    for index, raw_subset in enumerate(_read_list(raw, where, problems)):
-        place = f"{where}[{index}]"
-        own = _read_level(raw_subset, "a subset", place, problems)
-        subsets.append(_subset(inherited, own, place, problems))
-    return tuple(subsets)
-
-
-def _read_list(raw: Any, where: str, problems: Problems) -> list[Any]:
-    if isinstance(raw, list) and raw:
-        return raw
-    problems.add(f"{where}: a list with at least one object is needed ({{}} takes its images from DATASET_NAME).")
-    return []
-
-
-def _read_level(raw: Any, level: str, where: str, problems: Problems) -> dict[str, Any]:
-    """The checked values of one object; `level` is a key of LEVELS. A null counts as not set."""
-    if not isinstance(raw, dict):
-        problems.add(f"{where}: {show(raw)} is not an object.")
-        return {}
-    keys = LEVELS[level]
-    values = {}
-    for name, value in raw.items():
-        if name not in keys:
-            other_levels = [other for other, known in LEVELS.items() if name in known]
-            fix = f"it belongs to {' or '.join(other_levels)}." if other_levels else suggestion(name, keys)
-            problems.add(f"{where}.{name} is no key of {level}; {fix}")
-        elif value is not None:
-            try:
-                values[name] = keys[name].read(value)
-            except ValueError as problem:
-                problems.add(f"{where}.{name}: {problem}.")
-    return values
+def _refuse_escapes(path: str) -> None:
+    """Raises ValueError for a path in which `\\n` or `\\t` became a line break or a tab."""
+    if any(ord(letter) < 32 for letter in path):
+        raise ValueError(
+            f"{show(path)} has a line break or a tab: backslashes begin an escape here. Fix: write / instead, and "
+            "mount the folder where Kiln runs"
+        )
 
 
 # ---- a subset
@@ -274,15 +360,28 @@ def _source(own: Mapping[str, Any], where: str, problems: Problems) -> Source:
             others = [name for name in ("dataset", *hub_values) if name in own]
             if others:
                 raise ValueError(f"image_dir does not go together with {others[-1]}")
-            return Source(*classify(own["image_dir"], hub=False), **columns)
+            return replace(_named_source(own["image_dir"], is_path=True), **columns)
         if "dataset" in own:
-            if not HUB_ID.fullmatch(own["dataset"]):
-                raise ValueError(f"dataset {show(own['dataset'])} is not a Hub dataset like org/name")
-            return Source("hub", own["dataset"], **{"split": "", **hub_values, **columns})
+            found = Source("hub", own["dataset"])
+            if not HUB_ID.fullmatch(own["dataset"]):  # an existing folder of the same name does not count
+                found = _named_source(own["dataset"], is_path=False)
+            if found.kind != "hub":
+                raise ValueError(f"dataset {show(own['dataset'])} is not a Hub dataset like owner/name. Fix: image_dir")
+            if found.revision and hub_values.get("revision", found.revision) != found.revision:
+                raise ValueError(f"dataset names the revision {found.revision}, and revision another one")
+            return Source("hub", found.location, **{"split": "", "revision": found.revision, **hub_values, **columns})
         return Source("", "", **{"split": "", **hub_values, **columns})
     except ValueError as problem:
         problems.add(f"{where}: {problem}.")
         return FROM_DATASET_NAME
+
+
+def _named_source(name: str, *, is_path: bool) -> Source:
+    """The source that `image_dir` (a path) or `dataset` names. Raises ValueError."""
+    place = classify(name, hub=not is_path)
+    if place.kind == "hub" and is_path:
+        raise ValueError(f"image_dir {show(name)} is a dataset of the Hub. Fix: dataset {show(place.location)}")
+    return Source(place.kind, place.location, place.revision)
 
 
 def _generated_source(own: Mapping[str, Any], hub_values: Mapping[str, Any]) -> Source:

@@ -5,18 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from entrypoint.settings.checks import suggestion
-from trainer.spec.prompts import FIELDS, FLAGS, PromptRequest, make_request, parse_line, read_value
+from trainer.spec.prompts import FIELDS, FLAGS, LONG_FLAGS, PromptRequest, make_request, parse_line, read_value
 from trainer.spec.values import Key, Problems, show
 
-# The keys of an object: the flags, the fields, and the long names that sd-scripts' files use.
-KEYS = {
-    **FLAGS,
-    **{name: name for name in FIELDS},
-    "sample_steps": "steps",
-    "scale": "cfg",
-    "guidance_scale": "guidance",
-    "negative_prompt": "negative",
-}
+KEYS = {**FLAGS, **LONG_FLAGS}  # of an object
 _SHAPE = "a list of prompts, each a text or an object with the key prompt"
 
 

@@ -36,6 +36,19 @@ DAMAGE = (
     *(ValueError, NotImplementedError, OverflowError),  # from parsers fed garbage, or an unknown compression
 )
 OPENERS: dict[bytes, Callable[[BinaryIO], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+FOREIGN = (  # first bytes of what is often named .zip or .tar, and what it is
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+    (b"Rar!\x1a\x07", "a RAR archive"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd"),
+    (b"PK\7\x08", "a part of a zip of several files"),
+    *((start, "a web page: the address leads to it and not to the file") for start in (b"<!", b"<html", b"<HTML")),
+    (b"version https://git-lfs", "a pointer of Git LFS: the file itself was not fetched (git lfs pull)"),
+)
+REPACK = "Unpack it and name the folder, or pack it again as .zip or .tar."
+
+
+class ForeignError(DataError):
+    """The file is none of the archives that are read."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +168,17 @@ def has_file(archive: Path, suffixes: tuple[str, ...], *, most: int = 5000, limi
     return False
 
 
+def first_names(archive: Path, *, most: int = 5000, limits: Limits = USUAL) -> list[str]:
+    """The names of the first `most` files in it. Raises DataError, OSError."""
+    with _refusing(archive):
+        names = []
+        for entry in itertools.islice(entries(archive, limits=limits), most):
+            path = safe_path(entry.name)
+            if not entry.is_folder and not is_litter(path):
+                names.append(str(path))
+    return names
+
+
 def content_root(folder: Path) -> Path:
     """`folder`, or its only subfolder: archives often hold one folder with everything in it."""
     inside = [p for p in folder.iterdir() if not p.name.startswith(".")]
@@ -167,6 +191,11 @@ def entries(archive: Path, *, limits: Limits) -> Iterator[Entry]:
         budget = Budget(archive.stat().st_size, limits)
         magic = file.read(6)
         file.seek(0)
+        head = file.read(64).lstrip()
+        file.seek(0)
+        for start, what in FOREIGN:
+            if head.startswith(start):
+                raise ForeignError(what)
         if magic.startswith((b"PK\3\4", b"PK\5\6")):
             yield from _zip_entries(file, budget)
             return
@@ -268,6 +297,8 @@ def _refusing(archive: Path) -> Iterator[None]:
     """Turns every error about an archive into a DataError that names it."""
     try:
         yield
+    except ForeignError as problem:
+        raise DataError(f"{archive.name} is {problem}. {REPACK}") from problem
     except DataError as problem:
         raise DataError(
             f"{archive.name} is refused: {problem}. Nothing of it is used. Pack it again without that."

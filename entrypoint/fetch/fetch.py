@@ -10,23 +10,30 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from entrypoint.fetch import archive, http, hub, hub_choice, hub_rows, local_weights, model_folder
+from entrypoint.dataset_config.sources import ARCHIVES, no_such_folder
+from entrypoint.fetch import archive, http, hub, hub_choice, hub_folder, hub_rows, local_weights, model_folder
 from entrypoint.fetch.http import RetryPolicy
 from entrypoint.system.folders import build_folder, completed, locked, naming, read_json, storage_error, write_text
+from trainer.data.records import printable
 from trainer.spec.errors import DataError, GatedError, SettingsError, UnreachableError
 from trainer.spec.plan import ModelPlan, Source, public
+from trainer.storage.atomic import human_size
+from trainer.storage.read import special_kind
 
 if TYPE_CHECKING:
     import httpx
 
 logger = logging.getLogger(__name__)
 
+ANY_ARCHIVE = (*ARCHIVES, ".7z", ".rar")
+QUICK_TIMEOUT_S = 5.0  # for the answer to a name that is hardly one of a dataset
 SHORT_BUDGET_S = 10.0  # how long a silent server is waited for when the cache could serve instead
 
 
@@ -49,6 +56,7 @@ def fetch_model(
     variable = model_folder.variable(model)
     if folder := local_model(model):
         model_folder.check_folder(variable, folder, patterns)
+        model_folder.check_kind(variable, folder, model)
         return replace(model, path=str(folder))
     repo = model_repo(model, token=token, hub_cache=hub_cache, retries=retries)
     cached = cached_model(repo, patterns)
@@ -67,6 +75,7 @@ def fetch_model(
             logger.warning("%s The cache has %s at commit %s: using that.", problem, repo.name, cached.commit)
     assert cached is not None
     model_folder.check_folder(variable, cached.folder, patterns)
+    model_folder.check_kind(variable, cached.folder, model)
     return replace(model, commit=cached.commit, path=str(cached.folder))
 
 
@@ -106,6 +115,26 @@ def model_repo(model: ModelPlan, *, token: str | None, hub_cache: Path | None, r
     )
 
 
+def describe_dataset(source: Source, repo: hub.Repo) -> hub.Listing:
+    """`hub.describe`, for a name that may be meant as a folder. Raises what that raises.
+
+    A name without an owner is hardly ever a dataset, so that it is asked for once, and not for two minutes.
+    """
+    if "/" not in source.location:
+        retries = replace(repo.retries, budget=0.0, timeout=min(QUICK_TIMEOUT_S, repo.retries.timeout))
+        repo = replace(repo, retries=retries)
+    folder = no_such_folder(source.location)
+    try:
+        return hub.describe(repo)
+    except (SettingsError, UnreachableError) as problem:
+        if "/" in source.location:
+            raise type(problem)(f"{problem} If a folder was meant: {folder}.") from problem
+        raise SettingsError(
+            f"{named(source)}: {folder}, and the Hub gives no dataset of this name ({problem}) Write the path of a "
+            "folder, or a dataset as owner/name."
+        ) from problem
+
+
 def dataset_repo(source: Source, *, token: str | None, hub_cache: Path | None, retries: RetryPolicy) -> hub.Repo:
     """The repository of a source of kind hub; pinned to the commit of an earlier run, if there was one."""
     return hub.Repo(
@@ -120,7 +149,8 @@ def dataset_repo(source: Source, *, token: str | None, hub_cache: Path | None, r
 def named(source: Source) -> str:
     """How the user named a source, for messages; without the secrets that an address may hold."""
     place = public(source.location) if is_url(source) else source.location
-    return f"DATASET_NAME={place} (or a subset of DATASET_CONFIG)"
+    place = printable(place)
+    return f"{source.named_in}: {place}" if source.named_in else f"DATASET_NAME={place}"
 
 
 def is_url(source: Source) -> bool:
@@ -136,18 +166,34 @@ def local_model(model: ModelPlan) -> Path | None:
 
 def local_folder(source: Source) -> Path:
     """The folder of a source of kind folder. Raises SettingsError if there is none."""
-    folder = Path(source.location).expanduser().resolve()
-    if not folder.is_dir():
-        raise SettingsError(f"{named(source)}: there is no folder {folder}. Check the path and what is mounted there.")
-    return folder
+    folder, kind = _on_this_machine(source)
+    if kind == "a folder":
+        return folder
+    problem = no_such_folder(source.location) if kind is None else f"{printable(source.location)} is {kind}"
+    raise SettingsError(f"{named(source)}: {problem}. Check the path and what is mounted there.")
 
 
 def local_archive(source: Source) -> Path:
-    """The file of an archive that is not an address. Raises SettingsError if there is none."""
-    path = Path(source.location).expanduser().resolve()
-    if not path.is_file():
-        raise SettingsError(f"{named(source)}: there is no file {path}. Check the path and what is mounted there.")
+    """The file of an archive that is not an address. Raises SettingsError if there is none, DataError for a giant."""
+    path, kind = _on_this_machine(source)
+    if kind != "a file":
+        problem = f"there is no file {printable(str(path))}" if kind is None else f"it is {kind} and not a file"
+        raise SettingsError(f"{named(source)}: {problem}. Check the path and what is mounted there.")
+    if path.stat().st_size > archive.USUAL.total:  # unpacked, it would be larger still; hashing it takes hours
+        limit = human_size(archive.USUAL.total)
+        raise DataError(f"{named(source)}: the archive has more than {limit}. Unpack it, and name the folder.")
     return path
+
+
+def _on_this_machine(source: Source) -> tuple[Path, str | None]:
+    """The path of a source without links, and what is there: "a folder", "a file", "a FIFO"; None: nothing."""
+    # Not Path.resolve, which raises where links lead round in a circle.
+    path = Path(os.path.realpath(Path(source.location).expanduser()))
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # not there, a name too long, links in a circle
+        return path, None
+    return path, special_kind(mode) or "a file"
 
 
 def cached_model(repo: hub.Repo, patterns: tuple[str, ...]) -> hub.Cached | None:
@@ -187,13 +233,14 @@ def _hub_dataset(
     if cached is not None and cached[0] == repo.revision:
         return _logged(source, repo, *cached)
     try:
-        listing = hub.describe(_less_patient(repo) if cached else repo)
+        listing = describe_dataset(source, _less_patient(repo) if cached else repo)
         folder = _dataset_folder(source, listing.commit, cache)
         if completed(folder) is None:
             _unpack_hub_dataset(source, repo, listing, folder)
         cached = listing.commit, folder
-    except (UnreachableError, GatedError) as problem:
-        if cached is None:
+    except (UnreachableError, GatedError, SettingsError) as problem:
+        # A name without an owner: its errors are those of a folder, though the Hub may only be out of reach.
+        if cached is None or (isinstance(problem, SettingsError) and "/" in source.location):
             raise
         logger.warning("%s The cache has %s at commit %s: using that.", problem, repo.name, cached[0])
     return _logged(source, repo, *cached)
@@ -263,12 +310,24 @@ def _unpacked(path: Path, digest: str, cache: Path) -> Path:
         count = archive.extract(path, target)
         if not count:
             raise DataError(f"{path.name} is empty. Name an archive with images in it.")
-        return {"archive": path.name, "entries": count}
+        described = hub_folder.write_json_captions(target)
+        inner = [name for name in hub_folder.names(target) if name.lower().endswith(ANY_ARCHIVE)]
+        return {"archive": path.name, "entries": count, "described": described, "inner": inner}
 
     folder = cache / "datasets" / digest[:32]
     facts = build_folder(folder, fill)
     logger.info("%s: %d files in %s", path.name, facts["entries"], folder)
+    if facts.get("described"):
+        logger.info("%s: the captions of %d images come from .json files beside them", path.name, facts["described"])
+    if facts.get("inner"):
+        inner = hub_choice.some(facts["inner"])
+        logger.warning("%s: archives in it take no part: %s. Unpack it, or name them.", path.name, inner)
     return folder
+
+
+def archives_in(folder: Path) -> list[str]:
+    """The archives that are directly in a folder."""
+    return sorted(path.name for path in folder.iterdir() if path.name.lower().endswith(ANY_ARCHIVE))
 
 
 def known_download(source: Source, cache: Path) -> Path | None:
@@ -343,6 +402,11 @@ def remote_archive(client: httpx.Client, source: Source, *, token: str | None, r
                 http.check_status(response, "the server")
                 if response.status_code not in (200, 206):
                     _refuse_address(source, response)
+                if response.headers.get("content-type", "").startswith("text/html"):
+                    raise SettingsError(
+                        f"{named(source)}: the address gives a web page, and not an archive. Download the archive "
+                        "yourself and name the file, or use the address of the file itself."
+                    )
                 length = response.headers.get(
                     *("content-length", "") if response.status_code == 200 else ("content-range", "")
                 )

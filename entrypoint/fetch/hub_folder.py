@@ -21,16 +21,21 @@ from typing import Any
 
 from entrypoint.fetch import archive, hub_choice
 from entrypoint.fetch.hub_choice import IMAGE_SUFFIXES, LISTS, SIDECARS, is_metadata, some
+from entrypoint.fetch.hub_columns import CAPTIONS
 from entrypoint.fetch.hub_layout import Layout
 from trainer.data.caption_files.text_encoding import decode_all
+from trainer.data.folder_listing import Folder
+from trainer.data.folders.conventions import read_folders
 from trainer.spec.errors import DataError
 
 IMAGE = "image"  # the column of the images, as the Hub names it
 LABEL = "label"
 KEY = "__key__"
+FOLDER = "__folder__"  # that the image is written into
 UNPACKED = ".unpacked"  # beside the images that are made: they are moved from there
 NAME_COLUMNS = ("file_name", "image_path", "filename", "file", "image", "path", "img", "image_file", "file_path")
 TEXT_FIELDS = ("txt", "text", "caption", "transcript")
+LARGEST_SIDECAR = 2**20  # bytes of a file about one image
 LARGEST_TABLE = 2**28  # bytes of a metadata file, which is read as a whole
 Row = dict[str, Any]
 
@@ -70,7 +75,8 @@ def read(snapshot: Path, layout: Layout, target: Path) -> Found:
     found = _listed(snapshot, layout, files)
     if found is None:
         found = Found(_samples(files))
-        if not any(len(row.keys() - {IMAGE, KEY}) for row in found.rows):
+        has_folders = _keep_folders(files, found.rows)
+        if not has_folders and not any(len(row.keys() - {IMAGE, KEY}) for row in found.rows):
             _add_labels(files, found.rows)
     unused = [name for name in files.places if name not in files.used]
     images = set(files.images())
@@ -81,6 +87,29 @@ def read(snapshot: Path, layout: Layout, target: Path) -> Found:
     if other_files:
         found.notes.append(f"files that take no part: {some(other_files)}.")
     return found
+
+
+def write_json_captions(folder: Path) -> int:
+    """Write `7.txt` with the caption that `7.json` has, for images of an unpacked webdataset without a text.
+
+    Returns how many. The trainer reads texts beside images, and JSON only where it lists many images.
+    """
+    count = 0
+    for path in sorted(folder.rglob("*.json")):
+        beside = [path.with_suffix(suffix) for suffix in SIDECARS]
+        has_image = any(path.with_suffix(suffix).is_file() for suffix in IMAGE_SUFFIXES)
+        if not has_image or any(text.is_file() for text in beside) or path.stat().st_size > LARGEST_SIDECAR:
+            continue
+        row = _json(_text(path.name, path.read_bytes()), path.name)
+        for column in CAPTIONS if isinstance(row, dict) else ():
+            caption = row.get(column)
+            if isinstance(caption, list) and all(isinstance(line, str) for line in caption):
+                caption = "\n".join(caption)
+            if isinstance(caption, str) and caption.strip():
+                path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+                count += 1
+                break
+    return count
 
 
 def names(snapshot: Path) -> list[str]:
@@ -205,6 +234,21 @@ def _key(name: str) -> str:
 
 def _ending(name: str) -> str:
     return name.rpartition("/")[2].partition(".")[2]
+
+
+def _keep_folders(files: _Files, rows: list[Row]) -> bool:
+    """Let images stay in their folders where these mean something, as `10_ohwx woman` does; returns whether they do."""
+    inside = {}  # image → its name inside of its archive, since shards may have numbers too
+    for name in files.images():
+        inside[name] = name.removeprefix(f"{files.packed_in.get(name, '')}/")
+    if not read_folders(Folder(Path(), images=sorted(inside.values())), "").parts:
+        return False
+    folders = {files.places[name]: inside[name].rpartition("/")[0] for name in inside}
+    for row in rows:
+        for value in list(row.values()):  # a webdataset's column has the name of the image's ending
+            if isinstance(value, Path) and value in folders:
+                row[FOLDER] = folders[value]
+    return True
 
 
 def _add_labels(files: _Files, rows: list[Row]) -> None:

@@ -272,6 +272,9 @@ def _write(
                 reader.budget.entry()
                 lines = said[index : index + 1] if paired else said
                 name = f"{counts['images']:06d}"
+                if row.get(hub_folder.FOLDER):
+                    name = f"{row[hub_folder.FOLDER]}/{name}"
+                    (target / name).parent.mkdir(parents=True, exist_ok=True)
                 written, size = reader.put(item, target, name)
                 line = {"file_name": written}
                 if lines:

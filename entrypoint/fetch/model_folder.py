@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
+from entrypoint.fetch import weight_kinds
 from trainer.spec.errors import SettingsError
-from trainer.spec.family import OPTIONAL, base_models
+from trainer.spec.family import OPTIONAL, base_models, get_family
 from trainer.spec.plan import ModelPlan
 from trainer.spec.prediction_marks import PredictionMarks, prediction_marks
-from trainer.storage.safetensors_header import Header, parse_header
+from trainer.storage.atomic import human_size
+from trainer.storage.safetensors_header import MAX_HEADER_BYTES, Header, parse_header
 
 # Formats that run code when they are loaded, and weights of other frameworks: never downloaded, never read.
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 FILE, HALF = ".safetensors", ".fp16"  # the second is in the names of copies in 16 bits
 FOREIGN = (*PICKLES, ".msgpack", ".h5", ".onnx", ".onnx_data", ".gguf")
+UNQUANTISED = "use the bf16, fp16 or fp8 .safetensors file, which is quantised as it is loaded"
+SHAPE_KEYS = ("in_channels", "cross_attention_dim", "joint_attention_dim")  # of a denoiser's config
+FIRST_BYTES = 512  # of a file, which tell what it is
+SMALL_FILE_BYTES = 100_000  # an error message that was saved under a file's name is smaller
+TENSOR_END = re.compile(rb'"data_offsets":\s*\[\s*\d+\s*,\s*(\d+)')
 
 
 def variable(model: ModelPlan) -> str:
@@ -50,26 +59,55 @@ def wanted(names: Collection[str], patterns: Collection[str]) -> set[str]:
 def problems(names: Collection[str], patterns: Collection[str]) -> list[str]:
     """What is missing or unusable in a model with these files (names relative to its folder)."""
     if "model_index.json" not in names:
-        return ["it has no model_index.json, so it is not a model in the folder layout of diffusers"]
+        return [_without_index(names)]
     found, needed = [], wanted(names, patterns)
     for first in dict.fromkeys(p.split("/")[0] for p in patterns if "/" in p):
         part = first.removeprefix(OPTIONAL)
         inside = [n for n in names if n.startswith(f"{part}/")]
         has_weights = is_wanted(f"{part}/model.safetensors", patterns)  # otherwise its weights come from elsewhere
-        pickles = [n for n in inside if n.endswith(PICKLES)]
+        others = [n for n in inside if n.endswith(FOREIGN)]
         if not inside and part != first:
             continue
         if not inside:
             found.append(f"the folder {part}/ is missing")
         elif any(n.endswith(FILE) and n in needed for n in inside):
             continue
-        elif pickles and has_weights:
-            found.append(
-                f"{pickles[0]} is a pickle, which can run code when it is loaded, and no .safetensors is there"
-            )
+        elif others and has_weights:
+            found.append(f"{others[0]} {foreign_problem(others[0])}, and no .safetensors is there")
         elif f"{part}/config.json" in inside and has_weights:
             found.append(f"{part}/ has no .safetensors file")
     return found
+
+
+def _without_index(names: Collection[str]) -> str:
+    """What a folder or repository is that is no model in diffusers' layout, by the names of its files."""
+    top = [name for name in names if "/" not in name]
+    if any(name.startswith(("adapter_model.", "pytorch_lora_weights.")) for name in top):
+        return "it is a LoRA and not a base model; PARAMS_RESUME_FROM starts from a LoRA file"
+    if any(name.endswith(".gguf") for name in names):
+        return f"it holds GGUF files, which are not read: {UNQUANTISED}"
+    weights = [name for name in top if name.endswith(FILE)]
+    if "config.json" in top and weights:
+        file = f"; if {weights[0]} is the denoiser, set MODEL_PATH to that file" if len(weights) == 1 else ""
+        return f"it is one part of a model alone (config.json without model_index.json){file}"
+    return "it has no model_index.json, so it is not a model in the folder layout of diffusers"
+
+
+def foreign_problem(path: str) -> str | None:
+    """Why a file with this name is not read, with what to do; None if its name shows nothing wrong."""
+    name = path.lower()
+    if name.endswith(PICKLES):
+        return (
+            "is a pickle, which can run code when it is loaded, and is never read: convert it to .safetensors where "
+            "you trust it"
+        )
+    if name.endswith(".gguf"):
+        return f"is a GGUF file, which is quantised in a way that is not read: {UNQUANTISED}"
+    if name.endswith((".onnx", ".onnx_data")):
+        return "is an ONNX file, which cannot be trained: use the .safetensors file"
+    if name.endswith((".msgpack", ".h5")):
+        return "has the weights for Flax or TensorFlow, which are not read: use the .safetensors file"
+    return None
 
 
 def check_names(variable: str, names: Collection[str], patterns: Collection[str]) -> None:
@@ -98,10 +136,49 @@ def check_folder(variable: str, folder: Path, patterns: Collection[str]) -> None
     for name in sorted(wanted(names, patterns)):
         if name.endswith((".safetensors.index.json", ".safetensors.index.fp16.json")):
             damaged += _missing_shards(folder / name)
-        elif name.endswith(".safetensors") and not _is_whole(folder / name):
-            damaged.append(f"{name} is damaged or cut short (or a Git LFS pointer)")
+        elif name.endswith(FILE) and (problem := damage(folder / name)):
+            damaged.append(f"{name} {problem}")
     if damaged:
         raise SettingsError(f"{variable} cannot be used: {'; '.join(damaged)}. Copy or download it again.")
+    for name in sorted(wanted(names, patterns)):
+        if tool := _quantised(folder / name):
+            raise SettingsError(
+                f"{variable} cannot be used: {name} is quantised by {tool}, which is not read. "
+                f"{weight_kinds.QUANTISED_FIX}s of the model."
+            )
+
+
+def check_kind(variable: str, folder: Path, model: ModelPlan) -> None:
+    """Check that the denoiser in a model's folder is of the class and shape that BASE_MODEL has. Raises SettingsError.
+
+    A folder whose denoiser comes from another file is not looked at.
+    """
+    base = base_models().get(model.base)
+    published = base[1].published if base is not None else None
+    if published is None or "denoiser" in model.parts:
+        return
+    place = get_family(model.family).FACTS.parts["denoiser"]
+    expected = published.configs[f"{place}/config.json"]
+    config = _json(folder / place / "config.json")
+    fix = f"Fix: a model that {model.base} can be, or the BASE_MODEL that it is of"
+    class_name = config.get("_class_name", expected["_class_name"])
+    if class_name != expected["_class_name"]:
+        raise SettingsError(f"{variable}: {place}/ has a {class_name}, and not a {expected['_class_name']}. {fix}.")
+    for key in SHAPE_KEYS:
+        if key in expected and config.get(key, expected[key]) != expected[key]:
+            raise SettingsError(
+                f"{variable}: {place}/config.json says {key}={config[key]}, and {model.base} has {expected[key]}, so "
+                f"it is another model (one that paints into images, for example). {fix}."
+            )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A config; empty if it is missing or damaged, which others report."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _missing_shards(index: Path) -> list[str]:
@@ -112,14 +189,77 @@ def _missing_shards(index: Path) -> list[str]:
     return [f"{index.parent.name}/{s} is missing" for s in sorted(shards) if not (index.parent / s).is_file()]
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether a safetensors file is as long as its header says."""
-    return _header(path) is not None
+def quantised_folder(folder: Path) -> str | None:
+    """Who quantised the part of a model in `folder`; None if its weights can be read."""
+    for file in (folder / "config.json", *sorted(folder.glob(f"*{FILE}"))):
+        if tool := _quantised(file):
+            return tool
+    return None
+
+
+def _quantised(file: Path) -> str | None:
+    """Who quantised the weights that a config or a safetensors file is about."""
+    if file.name.endswith(FILE):
+        header = _header(file)
+        return None if header is None else weight_kinds.quantised(header.entries)
+    if file.name != "config.json":
+        return None
+    config = _json(file).get("quantization_config")
+    if not isinstance(config, dict):
+        return None
+    method = str(config.get("quant_method", "a tool that its config.json does not name"))
+    if config.get("load_in_4bit") or config.get("_load_in_4bit"):
+        return f"{method} ({config.get('bnb_4bit_quant_type', 'in 4 bits')})"
+    return method
 
 
 def damage(path: Path) -> str | None:
     """Why the safetensors file `path` cannot be read; None if it can."""
-    return None if _is_whole(path) else "is damaged or cut short (or a Git LFS pointer)"
+    try:
+        header = parse_header(path)
+    except ValueError as problem:
+        return _other_content(path) or f"is damaged or cut short: {str(problem).removeprefix('it ')}"
+    size = path.stat().st_size
+    end = max((entry.end for entry in header.entries.values()), default=header.data_begin)
+    if size > end:
+        return f"is damaged: {size - end} bytes follow its last tensor"
+    return None
+
+
+def _other_content(path: Path) -> str | None:
+    """What a file is that only has the name of a safetensors file, told by how it begins."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        begin = file.read(FIRST_BYTES)
+    if not begin:
+        return "is damaged or cut short: it is empty"
+    if begin.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer and not the file that it stands for: run `git lfs pull`, or download the file"
+    if begin.startswith(b"GGUF"):
+        return f"is a GGUF file, which is quantised in a way that is not read: {UNQUANTISED}"
+    if begin.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04")):
+        return "is a pickle with the name of a safetensors file, and is never read: convert it where you trust it"
+    text = begin.lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<")):
+        return "is a web page and not weights: the download was refused, or needed a login"
+    if text.startswith((b"{", b"access to", b"invalid", b"not found", b"unauthorized")) and size < SMALL_FILE_BYTES:
+        return "is a message and not weights: the download was refused, or needed a login"
+    header_bytes = int.from_bytes(begin[:8], "little")
+    if len(begin) > 8 and begin[8:9] == b"{" and header_bytes < MAX_HEADER_BYTES:
+        return _cut_short(path, size)
+    return None
+
+
+def _cut_short(path: Path, size: int) -> str:
+    """How much of a file that begins as a safetensors file is there."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length)
+    ends = [int(end) for end in TENSOR_END.findall(header)]
+    if len(header) < length or not ends:
+        return f"is damaged or cut short: it ends within its header, after {human_size(size)}"
+    whole = 8 + length + max(ends)
+    return f"is damaged or cut short: it has {human_size(size)} of {human_size(whole)}"
 
 
 def tensors(path: Path) -> set[str]:
@@ -140,6 +280,11 @@ def has_fp8(path: Path) -> bool:
     """Whether a safetensors file has weights of one byte."""
     header = _header(path)
     return header is not None and any(str(entry.dtype).startswith("F8_") for entry in header.entries.values())
+
+
+def read(path: Path) -> Header:
+    """The header of a file that `damage` found nothing wrong with."""
+    return parse_header(path)
 
 
 def _header(path: Path) -> Header | None:

@@ -309,7 +309,7 @@ def _note_choices(settings: Settings, hardware: Hardware, strategy: Strategy, *,
     if settings.engine.precision == "auto":
         notes.chose("PARAMS_PRECISION", strategy.precision, f"fastest for {hardware}")
     if settings.engine.gradient_checkpointing is None:
-        notes.chose("PARAMS_GRADIENT_CHECKPOINTING", str(strategy), reason)
+        notes.chose("PARAMS_GRADIENT_CHECKPOINTING", strategy.recompute != "none", reason)
     if settings.engine.offload == "auto":
         notes.chose("PARAMS_OFFLOAD", strategy.offload, reason)
 

@@ -14,10 +14,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from entrypoint.dataset_config.complete import complete_datasets
+from entrypoint.dataset_config.complete import complete_datasets, fill_trigger, trigger_of
 from entrypoint.dataset_config.manifest import Manifest
 from entrypoint.dataset_config.sources import HUB_ID
-from entrypoint.planning import single_files, starting_point, text_encoders
+from entrypoint.planning import sanity, single_files, starting_point, text_encoders
 from entrypoint.planning.engine_choice import engine_plan
 from entrypoint.planning.targets import check_targets
 from entrypoint.settings import Settings
@@ -37,7 +37,6 @@ from trainer.spec.values import shorten, show
 # A schedule-free optimiser averages its iterates instead of following a schedule (Defazio et al. 2024,
 # arXiv:2405.15682), so that a falling learning rate would work against it.
 CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")
-CYCLIC_SCHEDULE = "cosine_with_restarts"
 EPOCHS_PER_CYCLE = 3  # where PARAMS_NUM_CYCLES is not set
 # What only models of one objective have (`Facts.objective`): a field of TrainingSettings, and its neutral value.
 ONLY_FOR_OBJECTIVE: dict[str, dict[str, Any]] = {
@@ -71,13 +70,14 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
         model=base_model,
         resolution=datasets[0].resolution,
         seed=settings.training.seed,
-        prefix=_prompt_prefix(settings.data.trigger_word, manifest),
+        prefix=_prompt_prefix(datasets, manifest),
         problems=notes,
     )
+    prompts = fill_trigger(prompts, trigger_of(datasets), notes)
     optim = _optimizer_plan(settings.training, family_name, settings.model.base_model, notes)
     single_files.note_prediction(model_plan.parts.get("denoiser"), settings.training, facts, notes)
     adapter = check_targets(settings.adapter, model=model_plan, facts=facts, notes=notes)
-    lora = _adapter_plan(adapter, facts, trained_encoders=optim.text_encoders, notes=notes)
+    lora = _adapter_plan(adapter, facts, model=model_plan, trained_encoders=optim.text_encoders, notes=notes)
     engine, datasets = engine_plan(
         settings,
         hardware,
@@ -95,13 +95,33 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
         optim=optim,
         train=_training_plan(settings, facts, notes),
         engine=engine,
-        output=_output_plan(settings.output, datasets, cache=settings.data.cache_path, now=now, notes=notes),
+        output=_output_plan(
+            settings.output,
+            datasets,
+            cache=settings.data.cache_path,
+            resume_with_changes=settings.adapter.resume_with_changes,
+            now=now,
+            notes=notes,
+        ),
         prompts=prompts,
     )
     notes.raise_if_any("This cannot be done")
     if not plan.output.name:
         plan = _with_default_name(plan, now=now)
+    automatic = _left_to_hardware(settings)
+    plan = dataclasses.replace(plan, given=tuple(sorted(settings.given)), automatic=automatic)
+    sanity.warn(sanity.Request(settings, plan, facts, base_model), notes)
     return dataclasses.replace(plan, reasons=tuple(notes.reasons), warnings=tuple(notes.warnings))
+
+
+def _left_to_hardware(settings: Settings) -> tuple[str, ...]:
+    """The variables that are `auto` and decided by the hardware: on another card a run goes on all the same."""
+    choices = {
+        "BACKEND": settings.engine.backend == "auto",
+        "PARAMS_PRECISION": settings.engine.precision == "auto",
+        "PARAMS_BATCH_SIZE": settings.data.batch_size == 0,
+    }
+    return tuple(name for name, is_auto in choices.items() if is_auto)
 
 
 # ---- model
@@ -163,10 +183,11 @@ def _model_source_problem(source: str) -> str | None:
     return None
 
 
-def _prompt_prefix(trigger_word: str | None, manifest: Manifest) -> str:
+def _prompt_prefix(datasets: tuple[Dataset, ...], manifest: Manifest) -> str:
     """The trigger word goes before this program's own prompts; prompts of the user stay as they are."""
-    if trigger_word and manifest.prompts_packaged:
-        return f"{trigger_word}, "
+    trigger = trigger_of(datasets)
+    if trigger and manifest.prompts_packaged:
+        return f"{trigger}, "
     return ""
 
 
@@ -174,7 +195,7 @@ def _prompt_prefix(trigger_word: str | None, manifest: Manifest) -> str:
 
 
 def _adapter_plan(
-    settings: AdapterSettings, facts: Facts, *, trained_encoders: Collection[str], notes: Notes
+    settings: AdapterSettings, facts: Facts, *, model: ModelPlan, trained_encoders: Collection[str], notes: Notes
 ) -> LoraPlan:
     """Rank, targets and type of the adapters; those of a LoRA file where the job starts from one."""
     start = settings.resume_from
@@ -184,7 +205,9 @@ def _adapter_plan(
     path = absolute(start) if start else None
     # A folder holds a state, whose adapters the trainer checks; only a file has a header to plan by.
     file = path if path and is_file(path) else None
-    shape = starting_point.adapter_shape(settings, file, facts, trained_encoders=trained_encoders, notes=notes)
+    shape = starting_point.adapter_shape(
+        settings, file, facts, model=model, trained_encoders=trained_encoders, notes=notes
+    )
     if settings.lora_type == "dora":
         text = (
             "ComfyUI and Forge read <name>.safetensors, diffusers reads <name>-diffusers.safetensors; sd-scripts and "
@@ -211,11 +234,6 @@ def _optimizer_plan(settings: TrainingSettings, family_name: str, base_model: st
         notes.chose("PARAMS_LEARNING_RATE", f"{learning_rate:g}", f"the default with {name}")
     _check_schedule(settings, spec, notes)
     cycles = settings.num_cycles or max(1, settings.max_epochs // EPOCHS_PER_CYCLE)
-    if settings.num_cycles and scheduler != CYCLIC_SCHEDULE:
-        notes.warn(
-            f"PARAMS_NUM_CYCLES={settings.num_cycles} has no effect: PARAMS_LEARNING_SCHEDULER={scheduler} has no "
-            f"cycles, {CYCLIC_SCHEDULE} has."
-        )
     return OptimPlan(
         name=name,
         learning_rate=learning_rate,
@@ -223,7 +241,7 @@ def _optimizer_plan(settings: TrainingSettings, family_name: str, base_model: st
         args=_optimizer_arguments(settings, spec, notes),
         scheduler=scheduler,
         warmup_steps=settings.warmup_steps,
-        num_cycles=cycles if scheduler == CYCLIC_SCHEDULE else 1,
+        num_cycles=cycles if scheduler == sanity.CYCLIC_SCHEDULE else 1,
         text_encoders=text_encoders.learning_rates(
             settings.text_encoder_lr,
             family_name=family_name,
@@ -255,14 +273,9 @@ def _optimizer_arguments(settings: TrainingSettings, spec: OptimizerSpec, notes:
 
     Tuples become lists, as they are when plan.json is read again: otherwise a resumed job would seem to differ.
     """
-    optimizer = settings.optimizer_type
     arguments: dict[str, Any] = json.loads(json.dumps(spec.defaults))
     if settings.d_coef is not None and spec.prodigy:
         arguments["d_coef"] = settings.d_coef
-    elif settings.d_coef is not None:
-        notes.warn(
-            f"PARAMS_D_COEF={settings.d_coef:g} has no effect: PARAMS_OPTIMIZER_TYPE={optimizer} has none, prodigy has."
-        )
     for name, value in settings.optimizer_args.items():
         if problem := _argument_problem(name, value, settings, spec):
             notes.add(f"PARAMS_OPTIMIZER_ARGS: {name}={_in_words(value)} {problem}.")
@@ -374,7 +387,13 @@ def _check_objective(settings: TrainingSettings, facts: Facts, base_model: str, 
 
 
 def _output_plan(
-    settings: OutputSettings, datasets: tuple[Dataset, ...], *, cache: Path, now: datetime, notes: Notes
+    settings: OutputSettings,
+    datasets: tuple[Dataset, ...],
+    *,
+    cache: Path,
+    resume_with_changes: bool,
+    now: datetime,
+    notes: Notes,
 ) -> OutputPlan:
     """Folders, and how often the job saves, samples and validates."""
     if settings.validate_every_n_steps and not any(dataset.validation_split for dataset in datasets):
@@ -391,6 +410,8 @@ def _output_plan(
         sample_every=settings.sample_every_n_steps,
         validate_every=settings.validate_every_n_steps,
         keep_checkpoints=settings.keep_checkpoints,
+        requested=settings.output_name or "",
+        resume_with_changes=resume_with_changes,
     )
 
 

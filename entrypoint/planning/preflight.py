@@ -19,9 +19,13 @@ from pathlib import Path
 from entrypoint.fetch import archive, fetch, flash_attention, http, hub, hub_choice, local_weights, model_folder
 from entrypoint.fetch.http import RetryPolicy
 from entrypoint.planning import single_files
+from trainer.data.folder_listing import list_folder
+from trainer.data.folders import formats
+from trainer.data.folders.own_output import Written
+from trainer.data.records import printable
 from trainer.spec.errors import DataError, GatedError, KilnError, SettingsError, StorageError, UnreachableError
 from trainer.spec.family import base_models, get_family
-from trainer.spec.plan import ModelPlan, Plan, Source
+from trainer.spec.plan import AUTO, ModelPlan, Plan, Source, Subset
 from trainer.spec.weight_formats import PRECISIONS
 from trainer.storage.atomic import human_size, storage_error
 
@@ -43,7 +47,9 @@ MIN_TOKENS = 77  # CLIP's
 TYPICAL_IMAGE_BYTES = 500_000
 LORA_BYTES_PER_RANK = 0.0005  # bytes of a float32 LoRA of rank 1 for each byte of the base model's weights
 STATE_BYTES_PER_LORA_BYTE = 5  # a state has the adapter and up to four optimiser tensors of its size
+AUTOMATIC_CHECKPOINTS = 2  # with their states, that KEEP_CHECKPOINTS=auto needs at least
 UNPACKED_BYTES_PER_ARCHIVE_BYTE = 1.1  # images are compressed already, so that archives hardly shrink them
+PACKED = (".parquet", ".arrow", ".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz")  # files that may hold images
 LOGGED_FILE_MIN_BYTES = 100 * 2**20  # larger files of a model are named in the log before they are fetched
 
 
@@ -140,7 +146,9 @@ def _check_model(plan: Plan, space: NeededSpace, *, token: str | None, hub_cache
     """Check the base model, and add the space that it and the checkpoints will take."""
     model_bytes = _model_bytes(plan.model, space, token=token, hub_cache=hub_cache, retries=retries)
     lora_bytes = model_bytes * LORA_BYTES_PER_RANK * plan.lora.rank
-    kept = plan.output.keep_checkpoints + 1  # while one is written, the oldest is still there
+    # Where that is left to the job, it keeps more LoRA files if there is room (trainer.job.saving).
+    keep = AUTOMATIC_CHECKPOINTS if plan.output.keep_checkpoints == AUTO else plan.output.keep_checkpoints
+    kept = keep + 1  # while one is written, the oldest is still there
     checkpoint_bytes = lora_bytes * (1 + STATE_BYTES_PER_LORA_BYTE)
     space.add("OUTPUT_PATH", f"{kept} checkpoints", checkpoint_bytes * kept + lora_bytes)
 
@@ -162,6 +170,7 @@ def _model_bytes(
     variable = model_folder.variable(model)
     if folder := fetch.local_model(model):
         model_folder.check_folder(variable, folder, patterns)
+        model_folder.check_kind(variable, folder, model)
         logger.info("To fetch for the model: nothing. %s is here.", folder)
         return _weight_bytes(folder) + converted_bytes
     repo = fetch.model_repo(model, token=token, hub_cache=hub_cache, retries=retries)
@@ -215,28 +224,46 @@ def _check_source(
         count = source.count
         space.add("CACHE_PATH", "class images", count * TYPICAL_IMAGE_BYTES)
     elif source.kind == "folder":
-        count = _count_images(fetch.local_folder(source))
+        folder = list_folder(Subset(replace(source, path=str(fetch.local_folder(source)))), Written(space.places))
+        count = len(folder.images)
         if not count:
-            raise DataError(f"{fetch.named(source)}: there is no image in it. Put images there (or mount them).")
+            names = [printable(name) for name in folder.all_names()]
+            raise DataError(f"{fetch.named(source)}: {_without_images(source, names)}")
     elif source.kind == "hub":
         count = _check_hub_dataset(source, space, token=token, retries=retries) // TYPICAL_IMAGE_BYTES
     elif fetch.is_url(source):
         count = _check_url(source, space, token=token, retries=retries) // TYPICAL_IMAGE_BYTES
     else:
         path = fetch.local_archive(source)
-        if not archive.has_file(path, hub_choice.IMAGE_SUFFIXES):
-            raise DataError(f"{fetch.named(source)}: there is no image among its first entries.")
+        if not archive.has_file(path, formats.READABLE_SUFFIXES):
+            raise DataError(f"{fetch.named(source)}: {_archive_without_images(path)}")
         size = path.stat().st_size
         space.add("CACHE_PATH", "unpacked archives", size * UNPACKED_BYTES_PER_ARCHIVE_BYTE)
         count = size // TYPICAL_IMAGE_BYTES
     space.add("CACHE_PATH", "encoded images", count * cache_bytes)
 
 
-def _count_images(folder: Path) -> int:
-    count = 0
-    for _, _, names in os.walk(folder):
-        count += sum(name.lower().endswith(hub_choice.IMAGE_SUFFIXES) for name in names)
-    return count
+def _without_images(source: Source, names: list[str]) -> str:
+    """That a folder has no images; where it has archives, what to name instead."""
+    folder = fetch.local_folder(source)
+    packed = fetch.archives_in(folder)
+    if not packed:
+        return formats.why_none(names)
+    return (
+        f"there is no image in it, only {hub_choice.some(packed)}. Name the archive itself, {folder / packed[0]}, or "
+        "unpack it there."
+    )
+
+
+def _archive_without_images(path: Path) -> str:
+    """That an archive has no images; where it has archives, these by name."""
+    names = archive.first_names(path)
+    packed = [name for name in names if name.lower().endswith(fetch.ANY_ARCHIVE)]
+    if packed:
+        return f"there is no image in it, only archives ({hub_choice.some(packed)}). Unpack it, and name the folder."
+    known = ", ".join(formats.READABLE_SUFFIXES)
+    held = hub_choice.some(names) or "nothing"
+    return f"there is no image among its first entries. Read are {known}. It holds {held}."
 
 
 def _check_hub_dataset(source: Source, space: NeededSpace, *, token: str | None, retries: RetryPolicy) -> int:
@@ -244,9 +271,11 @@ def _check_hub_dataset(source: Source, space: NeededSpace, *, token: str | None,
     repo = fetch.dataset_repo(source, token=token, hub_cache=space.places["HF_HOME"], retries=retries)
     if fetch.cached_dataset(source, repo, space.places["CACHE_PATH"]):
         return 0
-    listing = hub.describe(repo)
+    listing = fetch.describe_dataset(source, repo)
     chosen = set(hub_choice.choose(repo.variable, repo.name, [file.name for file in listing.files]).names)
     files = [file for file in listing.files if file.name in chosen]
+    if not any(name.lower().endswith((*formats.READABLE_SUFFIXES, *PACKED)) for name in chosen):
+        raise DataError(f"{repo.variable}: {formats.why_none(sorted(chosen))}")
     hub.check_access(repo, listing, files[0].name)
     size = sum(file.size for file in files)
     space.add("HF_HOME", f"the dataset {repo.name}", hub.missing_bytes(repo, files))

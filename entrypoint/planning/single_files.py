@@ -9,18 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from entrypoint.fetch import model_folder
+from entrypoint.fetch import model_folder, weight_kinds
 from entrypoint.settings.checks import Notes, absolute, is_file, is_folder
 from entrypoint.settings.variables.model import ModelSettings
 from entrypoint.settings.variables.training import TrainingSettings
-from trainer.spec.family import OPTIONAL, PREFIXES, Facts
+from trainer.spec.family import OPTIONAL, PREFIXES, Facts, base_models
 from trainer.spec.plan import ModelPlan
 from trainer.spec.prediction_marks import HEADER_KEY
 from trainer.spec.values import show
 
 SUFFIX = ".safetensors"
 LEFT_OUT = "none"  # the value of T5_PATH and the others that leaves the part out
-PICKLE = "is a pickle, which can run code when it is loaded, and is never read: convert it to .safetensors where you"
 
 
 def is_single_file(path: str | None) -> bool:
@@ -30,12 +29,9 @@ def is_single_file(path: str | None) -> bool:
 
 def path_problem(path: str) -> str | None:
     """What is wrong with a path or name that is no folder; None if its name shows nothing wrong."""
-    lower = path.lower()
-    if lower.endswith(model_folder.PICKLES):
-        return f"{PICKLE} trust it"
-    if lower.endswith(model_folder.FOREIGN):
-        return "is of a format that is not read: use the .safetensors file"
-    if lower.endswith(SUFFIX):
+    if problem := model_folder.foreign_problem(path):
+        return problem
+    if path.lower().endswith(SUFFIX):
         if not is_file(path):
             return "is not there"
         return model_folder.damage(Path(path).expanduser())
@@ -62,8 +58,9 @@ def choose_parts(settings: ModelSettings, facts: Facts, notes: Notes) -> dict[st
     for part, (variable, path) in part_paths.items():
         if path is None:
             continue
-        if problem := _part_problem(part, path, facts):
-            notes.add(f"{variable}={show(path)} {problem}. Allowed: a {SUFFIX} file, or the folder of this part.")
+        if problem := _part_problem(part, path, settings.base_model, facts):
+            allowed = "" if "Fix:" in problem else f" Allowed: a {SUFFIX} file, or the folder of this part."
+            notes.add(f"{variable}={show(path)} {problem}.{allowed}")
         else:
             parts[part] = "" if path == LEFT_OUT else absolute(path)
     return parts
@@ -71,16 +68,14 @@ def choose_parts(settings: ModelSettings, facts: Facts, notes: Notes) -> dict[st
 
 def _parts_in_file(file: str, base_model: str, facts: Facts, notes: Notes) -> dict[str, str]:
     """The parts that a single file holds, told by the names of its tensors."""
-    tensors = model_folder.tensors(Path(absolute(file)))
-    parts = []
+    header = model_folder.read(Path(absolute(file)))
+    if problem := weight_kinds.model_problem(header, base_model, facts):
+        notes.add(f"MODEL_PATH={show(file)} {problem}")
+        return {}
+    parts = ["denoiser"]  # a file with the denoiser alone has no prefix, and was told by its landmarks
     for part in facts.parts:
-        if any(name.startswith(PREFIXES[part]) for name in tensors):
+        if part != "denoiser" and any(name.startswith(PREFIXES[part]) for name in header.entries):
             parts.append(part)
-    # A file with the denoiser alone has no prefix, so that names of the family's own (its landmarks) tell.
-    if "denoiser" not in parts and tensors & set(facts.landmarks):
-        parts.append("denoiser")
-    if "denoiser" not in parts:
-        notes.add(f"MODEL_PATH={show(file)} holds no denoiser for BASE_MODEL={base_model}.")
     missing = ", ".join(part for part in facts.parts if part not in parts)
     notes.chose("MODEL_PATH", ", ".join(parts), f"what the file holds; not in it: {missing or 'no part'}")
     return dict.fromkeys(parts, absolute(file))
@@ -128,7 +123,7 @@ def note_prediction(denoiser: str | None, training: TrainingSettings, facts: Fac
         )
 
 
-def _part_problem(part: str, path: str, facts: Facts) -> str | None:
+def _part_problem(part: str, path: str, base_model: str, facts: Facts) -> str | None:
     """Why `path` cannot be the VAE or text encoder that its variable names."""
     if part not in facts.parts:
         return "is not used: the base model has no such part"
@@ -138,16 +133,27 @@ def _part_problem(part: str, path: str, facts: Facts) -> str | None:
             return "leaves out a part that the base model needs"
         return None
     if is_folder(path):
-        folder = Path(absolute(path))
-        if not (folder / "config.json").is_file():
-            return "has no config.json"
-        if not any(folder.glob(f"*{SUFFIX}")):
-            return "has no .safetensors file"
-        return None
+        return _folder_problem(Path(absolute(path)))
     if problem := path_problem(path):
         return problem
     if not is_file(path):
         return "is not there"
+    published = base_models()[base_model][1].published
+    return weight_kinds.part_problem(part, model_folder.read(Path(absolute(path))), published, facts.parts[part])
+
+
+def _folder_problem(folder: Path) -> str | None:
+    """Why a folder cannot be the part of a model that a variable names."""
+    if not (folder / "config.json").is_file():
+        return "has no config.json"
+    files = sorted(folder.glob(f"*{SUFFIX}"))
+    if not files:
+        return "has no .safetensors file"
+    for file in files:
+        if problem := model_folder.damage(file):
+            return f"cannot be used: {file.name} {problem}"
+    if tool := model_folder.quantised_folder(folder):
+        return f"is quantised by {tool}, which is not read. {weight_kinds.QUANTISED_FIX}"
     return None
 
 

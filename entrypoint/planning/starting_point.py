@@ -6,27 +6,24 @@ file that does not fit is refused before the base model is downloaded.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from entrypoint.settings.checks import Notes, is_file, is_folder
 from entrypoint.settings.variables.adapter import AdapterSettings
 from trainer.lora_files import inspect, key_names
-from trainer.lora_files.inspect import LoraSummary
-from trainer.spec.family import Facts
-from trainer.spec.plan import LoraPlan, Plan
-from trainer.spec.resume_rules import resumes_state
+from trainer.lora_files.inspect import LoraSummary, Training
+from trainer.spec.family import Facts, get_family
+from trainer.spec.plan import LoraPlan, ModelPlan, Plan
+from trainer.spec.resume_rules import check_named_state
 from trainer.spec.targets import is_target
 from trainer.spec.values import show
-from trainer.storage import safetensors_header
-from trainer.storage.safetensors_header import Header
+from trainer.storage import run_records, safetensors_header
 
 ALLOWED = "Allowed: a LoRA file (.safetensors), or a state folder (OUTPUT_PATH/state/step-…)."
-SHOWN_TENSORS = 5  # names in a message
-SHOWN_MODULES = 3
+ANOTHER_BASE = "It is for another base. Fix: name a LoRA for this one, or set BASE_MODEL or MODEL_PATH to its base."
+SHOWN_MODULES = 3  # names in a message
 
 
 @dataclass(frozen=True)
@@ -58,44 +55,31 @@ def path_problem(start: str) -> str | None:
 
 
 def check_state(plan: Plan) -> None:
-    """Raises SettingsError where the trainer would refuse to resume, before the base model is downloaded.
+    """Raises SettingsError where the trainer would refuse the state that PARAMS_RESUME_FROM names, before the base
+    model is downloaded.
 
-    A state in OUTPUT_PATH comes first: it is the newer one of a job that was itself started from PARAMS_RESUME_FROM.
+    A state of the run itself comes first: it is the newer one of a job that was once started from that state.
     """
     resume_from = plan.lora.resume_from
-    own_state = max(Path(plan.output.path).glob("state/step-????????"), default=None)
-    folder = own_state
-    if folder is None and resume_from and is_folder(resume_from):
-        folder = Path(resume_from)
-    state = _read_state(folder) if folder else None
+    home = Path(plan.output.path) / plan.output.folder
+    if not resume_from or not is_folder(resume_from) or run_records.state_steps(home):
+        return
+    state = run_records.read_state_header(Path(resume_from))
     if state is not None:
-        step, essence = state
-        resumes_state(plan, essence, step=step, in_output=own_state is not None)
-
-
-def _read_state(folder: Path) -> tuple[int, dict[str, Any]] | None:
-    """The step and the essence (`Plan.essence`) in a state; None if it is damaged, which the trainer handles."""
-    try:
-        record = json.loads(json.loads((folder / "state.json").read_text(encoding="utf-8"))["text"])
-        return int(record["step"]), _decode(dict(record["tree"]["dict"])["essence"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return None
-
-
-def _decode(value: Any) -> Any:
-    """The value that `trainer.checkpoints.state_files` encoded; here without tensors."""
-    if isinstance(value, dict):
-        return {key: _decode(item) for key, item in value["dict"]}
-    if isinstance(value, list):
-        return [_decode(item) for item in value]
-    return value
+        check_named_state(plan, state.tree["essence"], step=state.step)
 
 
 # ---- a LoRA file
 
 
 def adapter_shape(
-    settings: AdapterSettings, file: str | None, facts: Facts, *, trained_encoders: Collection[str], notes: Notes
+    settings: AdapterSettings,
+    file: str | None,
+    facts: Facts,
+    *,
+    model: ModelPlan,
+    trained_encoders: Collection[str],
+    notes: Notes,
 ) -> AdapterShape:
     """The values that the user has set; for the rest those of `file`, if the job starts from one, or the defaults.
 
@@ -109,13 +93,13 @@ def adapter_shape(
         return without_file
     where = f"PARAMS_RESUME_FROM={file}"
     try:
-        header = safetensors_header.read_header(Path(file))
-        lora = inspect.summarize(header, facts.name)
+        lora = inspect.summarize(safetensors_header.read_header(Path(file)), facts.name)
     except ValueError as problem:
-        notes.add(f"{where}: {problem}. {ALLOWED}")
+        allowed = "" if "Fix:" in str(problem) else f" {ALLOWED}"
+        notes.add(f"{where}: {problem}.{allowed}")
         return without_file
     refusal = (
-        _wrong_family(header, lora, facts)
+        _wrong_shape(lora, facts, model)
         or _wrong_type(lora, settings.lora_type)
         or _untrained_modules(lora, facts, targets, trained_encoders)
     )
@@ -123,8 +107,9 @@ def adapter_shape(
         notes.add(f"{where}: {refusal}")
         return without_file
     notes.chose("PARAMS_RESUME_FROM", file, str(lora))
+    trained = _own_training(lora, facts)
     if targets is None:
-        targets = _targets_of(lora, facts)
+        targets = trained.targets if trained else _targets_of(lora, facts)
         if targets != facts.targets:
             notes.chose("PARAMS_TARGET_MODULES", ",".join(targets), "what the LoRA file has")
     # If q, k and v had an adapter each in the file, one adapter for all three must hold the terms of all: its rank is
@@ -132,11 +117,17 @@ def adapter_shape(
     fused = [parts for parts in facts.fused_targets.values() if _is_fused(parts, lora, targets)]
     rank_together = lora.rank(fused)
     rank_apart = lora.rank(())
+    if trained is not None and (trained.split_qkv or not fused):
+        rank_apart = trained.rank
+    elif trained is not None:
+        rank_apart = rank_together = trained.rank
     if split_qkv is None:
         split_qkv = rank_together > rank_apart
+        if trained is not None:
+            split_qkv = trained.split_qkv
         if split_qkv:
             notes.chose("PARAMS_SPLIT_QKV", True, "q, k and v have an adapter each in the LoRA file")
-    file_rank = rank_apart if split_qkv else rank_together
+    file_rank = rank_apart if split_qkv or not fused else rank_together
     if rank is None:
         notes.chose("PARAMS_NETWORK_DIM", file_rank, "the rank of the LoRA file")
     elif rank != file_rank:
@@ -146,7 +137,7 @@ def adapter_shape(
 
 def _is_fused(parts: Sequence[str], lora: LoraSummary, targets: Sequence[str]) -> bool:
     """Whether some block of this job has one adapter for all of `parts`: all of them are targets there."""
-    for module in lora.modules:
+    for module in lora.modules or lora.unclear:
         if module.endswith(f".{parts[0]}"):
             block = module.removesuffix(parts[0])
             if all(is_target(f"{block}{part}", targets) for part in parts):
@@ -154,23 +145,67 @@ def _is_fused(parts: Sequence[str], lora: LoraSummary, targets: Sequence[str]) -
     return False
 
 
-def _wrong_family(header: Header, lora: LoraSummary, facts: Facts) -> str | None:
-    """Why a file is not for this family, or not of a format that is read."""
-    split_keys = [key_names.split_key(key) for key in header.entries]
-    stems = [split[0] for split in split_keys if split]
-    likely = inspect.likely_family(stems, header.metadata)
-    declared = inspect.declared_family(header.metadata)
-    if likely not in (None, facts.name) and (lora.unmatched or declared == likely):
-        return (
-            f"it looks like a LoRA for {likely}, and this job is for {facts.name}. Fix: name a file for {facts.name}."
-        )
-    if lora.unmatched or not lora.modules:
-        names = ", ".join(lora.unmatched[:SHOWN_TENSORS]) or "the file is empty"
-        return (
-            f"{len(lora.unmatched)} of its {len(header.entries)} tensors do not belong to a LoRA for "
-            f"{facts.name}: {names}."
-        )
+def _own_training(lora: LoraSummary, facts: Facts) -> Training | None:
+    """What a file of ours says about its adapters; None where its tensors say otherwise.
+
+    The tensors cannot tell all: of a layer that files keep as one, a part whose rows are zero may have had an adapter.
+    Other tools that change a file keep such lines of its header.
+    """
+    trained = lora.training
+    if trained is None or not trained.targets:
+        return None
+    prefix = f"{facts.lora_prefix}."
+    names = [name for name in lora.modules if name.startswith(prefix)]
+    if not all(_is_covered(name, trained.targets) for name in names):
+        return None
+    covered = [name for name in lora.unclear if name.startswith(prefix) and _is_covered(name, trained.targets)]
+    fused = [parts for parts in facts.fused_targets.values() if _is_fused(parts, lora, trained.targets)]
+    needed = lora.rank(() if trained.split_qkv else fused)
+    if names and needed != trained.rank:
+        return None
+    return trained if names or covered else None
+
+
+def _wrong_shape(lora: LoraSummary, facts: Facts, model: ModelPlan) -> str | None:
+    """Why the matrices do not fit the layers of the base model, as far as its sizes are known before the download."""
+    weights = _weights_of(model, facts)
+    width = None
+    base = facts.models[model.base]
+    if get_family(facts.name).LORA_KEYS.one_width and base.footprint is not None:
+        width = base.footprint.hidden_size
+    for module, sides in lora.sides.items():
+        component, _, path = module.partition(".")
+        if component != facts.lora_prefix:
+            continue
+        in_model = weights.get(path)
+        if in_model and _without_kernel(in_model) != _without_kernel(sides):
+            return f"{module} is {list(in_model)} in the base model and {list(sides)} in the file. {ANOTHER_BASE}"
+        if weights and in_model is None and _is_in_block(module):
+            return f"the base model has no layer {module}. {ANOTHER_BASE}"
+        if not weights and width and _is_in_block(module) and min(sides) != width:
+            return f"{module} is {list(sides)} in the file, and layers of {model.base} are {width} wide. {ANOTHER_BASE}"
     return None
+
+
+def _without_kernel(sides: tuple[int, ...]) -> tuple[int, ...]:
+    """A linear layer may be stored as a convolution of 1 x 1, and the reverse."""
+    return sides[:2] if all(side == 1 for side in sides[2:]) else sides
+
+
+def _weights_of(model: ModelPlan, facts: Facts) -> dict[str, tuple[int, ...]]:
+    """The shapes of the denoiser's weights by their layers, if the base model is a folder here; else empty."""
+    folder = Path(model.source) / facts.parts["denoiser"]
+    if "denoiser" in model.parts or not Path(model.source).is_absolute() or not is_folder(str(folder)):
+        return {}
+    shapes = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            header = safetensors_header.read_header(file)
+        except ValueError:
+            return {}  # whoever loads the model reports it
+        for name, entry in header.entries.items():
+            shapes[name.removesuffix(".weight")] = entry.shape
+    return shapes
 
 
 def _wrong_type(lora: LoraSummary, lora_type: str) -> str | None:
@@ -211,8 +246,11 @@ def _untrained_modules(
 
 def _is_covered(module: str, targets: tuple[str, ...]) -> bool:
     """Whether one of the targets covers it. A module outside the numbered blocks gets no adapter, whatever its name."""
-    in_block = any(part.isdigit() for part in module.split("."))
-    return in_block and is_target(module, targets)
+    return _is_in_block(module) and is_target(module, targets)
+
+
+def _is_in_block(module: str) -> bool:
+    return any(part.isdigit() for part in module.split("."))
 
 
 def _target_of(module: str, facts: Facts) -> str | None:
@@ -227,7 +265,7 @@ def _targets_of(lora: LoraSummary, facts: Facts) -> tuple[str, ...]:
     """The targets that cover a file's modules: the family's first, in their order, then those that it has besides."""
     targets = []
     for target in facts.targets:
-        if any(_is_covered(module, (target,)) for module in lora.modules):
+        if any(_is_covered(module, (target,)) for module in lora.modules or lora.unclear):
             targets.append(target)
     others: dict[str, None] = {}  # an ordered set
     for module in lora.modules:

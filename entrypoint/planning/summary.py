@@ -16,12 +16,15 @@ from pathlib import Path
 from entrypoint.fetch import archive, fetch, http
 from entrypoint.system.folders import completed
 from trainer.data.epochs import EpochSampler
+from trainer.data.folders.own_output import Written
+from trainer.data.identity import content_changes, fingerprint
 from trainer.data.records import WARNING, ImageRecord, Scan
 from trainer.data.scan import scan
-from trainer.spec import memory_model
+from trainer.spec import automatic, memory_model, sanity
 from trainer.spec.family import base_models
-from trainer.spec.plan import Dataset, Plan, Source
+from trainer.spec.plan import AUTO, Dataset, Plan, Source
 from trainer.storage.atomic import human_size
+from trainer.storage.choose_run import choose
 from trainer.storage.digests import sha256
 
 log = logging.getLogger(__name__)
@@ -53,14 +56,22 @@ def log_summary(plan: Plan, *, token: str | None, hub_cache: Path) -> None:
         return dataclasses.replace(source, path=str(folder)) if folder else source
 
     local_plan = plan.map_sources(local)
-    scanned = _scan(local_plan)
+    places = {"OUTPUT_PATH": Path(plan.output.path), "CACHE_PATH": Path(plan.output.cache), "HF_HOME": hub_cache.parent}
+    scanned = _scan(local_plan, Written(places))
+    local_plan = dataclasses.replace(local_plan, data=scanned.data)  # with the subsets that names of folders make
     for line in scanned.report().splitlines():
-        level = logging.WARNING if line.startswith((WARNING, "  skipped ")) else logging.INFO
-        log.log(level, "%s", line.removeprefix(WARNING))
+        level = logging.WARNING if WARNING in line or line.startswith("  skipped ") else logging.INFO
+        log.log(level, "%s", line.replace(WARNING, ""))
+    choice = choose(plan, content_changes=content_changes(fingerprint(scanned.images), None))
+    text = choice.describe()
+    if text and choice.plan.output.name != plan.output.name:  # the settings alone did not say so
+        log.info("%s", text)
     images = [*scanned.images, *_class_images(local_plan)]
     sampler = EpochSampler(images, local_plan.data, seed=plan.train.seed)
     for line in describe(local_plan, sampler):
         log.info("%s", line)
+    for warning in sanity.warnings(local_plan, _length(local_plan, sampler, images=len(scanned.images))):
+        log.warning("%s", warning)
 
 
 def local_copy(source: Source, *, cache: Path, token: str | None, hub_cache: Path) -> Path | None:
@@ -85,7 +96,11 @@ def describe(plan: Plan, sampler: EpochSampler) -> list[str]:
     """Lines for the log: shapes, steps, saves and samples, and the size of the files."""
     lines = [_shapes(sampler)]
     images_per_step = plan.train.gradient_accumulation * plan.engine.num_gpus
-    steps_per_epoch = math.ceil(sampler.batches_per_epoch / images_per_step)
+    steps_per_epoch = max(1, math.ceil(sampler.batches_per_epoch / images_per_step))
+    plan, chosen = automatic.with_lengths(
+        plan, images_per_epoch=sampler.subject_examples_per_epoch, steps_per_epoch=steps_per_epoch
+    )
+    lines += chosen
     total = plan.train.max_steps or plan.train.max_epochs * steps_per_epoch
     batch_sizes = sorted({dataset.batch_size * images_per_step for dataset in plan.data.datasets})
     per_step = " or ".join(str(size) for size in batch_sizes)
@@ -104,7 +119,17 @@ def describe(plan: Plan, sampler: EpochSampler) -> list[str]:
     return lines
 
 
-def _scan(plan: Plan) -> Scan:
+def _length(plan: Plan, sampler: EpochSampler, *, images: int) -> sanity.Length:
+    """How long the job is with these images."""
+    batches_per_step = plan.train.gradient_accumulation * plan.engine.num_gpus
+    steps_per_epoch = math.ceil(sampler.batches_per_epoch / batches_per_step)
+    plan, _ = automatic.with_lengths(
+        plan, images_per_epoch=sampler.subject_examples_per_epoch, steps_per_epoch=steps_per_epoch
+    )
+    return sanity.Length(plan.train.max_steps or plan.train.max_epochs * steps_per_epoch, steps_per_epoch, images)
+
+
+def _scan(plan: Plan, written: Written) -> Scan:
     """All images, decoded. A large dataset takes minutes, so the log shows how far it is."""
     last = time.monotonic()
 
@@ -115,7 +140,7 @@ def _scan(plan: Plan) -> Scan:
             log.info("Read %d of %d images.", done, total)
 
     cpu_workers = min(MAX_CPU_WORKERS, len(os.sched_getaffinity(0)))
-    scanned = scan(plan.data, cpu_workers=cpu_workers, progress=progress)
+    scanned = scan(plan.data, cpu_workers=cpu_workers, progress=progress, written=written)
     scanned.check(strict=plan.data.strict)
     return scanned
 
@@ -150,10 +175,10 @@ def _rounds(plan: Plan, total: int) -> str:
     saves = total // output.save_every if output.save_every else 0
     text = "Saves: only the finished LoRA"
     if saves:
-        kept = min(saves, output.keep_checkpoints)
-        text = (
-            f"Saves: {saves}, every {output.save_every} steps, of which the newest {kept} are kept; the finished LoRA"
-        )
+        kept = f"the newest {min(saves, output.keep_checkpoints)}"
+        if output.keep_checkpoints == AUTO:
+            kept = "all LoRA files and the newest two states"
+        text = f"Saves: {saves}, every {output.save_every} steps, of which {kept} are kept; the finished LoRA"
     if not output.sample_every or not plan.prompts:
         return f"{text}. Samples: none."
     drawn = 1 + (total - 1) // output.sample_every + FINAL_SAMPLES

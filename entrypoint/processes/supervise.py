@@ -57,6 +57,7 @@ class PodRecord:
     attempts: int = 0  # starts since the last progress
     step: int = 0  # of training, at the last start
     done: bool = False
+    run: str = ""  # that was at this step
 
 
 def supervised(job: Callable[[], int], environ: Mapping[str, str], *, times: Times | None = None) -> int:
@@ -80,6 +81,7 @@ def supervised(job: Callable[[], int], environ: Mapping[str, str], *, times: Tim
         log.warning("Attempt %d of %d, in %.0f s.", before.attempts, MAX_ATTEMPTS, pause)
         if code := _wait(pause):
             return code
+    reached = _reached(environ)
     code = job()
     done = code == 0 or (before.done and code == 75)  # a pod may be started without GPUs, only to fetch results
     if not done and code not in PERMANENT_FAILURES and not Limit.reached.is_set():
@@ -87,7 +89,7 @@ def supervised(job: Callable[[], int], environ: Mapping[str, str], *, times: Tim
             log.error("The container exits with %d. The pod will start it again.", code)
         return code
     _write(environ, replace(before, attempts=0, done=done))
-    if done and before.done:
+    if done and before.done and _reached(environ) == reached:  # other settings may have begun a new run meanwhile
         log.info(
             "This job is already done. The pod stays for %.0f minutes, so that you can fetch its results.",
             times.linger / 60,
@@ -143,15 +145,21 @@ def _opened(environ: Mapping[str, str]) -> PodRecord:
     """The record, with this start counted."""
     out = _output(environ)
     known = read_json(out / "pod.json") or {}
-    step = (read_json(out / "status.json") or {}).get("step")
-    step = step if isinstance(step, int) else 0
+    run, step = _reached(environ)
     with suppress(TypeError):
         before = PodRecord(**known)
-        progress = step > before.step
-        now = PodRecord(attempts=1 if progress else before.attempts + 1, step=step, done=before.done)
+        progress = step > before.step or run != before.run
+        now = PodRecord(attempts=1 if progress else before.attempts + 1, step=step, done=before.done, run=run)
         _write(environ, now)
         return now
-    return PodRecord(attempts=1, step=step)
+    return PodRecord(attempts=1, step=step, run=run)
+
+
+def _reached(environ: Mapping[str, str]) -> tuple[str, int]:
+    """The run that was trained last, and its last step."""
+    status = read_json(_output(environ) / "status.json") or {}
+    run, step = status.get("run"), status.get("step")
+    return run if isinstance(run, str) else "", step if isinstance(step, int) else 0
 
 
 def _write(environ: Mapping[str, str], diary: PodRecord) -> None:

@@ -1,8 +1,11 @@
 """PUSH_TO_HUB: a process uploads the LoRA files, the samples and a model card to a repository of the Hub.
 
 Only that process has the token, which it gets through a pipe. During training it uploads each save; a failure there is
-only logged. At the end it uploads the final files in one commit, and upload.json in OUTPUT_PATH records which file the
-repository has. If that fails, starting the job again uploads them without training.
+only logged. At the end it uploads the final files in one commit, and upload.json in the run's folder records which file
+the repository has. If that fails, starting the job again uploads them without training.
+
+Only files of the job's own run are uploaded. Which run that is, the trainer knows once it has read the images, and
+writes it into status.json.
 """
 
 from __future__ import annotations
@@ -10,10 +13,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +33,7 @@ from entrypoint.system.folders import read_json, write_text
 from trainer.spec.errors import GatedError, KilnError, SettingsError, UnreachableError
 from trainer.spec.family import base_models
 from trainer.spec.plan import Plan
+from trainer.storage import run_records
 from trainer.storage.safetensors_header import read_header
 
 log = logging.getLogger("entrypoint.processes.upload")
@@ -44,17 +50,30 @@ class Job:
     repo: str
     token: str = field(repr=False)
     out: str  # folder
-    name: str  # of the LoRA file, without .safetensors
+    name: str  # of the LoRA file, without .safetensors, as far as it is known when the job starts
     base: str  # Hub repository of the base model; "" if it is none
+    folder: str = ""  # of the run, below `out`; as far as it is known, too
+    started: float = 0.0  # Unix seconds; an older status.json is another job's
     creates: bool = True  # a private repository, if it does not exist
     at_start: http.RetryPolicy = AT_START
     at_end: http.RetryPolicy = AT_END
 
 
-def is_done(out: Path, repo: str, final: Path) -> bool:
-    """Whether `repo` has this very file."""
-    marker = read_json(out / MARKER) or {}
-    return marker.get("repo") == repo and marker.get("file") == _identity(final)
+def is_done(job: Job, final: Path) -> bool:
+    """Whether the repository has this very file."""
+    marker = read_json(Path(job.out) / job.folder / MARKER) or {}
+    return marker.get("repo") == job.repo and marker.get("file") == _identity(final)
+
+
+def current_run(job: Job) -> tuple[str, Path]:
+    """The name and the folder of the run that the job trains."""
+    out = Path(job.out)
+    status = read_json(out / "status.json") or {}
+    began = status.get("started")
+    name, folder = status.get("run"), status.get("run_folder")
+    if isinstance(began, (int, float)) and began >= job.started and isinstance(name, str) and isinstance(folder, str):
+        return name, out / folder
+    return job.name, out / job.folder
 
 
 def _identity(path: Path) -> list[int | str]:
@@ -69,7 +88,8 @@ def job(repo: str | None, token: str | None, plan: Plan, *, creates: bool = True
         raise SettingsError("PUSH_TO_HUB needs a token that may write: set HF_WRITE_TOKEN, or HF_TOKEN.")
     known = base_models()[plan.model.base][1].source
     base = "" if Path(known).is_absolute() else known
-    return Job(repo, token, plan.output.path, plan.output.name, base, creates, AT_START, AT_END)
+    output = plan.output
+    return Job(repo, token, output.path, output.name, base, folder=output.folder, started=time.time(), creates=creates)
 
 
 # ---- in the entrypoint
@@ -165,7 +185,9 @@ class Uploader:
 
     def saves(self) -> None:
         """Upload the files of the newest save, unless they were tried already."""
-        found = sorted(self.out.glob(f"{self.job.name}-step*.safetensors"))
+        name, _ = current_run(self.job)
+        save = re.compile(rf"{re.escape(name)}-step\d{{8}}(-[a-z]+)?\.safetensors")
+        found = sorted(path for path in self.out.glob("*.safetensors") if save.fullmatch(path.name))
         main = next((p for p in reversed(found) if p.stem.rpartition("-step")[2].isdecimal()), None)
         if main is None or self.ended.is_set():
             return
@@ -184,12 +206,14 @@ class Uploader:
     def final(self) -> None:
         """Upload the final files, and record that in upload.json. Raises KilnError."""
         self.ended.clear()
-        main = self.out / f"{self.job.name}.safetensors"
-        others = [p for p in self.out.glob(f"{self.job.name}-*.safetensors") if "-step" not in p.stem]
+        name, home = current_run(self.job)
+        main = self.out / f"{name}.safetensors"
+        others = [self.out / f"{name}{suffix}.safetensors" for suffix in run_records.SUFFIXES if suffix]
+        others = [path for path in others if path.is_file()]
         identity = _identity(main)
         commit = self._commit(main.stem, [*others, main], retries=self.job.at_end)
         marker = {"repo": self.job.repo, "commit": commit, "file": identity}
-        write_text(self.out / MARKER, json.dumps(marker))
+        write_text(home / MARKER, json.dumps(marker))
         log.info("Uploaded to %s/%s at commit %s.", self.api.endpoint, self.job.repo, commit)
 
     def _commit(self, title: str, paths: list[Path], *, retries: http.RetryPolicy) -> str:
@@ -198,9 +222,11 @@ class Uploader:
         """
         from huggingface_hub import CommitOperationAdd
 
-        samples = sorted(p for p in (self.out / "sample").glob("*.png") if not p.name.startswith("."))
-        text = card(paths[-1], base=self.job.base, with_samples=bool(samples))
-        files = {**{p.name: p for p in paths}, **{f"sample/{p.name}": p for p in samples}}
+        _, home = current_run(self.job)
+        samples = sorted(p for p in (home / "sample").glob("*.png") if not p.name.startswith("."))
+        folder = (home / "sample").relative_to(self.out).as_posix()  # of a further run: runs/<name>/sample
+        text = card(paths[-1], base=self.job.base, samples=folder if samples else None)
+        files = {**{p.name: p for p in paths}, **{f"{folder}/{p.name}": p for p in samples}}
 
         def call() -> str:
             operations = [CommitOperationAdd(name, path) for name, path in files.items()]
@@ -247,8 +273,10 @@ def _refusal(repo: str, status: int) -> KilnError:
     return SettingsError(f"PUSH_TO_HUB={repo}: the Hub refuses it ({status}). Check the name.")
 
 
-def card(path: Path, *, base: str, with_samples: bool) -> str:
-    """README.md of the repository, from the header of the LoRA file alone. `base`: see `Job`."""
+def card(path: Path, *, base: str, samples: str | None) -> str:
+    """README.md of the repository, from the header of the LoRA file alone. `base`: see `Job`. `samples`: their folder
+    there.
+    """
     from huggingface_hub import ModelCardData  # late: a job without PUSH_TO_HUB never imports it
 
     header = read_header(path).metadata
@@ -270,8 +298,8 @@ def card(path: Path, *, base: str, with_samples: bool) -> str:
         lines.append("The base model's licence applies.")
     if trigger:
         lines += ["", f"Trigger: `{trigger.replace('`', '')}`"]
-    if with_samples:
-        lines += ["", "![samples by prompt and step](sample/contact-sheet.png)"]
+    if samples:
+        lines += ["", f"![samples by prompt and step]({samples}/contact-sheet.png)"]
     lines += ["", f"`{path.name}` has kohya's key names, which ComfyUI, Forge and sd-scripts read. In diffusers:", ""]
     lines += [f"    pipe.load_lora_weights(REPOSITORY, weight_name={json.dumps(path.name)})", ""]
     return "\n".join(lines)

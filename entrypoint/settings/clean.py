@@ -31,7 +31,7 @@ LOCATIONS = (
     "SAMPLE_PROMPTS",
     "PARAMS_RESUME_FROM",
 )
-NUMBERS = ("integer", "auto_integer", "number", "numbers", "size")
+NUMBERS = ("integer", "auto_integer", "auto_count", "number", "numbers", "size")
 NOTHING = ("none", "null", "nil", "undefined", "n/a")  # what forms and programs write for no value
 QUOTES = {'"': '"', "'": "'", "`": "`", "“": "”", "‘": "’", "„": "“", "«": "»"}
 INVISIBLE = "\ufeff\u200b\u200c\u200d\u2060"  # a byte order mark, and blanks of no width, which copying brings along
@@ -44,6 +44,7 @@ _PLACEHOLDER = re.compile(
     r"(?i)(hf_)?(x+|\.+|…|\*+|_+|<.*>|\[.*\]|change_?me|(your|my)[\w-]*|(hf_)?(token|key)([_-]?here)?|\w*_here|)"
 )
 _COMMENT = re.compile(r"\s+#(\s.*)?$")
+NOT_EXPANDED = "env files and web forms put in no variables. Fix: write its value"
 FULL = "Fix: write the whole path, from / on"
 RUNPOD_SECRET = "RUNPOD_SECRET_"  # noqa: S105 (the beginning of a name)
 
@@ -132,9 +133,7 @@ def _refuse_unexpanded(text: str, row: Row) -> None:
     else:
         found = _UNEXPANDED.search(text)
     if found:
-        raise ValueError(
-            f"holds {found[0]} as it stands: env files and web forms put in no variables. Fix: write its value"
-        )
+        raise ValueError(f"holds {found[0]} as it stands: {NOT_EXPANDED}")
 
 
 def _means_nothing(text: str, row: Row) -> bool:
@@ -160,6 +159,8 @@ def _secret(text: str) -> str:
     """A token without the word that goes before it in a header."""
     if text.lower() in NOTHING:
         return ""
+    if re.fullmatch(r"\$\{?[A-Za-z_]\w*\}?", text):  # which is not shown: it might be a secret all the same
+        raise ValueError(f"holds the name of a variable, and not its value: {NOT_EXPANDED}")
     return re.sub(r"(?i)^(authorization:\s*)?(bearer|token)\s+", "", text)
 
 
@@ -233,7 +234,11 @@ def _single_number(text: str, row: Row) -> str:
     if re.fullmatch(r"[+-]?\d+,\d+([eE][+-]?\d+)?", text):
         raise ValueError(f"has a comma. Fix: {row.name}={text.replace(',', '.')}")
     whole = as_number(text)
-    if row.kind in ("integer", "auto_integer") and whole is not None and not re.fullmatch(r"[+-]?\d+", text):
+    if (
+        row.kind in ("integer", "auto_integer", "auto_count")
+        and whole is not None
+        and not re.fullmatch(r"[+-]?\d+", text)
+    ):
         fix = f"{row.name}={whole:.0f}" if whole == int(whole) and abs(whole) < 1e9 else "a number without a point"
         raise ValueError(f"is not written as a whole number. Fix: {fix}")
     return text

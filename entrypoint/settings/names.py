@@ -21,7 +21,7 @@ from trainer.spec.values import show
 
 OTHER_PROGRAMS = frozenset({"CCACHE_PATH"})  # variables of other programs that look like a mistyped one of ours
 HELP = "python -m entrypoint --help-env lists all variables."
-MIN_LENGTH_FOR_TWO_EDITS = 9  # of a name: two wrong letters in a short one make another word
+MIN_LENGTH_FOR_TWO_EDITS = 10  # of a name: two wrong letters in a short one make another word (NODE_PATH)
 CONFIG_EXAMPLE = '{"PARAMS_SEED": 1, "TRIGGER_WORD": "sks"}'
 
 
@@ -126,7 +126,7 @@ def _perhaps_mistyped(name: str) -> str | None:
     upper = name.upper()
     candidates = {known: known for known in NAMES} | _without_prefix()
     for bare, known in candidates.items():
-        if edits_apart(upper, bare, limit=2) <= 2:
+        if upper[0] == bare[0] and edits_apart(upper, bare, limit=2) <= 2:
             return known
     return None
 

@@ -17,6 +17,7 @@ from environs import EnvError
 from entrypoint.settings.aliases import find_value, near_value
 from entrypoint.settings.checks import absolute, load_json, nearest
 from entrypoint.settings.row import Row, Secret
+from trainer.spec.plan import AUTO
 from trainer.spec.values import as_integer, as_number, inside, show, span
 
 TRUE = ("true", "1", "yes", "on", "y", "t", "enabled")
@@ -37,6 +38,7 @@ def allowed_values(row: Row) -> str:
     return {
         "integer": f"whole number, {limits}",
         "auto_integer": f"auto, or a whole number, {limits}",
+        "auto_count": f"auto, or a whole number, {limits}",
         "number": f"number, {limits}",
         "size": f"side or WIDTHxHEIGHT, {limits} each",
         "switch": "true, false",
@@ -87,6 +89,11 @@ def _integer(text: str, row: Row) -> int | None:
 def _auto_integer(text: str, row: Row) -> int | None:
     """0 stands for auto, None for not set: of PARAMS_BATCH_SIZE these are not the same."""
     return 0 if text.lower() == "auto" else _integer(text, row)
+
+
+def _auto_count(text: str, row: Row) -> int | None:
+    """AUTO for auto: 0 means off."""
+    return AUTO if text.lower() == "auto" else _integer(text, row)
 
 
 def _number(text: str, row: Row) -> float | None:
@@ -211,6 +218,7 @@ PARSERS: dict[str, Callable[[str, Row], Any]] = {
     "choice": _choice,
     "integer": _integer,
     "auto_integer": _auto_integer,
+    "auto_count": _auto_count,
     "number": _number,
     "switch": _switch,
     "auto_switch": _auto_switch,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.spec.errors import StorageError
-from trainer.storage import atomic, locks
+from trainer.storage import atomic, json_files, locks
 from trainer.storage.atomic import storage_error
 
 logger = logging.getLogger(__name__)
@@ -58,11 +58,7 @@ def write_text(path: Path, text: str) -> None:
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in `path`, or None if the file is missing or damaged."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
+    return json_files.read_object(path)
 
 
 def _measure(folder: Path) -> tuple[int, int]:

@@ -41,7 +41,7 @@ def test_a_picture_changed_in_place_is_encoded_again(run, tiny, copy):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", ["added", "removed", "changed", "captioned"])
-def test_other_pictures_are_refused_on_resume(run, tiny, copy, change):
+def test_other_pictures_begin_a_new_run(run, tiny, copy, change):
     """D7."""
     data = with_pictures(tiny.plan, copy)
     assert run({"kind": "signals", "step": 5, "signals": [15]}, data=data) == 143, run.said()
@@ -53,8 +53,10 @@ def test_other_pictures_are_refused_on_resume(run, tiny, copy, change):
         shutil.copy(copy / "02.png", copy / "01.png")
     else:
         (copy / "01.txt").write_text("something else")
-    assert run(data=data) == 78
-    assert "not the one that this run began with" in run.said() and "01." in run.said().split("began with")[1]
+    assert run(data=data) == 0, run.said()
+    line = next(line for line in run.said().splitlines() if "New run x-2" in line)
+    assert "beside x, since these differ" in line and "01." in line
+    assert (run.out / "x-2.safetensors").is_file() and not (run.out / "x.safetensors").exists()
 
 
 @pytest.mark.slow

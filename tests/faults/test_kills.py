@@ -150,11 +150,21 @@ def spoil(path, damage):
         path.write_bytes(data[:-5])
 
 
+def files_of(out):
+    """Every file of the first run in `out`, but for those of the job that runs last."""
+    current = ("status.json", "run.log", ".lock", ".lease", "crashes.json")
+    paths = [p for p in out.rglob("*") if p.is_file() and "runs" not in p.relative_to(out).parts]
+    return {p: p.read_bytes() for p in paths if p.name not in current and not p.name.startswith("x-2")}
+
+
 @pytest.mark.slow
-def test_a_changed_setting_is_refused_with_what_differs(halfway, tiny):
+def test_a_changed_setting_begins_a_new_run_that_says_what_differs(halfway, tiny):
     """A8. Also what the run was made with is compared, but only said: a newer image may go on."""
-    assert halfway(train={"seed": 7}) == 78
-    assert "train.seed: 42 → 7" in halfway.said()
+    before = files_of(halfway.out)
+    assert halfway(train={"seed": 7}) == 0, halfway.said()
+    assert "New run x-2, beside x, since these differ: PARAMS_SEED: 42 → 7. " in halfway.said()
+    assert halfway.out.joinpath("x-2.safetensors").is_file() and not halfway.out.joinpath("x.safetensors").exists()
+    assert files_of(halfway.out).items() >= before.items(), "nothing of the old run is touched"
     path = halfway.out / "state" / "step-00000010" / "state.json"
     text = json.loads(path.read_text())["text"]
     other = re.sub(r'\["torch", "\d[^"]*"\]', '["torch", "1.0"]', text)
@@ -203,3 +213,18 @@ def test_a_finished_job_is_left_alone_by_the_trainer(run, tiny):
     before = {k: v.clone() for k, v in load_file(run.out / "x.safetensors").items()}
     assert run() == 0 and run.final == tiny.reference
     assert before.keys() == load_file(run.out / "x.safetensors").keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", [1, 3, 5, 8, 12, 20, 40])
+def test_a_new_run_may_be_killed_anywhere(halfway, tiny, when):
+    """A8: before a call that changes a file, after `when` others. Both runs then end as if nothing had happened."""
+    before = files_of(halfway.out)
+    kill = {"kind": "kill_at", "skip": when}
+    code = halfway(kill, train={"seed": 7})
+    assert code == -9, halfway.said()
+    assert files_of(halfway.out).items() >= before.items()
+    assert halfway(train={"seed": 7}) == 0, halfway.said()
+    names = sorted(path.name for path in halfway.out.glob("x*.safetensors") if "step" not in path.name)
+    assert names == ["x-2-diffusers.safetensors", "x-2.safetensors"]
+    assert halfway() == 0 and halfway.final == tiny.reference

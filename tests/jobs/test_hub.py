@@ -529,6 +529,22 @@ def test_an_image_folder_with_metadata(hub: Hub, client: Client) -> None:
     assert "images that its metadata does not list are not trained: train/2.png." in done.log
 
 
+def test_a_name_without_an_owner_is_asked_for_once(hub: Hub, client: Client) -> None:
+    hub.add("dataset", "mnist", {"train.parquet": simple_table(1)})
+    assert client.source("hub", "mnist").code == 0
+    hub.down = True
+    done = client.source("hub", "photos")
+    assert done.code == 78 and "there is no folder photos in" in done.data["message"]
+    assert "or a dataset as owner/name" in done.data["message"] and len(hub.asked("/api/datasets/photos")) == 1
+
+
+def test_a_dataset_that_is_not_there_may_be_a_folder_that_is_not_there(hub: Hub, client: Client) -> None:
+    message = client.source("hub", "photos/cats").data["message"]
+    assert (
+        "knows no dataset photos/cats" in message and "If a folder was meant: there is no folder photos in" in message
+    )
+
+
 def test_a_subset_is_chosen_and_what_takes_no_part_is_logged(hub: Hub, client: Client) -> None:
     card = "---\nconfigs:\n- {config_name: a, data_files: a.parquet}\n- {config_name: b, data_files: b.parquet}\n---\n"
     files = {"a.parquet": simple_table(1), "b.parquet": simple_table(1, 5), "notes.pdf": b"x"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -86,11 +87,29 @@ def test_the_final_files_come_in_one_commit_to_a_private_repository(hub, asked, 
         "sample/contact-sheet.png",
     }
     assert there["x.safetensors"] == (out / "x.safetensors").read_bytes()
-    assert upload.is_done(out, "me/lora", out / "x.safetensors")
-    assert not upload.is_done(out, "me/other", out / "x.safetensors")
+    assert upload.is_done(asked, out / "x.safetensors")
+    assert not upload.is_done(dataclasses.replace(asked, repo="me/other"), out / "x.safetensors")
     lora(out, "x", 3)
-    assert not upload.is_done(out, "me/lora", out / "x.safetensors"), "another file of the same name"
+    assert not upload.is_done(asked, out / "x.safetensors"), "another file of the same name"
     assert not [p for p, data in there.items() if TOKEN.encode() in data or str(tmp_path).encode() in data]
+
+
+def test_a_further_run_uploads_its_own_files_beside_those_of_the_first(hub, asked, out, tmp_path):
+    assert uploaded(asked, hub, tmp_path) == 0
+    before = files(hub)
+    lora(out, "x-2", 5)
+    lora(out, "x-2-step00000001-mine", 6)
+    home = out / "runs" / "x-2"
+    (home / "sample").mkdir(parents=True)
+    Image.new("RGB", (8, 8), "red").save(home / "sample" / "contact-sheet.png")
+    status = {"started": time.time() + 1, "run": "x-2", "run_folder": "runs/x-2"}
+    (out / "status.json").write_text(json.dumps(status))
+    assert uploaded(dataclasses.replace(asked, started=time.time()), hub, tmp_path) == 0
+    there = files(hub)
+    assert there.keys() - before.keys() == {"x-2.safetensors", "runs/x-2/sample/contact-sheet.png"}
+    assert all(there[name] == before[name] for name in before if name != "README.md")
+    assert b"runs/x-2/sample/contact-sheet.png" in there["README.md"]
+    assert (home / upload.MARKER).is_file() and upload.is_done(asked, out / "x.safetensors")
 
 
 def test_the_card_is_of_the_files_header_alone(hub, asked, tmp_path):
@@ -149,7 +168,7 @@ def test_a_failure_at_the_end_keeps_the_lora_and_the_next_start_uploads_once(hub
     assert uploaded(asked, hub, tmp_path) == 75
     assert fault.fired >= 2 and hub.repos["model", "me/lora"].log == []
     assert (out / "x.safetensors").read_bytes() == before
-    assert not upload.is_done(out, "me/lora", out / "x.safetensors")
+    assert not upload.is_done(asked, out / "x.safetensors")
     fault.times = 0
     assert uploaded(asked, hub, tmp_path) == 0
     (out / upload.MARKER).unlink()  # killed between the commit and its mark

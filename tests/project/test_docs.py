@@ -140,7 +140,7 @@ SOURCES = "".join(
     for path in sorted((ROOT / folder).rglob("*.py"))
 )
 CODE = re.sub(r'"\s*\n\s*f?"', "", SOURCES)  # as one reads a text that is written in several pieces
-OF_OTHERS = ("No space left on device", "Input/output error", "Failed to load …torchao…", "/datasets/")
+OF_OTHERS = ("No space left on device", "Input/output error", "/datasets/")
 
 
 def test_every_message_that_is_quoted_is_one_of_the_code():
@@ -187,7 +187,10 @@ PRODUCT = ("trainer", "entrypoint")
 NO_TERMS = {
     **dict.fromkeys(("AdaptedModels", "Backward", "Session"), "parts of a run, passed between two modules"),
     **dict.fromkeys(("PreparedData", "Folder", "AdapterShape"), "the result of one function"),
-    **dict.fromkeys(("Metrics", "Status", "Progress", "Problems"), "an output or a list that its name describes"),
+    **dict.fromkeys(("Columns", "Decoded", "ImageNames"), "the result of one function"),
+    **dict.fromkeys(
+        ("Metrics", "Status", "Progress", "Problems", "Findings"), "an output or a list that its name describes"
+    ),
     **dict.fromkeys(
         ("DatasetSummary", "SubsetSummary", "TrainingRun", "LoraSummary"), "contents of a LoRA file's header"
     ),
@@ -197,6 +200,7 @@ NO_TERMS = {
     **dict.fromkeys(("Card", "TorchKernels"), "what a card, and this torch, can do"),
     **dict.fromkeys(("Budget", "Limits", "Names"), "bounds on archives"),
     **dict.fromkeys(("Cached", "Choice", "Listing", "RemoteFile", "Repo"), "records of the Hub's client"),
+    **dict.fromkeys(("Asked", "Found", "Layout", "Place"), "how a dataset was named, and what was found of it"),
     **dict.fromkeys(("Download", "Hash", "RemoteArchive", "SshHost"), "records of downloads"),
     **dict.fromkeys(("Job", "Uploader", "Times"), "parts of one process"),
     **dict.fromkeys(("Background", "Recipe", "Scene", "Thing"), "contents of the miniatures' drawings"),

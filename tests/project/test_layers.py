@@ -47,8 +47,10 @@ ENGINE_LAYERS = (  # within the engine, likewise
     ("memory",),
 )
 WITHOUT_TORCH = (
-    *("trainer.spec", "trainer.storage", "trainer.lora_files.key_names", "trainer.lora_files.inspect"),
-    *("trainer.data.caption_files.text_encoding", "trainer.data.captions"),
+    *("trainer.spec", "trainer.storage"),
+    *("trainer.lora_files.contents", "trainer.lora_files.inspect", "trainer.lora_files.key_names"),
+    *("trainer.lora_files.numbers", "trainer.lora_files.other_kinds"),
+    *("trainer.data.caption_files.text_encoding", "trainer.data.captions", "trainer.data.folder"),
     *("trainer.data.epochs", "trainer.data.records", "trainer.data.scan"),
 )
 NEEDS_TORCH = "trainer.storage.safetensors_writer"

@@ -32,6 +32,7 @@ import torch
 
 from entrypoint.system.hardware import detect
 from tests.support.random_plans import Drawn, Ground, drawn
+from trainer.checkpoints.open_run import OpenRun
 from trainer.data.batches import micro_batch
 from trainer.engine.cuda_graphs import EagerStep
 from trainer.engine.device import limit_memory, release
@@ -43,6 +44,7 @@ from trainer.job.status import Status
 from trainer.job.watchdog import Watchdog
 from trainer.spec.errors import KilnError, OutOfMemoryError, SettingsError
 from trainer.spec.family import get_family
+from trainer.storage.run_records import RunRecord
 from trainer.training.distributed import Workers
 from trainer.training.stop_flag import StopFlag
 
@@ -103,7 +105,8 @@ def session(ready: PreparedData, out: Path) -> Session:
     training_state = build.build_training_state(
         plan, get_family(plan.model.family), model=Path(plan.model.path), total=ready.total
     )
-    return build.make_session(ready, training_state, out, StopFlag(), watchdog=Watchdog(0.0), workers=Workers())
+    opened = OpenRun(plan, out, out, RunRecord(out), was_done=False)
+    return build.make_session(opened, ready, training_state, StopFlag(), watchdog=Watchdog(0.0), workers=Workers())
 
 
 def capped(made: Session, room: float) -> tuple[float, float, float]:

@@ -91,6 +91,7 @@ def job(tmp_path: Path, shared_cache: Path, images: Path, programs: Programs) ->
             "PARAMS_MAX_STEPS": "12",
             "PARAMS_SAMPLE_EVERY_N_STEPS": "0",
             "PARAMS_SAVE_EVERY_N_STEPS": "4",
+            "KEEP_CHECKPOINTS": "3",
             "PARAMS_NETWORK_DIM": "4",
             "SOURCE_DATE_EPOCH": "1700000000",
         },

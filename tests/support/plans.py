@@ -20,7 +20,7 @@ def job_plan(folder, family, **variables):
     asked = {
         "BASE_MODEL": f"mini-{family}", "DATASET_NAME": str(images), "OUTPUT_PATH": str(folder / "out"),
         "CACHE_PATH": str(folder / "cache"), "OUTPUT_NAME": "x", "BACKEND": "cpu",
-        "PARAMS_SAMPLE_EVERY_N_STEPS": "0", "PARAMS_SAVE_EVERY_N_STEPS": "0",
+        "PARAMS_SAMPLE_EVERY_N_STEPS": "0", "PARAMS_SAVE_EVERY_N_STEPS": "0", "PARAMS_MAX_EPOCHS": "5",
     } | variables  # fmt: skip
     made = make_plan(
         read_settings(asked),

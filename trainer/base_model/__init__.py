@@ -5,7 +5,7 @@ reads folders in the layout of diffusers. So each part is converted once, into t
 the parts together.
 
 Read `single_file`, then `lazy_tensors`: tensors that are read from disk only when they are written, so that a file of
-24 GB is converted in the memory of a few tensors.
+24 GB is converted in the memory of a few tensors. `weight_check` finds weights that are no numbers.
 
 Imports `trainer.spec` and `trainer.storage`.
 """

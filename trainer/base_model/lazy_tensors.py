@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils._pytree import tree_map_only
 
+from trainer.base_model import weight_check
 from trainer.storage import safetensors_writer
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -115,7 +116,10 @@ def _load_tensor(path: Path, file: Any, name: str, *, scale: str | None) -> Lazy
 
 
 def write_file(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a safetensors file, one tensor after the other. Raises ValueError for a dtype that no weight has."""
+    """Write a safetensors file, one tensor after the other.
+
+    Raises ValueError for a dtype that no weight has, and NotFiniteError for NaN and infinite values.
+    """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
     begin = 0
     for name, tensor in tensors.items():
@@ -126,11 +130,12 @@ def write_file(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         begin = end
     with path.open("wb") as file:
         file.write(safetensors_writer.encode_header(entries))
-        for tensor in tensors.values():
-            _append(file, tensor)
+        for name, tensor in tensors.items():
+            _append(file, name, tensor)
 
 
-def _append(file: BinaryIO, tensor: torch.Tensor) -> None:
+def _append(file: BinaryIO, name: str, tensor: torch.Tensor) -> None:
     """A function of its own, so that a tensor is freed before the next one is read."""
     content = tensor.read() if isinstance(tensor, LazyTensor) else tensor
+    weight_check.check_tensor(name, content)
     content.contiguous().flatten().view(torch.uint8).numpy().tofile(file)

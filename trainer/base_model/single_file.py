@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from trainer.base_model import lazy_tensors
+from trainer.base_model import lazy_tensors, weight_check
 from trainer.spec.errors import SettingsError, StorageError
 from trainer.spec.family import PREFIXES, Family, get_family
 from trainer.spec.plan import ModelPlan
@@ -156,6 +156,8 @@ def _convert_part(part: str, path: str, model: ModelPlan, *, cache: Path) -> Pat
         fitted = _fit(state, skeleton, part=part)
         with atomic.replacing(folder / WEIGHT_FILES[library]) as temporary:
             lazy_tensors.write_file(temporary, fitted)
+    except weight_check.NotFiniteError as problem:
+        raise SettingsError(f"{path}: {problem} (in the {part}). {weight_check.FIX}.") from problem
     except ValueError as problem:
         raise SettingsError(
             f"{path} cannot be the {part} of BASE_MODEL={model.base}: {problem}. Name the base model that the file was "

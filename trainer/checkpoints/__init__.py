@@ -9,7 +9,8 @@ flushed, read back, and renamed. So a kill at any moment leaves complete LoRA fi
 off has a temporary name, which the next save or start removes. A state comes last, so where there is one, its LoRA is
 there too; only a stop writes the state first, because it may leave few seconds. A state is removed by a rename first.
 
-Read `state_files` (the format), `snapshots` (copies for a save), `retention` (which saves stay) and `resume`.
+Read `open_run` (the run that a job is, among those of an output folder), `state_files` (the format), `snapshots`
+(copies for a save), `retention` (which saves stay) and `resume`.
 
 Imports `trainer.training` and the packages below it; `trainer.job` imports it.
 """

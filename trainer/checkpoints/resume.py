@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import platform
-import time
 from pathlib import Path
 
 import torch
 
 from trainer.checkpoints import state_files
+from trainer.data.identity import fingerprint_differences
 from trainer.spec.errors import SettingsError
 from trainer.spec.plan import EnginePlan, Plan
-from trainer.spec.resume_rules import resumes_state
+from trainer.spec.resume_rules import check_named_state
 
 log = logging.getLogger(__name__)
 
@@ -25,31 +25,40 @@ def made_by(attention: str) -> dict[str, str]:
     return {"torch": torch.__version__, "device": device, "PARAMS_ATTENTION": attention}
 
 
-def resumable_state(plan: Plan, out: Path) -> state_files.State | None:
-    """The state to resume from: the newest in `out`, or else the folder that PARAMS_RESUME_FROM names.
+def resumable_state(plan: Plan, home: Path, prints: dict[str, str]) -> state_files.State | None:
+    """The state to resume from: the newest in `home`, or else the folder that PARAMS_RESUME_FROM names; or None.
 
-    None where there is none, and where the plan asks for the weights of a LoRA file alone: the old states are moved
-    aside then. Raises SettingsError for the state of another plan, and for a folder that is not a complete state.
+    `prints`: the fingerprint of the dataset. Raises SettingsError for a named state of other settings or images, unless
+    RESUME_WITH_CHANGES accepts them, and for a folder that is not a complete state.
     """
-    state = state_files.latest(out / "state")
-    in_output = state is not None
+    state = state_files.latest(home / "state")
     resume_from = Path(plan.lora.resume_from) if plan.lora.resume_from else None
     if state is None and resume_from is not None and resume_from.is_dir():
         try:
             state = state_files.read(resume_from)
         except ValueError as problem:
             raise SettingsError(f"PARAMS_RESUME_FROM {resume_from} is not a complete state: {problem}.") from problem
-    if state is None:
-        return None
-    if resumes_state(plan, state.tree["essence"], step=state.step, in_output=in_output):
+        changed = fingerprint_differences(state.tree["data"], prints)
+        check_named_state(plan, state.tree["essence"], step=state.step, places_differ=bool(changed))
+        if changed and not plan.output.resume_with_changes:
+            raise SettingsError(
+                f"PARAMS_RESUME_FROM={resume_from} is the state of a run with another dataset:\n  "
+                + "\n  ".join(changed)
+                + "\nPut it back; or set RESUME_WITH_CHANGES=true to go on with these changes; or name a LoRA file of "
+                "that run to start from its weights alone."
+            )
+    if state is not None:
         _warn_of_other_software(state, plan.engine)
-        return state
-    aside = out / f"state.before-{int(time.time())}"
-    (out / "state").rename(aside)
-    log.warning(
-        "The plan changed and PARAMS_RESUME_FROM names a LoRA file: weights only. The old states are in %s.", aside
-    )
-    return None
+    return state
+
+
+def total_steps(state: state_files.State, *, steps_per_epoch: int) -> int:
+    """How many steps the run of a state was to have when it was saved."""
+    total = state.tree.get("total")
+    if isinstance(total, int):
+        return total
+    essence = state.tree["essence"]  # of a version that did not record it
+    return int(essence.get("train.max_steps") or essence.get("train.max_epochs", 0) * steps_per_epoch)
 
 
 def _warn_of_other_software(state: state_files.State, engine: EnginePlan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import re
 import shutil
@@ -11,18 +12,25 @@ from pathlib import Path
 from trainer.checkpoints import state_files
 from trainer.spec.errors import StorageError
 from trainer.storage import atomic
+from trainer.storage.run_records import RunRecord
 
 log = logging.getLogger(__name__)
 WARN_BELOW_SAVES = 3  # the log warns when fewer saves than these still fit
+SAVE_NAME = re.compile(r".*-step(\d{8})(-[a-z]+)?\.safetensors")
 
 
 class CheckpointRetention:
-    """Keeps the newest `keep` states in `out` and their LoRA files, named `<name>-step00000100…`."""
+    """Keeps the newest states in `home`, and the LoRA files of the newest saves in `out`: those that `record` lists.
 
-    def __init__(self, out: Path, name: str, keep: int) -> None:
+    0 keeps all. What `record` calls finished stays in any case: the end of a run before it was asked for more.
+    """
+
+    def __init__(self, out: Path, home: Path, record: RunRecord, *, keep_states: int, keep_loras: int) -> None:
         self.out = out
-        self.keep = keep
-        self._file_name = re.compile(rf"\.?{re.escape(name)}-step(\d{{8}})\D.*")  # with a dot: a temporary one
+        self.home = home
+        self.record = record
+        self.keep_states = keep_states
+        self.keep_loras = keep_loras
 
     def write(self, write: Callable[[], None], step: int) -> None:
         """Call `write`, which saves `step`, and prune. If the disk is full, prune all but the newest state and retry.
@@ -32,38 +40,53 @@ class CheckpointRetention:
         try:
             write()
         except StorageError as problem:
-            for folder in (self.out / "state").glob("*.damaged"):
+            for folder in (self.home / "state").glob("*.damaged"):
                 shutil.rmtree(folder, ignore_errors=True)
-            freed = self.prune(1)
+            freed = self.prune(1, 1)
             if not freed:
                 raise
             log.warning("%s Removed %d older files and states to try again.", problem, freed)
             write()
-        self.prune(self.keep)
+        self.prune(self.keep_states, self.keep_loras)
         self._warn_of_full_disk(step)
 
-    def prune(self, keep: int) -> int:
-        """Remove all but the newest `keep` states, their LoRA files, and what an interrupted save left; count them."""
+    def prune(self, keep_states: int, keep_loras: int) -> int:
+        """Remove all but the newest states and LoRA files, and what an interrupted save left; count them."""
         before = self._count()
-        kept_steps = state_files.prune(self.out / "state", keep)
-        for path in self._files():
-            match = self._file_name.fullmatch(path.name)
-            outdated = match is not None and int(match[1]) not in kept_steps
-            if outdated or path.name.startswith("."):
-                path.unlink(missing_ok=True)
+        state_files.prune(self.home / "state", keep_states)
+        saves = self._saves()
+        steps = sorted(set(saves.values()) - set(self.record.finished))
+        outdated_steps = steps[:-keep_loras] if keep_loras else []
+        outdated = [name for name, step in saves.items() if step in outdated_steps]
+        for name in outdated:
+            (self.out / name).unlink(missing_ok=True)
+        self.record.disown(outdated)
+        for name in self.record.files:
+            for orphan in self.out.glob(f".{glob.escape(Path(name).stem)}.*.tmp*"):
+                orphan.unlink(missing_ok=True)
         return before - self._count()
+
+    def saved_steps(self) -> list[int]:
+        """The steps whose LoRA files are there."""
+        return sorted({step for name, step in self._saves().items() if (self.out / name).is_file()})
+
+    def _saves(self) -> dict[str, int]:
+        """The LoRA files of saves → their steps."""
+        saves = {}
+        for name in self.record.files:
+            if match := SAVE_NAME.fullmatch(name):
+                saves[name] = int(match[1])
+        return saves
 
     def _count(self) -> int:
         """LoRA files and states."""
-        return len(self._files()) + len([*(self.out / "state").glob("*")])
-
-    def _files(self) -> list[Path]:
-        return [path for path in self.out.glob("*.safetensors*") if self._file_name.fullmatch(path.name)]
+        files = [name for name in self._saves() if (self.out / name).is_file()]
+        return len(files) + len([*(self.home / "state").glob("*")])
 
     def _warn_of_full_disk(self, step: int) -> None:
         """Warn early when the volume fills up. While a save is written, the oldest is still there."""
-        saved = [path for path in self._files() if f"-step{step:08d}" in path.name]
-        saved += (self.out / "state" / f"step-{step:08d}").iterdir()
+        saved = [self.out / name for name, saved_step in self._saves().items() if saved_step == step]
+        saved += (self.home / "state" / f"step-{step:08d}").iterdir()
         needed = sum(path.stat().st_size for path in saved)
         free = shutil.disk_usage(self.out).free
         if free < WARN_BELOW_SAVES * needed:

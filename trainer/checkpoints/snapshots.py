@@ -41,6 +41,12 @@ class Snapshots:
         if self._stream:
             optimizer.register_step_pre_hook(lambda *_: self.wait_on_device())
 
+    @property
+    def copied_bytes(self) -> int:
+        """Of all that the buffers hold or held at once: less than `bytes`, which counts whole slabs."""
+        idle = [buffer for buffers in self._free.values() for buffer in buffers]
+        return sum(buffer.nbytes for buffer in idle) + sum(buffer.nbytes for _, buffer in self._used)
+
     def release(self) -> None:
         """All copies taken so far are no longer needed: their buffers may be reused."""
         for key, buffer in self._used:

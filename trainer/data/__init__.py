@@ -2,7 +2,8 @@
 
 The life of one image, which is also the order to read the modules in:
 
-1. `folder_listing` sorts the names in a subset's folder into images, masks and other files.
+1. `folder_listing` sorts the names in a subset's folder into images, masks and other files. `folders` has what names
+   mean: kohya's folders, masks, what a job wrote.
 2. `scan` reads and decodes every file once, in worker processes (`decode`), and takes the captions from sidecar and
    metadata files (`caption_files`). Each image is used, with its SHA-256, its upright size and its caption, or skipped
    for a named reason. `records` has the classes that describe it; `report` writes all of it for the user.

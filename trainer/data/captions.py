@@ -5,6 +5,7 @@ The order of the steps is that of sd-scripts' `process_caption`, whose dataset f
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 from collections import Counter
@@ -108,7 +109,7 @@ def fill_placeholders(caption: str | None, subset: Subset) -> str | None:
     trigger = own_trigger(subset)
     if not caption or not trigger:
         return caption
-    return TRIGGER_PLACEHOLDER.sub(lambda _: trigger, caption)
+    return trigger.join(TRIGGER_PLACEHOLDER.split(caption))
 
 
 def random_parts(subset: Subset) -> tuple[str, ...]:
@@ -183,6 +184,7 @@ def _tokens(text: str, subset: Subset, *, blank: bool) -> list[str]:
     return [part.strip() for part in parts if blank or part.strip()]
 
 
+@functools.cache
 def _find_trigger(trigger: str) -> re.Pattern[str]:
     """Finds the trigger word as a word of its own."""
     return re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)")

@@ -102,6 +102,11 @@ class EpochSampler:
         """Occurrences of images in every epoch."""
         return sum(self.buckets.values())
 
+    @property
+    def subject_examples_per_epoch(self) -> int:
+        """The same without those of regularisation images."""
+        return sum(v.repeats for v in self._variants if not self._subset(v.image).is_reg)
+
     def epoch(self, number: int) -> list[Batch]:
         """The batches of an epoch, counted from 0, in order. The same for the same seed and number.
 

@@ -63,6 +63,11 @@ class Folder:
             if mask is not None:
                 yield mask
 
+    def all_names(self) -> list[str]:
+        """Every name but those of captions and the like, in order."""
+        names = [*self.images, *(name for name, _ in self.skipped), *(item.name for item in self.left_out)]
+        return sorted(names)
+
     def leave_out(self, prefix: str, reason: str, kind: str = "") -> None:
         """Use nothing of the folder `prefix`."""
         for names in (self.images, self.others):
@@ -91,6 +96,12 @@ def list_folder(subset: Subset, written: Written | None = None) -> Folder:
     root = Path(subset.source.path)
     if not root.is_dir():
         raise DataError(f"image_dir {printable(subset.source.location)}: {printable(str(root))} is not a folder.")
+    inside = written.holds_output(os.path.realpath(root))
+    if inside:
+        raise DataError(
+            f"image_dir {printable(subset.source.location)} is where this job writes ({inside}): its own files would "
+            f"become training images. Copy the images to another folder, or choose another {inside.split('/')[0]}."
+        )
     if subset.conditioning_data_dir is None:
         folder = _walk(root, leave_out=None, written=written)
         _leave_out_companions(folder)
@@ -244,7 +255,7 @@ class _Walker:
             if is_image:
                 self._skip(name, LINK_LOST)
             else:
-                self._leave_out(name, LINK_LOST)
+                self._leave_out(name, LINK_LOST, "unreadable")
             return
         inside = target == self.root or target.startswith(self.root.rstrip("/") + "/")
         if self.written.holds(target) or (stat.S_ISDIR(mode) and _is_output(target)):
@@ -271,11 +282,11 @@ class _Walker:
             else:
                 self.folder.images.append(name)
         elif formats.VIDEO.fullmatch(suffix):
-            self._leave_out(name, formats.A_VIDEO, kind="video")
+            self._leave_out(name, formats.A_VIDEO, "video")
         elif special is not None:
-            self._leave_out(name, f"{special}, not a file")
+            self._leave_out(name, f"{special}, not a file", "unreadable")
         elif bad_name:
-            self._leave_out(name, BAD_NAME)
+            self._leave_out(name, BAD_NAME, "unreadable")
         else:
             self.folder.others.append(name)
 

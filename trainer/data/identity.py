@@ -7,6 +7,10 @@ import itertools
 from collections.abc import Iterable
 
 from trainer.data.records import ImageRecord, printable
+from trainer.spec.resume_rules import Changes
+from trainer.storage import run_records
+from trainer.storage.choose_run import ContentChanges
+from trainer.storage.run_records import Run
 
 # Of a fingerprint's values, in this order, separated by spaces. The last is there only where a folder's name says how
 # often its images are repeated.
@@ -61,6 +65,36 @@ def _moved(old: dict[str, str], new: dict[str, str]) -> dict[str, str]:
         if names.get(old[key]):
             moved[key] = names[old[key]].pop()
     return moved
+
+
+def content_changes(prints: dict[str, str], model: str | None) -> ContentChanges:
+    """For `choose_run.choose`: what differs between a run and a job in images, captions and weights, wherever they are.
+
+    `model`: a digest of the base model's files; None where they are not at hand, and not compared.
+    """
+
+    def changed(run: Run, found: Changes) -> list[str]:
+        lines: list[str] = []
+        began_with = _prints_of(run)
+        differences = fingerprint_differences(began_with, prints) if began_with is not None else []
+        if differences:
+            lines += [*found.places, *differences]
+        if found.model and model is not None and run.record.get("model") != model:
+            lines += found.model
+        return lines
+
+    return changed
+
+
+def _prints_of(run: Run) -> dict[str, str] | None:
+    """The fingerprint of the dataset that a run began with; None if it is not known."""
+    prints = run.record.get("data")
+    if prints is None:
+        state = run_records.newest_state(run.home)
+        prints = state.tree.get("data") if state else None
+    if not isinstance(prints, dict) or not all(isinstance(value, str) for value in prints.values()):
+        return None
+    return prints
 
 
 def _caption_digest(caption: str | None) -> str:

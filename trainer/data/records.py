@@ -26,14 +26,19 @@ MOST_PROBLEMS = 20  # in one message
 WARNING = "WARNING: "  # the start of a note that the log shows as a warning
 
 
-def printable(name: str) -> str:
-    """A name for a message: what would break a line is escaped, and a very long name loses its middle."""
+def one_line(text: str) -> str:
+    """`text` with all escaped that would break the line, or turn its direction."""
     letters = []
-    for letter in name:
+    for letter in text:
         if unicodedata.category(letter) in UNPRINTABLE or letter in DIRECTIONS:
             letter = letter.encode("unicode_escape", "surrogatepass").decode("ascii")
         letters.append(letter)
-    text = "".join(letters)
+    return "".join(letters)
+
+
+def printable(name: str) -> str:
+    """A name for a message: on one line, and without its middle where it is very long."""
+    text = one_line(name)
     if len(text) <= LONGEST_NAME:
         return text
     return f"{text[: LONGEST_NAME // 3]}…{text[-LONGEST_NAME // 3 * 2 :]}"
@@ -136,7 +141,7 @@ class Scan:
         lines += self.notes
         if limit is None:
             lines += self._inventory()
-        return "\n".join(lines) + "\n"
+        return "\n".join(one_line(line) for line in lines) + "\n"
 
     def _inventory(self) -> list[str]:
         """Every image with the place of its caption, and everything that is not used, by name."""
@@ -149,7 +154,7 @@ class Scan:
         for image in self.images:
             source = "no caption"
             if image.caption is not None:
-                source = f"caption from {image.caption_file}"
+                source = f"caption from {printable(image.caption_file)}"
             lines.append(f"  {printable(image.key)}: {image.width}x{image.height}, {source}")
         return lines
 

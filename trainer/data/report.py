@@ -36,6 +36,7 @@ def table(scan: Scan, data: DataPlan, *, seed: int) -> str:
         cut = fit(size, data.datasets[dataset])
         return f"{cut.size[0]}x{cut.size[1]}" if cut else ""
 
+    fixed = random.Random(0)  # for captions in which nothing is drawn
     rows: list[list[str | int]] = []
     for image in scan.images:
         subset = data.datasets[image.dataset].subsets[image.subset]
@@ -46,7 +47,7 @@ def table(scan: Scan, data: DataPlan, *, seed: int) -> str:
             notes.append("with mask")
         rows.append(
             [
-                image.name,
+                _cell(image.name),
                 f"{image.dataset}.{image.subset}",
                 "used",
                 ", ".join(notes),
@@ -54,35 +55,36 @@ def table(scan: Scan, data: DataPlan, *, seed: int) -> str:
                 image.height,
                 bucket((image.width, image.height), image.dataset),
                 subset.num_repeats,
-                image.caption or "",
-                _first_variant(image, data, seed=seed),
-                image.caption_file,
+                _cell(image.caption or ""),
+                _cell(_first_variant(image, data, seed=seed, fixed=fixed)),
+                _cell(image.caption_file),
                 image.caption_encoding,
             ]
         )
     for skipped in scan.skipped:
         place = f"{skipped.dataset}.{skipped.subset}"
-        rows.append([skipped.name, place, "skipped", skipped.reason, *[""] * (len(COLUMNS) - 4)])
+        rows.append([_cell(skipped.name), place, "skipped", _cell(skipped.reason), *[""] * (len(COLUMNS) - 4)])
     out = io.StringIO(newline="")
     out.write("\ufeff")
     writer = csv.writer(out, quoting=csv.QUOTE_NONNUMERIC)
     writer.writerow(COLUMNS)
-    for row in rows:
-        writer.writerow([_cell(value) for value in row])
+    writer.writerows(rows)
     return _writable(out.getvalue())
 
 
-def _first_variant(image: ImageRecord, data: DataPlan, *, seed: int) -> str:
+def _first_variant(image: ImageRecord, data: DataPlan, *, seed: int, fixed: random.Random) -> str:
     """The caption as it is trained; where it varies, the first of its variants."""
     subset = data.datasets[image.dataset].subsets[image.subset]
+    if subset.caption_variants == 1:  # nothing is drawn, and a generator takes longer to seed than a row to write
+        return compose_caption(image.caption, subset, fixed)
     return compose_caption(image.caption, subset, random.Random(f"{seed}/caption/{image.key}"))
 
 
-def _cell(value: str | int) -> str | int:
-    """The value, which a spreadsheet shows and does not run."""
-    if isinstance(value, str) and value.startswith(FORMULA_STARTS):
-        return f"'{value}"
-    return value
+def _cell(text: str) -> str:
+    """The text, which a spreadsheet shows and does not run."""
+    if text.startswith(FORMULA_STARTS):
+        return f"'{text}"
+    return text
 
 
 def _writable(text: str) -> str:

@@ -25,7 +25,7 @@ from trainer.data.caption_files.findings import Findings
 from trainer.data.caption_files.notes import note_captions
 from trainer.data.captions import Caption
 from trainer.data.decode import UnusableImageError
-from trainer.data.folder_listing import Folder, list_folder
+from trainer.data.folder_listing import Folder, LeftOutName, list_folder
 from trainer.data.folders import leftovers
 from trainer.data.folders.conventions import Reading, derived_subset, read_folders
 from trainer.data.folders.own_output import Written
@@ -51,6 +51,7 @@ ADVICE = {
     "sample": leftovers.KEEP_IT,
     "video": "",
     "zero": "",
+    "unreadable": "",
     "kohya": "To train on them too, move them out of this folder.",
     "other job": "",
 }
@@ -298,8 +299,12 @@ def _left_out_notes(folder: Folder) -> list[str]:
     """A line for each kind of files: a warning, if they might have been meant as training data."""
     lines = []
     for kind, advice in ADVICE.items():
-        items = [item for item in folder.left_out if item.kind == kind]
-        if items:
+        groups: dict[str, list[LeftOutName]] = {}
+        for item in folder.left_out:
+            if item.kind == kind:
+                # The reasons of companions name another image each.
+                groups.setdefault("" if kind in leftovers.KINDS else item.reason, []).append(item)
+        for items in groups.values():
             level = "" if kind == "own" else WARNING
             names = some([item.name for item in items])
             lines.append(f"{level}left out: {names} ({items[0].reason}). {advice}".rstrip())

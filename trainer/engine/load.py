@@ -8,12 +8,13 @@ projections are fused and its weights quantised before the next one comes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trainer.base_model import weight_check
 from trainer.base_model.lazy_tensors import DTYPE_NAMES
 from trainer.base_model.single_file import FP16_VARIANT
 from trainer.engine import adapters
@@ -55,6 +56,7 @@ def place_denoiser(
     rank: int = 0,
     streamed: Sequence[torch.nn.Module] = (),
     forwards: Mapping[type, type] | None = None,
+    folder: Path | None = None,
 ) -> WeightStreamer | None:
     """Bring the denoiser to `device` block by block, quantised for `precision`, with projections fused.
 
@@ -62,7 +64,8 @@ def place_denoiser(
 
     `dtype`: of activations, and of weights that are not quantised. `fused`, `targets`: see
     `adapters.fuse_projections`. `rank`: of the adapters for which FP8 weights get columns. `streamed`: regions whose
-    weights stay on the host; their streamer is returned. `forwards`: see `Family.fused_forwards`.
+    weights stay on the host; their streamer is returned. `forwards`: see `Family.fused_forwards`. `folder`: of the
+    weights' files, for messages. Raises SettingsError for weights that are no numbers.
     """
     weight_format = weight_format_for(precision, device)
 
@@ -75,11 +78,16 @@ def place_denoiser(
         return of_layer
 
     streamer = WeightStreamer(device) if streamed else None
-    for module in _modules_outside(denoiser, [*(block for _, block in blocks), *streamed]):
+    outside = _modules_outside(denoiser, [*(block for _, block in blocks), *streamed])
+    for module in outside:
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             tensor.data = tensor.to(device, dtype if tensor.is_floating_point() else None)
+    weight_check.check_weights(_weights_of(denoiser, outside), folder)
+    del outside
     for name, block in blocks:
         block.to(device, dtype)
+        # Before the weights are fused and quantised: they still have the names of the file.
+        weight_check.check_weights(((f"{name}.{own}", weight) for own, weight in block.named_parameters()), folder)
         adapters.fuse_projections([(name, block)], fused=fused, targets=targets)
         if weight_format is not None:
             freeze(block, weight_format, column_rank(name))
@@ -92,6 +100,7 @@ def place_denoiser(
         for region in streamed:
             if region not in streamer.regions:
                 _channels_last(region.to(device, dtype), device)
+                weight_check.check_weights(region.named_parameters(), folder)
                 streamer.add_region(region)
         streamer.allocate_slots()
     denoiser.to(device)
@@ -108,6 +117,14 @@ def _modules_outside(denoiser: torch.nn.Module, parts: Sequence[torch.nn.Module]
     for part in parts:
         outside -= set(part.modules())
     return outside
+
+
+def _weights_of(denoiser: torch.nn.Module, modules: set[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters and buffers of `modules` alone, by their names in the denoiser."""
+    for name, module in denoiser.named_modules():
+        if module in modules:
+            for own, weight in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                yield f"{name}.{own}".removeprefix("."), weight
 
 
 def _channels_last(module: torch.nn.Module, device: str) -> None:
@@ -136,6 +153,7 @@ def load_denoiser(
         rank=rank if forwards else 0,  # without correct kernels, no adapter columns
         streamed=family.regions(denoiser) if plan.offload == "weights" else (),
         forwards=forwards,
+        folder=model / family.FACTS.parts["denoiser"],
     )
     return denoiser, streamer
 

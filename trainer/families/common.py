@@ -26,7 +26,10 @@ Denoiser = TypeVar("Denoiser")
 
 def load_encoder(model_class: Any, folder: Path, *, device: str, dtype: torch.dtype) -> Any:
     """A frozen text encoder of transformers. `folder`: its own, inside the model's."""
+    from trainer.base_model import weight_check
+
     model = model_class.from_pretrained(folder, dtype=dtype, use_safetensors=True, device_map=device)
+    weight_check.check_weights(model.named_parameters(), folder)
     return model.requires_grad_(False).eval()
 
 
@@ -44,8 +47,11 @@ def load_vae(folder: Path, *, device: str) -> AutoencoderKL:
     import torch
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32, use_safetensors=True)
-    return vae.requires_grad_(False).eval().to(device)
+    from trainer.base_model import weight_check
+
+    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32, use_safetensors=True).to(device)
+    weight_check.check_weights(vae.named_parameters(), folder / "vae")
+    return vae.requires_grad_(False).eval()
 
 
 # ---- text and images

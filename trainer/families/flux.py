@@ -99,6 +99,7 @@ FACTS = Facts(
     parts={"denoiser": "transformer", "vae": "vae", "clip_l": "text_encoder", "t5": "text_encoder_2"},
     landmarks=("double_blocks.0.img_attn.qkv.weight", "single_transformer_blocks.0.proj_mlp.weight"),
     text_readers={"tokenizer_2": ("T5", T5_TOKENS)},
+    lookalikes=published.LOOKALIKES,
     prompt_steps=20,
     prompt_guidance=3.5,
     prompt_cfg=1.0,
@@ -316,6 +317,17 @@ LORA_KEYS = LoraKeys(
         OriginalLayer("final_layer.adaLN_modulation.1", ("norm_out.linear",), halves_swapped=True),
     ),
     encoders={"text_encoder": "te1", "text_encoder_2": "te3"},  # CLIP-L and T5
+    other_names=(
+        # XLabs' x-flux, without the level `processor`: 1 is the image's stream and 2 the text's.
+        OriginalLayer("double_blocks.{}.qkv_lora1", tuple(f"{_DOUBLE}.attn.to_{x}" for x in "qkv"), (1, 1, 1)),
+        OriginalLayer("double_blocks.{}.qkv_lora2", tuple(f"{_DOUBLE}.attn.add_{x}_proj" for x in "qkv"), (1, 1, 1)),
+        OriginalLayer("double_blocks.{}.proj_lora1", (f"{_DOUBLE}.attn.to_out.0",)),
+        OriginalLayer("double_blocks.{}.proj_lora2", (f"{_DOUBLE}.attn.to_add_out",)),
+        OriginalLayer("single_blocks.{}.qkv", tuple(f"{_SINGLE}.attn.to_{x}" for x in "qkv"), (1, 1, 1)),
+        OriginalLayer("single_blocks.{}.proj", (f"{_SINGLE}.proj_out",)),
+        OriginalLayer("img_in.proj", ("x_embedder",)),  # OMI
+    ),
+    one_width=True,
 )
 NORMS = {  # of queries and keys: they have weights, but never adapters
     "double_blocks.{}.img_attn.norm.query_norm": f"{_DOUBLE}.attn.norm_q",

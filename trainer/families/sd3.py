@@ -137,6 +137,7 @@ FACTS = Facts(
     },
     landmarks=("joint_blocks.0.x_block.attn.qkv.weight", "transformer_blocks.0.attn.add_q_proj.weight"),
     text_readers={"tokenizer_3": ("T5", T5_TOKENS), "tokenizer": ("CLIP", CLIP_TOKENS)},
+    lookalikes=published.LOOKALIKES,
     prompt_steps=28,
     prompt_guidance=1.0,
     prompt_cfg=5.0,
@@ -332,5 +333,6 @@ LORA_KEYS = LoraKeys(
         OriginalLayer("final_layer.adaLN_modulation.1", ("norm_out.linear",), halves_swapped=True),
     ),
     encoders={"text_encoder": "te1", "text_encoder_2": "te2", "text_encoder_3": "te3"},  # CLIP-L, CLIP-G, T5
+    one_width=True,
     file_formats=("kohya", "peft"),  # every tool but diffusers reads kohya's keys, and few others read diffusers'
 )

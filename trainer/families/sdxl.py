@@ -94,6 +94,7 @@ FACTS = Facts(
     landmarks=("input_blocks.0.0.weight", "down_blocks.0.resnets.0.conv1.weight"),
     text_readers={"tokenizer": ("CLIP", CLIP_TOKENS)},
     max_token_lengths=(CLIP_TOKENS, 150, 225),
+    lookalikes=published.LOOKALIKES,
     prompt_steps=30,
     prompt_guidance=1.0,
     prompt_cfg=7.0,

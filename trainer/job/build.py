@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from trainer.base_model import single_file
+from trainer.checkpoints.open_run import OpenRun
 from trainer.checkpoints.snapshots import Snapshots
 from trainer.engine import adapters, flat_parameters
 from trainer.engine.cuda_graphs import EagerStep, GraphStep
@@ -61,15 +62,15 @@ class AdaptedModels:
 
 
 def make_session(
+    opened: OpenRun,
     data: PreparedData,
     training_state: TrainingState,
-    out: Path,
     stop: StopFlag,
     *,
     watchdog: Watchdog,
     workers: Workers,
 ) -> Session:
-    """The session that trains `training_state` on `data`, into the folder `out`."""
+    """The session that trains `training_state` on `data`, as the run `opened`."""
     plan = data.plan
     family = get_family(plan.model.family)
     regions = family.regions(training_state.denoiser)
@@ -80,14 +81,27 @@ def make_session(
     return Session(
         plan,
         family,
-        out,
+        opened.home,
         stop,
         engine=engine,
         runner=make_runner(plan.engine, engine, training_state),
         objective=objective,
         training_state=training_state,
         snapshots=snapshots,
-        saver=saving.Saver(plan, family, out, stop, training_state, snapshots, data.scan, describe_run),
+        saver=saving.Saver(
+            plan,
+            family,
+            opened.out,
+            opened.home,
+            opened.record,
+            stop,
+            training_state,
+            snapshots,
+            data.scan,
+            describe_run,
+            data.total,
+            opened.plan.essence(),
+        ),
         sampler=data.sampler,
         cache=data.cache,
         total=data.total,

@@ -12,7 +12,7 @@ from typing import Any
 
 from trainer.spec.errors import CrashLoopError, HangError, KilnError, NumbersError, OutOfMemoryError
 from trainer.spec.plan import Plan
-from trainer.storage import atomic, digests
+from trainer.storage import atomic, digests, json_files
 
 log = logging.getLogger(__name__)
 MAX_RESTARTS = 3  # without progress
@@ -31,14 +31,15 @@ class CrashLog:
         self._path = out / "crashes.json"
         self._step = step
         values = json.loads(plan.to_json())
-        self._plan = digests.digest({**values, "reasons": None})
+        self._plan = digests.digest({**values, "reasons": None, "warnings": None})
+        json_files.set_aside_unless_object(self._path)
         self._before = self._read()
 
     def _read(self) -> dict[str, Any]:
         try:
-            row = json.loads(self._path.read_text(encoding="utf-8"))
-            return {"step": int(row["step"]), "count": int(row["count"]), **row}
-        except (OSError, ValueError, KeyError, TypeError):
+            row = json_files.read_object(self._path) or {}
+            return {**row, "step": int(row["step"]), "count": int(row["count"])}
+        except (ValueError, KeyError, TypeError, OverflowError):
             return {"step": -1, "count": 0}
 
     def check(self) -> None:

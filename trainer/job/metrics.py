@@ -6,18 +6,23 @@ import contextlib
 import json
 import logging
 import os
+import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from trainer.job.status import Status, clock
-from trainer.storage import atomic
+from trainer.spec.plan import Plan
+from trainer.storage import atomic, json_files
 from trainer.training.loop import Step
 
 log = logging.getLogger(__name__)
@@ -46,8 +51,26 @@ class Metrics:
         self._spent = 0.0  # seconds of training before `_began`, without validation and samples
         self._images = 0
 
-    def step(self, step: Step, *, learning_rate: float, compiled: int | None = None) -> None:
-        """Record an optimiser step. `compiled`: number of compiled graphs so far; None if nothing is compiled."""
+    def describe(self, text: str) -> None:
+        """Show what the run was told to do, in Markdown, on TensorBoard's page of texts."""
+        self._board.add_text("plan", text, self.first)
+
+    def samples(self, step: int, files: Sequence[Path]) -> None:
+        """Show the samples of `step` on TensorBoard, which compares them over the steps."""
+        for number, path in enumerate(files):
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"))
+            self._board.add_image(f"sample/{number:02d}", pixels, step, dataformats="HWC")
+        self._board.flush()
+
+    def step(
+        self, step: Step, *, learning_rate: float, estimate: float | None = None, compiled: int | None = None
+    ) -> None:
+        """Record an optimiser step.
+
+        `estimate`: Prodigy's d, of which `learning_rate` is a multiple; None with other optimisers. `compiled`: number
+        of compiled graphs so far; None if nothing is compiled.
+        """
         self.done = self._status.step = step.number
         self._images += step.images
         self.skipped += step.skipped
@@ -60,6 +83,8 @@ class Metrics:
         if compiled is not None:
             recorded["compiled"] = compiled
         self.record(recorded)
+        if estimate is not None:
+            self._board.add_scalar("prodigy_d", estimate, step.number)
         self._bar.update(1)
         self._bar.set_postfix_str(f"loss {step.loss:.4f}")
         now = time.monotonic()
@@ -68,6 +93,8 @@ class Metrics:
         self._reported = now
         speed = self.images_per_second()
         left = self.eta_s()
+        self._board.add_scalar("images_per_second", speed, step.number)
+        self._board.add_scalar("memory_gib", peak_memory_gib(), step.number)
         self._status.update({**row, "images_per_second": round(speed, 3), "eta_s": round(left)})
         if self._bar.disable:
             log.info(
@@ -111,6 +138,19 @@ class Metrics:
         self._board.close()
 
 
+def plan_as_markdown(plan: Plan) -> str:
+    """What was decided, with the reasons, and the whole plan."""
+    lines = [f"- {text}" for text in (*plan.reasons, *plan.warnings)]
+    return "\n".join(["# What was decided", *lines, "", "# plan.json", "```json", plan.to_json(), "```"])
+
+
+def peak_memory_gib() -> float:
+    """The most memory that was reserved on the device so far; without a device, the most that this process had."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # in KiB on Linux
+
+
 def _columns() -> int:
     """The width of the terminal; 0 without one, or where it does not know its width: then there is no bar."""
     try:
@@ -120,16 +160,24 @@ def _columns() -> int:
 
 
 def _truncated(path: Path, step: int) -> Path:
-    """Drop lines after `step`, which the resumed run writes again, and a half-written last one."""
+    """Drop lines after `step`, which the resumed run writes again, and a half-written last one.
+
+    A file that holds anything else is set aside first.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        json_files.set_aside(path, "is not a file that Kiln wrote")
     lines: list[str] = []
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
     kept = []
-    for line in lines:
+    foreign = 0
+    if path.exists():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(f"{line}\n")
-        except (ValueError, KeyError, TypeError):
-            continue
+        except (ValueError, KeyError, TypeError, RecursionError):
+            foreign += number < len(lines)
+    if foreign:
+        json_files.set_aside(path, f"has {foreign} lines that Kiln did not write")
     atomic.write_text(path, "".join(kept))
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -11,20 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.checkpoints import state_files
+from trainer.checkpoints.open_run import OpenRun, open_run
 from trainer.data import caption_length
 from trainer.data.cache import Cache
 from trainer.data.encode import cpu_workers, fill_images, fill_texts, open_cache
 from trainer.data.epochs import EpochSampler
 from trainer.data.folders.own_output import Written
-from trainer.data.identity import fingerprint, fingerprint_differences
 from trainer.data.records import WARNING, Scan
 from trainer.data.report import write_report
 from trainer.data.scan import scan
 from trainer.job.status import Status
-from trainer.spec.errors import SettingsError
+from trainer.spec import automatic, sanity
+from trainer.spec.errors import DataError
 from trainer.spec.family import get_family
-from trainer.spec.plan import DataPlan, Plan, Prompt
+from trainer.spec.plan import AUTO, DataPlan, Plan, Prompt
 from trainer.storage import atomic
+from trainer.storage.choose_run import choose
+from trainer.storage.run_records import RunRecord
 from trainer.training.objective import Objective, make_objective
 
 log = logging.getLogger(__name__)
@@ -49,8 +53,7 @@ class PreparedData:
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps; the last one of an epoch may have fewer batches."""
-        batches_per_step = self.plan.train.gradient_accumulation * self.plan.engine.num_gpus
-        return math.ceil(self.sampler.batches_per_epoch / batches_per_step)
+        return steps_per_epoch(self.plan, self.sampler)
 
     @property
     def total(self) -> int:
@@ -58,24 +61,44 @@ class PreparedData:
         return self.plan.train.max_steps or self.plan.train.max_epochs * self.steps_per_epoch
 
 
-def prepare_data(
-    plan: Plan, out: Path, *, status: Status, state: state_files.State | None, check_in: Callable[[], None]
-) -> PreparedData:
-    """Scan the images, and encode them and their captions into the cache.
+def steps_per_epoch(plan: Plan, sampler: EpochSampler) -> int:
+    """Optimiser steps; the last one of an epoch may have fewer batches."""
+    return math.ceil(sampler.batches_per_epoch / (plan.train.gradient_accumulation * plan.engine.num_gpus))
 
-    Raises DataError for an unusable dataset, and SettingsError where `state` was made with another one.
-    """
+
+def find_run(plan: Plan, *, status: Status) -> tuple[OpenRun, Scan]:
+    """Scan the images and open the run that this job is, in the plan's output folder. Raises DataError."""
     status.phase("reading the dataset")
-    written = Written({"OUTPUT_PATH": out, "CACHE_PATH": Path(plan.output.cache)})
-    report = out / "dataset-report.txt"
-    scanned = scan_and_report(plan.data, report=report, seed=plan.train.seed, written=written)
-    plan = dataclasses.replace(plan, data=scanned.data)  # with the subsets that the names of folders make
+    opened: list[OpenRun] = []
+
+    def report_place(scanned: Scan) -> Path:
+        # The run is known only now: other images are another run. An unusable dataset is none.
+        home = choose(plan).home
+        with contextlib.suppress(DataError):
+            scanned.check(strict=plan.data.strict)
+            opened.append(open_run(plan, scanned.images))
+            home = opened[0].home
+        return home / "dataset-report.txt"
+
+    written = Written({"OUTPUT_PATH": Path(plan.output.path), "CACHE_PATH": Path(plan.output.cache)})
+    scanned = scan_and_report(plan.data, report=report_place, seed=plan.train.seed, written=written)
+    return opened[0], scanned
+
+
+def prepare_data(
+    run: OpenRun,
+    scanned: Scan,
+    *,
+    status: Status,
+    state: state_files.State | None,
+    check_in: Callable[[], None],
+) -> PreparedData:
+    """Encode the images and their captions into the cache; the plan gets the lengths that were left to `auto`."""
+    plan = dataclasses.replace(run.plan, data=scanned.data)  # with the subsets that the names of folders make
     sampler = make_sampler(plan, scanned)
-    if state is not None:
-        _check_same_data(state, scanned)
     for line in sampler.describe():
         log.info("%s", line)
-    note_long_captions(plan, sampler, report=report)
+    plan = with_lengths(plan, sampler, run.record)
     cache = open_cache(
         Path(plan.output.cache),
         Path(plan.model.path),
@@ -84,6 +107,11 @@ def prepare_data(
     )
     data = PreparedData(plan, scanned, sampler, cache, state)
     log.info("%d optimiser steps, %d an epoch.", data.total, data.steps_per_epoch)
+    if is_over(run, data):
+        return data
+    note_long_captions(plan, sampler, report=run.home / "dataset-report.txt")
+    for warning in sanity.warnings(plan, sanity.Length(data.total, data.steps_per_epoch, len(scanned.images))):
+        log.warning("%s", warning)
     if sampler.batches_per_epoch < plan.engine.num_gpus:
         log.warning(
             "An epoch has only %d batches: with NUM_GPUS=%d, some GPUs are idle.",
@@ -95,7 +123,34 @@ def prepare_data(
     return data
 
 
-def scan_and_report(data: DataPlan, *, report: Path, seed: int = 0, written: Written | None = None) -> Scan:
+def is_over(run: OpenRun, data: PreparedData) -> bool:
+    """Whether the run has all the steps that it is to have, and its final LoRA, or has more."""
+    return run.trained(data.state.step if data.state else 0) > data.total or (
+        run.was_done and run.record.values.get("total", data.total) == data.total
+    )
+
+
+def with_lengths(plan: Plan, sampler: EpochSampler, record: RunRecord) -> Plan:
+    """`plan` with the lengths that it leaves to `auto`. What a run has chosen for its length once, it keeps."""
+    per_epoch = steps_per_epoch(plan, sampler)
+    chosen = record.values.get("automatic_steps")
+    older_epochs = record.values.get("automatic_epochs")
+    if not isinstance(chosen, int) or chosen < 1:
+        chosen = older_epochs * per_epoch if isinstance(older_epochs, int) and older_epochs > 0 else None
+    is_automatic = plan.train.max_steps is None and plan.train.max_epochs == AUTO
+    plan, lines = automatic.with_lengths(
+        plan, images_per_epoch=sampler.subject_examples_per_epoch, steps_per_epoch=per_epoch, chosen=chosen
+    )
+    if is_automatic:
+        record.update({"automatic_steps": plan.train.max_steps})
+    for line in lines:
+        log.info("%s", line)
+    return plan
+
+
+def scan_and_report(
+    data: DataPlan, *, report: Path | Callable[[Scan], Path], seed: int = 0, written: Written | None = None
+) -> Scan:
     """The usable images; logs a summary, and writes the whole list to `report` and to a .csv file beside it.
 
     `seed` is the run's, for the captions of the report. `written`: the folders that this job writes to, which are no
@@ -103,6 +158,7 @@ def scan_and_report(data: DataPlan, *, report: Path, seed: int = 0, written: Wri
     """
     started = time.monotonic()
     scanned = scan(data, cpu_workers=cpu_workers(), written=written)
+    report = report if isinstance(report, Path) else report(scanned)
     write_report(scanned, scanned.data, text=report, seed=seed)
     scanned.check(strict=data.strict)
     for line in scanned.report().splitlines():
@@ -166,13 +222,3 @@ def prompt_texts(prompts: Sequence[Prompt]) -> list[str]:
     for prompt in prompts:
         texts += [prompt.text, prompt.negative]
     return texts
-
-
-def _check_same_data(state: state_files.State, scanned: Scan) -> None:
-    """Raises SettingsError with the images that differ from those of the state."""
-    changed = fingerprint_differences(state.tree["data"], fingerprint(scanned.images))
-    if changed:
-        raise SettingsError(
-            "The dataset is not the one that this run began with:\n  " + "\n  ".join(changed) + "\nPut it back to "
-            "resume; or choose another OUTPUT_PATH; or set PARAMS_RESUME_FROM to a LoRA file to start from its weights."
-        )

@@ -2,12 +2,13 @@
 
 The steps of a run, in order:
 1. Lock the output folder, so that no second job writes there; open run.log and status.json; refuse a crash loop.
-2. Find the state to resume from: the newest in the output folder; else the folder that PARAMS_RESUME_FROM names. A
-   LoRA file there gives the weights alone (step 7). The state of another plan is refused (`checkpoints.resume`).
-3. Write plan.json.
-4. Bring single files into a model folder (`base_model.single_file`), and draw missing class images.
-5. Scan, and encode into the cache; the dataset of a resumed run must be the same (`prepare`). The encoders are freed
-   before the denoiser loads.
+2. Bring single files into a model folder (`base_model.single_file`), and draw missing class images.
+3. Scan the images. Settings and images together say which run of the folder this is, or that it is a new one
+   (`storage.choose_run`): open it and write its plan.json (`checkpoints.open_run`).
+4. Find the state to resume from: the newest of the run; else the folder that PARAMS_RESUME_FROM names. A LoRA file
+   there gives the weights alone (step 7).
+5. Encode into the cache (`prepare`). The encoders are freed before the denoiser loads. A run that has all its steps
+   already ends here.
 6. Hand the prepared data to the other processes (`handover`).
 7. Load the denoiser, put adapters on it, make the optimiser (`build`).
 8. Rehearse: memory runs out here or never (`rehearsal`).
@@ -31,8 +32,10 @@ import torch
 
 from trainer.base_model.single_file import convert_single_files
 from trainer.checkpoints import state_files
-from trainer.checkpoints.resume import resumable_state
+from trainer.checkpoints.open_run import OpenRun, adopt_older_run
+from trainer.checkpoints.resume import resumable_state, total_steps
 from trainer.data.encode import open_cache
+from trainer.data.identity import fingerprint
 from trainer.data.records import Scan
 from trainer.engine.attention import flash_attention_4
 from trainer.engine.device import limit_memory
@@ -40,16 +43,21 @@ from trainer.job.build import adapter_summary, build_training_state, check_targe
 from trainer.job.class_images import draw_class_images
 from trainer.job.crash_loop import CrashLog
 from trainer.job.handover import HandedOver, hand_over, receive
-from trainer.job.prepare import PreparedData, make_sampler, prepare_data
+from trainer.job.prepare import PreparedData, find_run, is_over, make_sampler, prepare_data
 from trainer.job.status import Status
 from trainer.job.watchdog import OUTSIDE_STEPS_TIMEOUT_S, Watchdog
-from trainer.spec.errors import HangError, KilnError, OutOfMemoryError, StorageError
+from trainer.spec.errors import HangError, KilnError, OutOfMemoryError, StopRequestedError, StorageError
 from trainer.spec.family import get_family
+from trainer.spec.optimizers import STRETCHED_SCHEDULERS
 from trainer.spec.plan import ALIVE_VARIABLE, Plan
-from trainer.storage import atomic
+from trainer.spec.resume_rules import changes
+from trainer.storage import atomic, json_files
+from trainer.storage.choose_run import HOW_TO_GO_ON, already_trained, asked_length
 from trainer.storage.locks import locked
-from trainer.training import distributed
+from trainer.storage.run_records import RunRecord
+from trainer.training import distributed, optimizers
 from trainer.training.distributed import Workers
+from trainer.training.state import TrainingState
 from trainer.training.stop_flag import StopFlag
 
 log = logging.getLogger(__name__)
@@ -85,10 +93,15 @@ def _run_first(plan: Plan, stop: StopFlag, workers: Workers) -> None:
 
         with watchdog.watching(out, on_hang), crashes.counted(), _as_job_errors(out):
             atomic.remove_leftovers(out)
-            state = resumable_state(plan, out)
-            data = _prepare(plan, stop, out, state=state, status=status, watchdog=watchdog)
+            adopt_older_run(out)
+            json_files.set_aside_unless_object(out / "status.json")
+            opened, data = _prepare(plan, stop, status=status, watchdog=watchdog)
+            if is_over(opened, data):
+                _report_over(opened, data, status)
+                return
+            state = data.state
             hand_over(workers, HandedOver(data.plan, state.folder if state else None, data.scan.images))
-            _train(data, stop, out, status=status, watchdog=watchdog, workers=workers)
+            _train(opened, data, stop, status=status, watchdog=watchdog, workers=workers)
 
 
 def _run_other(plan: Plan, stop: StopFlag, workers: Workers) -> None:
@@ -105,24 +118,31 @@ def _run_other(plan: Plan, stop: StopFlag, workers: Workers) -> None:
         crashes = CrashLog(out, plan, step=lambda: status.step)
         with watchdog.watching(workers.own_folder, status.ended), crashes.counted(), _as_job_errors(out):
             data = _received(handed)
-            _train(data, stop, workers.own_folder, status=status, watchdog=watchdog, workers=workers)
+            own = workers.own_folder
+            opened = OpenRun(data.plan, own, own, RunRecord(own), was_done=False)
+            _train(opened, data, stop, status=status, watchdog=watchdog, workers=workers)
 
 
-def _prepare(
-    plan: Plan, stop: StopFlag, out: Path, *, state: state_files.State | None, status: Status, watchdog: Watchdog
-) -> PreparedData:
-    """Steps 3 to 5: everything that training needs but the denoiser."""
+def _prepare(plan: Plan, stop: StopFlag, *, status: Status, watchdog: Watchdog) -> tuple[OpenRun, PreparedData]:
+    """Steps 2 to 5: the run, and everything that training needs but the denoiser."""
 
     def check_in() -> None:
         _check_in(watchdog, stop)
 
-    atomic.write_text(out / "plan.json", plan.to_json())
     limit_memory(plan.engine.device, plan.engine.memory_limit_gib)
     model_folder = str(convert_single_files(plan.model, Path(plan.output.cache)))
     plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, path=model_folder))
     check_targets(plan)
     plan = draw_class_images(plan, status=status, check_in=check_in)
-    return prepare_data(plan, out, status=status, state=state, check_in=check_in)
+    opened, scanned = find_run(plan, status=status)
+    atomic.remove_leftovers(opened.home)
+    output = opened.plan.output
+    status.update({"run": output.name, "run_folder": output.folder or "."})
+    state = resumable_state(opened.plan, opened.home, fingerprint(scanned.images))
+    if state is not None:
+        status.step = state.step
+        status.update({"step": state.step})
+    return opened, prepare_data(opened, scanned, status=status, state=state, check_in=check_in)
 
 
 def _received(handed: HandedOver) -> PreparedData:
@@ -142,7 +162,7 @@ def _received(handed: HandedOver) -> PreparedData:
 
 
 def _train(
-    data: PreparedData, stop: StopFlag, out: Path, *, status: Status, watchdog: Watchdog, workers: Workers
+    opened: OpenRun, data: PreparedData, stop: StopFlag, *, status: Status, watchdog: Watchdog, workers: Workers
 ) -> None:
     """Steps 7 to 10."""
     plan = data.plan
@@ -153,16 +173,56 @@ def _train(
     training_state = build_training_state(plan, family, model=Path(plan.model.path), total=data.total)
     log.info("Loaded the model and added %s in %.1f s.", adapter_summary(training_state), time.monotonic() - started)
     _check_in(watchdog, stop)
-    session = make_session(data, training_state, out, stop, watchdog=watchdog, workers=workers)
+    session = make_session(opened, data, training_state, stop, watchdog=watchdog, workers=workers)
     session.rehearse()
     first = 0
     if data.state is not None:
-        training_state.restore(data.state.tree)
+        _restore(opened.plan, data, data.state, training_state)
         first = data.state.step
-        log.info("Resumed at step %d of %d.", first, data.total)
     workers.check_same(training_state.optimizer_params)
-    session.train(status, first=first)
-    status.update({"output": f"{plan.output.name}.safetensors"})
+    if workers.is_first:
+        opened.record.update({"done": False, "total": data.total})
+    final = session.train(status, first=first)
+    if final is not None:
+        finished = sorted({*opened.record.finished, data.total})
+        opened.record.update({"done": True, "finished": finished, "asked": asked_length(opened.plan)})
+        status.update({"output": final.name})
+
+
+def _restore(plan: Plan, data: PreparedData, state: state_files.State, training_state: TrainingState) -> None:
+    """Put the state back; where the run is to end elsewhere, or has other settings, the next step follows them."""
+    begun = total_steps(state, steps_per_epoch=data.steps_per_epoch)
+    essence = {**state.tree["essence"], "lora.resume_from": plan.lora.resume_from}
+    changed = changes(essence, plan).settings
+    training_state.restore(state.tree, renew=begun != data.total or bool(changed))
+    log.info("Resumed at step %d of %d.", state.step, data.total)
+    for text in changed:
+        log.warning("From here on: %s.", text)
+    if begun == data.total:
+        return
+    scheduler = plan.optim.scheduler
+    text = f"The run was to end at step {begun} and now ends at step {data.total}: optimiser, averages and the order "
+    text += "of the images go on as they are."
+    if scheduler in STRETCHED_SCHEDULERS:
+        text += f" The {scheduler} schedule is stretched to the new end, so the learning rate is now "
+        text += f"{optimizers.step_size(training_state.optimizer):.3g}. Its warm-up stays."
+    log.info("%s", text)
+
+
+def _report_over(opened: OpenRun, data: PreparedData, status: Status) -> None:
+    """Log that there is nothing to train, and where the LoRA is."""
+    name = data.plan.output.name
+    final = f"{name}.safetensors"
+    trained = opened.trained(data.state.step if data.state else 0)
+    if trained <= data.total:
+        opened.record.update({"asked": asked_length(opened.plan)})
+        log.info("This job is done: %s. %s", opened.out / final, HOW_TO_GO_ON)
+    else:
+        log.info("%s", already_trained(opened.out, name, trained=trained, wanted=data.total))
+        save = f"{name}-step{data.total:08d}.safetensors"
+        final = save if (opened.out / save).is_file() else final
+    status.step = trained
+    status.update({"output": final})
 
 
 def _check_in(watchdog: Watchdog, stop: StopFlag) -> None:
@@ -195,6 +255,11 @@ def _report_ending(status: Status) -> Iterator[Status]:
     try:
         yield status
         ending = None
+    except StopRequestedError as problem:
+        log.info("%s", problem.last_line())
+        problem.logged = True
+        ending = problem
+        raise
     except KilnError as problem:
         log.error("%s", problem)
         problem.logged = True
@@ -223,6 +288,8 @@ def _record_decisions(plan: Plan, log_file: logging.Handler) -> None:
 @contextlib.contextmanager
 def _log_file(path: Path, prefix: str = "") -> Iterator[logging.Handler]:
     """Inside, the log goes to `path` as well. Yields the handler that writes there."""
+    if path.exists() and not path.is_file():
+        json_files.set_aside(path, "is no file")
     handler = _QuietFileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {prefix}%(message)s"))
     logging.getLogger().addHandler(handler)

@@ -1,10 +1,8 @@
-"""Sample images during a job: prompts at fixed seeds, and one contact sheet (rows: prompts; columns: steps)."""
+"""Sample images during a job: prompts at fixed seeds, drawn with the weights so far."""
 
 from __future__ import annotations
 
-import json
 import logging
-import re
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, PngImagePlugin
 
 from trainer.data import cache as caching
 from trainer.data.cache import Cache
 from trainer.engine.device import release, torch_dtype
 from trainer.engine.encoders import load_vae
 from trainer.engine.execution import without_new_compilation
+from trainer.job.contact_sheet import SAMPLE_NAME, SHEET_NAME, contact_sheet
 from trainer.spec.family import Family
 from trainer.spec.plan import Plan, Prompt
 from trainer.storage import atomic
@@ -27,13 +26,6 @@ from trainer.training.state import TrainingState
 from trainer.training.stop_flag import StopFlag
 
 log = logging.getLogger(__name__)
-SAMPLE_NAME = re.compile(r"step-(\d{8})-(\d{2,})\.png")  # step, number of the prompt
-SHEET_NAME = "contact-sheet.png"
-# Pixels on the contact sheet.
-THUMBNAIL = 256  # longest side
-MARGIN = 6
-LABEL_HEIGHT = 34
-MIN_WIDTH = 360  # so that a prompt can be read where there are few columns
 
 
 def sample(
@@ -43,11 +35,11 @@ def sample(
     family: Family,
     training_state: TrainingState,
     cache: Cache,
-    out: Path,
+    folder: Path,
     stop: StopFlag,
     check_in: Callable[[], None],
 ) -> None:
-    """Draw those samples of `step` that are missing into `out`/sample, with the weights to use.
+    """Draw those samples of `step` that are missing into `folder`, with the weights to use.
 
     Looks for a stop, and calls `check_in`, before each image. Where memory runs out, the rest of the samples is left
     out with a warning: training is worth more than a sample.
@@ -77,7 +69,7 @@ def sample(
     try:
         with training_state.inference_weights(), torch.no_grad(), without_new_compilation():
             count = draw_all(
-                out / "sample",
+                folder,
                 plan.prompts,
                 step=step,
                 draw=partial(draw, load_vae(family, model, plan.engine)),
@@ -104,7 +96,7 @@ def draw_all(
     count = 0
     for number, prompt in enumerate(prompts):
         path = folder / f"step-{step:08d}-{number:02d}.png"
-        if path.exists():
+        if path.exists() and is_of(path, prompt):
             continue
         if stopped():
             break
@@ -117,58 +109,57 @@ def draw_all(
     return count
 
 
-def _png_info(prompt: Prompt, step: int) -> PngImagePlugin.PngInfo:
-    """The text chunk that viewers of generated images show (A1111's format), and each value in one of its own."""
-    info = PngImagePlugin.PngInfo()
+def set_aside_outdated(folder: Path, prompts: Sequence[Prompt]) -> None:
+    """Move the images of prompts that have changed since into `folder`/earlier, so that no row shows two prompts."""
+    moved = 0
+    for path in sorted(folder.glob("step-*.png")):
+        match = SAMPLE_NAME.fullmatch(path.name)
+        if match is None:
+            continue
+        number = int(match[2])
+        if number < len(prompts) and is_of(path, prompts[number]):
+            continue
+        earlier = folder / "earlier"
+        earlier.mkdir(exist_ok=True)
+        target = earlier / path.name
+        copy = 1
+        while target.exists():
+            copy += 1
+            target = earlier / f"{path.stem}-{copy}.png"
+        path.rename(target)
+        moved += 1
+    if moved:
+        log.info("prompts.txt has changed: %d images of earlier prompts are in %s.", moved, folder / "earlier")
+        if any(SAMPLE_NAME.fullmatch(path.name) for path in folder.iterdir()):
+            contact_sheet(folder, prompts)
+        else:
+            (folder / SHEET_NAME).unlink(missing_ok=True)
+
+
+def is_of(path: Path, prompt: Prompt) -> bool:
+    """Whether the image was drawn with this prompt, its seed, size and all, as its own text chunk says."""
+    try:
+        with Image.open(path) as image:
+            drawn_with = image.info.get("parameters")
+    except (OSError, ValueError, SyntaxError):  # damaged, or no image
+        return False
+    return drawn_with is not None and str(drawn_with) == _parameters(prompt)
+
+
+def _parameters(prompt: Prompt) -> str:
+    """All that decides an image besides the weights, in A1111's format, which viewers of generated images show."""
     negative = f"\nNegative prompt: {prompt.negative}" if prompt.negative else ""
-    info.add_itxt(
-        "parameters",
+    return (
         f"{prompt.text}{negative}\nSteps: {prompt.steps}, CFG scale: {prompt.cfg}, Distilled CFG Scale: "
-        f"{prompt.guidance}, Seed: {prompt.seed}, Size: {prompt.width}x{prompt.height}",
+        f"{prompt.guidance}, Seed: {prompt.seed}, Size: {prompt.width}x{prompt.height}"
     )
+
+
+def _png_info(prompt: Prompt, step: int) -> PngImagePlugin.PngInfo:
+    """A text chunk with everything, and each value in one of its own."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("parameters", _parameters(prompt))
     info.add_itxt("prompt_text", prompt.text)
     info.add_text("step", str(step))
     info.add_text("seed", str(prompt.seed))
     return info
-
-
-def contact_sheet(folder: Path, prompts: Sequence[Prompt]) -> Path:
-    """All samples of a run in one image: a column for each step, a row for each prompt."""
-    samples = []
-    for path in folder.glob("step-*.png"):
-        if match := SAMPLE_NAME.fullmatch(path.name):
-            samples.append((int(match[1]), int(match[2]), path))
-    steps = sorted({step for step, _, _ in samples})
-    column_width = min(THUMBNAIL, max(p.width for p in prompts)) + MARGIN
-    image_height = min(THUMBNAIL, max(p.height for p in prompts)) + MARGIN
-    row_height = image_height + LABEL_HEIGHT
-    width = max(column_width * len(steps), MIN_WIDTH) + MARGIN
-    sheet = Image.new("RGB", (width, len(prompts) * row_height + LABEL_HEIGHT), "white")
-    pen = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(12)
-    for column, step in enumerate(steps):
-        label = "before" if step == 0 else f"step {step}"
-        pen.text((MARGIN + column * column_width, MARGIN), label, "black", font)
-    for row, prompt in enumerate(prompts):
-        top = LABEL_HEIGHT + row * row_height
-        pen.text((MARGIN, top), _shortened(prompt.text, width - 2 * MARGIN, font), "black", font)
-    for step, row, path in samples:
-        if row >= len(prompts):  # of a job that had more prompts
-            continue
-        with Image.open(path) as image:
-            thumbnail = image.convert("RGB")
-        thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
-        left = MARGIN + steps.index(step) * column_width
-        sheet.paste(thumbnail, (left, LABEL_HEIGHT + row * row_height + LABEL_HEIGHT // 2))
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt("prompts", json.dumps([p.text for p in prompts], ensure_ascii=False))
-    with atomic.replacing(folder / SHEET_NAME) as temporary:
-        sheet.save(temporary, pnginfo=info)
-    return folder / SHEET_NAME
-
-
-def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """As much of `text` as is `width` pixels wide, with an ellipsis where it is cut."""
-    while text and font.getlength(text) > width:
-        text = text[:-2].rstrip() + "…"
-    return text

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import shutil
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,20 +33,23 @@ from trainer.lora_files.metadata import DatasetSummary, SubsetSummary, TrainingR
 from trainer.lora_files.weights import LoraModules, LoraWeights
 from trainer.lora_files.write import write_lora
 from trainer.spec.family import Family, base_models
-from trainer.spec.plan import Plan
+from trainer.spec.plan import AUTO, Plan
 from trainer.storage import atomic
+from trainer.storage.run_records import RunRecord
 from trainer.training import text_encoders
 from trainer.training.objective import Objective
 from trainer.training.state import TrainingState
 from trainer.training.stop_flag import StopFlag
 
 log = logging.getLogger(__name__)
+KEPT_STATES = 2  # where KEEP_CHECKPOINTS is auto: only the newest is resumed from, and one may be damaged
+LEAST_KEPT = 2  # LoRA files, however little room there is
 SLOW_SAVE_WARNING_S = 0.2  # of waiting for the save before, until the log warns
 
 
 @dataclass
 class Saver:
-    """Writes what a run leaves in `out`: LoRA files, states, and the final LoRA.
+    """Writes what a run leaves: LoRA files in `out`, under names that `record` lists first, and states in `home`.
 
     `describe_run`: for the LoRA's header; it is called on the background thread, since it counts all captions.
     """
@@ -52,15 +57,47 @@ class Saver:
     plan: Plan
     family: Family
     out: Path
+    home: Path
+    record: RunRecord
     stop: StopFlag
     training_state: TrainingState
     snapshots: Snapshots
     scan: Scan
     describe_run: Callable[[], TrainingRun]
+    total: int  # optimiser steps of the run
+    essence: dict[str, Any]  # of the plan as it was launched: names of folders and `auto` may have completed it since
     writer: BackgroundWriter = field(default_factory=BackgroundWriter)
 
     def __post_init__(self) -> None:
-        self.retention = CheckpointRetention(self.out, self.plan.output.name, self.plan.output.keep_checkpoints)
+        self.last_saved: int | None = None  # step of the newest state that this process wrote
+        keep = self.plan.output.keep_checkpoints
+        states, loras = (KEPT_STATES, 0) if keep == AUTO else (keep, keep)
+        self.retention = CheckpointRetention(self.out, self.home, self.record, keep_states=states, keep_loras=loras)
+
+    def saved_step(self) -> int | None:
+        return self.last_saved
+
+    def choose_kept(self, total: int) -> None:
+        """Decide how many LoRA files are kept where KEEP_CHECKPOINTS is `auto`: all, as far as there is room."""
+        every = self.plan.output.save_every
+        if self.plan.output.keep_checkpoints != AUTO or not every:
+            return
+        formats = len(self._formats())
+        lora_bytes = formats * sum(module.nbytes for module in self.lora_modules().values())
+        state_bytes = max(self.snapshots.copied_bytes - lora_bytes // formats, lora_bytes)  # a save copies both
+        there = len(self.retention.saved_steps())
+        rounds = math.ceil(total / every)
+        free = shutil.disk_usage(self.out).free - (KEPT_STATES + 1) * state_bytes - lora_bytes
+        room = there + max(0, int(free // max(lora_bytes, 1)) - 1)
+        if room >= rounds:
+            kept = f"the LoRA files of all {rounds} saves"
+        else:
+            self.retention.keep_loras = max(room, LEAST_KEPT)
+            kept = f"only the newest {self.retention.keep_loras} of {rounds} LoRA files ({atomic.free_space(self.out)})"
+        log.info(
+            "KEEP_CHECKPOINTS: auto, keeps %s, %s each, and the newest %d states, about %s each.",
+            kept, atomic.human_size(lora_bytes), KEPT_STATES, atomic.human_size(state_bytes),
+        )  # fmt: skip
 
     def save(self, step: int, epoch: int) -> None:
         """Copy the LoRA and the state of `step`, and begin to write them; training continues meanwhile.
@@ -100,6 +137,7 @@ class Saver:
                 del remaining[0]
 
         self.retention.write(write, step)
+        self.last_saved = step
         log.info(
             "Saved step %d: training paused for %.0f ms; written and read back in %.2f s in the background.",
             step, 1000 * paused_s, time.monotonic() - started,
@@ -108,15 +146,18 @@ class Saver:
     def _write_lora_files(self, step: int, epoch: int, modules: LoraModules) -> None:
         stem = f"{self.plan.output.name}-step{step:08d}"
         for path, lora_file, header in self._files(stem, modules, step, epoch):
+            self.record.own(path.name)
             write_lora(path, lora_file.tensors, header)
 
     def _write_state(self, step: int, tree: dict[str, Any]) -> None:
         about_run = {
-            "essence": self.plan.essence(),
+            "run": {"name": self.plan.output.name, "requested": self.plan.output.requested},
+            "essence": self.essence,
+            "total": self.total,
             "data": fingerprint(self.scan.images),
             "made_by": resume.made_by(self.plan.engine.attention),
         }
-        state_files.save(self.out / "state", step, {**about_run, **tree})
+        state_files.save(self.home / "state", step, {**about_run, **tree})
 
     def export(self, stem: str, *, step: int, epoch: int, output: Callable[[], torch.Tensor]) -> Path:
         """Write the LoRA in every format that this job leaves, each verified first; returns the main one's path.
@@ -124,6 +165,7 @@ class Saver:
         `output`: computes the denoiser's output for a fixed input. Raises FileMismatchError where a file does not give
         the trained model; that file stays as `….unverified`.
         """
+        stem = self._free_stem(stem)
         facts = self.family.FACTS
         models = {facts.lora_prefix: self.training_state.denoiser, **self.training_state.texts.models}
         self.snapshots.release()
@@ -134,10 +176,25 @@ class Saver:
                 unverified = path.with_name(f"{path.name}.unverified")
                 write_lora(unverified, lora_file.tensors, header)
                 error = verify(unverified, models, family_name=facts.name, fused=facts.fused_targets, output=output)
+                self.record.own(path.name)
                 unverified.rename(path)
                 atomic.flush(path.parent)
                 log.info("%s: read back, its output differs from the trained model's by %.1e.", path.name, error)
         return path
+
+    def _free_stem(self, stem: str) -> str:
+        """`stem`; or, where a file of that name has come from elsewhere since the run began, another one."""
+        found = stem
+        number = 1
+        while any((self.out / name).exists() and name not in self.record.files for name in self._final_names(found)):
+            number += 1
+            found = f"{stem}-{number}"
+        if found != stem:
+            log.warning("%s.safetensors is there, and this run did not write it: the LoRA is called %s.", stem, found)
+        return found
+
+    def _final_names(self, stem: str) -> list[str]:
+        return [f"{stem}{convert.KEY_FORMATS[key_format]}.safetensors" for key_format in self._formats()]
 
     def lora_modules(self) -> LoraModules:
         """The live adapters, by the names of the layers that they belong to."""
@@ -159,11 +216,7 @@ class Saver:
         """Path, tensors and header of each file to write. The main one comes last: where it is, all are."""
         run = self.describe_run()
         dora = self.plan.lora.kind == "dora"
-        formats = self.family.LORA_KEYS.file_formats
-        # The second file is for diffusers, which knows kohya's keys at the published models' width and depth only.
-        if dora or base_models()[self.plan.model.base][1].is_miniature:
-            formats = ("kohya", "peft")
-        for key_format in reversed(formats):
+        for key_format in reversed(self._formats()):
             lora_file = convert.to_file(modules, key_format, self.family.FACTS.name)
             header = metadata.lora_metadata(run, step=step, epoch=epoch, rank=lora_file.rank, alpha=lora_file.alpha)
             untrained = [name for name, weights in modules.items() if not weights.rank]
@@ -172,6 +225,13 @@ class Saver:
             if dora:
                 header["kiln_dora_read_by"] = convert.DORA_READERS[key_format]
             yield self.out / f"{stem}{convert.KEY_FORMATS[key_format]}.safetensors", lora_file, header
+
+    def _formats(self) -> Sequence[str]:
+        """The key names of the files that this job leaves."""
+        # The second file is for diffusers, which knows kohya's keys at the published models' width and depth only.
+        if self.plan.lora.kind == "dora" or base_models()[self.plan.model.base][1].is_miniature:
+            return ("kohya", "peft")
+        return self.family.LORA_KEYS.file_formats
 
 
 def describe_run(plan: Plan, family: Family, objective: Objective, *, sampler: EpochSampler, scan: Scan) -> TrainingRun:
@@ -201,6 +261,9 @@ def describe_run(plan: Plan, family: Family, objective: Objective, *, sampler: E
         base_version=family.FACTS.base_version,
         architecture=family.FACTS.architecture,
         lora_type=plan.lora.kind,
+        rank=plan.lora.rank,
+        split_qkv=plan.lora.split_qkv,
+        targets=plan.lora.targets,
         alpha=plan.lora.alpha,
         started=plan.output.started,
         optimizer=plan.optim.name,

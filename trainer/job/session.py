@@ -24,7 +24,8 @@ from trainer.data.epochs import Batch, EpochSampler
 from trainer.engine.cuda_graphs import EagerStep
 from trainer.engine.execution import Engine
 from trainer.job import sampling
-from trainer.job.metrics import Metrics
+from trainer.job.closing import closing_lines
+from trainer.job.metrics import Metrics, plan_as_markdown
 from trainer.job.rehearsal import Rehearsal
 from trainer.job.saving import Saver
 from trainer.job.status import Status
@@ -52,7 +53,7 @@ class Session:
 
     plan: Plan
     family: Family
-    out: Path
+    home: Path  # of the run: samples, metrics
     stop: StopFlag
     engine: Engine
     runner: EagerStep
@@ -98,14 +99,19 @@ class Session:
             seed=self.plan.train.seed,
         )
 
-    def train(self, status: Status, *, first: int) -> None:
-        """All steps after `first`, with what is due between them; then the final LoRA.
+    def train(self, status: Status, *, first: int) -> Path | None:
+        """All steps after `first`, with what is due between them; then the final LoRA, whose path is returned.
 
         Of several processes only the first validates, saves, samples and exports; the others wait for it.
         """
         every = self.plan.output
-        metrics = Metrics(self.out, status, total_steps=self.total, first_step=first)
+        if self.workers.is_first:
+            self.saver.choose_kept(self.total)
+            sampling.set_aside_outdated(self.home / "sample", self.plan.prompts)
+        metrics = Metrics(self.home, status, total_steps=self.total, first_step=first)
+        status.saved = self.saver.saved_step
         with contextlib.closing(metrics), contextlib.closing(self.saver.writer):
+            metrics.describe(plan_as_markdown(self.plan))
             if every.sample_every and first % every.sample_every == 0:
                 self.on_first(partial(self.sample, first, status=status, metrics=metrics))
             status.phase("training")
@@ -114,7 +120,12 @@ class Session:
                 if self.training_state.ema and not step.skipped:
                     self.training_state.ema.update(self.training_state.optimizer_params)
                 learning_rate = optimizers.step_size(self.training_state.optimizer)
-                metrics.step(step, learning_rate=learning_rate, compiled=self.engine.compiled_graph_count)
+                metrics.step(
+                    step,
+                    learning_rate=learning_rate,
+                    estimate=optimizers.estimate(self.training_state.optimizer),
+                    compiled=self.engine.compiled_graph_count,
+                )
                 if due(step.number, every.validate_every, self.total):
                     self.on_first(partial(self.validate, step.number, metrics=metrics))
                 saved = due(step.number, every.save_every, self.total) or self.workers.stopping
@@ -129,22 +140,27 @@ class Session:
                         self.save(step.number, step.epoch)
                     self.workers.disconnect()
                     self.saver.writer.join()
-                    self.stop.check()  # raises in the first process, which reports the stop
-                    return
+                    # Raises in the first process, which reports the stop.
+                    self.stop.check(f" at step {step.number}; it is saved")
+                    return None
                 self.saver.writer.check()
                 self.watchdog.step()
             self.watchdog.heartbeat()
             self.workers.disconnect()
             self.saver.writer.join()
             if not self.workers.is_first:
-                return
+                return None
             status.phase("exporting")
             final = self.export()
             if every.sample_every:
                 self.sample(self.total, status=status, metrics=metrics)
         if self.plan.engine.device == "cuda":
             log.info("Peak of reserved GPU memory: %.2f GiB.", torch.cuda.max_memory_reserved() / 2**30)
-        log.info("Done: %s", final)
+        for line in closing_lines(
+            final, self.plan, steps=self.total, samples=self.home / "sample", seconds=status.seconds()
+        ):
+            log.info("%s", line)
+        return final
 
     def steps(self, first: int) -> Iterator[loop.Step]:
         """The optimiser steps after `first`, as an iterator that does them."""
@@ -219,10 +235,11 @@ class Session:
                 family=self.family,
                 training_state=self.training_state,
                 cache=self.cache,
-                out=self.out,
+                folder=self.home / "sample",
                 stop=self.stop,
                 check_in=self.watchdog.heartbeat,
             )
+        metrics.samples(step, sorted((self.home / "sample").glob(f"step-{step:08d}-*.png")))
 
     def export(self) -> Path:
         """Write the final LoRA; returns its path. Raises FileMismatchError where it does not give the trained model."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ class Status:
     def __init__(self, folder: Path) -> None:
         self._path = folder / "status.json"
         self._values: dict[str, Any] = {"phase": "starting", "started": round(time.time(), 3)}
-        self.step = 0  # the last one done; the file follows every few seconds
+        self.step = 0  # the last one done; the file follows every few seconds, and when the job ends
+        self.saved: Callable[[], int | None] = lambda: None  # returns the step of the last state that was written
 
     def update(self, values: dict[str, Any]) -> None:
         """Change some values and write the file."""
@@ -32,12 +34,22 @@ class Status:
         self.update({"phase": name})
 
     def ended(self, problem: KilnError | None) -> None:
-        """Write how the job ended: well (None), or with `problem`."""
+        """Write how the job ended: well (None), or with `problem`; and the last step done, and the last one saved."""
+        values: dict[str, Any] = {}
+        if self.step:
+            values["step"] = self.step
+        saved = self.saved()
+        if saved is not None:
+            values["saved_step"] = saved
         if problem is None:
-            self.update({"phase": "done", "exit_code": 0})
+            self.update({**values, "phase": "done", "exit_code": 0})
         else:
             phase = "stopped" if isinstance(problem, StopRequestedError) else "failed"
-            self.update({"phase": phase, "exit_code": problem.exit_code, "message": str(problem)})
+            self.update({**values, "phase": phase, "exit_code": problem.exit_code, "message": str(problem)})
+
+    def seconds(self) -> float:
+        """How long this start of the job has taken so far."""
+        return time.time() - float(self._values["started"])
 
 
 def clock(seconds: float) -> str:

@@ -1,9 +1,11 @@
 """LoRA files of every tool: read, convert and write them.
 
-Read `weights` (a LoRA independent of key names), `key_names` (the layer that a key names), `inspect` (what a header
-reveals), `convert` (files ↔ weights), `peft_bridge` (weights ↔ the adapters that train), `metadata` and `write`.
-`arguments` has what the two commands share. Imports `trainer.spec` and `trainer.storage`. `key_names` and `inspect`
-need no torch, and the entrypoint uses them.
+Read `weights` (a LoRA independent of key names), `key_names` (the layer that a key names), `contents` (the tensors of
+a file by layer, all checked: the planner and the tools refuse the same files with the same words), `other_kinds` (files
+that are no LoRA, or of another model), `numbers` (values without torch), `inspect` (what a job that starts from a file
+takes from it), `convert` (files ↔ weights), `peft_bridge` (weights ↔ the adapters that train), `metadata` and `write`.
+`arguments` has what the two commands share. Imports `trainer.spec` and `trainer.storage`. `key_names`, `contents`,
+`other_kinds`, `numbers` and `inspect` need no torch, and the entrypoint uses them.
 
 The formats. A LoRA adds scale * up @ down to a weight, with scale = alpha / r. Three spellings are written
 (`convert.KEY_FORMATS`), and the tools read them so (docs/lora-files.md has the versions tested):
@@ -30,6 +32,9 @@ header, so the whole scale is multiplied into lora_B, and alpha = r.
 DoRA adds a magnitude for each row: `.dora_scale`, (out, 1), with the first two formats, and `.lora_magnitude_vector`,
 (out,), with the third. A job that trains DoRA writes kohya's keys for ComfyUI and Forge, and PEFT's for diffusers.
 
-Also read: PEFT's `.lora_A.default.weight`, diffusers before PEFT (`.processor.to_q_lora.down.weight`), OneTrainer's
-`lora_transformer_`, LyCORIS' `lycoris_`, and names without a prefix. `key_names.ENDINGS` and `STYLES` list them all.
+Also read: PEFT's `.lora_A.default.weight` and `base_model.model.`, diffusers before PEFT
+(`.processor.to_q_lora.down.weight`, `.lora_linear_layer.down.weight`), OneTrainer's `lora_transformer_` and its OMI
+names (`img_attn.qkv.0`), XLabs' Flux processors (`double_blocks.0.processor.qkv_lora1.down.weight`), LyCORIS'
+`lycoris_`, LoCon with and without `lora_mid`, and names without a prefix. `key_names.ENDINGS` and `STYLES` list them
+all, `other_kinds` what is refused.
 """

@@ -1,38 +1,106 @@
-"""Arguments and errors that `python -m trainer.export` and `python -m trainer.sample` have in common."""
+"""Arguments, errors and output that `python -m trainer.export` and `python -m trainer.sample` have in common.
+
+No torch at the top: `--help` and a wrong command line answer at once.
+"""
 
 from __future__ import annotations
 
+import argparse
 import logging
-import re
+import os
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from trainer.lora_files import convert, inspect, key_names
-from trainer.lora_files.weights import LoraModules
-from trainer.spec.errors import KilnError, SettingsError
+from trainer.lora_files import contents, other_kinds
+from trainer.spec.errors import KilnError, SettingsError, StorageError
 from trainer.spec.family import family_names
-from trainer.storage import safetensors_header
+from trainer.spec.values import as_number, show
+from trainer.storage import atomic, safetensors_header
+
+if TYPE_CHECKING:
+    from trainer.lora_files.weights import LoraModules
 
 log = logging.getLogger(__name__)
+USAGE_ERROR = 64  # BSD sysexits, as the job's
+MAX_STRENGTH = 100.0  # of a LoRA; more is a slip
+INTERRUPTED = 130  # by Ctrl-C
+# What other libraries say about parts of them that are not used here. As in trainer.__main__.
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+CHATTY_LOGGERS = ("torchao", "torch.utils._pytree", "bitsandbytes", "PIL", "httpx", "huggingface_hub")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors have the job's exit code for a wrong command line."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]  # it raises, as argparse's does
+        self.exit(USAGE_ERROR, f"{self.format_usage()}{self.prog}: {message}\n")
 
 
 def run_command(command: Callable[[], None]) -> int:
     """Run a command with its log on stderr; returns the exit code."""
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    os.environ.update(QUIET)
+    for name in CHATTY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        command()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            command()
     except KilnError as problem:
-        log.error("%s", problem)
+        log.error("%s [exit %d]", problem, problem.exit_code)
         return problem.exit_code
+    except KeyboardInterrupt:
+        log.error("Interrupted. [exit %d]", INTERRUPTED)
+        return INTERRUPTED
     return 0
 
 
-def split_weight(text: str) -> tuple[Path, float]:
-    """Read `FILE` or `FILE:WEIGHT`; the weight is 1 by default."""
-    match = re.fullmatch(r"(.+?)(?::([+-]?[0-9]*\.?[0-9]+))?", text)
-    assert match is not None
-    return Path(match[1]), float(match[2] or 1)
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+# ---- LoRA files
+
+
+def split_weights(texts: Sequence[str], option: str) -> list[tuple[Path, float]]:
+    """Read each `FILE` or `FILE:STRENGTH`; the strength is 1 by default. Raises SettingsError for a wrong one."""
+    return [_split_weight(text, option) for text in texts]
+
+
+def _split_weight(text: str, option: str) -> tuple[Path, float]:
+    name, colon, number = text.rpartition(":")
+    # A colon may belong to a name, also to that of a drive.
+    if not colon or Path(text).exists() or not (name.lower().endswith(".safetensors") or Path(name).exists()):
+        return _checked_file(text, option), 1.0
+    strength = as_number(number.strip())
+    if strength is None or abs(strength) > MAX_STRENGTH:
+        raise SettingsError(
+            f"{option} {text}: the strength {show(number)} is not a number, -{MAX_STRENGTH:g} to {MAX_STRENGTH:g}. "
+            f"Fix: {option} {name}:0.8, or {option} {name}."
+        )
+    return _checked_file(name, option), strength
+
+
+def _checked_file(name: str, option: str) -> Path:
+    """The path of a LoRA file. Raises SettingsError where there is none."""
+    path = Path(name)
+    if path.is_dir():
+        inside = sorted(file.name for file in path.glob("*.safetensors"))
+        found = f"it has {', '.join(inside[:3])}" if inside else "it has no .safetensors files"
+        raise SettingsError(f"{option} {name} is a folder; {found}. Fix: name a file.")
+    if not path.exists():
+        raise SettingsError(f"{option} {name} is not there. Fix: name a LoRA file (.safetensors).")
+    if not path.is_file():
+        raise SettingsError(f"{option} {name} is not a file. Fix: name a LoRA file (.safetensors).")
+    return path
 
 
 def read_family(path: Path, family_name: str | None) -> tuple[str, dict[str, str]]:
@@ -44,16 +112,48 @@ def read_family(path: Path, family_name: str | None) -> tuple[str, dict[str, str
         header = safetensors_header.read_header(path)
     except ValueError as problem:
         raise SettingsError(f"{path}: {problem}.") from problem
-    stems = [split[0] for key in header.entries if (split := key_names.split_key(key))]
-    name = family_name or inspect.likely_family(stems, header.metadata)
+    name = family_name or contents.likely_family(header.entries, header.metadata)
     if name is None:
-        raise SettingsError(f"{path} is no LoRA for {', '.join(family_names())}: no key names a layer of them.")
+        shapes = {key: entry.shape for key, entry in header.entries.items()}
+        what = other_kinds.describe(shapes) or "no key names a layer of them"
+        if model := other_kinds.other_model(shapes):
+            what = f"it is one for {model}"
+        raise SettingsError(f"{path} is no LoRA for {', '.join(family_names())}: {what}.")
     return name, header.metadata
 
 
-def load_lora(path: Path, family_name: str) -> LoraModules:
+def load_lora(path: Path, family_name: str, *, without_embeddings: bool = False) -> LoraModules:
     """All modules of a LoRA file. Raises SettingsError if it is none for this family."""
+    from trainer.lora_files import convert
+
     try:
-        return convert.load(path, family_name)
+        return convert.load(path, family_name, without_embeddings=without_embeddings)
     except ValueError as problem:
         raise SettingsError(f"{path} cannot be read as a LoRA for {family_name}: {problem}.") from problem
+
+
+# ---- output
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """Make the folder and see that it can be written. Raises SettingsError for a file, StorageError for the rest."""
+    if folder.exists() and not folder.is_dir():
+        raise SettingsError(f"{option} {folder} is a file. Fix: name a folder.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic.replacing(folder / ".kiln-can-write") as temporary:
+            temporary.touch()
+        (folder / ".kiln-can-write").unlink()
+    except OSError as problem:
+        raise StorageError(f"{option} {folder} cannot be written: {problem.strerror or problem}.") from problem
+
+
+def check_file(path: Path, option: str, *, overwrite: bool) -> None:
+    """See that the file can be written. Raises SettingsError for what is there already, StorageError for the rest."""
+    if path.is_dir():
+        raise SettingsError(f"{option} {path} is a folder. Fix: name a file, such as {path / 'lora.safetensors'}.")
+    if path.suffix.lower() != ".safetensors":
+        raise SettingsError(f"{option} {path}: tools find LoRA files by their ending. Fix: {path}.safetensors.")
+    if path.exists() and not overwrite:
+        raise SettingsError(f"{option} {path} exists. Fix: name another file, or add --overwrite.")
+    check_folder(path.parent, option)

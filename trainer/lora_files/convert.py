@@ -12,8 +12,6 @@ down (r, in) or (r, in, kh, kw); up (out, r) or (out, r, 1, 1); magnitude (out,)
 
 from __future__ import annotations
 
-import json
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,11 +19,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from trainer.lora_files import key_names
+from trainer.lora_files import contents, key_names, other_kinds
 from trainer.lora_files.weights import LoraModules, LoraWeights
 from trainer.spec.family import OriginalLayer, get_family
+from trainer.storage import safetensors_header
 
 KEY_FORMATS = {"kohya": "", "comfyui": "-comfyui", "peft": "-diffusers"}  # → what a job appends to the file's name
 DORA_READERS = {"kohya": "ComfyUI, Forge", "comfyui": "ComfyUI, Forge", "peft": "diffusers"}
@@ -36,84 +36,55 @@ SAME_ALPHA = 1e-8  # factors this near to 1 leave `up` as it is
 # ---- files → modules
 
 
-def load(path: Path, family_name: str) -> LoraModules:
-    """All modules of the file `path`. Raises ValueError with what is wrong with it."""
+def load(path: Path, family_name: str, *, without_embeddings: bool = False) -> LoraModules:
+    """All modules of the file `path`. Raises ValueError with what is wrong with it.
+
+    `without_embeddings`: leave out those that OneTrainer puts into a file.
+    """
+    header = safetensors_header.read_header(path)
+    ignored = other_kinds.bundled_embeddings(header.entries) if without_embeddings else []
+    contents.read_layers(header, family_name, ignored=ignored)
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
+        tensors = load_file(path)
     except (OSError, SafetensorError) as problem:
-        raise ValueError(f"it is not a safetensors file: {problem}") from problem
-    return from_tensors(tensors, metadata, family_name)
+        raise ValueError(f"it cannot be read: {problem}") from problem
+    for key in ignored:
+        del tensors[key]
+    return from_tensors(tensors, contents.metadata_of(header), family_name)
 
 
 def from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], family_name: str) -> LoraModules:
     """All modules of a file, in fp32. Raises ValueError, with names, for what this family's files cannot have."""
-    stems: dict[str, dict[str, torch.Tensor]] = {}
-    unknown = []
-    for key, tensor in tensors.items():
-        split = key_names.split_key(key)
-        if split is None or key_names.find_layer(split[0], family_name) is None:
-            unknown.append(key)
-        else:
-            stem, role = split
-            stems.setdefault(stem, {})[role] = tensor.float()
-    if unknown:
-        listed = ", ".join(unknown[:5])
-        raise ValueError(f"{len(unknown)} of its {len(tensors)} keys name no layer of {family_name}: {listed}")
-    if not stems:
-        raise ValueError("it is empty")
+    layers = contents.assemble({key: tuple(tensor.shape) for key, tensor in tensors.items()}, family_name, metadata)
+    not_finite = [key for key, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]
+    if not_finite:
+        raise ValueError(contents.not_finite(not_finite, len(tensors)))
+    settings = contents.adapter_settings(metadata)
     modules: LoraModules = {}
-    for stem, roles in stems.items():
-        layer = key_names.find_layer(stem, family_name)
-        assert layer is not None
-        weights = _read_weights(stem, roles, layer.modules[0], metadata)
-        for name, part in _split_layer(layer, weights).items():
-            if name in modules:
-                raise ValueError(f"it has {name} twice, the second time as {stem}")
-            modules[name] = part
+    for layer in layers:
+        roles = {role: tensors[key].float() for role, key in layer.keys.items()}
+        if "alpha" in roles:
+            contents.check_alpha(layer.keys["alpha"], roles["alpha"].item())
+        modules |= _split_layer(layer.layer, _read_weights(roles, layer.layer.modules[0], settings))
     for name in key_names.untrained_modules(metadata):
         modules.pop(name, None)
     return modules
 
 
-def _read_weights(
-    stem: str, roles: Mapping[str, torch.Tensor], module: str, metadata: Mapping[str, str]
-) -> LoraWeights:
-    """`roles`: down, up, alpha and magnitude, as far as the file has them."""
-    missing = {"down", "up"} - roles.keys()
-    if missing:
-        raise ValueError(f"{stem} has no {' and no '.join(sorted(missing))} matrix")
+def _read_weights(roles: Mapping[str, torch.Tensor], module: str, settings: Mapping[str, Any]) -> LoraWeights:
+    """`roles`: down, up, mid, alpha and magnitude, as far as the file has them; the shapes fit."""
     down = roles["down"]
     up = roles["up"]
-    if down.ndim < 2 or up.ndim != down.ndim or down.shape[0] != up.shape[1] or not down.shape[0]:
-        raise ValueError(f"{stem}: the shapes of down {list(down.shape)} and up {list(up.shape)} do not match")
-    not_finite = [role for role, tensor in roles.items() if not torch.isfinite(tensor).all()]
-    if not_finite:
-        raise ValueError(f"{stem}: {not_finite[0]} is not finite")
     rank = down.shape[0]
-    scale = roles["alpha"].item() / rank if "alpha" in roles else _scale_in_header(module, rank, metadata)
-    if scale == 0:
-        raise ValueError(f"{stem}: alpha is 0, which some tools read as no strength and others as full strength")
+    scale = roles["alpha"].item() / rank if "alpha" in roles else contents.scale_in_header(module, rank, settings)
+    if "mid" in roles:
+        # LyCORIS' LoCon with Tucker's decomposition: a convolution (r, r, kh, kw) between two of 1 x 1.
+        down = torch.einsum("abhw,bi->aihw", roles["mid"], down.flatten(1))
+        up = up.view(up.shape[0], -1, 1, 1)
     magnitude = roles.get("magnitude")
-    if magnitude is None:
-        return LoraWeights(down, up, scale)
-    if magnitude.shape not in ((up.shape[0],), (up.shape[0], *[1] * (up.ndim - 1))):
-        raise ValueError(f"{stem} has DoRA magnitudes of shape {list(magnitude.shape)}; they need one a row")
-    return LoraWeights(down, up, scale, magnitude.flatten())
-
-
-def _scale_in_header(module: str, rank: int, metadata: Mapping[str, str]) -> float:
-    """The scale by diffusers' `lora_adapter_metadata`: PEFT's settings, after the component's name. Without it, 1."""
-    settings: dict[str, Any] = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    component, _, path = module.partition(".")
-    alpha = settings.get(f"{component}.lora_alpha", rank)
-    for pattern, value in (settings.get(f"{component}.alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):  # as PEFT matches it
-            alpha = value
-    if settings.get(f"{component}.use_rslora"):  # rank-stabilised, arXiv:2312.03732
-        return float(alpha / rank**0.5)
-    return float(alpha / rank)
+    if magnitude is not None:
+        magnitude = magnitude.flatten()
+    return LoraWeights(down, up, scale, magnitude)
 
 
 def _split_layer(layer: key_names.Layer, weights: LoraWeights) -> LoraModules:
@@ -124,10 +95,6 @@ def _split_layer(layer: key_names.Layer, weights: LoraWeights) -> LoraModules:
     if len(original.diffusers_names) == 1:
         return {layer.modules[0]: _reorder_rows(original, weights)}
     row_count = weights.up.shape[0]
-    if row_count % sum(original.row_ratio):
-        raise ValueError(
-            f"{original.name} has {row_count} rows, which do not split into {len(original.diffusers_names)} layers"
-        )
     untrained = not weights.up.any()
     parts: LoraModules = {}
     top = 0

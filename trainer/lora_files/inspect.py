@@ -1,44 +1,53 @@
-"""What a LoRA file contains, read from its header alone: family, rank, layers, DoRA or not. Needs no torch.
-
-The planner reads PARAMS_RESUME_FROM with it in milliseconds: names, shapes and a few values, never whole tensors.
-"""
+"""What a LoRA file contains, for the plan of a job that starts from it: rank, layers, DoRA or not. Needs no torch."""
 
 from __future__ import annotations
 
 import hashlib
-import struct
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from trainer.lora_files.key_names import Layer, find_layer, key_style, split_key, untrained_modules
-from trainer.spec.family import OriginalLayer, family_names, get_family
-from trainer.storage.safetensors_header import Entry, Header
-
-# struct's format of the types that an alpha may have; bfloat16 is the upper half of a float32.
-SCALARS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
-SAMPLED_BYTES = 1 << 16  # of a down matrix; equal beginnings count as equal matrices
-SAMPLED_ROWS = 8  # of each part of an up matrix; these tell which columns are not zero
+from trainer.lora_files import numbers
+from trainer.lora_files.contents import LayerTensors, read_layers
+from trainer.lora_files.key_names import key_style, untrained_modules
+from trainer.storage.safetensors_header import Header
 
 # A rank-one term of a LoRA: (hash of the down matrix, row). Modules whose down matrices are equal share terms.
 Term = tuple[str, int]
 
 
 @dataclass(frozen=True)
+class Training:
+    """What the header of a file of ours says about the adapters that trained (`metadata.lora_metadata`)."""
+
+    rank: int
+    split_qkv: bool
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class LoraSummary:
-    """The content of a LoRA file, for one family."""
+    """The content of a LoRA file, for one family.
+
+    `modules`: those that have an adapter. `unclear`: those of layers that files keep as one (q, k and v) whose up
+    matrix is zero, so that it cannot be seen which of them had an adapter.
+    """
 
     family: str
     style: str  # the tool whose keys they are
     modules: dict[str, frozenset[Term]]
+    unclear: dict[str, frozenset[Term]]
+    sides: dict[str, tuple[int, ...]]  # module → (rows, columns) of its weight, or those and the kernel's
     alphas: tuple[float, ...]  # all different ones; empty: the file has none, so alpha = rank
-    unmatched: tuple[str, ...]  # keys of no layer
+    without_alpha: int  # number of layers, where others have one
     dora: bool
+    training: Training | None
 
     def rank(self, fused: Iterable[tuple[str, ...]]) -> int:
         """The rank that can hold the file, if modules with the suffixes in each of `fused` share one adapter."""
         suffixes = [(f".{part}", parts[0]) for parts in fused for part in parts]
         groups: dict[str, set[Term]] = {}
-        for module, terms in self.modules.items():
+        for module, terms in (self.modules or self.unclear).items():
             name = module
             for suffix, first in suffixes:
                 if module.endswith(suffix):
@@ -51,124 +60,103 @@ class LoraSummary:
         alphas = "no alpha"
         if self.alphas:
             alphas = f"alpha {', '.join(f'{a:g}' for a in self.alphas[:4])}"
-        text = f"{self.style} keys, rank {self.rank(())}, {alphas}, {len(self.modules)} modules"
+        if self.alphas and self.without_alpha:
+            alphas += f" ({self.without_alpha} layers without: their alpha is the rank)"
+        count = len(self.modules or self.unclear)
+        text = f"{self.style} keys, rank {self.rank(())}, {alphas}, {count} modules"
         return f"DoRA, {text}" if self.dora else text
 
 
 def summarize(header: Header, family_name: str) -> LoraSummary:
-    """Read the names, and the few values that reveal ranks and alphas. Raises ValueError for an odd type of alpha."""
-    stems: dict[str, dict[str, Entry]] = {}
-    unmatched = []
-    for key, entry in header.entries.items():
-        split = split_key(key)
-        if split is None or find_layer(split[0], family_name) is None:
-            unmatched.append(key)
-        else:
-            stem, role = split
-            stems.setdefault(stem, {})[role] = entry
+    """Read the whole file. Raises ValueError, with the tensor's name, for a file that cannot be read."""
+    layers = read_layers(header, family_name)
     modules: dict[str, frozenset[Term]] = {}
-    for stem, entries in stems.items():
-        layer = find_layer(stem, family_name)
-        if layer is None or not {"down", "up"} <= entries.keys():
-            unmatched.append(stem)
-        elif "magnitude" in entries and entries["magnitude"].shape[:1] != entries["up"].shape[:1]:
-            unmatched.append(f"{stem}.dora_scale of columns")
+    unclear: dict[str, frozenset[Term]] = {}
+    sides: dict[str, tuple[int, ...]] = {}
+    alphas = set()
+    for tensors in layers:
+        terms = _terms(header, tensors)
+        if terms is None:
+            unclear |= dict.fromkeys(tensors.layer.modules, _all_terms(header, tensors))
         else:
-            modules |= _terms(header, layer, entries)
+            modules |= terms
+        sides |= _sides(header, tensors)
+        if "alpha" in tensors.keys:
+            alphas.add(numbers.scalar(header, header.entries[tensors.keys["alpha"]]))
     for module in untrained_modules(header.metadata):
         modules.pop(module, None)
-    alphas = {_scalar(header, entries["alpha"]) for entries in stems.values() if "alpha" in entries}
-    styles = [key_style(stem) for stem in stems if not stem.startswith(("lora_te", "text_encoder"))]
+    styles = [key_style(tensors.stem) for tensors in layers if tensors.layer.original is not None]
     return LoraSummary(
         family=family_name,
         style=max(set(styles), key=styles.count, default="text encoder"),
         modules=modules,
+        unclear=unclear,
+        sides=sides,
         alphas=tuple(sorted(alphas)),
-        unmatched=tuple(unmatched),
-        dora=any("magnitude" in entries for entries in stems.values()),
+        without_alpha=sum("alpha" not in tensors.keys for tensors in layers),
+        dora=any("magnitude" in tensors.keys for tensors in layers),
+        training=_training(header.metadata),
     )
 
 
-def _terms(header: Header, layer: Layer, entries: dict[str, Entry]) -> dict[str, frozenset[Term]]:
-    """The terms of each module of `layer`.
+def _all_terms(header: Header, tensors: LayerTensors) -> frozenset[Term]:
+    """The terms of a layer: one for each row of the down matrix, known by the content of the matrix."""
+    down = header.entries[tensors.keys["down"]]
+    digest = hashlib.sha256(header.read(down, 0, down.end - down.begin)).hexdigest()
+    rank = header.entries[tensors.keys["up"]].shape[1]
+    return frozenset((digest, i) for i in range(rank))
+
+
+def _terms(header: Header, tensors: LayerTensors) -> dict[str, frozenset[Term]] | None:
+    """The terms of each module of a layer; None if its up matrix is zero and several modules share it.
 
     Tools that train q, k and v separately stack them block by block: each part's rows of the up matrix are zero in the
-    columns of the others, and these are no terms of the part.
+    columns of the others, and these are no terms of the part. A part without any term has no adapter.
     """
-    down = entries["down"]
-    up = entries["up"]
-    rank = 0
-    if down.shape:
-        rank = down.shape[0]
-    digest = hashlib.sha256(header.read(down, 0, SAMPLED_BYTES)).hexdigest()
-    if len(layer.modules) == 1 or layer.original is None or len(up.shape) != 2 or not up.shape[0]:
-        return {module: frozenset((digest, i) for i in range(rank)) for module in layer.modules}
-    used_columns = _used_columns(header, up, layer.original, rank)
-    if not any(used_columns):  # training has not begun: every term belongs to every part
-        used_columns = [set(range(rank))] * len(used_columns)
+    layer = tensors.layer
+    every = _all_terms(header, tensors)
+    if len(layer.modules) == 1 or layer.original is None:
+        return dict.fromkeys(layer.modules, every)
+    entry = header.entries[tensors.keys["up"]]
+    used = numbers.nonzero(numbers.read_bits(header, entry)).reshape(entry.shape[:2])
+    is_dora = "magnitude" in tensors.keys
+    if not used.any() and not is_dora:
+        return None
+    unit = len(used) // sum(layer.original.row_ratio)
+    top = 0
     terms = {}
-    for module, columns in zip(layer.modules, used_columns, strict=True):
-        terms[module] = frozenset((digest, i) for i in sorted(columns))
+    for module, share in zip(layer.modules, layer.original.row_ratio, strict=True):
+        bottom = top + unit * share
+        columns = {i for i in range(used.shape[1]) if used[top:bottom, i].any()}
+        top = bottom
+        if columns or is_dora:
+            terms[module] = frozenset(term for term in every if term[1] in columns)
     return terms
 
 
-def _used_columns(header: Header, up: Entry, original: OriginalLayer, rank: int) -> list[set[int]]:
-    """The columns of the up matrix that are not zero in the rows of each part of the layer."""
-    row_count, column_count = up.shape
-    itemsize = (up.end - up.begin) // (row_count * max(1, column_count))
-    unit = row_count // sum(original.row_ratio)
-    top = 0
-    used_columns = []
-    for share in original.row_ratio:
-        height = unit * share
-        sampled = range(top, top + height, max(1, height // SAMPLED_ROWS))
-        rows = [header.read(up, row * column_count * itemsize, column_count * itemsize) for row in sampled]
-        used = set()
-        for i in range(rank):
-            if any(_not_zero(row[i * itemsize : (i + 1) * itemsize]) for row in rows):
-                used.add(i)
-        used_columns.append(used)
-        top += height
-    return used_columns
+def _sides(header: Header, tensors: LayerTensors) -> dict[str, tuple[int, ...]]:
+    """The shape of the weight of each module: (rows, columns), and the kernel's sides for a convolution."""
+    layer = tensors.layer
+    down = header.entries[tensors.keys["down"]].shape
+    rows = header.entries[tensors.keys["up"]].shape[0]
+    kernel = down[2:]
+    if "mid" in tensors.keys:
+        kernel = header.entries[tensors.keys["mid"]].shape[2:]
+    shares: tuple[int, ...] = (1,)
+    if layer.original is not None and len(layer.modules) > 1:
+        shares = layer.original.row_ratio
+    unit = rows // sum(shares)
+    return {name: (unit * share, down[1], *kernel) for name, share in zip(layer.modules, shares, strict=True)}
 
 
-def _not_zero(number: bytes) -> bool:
-    """Whether a little-endian float is not 0 or -0."""
-    return any(number[:-1]) or bool(number[-1:] and number[-1] & 0x7F)
-
-
-def _scalar(header: Header, entry: Entry) -> float:
-    """A number in a file. Raises ValueError for a type that is not in SCALARS."""
-    raw = header.read(entry, 0, 8)
-    if entry.dtype == "BF16":
-        return float(struct.unpack("<f", b"\0\0" + raw[:2])[0])
-    layout = SCALARS.get(entry.dtype)
-    if layout is None or len(raw) < struct.calcsize(layout):
-        raise ValueError(f"it has an alpha of type {entry.dtype}, which is not supported")
-    return float(struct.unpack(layout, raw[: struct.calcsize(layout)])[0])
-
-
-def declared_family(metadata: Mapping[str, str]) -> str | None:
-    """The family that the header names in modelspec.architecture; None if it names none that is known."""
-    declared = metadata.get("modelspec.architecture", "")
-    for name in family_names():
-        if declared.startswith(get_family(name).FACTS.architecture):
-            return name
-    return None
-
-
-def likely_family(stems: Iterable[str], metadata: Mapping[str, str]) -> str | None:
-    """The family whose layers the stems name; None if they name none of any family.
-
-    Families share names. Among those with the most matches the header decides; without one, the family of whose layers
-    the file has the larger share.
-    """
-    all_stems = list(stems)
-    declared = declared_family(metadata)
-    scores: dict[str, tuple[int, bool, float]] = {}
-    for name in family_names():
-        layers = [layer for stem in all_stems if (layer := find_layer(stem, name))]
-        originals = {layer.original.name for layer in layers if layer.original}
-        scores[name] = (len(layers), declared == name, len(originals) / len(get_family(name).LORA_KEYS.layers))
-    best = max(scores, key=lambda name: scores[name])
-    return best if scores[best][0] else None
+def _training(metadata: Mapping[str, str]) -> Training | None:
+    """What a file of ours says; None for files of others, and where it cannot be read."""
+    try:
+        rank = int(metadata["kiln_rank"])
+        split_qkv = json.loads(metadata["kiln_split_qkv"])
+        targets = json.loads(metadata["kiln_targets"])
+    except (KeyError, ValueError, RecursionError):
+        return None
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        return None
+    return Training(rank, bool(split_qkv), tuple(targets))

@@ -16,38 +16,45 @@ from functools import cache
 
 from trainer.spec.family import OriginalLayer, get_family
 
-# The ending of a key → what the tensor is. The longest ending that fits counts.
-ENDINGS = {
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora_A.default.weight": "down",
-    ".lora_B.default.weight": "up",
-    ".lora.down.weight": "down",
-    ".lora.up.weight": "up",
-    "_lora.down.weight": "down",
-    "_lora.up.weight": "up",
-    ".alpha": "alpha",
-    ".dora_scale": "magnitude",
-    ".lora_magnitude_vector": "magnitude",
-    ".lora_magnitude_vector.weight": "magnitude",
-}
-# The prefix of a denoiser's stem → the tool that writes it. The first that fits counts.
+# How keys end, and what the tensor is. `(?<=…)`: what is before belongs to the stem. The first that fits counts.
+# PEFT puts an adapter's name before `.weight` (lora_A.default.weight); XLabs numbers the streams (qkv_lora1).
+ENDINGS = tuple(
+    (re.compile(pattern), role)
+    for pattern, role in (
+        (r"\.lora_(?:down|A)(?:\.\w+)?\.weight$", "down"),
+        (r"\.lora_(?:up|B)(?:\.\w+)?\.weight$", "up"),
+        (r"\.lora_mid\.weight$", "mid"),
+        (r"(?<=_lora[12])\.down\.weight$", "down"),
+        (r"(?<=_lora[12])\.up\.weight$", "up"),
+        (r"(?:[._]lora|\.lora_linear_layer)\.down\.weight$", "down"),
+        (r"(?:[._]lora|\.lora_linear_layer)\.up\.weight$", "up"),
+        (r"\.alpha$", "alpha"),
+        (r"\.dora_scale$", "magnitude"),
+        (r"\.lora_magnitude_vector(?:\.\w+)?$", "magnitude"),
+    )
+)
+# What may stand before a denoiser's layer, also one after the other → the tool that writes it.
 STYLES = {
     "lora_unet_": "kohya",
     "lora_transformer_": "OneTrainer",
     "lycoris_": "LyCORIS",
+    "model.diffusion_model.": "ComfyUI",
     "diffusion_model.": "ComfyUI",
     "base_model.model.": "PEFT",
     "transformer.": "diffusers",
     "unet.": "diffusers",
+    "model.": "bare names",
     "": "bare names",
 }
 KOHYA_ENCODERS = {"te_": "te1", "te1_": "te1", "te2_": "te2", "te3_": "te3"}  # after `lora_`
-COMFYUI_ENCODERS = {"clip_l": "te1", "clip_g": "te2", "t5xxl": "te3"}  # after `text_encoders.`
+# ComfyUI's names, after `text_encoders.`, and those of OneTrainer's OMI files.
+PLAIN_ENCODERS = {"clip_l": "te1", "clip_g": "te2", "t5xxl": "te3", "t5": "te3"}
+CLIP_LAYER = re.compile(
+    r"(?:text_model_)?encoder_layers_(\d+)_(self_attn|mlp)_([qkv]_proj|out_proj|fc1|fc2|to_[qkv]|to_out)"
+)
+CLIP_BEFORE_PEFT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+CLIP_PROJECTION = "text_projection"
 UNTRAINED = "kiln_untrained"  # key of a header: the modules of rank 0 that a DoRA file holds, as JSON
-CLIP_LAYER = re.compile(r"(?:text_model_)?encoder_layers_(\d+)_(self_attn|mlp)_([qkv]_proj|out_proj|fc1|fc2)")
 T5_LAYER = re.compile(r"encoder_block_(\d+)_layer_(\d)_(SelfAttention|DenseReluDense)_(q|k|v|o|wi_0|wi_1|wi|wo)")
 
 
@@ -73,19 +80,18 @@ class Layer:
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """A key → its stem, and down, up, alpha or magnitude; None for a key of no LoRA."""
-    endings = [ending for ending in ENDINGS if key.endswith(ending)]
-    if not endings:
-        return None
-    longest = max(endings, key=len)
-    return key.removesuffix(longest), ENDINGS[longest]
+    """A key → its stem, and down, up, mid, alpha or magnitude; None for a key of no LoRA."""
+    for ending, role in ENDINGS:
+        if match := ending.search(key):
+            return key[: match.start()], role
+    return None
 
 
 def untrained_modules(metadata: Mapping[str, str]) -> list[str]:
     """The modules without a LoRA that a DoRA's file holds since it keeps them and one with a LoRA as one layer."""
     try:
         names = json.loads(metadata.get(UNTRAINED, "[]"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return []
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
@@ -111,25 +117,33 @@ def key_style(stem: str) -> str:
 
 
 def _denoiser_layer(stem: str, family_name: str) -> Layer | None:
-    prefix = next(p for p in STYLES if stem.startswith(p))
-    path = stem.removeprefix(prefix).replace(".processor.", ".")
+    path = stem.replace(".processor.", ".")
     if ".processor." in stem and path.endswith(".to_out"):
         path += ".0"  # diffusers before PEFT left the index of the linear layer out
-    match = _look_up(path.replace(".", "_"), _index(family_name))
-    if match is None:
-        return None
-    original, part, number = match
-    return Layer(get_family(family_name).FACTS.lora_prefix, original, number, part)
+    while True:
+        match = _look_up(path.replace(".", "_"), _index(family_name))
+        if match is not None:
+            original, part, number = match
+            return Layer(get_family(family_name).FACTS.lora_prefix, original, number, part)
+        prefix = next(p for p in STYLES if path.startswith(p))
+        if not prefix:
+            return None
+        path = path.removeprefix(prefix)
 
 
 @cache
 def _index(family_name: str) -> dict[str, tuple[OriginalLayer, int | None]]:
     """Every name of the family's layers, the original and diffusers', with _ for dots → the layer and the part."""
     index: dict[str, tuple[OriginalLayer, int | None]] = {}
-    for original in get_family(family_name).LORA_KEYS.layers:
+    keys = get_family(family_name).LORA_KEYS
+    for original in keys.layers:
         index[original.name.replace(".", "_")] = original, None
         for part, name in enumerate(original.diffusers_names):
             index[name.replace(".", "_")] = original, part
+            if len(original.diffusers_names) > 1:  # OMI numbers the parts: img_attn.qkv.0
+                index[f"{original.name.replace('.', '_')}_{part}"] = original, part
+    for original in keys.other_names:
+        index.setdefault(original.name.replace(".", "_"), (original, None))
     return index
 
 
@@ -147,26 +161,38 @@ def _look_up(
 
 
 def _encoder_layer(stem: str, family_name: str) -> Layer | None:
-    component, path = _encoder_and_path(stem, family_name)
-    if component not in get_family(family_name).LORA_KEYS.encoders:
+    encoders = get_family(family_name).LORA_KEYS.encoders
+    short, path = _encoder_and_path(stem, encoders)
+    flat = path.replace(".processor.", ".").replace(".", "_")
+    clip = CLIP_LAYER.fullmatch(flat)
+    t5 = T5_LAYER.fullmatch(flat)
+    if t5 and short:
+        short = "te3"  # OneTrainer counts a model's encoders, so that T5 is the second of two
+    component = next((component for component, name in encoders.items() if name == short), None)
+    if component is None:
         return None
-    flat = path.replace(".", "_")
-    if clip := CLIP_LAYER.fullmatch(flat):
-        # transformers 5 leaves text_model out of the path; ComfyUI then skips the key, so files always have it.
-        return Layer(component, None, clip[1], None, f"text_model.encoder.layers.{clip[1]}.{clip[2]}.{clip[3]}")
-    if t5 := T5_LAYER.fullmatch(flat):
+    if t5:
         return Layer(component, None, t5[1], None, f"encoder.block.{t5[1]}.layer.{t5[2]}.{t5[3]}.{t5[4]}")
+    if short == "te3":
+        return None
+    if clip:
+        # transformers 5 leaves text_model out of the path; ComfyUI then skips the key, so files always have it.
+        leaf = CLIP_BEFORE_PEFT.get(clip[3], clip[3])
+        return Layer(component, None, clip[1], None, f"text_model.encoder.layers.{clip[1]}.{clip[2]}.{leaf}")
+    if flat.removeprefix("text_model_") == CLIP_PROJECTION:
+        return Layer(component, None, "", None, CLIP_PROJECTION)
     return None
 
 
-def _encoder_and_path(stem: str, family_name: str) -> tuple[str, str]:
-    """The text encoder's name in diffusers' pipeline, or "" or something else if it has none, and the path inside."""
-    components = {short: component for component, short in get_family(family_name).LORA_KEYS.encoders.items()}
-    kohya = next((prefix for prefix in KOHYA_ENCODERS if stem.startswith(f"lora_{prefix}")), None)
-    if kohya is not None:
-        return components.get(KOHYA_ENCODERS[kohya], ""), stem.removeprefix(f"lora_{kohya}")
-    if stem.startswith("text_encoders."):
-        encoder, _, path = stem.removeprefix("text_encoders.").partition(".")
-        return components.get(COMFYUI_ENCODERS.get(encoder, ""), ""), path.removeprefix("transformer.")
-    component, _, path = stem.partition(".")
-    return component, path
+def _encoder_and_path(stem: str, encoders: Mapping[str, str]) -> tuple[str, str]:
+    """The text encoder's name in kohya's keys, or "" where the stem names none, and the path inside.
+
+    `encoders`: as in LoraKeys.
+    """
+    for prefix, short in KOHYA_ENCODERS.items():
+        if stem.startswith(f"lora_{prefix}"):
+            return short, stem.removeprefix(f"lora_{prefix}")
+    name, _, path = stem.removeprefix("text_encoders.").partition(".")
+    return PLAIN_ENCODERS.get(name, encoders.get(name, "")), path.removeprefix("base_model.model.").removeprefix(
+        "transformer."
+    )

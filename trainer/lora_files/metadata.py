@@ -74,6 +74,9 @@ class TrainingRun:
     base_version: str
     architecture: str
     lora_type: str  # lora, rslora or dora
+    rank: int  # of training; layers that files keep as one may have more
+    split_qkv: bool
+    targets: tuple[str, ...]
     alpha: float  # of training; a file may have another, with the difference multiplied into lora_up
     started: int  # Unix seconds
     optimizer: str
@@ -110,6 +113,9 @@ def lora_metadata(run: TrainingRun, *, step: int, epoch: int, rank: int, alpha: 
         "ss_network_alpha": alpha,
         "kiln_alpha": run.alpha,
         "kiln_lora_type": run.lora_type,
+        "kiln_rank": run.rank,
+        "kiln_split_qkv": run.split_qkv,
+        "kiln_targets": run.targets,
         "kiln_version": __version__,
         "ss_training_started_at": float(run.started),
         "ss_bucket_info": _bucket_info(buckets),

@@ -57,8 +57,9 @@ def to_peft_state(
 ) -> dict[str, torch.Tensor]:
     """The state to load so that training starts from `modules`. `state`: the new adapters, whose up matrices are zero.
 
-    A smaller rank is filled up with terms that are zero at first; adapters that the file lacks stay new. Raises
-    ValueError for modules that do not train, and for other shapes.
+    A smaller rank is filled up with terms that are zero at first; adapters that the file lacks stay new. Modules whose
+    up matrix is zero change nothing: a layer that files keep as one has them for parts that never trained. They are
+    left out where they do not fit. Raises ValueError for other modules that do not train, and for other shapes.
     """
     remaining = dict(modules)
     loaded = dict(state)
@@ -73,6 +74,8 @@ def to_peft_state(
         if not any(parts):
             continue
         weights = _join(module, parts, down, up)
+        if weights.rank > down.shape[0] and _is_idle(weights):
+            continue
         if weights.rank > down.shape[0]:
             raise ValueError(f"{module} has rank {weights.rank} in the file, and rank {down.shape[0]} in this job")
         magnitude_key = module + MAGNITUDE
@@ -89,10 +92,15 @@ def to_peft_state(
         filled_up[:, : weights.rank] = (weights.up * (weights.scale / scale)).to(up)
         loaded[key] = filled_down
         loaded[module + UP] = filled_up
+    remaining = {name: weights for name, weights in remaining.items() if not _is_idle(weights)}
     if remaining:
         names_left = ", ".join(list(remaining)[:5])
         raise ValueError(f"{len(remaining)} of its {len(modules)} modules have no adapter in this job: {names_left}")
     return loaded
+
+
+def _is_idle(weights: LoraWeights) -> bool:
+    return weights.magnitude is None and not weights.up.any()
 
 
 def _join(module: str, parts: list[LoraWeights | None], down: torch.Tensor, up: torch.Tensor) -> LoraWeights:
@@ -101,6 +109,8 @@ def _join(module: str, parts: list[LoraWeights | None], down: torch.Tensor, up: 
     `down`, `up`: the matrices that train. Raises ValueError if the file's have other sides.
     """
     height = up.shape[0] // len(parts)
+    if down.ndim == 2:
+        parts = [part and part.without_kernel() for part in parts]
     present = [part for part in parts if part is not None]
     wrong = any(part.up.shape[0] != height for part in present)
     weights = present[0]

@@ -25,6 +25,12 @@ class LoraWeights:
     magnitude: torch.Tensor | None = None  # (out,)
 
     @property
+    def nbytes(self) -> int:
+        """Of all its tensors."""
+        magnitude = self.magnitude.nbytes if self.magnitude is not None else 0
+        return self.down.nbytes + self.up.nbytes + magnitude
+
+    @property
     def rank(self) -> int:
         return self.down.shape[0]
 
@@ -45,6 +51,12 @@ class LoraWeights:
         if self.scale == 1:
             return self
         return replace(self, up=self.up * self.scale, scale=1.0)
+
+    def without_kernel(self) -> LoraWeights:
+        """The same for a linear layer: some tools store it as a convolution of 1 x 1."""
+        if self.down.ndim == 2 or self.down.shape[2:].numel() != 1:
+            return self
+        return replace(self, down=self.down.flatten(1), up=self.up.flatten(1))
 
     def applied_to(self, weight: torch.Tensor) -> torch.Tensor:
         """The layer's weight with the LoRA merged into it, in fp32."""

@@ -100,10 +100,13 @@ class FileMismatchError(KilnError):
 
 
 class StopRequestedError(KilnError):
-    """SIGTERM (143) or SIGINT (130); the state is saved."""
+    """SIGTERM (143) or SIGINT (130); the state is saved. No error: the log has one plain line."""
 
-    advice = "Start the same job again: it resumes automatically."
+    advice = "Start the same command again to go on: it resumes automatically."
 
     def __init__(self, message: str, *, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+    def last_line(self) -> str:
+        return f"{self} {self.advice} [exit {self.exit_code}]"

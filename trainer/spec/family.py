@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from trainer.spec.published import Published
+from trainer.spec.published import Lookalike, Published
 
 if TYPE_CHECKING:
     import torch
@@ -101,6 +101,7 @@ class Facts:
     # Folders of tokenizers → the name of their text encoder and the tokens that it reads of a caption; the first that a
     # model has reads the most.
     text_readers: dict[str, tuple[str, int]]
+    lookalikes: tuple[Lookalike, ...]  # other models whose files have the names of this family
     prompt_steps: int  # defaults of a prompt line: --s, --g and --l
     prompt_guidance: float
     prompt_cfg: float
@@ -147,6 +148,8 @@ class LoraKeys:
     layers: tuple[OriginalLayer, ...]
     encoders: dict[str, str]  # text encoder of diffusers' pipeline → its name in kohya's keys: te1, te2 or te3
     file_formats: tuple[str, ...] = ("kohya",)  # keys of convert.KEY_FORMATS: a job writes a file in each
+    other_names: tuple[OriginalLayer, ...] = ()  # further names of layers, which are read and never written
+    one_width: bool = False  # whether the shorter side of every linear layer in the blocks is Footprint.hidden_size
 
 
 class Family(Protocol):

@@ -232,6 +232,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
     ),
 }
 
+STRETCHED_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial")  # they depend on the last step
 SCHEDULERS: tuple[str, ...] = (
     "constant",
     "constant_with_warmup",

@@ -26,6 +26,7 @@ RANK_VARIABLE = "KILN_RANK"  # number of this process, from 0; absent: the only 
 TEAM_VARIABLE = "KILN_TEAM"  # folder that the processes of a job share
 ALIVE_VARIABLE = "KILN_ALIVE"  # file in which the first process keeps the deadline of its watchdog
 
+AUTO = -1  # a number that the trainer chooses once it knows the images (trainer.spec.automatic)
 VARIANTS = 8  # of an image with random crops or colours, and of a caption with random wording
 T = TypeVar("T")
 
@@ -70,6 +71,8 @@ class Source:
     count: int = 0  # images to generate
     commit: str | None = neutral(None)
     path: str = neutral("")  # local folder of image files; filled by fetch
+    # Where the user has named it, for messages: a subset of dataset.json; "": DATASET_NAME. No part of what it is.
+    named_in: str = field(default="", compare=False, metadata={"neutral": True})
 
     @property
     def public(self) -> str:
@@ -178,7 +181,7 @@ class OptimPlan:
 @dataclass(frozen=True)
 class TrainPlan:
     seed: int = 42
-    max_epochs: int = 5
+    max_epochs: int = 5  # or AUTO
     max_steps: int | None = None  # overrides max_epochs; optimiser steps
     gradient_accumulation: int = 1
     max_grad_norm: float = 1.0  # 0: no clipping
@@ -226,10 +229,13 @@ class OutputPlan:
     name: str
     cache: str
     started: int = 0  # Unix seconds of the first start; goes into the LoRA's header
-    save_every: int = 100  # optimiser steps; 0: only at the end
-    sample_every: int = 200
+    save_every: int = 100  # optimiser steps; 0: only at the end; or AUTO
+    sample_every: int = 200  # 0: none; or AUTO
     validate_every: int = 0
-    keep_checkpoints: int = 3
+    keep_checkpoints: int = 3  # states and LoRA files of saves, the newest; AUTO: all LoRA files and two states
+    requested: str = ""  # OUTPUT_NAME; empty: not set. `name` may have a number besides
+    folder: str = ""  # of this run below `path`: see trainer.storage.run_records
+    resume_with_changes: bool = False  # RESUME_WITH_CHANGES
 
 
 @dataclass(frozen=True)
@@ -257,7 +263,9 @@ class Plan:
     output: OutputPlan = field(metadata={"neutral": True})
     prompts: tuple[Prompt, ...] = field(default=(), metadata={"neutral": True})
     reasons: tuple[str, ...] = neutral(())  # why each `auto` became what it is
+    automatic: tuple[str, ...] = neutral(())  # variables that the hardware decides, since they are `auto`
     warnings: tuple[str, ...] = neutral(())  # what the job does, but probably nobody wants
+    given: tuple[str, ...] = neutral(())  # the variables that the user has set
     version: int = VERSION
 
     def to_json(self) -> str:

@@ -8,6 +8,7 @@ not set the field; `complete_prompts` fills these in from the model, its family,
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,26 @@ FLAGS = {  # flag of a line → the field that it sets
     "g": "guidance",
     "n": "negative",
 }
+LONG_FLAGS = {  # the same in full, as other programs write them
+    "width": "width",
+    "height": "height",
+    "seed": "seed",
+    "steps": "steps",
+    "sample_steps": "steps",
+    "cfg": "cfg",
+    "cfg_scale": "cfg",
+    "scale": "cfg",
+    "guidance": "guidance",
+    "guidance_scale": "guidance",
+    "negative": "negative",
+    "negative_prompt": "negative",
+    "neg": "negative",
+}
+# What text editors make of `--`: one long dash, or two that look like it. A dash in a sentence is followed by a space.
+_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"
+_FLAG_START = re.compile(rf"(?:^|\s+)(?:--|(?P<dash>[{_DASHES}]{{1,2}}|-[{_DASHES}]|[{_DASHES}]-|-)(?=\w))")
+_INVISIBLE = re.compile("[\u200b\u200c\u200d\u2060\ufeff]")  # spaces without a width, which web pages leave in text
+_MAX_LINE = 16_384  # characters
 _SIDE = Key("integer", 16, 8192)  # pixels
 _SCALE = Key("number", 0, 100)
 FIELDS = {
@@ -56,37 +77,89 @@ class PromptRequest:
     negative: str | None = None
 
 
-def parse_lines(text: str, *, origin: str, problems: Problems) -> tuple[PromptRequest, ...]:
-    """One prompt a line; empty lines and those that begin with # do not count."""
+def parse_lines(
+    text: str, *, origin: str, problems: Problems, notes: list[str] | None = None
+) -> tuple[PromptRequest, ...]:
+    """One prompt a line; empty lines and those that begin with # do not count.
+
+    `notes` gets what was read otherwise than it is written.
+    """
     requests = []
     for number, line in enumerate(re.split(r"\r\n|\r|\n", text), start=1):
+        line = _INVISIBLE.sub("", line)
         if not line.strip() or line.strip().startswith("#"):
             continue
-        request = parse_line(line, place=f"{origin}, line {number}", problems=problems)
+        request = parse_line(line, place=f"{origin}, line {number}", problems=problems, notes=notes)
         if request is not None:
             requests.append(request)
     return tuple(requests)
 
 
-def parse_line(line: str, *, place: str, problems: Problems) -> PromptRequest | None:
-    """Read `text --flag value ...`. Flags may be upper-case.
+def parse_line(line: str, *, place: str, problems: Problems, notes: list[str] | None = None) -> PromptRequest | None:
+    """Read `text --flag value ...`. Flags may be upper-case, or written in full.
 
     Returns None, with a line in `problems`, if there is no text. A flag whose value is refused counts as not given.
     """
-    text, *parts = re.split(r"(?:^|\s+)--", line)
+    if len(line) > _MAX_LINE:
+        problems.add(f"{place}: it has {len(line):,} characters. Allowed: up to {_MAX_LINE:,}.")
+        return None
+    text, parts = _split_flags(line)
     values: dict[str, Any] = {}
-    for part in parts:
-        flag = re.split(r"\s", part, maxsplit=1)[0]
-        value = part.removeprefix(flag).strip()
-        field = FLAGS.get(flag.lower())
+    for written, flag, value in parts:
+        field = FLAGS.get(flag.lower()) or LONG_FLAGS.get(flag.lower().replace("-", "_"))
         if field is None:
-            problems.add(f"{place}: --{flag} is not a flag. Allowed: {', '.join(f'--{f}' for f in FLAGS)}.")
+            problems.add(f"{place}: {written} is not a flag. Allowed: {', '.join(f'--{f}' for f in FLAGS)}.")
         elif field in values:
-            problems.add(f"{place}: --{flag} is given twice.")
+            problems.add(f"{place}: {written} is given twice.")
         else:
+            short = next(name for name, other in FLAGS.items() if other == field)
             key = FIELDS[field]
-            values[field] = read_value(key, _converted(value, key.kind), f"{place}: --{flag}", problems)
+            plain = value if key.kind == "text" else unicodedata.normalize("NFKC", value)
+            values[field] = read_value(key, _converted(plain, key.kind), f"{place}: {written}", problems)
+            if notes is not None and (written.lower() != f"--{short}" or plain != value):
+                shown = value if key.kind != "text" else "…"
+                notes.append(f"{place}: {written} {shown} is read as --{short} {plain if shown == value else shown}")
     return make_request(text, values, place=place, problems=problems)
+
+
+def _split_flags(line: str) -> tuple[str, list[tuple[str, str, str]]]:
+    """The text before the flags, and each flag as it is written, its name, and its value.
+
+    `--w=768` and `--w768` are `--w 768`. Another dash begins a flag only before a name that is one, followed by a
+    value: `a fox –w 768`, but not `a fox – walking` or `a -5 degree day`.
+    """
+    pieces: list[tuple[str, str]] = []  # what the piece began with, and the rest up to the next flag
+    began = ""
+    start = 0
+    for match in _FLAG_START.finditer(line):
+        if match["dash"] is None or _is_flag(line[match.end() :], dash=match["dash"]):
+            pieces.append((began, line[start : match.start()]))
+            began = match[0].strip()
+            start = match.end()
+    pieces.append((began, line[start:]))
+    flags = []
+    for began, piece in pieces[1:]:
+        name = re.split(r"\s", piece, maxsplit=1)[0]
+        value = piece.removeprefix(name).strip()
+        written = began + name
+        joined = re.fullmatch(r"([^\W\d]+)=(.+)|([whdslgWHDSLG])([0-9.]+)", name)
+        if joined and not value:
+            value = joined[2] or joined[4]
+            name = joined[1] or joined[3]
+        flags.append((written, unicodedata.normalize("NFKC", name), value))
+    return pieces[0][1], flags
+
+
+def _is_flag(rest: str, *, dash: str) -> bool:
+    """Whether what follows another dash than `--` is a flag: a known name and a value, or one letter and a number."""
+    match = re.match(r"(\w+)[\s=]+(\S+)", unicodedata.normalize("NFKC", rest))
+    if match is None:
+        return False
+    name = match[1].lower()
+    is_number = as_number(match[2]) is not None
+    if name in ("n", "neg", "negative", "negative_prompt"):
+        return dash != "-"  # what follows is text, so that a hyphen alone proves nothing
+    return is_number and (name in FLAGS or name in LONG_FLAGS or (len(name) == 1 and dash != "-"))
 
 
 def _converted(text: str, kind: str) -> Any:

@@ -30,3 +30,12 @@ class Published:
     tokenizers: dict[str, Tokenizer]  # subfolder → what is in it
     # Tensors that tell this model's denoiser from its family's others: original name → shape, or None if it has none.
     marks: dict[str, tuple[int, ...] | None]
+
+
+@dataclass(frozen=True)
+class Lookalike:
+    """A model that is none of a family's, though its denoiser has the family's names."""
+
+    what: str  # for messages
+    tensor: str  # that it has, by its original name or by diffusers'
+    shape: tuple[int | None, ...] | None = None  # of that tensor; None: any

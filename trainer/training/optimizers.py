@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from trainer.spec.optimizers import OPTIMIZERS
+from trainer.spec.resume_rules import FREE_ARGUMENTS
 
 
 def make_optimizer(
@@ -82,6 +83,40 @@ def step_size(optimizer: torch.optim.Optimizer) -> float:
     """The current learning rate; for Prodigy, times its estimate `d`."""
     group = optimizer.param_groups[0]
     return float(group["lr"]) * float(group.get("d", 1.0))
+
+
+def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What the plan has set in each group of parameters, besides the parameters."""
+    kept = ("lr", "initial_lr", "weight_decay", *FREE_ARGUMENTS)
+    groups = []
+    for group in optimizer.param_groups:
+        groups.append({key: value for key, value in group.items() if key in kept})
+    return groups
+
+
+def renew(
+    optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler, settings: list[dict[str, Any]]
+) -> None:
+    """Let an optimiser and a schedule that were restored go on by `settings` and by the schedule's own course.
+
+    A state brings the settings that it was made with, and the learning rate of its own course.
+    """
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)
+    if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+        return
+    schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+    rates = []
+    for group, base, course in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group["lr"] = base * course(schedule.last_epoch)
+        rates.append(group["lr"])
+    schedule._last_lr = rates
+
+
+def estimate(optimizer: torch.optim.Optimizer) -> float | None:
+    """Prodigy's estimate `d` of the distance to the solution (arXiv:2306.06101); None for other optimisers."""
+    d = optimizer.param_groups[0].get("d")
+    return None if d is None else float(d)
 
 
 def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

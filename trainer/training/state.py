@@ -85,15 +85,24 @@ class TrainingState:
             self._overwrite(weights)
         return {**self.state(), "optimizer": optimizer.state_dict()}
 
-    def restore(self, tree: dict[str, Any]) -> None:
-        """Put back what `state` returned. Raises SettingsError where it does not fit."""
+    def restore(self, tree: dict[str, Any], *, renew: bool = False) -> None:
+        """Put back what `state` returned. Raises SettingsError where it does not fit.
+
+        `renew`: the run goes on with another end or other settings, which the optimiser and the schedule follow from
+        here on. Without it, the next step is the one that would have followed.
+        """
+        settings = optimizers.group_settings(self.optimizer)
         try:
             lora.load(self.denoiser, tree["adapters"])
             for component, model in self.texts.models.items():
                 lora.load(model, tree["text_encoders"][component])
             optimizers.load_state(self.optimizer, tree["optimizer"])
             self.schedule.load_state_dict(tree["schedule"])
-            if self.ema and tree["ema"]:
+            if renew:
+                optimizers.renew(self.optimizer, self.schedule, settings)
+            if self.ema and not tree["ema"]:
+                self.ema = Ema(self.optimizer_params, self.ema.decay)  # from here on
+            elif self.ema and tree["ema"]:
                 self.ema.steps = tree["ema"]["steps"]
                 pairs = zip(tree["ema"]["shadow"], self.optimizer_params, strict=True)
                 self.ema.shadow = [shadow.to(p.device) for shadow, p in pairs]

@@ -40,8 +40,12 @@ class StopFlag:
     def requested(self) -> bool:
         return self.signal is not None
 
-    def check(self) -> None:
-        """Raise StopRequestedError (exit code 143 or 130) if a stop was requested."""
+    def check(self, where: str = "") -> None:
+        """Raise StopRequestedError (exit code 143 or 130) if a stop was requested. `where`: for its message."""
         if self.signal is not None:
-            name = signal.Signals(self.signal).name
-            raise StopRequestedError(f"Stopped by {name}.", exit_code=128 + self.signal)
+            raise StopRequestedError(f"Stopped by {signal_name(self.signal)}{where}.", exit_code=128 + self.signal)
+
+
+def signal_name(number: int) -> str:
+    """ "Ctrl-C" for SIGINT: that is what people press."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name

@@ -51,3 +51,10 @@ class AdapterSettings:
         meaning="a LoRA file to start from (weights only), or a state folder (everything)",
         if_unset="an interrupted run in OUTPUT_PATH resumes automatically",
     )
+    resume_with_changes: bool = row(
+        "RESUME_WITH_CHANGES",
+        "switch",
+        default="false",
+        meaning="true: the last run in OUTPUT_PATH goes on with other settings or images, where its state fits them; "
+        "false: they begin a new run beside it",
+    )

@@ -24,7 +24,7 @@ class DataSettings:
     dataset_config: str | None = row(
         "DATASET_CONFIG",
         "text",
-        meaning="dataset.json or .toml: path, URL, or the JSON itself",
+        meaning="dataset.json, .yaml or .toml: path, URL, or the text itself",
         if_unset="the dataset.json of this program",
     )
     dataset_revision: str | None = row(
@@ -34,10 +34,16 @@ class DataSettings:
     dataset_subset: str | None = row(
         "DATASET_SUBSET", "text", meaning="subset (configuration) of Hub datasets", if_unset="the default one"
     )
-    image_column: str | None = row("IMAGE_COLUMN", "text", meaning="column of the images", if_unset="detected")
-    caption_column: str | None = row("CAPTION_COLUMN", "text", meaning="column of the captions", if_unset="detected")
+    image_column: str | None = row(
+        "IMAGE_COLUMN", "text", meaning="column of the images, in a Hub dataset or a metadata file", if_unset="detected"
+    )
+    caption_column: str | None = row(
+        "CAPTION_COLUMN", "text", meaning="column of the captions, likewise", if_unset="detected"
+    )
     trigger_word: str | None = row(
-        "TRIGGER_WORD", "text", meaning="put before every caption, and before this program's own prompts"
+        "TRIGGER_WORD",
+        "text",
+        meaning="put before every caption or in the place of [trigger], and before this program's own prompts",
     )
     strict_dataset: bool = row(
         "STRICT_DATASET", "switch", default="false", meaning="stop at an unusable image instead of skipping it"

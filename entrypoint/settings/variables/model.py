@@ -23,7 +23,8 @@ class ModelSettings:
     model_config_path: str | None = row(
         "MODEL_CONFIG_PATH",
         "text",
-        meaning="folder or Hub repository with all that the file MODEL_PATH lacks: configs, tokenizers, other parts",
+        meaning="folder or Hub repository with all that the file MODEL_PATH lacks (configs, tokenizers, other parts); "
+        "or a folder with tokenizers, where all weights are local files",
         if_unset="the base model's own",
     )
     vae_path: str | None = row("VAE_PATH", "text", meaning=".safetensors file or folder of the VAE alone")

@@ -29,17 +29,17 @@ class OutputSettings:
     )
     sample_every_n_steps: int = row(
         "PARAMS_SAMPLE_EVERY_N_STEPS",
-        "integer",
-        default="200",
-        meaning="steps between samples; 0: off",
+        "auto_count",
+        default="auto",
+        meaning="steps between samples; 0: off; auto: about ten rounds a run, each with a save",
         low=0,
         high=LARGEST_COUNT,
     )
     save_every_n_steps: int = row(
         "PARAMS_SAVE_EVERY_N_STEPS",
-        "integer",
-        default="100",
-        meaning="steps between saves; 0 is off",
+        "auto_count",
+        default="auto",
+        meaning="steps between saves; 0 is off; auto: with the samples, about ten a run",
         low=0,
         high=LARGEST_COUNT,
     )
@@ -53,9 +53,9 @@ class OutputSettings:
     )
     keep_checkpoints: int = row(
         "KEEP_CHECKPOINTS",
-        "integer",
-        default="3",
-        meaning="checkpoints that are kept, the newest",
+        "auto_count",
+        default="auto",
+        meaning="checkpoints that are kept, the newest; auto: all LoRA files, as far as there is room, and two states",
         low=1,
         high=LARGEST_COUNT,
     )

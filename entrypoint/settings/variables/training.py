@@ -22,9 +22,9 @@ class TrainingSettings:
 
     max_epochs: int = row(
         "PARAMS_MAX_EPOCHS",
-        "integer",
-        default="5",
-        meaning="passes over images times repeats",
+        "auto_count",
+        default="auto",
+        meaning="passes over images times repeats; auto: 1,000 steps or more, by the number of images",
         low=1,
         high=LARGEST_COUNT,
     )
@@ -83,7 +83,7 @@ class TrainingSettings:
         meaning="restarts of cosine_with_restarts",
         low=1,
         high=LARGEST_COUNT,
-        if_unset="a third of the epochs",
+        if_unset="a third of PARAMS_MAX_EPOCHS, at least 1",
     )
     gradient_accumulation: int = row(
         "PARAMS_GRADIENT_ACCUMULATION", "integer", default="1", meaning="batches to a step", low=1, high=LARGEST_COUNT

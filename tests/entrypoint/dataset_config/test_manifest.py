@@ -23,7 +23,7 @@ from entrypoint.dataset_config.manifest import (
     Manifest,
     read_manifest,
 )
-from entrypoint.dataset_config.sources import classify
+from entrypoint.dataset_config.sources import Place, classify
 from trainer.spec.errors import SettingsError, UnreachableError
 from trainer.spec.plan import Dataset, Subset
 
@@ -75,6 +75,7 @@ VALUES: dict[str, Any] = {
     "random_crop": True,
     "caption_extension": ".txt",
     "class_tokens": "dog",
+    "trigger_word": "zot",
     "is_reg": True,
     "alpha_mask": True,
     "metadata_file": "meta.jsonl",
@@ -91,7 +92,7 @@ def value_of(manifest: Manifest, key: str) -> Any:
 def test_every_field_of_the_plan_has_a_key():
     fields = {f.name for kind in (Dataset, Subset) for f in dataclasses.fields(kind)}
     made = {"part_of", "folder", "repeats_chosen"}  # by the scan, from the names of folders; and whether a key is set
-    assert fields - {"subsets", "source", "trigger_word"} - made == VALUES.keys()
+    assert fields - {"subsets", "source"} - made == VALUES.keys()
 
 
 @pytest.mark.parametrize("key", [k for k in VALUES if k in DATASET_KEYS])
@@ -221,39 +222,49 @@ def test_a_hub_dataset_has_revision_split_and_columns():
     assert {key: getattr(source, key) for key in keys} == keys
 
 
-@pytest.mark.parametrize("other", [{"dataset": "org/name"}, {"split": "test"}, {"image_column": "img"}])
+@pytest.mark.parametrize("other", [{"dataset": "org/name"}, {"split": "test"}, {"revision": "v1"}, {"subset": "a"}])
 def test_a_folder_has_none_of_them(other):
     assert "image_dir does not go together" in refusal(one({"image_dir": "/a", **other}))
 
 
+def test_a_folder_has_columns_of_its_metadata_file():
+    source = (
+        read(one({"image_dir": "/a", "image_column": "img", "caption_column": "text"})).datasets[0].subsets[0].source
+    )
+    assert (source.kind, source.image_column, source.caption_column) == ("folder", "img", "text")
+
+
+def test_regularisation_images_have_no_trigger_word():
+    assert "get no trigger word" in refusal(one({"is_reg": True, "trigger_word": "zot"}, {}))
+
+
 @pytest.mark.parametrize("archive", ["a.zip", "/a/b.TAR", "./b.tar.gz", "b.tgz", "b.tar.bz2", "~/b.tar.xz"])
 def test_archives_are_known_by_their_endings(archive):
-    kind, location = classify(archive)
-    assert kind == "archive" and Path(location).is_absolute()
+    place = classify(archive)
+    assert place.kind == "archive" and Path(place.location).is_absolute()
 
 
 @pytest.mark.parametrize("url", ["https://x.org/a.zip", "http://x.org/a.tar?key=1", "https://x.org/download?id=3"])
 def test_a_url_is_an_archive(url):
-    assert classify(url) == ("archive", url)
+    assert classify(url) == Place("archive", url)
 
 
 def test_an_existing_folder_comes_before_a_hub_dataset_of_that_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert classify("org/name") == ("hub", "org/name")
+    assert classify("org/name") == Place("hub", "org/name")
     (tmp_path / "org" / "name").mkdir(parents=True)
-    assert classify("org/name") == ("folder", str(tmp_path / "org" / "name"))
+    assert classify("org/name") == Place("folder", str(tmp_path / "org" / "name"))
 
 
 @pytest.mark.parametrize("name", ["/a/b", "./pictures", "../pictures", "~/pictures"])
 def test_what_looks_like_a_path_is_a_folder(name):
-    assert classify(name)[0] == "folder"
+    assert classify(name).kind == "folder"
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
         "a/b/c",
-        "org/",
         "a b",
         "",
         "café/x",
@@ -265,7 +276,7 @@ def test_what_looks_like_a_path_is_a_folder(name):
         "https://",
         "https://x.org/a.rar",
         "https://user:password@x.org/a.zip",
-        "https://huggingface.co/datasets/org/name",
+        "https://huggingface.co/org/model",
         __file__,
     ],
 )
@@ -300,11 +311,13 @@ def test_toml_has_the_same_shape(tmp_path):
         ("a.json", b"{", "is not JSON"),
         ("a.json", b'{"datasets": [], "datasets": []}', "given twice"),
         ("a.json", b'{"datasets": NaN}', "not a number"),
-        ("a.json", b"\xff\xfe", "not UTF-8"),
+        ("a.json", b"\xff", "not UTF-8"),
+        ("a.json", b"\xff\xfe", "it is empty"),
+        ("a.json", b"\n", "it is empty"),
         ("a.json", b" " * (MAX_BYTES + 1), "larger than 1 MiB"),
         ("a.json", b"[" * 100_000, "nested too deeply"),
         ("a.toml", b"a = ", "is not TOML"),
-        ("a.toml", b"datasets = 1979-05-27", "datasets"),
+        ("a.toml", b"datasets = 1979-05-27", "datasets: '1979-05-27' is a date"),
         ("a.json", None, "cannot be read: No such file"),
     ],
 )
@@ -398,7 +411,10 @@ def test_a_line_is_a_prompt_with_flags(tmp_path):
     [
         ("a cat --x 1", "--x is not a flag"),
         ("a cat --w", "--w"),
-        ("a cat --w=64", "--w=64 is not a flag"),
+        ("a cat --w=8", "--w=8: 8 is not"),
+        ("a cat --x=8", "--x=8 is not a flag"),
+        ("a cat \u2014x 8", "\u2014x is not a flag"),
+        ("a cat --ar 16:9", "--ar is not a flag"),
         ("a cat --w 6e2", "--w: '6e2' is not a whole number, 16 to 8192"),
         ("a cat --w 8", "--w: 8 is not"),
         ("a cat --d -1", "--d"),

@@ -16,7 +16,9 @@ import pytest
 from PIL import Image
 
 from entrypoint.fetch.hub_rows import Asked, write_dataset
+from trainer.data.scan import scan
 from trainer.spec.errors import DataError, SettingsError
+from trainer.spec.plan import DataPlan, Dataset, Source, Subset
 
 Files = dict[str, bytes]
 TWO_CONFIGURATIONS = b"""---
@@ -376,3 +378,35 @@ def test_captions_beside_images_belong_to_their_split(tmp_path: Path) -> None:
     facts = write_dataset(tmp_path / "set", tmp_path / "out", Asked("X", "test"), scratch=str(tmp_path / "s"))
     names = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*"))
     assert names == ["test/0.png", "test/0.txt"] and facts["images"] == 1
+
+
+# ---- folders whose names mean something
+
+KOHYA = images("img/10_ohwx woman/0.png", "img/10_ohwx woman/1.png", "reg/1_woman/0.png")
+
+
+@pytest.mark.parametrize("files", [KOHYA, {"kohya.zip": packed(KOHYA)}, {"1_a.tar": tar(KOHYA)}])
+def test_images_stay_in_kohyas_folders_and_their_names_are_no_captions(tmp_path, files):
+    for name, data in files.items():
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).write_bytes(data)
+    out = tmp_path / "out"
+    out.mkdir()
+    write_dataset(tmp_path / "set", out, Asked("DATASET_NAME=x", "train"), scratch=str(tmp_path / "s"))
+    assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*.png")) == [
+        "img/10_ohwx woman/000000.png",
+        "img/10_ohwx woman/000001.png",
+        "reg/1_woman/000002.png",
+    ]
+    source = Source("hub", "org/x", path=str(out))
+    found = scan(DataPlan((Dataset((Subset(source),), (64, 64), bucket_no_upscale=False),)), cpu_workers=0)
+    assert [(image.caption, image.convention) for image in found.images] == [
+        ("ohwx woman", "x10"),
+        ("ohwx woman", "x10"),
+        ("woman", "x1-reg"),
+    ]
+
+
+def test_numbers_of_shards_are_no_repeats(tmp_path):
+    said, _ = read(tmp_path, {f"{s}_part.tar": tar(samples(f"in/{s}", txt=b"said NAME.png")) for s in "12"})
+    assert said == ["said in/1.png", "said in/2.png"]

@@ -16,7 +16,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from entrypoint.dataset_config.manifest import read_manifest
-from entrypoint.fetch import flash_attention
+from entrypoint.fetch import fetch, flash_attention
 from entrypoint.planning.plan import make_plan
 from entrypoint.settings.read import read_settings
 from entrypoint.settings.variables import NAMES
@@ -26,7 +26,7 @@ from trainer.spec.errors import SettingsError
 from trainer.spec.family import base_models, get_family, timestep_samplings
 from trainer.spec.optimizers import OPTIMIZERS, SCHEDULERS
 from trainer.spec.plan import Dataset, Plan
-from trainer.spec.resume_rules import resumes_state
+from trainer.spec.resume_rules import changes
 
 ROOT = Path(__file__).parents[3]
 MODELS = base_models()
@@ -192,6 +192,13 @@ def test_dataset_name_goes_to_every_subset_without_a_source(tmp_path):
     assert (third.location, third.split) == ("org/pictures", "test")
 
 
+def test_messages_name_a_source_where_the_user_has_named_it(tmp_path):
+    both = {"datasets": [{"resolution": 512, "subsets": [{}, {"image_dir": str(tmp_path)}]}]}
+    first, second = (subset.source for subset in dataset(config=both).subsets)
+    assert fetch.named(first) == "DATASET_NAME=org/pictures"
+    assert fetch.named(second).endswith(f": datasets[0].subsets[1]: {tmp_path}")
+
+
 def test_a_subsets_own_revision_comes_before_the_datasets():
     both = {"datasets": [{"resolution": 512, "subsets": [{}, {"revision": "v2"}]}]}
     sources = [s.source for s in dataset(config=both, DATASET_REVISION="v1").subsets]
@@ -229,6 +236,22 @@ def test_settings_override_dataset_json():
     assert (made.resolution, made.batch_size) == ((640, 384), 3)
     subset = made.subsets[0]
     assert (subset.num_repeats, subset.caption_dropout_rate, subset.trigger_word) == (4, 0.0, "sks")
+
+
+def test_a_subset_may_have_a_trigger_word_of_its_own_or_none():
+    three = {"resolution": 512, "subsets": [{}, {"trigger_word": "zot"}, {"trigger_word": ""}]}
+    assert [s.trigger_word for s in dataset(config={"datasets": [three]}, TRIGGER_WORD="sks").subsets] == (
+        ["sks", "zot", None]
+    )
+    assert [s.trigger_word for s in dataset(config={"datasets": [three]}).subsets] == [None, "zot", None]
+
+
+def test_columns_are_also_for_folders(tmp_path):
+    both = {"datasets": [{"resolution": 512, "subsets": [{"image_dir": str(tmp_path)}, {"caption_column": "c"}]}]}
+    asked = {"DATASET_NAME": str(tmp_path), "IMAGE_COLUMN": "img", "CAPTION_COLUMN": "text"}
+    first, second = (s.source for s in dataset(config=both, **asked).subsets)
+    assert (first.image_column, first.caption_column) == ("img", "text")
+    assert (second.kind, second.image_column, second.caption_column) == ("folder", "img", "c")
 
 
 def test_a_caption_dropout_rate_is_the_runs_and_every_subsets():
@@ -350,7 +373,7 @@ def test_variables_of_other_optimizers_and_schedules_change_nothing_and_say_so()
         assert any(warning.startswith(f"{variable} has no effect: ") for warning in made.warnings)
 
 
-@pytest.mark.parametrize(("epochs", "asked", "cycles"), [("2", "", 1), ("9", "", 3), ("9", "5", 5)])
+@pytest.mark.parametrize(("epochs", "asked", "cycles"), [("auto", "", 1), ("2", "", 1), ("9", "", 3), ("9", "5", 5)])
 def test_cycles_are_a_third_of_the_epochs(epochs, asked, cycles):
     scheduler = "cosine_with_restarts"
     made = plan(PARAMS_LEARNING_SCHEDULER=scheduler, PARAMS_MAX_EPOCHS=epochs, PARAMS_NUM_CYCLES=asked)
@@ -442,7 +465,7 @@ def test_a_run_goes_on_where_there_is_less_memory_and_so_another_way():
     small = dataclasses.replace(LARGE_GPU, memory_gib=24.0)
     before, after = (plan(on=on, BASE_MODEL=FULL) for on in (LARGE_GPU, small))
     assert (before.engine.recompute, before.engine.compile) != (after.engine.recompute, after.engine.compile)
-    assert resumes_state(after, before.essence(), step=3, in_output=True)
+    assert changes(before.essence(), after).settings == ()
 
 
 def test_a_miniature_gains_nothing_from_8_bits():
@@ -468,7 +491,8 @@ def test_what_the_hardware_cannot_do_is_refused():
 def test_it_recomputes_where_memory_is_short(hardware, limit, batch, recompute, offload):
     made = plan(on=hardware, BASE_MODEL="flux", MEMORY_LIMIT_GIB=limit, PARAMS_BATCH_SIZE=batch)
     assert (made.engine.recompute, made.engine.offload) == (recompute, offload)
-    assert re.search(r"PARAMS_GRADIENT_CHECKPOINTING: .* GiB .*predicted", "\n".join(made.reasons))
+    said = r"^PARAMS_GRADIENT_CHECKPOINTING: (true|false) \(a step is predicted to take .* GiB\)$"
+    assert re.search(said, "\n".join(made.reasons), re.MULTILINE)
 
 
 def test_a_home_machine_trains_flux_in_8_gib():
@@ -597,6 +621,19 @@ def test_a_model_may_have_defaults_of_its_own(base):
 def test_the_trigger_word_goes_before_the_packaged_prompts_alone():
     assert all(p.text.startswith("sks, ") for p in plan(TRIGGER_WORD="sks").prompts)
     assert plan(TRIGGER_WORD="sks", prompts=["a cat"]).prompts[0].text == "a cat"
+
+
+def test_a_prompt_has_the_trigger_word_where_it_wants_it():
+    prompts = ["[trigger] on a bench --n [Trigger], dark"]
+    made = plan(TRIGGER_WORD="sks", prompts=prompts)
+    assert (made.prompts[0].text, made.prompts[0].negative) == ("sks on a bench", "sks, dark")
+    assert made.warnings == ()
+    subsets = [{"is_reg": True, "trigger_word": ""}, {"trigger_word": "zot"}]
+    own = {"datasets": [{"resolution": 512, "subsets": subsets}]}
+    assert plan(config=own, prompts=prompts).prompts[0].text == "zot on a bench"
+    assert all(p.text.startswith("zot, ") for p in plan(config=own).prompts)
+    (warning,) = plan(prompts=prompts).warnings
+    assert "[trigger] in it, which stays as it is" in warning
 
 
 # ---- anything at all

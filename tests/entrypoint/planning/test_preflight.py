@@ -218,11 +218,49 @@ def test_an_empty_folder(plan: Plan, tmp_path: Path) -> None:
         check(with_source(plan, Source("folder", str(tmp_path / "empty"))), tmp_path)
 
 
+def test_a_folder_with_an_archive_alone(plan: Plan, tmp_path: Path) -> None:
+    folder = tmp_path / "mount"
+    folder.mkdir()
+    (folder / "images.zip").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"only images\.zip\. Name the archive itself, .*/mount/images\.zip"):
+        check(with_source(plan, Source("folder", str(folder))), tmp_path)
+
+
+def test_an_archive_of_archives(plan: Plan, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as container:
+        container.writestr("inner.zip", "x")
+    with pytest.raises(DataError, match=r"only archives \(inner\.zip\)\. Unpack it"):
+        check(with_source(plan, Source("archive", str(tmp_path / "a.zip"))), tmp_path)
+
+
 def test_an_archive_without_pictures(plan: Plan, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as container:
         container.writestr("1.txt", "x")
     with pytest.raises(DataError, match="no image"):
         check(with_source(plan, Source("archive", str(tmp_path / "a.zip"))), tmp_path)
+
+
+def test_images_of_formats_that_are_not_read_are_refused_before_anything_is_fetched(plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "phone").mkdir()
+    for name in ("IMG_1.HEIC", "IMG_2.heic", "clip.mov"):
+        (tmp_path / "phone" / name).write_text("x")
+    with pytest.raises(
+        DataError, match=r"no image in it can be read\. IMG_1\.HEIC: format \.HEIC .*clip\.mov: a video"
+    ):
+        check(with_source(plan, Source("folder", str(tmp_path / "phone"))), tmp_path)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as container:
+        container.writestr("IMG_1.HEIC", "x")
+    with pytest.raises(DataError, match=r"no image among its first entries\. Read are \.jpg"):
+        check(with_source(plan, Source("archive", str(tmp_path / "a.zip"))), tmp_path)
+
+
+def test_a_folder_with_the_output_of_a_job_alone_is_empty(plan: Plan, tmp_path: Path) -> None:
+    out = tmp_path / "pictures_of_none"
+    (out / "sample").mkdir(parents=True)
+    for name in ("sample/step-00000002-00.png", "plan.json", "status.json"):
+        (out / name).write_text("{}")
+    with pytest.raises(DataError, match="there is no image in it"):
+        check(with_source(plan, Source("folder", str(out))), tmp_path)
 
 
 def test_a_dangerous_archive(plan: Plan, tmp_path: Path) -> None:
@@ -283,9 +321,6 @@ def test_a_missing_shard_is_named(model: Path) -> None:
         lambda data: data + b"x",
         lambda data: data[:4],
         lambda data: b"",
-        lambda data: (
-            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 1\n"
-        ),
         lambda data: (2**60).to_bytes(8, "little") + data[8:],
     ],
 )
@@ -317,3 +352,38 @@ def test_the_embedded_miniature_is_whole(tmp_path: Path) -> None:
 def test_every_error_has_an_exit_code() -> None:
     assert {k.exit_code for k in (SettingsError, DataError, StorageError)} == {78, 65, 74}
     assert all(issubclass(k, KilnError) for k in (SettingsError, DataError, StorageError))
+
+
+# --- paths of every kind
+
+
+@pytest.mark.parametrize("kind", ["folder", "archive"])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("/dev/zero", "a device"),
+        ("fifo", "a FIFO"),
+        ("round", "there is no"),
+        ("x" * 300, "there is no"),
+        ("/".join("d" * 1500), "there is no"),
+        ("new\nline", "new\\nline"),
+        ("caf\udce9", "caf\\udce9"),
+    ],
+)
+def test_a_path_that_is_no_source_is_named_on_one_line(
+    plan: Plan, tmp_path: Path, kind: str, name: str, said: str
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "round").symlink_to("round")
+    with pytest.raises(SettingsError) as caught:
+        check(with_source(plan, Source(kind, str(tmp_path / name))), tmp_path)
+    message = str(caught.value)
+    assert said in message
+    assert "DATASET_NAME=" in message and message.isprintable() and len(message) < 800
+
+
+def test_an_archive_of_a_terabyte_is_refused_and_not_read(plan: Plan, tmp_path: Path) -> None:
+    with (tmp_path / "a.zip").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(DataError, match="the archive has more than 100"):
+        check(with_source(plan, Source("archive", str(tmp_path / "a.zip"))), tmp_path)

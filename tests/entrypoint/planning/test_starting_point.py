@@ -20,7 +20,8 @@ from trainer.spec.plan import Plan
 
 CPU = Hardware("cpu", "x86_64", 32.0, 0, "", 32.0, 8)
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
-WIDTH = 8  # rows and columns of every matrix here
+WIDTH = 128  # of mini-flux
+WIDTHS = {"flux": WIDTH, "sdxl": 64, "sd3": 112}  # of the miniatures
 Matrices = dict[str, tuple[tuple[int, ...], list[float]]]
 
 
@@ -37,16 +38,18 @@ def write(path: Path, tensors: Matrices, **metadata: str) -> str:
     return str(path)
 
 
-def peft(module: str, *, rank: int, seed: float = 1.0) -> Matrices:
+def peft(module: str, *, rank: int, seed: float = 1.0, width: int = WIDTH) -> Matrices:
     return {
-        f"transformer.{module}.lora_A.weight": ((rank, WIDTH), [seed + i for i in range(rank * WIDTH)]),
-        f"transformer.{module}.lora_B.weight": ((WIDTH, rank), [1.0] * rank * WIDTH),
+        f"transformer.{module}.lora_A.weight": ((rank, width), [seed + i for i in range(rank * width)]),
+        f"transformer.{module}.lora_B.weight": ((width, rank), [1.0] * rank * width),
     }
 
 
-def kohya(module: str, *, rank: int, rows: int, alpha: float, up: list[float] | None = None) -> Matrices:
+def kohya(
+    module: str, *, rank: int, rows: int, alpha: float, up: list[float] | None = None, columns: int = WIDTH
+) -> Matrices:
     return {
-        f"lora_unet_{module}.lora_down.weight": ((rank, WIDTH), [1.0 + i for i in range(rank * WIDTH)]),
+        f"lora_unet_{module}.lora_down.weight": ((rank, columns), [1.0 + i for i in range(rank * columns)]),
         f"lora_unet_{module}.lora_up.weight": ((rows, rank), up or [1.0] * rank * rows),
         f"lora_unet_{module}.alpha": ((), [alpha]),
     }
@@ -138,17 +141,20 @@ def test_layers_outside_the_blocks_are_refused_by_name(tmp_path):
 )
 @pytest.mark.parametrize("base", ["mini-flux", "mini-sdxl", "mini-sd3"])
 def test_a_file_of_another_family_is_refused_with_both_names(tmp_path, module, is_of, base):
-    file = write(tmp_path / "x.safetensors", kohya(module, rank=2, rows=WIDTH, alpha=1))
+    width = WIDTHS[is_of]
+    file = write(tmp_path / "x.safetensors", kohya(module, rank=2, rows=width, alpha=1, columns=width))
     if base == f"mini-{is_of}":
         assert plan(file, base=base).lora.rank == 2
     else:
         message = refusal(file, base=base)
-        assert f"it looks like a LoRA for {is_of}" in message and f"this job is for {base[5:]}" in message
+        assert f"it looks like a LoRA for {is_of}" in message and f"{base[5:]} is needed" in message
 
 
 def test_names_that_two_families_share_are_told_apart_by_the_header(tmp_path):
     names = {"modelspec.architecture": f"{get_family('sd3').FACTS.architecture}/lora"}
-    file = write(tmp_path / "x.safetensors", peft("transformer_blocks.0.attn.to_out.0", rank=2), **names)
+    width = WIDTHS["sd3"]
+    tensors = peft("transformer_blocks.0.attn.to_out.0", rank=2, width=width)
+    file = write(tmp_path / "x.safetensors", tensors, **names)
     assert "it looks like a LoRA for sd3" in refusal(file)
     assert plan(file, base="mini-sd3").lora.rank == 2
 

@@ -1,5 +1,6 @@
 """A job inside a rented pod: it ends the pod when nothing is left to do, and never pays for trying in vain."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -106,6 +107,30 @@ def test_a_done_pod_that_is_started_again_stays_for_its_results(server, pod, mon
     began = time.monotonic()
     assert supervised(lambda: code, pod, times=QUICK) == code  # 75: it came back without GPUs
     assert time.monotonic() - began >= QUICK.linger and state(server) == "EXITED"
+
+
+def test_a_done_pod_whose_variables_were_edited_ends_when_its_new_run_is_done(server, pod):
+    out = Path(pod["OUTPUT_PATH"])
+
+    def trains(run, step):
+        out.mkdir(exist_ok=True)
+        (out / "status.json").write_text(json.dumps({"run": run, "step": step}))
+        return 0
+
+    assert supervised(lambda: trains("x", 1000), pod, times=QUICK) == 0
+    server.add_pod("pod1")
+    began = time.monotonic()
+    assert supervised(lambda: trains("x-2", 500), pod, times=dataclasses.replace(QUICK, linger=60.0)) == 0
+    assert time.monotonic() - began < 30 and state(server) == "EXITED"
+
+
+def test_steps_of_a_new_run_are_progress(server, pod):
+    out = Path(pod["OUTPUT_PATH"])
+    out.mkdir()
+    for number in range(2 * supervise.MAX_ATTEMPTS):
+        (out / "status.json").write_text(json.dumps({"run": f"x-{number}", "step": 1000 - number}))
+        assert supervised(lambda: 70, pod, times=QUICK) == 70
+    assert state(server) == "RUNNING"
 
 
 def test_graphql_where_the_rest_interface_fails(server, pod):

@@ -21,6 +21,7 @@ from entrypoint.settings.row import Secret
 from entrypoint.settings.variables import NAMES, ROWS, SECTIONS, Settings, section_rows
 from trainer.spec.errors import SettingsError
 from trainer.spec.family import base_models
+from trainer.spec.plan import AUTO
 
 BASE = min(base_models())
 FROZEN = """
@@ -35,6 +36,7 @@ PARAMS_PREDICTION_TYPE PARAMS_ZERO_TERMINAL_SNR PARAMS_MAX_TOKEN_LENGTH PARAMS_M
 PARAMS_GUIDANCE_SCALE PARAMS_NOISE_OFFSET PARAMS_PRIOR_LOSS_WEIGHT PARAMS_EMA_DECAY
 PARAMS_MAX_SKIPPED_STEPS PARAMS_MAX_LOSS_SPIKE
 PARAMS_LORA_TYPE PARAMS_NETWORK_DIM PARAMS_NETWORK_ALPHA PARAMS_SPLIT_QKV PARAMS_TARGET_MODULES PARAMS_RESUME_FROM
+RESUME_WITH_CHANGES
 BACKEND NUM_GPUS PARAMS_PRECISION PARAMS_GRADIENT_CHECKPOINTING PARAMS_OFFLOAD PARAMS_COMPILE PARAMS_ATTENTION
 MEMORY_LIMIT_GIB PARAMS_STEP_TIMEOUT
 OUTPUT_PATH OUTPUT_NAME SAMPLE_PROMPTS PARAMS_SAMPLE_EVERY_N_STEPS PARAMS_SAVE_EVERY_N_STEPS
@@ -104,9 +106,9 @@ def test_the_defaults_of_the_existing_interface_are_kept():
     assert (settings.output.output_path, settings.model.hf_home) == (Path("/workspace/output"), Path("/workspace/hf"))
     training = settings.training
     assert (training.optimizer_type, training.weight_decay, training.learning_scheduler) == ("prodigy", 0.1, "constant")
-    assert (training.noise_offset, training.max_epochs) == (0.1, 5)
+    assert (training.noise_offset, training.max_epochs) == (0.1, AUTO)
     assert settings.adapter.network_alpha == 4.0  # the rank: see test_resume.py
-    assert (settings.output.save_every_n_steps, settings.output.sample_every_n_steps) == (100, 200)
+    assert (settings.output.save_every_n_steps, settings.output.sample_every_n_steps) == (AUTO, AUTO)
 
 
 # ---- values

@@ -235,12 +235,15 @@ def test_pickles_are_refused_with_the_reason(tmp_path, end, variable):
 
 def test_a_file_of_another_model_is_refused(tmp_path):
     save_file(under("model.diffusion_model.", original("sd3")), tmp_path / "sd3.safetensors")
-    with pytest.raises(SettingsError, match="cannot be the denoiser of BASE_MODEL=mini-flux"):
+    with pytest.raises(SettingsError, match="is of another family: holds no denoiser for BASE_MODEL=mini-flux"):
         model_folder(tmp_path, "flux", MODEL_PATH=str(tmp_path / "sd3.safetensors"))
     save_file({"lora_unet_x.lora_down.weight": torch.ones(2, 2)}, tmp_path / "lora.safetensors")
-    with pytest.raises(SettingsError, match="holds no denoiser"):
+    with pytest.raises(SettingsError, match="is a LoRA, not a base model"):
         model_folder(tmp_path, "flux", MODEL_PATH=str(tmp_path / "lora.safetensors"))
     state = original("flux")
+    save_file(under("", {"shared": state["img_in.bias"]}), tmp_path / "none.safetensors")
+    with pytest.raises(SettingsError, match="holds no denoiser for BASE_MODEL=mini-flux"):
+        model_folder(tmp_path, "flux", MODEL_PATH=str(tmp_path / "none.safetensors"))
     del state["img_in.bias"]
     save_file(under("", state), tmp_path / "less.safetensors")
     with pytest.raises(SettingsError, match=r"x_embedder\.bias is missing"):

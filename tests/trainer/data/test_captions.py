@@ -1,19 +1,16 @@
-"""Where captions come from, and what the pipeline does to them."""
+"""What the pipeline makes of a caption."""
 
 from __future__ import annotations
 
-import json
 import random
-from pathlib import Path
+import unicodedata
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data import caption_files, captions
-from trainer.data.caption_files import decode, match_names, read_metadata, read_sidecar
-from trainer.data.captions import Caption, apply_pipeline, clean, compose_caption, dropped
-from trainer.spec.errors import DataError
+from trainer.data import captions
+from trainer.data.captions import clean, compose_caption, dropped, fill_placeholders, removed_characters
 from trainer.spec.plan import Source, Subset
 
 SOURCE = Source("folder", "pictures")
@@ -25,119 +22,31 @@ def subset(**keys) -> Subset:
 
 def outcomes(caption: str | None, **keys) -> set[str]:
     """All that 200 draws of the pipeline make of a caption."""
-    return {apply_pipeline(caption, subset(**keys), rng=random.Random(i), epoch=0) for i in range(200)}
+    return {compose_caption(caption, subset(**keys), random.Random(i)) for i in range(200)}
 
 
-# ---- text files
-
-
-@pytest.mark.parametrize(
-    ("data", "text", "legacy"),
-    [
-        ("café".encode(), "café", False),
-        (b"\xef\xbb\xbfa cat", "a cat", False),
-        ("a cat, 猫".encode("utf-16"), "a cat, 猫", False),
-        ("café".encode("latin-1"), "café", True),
-        (b"it\x92s a cat", "it’s a cat", True),
-        (b"\x81\x8d", "\x81\x8d", True),
-    ],
-)
-def test_encodings(data, text, legacy):
-    assert decode(data) == (text, legacy)
+# ---- cleaning
 
 
 def test_lines_are_stripped_and_empty_ones_left_out():
     assert clean("  a cat \r\n\r\n \t\r\n a dog\n") == "a cat\na dog"
     assert clean(" \n\t ") == ""
-    assert clean("a \ud800 cat") == "a ? cat"
-    assert clean("one\x85two\u2028three") == "one\x85two\u2028three"
+    assert clean("one\u2028two") == "one\u2028two"
 
 
-def test_a_sidecar_of_10_kb_is_read_whole(tmp_path):
-    file = tmp_path / "a.txt"
-    file.write_text("word " * 2000, encoding="utf-8")
-    assert len(read_sidecar(file).text) == 9999
+def test_controls_become_blanks_and_what_has_no_width_goes():
+    assert clean("a\x85b\0c") == "a b c"
+    assert clean("caf\ufffd \ud800\ufdd2x") == "caf    x"
+    assert clean("\ufeffa \u200bcat\u2060") == "a cat"
+    assert clean("\U0001f469\u200d\U0001f4bb") == "\U0001f469\u200d\U0001f4bb"  # a joiner makes one emoji of two
+    assert removed_characters("a\0\u200b\0\ufffd") == ["U+0000", "U+200B", "U+FFFD"]
 
 
-def test_a_sidecar_above_1_mib_is_refused(tmp_path):
-    file = tmp_path / "a.txt"
-    file.write_bytes(b"x" * (caption_files.MAX_SIDECAR_BYTES + 1))
-    with pytest.raises(DataError, match=r"a\.txt is more than 1 MiB"):
-        read_sidecar(file)
-
-
-def test_the_extension_asked_for_comes_first():
-    assert caption_files.sidecar_names("a", ".tags") == ("a.tags", "a.txt", "a.caption")
-    assert caption_files.sidecar_names("a", "txt") == ("a.txt", "a.caption")
-
-
-# ---- metadata files
-
-
-def metadata(tmp_path: Path, name: str, content, **keys) -> dict[str, str]:
-    file = tmp_path / name
-    file.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-    return {k: v.text for k, v in read_metadata(file, subset(**keys)).items()}
-
-
-def test_json_of_captions_and_tags(tmp_path):
-    content = {"a.png": {"caption": "a cat", "tags": "x, y"}, "b.png": {"tags": "z"}, "c.png": "a dog", "d.png": {}}
-    assert metadata(tmp_path, "m.json", content) == {"a.png": "a cat,x, y", "b.png": "z", "c.png": "a dog"}
-
-
-def test_with_wildcards_every_line_gets_the_tags(tmp_path):
-    content = {"a.png": {"caption": "a cat\na dog", "tags": "x"}}
-    assert metadata(tmp_path, "m.json", content, enable_wildcard=True) == {"a.png": "a cat,x\na dog,x"}
-
-
-@pytest.mark.parametrize("name", ["m.jsonl", "m.json", "m.csv"])
-def test_rows_of_file_name_and_text(tmp_path, name):
-    rows = [{"file_name": "a.png", "text": "a cat"}, {"file_name": "b.png", "text": "a dog, big"}]
-    content = {
-        "m.jsonl": "\n".join(json.dumps(r) for r in rows) + "\n",
-        "m.json": json.dumps(rows),
-        "m.csv": '\ufefffile_name,text\r\na.png,a cat\r\nb.png,"a dog, big"\r\n',
-    }[name]
-    assert metadata(tmp_path, name, content) == {"a.png": "a cat", "b.png": "a dog, big"}
-
-
-def test_named_columns_lists_and_repeated_rows(tmp_path):
-    source = Source("hub", "x/y", image_column="img", caption_column="blip")
-    file = tmp_path / "m.jsonl"
-    rows = [{"img": "a.png", "blip": ["one", "two"], "text": "no"}, {"img": "a.png", "blip": "three"}]
-    file.write_text("\n".join(json.dumps(r) for r in rows), encoding="utf-8")
-    assert read_metadata(file, Subset(source))["a.png"].text == "one\ntwo\nthree"
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("m.jsonl", '{"file_name": "a.png", "text": "a"}\n{oops', r"m\.jsonl, line 2: not JSON"),
-        ("m.jsonl", '{"text": "a"}', r"m\.jsonl, line 1: no file_name or image_path"),
-        ("m.jsonl", '{"file_name": "a.png", "text": 7}', r"line 1: the caption is 7, not a text"),
-        ("m.json", "[1]", r"entry 1: not an object"),
-        ("m.csv", "name,text\na.png,x\n", r"m\.csv, row 2: no file_name or image_path"),
-    ],
-)
-def test_a_bad_row_is_named(tmp_path, name, content, message):
-    with pytest.raises(DataError, match=message):
-        metadata(tmp_path, name, content)
-
-
-def test_a_missing_metadata_file_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"metadata_file .*gone\.json cannot be read"):
-        read_metadata(tmp_path / "gone.json", subset())
-
-
-def test_entries_match_names_stems_and_paths_of_other_machines():
-    entries = {
-        name: Caption(name, "metadata")
-        for name in ("a.png", "./b.png", "c", "/home/me/d.png", "/data/sub/e.png", "C:\\me\\f.png", "gone.png")
-    }
-    names = ["a.png", "b.png", "c.jpg", "c.png", "d.png", "sub/e.png", "f.png"]
-    matched, unknown = match_names(entries, names, folder=Path("/data"))
-    assert set(matched) == set(names) and unknown == ["gone.png"]
-    assert matched["c.jpg"].text == matched["c.png"].text == "c"
+@given(st.text())
+def test_no_control_character_stays(text):
+    cleaned = clean(text)
+    assert removed_characters(cleaned) == [] and clean(cleaned) == cleaned
+    assert not any(unicodedata.category(c) in ("Cc", "Cs") for c in cleaned.replace("\n", "").replace("\t", ""))
 
 
 # ---- the pipeline
@@ -197,15 +106,35 @@ def test_the_trigger_word_is_put_in_front_if_it_is_not_there():
     assert all(c.count("sks") == 1 for c in outcomes("sks, a, b", trigger_word="sks", caption_tag_dropout_rate=0.9))
 
 
-def test_whole_captions_are_dropped_at_the_higher_rate():
-    for keys, rate in (({"caption_dropout_rate": 0.3}, 0.1), ({"caption_dropout_rate": 0.1}, 0.3)):
-        rng = random.Random(0)
-        got = [
-            apply_pipeline("a", subset(**keys, trigger_word="sks"), rng=rng, epoch=0, dropout_rate=rate)
-            for _ in range(4000)
-        ]
-        assert set(got) == {"", "sks, a"}
-        assert abs(got.count("") / 4000 - 0.3) < 0.03
+@pytest.mark.parametrize("placeholder", ["[trigger]", "[Trigger]", "[trigger word]", "[trigger_word]", "[name]"])
+def test_the_trigger_word_takes_its_place(placeholder):
+    caption = f"a photo of {placeholder}, and {placeholder}"
+    assert outcomes(caption, trigger_word="sks") == {"a photo of sks, and sks"}
+    assert outcomes("a cat", caption_prefix=f"{placeholder},", trigger_word="sks") == {"sks, a cat"}
+    assert outcomes(caption) == {caption}
+    assert outcomes(caption, trigger_word="sks", is_reg=True) == {caption}
+    assert fill_placeholders(caption, subset(trigger_word="sks")) == "a photo of sks, and sks"
+    assert fill_placeholders(caption, subset()) == caption
+
+
+@pytest.mark.parametrize("written", ["ohwx woman", "[trigger]"])
+def test_the_trigger_word_is_never_shuffled_nor_dropped(written):
+    keys = {"trigger_word": "ohwx woman", "shuffle_caption": True, "caption_tag_dropout_rate": 0.5}
+    got = outcomes(f"red, {written}, hat", **keys)
+    assert all(caption.startswith("ohwx woman") for caption in got) and len(got) > 4
+    assert all("a photo of ohwx woman" in caption for caption in outcomes(f"red, a photo of {written}, hat", **keys))
+    assert outcomes(f"{written}, b", trigger_word="ohwx woman", shuffle_caption=True) == {"ohwx woman, b"}
+
+
+def test_a_trigger_word_with_a_separator_in_it_stays_one():
+    got = outcomes("zot, dog, red, hat", trigger_word="zot, dog", shuffle_caption=True)
+    assert got == {"zot, dog, red, hat", "zot, dog, hat, red"}
+    assert outcomes("a;;b", trigger_word="x;;y", secondary_separator=";;") == {"x;;y, a,b"}
+
+
+def test_a_separator_of_kept_tokens_is_taken_out_without_shuffling():
+    assert outcomes("a, b ||| c, d ||| e ||| f", keep_tokens_separator="|||") == {"a, b, c, d, e, f"}
+    assert outcomes("a ,b", keep_tokens_separator="|||") == {"a ,b"}
 
 
 def test_every_third_epoch_goes_without_captions():

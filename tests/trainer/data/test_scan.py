@@ -180,7 +180,7 @@ def test_captions_by_sidecar_in_the_order_of_extensions(make_folder):
     found = scan_folder(folder, caption_extension=".tags")
     assert captions(found) == {"00.png": "00.tags", "01.png": "01.txt", "02.png": "02.caption", "03.png": None}
     assert "4 images, 3 captions" in found.report()
-    assert "1 captions missing: trained without caption" in found.report()
+    assert "1 caption missing: trained without caption" in found.report()
 
 
 def test_class_tokens_stand_in_for_missing_captions_not_for_empty_ones(make_folder):
@@ -189,8 +189,8 @@ def test_class_tokens_stand_in_for_missing_captions_not_for_empty_ones(make_fold
     (folder / "01.txt").write_text(" \n\t")
     found = scan_folder(folder, class_tokens="sks dog")
     assert captions(found) == {"00.png": "own", "01.png": "", "02.png": "sks dog"}
-    assert "1 captions missing: class_tokens 'sks dog' is used" in found.report()
-    assert "1 captions are empty" in found.report()
+    assert "1 caption missing: class_tokens 'sks dog' is used" in found.report()
+    assert "no text in 1 caption: trained without caption: 01.png" in found.report()
 
 
 def test_encodings_and_several_lines_are_reported(make_folder):
@@ -200,8 +200,8 @@ def test_encodings_and_several_lines_are_reported(make_folder):
     (folder / "02.txt").write_text("one\ntwo")
     found = scan_folder(folder)
     assert captions(found) == {"00.png": "café", "01.png": "a cat", "02.png": "one\ntwo"}
-    assert "1 captions are not UTF-8" in found.report()
-    assert "1 captions have several lines: the first is used" in found.report()
+    assert "not UTF-8, so read as cp1252: 1 file: 00.txt" in found.report()
+    assert "several lines in 1 caption: the first is used" in found.report()
 
 
 def test_no_captions_at_all_is_said_loudly(make_folder):
@@ -226,7 +226,7 @@ def test_metadata_files_come_before_sidecars_and_may_lie_in_any_folder(make_fold
         "train/01.png": "below",
         "train/02.png": "picture 2, a tag, another tag",
     }
-    assert "1 entries of metadata.jsonl name no image in the folder: gone.png" in found.report()
+    assert "train/metadata.jsonl: no image in the folder for 1 of its 2 rows: line 2 (gone.png)" in found.report()
     assert "not read" not in found.report()
 
 
@@ -236,6 +236,33 @@ def test_the_metadata_file_asked_for_is_the_only_one(make_folder, tmp_path):
     (tmp_path / "mine.json").write_text(json.dumps({"00": {"caption": "a cat", "tags": "x"}}))
     found = scan_folder(folder, metadata_file=str(tmp_path / "mine.json"))
     assert captions(found) == {"00.png": "a cat,x", "01.png": "picture 1, a tag, another tag"}
+
+
+def test_a_placeholder_without_a_trigger_word_is_a_warning(make_folder):
+    folder = make_folder("a", 2)
+    (folder / "01.txt").write_text("a photo of [trigger]")
+    assert "WARNING: [trigger] stays as it is in 1 caption: 01.png" in scan_folder(folder).report()
+    assert "Set TRIGGER_WORD" in scan_folder(folder).report()
+    assert "[trigger]" not in scan_folder(folder, trigger_word="zot").report()
+    assert "Regularisation images get no trigger word" in scan_folder(folder, trigger_word="zot", is_reg=True).report()
+
+
+def test_options_without_effect_are_a_warning(make_folder):
+    folder = make_folder("a", 2)
+    assert "keep_tokens 2 has no effect without shuffle_caption" in scan_folder(folder, keep_tokens=2).report()
+    keys = {"shuffle_caption": True, "caption_separator": ";", "keep_tokens_separator": "|||"}
+    report = scan_folder(folder, **keys, secondary_separator=";;").report()
+    assert "WARNING: keep_tokens_separator '|||' is in none of the captions" in report
+    assert "WARNING: secondary_separator ';;' is in none of the captions" in report
+    assert "WARNING: tags are shuffled or dropped, but no caption has a caption_separator ';'" in report
+    assert "WARNING" not in scan_folder(folder, shuffle_caption=True, keep_tokens=1).report()
+
+
+def test_generated_images_miss_no_captions(make_folder):
+    folder = make_folder("a", 2, captions=False)
+    source = Source("generated", "a dog", path=str(folder))
+    report = scan(plan(Subset(source, class_tokens="a dog", is_reg=True)), cpu_workers=0).report()
+    assert "the caption of 2 images is class_prompt 'a dog'" in report and "missing" not in report
 
 
 # ---- masks

@@ -10,8 +10,11 @@ import sys
 import termios
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trainer.job.metrics import Metrics
+from tests.support.drawings import draw
+from tests.support.plans import job_plan
+from trainer.job.metrics import Metrics, plan_as_markdown
 from trainer.job.status import Status
 from trainer.training.loop import Step
 
@@ -56,3 +59,55 @@ def test_a_terminal_gets_one_bar_with_the_time_that_is_left_and_words_above_it(s
 def test_a_terminal_that_does_not_know_its_width_gets_lines(shown):
     text = shown(0)
     assert "step 1/3  epoch 1  loss 0.2500" in text and "step 3/3" in text and "%|" not in text
+
+
+# ---- TensorBoard
+
+
+@pytest.fixture
+def board(tmp_path):
+    """A function that reads what a run showed: scalars by tag, tags of images, texts by tag."""
+
+    def read():
+        events = EventAccumulator(str(tmp_path / "logs"), size_guidance={"images": 0, "scalars": 0, "tensors": 0})
+        events.Reload()
+        tags = events.Tags()
+        scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags["scalars"]}
+        images = {tag: [(e.step, e.width, e.height) for e in events.Images(tag)] for tag in tags["images"]}
+        texts = {tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in tags["tensors"]}
+        return scalars, images, texts
+
+    return read
+
+
+def test_tensorboard_has_speed_memory_and_prodigys_estimate(tmp_path, board):
+    metrics = Metrics(tmp_path, Status(tmp_path), total_steps=2, first_step=0)
+    for number in (1, 2):
+        metrics.step(Step(number, 1, 2, loss=0.25, grad_norm=1.0), learning_rate=2e-4, estimate=number / 1e4)
+    metrics.record({"step": 2, "validation_loss": 0.125})
+    metrics.close()
+    scalars, _, _ = board()
+    assert [step for step, _ in scalars["prodigy_d"]] == [1, 2] and scalars["prodigy_d"][1][1] == pytest.approx(2e-4)
+    assert scalars["validation_loss"] == [(2, 0.125)] and scalars["lr"][0][1] == pytest.approx(2e-4)
+    assert scalars["images_per_second"][-1][0] == 2 and scalars["memory_gib"][-1][1] > 0.05
+
+
+def test_other_optimisers_have_no_estimate(tmp_path, board):
+    metrics = Metrics(tmp_path, Status(tmp_path), total_steps=1, first_step=0)
+    metrics.step(Step(1, 1, 2, loss=0.25, grad_norm=1.0), learning_rate=2e-4)
+    metrics.close()
+    assert "prodigy_d" not in board()[0]
+    assert "prodigy_d" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_tensorboard_has_the_samples_as_images_and_the_plan_as_text(tmp_path, board):
+    draw(64, 48, seed=1).save(tmp_path / "step-00000010-00.png")
+    metrics = Metrics(tmp_path, Status(tmp_path), total_steps=20, first_step=0)
+    plan = job_plan(tmp_path, "flux")
+    metrics.describe(plan_as_markdown(plan))
+    metrics.samples(10, [tmp_path / "step-00000010-00.png"])
+    metrics.close()
+    _, images, texts = board()
+    assert images == {"sample/00": [(10, 64, 48)]}
+    (text,) = texts.values()
+    assert plan.reasons[0] in text and '"family": "flux"' in text

@@ -93,3 +93,16 @@ def test_buckets_and_tags_are_listed_for_the_run_and_for_each_dataset(job_plan, 
 def test_secrets_in_a_url_are_not_in_the_header():
     assert Source("archive", "https://host/a/pictures.zip?key=canary").public == "https://host/a/pictures.zip"
     assert Source("folder", "/data/what?").public == "/data/what?"
+
+
+def test_the_trigger_words_of_all_subsets_and_no_placeholder(job_plan, tmp_path):
+    folder = {"image_dir": str(tmp_path / "pictures")}
+    own = [{**folder, "trigger_word": "sks"}, folder, {**folder, "trigger_word": ""}, {**folder, "is_reg": True}]
+    config = {"datasets": [{"resolution": 128, "subsets": own}]}
+    plan = job_plan("flux", DATASET_NAME="", DATASET_CONFIG=json.dumps(config), TRIGGER_WORD="zot")
+    for caption in (tmp_path / "pictures").glob("*.txt"):
+        caption.write_text("a photo of [trigger]")
+    found = header(plan)
+    assert found["modelspec.trigger_phrase"] == "sks, zot"
+    tags = json.loads(found["ss_tag_frequency"])
+    assert "a photo of sks" in tags["pictures"] and "a photo of zot" in tags["pictures (2)"]

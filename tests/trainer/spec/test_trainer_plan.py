@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import types
 import typing
 from typing import Any
@@ -13,8 +14,10 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from entrypoint.settings.variables import NAMES
 from trainer.spec.errors import SettingsError
 from trainer.spec.plan import (
+    AUTO,
     VERSION,
     DataPlan,
     Dataset,
@@ -28,7 +31,7 @@ from trainer.spec.plan import (
     Subset,
     TrainPlan,
 )
-from trainer.spec.resume_rules import differences, resumes_state
+from trainer.spec.resume_rules import Changes, changes, check_fits, check_named_state, differences, variable
 
 
 def anything(kind: Any) -> st.SearchStrategy[Any]:
@@ -102,8 +105,8 @@ def test_everything_else_is_named_when_it_changes(plan):
         lora=dataclasses.replace(plan.lora, split_qkv=not plan.lora.split_qkv),
     )
     assert differences(plan.essence(), changed.essence()) == [
-        f"lora.split_qkv: {plan.lora.split_qkv} → {not plan.lora.split_qkv}",
-        f"train.seed: {plan.train.seed} → {plan.train.seed + 1}",
+        f"PARAMS_SPLIT_QKV: {str(plan.lora.split_qkv).lower()} → {str(not plan.lora.split_qkv).lower()}",
+        f"PARAMS_SEED: {plan.train.seed} → {plan.train.seed + 1}",
     ]
 
 
@@ -143,30 +146,109 @@ def spread(gpus, each):
 
 @pytest.mark.parametrize(("then", "now"), [((2, 1), (1, 2)), ((4, 1), (2, 2)), ((1, 6), (3, 2)), ((2, 3), (2, 3))])
 def test_another_number_of_gpus_goes_on_where_a_step_has_as_many_batches(then, now):
-    assert resumes_state(spread(*now), spread(*then).essence(), step=1, in_output=True)
+    assert changes(spread(*then).essence(), spread(*now)) == Changes()
 
 
 def test_a_run_of_before_there_were_several_gpus_goes_on():
     begun = spread(1, 1).essence()
     del begun["engine.num_gpus"]
-    assert resumes_state(spread(1, 1), begun, step=1, in_output=True)
+    assert changes(begun, spread(1, 1)) == Changes()
 
 
 def test_a_run_of_before_attention_was_neutral_goes_on():
     made, begun = spread(1, 1), {**spread(1, 1).essence(), "engine.attention": "native"}
     other = dataclasses.replace(made, engine=dataclasses.replace(made.engine, attention="flash_4"))
-    assert resumes_state(made, begun, step=1, in_output=True) and resumes_state(other, begun, step=1, in_output=False)
+    assert changes(begun, made) == Changes() == changes(begun, other)
 
 
 def test_another_number_of_gpus_is_refused_by_name_where_a_step_would_have_other_batches():
-    with pytest.raises(SettingsError, match=r"engine\.num_gpus: 2 → 4"):
-        resumes_state(spread(4, 1), spread(2, 1).essence(), step=1, in_output=True)
-    with pytest.raises(SettingsError, match=r"engine\.num_gpus: 2 → 1\n  train\.gradient_accumulation: 1 → 3"):
-        resumes_state(spread(1, 3), spread(2, 1).essence(), step=1, in_output=False)
+    with pytest.raises(SettingsError, match=r"NUM_GPUS: 2 → 4"):
+        check_named_state(spread(4, 1), spread(2, 1).essence(), step=1)
+    with pytest.raises(SettingsError, match=r"NUM_GPUS: 2 → 1\n  PARAMS_GRADIENT_ACCUMULATION: 1 → 3"):
+        check_named_state(spread(1, 3), spread(2, 1).essence(), step=1)
 
 
 def test_a_field_that_is_not_there_is_absent():
-    assert differences({"a": 1}, {"b": 2}) == ["a: 1 → absent", "b: absent → 2"]
+    assert differences({"train.a": 1}, {"train.b": 2}) == ["PARAMS_A: 1 → not set", "PARAMS_B: not set → 2"]
+
+
+def changed(plan, section, **values):
+    return dataclasses.replace(plan, **{section: dataclasses.replace(getattr(plan, section), **values)})
+
+
+def test_every_field_of_the_essence_has_a_name_that_the_user_knows():
+    source = Source("folder", "/a")
+    data = DataPlan((Dataset((Subset(source),), (64, 64)),))
+    plan = dataclasses.replace(spread(1, 1), data=data)
+    for key in plan.essence():
+        name = variable(key)
+        if key in ("data.strict", "version"):
+            continue  # no setting that changes what comes out
+        if "in dataset.json" in name:
+            assert key.startswith("data.datasets[0].") and "(datasets[0]" in name, name
+        elif key != "model.family":
+            assert set(re.split(r", | and ", name)) <= set(NAMES), f"{key}: {name}"
+
+
+def test_what_differs_is_sorted_by_what_follows():
+    plan = spread(1, 1)
+    essence = plan.essence()
+    assert changes(essence, changed(plan, "optim", learning_rate=0.5)).settings == ("PARAMS_LEARNING_RATE: 1 → 0.5",)
+    longer = changes(essence, changed(plan, "train", max_steps=20, max_epochs=AUTO))
+    assert longer.settings == () and longer.steps == ("PARAMS_MAX_EPOCHS: 5 → auto", "PARAMS_MAX_STEPS: not set → 20")
+    moved = changes(essence, changed(plan, "model", source="/elsewhere"))
+    assert moved.settings == () and moved.model == ("MODEL_PATH: a → /elsewhere",)
+    strict = changed(plan, "data", strict=True)
+    assert changes(essence, strict) == Changes()
+
+
+def test_what_auto_chose_on_other_hardware_is_the_same_run_and_what_the_user_set_is_not():
+    plan = spread(1, 1)
+    other = changed(plan, "engine", device="cuda", precision="bf16", dtype="bfloat16")
+    assert len(changes(plan.essence(), other).settings) == 3
+    left = dataclasses.replace(other, automatic=("BACKEND", "PARAMS_PRECISION"))
+    found = changes(plan.essence(), left)
+    assert found.settings == () and "PARAMS_PRECISION: fp32 → bf16" in found.hardware
+
+
+def test_a_field_that_an_older_version_lacked_is_no_change_at_its_default():
+    plan = dataclasses.replace(spread(1, 1), data=DataPlan((Dataset((Subset(Source("folder", "/a")),), (64, 64)),)))
+    older = plan.essence()
+    for key in ("train.max_loss_spike", "optim.text_encoders", "data.datasets[0].subsets[0].alpha_mask"):
+        del older[key]
+    assert changes(older, plan) == Changes()
+    assert changes(older, changed(plan, "train", max_loss_spike=2.0)).settings == ("PARAMS_MAX_LOSS_SPIKE: 10 → 2",)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "named"),
+    [
+        ("lora", {"rank": 8}, r"PARAMS_NETWORK_DIM: 32 → 8\nIt fits PARAMS_NETWORK_DIM=32\."),
+        ("lora", {"kind": "dora"}, "PARAMS_LORA_TYPE: lora → dora"),
+        ("optim", {"name": "adamw"}, "PARAMS_OPTIMIZER_TYPE: prodigy → adamw"),
+        ("optim", {"args": {"slice_p": 2}}, "slice_p in PARAMS_OPTIMIZER_ARGS: not set → 2"),
+        ("optim", {"text_encoders": {"text_encoder": 1e-5}}, "PARAMS_TEXT_ENCODER_LR: not set → text_encoder=1e-05"),
+    ],
+)
+def test_a_state_does_not_go_on_with_what_has_no_place_in_it(section, values, named):
+    plan = spread(1, 1)
+    with pytest.raises(SettingsError, match=named):
+        check_fits(plan.essence(), changed(plan, section, **values), step=4, lora="/x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("optim", {"learning_rate": 2.0}),
+        ("optim", {"args": {"d_coef": 1.0, "betas": [0.9, 0.99]}}),
+        ("train", {"ema_decay": 0.9, "seed": 1}),
+        ("lora", {"alpha": 8.0}),
+        ("engine", {"precision": "bf16", "dtype": "bfloat16"}),
+    ],
+)
+def test_a_state_goes_on_with_what_only_changes_the_next_step(section, values):
+    plan = spread(1, 1)
+    check_fits(plan.essence(), changed(plan, section, **values), step=4, lora=None)
 
 
 @given(PLANS, st.data())

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from trainer.data.caption_files.findings import Findings, some
+from trainer.data.caption_files.findings import Findings, many, some
 from trainer.data.caption_files.matching import ImageNames
 from trainer.data.caption_files.sidecars import Sidecars, find_sidecars
 from trainer.data.caption_files.tables import Row, read_table
@@ -137,8 +137,8 @@ def _read_files(
             findings.problems.append(f"{name} is not a caption: {reason}.")
     if removed:
         findings.warn(
-            f"Control or invisible characters are taken out of {len(removed)} captions: {some(removed)}. U+FFFD stands "
-            "for a letter that was lost before."
+            f"control or invisible characters are taken out of {many(len(removed), 'caption')}: {some(removed)}. "
+            "U+FFFD stands for a letter that was lost before."
         )
         findings.unused += [f"{name}: taken out of the caption" for name in removed]
     return usable
@@ -186,17 +186,17 @@ def _note_encodings(decoded: Mapping[str, Decoded], findings: Findings) -> None:
             beginning = clean(decoded[name].text)[:30].split("\n")[0]
             examples.append(f"{name} ({beginning})")
         findings.warn(
-            f"{len(names)} captions are not UTF-8: read as {encoding}: {some(examples)}. If these are the wrong "
+            f"not UTF-8, so read as {encoding}: {many(len(names), 'file')}: {some(examples)}. If these are the wrong "
             "characters, save the files as UTF-8."
         )
     if unreadable:
         findings.problems.append(
-            f"{len(unreadable)} captions are neither Unicode nor in another encoding that is known: {some(unreadable)}."
-            " Save them as UTF-8."
+            f"neither Unicode nor another known encoding: {many(len(unreadable), 'file')}: {some(unreadable)}. Save as "
+            "UTF-8."
         )
     if mojibake:
         findings.warn(
-            f"{len(mojibake)} captions look like UTF-8 that was read as Windows-1252 and saved so: {some(mojibake)}."
+            f"UTF-8 that was once read as Windows-1252 and saved so: {many(len(mojibake), 'file')}: {some(mojibake)}."
         )
 
 
@@ -239,12 +239,13 @@ def _add_metadata(table: _Metadata, text: Decoded, folder: Folder, subset: Subse
         found.captions[image] = Caption(caption, "metadata", where, text.encoding)
     if several and not subset.enable_wildcard:
         findings.warn(
-            f"{table.title}: {len(several)} images have several rows: the first is used (enable_wildcard draws one): "
-            f"{some(several)}."
+            f"{table.title}: several rows for {many(len(several), 'image')}: the first is used (enable_wildcard draws "
+            f"one): {some(several)}."
         )
     if replaced:
         findings.warn(
-            f"{table.title}: {len(replaced)} images have another caption elsewhere. The row is used: {some(replaced)}."
+            f"{table.title}: another caption elsewhere for {many(len(replaced), 'image')}; the row is used: "
+            f"{some(replaced)}."
         )
 
 
@@ -283,9 +284,9 @@ def _match(
     if gone:
         without_row = next((name for name in names if name not in by_image), None)
         other_side = f" An image without a row is {without_row}." if without_row else ""
-        count = f"{len(gone)} of its {len(rows)} rows name no image in the folder"
+        count = f"no image in the folder for {len(gone)} of its {len(rows)} rows"
         if not by_image:
-            count = f"none of its {len(rows)} rows names an image in the folder"
+            count = "no row names an image in the folder"
         findings.warn(f"{title}: {count}: {some(gone)}.{other_side}")
     return by_image
 
@@ -302,7 +303,7 @@ def _note_sidecars(sidecars: Sidecars, found: FoundCaptions, images: Sequence[st
         pairs.append(f"{instead} (not {file})")
     if pairs:
         findings.warn(
-            f"{len(pairs)} images have two text files. caption_extension, then .txt, then .caption is read: "
+            f"two text files for {many(len(pairs), 'image')}; caption_extension, then .txt, then .caption is read: "
             f"{some(pairs)}."
         )
     for file, image in sidecars.of_skipped.items():
@@ -312,7 +313,7 @@ def _note_sidecars(sidecars: Sidecars, found: FoundCaptions, images: Sequence[st
     if sidecars.orphans:
         without = next((image for image in images if image not in sidecars.of_image), None)
         other_side = f" An image without a text file is {without}." if without else ""
-        findings.warn(f"{len(sidecars.orphans)} text files have no image: {some(sidecars.orphans)}.{other_side}")
+        findings.warn(f"no image for {many(len(sidecars.orphans), 'text file')}: {some(sidecars.orphans)}.{other_side}")
     silent = []
     for file, image in sidecars.other_tools.items():
         findings.unused.append(f"{file}: its extension is not the caption_extension")
@@ -320,8 +321,8 @@ def _note_sidecars(sidecars: Sidecars, found: FoundCaptions, images: Sequence[st
             silent.append(f"{file} for {image}")
     if silent:
         findings.warn(
-            f"{len(silent)} images without a caption have files of another kind beside them, which are not read: "
-            f"{some(silent)}. Set caption_extension in dataset.json if these are the captions."
+            f"not read, though {many(len(silent), 'image')} without a caption would need it: {some(silent)}. "
+            "Set caption_extension in dataset.json if these are the captions."
         )
 
 
@@ -344,6 +345,6 @@ def _note_other_files(
     silent = [image for image in images if image not in found.captions or not found.captions[image].encoding]
     if tables and silent:
         found.findings.warn(
-            f"{len(silent)} images have no caption of their own, and {some(tables)} is not read. If the captions are "
-            f"there, call it metadata{Path(tables[0]).suffix}, or name it as metadata_file in dataset.json."
+            f"no caption for {many(len(silent), 'image')}, and {some(tables)} is not read. If the captions are there, "
+            f"call it metadata{Path(tables[0]).suffix}, or name it as metadata_file in dataset.json."
         )

@@ -31,7 +31,7 @@ class ImageNames:
             for key in dict.fromkeys((name, _stem(name))):
                 self._exact.setdefault(key, []).append(name)
                 self._loose.setdefault(folded(key), []).append(name)
-                self._last.setdefault(folded(PurePosixPath(key).name), []).append(name)
+                self._last.setdefault(folded(_last_part(key)), []).append(name)
 
     def find(self, entry: str) -> list[str]:
         """The images that `entry` names: one; all of one stem, if it has no suffix; or none.
@@ -41,6 +41,8 @@ class ImageNames:
         """
         path, anywhere = self._normal(entry)
         images = self._look_up(path)
+        if images:
+            return images
         parts = PurePosixPath(path).parts
         here = [folded(part) for part in self._folder.parts]
         for dropped in range(1, len(parts)):
@@ -54,12 +56,14 @@ class ImageNames:
     def find_by_last_part(self, entry: str) -> list[str]:
         """The only image in any folder with the same last part of the name, for files of which no row matches."""
         path, _ = self._normal(entry)
-        last = PurePosixPath(path).name
+        last = _last_part(path)
         return _only(self._last.get(folded(last))) or _only(self._last.get(folded(_stem(last))))
 
     def _normal(self, entry: str) -> tuple[str, bool]:
         """The entry as a relative path with /, and whether it is one of another machine."""
         text = entry.strip().replace("\\", "/")
+        if "/" not in text:
+            return text, False
         if elsewhere := ELSEWHERE.match(text):
             if "://" in elsewhere.group():
                 text = re.split(r"[?#]", text)[0]
@@ -82,10 +86,14 @@ class ImageNames:
 
 def _stem(name: str) -> str:
     """`a/b.png` → `a/b`; `a/b.v2`, whose end is no suffix of an image, stays."""
-    suffix = PurePosixPath(name).suffix
+    suffix = "." + name.rpartition(".")[2]
     if READABLE.fullmatch(suffix) or UNREADABLE.fullmatch(suffix):
         return name[: -len(suffix)]
     return name
+
+
+def _last_part(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 def _only(images: list[str] | None) -> list[str]:

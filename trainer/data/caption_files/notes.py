@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from trainer.data.caption_files.findings import Findings, some
+from trainer.data.caption_files.findings import Findings, many, some
 from trainer.data.captions import Caption, own_trigger
 from trainer.spec.plan import Subset
 from trainer.spec.prompts import TRIGGER_PLACEHOLDER
@@ -17,16 +17,16 @@ def note_captions(images: Sequence[str], captions: Mapping[str, Caption], subset
         if image in captions and captions[image].origin != "class_tokens":
             own[image] = captions[image]
     if subset.source.kind == "generated":
-        findings.notes.append(f"the caption of all {len(images)} images is class_prompt {subset.class_tokens!r}")
+        findings.notes.append(f"the caption of {many(len(images), 'image')} is class_prompt {subset.class_tokens!r}")
     else:
         _note_missing(images, own, subset, findings)
     empty = [image for image, caption in own.items() if not caption.text]
     if empty:
-        findings.warn(f"{len(empty)} captions are empty: trained without caption: {some(empty)}")
+        findings.warn(f"no text in {many(len(empty), 'caption')}: trained without caption: {some(empty)}")
     several = [image for image, caption in own.items() if "\n" in caption.text and caption.origin == "sidecar"]
     if several and not subset.enable_wildcard:
         findings.warn(
-            f"{len(several)} captions have several lines: the first is used (enable_wildcard draws one): "
+            f"several lines in {many(len(several), 'caption')}: the first is used (enable_wildcard draws one): "
             f"{some(several)}"
         )
     _note_trigger(images, captions, subset, findings)
@@ -34,18 +34,18 @@ def note_captions(images: Sequence[str], captions: Mapping[str, Caption], subset
 
 
 def _note_missing(images: Sequence[str], own: Mapping[str, Caption], subset: Subset, findings: Findings) -> None:
-    findings.notes.insert(0, f"{len(images)} images, {len(own)} captions")
+    findings.notes.insert(0, f"{many(len(images), 'image')}, {many(len(own), 'caption')}")
     missing = [image for image in images if image not in own]
     if not missing:
         return
     if subset.class_tokens:
         findings.notes.append(
-            f"{len(missing)} captions missing: class_tokens {subset.class_tokens!r} is used: {some(missing)}"
+            f"{many(len(missing), 'caption')} missing: class_tokens {subset.class_tokens!r} is used: {some(missing)}"
         )
     elif own:
-        findings.warn(f"{len(missing)} captions missing: trained without caption: {some(missing)}")
+        findings.warn(f"{many(len(missing), 'caption')} missing: trained without caption: {some(missing)}")
     else:
-        findings.notes.append(f"{len(missing)} captions missing: trained without caption: {some(missing)}")
+        findings.notes.append(f"{many(len(missing), 'caption')} missing: trained without caption: {some(missing)}")
     if not own and not subset.class_tokens and not subset.trigger_word:
         findings.warn(
             "no captions at all and no class_tokens: the model learns these images without words, and no word will "
@@ -68,7 +68,7 @@ def _note_trigger(images: Sequence[str], captions: Mapping[str, Caption], subset
     fix = "Set TRIGGER_WORD, or trigger_word in dataset.json."
     if subset.is_reg:
         fix = "Regularisation images get no trigger word: write the word for the class there."
-    findings.warn(f"{len(places)} captions have [trigger] in them, which stays as it is: {some(places)}. {fix}")
+    findings.warn(f"[trigger] stays as it is in {many(len(places), 'caption')}: {some(places)}. {fix}")
 
 
 def _note_options(captions: Sequence[Caption], subset: Subset, findings: Findings) -> None:

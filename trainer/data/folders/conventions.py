@@ -34,7 +34,7 @@ REGULAR_FOLDERS = re.compile(
 )
 BESIDE_IMG = ("log", "logs", "model", "models", "sample", "samples")  # what kohya's GUI makes beside img
 ONLY_A_NUMBER = "it has a number, and no name behind it"
-AS_DATASET_JSON = 'a subset with "image_dir" and "num_repeats" in dataset.json says otherwise'
+AS_DATASET_JSON = 'if repeats are meant, give it "image_dir" and "num_repeats" in dataset.json'
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,11 @@ def read_folders(folder: Folder, location: str) -> Reading:
             names = _Siblings(parent, tree, regular, location)
             names.read(folder, reading, plain)
     for place in regular:
+        if not any(part.folder.startswith(f"{place}/") for part in reading.parts):
+            reading.notes.append(
+                f"{WARNING}folder {printable(place)}: its name says that it has regularisation images, which show the "
+                "class and not the subject. If they are to be learnt, rename it."
+            )
         if any(reading.part_of(name) is None for name in folder.images if name.startswith(f"{place}/")):
             reading.parts.append(Part(place, 1, None, is_reg=True))
     if not reading.parts and not plain:
@@ -215,7 +220,7 @@ def _why_plain(number: str, words: str | None, *, certain: bool) -> str | None:
         return None
     if words is None:
         return ONLY_A_NUMBER
-    if number.startswith("0") and count > 0:
+    if number.startswith("0") and number != "0":
         return f"{number} seems to be a place in an order"
     if count in SIZES or count > (MOST_REPEATS_IN_IMG if certain else MOST_REPEATS):
         return f"{number} may be a year, a size or a count"

@@ -47,6 +47,7 @@ SAMPLE_NAME = re.compile(
     r".*_(e\d{6}|\d{6})_\d{2}_\d{14}(_\d+)?|\d{9,}__\d{9}_\d+|.*-training-sample-.*|step_\d+_.*|step-\d{8}-\d{2,}"
     r"|contact-sheet"
 )
+KINDS = ("mask", "map", "preview", "sample")  # of a `Companion`
 KEEP_IT = "If it is an image to train on, rename it."
 
 
@@ -55,7 +56,7 @@ class Companion:
     """An image file that belongs to another image. `base`: that image's name without suffix; None for samples."""
 
     base: str | None
-    kind: str  # mask | map | preview | sample
+    kind: str  # one of KINDS
     reason: str
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 MARKS = ("status.json", "run.log", "metrics.jsonl", "state", "dataset-report.txt")
 OUTPUT_NAMES = re.compile(
     r"(sample|samples|state|logs|runs)([.-].*)?"
-    r"|(plan|status|upload|crashes)\.json|metrics\.jsonl|run\.log|hang\.txt|dataset-report\.(txt|csv)"
+    r"|(plan|status|upload|crashes|run|pod)\.json|metrics\.jsonl|run\.log|hang\.txt|dataset-report\.(txt|csv)"
     r"|.*\.safetensors(\.unverified)?"
 )
 # In CACHE_PATH. A folder is recognised by the first two.
@@ -49,6 +49,16 @@ class Written:
             place = os.path.realpath(folder)
             if real_path == place or real_path.startswith(place.rstrip("/") + "/"):
                 return variable
+        return None
+
+    def holds_output(self, real_path: str) -> str | None:
+        """Where this job writes, as "OUTPUT_PATH/sample", if `real_path` is there or below it."""
+        if "OUTPUT_PATH" not in self.folders:
+            return None
+        place = os.path.realpath(self.folders["OUTPUT_PATH"]).rstrip("/") + "/"
+        first = real_path.removeprefix(place).split("/")[0]
+        if real_path.startswith(place) and OUTPUT_NAMES.fullmatch(first):
+            return f"OUTPUT_PATH/{first}"
         return None
 
 

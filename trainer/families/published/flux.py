@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trainer.families.published import common
-from trainer.spec.published import Published
+from trainer.spec.published import Lookalike, Published
 
 
 def _flux(*, guidance: bool) -> Published:
@@ -62,3 +62,13 @@ def _flux(*, guidance: bool) -> Published:
 
 DEV = _flux(guidance=True)  # and Krea
 SCHNELL = _flux(guidance=False)
+
+LOOKALIKES = (
+    Lookalike("Flux.1 Fill, which paints into images", "img_in.weight", (3072, 384)),
+    Lookalike("Flux.1 Fill, which paints into images", "x_embedder.weight", (3072, 384)),
+    Lookalike("Flux.1 Canny or Depth, which an image controls", "img_in.weight", (3072, 128)),
+    Lookalike("Flux.1 Canny or Depth, which an image controls", "x_embedder.weight", (3072, 128)),
+    Lookalike("Chroma", "distilled_guidance_layer.in_proj.weight"),
+    Lookalike("Flux.2", "double_stream_modulation_img.lin.weight"),
+    Lookalike("Flux.2", "double_stream_modulation_img.linear.weight"),
+)

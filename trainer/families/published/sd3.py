@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainer.families.published import common
-from trainer.spec.published import Published
+from trainer.spec.published import Lookalike, Published
 
 HEAD_SIZE = 64
 
@@ -85,3 +85,5 @@ MEDIUM_35 = _sd3(
     marks={"joint_blocks.0.x_block.attn2.qkv.weight": (4608, 1536)},
 )
 LARGE_35 = _sd3(blocks=38, positions=192, qk_norm=True, dual_blocks=0, marks=_WITHOUT_SECOND_ATTENTION)
+
+LOOKALIKES = (Lookalike("AuraFlow", "double_layers.0.attn.w1q.weight"),)

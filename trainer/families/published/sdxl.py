@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trainer.families.published import common
-from trainer.spec.published import Published
+from trainer.spec.published import Lookalike, Published
 
 BASE = Published(
     configs={
@@ -61,4 +61,19 @@ BASE = Published(
         "label_emb.0.0.weight": (1280, 2816),
         "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": (640, 2048),
     },
+)
+
+_FIRST_ATTENTION = (
+    "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight",
+    "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight",
+)
+_FIRST_CONVOLUTION = ("input_blocks.0.0.weight", "conv_in.weight")
+# The first of several that fit counts.
+LOOKALIKES = (
+    *(Lookalike("Stable Diffusion 1.x", name, (320, 768)) for name in _FIRST_ATTENTION),
+    *(Lookalike("Stable Diffusion 2.x", name, (320, 1024)) for name in _FIRST_ATTENTION),
+    *(Lookalike("the refiner of Stable Diffusion XL", name, (384, 4, 3, 3)) for name in _FIRST_CONVOLUTION),
+    *(Lookalike("a model that paints into images", name, (None, 9, 3, 3)) for name in _FIRST_CONVOLUTION),
+    *(Lookalike("a model that edits images", name, (None, 8, 3, 3)) for name in _FIRST_CONVOLUTION),
+    Lookalike("Kolors", "encoder_hid_proj.weight"),
 )

@@ -1,0 +1,285 @@
+"""What a file of weights is, told by the names and shapes in its header: a model, a part of one, a LoRA, another model.
+
+Files of a kind that cannot be used are refused by what they are, before anything is fetched, with what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from trainer.spec.family import PREFIXES, Facts, base_models, family_names, get_family
+from trainer.spec.published import Lookalike, Published
+from trainer.storage.safetensors_header import Entry, Header
+
+Entries = Mapping[str, Entry]
+VARIABLES = {"denoiser": "MODEL_PATH", "vae": "VAE_PATH", "clip_l": "CLIP_L_PATH", "clip_g": "CLIP_G_PATH"}
+VARIABLES["t5"] = "T5_PATH"
+PART_NAMES = {"denoiser": "the denoiser", "vae": "a VAE", "clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
+CLIPS = ("clip_l", "clip_g")
+LARGE_LAYER = 2**16  # weights; a smaller tensor of integers may be a mark or a table of positions
+SCALES = (".scale_weight", ".weight_scale")  # of a layer in FP8
+INTEGERS = ("I8", "U8", "I32", "I4", "U4", "F4")
+
+# ---- quantisation
+
+# An ending of tensors' names that only quantised files have → who quantised it. The first that fits counts.
+QUANTISED = {
+    ".wscales": "nunchaku (SVDQuant)",
+    ".smooth_factor": "nunchaku (SVDQuant)",
+    ".smooth_factor_orig": "nunchaku (SVDQuant)",
+    ".quant_state.bitsandbytes__nf4": "bitsandbytes (nf4)",
+    ".quant_state.bitsandbytes__fp4": "bitsandbytes (fp4)",
+    ".SCB": "bitsandbytes (int8)",
+    ".absmax": "bitsandbytes",
+    ".quant_map": "bitsandbytes",
+    ".qzeros": "GPTQ or AWQ",
+    ".qweight": "GPTQ, AWQ or SVDQuant",
+    ".weight._data": "quanto",
+    ".weight_qdata": "torchao",
+    "._weight_qdata": "torchao",
+    ":_data": "torchao",
+    ".weight_scale_2": "nvfp4",
+    ".weight_zero_point": "compressed-tensors",
+}
+
+
+def quantised(entries: Entries) -> str | None:
+    """Who quantised the weights, in a way that is not read; None if they can be read (FP8 with one scale can)."""
+    for ending, tool in QUANTISED.items():
+        if any(name.endswith(ending) for name in entries):
+            return tool
+    for name, entry in entries.items():
+        if entry.dtype in INTEGERS and name.endswith(".weight") and entry.end - entry.begin > LARGE_LAYER:
+            return f"a tool that stores {entry.dtype}"
+        if name.endswith(SCALES) and entry.shape not in ((), (1,)):
+            return "a tool with a scale for each row"
+    return None
+
+
+QUANTISED_FIX = "Weights are quantised as they are loaded (PARAMS_PRECISION). Fix: the bf16, fp16 or fp8 file"
+
+
+# ---- files that are no base model
+
+
+def _any(*parts: str) -> Callable[[Entries], bool]:
+    """Whether a name contains one of `parts`."""
+    return lambda entries: any(part in name for name in entries for part in parts)
+
+
+def _has(*names: str) -> Callable[[Entries], bool]:
+    """Whether one of `names` is there."""
+    return lambda entries: any(name in entries for name in names)
+
+
+# In order: the first that fits counts.
+ADDITIONS: tuple[tuple[Callable[[Entries], bool], str, str], ...] = (
+    (
+        _any("lora_down.weight", "lora_A.", "lora.down.weight", ".lora_up.", ".hada_w1_a", ".lokr_w1", ".oft_blocks"),
+        "a LoRA",
+        "PARAMS_RESUME_FROM=the file starts from a LoRA; leave MODEL_PATH to the base model",
+    ),
+    (
+        _any("control_model.", "controlnet_cond_embedding.", "controlnet_blocks.", "controlnet_x_embedder."),
+        "a ControlNet",
+        "name the base model itself",
+    ),
+    (_any("input_hint_block.", "zero_convs.0"), "a ControlNet", "name the base model itself"),
+    (_any("ip_adapter."), "an IP-Adapter", "name the base model itself"),
+    (_has("redux_up.weight"), "an image adapter (Redux)", "name the base model itself"),
+    (_has("emb_params"), "a textual inversion", "name the base model itself"),
+)
+# A name that only one other model has → that model.
+OTHER_MODELS = {
+    "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": "Stable Diffusion 1.x",
+    "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight": "Stable Diffusion 2.x",
+    "txt_norm.weight": "Qwen-Image",
+    "noise_refiner.0.attention.qkv.weight": "Lumina 2 or Z-Image",
+    "cap_embedder.1.weight": "Lumina 2 or Z-Image",
+    "txt_in.individual_token_refiner.blocks.0.self_attn.qkv.weight": "HunyuanVideo",
+    "blocks.0.self_attn.q.weight": "Wan",
+    "patchify_proj.weight": "LTX-Video",
+    "clip_txt_mapper.weight": "Stable Cascade",
+    "y_embedder.y_embedding": "PixArt",
+    "adaln_single.emb.timestep_embedder.linear_1.weight": "PixArt or Sana",
+    "double_stream_blocks.0.block.attn1.to_q.weight": "HiDream",
+    "caption_projection.0.linear.weight": "HiDream",
+}
+
+
+def _bare(entries: Entries, part: str) -> dict[str, Entry]:
+    """A part's tensors without the prefix that they have in a file with several parts; all, if none has it."""
+    for prefix in PREFIXES[part]:
+        found = {name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix)}
+        if found:
+            return found
+    return dict(entries)
+
+
+def addition(entries: Entries) -> tuple[str, str] | None:
+    """What a file is that adds something to a base model, and what to do with it; None if it is no such file."""
+    for fits, what, fix in ADDITIONS:
+        if fits(entries):
+            return what, fix
+    return None
+
+
+def lookalike(entries: Entries) -> str | None:
+    """The model that a denoiser is of, if it is none that is trained here."""
+    bare = _bare(entries, "denoiser")
+    for name in family_names():
+        for other in get_family(name).FACTS.lookalikes:
+            if other.tensor in bare and _fits(bare[other.tensor].shape, other):
+                return other.what
+    for tensor, what in OTHER_MODELS.items():
+        if tensor in entries or tensor in bare:
+            return what
+    return None
+
+
+def _fits(shape: tuple[int, ...], other: Lookalike) -> bool:
+    if other.shape is None:
+        return True
+    if len(shape) != len(other.shape):
+        return False
+    return all(want is None or side == want for side, want in zip(shape, other.shape, strict=True))
+
+
+# ---- the denoiser
+
+
+def model_problem(header: Header, base_model: str, facts: Facts) -> str | None:
+    """Why a file cannot be the base model, with what to do; None if it seems to be."""
+    entries = header.entries
+    if tool := quantised(entries):
+        return f"is quantised by {tool}, which is not read. {QUANTISED_FIX}."
+    if found := addition(entries):
+        what, fix = found
+        return f"is {what}, not a base model. Fix: {fix}."
+    if other := lookalike(entries):
+        return f"is {other}, which is not trained here. Fix: a file of {base_model}."
+    bare = _bare(entries, "denoiser")
+    if not bare.keys() & set(facts.landmarks):
+        return _without_denoiser(entries, bare, base_model)
+    published = base_models()[base_model][1].published
+    if published is None or facts.landmarks[0] not in bare:
+        return None
+    if mark := _differing_mark(bare, published):
+        fitting = _fitting_bases(bare)
+        if fitting:
+            return f"is of another base model. Fix: BASE_MODEL={fitting[0]}."
+        return f"is not of {base_model}: {mark}. Fix: a file of {base_model}."
+    return None
+
+
+def _without_denoiser(entries: Entries, bare: Entries, base_model: str) -> str:
+    for name in family_names():
+        if bare.keys() & set(get_family(name).FACTS.landmarks):
+            fitting = _fitting_bases(bare) or list(get_family(name).FACTS.models)
+            return f"is of another family: holds no denoiser for BASE_MODEL={base_model}. Fix: BASE_MODEL={fitting[0]}."
+    part = part_of(entries)
+    if part is not None:
+        return (
+            f"is {PART_NAMES[part]} alone and holds no denoiser for BASE_MODEL={base_model}. Fix: "
+            f"{VARIABLES[part]}=this file, and MODEL_PATH=the denoiser's file."
+        )
+    return f"holds no denoiser for BASE_MODEL={base_model}. Fix: a file of {base_model}."
+
+
+def _differing_mark(bare: Entries, published: Published) -> str | None:
+    for name, shape in published.marks.items():
+        if shape is None and name in bare:
+            return f"it has {name}"
+        if shape is not None and name not in bare:
+            return f"it has no {name}"
+        if shape is not None and bare[name].shape != shape:
+            return f"{name} has the shape {[*bare[name].shape]} and not {[*shape]}"
+    return None
+
+
+def _fitting_bases(bare: Entries) -> list[str]:
+    """The values of BASE_MODEL whose marks a denoiser has."""
+    fitting = []
+    for base, (_, model) in base_models().items():
+        if model.published is not None and _differing_mark(bare, model.published) is None:
+            fitting.append(base)
+    return fitting
+
+
+# ---- the other parts
+
+TOKENS = ("text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight", "token_embedding.weight")
+CLIP_LAYERS = (
+    "text_model.encoder.layers.0.self_attn.q_proj.weight",
+    "encoder.layers.0.self_attn.q_proj.weight",
+    "transformer.resblocks.0.attn.in_proj_weight",
+)
+T5_LAYER = "encoder.block.0.layer.0.SelfAttention.q.weight"
+T5_TOKENS = ("shared.weight", "encoder.embed_tokens.weight")
+CLIP_L_WIDTH = 768
+POSITIONS = ("text_model.embeddings.position_embedding.weight", "positional_embedding")
+
+
+def part_of(entries: Entries) -> str | None:
+    """Which part of a model a file holds that holds one alone; None if it is neither a VAE nor a text encoder."""
+    if T5_LAYER in entries:
+        return "t5"
+    if any(name in entries for name in CLIP_LAYERS):
+        shape = _first_shape(entries, TOKENS)
+        return "clip_l" if shape is None or shape[-1] <= CLIP_L_WIDTH else "clip_g"
+    if "decoder.conv_in.weight" in entries:
+        return "vae"
+    return None
+
+
+def _first_shape(entries: Entries, names: tuple[str, ...]) -> tuple[int, ...] | None:
+    for name in names:
+        if name in entries:
+            return entries[name].shape
+    return None
+
+
+def part_problem(part: str, header: Header, published: Published | None, folder: str) -> str | None:
+    """Why a file cannot be `part`, with what to do; None if it seems to be. `folder`: of the part."""
+    entries = header.entries
+    if tool := quantised(entries):
+        return f"is quantised by {tool}, which is not read. {QUANTISED_FIX}"
+    if found := addition(entries):
+        return f"is {found[0]}, not {PART_NAMES[part]}"
+    bare = _bare(entries, part)
+    actual = part_of(bare)
+    if actual is None and any(name.startswith(("vision_model.", "visual.")) for name in entries):
+        return "is CLIP's image encoder. Fix: the text encoder's file"
+    if actual is None and any(name.startswith("decoder.") for name in entries) and part == "vae":
+        return "is a decoder that only draws previews. Fix: a VAE with its encoder"
+    if actual is None:
+        return f"is not {PART_NAMES[part]}: it has none of its layers"
+    same = actual == part or (actual in CLIPS and part in CLIPS and published is None)
+    if not same:
+        return f"is {PART_NAMES[actual]}, not {PART_NAMES[part]}. Fix: {VARIABLES[actual]}=this file"
+    if published is None:
+        return None
+    return _size_problem(part, bare, published.configs[f"{folder}/config.json"])
+
+
+def _size_problem(part: str, bare: Entries, config: Mapping[str, int]) -> str | None:
+    """Whether a part has the sizes that the base model needs."""
+    if part == "vae":
+        if "encoder.conv_in.weight" not in bare:
+            return "is a decoder alone. Fix: a VAE with its encoder"
+        channels = bare["decoder.conv_in.weight"].shape[1]
+        if channels != config["latent_channels"]:
+            return f"is a VAE of {channels} channels; this base model's has {config['latent_channels']}"
+        return None
+    if part == "t5":
+        shape = _first_shape(bare, T5_TOKENS)
+        if shape is not None and shape != (config["vocab_size"], config["d_model"]):
+            return f"is another T5, of {shape[0]} tokens and width {shape[-1]}. Fix: T5 v1.1 XXL (t5xxl)"
+        return None
+    tokens = _first_shape(bare, TOKENS)
+    if tokens is not None and tokens[-1] != config["hidden_size"]:
+        return f"is a CLIP of width {tokens[-1]}; {PART_NAMES[part]} has {config['hidden_size']}"
+    positions = _first_shape(bare, POSITIONS)
+    if positions is not None and positions[0] != config["max_position_embeddings"]:
+        return f"is a CLIP for {positions[0]} tokens (Long-CLIP); this base model reads 77"
+    return None

@@ -1,0 +1,217 @@
+"""`python -m trainer.sample` and `trainer.export`: exit codes and messages, before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from trainer.export import export_command
+from trainer.sample import sample_command
+from trainer.spec.family import get_family
+
+ROOT = Path(__file__).parents[2]
+LORA = "lora_unet_double_blocks_0_img_attn_proj"
+
+
+@pytest.fixture
+def lora(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({f"{LORA}.lora_down.weight": torch.randn(2, 128), f"{LORA}.lora_up.weight": torch.randn(128, 2)}, path)
+    return path
+
+
+@pytest.fixture
+def said(caplog, capfd):
+    """`said()`: what the commands have logged and printed since the last call."""
+    caplog.set_level(logging.INFO)
+
+    def said():
+        text = caplog.text + capfd.readouterr().err
+        caplog.clear()
+        return text
+
+    return said
+
+
+def ended(command, *arguments):
+    """The exit code, also that of a wrong command line."""
+    try:
+        return command([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return stop.code
+
+
+@pytest.mark.parametrize("program", ["trainer.sample", "trainer.export"])
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), ([], 64), (["--nope"], 64)])
+def test_help_and_wrong_arguments_answer_without_torch(program, arguments, code):
+    script = f"""
+import runpy, sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "diffusers", "transformers", "peft"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+sys.argv = [{program!r}, *{arguments!r}]
+runpy.run_module({program!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == code and "usage:" in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--prompt", "a"], 64, "--base"),
+        (["--base", "mini-flux"], 64, "give --prompt TEXT, or --prompts FILE"),
+        (["--base", "mini-flux", "--prompt", "a", "--seed", "-1"], 64, "--seed -1 is out of range"),
+        (["--base", "mini-flx", "--prompt", "a"], 78, "did you mean mini-flux?"),
+        (["--base", "/no/where", "--prompt", "a"], 78, "neither a folder, a file, nor a value of BASE_MODEL"),
+        (["--base", "{tmp}", "--prompt", "a"], 78, "a folder without a denoiser"),
+        (["--base", "{lora}", "--prompt", "a"], 78, "has no denoiser"),
+        (["--base", "mini-flux", "--prompt", "a --s 0"], 78, "--prompt: --s: 0 is not a whole number, 1 to 1000"),
+        (["--base", "mini-flux", "--prompt", "a --w 9000"], 78, "--w: 9000 is not"),
+        (["--base", "mini-flux", "--prompt", "a", "--prompt", "b --x 1"], 78, "--prompt 2: --x is not a flag"),
+        (["--base", "mini-flux", "--prompts", "{tmp}/none.txt"], 78, "No such file"),
+        (["--base", "mini-flux", "--prompts", "{tmp}"], 78, "Is a directory"),
+        (["--base", "mini-flux", "--prompts", "{tmp}/empty.txt"], 78, "has no prompt"),
+        (["--base", "mini-flux", "--prompts", "{tmp}/p.json"], 78, "reads text files with a prompt a line"),
+        (["--base", "mini-flux", "--prompts", "{tmp}/p.toml"], 78, "or give each with --prompt"),
+        (["--base", "mini-flux", "--prompt", "a", "--lora", "{tmp}/no.safetensors"], 78, "no.safetensors is not there"),
+        (["--base", "mini-flux", "--prompt", "a", "--lora", "{tmp}"], 78, "is a folder; it has x.safetensors"),
+        (["--base", "mini-flux", "--prompt", "a", "--lora", "{lora}:abc"], 78, "the strength 'abc' is not a number"),
+        (["--base", "mini-flux", "--prompt", "a", "--lora", "{lora}:nan"], 78, "the strength 'nan' is not a number"),
+        (["--base", "mini-flux", "--prompt", "a", "--lora", "{lora}:1000"], 78, "-100 to 100"),
+        (["--base", "mini-flux", "--prompt", "a", "--lora", "{lora}:0,8"], 78, "the strength '0,8' is not a number"),
+        (["--base", "mini-sdxl", "--prompt", "a", "--lora", "{lora}"], 78, "looks like a LoRA for flux"),
+        (["--base", "mini-flux", "--prompt", "a", "--lora", "{tmp}/empty.txt"], 78, "not a safetensors file"),
+    ],
+)
+def test_sample_names_what_is_wrong(tmp_path, lora, said, arguments, code, words):
+    (tmp_path / "empty.txt").write_text("# nothing\n")
+    (tmp_path / "p.json").write_text('["a"]')
+    (tmp_path / "p.toml").write_text('prompts = ["a"]')
+    filled = [argument.replace("{tmp}", str(tmp_path)).replace("{lora}", str(lora)) for argument in arguments]
+    assert ended(sample_command, *filled, "--out", tmp_path / "out") == code
+    output = said()
+    assert words in output and "Traceback" not in output
+    assert not list(tmp_path.glob("out/*.png"))
+
+
+def test_an_output_that_cannot_be_written_is_found_first(tmp_path, lora, said):
+    common = ["--base", "mini-flux", "--prompt", "a"]
+    assert ended(sample_command, *common, "--out", lora) == 78
+    assert "is a file. Fix: name a folder." in said()
+    assert ended(sample_command, *common, "--out", "/proc/here") == 74
+    assert "--out /proc/here cannot be written" in said()
+    assert ended(sample_command, *common, "--out", lora / "below") == 74
+    (tmp_path / "status.json").write_text("{}")
+    assert ended(sample_command, *common, "--out", tmp_path / "sample") == 78
+    assert "holds the samples of a job" in said()
+
+
+def test_offline_a_base_that_is_not_here_ends_as_a_job_does(tmp_path):
+    """In a process of its own: huggingface_hub reads HF_HUB_OFFLINE when it is imported."""
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    arguments = ["--base", "sdxl", "--prompt", "a", "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer.sample", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 75
+    assert "--base sdxl is not downloaded yet" in done.stderr and "[exit 75]" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_prompts_on_the_command_line_are_drawn_and_named(tmp_path, lora, said):
+    """Strength 0 is the base; the lines of a file come after single prompts."""
+    (tmp_path / "prompts.txt").write_text("a dog --w 64 --h 64 --s 2\n")
+    base = get_family("flux").FACTS.models["mini-flux"].source
+    common = ["--prompt", "a spot --w 64 --h 96 --s 2 --d 7", "--prompts", tmp_path / "prompts.txt"]
+    drawn = {}
+    for name, arguments in {
+        "plain": ["--base", "mini-flux"],
+        "zero": ["--base", base, "--lora", f"{lora}:0"],
+        "full": ["--base", base, "--lora", lora],
+    }.items():
+        out = tmp_path / name
+        assert ended(sample_command, *arguments, *common, "--out", out) == 0
+        images = [Image.open(path) for path in sorted(out.glob("step-*.png"))]
+        assert [image.size for image in images] == [(64, 96), (64, 64)]
+        drawn[name] = [image.tobytes() for image in images]
+        lines = said()
+        assert f"{out}/step-00000000-00.png: a spot (64 x 96, seed 7, 2 steps)" in lines
+        assert f"{out}/step-00000000-01.png: a dog (64 x 64, seed 43, 2 steps)" in lines
+        assert "Failed to load" not in lines and "it/s" not in lines
+    assert drawn["plain"] == drawn["zero"] != drawn["full"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ([], 64, "give one file to convert, or several after --merge"),
+        (["{lora}", "--merge", "{lora}"], 64, "give one file to convert"),
+        (["{lora}", "--to", "webui"], 64, "invalid choice"),
+        (["{lora}:0.5"], 78, "takes no strength"),
+        (["--merge", "{lora}:abc"], 78, "the strength 'abc' is not a number"),
+        (["--merge", "{lora}", "{tmp}/no.safetensors"], 78, "no.safetensors is not there"),
+        (["--merge", "{lora}:0"], 78, "There is nothing to write"),
+        (["--merge", "{lora}", "{tmp}/sd3.safetensors"], 78, "Only LoRAs of one family can be merged"),
+        (["{tmp}/loha.safetensors"], 78, "it is a LoHa of LyCORIS"),
+        (["{tmp}/wan.safetensors"], 78, "it is one for Wan"),
+        (["{lora}", "--family", "sdxl"], 78, "looks like a LoRA for flux"),
+        (["{lora}", "--without-text-encoders"], 0, "1 module for flux"),
+    ],
+)
+def test_export_names_what_is_wrong(tmp_path, lora, said, arguments, code, words):
+    def write(name, stem):
+        tensors = {f"{stem}.lora_down.weight": torch.ones(2, 8), f"{stem}.lora_up.weight": torch.ones(8, 2)}
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+
+    write("sd3", "lora_unet_joint_blocks_0_x_block_attn_proj")
+    write("wan", "lora_unet_blocks_0_self_attn_q")
+    save_file({"lora_unet_x.hada_w1_a": torch.ones(2, 2)}, tmp_path / "loha.safetensors")
+    filled = [argument.replace("{tmp}", str(tmp_path)).replace("{lora}", str(lora)) for argument in arguments]
+    out = tmp_path / "out.safetensors"
+    assert ended(export_command, *filled, "--out", out) == code
+    output = said()
+    assert words in output and "Traceback" not in output and out.exists() == (code == 0)
+
+
+def test_export_never_replaces_a_file_unless_it_is_asked_to(tmp_path, lora, said):
+    before = lora.read_bytes()
+    assert ended(export_command, lora, "--out", lora) == 78
+    assert "exists. Fix: name another file, or add --overwrite" in said()
+    assert lora.read_bytes() == before
+    assert ended(export_command, lora, "--out", lora, "--overwrite") == 0
+    assert ended(export_command, lora, "--out", tmp_path) == 78
+    assert ended(export_command, lora, "--out", tmp_path / "y.pt") == 78
+    assert ended(export_command, lora, "--out", "/proc/y.safetensors") == 74
+
+
+def test_ranks_may_differ_in_a_merge_and_embeddings_can_be_dropped(tmp_path, lora, said):
+    other = tmp_path / "other.safetensors"
+    tensors = {f"{LORA}.lora_down.weight": torch.randn(3, 128), f"{LORA}.lora_up.weight": torch.randn(128, 3)}
+    save_file(tensors | {"bundle_emb.zot.clip_l": torch.ones(1, 768)}, other)
+    out = tmp_path / "merged.safetensors"
+    arguments = ["--merge", f"{lora}:0.5", f"{other}:-0.5", "--out", out]
+    assert ended(export_command, *arguments) == 78
+    assert "--without-embeddings" in said()
+    assert ended(export_command, *arguments, "--without-embeddings") == 0
+    merged, first = load_file(out), load_file(lora)
+    expected = 0.5 * first[f"{LORA}.lora_up.weight"] @ first[f"{LORA}.lora_down.weight"]
+    expected -= 0.5 * tensors[f"{LORA}.lora_up.weight"] @ tensors[f"{LORA}.lora_down.weight"]
+    scale = merged[f"{LORA}.alpha"].item() / 5
+    got = scale * merged[f"{LORA}.lora_up.weight"] @ merged[f"{LORA}.lora_down.weight"]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,128 @@
+"""Open the run that a job is: its folder, its record, and how it differs from what was asked for.
+
+The order is what makes it safe to kill: nothing of another run is changed, and a folder holds a run once it has a
+plan.json.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.data.identity import content_changes, fingerprint
+from trainer.data.records import ImageRecord
+from trainer.spec.plan import AUTO, Plan
+from trainer.storage import atomic, digests, json_files, run_records
+from trainer.storage.choose_run import Choice, choose
+from trainer.storage.run_records import RunRecord
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """The run that this process trains. `home`: its folder; `out`: of the LoRA files of all runs."""
+
+    plan: Plan
+    out: Path
+    home: Path
+    record: RunRecord
+    was_done: bool  # with as many steps as it was asked for then
+
+    def trained(self, state_step: int) -> int:
+        """How many steps this run has behind it. `state_step`: of its state, 0 without one."""
+        total = self.record.values.get("total")
+        if self.was_done and isinstance(total, int):
+            return max(total, state_step)
+        return state_step
+
+
+def open_run(plan: Plan, images: Sequence[ImageRecord]) -> OpenRun:
+    """The run of `plan` on these images, with its folder and record; logs what the entrypoint could not know."""
+    out = Path(plan.output.path)
+    prints = fingerprint(images)
+    model = _model_digest(plan)
+    choice = choose(plan, content_changes=content_changes(prints, model))
+    _log_choice(plan, choice)
+    home = choice.home
+    _set_aside_odd_files(home)
+    if choice.run is None and (home / "sample").exists():  # of settings that left nothing else
+        json_files.set_aside(home / "sample", "has samples of a run that was given up")
+    used = max([run_records.last_used(run) for run in run_records.known_runs(out)], default=0) + 1
+    atomic.write_text(home / "plan.json", choice.plan.to_json())
+    record = RunRecord(home)
+    if choice.run is None:
+        record.values = {}
+    output = choice.plan.output
+    values: dict[str, Any] = {
+        "name": output.name,
+        "requested": output.requested,
+        "started": output.started,
+        "used": used,
+    }
+    values |= {"data": prints, "model": model, "listing": run_records.listing_digest(plan)}
+    record.update({**values, **_history(choice, record)})
+    return OpenRun(choice.plan, out, home, record, was_done=choice.finished is not None)
+
+
+def _history(choice: Choice, record: RunRecord) -> dict[str, Any]:
+    """With RESUME_WITH_CHANGES, the list of what changed and at which step, with the new changes."""
+    if choice.run is None or not choice.changes:
+        return {}
+    history = record.values.get("changed")
+    entry = {"step": choice.run.step, "changes": list(choice.changes)}
+    return {"changed": [*(history if isinstance(history, list) else []), entry]}
+
+
+def _log_choice(asked: Plan, choice: Choice) -> None:
+    """Log what only the content of the images and weights has shown."""
+    told = (asked.output.name, asked.output.folder) == (choice.plan.output.name, choice.plan.output.folder)
+    text = choice.describe()
+    if text and not told:
+        log.warning("%s", text)
+    if choice.run is None:
+        return
+    for moved in (*choice.found.places, *choice.found.model):
+        log.info("The same content is elsewhere, so run %s goes on: %s.", choice.run.name, moved)
+    for other in choice.found.hardware:
+        log.warning("The hardware is another one, so the result will not be bit-identical: %s.", other)
+
+
+def _model_digest(plan: Plan) -> str:
+    """A fingerprint of the base model's files; empty where they are damaged, which shows when they load."""
+    try:
+        return digests.weights_digest(Path(plan.model.path))
+    except (ValueError, OSError):
+        return ""
+
+
+def _set_aside_odd_files(home: Path) -> None:
+    """Free the names of the files that a run writes."""
+    for name in ("plan.json", "upload.json"):
+        json_files.set_aside_unless_object(home / name)
+    plan = home / "plan.json"
+    if plan.exists() and run_records.read_plan(plan) is None:
+        json_files.set_aside(plan, "is not a plan of this version of Kiln")
+
+
+def adopt_older_run(out: Path) -> None:
+    """Write the record of a run that a version without records left in `out`.
+
+    To be called before status.json is written: that says whether the run was finished.
+    """
+    if (out / run_records.RECORD).exists():
+        return
+    for run in run_records.known_runs(out):
+        if run.folder:
+            continue
+        steps = run_records.state_steps(out)
+        values: dict[str, Any] = {"name": run.name, "done": run.done}
+        values["files"] = run_records.written_names(out, run.name, steps=steps, final=run.done)
+        if run.done and run.step:
+            values |= {"finished": [run.step], "total": run.step}
+        if run.plan is not None and run.plan.train.max_epochs != AUTO:
+            values["automatic_epochs"] = run.plan.train.max_epochs  # its default: where PARAMS_MAX_EPOCHS is auto now
+        RunRecord(out).update(values)

@@ -1,0 +1,30 @@
+"""The last lines of a job: where its LoRA is, and how to use it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trainer.job.contact_sheet import SHEET_NAME
+from trainer.job.status import clock
+from trainer.spec.plan import Plan
+from trainer.storage.atomic import human_size
+
+DIFFUSERS_SUFFIX = "-diffusers"  # of the file with diffusers' key names, where there are two
+
+
+def closing_lines(final: Path, plan: Plan, *, steps: int, samples: Path, seconds: float) -> list[str]:
+    """Lines for the log, after the LoRA `final` was written.
+
+    `samples`: the folder of the samples. `seconds`: how long this start of the job took.
+    """
+    lines = [f"Done: {final} ({human_size(final.stat().st_size)}), {steps:,} steps; this start took {clock(seconds)}."]
+    beside = final.with_name(f"{final.stem}{DIFFUSERS_SUFFIX}.safetensors")
+    for_diffusers = beside if beside.is_file() else final
+    lines.append(f"ComfyUI: copy {final.name} to models/loras. Forge and A1111: to models/Lora.")
+    lines.append(f'diffusers: pipe.load_lora_weights("{for_diffusers}").')
+    words = sorted({subset.trigger_word for d in plan.data.datasets for subset in d.subsets if subset.trigger_word})
+    trigger = f"Begin the prompt with {' or '.join(map(repr, words))}" if words else "Prompt as your captions are"
+    lines.append(f"{trigger}; start with strength 1, and lower it to 0.6 where the LoRA is too strong.")
+    if (samples / SHEET_NAME).is_file():
+        lines.append(f"Compare the steps on {samples / SHEET_NAME}: an earlier one may be better.")
+    return lines

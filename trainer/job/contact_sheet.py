@@ -1,0 +1,90 @@
+"""All samples of a run in one image: a row for each prompt, a column for each step.
+
+Every thumbnail is as wide as its column, and a row is as high as its prompt's images, so that images of several shapes
+leave no gaps.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from trainer.spec.plan import Prompt
+from trainer.storage import atomic
+
+SAMPLE_NAME = re.compile(r"step-(\d{8})-(\d{2,})\.png")  # step, number of the prompt
+SHEET_NAME = "contact-sheet.png"
+# Pixels.
+COLUMN_WIDTH = 384  # of a thumbnail, where there are few columns
+MAX_WIDTH = 8192  # of the sheet: viewers refuse images that are much wider
+MIN_COLUMN_WIDTH = 128
+MIN_WIDTH = 640  # so that a prompt can be read where there are few columns
+MARGIN = 8
+FONT_SIZE = 16
+LINE_HEIGHT = 22
+EMPTY = "#dddddd"  # in the place of an image that was not drawn: memory ran out, or the job was stopped
+
+
+def contact_sheet(folder: Path, prompts: Sequence[Prompt]) -> Path:
+    """Write the contact sheet of the samples in `folder`; returns its path. Samples of unknown prompts are left out."""
+    images: dict[tuple[int, int], Path] = {}  # step, number of the prompt
+    for path in folder.glob("step-*.png"):
+        match = SAMPLE_NAME.fullmatch(path.name)
+        if match and int(match[2]) < len(prompts):
+            images[int(match[1]), int(match[2])] = path
+    steps = sorted({step for step, _ in images})
+    column_width = COLUMN_WIDTH
+    if steps:
+        column_width = max(MIN_COLUMN_WIDTH, min(COLUMN_WIDTH, (MAX_WIDTH - MARGIN) // len(steps) - MARGIN))
+    width = max(MARGIN + len(steps) * (column_width + MARGIN), MIN_WIDTH)
+    heights = [round(column_width * prompt.height / prompt.width) for prompt in prompts]
+    height = LINE_HEIGHT + 2 * MARGIN + sum(2 * LINE_HEIGHT + row + MARGIN for row in heights)
+    sheet = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(FONT_SIZE)
+    lefts = {step: MARGIN + column * (column_width + MARGIN) for column, step in enumerate(steps)}
+    for step, left in lefts.items():
+        label = "before training" if step == 0 else f"step {step}, strength 1"
+        pen.text((left, MARGIN), _shortened(label, column_width, font), "black", font)
+    top = LINE_HEIGHT + MARGIN
+    for number, prompt in enumerate(prompts):
+        pen.text((MARGIN, top), _shortened(prompt.text, width - 2 * MARGIN, font), "black", font)
+        pen.text((MARGIN, top + LINE_HEIGHT), _shortened(_settings(prompt), width - 2 * MARGIN, font), "gray", font)
+        top += 2 * LINE_HEIGHT
+        size = (column_width, heights[number])
+        for step, left in lefts.items():
+            if (step, number) not in images:
+                pen.rectangle((left, top, left + size[0] - 1, top + size[1] - 1), EMPTY)
+            else:
+                with Image.open(images[step, number]) as image:
+                    sheet.paste(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), (left, top))
+        top += heights[number] + MARGIN
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("prompts", json.dumps([prompt.text for prompt in prompts], ensure_ascii=False))
+    with atomic.replacing(folder / SHEET_NAME) as temporary:
+        sheet.save(temporary, pnginfo=info)
+    return folder / SHEET_NAME
+
+
+def _settings(prompt: Prompt) -> str:
+    """What else decides the images of a prompt. In characters that the font of Pillow has."""
+    parts = [f"seed {prompt.seed}", f"{prompt.width}x{prompt.height}", f"{prompt.steps} steps"]
+    if prompt.cfg != 1.0:
+        parts.append(f"CFG {prompt.cfg:g}")
+    if prompt.guidance:
+        parts.append(f"guidance {prompt.guidance:g}")
+    if prompt.negative:
+        parts.append(f"without: {prompt.negative}")
+    return ", ".join(parts)
+
+
+def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """As much of `text` as is `width` pixels wide, on one line, with an ellipsis where it is cut."""
+    text = " ".join(text.split())
+    while text and font.getlength(text) > width:
+        text = text[:-2].rstrip() + "…"
+    return text
