@@ -198,6 +198,8 @@ NO_TERMS = {
     **dict.fromkeys(("Float", "Kind", "LayerTensors", "Parser"), "rows and records of the readers of LoRA files"),
     **dict.fromkeys(("Prompt", "PromptRequest"), "a prompt line, which the documents call a prompt"),
     **dict.fromkeys(("Length", "Request"), "what a row of a table of sanity checks looks at"),
+    **dict.fromkeys(("Reader", "Cut", "PredictionMarks"), "what one function finds in a caption or a file"),
+    "PartlyJoinedProcessor": "one case of a class of diffusers",
     **dict.fromkeys(("Card", "TorchKernels"), "what a card, and this torch, can do"),
     **dict.fromkeys(("Budget", "Limits", "Names"), "bounds on archives"),
     **dict.fromkeys(("Cached", "Choice", "Listing", "RemoteFile", "Repo"), "records of the Hub's client"),

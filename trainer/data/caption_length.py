@@ -33,7 +33,7 @@ class Reader:
         count = len(encoded.input_ids)
         if count <= self.limit:
             return None
-        end = encoded.offset_mapping[self.limit - 2][1]  # of the last token before the one that ends
+        end = encoded.offset_mapping[self.limit - 1][0]  # where the first token begins for which there is no place
         return Cut(count, text[:end], text[end:])
 
 

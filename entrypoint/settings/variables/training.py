@@ -132,7 +132,7 @@ class TrainingSettings:
         "PARAMS_MAX_TOKEN_LENGTH",
         "choice",
         default="77",
-        meaning="tokens of a caption that CLIP reads; 150 and 225 in chunks of 75; SDXL only",
+        meaning="tokens of a caption that CLIP reads; 150 and 225 in chunks of 75, where T5 does not read it",
         choices=lambda: MAX_TOKEN_LENGTHS,
     )
     min_snr_gamma: float = row(

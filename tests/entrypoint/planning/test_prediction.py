@@ -1,4 +1,4 @@
-"""PARAMS_PREDICTION_TYPE=auto takes what a single file says about itself; what contradicts it is a warning."""
+"""PARAMS_PREDICTION_TYPE=auto takes what a single file says; what contradicts it is a warning. Lengths of captions."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from trainer.spec.errors import SettingsError
 from trainer.spec.prediction_marks import HEADER_VALUES, MARKS, prediction_marks
+from trainer.spec.resume_rules import blocking_differences
 
 
 @pytest.fixture
@@ -79,3 +80,21 @@ def test_models_of_flow_matching_do_not_ask(planned):
 def test_any_header_is_read(names, metadata):
     marks = prediction_marks(names, metadata)
     assert marks.prediction in (None, "epsilon", "v_prediction") and bool(marks.said_by) == bool(marks.prediction)
+
+
+@pytest.mark.parametrize("length", ["77", "150", "225"])
+def test_clip_reads_long_captions_where_nothing_else_does(job_plan, length):
+    assert job_plan("sdxl", PARAMS_MAX_TOKEN_LENGTH=length).train.max_token_length == int(length)
+    for family in ("flux", "sd3"):
+        if length == "77":
+            assert job_plan(family, PARAMS_MAX_TOKEN_LENGTH=length).train.max_token_length == 77
+            continue
+        with pytest.raises(SettingsError, match=rf"PARAMS_MAX_TOKEN_LENGTH={length}: .* T5 reads (512|256) tokens"):
+            job_plan(family, PARAMS_MAX_TOKEN_LENGTH=length)
+
+
+def test_a_state_from_before_there_was_a_length_resumes_with_77_tokens(job_plan):
+    plan = job_plan("sdxl")
+    older = {key: value for key, value in plan.essence().items() if key != "train.max_token_length"}
+    assert blocking_differences(older, plan.essence()) == []
+    assert blocking_differences(older, job_plan("sdxl", PARAMS_MAX_TOKEN_LENGTH="150").essence())
