@@ -155,7 +155,8 @@ def _load(
 
 def _draw_all(out: Path, prompts: Sequence[Prompt], draw: Callable[[Prompt], Any]) -> None:
     """Draw all prompts into `out`, and say which file has which."""
-    from trainer.job import contact_sheet, sampling
+    from trainer.job import sampling
+    from trainer.job.reporting import contact_sheet
 
     for old in out.glob(IMAGES):
         old.unlink()  # draw_all skips images that exist

@@ -1,7 +1,7 @@
 """Settings that can be carried out, but that probably nobody wants, and settings without any effect: a warning each.
 
 One row for each: what it looks at, and the sentence with the usual value. A row gives None where there is nothing to
-say. What depends on the number of steps is in `trainer.spec.sanity`, which the trainer looks at too.
+say. What depends on the number of steps is in `trainer.spec.rules.sanity`, which the trainer looks at too.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from entrypoint.settings import Settings
 from entrypoint.settings.checks import Notes
-from trainer.spec import sanity
 from trainer.spec.family import BaseModel, Facts
 from trainer.spec.optimizers import OPTIMIZERS
 from trainer.spec.plan import AUTO, Plan
+from trainer.spec.rules import sanity
 
 CYCLIC_SCHEDULE = "cosine_with_restarts"
 USUAL_AREAS = (0.2, 2.6)  # times the model's own; below and above, a base model draws badly itself

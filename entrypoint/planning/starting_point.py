@@ -16,7 +16,7 @@ from trainer.lora_files import inspect, key_names
 from trainer.lora_files.inspect import LoraSummary, Training
 from trainer.spec.family import Facts, get_family
 from trainer.spec.plan import LoraPlan, ModelPlan, Plan
-from trainer.spec.resume_rules import check_named_state
+from trainer.spec.rules.resume_rules import check_named_state
 from trainer.spec.targets import is_target
 from trainer.spec.values import show
 from trainer.storage import run_records, safetensors_header

@@ -20,9 +20,10 @@ from trainer.data.folders.own_output import Written
 from trainer.data.identity import content_changes, fingerprint
 from trainer.data.records import WARNING, ImageRecord, Scan
 from trainer.data.scan import scan
-from trainer.spec import automatic, memory_model, sanity
+from trainer.spec import memory_model
 from trainer.spec.family import base_models
 from trainer.spec.plan import AUTO, Dataset, Plan, Source
+from trainer.spec.rules import automatic, sanity
 from trainer.storage.atomic import human_size
 from trainer.storage.choose_run import choose
 from trainer.storage.digests import sha256

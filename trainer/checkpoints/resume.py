@@ -12,7 +12,7 @@ from trainer.checkpoints import state_files
 from trainer.data.identity import fingerprint_differences
 from trainer.spec.errors import SettingsError
 from trainer.spec.plan import EnginePlan, Plan
-from trainer.spec.resume_rules import check_named_state
+from trainer.spec.rules.resume_rules import check_named_state
 
 log = logging.getLogger(__name__)
 

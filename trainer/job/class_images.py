@@ -20,7 +20,7 @@ from trainer.engine.device import release, torch_dtype
 from trainer.engine.encoders import load_text_encoders, load_vae
 from trainer.engine.load import load_denoiser
 from trainer.job import prepare
-from trainer.job.status import Status
+from trainer.job.reporting.status import Status
 from trainer.spec.family import CLIP_TOKENS, base_models, get_family
 from trainer.spec.plan import Dataset, Plan, Prompt, Source
 from trainer.storage import atomic, digests

@@ -21,11 +21,11 @@ from trainer.data.folders.own_output import Written
 from trainer.data.records import WARNING, Scan
 from trainer.data.report import write_report
 from trainer.data.scan import scan
-from trainer.job.status import Status
-from trainer.spec import automatic, sanity
+from trainer.job.reporting.status import Status
 from trainer.spec.errors import DataError
 from trainer.spec.family import get_family
 from trainer.spec.plan import AUTO, DataPlan, Plan, Prompt
+from trainer.spec.rules import automatic, sanity
 from trainer.storage import atomic
 from trainer.storage.choose_run import choose
 from trainer.storage.run_records import RunRecord

@@ -44,13 +44,13 @@ from trainer.job.class_images import draw_class_images
 from trainer.job.crash_loop import CrashLog
 from trainer.job.handover import HandedOver, hand_over, receive
 from trainer.job.prepare import PreparedData, find_run, is_over, make_sampler, prepare_data
-from trainer.job.status import Status
+from trainer.job.reporting.status import Status
 from trainer.job.watchdog import OUTSIDE_STEPS_TIMEOUT_S, Watchdog
 from trainer.spec.errors import HangError, KilnError, OutOfMemoryError, StopRequestedError, StorageError
 from trainer.spec.family import get_family
 from trainer.spec.optimizers import STRETCHED_SCHEDULERS
 from trainer.spec.plan import ALIVE_VARIABLE, Plan
-from trainer.spec.resume_rules import changes
+from trainer.spec.rules.resume_rules import changes
 from trainer.storage import atomic, json_files
 from trainer.storage.choose_run import HOW_TO_GO_ON, already_trained, asked_length
 from trainer.storage.locks import locked

@@ -17,7 +17,7 @@ from trainer.data.cache import Cache
 from trainer.engine.device import release, torch_dtype
 from trainer.engine.encoders import load_vae
 from trainer.engine.execution import without_new_compilation
-from trainer.job.contact_sheet import SAMPLE_NAME, SHEET_NAME, contact_sheet
+from trainer.job.reporting.contact_sheet import SAMPLE_NAME, SHEET_NAME, contact_sheet
 from trainer.spec.family import Family
 from trainer.spec.plan import Plan, Prompt
 from trainer.storage import atomic

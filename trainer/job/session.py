@@ -24,11 +24,11 @@ from trainer.data.epochs import Batch, EpochSampler
 from trainer.engine.cuda_graphs import EagerStep
 from trainer.engine.execution import Engine
 from trainer.job import sampling
-from trainer.job.closing import closing_lines
-from trainer.job.metrics import Metrics, plan_as_markdown
 from trainer.job.rehearsal import Rehearsal
+from trainer.job.reporting.closing import closing_lines
+from trainer.job.reporting.metrics import Metrics, plan_as_markdown
+from trainer.job.reporting.status import Status
 from trainer.job.saving import Saver
-from trainer.job.status import Status
 from trainer.job.watchdog import Watchdog
 from trainer.spec.family import Family
 from trainer.spec.plan import Plan

@@ -26,7 +26,7 @@ RANK_VARIABLE = "KILN_RANK"  # number of this process, from 0; absent: the only 
 TEAM_VARIABLE = "KILN_TEAM"  # folder that the processes of a job share
 ALIVE_VARIABLE = "KILN_ALIVE"  # file in which the first process keeps the deadline of its watchdog
 
-AUTO = -1  # a number that the trainer chooses once it knows the images (trainer.spec.automatic)
+AUTO = -1  # a number that the trainer chooses once it knows the images (trainer.spec.rules.automatic)
 VARIANTS = 8  # of an image with random crops or colours, and of a caption with random wording
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.spec.plan import AUTO, Plan
-from trainer.spec.resume_rules import Changes, changes, check_fits
+from trainer.spec.rules.resume_rules import Changes, changes, check_fits
 from trainer.storage import run_records
 from trainer.storage.run_records import Run
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from trainer.spec.optimizers import OPTIMIZERS
-from trainer.spec.resume_rules import FREE_ARGUMENTS
+from trainer.spec.rules.resume_rules import FREE_ARGUMENTS
 
 
 def make_optimizer(

@@ -26,7 +26,7 @@ from trainer.spec.errors import SettingsError
 from trainer.spec.family import base_models, get_family, timestep_samplings
 from trainer.spec.optimizers import OPTIMIZERS, SCHEDULERS
 from trainer.spec.plan import Dataset, Plan
-from trainer.spec.resume_rules import changes
+from trainer.spec.rules.resume_rules import changes
 
 ROOT = Path(__file__).parents[3]
 MODELS = base_models()

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from trainer.spec.errors import SettingsError
 from trainer.spec.prediction_marks import HEADER_VALUES, MARKS, prediction_marks
-from trainer.spec.resume_rules import blocking_differences
+from trainer.spec.rules.resume_rules import blocking_differences
 
 
 @pytest.fixture

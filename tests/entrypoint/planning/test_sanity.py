@@ -16,11 +16,11 @@ from entrypoint.settings.read import read_settings
 from entrypoint.settings.variables import NAMES
 from entrypoint.system.hardware import Hardware
 from tests.support.machines import CPU, LARGE_GPU, NOW
-from trainer.spec import sanity as steps_sanity
 from trainer.spec.family import base_models
 from trainer.spec.optimizers import OPTIMIZERS
 from trainer.spec.plan import Plan
-from trainer.spec.sanity import Length
+from trainer.spec.rules import sanity as steps_sanity
+from trainer.spec.rules.sanity import Length
 
 
 def plan(*, on: Hardware = CPU, config: Any = None, prompts: Any = None, **variables: str) -> Plan:

@@ -131,7 +131,7 @@ def stop_process(fault, due):
 
 def signals(fault, due):
     """The process gets `signals` when the phase `phase` begins, or (without it) at the step."""
-    from trainer.job import status
+    from trainer.job.reporting import status
     from trainer.training import objective
 
     def send():

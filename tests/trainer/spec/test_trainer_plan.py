@@ -31,7 +31,7 @@ from trainer.spec.plan import (
     Subset,
     TrainPlan,
 )
-from trainer.spec.resume_rules import Changes, changes, check_fits, check_named_state, differences, variable
+from trainer.spec.rules.resume_rules import Changes, changes, check_fits, check_named_state, differences, variable
 
 
 def anything(kind: Any) -> st.SearchStrategy[Any]:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.spec.automatic import LEAST_STEPS, automatic_steps, intervals, reason, round_interval
+from trainer.spec.rules.automatic import LEAST_STEPS, automatic_steps, intervals, reason, round_interval
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.support.drawings import draw
 from tests.support.plans import job_plan
-from trainer.job.metrics import Metrics, plan_as_markdown
-from trainer.job.status import Status
+from trainer.job.reporting.metrics import Metrics, plan_as_markdown
+from trainer.job.reporting.status import Status
 from trainer.training.loop import Step
 
 

@@ -6,8 +6,8 @@ from PIL import Image
 
 from tests.support.drawings import draw
 from tests.support.plans import job_plan
-from trainer.job.closing import closing_lines
-from trainer.job.contact_sheet import COLUMN_WIDTH, EMPTY, MARGIN, MAX_WIDTH, contact_sheet
+from trainer.job.reporting.closing import closing_lines
+from trainer.job.reporting.contact_sheet import COLUMN_WIDTH, EMPTY, MARGIN, MAX_WIDTH, contact_sheet
 from trainer.spec.plan import Prompt
 
 

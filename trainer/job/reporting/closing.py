@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trainer.job.contact_sheet import SHEET_NAME
-from trainer.job.status import clock
+from trainer.job.reporting.contact_sheet import SHEET_NAME
+from trainer.job.reporting.status import clock
 from trainer.spec.plan import Plan
 from trainer.storage.atomic import human_size
 

@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from trainer.job.status import Status, clock
+from trainer.job.reporting.status import Status, clock
 from trainer.spec.plan import Plan
 from trainer.storage import atomic, json_files
 from trainer.training.loop import Step
