@@ -17,7 +17,7 @@ environment:
   BASE_IMAGE           the base image, by tag or digest
   PYTHON_IMAGE         rocm: the image that installs the libraries; needs the base's minor version of Python
   ROCM_ROOM_GIB        rocm: disk space that the build needs, 80 by default
-  BAKE_MODEL           cuda, cpu: the model whose weights go into the image: flux, sdxl, sd3 or another BASE_MODEL
+  BAKE_MODEL           cuda, cpu: the model whose weights go into the image: flux, sdxl, sd3 or another BASE_MODEL; or tokenizers
   HF_TOKEN_FILE        file with the Hub token for these weights; it is available only during the build
   HF_ENDPOINT          a mirror of the Hub to download them from
   TORCH_INDEX          cuda, cpu: package index of a build of torch other than the one in torch.lock

@@ -1,4 +1,8 @@
-"""`python -m entrypoint.bake BASE_MODEL FOLDER`: put weights into an image while it is built. Jobs find them there."""
+"""`python -m entrypoint.bake BASE_MODEL FOLDER`: put weights into an image while it is built. Jobs find them there.
+
+`tokenizers` in place of BASE_MODEL: the tokenizers of all base models, a few MB, with which local weight files train
+without any network.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from entrypoint.fetch import http, model_folder
+from entrypoint.fetch import http, local_weights, model_folder
 from entrypoint.fetch.fetch import fetch_model
 from entrypoint.fetch.http import RetryPolicy
 from trainer.spec.errors import KilnError, SettingsError
@@ -18,7 +22,8 @@ from trainer.spec.plan import ModelPlan
 PLACE = Path("/opt/kiln-models")
 TOKEN = Path("/run/secrets/hf_token")  # a build secret: it ends up in no layer
 COMMIT = "kiln-commit.txt"  # beside the model's own files
-USAGE = "usage: python -m entrypoint.bake BASE_MODEL FOLDER [CACHE]"
+TOKENIZERS = "tokenizers"
+USAGE = f"usage: python -m entrypoint.bake BASE_MODEL|{TOKENIZERS} FOLDER [CACHE]"
 
 
 def main(arguments: list[str]) -> int:
@@ -29,10 +34,14 @@ def main(arguments: list[str]) -> int:
         return 64
     token = TOKEN.read_text(encoding="utf-8").strip() if TOKEN.is_file() else None
     try:
+        if arguments[0] == TOKENIZERS:
+            cache = Path(arguments[-1]) / "hub"
+            local_weights.bake(Path(arguments[1]) / TOKENIZERS, hub_cache=cache, retries=http.USUAL)
+            return 0
         known = base_models().get(arguments[0])
         if known is None or Path(known[1].source).is_absolute():
             wanted = ", ".join(n for n, (_, m) in base_models().items() if not Path(m.source).is_absolute())
-            raise SettingsError(f"BAKE_MODEL={arguments[0]}: allowed are {wanted}.")
+            raise SettingsError(f"BAKE_MODEL={arguments[0]}: allowed are {TOKENIZERS}, {wanted}.")
         model = ModelPlan(arguments[0], known[0], known[1].source)
         bake(model, Path(arguments[1]), token=token, cache=Path(arguments[-1]) / "hub")
     except KilnError as problem:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from trainer.data import caption_length
 from trainer.lora_files.arguments import (
     Parser,
     check_folder,
@@ -133,7 +134,6 @@ def _load(
     from transformers.utils import logging as transformers_logging
 
     from trainer.base_model import weight_check
-    from trainer.data import caption_length
 
     transformers_logging.disable_progress_bar()
     reader = caption_length.load_reader(family.FACTS, folder, max_tokens=max_tokens)

@@ -28,7 +28,8 @@ MAX_JSON5_CHARACTERS = 2**16  # its parser is written in Python and reads 16 kB 
 MAX_DEPTH = 32
 MAX_TEXT = 16_384  # characters
 BACKSLASH_PATH = re.compile(r"""["']?([A-Za-z]:\\\w|\\\\\w)[^"'\n]*["']?""")
-BAD_ESCAPE = re.compile(r"""\\([^"'\\/bfnrtu0\n]|u(?![0-9a-fA-F]{4}))""")
+# A backslash that begins no escape. An even number of them before it are escaped ones.
+BAD_ESCAPE = re.compile(r"""(?<!\\)(?:\\\\)*\\([^"'\\/bfnrtu0\n]|u(?![0-9a-fA-F]{4}))""")
 
 
 class BackslashError(ValueError):

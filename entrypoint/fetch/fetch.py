@@ -55,8 +55,8 @@ def fetch_model(
         return replace(model, path=str(local_weights.assemble(model, published, hub_cache=hub_cache, retries=retries)))
     variable = model_folder.variable(model)
     if folder := local_model(model):
-        model_folder.check_folder(variable, folder, patterns)
         model_folder.check_kind(variable, folder, model)
+        model_folder.check_folder(variable, folder, patterns)
         return replace(model, path=str(folder))
     repo = model_repo(model, token=token, hub_cache=hub_cache, retries=retries)
     cached = cached_model(repo, patterns)
@@ -68,6 +68,11 @@ def fetch_model(
             if listing.commit != sure:
                 needed = model_folder.wanted([f.name for f in listing.files], patterns)
                 files = [f for f in listing.files if f.name in needed]
+                # The configs first: they may say that the gigabytes which follow are of no use.
+                configs = [f for f in files if f.name.endswith("config.json") or f.name == "model_index.json"]
+                folder = hub.bring(repo, listing, configs)
+                model_folder.check_kind(variable, folder, model)
+                model_folder.check_quantised(variable, folder, [f.name for f in configs])
                 cached = hub.Cached(listing.commit, hub.bring(repo, listing, files), is_verified=True)
         except (UnreachableError, GatedError) as problem:
             if cached is None:
@@ -129,9 +134,11 @@ def describe_dataset(source: Source, repo: hub.Repo) -> hub.Listing:
     except (SettingsError, UnreachableError) as problem:
         if "/" in source.location:
             raise type(problem)(f"{problem} If a folder was meant: {folder}.") from problem
+        hub_says = "the Hub does not answer"
+        if isinstance(problem, SettingsError):
+            hub_says = "the Hub knows no dataset of this name"
         raise SettingsError(
-            f"{named(source)}: {folder}, and the Hub gives no dataset of this name ({problem}) Write the path of a "
-            "folder, or a dataset as owner/name."
+            f"{named(source)}: {folder}, and {hub_says}. Write the path of a folder, or a dataset as owner/name."
         ) from problem
 
 

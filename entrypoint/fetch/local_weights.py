@@ -1,7 +1,7 @@
 """A model whose weights are all local files: no token, no gated repository and, with its tokenizers here, no network.
 
 Single files have weights only. The configs that go with them are written down in the family
-(`trainer.spec.published`); the vocabularies of the tokenizers come from open repositories, once. Both become a folder
+(`trainer.spec.family`); the vocabularies of the tokenizers come from open repositories, once. Both become a folder
 in diffusers' layout without weights, which `trainer.base_model.single_file` completes.
 """
 
@@ -20,9 +20,8 @@ from entrypoint.fetch import hub
 from entrypoint.fetch.http import RetryPolicy
 from entrypoint.system.folders import build_folder, naming
 from trainer.spec.errors import GatedError, SettingsError, UnreachableError
-from trainer.spec.family import base_models, get_family
+from trainer.spec.family import OPTIONAL, Published, Tokenizer, base_models, get_family
 from trainer.spec.plan import ModelPlan
-from trainer.spec.published import Published, Tokenizer
 from trainer.storage import digests
 from trainer.storage.atomic import human_size
 
@@ -58,7 +57,15 @@ def missing_parts(model: ModelPlan) -> list[str]:
         return []
     variables = {"denoiser": "MODEL_PATH"}
     parts = get_family(model.family).FACTS.parts
-    return [variables.get(part, f"{part.upper()}_PATH") for part in parts if part not in model.parts]
+    missing_variables = [variables.get(part, f"{part.upper()}_PATH") for part in parts if part not in model.parts]
+    return [f"{name} (or {name}=none)" if _is_optional(model, name) else name for name in missing_variables]
+
+
+def _is_optional(model: ModelPlan, variable: str) -> bool:
+    """Whether the model does without the part that `variable` names."""
+    facts = get_family(model.family).FACTS
+    folder = facts.parts.get(variable.removesuffix("_PATH").lower())
+    return any(pattern.startswith(f"{OPTIONAL}{folder}/") for pattern in facts.files)
 
 
 # ---- tokenizers
@@ -120,7 +127,7 @@ def describe(
         tokenizer = vocabulary.tokenizer
         # Without a token: the repositories are open, and the Hub would refuse a token that has expired.
         repo = hub.Repo(
-            *("model", tokenizer.repository, f"the tokenizer of {tokenizer.name}"),
+            *("model", tokenizer.repository, f"{tokenizer.name}'s tokenizer"),
             cache=hub_cache,
             retries=replace(retries, budget=min(PATIENCE_S, retries.budget)),
         )
@@ -154,6 +161,21 @@ def _way_out(vocabularies: list[Vocabulary]) -> str:
         places = " and ".join(f"FOLDER/{folder}" for folder in vocabulary.folders)
         steps.append(f"{' and '.join(addresses)} to {places}")
     return f"Or download {'; '.join(steps)} (no token is needed), and set MODEL_CONFIG_PATH=FOLDER."
+
+
+def bake(place: Path, *, hub_cache: Path, retries: RetryPolicy) -> None:
+    """Put the vocabularies of all base models below `place`, where jobs in the image find them (`IN_IMAGE`)."""
+    for _, model in base_models().values():
+        for folder, tokenizer in model.published.tokenizers.items() if model.published else ():
+            target = place / tokenizer.repository.replace("/", "--")
+            if target.is_dir():
+                continue
+            found = describe([Vocabulary(tokenizer, (folder,))], hub_cache=hub_cache, retries=retries)
+            for repo, listing, files in found:
+                source = hub.bring(repo, listing, files)
+                target.mkdir(parents=True)
+                for file in files:
+                    shutil.copyfile(source / file.name, target / file.name)
 
 
 # ---- the folder

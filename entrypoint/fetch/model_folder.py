@@ -90,7 +90,8 @@ def _without_index(names: Collection[str]) -> str:
     if "config.json" in top and weights:
         file = f"; if {weights[0]} is the denoiser, set MODEL_PATH to that file" if len(weights) == 1 else ""
         return f"it is one part of a model alone (config.json without model_index.json){file}"
-    return "it has no model_index.json, so it is not a model in the folder layout of diffusers"
+    hint = "; name its .safetensors files one by one: MODEL_PATH, VAE_PATH and the like" if weights else ""
+    return f"it has no model_index.json, so it is not a model in the folder layout of diffusers{hint}"
 
 
 def foreign_problem(path: str) -> str | None:
@@ -140,7 +141,12 @@ def check_folder(variable: str, folder: Path, patterns: Collection[str]) -> None
             damaged.append(f"{name} {problem}")
     if damaged:
         raise SettingsError(f"{variable} cannot be used: {'; '.join(damaged)}. Copy or download it again.")
-    for name in sorted(wanted(names, patterns)):
+    check_quantised(variable, folder, sorted(wanted(names, patterns)))
+
+
+def check_quantised(variable: str, folder: Path, names: Collection[str]) -> None:
+    """Raises SettingsError if one of the files `names`, configs or weights, says that weights are quantised."""
+    for name in names:
         if tool := _quantised(folder / name):
             raise SettingsError(
                 f"{variable} cannot be used: {name} is quantised by {tool}, which is not read. "
@@ -159,17 +165,38 @@ def check_kind(variable: str, folder: Path, model: ModelPlan) -> None:
         return
     place = get_family(model.family).FACTS.parts["denoiser"]
     expected = published.configs[f"{place}/config.json"]
+    index = _json(folder / "model_index.json")
+    if not index:
+        return  # it is no whole model, which others report
     config = _json(folder / place / "config.json")
-    fix = f"Fix: a model that {model.base} can be, or the BASE_MODEL that it is of"
+    difference = _difference(index, config, place, expected)
+    if difference is None:
+        return
+    for name, (family, other) in base_models().items():
+        if other.published is None:
+            continue
+        other_place = get_family(family).FACTS.parts["denoiser"]
+        other_config = _json(folder / other_place / "config.json")
+        own = other.published.configs[f"{other_place}/config.json"]
+        if other_config and _difference(index, other_config, other_place, own) is None:
+            raise SettingsError(
+                f"{variable} is of another base model than {model.base}: {difference}. Fix: BASE_MODEL={name}."
+            )
+    raise SettingsError(f"{variable} is not of {model.base}, but of a model that is not trained here: {difference}.")
+
+
+def _difference(index: dict[str, Any], config: dict[str, Any], place: str, expected: dict[str, Any]) -> str | None:
+    """How a folder's denoiser in `place` differs from the one with the config `expected`."""
+    names_components = any(isinstance(value, list) for value in index.values())
+    if place not in index and names_components:
+        return f"its model_index.json says {index.get('_class_name')}, without a {place}"
     class_name = config.get("_class_name", expected["_class_name"])
     if class_name != expected["_class_name"]:
-        raise SettingsError(f"{variable}: {place}/ has a {class_name}, and not a {expected['_class_name']}. {fix}.")
+        return f"{place}/ has a {class_name}, and not a {expected['_class_name']}"
     for key in SHAPE_KEYS:
         if key in expected and config.get(key, expected[key]) != expected[key]:
-            raise SettingsError(
-                f"{variable}: {place}/config.json says {key}={config[key]}, and {model.base} has {expected[key]}, so "
-                f"it is another model (one that paints into images, for example). {fix}."
-            )
+            return f"{place}/config.json says {key}={config[key]}, and not {expected[key]}"
+    return None
 
 
 def _json(path: Path) -> dict[str, Any]:

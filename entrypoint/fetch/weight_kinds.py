@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from trainer.spec.family import PREFIXES, Facts, base_models, family_names, get_family
-from trainer.spec.published import Lookalike, Published
+from trainer.spec.family import PREFIXES, Facts, Lookalike, Published, base_models, family_names, get_family
 from trainer.storage.safetensors_header import Entry, Header
 
 Entries = Mapping[str, Entry]

@@ -169,6 +169,11 @@ def _model_plan(
         fix = f"Fix: remove it, or name a repository in {variable}."
         notes.add(f"MODEL_REVISION={show(settings.model_revision)}: {source} is a folder and has no revisions. {fix}")
     parts = single_files.choose_parts(settings, facts, notes)
+    if settings.model_revision and not is_local and set(parts) == set(facts.parts):
+        notes.add(
+            f"MODEL_REVISION={show(settings.model_revision)}: all weights are local files, and nothing is taken from "
+            f"{source}. Fix: remove it."
+        )
     return ModelPlan(settings.base_model, family_name, source, revision=settings.model_revision, parts=parts)
 
 

@@ -169,8 +169,8 @@ def _model_bytes(
         return converted_bytes
     variable = model_folder.variable(model)
     if folder := fetch.local_model(model):
-        model_folder.check_folder(variable, folder, patterns)
         model_folder.check_kind(variable, folder, model)
+        model_folder.check_folder(variable, folder, patterns)
         logger.info("To fetch for the model: nothing. %s is here.", folder)
         return _weight_bytes(folder) + converted_bytes
     repo = fetch.model_repo(model, token=token, hub_cache=hub_cache, retries=retries)

@@ -14,7 +14,7 @@ from entrypoint.settings.checks import Notes
 from trainer.spec import sanity
 from trainer.spec.family import BaseModel, Facts
 from trainer.spec.optimizers import OPTIMIZERS
-from trainer.spec.plan import Plan
+from trainer.spec.plan import AUTO, Plan
 
 CYCLIC_SCHEDULE = "cosine_with_restarts"
 USUAL_AREAS = (0.2, 2.6)  # times the model's own; below and above, a base model draws badly itself
@@ -259,15 +259,18 @@ def _split_qkv(request: Request) -> str | None:
 def _epochs_beside_steps(request: Request) -> str | None:
     if not request.is_given("PARAMS_MAX_EPOCHS") or not request.plan.train.max_steps:
         return None
+    if request.plan.train.max_epochs == AUTO:
+        return None
     because = f"PARAMS_MAX_STEPS={request.plan.train.max_steps} decides"
     return _no_effect("PARAMS_MAX_EPOCHS", request.plan.train.max_epochs, because)
 
 
 def _checkpoints_without_saves(request: Request) -> str | None:
-    if not request.is_given("KEEP_CHECKPOINTS") or request.plan.output.save_every != 0:
+    kept = request.plan.output.keep_checkpoints
+    if not request.is_given("KEEP_CHECKPOINTS") or kept == AUTO or request.plan.output.save_every != 0:
         return None
     because = "PARAMS_SAVE_EVERY_N_STEPS=0 saves only the finished LoRA"
-    return _no_effect("KEEP_CHECKPOINTS", request.plan.output.keep_checkpoints, because)
+    return _no_effect("KEEP_CHECKPOINTS", kept, because)
 
 
 def _prompts_without_samples(request: Request) -> str | None:
@@ -278,7 +281,7 @@ def _prompts_without_samples(request: Request) -> str | None:
 
 def _samples_without_prompts(request: Request) -> str | None:
     every = request.plan.output.sample_every
-    if not request.is_given("PARAMS_SAMPLE_EVERY_N_STEPS") or every == 0 or request.plan.prompts:
+    if not request.is_given("PARAMS_SAMPLE_EVERY_N_STEPS") or every in (0, AUTO) or request.plan.prompts:
         return None
     return _no_effect("PARAMS_SAMPLE_EVERY_N_STEPS", every, "SAMPLE_PROMPTS has no prompts")
 

@@ -126,7 +126,7 @@ def note_prediction(denoiser: str | None, training: TrainingSettings, facts: Fac
 def _part_problem(part: str, path: str, base_model: str, facts: Facts) -> str | None:
     """Why `path` cannot be the VAE or text encoder that its variable names."""
     if part not in facts.parts:
-        return "is not used: the base model has no such part"
+        return "is not used: the base model has no such part. Fix: remove it"
     if path == LEFT_OUT:
         is_optional = any(pattern.startswith(f"{OPTIONAL}{facts.parts[part]}/") for pattern in facts.files)
         if not is_optional:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from entrypoint.settings.row import Row
 from entrypoint.settings.variables import NAMES
-from trainer.spec.values import as_number, shorten, show
+from trainer.spec.values import as_number, shorten
 
 MAX_CHARACTERS = 4096  # the longest path that Linux takes; longer values are texts that got into the wrong variable
 # Free text and files that may be given inline, which have no such limit.
@@ -196,7 +196,7 @@ def _path(text: str, row: Row) -> str:
     if drive:
         on_wsl = f"; in WSL without docker it is /mnt/{drive[1].lower()}/{drive[2].replace(chr(92), '/')}"
     raise ValueError(
-        f"is a Windows path, which a Linux container does not have. Fix: docker run -v {shorten(show(host)[1:-1])}:"
+        f"is a Windows path, which a Linux container does not have. Fix: docker run -v {shorten(host)}:"
         f"{inside} and {row.name}={inside}{shorten(on_wsl)}"
     )
 

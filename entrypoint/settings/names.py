@@ -53,16 +53,18 @@ def _read_other_name(name: str, text: str, found: dict[str, str], notes: Notes) 
     elif plain(name) in NEAR and specific:
         advice = NEAR[plain(name)]
         if ours or name == name.lower():
-            notes.add(f"{show(name)} {_advised(advice)}.")
+            notes.add(f"{show(name)} {_as_refusal(advice)}.")
         else:  # it may be another program's
-            notes.warn(f"{name} is not read: {_advised(advice)}.")
+            reason = f". {advice}" if advice[:1].isupper() else f": it {advice}"
+            notes.warn(f"{name} is not read{reason}.")
     elif problem := _mistyped(name):
         notes.add(problem)
     elif guess := _perhaps_mistyped(name):
         notes.warn(f"{name} is not read. Did you mean {guess}?")
 
 
-def _advised(advice: str) -> str:
+def _as_refusal(advice: str) -> str:
+    """The rest of a sentence that begins with the name: some advice is that already, some is a sentence of its own."""
     return f"is no variable here. {advice}" if advice[:1].isupper() else advice
 
 
@@ -166,7 +168,7 @@ def _read_config_json(text: str, notes: Notes) -> dict[str, str]:
             if value_text:
                 _take(name, value_text, meant, found, notes)
         elif plain(name) in NEAR:
-            notes.add(f"{CONFIG_JSON}: {show(name)} {_advised(NEAR[plain(name)])}.")
+            notes.add(f"{CONFIG_JSON}: {show(name)} {_as_refusal(NEAR[plain(name)])}.")
         else:
             guess = nearest(name, NAMES) or nearest(f"{PREFIX}{name}", NAMES)
             fix = f"did you mean {guess}?" if guess else "remove it."

@@ -188,6 +188,14 @@ def test_a_model_arrives_whole_and_without_what_is_not_needed(hub: Hub, client: 
     assert found == {name: data for name, data in files.items() if name not in unneeded}
 
 
+def test_a_quantised_model_is_refused_before_its_weights_are_downloaded(hub: Hub, client: Client) -> None:
+    quantised = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    hub.add("model", "org/model", {**model_files(), "transformer/config.json": json.dumps(quantised).encode()})
+    done = client.model()
+    assert done.code == 78 and "transformer/config.json is quantised by bitsandbytes" in done.data["message"]
+    assert hub.sent("/cdn/*") == 0
+
+
 def test_the_client_of_the_hub_finds_what_was_brought(hub: Hub, client: Client) -> None:
     hub.add("model", "org/model", model_files())
     path = client.model().data["path"]

@@ -14,8 +14,10 @@ import pytest
 from PIL import Image
 
 from bench.original_names import miniature
+from entrypoint.fetch import local_weights
 from tests.support import full_size_files
 from tests.support.hub import Hub
+from tests.support.single_files import planned
 from trainer.spec.family import BaseModel, base_models, get_family
 
 ROOT = Path(__file__).parents[2]
@@ -193,3 +195,22 @@ def test_a_hub_that_does_not_answer_is_said_with_what_was_wanted(machine):
     assert f"BASE_MODEL=flux-dev: {NOWHERE}/black-forest-labs/FLUX.1-dev: ConnectError" in log
     assert "attempt 2 in" in log and "gives up in" in log
     assert "set MODEL_PATH, VAE_PATH, CLIP_L_PATH, T5_PATH" in log
+
+
+def test_baked_tokenizers_need_no_network(machine, files, tmp_path, monkeypatch):
+    command = [sys.executable, "-m", "entrypoint.bake", "tokenizers", str(tmp_path / "baked"), str(tmp_path / "build")]
+    run = subprocess.run(command, env=machine.environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    baked = tmp_path / "baked" / "tokenizers"
+    assert {path.name for path in baked.iterdir()} == {name.replace("/", "--") for name in (CLIP, T5)}
+    for repository in (CLIP, T5):
+        place = baked / repository.replace("/", "--")
+        assert {path.name: path.read_bytes() for path in place.iterdir()} == {
+            name: content for name, content in vocabularies()[repository].items() if "safetensors" not in name
+        }
+    model = planned(machine.environment | {"BASE_MODEL": "flux-dev", **files["flux-dev"]})
+    published = local_weights.published(model)
+    assert published is not None
+    assert len(local_weights.missing(model, published, hub_cache=tmp_path / "hub")) == 2
+    monkeypatch.setattr(local_weights, "IN_IMAGE", baked)
+    assert local_weights.missing(model, published, hub_cache=tmp_path / "hub") == []

@@ -192,9 +192,12 @@ NO_TERMS = {
         ("Metrics", "Status", "Progress", "Problems", "Findings"), "an output or a list that its name describes"
     ),
     **dict.fromkeys(
-        ("DatasetSummary", "SubsetSummary", "TrainingRun", "LoraSummary"), "contents of a LoRA file's header"
+        ("DatasetSummary", "SubsetSummary", "TrainingRun", "LoraSummary", "Training"),
+        "contents of a LoRA file's header",
     ),
+    **dict.fromkeys(("Float", "Kind", "LayerTensors", "Parser"), "rows and records of the readers of LoRA files"),
     **dict.fromkeys(("Prompt", "PromptRequest"), "a prompt line, which the documents call a prompt"),
+    **dict.fromkeys(("Length", "Request"), "what a row of a table of sanity checks looks at"),
     **dict.fromkeys(("Reader", "Cut", "PredictionMarks"), "what one function finds in a caption or a file"),
     "PartlyJoinedProcessor": "one case of a class of diffusers",
     **dict.fromkeys(("Card", "TorchKernels"), "what a card, and this torch, can do"),

@@ -232,6 +232,8 @@ class _Walker:
             reason = leftovers.folder_reason(entry.name)
             if reason is None and os.path.realpath(entry.path) == self.masks:
                 reason = "the masks (conditioning_data_dir)"
+        elif entry.name == leftovers.OWN_MARKER:
+            return False
         else:
             reason = leftovers.file_reason(entry.name)
         if reason is not None:

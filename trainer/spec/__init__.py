@@ -2,8 +2,8 @@
 
 Plans are made from these modules in milliseconds, so none of them imports torch at import time. Read in this order:
 `errors`, `plan`, `resume_rules` (what changed settings mean for a run) and `automatic` (how long to train); `family`
-(the interface and the facts of a model family), `targets` (which of its layers get adapters), `published` (the configs
-of its published models) and `prediction_marks` (what a file of weights predicts); `values` and `prompts` (strict
+(the interface and the facts of a model family, with the configs of its published models), `targets` (which of its
+layers get adapters) and `prediction_marks` (what a file of weights predicts); `values` and `prompts` (strict
 reading of what users write); `optimizers`; `weight_formats`, `adapter_columns` and `strategies` (ways to save memory),
 then `memory_model`, which predicts what they take; `sanity` (settings that make no sense together).
 

@@ -14,8 +14,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from trainer.spec.published import Lookalike, Published
-
 if TYPE_CHECKING:
     import torch
     from PIL import Image
@@ -60,6 +58,43 @@ class Footprint:
     hidden_size: int  # the shorter side of most linear layers in the blocks
     capture_gib: float = 2.5  # GiB that CUDA graphs take besides, where the step recomputes
     unfused_factor: float = 1.25  # saved_gib is this times as large without the norms and GELUs fused for FP8
+
+
+# ---- what a published model's repository holds besides its weights: local weight files then need no repository
+
+Config = dict[str, Any]  # the JSON of a config
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer's vocabulary in an open repository, and the config that goes with it."""
+
+    name: str  # for messages
+    repository: str  # of the Hub; neither gated nor private
+    files: tuple[str, ...]
+    config: Config  # tokenizer_config.json, in which base models differ
+
+
+@dataclass(frozen=True)
+class Published:
+    """A model's folder in diffusers' layout, without weights."""
+
+    configs: dict[str, Config]  # file in the folder → its JSON
+    tokenizers: dict[str, Tokenizer]  # subfolder → what is in it
+    # Tensors that tell this model's denoiser from its family's others: original name → shape, or None if it has none.
+    marks: dict[str, tuple[int, ...] | None]
+
+
+@dataclass(frozen=True)
+class Lookalike:
+    """A model that is none of a family's, though its denoiser has the family's names."""
+
+    what: str  # for messages
+    tensor: str  # that it has, by its original name or by diffusers'
+    shape: tuple[int | None, ...] | None = None  # of that tensor; None: any
+
+
+# ---- base models and families
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,10 @@ from entrypoint.dataset_config.sources import ARCHIVES
 from entrypoint.fetch.archive import Limits, content_root, extract, has_file, safe_path
 from entrypoint.fetch.fetch import fetch_source
 from entrypoint.system.folders import MARKER
+from trainer.data.folder_listing import list_folder
+from trainer.data.folders import leftovers
 from trainer.spec.errors import DataError
-from trainer.spec.plan import Source
+from trainer.spec.plan import Source, Subset
 
 NOISE = random.Random(7).randbytes(4000)
 KINDS = ["zip", "tar", "tar.gz", "tar.bz2", "tar.xz"]
@@ -108,6 +110,13 @@ def test_archives_in_an_archive_are_named(pack: Pack, tmp_path: Path, caplog: py
     path = pack("zip", {"1.png": NOISE, "more/inner.zip": b"x", "b.7z": b"x"})
     fetch_source(Source("archive", str(path)), cache=tmp_path / "c", token=None)
     assert "a.zip: archives in it take no part: b.7z, more/inner.zip. Unpack it" in caplog.text
+
+
+def test_the_mark_of_a_whole_folder_is_no_file_of_the_user(pack: Pack, tmp_path: Path) -> None:
+    source = fetch_source(Source("archive", str(pack("zip", {"1.png": NOISE}))), cache=tmp_path / "c", token=None)
+    assert (Path(source.path) / MARKER).is_file() and leftovers.OWN_MARKER == MARKER
+    folder = list_folder(Subset(source))
+    assert folder.images == ["1.png"] and not folder.left_out
 
 
 def test_a_webdataset_on_this_machine_has_the_captions_of_its_json(pack: Pack, tmp_path: Path) -> None:

@@ -337,7 +337,8 @@ def test_a_single_file_and_no_folder(model: Path, tmp_path: Path) -> None:
 
 def test_the_layout_is_judged_by_names_alone() -> None:
     assert problems(["a.safetensors"], PATTERNS) == [
-        "it has no model_index.json, so it is not a model in the folder layout of diffusers"
+        "it has no model_index.json, so it is not a model in the folder layout of diffusers; name its .safetensors "
+        "files one by one: MODEL_PATH, VAE_PATH and the like"
     ]
     assert len(problems(["model_index.json"], PATTERNS)) == 7
 

@@ -143,6 +143,11 @@ def test_a_setting_without_any_effect(variables, says):
     assert says in text and "has no effect: " in text and text.count("\n") == 0
 
 
+def test_what_is_left_to_the_job_is_never_idle():
+    left = {"PARAMS_MAX_EPOCHS": "auto", "KEEP_CHECKPOINTS": "auto", "PARAMS_SAMPLE_EVERY_N_STEPS": "auto"}
+    assert warnings(**left, PARAMS_MAX_STEPS="500", PARAMS_SAVE_EVERY_N_STEPS="0") == ""
+
+
 def test_images_that_are_held_out_for_nothing():
     assert "validation_split=0.1" in warnings(config=config(validation_split=0.1))
     assert not warnings(config=config(validation_split=0.1), PARAMS_VALIDATE_EVERY_N_STEPS="10")

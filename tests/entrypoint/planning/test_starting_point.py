@@ -182,3 +182,22 @@ def test_a_file_that_is_none_is_refused(tmp_path, content):
 def test_a_file_that_was_cut_off_is_refused(attention):
     Path(attention).write_bytes(Path(attention).read_bytes()[:-9])
     assert "cut off" in refusal(attention)
+
+
+def test_a_file_for_another_width_is_refused_before_the_download(tmp_path):
+    """By the weights of a base that is here, and by the width of the published one."""
+    tensors = peft("transformer_blocks.0.attn.to_q", rank=2, width=64)
+    file = write(tmp_path / "x.safetensors", tensors)
+    assert "attn.to_q is [128, 128] in the base model and [64, 64] in the file" in refusal(file)
+    assert "layers of flux are 3072 wide" in refusal(file, BASE_MODEL="flux")
+    missing = write(tmp_path / "y.safetensors", peft("transformer_blocks.40.attn.to_q", rank=2))
+    assert "the base model has no layer transformer.transformer_blocks.40.attn.to_q" in refusal(missing)
+
+
+def test_what_is_wrong_with_a_file_is_said_with_the_fix_and_the_variable(tmp_path):
+    whole = write(tmp_path / "x.safetensors", {"double_blocks.0.img_attn.qkv.weight": ((2, 2), [1.0] * 4)})
+    message = refusal(whole)
+    assert f"PARAMS_RESUME_FROM={whole}: it holds whole weights" in message and "MODEL_PATH" in message
+    assert "Allowed: a LoRA file" not in message  # one fix is enough
+    tensors = kohya("double_blocks_0_img_attn_proj", rank=2, rows=WIDTH, alpha=0)
+    assert "img_attn_proj.alpha: alpha is 0" in refusal(write(tmp_path / "y.safetensors", tensors))

@@ -268,7 +268,7 @@ def test_a_part_with_the_weights_of_another_framework_says_which(folder):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"in_channels": 384}, "transformer/config.json says in_channels=384, and flux-dev has 64"),
+        ({"in_channels": 384}, "not trained here: transformer/config.json says in_channels=384, and not 64"),
         ({"_class_name": "NunchakuFluxTransformer2dModel"}, "transformer/ has a NunchakuFluxTransformer2dModel"),
     ],
 )
@@ -282,6 +282,24 @@ def test_a_folder_of_another_model_is_refused(folder, changes, expected):
     )
     with pytest.raises(SettingsError, match=expected):
         fetch_model(ModelPlan("flux-dev", "flux", str(folder)), patterns=get_family("flux").FACTS.files, token=None)
+
+
+@pytest.mark.parametrize(("asked", "actual"), [("flux-dev", "sdxl"), ("sdxl", "flux-schnell"), ("sd3", "sdxl")])
+def test_a_folder_of_another_base_model_names_it(tmp_path, asked, actual):
+    from entrypoint.fetch.fetch import fetch_model
+    from trainer.spec.family import base_models
+    from trainer.spec.plan import ModelPlan
+
+    for name, config in base_models()[actual][1].published.configs.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(config))
+    with pytest.raises(SettingsError, match=rf"is of another base model than {asked}: .* Fix: BASE_MODEL={actual[:4]}"):
+        fetch_model(ModelPlan(asked, base_models()[asked][0], str(tmp_path)), patterns=(), token=None)
+
+
+def test_a_revision_of_a_repository_that_nothing_is_taken_from_is_refused(refusal, tmp_path):
+    said = refusal("sdxl", MODEL_REVISION="v1", **full_size_files.one_file(tmp_path, "sdxl"))
+    assert "MODEL_REVISION='v1': all weights are local files" in said and "Fix: remove it" in said
 
 
 def test_a_part_in_a_folder_is_checked_too(refusal, tmp_path):

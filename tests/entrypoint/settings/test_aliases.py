@@ -239,7 +239,7 @@ def test_advice_names_only_variables_that_exist():
 def test_keys_of_dataset_json_are_those_of_the_manifest():
     keys = {**LEVELS["general"], **SUBSET_KEYS}.keys()
     own = {aliases.plain(name) for name in NAMES}
-    others = {"dataset", "split", "revision", "class_tokens"}
+    others = {"dataset", "split", "subset", "revision"}
     assert keys - own - others - aliases.VARIABLES.keys() - set(aliases.DATASET_KEYS) == set()
     assert set(aliases.DATASET_KEYS) <= keys
 

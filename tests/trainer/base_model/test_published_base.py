@@ -12,8 +12,7 @@ from bench.original_names import checkpoint, flux_files, miniature, weights
 from entrypoint.fetch.fetch import fetch_model
 from tests.support.single_files import planned
 from trainer.base_model import single_file
-from trainer.spec.family import BaseModel, get_family
-from trainer.spec.published import Published, Tokenizer
+from trainer.spec.family import BaseModel, Published, Tokenizer, get_family
 
 
 @pytest.fixture(params=["flux", "sdxl", "sd3"])

@@ -14,7 +14,7 @@ from trainer.data.caption_files.matching import ImageNames
 from trainer.data.caption_files.sidecars import Sidecars, find_sidecars
 from trainer.data.caption_files.tables import Row, read_table
 from trainer.data.caption_files.text_encoding import Decoded, decode_all
-from trainer.data.captions import Caption, clean, removed_characters
+from trainer.data.captions import CONTROLS, Caption, clean, removed_characters
 from trainer.data.folder_listing import Folder, resolve
 from trainer.spec.plan import Subset
 from trainer.storage.read import read_regular
@@ -161,9 +161,8 @@ def _why_no_caption(text: str) -> str | None:
     for beginning, reason in NO_CAPTION.items():
         if start.startswith(beginning):
             return reason
-    kept = clean(text)
     visible = len(re.sub(r"\s", "", text))
-    lost = visible - len(re.sub(r"\s", "", kept))
+    lost = len(CONTROLS.findall(text))
     if lost > MOST_REMOVED_SHARE * visible and lost > 3:
         return "its characters are those of no text"
     return None
@@ -183,8 +182,9 @@ def _note_encodings(decoded: Mapping[str, Decoded], findings: Findings) -> None:
     for encoding, names in by_encoding.items():
         examples = []
         for name in names:
-            beginning = clean(decoded[name].text)[:30].split("\n")[0]
-            examples.append(f"{name} ({beginning})")
+            lines = clean(decoded[name].text).split("\n")
+            foreign = next((line for line in lines if not line.isascii()), "")
+            examples.append(f"{name} ({foreign[:60]})")
         findings.warn(
             f"not UTF-8, so read as {encoding}: {many(len(names), 'file')}: {some(examples)}. If these are the wrong "
             "characters, save the files as UTF-8."
@@ -346,5 +346,5 @@ def _note_other_files(
     if tables and silent:
         found.findings.warn(
             f"no caption for {many(len(silent), 'image')}, and {some(tables)} is not read. If the captions are there, "
-            f"call it metadata{Path(tables[0]).suffix}, or name it as metadata_file in dataset.json."
+            "call it metadata.csv, .jsonl or .json, whichever it is, or name it as metadata_file in dataset.json."
         )

@@ -64,7 +64,7 @@ def read_records(title: str, text: str, subset: Subset, findings: Findings) -> l
     records = []
     for where, line in lines:
         place = f"{title}, {where}"
-        records.append((where, _as_record(_parse(line, where=place), where=place)))
+        records.append((where, _as_record(_parse(line.removesuffix(","), where=place), where=place)))
     return records
 
 
@@ -81,11 +81,20 @@ def has_image_suffix(name: str) -> bool:
 
 def _parse(document: str, *, where: str) -> Any:
     try:
-        return json.loads(document)
+        return json.loads(document, object_pairs_hook=_without_repeated_keys)
     except RecursionError:
         raise ValueError(f"{where}: it is nested too deeply") from None
     except ValueError as problem:
         raise ValueError(f"{where}: not JSON: {problem}") from problem
+
+
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> Record:
+    """Python would keep the last of them in silence. Raises ValueError."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {show(twice)} is there twice")
+    return record
 
 
 def _json_records(value: Any, *, title: str, findings: Findings) -> Iterator[tuple[str, Record]]:
@@ -214,7 +223,7 @@ def _raw_rows(title: str, text: str, delimiter: str, number: int) -> Iterator[tu
         except StopIteration:
             return
         except csv.Error as problem:
-            raise ValueError(f"{title}, row {number}: not CSV: {problem}. Are its double quotes closed?") from problem
+            raise ValueError(f"{title}, row {number}: not CSV: {problem}. Check its double quotes") from problem
         raw = "".join(taken)
         taken.clear()
         yield fields, raw

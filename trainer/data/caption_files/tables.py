@@ -76,6 +76,10 @@ def _image_name(record: Record, columns: Columns) -> str | None:
         value = record.get(column)
         if isinstance(value, str) and value.strip():
             return value.strip()
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        if isinstance(value, dict) and isinstance(value.get("path"), str):  # an image of the Hub's `datasets`
+            return value["path"] or None
         if value and not isinstance(value, str):
             raise ValueError(f"{column} is {show(value)}, not the name of a file")
     return None

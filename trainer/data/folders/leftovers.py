@@ -33,6 +33,7 @@ SYSTEM_FILES = {
     "icon\r": "a system file of macOS",
 }
 HIDDEN = "hidden (its name begins with a dot)"
+OWN_MARKER = ".kiln-complete.json"  # in folders that Kiln has unpacked, and nothing that a user put there
 # What another file of the same name is, if the part of its stem after the image's says so.
 MASK_ENDING = re.compile(r"[-_. ](masklabel|masks?|matte)$", re.IGNORECASE)
 MAP_ENDING = re.compile(r"[-_. ](condlabel|conditioning|control|canny|depth|openpose)$", re.IGNORECASE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.spec.published import Config, Tokenizer
+from trainer.spec.family import Config, Tokenizer
 
 # ---- text encoders
 

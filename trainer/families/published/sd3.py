@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainer.families.published import common
-from trainer.spec.published import Lookalike, Published
+from trainer.spec.family import Lookalike, Published
 
 HEAD_SIZE = 64
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trainer.families.published import common
-from trainer.spec.published import Lookalike, Published
+from trainer.spec.family import Lookalike, Published
 
 BASE = Published(
     configs={

@@ -106,7 +106,7 @@ def test_the_metadata_file_asked_for_is_the_only_one(tmp_path):
 def test_a_table_with_another_name_is_a_warning_if_captions_are_missing(tmp_path):
     found = find(tmp_path, {"a.png": "", "captions.csv": "file_name,text\na.png,x\n"}, class_tokens="cat")
     assert (
-        "no caption for 1 image, and captions.csv is not read. If the captions are there, call it metadata.csv"
+        "no caption for 1 image, and captions.csv is not read. If the captions are there, call it metadata.csv, "
         in notes(found)
     )
     assert found.findings.unused == ["captions.csv: it is neither an image nor a caption"]
@@ -145,6 +145,15 @@ def test_controls_are_taken_out_and_the_file_is_named(tmp_path):
     found = find(tmp_path, {"a.png": "", "a.txt": "a\0 cat sits on the m\ufffdt \u200b"})
     assert texts(found) == {"a.png": "a  cat sits on the m t"}
     assert "1 caption: a.txt (U+0000, U+200B, U+FFFD)" in notes(found)
+
+
+def test_invisible_characters_alone_refuse_nothing(tmp_path):
+    assert texts(find(tmp_path, {"a.png": "", "a.txt": "a\u200bb\u202ec\ufeff\u00ad"})) == {"a.png": "abc"}
+
+
+def test_of_a_table_in_an_older_encoding_a_caption_is_shown(tmp_path):
+    table = "file_name,text\na.png,赤い円、白い背景\n".encode("cp932")
+    assert "metadata.csv (a.png,赤い円、白い背景)" in notes(find(tmp_path, {"a.png": "", "metadata.csv": table}))
 
 
 def test_letters_that_were_spoilt_before_are_named(tmp_path):
