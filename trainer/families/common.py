@@ -59,15 +59,19 @@ def load_vae(folder: Path, *, device: str) -> AutoencoderKL:
 
 @contextlib.contextmanager
 def without_warnings() -> Iterator[None]:
-    """Inside, diffusers does not warn of captions that are cut: `trainer.data.caption_length` says it with names."""
-    from diffusers.utils import logging
+    """Inside, libraries do not warn of captions that are cut: `trainer.data.caption_length` says it with names."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    before = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        for library, verbosity in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
 
 
 def split_captions(tokens_BLD: torch.Tensor, pooled_BD: torch.Tensor) -> list[dict[str, torch.Tensor]]:
