@@ -32,6 +32,7 @@ from entrypoint.system.environment import child_environment
 from entrypoint.system.folders import read_json, write_text
 from trainer.spec.errors import GatedError, KilnError, SettingsError, UnreachableError
 from trainer.spec.family import base_models
+from trainer.spec.log_lines import log_to
 from trainer.spec.plan import Plan
 from trainer.storage import run_records
 from trainer.storage.safetensors_header import read_header
@@ -307,7 +308,7 @@ def card(path: Path, *, base: str, samples: str | None) -> str:
 
 def main() -> int:
     """Read a job and then commands, one a line; end of input ends the process. Returns 0, or the error's exit code."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    log_to(logging.StreamHandler(), "%(asctime)s %(levelname)s %(message)s")
     sys.excepthook = _bare
     for number in (signal.SIGINT, signal.SIGHUP):  # from a terminal: the entrypoint decides when this process ends
         signal.signal(number, signal.SIG_IGN)

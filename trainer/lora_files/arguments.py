@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 from trainer.lora_files import contents, other_kinds
 from trainer.spec.errors import KilnError, SettingsError, StorageError
 from trainer.spec.family import family_names
+from trainer.spec.log_lines import log_to
 from trainer.spec.values import as_number, show
 from trainer.storage import atomic, safetensors_header
 
@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
 
 def run_command(command: Callable[[], None]) -> int:
     """Run a command with its log on stderr; returns the exit code."""
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    log_to(logging.StreamHandler(), "%(message)s")
     os.environ.update(QUIET)
     for name in CHATTY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
