@@ -80,15 +80,25 @@ class Choice:
             return f"OUTPUT_PATH has files named {wanted} already, which no run of it wrote: this run is called {name}."
         old = self.beside
         text = f"New run {name}, beside {old.name}, since these differ: {'; '.join(self.changes)}. "
-        text += f"{old.name} stays as it is{f', at step {old.step}' if old.step else ''}."
-        files = old.lora_files()
-        ways = []
-        if files:
-            ways.append(f"PARAMS_RESUME_FROM={files[-1]} starts from its weights")
+        return text + self._how_to_go_on_from(old)
+
+    def _how_to_go_on_from(self, old: Run) -> str:
+        """What becomes of the run beside which this new one begins, and which variables would go on from it."""
+        text = f"{old.name} stays as it is."
         if old.step:
+            text = f"{old.name} stays as it is, at step {old.step}."
+        ways = []
+        if files := old.lora_files():
+            ways.append(f"PARAMS_RESUME_FROM={files[-1]} starts from its weights")
+        if old.step and not self.plan.output.resume_with_changes:
             ways.append("RESUME_WITH_CHANGES=true goes on with its state")
         if ways:
             text += f" To go on from it instead: {'; '.join(ways)}."
+        if self.plan.output.resume_with_changes:
+            why = f"{old.name} has no state"
+            if old.step:
+                why = f"{old.name} did not begin with this PARAMS_RESUME_FROM"
+            text += f" RESUME_WITH_CHANGES=true does not apply: {why}."
         return text
 
 
