@@ -75,8 +75,9 @@ def _history(choice: Choice, record: RunRecord) -> dict[str, Any]:
     if choice.run is None or not choice.changes:
         return {}
     history = record.values.get("changed")
-    entry = {"step": choice.run.step, "changes": list(choice.changes)}
-    return {"changed": [*(history if isinstance(history, list) else []), entry]}
+    if not isinstance(history, list):
+        history = []
+    return {"changed": [*history, {"step": choice.run.step, "changes": list(choice.changes)}]}
 
 
 def _log_choice(asked: Plan, choice: Choice) -> None:
