@@ -8,10 +8,9 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from entrypoint.settings.checks import nearest
 from entrypoint.system.hardware import Hardware
 from trainer.spec.errors import SettingsError
-from trainer.spec.values import show
+from trainer.spec.values import nearest, show
 
 
 class Card(NamedTuple):

@@ -1,12 +1,14 @@
-"""Strict reading of single values that users write: numbers, texts and sizes, with their ranges.
+"""Strict reading of single values that users write: numbers, texts and sizes, with their ranges; the nearest name.
 
 The settings, dataset.json and prompt lines are all read with these, so that a number means the same everywhere.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +20,8 @@ _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")
 _TOKEN = re.compile(r"hf_\w{6,}", re.ASCII)
 _SHOWN_CHARACTERS = 80  # of a value in a message
+_MIN_SIMILARITY = 0.6  # of names that are suggested; the default of difflib
+_MAX_COMPARED_CHARACTERS = 200  # difflib's time grows with the square of the length
 
 
 @dataclass
@@ -143,3 +147,19 @@ class Key:
 def _is_integer(value: Any) -> bool:
     """JSON's true is an instance of Python's int, but no whole number."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+# ---- names
+
+
+def nearest(name: str, known: Collection[str]) -> str | None:
+    """The known name that is most similar to `name`, if any is similar. Case does not matter."""
+    by_lower = {known_name.lower(): known_name for known_name in known}
+    matches = difflib.get_close_matches(name.lower()[:_MAX_COMPARED_CHARACTERS], by_lower, n=1, cutoff=_MIN_SIMILARITY)
+    return by_lower[matches[0]] if matches else None
+
+
+def suggestion(name: str, known: Collection[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or all of them."""
+    guess = nearest(name, known)
+    return f"did you mean {guess}?" if guess else f"known are {', '.join(sorted(known))}."
