@@ -24,11 +24,6 @@ from trainer.spec.plan import Dataset, Plan, Source
 from trainer.spec.rules import automatic, outlook, sanity
 from trainer.storage.atomic import human_size
 from trainer.storage.choose_run import choose
-<<<<<<< HEAD
-from trainer.storage.digests import sha256
-from trainer.storage.folders import completed
-=======
->>>>>>> messy
 
 log = logging.getLogger(__name__)
 MAX_CPU_WORKERS = 16

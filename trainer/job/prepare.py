@@ -25,12 +25,7 @@ from trainer.job.reporting.status import Status
 from trainer.spec.errors import DataError
 from trainer.spec.family import get_family
 from trainer.spec.plan import AUTO, DataPlan, Plan, Prompt
-<<<<<<< HEAD
-from trainer.spec.rules import automatic, sanity
-=======
 from trainer.spec.rules import automatic, outlook, sanity
-from trainer.storage import atomic
->>>>>>> messy
 from trainer.storage.choose_run import choose
 from trainer.storage.run_records import RunRecord
 from trainer.training.objective import Objective, make_objective
