@@ -63,7 +63,7 @@ def _export(options: argparse.Namespace) -> None:
     for path, strength in paths:
         loras.append((load_lora(path, family_name, without_embeddings=options.without_embeddings), strength))
         if not strength:
-            log.info("%s has the strength 0 and adds nothing.", path)
+            log.info("%s has strength 0 and adds nothing.", path)
     try:
         modules = convert.merge(loras) if options.merge else loras[0][0]
     except ValueError as problem:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from entrypoint.settings.checks import suggestion
 from trainer.spec.prompts import FIELDS, FLAGS, LONG_FLAGS, PromptRequest, make_request, parse_line, read_value
 from trainer.spec.values import Key, Problems, show
+from trainer.spec.wording import suggestion
 
 KEYS = {**FLAGS, **LONG_FLAGS}  # of an object
 _SHAPE = "a list of prompts, each a text or an object with the key prompt"

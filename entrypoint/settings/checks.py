@@ -1,14 +1,13 @@
-"""Shared by the readers of settings, manifests and plans: collected problems, nearest names, strict JSON, paths.
+"""Shared by the readers of settings, manifests and plans: collected problems, similar names, JSON, paths.
 
 Reading single values (numbers, ranges, keys) is in `trainer.spec.values`, since the trainer does it too.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,8 @@ import json5
 
 from trainer.spec.values import Problems, show
 
-MIN_SIMILARITY = 0.6  # of names that are suggested; the default of difflib
-MAX_JSON5_CHARACTERS = 200_000  # its reader takes some 30 microseconds for each
-MAX_COMPARED_CHARACTERS = 200  # difflib's time grows with the square of the length
+NOT_A_NUMBER = "is not a number"
+MAX_JSON5_CHARACTERS = 2**16  # its reader is written in Python and reads 16 to 30 kB a second
 
 
 @dataclass
@@ -41,19 +39,6 @@ class Notes(Problems):
 
 
 # ---- names
-
-
-def nearest(name: str, known: Collection[str]) -> str | None:
-    """The known name that is most similar to `name`, if any is similar. Case does not matter."""
-    by_lower = {known_name.lower(): known_name for known_name in known}
-    matches = difflib.get_close_matches(name.lower()[:MAX_COMPARED_CHARACTERS], by_lower, n=1, cutoff=MIN_SIMILARITY)
-    return by_lower[matches[0]] if matches else None
-
-
-def suggestion(name: str, known: Collection[str]) -> str:
-    """The end of a message about an unknown name: the nearest known one, or all of them."""
-    guess = nearest(name, known)
-    return f"did you mean {guess}?" if guess else f"known are {', '.join(sorted(known))}."
 
 
 def edits_apart(a: str, b: str, *, limit: int) -> int:
@@ -93,12 +78,16 @@ def one_edit_apart(a: str, b: str) -> bool:
 # ---- JSON
 
 
+class RefusedJsonError(ValueError):
+    """The text is JSON by its form. It means two things, is no number, or is too deep."""
+
+
 def load_json(text: str) -> Any:
     """JSON as its standard has it. Raises ValueError also for a repeated key, NaN, and nesting too deep for Python."""
     try:
         return json.loads(text, object_pairs_hook=_without_repeated_keys, parse_constant=_refuse_constant)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise RefusedJsonError("it is nested too deeply") from None
 
 
 def load_json5(text: str) -> Any:
@@ -111,19 +100,26 @@ def load_json5(text: str) -> Any:
     try:
         return json5.loads(text, allow_duplicate_keys=False, parse_constant=_refuse_constant)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise RefusedJsonError("it is nested too deeply") from None
+    except ValueError as problem:
+        reason = str(problem).removeprefix("<string>:")
+        if reason.startswith("Duplicate key"):
+            raise RefusedJsonError(f"the key {reason.split(chr(34))[1]} is given twice") from problem
+        if reason.endswith(NOT_A_NUMBER):  # json5 raises what `_refuse_constant` raised as an error of its own
+            raise RefusedJsonError(reason) from problem
+        raise
 
 
 def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Python would silently keep the last of them."""
     for key, count in Counter(key for key, _ in pairs).items():
         if count > 1:
-            raise ValueError(f"the key {show(key)} is given twice")
+            raise RefusedJsonError(f"the key {show(key)} is given twice")
     return dict(pairs)
 
 
 def _refuse_constant(text: str) -> float:
-    raise ValueError(f"{text} is not a number")
+    raise RefusedJsonError(f"{text} {NOT_A_NUMBER}")
 
 
 # ---- paths
