@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from entrypoint.dataset_config import shapes
-from entrypoint.dataset_config.documents import is_inline, label, parse_text, read_text
-from entrypoint.dataset_config.prompts import parse_tree
+from entrypoint.dataset_config.documents import is_inline, label, read_text
 from entrypoint.dataset_config.sources import HUB_ID, classify
 from entrypoint.settings.checks import absolute, is_file, is_folder
+from trainer.spec.documents.forms import parse_text
+from trainer.spec.documents.prompt_trees import parse_tree
 from trainer.spec.plan import Dataset, Source, Subset
 from trainer.spec.prompts import PromptRequest, parse_lines
-from trainer.spec.values import Key, Problems, show
-from trainer.spec.wording import suggestion
+from trainer.spec.values import Key, Problems, show, suggestion
 
 PACKAGED = Path(__file__).resolve().parents[2]  # the folder with this program's own dataset.json and prompts.txt
 
@@ -214,7 +214,7 @@ def _read_prompts(
     if text_format == "txt":
         return parse_lines(text, origin=origin, problems=problems, notes=notes), is_own
     tree = parse_text(text, text_format=text_format, origin=origin, problems=problems, notes=notes)
-    return (() if tree is None else parse_tree(tree, origin=origin, problems=problems)), False
+    return (() if tree is None else parse_tree(tree, origin=origin, problems=problems, notes=notes)), False
 
 
 # ---- the levels

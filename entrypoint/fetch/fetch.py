@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from entrypoint.dataset_config.sources import ARCHIVES, no_such_folder
-from entrypoint.fetch import archive, http, hub, hub_choice, hub_folder, hub_rows, local_weights, model_folder
+from entrypoint.fetch import archive, http, hub, hub_choice, hub_folder, hub_rows, local_weights
 from entrypoint.fetch.http import RetryPolicy
-from entrypoint.system.folders import build_folder, completed, locked, naming, read_json, storage_error, write_text
+from trainer.base_model import model_folder, without_weights
 from trainer.spec.errors import DataError, GatedError, SettingsError, UnreachableError
 from trainer.spec.plan import ModelPlan, Source, public
 from trainer.spec.wording import printable, some
 from trainer.storage.atomic import human_size
+from trainer.storage.folders import build_folder, completed, locked, naming, read_json, storage_error, write_text
 from trainer.storage.read import special_kind
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def fetch_model(
     HF_HOME points to. Raises SettingsError (no such model, or not a usable one), GatedError, UnreachableError,
     StorageError.
     """
-    if published := local_weights.published(model):
+    if published := without_weights.published(model):
         return replace(model, path=str(local_weights.assemble(model, published, hub_cache=hub_cache, retries=retries)))
     variable = model_folder.variable(model)
     if folder := local_model(model):

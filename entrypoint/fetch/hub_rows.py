@@ -31,10 +31,10 @@ from entrypoint.fetch.hub_columns import (
     unused_columns,
     value_of,
 )
-from entrypoint.system.folders import storage_error
 from trainer.data.caption_files.formats import AskedColumns
 from trainer.spec.errors import DataError, KilnError, SettingsError, StorageError
 from trainer.spec.wording import some
+from trainer.storage.folders import storage_error
 
 READERS = ("parquet", "arrow")  # of `datasets`; the others read no images, or pickles
 MAX_IMAGE_BYTES = 2**28  # bytes

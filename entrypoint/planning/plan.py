@@ -32,8 +32,7 @@ from trainer.spec.family import BaseModel, Facts, base_models, get_family
 from trainer.spec.optimizers import NOT_OFFERED, OPTIMIZERS, OptimizerSpec
 from trainer.spec.plan import DataPlan, Dataset, LoraPlan, ModelPlan, OptimPlan, OutputPlan, Plan, TrainPlan
 from trainer.spec.prompts import complete_prompts
-from trainer.spec.values import shorten, show
-from trainer.spec.wording import suggestion
+from trainer.spec.values import shorten, show, suggestion
 
 # A schedule-free optimiser averages its iterates instead of following a schedule (Defazio et al. 2024,
 # arXiv:2405.15682), so that a falling learning rate would work against it.

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from entrypoint.fetch import archive, fetch, flash_attention, http, hub, hub_choice, local_weights, model_folder
+from entrypoint.fetch import archive, fetch, flash_attention, http, hub, hub_choice, local_weights
 from entrypoint.fetch.http import RetryPolicy
 from entrypoint.planning import single_files
+from trainer.base_model import model_folder, weight_kinds, without_weights
 from trainer.data.folder_listing import list_folder
 from trainer.data.folders import formats
 from trainer.data.folders.own_output import Written
@@ -156,11 +157,11 @@ def _model_bytes(
     model: ModelPlan, space: NeededSpace, *, token: str | None, hub_cache: Path, retries: RetryPolicy
 ) -> int:
     """Bytes of the model's files, converted ones included. Checks the files: a folder's headers, else their names."""
-    patterns = single_files.file_patterns(get_family(model.family).FACTS, model.parts)
+    patterns = model_folder.file_patterns(get_family(model.family).FACTS, model.parts)
     converted_bytes = single_files.converted_bytes(model)
     space.add("CACHE_PATH", "converted weights", converted_bytes)
-    if published := local_weights.published(model):
-        wanted = local_weights.missing(model, published, hub_cache=hub_cache)
+    if published := without_weights.published(model):
+        wanted = without_weights.missing(model, published, hub_cache=hub_cache)
         downloads = local_weights.describe(wanted, hub_cache=hub_cache, retries=retries)
         local_weights.log_downloads(downloads)
         for repo, _, files in downloads:
@@ -180,7 +181,7 @@ def _model_bytes(
     try:
         return _download_bytes(repo, patterns, space) + converted_bytes
     except (GatedError, UnreachableError) as problem:
-        variables = local_weights.missing_parts(model)
+        variables = without_weights.missing_parts(model, weight_kinds.VARIABLES)
         if not variables:
             raise
         raise type(problem)(

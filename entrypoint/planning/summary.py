@@ -14,7 +14,6 @@ from collections import Counter
 from pathlib import Path
 
 from entrypoint.fetch import archive, fetch, http
-from entrypoint.system.folders import completed
 from trainer.data.epochs import EpochSampler
 from trainer.data.folders.own_output import Written
 from trainer.data.identity import content_changes, fingerprint
@@ -27,6 +26,7 @@ from trainer.spec.rules import automatic, sanity
 from trainer.storage.atomic import human_size
 from trainer.storage.choose_run import choose
 from trainer.storage.digests import sha256
+from trainer.storage.folders import completed
 
 log = logging.getLogger(__name__)
 MAX_CPU_WORKERS = 16

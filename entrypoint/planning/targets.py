@@ -7,15 +7,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from entrypoint.fetch import model_folder
 from entrypoint.settings.checks import Notes
 from entrypoint.settings.variables.adapter import AdapterSettings
+from trainer.base_model import model_folder
 from trainer.lora_files import key_names
 from trainer.spec.family import Facts
 from trainer.spec.plan import ModelPlan
 from trainer.spec.targets import NUMBER, is_target, layer_names, matching
-from trainer.spec.values import Problems, show
-from trainer.spec.wording import nearest
+from trainer.spec.values import Problems, nearest, show
 
 REGULAR_EXPRESSION = re.compile(r"[\\^$()\[\]{}|+?]|\.\*")
 SHOWN = 4  # layers in a message, and messages

@@ -22,10 +22,10 @@ from types import FrameType
 from entrypoint import DEFAULT_OUTPUT_PATH
 from entrypoint.fetch import http
 from entrypoint.processes.pod import asked_to_end, start_ssh
-from entrypoint.settings.checks import load_json
 from entrypoint.settings.variables.finish import ACTIONS
-from entrypoint.system.folders import read_json, write_text
+from trainer.spec.documents.strict_json import load_json
 from trainer.spec.errors import SettingsError, StorageError
+from trainer.storage.folders import read_json, write_text
 
 log = logging.getLogger(__name__)
 

@@ -14,11 +14,11 @@ from environs import EnvError
 
 from entrypoint.settings import clean
 from entrypoint.settings.aliases import NEAR, PREFIX, find_value, meant_variable, plain
-from entrypoint.settings.checks import Notes, edits_apart, load_json, load_json5, one_edit_apart
+from entrypoint.settings.checks import Notes, edits_apart, one_edit_apart
 from entrypoint.settings.parsers import PARSERS
 from entrypoint.settings.variables import CONFIG_JSON, NAMES, ROWS, SECRETS
-from trainer.spec.values import show
-from trainer.spec.wording import nearest
+from trainer.spec.documents.strict_json import load_json, load_json5
+from trainer.spec.values import nearest, show
 
 OTHER_PROGRAMS = frozenset({"CCACHE_PATH"})  # variables of other programs that look like a mistyped one of ours
 HELP = "python -m entrypoint --help-env lists all variables."

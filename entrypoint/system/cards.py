@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 from entrypoint.system.hardware import Hardware
 from trainer.spec.errors import SettingsError
-from trainer.spec.values import show
-from trainer.spec.wording import nearest
+from trainer.spec.values import nearest, show
 
 
 class Card(NamedTuple):

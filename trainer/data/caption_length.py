@@ -45,10 +45,15 @@ class Cut:
     kept: str
     lost: str
 
+    @property
+    def lost_start(self) -> str:
+        """The beginning of what is lost."""
+        return self.lost if len(self.lost) <= SHOWN_CHARACTERS else f"{self.lost[:SHOWN_CHARACTERS]}…"
+
     def __str__(self) -> str:
         kept = self.kept if len(self.kept) <= SHOWN_CHARACTERS else f"…{self.kept[-SHOWN_CHARACTERS:]}"
-        lost = self.lost if len(self.lost) <= SHOWN_CHARACTERS else f"{self.lost[:SHOWN_CHARACTERS]}…"
-        return f"{self.tokens} tokens, read to {printable(kept)!r} and cut before {printable(lost.strip())!r}"
+        lost = printable(self.lost_start.strip())
+        return f"{self.tokens} tokens, read to {printable(kept)!r} and cut before {lost!r}"
 
 
 def load_reader(facts: Facts, model: Path, *, max_tokens: int = CLIP_TOKENS) -> Reader | None:

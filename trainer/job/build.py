@@ -297,3 +297,11 @@ def apply_start_weights(adapted: AdaptedModels, modules: LoraModules, *, lora: L
             f"{','.join(lora.targets)}): {problem}."
         ) from problem
     log.info("Started from the weights of %s: %d modules.", lora.resume_from, len(modules))
+    new = peft_bridge.new_adapters(of_denoiser, state, prefix=facts.lora_prefix, fused=facts.fused_targets)
+    if new:
+        count = len([key for key in state if key.endswith(peft_bridge.DOWN)])
+        log.warning(
+            "%s has nothing for %d of the %d layers that train: they begin as if new, %s first. "
+            "PARAMS_TARGET_MODULES chooses the layers.",
+            lora.resume_from, len(new), count, new[0],
+        )  # fmt: skip

@@ -52,14 +52,3 @@ def similar(name: str, known: Collection[str], *, most: int) -> list[str]:
     compared = name.lower()[:MAX_COMPARED_CHARACTERS]
     matches = difflib.get_close_matches(compared, by_lower, n=most, cutoff=MIN_SIMILARITY)
     return [by_lower[match] for match in matches]
-
-
-def nearest(name: str, known: Collection[str]) -> str | None:
-    """The known name that is most similar to `name`, if any is similar. Case does not matter."""
-    return next(iter(similar(name, known, most=1)), None)
-
-
-def suggestion(name: str, known: Collection[str]) -> str:
-    """The end of a message about an unknown name: the nearest known one, or all of them."""
-    guess = nearest(name, known)
-    return f"did you mean {guess}?" if guess else f"known are {', '.join(sorted(known))}."

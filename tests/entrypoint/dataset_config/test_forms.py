@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from entrypoint.dataset_config.forms import MAX_TEXT, parse
 from entrypoint.dataset_config.manifest import PACKAGED, read_manifest
+from trainer.spec.documents.forms import MAX_TEXT, parse
 from trainer.spec.errors import SettingsError
 
 NOWHERE = Path("/nonexistent")

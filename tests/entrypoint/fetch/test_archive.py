@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from entrypoint.dataset_config.sources import ARCHIVES
 from entrypoint.fetch.archive import Limits, content_root, extract, has_file, safe_path
 from entrypoint.fetch.fetch import fetch_source
-from entrypoint.system.folders import MARKER
 from trainer.data.folder_listing import list_folder
 from trainer.data.folders import leftovers
 from trainer.spec.errors import DataError
 from trainer.spec.plan import Source, Subset
+from trainer.storage.folders import MARKER
 
 NOISE = random.Random(7).randbytes(4000)
 KINDS = ["zip", "tar", "tar.gz", "tar.bz2", "tar.xz"]

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from entrypoint.settings.checks import RefusedJsonError, load_json, load_json5
-from trainer.spec.values import show
+from trainer.spec.documents.strict_json import RefusedJsonError, load_json, load_json5
+from trainer.spec.values import Problems, show
 
 if TYPE_CHECKING:
     import yaml
@@ -24,6 +24,7 @@ FORMAT_BY_SUFFIX = {
     **dict.fromkeys((".yaml", ".yml"), "yaml"),
     ".toml": "toml",
 }
+MAX_BYTES = 2**20  # of dataset.json or prompts.txt, which people write by hand: a larger file is another one
 MAX_DEPTH = 32
 MAX_TEXT = 16_384  # characters
 BACKSLASH_PATH = re.compile(r"""["']?([A-Za-z]:\\\w|\\\\\w)[^"'\n]*["']?""")
@@ -212,3 +213,27 @@ def _whole_letters(tree: Any) -> Any:
 def format_of(name: str, default: str) -> str:
     """The form of a file by its name's suffix: json, yaml, toml, or `default`."""
     return FORMAT_BY_SUFFIX.get(PurePath(name).suffix.lower(), default)
+
+
+def decode(data: bytes) -> str:
+    """UTF-8, or the UTF-16 that Windows' editors write. Raises UnicodeDecodeError."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return data.decode("utf-16")
+    if data[1:2] == b"\0" and data[:1] != b"\0":  # without a mark: every other byte of ASCII text is zero
+        return data.decode("utf-16-le")
+    return data.decode("utf-8-sig")
+
+
+def parse_text(text: str, *, text_format: str, origin: str, problems: Problems, notes: list[str] | None = None) -> Any:
+    """The tree of a text; None, with a line in `problems`, if it is none. `notes` gets how it was read otherwise."""
+    try:
+        tree, note = parse(text, text_format)
+    except BackslashError as problem:
+        problems.add(f"{origin}, {problem}.")
+    except ValueError as problem:
+        problems.add(f"{origin}: {problem}.")
+    else:
+        if note and notes is not None:
+            notes.append(f"{origin}: {note}")
+        return tree
+    return None
