@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.data.records import printable
 from trainer.spec.family import CLIP_TOKENS, Facts
 from trainer.spec.plan import Prompt
+from trainer.spec.wording import printable
 
 SHOWN_CAPTIONS = 5  # in the log; the report has all
 SHOWN_CHARACTERS = 40  # of a caption, on each side of the cut
