@@ -21,7 +21,7 @@ from pathlib import Path
 from trainer.data import decode
 from trainer.data.buckets import fit
 from trainer.data.caption_files.find import find_captions
-from trainer.data.caption_files.findings import Findings, many
+from trainer.data.caption_files.findings import Findings
 from trainer.data.caption_files.notes import note_captions
 from trainer.data.captions import Caption
 from trainer.data.decode import UnusableImageError
