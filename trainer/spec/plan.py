@@ -274,6 +274,7 @@ class Plan:
     automatic: tuple[str, ...] = neutral(())  # variables that the hardware decides, since they are `auto`
     warnings: tuple[str, ...] = neutral(())  # what the job does, but probably nobody wants
     given: tuple[str, ...] = neutral(())  # the variables that the user has set
+    printed: tuple[str, ...] = neutral(())  # lines about the images that the log has already
     version: int = VERSION
 
     def to_json(self) -> str:

@@ -145,6 +145,17 @@ def test_a_run_goes_on_with_changes_if_asked_and_if_its_state_fits(plan):
         choose(asked(rank, resume_with_changes=True))
 
 
+def test_a_wish_to_go_on_that_cannot_be_met_is_named(plan, out):
+    leave(choose(plan), step=0, done=True)
+    wish = asked(other(plan, seed=1), resume_with_changes=True)
+    assert choose(wish).describe().endswith("RESUME_WITH_CHANGES=true does not apply: x has no state.")
+    leave(choose(plan), done=True)
+    start = dataclasses.replace(wish, lora=dataclasses.replace(wish.lora, resume_from=str(out / "x.safetensors")))
+    text = choose(start).describe()
+    assert "RESUME_WITH_CHANGES=true does not apply: x did not begin with this PARAMS_RESUME_FROM." in text
+    assert "goes on with its state" not in text
+
+
 def test_a_place_to_start_from_is_not_ignored_beside_it(plan, out):
     leave(choose(plan))
     start = dataclasses.replace(plan, lora=dataclasses.replace(plan.lora, resume_from=str(out / "x.safetensors")))
