@@ -24,13 +24,14 @@ from entrypoint import bake
 from entrypoint.dataset_config.manifest import read_manifest
 from entrypoint.fetch import flash_attention, http
 from entrypoint.fetch.fetch import fetch_model, fetch_source
-from entrypoint.planning import single_files, starting_point
+from entrypoint.planning import starting_point
 from entrypoint.planning.plan import make_plan
 from entrypoint.processes import supervise, upload
 from entrypoint.processes.launch import launch
 from entrypoint.settings import Settings, help_env, read_settings
 from entrypoint.system import cards, hardware
 from trainer import __version__
+from trainer.base_model import model_folder
 from trainer.spec.errors import KilnError, NoAcceleratorError, StopRequestedError
 from trainer.spec.family import base_models, get_family
 from trainer.spec.plan import Dataset, Plan, Source
@@ -203,7 +204,7 @@ def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
     cache = Path(plan.output.cache)
     if plan.engine.attention == "flash_4":
         flash_attention.install(cache)
-    patterns = single_files.file_patterns(get_family(plan.model.family).FACTS, plan.model.parts)
+    patterns = model_folder.file_patterns(get_family(plan.model.family).FACTS, plan.model.parts)
     sources: dict[Source, None] = {}  # each once, in order
     for dataset in plan.data.datasets:
         sources |= dict.fromkeys(subset.source for subset in dataset.subsets)

@@ -14,7 +14,7 @@ from functools import partial
 
 from entrypoint.fetch import flash_attention
 from entrypoint.planning import memory_refusal
-from entrypoint.settings.checks import Notes, show
+from entrypoint.settings.checks import Notes
 from entrypoint.settings.read import Settings
 from entrypoint.system.hardware import Hardware, select
 from trainer.spec import memory_model
@@ -23,6 +23,7 @@ from trainer.spec.family import BaseModel, Facts, Footprint
 from trainer.spec.memory_model import Strategy, Workload
 from trainer.spec.plan import Dataset, EnginePlan, Prompt
 from trainer.spec.strategies import memory_mode
+from trainer.spec.values import show
 from trainer.spec.weight_formats import PRECISIONS
 
 RECOMPUTE_POLICY = {True: "all", False: "none"}  # by PARAMS_GRADIENT_CHECKPOINTING, where memory does not matter

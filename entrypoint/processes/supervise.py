@@ -22,10 +22,10 @@ from types import FrameType
 from entrypoint import DEFAULT_OUTPUT_PATH
 from entrypoint.fetch import http
 from entrypoint.processes.pod import asked_to_end, start_ssh
-from entrypoint.settings.checks import load_json
 from entrypoint.settings.variables.finish import ACTIONS
-from entrypoint.system.folders import read_json, write_text
+from trainer.spec.documents.strict_json import load_json
 from trainer.spec.errors import SettingsError, StorageError
+from trainer.storage.folders import read_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,9 @@ def supervised(job: Callable[[], int], environ: Mapping[str, str], *, times: Tim
 def asked_action(environ: Mapping[str, str]) -> str:
     """ON_FINISH, even if other settings are invalid; an unknown value counts as the default."""
     asked = _raw(environ, "ON_FINISH").lower()
-    return asked if asked in ACTIONS else "stop" if environ.get("RUNPOD_POD_ID") else "exit"
+    if asked in ACTIONS:
+        return asked
+    return "stop" if environ.get("RUNPOD_POD_ID") else "exit"
 
 
 # ---- limits of time and money

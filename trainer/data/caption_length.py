@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.data.records import printable
 from trainer.spec.family import CLIP_TOKENS, Facts
 from trainer.spec.plan import Prompt
+from trainer.spec.wording import printable
 
 SHOWN_CAPTIONS = 5  # in the log; the report has all
 # What CLIP's tokenizer splits a text into before it looks for tokens: endings like 's, words, single digits, marks.
@@ -48,10 +48,15 @@ class Cut:
     kept: str
     lost: str
 
+    @property
+    def lost_start(self) -> str:
+        """The beginning of what is lost."""
+        return self.lost if len(self.lost) <= SHOWN_CHARACTERS else f"{self.lost[:SHOWN_CHARACTERS]}…"
+
     def __str__(self) -> str:
         kept = self.kept if len(self.kept) <= SHOWN_CHARACTERS else f"…{self.kept[-SHOWN_CHARACTERS:]}"
-        lost = self.lost if len(self.lost) <= SHOWN_CHARACTERS else f"{self.lost[:SHOWN_CHARACTERS]}…"
-        return f"{self.tokens} tokens, read to {printable(kept)!r} and cut before {printable(lost.strip())!r}"
+        lost = printable(self.lost_start.strip())
+        return f"{self.tokens} tokens, read to {printable(kept)!r} and cut before {lost!r}"
 
 
 def load_reader(facts: Facts, model: Path, *, max_tokens: int = CLIP_TOKENS) -> Reader | None:

@@ -44,7 +44,7 @@ Bucket = tuple[int, Size]  # index of the dataset, size in pixels
 
 @dataclass(frozen=True, slots=True)
 class _Variants:
-    """The pool that an image's occurrences draw from. An entry that is there twice is twice as likely."""
+    """The pool that an image's occurrences draw from. An entry that is given twice is twice as likely."""
 
     image: ImageRecord
     views: tuple[View, ...]

@@ -29,9 +29,10 @@ from trainer.data.folder_listing import Folder, LeftOutName, list_folder
 from trainer.data.folders import leftovers
 from trainer.data.folders.conventions import Reading, derived_subset, read_folders
 from trainer.data.folders.own_output import Written
-from trainer.data.records import WARNING, ImageRecord, Scan, Skipped, printable, some
+from trainer.data.records import WARNING, ImageRecord, Scan, Skipped
 from trainer.spec.errors import UnreachableError
 from trainer.spec.plan import DataPlan, Dataset, Subset
+from trainer.spec.wording import printable, some
 from trainer.storage.read import read_regular
 
 # Bytes that decoding may add to a worker's address space: the largest image that `decode` admits takes 358 MB, and

@@ -146,7 +146,7 @@ def _prepare(plan: Plan, stop: StopFlag, *, status: Status, watchdog: Watchdog) 
     state = resumable_state(opened.plan, opened.home, fingerprint(scanned.images))
     if state is not None:
         status.step = state.step
-        status.update({"step": state.step})
+        status.update({"step": state.step, "saved_step": state.step})
     return opened, prepare_data(opened, scanned, status=status, state=state, check_in=check_in)
 
 

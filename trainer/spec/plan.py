@@ -150,6 +150,14 @@ class DataPlan:
     datasets: tuple[Dataset, ...]
     strict: bool = False  # any unusable image stops the job
 
+    @property
+    def subsets(self) -> list[Subset]:
+        """Those of all datasets, in their order."""
+        subsets: list[Subset] = []
+        for dataset in self.datasets:
+            subsets += dataset.subsets
+        return subsets
+
 
 @dataclass(frozen=True)
 class LoraPlan:

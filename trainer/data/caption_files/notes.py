@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from trainer.data.caption_files.findings import Findings, many, some
+from trainer.data.caption_files.findings import Findings
 from trainer.data.captions import Caption, own_trigger
 from trainer.spec.plan import Subset
 from trainer.spec.prompts import TRIGGER_PLACEHOLDER
+from trainer.spec.wording import many, some
 
 
 def note_captions(images: Sequence[str], captions: Mapping[str, Caption], subset: Subset, findings: Findings) -> None:

@@ -1,6 +1,6 @@
 """How long to train and how often to save where the user has not said so: by the number of images.
 
-The rule, and what published guides say, is in docs/settings-guide.md.
+The rule, and what published guides say, is in docs/settings.md.
 """
 
 from __future__ import annotations
