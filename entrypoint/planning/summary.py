@@ -13,13 +13,14 @@ import time
 from pathlib import Path
 
 from entrypoint.fetch import archive, fetch, http
+from trainer.data import caption_length
 from trainer.data.epochs import EpochSampler
 from trainer.data.folders.own_output import Written
 from trainer.data.identity import content_changes, fingerprint
 from trainer.data.records import WARNING, ImageRecord, Scan
 from trainer.data.scan import scan
 from trainer.spec import memory_model
-from trainer.spec.family import base_models
+from trainer.spec.family import base_models, get_family
 from trainer.spec.plan import Dataset, Plan, Source
 from trainer.spec.rules import automatic, outlook, sanity
 from trainer.storage.atomic import human_size
@@ -30,10 +31,11 @@ MAX_CPU_WORKERS = 16
 PROGRESS_INTERVAL_S = 10.0
 
 
-def log_summary(plan: Plan, *, token: str | None, hub_cache: Path) -> tuple[str, ...]:
+def log_summary(plan: Plan, *, token: str | None, hub_cache: Path, estimate_captions: bool = False) -> tuple[str, ...]:
     """Scan the images that are on this machine, and log what the job will do with them.
 
-    Returns the lines, which the trainer need not print again. Raises DataError where the trainer would: no usable
+    `estimate_captions`: warn of those that are too long for any tokenizer, which a trainer reads exactly. Returns the
+    lines, which the trainer need not print again. Raises DataError where the trainer would: no usable
     image, or too many unusable ones.
     """
     lines: list[str] = []
@@ -81,6 +83,12 @@ def log_summary(plan: Plan, *, token: str | None, hub_cache: Path) -> tuple[str,
         say(line)
     for warning in sanity.warnings(local_plan, _length(local_plan, sampler, images=len(scanned.images))):
         say(warning, logging.WARNING)
+    if estimate_captions:
+        facts = get_family(plan.model.family).FACTS
+        captions = sampler.captions_by_image()
+        length = plan.train.max_token_length
+        for line in caption_length.describe_surely_cut(facts, captions, plan.prompts, max_tokens=length):
+            say(line, logging.WARNING)
     return tuple(lines)
 
 
