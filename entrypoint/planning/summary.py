@@ -14,13 +14,14 @@ from collections import Counter
 from pathlib import Path
 
 from entrypoint.fetch import archive, fetch, http
+from trainer.data import caption_length
 from trainer.data.epochs import EpochSampler
 from trainer.data.folders.own_output import Written
 from trainer.data.identity import content_changes, fingerprint
 from trainer.data.records import WARNING, ImageRecord, Scan
 from trainer.data.scan import scan
 from trainer.spec import memory_model
-from trainer.spec.family import base_models
+from trainer.spec.family import base_models, get_family
 from trainer.spec.plan import AUTO, Dataset, Plan, Source
 from trainer.spec.rules import automatic, sanity
 from trainer.storage.atomic import human_size
@@ -71,8 +72,22 @@ def log_summary(plan: Plan, *, token: str | None, hub_cache: Path) -> None:
     sampler = EpochSampler(images, local_plan.data, seed=plan.train.seed)
     for line in describe(local_plan, sampler):
         log.info("%s", line)
+    for line in long_captions(local_plan, sampler, hub_cache=hub_cache):
+        log.warning("%s", line)
     for warning in sanity.warnings(local_plan, _length(local_plan, sampler, images=len(scanned.images))):
         log.warning("%s", warning)
+
+
+def long_captions(plan: Plan, sampler: EpochSampler, *, hub_cache: Path) -> list[str]:
+    """Lines about captions and prompts that the text encoder does not read to their end, as a job has them."""
+    facts = get_family(plan.model.family).FACTS
+    reader = caption_length.load_light_reader(plan.model, max_tokens=plan.train.max_token_length, hub_cache=hub_cache)
+    if reader is None:
+        log.info("Whether a caption is too long for the text encoder is known once its tokenizer is on this machine.")
+        return []
+    cuts = caption_length.find_cuts(reader, sampler.captions_by_image())
+    lines = caption_length.describe_cuts(reader, cuts, facts, limit=caption_length.SHOWN_CAPTIONS, in_report=False)
+    return lines + caption_length.describe_prompts(reader, plan.prompts)
 
 
 def local_copy(source: Source, *, cache: Path, token: str | None, hub_cache: Path) -> Path | None:
