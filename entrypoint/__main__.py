@@ -142,7 +142,7 @@ def job(environ: Mapping[str, str], *, check: bool, card: str | None = None) -> 
     retries = dataclasses.replace(http.USUAL, budget=CHECK_RETRIES_S) if check else http.USUAL
     fetches = preflight(plan, token=token, hub_cache=hub_cache, retries=retries)
     if fetches and not check:  # otherwise the trainer reads the images at once, and says the same
-        log_summary(plan, token=token, hub_cache=hub_cache)
+        plan = dataclasses.replace(plan, printed=log_summary(plan, token=token, hub_cache=hub_cache))
     if kernels is not None and plan.engine.device != "cpu":
         hardware.check_kernels(detected, kernels.names())
     if missing:

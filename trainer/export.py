@@ -70,7 +70,7 @@ def _export(options: argparse.Namespace) -> None:
         )
         loras.append((modules, strength))
         if not strength:
-            log.info("%s has the strength 0 and adds nothing.", path)
+            log.info("%s has strength 0 and adds nothing.", path)
     try:
         modules = convert.merge(loras) if options.merge else loras[0][0]
     except ValueError as problem:

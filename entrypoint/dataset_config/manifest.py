@@ -246,7 +246,7 @@ class _Reader:
                 raw_subsets = raw_dataset.get("subsets")
                 raw_values = {key: value for key, value in raw_dataset.items() if key != "subsets"}
                 if raw_subsets is None and isinstance(raw_values.get("subset"), dict | list):
-                    self.problems.add(f"{where}.subset is no key of a dataset; did you mean subsets?")
+                    self.problems.add(f"{where}.subset is not a key of a dataset; did you mean subsets?")
                     continue
             values = {**general, **self._level(raw_values, "a dataset", where)}
             subsets = self._subsets(raw_subsets, values, f"{where}.subsets")
@@ -288,7 +288,7 @@ class _Reader:
             if name not in keys:
                 other_levels = [other for other, known in LEVELS.items() if name in known]
                 fix = f"it belongs to {' or '.join(other_levels)}." if other_levels else suggestion(name, keys)
-                self.problems.add(f"{where}.{name} is no key of {level}; {fix}")
+                self.problems.add(f"{where}.{name} is not a key of {level}; {fix}")
             elif value is not None:
                 try:
                     values[name] = keys[name].read(value)

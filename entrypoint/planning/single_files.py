@@ -100,7 +100,7 @@ def note_prediction(denoiser: str | None, training: TrainingSettings, facts: Fac
         )
     if marks.prediction is None:
         if marks.zero_terminal_snr:
-            notes.warn(f"{where} has the mark ztsnr, but none of v-prediction: it does not count.")
+            notes.warn(f"{where} is marked ztsnr but not v-prediction, so the mark is ignored.")
         return
     asked = training.prediction_type
     if asked == "auto":

@@ -102,7 +102,9 @@ def supervised(job: Callable[[], int], environ: Mapping[str, str], *, times: Tim
 def asked_action(environ: Mapping[str, str]) -> str:
     """ON_FINISH, even if other settings are invalid; an unknown value counts as the default."""
     asked = _raw(environ, "ON_FINISH").lower()
-    return asked if asked in ACTIONS else "stop" if environ.get("RUNPOD_POD_ID") else "exit"
+    if asked in ACTIONS:
+        return asked
+    return "stop" if environ.get("RUNPOD_POD_ID") else "exit"
 
 
 # ---- limits of time and money

@@ -13,9 +13,9 @@ from typing import Any
 
 from trainer.base_model import without_weights
 from trainer.base_model.light_tokenizer import LightTokenizer
-from trainer.data.records import printable
 from trainer.spec.family import CLIP_TOKENS, Facts, get_family
 from trainer.spec.plan import ModelPlan, Prompt
+from trainer.spec.wording import printable
 
 SHOWN_CAPTIONS = 5  # in the log; the report has all
 SHOWN_CHARACTERS = 40  # of a caption, on each side of the cut

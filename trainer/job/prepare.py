@@ -25,7 +25,7 @@ from trainer.job.reporting.status import Status
 from trainer.spec.errors import DataError
 from trainer.spec.family import get_family
 from trainer.spec.plan import AUTO, DataPlan, Plan, Prompt
-from trainer.spec.rules import automatic, sanity
+from trainer.spec.rules import automatic, outlook, sanity
 from trainer.storage.choose_run import choose
 from trainer.storage.run_records import RunRecord
 from trainer.training.objective import Objective, make_objective
@@ -105,7 +105,8 @@ def prepare_data(
         max_tokens=plan.train.max_token_length,
     )
     data = PreparedData(plan, scanned, sampler, cache, state)
-    log.info("%d optimiser steps, %d an epoch.", data.total, data.steps_per_epoch)
+    for line in outlook.describe_length(plan, steps_per_epoch=data.steps_per_epoch):
+        log.info("%s", line)
     if is_over(run, data):
         return data
     note_long_captions(plan, sampler, scanned=scanned, report=run.home / "dataset-report.txt")

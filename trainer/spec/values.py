@@ -5,7 +5,6 @@ The settings, dataset.json and prompt lines are all read with these, so that a n
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Collection
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.spec.errors import SettingsError
+from trainer.spec.wording import similar
 
 # Python's int() and float() also accept "１２", "1_000", "nan" and "infinity", which nobody means in a setting.
 # Both patterns match in time linear in the length of the text. 18 digits fit in 64 bits.
@@ -20,8 +20,6 @@ _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")
 _TOKEN = re.compile(r"hf_\w{6,}", re.ASCII)
 _SHOWN_CHARACTERS = 80  # of a value in a message
-_MIN_SIMILARITY = 0.6  # of names that are suggested; the default of difflib
-_MAX_COMPARED_CHARACTERS = 200  # difflib's time grows with the square of the length
 
 
 @dataclass
@@ -154,9 +152,7 @@ def _is_integer(value: Any) -> bool:
 
 def nearest(name: str, known: Collection[str]) -> str | None:
     """The known name that is most similar to `name`, if any is similar. Case does not matter."""
-    by_lower = {known_name.lower(): known_name for known_name in known}
-    matches = difflib.get_close_matches(name.lower()[:_MAX_COMPARED_CHARACTERS], by_lower, n=1, cutoff=_MIN_SIMILARITY)
-    return by_lower[matches[0]] if matches else None
+    return next(iter(similar(name, known, most=1)), None)
 
 
 def suggestion(name: str, known: Collection[str]) -> str:

@@ -109,7 +109,7 @@ def test_what_is_only_named_like_an_archive_is_named_for_what_it_is(tmp_path: Pa
 def test_archives_in_an_archive_are_named(pack: Pack, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = pack("zip", {"1.png": NOISE, "more/inner.zip": b"x", "b.7z": b"x"})
     fetch_source(Source("archive", str(path)), cache=tmp_path / "c", token=None)
-    assert "a.zip: archives in it take no part: b.7z, more/inner.zip. Unpack it" in caplog.text
+    assert "a.zip: archives in it are not used: b.7z, more/inner.zip. Unpack it" in caplog.text
 
 
 def test_the_mark_of_a_whole_folder_is_no_file_of_the_user(pack: Pack, tmp_path: Path) -> None:

@@ -256,7 +256,7 @@ def test_an_unknown_parameter_is_refused_with_the_nearest_name():
     ],
 )
 def test_a_mistyped_name_is_refused_with_the_right_one(typed, meant):
-    assert f"'{typed}' is no variable. Fix: did you mean {meant}?" in refusal(**{typed: "1"})
+    assert f"'{typed}' is not a variable. Fix: did you mean {meant}?" in refusal(**{typed: "1"})
 
 
 def test_an_unrelated_environment_is_never_a_problem():
@@ -281,7 +281,7 @@ def test_nearly_all_typos_of_one_character_are_refused_with_the_right_name():
     for name in NAMES:
         some = rng.sample(sorted(typos(name)), 40)
         message = refusal(**dict.fromkeys(some, "1"))
-        right += sum(f"{typo!r} is no variable. Fix: did you mean {name}?" in message for typo in some)
+        right += sum(f"{typo!r} is not a variable. Fix: did you mean {name}?" in message for typo in some)
         total += len(some)
     assert right / total >= 0.99
 
