@@ -21,7 +21,7 @@ from pathlib import Path
 from trainer.data import decode
 from trainer.data.buckets import fit
 from trainer.data.caption_files.find import find_captions
-from trainer.data.caption_files.findings import Findings, many
+from trainer.data.caption_files.findings import Findings
 from trainer.data.caption_files.notes import note_captions
 from trainer.data.captions import Caption
 from trainer.data.decode import UnusableImageError
@@ -32,7 +32,7 @@ from trainer.data.folders.own_output import Written
 from trainer.data.records import WARNING, ImageRecord, Scan, Skipped
 from trainer.spec.errors import UnreachableError
 from trainer.spec.plan import DataPlan, Dataset, Subset
-from trainer.spec.wording import printable, some
+from trainer.spec.wording import many, printable, some
 from trainer.storage.read import read_regular
 
 # Bytes that decoding may add to a worker's address space: the largest image that `decode` admits takes 358 MB, and
