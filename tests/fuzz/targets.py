@@ -15,6 +15,7 @@ from pathlib import Path
 from entrypoint.dataset_config.manifest import read_manifest
 from entrypoint.fetch import archive
 from entrypoint.settings.read import read_settings
+from tests.fuzz import draw, whole
 from trainer.data.decode import UnusableImageError, open_upright
 from trainer.lora_files import inspect
 from trainer.spec.errors import DataError, SettingsError
@@ -28,11 +29,17 @@ logging.disable(logging.CRITICAL)
 
 @dataclass(frozen=True)
 class Target:
-    """`read` takes bytes; `words` are pieces that a mutation may put in."""
+    """`read` takes bytes; `words` are pieces that a mutation may put in.
+
+    `as_kept`: how an input that failed is written to the corpus. `is_run`: a whole run and no single reader, which may
+    take CPU_S and tries fewer inputs in the same time.
+    """
 
     read: Callable[[bytes], object]
     allowed: tuple[type[Exception], ...]
     words: tuple[bytes, ...] = ()
+    as_kept: Callable[[bytes], bytes] = bytes
+    is_run: bool = False
 
 
 def folder() -> Path:
@@ -131,6 +138,10 @@ TARGETS = {
     ),
     "weights": Target(weights, (ValueError,), (b'"__metadata__"', b'"data_offsets":[0,', b"BF16", b"F32", b"alpha")),
     "state": Target(state, (ValueError,), (b'"tree"', b'"dict"', b'{"tensor": "0"}', b'"step"', b"[" * 3000, b"HASH")),
+    "check": Target(whole.check, (), as_kept=whole.as_json(whole.drawn_check), is_run=True),
+    "scan": Target(whole.scan_folder, (), as_kept=whole.as_json(whole.drawn_scan), is_run=True),
+    "hub": Target(whole.hub, (), as_kept=whole.as_json(draw.hub_case), is_run=True),
+    "start": Target(whole.start, (), as_kept=whole.as_json(whole.drawn_output), is_run=True),
 }
 
 
