@@ -312,7 +312,7 @@ def test_two_runs_of_one_folder_push_their_own_files(job, hub):
     new = there.keys() - of_first.keys() - {"README.md"}
     assert all(name.startswith(("x-2", "runs/x-2/")) for name in new)
     assert (job.out / "upload.json").is_file() and (job.out / "runs" / "x-2" / "upload.json").is_file()
-    log = hub.repos["model", "me/lora"].log
+    log = list(hub.repos["model", "me/lora"].log)
     for changes in ({}, other):  # both are done, and uploaded
         process = start(job, hub, PARAMS_SAVE_EVERY_N_STEPS="1", **changes)
         printed, _ = process.communicate(timeout=200)
