@@ -29,11 +29,11 @@ from typing import Any
 
 from entrypoint.fetch import http
 from entrypoint.system.environment import child_environment
-from entrypoint.system.folders import read_json, write_text
 from trainer.spec.errors import GatedError, KilnError, SettingsError, UnreachableError
 from trainer.spec.family import base_models
 from trainer.spec.plan import Plan
 from trainer.storage import run_records
+from trainer.storage.folders import read_json, write_text
 from trainer.storage.safetensors_header import read_header
 
 log = logging.getLogger("entrypoint.processes.upload")

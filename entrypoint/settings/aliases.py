@@ -1,7 +1,7 @@
 """Names as other trainers write them: of variables, and of optimisers, schedules and base models.
 
 A name is read where its meaning is exactly that of one of ours, and the log says so. Where it is only near, the job is
-refused with what to write instead. `docs/settings-guide.md` has these tables, printed from here (`tables`).
+refused with what to write instead. `docs/settings.md` has these tables, printed from here (`tables`).
 """
 
 from __future__ import annotations
@@ -97,7 +97,10 @@ VARIABLES: dict[str, str] = {
     "hf_api_token": "HF_TOKEN",
 }
 # Names for a base model or a file of one: BASE_MODEL where the value is the name of one, else MODEL_PATH.
-MODEL_NAMES = ("pretrained_model_name_or_path", "pretrained_model_name", "model_name_or_path", "pretrained_model")
+MODEL_NAMES = (
+    *("pretrained_model_name_or_path", "pretrained_model_name", "model_name_or_path", "pretrained_model"),
+    *("name_or_path", "base_model_name"),
+)
 
 _BY_STEPS = "Kiln counts steps: an epoch has images times repeats divided by the batch size. Fix: {}"
 _DATASET_KEY = "is a key of dataset.json, and no variable. Fix: write it there (DATASET_CONFIG)"
@@ -121,11 +124,11 @@ NEAR: dict[str, str] = {
     "validation_prompt": "Fix: SAMPLE_PROMPTS",
     "save_last_n_steps": "Fix: KEEP_CHECKPOINTS, the number of saves that are kept",
     "save_last_n_epochs": "Fix: KEEP_CHECKPOINTS, the number of saves that are kept",
-    "mixed_precision": "Fix: PARAMS_PRECISION, the format of the frozen weights; what is computed in follows it",
-    "save_precision": "A LoRA is saved in fp32 always. Fix: remove it",
+    "mixed_precision": "Fix: PARAMS_PRECISION, the format of the frozen weights, which decides the compute precision",
+    "save_precision": "A LoRA is always saved in fp32. Fix: remove it",
     "fp8_base": "Fix: PARAMS_PRECISION=fp8",
-    "full_bf16": "Fix: PARAMS_PRECISION=bf16; a LoRA's own weights are fp32 always",
-    "full_fp16": "Fix: PARAMS_PRECISION=bf16; a LoRA's own weights are fp32 always",
+    "full_bf16": "Fix: PARAMS_PRECISION=bf16; a LoRA's own weights are always fp32",
+    "full_fp16": "Fix: PARAMS_PRECISION=bf16; a LoRA's own weights are always fp32",
     "quantize": "Fix: PARAMS_PRECISION",
     "blocks_to_swap": "Fix: PARAMS_OFFLOAD, which is auto unless set",
     "low_vram": "Fix: remove it; the memory mode follows the memory there is (PARAMS_OFFLOAD, MEMORY_LIMIT_GIB)",
@@ -133,9 +136,9 @@ NEAR: dict[str, str] = {
     "xformers": "Fix: remove it; PARAMS_ATTENTION chooses the attention",
     "sdpa": "Fix: remove it; PARAMS_ATTENTION chooses the attention",
     "mem_eff_attn": "Fix: remove it; PARAMS_ATTENTION chooses the attention",
-    "cache_latents": "Latents are cached always. Fix: remove it; CACHE_PATH says where",
-    "cache_latents_to_disk": "Latents are cached always. Fix: remove it; CACHE_PATH says where",
-    "cache_text_encoder_outputs": "Encoded captions are cached always. Fix: remove it; CACHE_PATH says where",
+    "cache_latents": "Latents are always cached. Fix: remove it; CACHE_PATH says where",
+    "cache_latents_to_disk": "Latents are always cached. Fix: remove it; CACHE_PATH says where",
+    "cache_text_encoder_outputs": "Encoded captions are always cached. Fix: remove it; CACHE_PATH says where",
     "network_module": "Fix: PARAMS_LORA_TYPE (lora, rslora or dora)",
     "network_args": "Fix: PARAMS_LORA_TYPE (lora, rslora or dora) and PARAMS_TARGET_MODULES",
     "network_type": "Fix: PARAMS_LORA_TYPE (lora, rslora or dora)",
@@ -160,15 +163,31 @@ NEAR: dict[str, str] = {
     "num_processes": "Fix: NUM_GPUS",
     "gpu_ids": "Fix: NUM_GPUS, and the container's own choice of GPUs (docker run --gpus)",
     "clip_skip": "Each model takes the layer of its text encoders that it was trained with. Fix: remove it",
-    "report_to": "Metrics are written to OUTPUT_PATH/logs for TensorBoard always. Fix: remove it",
-    "log_with": "Metrics are written to OUTPUT_PATH/logs for TensorBoard always. Fix: remove it",
-    "logging_dir": "Metrics are written to OUTPUT_PATH/logs for TensorBoard always. Fix: remove it",
+    "report_to": "Metrics are always written to OUTPUT_PATH/logs for TensorBoard. Fix: remove it",
+    "log_with": "Metrics are always written to OUTPUT_PATH/logs for TensorBoard. Fix: remove it",
+    "logging_dir": "Metrics are always written to OUTPUT_PATH/logs for TensorBoard. Fix: remove it",
     "lr_scheduler_power": "polynomial has the power 1. Fix: remove it",
-    "min_lr": "No schedule of Kiln has a least learning rate. Fix: remove it",
-    "lr_scheduler_min_lr_ratio": "No schedule of Kiln has a least learning rate. Fix: remove it",
+    "min_lr": "No schedule in Kiln has a minimum learning rate. Fix: remove it",
+    "lr_scheduler_min_lr_ratio": "No schedule in Kiln has a minimum learning rate. Fix: remove it",
     "use_8bit_adam": "Fix: PARAMS_OPTIMIZER_TYPE=adamw8bit",
     "network_alpha_ratio": "Fix: PARAMS_NETWORK_ALPHA; the LoRA counts alpha divided by rank",
     "resize_mode": "Fix: resize_interpolation in dataset.json (DATASET_CONFIG)",
+    "caption_ext": "Fix: caption_extension in dataset.json (DATASET_CONFIG)",
+    "shuffle_tokens": "Fix: shuffle_caption in dataset.json (DATASET_CONFIG)",
+    "masked_training": "Fix: conditioning_data_dir or alpha_mask in dataset.json (DATASET_CONFIG)",
+    "output_model_destination": "Fix: OUTPUT_PATH for the folder, OUTPUT_NAME for the file's name",
+    "train_dtype": "Fix: PARAMS_PRECISION, the format of the frozen weights; what is computed in follows it",
+    "weight_dtype": "Fix: PARAMS_PRECISION, the format of the frozen weights; what is computed in follows it",
+    "output_dtype": "A LoRA is saved in fp32 always. Fix: remove it",
+    "quantize_te": "Text encoders come to the device layer by layer where memory is short. Fix: remove it",
+    "timestep_type": "Fix: PARAMS_TIMESTEP_SAMPLING",
+    "timestep_distribution": "Fix: PARAMS_TIMESTEP_SAMPLING",
+    "timestep_shift": "Fix: PARAMS_DISCRETE_FLOW_SHIFT, with PARAMS_TIMESTEP_SAMPLING=shift",
+    "content_or_style": "Fix: PARAMS_TIMESTEP_SAMPLING; shift favours composition",
+    "loss_weight_fn": "Fix: PARAMS_LOSS_WEIGHTING with flow matching, else PARAMS_MIN_SNR_GAMMA",
+    "sample_after": "Fix: PARAMS_SAMPLE_EVERY_N_STEPS",
+    "sample_steps": "Fix: --s in SAMPLE_PROMPTS",
+    "walk_seed": "Each prompt has a seed of its own, the same in every round. Fix: --d in SAMPLE_PROMPTS",
     **dict.fromkeys(DATASET_KEYS, _DATASET_KEY),
 }
 
@@ -288,7 +307,7 @@ def near_value(variable: str, text: str) -> str | None:
 
 
 def tables() -> str:
-    """The aliases as Markdown, for docs/settings-guide.md."""
+    """The aliases as Markdown, for docs/settings.md."""
     by_variable: dict[str, list[str]] = {}
     for alias, name in VARIABLES.items():
         by_variable.setdefault(name, []).append(f"`{alias}`")

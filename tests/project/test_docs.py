@@ -12,15 +12,20 @@ from pathlib import Path
 
 import pytest
 
-from entrypoint.dataset_config.manifest import LEVELS
+from entrypoint.dataset_config.manifest import LEVELS, read_manifest
 from entrypoint.processes import launch
 from entrypoint.settings.variables import NAMES
-from trainer.spec import errors
+from trainer.data import report
+from trainer.spec import errors, prompts
 from trainer.spec.plan import Dataset, Subset
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-USERS = ("tutorial", "dataset-json", "settings-guide", "troubleshooting", "glossary")  # the documents for users
+USERS = (  # the documents for users
+    *("tutorial", "settings", "variables", "data", "dataset-json", "prompts", "outputs", "lora-files"),
+    *("troubleshooting", "glossary"),
+)
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")))
 # Variables that no table has, and names of the code.
 OTHERS = {"SOURCE_DATE_EPOCH", "HEALTH_PATIENCE_MINUTES", "HF_HUB_OFFLINE", "WEIGHT_FORMATS", "MEMORY_MODES"}
 LETTERS = {"general": "G", "a dataset": "D", "a subset": "S"}  # levels of dataset.json, as its document names them
@@ -81,13 +86,65 @@ def test_the_default_of_a_key_is_in_its_row(name):
     assert KEY_ROWS[name][3].strip("`") == written.removesuffix(".0")
 
 
-def test_json_examples_of_dataset_json_are_accepted():
-    from entrypoint.dataset_config.manifest import read_manifest
+def examples(form: str) -> list[str]:
+    return re.findall(rf"```{form}\n(.*?)```", text("dataset-json.md"), re.DOTALL)
 
-    examples = re.findall(r"```json\n(.*?)```", text("dataset-json.md"), re.DOTALL)
-    assert len(examples) >= 2
-    for example in examples:
-        assert read_manifest(example, '["a"]').datasets
+
+def test_examples_of_dataset_json_are_accepted():
+    for form in ("json", "yaml", "toml"):
+        assert examples(form)
+        for example in examples(form):
+            assert read_manifest(example, '["a"]').datasets
+
+
+def test_the_forms_of_dataset_json_that_are_shown_mean_the_same():
+    first = [read_manifest(examples(form)[0], '["a"]').datasets for form in ("json", "yaml", "toml")]
+    assert first[0] == first[1] == first[2]
+
+
+def test_every_key_of_dataset_json_is_in_an_example():
+    shown = set(re.findall(r'"(\w+)":', "".join(examples("json"))))
+    assert set(KNOWN_KEYS) - shown == {"caption_extension"} - shown
+
+
+# ---- prompts.md
+
+
+def test_every_flag_of_a_prompt_has_a_row_with_its_other_names():
+    named = {}
+    for cells in rows("prompts.md", "flag"):
+        also = [name.strip("`- ") for name in cells[1].split(",")]
+        named[cells[0].strip("`-")] = {*also}
+    assert named.keys() == prompts.FLAGS.keys()
+    for flag, field in prompts.FLAGS.items():
+        assert named[flag] == {name for name, other in prompts.LONG_FLAGS.items() if other == field}, flag
+
+
+def test_the_range_of_a_flag_is_in_its_row():
+    for cells in rows("prompts.md", "flag"):
+        key = prompts.FIELDS[prompts.FLAGS[cells[0].strip("`-")]]
+        limits = [f"{limit:d}" for limit in (key.low, key.high) if limit is not None]
+        assert re.findall(r"\d+", cells[3]) == limits
+
+
+def test_the_examples_of_prompts_are_read():
+    for form in ("json", "toml"):
+        (example,) = re.findall(rf"```{form}\n(.*?)```", text("prompts.md"), re.DOTALL)
+        assert len(read_manifest(None, example).prompts) == 2
+
+
+# ---- outputs.md
+
+
+def test_every_column_of_the_report_is_explained():
+    named = [name for cells in rows("outputs.md", "column") for name in re.findall(r"`([^`]+)`", cells[0])]
+    assert tuple(named) == report.COLUMNS
+
+
+def test_every_phase_of_a_job_is_named():
+    phases = set(re.findall(r'(?:\.phase\(|"phase": )"([a-z ]+)"', SOURCES)) | {"stopped", "failed"}
+    (row,) = (cells[1] for cells in rows("outputs.md", "key") if cells[0] == "`phase`")
+    assert set(re.findall(r"`([^`]+)`", row)) == phases
 
 
 # ---- all of them
@@ -105,11 +162,11 @@ def test_every_variable_that_a_document_names_exists(name):
     assert named - {*NAMES} - OTHERS == set()
 
 
-@pytest.mark.parametrize("name", USERS)
-def test_every_link_inside_the_repository_leads_somewhere(name):
-    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text(f"{name}.md")):
+@pytest.mark.parametrize("page", PAGES, ids=[path.stem for path in PAGES])
+def test_every_link_inside_the_repository_leads_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8")):
         file, _, anchor = target.partition("#")
-        path = DOCS / file if file else DOCS / f"{name}.md"
+        path = page.parent / file if file else page
         assert path.exists(), target
         assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), target
 
@@ -199,10 +256,11 @@ NO_TERMS = {
     **dict.fromkeys(("Prompt", "PromptRequest"), "a prompt line, which the documents call a prompt"),
     **dict.fromkeys(("Length", "Request"), "what a row of a table of sanity checks looks at"),
     **dict.fromkeys(("Reader", "Cut", "PredictionMarks"), "what one function finds in a caption or a file"),
+    "Loader": "YAML without types that surprise",
     "PartlyJoinedProcessor": "one case of a class of diffusers",
     **dict.fromkeys(("Card", "TorchKernels"), "what a card, and this torch, can do"),
     **dict.fromkeys(("Budget", "Limits", "Names"), "bounds on archives"),
-    **dict.fromkeys(("Cached", "Choice", "Listing", "RemoteFile", "Repo"), "records of the Hub's client"),
+    **dict.fromkeys(("Cached", "Listing", "RemoteFile", "Repo"), "records of the Hub's client"),
     **dict.fromkeys(("Asked", "Found", "Layout", "Place"), "how a dataset was named, and what was found of it"),
     **dict.fromkeys(("Download", "Hash", "RemoteArchive", "SshHost"), "records of downloads"),
     **dict.fromkeys(("Job", "Uploader", "Times"), "parts of one process"),
@@ -262,7 +320,6 @@ def test_a_class_without_an_entry_exists_and_has_none():
 
 # ---- paths and names of the code, in all documents and docstrings
 
-DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")))
 PATHS = re.compile(r"(?<![\w/.-])((?:trainer|entrypoint|bench|docs|tests)/[\w/]*\w\.(?:py|md|sh|png|json|txt|lock))\b")
 DOTTED = re.compile(r"(?<![\w/.-])((?:trainer|entrypoint|bench)(?:\.\w+)+)\b(?![/\w])")
 TEST_FILES = re.compile(r"(?<![\w/.-])test_\w+\.py\b")  # a test that is named without its folder
@@ -284,7 +341,7 @@ def prose(path: Path) -> str:
 
 def texts() -> dict[str, str]:
     """The documents, and the docstrings and comments of each module, by path."""
-    written = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in DOCUMENTS}
+    written = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PAGES}
     for path in modules("trainer", "entrypoint", "bench", "runpod"):
         written[str(path.relative_to(ROOT))] = prose(path)
     return written

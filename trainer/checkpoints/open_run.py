@@ -91,7 +91,7 @@ def _log_choice(asked: Plan, choice: Choice) -> None:
     for moved in (*choice.found.places, *choice.found.model):
         log.info("The same content is elsewhere, so run %s goes on: %s.", choice.run.name, moved)
     for other in choice.found.hardware:
-        log.warning("The hardware is another one, so the result will not be bit-identical: %s.", other)
+        log.warning("The hardware differs, so the result will not be bit-identical: %s.", other)
 
 
 def _model_digest(plan: Plan) -> str:

@@ -77,9 +77,9 @@ class Choice:
         if self.beside is None:
             if name == wanted:
                 return None
-            return f"OUTPUT_PATH has files named {wanted} already, which no run of it wrote: this run is called {name}."
+            return f"OUTPUT_PATH already has files named {wanted} that no run wrote: this run is called {name}."
         old = self.beside
-        text = f"New run {name}, beside {old.name}, since these differ: {'; '.join(self.changes)}. "
+        text = f"New run {name}, beside {old.name}, because these differ: {'; '.join(self.changes)}. "
         return text + self._how_to_go_on_from(old)
 
     def _how_to_go_on_from(self, old: Run) -> str:
@@ -204,11 +204,11 @@ def _new_run(plan: Plan, runs: Sequence[Run], *, folder: str) -> Plan:
 
 def already_trained(out: Path, name: str, *, trained: int, wanted: int) -> str:
     """For the log: a run has more steps than it was asked for."""
-    text = f"Run {name} has trained {trained} steps already, more than the {wanted} that it is to have: nothing to do. "
+    text = f"Run {name} has already trained {trained} steps, more than the {wanted} that are asked for: nothing to do. "
     save = f"{name}-step{wanted:08d}.safetensors"
     if (out / save).is_file():
         return text + f"Its LoRA of step {wanted} is {out / save}."
     kept = sorted(path.name for path in out.glob(f"{glob.escape(name)}-step????????.safetensors"))
     if kept:
         text += f"No LoRA of step {wanted} was kept; there are {', '.join(kept)}. "
-    return text + "To train so many from the beginning, choose another OUTPUT_PATH."
+    return text + "To train that few from the beginning, choose another OUTPUT_PATH."

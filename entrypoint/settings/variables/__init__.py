@@ -12,7 +12,7 @@ How to add a variable:
 3. Use it in `entrypoint.planning`, which hands its value on in a field of `trainer.spec.plan.Plan`. Below planning,
    functions take the value or the section, never all of `Settings`.
 4. Add its name to FROZEN in tests/entrypoint/settings/test_settings.py, run `make readme`, and name it in
-docs/settings-guide.md.
+docs/settings.md.
 """
 
 from __future__ import annotations

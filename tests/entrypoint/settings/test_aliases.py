@@ -245,7 +245,7 @@ def test_keys_of_dataset_json_are_those_of_the_manifest():
 
 
 def test_the_tables_of_the_documents_are_those_of_the_code():
-    assert aliases.tables().strip() in (ROOT / "docs" / "settings-guide.md").read_text(encoding="utf-8")
+    assert aliases.tables().strip() in (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
 
 
 def test_names_of_a_system_are_never_flagged():
