@@ -39,6 +39,8 @@ def _note_missing(images: Sequence[str], own: Mapping[str, Caption], subset: Sub
     missing = [image for image in images if image not in own]
     if not missing:
         return
+    if subset.part_of is not None and not own and subset.class_tokens:
+        return  # said with the folder's name, which gives the words
     text = f"{many(len(missing), 'caption')} missing"
     if subset.class_tokens:
         findings.notes.append(f"{text}: class_tokens {subset.class_tokens!r} is used: {some(missing)}")
