@@ -66,8 +66,8 @@ def check_weights(named: Named, folder: Path | None) -> None:
         if low == high == 0 and tensor.ndim > 1:
             zeros.append(name)
     if zeros:
-        named = some(zeros, most=NAMED_ZEROS)
-        log.warning("%s: all zero, as if not trained: %s.", _file_of(zeros[0], folder), named)
+        listed = some(zeros, most=NAMED_ZEROS)
+        log.warning("%s: all zero, as if not trained: %s.", _file_of(zeros[0], folder), listed)
 
 
 def _file_of(name: str, folder: Path | None) -> str:
