@@ -71,6 +71,8 @@ def log_summary(plan: Plan, *, token: str | None, hub_cache: Path, estimate_capt
     text = choice.describe()
     if text and choice.plan.output.name != plan.output.name:  # the settings alone did not say so
         say(text)
+    elif choice.run is not None and choice.run.step:
+        say(f"Run {choice.plan.output.name} goes on: it is at step {choice.run.step:,}.")
     images = [*scanned.images, *_class_images(local_plan)]
     sampler = EpochSampler(
         images,
