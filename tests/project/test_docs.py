@@ -22,7 +22,7 @@ from trainer.spec.plan import Dataset, Subset
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 USERS = (  # the documents for users
-    *("tutorial", "settings", "variables", "data", "dataset-json", "prompts", "outputs", "lora-files"),
+    *("tutorial", "settings", "variables", "data", "dataset-json", "prompts", "outputs"),
     *("troubleshooting", "glossary"),
 )
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")))
