@@ -24,16 +24,18 @@ from entrypoint import bake
 from entrypoint.dataset_config.manifest import read_manifest
 from entrypoint.fetch import flash_attention, http
 from entrypoint.fetch.fetch import fetch_model, fetch_source
-from entrypoint.planning import single_files, starting_point
+from entrypoint.planning import starting_point
 from entrypoint.planning.plan import make_plan
 from entrypoint.processes import supervise, upload
 from entrypoint.processes.launch import launch
 from entrypoint.settings import Settings, help_env, read_settings
 from entrypoint.system import cards, hardware
 from trainer import __version__
+from trainer.base_model import model_folder
 from trainer.spec.errors import KilnError, NoAcceleratorError, StopRequestedError
 from trainer.spec.family import base_models, get_family
 from trainer.spec.plan import Dataset, Plan, Source
+from trainer.spec.rules import outlook
 from trainer.storage import choose_run
 
 log = logging.getLogger("entrypoint")
@@ -137,11 +139,11 @@ def job(environ: Mapping[str, str], *, check: bool, card: str | None = None) -> 
     starting_point.check_state(plan)
     hub_cache = settings.model.hf_home / "hub"
     if check:  # first, since it needs no network
-        log_summary(plan, token=token, hub_cache=hub_cache)
+        log_summary(plan, token=token, hub_cache=hub_cache, estimate_captions=True)
     retries = dataclasses.replace(http.USUAL, budget=CHECK_RETRIES_S) if check else http.USUAL
     fetches = preflight(plan, token=token, hub_cache=hub_cache, retries=retries)
     if fetches and not check:  # otherwise the trainer reads the images at once, and says the same
-        log_summary(plan, token=token, hub_cache=hub_cache)
+        plan = dataclasses.replace(plan, printed=log_summary(plan, token=token, hub_cache=hub_cache))
     if kernels is not None and plan.engine.device != "cpu":
         hardware.check_kernels(detected, kernels.names())
     if missing:
@@ -184,14 +186,16 @@ def _missing_accelerator(plan: Plan, *, backend: str) -> NoAcceleratorError | No
 
 
 def _chosen(plan: Plan) -> tuple[Plan, Path | None]:
-    """The plan with the name, folder and start time of its run, and what makes it a new one as its first reason; and
-    the final LoRA, if that run is done already.
+    """The plan with the name, folder and start time of its run; and the final LoRA, if that run is done already.
+
+    The first reasons say what makes the run a new one, if it is one, and what will be trained.
     """
     choice = choose_run.choose(plan)
-    if text := choice.describe():
-        plan = dataclasses.replace(choice.plan, reasons=(text, *plan.reasons))
-        return plan, None
-    return choice.plan, choice.done
+    reasons = [outlook.headline(choice.plan), *plan.reasons]
+    text = choice.describe()
+    if text:
+        reasons.insert(0, text)
+    return dataclasses.replace(choice.plan, reasons=tuple(reasons)), None if text else choice.done
 
 
 def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
@@ -200,7 +204,7 @@ def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
     cache = Path(plan.output.cache)
     if plan.engine.attention == "flash_4":
         flash_attention.install(cache)
-    patterns = single_files.file_patterns(get_family(plan.model.family).FACTS, plan.model.parts)
+    patterns = model_folder.file_patterns(get_family(plan.model.family).FACTS, plan.model.parts)
     sources: dict[Source, None] = {}  # each once, in order
     for dataset in plan.data.datasets:
         sources |= dict.fromkeys(subset.source for subset in dataset.subsets)

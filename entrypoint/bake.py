@@ -12,9 +12,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from entrypoint.fetch import http, local_weights, model_folder
+from entrypoint.fetch import http, local_weights
 from entrypoint.fetch.fetch import fetch_model
 from entrypoint.fetch.http import RetryPolicy
+from trainer.base_model import model_folder
 from trainer.spec.errors import KilnError, SettingsError
 from trainer.spec.family import base_models, get_family
 from trainer.spec.plan import ModelPlan

@@ -11,14 +11,13 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+from trainer.spec import library_noise
 from trainer.spec.errors import KilnError, SettingsError, StopRequestedError
 from trainer.spec.plan import RANK_VARIABLE, TEAM_VARIABLE, Plan
 from trainer.training.stop_flag import StopFlag
 
 log = logging.getLogger("trainer")
 USAGE_ERROR = 64  # BSD sysexits
-QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-CHATTY_LOGGERS = ("torchao", "torch.utils._pytree", "bitsandbytes", "PIL")
 
 
 def main(arguments: list[str]) -> int:
@@ -75,9 +74,7 @@ def _configure_logging(process_rank: int) -> None:
         prefix = f"[process {process_rank}] "
         level = logging.WARNING
     logging.basicConfig(format=f"%(asctime)s %(levelname)s {prefix}%(message)s", datefmt="%H:%M:%S", level=level)
-    os.environ.update(QUIET)
-    for name in CHATTY_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    library_noise.silence()
 
 
 def _stacks_file(process_rank: int) -> TextIO:

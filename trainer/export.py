@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from trainer.lora_files.weights import LoraModules
 
 log = logging.getLogger(__name__)
+WITH_UNTRAINED = ("comfyui", "kohya")  # formats that keep layers as one: a DoRA has magnitudes for all of its rows
 KEY_FORMATS = ("comfyui", "kohya", "peft")  # those of convert.KEY_FORMATS, which needs torch
 # Metadata that describe only the file that was read: PEFT's settings and the hashes.
 DROPPED_METADATA = ("lora_adapter_metadata", "sshs_", "modelspec.hash")
@@ -61,9 +62,15 @@ def _export(options: argparse.Namespace) -> None:
 
     loras = []
     for path, strength in paths:
-        loras.append((load_lora(path, family_name, without_embeddings=options.without_embeddings), strength))
+        modules = load_lora(
+            path,
+            family_name,
+            without_embeddings=options.without_embeddings,
+            with_untrained=options.to in WITH_UNTRAINED,
+        )
+        loras.append((modules, strength))
         if not strength:
-            log.info("%s has the strength 0 and adds nothing.", path)
+            log.info("%s has strength 0 and adds nothing.", path)
     try:
         modules = convert.merge(loras) if options.merge else loras[0][0]
     except ValueError as problem:
@@ -85,7 +92,7 @@ def _export(options: argparse.Namespace) -> None:
     metadata |= {"ss_network_dim": str(file.rank), "ss_network_alpha": f"{file.alpha:g}"}
     metadata.setdefault("modelspec.architecture", f"{facts.architecture}/lora")
     write.write_lora(options.out, file.tensors, metadata)
-    count = plural(len(modules), "module")
+    count = plural(sum(1 for weights in modules.values() if weights.rank), "module")
     log.info("%s: %s for %s, rank %d, alpha %g.", options.out, count, family_name, file.rank, file.alpha)
 
 

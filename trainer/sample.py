@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
-import functools
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from trainer.base_model.named import OPTIONS, Asked, NamedBase, find_base
 from trainer.data import caption_length
 from trainer.lora_files.arguments import (
     Parser,
@@ -30,12 +29,13 @@ from trainer.lora_files.arguments import (
     run_command,
     split_weights,
 )
-from trainer.spec.errors import GatedError, OutOfMemoryError, SettingsError, StorageError, UnreachableError
-from trainer.spec.family import OPTIONAL, PREFIXES, BaseModel, Facts, Family, base_models, family_names, get_family
-from trainer.spec.plan import ModelPlan, Prompt
+from trainer.spec.documents import forms
+from trainer.spec.documents.prompt_trees import parse_tree
+from trainer.spec.errors import OutOfMemoryError, SettingsError, StorageError
+from trainer.spec.family import BaseModel, Facts, Family, family_names, get_family
+from trainer.spec.plan import Prompt
 from trainer.spec.prompts import FLAGS, PromptRequest, complete_prompts, parse_line, parse_lines
 from trainer.spec.values import Problems
-from trainer.storage import atomic, safetensors_header
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +47,7 @@ CACHE = Path.home() / ".cache" / "kiln"
 SEED = 42  # the default of --seed, as of PARAMS_SEED
 MAX_SEED = 2**32 - 1
 IMAGES = "step-00000000-*.png"
+PARTS = [part for part in OPTIONS if part != "denoiser"]  # those with an option of their own
 
 
 def sample_command(arguments: list[str]) -> int:
@@ -55,14 +56,24 @@ def sample_command(arguments: list[str]) -> int:
     parser = Parser("python -m trainer.sample", description="Draw images, with LoRAs or without.")
     parser.add_argument("--base", required=True, help="a value of BASE_MODEL, a folder in diffusers layout, or a file")
     parser.add_argument("--lora", nargs="+", action="extend", default=[], metavar="FILE[:STRENGTH]")
-    parser.add_argument("--prompts", type=Path, help=f"a text file with a prompt a line, like a job's: text {flags}")
+    parser.add_argument(
+        "--prompts", type=Path, help=f"a file as SAMPLE_PROMPTS: a prompt a line ({flags}), JSON, YAML or TOML"
+    )
     parser.add_argument("--prompt", action="append", default=[], help="one prompt, like such a line; may be repeated")
     parser.add_argument("--out", type=Path, required=True, help="folder for the images")
     parser.add_argument(
         "--seed", type=int, default=SEED, help=f"of the first prompt; the next adds 1 (default: {SEED})"
     )
     parser.add_argument("--family", choices=family_names(), help="of --base, if it is a folder that does not tell")
-    parser.add_argument("--config", help="if --base is a file: the value of BASE_MODEL that has the parts it lacks")
+    parser.add_argument(
+        "--config",
+        metavar="MODEL|FOLDER",
+        help="if --base is a file: the value of BASE_MODEL, or a folder, that has what no file holds",
+    )
+    for part in PARTS:
+        parser.add_argument(
+            OPTIONS[part], dest=part, metavar="FILE", help="this part of the model from a file or folder of its own"
+        )
     parser.add_argument(
         "--max-token-length",
         type=int,
@@ -102,7 +113,7 @@ def _sample(options: argparse.Namespace) -> None:
         with _named_errors(options.base):
             draw = _load(family, folder, prompts, loras, device=device, dtype=dtype, max_tokens=max_tokens)
         with torch.no_grad():
-            _draw_all(options.out, prompts, draw)
+            _draw_all(options.out, prompts, draw, label=_label(lora_paths))
     except torch.OutOfMemoryError as problem:
         raise OutOfMemoryError(
             f"The GPU's memory does not hold this: {str(problem).splitlines()[0]} Fix: smaller --w and --h, or end "
@@ -153,15 +164,22 @@ def _load(
     return draw
 
 
-def _draw_all(out: Path, prompts: Sequence[Prompt], draw: Callable[[Prompt], Any]) -> None:
-    """Draw all prompts into `out`, and say which file has which."""
+def _label(lora_paths: Sequence[tuple[Path, float]]) -> str:
+    """What the images were drawn with, for the contact sheet."""
+    if not lora_paths:
+        return "without a LoRA"
+    return " + ".join(f"{path.stem} at {strength:g}" for path, strength in lora_paths)
+
+
+def _draw_all(out: Path, prompts: Sequence[Prompt], draw: Callable[[Prompt], Any], *, label: str) -> None:
+    """Draw all prompts into `out`, and say which file has which. `label`: above the images of the sheet."""
     from trainer.job import sampling
     from trainer.job.reporting import contact_sheet
 
     for old in out.glob(IMAGES):
         old.unlink()  # draw_all skips images that exist
     try:
-        sampling.draw_all(out, prompts, step=0, draw=draw, stopped=lambda: False)
+        sampling.draw_all(out, prompts, step=0, draw=draw, stopped=lambda: False, labels={0: label})
     except OSError as problem:
         raise StorageError(f"--out {out} cannot be written: {problem.strerror or problem}.") from problem
     for path, prompt in zip(sorted(out.glob(IMAGES)), prompts, strict=True):
@@ -252,159 +270,22 @@ def _max_token_length(asked: int | None, lora_paths: Sequence[Path], facts: Fact
     return max(lengths)
 
 
-class _Base:
-    """--base: its family, its defaults for prompts, and its folder, which may have to be downloaded or converted."""
+def _find_base(options: argparse.Namespace, lora_paths: Sequence[tuple[Path, float]]) -> NamedBase:
+    """The base model by --base and the options for its parts."""
+    parts = {part: getattr(options, part) for part in PARTS if getattr(options, part) is not None}
 
-    def __init__(self, family: str, model: BaseModel, folder: Callable[[], Path]) -> None:
-        self.family = family
-        self.model = model
-        self.folder = folder
+    def lora_family() -> str | None:
+        return read_family(lora_paths[0][0], None)[0] if lora_paths else None
 
-
-def _find_base(options: argparse.Namespace, lora_paths: Sequence[tuple[Path, float]]) -> _Base:
-    """The base model by --base: a value of BASE_MODEL, a folder or a file."""
-    known = base_models()
-    place = Path(options.base)
-    if options.base in known:
-        name, model = known[options.base]
-        files = get_family(name).FACTS.files
-        return _Base(name, model, functools.partial(_download, model, files, where=f"--base {options.base}"))
-    if place.is_file():
-        return _find_file(place, options.config, options.cache)
-    if not place.is_dir():
-        near = difflib.get_close_matches(options.base.lower(), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}."
-        raise SettingsError(f"--base {options.base} is neither a folder, a file, nor a value of BASE_MODEL; {hint}")
-    family = _folder_family(place, options.family, lora_paths)
-    if family is None:
-        choices = ", ".join(family_names())
-        raise SettingsError(
-            f"--base {place} is a folder without a denoiser of {choices}. Fix: name a folder in diffusers layout (with "
-            "model_index.json), a .safetensors file, or a value of BASE_MODEL."
+    return find_base(
+        Asked(
+            base=options.base,
+            config=options.config,
+            family=options.family,
+            parts=parts,
+            lora_family=lora_family,
+            cache=options.cache,
         )
-    missing = _missing(place, get_family(family).FACTS.files)
-    if missing:
-        raise SettingsError(f"--base {place} is not a whole model for {family}: it has no {', '.join(missing)}.")
-    model = BaseModel(str(place.absolute()), files_gib=0.0)
-    for known_model in get_family(family).FACTS.models.values():
-        if Path(known_model.source) == place.absolute():  # a miniature by its folder
-            model = known_model
-    return _Base(family, model, place.absolute)
-
-
-def _folder_family(folder: Path, asked: str | None, lora_paths: Sequence[tuple[Path, float]]) -> str | None:
-    """The family of a folder: by the names of its denoiser's tensors, or else --family, or that of the first LoRA."""
-    found = _denoiser_family(folder)
-    if found and asked and found != asked:
-        raise SettingsError(f"--family {asked}: --base {folder} is for {found}. Fix: leave --family out.")
-    if found or asked:
-        return found or asked
-    if lora_paths:
-        return read_family(lora_paths[0][0], None)[0]
-    return None
-
-
-def _denoiser_family(folder: Path) -> str | None:
-    for name in family_names():
-        facts = get_family(name).FACTS
-        for file in sorted((folder / facts.parts["denoiser"]).glob("*.safetensors")):
-            if set(facts.landmarks) & _tensor_names(file):
-                return name
-    return None
-
-
-def _tensor_names(file: Path) -> set[str]:
-    try:
-        return set(safetensors_header.read_header(file).entries)
-    except ValueError as problem:
-        raise SettingsError(f"--base {file}: {problem}.") from problem
-
-
-def _missing(folder: Path, patterns: Sequence[str]) -> list[str]:
-    """The files and folders that the patterns need and `folder` lacks."""
-    missing: dict[str, None] = {}
-    for pattern in patterns:
-        top = pattern.split("/")[0]
-        if not pattern.startswith(OPTIONAL) and not (folder / top).exists():
-            missing[top] = None
-    return list(missing)
-
-
-def _find_file(file: Path, config: str | None, cache: Path) -> _Base:
-    """A model in one file, converted once into `cache`.
-
-    The parts that it lacks come from the model `config` (a value of BASE_MODEL), or from the family's first model.
-    """
-    tensor_names = _tensor_names(file)
-    denoiser_names = {name.removeprefix(PREFIXES["denoiser"][0]) for name in tensor_names}
-    name = next((n for n in family_names() if denoiser_names & set(get_family(n).FACTS.landmarks)), None)
-    if name is None:
-        raise SettingsError(f"--base {file} has no denoiser of {', '.join(family_names())}.")
-    facts = get_family(name).FACTS
-    base = config or next(iter(facts.models))
-    if base not in facts.models:
-        raise SettingsError(f"--config {base} is not one of {', '.join(facts.models)}, and {file} is for {name}.")
-    model = facts.models[base]
-    parts = {}
-    for part in facts.parts:
-        if part == "denoiser" or any(tensor.startswith(PREFIXES[part]) for tensor in tensor_names):
-            parts[part] = str(file.absolute())
-
-    def folder() -> Path:
-        from trainer.base_model.single_file import convert_single_files
-
-        folders = {facts.parts[part] for part in parts}
-        others = [pattern for pattern in facts.files if pattern.removeprefix(OPTIONAL).split("/")[0] not in folders]
-        files = (*others, *(f"{folder}/config.json" for folder in folders))
-        source = _download(model, files, where=f"--config {base}")
-        return convert_single_files(ModelPlan(base, name, model.source, path=str(source), parts=parts), cache)
-
-    return _Base(name, model, folder)
-
-
-def _download(model: BaseModel, files: Sequence[str], *, where: str) -> Path:
-    """The folder of the model. Downloads the `files` (patterns) that the Hub's cache lacks.
-
-    Raises GatedError, UnreachableError, StorageError or SettingsError, as a job does.
-    """
-    if Path(model.source).is_absolute():
-        return Path(model.source)
-    # late: it takes a while, and most bases need no download
-    import httpx
-    from huggingface_hub import constants, errors, snapshot_download
-
-    page = f"{constants.ENDPOINT}/{model.source}"
-    patterns = [pattern.removeprefix(OPTIONAL) for pattern in files]
-    try:
-        folder = Path(snapshot_download(model.source, allow_patterns=patterns))
-    except errors.GatedRepoError as problem:
-        raise GatedError(
-            f"{where}: the Hub guards {model.source} by a licence. Open {page}, accept the conditions, and set "
-            "HF_TOKEN to a token of the same account."
-        ) from problem
-    except errors.RepositoryNotFoundError as problem:
-        raise SettingsError(
-            f"{where}: the Hub knows no {model.source}, or does not show it. Fix: set HF_TOKEN to a token that may "
-            f"read {page}."
-        ) from problem
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as problem:
-        raise UnreachableError(_unreachable(where, page)) from problem
-    except httpx.RequestError as problem:
-        raise UnreachableError(_unreachable(where, page)) from problem
-    except OSError as problem:
-        if problem.errno not in atomic.VOLUME_ERRORS:
-            raise UnreachableError(_unreachable(where, page)) from problem
-        raise StorageError(f"HF_HOME cannot take {model.source}: {problem.strerror}.") from problem
-    missing = _missing(folder, files)
-    if missing:
-        raise UnreachableError(f"{_unreachable(where, page)} The cache lacks {', '.join(missing)}.")
-    return folder
-
-
-def _unreachable(where: str, page: str) -> str:
-    return (
-        f"{where} is not downloaded yet, and {page} cannot be reached. Fix: check the network and HF_HUB_OFFLINE, or "
-        "name a folder or file that is here."
     )
 
 
@@ -419,19 +300,20 @@ def _check_out(out: Path) -> None:
 def read_prompts(
     path: Path | None, facts: Facts, model: BaseModel, *, texts: Sequence[str] = (), seed: int = SEED
 ) -> tuple[Prompt, ...]:
-    """The lines of a prompts.txt and single prompts, completed as a job does it, with the model's resolution.
+    """The prompts of a file and single prompts, completed as a job does it, with the model's resolution.
 
     Raises SettingsError with every line that is wrong.
     """
     problems = Problems()
+    notes: list[str] = []  # what was read otherwise than it is written
     requests: list[PromptRequest] = []
     for number, text in enumerate(texts, start=1):
         place = "--prompt" if len(texts) == 1 else f"--prompt {number}"
-        request = parse_line(text, place=place, problems=problems)
+        request = parse_line(text, place=place, problems=problems, notes=notes)
         if request is not None:
             requests.append(request)
     if path is not None:
-        requests += parse_lines(_read_text(path), origin=str(path), problems=problems)
+        requests += _read_requests(path, problems, notes)
     prompts = complete_prompts(
         requests,
         facts=facts,
@@ -444,22 +326,28 @@ def read_prompts(
     problems.raise_if_any(f"--prompts {path} cannot be used" if path else "--prompt cannot be used")
     if not prompts:
         raise SettingsError(f"--prompts {path} has no prompt.")
+    for note in notes:
+        log.info("%s.", note.rstrip("."))
     return prompts
 
 
-def _read_text(path: Path) -> str:
-    """The text of a file of prompts."""
-    if path.suffix.lower() in (".json", ".toml", ".yaml", ".yml"):
-        raise SettingsError(
-            f"--prompts {path}: this command reads text files with a prompt a line, like a job's prompts.txt. Fix: "
-            f"write the prompts so, or give each with --prompt."
-        )
+def _read_requests(path: Path, problems: Problems, notes: list[str]) -> Sequence[PromptRequest]:
+    """The prompts of a file: lines, or a tree in JSON, YAML or TOML."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            data = file.read(forms.MAX_BYTES + 1)
+        if len(data) > forms.MAX_BYTES:
+            raise SettingsError(f"--prompts {path} is larger than {forms.MAX_BYTES // 2**20} MiB.")
+        text = forms.decode(data)
     except OSError as problem:
         raise SettingsError(f"--prompts {path}: {problem.strerror}.") from problem
     except UnicodeDecodeError as problem:
-        raise SettingsError(f"--prompts {path} is not UTF-8 text.") from problem
+        raise SettingsError(f"--prompts {path} is not UTF-8 text. Fix: save it as UTF-8.") from problem
+    text_format = forms.format_of(path.name, "txt")
+    if text_format == "txt":
+        return parse_lines(text, origin=str(path), problems=problems, notes=notes)
+    tree = forms.parse_text(text, text_format=text_format, origin=str(path), problems=problems, notes=notes)
+    return () if tree is None else parse_tree(tree, origin=str(path), problems=problems, notes=notes)
 
 
 if __name__ == "__main__":

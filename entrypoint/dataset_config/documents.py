@@ -1,4 +1,4 @@
-"""DATASET_CONFIG and SAMPLE_PROMPTS → text, then a tree (see `forms`).
+"""DATASET_CONFIG and SAMPLE_PROMPTS → text, then a tree (see `trainer.spec.documents.forms`).
 
 Each is a path, an http(s) URL, or the text itself.
 """
@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from entrypoint.dataset_config.forms import BackslashError, format_of, parse
 from entrypoint.settings.checks import absolute
+from trainer.spec.documents.forms import MAX_BYTES, decode, format_of
 from trainer.spec.errors import UnreachableError
 from trainer.spec.values import Problems
 
-MAX_BYTES = 2**20  # of dataset.json or prompts.txt, which people write by hand: a larger file is another one
 DOWNLOAD_TIMEOUT_S = 10.0
 PIECE_BYTES = 2**16
 TRANSIENT_STATUS = (408, 425, 429)  # answers that another try may change, as may 500 and above
@@ -51,7 +50,7 @@ def read_text(
         data = _download(value, open_url) if is_remote else _load(value)
         if len(data) > MAX_BYTES:
             raise ValueError(f"it is larger than {MAX_BYTES // 2**20} MiB")
-        return _decode(data), text_format
+        return decode(data), text_format
     except UnicodeDecodeError:
         problems.add(f"{label(value, variable)}: it is not UTF-8 text. Fix: save it as UTF-8.")
     except (ValueError, OSError) as problem:
@@ -59,15 +58,6 @@ def read_text(
         fix = "give the path of a file, an http(s) URL, or the text itself"
         problems.add(f"{label(value, variable)}: it cannot be read: {reason}. Fix: {fix}.")
     return None, default_format
-
-
-def _decode(data: bytes) -> str:
-    """UTF-8, or the UTF-16 that Windows' editors write. Raises UnicodeDecodeError."""
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return data.decode("utf-16")
-    if data[1:2] == b"\0" and data[:1] != b"\0":  # without a mark: every other byte of ASCII text is zero
-        return data.decode("utf-16-le")
-    return data.decode("utf-8-sig")
 
 
 def _load(path: str) -> bytes:
@@ -100,18 +90,3 @@ def _download(url: str, open_url: Callable[..., Any]) -> bytes:
         raise UnreachableError(f"{url.split('?')[0]}: the server answers {problem.code}.") from problem
     except (OSError, http.client.HTTPException) as problem:
         raise UnreachableError(f"{url.split('?')[0]} cannot be reached: {problem}.") from problem
-
-
-def parse_text(text: str, *, text_format: str, origin: str, problems: Problems, notes: list[str] | None = None) -> Any:
-    """The tree of a text; None, with a line in `problems`, if it is none. `notes` gets how it was read otherwise."""
-    try:
-        tree, note = parse(text, text_format)
-    except BackslashError as problem:
-        problems.add(f"{origin}, {problem}.")
-    except ValueError as problem:
-        problems.add(f"{origin}: {problem}.")
-    else:
-        if note and notes is not None:
-            notes.append(f"{origin}: {note}")
-        return tree
-    return None

@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from entrypoint.dataset_config import shapes
-from entrypoint.dataset_config.documents import is_inline, label, parse_text, read_text
-from entrypoint.dataset_config.prompts import parse_tree
+from entrypoint.dataset_config.documents import is_inline, label, read_text
 from entrypoint.dataset_config.sources import HUB_ID, classify
-from entrypoint.settings.checks import absolute, is_file, is_folder, suggestion
+from entrypoint.settings.checks import absolute, is_file, is_folder
+from trainer.spec.documents.forms import parse_text
+from trainer.spec.documents.prompt_trees import parse_tree
 from trainer.spec.plan import Dataset, Source, Subset
 from trainer.spec.prompts import PromptRequest, parse_lines
-from trainer.spec.values import Key, Problems, show
+from trainer.spec.values import Key, Problems, show, suggestion
 
 PACKAGED = Path(__file__).resolve().parents[2]  # the folder with this program's own dataset.json and prompts.txt
 
@@ -213,7 +214,7 @@ def _read_prompts(
     if text_format == "txt":
         return parse_lines(text, origin=origin, problems=problems, notes=notes), is_own
     tree = parse_text(text, text_format=text_format, origin=origin, problems=problems, notes=notes)
-    return (() if tree is None else parse_tree(tree, origin=origin, problems=problems)), False
+    return (() if tree is None else parse_tree(tree, origin=origin, problems=problems, notes=notes)), False
 
 
 # ---- the levels
@@ -245,7 +246,7 @@ class _Reader:
                 raw_subsets = raw_dataset.get("subsets")
                 raw_values = {key: value for key, value in raw_dataset.items() if key != "subsets"}
                 if raw_subsets is None and isinstance(raw_values.get("subset"), dict | list):
-                    self.problems.add(f"{where}.subset is no key of a dataset; did you mean subsets?")
+                    self.problems.add(f"{where}.subset is not a key of a dataset; did you mean subsets?")
                     continue
             values = {**general, **self._level(raw_values, "a dataset", where)}
             subsets = self._subsets(raw_subsets, values, f"{where}.subsets")
@@ -287,7 +288,7 @@ class _Reader:
             if name not in keys:
                 other_levels = [other for other, known in LEVELS.items() if name in known]
                 fix = f"it belongs to {' or '.join(other_levels)}." if other_levels else suggestion(name, keys)
-                self.problems.add(f"{where}.{name} is no key of {level}; {fix}")
+                self.problems.add(f"{where}.{name} is not a key of {level}; {fix}")
             elif value is not None:
                 try:
                     values[name] = keys[name].read(value)

@@ -27,16 +27,16 @@ def problem_of(raw: Any, *, subset_keys: Collection[str], dataset_keys: Collecti
         return "the key 'dataset' is not known; did you mean datasets?"
     if unknown and "datasets" not in raw:
         if "subsets" in unknown:
-            return f"subsets stands at the top, and belongs into a dataset. Fix: {EXAMPLE}."
+            return f"subsets is at the top level, and belongs in a dataset. Fix: {EXAMPLE}."
         if all(name in subset_keys or name in dataset_keys for name in unknown):
             names = ", ".join(unknown[:5])
-            return f"{names}: keys of a dataset or a subset stand at the top. Fix: {EXAMPLE}."
+            return f"{names}: keys of a dataset or a subset are at the top level. Fix: {EXAMPLE}."
     if unknown:
         strange = [name for name in unknown if name not in subset_keys and name not in dataset_keys]
         first = (strange or unknown)[0]
         return f'the key {show(first)} is not known; an object {{"general": {{...}}, "datasets": [...]}} is needed.'
     if isinstance(raw["datasets"], dict):
-        return "datasets is one object, and a list is needed. Fix: put it in [ ]; in TOML, write [[datasets]]."
+        return "datasets is one object, but must be a list. Fix: put it in [ ]; in TOML, write [[datasets]]."
     return None
 
 
@@ -48,4 +48,4 @@ def _list_problem(raw: list[Any], known: Collection[str]) -> str:
                 return (
                     f'the key {show(name)} is not known; an object {{"general": {{...}}, "datasets": [...]}} is needed.'
                 )
-    return f"it is a list, and an object is needed. Fix: {EXAMPLE}."
+    return f"it is a list, but must be an object. Fix: {EXAMPLE}."

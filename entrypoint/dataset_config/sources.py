@@ -6,7 +6,6 @@ only mean one thing is taken, with a note; everything else is refused with the f
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from dataclasses import dataclass
@@ -14,11 +13,11 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from entrypoint.settings.checks import absolute, is_file, is_folder
-from trainer.data.records import printable
 from trainer.spec.values import show
+from trainer.spec.wording import printable, similar
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")  # what `entrypoint.fetch.archive` reads
-OTHER_ARCHIVES = re.compile(r"\.(rar|7z|zst|gz|bz2|xz|lz4|iso|z\d\d)$|\.(zip|tar|7z|rar)\.\d+$", re.IGNORECASE)
+OTHER_ARCHIVES = re.compile(r"\.(rar|7z|zst|gz|bz2|xz|lz4|iso|z\d\d|part\d+)$|\.(zip|tar|7z|rar)\.\d+$", re.IGNORECASE)
 HUB_ID = re.compile(r"(\w[\w.-]{0,95}/)?\w[\w.-]{0,95}", re.ASCII)  # org/name, or name; 96 characters at most each
 AT_REVISION = re.compile(rf"({HUB_ID.pattern})@([\w./-]+)", re.ASCII)
 WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]|\\\\")
@@ -100,11 +99,10 @@ def no_such_folder(location: str) -> str:
         folders = sorted(entry.name for entry in os.scandir(above) if entry.is_dir())
     except OSError:
         folders = []
-    by_lower = {name.lower(): name for name in folders}
-    near = difflib.get_close_matches(path.name.lower()[:200], by_lower, n=MOST_NEAR)
+    near = similar(path.name, folders, most=MOST_NEAR)
     said = f"there is no folder {printable(path.name)} in {printable(str(above))}"
     if near:
-        said += f", but {', '.join(by_lower[name] for name in near)}"
+        said += f", but {', '.join(near)}"
     if is_folder(f"/{location}") and not location.startswith("/"):
         said += f"; there is /{location.strip('/')}"
     return said
@@ -179,7 +177,7 @@ def _hub_page(location: str) -> Place | None:
     if len(parts) < 3 or parts[0] != "datasets":
         if len(parts) == 2 and parts[0] == "datasets" and HUB_ID.fullmatch(parts[1]):
             return Place("hub", parts[1], note=f"{address} is the Hub dataset {parts[1]}")
-        raise ValueError(f"{show(address)} is no page of a dataset. Fix: name the dataset as owner/name")
+        raise ValueError(f"{show(address)} is not the page of a dataset. Fix: name the dataset as owner/name")
     owner, last, *rest = parts[1:]
     last, _, revision = last.partition("@")
     name = f"{owner}/{last}"
@@ -188,7 +186,7 @@ def _hub_page(location: str) -> Place | None:
             location = f"https://{location}"
         return Place("archive", location.replace("/blob/", "/resolve/", 1))
     if not HUB_ID.fullmatch(name):
-        raise ValueError(f"{show(address)} is no page of a dataset. Fix: name the dataset as owner/name")
+        raise ValueError(f"{show(address)} is not the page of a dataset. Fix: name the dataset as owner/name")
     if rest[:1] == ["tree"] and len(rest) >= 2:
         revision = "/".join(rest[1:]) if rest[1] == "refs" else rest[1]
         rest = [] if rest[1] == "refs" else rest[2:]
@@ -218,16 +216,18 @@ def _archive_url(location: str) -> Place:
         raise ValueError("a URL with a password in it would end up in plan.json. Fix: download the archive yourself")
     if host in SHARING_HOSTS:
         raise ValueError(
-            f"{public} is a page of {SHARING_HOSTS[host]}, from which programs get no file. Fix: download the "
+            f"{public} is a page of {SHARING_HOSTS[host]}, from which programs cannot download. Fix: download the "
             "files, and name their folder or archive"
         )
     if OTHER_ARCHIVES.search(url.path) and not url.path.lower().endswith(ARCHIVES):
         raise ValueError(_other_archive(location.split("?")[0]))
     if host.endswith("dropbox.com") and "dl=0" in url.query:
         return Place(
-            "archive", location.replace("dl=0", "dl=1"), note="of the Dropbox link, dl=1 is taken: the file itself"
+            "archive",
+            location.replace("dl=0", "dl=1"),
+            note="the Dropbox link is read with dl=1, which gives the file itself",
         )
     if host == "github.com" and "/blob/" in url.path:
         raw = location.replace("/blob/", "/raw/", 1)
-        return Place("archive", raw, note=f"of the page on GitHub, the file is taken: {raw.split('?')[0]}")
+        return Place("archive", raw, note=f"the GitHub page is read as its file, {raw.split('?')[0]}")
     return Place("archive", location)

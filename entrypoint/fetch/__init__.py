@@ -1,7 +1,6 @@
 """Models and datasets are brought to local folders: from the Hub, from an address, from an archive.
 
-Read `fetch`, `hub`, `http`, `archive`, `model_folder` (which files are needed, and whether they are whole),
-`weight_kinds` (what a file of weights is), `local_weights` (models that need no repository) and `flash_attention`. A
+Read `fetch`, `hub`, `http`, `archive`, `local_weights` (models that need no repository) and `flash_attention`. A
 dataset of the Hub becomes a folder in five modules: `hub_choice` (which files are downloaded), `hub_layout` (which of
 them belong to the subset and the split), `hub_rows` (the images and captions are written), `hub_folder` (rows from
 image files and archives) and `hub_columns` (which columns hold images and captions).

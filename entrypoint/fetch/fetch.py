@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from entrypoint.dataset_config.sources import ARCHIVES, no_such_folder
-from entrypoint.fetch import archive, http, hub, hub_choice, hub_folder, hub_rows, local_weights, model_folder
+from entrypoint.fetch import archive, http, hub, hub_choice, hub_folder, hub_rows, local_weights
 from entrypoint.fetch.http import RetryPolicy
-from entrypoint.system.folders import build_folder, completed, locked, naming, read_json, storage_error, write_text
-from trainer.data.records import printable
+from trainer.base_model import model_folder, without_weights
 from trainer.spec.errors import DataError, GatedError, SettingsError, UnreachableError
 from trainer.spec.plan import ModelPlan, Source, public
+from trainer.spec.wording import printable, some
 from trainer.storage.atomic import human_size
+from trainer.storage.folders import build_folder, completed, locked, naming, read_json, storage_error, write_text
 from trainer.storage.read import special_kind
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def fetch_model(
     HF_HOME points to. Raises SettingsError (no such model, or not a usable one), GatedError, UnreachableError,
     StorageError.
     """
-    if published := local_weights.published(model):
+    if published := without_weights.published(model):
         return replace(model, path=str(local_weights.assemble(model, published, hub_cache=hub_cache, retries=retries)))
     variable = model_folder.variable(model)
     if folder := local_model(model):
@@ -136,7 +137,7 @@ def describe_dataset(source: Source, repo: hub.Repo) -> hub.Listing:
             raise type(problem)(f"{problem} If a folder was meant: {folder}.") from problem
         hub_says = "the Hub does not answer"
         if isinstance(problem, SettingsError):
-            hub_says = "the Hub knows no dataset of this name"
+            hub_says = "the Hub has no dataset of this name"
         raise SettingsError(
             f"{named(source)}: {folder}, and {hub_says}. Write the path of a folder, or a dataset as owner/name."
         ) from problem
@@ -290,7 +291,7 @@ def _log_hub_dataset(name: str, commit: str, facts: dict[str, Any]) -> None:
         "columns not used": facts.get("unused_columns", ()),
         "files not used": facts["left_out"],
     }
-    said += [f"{what}: {hub_choice.some(names)}" for what, names in unused.items() if names]
+    said += [f"{what}: {some(names, most=hub_choice.MOST_NAMED)}" for what, names in unused.items() if names]
     logger.info("%s at commit %s: %s.", name, commit[:12], "; ".join(said))
     for note in facts["notes"]:
         logger.warning("%s: %s", name, note)
@@ -327,8 +328,8 @@ def _unpacked(path: Path, digest: str, cache: Path) -> Path:
     if facts.get("described"):
         logger.info("%s: the captions of %d images come from .json files beside them", path.name, facts["described"])
     if facts.get("inner"):
-        inner = hub_choice.some(facts["inner"])
-        logger.warning("%s: archives in it take no part: %s. Unpack it, or name them.", path.name, inner)
+        inner = some(facts["inner"], most=hub_choice.MOST_NAMED)
+        logger.warning("%s: archives in it are not used: %s. Unpack it, or name them.", path.name, inner)
     return folder
 
 

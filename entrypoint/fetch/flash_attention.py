@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from entrypoint.system.environment import child_environment
-from entrypoint.system.folders import build_folder, completed, locked, naming
 from trainer.spec.errors import UnreachableError
+from trainer.storage.folders import build_folder, completed, locked, naming
 
 log = logging.getLogger(__name__)
 LOCK = Path(__file__).resolve().parent / "flash_4.lock"

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Protocol, TypeVar
 
-from entrypoint.system.folders import storage_error
 from trainer.spec.errors import DataError, UnreachableError
+from trainer.storage.folders import storage_error
 
 if TYPE_CHECKING:
     import httpx

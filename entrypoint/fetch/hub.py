@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from entrypoint.fetch import http
 from entrypoint.fetch.http import RetryPolicy
-from entrypoint.system.folders import locked, read_json, storage_error, write_text
 from trainer.spec.errors import GatedError, KilnError, SettingsError, StorageError, UnreachableError
+from trainer.storage.folders import locked, read_json, storage_error, write_text
 
 if TYPE_CHECKING:
     import httpx

@@ -9,13 +9,13 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from trainer.data.caption_files.formats import CAPTION_NAMES, LABELS, MORE_CAPTION_NAMES, NEAR_CAPTION, TAGS, normal
 from trainer.spec.errors import SettingsError
+from trainer.spec.wording import some
 
-CAPTIONS = (  # usual names of columns, in order of preference; txt: a caption file in a webdataset
-    *("caption", "captions", "text", "texts", "prompt", "prompts", "description", "descriptions", "txt"),
-    *("tags", "tag_string", "label", "labels"),
-)
-NEAR_CAPTION = re.compile(r"caption|prompt|text|description", re.IGNORECASE)
+# Usual names of columns, in order of preference; txt: a caption file in a webdataset.
+CAPTIONS = (*CAPTION_NAMES, *MORE_CAPTION_NAMES, "txt", TAGS, *LABELS)
+MOST_COLUMNS = 40  # in one message: a table may have hundreds
 ADDRESS = re.compile(r"ur[li]|link|http", re.IGNORECASE)
 
 
@@ -42,7 +42,7 @@ def find_image_column(variable: str, features: dict[str, Any], asked: str | None
     known = dict(flatten(features))
     fit = [name for name, feature in known.items() if is_image(feature)]
     lists = [name for name, feature in known.items() if is_image(_item(feature))]
-    columns = shown(known)
+    columns = some([*known], most=MOST_COLUMNS)
     if asked is not None:
         if asked not in known:
             raise SettingsError(f"IMAGE_COLUMN={asked}: {variable} has no such column, only {columns}.")
@@ -54,11 +54,13 @@ def find_image_column(variable: str, features: dict[str, Any], asked: str | None
         return asked
     fit = fit or lists
     if len(fit) != 1:
-        many = f"several columns of images ({', '.join(fit)})" if fit else "no column of images"
+        number = "no column of images"
+        if fit:
+            number = f"several columns of images ({', '.join(fit)})"
         hint = ""
         if not fit and any(ADDRESS.search(name) for name in known):
             hint = " Images that it only names by their addresses are not fetched: download them first, into a folder."
-        raise SettingsError(f"{variable} has {many}. Choose one with IMAGE_COLUMN; the columns are {columns}.{hint}")
+        raise SettingsError(f"{variable} has {number}. Choose one with IMAGE_COLUMN; the columns are {columns}.{hint}")
     return fit[0]
 
 
@@ -71,9 +73,8 @@ def find_caption_column(variable: str, features: dict[str, Any], asked: str | No
     known = {name: feature for name, feature in flatten(features) if name != images}
     if asked is not None:
         if asked not in known:
-            raise SettingsError(
-                f"CAPTION_COLUMN={asked}: {variable} has no such column, only {shown(known) or 'images'}."
-            )
+            columns = some([*known], most=MOST_COLUMNS) or "images"
+            raise SettingsError(f"CAPTION_COLUMN={asked}: {variable} has no such column, only {columns}.")
         if not is_text(known[asked]):
             raise SettingsError(f"CAPTION_COLUMN={asked}: that column of {variable} holds no text.")
         return asked
@@ -89,7 +90,7 @@ def _usual(variable: str, fit: list[str]) -> str | None:
     """The column with the most usual name for captions; the last part of its name counts."""
     for usual in CAPTIONS:
         for name in fit:
-            if name.rpartition(".")[2].casefold() == usual:
+            if normal(name.rpartition(".")[2]) == usual:
                 return name
     near = [name for name in fit if NEAR_CAPTION.search(name.rpartition(".")[2])]
     if len(near) > 1:
@@ -111,13 +112,6 @@ def unused_columns(features: dict[str, Any], used: Collection[str | None]) -> li
         if name not in used and not has_others and not name.startswith("__"):
             unused.append(name)
     return unused
-
-
-def shown(columns: Any) -> str:
-    """Names of columns for a message, which a table with hundreds of them does not fill."""
-    names = list(columns)
-    more = f" and {len(names) - 40} more" if len(names) > 40 else ""
-    return ", ".join(names[:40]) + more
 
 
 def is_image(feature: Any) -> bool:

@@ -8,9 +8,6 @@ some samples of a webdataset only, one metadata file above the folders of all sp
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import posixpath
 import shutil
 from collections import defaultdict
@@ -20,20 +17,26 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from entrypoint.fetch import archive, hub_choice
-from entrypoint.fetch.hub_choice import IMAGE_SUFFIXES, LISTS, SIDECARS, is_metadata, some
+from entrypoint.fetch.hub_choice import IMAGE_SUFFIXES, MOST_NAMED, is_metadata
 from entrypoint.fetch.hub_columns import CAPTIONS
 from entrypoint.fetch.hub_layout import Layout
+from trainer.data.caption_files.findings import Findings
+from trainer.data.caption_files.formats import IMAGE_NAMES, SUFFIXES, AskedColumns, normal, parse_json, read_records
+from trainer.data.caption_files.matching import ImageNames
+from trainer.data.caption_files.sidecars import USUAL_EXTENSIONS
 from trainer.data.caption_files.text_encoding import decode_all
 from trainer.data.folder_listing import Folder
 from trainer.data.folders.conventions import read_folders
+from trainer.data.records import WARNING
 from trainer.spec.errors import DataError
+from trainer.spec.wording import some
 
 IMAGE = "image"  # the column of the images, as the Hub names it
 LABEL = "label"
 KEY = "__key__"
 FOLDER = "__folder__"  # that the image is written into
 UNPACKED = ".unpacked"  # beside the images that are made: they are moved from there
-NAME_COLUMNS = ("file_name", "image_path", "filename", "file", "image", "path", "img", "image_file", "file_path")
+FILE_NAME = "file_name"  # the Hub's column of names; x_file_name makes a column x of images
 TEXT_FIELDS = ("txt", "text", "caption", "transcript")
 LARGEST_SIDECAR = 2**20  # bytes of a file about one image
 LARGEST_TABLE = 2**28  # bytes of a metadata file, which is read as a whole
@@ -61,18 +64,18 @@ class _Files:
         return [name for name in self.places if name.lower().endswith(IMAGE_SUFFIXES)]
 
 
-def read(snapshot: Path, layout: Layout, target: Path) -> Found:
+def read(snapshot: Path, layout: Layout, target: Path, asked: AskedColumns) -> Found:
     """The rows of a split. Archives are unpacked into `target`/.unpacked, from where their images may be moved.
 
     Raises DataError for a refused archive, unreadable metadata, or metadata of which no row fits an image.
     """
     files = _unpack(snapshot, layout.files, target)
     if not files.images() and _tables(files):  # tables of a split, and images beside them that belong to none
-        of_others = {name for other in layout.others.values() for name in other} - set(layout.files)
+        of_others = set().union(*layout.others.values()) - set(layout.files)
         files = _unpack(snapshot, [name for name in names(snapshot) if name not in of_others], target)
     if not files.images():
         raise DataError(f"the split {layout.split!r} has no image files")
-    found = _listed(snapshot, layout, files)
+    found = _listed(snapshot, layout, files, asked)
     if found is None:
         found = Found(_samples(files))
         has_folders = _keep_folders(files, found.rows)
@@ -83,9 +86,9 @@ def read(snapshot: Path, layout: Layout, target: Path) -> Found:
     unlisted = [name for name in unused if name in images]
     other_files = [name for name in unused if name not in images]
     if unlisted:
-        found.notes.append(f"images that its metadata does not list are not trained: {some(unlisted)}.")
+        found.notes.append(f"images that its metadata does not list are not used: {some(unlisted, most=MOST_NAMED)}.")
     if other_files:
-        found.notes.append(f"files that take no part: {some(other_files)}.")
+        found.notes.append(f"files that are not used: {some(other_files, most=MOST_NAMED)}.")
     return found
 
 
@@ -96,7 +99,7 @@ def write_json_captions(folder: Path) -> int:
     """
     count = 0
     for path in sorted(folder.rglob("*.json")):
-        beside = [path.with_suffix(suffix) for suffix in SIDECARS]
+        beside = [path.with_suffix(suffix) for suffix in USUAL_EXTENSIONS]
         has_image = any(path.with_suffix(suffix).is_file() for suffix in IMAGE_SUFFIXES)
         if not has_image or any(text.is_file() for text in beside) or path.stat().st_size > LARGEST_SIDECAR:
             continue
@@ -142,7 +145,7 @@ def _tables(files: _Files) -> dict[str, Path]:
     keys = {_key(image) for image in files.images()}
     tables = {}
     for name, path in files.places.items():
-        if name.lower().endswith((*LISTS, ".parquet")) and (is_metadata(name) or _key(name) not in keys):
+        if name.lower().endswith((*SUFFIXES, ".parquet")) and (is_metadata(name) or _key(name) not in keys):
             tables[name] = path
     return tables
 
@@ -182,7 +185,10 @@ def _with_one_column(rows: list[Row]) -> list[Row]:
             return rows
         columns |= set(names)
     if len(columns) > 1:
-        rows = [{IMAGE if isinstance(value, Path) else name: value for name, value in row.items()} for row in rows]
+        for row in rows:
+            for name in columns & row.keys():
+                if isinstance(row[name], Path):
+                    row[IMAGE] = row.pop(name)
     return rows
 
 
@@ -221,9 +227,9 @@ def _text(name: str, data: bytes) -> str:
 
 def _json(text: str, name: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as problem:
-        raise DataError(f"{name} is not JSON ({problem})") from problem
+        return parse_json(text, where=name)
+    except ValueError as problem:
+        raise DataError(str(problem)) from problem
 
 
 def _key(name: str) -> str:
@@ -270,7 +276,7 @@ def _add_labels(files: _Files, rows: list[Row]) -> None:
 # ---- metadata
 
 
-def _listed(snapshot: Path, layout: Layout, files: _Files) -> Found | None:
+def _listed(snapshot: Path, layout: Layout, files: _Files, asked: AskedColumns) -> Found | None:
     """The rows of the metadata files, or of other tables that name images; None if there are none.
 
     A metadata file above the split's files counts, though it belongs to no split by its name.
@@ -294,34 +300,35 @@ def _listed(snapshot: Path, layout: Layout, files: _Files) -> Found | None:
     found = Found([])
     missing: list[str] = []
     for name, path in tables.items():
-        _add_rows(name, read_table(path), by_name, found, missing=missing, is_shared=name in shared)
-    if not any(row[column] for row in found.rows for column in found.image_columns):
+        rows = _read_table(path, asked, found)
+        _add_rows(name, rows, by_name, found, missing=missing, is_shared=name in shared)
+    if not any(_images(row, found) for row in found.rows):
         if not any(is_metadata(name) for name in tables):
             return None  # tables about something else: they are reported as files that take no part
         raise DataError(_no_match(tables, missing, files))
     if missing:
-        found.notes.append(f"its metadata names images that it does not hold: {some(missing)}.")
+        found.notes.append(f"its metadata names images that are missing: {some(missing, most=MOST_NAMED)}.")
     return found
 
 
 def _add_rows(
-    name: str, rows: list[Row], by_name: _Lookup, found: Found, *, missing: list[str], is_shared: bool
+    name: str, rows: list[tuple[str, Row]], by_name: _Lookup, found: Found, *, missing: list[str], is_shared: bool
 ) -> None:
     """Add the rows of one table; `is_shared`: it also lists the images of other splits."""
     folder = posixpath.dirname(name)
     image_columns = _image_columns(rows, folder, by_name)
     if not image_columns:
         if is_metadata(name) and rows:
-            columns = ", ".join(dict.fromkeys(key for row in rows[:100] for key in row if key)) or "nothing"
-            raise DataError(f"{name} has no column file_name that names images: its columns are {columns}")
+            columns = ", ".join(_columns(rows)) or "nothing"
+            raise DataError(f"{name}: no column has the names of the images; the columns are {columns}")
         return
     by_name.files.used.add(name)
-    for row in rows:
+    for where, row in rows:
         images: Row = {}
         for column, made in image_columns.items():
-            image = _image_of(row, column, folder, by_name, table=name)
+            image = _image_of(row, column, folder, by_name, where=f"{name}, {where}")
             if image is None and not is_shared:
-                missing.append(row[column])
+                missing.append(str(row[column]))
             if image is not None:
                 by_name.files.used.add(image)
             images[made] = None if image is None else by_name.files.places[image]
@@ -331,33 +338,49 @@ def _add_rows(
         found.image_columns |= set(images)
 
 
-def _image_of(row: Row, column: str, folder: str, by_name: _Lookup, *, table: str) -> str | None:
+def _images(row: Row, found: Found) -> list[Path]:
+    """The images that a row names and the dataset holds."""
+    return [row[column] for column in found.image_columns if row.get(column)]
+
+
+def _image_of(row: Row, column: str, folder: str, by_name: _Lookup, *, where: str) -> str | None:
     """The image that a row names; None if the dataset does not hold it. Raises DataError."""
     entry = row.get(column)
+    if isinstance(entry, int) and not isinstance(entry, bool):
+        entry = str(entry)
     if not isinstance(entry, str) or not entry.strip():
-        raise DataError(f"a row of {table} names no image in its column {column}")
+        raise DataError(f"{where}: no {column}")
     if "://" in entry or entry.startswith("/") or ".." in PurePosixPath(entry.replace("\\", "/")).parts:
-        raise DataError(f"{table} names an image outside of its dataset, {entry!r}")
+        raise DataError(f"{where} names an image outside of its dataset, {entry!r}")
     return by_name.find(folder, entry)
 
 
-def _image_columns(rows: list[Row], folder: str, by_name: _Lookup) -> dict[str, str]:
+def _columns(rows: list[tuple[str, Row]]) -> list[str]:
+    """The columns of the first rows, in their order."""
+    columns: dict[str, None] = {}
+    for _, row in rows[:100]:
+        columns |= dict.fromkeys(key for key in row if key)
+    return list(columns)
+
+
+def _image_columns(rows: list[tuple[str, Row]], folder: str, by_name: _Lookup) -> dict[str, str]:
     """The columns that name image files, each with the name of the column of images that they make.
 
     As in `datasets`: file_name makes image, x_file_name makes x. Without one of these, a column with values that are
     names of images of the dataset.
     """
-    columns = list(dict.fromkeys(key for row in rows[:50] for key in row))
+    columns = _columns(rows)
     named = {}
     for column in columns:
-        if column == "file_name":
+        if normal(column) == FILE_NAME:
             named[column] = IMAGE
-        elif column.endswith("_file_name"):
-            named[column] = column.removesuffix("_file_name")
+        elif normal(column).endswith(f"_{FILE_NAME}"):
+            named[column] = column[: -len(FILE_NAME) - 1]
     if named:
         return named
-    for column in (*NAME_COLUMNS, *columns):
-        values = [row.get(column) for row in rows[:50]]
+    usual_first = sorted(columns, key=lambda column: (*IMAGE_NAMES, normal(column)).index(normal(column)))
+    for column in usual_first:
+        values = [row.get(column) for _, row in rows[:50]]
         if any(isinstance(value, str) and by_name.find(folder, value) for value in values):
             return {column: column}
     return {}
@@ -368,12 +391,32 @@ class _Lookup:
 
     def __init__(self, files: _Files) -> None:
         self.files = files
-        self.by_alias: dict[str, str | None] = {}  # None: two images could be meant
-        for name in files.images():
-            for alias in dict.fromkeys(self._aliases(name)):
-                self.by_alias[alias] = name if alias not in self.by_alias else None
-        for name in files.images():  # its own name is never in doubt
-            self.by_alias[name] = name
+        self._images = files.images()
+        self._by_folder: dict[str, ImageNames] = {}  # folder of a metadata file → the images below it
+
+    def find(self, folder: str, entry: str) -> str | None:
+        """The image `entry` of a table in `folder`; None if there is none, or if it may be several."""
+        if folder not in self._by_folder:
+            self._by_folder[folder] = self._below(folder)
+        found = self._by_folder[folder].find(entry)
+        stems = {PurePosixPath(name).with_suffix("") for name in found}
+        if len(stems) != 1:
+            return None
+        return posixpath.join(folder, found[0])  # of a.png and a.jpg, which `a` names, the first
+
+    def _below(self, folder: str) -> ImageNames:
+        prefix = f"{folder}/" if folder else ""
+        names = []
+        aliases = []
+        for image in self._images:
+            if not image.startswith(prefix):
+                continue
+            name = image.removeprefix(prefix)
+            names.append(name)
+            for alias in self._aliases(image):
+                if alias.startswith(prefix):
+                    aliases.append((alias.removeprefix(prefix), name))
+        return ImageNames(names, folder=Path(folder), aliases=aliases)
 
     def _aliases(self, name: str) -> Iterator[str]:
         """How metadata beside an archive names a file in it: with or without the archive's name, or a folder's."""
@@ -385,59 +428,26 @@ class _Lookup:
             yield posixpath.join(folder, last.partition(".")[0], inside)
             yield posixpath.join(folder, inside.partition("/")[2] or inside)
 
-    def find(self, folder: str, entry: str) -> str | None:
-        """The image `entry` of a table in `folder`; its suffix may be missing."""
-        path = posixpath.normpath(posixpath.join(folder, entry.strip().replace("\\", "/")))
-        if path in self.by_alias:
-            return self.by_alias[path]
-        for suffix in IMAGE_SUFFIXES:
-            if self.by_alias.get(path + suffix):
-                return self.by_alias[path + suffix]
-        return None
 
-
-def read_table(path: Path) -> list[Row]:
-    """The rows of a csv, tsv, jsonl, json or parquet file. Raises DataError."""
+def _read_table(path: Path, asked: AskedColumns, found: Found) -> list[tuple[str, Row]]:
+    """The rows of a csv, tsv, jsonl, json or parquet file, each after its place. Raises DataError."""
     if path.stat().st_size > LARGEST_TABLE:
         raise DataError(f"{path.name} is larger than {LARGEST_TABLE // 2**20} MiB")
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         import pyarrow.parquet
 
-        return list(pyarrow.parquet.read_table(path).to_pylist())
-    text = _text(path.name, path.read_bytes())
-    if suffix in (".csv", ".tsv"):
-        return _csv_rows(text, path.name)
-    if suffix == ".json":
-        value = _json(text, path.name)
-        if isinstance(value, dict):
-            value = [_named_row(key, row) for key, row in value.items()]
-    else:
-        value = [_json(line, f"{path.name}, line {n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
-        raise DataError(f"{path.name} is not a list of rows")
-    return value
-
-
-def _named_row(name: str, row: Any) -> Row:
-    return {"file_name": name, **(row if isinstance(row, dict) else {"caption": row})}
-
-
-def _csv_rows(text: str, name: str) -> list[Row]:
-    header = text.partition("\n")[0]
-    delimiter = max(",\t;|", key=header.count)  # the first of equals, so a single column is read with commas
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
-    rows = []
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+        return [(f"row {number}", row) for number, row in enumerate(rows, 1)]
+    findings = Findings()
     try:
-        for number, row in enumerate(reader, 2):
-            if None in row:
-                raise DataError(
-                    f"{name}, row {number}: it has more fields than the header. Put a text with {delimiter!r} in quotes"
-                )
-            rows.append({(key or "").strip(): value for key, value in row.items()})
-    except csv.Error as problem:
-        raise DataError(f"{name} cannot be read: {problem}") from problem
-    return rows
+        records = read_records(path.name, _text(path.name, path.read_bytes()), asked, findings)
+    except ValueError as problem:
+        raise DataError(str(problem)) from problem
+    if findings.problems:
+        raise DataError(" ".join(findings.problems))
+    found.notes += [note.removeprefix(WARNING) for note in findings.notes]
+    found.notes += [f"{unused}." for unused in findings.unused]
+    return records
 
 
 def _no_match(tables: dict[str, Path], missing: list[str], files: _Files) -> str:
@@ -451,16 +461,16 @@ def _no_match(tables: dict[str, Path], missing: list[str], files: _Files) -> str
 def has_sidecars_alone(layout: Layout) -> bool:
     """Whether the split is loose images with caption files, which the trainer reads as it reads a local folder."""
     names = [name for name in layout.files if PurePosixPath(name).name not in hub_choice.CARDS]
-    if any(name.lower().endswith((*hub_choice.ARCHIVES, *LISTS, *hub_choice.STREAMED)) for name in names):
+    if any(name.lower().endswith((*hub_choice.ARCHIVES, *SUFFIXES, *hub_choice.STREAMED)) for name in names):
         return False
-    return any(name.lower().endswith(SIDECARS) for name in names)
+    return any(name.lower().endswith(USUAL_EXTENSIONS) for name in names)
 
 
 def copy_files(snapshot: Path, layout: Layout, target: Path) -> int:
     """Copy the images of a split and their caption files into `target`; returns how many images. Raises OSError."""
     count = 0
     for name in layout.files:
-        if name.lower().endswith((*IMAGE_SUFFIXES, *SIDECARS)):
+        if name.lower().endswith((*IMAGE_SUFFIXES, *USUAL_EXTENSIONS)):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(snapshot / name, target / name)
             count += name.lower().endswith(IMAGE_SUFFIXES)

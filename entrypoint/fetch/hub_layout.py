@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from entrypoint.fetch.hub_columns import shown
 from trainer.spec.errors import DataError, SettingsError
+from trainer.spec.wording import some
 
+MOST_NAMES = 40  # of subsets in one message
 DEFAULT = "default"  # the name of a configuration that has none
 
 
@@ -42,7 +43,7 @@ def resolve(snapshot: Path, *, variable: str, configuration: str | None, split: 
         patterns = sanitize_patterns(asked) if asked is not None else get_data_patterns(base)
         found = DataFilesDict.from_patterns(patterns, base_path=base)
     except (FileNotFoundError, DataFilesNotFoundError) as problem:
-        raise DataError(f"{variable}: the files that its README.md names for {name!r} are not there.") from problem
+        raise DataError(f"{variable}: the files that its README.md names for {name!r} are missing.") from problem
     splits = {str(key): _relative(variable, list(files), snapshot) for key, files in found.items()}
     if split not in splits:
         of = f" (subset {name})" if name != DEFAULT else ""
@@ -80,16 +81,17 @@ def _configurations(snapshot: Path, variable: str) -> dict[str, Any]:
 
 def _chosen(variable: str, known: dict[str, Any], asked: str | None) -> str:
     names = list(known)
+    listed = some(names, most=MOST_NAMES)
     if asked is not None:
         if asked in known:
             return asked
         if names == [DEFAULT]:
             raise SettingsError(f"DATASET_SUBSET={asked}: {variable} has no subsets. Leave it empty.")
-        raise SettingsError(f"DATASET_SUBSET={asked}: {variable} has no such subset, only {shown(names)}.")
+        raise SettingsError(f"DATASET_SUBSET={asked}: {variable} has no such subset, only {listed}.")
     if len(names) == 1 or known[names[0]].get("default"):
         return names[0]
     raise SettingsError(
-        f"{variable} has several subsets and no default one: {shown(names)}. Choose one with DATASET_SUBSET, or with "
+        f"{variable} has several subsets and no default one: {listed}. Choose one with DATASET_SUBSET, or with "
         "subset in dataset.json."
     )
 

@@ -21,23 +21,25 @@ from typing import Any
 
 from entrypoint.fetch import hub_folder, hub_layout
 from entrypoint.fetch.archive import Budget, Limits
-from entrypoint.fetch.hub_choice import ARCHIVES, CARDS, IMAGE_SUFFIXES, STREAMED, is_metadata, some
+from entrypoint.fetch.hub_choice import ARCHIVES, CARDS, IMAGE_SUFFIXES, MOST_NAMED, STREAMED, is_metadata
 from entrypoint.fetch.hub_columns import (
+    MOST_COLUMNS,
     find_caption_column,
     find_image_column,
     label_names,
-    shown,
     texts,
     unused_columns,
     value_of,
 )
-from entrypoint.system.folders import storage_error
+from trainer.data.caption_files.formats import AskedColumns
 from trainer.spec.errors import DataError, KilnError, SettingsError, StorageError
+from trainer.spec.wording import some
+from trainer.storage.folders import storage_error
 
 READERS = ("parquet", "arrow")  # of `datasets`; the others read no images, or pickles
 MAX_IMAGE_BYTES = 2**28  # bytes
 MOST_ROWS = 2_000_000
-VERSION = 2  # of how datasets are read: folders that an older version made are made again
+VERSION = 3  # of how datasets are read: folders that an older version made are made again
 # The first bytes of a file → its suffix. Anything else gets .png, and the trainer reports that it cannot read it.
 MAGIC = (
     *((rb"\xff\xd8\xff", ".jpg"), (rb"\x89PNG\r\n", ".png"), (rb"RIFF....WEBP", ".webp"), (rb"GIF8", ".gif")),
@@ -109,7 +111,7 @@ def write_dataset(snapshot: Path, target: Path, asked: Asked, *, scratch: str) -
     try:
         if hub_folder.has_sidecars_alone(layout):
             return facts | {"images": hub_folder.copy_files(snapshot, layout, target), "notes": []}
-        found = hub_folder.read(snapshot, layout, target)
+        found = hub_folder.read(snapshot, layout, target, AskedColumns(asked.image_column, asked.caption_column))
         features = _features_of(found.rows, found.image_columns)
         size = sum((snapshot / name).stat().st_size for name in layout.files)
         made = _written(iter(found.rows), features, target, asked, reader=_Reader(snapshot, _budget(size)))
@@ -147,7 +149,7 @@ def _from_tables(
     used = {os.path.relpath(path, inside) for path in reader.read_files} | set(tables)
     unused = [name for name in layout.files if name not in used and name not in CARDS]
     if unused:
-        made["notes"].append(f"files that take no part: {some(unused)}.")
+        made["notes"].append(f"files that are not used: {some(unused, most=MOST_NAMED)}.")
     return made
 
 
@@ -224,7 +226,12 @@ def _written(
     images = find_image_column(asked.variable, features, asked.image_column)
     captions = find_caption_column(asked.variable, features, asked.caption_column, images)
     if hasattr(rows, "select_columns"):
-        chosen = {column if column in features else column.split(".")[0] for column in (images, captions) if column}
+        chosen = set()
+        for column in (images, captions):
+            if column in features:
+                chosen.add(column)
+            elif column:  # one inside another
+                chosen.add(column.split(".")[0])
         rows = rows.select_columns(sorted(chosen))
     labels = label_names(features, captions) if captions else None
     facts = _write(iter(rows), target, images=images, captions=captions, labels=labels, reader=reader)
@@ -237,7 +244,8 @@ def _notes(facts: dict[str, Any], columns: list[str]) -> list[str]:
     """What a user must know of how the rows were read."""
     notes = []
     if facts["caption"] is None and columns:
-        notes.append(f"no column looks like captions. CAPTION_COLUMN can name one of: {shown(columns)}.")
+        listed = some(columns, most=MOST_COLUMNS)
+        notes.append(f"no column looks like captions. CAPTION_COLUMN can name one of: {listed}.")
     elif facts["caption"] is None:
         notes.append("there are no captions.")
     elif facts["caption"] is not None and facts["without_caption"]:

@@ -14,7 +14,7 @@ from functools import partial
 
 from entrypoint.fetch import flash_attention
 from entrypoint.planning import memory_refusal
-from entrypoint.settings.checks import Notes, show
+from entrypoint.settings.checks import Notes
 from entrypoint.settings.read import Settings
 from entrypoint.system.hardware import Hardware, select
 from trainer.spec import memory_model
@@ -23,9 +23,11 @@ from trainer.spec.family import BaseModel, Facts, Footprint
 from trainer.spec.memory_model import Strategy, Workload
 from trainer.spec.plan import Dataset, EnginePlan, Prompt
 from trainer.spec.strategies import memory_mode
+from trainer.spec.values import show
 from trainer.spec.weight_formats import PRECISIONS
 
 RECOMPUTE_POLICY = {True: "all", False: "none"}  # by PARAMS_GRADIENT_CHECKPOINTING, where memory does not matter
+SHOWN_TOO_LARGE = 3  # memory modes that are faster than the chosen one: the nearest
 # Share of the host's memory that may be pinned, which the kernel cannot swap out or give to its file cache.
 PINNED_HOST_SHARE = 0.5
 
@@ -369,8 +371,9 @@ def _note_strategies(workload: Workload, chosen: Strategy, strategies: Sequence[
         if (strategy.precision, *strategy.mode) == (chosen.precision, *chosen.mode):
             break
         too_large.append(str(strategy))
-    if too_large:
-        notes.reasons.append(f"Faster, but too large: {'; '.join(dict.fromkeys(too_large))}.")
+    nearest = list(dict.fromkeys(too_large))[-SHOWN_TOO_LARGE:]
+    if nearest:
+        notes.reasons.append(f"Faster, but too large: {'; '.join(nearest)}.")
 
 
 def _allowed(settings: Settings, strategies: Sequence[Strategy], *, compiles: bool) -> list[Strategy]:

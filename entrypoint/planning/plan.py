@@ -21,7 +21,7 @@ from entrypoint.planning import sanity, single_files, starting_point, text_encod
 from entrypoint.planning.engine_choice import engine_plan
 from entrypoint.planning.targets import check_targets
 from entrypoint.settings import Settings
-from entrypoint.settings.checks import Notes, absolute, is_file, is_folder, suggestion
+from entrypoint.settings.checks import Notes, absolute, is_file, is_folder
 from entrypoint.settings.variables.adapter import AdapterSettings
 from entrypoint.settings.variables.model import ModelSettings
 from entrypoint.settings.variables.output import OutputSettings
@@ -32,7 +32,7 @@ from trainer.spec.family import BaseModel, Facts, base_models, get_family
 from trainer.spec.optimizers import NOT_OFFERED, OPTIMIZERS, OptimizerSpec
 from trainer.spec.plan import DataPlan, Dataset, LoraPlan, ModelPlan, OptimPlan, OutputPlan, Plan, TrainPlan
 from trainer.spec.prompts import complete_prompts
-from trainer.spec.values import shorten, show
+from trainer.spec.values import shorten, show, suggestion
 
 # A schedule-free optimiser averages its iterates instead of following a schedule (Defazio et al. 2024,
 # arXiv:2405.15682), so that a falling learning rate would work against it.

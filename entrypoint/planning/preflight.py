@@ -16,17 +16,18 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from entrypoint.fetch import archive, fetch, flash_attention, http, hub, hub_choice, local_weights, model_folder
+from entrypoint.fetch import archive, fetch, flash_attention, http, hub, hub_choice, local_weights
 from entrypoint.fetch.http import RetryPolicy
 from entrypoint.planning import single_files
+from trainer.base_model import model_folder, weight_kinds, without_weights
 from trainer.data.folder_listing import list_folder
 from trainer.data.folders import formats
 from trainer.data.folders.own_output import Written
-from trainer.data.records import printable
 from trainer.spec.errors import DataError, GatedError, KilnError, SettingsError, StorageError, UnreachableError
 from trainer.spec.family import base_models, get_family
 from trainer.spec.plan import AUTO, ModelPlan, Plan, Source, Subset
 from trainer.spec.weight_formats import PRECISIONS
+from trainer.spec.wording import printable, some
 from trainer.storage.atomic import human_size, storage_error
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,6 @@ LORA_BYTES_PER_RANK = 0.0005  # bytes of a float32 LoRA of rank 1 for each byte 
 STATE_BYTES_PER_LORA_BYTE = 5  # a state has the adapter and up to four optimiser tensors of its size
 AUTOMATIC_CHECKPOINTS = 2  # with their states, that KEEP_CHECKPOINTS=auto needs at least
 UNPACKED_BYTES_PER_ARCHIVE_BYTE = 1.1  # images are compressed already, so that archives hardly shrink them
-PACKED = (".parquet", ".arrow", ".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz")  # files that may hold images
 LOGGED_FILE_MIN_BYTES = 100 * 2**20  # larger files of a model are named in the log before they are fetched
 
 
@@ -157,11 +157,11 @@ def _model_bytes(
     model: ModelPlan, space: NeededSpace, *, token: str | None, hub_cache: Path, retries: RetryPolicy
 ) -> int:
     """Bytes of the model's files, converted ones included. Checks the files: a folder's headers, else their names."""
-    patterns = single_files.file_patterns(get_family(model.family).FACTS, model.parts)
+    patterns = model_folder.file_patterns(get_family(model.family).FACTS, model.parts)
     converted_bytes = single_files.converted_bytes(model)
     space.add("CACHE_PATH", "converted weights", converted_bytes)
-    if published := local_weights.published(model):
-        wanted = local_weights.missing(model, published, hub_cache=hub_cache)
+    if published := without_weights.published(model):
+        wanted = without_weights.missing(model, published, hub_cache=hub_cache)
         downloads = local_weights.describe(wanted, hub_cache=hub_cache, retries=retries)
         local_weights.log_downloads(downloads)
         for repo, _, files in downloads:
@@ -181,7 +181,7 @@ def _model_bytes(
     try:
         return _download_bytes(repo, patterns, space) + converted_bytes
     except (GatedError, UnreachableError) as problem:
-        variables = local_weights.missing_parts(model)
+        variables = without_weights.missing_parts(model, weight_kinds.VARIABLES)
         if not variables:
             raise
         raise type(problem)(
@@ -250,7 +250,7 @@ def _without_images(source: Source, names: list[str]) -> str:
     if not packed:
         return formats.why_none(names)
     return (
-        f"there is no image in it, only {hub_choice.some(packed)}. Name the archive itself, {folder / packed[0]}, or "
+        f"there is no image in it, only {some(packed)}. Name the archive itself, {folder / packed[0]}, or "
         "unpack it there."
     )
 
@@ -260,9 +260,9 @@ def _archive_without_images(path: Path) -> str:
     names = archive.first_names(path)
     packed = [name for name in names if name.lower().endswith(fetch.ANY_ARCHIVE)]
     if packed:
-        return f"there is no image in it, only archives ({hub_choice.some(packed)}). Unpack it, and name the folder."
+        return f"there is no image in it, only archives ({some(packed)}). Unpack it, and name the folder."
     known = ", ".join(formats.READABLE_SUFFIXES)
-    held = hub_choice.some(names) or "nothing"
+    held = some(names) or "nothing"
     return f"there is no image among its first entries. Read are {known}. It holds {held}."
 
 
@@ -274,7 +274,8 @@ def _check_hub_dataset(source: Source, space: NeededSpace, *, token: str | None,
     listing = fetch.describe_dataset(source, repo)
     chosen = set(hub_choice.choose(repo.variable, repo.name, [file.name for file in listing.files]).names)
     files = [file for file in listing.files if file.name in chosen]
-    if not any(name.lower().endswith((*formats.READABLE_SUFFIXES, *PACKED)) for name in chosen):
+    with_images = (*formats.READABLE_SUFFIXES, *hub_choice.STREAMED, *hub_choice.ARCHIVES)
+    if not any(name.lower().endswith(with_images) for name in chosen):
         raise DataError(f"{repo.variable}: {formats.why_none(sorted(chosen))}")
     hub.check_access(repo, listing, files[0].name)
     size = sum(file.size for file in files)

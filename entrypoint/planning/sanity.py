@@ -102,7 +102,7 @@ def _rank(request: Request) -> str | None:
     rank = request.plan.lora.rank
     if rank <= 256:
         return None
-    return f"PARAMS_NETWORK_DIM={rank} makes a very large LoRA, which learns images by heart. Usual: 8 to 64."
+    return f"PARAMS_NETWORK_DIM={rank} makes a very large LoRA, which memorises the images. Usual: 8 to 64."
 
 
 def _caption_dropout(request: Request) -> str | None:
@@ -152,12 +152,12 @@ def _ema_decay(request: Request) -> str | None:
 
 
 def _repeats(request: Request) -> str | None:
-    repeats = max(subset.num_repeats for dataset in request.plan.data.datasets for subset in dataset.subsets)
+    repeats = max(subset.num_repeats for subset in request.plan.data.subsets)
     if repeats <= 1000:
         return None
     return (
-        f"num_repeats={repeats} (PARAMS_NUM_REPEATS): an epoch has every image {repeats:,} times. Usual: 1; how long "
-        "the job is says PARAMS_MAX_STEPS."
+        f"num_repeats={repeats} (PARAMS_NUM_REPEATS): an epoch has every image {repeats:,} times. Usual: 1. Set "
+        "the length of the job with PARAMS_MAX_STEPS."
     )
 
 
@@ -189,14 +189,14 @@ def _step_timeout(request: Request) -> str | None:
     seconds = request.plan.engine.step_timeout_s
     if not seconds or seconds >= 30:
         return None
-    return f"PARAMS_STEP_TIMEOUT={seconds:g} counts seconds: a slow step or a save ends the job. Usual: 300 and more."
+    return f"PARAMS_STEP_TIMEOUT={seconds:g} is in seconds: a slow step or save would end the job. Usual: 300 and more."
 
 
 def _runtime(request: Request) -> str | None:
     hours = request.settings.finish.max_runtime
     if hours is None or hours >= 0.1:
         return None
-    return f"MAX_RUNTIME={hours:g} counts hours: the job ends after {hours * 60:.2g} minutes. Usual: 1 and more."
+    return f"MAX_RUNTIME={hours:g} is in hours: the job ends after {hours * 60:.2g} minutes. Usual: 1 and more."
 
 
 # ---- settings without any effect
@@ -291,8 +291,8 @@ def _held_out_for_nothing(request: Request) -> str | None:
     if not shares or request.plan.output.validate_every:
         return None
     return (
-        f"validation_split={shares[0]:g} in dataset.json holds images out of training, and nothing looks at them. "
-        "Usual: PARAMS_VALIDATE_EVERY_N_STEPS=100, or no validation_split."
+        f"validation_split={shares[0]:g} in dataset.json holds images out of training, but nothing is measured on "
+        "them. Usual: PARAMS_VALIDATE_EVERY_N_STEPS=100, or no validation_split."
     )
 
 

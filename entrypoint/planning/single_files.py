@@ -6,14 +6,13 @@ CLIP_G_PATH and T5_PATH each name one part. `trainer.base_model.single_file` lat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
-from entrypoint.fetch import model_folder, weight_kinds
 from entrypoint.settings.checks import Notes, absolute, is_file, is_folder
 from entrypoint.settings.variables.model import ModelSettings
 from entrypoint.settings.variables.training import TrainingSettings
-from trainer.spec.family import OPTIONAL, PREFIXES, Facts, base_models
+from trainer.base_model import model_folder, weight_kinds
+from trainer.spec.family import PREFIXES, Facts, base_models
 from trainer.spec.plan import ModelPlan
 from trainer.spec.prediction_marks import HEADER_KEY
 from trainer.spec.values import show
@@ -101,7 +100,7 @@ def note_prediction(denoiser: str | None, training: TrainingSettings, facts: Fac
         )
     if marks.prediction is None:
         if marks.zero_terminal_snr:
-            notes.warn(f"{where} has the mark ztsnr, but none of v-prediction: it does not count.")
+            notes.warn(f"{where} is marked ztsnr but not v-prediction, so the mark is ignored.")
         return
     asked = training.prediction_type
     if asked == "auto":
@@ -128,49 +127,17 @@ def _part_problem(part: str, path: str, base_model: str, facts: Facts) -> str | 
     if part not in facts.parts:
         return "is not used: the base model has no such part. Fix: remove it"
     if path == LEFT_OUT:
-        is_optional = any(pattern.startswith(f"{OPTIONAL}{facts.parts[part]}/") for pattern in facts.files)
-        if not is_optional:
+        if not model_folder.is_optional(part, facts):
             return "leaves out a part that the base model needs"
         return None
     if is_folder(path):
-        return _folder_problem(Path(absolute(path)))
+        return model_folder.part_folder_problem(Path(absolute(path)))
     if problem := path_problem(path):
         return problem
     if not is_file(path):
         return "is not there"
     published = base_models()[base_model][1].published
     return weight_kinds.part_problem(part, model_folder.read(Path(absolute(path))), published, facts.parts[part])
-
-
-def _folder_problem(folder: Path) -> str | None:
-    """Why a folder cannot be the part of a model that a variable names."""
-    if not (folder / "config.json").is_file():
-        return "has no config.json"
-    files = sorted(folder.glob(f"*{SUFFIX}"))
-    if not files:
-        return "has no .safetensors file"
-    for file in files:
-        if problem := model_folder.damage(file):
-            return f"cannot be used: {file.name} {problem}"
-    if tool := model_folder.quantised_folder(folder):
-        return f"is quantised by {tool}, which is not read. {weight_kinds.QUANTISED_FIX}"
-    return None
-
-
-def file_patterns(facts: Facts, parts: Mapping[str, str]) -> tuple[str, ...]:
-    """`Facts.files` without the weights that come from elsewhere; single files lack configs, so these stay."""
-    if not parts:
-        return facts.files
-    replaced_folders = {facts.parts[part] for part in parts}
-    patterns = []
-    for pattern in facts.files:
-        folder = pattern.removeprefix(OPTIONAL).split("/")[0]
-        if folder not in replaced_folders:
-            patterns.append(pattern)
-    for part, path in parts.items():
-        if Path(path).is_file():
-            patterns.append(f"{facts.parts[part]}/config.json")
-    return tuple(patterns)
 
 
 def converted_bytes(model: ModelPlan) -> int:

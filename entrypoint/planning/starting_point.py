@@ -14,16 +14,17 @@ from entrypoint.settings.checks import Notes, is_file, is_folder
 from entrypoint.settings.variables.adapter import AdapterSettings
 from trainer.lora_files import inspect, key_names
 from trainer.lora_files.inspect import LoraSummary, Training
-from trainer.spec.family import Facts, get_family
+from trainer.spec.family import BaseModel, Facts, get_family
 from trainer.spec.plan import LoraPlan, ModelPlan, Plan
 from trainer.spec.rules.resume_rules import check_named_state
-from trainer.spec.targets import is_target
+from trainer.spec.targets import NUMBER, is_target, layer_names
 from trainer.spec.values import show
 from trainer.storage import run_records, safetensors_header
 
 ALLOWED = "Allowed: a LoRA file (.safetensors), or a state folder (OUTPUT_PATH/state/step-…)."
 ANOTHER_BASE = "It is for another base. Fix: name a LoRA for this one, or set BASE_MODEL or MODEL_PATH to its base."
 SHOWN_MODULES = 3  # names in a message
+MOST_BLOCKS = 200  # more than any model has
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,13 @@ def adapter_shape(
     trained = _own_training(lora, facts)
     if targets is None:
         targets = trained.targets if trained else _targets_of(lora, facts)
-        if targets != facts.targets:
+        blocks_left_out = None if trained else _blocks_left_out(lora, facts, targets, model)
+        if blocks_left_out:
+            in_all_blocks = ",".join(targets)
+            targets = tuple(name.partition(".")[2] for name in lora.modules if _is_covered(name, targets))
+            reason = f"what the LoRA file has, without {blocks_left_out}; {in_all_blocks} would train all blocks"
+            notes.chose("PARAMS_TARGET_MODULES", _shortened(targets), reason)
+        elif targets != facts.targets:
             notes.chose("PARAMS_TARGET_MODULES", ",".join(targets), "what the LoRA file has")
     # If q, k and v had an adapter each in the file, one adapter for all three must hold the terms of all: its rank is
     # the larger one. If they shared one, both ranks are the same.
@@ -133,6 +140,55 @@ def adapter_shape(
     elif rank != file_rank:
         notes.add(f"PARAMS_NETWORK_DIM={rank}: {file} has rank {file_rank}. Fix: PARAMS_NETWORK_DIM={file_rank}.")
     return AdapterShape(file_rank, split_qkv, targets)
+
+
+def _shortened(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN_MODULES} more" if len(names) > SHOWN_MODULES else ""
+    return ", ".join(names[:SHOWN_MODULES]) + more
+
+
+def _blocks_left_out(lora: LoraSummary, facts: Facts, targets: Sequence[str], model: ModelPlan) -> str | None:
+    """The first layer that `targets` mean and the file has no adapter for; None if it covers every block.
+
+    By the layers of the base model, if it is a folder here; else by the numbers of the blocks in the file, and by the
+    last blocks that a published model is known to have.
+    """
+    in_file = {name.partition(".")[2] for name in lora.modules}
+    layers = [name for name in _weights_of(model, facts) if _is_covered(name, tuple(targets))]
+    for layer in sorted(layers, key=_by_number):
+        if layer not in in_file:
+            return layer
+    if layers:
+        return None
+    last_blocks = _last_blocks(facts.models[model.base], facts)
+    for template in layer_names(facts.name):
+        example = template.replace(NUMBER, "0")
+        if not is_target(example, targets):
+            continue
+        numbers = [n for n in range(MOST_BLOCKS) if template.replace(NUMBER, str(n)) in in_file]
+        if NUMBER not in template:
+            numbers = [0] if template in in_file else []
+        last = last_blocks.get(template, max(numbers, default=0))
+        for number in range(last + 1):
+            if number not in numbers:
+                return template.replace(NUMBER, str(number))
+    return None
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+
+
+def _last_blocks(base: BaseModel, facts: Facts) -> dict[str, int]:
+    """Layer with {} for the number of its block → the last number, as far as a published model's marks name it."""
+    last: dict[str, int] = {}
+    for name, shape in (base.published.marks if base.published else {}).items():
+        layer = key_names.find_layer(name.removesuffix(".weight"), facts.name)
+        if shape is None or layer is None or layer.original is None or not layer.number.isdecimal():
+            continue
+        for template in layer.original.diffusers_names:
+            last[template] = max(last.get(template, 0), int(layer.number))
+    return last
 
 
 def _is_fused(parts: Sequence[str], lora: LoraSummary, targets: Sequence[str]) -> bool:

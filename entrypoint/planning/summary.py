@@ -10,36 +10,40 @@ import logging
 import math
 import os
 import time
-from collections import Counter
 from pathlib import Path
 
 from entrypoint.fetch import archive, fetch, http
-from entrypoint.system.folders import completed
+from trainer.data import caption_length
 from trainer.data.epochs import EpochSampler
 from trainer.data.folders.own_output import Written
 from trainer.data.identity import content_changes, fingerprint
 from trainer.data.records import WARNING, ImageRecord, Scan
 from trainer.data.scan import scan
 from trainer.spec import memory_model
-from trainer.spec.family import base_models
-from trainer.spec.plan import AUTO, Dataset, Plan, Source
-from trainer.spec.rules import automatic, sanity
+from trainer.spec.family import base_models, get_family
+from trainer.spec.plan import Dataset, Plan, Source
+from trainer.spec.rules import automatic, outlook, sanity
 from trainer.storage.atomic import human_size
 from trainer.storage.choose_run import choose
-from trainer.storage.digests import sha256
 
 log = logging.getLogger(__name__)
 MAX_CPU_WORKERS = 16
 PROGRESS_INTERVAL_S = 10.0
-SHOWN_SHAPES = 8  # the most frequent ones; the rest are counted
-FINAL_SAMPLES = 1  # rounds: that of the finished LoRA
 
 
-def log_summary(plan: Plan, *, token: str | None, hub_cache: Path) -> None:
+def log_summary(plan: Plan, *, token: str | None, hub_cache: Path, estimate_captions: bool = False) -> tuple[str, ...]:
     """Scan the images that are on this machine, and log what the job will do with them.
 
-    Raises DataError where the trainer would: no usable image, or too many unusable ones.
+    `estimate_captions`: warn of those that are too long for any tokenizer, which a trainer reads exactly. Returns the
+    lines, which the trainer need not print again. Raises DataError where the trainer would: no usable
+    image, or too many unusable ones.
     """
+    lines: list[str] = []
+
+    def say(line: str, level: int = logging.INFO) -> None:
+        log.log(level, "%s", line)
+        lines.append(line)
+
     folders: dict[Source, Path | None] = {}
     for dataset in plan.data.datasets:
         for subset in dataset.subsets:
@@ -50,7 +54,7 @@ def log_summary(plan: Plan, *, token: str | None, hub_cache: Path) -> None:
     for source in missing:
         log.info("%s is not on this machine yet: its images and captions are known once it is.", source.public)
     if missing:
-        return
+        return ()
 
     def local(source: Source, _dataset: Dataset) -> Source:
         folder = folders[source]
@@ -62,21 +66,37 @@ def log_summary(plan: Plan, *, token: str | None, hub_cache: Path) -> None:
     local_plan = dataclasses.replace(local_plan, data=scanned.data)  # with the subsets that names of folders make
     for line in scanned.report().splitlines():
         level = logging.WARNING if WARNING in line or line.startswith("  skipped ") else logging.INFO
-        log.log(level, "%s", line.replace(WARNING, ""))
+        say(line.replace(WARNING, ""), level)
     choice = choose(plan, content_changes=content_changes(fingerprint(scanned.images), None))
     text = choice.describe()
     if text and choice.plan.output.name != plan.output.name:  # the settings alone did not say so
-        log.info("%s", text)
+        say(text)
     images = [*scanned.images, *_class_images(local_plan)]
-    sampler = EpochSampler(images, local_plan.data, seed=plan.train.seed)
+    sampler = EpochSampler(
+        images,
+        local_plan.data,
+        seed=plan.train.seed,
+        caption_dropout_rate=plan.train.caption_dropout_rate,
+        prior_loss_weight=plan.train.prior_loss_weight,
+    )
     for line in describe(local_plan, sampler):
-        log.info("%s", line)
+        say(line)
     for warning in sanity.warnings(local_plan, _length(local_plan, sampler, images=len(scanned.images))):
-        log.warning("%s", warning)
+        say(warning, logging.WARNING)
+    if estimate_captions:
+        facts = get_family(plan.model.family).FACTS
+        captions = sampler.captions_by_image()
+        length = plan.train.max_token_length
+        for line in caption_length.describe_surely_cut(facts, captions, plan.prompts, max_tokens=length):
+            say(line, logging.WARNING)
+    return tuple(lines)
 
 
 def local_copy(source: Source, *, cache: Path, token: str | None, hub_cache: Path) -> Path | None:
-    """The folder with a source's images, if it is on this machine; None: it must be downloaded, unpacked or drawn."""
+    """The folder with a source's images, if it is on this machine; None: it must be downloaded or drawn.
+
+    An archive on this machine is unpacked into the cache, where the job finds it.
+    """
     if source.kind == "generated":
         return None
     if source.kind == "folder":
@@ -87,29 +107,18 @@ def local_copy(source: Source, *, cache: Path, token: str | None, hub_cache: Pat
         return cached[1] if cached else None
     if fetch.is_url(source):
         folder = fetch.known_download(source, cache)
-    else:
-        folder = cache / "datasets" / sha256(fetch.local_archive(source))[:32]
-        folder = folder if completed(folder) is not None else None
-    return archive.content_root(folder) if folder else None
+        return archive.content_root(folder) if folder else None
+    return Path(fetch.fetch_source(source, cache=cache, token=token).path)
 
 
 def describe(plan: Plan, sampler: EpochSampler) -> list[str]:
     """Lines for the log: shapes, steps, saves and samples, and the size of the files."""
-    lines = [_shapes(sampler)]
-    images_per_step = plan.train.gradient_accumulation * plan.engine.num_gpus
-    steps_per_epoch = max(1, math.ceil(sampler.batches_per_epoch / images_per_step))
+    lines = sampler.describe()
+    steps_per_epoch = _steps_per_epoch(plan, sampler)
     plan, chosen = automatic.with_lengths(
         plan, images_per_epoch=sampler.subject_examples_per_epoch, steps_per_epoch=steps_per_epoch
     )
-    lines += chosen
-    total = plan.train.max_steps or plan.train.max_epochs * steps_per_epoch
-    batch_sizes = sorted({dataset.batch_size * images_per_step for dataset in plan.data.datasets})
-    per_step = " or ".join(str(size) for size in batch_sizes)
-    lines.append(
-        f"Steps: {total:,}, which is {total / steps_per_epoch:.3g} times all images; an epoch has {steps_per_epoch:,} "
-        f"steps of up to {per_step} image{'s' if per_step != '1' else ''}."
-    )
-    lines.append(_rounds(plan, total))
+    lines += [*chosen, *outlook.describe_length(plan, steps_per_epoch=steps_per_epoch)]
     footprint = base_models()[plan.model.base][1].footprint
     if footprint:
         lora_bytes = memory_model.lora_bytes(footprint, plan.lora.rank)
@@ -122,12 +131,17 @@ def describe(plan: Plan, sampler: EpochSampler) -> list[str]:
 
 def _length(plan: Plan, sampler: EpochSampler, *, images: int) -> sanity.Length:
     """How long the job is with these images."""
-    batches_per_step = plan.train.gradient_accumulation * plan.engine.num_gpus
-    steps_per_epoch = math.ceil(sampler.batches_per_epoch / batches_per_step)
+    steps_per_epoch = _steps_per_epoch(plan, sampler)
     plan, _ = automatic.with_lengths(
         plan, images_per_epoch=sampler.subject_examples_per_epoch, steps_per_epoch=steps_per_epoch
     )
     return sanity.Length(plan.train.max_steps or plan.train.max_epochs * steps_per_epoch, steps_per_epoch, images)
+
+
+def _steps_per_epoch(plan: Plan, sampler: EpochSampler) -> int:
+    """Optimiser steps."""
+    batches_per_step = plan.train.gradient_accumulation * plan.engine.num_gpus
+    return max(1, math.ceil(sampler.batches_per_epoch / batches_per_step))
 
 
 def _scan(plan: Plan, written: Written) -> Scan:
@@ -157,31 +171,3 @@ def _class_images(plan: Plan) -> list[ImageRecord]:
                     name = f"{i:04d}.png"
                     images.append(ImageRecord(name, Path(name), f"{d}.{s}/{name}", width, height, d, s, None))
     return images
-
-
-def _shapes(sampler: EpochSampler) -> str:
-    """The sizes that are trained, the most frequent first."""
-    counts: Counter[tuple[int, int]] = Counter()
-    for (_, size), examples in sampler.buckets.items():
-        counts[size] += examples
-    shown = [f"{width} × {height} ({examples})" for (width, height), examples in counts.most_common(SHOWN_SHAPES)]
-    if len(counts) > SHOWN_SHAPES:
-        shown.append(f"{len(counts) - SHOWN_SHAPES} more")
-    return f"Shapes: {len(counts)}, in pixels (with examples an epoch): {', '.join(shown)}."
-
-
-def _rounds(plan: Plan, total: int) -> str:
-    """How often the job saves and draws samples."""
-    output = plan.output
-    saves = total // output.save_every if output.save_every else 0
-    text = "Saves: only the finished LoRA"
-    if saves:
-        kept = f"the newest {min(saves, output.keep_checkpoints)}"
-        if output.keep_checkpoints == AUTO:
-            kept = "all LoRA files and the newest two states"
-        text = f"Saves: {saves}, every {output.save_every} steps, of which {kept} are kept; the finished LoRA"
-    if not output.sample_every or not plan.prompts:
-        return f"{text}. Samples: none."
-    drawn = 1 + (total - 1) // output.sample_every + FINAL_SAMPLES
-    when = f"at step 0, every {output.sample_every} steps, and at the end"
-    return f"{text}. Samples: {drawn} rounds of {len(plan.prompts)}, {when}."

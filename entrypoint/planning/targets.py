@@ -7,14 +7,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from entrypoint.fetch import model_folder
-from entrypoint.settings.checks import Notes, nearest
+from entrypoint.settings.checks import Notes
 from entrypoint.settings.variables.adapter import AdapterSettings
+from trainer.base_model import model_folder
 from trainer.lora_files import key_names
 from trainer.spec.family import Facts
 from trainer.spec.plan import ModelPlan
 from trainer.spec.targets import NUMBER, is_target, layer_names, matching
-from trainer.spec.values import Problems, show
+from trainer.spec.values import Problems, nearest, show
 
 REGULAR_EXPRESSION = re.compile(r"[\\^$()\[\]{}|+?]|\.\*")
 SHOWN = 4  # layers in a message, and messages
@@ -46,7 +46,7 @@ def check_targets(settings: AdapterSettings, *, model: ModelPlan, facts: Facts, 
     for line in problems.lines[:SHOWN]:
         notes.add(line)
     if len(problems.lines) > SHOWN:
-        notes.add(f"PARAMS_TARGET_MODULES: {len(problems.lines) - SHOWN} more of its names are no layers.")
+        notes.add(f"PARAMS_TARGET_MODULES: {len(problems.lines) - SHOWN} more of its names are not layers.")
     return dataclasses.replace(settings, target_modules=tuple(checked))
 
 
@@ -64,7 +64,7 @@ def _why_none(name: str, facts: Facts) -> str:
         here = [module.removeprefix(f"{facts.lora_prefix}.") for module in original.modules]
         if all(any(matching(facts.name, path)) for path in here):
             return f"is called {' and '.join(here)} here. Fix: PARAMS_TARGET_MODULES={','.join(here)}."
-        return f"is outside the blocks, whose layers alone get adapters. Fix: leave it out; known are {_ends(facts)}."
+        return f"is outside the blocks, where no layer gets an adapter. Fix: leave it out; known are {_ends(facts)}."
     for joined, parts in facts.fused_targets.items():
         if f".{joined}".endswith(f".{name}"):
             return f"is {', '.join(parts)} here, which share one adapter unless PARAMS_SPLIT_QKV=true. Fix: name these."
@@ -73,8 +73,8 @@ def _why_none(name: str, facts: Facts) -> str:
         return f"is not a layer, but has layers inside. Fix: name these, such as {_listed(inside)}."
     guess = nearest(name, [*_suffixes(layers), *layers])
     if guess:
-        return f"is no layer of this model; did you mean {guess.replace(NUMBER, '0')}?"
-    return f"is no layer of this model; known are {_ends(facts)}."
+        return f"is not a layer of this model; did you mean {guess.replace(NUMBER, '0')}?"
+    return f"is not a layer of this model; known are {_ends(facts)}."
 
 
 def _ends(facts: Facts) -> str:

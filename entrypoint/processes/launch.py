@@ -16,10 +16,10 @@ from pathlib import Path
 from types import FrameType
 
 from entrypoint.fetch import flash_attention
-from entrypoint.system import folders
 from entrypoint.system.environment import FORWARDED, VISIBLE, child_environment
 from trainer.spec.errors import HangError, KilnError, PeerError, StorageError
 from trainer.spec.plan import ALIVE_VARIABLE, RANK_VARIABLE, TEAM_VARIABLE, Plan
+from trainer.storage import folders
 
 log = logging.getLogger(__name__)
 GRACE_S = 5.0  # for the first process to finish cleanly when another has failed

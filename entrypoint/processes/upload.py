@@ -29,11 +29,11 @@ from typing import Any
 
 from entrypoint.fetch import http
 from entrypoint.system.environment import child_environment
-from entrypoint.system.folders import read_json, write_text
 from trainer.spec.errors import GatedError, KilnError, SettingsError, UnreachableError
 from trainer.spec.family import base_models
 from trainer.spec.plan import Plan
 from trainer.storage import run_records
+from trainer.storage.folders import read_json, write_text
 from trainer.storage.safetensors_header import read_header
 
 log = logging.getLogger("entrypoint.processes.upload")
@@ -65,15 +65,15 @@ def is_done(job: Job, final: Path) -> bool:
     return marker.get("repo") == job.repo and marker.get("file") == _identity(final)
 
 
-def current_run(job: Job) -> tuple[str, Path]:
-    """The name and the folder of the run that the job trains."""
+def current_run(job: Job) -> tuple[str, Path] | None:
+    """The name and the folder of the run that the job trains; None until the trainer knows it."""
     out = Path(job.out)
     status = read_json(out / "status.json") or {}
     began = status.get("started")
     name, folder = status.get("run"), status.get("run_folder")
     if isinstance(began, (int, float)) and began >= job.started and isinstance(name, str) and isinstance(folder, str):
         return name, out / folder
-    return job.name, out / job.folder
+    return None
 
 
 def _identity(path: Path) -> list[int | str]:
@@ -185,7 +185,10 @@ class Uploader:
 
     def saves(self) -> None:
         """Upload the files of the newest save, unless they were tried already."""
-        name, _ = current_run(self.job)
+        run = current_run(self.job)
+        if run is None:
+            return  # the newest saves may be those of another run
+        name, home = run
         save = re.compile(rf"{re.escape(name)}-step\d{{8}}(-[a-z]+)?\.safetensors")
         found = sorted(path for path in self.out.glob("*.safetensors") if save.fullmatch(path.name))
         main = next((p for p in reversed(found) if p.stem.rpartition("-step")[2].isdecimal()), None)
@@ -196,7 +199,7 @@ class Uploader:
             if identity in self._seen:
                 return
             self._seen.add(identity)  # once: if it fails, the next save or the end uploads
-            self._commit(main.stem, [p for p in found if p.stem.startswith(main.stem)], retries=self.job.at_start)
+            self._commit(main.stem, [p for p in found if p.stem.startswith(main.stem)], home, retries=self.job.at_start)
         except KilnError as problem:
             if not self.ended.is_set():
                 log.warning("%s is not uploaded: %s", main.name, problem)
@@ -206,23 +209,23 @@ class Uploader:
     def final(self) -> None:
         """Upload the final files, and record that in upload.json. Raises KilnError."""
         self.ended.clear()
-        name, home = current_run(self.job)
+        # Without a run in status.json nothing was trained: the final files of a run that is done are uploaded.
+        name, home = current_run(self.job) or (self.job.name, self.out / self.job.folder)
         main = self.out / f"{name}.safetensors"
         others = [self.out / f"{name}{suffix}.safetensors" for suffix in run_records.SUFFIXES if suffix]
         others = [path for path in others if path.is_file()]
         identity = _identity(main)
-        commit = self._commit(main.stem, [*others, main], retries=self.job.at_end)
+        commit = self._commit(main.stem, [*others, main], home, retries=self.job.at_end)
         marker = {"repo": self.job.repo, "commit": commit, "file": identity}
         write_text(home / MARKER, json.dumps(marker))
         log.info("Uploaded to %s/%s at commit %s.", self.api.endpoint, self.job.repo, commit)
 
-    def _commit(self, title: str, paths: list[Path], *, retries: http.RetryPolicy) -> str:
-        """Commit `paths`, the samples and the card; returns the commit's hash. The client skips files that are
-        there.
+    def _commit(self, title: str, paths: list[Path], home: Path, *, retries: http.RetryPolicy) -> str:
+        """Commit `paths`, the samples in `home` and the card; returns the commit's hash. The client skips files that
+        are there.
         """
         from huggingface_hub import CommitOperationAdd
 
-        _, home = current_run(self.job)
         samples = sorted(p for p in (home / "sample").glob("*.png") if not p.name.startswith("."))
         folder = (home / "sample").relative_to(self.out).as_posix()  # of a further run: runs/<name>/sample
         text = card(paths[-1], base=self.job.base, samples=folder if samples else None)

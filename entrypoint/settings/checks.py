@@ -1,25 +1,18 @@
-"""Shared by the readers of settings, manifests and plans: collected problems, nearest names, strict JSON, paths.
+"""Shared by the readers of settings, manifests and plans: collected problems, misspelt names, paths.
 
-Reading single values (numbers, ranges, keys) is in `trainer.spec.values`, since the trainer does it too.
+Reading single values (numbers, ranges, keys), and the nearest known name, is in `trainer.spec.values`; reading JSON in
+`trainer.spec.documents`: the trainer does both too.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import json5
-
-from trainer.spec.values import Problems, show
-
-MIN_SIMILARITY = 0.6  # of names that are suggested; the default of difflib
-MAX_JSON5_CHARACTERS = 200_000  # its reader takes some 30 microseconds for each
-MAX_COMPARED_CHARACTERS = 200  # difflib's time grows with the square of the length
+from trainer.spec.values import Problems
 
 
 @dataclass
@@ -41,19 +34,6 @@ class Notes(Problems):
 
 
 # ---- names
-
-
-def nearest(name: str, known: Collection[str]) -> str | None:
-    """The known name that is most similar to `name`, if any is similar. Case does not matter."""
-    by_lower = {known_name.lower(): known_name for known_name in known}
-    matches = difflib.get_close_matches(name.lower()[:MAX_COMPARED_CHARACTERS], by_lower, n=1, cutoff=MIN_SIMILARITY)
-    return by_lower[matches[0]] if matches else None
-
-
-def suggestion(name: str, known: Collection[str]) -> str:
-    """The end of a message about an unknown name: the nearest known one, or all of them."""
-    guess = nearest(name, known)
-    return f"did you mean {guess}?" if guess else f"known are {', '.join(sorted(known))}."
 
 
 def edits_apart(a: str, b: str, *, limit: int) -> int:
@@ -88,42 +68,6 @@ def one_edit_apart(a: str, b: str) -> bool:
     missing = rest_a == rest_b[1:]
     swapped = rest_a[1:2] + rest_a[0:1] + rest_a[2:] == rest_b
     return wrong or extra or missing or swapped
-
-
-# ---- JSON
-
-
-def load_json(text: str) -> Any:
-    """JSON as its standard has it. Raises ValueError also for a repeated key, NaN, and nesting too deep for Python."""
-    try:
-        return json.loads(text, object_pairs_hook=_without_repeated_keys, parse_constant=_refuse_constant)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-
-
-def load_json5(text: str) -> Any:
-    """JSON with what people add to it: comments, commas at the end, single quotes, keys without quotes (json5.org).
-
-    Raises ValueError for anything else, also for a repeated key, and nesting too deep for Python.
-    """
-    if len(text) > MAX_JSON5_CHARACTERS:
-        raise ValueError(f"it is not strict JSON, and longer than the {MAX_JSON5_CHARACTERS} characters of JSON5")
-    try:
-        return json5.loads(text, allow_duplicate_keys=False, parse_constant=_refuse_constant)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-
-
-def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Python would silently keep the last of them."""
-    for key, count in Counter(key for key, _ in pairs).items():
-        if count > 1:
-            raise ValueError(f"the key {show(key)} is given twice")
-    return dict(pairs)
-
-
-def _refuse_constant(text: str) -> float:
-    raise ValueError(f"{text} is not a number")
 
 
 # ---- paths

@@ -44,8 +44,8 @@ _PLACEHOLDER = re.compile(
     r"(?i)(hf_)?(x+|\.+|…|\*+|_+|<.*>|\[.*\]|change_?me|(your|my)[\w-]*|(hf_)?(token|key)([_-]?here)?|\w*_here|)"
 )
 _COMMENT = re.compile(r"\s+#(\s.*)?$")
-NOT_EXPANDED = "env files and web forms put in no variables. Fix: write its value"
-FULL = "Fix: write the whole path, from / on"
+NOT_EXPANDED = "env files and web forms do not expand variables. Fix: write its value"
+FULL = "Fix: write the whole path, beginning with /"
 RUNPOD_SECRET = "RUNPOD_SECRET_"  # noqa: S105 (the beginning of a name)
 
 
@@ -117,7 +117,7 @@ def _refuse_other_things(text: str, row: Row) -> None:
         if name.startswith(RUNPOD_SECRET):
             secret = name.removeprefix(RUNPOD_SECRET)
             raise ValueError(
-                f"holds {found[0]} as it stands, since no secret of that name came to this container. "
+                f"holds {found[0]} as it stands, because RunPod gave this container no secret of that name. "
                 f"Fix: create the secret {secret} at RunPod (Settings, Secrets) and deploy again, or set the value "
                 "itself"
             )
@@ -182,7 +182,7 @@ def _path(text: str, row: Row) -> str:
         try:
             return str(Path(text).expanduser())
         except RuntimeError:
-            raise ValueError(f"begins with {text.partition('/')[0]}, and there is no such user here. {FULL}") from None
+            raise ValueError(f"begins with {text.partition('/')[0]}, but there is no such user here. {FULL}") from None
     if re.search(r"\\[ ()&'\[\]]", text):
         unescaped = re.sub(r"\\(.)", r"\1", text)
         raise ValueError(f"has the backslashes of a shell. Fix: write it without them: {shorten(unescaped)}")

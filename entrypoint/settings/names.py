@@ -14,10 +14,11 @@ from environs import EnvError
 
 from entrypoint.settings import clean
 from entrypoint.settings.aliases import NEAR, PREFIX, find_value, meant_variable, plain
-from entrypoint.settings.checks import Notes, edits_apart, load_json, load_json5, nearest, one_edit_apart
+from entrypoint.settings.checks import Notes, edits_apart, one_edit_apart
 from entrypoint.settings.parsers import PARSERS
 from entrypoint.settings.variables import CONFIG_JSON, NAMES, ROWS, SECRETS
-from trainer.spec.values import show
+from trainer.spec.documents.strict_json import load_json, load_json5
+from trainer.spec.values import nearest, show
 
 OTHER_PROGRAMS = frozenset({"CCACHE_PATH"})  # variables of other programs that look like a mistyped one of ours
 HELP = "python -m entrypoint --help-env lists all variables."
@@ -65,7 +66,7 @@ def _read_other_name(name: str, text: str, found: dict[str, str], notes: Notes) 
 
 def _as_refusal(advice: str) -> str:
     """The rest of a sentence that begins with the name: some advice is that already, some is a sentence of its own."""
-    return f"is no variable here. {advice}" if advice[:1].isupper() else advice
+    return f"is not a variable of Kiln. {advice}" if advice[:1].isupper() else advice
 
 
 def _take(name: str, text: str, meant: str, found: dict[str, str], notes: Notes) -> None:
@@ -99,7 +100,7 @@ def _warn_of_single_word(name: str, text: str, meant: str, found: Mapping[str, s
         PARSERS[row.kind](clean.clean(text, row), row)
     except (EnvError, ValueError):
         return
-    notes.warn(f"{name}={show(text)} is not read, since it may be another program's. For this job, set {meant}.")
+    notes.warn(f"{name}={show(text)} is not read, since it may belong to another program. For this job, set {meant}.")
 
 
 def _mistyped(name: str) -> str | None:
@@ -113,11 +114,11 @@ def _mistyped(name: str) -> str | None:
     close += [known for bare, known in _without_prefix().items() if one_edit_apart(upper, bare)]
     if close:
         meant = nearest(upper, close) or close[0]
-        return f"{show(name)} is no variable. Fix: did you mean {meant}? {HELP}"
+        return f"{show(name)} is not a variable. Fix: did you mean {meant}? {HELP}"
     if upper.startswith(PREFIX):
         guess = nearest(upper.removeprefix(PREFIX), [known.removeprefix(PREFIX) for known in NAMES])
         fix = f"did you mean {_with_prefix(guess)}?" if guess else "remove it."
-        return f"{show(name)} is no variable. Fix: {fix} {HELP}"
+        return f"{show(name)} is not a variable. Fix: {fix} {HELP}"
     return None
 
 
@@ -167,12 +168,15 @@ def _read_config_json(text: str, notes: Notes) -> dict[str, str]:
         if meant and meant != CONFIG_JSON:
             if value_text:
                 _take(name, value_text, meant, found, notes)
+        elif isinstance(config[name], dict):
+            fix = 'write its variables beside the others, as in {"BASE_MODEL": "flux", "PARAMS_SEED": 1}.'
+            notes.add(f"{CONFIG_JSON}: {show(name)} holds an object, and no variable has that name. Fix: {fix}")
         elif plain(name) in NEAR:
             notes.add(f"{CONFIG_JSON}: {show(name)} {_as_refusal(NEAR[plain(name)])}.")
         else:
             guess = nearest(name, NAMES) or nearest(f"{PREFIX}{name}", NAMES)
             fix = f"did you mean {guess}?" if guess else "remove it."
-            notes.add(f"{CONFIG_JSON}: {show(name)} is no variable. Fix: {fix} {HELP}")
+            notes.add(f"{CONFIG_JSON}: {show(name)} is not a variable. Fix: {fix} {HELP}")
     return found
 
 

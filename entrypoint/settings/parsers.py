@@ -15,10 +15,11 @@ from typing import Any
 from environs import EnvError
 
 from entrypoint.settings.aliases import find_value, near_value
-from entrypoint.settings.checks import absolute, load_json, nearest
+from entrypoint.settings.checks import absolute
 from entrypoint.settings.row import Row, Secret
+from trainer.spec.documents.strict_json import load_json
 from trainer.spec.plan import AUTO
-from trainer.spec.values import as_integer, as_number, inside, show, span
+from trainer.spec.values import as_integer, as_number, inside, nearest, show, span
 
 TRUE = ("true", "1", "yes", "on", "y", "t", "enabled")
 FALSE = ("false", "0", "no", "off", "n", "f", "disabled")
@@ -164,7 +165,9 @@ def _pairs(text: str, _: Row) -> dict[str, Any]:
             raise EnvError("has a quote that is not closed")
     values: dict[str, Any] = {}
     found = [*_KEY.finditer(text)]
-    before = text[: found[0].start()] if found else text or "nothing"
+    before = text
+    if found:
+        before = text[: found[0].start()]
     if before.strip(_BETWEEN):
         raise EnvError(f"has {show(before.strip())}, which is not key=value")
     starts = [match.start() for match in found]

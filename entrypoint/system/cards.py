@@ -8,10 +8,9 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from entrypoint.settings.checks import nearest
 from entrypoint.system.hardware import Hardware
 from trainer.spec.errors import SettingsError
-from trainer.spec.values import show
+from trainer.spec.values import nearest, show
 
 
 class Card(NamedTuple):
@@ -119,7 +118,7 @@ def hardware_of(text: str) -> Hardware:
     """
     match = re.fullmatch(r"\s*(?:(\d{1,2})\s*[x×*]\s*)?(.+?)\s*", text.casefold())
     if match is None:
-        raise SettingsError(f"--gpu {show(text)} names no card. Fix: give its name, such as 'RTX 4090', or '12 GB'.")
+        raise SettingsError(f"--gpu {show(text)} is not a card. Fix: give its name, such as 'RTX 4090', or '12 GB'.")
     count = int(match[1] or 1)
     card = _find(match[2])
     if card is None or count == 0:

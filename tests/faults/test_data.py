@@ -55,7 +55,7 @@ def test_other_pictures_begin_a_new_run(run, tiny, copy, change):
         (copy / "01.txt").write_text("something else")
     assert run(data=data) == 0, run.said()
     line = next(line for line in run.said().splitlines() if "New run x-2" in line)
-    assert "beside x, since these differ" in line and "01." in line
+    assert "beside x, because these differ" in line and "01." in line
     assert (run.out / "x-2.safetensors").is_file() and not (run.out / "x.safetensors").exists()
 
 

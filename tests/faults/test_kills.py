@@ -162,7 +162,7 @@ def test_a_changed_setting_begins_a_new_run_that_says_what_differs(halfway, tiny
     """A8. Also what the run was made with is compared, but only said: a newer image may go on."""
     before = files_of(halfway.out)
     assert halfway(train={"seed": 7}) == 0, halfway.said()
-    assert "New run x-2, beside x, since these differ: PARAMS_SEED: 42 → 7. " in halfway.said()
+    assert "New run x-2, beside x, because these settings differ: PARAMS_SEED: 42 → 7. " in halfway.said()
     assert halfway.out.joinpath("x-2.safetensors").is_file() and not halfway.out.joinpath("x.safetensors").exists()
     assert files_of(halfway.out).items() >= before.items(), "nothing of the old run is touched"
     path = halfway.out / "state" / "step-00000010" / "state.json"
@@ -228,3 +228,67 @@ def test_a_new_run_may_be_killed_anywhere(halfway, tiny, when):
     names = sorted(path.name for path in halfway.out.glob("x*.safetensors") if "step" not in path.name)
     assert names == ["x-2-diffusers.safetensors", "x-2.safetensors"]
     assert halfway() == 0 and halfway.final == tiny.reference
+
+
+def kill_at_random(run, dice, longest, **changes):
+    """Start the job, kill it at a random moment of `longest` seconds, and start it again to its end."""
+    number = run.start(**changes)
+    if run.wait(timeout=dice.uniform(0, longest)) is None:
+        os.kill(number, signal.SIGKILL)
+        run.wait()
+    assert run(**changes) == 0, run.said()
+
+
+def seconds_of(job):
+    began = time.monotonic()
+    assert job() == 0
+    return time.monotonic() - began
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_random_kills_while_a_finished_run_goes_on_for_more_steps(run, tiny, tmp_path):
+    """A8: it ends as if it had been asked for all of them at once, and the LoRA of its first end stays."""
+    assert run(train={"max_steps": 10}) == 0
+    first_end = digests.sha256(run.out / "x.safetensors")
+    shutil.copytree(run.out, tmp_path / "finished")
+    longest = seconds_of(run)
+    dice = random.Random(3)
+    for _ in range(KILLS // 25):
+        shutil.rmtree(run.out)
+        shutil.copytree(tmp_path / "finished", run.out)
+        kill_at_random(run, dice, longest)
+        check(run, tiny, 0)
+        assert digests.sha256(run.out / "x-step00000010.safetensors") == first_end
+        assert not list(run.out.glob("x-2*")) and not (run.out / "runs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_random_kills_while_a_new_run_begins(halfway, tiny, tmp_path):
+    """A8: the new run ends with the bytes of one that nobody disturbed, and the old one is as it was."""
+    old = files_of(halfway.out)
+    shutil.copytree(halfway.out, tmp_path / "before")
+    other = {"train": {"seed": 7}}
+    longest = seconds_of(lambda: halfway(**other))
+    undisturbed = digests.sha256(halfway.out / "x-2.safetensors")
+    dice = random.Random(4)
+    for _ in range(KILLS // 25):
+        shutil.rmtree(halfway.out)
+        shutil.copytree(tmp_path / "before", halfway.out)
+        kill_at_random(halfway, dice, longest, **other)
+        assert digests.sha256(halfway.out / "x-2.safetensors") == undisturbed
+        assert [path.name for path in (halfway.out / "runs").iterdir()] == ["x-2"]
+        assert files_of(halfway.out) == old
+    assert halfway() == 0 and halfway.final == tiny.reference
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", [0, 2, 4, 6, 9, 14, 30])
+def test_more_steps_may_be_killed_anywhere(run, tiny, when):
+    """A8: before a call that changes a file, after `when` others."""
+    assert run(train={"max_steps": 10}) == 0
+    first_end = digests.sha256(run.out / "x.safetensors")
+    assert run({"kind": "kill_at", "skip": when}) == -9, run.said()
+    check(run, tiny, run())
+    assert digests.sha256(run.out / "x-step00000010.safetensors") == first_end

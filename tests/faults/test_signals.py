@@ -26,6 +26,22 @@ def test_sigterm_in_each_phase(run, tiny, phase):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_resumed_job_that_is_stopped_names_its_last_step(run, phase, number):
+    """B1: whatever it was doing. The step is that of its newest state."""
+    assert run({"kind": "signals", "step": 10, "signals": [signal.SIGTERM]}) == 143, run.said()
+    run.fired.unlink()
+    changes = {"output": {"sample_every": 4 if phase == "sampling" else 0}}
+    assert run({"kind": "signals", "phase": phase, "signals": [number]}, **changes) == 128 + number, run.said()
+    assert run.times_fired() == 1
+    step = int(run.states()[-1].removeprefix("step-"))
+    assert step == max(row["step"] for row in run.metrics()) and (phase == "sampling" or step in (10, 11))
+    status = run.status()
+    assert (status["phase"], status["step"], status["saved_step"]) == ("stopped", step, step), run.said()
+
+
+@pytest.mark.slow
 def test_sigterm_while_the_end_is_written(run, tiny):
     """All steps are done: the LoRA is finished, which takes less time than saving would."""
     assert run({"kind": "signals", "phase": "exporting", "signals": [signal.SIGTERM]}) == 0

@@ -534,7 +534,7 @@ def test_an_image_folder_with_metadata(hub: Hub, client: Client) -> None:
     done = client.dataset()
     assert captions(done.data["path"]) == {"000000.png": "p0", "000001.png": "p1"}
     assert (Path(done.data["path"]) / "000001.png").read_bytes() == image(1)
-    assert "images that its metadata does not list are not trained: train/2.png." in done.log
+    assert "images that its metadata does not list are not used: train/2.png." in done.log
 
 
 def test_a_name_without_an_owner_is_asked_for_once(hub: Hub, client: Client) -> None:

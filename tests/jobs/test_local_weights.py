@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from bench.original_names import miniature
-from entrypoint.fetch import local_weights
 from tests.support import full_size_files
 from tests.support.hub import Hub
 from tests.support.single_files import planned
+from trainer.base_model import without_weights
 from trainer.spec.family import BaseModel, base_models, get_family
 
 ROOT = Path(__file__).parents[2]
@@ -209,8 +209,8 @@ def test_baked_tokenizers_need_no_network(machine, files, tmp_path, monkeypatch)
             name: content for name, content in vocabularies()[repository].items() if "safetensors" not in name
         }
     model = planned(machine.environment | {"BASE_MODEL": "flux-dev", **files["flux-dev"]})
-    published = local_weights.published(model)
+    published = without_weights.published(model)
     assert published is not None
-    assert len(local_weights.missing(model, published, hub_cache=tmp_path / "hub")) == 2
-    monkeypatch.setattr(local_weights, "IN_IMAGE", baked)
-    assert local_weights.missing(model, published, hub_cache=tmp_path / "hub") == []
+    assert len(without_weights.missing(model, published, hub_cache=tmp_path / "hub")) == 2
+    monkeypatch.setattr(without_weights, "IN_IMAGE", baked)
+    assert without_weights.missing(model, published, hub_cache=tmp_path / "hub") == []

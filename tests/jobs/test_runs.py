@@ -176,7 +176,7 @@ def test_defaults_make_saves_and_samples_meet_and_keep_the_loras(job):
     prompts.write_text("a red spot --w 64 --h 64 --s 1")
     asked = {"PARAMS_SAMPLE_EVERY_N_STEPS": "auto", "PARAMS_SAVE_EVERY_N_STEPS": "", "KEEP_CHECKPOINTS": "auto"}
     code, printed = job.run(**asked, PARAMS_MAX_STEPS="40", SAMPLE_PROMPTS=str(prompts))
-    assert code == 0 and "Saves every 10 steps, samples every 10" in printed, printed
+    assert code == 0 and "every 10 steps, and at the end." in printed, printed
     assert "keeps the LoRA files of all 4 saves" in printed
     drawn = {path.name[5:13] for path in (job.out / "sample").glob("step-*")}
     saved = {path.stem[-8:] for path in job.out.glob("x-step*.safetensors") if "diffusers" not in path.name}
@@ -190,7 +190,7 @@ def test_without_a_length_the_images_decide(job):
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=60)
     assert (
-        "PARAMS_MAX_EPOCHS: auto, 1000 steps (each of 6 images (times repeats) is seen 167 times, 1 a step)" in printed
+        "PARAMS_MAX_EPOCHS: auto, 1,000 steps (each of 6 images, with repeats, is seen 167 times, 1 a step)" in printed
     )
     record = json.loads((job.out / "run.json").read_text())
     assert record["automatic_steps"] == 1000 == job.status().get("total_steps", 1000)

@@ -1,6 +1,7 @@
 """How a job starts: what it downloads side by side, what ends it, and weights that are in the image already."""
 
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -33,7 +34,7 @@ def far(job, hub, images, tmp_path):
     hub.add("model", "org/model", read_folder(Path(base_models()["mini-flux"][1].source)))
     hub.add("dataset", "org/pictures", read_folder(images))
     job.environment |= {
-        "HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "BASE_MODEL": "flux", "MODEL_PATH": "org/model",
+        "HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "BASE_MODEL": "mini-flux", "MODEL_PATH": "org/model",
         "DATASET_NAME": "org/pictures", "BACKEND": "cpu", "CACHE_PATH": str(tmp_path / "cache"),
         "PARAMS_MAX_STEPS": "2", "PARAMS_RESOLUTION": "128",
     }  # fmt: skip
@@ -106,7 +107,10 @@ def test_the_key_in_an_address_is_written_nowhere_and_may_be_renewed(job, hub, i
 
 def test_weights_in_the_image_need_no_network(hub, tmp_path):
     model = ModelPlan("sdxl", "sdxl", base_models()["sdxl"][1].source)
-    commit = hub.add("model", model.source, read_folder(Path(base_models()["mini-sdxl"][1].source)))
+    files = read_folder(Path(base_models()["mini-sdxl"][1].source))
+    published = base_models()["sdxl"][1].published
+    files["unet/config.json"] = json.dumps(published.configs["unet/config.json"]).encode()
+    commit = hub.add("model", model.source, files)
     environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "entrypoint.bake", "sdxl", str(tmp_path / "image"), str(tmp_path / "hf")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

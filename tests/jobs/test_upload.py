@@ -179,6 +179,7 @@ def test_a_failure_at_the_end_keeps_the_lora_and_the_next_start_uploads_once(hub
 
 
 def test_each_save_is_uploaded_while_training_goes_on(hub, asked, out, tmp_path):
+    (out / "status.json").write_text(json.dumps({"started": time.time(), "run": "x", "run_folder": "."}))
     with upload.beside(asked, environment(hub, tmp_path)) as finish:
         for step in (4, 8):
             lora(out, f"x-step{step:08d}-diffusers", step)
@@ -190,6 +191,7 @@ def test_each_save_is_uploaded_while_training_goes_on(hub, asked, out, tmp_path)
 
 
 def test_a_save_that_cannot_be_uploaded_is_no_failure(hub, asked, out, tmp_path):
+    (out / "status.json").write_text(json.dumps({"started": time.time(), "run": "x", "run_folder": "."}))
     with upload.beside(asked, environment(hub, tmp_path)) as finish:
         fault = hub.fault("*/commit/main", method="POST", status=500, times=3)
         lora(out, "x-step00000004", 4)
@@ -232,9 +234,15 @@ def wait_for(condition):
 
 # ---- whole jobs
 
-SHORT = "import dataclasses, sys; from entrypoint.fetch import http, upload;"
-SHORT += "upload.AT_START = upload.AT_END = net.RetryPolicy(1.0, 0.05, 0.2, 2.0);"
-SHORT += "from entrypoint.__main__ import main; sys.exit(main([]))"
+SHORT = """\
+import dataclasses, sys
+from entrypoint.__main__ import main
+from entrypoint.fetch import http
+from entrypoint.processes import upload
+job, quick = upload.job, http.RetryPolicy(1.0, 0.05, 0.2, 2.0)
+upload.job = lambda *asked, creates: dataclasses.replace(job(*asked, creates=creates), at_start=quick, at_end=quick)
+sys.exit(main([]))
+"""
 
 
 def start(job, hub, **changes):
@@ -249,7 +257,7 @@ def test_a_job_whose_upload_fails_is_uploaded_by_the_next_start_without_training
     fault = hub.fault("*/commit/main", method="POST", status=500, times=1000)
     process = start(job, hub)
     printed, _ = process.communicate(timeout=200)
-    assert process.returncode == 75 and "start the same job again" in printed, printed
+    assert process.returncode == 75 and "Start the same job again" in printed, printed
     final = job.out / "x.safetensors"
     before, steps = final.stat().st_mtime_ns, (job.out / "metrics.jsonl").read_bytes()
     fault.times = 0
@@ -273,3 +281,56 @@ def test_a_job_whose_upload_fails_is_uploaded_by_the_next_start_without_training
     everything = [p.read_bytes() for p in job.folder.rglob("*") if p.is_file()] + [printed.encode()]
     assert not any(TOKEN.encode() in data for data in everything)
     assert json.loads((job.out / upload.MARKER).read_text())["repo"] == "me/lora"
+
+
+@pytest.mark.slow
+def test_two_runs_of_one_folder_push_their_own_files(job, hub):
+    """The second run begins with what the first had uploaded; killed in the middle, it goes on and uploads once."""
+    process = start(job, hub, PARAMS_SAVE_EVERY_N_STEPS="1", KEEP_CHECKPOINTS="0")
+    printed, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, printed
+    of_first = {name: data for name, data in files(hub).items() if name != "README.md"}
+    assert "x.safetensors" in of_first
+
+    other = {"PARAMS_SEED": "1", "PARAMS_MAX_STEPS": "100"}
+    process = start(job, hub, **other)
+    wait_for(lambda: (job.out / "runs" / "x-2" / "metrics.jsonl").is_file())
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+    assert "New run x-2, beside x" in printed and "Traceback" not in printed
+    step = job.status()["step"]
+    other["PARAMS_MAX_STEPS"] = str(step + 2)
+    process = start(job, hub, **other)
+    printed, _ = process.communicate(timeout=200)
+    assert process.returncode == 0 and f"Resumed at step {step} of {step + 2}" in printed, printed
+
+    there = files(hub)
+    assert {name: there[name] for name in of_first} == of_first
+    assert there["x-2.safetensors"] == (job.out / "x-2.safetensors").read_bytes()
+    assert b"# x-2\n" in there["README.md"]
+    new = there.keys() - of_first.keys() - {"README.md"}
+    assert all(name.startswith(("x-2", "runs/x-2/")) for name in new)
+    assert (job.out / "upload.json").is_file() and (job.out / "runs" / "x-2" / "upload.json").is_file()
+    log = hub.repos["model", "me/lora"].log
+    for changes in ({}, other):  # both are done, and uploaded
+        process = start(job, hub, PARAMS_SAVE_EVERY_N_STEPS="1", KEEP_CHECKPOINTS="0", **changes)
+        printed, _ = process.communicate(timeout=200)
+        assert process.returncode == 0 and "This job is done" in printed, printed
+    assert log == hub.repos["model", "me/lora"].log and log.count("Kiln: x-2") == 1
+
+
+def test_saves_of_another_run_are_not_uploaded_while_the_run_of_this_job_is_unknown(hub, asked, out, tmp_path):
+    """Whether it is a new one, the images show; until then the newest saves are those of the run before."""
+    (out / "status.json").write_text(json.dumps({"started": time.time(), "run": "x", "run_folder": "."}))
+    lora(out, "x-step00000008", 8)
+    with upload.beside(dataclasses.replace(asked, started=time.time()), environment(hub, tmp_path)) as finish:
+        time.sleep(2 * upload.POLL_S)
+        assert "x-step00000008.safetensors" not in files(hub)
+        status = {"started": time.time(), "run": "x-2", "run_folder": "runs/x-2"}
+        (out / "status.json").write_text(json.dumps(status))
+        lora(out, "x-2-step00000001", 1)
+        wait_for(lambda: "x-2-step00000001.safetensors" in files(hub))
+        lora(out, "x-2", 2)
+        assert finish() == 0
+    assert hub.repos["model", "me/lora"].log == ["Kiln: x-2-step00000001", "Kiln: x-2"]

@@ -9,10 +9,10 @@ from pathlib import Path
 from entrypoint.dataset_config.manifest import read_manifest
 from entrypoint.fetch.fetch import fetch_model
 from entrypoint.planning.plan import make_plan
-from entrypoint.planning.single_files import file_patterns
 from entrypoint.settings.read import read_settings
 from tests.support.machines import CPU
 from trainer.base_model import single_file
+from trainer.base_model.model_folder import file_patterns
 from trainer.spec.family import get_family
 from trainer.spec.plan import ModelPlan
 

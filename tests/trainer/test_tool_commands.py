@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from trainer.export import export_command
-from trainer.sample import sample_command
+from trainer.job.reporting import contact_sheet
+from trainer.sample import read_prompts, sample_command
 from trainer.spec.family import get_family
 
 ROOT = Path(__file__).parents[2]
@@ -82,8 +83,14 @@ runpy.run_module({program!r}, run_name="__main__")
         (["--base", "mini-flux", "--prompts", "{tmp}/none.txt"], 78, "No such file"),
         (["--base", "mini-flux", "--prompts", "{tmp}"], 78, "Is a directory"),
         (["--base", "mini-flux", "--prompts", "{tmp}/empty.txt"], 78, "has no prompt"),
-        (["--base", "mini-flux", "--prompts", "{tmp}/p.json"], 78, "reads text files with a prompt a line"),
-        (["--base", "mini-flux", "--prompts", "{tmp}/p.toml"], 78, "or give each with --prompt"),
+        (
+            ["--base", "mini-flux", "--prompts", "{tmp}/p.json"],
+            78,
+            "'stepz' is not a key of a prompt",
+        ),
+        (["--base", "mini-flux", "--prompts", "{tmp}/p.toml"], 78, "p.toml: it is not TOML"),
+        (["--base", "mini-flux", "--prompts", "{tmp}/p.yaml"], 78, "p.yaml, prompts[0]: --s: 0 is not a whole number"),
+        (["--base", "mini-flux", "--prompts", "{tmp}/p2.json"], 78, "p2.json: it is empty"),
         (["--base", "mini-flux", "--prompt", "a", "--lora", "{tmp}/no.safetensors"], 78, "no.safetensors is not there"),
         (["--base", "mini-flux", "--prompt", "a", "--lora", "{tmp}"], 78, "is a folder; it has x.safetensors"),
         (["--base", "mini-flux", "--prompt", "a", "--lora", "{lora}:abc"], 78, "the strength 'abc' is not a number"),
@@ -96,8 +103,10 @@ runpy.run_module({program!r}, run_name="__main__")
 )
 def test_sample_names_what_is_wrong(tmp_path, lora, said, arguments, code, words):
     (tmp_path / "empty.txt").write_text("# nothing\n")
-    (tmp_path / "p.json").write_text('["a"]')
-    (tmp_path / "p.toml").write_text('prompts = ["a"]')
+    (tmp_path / "p.json").write_text('[{"prompt": "a", "stepz": 2}]')
+    (tmp_path / "p2.json").write_text("")
+    (tmp_path / "p.toml").write_text("prompts = [a")
+    (tmp_path / "p.yaml").write_text("- a --s 0\n")
     filled = [argument.replace("{tmp}", str(tmp_path)).replace("{lora}", str(lora)) for argument in arguments]
     assert ended(sample_command, *filled, "--out", tmp_path / "out") == code
     output = said()
@@ -215,3 +224,40 @@ def test_ranks_may_differ_in_a_merge_and_embeddings_can_be_dropped(tmp_path, lor
     scale = merged[f"{LORA}.alpha"].item() / 5
     got = scale * merged[f"{LORA}.lora_up.weight"] @ merged[f"{LORA}.lora_down.weight"]
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+JSON = '// drawn every day\n[{"prompt": "a dog", "width": 64, "seed": 7}, "a cat –w 64 --steps 2",]'
+YAML = "prompts:\n  - {prompt: a dog, width: 64, seed: 7}\n  - a cat –w 64 --steps 2\n"
+
+
+LINES = "a dog --w 64 --d 7\na cat –w 64 --steps 2"
+
+
+@pytest.mark.parametrize(("name", "text"), [("p.json", JSON), ("p.yml", YAML), ("p.txt", LINES)])
+def test_prompts_are_read_in_every_form_that_a_job_reads(tmp_path, said, name, text):
+    """With notes about what is read otherwise than it is written, and with the seed of each prompt's place."""
+    facts = get_family("flux").FACTS
+    (tmp_path / name).write_text(text)
+    dog, cat = read_prompts(tmp_path / name, facts, facts.models["mini-flux"])
+    assert (dog.text, dog.width, dog.seed) == ("a dog", 64, 7)
+    assert (cat.text, cat.width, cat.steps, cat.seed) == ("a cat", 64, 2, 43)
+    notes = said()
+    assert "–w 64 is read as --w 64" in notes and "--steps 2 is read as --s 2" in notes
+    assert ("read as JSON5" in notes) == (name == "p.json")
+
+
+def test_the_defaults_around_a_subset_of_toml_count(tmp_path):
+    facts = get_family("flux").FACTS
+    (tmp_path / "p.toml").write_text('[prompt]\nwidth = 64\n[[prompt.subset]]\nprompt = "a dog"\nseed = 7\n')
+    (dog,) = read_prompts(tmp_path / "p.toml", facts, facts.models["mini-flux"])
+    assert (dog.text, dog.width, dog.seed) == ("a dog", 64, 7)
+
+
+def test_the_sheet_says_which_loras_at_which_strength(tmp_path, lora, monkeypatch):
+    shown = []
+    monkeypatch.setattr(contact_sheet, "_shortened", lambda text, *_: shown.append(text) or text)
+    asked = ["--base", "mini-flux", "--prompt", "a --w 64 --h 64 --s 1", "--out", tmp_path / "out"]
+    assert ended(sample_command, *asked, "--lora", f"{lora}:0.8", lora) == 0
+    assert shown[0] == "x at 0.8 + x at 1"
+    assert ended(sample_command, *asked) == 0
+    assert "without a LoRA" in shown and "before training" not in shown

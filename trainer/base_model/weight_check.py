@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from trainer.spec.errors import SettingsError
+from trainer.spec.wording import some
 from trainer.storage import safetensors_header
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ def extremes(tensor: torch.Tensor) -> torch.Tensor:
 def problem(name: str, low: float, high: float, dtype: torch.dtype) -> str | None:
     """What is wrong with a weight whose values lie between `low` and `high`."""
     if math.isnan(low) or math.isnan(high):
-        return f"{name} has values that are no numbers (NaN)"
+        return f"{name} has values that are not numbers (NaN)"
     if math.isinf(low) or math.isinf(high):
         return f"{name} has infinite values, or values too large for {str(dtype).removeprefix('torch.')}"
     return None
@@ -65,9 +66,8 @@ def check_weights(named: Named, folder: Path | None) -> None:
         if low == high == 0 and tensor.ndim > 1:
             zeros.append(name)
     if zeros:
-        named_zeros = ", ".join(zeros[:NAMED_ZEROS])
-        more = f" and {len(zeros) - NAMED_ZEROS} more" if len(zeros) > NAMED_ZEROS else ""
-        log.warning("%s: all zero, as if not trained: %s%s.", _file_of(zeros[0], folder), named_zeros, more)
+        listed = some(zeros, most=NAMED_ZEROS)
+        log.warning("%s: all zero, as if not trained: %s.", _file_of(zeros[0], folder), listed)
 
 
 def _file_of(name: str, folder: Path | None) -> str:

@@ -52,10 +52,12 @@ def open_run(plan: Plan, images: Sequence[ImageRecord]) -> OpenRun:
     if choice.run is None and (home / "sample").exists():  # of settings that left nothing else
         json_files.set_aside(home / "sample", "has samples of a run that was given up")
     used = max([run_records.last_used(run) for run in run_records.known_runs(out)], default=0) + 1
+    if choice.run is None:
+        # Of settings that left nothing else. It goes before the new plan comes: a kill in between must not leave the
+        # length that one run had chosen to another.
+        (home / run_records.RECORD).unlink(missing_ok=True)
     atomic.write_text(home / "plan.json", choice.plan.to_json())
     record = RunRecord(home)
-    if choice.run is None:
-        record.values = {}
     output = choice.plan.output
     values: dict[str, Any] = {
         "name": output.name,
@@ -73,8 +75,9 @@ def _history(choice: Choice, record: RunRecord) -> dict[str, Any]:
     if choice.run is None or not choice.changes:
         return {}
     history = record.values.get("changed")
-    entry = {"step": choice.run.step, "changes": list(choice.changes)}
-    return {"changed": [*(history if isinstance(history, list) else []), entry]}
+    if not isinstance(history, list):
+        history = []
+    return {"changed": [*history, {"step": choice.run.step, "changes": list(choice.changes)}]}
 
 
 def _log_choice(asked: Plan, choice: Choice) -> None:
@@ -88,7 +91,7 @@ def _log_choice(asked: Plan, choice: Choice) -> None:
     for moved in (*choice.found.places, *choice.found.model):
         log.info("The same content is elsewhere, so run %s goes on: %s.", choice.run.name, moved)
     for other in choice.found.hardware:
-        log.warning("The hardware is another one, so the result will not be bit-identical: %s.", other)
+        log.warning("The hardware differs, so the result will not be bit-identical: %s.", other)
 
 
 def _model_digest(plan: Plan) -> str:
@@ -101,7 +104,7 @@ def _model_digest(plan: Plan) -> str:
 
 def _set_aside_odd_files(home: Path) -> None:
     """Free the names of the files that a run writes."""
-    for name in ("plan.json", "upload.json"):
+    for name in ("plan.json", "upload.json", run_records.RECORD):
         json_files.set_aside_unless_object(home / name)
     plan = home / "plan.json"
     if plan.exists() and run_records.read_plan(plan) is None:
@@ -116,7 +119,7 @@ def adopt_older_run(out: Path) -> None:
     if (out / run_records.RECORD).exists():
         return
     for run in run_records.known_runs(out):
-        if run.folder:
+        if run.folder or run.is_barren:  # nothing to keep: perhaps a new one, killed before it had its record
             continue
         steps = run_records.state_steps(out)
         values: dict[str, Any] = {"name": run.name, "done": run.done}

@@ -23,6 +23,7 @@ from trainer.data.buckets import Fit, Size, fit
 from trainer.data.records import ImageRecord, View
 from trainer.spec.errors import DataError
 from trainer.spec.plan import VARIANTS, DataPlan, Subset
+from trainer.spec.rules import outlook
 
 COLOUR_SHARE = 1 / 3  # of the views with color_aug, how many change the colours; as in sd-scripts
 
@@ -43,7 +44,7 @@ Bucket = tuple[int, Size]  # index of the dataset, size in pixels
 
 @dataclass(frozen=True, slots=True)
 class _Variants:
-    """The pool that an image's occurrences draw from. An entry that is there twice is twice as likely."""
+    """The pool that an image's occurrences draw from. An entry that is given twice is twice as likely."""
 
     image: ImageRecord
     views: tuple[View, ...]
@@ -173,13 +174,19 @@ class EpochSampler:
         return {key: tuple(text for text in own if text) for key, own in texts.items()}
 
     def describe(self) -> list[str]:
-        """For the log: the size of an epoch, its buckets, and which subsets vary in how many variants."""
-        lines = [
-            f"{len(self._variants)} images × repeats = {self.examples_per_epoch} examples an epoch, "
-            f"{self.batches_per_epoch} batches; {len(self.held_out)} images held out for validation."
-        ]
-        for (d, size), count in sorted(self.buckets.items()):
-            lines.append(f"Dataset {d}: bucket {size[0]}×{size[1]}, {count} examples.")
+        """For the log: the size of an epoch, its shapes, and which subsets vary in how many variants."""
+        lines = []
+        if self.examples_per_epoch != len(self._variants):
+            lines.append(
+                f"{len(self._variants)} images × repeats = {self.examples_per_epoch} examples an epoch, "
+                f"{self.batches_per_epoch} batches."
+            )
+        if self.held_out:
+            lines.append(f"{len(self.held_out)} images are held out for validation.")
+        for d in range(len(self._data.datasets)):
+            shapes = {size: count for (dataset, size), count in self.buckets.items() if dataset == d}
+            which = f"Dataset {d}: " if len(self._data.datasets) > 1 else ""
+            lines.append(f"{which}{outlook.describe_shapes(shapes)}")
         if self.unused:
             lines.append(f"{len(self.unused)} regularisation images are not used: there are more of them than others.")
         for d, dataset in enumerate(self._data.datasets):

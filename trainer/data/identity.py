@@ -6,8 +6,9 @@ import hashlib
 import itertools
 from collections.abc import Iterable
 
-from trainer.data.records import ImageRecord, printable
+from trainer.data.records import ImageRecord
 from trainer.spec.rules.resume_rules import Changes
+from trainer.spec.wording import printable
 from trainer.storage import run_records
 from trainer.storage.choose_run import ContentChanges
 from trainer.storage.run_records import Run

@@ -2,52 +2,22 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainer.data.buckets import Size
 from trainer.spec.errors import DataError
 from trainer.spec.plan import DataPlan
+from trainer.spec.wording import one_line, printable
 
 # More unusable images than this share stop the job: a few damaged files are normal in a download, many mean that the
 # download failed or that the folder is the wrong one.
 MAX_UNUSABLE_SHARE = 0.10
 
-SHOWN_NAMES = 5  # of files in a message
-LONGEST_NAME = 160  # characters of a name in a message
-# Controls, surrogates and separators of lines; and marks that change the direction of what follows.
-UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
-DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 MOST_PROBLEMS = 20  # in one message
 
 WARNING = "WARNING: "  # the start of a note that the log shows as a warning
-
-
-def one_line(text: str) -> str:
-    """`text` with all escaped that would break the line, or turn its direction."""
-    letters = []
-    for letter in text:
-        if unicodedata.category(letter) in UNPRINTABLE or letter in DIRECTIONS:
-            letter = letter.encode("unicode_escape", "surrogatepass").decode("ascii")
-        letters.append(letter)
-    return "".join(letters)
-
-
-def printable(name: str) -> str:
-    """A name for a message: on one line, and without its middle where it is very long."""
-    text = one_line(name)
-    if len(text) <= LONGEST_NAME:
-        return text
-    return f"{text[: LONGEST_NAME // 3]}…{text[-LONGEST_NAME // 3 * 2 :]}"
-
-
-def some(names: Sequence[str]) -> str:
-    """The first of the `names`, for a message."""
-    shown = ", ".join(printable(name) for name in names[:SHOWN_NAMES])
-    return shown if len(names) <= SHOWN_NAMES else f"{shown} and {len(names) - SHOWN_NAMES} more"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import csv
 import functools
 import io
 import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from trainer.data.buckets import fit
@@ -16,7 +17,7 @@ from trainer.storage import atomic
 
 COLUMNS = (
     *("file", "subset", "status", "reason", "width", "height", "bucket", "repeats"),
-    *("caption", "trained caption", "caption file", "encoding"),
+    *("caption", "trained caption", "caption file", "encoding", "cut_at"),
 )
 # A spreadsheet takes a cell that begins with one of these for a formula, and runs it.
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
@@ -28,8 +29,20 @@ def write_report(scan: Scan, data: DataPlan, *, text: Path, seed: int) -> None:
     atomic.write_text(text.with_suffix(".csv"), table(scan, data, seed=seed))
 
 
-def table(scan: Scan, data: DataPlan, *, seed: int) -> str:
-    """One row for each image. It begins with a byte order mark, by which Excel knows that it is UTF-8."""
+def write_cuts(
+    scan: Scan, data: DataPlan, *, report: Path, seed: int, lines: Sequence[str], cuts: Mapping[str, str]
+) -> None:
+    """Add captions that are not read to their end: the `lines` to the report, and `cuts` to the table."""
+    listed = "\n".join(lines)
+    atomic.write_text(report, f"{report.read_text(encoding='utf-8')}\n{listed}\n")
+    atomic.write_text(report.with_suffix(".csv"), table(scan, data, seed=seed, cuts=cuts))
+
+
+def table(scan: Scan, data: DataPlan, *, seed: int, cuts: Mapping[str, str] | None = None) -> str:
+    """One row for each image. It begins with a byte order mark, by which Excel knows that it is UTF-8.
+
+    `cuts`: the key of an image → the beginning of what the text encoder does not read of its caption.
+    """
 
     @functools.cache
     def bucket(size: tuple[int, int], dataset: int) -> str:
@@ -59,6 +72,7 @@ def table(scan: Scan, data: DataPlan, *, seed: int) -> str:
                 _cell(_first_variant(image, data, seed=seed, fixed=fixed)),
                 _cell(image.caption_file),
                 image.caption_encoding,
+                _cell((cuts or {}).get(image.key, "")),
             ]
         )
     for skipped in scan.skipped:

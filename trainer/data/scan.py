@@ -29,9 +29,10 @@ from trainer.data.folder_listing import Folder, LeftOutName, list_folder
 from trainer.data.folders import leftovers
 from trainer.data.folders.conventions import Reading, derived_subset, read_folders
 from trainer.data.folders.own_output import Written
-from trainer.data.records import WARNING, ImageRecord, Scan, Skipped, printable, some
+from trainer.data.records import WARNING, ImageRecord, Scan, Skipped
 from trainer.spec.errors import UnreachableError
 from trainer.spec.plan import DataPlan, Dataset, Subset
+from trainer.spec.wording import many, printable, some
 from trainer.storage.read import read_regular
 
 # Bytes that decoding may add to a worker's address space: the largest image that `decode` admits takes 358 MB, and
@@ -336,11 +337,17 @@ def _check_usable(
 def _notes(images: Sequence[ImageRecord], subset: Subset) -> list[str]:
     """Oddities of a subset's images that the user may not have meant."""
     lines = []
-    transparent = sum(image.has_alpha for image in images)
+    transparent = [image.name for image in images if image.has_alpha]
     if transparent:
         effect = "the alpha weighs the loss" if subset.alpha_mask else "laid over white"
-        lines.append(f"{transparent} images have transparency: {effect}")
-    copies = len(images) - len({image.sha256 for image in images})
+        lines.append(f"transparency in {many(len(transparent), 'image')}, {effect}: {some(transparent)}")
+    first: dict[str, str] = {}
+    copies = []
+    for image in images:
+        if image.sha256 in first:
+            copies.append(f"{image.name} of {first[image.sha256]}")
+        first.setdefault(image.sha256, image.name)
     if copies:
-        lines.append(f"{copies} images are byte for byte copies of another: all are used")
+        copy = "copy" if len(copies) == 1 else "copies"
+        lines.append(f"{len(copies)} {copy}, byte for byte, all used: {some(copies)}")
     return lines

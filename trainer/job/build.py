@@ -9,7 +9,6 @@ LoRA files depend on it.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import logging
 from collections.abc import Callable
@@ -40,6 +39,7 @@ from trainer.spec.errors import SettingsError
 from trainer.spec.family import Facts, Family, get_family
 from trainer.spec.optimizers import OPTIMIZERS
 from trainer.spec.plan import EnginePlan, LoraPlan, OptimPlan, Plan
+from trainer.spec.wording import similar
 from trainer.training import optimizers, text_encoders
 from trainer.training.distributed import Workers
 from trainer.training.ema import Ema
@@ -210,10 +210,10 @@ def check_targets(plan: Plan) -> None:
         names = []
         for prefix, block in family.blocks(denoiser):
             names += [f"{prefix}.{name}" for name, _ in block.named_modules()]
-        near = difflib.get_close_matches(unmatched[0], names, n=3)
+        near = similar(unmatched[0], names, most=3)
         raise SettingsError(
-            f"PARAMS_TARGET_MODULES: {', '.join(unmatched)} means no layer of BASE_MODEL={plan.model.base}"
-            f"{'; near it are ' if near else ''}{', '.join(near)}. Fix: correct it, or leave it out."
+            f"PARAMS_TARGET_MODULES: {', '.join(unmatched)} matches no layer of BASE_MODEL={plan.model.base}"
+            f"{'; similar are ' if near else ''}{', '.join(near)}. Fix: correct it, or leave it out."
         )
 
 
@@ -297,3 +297,11 @@ def apply_start_weights(adapted: AdaptedModels, modules: LoraModules, *, lora: L
             f"{','.join(lora.targets)}): {problem}."
         ) from problem
     log.info("Started from the weights of %s: %d modules.", lora.resume_from, len(modules))
+    new = peft_bridge.new_adapters(of_denoiser, state, prefix=facts.lora_prefix, fused=facts.fused_targets)
+    if new:
+        count = len([key for key in state if key.endswith(peft_bridge.DOWN)])
+        log.warning(
+            "%s has nothing for %d of the %d layers that train: they begin as if new, %s first. "
+            "PARAMS_TARGET_MODULES chooses the layers.",
+            lora.resume_from, len(new), count, new[0],
+        )  # fmt: skip

@@ -19,14 +19,13 @@ from trainer.data.encode import cpu_workers, fill_images, fill_texts, open_cache
 from trainer.data.epochs import EpochSampler
 from trainer.data.folders.own_output import Written
 from trainer.data.records import WARNING, Scan
-from trainer.data.report import write_report
+from trainer.data.report import write_cuts, write_report
 from trainer.data.scan import scan
 from trainer.job.reporting.status import Status
 from trainer.spec.errors import DataError
 from trainer.spec.family import get_family
 from trainer.spec.plan import AUTO, DataPlan, Plan, Prompt
-from trainer.spec.rules import automatic, sanity
-from trainer.storage import atomic
+from trainer.spec.rules import automatic, outlook, sanity
 from trainer.storage.choose_run import choose
 from trainer.storage.run_records import RunRecord
 from trainer.training.objective import Objective, make_objective
@@ -106,10 +105,11 @@ def prepare_data(
         max_tokens=plan.train.max_token_length,
     )
     data = PreparedData(plan, scanned, sampler, cache, state)
-    log.info("%d optimiser steps, %d an epoch.", data.total, data.steps_per_epoch)
+    for line in outlook.describe_length(plan, steps_per_epoch=data.steps_per_epoch):
+        log.info("%s", line)
     if is_over(run, data):
         return data
-    note_long_captions(plan, sampler, report=run.home / "dataset-report.txt")
+    note_long_captions(plan, sampler, scanned=scanned, report=run.home / "dataset-report.txt")
     for warning in sanity.warnings(plan, sanity.Length(data.total, data.steps_per_epoch, len(scanned.images))):
         log.warning("%s", warning)
     if sampler.batches_per_epoch < plan.engine.num_gpus:
@@ -170,7 +170,7 @@ def scan_and_report(
     return scanned
 
 
-def note_long_captions(plan: Plan, sampler: EpochSampler, *, report: Path) -> None:
+def note_long_captions(plan: Plan, sampler: EpochSampler, *, scanned: Scan, report: Path) -> None:
     """Warn of captions and prompts that the text encoder does not read to their end; the report gets all of them."""
     facts = get_family(plan.model.family).FACTS
     model = Path(plan.model.path)
@@ -183,8 +183,9 @@ def note_long_captions(plan: Plan, sampler: EpochSampler, *, report: Path) -> No
     for line in caption_length.describe_prompts(reader, plan.prompts):
         log.warning("%s", line)
     if cuts:
-        listed = "\n".join(caption_length.describe_cuts(reader, cuts, facts, limit=None))
-        atomic.write_text(report, f"{report.read_text(encoding='utf-8')}\n{listed}\n")
+        lines = caption_length.describe_cuts(reader, cuts, facts, limit=None)
+        lost = {image: cut.lost_start for image, cut in cuts.items()}
+        write_cuts(scanned, scanned.data, report=report, seed=plan.train.seed, lines=lines, cuts=lost)
 
 
 def make_sampler(plan: Plan, scanned: Scan) -> EpochSampler:

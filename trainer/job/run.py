@@ -25,7 +25,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -82,7 +82,12 @@ def _run_first(plan: Plan, stop: StopFlag, workers: Workers) -> None:
     out = Path(plan.output.path)
     alive = os.environ.get(ALIVE_VARIABLE)
     watchdog = Watchdog(plan.engine.step_timeout_s, alive=Path(alive) if alive is not None else None)
-    with locked(out), _log_file(out / "run.log") as log_file, _report_ending(Status(out)) as status:
+    with (
+        locked(out),
+        _log_file(out / "run.log") as log_file,
+        _printed_once(plan.printed, log_file),
+        _report_ending(Status(out)) as status,
+    ):
         _record_decisions(plan, log_file)
         crashes = CrashLog(out, plan, step=lambda: status.step)
         crashes.check()
@@ -141,7 +146,7 @@ def _prepare(plan: Plan, stop: StopFlag, *, status: Status, watchdog: Watchdog) 
     state = resumable_state(opened.plan, opened.home, fingerprint(scanned.images))
     if state is not None:
         status.step = state.step
-        status.update({"step": state.step})
+        status.update({"step": state.step, "saved_step": state.step})
     return opened, prepare_data(opened, scanned, status=status, state=state, check_in=check_in)
 
 
@@ -283,6 +288,34 @@ def _record_decisions(plan: Plan, log_file: logging.Handler) -> None:
     for level, sentences in ((logging.INFO, plan.reasons), (logging.WARNING, plan.warnings)):
         for sentence in sentences:
             log_file.handle(log.makeRecord(log.name, level, __file__, 0, sentence, (), None))
+
+
+class _PrintedBefore(logging.Filter):
+    """Drops each of some lines once: what is said again later is news."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__()
+        self.left = set(lines)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_new = message not in self.left
+        self.left.discard(message)
+        return is_new
+
+
+@contextlib.contextmanager
+def _printed_once(lines: Sequence[str], log_file: logging.Handler) -> Iterator[None]:
+    """Inside, the lines that the entrypoint has printed go to run.log alone."""
+    handlers = [handler for handler in logging.getLogger().handlers if handler is not log_file]
+    filters = [_PrintedBefore(lines) for _ in handlers]
+    for handler, printed in zip(handlers, filters, strict=True):
+        handler.addFilter(printed)
+    try:
+        yield
+    finally:
+        for handler, printed in zip(handlers, filters, strict=True):
+            handler.removeFilter(printed)
 
 
 @contextlib.contextmanager

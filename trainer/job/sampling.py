@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,10 +88,12 @@ def draw_all(
     step: int,
     draw: Callable[[Prompt], Image.Image],
     stopped: Callable[[], bool],
+    labels: Mapping[int, str] | None = None,
 ) -> int:
     """Draw the prompts that have no image of `step` yet, and renew the contact sheet; return how many.
 
     Each goes into `folder` as step-00000100-00.png with its prompt in the PNG. `stopped` is asked before each.
+    `labels`: of the sheet's columns, see `contact_sheet`.
     """
     count = 0
     for number, prompt in enumerate(prompts):
@@ -105,7 +107,7 @@ def draw_all(
             image.save(temporary, pnginfo=_png_info(prompt, step))
         count += 1
     if count:
-        contact_sheet(folder, prompts)
+        contact_sheet(folder, prompts, labels=labels)
     return count
 
 

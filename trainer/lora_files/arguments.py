@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.lora_files import contents, other_kinds
+from trainer.spec import library_noise
 from trainer.spec.errors import KilnError, SettingsError, StorageError
 from trainer.spec.family import family_names
 from trainer.spec.values import as_number, show
@@ -27,14 +27,6 @@ log = logging.getLogger(__name__)
 USAGE_ERROR = 64  # BSD sysexits, as the job's
 MAX_STRENGTH = 100.0  # of a LoRA; more is a slip
 INTERRUPTED = 130  # by Ctrl-C
-# What other libraries say about parts of them that are not used here. As in trainer.__main__.
-QUIET = {
-    "TRANSFORMERS_VERBOSITY": "error",
-    "DIFFUSERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
-CHATTY_LOGGERS = ("torchao", "torch.utils._pytree", "bitsandbytes", "PIL", "httpx", "huggingface_hub")
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,12 +39,9 @@ class Parser(argparse.ArgumentParser):
 def run_command(command: Callable[[], None]) -> int:
     """Run a command with its log on stderr; returns the exit code."""
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    os.environ.update(QUIET)
-    for name in CHATTY_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            library_noise.silence()
             command()
     except KilnError as problem:
         log.error("%s [exit %d]", problem, problem.exit_code)
@@ -122,12 +111,14 @@ def read_family(path: Path, family_name: str | None) -> tuple[str, dict[str, str
     return name, header.metadata
 
 
-def load_lora(path: Path, family_name: str, *, without_embeddings: bool = False) -> LoraModules:
-    """All modules of a LoRA file. Raises SettingsError if it is none for this family."""
+def load_lora(
+    path: Path, family_name: str, *, without_embeddings: bool = False, with_untrained: bool = False
+) -> LoraModules:
+    """All modules of a LoRA file, see `convert.load`. Raises SettingsError if it is none for this family."""
     from trainer.lora_files import convert
 
     try:
-        return convert.load(path, family_name, without_embeddings=without_embeddings)
+        return convert.load(path, family_name, without_embeddings=without_embeddings, with_untrained=with_untrained)
     except ValueError as problem:
         raise SettingsError(f"{path} cannot be read as a LoRA for {family_name}: {problem}.") from problem
 

@@ -15,6 +15,7 @@ from typing import Any
 from trainer.lora_files import numbers, other_kinds
 from trainer.lora_files.key_names import Layer, find_layer, split_key
 from trainer.spec.family import family_names, get_family
+from trainer.spec.wording import some
 from trainer.storage import safetensors_header
 from trainer.storage.safetensors_header import Header
 
@@ -94,10 +95,9 @@ def _check_family(shapes: Shapes, unknown: list[str], family_name: str, metadata
     if likely not in (None, family_name) and (unknown or declared == likely):
         raise ValueError(f"it looks like a LoRA for {likely}, and {family_name} is needed. {fix}")
     if unknown:
-        more = " …" if len(unknown) > SHOWN_TENSORS else ""
         raise ValueError(
             f"{len(unknown)} of its {len(shapes)} tensors belong to no layer of {family_name}"
-            f"{other_kinds.declared(metadata)}: {', '.join(unknown[:SHOWN_TENSORS])}{more}"
+            f"{other_kinds.declared(metadata)}: {some(unknown, most=SHOWN_TENSORS)}"
         )
 
 

@@ -36,10 +36,13 @@ SAME_ALPHA = 1e-8  # factors this near to 1 leave `up` as it is
 # ---- files → modules
 
 
-def load(path: Path, family_name: str, *, without_embeddings: bool = False) -> LoraModules:
+def load(
+    path: Path, family_name: str, *, without_embeddings: bool = False, with_untrained: bool = False
+) -> LoraModules:
     """All modules of the file `path`. Raises ValueError with what is wrong with it.
 
-    `without_embeddings`: leave out those that OneTrainer puts into a file.
+    `without_embeddings`: leave out those that OneTrainer puts into a file. `with_untrained`: also the modules of rank 0
+    that a DoRA file has beside those that trained, in a layer that files keep as one.
     """
     header = safetensors_header.read_header(path)
     ignored = other_kinds.bundled_embeddings(header.entries) if without_embeddings else []
@@ -50,11 +53,20 @@ def load(path: Path, family_name: str, *, without_embeddings: bool = False) -> L
         raise ValueError(f"it cannot be read: {problem}") from problem
     for key in ignored:
         del tensors[key]
-    return from_tensors(tensors, contents.metadata_of(header), family_name)
+    return from_tensors(tensors, contents.metadata_of(header), family_name, with_untrained=with_untrained)
 
 
-def from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], family_name: str) -> LoraModules:
-    """All modules of a file, in fp32. Raises ValueError, with names, for what this family's files cannot have."""
+def from_tensors(
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str],
+    family_name: str,
+    *,
+    with_untrained: bool = False,
+) -> LoraModules:
+    """All modules of a file, in fp32. Raises ValueError, with names, for what this family's files cannot have.
+
+    `with_untrained`: see `load`.
+    """
     layers = contents.assemble({key: tuple(tensor.shape) for key, tensor in tensors.items()}, family_name, metadata)
     not_finite = [key for key, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]
     if not_finite:
@@ -67,7 +79,9 @@ def from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
             contents.check_alpha(layer.keys["alpha"], roles["alpha"].item())
         modules |= _split_layer(layer.layer, _read_weights(roles, layer.layer.modules[0], settings))
     for name in key_names.untrained_modules(metadata):
-        modules.pop(name, None)
+        weights = modules.pop(name, None)
+        if weights is not None and with_untrained:
+            modules[name] = replace(weights, down=weights.down[:0], up=weights.up[:, :0])
     return modules
 
 
@@ -147,7 +161,10 @@ def stack_layers(parts: Sequence[LoraWeights | None], heights: Sequence[int]) ->
     if not magnitudes:
         return LoraWeights(down, up, scale)
     if len(magnitudes) < len(parts):
-        raise ValueError("DoRA must train all parts of a layer that files keep as one, or none")
+        raise ValueError(
+            "a layer that these files keep as one has DoRA magnitudes for some of its rows only; the job's kohya file "
+            "has them for all"
+        )
     return LoraWeights(down, up, scale, torch.cat(magnitudes))
 
 

@@ -64,7 +64,7 @@ def scalar(header: Header, entry: Entry) -> float:
     if entry.dtype in INTEGERS:
         return float(np.frombuffer(raw, INTEGERS[entry.dtype])[0])
     if entry.dtype not in FLOATS:
-        raise ValueError(f"is of type {entry.dtype}, which is no type of numbers")
+        raise ValueError(f"is of type {entry.dtype}, which is not a type of numbers")
     if entry.dtype == "BF16":
         return float(np.frombuffer(b"\0\0" + raw[:2], "<f4")[0])
     if entry.dtype == "F8_E5M2":  # the upper half of fp16

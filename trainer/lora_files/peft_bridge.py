@@ -99,6 +99,20 @@ def to_peft_state(
     return loaded
 
 
+def new_adapters(
+    modules: LoraModules, state: Mapping[str, torch.Tensor], *, prefix: str, fused: Mapping[str, tuple[str, ...]]
+) -> list[str]:
+    """The layers with adapters in `state` for which `modules` have nothing."""
+    new = []
+    for key in state:
+        module = key.removesuffix(DOWN)
+        if key == module:
+            continue
+        if not any(f"{prefix}.{name}" in modules for name in unfused_names(module, fused)):
+            new.append(module)
+    return new
+
+
 def _is_idle(weights: LoraWeights) -> bool:
     return weights.magnitude is None and not weights.up.any()
 

@@ -122,7 +122,7 @@ _COUNT = Argument("integer", low=0, high=10**8)
 _NO_AMSGRAD = Argument(
     "switch", only=False, reason="is not in bitsandbytes' 8-bit AdamW. Fix: remove it, or PARAMS_OPTIMIZER_TYPE=adamw"
 )
-_RELATIVE = "would replace PARAMS_LEARNING_RATE by steps of Adafactor's own. Fix: remove it, and set that"
+_RELATIVE = "would replace PARAMS_LEARNING_RATE with Adafactor's own step sizes. Fix: remove it"
 
 OPTIMIZERS: dict[str, OptimizerSpec] = {
     "prodigy": OptimizerSpec(

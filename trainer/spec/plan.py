@@ -150,6 +150,14 @@ class DataPlan:
     datasets: tuple[Dataset, ...]
     strict: bool = False  # any unusable image stops the job
 
+    @property
+    def subsets(self) -> list[Subset]:
+        """Those of all datasets, in their order."""
+        subsets: list[Subset] = []
+        for dataset in self.datasets:
+            subsets += dataset.subsets
+        return subsets
+
 
 @dataclass(frozen=True)
 class LoraPlan:
@@ -266,6 +274,7 @@ class Plan:
     automatic: tuple[str, ...] = neutral(())  # variables that the hardware decides, since they are `auto`
     warnings: tuple[str, ...] = neutral(())  # what the job does, but probably nobody wants
     given: tuple[str, ...] = neutral(())  # the variables that the user has set
+    printed: tuple[str, ...] = neutral(())  # lines about the images that the log has already
     version: int = VERSION
 
     def to_json(self) -> str:

@@ -1,8 +1,9 @@
 """Prompt lines: `a red fox --w 768 --h 512 --d 7 --n blurry`.
 
-prompts.txt of a job, the texts in its .json and .toml, and `python -m trainer.sample --prompts` are all read here.
-The flags are those of sd-scripts' prompt files. Lines become `PromptRequest`s, in which None means that the line does
-not set the field; `complete_prompts` fills these in from the model, its family, the resolution and the seed.
+prompts.txt of a job, the texts in its JSON, YAML and TOML (`trainer.spec.documents`), and `python -m trainer.sample
+--prompts` are all read here. The flags are those of sd-scripts' prompt files. Lines become `PromptRequest`s, in which
+None means that the line does not set the field; `complete_prompts` fills these in from the model, its family, the
+resolution and the seed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Strict reading of single values that users write: numbers, texts and sizes, with their ranges.
+"""Strict reading of single values that users write: numbers, texts and sizes, with their ranges; the nearest name.
 
 The settings, dataset.json and prompt lines are all read with these, so that a number means the same everywhere.
 """
@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.spec.errors import SettingsError
+from trainer.spec.wording import similar
 
 # Python's int() and float() also accept "１２", "1_000", "nan" and "infinity", which nobody means in a setting.
 # Both patterns match in time linear in the length of the text. 18 digits fit in 64 bits.
@@ -143,3 +145,17 @@ class Key:
 def _is_integer(value: Any) -> bool:
     """JSON's true is an instance of Python's int, but no whole number."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+# ---- names
+
+
+def nearest(name: str, known: Collection[str]) -> str | None:
+    """The known name that is most similar to `name`, if any is similar. Case does not matter."""
+    return next(iter(similar(name, known, most=1)), None)
+
+
+def suggestion(name: str, known: Collection[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or all of them."""
+    guess = nearest(name, known)
+    return f"did you mean {guess}?" if guess else f"known are {', '.join(sorted(known))}."

@@ -77,18 +77,28 @@ class Choice:
         if self.beside is None:
             if name == wanted:
                 return None
-            return f"OUTPUT_PATH has files named {wanted} already, which no run of it wrote: this run is called {name}."
+            return f"OUTPUT_PATH already has files named {wanted} that no run wrote: this run is called {name}."
         old = self.beside
-        text = f"New run {name}, beside {old.name}, since these differ: {'; '.join(self.changes)}. "
-        text += f"{old.name} stays as it is{f', at step {old.step}' if old.step else ''}."
-        files = old.lora_files()
-        ways = []
-        if files:
-            ways.append(f"PARAMS_RESUME_FROM={files[-1]} starts from its weights")
+        text = f"New run {name}, beside {old.name}, because these differ: {'; '.join(self.changes)}. "
+        return text + self._how_to_go_on_from(old)
+
+    def _how_to_go_on_from(self, old: Run) -> str:
+        """What becomes of the run beside which this new one begins, and which variables would go on from it."""
+        text = f"{old.name} stays as it is."
         if old.step:
+            text = f"{old.name} stays as it is, at step {old.step}."
+        ways = []
+        if files := old.lora_files():
+            ways.append(f"PARAMS_RESUME_FROM={files[-1]} starts from its weights")
+        if old.step and not self.plan.output.resume_with_changes:
             ways.append("RESUME_WITH_CHANGES=true goes on with its state")
         if ways:
             text += f" To go on from it instead: {'; '.join(ways)}."
+        if self.plan.output.resume_with_changes:
+            why = f"{old.name} has no state"
+            if old.step:
+                why = f"{old.name} did not begin with this PARAMS_RESUME_FROM"
+            text += f" RESUME_WITH_CHANGES=true does not apply: {why}."
         return text
 
 
@@ -97,15 +107,25 @@ def asked_length(plan: Plan) -> list[int | None]:
     return [plan.train.max_steps, plan.train.max_epochs]
 
 
+@dataclass(frozen=True)
+class Compared:
+    """A run of the folder, and how the plan differs from it: sorted by what follows, and the lines that make another
+    run of it.
+    """
+
+    run: Run
+    found: Changes
+    lines: tuple[str, ...]
+
+
 def choose(plan: Plan, *, content_changes: ContentChanges | None = None) -> Choice:
     """The run in the plan's output folder that is this job's, or a new one.
 
     `content_changes`: None before the images are read; then only the settings are compared. Raises SettingsError where
     RESUME_WITH_CHANGES asks for what no state can do.
     """
-    out = Path(plan.output.path)
-    runs = run_records.known_runs(out)
-    compared: list[tuple[Run, Changes, list[str]]] = []
+    runs = run_records.known_runs(Path(plan.output.path))
+    compared: list[Compared] = []
     for run in runs:
         found = changes(run.essence, plan)
         lines = [*found.settings, *_unreachable_steps(run, found, plan)]
@@ -113,29 +133,42 @@ def choose(plan: Plan, *, content_changes: ContentChanges | None = None) -> Choi
             lines += content_changes(run, found)
         if not lines:
             return Choice(_named_as(run, plan, runs), run, found=found)
-        compared.append((run, found, lines))
-    # A job that names another place to start from does not go on with the state of a run here.
-    start = plan.lora.resume_from
-    with_states = [
-        (run, lines) for run, _, lines in compared if run.step and run.essence.get("lora.resume_from") == start
-    ]
-    if plan.output.resume_with_changes and with_states:
-        run, lines = with_states[0]
+        compared.append(Compared(run, found, tuple(lines)))
+    return _with_changes(plan, runs, compared) or _beside(plan, runs, compared)
+
+
+def _with_changes(plan: Plan, runs: Sequence[Run], compared: Sequence[Compared]) -> Choice | None:
+    """With RESUME_WITH_CHANGES, the run that was used last and has a state; None if there is none."""
+    if not plan.output.resume_with_changes:
+        return None
+    for one in compared:
+        run = one.run
+        # A job that names another place to start from does not go on with the state of a run here.
+        if not run.step or run.essence.get("lora.resume_from") != plan.lora.resume_from:
+            continue
         state = run_records.newest_state(run.home)
         if state is not None:
             files = run.lora_files()
             check_fits(state.tree["essence"], plan, step=state.step, lora=str(files[-1]) if files else None)
-        return Choice(_named_as(run, plan, runs), run, found=changes(run.essence, plan), changes=tuple(lines))
-    beside = _latest_difference(compared)
+        return Choice(_named_as(run, plan, runs), run, found=one.found, changes=one.lines)
+    return None
+
+
+def _beside(plan: Plan, runs: Sequence[Run], compared: Sequence[Compared]) -> Choice:
+    """A new run beside the one that was used last and left something."""
     barren = [run for run in runs if run.is_barren]
     if barren:
         # Nothing came of it: its place and name are free again.
         others = [run for run in runs if run is not barren[0]]
-        return Choice(_new_run(plan, others, folder=barren[0].folder), None, *beside)
-    folder = ""
-    if runs and any(run.folder == "" for run in runs):
-        folder = f"{run_records.RUNS_FOLDER}/"
-    return Choice(_new_run(plan, runs, folder=folder), None, *beside)
+        new = _new_run(plan, others, folder=barren[0].folder)
+    elif any(run.folder == "" for run in runs):
+        new = _new_run(plan, runs, folder=f"{run_records.RUNS_FOLDER}/")
+    else:
+        new = _new_run(plan, runs, folder="")
+    for one in compared:
+        if not one.run.is_barren:
+            return Choice(new, None, one.run, changes=one.lines)
+    return Choice(new, None)
 
 
 def _unreachable_steps(run: Run, found: Changes, plan: Plan) -> list[str]:
@@ -146,16 +179,6 @@ def _unreachable_steps(run: Run, found: Changes, plan: Plan) -> list[str]:
     if isinstance(total, int) and plan.train.max_steps is not None and plan.train.max_steps <= total:
         return []
     return [f"{text} (and no state was kept: PARAMS_SAVE_EVERY_N_STEPS=0)" for text in found.steps]
-
-
-def _latest_difference(
-    compared: Sequence[tuple[Run, Changes, list[str]]],
-) -> tuple[Run | None, Changes, tuple[str, ...]]:
-    """The run that was used last and left something, and what differs from it."""
-    for run, found, lines in compared:
-        if not run.is_barren:
-            return run, found, tuple(lines)
-    return None, NO_CHANGES, ()
 
 
 def _named_as(run: Run, plan: Plan, runs: Sequence[Run]) -> Plan:
@@ -181,11 +204,11 @@ def _new_run(plan: Plan, runs: Sequence[Run], *, folder: str) -> Plan:
 
 def already_trained(out: Path, name: str, *, trained: int, wanted: int) -> str:
     """For the log: a run has more steps than it was asked for."""
-    text = f"Run {name} has trained {trained} steps already, more than the {wanted} that it is to have: nothing to do. "
+    text = f"Run {name} has already trained {trained} steps, more than the {wanted} that are asked for: nothing to do. "
     save = f"{name}-step{wanted:08d}.safetensors"
     if (out / save).is_file():
         return text + f"Its LoRA of step {wanted} is {out / save}."
     kept = sorted(path.name for path in out.glob(f"{glob.escape(name)}-step????????.safetensors"))
     if kept:
         text += f"No LoRA of step {wanted} was kept; there are {', '.join(kept)}. "
-    return text + "To train so many from the beginning, choose another OUTPUT_PATH."
+    return text + "To train that few from the beginning, choose another OUTPUT_PATH."

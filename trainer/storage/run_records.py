@@ -160,14 +160,18 @@ def _read_run(out: Path, folder: str) -> Run | None:
     state = newest_state(home)
     if plan is None and state is None:
         return None
-    of_state = state.tree.get("run") if state else None
-    name = (of_state or {}).get("name", "") if isinstance(of_state, dict) else ""
+    name: Any = ""
     requested = ""
-    essence: dict[str, Any] = state.tree["essence"] if state else {}
+    essence: dict[str, Any] = {}
     if plan is not None:
         name = plan.output.name
         requested = plan.output.requested
         essence = plan.essence()
+    elif state is not None:
+        essence = state.tree["essence"]
+        about_run = state.tree.get("run")
+        if isinstance(about_run, dict):
+            name = about_run.get("name", "")
     if not FILE_NAME.fullmatch(str(name)):  # a foreign or edited file: names become paths
         name = ""
     done = record.get("done") is True

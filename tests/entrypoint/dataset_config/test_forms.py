@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from entrypoint.dataset_config.forms import MAX_TEXT, parse
 from entrypoint.dataset_config.manifest import PACKAGED, read_manifest
+from trainer.spec.documents.forms import MAX_TEXT, parse
 from trainer.spec.errors import SettingsError
 
 NOWHERE = Path("/nonexistent")
@@ -246,17 +246,17 @@ def test_a_long_text_is_refused_by_its_length() -> None:
         ({"dataset": [{"subsets": [{}]}]}, "the key 'dataset' is not known; did you mean datasets?"),
         (
             {"datasets": [{"subset": [{"image_dir": "/a"}]}]},
-            "datasets[0].subset is no key of a dataset; did you mean subsets?",
+            "datasets[0].subset is not a key of a dataset; did you mean subsets?",
         ),
         ({"datasets": [{"subset": {"image_dir": "/a"}}]}, "did you mean subsets?"),
-        ({"datasets": {"subsets": [{}]}}, "datasets is one object, and a list is needed. Fix: put it in [ ]"),
-        ({"subsets": [{"image_dir": "/a"}]}, 'subsets stands at the top, and belongs into a dataset. Fix: {"datasets"'),
+        ({"datasets": {"subsets": [{}]}}, "datasets is one object, but must be a list. Fix: put it in [ ]"),
+        ({"subsets": [{"image_dir": "/a"}]}, 'subsets is at the top level, and belongs in a dataset. Fix: {"datasets"'),
         (
             {"image_dir": "/a", "num_repeats": 2},
             "image_dir, num_repeats: keys of a dataset or a subset stand at the top",
         ),
         ({"general": {}}, "the key 'datasets' is missing. Fix: "),
-        ([{"image_dir": "/a"}], "it is a list, and an object is needed. Fix: "),
+        ([{"image_dir": "/a"}], "it is a list, but must be an object. Fix: "),
         ([{"id": "my-set", "type": "local"}], "the key 'id' is not known; an object"),
         ({"job": "extension", "config": {}}, "the key 'job' is not known; an object"),
         ({"caption_extension": ".txt", "optimizer_type": "x"}, "the key 'optimizer_type' is not known"),

@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from entrypoint.dataset_config.sources import ARCHIVES
 from entrypoint.fetch.archive import Limits, content_root, extract, has_file, safe_path
 from entrypoint.fetch.fetch import fetch_source
-from entrypoint.system.folders import MARKER
 from trainer.data.folder_listing import list_folder
 from trainer.data.folders import leftovers
 from trainer.spec.errors import DataError
 from trainer.spec.plan import Source, Subset
+from trainer.storage.folders import MARKER
 
 NOISE = random.Random(7).randbytes(4000)
 KINDS = ["zip", "tar", "tar.gz", "tar.bz2", "tar.xz"]
@@ -109,7 +109,7 @@ def test_what_is_only_named_like_an_archive_is_named_for_what_it_is(tmp_path: Pa
 def test_archives_in_an_archive_are_named(pack: Pack, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = pack("zip", {"1.png": NOISE, "more/inner.zip": b"x", "b.7z": b"x"})
     fetch_source(Source("archive", str(path)), cache=tmp_path / "c", token=None)
-    assert "a.zip: archives in it take no part: b.7z, more/inner.zip. Unpack it" in caplog.text
+    assert "a.zip: archives in it are not used: b.7z, more/inner.zip. Unpack it" in caplog.text
 
 
 def test_the_mark_of_a_whole_folder_is_no_file_of_the_user(pack: Pack, tmp_path: Path) -> None:

@@ -349,8 +349,8 @@ def test_files_that_take_no_part_are_named(tmp_path: Path) -> None:
         tmp_path, {**images("0.png", "1.png", "2.png"), "0.txt": b"y", "metadata.jsonl": jsonl("0.png", "1.png")}
     )[1]
     assert facts["notes"] == [
-        "images that its metadata does not list are not trained: 2.png.",
-        "files that take no part: 0.txt.",
+        "images that its metadata does not list are not used: 2.png.",
+        "files that are not used: 0.txt.",
     ]
 
 
@@ -360,8 +360,45 @@ def test_metadata_that_fits_no_image_shows_both(tmp_path: Path) -> None:
 
 
 def test_a_row_with_too_many_fields_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"metadata\.csv, row 2: it has more fields than the header"):
-        read(tmp_path, {**TWO, "metadata.csv": b"file_name,text\n0.png,a dragon, flying\n"})
+    with pytest.raises(DataError, match=r"metadata\.csv, row 2: it has 4 fields, the header has 3"):
+        read(tmp_path, {**TWO, "metadata.csv": b"file_name,text,author\n0.png,a dragon, flying,me\n"})
+
+
+# ---- tables are read as those of a local folder
+
+
+def test_a_caption_with_commas_and_without_quotes_is_whole(tmp_path: Path) -> None:
+    captions, facts = read(tmp_path, {**TWO, "metadata.csv": b"file_name,text\n0.png,a dragon, flying\n1.png,b\n"})
+    assert captions == ["a dragon, flying", "b"]
+    assert any("without double quotes in the caption of 1 row" in note for note in facts["notes"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metadata.csv", b"File Name; Image Caption\n0.png; a, b, c, d\n1.png; e\n"),
+        ("Metadata.TSV", b"file_name\ttext\n0.png\ta, b, c, d\n1.png\te\n"),
+        ("metadata.ndjson", b'{"image_path": "0.PNG", "prompt": "a, b, c, d"}\n{"image_path": "1", "prompt": "e"}\n'),
+        ("metadata.jsonl", b'[{"file_name": "0.jpg", "text": "a, b, c, d"},\n{"file_name": 1, "text": "e"}]\n'),
+        (
+            "metadata.json",
+            b'{"v": 1, "images": [{"file": "0", "text": "a, b, c, d"}, {"file": "1", "text": "e"}]}',
+        ),
+    ],
+)
+def test_headers_delimiters_and_names_are_read_in_every_spelling(tmp_path: Path, name: str, content: bytes) -> None:
+    assert read(tmp_path, {**TWO, name: content})[0] == ["a, b, c, d", "e"]
+
+
+def test_an_image_in_an_archive_is_named_in_another_case(tmp_path: Path) -> None:
+    files = {"images.zip": packed(TWO), "metadata.csv": b"file_name,text\nIMAGES/0.PNG,zero\n1,one\n"}
+    assert read(tmp_path, files)[0] == ["zero", "one"]
+
+
+def test_a_key_that_is_there_twice_refuses_the_dataset(tmp_path: Path) -> None:
+    row = b'{"file_name": "0.png", "text": "x", "text": "y"}'
+    with pytest.raises(DataError, match=r"metadata\.jsonl, line 1: not JSON: the key 'text' is given twice"):
+        read(tmp_path, {**TWO, "metadata.jsonl": row})
 
 
 def test_an_archive_that_leads_out_is_refused(tmp_path: Path) -> None:

@@ -22,12 +22,12 @@ from entrypoint.fetch import flash_attention
 from entrypoint.planning.plan import make_plan
 from entrypoint.processes.launch import launch
 from entrypoint.settings.read import read_settings
-from entrypoint.system import folders
 from entrypoint.system.hardware import Hardware
 from tests.support.machines import CPU, FULL, LARGE_GPU, MINI, NOW
 from trainer.spec.errors import SettingsError, StorageError, UnreachableError
 from trainer.spec.family import base_models, get_family
 from trainer.spec.plan import Plan
+from trainer.storage import folders
 
 SOURCES = {"tiny/__init__.py": "from inside import HERE\n", "tiny/dsl_packages/inside.py": "HERE = __file__\n"}
 OLDER = dataclasses.replace(LARGE_GPU, architecture="8.9")

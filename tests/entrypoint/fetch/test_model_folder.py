@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from entrypoint.fetch import model_folder
+from trainer.base_model import model_folder
 from trainer.spec.family import get_family
 
 # As in the repositories of the Hub (2025), with what other frameworks and other precisions add.

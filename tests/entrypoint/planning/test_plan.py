@@ -508,7 +508,7 @@ def test_a_home_machine_trains_flux_in_8_gib():
         r"Peaks predicted, in GiB of 8: texts \d\.\d, latents \d\.\d, training \d\.\d, samples \d\.\d\.", told
     )
     (too_large,) = re.findall(r"Faster, but too large: (.*)\.\n", told)
-    assert too_large.count(" GiB") >= 6 and "layer by layer" in told
+    assert too_large.count(" GiB") == 3 and "layer by layer" in told  # the nearest, of many
 
 
 def test_a_dora_adapter_needs_its_weights_there():

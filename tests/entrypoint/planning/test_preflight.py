@@ -19,8 +19,8 @@ from safetensors.numpy import save_file
 
 from entrypoint.fetch import flash_attention
 from entrypoint.fetch.fetch import fetch_model, fetch_source
-from entrypoint.fetch.model_folder import check_folder, problems
 from entrypoint.planning.preflight import _cache_bytes_per_image, preflight
+from trainer.base_model.model_folder import check_folder, problems
 from trainer.spec.errors import DataError, KilnError, SettingsError, StorageError
 from trainer.spec.family import get_family
 from trainer.spec.plan import (

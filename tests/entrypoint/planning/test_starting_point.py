@@ -21,6 +21,7 @@ from trainer.spec.plan import Plan
 CPU = Hardware("cpu", "x86_64", 32.0, 0, "", 32.0, 8)
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 WIDTH = 128  # of mini-flux
+DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"  # of flux
 WIDTHS = {"flux": WIDTH, "sdxl": 64, "sd3": 112}  # of the miniatures
 Matrices = dict[str, tuple[tuple[int, ...], list[float]]]
 
@@ -96,6 +97,51 @@ def test_the_plan_takes_rank_and_targets_of_the_file_and_says_so(attention):
     words = "\n".join(made.reasons)
     assert "diffusers keys, rank 6, no alpha, 6 modules" in words
     assert "PARAMS_NETWORK_DIM: 6 (the rank of the LoRA file)" in words
+
+
+def chosen(found: Plan) -> str:
+    return next(reason for reason in found.reasons if reason.startswith("PARAMS_TARGET_MODULES"))
+
+
+def test_a_file_for_some_blocks_trains_exactly_its_layers(tmp_path):
+    """By the layers of the base model, which is here."""
+    layers = ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_out.0"]
+    tensors = {key: value for layer in layers for key, value in peft(layer, rank=4).items()}
+    found = plan(write(tmp_path / "x.safetensors", tensors))
+    assert set(found.lora.targets) == set(layers)
+    said = chosen(found)
+    assert "without transformer_blocks.1.attn.to_q;" in said
+    assert "attn.to_q,attn.to_out.0 would train all blocks" in said
+    everywhere = plan(write(tmp_path / "x.safetensors", tensors), PARAMS_TARGET_MODULES="attn.to_q,attn.to_out.0")
+    assert everywhere.lora.targets == ("attn.to_q", "attn.to_out.0")
+
+
+def test_a_file_for_all_blocks_has_the_short_names(tmp_path):
+    layers = [f"{kind}.{i}.attn.to_q" for kind in (DOUBLE, SINGLE) for i in (0, 1)]
+    tensors = {key: value for layer in layers for key, value in peft(layer, rank=4).items()}
+    assert plan(write(tmp_path / "x.safetensors", tensors)).lora.targets == ("attn.to_q",)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "missing"),
+    [
+        ({DOUBLE: range(19)}, "single_transformer_blocks.0.attn.to_q"),
+        ({DOUBLE: range(18), SINGLE: range(38)}, "transformer_blocks.18.attn.to_q"),
+        (
+            {DOUBLE: range(1, 19), SINGLE: range(38)},
+            "transformer_blocks.0.attn.to_q",
+        ),
+        ({DOUBLE: range(19), SINGLE: range(38)}, None),
+    ],
+)
+def test_the_blocks_of_a_published_model_are_known_before_the_download(tmp_path, blocks, missing):
+    layers = [f"{kind}.{i}.attn.to_q" for kind, numbers in blocks.items() for i in numbers]
+    tensors = {key: value for layer in layers for key, value in peft(layer, rank=1, width=3072).items()}
+    found = plan(write(tmp_path / "x.safetensors", tensors), base="flux-dev", BACKEND="cpu")
+    if missing is None:
+        assert found.lora.targets == ("attn.to_q",)
+    else:
+        assert set(found.lora.targets) == set(layers) and f"without {missing};" in chosen(found)
 
 
 def test_another_rank_is_refused_with_both(attention):

@@ -31,14 +31,14 @@ def photos(tmp_path):
 def summary(tmp_path, caplog):
     """A function that returns the lines for a plan with the given variables."""
 
-    def lines(source, *, on=CPU, config=None, **variables):
+    def lines(source, *, on=CPU, config=None, estimate_captions=False, **variables):
         asked = {"BASE_MODEL": "mini-flux", "CACHE_PATH": str(tmp_path / "cache"), **variables}
         if source:
             asked["DATASET_NAME"] = str(source)
         plan = make_plan(read_settings(asked), read_manifest(json.dumps(config) if config else None, None), on, now=NOW)
         caplog.clear()
         with caplog.at_level(logging.INFO):
-            log_summary(plan, token=None, hub_cache=tmp_path / "hub")
+            log_summary(plan, token=None, hub_cache=tmp_path / "hub", estimate_captions=estimate_captions)
         return caplog.text
 
     return lines
@@ -52,7 +52,7 @@ def test_images_captions_shapes_steps_saves_and_samples_are_said(photos, summary
     assert "2 captions" in text
     assert "Shapes: 3" in text and "128 × 128 (2)" in text
     assert "Steps: 10, which is 2 times all images; an epoch has 5 steps of up to 1 image." in text
-    assert "Saves: 2, every 4 steps, of which the newest 2 are kept" in text
+    assert "Saves: 3, every 4 steps, of which the newest 2 are kept"  # 4, 8, and the last in text
     assert "Samples: 3 rounds of" in text
 
 
@@ -81,12 +81,34 @@ def test_a_folder_without_a_usable_image_ends_the_check(photos, summary):
         summary(photos)
 
 
-def test_an_archive_that_was_unpacked_before_is_read_from_the_cache(photos, summary, tmp_path):
-    archive = shutil.make_archive(str(tmp_path / "photos"), "zip", photos)
-    assert "is not on this machine yet" in summary(archive)
+def test_an_archive_on_this_machine_is_looked_into(photos, summary, tmp_path):
+    archive = shutil.make_archive(str(tmp_path / "zipped"), "zip", photos)
+    assert "5 found, 5 used" in summary(archive)
+
+
+def test_few_steps_are_described_as_they_happen(photos, summary):
+    text = summary(photos, PARAMS_MAX_STEPS="2")
+    assert "Saves: at step 2, with the finished LoRA. Samples: 2 rounds of 4 images, at step 0 and at the end." in text
+
+
+def test_a_line_is_said_once(photos, summary):
+    messages = [line.split(" ", 2)[-1] for line in summary(photos, PARAMS_NUM_REPEATS="5").splitlines()]
+    assert len(messages) == len(set(messages))
+    about_saves = [message for message in messages if "every" in message and "save" in message.lower()]
+    assert len(about_saves) == 1
 
 
 def test_class_images_that_will_be_drawn_count(photos, summary):
     subsets = [{"image_dir": str(photos)}, {"class_prompt": "a dog", "num_class_images": 7, "is_reg": True}]
     text = summary(None, config={"datasets": [{"resolution": 128, "subsets": subsets}]}, PARAMS_MAX_EPOCHS="1")
-    assert "Steps: 10, which is 1 times all images" in text
+    assert "Steps: 10, which is 1 time all images" in text
+
+
+def test_captions_that_no_tokenizer_reads_whole_are_named_without_one(photos, summary):
+    (photos / "0.txt").write_text("a red dog's tail, " * 20)  # 6 pieces each: a, red, dog, 's, tail, and the comma
+    text = summary(photos, estimate_captions=True, BASE_MODEL="mini-sdxl")
+    assert "1 text is longer than the 77 tokens that CLIP reads" in text and "0.0/0.png (122 tokens or more)" in text
+    assert "PARAMS_MAX_TOKEN_LENGTH=225" in text
+    long = summary(photos, estimate_captions=True, BASE_MODEL="mini-sdxl", PARAMS_MAX_TOKEN_LENGTH="225")
+    assert "longer than" not in long
+    assert "longer than" not in summary(photos, estimate_captions=True, BASE_MODEL="mini-flux")

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from bench.layouts import write_zeros
 from bench.original_names import checkpoint, miniature, original, under, vae_original
-from entrypoint.fetch import model_folder
 from tests.support import full_size_files
 from tests.support.single_files import planned
+from trainer.base_model import model_folder
 from trainer.spec.errors import SettingsError
 from trainer.spec.family import get_family
 

@@ -256,7 +256,7 @@ def test_an_unknown_parameter_is_refused_with_the_nearest_name():
     ],
 )
 def test_a_mistyped_name_is_refused_with_the_right_one(typed, meant):
-    assert f"'{typed}' is no variable. Fix: did you mean {meant}?" in refusal(**{typed: "1"})
+    assert f"'{typed}' is not a variable. Fix: did you mean {meant}?" in refusal(**{typed: "1"})
 
 
 def test_an_unrelated_environment_is_never_a_problem():
@@ -281,7 +281,7 @@ def test_nearly_all_typos_of_one_character_are_refused_with_the_right_name():
     for name in NAMES:
         some = rng.sample(sorted(typos(name)), 40)
         message = refusal(**dict.fromkeys(some, "1"))
-        right += sum(f"{typo!r} is no variable. Fix: did you mean {name}?" in message for typo in some)
+        right += sum(f"{typo!r} is not a variable. Fix: did you mean {name}?" in message for typo in some)
         total += len(some)
     assert right / total >= 0.99
 
@@ -322,6 +322,11 @@ def test_anything_but_an_object_is_refused(text):
 @pytest.mark.parametrize("name", ["PARAMS_SEEDS", "SEEDY", "CONFIG_JSON", "PATH", ""])
 def test_unknown_names_in_it_are_refused(name):
     assert f"CONFIG_JSON: {name!r} is no variable" in refusal(CONFIG_JSON=json.dumps({name: 1}))
+
+
+def test_variables_inside_an_object_are_said_to_belong_beside_the_others():
+    told = refusal(CONFIG_JSON=json.dumps({"params": {"lr": 1e-4}}))
+    assert "'params' holds an object" in told and "beside the others" in told and "did you mean" not in told
 
 
 # ---- secrets

@@ -209,9 +209,9 @@ def forget(fault, due):
 
     restore = state.TrainingState.restore
 
-    def restored(self, tree):
+    def restored(self, tree, *, renew=False):
         without(tree)
-        restore(self, tree)
+        restore(self, tree, renew=renew)
 
     state.TrainingState.restore = restored
 

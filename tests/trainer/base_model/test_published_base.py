@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from bench.original_names import checkpoint, flux_files, miniature, weights
 from entrypoint.fetch.fetch import fetch_model
+from tests.support.published import small_model
 from tests.support.single_files import planned
 from trainer.base_model import single_file
-from trainer.spec.family import BaseModel, Published, Tokenizer, get_family
+from trainer.spec.family import get_family
 
 
 @pytest.fixture(params=["flux", "sdxl", "sd3"])
 def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a family that has one more published model, gated and of a miniature's size: BASE_MODEL=small."""
     name = request.param
-    source = miniature(name)
-    configs = {path.relative_to(source).as_posix(): json.loads(path.read_text()) for path in source.rglob("*.json")}
-    tokenizers = {}
-    for path in list(configs):
-        if path.startswith("tokenizer"):
-            config = configs.pop(path)
-            if path.endswith("tokenizer_config.json"):
-                tokenizers[path.split("/")[0]] = Tokenizer(path, "org/open", ("tokenizer.json",), config)
-    model = BaseModel("org/gated", 1.0, gated=True, resolution=128, published=Published(configs, tokenizers, {}))
-    monkeypatch.setitem(get_family(name).FACTS.models, "small", model)
+    monkeypatch.setitem(get_family(name).FACTS.models, "small", small_model(name))
     return name
 
 

@@ -1,6 +1,8 @@
 """Captions and prompts that a text encoder does not read to their end are named, with the place of the cut."""
 
+import csv
 import dataclasses
+import io
 import logging
 from pathlib import Path
 
@@ -95,6 +97,9 @@ def test_a_job_names_what_is_cut_and_no_warning_of_a_library_leaks(family, job_p
     assert any(text.startswith("Prompt 0") for text in warnings)
     assert any(text.startswith("Negative prompt 0") for text in warnings)
     assert "0.0/0.png" in (tmp_path / "out" / "dataset-report.txt").read_text().partition("are longer than")[2]
+    table = (tmp_path / "out" / "dataset-report.csv").read_text(encoding="utf-8-sig")
+    rows = {row["file"]: row["cut_at"] for row in csv.DictReader(io.StringIO(table))}
+    assert rows["0.png"] and rows["0.png"].rstrip("…") in f"{START}red wall" and rows["1.png"] == ""
     leaked = "\n".join([*warnings, capfd.readouterr().err])
     assert "Token indices" not in leaked and "truncated" not in leaked
 

@@ -75,7 +75,7 @@ def test_same_stem_is_two_pictures_and_copies_are_counted(make_folder):
     assert [p.name for p in found.images] == ["00.jpg", "00.png", "01.png", "02.png"]
     assert captions(found)["00.jpg"] == captions(found)["00.png"] == "picture 0, a tag, another tag"
     assert len({p.sha256 for p in found.images}) == 3
-    assert "1 images are byte for byte copies of another: all are used" in found.report()
+    assert "1 copy, byte for byte, all used: 02.png of 00.png" in found.report()
 
 
 def test_links_that_leave_the_folder_are_refused(make_folder, tmp_path):
@@ -183,6 +183,21 @@ def test_captions_by_sidecar_in_the_order_of_extensions(make_folder):
     assert "1 caption missing: trained without caption" in found.report()
 
 
+def test_a_trigger_word_stands_in_for_missing_captions(make_folder):
+    folder = make_folder("a", 2, captions=False)
+    note = "2 captions missing: the trigger word 'ohwx' alone is used: 00.png, 01.png"
+    report = scan_folder(folder, trigger_word="ohwx").report()
+    assert note in report and "without caption" not in report and "WARNING" not in report
+    (folder / "00.txt").write_text("a dog")
+    report = scan_folder(folder, trigger_word="ohwx").report()
+    assert "WARNING: 1 caption missing: the trigger word 'ohwx' alone is used: 01.png" in report
+
+
+def test_a_folder_without_captions_is_warned_of_once(make_folder):
+    report = scan_folder(make_folder("a", 2, captions=False)).report()
+    assert report.count("00.png") == 1 and "no word will call them up: 00.png, 01.png. Add .txt files" in report
+
+
 def test_class_tokens_stand_in_for_missing_captions_not_for_empty_ones(make_folder):
     folder = make_folder("a", 3, captions=False)
     (folder / "00.txt").write_text("own")
@@ -283,7 +298,7 @@ def test_alpha_as_mask(make_folder):
     assert mask.shape == (64, 64) and mask[:, :20].max() == 0 and mask[:, 44:].min() == 255
     assert render_mask(opaque, view) is None
     assert scan_folder(folder).images[1].mask_sha256 is None
-    assert "1 images have transparency: the alpha weighs the loss" in found.report()
+    assert "transparency in 1 image, the alpha weighs the loss: 01.png" in found.report()
 
 
 def test_masks_of_the_same_stem_are_cut_and_flipped_like_the_image(make_folder):

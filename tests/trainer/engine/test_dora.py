@@ -229,6 +229,14 @@ def test_a_part_of_a_layer_that_files_have_as_one_trains_alone(job_plan, tmp_pat
     apply_loras(base, [(modules, 1.0)], component="transformer")
     torch.testing.assert_close(output("flux", base), output("flux", pipe.transformer), rtol=1e-4, atol=1e-4)
     assert (output("flux", base) - before).norm() > 0.01 * before.norm()
+    again = tmp_path / "again.safetensors"  # the same file by the export tool, with the rows that did not train
+    assert export_command([str(kohya), "--to", "kohya", "--out", str(again)]) == 0
+    assert load_file(again).keys() == load_file(kohya).keys()
+    assert all(torch.equal(tensor, load_file(again)[key]) for key, tensor in load_file(kohya).items())
+    assert export_command([str(kohya), "--to", "peft", "--out", str(tmp_path / "p.safetensors")]) == 0
+    assert convert.load(tmp_path / "p.safetensors", "flux").keys() == modules.keys()
+    assert export_command([str(again), "--to", "comfyui", "--out", str(tmp_path / "c.safetensors")]) == 0
+    assert convert.load(tmp_path / "c.safetensors", "flux").keys() == modules.keys()
     more = {**only, "PARAMS_RESUME_FROM": str(kohya), "OUTPUT_PATH": str(tmp_path / "next")}
     del more["PARAMS_TARGET_MODULES"]
     assert job_plan("flux", **more).lora.targets == ("attn.to_q", "proj_out")

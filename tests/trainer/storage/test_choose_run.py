@@ -80,7 +80,7 @@ def test_other_settings_are_a_new_run_beside_it_and_the_old_ones_the_old_run_aga
     assert choice.plan.output.name == "x-2" and choice.home == out / "runs" / "x-2"
     text = choice.describe()
     assert text.startswith(
-        "New run x-2, beside x, since these differ: PARAMS_SEED: 42 → 1. x stays as it is, at step 8."
+        "New run x-2, beside x, because these settings differ: PARAMS_SEED: 42 → 1. x stays as it is, at step 8."
     )
     assert f"PARAMS_RESUME_FROM={out}/x-step00000008.safetensors" in text and "RESUME_WITH_CHANGES=true" in text
     assert choose(choice.plan).plan == choice.plan, "the trainer comes to the same answer"
@@ -143,6 +143,17 @@ def test_a_run_goes_on_with_changes_if_asked_and_if_its_state_fits(plan):
     rank = dataclasses.replace(plan, lora=dataclasses.replace(plan.lora, rank=8))
     with pytest.raises(SettingsError, match=r"at step 8 does not fit (?s:.*)PARAMS_NETWORK_DIM: 32 → 8"):
         choose(asked(rank, resume_with_changes=True))
+
+
+def test_a_wish_to_go_on_that_cannot_be_met_is_named(plan, out):
+    leave(choose(plan), step=0, done=True)
+    wish = asked(other(plan, seed=1), resume_with_changes=True)
+    assert choose(wish).describe().endswith("RESUME_WITH_CHANGES=true does not apply: x has no state.")
+    leave(choose(plan), done=True)
+    start = dataclasses.replace(wish, lora=dataclasses.replace(wish.lora, resume_from=str(out / "x.safetensors")))
+    text = choose(start).describe()
+    assert "RESUME_WITH_CHANGES=true does not apply: x did not begin with this PARAMS_RESUME_FROM." in text
+    assert "goes on with its state" not in text
 
 
 def test_a_place_to_start_from_is_not_ignored_beside_it(plan, out):

@@ -6,16 +6,17 @@ and CAPTION_COLUMN choose others.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.data.caption_files.findings import Findings, some
+from trainer.data.caption_files.findings import Findings
 from trainer.data.caption_files.formats import (
     CAPTION_NAMES,
     IMAGE_NAMES,
+    LABELS,
     LIKE_A_CAPTION,
     MORE_CAPTION_NAMES,
+    NEAR_CAPTION,
     TAGS,
     Record,
     has_image_suffix,
@@ -23,6 +24,9 @@ from trainer.data.caption_files.formats import (
 )
 from trainer.spec.plan import Subset
 from trainer.spec.values import show
+from trainer.spec.wording import some
+
+MOST_COLUMNS = 40  # in one message: a table may have hundreds
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +49,11 @@ def choose_columns(
     by_normal: dict[str, list[str]] = {}
     for name in names:
         by_normal.setdefault(normal(name), []).append(name)
-    listed = ", ".join(show(name) for name in names[:40])
+    listed = some([show(name) for name in names], most=MOST_COLUMNS)
     source = subset.source
     is_hub = source.kind == "hub"  # where the columns were chosen when the rows were written
-    asked_image = _asked_column("IMAGE_COLUMN", source.image_column, by_normal, title, is_hub=is_hub)
-    asked_caption = _asked_column("CAPTION_COLUMN", source.caption_column, by_normal, title, is_hub=is_hub)
+    asked_image = _asked_column("IMAGE_COLUMN", source.image_column, names, title, is_hub=is_hub)
+    asked_caption = _asked_column("CAPTION_COLUMN", source.caption_column, names, title, is_hub=is_hub)
     images = _known(by_normal, IMAGE_NAMES)
     if asked_image:
         images = (asked_image,)
@@ -67,7 +71,7 @@ def choose_columns(
         captions = (asked_caption,)
         tags = None
     elif not captions:
-        captions = _other_captions(title, by_normal, has_tags=tags is not None, images=images)
+        captions = _other_captions(title, names, by_normal, has_tags=tags is not None, images=images)
     columns = Columns(images, tuple(name for name in captions if name not in images), tags)
     _note_unused(title, names, records, columns, findings)
     if not columns.captions and tags is None:
@@ -78,24 +82,22 @@ def choose_columns(
     return columns
 
 
-def _asked_column(
-    variable: str, asked: str | None, by_normal: dict[str, list[str]], title: str, *, is_hub: bool
-) -> str | None:
+def _asked_column(variable: str, asked: str | None, names: Sequence[str], title: str, *, is_hub: bool) -> str | None:
     """The column that a variable, or the key of its name in dataset.json, asks for; None if it asks for none.
 
     Raises ValueError if the file has no such column.
     """
     if asked is None:
         return None
-    found = by_normal.get(normal(asked), [])
-    if asked in found:
+    if asked in names:
         return asked
-    if found:
-        return found[0]
+    for name in names:
+        if normal(name) == normal(asked):
+            return name
     if is_hub:
         return None
-    columns = ", ".join(name for names in by_normal.values() for name in names)
-    raise ValueError(f"{variable}={asked}: {title} has no such column, only {columns}")
+    listed = some(names, most=MOST_COLUMNS)
+    raise ValueError(f"{variable}={asked}: {title} has no such column, only {listed}")
 
 
 def _known(by_normal: dict[str, list[str]], wanted: Sequence[str]) -> tuple[str, ...]:
@@ -107,7 +109,7 @@ def _known(by_normal: dict[str, list[str]], wanted: Sequence[str]) -> tuple[str,
 
 
 def _other_captions(
-    title: str, by_normal: dict[str, list[str]], *, has_tags: bool, images: Sequence[str]
+    title: str, names: Sequence[str], by_normal: dict[str, list[str]], *, has_tags: bool, images: Sequence[str]
 ) -> tuple[str, ...]:
     """The column of captions where none is called caption or text: by another usual name, or by a part of it.
 
@@ -117,13 +119,13 @@ def _other_captions(
     if known:
         return known[:1]
     near = []
-    for name in (name for names in by_normal.values() for name in names):
-        if re.search(r"caption|prompt|text|description", name, re.IGNORECASE) and name not in images:
+    for name in names:
+        if NEAR_CAPTION.search(name) and name not in images:
             near.append(name)
     if len(near) > 1:
         raise ValueError(f"{title} has several columns of captions. Choose CAPTION_COLUMN: {', '.join(near)}")
     if not near and not has_tags:
-        near = list(_known(by_normal, ("label", "labels")))
+        near = list(_known(by_normal, LABELS))
     return tuple(near[:1])
 
 
@@ -155,7 +157,11 @@ def _is_needed(name: str, columns: Columns, records: Sequence[tuple[str, Record]
     if name not in columns.images:
         return False
     before = columns.images[: columns.images.index(name)]
-    return any(record.get(name) and not any(record.get(other) for other in before) for _, record in records)
+    for _, record in records:
+        earlier = [other for other in before if record.get(other)]
+        if record.get(name) and not earlier:
+            return True
+    return False
 
 
 def _has_both(records: Sequence[tuple[str, Record]], first: str, second: str) -> bool:

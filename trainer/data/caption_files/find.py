@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from trainer.data.caption_files.findings import Findings, many, some
+from trainer.data.caption_files.findings import Findings
+from trainer.data.caption_files.formats import METADATA, SUFFIXES
 from trainer.data.caption_files.matching import ImageNames
 from trainer.data.caption_files.sidecars import Sidecars, find_sidecars
 from trainer.data.caption_files.tables import Row, read_table
@@ -17,10 +18,10 @@ from trainer.data.caption_files.text_encoding import Decoded, decode_all
 from trainer.data.captions import CONTROLS, Caption, clean, removed_characters
 from trainer.data.folder_listing import Folder, resolve
 from trainer.spec.plan import Subset
+from trainer.spec.wording import many, some
 from trainer.storage.read import read_regular
 
-METADATA = re.compile(r"metadata\.(jsonl|json|csv|tsv)", re.IGNORECASE)  # found without being named, in any folder
-TABLE = re.compile(r".*\.(jsonl|json|csv|tsv|parquet|xlsx?|ods)", re.IGNORECASE)  # of captions, perhaps
+TABLES = (*SUFFIXES, ".parquet", ".xls", ".xlsx", ".ods")  # of captions, perhaps
 MAX_METADATA_BYTES = 1 << 30  # some millions of captions
 MAX_SIDECAR_BYTES = 1 << 20  # 1 MiB is some 200,000 words: no caption
 MOST_REMOVED_SHARE = 0.1  # of a text's characters: with more that no caption has, it is no text
@@ -164,7 +165,7 @@ def _why_no_caption(text: str) -> str | None:
     visible = len(re.sub(r"\s", "", text))
     lost = len(CONTROLS.findall(text))
     if lost > MOST_REMOVED_SHARE * visible and lost > 3:
-        return "its characters are those of no text"
+        return "its characters are not those of text"
     return None
 
 
@@ -340,7 +341,7 @@ def _note_other_files(
             found.findings.unused.append(f"{name}: metadata_file {subset.metadata_file} is read instead")
         else:
             found.findings.unused.append(f"{name}: it is neither an image nor a caption")
-        if TABLE.fullmatch(name):
+        if name.lower().endswith(TABLES):
             tables.append(name)
     silent = [image for image in images if image not in found.captions or not found.captions[image].encoding]
     if tables and silent:

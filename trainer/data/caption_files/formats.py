@@ -12,12 +12,15 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from trainer.data.caption_files.findings import Findings, many, some
-from trainer.spec.plan import Subset
+from trainer.data.caption_files.findings import Findings
 from trainer.spec.values import show
+from trainer.spec.wording import many, some
 
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
+METADATA = re.compile(r"metadata\.(csv|tsv|jsonl|ndjson|json)", re.IGNORECASE)  # read without being named
 DELIMITERS = (",", ";", "\t", "|")
 # Columns, best first, as `normal` writes them.
 IMAGE_NAMES = (
@@ -28,12 +31,22 @@ IMAGE_NAMES = (
 CAPTION_NAMES = ("caption", "text")  # a row may have either
 MORE_CAPTION_NAMES = (
     *("captions", "texts", "prompt", "prompts", "description", "descriptions", "image_caption", "img_caption"),
-    *("long_caption", "short_caption", "tag_string"),
+    "tag_string",
 )
 TAGS = "tags"
+LABELS = ("label", "labels")  # where nothing else can be the caption
+NEAR_CAPTION = re.compile(r"caption|prompt|text|description", re.IGNORECASE)  # in a column's name
 LIKE_A_CAPTION = re.compile(r"caption|prompt|text|descr|tag|label", re.IGNORECASE)
 
 Record = dict[str, Any]  # column → value
+
+
+@dataclass(frozen=True, slots=True)
+class AskedColumns:
+    """The columns that the user chose, by IMAGE_COLUMN and CAPTION_COLUMN; None: not chosen."""
+
+    image: str | None = None
+    caption: str | None = None
 
 
 def normal(name: str) -> str:
@@ -41,30 +54,30 @@ def normal(name: str) -> str:
     return re.sub(r"[\s\-]+", "_", name.strip(" \t\r\n\ufeff\"'").casefold())
 
 
-def read_records(title: str, text: str, subset: Subset, findings: Findings) -> list[tuple[str, Record]]:
+def read_records(title: str, text: str, asked: AskedColumns, findings: Findings) -> list[tuple[str, Record]]:
     """Each row of a file, after where it is. Raises ValueError with the place."""
     suffix = title.rpartition(".")[2].lower()
     if suffix in ("csv", "tsv"):
-        return list(_csv_records(title, text, subset, findings, first=DELIMITERS[2] if suffix == "tsv" else ","))
+        return list(_csv_records(title, text, asked, findings, first="\t" if suffix == "tsv" else ","))
     lines = [(f"line {n}", line.strip()) for n, line in enumerate(re.split(r"\r\n|\r|\n", text), 1) if line.strip()]
     if not lines:
         return []
     start = lines[0][1]
     # Each of the two formats often has the other's suffix.
-    if suffix == "jsonl":
+    if suffix in ("jsonl", "ndjson"):
         by_line = start not in "[{" and not start.startswith("[")
     else:
         by_line = len(lines) > 1 and start.startswith("{") and start.endswith("}")
     if not by_line:
-        return list(_json_records(_parse(text, where=title), title=title, findings=findings))
+        return list(_json_records(parse_json(text, where=title), title=title, findings=findings))
     if len(lines) == 1:
-        value = _parse(lines[0][1], where=f"{title}, line 1")
+        value = parse_json(lines[0][1], where=f"{title}, line 1")
         if not _is_record(value):
             return list(_json_records(value, title=title, findings=findings))
     records = []
     for where, line in lines:
         place = f"{title}, {where}"
-        records.append((where, _as_record(_parse(line.removesuffix(","), where=place), where=place)))
+        records.append((where, _as_record(parse_json(line.removesuffix(","), where=place), where=place)))
     return records
 
 
@@ -79,7 +92,8 @@ def has_image_suffix(name: str) -> bool:
     return re.search(r"\.[A-Za-z0-9]{2,4}$", name.strip()) is not None
 
 
-def _parse(document: str, *, where: str) -> Any:
+def parse_json(document: str, *, where: str) -> Any:
+    """The value of a JSON text. Raises ValueError that begins with `where`."""
     try:
         return json.loads(document, object_pairs_hook=_without_repeated_keys)
     except RecursionError:
@@ -92,8 +106,8 @@ def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> Record:
     """Python would keep the last of them in silence. Raises ValueError."""
     record = dict(pairs)
     if len(record) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {show(twice)} is there twice")
+        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {show(twice)} is given twice")
     return record
 
 
@@ -112,7 +126,7 @@ def _json_records(value: Any, *, title: str, findings: Findings) -> Iterator[tup
             return
         for name, entry in value.items():
             if not isinstance(entry, dict | list | str) and not has_image_suffix(name):
-                findings.unused.append(f"{title}, key {show(name)}: it is no caption")
+                findings.unused.append(f"{title}, key {show(name)}: it is not a caption")
                 continue
             record = entry if isinstance(entry, dict) else {"caption": entry}
             yield show(name), {**record, "file_name": name}
@@ -137,7 +151,7 @@ def _as_record(value: Any, *, where: str) -> Record:
 
 
 def _csv_records(
-    title: str, text: str, subset: Subset, findings: Findings, *, first: str
+    title: str, text: str, asked: AskedColumns, findings: Findings, *, first: str
 ) -> Iterator[tuple[str, Record]]:
     """The rows below the header. Too many fields are one caption if there is no doubt; else a problem."""
     number = 0  # as a spreadsheet counts rows
@@ -146,7 +160,7 @@ def _csv_records(
         text = text[said.end() :]
         number = 1
     else:
-        delimiter = _delimiter(text, first, subset)
+        delimiter = _delimiter(text, first, asked)
     header: list[str] | None = None
     joined = []
     short = []
@@ -160,7 +174,7 @@ def _csv_records(
         while len(fields) > len(header) and not fields[-1].strip():
             fields.pop()  # a spreadsheet fills all rows up to the longest
         if len(fields) > len(header):
-            if not _ends_with_caption(header, subset) or '"' in raw:
+            if not _ends_with_caption(header, asked) or '"' in raw:
                 findings.problems.append(
                     f"{title}, row {number}: it has {len(fields)} fields, the header has {len(header)}. Put a caption "
                     f'that has {show(delimiter)} in it between double quotes: "a dog, running"'
@@ -173,8 +187,8 @@ def _csv_records(
         yield f"row {number}", dict(zip(header, fields, strict=False))
     if joined:
         findings.warn(
-            f"{title}: {show(delimiter)} without double quotes in the caption of {many(len(joined), 'row')}: all of "
-            f"the text is taken: {some(joined)}."
+            f"{title}: {show(delimiter)} without double quotes in the caption of {many(len(joined), 'row')}: the "
+            f"whole text is used: {some(joined)}."
         )
     if short and header:
         findings.warn(
@@ -183,21 +197,23 @@ def _csv_records(
 
 
 def _header(fields: list[str], title: str) -> list[str]:
-    """The names of the columns. Raises ValueError for a name that is there twice."""
+    """The names of the columns. Raises ValueError for a name that is given twice."""
     names = [field.strip(" \t\ufeff") for field in fields]
     while names and not names[-1]:
         names.pop()
-    twice = [name for name, count in Counter(normal(name) for name in names).items() if count > 1 and name]
-    if twice:
-        raise ValueError(f"{title}: two columns are called {show(twice[0])}. Rename one")
+    seen = set()
+    for name in names:
+        if name and normal(name) in seen:
+            raise ValueError(f"{title}: two columns have the name {show(normal(name))}. Rename one")
+        seen.add(normal(name))
     return names
 
 
-def _delimiter(text: str, first: str, subset: Subset) -> str:
+def _delimiter(text: str, first: str, asked: AskedColumns) -> str:
     """The delimiter that splits the header into the most columns that are known; `first` among equals."""
     header = text.lstrip("\ufeff\r\n").split("\n", 1)[0]
-    asked = (subset.source.image_column, subset.source.caption_column)
-    known = {*IMAGE_NAMES, *CAPTION_NAMES, *MORE_CAPTION_NAMES, TAGS, *(normal(name) for name in asked if name)}
+    chosen = (normal(name) for name in (asked.image, asked.caption) if name)
+    known = {*IMAGE_NAMES, *CAPTION_NAMES, *MORE_CAPTION_NAMES, TAGS, *chosen}
 
     def worth(delimiter: str) -> tuple[int, int]:
         names = [normal(name) for name in header.split(delimiter)]
@@ -229,12 +245,11 @@ def _raw_rows(title: str, text: str, delimiter: str, number: int) -> Iterator[tu
         yield fields, raw
 
 
-def _ends_with_caption(header: Sequence[str], subset: Subset) -> bool:
+def _ends_with_caption(header: Sequence[str], asked: AskedColumns) -> bool:
     """Whether a row's first field names the image and all that follows can only be the caption."""
     if len(header) != 2:
         return False
     image, caption = (normal(name) for name in header)
-    source = subset.source
-    is_image = image in IMAGE_NAMES or image == normal(source.image_column or "")
-    is_caption = bool(LIKE_A_CAPTION.search(caption)) or caption == normal(source.caption_column or "")
+    is_image = image in IMAGE_NAMES or image == normal(asked.image or "")
+    is_caption = bool(LIKE_A_CAPTION.search(caption)) or caption == normal(asked.caption or "")
     return is_image and is_caption

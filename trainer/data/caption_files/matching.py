@@ -19,19 +19,23 @@ ELSEWHERE = re.compile(r"[A-Za-z]:/|[A-Za-z][A-Za-z0-9+.-]*://")  # a Windows dr
 class ImageNames:
     """The images that the rows of one metadata file may name.
 
-    `names` are relative to `folder`, which has the metadata file, with /.
+    `names` are relative to `folder`, which has the metadata file, with /. `aliases` are further names with the image
+    that each may mean; an image's own name wins over them.
     """
 
-    def __init__(self, names: Iterable[str], *, folder: Path) -> None:
+    def __init__(self, names: Iterable[str], *, folder: Path, aliases: Iterable[tuple[str, str]] = ()) -> None:
         self._folder = folder
         self._exact: dict[str, list[str]] = {}  # whole names, and names without suffix
         self._loose: dict[str, list[str]] = {}  # the same, folded
         self._last: dict[str, list[str]] = {}  # the last part of the name, likewise folded
-        for name in names:
+        own = dict.fromkeys(names)
+        known = [(name, name) for name in own]
+        known += [(alias, image) for alias, image in dict.fromkeys(aliases) if alias not in own]
+        for name, image in known:
             for key in dict.fromkeys((name, _stem(name))):
-                self._exact.setdefault(key, []).append(name)
-                self._loose.setdefault(folded(key), []).append(name)
-                self._last.setdefault(folded(_last_part(key)), []).append(name)
+                self._exact.setdefault(key, []).append(image)
+                self._loose.setdefault(folded(key), []).append(image)
+                self._last.setdefault(folded(_last_part(key)), []).append(image)
 
     def find(self, entry: str) -> list[str]:
         """The images that `entry` names: one; all of one stem, if it has no suffix; or none.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from trainer.data.caption_files.findings import Findings, many, some
+from trainer.data.caption_files.findings import Findings
 from trainer.data.captions import Caption, own_trigger
 from trainer.spec.plan import Subset
 from trainer.spec.prompts import TRIGGER_PLACEHOLDER
+from trainer.spec.wording import many, some
 
 
 def note_captions(images: Sequence[str], captions: Mapping[str, Caption], subset: Subset, findings: Findings) -> None:
@@ -38,18 +39,18 @@ def _note_missing(images: Sequence[str], own: Mapping[str, Caption], subset: Sub
     missing = [image for image in images if image not in own]
     if not missing:
         return
+    text = f"{many(len(missing), 'caption')} missing"
     if subset.class_tokens:
-        findings.notes.append(
-            f"{many(len(missing), 'caption')} missing: class_tokens {subset.class_tokens!r} is used: {some(missing)}"
-        )
-    elif own:
-        findings.warn(f"{many(len(missing), 'caption')} missing: trained without caption: {some(missing)}")
+        findings.notes.append(f"{text}: class_tokens {subset.class_tokens!r} is used: {some(missing)}")
+    elif own_trigger(subset):
+        text += f": the trigger word {own_trigger(subset)!r} alone is used: {some(missing)}"
+        findings.warn(text) if own else findings.notes.append(text)
+    elif own or subset.is_reg:
+        findings.warn(f"{text}: trained without caption: {some(missing)}")
     else:
-        findings.notes.append(f"{many(len(missing), 'caption')} missing: trained without caption: {some(missing)}")
-    if not own and not subset.class_tokens and not subset.trigger_word:
         findings.warn(
             "no captions at all and no class_tokens: the model learns these images without words, and no word will "
-            "call them up. Add .txt files, or set class_tokens or TRIGGER_WORD."
+            f"call them up: {some(missing)}. Add .txt files, or set class_tokens or TRIGGER_WORD."
         )
 
 

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.data.caption_files.columns import Columns, choose_columns
-from trainer.data.caption_files.findings import Findings, many, some
-from trainer.data.caption_files.formats import Record, read_records
+from trainer.data.caption_files.findings import Findings
+from trainer.data.caption_files.formats import AskedColumns, Record, read_records
 from trainer.data.captions import clean, removed_characters
 from trainer.spec.plan import Subset
 from trainer.spec.values import show
+from trainer.spec.wording import many, some
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +25,9 @@ class Row:
 
 def read_table(title: str, text: str, subset: Subset, findings: Findings) -> list[Row]:
     """The rows of the metadata file `title`, with what is wrong or unused added to `findings`."""
+    asked = AskedColumns(subset.source.image_column, subset.source.caption_column)
     try:
-        records = read_records(title, text, subset, findings)
+        records = read_records(title, text, asked, findings)
         columns = choose_columns(title, records, subset, findings)
     except ValueError as problem:
         findings.problems.append(f"{problem}.")

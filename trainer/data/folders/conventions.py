@@ -18,8 +18,9 @@ from pathlib import PurePosixPath
 
 from trainer.data.folder_listing import Folder
 from trainer.data.folders import leftovers
-from trainer.data.records import WARNING, printable, some
+from trainer.data.records import WARNING
 from trainer.spec.plan import Subset
+from trainer.spec.wording import printable, some
 
 NUMBERED = re.compile(r"\s*(\d+)(_(.*))?", re.ASCII | re.DOTALL)
 ALMOST_NUMBERED = re.compile(r"\s*\d+([\s.-]+|x[\s_-])[^\W\d].*", re.DOTALL)
@@ -33,7 +34,7 @@ REGULAR_FOLDERS = re.compile(
     r"regs?|regulari[sz]ations?|(reg|regulari[sz]ation|class)_?(imgs?|images?|pictures|photos|data|data_dir)"
 )
 BESIDE_IMG = ("log", "logs", "model", "models", "sample", "samples")  # what kohya's GUI makes beside img
-ONLY_A_NUMBER = "it has a number, and no name behind it"
+ONLY_A_NUMBER = "it has a number without a name after it"
 AS_DATASET_JSON = 'if repeats are meant, give it "image_dir" and "num_repeats" in dataset.json'
 
 
@@ -195,7 +196,7 @@ class _Siblings:
         for child, (number, words) in numbered.items():
             reason = _why_plain(number, words, certain=certain)
             if reason is None and in_order:
-                reason = "the folders seem to be numbered one after the other"
+                reason = "the folders seem to be numbered in sequence"
             if reason is not None:
                 plain[child] = reason
             elif int(number) == 0:
@@ -221,7 +222,7 @@ def _why_plain(number: str, words: str | None, *, certain: bool) -> str | None:
     if words is None:
         return ONLY_A_NUMBER
     if number.startswith("0") and number != "0":
-        return f"{number} seems to be a place in an order"
+        return f"{number} seems to be a position in a sequence"
     if count in SIZES or count > (MOST_REPEATS_IN_IMG if certain else MOST_REPEATS):
         return f"{number} may be a year, a size or a count"
     return None
@@ -275,7 +276,7 @@ def _note(folder: Folder, reading: Reading, plain: dict[str, str], location: str
     beside = [name for name in by_part[None] if not _is_inside(name, plain)]
     if beside and not all(part.is_reg for part in reading.parts):
         reading.notes.append(
-            f"{WARNING}{len(beside)} images are in no folder with repeats in its name ({some(beside)}): they are "
+            f"{WARNING}{len(beside)} images are not in a folder with repeats in its name ({some(beside)}): they are "
             "trained too, with 1 repeat. Move them away if they are not meant; sd-scripts ignores them."
         )
     doubtful = leftovers.doubtful_folders(folder.images)

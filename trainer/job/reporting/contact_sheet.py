@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
@@ -29,8 +29,11 @@ LINE_HEIGHT = 22
 EMPTY = "#dddddd"  # in the place of an image that was not drawn: memory ran out, or the job was stopped
 
 
-def contact_sheet(folder: Path, prompts: Sequence[Prompt]) -> Path:
-    """Write the contact sheet of the samples in `folder`; returns its path. Samples of unknown prompts are left out."""
+def contact_sheet(folder: Path, prompts: Sequence[Prompt], *, labels: Mapping[int, str] | None = None) -> Path:
+    """Write the contact sheet of the samples in `folder`; returns its path. Samples of unknown prompts are left out.
+
+    `labels`: step → what stands above its column, where it is not the step of a job.
+    """
     images: dict[tuple[int, int], Path] = {}  # step, number of the prompt
     for path in folder.glob("step-*.png"):
         match = SAMPLE_NAME.fullmatch(path.name)
@@ -49,6 +52,8 @@ def contact_sheet(folder: Path, prompts: Sequence[Prompt]) -> Path:
     lefts = {step: MARGIN + column * (column_width + MARGIN) for column, step in enumerate(steps)}
     for step, left in lefts.items():
         label = "before training" if step == 0 else f"step {step}, strength 1"
+        if labels and step in labels:
+            label = labels[step]
         pen.text((left, MARGIN), _shortened(label, column_width, font), "black", font)
     top = LINE_HEIGHT + MARGIN
     for number, prompt in enumerate(prompts):

@@ -35,7 +35,7 @@ def reason(images_per_epoch: int, images_per_step: int) -> str:
     steps = automatic_steps(images_per_epoch, images_per_step)
     visits = steps * images_per_step / max(images_per_epoch, 1)
     shown = f"{visits:.0f}" if visits >= VISITS_OF_MANY else f"{visits:.1f}"
-    return f"each of {images_per_epoch} images (times repeats) is seen {shown} times, {images_per_step} a step"
+    return f"each of {images_per_epoch} images, with repeats, is seen {shown} times, {images_per_step} a step"
 
 
 def round_interval(total: int) -> int:
@@ -78,7 +78,7 @@ def with_lengths(
         if chosen is None:
             chosen = automatic_steps(images_per_epoch, per_step)
             why = reason(images_per_epoch, per_step)
-        lines.append(f"PARAMS_MAX_EPOCHS: auto, {chosen} steps ({why}). PARAMS_MAX_STEPS sets another number.")
+        lines.append(f"PARAMS_MAX_EPOCHS: auto, {chosen:,} steps ({why}). PARAMS_MAX_STEPS sets another number.")
         train = dataclasses.replace(train, max_steps=chosen)
     output = plan.output
     save_every, sample_every = intervals(
@@ -86,8 +86,6 @@ def with_lengths(
         save_every=None if output.save_every == AUTO else output.save_every,
         sample_every=None if output.sample_every == AUTO else output.sample_every,
     )
-    if AUTO in (output.save_every, output.sample_every):
-        lines.append(f"Saves every {save_every} steps, samples every {sample_every} (0: none).")
     output = dataclasses.replace(output, save_every=save_every, sample_every=sample_every)
     return dataclasses.replace(plan, train=train, output=output), lines
 

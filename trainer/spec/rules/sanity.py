@@ -33,7 +33,7 @@ def _warmup_longer_than_the_job(plan: Plan, length: Length) -> str | None:
     if warmup <= MAX_USUAL_WARMUP * length.steps:
         return None
     return (
-        f"PARAMS_WARMUP_STEPS={warmup}: the job has {length.steps:,} steps, so that the learning rate is at its full "
+        f"PARAMS_WARMUP_STEPS={warmup}: the job has {length.steps:,} steps, so the learning rate is at its full "
         f"height for {max(0, length.steps - warmup):,} of them. Usual: a tenth of the steps, {length.steps // 10:,}."
     )
 
@@ -43,7 +43,7 @@ def _saves_beyond_the_end(plan: Plan, length: Length) -> str | None:
     if "PARAMS_SAVE_EVERY_N_STEPS" not in plan.given or every <= length.steps:
         return None
     return (
-        f"PARAMS_SAVE_EVERY_N_STEPS={every}: the job has {length.steps:,} steps, so that only the finished LoRA is "
+        f"PARAMS_SAVE_EVERY_N_STEPS={every}: the job has {length.steps:,} steps, so only the finished LoRA is "
         f"saved. Usual: a tenth of the steps, {max(1, length.steps // 10):,}."
     )
 
@@ -53,8 +53,8 @@ def _samples_beyond_the_end(plan: Plan, length: Length) -> str | None:
     if "PARAMS_SAMPLE_EVERY_N_STEPS" not in plan.given or every <= length.steps:
         return None
     return (
-        f"PARAMS_SAMPLE_EVERY_N_STEPS={every}: the job has {length.steps:,} steps, so that samples are drawn before "
-        f"the first and after the last alone. Usual: a tenth of the steps, {max(1, length.steps // 10):,}."
+        f"PARAMS_SAMPLE_EVERY_N_STEPS={every}: the job has {length.steps:,} steps, so samples are drawn only before "
+        f"the first and after the last. Usual: a tenth of the steps, {max(1, length.steps // 10):,}."
     )
 
 
@@ -63,7 +63,7 @@ def _validations_beyond_the_end(plan: Plan, length: Length) -> str | None:
     if every <= length.steps:
         return None
     return (
-        f"PARAMS_VALIDATE_EVERY_N_STEPS={every}: the job has {length.steps:,} steps, so that it never validates. "
+        f"PARAMS_VALIDATE_EVERY_N_STEPS={every}: the job has {length.steps:,} steps, so it never validates. "
         f"Usual: a tenth of the steps, {max(1, length.steps // 10):,}."
     )
 
@@ -73,7 +73,7 @@ def _cycles_of_a_few_steps(plan: Plan, length: Length) -> str | None:
     if cycles <= 1 or length.steps / cycles >= MIN_STEPS_OF_A_CYCLE:
         return None
     return (
-        f"PARAMS_NUM_CYCLES={cycles}: the job has {length.steps:,} steps, so that the learning rate restarts every "
+        f"PARAMS_NUM_CYCLES={cycles}: the job has {length.steps:,} steps, so the learning rate restarts every "
         f"{length.steps / cycles:.3g}. Usual: 1 to 5."
     )
 
@@ -89,7 +89,7 @@ def _very_many_steps(plan: Plan, length: Length) -> str | None:
 
 
 def _epoch_without_end(plan: Plan, length: Length) -> str | None:
-    repeats = max(subset.num_repeats for dataset in plan.data.datasets for subset in dataset.subsets)
+    repeats = max(subset.num_repeats for subset in plan.data.subsets)
     if repeats <= 1 or length.steps_per_epoch is None or length.steps_per_epoch <= length.steps:
         return None
     return (
@@ -109,8 +109,8 @@ def _step_larger_than_the_dataset(plan: Plan, length: Length) -> str | None:
         return None
     parts = f"{batch} images a batch, PARAMS_GRADIENT_ACCUMULATION={pieces}"
     return (
-        f"A step may have {step} images ({parts}), and there are {length.images}, so that it sees some twice or is "
-        "shorter. Usual: 1 to 4 images a step for a small dataset."
+        f"A step may have {step} images ({parts}), but there are only {length.images}: it has some of them twice, or "
+        "is shorter. Usual: 1 to 4 images a step for a small dataset."
     )
 
 
@@ -129,7 +129,7 @@ def _average_over_more_steps_than_there_are(plan: Plan, length: Length) -> str |
 def _no_regularisation_images(plan: Plan, length: Length) -> str | None:
     if "PARAMS_PRIOR_LOSS_WEIGHT" not in plan.given or length.images is None:
         return None
-    if any(subset.is_reg for dataset in plan.data.datasets for subset in dataset.subsets):
+    if any(subset.is_reg for subset in plan.data.subsets):
         return None
     return (
         f"PARAMS_PRIOR_LOSS_WEIGHT={plan.train.prior_loss_weight:g} has no effect: no subset has regularisation images "

@@ -166,7 +166,7 @@ def test_letters_that_were_spoilt_before_are_named(tmp_path):
     ("content", "reason"),
     [
         (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "neither Unicode nor another known encoding"),
-        ("\x01\x02\x03\x04\x05a", "its characters are those of no text"),
+        ("\x01\x02\x03\x04\x05a", "its characters are not those of text"),
         ("{\\rtf1 a cat}", "it is RTF: save it as plain text"),
         ("<!DOCTYPE html><p>404", "it is a web page"),
         ("version https://git-lfs.github.com/spec/v1\noid", "run git lfs pull"),

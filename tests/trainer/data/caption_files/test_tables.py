@@ -82,7 +82,7 @@ def test_names_that_are_numbers_or_images_of_the_hub_and_commas_after_lines():
 
 def test_keys_of_a_json_file_that_are_no_rows_are_named():
     _, findings = read("m.json", {"version": 3, "a.png": "a cat"})
-    assert findings.unused == ["m.json, key 'version': it is no caption"]
+    assert findings.unused == ["m.json, key 'version': it is not a caption"]
 
 
 # ---- columns
@@ -208,7 +208,7 @@ def test_too_few_fields_and_empty_captions_are_named():
         ("m.csv", 'file_name,text\na.png,"x"y\n', "m.csv, row 2: not CSV"),
         ("m.csv", "file_name,text\na.png,x\n,y\n", "m.csv, row 3: no file_name"),
         ("m.jsonl", '{"file_name": [7], "text": "a"}\n{"file_name": "b"}', "file_name is [7], not the name of a file"),
-        ("m.json", '{"a.png": "one", "a.png": "two"}', "m.json: not JSON: the key 'a.png' is there twice"),
+        ("m.json", '{"a.png": "one", "a.png": "two"}', "m.json: not JSON: the key 'a.png' is given twice"),
     ],
 )
 def test_a_bad_row_is_named(title, content, message):

@@ -167,7 +167,7 @@ def test_images_beside_and_numbers_further_below_are_named(tmp_path):
     found = read(tree(tmp_path, {"10_a": 1, "plain": 1, ".": 1, "10_a/5_b": 1}))
     assert understood(found) == {"10_a": (10, "a", False)}
     assert len(trained(found)["10_a/5_b/0.png"]) == 10
-    assert "2 images are in no folder with repeats in its name (0.png, plain/0.png)" in warnings(found)
+    assert "2 images are not in a folder with repeats in its name (0.png, plain/0.png)" in warnings(found)
     assert "folder 10_a/5_b: the number is not read inside of 10_a" in warnings(found)
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from entrypoint.fetch import weight_kinds
+from trainer.base_model import weight_kinds
 from trainer.spec.errors import SettingsError
-from trainer.spec.family import OPTIONAL, base_models, get_family
+from trainer.spec.family import OPTIONAL, Facts, base_models, get_family
 from trainer.spec.plan import ModelPlan
 from trainer.spec.prediction_marks import PredictionMarks, prediction_marks
 from trainer.storage.atomic import human_size
@@ -39,6 +39,27 @@ def variable(model: ModelPlan) -> str:
 def is_local(model: ModelPlan) -> bool:
     """Whether the model is a path on this machine, not a repository of the Hub."""
     return model.source.startswith(("/", "./", "../", "~")) or Path(model.source).exists()
+
+
+def file_patterns(facts: Facts, parts: Mapping[str, str]) -> tuple[str, ...]:
+    """`Facts.files` without the weights that come from elsewhere; single files lack configs, so these stay."""
+    if not parts:
+        return facts.files
+    replaced_folders = {facts.parts[part] for part in parts}
+    patterns = []
+    for pattern in facts.files:
+        folder = pattern.removeprefix(OPTIONAL).split("/")[0]
+        if folder not in replaced_folders:
+            patterns.append(pattern)
+    for part, path in parts.items():
+        if Path(path).is_file():
+            patterns.append(f"{facts.parts[part]}/config.json")
+    return tuple(patterns)
+
+
+def is_optional(part: str, facts: Facts) -> bool:
+    """Whether a model does without `part`."""
+    return any(pattern.startswith(f"{OPTIONAL}{facts.parts[part]}/") for pattern in facts.files)
 
 
 def is_wanted(name: str, patterns: Collection[str]) -> bool:
@@ -214,6 +235,21 @@ def _missing_shards(index: Path) -> list[str]:
     except (ValueError, KeyError, AttributeError):
         return [f"{index.name} is damaged"]
     return [f"{index.parent.name}/{s} is missing" for s in sorted(shards) if not (index.parent / s).is_file()]
+
+
+def part_folder_problem(folder: Path) -> str | None:
+    """Why a folder cannot be the part of a model that a variable names."""
+    if not (folder / "config.json").is_file():
+        return "has no config.json"
+    files = sorted(folder.glob(f"*{FILE}"))
+    if not files:
+        return "has no .safetensors file"
+    for file in files:
+        if problem := damage(file):
+            return f"cannot be used: {file.name} {problem}"
+    if tool := quantised_folder(folder):
+        return f"is quantised by {tool}, which is not read. {weight_kinds.QUANTISED_FIX}"
+    return None
 
 
 def quantised_folder(folder: Path) -> str | None:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from entrypoint.settings.checks import load_json
-from trainer.spec.values import show
+from trainer.spec.documents.strict_json import RefusedJsonError, load_json, load_json5
+from trainer.spec.values import Problems, show
 
 if TYPE_CHECKING:
     import yaml
@@ -24,7 +24,7 @@ FORMAT_BY_SUFFIX = {
     **dict.fromkeys((".yaml", ".yml"), "yaml"),
     ".toml": "toml",
 }
-MAX_JSON5_CHARACTERS = 2**16  # its parser is written in Python and reads 16 kB a second
+MAX_BYTES = 2**20  # of dataset.json or prompts.txt, which people write by hand: a larger file is another one
 MAX_DEPTH = 32
 MAX_TEXT = 16_384  # characters
 BACKSLASH_PATH = re.compile(r"""["']?([A-Za-z]:\\\w|\\\\\w)[^"'\n]*["']?""")
@@ -62,7 +62,7 @@ def _otherwise(text: str, text_format: str, problem: ValueError) -> tuple[Any, s
             f"Fix: write / instead{quotes}, and mount the folder where Kiln runs"
         ) from problem
     reason = ValueError(f"it is not {text_format.upper()}: {problem}")
-    if "given twice" in str(problem) or "not a number" in str(problem):
+    if isinstance(problem, RefusedJsonError):
         raise reason from problem
     if text_format == "json" and text.lstrip().startswith(("{", "[", "/")) and not _is_toml(text):
         return _load_json5(text, reason), "read as JSON5: it has comments, trailing commas or names without quotes"
@@ -72,7 +72,7 @@ def _otherwise(text: str, text_format: str, problem: ValueError) -> tuple[Any, s
         except (ValueError, RecursionError):
             continue
         if isinstance(tree, dict) and tree.keys() & {"datasets", "general", "prompt", "prompts"}:
-            return tree, f"read as {other.upper()}, which it holds"
+            return tree, f"read as {other.upper()}, because it is not {text_format.upper()}"
     raise reason from problem
 
 
@@ -82,25 +82,15 @@ def _is_toml(text: str) -> bool:
 
 
 def _load_json5(text: str, reason: ValueError) -> Any:
-    import json5
-
-    if len(text) > MAX_JSON5_CHARACTERS or BAD_ESCAPE.search(text):
+    """The tree of JSON5. Raises `reason`, why it is not JSON, where it is not JSON5 either."""
+    if BAD_ESCAPE.search(text):
         raise reason
     try:
-        return json5.loads(text, allow_duplicate_keys=False, parse_constant=_refuse_constant)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        return load_json5(text)
+    except RefusedJsonError:
+        raise
     except ValueError as problem:
-        said = str(problem).removeprefix("<string>:")
-        if said.startswith("Duplicate key"):
-            raise ValueError(f"the key {said.split(chr(34))[1]} is given twice") from problem
-        if "is not a number" in said:
-            raise
         raise reason from problem
-
-
-def _refuse_constant(text: str) -> float:
-    raise ValueError(f"{text} is not a number")
 
 
 def _load_toml(text: str) -> Any:
@@ -108,7 +98,7 @@ def _load_toml(text: str) -> Any:
         return tomllib.loads(text)
     except ValueError as problem:
         if "Cannot overwrite a value" in str(problem) or "Cannot declare" in str(problem):
-            raise ValueError(f"a key is given twice ({problem})") from problem
+            raise RefusedJsonError(f"a key is given twice ({problem})") from problem
         raise
 
 
@@ -150,9 +140,10 @@ def _yaml_loader() -> type[yaml.SafeLoader]:
             seen = set()
             for key, _ in node.value:
                 if not isinstance(key.value, str):
-                    raise ValueError(f"line {key.start_mark.line + 1}: a key is no text")
+                    raise ValueError(f"line {key.start_mark.line + 1}: a key is not text")
                 if key.value in seen:
-                    raise ValueError(f"line {key.start_mark.line + 1}: the key {show(key.value)} is given twice")
+                    line = key.start_mark.line + 1
+                    raise RefusedJsonError(f"line {line}: the key {show(key.value)} is given twice")
                 seen.add(key.value)
             return dict(super().construct_mapping(node, deep=True))
 
@@ -202,7 +193,7 @@ def _walk(tree: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict):
             for key, inner in value.items():
                 if not isinstance(key, str):
-                    raise ValueError(f"{place.replace(chr(0), '') or 'it'}: the key {show(key)} is no text")
+                    raise ValueError(f"{place.replace(chr(0), '') or 'it'}: the key {show(key)} is not text")
                 waiting.append((f"{place}\0{'.' if place else ''}{key}", inner))
         elif isinstance(value, list):
             waiting.extend((f"{place}\0[{index}]", inner) for index, inner in enumerate(value))
@@ -222,3 +213,27 @@ def _whole_letters(tree: Any) -> Any:
 def format_of(name: str, default: str) -> str:
     """The form of a file by its name's suffix: json, yaml, toml, or `default`."""
     return FORMAT_BY_SUFFIX.get(PurePath(name).suffix.lower(), default)
+
+
+def decode(data: bytes) -> str:
+    """UTF-8, or the UTF-16 that Windows' editors write. Raises UnicodeDecodeError."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return data.decode("utf-16")
+    if data[1:2] == b"\0" and data[:1] != b"\0":  # without a mark: every other byte of ASCII text is zero
+        return data.decode("utf-16-le")
+    return data.decode("utf-8-sig")
+
+
+def parse_text(text: str, *, text_format: str, origin: str, problems: Problems, notes: list[str] | None = None) -> Any:
+    """The tree of a text; None, with a line in `problems`, if it is none. `notes` gets how it was read otherwise."""
+    try:
+        tree, note = parse(text, text_format)
+    except BackslashError as problem:
+        problems.add(f"{origin}, {problem}.")
+    except ValueError as problem:
+        problems.add(f"{origin}: {problem}.")
+    else:
+        if note and notes is not None:
+            notes.append(f"{origin}: {note}")
+        return tree
+    return None

@@ -106,7 +106,7 @@ OTHER_MODELS = {
 }
 
 
-def _bare(entries: Entries, part: str) -> dict[str, Entry]:
+def bare_names(entries: Entries, part: str) -> dict[str, Entry]:
     """A part's tensors without the prefix that they have in a file with several parts; all, if none has it."""
     for prefix in PREFIXES[part]:
         found = {name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix)}
@@ -125,7 +125,7 @@ def addition(entries: Entries) -> tuple[str, str] | None:
 
 def lookalike(entries: Entries) -> str | None:
     """The model that a denoiser is of, if it is none that is trained here."""
-    bare = _bare(entries, "denoiser")
+    bare = bare_names(entries, "denoiser")
     for name in family_names():
         for other in get_family(name).FACTS.lookalikes:
             if other.tensor in bare and _fits(bare[other.tensor].shape, other):
@@ -157,14 +157,14 @@ def model_problem(header: Header, base_model: str, facts: Facts) -> str | None:
         return f"is {what}, not a base model. Fix: {fix}."
     if other := lookalike(entries):
         return f"is {other}, which is not trained here. Fix: a file of {base_model}."
-    bare = _bare(entries, "denoiser")
+    bare = bare_names(entries, "denoiser")
     if not bare.keys() & set(facts.landmarks):
         return _without_denoiser(entries, bare, base_model)
     published = base_models()[base_model][1].published
     if published is None or facts.landmarks[0] not in bare:
         return None
     if mark := _differing_mark(bare, published):
-        fitting = _fitting_bases(bare)
+        fitting = fitting_bases(bare)
         if fitting:
             return f"is of another base model. Fix: BASE_MODEL={fitting[0]}."
         return f"is not of {base_model}: {mark}. Fix: a file of {base_model}."
@@ -174,7 +174,7 @@ def model_problem(header: Header, base_model: str, facts: Facts) -> str | None:
 def _without_denoiser(entries: Entries, bare: Entries, base_model: str) -> str:
     for name in family_names():
         if bare.keys() & set(get_family(name).FACTS.landmarks):
-            fitting = _fitting_bases(bare) or list(get_family(name).FACTS.models)
+            fitting = fitting_bases(bare) or list(get_family(name).FACTS.models)
             return f"is of another family: holds no denoiser for BASE_MODEL={base_model}. Fix: BASE_MODEL={fitting[0]}."
     part = part_of(entries)
     if part is not None:
@@ -196,7 +196,7 @@ def _differing_mark(bare: Entries, published: Published) -> str | None:
     return None
 
 
-def _fitting_bases(bare: Entries) -> list[str]:
+def fitting_bases(bare: Entries) -> list[str]:
     """The values of BASE_MODEL whose marks a denoiser has."""
     fitting = []
     for base, (_, model) in base_models().items():
@@ -238,14 +238,19 @@ def _first_shape(entries: Entries, names: tuple[str, ...]) -> tuple[int, ...] | 
     return None
 
 
-def part_problem(part: str, header: Header, published: Published | None, folder: str) -> str | None:
-    """Why a file cannot be `part`, with what to do; None if it seems to be. `folder`: of the part."""
+def part_problem(
+    part: str, header: Header, published: Published | None, folder: str, *, names: Mapping[str, str] | None = None
+) -> str | None:
+    """Why a file cannot be `part`, with what to do; None if it seems to be.
+
+    `folder`: of the part. `names`: what names the file of a part, if it is not its variable.
+    """
     entries = header.entries
     if tool := quantised(entries):
         return f"is quantised by {tool}, which is not read. {QUANTISED_FIX}"
     if found := addition(entries):
         return f"is {found[0]}, not {PART_NAMES[part]}"
-    bare = _bare(entries, part)
+    bare = bare_names(entries, part)
     actual = part_of(bare)
     if actual is None and any(name.startswith(("vision_model.", "visual.")) for name in entries):
         return "is CLIP's image encoder. Fix: the text encoder's file"
@@ -255,10 +260,15 @@ def part_problem(part: str, header: Header, published: Published | None, folder:
         return f"is not {PART_NAMES[part]}: it has none of its layers"
     same = actual == part or (actual in CLIPS and part in CLIPS and published is None)
     if not same:
-        return f"is {PART_NAMES[actual]}, not {PART_NAMES[part]}. Fix: {VARIABLES[actual]}=this file"
+        return f"is {PART_NAMES[actual]}, not {PART_NAMES[part]}. Fix: {_naming(actual, names)}this file"
     if published is None:
         return None
     return _size_problem(part, bare, published.configs[f"{folder}/config.json"])
+
+
+def _naming(part: str, names: Mapping[str, str] | None) -> str:
+    """What stands before the file of `part` where it is named."""
+    return f"{VARIABLES[part]}=" if names is None else f"{names[part]} "
 
 
 def _size_problem(part: str, bare: Entries, config: Mapping[str, int]) -> str | None:

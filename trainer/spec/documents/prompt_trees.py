@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from entrypoint.settings.checks import suggestion
 from trainer.spec.prompts import FIELDS, FLAGS, LONG_FLAGS, PromptRequest, make_request, parse_line, read_value
-from trainer.spec.values import Key, Problems, show
+from trainer.spec.values import Key, Problems, show, suggestion
 
 KEYS = {**FLAGS, **LONG_FLAGS}  # of an object
 _SHAPE = "a list of prompts, each a text or an object with the key prompt"
 
 
-def parse_tree(raw: Any, *, origin: str, problems: Problems) -> tuple[PromptRequest, ...]:
+def parse_tree(
+    raw: Any, *, origin: str, problems: Problems, notes: list[str] | None = None
+) -> tuple[PromptRequest, ...]:
     """A list of texts (like a line of prompts.txt) and objects.
 
     Also {"prompts": [...]}, and sd-scripts' {"prompt": {..., "subset": [...]}} with defaults for the subset around it.
+    `notes` gets what was read otherwise than it is written.
     """
     defaults: dict[str, Any] = {}
     if isinstance(raw, dict) and raw.keys() == {"prompts"}:
@@ -30,7 +32,7 @@ def parse_tree(raw: Any, *, origin: str, problems: Problems) -> tuple[PromptRequ
     for index, item in enumerate(raw):
         place = f"{origin}, prompts[{index}]"
         if isinstance(item, str):
-            requests.append(parse_line(item, place=place, problems=problems))
+            requests.append(parse_line(item, place=place, problems=problems, notes=notes))
         elif isinstance(item, dict):
             requests.append(_parse_object({**defaults, **item}, place=place, problems=problems))
         else:
