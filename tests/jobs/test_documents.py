@@ -30,7 +30,7 @@ def hub() -> Iterator[Hub]:
 
 
 def reader(place: Path, programs: Programs, hub: Hub, photographs: Path, **options: bool) -> Reader:
-    """Somebody with seventeen photographs, a terminal in this repository, and no card."""
+    """Somebody with sixteen photographs, a terminal in this repository, and no card."""
     found = Reader(place, programs, variables={"HF_ENDPOINT": hub.endpoint, "BACKEND": "cpu"}, **options)
     photos = found.home / "zot" / "photos"
     photos.mkdir(parents=True)
