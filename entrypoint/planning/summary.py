@@ -81,6 +81,8 @@ def log_summary(plan: Plan, *, token: str | None, hub_cache: Path, estimate_capt
     )
     for line in describe(local_plan, sampler):
         say(line)
+    for line in long_captions(local_plan, sampler, hub_cache=hub_cache):
+        say(line, logging.WARNING)
     for warning in sanity.warnings(local_plan, _length(local_plan, sampler, images=len(scanned.images))):
         say(warning, logging.WARNING)
     if estimate_captions:
@@ -90,6 +92,18 @@ def log_summary(plan: Plan, *, token: str | None, hub_cache: Path, estimate_capt
         for line in caption_length.describe_surely_cut(facts, captions, plan.prompts, max_tokens=length):
             say(line, logging.WARNING)
     return tuple(lines)
+
+
+def long_captions(plan: Plan, sampler: EpochSampler, *, hub_cache: Path) -> list[str]:
+    """Lines about captions and prompts that the text encoder does not read to their end, as a job has them."""
+    facts = get_family(plan.model.family).FACTS
+    reader = caption_length.load_light_reader(plan.model, max_tokens=plan.train.max_token_length, hub_cache=hub_cache)
+    if reader is None:
+        log.info("Whether a caption is too long for the text encoder is known once its tokenizer is on this machine.")
+        return []
+    cuts = caption_length.find_cuts(reader, sampler.captions_by_image())
+    lines = caption_length.describe_cuts(reader, cuts, facts, limit=caption_length.SHOWN_CAPTIONS, in_report=False)
+    return lines + caption_length.describe_prompts(reader, plan.prompts)
 
 
 def local_copy(source: Source, *, cache: Path, token: str | None, hub_cache: Path) -> Path | None:

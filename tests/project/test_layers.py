@@ -48,11 +48,11 @@ ENGINE_LAYERS = (  # within the engine, likewise
 )
 WITHOUT_TORCH = (
     *("trainer.spec", "trainer.storage"),
+    "trainer.base_model.light_tokenizer",
     *("trainer.base_model.model_folder", "trainer.base_model.weight_kinds", "trainer.base_model.without_weights"),
     *("trainer.lora_files.contents", "trainer.lora_files.inspect", "trainer.lora_files.key_names"),
     *("trainer.lora_files.numbers", "trainer.lora_files.other_kinds"),
-    *("trainer.data.caption_files", "trainer.data.captions", "trainer.data.folder"),
-    "trainer.data.caption_length",
+    *("trainer.data.caption_files", "trainer.data.caption_length", "trainer.data.captions", "trainer.data.folder"),
     *("trainer.data.epochs", "trainer.data.identity", "trainer.data.records", "trainer.data.scan"),
 )
 NEEDS_TORCH = "trainer.storage.safetensors_writer"

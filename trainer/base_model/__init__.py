@@ -6,9 +6,10 @@ the parts together.
 
 Read `single_file`, then `lazy_tensors`: tensors that are read from disk only when they are written, so that a file of
 24 GB is converted in the memory of a few tensors. `weight_check` finds weights that are no numbers. Before that, and
-without torch: `weight_kinds` tells what a file of weights is, `model_folder` whether a folder is whole, and
-`without_weights` makes the folder of a model whose parts are all local files. `named` finds the base model that a
-command line names, and `hub_files` downloads it: for a job, the entrypoint does both.
+without torch (the entrypoint uses these): `weight_kinds` tells what a file of weights is, `model_folder` whether a
+folder is whole, and `without_weights` makes the folder of a model whose parts are all local files. `named` finds the
+base model that a command line names, and `hub_files` downloads it: for a job, the entrypoint does both.
+`light_tokenizer` counts tokens.
 
 Imports `trainer.spec` and `trainer.storage`.
 """

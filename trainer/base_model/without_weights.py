@@ -20,12 +20,14 @@ from trainer.base_model import model_folder
 from trainer.spec.errors import SettingsError
 from trainer.spec.family import Published, Tokenizer, base_models, get_family
 from trainer.spec.plan import ModelPlan
-from trainer.storage import digests
+from trainer.storage import digests, json_files
 from trainer.storage.folders import build_folder, naming
 
 logger = logging.getLogger(__name__)
 
 IN_IMAGE = Path("/opt/kiln-models/tokenizers")  # where `entrypoint.bake` puts them
+CLIP_FILES = ("vocab.json", "merges.txt")
+NO_LIMIT = 10**6  # tokens
 ALL_IN_ONE = "tokenizer.json"  # a fast tokenizer's file, which replaces those with the vocabulary
 FOLDER_VARIABLE = "MODEL_CONFIG_PATH="  # how a folder of tokenizers is named, in messages
 
@@ -96,6 +98,25 @@ def find(model: ModelPlan, folder: str, tokenizer: Tokenizer, *, hub_cache: Path
             files = [place / name for name in names]
             if all(file.is_file() for file in files):
                 return files
+    return None
+
+
+def tokenizer_of(model: ModelPlan, folder: str, *, hub_cache: Path | None) -> tuple[list[Path], int] | None:
+    """The files of the tokenizer in `folder` of the model, and the most tokens that it allows; None if not here."""
+    base = base_models().get(model.base)
+    facts = base[1].published if base is not None else None
+    if facts is not None and folder in facts.tokenizers:
+        tokenizer = facts.tokenizers[folder]
+        files = find(model, folder, tokenizer, hub_cache=hub_cache)
+        if files is not None:
+            return files, int(tokenizer.config["model_max_length"])
+    place = Path(model.path or model.source) / folder
+    for names in ((ALL_IN_ONE,), CLIP_FILES):
+        files = [place / name for name in names]
+        if all(file.is_file() for file in files):
+            config = json_files.read_object(place / "tokenizer_config.json") or {}
+            longest = config.get("model_max_length")
+            return files, longest if isinstance(longest, int) else NO_LIMIT
     return None
 
 

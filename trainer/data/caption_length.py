@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.spec.family import CLIP_TOKENS, Facts
-from trainer.spec.plan import Prompt
+from trainer.base_model import without_weights
+from trainer.base_model.light_tokenizer import LightTokenizer
+from trainer.spec.family import CLIP_TOKENS, Facts, get_family
+from trainer.spec.plan import ModelPlan, Prompt
 from trainer.spec.wording import printable
 
 SHOWN_CAPTIONS = 5  # in the log; the report has all
@@ -27,12 +29,15 @@ class Reader:
     """The text encoder that reads the most of a caption, by its tokenizer."""
 
     name: str  # CLIP or T5
-    tokenizer: Any  # of transformers
+    tokenizer: Any  # of transformers, or a LightTokenizer
     limit: int  # tokens, with those of begin and end
 
     def cut(self, text: str) -> Cut | None:
         """Where `text` is cut; None if it is read whole."""
-        encoded = self.tokenizer(text, return_offsets_mapping=True, verbose=False)
+        if isinstance(self.tokenizer, LightTokenizer):
+            encoded: Any = self.tokenizer.encode(text)
+        else:
+            encoded = self.tokenizer(text, return_offsets_mapping=True, verbose=False)
         count = len(encoded.input_ids)
         if count <= self.limit:
             return None
@@ -66,10 +71,29 @@ def load_reader(facts: Facts, model: Path, *, max_tokens: int = CLIP_TOKENS) -> 
     for folder, (name, tokens) in facts.text_readers.items():
         if (model / folder).is_dir():
             tokenizer = AutoTokenizer.from_pretrained(model / folder)
-            limit = min(tokens, tokenizer.model_max_length)
-            if max_tokens != CLIP_TOKENS:
-                limit = max_tokens + 2
-            return Reader(name, tokenizer, limit)
+            return Reader(name, tokenizer, _limit(tokens, tokenizer.model_max_length, max_tokens))
+    return None
+
+
+def _limit(tokens: int, longest: int, max_tokens: int) -> int:
+    """`tokens`: that the encoder reads; `longest`: that its tokenizer allows; both with those of begin and end."""
+    if max_tokens != CLIP_TOKENS:
+        return max_tokens + 2
+    return min(tokens, longest)
+
+
+def load_light_reader(model: ModelPlan, *, max_tokens: int, hub_cache: Path | None) -> Reader | None:
+    """The same reader before a job, without transformers; None if its tokenizer is not on this machine."""
+    facts = get_family(model.family).FACTS
+    without = {facts.parts[part].replace("text_encoder", "tokenizer") for part, path in model.parts.items() if not path}
+    for folder, (name, tokens) in facts.text_readers.items():
+        if folder in without:
+            continue
+        found = without_weights.tokenizer_of(model, folder, hub_cache=hub_cache)
+        if found is None:
+            return None
+        files, longest = found
+        return Reader(name, LightTokenizer(files), _limit(tokens, longest, max_tokens))
     return None
 
 
@@ -130,10 +154,12 @@ def find_cuts(reader: Reader, captions: Mapping[str, Sequence[str]]) -> dict[str
     return cuts
 
 
-def describe_cuts(reader: Reader, cuts: Mapping[str, Cut], facts: Facts, *, limit: int | None) -> list[str]:
+def describe_cuts(
+    reader: Reader, cuts: Mapping[str, Cut], facts: Facts, *, limit: int | None, in_report: bool = True
+) -> list[str]:
     """Lines for the log or the report: how many captions are cut, which, where, and what helps.
 
-    At most `limit` are named; None: all.
+    At most `limit` are named; None: all. `in_report`: whether the report has them all.
     """
     if not cuts:
         return []
@@ -150,7 +176,7 @@ def describe_cuts(reader: Reader, cuts: Mapping[str, Cut], facts: Facts, *, limi
     for image, cut in list(cuts.items())[:limit]:
         lines.append(f"  {printable(image)}: {cut}")
     if limit is not None and len(cuts) > limit:
-        lines.append(f"  and {len(cuts) - limit} more: see dataset-report.txt.")
+        lines.append(f"  and {len(cuts) - limit} more{': see dataset-report.txt' if in_report else ''}.")
     return lines
 
 

@@ -67,6 +67,16 @@ def test_the_sizes_of_files_are_said_for_full_models(photos, summary):
     assert "a LoRA has about 222 MiB" in text
 
 
+def test_captions_that_are_cut_are_named_with_the_place(photos, summary):
+    (photos / "1.txt").write_text("a red wall " * 60)
+    text = summary(photos)
+    assert "1 captions are longer than the 64 tokens that T5 reads" in text
+    assert "0.0/1.png: " in text and "cut before" in text
+    assert "dataset-report.txt" not in text
+    text = summary(photos, BASE_MODEL="flux-dev", BACKEND="cpu")
+    assert "is known once its tokenizer is on this machine" in text
+
+
 def test_a_broken_file_is_named(photos, summary):
     for i in range(20):
         shutil.copy(photos / "0.png", photos / f"copy{i}.png")
