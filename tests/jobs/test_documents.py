@@ -17,6 +17,8 @@ from tests.support.hub import Hub, read_folder
 from tests.support.programs import ROOT, Programs
 from trainer.spec.family import base_models
 
+pytestmark = pytest.mark.timeout(900)
+
 MINIATURE = "mini-sdxl"
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
 
