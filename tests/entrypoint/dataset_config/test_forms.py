@@ -253,7 +253,7 @@ def test_a_long_text_is_refused_by_its_length() -> None:
         ({"subsets": [{"image_dir": "/a"}]}, 'subsets is at the top level, and belongs in a dataset. Fix: {"datasets"'),
         (
             {"image_dir": "/a", "num_repeats": 2},
-            "image_dir, num_repeats: keys of a dataset or a subset stand at the top",
+            "image_dir, num_repeats: keys of a dataset or a subset are at the top level",
         ),
         ({"general": {}}, "the key 'datasets' is missing. Fix: "),
         ([{"image_dir": "/a"}], "it is a list, but must be an object. Fix: "),

@@ -122,9 +122,7 @@ def test_a_file_of_somebody_else_keeps_its_name(plan, out, name):
     (out / name).write_bytes(b"mine")
     choice = choose(plan)
     assert choice.plan.output.name == "x-2" and choice.home == out
-    assert (
-        choice.describe() == "OUTPUT_PATH has files named x already, which no run of it wrote: this run is called x-2."
-    )
+    assert choice.describe() == "OUTPUT_PATH already has files named x that no run wrote: this run is called x-2."
     leave(choice)
     assert choose(plan).run.name == "x-2"
 

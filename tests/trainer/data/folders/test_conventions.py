@@ -152,7 +152,7 @@ def test_a_number_that_may_mean_something_else_is_no_repeat(tmp_path, name):
 def test_folders_that_are_numbered_in_order_are_plain_unless_they_are_kohyas(tmp_path):
     names = {"1_front": 1, "2_side": 1, "3_back": 1}
     found = read(tree(tmp_path / "photos", names))
-    assert understood(found) == {} and "numbered one after the other" in warnings(found)
+    assert understood(found) == {} and "numbered in sequence" in warnings(found)
     assert understood(read(tree(tmp_path / "img", names)))["3_back"] == (3, "back", False)
 
 
