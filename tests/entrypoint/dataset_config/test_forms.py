@@ -183,7 +183,7 @@ def test_paths_of_windows_are_named_with_the_fix(name: str, content: str, told: 
         ("a:\n\tb: 1", "line 2 begins with a tab"),
         ("a: 1\n---\nb: 2", "but found another document"),
         ("? [1, 2]\n: 3", "key"),
-        ("1: 2", "the key 1 is no text"),
+        ("1: 2", "the key 1 is not text"),
         ("a: .nan", "a: nan is not a number"),
     ],
 )

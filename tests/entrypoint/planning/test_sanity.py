@@ -104,8 +104,8 @@ def test_a_learning_rate_of_another_optimizer(optimizer, rate, says):
         ({"PARAMS_MAX_EPOCHS": "1000000"}, "PARAMS_MAX_EPOCHS=1000000"),
         ({"PARAMS_GRADIENT_ACCUMULATION": "1000"}, "PARAMS_GRADIENT_ACCUMULATION=1000"),
         ({"BASE_MODEL": "mini-sdxl", "PARAMS_MIN_SNR_GAMMA": "0.05"}, "PARAMS_MIN_SNR_GAMMA=0.05"),
-        ({"PARAMS_STEP_TIMEOUT": "5"}, "PARAMS_STEP_TIMEOUT=5 counts seconds"),
-        ({"MAX_RUNTIME": "0.01"}, "MAX_RUNTIME=0.01 counts hours"),
+        ({"PARAMS_STEP_TIMEOUT": "5"}, "PARAMS_STEP_TIMEOUT=5 is in seconds"),
+        ({"MAX_RUNTIME": "0.01"}, "MAX_RUNTIME=0.01 is in hours"),
     ],
 )
 def test_an_unusual_value(variables, says):
