@@ -35,6 +35,7 @@ from trainer.base_model import model_folder
 from trainer.spec.errors import KilnError, NoAcceleratorError, StopRequestedError
 from trainer.spec.family import base_models, get_family
 from trainer.spec.plan import Dataset, Plan, Source
+from trainer.spec.rules import outlook
 from trainer.storage import choose_run
 
 log = logging.getLogger("entrypoint")
@@ -138,7 +139,7 @@ def job(environ: Mapping[str, str], *, check: bool, card: str | None = None) -> 
     starting_point.check_state(plan)
     hub_cache = settings.model.hf_home / "hub"
     if check:  # first, since it needs no network
-        log_summary(plan, token=token, hub_cache=hub_cache)
+        log_summary(plan, token=token, hub_cache=hub_cache, estimate_captions=True)
     retries = dataclasses.replace(http.USUAL, budget=CHECK_RETRIES_S) if check else http.USUAL
     fetches = preflight(plan, token=token, hub_cache=hub_cache, retries=retries)
     if fetches and not check:  # otherwise the trainer reads the images at once, and says the same
@@ -185,14 +186,16 @@ def _missing_accelerator(plan: Plan, *, backend: str) -> NoAcceleratorError | No
 
 
 def _chosen(plan: Plan) -> tuple[Plan, Path | None]:
-    """The plan with the name, folder and start time of its run, and what makes it a new one as its first reason; and
-    the final LoRA, if that run is done already.
+    """The plan with the name, folder and start time of its run; and the final LoRA, if that run is done already.
+
+    The first reasons say what makes the run a new one, if it is one, and what will be trained.
     """
     choice = choose_run.choose(plan)
-    if text := choice.describe():
-        plan = dataclasses.replace(choice.plan, reasons=(text, *plan.reasons))
-        return plan, None
-    return choice.plan, choice.done
+    reasons = [outlook.headline(choice.plan), *plan.reasons]
+    text = choice.describe()
+    if text:
+        reasons.insert(0, text)
+    return dataclasses.replace(choice.plan, reasons=tuple(reasons)), None if text else choice.done
 
 
 def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:

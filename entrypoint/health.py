@@ -4,7 +4,6 @@ libraries.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from entrypoint import DEFAULT_OUTPUT_PATH
+from trainer.storage.json_files import read_object
 
 STALL_MIN = 30.0  # longer than a first step with compilation takes
 
@@ -20,10 +20,7 @@ STALL_MIN = 30.0  # longer than a first step with compilation takes
 def main() -> int:
     """Read status.json in OUTPUT_PATH; HEALTH_PATIENCE_MINUTES is how old it may be during training."""
     path = Path(os.environ.get("OUTPUT_PATH") or DEFAULT_OUTPUT_PATH) / "status.json"
-    try:
-        status = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        status = {}
+    status = read_object(path) or {}
     stall_min = float(os.environ.get("HEALTH_PATIENCE_MINUTES") or STALL_MIN)
     problem = stalled(status, now=time.time(), began=_began(), patience_min=stall_min)
     print(problem or "healthy")  # noqa: T201

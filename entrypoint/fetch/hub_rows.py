@@ -226,7 +226,12 @@ def _written(
     images = find_image_column(asked.variable, features, asked.image_column)
     captions = find_caption_column(asked.variable, features, asked.caption_column, images)
     if hasattr(rows, "select_columns"):
-        chosen = {column if column in features else column.split(".")[0] for column in (images, captions) if column}
+        chosen = set()
+        for column in (images, captions):
+            if column in features:
+                chosen.add(column)
+            elif column:  # one inside another
+                chosen.add(column.split(".")[0])
         rows = rows.select_columns(sorted(chosen))
     labels = label_names(features, captions) if captions else None
     facts = _write(iter(rows), target, images=images, captions=captions, labels=labels, reader=reader)

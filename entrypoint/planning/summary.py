@@ -31,10 +31,11 @@ MAX_CPU_WORKERS = 16
 PROGRESS_INTERVAL_S = 10.0
 
 
-def log_summary(plan: Plan, *, token: str | None, hub_cache: Path) -> tuple[str, ...]:
+def log_summary(plan: Plan, *, token: str | None, hub_cache: Path, estimate_captions: bool = False) -> tuple[str, ...]:
     """Scan the images that are on this machine, and log what the job will do with them.
 
-    Returns the lines, which the trainer need not print again. Raises DataError where the trainer would: no usable
+    `estimate_captions`: warn of those that are too long for any tokenizer, which a trainer reads exactly. Returns the
+    lines, which the trainer need not print again. Raises DataError where the trainer would: no usable
     image, or too many unusable ones.
     """
     lines: list[str] = []
@@ -84,6 +85,12 @@ def log_summary(plan: Plan, *, token: str | None, hub_cache: Path) -> tuple[str,
         say(line, logging.WARNING)
     for warning in sanity.warnings(local_plan, _length(local_plan, sampler, images=len(scanned.images))):
         say(warning, logging.WARNING)
+    if estimate_captions:
+        facts = get_family(plan.model.family).FACTS
+        captions = sampler.captions_by_image()
+        length = plan.train.max_token_length
+        for line in caption_length.describe_surely_cut(facts, captions, plan.prompts, max_tokens=length):
+            say(line, logging.WARNING)
     return tuple(lines)
 
 

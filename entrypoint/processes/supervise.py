@@ -126,7 +126,11 @@ class Limit:
         """
         if max_cost is not None and not price:
             raise SettingsError("MAX_COST needs PRICE_PER_HOUR, the price of this machine in the same currency.")
-        hours = [h for h in (max_hours, max_cost / price if max_cost is not None and price else None) if h is not None]
+        hours = []
+        if max_hours is not None:
+            hours.append(max_hours)
+        if max_cost is not None and price:
+            hours.append(max_cost / price)
         if not hours:
             return
 
@@ -150,8 +154,10 @@ def _opened(environ: Mapping[str, str]) -> PodRecord:
     run, step = _reached(environ)
     with suppress(TypeError):
         before = PodRecord(**known)
-        progress = step > before.step or run != before.run
-        now = PodRecord(attempts=1 if progress else before.attempts + 1, step=step, done=before.done, run=run)
+        attempts = before.attempts + 1
+        if step > before.step or run != before.run:  # it has got on since
+            attempts = 1
+        now = PodRecord(attempts=attempts, step=step, done=before.done, run=run)
         _write(environ, now)
         return now
     return PodRecord(attempts=1, step=step, run=run)
@@ -160,8 +166,13 @@ def _opened(environ: Mapping[str, str]) -> PodRecord:
 def _reached(environ: Mapping[str, str]) -> tuple[str, int]:
     """The run that was trained last, and its last step."""
     status = read_json(_output(environ) / "status.json") or {}
-    run, step = status.get("run"), status.get("step")
-    return run if isinstance(run, str) else "", step if isinstance(step, int) else 0
+    run = status.get("run")
+    step = status.get("step")
+    if not isinstance(run, str):
+        run = ""
+    if not isinstance(step, int):
+        step = 0
+    return run, step
 
 
 def _write(environ: Mapping[str, str], diary: PodRecord) -> None:

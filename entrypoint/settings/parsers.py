@@ -165,7 +165,9 @@ def _pairs(text: str, _: Row) -> dict[str, Any]:
             raise EnvError("has a quote that is not closed")
     values: dict[str, Any] = {}
     found = [*_KEY.finditer(text)]
-    before = text[: found[0].start()] if found else text or "nothing"
+    before = text
+    if found:
+        before = text[: found[0].start()]
     if before.strip(_BETWEEN):
         raise EnvError(f"has {show(before.strip())}, which is not key=value")
     starts = [match.start() for match in found]

@@ -6,6 +6,7 @@ a comma. Where a model has several encoders, the one that reads most counts: the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from trainer.spec.plan import ModelPlan, Prompt
 from trainer.spec.wording import printable
 
 SHOWN_CAPTIONS = 5  # in the log; the report has all
+# What CLIP's tokenizer splits a text into before it looks for tokens: endings like 's, words, single digits, marks.
+CLIP_PIECES = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|(?:[^\w\s]|_)+", re.IGNORECASE)
 SHOWN_CHARACTERS = 40  # of a caption, on each side of the cut
 
 
@@ -92,6 +95,49 @@ def load_light_reader(model: ModelPlan, *, max_tokens: int, hub_cache: Path | No
         files, longest = found
         return Reader(name, LightTokenizer(files), _limit(tokens, longest, max_tokens))
     return None
+
+
+def least_tokens(text: str, *, reader: str) -> int:
+    """How many tokens a text has at least, with those of begin and end, for when no tokenizer is here.
+
+    CLIP's tokenizer joins nothing across its pieces, nor T5's across blanks.
+    """
+    if reader == "CLIP":
+        return len(CLIP_PIECES.findall(text)) + 2
+    return len(text.split()) + 1
+
+
+def describe_surely_cut(
+    facts: Facts, captions: Mapping[str, Sequence[str]], prompts: Sequence[Prompt], *, max_tokens: int = CLIP_TOKENS
+) -> list[str]:
+    """Lines for the log: the captions and prompts that are too long in any case, as far as that is known without the
+    model's tokenizer. `captions` as for `find_cuts`.
+    """
+    name, limit = max(facts.text_readers.values(), key=lambda reader: reader[1])
+    if max_tokens != CLIP_TOKENS:
+        limit = max_tokens + 2
+    texts = {image: own for image, own in captions.items() if own}
+    for number, prompt in enumerate(prompts):
+        texts[f"prompt {number}"] = (prompt.text,)
+    long: list[str] = []
+    for place, own in texts.items():
+        count = max(least_tokens(text, reader=name) for text in own)
+        if count > limit:
+            long.append(f"{printable(place)} ({count} tokens or more)")
+    if not long:
+        return []
+    fix = "shorten them, or put what matters first"
+    larger = [length for length in facts.max_token_lengths[1:] if length + 2 > limit]
+    if larger:
+        fix = f"PARAMS_MAX_TOKEN_LENGTH={larger[-1]}, or {fix}"
+    count_texts = "1 text is" if len(long) == 1 else f"{len(long)} texts are"
+    shown = ", ".join(long[:SHOWN_CAPTIONS])
+    if len(long) > SHOWN_CAPTIONS:
+        shown += f" and {len(long) - SHOWN_CAPTIONS} more"
+    return [
+        f"{count_texts} longer than the {limit} tokens that {name} reads, and the end has no effect: "
+        f"{shown}. Fix: {fix}. The job itself says where each is cut."
+    ]
 
 
 def find_cuts(reader: Reader, captions: Mapping[str, Sequence[str]]) -> dict[str, Cut]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import socket
 import threading
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from trainer.spec.errors import SettingsError, StorageError
-from trainer.storage import atomic
+from trainer.storage import atomic, json_files
 
 RENEW_INTERVAL_S = 3.0
 WATCH_DURATION_S = 12.0  # four renewals: a slow volume may delay some of them
@@ -77,7 +76,7 @@ def _owner(lease: Path) -> str | None:
     """The process that holds the folder, for the message; None if it wrote no lease in time."""
     end = time.monotonic() + OWNER_WAIT_S
     while True:
-        content = _read(lease)
+        content = json_files.read_object(lease)
         if content is not None:
             return content.get("owner")
         if time.monotonic() >= end:
@@ -98,7 +97,7 @@ def _lease(folder: Path, *, has_kernel_lock: bool) -> Iterator[None]:
     """
     path = folder / ".lease"
     machine = _machine()
-    before = _read(path)
+    before = json_files.read_object(path)
     if before is not None and not (has_kernel_lock and before.get("machine") == machine):
         _watch(path, before, folder)
     lease = {
@@ -119,7 +118,7 @@ def _lease(folder: Path, *, has_kernel_lock: bool) -> Iterator[None]:
     atomic.write_json(path, {**lease, "number": 0})
     if not has_kernel_lock:  # two may have come at the same moment: the last to write stays
         time.sleep(SETTLE_S)
-        now = _read(path) or {}
+        now = json_files.read_object(path) or {}
         if now.get("nonce") != lease["nonce"]:
             raise _in_use(folder, now.get("owner"))
     thread = threading.Thread(target=renew, name="lease", daemon=True)
@@ -138,7 +137,7 @@ def _watch(path: Path, before: dict[str, Any], folder: Path) -> None:
     end = time.monotonic() + WATCH_DURATION_S
     while time.monotonic() < end:
         time.sleep(RENEW_INTERVAL_S / 10)
-        now = _read(path)
+        now = json_files.read_object(path)
         if now is None:
             return
         if now != before:
@@ -151,12 +150,3 @@ def _machine() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
         return socket.gethostname()
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """The content of a lease; None if it is missing or damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None

@@ -31,14 +31,14 @@ def photos(tmp_path):
 def summary(tmp_path, caplog):
     """A function that returns the lines for a plan with the given variables."""
 
-    def lines(source, *, on=CPU, config=None, **variables):
+    def lines(source, *, on=CPU, config=None, estimate_captions=False, **variables):
         asked = {"BASE_MODEL": "mini-flux", "CACHE_PATH": str(tmp_path / "cache"), **variables}
         if source:
             asked["DATASET_NAME"] = str(source)
         plan = make_plan(read_settings(asked), read_manifest(json.dumps(config) if config else None, None), on, now=NOW)
         caplog.clear()
         with caplog.at_level(logging.INFO):
-            log_summary(plan, token=None, hub_cache=tmp_path / "hub")
+            log_summary(plan, token=None, hub_cache=tmp_path / "hub", estimate_captions=estimate_captions)
         return caplog.text
 
     return lines
@@ -112,3 +112,13 @@ def test_class_images_that_will_be_drawn_count(photos, summary):
     subsets = [{"image_dir": str(photos)}, {"class_prompt": "a dog", "num_class_images": 7, "is_reg": True}]
     text = summary(None, config={"datasets": [{"resolution": 128, "subsets": subsets}]}, PARAMS_MAX_EPOCHS="1")
     assert "Steps: 10, which is 1 time all images" in text
+
+
+def test_captions_that_no_tokenizer_reads_whole_are_named_without_one(photos, summary):
+    (photos / "0.txt").write_text("a red dog's tail, " * 20)  # 6 pieces each: a, red, dog, 's, tail, and the comma
+    text = summary(photos, estimate_captions=True, BASE_MODEL="mini-sdxl")
+    assert "1 text is longer than the 77 tokens that CLIP reads" in text and "0.0/0.png (122 tokens or more)" in text
+    assert "PARAMS_MAX_TOKEN_LENGTH=225" in text
+    long = summary(photos, estimate_captions=True, BASE_MODEL="mini-sdxl", PARAMS_MAX_TOKEN_LENGTH="225")
+    assert "longer than" not in long
+    assert "longer than" not in summary(photos, estimate_captions=True, BASE_MODEL="mini-flux")

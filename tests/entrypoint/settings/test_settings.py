@@ -324,6 +324,11 @@ def test_unknown_names_in_it_are_refused(name):
     assert f"CONFIG_JSON: {name!r} is no variable" in refusal(CONFIG_JSON=json.dumps({name: 1}))
 
 
+def test_variables_inside_an_object_are_said_to_belong_beside_the_others():
+    told = refusal(CONFIG_JSON=json.dumps({"params": {"lr": 1e-4}}))
+    assert "'params' holds an object" in told and "beside the others" in told and "did you mean" not in told
+
+
 # ---- secrets
 
 

@@ -1,4 +1,4 @@
-"""What a job will do, in lines for the log: its shapes, steps, saves and samples.
+"""What a job will do, in lines for the log: its subject, shapes, steps, saves and samples.
 
 `--check`, a job before it downloads a model, and the trainer say it in the same words.
 """
@@ -10,7 +10,26 @@ from collections.abc import Mapping
 
 from trainer.spec.plan import AUTO, Plan
 
+SHOWN_PLACES = 3  # folders, archives and repositories
 SHOWN_SHAPES = 8  # the most frequent ones; the rest are counted
+
+
+def headline(plan: Plan) -> str:
+    """What will be trained, on what, and where the result goes."""
+    places: dict[str, None] = {}
+    words: dict[str, None] = {}
+    for dataset in plan.data.datasets:
+        for subset in dataset.subsets:
+            if subset.source.kind != "generated":
+                places[subset.source.public] = None
+            if subset.trigger_word:
+                words[repr(subset.trigger_word)] = None
+    shown = ", ".join(list(places)[:SHOWN_PLACES])
+    if len(places) > SHOWN_PLACES:
+        shown += f" and {len(places) - SHOWN_PLACES} more"
+    word = f" with the trigger word {' or '.join(words)}" if words else ""
+    final = f"{plan.output.path}/{plan.output.name}.safetensors"
+    return f"A LoRA of {plan.model.base} at rank {plan.lora.rank}{word}, from {shown}, to {final}."
 
 
 def describe_shapes(examples: Mapping[tuple[int, int], int]) -> str:
