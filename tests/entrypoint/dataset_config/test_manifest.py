@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import http.server
 import json
+import os
 import threading
 import urllib.request
 from pathlib import Path
@@ -327,6 +328,12 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path, name, con
         path.write_bytes(content)
     message = refusal(str(path))
     assert str(path) in message and reason in message
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "dataset.json")
+    assert "cannot be read: a FIFO, not a file" in refusal(str(tmp_path / "dataset.json"))
+    assert "cannot be read: a device, not a file" in refusal("/dev/zero")
 
 
 @pytest.mark.parametrize(
