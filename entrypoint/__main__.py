@@ -160,7 +160,7 @@ def job(environ: Mapping[str, str], *, check: bool, card: str | None = None) -> 
 def _card_to_check_for(name: str) -> hardware.Hardware:
     """The hardware that --gpu names. Raises SettingsError if it is unknown, or torch in the image cannot use it."""
     found = cards.hardware_of(name)
-    log.info("Checking for %s and %.0f GiB of host memory.", found, found.host_memory_gib)
+    log.info("Checking for %s: %s, and %.0f GiB of host memory.", name, found, found.host_memory_gib)
     hardware.check_kernels(found, hardware.IMAGE_KERNELS)
     return found
 

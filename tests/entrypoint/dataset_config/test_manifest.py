@@ -145,7 +145,7 @@ def test_an_unknown_key_is_named_with_its_place_and_the_nearest_one(level):
     key = "num_repeat"
     config = {"general": one({}, {}, {key: 1}), "a dataset": one({}, {key: 1}), "a subset": one({key: 1})}[level]
     place = {"general": "general", "a dataset": "datasets[0]", "a subset": "datasets[0].subsets[0]"}[level]
-    assert f"{place}.num_repeat is no key of {level}; did you mean num_repeats?" in refusal(config)
+    assert f"{place}.num_repeat is not a key of {level}; did you mean num_repeats?" in refusal(config)
 
 
 def test_an_unknown_key_at_the_top_is_named():
