@@ -93,7 +93,7 @@ def test_without_a_file_the_rank_is_32():
 def test_the_plan_takes_rank_and_targets_of_the_file_and_says_so(attention):
     made = plan(attention)
     assert (made.lora.rank, made.lora.split_qkv) == (6, False)
-    assert made.lora.targets == ("attn.to_q", "attn.to_k", "attn.to_v")
+    assert set(made.lora.targets) == {f"{DOUBLE}.{i}.attn.to_{x}" for i in (0, 1) for x in "qkv"}
     words = "\n".join(made.reasons)
     assert "diffusers keys, rank 6, no alpha, 6 modules" in words
     assert "PARAMS_NETWORK_DIM: 6 (the rank of the LoRA file)" in words
@@ -110,14 +110,14 @@ def test_a_file_for_some_blocks_trains_exactly_its_layers(tmp_path):
     found = plan(write(tmp_path / "x.safetensors", tensors))
     assert set(found.lora.targets) == set(layers)
     said = chosen(found)
-    assert "without transformer_blocks.1.attn.to_q;" in said
+    assert "without single_transformer_blocks.0.attn.to_q;" in said
     assert "attn.to_q,attn.to_out.0 would train all blocks" in said
     everywhere = plan(write(tmp_path / "x.safetensors", tensors), PARAMS_TARGET_MODULES="attn.to_q,attn.to_out.0")
     assert everywhere.lora.targets == ("attn.to_q", "attn.to_out.0")
 
 
 def test_a_file_for_all_blocks_has_the_short_names(tmp_path):
-    layers = [f"{kind}.{i}.attn.to_q" for kind in (DOUBLE, SINGLE) for i in (0, 1)]
+    layers = [f"{DOUBLE}.{i}.attn.to_q" for i in range(2)] + [f"{SINGLE}.{i}.attn.to_q" for i in range(4)]
     tensors = {key: value for layer in layers for key, value in peft(layer, rank=4).items()}
     assert plan(write(tmp_path / "x.safetensors", tensors)).lora.targets == ("attn.to_q",)
 
@@ -168,7 +168,7 @@ def test_parts_stacked_block_by_block_have_the_rank_of_a_part(tmp_path):
 
 def test_layers_beyond_the_default_targets_are_trained_on(tmp_path):
     file = write(tmp_path / "x.safetensors", kohya("double_blocks_0_img_mod_lin", rank=2, rows=6 * WIDTH, alpha=1))
-    assert plan(file).lora.targets == ("norm1.linear",)
+    assert plan(file).lora.targets == (f"{DOUBLE}.0.norm1.linear",)
     assert "PARAMS_TARGET_MODULES=norm1.linear" in refusal(file, PARAMS_TARGET_MODULES="attn.to_q")
 
 
