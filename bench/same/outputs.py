@@ -26,6 +26,7 @@ UNSEEDED = "random"
 # Measured anew in each run.
 CLOCKS = ("started", "updated", "images_per_second", "eta_s")
 # Written by the operating system's clock, or where a process was when it was killed.
+MEASURED = ("images_per_second", "memory_gib")  # in TensorBoard's files
 NOT_READ = ("run.json", "crashes.json", "hang.txt", ".lock")
 
 
@@ -160,8 +161,8 @@ def read_png(path: Path, places: Mapping[str, str]) -> dict[str, Any]:
 
 
 def read_events(path: Path) -> dict[str, float]:
-    """TensorBoard's scalars."""
-    return {f"step {step}, {tag}": value for tag, step, value in _scalars(path)}
+    """TensorBoard's scalars, without what is measured: it differs from run to run."""
+    return {f"step {step}, {tag}": value for tag, step, value in _scalars(path) if tag not in MEASURED}
 
 
 def _scalars(path: Path) -> Iterator[tuple[str, int, float]]:

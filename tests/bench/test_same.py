@@ -16,7 +16,16 @@ from bench.same.bad_input import BAD_INPUT
 from bench.same.data import write_data
 from bench.same.jobs import CHECK, REFUSED, TRAIN, Job, all_jobs
 from bench.same.normalise import NUMBER, normal_line, normal_lines, numbers, with_places, words
-from bench.same.outputs import flat, read_folder, read_help, read_metrics, read_plan, read_safetensors, read_state
+from bench.same.outputs import (
+    flat,
+    read_events,
+    read_folder,
+    read_help,
+    read_metrics,
+    read_plan,
+    read_safetensors,
+    read_state,
+)
 from bench.same.record import BUG, Place, environment, figures, is_sentence, problems
 
 PLACES = {"/home/me/.same/tree": "<tree>", "/home/me/.same/run": "<run>", "/home/me/.same/run/a": "<job>"}
@@ -141,6 +150,16 @@ def test_the_parts_of_a_state_are_told_apart(tmp_path):
         first["tensors"] == second["tensors"] == {"0": "F32 [2]"}
     )  # of the global random generators, seeded by nobody
     assert {name for name, value in first["parts"].items() if second["parts"][name] != value} == {"position"}
+
+
+def test_what_tensorboard_measures_is_not_compared(tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path)) as board:
+        for tag in ("loss", "images_per_second", "memory_gib"):
+            board.add_scalar(tag, 0.5, 1)
+    (path,) = tmp_path.iterdir()
+    assert read_events(path) == {"step 1, loss": 0.5}
 
 
 def test_an_output_folder_becomes_results_and_words(tmp_path):

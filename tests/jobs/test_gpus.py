@@ -161,7 +161,7 @@ def test_another_number_of_processes_goes_on_with_as_many_batches_a_step_or_is_a
     assert code == 0, printed
     first = sha(two)
     code, printed = two.run(NUM_GPUS="1", PARAMS_MAX_STEPS="4")
-    assert code == 0 and "New run x-2, beside x, since these differ: NUM_GPUS: 2 → 1." in printed, printed
+    assert code == 0 and "New run x-2, beside x, because these differ: NUM_GPUS: 2 → 1." in printed, printed
     assert sha(two) == first and (two.out / "x-2.safetensors").is_file()
     code, printed = two.run(NUM_GPUS="1", PARAMS_GRADIENT_ACCUMULATION="2", PARAMS_MAX_STEPS="6")
     assert code == 0 and "Resumed at step 4 of 6" in printed, printed
