@@ -34,6 +34,7 @@ from trainer import __version__
 from trainer.base_model import model_folder
 from trainer.spec.errors import KilnError, NoAcceleratorError, StopRequestedError
 from trainer.spec.family import base_models, get_family
+from trainer.spec.log_lines import log_to
 from trainer.spec.plan import Dataset, Plan, Source
 from trainer.spec.rules import outlook
 from trainer.storage import choose_run
@@ -77,7 +78,7 @@ def main(arguments: list[str]) -> int:
         with contextlib.suppress(BrokenPipeError):  # the reader (head, less) has closed the pipe
             print(help_env(), flush=True)  # noqa: T201
         return 0
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    log_to(logging.StreamHandler(), "%(asctime)s %(levelname)s %(message)s")
     check = options.check or options.command == "check" or options.gpu is not None
     return supervise.supervised(lambda: _exit_code(check=check, card=options.gpu), os.environ)
 
@@ -159,7 +160,7 @@ def job(environ: Mapping[str, str], *, check: bool, card: str | None = None) -> 
 def _card_to_check_for(name: str) -> hardware.Hardware:
     """The hardware that --gpu names. Raises SettingsError if it is unknown, or torch in the image cannot use it."""
     found = cards.hardware_of(name)
-    log.info("Checking for %s and %.0f GiB of host memory.", found, found.host_memory_gib)
+    log.info("Checking for %s: %s, and %.0f GiB of host memory.", name, found, found.host_memory_gib)
     hardware.check_kernels(found, hardware.IMAGE_KERNELS)
     return found
 

@@ -18,6 +18,7 @@ from entrypoint.fetch.http import RetryPolicy
 from trainer.base_model import model_folder
 from trainer.spec.errors import KilnError, SettingsError
 from trainer.spec.family import base_models, get_family
+from trainer.spec.log_lines import log_to
 from trainer.spec.plan import ModelPlan
 
 PLACE = Path("/opt/kiln-models")
@@ -29,7 +30,7 @@ USAGE = f"usage: python -m entrypoint.bake BASE_MODEL|{TOKENIZERS} FOLDER [CACHE
 
 def main(arguments: list[str]) -> int:
     """Exit codes as in `trainer.spec.errors`; 64 for a wrong command line."""
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    log_to(logging.StreamHandler(), "%(message)s")
     if len(arguments) not in (2, 3):
         print(USAGE, file=sys.stderr)  # noqa: T201
         return 64

@@ -13,6 +13,7 @@ from typing import TextIO
 
 from trainer.spec import library_noise
 from trainer.spec.errors import KilnError, SettingsError, StopRequestedError
+from trainer.spec.log_lines import log_to
 from trainer.spec.plan import RANK_VARIABLE, TEAM_VARIABLE, Plan
 from trainer.training.stop_flag import StopFlag
 
@@ -73,7 +74,7 @@ def _configure_logging(process_rank: int) -> None:
     if process_rank:
         prefix = f"[process {process_rank}] "
         level = logging.WARNING
-    logging.basicConfig(format=f"%(asctime)s %(levelname)s {prefix}%(message)s", datefmt="%H:%M:%S", level=level)
+    log_to(logging.StreamHandler(), f"%(asctime)s %(levelname)s {prefix}%(message)s", level=level)
     library_noise.silence()
 
 

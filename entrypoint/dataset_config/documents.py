@@ -5,6 +5,7 @@ Each is a path, an http(s) URL, or the text itself.
 
 from __future__ import annotations
 
+import errno
 import http.client
 import time
 import urllib.error
@@ -17,6 +18,7 @@ from entrypoint.settings.checks import absolute
 from trainer.spec.documents.forms import MAX_BYTES, decode, format_of
 from trainer.spec.errors import UnreachableError
 from trainer.spec.values import Problems
+from trainer.storage.read import read_regular
 
 DOWNLOAD_TIMEOUT_S = 10.0
 PIECE_BYTES = 2**16
@@ -63,8 +65,12 @@ def read_text(
 def _load(path: str) -> bytes:
     if "://" in path:
         raise ValueError("only http and https URLs can be read")
-    with Path(absolute(path)).open("rb") as file:
-        return file.read(MAX_BYTES + 1)
+    try:
+        return read_regular(Path(absolute(path)), limit=MAX_BYTES)
+    except OSError as problem:
+        if problem.errno != errno.EFBIG:
+            raise
+        raise ValueError(f"it is {problem.strerror}") from problem
 
 
 def _download(url: str, open_url: Callable[..., Any]) -> bytes:

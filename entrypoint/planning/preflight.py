@@ -98,7 +98,7 @@ def preflight(plan: Plan, *, token: str | None, hub_cache: Path, retries: RetryP
         if variable != "HF_HOME" or space.parts["HF_HOME"]:
             attempt(partial(_check_writable, variable, places[variable]))
     if not any(isinstance(p, StorageError) for p in problems):
-        problems += _full_volumes(space)
+        problems += _full_volumes(space, all_known=not problems)
     _raise_all(problems)
     return bool(space.parts["HF_HOME"])
 
@@ -329,11 +329,14 @@ def _nearest_existing(place: Path) -> Path:
     raise FileNotFoundError(place)  # not even the root
 
 
-def _full_volumes(space: NeededSpace) -> list[KilnError]:
+def _full_volumes(space: NeededSpace, *, all_known: bool) -> list[KilnError]:
     """One error for each file system without enough free space, with both numbers and what they are made of.
 
-    Places on one file system share its space, so their needs are added up.
+    Places on one file system share its space, so their needs are added up. `all_known`: False where a model or a
+    dataset could not be asked for its size, so that the log must not say that little is needed.
     """
+    about = "about %s needed" if all_known else "at least %s needed, and what could not be looked up"
+    text = f"Room on the volume of %s: {about}, %s free."
     variables_by_device: dict[int, list[str]] = defaultdict(list)
     for variable in space.parts:
         device = _nearest_existing(space.places[variable]).stat().st_dev
@@ -346,7 +349,7 @@ def _full_volumes(space: NeededSpace) -> list[KilnError]:
         place = _nearest_existing(space.places[variables[0]])
         free = shutil.disk_usage(place).free
         needed = sum(parts.values())
-        logger.info("Room on the volume of %s: about %s needed, %s free.", place, human_size(needed), human_size(free))
+        logger.info(text, place, human_size(needed), human_size(free))
         if needed > free:
             made_of = ", ".join(f"{what}: {human_size(size)}" for what, size in parts.items())
             errors.append(

@@ -94,9 +94,7 @@ def note_prediction(denoiser: str | None, training: TrainingSettings, facts: Fac
     marks = model_folder.prediction(Path(denoiser))
     where = f"MODEL_PATH={show(denoiser)}"
     if marks.edm:
-        notes.add(
-            f"{where} was trained with the noise levels of EDM, which Kiln does not train with. Fix: another file."
-        )
+        notes.add(f"{where} was trained with the noise levels of EDM, which Kiln does not support. Fix: another file.")
     if marks.unknown is not None:
         notes.warn(
             f"{where}: {HEADER_KEY}={show(marks.unknown)} in its header is not one of epsilon and v, and does not "

@@ -34,8 +34,8 @@ PROGRESS_INTERVAL_S = 10.0
 def log_summary(plan: Plan, *, token: str | None, hub_cache: Path, estimate_captions: bool = False) -> tuple[str, ...]:
     """Scan the images that are on this machine, and log what the job will do with them.
 
-    `estimate_captions`: warn of those that are too long for any tokenizer, which a trainer reads exactly. Returns the
-    lines, which the trainer need not print again. Raises DataError where the trainer would: no usable
+    `estimate_captions`: where no tokenizer is here, warn of captions that are too long for any. Returns the lines,
+    which the trainer need not print again. Raises DataError where the trainer would: no usable
     image, or too many unusable ones.
     """
     lines: list[str] = []
@@ -71,6 +71,8 @@ def log_summary(plan: Plan, *, token: str | None, hub_cache: Path, estimate_capt
     text = choice.describe()
     if text and choice.plan.output.name != plan.output.name:  # the settings alone did not say so
         say(text)
+    elif choice.run is not None and choice.run.step:
+        say(f"Run {choice.plan.output.name} goes on: it is at step {choice.run.step:,}.")
     images = [*scanned.images, *_class_images(local_plan)]
     sampler = EpochSampler(
         images,
@@ -81,26 +83,26 @@ def log_summary(plan: Plan, *, token: str | None, hub_cache: Path, estimate_capt
     )
     for line in describe(local_plan, sampler):
         say(line)
-    for line in long_captions(local_plan, sampler, hub_cache=hub_cache):
+    for line in long_captions(local_plan, sampler, hub_cache=hub_cache, estimate=estimate_captions):
         say(line, logging.WARNING)
     for warning in sanity.warnings(local_plan, _length(local_plan, sampler, images=len(scanned.images))):
         say(warning, logging.WARNING)
-    if estimate_captions:
-        facts = get_family(plan.model.family).FACTS
-        captions = sampler.captions_by_image()
-        length = plan.train.max_token_length
-        for line in caption_length.describe_surely_cut(facts, captions, plan.prompts, max_tokens=length):
-            say(line, logging.WARNING)
     return tuple(lines)
 
 
-def long_captions(plan: Plan, sampler: EpochSampler, *, hub_cache: Path) -> list[str]:
-    """Lines about captions and prompts that the text encoder does not read to their end, as a job has them."""
+def long_captions(plan: Plan, sampler: EpochSampler, *, hub_cache: Path, estimate: bool) -> list[str]:
+    """Lines about captions and prompts that the text encoder does not read to their end, as a job has them.
+
+    `estimate`: where its tokenizer is not on this machine, name those that are too long in any case.
+    """
     facts = get_family(plan.model.family).FACTS
     reader = caption_length.load_light_reader(plan.model, max_tokens=plan.train.max_token_length, hub_cache=hub_cache)
     if reader is None:
         log.info("Whether a caption is too long for the text encoder is known once its tokenizer is on this machine.")
-        return []
+        if not estimate:
+            return []
+        length = plan.train.max_token_length
+        return caption_length.describe_surely_cut(facts, sampler.captions_by_image(), plan.prompts, max_tokens=length)
     cuts = caption_length.find_cuts(reader, sampler.captions_by_image())
     lines = caption_length.describe_cuts(reader, cuts, facts, limit=caption_length.SHOWN_CAPTIONS, in_report=False)
     return lines + caption_length.describe_prompts(reader, plan.prompts)

@@ -31,6 +31,7 @@ from entrypoint.fetch import http
 from entrypoint.system.environment import child_environment
 from trainer.spec.errors import GatedError, KilnError, SettingsError, UnreachableError
 from trainer.spec.family import base_models
+from trainer.spec.log_lines import log_to
 from trainer.spec.plan import Plan
 from trainer.storage import run_records
 from trainer.storage.folders import read_json, write_text
@@ -310,7 +311,7 @@ def card(path: Path, *, base: str, samples: str | None) -> str:
 
 def main() -> int:
     """Read a job and then commands, one a line; end of input ends the process. Returns 0, or the error's exit code."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    log_to(logging.StreamHandler(), "%(asctime)s %(levelname)s %(message)s")
     sys.excepthook = _bare
     for number in (signal.SIGINT, signal.SIGHUP):  # from a terminal: the entrypoint decides when this process ends
         signal.signal(number, signal.SIG_IGN)

@@ -26,6 +26,7 @@ from entrypoint.settings import Settings, read_settings
 from entrypoint.settings.variables.engine import BACKENDS
 from trainer.spec.errors import KilnError, SettingsError
 from trainer.spec.family import base_models
+from trainer.spec.log_lines import log_to
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         options = parser.parse_args(arguments)
     except SystemExit as stop:
         return 64 if stop.code else 0
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    log_to(logging.StreamHandler(), "%(message)s", level=logging.WARNING)
     commands = {
         "template": template,
         "deploy": deploy,

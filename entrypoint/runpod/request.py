@@ -144,7 +144,7 @@ def card_summary(variables: Mapping[str, str], gpu: Mapping[str, Any], *, count:
     try:
         hardware = cards.hardware_of(f"{count} x {gpu['id']}")
     except SettingsError:
-        return [f"{gpu['name']} is not a card that is known here, so its memory is not checked."]
+        return [f"{gpu['name']} is not a known card, so its memory is not checked."]
     visible = {name: value for name, value in variables.items() if FROM_RUNPOD not in value}
     for name in PATH_VARIABLES:
         if visible.get(name, "").startswith(VOLUME_PATH):

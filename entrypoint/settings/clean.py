@@ -214,7 +214,7 @@ def _number(text: str, row: Row) -> str:
     text = _COMMENT.sub("", text).rstrip(",;").rstrip().translate(DASHES)
     narrow = unicodedata.normalize("NFKC", text)
     if narrow != text and re.search(r"[０-９．]", text):
-        raise ValueError(f"has digits of double width. Fix: {row.name}={narrow}")
+        raise ValueError(f"has full-width digits. Fix: {row.name}={narrow}")
     if row.kind == "size":
         if text[:1] + text[-1:] in ("[]", "()"):
             text = text[1:-1].strip()
@@ -230,7 +230,7 @@ def _single_number(text: str, row: Row) -> str:
             return f"{share / 100:.12g}"
         raise ValueError(f"is a percentage. Fix: {row.name}=, and a number")
     if re.fullmatch(r"[+-]?\d{1,3}([,_ ' ]\d{3})+", text):
-        raise ValueError(f"has marks between its digits. Fix: {row.name}={re.sub('[^0-9+-]', '', text)}")
+        raise ValueError(f"has separators between its digits. Fix: {row.name}={re.sub('[^0-9+-]', '', text)}")
     if re.fullmatch(r"[+-]?\d+,\d+([eE][+-]?\d+)?", text):
         raise ValueError(f"has a comma. Fix: {row.name}={text.replace(',', '.')}")
     whole = as_number(text)

@@ -184,7 +184,7 @@ def _load_config(text: str, notes: Notes) -> dict[str, Any]:
     """The object in CONFIG_JSON; empty, with a problem in `notes`, if it is none."""
     mended = clean.without_quotes(text)
     config = None
-    reason = "it is something else"
+    reason = "it is another kind of value"
     try:
         config = load_json(mended)
     except ValueError as problem:

@@ -44,9 +44,9 @@ def allowed_values(row: Row) -> str:
         "size": f"side or WIDTHxHEIGHT, {limits} each",
         "switch": "true, false",
         "auto_switch": "auto, true, false",
-        "pairs": "key=value, with spaces between",
-        "names": "names, with commas between",
-        "numbers": f"numbers with a comma between, {limits} each",
+        "pairs": "key=value pairs with spaces between them",
+        "names": "names with commas between them",
+        "numbers": f"numbers with commas between them, {limits} each",
         "path": "path",
         "repo": "owner/name",
         "name": "letters, digits, space, dot, dash and underscore; 128 at most",
@@ -148,7 +148,7 @@ def _numbers(text: str, row: Row) -> tuple[float, ...]:
 
 def _secret(text: str, _: Row) -> Secret | None:
     if text and not _TOKEN_TEXT.fullmatch(text):
-        raise EnvError("has spaces or characters that no token has")
+        raise EnvError("has spaces or characters that do not occur in tokens")
     return Secret(text) if text else None
 
 

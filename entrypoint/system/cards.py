@@ -124,7 +124,7 @@ def hardware_of(text: str) -> Hardware:
     if card is None or count == 0:
         guess = nearest(match[2], [card.name for card in CARDS])
         hint = f"did you mean {guess}?" if guess else "names are written as in 'RTX 4090', 'A100 80GB' or 'MI300X'."
-        raise SettingsError(f"--gpu {show(text)} is not a card that is known here; {hint} A size works too: '12 GB'.")
+        raise SettingsError(f"--gpu {show(text)} is not a known card; {hint} A size works too: '12 GB'.")
     memory_gib = card.memory_mib / 1024
     host_gib = max(MIN_HOST_GIB, 2 * memory_gib) * count
     return Hardware(card.vendor, card.architecture, memory_gib, count, "", host_gib, ASSUMED_CPUS * count)

@@ -102,3 +102,9 @@ def test_health_reads_the_status_file(tmp_path, monkeypatch, capsys):
     assert health.main() == 1 and "No step for" in capsys.readouterr().out
     (tmp_path / "status.json").write_text("{")
     assert health.main() == 0
+
+
+def test_a_check_for_a_card_names_it(caplog):
+    with caplog.at_level("INFO"):
+        entrypoint._card_to_check_for("RTX 4090")
+    assert "Checking for RTX 4090: 1 × nvidia 8.9, 24 GiB each" in caplog.text

@@ -162,7 +162,7 @@ def test_a_changed_setting_begins_a_new_run_that_says_what_differs(halfway, tiny
     """A8. Also what the run was made with is compared, but only said: a newer image may go on."""
     before = files_of(halfway.out)
     assert halfway(train={"seed": 7}) == 0, halfway.said()
-    assert "New run x-2, beside x, because these settings differ: PARAMS_SEED: 42 → 7. " in halfway.said()
+    assert "New run x-2, beside x, because these differ: PARAMS_SEED: 42 → 7. " in halfway.said()
     assert halfway.out.joinpath("x-2.safetensors").is_file() and not halfway.out.joinpath("x.safetensors").exists()
     assert files_of(halfway.out).items() >= before.items(), "nothing of the old run is touched"
     path = halfway.out / "state" / "step-00000010" / "state.json"

@@ -17,6 +17,8 @@ from tests.support.hub import Hub, read_folder
 from tests.support.programs import ROOT, Programs
 from trainer.spec.family import base_models
 
+pytestmark = pytest.mark.timeout(900)
+
 MINIATURE = "mini-sdxl"
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
 
@@ -30,7 +32,7 @@ def hub() -> Iterator[Hub]:
 
 
 def reader(place: Path, programs: Programs, hub: Hub, photographs: Path, **options: bool) -> Reader:
-    """Somebody with seventeen photographs, a terminal in this repository, and no card."""
+    """Somebody with sixteen photographs, a terminal in this repository, and no card."""
     found = Reader(place, programs, variables={"HF_ENDPOINT": hub.endpoint, "BACKEND": "cpu"}, **options)
     photos = found.home / "zot" / "photos"
     photos.mkdir(parents=True)

@@ -156,13 +156,13 @@ def test_the_first_process_may_be_killed_too(two):
 
 
 @pytest.mark.slow
-def test_another_number_of_processes_goes_on_or_is_refused_by_name(two):
+def test_another_number_of_processes_goes_on_with_as_many_batches_a_step_or_is_a_new_run(two):
     code, printed = two.run(PARAMS_MAX_STEPS="4")
     assert code == 0, printed
-    more = {"PARAMS_MAX_STEPS": "4", "OUTPUT_NAME": "y"}
-    code, printed = two.run(NUM_GPUS="1", **more)
-    assert code == 78 and "engine.num_gpus: 2 → 1" in printed, printed
-    code, printed = two.run(NUM_GPUS="1", PARAMS_GRADIENT_ACCUMULATION="2", **more)
-    assert code == 0 and "was made with NUM_GPUS 2, and this is 1: the result will not be bit-identical" in printed, (
-        printed
-    )
+    first = sha(two)
+    code, printed = two.run(NUM_GPUS="1", PARAMS_MAX_STEPS="4")
+    assert code == 0 and "New run x-2, beside x, since these differ: NUM_GPUS: 2 → 1." in printed, printed
+    assert sha(two) == first and (two.out / "x-2.safetensors").is_file()
+    code, printed = two.run(NUM_GPUS="1", PARAMS_GRADIENT_ACCUMULATION="2", PARAMS_MAX_STEPS="6")
+    assert code == 0 and "Resumed at step 4 of 6" in printed, printed
+    assert "was made with NUM_GPUS 2, and this is 1: the result will not be bit-identical" in printed

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import signal
 
@@ -194,6 +195,8 @@ def test_without_a_length_the_images_decide(job):
     )
     record = json.loads((job.out / "run.json").read_text())
     assert record["automatic_steps"] == 1000 == job.status().get("total_steps", 1000)
+    code, printed = job.run("--check", PARAMS_MAX_STEPS="", PARAMS_MAX_EPOCHS="auto")
+    assert code == 0 and re.search(r"Run x goes on: it is at step \d", printed), printed
 
 
 ODD = ("status.json", "crashes.json", "upload.json", "metrics.jsonl", "plan.json")

@@ -286,7 +286,7 @@ def test_a_job_whose_upload_fails_is_uploaded_by_the_next_start_without_training
 @pytest.mark.slow
 def test_two_runs_of_one_folder_push_their_own_files(job, hub):
     """The second run begins with what the first had uploaded; killed in the middle, it goes on and uploads once."""
-    process = start(job, hub, PARAMS_SAVE_EVERY_N_STEPS="1", KEEP_CHECKPOINTS="0")
+    process = start(job, hub, PARAMS_SAVE_EVERY_N_STEPS="1")
     printed, _ = process.communicate(timeout=200)
     assert process.returncode == 0, printed
     of_first = {name: data for name, data in files(hub).items() if name != "README.md"}
@@ -312,9 +312,9 @@ def test_two_runs_of_one_folder_push_their_own_files(job, hub):
     new = there.keys() - of_first.keys() - {"README.md"}
     assert all(name.startswith(("x-2", "runs/x-2/")) for name in new)
     assert (job.out / "upload.json").is_file() and (job.out / "runs" / "x-2" / "upload.json").is_file()
-    log = hub.repos["model", "me/lora"].log
+    log = list(hub.repos["model", "me/lora"].log)
     for changes in ({}, other):  # both are done, and uploaded
-        process = start(job, hub, PARAMS_SAVE_EVERY_N_STEPS="1", KEEP_CHECKPOINTS="0", **changes)
+        process = start(job, hub, PARAMS_SAVE_EVERY_N_STEPS="1", **changes)
         printed, _ = process.communicate(timeout=200)
         assert process.returncode == 0 and "This job is done" in printed, printed
     assert log == hub.repos["model", "me/lora"].log and log.count("Kiln: x-2") == 1

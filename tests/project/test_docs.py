@@ -22,7 +22,7 @@ from trainer.spec.plan import Dataset, Subset
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 USERS = (  # the documents for users
-    *("tutorial", "settings", "variables", "data", "dataset-json", "prompts", "outputs", "lora-files"),
+    *("tutorial", "settings", "variables", "data", "dataset-json", "prompts", "outputs"),
     *("troubleshooting", "glossary"),
 )
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")))
@@ -244,7 +244,7 @@ PRODUCT = ("trainer", "entrypoint")
 NO_TERMS = {
     **dict.fromkeys(("AdaptedModels", "Backward", "Session"), "parts of a run, passed between two modules"),
     **dict.fromkeys(("PreparedData", "Folder", "AdapterShape"), "the result of one function"),
-    **dict.fromkeys(("Columns", "Decoded", "ImageNames"), "the result of one function"),
+    **dict.fromkeys(("AskedColumns", "Columns", "Decoded", "ImageNames"), "the result of one function"),
     **dict.fromkeys(
         ("Metrics", "Status", "Progress", "Problems", "Findings"), "an output or a list that its name describes"
     ),
@@ -257,6 +257,8 @@ NO_TERMS = {
     **dict.fromkeys(("Length", "Request"), "what a row of a table of sanity checks looks at"),
     **dict.fromkeys(("Reader", "Cut", "PredictionMarks"), "what one function finds in a caption or a file"),
     "Loader": "YAML without types that surprise",
+    **dict.fromkeys(("AskedColumns", "Compared", "NamedBase"), "what one function hands to the next"),
+    **dict.fromkeys(("LightTokenizer", "Encoded"), "a tokenizer without its library, and what it returns"),
     "PartlyJoinedProcessor": "one case of a class of diffusers",
     **dict.fromkeys(("Card", "TorchKernels"), "what a card, and this torch, can do"),
     **dict.fromkeys(("Budget", "Limits", "Names"), "bounds on archives"),

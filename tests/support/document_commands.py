@@ -107,6 +107,7 @@ class Reader:
 def pattern(line: str) -> str:
     """A line of a log without what differs from run to run: its time, numbers, and the reader's home."""
     line = re.sub(r"^\d\d:\d\d:\d\d ", "", line.strip())
-    line = re.sub(r"/[\w./-]*?/home(?:/me)?(?=/)", "~", line)
+    line = re.sub(r"(?:/[\w./-]*)?/home(?:/me)?(?=/)", "~", line)
+    line = line.replace("mini-", "")
     line = re.sub(r"[KMG]iB", "GiB", line)
     return re.sub(r"\d[\d,.:]*(?:e[+-]\d+)?", "#", line)

@@ -73,7 +73,7 @@ def _write_schedule(config: Path, denoiser: str) -> None:
     header = safetensors_header.read_header(Path(denoiser))
     marks = prediction_marks(header.entries.keys(), header.metadata)
     if marks.edm:
-        raise SettingsError(f"{denoiser} was trained with the noise levels of EDM, which Kiln does not train with.")
+        raise SettingsError(f"{denoiser} was trained with the noise levels of EDM, which Kiln does not support.")
     if marks.prediction is None:
         return
     changes: dict[str, Any] = {"prediction_type": marks.prediction}

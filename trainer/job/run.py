@@ -48,6 +48,7 @@ from trainer.job.reporting.status import Status
 from trainer.job.watchdog import OUTSIDE_STEPS_TIMEOUT_S, Watchdog
 from trainer.spec.errors import HangError, KilnError, OutOfMemoryError, StopRequestedError, StorageError
 from trainer.spec.family import get_family
+from trainer.spec.log_lines import LineFormatter
 from trainer.spec.optimizers import STRETCHED_SCHEDULERS
 from trainer.spec.plan import ALIVE_VARIABLE, Plan
 from trainer.spec.rules.resume_rules import changes
@@ -324,7 +325,7 @@ def _log_file(path: Path, prefix: str = "") -> Iterator[logging.Handler]:
     if path.exists() and not path.is_file():
         json_files.set_aside(path, "is no file")
     handler = _QuietFileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {prefix}%(message)s"))
+    handler.setFormatter(LineFormatter(f"%(asctime)s %(levelname)s {prefix}%(message)s"))
     logging.getLogger().addHandler(handler)
     try:
         yield handler

@@ -190,7 +190,7 @@ class Saver:
             number += 1
             found = f"{stem}-{number}"
         if found != stem:
-            log.warning("%s.safetensors is there, and this run did not write it: the LoRA is called %s.", stem, found)
+            log.warning("%s.safetensors exists, and this run did not write it: the LoRA is called %s.", stem, found)
         return found
 
     def _final_names(self, stem: str) -> list[str]:

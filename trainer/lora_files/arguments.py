@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from trainer.lora_files import contents, other_kinds
 from trainer.spec import library_noise
 from trainer.spec.errors import KilnError, SettingsError, StorageError
 from trainer.spec.family import family_names
+from trainer.spec.log_lines import log_to
 from trainer.spec.values import as_number, show
 from trainer.storage import atomic, safetensors_header
 
@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 
 def run_command(command: Callable[[], None]) -> int:
     """Run a command with its log on stderr; returns the exit code."""
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    log_to(logging.StreamHandler(), "%(message)s")
     try:
         with warnings.catch_warnings():
             library_noise.silence()

@@ -183,7 +183,7 @@ def test_paths_of_windows_are_named_with_the_fix(name: str, content: str, told: 
         ("a:\n\tb: 1", "line 2 begins with a tab"),
         ("a: 1\n---\nb: 2", "but found another document"),
         ("? [1, 2]\n: 3", "key"),
-        ("1: 2", "the key 1 is no text"),
+        ("1: 2", "the key 1 is not text"),
         ("a: .nan", "a: nan is not a number"),
     ],
 )
@@ -253,7 +253,7 @@ def test_a_long_text_is_refused_by_its_length() -> None:
         ({"subsets": [{"image_dir": "/a"}]}, 'subsets is at the top level, and belongs in a dataset. Fix: {"datasets"'),
         (
             {"image_dir": "/a", "num_repeats": 2},
-            "image_dir, num_repeats: keys of a dataset or a subset stand at the top",
+            "image_dir, num_repeats: keys of a dataset or a subset are at the top level",
         ),
         ({"general": {}}, "the key 'datasets' is missing. Fix: "),
         ([{"image_dir": "/a"}], "it is a list, but must be an object. Fix: "),

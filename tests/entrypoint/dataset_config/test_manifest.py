@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import http.server
 import json
+import os
 import threading
 import urllib.request
 from pathlib import Path
@@ -144,7 +145,7 @@ def test_an_unknown_key_is_named_with_its_place_and_the_nearest_one(level):
     key = "num_repeat"
     config = {"general": one({}, {}, {key: 1}), "a dataset": one({}, {key: 1}), "a subset": one({key: 1})}[level]
     place = {"general": "general", "a dataset": "datasets[0]", "a subset": "datasets[0].subsets[0]"}[level]
-    assert f"{place}.num_repeat is no key of {level}; did you mean num_repeats?" in refusal(config)
+    assert f"{place}.num_repeat is not a key of {level}; did you mean num_repeats?" in refusal(config)
 
 
 def test_an_unknown_key_at_the_top_is_named():
@@ -327,6 +328,12 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path, name, con
         path.write_bytes(content)
     message = refusal(str(path))
     assert str(path) in message and reason in message
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "dataset.json")
+    assert "cannot be read: a FIFO, not a file" in refusal(str(tmp_path / "dataset.json"))
+    assert "cannot be read: a device, not a file" in refusal("/dev/zero")
 
 
 @pytest.mark.parametrize(

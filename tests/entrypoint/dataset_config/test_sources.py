@@ -63,7 +63,7 @@ def test_a_page_of_an_archive_is_the_archive(written: str, url: str) -> None:
 @pytest.mark.parametrize(
     ("written", "told"),
     [
-        ("https://huggingface.co/owner/model", "no page of a dataset"),
+        ("https://huggingface.co/owner/model", "not the page of a dataset"),
         ("https://huggingface.co/datasets/owner/name/blob/main/a.png", "a part of the Hub dataset owner/name"),
         ("https://huggingface.co/datasets/owner/name/tree/main/images", "a part of the Hub dataset owner/name"),
         ("https://drive.google.com/file/d/1x/view?usp=sharing", "a page of Google Drive.*download the files"),
@@ -142,5 +142,5 @@ def test_a_mount_at_the_root_is_suggested(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_every_service_has_a_host_that_is_refused() -> None:
     for host in sources.SHARING_HOSTS:
-        with pytest.raises(ValueError, match="from which programs get no file"):
+        with pytest.raises(ValueError, match="from which programs cannot download"):
             classify(f"https://{host}/x")

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from trainer.spec.errors import SettingsError
 from trainer.spec.prediction_marks import HEADER_VALUES, MARKS, prediction_marks
-from trainer.spec.rules.resume_rules import blocking_differences
+from trainer.spec.rules.resume_rules import Changes, changes
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ WARNED = [
     (["v_pred"], {}, {"PARAMS_PREDICTION_TYPE": "epsilon"}, "predicts v_prediction, by its tensor v_pred"),
     ([], EPSILON, {"PARAMS_PREDICTION_TYPE": "v_prediction"}, "predicts epsilon"),
     (["v_pred", "ztsnr"], {}, {"PARAMS_ZERO_TERMINAL_SNR": "false"}, "PARAMS_ZERO_TERMINAL_SNR=false, but"),
-    (["ztsnr"], {}, {}, "the mark ztsnr, but none of v-prediction"),
+    (["ztsnr"], {}, {}, "is marked ztsnr but not v-prediction"),
     ([], {"modelspec.prediction_type": "sample"}, {}, "'sample' in its header is not one of epsilon and v"),
 ]
 
@@ -96,5 +96,7 @@ def test_clip_reads_long_captions_where_nothing_else_does(job_plan, length):
 def test_a_state_from_before_there_was_a_length_resumes_with_77_tokens(job_plan):
     plan = job_plan("sdxl")
     older = {key: value for key, value in plan.essence().items() if key != "train.max_token_length"}
-    assert blocking_differences(older, plan.essence()) == []
-    assert blocking_differences(older, job_plan("sdxl", PARAMS_MAX_TOKEN_LENGTH="150").essence())
+    assert changes(older, plan) == Changes()
+    assert changes(older, job_plan("sdxl", PARAMS_MAX_TOKEN_LENGTH="150")).settings == (
+        "PARAMS_MAX_TOKEN_LENGTH: 77 → 150",
+    )

@@ -212,6 +212,16 @@ def test_a_folder_that_is_not_there(plan: Plan, tmp_path: Path) -> None:
         check(with_source(plan, Source("folder", "/nowhere")), tmp_path)
 
 
+def test_room_is_not_said_to_be_enough_where_a_size_is_unknown(
+    plan: Plan, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"), pytest.raises(SettingsError):
+        check(with_source(plan, Source("folder", "/nowhere")), tmp_path)
+    assert " about " not in caplog.text
+    (room,) = [message for message in caplog.messages if message.startswith("Room on")]
+    assert "at least" in room and "and what could not be looked up" in room
+
+
 def test_an_empty_folder(plan: Plan, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no image"):

@@ -104,8 +104,8 @@ def test_a_learning_rate_of_another_optimizer(optimizer, rate, says):
         ({"PARAMS_MAX_EPOCHS": "1000000"}, "PARAMS_MAX_EPOCHS=1000000"),
         ({"PARAMS_GRADIENT_ACCUMULATION": "1000"}, "PARAMS_GRADIENT_ACCUMULATION=1000"),
         ({"BASE_MODEL": "mini-sdxl", "PARAMS_MIN_SNR_GAMMA": "0.05"}, "PARAMS_MIN_SNR_GAMMA=0.05"),
-        ({"PARAMS_STEP_TIMEOUT": "5"}, "PARAMS_STEP_TIMEOUT=5 counts seconds"),
-        ({"MAX_RUNTIME": "0.01"}, "MAX_RUNTIME=0.01 counts hours"),
+        ({"PARAMS_STEP_TIMEOUT": "5"}, "PARAMS_STEP_TIMEOUT=5 is in seconds"),
+        ({"MAX_RUNTIME": "0.01"}, "MAX_RUNTIME=0.01 is in hours"),
     ],
 )
 def test_an_unusual_value(variables, says):
@@ -170,7 +170,7 @@ SHORT = Length(steps=100, steps_per_epoch=20, images=20)
             "PARAMS_WARMUP_STEPS=500: the job has 100 steps",
         ),
         ({"PARAMS_SAVE_EVERY_N_STEPS": "500"}, "only the finished LoRA is saved. Usual: a tenth of the steps, 10."),
-        ({"PARAMS_SAMPLE_EVERY_N_STEPS": "500"}, "samples are drawn before the first and after the last alone"),
+        ({"PARAMS_SAMPLE_EVERY_N_STEPS": "500"}, "samples are drawn only before the first and after the last"),
         ({"PARAMS_NUM_CYCLES": "50", "PARAMS_LEARNING_SCHEDULER": "cosine_with_restarts"}, "restarts every 2."),
         ({"PARAMS_BATCH_SIZE": "8", "PARAMS_GRADIENT_ACCUMULATION": "4"}, "A step may have 32 images"),
         ({"PARAMS_EMA_DECAY": "0.9999"}, "averages over 10,000 steps, and the job has 100"),

@@ -116,9 +116,9 @@ def test_class_images_that_will_be_drawn_count(photos, summary):
 
 def test_captions_that_no_tokenizer_reads_whole_are_named_without_one(photos, summary):
     (photos / "0.txt").write_text("a red dog's tail, " * 20)  # 6 pieces each: a, red, dog, 's, tail, and the comma
-    text = summary(photos, estimate_captions=True, BASE_MODEL="mini-sdxl")
+    of_clip = {"BASE_MODEL": "sdxl", "on": SMALL_GPU, "estimate_captions": True}
+    text = summary(photos, **of_clip)
     assert "1 text is longer than the 77 tokens that CLIP reads" in text and "0.0/0.png (122 tokens or more)" in text
     assert "PARAMS_MAX_TOKEN_LENGTH=225" in text
-    long = summary(photos, estimate_captions=True, BASE_MODEL="mini-sdxl", PARAMS_MAX_TOKEN_LENGTH="225")
-    assert "longer than" not in long
-    assert "longer than" not in summary(photos, estimate_captions=True, BASE_MODEL="mini-flux")
+    assert "longer than" not in summary(photos, **of_clip, PARAMS_MAX_TOKEN_LENGTH="225")
+    assert "longer than" not in summary(photos, **{**of_clip, "BASE_MODEL": "flux"})

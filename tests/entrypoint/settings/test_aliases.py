@@ -125,7 +125,7 @@ def test_config_json_takes_the_same_names():
 
 def test_one_wrong_name_in_config_json_is_not_answered_with_all_names():
     message = refusal(CONFIG_JSON='{"QQQQ": 1}')
-    assert "'QQQQ' is no variable" in message and "PARAMS_EMA_DECAY" not in message
+    assert "'QQQQ' is not a variable" in message and "PARAMS_EMA_DECAY" not in message
     assert "did you mean PARAMS_LEARNING_RATE?" in refusal(CONFIG_JSON='{"learnin_rat": 1}')
 
 

@@ -321,7 +321,7 @@ def test_anything_but_an_object_is_refused(text):
 
 @pytest.mark.parametrize("name", ["PARAMS_SEEDS", "SEEDY", "CONFIG_JSON", "PATH", ""])
 def test_unknown_names_in_it_are_refused(name):
-    assert f"CONFIG_JSON: {name!r} is no variable" in refusal(CONFIG_JSON=json.dumps({name: 1}))
+    assert f"CONFIG_JSON: {name!r} is not a variable" in refusal(CONFIG_JSON=json.dumps({name: 1}))
 
 
 def test_variables_inside_an_object_are_said_to_belong_beside_the_others():

@@ -308,6 +308,6 @@ def test_the_default_targets_run_diffusers_own_attention(loaded, monkeypatch):
 def test_a_block_that_a_model_lacks_is_refused_before_anything_is_encoded(job_plan, tmp_path):
     plan = job_plan("flux")
     lora = dataclasses.replace(plan.lora, targets=("attn.to_q", "transformer_blocks.7.attn.to_q"))
-    with pytest.raises(SettingsError, match=r"transformer_blocks\.7\.attn\.to_q means no layer .* near it are"):
+    with pytest.raises(SettingsError, match=r"transformer_blocks\.7\.attn\.to_q matches no layer .* similar are"):
         run(dataclasses.replace(plan, lora=lora), StopFlag())
     assert not list((tmp_path / "cache").rglob("*.safetensors"))

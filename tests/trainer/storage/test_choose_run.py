@@ -80,7 +80,7 @@ def test_other_settings_are_a_new_run_beside_it_and_the_old_ones_the_old_run_aga
     assert choice.plan.output.name == "x-2" and choice.home == out / "runs" / "x-2"
     text = choice.describe()
     assert text.startswith(
-        "New run x-2, beside x, because these settings differ: PARAMS_SEED: 42 → 1. x stays as it is, at step 8."
+        "New run x-2, beside x, because these differ: PARAMS_SEED: 42 → 1. x stays as it is, at step 8."
     )
     assert f"PARAMS_RESUME_FROM={out}/x-step00000008.safetensors" in text and "RESUME_WITH_CHANGES=true" in text
     assert choose(choice.plan).plan == choice.plan, "the trainer comes to the same answer"
@@ -122,9 +122,7 @@ def test_a_file_of_somebody_else_keeps_its_name(plan, out, name):
     (out / name).write_bytes(b"mine")
     choice = choose(plan)
     assert choice.plan.output.name == "x-2" and choice.home == out
-    assert (
-        choice.describe() == "OUTPUT_PATH has files named x already, which no run of it wrote: this run is called x-2."
-    )
+    assert choice.describe() == "OUTPUT_PATH already has files named x that no run wrote: this run is called x-2."
     leave(choice)
     assert choose(plan).run.name == "x-2"
 

@@ -39,14 +39,19 @@ def _note_missing(images: Sequence[str], own: Mapping[str, Caption], subset: Sub
     missing = [image for image in images if image not in own]
     if not missing:
         return
-    text = f"{many(len(missing), 'caption')} missing"
+    if subset.part_of is not None and not own and subset.class_tokens:
+        return  # said with the folder's name, which gives the words
+    count = many(len(missing), "caption")
     if subset.class_tokens:
-        findings.notes.append(f"{text}: class_tokens {subset.class_tokens!r} is used: {some(missing)}")
+        findings.notes.append(f"{count} missing: class_tokens {subset.class_tokens!r} is used: {some(missing)}")
     elif own_trigger(subset):
-        text += f": the trigger word {own_trigger(subset)!r} alone is used: {some(missing)}"
-        findings.warn(text) if own else findings.notes.append(text)
+        text = f"{count} missing: the trigger word {own_trigger(subset)!r} alone is used: {some(missing)}"
+        if own:
+            findings.warn(text)
+        else:
+            findings.notes.append(text)
     elif own or subset.is_reg:
-        findings.warn(f"{text}: trained without caption: {some(missing)}")
+        findings.warn(f"{count} missing: trained without caption: {some(missing)}")
     else:
         findings.warn(
             "no captions at all and no class_tokens: the model learns these images without words, and no word will "

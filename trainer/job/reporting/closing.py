@@ -23,7 +23,7 @@ def closing_lines(final: Path, plan: Plan, *, steps: int, samples: Path, seconds
     lines.append(f"ComfyUI: copy {final.name} to models/loras. Forge and A1111: to models/Lora.")
     lines.append(f'diffusers: pipe.load_lora_weights("{for_diffusers}").')
     words = sorted({subset.trigger_word for subset in plan.data.subsets if subset.trigger_word})
-    trigger = f"Begin the prompt with {' or '.join(map(repr, words))}" if words else "Prompt as your captions are"
+    trigger = f"Begin the prompt with {' or '.join(map(repr, words))}" if words else "Write prompts like your captions"
     lines.append(f"{trigger}; start with strength 1, and lower it to 0.6 where the LoRA is too strong.")
     if (samples / SHEET_NAME).is_file():
         lines.append(f"Compare the steps on {samples / SHEET_NAME}: an earlier one may be better.")

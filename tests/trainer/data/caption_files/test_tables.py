@@ -153,7 +153,7 @@ def test_columns_without_use_are_named_and_a_second_caption_is_a_warning():
 
 
 def test_two_columns_of_one_name_or_of_captions_are_refused():
-    assert "two columns are called 'text'" in problem("m.csv", "file_name,text,Text\na.png,x,y\n")
+    assert "two columns have the name 'text'" in problem("m.csv", "file_name,text,Text\na.png,x,y\n")
     message = problem("m.csv", "file_name,caption_a,caption_b\na.png,x,y\n")
     assert message == "m.csv has several columns of captions. Choose CAPTION_COLUMN: caption_a, caption_b."
 
@@ -165,7 +165,7 @@ def test_a_caption_with_commas_and_without_quotes_is_whole_and_said():
     rows, findings = read("m.csv", 'file_name,text\na.png,a dragon, flying, red\nb.png,"a, b"\nc.png,x\n')
     assert rows == {"a.png": "a dragon, flying, red", "b.png": "a, b", "c.png": "x"}
     assert findings.notes == [
-        "WARNING: m.csv: ',' without double quotes in the caption of 1 row: all of the text is taken: row 2."
+        "WARNING: m.csv: ',' without double quotes in the caption of 1 row: the whole text is used: row 2."
     ]
 
 

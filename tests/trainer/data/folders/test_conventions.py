@@ -82,6 +82,14 @@ def test_kohyas_folders_give_repeats_words_and_regularisation(tmp_path):
     assert not warnings(found)
 
 
+def test_the_words_of_a_folder_are_said_once_and_missing_captions_among_others_by_name(tmp_path):
+    folder = tree(tmp_path / "data", {"img/10_ohwx woman": 2, "img/5_zot": 2})
+    report = read(folder).report()
+    assert report.count("'ohwx woman'") == 1 and "missing" not in report
+    (folder / "img/5_zot/0.txt").write_text("a zot")
+    assert "1 caption missing: class_tokens 'zot' is used: img/5_zot/1." in read(folder).report()
+
+
 def test_the_folder_may_be_named_at_every_level(tmp_path):
     tree(tmp_path / "kohya", KOHYA)
     assert understood(read(tmp_path / "kohya/img")).keys() == {"10_ohwx woman", "5_zot_style"}
@@ -152,7 +160,7 @@ def test_a_number_that_may_mean_something_else_is_no_repeat(tmp_path, name):
 def test_folders_that_are_numbered_in_order_are_plain_unless_they_are_kohyas(tmp_path):
     names = {"1_front": 1, "2_side": 1, "3_back": 1}
     found = read(tree(tmp_path / "photos", names))
-    assert understood(found) == {} and "numbered one after the other" in warnings(found)
+    assert understood(found) == {} and "numbered in sequence" in warnings(found)
     assert understood(read(tree(tmp_path / "img", names)))["3_back"] == (3, "back", False)
 
 
