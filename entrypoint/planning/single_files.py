@@ -75,8 +75,12 @@ def _parts_in_file(file: str, base_model: str, facts: Facts, notes: Notes) -> di
     for part in facts.parts:
         if part != "denoiser" and any(name.startswith(PREFIXES[part]) for name in header.entries):
             parts.append(part)
-    missing = ", ".join(part for part in facts.parts if part not in parts)
-    notes.chose("MODEL_PATH", ", ".join(parts), f"what the file holds; not in it: {missing or 'no part'}")
+    missing = [part for part in facts.parts if part not in parts]
+    reason = "the file holds every part"
+    if missing:
+        variables = ", ".join(weight_kinds.VARIABLES[part] for part in missing)
+        reason = f"what the file holds; {', '.join(missing)} come from {variables}, or from the base model's folder"
+    notes.chose("MODEL_PATH", ", ".join(parts), reason)
     return dict.fromkeys(parts, absolute(file))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from trainer.base_model.without_weights import Vocabulary
 from trainer.spec.errors import GatedError, SettingsError, StorageError, UnreachableError
 from trainer.spec.family import OPTIONAL, BaseModel
 from trainer.storage import atomic
+
+log = logging.getLogger(__name__)
 
 
 def bring_model(model: BaseModel, patterns: Sequence[str], *, where: str) -> Path:
@@ -28,6 +31,7 @@ def bring_model(model: BaseModel, patterns: Sequence[str], *, where: str) -> Pat
     from huggingface_hub import constants, snapshot_download
 
     page = f"{constants.ENDPOINT}/{model.source}"
+    log.info("%s: fetching from %s what is not here yet.", where, page)
     plain = [pattern.removeprefix(OPTIONAL) for pattern in patterns]
     with _named_errors(model.source, where=where):
         folder = Path(snapshot_download(model.source, allow_patterns=plain))
@@ -50,6 +54,7 @@ def bring_vocabularies(vocabularies: Sequence[Vocabulary], *, option: str) -> No
     try:
         for vocabulary in vocabularies:
             tokenizer = vocabulary.tokenizer
+            log.info("Fetching the tokenizer of %s from %s. It needs no token.", tokenizer.name, tokenizer.repository)
             with _named_errors(tokenizer.repository, where=f"{tokenizer.name}'s tokenizer"):
                 for name in tokenizer.files:
                     hf_hub_download(tokenizer.repository, name, token=False)
