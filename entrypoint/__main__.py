@@ -34,9 +34,9 @@ from trainer import __version__
 from trainer.base_model import model_folder
 from trainer.spec.errors import KilnError, NoAcceleratorError, StopRequestedError
 from trainer.spec.family import base_models, get_family
+from trainer.spec.log_lines import log_to
 from trainer.spec.plan import Dataset, Plan, Source
 from trainer.spec.rules import outlook
-from trainer.spec.wording import log_to
 from trainer.storage import choose_run
 
 log = logging.getLogger("entrypoint")

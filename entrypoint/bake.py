@@ -18,8 +18,8 @@ from entrypoint.fetch.http import RetryPolicy
 from trainer.base_model import model_folder
 from trainer.spec.errors import KilnError, SettingsError
 from trainer.spec.family import base_models, get_family
+from trainer.spec.log_lines import log_to
 from trainer.spec.plan import ModelPlan
-from trainer.spec.wording import log_to
 
 PLACE = Path("/opt/kiln-models")
 TOKEN = Path("/run/secrets/hf_token")  # a build secret: it ends up in no layer

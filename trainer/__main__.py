@@ -13,8 +13,8 @@ from typing import TextIO
 
 from trainer.spec import library_noise
 from trainer.spec.errors import KilnError, SettingsError, StopRequestedError
+from trainer.spec.log_lines import log_to
 from trainer.spec.plan import RANK_VARIABLE, TEAM_VARIABLE, Plan
-from trainer.spec.wording import log_to
 from trainer.training.stop_flag import StopFlag
 
 log = logging.getLogger("trainer")

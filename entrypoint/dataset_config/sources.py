@@ -13,8 +13,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from entrypoint.settings.checks import absolute, is_file, is_folder
-from trainer.spec.values import show
-from trainer.spec.wording import printable, similar
+from trainer.spec.values import printable, show, similar
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")  # what `entrypoint.fetch.archive` reads
 OTHER_ARCHIVES = re.compile(r"\.(rar|7z|zst|gz|bz2|xz|lz4|iso|z\d\d|part\d+)$|\.(zip|tar|7z|rar)\.\d+$", re.IGNORECASE)

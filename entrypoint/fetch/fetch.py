@@ -23,7 +23,7 @@ from entrypoint.fetch.http import RetryPolicy
 from trainer.base_model import model_folder, without_weights
 from trainer.spec.errors import DataError, GatedError, SettingsError, UnreachableError
 from trainer.spec.plan import ModelPlan, Source, public
-from trainer.spec.wording import printable, some
+from trainer.spec.values import printable, some
 from trainer.storage.atomic import human_size
 from trainer.storage.folders import build_folder, completed, locked, naming, read_json, storage_error, write_text
 from trainer.storage.read import special_kind

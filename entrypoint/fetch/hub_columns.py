@@ -11,7 +11,7 @@ from typing import Any
 
 from trainer.data.caption_files.formats import CAPTION_NAMES, LABELS, MORE_CAPTION_NAMES, NEAR_CAPTION, TAGS, normal
 from trainer.spec.errors import SettingsError
-from trainer.spec.wording import some
+from trainer.spec.values import some
 
 # Usual names of columns, in order of preference; txt: a caption file in a webdataset.
 CAPTIONS = (*CAPTION_NAMES, *MORE_CAPTION_NAMES, "txt", TAGS, *LABELS)

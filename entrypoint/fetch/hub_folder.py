@@ -29,7 +29,7 @@ from trainer.data.folder_listing import Folder
 from trainer.data.folders.conventions import read_folders
 from trainer.data.records import WARNING
 from trainer.spec.errors import DataError
-from trainer.spec.wording import some
+from trainer.spec.values import some
 
 IMAGE = "image"  # the column of the images, as the Hub names it
 LABEL = "label"

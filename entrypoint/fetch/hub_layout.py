@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.spec.errors import DataError, SettingsError
-from trainer.spec.wording import some
+from trainer.spec.values import some
 
 MOST_NAMES = 40  # of subsets in one message
 DEFAULT = "default"  # the name of a configuration that has none

@@ -33,7 +33,7 @@ from entrypoint.fetch.hub_columns import (
 )
 from trainer.data.caption_files.formats import AskedColumns
 from trainer.spec.errors import DataError, KilnError, SettingsError, StorageError
-from trainer.spec.wording import some
+from trainer.spec.values import some
 from trainer.storage.folders import storage_error
 
 READERS = ("parquet", "arrow")  # of `datasets`; the others read no images, or pickles

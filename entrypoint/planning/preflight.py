@@ -26,8 +26,8 @@ from trainer.data.folders.own_output import Written
 from trainer.spec.errors import DataError, GatedError, KilnError, SettingsError, StorageError, UnreachableError
 from trainer.spec.family import base_models, get_family
 from trainer.spec.plan import AUTO, ModelPlan, Plan, Source, Subset
+from trainer.spec.values import printable, some
 from trainer.spec.weight_formats import PRECISIONS
-from trainer.spec.wording import printable, some
 from trainer.storage.atomic import human_size, storage_error
 
 logger = logging.getLogger(__name__)

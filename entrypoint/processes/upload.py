@@ -31,8 +31,8 @@ from entrypoint.fetch import http
 from entrypoint.system.environment import child_environment
 from trainer.spec.errors import GatedError, KilnError, SettingsError, UnreachableError
 from trainer.spec.family import base_models
+from trainer.spec.log_lines import log_to
 from trainer.spec.plan import Plan
-from trainer.spec.wording import log_to
 from trainer.storage import run_records
 from trainer.storage.folders import read_json, write_text
 from trainer.storage.safetensors_header import read_header

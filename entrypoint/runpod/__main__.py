@@ -26,7 +26,7 @@ from entrypoint.settings import Settings, read_settings
 from entrypoint.settings.variables.engine import BACKENDS
 from trainer.spec.errors import KilnError, SettingsError
 from trainer.spec.family import base_models
-from trainer.spec.wording import log_to
+from trainer.spec.log_lines import log_to
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from PIL import Image
 
-from trainer.spec.wording import LineFormatter
+from trainer.spec.log_lines import LineFormatter
 
 LONGEST_LINE = 2_000  # characters
 MOST_LINES = 120  # of one message

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from trainer.spec.errors import SettingsError
-from trainer.spec.wording import some
+from trainer.spec.values import some
 from trainer.storage import safetensors_header
 
 log = logging.getLogger(__name__)

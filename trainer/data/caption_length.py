@@ -16,7 +16,7 @@ from trainer.base_model import without_weights
 from trainer.base_model.light_tokenizer import LightTokenizer
 from trainer.spec.family import CLIP_TOKENS, Facts, get_family
 from trainer.spec.plan import ModelPlan, Prompt
-from trainer.spec.wording import printable
+from trainer.spec.values import printable
 
 SHOWN_CAPTIONS = 5  # in the log; the report has all
 # What CLIP's tokenizer splits a text into before it looks for tokens: endings like 's, words, single digits, marks.

@@ -18,7 +18,7 @@ from trainer.data.folders import formats, leftovers, own_output
 from trainer.data.folders.own_output import Written
 from trainer.spec.errors import DataError
 from trainer.spec.plan import Subset
-from trainer.spec.wording import printable
+from trainer.spec.values import printable
 from trainer.storage.read import special_kind
 
 LINK_OUT = "a link that leads out of its folder"

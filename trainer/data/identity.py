@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from trainer.data.records import ImageRecord
 from trainer.spec.rules.resume_rules import Changes
-from trainer.spec.wording import printable
+from trainer.spec.values import printable
 from trainer.storage import run_records
 from trainer.storage.choose_run import ContentChanges
 from trainer.storage.run_records import Run

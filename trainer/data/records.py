@@ -9,7 +9,7 @@ from pathlib import Path
 from trainer.data.buckets import Size
 from trainer.spec.errors import DataError
 from trainer.spec.plan import DataPlan
-from trainer.spec.wording import one_line, printable
+from trainer.spec.values import one_line, printable
 
 # More unusable images than this share stop the job: a few damaged files are normal in a download, many mean that the
 # download failed or that the folder is the wrong one.

@@ -32,7 +32,7 @@ from trainer.data.folders.own_output import Written
 from trainer.data.records import WARNING, ImageRecord, Scan, Skipped
 from trainer.spec.errors import UnreachableError
 from trainer.spec.plan import DataPlan, Dataset, Subset
-from trainer.spec.wording import many, printable, some
+from trainer.spec.values import many, printable, some
 from trainer.storage.read import read_regular
 
 # Bytes that decoding may add to a worker's address space: the largest image that `decode` admits takes 358 MB, and

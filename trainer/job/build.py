@@ -39,7 +39,7 @@ from trainer.spec.errors import SettingsError
 from trainer.spec.family import Facts, Family, get_family
 from trainer.spec.optimizers import OPTIMIZERS
 from trainer.spec.plan import EnginePlan, LoraPlan, OptimPlan, Plan
-from trainer.spec.wording import similar
+from trainer.spec.values import similar
 from trainer.training import optimizers, text_encoders
 from trainer.training.distributed import Workers
 from trainer.training.ema import Ema

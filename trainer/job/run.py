@@ -48,10 +48,10 @@ from trainer.job.reporting.status import Status
 from trainer.job.watchdog import OUTSIDE_STEPS_TIMEOUT_S, Watchdog
 from trainer.spec.errors import HangError, KilnError, OutOfMemoryError, StopRequestedError, StorageError
 from trainer.spec.family import get_family
+from trainer.spec.log_lines import LineFormatter
 from trainer.spec.optimizers import STRETCHED_SCHEDULERS
 from trainer.spec.plan import ALIVE_VARIABLE, Plan
 from trainer.spec.rules.resume_rules import changes
-from trainer.spec.wording import LineFormatter
 from trainer.storage import atomic, json_files
 from trainer.storage.choose_run import HOW_TO_GO_ON, already_trained, asked_length
 from trainer.storage.locks import locked

@@ -16,8 +16,8 @@ from trainer.lora_files import contents, other_kinds
 from trainer.spec import library_noise
 from trainer.spec.errors import KilnError, SettingsError, StorageError
 from trainer.spec.family import family_names
+from trainer.spec.log_lines import log_to
 from trainer.spec.values import as_number, show
-from trainer.spec.wording import log_to
 from trainer.storage import atomic, safetensors_header
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import Any
 from trainer.lora_files import numbers, other_kinds
 from trainer.lora_files.key_names import Layer, find_layer, split_key
 from trainer.spec.family import family_names, get_family
-from trainer.spec.wording import some
+from trainer.spec.values import some
 from trainer.storage import safetensors_header
 from trainer.storage.safetensors_header import Header
 

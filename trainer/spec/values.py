@@ -5,14 +5,15 @@ The settings, dataset.json and prompt lines are all read with these, so that a n
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
-from collections.abc import Collection
+import unicodedata
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.spec.errors import SettingsError
-from trainer.spec.wording import similar
 
 # Python's int() and float() also accept "１２", "1_000", "nan" and "infinity", which nobody means in a setting.
 # Both patterns match in time linear in the length of the text. 18 digits fit in 64 bits.
@@ -20,6 +21,13 @@ _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")
 _TOKEN = re.compile(r"hf_\w{6,}", re.ASCII)
 _SHOWN_CHARACTERS = 80  # of a value in a message
+SHOWN_NAMES = 5  # in a message; the report of the dataset has all of them
+LONGEST_NAME = 160  # characters of a name in a message
+# Controls, surrogates and separators of lines; and marks that change the direction of what follows.
+UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
+DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+MIN_SIMILARITY = 0.6  # of names that are suggested; the default of difflib
+MAX_COMPARED_CHARACTERS = 200  # difflib's time grows with the square of the length
 
 
 @dataclass
@@ -159,3 +167,45 @@ def suggestion(name: str, known: Collection[str]) -> str:
     """The end of a message about an unknown name: the nearest known one, or all of them."""
     guess = nearest(name, known)
     return f"did you mean {guess}?" if guess else f"known are {', '.join(sorted(known))}."
+
+
+# ---- names in messages
+
+
+def one_line(text: str) -> str:
+    """`text` with all escaped that would break the line, or turn its direction."""
+    letters = []
+    for letter in text:
+        if unicodedata.category(letter) in UNPRINTABLE or letter in DIRECTIONS:
+            letter = letter.encode("unicode_escape", "surrogatepass").decode("ascii")
+        letters.append(letter)
+    return "".join(letters)
+
+
+def printable(name: str) -> str:
+    """A name for a message: on one line, and without its middle where it is very long."""
+    text = one_line(name)
+    if len(text) <= LONGEST_NAME:
+        return text
+    return f"{text[: LONGEST_NAME // 3]}…{text[-LONGEST_NAME // 3 * 2 :]}"
+
+
+def some(names: Sequence[str], *, most: int = SHOWN_NAMES) -> str:
+    """The first names of many: "a.txt, b.txt and 7 more"."""
+    shown = ", ".join(printable(name) for name in names[:most])
+    if len(names) > most:
+        return f"{shown} and {len(names) - most} more"
+    return shown
+
+
+def many(count: int, word: str) -> str:
+    """1 caption, 2 captions."""
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
+def similar(name: str, known: Collection[str], *, most: int) -> list[str]:
+    """The known names that are most similar to `name`, the nearest first. Case does not matter."""
+    by_lower = {known_name.lower(): known_name for known_name in known}
+    compared = name.lower()[:MAX_COMPARED_CHARACTERS]
+    matches = difflib.get_close_matches(compared, by_lower, n=most, cutoff=MIN_SIMILARITY)
+    return [by_lower[match] for match in matches]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.spec.wording import LONGEST_LINE, RAW, LineFormatter, safe_lines
+from trainer.spec.log_lines import LONGEST_LINE, RAW, LineFormatter, safe_lines
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,7 @@ from trainer.data.caption_files.formats import (
     normal,
 )
 from trainer.spec.plan import Subset
-from trainer.spec.values import show
-from trainer.spec.wording import some
+from trainer.spec.values import show, some
 
 MOST_COLUMNS = 40  # in one message: a table may have hundreds
 

@@ -18,7 +18,7 @@ from trainer.data.caption_files.text_encoding import Decoded, decode_all
 from trainer.data.captions import CONTROLS, Caption, clean, removed_characters
 from trainer.data.folder_listing import Folder, resolve
 from trainer.spec.plan import Subset
-from trainer.spec.wording import many, some
+from trainer.spec.values import many, some
 from trainer.storage.read import read_regular
 
 TABLES = (*SUFFIXES, ".parquet", ".xls", ".xlsx", ".ods")  # of captions, perhaps

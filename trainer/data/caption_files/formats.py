@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.data.caption_files.findings import Findings
-from trainer.spec.values import show
-from trainer.spec.wording import many, some
+from trainer.spec.values import many, show, some
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 METADATA = re.compile(r"metadata\.(csv|tsv|jsonl|ndjson|json)", re.IGNORECASE)  # read without being named

@@ -8,7 +8,7 @@ from trainer.data.caption_files.findings import Findings
 from trainer.data.captions import Caption, own_trigger
 from trainer.spec.plan import Subset
 from trainer.spec.prompts import TRIGGER_PLACEHOLDER
-from trainer.spec.wording import many, some
+from trainer.spec.values import many, some
 
 
 def note_captions(images: Sequence[str], captions: Mapping[str, Caption], subset: Subset, findings: Findings) -> None:

@@ -10,8 +10,7 @@ from trainer.data.caption_files.findings import Findings
 from trainer.data.caption_files.formats import AskedColumns, Record, read_records
 from trainer.data.captions import clean, removed_characters
 from trainer.spec.plan import Subset
-from trainer.spec.values import show
-from trainer.spec.wording import many, some
+from trainer.spec.values import many, show, some
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from trainer.data.folder_listing import Folder
 from trainer.data.folders import leftovers
 from trainer.data.records import WARNING
 from trainer.spec.plan import Subset
-from trainer.spec.wording import printable, some
+from trainer.spec.values import printable, some
 
 NUMBERED = re.compile(r"\s*(\d+)(_(.*))?", re.ASCII | re.DOTALL)
 ALMOST_NUMBERED = re.compile(r"\s*\d+([\s.-]+|x[\s_-])[^\W\d].*", re.DOTALL)

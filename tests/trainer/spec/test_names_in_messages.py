@@ -5,8 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.spec.values import nearest, suggestion
-from trainer.spec.wording import LONGEST_NAME, many, printable, similar, some
+from trainer.spec.values import LONGEST_NAME, many, nearest, printable, similar, some, suggestion
 
 
 def test_the_first_of_many_names_are_shown():

@@ -1,0 +1,43 @@
+"""Messages as the log writes them.
+
+Most messages shorten and escape what they quote; `LineFormatter` is the last place, which all of them pass, so that
+nothing in a name or a value acts on a terminal.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+
+LONGEST_LINE = 2_000  # characters
+KEPT = LONGEST_LINE // 2 - 20  # at each end of a longer line
+# Control characters but for line breaks and tabs, lone surrogates, Unicode's line breaks, and marks that turn the
+# direction of the text after them.
+RAW = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def safe_lines(text: str) -> str:
+    """`text` with raw characters escaped, and without the middle of lines that are very long."""
+    text = RAW.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
+    if len(text) <= LONGEST_LINE:
+        return text
+    return "\n".join(_shortened(line) for line in text.split("\n"))
+
+
+def _shortened(line: str) -> str:
+    if len(line) <= LONGEST_LINE:
+        return line
+    return f"{line[:KEPT]} … {line[-KEPT:]}"
+
+
+class LineFormatter(logging.Formatter):
+    """Formats a record as `safe_lines`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return safe_lines(super().format(record))
+
+
+def log_to(stream: logging.Handler, line_format: str, *, level: int = logging.INFO) -> None:
+    """What `logging.basicConfig` does: a handler for all, unless there is one already."""
+    stream.setFormatter(LineFormatter(line_format, datefmt="%H:%M:%S"))
+    logging.basicConfig(level=level, handlers=[stream])
