@@ -110,15 +110,7 @@ def adapter_shape(
     notes.chose("PARAMS_RESUME_FROM", file, str(lora))
     trained = _own_training(lora, facts)
     if targets is None:
-        targets = trained.targets if trained else _targets_of(lora, facts)
-        blocks_left_out = None if trained else _blocks_left_out(lora, facts, targets, model)
-        if blocks_left_out:
-            in_all_blocks = ",".join(targets)
-            targets = tuple(name.partition(".")[2] for name in lora.modules if _is_covered(name, targets))
-            reason = f"what the LoRA file has, without {blocks_left_out}; {in_all_blocks} would train all blocks"
-            notes.chose("PARAMS_TARGET_MODULES", _shortened(targets), reason)
-        elif targets != facts.targets:
-            notes.chose("PARAMS_TARGET_MODULES", ",".join(targets), "what the LoRA file has")
+        targets = _targets_to_go_on_with(lora, trained, facts, model, notes)
     # If q, k and v had an adapter each in the file, one adapter for all three must hold the terms of all: its rank is
     # the larger one. If they shared one, both ranks are the same.
     fused = [parts for parts in facts.fused_targets.values() if _is_fused(parts, lora, targets)]
@@ -140,6 +132,22 @@ def adapter_shape(
     elif rank != file_rank:
         notes.add(f"PARAMS_NETWORK_DIM={rank}: {file} has rank {file_rank}. Fix: PARAMS_NETWORK_DIM={file_rank}.")
     return AdapterShape(file_rank, split_qkv, targets)
+
+
+def _targets_to_go_on_with(
+    lora: LoraSummary, trained: Training | None, facts: Facts, model: ModelPlan, notes: Notes
+) -> tuple[str, ...]:
+    """The targets of a job that names none: the layers of the file, in as few names as mean exactly these."""
+    targets = trained.targets if trained else _targets_of(lora, facts)
+    left_out = None if trained else _blocks_left_out(lora, facts, targets, model)
+    if left_out:
+        in_all_blocks = ",".join(targets)
+        targets = tuple(name.partition(".")[2] for name in lora.modules if _is_covered(name, targets))
+        reason = f"what the LoRA file has, without {left_out}; {in_all_blocks} would train all blocks"
+        notes.chose("PARAMS_TARGET_MODULES", _shortened(targets), reason)
+    elif targets != facts.targets:
+        notes.chose("PARAMS_TARGET_MODULES", ",".join(targets), "what the LoRA file has")
+    return targets
 
 
 def _shortened(names: Sequence[str]) -> str:

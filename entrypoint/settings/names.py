@@ -169,7 +169,7 @@ def _read_config_json(text: str, notes: Notes) -> dict[str, str]:
             if value_text:
                 _take(name, value_text, meant, found, notes)
         elif isinstance(config[name], dict):
-            fix = 'write its variables beside the others, as in {"BASE_MODEL": "flux", "PARAMS_SEED": 1}.'
+            fix = 'write its variables beside the others, as in {"TRIGGER_WORD": "zot", "PARAMS_SEED": 1}.'
             notes.add(f"{CONFIG_JSON}: {show(name)} holds an object, and no variable has that name. Fix: {fix}")
         elif plain(name) in NEAR:
             notes.add(f"{CONFIG_JSON}: {show(name)} {_as_refusal(NEAR[plain(name)])}.")
