@@ -7,13 +7,14 @@ bits of its exponent are set, and zero if no bit but the sign is.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from trainer.storage.safetensors_header import Entry, Header
 
-Bits = np.ndarray[Any, np.dtype[Any]]
+if TYPE_CHECKING:
+    import numpy as np
+
+    Bits = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,13 @@ FLOATS = {
     "F8_E4M3": Float("<u1", 0x7F),  # it has no infinities: one pattern is no number
 }
 INTEGERS = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "<i1", "U8": "<u1"}
-LARGEST_FP32 = float(np.finfo(np.float32).max)
+LARGEST_FP32 = float.fromhex("0x1.fffffep+127")
 
 
 def read_bits(header: Header, entry: Entry) -> Bits:
     """A tensor of floats as bits, in its shape."""
+    import numpy as np  # late: only a job that starts from a LoRA file needs it while it is planned
+
     raw = header.read(entry, 0, entry.end - entry.begin)
     return np.frombuffer(raw, FLOATS[entry.dtype].bits).reshape(entry.shape)
 
@@ -49,7 +52,7 @@ def is_finite(bits: Bits, dtype: str) -> bool:
         return False
     if dtype != "F64":
         return True
-    return bool((np.abs(bits.view("<f8")) <= LARGEST_FP32).all())
+    return bool((abs(bits.view("<f8")) <= LARGEST_FP32).all())
 
 
 def nonzero(bits: Bits) -> Bits:
@@ -60,6 +63,8 @@ def nonzero(bits: Bits) -> Bits:
 
 def scalar(header: Header, entry: Entry) -> float:
     """The one number of a tensor. Raises ValueError for a type that no number has."""
+    import numpy as np
+
     raw = header.read(entry, 0, entry.end - entry.begin)
     if entry.dtype in INTEGERS:
         return float(np.frombuffer(raw, INTEGERS[entry.dtype])[0])
