@@ -214,8 +214,8 @@ def test_a_job_saves_them_where_every_tool_looks_and_goes_on_from_there(name, jo
     stop = StopFlag()
     record = session.Metrics.step
 
-    def step(self, done, *, learning_rate, compiled):
-        record(self, done, learning_rate=learning_rate, compiled=compiled)
+    def step(self, done, *, learning_rate, estimate, compiled):
+        record(self, done, learning_rate=learning_rate, estimate=estimate, compiled=compiled)
         stop.signal = signal.SIGTERM if done.number == 2 else None
 
     with monkeypatch.context() as patched, pytest.raises(StopRequestedError):
