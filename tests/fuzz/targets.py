@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import struct
 import tempfile
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +21,6 @@ from trainer.storage import safetensors_header
 
 CORPUS = Path(__file__).parent / "corpus"
 SMALL = archive.Limits(entries=200, total=2**20, ratio=200)
-warnings.simplefilter("ignore")
-logging.disable(logging.CRITICAL)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """A short version of tests/fuzz/run.py: the corpus, and some mutations of it."""
 
 import json
+import logging
 import random
+import warnings
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +18,16 @@ RUNS = [name for name in TARGETS if TARGETS[name].is_run]
 READERS = [name for name in TARGETS if name not in RUNS]
 every_target = pytest.mark.parametrize("name", TARGETS)
 every_reader = pytest.mark.parametrize("name", READERS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quiet():
+    """Warnings of codecs and the log are no news: the inputs are odd on purpose."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        yield
+        logging.disable(logging.NOTSET)
 
 
 @every_target
