@@ -23,6 +23,7 @@ import time
 import traceback
 import weakref
 from collections.abc import Mapping, Sequence
+from multiprocessing import resource_tracker
 from typing import Any, NoReturn
 
 # Constants of the Hub's client come from the environment when it is imported: the entrypoint imports it anew.
@@ -57,6 +58,9 @@ def _forget() -> None:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    # The tracker of a parent that has read images in worker processes: its pipe is among the files that were closed.
+    resource_tracker._resource_tracker._fd = None
+    resource_tracker._resource_tracker._pid = None
     root = logging.getLogger()
     root.handlers.clear()
     root.setLevel(logging.WARNING)
