@@ -255,7 +255,7 @@ def test_validation_uses_pictures_that_are_never_trained_on(job):
     }
     code, printed = job.run(DATASET_NAME="", DATASET_CONFIG=json.dumps(config), PARAMS_VALIDATE_EVERY_N_STEPS="6")
     assert code == 0, printed
-    assert "2 images held out" in printed
+    assert "2 images are held out" in printed
     assert [r["step"] for r in job.metrics() if "validation_loss" in r] == [6, 12]
 
 
