@@ -434,9 +434,13 @@ def _read_table(path: Path, asked: AskedColumns, found: Found) -> list[tuple[str
     if path.stat().st_size > LARGEST_TABLE:
         raise DataError(f"{path.name} is larger than {LARGEST_TABLE // 2**20} MiB")
     if path.suffix.lower() == ".parquet":
+        import pyarrow
         import pyarrow.parquet
 
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        try:
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        except pyarrow.ArrowException as problem:
+            raise DataError(f"{path.name} is not a parquet file, or a damaged one: {problem}") from problem
         return [(f"row {number}", row) for number, row in enumerate(rows, 1)]
     findings = Findings()
     try:

@@ -33,7 +33,7 @@ from entrypoint.fetch.hub_columns import (
 )
 from trainer.data.caption_files.formats import AskedColumns
 from trainer.spec.errors import DataError, KilnError, SettingsError, StorageError
-from trainer.spec.values import some
+from trainer.spec.values import show, some
 from trainer.storage.folders import storage_error
 
 READERS = ("parquet", "arrow")  # of `datasets`; the others read no images, or pickles
@@ -325,6 +325,8 @@ class _Reader:
             data, path = value.get("bytes"), value.get("path") or ""
         else:
             data, path = value, ""
+        if not isinstance(path, str) or not isinstance(data, bytes | None):
+            raise DataError(f"a row has {show(value)} in the place of an image")
         if data is None:
             data = self._file(path) if path else b""
         self.budget.take(len(data))

@@ -71,7 +71,11 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace the file `path` by `value` as JSON in one step."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        # A lone half of a letter, from JSON that somebody else wrote: UTF-8 has none, an escape has.
+        text = json.dumps(value, indent=2)
+    write_text(path, text + "\n")
 
 
 def flush(path: Path) -> None:
