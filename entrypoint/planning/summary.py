@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import os
 import time
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from trainer.data.epochs import EpochSampler
 from trainer.data.folders.own_output import Written
 from trainer.data.identity import content_changes, fingerprint
 from trainer.data.records import WARNING, ImageRecord, Scan
-from trainer.data.scan import scan
+from trainer.data.scan import cpu_workers, scan
 from trainer.spec import memory_model
 from trainer.spec.family import base_models, get_family
 from trainer.spec.plan import Dataset, Plan, Source
@@ -27,7 +26,6 @@ from trainer.storage.atomic import human_size
 from trainer.storage.choose_run import choose
 
 log = logging.getLogger(__name__)
-MAX_CPU_WORKERS = 16
 PROGRESS_INTERVAL_S = 10.0
 
 
@@ -170,8 +168,7 @@ def _scan(plan: Plan, written: Written) -> Scan:
             last = time.monotonic()
             log.info("Read %d of %d images.", done, total)
 
-    cpu_workers = min(MAX_CPU_WORKERS, len(os.sched_getaffinity(0)))
-    scanned = scan(plan.data, cpu_workers=cpu_workers, progress=progress, written=written)
+    scanned = scan(plan.data, cpu_workers=cpu_workers(), progress=progress, written=written)
     scanned.check(strict=plan.data.strict)
     return scanned
 

@@ -7,7 +7,6 @@ next and needs the memory.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,6 +15,7 @@ from pathlib import Path
 from trainer.data import cache as caching
 from trainer.data.cache import Cache
 from trainer.data.epochs import EpochSampler
+from trainer.data.scan import cpu_workers
 from trainer.engine.device import release
 from trainer.engine.encoders import load_text_encoders
 from trainer.spec.errors import DataError
@@ -26,12 +26,6 @@ from trainer.storage import digests
 
 log = logging.getLogger(__name__)
 CAPTION_BATCH_SIZE = 16  # captions encoded together: of T5, 16 × 512 tokens, which is enough to keep a GPU busy
-MAX_CPU_WORKERS = 16
-
-
-def cpu_workers() -> int:
-    """Threads or processes that prepare images: one for each core that this process may use, at most 16."""
-    return min(MAX_CPU_WORKERS, len(os.sched_getaffinity(0)))
 
 
 def open_cache(folder: Path, model: Path, *, precision: str, max_tokens: int = CLIP_TOKENS) -> Cache:

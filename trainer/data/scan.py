@@ -38,6 +38,7 @@ from trainer.storage.read import read_regular
 # Bytes that decoding may add to a worker's address space: the largest image that `decode` admits takes 358 MB, and
 # conversions and codecs need some copies of it. A hostile file then fails here, and does not get the job killed.
 WORKER_MEMORY_BYTES = 4 << 30
+MAX_CPU_WORKERS = 16
 
 TOO_SMALL = "smaller than one step of bucket_reso_steps, and bucket_no_upscale forbids enlarging it"
 NO_MASK = "no mask of the same stem in conditioning_data_dir"
@@ -58,6 +59,11 @@ ADVICE = {
 }
 
 Progress = Callable[[int, int], None]  # called with the files done and the files in all
+
+
+def cpu_workers() -> int:
+    """Threads or processes that prepare images: one for each core that this process may use, at most 16."""
+    return min(MAX_CPU_WORKERS, len(os.sched_getaffinity(0)))
 
 
 def scan_checked(data: DataPlan, *, cpu_workers: int) -> Scan:

@@ -15,12 +15,12 @@ from trainer.checkpoints import state_files
 from trainer.checkpoints.open_run import OpenRun, open_run
 from trainer.data import caption_length
 from trainer.data.cache import Cache
-from trainer.data.encode import cpu_workers, fill_images, fill_texts, open_cache
+from trainer.data.encode import fill_images, fill_texts, open_cache
 from trainer.data.epochs import EpochSampler
 from trainer.data.folders.own_output import Written
 from trainer.data.records import WARNING, Scan
 from trainer.data.report import write_cuts, write_report
-from trainer.data.scan import scan
+from trainer.data.scan import cpu_workers, scan
 from trainer.job.reporting.status import Status
 from trainer.spec.errors import DataError
 from trainer.spec.family import get_family
