@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import hashlib
 import logging
+import os
 import random
 import resource
 import shutil
@@ -21,6 +22,8 @@ import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+if __name__ == "__main__":
+    os.environ["HF_HUB_OFFLINE"] = "1"  # before the Hub's client is imported
 from tests.fuzz import targets
 from tests.fuzz.targets import CORPUS, TARGETS, Target
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before the Hub's client is imported
 from entrypoint import __main__ as entrypoint
 from entrypoint.dataset_config import manifest
 from entrypoint.fetch import hub_rows
@@ -201,7 +200,7 @@ def _entrypoint(case: Case, *, launch: Callable[..., int] | None) -> int:
                 "utf-8", "surrogateescape"
             )
     with (
-        mock.patch.object(summary, "MAX_CPU_WORKERS", 0),  # no other processes
+        mock.patch.object(summary, "cpu_workers", lambda: 0),  # no other processes
         mock.patch.object(entrypoint, "CHECK_RETRIES_S", 0.0),
         mock.patch.object(entrypoint.http, "USUAL", NO_RETRIES),
         mock.patch.object(entrypoint, "launch", launch or _no_launch),
