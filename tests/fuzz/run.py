@@ -8,18 +8,21 @@ installed, `--atheris TARGET` lets coverage guide the mutations of one target, u
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import logging
+import multiprocessing
 import os
 import random
 import resource
-import shutil
 import sys
 import time
 import traceback
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 if __name__ == "__main__":
@@ -94,47 +97,71 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=1_000_000, help="in all")
     parser.add_argument("--seconds", type=float, default=3600, help="in all, at most")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=TARGETS)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--only", choices=TARGETS, action="append")
     parser.add_argument("--atheris", choices=TARGETS)
     flags = parser.parse_args()
     if flags.atheris:
         return guided(flags.atheris, flags.inputs, flags.seconds)
     import trainer.checkpoints.state_files
+    import trainer.job.run
     import trainer.lora_files.convert  # noqa: F401
 
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY_BYTES, resource.RLIM_INFINITY))
-    chosen = [flags.only] if flags.only else [*TARGETS]
+    chosen = flags.only or [*TARGETS]
+    inputs = flags.inputs // len(chosen) // flags.processes
     failed = total = 0
+    peak_kib = 0
     for name in chosen:
-        count, bad = fuzz(name, flags.inputs // len(chosen), flags.seconds / len(chosen), flags.seed)
-        total, failed = total + count, failed + bad
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"{total} inputs, {failed} failures; peak memory {peak:.0f} MiB")
-    shutil.rmtree(targets.folder(), ignore_errors=True)
+        began = time.monotonic()
+        seeds = [f"{name} {flags.seed} {i}" for i in range(flags.processes)]
+        share = functools.partial(fuzz, name, inputs, flags.seconds / len(chosen))
+        context = multiprocessing.get_context("fork")
+        with concurrent.futures.ProcessPoolExecutor(flags.processes, context, _limited) as pool:
+            found = [*pool.map(share, seeds)]
+        count = sum(part.count for part in found)
+        kinds = {kind: failure for part in found for kind, failure in part.kinds.items()}
+        for problem, data in kinds.values():
+            place = CORPUS / name / f"found-{hashlib.sha256(data).hexdigest()[:12]}"
+            place.parent.mkdir(exist_ok=True)
+            place.write_bytes(TARGETS[name].as_kept(data))
+            print(f"{name}: {place.name}: {problem}")
+        took = time.monotonic() - began
+        print(f"{name}: {count} inputs in {took:.0f} s, {len(kinds)} kinds of failure", flush=True)
+        total, failed = total + count, failed + len(kinds)
+        peak_kib = max(peak_kib, *(part.peak_kib for part in found))
+    print(f"{total} inputs, {failed} failures; peak memory {peak_kib / 1024:.0f} MiB")
     return 1 if failed else 0
 
 
-def fuzz(name: str, inputs: int, seconds: float, seed: int) -> tuple[int, int]:
-    """Mutate the corpus of one target; returns the number of inputs and of kinds of failure."""
+class Found(NamedTuple):
+    """What one process has found. `kinds`: the last line of a failure → all of it, and its input."""
+
+    count: int
+    kinds: dict[str, tuple[str, bytes]]
+    peak_kib: int
+
+
+def _limited() -> None:
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY_BYTES, resource.RLIM_INFINITY))
+
+
+def fuzz(name: str, inputs: int, seconds: float, seed: str) -> Found:
+    """Mutate the corpus of one target."""
     target = TARGETS[name]
     known = targets.seeds()[name]
-    rng = random.Random(f"{name} {seed}")
+    rng = random.Random(seed)
     began = time.monotonic()
-    seen: set[str] = set()  # the last lines of the errors so far
+    kinds: dict[str, tuple[str, bytes]] = {}
     count = 0
     while count < inputs and time.monotonic() - began < seconds:
         data = rng.randbytes(8) if target.is_run else mutated(rng, rng.choice(known), target.words, known)
         problem = attempt(target, data)
         count += 1
-        if problem and (kind := problem.strip().splitlines()[-1][:60]) not in seen:
-            seen.add(kind)
-            place = CORPUS / name / f"found-{hashlib.sha256(data).hexdigest()[:12]}"
-            place.parent.mkdir(exist_ok=True)
-            place.write_bytes(target.as_kept(data))
-            print(f"{name}: {place.name}: {problem}")
-    print(f"{name}: {count} inputs in {time.monotonic() - began:.0f} s, {len(seen)} kinds of failure", flush=True)
-    return count, len(seen)
+        if problem:
+            kinds.setdefault(problem.strip().splitlines()[-1][:60], (problem, data))
+    targets.remove_scratch()
+    return Found(count, kinds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def guided(name: str, inputs: int, seconds: float) -> int:

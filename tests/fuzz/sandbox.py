@@ -63,9 +63,10 @@ def _make(root: Path, place: Path, content: Content) -> None:
         with place.open("wb") as file:
             file.truncate(int(content["size"]))
     elif kind == "deep":
+        path = str(place)
         for _ in range(int(content["depth"])):  # mkdir(parents=True) would recurse
-            place.mkdir()
-            place /= "d"
+            os.mkdir(path)
+            path += "/d"
     elif kind == "folder":
         place.mkdir()
 
@@ -108,17 +109,19 @@ def weights(tensors: Mapping[str, Any], metadata: Any) -> bytes:
     """A safetensors file: name → [type, shape, the byte that fills it]. Nothing is checked."""
     sizes = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1, "BOOL": 1}
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
-    body = b""
+    pieces: list[bytes] = []
+    end = 0
     for name, (dtype, shape, fill) in tensors.items():
         count = sizes.get(dtype, 4)
         for side in shape:
             count *= max(0, side)
         count = min(count, 2**20)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(body), len(body) + count]}
-        body += bytes([fill]) * count
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + count]}
+        pieces.append(bytes([fill]) * count)
+        end += count
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + body
+    return b"".join([struct.pack("<Q", len(text)), text, *pieces])
 
 
 def state_of(root: Path) -> dict[str, tuple[int, int, int]]:

@@ -50,6 +50,12 @@ def folder() -> Path:
 _scratch: Path | None = None
 
 
+def remove_scratch() -> None:
+    """Remove this process's scratch folders."""
+    shutil.rmtree(folder())
+    whole.end()
+
+
 def settings(data: bytes) -> None:
     lines = data.decode("utf-8", "surrogateescape").split("\n")
     read_settings(dict(line.partition("=")[::2] for line in lines if line.partition("=")[0].strip("\0")))

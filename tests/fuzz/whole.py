@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import random
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -169,9 +170,9 @@ def _run(run: Callable[[], int], *, may_write: bool) -> None:
         faults.append(f"exit code {code}: {' / '.join(heard.messages)[-1500:]}")
     changed = []
     after = sandbox.state_of(root())
-    for path in before.keys() | after.keys():
-        inside = any(path == str(root() / name) or path.startswith(str(root() / name) + "/") for name in PLACES)
-        if before.get(path) != after.get(path) and not (inside and may_write):
+    own = tuple(f"{root()}/{name}/" for name in PLACES)
+    for path, _ in before.items() ^ after.items():
+        if not (may_write and f"{path}/".startswith(own)):
             changed.append(path)
     if changed:
         faults.append(f"files were changed: {changed[:5]}")
@@ -210,7 +211,7 @@ def _entrypoint(case: Case, *, launch: Callable[..., int] | None) -> int:
 
 def _is_escaped(text: str) -> bool:
     """Whether an environment can hold `text`: bytes that are no UTF-8 are there as surrogates of one kind."""
-    return not any(0xD800 <= ord(letter) < 0xDC80 or 0xDD00 <= ord(letter) < 0xE000 for letter in text)
+    return re.search("[\ud800-\udc7f\udd00-\udfff]", text) is None
 
 
 def _no_launch(_plan: Plan, *, environment: Mapping[str, str]) -> int:

@@ -11,6 +11,7 @@ states. So fields are not renamed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import types
 import typing
@@ -325,6 +326,11 @@ def _flatten(value: Any, name: str, *, into: dict[str, Any]) -> None:
         into[name] = list(value) if isinstance(value, tuple) else value
 
 
+@functools.cache  # typing evaluates the annotations of a class anew at each call
+def _field_types(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
 def _build(annotation: Any, raw: Any, *, where: str) -> Any:
     """`raw` (from JSON) as its annotated type: dataclasses, tuples, dicts, unions with None, plain values.
 
@@ -333,7 +339,7 @@ def _build(annotation: Any, raw: Any, *, where: str) -> Any:
     origin = typing.get_origin(annotation)
     args = typing.get_args(annotation)
     if dataclasses.is_dataclass(annotation):
-        hints = typing.get_type_hints(annotation)
+        hints = _field_types(annotation)
         if not isinstance(raw, dict) or raw.keys() - hints.keys():
             raise ValueError(f"{where}: unknown fields or not an object")
         try:
