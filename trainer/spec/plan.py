@@ -339,7 +339,7 @@ def _build(annotation: Any, raw: Any, *, where: str) -> Any:
     origin = typing.get_origin(annotation)
     args = typing.get_args(annotation)
     if dataclasses.is_dataclass(annotation):
-        hints = _field_types(annotation)
+        hints = _field_types(typing.cast(type, annotation))
         if not isinstance(raw, dict) or raw.keys() - hints.keys():
             raise ValueError(f"{where}: unknown fields or not an object")
         try:
