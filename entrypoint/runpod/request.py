@@ -14,9 +14,9 @@ from typing import Any
 from entrypoint.dataset_config.manifest import read_manifest
 from entrypoint.planning.plan import make_plan
 from entrypoint.settings import checks, read_settings
-from entrypoint.settings.variables import CONFIG_JSON, NAMES, SECRETS
+from entrypoint.settings.variables import CONFIG_JSON, NAMES
 from entrypoint.settings.variables.engine import BACKENDS
-from entrypoint.system import cards
+from entrypoint.system import cards, secrets
 from trainer.spec.errors import SettingsError
 
 MAX_POD_VARIABLES = 50  # RunPod's limit; docs.runpod.io/api-reference-v2, CreatePodRequest.env
@@ -171,7 +171,8 @@ def _without_sources(document: Any) -> Any:
 def _pair(text: str, option: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name:
-        raise SettingsError(f"{option} {text} has no value: write {option} NAME=VALUE.")
+        shown = text if text in NAMES else "***"  # what stands in the place of a name may be a token
+        raise SettingsError(f"{option} {shown} has no value: write {option} NAME=VALUE.")
     return name, value
 
 
@@ -186,10 +187,7 @@ def pack(variables: Mapping[str, str]) -> dict[str, str]:
     return kept
 
 
-def hide_secrets(variables: Mapping[str, str]) -> dict[str, str]:
-    """A copy to print: secret values become ***; references to RunPod's secrets stay readable."""
-    shown = dict(variables)
-    for name in SECRETS:
-        if name in shown and FROM_RUNPOD not in shown[name]:
-            shown[name] = "***"
-    return shown
+def shown_variables(variables: Mapping[str, str]) -> dict[str, str]:
+    """A copy to print, without secrets; references to RunPod's secrets stay readable."""
+    shown = secrets.shown(variables)
+    return {name: value if FROM_RUNPOD in value else shown[name] for name, value in variables.items()}
