@@ -15,7 +15,6 @@ import os
 import shlex
 import sys
 import time
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,7 +73,7 @@ def _run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         print(without_secrets(str(problem)), file=sys.stderr)  # noqa: T201
         return problem.exit_code
     except Exception:
-        traceback.print_exc()
+        logger.exception("Unexpected error.")
         return KilnError.exit_code
 
 

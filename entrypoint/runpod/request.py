@@ -24,6 +24,7 @@ MIN_CUDA_VERSION = "13.0"  # the image's torch is built for it, so the host's dr
 # These are not sent to a pod: the image sets them, and the values of this machine name folders that a pod lacks.
 LOCAL_PATHS = ("OUTPUT_PATH", "CACHE_PATH", "HF_HOME")
 FROM_RUNPOD = "RUNPOD_SECRET_"  # RunPod replaces `{{ RUNPOD_SECRET_name }}` by the secret when the pod starts
+REFERENCE = re.compile(r"\{\{\s*RUNPOD_SECRET_\w+\s*\}\}")
 VOLUME_PATH = "/workspace"  # the image keeps output, cache and models below it
 PORTS = ["22/tcp"]  # SSH, to download the results with rsync
 
@@ -190,4 +191,5 @@ def pack(variables: Mapping[str, str]) -> dict[str, str]:
 def shown_variables(variables: Mapping[str, str]) -> dict[str, str]:
     """A copy to print, without secrets; references to RunPod's secrets stay readable."""
     shown = secrets.shown(variables)
-    return {name: value if FROM_RUNPOD in value else shown[name] for name, value in variables.items()}
+    references = {name: value for name, value in variables.items() if REFERENCE.fullmatch(value)}
+    return shown | references
