@@ -29,7 +29,7 @@ from entrypoint.planning.plan import make_plan
 from entrypoint.processes import supervise, upload
 from entrypoint.processes.launch import launch
 from entrypoint.settings import Settings, help_env, read_settings
-from entrypoint.system import cards, hardware
+from entrypoint.system import cards, environment, hardware, secrets
 from trainer import __version__
 from trainer.base_model import model_folder
 from trainer.spec.errors import KilnError, NoAcceleratorError, StopRequestedError
@@ -48,11 +48,20 @@ PROGRAMS = {  # first arguments that run another program instead
 }
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], environ: Mapping[str, str] | None = None) -> int:
     """Exit codes as in `trainer.spec.errors`; 64 for a wrong command line."""
+    environ = os.environ if environ is None else environ
+    with secrets.hidden(environ):
+        return _run(arguments, environ)
+
+
+def _run(arguments: list[str], environ: Mapping[str, str]) -> int:
     if arguments and arguments[0] in PROGRAMS:
         program = PROGRAMS[arguments[0]]
-        os.execvp(program[0], [*program, *arguments[1:]])  # noqa: S606 (what the user asks for)
+        own = dict(environ)  # the shell is its owner's
+        if arguments[0] != "shell":
+            own = environment.tool_environment(arguments[0], environ)
+        os.execvpe(program[0], [*program, *arguments[1:]], own)  # noqa: S606 (what the user asks for)
     parser = argparse.ArgumentParser(
         prog="python -m entrypoint",
         description="Train a LoRA as the environment says: BASE_MODEL, DATASET_NAME, OUTPUT_PATH and more.",
@@ -80,13 +89,13 @@ def main(arguments: list[str]) -> int:
         return 0
     log_to(logging.StreamHandler(), "%(asctime)s %(levelname)s %(message)s")
     check = options.check or options.command == "check" or options.gpu is not None
-    return supervise.supervised(lambda: _exit_code(check=check, card=options.gpu), os.environ)
+    return supervise.supervised(lambda: _exit_code(environ, check=check, card=options.gpu), environ)
 
 
-def _exit_code(*, check: bool, card: str | None) -> int:
+def _exit_code(environ: Mapping[str, str], *, check: bool, card: str | None) -> int:
     """Run the job; log its errors and turn them into exit codes."""
     try:
-        return job(os.environ, check=check, card=card)
+        return job(environ, check=check, card=card)
     except StopRequestedError as problem:
         log.info("%s", problem.last_line())
         return problem.exit_code
@@ -226,4 +235,4 @@ def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:], environment.take(os.environ)))

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from entrypoint.settings.checks import absolute
 from trainer.spec.documents.forms import MAX_BYTES, decode, format_of
 from trainer.spec.errors import UnreachableError
+from trainer.spec.plan import public
 from trainer.spec.values import Problems
 from trainer.storage.read import read_regular
 
@@ -32,8 +33,8 @@ def is_inline(value: str) -> bool:
 
 
 def label(value: str, variable: str) -> str:
-    """How messages name a document. What follows ? in a URL may be a key that gives access to it."""
-    return variable if is_inline(value) else f"{variable} {value.split('?')[0][:200]}"
+    """How messages name a document, without what in its URL gives access to it."""
+    return variable if is_inline(value) else f"{variable} {public(value)[:200]}"
 
 
 def read_text(
@@ -93,6 +94,6 @@ def _download(url: str, open_url: Callable[..., Any]) -> bytes:
     except urllib.error.HTTPError as problem:
         if problem.code < 500 and problem.code not in TRANSIENT_STATUS:
             raise ValueError(f"the server answers {problem.code} {problem.reason}") from problem
-        raise UnreachableError(f"{url.split('?')[0]}: the server answers {problem.code}.") from problem
+        raise UnreachableError(f"{public(url)}: the server answers {problem.code}.") from problem
     except (OSError, http.client.HTTPException) as problem:
-        raise UnreachableError(f"{url.split('?')[0]} cannot be reached: {problem}.") from problem
+        raise UnreachableError(f"{public(url)} cannot be reached: {problem}.") from problem

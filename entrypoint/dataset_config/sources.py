@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from entrypoint.settings.checks import absolute, is_file, is_folder
+from trainer.spec.plan import public
 from trainer.spec.values import printable, show, similar
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")  # what `entrypoint.fetch.archive` reads
@@ -163,7 +164,7 @@ def _file_url(location: str) -> Place:
 
 def _hub_page(location: str) -> Place | None:
     """A dataset named by the address of its page, or by hf://. Raises ValueError for pages of something else."""
-    address = location.split("?")[0]
+    address = public(location)
     bare = re.sub(r"^https?://", "", location, flags=re.IGNORECASE)
     host, _, path = bare.partition("/")
     if location.lower().startswith("hf://"):
@@ -204,22 +205,22 @@ def _hub_page(location: str) -> Place | None:
 def _archive_url(location: str) -> Place:
     """`location`, if it can be downloaded. Raises ValueError."""
     url = urlsplit(location)
-    public = show(location.split("?")[0].split("@")[-1])  # what follows ? may be a key
+    shown = show(public(location))
     host = (url.hostname or "").lower()
     if url.scheme.lower() not in ("http", "https") or not url.hostname:
         raise ValueError(
-            f"{public} cannot be downloaded. Allowed: http and https URLs. Fix: download it, and "
+            f"{shown} cannot be downloaded. Allowed: http and https URLs. Fix: download it, and "
             "name the folder or the archive"
         )
     if url.username or url.password:
         raise ValueError("a URL with a password in it would end up in plan.json. Fix: download the archive yourself")
     if host in SHARING_HOSTS:
         raise ValueError(
-            f"{public} is a page of {SHARING_HOSTS[host]}, from which programs cannot download. Fix: download the "
+            f"{shown} is a page of {SHARING_HOSTS[host]}, from which programs cannot download. Fix: download the "
             "files, and name their folder or archive"
         )
     if OTHER_ARCHIVES.search(url.path) and not url.path.lower().endswith(ARCHIVES):
-        raise ValueError(_other_archive(location.split("?")[0]))
+        raise ValueError(_other_archive(public(location)))
     if host.endswith("dropbox.com") and "dl=0" in url.query:
         return Place(
             "archive",
@@ -228,5 +229,5 @@ def _archive_url(location: str) -> Place:
         )
     if host == "github.com" and "/blob/" in url.path:
         raw = location.replace("/blob/", "/raw/", 1)
-        return Place("archive", raw, note=f"the GitHub page is read as its file, {raw.split('?')[0]}")
+        return Place("archive", raw, note=f"the GitHub page is read as its file, {public(raw)}")
     return Place("archive", location)

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from entrypoint.system.environment import child_environment
+from entrypoint.system.environment import child_environment, package_index
 from trainer.spec.errors import UnreachableError
 from trainer.storage.folders import build_folder, completed, locked, naming
 
@@ -62,7 +62,7 @@ def _fill(place: Path) -> dict[str, Any]:
     reason = ""
     try:
         with tempfile.TemporaryDirectory(dir=place) as scratch:  # /tmp may be small
-            own = child_environment(os.environ) | {"TMPDIR": scratch}
+            own = child_environment(os.environ, network=True) | package_index(os.environ) | {"TMPDIR": scratch}
             done = subprocess.run(  # noqa: S603
                 command, env=own, capture_output=True, text=True, timeout=PIP_TIMEOUT_S, check=False
             )

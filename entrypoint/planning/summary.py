@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 import time
 from pathlib import Path
 
 from entrypoint.fetch import archive, fetch, http
+from entrypoint.system import environment
 from trainer.data import caption_length
 from trainer.data.epochs import EpochSampler
 from trainer.data.folders.own_output import Written
@@ -168,7 +170,8 @@ def _scan(plan: Plan, written: Written) -> Scan:
             last = time.monotonic()
             log.info("Read %d of %d images.", done, total)
 
-    scanned = scan(plan.data, cpu_workers=cpu_workers(), progress=progress, written=written)
+    with environment.offline(os.environ):  # which the processes that read images inherit
+        scanned = scan(plan.data, cpu_workers=cpu_workers(), progress=progress, written=written)
     scanned.check(strict=plan.data.strict)
     return scanned
 

@@ -34,7 +34,7 @@ def asked_to_end(action: str, pod: str, environ: Mapping[str, str], retries: Ret
     if program is None:
         return False
     words = {"stop": ("stop", "pod"), "terminate": ("remove", "pod")}[action]
-    own = {**child_environment(environ), **{k: environ[k] for k in ("RUNPOD_API_KEY",) if k in environ}}
+    own = {**child_environment(environ, network=True), **{k: environ[k] for k in ("RUNPOD_API_KEY",) if k in environ}}
     done = subprocess.run([program, *words, pod], env=own, capture_output=True, timeout=120, check=False)  # noqa: S603
     return done.returncode == 0
 

@@ -107,7 +107,7 @@ def beside(job: Job | None, environment: Mapping[str, str]) -> Iterator[Callable
         yield lambda: 0
         return
     hidden = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    own = {k: v for k, v in child_environment(environment).items() if k not in hidden}
+    own = {k: v for k, v in child_environment(environment, network=True).items() if k not in hidden}
     process = subprocess.Popen(
         [sys.executable, "-m", "entrypoint.processes.upload"],
         env={**own, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},

@@ -24,9 +24,11 @@ from entrypoint.runpod import download, request
 from entrypoint.runpod.api import RunPod
 from entrypoint.settings import Settings, read_settings
 from entrypoint.settings.variables.engine import BACKENDS
+from entrypoint.system import secrets
 from trainer.spec.errors import KilnError, SettingsError
 from trainer.spec.family import base_models
 from trainer.spec.log_lines import log_to
+from trainer.spec.messages.secrets import without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +41,20 @@ TEMPLATE_VARIABLES = {"DATASET_NAME": "", "TRIGGER_WORD": "", "HF_TOKEN": "{{ RU
 def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     """Run one command and return its exit code.
 
-    Codes are those of `trainer.spec.errors`; 64 for a wrong command line; 1 if you decline the price.
+    Codes are those of `trainer.spec.errors`, 70 for a bug; 64 for a wrong command line; 1 if you decline the price.
     """
     parser = _parser()
     try:
         options = parser.parse_args(arguments)
     except SystemExit as stop:
         return 64 if stop.code else 0
+    given = dict(text.partition("=")[::2] for text in getattr(options, "env", ()))
+    with secrets.hidden({**environ, **given}):
+        return _run(options, environ)
+
+
+def _run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    """Run the command of `options`; print its errors and return its exit code."""
     log_to(logging.StreamHandler(), "%(message)s", level=logging.WARNING)
     commands = {
         "template": template,
@@ -61,8 +70,11 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     try:
         return command(options, RunPod.from_environment(environ), environ)
     except KilnError as problem:
-        print(problem, file=sys.stderr)  # noqa: T201
+        print(without_secrets(str(problem)), file=sys.stderr)  # noqa: T201
         return problem.exit_code
+    except Exception:
+        logger.exception("Unexpected error.")
+        return KilnError.exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -185,7 +197,7 @@ def deploy(options: argparse.Namespace, api: RunPod, environ: Mapping[str, str])
     else:
         _print("No --max-cost is set: the pod runs, and costs, until the job ends.")
     if options.dry_run:
-        _print(json.dumps({**body, "env": request.hide_secrets(body["env"])}, indent=2))
+        _print(json.dumps({**body, "env": request.shown_variables(body["env"])}, indent=2))
         return 0
     if not options.yes and not _confirmed():
         _print("Nothing was deployed.")

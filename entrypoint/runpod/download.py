@@ -17,6 +17,7 @@ READY_TIMEOUT_S = 600.0  # a pod that has to load its image again takes minutes
 SSH_TIMEOUT_S = 60.0  # of a running pod: the address follows within seconds, where the owner has a public key
 # A pod gets a new host key with each start, at an address that other pods had before.
 SSH_OPTIONS = ("-o", "StrictHostKeyChecking=accept-new", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR")
+SSH_VARIABLES = ("SSH_AUTH_SOCK", "SSH_ASKPASS", "DISPLAY")  # of the agent that holds the user's keys
 ENDED_STATUSES = ("ERROR", "TERMINATED")
 
 
@@ -76,7 +77,8 @@ def copy(host: SshHost, folder: str, target: Path, *, environ: Mapping[str, str]
         if program is None:
             continue
         target.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run([program, *command[1:]], env=child_environment(environ), check=False)  # noqa: S603 (what the user asks for)
+        own = child_environment(environ) | {name: environ[name] for name in SSH_VARIABLES if name in environ}
+        done = subprocess.run([program, *command[1:]], env=own, check=False)  # noqa: S603 (what the user asks for)
         if done.returncode:
             raise UnreachableError(f"{command[0]} ended with {done.returncode}. What was copied is kept: try again.")
         return 0

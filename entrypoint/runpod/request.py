@@ -14,9 +14,9 @@ from typing import Any
 from entrypoint.dataset_config.manifest import read_manifest
 from entrypoint.planning.plan import make_plan
 from entrypoint.settings import checks, read_settings
-from entrypoint.settings.variables import CONFIG_JSON, NAMES, SECRETS
+from entrypoint.settings.variables import CONFIG_JSON, NAMES
 from entrypoint.settings.variables.engine import BACKENDS
-from entrypoint.system import cards
+from entrypoint.system import cards, secrets
 from trainer.spec.errors import SettingsError
 
 MAX_POD_VARIABLES = 50  # RunPod's limit; docs.runpod.io/api-reference-v2, CreatePodRequest.env
@@ -24,6 +24,7 @@ MIN_CUDA_VERSION = "13.0"  # the image's torch is built for it, so the host's dr
 # These are not sent to a pod: the image sets them, and the values of this machine name folders that a pod lacks.
 LOCAL_PATHS = ("OUTPUT_PATH", "CACHE_PATH", "HF_HOME")
 FROM_RUNPOD = "RUNPOD_SECRET_"  # RunPod replaces `{{ RUNPOD_SECRET_name }}` by the secret when the pod starts
+REFERENCE = re.compile(r"\{\{\s*RUNPOD_SECRET_\w+\s*\}\}")
 VOLUME_PATH = "/workspace"  # the image keeps output, cache and models below it
 PORTS = ["22/tcp"]  # SSH, to download the results with rsync
 
@@ -171,7 +172,8 @@ def _without_sources(document: Any) -> Any:
 def _pair(text: str, option: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name:
-        raise SettingsError(f"{option} {text} has no value: write {option} NAME=VALUE.")
+        shown = text if text in NAMES else "***"  # what stands in the place of a name may be a token
+        raise SettingsError(f"{option} {shown} has no value: write {option} NAME=VALUE.")
     return name, value
 
 
@@ -186,10 +188,8 @@ def pack(variables: Mapping[str, str]) -> dict[str, str]:
     return kept
 
 
-def hide_secrets(variables: Mapping[str, str]) -> dict[str, str]:
-    """A copy to print: secret values become ***; references to RunPod's secrets stay readable."""
-    shown = dict(variables)
-    for name in SECRETS:
-        if name in shown and FROM_RUNPOD not in shown[name]:
-            shown[name] = "***"
-    return shown
+def shown_variables(variables: Mapping[str, str]) -> dict[str, str]:
+    """A copy to print, without secrets; references to RunPod's secrets stay readable."""
+    shown = secrets.shown(variables)
+    references = {name: value for name, value in variables.items() if REFERENCE.fullmatch(value)}
+    return shown | references

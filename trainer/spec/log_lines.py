@@ -1,13 +1,15 @@
 """Messages as the log writes them.
 
 Most messages shorten and escape what they quote; `LineFormatter` is the last place, which all of them pass, so that
-nothing in a name or a value acts on a terminal.
+nothing in a name or a value acts on a terminal, and nothing that looks like a secret is in a log.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+
+from trainer.spec.messages.secrets import without_secrets
 
 LONGEST_LINE = 2_000  # characters
 KEPT = LONGEST_LINE // 2 - 20  # at each end of a longer line
@@ -31,10 +33,10 @@ def _shortened(line: str) -> str:
 
 
 class LineFormatter(logging.Formatter):
-    """Formats a record as `safe_lines`."""
+    """Formats a record as `safe_lines`, without secrets."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return safe_lines(super().format(record))
+        return safe_lines(without_secrets(super().format(record)))
 
 
 def log_to(stream: logging.Handler, line_format: str, *, level: int = logging.INFO) -> None:

@@ -18,7 +18,8 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
+
+from trainer.spec.messages.secrets import address
 
 VERSION = 2
 
@@ -53,8 +54,7 @@ class ModelPlan:
 
 def public(url: str) -> str:
     """`url` without user, password, query and fragment, which may be secrets: fit for messages."""
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return address(url)
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.spec.errors import SettingsError
+from trainer.spec.messages.secrets import without_secrets
 
 # Python's int() and float() also accept "１２", "1_000", "nan" and "infinity", which nobody means in a setting.
 # Both patterns match in time linear in the length of the text. 18 digits fit in 64 bits.
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")
-_TOKEN = re.compile(r"hf_\w{6,}", re.ASCII)
 _SHOWN_CHARACTERS = 80  # of a value in a message
+MAX_READ_CHARACTERS = 4_000  # of a value, of which a message shows the beginning
 SHOWN_NAMES = 5  # in a message; the report of the dataset has all of them
 LONGEST_NAME = 160  # characters of a name in a message
 # Controls, surrogates and separators of lines; and marks that change the direction of what follows.
@@ -82,8 +83,8 @@ def inside(number: float, low: float | None, high: float | None, *, above: float
 
 
 def show(value: Any) -> str:
-    """A value for a message: quoted, at most 80 characters, and without an access token."""
-    return shorten(_TOKEN.sub("hf_***", repr(value)))
+    """A value for a message: quoted, at most 80 characters, and without what looks like a secret."""
+    return shorten(without_secrets(repr(value)[:MAX_READ_CHARACTERS]))
 
 
 def shorten(text: str) -> str:

@@ -1,0 +1,4 @@
+"""Texts that people and other programs read: without secrets.
+
+Read `secrets`: how an address is shown, what secrets look like, and how known ones are found in any text.
+"""
