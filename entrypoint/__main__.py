@@ -5,19 +5,24 @@ Turns exceptions into exit codes.
 
 from __future__ import annotations
 
+import os
+import sys
+
+from trainer.process import guard
+
+# Before everything else is imported, which takes seconds. From here on a stop is a stop; a shell has its own handlers.
+if __name__ == "__main__" and sys.argv[1:2] != ["shell"]:
+    guard.begin("entrypoint.processes.farewell")
+
 import argparse
 import contextlib
 import dataclasses
 import datetime
 import logging
-import os
-import signal
-import sys
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from entrypoint import bake
@@ -32,6 +37,7 @@ from entrypoint.settings import Settings, help_env, read_settings
 from entrypoint.system import cards, environment, hardware, secrets
 from trainer import __version__
 from trainer.base_model import model_folder
+from trainer.process import scratch, streams
 from trainer.spec.errors import KilnError, NoAcceleratorError, StopRequestedError
 from trainer.spec.family import base_models, get_family
 from trainer.spec.log_lines import log_to
@@ -86,7 +92,7 @@ def _run(arguments: list[str], environ: Mapping[str, str]) -> int:
     if options.help_env:
         with contextlib.suppress(BrokenPipeError):  # the reader (head, less) has closed the pipe
             print(help_env(), flush=True)  # noqa: T201
-        return 0
+        return streams.output_code()
     log_to(logging.StreamHandler(), "%(asctime)s %(levelname)s %(message)s")
     check = options.check or options.command == "check" or options.gpu is not None
     return supervise.supervised(lambda: _exit_code(environ, check=check, card=options.gpu), environ)
@@ -114,10 +120,14 @@ def job(environ: Mapping[str, str], *, check: bool, card: str | None = None) -> 
 
     `card`: the name of one to check for, in place of what this machine has.
     """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, _stop)
     settings = read_settings(environ)
-    supervise.Limit.set(settings.finish.max_runtime, settings.finish.max_cost, settings.finish.price_per_hour)
+    supervise.set_limit(settings.finish, environ)
+    with scratch.folder(os.environ, settings.data.cache_path) as temporary:
+        return _job(settings, {**environ, "TMPDIR": str(temporary)}, check=check, card=card)
+
+
+def _job(settings: Settings, environ: Mapping[str, str], *, check: bool, card: str | None) -> int:
+    """`job`, with a place for temporary files."""
     manifest = read_manifest(settings.data.dataset_config, settings.output.sample_prompts)
     detected = _card_to_check_for(card) if card is not None else hardware.detect()
     kernels = hardware.TorchKernels() if card is None and detected.vendor != "cpu" else None
@@ -172,11 +182,6 @@ def _card_to_check_for(name: str) -> hardware.Hardware:
     log.info("Checking for %s: %s, and %.0f GiB of host memory.", name, found, found.host_memory_gib)
     hardware.check_kernels(found, hardware.IMAGE_KERNELS)
     return found
-
-
-def _stop(number: int, _frame: FrameType | None) -> None:
-    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-    raise StopRequestedError(f"Stopped by {name} before training began.", exit_code=128 + number)
 
 
 def _now(environ: Mapping[str, str]) -> datetime.datetime:
@@ -235,4 +240,5 @@ def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
 
 
 if __name__ == "__main__":
+    streams.protect()
     sys.exit(main(sys.argv[1:], environment.take(os.environ)))

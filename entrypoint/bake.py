@@ -6,6 +6,11 @@ without any network.
 
 from __future__ import annotations
 
+from trainer.process import guard
+
+if __name__ == "__main__":
+    guard.begin()  # before everything else is imported: from here on a stop is a stop
+
 import logging
 import shutil
 import sys
@@ -16,6 +21,7 @@ from entrypoint.fetch import http, local_weights
 from entrypoint.fetch.fetch import fetch_model
 from entrypoint.fetch.http import RetryPolicy
 from trainer.base_model import model_folder
+from trainer.process import streams
 from trainer.spec.errors import KilnError, SettingsError
 from trainer.spec.family import base_models, get_family
 from trainer.spec.log_lines import log_to
@@ -81,4 +87,5 @@ def folder(model: ModelPlan, place: Path) -> Path:
 
 
 if __name__ == "__main__":
+    streams.protect()
     sys.exit(main(sys.argv[1:]))

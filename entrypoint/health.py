@@ -4,6 +4,11 @@ libraries.
 
 from __future__ import annotations
 
+from trainer.process import guard
+
+if __name__ == "__main__":
+    guard.begin()  # before everything else is imported: from here on a stop is a stop
+
 import os
 import sys
 import time
@@ -12,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from entrypoint import DEFAULT_OUTPUT_PATH
+from trainer.process import streams
 from trainer.storage.json_files import read_object
 
 STALL_MIN = 30.0  # longer than a first step with compilation takes
@@ -49,4 +55,5 @@ def _began() -> float:
 
 
 if __name__ == "__main__":
+    streams.protect()
     sys.exit(main())

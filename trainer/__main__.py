@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+from trainer.process import streams
+from trainer.process.vitals import Vitals
 from trainer.spec import library_noise
 from trainer.spec.errors import KilnError, SettingsError, StopRequestedError
 from trainer.spec.log_lines import log_to
@@ -26,9 +28,10 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print("usage: python -m trainer plan.json", file=sys.stderr)  # noqa: T201
         return USAGE_ERROR
-    stop = StopFlag()
     process_rank = int(os.environ.get(RANK_VARIABLE, "0"))
+    stop = StopFlag(Vitals.of(os.environ) if process_rank == 0 else None)
     if process_rank == 0:
+        stop.ends_at_once = True
         stop.listen()
     else:
         stop.ignore()
@@ -43,6 +46,7 @@ def main(arguments: list[str]) -> int:
         from trainer.job.run import run  # late: torch is slow to import, and signals are handled by now
 
         log.info("Loaded them in %.1f s.", time.monotonic() - started)
+        stop.ends_at_once = False
         run(plan, stop)
     except StopRequestedError as problem:
         if not problem.logged:
@@ -87,4 +91,11 @@ def _stacks_file(process_rank: int) -> TextIO:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    streams.protect()
+    code = main(sys.argv[1:])
+    if code == USAGE_ERROR:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is written. The libraries' own ends take seconds on a busy machine, and a signal would find no handler there.
+    os._exit(code)

@@ -6,6 +6,11 @@ python -m trainer.export --merge a.safetensors:0.6 b.safetensors:0.4 --out OUT.s
 
 from __future__ import annotations
 
+from trainer.process import guard
+
+if __name__ == "__main__":
+    guard.begin()  # before everything else is imported: from here on a stop is a stop
+
 import argparse
 import json
 import logging
@@ -15,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.lora_files.arguments import Parser, check_file, load_lora, plural, read_family, run_command, split_weights
+from trainer.process import streams
 from trainer.spec.errors import SettingsError
 from trainer.spec.family import family_names, get_family
 
@@ -119,4 +125,5 @@ def _strengths(paths: Sequence[tuple[Path, float]]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    streams.protect()
     sys.exit(export_command(sys.argv[1:]))

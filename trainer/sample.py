@@ -8,6 +8,11 @@ Everything that imports torch is imported late, so that --help and mistakes in t
 
 from __future__ import annotations
 
+from trainer.process import guard
+
+if __name__ == "__main__":
+    guard.begin()  # before everything else is imported: from here on a stop is a stop
+
 import argparse
 import contextlib
 import logging
@@ -29,6 +34,7 @@ from trainer.lora_files.arguments import (
     run_command,
     split_weights,
 )
+from trainer.process import streams
 from trainer.spec.documents import forms
 from trainer.spec.documents.prompt_trees import parse_tree
 from trainer.spec.errors import OutOfMemoryError, SettingsError, StorageError
@@ -351,4 +357,5 @@ def _read_requests(path: Path, problems: Problems, notes: list[str]) -> Sequence
 
 
 if __name__ == "__main__":
+    streams.protect()
     sys.exit(sample_command(sys.argv[1:]))

@@ -12,66 +12,109 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
 from entrypoint.fetch import flash_attention
 from entrypoint.system.environment import FORWARDED, VISIBLE, child_environment
+from trainer.process import memory_kills, scratch, vitals
+from trainer.process.guard import KILLED_EXIT_CODE
+from trainer.process.memory_kills import Counts
+from trainer.process.vitals import Vitals
 from trainer.spec.errors import HangError, KilnError, PeerError, StorageError
-from trainer.spec.plan import ALIVE_VARIABLE, RANK_VARIABLE, TEAM_VARIABLE, Plan
+from trainer.spec.plan import RANK_VARIABLE, TEAM_VARIABLE, Plan
 from trainer.storage import folders
 
 log = logging.getLogger(__name__)
 GRACE_S = 5.0  # for the first process to finish cleanly when another has failed
+START_GRACE_S = 2.0  # for a trainer that is stopped before it says how long it may take
+KILLED = 128 + signal.SIGKILL
+
+
+@dataclass
+class Team:
+    """The trainers of a job. `folder` is theirs alone; `shared` is what the first one tells of itself."""
+
+    folder: Path
+    shared: Vitals
+    kills_before: Counts = field(default_factory=memory_kills.count)
+    children: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    held_bytes: dict[str, int] = field(default_factory=dict)  # the memory of each, as last seen
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the trainers ended: the job's exit code, the process that it comes from, and why, if that cannot say."""
+
+    code: int
+    blamed: int = 0
+    message: str = ""
 
 
 def launch(plan: Plan, *, environment: Mapping[str, str]) -> int:
-    """Run the trainer on `plan` and return its exit code: 128 + n if signal n killed it, 75 if it hung.
+    """Run the trainer on `plan` and return its exit code: 75 if it hung or was killed, 128 + n if signal n ended it.
 
     With NUM_GPUS above 1, the first process leads: it gets the signals, and when it ends, the job ends. If another one
     fails, the rest is stopped, and its exit code is the job's.
     The trainer gets no secrets and needs no network: everything is on local paths by now.
     """
+    shared, path = _shared(environment)
     with tempfile.TemporaryDirectory(prefix="kiln-") as name:
-        folder = Path(name)
-        path = folder / "plan.json"
-        path.write_text(plan.to_json(), encoding="utf-8")
-        children: list[subprocess.Popen[bytes]] = []
+        team = Team(Path(name), shared)
+        plan_path = team.folder / "plan.json"
+        plan_path.write_text(plan.to_json(), encoding="utf-8")
         early: list[int] = []
 
         def forward(number: int, _frame: FrameType | None) -> None:
-            for child in children[:1]:
+            for child in team.children[:1]:
                 child.send_signal(number)
-            if not children:
+            if not team.children:
                 early.append(number)
 
         before = {number: signal.signal(number, forward) for number in FORWARDED}
+        shared.allow(START_GRACE_S)  # from here on a stop is passed on
         try:
             # A list of arguments, no shell: nothing in the plan can become a command.
-            arguments = [sys.executable, "-m", "trainer", str(path)]
-            size = plan.engine.num_gpus
-            common = child_environment(environment)
-            if plan.engine.attention == "flash_4":
-                common |= flash_attention.environment(Path(plan.output.cache), common)
-            for process_rank in range(size):
-                own = dict(common)
-                if size > 1:
-                    own |= member_environment(own, folder, process_rank, size=size)
-                if process_rank == 0:
-                    own[ALIVE_VARIABLE] = str(folder / "alive")
-                children.append(subprocess.Popen(arguments, env=own))  # noqa: S603
+            arguments = [sys.executable, "-m", "trainer", str(plan_path)]
+            for own in _environments(plan, team.folder, environment):
+                if not team.children:
+                    own[vitals.VARIABLE] = path
+                team.children.append(subprocess.Popen(arguments, env=own))  # noqa: S603
             for number in early:
-                children[0].send_signal(number)
-            code, failed = _watch(children, folder / "alive")
+                team.children[0].send_signal(number)
+            outcome = _watch(team)
         finally:
-            for child in children:
+            for child in team.children:
                 child.kill()
                 child.wait()
             for number, handler in before.items():
                 signal.signal(number, handler)
-        if failed:
-            _report_failure(plan, folder / f"rank-{failed}", failed, code)
-    return code
+            shared.allow(0)
+            shared.close()
+        return _reported(plan, team, outcome)
+
+
+def _shared(environment: Mapping[str, str]) -> tuple[Vitals, str]:
+    """What this process and the trainers share with the parent of all, or among themselves, and its path."""
+    shared = Vitals.of(environment)
+    if shared is None:
+        return Vitals.make()
+    return shared, environment[vitals.VARIABLE]
+
+
+def _environments(plan: Plan, folder: Path, environment: Mapping[str, str]) -> list[dict[str, str]]:
+    """The environment of each process."""
+    size = plan.engine.num_gpus
+    cache = Path(plan.output.cache)
+    common = child_environment(environment)
+    common.pop(vitals.VARIABLE, None)
+    common |= scratch.kernel_caches(common, cache)
+    if plan.engine.attention == "flash_4":
+        common |= flash_attention.environment(cache, common)
+    if size == 1:
+        return [common]
+    return [{**common, **member_environment(common, folder, rank, size=size)} for rank in range(size)]
 
 
 def member_environment(environment: Mapping[str, str], folder: Path, process_rank: int, *, size: int) -> dict[str, str]:
@@ -89,11 +132,12 @@ def member_environment(environment: Mapping[str, str], folder: Path, process_ran
     return own
 
 
-def _watch(children: Sequence[subprocess.Popen[bytes]], alive: Path) -> tuple[int, int]:
-    """The exit code of the job, and the process it comes from; 75 if the first one missed the deadline in `alive`.
+def _watch(team: Team) -> Outcome:
+    """How the job ended; 75 if the first process missed the deadline that it has set itself.
 
     Its own watchdog (trainer/job/watchdog.py) cannot act while a call holds the GIL, or while the process is stopped.
     """
+    children = team.children
     first = children[0]
     while True:
         for child in children:
@@ -101,23 +145,22 @@ def _watch(children: Sequence[subprocess.Popen[bytes]], alive: Path) -> tuple[in
                 child.wait(timeout=0.5 / len(children))
         failed = [i for i, child in enumerate(children) if child.returncode]
         if failed:
-            return _end_all(children, failed, alive.parent)
+            return _end_all(team, failed)
         if first.returncode == 0:
-            return 0, 0
-        try:
-            deadline = float(alive.read_text(encoding="ascii"))
-        except (OSError, ValueError):  # not written yet
-            continue
-        if time.monotonic() > deadline:
-            log.error("The trainer hangs, and not even its watchdog answers. Ending it. Its stacks:")
+            return Outcome(0)
+        for i, child in enumerate(children):
+            team.held_bytes[f"trainer {i}"] = memory_kills.resident(child.pid)
+        deadline = team.shared.read(vitals.DEADLINE)
+        if deadline is not None and time.monotonic() > deadline:
+            message = "The trainer hangs, and not even its watchdog answers."
+            log.error("%s Ending it. Its stacks:", message)
             for child in children:
                 child.send_signal(signal.SIGUSR1)
                 child.send_signal(signal.SIGCONT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 first.wait(timeout=2)
-            _log_stacks(alive.parent)
-            log.error("%s [exit %d]", HangError.advice, HangError.exit_code)
-            return HangError.exit_code, 0
+            _log_stacks(team.folder)
+            return Outcome(HangError.exit_code, message=f"{message} {HangError.advice}")
 
 
 def _log_stacks(folder: Path) -> None:
@@ -127,12 +170,13 @@ def _log_stacks(folder: Path) -> None:
             log.error("Process %s:\n%s", path.stem.removeprefix("stacks-"), text.rstrip())
 
 
-def _end_all(children: Sequence[subprocess.Popen[bytes]], failed: Sequence[int], folder: Path) -> tuple[int, int]:
+def _end_all(team: Team, failed: Sequence[int]) -> Outcome:
     """End all processes after some have failed; returns the exit code of the one to blame, and its number.
 
     The others may wait for it in a call that no signal interrupts. A process that ended only because another did
     (PeerError) is not to blame.
     """
+    children = team.children
     first, deadline = children[0], time.monotonic() + GRACE_S
 
     def to_blame() -> list[int]:
@@ -151,21 +195,39 @@ def _end_all(children: Sequence[subprocess.Popen[bytes]], failed: Sequence[int],
         for child in children[1:]:
             child.send_signal(signal.SIGUSR1)  # their stacks may show why the first one hung
         time.sleep(0.5 if len(children) > 1 else 0)
-        _log_stacks(folder)
-    return (_code(children[blamed[0]]), blamed[0]) if blamed else (KilnError.exit_code, 0)
+        _log_stacks(team.folder)
+    if not blamed:
+        return Outcome(KilnError.exit_code)
+    return Outcome(_code(children[blamed[0]]), blamed[0])
 
 
 def _code(child: subprocess.Popen[bytes]) -> int:
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
-def _report_failure(plan: Plan, folder: Path, process_rank: int, code: int) -> None:
-    """Put the reason of another process into status.json, which only the first one writes."""
-    how = f"was killed by {signal.Signals(code - 128).name}" if code > 128 else f"ended with exit code {code}"
-    message = (folders.read_json(folder / "status.json") or {}).get("message")
-    message = message or f"Process {process_rank} of {plan.engine.num_gpus} {how}."
-    log.error("%s [exit %d]", message, code)
-    status = Path(plan.output.path) / "status.json"
-    with contextlib.suppress(StorageError):
-        ended = {"phase": "failed", "exit_code": code, "message": message}
-        folders.write_text(status, json.dumps((folders.read_json(status) or {}) | ended, indent=2) + "\n")
+def _reported(plan: Plan, team: Team, outcome: Outcome) -> int:
+    """The job's exit code. Logs why a process ended, and puts it into status.json, where it could not do so itself."""
+    code = outcome.code
+    message = outcome.message
+    who = "The trainer" if len(team.children) == 1 else f"Process {outcome.blamed} of {len(team.children)}"
+    if code == KILLED:
+        code = KILLED_EXIT_CODE
+        message = (
+            f"{who} {memory_kills.explain(team.kills_before, team.held_bytes)} The job resumes from its last save."
+        )
+    elif code > 128 and code not in _stopped():
+        message = f"{who} was ended by {signal.Signals(code - 128).name}: a library or the driver crashed."
+    elif outcome.blamed:
+        own_status = folders.read_json(team.folder / f"rank-{outcome.blamed}" / "status.json") or {}
+        message = own_status.get("message") or f"{who} ended with exit code {code}."
+    if message:
+        log.error("%s [exit %d]", message, code)
+        status = Path(plan.output.path) / "status.json"
+        with contextlib.suppress(StorageError):
+            ended = {"phase": "failed", "exit_code": code, "message": message}
+            folders.write_text(status, json.dumps((folders.read_json(status) or {}) | ended, indent=2) + "\n")
+    return code
+
+
+def _stopped() -> set[int]:
+    return {128 + number for number in FORWARDED}

@@ -11,19 +11,16 @@ import json
 import logging
 import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from types import FrameType
 
-from entrypoint import DEFAULT_OUTPUT_PATH
 from entrypoint.fetch import http
+from entrypoint.processes.farewell import output_path, raw_value
 from entrypoint.processes.pod import asked_to_end, start_ssh
-from entrypoint.settings.variables.finish import ACTIONS
-from trainer.spec.documents.strict_json import load_json
+from entrypoint.settings.variables.finish import ACTIONS, FinishSettings
+from trainer.process import guard, vitals
 from trainer.spec.errors import SettingsError, StorageError
 from trainer.storage.folders import read_json, write_text
 
@@ -34,6 +31,8 @@ PERMANENT_FAILURES = (64, 65, 77, 78)  # exit codes that another start would giv
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 MAX_ATTEMPTS = 5  # without a training step between them
 CONSOLE = "https://console.runpod.io/pods"
+FOREVER_S = 1e9
+ANSWER_S = 2.5  # how long this process may take to end after a signal, while it waits or talks to RunPod
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,18 @@ class PodRecord:
     run: str = ""  # that was at this step
 
 
-def supervised(job: Callable[[], int], environ: Mapping[str, str], *, times: Times | None = None) -> int:
-    """Run `work`, then do what ON_FINISH says; returns the exit code of `work`."""
+def _in_a_process_of_its_own(job: Callable[[], int]) -> guard.Ending:
+    return guard.guarded(job, "entrypoint.processes.farewell")
+
+
+def supervised(
+    job: Callable[[], int],
+    environ: Mapping[str, str],
+    *,
+    times: Times | None = None,
+    run: Callable[[Callable[[], int]], guard.Ending] = _in_a_process_of_its_own,
+) -> int:
+    """Do `job`, then what ON_FINISH says; returns the exit code of `job`. `run`: how it is done in a pod."""
     times, action = times or USUAL, asked_action(environ)
     pod = environ.get("RUNPOD_POD_ID", "")
     if not pod:
@@ -82,9 +91,12 @@ def supervised(job: Callable[[], int], environ: Mapping[str, str], *, times: Tim
         if code := _wait(pause):
             return code
     reached = _reached(environ)
-    code = job()
+    vitals.allow(environ, FOREVER_S)  # the parent of the job's own process ends it in time
+    ending = run(job)
+    vitals.allow(environ, 0)
+    code = ending.exit_code
     done = code == 0 or (before.done and code == 75)  # a pod may be started without GPUs, only to fetch results
-    if not done and code not in PERMANENT_FAILURES and not Limit.reached.is_set():
+    if not done and code not in PERMANENT_FAILURES and not ending.limit_reached:
         if code < 128:
             log.error("The container exits with %d. The pod will start it again.", code)
         return code
@@ -101,7 +113,7 @@ def supervised(job: Callable[[], int], environ: Mapping[str, str], *, times: Tim
 
 def asked_action(environ: Mapping[str, str]) -> str:
     """ON_FINISH, even if other settings are invalid; an unknown value counts as the default."""
-    asked = _raw(environ, "ON_FINISH").lower()
+    asked = raw_value(environ, "ON_FINISH").lower()
     if asked in ACTIONS:
         return asked
     return "stop" if environ.get("RUNPOD_POD_ID") else "exit"
@@ -110,38 +122,28 @@ def asked_action(environ: Mapping[str, str]) -> str:
 # ---- limits of time and money
 
 
-class Limit:
-    """Whether MAX_RUNTIME or MAX_COST has ended the job. One for the whole process, because the kernel has one
-    alarm.
+def set_limit(asked: FinishSettings, environ: Mapping[str, str]) -> None:
+    """Have the parent of this process stop the job when MAX_RUNTIME or MAX_COST is reached: it saves and ends.
+
+    The parent does it whatever this process and the trainer are busy with. Raises SettingsError for a cost without a
+    price.
     """
-
-    reached = threading.Event()
-
-    @staticmethod
-    def set(max_hours: float | None, max_cost: float | None, price: float | None) -> None:
-        """Send SIGTERM to this process when the limit is reached; the job then saves its state and ends.
-
-        `max_hours` counts from now; `max_cost` and `price` (for an hour) are in the same currency. Raises
-        SettingsError for a cost without a price.
-        """
-        if max_cost is not None and not price:
-            raise SettingsError("MAX_COST needs PRICE_PER_HOUR, the price of this machine in the same currency.")
-        hours = []
-        if max_hours is not None:
-            hours.append(max_hours)
-        if max_cost is not None and price:
-            hours.append(max_cost / price)
-        if not hours:
-            return
-
-        def end(_number: int, _frame: FrameType | None) -> None:
-            Limit.reached.set()
-            log.warning("MAX_RUNTIME or MAX_COST is reached. The job saves its state and ends.")
-            os.kill(os.getpid(), signal.SIGTERM)
-
-        signal.signal(signal.SIGALRM, end)
-        signal.setitimer(signal.ITIMER_REAL, min(hours) * 3600)
-        log.info("This job will end after %.2f hours at the latest.", min(hours))
+    if asked.max_cost is not None and not asked.price_per_hour:
+        raise SettingsError("MAX_COST needs PRICE_PER_HOUR, the price of this machine in the same currency.")
+    hours = []
+    if asked.max_runtime is not None:
+        hours.append(asked.max_runtime)
+    if asked.max_cost is not None and asked.price_per_hour:
+        hours.append(asked.max_cost / asked.price_per_hour)
+    if not hours:
+        return
+    shared = vitals.Vitals.of(environ)
+    if shared is None:
+        log.warning("This system has no way to end the job after MAX_RUNTIME or MAX_COST: watch it yourself.")
+        return
+    shared.write(vitals.LIMIT, time.monotonic() + min(hours) * 3600)
+    shared.close()
+    log.info("This job will end after %.2f hours at the latest.", min(hours))
 
 
 # ---- the record of attempts
@@ -149,7 +151,7 @@ class Limit:
 
 def _opened(environ: Mapping[str, str]) -> PodRecord:
     """The record, with this start counted."""
-    out = _output(environ)
+    out = output_path(environ)
     known = read_json(out / "pod.json") or {}
     run, step = _reached(environ)
     with suppress(TypeError):
@@ -165,7 +167,7 @@ def _opened(environ: Mapping[str, str]) -> PodRecord:
 
 def _reached(environ: Mapping[str, str]) -> tuple[str, int]:
     """The run that was trained last, and its last step."""
-    status = read_json(_output(environ) / "status.json") or {}
+    status = read_json(output_path(environ) / "status.json") or {}
     run = status.get("run")
     step = status.get("step")
     if not isinstance(run, str):
@@ -177,25 +179,9 @@ def _reached(environ: Mapping[str, str]) -> tuple[str, int]:
 
 def _write(environ: Mapping[str, str], diary: PodRecord) -> None:
     try:
-        write_text(_output(environ) / "pod.json", json.dumps(asdict(diary)))
+        write_text(output_path(environ) / "pod.json", json.dumps(asdict(diary)))
     except StorageError as problem:
         log.warning("Cannot count the attempts of this pod: %s", problem)
-
-
-def _output(environ: Mapping[str, str]) -> Path:
-    return Path(_raw(environ, "OUTPUT_PATH") or DEFAULT_OUTPUT_PATH).expanduser()
-
-
-def _raw(environ: Mapping[str, str], name: str) -> str:
-    """A variable from the environment, or from CONFIG_JSON."""
-    if value := environ.get(name, "").strip():
-        return value
-    try:
-        config = load_json(environ.get("CONFIG_JSON", ""))
-    except ValueError:
-        return ""
-    found = config.get(name) if isinstance(config, dict) else None
-    return found.strip() if isinstance(found, str) else ""
 
 
 # ---- the end of a pod
@@ -205,14 +191,16 @@ def _end(code: int, action: str, pod: str, environ: Mapping[str, str], times: Ti
     """Do what ON_FINISH says; returns `code` if the container is to exit, else when a signal arrives."""
     if action == "exit":
         return code
-    if action in ("stop", "terminate"):
-        if asked_to_end(action, pod, environ, times.retries):
-            log.info("Asked RunPod to %s this pod; the job ended with %d.", action, code)
-            if _wait(times.farewell):
-                return code
-        log.error("THIS POD IS NOT STOPPED AND COSTS MONEY: %s it at %s (%s).", action, CONSOLE, pod)
-    log.info("The job ended with %d; the container stays. python -m entrypoint.runpod stop %s ends it.", code, pod)
-    return _wait(None) and code
+    with _signalled() as received:  # RunPod's stop may send its signal before it has answered
+        if action in ("stop", "terminate"):
+            if asked_to_end(action, pod, environ, times.retries):
+                log.info("Asked RunPod to %s this pod; the job ended with %d.", action, code)
+                if _arrived(received, times.farewell):
+                    return code
+            log.error("THIS POD IS NOT STOPPED AND COSTS MONEY: %s it at %s (%s).", action, CONSOLE, pod)
+        log.info("The job ended with %d; the container stays. python -m entrypoint.runpod stop %s ends it.", code, pod)
+        _arrived(received, None)
+    return code
 
 
 @contextmanager
@@ -220,17 +208,27 @@ def _signalled() -> Iterator[list[int]]:
     """A list that collects the numbers of the signals that arrive inside the context."""
     received: list[int] = []
     before = {n: signal.signal(n, lambda number, _: received.append(number)) for n in SIGNALS}
+    vitals.allow(os.environ, ANSWER_S)
     try:
         yield received
     finally:
+        vitals.allow(os.environ, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
+def _arrived(received: Sequence[int], seconds: float | None) -> bool:
+    """Wait (None: for ever) until a signal is in `received`; whether one is."""
+    end = None if seconds is None else time.monotonic() + seconds
+    while not received and (end is None or time.monotonic() < end):
+        time.sleep(0.2)
+    return bool(received)
+
+
 def _wait(seconds: float | None) -> int:
     """Wait (None: for ever) until a signal arrives; returns 128 + its number, or 0 if none did."""
-    end = None if seconds is None else time.monotonic() + seconds
     with _signalled() as received:
-        while not received and (end is None or time.monotonic() < end):
-            time.sleep(0.2)
-    return 128 + received[0] if received else 0
+        _arrived(received, seconds)
+    if not received:
+        return 0
+    return 128 + (signal.SIGINT if received[0] == signal.SIGINT else signal.SIGTERM)

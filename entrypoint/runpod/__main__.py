@@ -8,6 +8,11 @@ Each command is a function of the parsed options, the API client and the environ
 
 from __future__ import annotations
 
+from trainer.process import guard
+
+if __name__ == "__main__":
+    guard.begin()  # before everything else is imported: from here on a stop is a stop
+
 import argparse
 import json
 import logging
@@ -25,6 +30,7 @@ from entrypoint.runpod.api import RunPod
 from entrypoint.settings import Settings, read_settings
 from entrypoint.settings.variables.engine import BACKENDS
 from entrypoint.system import secrets
+from trainer.process import streams
 from trainer.spec.errors import KilnError, SettingsError
 from trainer.spec.family import base_models
 from trainer.spec.log_lines import log_to
@@ -333,4 +339,5 @@ def _print(text: str) -> None:
 
 
 if __name__ == "__main__":
+    streams.protect()
     sys.exit(main(sys.argv[1:], os.environ))

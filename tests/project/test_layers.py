@@ -19,6 +19,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LAYERS = {  # from the bottom; packages on one layer do not import each other
     "trainer": (
+        ("process",),
         ("spec",),
         ("storage",),
         ("lora_files", "base_model"),
@@ -47,7 +48,7 @@ ENGINE_LAYERS = (  # within the engine, likewise
     ("memory",),
 )
 WITHOUT_TORCH = (
-    *("trainer.spec", "trainer.storage"),
+    *("trainer.process", "trainer.spec", "trainer.storage"),
     "trainer.base_model.light_tokenizer",
     *("trainer.base_model.model_folder", "trainer.base_model.weight_kinds", "trainer.base_model.without_weights"),
     *("trainer.lora_files.contents", "trainer.lora_files.inspect", "trainer.lora_files.key_names"),

@@ -30,6 +30,7 @@ from trainer.data.folders import leftovers
 from trainer.data.folders.conventions import Reading, derived_subset, read_folders
 from trainer.data.folders.own_output import Written
 from trainer.data.records import WARNING, ImageRecord, Scan, Skipped
+from trainer.process import memory_kills
 from trainer.spec.errors import UnreachableError
 from trainer.spec.plan import DataPlan, Dataset, Subset
 from trainer.spec.values import many, printable, some
@@ -180,6 +181,7 @@ def _examine_all(files: Sequence[Path], *, cpu_workers: int, progress: Progress 
         return
     cpu_workers = min(cpu_workers, len(files))
     done = 0
+    kills_before = memory_kills.count()
     # spawn: a fork would copy locks that threads of this process hold.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(cpu_workers, mp_context=context, initializer=_enter_worker) as pool:
@@ -193,7 +195,7 @@ def _examine_all(files: Sequence[Path], *, cpu_workers: int, progress: Progress 
             # The pool does not tell which file it was: name all that were under way.
             suspects = ", ".join(str(f) for f in files[done : done + 2 * cpu_workers + 1])
             raise UnreachableError(
-                f"A process that reads images was killed (out of memory?) at one of: {suspects}."
+                f"A process that reads images {memory_kills.explain(kills_before)} It read one of: {suspects}."
             ) from problem
 
 

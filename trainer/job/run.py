@@ -25,8 +25,9 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,11 +47,12 @@ from trainer.job.handover import HandedOver, hand_over, receive
 from trainer.job.prepare import PreparedData, find_run, is_over, make_sampler, prepare_data
 from trainer.job.reporting.status import Status
 from trainer.job.watchdog import OUTSIDE_STEPS_TIMEOUT_S, Watchdog
+from trainer.process import memory_kills, streams
 from trainer.spec.errors import HangError, KilnError, OutOfMemoryError, StopRequestedError, StorageError
 from trainer.spec.family import get_family
 from trainer.spec.log_lines import LineFormatter
 from trainer.spec.optimizers import STRETCHED_SCHEDULERS
-from trainer.spec.plan import ALIVE_VARIABLE, Plan
+from trainer.spec.plan import Plan
 from trainer.spec.rules.resume_rules import changes
 from trainer.storage import atomic, json_files
 from trainer.storage.choose_run import HOW_TO_GO_ON, already_trained, asked_length
@@ -81,14 +83,18 @@ def run(plan: Plan, stop: StopFlag) -> None:
 def _run_first(plan: Plan, stop: StopFlag, workers: Workers) -> None:
     """The whole job: of one process, or of the first of several."""
     out = Path(plan.output.path)
-    alive = os.environ.get(ALIVE_VARIABLE)
-    watchdog = Watchdog(plan.engine.step_timeout_s, alive=Path(alive) if alive is not None else None)
+    watchdog = Watchdog(plan.engine.step_timeout_s, shared=stop.vitals)
+    was_cut_short = cut_short(json_files.read_object(out / "status.json") or {})
     with (
         locked(out),
         _log_file(out / "run.log") as log_file,
         _printed_once(plan.printed, log_file),
         _report_ending(Status(out)) as status,
     ):
+        if was_cut_short:
+            log.warning("%s", was_cut_short)
+        for problem in streams.problems():
+            log.warning("%s", problem)
         _record_decisions(plan, log_file)
         crashes = CrashLog(out, plan, step=lambda: status.step)
         crashes.check()
@@ -108,6 +114,19 @@ def _run_first(plan: Plan, stop: StopFlag, workers: Workers) -> None:
             state = data.state
             hand_over(workers, HandedOver(data.plan, state.folder if state else None, data.scan.images))
             _train(opened, data, stop, status=status, watchdog=watchdog, workers=workers)
+
+
+def cut_short(status: Mapping[str, Any]) -> str:
+    """What to say of an earlier start that has not written how it ended; "" where it has. `status`: its status.json."""
+    phase = status.get("phase")
+    if not isinstance(phase, str) or "exit_code" in status:
+        return ""
+    step = f", after step {status['step']}" if isinstance(status.get("step"), int) else ""
+    return (
+        f"The start before this one ended without a word in the phase '{phase}'{step}: it was killed, or its machine "
+        "went away. Most often a container was killed because its memory ran out (exit code 137). If it comes again: "
+        f"{memory_kills.FIX.removeprefix('Fix: ')}"
+    )
 
 
 def _run_other(plan: Plan, stop: StopFlag, workers: Workers) -> None:

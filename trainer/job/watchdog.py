@@ -1,8 +1,11 @@
 """Ends a job that hangs with exit code 75, and leaves the stacks of all threads in hang.txt.
 
 A thread of the trainer checks the deadline as long as Python runs. Where a call keeps the interpreter's lock, or the
-process is stopped, that thread cannot run: so the trainer also keeps its deadline in the file that KILN_ALIVE names,
-and the entrypoint (entrypoint/processes/launch.py) ends it.
+process is stopped, that thread cannot run: so the trainer also keeps its deadline in the file that KILN_ALIVE names
+(trainer/process/vitals.py), and the entrypoint (entrypoint/processes/launch.py) ends it.
+
+In the same file stands how long a stop may take until the trainer notices it: a moment while there is nothing to lose,
+and as long as its steps need once there is.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from trainer.process import vitals
+from trainer.process.vitals import Vitals
 from trainer.spec.errors import HangError
 
 log = logging.getLogger(__name__)
@@ -31,27 +36,34 @@ MIN_STEP_TIMEOUT_S = 300.0
 OUTSIDE_STEPS_TIMEOUT_S = 3600.0
 MEDIAN_WINDOW_STEPS = 32
 MAX_CHECK_INTERVAL_S = 5.0
+# How long a stop may take until it is noticed: before training; during it at least, and while a sample is drawn.
+NOTHING_LOST_GRACE_S = 2.0
+MIN_STEP_GRACE_S = 3.0
+SAMPLE_GRACE_S = 60.0
+GRACE_WINDOW = 8  # pieces of work of which the longest is the measure
 
 
 class Watchdog:
     """Keeps the deadline for the next sign of life, and ends the process when it is missed.
 
-    `timeout_s`: for a step; None: by the median of the last steps; 0: never. `alive`: a file that gets the deadline.
+    `timeout_s`: for a step; None: by the median of the last steps; 0: never. `shared`: the file that gets the deadline.
     """
 
-    def __init__(self, timeout_s: float | None, *, alive: Path | None = None) -> None:
+    def __init__(self, timeout_s: float | None, *, shared: Vitals | None = None) -> None:
         self.timeout_s = timeout_s
         self.step_seconds: deque[float] = deque(maxlen=MEDIAN_WINDOW_STEPS)
         self.limit = OUTSIDE_STEPS_TIMEOUT_S
         self._last_step: float | None = None  # when the last step ended, if nothing else came after it
-        self._alive: int | None = None  # file descriptor
-        if alive:
-            self._alive = os.open(alive, os.O_WRONLY | os.O_CREAT)
+        self._last_sign = time.monotonic()
+        self._recent: deque[float] = deque(maxlen=GRACE_WINDOW)  # seconds between signs of life during training
+        self._shared = shared
         self.heartbeat()
 
     def heartbeat(self) -> None:
         """A sign of life outside of the steps."""
         self._last_step = None
+        self._last_sign = time.monotonic()
+        self._allow(SAMPLE_GRACE_S if self._recent else NOTHING_LOST_GRACE_S)
         self._set_deadline(OUTSIDE_STEPS_TIMEOUT_S)
 
     def step(self) -> None:
@@ -60,18 +72,25 @@ class Watchdog:
         if self._last_step is not None:
             self.step_seconds.append(now - self._last_step)
         self._last_step = now
+        self._recent.append(now - self._last_sign)
+        self._last_sign = now
+        self._allow(max(MIN_STEP_GRACE_S, 1 + 2 * max(self._recent)))
         limit = OUTSIDE_STEPS_TIMEOUT_S
         if self.step_seconds:
             limit = max(MIN_STEP_TIMEOUT_S, TIMEOUT_IN_MEDIAN_STEPS * statistics.median(self.step_seconds))
         self._set_deadline(self.timeout_s or limit)
 
+    def _allow(self, seconds: float) -> None:
+        if self._shared is not None:
+            self._shared.allow(seconds)
+
     def _set_deadline(self, limit: float) -> None:
         self.limit = limit
         self.deadline = time.monotonic() + limit
-        if self._alive is not None and self.timeout_s != 0:
+        if self._shared is not None and self.timeout_s != 0:
             # The monotonic clock is the machine's, so the entrypoint can compare the deadline with its own. It gets
             # 2 s + 5 % more, for this process's own thread, which can say more, is to act first.
-            os.pwrite(self._alive, f"{self.deadline + 2 + 0.05 * limit:020.3f}".encode(), 0)
+            self._shared.write(vitals.DEADLINE, self.deadline + 2 + 0.05 * limit)
 
     def message(self) -> str:
         usual = f", usually {statistics.median(self.step_seconds):.1f} s" if self.step_seconds else ""

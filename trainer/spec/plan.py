@@ -23,10 +23,9 @@ from trainer.spec.messages.secrets import address
 
 VERSION = 2
 
-# Environment variables by which the entrypoint tells a trainer its place among several, and where to keep its deadline.
+# Environment variables by which the entrypoint tells a trainer its place among several.
 RANK_VARIABLE = "KILN_RANK"  # number of this process, from 0; absent: the only one
 TEAM_VARIABLE = "KILN_TEAM"  # folder that the processes of a job share
-ALIVE_VARIABLE = "KILN_ALIVE"  # file in which the first process keeps the deadline of its watchdog
 
 AUTO = -1  # a number that the trainer chooses once it knows the images (trainer.spec.rules.automatic)
 VARIANTS = 8  # of an image with random crops or colours, and of a caption with random wording

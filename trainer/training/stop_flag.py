@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import ctypes
-import logging
+import os
 import signal
 import sys
+import threading
+import time
 from types import FrameType
 
+from trainer.process.guard import PR_SET_PDEATHSIG, print_text, signal_name
+from trainer.process.vitals import Vitals
 from trainer.spec.errors import StopRequestedError
-
-log = logging.getLogger(__name__)
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class StopFlag:
-    """Whether SIGTERM, SIGINT or SIGHUP was received; SIGHUP counts as SIGTERM."""
+    """Whether SIGTERM, SIGINT or SIGHUP was received; SIGHUP counts as SIGTERM.
 
-    def __init__(self) -> None:
+    `vitals`: through which the parent learns that the stop was noticed, so that it waits for the save.
+    """
+
+    def __init__(self, vitals: Vitals | None = None) -> None:
         self.signal: int | None = None
+        self.vitals = vitals
+        self.ends_at_once = False  # while there is nothing to lose and nobody who looks at the flag: imports
 
     def listen(self) -> None:
-        """Handle SIGTERM, SIGINT and SIGHUP from now on; on Linux the death of the parent process sends SIGTERM."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        """Handle SIGTERM, SIGINT and SIGHUP from now on; on Linux the death of the parent process sends SIGTERM.
+
+        A SIGHUP that is ignored stays so: nohup did that, or the parent, which then handles it.
+        """
+        numbers = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            numbers.discard(signal.SIGHUP)
+        for number in numbers:
             signal.signal(number, self._received)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # whoever started us may have blocked them
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
@@ -35,17 +48,25 @@ class StopFlag:
     def _received(self, number: int, _frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+        if self.ends_at_once:
+            problem = self._problem(" before training began")
+            print_text(f"{time.strftime('%H:%M:%S')} INFO {problem.last_line()}")
+            os._exit(problem.exit_code)
 
     @property
     def requested(self) -> bool:
-        return self.signal is not None
+        """Whether to stop. If the main thread asks, the parent learns that it will."""
+        if self.signal is None:
+            return False
+        if self.vitals is not None and threading.current_thread() is threading.main_thread():
+            self.vitals.answer()
+        return True
 
     def check(self, where: str = "") -> None:
         """Raise StopRequestedError (exit code 143 or 130) if a stop was requested. `where`: for its message."""
-        if self.signal is not None:
-            raise StopRequestedError(f"Stopped by {signal_name(self.signal)}{where}.", exit_code=128 + self.signal)
+        if self.requested:
+            raise self._problem(where)
 
-
-def signal_name(number: int) -> str:
-    """ "Ctrl-C" for SIGINT: that is what people press."""
-    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    def _problem(self, where: str) -> StopRequestedError:
+        number = self.signal or signal.SIGTERM
+        return StopRequestedError(f"Stopped by {signal_name(number)}{where}.", exit_code=128 + number)

@@ -15,6 +15,7 @@ import pytest
 from entrypoint.processes import launch
 from entrypoint.processes.launch import member_environment
 from entrypoint.system.environment import RANKS, child_environment
+from trainer.process.vitals import Vitals
 from trainer.spec.errors import KilnError, PeerError
 
 SLEEP = "import time; time.sleep(60)"
@@ -41,8 +42,8 @@ def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator:
                 assert child.stdout is not None
                 child.stdout.readline()
         began = time.monotonic()
-        found = launch._watch(started, tmp_path / "alive")
-        return found, time.monotonic() - began, [child.poll() for child in started]
+        outcome = launch._watch(launch.Team(tmp_path, Vitals.make()[0], children=started))
+        return (outcome.code, outcome.blamed), time.monotonic() - began, [child.poll() for child in started]
 
     yield run
     for child in started:
@@ -119,11 +120,21 @@ def test_what_a_cluster_says_of_ranks_does_not_reach_the_trainer():
     assert child_environment({**theirs, "NCCL_DEBUG": "INFO"})["NCCL_DEBUG"] == "INFO"
 
 
-def test_signals_are_told_by_name_in_the_status(tmp_path, job_of_two):
-    launch._report_failure(job_of_two, tmp_path / "rank-1", 1, 128 + signal.SIGKILL)
+def test_what_ended_a_process_is_in_the_status(tmp_path, job_of_two):
+    team = launch.Team(tmp_path, Vitals.make()[0], children=[None, None])
+
+    def reported(code: int, process_rank: int = 1) -> tuple[int, str]:
+        ended = launch._reported(job_of_two, team, launch.Outcome(code, process_rank))
+        status = launch.folders.read_json(tmp_path / "status.json")
+        assert status["exit_code"] == ended and status["phase"] == "failed"
+        return ended, status["message"]
+
+    ended, message = reported(128 + signal.SIGKILL)
+    assert ended == 75 and message.startswith("Process 1 of 2 was killed") and "GiB" in message and "Fix: " in message
+    ended, message = reported(128 + signal.SIGSEGV, 0)
+    assert ended == 139 and "was ended by SIGSEGV" in message
     launch.folders.write_text(tmp_path / "rank-1" / "status.json", '{"message": "no memory", "phase": "failed"}')
-    assert "Process 1 of 2 was killed by SIGKILL." in (tmp_path / "status.json").read_text()
-    launch._report_failure(job_of_two, tmp_path / "rank-1", 1, 75)
+    assert reported(75) == (75, "no memory")
     assert launch.folders.read_json(tmp_path / "status.json") == {
         "phase": "failed",
         "exit_code": 75,

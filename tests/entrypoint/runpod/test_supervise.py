@@ -12,9 +12,18 @@ import pytest
 
 from entrypoint.fetch import http
 from entrypoint.processes import supervise
-from entrypoint.processes.supervise import Limit, Times, supervised
+from entrypoint.processes.supervise import Times
+from entrypoint.settings.variables.finish import FinishSettings
+from trainer.process import guard
 
 ROOT = Path(__file__).resolve().parents[3]
+
+
+def supervised(job, environ, *, times=None):
+    """Without a process of its own for the job, so that it can tell us what it has done."""
+    return supervise.supervised(job, environ, times=times, run=lambda job: guard.Ending(job(), 0.0))
+
+
 QUICK = Times(0.02, 0.05, 0.3, 0.3, http.RetryPolicy(budget=0.3, first_wait=0.02, timeout=2.0))
 
 
@@ -170,24 +179,35 @@ def test_elsewhere_a_container_exits_or_idles(caplog):
 
 
 def test_a_limit_ends_the_job_and_the_pod(server, pod):
-    def work():
-        Limit.set(0.2 / 3600, None, None)
-        stopped = threading.Event()
-        signal.signal(signal.SIGTERM, lambda *_: stopped.set())
-        assert stopped.wait(10)
-        return 143
-
-    try:
-        assert supervised(work, pod, times=QUICK) == 143
-    finally:
-        Limit.reached.clear()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ended = guard.Ending(143, time.time(), signal.SIGTERM, limit_reached=True)
+    assert supervise.supervised(lambda: 0, pod, times=QUICK, run=lambda job: ended) == 143
     assert state(server) == "EXITED"
+
+
+def finish(**asked):
+    """The settings of the end of a job; what is not asked for is not set."""
+    fields = {field.name: None for field in dataclasses.fields(FinishSettings)}
+    return FinishSettings(**{**fields, **asked})
+
+
+def test_the_parent_ends_a_job_at_its_limit_whatever_it_does(tmp_path):
+    """Here it reads from a pipe that nobody fills."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    def work():
+        supervise.set_limit(finish(max_runtime=0.2 / 3600), os.environ)
+        pipe.read_text()
+        return 0
+
+    began = time.monotonic()
+    ended = guard.guarded(work)
+    assert (ended.exit_code, ended.limit_reached) == (143, True) and time.monotonic() - began < 3
 
 
 def test_a_cost_needs_a_price():
     with pytest.raises(supervise.SettingsError, match="PRICE_PER_HOUR"):
-        Limit.set(None, 3.0, None)
+        supervise.set_limit(finish(max_cost=3.0), {})
 
 
 # --- the whole program, as a pod starts it again and again

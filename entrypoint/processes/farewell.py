@@ -1,0 +1,81 @@
+"""The last line and status.json of a job that was stopped, or killed, before it could say so itself.
+
+The parent of the program (trainer/process/guard.py) calls `say` in a process of its own, when all others have ended. So
+nothing here may need what the program had loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from entrypoint import DEFAULT_OUTPUT_PATH
+from trainer.process import guard
+from trainer.process.guard import Ending
+from trainer.storage.json_files import read_object
+from trainer.storage.locks import file_lock
+
+GO_ON = "Start the same command again to go on: it resumes automatically."
+OTHER_COMMANDS = frozenset({"check", "--check", "--gpu", "--help-env", "--version", "-h", "--help", "sample", "export"})
+
+
+def say(ending: Ending) -> None:
+    """Print the last line and complete status.json, so far as the program has not done both."""
+    if OTHER_COMMANDS & set(sys.argv[1:]):
+        guard.say(ending)
+        return
+    status_path = output_path(os.environ) / "status.json"
+    status = read_object(status_path) or {}
+    is_own = isinstance(status.get("started"), float) and status["started"] >= ending.started
+    message = ending.cause or f"Stopped by {guard.signal_name(ending.stop or 0)}{_where(status, is_own=is_own)}."
+    if ending.line():
+        level = "ERROR" if ending.cause else "INFO"
+        guard.print_text(f"{time.strftime('%H:%M:%S')} {level} {message} {GO_ON} [exit {ending.exit_code}]")
+    has_said = is_own and status.get("phase") in ("stopped", "failed")
+    if ending.exit_code != 0 and not has_said:
+        _write(status_path, status, ending, message, is_own=is_own)
+
+
+def output_path(environ: Mapping[str, str]) -> Path:
+    """OUTPUT_PATH, even if other settings are invalid."""
+    return Path(raw_value(environ, "OUTPUT_PATH") or DEFAULT_OUTPUT_PATH).expanduser()
+
+
+def raw_value(environ: Mapping[str, str], name: str) -> str:
+    """A variable from the environment, or from CONFIG_JSON; not checked."""
+    if value := environ.get(name, "").strip():
+        return value
+    try:
+        config = json.loads(environ.get("CONFIG_JSON", ""))
+    except (ValueError, RecursionError):
+        return ""
+    found = config.get(name) if isinstance(config, dict) else None
+    return found.strip() if isinstance(found, str) else ""
+
+
+def _where(status: Mapping[str, Any], *, is_own: bool) -> str:
+    """What the job was doing."""
+    if not is_own:
+        return " before training began"
+    if status.get("phase") == "done":
+        return " after training: the LoRA is complete"
+    saved = f"; the newest state is that of step {status['saved_step']}" if status.get("saved_step") else ""
+    return f" in the phase '{status.get('phase')}'{saved}"
+
+
+def _write(path: Path, status: Mapping[str, Any], ending: Ending, message: str, *, is_own: bool) -> None:
+    """Replace status.json, unless another job holds the folder."""
+    ended = {"phase": "failed" if ending.cause else "stopped", "exit_code": ending.exit_code, "message": message}
+    values = {**status, **ended, "updated": round(time.time(), 3)}
+    if not is_own:  # of what an earlier start wrote, its run and step still hold
+        values["started"] = round(ending.started, 3)
+    temporary = path.with_name(f".status.{os.getpid()}.tmp.json")
+    with suppress(OSError), file_lock(path.parent / ".lock"):
+        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)

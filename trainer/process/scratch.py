@@ -1,0 +1,103 @@
+"""A folder for the temporary files of one job, in a place that works.
+
+TMPDIR, or /tmp, may be missing, full, read-only or somebody else's. Then the job's cache folder is used: if nothing can
+be written there, the job cannot run anyway. All processes of the job inherit the folder as TMPDIR, and when it ends,
+however it ends, the folder is removed (`guard`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from trainer.process.vitals import Vitals
+
+log = logging.getLogger(__name__)
+VARIABLES = ("TMPDIR", "TEMP", "TMP")  # in the order in which Python looks
+USUAL = ("/tmp", "/var/tmp")  # noqa: S108 (looked at, and used only through mkdtemp)
+PROBE_BYTES = 2**20  # more than the plan and the stacks of all processes
+NAME = "tmp"  # below the cache folder
+# Where libraries keep compiled kernels for the next job: by default below HOME or the temporary folder.
+KERNEL_CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+
+
+@contextmanager
+def folder(environment: MutableMapping[str, str], cache: Path) -> Iterator[Path]:
+    """Inside, TMPDIR in `environment` is a new folder of this job. Raises OSError where no place can be written."""
+    made = _make(environment, cache)
+    vitals = Vitals.of(environment)
+    if vitals is not None:
+        vitals.write_scratch(str(made))
+        vitals.close()
+    before = environment.get("TMPDIR")
+    environment["TMPDIR"] = str(made)
+    tempfile.tempdir = None  # Python asks for the place once and remembers it
+    try:
+        yield made
+    finally:
+        tempfile.tempdir = None
+        if before is None:
+            del environment["TMPDIR"]
+        else:
+            environment["TMPDIR"] = before
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _make(environment: Mapping[str, str], cache: Path) -> Path:
+    """A new folder in the first place that can be written."""
+    named = [(f"{name}={environment[name]}", environment[name]) for name in VARIABLES if environment.get(name)]
+    refused = []
+    for what, name in [*named, *((usual, usual) for usual in USUAL)]:
+        try:
+            made = _try(Path(name))
+        except OSError as problem:
+            refused.append(f"{what} cannot be used ({problem.strerror or problem})")
+            continue
+        if refused:
+            log.warning("%s: temporary files go to %s.", "; ".join(refused), name)
+        return made
+    place = cache / NAME
+    place.mkdir(parents=True, exist_ok=True)
+    made = _try(place)
+    log.warning("%s: temporary files go to the cache folder, %s.", "; ".join(refused), place)
+    return made
+
+
+def _try(place: Path) -> Path:
+    """A new folder in `place`. Raises OSError if it cannot be made, or takes no megabyte."""
+    made = Path(tempfile.mkdtemp(prefix="kiln-", dir=os.path.abspath(place)))  # noqa: PTH100 (no links followed)
+    try:
+        probe = made / "probe"
+        probe.write_bytes(bytes(PROBE_BYTES))
+        probe.unlink()
+    except OSError:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+    return made
+
+
+def kernel_caches(environment: Mapping[str, str], cache: Path) -> dict[str, str]:
+    """Variables that put the libraries' caches of kernels below `cache`, where theirs is not set or not writable."""
+    changed = {}
+    for name, below in KERNEL_CACHES.items():
+        place = environment.get(name)
+        own = str(cache / "kernels" / below)
+        if not place:
+            changed[name] = own
+        elif not _is_writable(Path(place)):
+            log.warning("%s=%s cannot be written: compiled kernels go to %s.", name, place, own)
+            changed[name] = own
+    return changed
+
+
+def _is_writable(place: Path) -> bool:
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(place, os.W_OK | os.X_OK)
