@@ -1,0 +1,31 @@
+"""The faults that no test can notice, because they change nothing that can be seen: `equivalent.txt`.
+
+One a line: module | function | change | reason. An entry stands for all faults with that change in that function.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.mutants.warm import Mutant
+
+LIST = Path(__file__).with_name("equivalent.txt")
+
+
+@dataclass(frozen=True)
+class Equivalent:
+    module: str
+    function: str
+    change: str
+    reason: str
+
+
+def equivalents() -> list[Equivalent]:
+    lines = LIST.read_text(encoding="utf-8").splitlines()
+    return [Equivalent(*line.split(" | ")) for line in lines if line and not line.startswith("#")]
+
+
+def is_listed(mutant: Mutant, known: list[Equivalent]) -> bool:
+    names = {(one.module, one.function, one.change) for one in known}
+    return (mutant.module, mutant.function, mutant.change) in names
