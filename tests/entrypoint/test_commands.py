@@ -69,10 +69,10 @@ def test_some_replace_the_process(monkeypatch, arguments, program):
     class Replaced(BaseException):
         pass
 
-    def exec_(file, arguments):
+    def exec_(file, arguments, _environment):
         raise Replaced(file, *arguments)
 
-    monkeypatch.setattr(os, "execvp", exec_)
+    monkeypatch.setattr(os, "execvpe", exec_)
     with pytest.raises(Replaced) as found:
         entrypoint.main(arguments)
     assert found.value.args == (program[0], *program)
