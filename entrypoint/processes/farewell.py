@@ -6,6 +6,7 @@ nothing here may need what the program had loaded.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import sys
@@ -13,13 +14,12 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from entrypoint import DEFAULT_OUTPUT_PATH
 from trainer.process import guard
 from trainer.process.guard import Ending
 from trainer.storage.json_files import read_object
-from trainer.storage.locks import file_lock
 
 GO_ON = "Start the same command again to go on: it resumes automatically."
 OTHER_COMMANDS = frozenset({"check", "--check", "--gpu", "--help-env", "--version", "-h", "--help", "sample", "export"})
@@ -69,6 +69,17 @@ def _where(status: Mapping[str, Any], *, is_own: bool) -> str:
     return f" in the phase '{status.get('phase')}'{saved}"
 
 
+def _is_held(lock: IO[str]) -> bool:
+    """Whether another process holds the folder; else this one does now. On volumes without locks nobody does."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def _write(path: Path, status: Mapping[str, Any], ending: Ending, message: str, *, is_own: bool) -> None:
     """Replace status.json, unless another job holds the folder."""
     ended = {"phase": "failed" if ending.cause else "stopped", "exit_code": ending.exit_code, "message": message}
@@ -76,6 +87,10 @@ def _write(path: Path, status: Mapping[str, Any], ending: Ending, message: str, 
     if not is_own:  # of what an earlier start wrote, its run and step still hold
         values["started"] = round(ending.started, 3)
     temporary = path.with_name(f".status.{os.getpid()}.tmp.json")
-    with suppress(OSError), file_lock(path.parent / ".lock"):
-        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with (path.parent / ".lock").open("a+", encoding="utf-8") as lock:  # as trainer.storage.locks has it
+            if _is_held(lock):
+                return
+            temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            temporary.replace(path)

@@ -106,6 +106,7 @@ class Tiny:
     plan: Plan
     reference: str  # hash of the final LoRA of an undisturbed run
     base: Path
+    environment: dict[str, str]  # that makes the job, as a user would
 
 
 @pytest.fixture(scope="session")
@@ -138,7 +139,7 @@ def tiny(small_pictures, tmp_path_factory, all_programs):
     again = Run(all_programs, base / "second", plan)
     assert again() == 0, again.said()
     assert sha(base / "first" / FINAL) == again.final
-    return Tiny(plan, again.final, base)
+    return Tiny(plan, again.final, base, environment)
 
 
 @pytest.fixture

@@ -6,9 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.support.faults import moments
+from tests.support.faults.moments import Campaign, Figures
+from tests.support.programs import basic_environment
+
+KILLS = int(os.environ.get("KILLS", "200"))
+PROCESSES = int(os.environ.get("PROCESSES", "1"))  # campaigns at the same time
+LOAD = int(os.environ.get("LOAD", "10"))  # processes besides them that want a core
 PHASES = ["reading the dataset", "encoding", "loading the model", "training", "sampling"]
 
 
@@ -103,3 +111,39 @@ def test_the_first_process_of_a_container_forwards_signals(job):
     assert process.returncode == 143, printed
     status = job.status()  # written when the state is; the interpreter takes its time to end
     assert status["phase"] == "stopped" and status["updated"] - sent < 4
+
+
+# ---- whole jobs, from the start of their first process to the end of the last
+
+
+def whole(tiny, programs, folder, **asked):
+    """The tiny job as a user starts it, with its encoded images, and how long it takes undisturbed."""
+    environment = {**basic_environment(), **tiny.environment}
+    campaign = Campaign(programs, folder, environment, tiny.reference, span=0, **asked)
+    began = time.monotonic()
+    campaign.end()
+    campaign.span = time.monotonic() - began
+    return campaign
+
+
+@pytest.mark.alone
+def test_signals_at_twelve_moments_of_a_job(tiny, programs, tmp_path):
+    """B1: the sibling of the test below."""
+    campaign = whole(tiny, programs, tmp_path, kinds=("SIGTERM", "SIGTERM", "SIGINT", "SIGHUP"), seed=3)
+    print(f"\n{campaign.run(12).line()}")
+
+
+@pytest.mark.alone
+@pytest.mark.slow
+@pytest.mark.timeout(KILLS * 120)
+def test_signals_and_kills_at_random_moments_of_jobs_on_a_busy_machine(tiny, all_programs, tmp_path):
+    """B1: KILLS of them, in PROCESSES jobs at the same time, while LOAD other processes want a core."""
+    figures = Figures()
+    with moments.load(LOAD), ThreadPoolExecutor(PROCESSES) as pool:
+
+        def campaign(number):
+            return whole(tiny, all_programs, tmp_path / str(number), seed=number).run(-(-KILLS // PROCESSES))
+
+        for found in pool.map(campaign, range(PROCESSES)):
+            figures.add(found)
+    print(f"\n{figures.line()}")

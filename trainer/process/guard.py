@@ -126,15 +126,23 @@ def _split(work: Callable[[], int] | None, farewell: str) -> Ending | None:
         _work(work)
     try:
         _prctl(PR_SET_CHILD_SUBREAPER, 1)  # what the child leaves behind becomes ours, so that we can end it
-        module = importlib.import_module(farewell)
+        farewell_say = _loaded(farewell)
         ending = watch.run()
         _end_children(strangers)
-        _say(module.say, ending, vitals.read_scratch())
+        _say(farewell_say, ending, vitals.read_scratch())
     finally:
         vitals.close()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         signal.signal(signal.SIGCHLD, before_child or signal.SIG_DFL)
     return ending
+
+
+def _loaded(farewell: str) -> Callable[[Ending], None]:
+    """The function `say` of that module."""
+    try:
+        return importlib.import_module(farewell).say
+    except ImportError:  # an incomplete installation: the child says so
+        return say
 
 
 def _begin_child(parent: int, vitals: Vitals, path: str) -> None:
