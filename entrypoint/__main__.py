@@ -88,7 +88,7 @@ def _run(arguments: list[str], environ: Mapping[str, str]) -> int:
         if isinstance(stop, argparse.ArgumentError):
             print(f"{parser.format_usage()}{stop}", file=sys.stderr)  # noqa: T201
             return 64
-        return 64 if stop.code else 0
+        return 64 if stop.code else streams.output_code()
     if options.help_env:
         with contextlib.suppress(BrokenPipeError):  # the reader (head, less) has closed the pipe
             print(help_env(), flush=True)  # noqa: T201

@@ -74,7 +74,7 @@ def _run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     }
     command = commands[options.command]
     try:
-        return command(options, RunPod.from_environment(environ), environ)
+        return command(options, RunPod.from_environment(environ), environ) or streams.output_code()
     except KilnError as problem:
         print(without_secrets(str(problem)), file=sys.stderr)  # noqa: T201
         return problem.exit_code

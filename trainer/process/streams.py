@@ -17,6 +17,7 @@ import sys
 from contextlib import suppress
 from typing import TextIO
 
+log = logging.getLogger(__name__)
 PATIENCE_MS = 10_000  # how long a full pipe is waited for; after that it is tried without waiting
 STORAGE_EXIT_CODE = 74
 NAMES = {1: "Standard output", 2: "Standard error"}
@@ -58,13 +59,22 @@ class _Tolerant(io.RawIOBase):
             return len(data)
 
     def _report(self) -> None:
-        """Say it once: on the other stream, and in the logs that are open (run.log)."""
+        """Say it once: in the logs that are open, and on the other stream if these do not end there."""
+        is_output = self._descriptor == 1
+        if is_output and self.problem is not None and self.problem.errno == errno.EPIPE:
+            return  # `| head`: who reads has what he wanted
         text = describe(self._descriptor, self.problem)
-        other = sys.stdout if self._descriptor == 2 else sys.stderr
+        own, other = (sys.stdout, sys.stderr) if is_output else (sys.stderr, sys.stdout)
+        # Not by the handler that is writing at this moment: a stream must not be entered twice.
+        handlers = [h for h in logging.getLogger().handlers if getattr(h, "stream", None) is not own]
+        record = log.makeRecord(log.name, logging.WARNING, __file__, 0, text, (), None)
+        for handler in handlers:
+            handler.handle(record)
+        if is_output and handlers:
+            return
         if other is not None and problem_of(other) is None:
             with suppress(OSError, ValueError):
                 print(f"WARNING {text}", file=other, flush=True)
-        logging.getLogger(__name__).warning("%s", text)
 
 
 def describe(descriptor: int, problem: OSError | None) -> str:
@@ -101,9 +111,9 @@ def problem_of(stream: TextIO | None) -> OSError | None:
 
 
 def problems() -> list[str]:
-    """A warning for each stream that has failed so far, for a log that is opened only now."""
-    failed = [(1, problem_of(sys.stdout)), (2, problem_of(sys.stderr))]
-    return [describe(descriptor, problem) for descriptor, problem in failed if problem is not None]
+    """The warning, if standard error has failed so far, for a log that is opened only now."""
+    problem = problem_of(sys.stderr)
+    return [] if problem is None else [describe(2, problem)]
 
 
 def output_code() -> int:
