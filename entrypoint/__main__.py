@@ -27,7 +27,7 @@ from typing import Any
 
 from entrypoint import bake
 from entrypoint.dataset_config.manifest import read_manifest
-from entrypoint.fetch import flash_attention, http
+from entrypoint.fetch import flash_attention, http, public_addresses
 from entrypoint.fetch.fetch import fetch_model, fetch_source
 from entrypoint.planning import starting_point
 from entrypoint.planning.plan import make_plan
@@ -120,6 +120,7 @@ def job(environ: Mapping[str, str], *, check: bool, card: str | None = None) -> 
 
     `card`: the name of one to check for, in place of what this machine has.
     """
+    public_addresses.guard(environ)
     settings = read_settings(environ)
     supervise.set_limit(settings.finish, environ)
     with scratch.folder(os.environ, settings.data.cache_path) as temporary:

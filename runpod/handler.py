@@ -3,43 +3,80 @@
     {"input": {"BASE_MODEL": "flux", "DATASET_NAME": "org/images", "PARAMS_MAX_EPOCHS": 3}}
 
 The worker runs Kiln, reports its progress, and answers with the names of the files. Files are too large to be an
-answer, so give the endpoint a network volume.
+answer, so give the endpoint a network volume, or name a repository of the Hub in PUSH_TO_HUB.
+
+A request comes from a stranger. Kiln decides what it may say (entrypoint/runpod/allowed.py), and runs in a folder that
+is made for it and deleted afterwards: nothing of one request is there for the next but the results, in a folder of
+their own.
 
 The package runpod needs other versions of some libraries than Kiln does. This file therefore runs in an environment of
-its own, imports nothing of Kiln, and starts it as a process with the Python that KILN_PYTHON names.
-`python runpod/handler.py` beside a test_input.json runs one job on this machine.
+its own, imports nothing of Kiln but a module of the standard library alone, and starts Kiln as a process with the
+Python that KILN_PYTHON names. `python runpod/handler.py` beside a test_input.json runs one job on this machine.
 """
 
-import difflib
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from pathlib import Path
 
 import runpod
 
-KILN_PYTHON = os.environ.get("KILN_PYTHON", sys.executable)
 ROOT = str(Path(__file__).resolve().parent.parent)
+sys.path.append(ROOT)  # at the end: the folder of this file has the name of RunPod's package
+
+from trainer.spec.messages.secrets import without_secrets  # noqa: E402
+
+KILN_PYTHON = os.environ.get("KILN_PYTHON", sys.executable)
 NETWORK_VOLUME = Path("/runpod-volume")  # where RunPod mounts it on serverless workers
 POLL_INTERVAL_S = 2.0  # between two looks at the log and at status.json
+END_S = 10.0  # for a job to save its state where the worker is stopped
 REPORTED_FIELDS = ("phase", "step", "total_steps", "epoch", "loss", "images_per_second", "eta_s")  # of status.json
 ERROR_LOG_LINES = 30  # the end of the log that is part of an error
 
 
 def handler(job):
     """Run one job. Returns the last progress, "folder" and "loras" (file names), or {"error": text}."""
-    try:
-        environment = job_environment(job["input"], job["id"])
-    except ValueError as problem:
-        return {"error": str(problem)}
-    output_path = Path(environment["OUTPUT_PATH"])
+    if not re.fullmatch(r"[A-Za-z0-9][\w-]{0,127}", str(job.get("id")), re.ASCII):
+        return {"error": "exit code 64\nThe id of the job is not one of RunPod's."}
+    base = NETWORK_VOLUME if NETWORK_VOLUME.is_dir() else Path(os.environ.get("HOME", "/workspace"))
+    output_path = base / "kiln" / job["id"]
+    output_path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="request-", dir=output_path.parent, ignore_cleanup_errors=True) as folder:
+        asked = {"input": job.get("input"), "output": str(output_path), "folder": folder}
+        exit_code, last_lines, reported = run(job, asked)
+    if exit_code:
+        return {"error": without_secrets(f"exit code {exit_code}\n{''.join(last_lines)}")}
+    loras = sorted(path.name for path in output_path.glob("*.safetensors"))
+    return {**(reported or {}), "folder": str(output_path), "loras": loras}
+
+
+def run(job, asked):
+    """Run Kiln on what is asked, and report its progress; its exit code, the end of its log, the last progress."""
     process = subprocess.Popen(
-        [KILN_PYTHON, "-m", "entrypoint"],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1,
+        [KILN_PYTHON, "-m", "entrypoint.runpod.serverless"],
+        env={**os.environ, "PYTHONPATH": ROOT}, cwd=asked["folder"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", bufsize=1,
     )  # fmt: skip
+    try:
+        with process.stdin as stdin:
+            json.dump(asked, stdin)
+        return follow(job, process, Path(asked["output"]))
+    finally:
+        process.terminate()
+        try:
+            process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def follow(job, process, output_path):
+    """As `run`, of a process that has been started."""
     os.set_blocking(process.stdout.fileno(), False)  # readline returns "" when there is no line yet
     last_lines = deque(maxlen=ERROR_LOG_LINES)
     reported = None
@@ -54,48 +91,17 @@ def handler(job):
             runpod.serverless.progress_update(job, current)
             reported = current
         if exit_code is not None:
-            break
+            return exit_code, last_lines, reported
         time.sleep(POLL_INTERVAL_S)
-    if exit_code:
-        return {"error": f"exit code {exit_code}\n{''.join(last_lines)}"}
-    loras = sorted(path.name for path in output_path.glob("*.safetensors"))
-    return {**(reported or {}), "folder": str(output_path), "loras": loras}
-
-
-def job_environment(job_input, job_id):
-    """The environment of Kiln's process. Raises ValueError for anything in the input but variables of Kiln."""
-    if not isinstance(job_input, dict):
-        raise ValueError('The input must be an object of variables: {"BASE_MODEL": "flux", ...}.')
-    known = variables()
-    for name in job_input.keys() - set(known):
-        similar = difflib.get_close_matches(name, known, 1)
-        hint = f" Did you mean {similar[0]}?" if similar else ""
-        raise ValueError(f"{name} is not a variable of Kiln.{hint}")
-    values = {}
-    for name, value in job_input.items():
-        values[name] = value if isinstance(value, str) else json.dumps(value)
-    base = NETWORK_VOLUME if NETWORK_VOLUME.is_dir() else Path(os.environ.get("HOME", "/workspace"))
-    paths = {"OUTPUT_PATH": f"{base}/kiln/{job_id}", "CACHE_PATH": f"{base}/kiln/cache", "HF_HOME": f"{base}/kiln/hf"}
-    # Without RUNPOD_POD_ID and the key, Kiln does not take the worker for a pod, which it would stop after the job.
-    worker = {name: value for name, value in os.environ.items() if not name.startswith("RUNPOD_")}
-    return {**worker, **paths, **values, "ON_FINISH": "exit", "PYTHONPATH": ROOT}
-
-
-def variables():
-    """The names of all variables, as Kiln's own Python knows them."""
-    code = "import json; from entrypoint.settings.variables import NAMES; print(json.dumps(NAMES))"
-    environment = {**os.environ, "PYTHONPATH": ROOT}
-    done = subprocess.run([KILN_PYTHON, "-c", code], env=environment, stdout=subprocess.PIPE, check=True)
-    return json.loads(done.stdout)
 
 
 def progress(output_path):
     """The REPORTED_FIELDS of status.json; None while there is no such file, or half of one."""
     try:
         status = json.loads((output_path / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return {name: status[name] for name in REPORTED_FIELDS if name in status}
+    except (OSError, ValueError, TypeError):
         return None
-    return {name: status[name] for name in REPORTED_FIELDS if name in status}
 
 
 if __name__ == "__main__":

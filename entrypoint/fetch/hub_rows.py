@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from entrypoint.fetch import hub_folder, hub_layout
+from entrypoint.fetch import hub_folder, hub_layout, public_addresses
 from entrypoint.fetch.archive import Budget, Limits
 from entrypoint.fetch.hub_choice import ARCHIVES, CARDS, IMAGE_SUFFIXES, MOST_NAMED, STREAMED, is_metadata
 from entrypoint.fetch.hub_columns import (
@@ -79,6 +79,7 @@ def unpack(snapshot: Path, target: Path, asked: Asked) -> dict[str, Any]:
 
 def main() -> None:
     """Do one job of `unpack` and print the outcome as JSON."""
+    public_addresses.forbid()  # a dataset may name an address in the place of a file
     job = json.loads(sys.argv[1])
     target = Path(job["target"])
     answer: dict[str, Any]

@@ -27,7 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from entrypoint.fetch import http
+from entrypoint.fetch import http, public_addresses
 from entrypoint.system.environment import child_environment
 from trainer.spec.errors import GatedError, KilnError, SettingsError, UnreachableError
 from trainer.spec.family import base_models
@@ -313,6 +313,7 @@ def main() -> int:
     """Read a job and then commands, one a line; end of input ends the process. Returns 0, or the error's exit code."""
     log_to(logging.StreamHandler(), "%(asctime)s %(levelname)s %(message)s")
     sys.excepthook = _bare
+    public_addresses.guard(os.environ)
     for number in (signal.SIGINT, signal.SIGHUP):  # from a terminal: the entrypoint decides when this process ends
         signal.signal(number, signal.SIG_IGN)
     job: dict[str, Any] = json.loads(sys.stdin.readline())

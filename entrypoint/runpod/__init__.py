@@ -5,6 +5,8 @@ Read `api` first: the client, with its retries and the errors it raises. `__main
 pod's request and refuses a job that the card cannot hold, `download` copies the results. Inside the pod,
 `processes.pod` uses the same client to stop the pod when its job has ended.
 
+The serverless worker, `runpod/handler.py` at the repository's root, has a Python of its own. It starts `serverless`,
+which becomes the job of a request; `allowed` says what a request may say.
+
 Imports all of the entrypoint but `processes`; `api` alone imports no more than `fetch`.
-The serverless worker, `runpod/handler.py` at the repository's root, has a Python of its own and imports none of this.
 """

@@ -260,6 +260,7 @@ NO_TERMS = {
     **dict.fromkeys(("AskedColumns", "Compared", "NamedBase"), "what one function hands to the next"),
     **dict.fromkeys(("LightTokenizer", "Encoded"), "a tokenizer without its library, and what it returns"),
     "LineFormatter": "how a log line is written",
+    **dict.fromkeys(("Known", "HidingStream"), "how known secrets are kept out of what is printed"),
     "PartlyJoinedProcessor": "one case of a class of diffusers",
     **dict.fromkeys(("Card", "TorchKernels"), "what a card, and this torch, can do"),
     **dict.fromkeys(("Budget", "Limits", "Names"), "bounds on archives"),

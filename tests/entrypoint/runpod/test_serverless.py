@@ -1,5 +1,6 @@
 """The serverless handler on its test_input.json: with RunPod's own library where it is, and with a stand-in for it."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -32,7 +33,7 @@ def work(tmp_path):
         progress_file = tmp_path / "progress"
         environment = {
             **kept, "HOME": str(tmp_path), "PYTHONPATH": site, "PROGRESS_FILE": str(progress_file),
-            "OMP_NUM_THREADS": "1", "RUNPOD_POD_ID": "worker1", "RUNPOD_API_KEY": "never used",
+            "OMP_NUM_THREADS": "1", "RUNPOD_POD_ID": "worker1", "RUNPOD_API_KEY": "never used", **SECRETS,
         }  # fmt: skip
         done = subprocess.run(
             [sys.executable, ROOT / "runpod/handler.py"],
@@ -46,6 +47,8 @@ def work(tmp_path):
     return run
 
 
+CANARY = "cAnary-of-the-worker"
+SECRETS = {"HF_TOKEN": f"hf_{CANARY}", "DB_PASS": CANARY, "AWS_SECRET_ACCESS_KEY": CANARY, "HF_WRITE_TOKEN": CANARY}
 STANDIN = str(ROOT / "tests/support/standin")
 
 
@@ -56,6 +59,9 @@ def test_a_job_is_trained_and_reports_its_progress(work, tmp_path):
     out = tmp_path / "kiln/local_test"
     assert (out / "lora.safetensors").is_file() and '"lora.safetensors"' in printed
     assert not (out / "pod.json").exists()  # a worker is no pod: it is not stopped
+    assert [path.name for path in (tmp_path / "kiln").iterdir()] == ["local_test"]  # cache and home are gone
+    assert CANARY not in printed
+    assert [p for p in tmp_path.rglob("*") if p.is_file() and CANARY.encode() in p.read_bytes()] == []
     phases = [step["phase"] for _, step in progress]
     assert phases[-1] == "done" and len(progress) >= 2 and progress[-1][1]["step"] == 3
 
@@ -81,6 +87,38 @@ def test_with_runpods_own_library(work, tmp_path):
 def test_the_answer_names_what_is_wrong(work, given, hint):
     code, printed, _ = work(STANDIN, **given)
     assert code == 1 and hint in printed
+
+
+def test_what_a_request_may_not_name_is_refused_with_78_and_not_read(work, tmp_path):
+    (tmp_path / "secret.txt").write_text(CANARY)
+    inside = str(tmp_path / "secret.txt")
+    prompts = {
+        "SAMPLE_PROMPTS": "/proc/self/environ",
+        "DATASET_CONFIG": {"datasets": [{"subsets": [{"image_dir": inside}]}]},
+    }
+    refused = {**prompts, "DATASET_NAME": inside, "OUTPUT_PATH": inside, "HF_TOKEN_FILE": inside, "ON_FINISH": "stop"}
+    code, printed, progress = work(STANDIN, **refused, PUSH_TO_HUB="me/x")
+    assert code == 1 and "exit code 78" in printed and CANARY not in printed and progress == []
+    for name in (*refused, "PUSH_TO_HUB needs a token of the request"):
+        assert f"- {name}" in printed
+    assert list((tmp_path / "kiln").iterdir()) == []
+
+
+def test_an_address_that_leads_inside_is_refused(work):
+    for url in ("https://localhost/x.zip", "https://[::ffff:10.0.0.1]/x.zip", "https://169.254.169.254/latest"):
+        code, printed, _ = work(STANDIN, DATASET_NAME=url)
+        assert code == 1 and "exit code 78" in printed and "public host" in printed
+
+
+@pytest.mark.parametrize("number", ["../x", "a/b", "", "x" * 200, None])
+def test_the_number_of_a_job_names_no_other_folder(monkeypatch, tmp_path, number):
+    monkeypatch.syspath_prepend(STANDIN)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    spec = importlib.util.spec_from_file_location("kiln_handler", ROOT / "runpod/handler.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.handler({"id": number, "input": {}}).keys() == {"error"}
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_objects_in_the_input_become_json(work):
