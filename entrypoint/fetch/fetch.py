@@ -163,7 +163,7 @@ def named(source: Source) -> str:
 
 
 def is_url(source: Source) -> bool:
-    return source.location.startswith(("http://", "https://"))
+    return source.location.lower().startswith(("http://", "https://"))
 
 
 def local_model(model: ModelPlan) -> Path | None:

@@ -29,6 +29,7 @@ from pathlib import Path
 
 from entrypoint.fetch import http
 from entrypoint.system.environment import child_environment
+from trainer.network import addresses
 from trainer.spec.errors import GatedError, KilnError, SettingsError, UnreachableError
 from trainer.spec.family import base_models
 from trainer.spec.plan import Plan
@@ -41,6 +42,7 @@ POLL_S = 2.0  # between two looks for a new save
 STALL_TIMEOUT_S = 60.0  # a connection that transfers nothing for this long is closed
 STARTUP_S = 60.0  # for the process to be there, on a busy machine
 SLOWEST_UPLOAD = 2**16  # bytes/s; below that a process is given up at the end
+END_S = 1.0  # for a process that was killed to be gone
 PROCESSES = 3  # that are started for the final files, where each of them dies
 SAID_WHY = (UnreachableError.exit_code, GatedError.exit_code, SettingsError.exit_code)
 KINDS = {kind.__name__: kind for kind in (GatedError, SettingsError)}
@@ -129,6 +131,8 @@ class _Process:
         self.job = job
         self.environment = {k: v for k, v in child_environment(environment, network=True).items() if k not in hidden}
         self.environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        # The client takes HF_ENDPOINT as it is written, blanks included.
+        self.environment["HF_ENDPOINT"] = addresses.hub_endpoint(environment)
         self.child: subprocess.Popen[str] | None = None
 
     def start(self) -> tuple[type[KilnError] | None, str]:
@@ -208,7 +212,8 @@ class _Process:
         if self.child is None:
             return
         self.child.kill()
-        self.child.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it hangs in the kernel: nobody waits for that
+            self.child.wait(END_S)
         for pipe in (self.child.stdin, self.child.stdout):
             with contextlib.suppress(OSError):  # what was never read by it is lost
                 assert pipe

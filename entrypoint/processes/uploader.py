@@ -154,16 +154,16 @@ class Uploader:
         import httpx
         from huggingface_hub.errors import HfHubHTTPError
 
-        known = (HfHubHTTPError, TransientError, HopelessError)
+        known = (HfHubHTTPError, TransientError, HopelessError, KilnError)
         try:
             return call()
-        except (TransientError, HopelessError):
+        except (TransientError, HopelessError, KilnError):
             raise
         except (*CLIENT_ERRORS, httpx.HTTPError, httpx.InvalidURL, HfHubHTTPError) as problem:
             cause: BaseException = problem
             while cause.__cause__ is not None and not isinstance(cause, known):
                 cause = cause.__cause__
-            if isinstance(cause, (TransientError, HopelessError)):
+            if isinstance(cause, (TransientError, HopelessError, KilnError)):
                 raise cause from None
             if isinstance(cause, HfHubHTTPError):
                 raise self._of_status(cause.response) from None

@@ -80,6 +80,20 @@ def open_client(
     )
 
 
+def open_library_client() -> httpx.Client:
+    """A client for huggingface_hub's own downloads, which rely on httpx's own errors: with the same bounds.
+
+    What is no JSON may be of any size: it is a file.
+    """
+    return httpx.Client(
+        transport=_Transport(bounds.SLOWEST, has_files=True),
+        timeout=TIMEOUT_S,
+        follow_redirects=True,
+        max_redirects=MOST_REDIRECTS,
+        event_hooks={"response": [_check_redirect]},
+    )
+
+
 def _check_redirect(answer: httpx.Response) -> None:
     """Raises RefusedRedirectError for one to another scheme, to https from http excepted."""
     if not answer.has_redirect_location:
@@ -166,8 +180,8 @@ def _needs_password() -> HopelessError:
 class _Transport(httpx.BaseTransport):
     """One bounded transport for each proxy of the environment, and one without."""
 
-    def __init__(self, slowest: int) -> None:
-        self.slowest, self.head = slowest, bounds.Head()
+    def __init__(self, slowest: int, *, has_files: bool = False) -> None:
+        self.slowest, self.has_files, self.head = slowest, has_files, bounds.Head()
         self.inner: dict[str | None, httpx.HTTPTransport] = {}
         self.lock = threading.Lock()
 
@@ -181,7 +195,10 @@ class _Transport(httpx.BaseTransport):
         if answer.status_code == 407 and proxy is not None:
             answer.close()
             raise _needs_password()
-        return _bounded(request, answer)
+        content = request.extensions.get(CONTENT)
+        if self.has_files and "json" not in answer.headers.get("content-type", ""):
+            content = Content()
+        return _bounded(request, answer, content)
 
     def _open(self, variable: str, proxy: str | None) -> httpx.HTTPTransport:
         # Raises HopelessError for what the environment says and nobody can use.
@@ -208,24 +225,23 @@ class _Transport(httpx.BaseTransport):
             transport.close()
 
 
-def _bounded(request: httpx.Request, answer: httpx.Response) -> httpx.Response:
+def _bounded(request: httpx.Request, answer: httpx.Response, content: Content | None) -> httpx.Response:
     """`answer` with a body that keeps to its bounds."""
-    content = request.extensions.get(CONTENT)
     timeout = request.extensions.get("timeout", {}).get("read") or TIMEOUT_S
     headers = httpx.Headers(answer.headers)
     most: int | None = bounds.MOST_ASIDE
     deadline: float | None = time.monotonic() + bounds.ANSWER_TIMEOUTS * timeout
     packed = False
     encoding = headers.pop("content-encoding", "identity").strip().lower()
-    if isinstance(content, Content) and answer.status_code in (200, 206):
+    if content is not None and answer.status_code in (200, 206):
         most, deadline = content.most, None  # as it is: an archive may be announced as gzip, and is wanted so
     else:
+        packed = encoding in ("gzip", "x-gzip")
         if answer.is_success:
             most = bounds.MOST_ANSWER
-        packed = encoding in ("gzip", "x-gzip")
-        if not packed and encoding not in ("", "identity"):
-            answer.close()
-            raise httpx.DecodingError(f"its answer is packed ({encoding[:40]}), though nobody asked for that")
+            if not packed and encoding not in ("", "identity") and request.method != "HEAD":
+                answer.close()
+                raise httpx.DecodingError(f"its answer is packed ({encoding[:40]}), though nobody asked for that")
     assert isinstance(answer.stream, httpx.SyncByteStream)
     body = bounds.Body(answer.stream, most=most, deadline=deadline, packed=packed)
     return httpx.Response(answer.status_code, headers=headers, stream=body, extensions=answer.extensions)
