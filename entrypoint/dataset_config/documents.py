@@ -6,15 +6,12 @@ Each is a path, an http(s) URL, or the text itself.
 from __future__ import annotations
 
 import errno
-import http.client
-import time
-import urllib.error
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from entrypoint.settings.checks import absolute
+from trainer.network import addresses
+from trainer.network.errors import HopelessError, TransientError
 from trainer.spec.documents.forms import MAX_BYTES, decode, format_of
 from trainer.spec.errors import UnreachableError
 from trainer.spec.plan import public
@@ -22,7 +19,6 @@ from trainer.spec.values import Problems
 from trainer.storage.read import read_regular
 
 DOWNLOAD_TIMEOUT_S = 10.0
-PIECE_BYTES = 2**16
 TRANSIENT_STATUS = (408, 425, 429)  # answers that another try may change, as may 500 and above
 INLINE = ("{", "[")  # a value that begins like this is the text itself, and so is one of several lines
 
@@ -37,9 +33,7 @@ def label(value: str, variable: str) -> str:
     return variable if is_inline(value) else f"{variable} {public(value)[:200]}"
 
 
-def read_text(
-    value: str, variable: str, problems: Problems, *, default_format: str, open_url: Callable[..., Any]
-) -> tuple[str | None, str]:
+def read_text(value: str, variable: str, problems: Problems, *, default_format: str) -> tuple[str | None, str]:
     """The text, and its form: json, yaml, toml, or `default_format` where the name has another suffix.
 
     The text is None, with a line in `problems`, if it cannot be read. Raises UnreachableError if another try may help.
@@ -50,7 +44,7 @@ def read_text(
         url = urlsplit(value)
         is_remote = url.scheme in ("http", "https")
         text_format = format_of(url.path if is_remote else value, default_format)
-        data = _download(value, open_url) if is_remote else _load(value)
+        data = _download(value) if is_remote else _load(value)
         if len(data) > MAX_BYTES:
             raise ValueError(f"it is larger than {MAX_BYTES // 2**20} MiB")
         return decode(data), text_format
@@ -74,26 +68,23 @@ def _load(path: str) -> bytes:
         raise ValueError(f"it is {problem.strerror}") from problem
 
 
-def _download(url: str, open_url: Callable[..., Any]) -> bytes:
-    """Up to MAX_BYTES, and one piece more if there is more.
+def _download(url: str) -> bytes:
+    """Up to MAX_BYTES, and a piece more if there is more.
 
     Raises UnreachableError if another try may help, ValueError if the URL is wrong.
     """
-    # The timeout of urlopen is for each read: a server that sends a byte now and then would hold the job for ever.
-    deadline = time.monotonic() + DOWNLOAD_TIMEOUT_S
-    data = b""
+    from trainer.network import client
+
     try:
-        with open_url(url, timeout=DOWNLOAD_TIMEOUT_S) as response:
-            while len(data) <= MAX_BYTES and (piece := response.read(PIECE_BYTES)):
-                data += piece
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"it takes longer than {DOWNLOAD_TIMEOUT_S:.0f} s")
-        return data
-    except http.client.InvalidURL as problem:
-        raise ValueError("it is not a URL") from problem
-    except urllib.error.HTTPError as problem:
-        if problem.code < 500 and problem.code not in TRANSIENT_STATUS:
-            raise ValueError(f"the server answers {problem.code} {problem.reason}") from problem
-        raise UnreachableError(f"{public(url)}: the server answers {problem.code}.") from problem
-    except (OSError, http.client.HTTPException) as problem:
-        raise UnreachableError(f"{public(url)} cannot be reached: {problem}.") from problem
+        status, data = client.read(url, most=MAX_BYTES, seconds=DOWNLOAD_TIMEOUT_S)
+    except HopelessError as problem:
+        if issubclass(problem.kind, UnreachableError):
+            raise problem.about(addresses.shown(url)) from problem
+        raise ValueError(str(problem).rstrip(".")) from problem
+    except TransientError as problem:
+        raise UnreachableError(f"{addresses.shown(url)} cannot be reached: {problem}.") from problem
+    if status >= 500 or status in TRANSIENT_STATUS:
+        raise UnreachableError(f"{addresses.shown(url)}: the server answers {status}.")
+    if status != 200:
+        raise ValueError(f"the server answers {status}")
+    return data

@@ -17,8 +17,7 @@ tests fail until then.
 from __future__ import annotations
 
 import json
-import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -124,7 +123,6 @@ def read_manifest(
     dataset_config: str | None,
     sample_prompts: str | None,
     *,
-    open_url: Callable[..., Any] = urllib.request.urlopen,
     packaged: Path = PACKAGED,
 ) -> Manifest:
     """Read what DATASET_CONFIG and SAMPLE_PROMPTS name, or this program's own files.
@@ -137,7 +135,7 @@ def read_manifest(
     own_tree = _own_tree(packaged)
     tree: Any = own_tree
     if dataset_config:
-        tree = _read_tree(dataset_config, origin, problems, notes, open_url=open_url)
+        tree = _read_tree(dataset_config, origin, problems, notes)
     # A copy of this program's own file means what the file itself means: the model's resolution, for example.
     is_own = not dataset_config or (tree is not None and tree == own_tree)
     if dataset_config and is_own:
@@ -149,7 +147,7 @@ def read_manifest(
         for dataset, keys in _Reader(origin, problems, notes, beside).datasets(tree):
             datasets.append(dataset)
             named.append(keys)
-    prompts, own_prompts = _read_prompts(sample_prompts, problems, notes, open_url=open_url, packaged=packaged)
+    prompts, own_prompts = _read_prompts(sample_prompts, problems, notes, packaged=packaged)
     problems.raise_if_any("The dataset's description or the prompts cannot be used")
     return Manifest(
         datasets=tuple(datasets),
@@ -170,10 +168,8 @@ def _own_tree(packaged: Path) -> Any:
     return {"datasets": [{"subsets": [{}]}]}
 
 
-def _read_tree(
-    location: str, origin: str, problems: Problems, notes: list[str], *, open_url: Callable[..., Any]
-) -> Any:
-    text, text_format = read_text(location, "DATASET_CONFIG", problems, default_format="json", open_url=open_url)
+def _read_tree(location: str, origin: str, problems: Problems, notes: list[str]) -> Any:
+    text, text_format = read_text(location, "DATASET_CONFIG", problems, default_format="json")
     if text is None:
         return None
     return parse_text(text, text_format=text_format, origin=origin, problems=problems, notes=notes)
@@ -191,7 +187,6 @@ def _read_prompts(
     problems: Problems,
     notes: list[str],
     *,
-    open_url: Callable[..., Any],
     packaged: Path,
 ) -> tuple[tuple[PromptRequest, ...], bool]:
     """The prompts that SAMPLE_PROMPTS names, or those of this program's own prompts.txt; and whether they are its own.
@@ -205,9 +200,7 @@ def _read_prompts(
     origin = "prompts.txt"
     if sample_prompts:
         origin = label(sample_prompts, "SAMPLE_PROMPTS")
-        text, text_format = read_text(
-            sample_prompts, "SAMPLE_PROMPTS", problems, default_format="txt", open_url=open_url
-        )
+        text, text_format = read_text(sample_prompts, "SAMPLE_PROMPTS", problems, default_format="txt")
     if text is None:
         return (), False
     is_own = text.split() == own_text.split()

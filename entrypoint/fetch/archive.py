@@ -12,22 +12,21 @@ import gzip
 import io
 import itertools
 import lzma
-import re
 import shutil
 import stat
 import struct
 import tarfile
-import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, cast
 
 from trainer.spec.errors import DataError
+from trainer.storage.safe_names import Names, safe_path
 
 CHUNK = 2**20  # bytes
 LONGEST_READ = 2**24  # bytes; a tar header that asks for more at once is an attack
@@ -83,43 +82,6 @@ class Budget:
             raise DataError(f"it unpacks to more than {self.limits.total / 2**30:g} GiB")
         if self.total > self.limits.ratio * max(self.size, 1):
             raise DataError(f"it unpacks to more than {self.limits.ratio} times its size (a bomb?)")
-
-
-@dataclass
-class Names:
-    """The names seen so far, compared as a file system that ignores case would."""
-
-    seen: dict[str, tuple[str, bool]] = field(default_factory=dict)  # folded → spelling, is a folder
-
-    def add(self, name: str, *, folder: bool) -> PurePosixPath:
-        """The safe relative path for `name`. Raises DataError."""
-        path = safe_path(name)
-        for parent in list(path.parents)[:-1]:
-            self._claim(str(parent), folder=True)
-        self._claim(str(path), folder=folder)
-        return path
-
-    def _claim(self, place: str, *, folder: bool) -> None:
-        folded = unicodedata.normalize("NFC", place).casefold()
-        before = self.seen.get(folded)
-        if before is None:
-            self.seen[folded] = place, folder
-        elif not folder or before != (place, True):  # only a folder may be named twice
-            raise DataError(f"{before[0]!r} and {place!r} are the same name, at least on a volume that ignores case")
-
-
-def safe_path(name: str) -> PurePosixPath:
-    """`name` as a relative path that stays inside its folder. Raises DataError if it is anything else."""
-    parts = [part for part in name.split("/") if part not in ("", ".")]
-    if name.startswith("/") or re.match(r"[A-Za-z]:", name):
-        raise DataError(f"{name!r} is an absolute path")
-    if ".." in parts:
-        raise DataError(f"{name!r} leads out of the folder")
-    if "\\" in name or any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
-        raise DataError(f"{name!r} has a backslash or a character that no file name should have")
-    if not parts or any(len(part.encode()) > 255 for part in parts) or len(name.encode()) > 1024:
-        raise DataError(f"{name[:60]!r} is empty or too long for a file name")
-    return PurePosixPath(*parts)
 
 
 def is_litter(path: PurePosixPath) -> bool:

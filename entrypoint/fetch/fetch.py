@@ -21,12 +21,14 @@ from entrypoint.dataset_config.sources import ARCHIVES, no_such_folder
 from entrypoint.fetch import archive, http, hub, hub_choice, hub_folder, hub_rows, local_weights
 from entrypoint.fetch.http import RetryPolicy
 from trainer.base_model import model_folder, without_weights
+from trainer.network import addresses
 from trainer.spec.errors import DataError, GatedError, SettingsError, UnreachableError
-from trainer.spec.plan import ModelPlan, Source, public
-from trainer.spec.values import printable, some
+from trainer.spec.plan import ModelPlan, Source
+from trainer.spec.values import as_integer, printable, some
 from trainer.storage.atomic import human_size
 from trainer.storage.folders import build_folder, completed, locked, naming, read_json, storage_error, write_text
 from trainer.storage.read import special_kind
+from trainer.storage.safe_names import is_safe
 
 if TYPE_CHECKING:
     import httpx
@@ -156,13 +158,12 @@ def dataset_repo(source: Source, *, token: str | None, hub_cache: Path | None, r
 
 def named(source: Source) -> str:
     """How the user named a source, for messages; without the secrets that an address may hold."""
-    place = public(source.location) if is_url(source) else source.location
-    place = printable(place)
+    place = addresses.shown(source.location) if is_url(source) else printable(source.location)
     return f"{source.named_in}: {place}" if source.named_in else f"DATASET_NAME={place}"
 
 
 def is_url(source: Source) -> bool:
-    return source.location.startswith(("http://", "https://"))
+    return source.location.lower().startswith(("http://", "https://"))
 
 
 def local_model(model: ModelPlan) -> Path | None:
@@ -351,11 +352,13 @@ def _download_place(source: Source, cache: Path) -> Path:
 
 def _downloaded_archive(source: Source, *, cache: Path, token: str | None, retries: RetryPolicy) -> Path:
     """The folder of a remote archive, downloaded unless the server says that it has not changed."""
-    import httpx
+    from trainer.network.client import open_client
 
-    url, name = source.location, PurePosixPath(urlsplit(source.location).path).name or "archive"
+    url, name = source.location, PurePosixPath(urlsplit(source.location).path).name
+    if not is_safe(name):
+        name = "archive"
     place = _download_place(source, cache)
-    with locked(place / "lock"), httpx.Client() as client:
+    with locked(place / "lock"), open_client(timeout=retries.timeout) as client:
         folder = known_download(source, cache)
         version = (read_json(place / "known.json") or {}).get("version")
         try:
@@ -372,7 +375,8 @@ def _downloaded_archive(source: Source, *, cache: Path, token: str | None, retri
         for other in place.glob("*.part"):
             if other != part or remote.version is None:  # it belongs to another version
                 other.unlink()
-        job = http.Download(url, place / name, part, public(url), remote.headers, remote.size, most=archive.USUAL.total)
+        limits: dict[str, Any] = {"most": archive.USUAL.total, "version": remote.version}
+        job = http.Download(url, place / name, part, addresses.shown(url), remote.headers, remote.size, **limits)
         digest = http.download(client, job, retries=retries, refuse=partial(_refuse_address, source))
         folder = _unpacked(job.path, digest, cache)
         job.path.unlink()
@@ -396,35 +400,33 @@ def remote_archive(client: httpx.Client, source: Source, *, token: str | None, r
 
     Raises SettingsError (refused, missing), UnreachableError.
     """
-    import httpx
-    from huggingface_hub import constants
+    from trainer.network.client import CONTENT, Content
 
     url = source.location
-    to_hub = token is not None and url.startswith(f"{constants.ENDPOINT}/")  # no other server may see the token
-    headers = {"Authorization": f"Bearer {token}"} if to_hub else {}
+    if problem := addresses.problem_of(url):
+        raise SettingsError(f"{named(source)}: {problem}. Correct the address.")
+    to_hub = token is not None and url.startswith(f"{addresses.hub_endpoint(os.environ)}/")
+    headers = {"Authorization": f"Bearer {token}"} if to_hub else {}  # no other server may see the token
 
     def ask() -> RemoteArchive:
         first = {**headers, "Range": "bytes=0-0", "Accept-Encoding": "identity"}
-        try:
-            with client.stream("GET", url, headers=first, timeout=retries.timeout, follow_redirects=True) as response:
-                http.check_status(response, "the server")
-                if response.status_code not in (200, 206):
-                    _refuse_address(source, response)
-                if response.headers.get("content-type", "").startswith("text/html"):
-                    raise SettingsError(
-                        f"{named(source)}: the address gives a web page, and not an archive. Download the archive "
-                        "yourself and name the file, or use the address of the file itself."
-                    )
-                length = response.headers.get(
-                    *("content-length", "") if response.status_code == 200 else ("content-range", "")
+        with client.stream("GET", url, headers=first, extensions={CONTENT: Content()}) as response:
+            http.check_status(response, "the server")
+            if response.status_code not in (200, 206):
+                _refuse_address(source, response)
+            if response.headers.get("content-type", "").startswith("text/html"):
+                raise SettingsError(
+                    f"{named(source)}: the address gives a web page, and not an archive. Download the archive "
+                    "yourself and name the file, or use the address of the file itself."
                 )
-                size = length.rpartition("/")[2]
-                version = response.headers.get("etag") or response.headers.get("last-modified")
-        except httpx.RequestError as problem:
-            raise http.TransientError(f"{type(problem).__name__} ({problem})") from problem
-        return RemoteArchive(int(size) if size.isdecimal() else None, version, headers)
+            length = response.headers.get(
+                *("content-length", "") if response.status_code == 200 else ("content-range", "")
+            )
+            size = as_integer(length.rpartition("/")[2])
+            version = response.headers.get("etag") or response.headers.get("last-modified")
+        return RemoteArchive(size if size is not None and size >= 0 else None, version, headers)
 
-    return http.persist(ask, what=public(url), retries=retries)
+    return http.persist(ask, what=addresses.shown(url), retries=retries)
 
 
 def _refuse_address(source: Source, response: httpx.Response) -> None:

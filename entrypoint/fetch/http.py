@@ -1,9 +1,15 @@
-"""Downloads that survive bad networks: retries with backoff, resumed transfers, verified content."""
+"""Downloads that survive bad networks: retries with backoff, resumed transfers, verified content.
+
+What a single answer may cost is bounded by `trainer.network`; here is what all tries together may cost. A try counts
+as progress only if it brought more than ever before, and faster than `bounds.SLOWEST`: a server that gives a byte and
+hangs up, or that sends the same part again and again, does not renew the budget.
+"""
 
 from __future__ import annotations
 
 import concurrent.futures
 import hashlib
+import json
 import logging
 import random
 import re
@@ -11,10 +17,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Protocol, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar
 
-from trainer.spec.errors import DataError, UnreachableError
+from trainer.network.errors import HopelessError, TransientError
+from trainer.spec.errors import DataError, SettingsError, UnreachableError
 from trainer.storage.folders import storage_error
 
 if TYPE_CHECKING:
@@ -25,7 +34,8 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 CHUNK = 2**20  # bytes
-TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
+TRANSIENT_STATUS = (408, 425, 429)  # and all from 500 on
+MOST_TRIES = 1000  # of one request, even where each makes progress
 
 
 @dataclass(frozen=True)
@@ -41,18 +51,6 @@ class RetryPolicy:
 
 
 USUAL = RetryPolicy()
-
-
-class TransientError(Exception):
-    """A failure that may pass. `wait`: seconds that the server asked us to wait, if it did.
-
-    `unreached`: there was no connection at all, as on a machine without a network.
-    """
-
-    def __init__(self, message: str, *, wait: float | None = None, unreached: bool = False) -> None:
-        super().__init__(message)
-        self.wait = wait
-        self.unreached = unreached
 
 
 class CorruptError(TransientError):
@@ -86,19 +84,39 @@ class Progress:
         logger.info("%s: %.0f%s MiB", self.what, self.done / 2**20, of)
 
 
+def is_transient(status: int) -> bool:
+    """Whether an answer with this status may be another one next time."""
+    return status in TRANSIENT_STATUS or status >= 500
+
+
 def check_status(response: httpx.Response, what: str) -> None:
     """Raises TransientError for a status that may pass; accepts all others."""
-    if response.status_code in TRANSIENT_STATUS:
-        raise TransientError(f"{what} answers {response.status_code}", wait=_wait_asked(response.headers))
+    if is_transient(response.status_code):
+        raise TransientError(f"{what} answers {response.status_code}", wait=wait_asked(response.headers))
 
 
-def _wait_asked(headers: Mapping[str, str]) -> float | None:
+def wait_asked(headers: Mapping[str, str]) -> float | None:
     """Seconds from Retry-After, or from the RateLimit header ("name";r=remaining;t=seconds) if none remain."""
     after = headers.get("retry-after", "").strip()
-    if after.isdecimal():
+    if re.fullmatch(r"[0-9]+", after):
         return float(after)
-    limit = re.search(r"r\s*=\s*0\s*;\s*t\s*=\s*(\d+)", headers.get("ratelimit", ""))
+    try:
+        moment = parsedate_to_datetime(after)
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=UTC)
+        return max(0.0, (moment - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError, OverflowError):
+        pass
+    limit = re.search(r"r\s*=\s*0\s*;\s*t\s*=\s*([0-9]+)", headers.get("ratelimit", "")[:1000])
     return float(limit.group(1)) if limit else None
+
+
+def parse_json(response: httpx.Response, what: str) -> Any:
+    """The JSON of an answer. Raises TransientError for anything else: a captive portal's page, or what has no end."""
+    try:
+        return json.loads(response.content)
+    except (ValueError, RecursionError) as problem:
+        raise TransientError(f"the answer is not one of {what} (a captive portal or proxy?)") from problem
 
 
 def persist(
@@ -111,24 +129,30 @@ def persist(
 ) -> T:
     """Call `action` until it raises no TransientError, waiting twice as long (with jitter) after each failure.
 
-    `progressed`: whether the last call made progress, which renews the budget. Raises UnreachableError when the
-    budget is spent, or at once when the server asks for a longer wait than is left.
+    httpx's errors count as what they mean (`trainer.network.client.errors_as_ours`). A server may ask for a longer
+    wait, never for a shorter one. `progressed`: whether the last call made progress, which renews the budget. Raises
+    UnreachableError when the budget is spent, or at once when the server asks for a longer wait than is left;
+    SettingsError or UnreachableError for what no further try mends; and what `action` raises.
     """
+    from trainer.network.client import errors_as_ours
+
     cancelled = cancelled or retries.cancelled or threading.Event()
     logging.getLogger("httpx").setLevel(logging.WARNING)  # at INFO it logs addresses, signatures included
     began, wait, failures = time.monotonic(), retries.first_wait, 0
     while True:
         try:
-            return action()
+            with errors_as_ours():
+                return action()
         except TransientError as problem:
             failures += 1
             if progressed():
                 began, wait = time.monotonic(), retries.first_wait
             budget = min(retries.budget, retries.unreached) if problem.unreached else retries.budget
             left = began + budget - time.monotonic()
-            pause = problem.wait if problem.wait is not None else wait * random.uniform(0.5, 1.0)
-            if pause > left:
-                asked = f" and asks to wait {problem.wait:.0f} s" if problem.wait is not None else ""
+            # The floor holds for Retry-After: 0 as well.
+            pause = max(wait * random.uniform(0.5, 1.0), problem.wait or 0.0)
+            if pause > left or failures >= MOST_TRIES:
+                asked = f" and asks to wait {problem.wait:.0f} s" if problem.wait else ""
                 raise UnreachableError(
                     f"{what}: {problem}{asked}; gave up after {failures} attempts in "
                     f"{time.monotonic() - began:.0f} s without progress. Check the network of this machine."
@@ -139,6 +163,8 @@ def persist(
             if cancelled.wait(pause):
                 raise UnreachableError(f"{what}: stopped because another download failed.") from problem
             wait = min(wait * 2, retries.longest_wait)
+        except HopelessError as problem:
+            raise problem.about(what) from problem
 
 
 @dataclass(frozen=True)
@@ -154,6 +180,7 @@ class Download:
     digest: str | None = None  # expected hexdigest of `new_hash`
     new_hash: Callable[[], Hash] = hashlib.sha256
     most: int | None = None  # bytes; a larger file is refused
+    version: str | None = None  # ETag or date: an answer with another one is of another file
 
 
 def feed(stream: IO[bytes], digest: Hash, *, cancelled: threading.Event) -> int:
@@ -195,6 +222,22 @@ class _Part:
         self.hash, self.size = self.new_hash(), 0
 
 
+class _Gain:
+    """Whether a part grows, beyond its largest size so far, and faster than the slowest line."""
+
+    def __init__(self, part: _Part) -> None:
+        self.part, self.best, self.since = part, part.size, time.monotonic()
+
+    def made(self) -> bool:
+        from trainer.network.bounds import SLOWEST
+
+        now = time.monotonic()
+        if self.part.size - self.best < max(1.0, SLOWEST * (now - self.since)):
+            return False
+        self.best, self.since = self.part.size, now
+        return True
+
+
 def download(
     client: httpx.Client,
     job: Download,
@@ -213,13 +256,8 @@ def download(
     part = _Part(job.part, job.new_hash, cancelled)
     progress = progress or Progress(job.what, job.size)
     progress.add(part.size)
-    seen = part.size
+    gain = _Gain(part)
     corrupt = 0
-
-    def progressed() -> bool:
-        nonlocal seen
-        before, seen = seen, part.size
-        return part.size > before
 
     def attempt() -> str:
         nonlocal corrupt
@@ -235,7 +273,7 @@ def download(
             raise
 
     try:
-        digest = persist(attempt, what=job.what, retries=retries, progressed=progressed, cancelled=cancelled)
+        digest = persist(attempt, what=job.what, retries=retries, progressed=gain.made, cancelled=cancelled)
     finally:
         part.file.close()
     try:
@@ -257,36 +295,63 @@ def _receive(
     cancelled: threading.Event,
 ) -> None:
     """Append the missing bytes to `part`, with one request."""
-    import httpx
+    from trainer.network.client import CONTENT, Content, errors_as_ours
 
     if job.size is not None and part.size >= job.size:
         return
     headers = {**job.headers, "Accept-Encoding": "identity"}  # ranges must count bytes of the file itself
     if part.size:
         headers["Range"] = f"bytes={part.size}-"
+    options: dict[str, Any] = {"headers": headers, "timeout": timeout, "extensions": {CONTENT: Content()}}
     try:
-        with client.stream("GET", job.url, headers=headers, timeout=timeout, follow_redirects=True) as response:
+        with errors_as_ours(), client.stream("GET", job.url, **options) as response:
             check_status(response, "the server")
-            if response.status_code not in (200, 206, 416):
-                refuse(response)
-            if response.status_code == 416 or (response.status_code == 206 and not _continues(response, part.size)):
-                part.restart()
-                raise TransientError("the server cannot resume here; starting again")
-            if response.status_code == 200 and part.size:  # it ignores ranges, or the file has changed
-                part.restart()
-            for block in response.iter_bytes():  # unbuffered: a buffer would be lost when the connection breaks
+            _check_content(job, part, response, refuse)
+            for block in response.iter_raw():  # unbuffered: a buffer would be lost when the connection breaks
                 if cancelled.is_set():
                     raise TransientError("stopped")
                 part.append(block)
                 progress.add(len(block))
+                if job.size is not None and part.size > job.size:
+                    return  # `_verified` refuses it: it is not the announced file
                 if job.most is not None and part.size > job.most:
                     raise DataError(f"{job.what} is larger than {job.most / 2**30:g} GiB, the most that is accepted.")
-    except httpx.RequestError as problem:
-        raise TransientError(f"{type(problem).__name__} ({problem}) after {part.size} bytes") from problem
+    except TransientError as problem:
+        where = f"{problem} after {part.size} bytes"
+        raise TransientError(where, wait=problem.wait, unreached=problem.unreached) from problem
 
 
-def _continues(response: httpx.Response, offset: int) -> bool:
-    return response.headers.get("content-range", "").startswith(f"bytes {offset}-")
+def _check_content(
+    job: Download, part: _Part, response: httpx.Response, refuse: Callable[[httpx.Response], None]
+) -> None:
+    """Check that what follows belongs behind `part`, which is emptied where it must begin anew.
+
+    Raises TransientError where another try is needed, and what `refuse` raises.
+    """
+    if response.status_code not in (200, 206, 416):
+        refuse(response)
+        raise SettingsError(f"{job.what}: the server answers {response.status_code} in the place of the file.")
+    if response.status_code == 416 or (response.status_code == 206 and not _continues(response, part.size, job.size)):
+        part.restart()
+        raise TransientError("the server cannot resume here; starting again")
+    version = response.headers.get("etag") or response.headers.get("last-modified")
+    if job.version is not None and version is not None and version != job.version:
+        part.restart()
+        raise TransientError("the file has changed on the server; starting again")
+    if response.status_code == 200 and part.size:  # it ignores ranges
+        part.restart()
+
+
+def _continues(response: httpx.Response, offset: int, size: int | None) -> bool:
+    """Whether an answer with a range begins at `offset`, of a file of `size` bytes (None: unknown)."""
+    said = response.headers.get("content-range", "").strip()
+    found = re.fullmatch(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)", said)
+    if found is None:
+        return False
+    first, last, total = found.groups()
+    if int(first) != offset or int(last) < offset:
+        return False
+    return size is None or total in ("*", str(size))
 
 
 def _verified(job: Download, part: _Part) -> str:

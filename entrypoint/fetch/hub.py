@@ -2,7 +2,8 @@
 
 The cache has huggingface_hub's own layout (blobs by hash, snapshots of links, refs), so other tools share it. We
 download ourselves for two reasons: after a kill, the client starts a file again from its first byte; and it does not
-compare a file with the hash that the Hub announces.
+compare a file with the hash that the Hub announces. The questions are ours too: the client reads an answer of any size
+whole, and passes on what is in it. Here every name, hash and number is checked before it is used (`_listing`).
 """
 
 from __future__ import annotations
@@ -15,25 +16,32 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from entrypoint.fetch import http
 from entrypoint.fetch.http import RetryPolicy
-from trainer.spec.errors import GatedError, KilnError, SettingsError, StorageError, UnreachableError
+from trainer.network import addresses
+from trainer.spec.errors import DataError, GatedError, KilnError, SettingsError, StorageError, UnreachableError
+from trainer.spec.values import printable
 from trainer.storage.folders import locked, read_json, storage_error, write_text
+from trainer.storage.safe_names import Names, is_safe
 
 if TYPE_CHECKING:
     import httpx
-    from huggingface_hub.errors import HfHubHTTPError
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 PARALLEL_FILES = 8
 COMMIT = re.compile(r"[0-9a-f]{40}")
+ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+REPOSITORY = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
+MOST_FILES = 200_000  # of a repository, as of an archive
+LARGEST_FILE = 2**50  # bytes
+TRUE = ("1", "ON", "YES", "TRUE")  # as huggingface_hub reads its variables
 
 
 @dataclass(frozen=True)
@@ -57,10 +65,13 @@ class Repo:
 
     @property
     def page(self) -> str:
-        """The address of its page."""
-        from huggingface_hub import constants
+        """The address of its page. Raises SettingsError where HF_ENDPOINT is none."""
+        return f"{addresses.hub_endpoint(os.environ)}/{'datasets/' if self.kind == 'dataset' else ''}{self.name}"
 
-        return f"{constants.ENDPOINT}/{'datasets/' if self.kind == 'dataset' else ''}{self.name}"
+    @property
+    def headers(self) -> dict[str, str]:
+        """Of requests: the token, if there is one. None comes from the environment or the home folder."""
+        return {"Authorization": f"Bearer {self.token}"} if self.token else {}
 
     @property
     def revision_variable(self) -> str:
@@ -101,27 +112,72 @@ class Cached:
 def describe(repo: Repo) -> Listing:
     """Ask the Hub which commit `repo` is at and which files it has.
 
-    Raises GatedError, SettingsError (no such repository or revision), UnreachableError.
+    Raises GatedError, SettingsError (no such repository or revision, an impossible answer), UnreachableError.
     """
-    from huggingface_hub import HfApi
+    if problem := _names_problem(repo):
+        raise SettingsError(problem)
+    url = f"{addresses.hub_endpoint(os.environ)}/api/{repo.kind}s/{repo.name}"
+    if repo.revision is not None:
+        url += f"/revision/{quote(repo.revision, safe='')}"
+    answer = _ask(repo, "GET", f"{url}?blobs=true")
+    return _listing(repo, answer)
 
-    api = HfApi(token=repo.token or False)  # False: no token from the environment or the home folder
 
-    def call() -> Listing:
-        ask = api.model_info if repo.kind == "model" else api.dataset_info
-        info = ask(repo.name, revision=repo.revision, files_metadata=True, timeout=repo.retries.timeout)
-        files = tuple(
-            RemoteFile(s.rfilename, s.lfs.size if s.lfs else s.size or 0, s.lfs.sha256 if s.lfs else s.blob_id or "")
-            for s in info.siblings or ()
+def _names_problem(repo: Repo) -> str | None:
+    """Why the name or the revision, which become parts of paths and addresses, cannot be one; None if they can."""
+    is_name = REPOSITORY.fullmatch(repo.name) is not None
+    if not is_name or "--" in repo.name or ".." in repo.name or repo.name.endswith(".git"):
+        return f"{repo.variable} is neither a folder nor the name of a Hub repository (org/name)."
+    if repo.revision is not None and not is_safe(repo.revision):
+        return (
+            f"{repo.revision_variable}={printable(repo.revision)}: this is no name of a branch, tag or commit. "
+            f"Choose one of {repo.page}/commits/main, or leave {repo.revision_variable} empty."
         )
-        return Listing(info.sha or "", files)
+    return None
 
-    listing = _insist(repo, call)
-    for file in listing.files:
-        parts = PurePosixPath(file.name).parts
-        if ".." in parts or file.name.startswith("/") or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", file.etag):
-            raise SettingsError(f"{repo.variable}: {repo.page} lists an impossible file, {file.name!r}.")
-    return listing
+
+def _listing(repo: Repo, answer: Any) -> Listing:
+    """The commit and the files that the Hub announces, once each name, hash and size is one."""
+    commit, siblings = (answer.get("sha"), answer.get("siblings")) if isinstance(answer, dict) else (None, None)
+    if not isinstance(commit, str) or not COMMIT.fullmatch(commit) or not isinstance(siblings, list):
+        raise _impossible(repo, f"a commit {printable(str(commit)[:100])!r}")
+    if len(siblings) > MOST_FILES:
+        raise _impossible(repo, f"{len(siblings):,} files; at most {MOST_FILES:,} are accepted")
+    names = Names(ignores_case=False)
+    files = []
+    for sibling in siblings:
+        file = _remote_file(sibling)
+        try:
+            if file is None:
+                raise DataError("no name, hash or size")
+            names.add(file.name, folder=False)
+        except DataError as problem:
+            raise _impossible(repo, f"an impossible file ({printable(str(problem))})") from problem
+        files.append(file)
+    return Listing(commit, tuple(files))
+
+
+def _remote_file(sibling: Any) -> RemoteFile | None:
+    """A file of the Hub's list; None if that entry is none."""
+    if not isinstance(sibling, dict):
+        return None
+    large = sibling.get("lfs")
+    name, size, etag = sibling.get("rfilename"), sibling.get("size"), sibling.get("blobId")
+    if isinstance(large, dict):
+        size, etag = large.get("size"), large.get("sha256")
+    size = 0 if size is None else size
+    if not isinstance(name, str) or not isinstance(etag, str) or not ETAG.fullmatch(etag):
+        return None
+    if not isinstance(size, int) or not 0 <= size <= LARGEST_FILE:
+        return None
+    return RemoteFile(name, size, etag)
+
+
+def _impossible(repo: Repo, what: str) -> SettingsError:
+    return SettingsError(
+        f"{repo.variable}: {repo.page} announces {what}, and is refused. Nothing was downloaded. Check the name, and "
+        "HF_ENDPOINT if that is set."
+    )
 
 
 def check_access(repo: Repo, listing: Listing, name: str) -> None:
@@ -130,21 +186,25 @@ def check_access(repo: Repo, listing: Listing, name: str) -> None:
 
     Raises GatedError, SettingsError, UnreachableError.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    _ask(repo, "HEAD", _address(repo, listing, name))
 
-    url = hf_hub_url(repo.name, name, repo_type=repo.kind, revision=listing.commit)
-    _insist(repo, lambda: get_hf_file_metadata(url, token=repo.token or False, timeout=repo.retries.timeout))
+
+def _address(repo: Repo, listing: Listing, name: str) -> str:
+    return f"{repo.page}/resolve/{listing.commit}/{quote(name)}"
 
 
 def cached_commit(repo: Repo) -> str | None:
     """The commit of `repo` at its last download, read from the cache."""
+    if _names_problem(repo):
+        return None
     revision = repo.revision or "main"
     if COMMIT.fullmatch(revision):
         return revision
     try:
-        return (repo.folder / "refs" / revision).read_text(encoding="utf-8").strip()
-    except OSError:
+        commit = (repo.folder / "refs" / revision).read_text(encoding="utf-8")[:100].strip()
+    except (OSError, ValueError):
         return None
+    return commit if COMMIT.fullmatch(commit) else None
 
 
 def cached_snapshot(repo: Repo, choose: Callable[[Collection[str]], set[str]]) -> Cached | None:
@@ -153,7 +213,7 @@ def cached_snapshot(repo: Repo, choose: Callable[[Collection[str]], set[str]]) -
     folder = repo.folder / "snapshots" / (commit or "-")
     if commit is None or not folder.is_dir():
         return None
-    listed = read_json(_listing_file(repo, commit))
+    listed = _listed(repo, commit)
     if listed is None:
         return Cached(commit, folder, is_verified=False)
     wanted = {name: listed[name] for name in choose(listed)}
@@ -196,6 +256,8 @@ def bring(repo: Repo, listing: Listing, files: Sequence[RemoteFile]) -> Path:
 
 def _bring_blobs(repo: Repo, listing: Listing, files: Sequence[RemoteFile], verified: dict[str, list[int]]) -> None:
     """Make sure that the blob of each file exists and has the right content; adds to `verified`."""
+    from trainer.network.client import open_client
+
     blobs = repo.folder / "blobs"
     once = {f.etag: f for f in files}  # the same content under two names is one blob
     missing = [f for f in once.values() if _size(blobs / f.etag) != f.size]
@@ -205,17 +267,19 @@ def _bring_blobs(repo: Repo, listing: Listing, files: Sequence[RemoteFile], veri
     progress = http.Progress(repo.name, sum(f.size for f in missing))
     cancelled = repo.retries.cancelled or threading.Event()
 
-    def one(file: RemoteFile) -> None:
+    def one(client: httpx.Client, file: RemoteFile) -> None:
         blob = blobs / file.etag
         if _stamp(blob) == verified.get(file.etag) and _size(blob) == file.size:
             return
         if not _is_sound(blob, file, cancelled):
             blob.unlink(missing_ok=True)
-            _download(repo, listing, file, progress=progress, cancelled=cancelled)
+            _download(client, repo, listing, file, progress=progress, cancelled=cancelled)
         if stamp := _stamp(blob):
             verified[file.etag] = stamp
 
-    http.in_parallel([functools.partial(one, f) for f in once.values()], workers=PARALLEL_FILES, cancelled=cancelled)
+    with open_client(timeout=repo.retries.timeout) as client:
+        jobs = [functools.partial(one, client, file) for file in once.values()]
+        http.in_parallel(jobs, workers=PARALLEL_FILES, cancelled=cancelled)
 
 
 def _is_sound(blob: Path, file: RemoteFile, cancelled: threading.Event) -> bool:
@@ -235,90 +299,88 @@ def _is_sound(blob: Path, file: RemoteFile, cancelled: threading.Event) -> bool:
 
 
 def _download(
-    repo: Repo, listing: Listing, file: RemoteFile, *, progress: http.Progress, cancelled: threading.Event
+    client: httpx.Client,
+    repo: Repo,
+    listing: Listing,
+    file: RemoteFile,
+    *,
+    progress: http.Progress,
+    cancelled: threading.Event,
 ) -> None:
-    from huggingface_hub import get_session, hf_hub_url
-    from huggingface_hub.utils import build_hf_headers
-
     job = http.Download(
-        url=hf_hub_url(repo.name, file.name, repo_type=repo.kind, revision=listing.commit),
+        url=_address(repo, listing, file.name),
         path=repo.folder / "blobs" / file.etag,
         part=_own_folder(repo) / f"{file.etag}.part",
         what=f"{repo.name}/{file.name}",
-        headers=build_hf_headers(token=repo.token or False),
+        headers=repo.headers,
         size=file.size,
         digest=file.etag,
         new_hash=file.new_hash,
     )
 
     def refuse(response: httpx.Response) -> None:
-        from huggingface_hub.utils import hf_raise_for_status
+        raise refusal(repo, response.status_code, response.headers)
 
-        response.read()
-        _translated(repo, lambda: hf_raise_for_status(response))
-
-    _translated(
-        repo,
-        lambda: http.download(
-            get_session(), job, retries=repo.retries, refuse=refuse, progress=progress, cancelled=cancelled
-        ),
-    )
+    _check_online(repo)
+    http.download(client, job, retries=repo.retries, refuse=refuse, progress=progress, cancelled=cancelled)
 
 
-def _insist(repo: Repo, call: Callable[[], T]) -> T:
-    """`call` the Hub, with retries."""
-    return http.persist(lambda: _translated(repo, call), what=f"{repo.variable}: {repo.page}", retries=repo.retries)
+def _check_online(repo: Repo) -> None:
+    said = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    if said.upper() in TRUE:
+        raise UnreachableError(f"{repo.variable}: {repo.page} is needed, but HF_HUB_OFFLINE is set: unset it.")
 
 
-def _translated(repo: Repo, call: Callable[[], T]) -> T:
-    """`call`, with the client's errors turned into ours. Their texts are dropped: they may hold signed addresses."""
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+def _ask(repo: Repo, method: str, url: str) -> Any:
+    """The JSON that the Hub answers to a question, with retries; None for HEAD.
 
-    try:
-        return call()
-    except OfflineModeIsEnabled as problem:
-        raise UnreachableError(
-            f"{repo.variable}: {repo.page} is needed, but HF_HUB_OFFLINE is set: unset it."
-        ) from problem
-    except HfHubHTTPError as problem:
-        http.check_status(problem.response, "the Hub")
-        raise refusal(repo, problem) from problem
-    except HFValidationError as problem:
-        raise SettingsError(
-            f"{repo.variable} is neither a folder nor the name of a Hub repository (org/name)."
-        ) from problem
-    except httpx.RequestError as problem:
-        unreached = isinstance(problem, (httpx.ConnectError, httpx.ConnectTimeout))
-        raise http.TransientError(f"{type(problem).__name__} ({problem})", unreached=unreached) from problem
-    except json.JSONDecodeError as problem:
-        raise http.TransientError("the answer is not one of the Hub (a captive portal or proxy?)") from problem
+    Raises GatedError, SettingsError, UnreachableError.
+    """
+    from trainer.network.client import open_client
+
+    _check_online(repo)
+    # A file's own answer may be a redirect to another host, which has not been asked whether it may be read.
+    follow = method == "GET"
+
+    def call() -> Any:
+        answer = client.request(method, url, headers=repo.headers, follow_redirects=follow)
+        if (
+            not follow
+            and answer.has_redirect_location
+            and answer.url.join(answer.headers["location"]).host == (answer.url.host)
+        ):
+            answer = client.request(method, url, headers=repo.headers)  # the repository has another name by now
+        http.check_status(answer, "the Hub")
+        if answer.status_code >= 400:
+            raise refusal(repo, answer.status_code, answer.headers)
+        return http.parse_json(answer, "the Hub") if method == "GET" else None
+
+    with open_client(timeout=repo.retries.timeout) as client:
+        return http.persist(call, what=f"{repo.variable}: {repo.page}", retries=repo.retries)
 
 
-def refusal(repo: Repo, problem: HfHubHTTPError) -> KilnError:
+def refusal(repo: Repo, status: int, headers: Mapping[str, str]) -> KilnError:
     """The error for a refusal of the Hub: what it means, and what to do."""
-    from huggingface_hub import errors
-
-    status = problem.response.status_code
     asked = f"{repo.variable}: the Hub"
     have = "HF_TOKEN is set" if repo.token else "HF_TOKEN is not set"
-    if "Invalid credentials" in problem.response.headers.get("X-Error-Message", ""):
+    code = headers.get("X-Error-Code", "")
+    if "Invalid credentials" in headers.get("X-Error-Message", ""):
         return GatedError(
             f"{asked} does not accept HF_TOKEN ({status}): it is misspelt, expired or revoked. Make a new token in the "
             f"settings of your account, or unset HF_TOKEN for public repositories."
         )
-    if isinstance(problem, errors.GatedRepoError):
+    if code == "GatedRepo":
         have += ", but its account has not been granted access" if repo.token else ""
         return GatedError(
             f"{asked} guards {repo.name} by a licence ({status}); {have}. Open {repo.page}, accept the conditions, and "
             "set HF_TOKEN to a token of the same account that may read gated repositories."
         )
-    if isinstance(problem, errors.RevisionNotFoundError):
+    if code == "RevisionNotFound":
         return SettingsError(
             f"{repo.revision_variable}={repo.revision}: {repo.page} has no such branch, tag or commit ({status}). "
             f"Choose one of {repo.page}/commits/main, or leave {repo.revision_variable} empty."
         )
-    if isinstance(problem, errors.RepositoryNotFoundError) or status in (401, 404):
+    if code == "RepoNotFound" or status in (401, 404):
         return SettingsError(
             f"{asked} knows no {repo.kind} {repo.name}, or does not show it ({status}); {have}. Check the spelling at "
             f"{repo.page}. If it is private or gated, set HF_TOKEN to a token that may read it: without one the Hub "
@@ -350,6 +412,18 @@ def _own_folder(repo: Repo) -> Path:
 
 def _listing_file(repo: Repo, commit: str) -> Path:
     return _own_folder(repo) / f"{commit}.json"
+
+
+def _listed(repo: Repo, commit: str) -> dict[str, tuple[int, str]] | None:
+    """The files of a snapshot with size and hash, as `bring` noted them; None where the note is missing or damaged."""
+    listed = {}
+    for name, entry in (read_json(_listing_file(repo, commit)) or {}).items():
+        match entry:
+            case [int(size), str(etag)] if is_safe(name) and ETAG.fullmatch(etag):
+                listed[name] = size, etag
+            case _:
+                return None
+    return listed or None
 
 
 def _size(path: Path) -> int:

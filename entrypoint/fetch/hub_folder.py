@@ -334,7 +334,9 @@ def _add_rows(
             images[made] = None if image is None else by_name.files.places[image]
         if is_shared and not any(images.values()):
             continue
-        found.rows.append({**images, **{key: value for key, value in row.items() if key not in image_columns}})
+        # A column of that name would choose the folder that the image is written into.
+        others = {key: value for key, value in row.items() if key not in image_columns and key != FOLDER}
+        found.rows.append({**images, **others})
         found.image_columns |= set(images)
 
 

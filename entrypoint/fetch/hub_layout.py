@@ -8,12 +8,15 @@ that of the most frequent suffix, so a folder of images with captions beside the
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.spec.errors import DataError, SettingsError
-from trainer.spec.values import some
+from trainer.spec.values import printable, show, some
+from trainer.storage.safe_names import is_safe
 
 MOST_NAMES = 40  # of subsets in one message
 DEFAULT = "default"  # the name of a configuration that has none
@@ -37,13 +40,19 @@ def resolve(snapshot: Path, *, variable: str, configuration: str | None, split: 
     known = _configurations(snapshot, variable)
     name = _chosen(variable, known, configuration)
     parameters = known[name]
-    base = str((snapshot / str(parameters.get("data_dir") or "")).resolve())
+    base = str((snapshot / _inside(variable, parameters.get("data_dir") or ".")).resolve())
     asked = parameters.get("data_files")
     try:
         patterns = sanitize_patterns(asked) if asked is not None else get_data_patterns(base)
+        for pattern in _texts(patterns):
+            _inside(variable, pattern)
         found = DataFilesDict.from_patterns(patterns, base_path=base)
     except (FileNotFoundError, DataFilesNotFoundError) as problem:
         raise DataError(f"{variable}: the files that its README.md names for {name!r} are missing.") from problem
+    except (ValueError, TypeError, AttributeError, OSError, re.error) as problem:
+        raise DataError(
+            f"{variable}: its README.md names files in a way that cannot be read ({show(asked)})."
+        ) from problem
     splits = {str(key): _relative(variable, list(files), snapshot) for key, files in found.items()}
     if split not in splits:
         of = f" (subset {name})" if name != DEFAULT else ""
@@ -94,6 +103,24 @@ def _chosen(variable: str, known: dict[str, Any], asked: str | None) -> str:
         f"{variable} has several subsets and no default one: {listed}. Choose one with DATASET_SUBSET, or with "
         "subset in dataset.json."
     )
+
+
+def _texts(patterns: Mapping[str, Any]) -> Iterator[str]:
+    """The patterns of all splits."""
+    for several in patterns.values():
+        for pattern in several if isinstance(several, list) else [several]:
+            yield str(pattern)
+
+
+def _inside(variable: str, place: object) -> str:
+    """A folder or pattern of README.md, before anything is looked for there.
+
+    `datasets` follows a pattern to wherever it leads: to all of this machine's files, and to addresses.
+    """
+    text = str(place)
+    if "://" in text or "::" in text or (text != "." and not is_safe(text)):
+        raise DataError(f"{variable} names a file outside of itself, {printable(text)!r}, and is refused.")
+    return text
 
 
 def _relative(variable: str, files: list[str], snapshot: Path) -> tuple[str, ...]:

@@ -35,6 +35,7 @@ from trainer.data.caption_files.formats import AskedColumns
 from trainer.spec.errors import DataError, KilnError, SettingsError, StorageError
 from trainer.spec.values import show, some
 from trainer.storage.folders import storage_error
+from trainer.storage.safe_names import safe_path
 
 READERS = ("parquet", "arrow")  # of `datasets`; the others read no images, or pickles
 MAX_IMAGE_BYTES = 2**28  # bytes
@@ -282,7 +283,7 @@ def _write(
                 lines = said[index : index + 1] if paired else said
                 name = f"{counts['images']:06d}"
                 if row.get(hub_folder.FOLDER):
-                    name = f"{row[hub_folder.FOLDER]}/{name}"
+                    name = f"{safe_path(str(row[hub_folder.FOLDER]))}/{name}"
                     (target / name).parent.mkdir(parents=True, exist_ok=True)
                 written, size = reader.put(item, target, name)
                 line = {"file_name": written}

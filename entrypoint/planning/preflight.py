@@ -286,11 +286,11 @@ def _check_hub_dataset(source: Source, space: NeededSpace, *, token: str | None,
 
 def _check_url(source: Source, space: NeededSpace, *, token: str | None, retries: RetryPolicy) -> int:
     """The bytes of an archive that will be downloaded; 0 if an earlier run has unpacked it."""
-    import httpx  # slow to import, and needed for URLs only
+    from trainer.network.client import open_client
 
     if fetch.known_download(source, space.places["CACHE_PATH"]) is not None:
         return 0
-    with httpx.Client() as client:
+    with open_client(timeout=retries.timeout) as client:
         size = fetch.remote_archive(client, source, token=token, retries=retries).size or 0
     # The download stays until it is unpacked, so that both are there at once.
     space.add("CACHE_PATH", "the download and its images", size * (1 + UNPACKED_BYTES_PER_ARCHIVE_BYTE))

@@ -4,43 +4,48 @@ Only that process has the token, which it gets through a pipe. During training i
 only logged. At the end it uploads the final files in one commit, and upload.json in the run's folder records which file
 the repository has. If that fails, starting the job again uploads them without training.
 
+The process may end at any moment (out of memory, a crash of the client's native part): then the entrypoint starts
+another one for the final files, which does without the client's Xet protocol. Whatever happens to it, the job's exit
+code is 0, 75 (try again), 77 or 78 (the user must act); it is never taken for a bug of the training.
+
 Only files of the job's own run are uploaded. Which run that is, the trainer knows once it has read the images, and
 writes it into status.json.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-import os
-import re
+import select
 import signal
 import subprocess
 import sys
-import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
-from entrypoint.fetch import http, public_addresses
+from entrypoint.fetch import http
 from entrypoint.system.environment import child_environment
+from trainer.network import addresses
 from trainer.spec.errors import GatedError, KilnError, SettingsError, UnreachableError
 from trainer.spec.family import base_models
-from trainer.spec.log_lines import log_to
 from trainer.spec.plan import Plan
-from trainer.storage import run_records
-from trainer.storage.folders import read_json, write_text
-from trainer.storage.safetensors_header import read_header
+from trainer.storage.folders import read_json
+from trainer.storage.safe_names import is_safe
 
 log = logging.getLogger("entrypoint.processes.upload")
 MARKER = "upload.json"
 POLL_S = 2.0  # between two looks for a new save
 STALL_TIMEOUT_S = 60.0  # a connection that transfers nothing for this long is closed
+STARTUP_S = 60.0  # for the process to be there, on a busy machine
+SLOWEST_UPLOAD = 2**16  # bytes/s; below that a process is given up at the end
+END_S = 1.0  # for a process that was killed to be gone
+PROCESSES = 3  # that are started for the final files, where each of them dies
+SAID_WHY = (UnreachableError.exit_code, GatedError.exit_code, SettingsError.exit_code)
+KINDS = {kind.__name__: kind for kind in (GatedError, SettingsError)}
 AT_START, AT_END = http.USUAL, http.RetryPolicy(budget=1800.0, first_wait=2.0, longest_wait=60.0)
 
 
@@ -63,7 +68,7 @@ class Job:
 def is_done(job: Job, final: Path) -> bool:
     """Whether the repository has this very file."""
     marker = read_json(Path(job.out) / job.folder / MARKER) or {}
-    return marker.get("repo") == job.repo and marker.get("file") == _identity(final)
+    return marker.get("repo") == job.repo and marker.get("file") == identity_of(final)
 
 
 def current_run(job: Job) -> tuple[str, Path] | None:
@@ -72,12 +77,17 @@ def current_run(job: Job) -> tuple[str, Path] | None:
     status = read_json(out / "status.json") or {}
     began = status.get("started")
     name, folder = status.get("run"), status.get("run_folder")
-    if isinstance(began, (int, float)) and began >= job.started and isinstance(name, str) and isinstance(folder, str):
-        return name, out / folder
-    return None
+    if not isinstance(began, (int, float)) or began < job.started:
+        return None
+    if not isinstance(name, str) or not is_safe(name) or "/" in name:
+        return None
+    if folder != "." and not is_safe(folder):  # of somebody else's file by that name
+        return None
+    return name, out / str(folder)
 
 
-def _identity(path: Path) -> list[int | str]:
+def identity_of(path: Path) -> list[int | str]:
+    """What tells a file from an older one of its name. Raises OSError."""
     return [path.name, path.stat().st_size, path.stat().st_mtime_ns]
 
 
@@ -93,277 +103,129 @@ def job(repo: str | None, token: str | None, plan: Plan, *, creates: bool = True
     return Job(repo, token, output.path, output.name, base, folder=output.folder, started=time.time(), creates=creates)
 
 
-# ---- in the entrypoint
-
-
 @contextmanager
 def beside(job: Job | None, environment: Mapping[str, str]) -> Iterator[Callable[[], int]]:
-    """Inside the context, saves are uploaded. Yields a function that uploads the final files: 0, or 75 if it failed.
+    """Inside the context, saves are uploaded. Yields a function that uploads the final files: 0, 75, 77 or 78.
 
     Raises GatedError or SettingsError at once if the token may not write to the repository. Training starts even if the
-    Hub does not answer.
+    Hub does not answer, or the uploading process cannot start.
     """
     if job is None:
         yield lambda: 0
         return
-    hidden = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    own = {k: v for k, v in child_environment(environment, network=True).items() if k not in hidden}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "entrypoint.processes.upload"],
-        env={**own, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin and process.stdout
+    process = _Process(job, environment)
     try:
-        _say(process, json.dumps(asdict(job)))
-        answer = process.stdout.readline()
-        if answer != "ready\n":
-            kind, _, message = answer.strip().partition(": ")
-            raise {"GatedError": GatedError, "SettingsError": SettingsError}.get(kind, KilnError)(
-                message or "No answer."
-            )
-
-        def finish() -> int:
-            _say(process, "final")
-            if process.wait() == 0:
-                return 0
-            log.error("The LoRA is in %s, but not in %s. Start the same job again to upload it.", job.out, job.repo)
-            return UnreachableError.exit_code
-
-        yield finish
+        kind, message = process.start()
+        if kind is not None:
+            raise kind(message)
+        yield process.finish
     finally:
-        process.kill()
-        process.wait()
-        process.stdin.close()
-        process.stdout.close()
+        process.end()
 
 
-def _say(process: subprocess.Popen[str], line: str) -> None:
-    assert process.stdin
-    try:
-        process.stdin.write(f"{line}\n")
-        process.stdin.flush()
-    except BrokenPipeError:  # it has ended; its exit code says why
-        log.warning("The uploading process has ended.")
+class _Process:
+    """The uploading process, as the entrypoint sees it; another one takes its place where it dies."""
 
+    def __init__(self, job: Job, environment: Mapping[str, str]) -> None:
+        hidden = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+        self.job = job
+        self.environment = {k: v for k, v in child_environment(environment, network=True).items() if k not in hidden}
+        self.environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        # The client takes HF_ENDPOINT as it is written, blanks included.
+        self.environment["HF_ENDPOINT"] = addresses.hub_endpoint(environment)
+        self.child: subprocess.Popen[str] | None = None
 
-# ---- in the uploading process
-
-
-class Uploader:
-    """Commits to the repository of a job."""
-
-    def __init__(self, job: Job) -> None:
-        from huggingface_hub import HfApi
-
-        self.job, self.out = job, Path(job.out)
-        self.api = HfApi(token=job.token)
-        self.ended = threading.Event()  # training is over: uploads of saves give up
-        self._seen: set[tuple[int | str, ...]] = set()
-
-    def check(self) -> None:
-        """Check that the token may write to the repository; create it if it does not exist.
-
-        Raises GatedError, SettingsError, UnreachableError.
-        """
-        from huggingface_hub.errors import RepositoryNotFoundError
-
-        repo = self.job.repo
-
-        def call() -> None:
-            try:
-                self.api.auth_check(repo, write=True)
-            except RepositoryNotFoundError as problem:
-                if problem.response.status_code != 404:  # 401: no access, or an unknown token
-                    raise
-                if self.job.creates:
-                    self.api.create_repo(repo, private=True, exist_ok=True)
-                    log.info("Created the private repository %s.", repo)
-
-        self._insist(call, self.job.at_start)
-
-    def saves(self) -> None:
-        """Upload the files of the newest save, unless they were tried already."""
-        run = current_run(self.job)
-        if run is None:
-            return  # the newest saves may be those of another run
-        name, home = run
-        save = re.compile(rf"{re.escape(name)}-step\d{{8}}(-[a-z]+)?\.safetensors")
-        found = sorted(path for path in self.out.glob("*.safetensors") if save.fullmatch(path.name))
-        main = next((p for p in reversed(found) if p.stem.rpartition("-step")[2].isdecimal()), None)
-        if main is None or self.ended.is_set():
-            return
+    def start(self) -> tuple[type[KilnError] | None, str]:
+        """Start it, and wait until it may upload; (None, "") if so, or if another try at the end may help."""
         try:
-            identity = tuple(_identity(main))
-            if identity in self._seen:
-                return
-            self._seen.add(identity)  # once: if it fails, the next save or the end uploads
-            self._commit(main.stem, [p for p in found if p.stem.startswith(main.stem)], home, retries=self.job.at_start)
-        except KilnError as problem:
-            if not self.ended.is_set():
-                log.warning("%s is not uploaded: %s", main.name, problem)
-        except FileNotFoundError:
-            log.info("%s was removed before it was uploaded.", main.name)
-
-    def final(self) -> None:
-        """Upload the final files, and record that in upload.json. Raises KilnError."""
-        self.ended.clear()
-        # Without a run in status.json nothing was trained: the final files of a run that is done are uploaded.
-        name, home = current_run(self.job) or (self.job.name, self.out / self.job.folder)
-        main = self.out / f"{name}.safetensors"
-        others = [self.out / f"{name}{suffix}.safetensors" for suffix in run_records.SUFFIXES if suffix]
-        others = [path for path in others if path.is_file()]
-        identity = _identity(main)
-        commit = self._commit(main.stem, [*others, main], home, retries=self.job.at_end)
-        marker = {"repo": self.job.repo, "commit": commit, "file": identity}
-        write_text(home / MARKER, json.dumps(marker))
-        log.info("Uploaded to %s/%s at commit %s.", self.api.endpoint, self.job.repo, commit)
-
-    def _commit(self, title: str, paths: list[Path], home: Path, *, retries: http.RetryPolicy) -> str:
-        """Commit `paths`, the samples in `home` and the card; returns the commit's hash. The client skips files that
-        are there.
-        """
-        from huggingface_hub import CommitOperationAdd
-
-        samples = sorted(p for p in (home / "sample").glob("*.png") if not p.name.startswith("."))
-        folder = (home / "sample").relative_to(self.out).as_posix()  # of a further run: runs/<name>/sample
-        text = card(paths[-1], base=self.job.base, samples=folder if samples else None)
-        files = {**{p.name: p for p in paths}, **{f"{folder}/{p.name}": p for p in samples}}
-
-        def call() -> str:
-            operations = [CommitOperationAdd(name, path) for name, path in files.items()]
-            card_file = CommitOperationAdd("README.md", text.encode())
-            done = self.api.create_commit(self.job.repo, [*operations, card_file], commit_message=f"Kiln: {title}")
-            return str(done.oid)
-
-        return self._insist(call, retries)
-
-    def _insist(self, call: Callable[[], Any], retries: http.RetryPolicy) -> Any:
-        return http.persist(
-            lambda: self._translated(call), what=f"PUSH_TO_HUB={self.job.repo}", retries=retries, cancelled=self.ended
-        )
-
-    def _translated(self, call: Callable[[], Any]) -> Any:
-        """`call`, with the client's errors turned into ours, without their texts: they may hold signed addresses."""
-        import httpx
-        from huggingface_hub.errors import HfHubHTTPError
-
-        try:
-            return call()
-        except (HfHubHTTPError, httpx.RequestError, RuntimeError, json.JSONDecodeError) as problem:
-            cause = (
-                problem.__cause__ if isinstance(problem.__cause__, (HfHubHTTPError, httpx.RequestError)) else problem
+            self.child = subprocess.Popen(
+                [sys.executable, "-m", "entrypoint.processes.uploader"],
+                env=self.environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
             )
-            if isinstance(cause, HfHubHTTPError):
-                http.check_status(cause.response, "the Hub")
-                raise _refusal(self.job.repo, cause.response.status_code) from None
-            if isinstance(cause, RuntimeError):
-                raise http.TransientError(f"the client failed ({type(cause).__name__})") from None
-            raise http.TransientError(f"no answer of the Hub ({type(cause).__name__})") from None
+        except OSError as problem:  # no memory, too many processes
+            log.warning("Uploads wait for the end of the job: no process could be started (%s).", problem.strerror)
+            return None, ""
+        self._say(json.dumps(asdict(self.job)))
+        answer = self._line(2 * self.job.at_start.budget + STARTUP_S)
+        name, _, message = answer.strip().partition(": ")
+        if name in KINDS:
+            return KINDS[name], message
+        if answer != "ready\n":
+            self.end()
+            log.warning("The uploading process has not started. Uploads wait for the end of the job.")
+        return None, ""
 
-
-def _refusal(repo: str, status: int) -> KilnError:
-    if status == 401:
-        return GatedError(
-            f"PUSH_TO_HUB={repo}: the Hub does not accept the token (401). Make a new one for HF_WRITE_TOKEN."
+    def finish(self) -> int:
+        """Upload the final files; returns 0, or the exit code of the job."""
+        code: int | None = None
+        for number in range(PROCESSES):
+            if number or self.child is None:
+                self.end()
+                kind, message = self.start()
+                if kind is not None:
+                    log.error("%s", message)
+                    code = kind.exit_code
+                    break
+            code = self._final()
+            if code == 0:
+                return 0
+            if code in SAID_WHY:
+                break
+            log.warning("The uploading process %s.", _how_it_ended(code))
+            # The native part of the client is what crashes, hangs and takes memory: the next does without it.
+            self.environment["HF_HUB_DISABLE_XET"] = "1"
+        log.error(
+            "The LoRA is in %s, but not in %s. Start the same job again to upload it.", self.job.out, self.job.repo
         )
-    if status in (403, 404):
-        return GatedError(
-            f"PUSH_TO_HUB={repo}: the token may not write there ({status}). Set HF_WRITE_TOKEN to one of the role "
-            "write, or a fine-grained one that may write to this repository or create it."
-        )
-    return SettingsError(f"PUSH_TO_HUB={repo}: the Hub refuses it ({status}). Check the name.")
+        return code if code in SAID_WHY else UnreachableError.exit_code
+
+    def _final(self) -> int | None:
+        """The exit code of the process after it was told to upload the final files; None if it had to be ended."""
+        if self.child is None:
+            return UnreachableError.exit_code
+        self._say("final")
+        size = sum(path.stat().st_size for path in Path(self.job.out).glob("*.safetensors"))
+        try:
+            return self.child.wait(1.5 * self.job.at_end.budget + STARTUP_S + size / SLOWEST_UPLOAD)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def _line(self, seconds: float) -> str:
+        """The next line of its standard output; "" if it has ended, or says nothing for so long."""
+        assert self.child and self.child.stdout
+        ready, _, _ = select.select([self.child.stdout], [], [], seconds)
+        return self.child.stdout.readline() if ready else ""
+
+    def _say(self, line: str) -> None:
+        assert self.child and self.child.stdin
+        try:
+            self.child.stdin.write(f"{line}\n")
+            self.child.stdin.flush()
+        except OSError:  # it has ended; its exit code says why
+            log.warning("The uploading process has ended.")
+
+    def end(self) -> None:
+        """Kill it, if it is there."""
+        if self.child is None:
+            return
+        self.child.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it hangs in the kernel: nobody waits for that
+            self.child.wait(END_S)
+        for pipe in (self.child.stdin, self.child.stdout):
+            with contextlib.suppress(OSError):  # what was never read by it is lost
+                assert pipe
+                pipe.close()
+        self.child = None
 
 
-def card(path: Path, *, base: str, samples: str | None) -> str:
-    """README.md of the repository, from the header of the LoRA file alone. `base`: see `Job`. `samples`: their folder
-    there.
-    """
-    from huggingface_hub import ModelCardData  # late: a job without PUSH_TO_HUB never imports it
-
-    header = read_header(path).metadata
-    title = header.get("ss_output_name", path.stem)
-    trigger = header.get("modelspec.trigger_phrase", "")
-    data = ModelCardData(
-        base_model=base or None,
-        base_model_relation="adapter" if base else None,
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=["lora", "text-to-image"],
-        instance_prompt=trigger or None,
-    )
-    rank, steps, images = (header.get(key, "?") for key in ("ss_network_dim", "ss_steps", "ss_num_train_images"))
-    model = f"[{base}](https://huggingface.co/{base})" if base else header.get("ss_sd_model_name", "a local model")
-    lines = ["---", data.to_yaml(), "---", "", f"# {title}", ""]
-    lines.append(f"A LoRA of rank {rank} for {model}: {steps} steps on {images} images, repeats included.")
-    if base:
-        lines.append("The base model's licence applies.")
-    if trigger:
-        lines += ["", f"Trigger: `{trigger.replace('`', '')}`"]
-    if samples:
-        lines += ["", f"![samples by prompt and step]({samples}/contact-sheet.png)"]
-    lines += ["", f"`{path.name}` has kohya's key names, which ComfyUI, Forge and sd-scripts read. In diffusers:", ""]
-    lines += [f"    pipe.load_lora_weights(REPOSITORY, weight_name={json.dumps(path.name)})", ""]
-    return "\n".join(lines)
-
-
-def main() -> int:
-    """Read a job and then commands, one a line; end of input ends the process. Returns 0, or the error's exit code."""
-    log_to(logging.StreamHandler(), "%(asctime)s %(levelname)s %(message)s")
-    sys.excepthook = _bare
-    public_addresses.guard(os.environ)
-    for number in (signal.SIGINT, signal.SIGHUP):  # from a terminal: the entrypoint decides when this process ends
-        signal.signal(number, signal.SIG_IGN)
-    job: dict[str, Any] = json.loads(sys.stdin.readline())
-    job |= {k: http.RetryPolicy(**job[k]) for k in ("at_start", "at_end")}
-    uploader, final = Uploader(Job(**job)), threading.Event()
-    _set_timeout()
-
-    def listen() -> None:
-        if sys.stdin.readline() == "final\n":
-            uploader.ended.set()
-            final.set()
-            sys.stdin.readline()
-        os._exit(143)  # the entrypoint has ended
-
-    try:
-        uploader.check()
-    except UnreachableError as problem:
-        log.warning("%s Training continues without uploads.", problem)
-    except KilnError as problem:
-        print(f"{type(problem).__name__}: {problem}", flush=True)  # noqa: T201
-        return problem.exit_code
-    threading.Thread(target=listen, daemon=True).start()
-    print("ready", flush=True)  # noqa: T201
-    while not final.wait(POLL_S):
-        uploader.saves()
-    try:
-        uploader.final()
-    except KilnError as problem:
-        log.error("%s", problem)
-        return problem.exit_code
-    return 0
-
-
-def _set_timeout() -> None:
-    """Give the Hub's client a timeout: it has none."""
-    import httpx
-    from huggingface_hub import set_client_factory
-
-    set_client_factory(lambda: httpx.Client(follow_redirects=True, timeout=STALL_TIMEOUT_S))
-    for chatty in ("httpx", "huggingface_hub"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
-
-
-def _bare(kind: type[BaseException], _value: BaseException, trace: TracebackType | None) -> None:
-    """Log an unexpected error without its text, which may hold signed addresses."""
-    places = [f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(trace)]
-    log.error("Unexpected error while uploading: %s at %s", kind.__name__, " > ".join(places))
-
-
-if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    os._exit(code)  # the thread that reads commands blocks
+def _how_it_ended(code: int | None) -> str:
+    if code is None:
+        return "did not end, and was killed"
+    if code == -signal.SIGKILL:
+        return "was killed (by SIGKILL: was the memory full?)"
+    if code < 0:
+        return f"was killed by signal {-code}"
+    return f"ended with exit code {code}"

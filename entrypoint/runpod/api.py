@@ -18,7 +18,9 @@ from urllib.parse import quote
 
 from entrypoint.fetch import http
 from entrypoint.fetch.http import RetryPolicy
-from trainer.spec.errors import GatedError, KilnError, SettingsError
+from trainer.network import addresses
+from trainer.network.errors import HopelessError
+from trainer.spec.errors import GatedError, KilnError, SettingsError, UnreachableError
 
 if TYPE_CHECKING:
     import httpx
@@ -56,11 +58,11 @@ class RunPod:
     def gpus(self, *, cloud: str, count: int) -> list[dict[str, Any]]:
         """All GPU types, with their prices and the stock for pods of `count` GPUs."""
         query = {"include": "AVAILABILITY", "product": "POD", "cloud": cloud, "count": str(count)}
-        return list(self._call("GET", "/v2/catalog/gpus", params=query)["gpus"])
+        return _list(self._call("GET", "/v2/catalog/gpus", params=query), "gpus")
 
     def put_template(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
         """Create the template `body["name"]`, or update the one with that name; also returns whether it is new."""
-        existing = _named(self._call("GET", "/v2/templates")["templates"], body["name"])
+        existing = _named(_list(self._call("GET", "/v2/templates"), "templates"), body["name"])
         if existing is None:
             return self._call("POST", "/v2/templates", body=body), True
         return self._call("PATCH", f"/v2/templates/{quote(existing['id'], safe='')}", body=body), False
@@ -79,7 +81,7 @@ class RunPod:
             nonlocal tries
             tries += 1
             if tries > 1:
-                existing = _named(self._once("GET", "/v2/pods")["pods"], body["name"])
+                existing = _named(_list(self._once("GET", "/v2/pods"), "pods"), body["name"])
                 if existing is not None:
                     return existing
             return self._once("POST", "/v2/pods", body=body)
@@ -87,7 +89,7 @@ class RunPod:
         return http.persist(create, what=f"{self.host}/v2/pods", retries=self.retries)
 
     def pods(self) -> list[dict[str, Any]]:
-        return list(self._call("GET", "/v2/pods")["pods"])
+        return _list(self._call("GET", "/v2/pods"), "pods")
 
     def pod(self, pod_id: str) -> dict[str, Any]:
         return self._call("GET", f"/v2/pods/{quote(pod_id, safe='')}")
@@ -114,26 +116,24 @@ class RunPod:
         """
         import httpx
 
+        from trainer.network.client import CONTENT, Content, errors_as_ours, open_client
+
         headers = {"Accept": "text/event-stream", **self._headers()}
         if cursor:
             headers["Last-Event-ID"] = cursor
         url = f"{self.host}/v2/pods/{quote(pod_id, safe='')}/logs"
-        timeouts = httpx.Timeout(self.retries.timeout, read=LOG_SILENCE_S)
+        timeouts: Any = httpx.Timeout(self.retries.timeout, read=LOG_SILENCE_S)
+        asked: dict[str, Any] = {"headers": headers, "params": {"tail": str(tail)}, "timeout": timeouts}
+        asked["extensions"] = {CONTENT: Content()}
         try:
-            with httpx.stream("GET", url, headers=headers, params={"tail": str(tail)}, timeout=timeouts) as answer:
+            with open_client(slowest=0) as client, errors_as_ours(), client.stream("GET", url, **asked) as answer:
                 if answer.status_code != 200:
                     answer.read()
                     http.check_status(answer, "RunPod")
                     raise refusal(answer, f"GET {url}")
-                event_id = ""
-                for row in answer.iter_lines():
-                    name, _, value = row.partition(":")
-                    if name == "id":
-                        event_id = value.strip()
-                    elif name == "data":
-                        yield event_id, str(json.loads(value)["line"])
-        except httpx.RequestError as problem:
-            raise http.TransientError(f"{type(problem).__name__} ({problem})") from problem
+                yield from _events(answer)
+        except HopelessError as problem:
+            raise problem.about(url) from problem
 
     # ---- requests
 
@@ -164,31 +164,52 @@ class RunPod:
         body: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """One request without a retry. Raises TransientError for a failure that may pass."""
-        import httpx  # late: the pod's supervisor imports this module, and needs httpx only at its end
+        # Late: the pod's supervisor imports this module, and needs an HTTP client only at its end.
+        from trainer.network.client import open_client
 
-        url = f"{self.host}{path}"
-        try:
-            answer = httpx.request(
-                method, url, params=params, json=body, headers=self._headers(), timeout=self.retries.timeout
+        if problem := addresses.problem_of(self.host):
+            raise SettingsError(
+                f"RUNPOD_API_BASE_URL={addresses.shown(self.host)}: {problem}. Unset it, or write {HOST}."
             )
-        except httpx.RequestError as problem:
-            raise http.TransientError(f"{type(problem).__name__} ({problem})") from problem
+        asked: dict[str, Any] = {"params": params, "json": body, "headers": self._headers(), "follow_redirects": False}
+        with open_client(timeout=self.retries.timeout) as client:
+            answer = client.request(method, f"{self.host}{path}", **asked)
         http.check_status(answer, "RunPod")
         if not answer.is_success:
             raise refusal(answer, f"{method} {path}")
-        try:
-            content = answer.json() if answer.content else {}
-        except ValueError as problem:
-            raise http.TransientError("the answer is not JSON") from problem
+        content = http.parse_json(answer, "RunPod") if answer.content else {}
         if not isinstance(content, dict):
             return {}
         return content
 
 
+def _events(answer: httpx.Response) -> Iterator[tuple[str, str]]:
+    """(event id, log line) of a stream of server-sent events. What is no log line is left out."""
+    event_id = ""
+    for row in answer.iter_lines():
+        name, _, value = row.partition(":")
+        if name == "id":
+            event_id = value.strip()
+        elif name == "data":
+            try:
+                line = json.loads(value)["line"]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue
+            yield event_id, str(line)
+
+
+def _list(answer: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """The objects under `name` in an answer. Raises UnreachableError where it is not one of RunPod."""
+    found = answer.get(name)
+    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+        raise UnreachableError(f"RunPod's answer has no list of {name} (RUNPOD_API_BASE_URL leads to something else?).")
+    return found
+
+
 def _named(items: list[dict[str, Any]], name: str) -> dict[str, Any] | None:
     """The template or pod with this name, if there is one."""
     for item in items:
-        if item["name"] == name:
+        if item.get("name") == name:
             return item
     return None
 

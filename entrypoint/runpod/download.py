@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import time
@@ -11,13 +12,16 @@ from typing import Any, NamedTuple
 
 from entrypoint.runpod.api import RunPod
 from entrypoint.system.environment import child_environment
+from trainer.network.addresses import problem_of
 from trainer.spec.errors import SettingsError, UnreachableError
+from trainer.spec.values import printable
 
 READY_TIMEOUT_S = 600.0  # a pod that has to load its image again takes minutes
 SSH_TIMEOUT_S = 60.0  # of a running pod: the address follows within seconds, where the owner has a public key
 # A pod gets a new host key with each start, at an address that other pods had before.
 SSH_OPTIONS = ("-o", "StrictHostKeyChecking=accept-new", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR")
 SSH_VARIABLES = ("SSH_AUTH_SOCK", "SSH_ASKPASS", "DISPLAY")  # of the agent that holds the user's keys
+USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 ENDED_STATUSES = ("ERROR", "TERMINATED")
 
 
@@ -31,8 +35,17 @@ class SshHost(NamedTuple):
 
 def ssh_host(pod: Mapping[str, Any]) -> SshHost | None:
     """The pod's direct SSH address; None where it has none (yet), or no public key of its owner."""
-    direct = (pod.get("ssh") or {}).get("direct")
-    return SshHost(direct["username"], direct["host"], direct["port"]) if direct else None
+    ssh = pod.get("ssh")
+    direct = ssh.get("direct") if isinstance(ssh, Mapping) else None
+    if not direct:
+        return None
+    # Parts of a command: what begins with a hyphen would be an option of ssh, some of which run programs.
+    match direct:
+        case {"username": str(user), "host": str(host), "port": int(port)} if (
+            USER.fullmatch(user) and problem_of(f"ssh://{host}:{port}", schemes=("ssh",)) is None
+        ):
+            return SshHost(user, host, port)
+    raise UnreachableError(f"RunPod's answer has an SSH address that is none: {printable(str(direct))}.")
 
 
 def wait_for_ssh(api: RunPod, pod_id: str, *, timeout_s: float = READY_TIMEOUT_S) -> SshHost:
@@ -62,8 +75,10 @@ def commands(host: SshHost, folder: str, target: Path) -> list[list[str]]:
     """The commands that copy `folder`, in order of preference. rsync continues where an earlier copy was cut off."""
     ssh = ["ssh", "-p", str(host.port), *SSH_OPTIONS]
     address = f"{host.user}@{host.host}:{folder}"
-    rsync = ["rsync", "-av", "--partial", "-e", " ".join(ssh), f"{address}/", f"{target}/"]
-    scp = ["scp", "-r", "-P", str(host.port), *SSH_OPTIONS, f"{address}/.", f"{target}/"]
+    # Files and folders alone (-rt, not -a): a link that the pod sends could lead out of the folder, and so could what
+    # is written through it.
+    rsync = ["rsync", "-rtv", "--partial", "-e", " ".join(ssh), "--", f"{address}/", f"{target}/"]
+    scp = ["scp", "-r", "-P", str(host.port), *SSH_OPTIONS, "--", f"{address}/.", f"{target}/"]
     return [rsync, scp]
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from environs import Env, EnvValidationError
 
@@ -19,6 +18,8 @@ from entrypoint.settings.checks import Notes, absolute
 from entrypoint.settings.parsers import PARSERS, allowed_values
 from entrypoint.settings.row import Row
 from entrypoint.settings.variables import ALIASES, CONFIG_JSON, NAMES, ROWS, SECTIONS, Settings, section_rows
+from trainer.network import addresses
+from trainer.spec.errors import SettingsError
 from trainer.spec.values import is_text, show
 
 EXAMPLE = "docker run --gpus all -e BASE_MODEL={} -e DATASET_NAME=/data -v /path/of/your/images:/data ..."
@@ -108,8 +109,12 @@ def _clean(written: Mapping[str, str], notes: Notes) -> tuple[dict[str, str], se
 
 def _check_tokens(values: dict[str, str], environ: Mapping[str, str], notes: Notes) -> None:
     """Refuse what cannot be a token of huggingface.co; another host (HF_ENDPOINT) may have others."""
-    host = urlsplit(environ.get("HF_ENDPOINT", "").strip()).hostname
-    if host not in (None, "huggingface.co"):
+    try:
+        endpoint = addresses.hub_endpoint(environ)
+    except SettingsError as refused:
+        notes.add(str(refused))
+        return
+    if endpoint != addresses.HUB:
         return
     for name, row in ROWS.items():
         if row.kind == "secret" and name in values and (problem := clean.token_problem(values[name])):

@@ -11,7 +11,6 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,49 +20,13 @@ from PIL import Image
 from safetensors.numpy import save
 
 from tests.support.hub import Hub
+from tests.support.hub_process import Done, Process
 from trainer.spec.family import get_family
 
-ROOT = Path(__file__).parents[2]
 PATTERNS = get_family("flux").FACTS.files
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 QUICK = {"budget": 3.0, "first_wait": 0.05, "longest_wait": 0.2, "timeout": 2.0}
 TOKEN = "hf_canaryTOKENcanary"
-
-
-@dataclass
-class Done:
-    """What a call of the client ended with."""
-
-    code: int
-    data: dict[str, Any]
-    log: str
-
-
-class Process:
-    """`hub_client.py`, ready to answer."""
-
-    def __init__(self, endpoint: str, place: Path) -> None:
-        own = {"HF_ENDPOINT": endpoint, "HF_HOME": str(place), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}
-        self.environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | own
-        command = [sys.executable, str(ROOT / "tests" / "support" / "hub_client.py")]
-        self.process = subprocess.Popen(
-            command, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-        )
-
-    def send(self, job: dict[str, Any]) -> None:
-        assert self.process.stdin
-        self.process.stdin.write(json.dumps(job) + "\n")
-
-    def receive(self) -> Done:
-        assert self.process.stdout
-        line = self.process.stdout.readline()
-        assert line, "the client died"
-        assert TOKEN not in line
-        return Done(**json.loads(line))
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait(30)
 
 
 class Client:

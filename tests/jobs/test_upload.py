@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import signal
+import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from safetensors.numpy import save
 from entrypoint.fetch import http
 from entrypoint.processes import upload
 from tests.support.hub import Hub
+from tests.support.hub_process import Process
 from trainer.spec.errors import GatedError, SettingsError
 
 ROOT = Path(__file__).parents[2]
@@ -198,6 +201,187 @@ def test_a_save_that_cannot_be_uploaded_is_no_failure(hub, asked, out, tmp_path)
         wait_for(lambda: fault.fired == 3)
         assert finish() == 0
     assert hub.repos["model", "me/lora"].log[-1] == "Kiln: x"
+
+
+# ---- the process and the Hub's client may fail in any way
+
+
+NONSENSE = {
+    "a list": b"[]",
+    "an empty object": b"{}",
+    "a number": b"7",
+    "objects of another kind": b'{"objects": 3, "files": 3}',
+    "a page": b"<html>Log in</html>",
+    "deep nesting": b"[" * 100_000,
+    "an address of a file": b'{"objects": [{"oid": "x", "size": 1, "actions": {"upload": {"href": "file:///etc/passwd"}}}]}',
+    "another oid": b'{"objects": [{"oid": "ff", "size": 1, "error": {"message": "\\u001b[2J"}}], "files": [{}]}',
+    "nothing": b"",
+}
+
+
+@pytest.fixture(scope="module")
+def client(server, tmp_path_factory):
+    """The code of the uploading process in one that serves many tests."""
+    running = Process(server.endpoint, tmp_path_factory.mktemp("home"))
+    yield running
+    running.kill()
+
+
+def final(client, job):
+    """What the upload of the final files ends with."""
+    client.send({"call": "upload", "job": dataclasses.asdict(job)})
+    return client.receive()
+
+
+@pytest.mark.parametrize("body", NONSENSE.values(), ids=NONSENSE)
+@pytest.mark.parametrize("path", ["*/info/lfs/objects/batch", "*/commit/main", "*/preupload/main", "*/auth-check/*"])
+def test_nonsense_of_the_hub_is_75_and_the_next_try_uploads(hub, asked, out, client, path, body):
+    hub.add("model", "me/lora", {})
+    method = "GET" if "auth" in path else "POST"
+    fault = hub.fault(path, method=method, status=200, times=1000, body=body)
+    short = replace(asked, at_end=replace(QUICK, budget=0.2))
+    done = final(client, short)
+    assert fault.fired and (done.code == 75 or method == "GET")
+    assert "\x1b" not in done.log
+    fault.times = 0
+    assert final(client, asked).code == 0 and files(hub)["x.safetensors"] == (out / "x.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        *((401, 77), (402, 77), (403, 77), (404, 77), (413, 77), (400, 78), (422, 78), (507, 75)),
+        *((408, 75), (409, 75), (412, 75), (429, 75), (500, 75), (503, 75), (520, 75)),
+    ],
+)
+def test_every_status_of_a_commit_has_its_code(hub, asked, client, status, code):
+    fault = hub.fault("*/commit/main", method="POST", status=status, times=1000)
+    done = final(client, replace(asked, at_end=replace(QUICK, budget=0.2)))
+    assert done.code == code and "PUSH_TO_HUB=me/lora" in done.data["message"]
+    assert fault.fired and (fault.fired == 1) == (code != 75)
+
+
+@pytest.mark.parametrize("wait", ["31536000", "Fri, 31 Dec 2999 23:59:59 GMT"])
+def test_a_wait_of_a_year_is_not_waited_for(hub, asked, client, wait):
+    fault = hub.fault("*/commit/main", method="POST", status=429, headers={"Retry-After": wait}, times=9)
+    assert final(client, asked).code == 75 and fault.fired == 1
+
+
+def test_no_wait_at_all_is_waited_all_the_same(hub, asked, client):
+    fault = hub.fault("*/commit/main", method="POST", status=429, headers={"Retry-After": "0"}, times=1000)
+    assert final(client, asked).code == 75 and fault.fired < 30
+
+
+def test_a_signed_address_that_has_expired_is_asked_for_again(hub, asked, client):
+    put = hub.fault("/put/*", method="PUT", status=403)
+    assert final(client, asked).code == 0 and put.fired == 1
+
+
+def test_the_clients_own_protocol_may_fail(hub, asked, out, tmp_path, capfd):
+    """Xet, which nobody has switched off: its errors are FileNotFoundError, PermissionError, RuntimeError."""
+    mine = {name: value for name, value in environment(hub, tmp_path).items() if name != "HF_HUB_DISABLE_XET"}
+    patient = replace(asked, at_end=replace(QUICK, budget=60.0))
+    with upload.beside(patient, mine) as finish:
+        assert finish() == 0
+    assert files(hub)["x.safetensors"] == (out / "x.safetensors").read_bytes()
+    assert hub.asked("*/xet-write-token/*") and "does without its Xet protocol" in "".join(capfd.readouterr())
+
+
+def test_a_repository_that_is_gone_at_the_end_is_made_again(hub, asked, out, tmp_path):
+    with upload.beside(asked, environment(hub, tmp_path)) as finish:
+        del hub.repos["model", "me/lora"]
+        assert finish() == 0
+    assert files(hub)["x.safetensors"] == (out / "x.safetensors").read_bytes()
+
+
+def test_a_token_that_is_revoked_in_the_middle_is_77(hub, asked, tmp_path):
+    with upload.beside(asked, environment(hub, tmp_path)) as finish:
+        hub.writers.clear()
+        assert finish() == 77
+
+
+def test_a_network_that_is_gone_at_the_end_is_75(asked, tmp_path):
+    with Hub() as gone:
+        gone.writers = {TOKEN}
+        with upload.beside(asked, environment(gone, tmp_path)) as finish:
+            gone.server.shutdown()
+            gone.server.server_close()
+            assert finish() == 75
+
+
+def test_a_process_that_is_killed_is_started_again(hub, asked, out, tmp_path, capfd):
+    """Before the end, and in the middle of the commit."""
+    with upload.beside(asked, environment(hub, tmp_path)) as finish:
+        kill_children()
+        stalled = hub.fault("*/commit/main", method="POST", stall_at=0)
+        killer = threading.Thread(target=lambda: (stalled.reached.wait(60), kill_children()))
+        killer.start()
+        assert finish() == 0
+        killer.join()
+        stalled.released.set()
+    assert files(hub)["x.safetensors"] == (out / "x.safetensors").read_bytes()
+    assert upload.is_done(asked, out / "x.safetensors") and "was the memory full?" in "".join(capfd.readouterr())
+
+
+def test_a_process_that_dies_each_time_is_75(hub, asked, out, tmp_path, capfd):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "huggingface_hub.py").write_text("import os, sys\nprint('ready')\nos.abort()\n")
+    mine = environment(hub, tmp_path) | {"PYTHONPATH": str(broken)}
+    with upload.beside(asked, mine) as finish:
+        assert finish() == 75
+    printed = "".join(capfd.readouterr())
+    assert "Training continues" not in printed and "Start the same job again to upload it" in printed
+
+
+def test_a_client_that_fails_in_its_own_way_is_75(hub, asked, out, tmp_path, capfd):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "huggingface_hub.py").write_text("class Odd(BaseException): pass\nraise Odd('s3cret')\n")
+    mine = environment(hub, tmp_path) | {"PYTHONPATH": str(broken)}
+    with upload.beside(asked, mine) as finish:
+        assert finish() == 75
+    assert "s3cret" not in "".join(capfd.readouterr())
+
+
+def test_a_machine_that_starts_no_process_trains_all_the_same(hub, asked, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "missing"))
+    with upload.beside(asked, environment(hub, tmp_path)) as finish:
+        assert finish() == 75
+
+
+def test_a_process_that_hangs_is_ended_in_time(hub, asked, tmp_path, monkeypatch):
+    monkeypatch.setattr(upload, "PROCESSES", 1)
+    with upload.beside(asked, environment(hub, tmp_path)) as finish:
+        monkeypatch.setattr(upload, "STARTUP_S", 0.0)
+        for child in children():
+            os.kill(int(child.name), signal.SIGSTOP)
+        began = time.monotonic()
+        assert finish() == 75 and time.monotonic() - began < 4
+
+
+@pytest.mark.parametrize("endpoint", ["http://[::1", "ftp://x", "http://a:99999", "x", "http://a..b", "\x01"])
+def test_an_odd_address_of_the_hub_is_78(asked, tmp_path, endpoint):
+    mine = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_ENDPOINT": endpoint}
+    with pytest.raises(SettingsError, match="HF_ENDPOINT"):
+        with upload.beside(asked, mine):
+            pytest.fail("nothing begins")
+
+
+def test_a_status_of_somebody_else_leads_nowhere(hub, asked, out, tmp_path):
+    """A status.json is read back from the output folder, which others may write to."""
+    (tmp_path / "sample").mkdir()
+    (tmp_path / "sample" / "private.png").write_bytes(b"private")
+    for name, folder in (("x", ".."), ("x", "/etc"), ("../x", "."), ("x", str(tmp_path)), ("x", 7), ("x\0", ".")):
+        (out / "status.json").write_text(json.dumps({"started": time.time(), "run": name, "run_folder": folder}))
+        assert upload.current_run(asked) is None
+    assert uploaded(asked, hub, tmp_path) == 0
+    assert not [name for name in files(hub) if "private" in name]
+
+
+def kill_children():
+    for child in children():
+        os.kill(int(child.name), signal.SIGKILL)
 
 
 def test_the_token_is_in_no_argument_and_no_environment(hub, asked, tmp_path):

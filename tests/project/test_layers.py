@@ -21,7 +21,7 @@ LAYERS = {  # from the bottom; packages on one layer do not import each other
     "trainer": (
         ("process",),
         ("spec",),
-        ("storage",),
+        ("storage", "network"),
         ("lora_files", "base_model"),
         ("engine",),
         ("families", "data"),
@@ -48,7 +48,7 @@ ENGINE_LAYERS = (  # within the engine, likewise
     ("memory",),
 )
 WITHOUT_TORCH = (
-    *("trainer.process", "trainer.spec", "trainer.storage"),
+    *("trainer.process", "trainer.spec", "trainer.storage", "trainer.network"),
     "trainer.base_model.light_tokenizer",
     *("trainer.base_model.model_folder", "trainer.base_model.weight_kinds", "trainer.base_model.without_weights"),
     *("trainer.lora_files.contents", "trainer.lora_files.inspect", "trainer.lora_files.key_names"),
@@ -58,7 +58,10 @@ WITHOUT_TORCH = (
 )
 NEEDS_TORCH = "trainer.storage.safetensors_writer"
 MOST_MODULES = 14
-HEAVY = ("torch", "diffusers", "transformers", "peft", "numpy", "datasets", "huggingface_hub", "PIL", "safetensors")
+HEAVY = (
+    *("torch", "diffusers", "transformers", "peft", "numpy", "datasets", "huggingface_hub", "PIL", "safetensors"),
+    *("httpx", "httpcore"),
+)
 
 
 def name_of(path: Path) -> str:

@@ -107,6 +107,16 @@ def test_nothing_is_unpickled(path):
 
 
 @every_file
+def test_one_client_speaks_http(path):
+    """Its bounds (trainer/network) hold for every server that is asked."""
+    if path.parent.name == "network":
+        return
+    assert not imports(path) & {"requests", "urllib3", "aiohttp", "http.client", "urllib.request", "httpcore"}
+    opened = r"httpx\.(Client|AsyncClient|HTTPTransport|get|head|post|put|patch|delete|stream|request)\("
+    assert found_in(path, opened) == []
+
+
+@every_file
 def test_programs_are_started_with_an_environment_made_for_them(path):
     """Never with all of ours, in which the secrets are. (The trainer's own is such a one already.)"""
     if path.is_relative_to(ROOT / "entrypoint"):

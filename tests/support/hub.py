@@ -30,6 +30,7 @@ class Fault:
     times: int = 1
     status: int | None = None  # answer with this status
     headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""  # of the answer with this status
     cut_at: int | None = None  # close the connection after this byte of the file
     stall_at: int | None = None  # send nothing more after this byte of the file
     flip_at: int | None = None  # change this byte of the file
@@ -200,7 +201,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.log.append(self.asked)
         self.ordered = self.hub.take_fault(self.command, path)
         if self.hub.down or (self.ordered and self.ordered.status):
-            self._send(self.ordered.status if self.ordered else 503, b"", self.ordered.headers if self.ordered else {})
+            ordered = self.ordered or Fault("*", status=503)
+            self._send(ordered.status or 503, ordered.body, ordered.headers)
         elif self.command in ("POST", "PUT") or "/auth-check/" in path:
             uploads.answer(self, path, token, body)
         elif path.startswith("/cdn/"):

@@ -1,7 +1,7 @@
 """Calls functions of the entrypoint in a process of its own: the Hub's client reads HF_ENDPOINT when it is imported.
 
-Reads one JSON object a line, {"call": "model" | "source" | "preflight", ...}; answers each with one: the exit code,
-what the function returned or the error, and what was logged.
+Reads one JSON object a line, {"call": "model" | "source" | "preflight" | "upload", ...}; answers each with one: the exit
+code, what the function returned or the error, and what was logged.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ import dataclasses
 import json
 import logging
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 from entrypoint.fetch.fetch import fetch_model, fetch_source
 from entrypoint.fetch.http import RetryPolicy
 from entrypoint.planning.preflight import preflight
+from entrypoint.processes import upload
+from entrypoint.processes.uploader import Uploader
 from trainer.spec.errors import KilnError
 from trainer.spec.plan import ModelPlan, Plan, Source
 
@@ -32,6 +35,10 @@ class Lines(logging.Handler):
 
 
 def call(job: dict[str, Any]) -> dict[str, Any]:
+    if job["call"] == "upload":
+        policies = {name: RetryPolicy(**job["job"][name]) for name in ("at_start", "at_end")}
+        Uploader(upload.Job(**job["job"] | policies), threading.Event()).final()
+        return {}
     retries, token, hub_cache = RetryPolicy(**job["patience"]), job["token"], Path(job["hub_cache"])
     if job["call"] == "model":
         model = ModelPlan(base="flux", family="flux", source=job["source"], **job["fields"])

@@ -8,11 +8,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from trainer.base_model import model_folder, without_weights
 from trainer.base_model.without_weights import Vocabulary
+from trainer.network import addresses
+from trainer.network.errors import HopelessError, TransientError
 from trainer.spec.errors import GatedError, SettingsError, StorageError, UnreachableError
 from trainer.spec.family import OPTIONAL, BaseModel
 from trainer.storage import atomic
@@ -28,9 +31,9 @@ def bring_model(model: BaseModel, patterns: Sequence[str], *, where: str) -> Pat
     """
     if Path(model.source).is_absolute():
         return Path(model.source)
-    from huggingface_hub import constants, snapshot_download
+    page = f"{addresses.hub_endpoint(os.environ)}/{model.source}"
+    from huggingface_hub import snapshot_download
 
-    page = f"{constants.ENDPOINT}/{model.source}"
     log.info("%s: fetching from %s what is not here yet.", where, page)
     plain = [pattern.removeprefix(OPTIONAL) for pattern in patterns]
     with _named_errors(model.source, where=where):
@@ -49,6 +52,7 @@ def bring_vocabularies(vocabularies: Sequence[Vocabulary], *, option: str) -> No
     """
     if not vocabularies:
         return
+    addresses.hub_endpoint(os.environ)
     from huggingface_hub import hf_hub_download
 
     try:
@@ -80,10 +84,14 @@ def advised(missing_parts: Callable[[], list[str]]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _named_errors(repository: str, *, where: str) -> Iterator[None]:
-    """The errors of huggingface_hub, by what they mean for the command."""
+    """The errors of huggingface_hub, by what they mean for the command. Inside, it speaks through our client."""
     import httpx
-    from huggingface_hub import constants, errors
+    from huggingface_hub import constants, errors, set_client_factory
 
+    from trainer.network.client import open_library_client
+
+    set_client_factory(open_library_client)
+    constants.HF_HUB_DISABLE_XET = True  # which would speak through a client of its own
     page = f"{constants.ENDPOINT}/{repository}"
     unreachable = functools.partial(UnreachableError, _unreachable(where, page))
     try:
@@ -100,8 +108,10 @@ def _named_errors(repository: str, *, where: str) -> Iterator[None]:
         ) from problem
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as problem:
         raise unreachable() from problem
-    except httpx.RequestError as problem:
+    except (httpx.RequestError, TransientError) as problem:
         raise unreachable() from problem
+    except HopelessError as problem:
+        raise problem.about(where) from problem
     except OSError as problem:
         if problem.errno not in atomic.VOLUME_ERRORS:
             raise unreachable() from problem

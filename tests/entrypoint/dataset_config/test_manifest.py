@@ -7,7 +7,6 @@ import http.server
 import json
 import os
 import threading
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -372,28 +371,25 @@ def url():
     server.server_close()
 
 
-direct = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
-
-
 @pytest.mark.parametrize("path", ["/dataset.json", "/dataset.toml", "/dataset.json?key=1"])
 def test_dataset_json_may_be_a_url(url, path):
-    assert read(url + path, open_url=direct).datasets[0].subsets[0].num_repeats == 4
+    assert read(url + path).datasets[0].subsets[0].num_repeats == 4
 
 
 def test_prompts_may_be_a_url(url):
-    assert [p.text for p in read(None, url + "/prompts", open_url=direct).prompts] == ["a cat", "a dog"]
+    assert [p.text for p in read(None, url + "/prompts").prompts] == ["a cat", "a dog"]
 
 
 @pytest.mark.parametrize(("path", "reason"), [("/missing", "answers 404"), ("/large", "larger than 1 MiB")])
 def test_a_url_without_the_file_is_refused(url, path, reason):
-    message = refusal(f"{url}{path}?key=canary", open_url=direct)
+    message = refusal(f"{url}{path}?key=canary")
     assert reason in message and "canary" not in message
 
 
 def test_a_server_that_is_busy_or_gone_is_worth_another_try(url):
     for address in (f"{url}/busy", "http://127.0.0.1:1/x.json"):
         with pytest.raises(UnreachableError):
-            read(address, open_url=direct)
+            read(address)
 
 
 # ---- prompts

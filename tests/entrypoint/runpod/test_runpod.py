@@ -176,7 +176,7 @@ def test_status_tells_how_to_fetch_the_results(server, command):
     code, printed = command("status")
     assert code == 0 and printed.count("\n") == 3 and "$0.69/h" in printed
     printed = command("status", "a1")[1]
-    assert re.search(r"rsync -av --partial -e 'ssh -p 34446 .*' root@195.0.2.3:/workspace/output/ output/\n", printed)
+    assert re.search(r"rsync -rtv --partial -e 'ssh -p 34446 .*' -- root@195.0.2.3:/workspace/output/ out", printed)
     assert "runpodctl send /workspace/output" in command("status", "b2")[1]
     assert "It starts the pod again" in command("status", "c3")[1]
     code, printed = command("status", "d4")
