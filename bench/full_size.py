@@ -11,7 +11,7 @@ import torch
 
 from bench import original_names as original
 from bench.step import FLUX, SD3, SDXL
-from trainer.base_model import single_file
+from trainer.base_model import loading
 from trainer.spec.family import get_family
 
 VAE = {
@@ -71,16 +71,16 @@ def write_configs(folder: Path, name: str, changes: dict[str, dict[str, Any]]) -
     """
     small = original.miniature(name)
     shutil.copytree(small, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    index = json.loads((small / "model_index.json").read_text())
     models = {}
-    for part, subfolder in get_family(name).FACTS.parts.items():
+    facts = get_family(name).FACTS
+    for part, subfolder in facts.parts.items():
         path = folder / subfolder / "config.json"
         if part in changes:
             config = json.loads(path.read_text())
             class_keys = {key: config[key] for key in CLASS_KEYS if key in config}
             path.write_text(json.dumps({**class_keys, **changes[part]}))
-        library, class_name = index[subfolder]
-        models[part] = single_file.empty_model(library, class_name, path.parent)
-        if library == "diffusers":
+        kind = facts.kinds[subfolder]
+        models[part] = loading.empty_model(kind, path.parent)
+        if kind.library == "diffusers":
             models[part].save_config(path.parent)
     return models

@@ -23,6 +23,7 @@ from entrypoint.fetch.http import RetryPolicy
 from trainer.base_model import model_folder, without_weights
 from trainer.network import addresses
 from trainer.spec.errors import DataError, GatedError, SettingsError, UnreachableError
+from trainer.spec.family import Facts, get_family
 from trainer.spec.plan import ModelPlan, Source
 from trainer.spec.values import as_integer, printable, some
 from trainer.storage.atomic import human_size
@@ -57,12 +58,13 @@ def fetch_model(
     if published := without_weights.published(model):
         return replace(model, path=str(local_weights.assemble(model, published, hub_cache=hub_cache, retries=retries)))
     variable = model_folder.variable(model)
+    facts = get_family(model.family).FACTS
     if folder := local_model(model):
         model_folder.check_kind(variable, folder, model)
-        model_folder.check_folder(variable, folder, patterns)
+        model_folder.check_folder(variable, folder, patterns, facts)
         return replace(model, path=str(folder))
     repo = model_repo(model, token=token, hub_cache=hub_cache, retries=retries)
-    cached = cached_model(repo, patterns)
+    cached = cached_model(repo, patterns, facts)
     sure = cached.commit if cached is not None and cached.is_verified else None
     if cached is None or sure is None or repo.revision != sure:
         try:
@@ -75,14 +77,16 @@ def fetch_model(
                 configs = [f for f in files if f.name.endswith("config.json") or f.name == "model_index.json"]
                 folder = hub.bring(repo, listing, configs)
                 model_folder.check_kind(variable, folder, model)
-                model_folder.check_quantised(variable, folder, [f.name for f in configs])
+                names = [f.name for f in configs]
+                model_folder.check_quantised(variable, folder, names)
+                model_folder.check_configs(variable, folder, names, facts, configs_only=True)
                 cached = hub.Cached(listing.commit, hub.bring(repo, listing, files), is_verified=True)
         except (UnreachableError, GatedError) as problem:
             if cached is None:
                 raise
             logger.warning("%s The cache has %s at commit %s: using that.", problem, repo.name, cached.commit)
     assert cached is not None
-    model_folder.check_folder(variable, cached.folder, patterns)
+    model_folder.check_folder(variable, cached.folder, patterns, facts)
     model_folder.check_kind(variable, cached.folder, model)
     return replace(model, commit=cached.commit, path=str(cached.folder))
 
@@ -205,12 +209,12 @@ def _on_this_machine(source: Source) -> tuple[Path, str | None]:
     return path, special_kind(mode) or "a file"
 
 
-def cached_model(repo: hub.Repo, patterns: tuple[str, ...]) -> hub.Cached | None:
+def cached_model(repo: hub.Repo, patterns: tuple[str, ...], facts: Facts) -> hub.Cached | None:
     """A complete snapshot of the model in the cache, whichever tool downloaded it; None if there is none."""
     cached = hub.cached_snapshot(repo, lambda names: model_folder.wanted(names, patterns))
     if cached is not None and not cached.is_verified:
         try:
-            model_folder.check_folder(repo.variable, cached.folder, patterns)
+            model_folder.check_folder(repo.variable, cached.folder, patterns, facts)
         except SettingsError:
             return None
     return cached

@@ -64,7 +64,13 @@ def _fill(place: Path) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(dir=place) as scratch:  # /tmp may be small
             own = child_environment(os.environ, network=True) | package_index(os.environ) | {"TMPDIR": scratch}
             done = subprocess.run(  # noqa: S603
-                command, env=own, capture_output=True, text=True, timeout=PIP_TIMEOUT_S, check=False
+                command,
+                env=own,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=PIP_TIMEOUT_S,
+                check=False,
             )
         if done.returncode != 0:
             # pip first says that it retries, and last why it gives up.

@@ -69,7 +69,15 @@ def unpack(snapshot: Path, target: Path, asked: Asked) -> dict[str, Any]:
         kept |= {"PYTHONPATH": str(Path(__file__).parents[2]), "HOME": scratch, "HF_HOME": scratch}
         kept |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "USE_TORCH": "0"}
         command = [sys.executable, "-m", "entrypoint.fetch.hub_rows", json.dumps({**job, "scratch": scratch})]
-        done = subprocess.run(command, env=kept, stdout=subprocess.PIPE, text=True, encoding="utf-8", check=False)  # noqa: S603
+        done = subprocess.run(  # noqa: S603
+            command,
+            env=kept,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            check=False,
+        )
     answer = json.loads(done.stdout) if done.returncode == 0 else {}
     if "facts" in answer:
         return dict(answer["facts"])

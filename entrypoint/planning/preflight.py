@@ -29,6 +29,7 @@ from trainer.spec.plan import AUTO, ModelPlan, Plan, Source, Subset
 from trainer.spec.values import printable, some
 from trainer.spec.weight_formats import PRECISIONS
 from trainer.storage.atomic import human_size, storage_error
+from trainer.storage.read import files_below
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +158,8 @@ def _model_bytes(
     model: ModelPlan, space: NeededSpace, *, token: str | None, hub_cache: Path, retries: RetryPolicy
 ) -> int:
     """Bytes of the model's files, converted ones included. Checks the files: a folder's headers, else their names."""
-    patterns = model_folder.file_patterns(get_family(model.family).FACTS, model.parts)
+    facts = get_family(model.family).FACTS
+    patterns = model_folder.file_patterns(facts, model.parts)
     converted_bytes = single_files.converted_bytes(model)
     space.add("CACHE_PATH", "converted weights", converted_bytes)
     if published := without_weights.published(model):
@@ -170,11 +172,11 @@ def _model_bytes(
     variable = model_folder.variable(model)
     if folder := fetch.local_model(model):
         model_folder.check_kind(variable, folder, model)
-        model_folder.check_folder(variable, folder, patterns)
+        model_folder.check_folder(variable, folder, patterns, facts)
         logger.info("To fetch for the model: nothing. %s is here.", folder)
         return _weight_bytes(folder) + converted_bytes
     repo = fetch.model_repo(model, token=token, hub_cache=hub_cache, retries=retries)
-    cached = fetch.cached_model(repo, patterns)
+    cached = fetch.cached_model(repo, patterns, facts)
     if cached is not None:
         logger.info("To fetch for the model: nothing. HF_HOME has %s at commit %s.", repo.name, cached.commit[:12])
         return _weight_bytes(cached.folder) + converted_bytes
@@ -207,7 +209,7 @@ def _download_bytes(repo: hub.Repo, patterns: tuple[str, ...], space: NeededSpac
 
 
 def _weight_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    return sum(path.stat().st_size for path in files_below(folder) if path.suffix == ".safetensors")
 
 
 # ---- the sources of images

@@ -133,7 +133,7 @@ def _part_problem(part: str, path: str, base_model: str, facts: Facts) -> str | 
             return "leaves out a part that the base model needs"
         return None
     if is_folder(path):
-        return model_folder.part_folder_problem(Path(absolute(path)))
+        return model_folder.part_folder_problem(Path(absolute(path)), facts.kinds[facts.parts[part]])
     if problem := path_problem(path):
         return problem
     if not is_file(path):

@@ -80,7 +80,7 @@ def launch(plan: Plan, *, environment: Mapping[str, str]) -> int:
             for own in _environments(plan, team.folder, environment):
                 if not team.children:
                     own[vitals.VARIABLE] = path
-                team.children.append(subprocess.Popen(arguments, env=own))  # noqa: S603
+                team.children.append(subprocess.Popen(arguments, env=own, stdin=subprocess.DEVNULL))  # noqa: S603
             for number in early:
                 team.children[0].send_signal(number)
             outcome = _watch(team)

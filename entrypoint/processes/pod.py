@@ -35,7 +35,14 @@ def asked_to_end(action: str, pod: str, environ: Mapping[str, str], retries: Ret
         return False
     words = {"stop": ("stop", "pod"), "terminate": ("remove", "pod")}[action]
     own = {**child_environment(environ, network=True), **{k: environ[k] for k in ("RUNPOD_API_KEY",) if k in environ}}
-    done = subprocess.run([program, *words, pod], env=own, capture_output=True, timeout=120, check=False)  # noqa: S603
+    done = subprocess.run(  # noqa: S603
+        [program, *words, pod],
+        env=own,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
     return done.returncode == 0
 
 
@@ -52,7 +59,9 @@ def start_ssh(environ: Mapping[str, str]) -> None:
         keys.chmod(0o600)
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
         for command in (["/usr/bin/ssh-keygen", "-A"], [str(server), "-o", "PasswordAuthentication=no"]):
-            subprocess.run(command, env=child_environment(environ), check=True, capture_output=True)  # noqa: S603
+            subprocess.run(  # noqa: S603
+                command, env=child_environment(environ), stdin=subprocess.DEVNULL, check=True, capture_output=True
+            )
         log.info("SSH accepts the keys of this RunPod account.")
     except (OSError, subprocess.CalledProcessError) as problem:
         log.warning("SSH could not be started: %s", problem)

@@ -143,6 +143,7 @@ TARGETS = {
     "check": Target(whole.check, (), as_kept=whole.as_json(whole.drawn_check), is_run=True),
     "scan": Target(whole.scan_folder, (), as_kept=whole.as_json(whole.drawn_scan), is_run=True),
     "hub": Target(whole.hub, (), as_kept=whole.as_json(draw.hub_case), is_run=True),
+    "model": Target(whole.model, (), as_kept=whole.as_model_case, is_run=True),
     "start": Target(whole.start, (), as_kept=whole.as_json(whole.drawn_output), is_run=True),
 }
 

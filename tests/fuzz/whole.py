@@ -144,6 +144,23 @@ def hub(data: bytes) -> None:
     _run(lambda: _code_of(written), may_write=True)
 
 
+def model(data: bytes) -> None:
+    """A model's folder, by all that reads it before and in a job."""
+    from tests.fuzz import models  # it imports torch and the libraries, before the time counts
+
+    case = case_of(data, models.model_case)
+    sandbox.emptied(root())
+    (root() / "cwd").mkdir()
+    models.prepare(case, root() / "model", sandbox.make)
+    _run(lambda: _code_of(lambda: models.read_all(case, root() / "model", root() / "cache")), may_write=True)
+
+
+def as_model_case(data: bytes) -> bytes:
+    from tests.fuzz import models
+
+    return as_json(models.model_case)(data)
+
+
 # ---- how they run
 
 

@@ -147,7 +147,10 @@ def _in_live_modules(session, *, chosen, files, options, out) -> int:  # type: i
         if mutant.function:
             used = callers[(mutant.module, mutant.function)]
         else:
-            used = sorted({t.name: t for c, ts in callers.items() if c[0] == mutant.module for t in ts}.values(), key=lambda t: t.seconds)
+            used = sorted(
+                {t.name: t for c, ts in callers.items() if c[0] == mutant.module for t in ts}.values(),
+                key=lambda t: t.seconds,
+            )
         used = [test for test in used if test.name.partition("::")[0] in mapped]
         seconds = sum(test.seconds for test in used)
         names = [test.name for test in used]
@@ -184,7 +187,9 @@ def _profiles(session, modules: Sequence[str], options: argparse.Namespace) -> d
     for file in by_file:
         outputs[file] = KEPT / hashlib.sha256((ROOT / file).read_bytes() + code).hexdigest()[:24]
     new = [file for file, output in outputs.items() if not output.exists()]
-    tasks = [(PROFILE_S, partial(_profile, session, by_file[file], modules, options.longest, outputs[file])) for file in new]
+    tasks = [
+        (PROFILE_S, partial(_profile, session, by_file[file], modules, options.longest, outputs[file])) for file in new
+    ]
     for index, _ in warm.in_forks(tasks, options.processes):
         print(f"profiled {new[index]}", file=sys.stderr)
     tests: dict[str, Test] = {}
@@ -223,7 +228,9 @@ def _report(chosen: Sequence[Mutant], results: dict[Mutant, int], seconds: float
     codes = [code for group in by_module.values() for code in group]
     noticed = sum(code != SURVIVED for code in codes)
     late = sum(code == TIMED_OUT for code in codes)
-    print(f"{100 * noticed / max(len(codes), 1):5.1f} % {noticed:4} of {len(codes):4}  all; {late} of them by the time limit; {seconds:.0f} s")
+    print(
+        f"{100 * noticed / max(len(codes), 1):5.1f} % {noticed:4} of {len(codes):4}  all; {late} of them by the time limit; {seconds:.0f} s"
+    )
     for mutant in chosen:
         if results.get(mutant) == SURVIVED:
             print(f"survived: {mutant.module}:{mutant.line} | {mutant.function} | {mutant.change}")

@@ -21,6 +21,8 @@ WITH_VENDORS = {
     "trainer/engine/quantization/formats.py",
     "trainer/spec/weight_formats.py",
 }
+# They make the miniatures, from nothing that others published.
+MAKERS = ("trainer/families/miniatures/make.py", "trainer/families/miniatures/tokens.py")
 
 
 def name(path: Path) -> str:
@@ -106,6 +108,46 @@ def test_nothing_is_unpickled(path):
     assert found_in(path, r"torch\.load\b|allow_pickle\s*=\s*True|weights_only\s*=\s*False") == []
 
 
+# Calls that read what others published, with code in it or not, and the only files that may make them.
+READERS_OF_MODELS = {
+    "from_pretrained": ("trainer/base_model/loading.py", *MAKERS),
+    "from_config": ("trainer/base_model/loading.py",),
+    "load_dataset_builder": ("entrypoint/fetch/hub_rows.py",),
+    "snapshot_download": ("trainer/base_model/hub_files.py",),
+    "hf_hub_download": ("trainer/base_model/hub_files.py",),
+    **dict.fromkeys(("load_config", "load_dataset", "from_single_file", "load_lora_weights", "load_attn_procs"), ()),
+    **dict.fromkeys(
+        ("load_state_dict_from_url", "get_class_from_dynamic_module", "from_pt", "load_textual_inversion"), ()
+    ),
+}
+
+
+@every_file
+def test_what_others_published_is_read_in_one_place(path):
+    """There, configs and tokenizers are checked first, and no code of a repository is run."""
+    calls = [node for node in walk(path) if isinstance(node, ast.Call)]
+    found = []
+    for call in calls:
+        function = ast.unparse(call.func).split(".")[-1]
+        if function in READERS_OF_MODELS and name(path) not in READERS_OF_MODELS[function]:
+            found.append(f"{call.lineno}: {function}")
+        trusted = [word.value for word in call.keywords if word.arg == "trust_remote_code"]
+        if any(not isinstance(value, ast.Constant) or value.value is not False for value in trusted):
+            found.append(f"{call.lineno}: trust_remote_code")
+    names = [alias.name for node in walk(path) if isinstance(node, ast.ImportFrom) for alias in node.names]
+    # These classes take the name of another class, or a file of code, from a config.
+    found += [word for word in names if re.match(r"Auto(?!encoder)[A-Z]", word) and name(path) not in MAKERS]
+    assert found == []
+
+
+def test_transformers_is_told_to_run_no_code():
+    path = ROOT / "trainer/base_model/loading.py"
+    calls = [node for node in walk(path) if isinstance(node, ast.Call) and "from_pretrained" in ast.unparse(node.func)]
+    words = [{word.arg for word in call.keywords} for call in calls]
+    assert len(calls) == 2 and sum("trust_remote_code" in own for own in words) == 1
+    assert all({"use_safetensors", "local_files_only"} <= own for own in words)
+
+
 @every_file
 def test_one_client_speaks_http(path):
     """Its bounds (trainer/network) hold for every server that is asked."""
@@ -118,11 +160,16 @@ def test_one_client_speaks_http(path):
 
 @every_file
 def test_programs_are_started_with_an_environment_made_for_them(path):
-    """Never with all of ours, in which the secrets are. (The trainer's own is such a one already.)"""
+    """Never with all of ours, in which the secrets are. (The trainer's own is such a one already.)
+
+    Nor with our stdin: no library may ask a question there.
+    """
     if path.is_relative_to(ROOT / "entrypoint"):
         calls = [n for n in walk(path) if isinstance(n, ast.Call) and ast.unparse(n.func).startswith("subprocess.")]
         starts = [c for c in calls if ast.unparse(c.func).split(".")[-1] in ("run", "Popen", "call", "check_output")]
-        assert [c.lineno for c in starts if "env" not in {k.arg for k in c.keywords}] == []
+        # That one runs what the user types, with the user's own terminal.
+        needed = {"env"} if name(path) == "entrypoint/runpod/download.py" else {"env", "stdin"}
+        assert [c.lineno for c in starts if not needed <= {k.arg for k in c.keywords}] == []
 
 
 @every_file

@@ -10,7 +10,7 @@ import torch
 
 from bench import original_names
 from bench.layouts import write_zeros
-from trainer.base_model.single_file import empty_model
+from trainer.base_model.loading import empty_model
 from trainer.spec.family import base_models, get_family
 
 State = dict[str, torch.Tensor]
@@ -34,9 +34,9 @@ def parts(base: str) -> dict[str, State]:
             path = Path(place) / name
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(config))
-        index = model.published.configs["model_index.json"]
-        for part, folder in get_family(family).FACTS.parts.items():
-            states[part] = state(empty_model(*index[folder], Path(place) / folder))
+        facts = get_family(family).FACTS
+        for part, folder in facts.parts.items():
+            states[part] = state(empty_model(facts.kinds[folder], Path(place) / folder))
     return states
 
 

@@ -17,13 +17,14 @@ from trainer.base_model.without_weights import Vocabulary
 from trainer.network import addresses
 from trainer.network.errors import HopelessError, TransientError
 from trainer.spec.errors import GatedError, SettingsError, StorageError, UnreachableError
-from trainer.spec.family import OPTIONAL, BaseModel
+from trainer.spec.family import OPTIONAL, BaseModel, Facts
 from trainer.storage import atomic
+from trainer.storage.read import files_below
 
 log = logging.getLogger(__name__)
 
 
-def bring_model(model: BaseModel, patterns: Sequence[str], *, where: str) -> Path:
+def bring_model(model: BaseModel, facts: Facts, patterns: Sequence[str], *, where: str) -> Path:
     """The folder of the model. Downloads the files by `patterns` that the Hub's cache lacks.
 
     `where`: the option that chose it, for messages. Raises GatedError, UnreachableError, StorageError or SettingsError,
@@ -38,10 +39,10 @@ def bring_model(model: BaseModel, patterns: Sequence[str], *, where: str) -> Pat
     plain = [pattern.removeprefix(OPTIONAL) for pattern in patterns]
     with _named_errors(model.source, where=where):
         folder = Path(snapshot_download(model.source, allow_patterns=plain))
-    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    names = {path.relative_to(folder).as_posix() for path in files_below(folder)}
     if missing := model_folder.problems(names, patterns):
         raise UnreachableError(f"{_unreachable(where, page)} Of what is here: {'; '.join(missing)}.")
-    model_folder.check_folder(where, folder, patterns)
+    model_folder.check_folder(where, folder, patterns, facts)
     return folder
 
 

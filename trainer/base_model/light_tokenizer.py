@@ -5,16 +5,19 @@ It gives the same numbers of tokens as transformers' tokenizers do (tests/traine
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from trainer.base_model import tokenizer_files
+from trainer.base_model.tokenizer_files import Vocabulary
 
 # How CLIP's vocabulary was made: words, single digits, and runs of other characters (openai/CLIP, simple_tokenizer.py).
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+T5_END, T5_BLANK = "</s>", "▁"
 
 
 @dataclass(frozen=True)
@@ -28,16 +31,8 @@ class LightTokenizer:
 
     def __init__(self, files: Sequence[Path]) -> None:
         """`files`: tokenizer.json, or CLIP's vocab.json and merges.txt. Raises ValueError if they cannot be read."""
-        by_name = {file.name: file for file in files}
-        if "tokenizer.json" in by_name:
-            text = by_name["tokenizer.json"].read_text(encoding="utf-8")
-            if not isinstance(json.loads(text).get("model"), dict):
-                raise ValueError(f"{by_name['tokenizer.json']} has no model")
-            self._tokenizer = Tokenizer.from_str(text)
-            self._tokenizer.no_truncation()
-            self._tokenizer.no_padding()
-        else:
-            self._tokenizer = _clip(by_name["vocab.json"], by_name["merges.txt"])
+        vocabulary = tokenizer_files.read_vocabulary({file.name: file for file in files})
+        self._tokenizer = _clip(vocabulary) if vocabulary.numbers else _t5(vocabulary)
 
     def encode(self, text: str) -> Encoded:
         """The tokens of a text, with the marks around it."""
@@ -45,10 +40,14 @@ class LightTokenizer:
         return Encoded(found.ids, found.offsets)
 
 
-def _clip(vocabulary: Path, merges: Path) -> Tokenizer:
+def _clip(vocabulary: Vocabulary) -> Tokenizer:
     """CLIP's byte pair encoding, with the marks of begin and end around a text."""
-    numbers = json.loads(vocabulary.read_text(encoding="utf-8"))
-    tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges), end_of_word_suffix="</w>", unk_token=END))
+    numbers = vocabulary.numbers
+    for token in (BEGIN, END):
+        if token not in numbers:
+            raise ValueError(f"the vocabulary of CLIP's tokenizer lacks {token}")
+    model = models.BPE(numbers, vocabulary.merges, end_of_word_suffix="</w>", unk_token=END)
+    tokenizer = Tokenizer(model)
     tokenizer.add_special_tokens([BEGIN, END])
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -57,5 +56,24 @@ def _clip(vocabulary: Path, merges: Path) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.post_processor = processors.RobertaProcessing(
         (END, numbers[END]), (BEGIN, numbers[BEGIN]), trim_offsets=False, add_prefix_space=False
+    )
+    return tokenizer
+
+
+def _t5(vocabulary: Vocabulary) -> Tokenizer:
+    """T5's unigrams, with the mark of the end after a text."""
+    if not vocabulary.has(T5_END):
+        raise ValueError(f"the vocabulary of T5's tokenizer lacks {T5_END}")
+    model = models.Unigram(vocabulary.scores, unk_id=tokenizer_files.UNKNOWN, byte_fallback=False)
+    tokenizer = Tokenizer(model)
+    if vocabulary.charsmap is not None:
+        tokenizer.normalizer = normalizers.Precompiled(vocabulary.charsmap)
+    words = pre_tokenizers.Metaspace(replacement=T5_BLANK, prepend_scheme="always", split=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), words])
+    tokenizer.add_tokens([AddedToken(**token) for _, token in sorted(vocabulary.added.items())])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=["$A", T5_END],
+        pair=["$A", T5_END, "$B", T5_END],
+        special_tokens=[(T5_END, tokenizer.token_to_id(T5_END))],
     )
     return tokenizer

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from trainer.base_model import weight_kinds
+from trainer.base_model import configs, tokenizer_files, weight_kinds
 from trainer.spec.errors import SettingsError
 from trainer.spec.family import OPTIONAL, Facts, base_models, get_family
 from trainer.spec.plan import ModelPlan
 from trainer.spec.prediction_marks import PredictionMarks, prediction_marks
+from trainer.spec.rules.config_rules import QUANTISED_KEYS, Kind
+from trainer.spec.values import printable, show
 from trainer.storage.atomic import human_size
-from trainer.storage.safetensors_header import MAX_HEADER_BYTES, Header, parse_header
+from trainer.storage.read import files_below
+from trainer.storage.safetensors_header import MAX_HEADER_BYTES, Header, check_layout, parse_header
 
 # Formats that run code when they are loaded, and weights of other frameworks: never downloaded, never read.
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 FILE, HALF = ".safetensors", ".fp16"  # the second is in the names of copies in 16 bits
 FOREIGN = (*PICKLES, ".msgpack", ".h5", ".onnx", ".onnx_data", ".gguf")
+NEVER = (*FOREIGN, ".py", ".pyc", ".so", ".sh", ".jinja")  # code is not even downloaded
 UNQUANTISED = "use the bf16, fp16 or fp8 .safetensors file, which is quantised as it is loaded"
 SHAPE_KEYS = ("in_channels", "cross_attention_dim", "joint_attention_dim")  # of a denoiser's config
 FIRST_BYTES = 512  # of a file, which tell what it is
+INDEX_ENDS = (".safetensors.index.json", ".safetensors.index.fp16.json")
+LARGEST_INDEX = 2**26  # bytes
 SMALL_FILE_BYTES = 100_000  # an error message that was saved under a file's name is smaller
 TENSOR_END = re.compile(rb'"data_offsets":\s*\[\s*\d+\s*,\s*(\d+)')
 
@@ -64,7 +69,12 @@ def is_optional(part: str, facts: Facts) -> bool:
 
 def is_wanted(name: str, patterns: Collection[str]) -> bool:
     """Whether the file `name` of a repository is needed for training and sampling."""
-    return any(fnmatchcase(name, p.removeprefix(OPTIONAL)) for p in patterns) and not name.endswith(FOREIGN)
+    for pattern in patterns:
+        plain = pattern.removeprefix(OPTIONAL)
+        # A * also stands for /, and files in folders of folders are never needed.
+        if fnmatchcase(name, plain) and name.count("/") == plain.count("/"):
+            return not name.endswith(NEVER)
+    return False
 
 
 def wanted(names: Collection[str], patterns: Collection[str]) -> set[str]:
@@ -73,8 +83,13 @@ def wanted(names: Collection[str], patterns: Collection[str]) -> set[str]:
     for part in {p.removeprefix(OPTIONAL).split("/")[0] for p in patterns if "/" in p}:
         plain = f"{part}/model.safetensors"
         if is_wanted(plain, patterns) and not any(n.startswith(f"{part}/") and n.endswith(FILE) for n in found):
-            found |= {n for n in names if n.startswith(f"{part}/") and HALF in n and not n.endswith(FOREIGN)}
+            found |= {n for n in names if n.startswith(f"{part}/") and _is_half(n)}
     return found
+
+
+def _is_half(name: str) -> bool:
+    """Whether a file, in the folder of a part, is a copy of weights in 16 bits or the index of such files."""
+    return HALF in name and name.count("/") == 1 and name.endswith((FILE, *INDEX_ENDS))
 
 
 def problems(names: Collection[str], patterns: Collection[str]) -> list[str]:
@@ -140,7 +155,7 @@ def check_names(variable: str, names: Collection[str], patterns: Collection[str]
         )
 
 
-def check_folder(variable: str, folder: Path, patterns: Collection[str]) -> None:
+def check_folder(variable: str, folder: Path, patterns: Collection[str], facts: Facts) -> None:
     """Check that a model is complete: its parts, the shards that its indexes name, the lengths of its weight files.
 
     Reads headers only, so it takes milliseconds. Raises SettingsError.
@@ -152,17 +167,36 @@ def check_folder(variable: str, folder: Path, patterns: Collection[str]) -> None
         )
     if not folder.is_dir():
         raise SettingsError(f"{variable}: there is no folder {folder}. Check the path and what is mounted there.")
-    names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    names = {str(path.relative_to(folder)) for path in files_below(folder)}
     check_names(variable, names, patterns)
+    needed = sorted(wanted(names, patterns))
+    check_configs(variable, folder, needed, facts)
     damaged = []
-    for name in sorted(wanted(names, patterns)):
-        if name.endswith((".safetensors.index.json", ".safetensors.index.fp16.json")):
-            damaged += _missing_shards(folder / name)
-        elif name.endswith(FILE) and (problem := damage(folder / name)):
-            damaged.append(f"{name} {problem}")
+    for part in dict.fromkeys(name.partition("/")[0] for name in needed if name.endswith((FILE, *INDEX_ENDS))):
+        damaged += weight_problems(folder / part, [name for name in needed if name.startswith(f"{part}/")])
     if damaged:
         raise SettingsError(f"{variable} cannot be used: {'; '.join(damaged)}. Copy or download it again.")
-    check_quantised(variable, folder, sorted(wanted(names, patterns)))
+    check_quantised(variable, folder, needed)
+
+
+def check_configs(
+    variable: str, folder: Path, names: Collection[str], facts: Facts, *, configs_only: bool = False
+) -> None:
+    """Check the configs and tokenizers among `names`. Raises SettingsError with all that is not allowed in them.
+
+    `configs_only`: the other files are not here yet.
+    """
+    found = configs.problems(folder, names, facts, unused=_unused(names, facts))
+    found += tokenizer_files.problems(folder, names, facts, configs_only=configs_only)
+    if found:
+        raise SettingsError(
+            f"{variable} cannot be used: {'; '.join(found)}. Download these files again, or take another model."
+        )
+
+
+def _unused(names: Collection[str], facts: Facts) -> list[str]:
+    """The folders of parts that a model with these files does without, or has from elsewhere."""
+    return [part for part in facts.parts.values() if f"{part}/config.json" not in names]
 
 
 def check_quantised(variable: str, folder: Path, names: Collection[str]) -> None:
@@ -223,30 +257,82 @@ def _difference(index: dict[str, Any], config: dict[str, Any], place: str, expec
 def _json(path: Path) -> dict[str, Any]:
     """A config; empty if it is missing or damaged, which others report."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return configs.read_object(path)
+    except ValueError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
-def _missing_shards(index: Path) -> list[str]:
+# ---- the weights of one part
+
+
+def weight_problems(part: Path, names: Collection[str]) -> list[str]:
+    """What is wrong with the files of weights of the part in folder `part`; `names` of files begin with that folder."""
+    found = []
+    for name in names:
+        if name.endswith(FILE) and (problem := damage(part.parent / name)):
+            found.append(f"{printable(name)} {problem}")
+    for name in names:
+        if name.endswith(INDEX_ENDS) and not found:
+            found += _index_problems(part.parent / name)
+    return found
+
+
+def shards(index: Path) -> dict[str, str]:
+    """The table of an index of shards: tensor → file beside the index. Raises ValueError for one that is damaged."""
+    content = configs.read_object(index, limit=LARGEST_INDEX)
+    table = content.get("weight_map")
+    if not isinstance(table, dict) or not table or not isinstance(content.get("metadata"), dict):
+        raise ValueError("is damaged: it has no weight_map or no metadata")
+    for name, file in table.items():
+        if not isinstance(file, str) or not file.endswith(FILE) or "/" in file or file.startswith("."):
+            raise ValueError(f"says that {printable(name)} is in {show(file)}; allowed is a {FILE} file beside it")
+    return table
+
+
+def _index_problems(index: Path) -> list[str]:
+    """What is wrong with an index of shards whose files are sound."""
+    own = f"{index.parent.name}/{index.name}"
     try:
-        shards = {str(s) for s in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-    except (ValueError, KeyError, AttributeError):
-        return [f"{index.name} is damaged"]
-    return [f"{index.parent.name}/{s} is missing" for s in sorted(shards) if not (index.parent / s).is_file()]
+        table = shards(index)
+    except ValueError as damaged:
+        return [f"{own} {damaged}"]
+    files = sorted(set(table.values()))
+    missing = [f"{index.parent.name}/{printable(file)} is missing" for file in files if not _is_file(index, file)]
+    if missing:
+        return missing
+    places: dict[str, str] = {}
+    for file in files:
+        if problem := damage(index.parent / file):
+            return [f"{index.parent.name}/{file} {problem}"]
+        for name in read(index.parent / file).entries:
+            if name in places:
+                return [f"{own}: {printable(name)} is in {places[name]} and in {file}"]
+            places[name] = file
+    for name, file in table.items():
+        if places.get(name) != file:
+            return [f"{own} says that {printable(name)} is in {file}, which has no such tensor"]
+    return []
 
 
-def part_folder_problem(folder: Path) -> str | None:
-    """Why a folder cannot be the part of a model that a variable names."""
+def _is_file(index: Path, file: str) -> bool:
+    return (index.parent / file).is_file()
+
+
+def part_folder_problem(folder: Path, kind: Kind) -> str | None:
+    """Why a folder cannot be the part of a model that a variable names, which has to be of this `kind`."""
     if not (folder / "config.json").is_file():
         return "has no config.json"
     files = sorted(folder.glob(f"*{FILE}"))
     if not files:
         return "has no .safetensors file"
-    for file in files:
-        if problem := damage(file):
-            return f"cannot be used: {file.name} {problem}"
+    indexes = sorted(file for file in folder.glob("*.json") if file.name.endswith(INDEX_ENDS))
+    names = [f"{folder.name}/{file.name}" for file in (*files, *indexes)]
+    if found := weight_problems(folder, names):
+        return f"cannot be used: {found[0].removeprefix(f'{folder.name}/')}"
+    try:
+        configs.read_values(folder / "config.json", kind)
+    except ValueError as problem:
+        return f"cannot be used: config.json {problem}"
     if tool := quantised_folder(folder):
         return f"is quantised by {tool}, which is not read. {weight_kinds.QUANTISED_FIX}"
     return None
@@ -267,9 +353,11 @@ def _quantised(file: Path) -> str | None:
         return None if header is None else weight_kinds.quantised(header.entries)
     if file.name != "config.json":
         return None
-    config = _json(file).get("quantization_config")
-    if not isinstance(config, dict):
+    config = next((value for key in QUANTISED_KEYS if (value := _json(file).get(key)) is not None), None)
+    if config is None:
         return None
+    if not isinstance(config, dict):
+        return "a tool that its config.json does not name"
     method = str(config.get("quant_method", "a tool that its config.json does not name"))
     if config.get("load_in_4bit") or config.get("_load_in_4bit"):
         return f"{method} ({config.get('bnb_4bit_quant_type', 'in 4 bits')})"
@@ -286,11 +374,17 @@ def damage(path: Path) -> str | None:
     end = max((entry.end for entry in header.entries.values()), default=header.data_begin)
     if size > end:
         return f"is damaged: {size - end} bytes follow its last tensor"
+    try:
+        check_layout(header)
+    except ValueError as problem:
+        return f"is damaged: {str(problem).removeprefix('it ')}"
     return None
 
 
 def _other_content(path: Path) -> str | None:
     """What a file is that only has the name of a safetensors file, told by how it begins."""
+    if not path.is_file():
+        return None
     size = path.stat().st_size
     with path.open("rb") as file:
         begin = file.read(FIRST_BYTES)

@@ -86,7 +86,8 @@ def _folder(plan: ModelPlan, asked: Asked) -> Path:
     """The whole model in diffusers' layout: downloads and converts what is not here yet."""
     from trainer.base_model.single_file import convert_single_files
 
-    patterns = model_folder.file_patterns(get_family(plan.family).FACTS, plan.parts)
+    facts = get_family(plan.family).FACTS
+    patterns = model_folder.file_patterns(facts, plan.parts)
     if published := without_weights.published(plan):
         hub_files.bring_vocabularies(
             without_weights.missing(plan, published, hub_cache=None, option=CONFIG), option=CONFIG
@@ -97,7 +98,7 @@ def _folder(plan: ModelPlan, asked: Asked) -> Path:
     else:
         where = f"--base {plan.base}" if asked.base == plan.base else f"{CONFIG}{plan.base}"
         with hub_files.advised(lambda: without_weights.missing_parts(plan, OPTIONS, separator=" ")):
-            source = hub_files.bring_model(base_models()[plan.base][1], patterns, where=where)
+            source = hub_files.bring_model(base_models()[plan.base][1], facts, patterns, where=where)
     return convert_single_files(replace(plan, path=str(source)), asked.cache)
 
 
@@ -114,7 +115,7 @@ def _plan_folder(asked: Asked, folder: Path) -> ModelPlan:
         )
     facts = get_family(family).FACTS
     parts = _chosen_parts(asked, facts, None)
-    model_folder.check_folder(f"--base {folder}", folder, model_folder.file_patterns(facts, parts))
+    model_folder.check_folder(f"--base {folder}", folder, model_folder.file_patterns(facts, parts), facts)
     path = str(folder.absolute())
     return ModelPlan(path, family, path, path=path, parts=parts)
 
@@ -161,7 +162,7 @@ def _plan_file(asked: Asked, file: Path) -> ModelPlan:
     plan = ModelPlan(base, name, source or facts.models[base].source, parts=parts)
     if source is None or without_weights.published(plan):
         return plan
-    model_folder.check_folder(f"{CONFIG}{source}", Path(source), model_folder.file_patterns(facts, parts))
+    model_folder.check_folder(f"{CONFIG}{source}", Path(source), model_folder.file_patterns(facts, parts), facts)
     return replace(plan, path=source)
 
 
@@ -205,7 +206,7 @@ def _part_problem(part: str, path: str, facts: Facts, model: BaseModel | None) -
         return None
     place = Path(path).expanduser()
     if place.is_dir():
-        return model_folder.part_folder_problem(place)
+        return model_folder.part_folder_problem(place, facts.kinds[facts.parts[part]])
     if not place.is_file():
         return "is not there. Fix: name a .safetensors file, or the folder of this part"
     if problem := model_folder.foreign_problem(place.name) or model_folder.damage(place):

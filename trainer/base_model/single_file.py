@@ -8,7 +8,6 @@ A part is a key of `Family.FACTS.parts`: denoiser, vae, clip_l, clip_g, t5.
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import shutil
@@ -19,17 +18,18 @@ from typing import Any
 
 import torch
 
-from trainer.base_model import lazy_tensors, weight_check
+from trainer.base_model import configs, lazy_tensors, loading, weight_check
+from trainer.base_model.loading import WEIGHT_FILES
 from trainer.spec.errors import SettingsError, StorageError
 from trainer.spec.family import PREFIXES, Family, get_family
 from trainer.spec.plan import ModelPlan
 from trainer.spec.prediction_marks import MARKS, prediction_marks
 from trainer.storage import atomic, digests, safetensors_header
 from trainer.storage.locks import locked
+from trainer.storage.read import files_below
 
 log = logging.getLogger(__name__)
 VERSION = 1  # of the conversion; a change of it converts all files again
-WEIGHT_FILES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
 FP16_VARIANT = ".fp16"  # in the names of copies in 16 bits: diffusers' `variant`
 State = dict[str, torch.Tensor]
 
@@ -40,9 +40,10 @@ def convert_single_files(model: ModelPlan, cache: Path) -> Path:
     Raises SettingsError for a file that is not what the base model needs, StorageError where the cache fails.
     """
     source = Path(model.path)
-    if not model.parts and not any(_has_fp16_only(folder) for folder in source.iterdir()):
-        return source
     family = get_family(model.family)
+    if not model.parts and not any(_has_fp16_only(folder) for folder in source.iterdir()):
+        _check_parts(source, family)
+        return source
     part_folders = family.FACTS.parts
     with locked(cache / "models", lambda: log.info("Another job converts weights: waiting for it.")):
         try:
@@ -60,7 +61,16 @@ def convert_single_files(model: ModelPlan, cache: Path) -> Path:
                 _write_schedule(folder / "scheduler" / "scheduler_config.json", model.parts.get("denoiser", ""))
         except OSError as problem:
             raise StorageError(f"CACHE_PATH {cache}: {problem.strerror or problem}.") from problem
+    _check_parts(folder, family)
     return folder
+
+
+def _check_parts(folder: Path, family: Family) -> None:
+    """Raises SettingsError where the configs of the parts are not allowed, or do not go together."""
+    try:
+        configs.check_parts(folder, family.FACTS)
+    except ValueError as problem:
+        raise SettingsError(f"{folder} cannot be used: {problem}. {loading.FIX}.") from problem
 
 
 def _write_schedule(config: Path, denoiser: str) -> None:
@@ -112,9 +122,8 @@ def _link(place: Path, target: Path) -> None:
         _link_file(place, target, is_fp16=False)
         return
     is_fp16 = _has_fp16_only(place)
-    for file in list(place.rglob("*")):
-        if file.is_file():
-            _link_file(file, target / file.relative_to(place), is_fp16=is_fp16)
+    for file in files_below(place):
+        _link_file(file, target / file.relative_to(place), is_fp16=is_fp16)
 
 
 def _link_file(file: Path, link: Path, *, is_fp16: bool) -> None:
@@ -143,18 +152,18 @@ def _convert_part(part: str, path: str, model: ModelPlan, *, cache: Path) -> Pat
     source = Path(model.path)
     part_folder = family.FACTS.parts[part]
     config = source / part_folder / "config.json"
-    library, class_name = json.loads((source / "model_index.json").read_text(encoding="utf-8"))[part_folder]
+    kind = family.FACTS.kinds[part_folder]
+    skeleton = loading.empty_model(kind, config.parent)
     config_text = config.read_text(encoding="utf-8")
-    key = digests.digest([VERSION, part, class_name, digests.file_digest(Path(path)), config_text])
+    key = digests.digest([VERSION, part, kind.names[0], digests.file_digest(Path(path)), config_text])
     folder = cache / "weights" / key[:32]
     if (folder / "config.json").is_file():  # written last
         return folder
     started = time.monotonic()
     try:
-        skeleton = empty_model(library, class_name, config.parent)
         state = _load_state(part, Path(path), family, config=_read_config(config))
         fitted = _fit(state, skeleton, part=part)
-        with atomic.replacing(folder / WEIGHT_FILES[library]) as temporary:
+        with atomic.replacing(folder / WEIGHT_FILES[kind.library]) as temporary:
             lazy_tensors.write_file(temporary, fitted)
     except weight_check.NotFiniteError as problem:
         raise SettingsError(f"{path}: {problem} (in the {part}). {weight_check.FIX}.") from problem
@@ -169,21 +178,11 @@ def _convert_part(part: str, path: str, model: ModelPlan, *, cache: Path) -> Pat
 
 
 def _read_config(config: Path) -> dict[str, Any]:
-    return dict(json.loads(config.read_text(encoding="utf-8")))
-
-
-def empty_model(library: str, class_name: str, folder: Path) -> torch.nn.Module:
-    """A part's model on the device "meta": names and shapes without weights. `folder` has its config.json."""
-    if library not in WEIGHT_FILES:
-        raise ValueError(f"model_index.json names {library}, which is neither of {', '.join(WEIGHT_FILES)}")
-    model_class: Any = getattr(importlib.import_module(library), class_name)
-    with torch.device("meta"):
-        model: torch.nn.Module
-        if library == "diffusers":
-            model = model_class.from_config(model_class.load_config(folder))
-        else:
-            model = model_class(model_class.config_class.from_pretrained(folder))
-    return model
+    """Raises SettingsError for a config that cannot be read."""
+    try:
+        return configs.read_object(config)
+    except ValueError as problem:
+        raise SettingsError(f"{config} {problem}. {loading.FIX}.") from problem
 
 
 def _load_state(part: str, path: Path, family: Family, *, config: dict[str, Any]) -> State:

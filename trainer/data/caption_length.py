@@ -14,6 +14,7 @@ from typing import Any
 
 from trainer.base_model import without_weights
 from trainer.base_model.light_tokenizer import LightTokenizer
+from trainer.spec.errors import SettingsError
 from trainer.spec.family import CLIP_TOKENS, Facts, get_family
 from trainer.spec.plan import ModelPlan, Prompt
 from trainer.spec.values import printable
@@ -66,11 +67,11 @@ class Cut:
 
 def load_reader(facts: Facts, model: Path, *, max_tokens: int = CLIP_TOKENS) -> Reader | None:
     """The reader of the model in the folder `model`. `max_tokens`: PARAMS_MAX_TOKEN_LENGTH."""
-    from transformers import AutoTokenizer  # slow to import
+    from trainer.base_model.loading import load_tokenizer  # slow to import
 
     for folder, (name, tokens) in facts.text_readers.items():
         if (model / folder).is_dir():
-            tokenizer = AutoTokenizer.from_pretrained(model / folder)
+            tokenizer = load_tokenizer(model / folder, facts.kinds[folder])
             return Reader(name, tokenizer, _limit(tokens, tokenizer.model_max_length, max_tokens))
     return None
 
@@ -93,7 +94,13 @@ def load_light_reader(model: ModelPlan, *, max_tokens: int, hub_cache: Path | No
         if found is None:
             return None
         files, longest = found
-        return Reader(name, LightTokenizer(files), _limit(tokens, longest, max_tokens))
+        try:
+            tokenizer = LightTokenizer(files)
+        except ValueError as problem:
+            raise SettingsError(
+                f"The tokenizer in {files[0].parent} cannot be used: {problem}. Fix: download it again."
+            ) from problem
+        return Reader(name, tokenizer, _limit(tokens, longest, max_tokens))
     return None
 
 

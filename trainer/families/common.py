@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, cast
+
+from trainer.families.published import configs
 
 if TYPE_CHECKING:
     import torch
@@ -18,40 +20,40 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from trainer.spec.plan import Prompt
-
-Denoiser = TypeVar("Denoiser")
+    from trainer.spec.rules.config_rules import Kind
 
 # ---- loading
 
 
-def load_encoder(model_class: Any, folder: Path, *, device: str, dtype: torch.dtype) -> Any:
-    """A frozen text encoder of transformers. `folder`: its own, inside the model's."""
-    from trainer.base_model import weight_check
+def load_encoder(kind: Kind, folder: Path, *, tokenizer: Any, device: str, dtype: torch.dtype) -> Any:
+    """A frozen text encoder of transformers. `folder`: its own, inside the model's. `tokenizer`: the one it reads by.
 
-    model = model_class.from_pretrained(folder, dtype=dtype, use_safetensors=True, device_map=device)
+    Raises SettingsError for one that cannot be loaded, or has no embedding for a token.
+    """
+    from trainer.base_model import loading, weight_check
+
+    model = loading.load_model(kind, folder, device=device, dtype=dtype)
     weight_check.check_weights(model.named_parameters(), folder)
-    return model.requires_grad_(False).eval()
+    loading.check_tokens(tokenizer, model, folder.with_name(folder.name.replace("text_encoder", "tokenizer")))
+    return model.eval()
 
 
-def load_denoiser(model_class: type[Denoiser], folder: Path, *, device: str, dtype: torch.dtype) -> Denoiser:
-    """A frozen denoiser of diffusers. `folder`: its own, inside the model's."""
-    loader: Any = model_class  # diffusers' classes have no types
-    denoiser: Denoiser = loader.from_pretrained(
-        folder, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=True, device_map=device
-    ).requires_grad_(False)
-    return denoiser
+def load_denoiser(kind: Kind, folder: Path, *, device: str, dtype: torch.dtype) -> Any:
+    """A frozen denoiser of diffusers. `folder`: its own, inside the model's. Raises SettingsError."""
+    from trainer.base_model import loading
+
+    return loading.load_model(kind, folder, device=device, dtype=dtype)
 
 
 def load_vae(folder: Path, *, device: str) -> AutoencoderKL:
-    """The frozen VAE, in fp32: SDXL's overflows fp16, and bf16 has fewer bits than a pixel."""
+    """The frozen VAE, in fp32: SDXL's overflows fp16, and bf16 has fewer bits than a pixel. Raises SettingsError."""
     import torch
-    from diffusers import AutoencoderKL
 
-    from trainer.base_model import weight_check
+    from trainer.base_model import loading, weight_check
 
-    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32, use_safetensors=True).to(device)
+    vae = loading.load_model(configs.VAE, folder / "vae", device=None, dtype=torch.float32).to(device)
     weight_check.check_weights(vae.named_parameters(), folder / "vae")
-    return vae.requires_grad_(False).eval()
+    return cast("AutoencoderKL", vae.eval())
 
 
 # ---- text and images
@@ -119,9 +121,11 @@ def without_text_encoders(encoders: Iterable[str]) -> dict[str, None]:
     return components
 
 
-def load_scheduler(scheduler_class: Any, folder: Path, changes: dict[str, Any] | None) -> Any:
+def load_scheduler(scheduler_class: Any, folder: Path, kind: Kind, changes: dict[str, Any] | None) -> Any:
     """The model's scheduler. `changes`: values that differ from its config."""
-    return scheduler_class.from_pretrained(folder / "scheduler", **(changes or {}))
+    from trainer.base_model import loading
+
+    return loading.load_scheduler(scheduler_class, folder / "scheduler", kind, changes)
 
 
 def pipeline_arguments(

@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.families import common
 from trainer.families.published import flux as published
-from trainer.spec.family import CLIP_TOKENS, BaseModel, ClipOutput, Facts, Footprint, LoraKeys, OriginalLayer
+from trainer.spec.family import (
+    CLIP_TOKENS,
+    BaseModel,
+    ClipOutput,
+    Facts,
+    Footprint,
+    LoraKeys,
+    OriginalLayer,
+    tokenizer_files,
+    weights,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +32,7 @@ if TYPE_CHECKING:
 
     from trainer.spec.plan import Prompt
 
+KINDS = published.KINDS
 MINIATURE = str(Path(__file__).with_name("miniatures") / "flux")
 
 # GiB: fitted to peaks of `python -m bench step --family flux …` at 1280 x 768 pixels
@@ -61,14 +72,9 @@ FACTS = Facts(
     },
     files=(
         "model_index.json",
-        "scheduler/*",
-        "transformer/*.json",
-        "transformer/*.safetensors",
-        "vae/*",
-        "text_encoder/*",
-        "text_encoder_2/*",
-        "tokenizer/*",
-        "tokenizer_2/*",
+        "scheduler/scheduler_config.json",
+        *weights("transformer", "vae", "text_encoder", "text_encoder_2"),
+        *tokenizer_files("tokenizer", "tokenizer_2"),
     ),
     multiple=16,
     objective="flow",
@@ -100,6 +106,9 @@ FACTS = Facts(
     landmarks=("double_blocks.0.img_attn.qkv.weight", "single_transformer_blocks.0.proj_mlp.weight"),
     text_readers={"tokenizer_2": ("T5", T5_TOKENS)},
     lookalikes=published.LOOKALIKES,
+    pipelines=published.PIPELINES,
+    kinds=published.KINDS,
+    same_sizes=published.same_sizes,
     prompt_steps=20,
     prompt_guidance=3.5,
     prompt_cfg=1.0,
@@ -110,19 +119,22 @@ FACTS = Facts(
 def load_encoders(folder: Path, *, device: str, dtype: torch.dtype) -> FluxPipeline:
     """A FluxPipeline of the two tokenizers and text encoders alone (CLIP-L's pooled output and T5's tokens)."""
     from diffusers import FluxPipeline
-    from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
-    def encoder(model_class: Any, name: str) -> Any:
-        return common.load_encoder(model_class, folder / name, device=device, dtype=dtype)
+    from trainer.base_model.loading import load_tokenizer
+
+    tokenizers = {name: load_tokenizer(folder / name, KINDS[name]) for name in ("tokenizer", "tokenizer_2")}
+
+    def encoder(name: str) -> Any:
+        own = tokenizers[name.replace("text_encoder", "tokenizer")]
+        return common.load_encoder(KINDS[name], folder / name, tokenizer=own, device=device, dtype=dtype)
 
     return FluxPipeline(
         scheduler=None,
         vae=None,
         transformer=None,
-        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-        tokenizer_2=AutoTokenizer.from_pretrained(folder / "tokenizer_2"),
-        text_encoder=encoder(CLIPTextModel, "text_encoder"),
-        text_encoder_2=encoder(T5EncoderModel, "text_encoder_2"),
+        **tokenizers,
+        text_encoder=encoder("text_encoder"),
+        text_encoder_2=encoder("text_encoder_2"),
     )
 
 
@@ -155,11 +167,11 @@ encode_images = common.encode_images
 
 
 def load_denoiser(folder: Path, *, device: str, dtype: torch.dtype) -> FluxTransformer2DModel:
-    from diffusers import FluxTransformer2DModel
-
     from trainer.families.fused_blocks.flux import PartlyJoinedProcessor
 
-    denoiser = common.load_denoiser(FluxTransformer2DModel, folder / "transformer", device=device, dtype=dtype)
+    denoiser: FluxTransformer2DModel = common.load_denoiser(
+        KINDS["transformer"], folder / "transformer", device=device, dtype=dtype
+    )
     for block in denoiser.transformer_blocks:
         block.attn.set_processor(PartlyJoinedProcessor())
     return denoiser
@@ -267,7 +279,7 @@ def sample(
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
     pipe = FluxPipeline(
-        scheduler=common.load_scheduler(FlowMatchEulerDiscreteScheduler, folder, scheduler),
+        scheduler=common.load_scheduler(FlowMatchEulerDiscreteScheduler, folder, KINDS["scheduler"], scheduler),
         vae=vae,
         transformer=denoiser,
         **common.without_text_encoders(LORA_KEYS.encoders),

@@ -22,6 +22,7 @@ from trainer.spec.family import (
     Footprint,
     LoraKeys,
     OriginalLayer,
+    tokenizer_files,
     weights,
 )
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from trainer.spec.plan import Prompt
 
+KINDS = published.KINDS
 MINIATURE = str(Path(__file__).with_name("miniatures") / "sd3")
 # GiB: fitted to peaks of `python -m bench step --family sd3 …` at 1024 x 1024 pixels
 # (tests/trainer/spec/test_memory_model.py).
@@ -95,11 +97,10 @@ FACTS = Facts(
     },
     files=(
         "model_index.json",
-        "scheduler/*",
+        "scheduler/scheduler_config.json",
         *weights("transformer", "vae", "text_encoder", "text_encoder_2"),
-        "tokenizer/*",
-        "tokenizer_2/*",
-        *(f"{OPTIONAL}{pattern}" for pattern in (*weights("text_encoder_3"), "tokenizer_3/*")),
+        *tokenizer_files("tokenizer", "tokenizer_2"),
+        *(f"{OPTIONAL}{pattern}" for pattern in (*weights("text_encoder_3"), *tokenizer_files("tokenizer_3"))),
     ),
     multiple=16,
     objective="flow",
@@ -138,6 +139,9 @@ FACTS = Facts(
     landmarks=("joint_blocks.0.x_block.attn.qkv.weight", "transformer_blocks.0.attn.add_q_proj.weight"),
     text_readers={"tokenizer_3": ("T5", T5_TOKENS), "tokenizer": ("CLIP", CLIP_TOKENS)},
     lookalikes=published.LOOKALIKES,
+    pipelines=published.PIPELINES,
+    kinds=published.KINDS,
+    same_sizes=published.same_sizes,
     prompt_steps=28,
     prompt_guidance=1.0,
     prompt_cfg=5.0,
@@ -146,26 +150,28 @@ FACTS = Facts(
 
 def load_encoders(folder: Path, *, device: str, dtype: torch.dtype) -> StableDiffusion3Pipeline:
     """A pipeline of the tokenizers and text encoders alone: CLIP-L, CLIP-G, and T5 if the model has it."""
-    import torch
-    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-    from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
+    from diffusers import StableDiffusion3Pipeline
 
-    def encoder(model_class: Any, name: str) -> Any:
-        return common.load_encoder(model_class, folder / name, device=device, dtype=dtype)
+    from trainer.base_model.loading import empty_model, load_tokenizer
 
     has_t5 = (folder / "text_encoder_3").is_dir()
-    with torch.device("meta"):  # without T5, the pipeline reads the width of the zeros in its place from this config
-        shape = SD3Transformer2DModel.from_config(SD3Transformer2DModel.load_config(folder / "transformer"))
+    tokenizers: dict[str, Any] = {"tokenizer_3": None}
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3")[: 3 if has_t5 else 2]:
+        tokenizers[name] = load_tokenizer(folder / name, KINDS[name])
+
+    def encoder(name: str) -> Any:
+        own = tokenizers[name.replace("text_encoder", "tokenizer")]
+        return common.load_encoder(KINDS[name], folder / name, tokenizer=own, device=device, dtype=dtype)
+
+    # Without T5, the pipeline reads the width of the zeros in its place from the denoiser's config.
     return StableDiffusion3Pipeline(
         scheduler=None,
         vae=None,
-        transformer=shape,
-        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-        tokenizer_2=AutoTokenizer.from_pretrained(folder / "tokenizer_2"),
-        tokenizer_3=AutoTokenizer.from_pretrained(folder / "tokenizer_3") if has_t5 else None,
-        text_encoder=encoder(CLIPTextModelWithProjection, "text_encoder"),
-        text_encoder_2=encoder(CLIPTextModelWithProjection, "text_encoder_2"),
-        text_encoder_3=encoder(T5EncoderModel, "text_encoder_3") if has_t5 else None,
+        transformer=empty_model(KINDS["transformer"], folder / "transformer"),
+        **tokenizers,
+        text_encoder=encoder("text_encoder"),
+        text_encoder_2=encoder("text_encoder_2"),
+        text_encoder_3=encoder("text_encoder_3") if has_t5 else None,
     )
 
 
@@ -226,9 +232,10 @@ encode_images = common.encode_images
 
 
 def load_denoiser(folder: Path, *, device: str, dtype: torch.dtype) -> SD3Transformer2DModel:
-    from diffusers import SD3Transformer2DModel
-
-    return common.load_denoiser(SD3Transformer2DModel, folder / "transformer", device=device, dtype=dtype)
+    denoiser: SD3Transformer2DModel = common.load_denoiser(
+        KINDS["transformer"], folder / "transformer", device=device, dtype=dtype
+    )
+    return denoiser
 
 
 def from_original(
@@ -289,7 +296,7 @@ def sample(
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
     pipe = StableDiffusion3Pipeline(
-        scheduler=common.load_scheduler(FlowMatchEulerDiscreteScheduler, folder, scheduler),
+        scheduler=common.load_scheduler(FlowMatchEulerDiscreteScheduler, folder, KINDS["scheduler"], scheduler),
         vae=vae,
         transformer=denoiser,
         **common.without_text_encoders(LORA_KEYS.encoders),

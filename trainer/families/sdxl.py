@@ -10,9 +10,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.base_model import configs
 from trainer.families import common
 from trainer.families.published import sdxl as published
-from trainer.spec.family import CLIP_TOKENS, BaseModel, ClipOutput, Facts, Footprint, LoraKeys, OriginalLayer, weights
+from trainer.spec.family import (
+    CLIP_TOKENS,
+    BaseModel,
+    ClipOutput,
+    Facts,
+    Footprint,
+    LoraKeys,
+    OriginalLayer,
+    tokenizer_files,
+    weights,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +32,7 @@ if TYPE_CHECKING:
 
     from trainer.spec.plan import Prompt
 
+KINDS = published.KINDS
 MINIATURE = str(Path(__file__).with_name("miniatures") / "sdxl")
 # GiB: fitted to peaks of `python -m bench step --family sdxl …` at 1024 x 1024 pixels
 # (tests/trainer/spec/test_memory_model.py).
@@ -62,10 +74,9 @@ FACTS = Facts(
     },
     files=(
         "model_index.json",
-        "scheduler/*",
+        "scheduler/scheduler_config.json",
         *weights("unet", "vae", "text_encoder", "text_encoder_2"),
-        "tokenizer/*",
-        "tokenizer_2/*",
+        *tokenizer_files("tokenizer", "tokenizer_2"),
     ),
     multiple=32,  # the VAE shrinks by 8, the UNet by another 4
     objective="denoising",
@@ -95,6 +106,9 @@ FACTS = Facts(
     text_readers={"tokenizer": ("CLIP", CLIP_TOKENS)},
     max_token_lengths=(CLIP_TOKENS, 150, 225),
     lookalikes=published.LOOKALIKES,
+    pipelines=published.PIPELINES,
+    kinds=published.KINDS,
+    same_sizes=published.same_sizes,
     prompt_steps=30,
     prompt_guidance=1.0,
     prompt_cfg=7.0,
@@ -104,19 +118,22 @@ FACTS = Facts(
 def load_encoders(folder: Path, *, device: str, dtype: torch.dtype) -> StableDiffusionXLPipeline:
     """A pipeline of the two tokenizers and text encoders alone (CLIP-L, and CLIP-G with its projection)."""
     from diffusers import StableDiffusionXLPipeline
-    from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
-    def encoder(model_class: Any, name: str) -> Any:
-        return common.load_encoder(model_class, folder / name, device=device, dtype=dtype)
+    from trainer.base_model.loading import load_tokenizer
+
+    tokenizers = {name: load_tokenizer(folder / name, KINDS[name]) for name in ("tokenizer", "tokenizer_2")}
+
+    def encoder(name: str) -> Any:
+        own = tokenizers[name.replace("text_encoder", "tokenizer")]
+        return common.load_encoder(KINDS[name], folder / name, tokenizer=own, device=device, dtype=dtype)
 
     return StableDiffusionXLPipeline(
         scheduler=None,
         vae=None,
         unet=None,
-        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-        tokenizer_2=AutoTokenizer.from_pretrained(folder / "tokenizer_2"),
-        text_encoder=encoder(CLIPTextModel, "text_encoder"),
-        text_encoder_2=encoder(CLIPTextModelWithProjection, "text_encoder_2"),
+        **tokenizers,
+        text_encoder=encoder("text_encoder"),
+        text_encoder_2=encoder("text_encoder_2"),
         add_watermarker=False,
     )
 
@@ -167,9 +184,8 @@ encode_images = common.encode_images
 
 
 def load_denoiser(folder: Path, *, device: str, dtype: torch.dtype) -> UNet2DConditionModel:
-    from diffusers import UNet2DConditionModel
-
-    return common.load_denoiser(UNet2DConditionModel, folder / "unet", device=device, dtype=dtype)
+    denoiser: UNet2DConditionModel = common.load_denoiser(KINDS["unet"], folder / "unet", device=device, dtype=dtype)
+    return denoiser
 
 
 def from_original(state: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -236,14 +252,14 @@ def sample(
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
     pipe = StableDiffusionXLPipeline(
-        scheduler=common.load_scheduler(EulerDiscreteScheduler, folder, scheduler),
+        scheduler=common.load_scheduler(EulerDiscreteScheduler, folder, KINDS["scheduler"], scheduler),
         vae=vae,
         unet=denoiser,
         add_watermarker=False,
         **common.without_text_encoders(LORA_KEYS.encoders),
     )
     pipe.set_progress_bar_config(disable=True)
-    index = StableDiffusionXLPipeline.load_config(folder)
+    index = configs.read_object(folder / configs.INDEX)
     if not prompt.negative and index.get("force_zeros_for_empty_prompt", True):
         negative = {name: torch.zeros_like(tensor) for name, tensor in text.items()}
     latents_BCHW = pipe(

@@ -9,7 +9,6 @@ LoRA files depend on it.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from trainer.base_model import single_file
+from trainer.base_model import loading
 from trainer.checkpoints.open_run import OpenRun
 from trainer.checkpoints.snapshots import Snapshots
 from trainer.engine import adapters, flat_parameters
@@ -203,8 +202,7 @@ def check_targets(plan: Plan) -> None:
         return
     folder = Path(plan.model.path)
     part = family.FACTS.parts["denoiser"]
-    library, class_name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))[part]
-    denoiser = single_file.empty_model(library, class_name, folder / part)
+    denoiser = loading.empty_model(family.FACTS.kinds[part], folder / part)
     unmatched = adapters.unmatched_targets(family.blocks(denoiser), plan.lora.targets)
     if unmatched:
         names = []

@@ -45,9 +45,9 @@ class PreparedData:
 
     @property
     def objective(self) -> Objective:
-        name = get_family(self.plan.model.family).FACTS.objective
+        facts = get_family(self.plan.model.family).FACTS
         scheduler = Path(self.plan.model.path) / "scheduler"
-        return make_objective(name, self.plan.train, scheduler=scheduler, device=self.plan.engine.device)
+        return make_objective(facts, self.plan.train, scheduler=scheduler, device=self.plan.engine.device)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -15,12 +15,20 @@ from typing import Any
 from trainer.lora_files import numbers, other_kinds
 from trainer.lora_files.key_names import Layer, find_layer, split_key
 from trainer.spec.family import family_names, get_family
-from trainer.spec.values import some
+from trainer.spec.values import printable, some
 from trainer.storage import safetensors_header
+from trainer.storage.read import read_regular
 from trainer.storage.safetensors_header import Header
 
 ADAPTER_SETTINGS = "lora_adapter_metadata"  # diffusers' name for PEFT's settings in a file's header
 SHOWN_TENSORS = 5  # names in a message
+MOST_VALUES = 2**28  # of one tensor: rank 4096 in a layer of 65,536 columns
+LARGEST_SETTINGS = 2**22  # bytes
+PLAIN_NAME = re.compile(r"\w+")
+REPEATED_GROUP = re.compile(r"\)[*+?{]|\(\?")
+REPEAT = re.compile(r"[*+{]")
+LONGEST_PATTERN = 300  # characters
+MOST_REPEATS = 3  # each multiplies the time by the length of a module's name
 Shapes = Mapping[str, tuple[int, ...]]  # of the tensors, by their keys
 
 
@@ -39,6 +47,11 @@ def read_layers(header: Header, family_name: str, *, ignored: Collection[str] = 
     `ignored`: keys that do not count.
     """
     safetensors_header.check_layout(header)
+    for key, entry in header.entries.items():
+        if math.prod(entry.shape) > MOST_VALUES:  # they would be read as a whole
+            raise ValueError(
+                f"its tensor {printable(key)} has the shape {list(entry.shape)}, larger than any of a LoRA"
+            )
     shapes = {key: entry.shape for key, entry in header.entries.items() if key not in ignored}
     layers = assemble(shapes, family_name, header.metadata)
     for tensors in layers:
@@ -198,9 +211,11 @@ def metadata_of(header: Header) -> dict[str, str]:
     if header.path.name != "adapter_model.safetensors" or not config.is_file():
         return header.metadata
     try:
-        return {ADAPTER_SETTINGS: config.read_text(encoding="utf-8"), **header.metadata}
+        return {ADAPTER_SETTINGS: read_regular(config, limit=LARGEST_SETTINGS).decode("utf-8"), **header.metadata}
     except OSError as problem:
         raise ValueError(f"{config} beside it cannot be read: {problem.strerror}") from problem
+    except UnicodeDecodeError as problem:
+        raise ValueError(f"{config} beside it is damaged: it is not text in UTF-8") from problem
 
 
 def adapter_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -228,18 +243,30 @@ def scale_in_header(module: str, rank: int, settings: Mapping[str, Any]) -> floa
     if not isinstance(patterns, dict):
         raise ValueError(f"its {ADAPTER_SETTINGS} is damaged: alpha_pattern")
     for pattern, value in patterns.items():
-        try:
-            matches = re.match(rf"(.*\.)?({pattern})$", path)  # as PEFT matches it
-        except re.error as problem:
-            raise ValueError(f"its {ADAPTER_SETTINGS} is damaged: alpha_pattern: {problem}") from problem
-        if matches:
+        if _matches(pattern, path):
             alpha = value
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    if type(alpha) not in (int, float) or not abs(alpha) <= numbers.LARGEST_FP32:
         raise ValueError(f"its {ADAPTER_SETTINGS} has no number for the alpha of {module}")
     check_alpha(ADAPTER_SETTINGS, alpha)
     if setting("use_rslora"):  # rank-stabilised, arXiv:2312.03732
         return float(alpha / rank**0.5)
     return float(alpha / rank)
+
+
+def _matches(pattern: str, path: str) -> bool:
+    """Whether a key of PEFT's alpha_pattern means the module `path`, as PEFT matches it.
+
+    Raises ValueError for what is no regular expression, and for one that may take for ever: repeated groups, or more
+    repeats than a name of a module needs.
+    """
+    if PLAIN_NAME.fullmatch(pattern):
+        return path == pattern or path.endswith(f".{pattern}")
+    if len(pattern) > LONGEST_PATTERN or REPEATED_GROUP.search(pattern) or len(REPEAT.findall(pattern)) > MOST_REPEATS:
+        raise ValueError(f"its {ADAPTER_SETTINGS} has an alpha_pattern that names no module: {printable(pattern)}")
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", path) is not None
+    except (re.error, RecursionError, OverflowError) as problem:
+        raise ValueError(f"its {ADAPTER_SETTINGS} is damaged: alpha_pattern: {problem}") from problem
 
 
 # ---- the family of a file

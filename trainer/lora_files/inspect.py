@@ -12,6 +12,7 @@ from trainer.lora_files.contents import LayerTensors, read_layers
 from trainer.lora_files.key_names import key_style, untrained_modules
 from trainer.storage.safetensors_header import Header
 
+MOST_RANK = 4096  # that a job trains; a header that says more is not one of ours
 # A rank-one term of a LoRA: (hash of the down matrix, row). Modules whose down matrices are equal share terms.
 Term = tuple[str, int]
 
@@ -157,6 +158,10 @@ def _training(metadata: Mapping[str, str]) -> Training | None:
         targets = json.loads(metadata["kiln_targets"])
     except (KeyError, ValueError, RecursionError):
         return None
-    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+    if (
+        not 1 <= rank <= MOST_RANK
+        or not isinstance(targets, list)
+        or not all(isinstance(target, str) for target in targets)
+    ):
         return None
     return Training(rank, bool(split_qkv), tuple(targets))

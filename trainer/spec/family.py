@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from trainer.spec.plan import Prompt
+    from trainer.spec.rules.config_rules import Kind
 
 PACKAGE = "trainer.families"
 FOLDER = Path(__file__).resolve().parents[1] / "families"
@@ -137,6 +139,10 @@ class Facts:
     # model has reads the most.
     text_readers: dict[str, tuple[str, int]]
     lookalikes: tuple[Lookalike, ...]  # other models whose files have the names of this family
+    pipelines: tuple[str, ...]  # names of the whole model's class in model_index.json
+    kinds: dict[str, Kind]  # folder of a part → its class, and what its config may say; no other class is ever made
+    # Sizes that two parts must have in common, by the values of their configs: two names, and their two values.
+    same_sizes: Callable[[Mapping[str, Mapping[str, Any]]], Sequence[tuple[str, str, int, int]]]
     prompt_steps: int  # defaults of a prompt line: --s, --g and --l
     prompt_guidance: float
     prompt_cfg: float
@@ -156,6 +162,12 @@ def weights(*parts: str) -> tuple[str, ...]:
     """
     names = ("config.json", "*model.safetensors", "*model-*-of-?????.safetensors", "*model.safetensors.index.json")
     return tuple(f"{part}/{name}" for part in parts for name in names)
+
+
+def tokenizer_files(*folders: str) -> tuple[str, ...]:
+    """Patterns for `Facts.files`: all that is read of these tokenizers, and nothing else."""
+    names = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
+    return tuple(f"{folder}/{name}" for folder in folders for name in (*names, "special_tokens_map.json"))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.storage import safetensors_header
+from trainer.storage.read import files_below
 
 EDGE_BYTES = 512  # of each end of a tensor that `weights_digest` reads
 
@@ -31,7 +32,7 @@ def weights_digest(folder: Path) -> str:
     could change the bytes between. Raises ValueError for a damaged safetensors file.
     """
     total = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json", ".txt", ".model")):
+    for path in sorted(p for p in files_below(folder) if p.suffix in (".safetensors", ".json", ".txt", ".model")):
         total.update(f"{path.relative_to(folder)}:{path.stat().st_size}\n".encode())
         if path.suffix == ".safetensors":
             _feed(path, total)

@@ -47,6 +47,20 @@ def read_regular(path: Path, *, limit: int) -> bytes:
     return data
 
 
+def files_below(folder: Path) -> list[Path]:
+    """All regular files in a folder and in its folders, however deep; links to folders are not followed."""
+    found = []
+    folders = [str(folder)]
+    for place in folders:  # pathlib's rglob calls itself once a level
+        with os.scandir(place) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                elif entry.is_file():
+                    found.append(Path(entry.path))
+    return found
+
+
 def _read(descriptor: int, count: int) -> bytes:
     pieces = []
     while count > 0:

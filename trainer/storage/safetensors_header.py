@@ -9,12 +9,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.spec.values import printable
+from trainer.storage.read import special_kind
+
 LENGTH_BYTES = 8  # of the number at the start of a file
 MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
+MOST_DIGITS = 30  # of a number in a header
+MOST_SIDES = 8  # of a tensor; a convolution's weight has four
 BITS = {  # of one value of each type that the format has
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
@@ -58,8 +65,12 @@ def read_header(path: Path) -> Header:
 
 def parse_header(path: Path) -> Header:
     """`read_header` for callers that report failing volumes themselves: raises ValueError, and OSError as it is."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    # O_NONBLOCK: opening a FIFO would wait for a writer.
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        status = os.fstat(file.fileno())
+        if kind := special_kind(status.st_mode):
+            raise ValueError(f"it is {kind} and not a file")
+        size = status.st_size
         length = int.from_bytes(file.read(LENGTH_BYTES), "little")
         if size < LENGTH_BYTES or length > min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
             raise ValueError("it is not a safetensors file, or it was cut off")
@@ -67,17 +78,36 @@ def parse_header(path: Path) -> Header:
     data_begin = LENGTH_BYTES + length
     entries = {}
     try:
-        raw = json.loads(text)
+        raw = json.loads(text.decode("utf-8"), object_pairs_hook=_without_doubles, parse_int=_whole_number)
+        if not isinstance(raw, dict):
+            raise ValueError("its safetensors header is no JSON object")
         metadata = raw.pop("__metadata__", {})
         for name, value in raw.items():
-            entries[name] = _entry(value, data_begin)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, AttributeError, KeyError, TypeError) as problem:
-        raise ValueError("its safetensors header is damaged") from problem
-    if any(entry.end > size for entry in entries.values()):
-        raise ValueError("it was cut off")
+            entries[name] = _entry(name, value, data_begin)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as problem:
+        raise ValueError("its safetensors header is damaged: it is not JSON, or nested too deeply") from problem
+    beyond = [name for name, entry in entries.items() if entry.end > size]
+    if beyond:
+        raise ValueError(f"it was cut off: it ends before its tensor {printable(beyond[0])}")
     if not isinstance(metadata, dict) or any(not isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its safetensors header is damaged")
+        raise ValueError("its safetensors header is damaged: __metadata__ is no table of texts")
     return Header(path, metadata, entries, data_begin)
+
+
+def _whole_number(digits: str) -> int:
+    """Raises ValueError for a number that no file needs; Python refuses those of 4,300 digits in other words."""
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"its safetensors header is damaged: it has a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a key that is there twice, of which readers take different ones."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        count = Counter(name for name, _ in pairs)
+        raise ValueError(f"its safetensors header has {printable(max(count, key=lambda name: count[name]))} twice")
+    return found
 
 
 def check_layout(header: Header) -> None:
@@ -89,31 +119,42 @@ def check_layout(header: Header) -> None:
     before = ""
     for name, entry in sorted(header.entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.dtype not in BITS:
-            raise ValueError(f"its tensor {name} is of the unknown type {entry.dtype[:20]}")
-        size = (math.prod(entry.shape) * BITS[entry.dtype] + 7) // 8
+            raise ValueError(f"its tensor {printable(name)} is of the unknown type {printable(entry.dtype[:20])}")
+        size, odd_bits = divmod(math.prod(entry.shape) * BITS[entry.dtype], 8)
+        if odd_bits:
+            raise ValueError(f"its tensor {printable(name)} of {entry.dtype} does not end with a byte")
         if entry.end - entry.begin != size:
             raise ValueError(
-                f"its tensor {name} has {entry.end - entry.begin} bytes, and {list(entry.shape)} of {entry.dtype} "
-                f"take {size}"
+                f"its tensor {printable(name)} has {entry.end - entry.begin} bytes, and {list(entry.shape)} of "
+                f"{entry.dtype} take {size}"
             )
         if entry.begin < end:
-            raise ValueError(f"its tensors {before} and {name} overlap")
+            raise ValueError(f"its tensors {printable(before)} and {printable(name)} overlap")
         if entry.begin > end:
-            raise ValueError(f"it has {entry.begin - end} bytes before its tensor {name} that belong to no tensor")
+            extra = entry.begin - end
+            raise ValueError(f"it has {extra} bytes before its tensor {printable(name)} that belong to no tensor")
         end = entry.end
         before = name
-    extra = header.path.stat().st_size - end
-    if extra:
-        raise ValueError(f"it has {extra} bytes after its last tensor: it is damaged, or not only a safetensors file")
+    after = header.path.stat().st_size - end
+    if after:
+        raise ValueError(f"it has {after} bytes after its last tensor: it is damaged, or not only a safetensors file")
 
 
-def _entry(value: dict[str, Any], data_begin: int) -> Entry:
-    """Raises KeyError or TypeError for a value that describes no tensor."""
-    offsets = [data_begin + offset for offset in value["data_offsets"]]
-    entry = Entry(value["dtype"], tuple(value["shape"]), *offsets)
-    if not isinstance(entry.dtype, str):
-        raise TypeError("a type that is no text")
-    for number in (*entry.shape, *offsets):
-        if type(number) is not int or number < 0:
-            raise TypeError("a size that is not a whole number")
-    return entry
+def _entry(name: str, value: Any, data_begin: int) -> Entry:
+    """Raises ValueError for a value that describes no tensor."""
+    damaged = f"its safetensors header is damaged: its tensor {printable(name)} has no"
+    if not isinstance(value, dict) or not isinstance(value.get("dtype"), str):
+        raise ValueError(f"{damaged} type")
+    if not _are_sizes(value.get("shape"), MOST_SIDES):
+        raise ValueError(f"{damaged} shape of whole numbers")
+    offsets: Any = value.get("data_offsets")
+    if not _are_sizes(offsets, 2) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"{damaged} place in the file")
+    return Entry(value["dtype"], tuple(value["shape"]), data_begin + offsets[0], data_begin + offsets[1])
+
+
+def _are_sizes(numbers: Any, most: int) -> bool:
+    """Whether a value is a list of at most `most` whole numbers that fit into 64 bits and are not negative."""
+    if not isinstance(numbers, list) or len(numbers) > most:
+        return False
+    return all(type(number) is int and 0 <= number < 2**63 for number in numbers)

@@ -17,7 +17,9 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
+from trainer.base_model import loading
 from trainer.spec.errors import SettingsError
+from trainer.spec.family import Facts
 from trainer.spec.plan import TrainPlan
 
 
@@ -141,19 +143,19 @@ class Denoising:
 Objective = FlowMatching | Denoising
 
 
-def make_objective(name: str, train: TrainPlan, *, scheduler: Path, device: str) -> Objective:
-    """The objective `name` of a family (`Facts.objective`: flow or denoising) under this plan.
+def make_objective(facts: Facts, train: TrainPlan, *, scheduler: Path, device: str) -> Objective:
+    """The objective of a family (`Facts.objective`: flow or denoising) under this plan.
 
     `scheduler`: the folder with the config of the model's scheduler. Raises SettingsError if it does not fit the plan.
     """
-    if name == "flow":
+    if facts.objective == "flow":
         return FlowMatching(
             train.timestep_sampling, train.discrete_flow_shift, train.loss_weighting, noise_offset=train.noise_offset
         )
     from diffusers import DDPMScheduler
 
     # Whatever class of scheduler the model ships with, its config names the betas of training.
-    schedule = DDPMScheduler.from_config({**DDPMScheduler.load_config(scheduler), **scheduler_changes(train)})
+    schedule = loading.load_scheduler(DDPMScheduler, scheduler, facts.kinds["scheduler"], scheduler_changes(train))
     prediction = schedule.config.prediction_type
     signal_T = schedule.alphas_cumprod.to(device)
     if prediction not in ("epsilon", "v_prediction"):

@@ -7,8 +7,6 @@ Letters: B captions, L tokens, D features.
 
 from __future__ import annotations
 
-import importlib
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 import torch
 
+from trainer.base_model import loading
 from trainer.engine import adapters
 from trainer.engine.encoders import clip_output
 from trainer.lora_files import key_names, peft_bridge, weights
@@ -67,16 +66,14 @@ def load(
     max_tokens: int = CLIP_TOKENS,
 ) -> TextEncoders:
     """The frozen encoders `components` of the model in `folder` (diffusers layout)."""
-    from transformers import AutoTokenizer  # slow to import
-
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     encoders = {}
+    kinds = family.FACTS.kinds
     for component in components:
-        library, name = index[component]
-        model_class: Any = getattr(importlib.import_module(library), name)
-        model = model_class.from_pretrained(folder / component, dtype=dtype, use_safetensors=True, device_map=device)
-        tokenizer = AutoTokenizer.from_pretrained(folder / component.replace("text_encoder", "tokenizer"))
-        encoders[component] = Encoder(model.requires_grad_(False).eval(), tokenizer, max_tokens)
+        model = loading.load_model(kinds[component], folder / component, device=device, dtype=dtype)
+        place = component.replace("text_encoder", "tokenizer")
+        tokenizer = loading.load_tokenizer(folder / place, kinds[place])
+        loading.check_tokens(tokenizer, model, folder / place)
+        encoders[component] = Encoder(model.eval(), tokenizer, max_tokens)
     return TextEncoders(family, encoders)
 
 

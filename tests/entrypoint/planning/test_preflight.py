@@ -38,7 +38,8 @@ from trainer.spec.plan import (
 )
 
 ROOT = Path(__file__).parents[3]
-PATTERNS = get_family("flux").FACTS.files
+FACTS = get_family("flux").FACTS
+PATTERNS = FACTS.files
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 Usage = namedtuple("Usage", "total used free")
 
@@ -47,12 +48,10 @@ Usage = namedtuple("Usage", "total used free")
 def model(tmp_path: Path) -> Path:
     """A folder in the layout of diffusers, with tiny weights."""
     folder = tmp_path / "model"
-    for part in (*PARTS, "tokenizer", "tokenizer_2", "scheduler"):
-        (folder / part).mkdir(parents=True)
-        (folder / part / ("config.json" if part in PARTS else "other.json")).write_text("{}")
+    shutil.copytree(FACTS.models["mini-flux"].source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     for part in PARTS:
         save_file({"w": np.zeros(10, np.float32)}, folder / part / "model.safetensors")
-    (folder / "model_index.json").write_text("{}")
+    (folder / "transformer" / "config.json").write_text("{}")  # it may be of any size
     return folder
 
 
@@ -315,11 +314,11 @@ def test_pickles_alone_are_refused_unopened(model: Path, name: str) -> None:
 
 def test_pickles_beside_safetensors_do_not_matter(model: Path) -> None:
     (model / "vae" / "pytorch_model.bin").write_bytes(b"x")
-    check_folder("MODEL_PATH=x", model, PATTERNS)
+    check_folder("MODEL_PATH=x", model, PATTERNS, FACTS)
 
 
 def test_a_missing_shard_is_named(model: Path) -> None:
-    index = {"weight_map": {"a": "model-00001.safetensors", "b": "model.safetensors"}}
+    index = {"metadata": {}, "weight_map": {"a": "model-00001.safetensors", "b": "model.safetensors"}}
     (model / "transformer" / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "transformer/model-00001.safetensors is missing" in refuse(model)
 

@@ -226,7 +226,8 @@ def folder(tmp_path: Path) -> Path:
 
 def check(folder: Path) -> str:
     with pytest.raises(SettingsError) as caught:
-        model_folder.check_folder("MODEL_PATH=x", folder, get_family("flux").FACTS.files)
+        facts = get_family("flux").FACTS
+        model_folder.check_folder("MODEL_PATH=x", folder, facts.files, facts)
     return str(caught.value)
 
 

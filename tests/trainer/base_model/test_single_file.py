@@ -107,7 +107,7 @@ def test_a_file_marked_as_v_prediction_is_trained_with_it(tmp_path, marks, zero_
     asked = {"MODEL_PATH": str(tmp_path / "all.safetensors"), "MODEL_CONFIG_PATH": str(miniature("sdxl"))}
     for _ in range(2):  # made, and found again
         scheduler = model_folder(tmp_path, "sdxl", **asked) / "scheduler"
-        objective = make_objective("denoising", TrainPlan(), scheduler=scheduler, device="cpu")
+        objective = make_objective(get_family("sdxl").FACTS, TrainPlan(), scheduler=scheduler, device="cpu")
         assert objective.prediction == "v_prediction" and (objective.signal_T[-1].item() == 0) is zero_snr
     own = json.loads((miniature("sdxl") / "scheduler" / "scheduler_config.json").read_text())
     assert own["prediction_type"] == "epsilon"  # what was linked to is as it was
@@ -138,7 +138,7 @@ def test_a_file_is_trained_with_the_prediction_that_it_names(
     save_file(state | {name: torch.zeros(1) for name in tensors}, tmp_path / "x.safetensors", metadata)
     asked = {"MODEL_PATH": str(tmp_path / "x.safetensors"), "MODEL_CONFIG_PATH": str(base)}
     folder = model_folder(tmp_path, "sdxl", **asked)
-    objective = make_objective("denoising", TrainPlan(), scheduler=folder / "scheduler", device="cpu")
+    objective = make_objective(get_family("sdxl").FACTS, TrainPlan(), scheduler=folder / "scheduler", device="cpu")
     assert (objective.prediction, objective.signal_T[-1].item() == 0) == (prediction, zero_snr)
 
 

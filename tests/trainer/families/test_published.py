@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from bench.full_size import FULL
 from tests.support import full_size_files
-from trainer.base_model.single_file import empty_model
+from trainer.base_model.loading import empty_model
 from trainer.spec.family import base_models, get_family
 
 # Weights of the published parts, counted in their repositories' files.
@@ -36,8 +36,9 @@ def test_the_parts_have_as_many_weights_as_published(base, tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps(config))
     index = model.published.configs["model_index.json"]
-    for part, folder in get_family(family).FACTS.parts.items():
-        made = empty_model(*index[folder], tmp_path / folder)
+    facts = get_family(family).FACTS
+    for part, folder in facts.parts.items():
+        made = empty_model(facts.kinds[folder], tmp_path / folder)
         count = sum(weight.numel() for weight in made.parameters())
         assert count == DENOISERS[base] if part == "denoiser" else count in OTHERS[part], part
     scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(tmp_path / "scheduler")

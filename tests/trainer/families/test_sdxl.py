@@ -112,7 +112,7 @@ def test_noise_offset_is_in_the_noise_and_in_the_target():
 
 def made(folder, plan, **config):
     EulerDiscreteScheduler(**{**BETAS, **config}).save_pretrained(folder)
-    return make_objective("denoising", plan, scheduler=folder, device="cpu")
+    return make_objective(sdxl.FACTS, plan, scheduler=folder, device="cpu")
 
 
 def test_auto_means_what_the_scheduler_says(tmp_path):

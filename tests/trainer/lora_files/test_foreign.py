@@ -328,7 +328,7 @@ def f32(shape, begin, end):
         ({"a": f32([3], 0, 8)}, 8, r"a has 8 bytes, and \[3\] of F32 take 12"),
         ({"a": {**f32([2], 0, 8), "dtype": "F99"}}, 8, "a is of the unknown type F99"),
         ({"a": f32([2], 0, 8)}, 4, "cut off"),
-        ({"a": f32([2], 8, 0)}, 8, "a has -8 bytes"),
+        ({"a": f32([2], 8, 0)}, 8, "a has no place in the file"),
         ({"a": {**f32([2], 0, 8), "dtype": 7}}, 8, "header is damaged"),
         ({"__metadata__": {"x": 1}, "a": f32([2], 0, 8)}, 8, "header is damaged"),
         ({"__metadata__": [], "a": f32([2], 0, 8)}, 8, "header is damaged"),

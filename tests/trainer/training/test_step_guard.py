@@ -168,7 +168,12 @@ def weights(value, gradient):
 @pytest.mark.parametrize(
     ("inputs", "losses", "params", "words"),
     [
-        ([("a", [ONE]), ("b", [ONE, NAN])], [("a", 1.0), ("b", math.nan)], weights(NAN, NAN), "bad data: the encoded b "),
+        (
+            [("a", [ONE]), ("b", [ONE, NAN])],
+            [("a", 1.0), ("b", math.nan)],
+            weights(NAN, NAN),
+            "bad data: the encoded b ",
+        ),
         ([("a", [NAN]), ("b", [NAN])], [("a", 1.0)], weights(ONE, ONE), "bad data: the encoded a, b "),
         ([("a", [ONE])], [("a", math.nan)], weights(NAN, NAN), "the adapter's own weights are not finite"),
         ([("a", [ONE])], [("a", math.inf), ("b", 1.0)], weights(ONE, NAN), "its output for a is not"),

@@ -84,7 +84,7 @@ def micro_batch(name, text):
 
 def objective(name):
     plan = TrainPlan(timestep_sampling=get_family(name).FACTS.timestep_samplings[0])
-    return make_objective(get_family(name).FACTS.objective, plan, scheduler=folder(name) / "scheduler", device="cpu")
+    return make_objective(get_family(name).FACTS, plan, scheduler=folder(name) / "scheduler", device="cpu")
 
 
 def predicted(name, pipe, noisy, t, text, batch):

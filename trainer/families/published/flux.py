@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from trainer.families.published import common
+from collections.abc import Mapping
+from typing import Any
+
+from trainer.families.published import common, configs
 from trainer.spec.family import Lookalike, Published
+from trainer.spec.rules.config_rules import FLAG, HEADS, LAYERS, WIDTH, Kind, Rules, each, only, optional, whole
 
 
 def _flux(*, guidance: bool) -> Published:
@@ -72,3 +76,53 @@ LOOKALIKES = (
     Lookalike("Flux.2", "double_stream_modulation_img.lin.weight"),
     Lookalike("Flux.2", "double_stream_modulation_img.linear.weight"),
 )
+
+# ---- what the configs of a model of this family may say
+
+_RULES: Rules = {
+    "patch_size": only(1),
+    "in_channels": whole(4, 1024),
+    "out_channels": optional(whole(4, 1024)),
+    "num_layers": LAYERS,
+    "num_single_layers": whole(0, 200),
+    "attention_head_dim": whole(2, 1024),
+    "num_attention_heads": HEADS,
+    "joint_attention_dim": WIDTH,
+    "pooled_projection_dim": WIDTH,
+    "guidance_embeds": FLAG,
+    "axes_dims_rope": each(whole(2, 1024), 3, 3),
+}
+
+
+def _differing(config: Mapping[str, Any]) -> str | None:
+    axes = config.get("axes_dims_rope", [16, 56, 56])
+    if sum(axes) != config.get("attention_head_dim", 128) or any(axis % 2 for axis in axes):
+        return "axes_dims_rope are not even numbers whose sum is attention_head_dim"
+    return None
+
+
+PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
+KINDS = {
+    "scheduler": configs.FLOW_SCHEDULER,
+    "transformer": Kind("diffusers", ("FluxTransformer2DModel",), _RULES, differing=_differing),
+    "vae": configs.VAE,
+    "text_encoder": configs.clip("CLIPTextModel"),
+    "text_encoder_2": configs.T5_ENCODER,
+    "tokenizer": configs.CLIP_TOKENIZER,
+    "tokenizer_2": configs.T5_TOKENIZER,
+}
+
+
+def same_sizes(parts: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, int, int]]:
+    denoiser, vae, clip, t5 = (parts.get(name) for name in ("transformer", "vae", "text_encoder", "text_encoder_2"))
+    sizes = []
+    if denoiser is not None and vae is not None:
+        channels = 4 * vae.get("latent_channels", 4)
+        sizes.append(("transformer in_channels", "4 * vae latent_channels", denoiser.get("in_channels", 64), channels))
+    if denoiser is not None and clip is not None:
+        pooled = denoiser.get("pooled_projection_dim", 768)
+        sizes.append(("transformer pooled_projection_dim", "text_encoder hidden_size", pooled, clip["hidden_size"]))
+    if denoiser is not None and t5 is not None:
+        joint = denoiser.get("joint_attention_dim", 4096)
+        sizes.append(("transformer joint_attention_dim", "text_encoder_2 d_model", joint, t5["d_model"]))
+    return sizes

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from trainer.families.published import common
+from trainer.families.published import common, configs
 from trainer.spec.family import Lookalike, Published
+from trainer.spec.rules.config_rules import HEADS, LAYERS, WIDTH, Kind, Rules, each, only, optional, whole
 
 HEAD_SIZE = 64
 
@@ -87,3 +89,59 @@ MEDIUM_35 = _sd3(
 LARGE_35 = _sd3(blocks=38, positions=192, qk_norm=True, dual_blocks=0, marks=_WITHOUT_SECOND_ATTENTION)
 
 LOOKALIKES = (Lookalike("AuraFlow", "double_layers.0.attn.w1q.weight"),)
+
+# ---- what the configs of a model of this family may say
+
+_RULES: Rules = {
+    "sample_size": whole(2, 4096),
+    "patch_size": only(2),
+    "in_channels": whole(1, 256),
+    "num_layers": LAYERS,
+    "attention_head_dim": whole(1, 1024),
+    "num_attention_heads": HEADS,
+    "joint_attention_dim": WIDTH,
+    "caption_projection_dim": WIDTH,
+    "pooled_projection_dim": WIDTH,
+    "out_channels": optional(whole(1, 256)),
+    "pos_embed_max_size": whole(1, 4096),
+    "dual_attention_layers": each(whole(0, 200), 0, 200),
+    "qk_norm": only(None, "rms_norm"),
+}
+
+
+def _differing(config: Mapping[str, Any]) -> str | None:
+    width = config.get("attention_head_dim", 64) * config.get("num_attention_heads", 18)
+    if config.get("caption_projection_dim", 1152) != width:
+        return "caption_projection_dim is not attention_head_dim * num_attention_heads"
+    return None
+
+
+PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
+KINDS = {
+    "scheduler": configs.FLOW_SCHEDULER,
+    "transformer": Kind("diffusers", ("SD3Transformer2DModel",), _RULES, differing=_differing),
+    "vae": configs.VAE,
+    "text_encoder": configs.clip("CLIPTextModelWithProjection"),
+    "text_encoder_2": configs.clip("CLIPTextModelWithProjection"),
+    "text_encoder_3": configs.T5_ENCODER,
+    "tokenizer": configs.CLIP_TOKENIZER,
+    "tokenizer_2": configs.CLIP_TOKENIZER,
+    "tokenizer_3": configs.T5_TOKENIZER,
+}
+
+
+def same_sizes(parts: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, int, int]]:
+    denoiser, vae, t5 = (parts.get(name) for name in ("transformer", "vae", "text_encoder_3"))
+    clips = [parts[name] for name in ("text_encoder", "text_encoder_2") if name in parts]
+    sizes = []
+    if denoiser is not None and vae is not None:
+        channels = vae.get("latent_channels", 4)
+        sizes.append(("transformer in_channels", "vae latent_channels", denoiser.get("in_channels", 16), channels))
+    if denoiser is not None and len(clips) == 2:
+        pooled = denoiser.get("pooled_projection_dim", 2048)
+        both = sum(clip.get("projection_dim") or 0 for clip in clips)
+        sizes.append(("transformer pooled_projection_dim", "projection_dim of both CLIPs", pooled, both))
+    if denoiser is not None and t5 is not None:
+        joint = denoiser.get("joint_attention_dim", 4096)
+        sizes.append(("transformer joint_attention_dim", "text_encoder_3 d_model", joint, t5["d_model"]))
+    return sizes

@@ -2,8 +2,30 @@
 
 from __future__ import annotations
 
-from trainer.families.published import common
+from collections.abc import Mapping
+from typing import Any
+
+from trainer.families.published import common, configs
 from trainer.spec.family import Lookalike, Published
+from trainer.spec.rules.config_rules import (
+    ACTIVATION,
+    EPSILON,
+    FALSE,
+    FLAG,
+    GROUPS,
+    HEADS,
+    NOTHING,
+    SHARE,
+    WIDTH,
+    Kind,
+    Rules,
+    each,
+    either,
+    number,
+    only,
+    optional,
+    whole,
+)
 
 BASE = Published(
     configs={
@@ -77,3 +99,90 @@ LOOKALIKES = (
     *(Lookalike("a model that edits images", name, (None, 8, 3, 3)) for name in _FIRST_CONVOLUTION),
     Lookalike("Kolors", "encoder_hid_proj.weight"),
 )
+
+# ---- what the configs of a model of this family may say
+
+_DOWN = only("DownBlock2D", "CrossAttnDownBlock2D")
+_UP = only("UpBlock2D", "CrossAttnUpBlock2D")
+_DEPTH = whole(0, 64)
+_RULES: Rules = {
+    "sample_size": optional(whole(1, 4096)),
+    "in_channels": whole(1, 256),
+    "out_channels": whole(1, 256),
+    "center_input_sample": FALSE,
+    "flip_sin_to_cos": FLAG,
+    "freq_shift": number(0, 1),
+    "down_block_types": each(_DOWN, 1, 8),
+    "mid_block_type": only("UNetMidBlock2DCrossAttn", None),
+    "up_block_types": each(_UP, 1, 8),
+    "only_cross_attention": FALSE,
+    "block_out_channels": each(WIDTH, 1, 8),
+    "layers_per_block": either(whole(1, 16), each(whole(1, 16), 1, 8)),
+    "downsample_padding": only(0, 1),
+    "mid_block_scale_factor": number(1e-3, 1e3),
+    "dropout": SHARE,
+    "act_fn": ACTIVATION,
+    "norm_num_groups": GROUPS,
+    "norm_eps": EPSILON,
+    "cross_attention_dim": WIDTH,
+    "transformer_layers_per_block": either(_DEPTH, each(either(_DEPTH, each(_DEPTH, 1, 8)), 1, 8)),
+    "reverse_transformer_layers_per_block": optional(each(either(_DEPTH, each(_DEPTH, 1, 8)), 1, 8)),
+    "encoder_hid_dim": NOTHING,
+    "encoder_hid_dim_type": NOTHING,
+    "attention_head_dim": either(HEADS, each(HEADS, 1, 8)),
+    "num_attention_heads": NOTHING,
+    "dual_cross_attention": FALSE,
+    "use_linear_projection": FLAG,
+    "class_embed_type": NOTHING,
+    "addition_embed_type": only("text_time"),
+    "addition_time_embed_dim": whole(2, 4096),
+    "num_class_embeds": NOTHING,
+    "upcast_attention": optional(FLAG),
+    "resnet_time_scale_shift": only("default"),
+    "resnet_skip_time_act": FALSE,
+    "resnet_out_scale_factor": number(1e-3, 1e3),
+    "time_embedding_type": only("positional"),
+    "time_embedding_dim": NOTHING,
+    "time_embedding_act_fn": NOTHING,
+    "timestep_post_act": NOTHING,
+    "time_cond_proj_dim": optional(whole(1, 4096)),
+    "conv_in_kernel": only(3),
+    "conv_out_kernel": only(3),
+    "projection_class_embeddings_input_dim": WIDTH,
+    "attention_type": only("default"),
+    "class_embeddings_concat": FALSE,
+    "mid_block_only_cross_attention": only(None, False),
+    "cross_attention_norm": NOTHING,
+    "addition_embed_type_num_heads": whole(1, 512),
+}
+
+PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")
+KINDS = {
+    "scheduler": configs.DENOISING_SCHEDULER,
+    "unet": Kind(
+        *("diffusers", ("UNet2DConditionModel",), _RULES),
+        required=("addition_embed_type", "addition_time_embed_dim", "cross_attention_dim"),
+    ),
+    "vae": configs.VAE,
+    "text_encoder": configs.clip("CLIPTextModel"),
+    "text_encoder_2": configs.clip("CLIPTextModelWithProjection"),
+    "tokenizer": configs.CLIP_TOKENIZER,
+    "tokenizer_2": configs.CLIP_TOKENIZER,
+}
+
+
+def same_sizes(parts: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, int, int]]:
+    denoiser, vae = parts.get("unet"), parts.get("vae")
+    clips = [parts[name] for name in ("text_encoder", "text_encoder_2") if name in parts]
+    sizes = []
+    if denoiser is not None and vae is not None:
+        channels = vae.get("latent_channels", 4)
+        sizes.append(("unet in_channels", "vae latent_channels", denoiser.get("in_channels", 4), channels))
+    if denoiser is not None and len(clips) == 2:
+        width = sum(clip["hidden_size"] for clip in clips)
+        sizes.append(("unet cross_attention_dim", "hidden_size of both CLIPs", denoiser["cross_attention_dim"], width))
+        pooled = clips[1].get("projection_dim", 512) or 0
+        vector = pooled + 6 * denoiser["addition_time_embed_dim"]
+        own = denoiser.get("projection_class_embeddings_input_dim", 0)
+        sizes.append(("unet projection_class_embeddings_input_dim", "text and sizes together", own, vector))
+    return sizes

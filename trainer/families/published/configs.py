@@ -1,0 +1,201 @@
+"""What the configs of the parts that families share may say (`trainer.spec.rules.config_rules`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from trainer.spec.rules.config_rules import (
+    ACTIVATION,
+    EPSILON,
+    FALSE,
+    FLAG,
+    GROUPS,
+    HEADS,
+    LAYERS,
+    SHARE,
+    WIDTH,
+    Kind,
+    Rules,
+    each,
+    number,
+    only,
+    optional,
+    text,
+    whole,
+)
+
+# ---- text encoders
+
+_TOKEN = optional(whole(0, 10**6))
+_CLIP_TEXT: Rules = {
+    "vocab_size": whole(1, 10**6),
+    "hidden_size": WIDTH,
+    "intermediate_size": WIDTH,
+    "projection_dim": optional(WIDTH),
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "max_position_embeddings": whole(3, 8192),
+    "hidden_act": only("quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"),
+    "layer_norm_eps": EPSILON,
+    "attention_dropout": SHARE,
+    "initializer_range": number(0, 10),
+    "initializer_factor": number(0, 10),
+    "pad_token_id": _TOKEN,
+    "bos_token_id": _TOKEN,
+    "eos_token_id": _TOKEN,
+}
+_T5: Rules = {
+    "vocab_size": whole(1, 10**6),
+    "d_model": WIDTH,
+    "d_kv": whole(1, 1024),
+    "d_ff": WIDTH,
+    "num_layers": LAYERS,
+    "num_decoder_layers": optional(whole(0, 200)),
+    "num_heads": HEADS,
+    "relative_attention_num_buckets": whole(4, 1024),
+    "relative_attention_max_distance": whole(4, 10**5),
+    "dropout_rate": SHARE,
+    "layer_norm_epsilon": EPSILON,
+    "initializer_factor": number(0, 10),
+    "feed_forward_proj": only("gated-gelu", "relu", "gelu", "gated-silu"),
+    "is_encoder_decoder": FLAG,
+    "use_cache": FLAG,
+    "tie_word_embeddings": FLAG,
+    "pad_token_id": _TOKEN,
+    "eos_token_id": _TOKEN,
+    "classifier_dropout": SHARE,
+    "is_decoder": FALSE,
+}
+
+
+def _clip_differing(config: Mapping[str, Any]) -> str | None:
+    if config["hidden_size"] % config["num_attention_heads"]:
+        return "hidden_size is not a multiple of num_attention_heads"
+    return None
+
+
+def _t5_differing(config: Mapping[str, Any]) -> str | None:
+    buckets = config.get("relative_attention_num_buckets", 32)
+    if config.get("relative_attention_max_distance", 128) <= buckets // 4:
+        return "relative_attention_max_distance is not larger than a quarter of relative_attention_num_buckets"
+    return None
+
+
+def clip(*names: str) -> Kind:
+    """A CLIP text encoder, with its projection or without."""
+    return Kind(
+        *("transformers", names, _CLIP_TEXT),
+        required=("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+        model_type="clip_text_model",
+        saved_as=("CLIPModel",),
+        differing=_clip_differing,
+    )
+
+
+T5_ENCODER = Kind(
+    *("transformers", ("T5EncoderModel",), _T5),
+    required=("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "feed_forward_proj"),
+    model_type="t5",
+    saved_as=("T5Model", "T5ForConditionalGeneration"),
+    differing=_t5_differing,
+)
+
+# ---- tokenizers, whose files `trainer.base_model.tokenizer_files` checks
+
+CLIP_TOKENIZER = Kind("transformers", ("CLIPTokenizer", "CLIPTokenizerFast"), {})
+T5_TOKENIZER = Kind("transformers", ("T5Tokenizer", "T5TokenizerFast"), {})
+
+# ---- VAE
+
+_LEVELS = 4  # which shrink an image's sides by 8, as the families expect
+VAE = Kind(
+    *("diffusers", ("AutoencoderKL",)),
+    rules={
+        "in_channels": only(3),
+        "out_channels": only(3),
+        "down_block_types": each(only("DownEncoderBlock2D"), _LEVELS, _LEVELS),
+        "up_block_types": each(only("UpDecoderBlock2D"), _LEVELS, _LEVELS),
+        "block_out_channels": each(WIDTH, _LEVELS, _LEVELS),
+        "layers_per_block": whole(1, 16),
+        "act_fn": ACTIVATION,
+        "latent_channels": whole(1, 256),
+        "norm_num_groups": GROUPS,
+        "sample_size": whole(1, 16384),
+        "scaling_factor": number(1e-6, 1e6),
+        "shift_factor": optional(number(-1e6, 1e6)),
+        "latents_mean": optional(each(number(-1e6, 1e6), 0, 256)),
+        "latents_std": optional(each(number(-1e6, 1e6), 0, 256)),
+        "force_upcast": optional(FLAG),
+        "use_quant_conv": FLAG,
+        "use_post_quant_conv": FLAG,
+        "mid_block_add_attention": FLAG,
+    },
+    required=("block_out_channels", "down_block_types", "up_block_types", "latent_channels"),
+)
+
+# ---- schedulers, of whichever class: those that train and sample here take what they know
+
+_SIGMA = optional(number(0, 10**6))
+_SCHEDULER: Rules = {
+    "num_train_timesteps": whole(10, 10000),
+    "beta_start": number(1e-8, 1),
+    "beta_end": number(1e-8, 1),
+    "beta_schedule": only("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "trained_betas": optional(each(number(0, 1), 10, 10000)),
+    "prediction_type": only("epsilon", "v_prediction", "sample"),
+    "interpolation_type": only("linear", "log_linear"),
+    "use_karras_sigmas": optional(FLAG),
+    "use_exponential_sigmas": optional(FLAG),
+    "use_beta_sigmas": optional(FLAG),
+    "sigma_min": _SIGMA,
+    "sigma_max": _SIGMA,
+    "timestep_spacing": only("linspace", "leading", "trailing"),
+    "timestep_type": only("discrete", "continuous"),
+    "steps_offset": whole(0, 1000),
+    "rescale_betas_zero_snr": FLAG,
+    "final_sigmas_type": only("zero", "sigma_min"),
+    "variance_type": optional(text(40)),
+    "clip_sample": FLAG,
+    "thresholding": FLAG,
+    "dynamic_thresholding_ratio": SHARE,
+    "clip_sample_range": number(0, 1e6),
+    "sample_max_value": number(0, 1e6),
+    "shift": number(1e-3, 1e3),
+    "use_dynamic_shifting": FLAG,
+    "base_shift": number(-100, 100),
+    "max_shift": number(-100, 100),
+    "base_image_seq_len": whole(1, 10**6),
+    "max_image_seq_len": whole(1, 10**6),
+    "invert_sigmas": FALSE,
+    "shift_terminal": optional(number(1e-6, 1)),
+    "time_shift_type": only("exponential", "linear"),
+    "stochastic_sampling": FLAG,
+}
+
+
+def _schedule_differing(config: Mapping[str, Any]) -> str | None:
+    if sum(bool(config.get(f"use_{kind}_sigmas")) for kind in ("karras", "exponential", "beta")) > 1:
+        return "more than one of use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas is true"
+    if config.get("base_image_seq_len", 256) >= config.get("max_image_seq_len", 4096):
+        return "base_image_seq_len is not smaller than max_image_seq_len"
+    if config.get("beta_start", 0) > config.get("beta_end", 1):
+        return "beta_start is larger than beta_end"
+    return None
+
+
+FLOW_SCHEDULER = Kind(
+    *("diffusers", ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"), _SCHEDULER),
+    differing=_schedule_differing,
+)
+DENOISING_SCHEDULER = Kind(
+    "diffusers",
+    (
+        *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DDPMScheduler", "DDIMScheduler"),
+        *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler", "PNDMScheduler"),
+        *("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler"),
+        *("UniPCMultistepScheduler", "DEISMultistepScheduler", "LCMScheduler", "TCDScheduler", "SASolverScheduler"),
+    ),
+    _SCHEDULER,
+    differing=_schedule_differing,
+)
