@@ -14,7 +14,6 @@ from trainer.process import guard
 if __name__ == "__main__" and sys.argv[1:2] != ["shell"]:
     guard.begin("entrypoint.processes.farewell")
 
-import argparse
 import contextlib
 import dataclasses
 import datetime
@@ -38,6 +37,7 @@ from entrypoint.system import cards, environment, hardware, secrets
 from trainer import __version__
 from trainer.base_model import model_folder
 from trainer.process import scratch, streams
+from trainer.spec.commands.parser import Parser
 from trainer.spec.errors import KilnError, NoAcceleratorError, StopRequestedError
 from trainer.spec.family import base_models, get_family
 from trainer.spec.log_lines import log_to
@@ -68,10 +68,9 @@ def _run(arguments: list[str], environ: Mapping[str, str]) -> int:
         if arguments[0] != "shell":
             own = environment.tool_environment(arguments[0], environ)
         os.execvpe(program[0], [*program, *arguments[1:]], own)  # noqa: S606 (what the user asks for)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m entrypoint",
         description="Train a LoRA as the environment says: BASE_MODEL, DATASET_NAME, OUTPUT_PATH and more.",
-        exit_on_error=False,
     )
     commands = "train; check: validate, plan and preflight alone; sample, export: as python -m trainer.sample and "
     commands += "trainer.export, and shell: bash, each with the arguments that follow"
@@ -84,10 +83,7 @@ def _run(arguments: list[str], environ: Mapping[str, str]) -> int:
     parser.add_argument("--version", action="version", version=f"kiln {__version__}")
     try:
         options = parser.parse_args(arguments)
-    except (SystemExit, argparse.ArgumentError) as stop:
-        if isinstance(stop, argparse.ArgumentError):
-            print(f"{parser.format_usage()}{stop}", file=sys.stderr)  # noqa: T201
-            return 64
+    except SystemExit as stop:
         return 64 if stop.code else streams.output_code()
     if options.help_env:
         with contextlib.suppress(BrokenPipeError):  # the reader (head, less) has closed the pipe

@@ -12,6 +12,7 @@ if __name__ == "__main__":
     guard.begin()  # before everything else is imported: from here on a stop is a stop
 
 import logging
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -22,40 +23,71 @@ from entrypoint.fetch.fetch import fetch_model
 from entrypoint.fetch.http import RetryPolicy
 from trainer.base_model import model_folder
 from trainer.process import streams
-from trainer.spec.errors import KilnError, SettingsError
+from trainer.spec.commands.ending import exit_code_of
+from trainer.spec.commands.parser import Parser
+from trainer.spec.errors import SettingsError, StorageError
 from trainer.spec.family import base_models, get_family
 from trainer.spec.log_lines import log_to
 from trainer.spec.plan import ModelPlan
+from trainer.storage import atomic
+from trainer.storage.read import read_regular
 
+log = logging.getLogger("entrypoint")
 PLACE = Path("/opt/kiln-models")
 TOKEN = Path("/run/secrets/hf_token")  # a build secret: it ends up in no layer
 COMMIT = "kiln-commit.txt"  # beside the model's own files
 TOKENIZERS = "tokenizers"
-USAGE = f"usage: python -m entrypoint.bake BASE_MODEL|{TOKENIZERS} FOLDER [CACHE]"
+LONGEST_TOKEN = 2**16  # bytes
 
 
 def main(arguments: list[str]) -> int:
     """Exit codes as in `trainer.spec.errors`; 64 for a wrong command line."""
-    log_to(logging.StreamHandler(), "%(message)s")
-    if len(arguments) not in (2, 3):
-        print(USAGE, file=sys.stderr)  # noqa: T201
-        return 64
-    token = TOKEN.read_text(encoding="utf-8").strip() if TOKEN.is_file() else None
+    parser = Parser("python -m entrypoint.bake", description="Put a base model's weights into an image.")
+    parser.add_argument("base_model", metavar=f"BASE_MODEL|{TOKENIZERS}")
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("cache", type=Path, nargs="?", metavar="CACHE", help="for downloads (default: FOLDER)")
     try:
-        if arguments[0] == TOKENIZERS:
-            cache = Path(arguments[-1]) / "hub"
-            local_weights.bake(Path(arguments[1]) / TOKENIZERS, hub_cache=cache, retries=http.USUAL)
-            return 0
-        known = base_models().get(arguments[0])
-        if known is None or Path(known[1].source).is_absolute():
-            wanted = ", ".join(n for n, (_, m) in base_models().items() if not Path(m.source).is_absolute())
-            raise SettingsError(f"BAKE_MODEL={arguments[0]}: allowed are {TOKENIZERS}, {wanted}.")
-        model = ModelPlan(arguments[0], known[0], known[1].source)
-        bake(model, Path(arguments[1]), token=token, cache=Path(arguments[-1]) / "hub")
-    except KilnError as problem:
-        logging.error("%s", problem)
-        return problem.exit_code
-    return 0
+        options = parser.parse_args(arguments)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0
+    log_to(logging.StreamHandler(), "%(message)s")
+    cache = (options.cache or options.folder) / "hub"
+    return exit_code_of(lambda: _bake(options.base_model, options.folder, cache), log)
+
+
+def _bake(name: str, place: Path, cache: Path) -> None:
+    if name == TOKENIZERS:
+        _make_folders(place, cache)
+        local_weights.bake(place / TOKENIZERS, hub_cache=cache, retries=http.USUAL)
+        return
+    known = base_models().get(name)
+    if known is None or Path(known[1].source).is_absolute():
+        wanted = ", ".join(n for n, (_, m) in base_models().items() if not Path(m.source).is_absolute())
+        raise SettingsError(f"BAKE_MODEL={name}: allowed are {TOKENIZERS}, {wanted}.")
+    token = _token()
+    _make_folders(place, cache)
+    bake(ModelPlan(name, known[0], known[1].source), place, token=token, cache=cache)
+
+
+def _make_folders(*folders: Path) -> None:
+    """Before anything is downloaded. Raises StorageError where a folder cannot be made."""
+    for place in folders:
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise StorageError(f"{place} cannot be made: {problem.strerror}. Fix: name a folder.") from problem
+
+
+def _token() -> str | None:
+    """The build secret, if the build has one. Raises SettingsError for what is no text."""
+    if not os.path.lexists(TOKEN):
+        return None
+    try:
+        return read_regular(TOKEN, limit=LONGEST_TOKEN).decode("ascii").strip()
+    except OSError as problem:
+        raise SettingsError(f"HF_TOKEN_FILE cannot be read: {problem.strerror}.") from problem
+    except UnicodeDecodeError as problem:
+        raise SettingsError("HF_TOKEN_FILE is not a file that holds a token and nothing else.") from problem
 
 
 def bake(model: ModelPlan, place: Path, *, token: str | None, cache: Path, retries: RetryPolicy = http.USUAL) -> Path:
@@ -68,9 +100,9 @@ def bake(model: ModelPlan, place: Path, *, token: str | None, cache: Path, retri
     source, target = Path(found.path), folder(model, place)
     names = [p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file()]
     for name in sorted(model_folder.wanted(names, patterns)):
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, target / name)  # the snapshot's files are links into the cache
-    (target / COMMIT).write_text(f"{found.commit}\n", encoding="utf-8")
+        with atomic.replacing(target / name) as temporary:
+            shutil.copyfile(source / name, temporary)  # the snapshot's files are links into the cache
+    atomic.write_text(target / COMMIT, f"{found.commit}\n")
     return target
 
 

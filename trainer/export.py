@@ -19,8 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.lora_files.arguments import Parser, check_file, load_lora, plural, read_family, run_command, split_weights
+from trainer.lora_files.arguments import check_file, load_lora, plural, read_family, run_command, split_weights
 from trainer.process import streams
+from trainer.spec.commands.parser import Parser
 from trainer.spec.errors import SettingsError
 from trainer.spec.family import family_names, get_family
 
@@ -55,7 +56,7 @@ def export_command(arguments: list[str]) -> int:
 
 def _export(options: argparse.Namespace) -> None:
     paths = split_weights(options.merge, "--merge") if options.merge else [(_input(options.file), 1.0)]
-    check_file(options.out, "--out", overwrite=options.overwrite)
+    check_file(options.out, "--out", overwrite=options.overwrite, inputs=[path for path, _ in paths])
     families_and_metadata = [read_family(path, options.family) for path, _ in paths]
     families = [name for name, _ in families_and_metadata]
     if len(set(families)) > 1:

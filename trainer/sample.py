@@ -16,6 +16,7 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,7 +27,6 @@ from safetensors import SafetensorError
 from trainer.base_model.named import OPTIONS, Asked, NamedBase, find_base
 from trainer.data import caption_length
 from trainer.lora_files.arguments import (
-    Parser,
     check_folder,
     load_lora,
     plural,
@@ -35,6 +35,7 @@ from trainer.lora_files.arguments import (
     split_weights,
 )
 from trainer.process import streams
+from trainer.spec.commands.parser import Parser
 from trainer.spec.documents import forms
 from trainer.spec.documents.prompt_trees import parse_tree
 from trainer.spec.errors import OutOfMemoryError, SettingsError, StorageError
@@ -42,6 +43,7 @@ from trainer.spec.family import BaseModel, Facts, Family, family_names, get_fami
 from trainer.spec.plan import Prompt
 from trainer.spec.prompts import FLAGS, PromptRequest, complete_prompts, parse_line, parse_lines
 from trainer.spec.values import Problems
+from trainer.storage.read import read_regular
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +51,7 @@ if TYPE_CHECKING:
     from trainer.lora_files.weights import LoraModules
 
 log = logging.getLogger(__name__)
-CACHE = Path.home() / ".cache" / "kiln"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "kiln"  # noqa: PTH111 (never raises)
 SEED = 42  # the default of --seed, as of PARAMS_SEED
 MAX_SEED = 2**32 - 1
 IMAGES = "step-00000000-*.png"
@@ -340,11 +342,7 @@ def read_prompts(
 def _read_requests(path: Path, problems: Problems, notes: list[str]) -> Sequence[PromptRequest]:
     """The prompts of a file: lines, or a tree in JSON, YAML or TOML."""
     try:
-        with path.open("rb") as file:
-            data = file.read(forms.MAX_BYTES + 1)
-        if len(data) > forms.MAX_BYTES:
-            raise SettingsError(f"--prompts {path} is larger than {forms.MAX_BYTES // 2**20} MiB.")
-        text = forms.decode(data)
+        text = forms.decode(read_regular(path, limit=forms.MAX_BYTES))
     except OSError as problem:
         raise SettingsError(f"--prompts {path}: {problem.strerror}.") from problem
     except UnicodeDecodeError as problem:

@@ -17,6 +17,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 import time
@@ -31,10 +32,13 @@ from entrypoint.settings import Settings, read_settings
 from entrypoint.settings.variables.engine import BACKENDS
 from entrypoint.system import secrets
 from trainer.process import streams
-from trainer.spec.errors import KilnError, SettingsError
+from trainer.spec.commands.ending import exit_code_of
+from trainer.spec.commands.parser import Parser, whole
+from trainer.spec.errors import KilnError, SettingsError, UnreachableError
 from trainer.spec.family import base_models
-from trainer.spec.log_lines import log_to
+from trainer.spec.log_lines import log_to, safe_lines
 from trainer.spec.messages.secrets import without_secrets
+from trainer.spec.values import as_number, show
 
 logger = logging.getLogger(__name__)
 
@@ -73,32 +77,35 @@ def _run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         "gpus": gpus,
     }
     command = commands[options.command]
-    try:
-        return command(options, RunPod.from_environment(environ), environ) or streams.output_code()
-    except KilnError as problem:
-        print(without_secrets(str(problem)), file=sys.stderr)  # noqa: T201
-        return problem.exit_code
-    except Exception:
-        logger.exception("Unexpected error.")
-        return KilnError.exit_code
+
+    def run() -> int:
+        try:
+            return command(options, RunPod.from_environment(environ), environ) or streams.output_code()
+        except KilnError as problem:
+            print(safe_lines(without_secrets(str(problem))), file=sys.stderr)  # noqa: T201
+            return problem.exit_code
+
+    return exit_code_of(run, logger)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m entrypoint.runpod", description="Jobs on RunPod; needs RUNPOD_API_KEY.")
+def _parser() -> Parser:
+    parser = Parser("python -m entrypoint.runpod", description="Jobs on RunPod; needs RUNPOD_API_KEY.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    image_options = argparse.ArgumentParser(add_help=False)
+    image_options = Parser(add_help=False)
     image_options.add_argument("--image", required=True, help="REGISTRY/NAME:TAG, as for ./build.sh --tag")
-    image_options.add_argument("--disk", type=int, default=DISK_GB, help=f"GB for the container (default {DISK_GB})")
+    image_options.add_argument(
+        "--disk", type=whole(1), default=DISK_GB, help=f"GB for the container (default {DISK_GB})"
+    )
     image_options.add_argument(
         "--volume",
-        type=int,
+        type=whole(1),
         default=VOLUME_GB,
         help=f"GB for {request.VOLUME_PATH}, kept while the pod is stopped (default {VOLUME_GB})",
     )
-    cloud_options = argparse.ArgumentParser(add_help=False)
+    cloud_options = Parser(add_help=False)
     cloud_options.add_argument("--cloud", choices=("secure", "community"), default="secure")
-    cloud_options.add_argument("--count", type=int, default=1, help="number of GPUs in the pod")
+    cloud_options.add_argument("--count", type=whole(1), default=1, help="number of GPUs in the pod")
 
     accelerators = [backend for backend in BACKENDS if backend != "cpu"]
     make = commands.add_parser("template", parents=[image_options], help="create or update a template")
@@ -120,24 +127,24 @@ def _parser() -> argparse.ArgumentParser:
     start.add_argument(
         "--secret", action="append", default=[], metavar="NAME=SECRET", help="set a variable from a RunPod secret"
     )
-    start.add_argument("--max-cost", type=float, metavar="USD", help="save and end the pod when it has cost this much")
+    start.add_argument("--max-cost", type=_price, metavar="USD", help="save and end the pod when it has cost this much")
     start.add_argument("--name", default="kiln")
     start.add_argument("--yes", action="store_true", help="do not ask for confirmation")
     start.add_argument("--dry-run", action="store_true", help="print the request and its price; deploy nothing")
 
     show = commands.add_parser("status", help="list your pods, or show one and how to download its results")
-    show.add_argument("pod", nargs="?")
+    show.add_argument("pod", nargs="?", type=_pod_id)
     follow = commands.add_parser("logs", help="print a pod's log")
-    follow.add_argument("pod")
-    follow.add_argument("--tail", type=int, default=100, help="number of past lines to print first (default 100)")
+    follow.add_argument("pod", type=_pod_id)
+    follow.add_argument("--tail", type=whole(0), default=100, help="number of past lines to print first (default 100)")
     follow.add_argument("--follow", action="store_true", help="continue until the pod ends")
     again = commands.add_parser("start", help="start a stopped pod: its job resumes, or its results can be downloaded")
-    again.add_argument("pod")
+    again.add_argument("pod", type=_pod_id)
     bring = commands.add_parser("fetch", help="download a pod's results; starts the pod if it is stopped")
-    bring.add_argument("pod")
+    bring.add_argument("pod", type=_pod_id)
     bring.add_argument("--to", default="output", metavar="FOLDER", help="where to put them (default output)")
     end = commands.add_parser("stop", help="stop a pod; its volume is kept, and billed")
-    end.add_argument("pod")
+    end.add_argument("pod", type=_pod_id)
     end.add_argument("--terminate", action="store_true", help="delete the pod with its volume")
     commands.add_parser("gpus", parents=[cloud_options], help="list GPU types with their prices")
     return parser
@@ -203,7 +210,7 @@ def deploy(options: argparse.Namespace, api: RunPod, environ: Mapping[str, str])
     else:
         _print("No --max-cost is set: the pod runs, and costs, until the job ends.")
     if options.dry_run:
-        _print(json.dumps({**body, "env": request.shown_variables(body["env"])}, indent=2))
+        _print(json.dumps({**body, "env": request.shown_variables(body["env"])}, indent=2), whole_lines=True)
         return 0
     if not options.yes and not _confirmed():
         _print("Nothing was deployed.")
@@ -250,6 +257,8 @@ def logs(options: argparse.Namespace, api: RunPod, _: Mapping[str, str]) -> int:
                 cursor = event_id or cursor
                 _print(line)
         except http.TransientError as problem:
+            if not options.follow:
+                raise UnreachableError(f"RunPod did not send the log: {problem}.") from problem
             logger.warning("%s: asking for the log again.", problem)
         except KeyboardInterrupt:
             return 130
@@ -331,11 +340,30 @@ def _needs_token(settings: Settings) -> bool:
 def _confirmed() -> bool:
     if not sys.stdin.isatty():
         raise SettingsError("No terminal to confirm the price in: add --yes to deploy at this price.")
-    return input("Deploy? [y/N] ").strip().lower() in ("y", "yes")
+    try:
+        answer = input("Deploy? [y/N] ")
+    except EOFError:
+        return False
+    return answer.strip().lower() in ("y", "yes")
 
 
-def _print(text: str) -> None:
-    print(text, flush=True)  # noqa: T201
+def _price(text: str) -> float:
+    """The type of an argument that is an amount of money."""
+    amount = as_number(text.strip())
+    if amount is None or amount <= 0:
+        raise argparse.ArgumentTypeError(f"{show(text)} is not a number above 0")
+    return amount
+
+
+def _pod_id(text: str) -> str:
+    """The type of an argument that names a pod."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", text):
+        raise argparse.ArgumentTypeError(f"{show(text)} is not the id of a pod: `status` lists yours")
+    return text
+
+
+def _print(text: str, *, whole_lines: bool = False) -> None:
+    print(text if whole_lines else safe_lines(text), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -47,10 +47,12 @@ class RunPod:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str], *, retries: RetryPolicy = http.USUAL) -> RunPod:
-        """From RUNPOD_API_KEY and RUNPOD_API_BASE_URL. Raises SettingsError without a key."""
+        """From RUNPOD_API_KEY and RUNPOD_API_BASE_URL. Raises SettingsError for a key that is missing or is none."""
         key = environ.get("RUNPOD_API_KEY", "").strip()
         if not key:
             raise SettingsError(f"RUNPOD_API_KEY is not set. Create a key at {KEYS_PAGE} and export it.")
+        if not (key.isascii() and key.isprintable()):
+            raise SettingsError(f"RUNPOD_API_KEY has characters that no key has. Copy it anew from {KEYS_PAGE}.")
         return cls(key, environ.get("RUNPOD_API_BASE_URL", HOST).rstrip("/"), retries)
 
     # ---- catalog, templates

@@ -136,7 +136,7 @@ def _find(text: str) -> Card | None:
     named = [card for card in CARDS if _words(card.name) == words]
     if named:
         return named[0]
-    size = re.search(r"(\d+)\s*(?:gb|gib|g)\b", text)
+    size = re.search(r"(?<![0-9])([0-9]{1,6})\s*(?:gb|gib|g)\b", text)
     mib = int(size[1]) * 1024 if size else 0
     words -= _words(size[0]) if size else frozenset()
     if size and not words:

@@ -2,13 +2,18 @@
 
 import json
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from entrypoint import __main__ as entrypoint
-from entrypoint import health
+from entrypoint import bake, health
+from entrypoint.runpod import __main__ as runpod
 from tests.support.drawings import draw
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -102,6 +107,149 @@ def test_health_reads_the_status_file(tmp_path, monkeypatch, capsys):
     assert health.main() == 1 and "No step for" in capsys.readouterr().out
     (tmp_path / "status.json").write_text("{")
     assert health.main() == 0
+
+
+@pytest.mark.parametrize("patience", ["abc", "1,5", "nan", "inf", "-1", "0", "1e999", "9" * 5000])
+def test_a_patience_that_is_no_time_is_refused(tmp_path, monkeypatch, capsys, patience):
+    monkeypatch.setenv("OUTPUT_PATH", str(tmp_path))
+    monkeypatch.setenv("HEALTH_PATIENCE_MINUTES", patience)
+    assert health.main() == 78
+    assert "is not a number of minutes above 0. Fix: HEALTH_PATIENCE_MINUTES=30." in capsys.readouterr().out
+
+
+ODD_STATUS = [
+    *("", "[", "[]", "null", "[" * 100_000, '{"phase": ["training"], "updated": true}', '{"phase": "training"}'),
+    *(f'{{"phase": "training", "updated": {number}}}' for number in ("1" + "0" * 400, "-1e400", "1e400", "NaN", '"x"')),
+]
+
+
+@pytest.mark.parametrize("text", ODD_STATUS, ids=lambda text: text[:40])
+def test_an_odd_status_is_no_stall(tmp_path, monkeypatch, text):
+    monkeypatch.setenv("OUTPUT_PATH", str(tmp_path))
+    monkeypatch.setattr(health, "_began", lambda: 0.0)
+    (tmp_path / "status.json").write_text(text)
+    assert health.main() == 0
+
+
+@pytest.mark.parametrize("place", ["a" * 300, "/dev/full", "{tmp}/fifo", "~", "~nobody/x", "\udcff", " "])
+def test_an_output_that_is_none_is_no_stall(tmp_path, monkeypatch, place):
+    (tmp_path / "fifo").mkdir()
+    os.mkfifo(tmp_path / "fifo" / "status.json")
+    monkeypatch.setenv("OUTPUT_PATH", place.replace("{tmp}", str(tmp_path)))
+    assert health.main() == 0
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["now"], 64), (["--nope"], 64), (["\0"], 64)])
+def test_the_health_check_takes_no_arguments(arguments, code):
+    assert health.main(arguments) == code
+
+
+WITHOUT_AN_ANSWER = [  # commands that answer with text alone, and their exit codes
+    (["entrypoint.health"], 0),
+    (["entrypoint.health", "now"], 64),
+    (["entrypoint", "--help-env"], 0),
+    (["trainer.export", "--help"], 0),
+]
+
+
+@pytest.mark.parametrize(("words", "code"), WITHOUT_AN_ANSWER, ids=lambda value: str(value))
+def test_an_answer_that_can_be_printed_nowhere_changes_no_exit_code(words, code):
+    """To a full disk; to a reader that has gone; with both streams closed, as a daemon has them."""
+    script = """
+import os, runpy, sys
+reader, writer = os.pipe()
+os.close(reader)
+codes = []
+for place in (os.open("/dev/full", os.O_WRONLY), writer, None):
+    child = os.fork()
+    if child == 0:
+        for stream in (1, 2):
+            os.close(stream) if place is None else os.dup2(place, stream)
+        os.execv(sys.executable, [sys.executable, "-m", *sys.argv[1:]])
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(codes)
+"""
+    done = subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == (f"{[code] * 3}\n", "")
+
+
+BAKE = [
+    ([], 64, "usage:"),
+    (["--help"], 0, ""),
+    (["flux"], 64, "usage:"),
+    (["flux", "a", "b", "c"], 64, "usage:"),
+    (["flux", "\0"], 64, "null byte"),
+    (["", "{tmp}/new"], 78, "allowed are tokenizers"),
+    (["\x1b[31m", "{tmp}/new"], 78, "allowed are tokenizers"),
+    (["flux", "a" * 300], 74, "cannot be made: File name too long"),
+    (["tokenizers", "a" * 300], 74, "cannot be made: File name too long"),
+    (["flux", "/dev/null"], 74, "cannot be made"),
+    (["tokenizers", "{tmp}/fifo"], 74, "cannot be made"),
+    (["flux", "{tmp}/new", "{tmp}/fifo"], 74, "cannot be made"),
+    (["flux", "/proc/x"], 74, "cannot be made"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "words"), BAKE, ids=lambda value: str(value)[:60])
+def test_bake_ends_with_a_documented_exit_code_before_it_downloads(
+    tmp_path, monkeypatch, caplog, capsys, arguments, code, words
+):
+    monkeypatch.setattr(bake, "fetch_model", lambda *_, **__: pytest.fail("it downloads"))
+    os.mkfifo(tmp_path / "fifo")
+    assert bake.main([argument.replace("{tmp}", str(tmp_path)) for argument in arguments]) == code
+    said = caplog.text + capsys.readouterr().err
+    assert words in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "bytes", "device"])
+def test_a_build_secret_that_is_no_token_is_named(tmp_path, monkeypatch, caplog, kind):
+    place = tmp_path / "token"
+    if kind == "folder":
+        place.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(place)
+    elif kind == "bytes":
+        place.write_bytes(b"\xff\xfe")
+    else:
+        place.symlink_to("/dev/zero")
+    monkeypatch.setattr(bake, "TOKEN", place)
+    assert bake.main(["flux", str(tmp_path / "new")]) == 78
+    assert "HF_TOKEN_FILE" in caplog.text
+
+
+RUNPOD_ODD = [
+    *(["status", odd] for odd in ("", "../../x", "a b", "\udcff", "\0", "a" * 300, "?x=1")),
+    *(["logs", "x", "--tail", odd] for odd in ("-5", "abc", "9" * 5000, "nan", "")),
+    *(["gpus", "--count", odd] for odd in ("0", "-1", "1.5", "9" * 30)),
+    *(["deploy", "--gpu", "x", "--image", "y", "--max-cost", odd] for odd in ("nan", "inf", "0", "-1", "1e999", "")),
+    *([], ["nope"], ["deploy"], ["logs"], ["fetch"]),
+]
+
+
+@pytest.mark.parametrize("arguments", RUNPOD_ODD, ids=lambda value: " ".join(value)[:60])
+def test_odd_arguments_of_runpod_are_a_wrong_command_line(capsys, arguments):
+    """Nothing is asked of RunPod: this key and this address are none."""
+    environ = {"RUNPOD_API_KEY": "rpa_x", "RUNPOD_API_BASE_URL": "http://127.0.0.1:9"}
+    assert runpod.main(arguments, environ) == 64
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["", " ", "\n", "é", "\udcff", "a\nb"])
+def test_a_key_of_runpod_that_is_none_is_refused(capsys, key):
+    assert runpod.main(["status"], {"RUNPOD_API_KEY": key}) == 78
+    assert "RUNPOD_API_KEY" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "card", ["", "9" * 5000 + " GB", "0 GB", "nan GB", "1e400 GB", "0 x RTX 4090", "\udcff", "x" * 9999]
+)
+def test_a_card_that_is_none_is_refused(photographs, card):
+    assert entrypoint.main(["--check", "--gpu", card]) == 78
+
+
+@pytest.mark.parametrize("card", ["a\0b"])
+def test_a_null_byte_is_a_wrong_command_line(card):
+    assert entrypoint.main(["--check", "--gpu", card]) == 64
 
 
 def test_a_check_for_a_card_names_it(caplog):

@@ -95,9 +95,12 @@ def test_no_signature_swallows_what_is_misspelt(path):
     assert [f.lineno for f in functions if f.args.kwarg and getattr(f, "name", "") not in PASSING_ON] == []
 
 
+CATCH_ALL = {"trainer/spec/commands/ending.py"}  # the same for the commands that are no jobs
+
+
 @every_file
-def test_only_the_two_main_files_catch_everything(path):
-    if path.name != "__main__.py":
+def test_only_what_ends_a_program_catches_everything(path):
+    if path.name != "__main__.py" and name(path) not in CATCH_ALL:
         caught = [ast.unparse(n.type) if n.type else "bare" for n in walk(path) if isinstance(n, ast.ExceptHandler)]
         assert not [kind for kind in caught if re.search(r"\b(bare|Exception|BaseException)\b", kind)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -81,7 +82,7 @@ runpy.run_module({program!r}, run_name="__main__")
         (["--base", "mini-flux", "--prompt", "a --w 9000"], 78, "--w: 9000 is not"),
         (["--base", "mini-flux", "--prompt", "a", "--prompt", "b --x 1"], 78, "--prompt 2: --x is not a flag"),
         (["--base", "mini-flux", "--prompts", "{tmp}/none.txt"], 78, "No such file"),
-        (["--base", "mini-flux", "--prompts", "{tmp}"], 78, "Is a directory"),
+        (["--base", "mini-flux", "--prompts", "{tmp}"], 78, "a folder, not a file"),
         (["--base", "mini-flux", "--prompts", "{tmp}/empty.txt"], 78, "has no prompt"),
         (
             ["--base", "mini-flux", "--prompts", "{tmp}/p.json"],
@@ -199,14 +200,199 @@ def test_export_names_what_is_wrong(tmp_path, lora, said, arguments, code, words
 
 
 def test_export_never_replaces_a_file_unless_it_is_asked_to(tmp_path, lora, said):
-    before = lora.read_bytes()
-    assert ended(export_command, lora, "--out", lora) == 78
+    out = tmp_path / "other.safetensors"
+    out.write_bytes(b"mine")
+    assert ended(export_command, lora, "--out", out) == 78
     assert "exists. Fix: name another file, or add --overwrite" in said()
-    assert lora.read_bytes() == before
-    assert ended(export_command, lora, "--out", lora, "--overwrite") == 0
+    assert out.read_bytes() == b"mine"
+    assert ended(export_command, lora, "--out", out, "--overwrite") == 0
+    assert out.read_bytes() != b"mine"
     assert ended(export_command, lora, "--out", tmp_path) == 78
     assert ended(export_command, lora, "--out", tmp_path / "y.pt") == 78
     assert ended(export_command, lora, "--out", "/proc/y.safetensors") == 74
+
+
+@pytest.mark.parametrize("options", [[], ["--overwrite"]], ids=["", "overwrite"])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("fifo", "is a FIFO, and only files are replaced"),
+        ("socket", "is a socket, and only"),
+        ("link to a device", "is a link, and only"),
+        ("link to a FIFO", "is a link, and only"),
+        ("link to nothing", "is a link, and only"),
+        ("link to itself", "is a link, and only"),
+        ("link to a file", "is a link, and only"),
+        ("link to a folder", "is a folder"),
+        ("folder", "is a folder"),
+        ("the input", "is the file that is read"),
+        ("another name of the input", "is the file that is read"),
+        ("a file as a folder", "is a file. Fix: name a folder."),
+        ("a device as a folder", "is a device. Fix: name a folder."),
+    ],
+)
+def test_export_replaces_nothing_but_a_file(tmp_path, lora, said, kind, words, options):
+    out, fifo = tmp_path / "out.safetensors", tmp_path / "fifo"
+    os.mkfifo(fifo)
+    before = lora.read_bytes()
+    place = out
+    if kind.startswith("link"):
+        targets = {"a device": "/dev/full", "a FIFO": fifo, "nothing": "nowhere", "itself": out, "a file": lora}
+        out.symlink_to(targets.get(kind.removeprefix("link to "), tmp_path))
+    elif kind == "fifo":
+        os.mkfifo(out)
+    elif kind == "socket":
+        socket.socket(socket.AF_UNIX).bind(str(out))
+    elif kind == "folder":
+        out.mkdir()
+    elif kind == "the input":
+        place = tmp_path / "." / "x.safetensors"
+    elif kind == "another name of the input":
+        os.link(lora, out)
+    elif kind == "a file as a folder":
+        place = lora / "out.safetensors"
+    else:
+        place = Path("/dev/full/out.safetensors")
+    listed = sorted(path.name for path in tmp_path.iterdir())
+    assert ended(export_command, lora, "--out", place, *options) == 78
+    output = said()
+    assert words in output and "Traceback" not in output
+    assert sorted(path.name for path in tmp_path.iterdir()) == listed and lora.read_bytes() == before
+    assert out.is_symlink() == kind.startswith("link")
+
+
+def test_no_input_of_a_merge_is_replaced(tmp_path, lora, said):
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(lora.read_bytes())
+    assert ended(export_command, "--merge", lora, other, "--out", other, "--overwrite") == 78
+    assert "is the file that is read" in said() and other.read_bytes() == lora.read_bytes()
+
+
+DOCUMENTED = {0, 64, 65, 70, 74, 75, 77, 78, 130}  # in docs/outputs.md; 70 is a bug, and none of these is one
+LONG = "a" * 300
+ODD_PATHS = [
+    *(
+        "",
+        ".",
+        "..",
+        "/",
+        "-",
+        "--",
+        "~",
+        "~nobody/x",
+        LONG,
+        "/".join(["d" * 200] * 30),
+        "a\nb",
+        "\0",
+        "\udcff",
+        "\x1b[31m",
+    ),
+    *(
+        "/dev/null",
+        "/dev/zero",
+        "/dev/full",
+        "/dev/stdin",
+        "/dev/tty",
+        "/proc/self/mem",
+        "/proc/self/fd",
+        "/sys",
+        "/proc/x",
+    ),
+    *(
+        "{tmp}",
+        "{tmp}/fifo.safetensors",
+        "{tmp}/socket.safetensors",
+        "{tmp}/loop.safetensors",
+        "{tmp}/none.safetensors",
+    ),
+    *("{tmp}/empty.safetensors", "{tmp}/cut.safetensors", "{tmp}/deep.safetensors", "{tmp}/huge.safetensors"),
+    *(
+        "{tmp}/text.safetensors",
+        "{tmp}/x.safetensors/below",
+        "{tmp}/" + "b" * 245 + ".safetensors",
+        "https://x/y.safetensors",
+    ),
+]
+ODD_TEXTS = [
+    "",
+    "0",
+    "-1",
+    "nan",
+    "inf",
+    "1e999",
+    "9" * 5000,
+    "\0",
+    "\udcff",
+    "\x1b[31m",
+    LONG,
+    "٣",
+    "0x10",
+    "a=b",
+    "--",
+]
+EXPORTS = {
+    "in": lambda odd: [odd, "--out", "{tmp}/o.safetensors"],
+    "out": lambda odd: ["{tmp}/x.safetensors", "--out", odd],
+    "out overwrite": lambda odd: ["{tmp}/x.safetensors", "--out", odd, "--overwrite"],
+    "merge": lambda odd: ["--merge", "{tmp}/x.safetensors", odd, "--out", "{tmp}/o.safetensors"],
+    "strength": lambda odd: ["--merge", f"{{tmp}}/x.safetensors:{odd}", "--out", "{tmp}/o.safetensors"],
+    "to": lambda odd: ["{tmp}/x.safetensors", "--to", odd, "--out", "{tmp}/o.safetensors"],
+    "family": lambda odd: ["{tmp}/x.safetensors", "--family", odd, "--out", "{tmp}/o.safetensors"],
+}
+SAMPLE = ["--base", "mini-flux", "--out", "{tmp}/out"]
+SAMPLES = {  # the last --prompt keeps each from drawing: that is slow, and not what is tested
+    "base": lambda odd: ["--base", odd, "--out", "{tmp}/out", "--prompt", "a --s 0"],
+    "out": lambda odd: ["--base", "mini-flux", "--out", odd, "--prompt", "a", "--lora", "{tmp}/cut.safetensors"],
+    "lora": lambda odd: [*SAMPLE, "--prompt", "a --s 0", "--lora", odd],
+    "prompts": lambda odd: [*SAMPLE, "--prompts", odd, "--prompt", "a --s 0"],
+    "prompt": lambda odd: [*SAMPLE, "--prompt", odd, "--prompt", "a --s 0"],
+    "seed": lambda odd: [*SAMPLE, "--prompt", "a --s 0", "--seed", odd],
+    "tokens": lambda odd: [*SAMPLE, "--prompt", "a", "--max-token-length", odd, "--lora", "{tmp}/cut.safetensors"],
+    "config": lambda odd: [*SAMPLE, "--prompt", "a --s 0", "--config", odd],
+    "vae": lambda odd: [*SAMPLE, "--prompt", "a --s 0", "--vae", odd],
+    "t5": lambda odd: [*SAMPLE, "--prompt", "a --s 0", "--t5", odd],
+    "cache": lambda odd: [*SAMPLE, "--prompt", "a --s 0", "--cache", odd],
+}
+
+
+def fill_with_odd_files(folder, lora):
+    os.mkfifo(folder / "fifo.safetensors")
+    socket.socket(socket.AF_UNIX).bind(str(folder / "socket.safetensors"))
+    (folder / "loop.safetensors").symlink_to(folder / "loop.safetensors")
+    data = lora.read_bytes()
+    deep = b'{"a":' * 20_000
+    contents = {"empty": b"", "cut": data[:-9], "deep": len(deep).to_bytes(8, "little") + deep, "text": b"hello"}
+    contents["huge"] = (2**62).to_bytes(8, "little") + b"{}"
+    for name, content in contents.items():
+        (folder / f"{name}.safetensors").write_bytes(content)
+
+
+@pytest.mark.timeout(120)  # what waits for a FIFO waits for ever
+@pytest.mark.parametrize(
+    ("command", "build"),
+    [
+        *(pytest.param(export_command, build, id=f"export {name}") for name, build in EXPORTS.items()),
+        *(pytest.param(sample_command, build, id=f"sample {name}") for name, build in SAMPLES.items()),
+    ],
+)
+def test_odd_arguments_end_with_a_documented_exit_code(tmp_path, lora, said, monkeypatch, command, build):
+    monkeypatch.chdir(tmp_path)
+    fill_with_odd_files(tmp_path, lora)
+    before = lora.read_bytes()
+    for odd in [*ODD_PATHS, *ODD_TEXTS]:
+        code = ended(command, *(argument.replace("{tmp}", str(tmp_path)) for argument in build(odd)))
+        output = said()
+        assert code in DOCUMENTED - {70} and "Traceback" not in output, (odd, code, output[-2000:])
+        assert "\x1b" not in output and len(output.encode("utf-8", "replace")) < 30_000, odd
+        assert lora.read_bytes() == before
+        (tmp_path / "o.safetensors").unlink(missing_ok=True)
+
+
+def test_a_prompt_that_is_no_text_is_named(tmp_path, said):
+    """Bytes of a command line that are no UTF-8 become halves of letters, which no file can hold."""
+    given = ["--base", "mini-flux", "--prompt", "half \udcff a letter", "--out", tmp_path / "out"]
+    assert ended(sample_command, *given) == 78
+    assert "the text has bytes that are no UTF-8" in said()
 
 
 def test_ranks_may_differ_in_a_merge_and_embeddings_can_be_dropped(tmp_path, lora, said):

@@ -5,8 +5,9 @@ No torch at the top: `--help` and a wrong command line answer at once.
 
 from __future__ import annotations
 
-import argparse
 import logging
+import os
+import stat
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,42 +15,27 @@ from typing import TYPE_CHECKING
 
 from trainer.lora_files import contents, other_kinds
 from trainer.spec import library_noise
-from trainer.spec.errors import KilnError, SettingsError, StorageError
+from trainer.spec.commands.ending import exit_code_of
+from trainer.spec.errors import SettingsError, StorageError
 from trainer.spec.family import family_names
 from trainer.spec.log_lines import log_to
 from trainer.spec.values import as_number, show
 from trainer.storage import atomic, safetensors_header
+from trainer.storage.read import special_kind
 
 if TYPE_CHECKING:
     from trainer.lora_files.weights import LoraModules
 
 log = logging.getLogger(__name__)
-USAGE_ERROR = 64  # BSD sysexits, as the job's
 MAX_STRENGTH = 100.0  # of a LoRA; more is a slip
-INTERRUPTED = 130  # by Ctrl-C
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors have the job's exit code for a wrong command line."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]  # it raises, as argparse's does
-        self.exit(USAGE_ERROR, f"{self.format_usage()}{self.prog}: {message}\n")
 
 
 def run_command(command: Callable[[], None]) -> int:
     """Run a command with its log on stderr; returns the exit code."""
     log_to(logging.StreamHandler(), "%(message)s")
-    try:
-        with warnings.catch_warnings():
-            library_noise.silence()
-            command()
-    except KilnError as problem:
-        log.error("%s [exit %d]", problem, problem.exit_code)
-        return problem.exit_code
-    except KeyboardInterrupt:
-        log.error("Interrupted. [exit %d]", INTERRUPTED)
-        return INTERRUPTED
-    return 0
+    with warnings.catch_warnings():
+        library_noise.silence()
+        return exit_code_of(command, log)
 
 
 def plural(count: int, noun: str) -> str:
@@ -128,8 +114,8 @@ def load_lora(
 
 def check_folder(folder: Path, option: str) -> None:
     """Make the folder and see that it can be written. Raises SettingsError for a file, StorageError for the rest."""
-    if folder.exists() and not folder.is_dir():
-        raise SettingsError(f"{option} {folder} is a file. Fix: name a folder.")
+    if os.path.exists(folder) and not os.path.isdir(folder):  # noqa: PTH110, PTH112 (these never raise)
+        raise SettingsError(f"{option} {folder} is {_kind(folder)}. Fix: name a folder.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic.replacing(folder / ".kiln-can-write") as temporary:
@@ -139,12 +125,34 @@ def check_folder(folder: Path, option: str) -> None:
         raise StorageError(f"{option} {folder} cannot be written: {problem.strerror or problem}.") from problem
 
 
-def check_file(path: Path, option: str, *, overwrite: bool) -> None:
-    """See that the file can be written. Raises SettingsError for what is there already, StorageError for the rest."""
-    if path.is_dir():
+def check_file(path: Path, option: str, *, overwrite: bool, inputs: Sequence[Path]) -> None:
+    """See that the file can be written. `inputs`: files that are read, which it must not replace.
+
+    Raises SettingsError for a wrong name and for what is there already, StorageError for the rest.
+    """
+    if os.path.isdir(path):  # noqa: PTH112 (never raises)
         raise SettingsError(f"{option} {path} is a folder. Fix: name a file, such as {path / 'lora.safetensors'}.")
     if path.suffix.lower() != ".safetensors":
         raise SettingsError(f"{option} {path}: tools find LoRA files by their ending. Fix: {path}.safetensors.")
-    if path.exists() and not overwrite:
-        raise SettingsError(f"{option} {path} exists. Fix: name another file, or add --overwrite.")
+    if os.path.lexists(path):
+        _check_replaceable(path, option, overwrite=overwrite, inputs=inputs)
     check_folder(path.parent, option)
+
+
+def _check_replaceable(path: Path, option: str, *, overwrite: bool, inputs: Sequence[Path]) -> None:
+    """Only a file may be replaced, no link, which may lead to a device or to a file of somebody else."""
+    kind = _kind(path, follow=False)
+    if kind != "a file":
+        raise SettingsError(f"{option} {path} is {kind}, and only files are replaced. Fix: name another file.")
+    if any(path.samefile(source) for source in inputs):
+        raise SettingsError(f"{option} {path} is the file that is read. Fix: name another file.")
+    if not overwrite:
+        raise SettingsError(f"{option} {path} exists. Fix: name another file, or add --overwrite.")
+
+
+def _kind(path: Path, *, follow: bool = True) -> str:
+    """What lies at a path: "a file", "a link", "a device" and so on."""
+    mode = path.stat(follow_symlinks=follow).st_mode
+    if stat.S_ISLNK(mode):
+        return "a link"
+    return special_kind(mode) or "a file"

@@ -92,13 +92,13 @@ def protect() -> None:
 
 
 def _protected(stream: TextIO | None, descriptor: int) -> TextIO:
-    encoding, errors, is_immediate = "utf-8", "backslashreplace", True
+    encoding, is_immediate = "utf-8", True
     if stream is not None:
         with suppress(OSError, ValueError):
             stream.flush()
         encoding = stream.encoding or encoding
-        errors = stream.errors or errors
         is_immediate = descriptor == 2 or bool(getattr(stream, "write_through", False))
+    errors = "backslashreplace"  # of letters that the encoding lacks
     # Libraries that draw progress bars flush them; lines appear as soon as they are whole.
     raw = io.BufferedWriter(_Tolerant(descriptor))  # type: ignore[type-var]
     return io.TextIOWrapper(raw, encoding, errors, line_buffering=True, write_through=is_immediate)

@@ -21,6 +21,8 @@ from trainer.spec.values import Key, Problems, as_integer, as_number
 # Where a caption or a prompt wants the trigger word, as ai-toolkit has it.
 TRIGGER_PLACEHOLDER = re.compile(r"\[(?:trigger(?:[ _]word)?|name)\]", re.IGNORECASE)
 
+HALF_A_LETTER = re.compile("[\ud800-\udfff]")  # what Python makes of bytes that are no UTF-8
+
 FLAGS = {  # flag of a line → the field that it sets
     "w": "width",
     "h": "height",
@@ -219,5 +221,7 @@ def complete_prompts(
             values[side] = values[side] // facts.multiple * facts.multiple
             if not values[side]:
                 problems.add(f"{request.place}: the {side} is too small. Allowed: {facts.multiple} or more.")
+        if HALF_A_LETTER.search(request.text):
+            problems.add(f"{request.place}: the text has bytes that are no UTF-8. Fix: save or type it as UTF-8.")
         prompts.append(Prompt(text=prefix + request.text, **values))
     return tuple(prompts)
