@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from entrypoint.system.environment import child_environment, package_index
-from trainer.spec.errors import UnreachableError
+from entrypoint.system.private_folders import make_private
+from trainer.spec.errors import SettingsError, UnreachableError
 from trainer.storage.folders import build_folder, completed, locked, naming
 
 log = logging.getLogger(__name__)
@@ -41,17 +42,30 @@ def folder(cache: Path) -> Path:
 
 
 def is_installed(cache: Path) -> bool:
-    """Whether it is installed in this environment or in the cache."""
-    return version() is not None or completed(folder(cache)) is not None
+    """Whether it is installed in this environment, or in a cache that nobody else can write to."""
+    if version() is not None:
+        return True
+    place = folder(cache)
+    return place.is_dir() and make_private(place.parent) is not None and completed(place) is not None
 
 
 def install(cache: Path) -> None:
-    """Install the packages of `LOCK` into the cache, unless they are there. Raises UnreachableError, StorageError."""
+    """Install the packages of `LOCK` into the cache, unless they are there.
+
+    Raises UnreachableError, StorageError; SettingsError where others can write to the cache.
+    """
     if is_installed(cache):
         return
     log.info("Installing FlashAttention 4 into CACHE_PATH. Its compiler has a licence of its own (docs/docker.md).")
+    place = folder(cache)
+    if make_private(place.parent) is None and place.parent.is_dir():
+        raise SettingsError(
+            f"PARAMS_ATTENTION=flash_4: others can write to {place.parent} or a folder above it, and the programs "
+            "there are run. Fix: set CACHE_PATH to a folder that only this user can write to, or "
+            "PARAMS_ATTENTION=native."
+        )
     with naming("CACHE_PATH"):
-        build_folder(folder(cache), _fill)
+        build_folder(place, _fill)
 
 
 def _fill(place: Path) -> dict[str, Any]:

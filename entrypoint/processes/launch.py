@@ -18,7 +18,8 @@ from types import FrameType
 
 from entrypoint.fetch import flash_attention
 from entrypoint.system.environment import FORWARDED, VISIBLE, child_environment
-from trainer.process import memory_kills, scratch, vitals
+from entrypoint.system.private_folders import compile_caches
+from trainer.process import memory_kills, vitals
 from trainer.process.guard import KILLED_EXIT_CODE
 from trainer.process.memory_kills import Counts
 from trainer.process.vitals import Vitals
@@ -109,7 +110,7 @@ def _environments(plan: Plan, folder: Path, environment: Mapping[str, str]) -> l
     cache = Path(plan.output.cache)
     common = child_environment(environment)
     common.pop(vitals.VARIABLE, None)
-    common |= scratch.kernel_caches(common, cache)
+    common |= compile_caches(common, cache, scratch=folder)
     if plan.engine.attention == "flash_4":
         common |= flash_attention.environment(cache, common)
     if size == 1:

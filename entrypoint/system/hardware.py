@@ -31,6 +31,7 @@ GIB = 2**30
 _FASTEST = ("fp8", "bf16", "fp16", "int8", "int8-storage", "fp8-storage", "nf4")
 _FASTEST_AMD = ("bf16", "fp8", "int8-storage", "fp8-storage", "nf4")
 QUERY = ("nvidia-smi", "--query-gpu=index,compute_cap,memory.total,driver_version", "--format=csv,noheader,nounits")
+DEVICE_FILES = ("/dev/nvidia*", "/dev/kfd", "/dev/dri/renderD*")  # what a program must be able to open
 QUERY_TIMEOUT_S = 30.0  # without persistence mode the driver takes seconds to wake up
 TORCH_BUILDS = {"nvidia": "cuda", "amd": "hip"}  # vendor → the attribute of torch.version that a build for it sets
 # Major version of CUDA → the first driver that runs builds for all its minor versions (NVIDIA, "CUDA Compatibility").

@@ -22,8 +22,6 @@ VARIABLES = ("TMPDIR", "TEMP", "TMP")  # in the order in which Python looks
 USUAL = ("/tmp", "/var/tmp")  # noqa: S108 (looked at, and used only through mkdtemp)
 PROBE_BYTES = 2**20  # more than the plan and the stacks of all processes
 NAME = "tmp"  # below the cache folder
-# Where libraries keep compiled kernels for the next job: by default below HOME or the temporary folder.
-KERNEL_CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 
 
 @contextmanager
@@ -79,25 +77,3 @@ def _try(place: Path) -> Path:
         shutil.rmtree(made, ignore_errors=True)
         raise
     return made
-
-
-def kernel_caches(environment: Mapping[str, str], cache: Path) -> dict[str, str]:
-    """Variables that put the libraries' caches of kernels below `cache`, where theirs is not set or not writable."""
-    changed = {}
-    for name, below in KERNEL_CACHES.items():
-        place = environment.get(name)
-        own = str(cache / "kernels" / below)
-        if not place:
-            changed[name] = own
-        elif not _is_writable(Path(place)):
-            log.warning("%s=%s cannot be written: compiled kernels go to %s.", name, place, own)
-            changed[name] = own
-    return changed
-
-
-def _is_writable(place: Path) -> bool:
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(place, os.W_OK | os.X_OK)
