@@ -38,7 +38,7 @@ LAYERS = {  # from the bottom; packages on one layer do not import each other
         ("planning",),
         ("runpod",),
         ("processes",),
-        ("bake", "health"),
+        ("bake", "health", "unprivileged"),
         ("__main__",),
     ),
 }
