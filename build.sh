@@ -5,12 +5,13 @@ cd "$(dirname "$0")"
 
 usage() {
   cat <<'TEXT'
-usage: ./build.sh [cuda|rocm|cpu|all] [--push] [--tag NAME[:TAG]] [--platform OS/ARCH]
+usage: ./build.sh [cuda|rocm|cpu|all] [--push|--push-by-digest] [--tag NAME[:TAG]] [--platform OS/ARCH]
 
   cpu          Dockerfile.cuda with torch for the CPU, for tests
   all          cuda and rocm
   --tag        the image's name; the target is appended: kiln:0.1.0 gives kiln:0.1.0-cuda
   --push       push the image after building it
+  --push-by-digest   docker: push it without a tag, so that nobody pulls it before it is scanned and signed
   --platform   for example linux/amd64; by default the engine's own
 
 environment:
@@ -39,6 +40,7 @@ while [ $# -gt 0 ]; do
     cuda | rocm | cpu) targets=("$1") ;;
     all) targets=(cuda rocm) ;;
     --push) push=yes ;;
+    --push-by-digest) push=digest ;;
     --tag | --platform)
       [ $# -ge 2 ] || fail 64 "$1 needs a value."
       if [ "$1" = --tag ]; then tag=$2; else platform=$2; fi
@@ -66,6 +68,7 @@ elif command -v podman >/dev/null; then
 else
   fail 69 'No engine: install buildah, podman, or docker with buildx and start its daemon.'
 fi
+[ "$push" != digest ] || [ "$engine" = docker ] || fail 69 '--push-by-digest needs docker with buildx.'
 
 store() {
   case "$engine" in
@@ -84,12 +87,29 @@ size() {
 
 # Without this check, a base that cannot be pulled looks like a build error. docker reports it itself, and at once.
 need_base() { # TARGET
-  local file=Dockerfile.$1 base
+  local base
   [ "$engine" != docker ] || return 0
-  [ "$1" != cpu ] || file=Dockerfile.cuda
-  base=${BASE_IMAGE:-$(sed -n 's/^ARG BASE_IMAGE=//p' "$file")}
+  base=$(image "$1" BASE_IMAGE)
   "$engine" inspect --type image "$base" >/dev/null 2>&1 || "$engine" pull --quiet "$base" >/dev/null \
     || fail 69 "The base image $base cannot be pulled: set BASE_IMAGE to one that can."
+}
+
+# The default of a build argument that names an image, or what the environment has for it.
+image() { # TARGET ARGUMENT
+  local file=Dockerfile.$1
+  [ "$1" != cpu ] || file=Dockerfile.cuda
+  printf '%s' "${!2:-$(sed -n "s/^ARG $2=//p" "$file")}"
+}
+
+# A tag may lead to another image tomorrow. What is pushed is built on a digest, which its label has.
+by_digest() { # IMAGE
+  local digest
+  case "$1" in *@sha256:*) printf '%s' "$1" && return ;; esac
+  if digest=$(docker buildx imagetools inspect "$1" --format '{{ .Manifest.Digest }}') && [[ $digest == sha256:* ]]; then
+    printf '%s' "$1@$digest"
+  else
+    fail 69 "The registry does not tell the digest of $1, and what is pushed is built on a digest."
+  fi
 }
 
 # docker passes the base's layers on to a registry without unpacking them: see Dockerfile.rocm.
@@ -137,14 +157,23 @@ build() { # TARGET
   if [ "$1" = cpu ] || [ -n "$index" ]; then
     options+=(--build-arg "TORCH=$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' torch.lock)" --build-arg "TORCH_INDEX=$index")
   fi
-  [ -z "${BASE_IMAGE:-}" ] || options+=(--build-arg "BASE_IMAGE=$BASE_IMAGE")
+  local argument named
+  for argument in BASE_IMAGE PYTHON_IMAGE; do
+    named=$(image "$1" "$argument")
+    [ -n "$named" ] || continue # the image for CUDA has one base alone
+    if [ -n "$push" ] && [ "$engine" = docker ]; then
+      named=$(by_digest "$named")
+    elif [ -z "${!argument:-}" ]; then
+      continue
+    fi
+    options+=(--build-arg "$argument=$named")
+  done
   if [ "$1" != rocm ] && [ -n "${BAKE_MODEL:-}" ]; then
     name=$name-$BAKE_MODEL
     options+=(--build-arg "BAKE_MODEL=$BAKE_MODEL")
     [ -z "${HF_ENDPOINT:-}" ] || options+=(--build-arg "HF_ENDPOINT=$HF_ENDPOINT")
     [ -z "${HF_TOKEN_FILE:-}" ] || options+=(--secret "id=hf_token,src=$HF_TOKEN_FILE")
   fi
-  [ -z "${PYTHON_IMAGE:-}" ] || options+=(--build-arg "PYTHON_IMAGE=$PYTHON_IMAGE")
   [ -z "$platform" ] || options+=(--platform "$platform")
   [ -z "${PIP_CONF_SECRET:-}" ] || options+=(--secret "id=pipconf,src=$PIP_CONF_SECRET")
   [ -z "${CA_BUNDLE_SECRET:-}" ] || options+=(--secret "id=cabundle,src=$CA_BUNDLE_SECRET")
@@ -154,12 +183,14 @@ build() { # TARGET
   printf 'Building %s from %s with %s.\n' "$name" "$file" "$engine"
   local started=$SECONDS
   if [ "$1" = rocm ] && ! streams rocm; then engine_build "${options[@]}" --target proof; fi
-  options+=(--tag "$name")
   # zstd is smaller than gzip and unpacks faster. The base's layers keep their compression.
-  if [ "$engine" = docker ] && [ -n "$push" ]; then
-    options+=(--output "type=registry,compression=zstd,oci-mediatypes=true")
-  fi
-  if [ "$engine" = docker ] && [ -z "$push" ]; then options+=(--load); fi
+  local compressed=compression=zstd,oci-mediatypes=true
+  case "$engine-$push" in
+    docker-) options+=(--tag "$name" --load) ;;
+    docker-yes) options+=(--tag "$name" --output "type=registry,$compressed") ;;
+    docker-digest) options+=(--output "type=image,name=${tag%:*},push-by-digest=true,name-canonical=true,push=true,$compressed") ;;
+    *) options+=(--tag "$name") ;;
+  esac
   engine_build "${options[@]}"
   if [ -n "$push" ] && [ "$engine" != docker ]; then "$engine" push "$name"; fi
   printf 'Built %s in %d s' "$name" $((SECONDS - started))

@@ -1,6 +1,9 @@
 #!/bin/sh
 # Runs the Python whose torch is built for HIP, with the given arguments: its location has changed between releases of the
 # base image. No other torch may come before that one on its path: the first torch found decides, without being imported.
+# Nothing in the current folder, or in the home of whoever runs it, may be imported: both may be on a shared volume.
+export PYTHONSAFEPATH=1 PYTHONNOUSERSITE=1
+unset PYTHONSTARTUP PYTHONHOME
 for python in python3 /opt/venv/bin/python3 /opt/conda/envs/*/bin/python3; do
   command -v "$python" >/dev/null || continue
   if "$python" -c '

@@ -1,5 +1,6 @@
 """The workflows of GitHub: linted, and every shell step run with its expressions filled in and its tools noting."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -113,7 +114,7 @@ def test_rights_are_given_to_jobs_and_work_ends(path):
     workflow = parsed(path)
     assert workflow["permissions"] == {}
     for job in workflow["jobs"].values():
-        assert job["permissions"] and job["timeout-minutes"] <= 180
+        assert "permissions" in job and job["timeout-minutes"] <= 180
     for line in path.read_text().splitlines():
         if "uses:" in line:
             assert re.search(r"uses: [\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+$", line), line
@@ -133,14 +134,15 @@ STUBS = {
 case "$*" in
   *--password-stdin) cat > /dev/null ;;
   "info --format"*) echo "$PWD" ;;
+  *"output type=local"*) mkdir added; echo '{{"spdxVersion": "SPDX-2.3"}}' > added/sbom.spdx.json ;;
   *--metadata-file*) echo '{{"containerimage.digest": "{DIGEST}"}}' > metadata.json ;;
   "buildx imagetools inspect --raw "*{DIGEST}) echo '{{"manifests": [
     {{"digest": "sha256:attestation", "platform": {{"os": "unknown"}}}},
     {{"digest": "sha256:image", "platform": {{"os": "linux"}}}}]}}' ;;
   "buildx imagetools inspect --raw "*sha256:image) echo '{{"layers": [{{"size": 2000000000}}, {{"size": 5e7}}]}}' ;;
+  *ghcr.io*Manifest.Digest*) echo {DIGEST} ;;
   *Manifest.Digest*) echo sha256:base ;;
   *SBOM*) echo '{{"spdxVersion": "SPDX-2.3"}}' ;;
-  *"output type=local"*) mkdir scanned ;;
 esac
 """,
     "df": "printf 'Filesystem 1024-blocks Used Available\\nx 1 1 99999999\\n'",
@@ -151,12 +153,13 @@ if [ "$1 $2" = "-m venv" ]; then
   chmod +x "$3"/bin/*
 fi
 """,
-    "cosign": 'case "$*" in *--predicate*) test -s sbom.cyclonedx.json ;; esac',
+    "cosign": 'case "$*" in *--predicate*) test -s built/sbom.spdx.json ;; esac',
     "sudo": "",
-    "gh": "cat notes.md",
+    "gh": 'case "$*" in *compare*) echo "$COMPARED" ;; *runs*) echo "$PASSED" ;; *) cat notes.md ;; esac',
     "make": "",
 }
-TOOLS = ("bash", "sh", "cat", "awk", "sed", "grep", "jq", "mkdir", "chmod", "dirname", "git", "head")
+TOOLS = ("bash", "sh", "cat", "awk", "sed", "grep", "jq", "mkdir", "chmod", "dirname", "git", "head", "cp", "cut")
+TOOLS += ("sha256sum",)
 
 
 class Runner:
@@ -164,10 +167,10 @@ class Runner:
 
     def __init__(self, place):
         self.folder, self.tools, self.calls = place / "work", place / "bin", place / "calls"
-        self.env, self.summary = place / "env", place / "summary"
+        self.env, self.summary, self.output = place / "env", place / "summary", place / "output"
         for path in (self.folder, self.tools):
             path.mkdir()
-        for path in (self.calls, self.env, self.summary):
+        for path in (self.calls, self.env, self.summary, self.output):
             path.touch()
         for name in TOOLS:
             if not shutil.which(name):
@@ -180,7 +183,10 @@ class Runner:
         for name in ("build.sh", "pyproject.toml", "Makefile", *(p.name for p in ROOT.glob("Dockerfile.*"))):
             shutil.copy(ROOT / name, self.folder)
 
-    def job(self, file, job, *, event="push", ref="main", **expressions):
+    def outputs(self):
+        return dict(line.split("=", 1) for line in self.output.read_text().splitlines())
+
+    def job(self, file, job, *, event="push", ref="main", variables=(), **expressions):
         """Run the shell steps of a job in order, until one fails; exit code, and the output with the calls of tools."""
         workflow = parsed(ROOT / ".github/workflows" / file)
         body = workflow["jobs"][job]
@@ -190,6 +196,7 @@ class Runner:
             "CALLS": str(self.calls),
             "GITHUB_ENV": str(self.env),
             "GITHUB_STEP_SUMMARY": str(self.summary),
+            "GITHUB_OUTPUT": str(self.output),
             "GITHUB_EVENT_NAME": event,
             "GITHUB_REF_NAME": ref,
             "GITHUB_REPOSITORY": "Someone/Kiln",
@@ -199,9 +206,13 @@ class Runner:
             "GITHUB_WORKFLOW_REF": f"Someone/Kiln/.github/workflows/{file}@refs/tags/{ref}",
             **filled(workflow.get("env", {}), known),
             **filled(body.get("env", {}), known),
+            **dict(variables),
         }
         printed = ""
         for step in (s for s in body["steps"] if "run" in s):
+            assert step.get("if") in (None, "github.event_name == 'push'")
+            if "if" in step and event != "push":
+                continue
             assert "${{" not in step["run"], "an expression in a script is an injection"
             done = self.shell(step["run"], environment | filled(step.get("env", {}), known))
             printed += done.stdout
@@ -230,7 +241,7 @@ def filled(values, known):
 
 
 JOBS = [("checks.yml", "test"), ("checks.yml", "slow"), ("checks.yml", "container"), ("audit.yml", "audit"),
-        ("images.yml", "image"), ("images.yml", "release")]  # fmt: skip
+        *(("images.yml", job) for job in ("gate", "build", "scan", "sign", "release"))]  # fmt: skip
 
 
 def test_no_job_is_left_out():
@@ -255,41 +266,116 @@ def test_the_audit_covers_every_lock(runner):
     assert calls.count("pip-audit --strict") == len(listed)
 
 
-@pytest.mark.parametrize("target", ["cuda", "rocm"])
-def test_a_release_is_built_signed_scanned_and_measured(runner, target):
-    (runner.folder / "sbom.cyclonedx.json").write_text("{}")  # what the scanning action leaves
-    attest = {job["target"]: job["attest"] for job in image_matrix()}[target]
-    code, calls = runner.job(
-        "images.yml", "image", ref=f"v{VERSION}", **{"matrix.target": target, "matrix.attest": attest}
-    )
-    assert code == 0, calls
-    name, pinned = f"ghcr.io/someone/kiln:{VERSION}-{target}", f"ghcr.io/someone/kiln@{DIGEST}"
-    assert f"--file Dockerfile.{target} " in calls and f"--tag {name} --output type=registry,compression=zstd," in calls
-    assert re.search(r"--build-arg BASE_IMAGE=docker\.io/\S+@sha256:base ", calls)
-    assert "--provenance=mode=max" in calls and ("--sbom=true" in calls) is (target == "cuda")
-    assert f"--cache-to type=registry,ref=ghcr.io/someone/kiln:cache-{target},mode=max" in calls
-    assert f"cosign sign --yes {pinned}" in calls
-    assert "--certificate-identity https://github.com/Someone/Kiln/.github/workflows/images.yml@refs/tags/v" in calls
-    assert f"cosign attest --yes --type cyclonedx --predicate sbom.cyclonedx.json {pinned}" in calls
-    assert ("--target added" in calls) is (target == "rocm") and (runner.folder / "scanned").is_dir()
-    assert "t0ken" not in calls
-    assert (runner.folder / f"notes/{target}.md").read_text() == f"| `{name}` | `{DIGEST}` | 2.05 GB |\n"
+NAME = "ghcr.io/someone/kiln"
+MERGED = {"COMPARED": "identical", "PASSED": "1"}
 
 
-def image_matrix():
-    return parsed(ROOT / ".github/workflows/images.yml")["jobs"]["image"]["strategy"]["matrix"]["include"]
+def test_a_tag_of_a_merged_commit_whose_checks_have_passed_is_released(runner):
+    code, calls = runner.job("images.yml", "gate", ref=f"v{VERSION}", variables=MERGED)
+    assert code == 0 and runner.outputs() == {"name": NAME, "tag": VERSION}, calls
+    assert "gh api repos/Someone/Kiln/compare/main...0123456789abcdef --jq .status" in calls
+    wanted = "checks.yml/runs?head_sha=0123456789abcdef&event=push&branch=main&status=success --jq "
+    assert wanted in calls and "select(.head_sha == env.GITHUB_SHA)" in calls
+
+
+@pytest.mark.parametrize("compared", ["ahead", "diverged", "", "null"])
+def test_a_tag_of_a_commit_that_is_not_merged_is_no_release(runner, compared):
+    code, calls = runner.job("images.yml", "gate", ref=f"v{VERSION}", variables={**MERGED, "COMPARED": compared})
+    assert code == 1 and "is not on main" in calls
+
+
+@pytest.mark.parametrize("passed", ["0", "", "null"])
+def test_a_commit_whose_checks_have_not_passed_is_no_release(runner, passed):
+    code, calls = runner.job("images.yml", "gate", ref=f"v{VERSION}", variables={**MERGED, "PASSED": passed})
+    assert code == 1 and "have not passed on main" in calls
+
+
+def test_a_tag_that_is_not_the_version_is_no_release(runner):
+    code, calls = runner.job("images.yml", "gate", ref="v9.9.9", variables=MERGED)
+    assert code == 1 and f"pyproject.toml says {VERSION}" in calls and runner.outputs() == {}
 
 
 def test_by_hand_the_commit_is_in_the_tag(runner):
-    (runner.folder / "sbom.cyclonedx.json").write_text("{}")
-    manual_run = {"matrix.target": "cuda", "matrix.attest": ""}
-    code, calls = runner.job("images.yml", "image", event="workflow_dispatch", **manual_run)
-    assert code == 0 and f"--tag ghcr.io/someone/kiln:{VERSION}-0123456-cuda --output type=registry" in calls, calls
+    code, calls = runner.job("images.yml", "gate", event="workflow_dispatch")
+    assert code == 0 and runner.outputs() == {"name": NAME, "tag": f"{VERSION}-0123456"}, calls
+    assert "gh api" not in calls
 
 
-def test_a_tag_that_is_not_the_version_builds_nothing(runner):
-    code, calls = runner.job("images.yml", "image", ref="v9.9.9", **{"matrix.target": "cuda", "matrix.attest": ""})
-    assert code == 1 and f"pyproject.toml says {VERSION}" in calls and "buildx" not in calls
+def matrix(job):
+    return parsed(ROOT / ".github/workflows/images.yml")["jobs"][job]["strategy"]["matrix"]["include"]
+
+
+@pytest.mark.parametrize("target", ["cuda", "rocm"])
+def test_an_image_is_built_on_digests_and_pushed_without_a_name(runner, target):
+    attest = {row["target"]: row["attest"] for row in matrix("build")}[target]
+    expressions = {"matrix.target": target, "matrix.attest": attest, "needs.gate.outputs.name": NAME}
+    code, calls = runner.job("images.yml", "build", ref=f"v{VERSION}", **expressions)
+    assert code == 0, calls
+    (built,) = [line for line in calls.splitlines() if "--metadata-file" in line]
+    assert f"--file Dockerfile.{target} " in built and f"name={NAME},push-by-digest=true" in built
+    assert "--tag" not in built and "--no-cache" in built and "--cache-" not in built
+    for base in ["BASE_IMAGE", *(["PYTHON_IMAGE"] if target == "rocm" else [])]:
+        assert re.search(rf"--build-arg {base}=docker\.io/\S+@sha256:base ", built)
+    assert "--provenance=mode=max" in built and ("--sbom=true" in built) is (target == "cuda")
+    assert ("--target added --sbom=true" in calls) is (target == "rocm")
+    sbom = runner.folder / "built/sbom.spdx.json"
+    # Two steps write an output with the target's name; here they write to the same file.
+    assert runner.output.read_text() == f"{target}={DIGEST}\n{target}={hashlib.sha256(sbom.read_bytes()).hexdigest()}\n"
+    assert "cosign" not in calls and "imagetools create" not in calls and "t0ken" not in calls
+
+
+def test_a_base_whose_digest_is_unknown_is_not_built_on(runner):
+    (runner.tools / "docker").write_text(f"#!{shutil.which('bash')}\ncase $* in *imagetools*) exit 1 ;; esac\n")
+    expressions = {"matrix.target": "cuda", "matrix.attest": "", "needs.gate.outputs.name": NAME}
+    code, printed = runner.job("images.yml", "build", **expressions)
+    assert code == 69 and "does not tell the digest of docker.io/library/python" in printed
+
+
+OF_THE_LIST = hashlib.sha256(b"{}").hexdigest()
+
+
+@pytest.fixture
+def sign(runner):
+    """`sign(target, digest, sbom)`: exit code and calls of the job that signs; the list of packages is "{}"."""
+
+    def run(target="cuda", digest=DIGEST, sbom=OF_THE_LIST):
+        (runner.folder / "built").mkdir()
+        (runner.folder / "built/sbom.spdx.json").write_text("{}")
+        expressions = {"matrix.target": target, "matrix.digest": digest, "matrix.sbom": sbom}
+        gate = {"needs.gate.outputs.name": NAME, "needs.gate.outputs.tag": VERSION}
+        return runner.job("images.yml", "sign", ref=f"v{VERSION}", **expressions, **gate)
+
+    return run
+
+
+@pytest.mark.parametrize("target", ["cuda", "rocm"])
+def test_an_image_is_signed_and_then_named(runner, sign, target):
+    code, calls = sign(target)
+    assert code == 0, calls
+    pinned, name = f"{NAME}@{DIGEST}", f"{NAME}:{VERSION}-{target}"
+    order = [
+        calls.index(text)
+        for text in (
+            f"cosign sign --yes {pinned}",
+            f"cosign attest --yes --type spdxjson --predicate built/sbom.spdx.json {pinned}",
+            "--certificate-identity https://github.com/Someone/Kiln/.github/workflows/images.yml@refs/tags/v",
+            f"imagetools create --prefer-index=false --tag {name} {pinned}",
+        )
+    ]
+    assert order == sorted(order) and "t0ken" not in calls
+    assert (runner.folder / f"notes/{target}.md").read_text() == f"| `{name}` | `{DIGEST}` | 2.05 GB |\n"
+
+
+@pytest.mark.parametrize("digest", ["", "latest", "sha256:1", f"{DIGEST}x", f"{DIGEST} other"])
+def test_what_is_no_digest_is_not_signed(sign, digest):
+    code, calls = sign(digest=digest)
+    assert code != 0 and "cosign sign" not in calls and "imagetools create" not in calls
+
+
+def test_a_list_of_packages_that_is_not_the_builds_is_not_signed(sign):
+    """The scanner could have replaced the artefact."""
+    code, calls = sign(sbom="0" * 64)
+    assert code != 0 and "cosign sign" not in calls
 
 
 def test_the_release_tells_digests_and_how_to_verify(runner):
