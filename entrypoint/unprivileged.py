@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from entrypoint import DEFAULT_OUTPUT_PATH
+from entrypoint.settings.variables import NAMES
 from entrypoint.system.hardware import DEVICE_FILES
-from trainer.spec.commands.printing import print_text
+from trainer.process import streams
 from trainer.spec.log_lines import safe_lines
 
 USER, GROUP = 10001, 0  # where the volume is root's: any number that nobody has, and the group of the image's folders
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
     stays = is_pod or os.geteuid() != 0 or (bool(arguments) and arguments[0] in AS_STARTED)
     why = "" if stays else give_up_root(os.environ)
     if why:
-        print_text(safe_lines(f"This container goes on as root: {why} (docs/docker.md)"), sys.stderr)
+        print(safe_lines(f"This container goes on as root: {why} (docs/docker.md)"), file=sys.stderr)  # noqa: T201
     os.execv(sys.executable, [sys.executable, "-m", "entrypoint", *arguments])  # noqa: S606 (a program of ours)
 
 
@@ -56,7 +57,8 @@ def give_up_root(environ: Mapping[str, str]) -> str:
     status = written[0].stat()
     uid, gid = (status.st_uid, status.st_gid) if status.st_uid else (USER, GROUP)
     identity = Identity(uid, gid, tuple(group for group in os.getgroups() if group != 0))
-    read = [Path(value) for value in environ.values() if value.startswith("/") and os.path.exists(value)]  # noqa: PTH110
+    named = [value for name, value in environ.items() if name in NAMES and value.startswith("/")]
+    read = [Path(value) for value in named if os.path.exists(value)]  # noqa: PTH110 (never raises)
     devices = [path for pattern in DEVICE_FILES for path in sorted(Path("/").glob(pattern.removeprefix("/")))]
     if refused := _refused(identity, written=[*written, *devices], read=read):
         return f"user {uid} {refused}. Fix: give it to that user, or start the container with --user."
@@ -110,4 +112,5 @@ def _first_refused(written: Sequence[Path], read: Sequence[Path]) -> str:
 
 
 if __name__ == "__main__":
+    streams.protect()
     main(sys.argv[1:])

@@ -79,7 +79,7 @@ def compile_caches(environment: Mapping[str, str], cache: Path, *, scratch: Path
         places = [Path(asked)] if asked else []
         places.append(cache / "kernels" / (below or variable.lower()))
         private = next(filter(None, map(make_private, places)), None) or _fresh(places[0], scratch)
-        if private != places[0].resolve():
+        if str(private) != os.path.realpath(places[0]):
             log.warning(
                 "Compiled kernels go to %s: %s cannot be written, or others can write there, and what such a folder "
                 "holds is run. Fix: %s=FOLDER, one that this user alone can write to.", private, places[0], variable,

@@ -53,7 +53,7 @@ def give(volume, uid=SOMEBODY, gid=SOMEBODY):
 def test_the_owner_of_the_volume_is_who_the_job_runs_as(volume):
     """For good: no saved id is left to go back to. Groups that give access to devices stay."""
     give(volume)
-    found, said = start(volume, "train")
+    found, said = start(volume, "train", HOME="/root")
     assert found == {
         "words": ["-m", "entrypoint", "train"],
         "uids": [SOMEBODY] * 3,
@@ -87,7 +87,7 @@ def test_one_folder_of_roots_is_enough(volume, name):
     assert found["uids"] == [0] * 3 and f"cannot write to {volume / name}" in said
 
 
-@pytest.mark.parametrize("variable", ["DATASET_NAME", "MODEL_PATH", "HF_TOKEN_FILE"])
+@pytest.mark.parametrize("variable", ["DATASET_NAME", "MODEL_PATH", "DATASET_CONFIG"])
 def test_what_the_job_reads_must_be_readable(volume, variable):
     give(volume)
     (volume / "secret").write_text("x")
