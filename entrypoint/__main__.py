@@ -41,6 +41,7 @@ from trainer.spec.commands.parser import Parser
 from trainer.spec.errors import KilnError, NoAcceleratorError, StopRequestedError
 from trainer.spec.family import base_models, get_family
 from trainer.spec.log_lines import log_to
+from trainer.spec.messages.secrets import Known
 from trainer.spec.plan import Dataset, Plan, Source
 from trainer.spec.rules import outlook
 from trainer.storage import choose_run
@@ -57,11 +58,11 @@ PROGRAMS = {  # first arguments that run another program instead
 def main(arguments: list[str], environ: Mapping[str, str] | None = None) -> int:
     """Exit codes as in `trainer.spec.errors`; 64 for a wrong command line."""
     environ = os.environ if environ is None else environ
-    with secrets.hidden(environ):
-        return _run(arguments, environ)
+    with secrets.hidden(environ) as known:
+        return _run(arguments, environ, known)
 
 
-def _run(arguments: list[str], environ: Mapping[str, str]) -> int:
+def _run(arguments: list[str], environ: Mapping[str, str], known: Known) -> int:
     if arguments and arguments[0] in PROGRAMS:
         program = PROGRAMS[arguments[0]]
         own = dict(environ)  # the shell is its owner's
@@ -89,7 +90,7 @@ def _run(arguments: list[str], environ: Mapping[str, str]) -> int:
         with contextlib.suppress(BrokenPipeError):  # the reader (head, less) has closed the pipe
             print(help_env(), flush=True)  # noqa: T201
         return streams.output_code()
-    log_to(logging.StreamHandler(), "%(asctime)s %(levelname)s %(message)s")
+    log_to(logging.StreamHandler(), "%(asctime)s %(levelname)s %(message)s", known=known)
     check = options.check or options.command == "check" or options.gpu is not None
     return supervise.supervised(lambda: _exit_code(environ, check=check, card=options.gpu), environ)
 

@@ -59,13 +59,13 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     except SystemExit as stop:
         return 64 if stop.code else 0
     given = dict(text.partition("=")[::2] for text in getattr(options, "env", ()))
-    with secrets.hidden({**environ, **given}):
+    with secrets.hidden({**environ, **given}) as known:
+        log_to(logging.StreamHandler(), "%(message)s", level=logging.WARNING, known=known)
         return _run(options, environ)
 
 
 def _run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     """Run the command of `options`; print its errors and return its exit code."""
-    log_to(logging.StreamHandler(), "%(message)s", level=logging.WARNING)
     commands = {
         "template": template,
         "deploy": deploy,

@@ -38,7 +38,6 @@ HUB = ("HF_ENDPOINT", "HF_HUB_OFFLINE")  # of all that begins with HF_
 
 def main(environ: Mapping[str, str]) -> int:
     """Returns only if the request is refused: the exit code. Otherwise the job has taken the place of this process."""
-    log_to(logging.StreamHandler(), "%(asctime)s %(levelname)s %(message)s")
     asked: dict[str, Any] = json.load(sys.stdin)
     public_addresses.guard({**environ, public_addresses.VARIABLE: "1"})  # a document may be at an address
     try:
@@ -91,6 +90,7 @@ def tokens(request: Mapping[str, str], worker: Mapping[str, str]) -> dict[str, s
 
 
 if __name__ == "__main__":
-    with secrets.hidden(os.environ):
+    with secrets.hidden(os.environ) as known:
+        log_to(logging.StreamHandler(), "%(asctime)s %(levelname)s %(message)s", known=known)
         code = main(os.environ)
     sys.exit(code)

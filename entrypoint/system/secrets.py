@@ -113,11 +113,14 @@ def _shown_value(name: str, value: str, secrets: Known) -> str:
 
 
 @contextlib.contextmanager
-def hidden(environ: Mapping[str, str]) -> Iterator[None]:
-    """Inside the context, what Python prints has *** in the place of the secrets of `environ`."""
+def hidden(environ: Mapping[str, str]) -> Iterator[Known]:
+    """Inside the context, what Python prints has *** in the place of the secrets of `environ`.
+
+    Yields them, for the log: it shortens long lines, and should not cut a secret in two.
+    """
     secrets = known(environ)
     with (
         contextlib.redirect_stdout(cast(TextIO, HidingStream(sys.stdout, secrets))),
         contextlib.redirect_stderr(cast(TextIO, HidingStream(sys.stderr, secrets))),
     ):
-        yield
+        yield secrets

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 
-from trainer.spec.messages.secrets import without_secrets
+from trainer.spec.messages.secrets import Known, without_secrets
 
 LONGEST_LINE = 2_000  # characters
 KEPT = LONGEST_LINE // 2 - 20  # at each end of a longer line
@@ -35,11 +35,18 @@ def _shortened(line: str) -> str:
 class LineFormatter(logging.Formatter):
     """Formats a record as `safe_lines`, without secrets."""
 
+    def __init__(
+        self, line_format: str | None = None, *, datefmt: str | None = None, known: Known | None = None
+    ) -> None:
+        super().__init__(line_format, datefmt)
+        self._known = known or Known(())
+
     def format(self, record: logging.LogRecord) -> str:
-        return safe_lines(without_secrets(super().format(record)))
+        # Known secrets first: of one that is shortened, or hidden in part, nobody would know the rest.
+        return safe_lines(without_secrets(self._known.hide(super().format(record))))
 
 
-def log_to(stream: logging.Handler, line_format: str, *, level: int = logging.INFO) -> None:
-    """What `logging.basicConfig` does: a handler for all, unless there is one already."""
-    stream.setFormatter(LineFormatter(line_format, datefmt="%H:%M:%S"))
+def log_to(stream: logging.Handler, line_format: str, *, level: int = logging.INFO, known: Known | None = None) -> None:
+    """What `logging.basicConfig` does: a handler for all, unless there is one already. `known`: secrets to hide."""
+    stream.setFormatter(LineFormatter(line_format, datefmt="%H:%M:%S", known=known))
     logging.basicConfig(level=level, handlers=[stream])

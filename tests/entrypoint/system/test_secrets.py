@@ -9,9 +9,11 @@ import threading
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx  # noqa: F401 (once, and not in each fork)
 import pytest
 
 import entrypoint.__main__ as entrypoint_main
+from entrypoint.planning import summary
 from entrypoint.runpod import request
 from entrypoint.settings.clean import LOCATIONS
 from entrypoint.settings.variables import CONFIG_JSON, NAMES, ROWS
@@ -58,6 +60,7 @@ def run(arguments, environ, folder, *, change=lambda: None):
             sys.stderr = os.fdopen(2, "w", buffering=1)
             logging.getLogger().handlers.clear()
             entrypoint_main.CHECK_RETRIES_S = 0.0
+            summary.cpu_workers = lambda: 0
             os.environ.clear()
             os.environ.update(environ)
             change()
@@ -156,7 +159,7 @@ def test_a_server_that_refuses(base, tmp_path, server, name, status):
     assert leaks(printed + written) == []
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
+@pytest.mark.parametrize("status", [401, 404])
 @pytest.mark.parametrize("name", ["DATASET_NAME", "MODEL_PATH"])
 def test_a_hub_that_refuses(base, tmp_path, server, name, status):
     endpoint = f"{server}/{status}".replace("http://", f"http://me:{urllib.parse.quote(PASSWORD, safe='')}@")
@@ -179,7 +182,11 @@ def test_a_bug_whose_traceback_quotes_everything(base, tmp_path):
 
         entrypoint_main.make_plan = crash
 
-    everything = {**base, "DATASET_NAME": address("example.com"), CONFIG_JSON: json.dumps({"hf_write_token": KEY * 2})}
+    everything = {
+        **base,
+        "DATASET_NAME": address("example.com"),
+        CONFIG_JSON: json.dumps({"hf_write_token": f"hf_{KEY}{KEY}"}),
+    }
     code, printed, written = run(
         ["--check"], {**everything, "DATASET_NAME": base["DATASET_NAME"]}, tmp_path, change=change
     )
@@ -285,8 +292,6 @@ def test_processes_that_read_images_inherit_no_secret(base, tmp_path):
     (site / "sitecustomize.py").write_text(look)
 
     def change():
-        from entrypoint.planning import summary
-
         summary.cpu_workers = lambda: 2
 
     environ = {**base, "PYTHONPATH": str(site), "HTTPS_PROXY": f"http://me:{PASSWORD}@127.0.0.1:9"}
