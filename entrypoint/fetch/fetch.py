@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ANY_ARCHIVE = (*ARCHIVES, ".7z", ".rar")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 QUICK_TIMEOUT_S = 5.0  # for the answer to a name that is hardly one of a dataset
 SHORT_BUDGET_S = 10.0  # how long a silent server is waited for when the cache could serve instead
 
@@ -346,8 +348,9 @@ def archives_in(folder: Path) -> list[str]:
 def known_download(source: Source, cache: Path) -> Path | None:
     """The folder of a remote archive that an earlier run has downloaded and unpacked."""
     known = read_json(_download_place(source, cache) / "known.json") or {}
-    folder = cache / "datasets" / str(known.get("digest"))[:32]
-    return folder if completed(folder) is not None else None
+    digest = str(known.get("digest"))
+    folder = cache / "datasets" / digest[:32]
+    return folder if SHA256.fullmatch(digest) and completed(folder) is not None else None
 
 
 def _download_place(source: Source, cache: Path) -> Path:
@@ -380,7 +383,9 @@ def _downloaded_archive(source: Source, *, cache: Path, token: str | None, retri
             if other != part or remote.version is None:  # it belongs to another version
                 other.unlink()
         limits: dict[str, Any] = {"most": archive.USUAL.total, "version": remote.version}
-        job = http.Download(url, place / name, part, addresses.shown(url), remote.headers, remote.size, **limits)
+        job = http.Download(
+            url, place / "whole" / name, part, addresses.shown(url), remote.headers, remote.size, **limits
+        )
         digest = http.download(client, job, retries=retries, refuse=partial(_refuse_address, source))
         folder = _unpacked(job.path, digest, cache)
         job.path.unlink()

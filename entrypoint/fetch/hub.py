@@ -141,6 +141,8 @@ def _listing(repo: Repo, answer: Any) -> Listing:
     commit, siblings = (answer.get("sha"), answer.get("siblings")) if isinstance(answer, dict) else (None, None)
     if not isinstance(commit, str) or not COMMIT.fullmatch(commit) or not isinstance(siblings, list):
         raise _impossible(repo, f"a commit {printable(str(commit)[:100])!r}")
+    if repo.revision is not None and COMMIT.fullmatch(repo.revision) and commit != repo.revision:
+        raise _impossible(repo, f"commit {commit} in the place of {repo.revision}")
     if len(siblings) > MOST_FILES:
         raise _impossible(repo, f"{len(siblings):,} files; at most {MOST_FILES:,} are accepted")
     names = Names(ignores_case=False)

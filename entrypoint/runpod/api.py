@@ -21,6 +21,7 @@ from entrypoint.fetch.http import RetryPolicy
 from trainer.network import addresses
 from trainer.network.errors import HopelessError
 from trainer.spec.errors import GatedError, KilnError, SettingsError, UnreachableError
+from trainer.spec.values import one_line
 
 if TYPE_CHECKING:
     import httpx
@@ -30,6 +31,7 @@ KEYS_PAGE = "https://console.runpod.io/user/settings"
 GRAPHQL_MUTATIONS = {"stop": "podStop", "terminate": "podTerminate"}
 # A log's connection that is silent for longer is opened again. Long, because a job prints nothing while it loads.
 LOG_SILENCE_S = 90.0
+LONGEST_REASON = 1000  # characters
 ADVICE = {  # by HTTP status
     402: "Add credit to the account.",
     404: "Check the id: `python -m entrypoint.runpod status` lists your pods.",
@@ -197,7 +199,7 @@ def _events(answer: httpx.Response) -> Iterator[tuple[str, str]]:
                 line = json.loads(value)["line"]
             except (ValueError, KeyError, TypeError, RecursionError):
                 continue
-            yield event_id, str(line)
+            yield event_id, one_line(str(line))
 
 
 def _list(answer: dict[str, Any], name: str) -> list[dict[str, Any]]:
@@ -225,6 +227,7 @@ def refusal(answer: httpx.Response, request: str) -> KilnError:
             reason += f"; {error}"
     except (ValueError, KeyError, TypeError):
         reason = "no reason given"
+    reason = one_line(reason[:LONGEST_REASON])
     status = answer.status_code
     if status in (401, 403):
         return GatedError(

@@ -1,7 +1,7 @@
 """Calls functions of the entrypoint in a process of its own: the Hub's client reads HF_ENDPOINT when it is imported.
 
-Reads one JSON object a line, {"call": "model" | "source" | "preflight" | "upload", ...}; answers each with one: the exit
-code, what the function returned or the error, and what was logged.
+Reads one JSON object a line, {"call": "model" | "source" | "preflight" | "upload", ...}; answers each with one: the
+exit code, what the function returned or the error, and what was logged.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from entrypoint.fetch import hub
-from entrypoint.fetch.fetch import fetch_source
+from entrypoint.fetch.fetch import fetch_source, known_download
 from entrypoint.fetch.http import RetryPolicy
 from entrypoint.fetch.hub_rows import Asked, write_dataset
 from entrypoint.runpod.download import commands, ssh_host
@@ -50,7 +50,10 @@ NOTES = [
     *(b"", b"[]", b"{", b'{"../../x": [9, "' + b"1" * 40 + b'"]}', b'{"a": 3}', b'{"a": ["x", 3]}', b'{"a": []}'),
 ]
 FORMS = ["data_files: {}", "data_files: [{}]", "data_dir: {}", "data_files: [{{split: train, path: {}}}]"]
-LAST_NAMES = ["..", "%2e%2e", "..%2f..%2fx.zip", "%00", "a" * 300 + ".zip", "", ".", "a\\b.zip", "%5c..%5cx"]
+LAST_NAMES = [
+    *("known.json", "lock", "whole", "..", "%2e%2e", "..%2f..%2fx.zip", "%00", "a" * 300 + ".zip", "", "."),
+    *("a\\b.zip", "%5c..%5cx"),
+]
 USERS = ("-oProxyCommand=touch x", "", "a b", "a;b", "a@b", 7)
 HOSTS = ("-oProxyCommand=x", "", "a b", "a/b", "a:b", "$(x)", None)
 PORTS = ("22", 0, -1, 65536, None, 1.5)
@@ -337,6 +340,15 @@ def test_the_name_in_an_address(place, name):
             fetch_source(Source("archive", f"{server.url}/a/{name}"), cache=place / "cache", token=None, retries=QUICK)
         except SettingsError:
             assert "\\" in name
+
+
+@pytest.mark.parametrize("digest", ["../../..", "", None, 7, "x" * 64, "/" * 64, ["a"]])
+def test_a_note_of_a_download_that_somebody_else_wrote(place, digest):
+    source = Source("archive", "http://127.0.0.1:1/a.zip")
+    note = place / "cache" / "downloads" / hashlib.sha256(source.location.encode()).hexdigest()[:16] / "known.json"
+    note.parent.mkdir(parents=True)
+    note.write_text(json.dumps({"digest": digest, "version": None}))
+    assert known_download(source, place / "cache") is None
 
 
 @pytest.mark.parametrize("version", ['"../../x"', "/etc/passwd", "\x7f", '"' + "a" * 5000 + '"'])
