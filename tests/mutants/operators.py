@@ -185,9 +185,7 @@ def _of_expression(node: ast.AST, scope: Scope) -> Iterator[ast.expr]:
         yield from _without_filters(node)
     elif isinstance(node, ast.Dict):
         for i in range(len(node.keys)):
-            yield ast.Dict(
-                [k for j, k in enumerate(node.keys) if j != i], [v for j, v in enumerate(node.values) if j != i]
-            )
+            yield ast.Dict([k for j, k in enumerate(node.keys) if j != i], [v for j, v in enumerate(node.values) if j != i])
 
 
 def _of_operator(node: ast.BinOp) -> Iterator[ast.expr]:

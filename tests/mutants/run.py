@@ -44,6 +44,8 @@ def main() -> int:
     print(f"{len(chosen)} faults in {len(modules)} modules, seed {options.seed}", flush=True)
     began = time.monotonic()
     with_tests = sorted({file for mutant in chosen for file in files[mutant.module]})
+    if options.tests:
+        with_tests = [file for file in with_tests if file.startswith(tuple(options.tests))]
     results = _warm(chosen, files, with_tests, options)
     _report(chosen, results, time.monotonic() - began)
     return 0
@@ -55,6 +57,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--most", type=int, default=600, help="how many; 0: every fault there is")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--module", action="append", help="only modules whose path begins so; may be repeated")
+    parser.add_argument("--tests", action="append", help="only test files whose path begins so; may be repeated")
+    parser.add_argument("--quick", action="store_true", help="leave out faults that act while a module loads")
     parser.add_argument("--longest", type=float, default=8.0, help="tests that take longer (seconds) are left out")
     return parser.parse_args()
 
@@ -63,6 +67,8 @@ def _choose(modules: Sequence[str], options: argparse.Namespace) -> list[Mutant]
     """The drawn faults, without those that are listed as equivalent."""
     known = equivalents()
     every = [mutant for module in modules for mutant in warm.mutants(module) if not is_listed(mutant, known)]
+    if options.quick:
+        every = [mutant for mutant in every if mutant.function]
     if options.most and len(every) > options.most:
         drawn = random.Random(options.seed).sample(range(len(every)), options.most)
         return [every[i] for i in sorted(drawn)]
@@ -91,7 +97,10 @@ def _warm(
         loaded = _received(answers)
         while (answer := _received(answers)) is not None:
             mutant, code, names, seconds = answer
-            if code == BROKEN:
+            if code == BROKEN and options.quick:
+                results[mutant] = SURVIVED
+                _progress(len(results), mutant, SURVIVED)
+            elif code == BROKEN:
                 again.append((mutant, names, seconds))
             else:
                 results[mutant] = code
@@ -144,13 +153,9 @@ def _in_live_modules(session, *, chosen, files, options, out) -> int:  # type: i
     tasks, plans = [], []
     for mutant in chosen:
         mapped = set(files[mutant.module])
-        if mutant.function:
-            used = callers[(mutant.module, mutant.function)]
-        else:
-            used = sorted(
-                {t.name: t for c, ts in callers.items() if c[0] == mutant.module for t in ts}.values(),
-                key=lambda t: t.seconds,
-            )
+        used = callers[(mutant.module, mutant.function)]
+        if not mutant.function:
+            used = _of_module(mutant.module, tests, callers)
         used = [test for test in used if test.name.partition("::")[0] in mapped]
         seconds = sum(test.seconds for test in used)
         names = [test.name for test in used]
@@ -161,6 +166,16 @@ def _in_live_modules(session, *, chosen, files, options, out) -> int:  # type: i
         # A survivor is tried once more where the module is loaded with the fault: something may have been computed.
         send((mutant, BROKEN if code == SURVIVED and names else code, names, seconds))
     return 0
+
+
+def _of_module(module: str, tests: dict[str, Test], callers: dict[tuple[str, str], list[Test]]) -> list[Test]:
+    """The tests of what acts when a module loads: all that call one of its functions, and those of its own file."""
+    own = f"/test_{Path(module).stem}.py::"
+    found = {test.name: test for test in tests.values() if own in test.name and not test.failed}
+    for (called, _), group in callers.items():
+        if called == module:
+            found |= {test.name: test for test in group}
+    return sorted(found.values(), key=lambda test: test.seconds)
 
 
 def _one(session, mutant, functions, names) -> int:  # type: ignore[no-untyped-def]
@@ -187,9 +202,7 @@ def _profiles(session, modules: Sequence[str], options: argparse.Namespace) -> d
     for file in by_file:
         outputs[file] = KEPT / hashlib.sha256((ROOT / file).read_bytes() + code).hexdigest()[:24]
     new = [file for file, output in outputs.items() if not output.exists()]
-    tasks = [
-        (PROFILE_S, partial(_profile, session, by_file[file], modules, options.longest, outputs[file])) for file in new
-    ]
+    tasks = [(PROFILE_S, partial(_profile, session, by_file[file], modules, options.longest, outputs[file])) for file in new]
     for index, _ in warm.in_forks(tasks, options.processes):
         print(f"profiled {new[index]}", file=sys.stderr)
     tests: dict[str, Test] = {}
@@ -228,9 +241,7 @@ def _report(chosen: Sequence[Mutant], results: dict[Mutant, int], seconds: float
     codes = [code for group in by_module.values() for code in group]
     noticed = sum(code != SURVIVED for code in codes)
     late = sum(code == TIMED_OUT for code in codes)
-    print(
-        f"{100 * noticed / max(len(codes), 1):5.1f} % {noticed:4} of {len(codes):4}  all; {late} of them by the time limit; {seconds:.0f} s"
-    )
+    print(f"{100 * noticed / max(len(codes), 1):5.1f} % {noticed:4} of {len(codes):4}  all; {late} of them by the time limit; {seconds:.0f} s")
     for mutant in chosen:
         if results.get(mutant) == SURVIVED:
             print(f"survived: {mutant.module}:{mutant.line} | {mutant.function} | {mutant.change}")
