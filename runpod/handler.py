@@ -10,11 +10,14 @@ its own, imports nothing of Kiln, and starts it as a process with the Python tha
 `python runpod/handler.py` beside a test_input.json runs one job on this machine.
 """
 
+import contextlib
 import difflib
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from pathlib import Path
@@ -43,23 +46,49 @@ def handler(job):
     os.set_blocking(process.stdout.fileno(), False)  # readline returns "" when there is no line yet
     last_lines = deque(maxlen=ERROR_LOG_LINES)
     reported = None
-    while True:
-        # Asked before the log is read: after the process has ended, the log is read once more, to its end.
-        exit_code = process.poll()
-        for line in iter(process.stdout.readline, ""):
-            print(line, end="", flush=True)
-            last_lines.append(line)
-        current = progress(output_path)
-        if current and current != reported:
-            runpod.serverless.progress_update(job, current)
-            reported = current
-        if exit_code is not None:
-            break
-        time.sleep(POLL_INTERVAL_S)
+    with stops_passed_on(process):
+        while True:
+            # Asked before the log is read: after the process has ended, the log is read once more, to its end.
+            exit_code = process.poll()
+            for line in iter(process.stdout.readline, ""):
+                print(line, end="", flush=True)
+                last_lines.append(line)
+            current = progress(output_path)
+            if current and current != reported:
+                runpod.serverless.progress_update(job, current)
+                reported = current
+            if exit_code is not None:
+                break
+            time.sleep(POLL_INTERVAL_S)
     if exit_code:
         return {"error": f"exit code {exit_code}\n{''.join(last_lines)}"}
     loras = sorted(path.name for path in output_path.glob("*.safetensors"))
     return {**(reported or {}), "folder": str(output_path), "loras": loras}
+
+
+@contextlib.contextmanager
+def stops_passed_on(process):
+    """Inside, Kiln gets the signals that end this worker: it saves its state and ends, and then the worker does."""
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def stop(number, frame):
+        process.send_signal(number)
+        if callable(before[number]) and before[number] is not signal.default_int_handler:
+            before[number](number, frame)  # RunPod's library takes no more jobs
+        else:
+            process.wait()
+            sys.exit(128 + number)
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def job_environment(job_input, job_id):
