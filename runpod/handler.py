@@ -14,12 +14,15 @@ its own, imports nothing of Kiln but a module of the standard library alone, and
 Python that KILN_PYTHON names. `python runpod/handler.py` beside a test_input.json runs one job on this machine.
 """
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from pathlib import Path
@@ -65,7 +68,8 @@ def run(job, asked):
     try:
         with process.stdin as stdin:
             json.dump(asked, stdin)
-        return follow(job, process, Path(asked["output"]))
+        with stops_passed_on(process):
+            return follow(job, process, Path(asked["output"]))
     finally:
         process.terminate()
         try:
@@ -93,6 +97,31 @@ def follow(job, process, output_path):
         if exit_code is not None:
             return exit_code, last_lines, reported
         time.sleep(POLL_INTERVAL_S)
+
+
+@contextlib.contextmanager
+def stops_passed_on(process):
+    """Inside, Kiln gets the signals that end this worker: it saves its state and ends, and then the worker does."""
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def stop(number, frame):
+        process.send_signal(number)
+        if callable(before[number]) and before[number] is not signal.default_int_handler:
+            before[number](number, frame)  # RunPod's library takes no more jobs
+        else:
+            process.wait()
+            sys.exit(128 + number)
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def progress(output_path):

@@ -150,7 +150,8 @@ def _watch(team: Team) -> Outcome:
         if first.returncode == 0:
             return Outcome(0)
         for i, child in enumerate(children):
-            team.held_bytes[f"trainer {i}"] = memory_kills.resident(child.pid)
+            name = f"trainer {i}" if len(children) > 1 else "the trainer"
+            team.held_bytes[name] = memory_kills.resident(child.pid)
         deadline = team.shared.read(vitals.DEADLINE)
         if deadline is not None and time.monotonic() > deadline:
             message = "The trainer hangs, and not even its watchdog answers."

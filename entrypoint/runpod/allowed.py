@@ -228,7 +228,7 @@ def _document(name: str, text: str, problems: Problems) -> str:
         problem = problem_of(text) if "://" in text else OWN_FILE
         if problem is not None:
             raise ValueError(f"{problem}. Fix: {instead}")
-    read, text_format = read_text(text, name, problems, default_format=default_format, open_url=urllib.request.urlopen)
+    read, text_format = read_text(text, name, problems, default_format=default_format)
     if read is None:
         return ""
     tree = _lines(read)

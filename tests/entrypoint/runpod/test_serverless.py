@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -141,3 +143,26 @@ def test_the_listing_says_what_its_page_asks_for():
     assert {name for test in tests["tests"] for name in test["input"]} <= set(NAMES)
     for name in ("handler.py", "Dockerfile"):
         assert (ROOT / ".runpod" / name).is_file()
+
+
+def test_a_worker_that_is_ended_ends_its_job_first(tmp_path):
+    """With 143, as RunPod's own library does not mind: the stand-in has no handler."""
+    job = json.loads((ROOT / "runpod/test_input.json").read_text())
+    job["input"] |= {"DATASET_NAME": CONCEPT, "PARAMS_MAX_STEPS": "4000"}
+    (tmp_path / "test_input.json").write_text(json.dumps(job))
+    kept = {k: v for k, v in os.environ.items() if k in ("PATH", "LANG")}
+    environment = {**kept, "HOME": str(tmp_path), "PYTHONPATH": STANDIN, "OMP_NUM_THREADS": "1"}
+    log = tmp_path / "log.txt"
+    with log.open("w") as file:
+        worker = subprocess.Popen(
+            [sys.executable, ROOT / "runpod/handler.py"], cwd=tmp_path, env=environment, stdout=file, stderr=file
+        )
+        deadline = time.monotonic() + 100
+        while "A LoRA of" not in log.read_text():  # the job has begun
+            assert time.monotonic() < deadline and worker.poll() is None, log.read_text()
+            time.sleep(0.05)
+        worker.send_signal(signal.SIGTERM)
+        sent = time.monotonic()
+        assert worker.wait(timeout=20) == 143 and time.monotonic() - sent < 6, log.read_text()
+    status = json.loads((tmp_path / "kiln/local_test/status.json").read_text())
+    assert (status["phase"], status["exit_code"]) == ("stopped", 143) and "Traceback" not in log.read_text()
