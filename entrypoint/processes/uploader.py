@@ -27,6 +27,7 @@ from trainer.network import addresses
 from trainer.network.errors import HopelessError, TransientError
 from trainer.spec.errors import GatedError, KilnError, SettingsError, StorageError, UnreachableError
 from trainer.spec.log_lines import log_to
+from trainer.spec.messages.secrets import Known
 from trainer.storage import run_records
 from trainer.storage.atomic import VOLUME_ERRORS
 from trainer.storage.folders import write_text
@@ -243,7 +244,6 @@ def card(path: Path, *, base: str, samples: str | None) -> str:
 
 def main() -> int:
     """Read a job and then commands, one a line; end of input ends the process. Returns 0, or the error's exit code."""
-    log_to(logging.StreamHandler(), "%(asctime)s %(levelname)s %(message)s")
     sys.excepthook = _bare
     public_addresses.guard(os.environ)
     for number in (signal.SIGINT, signal.SIGHUP):  # from a terminal: the entrypoint decides when this process ends
@@ -251,6 +251,8 @@ def main() -> int:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is no answer
     job: dict[str, Any] = json.loads(sys.stdin.readline())
+    known = Known([job["token"]])
+    log_to(logging.StreamHandler(), "%(asctime)s %(levelname)s %(message)s", known=known)
     job |= {k: http.RetryPolicy(**job[k]) for k in ("at_start", "at_end")}
     ended, final = threading.Event(), threading.Event()
 
@@ -269,7 +271,7 @@ def main() -> int:
     except UnreachableError as problem:
         log.warning("%s Training continues without uploads.", problem)
     except KilnError as problem:
-        _answer(answers, f"{type(problem).__name__}: {' '.join(str(problem).split())}")
+        _answer(answers, known.hide(f"{type(problem).__name__}: {' '.join(str(problem).split())}"))
         return problem.exit_code
     _answer(answers, "ready")
     while not final.wait(POLL_S):

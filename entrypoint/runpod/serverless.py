@@ -90,7 +90,9 @@ def tokens(request: Mapping[str, str], worker: Mapping[str, str]) -> dict[str, s
 
 
 if __name__ == "__main__":
-    with secrets.hidden(os.environ) as known:
+    worker = environment.take(os.environ)
+    # Without proxies: behind one, the address that is connected to would be the proxy's.
+    with secrets.hidden(worker) as known, environment.offline(os.environ):
         log_to(logging.StreamHandler(), "%(asctime)s %(levelname)s %(message)s", known=known)
-        code = main(os.environ)
+        code = main(worker)
     sys.exit(code)
