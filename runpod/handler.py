@@ -44,7 +44,7 @@ ERROR_LOG_LINES = 30  # the end of the log that is part of an error
 
 def handler(job):
     """Run one job. Returns the last progress, "folder" and "loras" (file names), or {"error": text}."""
-    if not re.fullmatch(r"[A-Za-z0-9][\w-]{0,127}", str(job.get("id")), re.ASCII):
+    if not re.fullmatch(r"[A-Za-z0-9][\w-]{0,127}", str(job.get("id") or ""), re.ASCII):
         return {"error": "exit code 64\nThe id of the job is not one of RunPod's."}
     base = NETWORK_VOLUME if NETWORK_VOLUME.is_dir() else Path(os.environ.get("HOME", "/workspace"))
     output_path = base / "kiln" / job["id"]
