@@ -29,6 +29,7 @@ from entrypoint.settings.variables.training import TrainingSettings
 from entrypoint.system.hardware import Hardware
 from trainer.spec.errors import SettingsError
 from trainer.spec.family import BaseModel, Facts, base_models, get_family
+from trainer.spec.messages.secrets import without_secrets
 from trainer.spec.optimizers import NOT_OFFERED, OPTIMIZERS, OptimizerSpec
 from trainer.spec.plan import DataPlan, Dataset, LoraPlan, ModelPlan, OptimPlan, OutputPlan, Plan, TrainPlan
 from trainer.spec.prompts import complete_prompts
@@ -111,7 +112,10 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
     automatic = _left_to_hardware(settings)
     plan = dataclasses.replace(plan, given=tuple(sorted(settings.given)), automatic=automatic)
     sanity.warn(sanity.Request(settings, plan, facts, base_model), notes)
-    return dataclasses.replace(plan, reasons=tuple(notes.reasons), warnings=tuple(notes.warnings))
+    # They are kept in plan.json, and quote what the user has written.
+    reasons = tuple(without_secrets(reason) for reason in notes.reasons)
+    warnings = tuple(without_secrets(warning) for warning in notes.warnings)
+    return dataclasses.replace(plan, reasons=reasons, warnings=warnings)
 
 
 def _left_to_hardware(settings: Settings) -> tuple[str, ...]:

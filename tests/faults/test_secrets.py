@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import subprocess
+import time
 import urllib.parse
 import zipfile
 from pathlib import Path
@@ -27,6 +28,8 @@ SECRETS = {
     "WANDB_API_KEY": "cAnary/3+" * 4,
     "GITHUB_TOKEN": "ghp_" + "cAnary/4+" * 4,
     "AWS_SECRET_ACCESS_KEY": "cAnary/5+" * 4,
+    "DB_PASS": "cAnary/7+" * 4,
+    "MY_SERVICE": f"https://me:{'cAnary%2F8%2B' * 4}@host/",
 }
 
 
@@ -70,6 +73,34 @@ def test_secrets_come_out_nowhere(job, tmp_path, name):
     assert code == expected, printed
     assert not fault or os.path.getsize(fired)
     assert found_in(tmp_path, printed) == {}
+
+
+def processes_of(leader):
+    """The arguments and the environment of each process that `leader` has started, by way of others too."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getpgid(int(folder.name)) == leader:
+                found.append([(folder / name).read_bytes() for name in ("cmdline", "environ")])
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+@pytest.mark.slow
+def test_no_process_that_a_job_starts_has_a_secret(job):
+    """Trainers, processes that read images, probes. The entrypoint itself was started with all of them."""
+    process = job.start(own_interpreter=True, **SECRETS, PARAMS_MAX_STEPS="2")
+    programs = set()
+    while process.poll() is None:
+        for arguments, environment in processes_of(process.pid):
+            assert hits(arguments) == []
+            if b"entrypoint" not in arguments.split(b"\0"):
+                programs.add(arguments)
+                assert hits(environment) == [], arguments
+        time.sleep(0.02)
+    assert process.returncode == 0, process.printed()
+    assert any(b"trainer" in arguments for arguments in programs) and hits(process.printed().encode()) == []
 
 
 @pytest.mark.slow

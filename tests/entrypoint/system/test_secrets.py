@@ -1,6 +1,7 @@
 """No secret comes out: canaries in every variable, on every way in which a job is refused, fails or is checked."""
 
 import base64
+import datetime
 import json
 import logging
 import os
@@ -13,11 +14,14 @@ import httpx  # noqa: F401 (once, and not in each fork)
 import pytest
 
 import entrypoint.__main__ as entrypoint_main
+from entrypoint.dataset_config.manifest import read_manifest
 from entrypoint.planning import summary
+from entrypoint.planning.plan import make_plan
 from entrypoint.runpod import request
+from entrypoint.settings import read_settings
 from entrypoint.settings.clean import LOCATIONS
 from entrypoint.settings.variables import CONFIG_JSON, NAMES, ROWS
-from entrypoint.system import environment, secrets
+from entrypoint.system import cards, environment, secrets
 from tests.support.drawings import draw
 
 # Each is found in whatever form it is printed.
@@ -191,6 +195,13 @@ def test_a_bug_whose_traceback_quotes_everything(base, tmp_path):
         ["--check"], {**everything, "DATASET_NAME": base["DATASET_NAME"]}, tmp_path, change=change
     )
     assert code == 70 and "RuntimeError" in printed and leaks(printed + written) == [], printed
+
+
+def test_reasons_that_the_plan_keeps():
+    variables = {"BASE_MODEL": "mini-flux", "DATASET_NAME": f'"https://example.com/x.zip?token={KEY}&sig={SIGNATURE}"'}
+    now = datetime.datetime.now(datetime.UTC)
+    plan = make_plan(read_settings(variables), read_manifest(None, None), cards.hardware_of("24 GB"), now=now)
+    assert "written as" in str(plan.reasons) and leaks(str(plan.reasons) + str(plan.warnings)) == []
 
 
 def test_what_is_printed_past_the_log(capsys):
