@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 import time
@@ -14,6 +15,7 @@ from trainer.network.client import open_client
 from trainer.spec.errors import DataError, KilnError, SettingsError, UnreachableError
 
 QUICK = http.RetryPolicy(budget=1.0, unreached=0.3, first_wait=0.02, longest_wait=0.1, timeout=0.3)
+PATIENT = dataclasses.replace(QUICK, budget=30.0, timeout=5.0)  # for what ends by itself, on a busy machine too
 DATA = bytes(range(256)) * 40  # 10,240 bytes
 SIZE, DIGEST, HALF = len(DATA), hashlib.sha256(DATA).hexdigest(), len(DATA) // 2
 
@@ -22,7 +24,7 @@ SIZE, DIGEST, HALF = len(DATA), hashlib.sha256(DATA).hexdigest(), len(DATA) // 2
 def brought(tmp_path):
     """Download from a script; returns the content."""
 
-    def bring(script, *, size=SIZE, digest=DIGEST, retries=QUICK, **more):
+    def bring(script, *, size=SIZE, digest=DIGEST, retries=PATIENT, **more):
         def refuse(response):
             raise SettingsError(f"refused with {response.status_code}")
 
@@ -37,10 +39,10 @@ def brought(tmp_path):
     return bring
 
 
-def refused(brought, script, *, within=4.0, **options):
+def refused(brought, script, *, within=6.0, retries=QUICK, **options):
     began = time.monotonic()
     with pytest.raises(KilnError) as problem:
-        brought(script, **options)
+        brought(script, retries=retries, **options)
     assert time.monotonic() - began < within
     return problem.value
 
@@ -131,7 +133,7 @@ def test_a_file_that_changes_between_its_parts_is_begun_anew(brought):
 @pytest.mark.parametrize("answered", ["204 No Content", "205 Reset", "203 Other", "304 Not Modified", "226 IM Used"])
 def test_a_status_that_holds_no_file(brought, answered):
     extra = {"content_length": "-"} if answered.startswith(("204", "304")) else {}
-    problem = refused(brought, lambda c, h: answer(status=answered, **extra), size=None, digest=None)
+    problem = refused(brought, lambda c, h: answer(status=answered, **extra), size=None, digest=None, retries=PATIENT)
     assert isinstance(problem, (SettingsError, UnreachableError)) and len(brought.server.heads) == 1
 
 
@@ -142,7 +144,7 @@ def test_no_part_at_all_for_ever(brought):
 
 
 def test_more_than_was_announced_is_cut_off(brought):
-    problem = refused(brought, lambda c, h: flood(b"HTTP/1.1 200 OK\r\n\r\n", DATA))
+    problem = refused(brought, lambda c, h: flood(b"HTTP/1.1 200 OK\r\n\r\n", DATA), retries=PATIENT)
     assert problem.exit_code == 75 and "twice" in str(problem)
     assert len(brought.server.heads) == 2 and brought.server.sent < 5e7
 
@@ -154,7 +156,7 @@ def test_less_than_was_announced_again_and_again(brought):
 
 def test_a_file_without_end_is_refused(brought):
     script = lambda c, h: flood(b"HTTP/1.1 200 OK\r\n\r\n", bytes(2**16))  # noqa: E731
-    assert isinstance(refused(brought, script, size=None, digest=None, most=2**20), DataError)
+    assert isinstance(refused(brought, script, size=None, digest=None, most=2**20, retries=PATIENT), DataError)
 
 
 def test_a_byte_for_each_request_is_no_progress(brought):
@@ -191,7 +193,7 @@ def test_an_archive_that_is_announced_as_packed_is_kept_as_it_is(brought):
 
 
 def test_wrong_bytes_twice(brought):
-    problem = refused(brought, lambda c, h: answer(bytes(len(DATA))))
+    problem = refused(brought, lambda c, h: answer(bytes(len(DATA))), retries=PATIENT)
     assert problem.exit_code == 75 and "not the announced one" in str(problem) and len(brought.server.heads) == 2
 
 
