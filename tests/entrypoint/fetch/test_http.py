@@ -15,7 +15,7 @@ from trainer.spec.errors import DataError, KilnError, SettingsError, Unreachable
 
 # Tries are counted here, so that a busy machine gives the same result; time ends only what is slow on purpose.
 COUNTED = http.RetryPolicy(budget=60.0, first_wait=0.01, longest_wait=0.02, timeout=10.0)
-TRIES = 20
+TRIES = 12
 SHORT = http.RetryPolicy(budget=0.5, first_wait=0.01, longest_wait=0.02, timeout=10.0)
 DATA = bytes(range(256)) * 40  # 10,240 bytes
 SIZE, DIGEST, HALF = len(DATA), hashlib.sha256(DATA).hexdigest(), len(DATA) // 2

@@ -259,7 +259,7 @@ def test_a_row_of_a_table(place, name):
     rows = [{"image": {"bytes": None, "path": name}, "__folder__": name, "text": "a"}]
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows), buffer)
-    with contextlib.suppress(DataError, SettingsError):
+    with contextlib.suppress(DataError, SettingsError):  # or it is a row without an image
         written(place, {"train.parquet": buffer.getvalue()})
     assert [p for p in (place / "target").rglob("*") if p.is_file() and b"bystander" in p.read_bytes()] == []
 
