@@ -7,6 +7,7 @@ for the whole training, and a damaged file may crash them.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -47,6 +48,7 @@ MAGIC = (
     *((rb"BM", ".bmp"), (rb"II\*\0|MM\0\*", ".tif"), (rb"....ftypavi[fs]", ".avif"), (rb"....ftyp(hei|mif)", ".heic")),
 )
 MAGIC_BYTES = 16
+NOT_HELD = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 Row = dict[str, Any]
 
 
@@ -351,7 +353,9 @@ class _Reader:
         try:
             with Path(place).open("rb") as file:
                 data = file.read(MAX_IMAGE_BYTES + 1)
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        except OSError as problem:
+            if problem.errno not in NOT_HELD:
+                raise
             return b""  # a row names an image that the dataset does not hold
         self._check_size(len(data), path)
         self.read_files.add(place)

@@ -42,6 +42,7 @@ COMMIT_CONFLICTS = (409, 412)  # somebody else commits at this moment
 # FileNotFoundError and PermissionError. What else there may be ends the process, and the entrypoint starts another.
 CLIENT_ERRORS = (
     *(OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError),
+    *(NameError, ImportError, EOFError, BufferError),
 )
 
 

@@ -21,6 +21,7 @@ SSH_TIMEOUT_S = 60.0  # of a running pod: the address follows within seconds, wh
 # A pod gets a new host key with each start, at an address that other pods had before.
 SSH_OPTIONS = ("-o", "StrictHostKeyChecking=accept-new", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR")
 SSH_VARIABLES = ("SSH_AUTH_SOCK", "SSH_ASKPASS", "DISPLAY")  # of the agent that holds the user's keys
+HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
 USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 ENDED_STATUSES = ("ERROR", "TERMINATED")
 
@@ -42,7 +43,9 @@ def ssh_host(pod: Mapping[str, Any]) -> SshHost | None:
     # Parts of a command: what begins with a hyphen would be an option of ssh, some of which run programs.
     match direct:
         case {"username": str(user), "host": str(host), "port": int(port)} if (
-            USER.fullmatch(user) and problem_of(f"ssh://{host}:{port}", schemes=("ssh",)) is None
+            USER.fullmatch(user)
+            and HOST.fullmatch(host)
+            and problem_of(f"ssh://{host}:{port}", schemes=("ssh",)) is None
         ):
             return SshHost(user, host, port)
     raise UnreachableError(f"RunPod's answer has an SSH address that is none: {printable(str(direct))}.")
