@@ -68,7 +68,11 @@ def _run(arguments: list[str], environ: Mapping[str, str], known: Known) -> int:
         own = dict(environ)  # the shell is its owner's
         if arguments[0] != "shell":
             own = environment.tool_environment(arguments[0], environ)
-        os.execvpe(program[0], [*program, *arguments[1:]], own)  # noqa: S606 (what the user asks for)
+        try:
+            os.execvpe(program[0], [*program, *arguments[1:]], own)  # noqa: S606 (what the user asks for)
+        except OSError as problem:
+            print(f"{program[0]} cannot be started: {problem.strerror}.", file=sys.stderr)  # noqa: T201
+            return 78
     parser = Parser(
         prog="python -m entrypoint",
         description="Train a LoRA as the environment says: BASE_MODEL, DATASET_NAME, OUTPUT_PATH and more.",

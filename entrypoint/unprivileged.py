@@ -22,6 +22,7 @@ from trainer.spec.log_lines import safe_lines
 
 USER, GROUP = 10001, 0  # where the volume is root's: any number that nobody has, and the group of the image's folders
 WRITTEN = ("OUTPUT_PATH", "CACHE_PATH", "HF_HOME")
+SEARCHED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH")
 AS_STARTED = ("shell", "sample", "export")  # they write where their arguments say
 LONGEST_ANSWER = 4096  # bytes: a pipe takes them at once
 
@@ -48,7 +49,17 @@ def main(arguments: Sequence[str]) -> None:
     why = "" if stays else give_up_root(os.environ)
     if why:
         print(safe_lines(f"This container goes on as root: {why} (docs/docker.md)"), file=sys.stderr)  # noqa: T201
-    os.execv(sys.executable, [sys.executable, "-m", "entrypoint", *arguments])  # noqa: S606 (a program of ours)
+    words = [sys.executable, "-m", "entrypoint", *arguments]
+    os.execve(sys.executable, words, without_current_folder(os.environ))  # noqa: S606 (a program of ours)
+
+
+def without_current_folder(environ: Mapping[str, str]) -> dict[str, str]:
+    """`environ`, in which no list of folders has an empty or relative entry: it would mean one on the volume."""
+    own = dict(environ)
+    for name in SEARCHED:
+        if name in own:
+            own[name] = os.pathsep.join(place for place in own[name].split(os.pathsep) if place.startswith("/"))
+    return own
 
 
 def give_up_root(environ: Mapping[str, str]) -> str:

@@ -8,8 +8,10 @@ no one else can write to it, to what it holds, or to a folder above it, where it
 
 from __future__ import annotations
 
+import grp
 import logging
 import os
+import pwd
 import stat
 import tempfile
 from collections.abc import Mapping
@@ -18,7 +20,6 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 PRIVATE = 0o700
-OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 ROOT = 0
 # The caches of compiled code, by the variable that names their folder; and the folder below CACHE_PATH/kernels where it
 # is not set, or cannot be used. By default it would be below HOME, or a name in /tmp that anybody can guess. Those with
@@ -33,26 +34,40 @@ CACHES: dict[str, str | None] = {
 
 
 def make_private(place: Path) -> Path | None:
-    """Make the folder, for this user alone; returns its real path. None where others can change what it holds."""
+    """Make the folder, if it is not there; returns its real path. None where others can change what it holds."""
     try:
         place.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
         real = place.resolve(strict=True)  # a link could lead elsewhere later
-        if real.lstat().st_uid == os.geteuid():
-            real.chmod(PRIVATE)
-        is_private = all(_is_safe(folder, is_last=folder == real) for folder in (real, *real.parents))
-        can_write = os.access(real, os.W_OK | os.X_OK)
-        return real if is_private and can_write and _holds_nothing_of_others(real) else None
+        status = real.lstat()
+        is_ours = status.st_uid == os.geteuid() and not _others_write(status) and os.access(real, os.W_OK | os.X_OK)
+        if is_ours and all(map(_is_safe_above, real.parents)) and _holds_nothing_of_others(real):
+            return real
     except (OSError, RuntimeError, ValueError):  # read-only, or a loop of links
-        return None
+        pass
+    return None
 
 
-def _is_safe(folder: Path, *, is_last: bool) -> bool:
-    """Whether others cannot write to a folder. Above the last one, those with the sticky bit are safe, as /tmp is."""
+def _is_safe_above(folder: Path) -> bool:
+    """Whether others cannot put another folder in the place of one in this one. The sticky bit forbids it (/tmp)."""
     status = folder.lstat()
-    if is_last:
-        return status.st_uid == os.geteuid() and not status.st_mode & OTHERS_WRITE
     is_sticky = bool(status.st_mode & stat.S_ISVTX)
-    return status.st_uid in (ROOT, os.geteuid()) and (is_sticky or not status.st_mode & OTHERS_WRITE)
+    return status.st_uid in (ROOT, os.geteuid()) and (is_sticky or not _others_write(status))
+
+
+def _others_write(status: os.stat_result) -> bool:
+    if status.st_mode & stat.S_IWOTH:
+        return True
+    return bool(status.st_mode & stat.S_IWGRP) and not _is_own_group(status.st_gid)
+
+
+def _is_own_group(gid: int) -> bool:
+    """Whether a group has one member, this user: many systems give each user one, with the same number."""
+    if gid == ROOT or gid != os.geteuid():
+        return False
+    try:
+        return set(grp.getgrgid(gid).gr_mem) <= {pwd.getpwuid(gid).pw_name}
+    except KeyError:  # a number without a name, as in a container
+        return True
 
 
 def _holds_nothing_of_others(folder: Path) -> bool:
@@ -60,7 +75,8 @@ def _holds_nothing_of_others(folder: Path) -> bool:
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):
             status = os.lstat(os.path.join(place, name))  # noqa: PTH118 (there may be many)
-            if status.st_uid not in (ROOT, os.geteuid()):
+            is_link = stat.S_ISLNK(status.st_mode)
+            if status.st_uid not in (ROOT, os.geteuid()) or (_others_write(status) and not is_link):
                 return False
     return True
 

@@ -192,6 +192,22 @@ def test_a_read_only_root_and_another_user(run, volume):
         assert lora.stat().st_uid == 10001
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives the volume to somebody")
+def test_the_results_belong_to_the_owner_of_the_volume(run, volume):
+    os.chown(volume, 12345, 12345)
+    volume.chmod(0o755)
+    code, printed = run(**SHORT, PARAMS_MAX_STEPS="2", PARAMS_SAMPLE_EVERY_N_STEPS="0")
+    assert code == 0 and "goes on as root" not in printed, printed
+    assert (volume / "output" / "x.safetensors").stat().st_uid == 12345
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs a volume that is root's alone")
+def test_a_volume_that_is_roots_alone_is_explained(run, volume):
+    volume.chmod(0o755)
+    code, printed = run("check", **SHORT)
+    assert code == 0 and "This container goes on as root: user 10001 cannot write to /workspace" in printed, printed
+
+
 def test_without_a_volume_another_user_still_can(engine, image):
     command = [*base(engine), "--rm", "--user", "10001:0", image, "shell", "-c", "touch /workspace/x && echo written"]
     assert "written" in subprocess.run(command, capture_output=True, text=True).stdout
@@ -225,6 +241,24 @@ def test_training_that_stands_still_is_unhealthy(engine, image, run, volume):
     if not os.environ.get("KILN_IMAGE"):
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
         assert f'"org.opencontainers.image.revision": "{commit}"' in about
+
+
+def test_nothing_that_lies_on_the_volume_is_run(run, volume):
+    """As a package, a module, a start file, or settings of pip or the shell."""
+    for name in ("torch", "json", "sitecustomize", "usercustomize"):
+        (volume / f"{name}.py").write_text("raise SystemExit(9)\n")
+    for version in ("3.11", "3.12", "3.13"):
+        site = volume / f".local/lib/python{version}/site-packages"
+        site.mkdir(parents=True)
+        (site / "usercustomize.py").write_text("raise SystemExit(9)\n")
+        (site / "x.pth").write_text("import os; os._exit(9)\n")
+    (volume / ".bashrc").write_text("exit 9\n")
+    (volume / ".config/pip").mkdir(parents=True)
+    (volume / ".config/pip/pip.conf").write_text("[global]\nindex-url = https://example.invalid/\n")
+    code, printed = run("check", **SHORT)
+    assert code == 0 and "this job can run" in printed, printed
+    code, printed = run("shell", "-i", "-c", "python -m pip config list; echo home: $HOME; ls -A $HOME")
+    assert code == 0 and "example.invalid" not in printed and printed.rstrip().endswith("home: /home/kiln"), printed
 
 
 def test_the_build_leaves_nothing_of_its_own(run):

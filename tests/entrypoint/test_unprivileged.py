@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from entrypoint import unprivileged
+
 ROOT = Path(__file__).parents[2]
 SOMEBODY = 12345
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give up root")
@@ -20,8 +22,10 @@ import json, os, sys
 from entrypoint import unprivileged
 os.setgroups([0, 44])
 unprivileged.DEVICE_FILES = json.loads(os.environ.pop("DEVICES"))
-os.execv = lambda program, words: print(json.dumps({"words": words[1:], "uids": os.getresuid(), "gids": os.getresgid(),
-                                                    "groups": os.getgroups()}))
+def go_on(program, words, own):
+    ids = {"uids": os.getresuid(), "gids": os.getresgid(), "groups": os.getgroups()}
+    print(json.dumps({"words": words[1:], **ids}))
+os.execve = go_on
 unprivileged.main(sys.argv[1:])
 """
 
@@ -111,6 +115,13 @@ def test_programs_that_write_where_they_are_told_run_as_the_container_started(vo
     give(volume)
     found, said = start(volume, word, "x")
     assert (found["uids"], found["words"], said) == ([0] * 3, ["-m", "entrypoint", word, "x"], "")
+
+
+def test_no_list_of_folders_leads_to_the_current_one():
+    """An empty entry means the current folder, which is on the volume."""
+    given = {"PATH": ":/usr/bin::bin", "LD_LIBRARY_PATH": "/opt/rocm/lib:", "PYTHONPATH": ".:/opt/kiln", "X": ":y"}
+    expected = {"PATH": "/usr/bin", "LD_LIBRARY_PATH": "/opt/rocm/lib", "PYTHONPATH": "/opt/kiln", "X": ":y"}
+    assert unprivileged.without_current_folder(given) == expected
 
 
 def test_a_rented_pod_stays_root(volume):

@@ -28,12 +28,28 @@ def test_a_folder_is_made_for_its_user_alone(tmp_path):
     assert mode(tmp_path / "a" / "b") == 0o700
 
 
-@pytest.mark.parametrize("bits", [0o755, 0o775, 0o777, 0o2775])
-def test_ones_own_folder_is_closed_to_others(tmp_path, bits):
+@pytest.mark.parametrize(("bits", "is_private"), [(0o700, True), (0o755, True), (0o777, False), (0o757, False)])
+def test_a_folder_that_others_can_write_to_is_not_used_and_left_as_it_is(tmp_path, bits, is_private):
     place = tmp_path / "cache"
     place.mkdir()
     place.chmod(bits)
-    assert make_private(place) == place and not mode(place) & 0o077
+    assert (make_private(place) is not None) is is_private and mode(place) == bits
+
+
+@as_root
+@pytest.mark.parametrize(
+    ("uid", "gid", "is_private"), [(SOMEBODY, SOMEBODY, True), (SOMEBODY, 77, False), (SOMEBODY, 0, False)]
+)
+def test_a_group_of_one_user_is_nobody_else(tmp_path, monkeypatch, uid, gid, is_private):
+    """With a umask of 002, which such systems have, every folder can be written by the group."""
+    place = tmp_path / "cache"
+    place.mkdir()
+    os.chown(place, uid, gid)
+    place.chmod(0o775)
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    os.chown(tmp_path, uid, gid)
+    found = make_private(place)
+    assert (found is not None) is is_private
 
 
 @pytest.mark.parametrize(("bits", "is_private"), [(0o755, True), (0o1777, True), (0o777, False), (0o775, False)])
