@@ -16,7 +16,9 @@ from trainer.data.records import ImageRecord, View
 
 
 def example(number, *, view=None, weight=1.0):
-    image = ImageRecord(f"{number}.png", Path(f"/p/{number}.png"), f"{number:064}", 100 + number, 50 + number, 0, 0, "x")
+    image = ImageRecord(
+        f"{number}.png", Path(f"/p/{number}.png"), f"{number:064}", 100 + number, 50 + number, 0, 0, "x"
+    )
     return Example(image, view or View((64, 32), (70, 40), (number, 2)), f"caption {number}", weight)
 
 

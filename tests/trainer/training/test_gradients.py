@@ -1,4 +1,4 @@
-"""The gradient of a group of micro-batches against autograd over all of its images, whatever is halved or prefetched."""
+"""The gradient of a group of micro-batches against autograd over all its images, whatever is halved or prefetched."""
 
 import logging
 import math
@@ -206,9 +206,7 @@ def test_a_micro_batch_alone_is_a_step_of_number_zero(caplog):
     model = Model()
     runner = EagerStep(model.params)
     with caplog.at_level(logging.WARNING):
-        gradients.add_gradient(
-            GROUP[0], predict=model, objective=OBJECTIVE, device="cpu", seed=SEED, runner=runner
-        )
+        gradients.add_gradient(GROUP[0], predict=model, objective=OBJECTIVE, device="cpu", seed=SEED, runner=runner)
     assert torch.allclose(runner.flat_grad, expected(GROUP[:1], 0)[0], rtol=1e-4, atol=1e-5)
     model = Model(1)
     with pytest.raises(torch.OutOfMemoryError):

@@ -144,7 +144,11 @@ def test_steps_are_drawn_first_and_then_the_noise():
     found = ours.add_noise(LATENTS, seeded())
     assert found.t_B.tolist() == pytest.approx((steps / 1000).tolist())
     close(found.target_BCHW, noise)
-    drawn = {round(t * 1000) for seed in range(40) for t in ours.add_noise(torch.zeros(200, 1, 1, 1), seeded(seed)).t_B.tolist()}
+    drawn = {
+        round(t * 1000)
+        for seed in range(40)
+        for t in ours.add_noise(torch.zeros(200, 1, 1, 1), seeded(seed)).t_B.tolist()
+    }
     assert min(drawn) == 0 and max(drawn) == 999
 
 
@@ -205,12 +209,19 @@ def made(job_plan, tmp_path):
 
 
 def test_a_flow_has_the_fields_of_the_plan(made):
-    values = {"timestep_sampling": "shift", "discrete_flow_shift": 2.25, "loss_weighting": "cosmap", "noise_offset": 0.3}
+    values = {
+        "timestep_sampling": "shift",
+        "discrete_flow_shift": 2.25,
+        "loss_weighting": "cosmap",
+        "noise_offset": 0.3,
+    }
     assert made("flow", {}, **values) == FlowMatching("shift", 2.25, "cosmap", 0.3)
 
 
 def test_a_denoising_has_the_models_schedule_with_the_changes_of_the_plan(made):
-    found = made("denoising", BETAS, min_snr_gamma=3.0, noise_offset=0.2, prediction_type="auto", zero_terminal_snr=None)
+    found = made(
+        "denoising", BETAS, min_snr_gamma=3.0, noise_offset=0.2, prediction_type="auto", zero_terminal_snr=None
+    )
     assert (found.prediction, found.min_snr_gamma, found.noise_offset) == ("epsilon", 3.0, 0.2)
     close(found.signal_T, schedule().alphas_cumprod)
     v = {**BETAS, "prediction_type": "v_prediction"}
