@@ -15,7 +15,7 @@ DEMO_sd3 := PARAMS_OPTIMIZER_TYPE=adamw PARAMS_LEARNING_RATE=5e-4 PARAMS_TIMESTE
 	PARAMS_DISCRETE_FLOW_SHIFT=5 PARAMS_MAX_STEPS=300 PARAMS_SAMPLE_EVERY_N_STEPS=150
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test slow faults same lint unit container readme lock clean
+.PHONY: demo test slow faults mutants same lint unit container readme lock clean
 
 # torch comes first and separately: whichever build this machine's pip offers. All else comes from locks with hashes.
 .venv/.runtime: requirements.lock
@@ -57,6 +57,11 @@ slow: .venv/.dev
 faults: .venv/.dev
 	$(BIN)/pytest -rf -s tests/faults tests/fuzz
 	$(BIN)/python tests/fuzz/run.py --inputs $(or $(INPUTS),1000000)
+
+# How many faults of one line the tests notice, by module, and those that they do not. MOST="0": every fault there is.
+mutants: .venv/.dev
+	$(BIN)/python tests/mutants/run.py --processes $(WORKERS) $(if $(MOST),--most $(MOST)) $(if $(SEED),--seed $(SEED)) \
+	$(foreach module,$(MODULE),--module $(module))
 
 # The proof that a refactoring changes no result: the same jobs on the commit BASE and on the working tree, and every
 # difference. ONLY="flux-default sdxl-split": some of the jobs. The first run for a BASE takes twice as long.

@@ -8,7 +8,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 TRAINING = ("trainer/training",)
 ENGINE = ("trainer/engine", "trainer/training/test_loop.py", "trainer/spec/test_memory_model.py")
-FAMILIES = ("trainer/families", "trainer/training/test_loop.py", "trainer/training/test_text_encoders.py", "trainer/engine/test_encoders.py")
+FAMILIES = (
+    "trainer/families",
+    "trainer/training/test_loop.py",
+    "trainer/training/test_text_encoders.py",
+    "trainer/engine/test_encoders.py",
+)
 PLANNING = ("entrypoint/planning", "trainer/spec", "entrypoint/dataset_config/test_manifest.py")
 STORAGE = ("trainer/storage", "trainer/checkpoints", "trainer/data", "entrypoint/planning")
 

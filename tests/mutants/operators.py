@@ -126,9 +126,7 @@ def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, scope: Scope) -> Ite
 def _of_statement(
     node: ast.stmt, scope: Scope, put: Callable[[ast.AST], None], fault: Callable[..., Fault]
 ) -> Iterator[Fault]:
-    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-        yield _statement(node, scope, put)
-    elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute | ast.Subscript):
+    if _has_an_effect(node):
         yield _statement(node, scope, put)
     elif isinstance(node, ast.AugAssign):
         yield _statement(node, scope, put)
@@ -136,8 +134,6 @@ def _of_statement(
             changed = copy.copy(node)
             changed.op = other()
             yield fault(changed)
-    elif isinstance(node, ast.Continue | ast.Break | ast.Delete):
-        yield _statement(node, scope, put)
     elif isinstance(node, ast.Return) and node.value is not None and _text(node.value) not in ("None", "self"):
         yield fault(ast.copy_location(ast.Return(ast.copy_location(ast.Constant(None), node)), node))
     elif isinstance(node, ast.If | ast.While) and not isinstance(node.test, ast.Compare | ast.UnaryOp | ast.Constant):
@@ -185,7 +181,9 @@ def _of_expression(node: ast.AST, scope: Scope) -> Iterator[ast.expr]:
         yield from _without_filters(node)
     elif isinstance(node, ast.Dict):
         for i in range(len(node.keys)):
-            yield ast.Dict([k for j, k in enumerate(node.keys) if j != i], [v for j, v in enumerate(node.values) if j != i])
+            yield ast.Dict(
+                [k for j, k in enumerate(node.keys) if j != i], [v for j, v in enumerate(node.values) if j != i]
+            )
 
 
 def _of_operator(node: ast.BinOp) -> Iterator[ast.expr]:
@@ -280,6 +278,15 @@ def _is_for_people(node: ast.AST) -> bool:
 
 def _is_field(node: ast.stmt) -> bool:
     return isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+
+
+def _has_an_effect(node: ast.stmt) -> bool:
+    """Whether a statement may be forgotten without a name that is then missing."""
+    if isinstance(node, ast.Assign):
+        return isinstance(node.targets[0], ast.Attribute | ast.Subscript)
+    if isinstance(node, ast.Expr):
+        return isinstance(node.value, ast.Call)
+    return isinstance(node, ast.Continue | ast.Break | ast.Delete)
 
 
 def _is_string(node: ast.AST) -> bool:

@@ -19,15 +19,15 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # nothing of a faulty module is kept
-sys.dont_write_bytecode = True
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+if __name__ == "__main__":  # before torch, a BLAS and the Hub's client are loaded
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    os.environ["HF_HUB_OFFLINE"] = "1"
 
 from tests.mutants import warm
 from tests.mutants.equivalents import equivalents, is_listed
-from tests.mutants.modules import module_files
+from tests.mutants.modules import ROOT, module_files
 from tests.mutants.warm import BROKEN, NOTICED, OURS, SURVIVED, TIMED_OUT, Mutant, Test
 
 FACTOR = 6  # a fault's tests may take so much longer than without it
@@ -37,6 +37,7 @@ KEPT = ROOT / ".mutants"
 
 
 def main() -> int:
+    sys.dont_write_bytecode = True  # nothing of a faulty module is kept
     options = _options()
     files = module_files()
     modules = [m for m in files if not options.module or any(m.startswith(name) for name in options.module)]
@@ -202,7 +203,9 @@ def _profiles(session, modules: Sequence[str], options: argparse.Namespace) -> d
     for file in by_file:
         outputs[file] = KEPT / hashlib.sha256((ROOT / file).read_bytes() + code).hexdigest()[:24]
     new = [file for file, output in outputs.items() if not output.exists()]
-    tasks = [(PROFILE_S, partial(_profile, session, by_file[file], modules, options.longest, outputs[file])) for file in new]
+    tasks = [
+        (PROFILE_S, partial(_profile, session, by_file[file], modules, options.longest, outputs[file])) for file in new
+    ]
     for index, _ in warm.in_forks(tasks, options.processes):
         print(f"profiled {new[index]}", file=sys.stderr)
     tests: dict[str, Test] = {}
@@ -228,6 +231,8 @@ def _profile(session, names: set[str], modules: Sequence[str], longest: float, p
 def _progress(count: int, mutant: Mutant, code: int) -> None:
     if code == SURVIVED:
         print(f"{count:4} survived {mutant.module}:{mutant.line} {mutant.function}: {mutant.change}", flush=True)
+    elif count % 25 == 0:
+        print(f"{count:4}", flush=True)
 
 
 def _report(chosen: Sequence[Mutant], results: dict[Mutant, int], seconds: float) -> None:
@@ -241,7 +246,8 @@ def _report(chosen: Sequence[Mutant], results: dict[Mutant, int], seconds: float
     codes = [code for group in by_module.values() for code in group]
     noticed = sum(code != SURVIVED for code in codes)
     late = sum(code == TIMED_OUT for code in codes)
-    print(f"{100 * noticed / max(len(codes), 1):5.1f} % {noticed:4} of {len(codes):4}  all; {late} of them by the time limit; {seconds:.0f} s")
+    share = 100 * noticed / max(len(codes), 1)
+    print(f"{share:5.1f} % {noticed:4} of {len(codes):4}  all; {late} by the time limit; {seconds:.0f} s")
     for mutant in chosen:
         if results.get(mutant) == SURVIVED:
             print(f"survived: {mutant.module}:{mutant.line} | {mutant.function} | {mutant.change}")

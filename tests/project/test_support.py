@@ -40,7 +40,7 @@ def test_what_tests_import_of_tests_is_support():
 
 def beside_support(name):
     parts = name.split(".")
-    return parts[0] == "tests" and len(parts) > 1 and parts[1] not in ("support", "fuzz")
+    return parts[0] == "tests" and len(parts) > 1 and parts[1] not in ("support", "fuzz", "mutants")
 
 
 @pytest.mark.parametrize("folder", ["bench", "entrypoint", "trainer", "runpod"])

@@ -71,6 +71,13 @@ def test_an_unpacked_archive_is_known_by_its_bytes_alone(packed, tmp_path):
 
 
 def test_every_letter_of_an_address_gives_another_download(tmp_path):
-    urls = ["https://a.example/b.zip", "https://a.example/b.zip?x=1", "https://a.example/B.zip", "http://a.example/b.zip"]
-    places = {fetch._download_place(dataclasses.replace(SOURCE, kind="archive", location=url), tmp_path) for url in urls}
+    urls = [
+        "https://a.example/b.zip",
+        "https://a.example/b.zip?x=1",
+        "https://a.example/B.zip",
+        "http://a.example/b.zip",
+    ]
+    places = {
+        fetch._download_place(dataclasses.replace(SOURCE, kind="archive", location=url), tmp_path) for url in urls
+    }
     assert len(places) == len(urls)

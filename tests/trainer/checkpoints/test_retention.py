@@ -137,9 +137,7 @@ def test_what_stays_is_what_the_rule_says(
 
 @settings(max_examples=30)
 @given(keep=st.integers(0, 4), every=st.integers(1, 4), total=st.integers(1, 14), stop=st.integers(1, 14))
-def test_saves_over_a_whole_run_also_with_a_resume_and_one_on_the_last_step(
-    keep, every, total, stop, tmp_path_factory
-):
+def test_saves_over_a_whole_run_also_with_a_resume_and_one_on_the_last_step(keep, every, total, stop, tmp_path_factory):
     """As the writer calls it, after each save; the run is stopped once and goes on."""
     out = tmp_path_factory.mktemp("out")
     done = []

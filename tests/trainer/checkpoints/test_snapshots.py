@@ -1,5 +1,8 @@
 """A snapshot keeps the values of the moment when it was taken, while training continues."""
 
+import dataclasses
+import itertools
+import threading
 import time
 from functools import partial
 
@@ -80,6 +83,88 @@ def training_state(name):
     made.adapters = {str(i): p.detach() for i, p in enumerate(params)}
     made.text_adapters = {}
     return made
+
+
+def test_small_tensors_share_a_slab_and_none_overlaps_another():
+    snapshots = Snapshots(torch.optim.SGD([torch.zeros(1)], lr=1.0), "cpu")
+    tensors = [torch.full((size,), float(size)) for size in (1, 15, 16, 17, 1000)]
+    taken = snapshots.copy(tensors)
+    assert snapshots.bytes == 64 * 2**20 and snapshots.copied_bytes == 4 * sum(t.numel() for t in tensors)
+    places = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in taken)
+    assert all(begin % 64 == places[0][0] % 64 for begin, _ in places)
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(places))
+    assert all(torch.equal(a, b) for a, b in zip(taken, tensors, strict=True))
+    snapshots.release()
+    assert snapshots.copied_bytes == 4 * sum(t.numel() for t in tensors)  # idle, and still there
+    again = snapshots.copy(tensors[:2])
+    assert snapshots.copied_bytes == 4 * sum(t.numel() for t in tensors) and snapshots.bytes == 64 * 2**20
+    assert {t.data_ptr() for t in again} <= {t.data_ptr() for t in taken}
+    snapshots.copy([torch.zeros(2**24), torch.zeros(2**24 + 1)])  # a slab, and a larger one
+    assert snapshots.bytes == 64 * 2**20 * 2 + (2**26 + 64)
+
+
+def test_dataclasses_and_other_values_are_copied_as_they_are():
+    @dataclasses.dataclass(frozen=True)
+    class Pair:
+        tensor: torch.Tensor
+        name: str
+
+    snapshots = Snapshots(torch.optim.SGD([torch.zeros(1)], lr=1.0), "cpu")
+    pair = Pair(torch.ones(2), "a")
+    copy = snapshots.copy({"pair": pair, "kind": Pair, "number": 3})
+    assert copy["pair"].name == "a" and torch.equal(copy["pair"].tensor, pair.tensor)
+    assert copy["pair"].tensor is not pair.tensor and copy["kind"] is Pair and copy["number"] == 3
+    snapshots.wait()
+    snapshots.wait_on_device()
+
+
+def test_one_task_runs_at_a_time_and_check_does_not_wait():
+    background, gate, order = BackgroundWriter(), threading.Event(), []
+    background.check()
+    background.begin(lambda: gate.wait(60) and order.append("first"))
+    background.check()
+    assert order == []
+    threading.Timer(0.05, gate.set).start()
+    background.begin(lambda: order.append("second"))  # waits for the first
+    assert order[0] == "first"
+    background.join()
+    assert order == ["first", "second"]
+    background.join()
+    background.close()
+
+
+def test_check_raises_what_a_task_that_is_over_has_raised():
+    background, over = BackgroundWriter(), threading.Event()
+
+    def fails():
+        try:
+            raise OSError("full")
+        finally:
+            over.set()
+
+    background.begin(fails)
+    over.wait(60)
+    with pytest.raises(OSError, match="full"):
+        while True:  # the future is done a moment after the task
+            background.check()
+    background.check()
+    background.begin(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        background.begin(lambda: None)
+    background.close()
+
+
+def test_an_error_at_the_end_is_logged(caplog):
+    background = BackgroundWriter()
+    background.begin(lambda: 1 / 0)
+    background.close()
+    assert "The last save failed as well: division by zero" in caplog.text
+    caplog.clear()
+    good = BackgroundWriter()
+    good.begin(lambda: None)
+    good.close()
+    BackgroundWriter().close()
+    assert caplog.text == ""
 
 
 def test_an_error_of_the_background_writer_is_raised_by_join():

@@ -255,9 +255,7 @@ def test_each_caption_is_encoded_once_in_batches_of_the_size_asked_for(tmp_path)
         return [{"tokens": torch.full((2,), float(len(caption)))} for caption in captions]
 
     def run(captions):
-        return caching.encode_texts(
-            cache, captions, encode=encoder, batch_size=2, check_in=lambda: checks.append(1)
-        )
+        return caching.encode_texts(cache, captions, encode=encoder, batch_size=2, check_in=lambda: checks.append(1))
 
     assert run(["a", "bb", "a", "ccc", "dddd", "eeeee"]) == 5 and len(checks) == 3
     assert seen == [["a", "bb"], ["ccc", "dddd"], ["eeeee"]]

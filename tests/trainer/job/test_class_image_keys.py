@@ -1,4 +1,4 @@
-"""What identifies class images in the cache: each field of the prompt, and everything else that decides their pixels."""
+"""What identifies class images in the cache: each field of the prompt, and all else that decides their pixels."""
 
 import dataclasses
 

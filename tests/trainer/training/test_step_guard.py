@@ -133,7 +133,7 @@ def test_the_defaults_are_the_documented_ones():
     one, theirs = StepGuard(), torch.amp.GradScaler("cpu")
     assert (one.limit, one.spike, one.scale, one.skipped, one.steps_since_scale_change) == (3, 10.0, 1.0, 0, 0)
     assert (step_guard.RECENT_LOSSES, step_guard.MIN_LOSSES_FOR_SPIKE) == (64, 16)
-    assert LOSS_SCALE == {"float16": theirs._init_scale}
+    assert {"float16": theirs._init_scale} == LOSS_SCALE
     assert theirs.get_growth_interval() == step_guard.SCALE_GROWTH_INTERVAL_STEPS
 
 
