@@ -41,7 +41,7 @@ class Team:
     shared: Vitals
     kills_before: Counts = field(default_factory=memory_kills.count)
     children: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    held_bytes: dict[str, int] = field(default_factory=dict)  # the memory of each, as last seen
+    held_bytes: dict[str, int] = field(default_factory=dict)  # the memory of each, at most
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,8 @@ def _watch(team: Team) -> Outcome:
             return Outcome(0)
         for i, child in enumerate(children):
             name = f"trainer {i}" if len(children) > 1 else "the trainer"
-            team.held_bytes[name] = memory_kills.resident(child.pid)
+            held = memory_kills.resident(child.pid)
+            team.held_bytes[name] = max(held, team.held_bytes.get(name, 0))
         deadline = team.shared.read(vitals.DEADLINE)
         if deadline is not None and time.monotonic() > deadline:
             message = "The trainer hangs, and not even its watchdog answers."

@@ -1,12 +1,17 @@
 """B6: a job that stands still is ended, by itself or by the process that started it."""
 
 import json
+import os
+import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.support import faults
+from tests.support.faults import moments
+from tests.support.programs import basic_environment
 from trainer.job.watchdog import MIN_STEP_TIMEOUT_S, OUTSIDE_STEPS_TIMEOUT_S, Watchdog
 
 LIMIT = 4.0  # seconds
@@ -70,3 +75,55 @@ def test_the_entrypoint_ends_a_trainer_that_cannot(job, tmp_path, kind):
     fired.unlink()
     code, printed = job.run()
     assert code == 0, printed
+
+
+@pytest.mark.alone
+def test_a_trainer_that_is_killed_is_said_so_and_the_job_goes_on(job):
+    """What the kernel does when memory runs out: nothing in the trainer can say it."""
+    process = job.start(PARAMS_MAX_STEPS="30", PARAMS_SAVE_EVERY_N_STEPS="2")
+    job.wait_for_step(process, 4)
+    trainer = [n for n in moments.descendants(process.pid) if moments.arguments_of(n)[2:3] == [b"trainer"]]
+    os.kill(trainer[0], signal.SIGKILL)
+    assert process.wait(timeout=30) == 75, process.printed()
+    message = job.status()["message"]
+    assert job.status()["phase"] == "failed" and job.status()["exit_code"] == 75
+    assert "The trainer was killed (SIGKILL)" in message and "The machine has" in message and "Fix: " in message
+    assert message in process.printed() and "[exit 75]" in process.printed()
+    code, printed = job.run(PARAMS_MAX_STEPS="30", PARAMS_SAVE_EVERY_N_STEPS="2")
+    assert code == 0 and "Resumed at step" in printed
+
+
+def limited_group():
+    """A control group of its own below that of the tests, with a limit that a trainer cannot keep; None if not here."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.strip().split(":", 2)
+        top = "/sys/fs/cgroup" if not controllers else f"/sys/fs/cgroup/{controllers}"
+        limit = "memory.max" if not controllers else "memory.limit_in_bytes"
+        folder = f"{top}{path}/kiln-{os.getpid()}"
+        if controllers in ("", "memory"):
+            try:
+                os.mkdir(folder)
+                with open(f"{folder}/{limit}", "w") as file:
+                    file.write(str(350 * 2**20))
+                return folder
+            except OSError:
+                continue
+    return None
+
+
+@pytest.mark.alone
+@pytest.mark.slow
+def test_a_trainer_that_the_kernel_kills_for_memory(job):
+    """The real thing, where control groups can be made."""
+    folder = limited_group()
+    if folder is None:
+        pytest.skip("needs to make a control group with a limit of memory")
+    code = f"import os, runpy, sys; open({folder + '/cgroup.procs'!r}, 'w').write(str(os.getpid()))\n"
+    code += "os.execv(sys.executable, [sys.executable, '-m', 'entrypoint'])"
+    environment = {"OMP_NUM_THREADS": "1", **basic_environment(), **job.environment}
+    done = job.programs.run("-c", code, environment=environment, own_interpreter=True)
+    os.rmdir(folder)
+    assert done.returncode == 75, done.stderr
+    assert (
+        "was killed by the kernel for memory: the container's limit of 0.3 GiB was reached" in job.status()["message"]
+    )

@@ -52,7 +52,8 @@ def limit(groups: str = GROUPS, proc: str = "/proc") -> int | None:
 def explain(before: Counts, used: Mapping[str, int] | None = None, *, groups: str = GROUPS, proc: str = "/proc") -> str:
     """What ended a process that SIGKILL ended, in words that follow its name.
 
-    `before`: the counters at its start. `used`: names of the job's processes → bytes that they held, as last seen.
+    `before`: the counters at its start. `used`: names of the job's processes → the most bytes that each was seen
+    to hold.
     """
     now = count(groups, proc)
     most = limit(groups, proc)
@@ -67,7 +68,7 @@ def explain(before: Counts, used: Mapping[str, int] | None = None, *, groups: st
         what += f"machine has {machine}{allowed}"
     if used:
         held = ", ".join(f"{name} {size / GIB:.1f} GiB" for name, size in used.items())
-        what += f"; it was used by: {held}"
+        what += f"; the most that was seen in use: {held}"
     return f"{what}. {FIX}"
 
 

@@ -55,7 +55,7 @@ class StopFlag:
 
     @property
     def requested(self) -> bool:
-        """Whether to stop. If the main thread asks, the parent learns that it will."""
+        """Whether to stop. If the main thread asks, the parent learns that work is being saved."""
         if self.signal is None:
             return False
         if self.vitals is not None and threading.current_thread() is threading.main_thread():
@@ -64,7 +64,7 @@ class StopFlag:
 
     def check(self, where: str = "") -> None:
         """Raise StopRequestedError (exit code 143 or 130) if a stop was requested. `where`: for its message."""
-        if self.requested:
+        if self.signal is not None:
             raise self._problem(where)
 
     def _problem(self, where: str) -> StopRequestedError:

@@ -69,7 +69,8 @@ class Figures:
         if stops:
             marks = [stops[min(len(stops) - 1, int(share * len(stops)))] for share in (0.5, 0.9, 0.99, 1)]
             times = "; a stop took {:.2f} s (median), {:.2f} (90 %), {:.2f} (99 %), {:.2f} at most".format(*marks)
-        return f"{sent}{times}; exit codes {codes}; in the phases {phases}; {self.finished} runs ended, all the same"
+        busy = f"load average {os.getloadavg()[0]:.0f}"
+        return f"{sent}{times}; {busy}; exit codes {codes}; in the phases {phases}; {self.finished} runs ended, all the same"
 
 
 @dataclass

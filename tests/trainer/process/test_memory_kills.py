@@ -39,7 +39,7 @@ def test_a_container_that_reached_its_limit(kernel):
     assert before == Counts(2, 0)
     found = memory_kills.explain(before, {"trainer 0": 7 * GIB, "uploader": GIB // 4}, **kernel(3, 8 * GIB, machine=1))
     assert "was killed by the kernel for memory: the container's limit of 8.0 GiB was reached" in found
-    assert "used by: trainer 0 7.0 GiB, uploader 0.2 GiB. Fix: " in found and "probably" not in found
+    assert "in use: trainer 0 7.0 GiB, uploader 0.2 GiB. Fix: " in found and "probably" not in found
 
 
 def test_a_machine_without_a_limit(kernel):
