@@ -78,17 +78,31 @@ def test_a_damaged_state_is_renamed_and_the_one_before_is_used(tmp_path, name, d
 
 def test_when_all_states_are_damaged_it_is_an_error(tmp_path):
     state_files.save(tmp_path, 10, tree(1.0))
+    """At every start: one that is started again by itself must not begin anew."""
     (tmp_path / "step-00000010" / "state.json").write_text("{}")
-    with pytest.raises(StorageError, match="damaged"):
-        state_files.latest(tmp_path)
+    for _ in range(2):
+        with pytest.raises(StorageError, match=r"All 1 states in .* are damaged"):
+            state_files.latest(tmp_path)
 
 
 def test_the_newest_states_are_kept_and_orphans_removed(tmp_path):
-    (tmp_path / ".step-00000099.1.tmp").mkdir(parents=True)
-    for step in (10, 20, 30, 40):
+    """Only those of the run; a user's files in their folders, and his folders beside them, stay."""
+    (tmp_path / ".step-00000099.kiln.tmp").mkdir(parents=True)
+    (tmp_path / ".step-00000098.kiln.tmp").mkdir()
+    (tmp_path / ".step-00000098.kiln.tmp" / "mine").write_text("mine")
+    for step in (5, 10, 20, 30, 40):
         state_files.save(tmp_path, step, tree(1.0))
-    assert state_files.prune(tmp_path, 2) == [30, 40]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000030", "step-00000040"]
+    (tmp_path / "step-00000020" / "notes.txt").write_text("mine")
+    (tmp_path / "step-00000007").mkdir()
+    (tmp_path / ".step-notes.tmp").mkdir()
+    own = [f"step-{step:08d}" for step in (7, 10, 20, 30, 40)]
+    assert state_files.prune(tmp_path, 2, own=own) == ["step-00000010", "step-00000020"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        *(".step-00000098.kiln.tmp", ".step-notes.tmp", "step-00000005", "step-00000007", "step-00000020"),
+        *("step-00000030", "step-00000040"),
+    ]
+    assert [p.name for p in (tmp_path / "step-00000020").iterdir()] == ["notes.txt"]
+    assert state_files.latest(tmp_path).step == 40
 
 
 def test_random_generators_continue_after_a_restore(tmp_path):
@@ -244,10 +258,13 @@ def test_the_newest_states_by_step_stay(tmp_path, keep):
     steps = [40, 100, 20, 1000]
     for step in steps:
         (tmp_path / f"step-{step:08d}").mkdir()
+        (tmp_path / f"step-{step:08d}" / "state.json").write_text("{}")
     (tmp_path / "step-00000007.damaged").mkdir()
     (tmp_path / "step-12").mkdir()
     kept = sorted(steps)[-keep:] if keep else sorted(steps)
-    assert state_files.prune(tmp_path, keep) == kept
+    own = [f"step-{step:08d}" for step in (12, *steps)]
+    gone = sorted(set(steps) - set(kept))
+    assert state_files.prune(tmp_path, keep, own=own) == [f"step-{step:08d}" for step in gone]
     assert {p.name for p in tmp_path.iterdir()} == {
         "step-00000007.damaged", "step-12", *(f"step-{s:08d}" for s in kept)
     }  # fmt: skip
