@@ -18,6 +18,7 @@ from entrypoint.settings.variables import CONFIG_JSON, NAMES
 from entrypoint.settings.variables.engine import BACKENDS
 from entrypoint.system import cards, secrets
 from trainer.spec.errors import SettingsError
+from trainer.spec.messages.secrets import without_secrets
 
 MAX_POD_VARIABLES = 50  # RunPod's limit; docs.runpod.io/api-reference-v2, CreatePodRequest.env
 MIN_CUDA_VERSION = "13.0"  # the image's torch is built for it, so the host's driver must support it
@@ -191,5 +192,6 @@ def pack(variables: Mapping[str, str]) -> dict[str, str]:
 def shown_variables(variables: Mapping[str, str]) -> dict[str, str]:
     """A copy to print, without secrets; references to RunPod's secrets stay readable."""
     shown = secrets.shown(variables)
-    references = {name: value for name, value in variables.items() if REFERENCE.fullmatch(value)}
+    # Somebody may have written the token itself in the place of the secret's name.
+    references = {name: without_secrets(value) for name, value in variables.items() if REFERENCE.fullmatch(value)}
     return shown | references

@@ -1,5 +1,6 @@
 """A stranger's address leads to public hosts alone, whatever it looks like and wherever it leads."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -102,7 +103,8 @@ def test_a_public_host_is_taken(host):
 class _Server(BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.asked.append(self.path)
-        self.send_response(200)
+        self.send_response(302 if self.path == "/elsewhere" else 200)
+        self.send_header("Location", f"http://127.0.0.1:{self.server.elsewhere}/secret")
         self.send_header("Content-Length", "2")
         self.end_headers()
         self.wfile.write(b"ok")
@@ -111,14 +113,20 @@ class _Server(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def server():
+@contextlib.contextmanager
+def serving(elsewhere=9):
     running = ThreadingHTTPServer(("127.0.0.1", 0), _Server)
-    running.asked = []
+    running.asked, running.elsewhere = [], elsewhere
     threading.Thread(target=running.serve_forever, daemon=True).start()
     yield running
     running.shutdown()
     running.server_close()
+
+
+@pytest.fixture
+def server():
+    with serving() as running:
+        yield running
 
 
 # Ways to the same local server, each of which gives the name of what it raised, or "reached".
@@ -155,6 +163,7 @@ ways = {
     "httpx": lambda: httpx.get(f"http://127.0.0.1:{port}/", trust_env=False),
     "rebound": lambda: httpx.get(f"http://rebind.example.com:{port}/", trust_env=False),
     "mapped": lambda: httpx.get(f"http://[::ffff:127.0.0.1]:{port}/", trust_env=False),
+    "redirect": lambda: httpx.get(f"http://127.0.0.1:{port}/elsewhere", trust_env=False, follow_redirects=True),
     "decimal": lambda: httpx.get(f"http://2130706433:{port}/", trust_env=False),
     "urllib": lambda: urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"http://127.0.0.1:{port}/"),
     "asyncio": lambda: asyncio.run(streams()),
@@ -181,18 +190,21 @@ def ways(server, environment, mode="guard"):
 def test_what_is_connected_to_counts_and_no_library_goes_around_it(server):
     found = ways(server, {"KILN_PUBLIC_ADDRESSES": "1"})
     assert found.pop("unix") == "reached"
-    assert set(found.values()) == {"SettingsError"} and len(found) == 9 and server.asked == []
+    assert set(found.values()) == {"SettingsError"} and len(found) == 10 and server.asked == []
 
 
 def test_without_a_stranger_all_are_reached(server):
     found = ways(server, {})
+    assert found.pop("redirect") == "ConnectError"  # nobody is there
     assert set(found.values()) == {"reached"} and len(server.asked) >= 4
 
 
-def test_the_operators_own_hub_may_be_inside(server):
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    found = ways(server, {"KILN_PUBLIC_ADDRESSES": "1", "HF_ENDPOINT": endpoint})
-    assert found["httpx"] == found["rebound"] == "reached" and found["mapped"] == "SettingsError"
+def test_the_operators_own_hub_may_be_inside_and_leads_nowhere_else():
+    with serving() as inside, serving(elsewhere=inside.server_port) as hub:
+        endpoint = f"http://127.0.0.1:{hub.server_port}"
+        found = ways(hub, {"KILN_PUBLIC_ADDRESSES": "1", "HF_ENDPOINT": endpoint})
+        assert found["httpx"] == found["rebound"] == "reached" and found["mapped"] == "SettingsError"
+        assert found["redirect"] == "SettingsError" and "/elsewhere" in hub.asked and inside.asked == []
 
 
 def test_the_reader_of_datasets_connects_to_nothing(server):

@@ -223,6 +223,7 @@ def test_the_request_of_a_dry_run_is_shown_without_secrets():
     assert shown["HF_TOKEN"] == "{{ RUNPOD_SECRET_hf }}" and '"PARAMS_SEED": "1"' in shown[CONFIG_JSON]
     for odd in ("no json", "[1]", f'{{"HF_TOKEN": "{KEY}"'):
         assert request.shown_variables({CONFIG_JSON: odd}) == {CONFIG_JSON: "***"}
+    assert leaks(str(request.shown_variables({"HF_TOKEN": f"{{{{ RUNPOD_SECRET_{TOKEN} }}}}"}))) == []
     both = {"HF_TOKEN": f"{KEY} RUNPOD_SECRET_x", CONFIG_JSON: json.dumps({"HF_TOKEN": f"{KEY} RUNPOD_SECRET_"})}
     assert leaks(json.dumps(request.shown_variables(both))) == []
 
