@@ -35,6 +35,7 @@ sys.path.append(ROOT)  # at the end: the folder of this file has the name of Run
 from trainer.spec.messages.secrets import without_secrets  # noqa: E402
 
 KILN_PYTHON = os.environ.get("KILN_PYTHON", sys.executable)
+WORKER = re.sub("[^A-Za-z0-9]", "", os.environ.get("RUNPOD_POD_ID", "")) or "local"
 NETWORK_VOLUME = Path("/runpod-volume")  # where RunPod mounts it on serverless workers
 POLL_INTERVAL_S = 2.0  # between two looks at the log and at status.json
 END_S = 10.0  # for a job to save its state where the worker is stopped
@@ -46,16 +47,28 @@ def handler(job):
     """Run one job. Returns the last progress, "folder" and "loras" (file names), or {"error": text}."""
     if not re.fullmatch(r"[A-Za-z0-9][\w-]{0,127}", str(job.get("id") or ""), re.ASCII):
         return {"error": "exit code 64\nThe id of the job is not one of RunPod's."}
-    base = NETWORK_VOLUME if NETWORK_VOLUME.is_dir() else Path(os.environ.get("HOME", "/workspace"))
-    output_path = base / "kiln" / job["id"]
-    output_path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="request-", dir=output_path.parent, ignore_cleanup_errors=True) as folder:
+    place = volume()
+    place.mkdir(parents=True, exist_ok=True)
+    output_path = place / job["id"]
+    with tempfile.TemporaryDirectory(prefix=f"request-{WORKER}-", dir=place, ignore_cleanup_errors=True) as folder:
         asked = {"input": job.get("input"), "output": str(output_path), "folder": folder}
         exit_code, last_lines, reported = run(job, asked)
     if exit_code:
         return {"error": without_secrets(f"exit code {exit_code}\n{''.join(last_lines)}")}
     loras = sorted(path.name for path in output_path.glob("*.safetensors"))
     return {**(reported or {}), "folder": str(output_path), "loras": loras}
+
+
+def volume():
+    """The folder of all results and requests."""
+    base = NETWORK_VOLUME if NETWORK_VOLUME.is_dir() else Path(os.environ.get("HOME", "/workspace"))
+    return base / "kiln"
+
+
+def tidy():
+    """Delete what a request left here when this worker was killed. Other workers share the volume."""
+    for folder in volume().glob(f"request-{WORKER}-*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def run(job, asked):
@@ -134,4 +147,5 @@ def progress(output_path):
 
 
 if __name__ == "__main__":
+    tidy()
     runpod.serverless.start({"handler": handler})

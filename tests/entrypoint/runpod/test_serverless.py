@@ -111,15 +111,29 @@ def test_an_address_that_leads_inside_is_refused(work):
     assert code == 1 and "exit code 78" in printed and "does not name a public host" in printed
 
 
-@pytest.mark.parametrize("number", ["../x", "a/b", "", "x" * 200, None])
-def test_the_number_of_a_job_names_no_other_folder(monkeypatch, tmp_path, number):
+@pytest.fixture
+def handler(monkeypatch, tmp_path):
+    """The module, with RunPod's library stood in for."""
     monkeypatch.syspath_prepend(STANDIN)
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RUNPOD_POD_ID", "worker-1")
     spec = importlib.util.spec_from_file_location("kiln_handler", ROOT / "runpod/handler.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.handler({"id": number, "input": {}}).keys() == {"error"}
+    return module
+
+
+@pytest.mark.parametrize("number", ["../x", "a/b", "", "x" * 200, None])
+def test_the_number_of_a_job_names_no_other_folder(handler, tmp_path, number):
+    assert handler.handler({"id": number, "input": {}}).keys() == {"error"}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_worker_left_of_a_request_is_deleted_when_it_starts_again(handler, tmp_path):
+    for name in ("request-worker1-a/hf/hub", "request-worker2-b", "job-1"):
+        (tmp_path / "kiln" / name).mkdir(parents=True)
+    handler.tidy()
+    assert {path.name for path in (tmp_path / "kiln").iterdir()} == {"request-worker2-b", "job-1"}
 
 
 def test_objects_in_the_input_become_json(work):

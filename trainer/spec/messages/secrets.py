@@ -39,9 +39,10 @@ _PARAMETER_NAMES = (
 )
 _ASSIGNED = re.compile(rf"""(?i)((?<![\w-])(?:{_PARAMETER_NAMES})=)[^\s&"'<>#;,)]+""")
 _SECRET_PARAMETER = re.compile(rf"(?i){_PARAMETER_NAMES}|.*(token|secret|key|sig|auth|pass|cred|hash).*")
-# The beginnings that services give their tokens, by which people find them in logs: those stay.
+# The beginnings that services give their tokens, by which people find them in logs: those stay. hf_hub_download, which
+# tracebacks name, is none.
 _TOKEN = re.compile(
-    r"(?<![A-Za-z0-9])(?:(hf_|api_org_)(?!transfer)[A-Za-z0-9]{6,}[A-Za-z0-9_-]*"  # not hf_hub_download, which tracebacks name
+    r"(?<![A-Za-z0-9])(?:(hf_|api_org_)(?!transfer)[A-Za-z0-9]{6,}[A-Za-z0-9_-]*"
     r"|(rpa_|rps_|gh[pousr]_|github_pat_|glpat-|xox[abps]-|sk-|AKIA|ASIA)[A-Za-z0-9_-]{12,})"
 )
 _HEADER = re.compile(r"(?i)\b(bearer\s+)[^\s\"',;]{6,}|\b(basic\s+)[a-z0-9+/]{16,}={0,2}")
