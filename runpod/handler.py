@@ -80,7 +80,7 @@ def run(job, asked):
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", bufsize=1,
     )  # fmt: skip
     try:
-        with process.stdin as stdin:
+        with contextlib.suppress(BrokenPipeError), process.stdin as stdin:  # if it has ended, its log says why
             json.dump(asked, stdin)
         with stops_passed_on(process):
             return follow(job, process, Path(asked["output"]))
