@@ -17,6 +17,7 @@ from entrypoint.settings import checks, read_settings
 from entrypoint.settings.variables import CONFIG_JSON, NAMES
 from entrypoint.settings.variables.engine import BACKENDS
 from entrypoint.system import cards, secrets
+from trainer.spec.documents.forms import parse
 from trainer.spec.errors import SettingsError
 from trainer.spec.messages.secrets import without_secrets
 
@@ -101,15 +102,24 @@ def job_variables(options: argparse.Namespace, environ: Mapping[str, str]) -> di
     for name in ("DATASET_CONFIG", "SAMPLE_PROMPTS"):
         value = variables.get(name, "")
         if value.endswith(".json") and Path(value).is_file():
-            variables[name] = json.dumps(json.loads(Path(value).read_text(encoding="utf-8")))
+            variables[name] = json.dumps(_tree(name, Path(value).read_text(encoding="utf-8")))
     for name in PATH_VARIABLES:
         if name in variables:
             _refuse_local_path(name, variables[name])
     config = variables.get("DATASET_CONFIG", "")
     if config.startswith("{"):
-        for key, value in _local_paths_in(json.loads(config)):
+        for key, value in _local_paths_in(_tree("DATASET_CONFIG", config)):
             _refuse_local_path(f"{key} of DATASET_CONFIG", value)
     return variables
+
+
+def _tree(name: str, text: str) -> Any:
+    """The value of a variable that holds JSON, or JSON5 as people write it. Raises SettingsError."""
+    try:
+        tree, _ = parse(text, "json")
+    except ValueError as problem:
+        raise SettingsError(f"{name}: {problem}. Fix: correct it at this place.") from problem
+    return tree
 
 
 def _refuse_local_path(name: str, value: str) -> None:
@@ -153,7 +163,7 @@ def card_summary(variables: Mapping[str, str], gpu: Mapping[str, Any], *, count:
             del visible[name]
     config = visible.get("DATASET_CONFIG")
     if config is not None and config.startswith("{"):
-        config = json.dumps(_without_sources(json.loads(config)))
+        config = json.dumps(_without_sources(_tree("DATASET_CONFIG", config)))
     visible["DATASET_NAME"] = "any/images"  # which images they are does not matter here
     settings = read_settings(visible)
     manifest = read_manifest(config, settings.output.sample_prompts)
@@ -182,7 +192,7 @@ def pack(variables: Mapping[str, str]) -> dict[str, str]:
     """At most as many variables as a pod may have: if there are more, all PARAMS_* go into CONFIG_JSON."""
     if len(variables) <= MAX_POD_VARIABLES:
         return dict(variables)
-    packed = dict(json.loads(variables.get(CONFIG_JSON, "{}")))
+    packed = dict(_tree(CONFIG_JSON, variables.get(CONFIG_JSON, "{}")))
     packed.update({name: value for name, value in variables.items() if name.startswith("PARAMS_")})
     kept = {name: value for name, value in variables.items() if name not in packed}
     kept[CONFIG_JSON] = json.dumps(packed)
