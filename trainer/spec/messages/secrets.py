@@ -26,11 +26,16 @@ MIN_PASSWORD_CHARACTERS = 4  # of the password in an address, which is one witho
 WHOLE_WORD_CHARACTERS = 12  # a shorter secret is only replaced where it is not a part of a word
 MIN_UNKNOWN_CHARACTERS = 20  # of a parameter's value that counts as a key although the parameter's name tells nothing
 
-# https://user:password@host/path?query#fragment, also with the escaped slashes of JSON.
-_ADDRESS = re.compile(r"""([A-Za-z][A-Za-z0-9+.-]{0,20}:(?:\\?/){2})([^\s"'<>`]+)""")
+# https://user:password@host/path?query#fragment, also with the escaped slashes of JSON, and as what was taken for a
+# path: https:/host/path.
+_ADDRESS = re.compile(
+    r"""((?:[A-Za-z][A-Za-z0-9+.-]{0,20}:(?:\\?/){2}|(?:https?|s3|ftp|hf):\\?/))([^\s"'<>`]+)""", re.IGNORECASE
+)
 _END_OF_SENTENCE = ")]}.,;:!?"
 # user:password@host without a scheme. An image's digest (name:tag@sha256:...) is none.
 _LOGIN = re.compile(r"""(?<![\w@/.+%~-])[\w.+%~-]{1,100}:[^\s/@:"'<>]{1,200}@(?!sha\d+:)(?=[\w\[])""")
+# A login further on in an address, where somebody has put another scheme in front of it.
+_LOGIN_INSIDE = re.compile(r"(?<=/)[^/\s:@]{1,100}:[^\s@]{1,200}@(?!sha\d+:)")
 # &token=... and the like, in what is no whole address, such as the line of a request.
 _PARAMETER = re.compile(r"""([?&][\w.%\[\]-]{1,64}=)[^\s&"'<>#;)]+""")
 _PARAMETER_NAMES = (
@@ -80,6 +85,7 @@ def _without_login_and_query(rest: str) -> str:
     before = f"{HIDDEN}@" if login else ""
     if login and not place:
         return f"{HIDDEN}{after}"
+    place = _LOGIN_INSIDE.sub(f"{HIDDEN}@", place)
     place, question, query = place.partition("?")
     if question and query:
         return f"{before}{place}?{HIDDEN}{after}"
