@@ -186,7 +186,7 @@ def variables_of(request: Any) -> dict[str, str]:
 
 def _texts(request: Any, notes: Notes) -> dict[str, str]:
     if not isinstance(request, dict):
-        notes.add('The input must be an object of variables: {"BASE_MODEL": "flux", ...}.')
+        notes.add('The input must be an object of variables: {"BASE_MODEL": ..., "DATASET_NAME": ...}.')
         return {}
     texts = {}
     for name, value in request.items():
