@@ -89,8 +89,11 @@ def classify(location: str, *, hub: bool = True) -> Place:
     raise ValueError(f"{show(location)} is neither a Hub dataset (owner/name), a folder, an archive nor a URL")
 
 
-def no_such_folder(location: str) -> str:
-    """That there is no folder `location`, and what similar names there are beside it. For the end of a message."""
+def no_such_folder(location: str, *, from_root: bool = True) -> str:
+    """That there is no folder `location`, and what similar names there are beside it. For the end of a message.
+
+    `from_root`: whether to say that it is a folder if it is meant from the root, which tells what there is.
+    """
     path = Path(absolute(location))
     above = path.parent
     while not is_folder(str(above)):  # which is False for a name too long, and for links in a circle
@@ -103,7 +106,7 @@ def no_such_folder(location: str) -> str:
     said = f"there is no folder {printable(path.name)} in {printable(str(above))}"
     if near:
         said += f", but {', '.join(near)}"
-    if is_folder(f"/{location}") and not location.startswith("/"):
+    if from_root and not location.startswith("/") and is_folder(f"/{location}"):
         said += f"; there is /{location.strip('/')}"
     return said
 

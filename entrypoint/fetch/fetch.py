@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from entrypoint.dataset_config.sources import ARCHIVES, no_such_folder
-from entrypoint.fetch import archive, http, hub, hub_choice, hub_folder, hub_rows, local_weights
+from entrypoint.fetch import archive, http, hub, hub_choice, hub_folder, hub_rows, local_weights, public_addresses
 from entrypoint.fetch.http import RetryPolicy
 from trainer.base_model import model_folder, without_weights
 from trainer.network import addresses
@@ -138,7 +138,8 @@ def describe_dataset(source: Source, repo: hub.Repo) -> hub.Listing:
     if "/" not in source.location:
         retries = replace(repo.retries, budget=0.0, timeout=min(QUICK_TIMEOUT_S, repo.retries.timeout))
         repo = replace(repo, retries=retries)
-    folder = no_such_folder(source.location)
+    # A stranger learns nothing of what is here.
+    folder = no_such_folder(source.location, from_root=not os.environ.get(public_addresses.VARIABLE))
     try:
         return hub.describe(repo)
     except (SettingsError, UnreachableError) as problem:

@@ -138,6 +138,7 @@ def test_a_mount_at_the_root_is_suggested(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     at_root = next(entry.name for entry in os.scandir("/") if entry.is_dir() and entry.name.isalpha())
     assert f"; there is /{at_root}" in no_such_folder(at_root)
+    assert "; there is" not in no_such_folder(at_root, from_root=False)
 
 
 def test_every_service_has_a_host_that_is_refused() -> None:
