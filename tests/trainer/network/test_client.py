@@ -19,8 +19,8 @@ from trainer.network import bounds
 from trainer.network.client import open_client
 from trainer.spec.errors import KilnError, SettingsError, UnreachableError
 
-TIMEOUT = 0.3
-QUICK = http.RetryPolicy(budget=1.0, unreached=0.3, first_wait=0.05, longest_wait=0.2, timeout=TIMEOUT)
+TIMEOUT = 0.2
+QUICK = http.RetryPolicy(budget=0.4, unreached=0.2, first_wait=0.05, longest_wait=0.2, timeout=TIMEOUT)
 PATIENT = http.RetryPolicy(budget=60.0, unreached=0.3, first_wait=0.05, longest_wait=0.2)  # on a busy machine, too
 HEAD = b"HTTP/1.1 200 OK\r\n"
 WITHOUT_PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy")
@@ -124,7 +124,7 @@ def test_a_slow_line_is_waited_for(monkeypatch):
     monkeypatch.setattr(bounds, "SLOWEST", 1000)
     body = json.dumps("x" * 20_000).encode()
     pieces = [body[i : i + 2000] for i in range(0, len(body), 2000)]
-    retries = http.RetryPolicy(budget=60.0, timeout=TIMEOUT)
+    retries = http.RetryPolicy(budget=60.0, timeout=0.3)
 
     def script(connection, head):
         yield HEAD + b"Content-Length: %d\r\n\r\n" % len(body)
