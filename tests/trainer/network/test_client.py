@@ -5,6 +5,7 @@ The bounds scale with the timeout of a request (`trainer.network.bounds`), so th
 
 from __future__ import annotations
 
+import concurrent.futures
 import gzip
 import json
 import time
@@ -14,6 +15,7 @@ import httpx
 import pytest
 
 from entrypoint.fetch import http
+from tests.support import raw_server
 from tests.support.raw_server import RawServer, answer, drip, flood
 from trainer.network import bounds
 from trainer.network.client import open_client
@@ -170,6 +172,30 @@ def test_tries_are_counted_even_where_each_makes_progress(monkeypatch):
     with pytest.raises(UnreachableError, match="5 attempts"):
         http.persist(fail, what="x", retries=retries, progressed=lambda: True)
     assert len(tries) == 5
+
+
+USUAL_MOST_S = {  # seconds that a question may take, with the policy that jobs have
+    "a byte a second in the head": (lambda c, h: drip(HEAD, every=1.0), 160),
+    "a byte a second in the body": (lambda c, h: drip(HEAD + b"\r\n", every=1.0), 160),
+    "silence": (lambda c, h: drip(b"", every=100), 140),
+    "Retry-After: 0": (lambda c, h: answer(status="429 Busy", retry_after="0"), 130),
+    "a loop of redirects": (lambda c, h: answer(status="302 F", location="/a"), 5),
+    "ten gigabytes": (lambda c, h: flood(HEAD + b"\r\n", bytes(2**20)), 20),
+}
+
+
+@pytest.mark.slow
+def test_the_usual_policy_ends_in_minutes(monkeypatch):
+    monkeypatch.setattr(raw_server, "STILL_S", 1000.0)
+
+    def one(name):
+        script, most = USUAL_MOST_S[name]
+        began = time.monotonic()
+        problem, server = given_up(script, within=most, retries=http.USUAL)
+        return f"{name}: {time.monotonic() - began:.0f} s, {len(server.heads)} requests, exit {problem.exit_code}"
+
+    with concurrent.futures.ThreadPoolExecutor(len(USUAL_MOST_S)) as pool:
+        print("\n".join(pool.map(one, USUAL_MOST_S)))
 
 
 # ---- redirects
