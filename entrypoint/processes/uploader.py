@@ -31,6 +31,7 @@ from trainer.spec.messages.secrets import Known
 from trainer.storage import run_records
 from trainer.storage.atomic import VOLUME_ERRORS
 from trainer.storage.folders import write_text
+from trainer.storage.safe_names import is_safe
 from trainer.storage.safetensors_header import read_header
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class Uploader:
             return  # the newest saves may be those of another run
         name, home = run
         save = re.compile(rf"{re.escape(name)}-step\d{{8}}(-[a-z]+)?\.safetensors")
-        found = sorted(path for path in self.out.glob("*.safetensors") if save.fullmatch(path.name))
+        found = sorted(path for path in self.out.glob("*.safetensors") if save.fullmatch(path.name) and _is_own(path))
         main = next((p for p in reversed(found) if p.stem.rpartition("-step")[2].isdecimal()), None)
         if main is None or self.ended.is_set():
             return
@@ -130,7 +131,7 @@ class Uploader:
         """
         from huggingface_hub import CommitOperationAdd
 
-        samples = sorted(p for p in (home / "sample").glob("*.png") if not p.name.startswith("."))
+        samples = sorted(p for p in (home / "sample").glob("*.png") if _is_own(p))
         folder = (home / "sample").relative_to(self.out).as_posix()  # of a further run: runs/<name>/sample
         text = card(paths[-1], base=self.job.base, samples=folder if samples else None)
         files = {**{p.name: p for p in paths}, **{f"{folder}/{p.name}": p for p in samples}}
@@ -190,6 +191,11 @@ class Uploader:
             constants.HF_HUB_DISABLE_XET = True
             return TransientError(f"the client failed ({name}); the next try does without its Xet protocol")
         return TransientError(f"the client failed, or the answer is not one of the Hub ({name})")
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a file can be one of the job's: no link, which may lead anywhere, and no name that the Hub refuses."""
+    return not path.name.startswith(".") and is_safe(path.name) and not path.is_symlink() and path.is_file()
 
 
 def _refusal(repo: str, status: int) -> KilnError:

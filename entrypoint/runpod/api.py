@@ -225,7 +225,7 @@ def refusal(answer: httpx.Response, request: str) -> KilnError:
         reason = f"{problem['title']}: {problem['detail']}"
         for error in problem.get("errors", ()):
             reason += f"; {error}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         reason = "no reason given"
     reason = one_line(reason[:LONGEST_REASON])
     status = answer.status_code

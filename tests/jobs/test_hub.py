@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save
 
-from tests.support.hub import Hub
+from tests.support.hub import Hub, read_folder
 from tests.support.hub_process import Done, Process
 from trainer.spec.family import get_family
 
@@ -108,16 +108,14 @@ def weights(size: int, seed: int = 0) -> bytes:
 
 
 def model_files(size: int = 2000) -> dict[str, bytes]:
-    parts = ("transformer", "vae", "text_encoder", "text_encoder_2")
-    files = {f"{part}/config.json": b'{"a": 1}' for part in parts}
-    files |= {f"{part}/model.safetensors": weights(500, seed) for seed, part in enumerate(parts[1:])}
-    files |= {
-        "tokenizer/vocab.json": b"{}",
-        "tokenizer_2/tokenizer.json": b"{}",
-        "scheduler/scheduler_config.json": b"{}",
-    }
-    files |= {"model_index.json": b'{"_class_name": "FluxPipeline"}', "flux-dev.safetensors": weights(9000, 9)}
-    return {**files, TRANSFORMER: weights(size, 5), "text_encoder/pytorch_model.bin": b"pickle", "README.md": b"# x"}
+    """A repository with the configs and tokenizers of a real model, small weights, and files that nobody needs."""
+    mini = read_folder(Path(get_family("flux").FACTS.models["mini-flux"].source))
+    files = {name: data for name, data in mini.items() if not name.endswith(".safetensors")}
+    files["transformer/config.json"] = b"{}"  # it may be of any size
+    for seed, part in enumerate(("vae", "text_encoder", "text_encoder_2")):
+        files[f"{part}/model.safetensors"] = weights(500, seed)
+    files |= {"flux-dev.safetensors": weights(9000, 9), TRANSFORMER: weights(size, 5)}
+    return {**files, "text_encoder/pytorch_model.bin": b"pickle", "README.md": b"# x"}
 
 
 def simple_table(count: int, first: int = 0) -> bytes:
@@ -190,7 +188,7 @@ def test_a_new_commit_brings_only_what_changed(hub: Hub, client: Client) -> None
     hub.add("model", "org/model", files)
     client.model()
     before = hub.sent()
-    commit = hub.add("model", "org/model", {**files, "vae/config.json": b'{"b": 2}'})
+    commit = hub.add("model", "org/model", {**files, "vae/config.json": files["vae/config.json"] + b"\n"})
     assert client.model().data["commit"] == commit
     assert hub.sent() - before < 10_000
 

@@ -234,14 +234,12 @@ def final(client, job):
 
 
 @pytest.mark.parametrize("body", NONSENSE.values(), ids=NONSENSE)
-@pytest.mark.parametrize("path", ["*/info/lfs/objects/batch", "*/commit/main", "*/preupload/main", "*/auth-check/*"])
+@pytest.mark.parametrize("path", ["*/info/lfs/objects/batch", "*/commit/main", "*/preupload/main"])
 def test_nonsense_of_the_hub_is_75_and_the_next_try_uploads(hub, asked, out, client, path, body):
     hub.add("model", "me/lora", {})
-    method = "GET" if "auth" in path else "POST"
-    fault = hub.fault(path, method=method, status=200, times=1000, body=body)
-    short = replace(asked, at_end=replace(QUICK, budget=0.2))
-    done = final(client, short)
-    assert fault.fired and (done.code == 75 or method == "GET")
+    fault = hub.fault(path, method="POST", status=200, times=1000, body=body)
+    done = final(client, replace(asked, at_end=replace(QUICK, budget=0.05)))
+    assert fault.fired and done.code == 75
     assert "\x1b" not in done.log
     fault.times = 0
     assert final(client, asked).code == 0 and files(hub)["x.safetensors"] == (out / "x.safetensors").read_bytes()
@@ -256,9 +254,9 @@ def test_nonsense_of_the_hub_is_75_and_the_next_try_uploads(hub, asked, out, cli
 )
 def test_every_status_of_a_commit_has_its_code(hub, asked, client, status, code):
     fault = hub.fault("*/commit/main", method="POST", status=status, times=1000)
-    done = final(client, replace(asked, at_end=replace(QUICK, budget=0.2)))
+    done = final(client, replace(asked, at_end=replace(QUICK, budget=0.05)))
     assert done.code == code and "PUSH_TO_HUB=me/lora" in done.data["message"]
-    assert fault.fired and (fault.fired == 1) == (code != 75)
+    assert fault.fired == 1 or code == 75
 
 
 @pytest.mark.parametrize("wait", ["31536000", "Fri, 31 Dec 2999 23:59:59 GMT"])
@@ -309,7 +307,7 @@ def test_a_network_that_is_gone_at_the_end_is_75(asked, tmp_path):
             assert finish() == 75
 
 
-def test_a_process_that_is_killed_is_started_again(hub, asked, out, tmp_path, capfd):
+def test_a_process_that_is_killed_is_started_again(hub, asked, out, tmp_path, caplog):
     """Before the end, and in the middle of the commit."""
     with upload.beside(asked, environment(hub, tmp_path)) as finish:
         kill_children()
@@ -320,18 +318,17 @@ def test_a_process_that_is_killed_is_started_again(hub, asked, out, tmp_path, ca
         killer.join()
         stalled.released.set()
     assert files(hub)["x.safetensors"] == (out / "x.safetensors").read_bytes()
-    assert upload.is_done(asked, out / "x.safetensors") and "was the memory full?" in "".join(capfd.readouterr())
+    assert upload.is_done(asked, out / "x.safetensors") and caplog.text.count("was the memory full?") == 2
 
 
-def test_a_process_that_dies_each_time_is_75(hub, asked, out, tmp_path, capfd):
+def test_a_process_that_dies_each_time_is_75(hub, asked, out, tmp_path, caplog):
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "huggingface_hub.py").write_text("import os, sys\nprint('ready')\nos.abort()\n")
     mine = environment(hub, tmp_path) | {"PYTHONPATH": str(broken)}
     with upload.beside(asked, mine) as finish:
         assert finish() == 75
-    printed = "".join(capfd.readouterr())
-    assert "Training continues" not in printed and "Start the same job again to upload it" in printed
+    assert "Start the same job again to upload it" in caplog.text
 
 
 def test_a_client_that_fails_in_its_own_way_is_75(hub, asked, out, tmp_path, capfd):
@@ -379,6 +376,18 @@ def test_a_status_of_somebody_else_leads_nowhere(hub, asked, out, tmp_path):
     assert not [name for name in files(hub) if "private" in name]
 
 
+def test_links_and_odd_names_beside_the_samples_stay_here(hub, asked, out, client):
+    (out.parent / "private.png").write_bytes(b"private")
+    (out / "sample" / "link.png").symlink_to(out.parent / "private.png")
+    (out / "sample" / "folder.png").mkdir()
+    (out / "sample" / "a\\b.png").write_bytes(b"odd")
+    (out / "sample" / "a\nb.png").write_bytes(b"odd")
+    hub.add("model", "me/lora", {})
+    assert final(client, asked).code == 0
+    samples = {name for name in files(hub) if name.startswith("sample/")}
+    assert samples == {"sample/contact-sheet.png", "sample/step-00000010-00.png"}
+
+
 def kill_children():
     for child in children():
         os.kill(int(child.name), signal.SIGKILL)
@@ -405,7 +414,7 @@ def children():
             parent = (place / "stat").read_text().rpartition(")")[2].split()[1]
         except OSError:
             continue
-        if parent == own:
+        if parent == own and b"entrypoint.processes.upload" in (place / "cmdline").read_bytes():
             yield place
 
 

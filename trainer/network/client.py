@@ -60,12 +60,11 @@ def open_client(
     timeout: float = TIMEOUT_S,
     slowest: int = bounds.SLOWEST,
     on_answer: Callable[[httpx.Response], None] | None = None,
-    on_request: Callable[[httpx.Request], None] | None = None,
 ) -> Client:
     """A client that reads the proxies and certificates of the environment. All of its answers are bounded.
 
     `slowest`: bytes/s below which a body is given up; 0 for streams that are silent for long. `on_answer` sees each
-    answer, redirects too, and may raise; `on_request` each request, also those that follow redirects.
+    answer, redirects too, and may raise.
     """
     hooks: list[Callable[[httpx.Response], None]] = [_check_redirect]
     if on_answer is not None:
@@ -76,7 +75,7 @@ def open_client(
         follow_redirects=True,
         max_redirects=MOST_REDIRECTS,
         headers={"Accept-Encoding": "identity", "User-Agent": "kiln"},
-        event_hooks={"response": hooks, "request": [on_request] if on_request else []},
+        event_hooks={"response": hooks},
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import http.server
 import json
 import os
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from entrypoint.dataset_config import documents
 from entrypoint.dataset_config.documents import MAX_BYTES
 from entrypoint.dataset_config.manifest import (
     DATASET_KEYS,
@@ -24,6 +26,7 @@ from entrypoint.dataset_config.manifest import (
     read_manifest,
 )
 from entrypoint.dataset_config.sources import Place, classify
+from tests.support.raw_server import RawServer, answer, drip, flood
 from trainer.spec.errors import SettingsError, UnreachableError
 from trainer.spec.plan import Dataset, Subset
 
@@ -390,6 +393,26 @@ def test_a_server_that_is_busy_or_gone_is_worth_another_try(url):
     for address in (f"{url}/busy", "http://127.0.0.1:1/x.json"):
         with pytest.raises(UnreachableError):
             read(address)
+
+
+HOSTILE = {
+    "a head that never ends": (lambda c, h: drip(b"HTTP/1.1 200 OK\r\n", every=0.05), UnreachableError),
+    "a byte now and then": (lambda c, h: drip(b"HTTP/1.1 200 OK\r\n\r\n", every=0.05), UnreachableError),
+    "a loop of redirects": (lambda c, h: answer(status="302 F", location="/a"), UnreachableError),
+    "nonsense": (lambda c, h: b"x\r\n\r\n", UnreachableError),
+    "a redirect to a file": (lambda c, h: answer(status="302 F", location="file:///etc/passwd"), SettingsError),
+    "no end": (lambda c, h: flood(b"HTTP/1.1 200 OK\r\n\r\n", b" " * 2**16), SettingsError),
+    "packed": (lambda c, h: answer(gzip.compress(b"{}"), content_encoding="gzip"), SettingsError),
+}
+
+
+@pytest.mark.parametrize(("script", "kind"), HOSTILE.values(), ids=HOSTILE)
+def test_a_server_that_does_not_end_or_leads_astray(monkeypatch, script, kind):
+    monkeypatch.setattr(documents, "DOWNLOAD_TIMEOUT_S", 0.9)
+    with RawServer(script) as server:
+        for place in ((f"{server.url}/a.json", None), (None, f"{server.url}/a.txt")):
+            with pytest.raises(kind):
+                read(*place)
 
 
 # ---- prompts

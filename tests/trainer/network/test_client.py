@@ -5,6 +5,7 @@ The bounds scale with the timeout of a request (`trainer.network.bounds`), so th
 
 from __future__ import annotations
 
+import concurrent.futures
 import gzip
 import json
 import time
@@ -14,13 +15,14 @@ import httpx
 import pytest
 
 from entrypoint.fetch import http
+from tests.support import raw_server
 from tests.support.raw_server import RawServer, answer, drip, flood
 from trainer.network import bounds
 from trainer.network.client import open_client
 from trainer.spec.errors import KilnError, SettingsError, UnreachableError
 
-TIMEOUT = 0.3
-QUICK = http.RetryPolicy(budget=1.0, unreached=0.3, first_wait=0.05, longest_wait=0.2, timeout=TIMEOUT)
+TIMEOUT = 0.2
+QUICK = http.RetryPolicy(budget=0.4, unreached=0.2, first_wait=0.05, longest_wait=0.2, timeout=TIMEOUT)
 PATIENT = http.RetryPolicy(budget=60.0, unreached=0.3, first_wait=0.05, longest_wait=0.2)  # on a busy machine, too
 HEAD = b"HTTP/1.1 200 OK\r\n"
 WITHOUT_PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy")
@@ -124,7 +126,7 @@ def test_a_slow_line_is_waited_for(monkeypatch):
     monkeypatch.setattr(bounds, "SLOWEST", 1000)
     body = json.dumps("x" * 20_000).encode()
     pieces = [body[i : i + 2000] for i in range(0, len(body), 2000)]
-    retries = http.RetryPolicy(budget=60.0, timeout=TIMEOUT)
+    retries = http.RetryPolicy(budget=60.0, timeout=0.3)
 
     def script(connection, head):
         yield HEAD + b"Content-Length: %d\r\n\r\n" % len(body)
@@ -170,6 +172,30 @@ def test_tries_are_counted_even_where_each_makes_progress(monkeypatch):
     with pytest.raises(UnreachableError, match="5 attempts"):
         http.persist(fail, what="x", retries=retries, progressed=lambda: True)
     assert len(tries) == 5
+
+
+USUAL_MOST_S = {  # seconds that a question may take, with the policy that jobs have
+    "a byte a second in the head": (lambda c, h: drip(HEAD, every=1.0), 160),
+    "a byte a second in the body": (lambda c, h: drip(HEAD + b"\r\n", every=1.0), 160),
+    "silence": (lambda c, h: drip(b"", every=100), 140),
+    "Retry-After: 0": (lambda c, h: answer(status="429 Busy", retry_after="0"), 130),
+    "a loop of redirects": (lambda c, h: answer(status="302 F", location="/a"), 5),
+    "ten gigabytes": (lambda c, h: flood(HEAD + b"\r\n", bytes(2**20)), 20),
+}
+
+
+@pytest.mark.slow
+def test_the_usual_policy_ends_in_minutes(monkeypatch):
+    monkeypatch.setattr(raw_server, "STILL_S", 1000.0)
+
+    def one(name):
+        script, most = USUAL_MOST_S[name]
+        began = time.monotonic()
+        problem, server = given_up(script, within=most, retries=http.USUAL)
+        return f"{name}: {time.monotonic() - began:.0f} s, {len(server.heads)} requests, exit {problem.exit_code}"
+
+    with concurrent.futures.ThreadPoolExecutor(len(USUAL_MOST_S)) as pool:
+        print("\n".join(pool.map(one, USUAL_MOST_S)))
 
 
 # ---- redirects
