@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save
 
-from tests.support.hub import Hub
+from tests.support.hub import Hub, read_folder
 from trainer.spec.family import get_family
 
 ROOT = Path(__file__).parents[2]
@@ -145,15 +145,12 @@ def weights(size: int, seed: int = 0) -> bytes:
 
 
 def model_files(size: int = 2000) -> dict[str, bytes]:
-    parts = ("transformer", "vae", "text_encoder", "text_encoder_2")
-    files = {f"{part}/config.json": b'{"a": 1}' for part in parts}
-    files |= {f"{part}/model.safetensors": weights(500, seed) for seed, part in enumerate(parts[1:])}
-    files |= {
-        "tokenizer/vocab.json": b"{}",
-        "tokenizer_2/tokenizer.json": b"{}",
-        "scheduler/scheduler_config.json": b"{}",
-    }
-    files |= {"model_index.json": b'{"_class_name": "FluxPipeline"}', "flux-dev.safetensors": weights(9000, 9)}
+    parts = ("vae", "text_encoder", "text_encoder_2")
+    small = read_folder(Path(get_family("flux").FACTS.models["mini-flux"].source))
+    files = {name: content for name, content in small.items() if not name.endswith(".safetensors")}
+    files |= {"transformer/config.json": b"{}"}  # the sizes of the published model
+    files |= {f"{part}/model.safetensors": weights(500, seed) for seed, part in enumerate(parts)}
+    files |= {"flux-dev.safetensors": weights(9000, 9)}
     return {**files, TRANSFORMER: weights(size, 5), "text_encoder/pytorch_model.bin": b"pickle", "README.md": b"# x"}
 
 
@@ -227,7 +224,8 @@ def test_a_new_commit_brings_only_what_changed(hub: Hub, client: Client) -> None
     hub.add("model", "org/model", files)
     client.model()
     before = hub.sent()
-    commit = hub.add("model", "org/model", {**files, "vae/config.json": b'{"b": 2}'})
+    changed = json.dumps({**json.loads(files["vae/config.json"]), "b": 2}).encode()
+    commit = hub.add("model", "org/model", {**files, "vae/config.json": changed})
     assert client.model().data["commit"] == commit
     assert hub.sent() - before < 10_000
 

@@ -218,6 +218,13 @@ def check_tokens(tokenizer: Any, encoder: Any, folder: Path) -> None:
             f"{folder} cannot be used: it has a token of number {largest}, and the text encoder has "
             f"{encoder.config.vocab_size} embeddings. {FIX}."
         )
+    end = getattr(encoder.config, "eos_token_id", None)
+    # CLIP's pooled output is that of the end token. Its first configs say 2, which means the token of highest number.
+    if encoder.config.model_type == "clip_text_model" and end not in (2, tokenizer.eos_token_id):
+        raise SettingsError(
+            f"{folder} cannot be used: the end of a text is token {tokenizer.eos_token_id}, and {end} by the text "
+            f"encoder's config.json. {FIX}."
+        )
     positions = getattr(encoder.config, "max_position_embeddings", None)
     if positions is not None and tokenizer.model_max_length > positions:
         raise SettingsError(

@@ -138,16 +138,16 @@ VAE = Kind(
 
 _SIGMA = optional(number(0, 10**6))
 _SCHEDULER: Rules = {
-    "num_train_timesteps": whole(10, 10000),
-    "beta_start": number(1e-8, 1),
-    "beta_end": number(1e-8, 1),
+    "num_train_timesteps": only(1000),  # timesteps are times in [0, 1], times this
+    "beta_start": number(1e-8, 0.99),
+    "beta_end": number(1e-8, 0.99),
     "beta_schedule": only("linear", "scaled_linear", "squaredcos_cap_v2"),
-    "trained_betas": optional(each(number(0, 1), 10, 10000)),
+    "trained_betas": optional(each(number(1e-8, 0.999), 1000, 1000)),
     "prediction_type": only("epsilon", "v_prediction", "sample"),
     "interpolation_type": only("linear", "log_linear"),
     "use_karras_sigmas": optional(FLAG),
     "use_exponential_sigmas": optional(FLAG),
-    "use_beta_sigmas": optional(FLAG),
+    "use_beta_sigmas": only(None, False),  # scipy, which Kiln lacks, would compute them
     "sigma_min": _SIGMA,
     "sigma_max": _SIGMA,
     "timestep_spacing": only("linspace", "leading", "trailing"),
@@ -175,8 +175,8 @@ _SCHEDULER: Rules = {
 
 
 def _schedule_differing(config: Mapping[str, Any]) -> str | None:
-    if sum(bool(config.get(f"use_{kind}_sigmas")) for kind in ("karras", "exponential", "beta")) > 1:
-        return "more than one of use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas is true"
+    if config.get("use_karras_sigmas") and config.get("use_exponential_sigmas"):
+        return "use_karras_sigmas and use_exponential_sigmas are both true"
     if config.get("base_image_seq_len", 256) >= config.get("max_image_seq_len", 4096):
         return "base_image_seq_len is not smaller than max_image_seq_len"
     if config.get("beta_start", 0) > config.get("beta_end", 1):
