@@ -15,7 +15,7 @@ from trainer.spec.rules.config_rules import (
     LAYERS,
     SHARE,
     WIDTH,
-    Kind,
+    ConfigKind,
     Rules,
     each,
     number,
@@ -82,9 +82,9 @@ def _t5_differing(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def clip(*names: str) -> Kind:
+def clip(*names: str) -> ConfigKind:
     """A CLIP text encoder, with its projection or without."""
-    return Kind(
+    return ConfigKind(
         *("transformers", names, _CLIP_TEXT),
         required=("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
         model_type="clip_text_model",
@@ -93,7 +93,7 @@ def clip(*names: str) -> Kind:
     )
 
 
-T5_ENCODER = Kind(
+T5_ENCODER = ConfigKind(
     *("transformers", ("T5EncoderModel",), _T5),
     required=("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "feed_forward_proj"),
     model_type="t5",
@@ -103,13 +103,13 @@ T5_ENCODER = Kind(
 
 # ---- tokenizers, whose files `trainer.base_model.tokenizer_files` checks
 
-CLIP_TOKENIZER = Kind("transformers", ("CLIPTokenizer", "CLIPTokenizerFast"), {})
-T5_TOKENIZER = Kind("transformers", ("T5Tokenizer", "T5TokenizerFast"), {})
+CLIP_TOKENIZER = ConfigKind("transformers", ("CLIPTokenizer", "CLIPTokenizerFast"), {})
+T5_TOKENIZER = ConfigKind("transformers", ("T5Tokenizer", "T5TokenizerFast"), {})
 
 # ---- VAE
 
 _LEVELS = 4  # which shrink an image's sides by 8, as the families expect
-VAE = Kind(
+VAE = ConfigKind(
     *("diffusers", ("AutoencoderKL",)),
     rules={
         "in_channels": only(3),
@@ -184,11 +184,11 @@ def _schedule_differing(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-FLOW_SCHEDULER = Kind(
+FLOW_SCHEDULER = ConfigKind(
     *("diffusers", ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"), _SCHEDULER),
     differing=_schedule_differing,
 )
-DENOISING_SCHEDULER = Kind(
+DENOISING_SCHEDULER = ConfigKind(
     "diffusers",
     (
         *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DDPMScheduler", "DDIMScheduler"),
