@@ -7,15 +7,13 @@ expression of a model is ever compiled. Every ValueError is a sentence about one
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.base_model import configs
+from trainer.base_model import charsmap, configs
 from trainer.spec.family import OPTIONAL, Facts
 from trainer.spec.rules.config_rules import FLAG, Rule, number, only, whole
 from trainer.spec.values import is_text, one_line, printable, show, some
@@ -170,8 +168,8 @@ def read_vocabulary(files: Mapping[str, Path], *, model: str | None = None) -> T
             raise ValueError(f"{path.name} says type={show(kind)}; allowed is {model or some([*MODELS.values()])}")
         added = _added_in_all(path, content.get("added_tokens") or [])
         if kind == "Unigram":
-            charsmap = _charsmap(path, content.get("normalizer"))
-            return TokenTable(scores=_scores(path, inner), charsmap=charsmap, added=added)
+            characters = _charsmap(path, content.get("normalizer"))
+            return TokenTable(scores=_scores(path, inner), charsmap=characters, added=added)
         numbers = _numbers(path, inner.get("vocab"))
         return TokenTable(numbers, _merges(path, merges, numbers), added=added)
     if VOCABULARY in files and MERGES in files and model in (None, "BPE"):
@@ -256,24 +254,11 @@ def _charsmap(path: Path, normalizer: Any) -> bytes | None:
         inner = normalizer.get("normalizers") or []
     for step in inner if isinstance(inner, list) else []:
         if isinstance(step, dict) and step.get("type") == "Precompiled":
-            return _checked_charsmap(path, step.get("precompiled_charsmap"))
+            try:
+                return charsmap.decode(step.get("precompiled_charsmap"))
+            except ValueError as problem:
+                raise ValueError(f"{path.name} is damaged: precompiled_charsmap: {problem}") from problem
     return None
-
-
-def _checked_charsmap(path: Path, encoded: Any) -> bytes:
-    """Four bytes with the length of a table of 32-bit numbers, the table, and texts that each end with a zero."""
-    damaged = f"{path.name} is damaged: its precompiled_charsmap is no table of characters"
-    if not isinstance(encoded, str):
-        raise ValueError(damaged)
-    try:
-        data = base64.b64decode(encoded, validate=True)
-        length = int.from_bytes(data[:4], "little")
-        data[4 + length :].decode("utf-8")
-    except (binascii.Error, ValueError) as problem:
-        raise ValueError(damaged) from problem
-    if not 0 < length <= len(data) - 4 or length % 4:
-        raise ValueError(damaged)
-    return data
 
 
 # ---- tokens with names, and added ones
