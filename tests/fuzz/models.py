@@ -6,11 +6,11 @@ gone. The other files are those of the miniature.
 
 from __future__ import annotations
 
-import functools
 import json
 import random
 import struct
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ ODD = (None, "", "x", [], {}, [[]], ["code", "Evil"], [1] * 300, {"a": 1}, "\x1b
 # ---- drawing
 
 
-@functools.cache
+@cache
 def miniature(family: str) -> dict[str, bytes]:
     folder = Path(get_family(family).FACTS.models[f"mini-{family}"].source)
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -209,13 +209,27 @@ def prepare(case: Case, folder: Path, make: Callable[[Path, dict[str, Any]], Non
 # ---- reading
 
 
-def read_all(case: Case, folder: Path, cache: Path) -> int:
-    """As the entrypoint reads a model's folder, then as the trainer does, which shall not rely on the first."""
+@cache
+def quiet() -> None:
+    """As in a job, where the libraries are silenced before they are imported."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+
+
+def read_all(case: Case, folder: Path, converted: Path) -> int:
+    """As the entrypoint reads a model's folder, then as the trainer does, which shall not rely on the first.
+
+    Of the trainer's readers those of the parts that changed: a miniature takes a second to load.
+    """
     name = case["family"]
     family = get_family(name)
     facts = family.FACTS
     plan = ModelPlan(f"mini-{name}", name, str(folder), path=str(folder))
-    problems: list[Exception] = []
+    problems: list[SettingsError] = []
 
     def attempt(read: Callable[[], object]) -> None:
         try:
@@ -225,14 +239,19 @@ def read_all(case: Case, folder: Path, cache: Path) -> int:
 
     attempt(lambda: model_folder.check_kind("MODEL_PATH=x", folder, plan))
     attempt(lambda: model_folder.check_folder("MODEL_PATH=x", folder, facts.files, facts))
-    found_before = bool(problems)
-    for part in facts.text_readers:
-        attempt(lambda part=part: _count_tokens(folder / part))
-    attempt(lambda: convert_single_files(plan, cache))
-    attempt(lambda: _encode(family, folder, found_before=found_before))
-    attempt(lambda: family.load_vae(folder, device="cpu"))
-    attempt(lambda: family.load_denoiser(folder, device="cpu", dtype=torch.float32))
-    attempt(lambda: _scheduler(facts, folder))
+    changed = {file.partition("/")[0] for file in case["files"]}
+    for part in sorted(changed & facts.text_readers.keys()):
+        attempt(partial(_count_tokens, folder / part))
+    attempt(lambda: convert_single_files(plan, converted))
+    fine = not problems
+    if any(part.startswith("t") and part != "transformer" for part in changed):
+        attempt(lambda: _encode(family, folder, changed, whole=fine))
+    if "vae" in changed:
+        attempt(lambda: family.load_vae(folder, device="cpu"))
+    if facts.parts["denoiser"] in changed:
+        attempt(lambda: family.load_denoiser(folder, device="cpu", dtype=torch.float32))
+    if "scheduler" in changed:
+        attempt(lambda: _scheduler(facts, folder))
     if problems:
         raise problems[0]
     return 0
@@ -248,14 +267,27 @@ def _count_tokens(folder: Path) -> None:
         tokenizer.encode(text)
 
 
-def _encode(family: Any, folder: Path, *, found_before: bool) -> None:
-    encoders = family.load_encoders(folder, device="cpu", dtype=torch.float32)
-    if not found_before:
-        family.encode_text(encoders, list(TEXTS[:5]))
+def _encode(family: Any, folder: Path, changed: set[str], *, whole: bool) -> None:
+    """Encode texts, if the folder seems to be `whole`; else load the text encoders that changed."""
+    if whole:
+        encoders = family.load_encoders(folder, device="cpu", dtype=torch.float32)
+        family.encode_text(encoders, list(TEXTS[:2]))
+        return
+    for part in sorted(changed):
+        if part.startswith("tokenizer"):
+            loading.load_tokenizer(folder / part, family.FACTS.kinds[part])
+        elif part.startswith("text_encoder"):
+            loading.load_model(family.FACTS.kinds[part], folder / part, device="cpu", dtype=torch.float32)
 
 
 def _scheduler(facts: Any, folder: Path) -> None:
+    """The model's schedule for four steps."""
     import diffusers
 
     names = {"flow": "FlowMatchEulerDiscreteScheduler", "denoising": "EulerDiscreteScheduler"}
-    loading.load_scheduler(getattr(diffusers, names[facts.objective]), folder / "scheduler", facts.kinds["scheduler"])
+    kind = facts.kinds["scheduler"]
+    made = loading.load_scheduler(getattr(diffusers, names[facts.objective]), folder / "scheduler", kind)
+    shift = {"mu": 1.0} if made.config.get("use_dynamic_shifting") else {}
+    made.set_timesteps(4, **shift)
+    if facts.objective == "denoising":
+        loading.load_scheduler(diffusers.DDPMScheduler, folder / "scheduler", kind)

@@ -149,6 +149,7 @@ def model(data: bytes) -> None:
     from tests.fuzz import models  # it imports torch and the libraries, before the time counts
 
     case = case_of(data, models.model_case)
+    models.quiet()
     sandbox.emptied(root())
     (root() / "cwd").mkdir()
     models.prepare(case, root() / "model", sandbox.make)

@@ -260,6 +260,7 @@ NO_TERMS = {
     "Loader": "YAML without types that surprise",
     **dict.fromkeys(("AskedColumns", "Compared", "NamedBase"), "what one function hands to the next"),
     **dict.fromkeys(("LightTokenizer", "Encoded"), "a tokenizer without its library, and what it returns"),
+    **dict.fromkeys(("ConfigKind", "Rule", "TokenTable", "TokenizerFiles"), "what the files of a model may say"),
     "LineFormatter": "how a log line is written",
     **dict.fromkeys(("Known", "HidingStream"), "how known secrets are kept out of what is printed"),
     "PartlyJoinedProcessor": "one case of a class of diffusers",

@@ -49,7 +49,8 @@ ENGINE_LAYERS = (  # within the engine, likewise
 )
 WITHOUT_TORCH = (
     *("trainer.process", "trainer.spec", "trainer.storage", "trainer.network"),
-    *("trainer.base_model.configs", "trainer.base_model.light_tokenizer", "trainer.base_model.tokenizer_files"),
+    *("trainer.base_model.charsmap", "trainer.base_model.configs", "trainer.base_model.light_tokenizer"),
+    "trainer.base_model.tokenizer_files",
     *("trainer.base_model.model_folder", "trainer.base_model.weight_kinds", "trainer.base_model.without_weights"),
     *("trainer.lora_files.contents", "trainer.lora_files.inspect", "trainer.lora_files.key_names"),
     *("trainer.lora_files.numbers", "trainer.lora_files.other_kinds"),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.spec.family import Facts
-from trainer.spec.rules.config_rules import CODE_KEYS, COMMON, Kind
+from trainer.spec.rules.config_rules import CODE_KEYS, COMMON, ConfigKind
 from trainer.spec.values import printable, show, some
 from trainer.storage.read import read_regular
 
@@ -45,7 +45,7 @@ def check_code(config: Mapping[str, Any]) -> None:
             raise ValueError(f"says {key}={show(config[key])}: {NEVER_RUN}")
 
 
-def check_values(config: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
+def check_values(config: Mapping[str, Any], kind: ConfigKind) -> dict[str, Any]:
     """The values of a config that have an effect. Raises ValueError for the first that the rules do not allow."""
     check_code(config)
     for key, rule in COMMON.items():
@@ -70,7 +70,7 @@ def check_values(config: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
     return chosen
 
 
-def _check_class(config: Mapping[str, Any], kind: Kind) -> Mapping[str, Any]:
+def _check_class(config: Mapping[str, Any], kind: ConfigKind) -> Mapping[str, Any]:
     """The part of the config that is about this class. Raises ValueError for a config of another one."""
     if kind.library == "diffusers":
         name = config.get("_class_name", kind.names[0])
@@ -90,7 +90,7 @@ def _check_class(config: Mapping[str, Any], kind: Kind) -> Mapping[str, Any]:
     return config
 
 
-def read_values(path: Path, kind: Kind) -> dict[str, Any]:
+def read_values(path: Path, kind: ConfigKind) -> dict[str, Any]:
     """`check_values` of the config in a file. Raises ValueError."""
     return check_values(read_object(path), kind)
 
@@ -151,7 +151,7 @@ def _check_index(index: Mapping[str, Any], facts: Facts, unused: Collection[str]
             raise ValueError(f"says {part}={show(index[part])}; allowed is [library, class]")
 
 
-def _check_component(key: str, value: list[Any], kind: Kind | None) -> None:
+def _check_component(key: str, value: list[Any], kind: ConfigKind | None) -> None:
     shown = f"says {printable(key)}={show(value)}"
     if len(value) != 2:
         raise ValueError(f"{shown}; allowed is [library, class]")

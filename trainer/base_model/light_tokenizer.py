@@ -12,7 +12,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from trainer.base_model import tokenizer_files
-from trainer.base_model.tokenizer_files import Vocabulary
+from trainer.base_model.tokenizer_files import TokenTable
 
 # How CLIP's vocabulary was made: words, single digits, and runs of other characters (openai/CLIP, simple_tokenizer.py).
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
@@ -40,7 +40,7 @@ class LightTokenizer:
         return Encoded(found.ids, found.offsets)
 
 
-def _clip(vocabulary: Vocabulary) -> Tokenizer:
+def _clip(vocabulary: TokenTable) -> Tokenizer:
     """CLIP's byte pair encoding, with the marks of begin and end around a text."""
     numbers = vocabulary.numbers
     for token in (BEGIN, END):
@@ -60,7 +60,7 @@ def _clip(vocabulary: Vocabulary) -> Tokenizer:
     return tokenizer
 
 
-def _t5(vocabulary: Vocabulary) -> Tokenizer:
+def _t5(vocabulary: TokenTable) -> Tokenizer:
     """T5's unigrams, with the mark of the end after a text."""
     if not vocabulary.has(T5_END):
         raise ValueError(f"the vocabulary of T5's tokenizer lacks {T5_END}")

@@ -20,7 +20,7 @@ import torch
 from trainer.base_model import configs, model_folder, tokenizer_files
 from trainer.base_model.tokenizer_files import Token
 from trainer.spec.errors import SettingsError
-from trainer.spec.rules.config_rules import Kind
+from trainer.spec.rules.config_rules import ConfigKind
 from trainer.spec.values import printable
 from trainer.storage import safetensors_header
 from trainer.storage.safetensors_header import Entry
@@ -44,7 +44,7 @@ def _named(folder: Path) -> Iterator[None]:
         raise SettingsError(f"{folder} cannot be used: {problem}. {FIX}.") from problem
 
 
-def read_config(folder: Path, kind: Kind) -> dict[str, Any]:
+def read_config(folder: Path, kind: ConfigKind) -> dict[str, Any]:
     """The values of a part's config that have an effect."""
     name = configs.SCHEDULER_CONFIG if (folder / configs.SCHEDULER_CONFIG).exists() else "config.json"
     with _named(folder):
@@ -57,12 +57,12 @@ def read_config(folder: Path, kind: Kind) -> dict[str, Any]:
 # ---- models
 
 
-def empty_model(kind: Kind, folder: Path) -> torch.nn.Module:
+def empty_model(kind: ConfigKind, folder: Path) -> torch.nn.Module:
     """A part's model on the device "meta": names and shapes without weights. `folder` has its config.json."""
     return _construct(kind, folder, read_config(folder, kind))
 
 
-def _construct(kind: Kind, folder: Path, config: Mapping[str, Any]) -> torch.nn.Module:
+def _construct(kind: ConfigKind, folder: Path, config: Mapping[str, Any]) -> torch.nn.Module:
     model_class = _class(kind)
     try:
         with torch.device("meta"):
@@ -78,7 +78,7 @@ def _construct(kind: Kind, folder: Path, config: Mapping[str, Any]) -> torch.nn.
     return model
 
 
-def load_model(kind: Kind, folder: Path, *, device: str | None, dtype: torch.dtype) -> Any:
+def load_model(kind: ConfigKind, folder: Path, *, device: str | None, dtype: torch.dtype) -> Any:
     """The frozen model of a part, with its weights. `device`: None leaves it where the library puts it, on the CPU."""
     config = read_config(folder, kind)
     skeleton = _construct(kind, folder, config)
@@ -112,7 +112,7 @@ def _reason(problem: Exception) -> str:
     return printable(str(problem).strip().split("\n")[0] or type(problem).__name__)
 
 
-def _class(kind: Kind) -> Any:
+def _class(kind: ConfigKind) -> Any:
     return getattr(importlib.import_module(kind.library), kind.names[0])
 
 
@@ -164,7 +164,9 @@ def _entries(folder: Path, library: str) -> dict[str, Entry]:
 # ---- schedulers
 
 
-def load_scheduler(scheduler_class: Any, folder: Path, kind: Kind, changes: Mapping[str, Any] | None = None) -> Any:
+def load_scheduler(
+    scheduler_class: Any, folder: Path, kind: ConfigKind, changes: Mapping[str, Any] | None = None
+) -> Any:
     """A scheduler of diffusers by the config in `folder`. `changes`: values that differ from it."""
     config = {**read_config(folder, kind), **(changes or {})}
     try:
@@ -178,7 +180,7 @@ def load_scheduler(scheduler_class: Any, folder: Path, kind: Kind, changes: Mapp
 # ---- tokenizers
 
 
-def load_tokenizer(folder: Path, kind: Kind) -> Any:
+def load_tokenizer(folder: Path, kind: ConfigKind) -> Any:
     """A tokenizer of transformers."""
     import transformers
     from transformers import AddedToken
@@ -217,6 +219,13 @@ def check_tokens(tokenizer: Any, encoder: Any, folder: Path) -> None:
         raise SettingsError(
             f"{folder} cannot be used: it has a token of number {largest}, and the text encoder has "
             f"{encoder.config.vocab_size} embeddings. {FIX}."
+        )
+    end = getattr(encoder.config, "eos_token_id", None)
+    # CLIP's pooled output is that of the end token. Its first configs say 2, which means the token of highest number.
+    if encoder.config.model_type == "clip_text_model" and end not in (2, tokenizer.eos_token_id):
+        raise SettingsError(
+            f"{folder} cannot be used: the end of a text is token {tokenizer.eos_token_id}, and {end} by the text "
+            f"encoder's config.json. {FIX}."
         )
     positions = getattr(encoder.config, "max_position_embeddings", None)
     if positions is not None and tokenizer.model_max_length > positions:

@@ -13,7 +13,7 @@ from trainer.spec.errors import SettingsError
 from trainer.spec.family import OPTIONAL, Facts, base_models, get_family
 from trainer.spec.plan import ModelPlan
 from trainer.spec.prediction_marks import PredictionMarks, prediction_marks
-from trainer.spec.rules.config_rules import QUANTISED_KEYS, Kind
+from trainer.spec.rules.config_rules import QUANTISED_KEYS, ConfigKind
 from trainer.spec.values import printable, show
 from trainer.storage.atomic import human_size
 from trainer.storage.read import files_below
@@ -318,7 +318,7 @@ def _is_file(index: Path, file: str) -> bool:
     return (index.parent / file).is_file()
 
 
-def part_folder_problem(folder: Path, kind: Kind) -> str | None:
+def part_folder_problem(folder: Path, kind: ConfigKind) -> str | None:
     """Why a folder cannot be the part of a model that a variable names, which has to be of this `kind`."""
     if not (folder / "config.json").is_file():
         return "has no config.json"

@@ -7,15 +7,13 @@ expression of a model is ever compiled. Every ValueError is a sentence about one
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.base_model import configs
+from trainer.base_model import charsmap, configs
 from trainer.spec.family import OPTIONAL, Facts
 from trainer.spec.rules.config_rules import FLAG, Rule, number, only, whole
 from trainer.spec.values import is_text, one_line, printable, show, some
@@ -53,7 +51,7 @@ Token = str | dict[str, Any]  # its text, or a text with flags
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class TokenTable:
     """What tokens there are: with numbers and merges (byte pair encoding, CLIP), or with scores in order (T5)."""
 
     numbers: dict[str, int] = field(default_factory=dict)
@@ -69,11 +67,11 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
-class Files:
+class TokenizerFiles:
     """A tokenizer as its files describe it."""
 
     class_name: str
-    vocabulary: Vocabulary
+    vocabulary: TokenTable
     options: dict[str, Any]
     tokens: dict[str, Token]  # by their names: eos_token and so on
     lists: dict[str, list[Token]]
@@ -101,7 +99,7 @@ def problems(folder: Path, names: Collection[str], facts: Facts, *, configs_only
     return found
 
 
-def read(folder: Path, class_name: str) -> Files:
+def read(folder: Path, class_name: str) -> TokenizerFiles:
     """The tokenizer in `folder`. Raises ValueError, whose text begins with the name of a file in it."""
     config = read_config(folder / CONFIG, class_name) if (folder / CONFIG).exists() else {}
     files = {name: folder / name for name in NAMES if (folder / name).exists()}
@@ -120,7 +118,7 @@ def read(folder: Path, class_name: str) -> Files:
         added |= vocabulary.added
     options = {key: config[key] for key in OPTIONS if key in config}
     _check_known(class_name, vocabulary, tokens, added)
-    return Files(class_name, vocabulary, options, tokens, lists, added)
+    return TokenizerFiles(class_name, vocabulary, options, tokens, lists, added)
 
 
 def read_config(path: Path, class_name: str) -> dict[str, Any]:
@@ -153,7 +151,7 @@ def read_config(path: Path, class_name: str) -> dict[str, Any]:
 # ---- the vocabulary
 
 
-def read_vocabulary(files: Mapping[str, Path], *, model: str | None = None) -> Vocabulary:
+def read_vocabulary(files: Mapping[str, Path], *, model: str | None = None) -> TokenTable:
     """The vocabulary in `files`, by their names. `model`: BPE (CLIP) or Unigram (T5); None: either.
 
     Raises ValueError, whose text begins with the name of a file.
@@ -170,15 +168,15 @@ def read_vocabulary(files: Mapping[str, Path], *, model: str | None = None) -> V
             raise ValueError(f"{path.name} says type={show(kind)}; allowed is {model or some([*MODELS.values()])}")
         added = _added_in_all(path, content.get("added_tokens") or [])
         if kind == "Unigram":
-            charsmap = _charsmap(path, content.get("normalizer"))
-            return Vocabulary(scores=_scores(path, inner), charsmap=charsmap, added=added)
+            characters = _charsmap(path, content.get("normalizer"))
+            return TokenTable(scores=_scores(path, inner), charsmap=characters, added=added)
         numbers = _numbers(path, inner.get("vocab"))
-        return Vocabulary(numbers, _merges(path, merges, numbers), added=added)
+        return TokenTable(numbers, _merges(path, merges, numbers), added=added)
     if VOCABULARY in files and MERGES in files and model in (None, "BPE"):
         numbers = _numbers(files[VOCABULARY], _object(files[VOCABULARY], LARGEST_FILE))
         lines = _text(files[MERGES]).split("\n")
         pairs = [line.rstrip("\r") for line in lines if line.strip() and not line.startswith("#version")]
-        return Vocabulary(numbers, _merges(files[MERGES], pairs, numbers))
+        return TokenTable(numbers, _merges(files[MERGES], pairs, numbers))
     raise ValueError(f"{ALL_IN_ONE} is missing")
 
 
@@ -256,24 +254,11 @@ def _charsmap(path: Path, normalizer: Any) -> bytes | None:
         inner = normalizer.get("normalizers") or []
     for step in inner if isinstance(inner, list) else []:
         if isinstance(step, dict) and step.get("type") == "Precompiled":
-            return _checked_charsmap(path, step.get("precompiled_charsmap"))
+            try:
+                return charsmap.decode(step.get("precompiled_charsmap"))
+            except ValueError as problem:
+                raise ValueError(f"{path.name} is damaged: precompiled_charsmap: {problem}") from problem
     return None
-
-
-def _checked_charsmap(path: Path, encoded: Any) -> bytes:
-    """Four bytes with the length of a table of 32-bit numbers, the table, and texts that each end with a zero."""
-    damaged = f"{path.name} is damaged: its precompiled_charsmap is no table of characters"
-    if not isinstance(encoded, str):
-        raise ValueError(damaged)
-    try:
-        data = base64.b64decode(encoded, validate=True)
-        length = int.from_bytes(data[:4], "little")
-        data[4 + length :].decode("utf-8")
-    except (binascii.Error, ValueError) as problem:
-        raise ValueError(damaged) from problem
-    if not 0 < length <= len(data) - 4 or length % 4:
-        raise ValueError(damaged)
-    return data
 
 
 # ---- tokens with names, and added ones
@@ -351,7 +336,7 @@ def _added_in_file(path: Path, special: Collection[str]) -> dict[int, dict[str, 
 
 
 def _check_known(
-    class_name: str, vocabulary: Vocabulary, tokens: Mapping[str, Token], added: Mapping[int, Mapping[str, Any]]
+    class_name: str, vocabulary: TokenTable, tokens: Mapping[str, Token], added: Mapping[int, Mapping[str, Any]]
 ) -> None:
     """Raises ValueError for named tokens that have no number: they would get one for which there is no embedding."""
     texts = {str(token["content"]) for token in added.values()}

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from trainer.spec.plan import Prompt
-    from trainer.spec.rules.config_rules import Kind
+    from trainer.spec.rules.config_rules import ConfigKind
 
 # ---- loading
 
 
-def load_encoder(kind: Kind, folder: Path, *, tokenizer: Any, device: str, dtype: torch.dtype) -> Any:
+def load_encoder(kind: ConfigKind, folder: Path, *, tokenizer: Any, device: str, dtype: torch.dtype) -> Any:
     """A frozen text encoder of transformers. `folder`: its own, inside the model's. `tokenizer`: the one it reads by.
 
     Raises SettingsError for one that cannot be loaded, or has no embedding for a token.
@@ -38,7 +38,7 @@ def load_encoder(kind: Kind, folder: Path, *, tokenizer: Any, device: str, dtype
     return model.eval()
 
 
-def load_denoiser(kind: Kind, folder: Path, *, device: str, dtype: torch.dtype) -> Any:
+def load_denoiser(kind: ConfigKind, folder: Path, *, device: str, dtype: torch.dtype) -> Any:
     """A frozen denoiser of diffusers. `folder`: its own, inside the model's. Raises SettingsError."""
     from trainer.base_model import loading
 
@@ -121,7 +121,7 @@ def without_text_encoders(encoders: Iterable[str]) -> dict[str, None]:
     return components
 
 
-def load_scheduler(scheduler_class: Any, folder: Path, kind: Kind, changes: dict[str, Any] | None) -> Any:
+def load_scheduler(scheduler_class: Any, folder: Path, kind: ConfigKind, changes: dict[str, Any] | None) -> Any:
     """The model's scheduler. `changes`: values that differ from its config."""
     from trainer.base_model import loading
 

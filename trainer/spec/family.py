@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from trainer.spec.plan import Prompt
-    from trainer.spec.rules.config_rules import Kind
+    from trainer.spec.rules.config_rules import ConfigKind
 
 PACKAGE = "trainer.families"
 FOLDER = Path(__file__).resolve().parents[1] / "families"
@@ -140,7 +140,9 @@ class Facts:
     text_readers: dict[str, tuple[str, int]]
     lookalikes: tuple[Lookalike, ...]  # other models whose files have the names of this family
     pipelines: tuple[str, ...]  # names of the whole model's class in model_index.json
-    kinds: dict[str, Kind]  # folder of a part → its class, and what its config may say; no other class is ever made
+    kinds: dict[
+        str, ConfigKind
+    ]  # folder of a part → its class, and what its config may say; no other class is ever made
     # Sizes that two parts must have in common, by the values of their configs: two names, and their two values.
     same_sizes: Callable[[Mapping[str, Mapping[str, Any]]], Sequence[tuple[str, str, int, int]]]
     prompt_steps: int  # defaults of a prompt line: --s, --g and --l

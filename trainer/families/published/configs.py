@@ -15,7 +15,7 @@ from trainer.spec.rules.config_rules import (
     LAYERS,
     SHARE,
     WIDTH,
-    Kind,
+    ConfigKind,
     Rules,
     each,
     number,
@@ -82,9 +82,9 @@ def _t5_differing(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def clip(*names: str) -> Kind:
+def clip(*names: str) -> ConfigKind:
     """A CLIP text encoder, with its projection or without."""
-    return Kind(
+    return ConfigKind(
         *("transformers", names, _CLIP_TEXT),
         required=("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
         model_type="clip_text_model",
@@ -93,7 +93,7 @@ def clip(*names: str) -> Kind:
     )
 
 
-T5_ENCODER = Kind(
+T5_ENCODER = ConfigKind(
     *("transformers", ("T5EncoderModel",), _T5),
     required=("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "feed_forward_proj"),
     model_type="t5",
@@ -103,13 +103,13 @@ T5_ENCODER = Kind(
 
 # ---- tokenizers, whose files `trainer.base_model.tokenizer_files` checks
 
-CLIP_TOKENIZER = Kind("transformers", ("CLIPTokenizer", "CLIPTokenizerFast"), {})
-T5_TOKENIZER = Kind("transformers", ("T5Tokenizer", "T5TokenizerFast"), {})
+CLIP_TOKENIZER = ConfigKind("transformers", ("CLIPTokenizer", "CLIPTokenizerFast"), {})
+T5_TOKENIZER = ConfigKind("transformers", ("T5Tokenizer", "T5TokenizerFast"), {})
 
 # ---- VAE
 
 _LEVELS = 4  # which shrink an image's sides by 8, as the families expect
-VAE = Kind(
+VAE = ConfigKind(
     *("diffusers", ("AutoencoderKL",)),
     rules={
         "in_channels": only(3),
@@ -138,16 +138,16 @@ VAE = Kind(
 
 _SIGMA = optional(number(0, 10**6))
 _SCHEDULER: Rules = {
-    "num_train_timesteps": whole(10, 10000),
-    "beta_start": number(1e-8, 1),
-    "beta_end": number(1e-8, 1),
+    "num_train_timesteps": only(1000),  # timesteps are times in [0, 1], times this
+    "beta_start": number(1e-8, 0.99),
+    "beta_end": number(1e-8, 0.99),
     "beta_schedule": only("linear", "scaled_linear", "squaredcos_cap_v2"),
-    "trained_betas": optional(each(number(0, 1), 10, 10000)),
+    "trained_betas": optional(each(number(1e-8, 0.999), 1000, 1000)),
     "prediction_type": only("epsilon", "v_prediction", "sample"),
     "interpolation_type": only("linear", "log_linear"),
     "use_karras_sigmas": optional(FLAG),
     "use_exponential_sigmas": optional(FLAG),
-    "use_beta_sigmas": optional(FLAG),
+    "use_beta_sigmas": only(None, False),  # scipy, which Kiln lacks, would compute them
     "sigma_min": _SIGMA,
     "sigma_max": _SIGMA,
     "timestep_spacing": only("linspace", "leading", "trailing"),
@@ -175,8 +175,8 @@ _SCHEDULER: Rules = {
 
 
 def _schedule_differing(config: Mapping[str, Any]) -> str | None:
-    if sum(bool(config.get(f"use_{kind}_sigmas")) for kind in ("karras", "exponential", "beta")) > 1:
-        return "more than one of use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas is true"
+    if config.get("use_karras_sigmas") and config.get("use_exponential_sigmas"):
+        return "use_karras_sigmas and use_exponential_sigmas are both true"
     if config.get("base_image_seq_len", 256) >= config.get("max_image_seq_len", 4096):
         return "base_image_seq_len is not smaller than max_image_seq_len"
     if config.get("beta_start", 0) > config.get("beta_end", 1):
@@ -184,11 +184,11 @@ def _schedule_differing(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-FLOW_SCHEDULER = Kind(
+FLOW_SCHEDULER = ConfigKind(
     *("diffusers", ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"), _SCHEDULER),
     differing=_schedule_differing,
 )
-DENOISING_SCHEDULER = Kind(
+DENOISING_SCHEDULER = ConfigKind(
     "diffusers",
     (
         *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DDPMScheduler", "DDIMScheduler"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from trainer.families.published import common, configs
 from trainer.spec.family import Lookalike, Published
-from trainer.spec.rules.config_rules import FLAG, HEADS, LAYERS, WIDTH, Kind, Rules, each, only, optional, whole
+from trainer.spec.rules.config_rules import FLAG, HEADS, LAYERS, WIDTH, ConfigKind, Rules, each, only, optional, whole
 
 
 def _flux(*, guidance: bool) -> Published:
@@ -104,7 +104,7 @@ def _differing(config: Mapping[str, Any]) -> str | None:
 PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
 KINDS = {
     "scheduler": configs.FLOW_SCHEDULER,
-    "transformer": Kind("diffusers", ("FluxTransformer2DModel",), _RULES, differing=_differing),
+    "transformer": ConfigKind("diffusers", ("FluxTransformer2DModel",), _RULES, differing=_differing),
     "vae": configs.VAE,
     "text_encoder": configs.clip("CLIPTextModel"),
     "text_encoder_2": configs.T5_ENCODER,

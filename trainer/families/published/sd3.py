@@ -7,7 +7,7 @@ from typing import Any
 
 from trainer.families.published import common, configs
 from trainer.spec.family import Lookalike, Published
-from trainer.spec.rules.config_rules import HEADS, LAYERS, WIDTH, Kind, Rules, each, only, optional, whole
+from trainer.spec.rules.config_rules import HEADS, LAYERS, WIDTH, ConfigKind, Rules, each, only, optional, whole
 
 HEAD_SIZE = 64
 
@@ -119,7 +119,7 @@ def _differing(config: Mapping[str, Any]) -> str | None:
 PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
 KINDS = {
     "scheduler": configs.FLOW_SCHEDULER,
-    "transformer": Kind("diffusers", ("SD3Transformer2DModel",), _RULES, differing=_differing),
+    "transformer": ConfigKind("diffusers", ("SD3Transformer2DModel",), _RULES, differing=_differing),
     "vae": configs.VAE,
     "text_encoder": configs.clip("CLIPTextModelWithProjection"),
     "text_encoder_2": configs.clip("CLIPTextModelWithProjection"),

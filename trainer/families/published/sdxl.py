@@ -17,7 +17,7 @@ from trainer.spec.rules.config_rules import (
     NOTHING,
     SHARE,
     WIDTH,
-    Kind,
+    ConfigKind,
     Rules,
     each,
     either,
@@ -159,7 +159,7 @@ _RULES: Rules = {
 PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")
 KINDS = {
     "scheduler": configs.DENOISING_SCHEDULER,
-    "unet": Kind(
+    "unet": ConfigKind(
         *("diffusers", ("UNet2DConditionModel",), _RULES),
         required=("addition_embed_type", "addition_time_embed_dim", "cross_attention_dim"),
     ),

@@ -98,7 +98,7 @@ QUANTISED_KEYS = ("quantization_config", "compression_config")
 
 
 @dataclass(frozen=True)
-class Kind:
+class ConfigKind:
     """What the config of one part of a model may say, and of which class the part is.
 
     `names`: of the classes that a family loads it as, by the names that configs give. `required`: keys without which it
