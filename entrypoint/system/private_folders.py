@@ -88,6 +88,7 @@ def compile_caches(environment: Mapping[str, str], cache: Path, *, scratch: Path
     each start.
     """
     own = {}
+    instead = {}  # variable → the place that is not used
     for variable, below in CACHES.items():
         asked = environment.get(variable, "")
         if not asked and below is None:
@@ -96,11 +97,16 @@ def compile_caches(environment: Mapping[str, str], cache: Path, *, scratch: Path
         places.append(cache / "kernels" / (below or variable.lower()))
         private = next(filter(None, map(make_private, places)), None) or _fresh(places[0], scratch)
         if str(private) != os.path.realpath(places[0]):
-            log.warning(
-                "Compiled kernels go to %s: %s cannot be written, or others can write there, and what such a folder "
-                "holds is run. Fix: %s=FOLDER, one that this user alone can write to.", private, places[0], variable,
-            )  # fmt: skip
+            instead[variable] = str(places[0])
         own[variable] = str(private)
+    if instead:
+        log.warning(
+            "Compiled kernels go to %s instead of %s: there nothing can be written, or others can write too, and what "
+            "such a folder holds is run. Fix: set %s to a folder that this user alone can write to.",
+            ", ".join(dict.fromkeys(str(Path(own[variable]).parent) for variable in instead)),
+            ", ".join(dict.fromkeys(instead.values())),
+            ", ".join(instead),
+        )
     return own
 
 

@@ -100,6 +100,7 @@ def test_weights_are_baked_with_a_token_that_is_no_argument(build, tmp_path):
         (["cpu"], {"base": False}, 69, "The base image docker.io/library/python:3.12-slim-bookworm cannot be pulled"),
         (["rcom"], {}, 64, "'rcom' is not known"),
         (["cuda", "--tag"], {}, 64, "--tag needs a value"),
+        (["cuda", "--push-by-digest"], {}, 69, "--push-by-digest needs docker with buildx"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is_built(build, arguments, options, code, hint):

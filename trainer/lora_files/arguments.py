@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from trainer.spec.errors import SettingsError, StorageError
 from trainer.spec.family import family_names
 from trainer.spec.log_lines import log_to
 from trainer.spec.values import as_number, show
-from trainer.storage import atomic, safetensors_header
+from trainer.storage import safetensors_header
 from trainer.storage.read import special_kind
 
 if TYPE_CHECKING:
@@ -118,9 +119,8 @@ def check_folder(folder: Path, option: str) -> None:
         raise SettingsError(f"{option} {folder} is {_kind(folder)}. Fix: name a folder.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic.replacing(folder / ".kiln-can-write") as temporary:
-            temporary.touch()
-        (folder / ".kiln-can-write").unlink()
+        with tempfile.NamedTemporaryFile(prefix=".kiln-", dir=folder):  # a name that nobody has, and gone at once
+            pass
     except OSError as problem:
         raise StorageError(f"{option} {folder} cannot be written: {problem.strerror or problem}.") from problem
 
