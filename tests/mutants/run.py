@@ -250,7 +250,7 @@ def _report(chosen: Sequence[Mutant], results: dict[Mutant, int], seconds: float
     print(f"{share:5.1f} % {noticed:4} of {len(codes):4}  all; {late} by the time limit; {seconds:.0f} s")
     for mutant in chosen:
         if results.get(mutant) == SURVIVED:
-            print(f"survived: {mutant.module}:{mutant.line} | {mutant.function} | {mutant.change}")
+            print(f"survived: line {mutant.line}: {mutant.module} | {mutant.place} | {mutant.change}")
 
 
 if __name__ == "__main__":

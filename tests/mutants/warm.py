@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import types
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ from typing import Any
 import pytest
 
 from tests.mutants.modules import ROOT
-from tests.mutants.operators import Fault, faults
+from tests.mutants.operators import faults
 
 OURS = ("trainer", "entrypoint", "tests", "bench")
 PYTEST_ARGUMENTS = ("-s", "-p", "no:xdist", "-m", "not gpu and not slow and not container and not alone")
@@ -43,13 +44,19 @@ NOTICED, SURVIVED, TIMED_OUT, BROKEN = 1, 0, 2, 3  # exit codes of forks
 
 @dataclass(frozen=True)
 class Mutant:
-    """The fault of that number in a module. `function` and `change` name it for people."""
+    """The fault of that number in a module. The rest names it for people, wherever its line is."""
 
     module: str
     number: int
     line: int
     function: str
     change: str
+    nth: int  # of the faults of the function with this change, from 1
+
+    @property
+    def place(self) -> str:
+        """The function; and which of its faults it is, where several change the same."""
+        return self.function if self.nth == 1 else f"{self.function}#{self.nth}"
 
     def tree(self) -> ast.Module:
         """The faulty module."""
@@ -72,9 +79,15 @@ class Test:
 
 
 def mutants(module: str) -> list[Mutant]:
+    """Every fault of a module."""
     tree = ast.parse((ROOT / module).read_text(encoding="utf-8"))
-    found: Iterable[Fault] = faults(tree)
-    return [Mutant(module, i, fault.line, fault.function, fault.change) for i, fault in enumerate(found)]
+    seen: Counter[tuple[str, str]] = Counter()
+    found = []
+    for number, fault in enumerate(faults(tree)):
+        name = (fault.function, fault.change)
+        seen[name] += 1
+        found.append(Mutant(module, number, fault.line, *name, seen[name]))
+    return found
 
 
 # ---- forks
