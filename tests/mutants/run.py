@@ -24,6 +24,7 @@ if __name__ == "__main__":  # before torch, a BLAS and the Hub's client are load
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a fork cannot use a GPU that its parent has looked at
 
 from tests.mutants import warm
 from tests.mutants.equivalents import equivalents, is_listed
@@ -192,13 +193,14 @@ def _one(session, mutant, functions, names) -> int:  # type: ignore[no-untyped-d
 
 
 def _profiles(session, modules: Sequence[str], options: argparse.Namespace) -> dict[str, Test]:  # type: ignore[no-untyped-def]
-    """What each test does without a fault, file by file in forks. Kept in KEPT until the file or a module changes."""
+    """What each test does without a fault, file by file in forks. Kept in KEPT until one of the files changes."""
     by_file: dict[str, set[str]] = defaultdict(set)
     for item in session.items:
         if not warm.JOBS & set(item.fixturenames):
             by_file[item.nodeid.partition("::")[0]].add(item.nodeid)
     KEPT.mkdir(exist_ok=True)
-    code = b"".join((ROOT / module).read_bytes() for module in modules)
+    shared = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests" / "support").rglob("*.py"))
+    code = b"".join((ROOT / file).read_bytes() for file in (*modules, *shared)) + str(options.longest).encode()
     outputs: dict[str, Path] = {}
     for file in by_file:
         outputs[file] = KEPT / hashlib.sha256((ROOT / file).read_bytes() + code).hexdigest()[:24]
