@@ -153,5 +153,5 @@ def test_forks_end_with_their_codes_and_one_that_hangs_is_ended(monkeypatch):
     began = time.monotonic()
     tasks = [(30.0, lambda: warm.SURVIVED), (30.0, lambda: warm.NOTICED), (30.0, fails), (0.2, hangs)]
     codes = dict(warm.in_forks(tasks, processes=2))
-    assert codes == {0: warm.SURVIVED, 1: warm.NOTICED, 2: warm.NOTICED, 3: warm.TIMED_OUT}
+    assert codes == {0: warm.SURVIVED, 1: warm.NOTICED, 2: warm.BROKEN, 3: warm.TIMED_OUT}
     assert time.monotonic() - began < 25 and os.getpid()
