@@ -1,6 +1,7 @@
 """The faults that no test can notice, because they change nothing that can be seen: `equivalent.txt`.
 
-One a line: module | function | change | reason. An entry stands for all faults with that change in that function.
+One a line: module | function | change | reason, as the report of survivors prints the first three. "f#2" is the second
+fault of f with that change.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ LIST = Path(__file__).with_name("equivalent.txt")
 @dataclass(frozen=True)
 class Equivalent:
     module: str
-    function: str
+    place: str
     change: str
     reason: str
 
@@ -27,5 +28,5 @@ def equivalents() -> list[Equivalent]:
 
 
 def is_listed(mutant: Mutant, known: list[Equivalent]) -> bool:
-    names = {(one.module, one.function, one.change) for one in known}
-    return (mutant.module, mutant.function, mutant.change) in names
+    names = {(one.module, one.place, one.change) for one in known}
+    return (mutant.module, mutant.place, mutant.change) in names

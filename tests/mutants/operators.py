@@ -225,7 +225,8 @@ def _of_call(node: ast.Call) -> Iterator[ast.expr]:
         changed.func = copy.copy(node.func)
         changed.func.attr = OTHER_METHODS[node.func.attr]
         yield changed
-    for i in range(len(node.args) - 1):
+    symmetric = isinstance(node.func, ast.Name) and node.func.id in ("min", "max")
+    for i in range(0 if symmetric else len(node.args) - 1):
         pair = node.args[i : i + 2]
         if all(isinstance(argument, ast.Name | ast.Attribute | ast.Subscript) for argument in pair):
             changed = copy.copy(node)

@@ -15,7 +15,7 @@ import random
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +24,7 @@ if __name__ == "__main__":  # before torch, a BLAS and the Hub's client are load
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a fork cannot use a GPU that its parent has looked at
 
 from tests.mutants import warm
 from tests.mutants.equivalents import equivalents, is_listed
@@ -109,7 +110,22 @@ def _warm(
     os.waitpid(child, 0)
     if loaded is None:
         raise SystemExit("The tests could not be collected, or fail without a fault.")
+    if again:
+        _run_anew(again, results, loaded, options)
+    return results
+
+
+def _run_anew(
+    again: Sequence[tuple[Mutant, list[str], float]],
+    results: dict[Mutant, int],
+    loaded: Sequence[str],
+    options: argparse.Namespace,
+) -> None:
+    """What could not be put into a live module, and once more what survived there. First without a fault."""
     warm.preload(loaded)
+    every = sorted({name for _, names, _ in again for name in names})
+    control = partial(warm.run_anew, None, _files_of(every), every)
+    _check_without_a_fault(control, "modules that are loaded anew")
     tasks = [
         (START_S + FACTOR * seconds, partial(warm.run_anew, mutant, _files_of(names), names))
         for mutant, names, seconds in again
@@ -118,7 +134,13 @@ def _warm(
         mutant = again[index][0]
         results[mutant] = code
         _progress(len(results), mutant, code)
-    return results
+
+
+def _check_without_a_fault(control: Callable[[], int], where: str) -> None:
+    """Otherwise whatever else makes a test fail would count as a fault that was noticed."""
+    for _, code in warm.in_forks([(warm.LONGEST_S, control)], 1):
+        if code != SURVIVED:
+            print(f"WITHOUT A FAULT a test fails in {where}: the figures are too high.", file=sys.stderr, flush=True)
 
 
 def _received(answers):  # type: ignore[no-untyped-def]
@@ -147,7 +169,7 @@ def _in_live_modules(session, *, chosen, files, options, out) -> int:  # type: i
     send(loaded)
     callers: dict[tuple[str, str], list[Test]] = defaultdict(list)
     for test in sorted(tests.values(), key=lambda one: one.seconds):
-        if not test.failed and test.seconds <= options.longest:
+        if _is_used(test, options):
             for call in test.calls:
                 callers[call].append(test)
     functions = warm.live_functions()
@@ -162,11 +184,18 @@ def _in_live_modules(session, *, chosen, files, options, out) -> int:  # type: i
         names = [test.name for test in used]
         plans.append((mutant, names, seconds))
         tasks.append((START_S + FACTOR * seconds, partial(_one, session, mutant, functions, names)))
+    every = [test.name for test in sorted(tests.values(), key=lambda one: one.seconds) if _is_used(test, options)]
+    control = partial(_one, session, None, functions, every)
+    _check_without_a_fault(control, "live modules")
     for index, code in warm.in_forks(tasks, options.processes):
         mutant, names, seconds = plans[index]
         # A survivor is tried once more where the module is loaded with the fault: something may have been computed.
         send((mutant, BROKEN if code == SURVIVED and names else code, names, seconds))
     return 0
+
+
+def _is_used(test: Test, options: argparse.Namespace) -> bool:
+    return not test.failed and test.seconds <= options.longest
 
 
 def _of_module(module: str, tests: dict[str, Test], callers: dict[tuple[str, str], list[Test]]) -> list[Test]:
@@ -183,22 +212,21 @@ def _one(session, mutant, functions, names) -> int:  # type: ignore[no-untyped-d
     warm.own_folder(session)
     if not names:
         return SURVIVED
-    if not mutant.function:
-        return BROKEN
-    if not warm.replace_code(mutant, functions):
+    if mutant is not None and not (mutant.function and warm.replace_code(mutant, functions)):
         return BROKEN
     warm.clear_caches()
     return warm.run_until_one_fails(session, names)
 
 
 def _profiles(session, modules: Sequence[str], options: argparse.Namespace) -> dict[str, Test]:  # type: ignore[no-untyped-def]
-    """What each test does without a fault, file by file in forks. Kept in KEPT until the file or a module changes."""
+    """What each test does without a fault, file by file in forks. Kept in KEPT until one of the files changes."""
     by_file: dict[str, set[str]] = defaultdict(set)
     for item in session.items:
         if not warm.JOBS & set(item.fixturenames):
             by_file[item.nodeid.partition("::")[0]].add(item.nodeid)
     KEPT.mkdir(exist_ok=True)
-    code = b"".join((ROOT / module).read_bytes() for module in modules)
+    shared = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests" / "support").rglob("*.py"))
+    code = b"".join((ROOT / file).read_bytes() for file in (*modules, *shared)) + str(options.longest).encode()
     outputs: dict[str, Path] = {}
     for file in by_file:
         outputs[file] = KEPT / hashlib.sha256((ROOT / file).read_bytes() + code).hexdigest()[:24]
@@ -239,18 +267,20 @@ def _report(chosen: Sequence[Mutant], results: dict[Mutant, int], seconds: float
     print()
     by_module: dict[str, list[int]] = defaultdict(list)
     for mutant in chosen:
-        by_module[mutant.module].append(results.get(mutant, NOTICED))
+        by_module[mutant.module].append(results.get(mutant, BROKEN))
     for module, codes in by_module.items():
-        noticed = sum(code != SURVIVED for code in codes)
+        noticed = sum(code in (NOTICED, TIMED_OUT) for code in codes)
         print(f"{100 * noticed / len(codes):5.1f} % {noticed:4} of {len(codes):4}  {module}")
     codes = [code for group in by_module.values() for code in group]
-    noticed = sum(code != SURVIVED for code in codes)
+    noticed = sum(code in (NOTICED, TIMED_OUT) for code in codes)
     late = sum(code == TIMED_OUT for code in codes)
     share = 100 * noticed / max(len(codes), 1)
     print(f"{share:5.1f} % {noticed:4} of {len(codes):4}  all; {late} by the time limit; {seconds:.0f} s")
     for mutant in chosen:
-        if results.get(mutant) == SURVIVED:
-            print(f"survived: {mutant.module}:{mutant.line} | {mutant.function} | {mutant.change}")
+        code = results.get(mutant, BROKEN)
+        if code in (SURVIVED, BROKEN):
+            what = "survived" if code == SURVIVED else "could not be tried"
+            print(f"{what}: line {mutant.line}: {mutant.module} | {mutant.place} | {mutant.change}")
 
 
 if __name__ == "__main__":

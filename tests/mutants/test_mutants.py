@@ -67,7 +67,7 @@ def test_every_kind_of_fault_is_found_and_texts_are_left_alone():
         ("x = [a] + b", {"[a] + b → [a]", "[a] + b → b"}),
         ("x = folder / name", set()),
         ("x = f'{a}' + b", set()),
-        ("x = min(a, b)", {"min(a, b) → max(a, b)", "min(a, b) → min(b, a)"}),
+        ("x = min(a, b)", {"min(a, b) → max(a, b)"}),
         ("x = sorted(a, key=f)", {"sorted(a, key=f) → list(a)", "sorted(a, key=f) → sorted(a)"}),
         ("x = t.sum()", {"t.sum() → t.mean()"}),
         ("x = not a", {"not a → a"}),
@@ -106,8 +106,8 @@ def test_what_is_called_equivalent_still_is_in_the_code_and_has_a_reason():
     known = equivalents()
     for module in {one.module for one in known}:
         listed = [one for one in known if one.module == module]
-        there = {(mutant.function, mutant.change) for mutant in warm.mutants(module)}
-        assert [one for one in listed if (one.function, one.change) not in there or len(one.reason) < 10] == []
+        there = {(mutant.place, mutant.change) for mutant in warm.mutants(module)}
+        assert [one for one in listed if (one.place, one.change) not in there or len(one.reason) < 10] == []
         assert any(is_listed(mutant, listed) for mutant in warm.mutants(module))
 
 
@@ -153,5 +153,5 @@ def test_forks_end_with_their_codes_and_one_that_hangs_is_ended(monkeypatch):
     began = time.monotonic()
     tasks = [(30.0, lambda: warm.SURVIVED), (30.0, lambda: warm.NOTICED), (30.0, fails), (0.2, hangs)]
     codes = dict(warm.in_forks(tasks, processes=2))
-    assert codes == {0: warm.SURVIVED, 1: warm.NOTICED, 2: warm.NOTICED, 3: warm.TIMED_OUT}
+    assert codes == {0: warm.SURVIVED, 1: warm.NOTICED, 2: warm.BROKEN, 3: warm.TIMED_OUT}
     assert time.monotonic() - began < 25 and os.getpid()

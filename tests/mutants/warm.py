@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import types
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,10 +32,11 @@ from typing import Any
 import pytest
 
 from tests.mutants.modules import ROOT
-from tests.mutants.operators import Fault, faults
+from tests.mutants.operators import faults
 
 OURS = ("trainer", "entrypoint", "tests", "bench")
 PYTEST_ARGUMENTS = ("-s", "-p", "no:xdist", "-m", "not gpu and not slow and not container and not alone")
+LONGEST_S = 900.0  # of all tests without a fault
 PATIENCE = 10  # a fork's limit is of the processor's time; by the clock it may take so much longer
 JOBS = {"job", "programs", "all_programs", "shared_cache"}  # fixtures of whole jobs, which are other programs
 MORE_BYTES = 4 * 2**30  # of address space that a faulty program may take in addition
@@ -43,13 +45,19 @@ NOTICED, SURVIVED, TIMED_OUT, BROKEN = 1, 0, 2, 3  # exit codes of forks
 
 @dataclass(frozen=True)
 class Mutant:
-    """The fault of that number in a module. `function` and `change` name it for people."""
+    """The fault of that number in a module. The rest names it for people, wherever its line is."""
 
     module: str
     number: int
     line: int
     function: str
     change: str
+    nth: int  # of the faults of the function with this change, from 1
+
+    @property
+    def place(self) -> str:
+        """The function; and which of its faults it is, where several change the same."""
+        return self.function if self.nth == 1 else f"{self.function}#{self.nth}"
 
     def tree(self) -> ast.Module:
         """The faulty module."""
@@ -72,9 +80,15 @@ class Test:
 
 
 def mutants(module: str) -> list[Mutant]:
+    """Every fault of a module."""
     tree = ast.parse((ROOT / module).read_text(encoding="utf-8"))
-    found: Iterable[Fault] = faults(tree)
-    return [Mutant(module, i, fault.line, fault.function, fault.change) for i, fault in enumerate(found)]
+    seen: Counter[tuple[str, str]] = Counter()
+    found = []
+    for number, fault in enumerate(faults(tree)):
+        name = (fault.function, fault.change)
+        seen[name] += 1
+        found.append(Mutant(module, number, fault.line, *name, seen[name]))
+    return found
 
 
 # ---- forks
@@ -112,12 +126,12 @@ def _end_group(process: int) -> None:
 
 
 def _be(task: Callable[[], int], limit: float, folder: Path) -> None:
-    """In a fork: do `task` quietly and end."""
+    """In a fork: do `task` quietly and end. What goes wrong outside of the tests is BROKEN, and not noticed."""
     code = BROKEN
     try:
         os.setpgid(0, 0)
         silent = os.open(os.devnull, os.O_RDWR)
-        for descriptor in (0, 1) if os.environ.get("MUTANTS_LOUD") else (0, 1, 2):
+        for descriptor in (0, 1, 2):
             os.dup2(silent, descriptor)
         os.environ["TMPDIR"] = str(folder)
         tempfile.tempdir = str(folder)
@@ -126,12 +140,6 @@ def _be(task: Callable[[], int], limit: float, folder: Path) -> None:
             used = int(statm.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MORE_BYTES, used + MORE_BYTES))
         code = task()
-    except BaseException:  # noqa: BLE001 (whatever a fault does is noticed)
-        if os.environ.get("MUTANTS_LOUD"):
-            import traceback
-
-            traceback.print_exc()
-        code = NOTICED
     finally:
         os._exit(code)
 
@@ -169,7 +177,10 @@ def run_until_one_fails(session: pytest.Session, names: Sequence[str]) -> int:
         return NOTICED
     items = [known[name] for name in names]
     for item, following in zip(items, [*items[1:], None], strict=True):
-        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        try:
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        except BaseException:  # noqa: BLE001 (pytest lets a few through)
+            return NOTICED
         if session.testsfailed:
             return NOTICED
     return SURVIVED
@@ -309,9 +320,10 @@ class Faulty(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(self.code, module.__dict__)
 
 
-def run_anew(mutant: Mutant, files: Sequence[str], names: Sequence[str]) -> int:
-    """In a fork of a process without our modules: load the faulty module and run the tests."""
-    sys.meta_path.insert(0, Faulty(mutant))
+def run_anew(mutant: Mutant | None, files: Sequence[str], names: Sequence[str]) -> int:
+    """In a fork of a process without our modules: load the faulty module and run the tests. None: without a fault."""
+    if mutant is not None:
+        sys.meta_path.insert(0, Faulty(mutant))
     return collect(files, lambda session: run_until_one_fails(session, names))
 
 

@@ -54,7 +54,7 @@ class StepGuard:
         if not math.isfinite(loss) or not math.isfinite(norm):
             return f"the loss is {loss:g} and the gradient's norm {norm:g}"
         usual = max(self.recent, default=0.0)
-        if self.spike and len(self.recent) >= MIN_LOSSES_FOR_SPIKE and loss > self.spike * usual > 0:
+        if len(self.recent) >= MIN_LOSSES_FOR_SPIKE and loss > self.spike * usual > 0:  # never, with a spike of 0
             return f"the loss is {loss:g}, more than {self.spike:g} times the largest of the steps before ({usual:g})"
         self.recent.append(loss)
         return None

@@ -1,6 +1,7 @@
 """Opening the run that a job is: a kill at any moment of it changes nothing that another run has."""
 
 import dataclasses
+import json
 import os
 import shutil
 from pathlib import Path
@@ -8,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from tests.support.plans import job_plan as make_plan
+from trainer.checkpoints import state_files
 from trainer.checkpoints.open_run import adopt_older_run, open_run
+from trainer.data.identity import fingerprint
+from trainer.data.records import ImageRecord
+from trainer.spec.plan import AUTO
+from trainer.storage import digests, run_records
+
+IMAGE = ImageRecord("a.png", Path("/a.png"), "1" * 64, 64, 48, 0, 0, "a cat")
 
 
 class Killed(BaseException):
@@ -87,3 +95,91 @@ def test_a_new_run_keeps_its_name_wherever_it_was_killed(plan, tmp_path, monkeyp
             kept = out / path.relative_to(tmp_path / "before")
             assert path.is_dir() or kept.read_bytes() == path.read_bytes()
     assert kills >= 4
+
+
+def record_of(opened):
+    """What run.json says, without the digest of it."""
+    values = json.loads((opened.home / "run.json").read_text())
+    values.pop("sha256", None)
+    return values
+
+
+def test_the_record_says_what_the_run_began_with(plan):
+    """Each is compared when the folder is opened again."""
+    named = dataclasses.replace(plan, output=dataclasses.replace(plan.output, requested="x"))
+    opened = open_run(named, [IMAGE])
+    assert record_of(opened) == {
+        "name": "x",
+        "requested": "x",
+        "started": plan.output.started,
+        "used": 1,
+        "data": fingerprint([IMAGE]),
+        "model": digests.weights_digest(Path(plan.model.path)),
+        "listing": run_records.listing_digest(plan),
+        "essence": plan.essence(),
+        "states": [],
+    }
+    assert json.loads((opened.home / "plan.json").read_text()) == json.loads(opened.plan.to_json())
+    assert not opened.was_done and opened.home == opened.out == Path(plan.output.path)
+    assert record_of(open_run(named, [IMAGE]))["used"] == 2
+
+
+def test_weights_that_cannot_be_read_have_no_digest(plan):
+    gone = dataclasses.replace(plan, model=dataclasses.replace(plan.model, path=str(Path(plan.output.path) / "gone")))
+    Path(gone.model.path).mkdir(parents=True)
+    (Path(gone.model.path) / "a.safetensors").write_bytes(b"no weights")
+    assert record_of(open_run(gone, []))["model"] == ""
+
+
+def test_what_changed_is_added_to_the_history_with_its_step(plan):
+    opened = open_run(plan, [])
+    for step, seed in ((4, 7), (8, 9)):
+        state_files.save(opened.home / "state", step, {"essence": opened.plan.essence(), "data": {}})
+        asked = other(plan, seed=seed)
+        asked = dataclasses.replace(asked, output=dataclasses.replace(asked.output, resume_with_changes=True))
+        before = opened.plan.train.seed
+        opened = open_run(asked, [])
+        assert record_of(opened)["changed"][-1] == {"step": step, "changes": [f"PARAMS_SEED: {before} → {seed}"]}
+    assert len(record_of(opened)["changed"]) == 2 and opened.home == Path(plan.output.path)
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "state", "trained"),
+    [(True, 12, 8, 12), (True, 12, 20, 20), (True, None, 8, 8), (False, 12, 8, 8), (True, "12", 8, 8)],
+)
+def test_how_many_steps_a_run_has_behind_it(plan, done, total, state, trained):
+    opened = dataclasses.replace(open_run(plan, []), was_done=done)
+    opened.record.update({"total": total})
+    assert opened.trained(state) == trained
+
+
+def test_a_run_of_a_version_without_records_is_adopted_with_its_files(plan):
+    opened = open_run(plan, [])
+    out = opened.out
+    (out / "run.json").unlink()
+    state_files.save(out / "state", 4, {"essence": plan.essence(), "data": {}})
+    for name in ("x-step00000004.safetensors", "x.safetensors", "x-step00000004-mine.safetensors"):
+        (out / name).write_bytes(b"LoRA")
+    (out / "status.json").write_text('{"phase": "done"}')
+    adopt_older_run(out)
+    assert record_of(opened) == {
+        "name": "x",
+        "done": True,
+        "files": ["x-step00000004.safetensors", "x.safetensors"],
+        "finished": [4],
+        "total": 4,
+        "automatic_epochs": plan.train.max_epochs,
+    }
+    run_records.RunRecord(out).update({"name": "y"})
+    adopt_older_run(out)
+    assert record_of(opened)["name"] == "y"  # one that is there stays
+
+
+def test_an_older_run_that_was_not_done_has_no_end(plan):
+    opened = open_run(plan, [])
+    (opened.out / "run.json").unlink()
+    state_files.save(opened.out / "state", 4, {"essence": plan.essence(), "data": {}})
+    automatic = other(plan, max_epochs=AUTO)
+    (opened.out / "plan.json").write_text(automatic.to_json())
+    adopt_older_run(opened.out)
+    assert record_of(opened) == {"name": "x", "done": False, "files": []}

@@ -132,3 +132,10 @@ def test_real_shapes():
         (300, 3000): (256, 1024),
     }.items():
         assert fit(image, dataset()).size == size
+
+
+@pytest.mark.parametrize(("image", "scaled"), [((1717, 2864), (384, 641)), ((3032, 1010), (864, 288))])
+def test_where_both_sides_may_meet_as_well_the_width_does(image, scaled):
+    """The crop is the same either way, and has the same aspect ratio; only the scale differs, by a pixel."""
+    found = fit(image, dataset(bucket_no_upscale=True, bucket_reso_steps=32))
+    assert found.scaled == scaled

@@ -179,28 +179,28 @@ def variants(make_folder):
     from tests.support.drawings import draw
     from trainer.storage import digests
 
-    folder = make_folder("pictures", 5, captions=False)
+    folder = make_folder("pictures", 6, captions=False)
     out = []
-    for i in range(5):
+    for i in range(6):
         file = folder / f"{i:02}.png"
         assert draw(64, 48, seed=i).size == (64, 48)
         record = ImageRecord(file.name, file, digests.sha256(file), 64, 48, 0, 0, None)
-        size = (64, 48) if i < 4 else (48, 48)
+        size = (64, 48) if i < 5 else (48, 48)
         out.append((record, View(size, (64, 48), ((64 - size[0]) // 2, 0))))
     return out
 
 
-def encode(cache, variants, seen, *, megapixels=0.0062, check_in=lambda: None):
+def encode(cache, variants, seen, *, megapixels=0.012288, check_in=lambda: None):
     return caching.encode_images(
         cache, variants, encode=encode_moments(seen), cpu_workers=2, max_megapixels=megapixels, check_in=check_in
     )
 
 
 def test_only_what_is_missing_is_encoded_in_batches_of_one_size(variants, tmp_path):
-    """Two images of 3,072 pixels are just below the limit of 6,200, so a third joins them."""
+    """Four images of 64 × 48 have exactly the pixels that the limit allows."""
     cache, seen, checks = Cache(tmp_path / "cache", "v", "e"), [], []
-    assert encode(cache, variants, seen, check_in=lambda: checks.append(1)) == (5, [])
-    assert seen == [(3, 3, 48, 64), (1, 3, 48, 64), (1, 3, 48, 48)] and len(checks) == 3
+    assert encode(cache, variants, seen, check_in=lambda: checks.append(1)) == (6, [])
+    assert seen == [(4, 3, 48, 64), (1, 3, 48, 64), (1, 3, 48, 48)] and len(checks) == 3
     for image, view in variants:
         left = view.offset[0]
         pixels = np.asarray(__import__("PIL.Image").Image.open(image.file).convert("RGB"))
@@ -217,16 +217,16 @@ def test_only_what_is_missing_is_encoded_in_batches_of_one_size(variants, tmp_pa
     path.write_bytes(data)
     assert encode(cache, variants, seen) == (1, []) and seen == [(1, 3, 48, 64)]
     seen.clear()
-    assert encode(Cache(tmp_path / "one", "v", "e"), variants, seen, megapixels=0.000001)[0] == 5
-    assert [shape[0] for shape in seen] == [1] * 5
+    assert encode(Cache(tmp_path / "one", "v", "e"), variants, seen, megapixels=0.000001)[0] == 6
+    assert [shape[0] for shape in seen] == [1] * 6
 
 
 def test_an_image_that_cannot_be_read_is_named_and_the_others_are_encoded(variants, tmp_path):
     variants[1][0].file.write_bytes(b"no image")
     cache, seen = Cache(tmp_path / "cache", "v", "e"), []
     encoded, unusable = encode(cache, variants, seen, megapixels=1.0)
-    assert encoded == 4 and [image.name for image, _ in unusable] == ["01.png"] and unusable[0][1]
-    assert seen == [(3, 3, 48, 64), (1, 3, 48, 48)]
+    assert encoded == 5 and [image.name for image, _ in unusable] == ["01.png"] and unusable[0][1]
+    assert seen == [(4, 3, 48, 64), (1, 3, 48, 48)]
 
 
 def test_a_mask_is_stored_at_the_size_of_the_latents_by_the_share_of_its_pixels(variants, tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections import Counter
-from itertools import count, islice
+from itertools import count, islice, pairwise
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,33 @@ def test_every_image_occurs_exactly_repeats_times(count, repeats, batch_size, se
 def test_the_last_smaller_batch_of_each_bucket_is_trained():
     sizes = Counter(len(batch) for batch in make_sampler(plan(batch_size=3)).epoch(0))
     assert sizes == {3: 2, 2: 2}  # buckets of 3, 3, 2 and 2 images
+
+
+def test_batches_of_all_buckets_are_shuffled_together():
+    """In the order of the buckets, three blocks would follow each other."""
+    sampler = make_sampler(plan(batch_size=1), images(40))
+    for number in range(3):
+        sizes = [batch[0].view.size for batch in sampler.epoch(number)]
+        changes = sum(one != other for one, other in pairwise(sizes))
+        assert changes > 12 and len(sizes) == 40
+
+
+def test_the_order_is_that_of_a_generator_of_the_seed_and_the_epoch():
+    """By hand, where nothing varies: each occurrence draws its view, its caption and whether it is dropped; then each
+    bucket is shuffled and cut, and then the batches are.
+    """
+    some = images(9)
+    found = make_sampler(plan(batch_size=2), some, seed=5).epoch(3)
+    rng, groups = random.Random("5/epoch/3"), {}
+    for image in some:
+        rng.choice("a"), rng.choice("b"), rng.random()
+        groups.setdefault((image.width, image.height), []).append(image.name)
+    expected = []
+    for names in groups.values():
+        rng.shuffle(names)
+        expected += [names[i : i + 2] for i in range(0, len(names), 2)]
+    rng.shuffle(expected)
+    assert [[example.image.name for example in batch] for batch in found] == expected
 
 
 def test_epochs_and_seeds_differ():
@@ -211,6 +240,33 @@ def test_random_crops_stay_inside():
     assert len({v.offset for p, v in sampler.all_image_variants() if p.name == "000.png"}) > 1
 
 
+def test_a_third_of_the_views_change_the_colours_and_only_where_that_is_asked_for():
+    """sd-scripts changes them in a third of the occurrences."""
+    coloured = make_sampler(plan(subset(color_aug=True)), images(200))
+    views = [view for variants in coloured._variants for view in variants.views]
+    assert len(views) == 200 * VARIANTS
+    assert abs(sum(view.colour is not None for view in views) / len(views) - 1 / 3) < 0.05
+    seeds = {view.colour for view in views if view.colour is not None}
+    assert len(seeds) > 450 and 2**31 < max(seeds) < 2**32
+    cropped = make_sampler(plan(subset(random_crop=True)), images(20))
+    assert {view.colour for variants in cropped._variants for view in variants.views} == {None}
+
+
+def test_colours_do_not_move_the_crops():
+    def offsets(**keys):
+        sampler = make_sampler(plan(subset(random_crop=True, **keys)))
+        pools = [[view.offset for view in variants.views] for variants in sampler._variants]
+        return [pool for pool in pools if len(set(pool)) > 1]
+
+    assert offsets() == offsets(color_aug=True) == offsets(flip_aug=True) != []
+
+
+def test_half_of_a_pool_is_flipped():
+    sampler = make_sampler(plan(subset(random_crop=True, flip_aug=True)))
+    pools = [variants.views for variants in sampler._variants if len(variants.views) == VARIANTS]
+    assert pools and all([view.flip for view in pool] == [False, True] * (VARIANTS // 2) for pool in pools)
+
+
 def test_captions_are_dropped_as_often_as_asked():
     sampler = make_sampler(plan(subset(num_repeats=300)), caption_dropout_rate=0.25)
     dropped = sum(e.caption == "" for e in examples(sampler.epoch(0)))
@@ -229,6 +285,41 @@ def test_the_log_names_the_augmentations():
     assert f"{VARIANTS} variants of each caption are encoded" in text
     assert "captions are dropped in 0.2 of the occurrences" in text
     assert "vary" not in "\n".join(make_sampler(plan()).describe())
+
+
+def test_the_log_says_how_large_an_epoch_is_and_names_datasets_where_there_are_several():
+    one = plan(subset(num_repeats=2), validation_split=0.1)
+    sampler = make_sampler(one)
+    shapes = Counter((p.width, p.height) for p in images(10) if p.name != sampler.held_out[0].name)
+    batches = sum(math.ceil(2 * count / 3) for count in shapes.values())
+    assert sampler.describe()[:2] == [
+        f"9 images × repeats = 18 examples an epoch, {batches} batches.",
+        "1 images are held out for validation.",
+    ]
+    assert [line.split(",")[0] for line in make_sampler(plan()).describe()] == ["Shapes: 4"]
+    several = DataPlan((Dataset((subset(),), (512, 512)), Dataset((subset(),), (256, 256))))
+    lines = make_sampler(several, images(3) + images(2, dataset=1)).describe()
+    assert [line.split(",")[0] for line in lines] == ["Dataset 0: Shapes: 1", "Dataset 1: Shapes: 1"]
+    assert "512 × 512 (3)" in lines[0] and "256 × 256 (2)" in lines[1]
+    unused = make_sampler(plan(subset(), subset(is_reg=True)), images(4) + images(9, subset=1, first=50)).describe()
+    assert "5 regularisation images are not used: there are more of them than others." in unused
+
+
+@pytest.mark.parametrize(
+    ("keys", "rate", "lines"),
+    [
+        ({}, 0.0, []),
+        ({"flip_aug": True}, 0.0, ["flip varies: 2 views of each image are encoded"]),
+        ({"random_crop": True}, 0.0, ["crop vary: 8 views of each image are encoded"]),
+        ({"color_aug": True, "flip_aug": True}, 0.0, ["colours and flip vary: 8 views of each image are encoded"]),
+        ({"caption_dropout_rate": 0.1}, 0.25, ["captions are dropped in 0.25 of the occurrences"]),
+        ({"caption_dropout_rate": 0.3}, 0.25, ["captions are dropped in 0.3 of the occurrences"]),
+        ({"caption_dropout_every_n_epochs": 3}, 0.0, ["captions are dropped in every epoch divisible by 3"]),
+    ],
+)
+def test_the_log_says_what_varies_in_each_subset(keys, rate, lines):
+    found = make_sampler(plan(subset(**keys)), caption_dropout_rate=rate).describe()
+    assert found[1:] == [f"Subset 0.0: {line}" for line in lines]
 
 
 # ---- validation

@@ -62,6 +62,30 @@ def test_the_first_and_the_last_512_bytes_of_every_tensor_count(folder):
     assert at < 8 + length
 
 
+def test_the_digest_is_that_of_the_header_and_of_both_ends_in_the_order_of_the_names(folder):
+    """By hand: keys of caches on disk depend on it."""
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    length, found = data_regions(path)
+    total = hashlib.sha256(data[8 : 8 + length])
+    for name in sorted(found):
+        tensor = data[slice(*found[name])]
+        total.update(tensor[:512] + tensor[-512:])
+    assert digests.file_digest(path) == total.hexdigest()
+    whole = hashlib.sha256()
+    for name in ("config.json", "model.safetensors", "tokenizer/merges.txt", "tokenizer/spiece.model"):
+        content = (folder / name).read_bytes()
+        whole.update(f"{name}:{len(content)}\n".encode())
+        if name != "model.safetensors":
+            whole.update(content)
+            continue
+        whole.update(content[8 : 8 + length])
+        for tensor in sorted(found):
+            ends = content[slice(*found[tensor])]
+            whole.update(ends[:512] + ends[-512:])
+    assert digests.weights_digest(folder) == whole.hexdigest()
+
+
 def test_a_damaged_file_is_a_value_error(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])

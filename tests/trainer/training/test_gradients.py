@@ -43,7 +43,8 @@ def batch(count, seed, *, mask=False):
     mask_B1HW = torch.rand(count, 1, 4, 4, generator=generator) if mask else None
     weight = torch.rand(count, generator=generator) + 0.5
     names = tuple(f"{seed}-{i}" for i in range(count))
-    return MicroBatch(moments, text, torch.randn(count, 6, generator=generator), mask_B1HW, weight, names, names)
+    captions = tuple(f"caption {name}" for name in names)
+    return MicroBatch(moments, text, torch.randn(count, 6, generator=generator), mask_B1HW, weight, names, captions)
 
 
 GROUP = [batch(3, 1), batch(1, 2, mask=True), batch(2, 3)]
@@ -105,7 +106,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_images(first, stride):
     one = backward(Model(), first_index=first, stride=stride)
     check(one(GROUP, 4), one, first=first, stride=stride)
     assert one.predict.sizes == [3, 1, 2]
-    assert one.predict.calls == [(b.names, b.names) for b in GROUP]
+    assert one.predict.calls == [(b.names, b.captions) for b in GROUP]
 
 
 def test_the_loss_scale_multiplies_the_gradient_and_not_the_losses():

@@ -222,6 +222,14 @@ def test_every_value_of_the_random_generators_is_put_back(saved):
         assert not same([found[path[1]]], [tree["random"][path[1]]])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_the_generator_of_a_gpu_is_left_out_where_there_is_none(saved):
+    _, tree = saved()
+    assert "cuda" not in tree["random"]
+    random_state.set_random_state({**tree["random"], "cuda": torch.zeros(16, dtype=torch.uint8)})
+    assert torch.equal(torch.get_rng_state(), tree["random"]["torch"])
+
+
 def test_a_piece_that_is_missing_is_refused(saved):
     _, tree = saved()
     for piece in ("adapters", "optimizer", "schedule", "text_encoders", "ema"):
@@ -241,6 +249,7 @@ def test_a_piece_that_is_missing_is_refused(saved):
 def test_an_average_that_the_state_lacks_begins_at_its_weights(saved):
     _, tree = saved(decay=0.0)
     one = new_state(decay=0.9)
+    one.adapter_params = []  # the average is of what the optimiser trains, which may be longer parameters
     one.restore(tree)
     assert one.ema.steps == 0 and one.ema.decay == 0.9
     assert all(torch.equal(a, b) for a, b in zip(one.ema.shadow, one.optimizer_params, strict=True))

@@ -1,0 +1,81 @@
+"""The table of memory modes: its order, its conditions, and the modes to fall back to, against the rule in words."""
+
+import itertools
+
+import pytest
+
+from trainer.spec.strategies import (
+    MEMORY_MODES,
+    OFFLOADS,
+    POLICIES,
+    RECOMPUTE_POLICIES,
+    MemoryMode,
+    RunningMode,
+    described,
+    fallbacks,
+    memory_mode,
+)
+
+# From what keeps least to what keeps most; from what is on the device to what is not.
+KEEPS = {"all": 0, "attention": 1, "products": 2, "none": 3}
+AWAY = {"none": 0, "activations": 1, "weights": 2}
+
+
+def test_the_table_is_in_the_order_of_what_is_kept_and_of_what_it_costs():
+    assert list(RECOMPUTE_POLICIES) == list(KEEPS) and tuple(KEEPS) == POLICIES and list(OFFLOADS) == list(AWAY)
+    costs = [policy.step_cost for policy in RECOMPUTE_POLICIES.values()]
+    assert costs == sorted(costs, reverse=True) and costs[-1] == 1.0 and len(set(costs)) == 4
+    slow = [mode.slowdown for mode in OFFLOADS.values()]
+    assert slow == sorted(slow) and slow[0] == 1.0 and len(set(slow)) == 3
+    assert [(mode.recompute, mode.offload) for mode in MEMORY_MODES] == [
+        ("none", "none"),
+        ("products", "none"),
+        ("attention", "none"),
+        ("attention", "activations"),
+        ("all", "none"),
+        ("all", "activations"),
+        ("all", "weights"),
+    ]
+
+
+def test_conditions_of_the_modes():
+    """Outputs that a policy keeps are offloaded only with the compiler; streamed weights have no rows for DoRA."""
+    for mode in MEMORY_MODES:
+        for compiled, dora in itertools.product((False, True), repeat=2):
+            possible = compiled or (mode.recompute, mode.offload) != ("attention", "activations")
+            possible = possible and not (dora and mode.offload == "weights")
+            assert mode.is_allowed(compiled=compiled, dora=dora) == possible
+        assert mode.weights_on_device == (mode.offload != "weights")
+        assert memory_mode(mode.recompute, mode.offload) is mode
+    with pytest.raises(KeyError):
+        memory_mode("products", "weights")
+    assert MemoryMode("all").is_allowed(compiled=False, dora=True)
+
+
+@pytest.mark.parametrize("policy", KEEPS)
+@pytest.mark.parametrize("offload", AWAY)
+@pytest.mark.parametrize("kept", [0, 3])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_each_fallback_keeps_and_holds_no_more(policy, offload, kept, compiled):
+    first, *rest = fallbacks(policy, kept, offload, compiled=compiled)
+    assert first == (policy, kept, offload)
+    expected = []
+    for mode in MEMORY_MODES:
+        running = RunningMode(mode.recompute, 0, mode.offload)
+        if KEEPS[mode.recompute] > KEEPS[policy] or AWAY[mode.offload] < AWAY[offload] or mode.recompute == "none":
+            continue
+        if not compiled and (mode.recompute, mode.offload) == ("attention", "activations"):
+            continue
+        if running != first:
+            expected.append(running)
+    assert rest == expected
+
+
+def test_a_mode_in_words():
+    assert described("none", 0, "none") == "everything kept"
+    assert described("all", 3, "weights") == (
+        "all recomputed, except in 3 blocks, activations offloaded, weights streamed"
+    )
+    assert described("products", 1, "activations") == (
+        "all but products recomputed, except in 1 blocks, activations offloaded"
+    )
