@@ -107,6 +107,7 @@ JOBS = {  # name → family, prompts, and the variables that are not as usual
             "PARAMS_PREDICTION_TYPE": "v_prediction",
             "PARAMS_ZERO_TERMINAL_SNR": "true",
             "PARAMS_MIN_SNR_GAMMA": "0.5",
+            "PARAMS_NOISE_OFFSET": "0.2",
             "PARAMS_MAX_TOKEN_LENGTH": "150",
             "PARAMS_OPTIMIZER_TYPE": "adamw",
             "PARAMS_TEXT_ENCODER_LR": "0.002,0.001",
