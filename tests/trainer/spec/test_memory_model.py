@@ -6,6 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from entrypoint.dataset_config.manifest import read_manifest
+from entrypoint.planning.plan import make_plan
+from entrypoint.settings.read import read_settings
+from entrypoint.system.hardware import Hardware
+from tests.support.machines import NOW
 from trainer.spec.family import base_models, get_family
 from trainer.spec.memory_model import (
     BATCHES,
@@ -175,3 +180,34 @@ def test_streaming_and_tiling_lower_the_peaks_of_their_phases_alone():
     assert plain["training"] == lean["training"] == strategy.gib
     assert 9 < plain["texts"] < 10.5 and lean["texts"] < 2
     assert lean["samples"] < plain["samples"] - 2 and lean["latents"] < plain["latents"]
+
+
+# ---- whole jobs that were measured under a cap: rank 16, 8-bit AdamW, 1024 x 1024 pixels, batch 1
+
+HOPPER = Hardware("nvidia", "9.0", 139.0, 1, "580.1", 500.0, 32)
+CAPPED = [  # family, cap, measured peak, and what auto chose (docs/performance.md: Under a hard memory cap)
+    ("sdxl", 5, 4.99, ("all", "activations")),
+    ("sd3", 8, 7.93, ("none", "none")),
+    ("flux", 8, 7.26, ("all", "weights")),
+    ("flux", 16, 15.93, ("attention", "activations")),
+]
+
+
+@pytest.mark.parametrize(("name", "cap", "measured", "mode"), CAPPED)
+def test_a_job_under_a_cap_is_planned_as_it_was_measured(name, cap, measured, mode):
+    asked = {
+        "BASE_MODEL": name, "DATASET_NAME": "/images", "MEMORY_LIMIT_GIB": str(cap), "PARAMS_NETWORK_DIM": "16",
+        "PARAMS_OPTIMIZER_TYPE": "adamw8bit", "PARAMS_RESOLUTION": "1024",
+    }  # fmt: skip
+    plan = make_plan(read_settings(asked), read_manifest(None, None), HOPPER, now=NOW)
+    assert (plan.engine.recompute, plan.engine.offload) == mode
+    gib = predict_peak_gib(
+        base_models()[name][1].footprint,
+        Workload(1024 * 1024, 1, 16, "adamw8bit"),
+        precision=plan.engine.precision,
+        recompute=plan.engine.recompute,
+        kept_blocks=plan.engine.kept_blocks,
+        offload=plan.engine.offload,
+        transposed=plan.engine.turned_weights,
+    )
+    assert gib <= measured <= cap  # of the whole job: its samples and its CUDA graph take the rest
