@@ -12,6 +12,7 @@ import pytest
 
 from entrypoint.dataset_config.manifest import read_manifest
 from entrypoint.planning.plan import make_plan
+from entrypoint.settings.aliases import VARIABLES
 from entrypoint.settings.read import read_settings
 from entrypoint.settings.variables import ROWS, SECTIONS, section_rows
 from tests.support.machines import CPU, LARGE_GPU
@@ -155,6 +156,17 @@ def test_a_variable_reaches_the_plan_and_its_file(name):
     assert see(plan_of(others)) != expected
     assert see(type(plan).from_json(plan.to_json())) == expected
     assert name in plan.given
+
+
+@pytest.mark.parametrize("alias", [alias for alias, name in VARIABLES.items() if name in PLANNED])
+def test_another_trainers_name_reaches_the_same_place(alias):
+    """Each alias once, and our own name in small letters beside it."""
+    name = VARIABLES[alias]
+    others, value, see, expected = PLANNED[name]
+    others = {other: text for other, text in others.items() if other != name}
+    plan = plan_of({**others, alias: value})
+    assert see(plan) == expected
+    assert see(plan_of({**others, name.removeprefix("PARAMS_").lower(): value})) == expected
 
 
 @pytest.mark.parametrize("name", NOT_PLANNED)

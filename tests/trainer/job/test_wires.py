@@ -20,6 +20,7 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from peft import LoraConfig
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from entrypoint.settings.variables import ROWS
@@ -106,6 +107,7 @@ JOBS = {  # name → family, prompts, and the variables that are not as usual
             "PARAMS_PREDICTION_TYPE": "v_prediction",
             "PARAMS_ZERO_TERMINAL_SNR": "true",
             "PARAMS_MIN_SNR_GAMMA": "0.5",
+            "PARAMS_NOISE_OFFSET": "0.2",
             "PARAMS_MAX_TOKEN_LENGTH": "150",
             "PARAMS_OPTIMIZER_TYPE": "adamw",
             "PARAMS_TEXT_ENCODER_LR": "0.002,0.001",
@@ -690,6 +692,98 @@ def test_samples_follow_the_changes_of_the_schedule(jobs):
     assert times("sdxl") != times("sdxl, velocity")
     doubled = jobs("sdxl").seen("sample", "hidden_states")
     assert [len(states) for states in doubled[:5]] == [2] * 5  # classifier-free guidance, in one batch
+
+
+# ---- the files, in diffusers' own loader
+
+
+def trained(job):
+    """Layer of diffusers' pipeline → alpha / rank * B A of what trains, in float64; q, k and v apart."""
+    family = get_family(job.plan.model.family)
+    state = job.state
+    alpha, rank = float(job.asked.get("PARAMS_NETWORK_ALPHA", 4)), int(job.asked.get("PARAMS_NETWORK_DIM", 32))
+    scale = alpha / (rank**0.5 if job.asked.get("PARAMS_LORA_TYPE") == "rslora" else rank)
+    models = {family.FACTS.lora_prefix: state.denoiser, **state.texts.models}
+    joined = {"to_qkv": ("to_q", "to_k", "to_v"), "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj")}
+    deltas, magnitudes = {}, {}
+    with state.inference_weights():
+        for component, model in models.items():
+            for path, layer in model.named_modules():
+                if not hasattr(layer, "lora_A"):
+                    continue
+                up, down = layer.lora_B["default"].weight.detach(), layer.lora_A["default"].weight.detach()
+                parent, _, leaf = path.rpartition(".")
+                names = [f"{parent}.{part}" for part in joined.get(leaf, (leaf,))]
+                for name, rows in zip(names, up.chunk(len(names)), strict=True):
+                    deltas[f"{component}.{name}"] = scale * rows.double() @ down.double()
+                if layer.lora_magnitude_vector:
+                    magnitudes[f"{component}.{path}"] = layer.lora_magnitude_vector["default"].weight.detach().clone()
+    return deltas, magnitudes
+
+
+@pytest.mark.parametrize("which", JOBS)
+def test_diffusers_loads_from_the_file_what_was_trained(which, jobs):
+    job = jobs(which)
+    name = job.plan.model.family
+    pipe = pipeline(name)
+    pipe.load_lora_weights(job.folder / "out" / "x-diffusers.safetensors", adapter_name="x")
+    expected, magnitudes = trained(job)
+    found = {}
+    for component in {key.partition(".")[0] for key in expected}:
+        for path, layer in getattr(pipe, component).named_modules():
+            if "x" in getattr(layer, "lora_A", {}):
+                found[f"{component}.{path}"] = layer
+    assert found.keys() == expected.keys()
+    for key, layer in found.items():
+        product = layer.lora_B["x"].weight.double() @ layer.lora_A["x"].weight.double()
+        torch.testing.assert_close(layer.scaling["x"] * product, expected[key], rtol=1e-4, atol=1e-7, msg=key)
+        if magnitudes:
+            torch.testing.assert_close(layer.lora_magnitude_vector["x"].weight.detach(), magnitudes[key])
+    assert bool(magnitudes) == (job.asked.get("PARAMS_LORA_TYPE") == "dora")
+    assert sum(delta.abs().max() > 0 for delta in expected.values()) > len(expected) / 2
+
+
+HEADERS = {  # job → what the header of its kohya file says
+    "flux": {"ss_network_dim": "32", "ss_network_alpha": "4.0", "ss_seed": "42", "ss_optimizer": "prodigy"},
+    "flux, optimiser": {
+        # The commonest rank of the file: q, k and v of three adapters are one layer of rank 9, and alpha grows with it.
+        "kiln_rank": "3",
+        "kiln_alpha": "6.0",
+        "ss_seed": "7",
+        "ss_optimizer": "adamw",
+        "ss_learning_rate": "0.02",
+        "ss_lr_scheduler": "cosine_with_restarts",
+        "ss_text_encoder_lr": "[0.005]",
+        "ss_steps": "9",
+        "kiln_split_qkv": "true",
+        "modelspec.architecture": "flux-1-dev/lora",
+    },
+    "flux, noise": {
+        "ss_noise_offset": "0.3",
+        "ss_resolution": "(64, 32)",
+        "modelspec.resolution": "64x32",
+        "ss_epoch": "2",
+    },
+    "flux, engine": {"kiln_lora_type": "rslora", "ss_network_dim": "32", "modelspec.trigger_phrase": "ohwx"},
+    "sdxl": {"modelspec.prediction_type": "epsilon", "modelspec.architecture": "stable-diffusion-xl-v1-base/lora"},
+    "sdxl, velocity": {
+        "modelspec.prediction_type": "v",
+        "ss_max_token_length": "150",
+        "ss_text_encoder_lr": "[0.002, 0.001]",
+    },
+    "sd3": {"kiln_lora_type": "dora", "modelspec.architecture": "stable-diffusion-3-medium/lora"},
+}
+
+
+@pytest.mark.parametrize("which", JOBS)
+def test_the_header_has_the_settings_of_its_job(which, jobs):
+    with safe_open(jobs(which).folder / "out" / "x.safetensors", "pt") as file:
+        header = file.metadata()
+        alphas = {file.get_tensor(key).item() for key in file.keys() if key.endswith(".alpha")}  # noqa: SIM118
+        ranks = [file.get_slice(key).get_shape()[0] for key in file.keys() if key.endswith(".lora_down.weight")]  # noqa: SIM118
+    assert {key: header.get(key) for key in HEADERS[which]} == HEADERS[which]
+    assert alphas == {float(header["ss_network_alpha"])}
+    assert int(header["ss_network_dim"]) == max(ranks, key=ranks.count)
 
 
 # ---- the engine
