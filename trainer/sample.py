@@ -43,6 +43,7 @@ from trainer.spec.family import BaseModel, Facts, Family, family_names, get_fami
 from trainer.spec.plan import Prompt
 from trainer.spec.prompts import FLAGS, PromptRequest, complete_prompts, parse_line, parse_lines
 from trainer.spec.values import Problems
+from trainer.storage import own_files
 from trainer.storage.read import read_regular
 
 if TYPE_CHECKING:
@@ -54,7 +55,6 @@ log = logging.getLogger(__name__)
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "kiln"  # noqa: PTH111 (never raises)
 SEED = 42  # the default of --seed, as of PARAMS_SEED
 MAX_SEED = 2**32 - 1
-IMAGES = "step-00000000-*.png"
 PARTS = [part for part in OPTIONS if part != "denoiser"]  # those with an option of their own
 
 
@@ -182,20 +182,32 @@ def _label(lora_paths: Sequence[tuple[Path, float]]) -> str:
 def _draw_all(out: Path, prompts: Sequence[Prompt], draw: Callable[[Prompt], Any], *, label: str) -> None:
     """Draw all prompts into `out`, and say which file has which. `label`: above the images of the sheet."""
     from trainer.job import sampling
-    from trainer.job.reporting import contact_sheet
 
-    for old in out.glob(IMAGES):
+    for old in _drawn_before(out):
         old.unlink()  # draw_all skips images that exist
     try:
         sampling.draw_all(out, prompts, step=0, draw=draw, stopped=lambda: False, labels={0: label})
     except OSError as problem:
         raise StorageError(f"--out {out} cannot be written: {problem.strerror or problem}.") from problem
-    for path, prompt in zip(sorted(out.glob(IMAGES)), prompts, strict=True):
+    for number, prompt in enumerate(prompts):
         log.info(
             "%s: %s (%d x %d, seed %d, %d steps)",
-            path, prompt.text, prompt.width, prompt.height, prompt.seed, prompt.steps,
+            out / f"step-00000000-{number:02d}.png",
+            prompt.text, prompt.width, prompt.height, prompt.seed, prompt.steps,
         )  # fmt: skip
-    log.info("%s: all in one.", out / contact_sheet.SHEET_NAME)
+    log.info("%s: all in one.", out / own_files.SHEET_NAME)
+
+
+def _drawn_before(out: Path) -> list[Path]:
+    """The images of this command in a folder, as their own text chunk says. A user's images stay."""
+    from trainer.job.sampling import drawn_with
+
+    found = []
+    for path in sorted(out.iterdir()):
+        match = own_files.SAMPLE_NAME.fullmatch(path.name)
+        if match and int(match[1]) == 0 and drawn_with(path) is not None:
+            found.append(path)
+    return found
 
 
 def apply_loras(model: Any, loras: Sequence[tuple[LoraModules, float]], *, component: str) -> None:
@@ -300,8 +312,9 @@ def _find_base(options: argparse.Namespace, lora_paths: Sequence[tuple[Path, flo
 def _check_out(out: Path) -> None:
     """Refuse a folder that has a job's samples: they would be replaced."""
     check_folder(out, "--out")
-    own = set(out.glob(IMAGES))
-    if (out.parent / "status.json").exists() or set(out.glob("step-*.png")) - own:
+    matches = [own_files.SAMPLE_NAME.fullmatch(path.name) for path in out.iterdir()]
+    has_steps = any(match and int(match[1]) > 0 for match in matches)
+    if (out.parent / "status.json").exists() or has_steps:
         raise SettingsError(f"--out {out} holds the samples of a job. Fix: name another folder.")
 
 

@@ -21,6 +21,7 @@ from entrypoint.settings.variables import ALIASES, CONFIG_JSON, NAMES, ROWS, SEC
 from trainer.network import addresses
 from trainer.spec.errors import SettingsError
 from trainer.spec.values import is_text, show
+from trainer.storage.read import read_text
 
 EXAMPLE = "docker run --gpus all -e BASE_MODEL={} -e DATASET_NAME=/data -v /path/of/your/images:/data ..."
 _MAX_TOKEN_CHARACTERS = 10_000  # of HF_TOKEN_FILE: a file that is larger holds something else
@@ -73,8 +74,7 @@ def _resolve_token(values: dict[str, str], notes: Notes) -> None:
         return
     if not token and file:
         try:
-            with Path(absolute(file)).open(encoding="utf-8") as stream:
-                token = stream.read(_MAX_TOKEN_CHARACTERS).strip()
+            token = read_text(Path(absolute(file)), limit=_MAX_TOKEN_CHARACTERS).strip()
         except (OSError, ValueError) as problem:
             reason = getattr(problem, "strerror", None) or "it is not text"
             notes.add(f"{file_variable}={show(file)} cannot be read: {reason}. Allowed: a file with the token alone.")

@@ -188,7 +188,7 @@ def test_states_are_flushed_before_and_after_their_rename(run, tmp_path):
     subprocess.run([*command, sys.executable, "-m", "trainer", plan], check=True, capture_output=True, timeout=280)
     calls = trace.read_text().splitlines()
     for step in ("step-00000001", "step-00000002"):
-        at = next(i for i, c in enumerate(calls) if re.search(rf'rename\w*\(.*{step}\.\d+\.tmp", .*{step}"\)', c))
+        at = next(i for i, c in enumerate(calls) if re.search(rf'rename\w*\(.*{step}\.kiln\.tmp", .*{step}"\)', c))
         before, after = "\n".join(calls[:at]), calls[at + 1 :]
         for name in ("state.safetensors>", "state.json>", ".tmp>"):
             assert re.search(rf"fsync\(\d+<[^>]*{step}[^>]*{re.escape(name)}", before), name
@@ -199,8 +199,8 @@ def test_states_are_flushed_before_and_after_their_rename(run, tmp_path):
 def test_what_was_not_flushed_may_be_lost(halfway, tiny):
     """A3: after a loss of power, a state that was being written is empty; the one before is used."""
     whole = halfway.out / "state" / "step-00000010"
-    whole.rename(whole.with_name(".step-00000010.1.tmp"))
-    for path in whole.with_name(".step-00000010.1.tmp").iterdir():
+    whole.rename(whole.with_name(".step-00000010.kiln.tmp"))
+    for path in whole.with_name(".step-00000010.kiln.tmp").iterdir():
         path.write_bytes(b"")
     assert halfway() == 0 and "Resumed at step 8" in halfway.said()
     assert halfway.final == tiny.reference and halfway.orphans() == []

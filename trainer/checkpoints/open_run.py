@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.checkpoints import state_files
 from trainer.data.identity import content_changes, fingerprint
 from trainer.data.records import ImageRecord
 from trainer.spec.plan import AUTO, Plan
-from trainer.storage import atomic, digests, json_files, run_records
+from trainer.storage import atomic, digests, own_files, run_records
 from trainer.storage.choose_run import Choice, choose
 from trainer.storage.run_records import RunRecord
 
@@ -48,9 +49,12 @@ def open_run(plan: Plan, images: Sequence[ImageRecord]) -> OpenRun:
     choice = choose(plan, content_changes=content_changes(prints, model))
     _log_choice(plan, choice)
     home = choice.home
-    _set_aside_odd_files(home)
-    if choice.run is None and (home / "sample").exists():  # of settings that left nothing else
-        json_files.set_aside(home / "sample", "has samples of a run that was given up")
+    if choice.plan.output.folder:
+        own_files.set_aside_no_folders(out, (run_records.RUNS_FOLDER,))
+    own_files.set_aside_foreign(home, own_files.OF_RUN)
+    own_files.set_aside_no_folders(home)
+    if choice.run is None:
+        own_files.set_aside_samples(home / "sample")
     used = max([run_records.last_used(run) for run in run_records.known_runs(out)], default=0) + 1
     if choice.run is None:
         # Of settings that left nothing else. It goes before the new plan comes: a kill in between must not leave the
@@ -66,6 +70,9 @@ def open_run(plan: Plan, images: Sequence[ImageRecord]) -> OpenRun:
         "used": used,
     }
     values |= {"data": prints, "model": model, "listing": run_records.listing_digest(plan)}
+    values["essence"] = choice.plan.essence()
+    if "states" not in record.values:  # of a version that did not list them
+        values["states"] = [path.name for path in run_records.state_folders(home / "state")]
     record.update({**values, **_history(choice, record)})
     return OpenRun(choice.plan, out, home, record, was_done=choice.finished is not None)
 
@@ -102,30 +109,26 @@ def _model_digest(plan: Plan) -> str:
         return ""
 
 
-def _set_aside_odd_files(home: Path) -> None:
-    """Free the names of the files that a run writes."""
-    for name in ("plan.json", "upload.json", run_records.RECORD):
-        json_files.set_aside_unless_object(home / name)
-    plan = home / "plan.json"
-    if plan.exists() and run_records.read_plan(plan) is None:
-        json_files.set_aside(plan, "is not a plan of this version of Kiln")
+def remove_leftovers(out: Path) -> None:
+    """Remove what a killed process was writing in `out`, which this process holds the lock of."""
+    own_files.remove_leftovers(out)
+    for run in run_records.known_runs(out):
+        state_files.remove_unfinished(run.home / "state")
 
 
 def adopt_older_run(out: Path) -> None:
-    """Write the record of a run that a version without records left in `out`.
+    """Write the record of each run in `out` that has none: a version without records left it, or it was damaged.
 
     To be called before status.json is written: that says whether the run was finished.
     """
-    if (out / run_records.RECORD).exists():
-        return
     for run in run_records.known_runs(out):
-        if run.folder or run.is_barren:  # nothing to keep: perhaps a new one, killed before it had its record
+        if run.record or run.is_barren:  # nothing to keep: perhaps a new one, killed before it had its record
             continue
-        steps = run_records.state_steps(out)
+        steps = run_records.state_steps(run.home)
         values: dict[str, Any] = {"name": run.name, "done": run.done}
         values["files"] = run_records.written_names(out, run.name, steps=steps, final=run.done)
         if run.done and run.step:
             values |= {"finished": [run.step], "total": run.step}
         if run.plan is not None and run.plan.train.max_epochs != AUTO:
             values["automatic_epochs"] = run.plan.train.max_epochs  # its default: where PARAMS_MAX_EPOCHS is auto now
-        RunRecord(out).update(values)
+        RunRecord(run.home).update(values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import logging
 import re
 import shutil
@@ -12,7 +11,8 @@ from pathlib import Path
 from trainer.checkpoints import state_files
 from trainer.spec.errors import StorageError
 from trainer.storage import atomic
-from trainer.storage.run_records import RunRecord
+from trainer.storage.read import is_regular
+from trainer.storage.run_records import STATE_FILES, RunRecord, state_folders
 
 log = logging.getLogger(__name__)
 WARN_BELOW_SAVES = 3  # the log warns when fewer saves than these still fit
@@ -20,7 +20,7 @@ SAVE_NAME = re.compile(r".*-step(\d{8})(-[a-z]+)?\.safetensors")
 
 
 class CheckpointRetention:
-    """Keeps the newest states in `home`, and the LoRA files of the newest saves in `out`: those that `record` lists.
+    """Keeps the newest states in `home`, and the LoRA files of the newest saves in `out`, of those that `record` lists.
 
     0 keeps all. What `record` calls finished stays in any case: the end of a run before it was asked for more.
     """
@@ -40,8 +40,7 @@ class CheckpointRetention:
         try:
             write()
         except StorageError as problem:
-            for folder in (self.home / "state").glob("*.damaged"):
-                shutil.rmtree(folder, ignore_errors=True)
+            state_files.remove_damaged(self.home / "state", own=self.record.states)
             freed = self.prune(1, 1)
             if not freed:
                 raise
@@ -53,7 +52,7 @@ class CheckpointRetention:
     def prune(self, keep_states: int, keep_loras: int) -> int:
         """Remove all but the newest states and LoRA files, and what an interrupted save left; count them."""
         before = self._count()
-        state_files.prune(self.home / "state", keep_states)
+        self.record.disown_states(state_files.prune(self.home / "state", keep_states, own=self.record.states))
         saves = self._saves()
         steps = sorted(set(saves.values()) - set(self.record.finished))
         outdated_steps = steps[:-keep_loras] if keep_loras else []
@@ -61,9 +60,7 @@ class CheckpointRetention:
         for name in outdated:
             (self.out / name).unlink(missing_ok=True)
         self.record.disown(outdated)
-        for name in self.record.files:
-            for orphan in self.out.glob(f".{glob.escape(Path(name).stem)}.*.tmp*"):
-                orphan.unlink(missing_ok=True)
+        atomic.remove_leftovers(self.out, self.record.files.__contains__)
         return before - self._count()
 
     def saved_steps(self) -> list[int]:
@@ -81,13 +78,13 @@ class CheckpointRetention:
     def _count(self) -> int:
         """LoRA files and states."""
         files = [name for name in self._saves() if (self.out / name).is_file()]
-        return len(files) + len([*(self.home / "state").glob("*")])
+        return len(files) + len(state_folders(self.home / "state"))
 
     def _warn_of_full_disk(self, step: int) -> None:
         """Warn early when the volume fills up. While a save is written, the oldest is still there."""
         saved = [self.out / name for name, saved_step in self._saves().items() if saved_step == step]
-        saved += (self.home / "state" / f"step-{step:08d}").iterdir()
-        needed = sum(path.stat().st_size for path in saved)
+        saved += (self.home / "state" / f"step-{step:08d}" / name for name in STATE_FILES)
+        needed = sum(path.stat().st_size for path in saved if is_regular(path))
         free = shutil.disk_usage(self.out).free
         if free < WARN_BELOW_SAVES * needed:
             log.warning(

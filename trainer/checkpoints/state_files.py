@@ -7,16 +7,18 @@ A state is a folder `state/step-00000100` with two files and no pickle:
   `{"tuple": [...]}` and `{"dict": [[key, value], ...]}`.
 
 The folder is written under a temporary name, flushed, read back and renamed, so that a state under its own name is
-complete. One whose hash is wrong (a failing disk) is set aside, and the one before it is used.
+complete. One whose hash is wrong (a failing disk) is set aside, and the one before it is used. Where a user has put
+files into the folder of a state, its two files are removed and the others stay.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import re
-import shutil
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +30,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from trainer.spec.errors import StorageError
-from trainer.storage import atomic, digests, safetensors_writer
+from trainer.storage import atomic, digests, json_files, safetensors_writer
+from trainer.storage.read import read_text
+from trainer.storage.run_records import STATE_FILES, state_folders
 
 log = logging.getLogger(__name__)
-FOLDER_NAME = re.compile(r"step-(\d{8})")
-TENSORS_FILE = "state.safetensors"
-JSON_FILE = "state.json"
+TENSORS_FILE, JSON_FILE = STATE_FILES
+# A state that is being written, and one that is being removed.
+UNFINISHED = re.compile(r"\.step-[0-9]{8}\.kiln\.(tmp|old)")
+LARGEST_JSON = 1 << 30  # bytes of state.json: digests of some millions of images
 
 
 @dataclass(frozen=True)
@@ -52,11 +57,11 @@ def save(folder: Path, step: int, tree: dict[str, Any]) -> Path:
     be written or does not read back, and leaves nothing of it.
     """
     final = folder / f"step-{step:08d}"
-    temporary = folder / f".step-{step:08d}.{os.getpid()}.tmp"
+    temporary = folder / f".step-{step:08d}.kiln.tmp"
     tensors: dict[str, torch.Tensor] = {}
     values = _split(tree, tensors)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _make_room(temporary)
         temporary.mkdir(parents=True)
         record = {"step": step, "sha256": _write_tensors(temporary / TENSORS_FILE, tensors), "tree": values}
         text = json.dumps(record)
@@ -66,12 +71,11 @@ def save(folder: Path, step: int, tree: dict[str, Any]) -> Path:
             atomic.flush(path)
         if not _reads_back(temporary / TENSORS_FILE, tensors):
             raise StorageError(f"{final} does not read back as it was written.")
-        if final.exists():
-            shutil.rmtree(final)
+        _make_room(final)
         temporary.rename(final)
         atomic.flush(folder)
     except (OSError, SafetensorError, StorageError) as problem:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
         if isinstance(problem, StorageError):
             raise
         raise StorageError(f"The state of step {step} could not be written to {folder}: {problem}.") from problem
@@ -83,13 +87,13 @@ def latest(folder: Path) -> State | None:
 
     Raises StorageError if there are states and all are damaged: to start from nothing is the user's decision.
     """
-    paths = sorted(_state_folders(folder), reverse=True)
+    paths = sorted(state_folders(folder), reverse=True)
     for path in paths:
         try:
             return read(path)
         except ValueError as problem:
             log.warning("%s is damaged (%s). It was renamed, and the state before it is used.", path, problem)
-            path.rename(path.with_name(f"{path.name}.damaged"))
+            _rename_damaged(path)
     if paths:
         raise StorageError(
             f"All {len(paths)} states in {folder} are damaged. Move the folder away to start from the beginning."
@@ -100,36 +104,76 @@ def latest(folder: Path) -> State | None:
 def read(path: Path) -> State:
     """The state in folder `path`. Raises ValueError if it is damaged or not a state."""
     try:
-        outer = json.loads((path / JSON_FILE).read_text())
+        outer = json.loads(read_text(path / JSON_FILE, limit=LARGEST_JSON))
         if digests.digest(outer["text"]) != outer["sha256"]:
             raise ValueError("state.json is not what was written")
         record = json.loads(outer["text"])
         if digests.sha256(path / TENSORS_FILE) != record["sha256"]:
             raise ValueError("state.safetensors is not what was written")
-        tensors = load_file(path / TENSORS_FILE)
+        tensors = load_file(path / TENSORS_FILE)  # a regular file, since its digest was read
         return State(int(record["step"]), path, _join(record["tree"], tensors))
     except (OSError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as problem:
         raise ValueError(str(problem)) from problem
 
 
-def prune(folder: Path, keep: int) -> list[int]:
-    """Remove all states but the newest `keep`; return the steps that are left. 0 keeps all."""
-    kept = sorted(_state_folders(folder))
-    outdated: list[Path] = []
-    if keep:
-        outdated = kept[:-keep]
-        kept = kept[-keep:]
+def prune(folder: Path, keep: int, *, own: Collection[str]) -> list[str]:
+    """Remove all but the newest `keep` of the states whose names are in `own`, and what a killed save or removal left.
+
+    Returns the names of those that were removed. 0 keeps all.
+    """
+    states = sorted(path for path in state_folders(folder) if path.name in own)
+    outdated = states[:-keep] if keep else []
     for path in outdated:
-        doomed = path.with_name(f".{path.name}.old.tmp")
-        path.rename(doomed)  # at once: a kill leaves no half of a state under its name
-        shutil.rmtree(doomed)
-    for orphan in folder.glob(".step-*.tmp"):
-        shutil.rmtree(orphan, ignore_errors=True)
-    return [int(path.name.removeprefix("step-")) for path in kept]
+        doomed = path.with_name(f".{path.name}.kiln.old")
+        _make_room(doomed)
+        with contextlib.suppress(OSError):
+            # At once, so that a kill leaves no half of a state under its name. A user's files would go along.
+            if {entry.name for entry in path.iterdir()} <= {*STATE_FILES}:
+                path.rename(doomed)
+                path = doomed
+        _remove(path)
+    remove_unfinished(folder)
+    return [path.name for path in outdated]
 
 
-def _state_folders(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("step-*") if FOLDER_NAME.fullmatch(path.name)]
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a save or removal that was killed left."""
+    with contextlib.suppress(OSError):  # there is no such folder yet
+        for path in list(folder.iterdir()):
+            if UNFINISHED.fullmatch(path.name):
+                _remove(path)
+
+
+def remove_damaged(folder: Path, *, own: Collection[str]) -> None:
+    """Remove the damaged states that were renamed of those whose names are in `own`."""
+    for name in own:
+        _remove(folder / f"{name}.damaged")
+
+
+def _remove(path: Path) -> None:
+    """Remove the files of a state, and its folder if nothing else is in it."""
+    for name in reversed(STATE_FILES):  # state.json first: without it, it is none
+        with contextlib.suppress(OSError):
+            (path / name).unlink()
+    with contextlib.suppress(OSError):
+        path.rmdir()
+
+
+def _make_room(path: Path) -> None:
+    """Free the name of a folder that is about to be made; what is not ours there is set aside. Raises StorageError."""
+    if os.path.lexists(path):
+        if not path.is_symlink():
+            _remove(path)
+        json_files.set_aside_unless(path, lambda _: False, "has files that Kiln did not write")
+
+
+def _rename_damaged(path: Path) -> None:
+    number = 1
+    aside = path.with_name(f"{path.name}.damaged")
+    while os.path.lexists(aside):
+        number += 1
+        aside = path.with_name(f"{path.name}.damaged-{number}")
+    path.rename(aside)
 
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:

@@ -27,6 +27,7 @@ from trainer.data.decode import UnusableImageError
 from trainer.data.records import ImageRecord, View
 from trainer.data.render import render, render_mask
 from trainer.storage import atomic, digests
+from trainer.storage.read import is_regular
 
 VERSION = 1  # of the files' content; a change of it encodes everything again
 Item = dict[str, torch.Tensor]
@@ -186,12 +187,14 @@ def _map_ahead(pool: ThreadPoolExecutor, function: Callable[[A], B], items: Iter
 def _write(path: Path, item: Item) -> None:
     """Write one item, with a hash of its tensors in the file's header."""
     contiguous = {key: tensor.contiguous() for key, tensor in item.items()}
-    with atomic.replacing(path) as temporary:
+    with atomic.replacing(path, shared=True) as temporary:
         save_file(contiguous, temporary, metadata={"sha256": _hash(contiguous)})
 
 
 def _is_intact(path: Path) -> bool:
     """Whether the item exists and its tensors are those that were written."""
+    if not is_regular(path):
+        return False
     try:
         with safe_open(path, framework="pt") as file:
             item = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (the file is no dictionary)

@@ -137,6 +137,14 @@ def resolve(root: Path, name: str) -> Path:
     return Path(name)
 
 
+def leads_out(root: Path, name: str) -> bool:
+    """Whether a path that is relative to a folder of images is a link out of it."""
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        return False  # the user has named another place
+    real_root = os.path.realpath(root).rstrip("/") + "/"
+    return not os.path.realpath(root / name).startswith(real_root)
+
+
 def _leave_out_companions(folder: Folder, keep: str = "") -> list[str]:
     """Take masks, maps, previews and samples out of the images; returns those of the kind `keep`."""
     found = leftovers.companions(folder.images, folder.others)
@@ -282,8 +290,11 @@ class _Walker:
             self._leave_out(name, LINK_OUTPUT)
         elif stat.S_ISDIR(mode):
             self._skip(name, LINK_FOLDER)
-        elif is_image and not inside:
-            self._skip(name, LINK_OUT)  # a downloaded dataset must not reach other files of this machine
+        elif not inside:  # a downloaded dataset must not reach other files of this machine
+            if is_image:
+                self._skip(name, LINK_OUT)
+            else:
+                self._leave_out(name, LINK_OUT, "unreadable")
         else:
             self._add(name, special_kind(mode))
 

@@ -11,6 +11,7 @@ from PIL import Image
 from trainer.data import decode
 from trainer.data.decode import UnusableImageError
 from trainer.data.records import ImageRecord, View
+from trainer.storage.read import read_regular
 
 
 def render(file: Path, view: View, *, sha256: str | None = None) -> np.ndarray:
@@ -54,7 +55,7 @@ def _crop(image: Image.Image, view: View, *, interpolation: str | None) -> Image
 def _read(file: Path, sha256: str | None) -> bytes:
     """The file's bytes. The cache names latents by the hash from the scan, so other bytes must not be encoded."""
     try:
-        data = file.read_bytes()
+        data = read_regular(file, limit=decode.MAX_FILE_BYTES)
     except OSError as problem:
         raise UnusableImageError(f"cannot be read: {problem.strerror}") from problem
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:

@@ -13,18 +13,22 @@ from trainer.data.buckets import fit
 from trainer.data.captions import compose_caption
 from trainer.data.records import ImageRecord, Scan
 from trainer.spec.plan import DataPlan
-from trainer.storage import atomic
+from trainer.storage import atomic, json_files, own_files
+from trainer.storage.read import read_text
 
 COLUMNS = (
     *("file", "subset", "status", "reason", "width", "height", "bucket", "repeats"),
     *("caption", "trained caption", "caption file", "encoding", "cut_at"),
 )
+LARGEST_REPORT = 1 << 30  # bytes
 # A spreadsheet takes a cell that begins with one of these for a formula, and runs it.
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
 def write_report(scan: Scan, data: DataPlan, *, text: Path, seed: int) -> None:
     """Write the report to the file `text`, and as a table beside it."""
+    json_files.set_aside_unless(text, own_files.is_report)
+    json_files.set_aside_unless(text.with_suffix(".csv"), own_files.is_table)
     atomic.write_text(text, _writable(scan.report(limit=None)))
     atomic.write_text(text.with_suffix(".csv"), table(scan, data, seed=seed))
 
@@ -34,7 +38,7 @@ def write_cuts(
 ) -> None:
     """Add captions that are not read to their end: the `lines` to the report, and `cuts` to the table."""
     listed = "\n".join(lines)
-    atomic.write_text(report, f"{report.read_text(encoding='utf-8')}\n{listed}\n")
+    atomic.write_text(report, f"{read_text(report, limit=LARGEST_REPORT)}\n{listed}\n")
     atomic.write_text(report.with_suffix(".csv"), table(scan, data, seed=seed, cuts=cuts))
 
 

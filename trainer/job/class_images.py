@@ -124,7 +124,7 @@ def _fill(wanted: Sequence[tuple[ClassImages, Path]], plan: Plan, *, model: Path
             image = family.sample(
                 denoiser, vae, model, prompt=prompt, text=text, negative=negative, scheduler=scheduler
             )
-        with atomic.replacing(path) as temporary:
+        with atomic.replacing(path, shared=True) as temporary:
             image.save(temporary, format="PNG")
     del denoiser, weight_streamer, vae
     release()

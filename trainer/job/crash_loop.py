@@ -18,7 +18,14 @@ log = logging.getLogger(__name__)
 MAX_RESTARTS = 3  # without progress
 # Errors that come again unless something changes. Others are a signal, the user's to correct, or may pass.
 COUNTED = (HangError, NumbersError, OutOfMemoryError)
+KEYS = ("plan", "step", "count", "reason")  # of crashes.json
 UNEXPECTED = "an unexpected error"
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The count in crashes.json; None where it is missing, or not what was written."""
+    row = json_files.read_sealed(path, unsealed=KEYS)
+    return row if row is not None and row.keys() == set(KEYS) else None
 
 
 class CrashLog:
@@ -32,12 +39,12 @@ class CrashLog:
         self._step = step
         values = json.loads(plan.to_json())
         self._plan = digests.digest({**values, "reasons": None, "warnings": None})
-        json_files.set_aside_unless_object(self._path)
+        json_files.set_aside_unless(self._path, lambda path: _read(path) is not None)
         self._before = self._read()
 
     def _read(self) -> dict[str, Any]:
         try:
-            row = json_files.read_object(self._path) or {}
+            row = _read(self._path) or {}
             return {**row, "step": int(row["step"]), "count": int(row["count"])}
         except (ValueError, KeyError, TypeError, OverflowError):
             return {"step": -1, "count": 0}
@@ -58,7 +65,8 @@ class CrashLog:
         if self._before.get("plan") == self._plan and step <= self._before["step"]:
             step = self._before["step"]
             count = self._before["count"] + 1
-        atomic.write_json(self._path, {"plan": self._plan, "step": step, "count": count, "reason": reason})
+        row = {"plan": self._plan, "step": step, "count": count, "reason": reason}
+        atomic.write_json(self._path, json_files.sealed(row))
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:

@@ -33,7 +33,7 @@ import torch
 
 from trainer.base_model.single_file import convert_single_files
 from trainer.checkpoints import state_files
-from trainer.checkpoints.open_run import OpenRun, adopt_older_run
+from trainer.checkpoints.open_run import OpenRun, adopt_older_run, remove_leftovers
 from trainer.checkpoints.resume import resumable_state, total_steps
 from trainer.data.encode import open_cache
 from trainer.data.identity import fingerprint
@@ -54,7 +54,7 @@ from trainer.spec.log_lines import LineFormatter
 from trainer.spec.optimizers import STRETCHED_SCHEDULERS
 from trainer.spec.plan import Plan
 from trainer.spec.rules.resume_rules import changes
-from trainer.storage import atomic, json_files
+from trainer.storage import atomic, json_files, own_files
 from trainer.storage.choose_run import HOW_TO_GO_ON, already_trained, asked_length
 from trainer.storage.locks import locked
 from trainer.storage.run_records import RunRecord
@@ -91,6 +91,7 @@ def _run_first(plan: Plan, stop: StopFlag, workers: Workers) -> None:
         _printed_once(plan.printed, log_file),
         _report_ending(Status(out)) as status,
     ):
+        own_files.set_aside_foreign(out, own_files.OF_JOB)
         if was_cut_short:
             log.warning("%s", was_cut_short)
         for problem in streams.problems():
@@ -104,9 +105,8 @@ def _run_first(plan: Plan, stop: StopFlag, workers: Workers) -> None:
             crashes.record(str(problem))
 
         with watchdog.watching(out, on_hang), crashes.counted(), _as_job_errors(out):
-            atomic.remove_leftovers(out)
+            remove_leftovers(out)
             adopt_older_run(out)
-            json_files.set_aside_unless_object(out / "status.json")
             opened, data = _prepare(plan, stop, status=status, watchdog=watchdog)
             if is_over(opened, data):
                 _report_over(opened, data, status)
@@ -160,7 +160,6 @@ def _prepare(plan: Plan, stop: StopFlag, *, status: Status, watchdog: Watchdog) 
     check_targets(plan)
     plan = draw_class_images(plan, status=status, check_in=check_in)
     opened, scanned = find_run(plan, status=status)
-    atomic.remove_leftovers(opened.home)
     output = opened.plan.output
     status.update({"run": output.name, "run_folder": output.folder or "."})
     state = resumable_state(opened.plan, opened.home, fingerprint(scanned.images))
@@ -341,8 +340,7 @@ def _printed_once(lines: Sequence[str], log_file: logging.Handler) -> Iterator[N
 @contextlib.contextmanager
 def _log_file(path: Path, prefix: str = "") -> Iterator[logging.Handler]:
     """Inside, the log goes to `path` as well. Yields the handler that writes there."""
-    if path.exists() and not path.is_file():
-        json_files.set_aside(path, "is no file")
+    json_files.set_aside_unless(path, own_files.is_run_log)
     handler = _QuietFileHandler(path, encoding="utf-8")
     handler.setFormatter(LineFormatter(f"%(asctime)s %(levelname)s {prefix}%(message)s"))
     logging.getLogger().addHandler(handler)

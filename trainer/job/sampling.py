@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,10 +18,11 @@ from trainer.data.cache import Cache
 from trainer.engine.device import release, torch_dtype
 from trainer.engine.encoders import load_vae
 from trainer.engine.execution import without_new_compilation
-from trainer.job.reporting.contact_sheet import SAMPLE_NAME, SHEET_NAME, contact_sheet
+from trainer.job.reporting.contact_sheet import contact_sheet, read_sample
 from trainer.spec.family import Family
 from trainer.spec.plan import Plan, Prompt
-from trainer.storage import atomic
+from trainer.storage import atomic, json_files, own_files
+from trainer.storage.own_files import SAMPLE_NAME, SHEET_NAME
 from trainer.training.objective import scheduler_changes
 from trainer.training.state import TrainingState
 from trainer.training.stop_flag import StopFlag
@@ -98,10 +100,11 @@ def draw_all(
     count = 0
     for number, prompt in enumerate(prompts):
         path = folder / f"step-{step:08d}-{number:02d}.png"
-        if path.exists() and is_of(path, prompt):
+        if is_of(path, prompt):
             continue
         if stopped():
             break
+        json_files.set_aside_unless(path, lambda _: False, "is damaged, or another image than this prompt's")
         image = draw(prompt)
         with atomic.replacing(path) as temporary:
             image.save(temporary, pnginfo=_png_info(prompt, step))
@@ -125,7 +128,7 @@ def set_aside_outdated(folder: Path, prompts: Sequence[Prompt]) -> None:
         earlier.mkdir(exist_ok=True)
         target = earlier / path.name
         copy = 1
-        while target.exists():
+        while os.path.lexists(target):
             copy += 1
             target = earlier / f"{path.stem}-{copy}.png"
         path.rename(target)
@@ -134,18 +137,20 @@ def set_aside_outdated(folder: Path, prompts: Sequence[Prompt]) -> None:
         log.info("prompts.txt has changed: %d images of earlier prompts are in %s.", moved, folder / "earlier")
         if any(SAMPLE_NAME.fullmatch(path.name) for path in folder.iterdir()):
             contact_sheet(folder, prompts)
-        else:
-            (folder / SHEET_NAME).unlink(missing_ok=True)
+        elif own_files.is_sheet(folder / SHEET_NAME):
+            (folder / SHEET_NAME).unlink()
 
 
 def is_of(path: Path, prompt: Prompt) -> bool:
     """Whether the image was drawn with this prompt, its seed, size and all, as its own text chunk says."""
-    try:
-        with Image.open(path) as image:
-            drawn_with = image.info.get("parameters")
-    except (OSError, ValueError, SyntaxError):  # damaged, or no image
-        return False
-    return drawn_with is not None and str(drawn_with) == _parameters(prompt)
+    return drawn_with(path) == _parameters(prompt)
+
+
+def drawn_with(path: Path) -> str | None:
+    """What an image says that it was drawn with; None where it says nothing, or is damaged."""
+    image = read_sample(path)
+    parameters = image.info.get("parameters") if image is not None else None
+    return str(parameters) if parameters is not None else None
 
 
 def _parameters(prompt: Prompt) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -34,7 +35,7 @@ from trainer.lora_files.weights import LoraModules, LoraWeights
 from trainer.lora_files.write import write_lora
 from trainer.spec.family import Family, base_models
 from trainer.spec.plan import AUTO, Plan
-from trainer.storage import atomic
+from trainer.storage import atomic, json_files
 from trainer.storage.run_records import RunRecord
 from trainer.training import text_encoders
 from trainer.training.objective import Objective
@@ -146,8 +147,13 @@ class Saver:
     def _write_lora_files(self, step: int, epoch: int, modules: LoraModules) -> None:
         stem = f"{self.plan.output.name}-step{step:08d}"
         for path, lora_file, header in self._files(stem, modules, step, epoch):
+            self._set_aside_foreign(path, self.record.files)
             self.record.own(path.name)
             write_lora(path, lora_file.tensors, header)
+
+    def _set_aside_foreign(self, path: Path, own: Collection[str]) -> None:
+        """Free a name that a user has given to a file since the run began. `own`: the names that the run has given."""
+        json_files.set_aside_unless(path, lambda found: found.name in own, "was not written by this run")
 
     def _write_state(self, step: int, tree: dict[str, Any]) -> None:
         about_run = {
@@ -157,6 +163,7 @@ class Saver:
             "data": fingerprint(self.scan.images),
             "made_by": resume.made_by(self.plan.engine.attention),
         }
+        self.record.own_state(step)
         state_files.save(self.home / "state", step, {**about_run, **tree})
 
     def export(self, stem: str, *, step: int, epoch: int, output: Callable[[], torch.Tensor]) -> Path:
@@ -174,6 +181,8 @@ class Saver:
             self.snapshots.wait()
             for path, lora_file, header in self._files(stem, modules, step, epoch):
                 unverified = path.with_name(f"{path.name}.unverified")
+                self._set_aside_foreign(unverified, self.record.unverified)
+                self.record.own_unverified(unverified.name)
                 write_lora(unverified, lora_file.tensors, header)
                 error = verify(unverified, models, family_name=facts.name, fused=facts.fused_targets, output=output)
                 self.record.own(path.name)
@@ -186,12 +195,15 @@ class Saver:
         """`stem`; or, where a file of that name has come from elsewhere since the run began, another one."""
         found = stem
         number = 1
-        while any((self.out / name).exists() and name not in self.record.files for name in self._final_names(found)):
+        while any(self._is_taken(name) for name in self._final_names(found)):
             number += 1
             found = f"{stem}-{number}"
         if found != stem:
             log.warning("%s.safetensors exists, and this run did not write it: the LoRA is called %s.", stem, found)
         return found
+
+    def _is_taken(self, name: str) -> bool:
+        return os.path.lexists(self.out / name) and name not in self.record.files
 
     def _final_names(self, stem: str) -> list[str]:
         return [f"{stem}{convert.KEY_FORMATS[key_format]}.safetensors" for key_format in self._formats()]

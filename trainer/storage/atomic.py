@@ -10,34 +10,42 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import stat
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from trainer.spec.errors import StorageError
+from trainer.storage import json_files
 
 # The volume's fault, not the program's: full, over quota, failing, read-only.
 VOLUME_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+TEMPORARY = re.compile(r"\.(?P<stem>.+?)(\.[0-9a-f]{8,16})?\.kiln\.tmp(?P<suffix>(\.[^.]+)?)", re.DOTALL)
 GIB = 2**30
 MIB = 2**20
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, writer: str | None = None) -> Iterator[Path]:
+def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path` (same suffix); flushed and renamed over `path` if the body succeeds.
 
-    Makes the folder if needed. `writer` tells the temporary files of several writers apart; None: by the number of the
-    process, which is enough where a lock keeps other machines out. Raises StorageError where the volume is full,
-    read-only or failing.
+    Makes the folder if needed. Sets aside what has the name and is no file. `shared`: other processes may write the
+    same file at the same time; elsewhere a lock keeps them out. Raises StorageError where the volume is full, read-only
+    or failing.
     """
-    temporary = path.with_name(f".{path.stem}.{writer or os.getpid()}.tmp{path.suffix}")
+    # Not by the process's number: in containers that share a volume these are the same.
+    temporary = temporary_of(path, writer=uuid.uuid4().hex[:8] if shared else "")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _make_room(temporary)
         yield temporary
         flush(temporary)
+        json_files.set_aside_unless(path, _may_be_replaced, "is not a file")
         temporary.rename(path)
         flush(path.parent)
     except SafetensorError as problem:  # the library's writer hides the error number
@@ -51,21 +59,47 @@ def replacing(path: Path, *, writer: str | None = None) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of a process that was killed, here and one folder down.
+def temporary_of(path: Path, *, writer: str = "") -> Path:
+    """The name under which `path` is written. A user gives no file such a name, and it says whose place it is."""
+    return path.with_name(f".{path.stem}.{writer}{'.' if writer else ''}kiln.tmp{path.suffix}")
 
-    Only for the process that holds the folder's lock: those of a running process would go too.
+
+def remove_leftovers(folder: Path, is_ours: Callable[[str], bool]) -> None:
+    """Remove the temporary files that a killed process left in `folder` of the files that it was to write.
+
+    `is_ours`: whether a job writes a file of this name there. Only for the process that holds the folder's lock: those
+    of a running process would go too.
     """
-    for orphan in [*folder.glob(".*.tmp*"), *folder.glob("*/.*.tmp*")]:
-        if orphan.is_dir():
-            shutil.rmtree(orphan, ignore_errors=True)
-        else:
-            orphan.unlink(missing_ok=True)
+    try:
+        names = os.listdir(folder)  # noqa: PTH208 (names are all that is needed)
+    except OSError:
+        return
+    for name in names:
+        match = TEMPORARY.fullmatch(name)
+        if match and is_ours(match["stem"] + match["suffix"]):
+            with contextlib.suppress(OSError):
+                (folder / name).unlink()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace the file `path` by `text` (UTF-8) in one step."""
-    with replacing(path) as temporary:
+def _may_be_replaced(path: Path) -> bool:
+    """Whether a rename puts a file in the place of what is there: of a link it replaces the link alone."""
+    mode = path.lstat().st_mode
+    return stat.S_ISREG(mode) or stat.S_ISLNK(mode)
+
+
+def _make_room(temporary: Path) -> None:
+    """Free the name of a temporary file. Nothing is written into what stands there: it may be a link, or a FIFO."""
+    try:
+        temporary.unlink(missing_ok=True)
+    except OSError:
+        if not temporary.is_dir():
+            raise
+        json_files.set_aside(temporary, "is not a file")
+
+
+def write_text(path: Path, text: str, *, shared: bool = False) -> None:
+    """Replace the file `path` by `text` (UTF-8) in one step. `shared`: see `replacing`."""
+    with replacing(path, shared=shared) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

@@ -188,7 +188,9 @@ def _named_as(run: Run, plan: Plan, runs: Sequence[Run]) -> Plan:
     began_as = run.requested or run.name
     if requested and began_as and requested != began_as:
         name = run_records.free_name(run.out, requested, [other for other in runs if other is not run])
-    started = run.plan.output.started if run.plan else plan.output.started
+    started = run.record.get("started")
+    if not isinstance(started, int):
+        started = run.plan.output.started if run.plan else plan.output.started
     output = dataclasses.replace(plan.output, name=name, folder=run.folder, started=started)
     return dataclasses.replace(plan, output=output)
 

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from trainer.storage import safetensors_header
-from trainer.storage.read import files_below
+from trainer.storage.read import files_below, open_regular
 
+PIECE_BYTES = 1 << 20  # read at once
 EDGE_BYTES = 512  # of each end of a tensor that `weights_digest` reads
 
 
 def sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -37,7 +38,9 @@ def weights_digest(folder: Path) -> str:
         if path.suffix == ".safetensors":
             _feed(path, total)
         else:
-            total.update(path.read_bytes())
+            with open_regular(path) as file:
+                while piece := file.read(PIECE_BYTES):
+                    total.update(piece)
     return total.hexdigest()
 
 
@@ -51,7 +54,7 @@ def file_digest(path: Path) -> str:
 def _feed(path: Path, total: hashlib._Hash) -> None:
     """Add the header and the ends of every tensor of a safetensors file to `total`."""
     header = safetensors_header.parse_header(path)
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.seek(safetensors_header.LENGTH_BYTES)
         total.update(file.read(header.data_begin - safetensors_header.LENGTH_BYTES))
         for _, entry in sorted(header.entries.items()):

@@ -1,9 +1,9 @@
 """Folders that outlive the process: a download or an unpacked archive is complete under its name, or not there.
 
-`build_folder` fills a folder under a temporary name beside its place and renames it. A marker in it says how many files
-and bytes it was left with, so that a folder that lost some (a power cut, a user's `rm`) is built again. A lock makes
-sure that of several jobs with one cache only one builds it; volumes without locks (some network file systems) get
-unique temporary names instead.
+`build_folder` fills a folder under a temporary name beside its place and renames it. A marker in it lists the files
+with their digests, so that what a folder has lost (a power cut, a user's `rm`), or has otherwise, is brought again. A
+lock makes sure that of several jobs with one cache only one builds it; volumes without locks (some network file
+systems) get unique temporary names instead.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import json
 import logging
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from trainer.spec.errors import StorageError
-from trainer.storage import atomic, json_files, locks
+from trainer.storage import atomic, digests, json_files, locks
 from trainer.storage.atomic import storage_error
+from trainer.storage.read import is_regular
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +48,8 @@ def locked(path: Path) -> Iterator[bool]:
 
 def write_text(path: Path, text: str) -> None:
     """Replace the file `path` by `text` in one step, flushed. Raises StorageError."""
-    # Not by the process's number: in containers that share a volume these are the same.
-    writer = uuid.uuid4().hex[:8]
     try:
-        with atomic.replacing(path, writer=writer) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        atomic.write_text(path, text, shared=True)
     except OSError as problem:
         raise storage_error(problem, path) from problem
 
@@ -61,49 +59,73 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return json_files.read_object(path)
 
 
-def _measure(folder: Path) -> tuple[int, int]:
-    """Number and total bytes of the files below `folder`, without the marker."""
-    files = 0
-    size = 0
-    for path in folder.rglob("*"):
-        if path.is_file() and path.name != MARKER:
-            files += 1
-            size += path.lstat().st_size
-    return files, size
+def _names(folder: Path) -> list[str]:
+    """Every file below `folder` but the marker, relative to it."""
+    paths = [path for path in folder.rglob("*") if is_regular(path) and path.name != MARKER]
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
+
+
+def _mark(folder: Path, names: Sequence[str], facts: dict[str, Any]) -> None:
+    """Write into the folder how it was left: of each file the size, the times of its last changes, and the digest."""
+    listed = {}
+    for name in names:
+        listed[name] = [*_stamp(folder / name), digests.sha256(folder / name)]
+    write_text(folder / MARKER, json.dumps(json_files.sealed({"facts": facts, "list": listed})))
+
+
+def _stamp(path: Path) -> list[int]:
+    found = path.lstat()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def _is_as_left(path: Path, row: list[Any]) -> bool:
+    """Whether a file is as `_listing` found it. It is read only where its times have changed."""
+    try:
+        *stamp, sha256 = row
+        now = _stamp(path)
+        return now == stamp or (now[0] == stamp[0] and digests.sha256(path) == sha256)
+    except (OSError, LookupError, TypeError):
+        return False
 
 
 def completed(folder: Path) -> dict[str, Any] | None:
     """What `fill` returned for a folder of `build_folder`; None if the folder is missing, or not as it was left.
 
-    Files are counted instead of flushed one by one, which would take minutes: what a power cut lost is built again.
+    Files are not flushed one by one, which would take minutes: what a power cut lost is brought again. Further files
+    are a user's, and stay.
     """
-    marker = read_json(folder / MARKER)
-    if marker is None or (marker.get("files"), marker.get("bytes")) != _measure(folder):
-        return None
+    marker = json_files.read_sealed(folder / MARKER, unsealed=("files", "bytes", "facts")) or {}
     record = marker.get("facts")
-    return record if isinstance(record, dict) else None
+    listed = marker.get("list")
+    if not isinstance(record, dict):
+        return None
+    if listed is None:  # of an older version
+        sizes = [path.lstat().st_size for path in folder.rglob("*") if is_regular(path) and path.name != MARKER]
+        return record if (marker.get("files"), marker.get("bytes")) == (len(sizes), sum(sizes)) else None
+    if isinstance(listed, dict) and all(_is_as_left(folder / name, row) for name, row in listed.items()):
+        return record
+    return None
 
 
 def build_folder(final: Path, fill: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     """Make the folder `final` by calling `fill` on an empty one beside it, once among all processes.
 
-    Returns what `fill` returned (JSON: where the files came from), now or in an earlier run. If `fill` raises, nothing
+    Returns what `fill` returned (JSON: where the files came from), now or in an earlier run. Where `final` is there and
+    not as it was left, what is missing is brought again, and what has changed is set aside. If `fill` raises, nothing
     is left behind. Raises StorageError if the volume fails.
     """
     with locked(final.parent / f".{final.name}.lock") as has_lock:
         record = completed(final)
         if record is not None:
             return record
-        temporary = final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}.tmp"
+        writer = "" if has_lock else f"{uuid.uuid4().hex[:8]}."
+        temporary = final.parent / f".{final.name}.{writer}kiln.tmp"
         try:
-            if has_lock:  # else another process may be filling one of these
-                for stale in [final, *final.parent.glob(f".{final.name}.*.tmp")]:
-                    shutil.rmtree(stale, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
             temporary.mkdir(parents=True)
             record = fill(temporary)
-            files, size = _measure(temporary)
-            write_text(temporary / MARKER, json.dumps({"files": files, "bytes": size, "facts": record}))
-            _rename_unless_there(temporary, final)
+            _mark(temporary, _names(temporary), record)
+            _put_in_place(temporary, final, record)
         except OSError as problem:
             raise storage_error(problem, final) from problem
         finally:
@@ -111,13 +133,36 @@ def build_folder(final: Path, fill: Callable[[Path], dict[str, Any]]) -> dict[st
     return record
 
 
-def _rename_unless_there(temporary: Path, final: Path) -> None:
-    try:
-        temporary.rename(final)
-    except OSError:
-        # Without locks, another process may have been faster: its folder is as good.
-        if completed(final) is None:
-            raise
+def _put_in_place(temporary: Path, final: Path, facts: dict[str, Any]) -> None:
+    """Rename the folder; where `final` is there, move the files into it that it lacks, or has otherwise."""
+    json_files.set_aside_unless(final, lambda path: path.is_dir() and not path.is_symlink(), "is not a folder")
+    if not final.exists():
+        try:
+            temporary.rename(final)
+            return
+        except OSError:
+            # Without locks, another process may have been faster.
+            if not final.is_dir():
+                raise
+    if completed(final) is not None:
+        return
+    logger.warning("%s is not as it was left. It is put right, and what has changed in it is set aside.", final)
+    names = _names(temporary)
+    for name in names:
+        _put_file_in_place(temporary / name, final, name)
+    json_files.set_aside_unless(final / MARKER, is_regular, "is not a file")
+    _mark(final, names, facts)
+
+
+def _put_file_in_place(file: Path, final: Path, name: str) -> None:
+    target = final / name
+    if is_regular(target) and digests.sha256(target) == digests.sha256(file):
+        return
+    for folder in reversed(PurePosixPath(name).parents[:-1]):
+        json_files.set_aside_unless(final / folder, Path.is_dir, "is not a folder")
+    json_files.set_aside_unless(target, lambda _: False, "has changed")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    file.rename(target)
 
 
 @contextlib.contextmanager

@@ -8,21 +8,26 @@ process that finds a lease of another machine watches it for a while before it t
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import json
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from trainer.spec.errors import SettingsError, StorageError
+from trainer.spec.values import printable
 from trainer.storage import atomic, json_files
+from trainer.storage.read import read_text, special_kind
 
 RENEW_INTERVAL_S = 3.0
 WATCH_DURATION_S = 12.0  # four renewals: a slow volume may delay some of them
 OWNER_WAIT_S = 2.0  # the lease of an owner is written a moment after its lock is taken
+NO_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO)  # why opening a link, a folder or a socket fails
 SETTLE_S = 0.5  # without locks: after writing a lease, how long another process may still write its own
 
 
@@ -54,11 +59,30 @@ def file_lock(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator
     Raises OSError if the file cannot be made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as handle:
-        yield _flock(handle, on_wait)
+    descriptor = _open_lock(path)
+    try:
+        yield _flock(descriptor, on_wait)
+    finally:
+        os.close(descriptor)
 
 
-def _flock(handle: IO[str], on_wait: Callable[[], None] | None) -> bool:
+def _open_lock(path: Path) -> int:
+    """A descriptor of the file `path`, which is made if needed. What else has its name is set aside. Raises OSError."""
+    # O_NOFOLLOW: of a link that leads nowhere, the file would be made where it leads.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o666)
+        if special_kind(os.fstat(descriptor).st_mode) is None:
+            return descriptor
+        os.close(descriptor)
+    except OSError as problem:
+        if problem.errno not in NO_FILE:
+            raise
+    json_files.set_aside(path, "is not a file that Kiln wrote")
+    return os.open(path, flags, 0o666)
+
+
+def _flock(handle: int, on_wait: Callable[[], None] | None) -> bool:
     """Whether the lock is held now; False where the volume has none."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -78,10 +102,20 @@ def _owner(lease: Path) -> str | None:
     while True:
         content = json_files.read_object(lease)
         if content is not None:
-            return content.get("owner")
+            return _owner_of(content)
         if time.monotonic() >= end:
             return None
         time.sleep(0.05)
+
+
+def _owner_of(lease: dict[str, Any]) -> str | None:
+    owner = lease.get("owner")
+    return printable(owner) if isinstance(owner, str) else None
+
+
+def _is_lease(path: Path) -> bool:
+    content = json_files.read_object(path) or {}
+    return all(isinstance(content.get(key), str) for key in ("machine", "owner", "nonce"))
 
 
 def _in_use(folder: Path, owner: str | None) -> SettingsError:
@@ -97,6 +131,7 @@ def _lease(folder: Path, *, has_kernel_lock: bool) -> Iterator[None]:
     """
     path = folder / ".lease"
     machine = _machine()
+    json_files.set_aside_unless(path, _is_lease)
     before = json_files.read_object(path)
     if before is not None and not (has_kernel_lock and before.get("machine") == machine):
         _watch(path, before, folder)
@@ -113,14 +148,18 @@ def _lease(folder: Path, *, has_kernel_lock: bool) -> Iterator[None]:
             number += 1
             # A volume that fails is the training's to report, when it writes.
             with contextlib.suppress(OSError, StorageError):
-                atomic.write_json(path, {**lease, "number": number})
+                write(number)
 
-    atomic.write_json(path, {**lease, "number": 0})
+    def write(number: int) -> None:
+        # Another machine may write its own at the same moment: its temporary file must not be ours.
+        atomic.write_text(path, json.dumps({**lease, "number": number}) + "\n", shared=True)
+
+    write(0)
     if not has_kernel_lock:  # two may have come at the same moment: the last to write stays
         time.sleep(SETTLE_S)
         now = json_files.read_object(path) or {}
         if now.get("nonce") != lease["nonce"]:
-            raise _in_use(folder, now.get("owner"))
+            raise _in_use(folder, _owner_of(now))
     thread = threading.Thread(target=renew, name="lease", daemon=True)
     thread.start()
     try:
@@ -141,12 +180,12 @@ def _watch(path: Path, before: dict[str, Any], folder: Path) -> None:
         if now is None:
             return
         if now != before:
-            raise _in_use(folder, now.get("owner"))
+            raise _in_use(folder, _owner_of(now))
 
 
 def _machine() -> str:
     """The same for all processes that share a kernel, and with it the locks; containers have hostnames of their own."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return read_text(Path("/proc/sys/kernel/random/boot_id")).strip()
     except OSError:
         return socket.gethostname()

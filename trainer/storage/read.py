@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
 from pathlib import Path
 
 LONGEST_READ = 1 << 26  # bytes at once
+LARGEST_TEXT = 1 << 26  # of a text that no other limit is known for
 KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -24,24 +26,34 @@ def special_kind(mode: int) -> str | None:
     return KINDS.get(stat.S_IFMT(mode), "not a regular file")
 
 
-def read_regular(path: Path, *, limit: int) -> bytes:
-    """The bytes of a regular file of at most `limit` bytes. Never waits, as `read_bytes` does at a FIFO.
+def open_regular(path: Path) -> io.BufferedReader:
+    """A regular file, open for reading. Never waits, as `open` does at a FIFO.
 
-    Raises OSError, whose `strerror` is the reason: "a FIFO, not a file", or "larger than 1 MiB" (errno EFBIG).
+    Raises OSError, whose `strerror` is the reason: "a FIFO, not a file".
     """
     # O_NONBLOCK: opening a FIFO would wait for a writer. It changes nothing for a regular file.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    # O_NOCTTY: opening a terminal must not make it ours.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     try:
-        status = os.fstat(descriptor)
-        kind = special_kind(status.st_mode)
+        kind = special_kind(os.fstat(descriptor).st_mode)
         if kind is not None:
             raise OSError(errno.EINVAL, f"{kind}, not a file", str(path))
-        if status.st_size > limit:
+        return os.fdopen(descriptor, "rb")
+    except OSError:
+        os.close(descriptor)
+        raise
+
+
+def read_regular(path: Path, *, limit: int) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes.
+
+    Raises OSError as `open_regular`; where the file is larger, "larger than 1 MiB" (errno EFBIG).
+    """
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > limit:
             raise _too_large(path, limit)
         # One byte more than allowed: a file may grow meanwhile, and those of /proc have no size.
-        data = _read(descriptor, limit + 1)
-    finally:
-        os.close(descriptor)
+        data = _read(file.fileno(), limit + 1)
     if len(data) > limit:
         raise _too_large(path, limit)
     return data
@@ -59,6 +71,19 @@ def files_below(folder: Path) -> list[Path]:
                 elif entry.is_file():
                     found.append(Path(entry.path))
     return found
+
+
+def read_text(path: Path, *, limit: int = LARGEST_TEXT) -> str:
+    """A regular file as UTF-8. Raises OSError as `read_regular`, ValueError for other bytes."""
+    return read_regular(path, limit=limit).decode("utf-8")
+
+
+def is_regular(path: Path) -> bool:
+    """Whether a name is, or leads to, a regular file. Unlike `Path.is_file`, never raises."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def _read(descriptor: int, count: int) -> bytes:

@@ -5,8 +5,10 @@
 `OUTPUT_PATH/runs/<name>/`. Nothing is ever moved from one place to the other, so a kill at any moment leaves every run
 where it was. Only `status.json`, `run.log`, `crashes.json` and `hang.txt` are the job's that ran last.
 
-`run.json` in a run's folder is its record: its name, the dataset and the model that it began with, and the LoRA files
-that it wrote. A name goes in before its file is written. Only files in that list are ever replaced or removed.
+`run.json` in a run's folder is its record: its name, the settings, the dataset and the model that it began with, and
+the LoRA files and states that it wrote. A name goes in before its file is written. Only what is in these lists is ever
+replaced or removed. The record is sealed (`storage.json_files`): where it is damaged, states and the names of files
+tell what they can.
 """
 
 from __future__ import annotations
@@ -22,13 +24,20 @@ from typing import Any
 
 from trainer.spec.plan import Plan
 from trainer.storage import atomic, digests, json_files
+from trainer.storage.read import is_regular
 
 RECORD = "run.json"
 RUNS_FOLDER = "runs"
-STATE_FOLDER_NAME = re.compile(r"step-(\d{8})")
+STATE_FOLDER_NAME = re.compile(r"step-([0-9]{8})")
+STATE_FILES = ("state.safetensors", "state.json")
 FILE_NAME = re.compile(r"[^/\0.][^/\0]*")
 # What follows the name of a run in the names of its LoRA files (trainer.lora_files.convert.KEY_FORMATS).
 SUFFIXES = ("", "-diffusers", "-comfyui")
+# What records of an older version may hold, which had no seal.
+UNSEALED_KEYS = (
+    *("name", "requested", "started", "used", "data", "model", "listing", "files", "total", "done", "finished"),
+    *("asked", "automatic_steps", "automatic_epochs", "changed"),
+)
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,14 @@ def own_names(record: dict[str, Any]) -> list[str]:
     return [name for name in names if isinstance(name, str) and "/" not in name and name.endswith(".safetensors")]
 
 
+def unverified_names(record: dict[str, Any]) -> list[str]:
+    """The names in a record of final LoRA files that are not verified yet."""
+    names = record.get("unverified")
+    if not isinstance(names, list):
+        return []
+    return [name for name in names if isinstance(name, str) and "/" not in name and name.endswith(".unverified")]
+
+
 def written_names(out: Path, name: str, *, steps: Iterable[int], final: bool) -> list[str]:
     """The names that a run without a record (of an older version) gave to its files, as far as they are there."""
     stems = [f"{name}-step{step:08d}" for step in steps]
@@ -96,11 +113,20 @@ def written_names(out: Path, name: str, *, steps: Iterable[int], final: bool) ->
 
 def state_steps(home: Path) -> list[int]:
     """The steps of the states in a run's folder, ascending."""
-    steps = []
-    for path in (home / "state").glob("step-*"):
-        if match := STATE_FOLDER_NAME.fullmatch(path.name):
-            steps.append(int(match[1]))
-    return sorted(steps)
+    return sorted(int(path.name.removeprefix("step-")) for path in state_folders(home / "state"))
+
+
+def state_folders(folder: Path) -> list[Path]:
+    """The states in `folder`: a user's folder of such a name, which holds no file of a state, is none."""
+    found = []
+    try:
+        names = os.listdir(folder)  # noqa: PTH208 (names are all that is needed)
+    except OSError:
+        return []
+    for name in names:
+        if STATE_FOLDER_NAME.fullmatch(name) and any(is_regular(folder / name / file) for file in STATE_FILES):
+            found.append(folder / name)
+    return found
 
 
 def read_state_header(folder: Path) -> StateHeader | None:
@@ -155,31 +181,51 @@ def last_used(run: Run) -> int:
 
 def _read_run(out: Path, folder: str) -> Run | None:
     home = out / folder
-    record = json_files.read_object(home / RECORD) or {}
+    record = read_record(home) or {}
     plan = read_plan(home / "plan.json")
     state = newest_state(home)
-    if plan is None and state is None:
-        return None
-    name: Any = ""
-    requested = ""
-    essence: dict[str, Any] = {}
+    about: dict[str, Any] = {"name": "", "requested": "", "essence": None}
+    if state is not None:
+        about["essence"] = state.tree["essence"]
+        about |= _known(state.tree.get("run"))
     if plan is not None:
-        name = plan.output.name
-        requested = plan.output.requested
-        essence = plan.essence()
-    elif state is not None:
-        essence = state.tree["essence"]
-        about_run = state.tree.get("run")
-        if isinstance(about_run, dict):
-            name = about_run.get("name", "")
-    if not FILE_NAME.fullmatch(str(name)):  # a foreign or edited file: names become paths
+        about |= {"name": plan.output.name, "requested": plan.output.requested, "essence": plan.essence()}
+    about |= _known(record)  # last, because it is sealed
+    essence = about["essence"]
+    if essence is None:
+        return None
+    name = about["name"]
+    if not FILE_NAME.fullmatch(name):  # a foreign or edited file: names become paths
         name = ""
     done = record.get("done") is True
-    if not record and not folder:  # of a version that kept no records
-        status = json_files.read_object(out / "status.json") or {}
-        done = status.get("phase") == "done"
+    if not record:
+        done = _seems_done(out, folder, name, state)
     steps = state_steps(home)
-    return Run(out, folder, str(name), requested, essence, plan, record, step=steps[-1] if steps else 0, done=done)
+    step = steps[-1] if steps else 0
+    return Run(out, folder, name, about["requested"], essence, plan, record, step=step, done=done)
+
+
+def _known(found: Any) -> dict[str, Any]:
+    """What `found` says of a run's name and settings, in the right types."""
+    known: dict[str, Any] = {}
+    if isinstance(found, dict):
+        for key, kind in (("name", str), ("requested", str), ("essence", dict)):
+            if isinstance(found.get(key), kind):
+                known[key] = found[key]
+    return known
+
+
+def _seems_done(out: Path, folder: str, name: str, state: StateHeader | None) -> bool:
+    """Whether a run without a record (of an older version, or damaged) was finished."""
+    status = json_files.read_object(out / "status.json") or {}
+    if not folder and status.get("phase") == "done":
+        return True
+    return state is not None and state.step == state.tree.get("total") and (out / f"{name}.safetensors").is_file()
+
+
+def read_record(home: Path) -> dict[str, Any] | None:
+    """The record of the run in `home`; None where there is none, or it is not what was written."""
+    return json_files.read_sealed(home / RECORD, unsealed=UNSEALED_KEYS)
 
 
 def read_plan(path: Path) -> Plan | None:
@@ -200,7 +246,7 @@ def is_free(out: Path, name: str, runs: Iterable[Run], *, reused: str = "") -> b
     folder = f"{RUNS_FOLDER}/{name}"
     if folder != reused and _has_content(out / folder):
         return False
-    if any((out / f"{name}{suffix}.safetensors").exists() for suffix in SUFFIXES):
+    if any(os.path.lexists(out / f"{name}{suffix}.safetensors") for suffix in SUFFIXES):
         return False
     save = re.compile(rf"{re.escape(name)}-step\d{{8}}\D.*")
     try:
@@ -266,15 +312,15 @@ class RunRecord:
 
     def __init__(self, home: Path) -> None:
         self._path = home / RECORD
-        json_files.set_aside_unless_object(self._path)
-        self.values = json_files.read_object(self._path) or {}
+        json_files.set_aside_unless(self._path, lambda path: read_record(path.parent) is not None)
+        self.values = read_record(home) or {}
 
     def update(self, values: dict[str, Any]) -> None:
         """Change some values; writes the file only if that changes anything."""
         changed = {**self.values, **values}
         if changed != self.values:
             self.values = changed
-            atomic.write_json(self._path, changed)
+            atomic.write_json(self._path, json_files.sealed(changed))
 
     @property
     def files(self) -> list[str]:
@@ -289,6 +335,35 @@ class RunRecord:
         """Drop files that were removed."""
         gone = set(names)
         self.update({"files": [name for name in self.files if name not in gone]})
+
+    @property
+    def unverified(self) -> list[str]:
+        """Final LoRA files under the names that they have until they are verified."""
+        return unverified_names(self.values)
+
+    def own_unverified(self, name: str) -> None:
+        """Add a final LoRA file that is about to be written, under its name until it is verified."""
+        if name not in self.unverified:
+            self.update({"unverified": [*self.unverified, name]})
+
+    @property
+    def states(self) -> list[str]:
+        """The names of the folders of its states."""
+        names = self.values.get("states")
+        if not isinstance(names, list):
+            return []
+        return [name for name in names if isinstance(name, str) and STATE_FOLDER_NAME.fullmatch(name)]
+
+    def own_state(self, step: int) -> None:
+        """Add a state that is about to be written."""
+        name = f"step-{step:08d}"
+        if name not in self.states:
+            self.update({"states": [*self.states, name]})
+
+    def disown_states(self, names: Iterable[str]) -> None:
+        """Drop states that were removed."""
+        gone = set(names)
+        self.update({"states": [name for name in self.states if name not in gone]})
 
     @property
     def finished(self) -> list[int]:

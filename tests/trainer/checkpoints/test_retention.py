@@ -23,6 +23,7 @@ def folder(tmp_path):
     for step in (4, 8, 12, 16):
         name = f"x-step{step:08d}.safetensors"
         record.own(name)
+        record.own_state(step)
         (tmp_path / name).write_bytes(b"LoRA")
         state_files.save(tmp_path / "state", step, {"a": torch.zeros(1)})
     for name in (

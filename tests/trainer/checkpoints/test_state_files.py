@@ -84,11 +84,23 @@ def test_when_all_states_are_damaged_it_is_an_error(tmp_path):
 
 
 def test_the_newest_states_are_kept_and_orphans_removed(tmp_path):
-    (tmp_path / ".step-00000099.1.tmp").mkdir(parents=True)
-    for step in (10, 20, 30, 40):
+    """Only those of the run; a user's files in their folders, and his folders beside them, stay."""
+    (tmp_path / ".step-00000099.kiln.tmp").mkdir(parents=True)
+    (tmp_path / ".step-00000098.kiln.tmp").mkdir()
+    (tmp_path / ".step-00000098.kiln.tmp" / "mine").write_text("mine")
+    for step in (5, 10, 20, 30, 40):
         state_files.save(tmp_path, step, tree(1.0))
-    assert state_files.prune(tmp_path, 2) == [30, 40]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000030", "step-00000040"]
+    (tmp_path / "step-00000020" / "notes.txt").write_text("mine")
+    (tmp_path / "step-00000007").mkdir()
+    (tmp_path / ".step-notes.tmp").mkdir()
+    own = [f"step-{step:08d}" for step in (7, 10, 20, 30, 40)]
+    assert state_files.prune(tmp_path, 2, own=own) == ["step-00000010", "step-00000020"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        *(".step-00000098.kiln.tmp", ".step-notes.tmp", "step-00000005", "step-00000007", "step-00000020"),
+        *("step-00000030", "step-00000040"),
+    ]
+    assert [p.name for p in (tmp_path / "step-00000020").iterdir()] == ["notes.txt"]
+    assert state_files.latest(tmp_path).step == 40
 
 
 def test_random_generators_continue_after_a_restore(tmp_path):

@@ -16,9 +16,9 @@ from trainer.data.caption_files.sidecars import Sidecars, find_sidecars
 from trainer.data.caption_files.tables import Row, read_table
 from trainer.data.caption_files.text_encoding import Decoded, decode_all
 from trainer.data.captions import CONTROLS, Caption, clean, removed_characters
-from trainer.data.folder_listing import Folder, resolve
+from trainer.data.folder_listing import LINK_OUT, Folder, leads_out, resolve
 from trainer.spec.plan import Subset
-from trainer.spec.values import many, some
+from trainer.spec.values import many, printable, some
 from trainer.storage.read import read_regular
 
 TABLES = (*SUFFIXES, ".parquet", ".xls", ".xlsx", ".ods")  # of captions, perhaps
@@ -115,10 +115,13 @@ def _read_files(
         if content is not None:
             data[name] = content
     for table in metadata:
+        if leads_out(folder.root, table.title):
+            findings.problems.append(f"metadata_file {printable(table.title)} cannot be read: {LINK_OUT}.")
+            continue
         try:
             data[table.title] = read_regular(table.file, limit=MAX_METADATA_BYTES)
         except OSError as problem:
-            findings.problems.append(f"metadata_file {table.file} cannot be read: {problem.strerror}.")
+            findings.problems.append(f"metadata_file {printable(str(table.file))} cannot be read: {problem.strerror}.")
     decoded = decode_all(data)
     _note_encodings(decoded, findings)
     titles = {table.title for table in metadata}

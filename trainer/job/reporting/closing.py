@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trainer.job.reporting.contact_sheet import SHEET_NAME
 from trainer.job.reporting.status import clock
 from trainer.spec.plan import Plan
 from trainer.storage.atomic import human_size
+from trainer.storage.own_files import SHEET_NAME
 
 DIFFUSERS_SUFFIX = "-diffusers"  # of the file with diffusers' key names, where there are two
 

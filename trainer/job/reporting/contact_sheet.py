@@ -6,18 +6,21 @@ leave no gaps.
 
 from __future__ import annotations
 
+import io
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from trainer.data.decode import DAMAGED
 from trainer.spec.plan import Prompt
-from trainer.storage import atomic
+from trainer.spec.values import one_line
+from trainer.storage import atomic, json_files, own_files
+from trainer.storage.own_files import SAMPLE_NAME, SHEET_NAME
+from trainer.storage.read import read_regular
 
-SAMPLE_NAME = re.compile(r"step-(\d{8})-(\d{2,})\.png")  # step, number of the prompt
-SHEET_NAME = "contact-sheet.png"
+LARGEST_SAMPLE = 1 << 28  # bytes
 # Pixels.
 COLUMN_WIDTH = 384  # of a thumbnail, where there are few columns
 MAX_WIDTH = 8192  # of the sheet: viewers refuse images that are much wider
@@ -62,17 +65,28 @@ def contact_sheet(folder: Path, prompts: Sequence[Prompt], *, labels: Mapping[in
         top += 2 * LINE_HEIGHT
         size = (column_width, heights[number])
         for step, left in lefts.items():
-            if (step, number) not in images:
+            image = read_sample(images[step, number]) if (step, number) in images else None
+            if image is None:
                 pen.rectangle((left, top, left + size[0] - 1, top + size[1] - 1), EMPTY)
             else:
-                with Image.open(images[step, number]) as image:
-                    sheet.paste(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), (left, top))
+                sheet.paste(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), (left, top))
         top += heights[number] + MARGIN
     info = PngImagePlugin.PngInfo()
     info.add_itxt("prompts", json.dumps([prompt.text for prompt in prompts], ensure_ascii=False))
+    json_files.set_aside_unless(folder / SHEET_NAME, own_files.is_sheet)
     with atomic.replacing(folder / SHEET_NAME) as temporary:
         sheet.save(temporary, pnginfo=info)
     return folder / SHEET_NAME
+
+
+def read_sample(path: Path) -> Image.Image | None:
+    """The image in a file; None where it is damaged or missing, or is no file."""
+    try:
+        image = Image.open(io.BytesIO(read_regular(path, limit=LARGEST_SAMPLE)), formats=("PNG",))
+        image.load()
+    except (*DAMAGED, Image.DecompressionBombError):
+        return None
+    return image
 
 
 def _settings(prompt: Prompt) -> str:
@@ -89,7 +103,7 @@ def _settings(prompt: Prompt) -> str:
 
 def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """As much of `text` as is `width` pixels wide, on one line, with an ellipsis where it is cut."""
-    text = " ".join(text.split())
+    text = one_line(" ".join(text.split()))
     while text and font.getlength(text) > width:
         text = text[:-2].rstrip() + "…"
     return text

@@ -15,17 +15,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from trainer.job.reporting.contact_sheet import read_sample
 from trainer.job.reporting.status import Status, clock
 from trainer.spec.plan import Plan
 from trainer.storage import atomic, json_files
+from trainer.storage.read import read_regular
 from trainer.training.loop import Step
 
 log = logging.getLogger(__name__)
+ROW_KEYS = frozenset(("step", "epoch", "lr", "loss", "grad_norm", "skipped", "compiled", "validation_loss", "time"))
+LARGEST_METRICS = 1 << 30  # bytes: some ten million steps
 REPORT_INTERVAL_S = 5.0  # between two log lines, and two writes of status.json
 
 
@@ -58,8 +61,10 @@ class Metrics:
     def samples(self, step: int, files: Sequence[Path]) -> None:
         """Show the samples of `step` on TensorBoard, which compares them over the steps."""
         for number, path in enumerate(files):
-            with Image.open(path) as image:
-                pixels = np.asarray(image.convert("RGB"))
+            image = read_sample(path)
+            if image is None:
+                continue
+            pixels = np.asarray(image.convert("RGB"))
             self._board.add_image(f"sample/{number:02d}", pixels, step, dataformats="HWC")
         self._board.flush()
 
@@ -164,20 +169,33 @@ def _truncated(path: Path, step: int) -> Path:
 
     A file that holds anything else is set aside first.
     """
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        json_files.set_aside(path, "is not a file that Kiln wrote")
-    lines: list[str] = []
+    lines: list[bytes] = []
+    if os.path.lexists(path):
+        try:
+            lines = read_regular(path, limit=LARGEST_METRICS).splitlines()
+        except OSError as problem:
+            json_files.set_aside(path, f"cannot be read ({problem.strerror})")
     kept = []
     foreign = 0
-    if path.exists():
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(f"{line}\n")
-        except (ValueError, KeyError, TypeError, RecursionError):
+        row = _row(line)
+        if row is None:
             foreign += number < len(lines)
+        elif row["step"] <= step:
+            kept.append(line.decode("utf-8") + "\n")
     if foreign:
-        json_files.set_aside(path, f"has {foreign} lines that Kiln did not write")
+        json_files.set_aside(path, f"has {foreign} lines that Kiln did not write, or that are damaged")
     atomic.write_text(path, "".join(kept))
     return path
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None for one that Kiln did not write."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not {"step", "time"} <= row.keys() <= ROW_KEYS:
+        return None
+    is_number = all(isinstance(value, int | float) for value in row.values())
+    return row if is_number and isinstance(row["step"], int) else None
