@@ -38,15 +38,17 @@ from trainer import __version__
 from trainer.base_model import model_folder
 from trainer.process import scratch, streams
 from trainer.spec.commands.parser import Parser
-from trainer.spec.errors import KilnError, NoAcceleratorError, StopRequestedError
+from trainer.spec.errors import KilnError, NoAcceleratorError, SettingsError, StopRequestedError
 from trainer.spec.family import base_models, get_family
 from trainer.spec.log_lines import log_to
 from trainer.spec.messages.secrets import Known
 from trainer.spec.plan import Dataset, Plan, Source
 from trainer.spec.rules import outlook
+from trainer.spec.values import as_integer, inside, show, span
 from trainer.storage import choose_run
 
 log = logging.getLogger("entrypoint")
+LATEST_SECOND = 253_402_300_799  # of the year 9999
 CHECK_RETRIES_S = 15.0  # how long a check waits for a silent network: the user waits as well
 PROGRAMS = {  # first arguments that run another program instead
     "sample": (sys.executable, "-m", "trainer.sample"),
@@ -187,9 +189,20 @@ def _card_to_check_for(name: str) -> hardware.Hardware:
 
 
 def _now(environ: Mapping[str, str]) -> datetime.datetime:
-    """The time; or SOURCE_DATE_EPOCH (reproducible-builds.org), which makes equal runs give equal files."""
-    epoch = environ.get("SOURCE_DATE_EPOCH", "")
-    return datetime.datetime.fromtimestamp(int(epoch) if epoch.isdecimal() else time.time(), datetime.UTC)
+    """The time; or SOURCE_DATE_EPOCH (reproducible-builds.org), which makes equal runs give equal files.
+
+    Raises SettingsError where that is no second of a year with four digits, which is what a date in a header holds.
+    """
+    text = environ.get("SOURCE_DATE_EPOCH", "").strip()
+    if not text:
+        return datetime.datetime.fromtimestamp(time.time(), datetime.UTC)
+    epoch = as_integer(text)
+    if epoch is None or not inside(epoch, 0, LATEST_SECOND):
+        limits = span(0, LATEST_SECOND)
+        raise SettingsError(
+            f"SOURCE_DATE_EPOCH={show(text)} is not a time. Allowed: a whole number of seconds since 1970, {limits}."
+        )
+    return datetime.datetime.fromtimestamp(epoch, datetime.UTC)
 
 
 def _missing_accelerator(plan: Plan, *, backend: str) -> NoAcceleratorError | None:

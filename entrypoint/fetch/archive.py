@@ -60,6 +60,7 @@ class Limits:
 
 
 USUAL = Limits()
+HEAD_BYTES = 512  # of a tar's first entry
 
 
 @dataclass

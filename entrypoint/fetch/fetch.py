@@ -29,7 +29,7 @@ from trainer.spec.plan import ModelPlan, Source
 from trainer.spec.values import as_integer, printable, some
 from trainer.storage.atomic import human_size
 from trainer.storage.folders import build_folder, completed, locked, naming, read_json, storage_error, write_text
-from trainer.storage.read import special_kind
+from trainer.storage.read import open_regular, special_kind
 from trainer.storage.safe_names import is_safe
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 ANY_ARCHIVE = (*ARCHIVES, ".7z", ".rar")
 SHA256 = re.compile(r"[0-9a-f]{64}")
+PART_NAME = re.compile(r"[0-9a-f]{16}\.part")  # of a download that is not complete
 QUICK_TIMEOUT_S = 5.0  # for the answer to a name that is hardly one of a dataset
 SHORT_BUDGET_S = 10.0  # how long a silent server is waited for when the cache could serve instead
 
@@ -197,6 +198,13 @@ def local_archive(source: Source) -> Path:
     if path.stat().st_size > archive.USUAL.total:  # unpacked, it would be larger still; hashing it takes hours
         limit = human_size(archive.USUAL.total)
         raise DataError(f"{named(source)}: the archive has more than {limit}. Unpack it, and name the folder.")
+    try:
+        with open_regular(path) as file:
+            head = file.read(archive.HEAD_BYTES)
+    except OSError as problem:
+        raise SettingsError(f"{named(source)}: it cannot be read: {problem.strerror}.") from problem
+    if head and not head.strip(b"\0"):  # a file with a hole of many gigabytes would be hashed first
+        raise DataError(f"{named(source)}: it is no archive, it begins with zeros. Bring it again.")
     return path
 
 
@@ -310,7 +318,7 @@ def _archive_folder(source: Source, *, cache: Path, token: str | None, retries: 
     else:
         path = local_archive(source)
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as problem:
             raise storage_error(problem, path) from problem
@@ -379,7 +387,9 @@ def _downloaded_archive(source: Source, *, cache: Path, token: str | None, retri
         if folder is not None and remote.version is not None and remote.version == version:
             return folder
         part = place / f"{hashlib.sha256((remote.version or '').encode()).hexdigest()[:16]}.part"
-        for other in place.glob("*.part"):
+        for other in place.iterdir():
+            if not PART_NAME.fullmatch(other.name):
+                continue
             if other != part or remote.version is None:  # it belongs to another version
                 other.unlink()
         limits: dict[str, Any] = {"most": archive.USUAL.total, "version": remote.version}

@@ -209,3 +209,63 @@ def test_vendors_are_named_where_they_must_be_alone(path):
 def test_parameters_are_read_from_the_environment_in_one_place(path):
     if name(path) != "entrypoint/settings/read.py":
         assert found_in(path, r"(environ|getenv).*PARAMS_") == []
+
+
+# Which files may open what they read by its path, and why nothing can wait there, or be what it is not.
+OPENS = {
+    "entrypoint/bake.py": "while the image is built",
+    "entrypoint/dataset_config/manifest.py": "the files of this program",
+    "entrypoint/fetch/archive.py": "members of an archive; the archive was looked at by `local_archive`",
+    "entrypoint/fetch/flash_attention.py": "a file of this program",
+    "entrypoint/fetch/http.py": "its own download",
+    "entrypoint/fetch/hub.py": "blobs that were downloaded",
+    "entrypoint/fetch/hub_folder.py": "what was downloaded and unpacked",
+    "entrypoint/fetch/hub_layout.py": "what was downloaded",
+    "entrypoint/fetch/hub_rows.py": "what was downloaded",
+    "entrypoint/fetch/local_weights.py": "what was downloaded",
+    "entrypoint/health.py": "/proc",
+    "entrypoint/planning/preflight.py": "its own probe",
+    "entrypoint/processes/launch.py": "in its own temporary folder",
+    "entrypoint/runpod/request.py": "on the machine of the user, who waits for it",
+    "entrypoint/system/hardware.py": "/sys and /proc",
+    "trainer/__main__.py": "in the temporary folder of the entrypoint",
+    "trainer/base_model/lazy_tensors.py": "weights, after their header",
+    "trainer/base_model/light_tokenizer.py": "files of a model, after `check_folder`",
+    "trainer/base_model/model_folder.py": "files of a model, by names that are looked at",
+    "trainer/base_model/single_file.py": "files of a model, after `check_folder`",
+    "trainer/base_model/without_weights.py": "files of a model, after `check_folder`",
+    "trainer/checkpoints/state_files.py": "tensors, after their digest",
+    "trainer/data/cache.py": "an item, after `is_regular`",
+    "trainer/data/scan.py": "/proc",
+    "trainer/families/miniatures/score.py": "its own images",
+    "trainer/families/miniatures/tokens.py": "its own files",
+    "trainer/job/build.py": "files of a model, after `check_folder`",
+    "trainer/job/handover.py": "in the temporary folder of the entrypoint",
+    "trainer/job/reporting/metrics.py": "what `_truncated` has just written",
+    "trainer/job/watchdog.py": "its own file",
+    "trainer/lora_files/contents.py": "what lies beside a LoRA file whose header was read",
+    "trainer/lora_files/convert.py": "a LoRA file, after its header",
+    "trainer/lora_files/write.py": "what it has just written",
+    "trainer/storage/atomic.py": "what it has just written",
+    "trainer/storage/locks.py": "without waiting",
+    "trainer/storage/read.py": "without waiting",
+    "trainer/storage/safetensors_header.py": "a name that was looked at",
+    "trainer/training/text_encoders.py": "files of a model, after `check_folder`",
+}
+READERS = ("open", "read_text", "read_bytes", "safe_open", "load_file", "copyfile", "copytree", "copy2")
+
+
+@every_file
+def test_files_of_users_are_read_by_the_one_function_that_never_waits(path):
+    """`trainer.storage.read`: a FIFO or a device with the name of an image must hold up nothing."""
+    if name(path) in OPENS:
+        return
+    bare = []
+    for node in walk(path):
+        if not isinstance(node, ast.Call) or (isinstance(node.func, ast.Name) and node.func.id == "read_text"):
+            continue
+        function = ast.unparse(node.func)
+        from_memory = function == "Image.open" and ast.unparse(node.args[0]).startswith("io.BytesIO(")
+        if not from_memory and (function.split(".")[-1] in READERS or function in ("json.load", "np.load")):
+            bare.append(f"{node.lineno}: {ast.unparse(node)}")
+    assert bare == []

@@ -85,18 +85,23 @@ def save(folder: Path, step: int, tree: dict[str, Any]) -> Path:
 def latest(folder: Path) -> State | None:
     """The newest undamaged state, by its step; damaged ones are renamed to `….damaged`, and the log says so.
 
-    Raises StorageError if there are states and all are damaged: to start from nothing is the user's decision.
+    Raises StorageError if there are states and all are damaged: to start from nothing is the user's decision. Then they
+    keep their names, so that the next start says the same.
     """
-    paths = sorted(state_folders(folder), reverse=True)
-    for path in paths:
+    damaged: dict[Path, ValueError] = {}
+    for path in sorted(state_folders(folder), reverse=True):
         try:
-            return read(path)
+            state = read(path)
         except ValueError as problem:
-            log.warning("%s is damaged (%s). It was renamed, and the state before it is used.", path, problem)
-            _rename_damaged(path)
-    if paths:
+            damaged[path] = problem
+            continue
+        for other, reason in damaged.items():
+            log.warning("%s is damaged (%s). It was renamed, and the state before it is used.", other, reason)
+            _rename_damaged(other)
+        return state
+    if damaged:
         raise StorageError(
-            f"All {len(paths)} states in {folder} are damaged. Move the folder away to start from the beginning."
+            f"All {len(damaged)} states in {folder} are damaged. Move the folder away to start from the beginning."
         )
     return None
 

@@ -135,9 +135,9 @@ class Scan:
         """
         bad = len(self.skipped)
         if self.problems:
-            shown = self.problems[:MOST_PROBLEMS]
+            shown = [one_line(problem) for problem in self.problems[:MOST_PROBLEMS]]
             more = len(self.problems) - len(shown)
-            lines = [*shown, f"and {more} more: see dataset-report.txt"] if more else list(shown)
+            lines = [*shown, f"and {more} more: see dataset-report.txt"] if more else shown
             raise DataError("The captions cannot be used as they are:\n  - " + "\n  - ".join(lines))
         if not self.images:
             raise DataError(f"No usable image in the dataset.\n{self.report()}")

@@ -13,6 +13,7 @@ from trainer.data.buckets import fit
 from trainer.data.captions import compose_caption
 from trainer.data.records import ImageRecord, Scan
 from trainer.spec.plan import DataPlan
+from trainer.spec.values import one_line
 from trainer.storage import atomic, json_files, own_files
 from trainer.storage.read import read_text
 
@@ -21,8 +22,8 @@ COLUMNS = (
     *("caption", "trained caption", "caption file", "encoding", "cut_at"),
 )
 LARGEST_REPORT = 1 << 30  # bytes
-# A spreadsheet takes a cell that begins with one of these for a formula, and runs it.
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+# A spreadsheet takes a cell that begins with one of these for a formula, and runs it; some take the wide ones as well.
+FORMULA_STARTS = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
 
 
 def write_report(scan: Scan, data: DataPlan, *, text: Path, seed: int) -> None:
@@ -37,7 +38,7 @@ def write_cuts(
     scan: Scan, data: DataPlan, *, report: Path, seed: int, lines: Sequence[str], cuts: Mapping[str, str]
 ) -> None:
     """Add captions that are not read to their end: the `lines` to the report, and `cuts` to the table."""
-    listed = "\n".join(lines)
+    listed = "\n".join(one_line(line) for line in lines)
     atomic.write_text(report, f"{read_text(report, limit=LARGEST_REPORT)}\n{listed}\n")
     atomic.write_text(report.with_suffix(".csv"), table(scan, data, seed=seed, cuts=cuts))
 
@@ -99,8 +100,9 @@ def _first_variant(image: ImageRecord, data: DataPlan, *, seed: int, fixed: rand
 
 
 def _cell(text: str) -> str:
-    """The text, which a spreadsheet shows and does not run."""
-    if text.startswith(FORMULA_STARTS):
+    """The text on one line, which a spreadsheet shows and does not run."""
+    text = one_line(text)
+    if text.lstrip().startswith(FORMULA_STARTS):
         return f"'{text}"
     return text
 

@@ -193,7 +193,7 @@ def _examine_all(files: Sequence[Path], *, cpu_workers: int, progress: Progress 
                     progress(done, len(files))
         except BrokenProcessPool as problem:
             # The pool does not tell which file it was: name all that were under way.
-            suspects = ", ".join(str(f) for f in files[done : done + 2 * cpu_workers + 1])
+            suspects = ", ".join(printable(str(f)) for f in files[done : done + 2 * cpu_workers + 1])
             raise UnreachableError(
                 f"A process that reads images {memory_kills.explain(kills_before)} It read one of: {suspects}."
             ) from problem

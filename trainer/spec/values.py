@@ -24,9 +24,8 @@ _SHOWN_CHARACTERS = 80  # of a value in a message
 MAX_READ_CHARACTERS = 4_000  # of a value, of which a message shows the beginning
 SHOWN_NAMES = 5  # in a message; the report of the dataset has all of them
 LONGEST_NAME = 160  # characters of a name in a message
-# Controls, surrogates and separators of lines; and marks that change the direction of what follows.
-UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
-DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+# Controls, surrogates and separators of lines; and marks that nobody sees, or that turn the direction of what follows.
+UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 MIN_SIMILARITY = 0.6  # of names that are suggested; the default of difflib
 MAX_COMPARED_CHARACTERS = 200  # difflib's time grows with the square of the length
 
@@ -174,10 +173,12 @@ def suggestion(name: str, known: Collection[str]) -> str:
 
 
 def one_line(text: str) -> str:
-    """`text` with all escaped that would break the line, or turn its direction."""
+    """`text` with all escaped that would break the line, turn its direction, or not be seen."""
+    if text.isprintable():  # mostly: and a dataset has many names
+        return text
     letters = []
     for letter in text:
-        if unicodedata.category(letter) in UNPRINTABLE or letter in DIRECTIONS:
+        if unicodedata.category(letter) in UNPRINTABLE:
             letter = letter.encode("unicode_escape", "surrogatepass").decode("ascii")
         letters.append(letter)
     return "".join(letters)

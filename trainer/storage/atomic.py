@@ -21,6 +21,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from trainer.spec.errors import StorageError
+from trainer.spec.log_lines import RAW
 from trainer.storage import json_files
 
 # The volume's fault, not the program's: full, over quota, failing, read-only.
@@ -104,12 +105,11 @@ def write_text(path: Path, text: str, *, shared: bool = False) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace the file `path` by `value` as JSON in one step."""
+    """Replace the file `path` by `value` as JSON in one step, which a terminal may show."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
-    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        # A lone half of a letter, from JSON that somebody else wrote: UTF-8 has none, an escape has.
-        text = json.dumps(value, indent=2)
-    write_text(path, text + "\n")
+    # JSON's own escapes, so that nothing is lost. UTF-8 has none for a lone half of a letter, which another program's
+    # JSON may have.
+    write_text(path, RAW.sub(lambda found: json.dumps(found[0])[1:-1], text) + "\n")
 
 
 def flush(path: Path) -> None:

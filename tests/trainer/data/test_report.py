@@ -45,12 +45,14 @@ def test_a_row_for_each_image_with_everything_that_decides_its_part(make_folder)
     )
 
 
-@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t=", "\r="])
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t=", "\r=", " =", "\n@", "＝", "\x00="])
 def test_no_cell_becomes_a_formula(start):
+    """And each is one line, whatever is in it."""
     image = ImageRecord(f"{start}a.png", Path("a"), "0", 64, 64, 0, 0, f'{start}HYPERLINK("x")\nsecond')
     data = plan(Path("a"))
     row = parse(table(Scan((image,), (), ()), data, seed=0))[0]
-    assert row["caption"] == f'\'{start}HYPERLINK("x")\nsecond' and row["file"].startswith("'")
+    escaped = start.encode("unicode_escape").decode() if start[0] < " " else f"'{start}"
+    assert row["caption"] == f'{escaped}HYPERLINK("x")\\nsecond' and row["file"] == f"{escaped}a.png"
 
 
 def test_the_text_names_every_image_and_everything_without_use(make_folder, tmp_path):

@@ -93,6 +93,35 @@ def test_links_that_leave_the_folder_are_refused(make_folder, tmp_path):
     }
 
 
+def test_links_of_captions_follow_the_same_rule(make_folder, tmp_path):
+    """A dataset must not bring a file of this machine into a LoRA's header, or on its report."""
+    folder = make_folder("a", 4)
+    secret = tmp_path / "secret.txt"
+    secret.write_text("a secret")
+    (folder / "in").mkdir()
+    (folder / "in" / "words").write_text("words inside")
+    for number, place in enumerate([secret, folder / "in" / "words", "/proc/self/environ", "/dev/zero"]):
+        (folder / f"{number:02}.txt").unlink()
+        (folder / f"{number:02}.txt").symlink_to(place)
+    (folder / "metadata.csv").symlink_to(secret)
+    found = scan_folder(folder)
+    assert [image.caption for image in found.images] == [None, "words inside", None, None]
+    report = found.report(limit=None)
+    for name in ("00.txt", "02.txt", "03.txt", "metadata.csv"):
+        assert f"{name}: {folder_listing.LINK_OUT}" in report, report
+    assert "a secret" not in report
+
+
+def test_a_metadata_file_that_is_a_link_out_is_refused(make_folder, tmp_path):
+    folder = make_folder("a", 1)
+    (tmp_path / "secret.csv").write_text("file_name,text\n00.png,a secret\n")
+    (folder / "words.csv").symlink_to(tmp_path / "secret.csv")
+    found = scan_folder(folder, metadata_file="words.csv")
+    assert any("words.csv cannot be read: a link" in problem for problem in found.problems)
+    assert "a secret" not in found.report(limit=None)
+    assert scan_folder(folder, metadata_file=str(tmp_path / "secret.csv")).images[0].caption == "a secret"
+
+
 def test_the_folder_itself_may_be_a_link(make_folder, tmp_path):
     make_folder("a", 2)
     (tmp_path / "link").symlink_to(tmp_path / "a")

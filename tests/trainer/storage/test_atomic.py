@@ -1,8 +1,9 @@
-"""Files that are replaced in one step, and what a message says of a volume."""
+"""Files that are replaced in one step, whatever has their names, and what a message says of a volume."""
 
 import errno
 import json
 import os
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from safetensors import SafetensorError
 
 from trainer.spec.errors import StorageError
+from trainer.spec.log_lines import RAW
 from trainer.storage import atomic
 
 
@@ -41,11 +43,12 @@ def test_the_bytes_are_flushed_before_the_name_and_the_folder_after_it(tmp_path,
     monkeypatch.setattr(Path, "rename", lambda self, to: order.append(("rename", self.name)) or rename(self, to))
     path = tmp_path / "new" / "a.txt"
     atomic.write_text(path, "text")
-    temporary = f".a.{os.getpid()}.tmp.txt"
+    temporary = ".a.kiln.tmp.txt"
     assert order == [("flush", temporary), ("rename", temporary), ("flush", "new")]
     assert path.read_text() == "text" and [p.name for p in path.parent.iterdir()] == ["a.txt"]
-    with atomic.replacing(path, writer="me") as other:
-        assert other == path.with_name(".a.me.tmp.txt")
+    with atomic.replacing(path, shared=True) as other, atomic.replacing(path, shared=True) as another:
+        assert re.fullmatch(r"\.a\.[0-9a-f]{8}\.kiln\.tmp\.txt", other.name) and other != another
+        another.write_text("less")
         other.write_text("more")
     assert path.read_text() == "more"
 
@@ -69,18 +72,6 @@ def test_another_error_is_left_as_it_is(tmp_path):
         raise SafetensorError("the library's words")
     assert list(tmp_path.iterdir()) == []
     assert set(atomic.VOLUME_ERRORS) == {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}
-
-
-def test_only_temporary_files_are_leftovers_here_and_one_folder_down(tmp_path):
-    kept = ("a.txt", ".hidden", "x.tmp", "sub/b.txt", "sub/.c", "sub/deep/.d.1.tmp")
-    gone = (".a.1.tmp.txt", ".b.2.tmp", "sub/.c.3.tmp.json")
-    for name in (*kept, *gone):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("x")
-    (tmp_path / ".state.4.tmp" / "inner").mkdir(parents=True)
-    atomic.remove_leftovers(tmp_path)
-    found = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
-    assert found == set(kept) and not (tmp_path / ".state.4.tmp").exists()
 
 
 @pytest.mark.parametrize(
@@ -107,3 +98,42 @@ def test_free_space_is_that_of_the_volume_of_a_path_that_may_not_be_there_yet(tm
     assert asked == [tmp_path, tmp_path]
     monkeypatch.undo()
     assert atomic.free_space(tmp_path / "no" / "folder") == "the volume does not answer"
+
+
+def test_json_acts_on_no_terminal_and_loses_nothing(tmp_path):
+    value = {"name": "a\x1b[2J\x9b\u202egnp\u200b\U000e0041\x7f", "other": "é 猫"}
+    atomic.write_json(tmp_path / "x.json", value)
+    text = (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert json.loads(text) == value and not RAW.search(text) and "é 猫" in text
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+@pytest.mark.parametrize("name", ["x.json", ".x.kiln.tmp.json"])
+def test_what_is_no_file_is_set_aside_or_gone_and_never_written_to(tmp_path, name, kind):
+    place = tmp_path / name
+    if kind == "pipe":
+        os.mkfifo(place)
+    else:
+        place.mkdir()
+        (place / "mine").write_text("mine")
+    atomic.write_json(tmp_path / "x.json", {"a": 1})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
+    if kind == "folder":
+        assert (tmp_path / f"{name}.set-aside" / "mine").read_text() == "mine"
+
+
+def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(tmp_path):
+    (tmp_path / "other").write_text("mine")
+    (tmp_path / ".x.kiln.tmp.json").symlink_to("other")
+    atomic.write_json(tmp_path / "x.json", {"a": 1})
+    assert (tmp_path / "other").read_text() == "mine" and json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
+
+
+def test_only_leftovers_of_files_that_a_job_writes_are_removed(tmp_path):
+    own = [".x.kiln.tmp.json", ".x.0123abcd.kiln.tmp.json"]
+    mine = [".my.tmp.notes", ".x.tmp.json", ".y.kiln.tmp.json", ".x.notes.kiln.tmp.json", ".kiln.tmp", "x.json"]
+    for name in (*own, *mine):
+        (tmp_path / name).write_text(name)
+    atomic.remove_leftovers(tmp_path, {"x.json"}.__contains__)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(mine)
+    atomic.remove_leftovers(tmp_path / "no such folder", {"x.json"}.__contains__)

@@ -32,7 +32,9 @@ SYSTEM_FILES = {
     "desktop.ini": "a system file of Windows",
     "icon\r": "a system file of macOS",
 }
+SET_ASIDE = re.compile(r"\.set-aside(-\d+)?$")
 HIDDEN = "hidden (its name begins with a dot)"
+KEPT = "what Kiln has set aside"
 OWN_MARKER = ".kiln-complete.json"  # in folders that Kiln has unpacked, and nothing that a user put there
 # What another file of the same name is, if the part of its stem after the image's says so.
 MASK_ENDING = re.compile(r"[-_. ](masklabel|masks?|matte)$", re.IGNORECASE)
@@ -65,6 +67,8 @@ def folder_reason(name: str) -> str | None:
     """Why a folder of this name is never looked into; None: it is."""
     if name.startswith("."):
         return HIDDEN
+    if SET_ASIDE.search(name):
+        return KEPT
     return SYSTEM_FOLDERS.get(name.lower())
 
 
@@ -74,6 +78,8 @@ def file_reason(name: str) -> str | None:
         return "attributes that macOS keeps beside a file"
     if name.startswith("."):
         return HIDDEN
+    if SET_ASIDE.search(name):
+        return KEPT
     return SYSTEM_FILES.get(name.lower())
 
 

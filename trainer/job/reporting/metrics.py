@@ -21,6 +21,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from trainer.job.reporting.contact_sheet import read_sample
 from trainer.job.reporting.status import Status, clock
+from trainer.spec.log_lines import escaped
 from trainer.spec.plan import Plan
 from trainer.storage import atomic, json_files
 from trainer.storage.read import read_regular
@@ -56,7 +57,7 @@ class Metrics:
 
     def describe(self, text: str) -> None:
         """Show what the run was told to do, in Markdown, on TensorBoard's page of texts."""
-        self._board.add_text("plan", text, self.first)
+        self._board.add_text("plan", escaped(text), self.first)
 
     def samples(self, step: int, files: Sequence[Path]) -> None:
         """Show the samples of `step` on TensorBoard, which compares them over the steps."""

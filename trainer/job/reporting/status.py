@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.spec.errors import KilnError, StopRequestedError
+from trainer.spec.log_lines import safe_lines
 from trainer.storage import atomic
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class Status:
             self.update({**values, "phase": "done", "exit_code": 0})
         else:
             phase = "stopped" if isinstance(problem, StopRequestedError) else "failed"
-            self.update({**values, "phase": phase, "exit_code": problem.exit_code, "message": str(problem)})
+            self.update({**values, "phase": phase, "exit_code": problem.exit_code, "message": safe_lines(str(problem))})
 
     def seconds(self) -> float:
         """How long this start of the job has taken so far."""
