@@ -78,6 +78,12 @@ def test_a_full_disk_loses_the_older_saves_and_nothing_else(folder):
 
 # ---- against the rule, over any folder
 
+
+def make_state(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "state.json").write_text("{}")
+
+
 SUFFIXES = ("", "-diffusers", "-comfyui")
 STRANGERS = ("x-step00000004-mine.safetensors", "y-step00000008.safetensors", "notes.txt", ".x-step00000099.1.txt")
 
@@ -111,11 +117,13 @@ def test_what_stays_is_what_the_rule_says(
     record.update({"files": [*mine, "x.safetensors"], "finished": sorted(finished)})
     for name in ("x.safetensors", *STRANGERS):
         (out / name).write_bytes(b"kept")
-    (out / ".x.4711.tmp.safetensors").write_bytes(b"half")  # of a killed process, of this run
-    (out / ".y.4711.tmp.safetensors").write_bytes(b"half")  # of another
+    (out / ".x.kiln.tmp.safetensors").write_bytes(b"half")  # of a killed process, of this run
+    (out / ".y.kiln.tmp.safetensors").write_bytes(b"half")  # of another
     for step in states:
-        (home / "state" / f"step-{step:08d}").mkdir(parents=True)
-    (home / "state" / ".step-00000012.4711.tmp").mkdir(parents=True)
+        record.own_state(step)
+        make_state(home / "state" / f"step-{step:08d}")
+    make_state(home / "state" / "step-00000099")  # of another run, brought here by the user
+    (home / "state" / ".step-00000012.kiln.tmp").mkdir(parents=True)
     if resumed:
         record = RunRecord(home)
     retention = CheckpointRetention(out, home, record, keep_states=keep_states, keep_loras=keep_loras)
@@ -126,13 +134,15 @@ def test_what_stays_is_what_the_rule_says(
     stay = {name for name, step in mine.items() if step not in outdated}
     there = {name for name in stay if mine[name] not in vanished}
     kept_states = sorted(states)[-keep_states:] if keep_states else sorted(states)
+    stay_states = [f"step-{step:08d}" for step in (*kept_states, 99)]
     found = {path.name for path in out.iterdir() if path.is_file() and path.name != "run.json"}
-    assert found == there | {"x.safetensors", *STRANGERS, ".y.4711.tmp.safetensors"}
-    assert sorted(path.name for path in (home / "state").iterdir()) == [f"step-{step:08d}" for step in kept_states]
+    assert found == there | {"x.safetensors", *STRANGERS, ".y.kiln.tmp.safetensors"}
+    assert sorted(path.name for path in (home / "state").iterdir()) == stay_states
+    assert sorted(RunRecord(home).states) == stay_states[:-1]
     assert set(RunRecord(home).files) == stay | {"x.safetensors"}
     assert retention.saved_steps() == sorted({mine[name] for name in there})
     gone = {name for name in mine if name not in stay and mine[name] not in vanished}
-    assert removed == len(gone) + len(states) - len(kept_states) + 1  # and the half of a state
+    assert removed == len(gone) + len(states) - len(kept_states)
     shutil.rmtree(out)
 
 
@@ -151,7 +161,8 @@ def test_saves_over_a_whole_run_also_with_a_resume_and_one_on_the_last_step(keep
             def write(step=step, record=retention.record):
                 record.own(f"x-step{step:08d}.safetensors")
                 (out / f"x-step{step:08d}.safetensors").write_bytes(b"LoRA")
-                (out / "state" / f"step-{step:08d}").mkdir(parents=True, exist_ok=True)
+                record.own_state(step)
+                make_state(out / "state" / f"step-{step:08d}")
 
             retention.write(write, step)
             done.append(step)
@@ -180,8 +191,12 @@ def test_a_full_disk_with_nothing_to_remove_is_an_error(tmp_path):
 
 def test_a_full_disk_loses_damaged_states_first_and_says_how_many_went(folder, caplog):
     damaged = folder / "state" / "step-00000002.damaged"
-    damaged.mkdir()
-    retention = CheckpointRetention(folder, folder, RunRecord(folder), keep_states=3, keep_loras=3)
+    make_state(damaged)
+    mine = folder / "state" / "step-00000003.damaged"
+    make_state(mine)
+    record = RunRecord(folder)
+    record.own_state(2)
+    retention = CheckpointRetention(folder, folder, record, keep_states=3, keep_loras=3)
     tries = []
 
     def write():
@@ -191,7 +206,7 @@ def test_a_full_disk_loses_damaged_states_first_and_says_how_many_went(folder, c
 
     retention.write(write, 16)
     assert tries == [True, False]
-    assert [path.name for path in (folder / "state").iterdir()] == ["step-00000016"]
+    assert sorted(path.name for path in (folder / "state").iterdir()) == [mine.name, "step-00000016"]
     assert "The disk is full. Removed 6 older files and states to try again." in caplog.text
 
 

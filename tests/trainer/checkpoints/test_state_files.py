@@ -258,10 +258,13 @@ def test_the_newest_states_by_step_stay(tmp_path, keep):
     steps = [40, 100, 20, 1000]
     for step in steps:
         (tmp_path / f"step-{step:08d}").mkdir()
+        (tmp_path / f"step-{step:08d}" / "state.json").write_text("{}")
     (tmp_path / "step-00000007.damaged").mkdir()
     (tmp_path / "step-12").mkdir()
     kept = sorted(steps)[-keep:] if keep else sorted(steps)
-    assert state_files.prune(tmp_path, keep) == kept
+    own = [f"step-{step:08d}" for step in (12, *steps)]
+    gone = sorted(set(steps) - set(kept))
+    assert state_files.prune(tmp_path, keep, own=own) == [f"step-{step:08d}" for step in gone]
     assert {p.name for p in tmp_path.iterdir()} == {
         "step-00000007.damaged", "step-12", *(f"step-{s:08d}" for s in kept)
     }  # fmt: skip
