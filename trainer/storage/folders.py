@@ -59,6 +59,19 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return json_files.read_object(path)
 
 
+def mark(folder: Path, names: Sequence[str]) -> None:
+    """Write into a folder that is filled bit by bit how its files `names` are now. Raises StorageError."""
+    _mark(folder, names, {})
+
+
+def set_aside_changed(folder: Path) -> None:
+    """Set aside the files of a folder that are not as `mark` found them; the log says so."""
+    marker = json_files.read_sealed(folder / MARKER, unsealed=()) or {}
+    for name, row in marker.get("list", {}).items():
+        if not _is_as_left(folder / name, row):
+            json_files.set_aside_unless(folder / name, lambda _: False, "has changed since it was made")
+
+
 def _names(folder: Path) -> list[str]:
     """Every file below `folder` but the marker, relative to it."""
     paths = [path for path in folder.rglob("*") if is_regular(path) and path.name != MARKER]
