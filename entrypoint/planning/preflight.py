@@ -308,8 +308,8 @@ def _check_writable(variable: str, place: Path) -> None:
     longest = max(len(os.fsencode(name)) for name in place.parts)
     if longest > LONGEST_NAME_BYTES:
         raise SettingsError(
-            f"{variable}={printable(str(place))}: a name in it has {longest} bytes, and no name of a file or folder may "
-            f"have more than {LONGEST_NAME_BYTES}. Fix: choose a shorter one."
+            f"{variable}={printable(str(place))}: a name in it has {longest} bytes, and no name of a file or folder "
+            f"may have more than {LONGEST_NAME_BYTES}. Fix: choose a shorter one."
         )
     folder = _nearest_existing(place)
     if not folder.is_dir():
