@@ -92,7 +92,7 @@ def _stamp(path: Path) -> list[int]:
 
 
 def _is_as_left(path: Path, row: list[Any]) -> bool:
-    """Whether a file is as `_listing` found it. It is read only where its times have changed."""
+    """Whether a file is as `_mark` found it. It is read only where its times have changed."""
     try:
         *stamp, sha256 = row
         now = _stamp(path)
@@ -130,6 +130,7 @@ def build_folder(final: Path, fill: Callable[[Path], dict[str, Any]]) -> dict[st
     with locked(final.parent / f".{final.name}.lock") as has_lock:
         record = completed(final)
         if record is not None:
+            _renew_times(final, record)
             return record
         writer = "" if has_lock else f"{uuid.uuid4().hex[:8]}."
         temporary = final.parent / f".{final.name}.{writer}kiln.tmp"
@@ -146,9 +147,20 @@ def build_folder(final: Path, fill: Callable[[Path], dict[str, Any]]) -> dict[st
     return record
 
 
+def _renew_times(folder: Path, facts: dict[str, Any]) -> None:
+    """Where the times of a whole folder have changed (its volume was copied), note them: else each start reads it all."""
+    listed = (read_json(folder / MARKER) or {}).get("list") or {}
+    if any(_stamp(folder / name) != row[:-1] for name, row in listed.items()):
+        _mark(folder, list(listed), facts)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
 def _put_in_place(temporary: Path, final: Path, facts: dict[str, Any]) -> None:
     """Rename the folder; where `final` is there, move the files into it that it lacks, or has otherwise."""
-    json_files.set_aside_unless(final, lambda path: path.is_dir() and not path.is_symlink(), "is not a folder")
+    json_files.set_aside_unless(final, _is_folder, "is not a folder")
     if not final.exists():
         try:
             temporary.rename(final)
@@ -172,7 +184,7 @@ def _put_file_in_place(file: Path, final: Path, name: str) -> None:
     if is_regular(target) and digests.sha256(target) == digests.sha256(file):
         return
     for folder in reversed(PurePosixPath(name).parents[:-1]):
-        json_files.set_aside_unless(final / folder, Path.is_dir, "is not a folder")
+        json_files.set_aside_unless(final / folder, _is_folder, "is not a folder")
     json_files.set_aside_unless(target, lambda _: False, "has changed")
     target.parent.mkdir(parents=True, exist_ok=True)
     file.rename(target)
