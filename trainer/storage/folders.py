@@ -148,7 +148,7 @@ def build_folder(final: Path, fill: Callable[[Path], dict[str, Any]]) -> dict[st
 
 
 def _renew_times(folder: Path, facts: dict[str, Any]) -> None:
-    """Where the times of a whole folder have changed (its volume was copied), note them: else each start reads it all."""
+    """Note the times anew where they have changed, as in a copy of the volume: else each start reads all files."""
     listed = (read_json(folder / MARKER) or {}).get("list") or {}
     if any(_stamp(folder / name) != row[:-1] for name, row in listed.items()):
         _mark(folder, list(listed), facts)
