@@ -212,10 +212,11 @@ def local_archive(source: Source) -> Path:
 def _on_this_machine(source: Source) -> tuple[Path, str | None]:
     """The path of a source without links, and what is there: "a folder", "a file", "a FIFO"; None: nothing."""
     # Not Path.resolve, which raises where links lead round in a circle.
-    path = Path(os.path.realpath(Path(source.location).expanduser()))
+    path = Path(source.location).expanduser()
     try:
+        path = Path(os.path.realpath(path))
         mode = path.stat().st_mode
-    except (OSError, ValueError):  # not there, a name too long, links in a circle
+    except (OSError, ValueError):  # not there, a closed folder, a name too long, links in a circle
         return path, None
     return path, special_kind(mode) or "a file"
 

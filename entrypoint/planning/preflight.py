@@ -29,6 +29,7 @@ from trainer.spec.plan import AUTO, ModelPlan, Plan, Source, Subset
 from trainer.spec.values import printable, some
 from trainer.spec.weight_formats import PRECISIONS
 from trainer.storage.atomic import human_size, storage_error
+from trainer.storage.json_files import LONGEST_NAME_BYTES
 from trainer.storage.read import files_below
 
 logger = logging.getLogger(__name__)
@@ -304,6 +305,12 @@ def _check_url(source: Source, space: NeededSpace, *, token: str | None, retries
 
 def _check_writable(variable: str, place: Path) -> None:
     """Write, flush and delete a file where `place` is, or will be made: some volumes fail on a write only."""
+    longest = max(len(os.fsencode(name)) for name in place.parts)
+    if longest > LONGEST_NAME_BYTES:
+        raise SettingsError(
+            f"{variable}={printable(str(place))}: a name in it has {longest} bytes, and no name of a file or folder "
+            f"may have more than {LONGEST_NAME_BYTES}. Fix: choose a shorter one."
+        )
     folder = _nearest_existing(place)
     if not folder.is_dir():
         raise SettingsError(f"{variable}={place}: {folder} is a file. Name a folder.")
@@ -326,7 +333,7 @@ def _nearest_existing(place: Path) -> Path:
     """`place`, or the nearest folder above it that exists: checking creates no folders."""
     place = place.expanduser().absolute()
     for path in (place, *place.parents):
-        if path.exists():
+        if os.path.exists(path):  # noqa: PTH110 (Path.exists raises where a name is too long, or a folder is closed)
             return path
     raise FileNotFoundError(place)  # not even the root
 

@@ -19,7 +19,6 @@ from typing import IO, Any
 from entrypoint import DEFAULT_OUTPUT_PATH
 from trainer.process import guard
 from trainer.process.guard import Ending
-from trainer.storage import atomic
 from trainer.storage.json_files import read_object
 
 GO_ON = "Start the same command again to go on: it resumes automatically."
@@ -87,7 +86,7 @@ def _write(path: Path, status: Mapping[str, Any], ending: Ending, message: str, 
     values = {**status, **ended, "updated": round(time.time(), 3)}
     if not is_own:  # of what an earlier start wrote, its run and step still hold
         values["started"] = round(ending.started, 3)
-    temporary = atomic.temporary_of(path)
+    temporary = path.with_name(".status.kiln.tmp.json")  # as trainer.storage.atomic names it, which removes it
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with (path.parent / ".lock").open("a+", encoding="utf-8") as lock:  # as trainer.storage.locks has it

@@ -22,6 +22,7 @@ from entrypoint.processes.pod import asked_to_end, start_ssh
 from entrypoint.settings.variables.finish import ACTIONS, FinishSettings
 from trainer.process import guard, vitals
 from trainer.spec.errors import SettingsError, StorageError
+from trainer.storage import json_files, own_files
 from trainer.storage.folders import read_json, write_text
 
 log = logging.getLogger(__name__)
@@ -152,6 +153,8 @@ def set_limit(asked: FinishSettings, environ: Mapping[str, str]) -> None:
 def _opened(environ: Mapping[str, str]) -> PodRecord:
     """The record, with this start counted."""
     out = output_path(environ)
+    with suppress(StorageError):
+        json_files.set_aside_unless(out / "pod.json", own_files.has_keys("attempts", "step"))
     known = read_json(out / "pod.json") or {}
     run, step = _reached(environ)
     with suppress(TypeError):

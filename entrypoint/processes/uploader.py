@@ -28,7 +28,7 @@ from trainer.network.errors import HopelessError, TransientError
 from trainer.spec.errors import GatedError, KilnError, SettingsError, StorageError, UnreachableError
 from trainer.spec.log_lines import log_to
 from trainer.spec.messages.secrets import Known
-from trainer.storage import run_records
+from trainer.storage import own_files, run_records
 from trainer.storage.atomic import VOLUME_ERRORS
 from trainer.storage.folders import write_text
 from trainer.storage.safe_names import is_safe
@@ -86,7 +86,8 @@ class Uploader:
         if run is None:
             return  # the newest saves may be those of another run
         name, home = run
-        save = re.compile(rf"{re.escape(name)}-step\d{{8}}(-[a-z]+)?\.safetensors")
+        suffixes = "|".join(run_records.SUFFIXES)
+        save = re.compile(rf"{re.escape(name)}-step\d{{8}}({suffixes})\.safetensors")
         found = sorted(path for path in self.out.glob("*.safetensors") if save.fullmatch(path.name) and _is_own(path))
         main = next((p for p in reversed(found) if p.stem.rpartition("-step")[2].isdecimal()), None)
         if main is None or self.ended.is_set():
@@ -131,7 +132,8 @@ class Uploader:
         """
         from huggingface_hub import CommitOperationAdd
 
-        samples = sorted(p for p in (home / "sample").glob("*.png") if _is_own(p))
+        # Not what a user has put there.
+        samples = sorted(p for p in (home / "sample").glob("*.png") if own_files.is_in_samples(p.name) and _is_own(p))
         folder = (home / "sample").relative_to(self.out).as_posix()  # of a further run: runs/<name>/sample
         text = card(paths[-1], base=self.job.base, samples=folder if samples else None)
         files = {**{p.name: p for p in paths}, **{f"{folder}/{p.name}": p for p in samples}}

@@ -46,7 +46,7 @@ def out(tmp_path):
     """What a job leaves: two formats of the final LoRA, samples, and files that are nobody's business."""
     folder = tmp_path / "output"
     (folder / "sample").mkdir(parents=True)
-    for name in ("step-00000010-00.png", "contact-sheet.png", ".half.tmp.png"):
+    for name in ("step-00000010-00.png", "contact-sheet.png", ".half.tmp.png", "mine.png", "step-00000010-00-mine.png"):
         Image.new("RGB", (8, 8), (10, len(name), 3)).save(folder / "sample" / name)
     for name in ("run.log", "plan.json", "metrics.jsonl"):
         (folder / name).write_text("private")

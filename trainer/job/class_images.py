@@ -23,7 +23,8 @@ from trainer.job import prepare
 from trainer.job.reporting.status import Status
 from trainer.spec.family import CLIP_TOKENS, base_models, get_family
 from trainer.spec.plan import Dataset, Plan, Prompt, Source
-from trainer.storage import atomic, digests
+from trainer.storage import atomic, digests, folders, json_files
+from trainer.storage.read import is_regular
 from trainer.training.objective import scheduler_changes
 
 log = logging.getLogger(__name__)
@@ -50,11 +51,13 @@ class ClassImages:
         return cache / "class-pictures" / key[:32]
 
     def missing(self, folder: Path) -> list[tuple[Path, Prompt]]:
-        """The files that are not there yet, and the prompt of each."""
+        """The files that are not there yet, or have changed since, and the prompt of each."""
+        folders.set_aside_changed(folder)
         missing = []
         for number in range(self.count):
             path = folder / f"{number:05d}.png"
-            if not path.is_file():
+            if not is_regular(path):
+                json_files.set_aside_unless(path, lambda _: False, "is not a file")
                 missing.append((path, replace(self.prompt, seed=self.prompt.seed + number)))
         return missing
 
@@ -126,6 +129,8 @@ def _fill(wanted: Sequence[tuple[ClassImages, Path]], plan: Plan, *, model: Path
             )
         with atomic.replacing(path, shared=True) as temporary:
             image.save(temporary, format="PNG")
+    for images, folder in wanted:
+        folders.mark(folder, [f"{number:05d}.png" for number in range(images.count)])
     del denoiser, weight_streamer, vae
     release()
     log.info("Drew %d class images in %.1f s.", len(missing), time.monotonic() - started)

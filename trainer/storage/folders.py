@@ -59,6 +59,19 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return json_files.read_object(path)
 
 
+def mark(folder: Path, names: Sequence[str]) -> None:
+    """Write into a folder that is filled bit by bit how its files `names` are now. Raises StorageError."""
+    _mark(folder, names, {})
+
+
+def set_aside_changed(folder: Path) -> None:
+    """Set aside the files of a folder that are not as `mark` found them; the log says so."""
+    marker = json_files.read_sealed(folder / MARKER, unsealed=()) or {}
+    for name, row in marker.get("list", {}).items():
+        if not _is_as_left(folder / name, row):
+            json_files.set_aside_unless(folder / name, lambda _: False, "has changed since it was made")
+
+
 def _names(folder: Path) -> list[str]:
     """Every file below `folder` but the marker, relative to it."""
     paths = [path for path in folder.rglob("*") if is_regular(path) and path.name != MARKER]
@@ -79,7 +92,7 @@ def _stamp(path: Path) -> list[int]:
 
 
 def _is_as_left(path: Path, row: list[Any]) -> bool:
-    """Whether a file is as `_listing` found it. It is read only where its times have changed."""
+    """Whether a file is as `_mark` found it. It is read only where its times have changed."""
     try:
         *stamp, sha256 = row
         now = _stamp(path)
@@ -117,6 +130,7 @@ def build_folder(final: Path, fill: Callable[[Path], dict[str, Any]]) -> dict[st
     with locked(final.parent / f".{final.name}.lock") as has_lock:
         record = completed(final)
         if record is not None:
+            _renew_times(final, record)
             return record
         writer = "" if has_lock else f"{uuid.uuid4().hex[:8]}."
         temporary = final.parent / f".{final.name}.{writer}kiln.tmp"
@@ -133,9 +147,20 @@ def build_folder(final: Path, fill: Callable[[Path], dict[str, Any]]) -> dict[st
     return record
 
 
+def _renew_times(folder: Path, facts: dict[str, Any]) -> None:
+    """Note the times anew where they have changed, as in a copy of the volume: else each start reads all files."""
+    listed = (read_json(folder / MARKER) or {}).get("list") or {}
+    if any(_stamp(folder / name) != row[:-1] for name, row in listed.items()):
+        _mark(folder, list(listed), facts)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
 def _put_in_place(temporary: Path, final: Path, facts: dict[str, Any]) -> None:
     """Rename the folder; where `final` is there, move the files into it that it lacks, or has otherwise."""
-    json_files.set_aside_unless(final, lambda path: path.is_dir() and not path.is_symlink(), "is not a folder")
+    json_files.set_aside_unless(final, _is_folder, "is not a folder")
     if not final.exists():
         try:
             temporary.rename(final)
@@ -159,7 +184,7 @@ def _put_file_in_place(file: Path, final: Path, name: str) -> None:
     if is_regular(target) and digests.sha256(target) == digests.sha256(file):
         return
     for folder in reversed(PurePosixPath(name).parents[:-1]):
-        json_files.set_aside_unless(final / folder, Path.is_dir, "is not a folder")
+        json_files.set_aside_unless(final / folder, _is_folder, "is not a folder")
     json_files.set_aside_unless(target, lambda _: False, "has changed")
     target.parent.mkdir(parents=True, exist_ok=True)
     file.rename(target)

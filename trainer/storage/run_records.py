@@ -260,7 +260,7 @@ def _has_content(folder: Path) -> bool:
     try:
         return any(not path.name.startswith(".") for path in folder.iterdir())
     except OSError:
-        return folder.exists()
+        return os.path.lexists(folder)  # unlike Path.exists, it never raises
 
 
 def free_name(out: Path, name: str, runs: Collection[Run], *, reused: str = "") -> str:

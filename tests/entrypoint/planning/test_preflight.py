@@ -145,6 +145,12 @@ def test_a_place_without_files_is_named(plan: Plan, tmp_path: Path) -> None:
         check(plan, tmp_path)
 
 
+def test_a_name_that_no_volume_takes_is_refused(plan: Plan, tmp_path: Path) -> None:
+    plan = dataclasses.replace(plan, output=dataclasses.replace(plan.output, path=f"{tmp_path}/{'é' * 150}/out"))
+    with pytest.raises(SettingsError, match=r"OUTPUT_PATH=.*a name in it has 300 bytes.*no .* more than 255\. Fix:"):
+        check(plan, tmp_path)
+
+
 def test_too_little_room_shows_both_numbers(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 

@@ -47,4 +47,4 @@ def test_the_formatter_escapes_the_arguments_of_a_message():
 @pytest.mark.parametrize("start", ["02:14:03 INFO Done", "2026-11-30 02:14:03,123 ERROR x"])
 def test_no_line_of_a_message_passes_for_another_message(start):
     record = logging.LogRecord("a", logging.INFO, "", 0, "image %s is skipped", (f"a\n{start}",), None)
-    assert LineFormatter("02:14:00 INFO %(message)s").format(record).split("\n")[1] == f"  {start}"
+    assert LineFormatter("02:14:00 INFO %(message)s").format(record).split("\n")[1] == f"  {start} is skipped"

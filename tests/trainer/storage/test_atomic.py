@@ -1,8 +1,9 @@
-"""Files that are replaced in one step, and what a message says of a volume."""
+"""Files that are replaced in one step, whatever has their names, and what a message says of a volume."""
 
 import errno
 import json
 import os
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -45,12 +46,9 @@ def test_the_bytes_are_flushed_before_the_name_and_the_folder_after_it(tmp_path,
     temporary = ".a.kiln.tmp.txt"
     assert order == [("flush", temporary), ("rename", temporary), ("flush", "new")]
     assert path.read_text() == "text" and [p.name for p in path.parent.iterdir()] == ["a.txt"]
-    with atomic.replacing(path, shared=True) as other, atomic.replacing(path, shared=True) as third:
-        assert other != third and atomic.TEMPORARY.fullmatch(other.name)
-        other.write_text("less")
-        third.write_text("more")
-    os.unlink(path)
-    with atomic.replacing(path, shared=True) as other:
+    with atomic.replacing(path, shared=True) as other, atomic.replacing(path, shared=True) as another:
+        assert re.fullmatch(r"\.a\.[0-9a-f]{8}\.kiln\.tmp\.txt", other.name) and other != another
+        another.write_text("less")
         other.write_text("more")
     assert path.read_text() == "more"
 
