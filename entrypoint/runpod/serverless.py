@@ -38,7 +38,7 @@ HUB = ("HF_ENDPOINT", "HF_HUB_OFFLINE")  # of all that begins with HF_
 
 def main(environ: Mapping[str, str]) -> int:
     """Returns only if the request is refused: the exit code. Otherwise the job has taken the place of this process."""
-    asked: dict[str, Any] = json.load(sys.stdin)
+    asked: dict[str, Any] = json.loads(sys.stdin.read())
     public_addresses.guard({**environ, public_addresses.VARIABLE: "1"})  # a document may be at an address
     try:
         request = variables_of(asked["input"])
