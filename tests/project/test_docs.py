@@ -28,7 +28,7 @@ USERS = (  # the documents for users
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")))
 # Variables that no table has, and names of the code.
 OTHERS = {"SOURCE_DATE_EPOCH", "HEALTH_PATIENCE_MINUTES", "HF_HUB_OFFLINE", "WEIGHT_FORMATS", "MEMORY_MODES"}
-OTHERS |= {"HF_ENDPOINT", "KILN_REQUESTS_USE_HF_TOKEN"}
+OTHERS |= {"HF_ENDPOINT", "KILN_REQUESTS_USE_HF_TOKEN", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"}
 LETTERS = {"general": "G", "a dataset": "D", "a subset": "S"}  # levels of dataset.json, as its document names them
 
 
