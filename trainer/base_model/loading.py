@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from trainer.base_model import configs, model_folder, tokenizer_files
 from trainer.base_model.tokenizer_files import Token
@@ -29,7 +30,7 @@ WEIGHT_FILES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformer
 # What the classes of both libraries raise where a config is none of theirs, though each value is one that may be.
 CONSTRUCTION_ERRORS = (
     *(ValueError, TypeError, ArithmeticError, LookupError),
-    *(AttributeError, RuntimeError, AssertionError),
+    *(AttributeError, RuntimeError, AssertionError, StrictDataclassError),
 )
 WEIGHT_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 FIX = "Fix: download the model's folder again, or take another model"
