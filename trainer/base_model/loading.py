@@ -150,10 +150,9 @@ def _entries(folder: Path, library: str) -> dict[str, Entry]:
     index = plain.with_name(f"{plain.name}.index.json")
     files = [plain]
     if index.exists() and (library == "diffusers" or not plain.exists()):
-        try:
-            files = [folder / file for file in sorted(set(model_folder.shards(index).values()))]
-        except ValueError as damaged:
-            raise ValueError(f"{index.name} {damaged}") from damaged
+        if found := model_folder.weight_problems(folder, [f"{folder.name}/{index.name}"]):
+            raise ValueError(found[0])
+        files = [folder / file for file in sorted(set(model_folder.shards(index).values()))]
     entries: dict[str, Entry] = {}
     for file in files:
         if problem := "is missing" if not file.is_file() else model_folder.damage(file):
