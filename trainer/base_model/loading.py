@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from trainer.base_model import configs, model_folder, tokenizer_files
 from trainer.base_model.tokenizer_files import Token
@@ -29,7 +30,7 @@ WEIGHT_FILES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformer
 # What the classes of both libraries raise where a config is none of theirs, though each value is one that may be.
 CONSTRUCTION_ERRORS = (
     *(ValueError, TypeError, ArithmeticError, LookupError),
-    *(AttributeError, RuntimeError, AssertionError),
+    *(AttributeError, RuntimeError, AssertionError, StrictDataclassError),
 )
 WEIGHT_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 FIX = "Fix: download the model's folder again, or take another model"
@@ -149,10 +150,9 @@ def _entries(folder: Path, library: str) -> dict[str, Entry]:
     index = plain.with_name(f"{plain.name}.index.json")
     files = [plain]
     if index.exists() and (library == "diffusers" or not plain.exists()):
-        try:
-            files = [folder / file for file in sorted(set(model_folder.shards(index).values()))]
-        except ValueError as damaged:
-            raise ValueError(f"{index.name} {damaged}") from damaged
+        if found := model_folder.weight_problems(folder, [f"{folder.name}/{index.name}"]):
+            raise ValueError(found[0])
+        files = [folder / file for file in sorted(set(model_folder.shards(index).values()))]
     entries: dict[str, Entry] = {}
     for file in files:
         if problem := "is missing" if not file.is_file() else model_folder.damage(file):
