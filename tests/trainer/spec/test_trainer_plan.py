@@ -18,6 +18,7 @@ from entrypoint.settings.variables import NAMES
 from trainer.spec.errors import SettingsError
 from trainer.spec.plan import (
     AUTO,
+    VARIANTS,
     VERSION,
     DataPlan,
     Dataset,
@@ -267,3 +268,22 @@ def test_a_damaged_plan_is_a_value_error(plan, data):
 def test_what_is_no_plan_is_a_value_error(text):
     with pytest.raises(ValueError, match=r"plan|JSON|Expecting"):
         Plan.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("keys", "views", "captions"),
+    [
+        ({}, 1, 1),
+        ({"flip_aug": True}, 2, 1),
+        ({"random_crop": True}, VARIANTS, 1),
+        ({"color_aug": True}, VARIANTS, 1),
+        ({"flip_aug": True, "color_aug": True}, VARIANTS, 1),
+        ({"enable_wildcard": True}, 1, VARIANTS),
+        ({"shuffle_caption": True}, 1, VARIANTS),
+        ({"caption_tag_dropout_rate": 0.1}, 1, VARIANTS),
+        ({"caption_dropout_rate": 0.1}, 1, 1),
+    ],
+)
+def test_the_cache_holds_one_variant_unless_something_varies(keys, views, captions):
+    one = Subset(Source("folder", "/a"), **keys)
+    assert (one.image_variants, one.caption_variants) == (views, captions) and VARIANTS == 8

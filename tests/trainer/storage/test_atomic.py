@@ -137,3 +137,10 @@ def test_only_leftovers_of_files_that_a_job_writes_are_removed(tmp_path):
     atomic.remove_leftovers(tmp_path, {"x.json"}.__contains__)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(mine)
     atomic.remove_leftovers(tmp_path / "no such folder", {"x.json"}.__contains__)
+
+
+def test_no_file_stays_open(tmp_path):
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(20):
+        atomic.write_text(tmp_path / str(number), "text")
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -9,9 +9,11 @@ import pytest
 
 from tests.support.plans import job_plan as make_plan
 from trainer.spec.errors import SettingsError
-from trainer.storage import digests, json_files, run_records
+from trainer.spec.plan import AUTO
+from trainer.spec.rules.resume_rules import Changes
+from trainer.storage import choose_run, digests, json_files, run_records
 from trainer.storage.choose_run import already_trained, choose
-from trainer.storage.run_records import RunRecord
+from trainer.storage.run_records import Run, RunRecord
 
 
 @pytest.fixture
@@ -255,3 +257,26 @@ def test_odd_values_in_a_record_are_not_believed(plan, values):
     assert run.name == "x" and run.done is False
     assert {path.name for path in run.lora_files()} <= {"x-step00000008.safetensors"}
     assert RunRecord(choice.home).finished == []
+
+
+@pytest.mark.parametrize(
+    ("run_has", "asked", "is_new"),
+    [
+        ({}, {"max_steps": 13}, True),
+        ({}, {"max_steps": 12}, False),
+        ({}, {"max_steps": 11}, False),
+        ({}, {"max_steps": None, "max_epochs": 3}, True),  # how many that are is not known
+        ({}, {"max_steps": None, "max_epochs": AUTO}, False),
+        ({"done": False}, {"max_steps": 13}, False),
+        ({"step": 8}, {"max_steps": 13}, False),
+        ({"record": {}}, {"max_steps": 12}, True),  # of a version that did not record how many it has
+    ],
+)
+def test_only_a_finished_run_without_a_state_cannot_go_on(plan, out, run_has, asked, is_new):
+    run = Run(out, "", "x", "", {}, None, {"total": 12}, step=0, done=True)
+    run = dataclasses.replace(run, **run_has)
+    wanted = dataclasses.replace(plan, train=dataclasses.replace(plan.train, **asked))
+    found = choose_run._unreachable_steps(run, Changes(steps=("PARAMS_MAX_STEPS: 12 → 13",)), wanted)
+    words = "PARAMS_MAX_STEPS: 12 → 13 (and no state was kept: PARAMS_SAVE_EVERY_N_STEPS=0)"
+    assert found == ([words] if is_new else [])
+    assert choose_run._unreachable_steps(run, Changes(), wanted) == []

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.spec.errors import SettingsError
+from trainer.spec.family import get_family
 from trainer.training import objective
 from trainer.training.objective import Denoising, FlowMatching, NoisedBatch
 
@@ -203,7 +204,8 @@ def made(job_plan, tmp_path):
     def make(name, config, **fields):
         train = dataclasses.replace(job_plan("sdxl").train, **fields)
         (tmp_path / "scheduler_config.json").write_text(json.dumps({"_class_name": "EulerDiscreteScheduler", **config}))
-        return objective.make_objective(name, train, scheduler=tmp_path, device="cpu")
+        facts = get_family({"flow": "flux", "denoising": "sdxl"}[name]).FACTS
+        return objective.make_objective(facts, train, scheduler=tmp_path, device="cpu")
 
     return make
 

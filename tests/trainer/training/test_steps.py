@@ -125,6 +125,17 @@ def test_an_image_of_another_process_is_not_blamed_on_this_one():
         loop._skip(3, [batch(1.0)], losses, workers=workers, **{**common, "loss": 1.0})
 
 
+def test_the_numbers_of_all_processes_decide():
+    """Here this one's are good, and another's are not."""
+
+    class Two(Workers):
+        def read_totals(self, totals, norm):
+            return math.inf, 9, 1.5
+
+    ((step, weight, _),) = run([(1, [batch(1.0)])], workers=Two(size=1))
+    assert (step.loss, step.images, step.grad_norm, step.skipped) == (math.inf, 9, 1.5, True) and weight == 0.0
+
+
 @pytest.mark.parametrize("problem", [OSError("gone"), ValueError("odd"), DataError("bad")])
 def test_an_error_while_reading_is_raised_after_the_step_before_it(problem):
     def groups():
