@@ -53,7 +53,8 @@ test: lint
 slow: .venv/.dev
 	$(BIN)/pytest -rf -m "slow and not container" --ignore tests/faults
 
-# Every row of docs/reliability.md, and fuzzing: about an hour and a half. KILLS, EVERY, STEPS and INPUTS set how much.
+# Every row of docs/reliability.md, and fuzzing: about an hour and a half. KILLS, EVERY, STEPS and INPUTS set how much,
+# PROCESSES how many jobs are disturbed at the same time, and LOAD how many other processes want a core meanwhile.
 faults: .venv/.dev
 	$(BIN)/pytest -rf -s tests/faults tests/fuzz
 	$(BIN)/python tests/fuzz/run.py --inputs $(or $(INPUTS),1000000)

@@ -36,7 +36,7 @@ from entrypoint.settings import Settings, help_env, read_settings
 from entrypoint.system import cards, environment, hardware, secrets
 from trainer import __version__
 from trainer.base_model import model_folder
-from trainer.process import scratch, streams
+from trainer.process import scratch, streams, vitals
 from trainer.spec.commands.parser import Parser
 from trainer.spec.errors import KilnError, NoAcceleratorError, SettingsError, StopRequestedError
 from trainer.spec.family import base_models, get_family
@@ -124,6 +124,8 @@ def job(environ: Mapping[str, str], *, check: bool, card: str | None = None) -> 
     `card`: the name of one to check for, in place of what this machine has.
     """
     public_addresses.guard(environ)
+    # In a pod the job is a process of its own: what it tells its parent is not what the supervisor tells its own.
+    environ = {**environ, **{name: os.environ[name] for name in (vitals.VARIABLE,) if name in os.environ}}
     settings = read_settings(environ)
     supervise.set_limit(settings.finish, environ)
     with scratch.folder(os.environ, settings.data.cache_path) as temporary:

@@ -19,7 +19,7 @@ from trainer.process.vitals import Vitals
 
 log = logging.getLogger(__name__)
 VARIABLES = ("TMPDIR", "TEMP", "TMP")  # in the order in which Python looks
-USUAL = ("/tmp", "/var/tmp")  # noqa: S108 (looked at, and used only through mkdtemp)
+USUAL = ("/tmp", "/var/tmp")  # noqa: S108 # nosec B108 (used only through mkdtemp)
 PROBE_BYTES = 2**20  # more than the plan and the stacks of all processes
 NAME = "tmp"  # below the cache folder
 
@@ -34,11 +34,11 @@ def folder(environment: MutableMapping[str, str], cache: Path) -> Iterator[Path]
         vitals.close()
     before = environment.get("TMPDIR")
     environment["TMPDIR"] = str(made)
-    tempfile.tempdir = None  # Python asks for the place once and remembers it
+    tempfile.tempdir, remembered = str(made), tempfile.tempdir
     try:
         yield made
     finally:
-        tempfile.tempdir = None
+        tempfile.tempdir = remembered
         if before is None:
             del environment["TMPDIR"]
         else:

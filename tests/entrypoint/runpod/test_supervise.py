@@ -235,17 +235,23 @@ def container(server, pod, tmp_path, programs):
     running = []
     server.on_action = lambda pod, action: threading.Timer(0.1, running[-1].terminate).start()
 
-    def run(**environment):
+    def run(*arguments, **environment):
         codes, printed = [], ""
         while state(server) == "RUNNING":
             assert len(codes) < 9
-            process = programs.start("-c", SCRIPT, environment={**place, **pod, **job, **environment})
+            process = programs.start(*(arguments or ("-c", SCRIPT)), environment={**place, **pod, **job, **environment})
             running.append(process)
             printed += process.communicate(timeout=200)[0]
             codes.append(process.returncode)
         return codes, printed
 
     return run
+
+
+def test_a_limit_of_time_ends_the_pod_and_not_only_its_container(server, container):
+    """Told to the parent of the job, which is not the one of the supervisor."""
+    codes, printed = container("-m", "entrypoint", MAX_RUNTIME=str(1 / 3600), PARAMS_MAX_STEPS="4000")
+    assert codes == [143] and "MAX_RUNTIME or MAX_COST is reached" in printed, printed
 
 
 @pytest.mark.slow

@@ -51,6 +51,7 @@ class Figures:
     seconds: dict[str, list[float]] = field(default_factory=dict)  # from a signal to the end of the job
     codes: Counter[int] = field(default_factory=Counter)
     phases: Counter[str] = field(default_factory=Counter)
+    saved: int = 0  # stops during training, after which the last step is in the newest state
     finished: int = 0  # starts that were done before, all with the same bytes
 
     def add(self, other: Figures) -> None:
@@ -58,6 +59,7 @@ class Figures:
             self.seconds.setdefault(kind, []).extend(seconds)
         self.codes += other.codes
         self.phases += other.phases
+        self.saved += other.saved
         self.finished += other.finished
 
     def line(self) -> str:
@@ -70,7 +72,9 @@ class Figures:
             marks = [stops[min(len(stops) - 1, int(share * len(stops)))] for share in (0.5, 0.9, 0.99, 1)]
             times = "; a stop took {:.2f} s (median), {:.2f} (90 %), {:.2f} (99 %), {:.2f} at most".format(*marks)
         busy = f"load average {os.getloadavg()[0]:.0f}"
-        return f"{sent}{times}; {busy}; exit codes {codes}; in the phases {phases}; {self.finished} runs ended, all the same"
+        times += f"; {self.saved} of them saved a step of training"
+        ends = f"exit codes {codes}; in the phases {phases}; {self.finished} runs ended, all the same"
+        return f"{sent}{times}; {busy}; {ends}"
 
 
 @dataclass
@@ -113,6 +117,7 @@ class Campaign:
 
     def disturb(self) -> None:
         kind = self.dice.choice(self.kinds)
+        before = self.last_step()
         own_interpreter = self.dice.random() < self.own_interpreters
         program = self.start(own_interpreter=own_interpreter)
         moment = self.dice.uniform(0, self.span * (IMPORTS_TAKE if own_interpreter else 1))
@@ -132,6 +137,10 @@ class Campaign:
         took = time.monotonic() - sent
         what = f"{kind} after {moment:.2f} s: {code} in {took:.2f} s\n{self.log.read_text()[-3000:]}"
         self.check(kind, code, took, moment, what)
+        if kind in STOPS and code and self.last_step() != before:  # it has trained
+            newest = max(int(path.name.partition("-")[2]) for path in (self.out / "state").glob("step-*"))
+            assert newest == self.last_step(), f"steps are lost: {what}"
+            self.figures.saved += 1
         self.figures.seconds.setdefault(kind, []).append(took)
         self.figures.codes[code] += 1
         self.figures.phases[self.status().get("phase", "none") if code else "done"] += 1
@@ -177,6 +186,12 @@ class Campaign:
             return
         with (self.out / ".lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+
+    def last_step(self) -> int:
+        """The last line of metrics.jsonl."""
+        path = self.out / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return json.loads(lines[-1])["step"] if lines else 0
 
     def status(self) -> dict:
         path = self.out / "status.json"

@@ -54,11 +54,11 @@ def test_a_full_place_is_found_out(tmp_path, caplog, monkeypatch):
 
 
 def test_python_itself_uses_the_place(tmp_path, monkeypatch):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    with scratch.folder(os.environ, tmp_path / "cache") as made:
+    before = tempfile.gettempdir()
+    monkeypatch.setattr(scratch, "USUAL", ("/proc",))
+    with scratch.folder({}, tmp_path / "cache") as made:
         assert tempfile.gettempdir() == str(made)
-    assert tempfile.gettempdir() == str(tmp_path)
-    tempfile.tempdir = None
+    assert tempfile.gettempdir() == before
 
 
 def test_compiled_kernels_go_to_the_cache_where_their_place_is_not_writable(tmp_path, caplog):
