@@ -60,6 +60,7 @@ def test_after_training(said):
 def test_who_has_said_it_is_not_contradicted(said):
     own = {"started": 1001.0, "phase": "stopped", "exit_code": 143, "message": "Stopped at step 7; it is saved."}
     assert said(Ending(143, STARTED, signal.SIGTERM), own) == ("", own)
+    assert said(STOPPED, own) == ("", own)
 
 
 def test_killed_for_memory(said):
