@@ -34,10 +34,11 @@ def say(ending: Ending) -> None:
     status = read_object(status_path) or {}
     is_own = isinstance(status.get("started"), float) and status["started"] >= ending.started
     message = ending.cause or f"Stopped by {guard.signal_name(ending.stop or 0)}{_where(status, is_own=is_own)}."
-    if ending.line():
+    has_said = is_own and status.get("phase") in ("stopped", "failed")
+    is_stop = ending.stop is not None and ending.exit_code == 128 + ending.stop
+    if (is_stop or ending.cause) and not has_said:
         level = "ERROR" if ending.cause else "INFO"
         guard.print_text(f"{time.strftime('%H:%M:%S')} {level} {message} {GO_ON} [exit {ending.exit_code}]")
-    has_said = is_own and status.get("phase") in ("stopped", "failed")
     if ending.exit_code != 0 and not has_said:
         _write(status_path, status, ending, message, is_own=is_own)
 

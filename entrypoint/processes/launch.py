@@ -29,6 +29,7 @@ from trainer.storage import folders
 
 log = logging.getLogger(__name__)
 GRACE_S = 5.0  # for the first process to finish cleanly when another has failed
+LEAVE_S = 1.0  # for this process to end after a trainer that was stopped
 START_GRACE_S = 2.0  # for a trainer that is stopped before it says how long it may take
 KILLED = 128 + signal.SIGKILL
 
@@ -66,8 +67,10 @@ def launch(plan: Plan, *, environment: Mapping[str, str]) -> int:
         plan_path = team.folder / "plan.json"
         plan_path.write_text(plan.to_json(), encoding="utf-8")
         early: list[int] = []
+        stopped_at: list[float] = []
 
         def forward(number: int, _frame: FrameType | None) -> None:
+            stopped_at.append(time.monotonic())
             for child in team.children[:1]:
                 child.send_signal(number)
             if not team.children:
@@ -91,7 +94,8 @@ def launch(plan: Plan, *, environment: Mapping[str, str]) -> int:
                 child.wait()
             for number, handler in before.items():
                 signal.signal(number, handler)
-            shared.allow(0)
+            # The grace counts from the signal on; a trainer that was stopped in order leaves us time to say so.
+            shared.allow(time.monotonic() - stopped_at[0] + LEAVE_S if stopped_at else 0)
             shared.close()
         return _reported(plan, team, outcome)
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import pytest
 
 from tests.support.faults import moments
 from tests.support.faults.moments import Campaign, Figures
-from tests.support.programs import basic_environment
+from tests.support.programs import basic_environment, wait_for
 
 KILLS = int(os.environ.get("KILLS", "200"))
 PROCESSES = int(os.environ.get("PROCESSES", "1"))  # campaigns at the same time
@@ -111,6 +112,33 @@ def test_the_first_process_of_a_container_forwards_signals(job):
     assert process.returncode == 143, printed
     status = job.status()  # written when the state is; the interpreter takes its time to end
     assert status["phase"] == "stopped" and status["updated"] - sent < 4
+
+
+@pytest.fixture
+def silent_hub():
+    """The address of a server that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_a_stop_while_the_hub_does_not_answer(job, silent_hub, command, number, code):
+    """B1: no traceback, whatever the client's libraries do with an exception in their midst."""
+    program = job.start(command, DATASET_NAME="someone/pictures", HF_ENDPOINT=silent_hub)
+    wait_for(lambda: "To fetch for the model" in program.printed())
+    assert program.poll() is None
+    sent = time.monotonic()
+    program.send_signal(number)
+    assert program.wait(timeout=10) == code and time.monotonic() - sent < 4
+    lines = program.printed().splitlines()
+    assert lines[-1].endswith(f"[exit {code}]") and "Traceback" not in program.printed()
+    assert sum("Stopped by" in line for line in lines) == 1
+    if command == "train":
+        assert (job.status()["phase"], job.status()["exit_code"]) == ("stopped", code)
+    else:
+        assert not job.out.exists()
 
 
 # ---- whole jobs, from the start of their first process to the end of the last

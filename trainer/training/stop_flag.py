@@ -50,7 +50,8 @@ class StopFlag:
             self.signal = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
         if self.ends_at_once:
             problem = self._problem(" before training began")
-            print_text(f"{time.strftime('%H:%M:%S')} INFO {problem.last_line()}")
+            if self.vitals is None:  # else our parent says it, as it does for a trainer that had no handler yet
+                print_text(f"{time.strftime('%H:%M:%S')} INFO {problem.last_line()}")
             os._exit(problem.exit_code)
 
     @property

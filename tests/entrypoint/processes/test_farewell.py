@@ -60,6 +60,19 @@ def test_after_training(said):
 def test_who_has_said_it_is_not_contradicted(said):
     own = {"started": 1001.0, "phase": "stopped", "exit_code": 143, "message": "Stopped at step 7; it is saved."}
     assert said(Ending(143, STARTED, signal.SIGTERM), own) == ("", own)
+    assert said(STOPPED, own) == ("", own)
+
+
+def test_a_trainer_that_had_no_handler_yet(said):
+    """It ends by the signal, and the entrypoint with the right code; nobody has said a word."""
+    printed, status = said(Ending(143, STARTED, signal.SIGTERM))
+    assert "Stopped by SIGTERM before training began." in printed and status["exit_code"] == 143
+
+
+@pytest.mark.parametrize("code", [0, 74])
+def test_who_ended_otherwise_has_said_so(said, code):
+    printed, _ = said(Ending(code, STARTED, signal.SIGTERM))
+    assert printed == ""
 
 
 def test_killed_for_memory(said):

@@ -65,7 +65,7 @@ def test_a_terminal_that_goes_away(tmp_path):
     os.read(ours, 10)
     os.close(ours)
     assert process.wait() == 0 and log.read_text().count("line ") == 200
-    assert log.read_text().count("cannot be written (Input/output error)") == 1
+    assert log.read_text().count("Standard error cannot be written (Input/output error)") == 1
 
 
 def test_a_pipe_that_nobody_empties_is_given_up(tmp_path):
