@@ -41,7 +41,7 @@ JOBS = {  # name → family, prompts, and the variables that are not as usual
     "flux": ("flux", None, {}),
     "flux, optimiser": (
         "flux",
-        None,
+        PROMPTS,
         {
             "PARAMS_OPTIMIZER_TYPE": "adamw",
             "PARAMS_OPTIMIZER_ARGS": "betas=0.7,0.8 eps=1e-3",
@@ -52,7 +52,7 @@ JOBS = {  # name → family, prompts, and the variables that are not as usual
             "PARAMS_WARMUP_STEPS": "2",
             "PARAMS_NUM_CYCLES": "2",
             "PARAMS_MAX_STEPS": "9",
-            "PARAMS_GRADIENT_ACCUMULATION": "2",
+            "PARAMS_GRADIENT_ACCUMULATION": "3",
             "PARAMS_MAX_GRAD_NORM": "0.05",
             "PARAMS_SEED": "7",
             "PARAMS_EMA_DECAY": "0.3",
@@ -62,6 +62,8 @@ JOBS = {  # name → family, prompts, and the variables that are not as usual
             "PARAMS_NETWORK_DIM": "3",
             "PARAMS_NETWORK_ALPHA": "6",
             "PARAMS_STEP_TIMEOUT": "777",
+            "PARAMS_SAMPLE_EVERY_N_STEPS": "99",
+            "PARAMS_VALIDATE_EVERY_N_STEPS": "99",
         },
     ),
     "flux, noise": (
@@ -392,7 +394,11 @@ SEEN = {  # variable → the job that has it, what is looked at, and what it is;
     "PARAMS_D_COEF": ("flux, engine", in_groups("d_coef"), {0.5}),
     "PARAMS_MAX_STEPS": ("flux, optimiser", lambda job: len(job.updates), 9),
     "PARAMS_MAX_EPOCHS": ("flux, noise", lambda job: len(job.updates), 8),  # 4 + 4 images in batches of 2, twice
-    "PARAMS_GRADIENT_ACCUMULATION": ("flux, optimiser", lambda job: {len(u.calls) for u in job.updates}, {2}),
+    "PARAMS_GRADIENT_ACCUMULATION": (
+        "flux, optimiser",
+        lambda job: [len(u.calls) for u in job.updates][:4],
+        [3, 1, 3, 1],
+    ),
     "PARAMS_MAX_SKIPPED_STEPS": ("flux, optimiser", lambda job: job.state.guard.limit, 8),
     "PARAMS_MAX_LOSS_SPIKE": ("flux, optimiser", lambda job: job.state.guard.spike, 31.0),
     "PARAMS_SPLIT_QKV": ("flux, optimiser", lambda job: sum(e.endswith("to_q") for e in endings(job)), 1),
@@ -450,6 +456,14 @@ def test_a_value_is_where_it_belongs(name, jobs):
 # ---- what needs more than one look
 
 
+def euler(job, inputs):
+    """The latents after one step of a sampler with guidance of 2.5, from the inputs with and without the prompt."""
+    velocities = [job.state.denoiser(**{**own, "return_dict": False})[0] for own in inputs[:2]]
+    guided = velocities[1] + 2.5 * (velocities[0] - velocities[1])
+    size = inputs[2]["timestep"] - inputs[0]["timestep"]
+    return inputs[0]["hidden_states"] + size[:, None, None] * guided
+
+
 @contextlib.contextmanager
 def weights_of(job, weights):
     """Inside, the adapters have these numbers, as one vector."""
@@ -494,7 +508,7 @@ def test_an_accumulated_gradient_is_that_of_one_large_batch(jobs):
         torch.testing.assert_close(update.grad, grad * min(1, 0.05 / grad.norm().item()), rtol=1e-3, atol=1e-6)
 
 
-def test_the_average_has_its_decay_and_is_what_the_file_and_the_validation_have(jobs):
+def test_the_average_is_in_the_file_the_samples_and_the_validation(jobs):
     job = jobs("flux, optimiser")
     average = job.updates[0].before
     for number, update in enumerate(job.updates, 1):
@@ -513,6 +527,16 @@ def test_the_average_has_its_decay_and_is_what_the_file_and_the_validation_have(
         in_file = tensors[f"transformer.{name}"], tensors[f"transformer.{name.replace('_A.', '_B.')}"]
         torch.testing.assert_close(in_file[1].double() @ in_file[0].double(), 6 / 3 * up @ down, rtol=1e-4, atol=1e-6)
     assert jobs("flux").state.ema is None
+
+    checked = job.of("validate")[-1]
+    drawn = [inputs for where, inputs in job.inputs if where == "sample"][8:11]  # of the end: the first prompt
+    for weights, is_right in ((average, True), (job.updates[-1].after, False)):
+        with torch.no_grad(), weights_of(job, weights):
+            output = job.session.predict(checked.noisy, checked.t, checked.batch)
+            pooled = job.state.texts.encode_trained({"pooled": drawn[0]["pooled_projections"]}, ["a fox"])["pooled"]
+            assert torch.allclose(output, checked.output, rtol=1e-4, atol=1e-5) == is_right
+            assert torch.allclose(pooled, drawn[0]["pooled_projections"], rtol=1e-4, atol=1e-5) == is_right
+            assert torch.allclose(euler(job, drawn), drawn[2]["hidden_states"], rtol=1e-4, atol=1e-4) == is_right
 
 
 def test_the_validation_is_of_the_held_out_image_at_the_weights_and_the_noise_of_the_seed(jobs):
@@ -673,13 +697,9 @@ def test_samples_have_the_seed_the_steps_the_guidance_and_the_texts_of_their_pro
 def test_classifier_free_guidance_goes_its_scale_beyond(jobs):
     """From one step of the sampler to the next: Euler along the guided velocity."""
     job = jobs("flux, noise")
-    first = [i for where, i in job.inputs if where == "sample"][:3]
+    first = [inputs for where, inputs in job.inputs if where == "sample"][:3]
     with torch.no_grad(), weights_of(job, job.updates[0].before):
-        velocities = [job.state.denoiser(**{**inputs, "return_dict": False})[0] for inputs in first[:2]]
-    guided = velocities[1] + 2.5 * (velocities[0] - velocities[1])
-    size = first[2]["timestep"] - first[0]["timestep"]
-    expected = first[0]["hidden_states"] + size[:, None, None] * guided
-    torch.testing.assert_close(first[2]["hidden_states"], expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(first[2]["hidden_states"], euler(job, first), rtol=1e-3, atol=1e-3)
 
 
 def test_samples_follow_the_changes_of_the_schedule(jobs):
@@ -782,7 +802,7 @@ def test_the_header_has_the_settings_of_its_job(which, jobs):
         alphas = {file.get_tensor(key).item() for key in file.keys() if key.endswith(".alpha")}  # noqa: SIM118
         ranks = [file.get_slice(key).get_shape()[0] for key in file.keys() if key.endswith(".lora_down.weight")]  # noqa: SIM118
     assert {key: header.get(key) for key in HEADERS[which]} == HEADERS[which]
-    assert alphas == {float(header["ss_network_alpha"])}
+    assert [*alphas] == [pytest.approx(float(header["ss_network_alpha"]))]
     assert int(header["ss_network_dim"]) == max(ranks, key=ranks.count)
 
 
@@ -824,7 +844,7 @@ def test_offloading_and_compiling_are_what_the_engine_does(tmp_path, monkeypatch
 
 ELSEWHERE = {  # variable → the test that holds its wire
     "PARAMS_MAX_GRAD_NORM": "test_wires.py::test_a_limit_of_the_gradient_holds_and_0_is_no_limit",
-    "PARAMS_EMA_DECAY": "test_wires.py::test_the_average_has_its_decay_and_is_what_the_file_and_the_validation_have",
+    "PARAMS_EMA_DECAY": "test_wires.py::test_the_average_is_in_the_file_the_samples_and_the_validation",
     "PARAMS_RESUME_FROM": "test_job_loop.py::test_a_job_has_the_losses_of_a_straightforward_loop_and_ends_with",
     "PARAMS_OFFLOAD": "test_wires.py::test_offloading_and_compiling_are_what_the_engine_does",
     "PARAMS_COMPILE": "test_wires.py::test_offloading_and_compiling_are_what_the_engine_does",
