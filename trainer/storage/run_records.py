@@ -14,6 +14,7 @@ tell what they can.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -22,11 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.spec.errors import StorageError
 from trainer.spec.plan import Plan
 from trainer.storage import atomic, digests, json_files
-from trainer.storage.read import is_regular
 
 RECORD = "run.json"
+# What opening a folder fails with that is not there, or is none.
+NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 RUNS_FOLDER = "runs"
 STATE_FOLDER_NAME = re.compile(r"step-([0-9]{8})")
 STATE_FILES = ("state.safetensors", "state.json")
@@ -117,16 +120,29 @@ def state_steps(home: Path) -> list[int]:
 
 
 def state_folders(folder: Path) -> list[Path]:
-    """The states in `folder`: a user's folder of such a name, which holds no file of a state, is none."""
-    found = []
+    """The states in `folder`: a user's folder of such a name, which holds no file of a state, is none.
+
+    Raises StorageError where `folder` is there and cannot be read: a job must not begin anew because of that.
+    """
     try:
         names = os.listdir(folder)  # noqa: PTH208 (names are all that is needed)
-    except OSError:
-        return []
-    for name in names:
-        if STATE_FOLDER_NAME.fullmatch(name) and any(is_regular(folder / name / file) for file in STATE_FILES):
-            found.append(folder / name)
-    return found
+    except OSError as problem:
+        if problem.errno in NO_FOLDER:
+            return []
+        raise StorageError(
+            f"{folder} cannot be read: {problem.strerror}. The states of this job may be in it. Let this user read it, "
+            "or choose another OUTPUT_PATH."
+        ) from problem
+    return [folder / name for name in names if STATE_FOLDER_NAME.fullmatch(name) and _holds_state(folder / name)]
+
+
+def _holds_state(folder: Path) -> bool:
+    """Whether a folder has one of the files of a state. One that cannot be read counts: it is damaged, perhaps."""
+    try:
+        names = os.listdir(folder)  # noqa: PTH208 (names are all that is needed)
+    except OSError as problem:
+        return problem.errno not in NO_FOLDER
+    return any(name in STATE_FILES for name in names)
 
 
 def read_state_header(folder: Path) -> StateHeader | None:

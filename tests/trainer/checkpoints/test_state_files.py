@@ -1,8 +1,11 @@
 """States on disk: complete or absent."""
 
 import dataclasses
+import errno
 import json
+import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -282,3 +285,29 @@ def test_values_keep_their_kind(tmp_path, value):
 def test_what_json_cannot_hold_is_refused(tmp_path):
     with pytest.raises(TypeError, match="a state cannot hold set"):
         state_files.save(tmp_path, 1, {"value": {1, 2}})
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_states_that_cannot_be_looked_at_are_no_reason_to_begin_anew(tmp_path, monkeypatch, number):
+    state_files.save(tmp_path, 10, tree(1.0))
+    state_files.save(tmp_path, 20, tree(2.0))
+    listdir = os.listdir
+
+    def failing(at):
+        def call(path):
+            if Path(path) == at:
+                raise OSError(number, os.strerror(number))
+            return listdir(path)
+
+        return call
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "listdir", failing(tmp_path))
+        with pytest.raises(StorageError, match=rf"{tmp_path} cannot be read: {os.strerror(number)}"):
+            state_files.latest(tmp_path)
+    (tmp_path / "step-00000020" / "state.json").unlink()
+    (tmp_path / "step-00000020" / "state.safetensors").unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "listdir", failing(tmp_path / "step-00000020"))
+        assert state_files.latest(tmp_path).step == 10
+    assert (tmp_path / "step-00000020.damaged").is_dir()
