@@ -428,6 +428,8 @@ def wait_for(condition):
 # ---- whole jobs
 
 SHORT = """\
+from trainer.process import guard
+guard.begin("entrypoint.processes.farewell")  # as the command begins
 import dataclasses, sys
 from entrypoint.__main__ import main
 from entrypoint.fetch import http
