@@ -21,7 +21,7 @@ from huggingface_hub.errors import StrictDataclassError
 from trainer.base_model import configs, model_folder, tokenizer_files
 from trainer.base_model.tokenizer_files import Token
 from trainer.spec.errors import SettingsError
-from trainer.spec.rules.config_rules import ConfigKind
+from trainer.spec.rules.config_rules import QUANTISED_KEYS, ConfigKind
 from trainer.spec.values import printable
 from trainer.storage import safetensors_header
 from trainer.storage.safetensors_header import Entry
@@ -50,7 +50,11 @@ def read_config(folder: Path, kind: ConfigKind) -> dict[str, Any]:
     name = configs.SCHEDULER_CONFIG if (folder / configs.SCHEDULER_CONFIG).exists() else "config.json"
     with _named(folder):
         try:
-            return configs.read_values(folder / name, kind)
+            config = configs.read_object(folder / name)
+            quantised = [key for key in QUANTISED_KEYS if config.get(key) is not None]
+            if quantised:  # the libraries would ask another one to read the weights
+                raise ValueError(f"says {quantised[0]}, and quantised weights are not read")
+            return configs.check_values(config, kind)
         except ValueError as problem:
             raise ValueError(f"{name} {problem}") from problem
 
@@ -228,7 +232,7 @@ def check_tokens(tokenizer: Any, encoder: Any, folder: Path) -> None:
             f"encoder's config.json. {FIX}."
         )
     positions = getattr(encoder.config, "max_position_embeddings", None)
-    if positions is not None and tokenizer.model_max_length > positions:
+    if positions is not None and tokenizer.model_max_length != positions:
         raise SettingsError(
             f"{folder} cannot be used: its model_max_length is {tokenizer.model_max_length:g}, and the text encoder "
             f"reads {positions} tokens. {FIX}."
