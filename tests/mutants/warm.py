@@ -254,10 +254,10 @@ LiveFunctions = dict[tuple[str, str], list[types.FunctionType]]  # by file and q
 
 def live_functions() -> LiveFunctions:
     """(file, qualified name) → the functions with that code."""
-    gc.unfreeze()
+    gc.unfreeze()  # tests/conftest.py freezes what was collected
     found: LiveFunctions = {}
     for thing in gc.get_objects():
-        if isinstance(thing, types.FunctionType) and thing.__code__.co_filename.startswith(str(ROOT)):
+        if type(thing) is types.FunctionType and thing.__code__.co_filename.startswith(str(ROOT)):
             found.setdefault((thing.__code__.co_filename, thing.__code__.co_qualname), []).append(thing)
     return found
 
@@ -265,7 +265,7 @@ def live_functions() -> LiveFunctions:
 def clear_caches() -> None:
     """Forget results that our functions kept while the tests were collected."""
     for thing in gc.get_objects():
-        if isinstance(thing, functools._lru_cache_wrapper) and thing.__module__.split(".")[0] in OURS:
+        if type(thing) is functools._lru_cache_wrapper and thing.__module__.split(".")[0] in OURS:
             thing.cache_clear()
 
 
