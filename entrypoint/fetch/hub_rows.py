@@ -41,6 +41,7 @@ from trainer.storage.safe_names import safe_path
 READERS = ("parquet", "arrow")  # of `datasets`; the others read no images, or pickles
 MAX_IMAGE_BYTES = 2**28  # bytes
 MOST_ROWS = 2_000_000
+DEEPEST = 8  # lists in lists: no column of images or captions is deeper
 VERSION = 3  # of how datasets are read: folders that an older version made are made again
 # The first bytes of a file → its suffix. Anything else gets .png, and the trainer reports that it cannot read it.
 MAGIC = (
@@ -212,18 +213,23 @@ def _features_of(rows: list[Row], image_columns: Collection[str]) -> dict[str, A
     return {name: feature for name, feature in features.items() if feature is not None}
 
 
-def _feature(value: Any, known: Any) -> Any:
+def _feature(value: Any, known: Any, *, depth: int = 0) -> Any:
     import datasets
 
+    if depth > DEEPEST:
+        return None
     if isinstance(value, Path):
         return datasets.Image()
     if isinstance(value, str):
         return datasets.Value("string")
     if isinstance(value, list) and value:
-        inner = _feature(value[0], None)
+        inner = _feature(value[0], None, depth=depth + 1)
         return None if inner is None else datasets.List(inner)
     if isinstance(value, dict):
-        return {**(known or {}), **{key: _feature(inner, (known or {}).get(key)) for key, inner in value.items()}}
+        inside = dict(known) if isinstance(known, dict) else {}
+        for key, inner in value.items():
+            inside[key] = _feature(inner, inside.get(key), depth=depth + 1)
+        return inside
     return known if value is None else datasets.Value("float64")
 
 
@@ -278,7 +284,8 @@ def _write(
     rows: Iterator[Row], target: Path, *, images: str, captions: str | None, labels: list[str] | None, reader: _Reader
 ) -> dict[str, Any]:
     counts = dict.fromkeys(("images", "empty", "without_caption", "several_captions", "several_images"), 0)
-    with (target / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
+    # A lone half of a letter has no UTF-8; the backslash form of it is JSON's own.
+    with (target / "metadata.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as metadata:
         for row in rows:
             value = value_of(row, images)
             several = value if isinstance(value, list) else [value]

@@ -23,7 +23,7 @@ _WORDS = re.compile(
     r"|(^|_|-)(pass|pwd|key|keys|auth|pat|dsn|jwt|bearer|signature|cookie|webhook)($|_|-)"
 )
 _NOT_SECRET = re.compile(r"(?i)(^(old)?pwd|_file|_path|_sock|_dir|_home)$")  # these hold places
-_PAIR = re.compile(r"""["']?([A-Za-z_][\w-]*)["']?\s*[:=]\s*["']?([^"'\s,}]{6,})""")
+_PAIR = re.compile(r"""(?<![\w-])["']?([A-Za-z_][\w-]{0,63})["']?\s*[:=]\s*["']?([^"'\s,}]{6,})""")
 _PLAIN = re.compile(r"(?i)true|false|none|null|[0-9]{1,7}|/.*|auto")  # what a key of that name holds otherwise
 MAX_TOKEN_FILE_BYTES = 10_000
 

@@ -275,7 +275,7 @@ def _match(
             name, of_image = next(iter(by_image.items()))
             findings.warn(
                 f"{title}: its rows name images in other folders; they are matched by the last part of the name alone: "
-                f"{of_image[0].name} is {name}."
+                f"{printable(of_image[0].name)} is {printable(name)}."
             )
     left_out = ImageNames(skipped, folder=folder)
     gone = []

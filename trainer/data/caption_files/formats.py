@@ -21,6 +21,7 @@ from trainer.spec.values import many, show, some
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 METADATA = re.compile(r"metadata\.(csv|tsv|jsonl|ndjson|json)", re.IGNORECASE)  # read without being named
 DELIMITERS = (",", ";", "\t", "|")
+LONGEST_HEADER = 10_000  # characters by which the delimiter is chosen
 # Columns, best first, as `normal` writes them.
 IMAGE_NAMES = (
     *("file_name", "image_path", "filename", "file", "file_path", "filepath", "path", "image", "image_file"),
@@ -210,7 +211,7 @@ def _header(fields: list[str], title: str) -> list[str]:
 
 def _delimiter(text: str, first: str, asked: AskedColumns) -> str:
     """The delimiter that splits the header into the most columns that are known; `first` among equals."""
-    header = text.lstrip("\ufeff\r\n").split("\n", 1)[0]
+    header = text[:LONGEST_HEADER].lstrip("\ufeff\r\n").split("\n", 1)[0]
     chosen = (normal(name) for name in (asked.image, asked.caption) if name)
     known = {*IMAGE_NAMES, *CAPTION_NAMES, *MORE_CAPTION_NAMES, TAGS, *chosen}
 
