@@ -23,3 +23,11 @@ def pytest_collection_finish() -> None:
     """Jobs in this process collect garbage many times: what is imported by now need not be looked through each time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """What was logged may hold halves of letters, which a report cannot take from one process to another."""
+    report = yield
+    report.sections = [(title, text.encode("utf-8", "backslashreplace").decode()) for title, text in report.sections]
+    return report
