@@ -76,8 +76,10 @@ def _check_class(config: Mapping[str, Any], kind: ConfigKind) -> Mapping[str, An
         name = config.get("_class_name", kind.names[0])
         if name not in kind.names:
             raise ValueError(f"says _class_name={show(name)}; allowed is {some(kind.names)}")
-        if config.get("quantization_config") is not None:  # diffusers would look for a class of that name
-            raise ValueError("says quantization_config; only weights that are not quantised can be trained on")
+        quantization = config.get("quantization_config")  # where it is one, `weight_kinds` says which
+        named = isinstance(quantization, dict) and isinstance(quantization.get("quant_method"), str)
+        if quantization is not None and not named:
+            raise ValueError(f"says quantization_config={show(quantization)}; allowed is none")
         return config
     names = config.get("architectures") or kind.names[:1]
     known = (*kind.names, *kind.saved_as)

@@ -14,7 +14,7 @@ text_encoder/config.json text_encoder/model.safetensors
 text_encoder_2/config.json text_encoder_2/model-00001-of-00002.safetensors
 text_encoder_2/model-00002-of-00002.safetensors text_encoder_2/model.safetensors.index.json
 tokenizer/merges.txt tokenizer/special_tokens_map.json tokenizer/tokenizer_config.json tokenizer/vocab.json
-tokenizer_2/special_tokens_map.json tokenizer_2/spiece.model tokenizer_2/tokenizer.json
+tokenizer_2/special_tokens_map.json tokenizer_2/tokenizer.json
 tokenizer_2/tokenizer_config.json transformer/config.json transformer/diffusion_pytorch_model-00001-of-00003.safetensors
 transformer/diffusion_pytorch_model-00002-of-00003.safetensors
 transformer/diffusion_pytorch_model-00003-of-00003.safetensors
@@ -43,12 +43,13 @@ model_index.json scheduler/scheduler_config.json
 text_encoder/config.json text_encoder/model.safetensors text_encoder_2/config.json text_encoder_2/model.safetensors
 text_encoder_3/config.json text_encoder_3/model-00001-of-00002.safetensors
 text_encoder_3/model-00002-of-00002.safetensors text_encoder_3/model.safetensors.index.json
-tokenizer/vocab.json tokenizer_2/vocab.json tokenizer_3/spiece.model tokenizer_3/tokenizer.json
+tokenizer/vocab.json tokenizer_2/vocab.json tokenizer_3/tokenizer.json
 transformer/config.json transformer/diffusion_pytorch_model-00001-of-00002.safetensors
 transformer/diffusion_pytorch_model-00002-of-00002.safetensors
 transformer/diffusion_pytorch_model.safetensors.index.json vae/config.json vae/diffusion_pytorch_model.safetensors
 """
 SD3_MORE = """
+tokenizer_3/spiece.model
 sd3.5_large.safetensors SD3.5L_example_workflow.json text_encoders/t5xxl_fp16.safetensors
 text_encoder/model.fp16.safetensors text_encoder_3/model.fp16-00001-of-00002.safetensors
 text_encoder_3/model-00001-of-00002.fp16.safetensors text_encoder_3/model.safetensors.index.fp16.json
