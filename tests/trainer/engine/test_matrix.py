@@ -4,6 +4,7 @@ Each time the base is read from the files through the product, trained numbers a
 onto the base read once more: the same output to 1e-4 in fp32.
 """
 
+import json
 import shutil
 
 import pytest
@@ -175,7 +176,9 @@ def test_every_layout_with_every_format(name, layout, to, read_once, tmp_path):
 def test_every_published_variant_with_every_format(base, to, tmp_path):
     """Its numbers of layers, kinds of blocks and conditions at a small width, from one file in its original names."""
     name = VARIANTS[base][0]
-    changes = {"denoiser": {**VARIANTS[base][1], **NARROW[name]}}
+    own = json.loads((miniature(name) / get_family(name).FACTS.parts["denoiser"] / "config.json").read_text())
+    facing = {key: own[key] for key in OF_TEXT if key in own}  # its text encoders are those of the miniature
+    changes = {"denoiser": {**VARIANTS[base][1], **NARROW[name], **facing}}
     plan = layouts.write_model(tmp_path, name, "file", changes=changes, dtype=torch.bfloat16)
     folder = single_file.convert_single_files(plan, tmp_path / "cache")
     place = folder / get_family(name).FACTS.parts["denoiser"]
@@ -184,6 +187,11 @@ def test_every_published_variant_with_every_format(base, to, tmp_path):
     assert len(modules) == MODULES[base]
 
 
+# Sizes of a denoiser that its text encoders decide.
+OF_TEXT = (
+    *("joint_attention_dim", "pooled_projection_dim", "cross_attention_dim", "addition_time_embed_dim"),
+    "projection_class_embeddings_input_dim",
+)
 # Layers with adapters in a published model, counted by hand. Flux: 12 in a double block, 5 in a single one. SD3: 12 in
 # a block, 3 less in the last, 4 more with a second attention. SDXL: 10 in each of 70 blocks, 2 in each of 11
 # transformers.
