@@ -33,6 +33,7 @@ FOR_EVER = {
 def start(tmp_path):
     """`start(code, ...)`: a program that begins with the guard, after it has said so; and the number of its child."""
     started = []
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
 
     def begun(code, farewell="trainer.process.guard", **options):
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "start_new_session": True, **options}
@@ -47,6 +48,7 @@ def start(tmp_path):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+    signal.signal(signal.SIGHUP, before)
 
 
 def ends(process, number, within=2.0):
