@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.support.faults.moments import descendants
-from safetensors.torch import load_file
 
 LONG = {"PARAMS_MAX_STEPS": "3000", "PARAMS_SAVE_EVERY_N_STEPS": "10"}
 # As a cluster says it: none of our business.
