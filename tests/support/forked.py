@@ -132,7 +132,8 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
     """A trainer that a forked entrypoint starts is a fork as well, and its child as ever; all else is a new program."""
 
     def __new__(cls, args: Any, **options: Any) -> Any:
-        if isinstance(args, list) and args[0] == sys.executable and args[1:3] in FORKED and options.keys() == {"env"}:
+        if isinstance(args, list) and args[0] == sys.executable and args[1:3] in FORKED:
+            assert options == {"env": options["env"], "stdin": subprocess.DEVNULL}, "a fork cannot do what is asked"
             return Child(args, options["env"])
         return super().__new__(cls)
 
@@ -146,6 +147,7 @@ class Child:
         self.args, self.returncode = args, None
         self.pid = os.fork()
         if self.pid == 0:
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             run(args[1:], environment)
 
     def poll(self) -> int | None:
