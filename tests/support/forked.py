@@ -133,7 +133,8 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
 
     def __new__(cls, args: Any, **options: Any) -> Any:
         if isinstance(args, list) and args[0] == sys.executable and args[1:3] in FORKED:
-            assert options == {"env": options["env"], "stdin": subprocess.DEVNULL}, "a fork cannot do what is asked"
+            assert options.pop("stdin", subprocess.DEVNULL) == subprocess.DEVNULL, "a fork has nothing to read"
+            assert options.keys() == {"env"}, "a fork cannot do what else is asked"
             return Child(args, options["env"])
         return super().__new__(cls)
 
