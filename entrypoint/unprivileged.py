@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from entrypoint import DEFAULT_OUTPUT_PATH
+from entrypoint.settings.checks import nearest_existing
 from entrypoint.settings.variables import NAMES
 from entrypoint.system.hardware import DEVICE_FILES
 from trainer.process import streams
@@ -64,7 +65,7 @@ def without_current_folder(environ: Mapping[str, str]) -> dict[str, str]:
 
 def give_up_root(environ: Mapping[str, str]) -> str:
     """Become the owner of the volume, or `USER` where that is root; returns why this process is still root, or ""."""
-    written = [_existing(Path(environ.get(name, "").strip() or DEFAULT_OUTPUT_PATH)) for name in WRITTEN]
+    written = [nearest_existing(Path(environ.get(name, "").strip() or DEFAULT_OUTPUT_PATH)) for name in WRITTEN]
     status = written[0].stat()
     uid, gid = (status.st_uid, status.st_gid) if status.st_uid else (USER, GROUP)
     identity = Identity(uid, gid, tuple(group for group in os.getgroups() if group != 0))
@@ -78,14 +79,6 @@ def give_up_root(environ: Mapping[str, str]) -> str:
     except OSError as problem:
         return f"it may not become user {uid} ({problem.strerror})."
     return ""
-
-
-def _existing(place: Path) -> Path:
-    """The folder itself, or the one in which it will be made."""
-    place = Path(os.path.expanduser(place)).absolute()  # noqa: PTH111 (never raises)
-    while not os.path.exists(place):  # noqa: PTH110 (never raises)
-        place = place.parent
-    return place
 
 
 def _refused(identity: Identity, *, written: Sequence[Path], read: Sequence[Path]) -> str:

@@ -132,7 +132,7 @@ def persist(
     httpx's errors count as what they mean (`trainer.network.client.errors_as_ours`). A server may ask for a longer
     wait, never for a shorter one. `progressed`: whether the last call made progress, which renews the budget. Raises
     UnreachableError when the budget is spent, or at once when the server asks for a longer wait than is left;
-    SettingsError or UnreachableError for what no further try mends; and what `action` raises.
+    SettingsError or UnreachableError where another try cannot help. Other errors of `action` are raised as they are.
     """
     from trainer.network.client import errors_as_ours
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from entrypoint.fetch import archive, fetch, flash_attention, http, hub, hub_choice, local_weights
 from entrypoint.fetch.http import RetryPolicy
 from entrypoint.planning import single_files
+from entrypoint.settings.checks import nearest_existing
 from trainer.base_model import model_folder, weight_kinds, without_weights
 from trainer.data.folder_listing import list_folder
 from trainer.data.folders import formats
@@ -311,7 +312,7 @@ def _check_writable(variable: str, place: Path) -> None:
             f"{variable}={printable(str(place))}: a name in it has {longest} bytes, and no name of a file or folder "
             f"may have more than {LONGEST_NAME_BYTES}. Fix: choose a shorter one."
         )
-    folder = _nearest_existing(place)
+    folder = nearest_existing(place)
     if not folder.is_dir():
         raise SettingsError(f"{variable}={place}: {folder} is a file. Name a folder.")
     probe = folder / f".kiln-probe-{uuid.uuid4().hex[:8]}"
@@ -329,15 +330,6 @@ def _check_writable(variable: str, place: Path) -> None:
         probe.unlink(missing_ok=True)
 
 
-def _nearest_existing(place: Path) -> Path:
-    """`place`, or the nearest folder above it that exists: checking creates no folders."""
-    place = place.expanduser().absolute()
-    for path in (place, *place.parents):
-        if os.path.exists(path):  # noqa: PTH110 (Path.exists raises where a name is too long, or a folder is closed)
-            return path
-    raise FileNotFoundError(place)  # not even the root
-
-
 def _full_volumes(space: NeededSpace, *, all_known: bool) -> list[KilnError]:
     """One error for each file system without enough free space, with both numbers and what they are made of.
 
@@ -348,14 +340,14 @@ def _full_volumes(space: NeededSpace, *, all_known: bool) -> list[KilnError]:
     text = f"Room on the volume of %s: {about}, %s free."
     variables_by_device: dict[int, list[str]] = defaultdict(list)
     for variable in space.parts:
-        device = _nearest_existing(space.places[variable]).stat().st_dev
+        device = nearest_existing(space.places[variable]).stat().st_dev
         variables_by_device[device].append(variable)
     errors: list[KilnError] = []
     for variables in variables_by_device.values():
         parts: dict[str, float] = {}
         for variable in variables:
             parts |= space.parts[variable]
-        place = _nearest_existing(space.places[variables[0]])
+        place = nearest_existing(space.places[variables[0]])
         free = shutil.disk_usage(place).free
         needed = sum(parts.values())
         logger.info(text, place, human_size(needed), human_size(free))
