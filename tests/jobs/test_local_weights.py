@@ -84,6 +84,7 @@ class Machine:
         Image.new("RGB", (64, 64)).save(place / "photos" / "1.png")
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+            "PYTHONPATH": str(ROOT / "tests" / "support" / "roomy"),  # nothing of full size is written
             "HF_ENDPOINT": endpoint,
             "HF_HOME": str(place / "hf"),
             "BACKEND": "cpu",
