@@ -31,7 +31,7 @@ from entrypoint.fetch.fetch import fetch_model, fetch_source
 from entrypoint.planning import starting_point
 from entrypoint.planning.plan import make_plan
 from entrypoint.processes import supervise, upload
-from entrypoint.processes.launch import launch
+from entrypoint.processes.launch import Trainers
 from entrypoint.settings import Settings, help_env, read_settings
 from entrypoint.system import cards, environment, hardware, secrets
 from trainer import __version__
@@ -179,8 +179,11 @@ def _job(settings: Settings, environ: Mapping[str, str], *, check: bool, card: s
         if check:
             log.info("Checked: this job can run. Nothing was downloaded or trained.")
             return 0
-        plan = _fetched(plan, settings, token=token)
-        return launch(plan, environment=environ) or uploaded()
+        if plan.engine.attention == "flash_4":  # before a trainer looks for it
+            flash_attention.install(Path(plan.output.cache))
+        with Trainers(plan, environment=environ) as trainers:
+            code = trainers.run(_fetched(plan, settings, token=token))
+        return code or uploaded()
 
 
 def _card_to_check_for(name: str) -> hardware.Hardware:
@@ -235,8 +238,6 @@ def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
     """The plan with local paths for the model and all sources, which are fetched at the same time."""
     hub_cache = settings.model.hf_home / "hub"
     cache = Path(plan.output.cache)
-    if plan.engine.attention == "flash_4":
-        flash_attention.install(cache)
     patterns = model_folder.file_patterns(get_family(plan.model.family).FACTS, plan.model.parts)
     sources: dict[Source, None] = {}  # each once, in order
     for dataset in plan.data.datasets:

@@ -1,4 +1,8 @@
-"""`python -m trainer plan.json`: run one plan; map failures to exit codes."""
+"""`python -m trainer plan.json`: run one plan; map failures to exit codes.
+
+With `--wait` the libraries are loaded first, and the plan is read when the standard input ends: whoever started us
+fetches meanwhile. Without a plan by then it has thought better of it.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +29,11 @@ USAGE_ERROR = 64  # BSD sysexits
 
 def main(arguments: list[str]) -> int:
     """Exit codes as in `trainer.spec.errors`; 64 for a wrong command line."""
-    if len(arguments) != 1:
-        print("usage: python -m trainer plan.json", file=sys.stderr)  # noqa: T201
+    waits = arguments[:1] == ["--wait"]
+    if len(arguments) != 1 + waits:
+        print("usage: python -m trainer [--wait] plan.json", file=sys.stderr)  # noqa: T201
         return USAGE_ERROR
+    path = Path(arguments[-1])
     process_rank = int(os.environ.get(RANK_VARIABLE, "0"))
     stop = StopFlag(Vitals.of(os.environ) if process_rank == 0 else None)
     if process_rank == 0:
@@ -40,12 +46,19 @@ def main(arguments: list[str]) -> int:
     faulthandler.register(signal.SIGUSR1, file=_stacks_file(process_rank))
     _configure_logging(process_rank)
     try:
-        plan = _read_plan(Path(arguments[0]))
+        if not waits:
+            plan = _read_plan(path)
         started = time.monotonic()
         log.info("Loading torch and diffusers, which takes 5 to 30 s.")
         from trainer.job.run import run  # late: torch is slow to import, and signals are handled by now
 
         log.info("Loaded them in %.1f s.", time.monotonic() - started)
+        if waits:
+            with open(0, "rb", closefd=False) as told:
+                told.read()
+            if not path.exists():
+                return 0
+            plan = _read_plan(path)
         stop.ends_at_once = False
         run(plan, stop)
     except StopRequestedError as problem:

@@ -1,4 +1,8 @@
-"""Start the trainers on plan.json, forward signals to them, and return the exit code of the job."""
+"""Start the trainers, hand them plan.json, forward signals to them, and return the exit code of the job.
+
+They are started before everything is fetched, since they load torch and diffusers first: for 5 s on a machine that has
+done so before, for half a minute on one that has not.
+"""
 
 from __future__ import annotations
 
@@ -44,6 +48,10 @@ class Team:
     children: list[subprocess.Popen[bytes]] = field(default_factory=list)
     held_bytes: dict[str, int] = field(default_factory=dict)  # the memory of each, at most
 
+    @property
+    def plan_path(self) -> Path:
+        return self.folder / "plan.json"
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -54,50 +62,80 @@ class Outcome:
     message: str = ""
 
 
-def launch(plan: Plan, *, environment: Mapping[str, str]) -> int:
-    """Run the trainer on `plan` and return its exit code: 75 if it hung or was killed, 128 + n if signal n ended it.
+class Trainers:
+    """The trainers of a job: inside the context they load their libraries, and wait for `run`.
 
-    With NUM_GPUS above 1, the first process leads: it gets the signals, and when it ends, the job ends. If another one
-    fails, the rest is stopped, and its exit code is the job's.
-    The trainer gets no secrets and needs no network: everything is on local paths by now.
+    They get no secrets and need no network: what they read is on local paths by the time that they begin.
     """
-    shared, path = _shared(environment)
-    with tempfile.TemporaryDirectory(prefix="kiln-") as name:
-        team = Team(Path(name), shared)
-        plan_path = team.folder / "plan.json"
-        plan_path.write_text(plan.to_json(), encoding="utf-8")
-        early: list[int] = []
+
+    def __init__(self, plan: Plan, *, environment: Mapping[str, str]) -> None:
+        """`plan`: for what it says of processes and caches; what is trained is said to `run`."""
+        self._plan = plan
+        self._environment = environment
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> Trainers:
+        shared, path = _shared(self._environment)
+        self._open.callback(shared.close)
+        self._team = Team(Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix="kiln-"))), shared)
+        self._open.callback(self._end_all)
+        # A list of arguments, no shell: nothing in the plan can become a command.
+        arguments = [sys.executable, "-m", "trainer", "--wait", str(self._team.plan_path)]
+        for own in _environments(self._plan, self._team.folder, self._environment):
+            if not self._team.children:
+                own[vitals.VARIABLE] = path
+            self._team.children.append(subprocess.Popen(arguments, env=own, stdin=subprocess.PIPE))  # noqa: S603
+        return self
+
+    def __exit__(self, *_problem: object) -> None:
+        self._open.close()
+
+    def run(self, plan: Plan) -> int:
+        """Let them train `plan`; the exit code is 75 if they hung or were killed, 128 + n if signal n ended them.
+
+        With NUM_GPUS above 1, the first process leads: it gets the signals, and when it ends, the job ends. If another
+        one fails, the rest is stopped, and its exit code is the job's.
+        """
+        team = self._team
+        team.plan_path.write_text(plan.to_json(), encoding="utf-8")
         stopped_at: list[float] = []
 
         def forward(number: int, _frame: FrameType | None) -> None:
             stopped_at.append(time.monotonic())
-            for child in team.children[:1]:
-                child.send_signal(number)
-            if not team.children:
-                early.append(number)
+            team.children[0].send_signal(number)
 
         before = {number: signal.signal(number, forward) for number in FORWARDED}
-        shared.allow(START_GRACE_S)  # from here on a stop is passed on
+        team.shared.allow(START_GRACE_S)  # from here on a stop is passed on
         try:
-            # A list of arguments, no shell: nothing in the plan can become a command.
-            arguments = [sys.executable, "-m", "trainer", str(plan_path)]
-            for own in _environments(plan, team.folder, environment):
-                if not team.children:
-                    own[vitals.VARIABLE] = path
-                team.children.append(subprocess.Popen(arguments, env=own, stdin=subprocess.DEVNULL))  # noqa: S603
-            for number in early:
-                team.children[0].send_signal(number)
+            for child in team.children:
+                _begin(child)
             outcome = _watch(team)
         finally:
-            for child in team.children:
-                child.kill()
-                child.wait()
+            self._end_all()
             for number, handler in before.items():
                 signal.signal(number, handler)
             # The grace counts from the signal on; a trainer that was stopped in order leaves us time to say so.
-            shared.allow(time.monotonic() - stopped_at[0] + LEAVE_S if stopped_at else 0)
-            shared.close()
+            team.shared.allow(time.monotonic() - stopped_at[0] + LEAVE_S if stopped_at else 0)
         return _reported(plan, team, outcome)
+
+    def _end_all(self) -> None:
+        for child in self._team.children:
+            child.kill()
+            child.wait()
+            if child.stdin is not None:
+                child.stdin.close()
+
+
+def _begin(child: subprocess.Popen[bytes]) -> None:
+    """What a trainer waits for is the end of its input."""
+    assert child.stdin is not None
+    child.stdin.close()
+
+
+def launch(plan: Plan, *, environment: Mapping[str, str]) -> int:
+    """Run the trainers on `plan`, of which nothing is to be fetched any more; returns the job's exit code."""
+    with Trainers(plan, environment=environment) as trainers:
+        return trainers.run(plan)
 
 
 def _shared(environment: Mapping[str, str]) -> tuple[Vitals, str]:

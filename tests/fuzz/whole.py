@@ -222,7 +222,7 @@ def _entrypoint(case: Case, *, launch: Callable[..., int] | None) -> int:
         mock.patch.object(summary, "cpu_workers", lambda: 0),  # no other processes
         mock.patch.object(entrypoint, "CHECK_RETRIES_S", 0.0),
         mock.patch.object(entrypoint.http, "USUAL", NO_RETRIES),
-        mock.patch.object(entrypoint, "launch", launch or _no_launch),
+        mock.patch.object(entrypoint, "Trainers", functools.partial(_Trainers, launch)),
     ):
         return entrypoint.main([str(argument).replace("\0", "") for argument in case["arguments"]])
 
@@ -232,11 +232,22 @@ def _is_escaped(text: str) -> bool:
     return re.search("[\ud800-\udc7f\udd00-\udfff]", text) is None
 
 
-def _no_launch(_plan: Plan, *, environment: Mapping[str, str]) -> int:
-    raise UnexpectedError("A check began to train.")
+class _Trainers:
+    """In place of the processes: `launch` does their work; None: a check, which has none."""
+
+    def __init__(self, launch: Callable[[Plan], int] | None, _plan: Plan, *, environment: Mapping[str, str]) -> None:
+        if launch is None:
+            raise UnexpectedError("A check began to train.")
+        self.run = launch
+
+    def __enter__(self) -> _Trainers:
+        return self
+
+    def __exit__(self, *_problem: object) -> None:
+        pass
 
 
-def _trainer_start(plan: Plan, *, environment: Mapping[str, str]) -> int:
+def _trainer_start(plan: Plan) -> int:
     """The trainer, up to where it would encode."""
     from trainer import __main__ as trainer
     from trainer.job import prepare, run

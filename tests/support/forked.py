@@ -133,23 +133,26 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
 
     def __new__(cls, args: Any, **options: Any) -> Any:
         if isinstance(args, list) and args[0] == sys.executable and args[1:3] in FORKED:
-            assert options.pop("stdin", subprocess.DEVNULL) == subprocess.DEVNULL, "a fork has nothing to read"
-            assert options.keys() == {"env"}, "a fork cannot do what else is asked"
-            return Child(args, options["env"])
+            asked = {"stdin": subprocess.DEVNULL, **options}
+            assert asked.keys() == {"env", "stdin"}, "a fork cannot do what else is asked"
+            return Child(args, asked["env"], asked["stdin"])
         return super().__new__(cls)
 
 
 class Child:
     """A fork, with what the entrypoint uses of `subprocess.Popen`."""
 
-    def __init__(self, args: list[str], environment: Mapping[str, str]) -> None:
+    def __init__(self, args: list[str], environment: Mapping[str, str], stdin: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         self.args, self.returncode = args, None
+        read, write = os.pipe() if stdin == subprocess.PIPE else (os.open(os.devnull, os.O_RDONLY), None)
         self.pid = os.fork()
         if self.pid == 0:
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.dup2(read, 0)
             run(args[1:], environment)
+        os.close(read)
+        self.stdin = None if write is None else open(write, "wb")  # noqa: SIM115
 
     def poll(self) -> int | None:
         if self.returncode is None:

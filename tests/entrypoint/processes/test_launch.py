@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from entrypoint.processes import launch
 from entrypoint.processes.launch import member_environment
 from entrypoint.system.environment import RANKS, child_environment
 from trainer.process.vitals import Vitals
-from trainer.spec.errors import KilnError, PeerError
+from trainer.spec.errors import KilnError, PeerError, UnreachableError
 
 SLEEP = "import time; time.sleep(60)"
 STOPS = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); print(flush=True); " + SLEEP
@@ -140,6 +141,51 @@ def test_what_ended_a_process_is_in_the_status(tmp_path, job_of_two):
         "exit_code": 75,
         "message": "no memory",
     }
+
+
+@pytest.fixture
+def waiting(tmp_path, monkeypatch):
+    """In place of Python: a program that notes its number, waits for the end of its input, and keeps the plan."""
+    program = tmp_path / "python"
+    program.write_text(f'#!/bin/sh\necho $$ > {tmp_path}/$KILN_RANK.new\nmv {tmp_path}/$KILN_RANK.new '
+                       f'{tmp_path}/$KILN_RANK\ncat > {tmp_path}/told\ncp "$4" {tmp_path}/plan.json\n')  # fmt: skip
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+
+    def numbers() -> list[int]:
+        places = [tmp_path / "0", tmp_path / "1"]
+        end = time.monotonic() + 30
+        while not all(place.exists() for place in places):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        return [int(place.read_text()) for place in places]
+
+    return numbers
+
+
+def test_trainers_load_while_things_are_fetched_and_train_what_was_fetched(waiting, job_of_two, tmp_path):
+    fetched = dataclasses.replace(job_of_two, printed=("what is known after the fetch",))
+    with launch.Trainers(job_of_two, environment={"PATH": os.environ["PATH"]}) as trainers:
+        waiting()  # both have begun, and nothing says yet what they are to train
+        assert not (tmp_path / "plan.json").exists()
+        assert trainers.run(fetched) == 0
+    assert (tmp_path / "plan.json").read_text() == fetched.to_json() and (tmp_path / "told").read_text() == ""
+
+
+def test_nothing_is_left_of_trainers_that_have_nothing_to_do(waiting, job_of_two, tmp_path):
+    with (
+        pytest.raises(UnreachableError),
+        launch.Trainers(job_of_two, environment={"PATH": os.environ["PATH"]}),
+    ):
+        numbers = waiting()
+        raise UnreachableError("The Hub does not answer.")
+    assert not any(Path(f"/proc/{number}").exists() for number in numbers)
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_a_trainer_without_a_plan_ends_in_silence(programs, tmp_path):
+    ended = programs.run("-m", "trainer", "--wait", str(tmp_path / "plan.json"), environment={})
+    assert ended.returncode == 0 and "ERROR" not in ended.stderr
 
 
 @pytest.fixture
