@@ -17,6 +17,7 @@ if __name__ == "__main__" and sys.argv[1:2] != ["shell"]:
 import contextlib
 import dataclasses
 import datetime
+import json
 import logging
 import threading
 import time
@@ -29,10 +30,11 @@ from entrypoint.dataset_config.manifest import read_manifest
 from entrypoint.fetch import flash_attention, http, public_addresses
 from entrypoint.fetch.fetch import fetch_model, fetch_source
 from entrypoint.planning import starting_point
+from entrypoint.planning.check_report import CheckReport
 from entrypoint.planning.plan import make_plan
 from entrypoint.processes import supervise, upload
 from entrypoint.processes.launch import Trainers
-from entrypoint.settings import Settings, help_env, read_settings
+from entrypoint.settings import Settings, help_env, json_schema, read_settings
 from entrypoint.system import cards, environment, hardware, secrets
 from trainer import __version__
 from trainer.base_model import model_folder
@@ -87,6 +89,8 @@ def _run(arguments: list[str], environ: Mapping[str, str], known: Known) -> int:
     plans_for = "check for a card that is not here: a name like 'RTX 4090', '2 x RTX 3090', or a size like '12 GB'"
     parser.add_argument("--gpu", metavar="CARD", help=plans_for)
     parser.add_argument("--help-env", action="store_true", help="print every variable with default, range and meaning")
+    as_json = "print JSON: of a check what it found, of --help-env a JSON schema (docs/agents.md)"
+    parser.add_argument("--json", action="store_true", help=as_json)
     parser.add_argument("--version", action="version", version=f"kiln {__version__}")
     try:
         options = parser.parse_args(arguments)
@@ -94,17 +98,28 @@ def _run(arguments: list[str], environ: Mapping[str, str], known: Known) -> int:
         return 64 if stop.code else streams.output_code()
     if options.help_env:
         with contextlib.suppress(BrokenPipeError):  # the reader (head, less) has closed the pipe
-            print(help_env(), flush=True)  # noqa: T201
+            print(json.dumps(json_schema(), indent=2) if options.json else help_env(), flush=True)  # noqa: T201
         return streams.output_code()
     log_to(logging.StreamHandler(), "%(asctime)s %(levelname)s %(message)s", known=known)
     check = options.check or options.command == "check" or options.gpu is not None
-    return supervise.supervised(lambda: _exit_code(environ, check=check, card=options.gpu), environ)
+    report = CheckReport(known)
+    if options.json:
+        if not check:
+            print("--json belongs to --check or --help-env", file=sys.stderr)  # noqa: T201
+            return 64
+        logging.getLogger().addHandler(report)
+    code = supervise.supervised(lambda: _exit_code(environ, check=check, card=options.gpu, report=report), environ)
+    if options.json:
+        logging.getLogger().removeHandler(report)
+        with contextlib.suppress(BrokenPipeError):
+            print(report.to_json(code), flush=True)  # noqa: T201
+    return code
 
 
-def _exit_code(environ: Mapping[str, str], *, check: bool, card: str | None) -> int:
+def _exit_code(environ: Mapping[str, str], *, check: bool, card: str | None, report: CheckReport) -> int:
     """Run the job; log its errors and turn them into exit codes."""
     try:
-        return job(environ, check=check, card=card)
+        return job(environ, check=check, card=card, report=report)
     except StopRequestedError as problem:
         log.info("%s", problem.last_line())
         return problem.exit_code
@@ -118,10 +133,10 @@ def _exit_code(environ: Mapping[str, str], *, check: bool, card: str | None) -> 
         return KilnError.exit_code
 
 
-def job(environ: Mapping[str, str], *, check: bool, card: str | None = None) -> int:
+def job(environ: Mapping[str, str], *, check: bool, card: str | None = None, report: CheckReport | None = None) -> int:
     """The whole job; returns the trainer's exit code, or 0. Raises the errors of `trainer.spec.errors`.
 
-    `card`: the name of one to check for, in place of what this machine has.
+    `card`: the name of one to check for, in place of what this machine has. `report`: is told the plan and its figures.
     """
     public_addresses.guard(environ)
     # In a pod the job is a process of its own: what it tells its parent is not what the supervisor tells its own.
@@ -130,10 +145,12 @@ def job(environ: Mapping[str, str], *, check: bool, card: str | None = None) -> 
     settings = read_settings(environ)
     supervise.set_limit(settings.finish, environ)
     with scratch.folder(os.environ, settings.data.cache_path) as temporary:
-        return _job(settings, {**environ, "TMPDIR": str(temporary)}, check=check, card=card)
+        return _job(settings, {**environ, "TMPDIR": str(temporary)}, check=check, card=card, report=report)
 
 
-def _job(settings: Settings, environ: Mapping[str, str], *, check: bool, card: str | None) -> int:
+def _job(
+    settings: Settings, environ: Mapping[str, str], *, check: bool, card: str | None, report: CheckReport | None
+) -> int:
     """`job`, with a place for temporary files."""
     manifest = read_manifest(settings.data.dataset_config, settings.output.sample_prompts)
     detected = _card_to_check_for(card) if card is not None else hardware.detect()
@@ -146,6 +163,8 @@ def _job(settings: Settings, environ: Mapping[str, str], *, check: bool, card: s
     if missing and not check:
         raise missing
     plan, done = _chosen(plan)
+    if report is not None:
+        report.plan = plan
     for reason in plan.reasons:
         log.info("%s", reason)
     for warning in plan.warnings:
@@ -166,11 +185,13 @@ def _job(settings: Settings, environ: Mapping[str, str], *, check: bool, card: s
     starting_point.check_state(plan)
     hub_cache = settings.model.hf_home / "hub"
     if check:  # first, since it needs no network
-        log_summary(plan, token=token, hub_cache=hub_cache, estimate_captions=True)
+        summary = log_summary(plan, token=token, hub_cache=hub_cache, estimate_captions=True)
+        if report is not None:
+            report.figures = summary.figures
     retries = dataclasses.replace(http.USUAL, budget=CHECK_RETRIES_S) if check else http.USUAL
     fetches = preflight(plan, token=token, hub_cache=hub_cache, retries=retries)
     if fetches and not check:  # otherwise the trainer reads the images at once, and says the same
-        plan = dataclasses.replace(plan, printed=log_summary(plan, token=token, hub_cache=hub_cache))
+        plan = dataclasses.replace(plan, printed=log_summary(plan, token=token, hub_cache=hub_cache).lines)
     if kernels is not None and plan.engine.device != "cpu":
         hardware.check_kernels(detected, kernels.names())
     if missing:

@@ -20,7 +20,7 @@ Five checks stop a job before any download, each with all its problems in one me
 that does not fit (`starting_point.check_state`); access, free space and images (`preflight`, which asks the network
 only for what no cache has).
 
-Read in the order of the table, then `preflight`, and `summary`, which reads the images that are here and says what the
-job will do with them. Imports settings, system, dataset_config and fetch; of the trainer,
-what needs no torch.
+Read in the order of the table, then `preflight`, `summary`, which reads the images that are here and says what the job
+will do with them, and `check_report`, which says all of it to programs. Imports settings, system, dataset_config and
+fetch; of the trainer, what needs no torch.
 """

@@ -10,7 +10,9 @@ import logging
 import math
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from entrypoint.fetch import archive, fetch, http
 from entrypoint.system import environment
@@ -31,12 +33,19 @@ log = logging.getLogger(__name__)
 PROGRESS_INTERVAL_S = 10.0
 
 
-def log_summary(plan: Plan, *, token: str | None, hub_cache: Path, estimate_captions: bool = False) -> tuple[str, ...]:
+@dataclass(frozen=True)
+class Summary:
+    """What was said, which the trainer need not print again, and the numbers in it, for programs (docs/agents.md)."""
+
+    lines: tuple[str, ...] = ()
+    figures: dict[str, Any] | None = None  # None: not all images are on this machine
+
+
+def log_summary(plan: Plan, *, token: str | None, hub_cache: Path, estimate_captions: bool = False) -> Summary:
     """Scan the images that are on this machine, and log what the job will do with them.
 
-    `estimate_captions`: where no tokenizer is here, warn of captions that are too long for any. Returns the lines,
-    which the trainer need not print again. Raises DataError where the trainer would: no usable
-    image, or too many unusable ones.
+    `estimate_captions`: where no tokenizer is here, warn of captions that are too long for any. Raises DataError where
+    the trainer would: no usable image, or too many unusable ones.
     """
     lines: list[str] = []
 
@@ -54,7 +63,7 @@ def log_summary(plan: Plan, *, token: str | None, hub_cache: Path, estimate_capt
     for source in missing:
         log.info("%s is not on this machine yet: its images and captions are known once it is.", source.public)
     if missing:
-        return ()
+        return Summary()
 
     def local(source: Source, _dataset: Dataset) -> Source:
         folder = folders[source]
@@ -83,11 +92,37 @@ def log_summary(plan: Plan, *, token: str | None, hub_cache: Path, estimate_capt
     )
     for line in describe(local_plan, sampler):
         say(line)
+    figures = {"images": {"found": scanned.num_found, "used": len(scanned.images)}, **_figures(local_plan, sampler)}
     for line in long_captions(local_plan, sampler, hub_cache=hub_cache, estimate=estimate_captions):
         say(line, logging.WARNING)
     for warning in sanity.warnings(local_plan, _length(local_plan, sampler, images=len(scanned.images))):
         say(warning, logging.WARNING)
-    return tuple(lines)
+    return Summary(tuple(lines), figures)
+
+
+def _figures(plan: Plan, sampler: EpochSampler) -> dict[str, Any]:
+    """What `describe` says, as numbers."""
+    steps_per_epoch = _steps_per_epoch(plan, sampler)
+    plan, _ = automatic.with_lengths(
+        plan, images_per_epoch=sampler.subject_examples_per_epoch, steps_per_epoch=steps_per_epoch
+    )
+    shapes = []
+    for (dataset, (width, height)), examples in sorted(sampler.buckets.items()):
+        shapes.append({"dataset": dataset, "width": width, "height": height, "examples": examples})
+    total = plan.train.max_steps or plan.train.max_epochs * steps_per_epoch
+    figures = {
+        "shapes": shapes,
+        "steps": total,
+        "steps_per_epoch": steps_per_epoch,
+        "saves": outlook.count_saves(plan, total),
+        "sample_rounds": outlook.count_sample_rounds(plan, total),
+        "images_per_round": len(plan.prompts),
+    }
+    footprint = base_models()[plan.model.base][1].footprint
+    if footprint:
+        figures["lora_bytes"] = memory_model.lora_bytes(footprint, plan.lora.rank)
+        figures["state_bytes"] = memory_model.state_bytes(footprint, plan.lora.rank, plan.optim.name)
+    return figures
 
 
 def long_captions(plan: Plan, sampler: EpochSampler, *, hub_cache: Path, estimate: bool) -> list[str]:

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 )
 def test_the_first_argument_chooses(monkeypatch, arguments, check):
     asked = []
-    monkeypatch.setattr(entrypoint, "job", lambda environ, *, check, card: asked.append(check) or 0)
+    monkeypatch.setattr(entrypoint, "job", lambda environ, *, check, card, report: asked.append(check) or 0)
     assert entrypoint.main(arguments) == 0
     assert asked == [check]
 
@@ -49,6 +49,45 @@ def test_a_card_that_is_not_here_is_planned_for(photographs, caplog):
     assert "MODEL_PATH" in caplog.text and "No GPU answers" not in caplog.text
 
 
+def printed_report(capsys, *arguments):
+    code = entrypoint.main([*arguments, "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["exit_code"] == code and report["ok"] == (code == 0)
+    return report
+
+
+def test_a_check_can_be_read_by_a_program(photographs, monkeypatch, capsys, caplog):
+    caplog.set_level("INFO")
+    report = printed_report(capsys, "check", "--gpu", "RTX 4090")
+    assert report["exit_code"] == 78 and "MODEL_PATH" in report["errors"][0]
+    assert report["job"]["images"] == {"found": 2, "used": 2} and report["job"]["steps"] == 1000
+    assert report["plan"]["model"]["base"] == "flux" and report["plan"]["engine"]["device"] == "cuda"
+    assert any(line.startswith("PARAMS_PRECISION: ") for line in report["messages"])
+    monkeypatch.setenv("BASE_MODEL", "mini-flux")
+    monkeypatch.delenv("MODEL_PATH")
+    report = printed_report(capsys, "--check", "--gpu", "RTX 4090")
+    assert report["ok"] and not report["errors"] and report["job"]["shapes"][0]["examples"] == 2
+
+
+def test_what_stops_a_check_is_in_its_report_and_no_secret(photographs, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_canary0123456789")
+    monkeypatch.setenv("DATASET_NAME", "https://example.invalid/x.zip?token=canary-key")
+    monkeypatch.setenv("PARAMS_NETWORK_DIM", "many")
+    report = printed_report(capsys, "--check")
+    assert report["plan"] is None and report["job"] is None and "PARAMS_NETWORK_DIM='many'" in report["errors"][0]
+    monkeypatch.delenv("PARAMS_NETWORK_DIM")
+    monkeypatch.setattr(entrypoint, "CHECK_RETRIES_S", 0.0)
+    report = printed_report(capsys, "--check")
+    assert report["errors"] and report["plan"]["model"]["base"] == "flux" and "canary" not in json.dumps(report)
+
+
+def test_json_belongs_to_what_prints_something(photographs, capsys):
+    assert entrypoint.main(["--json"]) == 64
+    assert "--check or --help-env" in capsys.readouterr().err
+    assert entrypoint.main(["--help-env", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["properties"]["BASE_MODEL"]["enum"]
+
+
 @pytest.mark.parametrize(("card", "message"), [("RTX 4091", "did you mean"), ("GTX 1080 Ti", "no kernels")])
 def test_a_card_that_cannot_train_is_refused(photographs, caplog, card, message):
     assert entrypoint.main(["--check", "--gpu", card]) == 78
@@ -57,7 +96,7 @@ def test_a_card_that_cannot_train_is_refused(photographs, caplog, card, message)
 
 @pytest.mark.parametrize("arguments", [["trian"], ["check", "more"]])
 def test_an_unknown_command_is_a_wrong_command_line(monkeypatch, capsys, arguments):
-    monkeypatch.setattr(entrypoint, "job", lambda environ, *, check, card: pytest.fail("it ran"))
+    monkeypatch.setattr(entrypoint, "job", lambda environ, *, check, card, report: pytest.fail("it ran"))
     assert entrypoint.main(arguments) == 64
     assert "train" in capsys.readouterr().err
 

@@ -247,7 +247,8 @@ NO_TERMS = {
     **dict.fromkeys(("PreparedData", "Folder", "AdapterShape"), "the result of one function"),
     **dict.fromkeys(("AskedColumns", "Columns", "Decoded", "ImageNames"), "the result of one function"),
     **dict.fromkeys(
-        ("Metrics", "Status", "Progress", "Problems", "Findings"), "an output or a list that its name describes"
+        ("Metrics", "Status", "Progress", "Problems", "Findings", "CheckReport", "Summary"),
+        "an output or a list that its name describes",
     ),
     **dict.fromkeys(
         ("DatasetSummary", "SubsetSummary", "TrainingRun", "LoraSummary", "Training"),

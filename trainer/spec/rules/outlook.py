@@ -56,11 +56,23 @@ def describe_length(plan: Plan, *, steps_per_epoch: int) -> list[str]:
     ]
 
 
+def count_saves(plan: Plan, total: int) -> int:
+    """How often a job of `total` steps is saved, besides the finished LoRA. The last step is saved too."""
+    return math.ceil(total / plan.output.save_every) if plan.output.save_every else 0
+
+
+def count_sample_rounds(plan: Plan, total: int) -> int:
+    """How often samples are drawn: at step 0, between, and at the end."""
+    if not plan.output.sample_every or not plan.prompts:
+        return 0
+    return (total - 1) // plan.output.sample_every + 2
+
+
 def _saves(plan: Plan, total: int) -> str:
     every = plan.output.save_every
+    rounds = count_saves(plan, total)
     if not every:
         return "Saves: only the finished LoRA."
-    rounds = math.ceil(total / every)  # the last step is saved too
     if rounds == 1:
         return f"Saves: at step {total:,}, with the finished LoRA."
     kept = "all LoRA files and the newest two states"
@@ -71,11 +83,11 @@ def _saves(plan: Plan, total: int) -> str:
 
 def _samples(plan: Plan, total: int) -> str:
     every = plan.output.sample_every
-    if not every or not plan.prompts:
+    rounds = count_sample_rounds(plan, total)
+    if not rounds:
         return "Samples: none."
-    between = (total - 1) // every
     when = "at step 0 and at the end"
-    if between:
+    if rounds > 2:
         when = f"at step 0, every {every:,} steps, and at the end"
     images = "image" if len(plan.prompts) == 1 else "images"
-    return f"Samples: {between + 2:,} rounds of {len(plan.prompts)} {images}, {when}."
+    return f"Samples: {rounds:,} rounds of {len(plan.prompts)} {images}, {when}."
