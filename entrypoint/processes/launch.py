@@ -81,10 +81,15 @@ class Trainers:
         self._open.callback(self._end_all)
         # A list of arguments, no shell: nothing in the plan can become a command.
         arguments = [sys.executable, "-m", "trainer", "--wait", str(self._team.plan_path)]
-        for own in _environments(self._plan, self._team.folder, self._environment):
-            if not self._team.children:
-                own[vitals.VARIABLE] = path
-            self._team.children.append(subprocess.Popen(arguments, env=own, stdin=subprocess.PIPE))  # noqa: S603
+        # They inherit it blocked, and take it once they have a handler: before that, Ctrl-C would be a traceback.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            for own in _environments(self._plan, self._team.folder, self._environment):
+                if not self._team.children:
+                    own[vitals.VARIABLE] = path
+                self._team.children.append(subprocess.Popen(arguments, env=own, stdin=subprocess.PIPE))  # noqa: S603
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return self
 
     def __exit__(self, *_problem: object) -> None:

@@ -183,6 +183,19 @@ def test_nothing_is_left_of_trainers_that_have_nothing_to_do(waiting, job_of_two
     assert not (tmp_path / "plan.json").exists()
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_that_comes_before_a_trainer_listens_is_no_traceback(job_of_two, monkeypatch, capfd, number, code):
+    """Nor is it lost where Ctrl-C was ignored, as in a guarded process."""
+    one = dataclasses.replace(job_of_two, engine=dataclasses.replace(job_of_two.engine, num_gpus=1))
+    monkeypatch.setattr(launch, "_begin", lambda child: os.kill(os.getpid(), number))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert launch.launch(one, environment={"PATH": os.environ["PATH"]}) == code
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_trainer_without_a_plan_ends_in_silence(programs, tmp_path):
     ended = programs.run("-m", "trainer", "--wait", str(tmp_path / "plan.json"), environment={})
     assert ended.returncode == 0 and "ERROR" not in ended.stderr
