@@ -19,6 +19,7 @@ import dataclasses
 import datetime
 import json
 import logging
+import signal
 import threading
 import time
 from collections.abc import Mapping
@@ -29,11 +30,13 @@ from entrypoint import bake
 from entrypoint.dataset_config.manifest import read_manifest
 from entrypoint.fetch import flash_attention, http, public_addresses
 from entrypoint.fetch.fetch import fetch_model, fetch_source
+from entrypoint.notify import beside as notify
 from entrypoint.planning import starting_point
 from entrypoint.planning.check_report import CheckReport
 from entrypoint.planning.plan import make_plan
 from entrypoint.processes import supervise, upload
 from entrypoint.processes.launch import Trainers
+from entrypoint.report import start as job_report
 from entrypoint.settings import Settings, help_env, json_schema, read_settings
 from entrypoint.system import cards, environment, hardware, secrets
 from trainer import __version__
@@ -144,8 +147,17 @@ def job(environ: Mapping[str, str], *, check: bool, card: str | None = None, rep
         environ = {**environ, vitals.VARIABLE: os.environ[vitals.VARIABLE]}
     settings = read_settings(environ)
     supervise.set_limit(settings.finish, environ)
-    with scratch.folder(os.environ, settings.data.cache_path) as temporary:
-        return _job(settings, {**environ, "TMPDIR": str(temporary)}, check=check, card=card, report=report)
+    told = None if check else _whom_to_tell(settings)
+    with scratch.folder(os.environ, settings.data.cache_path) as temporary, notify.telling(told, environ) as ending:
+        code = _job(settings, {**environ, "TMPDIR": str(temporary)}, check=check, card=card, report=report)
+        ending.exit_code, ending.message = code, ""  # the trainer's own is in status.json
+        return code
+
+
+def _whom_to_tell(settings: Settings) -> notify.Job | None:
+    finish, base = settings.finish, settings.model.base_model or ""
+    out = settings.output.output_path
+    return notify.job_of(finish.webhook_url, finish.webhook_secret, out=out, base=base, price=finish.price_per_hour)
 
 
 def _job(
@@ -200,11 +212,20 @@ def _job(
         if check:
             log.info("Checked: this job can run. Nothing was downloaded or trained.")
             return 0
-        if plan.engine.attention == "flash_4":  # before a trainer looks for it
-            flash_attention.install(Path(plan.output.cache))
-        with Trainers(plan, environment=environ) as trainers:
-            code = trainers.run(_fetched(plan, settings, token=token))
-        return code or uploaded()
+        return _trained(plan, settings, environ, token=token) or uploaded()
+
+
+def _trained(plan: Plan, settings: Settings, environ: Mapping[str, str], *, token: str | None) -> int:
+    """Fetch what is missing, train, and write the report; returns the trainer's exit code."""
+    began, out = time.time(), Path(plan.output.path)
+    if plan.engine.attention == "flash_4":  # before a trainer looks for it
+        flash_attention.install(Path(plan.output.cache))
+    with Trainers(plan, environment=environ) as trainers:
+        code = trainers.run(_fetched(plan, settings, token=token))
+    is_stop = code in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+    price = settings.finish.price_per_hour
+    job_report.write(out, environ, started=began, price=price, stopped=is_stop)
+    return code
 
 
 def _card_to_check_for(name: str) -> hardware.Hardware:
