@@ -39,6 +39,7 @@ from entrypoint.processes.launch import Trainers
 from entrypoint.report import start as job_report
 from entrypoint.settings import Settings, help_env, json_schema, read_settings
 from entrypoint.system import cards, environment, hardware, secrets
+from entrypoint.trackers import beside as trackers
 from trainer import __version__
 from trainer.base_model import model_folder
 from trainer.process import scratch, streams, vitals
@@ -216,15 +217,20 @@ def _job(
 
 
 def _trained(plan: Plan, settings: Settings, environ: Mapping[str, str], *, token: str | None) -> int:
-    """Fetch what is missing, train, and write the report; returns the trainer's exit code."""
+    """Fetch what is missing, train, beside it the tracker, and write the report; returns the trainer's exit code."""
     began, out = time.time(), Path(plan.output.path)
+    tracker, own = settings.finish.log_with, {}
+    if tracker is not None:
+        hub_token = settings.finish.hf_write_token or settings.model.hf_token
+        own = trackers.environment_of(tracker, environ, cache=settings.data.cache_path, hub_token=hub_token)
     if plan.engine.attention == "flash_4":  # before a trainer looks for it
         flash_attention.install(Path(plan.output.cache))
-    with Trainers(plan, environment=environ) as trainers:
-        code = trainers.run(_fetched(plan, settings, token=token))
-    is_stop = code in (128 + signal.SIGTERM, 128 + signal.SIGINT)
-    price = settings.finish.price_per_hour
-    job_report.write(out, environ, started=began, price=price, stopped=is_stop)
+    with trackers.tracking(tracker, out, own) as tracked:
+        with Trainers(plan, environment=environ) as trainers:
+            code = tracked.exit_code = trainers.run(_fetched(plan, settings, token=token))
+        is_stop = code in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+        price = settings.finish.price_per_hour
+        job_report.write(out, environ, started=began, price=price, stopped=is_stop)
     return code
 
 

@@ -255,8 +255,7 @@ def dataset(run: Gathered) -> str:
     """What became of the images: the counts and notes, what was skipped or cut, and a table."""
     if not run.images and not run.dataset_lines:
         return ""
-    places = _places(run)
-    lines = [_without_places(line, places) for line in run.dataset_lines]
+    lines = [without_places(run, line) for line in run.dataset_lines]
     listed = "".join(f"<li>{text(line.strip())}" for line in lines[1:])
     parts = [f"<p>{text(lines[0]) if lines else ''}</p>", f"<ul>{listed}</ul>" if listed else ""]
     skipped = [row for row in run.images if row.get("status") == "skipped"]
@@ -294,8 +293,9 @@ def _places(run: Gathered) -> list[str]:
     return sorted((place for place in found if place.startswith("/") and len(place) > 1), key=len, reverse=True)
 
 
-def _without_places(line: str, places: Sequence[str]) -> str:
-    for place in places:
+def without_places(run: Gathered, line: str) -> str:
+    """A line for people elsewhere: of each folder of the job, its last name."""
+    for place in _places(run):
         line = re.sub(rf"{re.escape(place)}(?=[/\s:,;.)]|$)", Path(place).name.replace("\\", ""), line)
     return line
 
@@ -304,11 +304,10 @@ def plan(run: Gathered) -> str:
     """What was decided and why, and the settings."""
     if run.plan is None:
         return ""
-    places = _places(run)
     parts = []
     for title, sentences in (("Warnings", run.plan.warnings), ("Reasons", run.plan.reasons)):
         if sentences:
-            items = "".join(f"<li>{text(_without_places(sentence, places))}" for sentence in sentences)
+            items = "".join(f"<li>{text(without_places(run, sentence))}" for sentence in sentences)
             parts.append(f"<h3>{title}</h3><ul>{items}</ul>")
     parts.append(f"<h3>Settings</h3>{pairs(settings(run.plan))}")
     if run.plan.given:
