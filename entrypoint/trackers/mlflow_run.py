@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import os
 
-from mlflow.entities import Metric
-from mlflow.tracking import MlflowClient
-
 from entrypoint.report.gather import Sample
 from entrypoint.trackers.feed import About, moment
 from trainer.data.decode import read_sample
@@ -21,6 +18,10 @@ class Run:
     def __init__(self, about: About) -> None:
         # Its own program refuses folders as stores unless told so; no server is needed for them.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        from mlflow.entities import Metric
+        from mlflow.tracking import MlflowClient
+
+        self._metric = Metric
         address = os.environ.get("MLFLOW_TRACKING_URI") or (about.place / "mlruns").as_uri()
         self._client = MlflowClient(tracking_uri=address)
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "kiln"
@@ -41,7 +42,7 @@ class Run:
 
     def numbers(self, step: int, values: dict[str, float]) -> None:
         now = moment()
-        self._client.log_batch(self._id, metrics=[Metric(key, value, now, step) for key, value in values.items()])
+        self._client.log_batch(self._id, metrics=[self._metric(key, value, now, step) for key, value in values.items()])
 
     def images(self, step: int, samples: list[Sample]) -> None:
         for sample in samples:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import html
 import os
 
-import wandb
-
 from entrypoint.report.gather import Sample
 from entrypoint.trackers.feed import About
 
@@ -15,6 +13,9 @@ class Run:
     """A run of wandb. It reads WANDB_PROJECT, WANDB_ENTITY and the rest itself."""
 
     def __init__(self, about: About) -> None:
+        import wandb
+
+        self._wandb = wandb
         has_key = bool(os.environ.get("WANDB_API_KEY"))
         mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
         self._run = wandb.init(
@@ -47,7 +48,7 @@ class Run:
         self._run.log({**values, "step": step})
 
     def images(self, step: int, samples: list[Sample]) -> None:
-        shown = {f"sample/{s.number:02d}": wandb.Image(str(s.path), caption=s.prompt) for s in samples}
+        shown = {f"sample/{s.number:02d}": self._wandb.Image(str(s.path), caption=s.prompt) for s in samples}
         self._run.log({**shown, "step": step})
 
     def finish(self, *, exit_code: int) -> None:
