@@ -143,11 +143,6 @@ class Feed:
         return [(step, samples) for step, samples in sorted(by_step.items()) if step > self._sent["sampled"]]
 
 
-def is_record(path: Path) -> bool:
-    """Whether a file is a record of what a tracker has."""
-    return {"with", "id"} <= (json_files.read_object(path) or {}).keys()
-
-
 def moment() -> int:
     """Now, in milliseconds since 1970."""
     return round(time.time() * 1000)

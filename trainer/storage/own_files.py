@@ -25,7 +25,7 @@ REPORT_NAME = "dataset-report.txt"
 LOG_LINE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ ")
 STACKS = re.compile(rb"(Current thread|Thread|Timeout|Fatal) ")
 SHEET_MARK = b"prompts\0"  # the key of the text in the contact sheet's PNG
-FOLDERS = ("state", "sample", "logs")  # of a run
+FOLDERS = ("state", "sample", "logs", "tracking")  # of a run
 
 Test = Callable[[Path], bool]
 
@@ -87,6 +87,7 @@ OF_RUN: dict[str, Test | None] = {
     REPORT_NAME: None,
     "report.html": is_html_report,
     "README.md": None,
+    "tracking.json": has_keys("with", "id"),
     "dataset-report.csv": None,
     "metrics.jsonl": None,
 }
