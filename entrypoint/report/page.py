@@ -35,7 +35,7 @@ code{font-family:ui-monospace,monospace;font-size:.9em}
 table{border-collapse:collapse;font-size:.875rem;width:100%}
 .pairs{width:auto}
 td,th{padding:.3rem .7rem .3rem 0;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
-td{min-width:4.2rem}
+td{min-width:4.2rem;overflow-wrap:break-word}td.long{min-width:15rem}
 th{color:var(--quiet);font-weight:500;white-space:nowrap}
 .number{text-align:right;font-variant-numeric:tabular-nums}
 tr.odd td{color:var(--warm)}tr.best td{color:var(--good);font-weight:600}

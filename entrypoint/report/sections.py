@@ -274,7 +274,8 @@ def dataset(run: Gathered) -> str:
         style = " class=odd" if row in skipped or row in cut else ""
         rows.append(
             f"<tr{style}><td>{text(row.get('file', ''))}<td>{text(row.get('status', ''))}<td>{text(size)}"
-            f"<td>{text(row.get('bucket', ''))}<td>{text(row.get('repeats', ''))}<td>{text(caption)}<td>{text(why)}"
+            f"<td>{text(row.get('bucket', ''))}<td>{text(row.get('repeats', ''))}"
+            f"<td class=long>{text(caption)}<td class=long>{text(why)}"
         )
     head = "<tr><th>image<th>status<th>size<th>trained at<th>repeats<th>caption as trained<th>note"
     parts.append(f"<div class=wide><table><thead>{head}<tbody>{''.join(rows)}</table></div>" if rows else "")

@@ -120,6 +120,16 @@ def test_a_server_that_never_answers_holds_nobody_up(tmp_path, monkeypatch):
     assert time.monotonic() - began < 10
 
 
+def test_a_process_that_is_killed_ends_nothing(receiver, tmp_path, monkeypatch, caplog):
+    started, found = beside._started, []
+    monkeypatch.setattr(beside, "_started", lambda *given: found.append(started(*given)) or found[0])
+    with beside.telling(job(tmp_path, receiver.address), ENVIRONMENT) as ending:
+        found[0].kill()
+        found[0].wait()
+        ending.exit_code, ending.message = 0, ""
+    assert "has ended. The job goes on" in caplog.text and receiver.got == []
+
+
 def test_only_public_hosts_are_told_where_a_stranger_chooses_them(receiver, tmp_path):
     environment = {**ENVIRONMENT, "KILN_PUBLIC_ADDRESSES": "1"}
     with beside.telling(job(tmp_path, receiver.address), environment) as ending:
