@@ -34,7 +34,7 @@ from entrypoint.notify import beside as notify
 from entrypoint.planning import starting_point
 from entrypoint.planning.check_report import CheckReport
 from entrypoint.planning.plan import make_plan
-from entrypoint.processes import supervise, upload
+from entrypoint.processes import farewell, supervise, upload
 from entrypoint.processes.launch import Trainers
 from entrypoint.report import start as job_report
 from entrypoint.settings import Settings, help_env, json_schema, read_settings
@@ -146,13 +146,27 @@ def job(environ: Mapping[str, str], *, check: bool, card: str | None = None, rep
     # In a pod the job is a process of its own: what it tells its parent is not what the supervisor tells its own.
     if vitals.VARIABLE in os.environ:
         environ = {**environ, vitals.VARIABLE: os.environ[vitals.VARIABLE]}
-    settings = read_settings(environ)
+    try:
+        settings = read_settings(environ)
+    except SettingsError:
+        with notify.telling(None if check else _whom_to_tell_all_the_same(environ), environ):
+            raise
     supervise.set_limit(settings.finish, environ)
     told = None if check else _whom_to_tell(settings)
     with scratch.folder(os.environ, settings.data.cache_path) as temporary, notify.telling(told, environ) as ending:
         code = _job(settings, {**environ, "TMPDIR": str(temporary)}, check=check, card=card, report=report)
         ending.exit_code, ending.message = code, ""  # the trainer's own is in status.json
         return code
+
+
+def _whom_to_tell_all_the_same(environ: Mapping[str, str]) -> notify.Job | None:
+    """The same where other settings cannot be used."""
+    own = {name: farewell.raw_value(environ, name) for name in ("WEBHOOK_URL", "WEBHOOK_SECRET")}
+    own |= {"BASE_MODEL": next(iter(base_models())), "OUTPUT_PATH": str(farewell.output_path(environ))}
+    try:
+        return _whom_to_tell(read_settings(own))
+    except SettingsError:  # the error of the job names this one too
+        return None
 
 
 def _whom_to_tell(settings: Settings) -> notify.Job | None:

@@ -37,7 +37,7 @@ table{border-collapse:collapse;font-size:.875rem;width:100%}
 td,th{padding:.3rem .7rem .3rem 0;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
 td{min-width:4.2rem;overflow-wrap:break-word}td.long{min-width:15rem}
 th{color:var(--quiet);font-weight:500;white-space:nowrap}
-.number{text-align:right;font-variant-numeric:tabular-nums}
+td.number,th.number{text-align:right;font-variant-numeric:tabular-nums}
 tr.odd td{color:var(--warm)}tr.best td{color:var(--good);font-weight:600}
 .strip{display:flex;gap:.5rem;overflow-x:auto;padding-bottom:.5rem}
 figure{margin:0}
@@ -46,7 +46,7 @@ figure{margin:0}
 .missing{display:block;padding:1rem .5rem;background:var(--card);color:var(--quiet);font-size:.8rem}
 figcaption{color:var(--quiet);font-size:.8rem}
 .small{width:64px;height:auto;border-radius:.25rem;display:block}
-.chart{margin:0 0 1.25rem}
+.chart{margin:0 0 1.25rem;overflow-x:auto}.chart svg{min-width:520px}
 svg{width:100%;height:auto;display:block}
 polyline{fill:none;stroke-width:1.6;stroke-linejoin:round}
 polyline.raw{stroke:var(--quiet);stroke-width:.8;opacity:.5}

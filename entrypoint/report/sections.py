@@ -224,7 +224,8 @@ def checkpoints(run: Gathered) -> str:
             f"<tr{best}><td class=number>{step:,}<td><code>{text(file.path.name)}</code><td>{human_size(file.bytes)}"
             f"<td class=number>{_number(loss)}<td class=number>{_number(shown[file])}<td>{image}"
         )
-    head = "<tr><th>step<th>file<th>size<th>loss, smoothed<th>validation loss<th>first sample"
+    head = "<tr><th class=number>step<th>file<th>size"
+    head += "<th class=number>loss, smoothed<th class=number>validation loss<th>first sample"
     note = "<p class=quiet>Coloured: the least validation loss.</p>" if least is not None else ""
     return f"<div class=wide><table><thead>{head}<tbody>{''.join(lines)}</table></div>{note}"
 

@@ -97,6 +97,18 @@ def test_a_refusal_is_told_before_anything_is_trained(job, receiver):
     assert told(receiver) == ["failed"] and "/nowhere/at/all" in json.loads(receiver.got[0].body)["data"]["message"]
 
 
+@pytest.mark.parametrize("where", ["environment", "CONFIG_JSON"])
+def test_settings_that_cannot_be_used_are_told_as_well(job, receiver, where):
+    own = {"WEBHOOK_URL": receiver.address, "PARAMS_NETWORK_ALPHA": "many"}
+    code, printed = job.run(
+        **(own if where == "environment" else {"CONFIG_JSON": json.dumps(own), "PARAMS_NETWORK_DIM": "x"})
+    )
+    assert code == 78, printed
+    assert (
+        told(receiver) == ["failed"] and "PARAMS_NETWORK_ALPHA" in json.loads(receiver.got[0].body)["data"]["message"]
+    )
+
+
 def test_a_check_tells_nobody(job, receiver):
     code, printed = job.run("--check", WEBHOOK_URL=receiver.address, LOG_WITH="wandb")
     assert code == 0 and receiver.got == [] and "wandb" not in printed
