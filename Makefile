@@ -78,7 +78,8 @@ readme: .venv/.runtime
 	p.write_text(re.sub(r'(?s)(<!-- variables -->\n).*?(<!-- /variables -->)', lambda m: m[1] + help_env().strip() + '\n' + m[2], p.read_text()))"
 
 # Needed only after pyproject.toml changes. torch and its CUDA libraries have a separate lock, for the image. So does
-# FlashAttention 4, whose compiler would otherwise be locked for two versions of CUDA.
+# FlashAttention 4, whose compiler would otherwise be locked for two versions of CUDA. The locks of trackers are whole:
+# their processes see no other packages first, and trackio needs older ones than the image has.
 lock:
 	printf '$(TORCH)\n' > .venv/torch.txt
 	$(BIN)/pip install --quiet uv==0.13.9
@@ -91,6 +92,8 @@ lock:
 	$(BIN)/python -c "import re; all, more = (re.split(r'(?m)^(?=\S)', open(f'.venv/{name}.lock').read()) for name in ('all', 'flash')); \
 	there = {part.split('==')[0] for part in all} | {'nvidia-cutlass-dsl-libs-cu12'}; \
 	open('entrypoint/fetch/flash_4.lock', 'w').write(''.join(part for part in more if part.split('==')[0] not in there))"
+	for name in wandb mlflow trackio; do sed -n "s/^$$name = \[\"\(.*\)\"\]$$/\1/p" pyproject.toml \
+		| $(BIN)/uv pip compile -q --universal --generate-hashes --no-annotate --no-header --python-version 3.11 - -o entrypoint/trackers/$$name.lock; done
 	$(BIN)/uv pip compile -q --universal --generate-hashes --no-annotate --no-header --python-version 3.11 --group dev -c requirements.lock -o requirements-dev.lock
 	$(BIN)/uv pip compile -q --universal --generate-hashes --no-annotate --no-header --python-version 3.11 --group audit -o .github/audit.lock
 	sed -n 's/^runpod = \["\(.*\)"\]$$/\1/p' pyproject.toml \

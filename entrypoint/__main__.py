@@ -19,6 +19,7 @@ import dataclasses
 import datetime
 import json
 import logging
+import signal
 import threading
 import time
 from collections.abc import Mapping
@@ -29,13 +30,16 @@ from entrypoint import bake
 from entrypoint.dataset_config.manifest import read_manifest
 from entrypoint.fetch import flash_attention, http, public_addresses
 from entrypoint.fetch.fetch import fetch_model, fetch_source
+from entrypoint.notify import beside as notify
 from entrypoint.planning import starting_point
 from entrypoint.planning.check_report import CheckReport
 from entrypoint.planning.plan import make_plan
-from entrypoint.processes import supervise, upload
+from entrypoint.processes import farewell, supervise, upload
 from entrypoint.processes.launch import Trainers
+from entrypoint.report import start as job_report
 from entrypoint.settings import Settings, help_env, json_schema, read_settings
 from entrypoint.system import cards, environment, hardware, secrets
+from entrypoint.trackers import beside as trackers
 from trainer import __version__
 from trainer.base_model import model_folder
 from trainer.process import scratch, streams, vitals
@@ -142,10 +146,33 @@ def job(environ: Mapping[str, str], *, check: bool, card: str | None = None, rep
     # In a pod the job is a process of its own: what it tells its parent is not what the supervisor tells its own.
     if vitals.VARIABLE in os.environ:
         environ = {**environ, vitals.VARIABLE: os.environ[vitals.VARIABLE]}
-    settings = read_settings(environ)
+    try:
+        settings = read_settings(environ)
+    except SettingsError:
+        with notify.telling(None if check else _whom_to_tell_all_the_same(environ), environ):
+            raise
     supervise.set_limit(settings.finish, environ)
-    with scratch.folder(os.environ, settings.data.cache_path) as temporary:
-        return _job(settings, {**environ, "TMPDIR": str(temporary)}, check=check, card=card, report=report)
+    told = None if check else _whom_to_tell(settings)
+    with scratch.folder(os.environ, settings.data.cache_path) as temporary, notify.telling(told, environ) as ending:
+        code = _job(settings, {**environ, "TMPDIR": str(temporary)}, check=check, card=card, report=report)
+        ending.exit_code, ending.message = code, ""  # the trainer's own is in status.json
+        return code
+
+
+def _whom_to_tell_all_the_same(environ: Mapping[str, str]) -> notify.Job | None:
+    """The same where other settings cannot be used."""
+    own = {name: farewell.raw_value(environ, name) for name in ("WEBHOOK_URL", "WEBHOOK_SECRET")}
+    own |= {"BASE_MODEL": next(iter(base_models())), "OUTPUT_PATH": str(farewell.output_path(environ))}
+    try:
+        return _whom_to_tell(read_settings(own))
+    except SettingsError:  # the error of the job names this one too
+        return None
+
+
+def _whom_to_tell(settings: Settings) -> notify.Job | None:
+    finish, base = settings.finish, settings.model.base_model or ""
+    out = settings.output.output_path
+    return notify.job_of(finish.webhook_url, finish.webhook_secret, out=out, base=base, price=finish.price_per_hour)
 
 
 def _job(
@@ -200,11 +227,25 @@ def _job(
         if check:
             log.info("Checked: this job can run. Nothing was downloaded or trained.")
             return 0
-        if plan.engine.attention == "flash_4":  # before a trainer looks for it
-            flash_attention.install(Path(plan.output.cache))
+        return _trained(plan, settings, environ, token=token) or uploaded()
+
+
+def _trained(plan: Plan, settings: Settings, environ: Mapping[str, str], *, token: str | None) -> int:
+    """Fetch what is missing, train, beside it the tracker, and write the report; returns the trainer's exit code."""
+    began, out = time.time(), Path(plan.output.path)
+    tracker, own = settings.finish.log_with, {}
+    if tracker is not None:
+        hub_token = settings.finish.hf_write_token or settings.model.hf_token
+        own = trackers.environment_of(tracker, environ, cache=settings.data.cache_path, hub_token=hub_token)
+    if plan.engine.attention == "flash_4":  # before a trainer looks for it
+        flash_attention.install(Path(plan.output.cache))
+    with trackers.tracking(tracker, out, own) as tracked:
         with Trainers(plan, environment=environ) as trainers:
-            code = trainers.run(_fetched(plan, settings, token=token))
-        return code or uploaded()
+            code = tracked.exit_code = trainers.run(_fetched(plan, settings, token=token))
+        is_stop = code in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+        price = settings.finish.price_per_hour
+        job_report.write(out, environ, started=began, price=price, stopped=is_stop)
+    return code
 
 
 def _card_to_check_for(name: str) -> hardware.Hardware:

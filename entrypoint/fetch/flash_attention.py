@@ -9,14 +9,12 @@ import hashlib
 import importlib.metadata
 import logging
 import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from entrypoint.system.environment import child_environment, package_index
+from entrypoint.fetch.packages import pip_install
 from entrypoint.system.private_folders import make_private
 from trainer.spec.errors import SettingsError, UnreachableError
 from trainer.storage.folders import build_folder, completed, locked, naming
@@ -69,29 +67,7 @@ def install(cache: Path) -> None:
 
 
 def _fill(place: Path) -> dict[str, Any]:
-    # --compile: bytecode written at the first import would change the folder after it was recorded as complete.
-    options = ("--quiet", "--no-deps", "--require-hashes", "--only-binary=:all:", "--no-cache-dir", "--compile")
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", *options, "--target", str(place)]
-    command += ["-r", str(LOCK)]
-    reason = ""
-    try:
-        with tempfile.TemporaryDirectory(dir=place) as scratch:  # /tmp may be small
-            own = child_environment(os.environ, network=True) | package_index(os.environ) | {"TMPDIR": scratch}
-            done = subprocess.run(  # noqa: S603
-                command,
-                env=own,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=PIP_TIMEOUT_S,
-                check=False,
-            )
-        if done.returncode != 0:
-            # pip first says that it retries, and last why it gives up.
-            output = done.stderr.strip()
-            reason = (output.partition("ERROR: ")[2] or output or f"pip: {done.returncode}")[:500]
-    except subprocess.TimeoutExpired:
-        reason = f"pip did not end in {PIP_TIMEOUT_S:.0f} s"
+    reason = pip_install(LOCK, place, seconds=PIP_TIMEOUT_S)
     if reason:
         raise UnreachableError(
             f"PARAMS_ATTENTION=flash_4: FlashAttention 4 could not be installed ({reason}). "

@@ -296,11 +296,11 @@ def _held_out_for_nothing(request: Request) -> str | None:
     )
 
 
-def _price(request: Request) -> str | None:
+def _webhook_secret(request: Request) -> str | None:
     finish = request.settings.finish
-    if finish.price_per_hour is None or finish.max_cost is not None:
+    if finish.webhook_secret is None or finish.webhook_url:
         return None
-    return _no_effect("PRICE_PER_HOUR", f"{finish.price_per_hour:g}", "MAX_COST is not set")
+    return _no_effect("WEBHOOK_SECRET", "***", "WEBHOOK_URL is not set")
 
 
 def _write_token(request: Request) -> str | None:
@@ -352,7 +352,7 @@ ROWS: tuple[Callable[[Request], str | None], ...] = (
     _prompts_without_samples,
     _samples_without_prompts,
     _held_out_for_nothing,
-    _price,
+    _webhook_secret,
     _write_token,
     _memory_limit,
     _paged,

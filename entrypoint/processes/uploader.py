@@ -17,12 +17,15 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from entrypoint.fetch import http, public_addresses
 from entrypoint.processes.upload import MARKER, POLL_S, STALL_TIMEOUT_S, Job, current_run, identity_of
+from entrypoint.report.card import card
+from entrypoint.report.gather import gather_run
 from trainer.network import addresses
 from trainer.network.errors import HopelessError, TransientError
 from trainer.spec.errors import GatedError, KilnError, SettingsError, StorageError, UnreachableError
@@ -85,7 +88,7 @@ class Uploader:
         run = current_run(self.job)
         if run is None:
             return  # the newest saves may be those of another run
-        name, home = run
+        name, _ = run
         suffixes = "|".join(run_records.SUFFIXES)
         save = re.compile(rf"{re.escape(name)}-step\d{{8}}({suffixes})\.safetensors")
         found = sorted(path for path in self.out.glob("*.safetensors") if save.fullmatch(path.name) and _is_own(path))
@@ -97,7 +100,8 @@ class Uploader:
             if identity in self._seen:
                 return
             self._seen.add(identity)  # once: if it fails, the next save or the end uploads
-            self._commit(main.stem, [p for p in found if p.stem.startswith(main.stem)], home, retries=self.job.at_start)
+            paths = [path for path in found if path.stem.startswith(main.stem)]
+            self._commit(main.stem, paths, run, retries=self.job.at_start)
         except KilnError as problem:
             if not self.ended.is_set():
                 log.warning("%s is not uploaded: %s", main.name, problem)
@@ -115,7 +119,7 @@ class Uploader:
         try:
             identity = identity_of(main)
             self.check(self.job.at_end)  # the repository may be gone by now, and the token revoked
-            commit = self._commit(main.stem, [*others, main], home, retries=self.job.at_end)
+            commit = self._commit(main.stem, [*others, main], (name, home), retries=self.job.at_end)
         except OSError as problem:
             why = f"{problem.filename} cannot be read: {problem.strerror}"
             raise UnreachableError(f"PUSH_TO_HUB={self.job.repo}: {why}.") from problem
@@ -126,16 +130,18 @@ class Uploader:
             log.warning("Uploaded, but %s cannot be written: the next start uploads again. %s", MARKER, problem)
         log.info("Uploaded to %s/%s at commit %s.", self.api.endpoint, self.job.repo, commit)
 
-    def _commit(self, title: str, paths: list[Path], home: Path, *, retries: http.RetryPolicy) -> str:
-        """Commit `paths`, the samples in `home` and the card; returns the commit's hash. The client skips files that
-        are there.
+    def _commit(self, title: str, paths: list[Path], run: tuple[str, Path], *, retries: http.RetryPolicy) -> str:
+        """Commit `paths`, the samples and the card of a run, which has a name and a folder; returns the commit's hash.
+        The client skips files that are there.
         """
         from huggingface_hub import CommitOperationAdd
 
+        name, home = run
         # Not what a user has put there.
         samples = sorted(p for p in (home / "sample").glob("*.png") if own_files.is_in_samples(p.name) and _is_own(p))
         folder = (home / "sample").relative_to(self.out).as_posix()  # of a further run: runs/<name>/sample
-        text = card(paths[-1], base=self.job.base, samples=folder if samples else None)
+        about = replace(gather_run(self.out, home, name), header=dict(read_header(paths[-1]).metadata))
+        text = card(about, samples=folder if samples else None, base=self.job.base, place=self.job.repo)
         files = {**{p.name: p for p in paths}, **{f"{folder}/{p.name}": p for p in samples}}
 
         def attempt() -> str:
@@ -217,38 +223,6 @@ def _refusal(repo: str, status: int) -> KilnError:
             "the storage of the account is full.)"
         )
     return SettingsError(f"PUSH_TO_HUB={repo}: the Hub refuses it ({status}). Check the name.")
-
-
-def card(path: Path, *, base: str, samples: str | None) -> str:
-    """README.md of the repository, from the header of the LoRA file alone. `base`: see `Job`. `samples`: their folder
-    there.
-    """
-    from huggingface_hub import ModelCardData  # late: a job without PUSH_TO_HUB never imports it
-
-    header = read_header(path).metadata
-    title = header.get("ss_output_name", path.stem)
-    trigger = header.get("modelspec.trigger_phrase", "")
-    data = ModelCardData(
-        base_model=base or None,
-        base_model_relation="adapter" if base else None,
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=["lora", "text-to-image"],
-        instance_prompt=trigger or None,
-    )
-    rank, steps, images = (header.get(key, "?") for key in ("ss_network_dim", "ss_steps", "ss_num_train_images"))
-    model = f"[{base}](https://huggingface.co/{base})" if base else header.get("ss_sd_model_name", "a local model")
-    lines = ["---", data.to_yaml(), "---", "", f"# {title}", ""]
-    lines.append(f"A LoRA of rank {rank} for {model}: {steps} steps on {images} images, repeats included.")
-    if base:
-        lines.append("The base model's licence applies.")
-    if trigger:
-        lines += ["", f"Trigger: `{trigger.replace('`', '')}`"]
-    if samples:
-        lines += ["", f"![samples by prompt and step]({samples}/contact-sheet.png)"]
-    lines += ["", f"`{path.name}` has kohya's key names, which ComfyUI, Forge and sd-scripts read. In diffusers:", ""]
-    lines += [f"    pipe.load_lora_weights(REPOSITORY, weight_name={json.dumps(path.name)})", ""]
-    return "\n".join(lines)
 
 
 def main() -> int:

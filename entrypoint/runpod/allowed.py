@@ -105,6 +105,19 @@ def _token(text: str) -> str | None:
     return "is no token. Fix: copy it again"
 
 
+def _webhooks(text: str) -> str | None:
+    """Addresses that a stranger has the job call: each may name a public host alone."""
+    for address in re.split(r"[\s,;]+", text):
+        problem = problem_of(address) if address else None
+        if problem is not None:
+            return problem
+    return None
+
+
+def _key(text: str) -> str | None:
+    return None if re.fullmatch(r"[\x21-\x7e]+", text) else "has characters that no key has. Fix: write it again"
+
+
 def _none(text: str) -> str | None:
     if text.lower() == "none":
         return None
@@ -134,6 +147,9 @@ RULES: dict[str, Rule] = {
     "HF_HOME": _refused(OWN_PLACE),
     "PARAMS_RESUME_FROM": _refused(f"{OWN_FILE}. Fix: remove it"),
     "HF_TOKEN_FILE": _refused(f"{OWN_FILE}. Fix: HF_TOKEN with the token itself"),
+    "WEBHOOK_URL": _webhooks,
+    "WEBHOOK_SECRET": _key,
+    "LOG_WITH": _refused("sends to an account, and a request has none. Fix: remove it, or WEBHOOK_URL"),
     "ON_FINISH": _refused("is the operator's choice. Fix: remove it"),
 }
 DOCUMENTS = {  # with the format of a text whose form does not tell, and what to write instead of a path

@@ -30,7 +30,7 @@ log = logging.getLogger("entrypoint.runpod.serverless")
 LENDS_TOKEN = "KILN_REQUESTS_USE_HF_TOKEN"  # noqa: S105 (the name of a variable)
 WORKER_TOKENS = ("HF_TOKEN", *ALIASES)
 # Of the worker's own variables, these are no defaults for requests: places, tokens, and where results go.
-NOT_DEFAULTS = ("OUTPUT_PATH", "CACHE_PATH", "HF_HOME", "ON_FINISH", "PUSH_TO_HUB", CONFIG_JSON, *SECRETS)
+NOT_DEFAULTS = ("OUTPUT_PATH", "CACHE_PATH", "HF_HOME", "ON_FINISH", "PUSH_TO_HUB", "LOG_WITH", CONFIG_JSON, *SECRETS)
 # The worker's libraries would keep files in places that these name, where the next request finds them.
 OWN_PLACES = ("HOME", "TMPDIR", "TEMP", "TMP", "XDG_CACHE_HOME")
 HUB = ("HF_ENDPOINT", "HF_HUB_OFFLINE")  # of all that begins with HF_

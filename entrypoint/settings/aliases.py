@@ -17,6 +17,7 @@ PREFIX = "PARAMS_"
 # Another trainer's name (sd-scripts, diffusers, ai-toolkit, OneTrainer, SimpleTuner) → our variable of the same
 # meaning. `plain` brings a name into the form of these keys.
 VARIABLES: dict[str, str] = {
+    "report_to": "LOG_WITH",
     "lr": "PARAMS_LEARNING_RATE",
     "unet_lr": "PARAMS_LEARNING_RATE",
     "transformer_lr": "PARAMS_LEARNING_RATE",
@@ -163,8 +164,6 @@ NEAR: dict[str, str] = {
     "num_processes": "Fix: NUM_GPUS",
     "gpu_ids": "Fix: NUM_GPUS, and the container's own choice of GPUs (docker run --gpus)",
     "clip_skip": "Each model takes the layer of its text encoders that it was trained with. Fix: remove it",
-    "report_to": "Metrics are always written to OUTPUT_PATH/logs for TensorBoard. Fix: remove it",
-    "log_with": "Metrics are always written to OUTPUT_PATH/logs for TensorBoard. Fix: remove it",
     "logging_dir": "Metrics are always written to OUTPUT_PATH/logs for TensorBoard. Fix: remove it",
     "lr_scheduler_power": "polynomial has the power 1. Fix: remove it",
     "min_lr": "No schedule in Kiln has a minimum learning rate. Fix: remove it",
@@ -221,6 +220,11 @@ _SCHEDULES = {
 }
 # A value that no variable has → the advice, as the rest of "is not one of Kiln's: ...".
 NEAR_VALUES: dict[str, dict[str, str]] = {
+    "LOG_WITH": {
+        **dict.fromkeys(
+            ("tensorboard", "all"), "TensorBoard's files are always written: leave it empty for them alone"
+        ),
+    },
     "PARAMS_OPTIMIZER_TYPE": {
         **dict.fromkeys(
             ("dadaptation", "dadaptadam", "dadaptadampreprint", "dadaptadagrad", "dadaptadan", "dadaptlion"),
@@ -285,6 +289,8 @@ def value_aliases(variable: str) -> Mapping[str, str]:
         return _OPTIMIZERS
     if variable == "PARAMS_LEARNING_SCHEDULER":
         return _SCHEDULES
+    if variable == "LOG_WITH":
+        return {"wb": "wandb", "weightsbiases": "wandb", "weightsandbiases": "wandb"}
     if variable != "BASE_MODEL":
         return {}
     spellings: dict[str, str] = {}

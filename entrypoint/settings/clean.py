@@ -11,7 +11,7 @@ import re
 import unicodedata
 from pathlib import Path
 
-from entrypoint.settings.row import Row
+from entrypoint.settings.row import SECRET_KINDS, Row
 from entrypoint.settings.variables import NAMES
 from trainer.spec.values import as_number, shorten
 
@@ -59,7 +59,7 @@ def clean(text: str, row: Row) -> str:
     for _ in range(3):
         text = without_quotes(text)
     _refuse_other_things(text, row)
-    if row.kind == "secret":
+    if row.kind in SECRET_KINDS:
         return _secret(text)
     if row.name in DOCUMENTS and text[:1] in ("{", "["):
         return text

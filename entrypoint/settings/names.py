@@ -16,6 +16,7 @@ from entrypoint.settings import clean
 from entrypoint.settings.aliases import NEAR, PREFIX, find_value, meant_variable, plain
 from entrypoint.settings.checks import Notes, edits_apart, one_edit_apart
 from entrypoint.settings.parsers import PARSERS
+from entrypoint.settings.row import SECRET_KINDS
 from entrypoint.settings.variables import CONFIG_JSON, NAMES, ROWS, SECRETS
 from trainer.spec.documents.strict_json import load_json, load_json5
 from trainer.spec.values import nearest, show
@@ -94,7 +95,7 @@ def _same_choice(variable: str, first: str, second: str) -> bool:
 def _warn_of_single_word(name: str, text: str, meant: str, found: Mapping[str, str], notes: Notes) -> None:
     """Warn of SEED=42, say, which may be meant for this job: where the value is one that the variable may have."""
     row = ROWS.get(meant)
-    if row is None or meant in found or row.kind in ("text", "path", "name", "repo", "secret", "names", "pairs"):
+    if row is None or meant in found or row.kind in ("text", "path", "name", "repo", "names", "pairs", *SECRET_KINDS):
         return
     try:
         PARSERS[row.kind](clean.clean(text, row), row)

@@ -17,6 +17,7 @@ from environs import EnvError
 from entrypoint.settings.aliases import find_value, near_value
 from entrypoint.settings.checks import absolute
 from entrypoint.settings.row import Row, Secret
+from trainer.network.addresses import problem_of
 from trainer.spec.documents.strict_json import load_json
 from trainer.spec.plan import AUTO
 from trainer.spec.values import as_integer, as_number, inside, nearest, show, span
@@ -28,6 +29,7 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.
 _TOKEN_TEXT = re.compile(r"[\x21-\x7e]+")
 _KEY = re.compile(r"(?:(?<=[\s,;\"'])|^)(?:--)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*")  # of PARAMS_OPTIMIZER_ARGS
 _BETWEEN = " \t\r\n,;\"'"  # what may stand around a key and its value
+MOST_ADDRESSES = 8  # in one variable
 _MAX_ARGUMENT = 1e18  # number in PARAMS_OPTIMIZER_ARGS: JSON of other programs would lose digits of larger ones
 
 
@@ -51,6 +53,8 @@ def allowed_values(row: Row) -> str:
         "repo": "owner/name",
         "name": "letters, digits, space, dot, dash and underscore; 128 at most",
         "secret": "letters, digits and underscores",
+        "key": "letters, digits and signs, without blanks",
+        "addresses": "addresses (https://...) with blanks between them",
         "text": "text",
     }[row.kind]
 
@@ -152,6 +156,18 @@ def _secret(text: str, _: Row) -> Secret | None:
     return Secret(text) if text else None
 
 
+def _addresses(text: str, _: Row) -> tuple[Secret, ...]:
+    """Addresses that nobody may see: what is wrong with one is said without it."""
+    found = [word.strip("\"'<>,;") for word in re.split(r"[\s,;]+(?=https?://|$)|\s+", text) if word.strip("\"'<>,;")]
+    if len(found) > MOST_ADDRESSES:
+        raise EnvError(f"has {len(found)} addresses, more than {MOST_ADDRESSES}")
+    for number, address in enumerate(found, 1):
+        which = f"has an address, number {number}, that is none" if len(found) > 1 else "is no address"
+        if problem := problem_of(address):
+            raise EnvError(f"{which}: {problem}")
+    return tuple(Secret(address) for address in dict.fromkeys(found))
+
+
 def _pairs(text: str, _: Row) -> dict[str, Any]:
     """`key=value key=value`, each value a Python literal or a word; also with commas between, or as JSON."""
     if text[:1] == "{":
@@ -232,5 +248,7 @@ PARSERS: dict[str, Callable[[str, Row], Any]] = {
     "names": _names,
     "numbers": _numbers,
     "secret": _secret,
+    "key": _secret,
+    "addresses": _addresses,
     "pairs": _pairs,
 }

@@ -16,7 +16,7 @@ from environs import Env, EnvValidationError
 from entrypoint.settings import clean, names
 from entrypoint.settings.checks import Notes, absolute
 from entrypoint.settings.parsers import PARSERS, allowed_values
-from entrypoint.settings.row import Row
+from entrypoint.settings.row import SECRET_KINDS, Row
 from entrypoint.settings.variables import ALIASES, CONFIG_JSON, NAMES, ROWS, SECTIONS, Settings, section_rows
 from trainer.network import addresses
 from trainer.spec.errors import SettingsError
@@ -149,7 +149,7 @@ def _note_changes(
                 notes.chose(name, "not set", f"written as {show(text)}")
             continue
         value = converted[name]
-        if row.kind == "secret":
+        if row.kind in SECRET_KINDS:
             if values[name] != text:
                 notes.chose(name, "***", "without what stood around it")
         elif row.kind == "choice" and value is not None and str(value).lower() != text.lower():
@@ -201,7 +201,7 @@ def _describe(row: Row, text: str, message: str) -> str:
 
 
 def _shown(row: Row, text: str) -> str:
-    return row.name if row.kind == "secret" else f"{row.name}={show(text)}"
+    return row.name if row.kind in SECRET_KINDS else f"{row.name}={show(text)}"
 
 
 def _for_environs(parser: Callable[[str, Row], Any]) -> Callable[..., Any]:

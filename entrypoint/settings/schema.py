@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from entrypoint.settings.parsers import PARSERS
-from entrypoint.settings.row import Row
+from entrypoint.settings.row import SECRET_KINDS, Row
 from entrypoint.settings.variables import CONFIG_JSON, SECTIONS, section_rows
 from trainer.spec.values import as_number
 
@@ -68,7 +68,7 @@ def _allowed(row: Row) -> dict[str, Any]:
         "path": {"type": "string"},
         "repo": {"type": "string", "examples": ["owner/name"]},
         "name": {"type": "string", "maxLength": 128},
-        "secret": {"type": "string", "writeOnly": True},
+        **{kind: {"type": "string", "writeOnly": True} for kind in SECRET_KINDS},
         "text": {"type": ["string", "object", "array"] if row.name in DOCUMENTS else "string"},
     }
     assert kinds.keys() >= PARSERS.keys() - {"choice"}

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from entrypoint.settings.variables import CONFIG_JSON, NAMES, SECRETS
-from trainer.spec.messages.secrets import MIN_CHARACTERS, HidingStream, Known, in_addresses, without_secrets
+from trainer.spec.messages.secrets import (
+    MIN_CHARACTERS,
+    HidingStream,
+    Known,
+    in_addresses,
+    in_paths,
+    without_secrets,
+)
 from trainer.storage.read import read_regular
 
 # A variable of another program, or a key of JSON, with one of these words in its name holds a secret.
@@ -50,7 +57,7 @@ def known(environ: Mapping[str, str]) -> Known:
 def _secrets_of(name: str, value: str) -> set[str]:
     found = in_addresses(value) if "://" in value or ":\\/\\/" in value else set()
     if is_secret(name):
-        found |= _lines(value)
+        found |= _lines(value) | in_paths(value)
     if name == CONFIG_JSON:
         found |= _secrets_of_config(value)
     return found

@@ -22,13 +22,15 @@ from trainer.spec.plan import Dataset, Subset
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 USERS = (  # the documents for users
-    *("tutorial", "settings", "variables", "data", "dataset-json", "prompts", "outputs"),
+    *("tutorial", "settings", "variables", "data", "dataset-json", "prompts", "outputs", "notifications"),
     *("troubleshooting", "glossary"),
 )
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")))
 # Variables that no table has, and names of the code.
 OTHERS = {"SOURCE_DATE_EPOCH", "HEALTH_PATIENCE_MINUTES", "HF_HUB_OFFLINE", "WEIGHT_FORMATS", "MEMORY_MODES"}
 OTHERS |= {"HF_ENDPOINT", "KILN_REQUESTS_USE_HF_TOKEN", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"}
+OTHERS |= {"WANDB_API_KEY", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_BASE_URL", "WANDB_MODE", "TRACKIO_SPACE_ID"}
+OTHERS |= {"MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_TOKEN", "MLFLOW_EXPERIMENT_NAME"}
 LETTERS = {"general": "G", "a dataset": "D", "a subset": "S"}  # levels of dataset.json, as its document names them
 
 
@@ -263,6 +265,9 @@ NO_TERMS = {
     **dict.fromkeys(("LightTokenizer", "Encoded"), "a tokenizer without its library, and what it returns"),
     **dict.fromkeys(("ConfigKind", "Rule", "TokenTable", "TokenizerFiles"), "what the files of a model may say"),
     "LineFormatter": "how a log line is written",
+    **dict.fromkeys(("Chart", "Line", "Gathered", "Sample"), "what a report shows"),
+    **dict.fromkeys(("Queue", "Waiting", "Watch", "Teller", "Pace"), "parts of the process that tells of events"),
+    **dict.fromkeys(("Feed", "About"), "what a tracker is given"),
     **dict.fromkeys(("Known", "HidingStream"), "how known secrets are kept out of what is printed"),
     "PartlyJoinedProcessor": "one case of a class of diffusers",
     **dict.fromkeys(("Card", "TorchKernels"), "what a card, and this torch, can do"),

@@ -37,6 +37,8 @@ LAYERS = {  # from the bottom; packages on one layer do not import each other
         ("fetch",),
         ("planning",),
         ("runpod",),
+        ("report",),
+        ("notify", "trackers"),
         ("processes",),
         ("bake", "health", "unprivileged"),
         ("__main__",),
@@ -55,7 +57,13 @@ WITHOUT_TORCH = (
     *("trainer.lora_files.contents", "trainer.lora_files.inspect", "trainer.lora_files.key_names"),
     *("trainer.lora_files.numbers", "trainer.lora_files.other_kinds"),
     *("trainer.data.caption_files", "trainer.data.caption_length", "trainer.data.captions", "trainer.data.folder"),
-    *("trainer.data.epochs", "trainer.data.identity", "trainer.data.records", "trainer.data.scan"),
+    *(
+        "trainer.data.decode",
+        "trainer.data.epochs",
+        "trainer.data.identity",
+        "trainer.data.records",
+        "trainer.data.scan",
+    ),
 )
 NEEDS_TORCH = "trainer.storage.safetensors_writer"
 MOST_MODULES = 14

@@ -39,6 +39,7 @@ DAMAGED = (
     struct.error,
     zlib.error,
 )
+LARGEST_SAMPLE = 1 << 28  # bytes
 # Rows that `_mean_rows` makes at once: their weights are a dense matrix, so few rows keep it and the memory small.
 ROWS_AT_ONCE = 16
 FLIP = Image.Transpose.FLIP_LEFT_RIGHT
@@ -352,3 +353,16 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     grey = Image.fromarray(np.rint(values * np.float32(255 / full)).astype(np.uint8))
     grey.info.update(image.info)
     return grey
+
+
+# ---- images that a job drew
+
+
+def read_sample(path: Path) -> Image.Image | None:
+    """The image in a file; None where it is damaged or missing, or is no file."""
+    try:
+        image = Image.open(io.BytesIO(read_regular(path, limit=LARGEST_SAMPLE)), formats=("PNG",))
+        image.load()
+    except (*DAMAGED, Image.DecompressionBombError):
+        return None
+    return image

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.families import common
 from trainer.families.published import flux as published
+from trainer.families.published import licences
 from trainer.spec.family import (
     CLIP_TOKENS,
     BaseModel,
@@ -50,7 +51,14 @@ FOOTPRINT = Footprint(
     encoder_weights=4.89e9,
     hidden_size=3072,
 )
-DEV = BaseModel("black-forest-labs/FLUX.1-dev", 31.5, FOOTPRINT, gated=True, published=published.DEV)
+DEV = BaseModel(
+    "black-forest-labs/FLUX.1-dev",
+    31.5,
+    FOOTPRINT,
+    gated=True,
+    published=published.DEV,
+    licence=licences.flux_dev("black-forest-labs/FLUX.1-dev"),
+)
 
 T5_TOKENS = 512
 
@@ -59,7 +67,11 @@ FACTS = Facts(
     models={
         "flux": dataclasses.replace(DEV, aliases=("flux.1", "flux1")),
         "flux-dev": DEV,
-        "flux-krea": dataclasses.replace(DEV, source="black-forest-labs/FLUX.1-Krea-dev"),
+        "flux-krea": dataclasses.replace(
+            DEV,
+            source="black-forest-labs/FLUX.1-Krea-dev",
+            licence=licences.flux_dev("black-forest-labs/FLUX.1-Krea-dev"),
+        ),
         "flux-schnell": BaseModel(
             "black-forest-labs/FLUX.1-schnell",
             files_gib=31.4,
@@ -67,6 +79,7 @@ FACTS = Facts(
             gated=True,
             defaults={"steps": 4, "guidance": 0.0},
             published=published.SCHNELL,
+            licence=licences.APACHE,
         ),
         "mini-flux": BaseModel(MINIATURE, files_gib=0.0, resolution=128),
     },
@@ -107,6 +120,7 @@ FACTS = Facts(
     text_readers={"tokenizer_2": ("T5", T5_TOKENS)},
     lookalikes=published.LOOKALIKES,
     pipelines=published.PIPELINES,
+    hub_tags=("flux",),
     kinds=published.KINDS,
     same_sizes=published.same_sizes,
     prompt_steps=20,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.families import common
+from trainer.families.published import licences
 from trainer.families.published import sd3 as published
 from trainer.spec.family import (
     CLIP_TOKENS,
@@ -57,6 +58,7 @@ MEDIUM_3 = BaseModel(
     gated=True,
     aliases=("stable-diffusion-3-medium", "stable-diffusion-3"),
     published=published.MEDIUM,
+    licence=licences.stability_community("stabilityai/stable-diffusion-3-medium"),
 )
 # Not measured: scaled from FOOTPRINT by the hidden size and the number of blocks.
 LARGE = Footprint(
@@ -88,10 +90,20 @@ FACTS = Facts(
         "sd3": MEDIUM_3,
         "sd3-medium": MEDIUM_3,
         "sd3.5-medium": BaseModel(
-            "stabilityai/stable-diffusion-3.5-medium", 15.2, MEDIUM_35, gated=True, published=published.MEDIUM_35
+            "stabilityai/stable-diffusion-3.5-medium",
+            15.2,
+            MEDIUM_35,
+            gated=True,
+            published=published.MEDIUM_35,
+            licence=licences.stability_community("stabilityai/stable-diffusion-3.5-medium"),
         ),
         "sd3.5-large": BaseModel(
-            "stabilityai/stable-diffusion-3.5-large", 25.7, LARGE, gated=True, published=published.LARGE_35
+            "stabilityai/stable-diffusion-3.5-large",
+            25.7,
+            LARGE,
+            gated=True,
+            published=published.LARGE_35,
+            licence=licences.stability_community("stabilityai/stable-diffusion-3.5-large"),
         ),
         "mini-sd3": BaseModel(MINIATURE, files_gib=0.0, resolution=128, defaults={"cfg": 3.0}),
     },
@@ -140,6 +152,7 @@ FACTS = Facts(
     text_readers={"tokenizer_3": ("T5", T5_TOKENS), "tokenizer": ("CLIP", CLIP_TOKENS)},
     lookalikes=published.LOOKALIKES,
     pipelines=published.PIPELINES,
+    hub_tags=("sd3", "stable-diffusion-3"),
     kinds=published.KINDS,
     same_sizes=published.same_sizes,
     prompt_steps=28,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.base_model import configs
 from trainer.families import common
+from trainer.families.published import licences
 from trainer.families.published import sdxl as published
 from trainer.spec.family import (
     CLIP_TOKENS,
@@ -56,6 +57,7 @@ BASE = BaseModel(
     files_gib=12.9,
     footprint=FOOTPRINT,
     published=published.BASE,
+    licence=licences.OPENRAIL,
     aliases=(
         "sdxl 1.0",
         "sd_xl_base_1.0",
@@ -107,6 +109,7 @@ FACTS = Facts(
     max_token_lengths=(CLIP_TOKENS, 150, 225),
     lookalikes=published.LOOKALIKES,
     pipelines=published.PIPELINES,
+    hub_tags=("stable-diffusion-xl",),
     kinds=published.KINDS,
     same_sizes=published.same_sizes,
     prompt_steps=30,

@@ -15,10 +15,11 @@ from PIL import Image, PngImagePlugin
 
 from trainer.data import cache as caching
 from trainer.data.cache import Cache
+from trainer.data.decode import read_sample
 from trainer.engine.device import release, torch_dtype
 from trainer.engine.encoders import load_vae
 from trainer.engine.execution import without_new_compilation
-from trainer.job.reporting.contact_sheet import contact_sheet, read_sample
+from trainer.job.reporting.contact_sheet import contact_sheet
 from trainer.spec.family import Family
 from trainer.spec.plan import Plan, Prompt
 from trainer.storage import atomic, json_files, own_files

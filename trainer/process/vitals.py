@@ -90,3 +90,11 @@ def allow(environment: Mapping[str, str], seconds: float) -> None:
     if vitals is not None:
         vitals.allow(seconds)
         vitals.close()
+
+
+def prolong(environment: Mapping[str, str], seconds: float) -> None:
+    """Ask the parent, if there is one, for so many seconds more, after a stop that was noticed."""
+    vitals = Vitals.of(environment)
+    if vitals is not None:
+        vitals.allow((vitals.read(GRACE) or 0.0) + seconds)
+        vitals.close()

@@ -100,6 +100,19 @@ class Lookalike:
 
 
 @dataclass(frozen=True)
+class Licence:
+    """The licence of a base model, which applies to a LoRA of it too. `id`, `name` and `link` as the Hub has them.
+
+    `allows`: one sentence for people, as the licence's own text had it when this was written.
+    """
+
+    id: str  # of the Hub's list; "other" where that lacks it
+    name: str  # license_name for "other"; else for people
+    link: str
+    allows: str
+
+
+@dataclass(frozen=True)
 class BaseModel:
     """A value of BASE_MODEL."""
 
@@ -111,6 +124,7 @@ class BaseModel:
     defaults: dict[str, Any] = field(default_factory=dict)  # fields of plan.Prompt that differ from the family's
     aliases: tuple[str, ...] = ()  # further names that people write for it; `source` is one without being listed
     published: Published | None = None  # its configs, for jobs whose weights are local files; None: a miniature
+    licence: Licence | None = None  # None: a miniature, which is a part of this program
 
     @property
     def is_miniature(self) -> bool:
@@ -153,6 +167,7 @@ class Facts:
     # recomputed in the backward pass), or "never". docs/lab-notes.md has the measurements.
     compiles: str = "always"
     max_token_lengths: tuple[int, ...] = (CLIP_TOKENS,)  # values of PARAMS_MAX_TOKEN_LENGTH; the first is the default
+    hub_tags: tuple[str, ...] = ()  # of a model card on the Hub, by which people find LoRAs of this family
     attention_backends: bool = True  # False: it calls torch's attention, whichever backend diffusers is set to
 
 

@@ -25,7 +25,7 @@ REPORT_NAME = "dataset-report.txt"
 LOG_LINE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ ")
 STACKS = re.compile(rb"(Current thread|Thread|Timeout|Fatal) ")
 SHEET_MARK = b"prompts\0"  # the key of the text in the contact sheet's PNG
-FOLDERS = ("state", "sample", "logs")  # of a run
+FOLDERS = ("state", "sample", "logs", "tracking")  # of a run
 
 Test = Callable[[Path], bool]
 
@@ -56,6 +56,7 @@ def has_keys(*keys: str) -> Test:
 
 is_run_log = begins_with(LOG_LINE)
 is_report = begins_with(re.compile(rb"Images: \d+ found"))
+is_html_report = begins_with(re.compile(b"<!doctype html>\n<!-- Written by Kiln -->"))
 is_table = begins_with(re.compile(b'\xef\xbb\xbf"file"'))
 
 
@@ -76,6 +77,7 @@ OF_JOB: dict[str, Test | None] = {
     "hang.txt": begins_with(STACKS),
     RUN_LOG: None,
     "pod.json": None,
+    "notices.json": has_keys("told", "events"),
 }
 # Of a run, in its folder.
 OF_RUN: dict[str, Test | None] = {
@@ -83,6 +85,9 @@ OF_RUN: dict[str, Test | None] = {
     "upload.json": has_keys("repo", "file"),
     run_records.RECORD: lambda path: run_records.read_record(path.parent) is not None,
     REPORT_NAME: None,
+    "report.html": is_html_report,
+    "README.md": None,
+    "tracking.json": has_keys("with", "id"),
     "dataset-report.csv": None,
     "metrics.jsonl": None,
 }

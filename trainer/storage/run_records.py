@@ -43,6 +43,9 @@ UNSEALED_KEYS = (
 )
 
 
+KNOWN = ("essence", "data", "run", "total", "made_by")  # parts of a state's tree without tensors
+
+
 @dataclass(frozen=True)
 class StateHeader:
     """What `state.json` says without its tensors."""
@@ -153,7 +156,7 @@ def read_state_header(folder: Path) -> StateHeader | None:
             return None
         record = json.loads(outer["text"])
         tree = dict(record["tree"]["dict"])
-        known = {key: _decoded(tree[key]) for key in ("essence", "data", "run", "total") if key in tree}
+        known = {key: _decoded(tree[key]) for key in KNOWN if key in tree}
         return StateHeader(int(record["step"]), folder, known) if isinstance(known.get("essence"), dict) else None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError):
         return None

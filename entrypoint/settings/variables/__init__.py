@@ -21,7 +21,7 @@ import dataclasses
 import typing
 from dataclasses import dataclass
 
-from entrypoint.settings.row import Row
+from entrypoint.settings.row import SECRET_KINDS, Row
 from entrypoint.settings.variables.adapter import AdapterSettings
 from entrypoint.settings.variables.data import DataSettings
 from entrypoint.settings.variables.engine import EngineSettings
@@ -71,5 +71,5 @@ def _all_rows() -> dict[str, Row]:
 ROWS = _all_rows()  # by the name of the variable, in the order of the table
 CONFIG_JSON = "CONFIG_JSON"  # one JSON object with any of the others
 ALIASES = ("HF_TOKEN_FILE", "HUGGING_FACE_HUB_TOKEN")  # other ways to give HF_TOKEN
-SECRETS = (*ALIASES, *(row.name for row in ROWS.values() if row.kind == "secret"))
+SECRETS = (*ALIASES, *(row.name for row in ROWS.values() if row.kind in SECRET_KINDS))
 NAMES: tuple[str, ...] = (*ROWS, *ALIASES, CONFIG_JSON)

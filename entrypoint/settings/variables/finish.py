@@ -7,6 +7,7 @@ from dataclasses import dataclass
 # ruff: noqa: RUF009 (`row` only makes a dataclasses.field)
 from entrypoint.settings.row import Secret, row
 
+TRACKERS = ("wandb", "mlflow", "trackio")  # what LOG_WITH may name
 ACTIONS = ("exit", "stop", "terminate", "idle")  # what ON_FINISH may ask for
 
 
@@ -21,6 +22,21 @@ class FinishSettings:
     )
     hf_write_token: Secret | None = row(
         "HF_WRITE_TOKEN", "secret", meaning="token that may write to PUSH_TO_HUB", if_unset="HF_TOKEN"
+    )
+    webhook_url: tuple[Secret, ...] = row(
+        "WEBHOOK_URL",
+        "addresses",
+        meaning="told of starts, samples, saves and ends: Discord, Slack, ntfy, or any address, which gets signed JSON",
+    )
+    webhook_secret: Secret | None = row(
+        "WEBHOOK_SECRET", "key", meaning="key of the signature (Standard Webhooks)", if_unset="not signed"
+    )
+    log_with: str | None = row(
+        "LOG_WITH",
+        "choice",
+        meaning="a tracker that gets numbers, samples and the plan, beside TensorBoard",
+        choices=lambda: TRACKERS,
+        if_unset="none",
     )
     on_finish: str | None = row(
         "ON_FINISH",

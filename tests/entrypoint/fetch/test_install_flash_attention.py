@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from entrypoint.dataset_config.manifest import read_manifest
-from entrypoint.fetch import flash_attention
+from entrypoint.fetch import flash_attention, packages
 from entrypoint.planning.plan import make_plan
 from entrypoint.processes.launch import launch
 from entrypoint.settings.read import read_settings
@@ -76,7 +76,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, str]]]:
             found.append(options["env"])
         return real(command, **options)
 
-    monkeypatch.setattr(flash_attention.subprocess, "run", run)
+    monkeypatch.setattr(packages.subprocess, "run", run)
     yield found
 
 

@@ -132,7 +132,7 @@ def test_every_tag_left_out():
         ({"PARAMS_MAX_EPOCHS": "3", "PARAMS_MAX_STEPS": "500"}, "PARAMS_MAX_STEPS=500 decides"),
         ({"KEEP_CHECKPOINTS": "3", "PARAMS_SAVE_EVERY_N_STEPS": "0"}, "KEEP_CHECKPOINTS=3 has no effect"),
         ({"SAMPLE_PROMPTS": '["a cat"]', "PARAMS_SAMPLE_EVERY_N_STEPS": "0"}, "SAMPLE_PROMPTS has no effect"),
-        ({"PRICE_PER_HOUR": "3"}, "MAX_COST is not set"),
+        ({"WEBHOOK_SECRET": "abcdef"}, "WEBHOOK_URL is not set"),
         ({"HF_WRITE_TOKEN": "hf_abcdefgh"}, "PUSH_TO_HUB is not set"),
         ({"MEMORY_LIMIT_GIB": "3"}, "this job runs on the CPU"),
         ({"PARAMS_OPTIMIZER_TYPE": "adamw8bit", "PARAMS_OPTIMIZER_ARGS": "is_paged=true"}, "is_paged=true has no"),

@@ -126,6 +126,9 @@ NOT_PLANNED = {
     "HF_WRITE_TOKEN": ("hf_abcdefgh", "***"),
     "HF_HOME": ("/somewhere/hf", "/somewhere/hf"),
     "PUSH_TO_HUB": ("me/lora", "me/lora"),
+    "WEBHOOK_URL": ("https://example.com/x", "(***,)"),
+    "WEBHOOK_SECRET": ("abcdef", "***"),
+    "LOG_WITH": ("wandb", "wandb"),
     "ON_FINISH": ("idle", "idle"),
     "MAX_RUNTIME": ("1.5", "1.5"),
     "MAX_COST": ("2.5", "2.5"),
@@ -136,7 +139,7 @@ NOT_PLANNED = {
 NEEDS = {
     "HF_WRITE_TOKEN": {"PUSH_TO_HUB": "me/lora"},
     "MAX_COST": {"PRICE_PER_HOUR": "0.5"},
-    "PRICE_PER_HOUR": {"MAX_COST": "1"},
+    "WEBHOOK_SECRET": {"WEBHOOK_URL": "https://example.com/x"},
 }
 TWO_GPUS = dataclasses.replace(LARGE_GPU, count=2)
 

@@ -211,3 +211,29 @@ def test_no_token_is_not_one_so_that_nothing_is_uploaded_with_the_workers(token)
 
 def test_whether_the_token_is_lent_is_not_the_requests_to_say():
     assert "KILN_REQUESTS_USE_HF_TOKEN is not a variable" in refusal(**LENDS)
+
+
+PUBLIC = "https://discord.com/api/webhooks/1/token-of-mine-123"
+INSIDE = (
+    "http://example.com/x",
+    "https://127.0.0.1/x",
+    "https://10.0.0.1/x",
+    "https://[::1]/x",
+    "https://ntfy.internal/x",
+)
+
+
+@pytest.mark.parametrize("address", [*INSIDE, "file:///etc/passwd", "/etc/passwd", "https://me:pw@example.com/x"])
+def test_a_webhook_of_a_request_leads_to_public_hosts_alone_and_is_not_shown(address):
+    for text in (address, f"{PUBLIC} {address}", f"{PUBLIC},{address}"):
+        said = refusal(WEBHOOK_URL=text)
+        assert "- WEBHOOK_URL " in said and address not in said and "token-of-mine" not in said
+    asked = {**BASE, "WEBHOOK_URL": PUBLIC, "WEBHOOK_SECRET": "whsec_abc"}
+    assert variables_of(asked) == asked
+
+
+def test_the_operators_addresses_and_accounts_are_no_defaults_for_requests(tmp_path):
+    worker = {"WEBHOOK_URL": PUBLIC, "WEBHOOK_SECRET": "whsec_abc", "LOG_WITH": "wandb", "WANDB_API_KEY": "key-123456"}
+    own = job_environment(BASE, {**worker, "PATH": "/bin"}, folder=tmp_path, output=str(tmp_path))
+    assert own.keys() & worker.keys() == set()
+    assert "LOG_WITH='wandb' sends to an account" in refusal(LOG_WITH="wandb")

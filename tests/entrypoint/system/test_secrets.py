@@ -23,6 +23,7 @@ from entrypoint.settings.clean import LOCATIONS
 from entrypoint.settings.variables import CONFIG_JSON, NAMES, ROWS
 from entrypoint.system import cards, environment, secrets
 from tests.support.drawings import draw
+from trainer.spec.messages.secrets import without_secrets
 
 # Each is found in whatever form it is printed.
 PASSWORD, KEY, SIGNATURE, TOKEN = "cAnary-pass+1/x", "cAnary-key-2", "cAnarySig3%2Fx", "hf_cAnaryTOKEN44444"
@@ -229,6 +230,25 @@ def test_the_request_of_a_dry_run_is_shown_without_secrets():
     assert leaks(str(request.shown_variables({"HF_TOKEN": f"{{{{ RUNPOD_SECRET_{TOKEN} }}}}"}))) == []
     both = {"HF_TOKEN": f"{KEY} RUNPOD_SECRET_x", CONFIG_JSON: json.dumps({"HF_TOKEN": f"{KEY} RUNPOD_SECRET_"})}
     assert leaks(json.dumps(request.shown_variables(both))) == []
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://discord.com/api/webhooks/123456789012345678/cAnary-Token_99",
+        "https://hooks.slack.com/services/T00000000/B00000000/cAnary99Token",
+        "https://ntfy.sh/cAnary-topic",
+        "https://example.com/hooks/cAnary-9-key?token=cAnary-2",
+    ],
+)
+def test_the_address_of_a_webhook_is_hidden_whole_and_in_parts(address):
+    known = secrets.known({"WEBHOOK_URL": f"https://example.com/plain {address}"})
+    path = address.partition("//")[2].partition("/")[2]
+    for text in (address, f"POST /{path} HTTP/1.1", json.dumps({"url": address}), repr(address), f"({address})"):
+        assert leaks(known.hide(text)) == [], text
+    assert known.hide("training goes on; hooks are services") == "training goes on; hooks are services"
+    if "example.com" not in address:  # in another variable, nothing but its look tells that it is one
+        assert leaks(without_secrets(f"cannot open {address}, it is none")) == []
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,14 @@ from pathlib import Path
 # In OUTPUT_PATH. A folder is recognised by plan.json and one of the others.
 MARKS = ("status.json", "run.log", "metrics.jsonl", "state", "dataset-report.txt")
 OUTPUT_NAMES = re.compile(
-    r"(sample|samples|state|logs|runs)([.-].*)?"
-    r"|(plan|status|upload|crashes|run|pod)\.json|metrics\.jsonl|run\.log|hang\.txt|dataset-report\.(txt|csv)"
+    r"(sample|samples|state|logs|runs|tracking)([.-].*)?"
+    r"|(plan|status|upload|crashes|run|pod|notices|tracking)\.json|metrics\.jsonl|run\.log|hang\.txt"
+    r"|dataset-report\.(txt|csv)|report\.html|README\.md"
     r"|.*\.safetensors(\.unverified)?"
 )
 # In CACHE_PATH. A folder is recognised by the first two.
 CACHE_MARKS = ("latents", "text")
-CACHE_NAMES = (*CACHE_MARKS, "class-pictures", "datasets", "downloads", "models", "flash-4")
+CACHE_NAMES = (*CACHE_MARKS, "class-pictures", "datasets", "downloads", "models", "flash_4", "trackers")
 UNPACKED_MARK = ".kiln-complete.json"  # in archives and Hub datasets that were unpacked
 HUB_FOLDER = re.compile(r"(models|datasets|spaces)--.+")
 OTHER_JOB = "what another Kiln job wrote there"

@@ -6,21 +6,18 @@ leave no gaps.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from trainer.data.decode import DAMAGED
+from trainer.data.decode import read_sample
 from trainer.spec.plan import Prompt
 from trainer.spec.values import one_line
 from trainer.storage import atomic, json_files, own_files
 from trainer.storage.own_files import SAMPLE_NAME, SHEET_NAME
-from trainer.storage.read import read_regular
 
-LARGEST_SAMPLE = 1 << 28  # bytes
 # Pixels.
 COLUMN_WIDTH = 384  # of a thumbnail, where there are few columns
 MAX_WIDTH = 8192  # of the sheet: viewers refuse images that are much wider
@@ -77,16 +74,6 @@ def contact_sheet(folder: Path, prompts: Sequence[Prompt], *, labels: Mapping[in
     with atomic.replacing(folder / SHEET_NAME) as temporary:
         sheet.save(temporary, pnginfo=info)
     return folder / SHEET_NAME
-
-
-def read_sample(path: Path) -> Image.Image | None:
-    """The image in a file; None where it is damaged or missing, or is no file."""
-    try:
-        image = Image.open(io.BytesIO(read_regular(path, limit=LARGEST_SAMPLE)), formats=("PNG",))
-        image.load()
-    except (*DAMAGED, Image.DecompressionBombError):
-        return None
-    return image
 
 
 def _settings(prompt: Prompt) -> str:

@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from trainer.job.reporting.contact_sheet import read_sample
+from trainer.data.decode import read_sample
 from trainer.job.reporting.status import Status, clock
 from trainer.spec.log_lines import escaped
 from trainer.spec.plan import Plan

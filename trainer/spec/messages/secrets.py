@@ -32,6 +32,11 @@ _ADDRESS = re.compile(
     r"""((?:[A-Za-z][A-Za-z0-9+.-]{0,20}:(?:\\?/){2}|(?:https?|s3|ftp|hf):\\?/))([^\s"'<>`]+)""", re.IGNORECASE
 )
 _END_OF_SENTENCE = ")]}.,;:!?"
+# What follows gives everybody the right to write there. ntfy's topics are no less secret, but look like any path.
+_WEBHOOK = re.compile(
+    r"(?i)((?:discord(?:app)?\.com(?:\\?/)+api(?:(?:\\?/)+v\d+)?(?:\\?/)+webhooks|hooks\.slack(?:-gov)?\.com(?:\\?/)+\w+|"
+    r"ntfy\.sh)(?:\\?/)+)[^\s\"'<>`]+"
+)
 # user:password@host without a scheme. An image's digest (name:tag@sha256:...) is none.
 _LOGIN = re.compile(r"""(?<![\w@/.+%~-])[\w.+%~-]{1,100}:[^\s/@:"'<>]{1,200}@(?!sha\d+:)(?=[\w\[])""")
 # A login further on in an address, where somebody has put another scheme in front of it.
@@ -60,6 +65,7 @@ _WEB_TOKEN = re.compile(r"\beyJ[\w-]{8,}\.[\w-]+\.?[\w-]*")
 def without_secrets(text: str) -> str:
     """`text` with *** for all in it that looks like a secret."""
     text = _ADDRESS.sub(lambda found: found[1] + _without_login_and_query(found[2]), text)
+    text = _WEBHOOK.sub(rf"\g<1>{HIDDEN}", text)
     text = _LOGIN.sub(f"{HIDDEN}@", text)
     text = _PARAMETER.sub(rf"\g<1>{HIDDEN}", text)
     text = _ASSIGNED.sub(rf"\g<1>{HIDDEN}", text)
@@ -170,6 +176,27 @@ def in_addresses(text: str) -> set[str]:
         for query in re.split("[?#]", place)[1:]:
             found |= _keys_in(query)
     return found
+
+
+def in_paths(text: str) -> set[str]:
+    """The addresses in a text that is secret, their paths, and what looks like a key in these.
+
+    A library may quote an address whole or without its host. A short word of a path, such as `hooks`, is no secret.
+    """
+    found: set[str] = set()
+    for match in _ADDRESS.finditer(text.replace("\\/", "/")):
+        _, place = _split_login(match[2].rstrip(_END_OF_SENTENCE))
+        _, slash, path = place.partition("/")
+        path = re.split("[?#]", path, maxsplit=1)[0].rstrip("/")
+        if slash and len(path) >= MIN_CHARACTERS:
+            found |= {place, f"/{path}"}
+            found |= {part for part in path.split("/") if _is_key(part)}
+    return found
+
+
+def _is_key(part: str) -> bool:
+    mixed = bool(re.search("[0-9]", part) and re.search("[A-Za-z]", part)) and len(part) >= WHOLE_WORD_CHARACTERS - 4
+    return mixed or len(part) >= MIN_UNKNOWN_CHARACTERS
 
 
 def _keys_in(query: str) -> set[str]:
