@@ -119,7 +119,12 @@ def dequantize_rows(w_NK: torch.Tensor, scale_1N: torch.Tensor, dtype: torch.dty
 
 def can_dequantize(w_NK: torch.Tensor) -> bool:
     """Whether `dequantize_rows` can read these values: Triton loads FP8 only on hardware that has it."""
-    return w_NK.dtype == torch.int8 or (w_NK.is_cuda and _has_fp8(w_NK.device))
+    return w_NK.dtype == torch.int8 or (not _on_cpu(w_NK) and _has_fp8(w_NK.device))
+
+
+def _on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether the reference computes this tensor, because kernels need an accelerator."""
+    return tensor.is_cpu
 
 
 @functools.cache
@@ -224,7 +229,7 @@ def append_adapter_columns(
     up_factor: float,
 ) -> None:
     """`reference.append_adapter_columns` in one kernel. Writes into x and w."""
-    if not x_MF.is_cuda:
+    if _on_cpu(x_MF):
         reference.append_adapter_columns(x_MF, x_scale_M1, h_MR, w_NF, w_scale_1N, up_NR, in_features, up_factor)
         return
     m, rank = h_MR.shape
@@ -288,7 +293,7 @@ def _gated_residual(  # type: ignore[no-untyped-def]  # Triton reads annotations
 
 def gated_residual(x_BTK: torch.Tensor | None, gate_BK: torch.Tensor, y_BTK: torch.Tensor) -> torch.Tensor:
     """`reference.gated_residual` in one kernel: 82 µs, where torch's two take 172 (Flux.1, batch 4, H200)."""
-    if not y_BTK.is_cuda:
+    if _on_cpu(y_BTK):
         return reference.gated_residual(x_BTK, gate_BK, y_BTK)
     x = y_BTK if x_BTK is None else x_BTK  # without an x, a pointer that is not read
     # Parts of longer rows are read in place; only the last axis has to be contiguous.
