@@ -29,9 +29,6 @@ class _PlainOperator:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
 
-    def register_kernel(self, _device: str) -> Callable[[Any], Any]:
-        return lambda function: function
-
 
 _OPERATORS: dict[str, Callable[..., Any]] = {}  # of `quantization.formats`, by the name in their schema
 
