@@ -32,8 +32,11 @@ demo: .venv/.runtime
 	$(BIN)/python -m entrypoint
 	$(BIN)/python -m trainer.families.miniatures.score .demo/output/sample
 
+# A torch for accelerators has brought the Triton that belongs to it; beside a torch for the CPU the lock's is installed.
 .venv/.dev: .venv/.runtime requirements-dev.lock
-	$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements-dev.lock
+	if $(BIN)/python -c "import sys, torch; sys.exit(not (torch.version.cuda or torch.version.hip))"; \
+	then sed '/^triton==/,/[^\\]$$/d' requirements-dev.lock; else cat requirements-dev.lock; fi > .venv/dev.lock
+	$(BIN)/pip install --quiet --no-deps --require-hashes -r .venv/dev.lock
 	touch $@
 
 lint: .venv/.dev

@@ -3,7 +3,8 @@
     python -m bench WHAT [--help]
 
 step: speed and memory of a training step in any variant
-plans: the plan for hardware that need not be there
+plans: the plan for hardware that need not be there; `--cards`: for those that people have
+targets: our Triton kernels compiled for accelerators that need not be there
 peers: steps of other trainers in the same run
 memory: predicted and measured peaks
 parity: gradients of each precision against bf16
@@ -28,7 +29,7 @@ import sys
 
 import bench
 
-HELPERS = ("__main__", "full_size", "original_names", "others", "report")  # modules that are no measurement
+HELPERS = ("__main__", "cards", "full_size", "original_names", "others", "report")  # modules that are no measurement
 
 
 def main(arguments: list[str]) -> int:

@@ -1,12 +1,15 @@
 """The plan for hardware that need not be there: the strategy for each batch size, and its predicted memory.
 
     python -m bench plans --family flux --vendor amd --architecture gfx942 --memory 192 --batch 4 8 16 32 48 60
+    python -m bench plans --cards
 
-Rank 16, AdamW, at the sizes of `python -m bench step`.
+Rank 16, AdamW, at the sizes of `python -m bench step`. `--cards`: what `auto` chooses for each family on cards that
+people have, with the predicted seconds of a step, as the tables of docs/performance.md (`bench.cards`).
 """
 
 from __future__ import annotations
 
+from bench import cards
 from bench.report import Report, options
 from bench.step import RANK, SIZES
 from entrypoint.system.hardware import Hardware
@@ -15,6 +18,9 @@ from trainer.spec.family import get_family
 
 
 def main(arguments: list[str]) -> None:
+    if arguments == ["--cards"]:
+        print(cards.tables())
+        return
     parser = options(__doc__)
     parser.add_argument("--vendor", default="nvidia")
     parser.add_argument("--architecture", default="9.0")

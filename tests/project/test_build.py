@@ -82,6 +82,18 @@ def test_what_the_image_installs_is_locked_with_hashes():
     assert f"\nTORCH := {TORCH}\n" in (ROOT / "Makefile").read_text()
 
 
+def test_tests_compile_with_the_triton_that_the_image_has():
+    """Kernels are compiled for cards that are not there by the same compiler that compiles them on cards."""
+    of_image, of_tests = (
+        re.search(r"^triton==(\S+) ; (.*?) \\\n(( +--hash=sha256:\w+.*\n?)+)", (ROOT / name).read_text(), re.M)
+        for name in ("torch.lock", "requirements-dev.lock")
+    )
+    assert of_image[1] == of_tests[1] and of_image[3].split() == of_tests[3].split()
+    assert (
+        "sys_platform == 'linux'" in of_tests[2] and f'"triton=={of_tests[1]};' in (ROOT / "pyproject.toml").read_text()
+    )
+
+
 def test_weights_are_baked_with_a_token_that_is_no_argument(build, tmp_path):
     (tmp_path / "token").write_text("hf_secret")
     code, printed, calls = build("cuda", free_gib=200, BAKE_MODEL="flux", HF_TOKEN_FILE=str(tmp_path / "token"))

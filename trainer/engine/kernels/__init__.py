@@ -35,7 +35,8 @@ How they are built
   it twice in chunks, because long rows (15,360) would leave too few programs on each multiprocessor.
 - All arithmetic is in fp32 and rounded once. NaN stays NaN in FP8, so that a broken step is noticed; an inf becomes the
   largest value of its row.
-- Kernels are `triton_op`s where compiled code calls them, so that torch.compile sees what they launch.
+- Kernels are `triton_op`s where compiled code calls them, so that torch.compile sees what they launch. On CPU tensors,
+  `dispatch` calls the references instead.
   `append_adapter_columns` runs inside the operator `kiln::fp8_product`, and compiled code has its own `gated_residual`:
   these two are plain launches, which cost the host less.
 - No kernel synchronises or allocates on the host, so that steps can be captured as CUDA graphs.
@@ -48,6 +49,8 @@ What goes wrong
 - A kernel without the low parts would be only 1.9 % off in the whole row: the self-test compares each part.
 
 A new kernel needs its reference here, a line in `dispatch` for each side, a comparison in `self_test`, and a test in
-`tests/gpu/test_fused_kernels.py` or `test_engine.py`. `python -m bench kernels` prints the bandwidth that each reaches.
+`tests/gpu/test_fused_kernels.py` or `test_engine.py`, and a comparison in `tests/support/interpreted_kernels.py`.
+`python -m bench targets` compiles each for cards that are not here, `python -m bench kernels` prints the bandwidth that
+each reaches.
 Attempts that were slower are in docs/lab-notes.md ("Adapter columns in the GEMM").
 """

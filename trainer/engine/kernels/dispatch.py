@@ -1,49 +1,68 @@
-"""Which kernels run: Triton's where Triton is installed, else their references in plain torch.
+"""Which kernels run: Triton's on an accelerator where Triton is installed, else their references in plain torch.
 
 The only place that decides it. `self_test` compares what is chosen here with the references on the job's own device.
+
+On CPU tensors the references run whether Triton is installed or not. They are called here, and not registered as the
+operators' kernels for the CPU: the compiler takes an operator of Triton apart, and would compile it for a CPU as well.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import Tensor
+
+from trainer.engine.kernels import reference, rope_reference
+
+Result = TypeVar("Result")
+
+
+def _on_cpu(arguments: tuple[object, ...]) -> bool:
+    """Whether the first tensor among the arguments is on the CPU; they all are on one device."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            return argument.is_cpu
+    return True
+
+
+def _by_device(kernel: Callable[..., Result], plain: Callable[..., Result]) -> Callable[..., Result]:
+    """`kernel` on an accelerator, `plain` on a CPU."""
+
+    @functools.wraps(plain)
+    def chosen(*args: object) -> Result:
+        return plain(*args) if _on_cpu(args) else kernel(*args)
+
+    return chosen
+
+
+append_adapter_columns: Callable[..., None] = reference.append_adapter_columns
+can_dequantize: Callable[..., bool] = reference.can_dequantize
+dequantize_rows: Callable[..., Tensor] = reference.dequantize_rows
+gated_residual: Callable[..., Tensor] = reference.gated_residual
+gelu_gradient: Callable[..., tuple[Tensor, Tensor, Tensor]] = reference.gelu_gradient
+gelu_rows: Callable[..., tuple[Tensor, Tensor, Tensor]] = reference.gelu_rows
+norm_gradient: Callable[..., tuple[Tensor, Tensor]] = reference.norm_gradient
+norm_rows: Callable[..., tuple[Tensor, Tensor, Tensor]] = reference.norm_rows
+quantize_rows: Callable[..., tuple[Tensor, Tensor]] = reference.quantize_rows
+rotate: Callable[..., tuple[Tensor, Tensor, Tensor]] = rope_reference.rotate
+rotate_gradient: Callable[..., Tensor] = rope_reference.rotate_gradient
+transpose: Callable[..., Tensor] = reference.transpose
 
 if importlib.util.find_spec("triton"):
-    from trainer.engine.kernels.norm_gelu_triton import gelu_gradient, gelu_rows, norm_gradient, norm_rows
-    from trainer.engine.kernels.quantize_triton import (
-        append_adapter_columns,
-        can_dequantize,
-        dequantize_rows,
-        gated_residual,
-        quantize_rows,
-        transpose,
-    )
-    from trainer.engine.kernels.rope_triton import rotate, rotate_gradient
-else:
-    from trainer.engine.kernels.reference import (
-        append_adapter_columns,
-        can_dequantize,
-        dequantize_rows,
-        gated_residual,
-        gelu_gradient,
-        gelu_rows,
-        norm_gradient,
-        norm_rows,
-        quantize_rows,
-        transpose,
-    )
-    from trainer.engine.kernels.rope_reference import rotate, rotate_gradient
+    from trainer.engine.kernels import norm_gelu_triton, quantize_triton, rope_triton
 
-__all__ = (
-    "append_adapter_columns",
-    "can_dequantize",
-    "dequantize_rows",
-    "gated_residual",
-    "gelu_gradient",
-    "gelu_rows",
-    "norm_gradient",
-    "norm_rows",
-    "quantize_rows",
-    "rotate",
-    "rotate_gradient",
-    "transpose",
-)
+    append_adapter_columns = _by_device(quantize_triton.append_adapter_columns, append_adapter_columns)
+    can_dequantize = _by_device(quantize_triton.can_dequantize, can_dequantize)
+    dequantize_rows = _by_device(quantize_triton.dequantize_rows, dequantize_rows)
+    gated_residual = _by_device(quantize_triton.gated_residual, gated_residual)
+    gelu_gradient = _by_device(norm_gelu_triton.gelu_gradient, gelu_gradient)
+    gelu_rows = _by_device(norm_gelu_triton.gelu_rows, gelu_rows)
+    norm_gradient = _by_device(norm_gelu_triton.norm_gradient, norm_gradient)
+    norm_rows = _by_device(norm_gelu_triton.norm_rows, norm_rows)
+    quantize_rows = _by_device(quantize_triton.quantize_rows, quantize_rows)
+    rotate = _by_device(rope_triton.rotate, rotate)
+    rotate_gradient = _by_device(rope_triton.rotate_gradient, rotate_gradient)
+    transpose = _by_device(quantize_triton.transpose, transpose)

@@ -390,10 +390,3 @@ def gelu_gradient(
         num_warps=4,
     )
     return out, g_left, kept_rows
-
-
-# On CPU tensors, the operators are their references.
-norm_rows.register_kernel("cpu")(reference.norm_rows)
-norm_gradient.register_kernel("cpu")(reference.norm_gradient)
-gelu_rows.register_kernel("cpu")(reference.gelu_rows)
-gelu_gradient.register_kernel("cpu")(reference.gelu_gradient)

@@ -15,8 +15,6 @@ import triton
 import triton.language as tl
 from torch.library import triton_op, wrap_triton
 
-from trainer.engine.kernels import rope_reference as reference
-
 HEADS_PER_PROGRAM = 8  # of one token: with D = 128, 1,024 elements, 8 for each thread of 4 warps
 
 
@@ -222,8 +220,3 @@ def rotate_gradient(
         num_warps=4,
     )
     return out
-
-
-# On CPU tensors, the operators are their references.
-rotate.register_kernel("cpu")(reference.rotate)
-rotate_gradient.register_kernel("cpu")(reference.rotate_gradient)

@@ -35,9 +35,9 @@ W's scales belong to its rows n. In the forward pass n is a column of the result
 the backward pass the GEMM sums over n, so the scale must be applied before: g is multiplied by it and then quantised by
 a new scale for each of its rows.
 
-The other formats: `fp8-fnuz` is the same in the types of CDNA 3. `int8` multiplies in int8 and adds LoRA terms
-afterwards. `fp8-storage`, `int8-storage` and `nf4` dequantise the weight to 16 bits and multiply there. `torchao` is
-torchao's float8 training, to compare with.
+The other formats: `fp8-fnuz` and `fp8-fnuz-storage` are the same in the types of CDNA 3. `int8` multiplies in int8 and
+adds LoRA terms afterwards. `fp8-storage`, `int8-storage` and `nf4` dequantise the weight to 16 bits and multiply there.
+`torchao` is torchao's float8 training, to compare with.
 
 Adapter columns
 ---------------

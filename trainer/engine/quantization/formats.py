@@ -305,20 +305,23 @@ WEIGHT_FORMATS = {
     "fp8": WeightFormat(torch.float8_e4m3fn, 16, _fp8_forward, fp8_gradient, transposes=True),
     "fp8-fnuz": WeightFormat(torch.float8_e4m3fnuz, 16, _fp8_forward, fp8_gradient, transposes=True),
     "fp8-storage": WeightFormat(torch.float8_e4m3fn),
+    "fp8-fnuz-storage": WeightFormat(torch.float8_e4m3fnuz),
     "int8": WeightFormat(torch.int8, 16, _int8_forward, _int8_backward),
     "int8-storage": WeightFormat(torch.int8),
     "nf4": WeightFormat(torch.uint8, NF4_BLOCK, _nf4_forward, _nf4_backward, _nf4_dequantize),
 }
 
 # Formats that multiply in 8 bits, and those that store the same values but multiply in 16.
-STORAGE_ONLY = {"fp8": "fp8-storage", "fp8-fnuz": "fp8-storage", "int8": "int8-storage"}
+STORAGE_ONLY = {"fp8": "fp8-storage", "fp8-fnuz": "fp8-fnuz-storage", "int8": "int8-storage"}
+# FP8 formats, and the same in the types of CDNA 3 (gfx94x), whose hardware has no others: no negative zero, and a range
+# that begins and ends one power of two lower.
+FNUZ = {"fp8": "fp8-fnuz", "fp8-storage": "fp8-fnuz-storage"}
 
 
 def weight_format_for(precision: str, device: str) -> str | None:
     """The key of `WEIGHT_FORMATS` for a value of PARAMS_PRECISION on a torch device type; None: not quantised."""
     weight_format = PRECISIONS[precision].weight_format
-    if weight_format != "fp8" or device != "cuda" or not torch.version.hip:
+    if weight_format not in FNUZ or device != "cuda" or not torch.version.hip:
         return weight_format
-    # CDNA 3 (gfx94x) multiplies FP8 only in the types without a negative zero; CDNA 4 has NVIDIA's types.
-    cdna_3 = "gfx94" in torch.cuda.get_device_properties(0).gcnArchName
-    return "fp8-fnuz" if cdna_3 else weight_format
+    cdna_3 = "gfx94" in torch.cuda.get_device_properties(0).gcnArchName  # CDNA 4 has NVIDIA's types
+    return FNUZ[weight_format] if cdna_3 else weight_format

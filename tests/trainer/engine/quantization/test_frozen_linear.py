@@ -17,7 +17,15 @@ from trainer.spec.family import get_family
 from trainer.training.step_guard import LOSS_SCALE
 
 # The relative error that one rounding to the format allows: half a step of 3 bits of mantissa, or of 127 steps.
-ALLOWED = {"fp8": 0.05, "fp8-fnuz": 0.05, "fp8-storage": 0.04, "int8": 0.02, "int8-storage": 0.015, "nf4": 0.11}
+ALLOWED = {
+    "fp8": 0.05,
+    "fp8-fnuz": 0.05,
+    "fp8-storage": 0.04,
+    "fp8-fnuz-storage": 0.04,
+    "int8": 0.02,
+    "int8-storage": 0.015,
+    "nf4": 0.11,
+}
 MINIATURE = Path(get_family("flux").FACTS.models["mini-flux"].source)
 TYPES = [torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.int8]
 
