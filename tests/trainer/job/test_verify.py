@@ -235,4 +235,4 @@ def test_a_wrong_file_keeps_its_lora_and_the_state_and_is_not_tried_again(job_pl
         types = {v.dtype for k, v in load_file(path).items() if ".lora_" in k}
         assert types == {torch.bfloat16}
     states = next(out.rglob("state.safetensors"))
-    assert {v.dtype for k, v in load_file(states).items() if ".lora_" in k} == {torch.float32}
+    assert {v.dtype for v in load_file(states).values() if v.ndim == 2 and v.is_floating_point()} == {torch.float32}
