@@ -120,7 +120,7 @@ def _figures(plan: Plan, sampler: EpochSampler) -> dict[str, Any]:
     }
     footprint = base_models()[plan.model.base][1].footprint
     if footprint:
-        figures["lora_bytes"] = memory_model.lora_bytes(footprint, plan.lora.rank)
+        figures["lora_bytes"] = memory_model.lora_bytes(plan)
         figures["state_bytes"] = memory_model.state_bytes(footprint, plan.lora.rank, plan.optim.name)
     return figures
 
