@@ -1,6 +1,6 @@
 """Convert a LoRA file to another tool's keys, or merge several.
 
-python -m trainer.export IN.safetensors --to kohya|peft|comfyui --out OUT.safetensors
+python -m trainer.export IN.safetensors --to kohya|peft|comfyui --out OUT.safetensors [--precision fp16|bf16|fp32]
 python -m trainer.export --merge a.safetensors:0.6 b.safetensors:0.4 --out OUT.safetensors
 """
 
@@ -19,11 +19,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.lora_files import inspect
 from trainer.lora_files.arguments import check_file, load_lora, plural, read_family, run_command, split_weights
 from trainer.process import streams
 from trainer.spec.commands.parser import Parser
 from trainer.spec.errors import SettingsError
 from trainer.spec.family import family_names, get_family
+from trainer.spec.weight_formats import SAVE_PRECISIONS
+from trainer.storage import safetensors_header
 
 if TYPE_CHECKING:
     from trainer.lora_files.weights import LoraModules
@@ -32,7 +35,7 @@ log = logging.getLogger(__name__)
 WITH_UNTRAINED = ("comfyui", "kohya")  # formats that keep layers as one: a DoRA has magnitudes for all of its rows
 KEY_FORMATS = ("comfyui", "kohya", "peft")  # those of convert.KEY_FORMATS, which needs torch
 # Metadata that describe only the file that was read: PEFT's settings and the hashes.
-DROPPED_METADATA = ("lora_adapter_metadata", "sshs_", "modelspec.hash")
+DROPPED_METADATA = ("lora_adapter_metadata", "sshs_", "modelspec.hash", "kiln_balance")
 
 
 def export_command(arguments: list[str]) -> int:
@@ -41,6 +44,9 @@ def export_command(arguments: list[str]) -> int:
     parser.add_argument("file", nargs="?", metavar="IN.safetensors")
     parser.add_argument("--merge", nargs="+", metavar="FILE[:STRENGTH]", help="merge these instead")
     parser.add_argument("--to", choices=KEY_FORMATS, default="kohya", help="the keys to write (default: kohya)")
+    parser.add_argument(
+        "--precision", choices=tuple(SAVE_PRECISIONS), help="of the matrices to write (default: as in the files read)"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="OUT.safetensors")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.safetensors if it exists")
     parser.add_argument("--family", choices=family_names(), help="if the keys are ambiguous")
@@ -84,10 +90,14 @@ def _export(options: argparse.Namespace) -> None:
         raise SettingsError(f"--merge: {problem}.") from problem
     if options.without_text_encoders:
         modules = _without_text_encoders(modules, facts.lora_prefix)
+    save_precision = options.precision or max(
+        (inspect.save_precision(safetensors_header.read_header(path)) for path, _ in paths),
+        key=lambda name: SAVE_PRECISIONS[name].significand,
+    )
     if not modules:
         raise SettingsError("There is nothing to write: every module was dropped or has strength 0.")
     try:
-        file = convert.to_file(modules, options.to, family_name)
+        file = convert.to_file(modules, options.to, family_name, save_precision)
     except ValueError as problem:
         raise SettingsError(f"--to {options.to}: {problem}.") from problem
     metadata: dict[str, str] = {}
@@ -96,11 +106,14 @@ def _export(options: argparse.Namespace) -> None:
     else:
         old_metadata = families_and_metadata[0][1]
         metadata = {key: value for key, value in old_metadata.items() if not key.startswith(DROPPED_METADATA)}
-    metadata |= {"ss_network_dim": str(file.rank), "ss_network_alpha": f"{file.alpha:g}"}
+    metadata |= {"ss_network_dim": str(file.rank), "ss_network_alpha": f"{file.alpha:g}", **file.header}
     metadata.setdefault("modelspec.architecture", f"{facts.architecture}/lora")
     write.write_lora(options.out, file.tensors, metadata)
     count = plural(sum(1 for weights in modules.values() if weights.rank), "module")
-    log.info("%s: %s for %s, rank %d, alpha %g.", options.out, count, family_name, file.rank, file.alpha)
+    log.info(
+        "%s: %s for %s, rank %d, alpha %g, %s.",
+        options.out, count, family_name, file.rank, file.alpha, save_precision,
+    )  # fmt: skip
 
 
 def _input(name: str) -> Path:

@@ -419,6 +419,7 @@ def _output_plan(
         sample_every=settings.sample_every_n_steps,
         validate_every=settings.validate_every_n_steps,
         keep_checkpoints=settings.keep_checkpoints,
+        save_precision=settings.save_precision,
         requested=settings.output_name or "",
         resume_with_changes=resume_with_changes,
     )

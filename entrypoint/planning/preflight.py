@@ -24,6 +24,7 @@ from trainer.base_model import model_folder, weight_kinds, without_weights
 from trainer.data.folder_listing import list_folder
 from trainer.data.folders import formats
 from trainer.data.folders.own_output import Written
+from trainer.spec import memory_model
 from trainer.spec.errors import DataError, GatedError, KilnError, SettingsError, StorageError, UnreachableError
 from trainer.spec.family import base_models, get_family
 from trainer.spec.plan import AUTO, ModelPlan, Plan, Source, Subset
@@ -148,12 +149,21 @@ def _check_resume(resume_from: str | None) -> None:
 def _check_model(plan: Plan, space: NeededSpace, *, token: str | None, hub_cache: Path, retries: RetryPolicy) -> None:
     """Check the base model, and add the space that it and the checkpoints will take."""
     model_bytes = _model_bytes(plan.model, space, token=token, hub_cache=hub_cache, retries=retries)
-    lora_bytes = model_bytes * LORA_BYTES_PER_RANK * plan.lora.rank
+    lora_bytes, state_bytes = _save_bytes(plan, model_bytes)
     # Where that is left to the job, it keeps more LoRA files if there is room (trainer.job.saving).
     keep = AUTOMATIC_CHECKPOINTS if plan.output.keep_checkpoints == AUTO else plan.output.keep_checkpoints
     kept = keep + 1  # while one is written, the oldest is still there
-    checkpoint_bytes = lora_bytes * (1 + STATE_BYTES_PER_LORA_BYTE)
-    space.add("OUTPUT_PATH", f"{kept} checkpoints", checkpoint_bytes * kept + lora_bytes)
+    space.add("OUTPUT_PATH", f"{kept} checkpoints", (lora_bytes + state_bytes) * kept + lora_bytes)
+
+
+def _save_bytes(plan: Plan, model_bytes: int) -> tuple[float, float]:
+    """What the LoRA files of a save take, and its state. `model_bytes`: from which a miniature's are guessed."""
+    footprint = base_models()[plan.model.base][1].footprint
+    lora_bytes = memory_model.lora_bytes(plan)
+    if footprint is not None and lora_bytes is not None:
+        return lora_bytes, memory_model.state_bytes(footprint, plan.lora.rank, plan.optim.name)
+    in_fp32 = model_bytes * LORA_BYTES_PER_RANK * plan.lora.rank
+    return in_fp32, in_fp32 * STATE_BYTES_PER_LORA_BYTE
 
 
 def _model_bytes(

@@ -23,7 +23,7 @@ from trainer.data.identity import content_changes, fingerprint
 from trainer.data.records import WARNING, ImageRecord, Scan
 from trainer.data.scan import cpu_workers, scan
 from trainer.spec import memory_model
-from trainer.spec.family import base_models, get_family
+from trainer.spec.family import base_models, get_family, lora_formats
 from trainer.spec.plan import Dataset, Plan, Source
 from trainer.spec.rules import automatic, outlook, sanity
 from trainer.storage.atomic import human_size
@@ -120,7 +120,7 @@ def _figures(plan: Plan, sampler: EpochSampler) -> dict[str, Any]:
     }
     footprint = base_models()[plan.model.base][1].footprint
     if footprint:
-        figures["lora_bytes"] = memory_model.lora_bytes(footprint, plan.lora.rank)
+        figures["lora_bytes"] = memory_model.lora_bytes(plan)
         figures["state_bytes"] = memory_model.state_bytes(footprint, plan.lora.rank, plan.optim.name)
     return figures
 
@@ -172,10 +172,13 @@ def describe(plan: Plan, sampler: EpochSampler) -> list[str]:
     lines += [*chosen, *outlook.describe_length(plan, steps_per_epoch=steps_per_epoch)]
     footprint = base_models()[plan.model.base][1].footprint
     if footprint:
-        lora_bytes = memory_model.lora_bytes(footprint, plan.lora.rank)
+        lora_bytes = memory_model.lora_bytes(plan) or 0.0
+        count = len(lora_formats(plan.model.base, plan.lora.kind))
+        files = "a LoRA has" if count == 1 else f"the {count} LoRA files of a save have"
         state_bytes = memory_model.state_bytes(footprint, plan.lora.rank, plan.optim.name)
         lines.append(
-            f"Files: a LoRA has about {human_size(lora_bytes)}, a state to resume from {human_size(state_bytes)}."
+            f"Files: {files} about {human_size(lora_bytes)} in {plan.output.save_precision}, a state to resume from "
+            f"{human_size(state_bytes)}."
         )
     return lines
 

@@ -83,6 +83,7 @@ VARIABLES: dict[str, str] = {
     "checkpointing_steps": "PARAMS_SAVE_EVERY_N_STEPS",
     "checkpoints_total_limit": "KEEP_CHECKPOINTS",
     "max_step_saves_to_keep": "KEEP_CHECKPOINTS",
+    "output_dtype": "PARAMS_SAVE_PRECISION",
     "vae": "VAE_PATH",
     "ae": "VAE_PATH",
     "clip_l": "CLIP_L_PATH",
@@ -126,7 +127,6 @@ NEAR: dict[str, str] = {
     "save_last_n_steps": "Fix: KEEP_CHECKPOINTS, the number of saves that are kept",
     "save_last_n_epochs": "Fix: KEEP_CHECKPOINTS, the number of saves that are kept",
     "mixed_precision": "Fix: PARAMS_PRECISION, the format of the frozen weights, which decides the compute precision",
-    "save_precision": "A LoRA is always saved in fp32. Fix: remove it",
     "fp8_base": "Fix: PARAMS_PRECISION=fp8",
     "full_bf16": "Fix: PARAMS_PRECISION=bf16; a LoRA's own weights are always fp32",
     "full_fp16": "Fix: PARAMS_PRECISION=bf16; a LoRA's own weights are always fp32",
@@ -177,7 +177,6 @@ NEAR: dict[str, str] = {
     "output_model_destination": "Fix: OUTPUT_PATH for the folder, OUTPUT_NAME for the file's name",
     "train_dtype": "Fix: PARAMS_PRECISION, the format of the frozen weights, which decides the compute precision",
     "weight_dtype": "Fix: PARAMS_PRECISION, the format of the frozen weights, which decides the compute precision",
-    "output_dtype": "A LoRA is always saved in fp32. Fix: remove it",
     "quantize_te": "Text encoders come to the device layer by layer where memory is short. Fix: remove it",
     "timestep_type": "Fix: PARAMS_TIMESTEP_SAMPLING",
     "timestep_distribution": "Fix: PARAMS_TIMESTEP_SAMPLING",
@@ -217,6 +216,11 @@ _SCHEDULES = {
     "cosineannealingwarmrestarts": "cosine_with_restarts",
     "linearwithwarmup": "linear",
     "poly": "polynomial",
+}
+_SAVE_PRECISIONS = {
+    **dict.fromkeys(("float", "float32"), "fp32"),
+    **dict.fromkeys(("float16", "half"), "fp16"),
+    "bfloat16": "bf16",
 }
 # A value that no variable has → the advice, as the rest of "is not one of Kiln's: ...".
 NEAR_VALUES: dict[str, dict[str, str]] = {
@@ -291,6 +295,8 @@ def value_aliases(variable: str) -> Mapping[str, str]:
         return _SCHEDULES
     if variable == "LOG_WITH":
         return {"wb": "wandb", "weightsbiases": "wandb", "weightsandbiases": "wandb"}
+    if variable == "PARAMS_SAVE_PRECISION":
+        return _SAVE_PRECISIONS
     if variable != "BASE_MODEL":
         return {}
     spellings: dict[str, str] = {}

@@ -111,6 +111,7 @@ def test_two_processes_are_one_with_twice_the_accumulation_in_a_whole_job(two):
         "PARAMS_SAMPLE_EVERY_N_STEPS": "5",
         "PARAMS_VALIDATE_EVERY_N_STEPS": "3",
         "PARAMS_EMA_DECAY": "0.9",
+        "PARAMS_SAVE_PRECISION": "fp32",
         "PARAMS_OPTIMIZER_ARGS": "eps=1e-4",  # else a gradient of zero but for rounding makes as large a step as any
         "PARAMS_TEXT_ENCODER_LR": "1e-4",
         "DATASET_CONFIG": json.dumps({"datasets": [{**sizes, "subsets": [{}]}]}),

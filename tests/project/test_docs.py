@@ -257,6 +257,7 @@ NO_TERMS = {
         "contents of a LoRA file's header",
     ),
     **dict.fromkeys(("Float", "Kind", "LayerTensors", "Parser"), "rows and records of the readers of LoRA files"),
+    **dict.fromkeys(("Pair", "Stored"), "the matrices of a LoRA file on their way to it"),
     **dict.fromkeys(("Prompt", "PromptRequest"), "a prompt line, which the documents call a prompt"),
     **dict.fromkeys(("Length", "Request"), "what a row of a table of sanity checks looks at"),
     **dict.fromkeys(("Reader", "Cut", "PredictionMarks"), "what one function finds in a caption or a file"),

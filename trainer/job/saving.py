@@ -28,13 +28,15 @@ from trainer.data.captions import fill_placeholders, own_trigger, tag_frequency
 from trainer.data.epochs import EpochSampler
 from trainer.data.identity import fingerprint
 from trainer.data.records import Scan
-from trainer.job.verify import verify
+from trainer.job.verify import Verified, verify
 from trainer.lora_files import convert, key_names, metadata, peft_bridge
 from trainer.lora_files.metadata import DatasetSummary, SubsetSummary, TrainingRun
 from trainer.lora_files.weights import LoraModules, LoraWeights
 from trainer.lora_files.write import write_lora
-from trainer.spec.family import Family, base_models
+from trainer.spec.errors import FileMismatchError
+from trainer.spec.family import Family, lora_formats
 from trainer.spec.plan import AUTO, Plan
+from trainer.spec.weight_formats import SAVE_PRECISIONS
 from trainer.storage import atomic, json_files
 from trainer.storage.run_records import RunRecord
 from trainer.training import text_encoders
@@ -83,9 +85,10 @@ class Saver:
         every = self.plan.output.save_every
         if self.plan.output.keep_checkpoints != AUTO or not every:
             return
-        formats = len(self._formats())
-        lora_bytes = formats * sum(module.nbytes for module in self.lora_modules().values())
-        state_bytes = max(self.snapshots.copied_bytes - lora_bytes // formats, lora_bytes)  # a save copies both
+        modules = self.lora_modules()
+        lora_bytes = self._lora_bytes(modules)
+        copied_bytes = sum(module.nbytes for module in modules.values())
+        state_bytes = max(self.snapshots.copied_bytes - copied_bytes, copied_bytes)  # a save copies both
         there = len(self.retention.saved_steps())
         rounds = math.ceil(total / every)
         free = shutil.disk_usage(self.out).free - (KEPT_STATES + 1) * state_bytes - lora_bytes
@@ -99,6 +102,15 @@ class Saver:
             "KEEP_CHECKPOINTS: auto, keeps %s, %s each, and the newest %d states, about %s each.",
             kept, atomic.human_size(lora_bytes), KEPT_STATES, atomic.human_size(state_bytes),
         )  # fmt: skip
+
+    def _lora_bytes(self, modules: LoraModules) -> int:
+        """The size of all files of one save, but for their headers."""
+        total = 0
+        for key_format in self._formats():
+            in_matrices, besides = convert.count_numbers(modules, key_format, self.family.FACTS.name)
+            total += in_matrices * SAVE_PRECISIONS[self.plan.output.save_precision].bytes
+            total += besides * SAVE_PRECISIONS["fp32"].bytes
+        return total
 
     def save(self, step: int, epoch: int) -> None:
         """Copy the LoRA and the state of `step`, and begin to write them; training continues meanwhile.
@@ -169,12 +181,11 @@ class Saver:
     def export(self, stem: str, *, step: int, epoch: int, output: Callable[[], torch.Tensor]) -> Path:
         """Write the LoRA in every format that this job leaves, each verified first; returns the main one's path.
 
-        `output`: computes the denoiser's output for a fixed input. Raises FileMismatchError where a file does not give
-        the trained model; that file stays as `….unverified`.
+        `output`: computes the denoiser's output for a fixed input. Raises FileMismatchError where a file is not what
+        was trained; that file stays as `….unverified`, and those that are right get their names all the same.
         """
         stem = self._free_stem(stem)
-        facts = self.family.FACTS
-        models = {facts.lora_prefix: self.training_state.denoiser, **self.training_state.texts.models}
+        wrong: list[FileMismatchError] = []
         self.snapshots.release()
         with self.training_state.inference_weights():
             modules = self.snapshots.copy(self.lora_modules())
@@ -184,12 +195,43 @@ class Saver:
                 self._set_aside_foreign(unverified, self.record.unverified)
                 self.record.own_unverified(unverified.name)
                 write_lora(unverified, lora_file.tensors, header)
-                error = verify(unverified, models, family_name=facts.name, fused=facts.fused_targets, output=output)
+                try:
+                    verified = self._verify(unverified, output)
+                except FileMismatchError as problem:
+                    wrong.append(problem)
+                    continue
                 self.record.own(path.name)
                 unverified.rename(path)
                 atomic.flush(path.parent)
-                log.info("%s: read back, its output differs from the trained model's by %.1e.", path.name, error)
+                log.info("%s: %s.", path.name, verified)
+                log.info("%s: %s", path.name, self._describe(lora_file))
+        if wrong:
+            raise FileMismatchError(" ".join(str(problem) for problem in wrong))
         return path
+
+    def _verify(self, path: Path, output: Callable[[], torch.Tensor]) -> Verified:
+        facts = self.family.FACTS
+        return verify(
+            path,
+            {facts.lora_prefix: self.training_state.denoiser, **self.training_state.texts.models},
+            family_name=facts.name,
+            fused=facts.fused_targets,
+            save_precision=self.plan.output.save_precision,
+            output=output,
+        )
+
+    def _describe(self, lora_file: convert.LoraFile) -> str:
+        """How the numbers of a file are stored, for the log."""
+        save_precision = self.plan.output.save_precision
+        size = atomic.human_size(sum(tensor.nbytes for tensor in lora_file.tensors.values()))
+        if save_precision == "fp32":
+            return f"{size} in fp32, as they were trained (PARAMS_SAVE_PRECISION)."
+        text = f"{size} in {save_precision} (PARAMS_SAVE_PRECISION): each layer's change is exact to "
+        text += f"{SAVE_PRECISIONS[save_precision].bound:.1g} of it."
+        if lora_file.wide_count:
+            text += f" {lora_file.wide_count} of {lora_file.pair_count} pairs of matrices stay in fp32, since "
+            text += f"{save_precision} cannot hold them so exactly."
+        return text
 
     def _free_stem(self, stem: str) -> str:
         """`stem`; or, where a file of that name has come from elsewhere since the run began, another one."""
@@ -229,8 +271,10 @@ class Saver:
         run = self.describe_run()
         dora = self.plan.lora.kind == "dora"
         for key_format in reversed(self._formats()):
-            lora_file = convert.to_file(modules, key_format, self.family.FACTS.name)
+            save_precision = self.plan.output.save_precision
+            lora_file = convert.to_file(modules, key_format, self.family.FACTS.name, save_precision)
             header = metadata.lora_metadata(run, step=step, epoch=epoch, rank=lora_file.rank, alpha=lora_file.alpha)
+            header |= lora_file.header
             untrained = [name for name, weights in modules.items() if not weights.rank]
             if untrained:
                 header[key_names.UNTRAINED] = json.dumps(untrained)
@@ -240,10 +284,7 @@ class Saver:
 
     def _formats(self) -> Sequence[str]:
         """The key names of the files that this job leaves."""
-        # The second file is for diffusers, which knows kohya's keys at the published models' width and depth only.
-        if self.plan.lora.kind == "dora" or base_models()[self.plan.model.base][1].is_miniature:
-            return ("kohya", "peft")
-        return self.family.LORA_KEYS.file_formats
+        return lora_formats(self.plan.model.base, self.plan.lora.kind)
 
 
 def describe_run(plan: Plan, family: Family, objective: Objective, *, sampler: EpochSampler, scan: Scan) -> TrainingRun:

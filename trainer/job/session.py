@@ -30,6 +30,7 @@ from trainer.job.reporting.metrics import Metrics, plan_as_markdown
 from trainer.job.reporting.status import Status
 from trainer.job.saving import Saver
 from trainer.job.watchdog import Watchdog
+from trainer.spec.errors import FileMismatchError
 from trainer.spec.family import Family
 from trainer.spec.plan import Plan
 from trainer.training import loop, optimizers
@@ -242,10 +243,16 @@ class Session:
         metrics.samples(step, sorted((self.home / "sample").glob(f"step-{step:08d}-*.png")))
 
     def export(self) -> Path:
-        """Write the final LoRA; returns its path. Raises FileMismatchError where it does not give the trained model."""
+        """Write the final LoRA; returns its path. Raises FileMismatchError where it is not what was trained."""
         self.runner.release()
         epoch = math.ceil(self.total / self.steps_per_epoch)
-        return self.saver.export(self.plan.output.name, step=self.total, epoch=epoch, output=self._fixed_output)
+        try:
+            return self.saver.export(self.plan.output.name, step=self.total, epoch=epoch, output=self._fixed_output)
+        except FileMismatchError:
+            if self.saver.saved_step() != self.total:  # no saves are asked for: what was trained is not to be lost
+                self.saver.save(self.total, epoch)
+                self.saver.writer.join()
+            raise
 
     def _pause_training(self) -> None:
         """Free the memory of CUDA graphs, and let no other weights be swapped in while a save still copies these."""

@@ -3,7 +3,8 @@
 Read `weights` (a LoRA independent of key names), `key_names` (the layer that a key names), `contents` (the tensors of
 a file by layer, all checked: the planner and the tools refuse the same files with the same words), `other_kinds` (files
 that are no LoRA, or of another model), `numbers` (values without torch), `inspect` (what a job that starts from a file
-takes from it), `convert` (files ↔ weights), `peft_bridge` (weights ↔ the adapters that train), `metadata` and `write`.
+takes from it), `precision` (16 bits that lose nothing), `convert` (files ↔ weights), `peft_bridge` (weights ↔ the
+adapters that train), `metadata` and `write`.
 `arguments` has what the two commands share. Imports `trainer.spec` and `trainer.storage`. `key_names`, `contents`,
 `other_kinds`, `numbers` and `inspect` need no torch, and the entrypoint uses them.
 

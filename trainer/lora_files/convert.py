@@ -1,4 +1,6 @@
-"""LoRA files of every tool ↔ `LoraModules`: diffusers' modules, each with matrices of its own. Exact both ways.
+"""LoRA files of every tool ↔ `LoraModules`: diffusers' modules, each with matrices of its own.
+
+Exact both ways in fp32; `precision` says what 16 bits change.
 
 A layer that other tools keep as one (q, k and v; Flux's linear1) is split into its parts here, and stacked again to
 write. If the parts share the down matrix, the layer has that matrix and the up matrices one above the other. Otherwise
@@ -22,7 +24,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from trainer.lora_files import contents, key_names, other_kinds
+from trainer.lora_files import contents, key_names, other_kinds, precision
+from trainer.lora_files.key_names import Layer
+from trainer.lora_files.precision import Pair, Stored
 from trainer.lora_files.weights import LoraModules, LoraWeights
 from trainer.spec.family import OriginalLayer, get_family
 from trainer.storage import safetensors_header
@@ -63,7 +67,9 @@ def from_tensors(
     *,
     with_untrained: bool = False,
 ) -> LoraModules:
-    """All modules of a file, in fp32. Raises ValueError, with names, for what this family's files cannot have.
+    """All modules of a file, in fp32, and as they were before they were balanced for 16 bits.
+
+    Raises ValueError, with names, for what this family's files cannot have.
 
     `with_untrained`: see `load`.
     """
@@ -72,16 +78,18 @@ def from_tensors(
     if not_finite:
         raise ValueError(contents.not_finite(not_finite, len(tensors)))
     settings = contents.adapter_settings(metadata)
+    exponents = precision.balance(metadata, [layer.stem for layer in layers])
     modules: LoraModules = {}
     for layer in layers:
         roles = {role: tensors[key].float() for role, key in layer.keys.items()}
         if "alpha" in roles:
             contents.check_alpha(layer.keys["alpha"], roles["alpha"].item())
-        modules |= _split_layer(layer.layer, _read_weights(roles, layer.layer.modules[0], settings))
+        weights = _read_weights(roles, layer.layer.modules[0], settings)
+        modules |= _split_layer(layer.layer, precision.unbalanced(weights, exponents[layer.stem]))
     for name in key_names.untrained_modules(metadata):
-        weights = modules.pop(name, None)
-        if weights is not None and with_untrained:
-            modules[name] = replace(weights, down=weights.down[:0], up=weights.up[:, :0])
+        untrained = modules.pop(name, None)
+        if untrained is not None and with_untrained:
+            modules[name] = replace(untrained, down=untrained.down[:0], up=untrained.up[:, :0])
     return modules
 
 
@@ -101,7 +109,7 @@ def _read_weights(roles: Mapping[str, torch.Tensor], module: str, settings: Mapp
     return LoraWeights(down, up, scale, magnitude)
 
 
-def _split_layer(layer: key_names.Layer, weights: LoraWeights) -> LoraModules:
+def _split_layer(layer: Layer, weights: LoraWeights) -> LoraModules:
     """The parts of a layer that files keep as one. A part keeps the rank-one terms in which it is not zero."""
     original = layer.original
     if original is None or layer.part is not None:
@@ -195,93 +203,165 @@ def _merge_rows(downs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[list[
 
 @dataclass(frozen=True)
 class LoraFile:
-    """The tensors of a file, and the two values for its header."""
+    """The tensors of a file, and what its header says of them."""
 
     tensors: dict[str, torch.Tensor]
     rank: int  # the commonest
     alpha: float  # the same for all modules
+    header: dict[str, str]  # of the number format
+    pair_count: int
+    wide_count: int  # pairs of matrices that are fp32, since 16 bits would lose something of them
 
 
-def to_file(modules: LoraModules, key_format: str, family_name: str) -> LoraFile:
-    """The content of a file with the keys of `key_format`, in fp32.
+@dataclass(frozen=True)
+class _Stacked:
+    """A layer as files keep it. `heights`: the rows of each of its parts, from top to bottom."""
+
+    weights: LoraWeights
+    heights: Sequence[int]
+
+
+def to_file(modules: LoraModules, key_format: str, family_name: str, save_precision: str = "fp32") -> LoraFile:
+    """The content of a file with the keys of `key_format`, and matrices in `save_precision`; the rest is fp32.
 
     Raises ValueError for a module that has no name in this format.
     """
     modules = {name: weights.to_cpu() for name, weights in modules.items()}
     if key_format == "peft":
-        return _to_peft_file(modules)
-    return _to_kohya_file(_stack_modules(modules, key_format, family_name))
+        return _to_peft_file(modules, save_precision)
+    return _to_kohya_file(_stack_modules(modules, key_format, family_name), save_precision)
 
 
-def _to_peft_file(modules: LoraModules) -> LoraFile:
+def count_numbers(modules: LoraModules, key_format: str, family_name: str) -> tuple[int, int]:
+    """How many numbers the matrices of a file of these modules have, and how many it has besides.
+
+    Parts of one layer share a down matrix where it is the same tensor.
+    """
+    if key_format == "peft":
+        pairs = [weights for weights in modules.values() if weights.rank]
+        in_matrices = sum(weights.down.numel() + weights.up.numel() for weights in pairs)
+        return in_matrices, sum(weights.magnitude.numel() for weights in pairs if weights.magnitude is not None)
+    in_matrices = 0
+    besides = 0
+    for parts in _by_layer(modules, family_name):
+        original = parts.layer.original
+        present = list(parts.modules.values())
+        rows = len(present[0].up)
+        if original is not None and len(original.diffusers_names) > 1:
+            rows = sum(_heights(original.name, parts.modules, original.row_ratio))
+        downs = {id(weights.down): weights.down for weights in present}
+        for down in downs.values():
+            in_matrices += down.numel() + len(down) * rows
+        besides += 1  # alpha
+        if present[0].magnitude is not None:
+            besides += rows
+    return in_matrices, besides
+
+
+def _to_peft_file(modules: LoraModules, save_precision: str) -> LoraFile:
     """The scale is folded into lora_B, so that alpha = rank: ComfyUI and Forge ignore PEFT's alpha."""
     modules = {name: weights for name, weights in modules.items() if weights.rank}
+    pairs = {}
     tensors = {}
     for name, weights in modules.items():
-        tensors[f"{name}.lora_A.weight"] = weights.down
-        tensors[f"{name}.lora_B.weight"] = weights.folded().up
+        pairs[name] = Pair(weights.down, weights.folded().up, [len(weights.up)])
         if weights.magnitude is not None:
             # transformers renames keys up to the adapter's name, and does not add `.weight` as peft does.
             ending = ".weight" if name.startswith("text_encoder") else ""
             tensors[f"{name}.lora_magnitude_vector{ending}"] = weights.magnitude
+    stored = precision.store(pairs, save_precision)
+    for name, pair in stored.pairs.items():
+        tensors[f"{name}.lora_A.weight"] = pair.down
+        tensors[f"{name}.lora_B.weight"] = pair.up
     rank = _commonest([weights.rank for weights in modules.values()])
-    return LoraFile(_sorted_fp32(tensors), rank, float(rank))
+    return _lora_file(tensors, stored, save_precision, rank=rank, alpha=float(rank))
 
 
-def _to_kohya_file(layers: LoraModules) -> LoraFile:
+def _to_kohya_file(layers: Mapping[str, _Stacked], save_precision: str) -> LoraFile:
     """`layers`: by their stems. Also ComfyUI's format, whose stems are dotted.
 
     All modules get the same alpha, and the rest of their scale is folded into lora_up: diffusers applies the commonest
     alpha of an SDXL file to attention layers that have another.
     """
     # 9 digits: scales that were divided by different ranks give the same alpha again.
-    alpha = _commonest([float(f"{weights.scale * weights.rank:.9g}") for weights in layers.values()])
+    alphas = [float(f"{layer.weights.scale * layer.weights.rank:.9g}") for layer in layers.values()]
+    alpha = _commonest(alphas)
+    pairs = {}
     tensors = {}
-    for stem, weights in layers.items():
+    for stem, layer in layers.items():
+        weights = layer.weights
         factor = weights.scale * weights.rank / alpha
         up = weights.up
         if abs(factor - 1) >= SAME_ALPHA:
             up = up * factor
-        tensors[f"{stem}.lora_down.weight"] = weights.down
-        tensors[f"{stem}.lora_up.weight"] = up
+        pairs[stem] = Pair(weights.down, up, layer.heights)
         tensors[f"{stem}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
         if weights.magnitude is not None:
             tensors[f"{stem}.dora_scale"] = weights.magnitude.view(-1, *[1] * (weights.down.ndim - 1))
-    return LoraFile(_sorted_fp32(tensors), _commonest([weights.rank for weights in layers.values()]), alpha)
+    stored = precision.store(pairs, save_precision)
+    for stem, pair in stored.pairs.items():
+        tensors[f"{stem}.lora_down.weight"] = pair.down
+        tensors[f"{stem}.lora_up.weight"] = pair.up
+    rank = _commonest([layer.weights.rank for layer in layers.values()])
+    return _lora_file(tensors, stored, save_precision, rank=rank, alpha=alpha)
+
+
+def _lora_file(
+    tensors: Mapping[str, torch.Tensor], stored: Stored, save_precision: str, *, rank: int, alpha: float
+) -> LoraFile:
+    header = {precision.PRECISION: save_precision, **stored.header}
+    own = {key: tensor.cpu().contiguous().clone() for key, tensor in sorted(tensors.items())}
+    return LoraFile(own, rank, alpha, header, len(stored.pairs), len(stored.wide))
 
 
 def _commonest(numbers: Sequence[Number]) -> Number:
     return Counter(numbers).most_common(1)[0][0]
 
 
-def _sorted_fp32(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {key: tensor.float().cpu().contiguous().clone() for key, tensor in sorted(tensors.items())}
+@dataclass(frozen=True)
+class _Parts:
+    """A layer that files keep as one, and the modules in it by their place; a text encoder's has no `original`."""
+
+    layer: Layer
+    modules: dict[int, LoraWeights]
 
 
-def _stack_modules(modules: LoraModules, key_format: str, family_name: str) -> LoraModules:
-    """The stems of the original model's layers in this format → their weights."""
-    encoder_names = get_family(family_name).LORA_KEYS.encoders
-    stacked: LoraModules = {}
-    parts_of_layers: dict[tuple[OriginalLayer, str], dict[int, LoraWeights]] = {}
+def _by_layer(modules: LoraModules, family_name: str) -> list[_Parts]:
+    """The modules, those of one layer of the original model together. Raises ValueError for one that is no layer."""
+    found: dict[tuple[str, str, str], _Parts] = {}
     for name, weights in modules.items():
         layer = key_names.find_layer(name, family_name)
         if layer is None:
             raise ValueError(f"{name} has no name in this format")
+        key = (layer.component, layer.original.name if layer.original else layer.path, layer.number)
+        found.setdefault(key, _Parts(layer, {})).modules[layer.part or 0] = weights
+    return list(found.values())
+
+
+def _stack_modules(modules: LoraModules, key_format: str, family_name: str) -> dict[str, _Stacked]:
+    """The stems of the original model's layers in this format → the layers."""
+    encoder_names = get_family(family_name).LORA_KEYS.encoders
+    of_encoders: dict[str, _Stacked] = {}
+    of_denoiser: dict[str, _Stacked] = {}
+    for parts in _by_layer(modules, family_name):
+        layer = parts.layer
         if layer.original is None:
-            stacked[f"lora_{encoder_names[layer.component]}_{layer.path.replace('.', '_')}"] = weights
-        else:
-            parts_of_layers.setdefault((layer.original, layer.number), {})[layer.part or 0] = weights
-    for (original, number), parts in parts_of_layers.items():
-        path = original.name.replace("{}", number)
+            weights = parts.modules[0]
+            stem = f"lora_{encoder_names[layer.component]}_{layer.path.replace('.', '_')}"
+            of_encoders[stem] = _Stacked(weights, [len(weights.up)])
+            continue
+        path = layer.original.name.replace("{}", layer.number)
         stem = f"lora_unet_{path.replace('.', '_')}"
         if key_format == "comfyui":
             stem = f"diffusion_model.{path}"
-        if len(original.diffusers_names) == 1:
-            stacked[stem] = _reorder_rows(original, parts[0])
+        if len(layer.original.diffusers_names) == 1:
+            weights = _reorder_rows(layer.original, parts.modules[0])
+            of_denoiser[stem] = _Stacked(weights, [len(weights.up)])
         else:
-            heights = _heights(path, parts, original.row_ratio)
-            stacked[stem] = stack_layers([parts.get(i) for i in range(len(heights))], heights)
-    return stacked
+            heights = _heights(path, parts.modules, layer.original.row_ratio)
+            stacked = stack_layers([parts.modules.get(i) for i in range(len(heights))], heights)
+            of_denoiser[stem] = _Stacked(stacked, heights)
+    return of_encoders | of_denoiser
 
 
 def _heights(path: str, parts: Mapping[int, LoraWeights], row_ratio: Sequence[int]) -> list[int]:

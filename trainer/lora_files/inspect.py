@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from trainer.lora_files.contents import LayerTensors, read_layers
 from trainer.lora_files.key_names import key_style, untrained_modules
 from trainer.storage.safetensors_header import Header
 
+OF_16_BITS = {"F16": "fp16", "BF16": "bf16"}
 MOST_RANK = 4096  # that a job trains; a header that says more is not one of ours
 # A rank-one term of a LoRA: (hash of the down matrix, row). Modules whose down matrices are equal share terms.
 Term = tuple[str, int]
@@ -98,6 +100,16 @@ def summarize(header: Header, family_name: str) -> LoraSummary:
         dora=any("magnitude" in tensors.keys for tensors in layers),
         training=_training(header.metadata),
     )
+
+
+def save_precision(header: Header) -> str:
+    """The number format of a file's matrices, as a key of SAVE_PRECISIONS: that of most of its bytes, or fp32."""
+    sizes: Counter[str] = Counter()
+    for entry in header.entries.values():
+        sizes[entry.dtype] += entry.end - entry.begin
+    if not sizes:
+        return "fp32"
+    return OF_16_BITS.get(sizes.most_common(1)[0][0], "fp32")
 
 
 def _all_terms(header: Header, tensors: LayerTensors) -> frozenset[Term]:

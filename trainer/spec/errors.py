@@ -93,10 +93,14 @@ class CrashLoopError(KilnError):
 
 
 class FileMismatchError(KilnError):
-    """A written LoRA file does not give the model that was trained."""
+    """A written LoRA file is not what was trained."""
 
     exit_code = 70
-    advice = "This is a bug in Kiln or a failing volume: the file is kept as .unverified, and the state is good."
+    advice = (
+        "This is a bug in Kiln, or memory or a disk that fails. Nothing is lost: the LoRA is kept as .unverified, and "
+        "the state is saved. Starting again trains nothing and ends the same way at once. To have the file written "
+        "again, delete crashes.json, or set another PARAMS_SAVE_PRECISION."
+    )
 
 
 class StopRequestedError(KilnError):

@@ -48,6 +48,11 @@ class Footprint:
     block_weights: float  # weights of the linear layers in the blocks: these are quantised
     other_weights: float  # all other weights of the denoiser
     adapter_weights_per_rank: float  # trained weights for each rank, with all targets
+    # Numbers of a LoRA file for each rank, with all targets: with kohya's keys; with them, where q, k and v have an
+    # adapter each; and with PEFT's (tests/trainer/lora_files/test_precision.py counts them).
+    kohya_weights_per_rank: float
+    split_kohya_weights_per_rank: float
+    peft_weights_per_rank: float
     region_count: int  # modules that `Family.regions` returns
     text_tokens: int  # tokens of a caption; an image has one token for 16 x 16 pixels besides
     # GiB per kilotoken that the FP8 forward pass saves for the backward pass, by policy of
@@ -335,6 +340,15 @@ def timestep_samplings() -> tuple[str, ...]:
     for name in family_names():
         samplings |= dict.fromkeys(get_family(name).FACTS.timestep_samplings)
     return tuple(samplings)
+
+
+def lora_formats(base: str, kind: str) -> tuple[str, ...]:
+    """The key names of the LoRA files that a job leaves, the main one first. `kind`: as in LoraPlan."""
+    family_name, model = base_models()[base]
+    # The second file is for diffusers, which knows kohya's keys at the published models' width and depth only.
+    if kind == "dora" or model.is_miniature:
+        return ("kohya", "peft")
+    return get_family(family_name).LORA_KEYS.file_formats
 
 
 def base_models() -> dict[str, tuple[str, BaseModel]]:

@@ -22,9 +22,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from trainer.spec.adapter_columns import fits_adapter_columns, padding_for
-from trainer.spec.family import Footprint
+from trainer.spec.family import Footprint, base_models, lora_formats
+from trainer.spec.plan import Plan
 from trainer.spec.strategies import MEMORY_MODES, OFFLOADS, RECOMPUTE_POLICIES, MemoryMode, described
-from trainer.spec.weight_formats import PRECISIONS
+from trainer.spec.weight_formats import PRECISIONS, SAVE_PRECISIONS
 
 GIB = 2**30
 
@@ -154,9 +155,15 @@ def trained_gib(footprint: Footprint, workload: Workload) -> float:
     return footprint.adapter_weights_per_rank * workload.rank * bytes_per_number / GIB
 
 
-def lora_bytes(footprint: Footprint, rank: int) -> float:
-    """The size of a LoRA file with all of the family's targets, in float32."""
-    return footprint.adapter_weights_per_rank * rank * FLOAT32_BYTES
+def lora_bytes(plan: Plan) -> float | None:
+    """The size of the LoRA files of one save, with all of the family's targets; None for a miniature."""
+    footprint = base_models()[plan.model.base][1].footprint
+    if footprint is None:
+        return None
+    kohya = footprint.split_kohya_weights_per_rank if plan.lora.split_qkv else footprint.kohya_weights_per_rank
+    per_rank = {"kohya": kohya, "peft": footprint.peft_weights_per_rank}
+    numbers = sum(per_rank[key_format] for key_format in lora_formats(plan.model.base, plan.lora.kind))
+    return numbers * plan.lora.rank * SAVE_PRECISIONS[plan.output.save_precision].bytes
 
 
 def state_bytes(footprint: Footprint, rank: int, optimizer: str) -> float:

@@ -241,6 +241,7 @@ class OutputPlan:
     sample_every: int = 200  # 0: none; or AUTO
     validate_every: int = 0
     keep_checkpoints: int = 3  # states and LoRA files of saves, the newest; AUTO: all LoRA files and two states
+    save_precision: str = "fp16"  # of LoRA files: a key of trainer.spec.weight_formats.SAVE_PRECISIONS
     requested: str = ""  # OUTPUT_NAME; empty: not set. `name` may have a number besides
     folder: str = ""  # of this run below `path`: see trainer.storage.run_records
     resume_with_changes: bool = False  # RESUME_WITH_CHANGES

@@ -1,6 +1,7 @@
 """The values of PARAMS_PRECISION: which hardware each needs, and how frozen weights are stored and multiplied.
 
-`trainer.engine.quantization.formats` has the arithmetic of each weight format. No torch here: plans are made from it.
+And those of PARAMS_SAVE_PRECISION, for LoRA files. `trainer.engine.quantization.formats` has the arithmetic of each
+weight format, `trainer.lora_files.precision` that of files. No torch here: plans are made from it.
 """
 
 from __future__ import annotations
@@ -50,3 +51,19 @@ def supported_formats(*, nvidia: tuple[int, ...] | None = None, amd: str | None 
         if on_nvidia or on_amd:
             names.append(name)
     return tuple(names)
+
+
+@dataclass(frozen=True)
+class SaveFormat:
+    """One value of PARAMS_SAVE_PRECISION: how the matrices of a LoRA are stored in its file."""
+
+    bytes: int  # of a number
+    significand: int  # bits, with the one that is not stored: a number is rounded by 2^-significand of it at most
+
+    @property
+    def bound(self) -> float:
+        """How far a layer's change may be off, relative to its size: both of its matrices were rounded."""
+        return float(2 * 2.0**-self.significand)
+
+
+SAVE_PRECISIONS = {"fp16": SaveFormat(2, 11), "bf16": SaveFormat(2, 8), "fp32": SaveFormat(4, 24)}

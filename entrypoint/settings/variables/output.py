@@ -8,6 +8,7 @@ from pathlib import Path
 # ruff: noqa: RUF009 (`row` only makes a dataclasses.field)
 from entrypoint import DEFAULT_OUTPUT_PATH
 from entrypoint.settings.row import LARGEST_COUNT, row
+from trainer.spec.weight_formats import SAVE_PRECISIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,4 +59,11 @@ class OutputSettings:
         meaning="checkpoints that are kept, the newest; auto: all LoRA files, as far as there is room, and two states",
         low=1,
         high=LARGEST_COUNT,
+    )
+    save_precision: str = row(
+        "PARAMS_SAVE_PRECISION",
+        "choice",
+        default="fp16",
+        meaning="number format of the LoRA files; states are always fp32",
+        choices=lambda: tuple(SAVE_PRECISIONS),
     )

@@ -64,7 +64,10 @@ def test_steps_of_batches_accumulation_and_repeats(photos, summary):
 
 def test_the_sizes_of_files_are_said_for_full_models(photos, summary):
     text = summary(photos, on=SMALL_GPU, BASE_MODEL="flux", PARAMS_NETWORK_DIM="16")
-    assert "a LoRA has about 222 MiB" in text
+    assert "a LoRA has about 135 MiB in fp16" in text
+    wide = {"PARAMS_NETWORK_DIM": "16", "PARAMS_SAVE_PRECISION": "fp32"}
+    assert "a LoRA has about 271 MiB in fp32" in summary(photos, on=SMALL_GPU, BASE_MODEL="flux", **wide)
+    assert "the 2 LoRA files of a save have about" in summary(photos, on=SMALL_GPU, BASE_MODEL="sd3", **wide)
 
 
 def test_captions_that_are_cut_are_named_with_the_place(photos, summary):

@@ -110,6 +110,7 @@ PLANNED = {
     "PARAMS_SAVE_EVERY_N_STEPS": (HUB, "12", field("output.save_every"), 12),
     "PARAMS_VALIDATE_EVERY_N_STEPS": (HELD_OUT, "13", field("output.validate_every"), 13),
     "KEEP_CHECKPOINTS": (HUB, "4", field("output.keep_checkpoints"), 4),
+    "PARAMS_SAVE_PRECISION": (HUB, "bf16", field("output.save_precision"), "bf16"),
 }  # fmt: skip
 # What the plan takes from a file that must exist: variable → the test that has one.
 FILES = {

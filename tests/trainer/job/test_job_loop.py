@@ -160,6 +160,7 @@ def test_a_job_has_the_losses_of_a_straightforward_loop_and_ends_with_its_weight
         PARAMS_LEARNING_RATE=str(RATE),
         PARAMS_PRIOR_LOSS_WEIGHT="0.5",
         PARAMS_SEED=str(SEED),
+        PARAMS_SAVE_PRECISION="fp32",
     )
     run(plan, StopFlag())
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]

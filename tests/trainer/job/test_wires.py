@@ -51,6 +51,7 @@ JOBS = {  # name → family, prompts, and the variables that are not as usual
             "PARAMS_LEARNING_SCHEDULER": "cosine_with_restarts",
             "PARAMS_WARMUP_STEPS": "2",
             "PARAMS_NUM_CYCLES": "2",
+            "PARAMS_SAVE_PRECISION": "fp32",
             "PARAMS_MAX_STEPS": "9",
             "PARAMS_GRADIENT_ACCUMULATION": "3",
             "PARAMS_MAX_GRAD_NORM": "0.05",
@@ -848,6 +849,7 @@ ELSEWHERE = {  # variable → the test that holds its wire
     "PARAMS_RESUME_FROM": "test_job_loop.py::test_a_job_has_the_losses_of_a_straightforward_loop_and_ends_with",
     "PARAMS_OFFLOAD": "test_wires.py::test_offloading_and_compiling_are_what_the_engine_does",
     "PARAMS_COMPILE": "test_wires.py::test_offloading_and_compiling_are_what_the_engine_does",
+    "PARAMS_SAVE_PRECISION": "test_verify.py::test_a_wrong_file_keeps_its_lora_and_the_state_and_is_not_tried_again",
 }
 
 

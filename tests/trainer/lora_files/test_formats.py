@@ -16,6 +16,7 @@ from trainer.engine import adapters
 from trainer.lora_files import contents, convert, key_names, peft_bridge
 from trainer.lora_files.weights import LoraWeights
 from trainer.spec.family import get_family
+from trainer.spec.weight_formats import SAVE_PRECISIONS
 from trainer.storage import safetensors_header
 
 FAMILIES = ("flux", "sdxl", "sd3")
@@ -326,36 +327,41 @@ def test_the_family_of_a_file_is_found_from_its_keys(model, name, to):
 # ---- diffusers' own loader
 
 
-def deltas_in_diffusers(pipe, denoiser, path, *, prefix):
+# Rounding of both matrices; and of one of them once more, where diffusers multiplies it by alpha / rank.
+TOLERANCE = {name: max(1e-6, 1.5 * form.bound) for name, form in SAVE_PRECISIONS.items()}
+
+
+def weights_in_diffusers(pipe, denoiser, path, *, prefix):
     pipe.load_lora_weights(path, adapter_name="x")
     layers = ((n, m) for n, m in denoiser.named_modules() if hasattr(m, "lora_A") and "x" in m.lora_A)
-    return {f"{prefix}.{n}": m.get_delta_weight("x") for n, m in layers}
+    return {f"{prefix}.{n}": LoraWeights(m.lora_A["x"].weight, m.lora_B["x"].weight, m.scaling["x"]) for n, m in layers}
 
 
-def assert_deltas(got, modules):
-    assert got.keys() == modules.keys()
-    for name, a in modules.items():
-        torch.testing.assert_close(got[name], a.delta(), rtol=1e-4, atol=1e-5)
-
-
+@pytest.mark.parametrize("save_precision", SAVE_PRECISIONS)
 @pytest.mark.parametrize("to", ["kohya", "peft"])
-def test_diffusers_reads_sdxl(sdxl_vae, tmp_path, to):
+def test_diffusers_reads_sdxl(sdxl_vae, tmp_path, to, save_precision):
     unet = sdxl_of_two_layers()
     modules = random_modules(unet, "sdxl")
     pipe = StableDiffusionXLPipeline(sdxl_vae, None, None, None, None, unet=unet, scheduler=None, add_watermarker=False)
-    save_file(convert.to_file(modules, to, "sdxl").tensors, tmp_path / "x.safetensors")
-    assert_deltas(deltas_in_diffusers(pipe, unet, tmp_path / "x.safetensors", prefix="unet"), modules)
+    file = convert.to_file(modules, to, "sdxl", save_precision)
+    save_file(file.tensors, tmp_path / "x.safetensors", file.header)
+    got = weights_in_diffusers(pipe, unet, tmp_path / "x.safetensors", prefix="unet")
+    assert_equal(got, modules, tolerance=TOLERANCE[save_precision])
 
 
-def test_diffusers_reads_sd3(sd3_denoiser, sd3_vae, tmp_path):
+@pytest.mark.parametrize("save_precision", SAVE_PRECISIONS)
+def test_diffusers_reads_sd3(sd3_denoiser, sd3_vae, tmp_path, save_precision):
     modules = random_modules(sd3_denoiser, "sd3")
     pipe = StableDiffusion3Pipeline(sd3_denoiser, None, sd3_vae, None, None, None, None, None, None)
-    save_file(convert.to_file(modules, "peft", "sd3").tensors, tmp_path / "x.safetensors")
-    assert_deltas(deltas_in_diffusers(pipe, sd3_denoiser, tmp_path / "x.safetensors", prefix="transformer"), modules)
+    file = convert.to_file(modules, "peft", "sd3", save_precision)
+    save_file(file.tensors, tmp_path / "x.safetensors", file.header)
+    got = weights_in_diffusers(pipe, sd3_denoiser, tmp_path / "x.safetensors", prefix="transformer")
+    assert_equal(got, modules, tolerance=SAVE_PRECISIONS[save_precision].bound)
 
 
+@pytest.mark.parametrize("save_precision", SAVE_PRECISIONS)
 @pytest.mark.parametrize("shared", [True, False])
-def test_diffusers_converts_flux_at_its_real_width(shared):
+def test_diffusers_converts_flux_at_its_real_width(shared, save_precision):
     """Its converter works only at Flux's real width, so: LoRAs of that width, one block of each class, no model."""
     h, modules = 3072, {}
     common = torch.randn(2, h)
@@ -379,12 +385,19 @@ def test_diffusers_converts_flux_at_its_real_width(shared):
     add("single_transformer_blocks.0.proj_out", h, 5 * h)
     add("single_transformer_blocks.0.norm.linear", 3 * h)
 
-    got = _convert_kohya_flux_lora_to_diffusers(convert.to_file(modules, "kohya", "flux").tensors)
+    tensors = convert.to_file(modules, "kohya", "flux", save_precision).tensors
+    got = _convert_kohya_flux_lora_to_diffusers(tensors)
     assert {k.rpartition(".lora_")[0] for k in got} == modules.keys()
     for name, a in modules.items():
-        x = torch.randn(a.down.shape[1])
-        down, up = got[f"{name}.lora_A.weight"], got[f"{name}.lora_B.weight"]
-        torch.testing.assert_close(up @ (down @ x), a.scale * a.up @ (a.down @ x), rtol=1e-3, atol=1e-2)
+        down, up = got[f"{name}.lora_A.weight"].double(), got[f"{name}.lora_B.weight"].double()
+        wide = LoraWeights(a.down.double(), a.up.double(), a.scale).folded()
+        off = product_norm(torch.cat([up, -wide.up], dim=1), torch.cat([down, wide.down]))
+        assert off <= TOLERANCE[save_precision] * product_norm(wide.up, wide.down)
+
+
+def product_norm(up, down):
+    """‖up @ down‖, without a product of the size of the layer."""
+    return ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()
 
 
 # ---- the commands

@@ -185,7 +185,12 @@ def straightforward(name, pipe, objective, batch, begin, components):
     return losses
 
 
-ADAMW = {"PARAMS_OPTIMIZER_TYPE": "adamw", "PARAMS_LEARNING_RATE": "0.01", "PARAMS_NETWORK_DIM": "4"}
+ADAMW = {
+    "PARAMS_OPTIMIZER_TYPE": "adamw",
+    "PARAMS_LEARNING_RATE": "0.01",
+    "PARAMS_NETWORK_DIM": "4",
+    "PARAMS_SAVE_PRECISION": "fp32",
+}
 SPELLED = {
     "flux": {"kohya": {"lora_unet", "lora_te1"}, "peft": {"transformer", "text_encoder"}},
     "sdxl": {"kohya": {"lora_unet", "lora_te1", "lora_te2"}, "peft": {"unet", "text_encoder", "text_encoder_2"}},
