@@ -110,3 +110,6 @@ def test_numbers_in_a_plan_are_kept_and_epochs_count_as_steps(plan):
     found, lines = with_lengths(asked, images_per_epoch=900, steps_per_epoch=50)
     assert lines == [] and found.train == train
     assert (found.output.save_every, found.output.sample_every) == (70, 70)
+    counted = dataclasses.replace(plan, train=dataclasses.replace(plan.train, max_steps=200))
+    found, lines = with_lengths(counted, images_per_epoch=900, steps_per_epoch=50)
+    assert lines == [] and found.train.max_steps == 200 and found.output.save_every == 20
