@@ -206,3 +206,35 @@ def test_tables_and_masks_count_and_what_is_elsewhere_does_not(plan, tmp_path):
     address = listed(kind="archive", location="https://a.example/b.zip")
     assert address == listed(kind="hub", location="some/dataset")
     assert listed(kind="archive", location=str(table)) != address
+
+
+def test_only_names_that_a_job_gives_are_read_from_the_lists_of_a_record(tmp_path):
+    record = RunRecord(tmp_path)
+    assert record.states == [] and record.unverified == []
+    record.own_unverified("x.unverified")
+    record.own_unverified("x.unverified")
+    record.own_state(4)
+    record.own_state(12)
+    again = RunRecord(tmp_path)
+    assert again.unverified == ["x.unverified"] and again.states == ["step-00000004", "step-00000012"]
+    again.disown_states(["step-00000004"])
+    assert RunRecord(tmp_path).states == ["step-00000012"]
+    again.update(
+        {
+            "states": ["step-00000004", "step-4", "mine", 4, None],
+            "unverified": ["a.unverified", "a", "b/c.unverified", 4],
+        }
+    )
+    assert again.states == ["step-00000004"] and again.unverified == ["a.unverified"]
+    again.update({"states": "step-00000004", "unverified": "a.unverified"})
+    assert again.states == [] and again.unverified == []
+
+
+def test_what_a_record_says_of_its_run_counts_in_its_type_alone():
+    right = {"name": "x", "requested": "y", "essence": {"a": 1}}
+    assert run_records._known({**right, "used": 3}) == right
+    assert run_records._known({"name": 1, "requested": None, "essence": []}) == {} == run_records._known(["name"])
+
+
+def test_a_file_that_is_gone_is_listed_without_size_and_time(tmp_path):
+    assert run_records._row(tmp_path / "sub" / "gone.png", tmp_path) == ["sub/gone.png", 0, 0]

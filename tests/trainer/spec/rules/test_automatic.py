@@ -1,10 +1,21 @@
 """How long to train and how often to save where the user does not say so."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.spec.rules.automatic import LEAST_STEPS, automatic_steps, intervals, reason, round_interval
+from trainer.spec.plan import AUTO
+from trainer.spec.rules.automatic import (
+    LEAST_STEPS,
+    automatic_steps,
+    images_per_step,
+    intervals,
+    reason,
+    round_interval,
+    with_lengths,
+)
 
 
 @pytest.mark.parametrize(
@@ -61,3 +72,44 @@ def test_there_are_never_many_more_or_fewer_rounds(total):
 def test_samples_meet_saves_unless_both_are_set(asked, found):
     save, sample = asked
     assert intervals(1000, save_every=save, sample_every=sample) == found
+
+
+def test_the_reason_has_the_images_how_often_each_is_seen_and_the_images_a_step():
+    assert reason(20, 4) == "each of 20 images, with repeats, is seen 100 times, 4 a step"
+
+
+@pytest.fixture
+def plan(job_plan):
+    """Two datasets, of which the larger batch size counts: 3 images, 2 pieces, 5 GPUs."""
+    made = job_plan("flux")
+    (dataset,) = made.data.datasets
+    datasets = tuple(dataclasses.replace(dataset, batch_size=size) for size in (3, 1))
+    return dataclasses.replace(
+        made,
+        data=dataclasses.replace(made.data, datasets=datasets),
+        train=dataclasses.replace(made.train, gradient_accumulation=2, max_steps=None, max_epochs=AUTO),
+        engine=dataclasses.replace(made.engine, num_gpus=5),
+        output=dataclasses.replace(made.output, save_every=AUTO, sample_every=AUTO),
+    )
+
+
+def test_what_is_auto_in_a_plan_becomes_numbers_with_a_line_for_the_log(plan):
+    assert images_per_step(plan) == 30
+    found, lines = with_lengths(plan, images_per_epoch=900, steps_per_epoch=30)
+    assert (found.train.max_steps, found.output.save_every, found.output.sample_every) == (300, 30, 30)
+    (line,) = lines
+    assert line.startswith("PARAMS_MAX_EPOCHS: auto, 300 steps (each of 900 images") and "30 a step" in line
+    found, (line,) = with_lengths(plan, images_per_epoch=900, steps_per_epoch=30, chosen=1000)
+    assert (found.train.max_steps, found.output.save_every) == (1000, 100) and "as this run chose" in line
+
+
+def test_numbers_in_a_plan_are_kept_and_epochs_count_as_steps(plan):
+    train = dataclasses.replace(plan.train, max_epochs=20)
+    output = dataclasses.replace(plan.output, save_every=70)
+    asked = dataclasses.replace(plan, train=train, output=output)
+    found, lines = with_lengths(asked, images_per_epoch=900, steps_per_epoch=50)
+    assert lines == [] and found.train == train
+    assert (found.output.save_every, found.output.sample_every) == (70, 70)
+    counted = dataclasses.replace(plan, train=dataclasses.replace(plan.train, max_steps=200))
+    found, lines = with_lengths(counted, images_per_epoch=900, steps_per_epoch=50)
+    assert lines == [] and found.train.max_steps == 200 and found.output.save_every == 20

@@ -112,6 +112,9 @@ def test_a_named_state_says_what_to_do_about_gpus_only_where_it_is_about_them(pl
     with pytest.raises(SettingsError) as raised:
         check_named_state(replaced(plan, "train", seed=7), begun, step=3)
     assert "must stay the same" not in str(raised.value) and "at step 3" in str(raised.value)
+    pieces = replaced(plan, "train", gradient_accumulation=4)
+    with pytest.raises(SettingsError, match=r"must stay the same\."):
+        check_named_state(pieces, begun, step=3)
     place = {key: "/else" if key.endswith("source.location") else value for key, value in begun.items()}
     check_named_state(plan, place, step=3)
     with pytest.raises(SettingsError, match="DATASET_NAME"):
