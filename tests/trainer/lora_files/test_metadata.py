@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+from trainer import __version__
 from trainer.data.epochs import EpochSampler
 from trainer.data.scan import scan
 from trainer.job import saving
@@ -169,7 +170,7 @@ EXPECTED = {
     "kiln_rank": "16",
     "kiln_split_qkv": "true",
     "kiln_targets": '["to_q", "to_k"]',
-    "kiln_version": "0.1.0",
+    "kiln_version": __version__,
     "modelspec.sai_model_spec": "1.0.1",
     "modelspec.architecture": "flux-1-dev/lora",
     "modelspec.implementation": "diffusers",

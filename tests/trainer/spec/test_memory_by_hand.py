@@ -6,7 +6,8 @@ sizes of the published models are right, measured peaks say (test_memory_model.p
 
 import pytest
 
-from trainer.spec.family import Footprint, base_models
+from tests.support.machines import GIB, ROUND
+from trainer.spec.family import base_models
 from trainer.spec.memory_model import (
     BATCHES,
     DECODE_GIB_PER_MEGAPIXEL,
@@ -29,22 +30,6 @@ from trainer.spec.memory_model import (
     weights_gib,
 )
 
-GIB = 2**30
-ROUND = Footprint(
-    block_weights=8 * GIB,
-    other_weights=GIB,
-    adapter_weights_per_rank=GIB / 64,
-    region_count=10,
-    text_tokens=512,
-    saved_gib={"none": 4.0, "products": 2.0, "attention": 1.0, "all": 0.5, "host": 0.25},
-    working_gib=0.125,
-    largest_region_weights=GIB,
-    fp8_weights=6 * GIB,
-    encoder_weights=3 * GIB,
-    hidden_size=1280,
-    capture_gib=2.0,
-    unfused_factor=1.5,
-)
 # 2,048 + 512 tokens for each of two images: 5 kilotokens. A quarter of a GiB of trained numbers: 4 GiB with AdamW.
 WORK = Workload(512 * 1024, 2, 16, "adamw")
 MODES = [
