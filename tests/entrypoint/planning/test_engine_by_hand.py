@@ -174,6 +174,20 @@ def test_the_hosts_memory_is_what_is_offloaded_to(variables, gib, mode):
 @pytest.mark.parametrize(
     ("variables", "mode"),
     [
+        ({}, ("all", "activations")),  # SDXL is captured and not compiled, which offloading attention's outputs needs
+        ({"PARAMS_COMPILE": "true"}, ("attention", "activations")),
+        ({"PARAMS_TEXT_ENCODER_LR": "1e-5,0"}, ("attention", "activations")),  # not captured, and so compiled
+        ({"PARAMS_TEXT_ENCODER_LR": "0,0"}, ("all", "activations")),
+    ],
+)
+def test_what_needs_the_compiler_is_taken_where_it_may_run(variables, mode):
+    planned = Planned(card(18.5), family="sdxl", BASE_MODEL="sdxl", **variables)
+    assert (planned.engine.recompute, planned.engine.offload) == mode
+
+
+@pytest.mark.parametrize(
+    ("variables", "mode"),
+    [
         ({"PARAMS_GRADIENT_CHECKPOINTING": "true"}, ("fp8", "products", 10, "none")),
         ({"PARAMS_GRADIENT_CHECKPOINTING": "false"}, ("fp8", "none", 0, "none")),
         ({"PARAMS_OFFLOAD": "activations"}, ("fp8", "attention", 0, "activations")),
@@ -210,6 +224,7 @@ def test_dora_needs_its_weights_on_the_device():
         ({"PARAMS_SAMPLE_EVERY_N_STEPS": "0"}, [data(1024, 512)], 15.39),
         ({"PARAMS_SAMPLE_EVERY_N_STEPS": "0"}, [data(512, 512, 1, DRAWN), data(1024, 512)], 15.39 + 3.2 / 4),
         ({}, [data(2048, 2048, 1, DRAWN)], 15.39 + 3.2 * 4),  # class images
+        ({}, [Dataset((PLAIN, DRAWN), (2048, 2048), 1)], 15.39 + 3.2 * 4),
     ],
 )
 def test_the_largest_image_that_is_drawn_counts(variables, datasets, samples):
@@ -217,6 +232,11 @@ def test_the_largest_image_that_is_drawn_counts(variables, datasets, samples):
                       PARAMS_GRADIENT_CHECKPOINTING="true", **variables)  # fmt: skip
     (said,) = planned.said("Peaks predicted, in GiB of 139:")
     assert said.endswith(f"samples {samples:.1f}.")
+
+
+def test_a_job_that_draws_nothing_has_no_largest_image():
+    asked = {"BASE_MODEL": "flux", "DATASET_NAME": "org/pictures", "PARAMS_SAMPLE_EVERY_N_STEPS": "0"}
+    assert engine_choice._largest_sample(read_settings(asked), [data(512, 512)], [prompt(512, 512)]) == 0
 
 
 def test_phases_that_are_too_large_are_streamed_and_tiled():
@@ -227,6 +247,9 @@ def test_phases_that_are_too_large_are_streamed_and_tiled():
     assert planned.said("The text encoders come to the device layer by layer.") == [""]
     assert not planned.said("Samples are decoded in tiles")
 
+    encoders = dataclasses.replace(MODEL, footprint=dataclasses.replace(ROUND, encoder_weights=11.25 * GIB))
+    assert Planned(card(24.0), model=encoders).engine.stream_encoders  # 23 GiB, of which 22.3 may be filled
+
     planned = Planned(card(24.0), prompts=[prompt(2048, 2048)])  # 28.2 to decode at once
     assert (planned.engine.stream_encoders, planned.engine.tile_vae) == (False, True)
     assert planned.said("Peaks predicted, in GiB of 24: texts 6.5, latents 1.6, training 20.7, samples 16.4.") == [""]
@@ -234,6 +257,20 @@ def test_phases_that_are_too_large_are_streamed_and_tiled():
 
     planned = Planned(card(5.0), data(1024, 512), data(512, 512), model=SMALL, rank=1)  # 5.5 to encode four images
     assert planned.engine.tile_vae and not planned.engine.stream_encoders and not planned.refused
+
+
+def test_phases_that_fill_the_usable_share_to_the_last_byte_fit():
+    """6.5 GiB for the captions; 5.51 for four images at once."""
+    assert 6.5 / 0.93 * 0.93 == 6.5 and not Planned(card(6.5 / 0.93)).engine.stream_encoders
+    assert Planned(card(6.5 / 0.9301)).engine.stream_encoders
+    latents = 0.31 + 2.6 * 2
+    assert latents / 0.93 * 0.93 == latents and not Planned(card(latents / 0.93), model=SMALL, rank=1).engine.tile_vae
+    assert Planned(card(latents / 0.9301), model=SMALL, rank=1).engine.tile_vae
+
+
+def test_the_largest_image_is_encoded():
+    planned = Planned(card(139.0), data(512, 512), data(2048, 2048))
+    assert planned.said("Peaks predicted, in GiB of 139: texts 6.5, latents 10.7, ")
 
 
 # ---- the batch
@@ -259,6 +296,7 @@ def test_no_batch_is_worth_fewer_bits_or_the_last_of_the_memory():
     kept = engine_choice._comparable(several, have_gib=10.0)
     assert [workload.batch for workload, _ in kept] == [1, 2, 6]
     assert engine_choice._comparable(several[2:], have_gib=1.0) == several[2:3]
+    assert engine_choice._comparable(several[3:], have_gib=10.0) == several[3:4]
 
 
 def test_the_batch_with_the_most_tokens_counts():
@@ -269,7 +307,7 @@ def test_the_batch_with_the_most_tokens_counts():
 
 
 def test_a_batch_that_nothing_can_train_is_refused():
-    planned = Planned(card(24.0), data(1024, 512, 200), data(512, 512), PARAMS_PRECISION="bf16")
+    planned = Planned(card(24.0), data(512, 512), data(1024, 512, 200), PARAMS_PRECISION="bf16")
     (line,) = planned.refused
     assert line.startswith("batch_size of dataset.json=200: a step of 200 images of 1024 × 512 at rank 16")
     assert "instead of bf16" not in line
@@ -296,6 +334,8 @@ def test_a_cpu_keeps_everything_in_32_bits(model):
 def test_a_miniature_on_an_accelerator_does_as_it_is_told():
     mini = dataclasses.replace(MODEL, footprint=None)
     assert Planned(card(24.0), model=mini).mode == ("bf16", "none", 0, "none")
+    assert Planned(card(24.0), model=mini).engine.dtype == "bfloat16"
+    assert Planned(card(24.0), model=mini, PARAMS_PRECISION="fp16").engine.dtype == "float16"
     asked = {"PARAMS_PRECISION": "fp8", "PARAMS_GRADIENT_CHECKPOINTING": "true", "PARAMS_OFFLOAD": "weights"}
     planned = Planned(card(24.0), model=mini, **asked)
     assert planned.mode == ("fp8", "all", 0, "weights") and not planned.refused
@@ -372,3 +412,14 @@ def test_a_device_or_precision_that_is_not_there_is_refused():
         "PARAMS_PRECISION='fp8' is not what 1 × nvidia 8.0, 139 GiB each can do: it needs tensor cores"
     )
     assert line.endswith("Allowed: auto, bf16, fp16, int8, int8-storage, fp8-storage, nf4, fp32.")
+
+
+def test_several_accelerators_are_for_the_user_to_take():
+    planned = Planned(card(24.0, count=4))
+    assert planned.engine.num_gpus == 1
+    assert planned.said("NUM_GPUS:") == [
+        "1 (keeps the batch size; NUM_GPUS=4 trains on all of them with 4 times as many images a step)"
+    ]
+    planned = Planned(card(24.0, count=4), NUM_GPUS="5")  # refused, and the rest is planned for one
+    assert (planned.engine.num_gpus, len(planned.refused), planned.engine.host_gib) == (1, 1, 250.0)
+    assert Planned(card(24.0, count=4), NUM_GPUS="4").engine.host_gib == 62.5
