@@ -30,7 +30,6 @@ from trainer.storage import safetensors_header
 KEY_FORMATS = {"kohya": "", "comfyui": "-comfyui", "peft": "-diffusers"}  # → what a job appends to the file's name
 DORA_READERS = {"kohya": "ComfyUI, Forge", "comfyui": "ComfyUI, Forge", "peft": "diffusers"}
 Number = TypeVar("Number", int, float)
-SAME_ALPHA = 1e-8  # factors this near to 1 leave `up` as it is
 
 
 # ---- files → modules
@@ -238,20 +237,18 @@ def _to_kohya_file(layers: LoraModules) -> LoraFile:
     alpha = _commonest([float(f"{weights.scale * weights.rank:.9g}") for weights in layers.values()])
     tensors = {}
     for stem, weights in layers.items():
-        factor = weights.scale * weights.rank / alpha
-        up = weights.up
-        if abs(factor - 1) >= SAME_ALPHA:
-            up = up * factor
         tensors[f"{stem}.lora_down.weight"] = weights.down
-        tensors[f"{stem}.lora_up.weight"] = up
-        tensors[f"{stem}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
+        tensors[f"{stem}.lora_up.weight"] = weights.up * (weights.scale * weights.rank / alpha)
+        tensors[f"{stem}.alpha"] = torch.tensor(alpha)
         if weights.magnitude is not None:
             tensors[f"{stem}.dora_scale"] = weights.magnitude.view(-1, *[1] * (weights.down.ndim - 1))
     return LoraFile(_sorted_fp32(tensors), _commonest([weights.rank for weights in layers.values()]), alpha)
 
 
 def _commonest(numbers: Sequence[Number]) -> Number:
-    return Counter(numbers).most_common(1)[0][0]
+    """Of several that are as common, the first."""
+    counts = Counter(numbers)
+    return max(counts, key=lambda number: counts[number])
 
 
 def _sorted_fp32(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -298,8 +295,10 @@ def merge(loras: Sequence[tuple[LoraModules, float]]) -> LoraModules:
 
     Raises ValueError for DoRA, whose magnitudes do not add up; one such LoRA with weight 1 stays as it is.
     """
-    if len(loras) == 1 and loras[0][1] == 1:
-        return dict(loras[0][0])
+    if len(loras) == 1:
+        [(modules, strength)] = loras
+        if strength == 1:
+            return dict(modules)
     if any(weights.magnitude is not None for modules, _ in loras for weights in modules.values()):
         raise ValueError("DoRA files cannot be merged or weighted")
     merged: LoraModules = {}

@@ -112,6 +112,17 @@ def test_parts_of_a_dora_layer_that_did_not_train_are_told_apart(tmp_path, train
     equal(again.tensors, file.tensors)
 
 
+def test_before_the_first_step_they_are_told_apart_too(tmp_path):
+    """The up matrix is zero, so that every part has all terms."""
+    modules = dora(PARTS[:1])
+    modules[PARTS[0]].up.zero_()
+    file = convert.to_file(modules, "kohya", "flux")
+    path = written(tmp_path, file.tensors, {key_names.UNTRAINED: json.dumps(PARTS[1:])})
+    ranks = {name: weights.rank for name, weights in convert.load(path, "flux", with_untrained=True).items()}
+    assert ranks == dict(zip(PARTS, [2, 0, 0, 0], strict=True))
+    assert list(convert.load(path, "flux")) == PARTS[:1]
+
+
 def test_a_part_keeps_the_terms_in_which_it_is_not_zero():
     """linear1 of width 1: q and the MLP have a term each, v has both, and k none."""
     up = torch.zeros(7, 2)
@@ -140,17 +151,20 @@ def test_a_part_that_has_learnt_magnitudes_alone_keeps_one_term():
 
 
 def test_rows_of_the_last_norm_are_swapped_and_so_are_its_magnitudes():
-    """Scale before shift in diffusers, shift before scale in the original: only where there are two halves."""
-    weights = LoraWeights(numbers(1, 2), numbers(4, 1), 1.0, numbers(4))
+    """Scale before shift in diffusers, shift before scale in the original: only in this layer, where it has halves."""
+    weights = LoraWeights(numbers(1, 3), numbers(6, 1), 1.0, numbers(6))
     tensors = convert.to_file({NORM_OUT: weights}, "kohya", "flux").tensors
     stem = "lora_unet_final_layer_adaLN_modulation_1"
-    assert tensors[f"{stem}.lora_up.weight"].flatten().tolist() == [3, 4, 1, 2]
-    assert tensors[f"{stem}.dora_scale"].flatten().tolist() == [3, 4, 1, 2]
+    assert tensors[f"{stem}.lora_up.weight"].flatten().tolist() == [4, 5, 6, 1, 2, 3]
+    assert tensors[f"{stem}.dora_scale"].flatten().tolist() == [4, 5, 6, 1, 2, 3]
     back = convert.from_tensors(tensors, {}, "flux")[NORM_OUT]
-    assert (back.up.flatten().tolist(), back.magnitude.tolist()) == ([1, 2, 3, 4], [1, 2, 3, 4])
-    other = LoraWeights(numbers(1, 2), numbers(6, 1), 1.0)
-    tensors = convert.to_file({NORM_OUT: other}, "kohya", "flux").tensors
-    assert tensors[f"{stem}.lora_up.weight"].flatten().tolist() == [1, 2, 3, 4, 5, 6]
+    assert (back.up.flatten().tolist(), back.magnitude.tolist()) == ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6])
+    not_halves = {NORM_OUT: LoraWeights(numbers(1, 2), numbers(6, 1), 1.0)}
+    another_layer = {"transformer.transformer_blocks.0.ff.net.0.proj": weights}
+    for modules in (not_halves, another_layer):
+        tensors = convert.to_file(modules, "kohya", "flux").tensors
+        (up,) = (tensor for key, tensor in tensors.items() if "lora_up" in key)
+        assert up.flatten().tolist() == [1, 2, 3, 4, 5, 6]
 
 
 # ---- layers that files keep as one
@@ -182,6 +196,12 @@ def test_parts_of_several_scales_have_them_in_their_rows():
     assert (whole.up.tolist(), whole.scale) == ([[0.5], [0], [2]], 1.0)
 
 
+def test_each_part_has_a_height():
+    for heights in ([1], [1, 1, 1]):
+        with pytest.raises(ValueError):
+            convert.stack_layers([LoraWeights(numbers(1, 2), numbers(1, 1), 1.0), None], heights)
+
+
 def test_magnitudes_lie_one_above_the_other_and_are_there_for_all_parts_or_none():
     part = LoraWeights(numbers(1, 2), numbers(1, 1), 0.5, torch.tensor([3.0]))
     other = LoraWeights(numbers(1, 2), numbers(2, 1), 0.5, torch.tensor([4.0, 5.0]))
@@ -210,6 +230,8 @@ def test_a_kohya_file_has_the_commonest_alpha_and_the_rest_of_the_scale_in_up():
     assert up == {"0": [1, 2], "1": [1, 2], "2": [0.5, 1, 1.5, 2]}  # half of it, at alpha 2 of rank 2
     assert {tensor.item() for key, tensor in file.tensors.items() if key.endswith("alpha")} == {2.0}
     assert list(file.tensors) == sorted(file.tensors)
+    tie = dict(reversed(list(modules_of_ranks().items())[1:]))  # one of each: the first counts
+    assert (convert.to_file(tie, "kohya", "flux").alpha, convert.to_file(tie, "kohya", "flux").rank) == (1.0, 2)
 
 
 def test_scales_that_differ_in_the_last_digit_leave_up_as_it_is():
