@@ -22,7 +22,7 @@ from trainer.spec.messages.secrets import without_secrets
 
 log = logging.getLogger("entrypoint.notify")
 MOST_S = 60.0  # for the last messages
-MOST_AFTER_STOP_S = 4.0  # what is not told by then, the next start tells
+MOST_AFTER_STOP_S = 1.5  # what is not told by then, the next start tells
 STOPS = (130, 143)
 
 
@@ -97,13 +97,13 @@ def _started(job: Job, environment: Mapping[str, str]) -> subprocess.Popen[str] 
 
 
 def _finish(process: subprocess.Popen[str], exit_code: int, message: str, environment: Mapping[str, str]) -> None:
-    seconds = MOST_S
-    if exit_code in STOPS:
-        seconds = MOST_AFTER_STOP_S
-        vitals.prolong(environment, seconds + 1)
+    seconds, to_end = MOST_S, 10.0
+    if exit_code in STOPS:  # a stop is to end within seconds
+        seconds, to_end = MOST_AFTER_STOP_S, 0.5
+        vitals.prolong(environment, seconds + to_end)
     _say(process, json.dumps({"exit_code": exit_code, "message": message, "seconds": seconds}))
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(seconds + 10)
+        process.wait(seconds + to_end)
     process.kill()
     process.wait()
     if process.stdin:

@@ -34,7 +34,6 @@ from trainer.storage import safetensors_header
 KEY_FORMATS = {"kohya": "", "comfyui": "-comfyui", "peft": "-diffusers"}  # → what a job appends to the file's name
 DORA_READERS = {"kohya": "ComfyUI, Forge", "comfyui": "ComfyUI, Forge", "peft": "diffusers"}
 Number = TypeVar("Number", int, float)
-SAME_ALPHA = 1e-8  # factors this near to 1 leave `up` as it is
 
 
 # ---- files → modules
@@ -315,7 +314,9 @@ def _lora_file(
 
 
 def _commonest(numbers: Sequence[Number]) -> Number:
-    return Counter(numbers).most_common(1)[0][0]
+    """Of several that are as common, the first."""
+    counts = Counter(numbers)
+    return max(counts, key=lambda number: counts[number])
 
 
 @dataclass(frozen=True)
@@ -378,8 +379,10 @@ def merge(loras: Sequence[tuple[LoraModules, float]]) -> LoraModules:
 
     Raises ValueError for DoRA, whose magnitudes do not add up; one such LoRA with weight 1 stays as it is.
     """
-    if len(loras) == 1 and loras[0][1] == 1:
-        return dict(loras[0][0])
+    if len(loras) == 1:
+        [(modules, strength)] = loras
+        if strength == 1:
+            return dict(modules)
     if any(weights.magnitude is not None for modules, _ in loras for weights in modules.values()):
         raise ValueError("DoRA files cannot be merged or weighted")
     merged: LoraModules = {}

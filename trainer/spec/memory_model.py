@@ -225,7 +225,8 @@ def candidates(footprint: Footprint, workload: Workload, precisions: Iterable[st
     of_8_bits_or_more: list[str] = []
     of_4_bits: list[str] = []
     for precision in precisions:
-        if (PRECISIONS[precision].bytes or 2) >= 1:
+        bytes_per_weight = PRECISIONS[precision].bytes
+        if bytes_per_weight is None or bytes_per_weight >= 1:
             of_8_bits_or_more.append(precision)
         else:
             of_4_bits.append(precision)
@@ -283,13 +284,13 @@ def _use_spare_memory(
     """Spend the memory that is left on blocks exempt from recompute, or on transposed copies of the weights."""
 
     def changed(*, transposed: bool = False, kept_blocks: int = 0) -> Strategy:
+        """`strategy`, which offloads nothing, with these."""
         gib = predict_peak_gib(
             footprint,
             workload,
             precision=strategy.precision,
             recompute=strategy.recompute,
             kept_blocks=kept_blocks,
-            offload=strategy.offload,
             transposed=transposed,
         )
         return replace(strategy, kept_blocks=kept_blocks, transposed=transposed, gib=gib)
@@ -298,7 +299,7 @@ def _use_spare_memory(
     if mode == ("none", "none") and _is_fp8(strategy.precision):
         with_copies = changed(transposed=True)
         return with_copies if with_copies.gib <= usable_gib else strategy
-    if mode not in (("products", "none"), ("attention", "none")) or strategy.gib > usable_gib:
+    if mode not in (("products", "none"), ("attention", "none")):
         return strategy
     # A graph of a step that recomputes reserves more than it allocates (docs/lab-notes.md, "Memory of a captured
     # graph"); without that memory the step would be launched kernel by kernel.

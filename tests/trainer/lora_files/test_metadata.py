@@ -1,13 +1,15 @@
 """The header of the LoRA file, which users' tools show."""
 
 import json
+from dataclasses import replace
 
+from trainer import __version__
 from trainer.data.epochs import EpochSampler
 from trainer.data.scan import scan
 from trainer.job import saving
 from trainer.lora_files import metadata
 from trainer.spec.family import get_family
-from trainer.spec.plan import Source
+from trainer.spec.plan import Dataset, Source
 from trainer.training.objective import FlowMatching
 
 READ = [
@@ -106,3 +108,150 @@ def test_the_trigger_words_of_all_subsets_and_no_placeholder(job_plan, tmp_path)
     assert found["modelspec.trigger_phrase"] == "sks, zot"
     tags = json.loads(found["ss_tag_frequency"])
     assert "a photo of sks" in tags["pictures"] and "a photo of zot" in tags["pictures (2)"]
+
+
+# ---- a run with every value different, and its header written by hand
+
+CIRCLES = metadata.SubsetSummary("circles", images=5, repeats=2, is_reg=False, tags={"red": 3, "blue": 2})
+SQUARES = metadata.SubsetSummary("squares", images=4, repeats=3, is_reg=True, tags={"square": 4})
+LINES = metadata.SubsetSummary("lines", images=7, repeats=1, is_reg=False, tags={})
+LARGE = metadata.DatasetSummary(
+    Dataset((), (640, 512), 6, enable_bucket=True, min_bucket_reso=320, max_bucket_reso=1280),
+    (CIRCLES, SQUARES),
+    {(640, 512): 9, (512, 640): 13},
+)
+SMALL = metadata.DatasetSummary(Dataset((), (256, 128), 8), (LINES,), {(256, 128): 6, (512, 640): 1})
+RUN = metadata.TrainingRun(
+    name="mine",
+    base="flux",
+    base_version="flux1",
+    architecture="flux-1-dev",
+    lora_type="rslora",
+    rank=16,
+    split_qkv=True,
+    targets=("to_q", "to_k"),
+    alpha=12.0,
+    started=1767323045,
+    optimizer="adamw",
+    learning_rate=1e-4,
+    text_encoders={"text_encoder": 2e-5, "text_encoder_2": 3e-5},
+    schedule="cosine",
+    seed=11,
+    noise_offset=0.05,
+    max_token_length=150,
+    resolution=(640, 512),
+    trigger="zot",
+    objective="flow",
+    datasets=(LARGE, SMALL),
+)
+# Keys and forms as sd-scripts' train_network.py writes them, and ModelSpec 1.0.1.
+EXPECTED = {
+    "ss_output_name": "mine",
+    "ss_sd_model_name": "flux",
+    "ss_base_model_version": "flux1",
+    "ss_network_module": "networks.lora",
+    "ss_network_dim": "24",
+    "ss_network_alpha": "18.0",
+    "ss_training_started_at": "1767323045.0",
+    "ss_resolution": "(640, 512)",
+    "ss_num_train_images": "17",  # 5 x 2 + 7 x 1
+    "ss_num_reg_images": "12",
+    "ss_steps": "7",
+    "ss_epoch": "2",
+    "ss_optimizer": "adamw",
+    "ss_learning_rate": "0.0001",
+    "ss_text_encoder_lr": "[2e-05, 3e-05]",
+    "ss_lr_scheduler": "cosine",
+    "ss_seed": "11",
+    "ss_noise_offset": "0.05",
+    "ss_max_token_length": "150",
+    "kiln_alpha": "12.0",
+    "kiln_lora_type": "rslora",
+    "kiln_rank": "16",
+    "kiln_split_qkv": "true",
+    "kiln_targets": '["to_q", "to_k"]',
+    "kiln_version": __version__,
+    "modelspec.sai_model_spec": "1.0.1",
+    "modelspec.architecture": "flux-1-dev/lora",
+    "modelspec.implementation": "diffusers",
+    "modelspec.title": "mine",
+    "modelspec.resolution": "640x512",
+    "modelspec.date": "2026-01-02T03:04:05Z",
+    "modelspec.prediction_type": "flow",
+    "modelspec.trigger_phrase": "zot",
+    "modelspec.license": "",
+    "modelspec.tags": "",
+}
+TABLES = {
+    "ss_bucket_info": {
+        "buckets": {
+            "0": {"resolution": [256, 128], "count": 6},
+            "1": {"resolution": [512, 640], "count": 14},
+            "2": {"resolution": [640, 512], "count": 9},
+        }
+    },
+    "ss_dataset_dirs": {
+        "circles": {"n_repeats": 2, "img_count": 5},
+        "squares": {"n_repeats": 3, "img_count": 4},
+        "lines": {"n_repeats": 1, "img_count": 7},
+    },
+    "ss_tag_frequency": {"circles": {"red": 3, "blue": 2}, "squares": {"square": 4}, "lines": {}},
+    "ss_datasets": [
+        {
+            "is_dreambooth": True,
+            "batch_size_per_device": 6,
+            "num_train_images": 10,
+            "num_reg_images": 12,
+            "resolution": [640, 512],
+            "enable_bucket": True,
+            "min_bucket_reso": 320,
+            "max_bucket_reso": 1280,
+            "tag_frequency": {"circles": {"red": 3, "blue": 2}, "squares": {"square": 4}},
+            "bucket_info": {
+                "buckets": {
+                    "0": {"resolution": [512, 640], "count": 13},
+                    "1": {"resolution": [640, 512], "count": 9},
+                }
+            },
+            "subsets": [
+                {"image_dir": "circles", "img_count": 5, "num_repeats": 2, "is_reg": False},
+                {"image_dir": "squares", "img_count": 4, "num_repeats": 3, "is_reg": True},
+            ],
+        },
+        {
+            "is_dreambooth": True,
+            "batch_size_per_device": 8,
+            "num_train_images": 7,
+            "num_reg_images": 0,
+            "resolution": [256, 128],
+            "enable_bucket": False,
+            "min_bucket_reso": 256,
+            "max_bucket_reso": 1024,
+            "tag_frequency": {"lines": {}},
+            "bucket_info": {
+                "buckets": {
+                    "0": {"resolution": [256, 128], "count": 6},
+                    "1": {"resolution": [512, 640], "count": 1},
+                }
+            },
+            "subsets": [{"image_dir": "lines", "img_count": 7, "num_repeats": 1, "is_reg": False}],
+        },
+    ],
+}
+
+
+def test_every_value_of_a_run_is_under_its_key():
+    found = metadata.lora_metadata(RUN, step=7, epoch=2, rank=24, alpha=18.0)
+    assert {key: json.loads(found.pop(key)) for key in TABLES} == TABLES
+    assert found == EXPECTED
+
+
+def test_what_a_run_does_not_have_has_no_key_or_is_empty():
+    plain = replace(RUN, text_encoders={}, max_token_length=77, trigger=None, name="Größe")
+    found = metadata.lora_metadata(plain, step=7, epoch=2, rank=24, alpha=18.0)
+    assert not found.keys() & {"ss_text_encoder_lr", "ss_max_token_length"}
+    assert (found["modelspec.trigger_phrase"], found["ss_output_name"]) == ("", "Größe")
+    tagged = replace(CIRCLES, tags={"größe": 1})
+    plain = replace(RUN, datasets=(replace(LARGE, subsets=(tagged,)),))
+    found = metadata.lora_metadata(plain, step=7, epoch=2, rank=24, alpha=18.0)
+    assert found["ss_tag_frequency"] == '{"circles": {"größe": 1}}'

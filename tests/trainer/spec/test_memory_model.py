@@ -168,6 +168,11 @@ def test_the_batch_is_the_fastest_that_fits_and_more_memory_is_never_slower(have
     assert have < 80 or (strategy.recompute in ("none", "products") and chosen.batch >= 2)
 
 
+def test_batches_are_powers_of_two_and_their_halves_between():
+    expected = sorted([2**n for n in range(8)] + [3 * 2**n for n in range(6)])
+    assert list(BATCHES) == expected
+
+
 def test_streaming_and_tiling_lower_the_peaks_of_their_phases_alone():
     strategy = choose(FLUX, workload(1), candidates(FLUX, workload(1), ["fp8"]), have_gib=24, host_gib=64)
     pixels = {"drawn_pixels": 2**20, "encoded_pixels": 1280 * 768}

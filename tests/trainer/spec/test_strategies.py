@@ -79,3 +79,18 @@ def test_a_mode_in_words():
     assert described("products", 1, "activations") == (
         "all but products recomputed, except in 1 blocks, activations offloaded"
     )
+
+
+# Images per second of Flux.1 and the row to compare with, on one card each: docs/performance.md, docs/lab-notes.md.
+SPEEDS = [
+    ("all", "none", 2.69 / 3.56),  # H100, batch 1: fp8+all+replay and fp8+none+replay+eager
+    ("attention", "none", 2.88 / 3.56),  # fp8+attention+replay
+    ("products", "none", 279.2 / 282.8),  # ms of the accelerator for an image
+    ("all", "weights", 1.88 / 2.49 * 2.69 / 3.56),  # plain, with the weights streamed and not
+]
+
+
+@pytest.mark.parametrize(("recompute", "offload", "measured"), SPEEDS)
+def test_the_cost_of_a_mode_is_as_it_was_measured(recompute, offload, measured):
+    predicted = 1 / (RECOMPUTE_POLICIES[recompute].step_cost * OFFLOADS[offload].slowdown)
+    assert predicted == pytest.approx(measured, rel=0.05)

@@ -9,6 +9,7 @@ import torch
 from trainer.checkpoints import state_files
 from trainer.engine import flat_parameters
 from trainer.engine.cuda_graphs import EagerStep
+from trainer.spec.memory_model import BYTES_PER_TRAINED_NUMBER, BYTES_PER_TRAINED_NUMBER_WITH_TWO_MOMENTS
 from trainer.spec.optimizers import OPTIMIZERS, SCHEDULERS
 from trainer.training import optimizers
 from trainer.training.ema import Ema
@@ -39,6 +40,25 @@ def make(name, params):
     )
     optimizers.set_training(optimizer, True)
     return optimizer
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_keeps_as_many_bytes_as_the_prediction_of_memory_counts(name):
+    """For each number: its own 4 bytes, its gradient's 4, and those of a real state.
+
+    Two optimisers keep a moment's rows and columns, or a part of it, and are counted as if they kept it whole.
+    """
+    parameter = torch.nn.Parameter(torch.ones(16, 3072))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = make(name, [parameter])
+    optimizer.step()
+    kept = sum(value.nbytes for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor))
+    really = 8 + kept / parameter.numel()
+    counted = BYTES_PER_TRAINED_NUMBER.get(name, BYTES_PER_TRAINED_NUMBER_WITH_TWO_MOMENTS)
+    if name in ("adafactor", "prodigy-schedulefree"):
+        assert really <= counted <= 2 * really
+    else:
+        assert counted == pytest.approx(really, rel=0.01)
 
 
 class Run:
