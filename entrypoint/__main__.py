@@ -242,9 +242,8 @@ def _trained(plan: Plan, settings: Settings, environ: Mapping[str, str], *, toke
     with trackers.tracking(tracker, out, own) as tracked:
         with Trainers(plan, environment=environ) as trainers:
             code = tracked.exit_code = trainers.run(_fetched(plan, settings, token=token))
-        is_stop = code in (128 + signal.SIGTERM, 128 + signal.SIGINT)
-        price = settings.finish.price_per_hour
-        job_report.write(out, environ, started=began, price=price, stopped=is_stop)
+        if code not in (128 + signal.SIGTERM, 128 + signal.SIGINT):  # then somebody waits for the end of this process
+            job_report.write(out, environ, started=began, price=settings.finish.price_per_hour)
     return code
 
 

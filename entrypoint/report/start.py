@@ -9,26 +9,22 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from entrypoint.system.environment import child_environment
-from trainer.process import vitals
 from trainer.spec.log_lines import safe_lines
 from trainer.storage import json_files
 
 log = logging.getLogger("entrypoint.report")
 MOST_S = 120.0
-MOST_AFTER_STOP_S = 6.0  # the files of the job are safe by then; the next start writes the report too
 
 
-def write(out: Path, environment: Mapping[str, str], *, started: float, price: float | None, stopped: bool) -> None:
+def write(out: Path, environment: Mapping[str, str], *, started: float, price: float | None) -> None:
     """Write report.html and README.md of the job that began at `started` (Unix seconds), if it came as far as a run.
 
-    `price`: of the machine, an hour. `stopped`: somebody waits for the end of this process.
+    `price`: of the machine, an hour.
     """
     status = json_files.read_object(out / "status.json") or {}
     began = status.get("started")
     if not isinstance(began, int | float) or began < started or "run" not in status:
         return  # the trainer has not begun, or another job has the folder
-    if stopped:
-        vitals.prolong(environment, MOST_AFTER_STOP_S)
     command = [sys.executable, "-m", "entrypoint.report", str(out)]
     if price:
         command += ["--price-per-hour", f"{price:g}"]
@@ -40,7 +36,7 @@ def write(out: Path, environment: Mapping[str, str], *, started: float, price: f
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=MOST_AFTER_STOP_S if stopped else MOST_S,
+            timeout=MOST_S,
             check=False,
         )
         said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
@@ -49,5 +45,5 @@ def write(out: Path, environment: Mapping[str, str], *, started: float, price: f
         problem = f"{type(error).__name__}"
     if problem:
         log.warning("report.html could not be written (%s). The job itself is not affected.", safe_lines(problem))
-    elif not stopped:
+    else:
         log.info("report.html and README.md, the model card, are beside the samples: %s.", out / status["run_folder"])

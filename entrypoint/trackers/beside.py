@@ -22,7 +22,7 @@ TRACKER = "KILN_TRACKER"  # which library
 FOUND = "KILN_TRACKER_FOUND"  # set in the second start of the process, which has it
 OWN_VARIABLES = {"wandb": "WANDB_", "mlflow": "MLFLOW_", "trackio": "TRACKIO_"}  # beginnings of names
 MOST_S = 120.0  # for what is left to be sent at the end
-MOST_AFTER_STOP_S = 4.0
+MOST_AFTER_STOP_S = 1.5
 STOPS = (130, 143)
 
 

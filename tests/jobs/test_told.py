@@ -78,7 +78,7 @@ def others_with_secrets(leader):
     return found
 
 
-def test_a_stop_is_told_and_reported(job, receiver):
+def test_a_stop_is_told(job, receiver):
     asked = {"PARAMS_MAX_STEPS": "400", "WEBHOOK_URL": receiver.address, "PARAMS_SAMPLE_EVERY_N_STEPS": "0"}
     process = job.start(**asked)
     job.wait_for_step(process, 3)
@@ -87,7 +87,7 @@ def test_a_stop_is_told_and_reported(job, receiver):
     process.communicate(timeout=60)
     assert process.returncode == 143 and told(receiver)[0] == "started" and told(receiver)[-1] == "stopped"
     assert json.loads(receiver.got[-1].body)["data"]["saved_step"] >= 3
-    assert "Stopped after step" in (job.out / "report.html").read_text()
+    assert not (job.out / "report.html").exists()  # nobody waits for it
     assert json.loads((job.out / NAME).read_text())["events"] == []
 
 

@@ -289,10 +289,7 @@ def _to_kohya_file(layers: Mapping[str, _Stacked], save_precision: str) -> LoraF
     tensors = {}
     for stem, layer in layers.items():
         weights = layer.weights
-        factor = weights.scale * weights.rank / alpha
-        up = weights.up
-        if abs(factor - 1) >= SAME_ALPHA:
-            up = up * factor
+        up = weights.up * (weights.scale * weights.rank / alpha)
         pairs[stem] = Pair(weights.down, up, layer.heights)
         tensors[f"{stem}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
         if weights.magnitude is not None:

@@ -166,11 +166,11 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 def test_the_end_of_a_job_writes_it_once_the_job_is_its_own(finished, monkeypatch, caplog):
     environment = {"PATH": os.environ["PATH"]}
-    start.write(finished, environment, started=0.0, price=1.0, stopped=False)
+    start.write(finished, environment, started=0.0, price=1.0)
     assert (finished / "report.html").is_file()
     (finished / "report.html").unlink()
-    start.write(finished, environment, started=9e9, price=1.0, stopped=False)
+    start.write(finished, environment, started=9e9, price=1.0)
     assert not (finished / "report.html").exists()
     monkeypatch.setattr(start, "MOST_S", 0.001)
-    start.write(finished, environment, started=0.0, price=1.0, stopped=False)
+    start.write(finished, environment, started=0.0, price=1.0)
     assert "could not be written (TimeoutExpired)" in caplog.text
