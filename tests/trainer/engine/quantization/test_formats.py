@@ -57,7 +57,7 @@ def test_cdna_3_alone_gets_the_types_without_a_negative_zero(precision, device, 
 
 @pytest.mark.parametrize("name", WEIGHT_FORMATS)
 def test_layers_of_other_sizes_and_modulations_do_not_multiply_in_8_bits(name):
-    multiple = {"nf4": 64, "fp8-storage": 1, "int8-storage": 1}.get(name, 16)
+    multiple = {"nf4": 64, "fp8-storage": 1, "fp8-fnuz-storage": 1, "int8-storage": 1}.get(name, 16)
     block = torch.nn.Module()
     block.fits = torch.nn.Linear(64, 128)
     block.narrow = torch.nn.Linear(64 - 1, 128)
