@@ -267,7 +267,7 @@ def _to_peft_file(modules: LoraModules, save_precision: str) -> LoraFile:
         if weights.magnitude is not None:
             # transformers renames keys up to the adapter's name, and does not add `.weight` as peft does.
             ending = ".weight" if name.startswith("text_encoder") else ""
-            tensors[f"{name}.lora_magnitude_vector{ending}"] = weights.magnitude
+            tensors[f"{name}.lora_magnitude_vector{ending}"] = weights.magnitude.float()
     stored = precision.store(pairs, save_precision)
     for name, pair in stored.pairs.items():
         tensors[f"{name}.lora_A.weight"] = pair.down
@@ -293,7 +293,7 @@ def _to_kohya_file(layers: Mapping[str, _Stacked], save_precision: str) -> LoraF
         pairs[stem] = Pair(weights.down, up, layer.heights)
         tensors[f"{stem}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
         if weights.magnitude is not None:
-            tensors[f"{stem}.dora_scale"] = weights.magnitude.view(-1, *[1] * (weights.down.ndim - 1))
+            tensors[f"{stem}.dora_scale"] = weights.magnitude.float().view(-1, *[1] * (weights.down.ndim - 1))
     stored = precision.store(pairs, save_precision)
     for stem, pair in stored.pairs.items():
         tensors[f"{stem}.lora_down.weight"] = pair.down

@@ -79,10 +79,12 @@ class Stored:
 def store(pairs: Mapping[str, Pair], precision: str) -> Stored:
     """The pairs as a file of `precision` has them, a key of SAVE_PRECISIONS.
 
-    Pairs with equal down matrices (q, k and v with one adapter) are stored alike, so that these stay equal.
+    Pairs with equal down matrices (q, k and v with one adapter) are stored alike, so that these stay equal. Modules of
+    other types (fp64, or fp16 where a file is converted) are taken as the fp32 numbers that they are nearest to.
     """
+    pairs = {stem: replace(pair, down=pair.down.float(), up=pair.up.float()) for stem, pair in pairs.items()}
     if precision == "fp32":
-        return Stored(dict(pairs), dict.fromkeys(pairs, 0), ())
+        return Stored(pairs, dict.fromkeys(pairs, 0), ())
     groups: dict[str, list[str]] = {}
     for stem, pair in pairs.items():
         groups.setdefault(_digest(pair.down), []).append(stem)
