@@ -70,6 +70,7 @@ def test_the_first_signal_decides_how_the_job_ends(received, code, name):
 
 def test_signals_that_a_parent_has_blocked_arrive_and_its_death_is_one():
     signal.pthread_sigmask(signal.SIG_BLOCK, OURS)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, 0)
     StopFlag().listen()
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(OURS)
     assert signal_at_parents_death() == signal.SIGTERM

@@ -140,6 +140,9 @@ def test_who_waits_ends_with_who_started_it(tmp_path):
     (tmp_path / "there").touch()
     waiting.wait_for(tmp_path / "there", lambda: calls.append(2))
     assert calls == [1]
+    again = Workers(1, 2, tmp_path)
+    again.on_first(lambda: calls.append("never"), (tmp_path / "turn-1").touch)
+    assert calls == [1]
 
 
 def test_only_work_of_several_leaves_a_mark(tmp_path):
@@ -159,6 +162,8 @@ def test_the_place_of_a_process_is_in_its_environment():
     second = workers_from_environment(2, given, flag)
     assert (second.process_rank, second.size, second.folder) == (1, 2, Path("/team"))
     assert not second.is_first and second.own_folder == Path("/team/rank-1")
+    with pytest.raises(SettingsError, match="NUM_GPUS=2 processes, but this one was started alone"):
+        workers_from_environment(2, {RANK_VARIABLE: "1"}, flag)
     assert workers_from_environment(1, given, flag).stopping and process_rank({}) == 0
     flat = torch.zeros(1)
     assert second._stop is flag and not second.stopping and workers_from_environment(1, {}, flag).is_first
