@@ -76,10 +76,8 @@ def _cover(image: Size, size: Size) -> Fit:
     """Scale until both sides reach `size`."""
     width, height = image
     if width * size[1] > height * size[0]:  # wider than `size`: the heights meet
-        scaled_width = max(size[0], _round_divide(width * size[1], height))
-        return Fit((scaled_width, size[1]), size)
-    scaled_height = max(size[1], _round_divide(height * size[0], width))
-    return Fit((size[0], scaled_height), size)
+        return Fit((_round_divide(width * size[1], height), size[1]), size)
+    return Fit((size[0], _round_divide(height * size[0], width)), size)
 
 
 # Integers throughout: a float would round differently for large sizes, and an image would change its bucket.

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.plans import job_plan as make_plan
 from trainer.checkpoints import state_files
-from trainer.checkpoints.open_run import adopt_older_run, open_run
+from trainer.checkpoints.open_run import adopt_older_run, open_run, remove_leftovers
 from trainer.data.identity import fingerprint
 from trainer.data.records import ImageRecord
 from trainer.spec.plan import AUTO
@@ -170,9 +170,10 @@ def test_a_run_of_a_version_without_records_is_adopted_with_its_files(plan):
         "total": 4,
         "automatic_epochs": plan.train.max_epochs,
     }
-    run_records.RunRecord(out).update({"name": "y"})
+    run_records.RunRecord(out).update({"name": "y", "files": ["y.safetensors"], "done": False, "finished": [2]})
+    before = record_of(opened)
     adopt_older_run(out)
-    assert record_of(opened)["name"] == "y"  # one that is there stays
+    assert record_of(opened) == before  # one that is there stays
 
 
 def test_an_older_run_that_was_not_done_has_no_end(plan):
@@ -183,3 +184,26 @@ def test_an_older_run_that_was_not_done_has_no_end(plan):
     (opened.out / "plan.json").write_text(automatic.to_json())
     adopt_older_run(opened.out)
     assert record_of(opened) == {"name": "x", "done": False, "files": []}
+
+
+def test_an_older_run_without_a_plan_is_adopted_by_its_state(plan):
+    opened = open_run(plan, [])
+    for name in ("run.json", "plan.json"):
+        (opened.out / name).unlink()
+    run = {"name": "x", "requested": ""}
+    state_files.save(opened.out / "state", 4, {"essence": plan.essence(), "data": {}, "run": run})
+    adopt_older_run(opened.out)
+    assert record_of(opened) == {"name": "x", "done": False, "files": []}
+
+
+def test_what_a_killed_process_was_writing_is_removed_from_every_run(plan):
+    first = open_run(plan, [IMAGE])
+    state_files.save(first.home / "state", 4, {"essence": first.plan.essence(), "data": {}})
+    second = open_run(other(plan, seed=1), [IMAGE])
+    assert first.home != second.home
+    for home in (first.home, second.home):
+        for name in (".step-00000008.kiln.tmp", ".step-00000002.kiln.old", "mine"):
+            (home / "state" / name).mkdir(parents=True)
+    remove_leftovers(first.out)
+    found = [sorted(path.name for path in (home / "state").iterdir()) for home in (first.home, second.home)]
+    assert found == [["mine", "step-00000004"], ["mine"]]

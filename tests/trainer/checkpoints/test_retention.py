@@ -227,3 +227,22 @@ def test_the_log_warns_when_fewer_than_three_saves_fit(folder, free, warns, capl
     assert bool(caplog.text) == warns
     if warns:
         assert re.search(rf"takes {one / 2**20:.1f} MiB and .* room for {int(free)} more", caplog.text)
+
+
+def test_each_save_leaves_as_many_states_and_as_many_files_as_each_was_to_have(folder):
+    CheckpointRetention(folder, folder, RunRecord(folder), keep_states=1, keep_loras=3).write(lambda: None, 16)
+    assert [path.name for path in (folder / "state").iterdir()] == ["step-00000016"]
+    assert RunRecord(folder).files == [f"x-step{step:08d}.safetensors" for step in (8, 12, 16)]
+
+
+def test_the_room_for_further_saves_counts_the_file_and_both_of_the_state(folder, monkeypatch, caplog):
+    usage = namedtuple("usage", "total used free")
+    state = folder / "state" / "step-00000016"
+    needed = 4 + sum(path.stat().st_size for path in state.iterdir())
+    assert len(list(state.iterdir())) == 2
+    retention = CheckpointRetention(folder, folder, RunRecord(folder), keep_states=2, keep_loras=2)
+    for free, told in ((3 * needed, None), (3 * needed - 1, "room for 2 more"), (needed - 1, "room for 0 more")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage(free, 0, free))
+        caplog.clear()
+        retention.write(lambda: None, 16)
+        assert [told in line for line in caplog.messages] == ([True] if told else [])

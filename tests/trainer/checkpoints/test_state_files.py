@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from entrypoint.planning import starting_point
 from trainer.checkpoints import state_files
 from trainer.spec.errors import SettingsError, StorageError
-from trainer.storage import run_records
+from trainer.storage import atomic, run_records
 from trainer.training import random_state
 
 
@@ -30,6 +30,17 @@ def test_a_state_reads_back_as_it_was_written(tmp_path):
     assert torch.equal(state.tree["a"], torch.ones(3))
     assert torch.equal(state.tree["b"][0][0], torch.arange(4))
     assert state.tree["b"][0][1:] == [None, True, 1.5, "text"] and state.tree["empty"] == {}
+
+
+def test_all_of_a_state_is_on_the_disk_before_its_name_and_the_name_before_it_is_told(tmp_path, monkeypatch):
+    """The order survives a power cut."""
+    order, rename = [], Path.rename
+    monkeypatch.setattr(atomic, "flush", lambda path: order.append(("flush", path.name)))
+    monkeypatch.setattr(Path, "rename", lambda self, to: order.append(("rename", self.name)) or rename(self, to))
+    state_files.save(tmp_path / "state", 7, tree(1.0))
+    temporary = ".step-00000007.kiln.tmp"
+    assert sorted(order[:2]) == [("flush", "state.json"), ("flush", "state.safetensors")]
+    assert order[2:] == [("flush", temporary), ("rename", temporary), ("flush", "state")]
 
 
 def test_a_text_is_never_taken_for_a_tensor(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -96,6 +97,14 @@ def test_an_image_is_scaled_to_just_cover_its_bucket(width, height, resolution, 
 def test_without_buckets_everything_covers_the_resolution(width, height, resolution):
     cut = fit((width, height), dataset(resolution, enable_bucket=False))
     assert cut.size == resolution and covers(cut, (width, height))
+
+
+@given(SIDE, SIDE, RESOLUTION)
+def test_both_sides_grow_by_one_factor_rounded_to_the_nearest_pixel(width, height, resolution):
+    """In exact fractions: the larger factor of the two, halves up."""
+    cut = fit((width, height), dataset(resolution, enable_bucket=False))
+    factor = max(Fraction(resolution[0], width), Fraction(resolution[1], height))
+    assert cut.scaled == tuple(math.floor(side * factor + Fraction(1, 2)) for side in (width, height))
 
 
 @given(SIDE, SIDE, RESOLUTION, STEP)

@@ -1,6 +1,7 @@
 """What identifies an item of the cache: everything that decides its content, each field by itself; and its bytes."""
 
 import dataclasses
+import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -55,6 +56,21 @@ def each_changed(record):
     """(the field's name, a copy of `record` with another value there) for every field that there is."""
     for field in dataclasses.fields(record):
         yield field.name, dataclasses.replace(record, **{field.name: other(getattr(record, field.name))})
+
+
+def test_the_names_of_items_are_fixed():
+    """By hand: under another name, everything on every volume would be encoded again."""
+    view = '{"colour":7,"flip":true,"interpolation":"lanczos","offset":[1,2],"scaled":[66,50],"size":[64,48]}'
+    latents = f'"sha256":"{"1" * 64}","vae":"{"3" * 64}","version":1,"view":{view}}}'
+    text = f'{{"caption":"a cat","encoders":"{"4" * 64}","version":1}}'
+    masked, plain = (
+        hashlib.sha256(f"{begin}{latents}".encode()).hexdigest() for begin in (f'{{"mask":"{"2" * 64}",', "{")
+    )
+    caption = hashlib.sha256(text.encode()).hexdigest()
+    assert str(CACHE.image_path(IMAGE, VIEW)) == f"/cache/latents/{masked[:2]}/{masked}.safetensors"
+    without = dataclasses.replace(IMAGE, mask_sha256=None)
+    assert str(CACHE.image_path(without, VIEW)) == f"/cache/latents/{plain[:2]}/{plain}.safetensors"
+    assert str(CACHE.text_path("a cat")) == f"/cache/text/{caption[:2]}/{caption}.safetensors"
 
 
 def test_every_field_of_a_view_gives_another_item():

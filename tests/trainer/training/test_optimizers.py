@@ -188,3 +188,32 @@ def test_neighbours_share_a_piece_as_far_as_it_goes(monkeypatch):
     assert flat_parameters.split_into_pieces([4, 6, 1, 30, 5, 5, 5]) == [[0, 1], [2], [3], [4, 5], [6]]
     assert flat_parameters.split_into_pieces([4, 2, 5, 5], separate=lambda size: size < 3) == [[0], [1], [2, 3]]
     assert flat_parameters.split_into_pieces([]) == []
+
+
+def test_settings_of_groups_are_put_back_after_a_restore():
+    """What the plan sets, and nothing that a step computes; each group has its own."""
+    groups = [
+        {"params": [torch.nn.Parameter(torch.ones(2))]},
+        {"params": [torch.nn.Parameter(torch.ones(1))], "lr": 0.5},
+    ]
+    optimizer = optimizers.make_optimizer("adamw", groups, learning_rate=0.25, weight_decay=0.125, args={})
+    schedule = optimizers.make_schedule("constant", optimizer, warmup_steps=0, total_steps=9, num_cycles=1)
+    settings = optimizers.group_settings(optimizer)
+    for group, rate in zip(settings, (0.25, 0.5), strict=True):
+        assert (group["lr"], group["initial_lr"], group["weight_decay"]) == (
+            rate,
+            rate,
+            0.125,
+        ) and "params" not in group
+    for group in optimizer.param_groups:
+        group.update(lr=9.0, initial_lr=9.0, weight_decay=9.0)
+    optimizers.renew(optimizer, schedule, settings)
+    found = [[group[key] for key in ("lr", "initial_lr", "weight_decay")] for group in optimizer.param_groups]
+    assert found == [[0.25, 0.25, 0.125], [0.5, 0.5, 0.125]] and schedule.get_last_lr() == [0.25, 0.5]
+    with pytest.raises(ValueError):
+        optimizers.renew(optimizer, schedule, settings[:1])
+    plain = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    for group in optimizer.param_groups:
+        group["lr"] = 9.0
+    optimizers.renew(optimizer, plain, settings)  # of another kind: it has its own course
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.5]

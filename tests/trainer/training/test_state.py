@@ -258,6 +258,8 @@ def test_an_average_that_the_state_lacks_begins_at_its_weights(saved):
     plain = new_state(decay=0.0)
     plain.restore(with_average)
     assert plain.ema is None
+    plain.restore(tree)  # neither has one
+    assert plain.ema is None
 
 
 def test_with_renew_the_next_steps_follow_the_new_rates_and_the_new_length(saved):

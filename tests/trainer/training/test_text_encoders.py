@@ -73,6 +73,52 @@ def test_captions_are_encoded_as_the_pipeline_does(name, which):
     assert not torch.allclose(before["pooled"], expected["pooled"], atol=1e-3) or (name, which) == ("sdxl", 0)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_they_are_loaded_frozen_in_the_type_and_for_the_length_that_is_asked_for(name):
+    components = list(trainable_encoders(name))
+    kind = {"family": get_family(name), "device": "cpu", "dtype": torch.bfloat16, "max_tokens": 150}
+    texts = text_encoders.load(folder(name), components, **kind)
+    assert list(texts.models) == components
+    for component, encoder in texts.encoders.items():
+        weights = [*encoder.model.parameters()]
+        assert {p.dtype for p in weights} == {torch.bfloat16} and not encoder.model.training
+        room = encoder.tokenizer.model_max_length - 2
+        assert encoder(CAPTIONS).tokens_BLD.shape[:2] == (2, 2 * room + 2), component
+        for place, layer in text_encoders.blocks(encoder.model):
+            assert encoder.model.get_submodule(place) is layer
+        assert len(text_encoders.blocks(encoder.model)) == encoder.model.config.num_hidden_layers
+
+
+def test_without_any_that_trains_the_texts_are_the_cached_ones():
+    text = {"tokens": torch.ones(1)}
+    assert text_encoders.TextEncoders(get_family("sdxl")).encode_trained(text, ["a"]) is text
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_adapters_come_back_from_the_names_that_files_use(name):
+    """Each encoder takes its own, with the scale of the file in it, and refuses what does not fit."""
+    components = list(trainable_encoders(name))
+    (trained, params), (fresh, _) = adapted(name, components), adapted(name, components)
+    for p in (p for some in params.values() for p in some):
+        torch.nn.init.normal_(p, std=0.05)
+    loaded = {}
+    for component, model in trained.models.items():
+        own = text_encoders.modules(adapters.state(model), component, family_name=name, scale=ALPHA / RANK)
+        assert f"{component}.text_model.encoder.layers.0.mlp.fc1" in own and len(own) * 2 == len(adapters.state(model))
+        loaded |= own
+    assert len(loaded) == sum(len(adapters.state(model)) for model in trained.models.values()) // 2
+    for component, model in fresh.models.items():
+        text_encoders.start(model, component, loaded, family_name=name, scale=ALPHA / RANK)
+        expected, got = adapters.state(trained.models[component]), adapters.state(model)
+        assert got.keys() == expected.keys()
+        for module in {key.rpartition(".lora_")[0] for key in got}:
+            products = [t[f"{module}.lora_B.weight"] @ t[f"{module}.lora_A.weight"] for t in (expected, got)]
+            torch.testing.assert_close(products[1], products[0], rtol=1e-5, atol=1e-7)
+    loaded[f"{components[0]}.text_model.encoder.layers.99.mlp.fc1"] = next(iter(loaded.values()))
+    with pytest.raises(ValueError, match="99"):
+        text_encoders.start(fresh.models[components[0]], components[0], loaded, family_name=name, scale=1.0)
+
+
 def micro_batch(name, text):
     channels = 4 if name == "sdxl" else 16
     generator = torch.Generator().manual_seed(1)

@@ -1,0 +1,179 @@
+"""What processes that train together tell each other. The second of two is a fork of this one, and really connected."""
+
+import contextlib
+import datetime
+import math
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.spec.errors import KilnError, PeerError, SettingsError, StopRequestedError
+from trainer.spec.plan import RANK_VARIABLE, TEAM_VARIABLE
+from trainer.training import distributed
+from trainer.training.distributed import Workers, process_rank, workers_from_environment
+from trainer.training.stop_flag import StopFlag
+
+
+@pytest.fixture
+def pair(tmp_path, monkeypatch):
+    """`pair(meet)`: what `meet(workers)` returns in the first process and in the second."""
+    monkeypatch.setattr(distributed, "NO_TIMEOUT", datetime.timedelta(seconds=10))
+
+    def meet_in_two(meet):
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                second = Workers(1, 2, tmp_path)
+                second.connect("cpu")
+                os.write(writer, pickle.dumps(meet(second)))
+                second.disconnect()
+            os._exit(0)
+        os.close(writer)
+        first = Workers(0, 2, tmp_path)
+        try:
+            first.connect("cpu")
+            answers = meet(first)
+        finally:
+            first.disconnect()
+            with os.fdopen(reader, "rb") as pipe:
+                theirs = pipe.read()
+            os.waitpid(child, 0)
+        return answers, pickle.loads(theirs) if theirs else None
+
+    return meet_in_two
+
+
+def differ(workers, values):
+    try:
+        workers.check_same([torch.tensor(value) for value in values])
+    except KilnError as problem:
+        return str(problem)
+    return None
+
+
+def test_answers_and_weights_are_compared_over_both(pair):
+    def meet(workers):
+        first = workers.is_first
+        agreed = [workers.all_agree(answer) for answer in (True, first, not first, False)]
+        told = [
+            differ(workers, [1.5, -2.0]),
+            differ(workers, [1.0 if first else 1.0000001, 2.0]),
+            differ(workers, [2.0, 1.0 if first else -1.0]),
+            differ(workers, [1.0, 2.0] if first else [2.0, 1.0]),  # the same in all, and not the same
+        ]
+        return agreed, told
+
+    words = "The 2 processes have different weights, which must not happen."
+    expected = ([True, False, False, False], [None, words, words, words])
+    assert pair(meet) == (expected, expected)
+
+
+def test_the_step_is_the_mean_over_the_images_of_both(pair):
+    """By hand: losses 1, 2, 3 and 6 here, with the mean gradient (1, 2); 10 there, with (6, -8)."""
+
+    def step(workers, losses, gradient):
+        flat = torch.tensor(gradient)
+        totals = workers.mean_gradient(flat, [torch.tensor(values) for values in losses])
+        return [*workers.read_totals(totals, torch.tensor(7.0)), flat.tolist(), workers.stopping]
+
+    def meet(workers):
+        first = workers.is_first
+        own = ([[1.0, 2.0, 3.0], [6.0]], [1.0, 2.0]) if first else ([[10.0]], [6.0, -8.0])
+        told = [step(workers, *own), step(workers, *own)]
+        told.append(step(workers, *(own if first else ([], [0.0, 0.0]))))  # nothing for the second to do
+        if first:
+            workers._stop.signal = 15
+        assert workers.stopping is False  # not before all know
+        told.append(step(workers, *own))
+        return told
+
+    both = [22 / 5, 5, 7.0, pytest.approx([2.0, 0.0]), False]
+    expected = [both, both, [12 / 4, 4, 7.0, [1.0, 2.0], False], [*both[:4], True]]
+    mine, theirs = pair(meet)
+    assert mine == [[pytest.approx(row[0]), *row[1:]] for row in expected] and theirs == mine
+
+
+def test_a_process_that_has_ended_is_an_error_of_its_own(pair):
+    def meet(workers):
+        if not workers.is_first:
+            return None
+        with pytest.raises(PeerError, match=r"^Another process of this job does not answer: .*\.$"):
+            for _ in range(3):
+                workers.all_agree(True)
+        with pytest.raises(PeerError):
+            workers.mean_gradient(torch.zeros(2), [torch.ones(1)])
+        return "told"
+
+    assert pair(meet)[0] == "told"
+
+
+def test_processes_that_do_not_reach_each_other_name_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "NO_TIMEOUT", datetime.timedelta(milliseconds=1))
+    with pytest.raises(SettingsError, match=r"^NUM_GPUS=2: the processes cannot talk .* --ipc=host"):
+        Workers(0, 2, tmp_path).connect("cpu")
+
+
+def test_a_process_alone_asks_nobody():
+    flag = StopFlag()
+    alone = Workers(stop=flag)
+    alone.connect("cpu")
+    flat = torch.tensor([3.0])
+    totals = alone.mean_gradient(flat, [torch.tensor([1.0, 2.0]), torch.tensor([6.0])])
+    assert alone.read_totals(totals, torch.tensor(0.5)) == (3.0, 3, 0.5) and flat.tolist() == [3.0]
+    assert alone.all_agree(True) and not alone.all_agree(False) and not alone.stopping
+    flag.signal = 15
+    assert alone.stopping and differ(alone, [math.nan]) is None
+    alone.disconnect()
+
+
+def test_who_waits_ends_with_who_started_it(tmp_path):
+    waiting = Workers(1, 2, tmp_path)
+    calls = []
+    waiting._parent = -1  # another process has adopted this one
+    with pytest.raises(StopRequestedError) as problem:
+        waiting.wait_for(tmp_path / "never", lambda: calls.append(1))
+    assert problem.value.exit_code == 143 and calls == [1]
+    (tmp_path / "there").touch()
+    waiting.wait_for(tmp_path / "there", lambda: calls.append(2))
+    assert calls == [1]
+    again = Workers(1, 2, tmp_path)
+    again.on_first(lambda: calls.append("never"), (tmp_path / "turn-1").touch)
+    assert calls == [1]
+
+
+def test_only_work_of_several_leaves_a_mark(tmp_path):
+    done = []
+    Workers(0, 1, tmp_path).on_first(lambda: done.append(1), lambda: None)
+    assert done == [1] and list(tmp_path.iterdir()) == []
+    first = Workers(0, 2, tmp_path)
+    for _ in range(2):
+        first.on_first(lambda: done.append(2), lambda: None)
+    assert done == [1, 2, 2] and sorted(path.name for path in tmp_path.iterdir()) == ["turn-1", "turn-2"]
+
+
+def test_the_place_of_a_process_is_in_its_environment():
+    flag = StopFlag()
+    flag.signal = 15
+    given = {RANK_VARIABLE: "1", TEAM_VARIABLE: "/team"}
+    second = workers_from_environment(2, given, flag)
+    assert (second.process_rank, second.size, second.folder) == (1, 2, Path("/team"))
+    assert not second.is_first and second.own_folder == Path("/team/rank-1")
+    with pytest.raises(SettingsError, match="NUM_GPUS=2 processes, but this one was started alone"):
+        workers_from_environment(2, {RANK_VARIABLE: "1"}, flag)
+    assert workers_from_environment(1, given, flag).stopping and process_rank({}) == 0
+    flat = torch.zeros(1)
+    assert second._stop is flag and not second.stopping and workers_from_environment(1, {}, flag).is_first
+    assert workers_from_environment(1, {}, flag).mean_gradient(flat, [torch.ones(2)]).tolist() == [1.0, 2.0, 0.0]
+
+
+def test_of_an_error_of_torch_the_first_lines_are_told_without_its_hints():
+    words = "closed by peer. This is typically a crash\nb\nc\nd\nframe 1\nframe 2"
+    with pytest.raises(PeerError, match=r"^Another process of this job does not answer: closed by peer; b; c; d\.$"):
+        with distributed._peer_errors():
+            raise RuntimeError(words)
+    with pytest.raises(torch.OutOfMemoryError), distributed._peer_errors():
+        raise torch.OutOfMemoryError("no memory")
