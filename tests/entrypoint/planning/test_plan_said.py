@@ -13,6 +13,7 @@ from entrypoint.planning.plan import make_plan
 from entrypoint.settings.read import read_settings
 from tests.support.machines import CPU, LARGE_GPU, NOW
 from trainer.spec.errors import SettingsError
+from trainer.spec.values import show
 
 
 def plan(*, on=CPU, config=None, prompts=None, reasons=(), warnings=(), now=NOW, **variables):
@@ -139,7 +140,7 @@ def test_what_is_wrong_with_a_single_file_and_with_its_config_is_said(tmp_path):
     file = tmp_path / "x.safetensors"
     file.write_bytes(b"no header")
     about_file, about_config = refused(MODEL_PATH=str(file), MODEL_CONFIG_PATH="name")
-    assert about_file.startswith(f"MODEL_PATH={str(file)!r} ")
+    assert about_file.startswith(f"MODEL_PATH={show(str(file))} ")
     problem = "is neither a folder nor the name of a repository"
     assert about_config == f"MODEL_CONFIG_PATH='name' {problem}. {ALLOWED.format('')}"
 

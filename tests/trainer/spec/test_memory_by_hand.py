@@ -20,7 +20,6 @@ from trainer.spec.memory_model import (
     candidates,
     choose,
     fastest_batch,
-    lora_bytes,
     phase_peaks_gib,
     pinned_host_gib,
     predict_peak_gib,
@@ -83,15 +82,14 @@ def test_frozen_weights(precision, rank, options, gib):
     [("adamw", 4.0, 3.0), ("adamw8bit", 2.5, 1.5), ("lion", 3.0, 2.0), ("lion8bit", 2.25, 1.25),
      ("prodigy", 6.0, 5.0), ("prodigy-schedulefree", 6.0, 5.0), ("adafactor", 4.0, 3.0)],
 )  # fmt: skip
-def test_trained_numbers_and_the_files_of_them(optimizer, in_memory, in_a_state):
-    """A file of adapters has 4 bytes for each number, a state all but the gradients' 4 bytes.
+def test_trained_numbers_and_the_states_of_them(optimizer, in_memory, in_a_state):
+    """A state has all but the gradients' 4 bytes.
 
     What each optimiser really keeps: tests/trainer/training/test_optimizers.py.
     """
     workload = Workload(512 * 1024, 2, 16, optimizer)
     assert trained_gib(ROUND, workload) == exactly(in_memory)
     assert state_bytes(ROUND, 16, optimizer) == exactly(in_a_state * GIB)
-    assert lora_bytes(ROUND, 16) == exactly(GIB)
 
 
 # The layers with adapters of the published models, as (inputs, outputs) in widths: q, k and v in one and apart.
