@@ -251,3 +251,9 @@ def test_a_step_whose_gradient_overflows_is_skipped_and_not_counted_as_bad():
     assert {weight for step, weight in found if step.skipped} == {0.5}
     plain = [weight for _, weight in steps(StepGuard(limit=0), 6 - sum(skipped))]
     assert [weight for step, weight in found if not step.skipped] == pytest.approx(plain, rel=1e-3)
+
+
+def test_a_state_from_before_the_scale_had_a_rule_begins_to_count():
+    guard = StepGuard(scale=4.0, steps_since_scale_change=7)
+    guard.restore({"skipped": 2, "recent": [1.0, 2.0]})
+    assert guard.state() == {"skipped": 2, "recent": [1.0, 2.0], "scale": 4.0, "steady": 0}

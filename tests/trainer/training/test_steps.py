@@ -116,10 +116,12 @@ def test_an_image_of_another_process_is_not_blamed_on_this_one():
         (2, losses, "an image of another process, whose log names it"),
         (1, losses, "the run diverges"),
         (2, [torch.tensor([math.nan])], "overflow in the model's arithmetic"),
+        (2, [torch.tensor([1.0, math.nan])], "overflow in the model's arithmetic"),
     ):
         workers = Workers(size=size)
+        group = [batch(*range(1, len(own[0]) + 1))]
         with pytest.raises(NumbersError, match=words):
-            loop._skip(3, [batch(1.0)], own, workers=workers, **{**common, "guard": StepGuard(limit=0)})
+            loop._skip(3, group, own, workers=workers, **{**common, "guard": StepGuard(limit=0)})
     workers = Workers(size=2)
     with pytest.raises(NumbersError, match="the run diverges"):
         loop._skip(3, [batch(1.0)], losses, workers=workers, **{**common, "loss": 1.0})
