@@ -32,6 +32,7 @@ from trainer.job import build
 from trainer.job.prepare import PreparedData
 from trainer.spec.family import get_family
 from trainer.spec.optimizers import SCHEDULERS
+from trainer.spec.weight_formats import SAVE_PRECISIONS
 
 PROMPTS = (
     '[{"prompt": "a fox", "seed": 5, "steps": 3, "cfg": 2.5, "guidance": 1.75, "negative": "blurry", "width": 64, '
@@ -756,8 +757,12 @@ def test_diffusers_loads_from_the_file_what_was_trained(which, jobs):
                 found[f"{component}.{path}"] = layer
     assert found.keys() == expected.keys()
     for key, layer in found.items():
-        product = layer.lora_B["x"].weight.double() @ layer.lora_A["x"].weight.double()
-        torch.testing.assert_close(layer.scaling["x"] * product, expected[key], rtol=1e-4, atol=1e-7, msg=key)
+        found_change = layer.scaling["x"] * layer.lora_B["x"].weight.double() @ layer.lora_A["x"].weight.double()
+        if job.plan.output.save_precision == "fp32":
+            torch.testing.assert_close(found_change, expected[key], rtol=1e-4, atol=1e-7, msg=key)
+        # diffusers folds alpha into matrices of 16 bits, which rounds them once more.
+        bound = 1.5 * SAVE_PRECISIONS[job.plan.output.save_precision].bound + 1e-5
+        assert (found_change - expected[key]).norm() <= bound * expected[key].norm(), key
         if magnitudes:
             torch.testing.assert_close(layer.lora_magnitude_vector["x"].weight.detach(), magnitudes[key])
     assert bool(magnitudes) == (job.asked.get("PARAMS_LORA_TYPE") == "dora")
