@@ -1,4 +1,4 @@
-"""Open images, scale and crop them. Pillow and numpy; no torch, so that worker processes start fast.
+"""Open images, scale and crop them. Pillow, and numpy where it is needed; no torch, so that processes start fast.
 
 Every file becomes upright 8-bit sRGB, or is refused for a named reason: nothing is guessed or repaired.
 Letters: H height, W width, C channels.
@@ -12,11 +12,14 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 from PIL import Image, ImageCms, features
 
 from trainer.storage.read import read_regular
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # Never the formats that run programs (EPS), nest (PSD, ICNS) or link to other files.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
@@ -168,6 +171,8 @@ def _shrink_by_area(
     OpenCV's INTER_AREA, which sd-scripts uses. Pillow's BOX takes or leaves whole pixels, which at 1.2:1 is a
     nearest-neighbour resize with jagged edges.
     """
+    import numpy as np  # late: most scans need none of it
+
     left, right = _covered(image.width, scaled[0], offset[0], size[0])
     top, bottom = _covered(image.height, scaled[1], offset[1], size[1])
 
@@ -205,6 +210,8 @@ def _mean_rows(
 
     `rows(a, b)` gives the image's rows [a, b) as (b - a, W, C), for start ≤ a < b ≤ end.
     """
+    import numpy as np
+
     blocks = []
     for begin in range(first, first + count, ROWS_AT_ONCE):
         edges = np.arange(begin, min(begin + ROWS_AT_ONCE, first + count) + 1) * ratio
@@ -346,6 +353,8 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
     Raises UnusableImageError for values outside that range, whose meaning the file does not tell.
     """
+    import numpy as np
+
     values = np.asarray(image)
     full = 1.0 if image.mode == "F" else 65535.0
     if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= full):
