@@ -4,6 +4,8 @@
 
 step: speed and memory of a training step in any variant
 plans: the plan for hardware that need not be there; `--cards`: for those that people have
+shapes: a job's steps with images of one, ten and twenty shapes
+samples: pictures that are drawn while a job trains
 targets: our Triton kernels compiled for accelerators that need not be there
 peers: steps of other trainers in the same run
 memory: predicted and measured peaks

@@ -1,6 +1,6 @@
 """Whole jobs on a full-size model with random weights and on random images.
 
-    python -m bench job FOLDER --family flux                            # writes the model and the images
+    python -m bench job FOLDER --family flux --shapes 20                # writes the model, and images of 20 shapes
     python -m bench job FOLDER --family flux NAME=VALUE …               # and runs a job with these settings
     python -m bench job FOLDER --family flux --again NAME=VALUE …       # and a second one, with warm caches
 
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from bench.shapes import shapes as bucket_shapes
 from bench.step import free, random_weights
 from trainer.spec.family import get_family
 
@@ -55,12 +56,14 @@ def write_model(folder: Path, name: str) -> None:
         print(f"{subfolder} {time.monotonic() - started:.1f} s", flush=True)
 
 
-def write_images(folder: Path) -> None:
+def write_images(folder: Path, shapes: int) -> None:
+    """Twenty images: of one square shape, or of so many of the default dataset.json's buckets in turn."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
+    sizes = bucket_shapes(shapes) if shapes > 1 else [(SIDE, SIDE)]
     for i in range(IMAGES):
         coarse = Image.fromarray(rng.integers(0, 255, (12, 12, 3), dtype=np.uint8))
-        coarse.resize((SIDE, SIDE)).save(folder / f"{i:02d}.png")
+        coarse.resize(sizes[i % len(sizes)]).save(folder / f"{i:02d}.png")
         (folder / f"{i:02d}.txt").write_text(f"a picture of zot, number {i}")
 
 
@@ -116,10 +119,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--family", default="flux")
     parser.add_argument("--again", action="store_true")
+    parser.add_argument("--shapes", type=int, default=1, help="of the images")
     parser.add_argument("settings", nargs="*", metavar="NAME=VALUE")
     flags = parser.parse_intermixed_args(arguments)
     if not (flags.folder / "pictures").is_dir():
-        write_images(flags.folder / "pictures")
+        write_images(flags.folder / "pictures", flags.shapes)
         write_model(flags.folder / "model", flags.family)
     if not flags.settings:
         return

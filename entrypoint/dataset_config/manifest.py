@@ -172,7 +172,10 @@ def _read_tree(location: str, origin: str, problems: Problems, notes: list[str])
     text, text_format = read_text(location, "DATASET_CONFIG", problems, default_format="json")
     if text is None:
         return None
-    return parse_text(text, text_format=text_format, origin=origin, problems=problems, notes=notes)
+    tree = parse_text(text, text_format=text_format, origin=origin, problems=problems, notes=notes)
+    if tree is None and not problems.lines:
+        problems.add(f"{origin}: it is null, but must be an object. Fix: {shapes.EXAMPLE}.")
+    return tree
 
 
 def _folder_of(document: str | None) -> Path | None:

@@ -82,6 +82,8 @@ def _configurations(snapshot: Path, variable: str) -> dict[str, Any]:
         raise DataError(f"{variable}: the head of its README.md cannot be read: {problem}") from problem
     if not configurations:
         return {DEFAULT: {}}
+    if not all(isinstance(name, str) for name in configurations):
+        raise DataError(f"{variable}: the head of its README.md has a configuration whose config_name is no text.")
     ordered = dict(configurations)
     if default is not None:  # first
         ordered = {default: {**ordered.pop(default), "default": True}, **ordered}

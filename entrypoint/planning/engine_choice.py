@@ -95,15 +95,15 @@ def _largest_sample(settings: Settings, datasets: Sequence[Dataset], prompts: Se
     return max((width * height for width, height in sizes), default=0)
 
 
-def _may_compile(settings: Settings, plan: EnginePlan, compiles: str) -> bool:
+def _may_compile(settings: Settings, plan: EnginePlan, compiles: bool) -> bool:
     """Whether blocks may be compiled; `_compiled` decides, once it is known what is recomputed."""
     if settings.engine.compile is not None:
         return settings.engine.compile
-    return not (plan.replay and compiles == "never")
+    return compiles or not plan.replay
 
 
-def _compiled(settings: Settings, plan: EnginePlan, compiles: str, notes: Notes) -> bool:
-    """Whether the blocks are compiled. Where steps are captured, compiling may take longer than it saves.
+def _compiled(settings: Settings, plan: EnginePlan, compiles: bool, notes: Notes) -> bool:
+    """Whether the blocks are compiled. Where steps are captured, compiling takes longer than it saves in most jobs.
 
     `compiles`: see `Facts.compiles`.
     """
@@ -113,9 +113,9 @@ def _compiled(settings: Settings, plan: EnginePlan, compiles: str, notes: Notes)
     captured = plan.replay and plan.offload != "weights"
     if plan.device == "cpu":
         chosen, why = False, "compiling takes longer than it saves on a CPU"
-    elif captured and compiles == "never":
+    elif captured and not compiles:
         chosen, why = False, "compiling its many kinds of blocks takes minutes; steps are captured as CUDA graphs"
-    elif captured and compiles == "recomputed" and fused and plan.recompute in ("none", "products"):
+    elif captured and fused and not memory_mode(plan.recompute, plan.offload).needs_compiler:
         chosen, why = False, "steps are captured as CUDA graphs, and their kernels are fused already"
     else:
         chosen, why = True, "faster on accelerators"

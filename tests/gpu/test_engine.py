@@ -261,6 +261,84 @@ def test_a_replayed_step_has_the_gradient_of_one_that_is_launched(compiled):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def blocks(count=24, width=512):
+    layers = []
+    for _ in range(count):
+        layers += [torch.nn.Linear(width, 4 * width), torch.nn.GELU(), torch.nn.Linear(4 * width, width)]
+    return torch.nn.Sequential(*layers).cuda().bfloat16()
+
+
+def test_graphs_of_ten_sizes_take_the_memory_of_one_and_give_the_launched_bits():
+    torch.manual_seed(0)
+    model = blocks()
+    params = list(model.parameters())
+
+    def work(given):
+        found = model(given["x"]).float().square().mean()
+        return found[None], found
+
+    inputs = [torch.randn(8192 - 512 * i, 512, device="cuda").bfloat16() for i in range(10)]
+    captured, launched = GraphStep(params, warms_up_each=lambda: False), EagerStep(params)
+    held = []
+    for x in inputs:
+        captured(work, {"x": x})
+        held.append(torch.cuda.memory_reserved())
+    assert len(captured.captured) == 10 and max(held) < 1.02 * held[0]
+    captured.comparing = True
+    for x in inputs:
+        captured(work, {"x": x})
+    assert captured.capturing
+    captured.comparing = False
+    for x in reversed(inputs):
+        captured.clear()
+        captured(work, {"x": x})
+        replayed = captured.flat_grad.clone()
+        launched.clear()
+        launched(work, {"x": x})
+        assert torch.equal(replayed, launched.flat_grad)
+    reserved = torch.cuda.memory_reserved()
+    captured.release()
+    assert torch.cuda.memory_reserved() < 0.7 * reserved
+
+
+def test_pictures_between_captured_steps_are_those_drawn_without_them():
+    """What is kept from pass to pass is not overwritten by a replay, and steps go on as before."""
+    torch.manual_seed(0)
+    model, decoder = blocks(), blocks(8)
+    params = list(model.parameters())
+    decoder.decode = decoder.forward
+
+    def work(given):
+        found = model(given["x"]).float().square().mean()
+        return found[None], found
+
+    def draw(count):
+        drawn = []
+        with torch.no_grad():
+            for seed in range(count):
+                latents = torch.randn(2048, 512, generator=torch.Generator("cuda").manual_seed(seed), device="cuda")
+                for _ in range(6):
+                    kept = [latents * factor for factor in (0.5, 0.25)]  # allocated between two passes
+                    latents = kept[0] + kept[1] + model(latents.bfloat16()).float()
+                drawn.append(decoder.decode(latents.bfloat16()).clone())
+        return drawn
+
+    x = {"x": torch.randn(8192, 512, device="cuda").bfloat16()}
+    wanted = draw(3)
+    runner = GraphStep(params)
+    for _ in range(2):
+        runner.clear()
+        runner(work, x)
+        before = runner.flat_grad.clone()
+        with runner.sampling(model, decoder):
+            found = draw(3)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+        assert runner.capturing and len(runner.captured) == 1 and len(runner.calls.captured) == 1
+        runner.clear()
+        runner(work, x)
+        assert torch.equal(runner.flat_grad, before)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_after_a_recording_that_fails_random_numbers_are_drawn(compiled):
     """The compiler draws some, to measure kernels with; torch's generator would still wait for the end of a capture."""

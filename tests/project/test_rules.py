@@ -86,6 +86,8 @@ PASSING_ON = (
     "_recompute_all_but_products",
     "_keep",
     "_load_and_call",
+    "call_in_pool",
+    "launch_around",
 )
 
 

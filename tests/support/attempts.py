@@ -38,9 +38,9 @@ from trainer.engine.cuda_graphs import EagerStep
 from trainer.engine.device import limit_memory, release
 from trainer.job import build
 from trainer.job.prepare import PreparedData
-from trainer.job.rehearsal import largest_batches
 from trainer.job.reporting.status import Status
 from trainer.job.session import Session
+from trainer.job.sizes import largest_batches
 from trainer.job.watchdog import Watchdog
 from trainer.spec.errors import KilnError, OutOfMemoryError, SettingsError
 from trainer.spec.family import get_family

@@ -30,7 +30,7 @@ FIRST_BYTES = 512  # of a file, which tell what it is
 INDEX_ENDS = (".safetensors.index.json", ".safetensors.index.fp16.json")
 LARGEST_INDEX = 2**26  # bytes
 SMALL_FILE_BYTES = 100_000  # an error message that was saved under a file's name is smaller
-TENSOR_END = re.compile(rb'"data_offsets":\s*\[\s*\d+\s*,\s*(\d+)')
+TENSOR_END = re.compile(rb'"data_offsets":\s*\[\s*\d+\s*,\s*(\d{1,19})(?!\d)')
 
 
 def variable(model: ModelPlan) -> str:

@@ -19,6 +19,8 @@ How a step runs, end to end:
 4. If memory runs out in the rehearsal step, `Engine.drop_adapter_columns` frees what serves speed alone, and
    `Engine.step_down` takes the next memory mode of `trainer.spec.strategies`.
 
+Between two steps, samples and validation run in the memory of the captured steps (`graph_pool`, `pooled_calls`).
+
 Read `load`, `quantization/`, `adapters`, `fused_linear`, `kernels/`, `memory/`, `execution`, `cuda_graphs`. The design
 and the figures are in docs/engine.md. `encoders` loads text encoders and the VAE, and `device` limits and frees memory.
 

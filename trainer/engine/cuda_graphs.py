@@ -8,8 +8,8 @@ clipped and summed over processes in one operation, and a replayed graph always 
 
 What happens when a pass cannot be captured:
 
-- Too little memory: graphs of other sizes are evicted, once, and the capture is tried again. After that, passes of this
-  size run eagerly (`short_of_memory`).
+- Too little memory: passes of this size run eagerly (`short_of_memory`). The rehearsal captures all sizes before the
+  first step, and chooses a memory mode in which this does not happen.
 - An operation that no graph can hold, such as one that waits for the device: nothing is captured any more
   (`capturing`).
 
@@ -21,17 +21,27 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from trainer.engine import device
+from trainer.engine.graph_pool import GraphPool
+from trainer.engine.pooled_calls import PooledCalls
+
 log = logging.getLogger(__name__)
+# Of a replayed gradient from a launched one, relative to its norm: two launched ones differ by up to some per cent.
+MAX_DIFFERENCE = 0.3
 Inputs = dict[str, torch.Tensor]
 InputSizes = tuple[object, ...]  # names, shapes and types of inputs: one graph for each
 PassContext = Callable[[], contextlib.AbstractContextManager[None]]
 # Inputs → the loss of each image, (B,), and the scalar of which the gradient is taken.
 StepFunction = Callable[[Inputs], tuple[torch.Tensor, torch.Tensor]]
+
+
+class CaptureError(RuntimeError):
+    """No graph can hold what runs: it waits for the device, for example."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,13 @@ class _CapturedGraph:
     graph: torch.cuda.CUDAGraph
     inputs: Inputs
     per_image_loss: torch.Tensor
+
+    def replay(self, inputs: Inputs) -> torch.Tensor:
+        """Run the pass on `inputs`; returns the loss of each image."""
+        for name, tensor in inputs.items():
+            self.inputs[name].copy_(tensor)
+        self.graph.replay()
+        return self.per_image_loss.clone()
 
 
 @dataclass(eq=False)
@@ -56,6 +73,9 @@ class EagerStep:
     optimizer_params: Sequence[torch.nn.Parameter] = ()
     pass_context: PassContext = contextlib.nullcontext
     capturing: bool = field(default=False, init=False)
+    # For the rehearsal: a pass that cannot be captured is an error; replayed passes are compared with launched ones.
+    must_capture: bool = field(default=False, init=False)
+    comparing: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         count = sum(p.numel() for p in self.params)
@@ -92,6 +112,26 @@ class EagerStep:
         for p, grad in self.owners:
             p.grad = grad
 
+    @contextlib.contextmanager
+    def idle_memory(self) -> Iterator[None]:
+        """Around other work between two passes: it may use the memory that captured passes keep.
+
+        It must leave no tensor behind, which the next replay would overwrite, and replay nothing itself.
+        """
+        try:
+            yield
+        finally:
+            device.release()
+
+    @contextlib.contextmanager
+    def sampling(self, denoiser: torch.nn.Module, vae: torch.nn.Module) -> Iterator[None]:  # noqa: ARG002
+        """Around samples that are drawn between two passes: they may use the memory that captured passes keep.
+
+        Passes of the denoiser are captured as well, if training passes are (`trainer.engine.pooled_calls`).
+        """
+        with self.idle_memory():
+            yield
+
     def release(self) -> bool:
         """Free the memory that is held between passes; returns whether there was any."""
         return False
@@ -105,17 +145,32 @@ class EagerStep:
 
 
 class GraphStep(EagerStep):
-    """The same from captured graphs, which share one memory pool."""
+    """The same from captured graphs, which share one memory pool.
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    `warms_up_each`: whether every size has to run once before it is captured, because its first run compiles it or
+    learns something. Otherwise only the first size runs: the passes of the others launch the same kernels.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[torch.nn.Parameter],
+        optimizer_params: Sequence[torch.nn.Parameter] = (),
+        pass_context: PassContext = contextlib.nullcontext,
+        *,
+        warms_up_each: Callable[[], bool] = lambda: True,
+    ) -> None:
+        super().__init__(params, optimizer_params, pass_context)
+        self.warms_up_each = warms_up_each
         self.captured: dict[InputSizes, _CapturedGraph] = {}
-        self.warmed_up: set[InputSizes] = set()  # sizes that have run once
+        self.warmed_up = False  # a pass has run once
         self.too_large: set[InputSizes] = set()  # sizes for which there is no memory
-        self.evicted_once = False  # the graphs of all sizes do not fit at the same time
         self.stream = torch.cuda.Stream()
-        self.pool = torch.cuda.graph_pool_handle()
+        self._new_pool()
         self.capturing = True
+
+    def _new_pool(self) -> None:
+        self.pool = GraphPool(self.flat_grad.device, self.stream)
+        self.calls = PooledCalls(self.pool, self.pass_context)
 
     @property
     def short_of_memory(self) -> bool:
@@ -124,11 +179,12 @@ class GraphStep(EagerStep):
     def release(self) -> bool:
         held = bool(self.captured)
         self.captured.clear()
-        if held:
-            torch.cuda.synchronize()
-            self.pool = torch.cuda.graph_pool_handle()
-            gc.collect()
-            torch.cuda.empty_cache()
+        self.calls.captured.clear()
+        torch.cuda.synchronize()
+        gc.collect()  # a graph that an error's traceback holds, for example
+        self.pool.close()
+        torch.cuda.empty_cache()
+        self._new_pool()
         return held
 
     def disable(self) -> bool:
@@ -137,21 +193,53 @@ class GraphStep(EagerStep):
 
     def reset(self) -> None:
         self.release()
-        self.warmed_up.clear()
+        self.warmed_up = False
         self.too_large.clear()
-        self.evicted_once = False
+
+    @contextlib.contextmanager
+    def idle_memory(self) -> Iterator[None]:
+        if not self.capturing:
+            with super().idle_memory():
+                yield
+            return
+        with self._watched(), self.pool.allocating():
+            yield
+
+    @contextlib.contextmanager
+    def sampling(self, denoiser: torch.nn.Module, vae: torch.nn.Module) -> Iterator[None]:
+        if not self.capturing:
+            with super().sampling(denoiser, vae):
+                yield
+            return
+        with (
+            self._watched(),
+            self.calls.of(denoiser, "forward", captures=True),
+            self.calls.of(vae, "decode", captures=False),
+        ):
+            yield
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Release everything at the end, if the pool has grown so far that the optimiser may lack memory."""
+        reserved = torch.cuda.memory_reserved()
+        try:
+            yield
+        finally:
+            torch.cuda.empty_cache()  # what was outside of the pool
+            if torch.cuda.memory_reserved() > reserved + device.MIN_RESERVE_BYTES and device.is_nearly_full():
+                self.release()
 
     def __call__(self, step_function: StepFunction, inputs: Inputs) -> torch.Tensor:
         if not self.capturing:
             return super().__call__(step_function, inputs)
         sizes: InputSizes = tuple((name, t.shape, t.dtype) for name, t in inputs.items())
-        captured = self.captured.get(sizes) or self._capture_or_evict(sizes, step_function, inputs)
+        captured = self.captured.get(sizes) or self._capture_once(sizes, step_function, inputs)
         if captured is None:
             return super().__call__(step_function, inputs)
-        for name, tensor in inputs.items():
-            captured.inputs[name].copy_(tensor)
-        captured.graph.replay()
-        return captured.per_image_loss.clone()
+        if self.comparing and not self._agrees(captured, step_function, inputs):
+            self._give_up("a replayed gradient is not the launched one")
+            return super().__call__(step_function, inputs)
+        return captured.replay(inputs)
 
     def _pass(self, step_function: StepFunction, inputs: Inputs) -> torch.Tensor:
         """What is captured: as `EagerStep.__call__`, but all gradients are added by a few kernels at the end."""
@@ -167,62 +255,95 @@ class GraphStep(EagerStep):
         torch._foreach_add_(totals, addends)
         return per_image_loss.detach()
 
-    def _capture_or_evict(
-        self, sizes: InputSizes, step_function: StepFunction, inputs: Inputs
-    ) -> _CapturedGraph | None:
-        """Capture if there is memory for it. The graphs of other sizes are evicted for that, but only once: sizes that
-        alternate would otherwise be captured again in each step."""
+    def _capture_once(self, sizes: InputSizes, step_function: StepFunction, inputs: Inputs) -> _CapturedGraph | None:
+        """Capture if there is memory for it, which is tried once for each size.
+
+        Raises torch.OutOfMemoryError if there is none and `must_capture`.
+        """
         if sizes in self.too_large:
             return None
-        captured = self._capture(sizes, step_function, inputs)
-        if captured is None and self.capturing and not self.evicted_once:
-            self.evicted_once = self.release()
-            captured = self._capture(sizes, step_function, inputs) if self.evicted_once else None
+        captured = self._capture(step_function, inputs)
         if captured is not None:
             self.captured[sizes] = captured
+        elif self.capturing and self.must_capture:
+            raise torch.OutOfMemoryError("no memory to capture a step of this size")
         elif self.capturing:
             self.too_large.add(sizes)
             log.warning("There is no memory to capture a step of this size as a CUDA graph: it runs kernel by kernel.")
         return captured
 
-    def _capture(self, sizes: InputSizes, step_function: StepFunction, inputs: Inputs) -> _CapturedGraph | None:
+    def _capture(self, step_function: StepFunction, inputs: Inputs) -> _CapturedGraph | None:
         """Capture, leaving gradient and random numbers as they were; None if memory runs out or it is impossible."""
         random_state = torch.cuda.get_rng_state()
         current = torch.cuda.current_stream()
         try:
             static_inputs = {name: tensor.clone() for name, tensor in inputs.items()}
-            if sizes not in self.warmed_up:
-                self._warm_up(step_function, static_inputs)
-                self.warmed_up.add(sizes)
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()  # the graph's own pool needs the memory that the warm-up took
+            if self.warmed_up and not self.warms_up_each():
+                with contextlib.suppress(CaptureError):  # something only works once a pass of this size has run
+                    return self._capture_graph(step_function, static_inputs)
+            self._warm_up(step_function, static_inputs)
+            self.warmed_up = True
             return self._capture_graph(step_function, static_inputs)
         except torch.OutOfMemoryError:
+            return None
+        except CaptureError as problem:
+            self._give_up(problem)
             return None
         finally:
             torch.cuda.set_stream(current)  # a failed capture leaves its own stream current
             current.wait_stream(self.stream)
             torch.cuda.set_rng_state(random_state)
 
-    def _warm_up(self, step_function: StepFunction, inputs: Inputs) -> None:
-        """Run the pass once: the first run compiles kernels and allocates workspaces, which a capture must not do."""
+    def _give_up(self, why: object) -> None:
+        self.capturing = False
+        log.warning("Steps cannot be captured as a CUDA graph, and run kernel by kernel: %s", why)
+
+    def _agrees(self, captured: _CapturedGraph, step_function: StepFunction, inputs: Inputs) -> bool:
+        """Whether a replay adds the gradient that the launched pass adds; changes no gradient.
+
+        Not to the bit: attention's backward pass sums in no fixed order. A graph that reads or writes wrong memory is
+        far outside of these bounds.
+        """
         before = self.flat_grad.clone()
-        current = torch.cuda.current_stream()
-        self.stream.wait_stream(current)
+        random_state = torch.cuda.get_rng_state()
         try:
-            with torch.cuda.stream(self.stream):
+            self.flat_grad.zero_()
+            captured.replay(inputs)
+            replayed = self.flat_grad.clone()
+            self.flat_grad.zero_()
+            torch.cuda.set_rng_state(random_state)
+            with self.pool.allocating():
                 self._pass(step_function, inputs)
+            difference = (replayed - self.flat_grad).norm()
+            return bool(difference <= MAX_DIFFERENCE * self.flat_grad.norm())
         finally:
-            current.wait_stream(self.stream)
+            self.flat_grad.copy_(before)
+            torch.cuda.set_rng_state(random_state)
+
+    def _warm_up(self, step_function: StepFunction, inputs: Inputs) -> None:
+        """Run the pass once: the first run compiles kernels and allocates workspaces, which a capture must not do.
+
+        In the pool, where the capture finds the same memory again. A tensor that the pass leaves there, such as a
+        constant of compiled code, may lie where graphs that were captured before write: these are captured again.
+        """
+        before = self.flat_grad.clone()
+        allocated = torch.cuda.memory_allocated()
+        try:
+            with self.pool.allocating():
+                self._pass(step_function, inputs)
+            if torch.cuda.memory_allocated() > allocated:
+                self.captured.clear()
+                self.calls.captured.clear()
+        finally:
             self.flat_grad.copy_(before)
 
-    def _capture_graph(self, step_function: StepFunction, inputs: Inputs) -> _CapturedGraph | None:
-        """Capture the pass. None, and nothing is captured any more, if it waits for the device or does something else
-        that no graph can hold. Raises torch.OutOfMemoryError."""
+    def _capture_graph(self, step_function: StepFunction, inputs: Inputs) -> _CapturedGraph:
+        """Capture the pass. Raises CaptureError and torch.OutOfMemoryError."""
         graph = torch.cuda.CUDAGraph()
         try:
-            # "thread_local": other threads, which write checkpoints, may allocate meanwhile.
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            # "relaxed": other threads, which write checkpoints, may allocate meanwhile; and this one may load a kernel
+            # that only this size needs.
+            with torch.cuda.graph(graph, pool=self.pool.handle, stream=self.stream, capture_error_mode="relaxed"):
                 per_image_loss = self._pass(step_function, inputs)
         except RuntimeError as problem:
             # Leaving the context after an error raises another one, "previous error during capture".
@@ -230,11 +351,7 @@ class GraphStep(EagerStep):
             self._end_failed_capture()
             if isinstance(problem, torch.OutOfMemoryError) or isinstance(cause, torch.OutOfMemoryError):
                 raise torch.OutOfMemoryError(str(cause)) from problem
-            self.capturing = False
-            self.pool = torch.cuda.graph_pool_handle()
-            why = (str(cause).splitlines() or [repr(cause)])[0]
-            log.warning("Steps cannot be captured as a CUDA graph, and run kernel by kernel: %s", why)
-            return None
+            raise CaptureError((str(cause).splitlines() or [repr(cause)])[0]) from problem
         return _CapturedGraph(graph, inputs, per_image_loss)
 
     def _end_failed_capture(self) -> None:
@@ -245,9 +362,8 @@ class GraphStep(EagerStep):
         """
         if not self.flat_grad.is_cuda:
             return
-        with contextlib.suppress(RuntimeError):  # it has ended
-            torch._C._cuda_endAllocateToPool(self.flat_grad.device.index, self.pool)
+        self.pool.end_failed_capture()
         # Only a capture that succeeds tells the generator. So capture one kernel.
-        graph = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream, capture_error_mode="thread_local")
+        graph = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream, capture_error_mode="relaxed")
         with contextlib.suppress(RuntimeError), graph:  # the error that has been reported may be raised once more
             self.flat_grad[:1].zero_()

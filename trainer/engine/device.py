@@ -6,6 +6,7 @@ import gc
 
 import torch
 
+from trainer.spec.memory_model import USABLE_SHARE
 from trainer.spec.plan import EnginePlan
 
 # Of the device's memory, a rehearsal leaves this free, because later steps may find the same amount in pieces that are
@@ -22,15 +23,25 @@ def limit_memory(device: str, gib: float | None) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total_bytes))
 
 
+def limit_bytes() -> int:
+    """The memory of the device that this process may take."""
+    share = torch.cuda.get_per_process_memory_fraction()
+    return int(share * torch.cuda.get_device_properties(0).total_memory)
+
+
+def is_nearly_full() -> bool:
+    """Whether less of the device's memory is left than a plan leaves free."""
+    left = min(limit_bytes() - torch.cuda.memory_reserved(), torch.cuda.mem_get_info()[0])
+    return left < (1 - USABLE_SHARE) * limit_bytes()
+
+
 def rehearsal_reserve(device: str, *, eager: bool) -> int:
     """Bytes that a rehearsal leaves free. `eager`: steps are launched kernel by kernel."""
     if device != "cuda":
         return 0
     if not eager:
         return MIN_RESERVE_BYTES
-    share = torch.cuda.get_per_process_memory_fraction()
-    total_bytes = torch.cuda.get_device_properties(0).total_memory
-    return max(MIN_RESERVE_BYTES, int(share * total_bytes / EAGER_RESERVE_DIVISOR))
+    return max(MIN_RESERVE_BYTES, limit_bytes() // EAGER_RESERVE_DIVISOR)
 
 
 def torch_dtype(plan: EnginePlan) -> torch.dtype:

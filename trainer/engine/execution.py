@@ -117,6 +117,10 @@ class Engine:
         """
         return len(self.fallbacks) > index and self.fallbacks[index].offload != "weights"
 
+    def learns_from_first_pass(self) -> bool:
+        """Whether the first pass of each size does what later ones build on: compile, or count what is offloaded."""
+        return self.compiled or self.offload is not None
+
     @property
     def next_offloads_more(self) -> bool:
         """Whether the next fallback offloads more, and is slower by that much; also if there is none."""

@@ -129,7 +129,6 @@ FACTS = Facts(
     prompt_steps=20,
     prompt_guidance=3.5,
     prompt_cfg=1.0,
-    compiles="recomputed",
 )
 
 

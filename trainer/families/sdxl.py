@@ -53,6 +53,7 @@ FOOTPRINT = Footprint(
     encoder_weights=0.82e9,
     hidden_size=1280,
     capture_gib=0.6,
+    graph_gib=0.045,
     unfused_factor=1.5,
 )
 BASE = BaseModel(
@@ -86,7 +87,7 @@ FACTS = Facts(
     multiple=32,  # the VAE shrinks by 8, the UNet by another 4
     objective="denoising",
     timestep_samplings=("uniform",),
-    compiles="never",
+    compiles=False,
     attention_backends=False,
     targets=(
         "proj_in",

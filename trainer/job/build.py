@@ -28,7 +28,7 @@ from trainer.engine.execution import Engine
 from trainer.engine.load import load_denoiser
 from trainer.engine.memory.weight_streaming import WeightStreamer
 from trainer.engine.quantization.cast_adapters import AdapterCast
-from trainer.job import saving
+from trainer.job import saving, sizes
 from trainer.job.prepare import PreparedData
 from trainer.job.session import Session
 from trainer.job.watchdog import Watchdog
@@ -73,7 +73,8 @@ def make_session(
     plan = data.plan
     family = get_family(plan.model.family)
     regions = family.regions(training_state.denoiser)
-    engine = Engine(training_state.denoiser, regions, plan.engine, training_state.weight_streamer)
+    engine_plan = sizes.engine_plan_for(plan, data.sampler.epoch(0))
+    engine = Engine(training_state.denoiser, regions, engine_plan, training_state.weight_streamer)
     objective = data.objective
     snapshots = Snapshots(training_state.optimizer, plan.engine.device)
     describe_run = partial(saving.describe_run, plan, family, objective, sampler=data.sampler, scan=data.scan)
@@ -118,10 +119,11 @@ def make_runner(plan: EnginePlan, engine: Engine, training_state: TrainingState)
         cast = AdapterCast(training_state.denoiser, torch_dtype(plan))
     # Text encoders that train tokenize in each step, which no graph can hold.
     captures = plan.replay and engine.can_capture() and not training_state.texts.models
-    runner_class = GraphStep if captures else EagerStep
-    return runner_class(
-        training_state.adapter_params, training_state.optimizer_params, partial(engine.forward_backward, cast)
-    )
+    params, optimizer_params = training_state.adapter_params, training_state.optimizer_params
+    pass_context = partial(engine.forward_backward, cast)
+    if not captures:
+        return EagerStep(params, optimizer_params, pass_context)
+    return GraphStep(params, optimizer_params, pass_context, warms_up_each=engine.learns_from_first_pass)
 
 
 def adapter_summary(training_state: TrainingState) -> str:

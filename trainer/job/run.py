@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import os
 import sys
@@ -39,7 +40,7 @@ from trainer.data.encode import open_cache
 from trainer.data.identity import fingerprint
 from trainer.data.records import Scan
 from trainer.engine.attention import flash_attention_4
-from trainer.engine.device import limit_memory
+from trainer.engine.device import limit_memory, release
 from trainer.job.build import adapter_summary, build_training_state, check_targets, make_session
 from trainer.job.class_images import draw_class_images
 from trainer.job.crash_loop import CrashLog
@@ -198,6 +199,9 @@ def _train(
     log.info("Loaded the model and added %s in %.1f s.", adapter_summary(training_state), time.monotonic() - started)
     _check_in(watchdog, stop)
     session = make_session(opened, data, training_state, stop, watchdog=watchdog, workers=workers)
+    if plan.engine.device == "cuda":
+        release()
+        gc.freeze()  # the model stays: Python need not look through its million objects again and again
     session.rehearse()
     first = 0
     if data.state is not None:

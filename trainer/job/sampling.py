@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from PIL import Image, PngImagePlugin
 from trainer.data import cache as caching
 from trainer.data.cache import Cache
 from trainer.data.decode import read_sample
-from trainer.engine.device import release, torch_dtype
+from trainer.engine.device import torch_dtype
 from trainer.engine.encoders import load_vae
 from trainer.engine.execution import without_new_compilation
 from trainer.job.reporting.contact_sheet import contact_sheet
@@ -41,11 +43,12 @@ def sample(
     folder: Path,
     stop: StopFlag,
     check_in: Callable[[], None],
+    around: Callable[[Any, Any], contextlib.AbstractContextManager[None]],
 ) -> None:
     """Draw those samples of `step` that are missing into `folder`, with the weights to use.
 
-    Looks for a stop, and calls `check_in`, before each image. Where memory runs out, the rest of the samples is left
-    out with a warning: training is worth more than a sample.
+    Looks for a stop, and calls `check_in`, before each image. `around`: `EagerStep.sampling`. Raises
+    torch.OutOfMemoryError; what is drawn by then stays.
     """
     started = time.monotonic()
     device = plan.engine.device
@@ -69,19 +72,15 @@ def sample(
             scheduler=scheduler_changes(plan.train),
         )
 
-    try:
-        with training_state.inference_weights(), torch.no_grad(), without_new_compilation():
-            count = draw_all(
-                folder,
-                plan.prompts,
-                step=step,
-                draw=partial(draw, load_vae(family, model, plan.engine)),
-                stopped=lambda: stop.requested,
-            )
-        log.info("Drew %d samples of step %d in %.1f s.", count, step, time.monotonic() - started)
-    except torch.OutOfMemoryError as problem:
-        log.warning("Not enough memory to draw all samples of step %d; training continues: %s", step, problem)
-    release()
+    vae = load_vae(family, model, plan.engine)
+    with (
+        around(training_state.denoiser, vae),
+        training_state.inference_weights(),
+        torch.no_grad(),
+        without_new_compilation(),
+    ):
+        count = draw_all(folder, plan.prompts, step=step, draw=partial(draw, vae), stopped=lambda: stop.requested)
+    log.info("Drew %d samples of step %d in %.1f s.", count, step, time.monotonic() - started)
 
 
 def draw_all(
@@ -98,21 +97,26 @@ def draw_all(
     Each goes into `folder` as step-00000100-00.png with its prompt in the PNG. `stopped` is asked before each.
     `labels`: of the sheet's columns, see `contact_sheet`.
     """
-    count = 0
-    for number, prompt in enumerate(prompts):
-        path = folder / f"step-{step:08d}-{number:02d}.png"
-        if is_of(path, prompt):
-            continue
-        if stopped():
-            break
-        json_files.set_aside_unless(path, lambda _: False, "is damaged, or another image than this prompt's")
-        image = draw(prompt)
-        with atomic.replacing(path) as temporary:
-            image.save(temporary, pnginfo=_png_info(prompt, step))
-        count += 1
-    if count:
+    saved: list[Future[None]] = []
+    with ThreadPoolExecutor(1, "png") as thread:  # an image is compressed while the next one is drawn
+        for number, prompt in enumerate(prompts):
+            path = folder / f"step-{step:08d}-{number:02d}.png"
+            if is_of(path, prompt):
+                continue
+            if stopped():
+                break
+            json_files.set_aside_unless(path, lambda _: False, "is damaged, or another image than this prompt's")
+            saved.append(thread.submit(_save, draw(prompt), path, _png_info(prompt, step)))
+    for writing in saved:
+        writing.result()
+    if saved:
         contact_sheet(folder, prompts, labels=labels)
-    return count
+    return len(saved)
+
+
+def _save(image: Image.Image, path: Path, info: PngImagePlugin.PngInfo) -> None:
+    with atomic.replacing(path) as temporary:
+        image.save(temporary, pnginfo=info)
 
 
 def set_aside_outdated(folder: Path, prompts: Sequence[Prompt]) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -41,6 +42,7 @@ from trainer.training.state import TrainingState
 from trainer.training.stop_flag import StopFlag
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def due(step: int, every: int, total: int) -> bool:
@@ -204,16 +206,20 @@ class Session:
     def validate(self, step: int, *, metrics: Metrics) -> None:
         """Record the loss on the held-out images."""
         self.watchdog.heartbeat()
-        self._pause_training()
-        held_out = (batches.micro_batch(self.cache, batch) for batch in self.sampler.validation())
-        with metrics.aside(), self.training_state.inference_weights():
-            loss = loop.validation_loss(
-                held_out,
-                predict=self.predict,
-                objective=self.objective,
-                device=self.plan.engine.device,
-                seed=self.plan.train.seed,
-            )
+
+        def loss_now() -> float:
+            held_out = (batches.micro_batch(self.cache, batch) for batch in self.sampler.validation())
+            with self.training_state.inference_weights():
+                return loop.validation_loss(
+                    held_out,
+                    predict=self.predict,
+                    objective=self.objective,
+                    device=self.plan.engine.device,
+                    seed=self.plan.train.seed,
+                )
+
+        with metrics.aside():
+            loss = self._with_room(partial(self._in_idle_memory, loss_now))
         metrics.record({"step": step, "validation_loss": loss})
         log.info("Validation loss at step %d: %.4f", step, loss)
 
@@ -228,8 +234,8 @@ class Session:
         if not self.plan.prompts or self.stop.requested:
             return
         status.phase("sampling")
-        self._pause_training()
-        with metrics.aside():
+
+        def draw() -> None:
             sampling.sample(
                 step,
                 plan=self.plan,
@@ -239,7 +245,14 @@ class Session:
                 folder=self.home / "sample",
                 stop=self.stop,
                 check_in=self.watchdog.heartbeat,
+                around=self.runner.sampling,
             )
+
+        with metrics.aside():
+            try:
+                self._with_room(draw)
+            except torch.OutOfMemoryError as problem:  # training is worth more than a sample
+                log.warning("Not enough memory to draw all samples of step %d; training continues: %s", step, problem)
         metrics.samples(step, sorted((self.home / "sample").glob(f"step-{step:08d}-*.png")))
 
     def export(self) -> Path:
@@ -254,10 +267,24 @@ class Session:
                 self.saver.writer.join()
             raise
 
-    def _pause_training(self) -> None:
-        """Free the memory of CUDA graphs, and let no other weights be swapped in while a save still copies these."""
+    def _in_idle_memory(self, task: Callable[[], T]) -> T:
+        with self.runner.idle_memory():
+            return task()
+
+    def _with_room(self, task: Callable[[], T]) -> T:
+        """Do `task`; where memory runs out, once more without the captured steps, which are captured anew after that.
+
+        Raises torch.OutOfMemoryError where it does not fit then either.
+        """
+        self.snapshots.wait_on_device()  # no other weights are swapped in while a save still copies these
+        try:
+            return task()
+        except torch.OutOfMemoryError:
+            if not self.runner.capturing:
+                raise
+        # Not inside `except`: there, the error's traceback would hold the tensors of the failed attempt.
         self.runner.release()
-        self.snapshots.wait_on_device()
+        return task()
 
     def _fixed_output(self) -> torch.Tensor:
         """The denoiser's output for one image of the dataset, the same each time."""

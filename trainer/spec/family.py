@@ -64,6 +64,7 @@ class Footprint:
     encoder_weights: float  # weights of the text encoders
     hidden_size: int  # the shorter side of most linear layers in the blocks
     capture_gib: float = 2.5  # GiB that CUDA graphs take besides, where the step recomputes
+    graph_gib: float = 0.025  # GiB of the driver for each captured graph (`python -m bench shapes`)
     unfused_factor: float = 1.45  # saved_gib["none"] is this times as large without the norms and GELUs fused for FP8
 
 
@@ -168,9 +169,9 @@ class Facts:
     prompt_guidance: float
     prompt_cfg: float
     flow_shift: float = 3.1582  # default of PARAMS_DISCRETE_FLOW_SHIFT
-    # Whether regions are compiled where steps are captured in CUDA graphs: "always", "recomputed" (those that are
-    # recomputed in the backward pass), or "never". docs/lab-notes.md has the measurements.
-    compiles: str = "always"
+    # Whether regions that have no fused forward passes are compiled where steps are captured in CUDA graphs.
+    # docs/lab-notes.md has the measurements.
+    compiles: bool = True
     max_token_lengths: tuple[int, ...] = (CLIP_TOKENS,)  # values of PARAMS_MAX_TOKEN_LENGTH; the first is the default
     hub_tags: tuple[str, ...] = ()  # of a model card on the Hub, by which people find LoRAs of this family
     attention_backends: bool = True  # False: it calls torch's attention, whichever backend diffusers is set to

@@ -23,8 +23,16 @@ from dataclasses import dataclass, replace
 
 from trainer.spec.adapter_columns import fits_adapter_columns, padding_for
 from trainer.spec.family import Footprint, base_models, lora_formats
-from trainer.spec.plan import Plan
-from trainer.spec.strategies import MEMORY_MODES, OFFLOADS, RECOMPUTE_POLICIES, MemoryMode, described
+from trainer.spec.plan import EnginePlan, Plan
+from trainer.spec.strategies import (
+    MEMORY_MODES,
+    OFFLOADS,
+    RECOMPUTE_POLICIES,
+    MemoryMode,
+    RunningMode,
+    described,
+    fallbacks,
+)
 from trainer.spec.weight_formats import PRECISIONS, SAVE_PRECISIONS
 
 GIB = 2**30
@@ -308,6 +316,44 @@ def _use_spare_memory(
     all_exempt_gib = changed(kept_blocks=footprint.region_count).gib
     affordable = int(spare_gib / (all_exempt_gib - strategy.gib) * footprint.region_count)
     return changed(kept_blocks=min(footprint.region_count, affordable))
+
+
+def with_room_for_graphs(
+    footprint: Footprint, workload: Workload, plan: EnginePlan, *, graphs: int, have_gib: float
+) -> EnginePlan:
+    """`plan`, changed as far as the driver's memory for so many CUDA graphs needs it.
+
+    For a plan that was made before the number of sizes of steps was known. First the transposed copies go, and blocks
+    that are exempt from recompute; then the next memory modes are taken (`strategies.fallbacks`), as long as they can
+    be captured. A plan that nothing helps stays as it is: the rehearsal finds out.
+    """
+    graphs_gib = graphs * footprint.graph_gib
+
+    def fits(mode: RunningMode, *, transposed: bool) -> bool:
+        gib = predict_peak_gib(
+            footprint,
+            workload,
+            precision=plan.precision,
+            recompute=mode.recompute,
+            kept_blocks=mode.kept_blocks,
+            offload=mode.offload,
+            transposed=transposed,
+        )
+        reserved_gib = footprint.capture_gib if mode.kept_blocks else 0.0  # as in `_use_spare_memory`
+        share = MAX_USABLE_SHARE if mode.offload == "activations" else USABLE_SHARE
+        return gib + reserved_gib + graphs_gib <= have_gib * share
+
+    first, *others = fallbacks(plan.recompute, plan.kept_blocks, plan.offload, compiled=plan.compile)
+    tried = [(first, plan.turned_weights)]
+    for count in range(first.kept_blocks, -1, -1):
+        tried.append((first._replace(kept_blocks=count), False))
+    for mode in others:
+        if mode.offload != "weights":
+            tried.append((mode, False))
+    for mode, transposed in tried:
+        if fits(mode, transposed=transposed):
+            return replace(plan, **mode._asdict(), turned_weights=transposed)
+    return plan
 
 
 def relative_speed(footprint: Footprint, workload: Workload, strategy: Strategy) -> float:

@@ -107,6 +107,9 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         count = Counter(name for name, _ in pairs)
         raise ValueError(f"its safetensors header has {printable(max(count, key=lambda name: count[name]))} twice")
+    for text in (*found, *found.values()):
+        if isinstance(text, str) and not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError("its safetensors header is damaged: it has half of a character")
     return found
 
 

@@ -557,3 +557,10 @@ def outcome(config: str | None, prompts: str | None) -> None:
         return
     assert all(d.subsets for d in manifest.datasets)
     json.dumps(dataclasses.asdict(manifest), default=sorted, ensure_ascii=False).encode()
+
+
+@pytest.mark.parametrize("text", ["null", "null\n"])
+def test_a_file_that_says_null_is_refused(tmp_path, text):
+    (tmp_path / "data.json").write_text(text)
+    with pytest.raises(SettingsError, match="it is null, but must be an object"):
+        read_manifest(str(tmp_path / "data.json"), None)

@@ -295,6 +295,13 @@ def test_a_head_that_is_not_yaml_is_named(tmp_path: Path) -> None:
         read(tmp_path, {"README.md": b"---\nconfigs: 3\n---\n", **TWO})
 
 
+@pytest.mark.parametrize("name", ["null", "3", "[a]"])
+def test_a_configuration_whose_name_is_no_text_is_named(tmp_path: Path, name: str) -> None:
+    card = f"---\nconfigs:\n- config_name: {name}\n  data_dir: a\n---\n".encode()
+    with pytest.raises(DataError, match=r"README\.md (has a configuration whose config_name|cannot be read)"):
+        read(tmp_path, {"README.md": card, **TWO}, configuration="b")
+
+
 # ---- columns
 
 

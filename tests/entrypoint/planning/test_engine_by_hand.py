@@ -94,10 +94,10 @@ def test_a_plan_and_all_its_reasons():
         "Peaks predicted, in GiB of 24: texts 6.5, latents 5.5, training 20.7, samples 18.6.",
         "Memory mode for steps of 2 images: fp8, all but attention recomputed: 20.7 GiB.",
         "Faster, but too large: fp8, everything kept: 35.7 GiB; fp8, all but products recomputed: 25.7 GiB.",
-        "PARAMS_COMPILE: true (faster on accelerators)",
+        "PARAMS_COMPILE: false (steps are captured as CUDA graphs, and their kernels are fused already)",
     ]
     engine = planned.engine
-    assert (engine.device, engine.dtype, engine.compile, engine.replay) == ("cuda", "bfloat16", True, True)
+    assert (engine.device, engine.dtype, engine.compile, engine.replay) == ("cuda", "bfloat16", False, True)
     assert (engine.host_gib, engine.stream_encoders, engine.tile_vae, engine.turned_weights) == (
         250.0,
         False,
@@ -389,7 +389,7 @@ def test_attention_that_is_asked_for(architecture, family, asked, refused):
     [
         ("sdxl", {}, False, "compiling its many kinds of blocks takes minutes; steps are captured as CUDA graphs"),
         ("sdxl", {"PARAMS_OFFLOAD": "weights"}, True, "faster on accelerators"),  # these are not captured
-        ("sd3", {}, True, "faster on accelerators"),
+        ("sd3", {}, False, "steps are captured as CUDA graphs, and their kernels are fused already"),
         ("flux", {"PARAMS_LORA_TYPE": "dora"}, True, "faster on accelerators"),
         ("flux", {"PARAMS_PRECISION": "fp8-storage"}, True, "faster on accelerators"),
     ],

@@ -207,3 +207,9 @@ def test_parts_of_different_models_are_named(folder: Path) -> None:
     plan = ModelPlan("mini-flux", "flux", str(folder), path=str(folder))
     with pytest.raises(SettingsError, match="transformer in_channels is 64, and 4 \\* vae latent_channels is 16"):
         convert_single_files(plan, folder.parent / "cache")
+
+
+def test_an_end_of_hundreds_of_digits_is_no_size(tmp_path):
+    header = b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, %s]}}' % (b"9" * 401)
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert "it ends within its header" in (model_folder.damage(tmp_path / "x.safetensors") or "")

@@ -1,12 +1,32 @@
-"""CUDA graph captures that fail. Captures that succeed: tests/gpu/test_engine.py."""
+"""CUDA graph captures that fail, and when sizes run before they are captured. On a GPU: tests/gpu/test_engine.py."""
 
 import contextlib
 import logging
+import types
 
 import pytest
 import torch
 
-from trainer.engine.cuda_graphs import GraphStep, _CapturedGraph
+from trainer.engine import cuda_graphs
+from trainer.engine.cuda_graphs import CaptureError, GraphStep, _CapturedGraph
+
+
+class Pool:
+    """A pool without an allocator."""
+
+    handle = (0, 1)
+
+    def __init__(self, *_):
+        self.stream = None
+
+    def allocating(self):
+        return contextlib.nullcontext()
+
+    def end_failed_capture(self):
+        pass
+
+    def close(self):
+        pass
 
 
 @pytest.fixture
@@ -20,10 +40,15 @@ def runner(monkeypatch):
         except RuntimeError:
             raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
 
+    monkeypatch.setattr(cuda_graphs, "GraphPool", Pool)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "Stream", object)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    for name in ("synchronize", "empty_cache", "set_rng_state", "set_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: None)
+    stream = types.SimpleNamespace(wait_stream=lambda _: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     return GraphStep([torch.nn.Parameter(torch.ones(3))])
 
 
@@ -34,14 +59,15 @@ def failing(problem):
     return work
 
 
-def test_a_step_that_cannot_be_captured_is_logged_once_and_runs_eagerly_from_then_on(runner, caplog):
+def test_a_step_that_cannot_be_captured_is_logged_once_and_runs_eagerly_from_then_on(runner, caplog, monkeypatch):
     caplog.set_level(logging.WARNING)
-    assert runner._capture_graph(failing(RuntimeError("it waits\nfor the device")), {}) is None
+    monkeypatch.setattr(runner, "_warm_up", lambda *_: None)
+    x = torch.full((3,), 2.0)
+    assert runner._capture(failing(RuntimeError("it waits\nfor the device")), {"x": x}) is None
     assert not runner.capturing and not runner.short_of_memory
     assert [r.getMessage() for r in caplog.records] == [
         "Steps cannot be captured as a CUDA graph, and run kernel by kernel: it waits"
     ]
-    x = torch.full((3,), 2.0)
     told = runner(lambda given: ((runner.params[0] * given["x"]), (runner.params[0] * given["x"]).sum()), {"x": x})
     assert torch.equal(told, x) and torch.equal(runner.flat_grad, x)
 
@@ -55,24 +81,24 @@ def test_running_out_of_memory_during_a_capture_does_not_end_capturing(runner):
 
 
 class Graph:
-    def replay(self):
-        pass
+    """Replays what it was captured from."""
+
+    def __init__(self, replay=lambda: None):
+        self.replay = replay
 
 
 @pytest.fixture
 def room(runner, monkeypatch):
-    """`room(count)`: memory for so many graphs at once. Returns the sizes of all captures that were tried, in order."""
-    for name in ("synchronize", "empty_cache"):
-        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    """`room(count)`: memory for so many graphs. Returns the sizes of all captures that were tried, in order."""
     tried = []
 
     def make(count):
-        def record(key, _work, inputs):
+        def capture(_work, inputs):
             tried.append(len(inputs["x"]))
             fits = len(runner.captured) < count
             return _CapturedGraph(Graph(), {k: v.clone() for k, v in inputs.items()}, torch.zeros(3)) if fits else None
 
-        monkeypatch.setattr(runner, "_capture", record)
+        monkeypatch.setattr(runner, "_capture", capture)
         return tried
 
     return make
@@ -82,25 +108,91 @@ def step(runner, size):
     runner(lambda given: (given["x"], (runner.params[0].sum() * given["x"]).sum()), {"x": torch.ones(size)})
 
 
-def test_a_size_evicts_the_graphs_of_others_once_and_runs_eagerly_after_that(runner, room, caplog):
+def test_a_size_that_does_not_fit_runs_eagerly_and_others_stay_captured(runner, room, caplog):
     caplog.set_level(logging.WARNING)
     tried = room(1)
     for _ in range(10):
         step(runner, 3)
         step(runner, 5)
-    # The second size evicts the first, which is then tried once more.
-    assert tried == [3, 5, 5, 3] and runner.short_of_memory and len(caplog.records) == 1
+    assert tried == [3, 5] and runner.short_of_memory and len(caplog.records) == 1 and len(runner.captured) == 1
     runner.release()
-    step(runner, 3)
-    assert tried == [3, 5, 5, 3]  # a size that does not fit is not tried again
+    step(runner, 5)
+    assert tried == [3, 5]  # a size that does not fit is not tried again
     runner.reset()
+    step(runner, 5)
+    assert tried == [3, 5, 5] and not runner.short_of_memory
+
+
+def test_in_a_rehearsal_a_size_that_does_not_fit_is_an_error(runner, room):
+    room(1)
+    runner.must_capture = True
     step(runner, 3)
-    assert tried[4:] == [3] and not runner.short_of_memory
-
-
-def test_without_any_memory_each_size_is_tried_once(runner, room):
-    tried = room(0)
-    for _ in range(3):
-        step(runner, 3)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory to capture"):
         step(runner, 5)
-    assert tried == [3, 5] and runner.short_of_memory and runner.capturing
+    assert runner.capturing and not runner.too_large
+
+
+@pytest.fixture
+def passes(runner, monkeypatch):
+    """What the runner does with each size: warm it up, or capture it. `fails`: sizes that need a warm-up."""
+    done, fails = [], set()
+
+    def warm_up(_work, inputs):
+        done.append(("warm", len(inputs["x"])))
+
+    def capture_graph(_work, inputs):
+        size = len(inputs["x"])
+        if size in fails and ("warm", size) not in done:
+            raise CaptureError("something is not there yet")
+        done.append(("capture", size))
+        return _CapturedGraph(Graph(), inputs, torch.zeros(3))
+
+    monkeypatch.setattr(runner, "_warm_up", warm_up)
+    monkeypatch.setattr(runner, "_capture_graph", capture_graph)
+    return done, fails
+
+
+def test_only_the_first_size_runs_before_it_is_captured_unless_another_needs_it(runner, passes):
+    done, fails = passes
+    runner.warms_up_each = lambda: False
+    fails.add(7)
+    for size in (3, 5, 7, 3, 5):
+        step(runner, size)
+    assert done == [("warm", 3), ("capture", 3), ("capture", 5), ("warm", 7), ("capture", 7)] and runner.capturing
+
+
+def test_where_first_passes_compile_each_size_runs_before_it_is_captured(runner, passes):
+    done, _ = passes
+    for size in (3, 5):
+        step(runner, size)
+    assert done == [("warm", 3), ("capture", 3), ("warm", 5), ("capture", 5)]
+
+
+def test_a_first_pass_that_leaves_something_in_the_pool_drops_the_graphs_before(runner, monkeypatch):
+    left = iter([0, 0, 0, 512])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: next(left))
+    work = lambda given: (given["x"], (runner.params[0].sum() * given["x"]).sum())  # noqa: E731
+    runner.captured["a size"] = "its graph"
+    runner._warm_up(work, {"x": torch.ones(3)})
+    assert runner.captured
+    runner._warm_up(work, {"x": torch.ones(5)})
+    assert not runner.captured and not runner.flat_grad.any()
+
+
+@pytest.mark.parametrize(("factor", "agrees"), [(1.0, True), (1.05, True), (0.0, False), (float("nan"), False)])
+def test_a_replay_that_gives_another_gradient_ends_capturing(runner, caplog, factor, agrees):
+    """As memory that is shared by mistake would: the step itself then has the launched gradient."""
+    x = torch.tensor([1.0, 2.0, 3.0])
+
+    def work(given):
+        losses = runner.params[0] * given["x"]
+        return losses, losses.sum()
+
+    replayed = Graph(lambda: runner.flat_grad.add_(factor * x))
+    sizes = (("x", x.shape, x.dtype),)
+    runner.captured[sizes] = _CapturedGraph(replayed, {"x": x.clone()}, torch.zeros(3))
+    runner.comparing = True
+    runner.flat_grad.fill_(10)
+    runner(work, {"x": x})
+    assert runner.capturing == agrees and ("not the launched one" in caplog.text) != agrees
+    assert torch.allclose(runner.flat_grad, 10 + (factor if agrees else 1) * x)

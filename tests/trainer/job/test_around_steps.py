@@ -4,10 +4,12 @@ import dataclasses
 import hashlib
 import json
 import logging
+import random
 import signal
 
 import pytest
 import torch
+from PIL import Image
 
 from trainer.checkpoints import state_files
 from trainer.engine.cuda_graphs import EagerStep
@@ -20,21 +22,25 @@ from trainer.training.stop_flag import StopFlag
 @pytest.fixture
 def job(job_plan, tmp_path, monkeypatch):
     """`job(failures)`: a short job whose captured steps run out of memory so often; its LoRA, runners, fallbacks."""
-    plan = job_plan("flux", PARAMS_MAX_STEPS="2", PARAMS_OPTIMIZER_TYPE="adamw")
+    asked = {"PARAMS_MAX_STEPS": "2", "PARAMS_OPTIMIZER_TYPE": "adamw"}
+    plan = job_plan("flux", **asked)
 
-    def make(failures, *, replay=True, after=0, below=False):
+    def make(failures, *, replay=True, after=0, below=False, **variables):
         made, lowered = [], []
 
         class Recording(EagerStep):
             capturing = True
 
-            def __init__(self, *params):
+            def __init__(self, *params, warms_up_each):
                 super().__init__(*params)
                 made.append(self)
-                self.calls, self.renewed, self.given_up = 0, 0, False
+                self.calls, self.renewed, self.given_up, self.sizes = 0, 0, False, []
 
             def __call__(self, work, inputs):
+                if self.comparing:  # with a launched step, once more
+                    return super().__call__(work, inputs)
                 self.calls += 1
+                self.sizes.append(tuple(inputs["noised.noisy_BCHW"].shape))
                 if after < self.calls <= after + failures:
                     raise torch.OutOfMemoryError("no memory")
                 return super().__call__(work, inputs)
@@ -49,11 +55,11 @@ def job(job_plan, tmp_path, monkeypatch):
         monkeypatch.setattr(build, "GraphStep", Recording)
         monkeypatch.setattr(rehearsal.Engine, "step_down", lambda self, problem: lowered.append(problem))
         monkeypatch.setattr(rehearsal.Engine, "can_capture", lambda self, rung=0: rung == 0 or below)
+        own_plan = job_plan("flux", **asked, **variables) if variables else plan
         out = tmp_path / f"out-{failures}-{replay}-{after}-{below}"
-        output = dataclasses.replace(plan.output, path=str(out))
-        run(
-            dataclasses.replace(plan, engine=dataclasses.replace(plan.engine, replay=replay), output=output), StopFlag()
-        )
+        output = dataclasses.replace(own_plan.output, path=str(out))
+        engine = dataclasses.replace(own_plan.engine, replay=replay)
+        run(dataclasses.replace(own_plan, engine=engine, output=output), StopFlag())
         return hashlib.sha256((out / "x.safetensors").read_bytes()).hexdigest(), made, lowered
 
     return make
@@ -128,12 +134,21 @@ def test_cuda_graphs_leave_room_for_the_optimiser_or_are_disabled(job, monkeypat
     assert short == [True] and runner.calls == 1 + 1 + 2 and lowered == [] and found == plain
 
 
-def test_cuda_graphs_are_disabled_where_the_largest_batch_cannot_be_captured(job, monkeypatch):
-    _, (runner,), _ = job(0)
-    assert not runner.given_up
-    monkeypatch.setattr(EagerStep, "short_of_memory", True)
-    _, (runner,), lowered = job(0, replay=True, after=1)
-    assert runner.given_up and lowered == []
+def test_a_captured_step_of_every_size_is_rehearsed_the_largest_first(job, tmp_path):
+    """Three shapes, and the last batch of the square ones has one image."""
+    rng = random.Random(0)
+    (tmp_path / "shapes").mkdir()
+    for number, size in enumerate([(96, 96), (96, 96), (96, 96), (128, 64), (64, 128)]):
+        Image.frombytes("RGB", size, rng.randbytes(3 * size[0] * size[1])).save(tmp_path / f"shapes/{number}.png")
+        (tmp_path / f"shapes/{number}.txt").write_text("a picture")
+    subset = {"image_dir": str(tmp_path / "shapes"), "caption_extension": ".txt"}
+    dataset = {"resolution": 96, "batch_size": 2, "enable_bucket": True, "min_bucket_reso": 64, "subsets": [subset]}
+    asked = {"DATASET_NAME": "", "DATASET_CONFIG": json.dumps({"datasets": [{**dataset, "bucket_reso_steps": 32}]})}
+    _, (runner,), lowered = job(0, **asked)
+    each = [(2, 12, 12), (1, 12, 12), (1, 8, 16), (1, 16, 8)]
+    rehearsed = [(count, height, width) for count, _, height, width in runner.sizes[: len(each)]]
+    assert rehearsed[:2] == each[:2] and sorted(rehearsed) == sorted(each) and lowered == []
+    assert {size[0] * size[2] * size[3] for size in runner.sizes[len(each) :]} <= {288, 144, 128}
 
 
 def test_a_step_that_cannot_be_captured_is_rehearsed_again_as_an_eager_one(job, monkeypatch):

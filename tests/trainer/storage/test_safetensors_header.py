@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 
 from tests.support.damaged_files import DAMAGES, TWO, made
 from trainer.storage.safetensors_header import check_layout, read_header
@@ -65,3 +66,13 @@ def test_what_the_format_allows_is_read(tmp_path: Path) -> None:
         "one": (),
         "four bits": (8,),
     }
+
+
+@pytest.mark.parametrize("text", ['{"a\\ud800": {}}', '{"__metadata__": {"k": "\\udc00"}}'])
+def test_half_of_a_character_is_damage_as_the_library_says(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text.encode())
+    with pytest.raises(ValueError, match="half of a character"):
+        read_header(path)
+    with pytest.raises(safetensors.SafetensorError), safetensors.safe_open(path, "pt"):
+        pass
