@@ -186,6 +186,15 @@ def test_an_older_run_that_was_not_done_has_no_end(plan):
     assert record_of(opened) == {"name": "x", "done": False, "files": []}
 
 
+def test_an_older_run_that_was_done_and_kept_no_state_has_no_number_of_steps(plan):
+    opened = open_run(plan, [])
+    (opened.out / "run.json").unlink()
+    (opened.out / "x.safetensors").write_bytes(b"LoRA")
+    (opened.out / "status.json").write_text('{"phase": "done"}')
+    adopt_older_run(opened.out)
+    assert record_of(opened).keys() == {"name", "done", "files", "automatic_epochs"} and record_of(opened)["done"]
+
+
 def test_an_older_run_without_a_plan_is_adopted_by_its_state(plan):
     opened = open_run(plan, [])
     for name in ("run.json", "plan.json"):
