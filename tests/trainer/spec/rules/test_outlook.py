@@ -37,6 +37,27 @@ def test_saves_and_samples_are_counted_as_the_session_does(plan, total, save_eve
     assert rounds.startswith(saves) and rounds.endswith(samples)
 
 
+@pytest.mark.parametrize(
+    ("steps", "per_epoch", "sizes", "line"),
+    [
+        (5, 5, (1,), "Steps: 5, which is 1 time all images; an epoch has 5 steps of up to 6 images."),
+        (3, 1, (8, 1), "Steps: 3, which is 3 times all images; an epoch has 1 step of up to 6 or 48 images."),
+        (1998, 2, (2, 2), "Steps: 1,998, which is 999 times all images; an epoch has 2 steps of up to 12 images."),
+        (2001, 2, (1,), "Steps: 2,001, which is 1,000 times all images; an epoch has 2 steps of up to 6 images."),
+    ],
+)
+def test_a_step_has_the_images_of_all_pieces_and_gpus_the_smallest_batch_first(plan, steps, per_epoch, sizes, line):
+    datasets = tuple(dataclasses.replace(plan.data.datasets[0], batch_size=size) for size in sizes)
+    made = dataclasses.replace(
+        plan,
+        train=dataclasses.replace(plan.train, max_steps=steps, gradient_accumulation=3),
+        engine=dataclasses.replace(plan.engine, num_gpus=2),
+        data=dataclasses.replace(plan.data, datasets=datasets),
+        output=dataclasses.replace(plan.output, save_every=0, sample_every=0),
+    )
+    assert describe_length(made, steps_per_epoch=per_epoch)[0] == line
+
+
 def test_the_most_frequent_shapes_come_first():
     examples = {(64, 64 + 8 * i): i for i in range(1, 11)}
     text = describe_shapes(examples)

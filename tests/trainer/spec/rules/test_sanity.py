@@ -42,6 +42,13 @@ def test_a_setting_is_warned_of_from_the_first_senseless_value_on(plan, section,
     assert warnings(dataclasses.replace(odd, warnings=(sentence,)), length) == []  # the plan has said it
 
 
+def test_an_average_over_all_steps_of_the_job_makes_sense(plan):
+    over_128 = with_values(plan, "train", ema_decay=1 - 1 / 128)
+    assert warnings(over_128, Length(128)) == []
+    (sentence,) = warnings(over_128, Length(127))
+    assert "averages over 128 steps, and the job has 127, in which the decay rises to 0.934." in sentence
+
+
 def test_intervals_that_nobody_asked_for_are_not_warned_of(plan):
     assert warnings(with_values(plan, "output", save_every=101, sample_every=101), Length(100)) == []
 
