@@ -106,6 +106,20 @@ def test_a_plan_and_all_its_reasons():
     )
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "args", "trained"),
+    [("adamw", "amsgrad=true", 5.0), ("adafactor", "", 2.0625), ("adafactor", "beta1=0.9", 3.0625)],
+)
+def test_the_state_of_the_optimiser_and_of_its_arguments_is_counted(optimizer, args, trained):
+    """A quarter of a GiB of numbers at rank 16; with AdamW alone it is 4 GiB, and 32.3 in all."""
+    variables = {"PARAMS_OPTIMIZER_TYPE": optimizer, "PARAMS_OPTIMIZER_ARGS": args}
+    planned = Planned(card(139.0), data(1024, 512), **variables)
+    gib = 18 + trained + 2.5 * 4.125
+    assert planned.said("Memory mode for steps of 1 image:") == [
+        f"fp8, everything kept, transposed weight copies: {gib:.1f} GiB."
+    ]
+
+
 def test_where_everything_fits_it_is_kept_with_copies_and_nothing_is_compiled():
     """A single image has 2.5 kilotokens: 18 GiB with copies, 4, and 10.3."""
     planned = Planned(card(139.0), data(1024, 512), prompts=[prompt(1024, 1024)])
