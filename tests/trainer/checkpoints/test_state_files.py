@@ -90,14 +90,15 @@ def test_a_damaged_state_is_renamed_and_the_one_before_is_used(tmp_path, name, d
     assert (tmp_path / "step-00000020.damaged").is_dir()
 
 
-def test_a_damaged_state_takes_the_next_free_name(tmp_path):
-    for name in ("step-00000020.damaged", "step-00000020.damaged-2"):
-        (tmp_path / name).mkdir()
+@pytest.mark.parametrize(("taken", "free"), [((), ""), (("",), "-2"), (("", "-2"), "-3"), (("-2",), "")])
+def test_a_damaged_state_takes_the_next_free_name(tmp_path, taken, free):
+    for number in taken:
+        (tmp_path / f"step-00000020.damaged{number}").mkdir()
     for step in (10, 20):
         state_files.save(tmp_path, step, tree(float(step)))
     (tmp_path / "step-00000020" / "state.json").write_text("{}")
     assert state_files.latest(tmp_path).step == 10
-    assert (tmp_path / "step-00000020.damaged-3" / "state.json").read_text() == "{}"
+    assert (tmp_path / f"step-00000020.damaged{free}" / "state.json").read_text() == "{}"
 
 
 def test_when_all_states_are_damaged_it_is_an_error(tmp_path):
