@@ -144,6 +144,13 @@ def test_a_new_name_renames_the_run(plan):
     assert choice.run.name == "x" and choice.plan.output.name == "y" and choice.plan.output.folder == ""
 
 
+@pytest.mark.parametrize("name", ["", ".hidden", "a/b"])
+def test_a_run_whose_record_has_no_name_that_a_file_can_have_gets_the_one_of_the_plan(plan, name):
+    leave(choose(plan), record={"name": name})
+    again = choose(plan)
+    assert again.run.step == 8 and again.plan.output.name == "x"
+
+
 def test_the_name_that_a_run_has_already_is_free_for_it(plan, out):
     """It began as x, which a file of somebody else had; then the name that it got is asked for."""
     (out / "x.safetensors").write_bytes(b"mine")
