@@ -326,7 +326,15 @@ def _largest_workload(settings: Settings, datasets: Sequence[Dataset], rank: int
     for dataset in datasets:
         width, height = dataset.resolution
         batch = dataset.batch_size if settings.data.batch_size != 0 else 1
-        workloads.append(Workload(width * height, batch, rank, training.optimizer_type, training.optimizer_args))
+        workload = Workload(
+            width * height,
+            batch,
+            rank,
+            training.optimizer_type,
+            training.optimizer_args,
+            ema=training.ema_decay > 0,
+        )
+        workloads.append(workload)
     return max(workloads, key=lambda workload: workload.kilotokens(footprint))
 
 

@@ -3,7 +3,7 @@
 The peak of a training step, in GiB, is the sum of
 
 - the frozen weights on the device, with the adapter columns appended to them (`weights_gib`);
-- the adapters with their gradients and the optimiser's state (`trained_gib`);
+- the adapters with their gradients, the optimiser's state and the average, if one is kept (`trained_gib`);
 - for each kilotoken (1,024 tokens of the batch): what the forward pass saves for the backward pass, which depends on
   the recompute policy and the offload mode, and the working memory of the region that is computed.
 
@@ -24,7 +24,7 @@ from typing import Any
 
 from trainer.spec.adapter_columns import fits_adapter_columns, padding_for
 from trainer.spec.family import Footprint, base_models, lora_formats
-from trainer.spec.plan import OptimPlan, Plan
+from trainer.spec.plan import Plan
 from trainer.spec.strategies import MEMORY_MODES, OFFLOADS, RECOMPUTE_POLICIES, MemoryMode, described
 from trainer.spec.weight_formats import PRECISIONS, SAVE_PRECISIONS
 
@@ -116,6 +116,7 @@ class Workload:
     rank: int  # of the adapters
     optimizer: str
     optimizer_args: Mapping[str, Any] = field(default_factory=dict, hash=False)  # PARAMS_OPTIMIZER_ARGS
+    ema: bool = False  # an average of the trained numbers is kept (`trainer.training.ema`)
 
     def kilotokens(self, footprint: Footprint) -> float:
         """Thousands (1,024) of tokens in a batch: one for each 16 x 16 pixels, and those of the captions."""
@@ -172,9 +173,11 @@ def optimizer_bytes(optimizer: str, args: Mapping[str, Any], rank: int) -> float
 
 
 def trained_gib(footprint: Footprint, workload: Workload) -> float:
-    """The adapters with their gradients and the optimiser's state, in GiB."""
-    state = optimizer_bytes(workload.optimizer, workload.optimizer_args, workload.rank)
-    return footprint.adapter_weights_per_rank * workload.rank * (2 * FLOAT32_BYTES + state) / GIB
+    """The adapters with their gradients, the optimiser's state and the average, in GiB."""
+    kept = 2 * FLOAT32_BYTES + optimizer_bytes(workload.optimizer, workload.optimizer_args, workload.rank)
+    if workload.ema:
+        kept += FLOAT32_BYTES
+    return footprint.adapter_weights_per_rank * workload.rank * kept / GIB
 
 
 def lora_bytes(plan: Plan) -> float | None:
@@ -188,10 +191,13 @@ def lora_bytes(plan: Plan) -> float | None:
     return numbers * plan.lora.rank * SAVE_PRECISIONS[plan.output.save_precision].bytes
 
 
-def state_bytes(footprint: Footprint, rank: int, optim: OptimPlan) -> float:
-    """The size of a state: the adapters and what the optimiser keeps of each number, but no gradients."""
-    kept = optimizer_bytes(optim.name, optim.args, rank)
-    return footprint.adapter_weights_per_rank * rank * (FLOAT32_BYTES + kept)
+def state_bytes(footprint: Footprint, plan: Plan) -> float:
+    """The size of a state: the adapters, what the optimiser keeps of each number and the average, but no gradients."""
+    rank = plan.lora.rank
+    kept = FLOAT32_BYTES + optimizer_bytes(plan.optim.name, plan.optim.args, rank)
+    if plan.train.ema_decay:
+        kept += FLOAT32_BYTES
+    return footprint.adapter_weights_per_rank * rank * kept
 
 
 def _saved_gib_per_kilotoken(

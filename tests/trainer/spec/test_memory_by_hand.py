@@ -4,6 +4,8 @@ The rules are those of the docstrings: bytes of each weight and of each trained 
 sizes of the published models are right, measured peaks say (test_memory_model.py).
 """
 
+import dataclasses
+
 import pytest
 
 from tests.support.machines import GIB, ROUND
@@ -91,15 +93,23 @@ def test_frozen_weights(precision, rank, options, gib):
         ("adafactor", {"beta1": 0.0}, 4 + 4 + 4 + 4 / 16),
     ],
 )  # fmt: skip
-def test_trained_numbers_and_the_states_of_them(optimizer, args, bytes_in_memory):
-    """A number, its gradient and the optimiser's state; a state on disk has all but the gradient.
+@pytest.mark.parametrize("decay", [0.0, 0.99])
+def test_trained_numbers_and_the_states_of_them(optimizer, args, bytes_in_memory, decay, job_plan):
+    """A number, its gradient, the optimiser's state and 4 bytes of an average; a state on disk has no gradient.
 
     What each optimiser really keeps: tests/trainer/training/test_optimizers.py.
     """
-    workload = Workload(512 * 1024, 2, 16, optimizer, args)
-    optim = OptimPlan(name=optimizer, args=args)
-    assert trained_gib(ROUND, workload) == exactly(bytes_in_memory / 4)
-    assert state_bytes(ROUND, 16, optim) == exactly((bytes_in_memory / 4 - 1) * GIB)
+    plan = job_plan("flux")
+    plan = dataclasses.replace(
+        plan,
+        lora=dataclasses.replace(plan.lora, rank=16),
+        optim=OptimPlan(name=optimizer, args=args),
+        train=dataclasses.replace(plan.train, ema_decay=decay),
+    )
+    workload = Workload(512 * 1024, 2, 16, optimizer, args, ema=decay > 0)
+    expected = bytes_in_memory + (4 if decay else 0)
+    assert trained_gib(ROUND, workload) == exactly(expected / 4)
+    assert state_bytes(ROUND, plan) == exactly((expected / 4 - 1) * GIB)
 
 
 # The layers with adapters of the published models, as (inputs, outputs) in widths: q, k and v in one and apart.
