@@ -265,7 +265,7 @@ def test_what_does_not_read_back_leaves_nothing(tmp_path, monkeypatch):
             return back
 
         monkeypatch.setattr(state_files, "load_file", load)
-        with pytest.raises(StorageError, match="does not read back as it was written"):
+        with pytest.raises(StorageError, match=rf"^{tmp_path}/step-00000001 does not read back as it was written\.$"):
             state_files.save(tmp_path, 1, tree(2.0))
         monkeypatch.undo()
         assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]

@@ -45,6 +45,7 @@ def test_saves_and_samples_are_counted_as_the_session_does(plan, total, save_eve
         (5, 5, (1,), "Steps: 5, which is 1 time all images; an epoch has 5 steps of up to 6 images."),
         (3, 1, (8, 1), "Steps: 3, which is 3 times all images; an epoch has 1 step of up to 6 or 48 images."),
         (1998, 2, (2, 2), "Steps: 1,998, which is 999 times all images; an epoch has 2 steps of up to 12 images."),
+        (201, 2, (1,), "Steps: 201, which is 100 times all images; an epoch has 2 steps of up to 6 images."),
         (1250, 100, (1,), "Steps: 1,250, which is 12.5 times all images; an epoch has 100 steps of up to 6 images."),
         (2000, 2, (1,), "Steps: 2,000, which is 1,000 times all images; an epoch has 2 steps of up to 6 images."),
         (1999, 2, (1,), "Steps: 1,999, which is 1,000 times all images; an epoch has 2 steps of up to 6 images."),
