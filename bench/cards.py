@@ -15,6 +15,7 @@ card, which then is faster than predicted.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from bench.step import RANK, SIZES
@@ -75,7 +76,7 @@ def seconds(family: str, footprint: Footprint, workload: Workload, strategy: Str
     batch = max([size for size in measured if size <= workload.batch], default=min(measured))
     policy, images_s = measured[batch]
     reference = Strategy("fp8", policy, 0, "none", 0.0)
-    of_reference = Workload(workload.pixels, batch, workload.rank, workload.optimizer)
+    of_reference = replace(workload, batch=batch)
 
     def relative_time(work: Workload, way: Strategy) -> float:
         return work.batch / memory_model.relative_speed(footprint, work, way)
@@ -119,7 +120,7 @@ def _fastest(facts: Facts, footprint: Footprint, hardware: Hardware, smallest: W
     """The batch that PARAMS_BATCH_SIZE=auto chooses, and its strategy."""
     tried: list[tuple[Workload, Strategy]] = []
     for batch in memory_model.BATCHES:
-        workload = Workload(smallest.pixels, batch, smallest.rank, smallest.optimizer)
+        workload = replace(smallest, batch=batch)
         strategy = chosen(facts, footprint, hardware, workload)
         if not tried or (strategy.precision == tried[0][1].precision and _fits(hardware, strategy)):
             tried.append((workload, strategy))

@@ -1,26 +1,22 @@
-"""`python -m entrypoint.notify`: reads what to tell whom from its standard input, and the end of the job from it later.
+"""`python -m entrypoint.notify`: the process that tells of a job. Its first line is a `beside.Job` as JSON.
 
-The first line is a `beside.Job` as JSON. A second line, also JSON, says how the job has ended and how long this process
-may take to say so. The end of the input without it: the entrypoint is gone, and so is this process.
+What else it reads from its standard input, and when it ends: `entrypoint.processes.side_process`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import signal
 import sys
-import threading
 import time
 from pathlib import Path
-from typing import Any
 
 from entrypoint.fetch import public_addresses
 from entrypoint.notify.beside import Job
 from entrypoint.notify.delivery import NAME, Pace, Queue, Teller, digest_of
 from entrypoint.notify.events import Watch
 from entrypoint.notify.messages import wants
+from entrypoint.processes.side_process import Instructions, leave_stops_to_the_job
 from entrypoint.system import secrets
 from trainer.spec.log_lines import log_to
 from trainer.spec.messages.secrets import Known, without_secrets
@@ -31,47 +27,36 @@ POLL_S = 1.0
 def main() -> int:
     """Tell until the job has ended; returns 0."""
     public_addresses.guard(os.environ)
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):  # the entrypoint decides when this process ends
-        signal.signal(number, signal.SIG_IGN)
-    job = Job(**json.loads(sys.stdin.readline()))
+    leave_stops_to_the_job()
+    instructions = Instructions()
+    job = Job(**instructions.first)
     with secrets.hidden({"WEBHOOK_URL": " ".join(job.addresses), "WEBHOOK_SECRET": job.secret}) as known:
         log_to(logging.StreamHandler(), "%(asctime)s %(levelname)s %(message)s", known=known)
         logging.getLogger("httpx").setLevel(logging.WARNING)  # at INFO it logs addresses
-        tell(job, known)
+        tell(job, instructions, known)
     return 0
 
 
-def tell(job: Job, known: Known) -> None:
-    """Watch the folder and tell the addresses, until standard input says that the job has ended and all is told."""
-    ended: list[dict[str, Any]] = []
-    ending = threading.Event()
-
-    def listen() -> None:
-        line = sys.stdin.readline()
-        if not line:
-            os._exit(143)
-        ended.append(json.loads(line))
-        ending.set()
-
+def tell(job: Job, instructions: Instructions, known: Known) -> None:
+    """Watch the folder and tell the addresses, until the job has ended and all is told."""
     pace = Pace(**job.pace)
     queue = Queue.opened(Path(job.out) / NAME, set(map(digest_of, job.addresses)), time.time())
-    tellers = [Teller(url, queue, secret=job.secret, pace=pace, ending=ending) for url in job.addresses]
+    ended = instructions.ended
+    tellers = [Teller(url, queue, secret=job.secret, pace=pace, ending=ended) for url in job.addresses]
     watch = Watch(Path(job.out), base=job.base, started=job.started, price=job.price, told=queue.told)
-    threading.Thread(target=listen, daemon=True).start()
     for teller in tellers:
         teller.start()
     while True:
-        is_last = ending.wait(POLL_S)
+        is_last = ended.wait(POLL_S)
         found = watch.look(time.time())
         if is_last:
-            how = ended[0]
-            message = without_secrets(known.hide(str(how["message"])))
-            found.append(watch.ending(time.time(), exit_code=int(how["exit_code"]), message=message))
+            message = without_secrets(known.hide(instructions.message))
+            found.append(watch.ending(time.time(), exit_code=instructions.exit_code, message=message))
         for event in found:
             queue.add(event, {teller.digest for teller in tellers if wants(teller.kind, event)})
         if is_last:
             break
-    deadline = time.monotonic() + float(ended[0]["seconds"])
+    deadline = time.monotonic() + instructions.seconds
     while not queue.is_empty() and time.monotonic() < deadline:
         with queue.changed:
             queue.changed.wait(min(0.5, max(0.0, deadline - time.monotonic())))

@@ -321,11 +321,20 @@ def _largest_workload(settings: Settings, datasets: Sequence[Dataset], rank: int
 
     With PARAMS_BATCH_SIZE=auto, all datasets get the same batch size, so one image of each is compared.
     """
+    training = settings.training
     workloads: list[Workload] = []
     for dataset in datasets:
         width, height = dataset.resolution
         batch = dataset.batch_size if settings.data.batch_size != 0 else 1
-        workloads.append(Workload(width * height, batch, rank, settings.training.optimizer_type))
+        workload = Workload(
+            width * height,
+            batch,
+            rank,
+            training.optimizer_type,
+            training.optimizer_args,
+            ema=training.ema_decay > 0,
+        )
+        workloads.append(workload)
     return max(workloads, key=lambda workload: workload.kilotokens(footprint))
 
 

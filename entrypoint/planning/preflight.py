@@ -161,7 +161,7 @@ def _save_bytes(plan: Plan, model_bytes: int) -> tuple[float, float]:
     footprint = base_models()[plan.model.base][1].footprint
     lora_bytes = memory_model.lora_bytes(plan)
     if footprint is not None and lora_bytes is not None:
-        return lora_bytes, memory_model.state_bytes(footprint, plan.lora.rank, plan.optim.name)
+        return lora_bytes, memory_model.state_bytes(footprint, plan)
     in_fp32 = model_bytes * LORA_BYTES_PER_RANK * plan.lora.rank
     return in_fp32, in_fp32 * STATE_BYTES_PER_LORA_BYTE
 

@@ -121,7 +121,7 @@ def _figures(plan: Plan, sampler: EpochSampler) -> dict[str, Any]:
     footprint = base_models()[plan.model.base][1].footprint
     if footprint:
         figures["lora_bytes"] = memory_model.lora_bytes(plan)
-        figures["state_bytes"] = memory_model.state_bytes(footprint, plan.lora.rank, plan.optim.name)
+        figures["state_bytes"] = memory_model.state_bytes(footprint, plan)
     return figures
 
 
@@ -175,7 +175,7 @@ def describe(plan: Plan, sampler: EpochSampler) -> list[str]:
         lora_bytes = memory_model.lora_bytes(plan) or 0.0
         count = len(lora_formats(plan.model.base, plan.lora.kind))
         files = "a LoRA has" if count == 1 else f"the {count} LoRA files of a save have"
-        state_bytes = memory_model.state_bytes(footprint, plan.lora.rank, plan.optim.name)
+        state_bytes = memory_model.state_bytes(footprint, plan)
         lines.append(
             f"Files: {files} about {human_size(lora_bytes)} in {plan.output.save_precision}, a state to resume from "
             f"{human_size(state_bytes)}."

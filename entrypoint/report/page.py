@@ -6,6 +6,7 @@ import base64
 import hashlib
 
 from entrypoint.report import sections
+from entrypoint.report.elements import text
 from entrypoint.report.gather import Gathered
 
 MARK = "<!-- Written by Kiln -->"  # by which a job knows its own report
@@ -86,7 +87,7 @@ def page(run: Gathered, *, price: float | None) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="referrer" content="no-referrer">'
-        f"<title>{sections.text(run.name)}: LoRA report</title><style>{STYLE}</style></head><body><main>"
+        f"<title>{text(run.name)}: LoRA report</title><style>{STYLE}</style></head><body><main>"
         f"<header>{sections.headline(run, price=price)}</header>"
         f'<nav aria-label="Parts of the report"><ul>{links}</ul></nav>{"".join(bodies)}'
         "</main></body></html>\n"

@@ -1,4 +1,6 @@
-"""`python -m entrypoint.trackers`: reads a `beside.Job` from its standard input, and the end of the job from it later.
+"""`python -m entrypoint.trackers`: the process that tracks a job. Its first line is a `beside.Job` as JSON.
+
+What else it reads from its standard input, and when it ends: `entrypoint.processes.side_process`.
 
 First it brings the library into the cache, and starts itself again with it. Nothing that the library does may reach the
 job: its words go into a file that is read only where it fails, and whatever it raises ends this process alone.
@@ -8,17 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import logging
 import os
-import signal
 import sys
 import tempfile
-import threading
 from pathlib import Path
 from typing import Any, NoReturn
 
 from entrypoint.fetch import public_addresses
+from entrypoint.processes.side_process import HAS_FAILED, Instructions, leave_stops_to_the_job
 from entrypoint.system import secrets
 from entrypoint.trackers import install
 from entrypoint.trackers.beside import FOUND, TRACKER, Job
@@ -33,9 +33,8 @@ LAST_WORDS = 300  # characters of what a library has said, where it fails
 
 
 def main() -> int:
-    """Track until the job has ended; returns 0, or 1 where the library has failed."""
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):  # the entrypoint decides when this process ends
-        signal.signal(number, signal.SIG_IGN)
+    """Track until the job has ended; returns 0, or HAS_FAILED where the library has failed."""
+    leave_stops_to_the_job()
     tracker = os.environ[TRACKER]
     with secrets.hidden(dict(os.environ)) as known:
         # Our own lines keep the terminal; what the library prints to either stream does not get there.
@@ -47,7 +46,7 @@ def main() -> int:
                 _start_with(install.installed(tracker, Path(os.environ["CACHE_PATH"])))
         except KilnError as problem:
             log.warning("%s Training goes on without it; TensorBoard's files are written as always.", problem)
-            return 1
+            return HAS_FAILED
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as words:
             os.dup2(words.fileno(), 1)
             os.dup2(words.fileno(), 2)
@@ -59,7 +58,7 @@ def main() -> int:
                 shown = without_secrets(known.hide(" ".join(said.split())))
                 text = "LOG_WITH=%s: the library has failed (%s: %s). The job goes on; TensorBoard has everything."
                 log.warning(text, tracker, type(problem).__name__, shown)
-                return 1
+                return HAS_FAILED
 
 
 def _start_with(folders: list[str]) -> NoReturn:
@@ -72,22 +71,12 @@ def _start_with(folders: list[str]) -> NoReturn:
 
 def _track(name: str) -> int:
     public_addresses.guard(os.environ)
-    job = Job(**json.loads(sys.stdin.readline()))
-    ended: list[dict[str, Any]] = []
-    ending = threading.Event()
-
-    def listen() -> None:
-        line = sys.stdin.readline()
-        if not line:
-            os._exit(143)
-        ended.append(json.loads(line))
-        ending.set()
-
-    threading.Thread(target=listen, daemon=True).start()
+    instructions = Instructions()
+    job = Job(**instructions.first)
     feed = Feed(Path(job.out), tracker=name, started=job.started)
     tracker: Any = None
     while True:
-        is_last = ending.wait(POLL_S)
+        is_last = instructions.ended.wait(POLL_S)
         if tracker is None and (about := feed.begun()) is not None:
             tracker = importlib.import_module(f"entrypoint.trackers.{name}_run").Run(about)
             log.info("LOG_WITH=%s: this run is in %s.", name, tracker.where)
@@ -96,7 +85,7 @@ def _track(name: str) -> int:
         if is_last:
             break
     if tracker is not None:
-        tracker.finish(exit_code=int(ended[0]["exit_code"]))
+        tracker.finish(exit_code=instructions.exit_code)
     return 0
 
 

@@ -13,6 +13,7 @@ FAMILIES = (
     "trainer/training/test_loop.py",
     "trainer/training/test_text_encoders.py",
     "trainer/engine/test_encoders.py",
+    "trainer/base_model/test_single_file.py",
 )
 PLANNING = ("entrypoint/planning", "trainer/spec", "entrypoint/dataset_config/test_manifest.py")
 STORAGE = ("trainer/storage", "trainer/checkpoints", "trainer/data", "entrypoint/planning")

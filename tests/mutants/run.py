@@ -161,7 +161,7 @@ def _in_live_modules(session, *, chosen, files, options, out) -> int:  # type: i
         pickle.dump(value, out)
         out.flush()
 
-    tests = _profiles(session, list(files), options)
+    tests = _profiles(session, files, options)
     loaded = [name for name in sys.modules if name.split(".")[0] not in OURS]
     for test in tests.values():
         if test.failed:
@@ -184,7 +184,8 @@ def _in_live_modules(session, *, chosen, files, options, out) -> int:  # type: i
         names = [test.name for test in used]
         plans.append((mutant, names, seconds))
         tasks.append((START_S + FACTOR * seconds, partial(_one, session, mutant, functions, names)))
-    every = [test.name for test in sorted(tests.values(), key=lambda one: one.seconds) if _is_used(test, options)]
+    wanted = {name for _, names, _ in plans for name in names}
+    every = [test.name for test in sorted(tests.values(), key=lambda one: one.seconds) if test.name in wanted]
     control = partial(_one, session, None, functions, every)
     _check_without_a_fault(control, "live modules")
     for index, code in warm.in_forks(tasks, options.processes):
@@ -218,22 +219,25 @@ def _one(session, mutant, functions, names) -> int:  # type: ignore[no-untyped-d
     return warm.run_until_one_fails(session, names)
 
 
-def _profiles(session, modules: Sequence[str], options: argparse.Namespace) -> dict[str, Test]:  # type: ignore[no-untyped-def]
-    """What each test does without a fault, file by file in forks. Kept in KEPT until one of the files changes."""
+def _profiles(session, files: dict[str, tuple[str, ...]], options: argparse.Namespace) -> dict[str, Test]:  # type: ignore[no-untyped-def]
+    """What each test does without a fault, file by file in forks. A file's profile is kept in KEPT until that file, the
+    code that tests share, or a module whose faults it is to notice changes.
+    """
     by_file: dict[str, set[str]] = defaultdict(set)
     for item in session.items:
         if not warm.JOBS & set(item.fixturenames):
             by_file[item.nodeid.partition("::")[0]].add(item.nodeid)
     KEPT.mkdir(exist_ok=True)
-    shared = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests" / "support").rglob("*.py"))
-    code = b"".join((ROOT / file).read_bytes() for file in (*modules, *shared)) + str(options.longest).encode()
+    modules: dict[str, list[str]] = {}  # test file → the modules whose faults it is to notice
     outputs: dict[str, Path] = {}
     for file in by_file:
-        outputs[file] = KEPT / hashlib.sha256((ROOT / file).read_bytes() + code).hexdigest()[:24]
+        modules[file] = [module for module, tests in files.items() if file in tests]
+        outputs[file] = KEPT / _profile_key(file, modules[file], options.longest)
     new = [file for file, output in outputs.items() if not output.exists()]
-    tasks = [
-        (PROFILE_S, partial(_profile, session, by_file[file], modules, options.longest, outputs[file])) for file in new
-    ]
+    tasks = []
+    for file in new:
+        task = partial(_profile, session, by_file[file], modules[file], options.longest, outputs[file])
+        tasks.append((PROFILE_S, task))
     for index, _ in warm.in_forks(tasks, options.processes):
         print(f"profiled {new[index]}", file=sys.stderr)
     tests: dict[str, Test] = {}
@@ -243,6 +247,17 @@ def _profiles(session, modules: Sequence[str], options: argparse.Namespace) -> d
                 while (test := _received(answers)) is not None:
                     tests[test.name] = test
     return tests
+
+
+def _profile_key(file: str, modules: Sequence[str], longest: float) -> str:
+    """The name of a test file's profile: a hash of all that decides what the profile says."""
+    shared = sorted((ROOT / "tests" / "support").rglob("*.py"))
+    digest = hashlib.sha256(str(longest).encode())
+    for path in (ROOT / file, *shared, *(ROOT / module for module in modules)):
+        name = path.relative_to(ROOT).as_posix()
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest.update(f"{name} {content}\n".encode())
+    return digest.hexdigest()[:24]
 
 
 def _profile(session, names: set[str], modules: Sequence[str], longest: float, path: Path) -> int:  # type: ignore[no-untyped-def]

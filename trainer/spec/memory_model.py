@@ -3,7 +3,7 @@
 The peak of a training step, in GiB, is the sum of
 
 - the frozen weights on the device, with the adapter columns appended to them (`weights_gib`);
-- the adapters with their gradients and the optimiser's state (`trained_gib`);
+- the adapters with their gradients, the optimiser's state and the average, if one is kept (`trained_gib`);
 - for each kilotoken (1,024 tokens of the batch): what the forward pass saves for the backward pass, which depends on
   the recompute policy and the offload mode, and the working memory of the region that is computed.
 
@@ -18,8 +18,9 @@ peaks, and tests/trainer/spec/test_memory_model.py holds them to 5 % or 0.5 GiB.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from trainer.spec.adapter_columns import fits_adapter_columns, padding_for
 from trainer.spec.family import Footprint, base_models, lora_formats
@@ -37,17 +38,20 @@ from trainer.spec.weight_formats import PRECISIONS, SAVE_PRECISIONS
 
 GIB = 2**30
 
-# Bytes of each trained number: the fp32 parameter, its gradient, and the optimiser's state. Optimisers that are not
-# listed keep two fp32 moments.
-BYTES_PER_TRAINED_NUMBER = {
-    "prodigy": 24,
-    "prodigy-schedulefree": 24,
-    "adamw8bit": 10,
-    "lion": 12,
-    "lion8bit": 9,
-}
-BYTES_PER_TRAINED_NUMBER_WITH_TWO_MOMENTS = 16
 FLOAT32_BYTES = 4
+# Bytes of an optimiser's state for each trained number, without what `optimizer_bytes` adds.
+STATE_BYTES: dict[str, float] = {
+    "prodigy": 16,  # two moments, a sum of gradients, and the weights that it began with
+    "adamw": 8,
+    "adamw8bit": 2,
+    "lion": 4,
+    "lion8bit": 1,
+    "adafactor": 0,
+    "adamw-schedulefree": 8,  # the second moment, and the weights that are not averaged
+    "prodigy-schedulefree": 4 + 4 / 11,  # those weights; in bf16, of each 11th number, the sum and the first weights
+}
+# Their second moment of a matrix is a number for each row and one for each column.
+FACTORED = ("adafactor", "prodigy-schedulefree")
 
 # Share of the device's memory that a predicted peak may fill. The driver takes the rest, or it is lost in gaps between
 # tensors. Activation offload may fill more, because the next strategy, weight streaming, is much slower: the rehearsal
@@ -119,6 +123,8 @@ class Workload:
     batch: int  # images
     rank: int  # of the adapters
     optimizer: str
+    optimizer_args: Mapping[str, Any] = field(default_factory=dict, hash=False)  # PARAMS_OPTIMIZER_ARGS
+    ema: bool = False  # an average of the trained numbers is kept (`trainer.training.ema`)
 
     def kilotokens(self, footprint: Footprint) -> float:
         """Thousands (1,024) of tokens in a batch: one for each 16 x 16 pixels, and those of the captions."""
@@ -157,10 +163,29 @@ def weights_gib(
     return (on_device * bytes_per_weight + copies + others + padding) / GIB
 
 
+def optimizer_bytes(optimizer: str, args: Mapping[str, Any], rank: int) -> float:
+    """What an optimiser keeps for each number that it trains, in bytes, averaged over an adapter's matrices.
+
+    `args`: PARAMS_OPTIMIZER_ARGS. Of those that make a state smaller, only `factored` is counted.
+    """
+    kept = STATE_BYTES[optimizer]
+    if optimizer in FACTORED:
+        is_whole = args.get("factored") is False or args.get("use_focus") is True
+        # An adapter's matrix has `rank` rows or columns. The other side is so much longer that only it counts.
+        kept += FLOAT32_BYTES if is_whole else FLOAT32_BYTES / rank
+    if args.get("amsgrad") is True:  # of adamw: the largest second moment
+        kept += FLOAT32_BYTES
+    if args.get("beta1") is not None:  # of adafactor: a first moment
+        kept += FLOAT32_BYTES
+    return kept
+
+
 def trained_gib(footprint: Footprint, workload: Workload) -> float:
-    """The adapters with their gradients and the optimiser's state, in GiB."""
-    bytes_per_number = BYTES_PER_TRAINED_NUMBER.get(workload.optimizer, BYTES_PER_TRAINED_NUMBER_WITH_TWO_MOMENTS)
-    return footprint.adapter_weights_per_rank * workload.rank * bytes_per_number / GIB
+    """The adapters with their gradients, the optimiser's state and the average, in GiB."""
+    kept = 2 * FLOAT32_BYTES + optimizer_bytes(workload.optimizer, workload.optimizer_args, workload.rank)
+    if workload.ema:
+        kept += FLOAT32_BYTES
+    return footprint.adapter_weights_per_rank * workload.rank * kept / GIB
 
 
 def lora_bytes(plan: Plan) -> float | None:
@@ -174,10 +199,13 @@ def lora_bytes(plan: Plan) -> float | None:
     return numbers * plan.lora.rank * SAVE_PRECISIONS[plan.output.save_precision].bytes
 
 
-def state_bytes(footprint: Footprint, rank: int, optimizer: str) -> float:
-    """The size of a state: the adapters and what the optimiser keeps of each number, but no gradients."""
-    in_memory = BYTES_PER_TRAINED_NUMBER.get(optimizer, BYTES_PER_TRAINED_NUMBER_WITH_TWO_MOMENTS)
-    return footprint.adapter_weights_per_rank * rank * (in_memory - FLOAT32_BYTES)
+def state_bytes(footprint: Footprint, plan: Plan) -> float:
+    """The size of a state: the adapters, what the optimiser keeps of each number and the average, but no gradients."""
+    rank = plan.lora.rank
+    kept = FLOAT32_BYTES + optimizer_bytes(plan.optim.name, plan.optim.args, rank)
+    if plan.train.ema_decay:
+        kept += FLOAT32_BYTES
+    return footprint.adapter_weights_per_rank * rank * kept
 
 
 def _saved_gib_per_kilotoken(

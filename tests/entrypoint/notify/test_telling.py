@@ -10,6 +10,7 @@ from PIL import Image, PngImagePlugin
 from entrypoint.notify import beside, events
 from entrypoint.notify.delivery import NAME, Queue, digest_of
 from entrypoint.notify.events import Event, Watch
+from entrypoint.processes import side_process
 from tests.support.webhooks import Receiver
 from trainer.spec.errors import UnreachableError
 
@@ -121,8 +122,8 @@ def test_a_server_that_never_answers_holds_nobody_up(tmp_path, monkeypatch):
 
 
 def test_a_process_that_is_killed_ends_nothing(receiver, tmp_path, monkeypatch, caplog):
-    started, found = beside._started, []
-    monkeypatch.setattr(beside, "_started", lambda *given: found.append(started(*given)) or found[0])
+    started, found = side_process._started, []
+    monkeypatch.setattr(side_process, "_started", lambda *given: found.append(started(*given)) or found[0])
     with beside.telling(job(tmp_path, receiver.address), ENVIRONMENT) as ending:
         found[0].kill()
         found[0].wait()

@@ -1,5 +1,9 @@
-"""The real libraries, offline. They run where the library is installed, or lies in a folder of TRACKERS_SITE."""
+"""The real libraries, offline. They run where the library is installed, or lies in a folder of TRACKERS_SITE.
 
+What each is called with is tested everywhere, in test_calls.py.
+"""
+
+import ast
 import importlib.util
 import json
 import os
@@ -89,3 +93,49 @@ def test_trackio_keeps_one_run_in_its_database(out, tmp_path, capfd):
     assert sorted(step for step, row in values if "loss" in row) == list(range(1, 41))
     assert sum("validation_loss" in row for _, row in values) == 2
     assert len(list((out / "tracking" / "trackio" / "media").rglob("*.png"))) == 6
+
+
+# ---- the stand-ins of test_calls.py
+
+STANDINS = Path(__file__).parents[2] / "support" / "standin_trackers"
+CALLS = {  # tracker → file of the stand-in, and the module that has its names
+    "wandb": [("wandb.py", "wandb")],
+    "trackio": [("trackio.py", "trackio")],
+    "mlflow": [("mlflow/entities.py", "mlflow.entities"), ("mlflow/tracking.py", "mlflow.tracking")],
+}
+
+
+def arguments_of(function):
+    named = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+    return [argument.arg for argument in named if argument.arg != "self"]
+
+
+def standin_calls(file):
+    """(class or "", function, its arguments) of each call that a stand-in takes."""
+    found = []
+    for node in ast.parse((STANDINS / file).read_text()).body:
+        if isinstance(node, ast.FunctionDef) and node.name in ("init", "log", "finish"):
+            found.append(("", node.name, arguments_of(node)))
+        elif isinstance(node, ast.ClassDef):
+            methods = [child for child in node.body if isinstance(child, ast.FunctionDef)]
+            found += [(node.name, method.name, arguments_of(method)) for method in methods]
+    return found
+
+
+@pytest.mark.parametrize("tracker", CALLS)
+def test_the_libraries_take_what_their_stand_ins_take(tracker, tmp_path):
+    own = {**environment(tracker, tmp_path), "TRACKIO_DIR": str(tmp_path)}
+    for file, module in CALLS[tracker]:
+        calls = standin_calls(file)
+        code = f"""
+import importlib, inspect, json
+missing = []
+module = importlib.import_module({module!r})
+for owner, name, arguments in {calls!r}:
+    place = getattr(module, owner) if owner else module
+    known = set(getattr(place, "model_fields", {{}})) if name == "__init__" else set()
+    known |= set(inspect.signature(getattr(place, name)).parameters)
+    missing += [f"{{owner}}.{{name}}: {{argument}}" for argument in arguments if argument not in known]
+print(json.dumps(missing))
+"""
+        assert len(calls) >= 1 and asked(own, code) == []

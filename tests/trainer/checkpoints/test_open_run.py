@@ -124,6 +124,19 @@ def test_the_record_says_what_the_run_began_with(plan):
     assert record_of(open_run(named, [IMAGE]))["used"] == 2
 
 
+def test_samples_stay_with_their_run_and_leave_the_place_that_another_gets(plan):
+    opened = open_run(plan, [])
+    sample = opened.home / "sample" / "step-00000004-00.png"
+    sample.parent.mkdir()
+    sample.write_bytes(b"sample")
+    (sample.parent / "mine.png").write_bytes(b"mine")
+    open_run(plan, [])  # goes on
+    assert sample.read_bytes() == b"sample"
+    another = open_run(other(plan, seed=7), [])  # the first left nothing to go on from, so that its place is free
+    assert another.home == opened.home and [path.name for path in sample.parent.iterdir()] == ["mine.png"]
+    assert (opened.home / "sample.set-aside" / sample.name).read_bytes() == b"sample"
+
+
 def test_weights_that_cannot_be_read_have_no_digest(plan):
     gone = dataclasses.replace(plan, model=dataclasses.replace(plan.model, path=str(Path(plan.output.path) / "gone")))
     Path(gone.model.path).mkdir(parents=True)
@@ -184,6 +197,15 @@ def test_an_older_run_that_was_not_done_has_no_end(plan):
     (opened.out / "plan.json").write_text(automatic.to_json())
     adopt_older_run(opened.out)
     assert record_of(opened) == {"name": "x", "done": False, "files": []}
+
+
+def test_an_older_run_that_was_done_and_kept_no_state_has_no_number_of_steps(plan):
+    opened = open_run(plan, [])
+    (opened.out / "run.json").unlink()
+    (opened.out / "x.safetensors").write_bytes(b"LoRA")
+    (opened.out / "status.json").write_text('{"phase": "done"}')
+    adopt_older_run(opened.out)
+    assert record_of(opened).keys() == {"name", "done", "files", "automatic_epochs"} and record_of(opened)["done"]
 
 
 def test_an_older_run_without_a_plan_is_adopted_by_its_state(plan):

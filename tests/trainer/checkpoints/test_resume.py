@@ -101,6 +101,28 @@ def test_each_thing_that_decides_the_last_bits_is_named_where_it_differs(plan, t
     assert line == f"The state was made with {key} {then}, and this is {now}: the result will not be bit-identical."
 
 
+def test_a_state_of_a_version_for_one_gpu_names_no_number_of_gpus(plan, tmp_path, caplog):
+    older = {key: value for key, value in plan.essence().items() if key != "engine.num_gpus"}
+    saved(tmp_path / "state", plan, essence=older)
+    two = dataclasses.replace(plan, engine=dataclasses.replace(plan.engine, num_gpus=2))
+    resume.resumable_state(plan, tmp_path, PRINTS)
+    assert caplog.messages == []
+    resume.resumable_state(two, tmp_path, PRINTS)
+    (line,) = caplog.messages
+    assert "made with NUM_GPUS 1, and this is 2:" in line
+
+
+@pytest.mark.parametrize(
+    ("processor", "gpu", "device"), [("EPYC", None, "EPYC"), ("", None, "x86_64"), ("EPYC", "H200", "H200")]
+)
+def test_the_device_is_the_gpu_or_else_the_processor_by_the_best_name_there_is(monkeypatch, processor, gpu, device):
+    monkeypatch.setattr(resume.platform, "processor", lambda: processor)
+    monkeypatch.setattr(resume.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: gpu)
+    assert resume.made_by("auto") == {"torch": torch.__version__, "device": device, "PARAMS_ATTENTION": "auto"}
+
+
 @pytest.mark.parametrize(
     ("tree", "steps"),
     [

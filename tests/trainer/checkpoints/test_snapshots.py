@@ -31,6 +31,51 @@ def test_a_copy_is_not_the_original():
     assert torch.equal(taken["a"][0], torch.ones(3)) and torch.equal(taken["b"][0]["x"], torch.ones(3))
 
 
+def test_on_a_gpu_the_copy_is_between_what_was_queued_before_and_the_next_step_of_the_optimiser(monkeypatch):
+    """The order of what is queued, on streams that only note it; what it is worth in time, a GPU shows below."""
+    order = []
+
+    class Event:
+        def synchronize(self):
+            order.append("the host waits for the copy")
+
+    class Stream:
+        def wait_stream(self, other):
+            order.append(f"the side stream waits for the {other.name}")
+
+        def record_event(self):
+            order.append("the copy is complete")
+            return Event()
+
+        def __enter__(self):
+            order.append("on the side stream")
+
+        def __exit__(self, *_):
+            order.append("on the main stream")
+
+    main = Stream()
+    main.name = "main stream"
+    main.wait_event = lambda event: order.append("the main stream waits for the copy")
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    snapshots = Snapshots(optimizer, "cuda")
+    optimizer.step()
+    snapshots.wait()
+    assert order == [] and weight.tolist() == [0.0, 0.0, 0.0]  # nothing was copied yet
+    taken = snapshots.copy({"weight": weight})
+    copied = ["the side stream waits for the main stream", "on the side stream", "the copy is complete"]
+    assert order == [*copied, "on the main stream"] and taken["weight"].tolist() == [0.0, 0.0, 0.0]
+    order.clear()
+    optimizer.step()
+    snapshots.wait()
+    assert order == ["the main stream waits for the copy", "the host waits for the copy"]
+    assert taken["weight"].tolist() == [0.0, 0.0, 0.0] and weight.tolist() == [-1.0, -1.0, -1.0]
+
+
 def test_buffers_are_reused_only_after_release():
     snapshots, weights = Snapshots(torch.optim.SGD([torch.zeros(1)], lr=1.0), "cpu"), torch.rand(5, 7)
     first = snapshots.copy([weights, weights.half(), torch.tensor(3), torch.empty(0)])

@@ -90,6 +90,17 @@ def test_a_damaged_state_is_renamed_and_the_one_before_is_used(tmp_path, name, d
     assert (tmp_path / "step-00000020.damaged").is_dir()
 
 
+@pytest.mark.parametrize(("taken", "free"), [((), ""), (("",), "-2"), (("", "-2"), "-3"), (("-2",), "")])
+def test_a_damaged_state_takes_the_next_free_name(tmp_path, taken, free):
+    for number in taken:
+        (tmp_path / f"step-00000020.damaged{number}").mkdir()
+    for step in (10, 20):
+        state_files.save(tmp_path, step, tree(float(step)))
+    (tmp_path / "step-00000020" / "state.json").write_text("{}")
+    assert state_files.latest(tmp_path).step == 10
+    assert (tmp_path / f"step-00000020.damaged{free}" / "state.json").read_text() == "{}"
+
+
 def test_when_all_states_are_damaged_it_is_an_error(tmp_path):
     state_files.save(tmp_path, 10, tree(1.0))
     """At every start: one that is started again by itself must not begin anew."""
@@ -254,7 +265,7 @@ def test_what_does_not_read_back_leaves_nothing(tmp_path, monkeypatch):
             return back
 
         monkeypatch.setattr(state_files, "load_file", load)
-        with pytest.raises(StorageError, match="does not read back as it was written"):
+        with pytest.raises(StorageError, match=rf"^{tmp_path}/step-00000001 does not read back as it was written\.$"):
             state_files.save(tmp_path, 1, tree(2.0))
         monkeypatch.undo()
         assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.buckets import bucket_sizes, fit, nearest
+from trainer.data.buckets import _nearest_crop, bucket_sizes, fit, nearest
 from trainer.spec.errors import SettingsError
 from trainer.spec.plan import Dataset
 
@@ -148,3 +148,21 @@ def test_where_both_sides_may_meet_as_well_the_width_does(image, scaled):
     """The crop is the same either way, and has the same aspect ratio; only the scale differs, by a pixel."""
     found = fit(image, dataset(bucket_no_upscale=True, bucket_reso_steps=32))
     assert found.scaled == scaled
+
+
+@pytest.mark.parametrize(
+    ("image", "options", "chosen"),
+    [
+        ((300, 100), [(161, 57), (170, 58)], (168, 56)),  # 2.86 and 3, of 3
+        ((300, 100), [(170, 58), (161, 57)], (168, 56)),
+        ((100, 300), [(57, 161), (58, 170)], (56, 168)),
+        ((300, 200), [(120, 56), (72, 56)], (72, 56)),  # 2.14 and 1.29, of 1.5: also where the other is larger
+        ((100, 100), [(16, 16), (32, 32), (24, 24)], (32, 32)),  # all of one aspect ratio: the largest
+        ((100, 100), [(104, 104), (96, 88)], (96, 88)),  # 104 × 104 is above the area
+        ((100, 100), [(7, 90), (80, 7)], None),  # less than a step
+    ],
+)
+def test_of_two_crops_the_one_nearest_to_the_images_aspect_ratio_is_taken(image, options, chosen):
+    found = _nearest_crop(options, image, step=8, area=10_000)
+    assert (found and found.size) == chosen
+    assert found is None or (found.scaled in options and found.scaled[0] // 8 * 8 == chosen[0])

@@ -245,6 +245,20 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_are_encoded(varian
     assert seen == [(4, 3, 48, 64), (1, 3, 48, 48)]
 
 
+@pytest.mark.parametrize("extra", [-1, 1])
+def test_an_encoder_that_returns_another_number_of_latents_is_an_error(variants, tmp_path, extra):
+    """Each would be kept under the name of another image."""
+
+    def encode(pixels_B3HW):
+        return torch.zeros(len(pixels_B3HW) + extra, 8, 6, 8)
+
+    cache = Cache(tmp_path, "v", "e")
+    with pytest.raises(ValueError, match="zip"):
+        caching.encode_images(
+            cache, variants[:3], encode=encode, cpu_workers=1, max_megapixels=1.0, check_in=lambda: None
+        )
+
+
 def test_a_mask_is_stored_at_the_size_of_the_latents_by_the_share_of_its_pixels(variants, tmp_path):
     from PIL import Image
 

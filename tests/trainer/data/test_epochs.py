@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainer.data.captions import compose_caption
 from trainer.data.epochs import EpochSampler, split
 from trainer.data.identity import fingerprint, fingerprint_differences
 from trainer.data.records import ImageRecord
@@ -259,6 +260,32 @@ def test_colours_do_not_move_the_crops():
         return [pool for pool in pools if len(set(pool)) > 1]
 
     assert offsets() == offsets(color_aug=True) == offsets(flip_aug=True) != []
+
+
+def test_variants_are_those_of_generators_of_the_seed_their_use_and_the_image():
+    """By hand: other seeds would move the crops of a run that resumes, and nothing in a cache would be found again."""
+    some = images(8)
+    varied = subset(random_crop=True, color_aug=True, shuffle_caption=True)
+    for variants in make_sampler(plan(varied), some, seed=5)._variants:
+        key = f"0.0/{variants.image.name}"
+        rng, views = random.Random(f"5/view/{key}"), []
+        for view in variants.views:
+            spare = [scaled - size for scaled, size in zip(view.scaled, view.size, strict=True)]
+            offset = (rng.randint(0, spare[0]), rng.randint(0, spare[1]))
+            changes, colour = rng.random() < 1 / 3, rng.getrandbits(32)
+            views.append((offset, colour if changes else None))
+        assert [(view.offset, view.colour) for view in variants.views] == views
+        rng = random.Random(f"5/caption/{key}")
+        texts = [compose_caption(variants.image.caption, varied, rng) for _ in range(VARIANTS)]
+        assert list(variants.captions) == texts and len(set(texts)) > 1
+
+
+def test_images_of_one_dataset_and_size_follow_each_other_to_be_encoded_together():
+    data = DataPlan(tuple(Dataset((subset(),), (512, 512), enable_bucket=True) for _ in range(2)))
+    some = [image for pair in zip(images(12), images(12, dataset=1), strict=True) for image in pair]
+    order = [(image.dataset, view.size) for image, view in make_sampler(data, some).all_image_variants()]
+    changes = sum(one != following for one, following in pairwise(order))
+    assert len(order) == 24 and changes == len(set(order)) - 1 > 4
 
 
 def test_half_of_a_pool_is_flipped():

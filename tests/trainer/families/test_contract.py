@@ -157,7 +157,7 @@ def test_euler_steps_with_predict_are_those_of_the_pipeline(name, prediction, te
 
 
 @pytest.mark.parametrize(("name", "negative"), [("flux", ""), ("sd3", "blue"), ("sdxl", ""), ("sdxl", "a blue ring")])
-def test_samples_are_those_of_the_whole_pipeline(name, negative):
+def test_samples_are_those_of_the_whole_pipeline(name, negative, capfd):
     kind, pipe, plain = get_family(name), pipeline(name), CASES[name].cfg == 1.0
     pipe.set_progress_bar_config(disable=True)
     options = {"guidance_scale": 2.5 if plain else 4.0}
@@ -176,16 +176,20 @@ def test_samples_are_those_of_the_whole_pipeline(name, negative):
     encoders = kind.load_encoders(folder(name), device="cpu", dtype=torch.float32)
     texts = [{k: v[None] for k, v in t.items()} for t in kind.encode_text(encoders, ["a red spot", negative])]
     guidance, cfg = (2.5, 1.0) if plain else (1.0, 4.0)
+    denoiser = kind.load_denoiser(folder(name), device="cpu", dtype=torch.float32)
+    vae = kind.load_vae(folder(name), device="cpu")
+    capfd.readouterr()
     with torch.no_grad():
         got = kind.sample(
-            kind.load_denoiser(folder(name), device="cpu", dtype=torch.float32),
-            kind.load_vae(folder(name), device="cpu"),
+            denoiser,
+            vae,
             folder(name),
             prompt=Prompt("a red spot", 96, 64, seed=3, steps=4, guidance=guidance, cfg=cfg, negative=negative),
             text=texts[0],
             negative=texts[1],
         )
     assert np.abs(np.asarray(got, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
+    assert "it/s" not in "".join(capfd.readouterr()), "no progress bar among the lines of the log"
 
 
 # ---- images and texts

@@ -1,21 +1,25 @@
 """Where outputs of text encoders go, which blocks are fused, and Flux.1's own file against diffusers' converter."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from diffusers import FluxPipeline
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 
 from tests.support import models
 from trainer.families import flux, sd3, sdxl
 from trainer.spec.family import ClipOutput, get_family
 
-L = ClipOutput(torch.full((2, 3, 2), 1.0), torch.full((2, 2), 10.0))  # CLIP-L's: three tokens of two features
-G = ClipOutput(torch.full((2, 3, 4), 2.0), torch.full((2, 4), 20.0))  # CLIP-G's: four features
+# Of seven captions, so that no two sizes are the same by chance.
+L = ClipOutput(torch.full((7, 3, 2), 1.0), torch.full((7, 2), 10.0))  # CLIP-L's: three tokens of two features
+G = ClipOutput(torch.full((7, 3, 4), 2.0), torch.full((7, 4), 20.0))  # CLIP-G's: four features
 SUBSETS = [{}, {"text_encoder": L}, {"text_encoder_2": G}, {"text_encoder": L, "text_encoder_2": G}]
 
 
 @pytest.mark.parametrize("outputs", SUBSETS)
 def test_flux_takes_the_pooled_output_of_clip_l_alone(outputs):
-    text = {"tokens": torch.randn(2, 5, 8), "pooled": torch.randn(2, 2)}
+    text = {"tokens": torch.randn(7, 5, 8), "pooled": torch.randn(7, 2)}
     found = flux.with_clip_outputs(text, outputs)
     assert found.keys() == text.keys() and torch.equal(found["tokens"], text["tokens"])
     assert torch.equal(found["pooled"], L.pooled_BD if "text_encoder" in outputs else text["pooled"])
@@ -23,7 +27,7 @@ def test_flux_takes_the_pooled_output_of_clip_l_alone(outputs):
 
 @pytest.mark.parametrize("outputs", SUBSETS)
 def test_sdxl_has_clip_l_to_the_left_of_clip_g_and_the_pooled_output_of_the_latter(outputs):
-    text = {"tokens": torch.randn(2, 3, 6), "pooled": torch.randn(2, 4)}
+    text = {"tokens": torch.randn(7, 3, 6), "pooled": torch.randn(7, 4)}
     wanted = {key: tensor.clone() for key, tensor in text.items()}
     if "text_encoder" in outputs:
         wanted["tokens"][:, :, :2] = 1
@@ -36,7 +40,7 @@ def test_sdxl_has_clip_l_to_the_left_of_clip_g_and_the_pooled_output_of_the_latt
 
 @pytest.mark.parametrize("outputs", SUBSETS)
 def test_sd3_has_both_above_the_tokens_of_t5_and_side_by_side_in_the_pooled_output(outputs):
-    text = {"tokens": torch.randn(2, 5, 9), "pooled": torch.randn(2, 6)}
+    text = {"tokens": torch.randn(7, 5, 9), "pooled": torch.randn(7, 6)}
     wanted = {key: tensor.clone() for key, tensor in text.items()}
     if "text_encoder" in outputs:
         wanted["tokens"][:, :3, :2] = 1
@@ -68,6 +72,27 @@ def test_regions_are_all_blocks_and_those_with_attention_are_fused(name, fused, 
     found = family.regions(denoiser)
     assert {id(region) for region in found} == {id(module) for module in wanted} and len(found) == len(wanted)
     assert {type(region).__name__ for region in found} == kinds
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flux_gets_the_positions_of_diffusers_in_its_own_type(dtype):
+    given = {}
+
+    def denoiser(**arguments):
+        given.update(arguments)
+        return (arguments["hidden_states"],)
+
+    denoiser.dtype, denoiser.config = dtype, SimpleNamespace(guidance_embeds=True)
+    text = {"tokens": torch.zeros(2, 5, 8, dtype=dtype), "pooled": torch.zeros(2, 2, dtype=dtype)}
+    flux.predict(denoiser, torch.randn(2, 16, 6, 10), torch.tensor([0.25, 0.5]), text=text, guidance=3.5)
+    wanted = FluxPipeline._prepare_latent_image_ids(2, 3, 5, torch.device("cpu"), dtype)
+    assert given["img_ids"].dtype == dtype and torch.equal(given["img_ids"], wanted)
+    assert given["txt_ids"].dtype == dtype and torch.equal(given["txt_ids"], torch.zeros(5, 3, dtype=dtype))
+    assert given["hidden_states"].dtype == dtype and given["hidden_states"].shape == (2, 15, 64)
+    assert given["guidance"].tolist() == [3.5, 3.5] and given["timestep"].tolist() == [0.25, 0.5]
+    denoiser.config.guidance_embeds = False  # as of schnell
+    flux.predict(denoiser, torch.randn(2, 16, 6, 10), torch.tensor([0.25, 0.5]), text=text, guidance=3.5)
+    assert given["guidance"] is None
 
 
 def flux_file():

@@ -4,6 +4,8 @@ The rules are those of the docstrings: bytes of each weight and of each trained 
 sizes of the published models are right, measured peaks say (test_memory_model.py).
 """
 
+import dataclasses
+
 import pytest
 
 from tests.support.machines import GIB, ROUND
@@ -28,6 +30,7 @@ from trainer.spec.memory_model import (
     trained_gib,
     weights_gib,
 )
+from trainer.spec.plan import OptimPlan
 
 # 2,048 + 512 tokens for each of two images: 5 kilotokens. A quarter of a GiB of trained numbers: 4 GiB with AdamW.
 WORK = Workload(512 * 1024, 2, 16, "adamw")
@@ -78,18 +81,35 @@ def test_frozen_weights(precision, rank, options, gib):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "in_memory", "in_a_state"),
-    [("adamw", 4.0, 3.0), ("adamw8bit", 2.5, 1.5), ("lion", 3.0, 2.0), ("lion8bit", 2.25, 1.25),
-     ("prodigy", 6.0, 5.0), ("prodigy-schedulefree", 6.0, 5.0), ("adafactor", 4.0, 3.0)],
+    ("optimizer", "args", "bytes_in_memory"),
+    [
+        ("adamw", {}, 4 + 4 + 8), ("adamw", {"amsgrad": True}, 4 + 4 + 12), ("adamw", {"amsgrad": False}, 4 + 4 + 8),
+        ("adamw8bit", {}, 4 + 4 + 2), ("lion", {}, 4 + 4 + 4), ("lion8bit", {}, 4 + 4 + 1),
+        ("prodigy", {"d_coef": 2.0}, 4 + 4 + 16), ("adamw-schedulefree", {}, 4 + 4 + 8),
+        ("prodigy-schedulefree", {}, 4 + 4 + 4 + 2 * 2 / 11 + 4 / 16),
+        ("prodigy-schedulefree", {"factored": False}, 4 + 4 + 4 + 2 * 2 / 11 + 4),
+        ("prodigy-schedulefree", {"use_focus": True}, 4 + 4 + 4 + 2 * 2 / 11 + 4),
+        ("adafactor", {}, 4 + 4 + 4 / 16), ("adafactor", {"beta1": None}, 4 + 4 + 4 / 16),
+        ("adafactor", {"beta1": 0.0}, 4 + 4 + 4 + 4 / 16),
+    ],
 )  # fmt: skip
-def test_trained_numbers_and_the_states_of_them(optimizer, in_memory, in_a_state):
-    """A state has all but the gradients' 4 bytes.
+@pytest.mark.parametrize("decay", [0.0, 0.99])
+def test_trained_numbers_and_the_states_of_them(optimizer, args, bytes_in_memory, decay, job_plan):
+    """A number, its gradient, the optimiser's state and 4 bytes of an average; a state on disk has no gradient.
 
     What each optimiser really keeps: tests/trainer/training/test_optimizers.py.
     """
-    workload = Workload(512 * 1024, 2, 16, optimizer)
-    assert trained_gib(ROUND, workload) == exactly(in_memory)
-    assert state_bytes(ROUND, 16, optimizer) == exactly(in_a_state * GIB)
+    plan = job_plan("flux")
+    plan = dataclasses.replace(
+        plan,
+        lora=dataclasses.replace(plan.lora, rank=16),
+        optim=OptimPlan(name=optimizer, args=args),
+        train=dataclasses.replace(plan.train, ema_decay=decay),
+    )
+    workload = Workload(512 * 1024, 2, 16, optimizer, args, ema=decay > 0)
+    expected = bytes_in_memory + (4 if decay else 0)
+    assert trained_gib(ROUND, workload) == exactly(expected / 4)
+    assert state_bytes(ROUND, plan) == exactly((expected / 4 - 1) * GIB)
 
 
 # The layers with adapters of the published models, as (inputs, outputs) in widths: q, k and v in one and apart.

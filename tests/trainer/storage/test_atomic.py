@@ -129,6 +129,14 @@ def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(tmp_path):
     assert (tmp_path / "other").read_text() == "mine" and json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
 
 
+def test_a_link_in_the_place_of_the_file_goes_and_what_it_leads_to_stays(tmp_path):
+    (tmp_path / "other").write_text("mine")
+    (tmp_path / "x.json").symlink_to("other")
+    atomic.write_json(tmp_path / "x.json", {"a": 1})
+    assert (tmp_path / "other").read_text() == "mine" and not (tmp_path / "x.json").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "x.json"]
+
+
 def test_only_leftovers_of_files_that_a_job_writes_are_removed(tmp_path):
     own = [".x.kiln.tmp.json", ".x.0123abcd.kiln.tmp.json"]
     mine = [".my.tmp.notes", ".x.tmp.json", ".y.kiln.tmp.json", ".x.notes.kiln.tmp.json", ".kiln.tmp", "x.json"]

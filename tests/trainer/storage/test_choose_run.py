@@ -116,6 +116,15 @@ def test_what_a_run_left_nothing_of_is_used_again(plan, out):
     assert again.plan.output.name == "x-2" and again.home == out / "runs" / "x-2"
 
 
+def test_of_two_runs_that_left_nothing_the_later_one_is_used_again(plan, out):
+    leave(choose(plan), step=0, files=False)
+    second = dataclasses.replace(plan.output, folder="runs/y", name="y")
+    leave(choose_run.Choice(dataclasses.replace(other(plan, seed=1), output=second), None), step=0, files=False)
+    assert [run.name for run in run_records.known_runs(out)] == ["y", "x"]
+    again = choose(asked(other(plan, seed=2), requested="y"))
+    assert again.home == out / "runs" / "y" and again.plan.output.name == "y"
+
+
 @pytest.mark.parametrize(
     "name",
     ["x.safetensors", "x-diffusers.safetensors", "x-step00000100.safetensors", "x-step00000100-mine.safetensors"],
@@ -133,6 +142,22 @@ def test_a_new_name_renames_the_run(plan):
     leave(choose(plan))
     choice = choose(asked(plan, name="y", requested="y"))
     assert choice.run.name == "x" and choice.plan.output.name == "y" and choice.plan.output.folder == ""
+
+
+@pytest.mark.parametrize("name", ["", ".hidden", "a/b"])
+def test_a_run_whose_record_has_no_name_that_a_file_can_have_gets_the_one_of_the_plan(plan, name):
+    leave(choose(plan), record={"name": name})
+    again = choose(plan)
+    assert again.run.step == 8 and again.plan.output.name == "x"
+
+
+def test_the_name_that_a_run_has_already_is_free_for_it(plan, out):
+    """It began as x, which a file of somebody else had; then the name that it got is asked for."""
+    (out / "x.safetensors").write_bytes(b"mine")
+    began = choose(asked(plan, requested="x"))
+    leave(began, files=False)
+    again = choose(asked(plan, requested="x-2"))
+    assert began.plan.output.name == again.plan.output.name == "x-2" and again.run.name == "x-2"
 
 
 def test_a_run_goes_on_with_changes_if_asked_and_if_its_state_fits(plan):
@@ -170,6 +195,12 @@ def test_content_decides_where_images_are_elsewhere(plan):
     assert choose(moved, content_changes=lambda run, found: []).run.name == "x"
     choice = choose(moved, content_changes=lambda run, found: [*found.places, "added: 0.0/new.png"])
     assert choice.plan.output.name == "x-2" and "DATASET_NAME" in choice.describe() and "new.png" in choice.describe()
+
+
+def test_images_are_not_compared_with_a_run_of_other_settings(plan):
+    leave(choose(plan))
+    choice = choose(other(plan, seed=7), content_changes=lambda run, found: ["added: 0.0/new.png"])
+    assert choice.plan.output.name == "x-2" and choice.changes == (f"PARAMS_SEED: {plan.train.seed} → 7",)
 
 
 def test_a_finished_job_looks_at_its_images_again_when_their_folder_has_changed(plan, out):

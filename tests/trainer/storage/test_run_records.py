@@ -95,7 +95,8 @@ def test_files_of_an_older_run_are_known_by_its_name_and_its_states(tmp_path):
 
 def test_the_latest_lora_with_kohyas_keys_comes_last(tmp_path):
     names = ["x.safetensors", "x-step00000008.safetensors", "x-step00000004.safetensors", "x-comfyui.safetensors",
-             "x-step00000008-diffusers.safetensors", "x-step00000016.safetensors"]  # fmt: skip
+             "x-step00000008-diffusers.safetensors", "its-earlier-name.safetensors",
+             "x-step00000016.safetensors"]  # fmt: skip
     for name in names[:-1]:  # the last is gone
         (tmp_path / name).write_text("x")
     one = run(tmp_path, files=names)

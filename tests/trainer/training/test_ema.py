@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from trainer.job.run import run
 from trainer.job.session import Session
+from trainer.spec.memory_model import FLOAT32_BYTES
 from trainer.training.ema import Ema
 from trainer.training.gradients import Backward
 from trainer.training.stop_flag import StopFlag
@@ -64,6 +65,7 @@ def test_an_average_is_a_copy_that_no_gradient_reaches():
     with torch.no_grad():
         weight += 1
     assert ema.shadow[0].tolist() == [1.0, 1.0, 1.0] and not ema.shadow[0].requires_grad
+    assert ema.shadow[0].nbytes == 3 * FLOAT32_BYTES  # which is what the prediction of memory counts
     ema.update([weight])
     assert not ema.shadow[0].requires_grad
     with pytest.raises(ValueError, match="zip"):

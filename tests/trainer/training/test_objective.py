@@ -252,3 +252,12 @@ def test_a_denoising_has_the_models_schedule_with_the_changes_of_the_plan(made):
 def test_a_scheduler_is_changed_only_where_the_plan_says_so(prediction, zero, changes, job_plan):
     train = dataclasses.replace(job_plan("sdxl").train, prediction_type=prediction, zero_terminal_snr=zero)
     assert objective.scheduler_changes(train) == changes
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.1])
+def test_noise_is_where_its_generator_is(offset):
+    with torch.device("meta"):  # where numbers are that name no device
+        found = objective.noise(LATENTS, offset=offset, generator=seeded())
+    assert found.device.type == "cpu" and torch.equal(
+        found, objective.noise(LATENTS, offset=offset, generator=seeded())
+    )

@@ -258,6 +258,11 @@ def test_an_average_that_the_state_lacks_begins_at_its_weights(saved):
     plain = new_state(decay=0.0)
     plain.restore(with_average)
     assert plain.ema is None
+    again = new_state(decay=0.9)
+    again.adapter_params = []
+    again.restore(with_average)
+    assert again.ema.steps == with_average["ema"]["steps"] > 0
+    assert all(torch.equal(a, b) for a, b in zip(again.ema.shadow, with_average["ema"]["shadow"], strict=True))
     plain.restore(tree)  # neither has one
     assert plain.ema is None
 
@@ -290,3 +295,23 @@ def test_inference_weights_are_the_average_and_leave_no_trace():
     plain = new_state(decay=0.0)
     with plain.inference_weights():
         assert all(p.requires_grad for p in plain.optimizer_params)
+
+
+@pytest.mark.parametrize(("name", "args"), [("adamw-schedulefree", {}), ("prodigy-schedulefree", {"d0": 0.1})])
+def test_inference_weights_of_a_schedule_free_optimiser_are_its_average(name, args):
+    """It trains at y = 0.9 x + 0.1 z (arXiv:2405.15682, with its beta of 0.9): x is the average, z is not averaged."""
+    args = {**OPTIMIZERS[name].defaults, "betas": [0.9, 0.99], **args}
+    one = new_state(name, decay=0.0, args=args, rate=0.5)
+    train(one, range(4, 12))
+    before = [p.detach().clone() for p in one.optimizer_params]
+    averages = []
+    for p in one.optimizer_params:
+        y, z = p.detach().double(), one.optimizer.state[p]["z"].double()
+        averages.append((y - 0.1 * z) / 0.9)
+    moved = 0.0
+    with one.inference_weights():
+        for p, average, trained in zip(one.optimizer_params, averages, before, strict=True):
+            assert torch.allclose(p.double(), average, rtol=0, atol=1e-6)
+            moved = max(moved, (p - trained).abs().max().item())
+    assert moved > 1e-4 and all(map(torch.equal, one.optimizer_params, before))
+    train(one, [12])  # only in training mode can it take a step

@@ -34,8 +34,7 @@ def reason(images_per_epoch: int, images_per_step: int) -> str:
     """Why `automatic_steps` came to its number, for the log."""
     steps = automatic_steps(images_per_epoch, images_per_step)
     visits = steps * images_per_step / max(images_per_epoch, 1)
-    shown = f"{visits:.0f}" if visits >= VISITS_OF_MANY else f"{visits:.1f}"
-    return f"each of {images_per_epoch} images, with repeats, is seen {shown} times, {images_per_step} a step"
+    return f"each of {images_per_epoch} images, with repeats, is seen {visits:.0f} times, {images_per_step} a step"
 
 
 def round_interval(total: int) -> int:

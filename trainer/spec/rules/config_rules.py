@@ -44,7 +44,7 @@ def only(*values: Any) -> Rule:
     known = [(type(value), value) for value in values]
     words = {None: "null", True: "true", False: "false"}
     text = " or ".join(words[v] if v is None or type(v) is bool else repr(v) for v in values)
-    return Rule(text, lambda value: not isinstance(value, list | dict) and (type(value), value) in known)
+    return Rule(text, lambda value: (type(value), value) in known)
 
 
 def each(rule: Rule, least: int, most: int) -> Rule:

@@ -47,7 +47,9 @@ def describe_length(plan: Plan, *, steps_per_epoch: int) -> list[str]:
     batches_per_step = plan.train.gradient_accumulation * plan.engine.num_gpus
     batch_sizes = sorted({dataset.batch_size * batches_per_step for dataset in plan.data.datasets})
     per_step = " or ".join(str(size) for size in batch_sizes)
-    epochs = f"{total / steps_per_epoch:.3g}" if total < 1000 * steps_per_epoch else f"{total / steps_per_epoch:,.0f}"
+    epochs = f"{total / steps_per_epoch:.3g}"
+    if total >= 100 * steps_per_epoch:
+        epochs = f"{total / steps_per_epoch:,.0f}"
     return [
         f"Steps: {total:,}, which is {epochs} time{'s' if epochs != '1' else ''} all images; an epoch has "
         f"{steps_per_epoch:,} step{'s' if steps_per_epoch != 1 else ''} of up to {per_step} "

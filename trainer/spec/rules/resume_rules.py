@@ -146,13 +146,12 @@ def completed(begun: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
         if key in now:
             begun[key] = now[key]
     if _batches_per_step(begun) == _batches_per_step(now):
-        begun |= {key: now[key] for key in BATCHES_PER_STEP_KEYS if key in now}
+        begun |= {key: now[key] for key in BATCHES_PER_STEP_KEYS}
     return begun
 
 
 def _batches_per_step(essence: dict[str, Any]) -> int:
-    # States from before there were several GPUs lack these keys.
-    return math.prod(int(essence.get(key, 1)) for key in BATCHES_PER_STEP_KEYS)
+    return math.prod(int(essence[key]) for key in BATCHES_PER_STEP_KEYS)
 
 
 @functools.cache
@@ -222,10 +221,10 @@ def misfits(begun: dict[str, Any], plan: Plan) -> list[str]:
     now = plan.essence()
     begun = completed(begun, now)
     lines = [line(key, begun, now) for key in FIXED_KEYS if begun.get(key) != now.get(key)]
-    encoders = (begun.get("optim.text_encoders") or {}, now.get("optim.text_encoders") or {})
-    if encoders[0].keys() != encoders[1].keys():
+    encoders_then = begun.get("optim.text_encoders") or {}
+    if encoders_then.keys() != now["optim.text_encoders"].keys():
         lines.append(line("optim.text_encoders", begun, now))
-    old, new = begun.get("optim.args") or {}, now.get("optim.args") or {}
+    old, new = begun.get("optim.args") or {}, now["optim.args"]
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name) and name not in FREE_ARGUMENTS and begun.get("optim.name") == plan.optim.name:
             lines.append(f"{name} in PARAMS_OPTIMIZER_ARGS: {_shown(name, old)} → {_shown(name, new)}")

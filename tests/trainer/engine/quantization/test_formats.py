@@ -35,6 +35,32 @@ def test_a_bias_that_cublas_has_no_kernel_for_is_added_after_the_product(outputs
     assert (given["bias"] is None) is later and bool((y == 1).all()) is later
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(
+    ("rank", "padding", "multiplied", "is_added"),
+    [(5, 16, 80, False), (6, 16, 64, True), (6, 32, 96, False), (None, 16, 64, False), (5, 0, 64, True)],
+)
+def test_an_adapter_is_in_the_product_where_there_is_room_and_added_elsewhere(
+    rank, padding, multiplied, is_added, has_bias, monkeypatch
+):
+    """Of 64 features; 15 columns of rank 5 are padded to 16, 18 of rank 6 to 32."""
+    widths = []
+
+    def scaled_mm(x, w, **_):
+        widths.append((x.shape[1], w.shape[0]))
+        return torch.zeros(x.shape[0], w.shape[1], dtype=torch.bfloat16)
+
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    x, w = torch.zeros(4, 64 + padding), torch.zeros(32, 64 + padding)
+    x, w = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
+    bias = torch.ones(32, dtype=torch.bfloat16) if has_bias else None
+    h, up = (torch.ones(4, rank).bfloat16(), torch.ones(32, rank).bfloat16()) if rank else (None, None)
+    y = formats.fp8_product(x, torch.ones(4, 1), w, torch.ones(1, 32), bias, h, up, 64, 1.0)
+    assert widths == [(multiplied, multiplied)]
+    assert bool((y == (rank or 0)).all()) if is_added else not y.any()
+    assert w[:, 64:].float().any() == x[:, 64:].float().any() == (multiplied > 64)
+
+
 @pytest.mark.parametrize(
     ("precision", "device", "hip", "arch", "wanted"),
     [
@@ -70,6 +96,22 @@ def test_layers_of_other_sizes_and_modulations_do_not_multiply_in_8_bits(name):
     assert isinstance(block.narrow, FrozenLinear) is isinstance(block.short, FrozenLinear) is (multiple == 1)
     assert block.norm.linear.weight_format == STORAGE_ONLY.get(name, name)
     assert block.fits.rank == (2 if name in ("fp8", "fp8-fnuz") and 5 * 16 <= 64 else 0)
+
+
+def test_torchao_gets_all_linear_layers_of_multiples_of_16_but_the_last_projections():
+    block = torch.nn.ModuleDict(
+        {
+            "fits": torch.nn.Linear(32, 48),
+            "narrow": torch.nn.Linear(40, 48),
+            "short": torch.nn.Linear(32, 40),
+            "proj_out": torch.nn.Linear(32, 48),
+            "norm": torch.nn.LayerNorm(32),
+            "inner": torch.nn.ModuleDict({"proj_out": torch.nn.Linear(16, 16), "proj": torch.nn.Linear(16, 16)}),
+        }
+    )
+    freeze(block.requires_grad_(False).bfloat16(), "torchao")
+    found = {name for name, module in block.named_modules() if type(module).__name__ == "Float8Linear"}
+    assert found == {"fits", "inner.proj"}
 
 
 @pytest.mark.parametrize("name", WEIGHT_FORMATS)

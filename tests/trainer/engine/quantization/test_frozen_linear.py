@@ -75,23 +75,33 @@ def test_fnuz_values_end_at_a_quarter_of_240_and_have_no_negative_zero():
     assert not (values.view(torch.uint8) == 0x80).any()  # which would be NaN there
 
 
+@pytest.mark.parametrize("has_adapter", [True, False])
+@pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
-def test_products_and_gradients_are_those_of_float64(weight_format):
+def test_products_and_gradients_are_those_of_float64(weight_format, has_bias, has_adapter):
     torch.manual_seed(1)
     linear = layer()
+    if not has_bias:
+        linear.bias = None
     frozen = FrozenLinear(linear, weight_format)
     x = torch.randn(2, 32, 64).bfloat16().requires_grad_()
-    down, up = torch.randn(4, 64).bfloat16().requires_grad_(), torch.randn(128, 4).bfloat16().requires_grad_()
+    adapter = []
+    if has_adapter:
+        adapter = [torch.randn(4, 64).bfloat16().requires_grad_(), torch.randn(128, 4).bfloat16().requires_grad_()]
     g = torch.randn(2, 32, 128).bfloat16()
-    y = frozen.linear(x, down, up)
+    y = frozen.linear(x, *(adapter or (None, None)))
     y.backward(g)
-    found = [y.detach(), x.grad, down.grad, up.grad]
+    found = [y.detach(), x.grad, *(matrix.grad for matrix in adapter)]
 
-    wide = [t.detach().double().requires_grad_() for t in (x, down, up)]
-    w, b = linear.weight.double(), linear.bias.double()
-    wanted = wide[0] @ w.t() + b + (wide[0] @ wide[1].t()) @ wide[2].t()
+    wide = [t.detach().double().requires_grad_() for t in (x, *adapter)]
+    wanted = wide[0] @ linear.weight.double().t()
+    if has_bias:
+        wanted = wanted + linear.bias.double()
+    if has_adapter:
+        wanted = wanted + (wide[0] @ wide[1].t()) @ wide[2].t()
     wanted.backward(g.double())
-    for which, a, b in zip(["y", "x", "down", "up"], found, [wanted.detach(), *(t.grad for t in wide)], strict=True):
+    names = ["y", "x", "down", "up"][: 2 + len(adapter)]
+    for which, a, b in zip(names, found, [wanted.detach(), *(t.grad for t in wide)], strict=True):
         assert error(a, b) < (ALLOWED[weight_format] if which in "yx" else 0.01), which
 
 

@@ -78,6 +78,11 @@ def test_the_reason_has_the_images_how_often_each_is_seen_and_the_images_a_step(
     assert reason(20, 4) == "each of 20 images, with repeats, is seen 100 times, 4 a step"
 
 
+@pytest.mark.parametrize(("images", "per_step", "seen"), [(400, 1, 10), (1, 1, 1000), (0, 1, 1000), (2, 1, 500)])
+def test_the_reason_says_how_often_each_image_is_seen(images, per_step, seen):
+    assert f"each of {images} images, with repeats, is seen {seen} times, {per_step} a step" == reason(images, per_step)
+
+
 @pytest.fixture
 def plan(job_plan):
     """Two datasets, of which the larger batch size counts: 3 images, 2 pieces, 5 GPUs."""
@@ -99,6 +104,8 @@ def test_what_is_auto_in_a_plan_becomes_numbers_with_a_line_for_the_log(plan):
     assert (found.train.max_steps, found.output.save_every, found.output.sample_every) == (300, 30, 30)
     (line,) = lines
     assert line.startswith("PARAMS_MAX_EPOCHS: auto, 300 steps (each of 900 images") and "30 a step" in line
+    few, _ = with_lengths(plan, images_per_epoch=9000, steps_per_epoch=4500)
+    assert few.train.max_steps == 3000  # ten visits of 9,000 images, 30 a step
     found, (line,) = with_lengths(plan, images_per_epoch=900, steps_per_epoch=30, chosen=1000)
     assert (found.train.max_steps, found.output.save_every) == (1000, 100) and "as this run chose" in line
 
@@ -110,6 +117,8 @@ def test_numbers_in_a_plan_are_kept_and_epochs_count_as_steps(plan):
     found, lines = with_lengths(asked, images_per_epoch=900, steps_per_epoch=50)
     assert lines == [] and found.train == train
     assert (found.output.save_every, found.output.sample_every) == (70, 70)
+    automatic, _ = with_lengths(dataclasses.replace(plan, train=train), images_per_epoch=900, steps_per_epoch=50)
+    assert automatic.output.save_every == automatic.output.sample_every == 100  # of 1,000
     counted = dataclasses.replace(plan, train=dataclasses.replace(plan.train, max_steps=200))
     found, lines = with_lengths(counted, images_per_epoch=900, steps_per_epoch=50)
     assert lines == [] and found.train.max_steps == 200 and found.output.save_every == 20

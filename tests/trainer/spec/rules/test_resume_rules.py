@@ -9,6 +9,7 @@ from trainer.spec.plan import AUTO
 from trainer.spec.rules.resume_rules import (
     SHOWN_CHARACTERS,
     changes,
+    check_fits,
     check_named_state,
     completed,
     line,
@@ -67,16 +68,78 @@ def test_the_number_of_cycles_follows_the_length_and_is_a_setting_without_it(pla
     assert both.settings == () and len(both.steps) == 2
 
 
+def test_other_steps_hide_no_other_difference(plan):
+    longer = replaced(plan, "train", max_epochs=plan.train.max_epochs + 1, seed=plan.train.seed + 1)
+    found = changes(plan.essence(), longer)
+    assert [text.partition(":")[0] for text in found.steps] == ["PARAMS_MAX_EPOCHS"]
+    assert [text.partition(":")[0] for text in found.settings] == ["PARAMS_SEED"]
+
+
+def test_what_auto_chose_on_other_hardware_is_no_setting(plan):
+    other = replaced(replaced(plan, "engine", precision="int8"), "optim", learning_rate=0.5)
+    names = ("PARAMS_PRECISION", "PARAMS_LEARNING_RATE")
+    asked = changes(plan.essence(), dataclasses.replace(other, automatic=()))
+    assert asked.hardware == () and [text.partition(":")[0] for text in asked.settings] == list(names)
+    found = changes(plan.essence(), dataclasses.replace(other, automatic=names))
+    assert [text.partition(":")[0] for text in found.hardware] == ["PARAMS_PRECISION"]
+    assert [text.partition(":")[0] for text in found.settings] == ["PARAMS_LEARNING_RATE"]
+
+
+def test_differences_are_listed_by_their_keys_also_what_this_version_does_not_know(plan):
+    begun = {**plan.essence(), "train.zzz": 3, "train.aaa": 1, "train.seed": 7}
+    now = plan.train.seed
+    assert changes(begun, plan).settings == (
+        "PARAMS_AAA: 1 → not set", f"PARAMS_SEED: 7 → {now}", "PARAMS_ZZZ: 3 → not set"
+    )  # fmt: skip
+
+
+def test_what_an_older_version_lacks_was_at_its_default(plan):
+    """A number, a list, a table, in a dataset, in a subset; and what has no default."""
+    now = plan.essence()
+    subset = "data.datasets[0].subsets[0].num_repeats"
+    lacking = ("train.ema_decay", "optim.args", "data.datasets[0].flip_aug", subset, "lora.targets", "model.base")
+    older = {key: value for key, value in now.items() if key not in lacking}
+    found = completed(older, now)
+    assert found["train.ema_decay"] == 0.0 and found["optim.args"] == {} and found["lora.targets"] == []
+    assert found[subset] == 1 and "model.base" not in found
+    unknown = {"train.zzz": 1, "optim.args.zzz": 1, "zzz": 1, "model.base.zzz": 1}
+    assert completed(older, {**now, **unknown}).keys() == found.keys()  # of a newer version: no default is known
+    averaged = replaced(plan, "train", ema_decay=0.5)
+    assert "PARAMS_EMA_DECAY: 0 → 0.5" in changes(older, averaged).settings
+    assert f"BASE_MODEL: not set → {plan.model.base}" in changes(older, plan).settings
+
+
+@pytest.mark.parametrize(
+    ("begun", "now", "differ"),
+    [((2, 2), (4, 1), False), ((1, 4), (2, 2), False), ((2, 2), (2, 1), True), ((None, 2), (2, 1), False),
+     ((None, None), (1, 1), False), ((None, None), (2, 1), True)],
+)  # fmt: skip
+def test_a_step_of_as_many_batches_on_another_number_of_gpus_is_the_same(plan, begun, now, differ):
+    keys = ("engine.num_gpus", "train.gradient_accumulation")
+    essence = plan.essence()
+    for key, value in zip(keys, begun, strict=True):
+        essence[key] = value
+        if value is None:
+            del essence[key]
+    planned = replaced(replaced(plan, "engine", num_gpus=now[0]), "train", gradient_accumulation=now[1])
+    assert bool(changes(essence, planned).settings) is differ
+
+
 def test_buckets_follow_the_resolution_and_the_family_the_base_model(plan):
     (dataset,) = plan.data.datasets
-    buckets = dataclasses.replace(dataset, max_bucket_reso=dataset.max_bucket_reso + 64)
+    buckets = dataclasses.replace(
+        dataset,
+        min_bucket_reso=dataset.min_bucket_reso + 64,
+        max_bucket_reso=dataset.max_bucket_reso + 64,
+        bucket_reso_steps=dataset.bucket_reso_steps + 8,
+    )
     width, height = dataset.resolution
     larger = dataclasses.replace(buckets, resolution=(width + 64, height))
 
     def lines(changed):
         return changes(plan.essence(), replaced(plan, "data", datasets=(changed,))).settings
 
-    assert len(lines(buckets)) == 1 and "max_bucket_reso" in lines(buckets)[0]
+    assert len(lines(buckets)) == 3 and "max_bucket_reso" in lines(buckets)[1]
     assert [text.partition(":")[0] for text in lines(larger)] == ["PARAMS_RESOLUTION"]
     family = replaced(plan, "model", family="sd3")
     assert len(changes(plan.essence(), family).settings) == 1
@@ -104,6 +167,17 @@ def test_what_a_state_fixes_is_told_with_how_it_was(plan):
     assert len(misfits(begun, plan)) == 1
 
 
+def test_a_state_without_arguments_or_text_encoders_fits_a_plan_without_any(plan):
+    plain = replaced(plan, "optim", args={}, text_encoders={})
+    begun = {**plain.essence(), "optim.args": None, "optim.text_encoders": None}
+    assert misfits(begun, plain) == []
+    encoders = replaced(plain, "optim", text_encoders={"text_encoder": 1e-5})
+    assert misfits(begun, encoders) == ["PARAMS_TEXT_ENCODER_LR: not set → text_encoder=1e-05"]
+    assert misfits(begun, replaced(plain, "optim", args={"slice_p": 2})) == [
+        "slice_p in PARAMS_OPTIMIZER_ARGS: not set → 2"
+    ]
+
+
 def test_a_named_state_says_what_to_do_about_gpus_only_where_it_is_about_them(plan):
     begun = plan.essence()
     gpus = replaced(plan, "engine", num_gpus=4)
@@ -121,3 +195,42 @@ def test_a_named_state_says_what_to_do_about_gpus_only_where_it_is_about_them(pl
         check_named_state(plan, place, step=3, places_differ=True)
     with pytest.raises(SettingsError, match="MODEL_PATH"):
         check_named_state(replaced(plan, "model", source="/else"), begun, step=3)
+
+
+def test_what_a_state_does_not_fit_is_refused_with_what_it_fits(plan):
+    begun = plan.essence()
+    assert check_fits(begun, replaced(plan, "train", seed=7), step=3, lora=None) is None
+    other = replaced(replaced(plan, "lora", rank=plan.lora.rank + 1), "optim", name="lion", args={})
+    with pytest.raises(SettingsError) as raised:
+        check_fits(begun, other, step=3, lora="/out/x.safetensors")
+    assert str(raised.value) == (
+        "RESUME_WITH_CHANGES=true: the state at step 3 does not fit these settings:\n"
+        f"  PARAMS_NETWORK_DIM: {plan.lora.rank} → {plan.lora.rank + 1}\n"
+        f"  PARAMS_OPTIMIZER_TYPE: {plan.optim.name} → lion\n"
+        f"It fits PARAMS_NETWORK_DIM={plan.lora.rank} PARAMS_OPTIMIZER_TYPE={plan.optim.name}. Put that back, or unset "
+        "RESUME_WITH_CHANGES to begin a new run. "
+        "Or start from the weights alone: PARAMS_RESUME_FROM=/out/x.safetensors."
+    )
+    with pytest.raises(SettingsError, match=r"to begin a new run\.$"):
+        check_fits(begun, other, step=3, lora=None)
+
+
+def test_arguments_that_do_not_fit_are_listed_by_name(plan):
+    begun = {**plan.essence(), "optim.args": {"slice_p": 1, "d0": 1e-6, "beta": 1}}
+    other = replaced(plan, "optim", args={"zeta": 1, "slice_p": 2, "d0": 1e-5})
+    names = [text.partition(" ")[0] for text in misfits(begun, other)]
+    assert names == ["beta", "d0", "slice_p", "zeta"]
+
+
+def test_a_named_state_goes_on_with_changes_that_it_fits(plan):
+    """The state cannot have named itself."""
+    begun = plan.essence()
+    asked = replaced(plan, "lora", resume_from="/out/state/step-00000003")
+    check_named_state(asked, begun, step=3)
+    going_on = replaced(replaced(asked, "train", seed=7), "output", resume_with_changes=True)
+    check_named_state(going_on, begun, step=3)
+    with pytest.raises(SettingsError, match=r"the state at step 3 does not fit(?s:.)*to begin a new run\.$"):
+        check_named_state(replaced(going_on, "optim", name="lion"), begun, step=3)
+    both = replaced(replaced(asked, "train", seed=7), "engine", num_gpus=4)
+    with pytest.raises(SettingsError, match=r"PARAMS_SEED(?s:.)*must stay the same\."):
+        check_named_state(both, begun, step=3)
