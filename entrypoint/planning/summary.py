@@ -12,7 +12,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from entrypoint.fetch import archive, fetch, http
 from entrypoint.system import environment
@@ -25,7 +25,7 @@ from trainer.data.scan import cpu_workers, scan
 from trainer.spec import memory_model
 from trainer.spec.family import base_models, get_family, lora_formats
 from trainer.spec.plan import Dataset, Plan, Source
-from trainer.spec.rules import automatic, outlook, sanity
+from trainer.spec.rules import automatic, outlook, quote, sanity
 from trainer.storage.atomic import human_size
 from trainer.storage.choose_run import choose
 
@@ -92,7 +92,14 @@ def log_summary(plan: Plan, *, token: str | None, hub_cache: Path, estimate_capt
     )
     for line in describe(local_plan, sampler):
         say(line)
+    first = choice.run.step if choice.run is not None else 0
+    quoted = _quoted(local_plan, sampler, first=first, images=len(images))
+    for line in quoted.lines:
+        say(line)
+    if quoted.warning:
+        say(quoted.warning, logging.WARNING)
     figures = {"images": {"found": scanned.num_found, "used": len(scanned.images)}, **_figures(local_plan, sampler)}
+    figures["quote"] = quoted.figures
     for line in long_captions(local_plan, sampler, hub_cache=hub_cache, estimate=estimate_captions):
         say(line, logging.WARNING)
     for warning in sanity.warnings(local_plan, _length(local_plan, sampler, images=len(scanned.images))):
@@ -123,6 +130,39 @@ def _figures(plan: Plan, sampler: EpochSampler) -> dict[str, Any]:
         figures["lora_bytes"] = memory_model.lora_bytes(plan)
         figures["state_bytes"] = memory_model.state_bytes(footprint, plan.lora.rank, plan.optim.name)
     return figures
+
+
+class _Quoted(NamedTuple):
+    """The quote in words, a limit that ends the job before it is done, and the figures for programs."""
+
+    lines: list[str]
+    warning: str | None
+    figures: dict[str, Any] | None
+
+
+def _quoted(plan: Plan, sampler: EpochSampler, *, first: int, images: int) -> _Quoted:
+    """How long the steps after `first` take and what they cost. `images`: to encode."""
+    total = _length(plan, sampler, images=images).steps
+    if first >= total:
+        return _Quoted([], None, None)
+    lengths = {
+        "images_per_epoch": sampler.subject_examples_per_epoch,
+        "steps_per_epoch": _steps_per_epoch(plan, sampler),
+    }
+    plan, _ = automatic.with_lengths(plan, **lengths)
+    predicted = quote.predict(plan, first=first, total=total, images=images, examples=sampler.buckets)
+    lines = quote.describe(plan, predicted, first=first, total=total)
+    if predicted is None:
+        return _Quoted(lines, None, None)
+    price = plan.quote.price_per_hour
+    figures = {
+        "card": plan.quote.card,
+        "step_seconds": round(predicted.step, 3),
+        "seconds": round(predicted.total),
+        "cost": round(price * predicted.total / quote.HOUR_S, 2) if price else None,
+        "is_measured": False,
+    }
+    return _Quoted(lines, quote.limit_warning(plan, predicted, first=first, total=total), figures)
 
 
 def long_captions(plan: Plan, sampler: EpochSampler, *, hub_cache: Path, estimate: bool) -> list[str]:

@@ -9,7 +9,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,21 @@ class Metrics:
     A resumed run drops the lines after its state (`first_step`) and writes them again.
     """
 
-    def __init__(self, folder: Path, status: Status, *, total_steps: int, first_step: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        status: Status,
+        *,
+        total_steps: int,
+        first_step: int,
+        rounds_left: Callable[[int], int] = lambda _: 0,
+        round_s: float = 0.0,
+    ) -> None:
+        """`rounds_left`: how many rounds of samples come after a step; each takes `round_s` until one is measured."""
         self.total = total_steps
         self.first = self.done = status.step = first_step
+        self._rounds_left = rounds_left
+        self._round_s = round_s
         self.skipped = 0
         self._status = status
         self._lines = _truncated(folder / "metrics.jsonl", first_step).open("a", encoding="utf-8")
@@ -117,22 +129,33 @@ class Metrics:
                 self._board.add_scalar(key, value, row["step"])
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """Inside, time does not count as training."""
-        self._spent += time.monotonic() - self._began
+    def aside(self, *, is_round: bool = False) -> Iterator[None]:
+        """Inside, time does not count as training. `is_round`: it is what a round of samples takes."""
+        began = time.monotonic()
+        self._spent += began - self._began
         yield
         self._began = time.monotonic()
+        if is_round:
+            self._round_s = self._began - began
 
     def images_per_second(self) -> float:
         """The mean over the training time of this process."""
         return self._images / max(self._seconds(), 1e-9)
 
-    def eta_s(self) -> float:
-        """Seconds that the remaining steps take at the mean speed so far; 0 before the first step."""
+    def step_s(self) -> float:
+        """The mean of a step in this process, in seconds; 0 before the first one."""
         done = self.done - self.first
-        if not done:
+        return self._seconds() / done if done else 0.0
+
+    def rounds_s(self) -> float:
+        """Seconds that the rounds of samples that are left take."""
+        return self._rounds_left(self.done) * self._round_s
+
+    def eta_s(self) -> float:
+        """Seconds that the steps to come take at the mean speed so far, with their samples; 0 before the first step."""
+        if self.done == self.first:
             return 0.0
-        return self._seconds() / done * (self.total - self.done)
+        return self.step_s() * (self.total - self.done) + self.rounds_s()
 
     def _seconds(self) -> float:
         return self._spent + time.monotonic() - self._began
