@@ -22,7 +22,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from entrypoint.processes import farewell, supervise, upload
 from entrypoint.processes.launch import Trainers
 from entrypoint.report import start as job_report
 from entrypoint.settings import Settings, help_env, json_schema, read_settings
-from entrypoint.system import cards, environment, hardware, secrets
+from entrypoint.system import cards, environment, hardware, prices, secrets
 from entrypoint.trackers import beside as trackers
 from trainer import __version__
 from trainer.base_model import model_folder
@@ -85,15 +85,18 @@ def _run(arguments: list[str], environ: Mapping[str, str], known: Known) -> int:
         prog="python -m entrypoint",
         description="Train a LoRA as the environment says: BASE_MODEL, DATASET_NAME, OUTPUT_PATH and more.",
     )
-    commands = "train; check: validate, plan and preflight alone; sample, export: as python -m trainer.sample and "
+    commands = "train; check: validate, plan and preflight alone; quote: time and money on GPUs to rent; "
+    commands += "sample, export: as python -m trainer.sample and "
     commands += "trainer.export, and shell: bash, each with the arguments that follow"
-    choices = ("train", "check", *PROGRAMS)
+    choices = ("train", "check", "quote", *PROGRAMS)
     parser.add_argument("command", nargs="?", choices=choices, default="train", help=commands)
     parser.add_argument("--check", action="store_true", help="the same as the command check")
     plans_for = "check for a card that is not here: a name like 'RTX 4090', '2 x RTX 3090', or a size like '12 GB'"
     parser.add_argument("--gpu", metavar="CARD", help=plans_for)
+    prices_file = "for quote: a JSON object of GPUs and their prices an hour, in place of approximate ones"
+    parser.add_argument("--prices", metavar="FILE", type=Path, help=prices_file)
     parser.add_argument("--help-env", action="store_true", help="print every variable with default, range and meaning")
-    as_json = "print JSON: of a check what it found, of --help-env a JSON schema (docs/agents.md)"
+    as_json = "print JSON: of a check or a quote what it found, of --help-env a JSON schema (docs/agents.md)"
     parser.add_argument("--json", action="store_true", help=as_json)
     parser.add_argument("--version", action="version", version=f"kiln {__version__}")
     try:
@@ -104,7 +107,10 @@ def _run(arguments: list[str], environ: Mapping[str, str], known: Known) -> int:
         with contextlib.suppress(BrokenPipeError):  # the reader (head, less) has closed the pipe
             print(json.dumps(json_schema(), indent=2) if options.json else help_env(), flush=True)  # noqa: T201
         return streams.output_code()
-    log_to(logging.StreamHandler(), "%(asctime)s %(levelname)s %(message)s", known=known)
+    level = logging.WARNING if options.command == "quote" else logging.INFO
+    log_to(logging.StreamHandler(), "%(asctime)s %(levelname)s %(message)s", level=level, known=known)
+    if options.command == "quote":
+        return _ended(lambda: quote(environ, prices_file=options.prices, as_json=options.json))
     check = options.check or options.command == "check" or options.gpu is not None
     report = CheckReport(known)
     if options.json:
@@ -121,9 +127,13 @@ def _run(arguments: list[str], environ: Mapping[str, str], known: Known) -> int:
 
 
 def _exit_code(environ: Mapping[str, str], *, check: bool, card: str | None, report: CheckReport) -> int:
-    """Run the job; log its errors and turn them into exit codes."""
+    return _ended(lambda: job(environ, check=check, card=card, report=report))
+
+
+def _ended(run: Callable[[], int]) -> int:
+    """Do `run`; log its errors and turn them into exit codes."""
     try:
-        return job(environ, check=check, card=card, report=report)
+        return run()
     except StopRequestedError as problem:
         log.info("%s", problem.last_line())
         return problem.exit_code
@@ -135,6 +145,29 @@ def _exit_code(environ: Mapping[str, str], *, check: bool, card: str | None, rep
         log.exception("Unexpected error.")
         log.error("%s [exit %d]", KilnError.advice, KilnError.exit_code)
         return KilnError.exit_code
+
+
+def quote(environ: Mapping[str, str], *, prices_file: Path | None, as_json: bool) -> int:
+    """Print what the job takes on each GPU that can be rented. Raises SettingsError where none can do it."""
+    from entrypoint.planning import offers  # imports the Hub's client, which is slow: only now
+
+    public_addresses.guard(environ)
+    settings = read_settings(environ)
+    manifest = read_manifest(settings.data.dataset_config, settings.output.sample_prompts)
+    offered, unknown = prices.read_offers(prices_file) if prices_file else (prices.OFFERS, [])
+    # A limit is no reason to leave a GPU out: the table marks those that go beyond it.
+    unlimited = dataclasses.replace(settings.finish, max_runtime=None, max_cost=None)
+    asked = dataclasses.replace(settings, finish=unlimited)
+    table = offers.make_table(
+        offered,
+        lambda found: make_plan(asked, manifest, found, now=_now(environ)),
+        finish=settings.finish,
+        token=settings.model.hf_token.reveal() if settings.model.hf_token else None,
+        hub_cache=settings.model.hf_home / "hub",
+    )
+    with contextlib.suppress(BrokenPipeError):  # the reader (head, less) has closed the pipe
+        print(offers.as_json(table, unknown) if as_json else offers.as_text(table, unknown), flush=True)  # noqa: T201
+    return streams.output_code()
 
 
 def job(environ: Mapping[str, str], *, check: bool, card: str | None = None, report: CheckReport | None = None) -> int:

@@ -22,6 +22,6 @@ that does not fit (`starting_point.check_state`); access, free space and images 
 only for what no cache has).
 
 Read in the order of the table, then `preflight`, `summary`, which reads the images that are here and says what the job
-will do with them, and `check_report`, which says all of it to programs. Imports settings, system, dataset_config and
-fetch; of the trainer, what needs no torch.
+will do with them, and `check_report`, which says all of it to programs. Apart: `offers`, the table of GPUs to rent.
+Imports settings, system, dataset_config and fetch; of the trainer, what needs no torch.
 """

@@ -53,26 +53,10 @@ def log_summary(plan: Plan, *, token: str | None, hub_cache: Path, estimate_capt
         log.log(level, "%s", line)
         lines.append(line)
 
-    folders: dict[Source, Path | None] = {}
-    for dataset in plan.data.datasets:
-        for subset in dataset.subsets:
-            source = subset.source
-            if source not in folders:
-                folders[source] = local_copy(source, cache=Path(plan.output.cache), token=token, hub_cache=hub_cache)
-    missing = [source for source, folder in folders.items() if folder is None and source.kind != "generated"]
-    for source in missing:
-        log.info("%s is not on this machine yet: its images and captions are known once it is.", source.public)
-    if missing:
+    found = scan_here(plan, token=token, hub_cache=hub_cache)
+    if found is None:
         return Summary()
-
-    def local(source: Source, _dataset: Dataset) -> Source:
-        folder = folders[source]
-        return dataclasses.replace(source, path=str(folder)) if folder else source
-
-    local_plan = plan.map_sources(local)
-    places = {"OUTPUT_PATH": Path(plan.output.path), "CACHE_PATH": Path(plan.output.cache), "HF_HOME": hub_cache.parent}
-    scanned = _scan(local_plan, Written(places))
-    local_plan = dataclasses.replace(local_plan, data=scanned.data)  # with the subsets that names of folders make
+    local_plan, scanned = found
     for line in scanned.report().splitlines():
         level = logging.WARNING if WARNING in line or line.startswith("  skipped ") else logging.INFO
         say(line.replace(WARNING, ""), level)
@@ -82,18 +66,11 @@ def log_summary(plan: Plan, *, token: str | None, hub_cache: Path, estimate_capt
         say(text)
     elif choice.run is not None and choice.run.step:
         say(f"Run {choice.plan.output.name} goes on: it is at step {choice.run.step:,}.")
-    images = [*scanned.images, *_class_images(local_plan)]
-    sampler = EpochSampler(
-        images,
-        local_plan.data,
-        seed=plan.train.seed,
-        caption_dropout_rate=plan.train.caption_dropout_rate,
-        prior_loss_weight=plan.train.prior_loss_weight,
-    )
+    sampler = make_sampler(local_plan, scanned)
     for line in describe(local_plan, sampler):
         say(line)
     first = choice.run.step if choice.run is not None else 0
-    quoted = _quoted(local_plan, sampler, first=first, images=len(images))
+    quoted = _quoted(local_plan, sampler, first=first, images=len(scanned.images))
     for line in quoted.lines:
         say(line)
     if quoted.warning:
@@ -105,6 +82,54 @@ def log_summary(plan: Plan, *, token: str | None, hub_cache: Path, estimate_capt
     for warning in sanity.warnings(local_plan, _length(local_plan, sampler, images=len(scanned.images))):
         say(warning, logging.WARNING)
     return Summary(tuple(lines), figures)
+
+
+def scan_here(plan: Plan, *, token: str | None, hub_cache: Path) -> tuple[Plan, Scan] | None:
+    """The plan with local folders, and a scan of them; None, which the log explains, where images are elsewhere."""
+    folders: dict[Source, Path | None] = {}
+    for dataset in plan.data.datasets:
+        for subset in dataset.subsets:
+            source = subset.source
+            if source not in folders:
+                folders[source] = local_copy(source, cache=Path(plan.output.cache), token=token, hub_cache=hub_cache)
+    missing = [source for source, folder in folders.items() if folder is None and source.kind != "generated"]
+    for source in missing:
+        log.info("%s is not on this machine yet: its images and captions are known once it is.", source.public)
+    if missing:
+        return None
+
+    def local(source: Source, _dataset: Dataset) -> Source:
+        folder = folders[source]
+        return dataclasses.replace(source, path=str(folder)) if folder else source
+
+    local_plan = plan.map_sources(local)
+    places = {"OUTPUT_PATH": Path(plan.output.path), "CACHE_PATH": Path(plan.output.cache), "HF_HOME": hub_cache.parent}
+    scanned = _scan(local_plan, Written(places))
+    # With the subsets that names of folders make.
+    return dataclasses.replace(local_plan, data=scanned.data), scanned
+
+
+def make_sampler(plan: Plan, scanned: Scan) -> EpochSampler:
+    """The order of the images, those included that the trainer will draw."""
+    return EpochSampler(
+        [*scanned.images, *_class_images(plan)],
+        plan.data,
+        seed=plan.train.seed,
+        caption_dropout_rate=plan.train.caption_dropout_rate,
+        prior_loss_weight=plan.train.prior_loss_weight,
+    )
+
+
+def predicted_quote(
+    plan: Plan, sampler: EpochSampler, *, first: int, images: int
+) -> tuple[Plan, int, quote.Quote | None]:
+    """The plan with its lengths, its steps, and the quote for those after `first`. `images`: to encode."""
+    steps_per_epoch = _steps_per_epoch(plan, sampler)
+    plan, _ = automatic.with_lengths(
+        plan, images_per_epoch=sampler.subject_examples_per_epoch, steps_per_epoch=steps_per_epoch
+    )
+    total = plan.train.max_steps or plan.train.max_epochs * steps_per_epoch
+    return plan, total, quote.predict(plan, first=first, total=total, images=images, examples=sampler.buckets)
 
 
 def _figures(plan: Plan, sampler: EpochSampler) -> dict[str, Any]:
@@ -142,15 +167,9 @@ class _Quoted(NamedTuple):
 
 def _quoted(plan: Plan, sampler: EpochSampler, *, first: int, images: int) -> _Quoted:
     """How long the steps after `first` take and what they cost. `images`: to encode."""
-    total = _length(plan, sampler, images=images).steps
+    plan, total, predicted = predicted_quote(plan, sampler, first=first, images=images)
     if first >= total:
         return _Quoted([], None, None)
-    lengths = {
-        "images_per_epoch": sampler.subject_examples_per_epoch,
-        "steps_per_epoch": _steps_per_epoch(plan, sampler),
-    }
-    plan, _ = automatic.with_lengths(plan, **lengths)
-    predicted = quote.predict(plan, first=first, total=total, images=images, examples=sampler.buckets)
     lines = quote.describe(plan, predicted, first=first, total=total)
     if predicted is None:
         return _Quoted(lines, None, None)
