@@ -37,6 +37,7 @@ from entrypoint.planning.plan import make_plan
 from entrypoint.processes import farewell, supervise, upload
 from entrypoint.processes.launch import Trainers
 from entrypoint.report import start as job_report
+from entrypoint.report.receipt import receipt
 from entrypoint.settings import Settings, help_env, json_schema, read_settings
 from entrypoint.system import cards, environment, hardware, prices, secrets
 from entrypoint.trackers import beside as trackers
@@ -185,10 +186,14 @@ def job(environ: Mapping[str, str], *, check: bool, card: str | None = None, rep
         with notify.telling(None if check else _whom_to_tell_all_the_same(environ), environ):
             raise
     supervise.set_limit(settings.finish, environ)
-    told = None if check else _whom_to_tell(settings)
+    told, began = None if check else _whom_to_tell(settings), time.time()
     with scratch.folder(os.environ, settings.data.cache_path) as temporary, notify.telling(told, environ) as ending:
         code = _job(settings, {**environ, "TMPDIR": str(temporary)}, check=check, card=card, report=report)
         ending.exit_code, ending.message = code, ""  # the trainer's own is in status.json
+        if not check:
+            said = receipt(settings.output.output_path, started=began, price=settings.finish.price_per_hour)
+            if said:
+                log.info("%s", said)
         return code
 
 

@@ -113,6 +113,7 @@ class Session:
         metrics = self.metrics(status, first)
         status.saved = self.saver.saved_step
         with contextlib.closing(metrics), contextlib.closing(self.saver.writer):
+            status.update({"first_step": first})
             metrics.describe(plan_as_markdown(self.plan))
             if every.sample_every and first % every.sample_every == 0:
                 self.on_first(partial(self.sample, first, status=status, metrics=metrics))
