@@ -36,9 +36,10 @@ from entrypoint.planning.check_report import CheckReport
 from entrypoint.planning.plan import make_plan
 from entrypoint.processes import farewell, supervise, upload
 from entrypoint.processes.launch import Trainers
+from entrypoint.processes.pod import how_to_fetch
 from entrypoint.report import start as job_report
 from entrypoint.report.receipt import receipt
-from entrypoint.settings import Settings, help_env, json_schema, read_settings
+from entrypoint.settings import Settings, given, help_env, json_schema, read_settings
 from entrypoint.system import cards, environment, hardware, prices, secrets
 from entrypoint.trackers import beside as trackers
 from trainer import __version__
@@ -92,6 +93,7 @@ def _run(arguments: list[str], environ: Mapping[str, str], known: Known) -> int:
     choices = ("train", "check", "quote", *PROGRAMS)
     parser.add_argument("command", nargs="?", choices=choices, default="train", help=commands)
     parser.add_argument("--check", action="store_true", help="the same as the command check")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say also which memory modes were not taken")
     plans_for = "check for a card that is not here: a name like 'RTX 4090', '2 x RTX 3090', or a size like '12 GB'"
     parser.add_argument("--gpu", metavar="CARD", help=plans_for)
     prices_file = "for quote: a JSON object of GPUs and their prices an hour, in place of approximate ones"
@@ -109,6 +111,7 @@ def _run(arguments: list[str], environ: Mapping[str, str], known: Known) -> int:
             print(json.dumps(json_schema(), indent=2) if options.json else help_env(), flush=True)  # noqa: T201
         return streams.output_code()
     level = logging.WARNING if options.command == "quote" else logging.INFO
+    logging.getLogger("entrypoint").setLevel(logging.DEBUG if options.verbose else logging.NOTSET)
     log_to(logging.StreamHandler(), "%(asctime)s %(levelname)s %(message)s", level=level, known=known)
     if options.command == "quote":
         return _ended(lambda: quote(environ, prices_file=options.prices, as_json=options.json))
@@ -192,8 +195,10 @@ def job(environ: Mapping[str, str], *, check: bool, card: str | None = None, rep
         ending.exit_code, ending.message = code, ""  # the trainer's own is in status.json
         if not check:
             said = receipt(settings.output.output_path, started=began, price=settings.finish.price_per_hour)
-            if said:
-                log.info("%s", said)
+            fetch = how_to_fetch(settings.output.output_path, environ) if code == 0 else None
+            for line in (said, fetch):
+                if line:
+                    log.info("%s", line)
         return code
 
 
@@ -227,11 +232,13 @@ def _job(
     missing = _missing_accelerator(plan, backend=settings.engine.backend)
     if missing and not check:
         raise missing
-    plan, done = _chosen(plan)
+    plan, done = _chosen(plan, given.describe(settings))
     if report is not None:
         report.plan = plan
     for reason in plan.reasons:
         log.info("%s", reason)
+    for detail in plan.details:
+        log.debug("%s", detail)
     for warning in plan.warnings:
         log.warning("%s", warning)
     token = settings.model.hf_token.reveal() if settings.model.hf_token else None
@@ -320,13 +327,13 @@ def _missing_accelerator(plan: Plan, *, backend: str) -> NoAcceleratorError | No
     )
 
 
-def _chosen(plan: Plan) -> tuple[Plan, Path | None]:
+def _chosen(plan: Plan, asked: str) -> tuple[Plan, Path | None]:
     """The plan with the name, folder and start time of its run; and the final LoRA, if that run is done already.
 
-    The first reasons say what makes the run a new one, if it is one, and what will be trained.
+    The first reasons say what makes the run a new one, if it is one, what will be trained, and what was `asked`.
     """
     choice = choose_run.choose(plan)
-    reasons = [outlook.headline(choice.plan), *plan.reasons]
+    reasons = [outlook.headline(choice.plan), asked, *plan.reasons]
     text = choice.describe()
     if text:
         reasons.insert(0, text)

@@ -118,7 +118,7 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
     # They are kept in plan.json, and quote what the user has written.
     reasons = tuple(without_secrets(reason) for reason in notes.reasons)
     warnings = tuple(without_secrets(warning) for warning in notes.warnings)
-    return dataclasses.replace(plan, reasons=reasons, warnings=warnings)
+    return dataclasses.replace(plan, reasons=reasons, details=tuple(notes.details), warnings=warnings)
 
 
 def _left_to_hardware(settings: Settings) -> tuple[str, ...]:

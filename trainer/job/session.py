@@ -174,6 +174,7 @@ class Session:
             total_steps=self.total,
             first_step=first,
             rounds_left=lambda step: quote.rounds_left(self.plan, step, self.total),
+            next_round=lambda step: quote.next_round(self.plan, step, self.total),
             round_s=self.plan.quote.round_s,
         )
 

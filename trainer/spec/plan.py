@@ -286,6 +286,7 @@ class Plan:
     output: OutputPlan = field(metadata={"neutral": True})
     prompts: tuple[Prompt, ...] = field(default=(), metadata={"neutral": True})
     reasons: tuple[str, ...] = neutral(())  # why each `auto` became what it is
+    details: tuple[str, ...] = neutral(())  # ways that were not taken, for who asks
     automatic: tuple[str, ...] = neutral(())  # variables that the hardware decides, since they are `auto`
     warnings: tuple[str, ...] = neutral(())  # what the job does, but probably nobody wants
     given: tuple[str, ...] = neutral(())  # the variables that the user has set

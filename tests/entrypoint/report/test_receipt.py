@@ -62,3 +62,7 @@ def test_a_job_ends_with_its_receipt(tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.INFO):
         assert entrypoint.job(asked | {"CACHE_PATH": str(tmp_path)}, check=False) == 0
     assert caplog.messages[-1].startswith("Receipt: ")
+    with caplog.at_level(logging.INFO):
+        assert entrypoint.job(asked | {"CACHE_PATH": str(tmp_path), "RUNPOD_POD_ID": "p0d"}, check=False) == 0
+    assert "python -m entrypoint.runpod fetch p0d" in caplog.messages[-1]
+    assert f"runpodctl send {tmp_path}" in caplog.messages[-1]

@@ -24,7 +24,7 @@ NEUTRAL = {
         "recompute", "kept_blocks", "offload", "turned_weights", "stream_encoders", "host_gib", "tile_vae", "compile",
         "replay", "attention", "memory_limit_gib", "step_timeout_s",
     },
-    "": {"output", "prompts", "reasons", "automatic", "warnings", "given", "printed", "quote"},
+    "": {"output", "prompts", "reasons", "automatic", "warnings", "given", "printed", "quote", "details"},
 }  # fmt: skip
 
 

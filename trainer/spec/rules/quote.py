@@ -55,6 +55,14 @@ def rounds_left(plan: Plan, step: int, total: int) -> int:
     return (total - 1) // every - step // every + 1
 
 
+def next_round(plan: Plan, step: int, total: int) -> int | None:
+    """The step after which the next samples are drawn, once `step` is done; None: no more are."""
+    if not rounds_left(plan, step, total):
+        return None
+    every = plan.output.sample_every
+    return min((step // every + 1) * every, total)
+
+
 def describe(plan: Plan, quote: Quote | None, *, first: int, total: int) -> list[str]:
     """The quote in one line, and a warning in a second where a limit ends the job before it is done."""
     left = f"{total - first:,} steps" if total - first != 1 else "1 step"

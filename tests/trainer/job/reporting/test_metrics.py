@@ -87,6 +87,22 @@ def test_the_time_that_is_left_counts_the_samples_to_come(tmp_path, monkeypatch)
     metrics.close()
 
 
+def test_a_long_job_writes_fewer_lines_and_names_the_next_samples(tmp_path, monkeypatch, caplog):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    metrics = Metrics(tmp_path, Status(tmp_path), total_steps=2000, first_step=0, next_round=lambda step: 500)
+    with caplog.at_level(logging.INFO):
+        for number in range(1, 1201):
+            now[0] += 1.0
+            metrics.step(Step(number, 1, 2, loss=0.25, grad_norm=1.0), learning_rate=1e-4)
+    metrics.close()
+    lines = [message for message in caplog.messages if message.startswith("step ")]
+    steps = [int(line.split()[1].partition("/")[0]) for line in lines]
+    assert sum(step <= 60 for step in steps) == 12 and sum(60 < step <= 600 for step in steps) == 18
+    assert sum(step > 600 for step in steps) == 10
+    assert lines[0].endswith("0:33:19 left, next samples at step 500")
+
+
 # ---- TensorBoard
 
 

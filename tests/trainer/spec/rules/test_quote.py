@@ -66,6 +66,7 @@ def test_rounds_that_are_left_are_those_that_a_job_draws(plan, every, total):
     assert quote.rounds_left(plan, -1, total) == len(drawn) == outlook.count_sample_rounds(plan, total)
     for step in range(total):
         assert quote.rounds_left(plan, step, total) == sum(later > step for later in drawn)
+        assert quote.next_round(plan, step, total) == min((later for later in drawn if later > step), default=None)
 
 
 def test_what_is_not_known_is_said_to_come(plan):
