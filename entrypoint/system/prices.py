@@ -1,5 +1,7 @@
 """What a GPU costs an hour at RunPod, in US dollars: approximate, for comparing GPUs before one is rented.
 
+They come from public transcriptions of RunPod's page, of different months: prices that are a year apart compare badly.
+
 `python -m entrypoint quote --prices FILE` takes other ones: a JSON object of names and prices, as
 `python -m entrypoint.runpod gpus --json` prints today's.
 """
