@@ -22,7 +22,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,11 @@ from entrypoint.planning.check_report import CheckReport
 from entrypoint.planning.plan import make_plan
 from entrypoint.processes import farewell, supervise, upload
 from entrypoint.processes.launch import Trainers
+from entrypoint.processes.pod import how_to_fetch
 from entrypoint.report import start as job_report
-from entrypoint.settings import Settings, help_env, json_schema, read_settings
-from entrypoint.system import cards, environment, hardware, secrets
+from entrypoint.report.receipt import receipt
+from entrypoint.settings import Settings, given, help_env, json_schema, read_settings
+from entrypoint.system import cards, environment, hardware, prices, secrets
 from entrypoint.trackers import beside as trackers
 from trainer import __version__
 from trainer.base_model import model_folder
@@ -85,15 +87,19 @@ def _run(arguments: list[str], environ: Mapping[str, str], known: Known) -> int:
         prog="python -m entrypoint",
         description="Train a LoRA as the environment says: BASE_MODEL, DATASET_NAME, OUTPUT_PATH and more.",
     )
-    commands = "train; check: validate, plan and preflight alone; sample, export: as python -m trainer.sample and "
+    commands = "train; check: validate, plan and preflight alone; quote: time and money on GPUs to rent; "
+    commands += "sample, export: as python -m trainer.sample and "
     commands += "trainer.export, and shell: bash, each with the arguments that follow"
-    choices = ("train", "check", *PROGRAMS)
+    choices = ("train", "check", "quote", *PROGRAMS)
     parser.add_argument("command", nargs="?", choices=choices, default="train", help=commands)
     parser.add_argument("--check", action="store_true", help="the same as the command check")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say also which memory modes were not taken")
     plans_for = "check for a card that is not here: a name like 'RTX 4090', '2 x RTX 3090', or a size like '12 GB'"
     parser.add_argument("--gpu", metavar="CARD", help=plans_for)
+    prices_file = "for quote: a JSON object of GPUs and their prices an hour, in place of approximate ones"
+    parser.add_argument("--prices", metavar="FILE", type=Path, help=prices_file)
     parser.add_argument("--help-env", action="store_true", help="print every variable with default, range and meaning")
-    as_json = "print JSON: of a check what it found, of --help-env a JSON schema (docs/agents.md)"
+    as_json = "print JSON: of a check or a quote what it found, of --help-env a JSON schema (docs/agents.md)"
     parser.add_argument("--json", action="store_true", help=as_json)
     parser.add_argument("--version", action="version", version=f"kiln {__version__}")
     try:
@@ -104,7 +110,11 @@ def _run(arguments: list[str], environ: Mapping[str, str], known: Known) -> int:
         with contextlib.suppress(BrokenPipeError):  # the reader (head, less) has closed the pipe
             print(json.dumps(json_schema(), indent=2) if options.json else help_env(), flush=True)  # noqa: T201
         return streams.output_code()
-    log_to(logging.StreamHandler(), "%(asctime)s %(levelname)s %(message)s", known=known)
+    level = logging.WARNING if options.command == "quote" else logging.INFO
+    logging.getLogger("entrypoint").setLevel(logging.DEBUG if options.verbose else logging.NOTSET)
+    log_to(logging.StreamHandler(), "%(asctime)s %(levelname)s %(message)s", level=level, known=known)
+    if options.command == "quote":
+        return _ended(lambda: quote(environ, prices_file=options.prices, as_json=options.json))
     check = options.check or options.command == "check" or options.gpu is not None
     report = CheckReport(known)
     if options.json:
@@ -121,9 +131,13 @@ def _run(arguments: list[str], environ: Mapping[str, str], known: Known) -> int:
 
 
 def _exit_code(environ: Mapping[str, str], *, check: bool, card: str | None, report: CheckReport) -> int:
-    """Run the job; log its errors and turn them into exit codes."""
+    return _ended(lambda: job(environ, check=check, card=card, report=report))
+
+
+def _ended(run: Callable[[], int]) -> int:
+    """Do `run`; log its errors and turn them into exit codes."""
     try:
-        return job(environ, check=check, card=card, report=report)
+        return run()
     except StopRequestedError as problem:
         log.info("%s", problem.last_line())
         return problem.exit_code
@@ -135,6 +149,29 @@ def _exit_code(environ: Mapping[str, str], *, check: bool, card: str | None, rep
         log.exception("Unexpected error.")
         log.error("%s [exit %d]", KilnError.advice, KilnError.exit_code)
         return KilnError.exit_code
+
+
+def quote(environ: Mapping[str, str], *, prices_file: Path | None, as_json: bool) -> int:
+    """Print what the job takes on each GPU that can be rented. Raises SettingsError where none can do it."""
+    from entrypoint.planning import offers  # imports the Hub's client, which is slow: only now
+
+    public_addresses.guard(environ)
+    settings = read_settings(environ)
+    manifest = read_manifest(settings.data.dataset_config, settings.output.sample_prompts)
+    offered, unknown = prices.read_offers(prices_file) if prices_file else (prices.OFFERS, [])
+    # A limit is no reason to leave a GPU out: the table marks those that go beyond it.
+    unlimited = dataclasses.replace(settings.finish, max_runtime=None, max_cost=None)
+    asked = dataclasses.replace(settings, finish=unlimited)
+    table = offers.make_table(
+        offered,
+        lambda found: make_plan(asked, manifest, found, now=_now(environ)),
+        finish=settings.finish,
+        token=settings.model.hf_token.reveal() if settings.model.hf_token else None,
+        hub_cache=settings.model.hf_home / "hub",
+    )
+    with contextlib.suppress(BrokenPipeError):  # the reader (head, less) has closed the pipe
+        print(offers.as_json(table, unknown) if as_json else offers.as_text(table, unknown), flush=True)  # noqa: T201
+    return streams.output_code()
 
 
 def job(environ: Mapping[str, str], *, check: bool, card: str | None = None, report: CheckReport | None = None) -> int:
@@ -152,10 +189,16 @@ def job(environ: Mapping[str, str], *, check: bool, card: str | None = None, rep
         with notify.telling(None if check else _whom_to_tell_all_the_same(environ), environ):
             raise
     supervise.set_limit(settings.finish, environ)
-    told = None if check else _whom_to_tell(settings)
+    told, began = None if check else _whom_to_tell(settings), time.time()
     with scratch.folder(os.environ, settings.data.cache_path) as temporary, notify.telling(told, environ) as ending:
         code = _job(settings, {**environ, "TMPDIR": str(temporary)}, check=check, card=card, report=report)
         ending.exit_code, ending.message = code, ""  # the trainer's own is in status.json
+        if not check:
+            said = receipt(settings.output.output_path, started=began, price=settings.finish.price_per_hour)
+            fetch = how_to_fetch(settings.output.output_path, environ) if code == 0 else None
+            for line in (said, fetch):
+                if line:
+                    log.info("%s", line)
         return code
 
 
@@ -189,11 +232,13 @@ def _job(
     missing = _missing_accelerator(plan, backend=settings.engine.backend)
     if missing and not check:
         raise missing
-    plan, done = _chosen(plan)
+    plan, done = _chosen(plan, given.describe(settings))
     if report is not None:
         report.plan = plan
     for reason in plan.reasons:
         log.info("%s", reason)
+    for detail in plan.details:
+        log.debug("%s", detail)
     for warning in plan.warnings:
         log.warning("%s", warning)
     token = settings.model.hf_token.reveal() if settings.model.hf_token else None
@@ -282,13 +327,13 @@ def _missing_accelerator(plan: Plan, *, backend: str) -> NoAcceleratorError | No
     )
 
 
-def _chosen(plan: Plan) -> tuple[Plan, Path | None]:
+def _chosen(plan: Plan, asked: str) -> tuple[Plan, Path | None]:
     """The plan with the name, folder and start time of its run; and the final LoRA, if that run is done already.
 
-    The first reasons say what makes the run a new one, if it is one, and what will be trained.
+    The first reasons say what makes the run a new one, if it is one, what will be trained, and what was `asked`.
     """
     choice = choose_run.choose(plan)
-    reasons = [outlook.headline(choice.plan), *plan.reasons]
+    reasons = [outlook.headline(choice.plan), asked, *plan.reasons]
     text = choice.describe()
     if text:
         reasons.insert(0, text)

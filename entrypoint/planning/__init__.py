@@ -13,6 +13,7 @@ Each `auto`, and each default that depends on something else, is decided in one 
 | which text encoders train, and how fast | `text_encoders` |
 | device, precision, memory mode, batch size, compilation, attention | `engine_choice` |
 | whether a batch fits in any memory mode, and the largest that does | `memory_refusal` |
+| how long a step takes on this card, predicted | `step_time` |
 | which settings make no sense or have no effect, for a warning | `sanity` |
 
 Five checks stop a job before any download, each with all its problems in one message, in this order: the variables
@@ -21,6 +22,6 @@ that does not fit (`starting_point.check_state`); access, free space and images 
 only for what no cache has).
 
 Read in the order of the table, then `preflight`, `summary`, which reads the images that are here and says what the job
-will do with them, and `check_report`, which says all of it to programs. Imports settings, system, dataset_config and
-fetch; of the trainer, what needs no torch.
+will do with them, and `check_report`, which says all of it to programs. Apart: `offers`, the table of GPUs to rent.
+Imports settings, system, dataset_config and fetch; of the trainer, what needs no torch.
 """

@@ -382,7 +382,10 @@ def _note_strategies(workload: Workload, chosen: Strategy, strategies: Sequence[
         too_large.append(str(strategy))
     nearest = list(dict.fromkeys(too_large))[-SHOWN_TOO_LARGE:]
     if nearest:
-        notes.reasons.append(f"Faster, but too large: {'; '.join(nearest)}.")
+        notes.details.append(f"Faster, but too large: {'; '.join(nearest)}.")
+    for strategy in strategies:
+        chosen_mark = " (chosen)" if (strategy.precision, *strategy.mode) == (chosen.precision, *chosen.mode) else ""
+        notes.details.append(f"Memory mode, by preference: {strategy}{chosen_mark}.")
 
 
 def _allowed(settings: Settings, strategies: Sequence[Strategy], *, compiles: bool) -> list[Strategy]:

@@ -19,6 +19,7 @@ from entrypoint.dataset_config.manifest import Manifest
 from entrypoint.dataset_config.sources import HUB_ID
 from entrypoint.planning import sanity, single_files, starting_point, text_encoders
 from entrypoint.planning.engine_choice import engine_plan
+from entrypoint.planning.step_time import quote_plan, refuse_too_short
 from entrypoint.planning.targets import check_targets
 from entrypoint.settings import Settings
 from entrypoint.settings.checks import Notes, absolute, is_file, is_folder
@@ -106,6 +107,8 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
         ),
         prompts=prompts,
     )
+    plan = dataclasses.replace(plan, quote=quote_plan(plan, base_model.footprint, hardware, settings.finish))
+    refuse_too_short(plan.quote, notes)
     notes.raise_if_any("This cannot be done")
     if not plan.output.name:
         plan = _with_default_name(plan, now=now)
@@ -115,7 +118,7 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
     # They are kept in plan.json, and quote what the user has written.
     reasons = tuple(without_secrets(reason) for reason in notes.reasons)
     warnings = tuple(without_secrets(warning) for warning in notes.warnings)
-    return dataclasses.replace(plan, reasons=reasons, warnings=warnings)
+    return dataclasses.replace(plan, reasons=reasons, details=tuple(notes.details), warnings=warnings)
 
 
 def _left_to_hardware(settings: Settings) -> tuple[str, ...]:

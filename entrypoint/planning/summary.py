@@ -12,7 +12,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from entrypoint.fetch import archive, fetch, http
 from entrypoint.system import environment
@@ -25,7 +25,7 @@ from trainer.data.scan import cpu_workers, scan
 from trainer.spec import memory_model
 from trainer.spec.family import base_models, get_family, lora_formats
 from trainer.spec.plan import Dataset, Plan, Source
-from trainer.spec.rules import automatic, outlook, sanity
+from trainer.spec.rules import automatic, outlook, quote, sanity
 from trainer.storage.atomic import human_size
 from trainer.storage.choose_run import choose
 
@@ -53,6 +53,39 @@ def log_summary(plan: Plan, *, token: str | None, hub_cache: Path, estimate_capt
         log.log(level, "%s", line)
         lines.append(line)
 
+    found = scan_here(plan, token=token, hub_cache=hub_cache)
+    if found is None:
+        return Summary()
+    local_plan, scanned = found
+    for line in scanned.report().splitlines():
+        level = logging.WARNING if WARNING in line or line.startswith("  skipped ") else logging.INFO
+        say(line.replace(WARNING, ""), level)
+    choice = choose(plan, content_changes=content_changes(fingerprint(scanned.images), None))
+    text = choice.describe()
+    if text and choice.plan.output.name != plan.output.name:  # the settings alone did not say so
+        say(text)
+    elif choice.run is not None and choice.run.step:
+        say(f"Run {choice.plan.output.name} goes on: it is at step {choice.run.step:,}.")
+    sampler = make_sampler(local_plan, scanned)
+    for line in describe(local_plan, sampler):
+        say(line)
+    first = choice.run.step if choice.run is not None else 0
+    quoted = _quoted(local_plan, sampler, first=first, images=len(scanned.images))
+    for line in quoted.lines:
+        say(line)
+    if quoted.warning:
+        say(quoted.warning, logging.WARNING)
+    figures = {"images": {"found": scanned.num_found, "used": len(scanned.images)}, **_figures(local_plan, sampler)}
+    figures["quote"] = quoted.figures
+    for line in long_captions(local_plan, sampler, hub_cache=hub_cache, estimate=estimate_captions):
+        say(line, logging.WARNING)
+    for warning in sanity.warnings(local_plan, _length(local_plan, sampler, images=len(scanned.images))):
+        say(warning, logging.WARNING)
+    return Summary(tuple(lines), figures)
+
+
+def scan_here(plan: Plan, *, token: str | None, hub_cache: Path) -> tuple[Plan, Scan] | None:
+    """The plan with local folders, and a scan of them; None, which the log explains, where images are elsewhere."""
     folders: dict[Source, Path | None] = {}
     for dataset in plan.data.datasets:
         for subset in dataset.subsets:
@@ -63,7 +96,7 @@ def log_summary(plan: Plan, *, token: str | None, hub_cache: Path, estimate_capt
     for source in missing:
         log.info("%s is not on this machine yet: its images and captions are known once it is.", source.public)
     if missing:
-        return Summary()
+        return None
 
     def local(source: Source, _dataset: Dataset) -> Source:
         folder = folders[source]
@@ -72,32 +105,31 @@ def log_summary(plan: Plan, *, token: str | None, hub_cache: Path, estimate_capt
     local_plan = plan.map_sources(local)
     places = {"OUTPUT_PATH": Path(plan.output.path), "CACHE_PATH": Path(plan.output.cache), "HF_HOME": hub_cache.parent}
     scanned = _scan(local_plan, Written(places))
-    local_plan = dataclasses.replace(local_plan, data=scanned.data)  # with the subsets that names of folders make
-    for line in scanned.report().splitlines():
-        level = logging.WARNING if WARNING in line or line.startswith("  skipped ") else logging.INFO
-        say(line.replace(WARNING, ""), level)
-    choice = choose(plan, content_changes=content_changes(fingerprint(scanned.images), None))
-    text = choice.describe()
-    if text and choice.plan.output.name != plan.output.name:  # the settings alone did not say so
-        say(text)
-    elif choice.run is not None and choice.run.step:
-        say(f"Run {choice.plan.output.name} goes on: it is at step {choice.run.step:,}.")
-    images = [*scanned.images, *_class_images(local_plan)]
-    sampler = EpochSampler(
-        images,
-        local_plan.data,
+    # With the subsets that names of folders make.
+    return dataclasses.replace(local_plan, data=scanned.data), scanned
+
+
+def make_sampler(plan: Plan, scanned: Scan) -> EpochSampler:
+    """The order of the images, those included that the trainer will draw."""
+    return EpochSampler(
+        [*scanned.images, *_class_images(plan)],
+        plan.data,
         seed=plan.train.seed,
         caption_dropout_rate=plan.train.caption_dropout_rate,
         prior_loss_weight=plan.train.prior_loss_weight,
     )
-    for line in describe(local_plan, sampler):
-        say(line)
-    figures = {"images": {"found": scanned.num_found, "used": len(scanned.images)}, **_figures(local_plan, sampler)}
-    for line in long_captions(local_plan, sampler, hub_cache=hub_cache, estimate=estimate_captions):
-        say(line, logging.WARNING)
-    for warning in sanity.warnings(local_plan, _length(local_plan, sampler, images=len(scanned.images))):
-        say(warning, logging.WARNING)
-    return Summary(tuple(lines), figures)
+
+
+def predicted_quote(
+    plan: Plan, sampler: EpochSampler, *, first: int, images: int
+) -> tuple[Plan, int, quote.Quote | None]:
+    """The plan with its lengths, its steps, and the quote for those after `first`. `images`: to encode."""
+    steps_per_epoch = _steps_per_epoch(plan, sampler)
+    plan, _ = automatic.with_lengths(
+        plan, images_per_epoch=sampler.subject_examples_per_epoch, steps_per_epoch=steps_per_epoch
+    )
+    total = plan.train.max_steps or plan.train.max_epochs * steps_per_epoch
+    return plan, total, quote.predict(plan, first=first, total=total, images=images, examples=sampler.buckets)
 
 
 def _figures(plan: Plan, sampler: EpochSampler) -> dict[str, Any]:
@@ -123,6 +155,33 @@ def _figures(plan: Plan, sampler: EpochSampler) -> dict[str, Any]:
         figures["lora_bytes"] = memory_model.lora_bytes(plan)
         figures["state_bytes"] = memory_model.state_bytes(footprint, plan)
     return figures
+
+
+class _Quoted(NamedTuple):
+    """The quote in words, a limit that ends the job before it is done, and the figures for programs."""
+
+    lines: list[str]
+    warning: str | None
+    figures: dict[str, Any] | None
+
+
+def _quoted(plan: Plan, sampler: EpochSampler, *, first: int, images: int) -> _Quoted:
+    """How long the steps after `first` take and what they cost. `images`: to encode."""
+    plan, total, predicted = predicted_quote(plan, sampler, first=first, images=images)
+    if first >= total:
+        return _Quoted([], None, None)
+    lines = quote.describe(plan, predicted, first=first, total=total)
+    if predicted is None:
+        return _Quoted(lines, None, None)
+    price = plan.quote.price_per_hour
+    figures = {
+        "card": plan.quote.card,
+        "step_seconds": round(predicted.step, 3),
+        "seconds": round(predicted.total),
+        "cost": round(price * predicted.total / quote.HOUR_S, 2) if price else None,
+        "is_measured": False,
+    }
+    return _Quoted(lines, quote.limit_warning(plan, predicted, first=first, total=total), figures)
 
 
 def long_captions(plan: Plan, sampler: EpochSampler, *, hub_cache: Path, estimate: bool) -> list[str]:

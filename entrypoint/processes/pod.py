@@ -46,6 +46,20 @@ def asked_to_end(action: str, pod: str, environ: Mapping[str, str], retries: Ret
     return done.returncode == 0
 
 
+def how_to_fetch(out: Path, environ: Mapping[str, str]) -> str | None:
+    """How the owner of this pod gets its results; None where this is no pod."""
+    pod = environ.get("RUNPOD_POD_ID", "")
+    if not pod:
+        return None
+    text = (
+        f"To fetch the results: python -m entrypoint.runpod fetch {pod} on your computer, which starts the pod again "
+    )
+    text += (
+        f"if it is stopped. Or in this pod: runpodctl send {out}, and on your computer the runpodctl receive that it "
+    )
+    return f"{text}prints. A pod that is started again after its job stays up half an hour for this."
+
+
 def start_ssh(environ: Mapping[str, str]) -> None:
     """Start sshd with the public key that RunPod passes in, so that the pod's owner can use rsync and scp."""
     key, server = environ.get("PUBLIC_KEY", "").strip(), Path("/usr/sbin/sshd")

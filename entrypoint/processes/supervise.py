@@ -1,5 +1,7 @@
 """ON_FINISH: when a job ends, exit; or stop, terminate or keep the rented pod that it runs in.
 
+By then its uploads and webhooks are done, or were given up: they belong to the job, and each has a limit of time.
+
 A pod restarts a container that exits, for ever, and bills for it. So a job in a pod is supervised: when nothing is left
 to do, the pod is ended through RunPod's API; a job that fails is tried again a few times, with growing pauses. The
 attempts are counted in pod.json in OUTPUT_PATH, which outlives the container.
@@ -17,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 
 from entrypoint.fetch import http
+from entrypoint.processes import places
 from entrypoint.processes.farewell import output_path, raw_value
 from entrypoint.processes.pod import asked_to_end, start_ssh
 from entrypoint.settings.variables.finish import ACTIONS, FinishSettings
@@ -75,11 +78,7 @@ def supervised(
     times, action = times or USUAL, asked_action(environ)
     pod = environ.get("RUNPOD_POD_ID", "")
     if not pod:
-        code = job()
-        if action == "idle":
-            log.info("The job ended with %d; ON_FINISH=idle keeps the container.", code)
-            _wait(None)
-        return code
+        return _finished_elsewhere(job(), action, environ, times)
     start_ssh(environ)
     before = _opened(environ)
     if before.attempts > MAX_ATTEMPTS:
@@ -110,6 +109,20 @@ def supervised(
         if stopped := _wait(times.linger):
             return stopped
     return _end(code, action, pod, environ, times)
+
+
+def _finished_elsewhere(code: int, action: str, environ: Mapping[str, str], times: Times) -> int:
+    """ON_FINISH where this is no pod of RunPod: the container exits, now or later. Returns `code`."""
+    said = places.what_follows(action, environ)
+    if action == "idle":
+        log.info("The job ended with %d; ON_FINISH=idle keeps the container until it is stopped.", code)
+    elif action == "wait":
+        log.info("The job ended with %d; ON_FINISH=wait keeps the container %.0f minutes.", code, times.linger / 60)
+    if said:
+        log.warning("%s", said)
+    if action in ("idle", "wait"):
+        _wait(None if action == "idle" else times.linger)
+    return code
 
 
 def asked_action(environ: Mapping[str, str]) -> str:
@@ -194,6 +207,13 @@ def _end(code: int, action: str, pod: str, environ: Mapping[str, str], times: Ti
     """Do what ON_FINISH says; returns `code` if the container is to exit, else when a signal arrives."""
     if action == "exit":
         return code
+    if action == "wait":
+        log.info(
+            "The job ended with %d; ON_FINISH=wait keeps the pod %.0f minutes, then stops it.", code, times.linger / 60
+        )
+        if stopped := _wait(times.linger):
+            return stopped
+        action = "stop"
     with _signalled() as received:  # RunPod's stop may send its signal before it has answered
         if action in ("stop", "terminate"):
             if asked_to_end(action, pod, environ, times.retries):

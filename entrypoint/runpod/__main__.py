@@ -146,7 +146,9 @@ def _parser() -> Parser:
     end = commands.add_parser("stop", help="stop a pod; its volume is kept, and billed")
     end.add_argument("pod", type=_pod_id)
     end.add_argument("--terminate", action="store_true", help="delete the pod with its volume")
-    commands.add_parser("gpus", parents=[cloud_options], help="list GPU types with their prices")
+    list_gpus = commands.add_parser("gpus", parents=[cloud_options], help="list GPU types with their prices")
+    prices_only = "print one JSON object of names and prices, for python -m entrypoint quote --prices"
+    list_gpus.add_argument("--json", action="store_true", help=prices_only)
     return parser
 
 
@@ -304,6 +306,12 @@ def stop_pod(options: argparse.Namespace, api: RunPod, _: Mapping[str, str]) -> 
 def gpus(options: argparse.Namespace, api: RunPod, _: Mapping[str, str]) -> int:
     """List the GPU types of a cloud, cheapest first, with price and memory of `--count` of them."""
     types = api.gpus(cloud=options.cloud.upper(), count=options.count)
+    if options.json:  # with the memory, which tells apart cards that share a name
+        offered = [gpu for gpu in types if gpu[options.cloud]]
+        _print(
+            json.dumps({f"{gpu['name']} {gpu['memory']}GB": gpu["price"][options.cloud] for gpu in offered}, indent=2)
+        )
+        return 0
     for gpu in sorted(types, key=lambda gpu: gpu["price"][options.cloud]):
         if not gpu[options.cloud]:
             continue

@@ -4,6 +4,7 @@ Read `variables` (a module for each group of the table in docs/variables.md; how
 entry of the table holds), `read` (the three steps from text to values, and every problem in one message), then a
 module for each step: `names` (whose name is it; `aliases` are those of other trainers), `clean` (what was meant by a
 text that a form or a shell has changed), `parsers` (which value that is). `schema` says the same for programs.
+`given` says in one line what was set.
 `checks` has strict parsing and words for messages, which dataset.json and the plan use too.
 
 Nothing else in the program reads PARAMS_* from the environment.

@@ -23,6 +23,7 @@ class Notes(Problems):
     """
 
     reasons: list[str] = field(default_factory=list)
+    details: list[str] = field(default_factory=list)  # what only --check -v prints
     warnings: list[str] = field(default_factory=list)
 
     def chose(self, variable: str, value: Any, reason: str) -> None:

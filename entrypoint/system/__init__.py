@@ -1,8 +1,9 @@
 """The machine: its accelerators, its secrets, the environment of child processes.
 
-Read `hardware` (which GPUs there are and what they can do: the only module that tells vendors apart), `cards` (GPUs to
-plan for that are not here), then `secrets` (which texts of the environment are secret, and how none is printed),
-`environment` (what a child process gets to see) and `private_folders` (where compiled code is kept).
+Read `hardware` (which GPUs there are and what they can do), `cards` (GPUs to plan for that are not here), `speeds` (how
+fast they are by their makers' data sheets), `prices` (what they cost to rent), then `secrets` (which texts of the
+environment are secret, and how none is printed), `environment` (what a child process gets to see) and `private_folders`
+(where compiled code is kept).
 
 Imports `entrypoint.settings`, and `trainer.spec` and `trainer.storage`.
 """

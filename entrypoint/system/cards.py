@@ -101,7 +101,7 @@ CARDS = (
 )
 # Words of the names that shops and RunPod's catalog use, which say nothing that the table does not have.
 NOISE = r"nvidia|geforce|amd|instinct|radeon|tesla|generation|graphics|gpu|pcie|sxm\d?|hbm\d?e?|oam|edition"
-NOISE += r"|workstation|server|max-q|card|with|of|memory|vram"
+NOISE += r"|workstation|wk|server|max-q|blackwell|card|with|of|memory|vram"
 ANY_CARD = (
     "nvidia",
     "8.6",
@@ -109,6 +109,7 @@ ANY_CARD = (
 MIN_MIB, MAX_MIB = 2 * 1024, 1024 * 1024
 MIN_HOST_GIB = 32.0  # the least that RunPod's pods with a 24 GB card have
 ASSUMED_CPUS = 8
+SAME_MEMORY = 0.02  # by how much two cards of one model may differ in memory: ECC takes some
 
 
 def hardware_of(text: str) -> Hardware:
@@ -127,7 +128,24 @@ def hardware_of(text: str) -> Hardware:
         raise SettingsError(f"--gpu {show(text)} is not a known card; {hint} A size works too: '12 GB'.")
     memory_gib = card.memory_mib / 1024
     host_gib = max(MIN_HOST_GIB, 2 * memory_gib) * count
-    return Hardware(card.vendor, card.architecture, memory_gib, count, "", host_gib, ASSUMED_CPUS * count)
+    cpus = ASSUMED_CPUS * count
+    name = card.name if card in CARDS else ""  # a size alone is no name
+    if re.search(r"\bpcie\b", match[2]):  # its variants differ in speed (entrypoint.system.speeds)
+        name += " PCIe"
+    return Hardware(card.vendor, card.architecture, memory_gib, count, "", host_gib, cpus, name)
+
+
+def card_of(hardware: Hardware) -> str | None:
+    """The name of the card that was found, as `CARDS` has it: by its driver's name, else the only one of its kind."""
+    card = _find(hardware.name.casefold()) if hardware.name else None
+    if card is not None and card.architecture == hardware.architecture:
+        return card.name
+    alike: list[str] = []
+    for known in CARDS:
+        is_kind = (known.vendor, known.architecture) == (hardware.vendor, hardware.architecture)
+        if is_kind and abs(known.memory_mib / 1024 / hardware.memory_gib - 1) < SAME_MEMORY:
+            alike.append(known.name)
+    return alike[0] if len(alike) == 1 and not hardware.name else None
 
 
 def _find(text: str) -> Card | None:

@@ -30,7 +30,8 @@ GIB = 2**30
 # AMD, FP8 has not been measured, so bf16 comes first.
 _FASTEST = ("fp8", "bf16", "fp16", "int8", "int8-storage", "fp8-storage", "nf4")
 _FASTEST_AMD = ("bf16", "fp8", "int8-storage", "fp8-storage", "nf4")
-QUERY = ("nvidia-smi", "--query-gpu=index,compute_cap,memory.total,driver_version", "--format=csv,noheader,nounits")
+FIELDS = ("index", "compute_cap", "memory.total", "driver_version", "name")
+QUERY = ("nvidia-smi", f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits")
 DEVICE_FILES = ("/dev/nvidia*", "/dev/kfd", "/dev/dri/renderD*")  # what a program must be able to open
 QUERY_TIMEOUT_S = 30.0  # without persistence mode the driver takes seconds to wake up
 TORCH_BUILDS = {"nvidia": "cuda", "amd": "hip"}  # vendor → the attribute of torch.version that a build for it sets
@@ -58,6 +59,7 @@ class Hardware:
     driver: str
     host_memory_gib: float
     cpu_count: int
+    name: str = ""  # of the devices, as their driver has it; "" where it does not say, or they differ
 
     @property
     def device(self) -> str:
@@ -278,7 +280,7 @@ def _nvidia(
     if answer.returncode == 0:
         for line in answer.stdout.splitlines():
             cells = [cell.strip() for cell in line.split(",")]
-            if len(cells) == len(QUERY[1].split(",")):
+            if len(cells) == len(FIELDS):
                 rows.append(cells)
     rows = _visible(rows, visible)
     if not rows:
@@ -296,6 +298,7 @@ def _nvidia(
         memory_gib=min(memory_gib),
         count=len(rows),
         driver=rows[0][3],
+        name=rows[0][4] if len({row[4] for row in rows}) == 1 else "",
     )
 
 

@@ -8,7 +8,9 @@ import pytest
 
 from bench import cards
 from bench.__main__ import main
+from entrypoint.planning.step_time import step_seconds
 from entrypoint.system.cards import hardware_of
+from entrypoint.system.speeds import SPEEDS
 from trainer.spec.family import get_family
 from trainer.spec.memory_model import Strategy, Workload
 
@@ -47,8 +49,17 @@ def test_an_h100_is_predicted_from_an_h200_within_six_per_cent(family, batch, po
     _, footprint, workload = facts_of(family)
     workload = dataclasses.replace(workload, batch=batch)
     strategy = Strategy("fp8", policy, 0, "none", 0.0)
-    taken = cards.seconds(family, footprint, workload, strategy, cards.SPEEDS["H100"])
+    taken = step_seconds(footprint, workload, strategy, SPEEDS["H100"])
     assert batch / taken == pytest.approx(images_s, rel=0.06)
+
+
+@pytest.mark.parametrize(("card", "seconds"), [("H200", 0.0824), ("H100", 0.0902)])
+def test_smaller_images_are_predicted_from_larger_ones_within_sixteen_per_cent(card, seconds):
+    """docs/performance.md: `--size 512 512`, `fp8+none+turned+replay+eager:1`, with torch's attention."""
+    _, footprint, workload = facts_of("flux")
+    workload = dataclasses.replace(workload, pixels=512 * 512)
+    strategy = Strategy("fp8", "none", 0, "none", 0.0, transposed=True)
+    assert step_seconds(footprint, workload, strategy, SPEEDS[card]) == pytest.approx(seconds, rel=0.16)
 
 
 def test_a_card_that_is_too_small_is_said_to_be():

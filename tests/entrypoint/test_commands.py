@@ -56,6 +56,19 @@ def printed_report(capsys, *arguments):
     return report
 
 
+def test_a_check_quotes_time_and_money(photographs, monkeypatch, capsys, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setenv("PRICE_PER_HOUR", "0.6")
+    monkeypatch.setenv("MAX_COST", "0.1")
+    report = printed_report(capsys, "--check", "--gpu", "RTX 4090")
+    job, quote = report["job"], report["job"]["quote"]
+    assert quote["card"] == "RTX 4090" and not quote["is_measured"]
+    assert quote["seconds"] > job["steps"] * quote["step_seconds"] > 60
+    assert quote["cost"] == pytest.approx(0.6 * quote["seconds"] / 3600, abs=0.006)
+    assert any(f"Quote, predicted for RTX 4090: {job['steps']:,} steps at" in line for line in report["messages"])
+    assert any(line.startswith("MAX_COST=0.1 at PRICE_PER_HOUR=0.6 ends this job") for line in report["warnings"])
+
+
 def test_a_check_can_be_read_by_a_program(photographs, monkeypatch, capsys, caplog):
     caplog.set_level("INFO")
     report = printed_report(capsys, "check", "--gpu", "RTX 4090")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import signal
 import subprocess
 
@@ -43,6 +44,15 @@ def test_a_job_leaves_everything_that_the_readme_names(job):
         assert image.text["prompt_text"] == "a red spot" and image.text["step"] == "6" and image.text["seed"] == "7"
     with Image.open(job.out / "sample" / "contact-sheet.png") as sheet:
         assert sheet.width >= 3 * 64
+
+
+def test_a_job_quotes_what_is_left_once_its_steps_are_measured(job):
+    code, printed = job.run(PARAMS_MAX_STEPS="22", PRICE_PER_HOUR="3600")
+    assert code == 0, printed
+    assert printed.count("Quote: how long 22 steps take here is known after the first 20.") == 1
+    (line,) = [line for line in printed.splitlines() if "Quote, measured" in line]
+    said = re.search(r"this start takes (\d+) s in all and costs (\d+\.\d\d) at 3600 an hour", line)
+    assert abs(int(said[1]) - float(said[2])) <= 0.51  # a unit of money is a second
 
 
 def test_a_warning_of_the_plan_is_printed_once_and_is_in_the_log_of_the_run(job):

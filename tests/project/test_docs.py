@@ -247,7 +247,7 @@ PRODUCT = ("trainer", "entrypoint")
 NO_TERMS = {
     **dict.fromkeys(("AdaptedModels", "Backward", "Session"), "parts of a run, passed between two modules"),
     **dict.fromkeys(("PreparedData", "Folder", "AdapterShape"), "the result of one function"),
-    **dict.fromkeys(("AskedColumns", "Columns", "Decoded", "ImageNames"), "the result of one function"),
+    **dict.fromkeys(("AskedColumns", "Columns", "Decoded", "ImageNames", "Inspected"), "the result of one function"),
     **dict.fromkeys(
         ("Metrics", "Status", "Progress", "Problems", "Findings", "CheckReport", "Summary"),
         "an output or a list that its name describes",

@@ -18,6 +18,8 @@ WITH_VENDORS = {
     "entrypoint/settings/variables/engine.py",
     "entrypoint/system/cards.py",
     "entrypoint/system/hardware.py",
+    "entrypoint/system/prices.py",
+    "entrypoint/system/speeds.py",
     "trainer/engine/quantization/formats.py",
     "trainer/spec/weight_formats.py",
 }

@@ -12,10 +12,11 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image, ImageCms, features
 
+from trainer.data.hygiene.looks import Looks, look
 from trainer.storage.read import read_regular
 
 if TYPE_CHECKING:
@@ -98,17 +99,27 @@ def open_upright(source: Path | bytes) -> tuple[Image.Image, Image.Image | None]
     return colours, alpha
 
 
-def inspect(source: Path | bytes) -> tuple[int, int, bool]:
-    """Upright width and height in pixels, and whether it has transparency, having decoded the whole file.
+class Inspected(NamedTuple):
+    """Upright width and height in pixels, whether there is transparency, and what it looks like."""
+
+    width: int
+    height: int
+    has_alpha: bool
+    looks: Looks | None
+
+
+def inspect(source: Path | bytes) -> Inspected:
+    """What can be said of an image once the whole file is decoded.
 
     Raises UnusableImageError for every file that `open_upright` refuses.
     """
     image, orientation, (width, height) = _load(_read(source), fast=True)
-    if image.mode in ("I", "F"):
-        _to_8_bits(image)  # refuses values outside the range
+    grey = image
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        grey = _to_8_bits(image)  # refuses values outside the range
     if orientation >= 5:  # 5 to 8 lie on their side
         width, height = height, width
-    return width, height, _alpha(image) is not None
+    return Inspected(width, height, _alpha(image) is not None, look(grey))
 
 
 def open_mask(source: Path | bytes) -> Image.Image:
@@ -242,7 +253,7 @@ def _read(source: Path | bytes) -> bytes:
 def _load(data: bytes, *, fast: bool = False) -> tuple[Image.Image, int, tuple[int, int]]:
     """Decode `data`; return the image, its EXIF orientation (1 to 8) and its size before that is applied.
 
-    `fast`: a JPEG may be decoded at an eighth of its size; all of its data is still read, so damage is still found.
+    `fast`: a JPEG may be decoded at a quarter of its size; all of its data is still read, so damage is still found.
     """
     if not data:
         raise UnusableImageError(EMPTY)
@@ -258,7 +269,7 @@ def _load(data: bytes, *, fast: bool = False) -> tuple[Image.Image, int, tuple[i
             raise UnusableImageError(ANIMATED)
         size = image.size
         if fast and image.format == "JPEG":
-            image.draft(None, (image.width // 8, image.height // 8))
+            image.draft(None, (image.width // 4, image.height // 4))
             image.load()
             return image, _orientation(image), size
         image.load()

@@ -29,6 +29,8 @@ from trainer.data.folder_listing import Folder, LeftOutName, list_folder
 from trainer.data.folders import leftovers
 from trainer.data.folders.conventions import Reading, derived_subset, read_folders
 from trainer.data.folders.own_output import Written
+from trainer.data.hygiene.looks import Looks
+from trainer.data.hygiene.remarks import remarks
 from trainer.data.records import WARNING, ImageRecord, Scan, Skipped
 from trainer.process import memory_kills
 from trainer.spec.errors import UnreachableError
@@ -133,18 +135,19 @@ class _FileInfo:
     width: int
     height: int
     has_alpha: bool
+    looks: Looks | None
 
 
 def _examine(file: Path) -> _FileInfo | str:
     """The hash and size of an image that decodes, or the reason why it is unusable."""
     try:
         data = read_regular(file, limit=decode.MAX_FILE_BYTES)
-        width, height, has_alpha = decode.inspect(data)
+        found = decode.inspect(data)
     except OSError as problem:
         return f"cannot be read: {problem.strerror}"
     except UnusableImageError as problem:
         return str(problem)
-    return _FileInfo(hashlib.sha256(data).hexdigest(), width, height, has_alpha)
+    return _FileInfo(hashlib.sha256(data).hexdigest(), found.width, found.height, found.has_alpha, found.looks)
 
 
 def _enter_worker() -> None:
@@ -238,6 +241,10 @@ def _combine(listing: _Listing, examined: dict[Path, _FileInfo | str]) -> Scan:
         else:
             images.append(_record(name, listing, found.captions.get(name), *usable))
     skipped.sort(key=lambda image: image.name)
+    looks: dict[str, Looks | None] = {}
+    for image in images:
+        info = examined[image.file]
+        looks[image.name] = None if isinstance(info, str) else info.looks
     title = _title(listing, None)
     findings = found.findings
     notes = [f"{title}: {note}" for note in [*listing.reading.notes, *_left_out_notes(folder)]]
@@ -245,7 +252,8 @@ def _combine(listing: _Listing, examined: dict[Path, _FileInfo | str]) -> Scan:
         own = [image for image in images if listing.reading.part_of(image.name) == part]
         if own or not listing.parts:
             plan = subset if part is None else listing.parts[part][1]
-            notes += [f"{_title(listing, part)}: {note}" for note in _part_notes(own, found.captions, plan)]
+            said = [*_part_notes(own, found.captions, plan), *remarks(own, looks, listing.dataset_plan)]
+            notes += [f"{_title(listing, part)}: {note}" for note in said]
     notes += [f"{title}: {note}" for note in [*findings.notes, *folder.note_unread(found.read)]]
     unused = [*findings.unused, *(f"{printable(item.name)}: {item.reason}" for item in folder.left_out)]
     return Scan(

@@ -21,6 +21,7 @@ from trainer.spec.family import (
     Facts,
     Footprint,
     LoraKeys,
+    MeasuredStep,
     OriginalLayer,
     tokenizer_files,
     weights,
@@ -53,6 +54,8 @@ FOOTPRINT = Footprint(
     fp8_weights=8.6e9,
     encoder_weights=4.89e9,
     hidden_size=3072,
+    measured_steps={1: MeasuredStep("none", 4.02), 4: MeasuredStep("products", 4.39)},
+    measured_pixels=1280 * 768,
 )
 DEV = BaseModel(
     "black-forest-labs/FLUX.1-dev",

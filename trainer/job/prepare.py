@@ -25,7 +25,7 @@ from trainer.job.reporting.status import Status
 from trainer.spec.errors import DataError
 from trainer.spec.family import get_family
 from trainer.spec.plan import AUTO, DataPlan, Plan, Prompt
-from trainer.spec.rules import automatic, outlook, sanity
+from trainer.spec.rules import automatic, outlook, quote, sanity
 from trainer.storage.choose_run import choose
 from trainer.storage.run_records import RunRecord
 from trainer.training.objective import Objective, make_objective
@@ -109,6 +109,7 @@ def prepare_data(
         log.info("%s", line)
     if is_over(run, data):
         return data
+    log_quote(data)
     note_long_captions(plan, sampler, scanned=scanned, report=run.home / "dataset-report.txt")
     for warning in sanity.warnings(plan, sanity.Length(data.total, data.steps_per_epoch, len(scanned.images))):
         log.warning("%s", warning)
@@ -121,6 +122,21 @@ def prepare_data(
     status.phase("encoding")
     fill_cache(data, check_in=check_in)
     return data
+
+
+def log_quote(data: PreparedData) -> None:
+    """Log how long the rest takes and what it costs, as far as that is known before it has begun."""
+    plan, total = data.plan, data.total
+    first = data.state.step if data.state else 0
+    images = len(data.scan.images)
+    predicted = quote.predict(plan, first=first, total=total, images=images, examples=data.sampler.buckets)
+    for line in quote.describe(plan, predicted, first=first, total=total):
+        log.info("%s", line)
+    if predicted is None:
+        return
+    warning = quote.limit_warning(plan, predicted, first=first, total=total)
+    if warning:
+        log.warning("%s", warning)
 
 
 def is_over(run: OpenRun, data: PreparedData) -> bool:

@@ -34,6 +34,7 @@ from trainer.job.watchdog import Watchdog
 from trainer.spec.errors import FileMismatchError
 from trainer.spec.family import Family
 from trainer.spec.plan import Plan
+from trainer.spec.rules import quote
 from trainer.training import loop, optimizers
 from trainer.training.distributed import Workers
 from trainer.training.gradients import latents, seeded
@@ -111,9 +112,10 @@ class Session:
         if self.workers.is_first:
             self.saver.choose_kept(self.total)
             sampling.set_aside_outdated(self.home / "sample", self.plan.prompts)
-        metrics = Metrics(self.home, status, total_steps=self.total, first_step=first)
+        metrics = self.metrics(status, first)
         status.saved = self.saver.saved_step
         with contextlib.closing(metrics), contextlib.closing(self.saver.writer):
+            status.update({"first_step": first})
             metrics.describe(plan_as_markdown(self.plan))
             if every.sample_every and first % every.sample_every == 0:
                 self.on_first(partial(self.sample, first, status=status, metrics=metrics))
@@ -129,6 +131,8 @@ class Session:
                     estimate=optimizers.estimate(self.training_state.optimizer),
                     compiled=self.engine.compiled_graph_count,
                 )
+                if step.number == first + quote.MEASURED_AFTER < self.total:
+                    self.log_measured(status, metrics)
                 if due(step.number, every.validate_every, self.total):
                     self.on_first(partial(self.validate, step.number, metrics=metrics))
                 saved = due(step.number, every.save_every, self.total) or self.workers.stopping
@@ -164,6 +168,26 @@ class Session:
         ):
             log.info("%s", line)
         return final
+
+    def metrics(self, status: Status, first: int) -> Metrics:
+        return Metrics(
+            self.home,
+            status,
+            total_steps=self.total,
+            first_step=first,
+            rounds_left=lambda step: quote.rounds_left(self.plan, step, self.total),
+            next_round=lambda step: quote.next_round(self.plan, step, self.total),
+            round_s=self.plan.quote.round_s,
+        )
+
+    def log_measured(self, status: Status, metrics: Metrics) -> None:
+        """Say the quote again, by the steps so far, and whether a limit ends the job before it is done."""
+        steps_s = metrics.step_s() * (self.total - metrics.done)
+        left = quote.Quote(metrics.step_s(), 0.0, steps_s, metrics.rounds_s())
+        log.info("%s", quote.measured(self.plan, left, spent=status.seconds()))
+        warning = quote.limit_warning(self.plan, left, first=metrics.done, total=self.total, spent=status.seconds())
+        if warning:
+            log.warning("%s", warning)
 
     def steps(self, first: int) -> Iterator[loop.Step]:
         """The optimiser steps after `first`, as an iterator that does them."""
@@ -248,7 +272,7 @@ class Session:
                 around=self.runner.sampling,
             )
 
-        with metrics.aside():
+        with metrics.aside(is_round=True):
             try:
                 self._with_room(draw)
             except torch.OutOfMemoryError as problem:  # training is worth more than a sample

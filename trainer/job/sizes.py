@@ -64,10 +64,8 @@ def engine_plan_for(plan: Plan, epoch: Sequence[Batch]) -> EnginePlan:
     if not engine.replay or footprint is None or engine.device != "cuda":
         log.info("%s.", counted)
         return engine
-    largest = max(
-        (Workload(math.prod(batch[0].view.size), len(batch), plan.lora.rank, plan.optim.name) for batch in sizes),
-        key=lambda workload: workload.kilotokens(footprint),
-    )
+    workloads = [_workload(plan, batch) for batch in sizes]
+    largest = max(workloads, key=lambda workload: workload.kilotokens(footprint))
     graphs = len(sizes) - 1  # a plan has room for one
     changed = with_room_for_graphs(footprint, largest, engine, graphs=graphs, have_gib=device.limit_bytes() / 2**30)
     now = described(changed.recompute, changed.kept_blocks, changed.offload)
@@ -79,3 +77,14 @@ def engine_plan_for(plan: Plan, epoch: Sequence[Batch]) -> EnginePlan:
         counted, graphs * footprint.graph_gib, now,
     )  # fmt: skip
     return changed
+
+
+def _workload(plan: Plan, batch: Batch) -> Workload:
+    return Workload(
+        math.prod(batch[0].view.size),
+        len(batch),
+        plan.lora.rank,
+        plan.optim.name,
+        plan.optim.args,
+        ema=bool(plan.train.ema_decay),
+    )

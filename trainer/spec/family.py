@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +35,13 @@ PREFIXES = {
 }
 CLIP_TOKENS = 77  # that a CLIP text encoder reads at once, with those of begin and end
 OPTIONAL = "optional:"  # begins a pattern of files whose folder may be missing
+
+
+class MeasuredStep(NamedTuple):
+    """The speed of one training step (`python -m bench step`, docs/performance.md)."""
+
+    recompute: str  # a key of trainer.spec.strategies.RECOMPUTE_POLICIES
+    images_per_second: float
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,10 @@ class Footprint:
     capture_gib: float = 2.5  # GiB that CUDA graphs take besides, where the step recomputes
     graph_gib: float = 0.025  # GiB of the driver for each captured graph (`python -m bench shapes`)
     unfused_factor: float = 1.45  # saved_gib["none"] is this times as large without the norms and GELUs fused for FP8
+    # Batch size → steps measured on an H200 in FP8, captured, with torch's own attention, from which the time of a step
+    # elsewhere is predicted (entrypoint.planning.step_time). Empty: nothing was measured.
+    measured_steps: dict[int, MeasuredStep] = field(default_factory=dict)
+    measured_pixels: int = 0  # of each image in those steps
 
 
 # ---- what a published model's repository holds besides its weights: local weight files then need no repository

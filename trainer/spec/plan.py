@@ -262,6 +262,20 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class QuotePlan:
+    """What the planner predicts for this hardware, in seconds (0: not known), and what limits time and cost."""
+
+    card: str = ""
+    batch_s: tuple[float, ...] = ()  # forward and backward pass of a micro-batch, for each dataset; (): not predicted
+    round_s: float = 0.0  # drawing a sample of each prompt
+    start_s: float = 0.0  # to the first step, with everything on this machine, without encoding
+    image_s: float = 0.0  # encoding an image and its caption
+    price_per_hour: float | None = None
+    limit_hours: float | None = None  # of MAX_RUNTIME or MAX_COST, whichever comes first
+    limit: str = ""  # that one in words
+
+
+@dataclass(frozen=True)
 class Plan:
     model: ModelPlan
     data: DataPlan
@@ -272,9 +286,11 @@ class Plan:
     output: OutputPlan = field(metadata={"neutral": True})
     prompts: tuple[Prompt, ...] = field(default=(), metadata={"neutral": True})
     reasons: tuple[str, ...] = neutral(())  # why each `auto` became what it is
+    details: tuple[str, ...] = neutral(())  # ways that were not taken, for who asks
     automatic: tuple[str, ...] = neutral(())  # variables that the hardware decides, since they are `auto`
     warnings: tuple[str, ...] = neutral(())  # what the job does, but probably nobody wants
     given: tuple[str, ...] = neutral(())  # the variables that the user has set
+    quote: QuotePlan = field(default_factory=QuotePlan, metadata={"neutral": True})
     printed: tuple[str, ...] = neutral(())  # lines about the images that the log has already
     version: int = VERSION
 

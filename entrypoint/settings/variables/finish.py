@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from entrypoint.settings.row import Secret, row
 
 TRACKERS = ("wandb", "mlflow", "trackio")  # what LOG_WITH may name
-ACTIONS = ("exit", "stop", "terminate", "idle")  # what ON_FINISH may ask for
+ACTIONS = ("exit", "stop", "terminate", "idle", "wait")  # what ON_FINISH may ask for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class FinishSettings:
     on_finish: str | None = row(
         "ON_FINISH",
         "choice",
-        meaning="at the end: exit; stop or terminate the pod; idle: keep the container",
+        meaning="at the end: exit; stop or terminate the pod; idle: keep the container; wait: half an hour, then stop",
         choices=lambda: ACTIONS,
         if_unset="stop on a RunPod pod, else exit",
     )

@@ -62,9 +62,11 @@ class Planned:
         )
         self.refused = notes.lines
         self.reasons = notes.reasons
+        self.details = notes.details
 
     def said(self, start):
-        return [reason.removeprefix(start).strip() for reason in self.reasons if reason.startswith(start)]
+        told = [*self.reasons, *self.details]
+        return [reason.removeprefix(start).strip() for reason in told if reason.startswith(start)]
 
     @property
     def mode(self):
@@ -93,8 +95,13 @@ def test_a_plan_and_all_its_reasons():
         # 6 + 0.5; 0.31 + 2.6 for each 2^20 of four images; 11.08 + 4 + 0.31 + 3.2.
         "Peaks predicted, in GiB of 24: texts 6.5, latents 5.5, training 20.7, samples 18.6.",
         "Memory mode for steps of 2 images: fp8, all but attention recomputed: 20.7 GiB.",
-        "Faster, but too large: fp8, everything kept: 35.7 GiB; fp8, all but products recomputed: 25.7 GiB.",
         "PARAMS_COMPILE: false (steps are captured as CUDA graphs, and their kernels are fused already)",
+    ]
+    assert planned.details[:4] == [
+        "Faster, but too large: fp8, everything kept: 35.7 GiB; fp8, all but products recomputed: 25.7 GiB.",
+        "Memory mode, by preference: fp8, everything kept: 35.7 GiB.",
+        "Memory mode, by preference: fp8, all but products recomputed: 25.7 GiB.",
+        "Memory mode, by preference: fp8, all but attention recomputed: 20.7 GiB (chosen).",
     ]
     engine = planned.engine
     assert (engine.device, engine.dtype, engine.compile, engine.replay) == ("cuda", "bfloat16", False, True)

@@ -498,7 +498,7 @@ def test_it_recomputes_where_memory_is_short(hardware, limit, batch, recompute, 
 
 def test_a_home_machine_trains_flux_in_8_gib():
     made = plan(on=HOME, BASE_MODEL="flux", PARAMS_RESOLUTION="512", PARAMS_OPTIMIZER_TYPE="adamw8bit")
-    engine, told = made.engine, "\n".join(made.reasons)
+    engine, told = made.engine, "\n".join([*made.reasons, *made.details])
     assert (engine.precision, engine.offload, engine.stream_encoders, engine.tile_vae) == (
         "fp8",
         "weights",

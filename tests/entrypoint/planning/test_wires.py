@@ -104,6 +104,9 @@ PLANNED = {
     "MEMORY_LIMIT_GIB": (GPU, "20", field("engine.memory_limit_gib"), 20.0),
     "PARAMS_STEP_TIMEOUT": (HUB, "0", field("engine.step_timeout_s"), 0.0),
     "OUTPUT_PATH": (HUB, "/somewhere/out", field("output.path"), "/somewhere/out"),
+    "MAX_RUNTIME": (HUB, "1.5", field("quote.limit_hours"), 1.5),
+    "MAX_COST": ({**HUB, "PRICE_PER_HOUR": "0.5"}, "2.5", field("quote.limit_hours"), 5.0),
+    "PRICE_PER_HOUR": (HUB, "0.75", field("quote.price_per_hour"), 0.75),
     "OUTPUT_NAME": (HUB, "mine", lambda plan: (plan.output.name, plan.output.requested), ("mine", "mine")),
     "SAMPLE_PROMPTS": (HUB, '["a fox"]', lambda plan: [p.text for p in plan.prompts], ["a fox"]),
     "PARAMS_SAMPLE_EVERY_N_STEPS": (HUB, "0", field("output.sample_every"), 0),
@@ -131,15 +134,11 @@ NOT_PLANNED = {
     "WEBHOOK_SECRET": ("abcdef", "***"),
     "LOG_WITH": ("wandb", "wandb"),
     "ON_FINISH": ("idle", "idle"),
-    "MAX_RUNTIME": ("1.5", "1.5"),
-    "MAX_COST": ("2.5", "2.5"),
-    "PRICE_PER_HOUR": ("0.75", "0.75"),
 }
 
 
 NEEDS = {
     "HF_WRITE_TOKEN": {"PUSH_TO_HUB": "me/lora"},
-    "MAX_COST": {"PRICE_PER_HOUR": "0.5"},
     "WEBHOOK_SECRET": {"WEBHOOK_URL": "https://example.com/x"},
 }
 TWO_GPUS = dataclasses.replace(LARGE_GPU, count=2)

@@ -14,6 +14,7 @@ from entrypoint.fetch import http
 from entrypoint.runpod import __main__, download
 from entrypoint.runpod import api as runpod_api
 from entrypoint.runpod.api import RunPod
+from entrypoint.system.prices import read_offers
 from tests.support.pod import KEY, violations
 
 QUICK = http.RetryPolicy(budget=3.0, first_wait=0.01, longest_wait=0.05, timeout=2.0)
@@ -156,6 +157,14 @@ def test_failures_that_pass_are_waited_for(server, command):
     server.fault("GET /v2/catalog/gpus", status=503)
     code, printed = command("gpus")
     assert code == 0 and "$  2.49/h   192 GB" in printed and printed.index("RTX 4090") < printed.index("MI300X")
+
+
+def test_todays_prices_are_what_a_quote_takes(command, tmp_path):
+    code, printed = command("gpus", "--json")
+    (tmp_path / "prices.json").write_text(printed)
+    offers, unknown = read_offers(tmp_path / "prices.json")
+    found = {offer.card: offer.per_hour for offer in offers}
+    assert code == 0 and not unknown and found["MI300X 192GB"] == 2.49 and found["H100 PCIe 80GB"] > 1
 
 
 def test_a_lost_answer_does_not_pay_for_two_pods(server, command):

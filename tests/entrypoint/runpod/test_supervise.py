@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from entrypoint.fetch import http
-from entrypoint.processes import supervise
+from entrypoint.processes import places, supervise
 from entrypoint.processes.supervise import Times
 from entrypoint.settings.variables.finish import FinishSettings
 from trainer.process import guard
@@ -176,6 +176,36 @@ def test_elsewhere_a_container_exits_or_idles(caplog):
     assert supervised(lambda: 3, {"ON_FINISH": "stop"}) == 3
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
     assert supervised(lambda: 0, {"ON_FINISH": "idle"}) == 0
+
+
+def test_wait_keeps_the_pod_for_a_while_and_then_stops_it(server, pod):
+    began = time.monotonic()
+    assert supervised(lambda: 0, {**pod, "ON_FINISH": "wait"}, times=QUICK) == 0
+    assert time.monotonic() - began >= QUICK.linger and state(server) == "EXITED"
+
+
+def test_wait_elsewhere_ends_after_a_while_or_with_a_signal():
+    began = time.monotonic()
+    assert supervised(lambda: 4, {"ON_FINISH": "wait"}, times=QUICK) == 4
+    assert time.monotonic() - began >= QUICK.linger
+
+
+@pytest.mark.parametrize(
+    ("place", "action", "words"),
+    [
+        ({"VAST_CONTAINERLABEL": "C.123"}, "stop", "vastai stop instance 123 does"),
+        ({"CONTAINER_ID": "77", "CONTAINER_API_KEY": "k"}, "terminate", "vastai destroy instance 77 does"),
+        ({"VAST_CONTAINERLABEL": "x; rm"}, "exit", "vastai stop instance ID does"),
+        ({"JOB_ID": "6", "ACCELERATOR": "a10g"}, "stop", "ends the job, and its bill"),
+        ({"JOB_ID": "6", "ACCELERATOR": "a10g"}, "wait", "bills until the container exits"),
+        ({}, "terminate", "ON_FINISH=terminate works on a pod of RunPod only"),
+        ({"JOB_ID": "6"}, "exit", None),
+        ({}, "wait", None),
+    ],
+)
+def test_each_place_says_what_the_end_means_there(place, action, words):
+    said = places.what_follows(action, place)
+    assert said is None if words is None else words in said
 
 
 def test_a_limit_ends_the_job_and_the_pod(server, pod):

@@ -68,19 +68,25 @@ def test_a_container_has_no_more_memory_and_cores_than_it_may_use(root):
 
 
 def test_the_smallest_of_several_gpus_counts(root):
-    text = "0, 9.0, 81559, 550.54.15\n1, 8.0, 40960, 550.54.15\n"
+    text = "0, 9.0, 81559, 550.54.15, NVIDIA H100\n1, 8.0, 40960, 550.54.15, NVIDIA A100\n"
     found = detect(run=answering(text), root=root, environ={})
     assert (found.vendor, found.architecture, found.memory_gib) == ("nvidia", "8.0", 40.0)
     assert (found.count, found.driver, found.host_memory_gib, found.device) == (2, "550.54.15", 64.0, "cuda")
+    assert found.name == ""  # two kinds have no name in common
+
+
+def test_gpus_of_one_kind_have_its_name(root):
+    run = answering("0, 8.9, 24564, 580.1, NVIDIA GeForce RTX 4090\n1, 8.9, 24564, 580.1, NVIDIA GeForce RTX 4090\n")
+    assert detect(run=run, root=root, environ={}).name == "NVIDIA GeForce RTX 4090"
 
 
 def test_architectures_are_compared_as_numbers(root):
-    text = "0, 12.0, 32607, 580.1\n1, 9.0, 32607, 580.1\n"
+    text = "0, 12.0, 32607, 580.1, NVIDIA GeForce RTX 5090\n1, 9.0, 32607, 580.1, NVIDIA H100\n"
     assert detect(run=answering(text), root=root, environ={}).architecture == "9.0"
 
 
 def test_a_gpu_that_shares_the_hosts_memory_has_as_much(root):
-    found = detect(run=answering("0, 12.1, [N/A], 580.1\n"), root=root, environ={})
+    found = detect(run=answering("0, 12.1, [N/A], 580.1, NVIDIA GB10\n"), root=root, environ={})
     assert (found.vendor, found.memory_gib) == ("nvidia", 64.0)
 
 
@@ -88,7 +94,7 @@ def test_a_gpu_that_shares_the_hosts_memory_has_as_much(root):
     ("visible", "count"), [("0", 1), ("1,0", 2), ("", 0), ("-1", 0), ("0,-1,1", 1), ("7", 0), ("GPU-a", 1)]
 )
 def test_hidden_gpus_do_not_count(root, visible, count):
-    run = answering("0, 9.0, 81559, 550.1\n1, 9.0, 81559, 550.1\n")
+    run = answering("0, 9.0, 81559, 550.1, NVIDIA H100 80GB HBM3\n1, 9.0, 81559, 550.1, NVIDIA H100 80GB HBM3\n")
     assert detect(run=run, root=root, environ={"CUDA_VISIBLE_DEVICES": visible}).count == count
 
 
@@ -214,7 +220,7 @@ def test_torchs_version_is_read_without_importing_it():
 
 def test_a_job_asks_before_it_fetches_anything(tmp_path):
     smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\necho '0, 9.0, 81559, 550.54.15'\n")
+    smi.write_text("#!/bin/sh\necho '0, 9.0, 81559, 550.54.15, NVIDIA H100 80GB HBM3'\n")
     smi.chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "BASE_MODEL": "flux", "DATASET_NAME": "org/pictures"}
     environment |= {name: str(tmp_path / name) for name in ("OUTPUT_PATH", "CACHE_PATH", "HF_HOME")}

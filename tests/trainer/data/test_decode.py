@@ -81,7 +81,7 @@ def test_the_eight_orientations_give_the_same_picture(draw, kind):
 def test_an_impossible_orientation_is_upright(draw):
     exif = Image.Exif()
     exif[0x0112] = 99
-    assert inspect(encoded(draw(20, 10), exif=exif.tobytes())) == (20, 10, False)
+    assert inspect(encoded(draw(20, 10), exif=exif.tobytes()))[:3] == (20, 10, False)
 
 
 def test_alpha_is_turned_with_the_colours():
@@ -251,9 +251,9 @@ def test_animations_and_pages_are_refused(draw, kind):
 
 
 def test_a_single_gif_frame_and_a_stereo_jpeg_are_images(draw):
-    assert inspect(encoded(draw(30, 20), "GIF")) == (30, 20, False)
+    assert inspect(encoded(draw(30, 20), "GIF"))[:3] == (30, 20, False)
     stereo = encoded(draw(30, 20), "MPO", save_all=True, append_images=[draw(30, 20, seed=1)])
-    assert inspect(stereo) == (30, 20, False)
+    assert inspect(stereo)[:3] == (30, 20, False)
     assert open_upright(stereo)[0].size == (30, 20)
 
 

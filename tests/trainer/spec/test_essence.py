@@ -24,7 +24,7 @@ NEUTRAL = {
         "recompute", "kept_blocks", "offload", "turned_weights", "stream_encoders", "host_gib", "tile_vae", "compile",
         "replay", "attention", "memory_limit_gib", "step_timeout_s",
     },
-    "": {"output", "prompts", "reasons", "automatic", "warnings", "given", "printed"},
+    "": {"output", "prompts", "reasons", "automatic", "warnings", "given", "printed", "quote", "details"},
 }  # fmt: skip
 
 
@@ -60,7 +60,9 @@ def each_field(value: Any, path: str = ""):
     for field in dataclasses.fields(value):
         inner = getattr(value, field.name)
         below = f"{path}.{field.name}".lstrip(".")
-        if below == "output":
+        if below == "quote":
+            yield path, field.name, dataclasses.replace(value, quote=dataclasses.replace(inner, card="another"))
+        elif below == "output":
             yield path, field.name, dataclasses.replace(value, output=dataclasses.replace(inner, name="another"))
         elif below == "prompts":
             yield path, field.name, dataclasses.replace(value, prompts=())

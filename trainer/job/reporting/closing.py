@@ -21,8 +21,12 @@ def closing_lines(final: Path, plan: Plan, *, steps: int, samples: Path, seconds
     beside = final.with_name(f"{final.stem}{DIFFUSERS_SUFFIX}.safetensors")
     for_diffusers = beside if beside.is_file() else final
     lines.append(f"ComfyUI: copy {final.name} to models/loras. Forge and A1111: to models/Lora.")
-    lines.append(f'diffusers: pipe.load_lora_weights("{for_diffusers}").')
     words = sorted({subset.trigger_word for subset in plan.data.subsets if subset.trigger_word})
+    prompt = f"{words[0]}, a prompt" if words else "a prompt"
+    lines.append(f'diffusers: pipe.load_lora_weights("{for_diffusers}"), then pipe({prompt!r}).')
+    lines.append(
+        f"Strength in a prompt of Forge and A1111: <lora:{final.stem}:1>; in ComfyUI: strength_model of LoraLoader."
+    )
     trigger = f"Begin the prompt with {' or '.join(map(repr, words))}" if words else "Write prompts like your captions"
     lines.append(f"{trigger}; start with strength 1, and lower it to 0.6 where the LoRA is too strong.")
     if (samples / SHEET_NAME).is_file():

@@ -9,7 +9,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ from trainer.training.loop import Step
 log = logging.getLogger(__name__)
 ROW_KEYS = frozenset(("step", "epoch", "lr", "loss", "grad_norm", "skipped", "compiled", "validation_loss", "time"))
 LARGEST_METRICS = 1 << 30  # bytes: some ten million steps
-REPORT_INTERVAL_S = 5.0  # between two log lines, and two writes of status.json
+REPORT_INTERVAL_S = 5.0  # between two writes of status.json
+LINE_INTERVALS_S = ((600.0, 60.0), (60.0, 30.0), (0.0, 5.0))  # seconds of training so far, and between two log lines
 
 
 class Metrics:
@@ -39,18 +40,37 @@ class Metrics:
     A resumed run drops the lines after its state (`first_step`) and writes them again.
     """
 
-    def __init__(self, folder: Path, status: Status, *, total_steps: int, first_step: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        status: Status,
+        *,
+        total_steps: int,
+        first_step: int,
+        rounds_left: Callable[[int], int] = lambda _: 0,
+        next_round: Callable[[int], int | None] = lambda _: None,
+        round_s: float = 0.0,
+    ) -> None:
+        """`rounds_left`: how many rounds of samples come after a step; each takes `round_s` until one is measured.
+
+        `next_round`: after which step the next one comes.
+        """
         self.total = total_steps
         self.first = self.done = status.step = first_step
+        self._rounds_left = rounds_left
+        self._next_round = next_round
+        self._round_s = round_s
         self.skipped = 0
         self._status = status
         self._lines = _truncated(folder / "metrics.jsonl", first_step).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "logs"), purge_step=first_step + 1)
-        self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not _columns())
+        # tqdm's own time does not know of samples.
+        shape = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
+        self._bar = tqdm(total=total_steps, initial=first_step, disable=not _columns(), bar_format=shape)
         self._log_redirect = contextlib.ExitStack()  # log lines go above the bar, not into it
         if not self._bar.disable:
             self._log_redirect.enter_context(logging_redirect_tqdm())
-        self._reported = -REPORT_INTERVAL_S
+        self._reported = self._logged = -LINE_INTERVALS_S[-1][1]
         self._began = time.monotonic()
         self._spent = 0.0  # seconds of training before `_began`, without validation and samples
         self._images = 0
@@ -92,7 +112,7 @@ class Metrics:
         if estimate is not None:
             self._board.add_scalar("prodigy_d", estimate, step.number)
         self._bar.update(1)
-        self._bar.set_postfix_str(f"loss {step.loss:.4f}")
+        self._bar.set_postfix_str(f"loss {step.loss:.4f}, {self._outlook()}")
         now = time.monotonic()
         if now - self._reported < REPORT_INTERVAL_S and step.number != self.total:
             return
@@ -102,11 +122,22 @@ class Metrics:
         self._board.add_scalar("images_per_second", speed, step.number)
         self._board.add_scalar("memory_gib", peak_memory_gib(), step.number)
         self._status.update({**row, "images_per_second": round(speed, 3), "eta_s": round(left)})
-        if self._bar.disable:
+        if self._bar.disable and (now - self._logged >= self._line_interval_s() or step.number == self.total):
+            self._logged = now
             log.info(
-                "step %d/%d  epoch %d  loss %.4f  %.2f images/s  %s left",
-                step.number, self.total, step.epoch, step.loss, speed, clock(left),
+                "step %d/%d  epoch %d  loss %.4f  %.2f images/s  %s",
+                step.number, self.total, step.epoch, step.loss, speed, self._outlook(),
             )  # fmt: skip
+
+    def _outlook(self) -> str:
+        """The time that is left, and when the next samples come."""
+        following = self._next_round(self.done)
+        samples = f", next samples at step {following}" if following else ""
+        return f"{clock(self.eta_s())} left{samples}"
+
+    def _line_interval_s(self) -> float:
+        """Seconds between two lines of the log: fewer lines in a longer job."""
+        return next(interval for since, interval in LINE_INTERVALS_S if self._seconds() >= since)
 
     def record(self, row: dict[str, Any]) -> None:
         """Append a row of numbers, one of them the `step`, to metrics.jsonl and TensorBoard."""
@@ -117,22 +148,33 @@ class Metrics:
                 self._board.add_scalar(key, value, row["step"])
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """Inside, time does not count as training."""
-        self._spent += time.monotonic() - self._began
+    def aside(self, *, is_round: bool = False) -> Iterator[None]:
+        """Inside, time does not count as training. `is_round`: it is what a round of samples takes."""
+        began = time.monotonic()
+        self._spent += began - self._began
         yield
         self._began = time.monotonic()
+        if is_round:
+            self._round_s = self._began - began
 
     def images_per_second(self) -> float:
         """The mean over the training time of this process."""
         return self._images / max(self._seconds(), 1e-9)
 
-    def eta_s(self) -> float:
-        """Seconds that the remaining steps take at the mean speed so far; 0 before the first step."""
+    def step_s(self) -> float:
+        """The mean of a step in this process, in seconds; 0 before the first one."""
         done = self.done - self.first
-        if not done:
+        return self._seconds() / done if done else 0.0
+
+    def rounds_s(self) -> float:
+        """Seconds that the rounds of samples that are left take."""
+        return self._rounds_left(self.done) * self._round_s
+
+    def eta_s(self) -> float:
+        """Seconds that the steps to come take at the mean speed so far, with their samples; 0 before the first step."""
+        if self.done == self.first:
             return 0.0
-        return self._seconds() / done * (self.total - self.done)
+        return self.step_s() * (self.total - self.done) + self.rounds_s()
 
     def _seconds(self) -> float:
         return self._spent + time.monotonic() - self._began

@@ -21,6 +21,8 @@ class Status:
     def __init__(self, folder: Path) -> None:
         self._path = folder / "status.json"
         self._values: dict[str, Any] = {"phase": "starting", "started": round(time.time(), 3)}
+        self._since = time.monotonic()  # the beginning of the phase
+        self._spent: dict[str, float] = {}  # seconds of this start by phase
         self.step = 0  # the last one done; the file follows every few seconds, and when the job ends
         self.saved: Callable[[], int | None] = lambda: None  # returns the step of the last state that was written
 
@@ -32,11 +34,20 @@ class Status:
     def phase(self, name: str) -> None:
         """Log and write the phase that begins now."""
         log.info("Phase: %s.", name)
+        self._end_phase()
         self.update({"phase": name})
+
+    def _end_phase(self) -> None:
+        """Add the time of the phase that ends to what was spent on it before."""
+        now, phase = time.monotonic(), self._values["phase"]
+        self._spent[phase] = round(self._spent.get(phase, 0.0) + now - self._since, 1)
+        self._since = now
+        self._values["spent"] = self._spent
 
     def ended(self, problem: KilnError | None) -> None:
         """Write how the job ended: well (None), or with `problem`; and the last step done, and the last one saved."""
         values: dict[str, Any] = {}
+        self._end_phase()
         if self.step:
             values["step"] = self.step
         saved = self.saved()

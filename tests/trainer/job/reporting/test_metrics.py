@@ -61,6 +61,48 @@ def test_a_terminal_that_does_not_know_its_width_gets_lines(shown):
     assert "step 1/3  epoch 1  loss 0.2500" in text and "step 3/3" in text and "%|" not in text
 
 
+# ---- the time that is left
+
+
+def test_the_time_that_is_left_counts_the_samples_to_come(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    rounds = {1: 3, 2: 2}  # after each step
+    metrics = Metrics(
+        tmp_path, Status(tmp_path), total_steps=10, first_step=0, rounds_left=lambda step: rounds[step], round_s=7.0
+    )
+
+    def step(number):
+        now[0] += 2.0
+        metrics.step(Step(number, 1, 2, loss=0.25, grad_norm=1.0), learning_rate=1e-4)
+
+    step(1)
+    assert metrics.step_s() == 2.0 and metrics.eta_s() == 9 * 2.0 + 3 * 7.0  # as predicted
+    with metrics.aside(is_round=True):
+        now[0] += 5.0
+    with metrics.aside():  # a validation is no round
+        now[0] += 90.0
+    step(2)
+    assert metrics.step_s() == 2.0 and metrics.eta_s() == 8 * 2.0 + 2 * 5.0
+    metrics.close()
+
+
+def test_a_long_job_writes_fewer_lines_and_names_the_next_samples(tmp_path, monkeypatch, caplog):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    metrics = Metrics(tmp_path, Status(tmp_path), total_steps=2000, first_step=0, next_round=lambda step: 500)
+    with caplog.at_level(logging.INFO):
+        for number in range(1, 1201):
+            now[0] += 1.0
+            metrics.step(Step(number, 1, 2, loss=0.25, grad_norm=1.0), learning_rate=1e-4)
+    metrics.close()
+    lines = [message for message in caplog.messages if message.startswith("step ")]
+    steps = [int(line.split()[1].partition("/")[0]) for line in lines]
+    assert sum(step <= 60 for step in steps) == 12 and sum(60 < step <= 600 for step in steps) == 18
+    assert sum(step > 600 for step in steps) == 10
+    assert lines[0].endswith("0:33:19 left, next samples at step 500")
+
+
 # ---- TensorBoard
 
 

@@ -1,0 +1,74 @@
+"""What is to be said of the looks of a subset's images: one line for each kind, with names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from trainer.data.buckets import fit
+from trainer.data.hygiene.looks import Looks
+from trainer.data.records import ImageRecord
+from trainer.spec.plan import Dataset
+from trainer.spec.values import many, some
+
+# Photographs that are sharp somewhere have 0.69 and more, with a Gaussian blur of 6 pixels (at 1280) 0.15 and less
+# (tests/trainer/data/hygiene/test_looks.py).
+BLURRED = 0.2
+ALIKE_BITS = 4  # two hashes that differ in no more belong to images that look the same
+BANDS = ALIKE_BITS + 1  # of which at least one is equal in two such hashes, so that not all pairs are compared
+ENLARGED = 2.0  # times each side: from there on an image is blurred by it
+
+
+def remarks(images: Sequence[ImageRecord], looks: Mapping[str, Looks | None], dataset: Dataset) -> list[str]:
+    """`looks`: by the name of the image. Nothing of it changes what is trained."""
+    lines: list[str] = []
+    alike = [f"{name} of {first}" for name, first in near_duplicates(images, looks)]
+    if alike:
+        lines.append(f"{many(len(alike), 'near-duplicate')}, all used: {some(alike)}")
+    blurred = []
+    barred = []
+    small = []
+    for image in images:
+        seen = looks.get(image.name)
+        if seen is not None and seen.sharpness is not None and seen.sharpness < BLURRED:
+            blurred.append(image.name)
+        if seen is not None and seen.has_bars:
+            barred.append(image.name)
+        cut = fit((image.width, image.height), dataset)
+        if cut is not None and cut.scaled[0] > ENLARGED * image.width:
+            small.append(f"{image.name} ({image.width}x{image.height})")
+    if blurred:
+        lines.append(f"{many(len(blurred), 'image')} blurred everywhere, used all the same: {some(blurred)}")
+    if barred:
+        lines.append(f"{many(len(barred), 'image')} with black bars, which are learnt too: {some(barred)}")
+    if small:
+        lines.append(f"{many(len(small), 'image')} enlarged more than {ENLARGED:g} times: {some(small)}")
+    return lines
+
+
+def near_duplicates(images: Sequence[ImageRecord], looks: Mapping[str, Looks | None]) -> Iterator[tuple[str, str]]:
+    """Each image that looks like an earlier one, with that one's name. Copies byte for byte are reported elsewhere."""
+    first: dict[str, str] = {}  # SHA-256 → name
+    by_band: dict[tuple[int, int], list[tuple[int, str]]] = {}
+    for image in images:
+        seen = looks.get(image.name)
+        if image.sha256 in first or seen is None or seen.hash is None:
+            continue
+        first[image.sha256] = image.name
+        found = None
+        for band in _bands(seen.hash):
+            for other, name in by_band.get(band, ()):
+                if found is None and (other ^ seen.hash).bit_count() <= ALIKE_BITS:
+                    found = name
+        if found is not None:
+            yield image.name, found
+            continue
+        for band in _bands(seen.hash):
+            by_band.setdefault(band, []).append((seen.hash, image.name))
+
+
+def _bands(bits: int) -> Iterator[tuple[int, int]]:
+    """The number and the value of each of the pieces that the 64 bits are cut into."""
+    width = math.ceil(64 / BANDS)
+    for number in range(BANDS):
+        yield number, bits >> number * width & (1 << width) - 1
