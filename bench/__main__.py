@@ -29,7 +29,15 @@ import sys
 
 import bench
 
-HELPERS = ("__main__", "cards", "full_size", "original_names", "others", "report")  # modules that are no measurement
+HELPERS = (
+    "__main__",
+    "browser",
+    "cards",
+    "full_size",
+    "original_names",
+    "others",
+    "report",
+)  # modules that are no measurement
 
 
 def main(arguments: list[str]) -> int:

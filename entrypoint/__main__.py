@@ -59,6 +59,7 @@ CHECK_RETRIES_S = 15.0  # how long a check waits for a silent network: the user 
 PROGRAMS = {  # first arguments that run another program instead
     "sample": (sys.executable, "-m", "trainer.sample"),
     "export": (sys.executable, "-m", "trainer.export"),
+    "monitor": (sys.executable, "-m", "entrypoint.monitor"),
     "shell": ("bash",),
 }
 
@@ -86,7 +87,10 @@ def _run(arguments: list[str], environ: Mapping[str, str], known: Known) -> int:
         description="Train a LoRA as the environment says: BASE_MODEL, DATASET_NAME, OUTPUT_PATH and more.",
     )
     commands = "train; check: validate, plan and preflight alone; sample, export: as python -m trainer.sample and "
-    commands += "trainer.export, and shell: bash, each with the arguments that follow"
+    commands += (
+        "trainer.export; monitor: the monitor page of a job's folder; shell: bash; each with the arguments that "
+    )
+    commands += "follow"
     choices = ("train", "check", *PROGRAMS)
     parser.add_argument("command", nargs="?", choices=choices, default="train", help=commands)
     parser.add_argument("--check", action="store_true", help="the same as the command check")
