@@ -30,6 +30,7 @@ from entrypoint import bake
 from entrypoint.dataset_config.manifest import read_manifest
 from entrypoint.fetch import flash_attention, http, public_addresses
 from entrypoint.fetch.fetch import fetch_model, fetch_source
+from entrypoint.monitor import beside as monitor
 from entrypoint.notify import beside as notify
 from entrypoint.planning import starting_point
 from entrypoint.planning.check_report import CheckReport
@@ -156,6 +157,7 @@ def job(environ: Mapping[str, str], *, check: bool, card: str | None = None, rep
         with notify.telling(None if check else _whom_to_tell_all_the_same(environ), environ):
             raise
     supervise.set_limit(settings.finish, environ)
+    monitor.check_token(settings.finish.monitor_token)
     told = None if check else _whom_to_tell(settings)
     with scratch.folder(os.environ, settings.data.cache_path) as temporary, notify.telling(told, environ) as ending:
         code = _job(settings, {**environ, "TMPDIR": str(temporary)}, check=check, card=card, report=report)
@@ -235,7 +237,7 @@ def _job(
 
 
 def _trained(plan: Plan, settings: Settings, environ: Mapping[str, str], *, token: str | None) -> int:
-    """Fetch what is missing, train, beside it the tracker, and write the report; returns the trainer's exit code."""
+    """Fetch what is missing, train beside the page and the tracker, and write the report; the trainer's exit code."""
     began, out = time.time(), Path(plan.output.path)
     tracker, own = settings.finish.log_with, {}
     if tracker is not None:
@@ -243,11 +245,13 @@ def _trained(plan: Plan, settings: Settings, environ: Mapping[str, str], *, toke
         own = trackers.environment_of(tracker, environ, cache=settings.data.cache_path, hub_token=hub_token)
     if plan.engine.attention == "flash_4":  # before a trainer looks for it
         flash_attention.install(Path(plan.output.cache))
-    with trackers.tracking(tracker, out, own) as tracked:
+    price = settings.finish.price_per_hour
+    page = monitor.showing(settings.finish.monitor_port, settings.finish.monitor_token, environ, out=out, price=price)
+    with page, trackers.tracking(tracker, out, own) as tracked:
         with Trainers(plan, environment=environ) as trainers:
             code = tracked.exit_code = trainers.run(_fetched(plan, settings, token=token))
         if code not in (128 + signal.SIGTERM, 128 + signal.SIGINT):  # then somebody waits for the end of this process
-            job_report.write(out, environ, started=began, price=settings.finish.price_per_hour)
+            job_report.write(out, environ, started=began, price=price)
     return code
 
 

@@ -5,6 +5,7 @@ Training never waits for it, and whatever becomes of it, the job goes on and end
 
 Read `numbers` and `log_tail` (files that grow), `sample_list` and `documents` (the other files of a run, as JSON),
 `live` (what has changed), `access` (who may look), `files` (downloads), `stream` (live events), `app` (the addresses),
-`server` (the socket), `address` (where the page is) and `__main__` (the process). `page/` is the page itself: HTML, CSS
+`actions` (what may be asked of the job), `server` (the socket), `address` (where the page is), `__main__` (the process)
+and `beside` (what the entrypoint sees of it). `page/` is the page itself: HTML, CSS
 and JavaScript as the browser gets them, without a build.
 """

@@ -11,8 +11,11 @@ import sys
 
 from trainer.process import guard
 
-if __name__ == "__main__" and "--beside" not in sys.argv[1:]:
-    guard.begin()
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--beside"]:
+        os.nice(10)  # training comes first, also while this process loads its libraries
+    else:
+        guard.begin()
 
 import argparse
 import json
@@ -22,8 +25,8 @@ import signal
 import threading
 from pathlib import Path
 
-from entrypoint.monitor.access import SHORTEST_TOKEN
-from entrypoint.monitor.address import PORT, page_address
+from entrypoint.monitor.actions import Actions
+from entrypoint.monitor.address import PORT, SHORTEST_TOKEN, page_address
 from entrypoint.monitor.documents import Served
 from entrypoint.monitor.live import Live
 from entrypoint.monitor.server import give_way, listen, serve
@@ -84,9 +87,10 @@ def beside() -> int:
 
     give_way()
     threading.Thread(target=leave, daemon=True).start()
-    served = Served(Path(job["out"]), started=job["started"], price=job["price"])
+    actions = Actions(os.environ)
+    served = Served(Path(job["out"]), started=job["started"], price=job["price"], actions=actions.names)
     listening = listen("0.0.0.0", job["port"])  # noqa: S104 # nosec B104 (of a container)
-    serve(listening, Live(served), job["token"])
+    serve(listening, Live(served), job["token"], actions)
     return 0
 
 

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import urlsplit
 
-SHORTEST_TOKEN = 16  # characters
 PURPOSE = b"kiln monitor cookie"
 BEARER = "bearer "
 

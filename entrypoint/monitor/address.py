@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 PORT = 8675  # MONITOR_PORT
+SHORTEST_TOKEN = 16  # characters of MONITOR_TOKEN: more than anybody can try
 
 
 def page_address(environment: Mapping[str, str], *, port: int, token: str = "") -> str:

@@ -4,6 +4,7 @@
 | --- | --- |
 | `.` | the page; the door where nobody has shown a token yet |
 | `page/NAME` | its style and scripts, which are public: they hold nothing of a job |
+| `action/NAME` | POST: save, sample or stop now (`actions`) |
 | `enter` | POST {"token"}: a cookie for the token |
 | `events` | live events (`stream`) |
 | `sample/NAME`, `small/NAME` | a sample as it is, or as a small JPEG |
@@ -24,6 +25,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from entrypoint.monitor.access import Access, is_from_another_site
+from entrypoint.monitor.actions import Actions
 from entrypoint.monitor.documents import downloads
 from entrypoint.monitor.files import file_response
 from entrypoint.monitor.live import Live
@@ -34,6 +36,7 @@ from trainer.storage.read import read_regular
 
 PAGE = Path(__file__).parent / "page"
 LARGEST_PAGE_FILE = 1 << 20
+OWN_HEADER = "x-kiln-page"  # which no form can send, and no other site's script without being allowed to
 LARGEST_BODY = 4096  # bytes of a request
 YEAR_S = 31_536_000
 TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -109,8 +112,9 @@ def page_file(name: str, *, status: int = 200) -> Response:
 class Site:
     """What each address answers. Whoever comes here has passed the door."""
 
-    def __init__(self, live: Live, access: Access) -> None:
+    def __init__(self, live: Live, access: Access, actions: Actions | None) -> None:
         self._live = live
+        self._actions = actions
         self._access = access
         self._streams = Streams(live)
         self._small = SmallImages()
@@ -126,6 +130,7 @@ class Site:
             Route("/small/{name}", self.small_sample),
             Route("/file/{name}", self.file),
             Route("/health", self.health),
+            Route("/action/{name}", self.action, methods=["POST"]),
         ]
 
     async def page(self, _request: Request) -> Response:
@@ -182,13 +187,21 @@ class Site:
             return nothing()
         return await file_response(path, request.headers, media_type="application/octet-stream")
 
+    async def action(self, request: Request) -> Response:
+        """Nothing that a form of another site could send: a token or a strict cookie, and this page's own header."""
+        if request.headers.get(OWN_HEADER) is None:
+            return Response(f"A request needs the header {OWN_HEADER}.\n", 403)
+        if self._actions is None or not self._actions.ask(request.path_params["name"]):
+            return nothing()
+        return Response(status_code=202)
+
     async def health(self, _request: Request) -> Response:
         return JSONResponse({"ok": True})
 
 
-def make_app(live: Live, access: Access) -> ASGIApp:
+def make_app(live: Live, access: Access, actions: Actions | None = None) -> ASGIApp:
     """The whole application."""
-    return Door(Starlette(routes=Site(live, access).routes()), access)
+    return Door(Starlette(routes=Site(live, access, actions).routes()), access)
 
 
 def nothing() -> Response:

@@ -17,6 +17,7 @@ from trainer.storage import run_records
 from trainer.storage.own_files import REPORT_NAME, RUN_LOG, SHEET_NAME
 from trainer.storage.read import is_regular
 
+BETWEEN_STEPS = ("training", "sampling")  # phases in which the trainer looks at what is asked for
 ENDED = ("done", "stopped", "failed")
 SAID = ("step", "epoch", "loss", "skipped", "images_per_second", "eta_s", "started", "updated", "saved_step", "output")
 # What can be downloaded beside the LoRA files and the samples: those of the job, then those of the run.
@@ -67,8 +68,17 @@ def status_document(served: Served, shown: ShownRun, plan: Plan | None, *, last_
     if began and ends:
         found["seconds"] = max(0.0, ends - began)
     found |= _cost(found, served.price)
-    found["actions"] = list(served.actions) if not found["ended"] else []
+    found["actions"] = [name for name in served.actions if _is_possible(name, found["phase"], plan)]
     return found
+
+
+def _is_possible(action: str, phase: str, plan: Plan | None) -> bool:
+    """Whether the job can do now what the page may ask for."""
+    if phase in ENDED:
+        return False
+    if action == "stop":
+        return True
+    return phase in BETWEEN_STEPS and (action != "sample" or (plan is not None and bool(plan.prompts)))
 
 
 def _cost(found: Mapping[str, Any], price: float | None) -> Document:

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 import uvicorn
 
 from entrypoint.monitor.access import Access
+from entrypoint.monitor.actions import Actions
 from entrypoint.monitor.app import make_app
 from entrypoint.monitor.live import Live
 from trainer.spec.errors import UnreachableError
 
 log = logging.getLogger("entrypoint.monitor")
-NICENESS = 10
 FIRST_TO_BE_KILLED = b"1000"  # proc(5)
 MOST_CONNECTIONS = 256  # twenty viewers have six each; further ones are answered with 503
 LARGEST_HEADERS = 1 << 14  # bytes
@@ -42,9 +42,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def give_way() -> None:
-    """Training and the system come first: for a core, and for memory where there is too little."""
-    with contextlib.suppress(OSError):
-        os.nice(NICENESS)
+    """Where memory runs out, this process is the one to be killed."""
     with contextlib.suppress(OSError):
         descriptor = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
         try:
@@ -53,12 +51,12 @@ def give_way() -> None:
             os.close(descriptor)
 
 
-def serve(listening: socket.socket, live: Live, token: str) -> None:
+def serve(listening: socket.socket, live: Live, token: str, actions: Actions | None = None) -> None:
     """Serve until the process ends."""
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # else strangers could fill the job's log
     port = listening.getsockname()[1]
     config = uvicorn.Config(
-        make_app(live, Access(token, port=port)),
+        make_app(live, Access(token, port=port), actions),
         log_config=None,
         access_log=False,
         server_header=False,

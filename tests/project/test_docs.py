@@ -270,7 +270,7 @@ NO_TERMS = {
     **dict.fromkeys(("Queue", "Waiting", "Watch", "Teller", "Pace"), "parts of the process that tells of events"),
     **dict.fromkeys(("Feed", "About"), "what a tracker is given"),
     **dict.fromkeys(("Numbers", "LogTail", "SampleList", "SampleHead", "SmallImages"), "what the monitor page reads"),
-    "Server": "a library's, that leaves signals alone",
+    **dict.fromkeys(("Server", "Keeper"), "the process of the monitor page, and what starts it again"),
     **dict.fromkeys(("Known", "HidingStream"), "how known secrets are kept out of what is printed"),
     "PartlyJoinedProcessor": "one case of a class of diffusers",
     **dict.fromkeys(("Card", "TorchKernels"), "what a card, and this torch, can do"),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from entrypoint.monitor.actions import Actions
 from entrypoint.monitor.documents import Served
 from entrypoint.monitor.live import Live
 from entrypoint.monitor.server import listen, serve
@@ -98,10 +99,10 @@ class Page:
 
 
 @contextmanager
-def serving(out: Path, **served: Any) -> Iterator[Page]:
+def serving(out: Path, *, actions: Actions | None = None, **served: Any) -> Iterator[Page]:
     """The server for the folder `out`, until this process ends: a thread with nobody who asks does nothing."""
     listening = listen("127.0.0.1", 0)
-    live = Live(Served(out, **served))
-    thread = threading.Thread(target=serve, args=(listening, live, TOKEN), daemon=True)
+    live = Live(Served(out, actions=actions.names if actions else (), **served))
+    thread = threading.Thread(target=serve, args=(listening, live, TOKEN, actions), daemon=True)
     thread.start()
     yield Page(listening.getsockname()[1], live)

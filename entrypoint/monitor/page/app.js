@@ -1,4 +1,5 @@
 // The page: live events come in, and each part shows what concerns it.
+import { showActions } from "./actions.js";
 import { drawCharts } from "./charts.js";
 import { byId } from "./dom.js";
 import { showFiles, showLog, showPlan, showStatus } from "./parts.js";
@@ -20,6 +21,7 @@ const on = {
   status(found) {
     status = found;
     showStatus(status, series);
+    showActions(status.actions);
   },
   history(found) {
     series.begin(found);
@@ -87,7 +89,7 @@ async function retry() {
 
 setInterval(() => {
   if (awaySince !== null && Date.now() - awaySince > AWAY_MS) {
-    byId("connection").textContent = "The server does not answer. Trying again…";
+    byId("connection").textContent = "The server does not answer: the job may have ended, as its log says. Trying again…";
   }
 }, 1000);
 

@@ -6,8 +6,10 @@ import warnings
 import pytest
 
 from bench import browser
+from entrypoint.monitor.actions import Actions
 from tests.support.finished_runs import finished_run, write_sample
 from tests.support.monitor import TOKEN, serving
+from trainer.process.vitals import SAVE, STOP, VARIABLE, Vitals
 
 if browser.find() is None:
     warnings.warn("No Chromium is here: the monitor page is NOT tested in a browser.", stacklevel=1)
@@ -113,6 +115,31 @@ def test_files_can_be_downloaded(page, opened):
     assert opened.value(f"{link}.hasAttribute('download')")
     got = opened.value(f"fetch({link}.href).then((answer) => answer.arrayBuffer()).then((data) => data.byteLength)")
     assert got == (page.folder / "x.safetensors").stat().st_size
+
+
+def test_the_job_is_asked_only_after_one_more_question(page, tmp_path):
+    vitals, path = Vitals.make()
+    status = json.loads((tmp_path / "status.json").read_text())
+    (tmp_path / "status.json").write_text(json.dumps({**status, "phase": "training"}))
+    with serving(tmp_path, actions=Actions({VARIABLE: path})) as running, browser.Browser() as window:
+        window.open(f"http://127.0.0.1:{running.port}/#{TOKEN}")
+        window.wait_for("document.getElementById('actions')?.hidden === false")
+        save = "document.querySelector('[data-action=save]')"
+        window.value(f"{save}.click()")
+        assert window.value("document.getElementById('question').open")
+        window.press("Escape")
+        assert vitals.read(SAVE) is None
+        window.value(f"{save}.click()")
+        window.value("document.querySelector('#question [value=yes]').click()")
+        window.wait_for("document.getElementById('acted').textContent.includes('saves after this step')")
+        assert vitals.read(SAVE) is not None and vitals.read(STOP) is None
+        disabled = "document.querySelector('[data-action=sample]').disabled"
+        assert window.value(disabled) == (not job_has_prompts(tmp_path))
+    vitals.close()
+
+
+def job_has_prompts(folder):
+    return bool(json.loads((folder / "plan.json").read_text())["prompts"])
 
 
 def test_every_control_and_every_image_has_a_name(opened):
