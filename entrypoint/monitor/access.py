@@ -1,4 +1,6 @@
-"""Who may look: whoever has the token. A browser changes it for a cookie; other programs send it with each request.
+"""Where the page is, and who may look: whoever has the token.
+
+A browser changes it for a cookie; other programs send it with each request.
 
 The token is in the part of the address after `#`, which no browser sends to any server: no log of a proxy has it. The
 page sends it in the body of one request and gets a cookie, which is not the token: its digest, for this server alone.
@@ -19,8 +21,17 @@ from dataclasses import dataclass, field
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import urlsplit
 
+PORT = 8675  # MONITOR_PORT
+SHORTEST_TOKEN = 16  # characters of MONITOR_TOKEN: more than anybody can try
 PURPOSE = b"kiln monitor cookie"
 BEARER = "bearer "
+
+
+def page_address(environment: Mapping[str, str], *, port: int, token: str = "") -> str:
+    """The address of the page on this machine; on RunPod, that of its proxy. `token`: where it may be shown."""
+    pod = environment.get("RUNPOD_POD_ID", "").strip()
+    place = f"https://{pod}-{port}.proxy.runpod.net/" if pod else f"http://localhost:{port}/"
+    return f"{place}#{token}" if token else place
 
 
 @dataclass

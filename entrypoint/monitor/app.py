@@ -8,6 +8,7 @@
 | `enter` | POST {"token"}: a cookie for the token |
 | `events` | live events (`stream`) |
 | `sample/NAME`, `small/NAME` | a sample as it is, or as a small JPEG |
+| `images?first=N`, `picture/N` | images of the dataset as they are trained, from number N on; one of them, small |
 | `file/NAME` | a LoRA file, the log, the report: what `documents.downloads` lists |
 """
 
@@ -26,11 +27,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from entrypoint.monitor.access import Access, is_from_another_site
 from entrypoint.monitor.actions import Actions
+from entrypoint.monitor.dataset import find_image, picture
 from entrypoint.monitor.documents import downloads
 from entrypoint.monitor.files import file_response
 from entrypoint.monitor.live import Live
 from entrypoint.monitor.sample_list import SmallImages
 from entrypoint.monitor.stream import Streams
+from trainer.spec.values import as_integer
 from trainer.storage import own_files
 from trainer.storage.read import read_regular
 
@@ -129,6 +132,8 @@ class Site:
             Route("/sample/{name}", self.sample),
             Route("/small/{name}", self.small_sample),
             Route("/file/{name}", self.file),
+            Route("/images", self.images),
+            Route("/picture/{number:int}", self.picture),
             Route("/health", self.health),
             Route("/action/{name}", self.action, methods=["POST"]),
         ]
@@ -178,6 +183,28 @@ class Site:
             return None
         await self._streams.look()
         return self._live.shown.home / "sample" / str(name)
+
+    async def images(self, request: Request) -> Response:
+        await self._streams.look()
+        first = as_integer(request.query_params.get("first", "0"))
+        live, begin = self._live, max(0, first or 0)
+        return JSONResponse(await to_thread.run_sync(live.dataset.page, begin, live.plan))
+
+    async def picture(self, request: Request) -> Response:
+        await self._streams.look()
+        made = await to_thread.run_sync(self._picture, request.path_params["number"])
+        if not made:
+            return nothing()
+        return Response(made, media_type="image/jpeg")
+
+    def _picture(self, number: int) -> bytes:
+        images = self._live.dataset.images
+        if number >= len(images):
+            return b""
+        path = find_image(images[number], self._live.plan)
+        if path is None:
+            return b""
+        return self._small.get(path, lambda: picture(path, images[number]), kind=f"{number} ")
 
     async def file(self, request: Request) -> Response:
         await self._streams.look()

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from entrypoint.monitor.address import SHORTEST_TOKEN, page_address
+from entrypoint.monitor.access import SHORTEST_TOKEN, page_address
 from entrypoint.settings.row import Secret
 from entrypoint.system.environment import child_environment
 from trainer.spec.errors import SettingsError, UnreachableError

@@ -7,6 +7,7 @@ import os
 import threading
 from pathlib import Path
 
+from entrypoint.monitor.dataset import TrainedImages
 from entrypoint.monitor.documents import (
     Served,
     ShownRun,
@@ -37,6 +38,7 @@ class Live:
         self.log = LogTail()
         self.documents: dict[str, tuple[int, bytes]] = {}  # name → version, JSON
         self.plan: Plan | None = None
+        self.dataset = TrainedImages()
         self._samples = SampleList()
         self._stamps: dict[str, tuple[Stamp | None, ...]] = {}
         self.versions = 0  # how often a document has changed
@@ -64,6 +66,9 @@ class Live:
         if self._has_changed("samples", home / "sample"):
             folder = home / "sample" if self.shown.name else Path(os.devnull)
             self._publish("samples", self._samples.read(folder))
+        if self._has_changed("dataset", home / own_files.DATASET_VIEW):
+            self.dataset.read(home / own_files.DATASET_VIEW if self.shown.name else Path(os.devnull))
+            self._publish("dataset", self.dataset.summary())
         if self._has_changed("checkpoints", out, home):
             self._publish("checkpoints", checkpoints_document(out, self.shown))
         self._publish("status", status_document(self.served, self.shown, self.plan, last_step=self.numbers.last_step))
@@ -80,7 +85,7 @@ class Live:
             plan = run_records.read_plan(home / "plan.json")
             name = plan.output.name if plan else ""
         if (name, home) != (self.shown.name, self.shown.home):
-            for what in ("record", "plan", "samples", "checkpoints"):
+            for what in ("record", "plan", "samples", "dataset", "checkpoints"):
                 self._stamps.pop(what, None)
             generation = self.numbers.generation + 1
             self.numbers = Numbers()

@@ -1,6 +1,7 @@
 // The page: live events come in, and each part shows what concerns it.
 import { showActions } from "./actions.js";
 import { drawCharts } from "./charts.js";
+import { showDataset } from "./dataset.js";
 import { byId } from "./dom.js";
 import { showFiles, showLog, showPlan, showStatus } from "./parts.js";
 import { showSamples } from "./samples.js";
@@ -37,6 +38,7 @@ const on = {
     showFiles(files, series, status);
   },
   plan: showPlan,
+  dataset: showDataset,
   log: showLog,
 };
 

@@ -13,7 +13,7 @@ from entrypoint.monitor.app import HEADERS
 from tests.support.finished_runs import finished_run
 from tests.support.monitor import TOKEN, WITH_TOKEN, serving
 
-BEHIND = ("/events", "/sample/step-00000020-00.png", "/small/step-00000020-00.png", "/file/x.safetensors", "/health")
+BEHIND = ("/events", "/sample/step-00000020-00.png", "/small/step-00000020-00.png", "/file/x.safetensors", "/images")
 WRONG = {"Authorization": "Bearer not-the-token-at-all"}
 
 
@@ -236,3 +236,12 @@ def test_samples_come_as_images_whole_and_small(page):
     assert answer.body == path.read_bytes() and answer.headers["content-type"] == "image/png"
     small = page.ask(f"/small/{path.name}")
     assert small.body.startswith(b"\xff\xd8") and small.headers["content-type"] == "image/jpeg"
+
+
+def test_of_the_dataset_only_images_of_the_run_are_shown(page):
+    rows = page.ask("/images").json()
+    assert rows["total"] == 2 and rows["rows"][0]["number"] == 0 and "file" not in rows["rows"][0]
+    for first in ("-1", "x", "", "1e9", "9" * 400):
+        assert page.ask(f"/images?first={first}").status == 200
+    for number in ("0", "2", "99999999999999999999", "-1", "x", "..%2f0"):
+        assert page.ask(f"/picture/{number}").status == 404

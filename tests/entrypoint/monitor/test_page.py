@@ -142,6 +142,16 @@ def job_has_prompts(folder):
     return bool(json.loads((folder / "plan.json").read_text())["prompts"])
 
 
+def test_the_dataset_is_shown_as_it_is_trained(page, opened):
+    opened.value("document.getElementById('dataset').scrollIntoView()")
+    opened.wait_for("document.querySelectorAll('#pictures li').length === 2")
+    first, second = texts(opened, "#pictures li")
+    assert "<script>" in first and "64×48, trained at 48×48" in first and "99 tokens, cut at 77" in first
+    assert "held out for validation" in second and "1 more variant" in second and "3 tokens" in second
+    assert texts(opened, "#images details li")[0] == "bad.jpg: damaged"
+    assert opened.value("document.querySelectorAll('#pictures img').length") == 0 and "not on this machine" in first
+
+
 def test_every_control_and_every_image_has_a_name(opened):
     nameless = """
         const named = (node) => node.getAttribute('aria-label') || node.getAttribute('alt') || node.labels?.length ||

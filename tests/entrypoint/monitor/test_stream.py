@@ -36,7 +36,7 @@ def write_status(folder, **values):
 
 def test_a_viewer_is_told_everything_that_the_folder_says(page):
     told = by_name(page.events())
-    assert set(told) == {"plan", "samples", "checkpoints", "status", "history", "log"}
+    assert set(told) == {"plan", "samples", "checkpoints", "dataset", "status", "history", "log"}
     status = told["status"]
     assert status["phase"] == "done" and status["ended"] and status["step"] == 40 and status["triggers"] == ["zot"]
     assert status["seconds"] == pytest.approx(90) and status["cost"] == pytest.approx(0.09)
