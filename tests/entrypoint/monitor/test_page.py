@@ -63,6 +63,9 @@ def test_it_shows_what_is_trained_how_far_it_is_and_where_the_result_is(opened):
 
 def test_nothing_is_wider_than_the_window(opened):
     assert opened.value("document.documentElement.scrollWidth <= innerWidth")
+    controls = "[...document.querySelectorAll('main button, main input, main select, .chart, .compare')]"
+    cut = f"{controls}.filter((node) => !node.closest('.samples') && node.getBoundingClientRect().right > innerWidth)"
+    assert opened.value(f"{cut}.map((node) => node.outerHTML)") == []
 
 
 def test_samples_are_a_grid_of_prompts_and_steps(opened):
