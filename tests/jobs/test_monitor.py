@@ -150,7 +150,7 @@ def answers(page):
 def test_a_port_that_is_taken_is_named_and_the_job_ends_as_it_would(job):
     with socket.create_server(("0.0.0.0", 0)) as taken:
         port = taken.getsockname()[1]
-        code, printed = job.run(PARAMS_MAX_STEPS="30", MONITOR_PORT=str(port))
+        code, printed = job.run(PARAMS_MAX_STEPS="150", PARAMS_SAVE_EVERY_N_STEPS="0", MONITOR_PORT=str(port))
     assert code == 0 and f"MONITOR_PORT={port} is taken by another program" in printed, printed
     assert printed.count("is taken") == 1
 
