@@ -19,6 +19,8 @@ prepare: encoding images and captions
 loading, scan: reading the cache, and scanning a dataset
 layouts: loading models from files of every layout
 state: writing states
+monitor: how much the monitor page slows training, with 20 viewers
+screenshots: no measurement, but pictures of the monitor page for docs/
 same: no measurement, but the proof that a refactoring changes no result (`make same BASE=<commit>`)
 """
 
@@ -31,7 +33,15 @@ import sys
 
 import bench
 
-HELPERS = ("__main__", "cards", "full_size", "original_names", "others", "report")  # modules that are no measurement
+HELPERS = (
+    "__main__",
+    "browser",
+    "cards",
+    "full_size",
+    "original_names",
+    "others",
+    "report",
+)  # modules that are no measurement
 
 
 def main(arguments: list[str]) -> int:

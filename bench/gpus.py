@@ -45,11 +45,11 @@ def step(bench: Bench, engine: Engine, batch: int, workers: Workers, *, number: 
         wait()
         workers.all_agree(True)
     started = time.monotonic()
-    step_totals_3 = workers.mean_gradient(bench.runner.flat_grad, [loss.expand(batch)])
+    step_totals_5 = workers.mean_gradient(bench.runner.flat_grad, [loss.expand(batch)])
     if apart:
         wait()
     seconds = time.monotonic() - started
-    workers.read_totals(step_totals_3, torch.nn.utils.clip_grad_norm_(bench.optimizer_params, 1.0))
+    workers.read_totals(step_totals_5, torch.nn.utils.clip_grad_norm_(bench.optimizer_params, 1.0))
     bench.optimizer.step()
     bench.runner.clear()
     return seconds

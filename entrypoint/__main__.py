@@ -30,6 +30,7 @@ from entrypoint import bake
 from entrypoint.dataset_config.manifest import read_manifest
 from entrypoint.fetch import flash_attention, http, public_addresses
 from entrypoint.fetch.fetch import fetch_model, fetch_source
+from entrypoint.monitor import beside as monitor
 from entrypoint.notify import beside as notify
 from entrypoint.planning import starting_point
 from entrypoint.planning.check_report import CheckReport
@@ -61,6 +62,7 @@ CHECK_RETRIES_S = 15.0  # how long a check waits for a silent network: the user 
 PROGRAMS = {  # first arguments that run another program instead
     "sample": (sys.executable, "-m", "trainer.sample"),
     "export": (sys.executable, "-m", "trainer.export"),
+    "monitor": (sys.executable, "-m", "entrypoint.monitor"),
     "shell": ("bash",),
 }
 
@@ -88,8 +90,8 @@ def _run(arguments: list[str], environ: Mapping[str, str], known: Known) -> int:
         description="Train a LoRA as the environment says: BASE_MODEL, DATASET_NAME, OUTPUT_PATH and more.",
     )
     commands = "train; check: validate, plan and preflight alone; quote: time and money on GPUs to rent; "
-    commands += "sample, export: as python -m trainer.sample and "
-    commands += "trainer.export, and shell: bash, each with the arguments that follow"
+    commands += "sample, export: as python -m trainer.sample and trainer.export; monitor: the monitor page of a job's "
+    commands += "folder; shell: bash; each with the arguments that follow"
     choices = ("train", "check", "quote", *PROGRAMS)
     parser.add_argument("command", nargs="?", choices=choices, default="train", help=commands)
     parser.add_argument("--check", action="store_true", help="the same as the command check")
@@ -189,6 +191,7 @@ def job(environ: Mapping[str, str], *, check: bool, card: str | None = None, rep
         with notify.telling(None if check else _whom_to_tell_all_the_same(environ), environ):
             raise
     supervise.set_limit(settings.finish, environ)
+    monitor.check_token(settings.finish.monitor_token)
     told, began = None if check else _whom_to_tell(settings), time.time()
     with scratch.folder(os.environ, settings.data.cache_path) as temporary, notify.telling(told, environ) as ending:
         code = _job(settings, {**environ, "TMPDIR": str(temporary)}, check=check, card=card, report=report)
@@ -276,7 +279,7 @@ def _job(
 
 
 def _trained(plan: Plan, settings: Settings, environ: Mapping[str, str], *, token: str | None) -> int:
-    """Fetch what is missing, train, beside it the tracker, and write the report; returns the trainer's exit code."""
+    """Fetch what is missing, train beside the page and the tracker, and write the report; the trainer's exit code."""
     began, out = time.time(), Path(plan.output.path)
     tracker, own = settings.finish.log_with, {}
     if tracker is not None:
@@ -284,11 +287,13 @@ def _trained(plan: Plan, settings: Settings, environ: Mapping[str, str], *, toke
         own = trackers.environment_of(tracker, environ, cache=settings.data.cache_path, hub_token=hub_token)
     if plan.engine.attention == "flash_4":  # before a trainer looks for it
         flash_attention.install(Path(plan.output.cache))
-    with trackers.tracking(tracker, out, own) as tracked:
+    price = settings.finish.price_per_hour
+    page = monitor.showing(settings.finish.monitor_port, settings.finish.monitor_token, environ, out=out, price=price)
+    with page, trackers.tracking(tracker, out, own) as tracked:
         with Trainers(plan, environment=environ) as trainers:
             code = tracked.exit_code = trainers.run(_fetched(plan, settings, token=token))
         if code not in (128 + signal.SIGTERM, 128 + signal.SIGINT):  # then somebody waits for the end of this process
-            job_report.write(out, environ, started=began, price=settings.finish.price_per_hour)
+            job_report.write(out, environ, started=began, price=price)
     return code
 
 

@@ -94,7 +94,8 @@ def read_metrics(text: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for line in text.splitlines():
         row = json.loads(line)
-        row.pop("time", None)
+        for varying in ("time", "images_per_second", "memory_gib"):
+            row.pop(varying, None)
         step = row.pop("step", None)
         found |= {f"step {step}, {name}": value for name, value in row.items()}
     return found

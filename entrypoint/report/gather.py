@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,12 +123,18 @@ class Gathered:
 def gather(out: Path) -> Gathered:
     """What is known of the run that the job in `out` trained last."""
     status = json_files.read_object(out / "status.json") or {}
+    name, home = run_of(out, status)
+    return gather_run(out, home, name, status)
+
+
+def run_of(out: Path, status: Mapping[str, Any]) -> tuple[str, Path]:
+    """The run that a status.json names, "" if it names none, and its folder."""
     name, folder = status.get("run"), status.get("run_folder", ".")
     if not isinstance(name, str) or not is_safe(name) or "/" in name:
         name = ""
     if folder != "." and not is_safe(folder):
         folder = "."
-    return gather_run(out, out / str(folder), name, status)
+    return name, out / str(folder)
 
 
 def gather_run(out: Path, home: Path, name: str, status: dict[str, Any] | None = None) -> Gathered:
@@ -135,7 +142,7 @@ def gather_run(out: Path, home: Path, name: str, status: dict[str, Any] | None =
     plan = run_records.read_plan(home / "plan.json")
     if not name and plan is not None:
         name = plan.output.name
-    loras = _loras(out, name) if name else ()
+    loras = lora_files(out, name) if name else ()
     steps, validations = _metrics(home / "metrics.jsonl")
     table = _text(home / own_files.REPORT_NAME)
     return Gathered(
@@ -212,7 +219,7 @@ def _samples(folder: Path) -> tuple[Sample, ...]:
     return tuple(found)
 
 
-def _loras(out: Path, name: str) -> tuple[LoraFile, ...]:
+def lora_files(out: Path, name: str) -> tuple[LoraFile, ...]:
     """The files with the run's name: saves by step, then the finished one."""
     found = []
     for path in sorted(out.glob("*.safetensors")):

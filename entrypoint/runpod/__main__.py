@@ -164,7 +164,7 @@ def template(options: argparse.Namespace, api: RunPod, _: Mapping[str, str]) -> 
         "category": BACKENDS[options.backend].upper(),
         "disk": options.disk,
         "env": {"BASE_MODEL": next(iter(base_models())), **TEMPLATE_VARIABLES},
-        "ports": request.PORTS,
+        "ports": request.ports(TEMPLATE_VARIABLES),
         "mounts": {"persistent": {"size": options.volume, "path": request.VOLUME_PATH}},
         "startSsh": True,
         "startJupyter": False,

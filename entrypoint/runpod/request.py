@@ -14,7 +14,7 @@ from typing import Any
 from entrypoint.dataset_config.manifest import read_manifest
 from entrypoint.planning.plan import make_plan
 from entrypoint.settings import checks, read_settings
-from entrypoint.settings.variables import CONFIG_JSON, NAMES
+from entrypoint.settings.variables import CONFIG_JSON, NAMES, ROWS
 from entrypoint.settings.variables.engine import BACKENDS
 from entrypoint.system import cards, secrets
 from trainer.spec.documents.forms import parse
@@ -28,7 +28,7 @@ LOCAL_PATHS = ("OUTPUT_PATH", "CACHE_PATH", "HF_HOME")
 FROM_RUNPOD = "RUNPOD_SECRET_"  # RunPod replaces `{{ RUNPOD_SECRET_name }}` by the secret when the pod starts
 REFERENCE = re.compile(r"\{\{\s*RUNPOD_SECRET_\w+\s*\}\}")
 VOLUME_PATH = "/workspace"  # the image keeps output, cache and models below it
-PORTS = ["22/tcp"]  # SSH, to download the results with rsync
+SSH_PORT = "22/tcp"  # to download the results with rsync
 
 # Variables that may name a file or folder.
 PATH_VARIABLES = (
@@ -64,7 +64,7 @@ def pod_request(options: argparse.Namespace, gpu: Mapping[str, Any], variables: 
         "env": dict(variables),
         "gpu": gpu_request,
         "mounts": mounts,
-        "ports": PORTS,
+        "ports": ports(variables),
         "startSsh": True,
     }
 
@@ -75,6 +75,12 @@ def with_backend(image: str, backend: str) -> str:
     if "@" in image or image.endswith(suffixes):
         return image
     return f"{image}-{backend}"
+
+
+def ports(variables: Mapping[str, str]) -> list[str]:
+    """What a pod opens: SSH, and the monitor page, which RunPod's proxy serves."""
+    page = variables.get("MONITOR_PORT", "").strip() or ROWS["MONITOR_PORT"].default
+    return [SSH_PORT] if page == "0" else [SSH_PORT, f"{page}/http"]
 
 
 def job_variables(options: argparse.Namespace, environ: Mapping[str, str]) -> dict[str, str]:

@@ -77,7 +77,7 @@ def job_environment(
         "TMPDIR": str(folder / "tmp"),
     }
     # The client's other protocol connects without Python's sockets, where no address could be checked.
-    limits = {public_addresses.VARIABLE: "1", "HF_HUB_DISABLE_XET": "1", "ON_FINISH": "exit"}
+    limits = {public_addresses.VARIABLE: "1", "HF_HUB_DISABLE_XET": "1", "ON_FINISH": "exit", "MONITOR_PORT": "0"}
     return {**own, **defaults, **hub, **request, **places, **limits, **tokens(request, worker)}
 
 

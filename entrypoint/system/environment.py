@@ -52,6 +52,7 @@ NETWORK = (
 )
 PACKAGE_INDEX_PREFIX = "PIP_"  # which only pip needs
 HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")  # which only `trainer.sample` reads itself
+PAGE = ("MONITOR_TOKEN", "RUNPOD_POD_ID")  # what its own command needs to serve the monitor page, and to say where
 # How our programs run; the environment may set these otherwise.
 DEFAULTS = {
     # OpenMP threads that spin while they wait make a CPU step many times slower once another program wants a core.
@@ -102,7 +103,9 @@ def package_index(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def tool_environment(tool: str, environment: Mapping[str, str]) -> dict[str, str]:
-    """`environment` for the command `tool`: sample, which downloads models, or export."""
+    """`environment` for the command `tool`: sample, which downloads models, export, or monitor."""
+    if tool == "monitor":
+        return child_environment(environment) | {name: environment[name] for name in PAGE if name in environment}
     if tool != "sample":
         return child_environment(environment)
     tokens = {name: environment[name] for name in HUB_TOKENS if name in environment}

@@ -191,6 +191,7 @@ MINE = {
     "hang.txt": "a rope\n",
     "dataset-report.txt": "my report\n",
     "dataset-report.csv": "a,b\n",
+    "dataset-images.jsonl": "my list\n",
     ".lease": "mine",
 }
 

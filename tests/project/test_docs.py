@@ -269,6 +269,11 @@ NO_TERMS = {
     **dict.fromkeys(("Chart", "Line", "Gathered", "Sample"), "what a report shows"),
     **dict.fromkeys(("Queue", "Waiting", "Watch", "Teller", "Pace"), "parts of the process that tells of events"),
     **dict.fromkeys(("Feed", "About"), "what a tracker is given"),
+    **dict.fromkeys(
+        ("Numbers", "LogTail", "SampleList", "SampleHead", "SmallImages", "TrainedImages"),
+        "what the monitor page reads",
+    ),
+    **dict.fromkeys(("Server", "Keeper"), "the process of the monitor page, and what starts it again"),
     **dict.fromkeys(("Known", "HidingStream"), "how known secrets are kept out of what is printed"),
     "PartlyJoinedProcessor": "one case of a class of diffusers",
     **dict.fromkeys(("Card", "TorchKernels"), "what a card, and this torch, can do"),

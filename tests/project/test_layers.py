@@ -39,7 +39,7 @@ LAYERS = {  # from the bottom; packages on one layer do not import each other
         ("runpod",),
         ("report",),
         ("processes",),
-        ("notify", "trackers"),
+        ("notify", "trackers", "monitor"),
         ("bake", "health", "unprivileged"),
         ("__main__",),
     ),
@@ -69,7 +69,7 @@ NEEDS_TORCH = "trainer.storage.safetensors_writer"
 MOST_MODULES = 14
 HEAVY = (
     *("torch", "diffusers", "transformers", "peft", "numpy", "datasets", "huggingface_hub", "PIL", "safetensors"),
-    *("httpx", "httpcore"),
+    *("httpx", "httpcore", "starlette", "uvicorn", "anyio"),
 )
 
 

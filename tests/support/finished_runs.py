@@ -45,6 +45,12 @@ def finished_run(tmp_path):
         for number in range(2):
             write_sample(tmp_path / "sample", step, number)
     Image.new("RGB", (8, 8)).save(tmp_path / "sample" / "contact-sheet.png")
+    view = [{"kiln_dataset": 1, "images": 2, "skipped": 1, "reader": "CLIP", "limit": 77}]
+    view.append({"name": ODD, "file": "", "place": [0, 0], "size": [64, 48], "views": 1, "captions": ["cap"]})
+    view[-1] |= {"bucket": [48, 48], "scaled": [64, 48], "offset": [8, 0], "tokens": [99]}
+    view.append({**view[-1], "name": "b.png", "captions": ["one", "two"], "tokens": [3, 3], "held_out": True})
+    view.append({"name": "bad.jpg", "reason": "damaged"})
+    (tmp_path / "dataset-images.jsonl").write_text("\n".join(map(json.dumps, view)) + "\n")
     table = ['\ufeff"file","subset","status","reason","width","height","bucket","repeats","trained caption","cut_at"']
     table += [f'"{ODD.replace(chr(34), chr(34) * 2)}","0.0","used","","64","48","64x48","1","cap","the end"']
     table += ['"bad.jpg","0.0","skipped","damaged","","","","","",""', '"b.png","0.0","used","",9,9,"9x9",1,"cap",""']

@@ -26,8 +26,8 @@ START_S = 240.0  # for the imports, on a busy machine
 
 
 def basic_environment() -> dict[str, str]:
-    """What every program needs, and nothing that changes what ours do."""
-    return {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "TMPDIR")}
+    """What every program needs, and no port: nothing else that changes what ours do."""
+    return {"MONITOR_PORT": "0", **{k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "TMPDIR")}}
 
 
 class Program:

@@ -33,12 +33,18 @@ class Reader:
     tokenizer: Any  # of transformers, or a LightTokenizer
     limit: int  # tokens, with those of begin and end
 
+    def count(self, text: str) -> int:
+        """How many tokens `text` has, with those of begin and end."""
+        return len(self._encoded(text).input_ids)
+
+    def _encoded(self, text: str) -> Any:
+        if isinstance(self.tokenizer, LightTokenizer):
+            return self.tokenizer.encode(text)
+        return self.tokenizer(text, return_offsets_mapping=True, verbose=False)
+
     def cut(self, text: str) -> Cut | None:
         """Where `text` is cut; None if it is read whole."""
-        if isinstance(self.tokenizer, LightTokenizer):
-            encoded: Any = self.tokenizer.encode(text)
-        else:
-            encoded = self.tokenizer(text, return_offsets_mapping=True, verbose=False)
+        encoded = self._encoded(text)
         count = len(encoded.input_ids)
         if count <= self.limit:
             return None

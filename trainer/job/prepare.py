@@ -21,11 +21,13 @@ from trainer.data.folders.own_output import Written
 from trainer.data.records import WARNING, Scan
 from trainer.data.report import write_cuts, write_report
 from trainer.data.scan import cpu_workers, scan
+from trainer.job.reporting.dataset_view import write_dataset_view
 from trainer.job.reporting.status import Status
 from trainer.spec.errors import DataError
 from trainer.spec.family import get_family
 from trainer.spec.plan import AUTO, DataPlan, Plan, Prompt
 from trainer.spec.rules import automatic, outlook, quote, sanity
+from trainer.storage import own_files
 from trainer.storage.choose_run import choose
 from trainer.storage.run_records import RunRecord
 from trainer.training.objective import Objective, make_objective
@@ -191,6 +193,7 @@ def note_long_captions(plan: Plan, sampler: EpochSampler, *, scanned: Scan, repo
     facts = get_family(plan.model.family).FACTS
     model = Path(plan.model.path)
     reader = caption_length.load_reader(facts, model, max_tokens=plan.train.max_token_length)
+    write_dataset_view(report.with_name(own_files.DATASET_VIEW), scanned, plan.data, sampler, reader=reader)
     if reader is None:
         return
     cuts = caption_length.find_cuts(reader, sampler.captions_by_image())

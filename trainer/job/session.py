@@ -1,7 +1,7 @@
 """A run with everything loaded: its steps, and what is due between them.
 
 `Session.train` is the run's main loop. A step itself is in trainer.training.loop; what is done once in a while is here,
-as a list of plain ifs: validate, save, sample, stop.
+as a list of plain ifs: validate, save, sample, stop. Save and sample are also done when the monitor page asks for them.
 """
 
 from __future__ import annotations
@@ -135,11 +135,12 @@ class Session:
                     self.log_measured(status, metrics)
                 if due(step.number, every.validate_every, self.total):
                     self.on_first(partial(self.validate, step.number, metrics=metrics))
-                saved = due(step.number, every.save_every, self.total) or self.workers.stopping
+                asked = self.workers.asked()
+                saved = due(step.number, every.save_every, self.total) or self.workers.stopping or asked.save
                 if saved:
                     self.save(step.number, step.epoch)
                 # The last samples follow the export.
-                if due(step.number, every.sample_every, self.total) and not is_last:
+                if (due(step.number, every.sample_every, self.total) or asked.sample) and not is_last:
                     self.on_first(partial(self.sample, step.number, status=status, metrics=metrics))
                     status.phase("training")
                 if self.workers.stopping and not is_last:

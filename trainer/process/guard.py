@@ -28,7 +28,7 @@ from contextlib import suppress
 from typing import NamedTuple, NoReturn
 
 from trainer.process import memory_kills
-from trainer.process.vitals import GRACE, LIMIT, VARIABLE, Vitals
+from trainer.process.vitals import GRACE, LIMIT, STOP, VARIABLE, Vitals
 
 STOPS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 TICK_S = 1.0  # between two looks at the limit of time, without a signal
@@ -39,6 +39,7 @@ UNSHARED_GRACE_S = 10.0  # where the child cannot reach `vitals`
 KILLED_EXIT_CODE = 75  # killed for memory, or by someone else: worth another try
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PR_SET_CHILD_SUBREAPER = 36
+STOP_ASKED = "The monitor page asks this job to stop. It saves its state and ends."
 LIMIT_REACHED = "MAX_RUNTIME or MAX_COST is reached. The job saves its state and ends."
 
 
@@ -236,6 +237,10 @@ class _Watch:
         if self.stop is None and limit is not None and time.monotonic() > limit:
             self.limit_reached = True
             print_text(LIMIT_REACHED)
+            self._ask(signal.SIGTERM)
+        if self.stop is None and self.vitals.read(STOP) is not None:
+            self.limit_reached = True  # a pod is not to start the job again
+            print_text(STOP_ASKED)
             self._ask(signal.SIGTERM)
         if self.stop is None or self.killed_at is not None:
             return

@@ -8,6 +8,8 @@ reader never waits for a writer, and needs no room on any disk:
 | deadline | the trainer's watchdog | the moment (monotonic clock) at which the trainer counts as hung |
 | grace | whoever has something to lose | how many seconds it may take to stop; 0: end it at once |
 | limit | the entrypoint | the moment at which MAX_RUNTIME or MAX_COST is reached |
+| save, sample | the monitor page | the moment at which somebody asked for it; the trainer looks between two steps |
+| stop | the monitor page | the moment at which somebody asked the job to save and end |
 | scratch | the entrypoint | the folder of temporary files, to be removed after the program |
 """
 
@@ -20,6 +22,9 @@ VARIABLE = "KILN_ALIVE"
 DEADLINE = 0  # offsets in bytes
 GRACE = 64
 LIMIT = 128
+SAVE = 192
+SAMPLE = 256
+STOP = 320
 SCRATCH = 4096
 LONGEST_PATH = 4096
 ANSWERED_GRACE_S = 300.0  # a trainer that has noticed the stop finishes its step and saves: a slow volume takes minutes

@@ -22,6 +22,8 @@ RUN_LOG = "run.log"
 SHEET_NAME = "contact-sheet.png"
 SAMPLE_NAME = re.compile(r"step-([0-9]{8})-([0-9]{2,})\.png")  # step, number of the prompt
 REPORT_NAME = "dataset-report.txt"
+DATASET_VIEW = "dataset-images.jsonl"
+DATASET_VIEW_MARK = "kiln_dataset"  # the first key of its first line
 LOG_LINE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ ")
 STACKS = re.compile(rb"(Current thread|Thread|Timeout|Fatal) ")
 SHEET_MARK = b"prompts\0"  # the key of the text in the contact sheet's PNG
@@ -57,6 +59,7 @@ def has_keys(*keys: str) -> Test:
 is_run_log = begins_with(LOG_LINE)
 is_report = begins_with(re.compile(rb"Images: \d+ found"))
 is_html_report = begins_with(re.compile(b"<!doctype html>\n<!-- Written by Kiln -->"))
+is_dataset_view = begins_with(re.compile(rb'\{"kiln_dataset": '))
 is_table = begins_with(re.compile(b'\xef\xbb\xbf"file"'))
 
 
@@ -90,6 +93,7 @@ OF_RUN: dict[str, Test | None] = {
     "tracking.json": has_keys("with", "id"),
     "dataset-report.csv": None,
     "metrics.jsonl": None,
+    DATASET_VIEW: is_dataset_view,
 }
 
 

@@ -4,7 +4,8 @@ The first process prepares the data, samples, saves and logs. The others train o
 wait (`Workers.on_first`) while it does something alone.
 
 In each step every process computes its own micro-batches; then `Workers.mean_gradient` sums over all processes:
-1. three fp32 numbers: the losses of the images, their count, and whether the first process was asked to stop;
+1. five fp32 numbers: the losses of the images, their count, and whether the first process was asked to stop, and on
+   the monitor page to save or to sample;
 2. the gradient of all adapters, one flat fp32 tensor, each process's mean weighted by the number of its images.
 Afterwards all hold the same gradient and take the same optimiser step, so they keep the same weights and optimiser
 state, and saving one copy is enough. `Workers.check_same` compares the weights' bits at the start and at each save.
@@ -29,6 +30,7 @@ import torch.distributed as dist
 
 from trainer.spec.errors import KilnError, PeerError, SettingsError, StopRequestedError
 from trainer.spec.plan import RANK_VARIABLE, TEAM_VARIABLE
+from trainer.training.page_requests import NOTHING, NowDue, PageRequests
 from trainer.training.stop_flag import StopFlag
 
 # With GPUs, tensors of the host (`_largest`) go through gloo, and those of the device through NCCL.
@@ -51,10 +53,12 @@ class Workers:
         self.folder = folder or Path()
         self._stop = stop or StopFlag()
         self._all_stopping = False
+        self._requests = PageRequests(self._stop.vitals)
+        self._asked = NOTHING
         self._turns = 0  # how often the first process worked alone
         self._parent = os.getppid()
-        # Loss, images and stop request of the last step but for the loss, and the same on the device.
-        self._own_totals: tuple[tuple[float, float, float], torch.Tensor] | None = None
+        # The totals of the last step but for the loss, and the same on the device.
+        self._own_totals: tuple[tuple[float, ...], torch.Tensor] | None = None
 
     @property
     def is_first(self) -> bool:
@@ -69,6 +73,10 @@ class Workers:
     def stopping(self) -> bool:
         """Whether the first process was asked to stop. Between two steps all processes have the same answer."""
         return self._all_stopping if self.size > 1 else self._stop.requested
+
+    def asked(self) -> NowDue:
+        """What was asked for on the monitor page since the last step; all processes have the same answer."""
+        return self._asked if self.size > 1 else self._requests.take()
 
     def connect(self, device: str) -> None:
         """Meet the other processes, on `device` (a torch device type). Takes the memory that NCCL needs now.
@@ -122,32 +130,34 @@ class Workers:
     def mean_gradient(self, flat_grad: torch.Tensor, losses: Sequence[torch.Tensor]) -> torch.Tensor:
         """Replace `flat_grad`, the mean over this process's images, by the mean over those of all processes.
 
-        `losses`: (B,) for each of this process's micro-batches. Returns a tensor (3,) for `read_totals`: mean loss,
-        number of images, and how many processes were asked to stop. Nothing here waits for the device.
+        `losses`: (B,) for each of this process's micro-batches. Returns a tensor (5,) for `read_totals`: mean loss,
+        number of images, how many processes were asked to stop, to save, to sample. Nothing here waits for the device.
         """
         own_images = sum(len(losses_B) for losses_B in losses)
         if self.size == 1:
             loss = torch.cat(list(losses)).mean()
-            return torch.stack([loss, torch.full_like(loss, own_images), torch.zeros_like(loss)])
-        own_totals = (0.0, float(own_images), float(self._stop.requested))
+            return torch.stack([loss, torch.full_like(loss, own_images), *3 * [torch.zeros_like(loss)]])
+        asked = self._requests.take()
+        own_totals = (0.0, float(own_images), float(self._stop.requested), float(asked.save), float(asked.sample))
         # They are the same in nearly all steps. A copy to the device would wait for it.
         if self._own_totals is None or self._own_totals[0] != own_totals:
             self._own_totals = own_totals, torch.tensor(own_totals, device=flat_grad.device)
-        totals_3 = self._own_totals[1].clone()
+        totals_5 = self._own_totals[1].clone()
         if losses:
-            totals_3[0] = torch.cat(list(losses)).sum()
+            totals_5[0] = torch.cat(list(losses)).sum()
         flat_grad.mul_(own_images)
         with _peer_errors():
-            dist.all_reduce(totals_3)
+            dist.all_reduce(totals_5)
             dist.all_reduce(flat_grad)
-        flat_grad.div_(totals_3[1])
-        totals_3[0] /= totals_3[1]
-        return totals_3
+        flat_grad.div_(totals_5[1])
+        totals_5[0] /= totals_5[1]
+        return totals_5
 
-    def read_totals(self, step_totals_3: torch.Tensor, norm: torch.Tensor) -> tuple[float, int, float]:
+    def read_totals(self, step_totals_5: torch.Tensor, norm: torch.Tensor) -> tuple[float, int, float]:
         """Mean loss over the images of all processes, their number, and `norm` (a scalar). Waits for the device."""
-        loss, images, stopping, norm_value = torch.cat([step_totals_3, norm[None]]).tolist()
+        loss, images, stopping, saves, samples, norm_value = torch.cat([step_totals_5, norm[None]]).tolist()
         self._all_stopping = stopping > 0
+        self._asked = NowDue(save=saves > 0, sample=samples > 0)
         return loss, round(images), norm_value
 
     def _largest(self, values: list[int]) -> list[int]:

@@ -94,9 +94,9 @@ def train(
             backward.prefetch(upcoming[1], number + 1)
         if guard.scale != 1:
             runner.flat_grad.div_(guard.scale)
-        step_totals_3 = workers.mean_gradient(runner.flat_grad, losses)
+        step_totals_5 = workers.mean_gradient(runner.flat_grad, losses)
         clipped = torch.nn.utils.clip_grad_norm_(params, max_grad_norm or float("inf"))
-        loss, images, norm = workers.read_totals(step_totals_3, clipped)  # the step's one wait for the device
+        loss, images, norm = workers.read_totals(step_totals_5, clipped)  # the step's one wait for the device
         overflow = guard.overflows(loss, norm)
         objection = None
         if not overflow:

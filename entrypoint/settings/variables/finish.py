@@ -38,6 +38,20 @@ class FinishSettings:
         choices=lambda: TRACKERS,
         if_unset="none",
     )
+    monitor_port: int = row(
+        "MONITOR_PORT",
+        "integer",
+        default="8675",
+        meaning="where the monitor page of the job is served while it runs; 0: off",
+        low=0,
+        high=65535,
+    )
+    monitor_token: Secret | None = row(
+        "MONITOR_TOKEN",
+        "key",
+        meaning="what opens the monitor page, 16 characters or more",
+        if_unset="a new one, which the log shows in the page's address",
+    )
     on_finish: str | None = row(
         "ON_FINISH",
         "choice",

@@ -237,3 +237,12 @@ def test_the_operators_addresses_and_accounts_are_no_defaults_for_requests(tmp_p
     own = job_environment(BASE, {**worker, "PATH": "/bin"}, folder=tmp_path, output=str(tmp_path))
     assert own.keys() & worker.keys() == set()
     assert "LOG_WITH='wandb' sends to an account" in refusal(LOG_WITH="wandb")
+
+
+def test_a_request_opens_no_port_of_the_worker(tmp_path):
+    for port in ("0", "8675", "22", 9000):
+        assert "MONITOR_PORT" in refusal(MONITOR_PORT=port) and "opens a port" in refusal(MONITOR_PORT=port)
+    assert "MONITOR_TOKEN is for a page" in refusal(MONITOR_TOKEN="a-token-of-16-characters")
+    worker = {"MONITOR_PORT": "8675", "MONITOR_TOKEN": "the-operators-own-1"}
+    own = job_environment(variables_of(BASE), worker, folder=tmp_path, output="/out")
+    assert own["MONITOR_PORT"] == "0" and "MONITOR_TOKEN" not in own

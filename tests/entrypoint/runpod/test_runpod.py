@@ -52,7 +52,10 @@ def test_the_template_is_made_once_and_then_updated(server, command):
     (template,) = server.templates.values()
     assert template["image"] == "ghcr.io/me/kiln:0.2.0-cuda" and template["category"] == "NVIDIA"
     assert template["disk"] == 25 and template["mounts"] == {"persistent": {"size": 200, "path": "/workspace"}}
-    assert template["env"]["HF_TOKEN"] == "{{ RUNPOD_SECRET_HF_TOKEN }}" and template["ports"] == ["22/tcp"]
+    assert template["env"]["HF_TOKEN"] == "{{ RUNPOD_SECRET_HF_TOKEN }}" and template["ports"] == [
+        "22/tcp",
+        "8675/http",
+    ]
     assert command("template", *IMAGE, "--backend", "rocm")[0] == 0
     assert {t["category"] for t in server.templates.values()} == {"NVIDIA", "AMD"}
 

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from trainer.process.vitals import SAMPLE, SAVE, Vitals
 from trainer.spec.errors import KilnError, PeerError, SettingsError, StopRequestedError
 from trainer.spec.plan import RANK_VARIABLE, TEAM_VARIABLE
 from trainer.training import distributed
 from trainer.training.distributed import Workers, process_rank, workers_from_environment
+from trainer.training.page_requests import NOTHING, NowDue, PageRequests
 from trainer.training.stop_flag import StopFlag
 
 
@@ -97,6 +99,26 @@ def test_the_step_is_the_mean_over_the_images_of_both(pair):
     assert mine == [[pytest.approx(row[0]), *row[1:]] for row in expected] and theirs == mine
 
 
+def test_what_the_page_asks_of_the_first_is_due_in_both_after_the_same_step(pair):
+    def meet(workers):
+        vitals, _ = Vitals.make()
+        if workers.is_first:
+            workers._requests = PageRequests(vitals)
+        told = []
+        for number in range(4):
+            if workers.is_first and number == 1:
+                vitals.write(SAVE, 1.0)
+                vitals.write(SAMPLE, 2.0)
+            totals = workers.mean_gradient(torch.zeros(2), [torch.ones(1)])
+            workers.read_totals(totals, torch.tensor(1.0))
+            told.append(workers.asked())
+        vitals.close()
+        return told
+
+    mine, theirs = pair(meet)
+    assert mine == theirs == [NOTHING, NowDue(save=True, sample=True), NOTHING, NOTHING]
+
+
 def test_a_process_that_has_ended_is_an_error_of_its_own(pair):
     def meet(workers):
         if not workers.is_first:
@@ -167,7 +189,13 @@ def test_the_place_of_a_process_is_in_its_environment():
     assert workers_from_environment(1, given, flag).stopping and process_rank({}) == 0
     flat = torch.zeros(1)
     assert second._stop is flag and not second.stopping and workers_from_environment(1, {}, flag).is_first
-    assert workers_from_environment(1, {}, flag).mean_gradient(flat, [torch.ones(2)]).tolist() == [1.0, 2.0, 0.0]
+    assert workers_from_environment(1, {}, flag).mean_gradient(flat, [torch.ones(2)]).tolist() == [
+        1.0,
+        2.0,
+        0.0,
+        0.0,
+        0.0,
+    ]
 
 
 def test_of_an_error_of_torch_the_first_lines_are_told_without_its_hints():

@@ -28,7 +28,12 @@ from trainer.storage.read import read_regular
 from trainer.training.loop import Step
 
 log = logging.getLogger(__name__)
-ROW_KEYS = frozenset(("step", "epoch", "lr", "loss", "grad_norm", "skipped", "compiled", "validation_loss", "time"))
+ROW_KEYS = frozenset(
+    (
+        *("step", "epoch", "lr", "loss", "grad_norm", "skipped", "compiled", "validation_loss", "time"),
+        *("prodigy_d", "images_per_second", "memory_gib"),
+    )
+)
 LARGEST_METRICS = 1 << 30  # bytes: some ten million steps
 REPORT_INTERVAL_S = 5.0  # between two writes of status.json
 LINE_INTERVALS_S = ((600.0, 60.0), (60.0, 30.0), (0.0, 5.0))  # seconds of training so far, and between two log lines
@@ -108,19 +113,20 @@ class Metrics:
         recorded = dict(row)
         if compiled is not None:
             recorded["compiled"] = compiled
-        self.record(recorded)
         if estimate is not None:
-            self._board.add_scalar("prodigy_d", estimate, step.number)
+            recorded["prodigy_d"] = estimate
+        now = time.monotonic()
+        is_reported = now - self._reported >= REPORT_INTERVAL_S or step.number == self.total
+        speed = self.images_per_second()
+        if is_reported:
+            recorded |= {"images_per_second": round(speed, 3), "memory_gib": round(peak_memory_gib(), 3)}
+        self.record(recorded)
         self._bar.update(1)
         self._bar.set_postfix_str(f"loss {step.loss:.4f}, {self._outlook()}")
-        now = time.monotonic()
-        if now - self._reported < REPORT_INTERVAL_S and step.number != self.total:
+        if not is_reported:
             return
         self._reported = now
-        speed = self.images_per_second()
         left = self.eta_s()
-        self._board.add_scalar("images_per_second", speed, step.number)
-        self._board.add_scalar("memory_gib", peak_memory_gib(), step.number)
         self._status.update({**row, "images_per_second": round(speed, 3), "eta_s": round(left)})
         if self._bar.disable and (now - self._logged >= self._line_interval_s() or step.number == self.total):
             self._logged = now

@@ -1,0 +1,139 @@
+"""The process of the monitor page, as the entrypoint sees it: started beside a job, and again if it ends, until the job
+does. Nothing here waits for it, and nothing here raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import secrets
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from entrypoint.monitor.access import SHORTEST_TOKEN, page_address
+from entrypoint.settings.row import Secret
+from entrypoint.system.environment import child_environment
+from trainer.spec.errors import SettingsError, UnreachableError
+
+log = logging.getLogger("entrypoint.monitor")
+FIRST_PAUSE_S = 1.0  # before it is started again; doubled with each
+LONGEST_PAUSE_S = 60.0
+STEADY_S = 60.0  # a process that lived so long was well
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the process needs. It comes through a pipe: the token is a secret."""
+
+    out: str
+    port: int
+    token: str = field(repr=False)
+    price: float | None = None
+    started: float = field(default_factory=time.time)
+
+
+def check_token(token: Secret | None) -> None:
+    """Raises SettingsError for a MONITOR_TOKEN that somebody could guess."""
+    if token is not None and len(token.reveal()) < SHORTEST_TOKEN:
+        raise SettingsError(f"MONITOR_TOKEN is too short. Allowed: {SHORTEST_TOKEN} characters or more.")
+
+
+@contextmanager
+def showing(
+    port: int, token: Secret | None, environment: Mapping[str, str], *, out: Path, price: float | None
+) -> Iterator[None]:
+    """Inside the context, the page of the job in `out` is served on `port`; 0: it is not."""
+    if not port:
+        yield
+        return
+    own = secrets.token_urlsafe(SHORTEST_TOKEN)
+    job = Job(str(out), port, token.reveal() if token else own, price)
+    keeper = Keeper(job, environment)
+    keeper.start()
+    address = page_address(environment, port=port, token="" if token else own)
+    log.info("The monitor page of this job: %s", address)
+    try:
+        yield
+    finally:
+        keeper.close()
+
+
+class Keeper(threading.Thread):
+    """Starts the process, waits for its end, and starts it again."""
+
+    def __init__(self, job: Job, environment: Mapping[str, str]) -> None:
+        super().__init__(daemon=True, name="monitor")
+        self._job = job
+        self._environment = child_environment(environment)
+        self._closing = threading.Event()
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._told: set[str] = set()
+
+    def run(self) -> None:
+        pause = FIRST_PAUSE_S
+        while not self._closing.is_set():
+            began = time.monotonic()
+            code = self._serve()
+            if self._closing.is_set():
+                return
+            if time.monotonic() - began > STEADY_S:
+                pause = FIRST_PAUSE_S
+            self._tell(code)
+            self._closing.wait(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def _serve(self) -> int | None:
+        """Run the process to its end; returns its exit code, None where it could not be started."""
+        with self._lock:
+            if self._closing.is_set():
+                return None
+            try:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "entrypoint.monitor", "--beside"],
+                    env=self._environment,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    text=True,
+                )
+            except OSError:  # no memory, too many processes
+                return None
+            self._process = process
+        assert process.stdin
+        with contextlib.suppress(OSError):
+            process.stdin.write(f"{json.dumps(asdict(self._job))}\n")
+            process.stdin.flush()
+        return process.wait()
+
+    def _tell(self, code: int | None) -> None:
+        """Log each kind of failure once: the job's log is not about its page."""
+        port = self._job.port
+        if code is None:
+            text = "The monitor page cannot be started: no process could be made."
+        elif code == UnreachableError.exit_code:
+            text = f"MONITOR_PORT={port} is taken by another program. The monitor page comes when it is free."
+        else:
+            text = f"The process of the monitor page has ended ({code}). It is started again."
+        if text not in self._told:
+            self._told.add(text)
+            log.warning("%s Training is not affected. MONITOR_PORT chooses another port; 0 is off.", text)
+
+    def close(self) -> None:
+        """End the process at once: it has nothing to lose."""
+        self._closing.set()
+        with self._lock:
+            process = self._process
+        if process is not None:
+            process.kill()
+        self.join(1.0)
+        if process is not None and process.stdin:
+            with contextlib.suppress(OSError):
+                process.stdin.close()

@@ -1,0 +1,47 @@
+// What the page asks of the job. Each is asked once more before it is sent.
+import { byId } from "./dom.js";
+
+const QUESTIONS = {
+  save: "Save a checkpoint after this step?",
+  sample: "Draw the samples after this step? Training waits meanwhile.",
+  stop: "Stop the job after this step? It saves, and the same command resumes it.",
+};
+const DONE = {
+  save: "Asked: the job saves after this step.",
+  sample: "Asked: the job samples after this step.",
+  stop: "Asked: the job saves and ends after this step.",
+};
+
+export function showActions(names) {
+  const place = byId("actions");
+  place.hidden = !names.length;
+  for (const button of place.querySelectorAll("button")) {
+    button.disabled = !names.includes(button.dataset.action);
+  }
+}
+
+async function act(name) {
+  const said = byId("acted");
+  try {
+    const answer = await fetch(`action/${name}`, { method: "POST", headers: { "X-Kiln-Page": "1" } });
+    said.textContent = answer.ok ? DONE[name] : "The job cannot do this now.";
+  } catch {
+    said.textContent = "The server does not answer.";
+  }
+}
+
+function ask(name) {
+  const question = byId("question");
+  byId("question-text").textContent = QUESTIONS[name];
+  question.returnValue = "no";
+  question.onclose = () => {
+    if (question.returnValue === "yes") {
+      act(name);
+    }
+  };
+  question.showModal();
+}
+
+for (const button of byId("actions").querySelectorAll("button")) {
+  button.addEventListener("click", () => ask(button.dataset.action));
+}
