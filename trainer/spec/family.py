@@ -32,6 +32,7 @@ PREFIXES = {
     "clip_l": ("conditioner.embedders.0.transformer.", "text_encoders.clip_l.transformer."),
     "clip_g": ("conditioner.embedders.1.model.", "text_encoders.clip_g.transformer."),
     "t5": ("text_encoders.t5xxl.transformer.",),
+    "qwen3": ("text_encoders.qwen3_4b.transformer.",),
 }
 CLIP_TOKENS = 77  # that a CLIP text encoder reads at once, with those of begin and end
 OPTIONAL = "optional:"  # begins a pattern of files whose folder may be missing
@@ -217,6 +218,7 @@ class LoraKeys:
     layers: tuple[OriginalLayer, ...]
     encoders: dict[str, str]  # text encoder of diffusers' pipeline → its name in kohya's keys: te1, te2 or te3
     file_formats: tuple[str, ...] = ("kohya",)  # keys of convert.KEY_FORMATS: a job writes a file in each
+    dora_formats: tuple[str, ...] = ("kohya", "peft")  # likewise, for DoRA
     other_names: tuple[OriginalLayer, ...] = ()  # further names of layers, which are read and never written
     one_width: bool = False  # whether the shorter side of every linear layer in the blocks is Footprint.hidden_size
 
@@ -345,10 +347,13 @@ def timestep_samplings() -> tuple[str, ...]:
 def lora_formats(base: str, kind: str) -> tuple[str, ...]:
     """The key names of the LoRA files that a job leaves, the main one first. `kind`: as in LoraPlan."""
     family_name, model = base_models()[base]
+    keys = get_family(family_name).LORA_KEYS
+    if kind == "dora":
+        return keys.dora_formats
     # The second file is for diffusers, which knows kohya's keys at the published models' width and depth only.
-    if kind == "dora" or model.is_miniature:
+    if model.is_miniature and keys.file_formats == ("kohya",):
         return ("kohya", "peft")
-    return get_family(family_name).LORA_KEYS.file_formats
+    return keys.file_formats
 
 
 def base_models() -> dict[str, tuple[str, BaseModel]]:
