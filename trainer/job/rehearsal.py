@@ -13,6 +13,7 @@ All processes fall back together, so that all do the same.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
@@ -55,6 +56,18 @@ def largest_batches(epoch: Sequence[Batch]) -> list[Batch]:
     return largest
 
 
+def with_longest_caption(batch: Batch, captions: Sequence[str], cache: Cache) -> Batch:
+    """`batch` with the caption of `captions` that has the most tokens as its first one: all are padded to the longest.
+
+    Of most families all captions have the same number of tokens.
+    """
+    sizes = {caption: cache.text_path(caption).stat().st_size for caption in captions}
+    if len(set(sizes.values())) < 2:
+        return batch
+    longest = max(sizes, key=lambda caption: sizes[caption])
+    return (dataclasses.replace(batch[0], caption=longest), *batch[1:])
+
+
 @dataclass
 class Rehearsal:
     """What a step and a save need, to try them. `lora_modules`: the live adapters, as a save copies them."""
@@ -71,13 +84,16 @@ class Rehearsal:
     seed: int
     reserved_bytes: int = 0  # that the last attempt did without
 
-    def run(self, epoch: Sequence[Batch], cache: Cache) -> None:
-        """Fall back until the largest batches of `epoch` fit. Raises SettingsError where nothing is left to try."""
+    def run(self, epoch: Sequence[Batch], cache: Cache, captions: Sequence[str] = ()) -> None:
+        """Fall back until the largest batches of `epoch` fit, with the longest of `captions`.
+
+        Raises SettingsError where nothing is left to try.
+        """
         started = time.monotonic()
         largest = largest_batches(epoch)
         sizes = " or ".join(f"{len(batch)} images of {batch[0].view.size}" for batch in largest)
         problem = f"The largest batch ({sizes}) does not fit in memory."
-        large = [batches.micro_batch(cache, batch) for batch in largest]
+        large = [batches.micro_batch(cache, with_longest_caption(batch, captions, cache)) for batch in largest]
         small = []
         if self.device == "cuda":
             smallest = min(epoch, key=lambda batch: len(batch) * math.prod(batch[0].view.size))
