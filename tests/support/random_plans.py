@@ -24,6 +24,7 @@ from entrypoint.dataset_config.manifest import read_manifest
 from entrypoint.planning.plan import make_plan
 from entrypoint.settings.read import read_settings
 from entrypoint.system.hardware import Hardware
+from tests.support.miniatures import base
 from trainer.data.encode import open_cache
 from trainer.data.records import Scan
 from trainer.data.scan import scan
@@ -123,7 +124,7 @@ def drawn(seed: int, hardware: Hardware) -> Drawn:
 
 
 def miniature(name: str) -> Path:
-    return Path(base_models()[f"mini-{name}"][1].source)
+    return Path(base_models()[base(name)][1].source)
 
 
 def wide(name: str) -> Any:
@@ -179,7 +180,7 @@ class Ground:
         subsets = [{"image_dir": str(self.images), "caption_extension": ".txt"}]
         datasets = [{**dataset, "subsets": subsets} for dataset in of.datasets]
         asked = {
-            "BASE_MODEL": f"mini-{of.family}", "OUTPUT_PATH": str(self.folder / "out"), "OUTPUT_NAME": "x",
+            "BASE_MODEL": base(of.family), "OUTPUT_PATH": str(self.folder / "out"), "OUTPUT_NAME": "x",
             "CACHE_PATH": str(self.folder / "cache"), "DATASET_CONFIG": json.dumps({"datasets": datasets}),
             "BACKEND": self.hardware.backend, "PARAMS_MAX_LOSS_SPIKE": "0", "PARAMS_MAX_SKIPPED_STEPS": "1000",
         }  # fmt: skip
