@@ -47,3 +47,19 @@ def encoded(name, pipe, captions):
             max_sequence_length=pipe.tokenizer_3.model_max_length,
         )  # fmt: skip
     return {"tokens": tokens, "pooled": pooled}
+
+
+def random_text(name, denoiser, length, *, generator=None):
+    """The embeddings of one made-up caption of `length` tokens, as the family's `predict` takes them."""
+    config = denoiser.config
+    if name == "z_image":
+        filled = -(-length // 32) * 32
+        tokens = torch.randn(1, filled, config.cap_feat_dim, generator=generator)
+        return {"tokens": tokens, "real": torch.arange(filled)[None] < length}
+    if name == "sdxl":
+        wide = config.cross_attention_dim
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    else:
+        wide, pooled = config.joint_attention_dim, config.pooled_projection_dim
+    tokens = torch.randn(1, length, wide, generator=generator)
+    return {"tokens": tokens, "pooled": torch.randn(1, pooled, generator=generator)}

@@ -41,24 +41,25 @@ if TYPE_CHECKING:
 KINDS = published.KINDS
 MINIATURE = str(Path(__file__).with_name("miniatures") / "z_image")
 
-# Computed from the architecture (`python -m bench step --family z_image` prints the numbers of weights), not measured:
-# the numbers of weights are exact. The GiB per kilotoken are Flux.1's, whose peaks were measured, scaled by the width
-# of the blocks and their number (SwiGLU keeps two inputs of the MLP where Flux.1's GELU keeps one).
+# The numbers of weights are those of the architecture. The GiB are computed, not measured on a GPU: `none` and the
+# working memory from the tensors that autograd saves of one block on a CPU, without fused blocks and uncompiled; the
+# others from the sizes of the products' outputs (12.3 times the width, for each token), of attention's, and of inputs.
 FOOTPRINT = Footprint(
-    block_weights=6.11e9,
-    other_weights=0.05e9,
+    block_weights=6.142e9,
+    other_weights=0.013e9,
     adapter_weights_per_rank=2.189e6,
     kohya_weights_per_rank=2.189e6,
     split_kohya_weights_per_rank=2.189e6,
     peft_weights_per_rank=2.189e6,
     region_count=34,
     text_tokens=512,
-    saved_gib={"none": 3.4, "products": 2.6, "attention": 0.5, "all": 0.25, "host": 0.02},
-    working_gib=0.19,
+    saved_gib={"none": 7.8, "products": 2.71, "attention": 0.44, "all": 0.22, "host": 0.02},
+    working_gib=0.3,
     largest_region_weights=0.181e9,
-    fp8_weights=5.98e9,
+    fp8_weights=6.016e9,
     encoder_weights=4.02e9,
     hidden_size=3840,
+    unfused_factor=1.0,
 )
 
 TEXT_TOKENS = 512  # the default of diffusers' pipeline
