@@ -131,6 +131,7 @@ class BaseModel:
     aliases: tuple[str, ...] = ()  # further names that people write for it; `source` is one without being listed
     published: Published | None = None  # its configs, for jobs whose weights are local files; None: a miniature
     licence: Licence | None = None  # None: a miniature, which is a part of this program
+    caution: str = ""  # why its own weights are no good start for training, with the fix; for a warning of the plan
 
     @property
     def is_miniature(self) -> bool:
