@@ -90,8 +90,8 @@ FACTS = Facts(
             # Other trainers merge an adapter while they train that undoes the distillation (ostris' training adapter).
             caution=(
                 "is distilled to few steps, which training on its own weights undoes: images become blurred. Fix: "
-                "BASE_MODEL=z-image, whose LoRAs work on Turbo as well, at a strength of 1 to 2; or MODEL_PATH=the file "
-                "of a Turbo without distillation, such as ostris/Z-Image-De-Turbo"
+                "BASE_MODEL=z-image, whose LoRAs work on Turbo as well, at a strength of 1 to 2; or MODEL_PATH=the "
+                "file of a Turbo without distillation, such as ostris/Z-Image-De-Turbo"
             ),
         ),
         "mini-z-image": BaseModel(MINIATURE, files_gib=0.0, resolution=128, defaults={"cfg": 3.0}),

@@ -65,7 +65,9 @@ def test_schedules_are_the_published_ones():
     assert schedule("sdxl")["timestep_spacing"] == "leading" and schedule("sdxl")["steps_offset"] == 1
 
 
-@pytest.mark.parametrize(("family", "base"), [("flux", "flux-dev"), ("sdxl", "sdxl"), ("sd3", "sd3")])
+@pytest.mark.parametrize(
+    ("family", "base"), [("flux", "flux-dev"), ("sdxl", "sdxl"), ("sd3", "sd3"), ("z_image", "z-image")]
+)
 def test_they_agree_with_the_configs_that_the_benchmarks_measure(family, base):
     configs = base_models()[base][1].published.configs
     for part, expected in FULL[family].items():
