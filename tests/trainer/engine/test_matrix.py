@@ -171,7 +171,11 @@ def test_every_layout_with_every_format(name, layout, to, read_once, tmp_path):
 
 @pytest.mark.parametrize(
     ("base", "to"),
-    [often(base, to, now=to == "kohya" and "large" not in base) for base in VARIANTS for to in convert.KEY_FORMATS],
+    [
+        often(base, to, now=to == ("native" if base == "z-image" else "kohya") and "large" not in base)
+        for base in VARIANTS
+        for to in convert.KEY_FORMATS
+    ],
 )
 def test_every_published_variant_with_every_format(base, to, tmp_path):
     """Its numbers of layers, kinds of blocks and conditions at a small width, from one file in its original names."""
@@ -190,17 +194,18 @@ def test_every_published_variant_with_every_format(base, to, tmp_path):
 # Sizes of a denoiser that its text encoders decide.
 OF_TEXT = (
     *("joint_attention_dim", "pooled_projection_dim", "cross_attention_dim", "addition_time_embed_dim"),
-    "projection_class_embeddings_input_dim",
+    *("projection_class_embeddings_input_dim", "cap_feat_dim"),
 )
 # Layers with adapters in a published model, counted by hand. Flux: 12 in a double block, 5 in a single one. SD3: 12 in
 # a block, 3 less in the last, 4 more with a second attention. SDXL: 10 in each of 70 blocks, 2 in each of 11
-# transformers.
+# transformers. Z-Image: 7 in a block.
 MODULES = {
     **dict.fromkeys(("flux-dev", "flux-krea", "flux-schnell"), 19 * 12 + 38 * 5),
     "sd3-medium": 24 * 12 - 3,
     "sd3.5-medium": 24 * 12 - 3 + 13 * 4,
     "sd3.5-large": 38 * 12 - 3,
     "sdxl-base": 70 * 10 + 11 * 2,
+    "z-image": 30 * 7,
 }
 
 
