@@ -81,7 +81,7 @@ FACTS = Facts(
         ),
         "z-image-turbo": BaseModel(
             "Tongyi-MAI/Z-Image-Turbo",
-            files_gib=19.1,
+            files_gib=30.6,
             footprint=FOOTPRINT,
             defaults={"steps": 9, "cfg": 1.0},
             aliases=("zimage-turbo",),

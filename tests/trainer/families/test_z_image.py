@@ -1,10 +1,13 @@
 """Z-Image's conventions against diffusers: time, sign, captions of any length, shift. More: test_contract.py."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
-from transformers import Qwen2Tokenizer
+from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
 
 from tests.support import models
 from tests.support.miniatures import folder, pipeline
@@ -115,6 +118,23 @@ def test_texts_are_the_real_tokens_of_the_pipeline(encoders, words):
         assert len(item["tokens"]) % SEQ_MULTI_OF == 0 and len(item["tokens"]) - len(wanted) < SEQ_MULTI_OF
         torch.testing.assert_close(item["tokens"][item["real"]], wanted)
         assert not item["tokens"][~item["real"]].any()
+
+
+def test_the_encoder_may_be_saved_as_the_published_one_is(encoders, tmp_path):
+    """As the language model with its output layer, which repeats the embeddings; in shards; with an older config."""
+    shutil.copytree(folder("z_image") / "tokenizer", tmp_path / "tokenizer")
+    whole = Qwen3ForCausalLM(encoders.text_encoder.config)
+    whole.model.load_state_dict(encoders.text_encoder.state_dict())
+    whole.save_pretrained(tmp_path / "text_encoder", max_shard_size="200KB")
+    path = tmp_path / "text_encoder" / "config.json"
+    config = json.loads(path.read_text())
+    rope = config.pop("rope_parameters")
+    path.write_text(json.dumps({**config, "rope_theta": rope["rope_theta"], "rope_scaling": None}))
+    names = json.loads((tmp_path / "text_encoder" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert all(name.startswith("model.") for name in names)
+    found = z_image.load_encoders(tmp_path, device="cpu", dtype=torch.float32)
+    ours, theirs = (z_image.encode_text(own, ["a red spot"])[0]["tokens"] for own in (found, encoders))
+    assert torch.equal(ours, theirs)
 
 
 def test_the_tokenizer_is_the_one_that_transformers_loads(encoders):
