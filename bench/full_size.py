@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bench import original_names as original
-from bench.step import FLUX, SD3, SDXL
+from bench.step import FLUX, SD3, SDXL, Z_IMAGE
 from trainer.base_model import loading
 from trainer.spec.family import get_family
 
@@ -44,6 +44,17 @@ T5 = {
     "num_heads": 64,
     "feed_forward_proj": "gated-gelu",
 }
+QWEN3 = {
+    "vocab_size": 151936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rope_theta": 1000000,
+    "tie_word_embeddings": True,
+}
 
 
 # Family → part → its published config. The keys that are missing are the miniature's.
@@ -56,6 +67,7 @@ FULL = {
         "clip_g": CLIP_G,
     },
     "sd3": {"denoiser": SD3, "vae": VAE, "clip_l": {**CLIP, **HEADS}, "clip_g": CLIP_G, "t5": T5},
+    "z_image": {"denoiser": Z_IMAGE, "vae": VAE, "qwen3": QWEN3},
 }
 
 

@@ -18,7 +18,7 @@ from trainer.spec.family import base_models, get_family
 
 
 def miniature(name: str) -> Path:
-    return Path(base_models()[f"mini-{name}"][1].source)
+    return Path(base_models()[f"mini-{name.replace('_', '-')}"][1].source)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -111,6 +111,25 @@ def sd3_original(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return out
 
 
+def z_image_original(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As ComfyUI's files name and join them, which follow Lumina 2."""
+    names = {"all_x_embedder.2-1.": "x_embedder.", "all_final_layer.2-1.": "final_layer.", ".to_out.0.": ".out."}
+    names |= {".norm_q.": ".q_norm.", ".norm_k.": ".k_norm."}
+    out: dict[str, torch.Tensor] = {}
+    for ours, tensor in state.items():
+        if ours.endswith(("attention.to_k.weight", "attention.to_v.weight")):
+            continue
+        if ours.endswith("attention.to_q.weight"):
+            block = ours.removesuffix(".to_q.weight")
+            out |= join(state, f"{block}.qkv", tuple(f"{block}.to_{x}" for x in "qkv"))
+            continue
+        theirs = ours
+        for before, after in names.items():
+            theirs = theirs.replace(before, after)
+        out[theirs] = tensor
+    return out
+
+
 def sdxl_original(state: dict[str, torch.Tensor], *, per_level: int) -> dict[str, torch.Tensor]:
     """As Stability-AI/generative-models names them, by their place in a list; `per_level` resnets to a level."""
     down, up = per_level + 1, per_level + 1
@@ -197,23 +216,27 @@ def denoiser(name: str, state: dict[str, torch.Tensor], config: dict[str, Any]) 
     """A denoiser's tensors under their original names. `config`: of diffusers' model."""
     if name == "sdxl":
         return sdxl_original(state, per_level=config["layers_per_block"])
-    return (flux_original if name == "flux" else sd3_original)(state)
+    return {"flux": flux_original, "sd3": sd3_original, "z_image": z_image_original}[name](state)
 
 
 def whole_file(name: str, parts: dict[str, dict[str, torch.Tensor]], config: dict[str, Any]) -> dict[str, torch.Tensor]:
     """A whole model in one file: each part (a key of `trainer.spec.family.PREFIXES`) from diffusers' names."""
     found = {"denoiser": denoiser(name, parts["denoiser"], config), "vae": vae_original(parts["vae"])}
-    found["clip_l"] = hugging_face(parts["clip_l"])
+    if "clip_l" in parts:
+        found["clip_l"] = hugging_face(parts["clip_l"])
+    if "qwen3" in parts:
+        found["qwen3"] = under("model.", parts["qwen3"])
     if "clip_g" in parts:
         found["clip_g"] = open_clip(parts["clip_g"]) if name == "sdxl" else hugging_face(parts["clip_g"])
     if "t5" in parts:
         found["t5"] = parts["t5"]
     prefixes = {
         "denoiser": "model.diffusion_model.",
-        "vae": "vae." if name == "flux" else "first_stage_model.",
+        "vae": "vae." if name in ("flux", "z_image") else "first_stage_model.",
         "clip_l": "conditioner.embedders.0.transformer." if name == "sdxl" else "text_encoders.clip_l.transformer.",
         "clip_g": "conditioner.embedders.1.model." if name == "sdxl" else "text_encoders.clip_g.transformer.",
         "t5": "text_encoders.t5xxl.transformer.",
+        "qwen3": "text_encoders.qwen3_4b.transformer.",
     }
     return {k: v for part, state in found.items() for k, v in under(prefixes[part], state).items()}
 
@@ -242,6 +265,19 @@ def flux_files(folder: Path, dtype: torch.dtype) -> dict[str, str]:
         "VAE_PATH": ("ae.safetensors", vae_original(weights(own / "vae"))),
         "CLIP_L_PATH": ("clip_l.safetensors", hugging_face(weights(own / "text_encoder"))),
         "T5_PATH": ("t5xxl_fp16.safetensors", weights(own / "text_encoder_2")),
+    }
+    for name, state in parts.values():
+        save_file(under("", state), folder / name)
+    return {variable: str(folder / name) for variable, (name, _) in parts.items()}
+
+
+def z_image_files(folder: Path, dtype: torch.dtype) -> dict[str, str]:
+    """The three files that users of Z-Image have, and the variables that name them."""
+    own = miniature("z_image")
+    parts = {
+        "MODEL_PATH": ("z_image_bf16.safetensors", {k: v.to(dtype) for k, v in original("z_image").items()}),
+        "VAE_PATH": ("ae.safetensors", vae_original(weights(own / "vae"))),
+        "TEXT_ENCODER_PATH": ("qwen_3_4b.safetensors", under("model.", weights(own / "text_encoder"))),
     }
     for name, state in parts.values():
         save_file(under("", state), folder / name)

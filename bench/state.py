@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from bench.step import FLUX, SD3, SDXL
+from bench.step import FLUX, SD3, SDXL, Z_IMAGE
 from trainer.checkpoints import state_files
 from trainer.checkpoints.snapshots import Snapshots
 from trainer.engine import adapters as lora
@@ -36,7 +36,12 @@ GB = 1e9
 
 def adapters(name: str, rank: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The adapters' tensors by peft's names, and the optimiser's state for them."""
-    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+    from diffusers import (
+        FluxTransformer2DModel,
+        SD3Transformer2DModel,
+        UNet2DConditionModel,
+        ZImageTransformer2DModel,
+    )
 
     kind = get_family(name)
     with torch.device("meta"):
@@ -44,6 +49,7 @@ def adapters(name: str, rank: int) -> tuple[dict[str, torch.Tensor], dict[str, A
             "flux": lambda: FluxTransformer2DModel(**FLUX),
             "sd3": lambda: SD3Transformer2DModel(**SD3),
             "sdxl": lambda: UNet2DConditionModel(**SDXL),
+            "z_image": lambda: ZImageTransformer2DModel(**Z_IMAGE),
         }
         model = make[name]().requires_grad_(False)
         facts = kind.FACTS

@@ -50,12 +50,13 @@ from trainer.spec.plan import EnginePlan
 RANK = 16
 GIB = 2**30
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SIZES = {"flux": (1280, 768), "sdxl": (1024, 1024), "sd3": (1024, 1024)}  # width and height in pixels
+# Width and height in pixels.
+SIZES = {"flux": (1280, 768), "sdxl": (1024, 1024), "sd3": (1024, 1024), "z_image": (1024, 1024)}
 # Of a caption: tokens, features of a token, features of the pooled text.
-TEXT = {"flux": (512, 4096, 768), "sdxl": (77, 2048, 1280), "sd3": (333, 4096, 2048)}
+TEXT = {"flux": (512, 4096, 768), "sdxl": (77, 2048, 1280), "sd3": (333, 4096, 2048), "z_image": (128, 2560, 1)}
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}  # of activations; bf16 in all other precisions
 OFFLOADS = {"host": "activations", "weights": "weights"}  # by WORD
-CHANNELS = {"flux": 16, "sdxl": 4, "sd3": 16}  # of latents
+CHANNELS = {"flux": 16, "sdxl": 4, "sd3": 16, "z_image": 16}  # of latents
 SEED_OF_WEIGHTS = 0
 SEED_OF_ADAPTERS = 1
 # What the published models differ in from the defaults of diffusers' classes.
@@ -81,6 +82,16 @@ SDXL = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
+Z_IMAGE = {
+    "dim": 3840,
+    "n_layers": 30,
+    "n_refiner_layers": 2,
+    "n_heads": 30,
+    "n_kv_heads": 30,
+    "cap_feat_dim": 2560,
+    "axes_dims": [32, 48, 48],
+    "axes_lens": [1536, 512, 512],
+}
 
 # With --small: a few narrow blocks of each class.
 SMALL: dict[str, dict[str, Any]] = {
@@ -91,6 +102,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "transformer_layers_per_block": (1, 1, 1),
         "attention_head_dim": (1, 2, 4),
     },
+    "z_image": {"dim": 256, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2},
 }
 
 
@@ -108,7 +120,12 @@ def random_weights(device: str) -> Iterator[None]:
 
 def denoiser(name: str, *, small: bool = False) -> Any:
     """The published architecture with random weights, on the accelerator, in bf16."""
-    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+    from diffusers import (
+        FluxTransformer2DModel,
+        SD3Transformer2DModel,
+        UNet2DConditionModel,
+        ZImageTransformer2DModel,
+    )
 
     changes = SMALL[name] if small else {}
     with random_weights(DEVICE):
@@ -116,6 +133,8 @@ def denoiser(name: str, *, small: bool = False) -> Any:
             model: Any = FluxTransformer2DModel(**FLUX, **changes)
         elif name == "sd3":
             model = SD3Transformer2DModel(**SD3 | changes)
+        elif name == "z_image":
+            model = ZImageTransformer2DModel(**Z_IMAGE | changes)
         else:
             model = UNet2DConditionModel(**SDXL | changes)
     return model.requires_grad_(False).train()
@@ -199,13 +218,14 @@ class Bench:
             "t": torch.rand(batch, device=DEVICE, generator=generator),
             "tokens": normal(batch, length, features).to(self.dtype),
             "pooled": normal(batch, pooled_features).to(self.dtype),
+            "real": torch.ones(batch, length, device=DEVICE, dtype=torch.bool),  # all tokens are the caption's
             "geometry": torch.tensor([[height, width, 0, 0, height, width]] * batch, device=DEVICE).float(),
             "scale": torch.full((), scale, device=DEVICE),
         }
 
     def loss(self, engine: Engine | None, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss, and the scaled loss of which the gradient is taken."""
-        text = {"tokens": inputs["tokens"], "pooled": inputs["pooled"]}
+        text = {name: inputs[name] for name in ("tokens", "pooled", "real")}
         with engine.saved_tensors() if engine else contextlib.nullcontext():
             out = self.family.predict(
                 self.model, inputs["noisy"], inputs["t"], text=text, guidance=1.0, geometry_B6=inputs["geometry"]

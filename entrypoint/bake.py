@@ -1,6 +1,6 @@
 """`python -m entrypoint.bake BASE_MODEL FOLDER`: put weights into an image while it is built. Jobs find them there.
 
-`tokenizers` in place of BASE_MODEL: the tokenizers of all base models, a few MB, with which local weight files train
+`tokenizers` in place of BASE_MODEL: the tokenizers of all base models, with which local weight files train
 without any network.
 """
 

@@ -32,8 +32,12 @@ if TYPE_CHECKING:
     from trainer.lora_files.weights import LoraModules
 
 log = logging.getLogger(__name__)
-WITH_UNTRAINED = ("comfyui", "kohya")  # formats that keep layers as one: a DoRA has magnitudes for all of its rows
-KEY_FORMATS = ("comfyui", "kohya", "peft")  # those of convert.KEY_FORMATS, which needs torch
+WITH_UNTRAINED = (
+    "comfyui",
+    "kohya",
+    "native",
+)  # formats that keep layers as one: a DoRA has magnitudes for all of its rows
+KEY_FORMATS = ("comfyui", "kohya", "native", "peft")  # those of convert.KEY_FORMATS, which needs torch
 # Metadata that describe only the file that was read: PEFT's settings and the hashes.
 DROPPED_METADATA = ("lora_adapter_metadata", "sshs_", "modelspec.hash", "kiln_balance")
 

@@ -125,6 +125,12 @@ def _tag_dropout(request: Request) -> str | None:
     return "caption_tag_dropout_rate=1 in dataset.json leaves out every tag. Usual: 0 to 0.2."
 
 
+def _unfit_weights(request: Request) -> str | None:
+    if not request.model.caution or request.is_given("MODEL_PATH"):
+        return None
+    return f"BASE_MODEL={request.plan.model.base} {request.model.caution}."
+
+
 def _resolution(request: Request) -> str | None:
     native = request.model.resolution
     for dataset in request.plan.data.datasets:
@@ -332,6 +338,7 @@ ROWS: tuple[Callable[[Request], str | None], ...] = (
     _rank,
     _caption_dropout,
     _tag_dropout,
+    _unfit_weights,
     _resolution,
     _noise_offset,
     _ema_decay,

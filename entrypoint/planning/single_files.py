@@ -1,7 +1,7 @@
 """Single .safetensors files in place of a model's folder: which part comes from which file, and what else is needed.
 
 MODEL_PATH may name one file with several parts (a checkpoint of ComfyUI or the like); VAE_PATH, CLIP_L_PATH,
-CLIP_G_PATH and T5_PATH each name one part. `trainer.base_model.single_file` later converts them.
+CLIP_G_PATH, T5_PATH and TEXT_ENCODER_PATH each name one part. `trainer.base_model.single_file` later converts them.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def choose_parts(settings: ModelSettings, facts: Facts, notes: Notes) -> dict[st
         "clip_l": ("CLIP_L_PATH", settings.clip_l_path),
         "clip_g": ("CLIP_G_PATH", settings.clip_g_path),
         "t5": ("T5_PATH", settings.t5_path),
+        "qwen3": ("TEXT_ENCODER_PATH", settings.text_encoder_path),
     }
     for part, (variable, path) in part_paths.items():
         if path is None:

@@ -22,7 +22,7 @@ from trainer.spec.family import BaseModel, base_models, get_family
 
 ROOT = Path(__file__).parents[2]
 NOWHERE = "http://127.0.0.1:9"  # refuses every connection
-CLIP, T5 = "openai/clip-vit-large-patch14", "google-t5/t5-large"
+CLIP, T5, QWEN = "openai/clip-vit-large-patch14", "google-t5/t5-large", "Qwen/Qwen3-4B"
 
 
 def vocabularies() -> dict[str, dict[str, bytes]]:
@@ -36,6 +36,7 @@ def vocabularies() -> dict[str, dict[str, bytes]]:
             "model.safetensors": b"1.7 GB",
         },
         T5: {"tokenizer.json": (miniature("flux") / "tokenizer_2" / "tokenizer.json").read_bytes()},
+        QWEN: {"tokenizer.json": (miniature("z_image") / "tokenizer" / "tokenizer.json").read_bytes()},
     }
 
 
@@ -203,8 +204,8 @@ def test_baked_tokenizers_need_no_network(machine, files, tmp_path, monkeypatch)
     run = subprocess.run(command, env=machine.environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     baked = tmp_path / "baked" / "tokenizers"
-    assert {path.name for path in baked.iterdir()} == {name.replace("/", "--") for name in (CLIP, T5)}
-    for repository in (CLIP, T5):
+    assert {path.name for path in baked.iterdir()} == {name.replace("/", "--") for name in (CLIP, T5, QWEN)}
+    for repository in (CLIP, T5, QWEN):
         place = baked / repository.replace("/", "--")
         assert {path.name: path.read_bytes() for path in place.iterdir()} == {
             name: content for name, content in vocabularies()[repository].items() if "safetensors" not in name

@@ -47,6 +47,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "trainer/families/flux.py": FAMILIES,
     "trainer/families/sd3.py": FAMILIES,
     "trainer/families/sdxl.py": FAMILIES,
+    "trainer/families/z_image.py": FAMILIES,
     "entrypoint/planning/plan.py": (*PLANNING, "entrypoint/settings"),
     "entrypoint/planning/engine_choice.py": PLANNING,
 }

@@ -153,6 +153,13 @@ def sd3_vae():
 
 
 @pytest.fixture
+def z_image_denoiser():
+    from tests.support import models
+
+    return models.z_image_denoiser()
+
+
+@pytest.fixture
 def sdxl_denoiser():
     from tests.support import models
 

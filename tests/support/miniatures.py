@@ -3,16 +3,26 @@
 from pathlib import Path
 
 import torch
-from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline
+from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline, ZImagePipeline
 
 from trainer.spec.family import get_family
 
-PIPELINES = {"flux": FluxPipeline, "sdxl": StableDiffusionXLPipeline, "sd3": StableDiffusion3Pipeline}
-FAMILIES = tuple(PIPELINES)
+PIPELINES = {
+    "flux": FluxPipeline,
+    "sdxl": StableDiffusionXLPipeline,
+    "sd3": StableDiffusion3Pipeline,
+    "z_image": ZImagePipeline,
+}
+FAMILIES = ("flux", "sdxl", "sd3")  # those with CLIP
+
+
+def base(name):
+    """The value of BASE_MODEL of a family's miniature."""
+    return f"mini-{name.replace('_', '-')}"
 
 
 def folder(name):
-    return Path(get_family(name).FACTS.models[f"mini-{name}"].source)
+    return Path(get_family(name).FACTS.models[base(name)].source)
 
 
 def pipeline(name):
@@ -26,6 +36,9 @@ def encoded(name, pipe, captions):
         tokens, pooled, _ = pipe.encode_prompt(
             captions, captions, device="cpu", max_sequence_length=pipe.tokenizer_2.model_max_length
         )
+    elif name == "z_image":
+        texts, _ = pipe.encode_prompt(captions, device="cpu", do_classifier_free_guidance=False)
+        return {"tokens": texts}
     elif name == "sdxl":
         tokens, _, pooled, _ = pipe.encode_prompt(captions, captions, device="cpu", do_classifier_free_guidance=False)
     else:
@@ -34,3 +47,19 @@ def encoded(name, pipe, captions):
             max_sequence_length=pipe.tokenizer_3.model_max_length,
         )  # fmt: skip
     return {"tokens": tokens, "pooled": pooled}
+
+
+def random_text(name, denoiser, length, *, generator=None):
+    """The embeddings of one made-up caption of `length` tokens, as the family's `predict` takes them."""
+    config = denoiser.config
+    if name == "z_image":
+        filled = -(-length // 32) * 32
+        tokens = torch.randn(1, filled, config.cap_feat_dim, generator=generator)
+        return {"tokens": tokens, "real": torch.arange(filled)[None] < length}
+    if name == "sdxl":
+        wide = config.cross_attention_dim
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    else:
+        wide, pooled = config.joint_attention_dim, config.pooled_projection_dim
+    tokens = torch.randn(1, length, wide, generator=generator)
+    return {"tokens": tokens, "pooled": torch.randn(1, pooled, generator=generator)}

@@ -7,7 +7,10 @@ from diffusers import (
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    ZImageTransformer2DModel,
 )
+
+from trainer.data.batches import stack_texts
 
 
 def flux_denoiser():
@@ -127,3 +130,39 @@ def sdxl_vae():
         layers_per_block=1,
         scaling_factor=0.13025,
     ).eval()
+
+
+def z_image_denoiser():
+    """Three blocks of both, and a refiner for each of image and text; 32 wide, with an MLP of 85."""
+    torch.manual_seed(0)
+    model = ZImageTransformer2DModel(
+        in_channels=16,
+        dim=32,
+        n_layers=3,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=24,
+        axes_dims=[4, 6, 6],
+        axes_lens=[256, 64, 64],
+    )
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.15)
+    return model.requires_grad_(False).eval()
+
+
+def z_image_vae():
+    """Flux.1's."""
+    return flux_vae()
+
+
+def z_image_text():
+    """Captions of 7 and 40 tokens, as `encode_text` and `stack_texts` make them."""
+    torch.manual_seed(2)
+    items = []
+    for count in (7, 40):
+        length = -(-count // 32) * 32
+        tokens = torch.zeros(length, 24)
+        tokens[:count] = torch.randn(count, 24)
+        items.append({"tokens": tokens, "real": torch.arange(length) < count})
+    return stack_texts(items)

@@ -8,6 +8,7 @@ from entrypoint.planning.plan import make_plan
 from entrypoint.settings.read import read_settings
 from entrypoint.system.hardware import Hardware
 from tests.support.drawings import draw
+from tests.support.miniatures import base
 
 
 def job_plan(folder, family, **variables):
@@ -18,7 +19,7 @@ def job_plan(folder, family, **variables):
         draw(128, 128, seed=i).save(images / f"{i}.png")
         (images / f"{i}.txt").write_text(caption)
     asked = {
-        "BASE_MODEL": f"mini-{family}", "DATASET_NAME": str(images), "OUTPUT_PATH": str(folder / "out"),
+        "BASE_MODEL": base(family), "DATASET_NAME": str(images), "OUTPUT_PATH": str(folder / "out"),
         "CACHE_PATH": str(folder / "cache"), "OUTPUT_NAME": "x", "BACKEND": "cpu",
         "PARAMS_SAMPLE_EVERY_N_STEPS": "0", "PARAMS_SAVE_EVERY_N_STEPS": "0", "PARAMS_MAX_EPOCHS": "5",
     } | variables  # fmt: skip

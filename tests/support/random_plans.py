@@ -19,11 +19,12 @@ from typing import Any
 import diffusers
 from PIL import Image
 
-from bench.step import FLUX, SD3, SDXL, random_weights
+from bench.step import FLUX, SD3, SDXL, Z_IMAGE, random_weights
 from entrypoint.dataset_config.manifest import read_manifest
 from entrypoint.planning.plan import make_plan
 from entrypoint.settings.read import read_settings
 from entrypoint.system.hardware import Hardware
+from tests.support.miniatures import base
 from trainer.data.encode import open_cache
 from trainer.data.records import Scan
 from trainer.data.scan import scan
@@ -40,6 +41,7 @@ WIDE: dict[str, dict[str, Any]] = {  # what the denoisers have in common with th
     "sd3": {**SD3, "num_layers": 4},
     "sdxl": {**SDXL, "transformer_layers_per_block": (1, 1, 2), "cross_attention_dim": 128, "norm_num_groups": 32,
              "projection_class_embeddings_input_dim": 6 * 256 + 64},
+    "z_image": {**Z_IMAGE, "n_layers": 3, "n_refiner_layers": 1, "cap_feat_dim": 64},
 }  # fmt: skip
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 T5_LENGTH = 512  # tokens, as the published pipelines have them
@@ -123,7 +125,7 @@ def drawn(seed: int, hardware: Hardware) -> Drawn:
 
 
 def miniature(name: str) -> Path:
-    return Path(base_models()[f"mini-{name}"][1].source)
+    return Path(base_models()[base(name)][1].source)
 
 
 def wide(name: str) -> Any:
@@ -179,7 +181,7 @@ class Ground:
         subsets = [{"image_dir": str(self.images), "caption_extension": ".txt"}]
         datasets = [{**dataset, "subsets": subsets} for dataset in of.datasets]
         asked = {
-            "BASE_MODEL": f"mini-{of.family}", "OUTPUT_PATH": str(self.folder / "out"), "OUTPUT_NAME": "x",
+            "BASE_MODEL": base(of.family), "OUTPUT_PATH": str(self.folder / "out"), "OUTPUT_NAME": "x",
             "CACHE_PATH": str(self.folder / "cache"), "DATASET_CONFIG": json.dumps({"datasets": datasets}),
             "BACKEND": self.hardware.backend, "PARAMS_MAX_LOSS_SPIKE": "0", "PARAMS_MAX_SKIPPED_STEPS": "1000",
         }  # fmt: skip

@@ -27,7 +27,8 @@ def planned(environment: Mapping[str, str]) -> ModelPlan:
 def model_folder(tmp_path: Path, name: str, **variables: str) -> Path:
     """The folder that a job with these variables reads its weights from. `name`: of a family, whose miniature it is."""
     (tmp_path / "pictures").mkdir(exist_ok=True)
-    plan = planned({"BASE_MODEL": f"mini-{name}", "DATASET_NAME": str(tmp_path / "pictures"), **variables})
+    base = f"mini-{name.replace('_', '-')}"
+    plan = planned({"BASE_MODEL": base, "DATASET_NAME": str(tmp_path / "pictures"), **variables})
     needed = file_patterns(get_family(plan.family).FACTS, plan.parts)
     model = fetch_model(plan, patterns=needed, token=None)
     return single_file.convert_single_files(model, tmp_path / "cache")

@@ -16,6 +16,13 @@ from trainer.base_model.tokenizer_files import TokenTable
 
 # How CLIP's vocabulary was made: words, single digits, and runs of other characters (openai/CLIP, simple_tokenizer.py).
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+# How Qwen's was: endings, words with one character before them, single digits, runs of marks, and white space (the
+# tokenizer of Qwen2, which later models kept).
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+WORD_END = "</w>"  # that CLIP's tokens have at the end of a word; other byte pair encodings have no such mark
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 T5_END, T5_BLANK = "</s>", "▁"
 
@@ -30,9 +37,14 @@ class LightTokenizer:
     """A tokenizer by its files."""
 
     def __init__(self, files: Sequence[Path]) -> None:
-        """`files`: tokenizer.json, or CLIP's vocab.json and merges.txt. Raises ValueError if they cannot be read."""
+        """`files`: tokenizer.json, or vocab.json and merges.txt. Raises ValueError if they cannot be read."""
         vocabulary = tokenizer_files.read_vocabulary({file.name: file for file in files})
-        self._tokenizer = _clip(vocabulary) if vocabulary.numbers else _t5(vocabulary)
+        if not vocabulary.numbers:
+            self._tokenizer = _t5(vocabulary)
+        elif any(token.endswith(WORD_END) for token in vocabulary.numbers):
+            self._tokenizer = _clip(vocabulary)
+        else:
+            self._tokenizer = _qwen(vocabulary)
 
     def encode(self, text: str) -> Encoded:
         """The tokens of a text, with the marks around it."""
@@ -46,7 +58,7 @@ def _clip(vocabulary: TokenTable) -> Tokenizer:
     for token in (BEGIN, END):
         if token not in numbers:
             raise ValueError(f"the vocabulary of CLIP's tokenizer lacks {token}")
-    model = models.BPE(numbers, vocabulary.merges, end_of_word_suffix="</w>", unk_token=END)
+    model = models.BPE(numbers, vocabulary.merges, end_of_word_suffix=WORD_END, unk_token=END)
     tokenizer = Tokenizer(model)
     tokenizer.add_special_tokens([BEGIN, END])
     tokenizer.normalizer = normalizers.Sequence(
@@ -57,6 +69,18 @@ def _clip(vocabulary: TokenTable) -> Tokenizer:
     tokenizer.post_processor = processors.RobertaProcessing(
         (END, numbers[END]), (BEGIN, numbers[BEGIN]), trim_offsets=False, add_prefix_space=False
     )
+    return tokenizer
+
+
+def _qwen(vocabulary: TokenTable) -> Tokenizer:
+    """Qwen's byte pair encoding, without a mark at either end."""
+    tokenizer = Tokenizer(models.BPE(vocabulary.numbers, vocabulary.merges))
+    tokenizer.normalizer = normalizers.NFC()
+    words = pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.add_tokens([AddedToken(**token) for _, token in sorted(vocabulary.added.items())])
     return tokenizer
 
 

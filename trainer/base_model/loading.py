@@ -144,8 +144,9 @@ def _check_fit(skeleton: torch.nn.Module, folder: Path, library: str) -> None:
 
 
 def _short(name: str) -> str:
-    """Versions of transformers differ in whether this is part of a text encoder's names."""
-    return name.removeprefix("text_model.")
+    """Versions of transformers differ in whether the first level is part of a text encoder's names, and so do files of
+    a language model with its output layer and without."""
+    return name.removeprefix("text_model.").removeprefix("model.")
 
 
 def _entries(folder: Path, library: str) -> dict[str, Entry]:
@@ -232,7 +233,8 @@ def check_tokens(tokenizer: Any, encoder: Any, folder: Path) -> None:
             f"encoder's config.json. {FIX}."
         )
     positions = getattr(encoder.config, "max_position_embeddings", None)
-    if positions is not None and tokenizer.model_max_length != positions:
+    # Language models read far more than a caption has, and their tokenizers often name another number.
+    if encoder.config.model_type == "clip_text_model" and tokenizer.model_max_length != positions:
         raise SettingsError(
             f"{folder} cannot be used: its model_max_length is {tokenizer.model_max_length:g}, and the text encoder "
             f"reads {positions} tokens. {FIX}."

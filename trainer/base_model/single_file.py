@@ -3,7 +3,7 @@
 CACHE_PATH/weights/KEY holds one converted part; CACHE_PATH/models/KEY is a whole model of links to parts. Both keys
 are digests of everything that decides the content, so jobs share them and nothing in them is ever out of date.
 
-A part is a key of `Family.FACTS.parts`: denoiser, vae, clip_l, clip_g, t5.
+A part is a key of `Family.FACTS.parts`: denoiser, vae, clip_l, clip_g, t5, qwen3.
 """
 
 from __future__ import annotations
@@ -225,6 +225,8 @@ def _fit(state: State, model: torch.nn.Module, *, part: str) -> State:
     Raises ValueError for tensors that are missing, have another shape, or (in a denoiser) belong to no layer.
     """
     rest = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
+    if part == "qwen3":  # with its output layer it has one level more, which transformers leaves out without it
+        rest = {name.removeprefix("model."): tensor for name, tensor in rest.items()}
     if part == "clip_l":
         # Every tool reads CLIP-L from single files without its own projection: the identity takes its place.
         rest.pop("text_projection.weight", None)

@@ -12,8 +12,9 @@ from trainer.storage.safetensors_header import Entry, Header
 
 Entries = Mapping[str, Entry]
 VARIABLES = {"denoiser": "MODEL_PATH", "vae": "VAE_PATH", "clip_l": "CLIP_L_PATH", "clip_g": "CLIP_G_PATH"}
-VARIABLES["t5"] = "T5_PATH"
+VARIABLES |= {"t5": "T5_PATH", "qwen3": "TEXT_ENCODER_PATH"}
 PART_NAMES = {"denoiser": "the denoiser", "vae": "a VAE", "clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
+PART_NAMES["qwen3"] = "Qwen3"
 CLIPS = ("clip_l", "clip_g")
 LARGE_LAYER = 2**16  # weights; a smaller tensor of integers may be a mark or a table of positions
 SCALES = (".scale_weight", ".weight_scale")  # of a layer in FP8
@@ -93,8 +94,6 @@ OTHER_MODELS = {
     "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": "Stable Diffusion 1.x",
     "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight": "Stable Diffusion 2.x",
     "txt_norm.weight": "Qwen-Image",
-    "noise_refiner.0.attention.qkv.weight": "Lumina 2 or Z-Image",
-    "cap_embedder.1.weight": "Lumina 2 or Z-Image",
     "txt_in.individual_token_refiner.blocks.0.self_attn.qkv.weight": "HunyuanVideo",
     "blocks.0.self_attn.q.weight": "Wan",
     "patchify_proj.weight": "LTX-Video",
@@ -213,6 +212,8 @@ CLIP_LAYERS = (
     "encoder.layers.0.self_attn.q_proj.weight",
     "transformer.resblocks.0.attn.in_proj_weight",
 )
+QWEN3_LAYERS = ("model.layers.0.self_attn.q_norm.weight", "layers.0.self_attn.q_norm.weight")
+QWEN3_TOKENS = ("model.embed_tokens.weight", "embed_tokens.weight")
 T5_LAYER = "encoder.block.0.layer.0.SelfAttention.q.weight"
 T5_TOKENS = ("shared.weight", "encoder.embed_tokens.weight")
 CLIP_L_WIDTH = 768
@@ -223,6 +224,8 @@ def part_of(entries: Entries) -> str | None:
     """Which part of a model a file holds that holds one alone; None if it is neither a VAE nor a text encoder."""
     if T5_LAYER in entries:
         return "t5"
+    if any(name in entries for name in QWEN3_LAYERS):
+        return "qwen3"
     if any(name in entries for name in CLIP_LAYERS):
         shape = _first_shape(entries, TOKENS)
         return "clip_l" if shape is None or shape[-1] <= CLIP_L_WIDTH else "clip_g"
@@ -284,6 +287,11 @@ def _size_problem(part: str, bare: Entries, config: Mapping[str, int]) -> str | 
         shape = _first_shape(bare, T5_TOKENS)
         if shape is not None and shape != (config["vocab_size"], config["d_model"]):
             return f"is another T5, of {shape[0]} tokens and width {shape[-1]}. Fix: T5 v1.1 XXL (t5xxl)"
+        return None
+    if part == "qwen3":
+        shape = _first_shape(bare, QWEN3_TOKENS)
+        if shape is not None and shape[-1] != config["hidden_size"]:
+            return f"is another Qwen3, of width {shape[-1]}; this base model's has {config['hidden_size']}"
         return None
     tokens = _first_shape(bare, TOKENS)
     if tokens is not None and tokens[-1] != config["hidden_size"]:

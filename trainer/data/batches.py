@@ -26,7 +26,7 @@ class MicroBatch:
     """Images of one size that go through the denoiser together, as the cache has them."""
 
     moments_B2CHW: torch.Tensor  # mean and standard deviation of the latents, from which each step draws anew
-    text: dict[str, torch.Tensor]  # embeddings, under the family's names; the first dimension is B
+    text: dict[str, torch.Tensor]  # embeddings, under the family's names (see `stack_texts`); the first dimension is B
     geometry_B6: torch.Tensor  # see `geometry`
     mask_B1HW: torch.Tensor | None  # weight of the loss at each latent, 0..1
     weight_B: torch.Tensor  # weight of each image's loss
@@ -77,7 +77,7 @@ def micro_batch(cache: Cache, batch: Batch) -> MicroBatch:
         mask_B1HW = torch.stack([image.get("mask", ones_1HW) for image in images])
     return MicroBatch(
         moments_B2CHW=_stack(images, "moments"),
-        text={name: _stack(texts, name) for name in texts[0]},
+        text=stack_texts(texts),
         geometry_B6=torch.tensor([geometry(example) for example in batch], dtype=torch.float32),
         mask_B1HW=mask_B1HW,
         weight_B=torch.tensor([example.weight for example in batch]),
@@ -89,6 +89,22 @@ def micro_batch(cache: Cache, batch: Batch) -> MicroBatch:
 def _stack(items: list[Item], name: str) -> torch.Tensor:
     """One tensor of every item, along a new first dimension B."""
     return torch.stack([item[name] for item in items])
+
+
+def stack_texts(items: list[Item]) -> dict[str, torch.Tensor]:
+    """The tensors of several captions, under their names.
+
+    Where captions differ in length, the shorter ones get zeros at their end, and `padding` (B, L) is true there.
+    Otherwise there is no `padding`: attention without a mask is faster.
+    """
+    text = {}
+    for name in items[0]:
+        rows = [item[name] for item in items]
+        text[name] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) if rows[0].ndim else torch.stack(rows)
+        lengths_B = torch.tensor([len(row) for row in rows if row.ndim])
+        if len(lengths_B.unique()) > 1:
+            text["padding"] = torch.arange(text[name].shape[1]) >= lengths_B[:, None]
+    return text
 
 
 def geometry(example: Example) -> tuple[int, int, int, int, int, int]:

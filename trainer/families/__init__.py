@@ -1,16 +1,16 @@
 """Model families, one module each; nothing imports them by name, `trainer.spec.family.get_family` looks them up.
 
-Imports `trainer.spec`, `trainer.base_model` and `trainer.engine`. Read `flux` first, then `sd3` and `sdxl`. `common`
-has the parts that several families share, `published/` the configs of their published models, `fused_blocks/` the FP8
-forward passes of their blocks, `miniatures/` small trained models.
+Imports `trainer.spec`, `trainer.base_model` and `trainer.engine`. Read `flux` first, then `sd3`, `sdxl` and `z_image`.
+`common` has the parts that several families share, `published/` the configs of their published models, `fused_blocks/`
+the FP8 forward passes of their blocks, `miniatures/` small trained models.
 
 How to add a family NAME:
 
 1. `families/NAME.py`: `FACTS`, `LORA_KEYS` and the functions of `trainer.spec.family.Family`. Import torch and
    diffusers inside the functions; take from `common` what fits. A helper module that is no family itself must be listed
    in `SHARED` in `trainer/spec/family.py`.
-   - `FACTS.models`: the values of BASE_MODEL, among them `mini-NAME`, without a footprint. They must differ from those
-     of other families.
+   - `FACTS.models`: the values of BASE_MODEL, among them `mini-NAME` (with - for _), without a footprint. They must
+     differ from those of other families.
    - `FACTS.objective`: `flow` or `denoising`; another one is added to `make_objective` in
      `trainer/training/objective.py`.
    - `LORA_KEYS.layers`: a row for each layer that can have an adapter, under the name that kohya's and ComfyUI's keys

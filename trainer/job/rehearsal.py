@@ -17,6 +17,7 @@ All processes fall back together, so that all do the same.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
@@ -43,6 +44,14 @@ from trainer.training.state import TrainingState
 log = logging.getLogger(__name__)
 
 
+def longest_caption(captions: Sequence[str], cache: Cache) -> str | None:
+    """The caption with the most tokens; None where all have as many, as in most families."""
+    sizes = {caption: cache.text_path(caption).stat().st_size for caption in captions}
+    if len(set(sizes.values())) < 2:
+        return None
+    return max(sizes, key=lambda caption: sizes[caption])
+
+
 @dataclass
 class Rehearsal:
     """What a step and a save need, to try them. `lora_modules`: the live adapters, as a save copies them."""
@@ -59,14 +68,25 @@ class Rehearsal:
     seed: int
     reserved_bytes: int = 0  # that the last attempt did without
 
-    def run(self, epoch: Sequence[Batch], cache: Cache) -> None:
-        """Fall back until steps of all sizes in `epoch` fit. Raises SettingsError where nothing is left to try."""
+    def run(self, epoch: Sequence[Batch], cache: Cache, captions: Sequence[str] = ()) -> None:
+        """Fall back until steps of all sizes in `epoch` fit, with the longest of `captions`.
+
+        Raises SettingsError where nothing is left to try.
+        """
         largest = largest_batches(epoch)
         sizes = " or ".join(f"{len(batch)} images of {batch[0].view.size}" for batch in largest)
         smallest = min(epoch, key=lambda batch: len(batch) * math.prod(batch[0].view.size))
 
+        longest = longest_caption(captions, cache)
+
         def read(some: Sequence[Batch]) -> list[MicroBatch]:
-            return [batches.micro_batch(cache, batch) for batch in some]
+            """Each with the longest caption as its first one: all captions of a batch are padded to it."""
+            made = []
+            for first, *others in some:
+                if longest is not None:
+                    first = dataclasses.replace(first, caption=longest)
+                made.append(batches.micro_batch(cache, (first, *others)))
+            return made
 
         self.run_steps(
             read(one_of_each_size(epoch)) if self.runner.capturing else [],

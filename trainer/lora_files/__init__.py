@@ -8,7 +8,7 @@ adapters that train), `metadata` and `write`.
 `arguments` has what the two commands share. Imports `trainer.spec` and `trainer.storage`. `key_names`, `contents`,
 `other_kinds`, `numbers` and `inspect` need no torch, and the entrypoint uses them.
 
-The formats. A LoRA adds scale * up @ down to a weight, with scale = alpha / r. Three spellings are written
+The formats. A LoRA adds scale * up @ down to a weight, with scale = alpha / r. Four spellings are written
 (`convert.KEY_FORMATS`), and the tools read them so (docs/lora-files.md has the versions tested):
 
     format    keys of one module                                                      read by
@@ -16,6 +16,8 @@ The formats. A LoRA adds scale * up @ down to a weight, with scale = alpha / r. 
               .alpha                                                                  diffusers (Flux, SDXL)
     comfyui   diffusion_model.<original path>.lora_down.weight, .lora_up.weight,      ComfyUI, Forge
               .alpha
+    native    diffusion_model.<original path>.lora_A.weight, .lora_B.weight           ComfyUI; diffusers (the families
+                                                                                      whose jobs write it)
     peft      <component>.<diffusers' path>.lora_A.weight, .lora_B.weight             diffusers; ComfyUI (Flux, SD3);
                                                                                       Forge (Flux)
 
@@ -28,10 +30,10 @@ everywhere but in SDXL, and Flux's linear1 (q, k, v and the MLP's input). `conve
 Alpha. kohya's and ComfyUI's keys carry it: sd-scripts refuses Flux and SD3 files without; diffusers applies one alpha
 to all attention layers of an SDXL file. So a file has the same alpha everywhere, and modules with another scale have
 the difference multiplied into lora_up. PEFT's keys have none: ComfyUI and Forge ignore the alpha that PEFT keeps in the
-header, so the whole scale is multiplied into lora_B, and alpha = r.
+header, so the whole scale is multiplied into lora_B, and alpha = r. So it is in native files.
 
-DoRA adds a magnitude for each row: `.dora_scale`, (out, 1), with the first two formats, and `.lora_magnitude_vector`,
-(out,), with the third. A job that trains DoRA writes kohya's keys for ComfyUI and Forge, and PEFT's for diffusers.
+DoRA adds a magnitude for each row: `.dora_scale`, (out, 1), with the first three formats, and `.lora_magnitude_vector`,
+(out,), with the last. A job that trains DoRA writes kohya's keys for ComfyUI and Forge, and PEFT's for diffusers.
 
 Also read: PEFT's `.lora_A.default.weight` and `base_model.model.`, diffusers before PEFT
 (`.processor.to_q_lora.down.weight`, `.lora_linear_layer.down.weight`), OneTrainer's `lora_transformer_` and its OMI

@@ -31,8 +31,9 @@ from trainer.lora_files.weights import LoraModules, LoraWeights
 from trainer.spec.family import OriginalLayer, get_family
 from trainer.storage import safetensors_header
 
-KEY_FORMATS = {"kohya": "", "comfyui": "-comfyui", "peft": "-diffusers"}  # → what a job appends to the file's name
-DORA_READERS = {"kohya": "ComfyUI, Forge", "comfyui": "ComfyUI, Forge", "peft": "diffusers"}
+# → what a job appends to the file's name. No family's job leaves both kohya's keys and native ones.
+KEY_FORMATS = {"kohya": "", "comfyui": "-comfyui", "native": "", "peft": "-diffusers"}
+DORA_READERS = {"kohya": "ComfyUI, Forge", "comfyui": "ComfyUI, Forge", "native": "ComfyUI", "peft": "diffusers"}
 Number = TypeVar("Number", int, float)
 
 
@@ -228,7 +229,10 @@ def to_file(modules: LoraModules, key_format: str, family_name: str, save_precis
     modules = {name: weights.to_cpu() for name, weights in modules.items()}
     if key_format == "peft":
         return _to_peft_file(modules, save_precision)
-    return _to_kohya_file(_stack_modules(modules, key_format, family_name), save_precision)
+    layers = _stack_modules(modules, key_format, family_name)
+    if key_format == "native":
+        return _to_native_file(layers, save_precision)
+    return _to_kohya_file(layers, save_precision)
 
 
 def count_numbers(modules: LoraModules, key_format: str, family_name: str) -> tuple[int, int]:
@@ -251,7 +255,8 @@ def count_numbers(modules: LoraModules, key_format: str, family_name: str) -> tu
         downs = {id(weights.down): weights.down for weights in present}
         for down in downs.values():
             in_matrices += down.numel() + len(down) * rows
-        besides += 1  # alpha
+        if key_format != "native":
+            besides += 1  # alpha
         if present[0].magnitude is not None:
             besides += rows
     return in_matrices, besides
@@ -302,6 +307,23 @@ def _to_kohya_file(layers: Mapping[str, _Stacked], save_precision: str) -> LoraF
     return _lora_file(tensors, stored, save_precision, rank=rank, alpha=alpha)
 
 
+def _to_native_file(layers: Mapping[str, _Stacked], save_precision: str) -> LoraFile:
+    """PEFT's endings at the original model's dotted names. The scale is folded into lora_B, as in PEFT's files."""
+    pairs = {}
+    tensors = {}
+    for stem, layer in layers.items():
+        weights = layer.weights
+        pairs[stem] = Pair(weights.down, weights.folded().up, layer.heights)
+        if weights.magnitude is not None:
+            tensors[f"{stem}.dora_scale"] = weights.magnitude.float().view(-1, *[1] * (weights.down.ndim - 1))
+    stored = precision.store(pairs, save_precision)
+    for stem, pair in stored.pairs.items():
+        tensors[f"{stem}.lora_A.weight"] = pair.down
+        tensors[f"{stem}.lora_B.weight"] = pair.up
+    rank = _commonest([layer.weights.rank for layer in layers.values()])
+    return _lora_file(tensors, stored, save_precision, rank=rank, alpha=float(rank))
+
+
 def _lora_file(
     tensors: Mapping[str, torch.Tensor], stored: Stored, save_precision: str, *, rank: int, alpha: float
 ) -> LoraFile:
@@ -350,7 +372,7 @@ def _stack_modules(modules: LoraModules, key_format: str, family_name: str) -> d
             continue
         path = layer.original.name.replace("{}", layer.number)
         stem = f"lora_unet_{path.replace('.', '_')}"
-        if key_format == "comfyui":
+        if key_format in ("comfyui", "native"):
             stem = f"diffusion_model.{path}"
         if len(layer.original.diffusers_names) == 1:
             weights = _reorder_rows(layer.original, parts.modules[0])

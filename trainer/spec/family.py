@@ -32,6 +32,7 @@ PREFIXES = {
     "clip_l": ("conditioner.embedders.0.transformer.", "text_encoders.clip_l.transformer."),
     "clip_g": ("conditioner.embedders.1.model.", "text_encoders.clip_g.transformer."),
     "t5": ("text_encoders.t5xxl.transformer.",),
+    "qwen3": ("text_encoders.qwen3_4b.transformer.",),
 }
 CLIP_TOKENS = 77  # that a CLIP text encoder reads at once, with those of begin and end
 OPTIONAL = "optional:"  # begins a pattern of files whose folder may be missing
@@ -142,6 +143,7 @@ class BaseModel:
     aliases: tuple[str, ...] = ()  # further names that people write for it; `source` is one without being listed
     published: Published | None = None  # its configs, for jobs whose weights are local files; None: a miniature
     licence: Licence | None = None  # None: a miniature, which is a part of this program
+    caution: str = ""  # why its own weights are no good start for training, with the fix; for a warning of the plan
 
     @property
     def is_miniature(self) -> bool:
@@ -183,6 +185,9 @@ class Facts:
     # Whether regions that have no fused forward passes are compiled where steps are captured in CUDA graphs.
     # docs/lab-notes.md has the measurements.
     compiles: bool = True
+    # Whether captions have different numbers of tokens. A graph would have to be captured for each number, so steps are
+    # launched.
+    captions_vary: bool = False
     max_token_lengths: tuple[int, ...] = (CLIP_TOKENS,)  # values of PARAMS_MAX_TOKEN_LENGTH; the first is the default
     hub_tags: tuple[str, ...] = ()  # of a model card on the Hub, by which people find LoRAs of this family
     attention_backends: bool = True  # False: it calls torch's attention, whichever backend diffusers is set to
@@ -229,6 +234,7 @@ class LoraKeys:
     layers: tuple[OriginalLayer, ...]
     encoders: dict[str, str]  # text encoder of diffusers' pipeline → its name in kohya's keys: te1, te2 or te3
     file_formats: tuple[str, ...] = ("kohya",)  # keys of convert.KEY_FORMATS: a job writes a file in each
+    dora_formats: tuple[str, ...] = ("kohya", "peft")  # likewise, for DoRA
     other_names: tuple[OriginalLayer, ...] = ()  # further names of layers, which are read and never written
     one_width: bool = False  # whether the shorter side of every linear layer in the blocks is Footprint.hidden_size
 
@@ -357,10 +363,13 @@ def timestep_samplings() -> tuple[str, ...]:
 def lora_formats(base: str, kind: str) -> tuple[str, ...]:
     """The key names of the LoRA files that a job leaves, the main one first. `kind`: as in LoraPlan."""
     family_name, model = base_models()[base]
+    keys = get_family(family_name).LORA_KEYS
+    if kind == "dora":
+        return keys.dora_formats
     # The second file is for diffusers, which knows kohya's keys at the published models' width and depth only.
-    if kind == "dora" or model.is_miniature:
+    if model.is_miniature and keys.file_formats == ("kohya",):
         return ("kohya", "peft")
-    return get_family(family_name).LORA_KEYS.file_formats
+    return keys.file_formats
 
 
 def base_models() -> dict[str, tuple[str, BaseModel]]:

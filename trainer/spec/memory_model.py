@@ -194,7 +194,7 @@ def lora_bytes(plan: Plan) -> float | None:
     if footprint is None:
         return None
     kohya = footprint.split_kohya_weights_per_rank if plan.lora.split_qkv else footprint.kohya_weights_per_rank
-    per_rank = {"kohya": kohya, "peft": footprint.peft_weights_per_rank}
+    per_rank = {"kohya": kohya, "native": kohya, "peft": footprint.peft_weights_per_rank}
     numbers = sum(per_rank[key_format] for key_format in lora_formats(plan.model.base, plan.lora.kind))
     return numbers * plan.lora.rank * SAVE_PRECISIONS[plan.output.save_precision].bytes
 

@@ -35,6 +35,11 @@ class ModelSettings:
         "text",
         meaning=".safetensors file or folder of T5 alone; none: without it, where the model allows it",
     )
+    text_encoder_path: str | None = row(
+        "TEXT_ENCODER_PATH",
+        "text",
+        meaning=".safetensors file or folder of the language model that reads the captions, alone",
+    )
     model_revision: str | None = row(
         "MODEL_REVISION", "text", meaning="branch, tag or commit of the model's repository"
     )

@@ -48,7 +48,14 @@ def config(subset: dict[str, Any] | None = None, **dataset: Any) -> dict[str, An
 
 @pytest.mark.parametrize("base", base_models())
 def test_the_defaults_of_a_model_make_sense(base):
-    assert plan(on=LARGE_GPU, BASE_MODEL=base).warnings == ()
+    caution = base_models()[base][1].caution
+    assert [caution in warning for warning in plan(on=LARGE_GPU, BASE_MODEL=base).warnings] == [True] * bool(caution)
+
+
+def test_a_distilled_base_is_warned_of_unless_other_weights_are_named():
+    found = warnings(on=LARGE_GPU, BASE_MODEL="z-image-turbo")
+    assert "BASE_MODEL=z-image-turbo is distilled" in found and "Fix: BASE_MODEL=z-image, " in found
+    assert warnings(on=LARGE_GPU, BASE_MODEL="z-image-turbo", MODEL_PATH="someone/z-image-de-turbo") == ""
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

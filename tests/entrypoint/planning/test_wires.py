@@ -122,6 +122,7 @@ FILES = {
     "CLIP_L_PATH": "tests/jobs/test_local_weights.py",
     "CLIP_G_PATH": "tests/entrypoint/planning/test_weight_kinds.py",
     "T5_PATH": "tests/jobs/test_local_weights.py",
+    "TEXT_ENCODER_PATH": "tests/trainer/base_model/test_single_file.py",
     "PARAMS_RESUME_FROM": "tests/trainer/job/test_job_loop.py",
 }
 # What no plan has: secrets, and what the entrypoint alone does. Variable → value, as it is in the settings.

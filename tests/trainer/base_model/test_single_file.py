@@ -12,10 +12,20 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from bench.layouts import memory_taken
-from bench.original_names import checkpoint, flux_files, miniature, original, under, vae_original, weights
+from bench.original_names import (
+    checkpoint,
+    flux_files,
+    miniature,
+    original,
+    under,
+    vae_original,
+    weights,
+    z_image_files,
+)
+from tests.support.miniatures import base as base_of
 from tests.support.single_files import model_folder
 from trainer.base_model import lazy_tensors
 from trainer.sample import sample_command
@@ -24,7 +34,7 @@ from trainer.spec.family import get_family
 from trainer.spec.plan import TrainPlan
 from trainer.training.objective import make_objective
 
-FAMILIES = ("flux", "sdxl", "sd3")
+FAMILIES = ("flux", "sdxl", "sd3", "z_image")
 
 
 # ---- through the product
@@ -49,6 +59,27 @@ def test_flux_as_four_files(tmp_path, dtype):
     assert all(torch.equal(got[k], want[k].to(dtype)) for k in want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_z_image_as_three_files(tmp_path, dtype):
+    folder = model_folder(tmp_path, "z_image", **z_image_files(tmp_path, dtype))
+    equal(folder, "z_image", ("vae", "qwen3"))
+    got, want = weights(folder / "transformer"), weights(miniature("z_image") / "transformer")
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[k], want[k].to(dtype)) for k in want)
+
+
+def test_what_is_no_language_model_or_another_one_is_refused(tmp_path):
+    files = z_image_files(tmp_path, torch.float16)
+    with pytest.raises(SettingsError, match=r"TEXT_ENCODER_PATH=.* is a VAE, not Qwen3\. Fix: VAE_PATH=this file"):
+        model_folder(tmp_path, "z_image", TEXT_ENCODER_PATH=files["VAE_PATH"])
+    with pytest.raises(SettingsError, match=r"VAE_PATH=.* is Qwen3, not a VAE\. Fix: TEXT_ENCODER_PATH=this file"):
+        model_folder(tmp_path, "z_image", VAE_PATH=files["TEXT_ENCODER_PATH"])
+    narrow = {k: v[..., :32].contiguous() for k, v in load_file(files["TEXT_ENCODER_PATH"]).items()}
+    save_file(narrow, tmp_path / "narrow.safetensors")
+    with pytest.raises(SettingsError, match=r"narrow\.safetensors cannot be the qwen3 .* has the shape"):
+        model_folder(tmp_path, "z_image", TEXT_ENCODER_PATH=str(tmp_path / "narrow.safetensors"))
+
+
 def test_fp8_becomes_bf16_with_its_scales(tmp_path):
     state = original("flux")
     scaled = "double_blocks.0.img_mlp.0"
@@ -64,7 +95,7 @@ def test_fp8_becomes_bf16_with_its_scales(tmp_path):
         assert torch.equal(got[key].float(), (tensor.float() / factor).to(torch.float8_e4m3fn).float() * factor), key
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "z_image"])
 def test_a_whole_checkpoint_as_one_file(tmp_path, name):
     save_file(checkpoint(name), tmp_path / "all.safetensors")
     bare = tmp_path / "bare"  # what remains is small: nothing but the file has weights
@@ -92,7 +123,7 @@ def test_the_sample_command_draws_with_one_file(tmp_path, name):
     (tmp_path / "prompts.txt").write_text("a red circle --w 128 --h 128 --s 2\n")
     common = ["--prompts", str(tmp_path / "prompts.txt"), "--cache", str(tmp_path / "cache")]
     drawn = []
-    for base in ([str(tmp_path / "all.safetensors"), "--config", f"mini-{name}"], [f"mini-{name}"]):
+    for base in ([str(tmp_path / "all.safetensors"), "--config", base_of(name)], [base_of(name)]):
         assert sample_command(["--base", *base, *common, "--out", str(tmp_path / base[0][-4:])]) == 0
         drawn.append((tmp_path / base[0][-4:] / "step-00000000-00.png").read_bytes())
     if name != "sd3":  # whose CLIP-L is not projected from a file

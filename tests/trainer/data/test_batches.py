@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 from trainer.data import batches
-from trainer.data.batches import MicroBatch, geometry, micro_batch
+from trainer.data.batches import MicroBatch, geometry, micro_batch, stack_texts
 from trainer.data.cache import Cache
 from trainer.data.epochs import Example
 from trainer.data.records import ImageRecord, View
+from trainer.job.rehearsal import longest_caption
 
 
 def example(number, *, view=None, weight=1.0):
@@ -52,6 +53,30 @@ def test_every_row_belongs_to_its_own_image(cache):
     assert found.geometry_B6.dtype == torch.float32
     assert found.geometry_B6.tolist() == [[50.0 + n, 100.0 + n, 2.0, n, 32.0, 64.0] for n in range(3)]
     assert micro_batch(cache(examples), examples).mask_B1HW is None
+
+
+def test_shorter_captions_are_filled_with_zeros_and_marked():
+    items = [
+        {"tokens": torch.ones(n, 2), "real": torch.ones(n, dtype=torch.bool), "size": torch.tensor(n)}
+        for n in (2, 4, 1)
+    ]
+    found = stack_texts(items)
+    assert found["tokens"].tolist() == [[[1.0] * 2] * n + [[0.0] * 2] * (4 - n) for n in (2, 4, 1)]
+    assert found["padding"].tolist() == [[False] * n + [True] * (4 - n) for n in (2, 4, 1)]
+    assert torch.equal(found["real"], ~found["padding"]) and found["size"].tolist() == [2, 4, 1]
+    assert stack_texts(items[:1]).keys() == {"tokens", "real", "size"}
+
+
+def test_the_rehearsal_has_the_longest_caption_of_all(cache):
+    """One long caption makes a batch long; where all are as long, nothing changes."""
+    examples = tuple(example(number) for number in range(3))
+    made = cache(examples)
+    captions = [one.caption for one in examples]
+    assert longest_caption(captions, made) is None
+    save_file({"tokens": torch.ones(64, 2), "pooled": torch.ones(5)}, made.text_path("caption 2"))
+    assert longest_caption(captions, made) == "caption 2"
+    first = dataclasses.replace(examples[0], caption="caption 2")
+    assert micro_batch(made, (first, examples[1])).text["tokens"].shape == (2, 64, 2)
 
 
 def test_sizes_are_those_of_the_paper_height_first_and_top_before_left():

@@ -88,8 +88,9 @@ def plan_folder(plan):
 @pytest.mark.parametrize("family", family_names())
 def test_a_job_names_what_is_cut_and_no_warning_of_a_library_leaks(family, job_plan, tmp_path, caplog, capfd):
     caplog.set_level(logging.INFO)
-    plan = with_prompt(job_plan(family, **QUICK), START * 2, START * 3)
-    write_captions(plan, f"{START}red wall", "a red circle")
+    start = START * 7  # 672 tokens
+    plan = with_prompt(job_plan(family, **QUICK), start, start * 2)
+    write_captions(plan, f"{start}red wall", "a red circle")
     run(plan, StopFlag())
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert any("1 captions are longer than the" in text for text in warnings)
@@ -99,7 +100,7 @@ def test_a_job_names_what_is_cut_and_no_warning_of_a_library_leaks(family, job_p
     assert "0.0/0.png" in (tmp_path / "out" / "dataset-report.txt").read_text().partition("are longer than")[2]
     table = (tmp_path / "out" / "dataset-report.csv").read_text(encoding="utf-8-sig")
     rows = {row["file"]: row["cut_at"] for row in csv.DictReader(io.StringIO(table))}
-    assert rows["0.png"] and rows["0.png"].rstrip("…") in f"{START}red wall" and rows["1.png"] == ""
+    assert rows["0.png"] and rows["0.png"].rstrip("…") in f"{start}red wall" and rows["1.png"] == ""
     leaked = "\n".join([*warnings, capfd.readouterr().err])
     assert "Token indices" not in leaked and "truncated" not in leaked
 

@@ -21,7 +21,9 @@ from bench.original_names import (
     under,
     vae_original,
     weights,
+    z_image_files,
 )  # fmt: skip
+from tests.support.miniatures import random_text
 from tests.support.single_files import model_folder
 from tests.support.variants import CLASSES, NARROW, VARIANTS, config
 from trainer.base_model import single_file
@@ -32,7 +34,7 @@ from trainer.lora_files import convert, peft_bridge
 from trainer.sample import apply_loras
 from trainer.spec.family import get_family
 
-FAMILIES = ("flux", "sdxl", "sd3")
+FAMILIES = ("flux", "sdxl", "sd3", "z_image")
 PARTS = {"vae": "VAE_PATH", "clip_l": "CLIP_L_PATH", "clip_g": "CLIP_G_PATH", "t5": "T5_PATH"}
 
 
@@ -48,6 +50,8 @@ def one_file(name, folder, dtype):
 def a_file_for_each_part(name, folder):
     if name == "flux":
         return flux_files(folder, torch.bfloat16)
+    if name == "z_image":
+        return z_image_files(folder, torch.bfloat16)
     save_file(under("model.diffusion_model.", original(name)), folder / "denoiser.safetensors")
     asked = {"MODEL_PATH": str(folder / "denoiser.safetensors")}
     for part, place in get_family(name).FACTS.parts.items():
@@ -88,17 +92,9 @@ LAYOUTS = {
 
 def output(name, denoiser):
     """The model's output for something made up, the same each time."""
-    kind, options, generator = get_family(name), denoiser.config, torch.Generator().manual_seed(3)
-    if name == "sdxl":
-        wide = options.cross_attention_dim
-        pooled = options.projection_class_embeddings_input_dim - 6 * options.addition_time_embed_dim
-    else:
-        wide, pooled = options.joint_attention_dim, options.pooled_projection_dim
+    kind, generator = get_family(name), torch.Generator().manual_seed(3)
     noisy = torch.randn(1, 4 if name == "sdxl" else 16, 8, 8, generator=generator)
-    text = {
-        "tokens": torch.randn(1, 9, wide, generator=generator),
-        "pooled": torch.randn(1, pooled, generator=generator),
-    }
+    text = random_text(name, denoiser, 9, generator=generator)
     geometry = torch.tensor([[64.0, 64, 0, 0, 64, 64]])
     with torch.no_grad():
         return kind.predict(denoiser, noisy, torch.tensor([0.4]), text=text, guidance=2.0, geometry_B6=geometry)
@@ -175,7 +171,11 @@ def test_every_layout_with_every_format(name, layout, to, read_once, tmp_path):
 
 @pytest.mark.parametrize(
     ("base", "to"),
-    [often(base, to, now=to == "kohya" and "large" not in base) for base in VARIANTS for to in convert.KEY_FORMATS],
+    [
+        often(base, to, now=to == ("native" if base == "z-image" else "kohya") and "large" not in base)
+        for base in VARIANTS
+        for to in convert.KEY_FORMATS
+    ],
 )
 def test_every_published_variant_with_every_format(base, to, tmp_path):
     """Its numbers of layers, kinds of blocks and conditions at a small width, from one file in its original names."""
@@ -194,17 +194,18 @@ def test_every_published_variant_with_every_format(base, to, tmp_path):
 # Sizes of a denoiser that its text encoders decide.
 OF_TEXT = (
     *("joint_attention_dim", "pooled_projection_dim", "cross_attention_dim", "addition_time_embed_dim"),
-    "projection_class_embeddings_input_dim",
+    *("projection_class_embeddings_input_dim", "cap_feat_dim"),
 )
 # Layers with adapters in a published model, counted by hand. Flux: 12 in a double block, 5 in a single one. SD3: 12 in
 # a block, 3 less in the last, 4 more with a second attention. SDXL: 10 in each of 70 blocks, 2 in each of 11
-# transformers.
+# transformers. Z-Image: 7 in a block.
 MODULES = {
     **dict.fromkeys(("flux-dev", "flux-krea", "flux-schnell"), 19 * 12 + 38 * 5),
     "sd3-medium": 24 * 12 - 3,
     "sd3.5-medium": 24 * 12 - 3 + 13 * 4,
     "sd3.5-large": 38 * 12 - 3,
     "sdxl-base": 70 * 10 + 11 * 2,
+    "z-image": 30 * 7,
 }
 
 

@@ -43,6 +43,7 @@ CASES = {
     "flux": Case(16, (6, 10), 0.3611, 0.1159, guidance=2.5),
     "sd3": Case(16, (6, 10), 1.5305, 0.0609, cfg=4.0, encoders=3),
     "sdxl": Case(4, (8, 12), 0.13025, 0.0, cfg=5.0, denoiser="unet", more={"add_watermarker": False}),
+    "z_image": Case(16, (6, 10), 0.3611, 0.1159, cfg=4.0, encoders=1),
 }
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}  # as SDXL ships
 every_family = pytest.mark.parametrize("name", CASES)
@@ -50,6 +51,12 @@ every_family = pytest.mark.parametrize("name", CASES)
 each_split = pytest.mark.parametrize(
     ("name", "split"), [(n, s) for n in CASES for s in (True, False) if s or get_family(n).FACTS.fused_targets]
 )
+
+
+@pytest.fixture
+def text(name):
+    """Embeddings of two captions, as a micro-batch has them."""
+    return getattr(models, f"{name}_text", models.text)()
 
 
 def test_every_family_has_a_case():
@@ -67,6 +74,8 @@ def scheduler_of(name, prediction="epsilon"):
         return models.flux_scheduler()
     if name == "sd3":
         return FlowMatchEulerDiscreteScheduler(shift=3.0)
+    if name == "z_image":
+        return FlowMatchEulerDiscreteScheduler(shift=6.0)
     return EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading", prediction_type=prediction)
 
 
@@ -117,29 +126,40 @@ def denoising_euler(scheduler, x_BCHW, guided):
     return x_BCHW
 
 
+def prompt_arguments(name, text, nothing):
+    """What the pipeline is called with: embeddings, negative ones, and how far to go from these."""
+    case = CASES[name]
+    if name == "z_image":  # lists of captions without their padding; the scale counts from 0
+        real = text["real"]
+        positive, negative = ([t["tokens"][i, real[i]] for i in range(len(real))] for t in (text, nothing))
+        return {"prompt_embeds": positive, "negative_prompt_embeds": negative, "guidance_scale": case.cfg - 1}
+    found = {"prompt_embeds": text["tokens"], "pooled_prompt_embeds": text["pooled"]}
+    if name == "flux":
+        return {**found, "guidance_scale": case.guidance}
+    negative = {"negative_prompt_embeds": nothing["tokens"], "negative_pooled_prompt_embeds": nothing["pooled"]}
+    return {**found, **negative, "guidance_scale": case.cfg}
+
+
 @pytest.mark.parametrize(
-    ("name", "prediction"), [("flux", None), ("sd3", None), ("sdxl", "epsilon"), ("sdxl", "v_prediction")]
+    ("name", "prediction"),
+    [("flux", None), ("sd3", None), ("sdxl", "epsilon"), ("sdxl", "v_prediction"), ("z_image", None)],
 )
 def test_euler_steps_with_predict_are_those_of_the_pipeline(name, prediction, text):
     case, denoiser = CASES[name], small(name, "denoiser")
-    (height, width), nothing = case.size, {k: torch.randn_like(v) for k, v in text.items()}
+    (height, width) = case.size
+    nothing = {k: torch.randn_like(v) if v.is_floating_point() else v for k, v in text.items()}
     start_BCHW = torch.randn(2, case.channels, height, width)
     scheduler = scheduler_of(name, prediction)
-    latents, guidance = start_BCHW, case.cfg
-    negative = {"negative_prompt_embeds": nothing["tokens"], "negative_pooled_prompt_embeds": nothing["pooled"]}
+    latents = start_BCHW
     if name == "flux":
-        latents, guidance = FluxPipeline._pack_latents(start_BCHW, 2, case.channels, height, width), case.guidance
-        negative = {}
+        latents = FluxPipeline._pack_latents(start_BCHW, 2, case.channels, height, width)
     expected = pipeline_of(name, denoiser, scheduler)(
-        prompt_embeds=text["tokens"],
-        pooled_prompt_embeds=text["pooled"],
-        guidance_scale=guidance,
         num_inference_steps=STEPS,
         height=8 * height,
         width=8 * width,
         latents=latents,
         output_type="latent",
-        **negative,
+        **prompt_arguments(name, text, nothing),
     ).images
 
     def guided(noisy_BCHW, t_B):
@@ -156,14 +176,16 @@ def test_euler_steps_with_predict_are_those_of_the_pipeline(name, prediction, te
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "negative"), [("flux", ""), ("sd3", "blue"), ("sdxl", ""), ("sdxl", "a blue ring")])
+@pytest.mark.parametrize(
+    ("name", "negative"), [("flux", ""), ("sd3", "blue"), ("sdxl", ""), ("sdxl", "a blue ring"), ("z_image", "blue")]
+)
 def test_samples_are_those_of_the_whole_pipeline(name, negative, capfd):
     kind, pipe, plain = get_family(name), pipeline(name), CASES[name].cfg == 1.0
     pipe.set_progress_bar_config(disable=True)
     options = {"guidance_scale": 2.5 if plain else 4.0}
     if not plain:
         options["negative_prompt"] = negative or None
-    if name != "sdxl":
+    if name in ("flux", "sd3"):
         options["max_sequence_length"] = getattr(pipe, f"tokenizer_{CASES[name].encoders}").model_max_length
     expected = pipe(
         "a red spot",
@@ -175,7 +197,7 @@ def test_samples_are_those_of_the_whole_pipeline(name, negative, capfd):
     ).images[0]
     encoders = kind.load_encoders(folder(name), device="cpu", dtype=torch.float32)
     texts = [{k: v[None] for k, v in t.items()} for t in kind.encode_text(encoders, ["a red spot", negative])]
-    guidance, cfg = (2.5, 1.0) if plain else (1.0, 4.0)
+    guidance, cfg = (2.5, 1.0) if plain else (1.0, 4.0 + (name == "z_image"))
     denoiser = kind.load_denoiser(folder(name), device="cpu", dtype=torch.float32)
     vae = kind.load_vae(folder(name), device="cpu")
     capfd.readouterr()
@@ -215,9 +237,10 @@ def test_texts_are_those_of_the_whole_pipeline(name):
     encoders = kind.load_encoders(folder(name), device="cpu", dtype=torch.float32)
     with torch.no_grad():
         expected = encoded(name, pipeline(name), words)
-    got = kind.encode_text(encoders, words)
-    for key in ("tokens", "pooled"):
-        torch.testing.assert_close(torch.stack([t[key] for t in got]), expected[key])
+    for caption, item in enumerate(kind.encode_text(encoders, words)):
+        for key, wanted in expected.items():
+            found = item[key][item["real"]] if "real" in item else item[key]
+            torch.testing.assert_close(found, wanted[caption])
 
 
 @every_family
@@ -255,7 +278,9 @@ def how(name):
 
 def write_lora(name, denoiser, path):
     modules = peft_bridge.from_peft_state(adapters.state(denoiser), **how(name))
-    write.write_lora(path, convert.to_file(modules, "peft", name).tensors, {"ss_network_dim": str(RANK)})
+    # The first that diffusers reads at any width.
+    key_format = "native" if "native" in get_family(name).LORA_KEYS.file_formats else "peft"
+    write.write_lora(path, convert.to_file(modules, key_format, name).tensors, {"ss_network_dim": str(RANK)})
 
 
 @each_split

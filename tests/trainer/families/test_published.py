@@ -24,9 +24,11 @@ DENOISERS = {
     "sd3": 2_028_328_000,
     "sd3.5-medium": 2_243_171_520,
     "sd3.5-large": 8_056_627_520,
+    "z-image": 6_154_908_736,
+    "z-image-turbo": 6_154_908_736,
 }
 OTHERS = {"vae": (83_819_683, 83_653_863), "clip_l": (123_060_480, 123_650_304), "clip_g": (694_659_840,)}
-OTHERS["t5"] = (4_762_310_656,)
+OTHERS |= {"t5": (4_762_310_656,), "qwen3": (4_022_468_096,)}
 
 
 @pytest.mark.parametrize("base", DENOISERS)
@@ -59,10 +61,13 @@ def test_schedules_are_the_published_ones():
     assert schedule("flux-dev")["shift"] == 3.0 and schedule("flux-dev")["use_dynamic_shifting"]
     assert schedule("flux-schnell")["shift"] == 1.0 and "use_dynamic_shifting" not in schedule("flux-schnell")
     assert schedule("sd3.5-large")["shift"] == 3.0
+    assert [schedule(base)["shift"] for base in ("z-image", "z-image-turbo")] == [6.0, 3.0]
     assert schedule("sdxl")["timestep_spacing"] == "leading" and schedule("sdxl")["steps_offset"] == 1
 
 
-@pytest.mark.parametrize(("family", "base"), [("flux", "flux-dev"), ("sdxl", "sdxl"), ("sd3", "sd3")])
+@pytest.mark.parametrize(
+    ("family", "base"), [("flux", "flux-dev"), ("sdxl", "sdxl"), ("sd3", "sd3"), ("z_image", "z-image")]
+)
 def test_they_agree_with_the_configs_that_the_benchmarks_measure(family, base):
     configs = base_models()[base][1].published.configs
     for part, expected in FULL[family].items():

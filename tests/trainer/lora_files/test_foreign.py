@@ -186,7 +186,11 @@ LORA = "lora_unet_double_blocks_0_img_attn_proj"
         ),
         ("flux", ["lora_unet_blocks_0_self_attn_q.lora_down.weight"], "a LoRA for Wan"),
         ("flux", ["transformer.transformer_blocks.0.img_mlp.net.0.proj.lora_A.weight"], "a LoRA for Qwen-Image"),
-        ("flux", ["diffusion_model.layers.0.attention.to_q.lora_A.weight"], "a LoRA for Z-Image"),
+        (
+            "flux",
+            ["diffusion_model.layers.0.attention.to_q.lora_A.weight"],
+            "it looks like a LoRA for z_image, and flux is needed",
+        ),
         ("flux", ["transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj.lora_A.weight"], "a LoRA for Flux2"),
         ("flux", ["lora_unet_distilled_guidance_layer_in_proj.lora_down.weight"], "a LoRA for Chroma"),
         ("flux", ["lora_unet_nothing.lora_down.weight"], "1 of its 1 tensors belong to no layer of flux"),

@@ -1,8 +1,8 @@
 """Train the miniature base models from scratch, on one GPU:
 `python -m trainer.families.miniatures.make all --out DIR`.
 
-`flux`, `sdxl` and `sd3` each write a folder in the layout of diffusers' pipelines; `vae16` and `vae4` make the
-autoencoders that those need (found in DIR/.vae afterwards); `all` does everything, in parallel. With `--resume`,
+`flux`, `sdxl`, `sd3` and `z_image` each write a folder in the layout of diffusers' pipelines; `vae16` and `vae4` make
+the autoencoders that those need (found in DIR/.vae afterwards); `all` does everything, in parallel. With `--resume`,
 training continues from the models in DIR, with their tokenizers. `concept` draws the demo's images; `sheet`
 samples from the model in a folder, for a look at it.
 """
@@ -40,9 +40,9 @@ SHEET = (
     ("a big kilnpot in the middle on yellow and teal stripes", 128, 128),
     ("", 128, 128),
 )
-TOKENIZERS = {"flux": ("clip", "t5"), "sdxl": ("clip", "clip!"), "sd3": ("clip", "clip!", "t5")}
-GUIDANCE = {"flux": 3.5, "sdxl": 5.0, "sd3": 4.0}
-STEPS = {"flux": 20, "sdxl": 30, "sd3": 28}
+TOKENIZERS = {"flux": ("clip", "t5"), "sdxl": ("clip", "clip!"), "sd3": ("clip", "clip!", "t5"), "z_image": ("qwen",)}
+GUIDANCE = {"flux": 3.5, "sdxl": 5.0, "sd3": 4.0, "z_image": 3.0}
+STEPS = {"flux": 20, "sdxl": 30, "sd3": 28, "z_image": 28}
 CONCEPT_GROUNDS = (
     ("plain", "blue", "black"),
     ("plain", "green", "black"),
@@ -98,8 +98,13 @@ def make_vae(channels: int, *, out: Path, deadline: float, resume: bool, small: 
     vae.half().save_pretrained(place)
 
 
-def make_family(name: str, *, out: Path, deadline: float, resume: bool, small: bool, device: torch.device) -> None:
-    """Trains a family's text encoders and denoiser together and writes the pipeline's folder, in fp16."""
+def make_family(
+    name: str, *, out: Path, deadline: float, resume: bool, size: tuple[int, int], device: torch.device
+) -> None:
+    """Trains a family's text encoders and denoiser together and writes the pipeline's folder, in fp16.
+
+    `size`: scenes of each resolution, and scenes in a batch.
+    """
     torch.manual_seed(int(resume))
     kinds = TOKENIZERS[name]
     tokenizers = load_tokenizers(out / name, kinds) if resume else new_tokenizers(kinds)
@@ -113,7 +118,7 @@ def make_family(name: str, *, out: Path, deadline: float, resume: bool, small: b
     for module in recipe.modules.values():
         module.to(device)
     start = time.monotonic()
-    count, batch = (64, 4) if small else (12_000, 128)
+    count, batch = size
     dropout = 0.05 if name == "sdxl" else 0.1
     losses = latent_losses(
         recipe, vae, tokenizers, count=count, batch=batch, device=device, dropout=dropout, seed=3 + int(resume)
@@ -140,7 +145,7 @@ def make_sheet(folder: Path, path: Path, *, device: torch.device, seed: int = 0)
     pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32).to(device)
     pipeline.set_progress_bar_config(disable=True)
     page = Image.new("RGB", (6 * 164, 4 * 164))
-    extra = {} if name == "sdxl" else {"max_sequence_length": T5_LENGTH}
+    extra = {} if name in ("sdxl", "z_image") else {"max_sequence_length": T5_LENGTH}
     for cell in range(24):
         prompt, height, width = SHEET[cell // 2]
         image = pipeline(
@@ -172,7 +177,7 @@ def make_all(out: Path, *, minutes: float, vae_minutes: float, resume: bool, sma
     """Runs this module once for each part, in parallel: the autoencoders first. Only Flux takes all of `minutes`."""
     rounds = [
         {"vae16": vae_minutes, "vae4": vae_minutes},
-        {"flux": minutes, "sdxl": 0.6 * minutes, "sd3": 0.6 * minutes},
+        {"flux": minutes, "sdxl": 0.6 * minutes, "sd3": 0.6 * minutes, "z_image": 0.6 * minutes},
     ]
     flags = [*(["--small"] if small else []), *(["--resume"] if resume else [])]
     for parts in rounds:
@@ -192,6 +197,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.0, help="wall time of the families, everything included")
     parser.add_argument("--vae-minutes", type=float, default=3.0)
     parser.add_argument("--resume", action="store_true", help="go on from the models in --out")
+    parser.add_argument("--scenes", type=int, default=12_000, help="of each resolution, for the families")
+    parser.add_argument("--batch", type=int, default=128, help="scenes in a step of the families")
     parser.add_argument("--small", action="store_true", help="little data and small batches: to see that it runs")
     chosen = parser.parse_args()
     torch.set_num_threads(min(torch.get_num_threads(), 4))
@@ -210,7 +217,8 @@ def main() -> None:
         case "sheet":
             make_sheet(out, out.with_suffix(".png"), device=device)
         case name:
-            make_family(name, out=out, deadline=deadline, resume=chosen.resume, small=small, device=device)
+            size = (64, 4) if small else (chosen.scenes, chosen.batch)
+            make_family(name, out=out, deadline=deadline, resume=chosen.resume, size=size, device=device)
 
 
 if __name__ == "__main__":

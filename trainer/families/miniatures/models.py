@@ -1,12 +1,21 @@
 """The shapes of the miniature models: real classes of diffusers and transformers, with small numbers in them."""
 
-from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
 from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -17,6 +26,7 @@ from trainer.families.miniatures.tokens import CLIP_LENGTH
 T5_WIDTH = 128
 CLIP_L_WIDTH = 64
 CLIP_G_WIDTH = 64
+QWEN_WIDTH = 64
 
 
 def vae(latent_channels: int, *, scaling_factor: float = 1.0, shift_factor: float | None = None) -> AutoencoderKL:
@@ -74,6 +84,47 @@ def t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
             tie_word_embeddings=False,
         )
     )
+
+
+def qwen3(tokenizer: Qwen2Tokenizer) -> Qwen3Model:
+    """Qwen3 with grouped queries; of its three layers, the last one's output is not used."""
+    return Qwen3Model(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=QWEN_WIDTH,
+            intermediate_size=3 * QWEN_WIDTH,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def z_image_transformer() -> ZImageTransformer2DModel:
+    """Six blocks, 96 wide, and a refiner for each of image and text."""
+    model = ZImageTransformer2DModel(
+        in_channels=16,
+        dim=96,
+        n_layers=6,
+        n_refiner_layers=1,
+        n_heads=4,
+        n_kv_heads=4,
+        cap_feat_dim=QWEN_WIDTH,
+        axes_dims=[8, 8, 8],
+        axes_lens=[1024, 64, 64],
+    )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and ("adaLN_modulation" in name or name == "all_final_layer.2-1.linear"):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    return model
 
 
 def flux_transformer() -> FluxTransformer2DModel:

@@ -19,11 +19,14 @@ from diffusers import (
     FluxPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
+    ZImagePipeline,
 )
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from trainer.families import z_image as z_image_family
 from trainer.families.miniatures import models
+from trainer.families.miniatures.tokens import QWEN_LENGTH
 
 Ids = Sequence[torch.Tensor]
 Tokenizers = Sequence[PreTrainedTokenizerBase]
@@ -176,4 +179,36 @@ def sd3(tokenizers: Tokenizers) -> Recipe:
     return Recipe(16, modules, loss, pipeline)
 
 
-RECIPES: dict[str, Callable[[Tokenizers], Recipe]] = {"flux": flux, "sdxl": sdxl, "sd3": sd3}
+def z_image(tokenizers: Tokenizers) -> Recipe:
+    """Z-Image: Qwen3's hidden states of the caption as a message, flow matching with the time reversed.
+
+    The family's own `predict`: diffusers' forward pass asks the host how long each caption is.
+    """
+    (words,) = tokenizers
+    qwen = models.qwen3(words)
+    net = models.z_image_transformer()
+
+    def loss(latents_BCHW: torch.Tensor, ids: Ids) -> torch.Tensor:
+        t = flow_times(len(latents_BCHW), device=latents_BCHW.device)
+        noise = torch.randn_like(latents_BCHW)
+        real_BL = ids[0] != words.pad_token_id
+        states = qwen(input_ids=ids[0], attention_mask=real_BL, output_hidden_states=True).hidden_states[-2]
+        filled_B = (real_BL.sum(dim=1) + z_image_family.TEXT_MULTIPLE - 1) // z_image_family.TEXT_MULTIPLE
+        places = torch.arange(QWEN_LENGTH, device=latents_BCHW.device)
+        padding_BL = places >= filled_B[:, None] * z_image_family.TEXT_MULTIPLE
+        predicted = z_image_family.predict(
+            net,
+            torch.lerp(latents_BCHW, noise, t[:, None, None, None]),
+            t,
+            text={"tokens": states, "real": real_BL, "padding": padding_BL},
+        )
+        return F.mse_loss(predicted.float(), noise - latents_BCHW)
+
+    def pipeline(vae: AutoencoderKL) -> DiffusionPipeline:
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
+        return ZImagePipeline(scheduler, vae, qwen, words, net)
+
+    return Recipe(16, {"text_encoder": qwen, "transformer": net}, loss, pipeline)
+
+
+RECIPES: dict[str, Callable[[Tokenizers], Recipe]] = {"flux": flux, "sdxl": sdxl, "sd3": sd3, "z_image": z_image}

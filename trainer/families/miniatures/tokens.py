@@ -1,7 +1,7 @@
 """Small tokenizers of the real classes, learnt from the scenes' captions.
 
-CLIP's is byte-level: every byte is a token, so any caption can be written. T5's is a unigram model over printable
-ASCII; any other character becomes `<unk>`.
+CLIP's and Qwen's are byte-level: every byte is a token, so any caption can be written. T5's is a unigram model over
+printable ASCII; any other character becomes `<unk>`.
 """
 
 import json
@@ -12,13 +12,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPTokenizer, PreTrainedTokenizerBase, T5Tokenizer
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer, T5Tokenizer
 
 from trainer.families.miniatures.scenes import caption, random_scene
 
 CLIP_LENGTH = 77
 T5_LENGTH = 64
+QWEN_LENGTH = 64  # tokens that the miniature is trained with; the pipeline reads as many as a caption has
+# What Qwen3's own template makes of one message, where the model may think before it answers.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+CHAT_MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 START = "<|startoftext|>"
 END = "<|endoftext|>"
 
@@ -66,10 +74,42 @@ def t5_tokenizer(texts: list[str], *, size: int = 700) -> T5Tokenizer:
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=T5_LENGTH)
 
 
+def qwen_tokenizer(texts: list[str], *, merges: int = 380) -> Qwen2Tokenizer:
+    """A `Qwen2Tokenizer` in the real one's order: bytes, at most `merges` merges, and the marks of a conversation."""
+    like = Qwen2Tokenizer().backend_tokenizer
+    draft = Tokenizer(models.BPE())
+    draft.normalizer = like.normalizer
+    draft.pre_tokenizer = like.pre_tokenizer
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=10**6, min_frequency=40, initial_alphabet=alphabet, show_progress=False)
+    draft.train_from_iterator(texts, trainer)
+    pairs = [tuple(pair) for pair in json.loads(draft.to_str())["model"]["merges"][:merges]]
+    words = alphabet + ["".join(pair) for pair in pairs]
+    vocab = {word: index for index, word in enumerate(dict.fromkeys(words))}
+    marks = {
+        len(vocab) + index: AddedToken(mark, special=True, normalized=False) for index, mark in enumerate(CHAT_MARKS)
+    }
+    return Qwen2Tokenizer(
+        vocab=vocab,
+        merges=pairs,
+        added_tokens_decoder=marks,
+        eos_token=CHAT_MARKS[2],
+        pad_token=CHAT_MARKS[0],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=131072,
+    )
+
+
+def in_chat(texts: Sequence[str]) -> list[str]:
+    """Captions as Z-Image's pipeline gives them to Qwen3."""
+    return [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in texts]
+
+
 def new_tokenizers(kinds: Sequence[str]) -> list[PreTrainedTokenizerBase]:
-    """Tokenizers of these kinds: "clip" is CLIP-L's, "clip!" is CLIP-G's, which pads with "!", and "t5"."""
+    """Tokenizers of these kinds: "clip" is CLIP-L's, "clip!" is CLIP-G's, which pads with "!", "t5" and "qwen"."""
     texts = corpus()
     makers = {"clip": clip_tokenizer, "clip!": lambda texts: clip_tokenizer(texts, pad="!"), "t5": t5_tokenizer}
+    makers["qwen"] = qwen_tokenizer
     return [makers[kind](texts) for kind in kinds]
 
 
@@ -78,14 +118,20 @@ def load_tokenizers(folder: Path, kinds: Sequence[str]) -> list[PreTrainedTokeni
     tokenizers: list[PreTrainedTokenizerBase] = []
     for number, kind in enumerate(kinds, start=1):
         place = folder / ("tokenizer" if number == 1 else f"tokenizer_{number}")
-        tokenizer_class = T5Tokenizer if kind == "t5" else CLIPTokenizer
+        tokenizer_class = {"t5": T5Tokenizer, "qwen": Qwen2Tokenizer}.get(kind, CLIPTokenizer)
         tokenizers.append(tokenizer_class.from_pretrained(place))
     return tokenizers
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> torch.Tensor:
-    """Ids (B, L) as int16, cut or padded to the tokenizer's length: as calling it does, but several times as fast."""
+    """Ids (B, L) as int16, cut or padded to the tokenizer's length: as calling it does, but several times as fast.
+
+    Of Qwen's tokenizer: the captions as messages, padded to `QWEN_LENGTH`.
+    """
     length = tokenizer.model_max_length
+    if isinstance(tokenizer, Qwen2Tokenizer):
+        length = QWEN_LENGTH
+        texts = in_chat(texts)
     end = tokenizer.eos_token_id
     backend = tokenizer.backend_tokenizer
     backend.no_padding()

@@ -52,6 +52,30 @@ T5_XXL: Config = {
     "eos_token_id": 1,
     "tie_word_embeddings": False,
 }
+QWEN3_4B: Config = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "rope_scaling": None,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "max_window_layers": 36,
+    "tie_word_embeddings": True,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+}
 
 # ---- VAE
 
@@ -111,6 +135,18 @@ T5_TOKENIZER = Tokenizer(
         "eos_token": "</s>",
         "unk_token": "<unk>",
         "pad_token": "<pad>",
+    },
+)
+# The special tokens are in tokenizer.json.
+QWEN3_TOKENIZER = Tokenizer(
+    name="Qwen3",
+    repository="Qwen/Qwen3-4B",
+    files=("tokenizer.json",),
+    config={
+        "tokenizer_class": "Qwen2Tokenizer",
+        "model_max_length": 131072,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
     },
 )
 

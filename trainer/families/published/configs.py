@@ -13,9 +13,11 @@ from trainer.spec.rules.config_rules import (
     GROUPS,
     HEADS,
     LAYERS,
+    NOTHING,
     SHARE,
     WIDTH,
     ConfigKind,
+    Rule,
     Rules,
     each,
     number,
@@ -67,6 +69,43 @@ _T5: Rules = {
     "classifier_dropout": SHARE,
     "is_decoder": FALSE,
 }
+_ROPE_BASE = number(1, 1e12)
+
+
+def _is_plain_rope(value: Any) -> bool:
+    """Rotary position embeddings that are not stretched, as transformers 5 writes them."""
+    if not isinstance(value, dict) or not value.keys() <= {"rope_theta", "rope_type"}:
+        return False
+    return value.get("rope_type", "default") == "default" and _ROPE_BASE.fits(value.get("rope_theta"))
+
+
+_QWEN3: Rules = {
+    "vocab_size": whole(1, 10**6),
+    "hidden_size": WIDTH,
+    "intermediate_size": WIDTH,
+    "num_hidden_layers": whole(2, 200),
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": HEADS,
+    "head_dim": whole(2, 1024),
+    "hidden_act": only("silu"),
+    "max_position_embeddings": whole(512, 10**7),
+    "rms_norm_eps": EPSILON,
+    "rope_theta": _ROPE_BASE,
+    "rope_scaling": NOTHING,
+    "rope_parameters": Rule('{"rope_type": "default", "rope_theta": a number from 1 to 1e12}', _is_plain_rope),
+    "attention_bias": FLAG,
+    "attention_dropout": only(0, 0.0),
+    "use_sliding_window": FALSE,
+    "sliding_window": optional(whole(1, 10**7)),
+    "max_window_layers": whole(0, 200),
+    "layer_types": optional(each(only("full_attention"), 2, 200)),
+    "initializer_range": number(0, 10),
+    "tie_word_embeddings": FLAG,
+    "use_cache": FLAG,
+    "pad_token_id": _TOKEN,
+    "bos_token_id": _TOKEN,
+    "eos_token_id": _TOKEN,
+}
 
 
 def _clip_differing(config: Mapping[str, Any]) -> str | None:
@@ -79,6 +118,17 @@ def _t5_differing(config: Mapping[str, Any]) -> str | None:
     buckets = config.get("relative_attention_num_buckets", 32)
     if config.get("relative_attention_max_distance", 128) <= buckets // 4:
         return "relative_attention_max_distance is not larger than a quarter of relative_attention_num_buckets"
+    return None
+
+
+def _qwen3_differing(config: Mapping[str, Any]) -> str | None:
+    if config["num_attention_heads"] % config["num_key_value_heads"]:
+        return "num_attention_heads is not a multiple of num_key_value_heads"
+    if "rope_parameters" not in config and "rope_theta" not in config:
+        return "it has neither rope_theta nor rope_parameters"
+    layers = config.get("layer_types")
+    if layers is not None and len(layers) != config["num_hidden_layers"]:
+        return "layer_types has not num_hidden_layers entries"
     return None
 
 
@@ -100,11 +150,23 @@ T5_ENCODER = ConfigKind(
     saved_as=("T5Model", "T5ForConditionalGeneration"),
     differing=_t5_differing,
 )
+# The language model without its output layer, which would only repeat the embeddings.
+QWEN3 = ConfigKind(
+    *("transformers", ("Qwen3Model",), _QWEN3),
+    required=(
+        *("vocab_size", "hidden_size", "intermediate_size", "head_dim"),
+        *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    ),
+    model_type="qwen3",
+    saved_as=("Qwen3ForCausalLM",),
+    differing=_qwen3_differing,
+)
 
 # ---- tokenizers, whose files `trainer.base_model.tokenizer_files` checks
 
 CLIP_TOKENIZER = ConfigKind("transformers", ("CLIPTokenizer", "CLIPTokenizerFast"), {})
 T5_TOKENIZER = ConfigKind("transformers", ("T5Tokenizer", "T5TokenizerFast"), {})
+QWEN_TOKENIZER = ConfigKind("transformers", ("Qwen2Tokenizer", "Qwen2TokenizerFast"), {})
 
 # ---- VAE
 

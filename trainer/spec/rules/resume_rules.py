@@ -39,7 +39,7 @@ VARIABLES = {
     "model.base": "BASE_MODEL",
     "model.source": "MODEL_PATH",
     "model.revision": "MODEL_REVISION",
-    "model.parts": "VAE_PATH, CLIP_L_PATH, CLIP_G_PATH, T5_PATH, MODEL_PATH",
+    "model.parts": "VAE_PATH, CLIP_L_PATH, CLIP_G_PATH, T5_PATH, TEXT_ENCODER_PATH, MODEL_PATH",
     "lora.kind": "PARAMS_LORA_TYPE",
     "lora.rank": "PARAMS_NETWORK_DIM",
     "lora.alpha": "PARAMS_NETWORK_ALPHA",

@@ -9,7 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.support.miniatures import FAMILIES, folder
+from tests.support.miniatures import PIPELINES, folder, random_text
 from trainer.engine import adapters
 from trainer.engine.memory import checkpointing
 from trainer.spec.family import base_models, get_family
@@ -19,7 +19,7 @@ from trainer.spec.strategies import POLICIES
 OF_A_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 PRODUCTS = ("addmm", "convolution", ATTENTION)
-NORMS = ("native_layer_norm", "native_group_norm")
+NORMS = ("native_layer_norm", "native_group_norm", "rsqrt")
 
 
 class Watch(TorchDispatchMode):
@@ -53,16 +53,9 @@ def step(name, policy):
     adapters.add_adapters(denoiser, family.blocks(denoiser), targets=targets, fused={}, rank=2, alpha=1.0, seed=1)
     regions = family.regions(denoiser)
     checkpointing.apply(regions, [policy] * len(regions), compiled=False)
-    config, width = denoiser.config, 16 if name == "flux" else denoiser.config.in_channels
+    width = 16 if name == "flux" else denoiser.config.in_channels
     torch.manual_seed(0)
-    if name == "sdxl":
-        sizes = (
-            config.cross_attention_dim,
-            config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim,
-        )
-    else:
-        sizes = config.joint_attention_dim, config.pooled_projection_dim
-    text = {"tokens": torch.randn(1, 7, sizes[0]), "pooled": torch.randn(1, sizes[1])}
+    text = random_text(name, denoiser, 7)
     geometry = torch.tensor([[128.0, 128, 0, 0, 128, 128]])
     forward, backward = Watch(), Watch()
     with forward:
@@ -79,7 +72,7 @@ def steps():
     with pytest.MonkeyPatch.context() as patch:
         for names in ("ATTENTION_OPERATORS", "PRODUCT_OPERATORS"):
             patch.setattr(checkpointing, names, getattr(checkpointing, names) | {OF_A_CPU})
-        yield {(name, policy): step(name, policy) for name in FAMILIES for policy in POLICIES}
+        yield {(name, policy): step(name, policy) for name in PIPELINES for policy in POLICIES}
 
 
 def test_attention_is_kept_whatever_computes_it_on_an_accelerator():
@@ -89,7 +82,7 @@ def test_attention_is_kept_whatever_computes_it_on_an_accelerator():
     assert products == {"kiln::fp8_product", "aten::addmm", "aten::_int_mm", "aten::convolution"}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_a_policy_computes_again_what_it_does_not_keep_and_nothing_else(name, steps):
     once = steps[name, "none"][1].count
     again = {policy: steps[name, policy][2] - steps[name, "none"][2] for policy in POLICIES}
@@ -102,19 +95,20 @@ def test_a_policy_computes_again_what_it_does_not_keep_and_nothing_else(name, st
         assert sum(again[policy][norm] for norm in NORMS) > 0
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_a_policy_keeps_the_bytes_of_its_operators(name, steps):
     kept = {policy: steps[name, policy][0] for policy in POLICIES}
     assert kept["all"] < kept["attention"] < kept["products"] < kept["none"]
     made = steps[name, "all"][1].sizes
-    assert kept["attention"] - kept["all"] == pytest.approx(made[ATTENTION], rel=0.1)
+    # The refiners of Z-Image, before its main blocks, run without gradients, and keep nothing.
+    assert kept["attention"] - kept["all"] == pytest.approx(made[ATTENTION], rel=0.2 if name == "z_image" else 0.1)
     of_products = sum(made[product] for product in PRODUCTS)
     assert 0.5 * of_products < kept["products"] - kept["all"] <= of_products
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_the_model_of_memory_has_the_same_order_and_no_larger_steps(name, steps):
     """The published widths keep more in each policy relative to the inputs alone; the order is the same."""
-    saved = base_models()[name][1].footprint.saved_gib
+    saved = base_models()[name.replace("_", "-")][1].footprint.saved_gib
     order = sorted(POLICIES, key=lambda policy: steps[name, policy][0])
     assert sorted(POLICIES, key=lambda policy: saved[policy]) == order

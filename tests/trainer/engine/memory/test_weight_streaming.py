@@ -1,12 +1,13 @@
 """Weight streaming: the same bits as with weights on the device, and never more than two regions there at once."""
 
 import contextlib
-from pathlib import Path
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from tests.support.miniatures import folder as miniature
+from tests.support.miniatures import random_text
 from trainer.engine import adapters
 from trainer.engine.encoders import load_text_encoders, load_vae
 from trainer.engine.load import place_denoiser
@@ -16,17 +17,13 @@ from trainer.spec.family import get_family
 from trainer.spec.memory_model import RESIDENT_REGIONS
 from trainer.spec.plan import EnginePlan
 
-FAMILIES = ["flux", "sdxl", "sd3"]
+FAMILIES = ["flux", "sdxl", "sd3", "z_image"]
 
 
 @pytest.fixture(autouse=True)
 def roomy_weights(monkeypatch):
     """Adapters ride in the products of narrow layers as well."""
     monkeypatch.setattr("trainer.spec.adapter_columns.MIN_SIDE_PER_COLUMN", 0)
-
-
-def miniature(name):
-    return Path(get_family(name).FACTS.models[f"mini-{name}"].source)
 
 
 def model(name, precision, *, streamed):
@@ -48,14 +45,8 @@ def model(name, precision, *, streamed):
 
 def inputs(name, denoiser, seed):
     torch.manual_seed(seed)
-    config = denoiser.config
-    wide, pooled = (
-        (config.cross_attention_dim, config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)
-        if name == "sdxl"
-        else (config.joint_attention_dim, config.pooled_projection_dim)
-    )
-    text = {"tokens": torch.randn(1, 8, wide).bfloat16(), "pooled": torch.randn(1, pooled).bfloat16()}
-    channels = config.in_channels // 4 if name == "flux" else config.in_channels
+    text = {key: value.bfloat16() for key, value in random_text(name, denoiser, 8).items()}
+    channels = denoiser.config.in_channels // 4 if name == "flux" else denoiser.config.in_channels
     return torch.randn(1, channels, 16, 16), text
 
 
@@ -74,7 +65,17 @@ def step(name, denoiser, through, seed=3):
 
 
 @pytest.mark.parametrize("policy", checkpointing.POLICIES)
-@pytest.mark.parametrize(("name", "precision"), [*((n, "bf16") for n in FAMILIES), ("flux", "fp8"), ("flux", "nf4")])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        *((n, "bf16") for n in FAMILIES),
+        ("flux", "fp8"),
+        ("flux", "nf4"),
+        ("z_image", "fp8"),
+        ("z_image", "int8"),
+        ("z_image", "nf4"),
+    ],
+)
 def test_a_step_has_the_same_bits_with_weight_streaming(name, precision, policy):
     found = []
     for streamed in (False, True):

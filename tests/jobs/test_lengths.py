@@ -1,0 +1,58 @@
+"""A whole job whose captions and images have many sizes, on the family that reads captions as long as they are."""
+
+import shutil
+import signal
+
+from safetensors import safe_open
+
+from tests.support.miniatures import pipeline
+from trainer.storage.digests import sha256
+
+ASKED = {
+    "BASE_MODEL": "mini-z-image",
+    "PARAMS_OPTIMIZER_TYPE": "adamw",
+    "PARAMS_LEARNING_RATE": "0.01",
+    "PARAMS_BATCH_SIZE": "3",
+    "PARAMS_CAPTION_DROPOUT_RATE": "0.2",
+    "PARAMS_MAX_STEPS": "20",
+    "PARAMS_SAMPLE_EVERY_N_STEPS": "10",
+    "SAMPLE_PROMPTS": '["a dog --w 96 --h 128 --s 2"]',
+}
+
+
+def test_photographs_and_captions_of_many_sizes_train_stop_resume_and_are_drawn(job, tmp_path, photographs):
+    images = tmp_path / "photographs"
+    images.mkdir()
+    for number, photograph in enumerate(
+        sorted([*(photographs / "dog").glob("*.jpg"), *(photographs / "can").glob("*.jpg")])
+    ):
+        shutil.copy(photograph, images / f"{number}.jpg")
+        (images / f"{number}.txt").write_text("a photograph of something, seen from one side; " * (number % 4 + 1))
+    asked = {**ASKED, "DATASET_NAME": str(images), "CACHE_PATH": str(tmp_path / "cache")}
+    whole = tmp_path / "whole"
+    code, printed = job.run(**asked, OUTPUT_PATH=str(whole))
+    assert code == 0 and "Shapes: " in printed, printed
+    lengths = set()
+    for path in (tmp_path / "cache" / "text").rglob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            lengths.add(file.get_slice("tokens").get_shape()[0])
+    assert len(lengths) >= 3 and all(length % 32 == 0 for length in lengths)
+
+    process = job.start(**asked)
+    job.wait_for_step(process, 5)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, printed
+    assert max(row["step"] for row in job.metrics()) < 20, "the interruption must come before the end"
+    code, printed = job.run(**asked)
+    assert code == 0 and "Resumed at step" in printed, printed
+    assert sha256(job.out / "x.safetensors") == sha256(whole / "x.safetensors")
+    drawn = sorted(path.name for path in (whole / "sample").glob("step-*.png"))
+    assert drawn == [f"step-{step:08}-00.png" for step in (0, 10, 20)]
+    for name in drawn:
+        assert sha256(job.out / "sample" / name) == sha256(whole / "sample" / name)
+
+    pipe = pipeline("z_image")
+    pipe.load_lora_weights(whole / "x.safetensors")  # raises for a key that it does not know
+    loaded = {name for name, _ in pipe.transformer.named_modules() if name.endswith(".lora_A.default_0")}
+    assert len(loaded) == 6 * 7
