@@ -43,7 +43,8 @@ def test_the_full_size_is_that_of_the_published_models(name, tmp_path):
     counts = {part: sum(p.numel() for p in model.parameters()) for part, model in models.items()}
     published = {"clip_l": 123_060_480, "clip_g": 694_659_840, "t5": 4_762_310_656}
     published |= {"vae": 83_653_863 if name == "sdxl" else 83_819_683}
-    published |= {"denoiser": {"flux": 11_901_408_320, "sdxl": 2_567_463_684, "sd3": 2_028_328_000}[name]}
+    denoisers = {"flux": 11_901_408_320, "sdxl": 2_567_463_684, "sd3": 2_028_328_000, "z_image": 6_154_908_736}
+    published |= {"denoiser": denoisers[name], "qwen3": 4_022_468_096}
     if name == "sd3":
         published["clip_l"] += 768 * 768  # with its projection
     assert counts == {part: published[part] for part in counts}

@@ -134,6 +134,8 @@ NOT_PLANNED = {
     "WEBHOOK_URL": ("https://example.com/x", "(***,)"),
     "WEBHOOK_SECRET": ("abcdef", "***"),
     "LOG_WITH": ("wandb", "wandb"),
+    "MONITOR_PORT": ("9000", "9000"),
+    "MONITOR_TOKEN": ("abcdefghijklmnop", "***"),
     "ON_FINISH": ("idle", "idle"),
 }
 
