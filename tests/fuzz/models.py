@@ -18,6 +18,7 @@ import torch
 
 from tests.fuzz import draw
 from tests.fuzz.draw import Case
+from tests.support.miniatures import base
 from trainer.base_model import loading, model_folder
 from trainer.base_model.light_tokenizer import LightTokenizer
 from trainer.base_model.single_file import convert_single_files
@@ -35,7 +36,7 @@ ODD = (None, "", "x", [], {}, [[]], ["code", "Evil"], [1] * 300, {"a": 1}, "\x1b
 
 @cache
 def miniature(family: str) -> dict[str, bytes]:
-    folder = Path(get_family(family).FACTS.models[f"mini-{family}"].source)
+    folder = Path(get_family(family).FACTS.models[base(family)].source)
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
@@ -228,7 +229,7 @@ def read_all(case: Case, folder: Path, converted: Path) -> int:
     name = case["family"]
     family = get_family(name)
     facts = family.FACTS
-    plan = ModelPlan(f"mini-{name}", name, str(folder), path=str(folder))
+    plan = ModelPlan(base(name), name, str(folder), path=str(folder))
     problems: list[SettingsError] = []
 
     def attempt(read: Callable[[], object]) -> None:
