@@ -61,7 +61,7 @@ def _changed_file(rng: random.Random, name: str, own: dict[str, bytes]) -> Any:
         return None if rng.random() < 0.3 else draw.odd_file(rng)
     if name.endswith(".safetensors"):
         return {"kind": "header", "of": name, "changes": _header_changes(rng, data)}
-    if kind == 1:
+    if kind == 1 or not name.endswith(".json"):
         at = rng.randrange(len(data))
         noise = rng.choice((b"", b"\x00", b"\xff", b"}", b'"', b"9" * 500, b"[" * 3000))
         return (data[:at] + noise + data[at + rng.choice((0, 1, 1, 40)) :]).decode("latin-1")
@@ -274,7 +274,7 @@ def _encode(family: Any, folder: Path, changed: set[str], *, whole: bool) -> Non
         encoders = family.load_encoders(folder, device="cpu", dtype=torch.float32)
         family.encode_text(encoders, list(TEXTS[:2]))
         return
-    for part in sorted(changed):
+    for part in sorted(changed & family.FACTS.kinds.keys()):
         if part.startswith("tokenizer"):
             loading.load_tokenizer(folder / part, family.FACTS.kinds[part])
         elif part.startswith("text_encoder"):
