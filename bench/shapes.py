@@ -230,6 +230,7 @@ def measure(plan: Plan, count: int, batch: int, *, small: bool = False) -> dict[
         row["rehearsal_s"] = round(time.monotonic() - started, 1)
         times = list(job.train(made * (EPOCHS + 1)))
     except (torch.OutOfMemoryError, KilnError) as problem:
+        job.runner.release()
         return {**row, "problem": str(problem).splitlines()[0][:100]}
     after = [late - early for early, late in pairwise(times[len(made) - 1 :])]
     usual_s = statistics.mean(after)

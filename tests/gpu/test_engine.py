@@ -283,7 +283,7 @@ def test_graphs_of_ten_sizes_take_the_memory_of_one_and_give_the_launched_bits()
     for x in inputs:
         captured(work, {"x": x})
         held.append(torch.cuda.memory_reserved())
-    assert len(captured.captured) == 10 and max(held) < 1.02 * held[0]
+    assert len(captured.captured) == 10 and max(held) < 1.05 * held[0]
     captured.comparing = True
     for x in inputs:
         captured(work, {"x": x})

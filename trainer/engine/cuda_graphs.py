@@ -13,13 +13,12 @@ What happens when a pass cannot be captured:
 - An operation that no graph can hold, such as one that waits for the device: nothing is captured any more
   (`capturing`).
 
-torch 2.11 does not end a failed capture properly; `_end_failed_capture` does.
+torch 2.11 does not end a failed capture properly; `GraphPool.end_failed_capture` does.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -76,6 +75,7 @@ class EagerStep:
     # For the rehearsal: a pass that cannot be captured is an error; replayed passes are compared with launched ones.
     must_capture: bool = field(default=False, init=False)
     comparing: bool = field(default=False, init=False)
+    has_dropped: bool = field(default=False, init=False)  # graphs of sizes that have to be captured again
 
     def __post_init__(self) -> None:
         count = sum(p.numel() for p in self.params)
@@ -178,14 +178,17 @@ class GraphStep(EagerStep):
 
     def release(self) -> bool:
         held = bool(self.captured)
-        self.captured.clear()
-        self.calls.captured.clear()
-        torch.cuda.synchronize()
-        gc.collect()  # a graph that an error's traceback holds, for example
+        self._drop_captured()
         self.pool.close()
-        torch.cuda.empty_cache()
         self._new_pool()
         return held
+
+    def _drop_captured(self) -> None:
+        """Use no graph any more that has been captured; they go when the pool does."""
+        self.pool.dropped += [captured.graph for captured in self.captured.values()]
+        self.pool.dropped += [captured.graph for captured in self.calls.captured.values()]
+        self.captured.clear()
+        self.calls.captured.clear()
 
     def disable(self) -> bool:
         self.capturing = False
@@ -194,6 +197,7 @@ class GraphStep(EagerStep):
     def reset(self) -> None:
         self.release()
         self.warmed_up = False
+        self.has_dropped = False
         self.too_large.clear()
 
     @contextlib.contextmanager
@@ -220,13 +224,17 @@ class GraphStep(EagerStep):
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
-        """Release everything at the end, if the pool has grown so far that the optimiser may lack memory."""
+        """Release everything at the end, if the pool has grown so far that the optimiser may lack memory, or is
+        broken.
+        """
+        torch.cuda.empty_cache()
         reserved = torch.cuda.memory_reserved()
         try:
             yield
         finally:
             torch.cuda.empty_cache()  # what was outside of the pool
-            if torch.cuda.memory_reserved() > reserved + device.MIN_RESERVE_BYTES and device.is_nearly_full():
+            grown = torch.cuda.memory_reserved() > reserved + device.MIN_RESERVE_BYTES
+            if self.pool.is_broken or (grown and device.is_nearly_full()):
                 self.release()
 
     def __call__(self, step_function: StepFunction, inputs: Inputs) -> torch.Tensor:
@@ -235,11 +243,19 @@ class GraphStep(EagerStep):
         sizes: InputSizes = tuple((name, t.shape, t.dtype) for name, t in inputs.items())
         captured = self.captured.get(sizes) or self._capture_once(sizes, step_function, inputs)
         if captured is None:
-            return super().__call__(step_function, inputs)
+            return self._launch(step_function, inputs)
         if self.comparing and not self._agrees(captured, step_function, inputs):
             self._give_up("a replayed gradient is not the launched one")
-            return super().__call__(step_function, inputs)
+            return self._launch(step_function, inputs)
         return captured.replay(inputs)
+
+    def _launch(self, step_function: StepFunction, inputs: Inputs) -> torch.Tensor:
+        """What `EagerStep` does, in the memory of the graphs, as long as there are any."""
+        if not self.capturing:
+            return super().__call__(step_function, inputs)
+        with self.pool.allocating():
+            losses = super().__call__(step_function, inputs)
+        return losses.clone()
 
     def _pass(self, step_function: StepFunction, inputs: Inputs) -> torch.Tensor:
         """What is captured: as `EagerStep.__call__`, but all gradients are added by a few kernels at the end."""
@@ -281,6 +297,8 @@ class GraphStep(EagerStep):
             if self.warmed_up and not self.warms_up_each():
                 with contextlib.suppress(CaptureError):  # something only works once a pass of this size has run
                     return self._capture_graph(step_function, static_inputs)
+                if self.pool.is_broken:
+                    self.release()
             self._warm_up(step_function, static_inputs)
             self.warmed_up = True
             return self._capture_graph(step_function, static_inputs)
@@ -299,26 +317,26 @@ class GraphStep(EagerStep):
         log.warning("Steps cannot be captured as a CUDA graph, and run kernel by kernel: %s", why)
 
     def _agrees(self, captured: _CapturedGraph, step_function: StepFunction, inputs: Inputs) -> bool:
-        """Whether a replay adds the gradient that the launched pass adds; changes no gradient.
+        """Whether a replay adds the gradient that the launched pass adds. Sets the gradient to zero.
 
         Not to the bit: attention's backward pass sums in no fixed order. A graph that reads or writes wrong memory is
-        far outside of these bounds.
+        far outside of these bounds. Where the launched gradient is no number, or memory is too short to compare, the
+        graph is believed.
         """
-        before = self.flat_grad.clone()
-        random_state = torch.cuda.get_rng_state()
+        self.flat_grad.zero_()
+        captured.replay(inputs)
         try:
-            self.flat_grad.zero_()
-            captured.replay(inputs)
             replayed = self.flat_grad.clone()
             self.flat_grad.zero_()
-            torch.cuda.set_rng_state(random_state)
             with self.pool.allocating():
                 self._pass(step_function, inputs)
-            difference = (replayed - self.flat_grad).norm()
-            return bool(difference <= MAX_DIFFERENCE * self.flat_grad.norm())
+            launched_norm = self.flat_grad.norm()
+            difference = replayed.sub_(self.flat_grad).norm()
+        except torch.OutOfMemoryError:
+            return True
         finally:
-            self.flat_grad.copy_(before)
-            torch.cuda.set_rng_state(random_state)
+            self.flat_grad.zero_()
+        return bool(difference <= MAX_DIFFERENCE * launched_norm) or not launched_norm.isfinite()
 
     def _warm_up(self, step_function: StepFunction, inputs: Inputs) -> None:
         """Run the pass once: the first run compiles kernels and allocates workspaces, which a capture must not do.
@@ -332,8 +350,8 @@ class GraphStep(EagerStep):
             with self.pool.allocating():
                 self._pass(step_function, inputs)
             if torch.cuda.memory_allocated() > allocated:
-                self.captured.clear()
-                self.calls.captured.clear()
+                self.has_dropped = bool(self.captured)
+                self._drop_captured()
         finally:
             self.flat_grad.copy_(before)
 
@@ -348,22 +366,9 @@ class GraphStep(EagerStep):
         except RuntimeError as problem:
             # Leaving the context after an error raises another one, "previous error during capture".
             cause = problem.__context__ or problem
-            self._end_failed_capture()
+            self.pool.dropped.append(graph)
+            self.pool.end_failed_capture()
             if isinstance(problem, torch.OutOfMemoryError) or isinstance(cause, torch.OutOfMemoryError):
                 raise torch.OutOfMemoryError(str(cause)) from problem
             raise CaptureError((str(cause).splitlines() or [repr(cause)])[0]) from problem
         return _CapturedGraph(graph, inputs, per_image_loss)
-
-    def _end_failed_capture(self) -> None:
-        """Take torch's allocator and random generator out of capture mode, where a failed capture may leave them.
-
-        Otherwise, memory is still allocated from the graph's pool, and random numbers cannot be drawn: the compiler,
-        which draws some to measure kernels with, would end the job (torch 2.11; docs/lab-notes.md).
-        """
-        if not self.flat_grad.is_cuda:
-            return
-        self.pool.end_failed_capture()
-        # Only a capture that succeeds tells the generator. So capture one kernel.
-        graph = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream, capture_error_mode="relaxed")
-        with contextlib.suppress(RuntimeError), graph:  # the error that has been reported may be raised once more
-            self.flat_grad[:1].zero_()

@@ -58,6 +58,7 @@ class PooledCalls:
         `captures`: passes of one size are captured. Otherwise each is launched.
         """
         launch: Launch = getattr(module, method)
+        own = module.__dict__.get(method)  # where the module itself has it, and not its class
 
         def call_in_pool(*args: Any, **kwargs: Any) -> Any:
             if captures:
@@ -69,6 +70,8 @@ class PooledCalls:
             yield
         finally:
             delattr(module, method)
+            if own is not None:
+                setattr(module, method, own)
 
     def _launch(self, launch: Launch, args: Any, kwargs: Any) -> Any:
         with self.pool.allocating():
@@ -107,6 +110,7 @@ class PooledCalls:
             with torch.cuda.graph(graph, pool=self.pool.handle, stream=self.pool.stream, capture_error_mode="relaxed"):
                 output = launch(*args, **kwargs)
         except RuntimeError as problem:
+            self.pool.dropped.append(graph)
             self.pool.end_failed_capture()
             torch.cuda.set_stream(current)  # a failed capture leaves its own stream current
             self.uncapturable.add(key)
@@ -117,6 +121,7 @@ class PooledCalls:
         if same_bits(forward.replay(inputs), wanted):
             self.captured[key] = forward
         else:
+            self.pool.dropped.append(graph)
             self.uncapturable.add(key)
             log.debug("A replayed forward pass differs from a launched one: passes of its size are launched.")
 

@@ -101,16 +101,18 @@ class Rehearsal:
         """`run` with these micro-batches. `each`: one of every size, for captured steps. `problem`: see `step_down`."""
         started = time.monotonic()
         self.runner.must_capture = True
-        while True:
-            was_capturing = self.runner.capturing
-            fits = self.fits(each) if was_capturing else self.fits(large, small)
-            # Capturing may have ended in the attempt, where something in a step cannot be captured.
-            capturing = self.workers.all_agree(self.runner.capturing)
-            fits = self.workers.all_agree(fits)
-            if fits and capturing == was_capturing:
-                break
-            self._fall_back(problem, fits=fits, capturing=capturing, was_capturing=was_capturing)
-        self.runner.must_capture = False
+        try:
+            while True:
+                was_capturing = self.runner.capturing
+                fits = self.fits(each) if was_capturing else self.fits(large, small)
+                # Capturing may have ended in the attempt, where something in a step cannot be captured.
+                capturing = self.workers.all_agree(self.runner.capturing)
+                fits = self.workers.all_agree(fits)
+                if fits and capturing == was_capturing:
+                    break
+                self._fall_back(problem, fits=fits, capturing=capturing, was_capturing=was_capturing)
+        finally:
+            self.runner.must_capture = False
         if self.device == "cuda":
             peak = torch.cuda.max_memory_allocated() - self.reserved_bytes
             how = f"{len(each)} sizes of steps are captured" if self.runner.capturing else "steps are launched"
@@ -149,9 +151,9 @@ class Rehearsal:
                 self.snapshots.copy((self.lora_modules(), state))
             self.runner.clear()
             # Launched steps find their memory in pieces that steps of other sizes leave behind, and so do captured ones
-            # that are captured again after samples were drawn: so an attempt does without a reserve, and launched steps
-            # are tried again after a small one. With offloading more stays on the device from the second pass on, when
-            # it is known how much goes to the host.
+            # that are captured again: so an attempt does without a reserve, and launched steps are tried again after a
+            # small one. With offloading more stays on the device from the second pass on, when it is known how much
+            # goes to the host.
             eager = self.device == "cuda" and not self.runner.capturing
             self.reserved_bytes = rehearsal_reserve(self.device, eager=eager)
             reserve = torch.empty(self.reserved_bytes, dtype=torch.uint8, device=self.device)
@@ -162,6 +164,9 @@ class Rehearsal:
                 tried += large
             for batch in tried:
                 self._add_gradient(batch)
+            if self.runner.has_dropped:
+                for batch in tried:
+                    self._add_gradient(batch)
             if self.runner.capturing:
                 self.runner.comparing = True
                 for batch in {id(batch): batch for batch in (tried[0], tried[-1])}.values():

@@ -18,11 +18,12 @@ from trainer.spec.plan import EnginePlan, Plan
 from trainer.spec.strategies import described
 
 log = logging.getLogger(__name__)
-StepSize = tuple[int, int, int]  # images, width and height in pixels
+StepSize = tuple[int, int, int, bool]  # images; width and height in pixels; whether the loss is weighed by a mask
 
 
 def size_of(batch: Batch) -> StepSize:
-    return len(batch), *batch[0].view.size
+    has_mask = any(example.image.mask_sha256 is not None for example in batch)
+    return len(batch), *batch[0].view.size, has_mask
 
 
 def one_of_each_size(epoch: Sequence[Batch]) -> list[Batch]:

@@ -367,6 +367,9 @@ def with_room_for_graphs(
             offload=mode.offload,
             transposed=transposed,
         )
+        strategy = Strategy(plan.precision, mode.recompute, mode.kept_blocks, mode.offload, gib)
+        if pinned_host_gib(footprint, workload, strategy) > (plan.host_gib or math.inf):
+            return False
         reserved_gib = footprint.capture_gib if mode.kept_blocks else 0.0  # as in `_use_spare_memory`
         share = MAX_USABLE_SHARE if mode.offload == "activations" else USABLE_SHARE
         return gib + reserved_gib + graphs_gib <= have_gib * share

@@ -16,8 +16,11 @@ class Pool:
 
     handle = (0, 1)
 
+    is_broken = False
+
     def __init__(self, *_):
         self.stream = None
+        self.dropped = []
 
     def allocating(self):
         return contextlib.nullcontext()
@@ -172,11 +175,31 @@ def test_a_first_pass_that_leaves_something_in_the_pool_drops_the_graphs_before(
     left = iter([0, 0, 0, 512])
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: next(left))
     work = lambda given: (given["x"], (runner.params[0].sum() * given["x"]).sum())  # noqa: E731
-    runner.captured["a size"] = "its graph"
+    runner.captured["a size"] = _CapturedGraph("its graph", {}, torch.zeros(3))
     runner._warm_up(work, {"x": torch.ones(3)})
     assert runner.captured
     runner._warm_up(work, {"x": torch.ones(5)})
     assert not runner.captured and not runner.flat_grad.any()
+    assert runner.pool.dropped == ["its graph"]  # it goes with the pool
+
+
+def test_a_pool_that_a_failed_capture_has_broken_is_renewed_before_another_attempt(runner, passes):
+    _, fails = passes
+    runner.warms_up_each = lambda: False
+    fails.add(5)
+    step(runner, 3)
+    runner.pool.is_broken = True
+    first = runner.pool
+    step(runner, 5)
+    assert runner.pool is not first and runner.capturing and len(runner.captured) == 1
+    with runner.sampling(torch.nn.Module(), Decoder()):
+        runner.pool.is_broken = True
+    assert not runner.pool.is_broken and not runner.captured
+
+
+class Decoder(torch.nn.Module):
+    def decode(self, x):
+        return x
 
 
 @pytest.mark.parametrize(("factor", "agrees"), [(1.0, True), (1.05, True), (0.0, False), (float("nan"), False)])
@@ -192,7 +215,13 @@ def test_a_replay_that_gives_another_gradient_ends_capturing(runner, caplog, fac
     sizes = (("x", x.shape, x.dtype),)
     runner.captured[sizes] = _CapturedGraph(replayed, {"x": x.clone()}, torch.zeros(3))
     runner.comparing = True
-    runner.flat_grad.fill_(10)
     runner(work, {"x": x})
     assert runner.capturing == agrees and ("not the launched one" in caplog.text) != agrees
-    assert torch.allclose(runner.flat_grad, 10 + (factor if agrees else 1) * x)
+    assert torch.allclose(runner.flat_grad, (factor if agrees else 1) * x)
+
+
+def test_where_there_is_nothing_to_compare_with_the_graph_is_believed(runner):
+    x = torch.tensor([1.0, float("nan"), 3.0])
+    captured = _CapturedGraph(Graph(), {"x": x.clone()}, torch.zeros(3))
+    assert runner._agrees(captured, lambda given: (given["x"], (runner.params[0] * given["x"]).sum()), {"x": x})
+    assert runner._agrees(captured, failing(torch.OutOfMemoryError("short")), {"x": x})

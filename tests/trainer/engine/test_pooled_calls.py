@@ -44,6 +44,15 @@ def test_what_a_module_returns_is_copied_out_of_the_pool(captures):
     assert "forward" not in module.__dict__ and module(torch.ones(1))[0].tolist() == [2] and pool.entered == 2
 
 
+def test_a_method_of_the_module_itself_is_put_back():
+    module = Doubling()
+    module.decode = own = module.forward
+    for _ in range(2):
+        with PooledCalls(Pool(), contextlib.nullcontext).of(module, "decode", captures=False):
+            assert module.decode != own
+        assert module.decode == own
+
+
 def test_a_method_is_put_back_after_an_error():
     module = Doubling()
     calls = PooledCalls(Pool(), contextlib.nullcontext)

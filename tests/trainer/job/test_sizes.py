@@ -22,12 +22,15 @@ def batch(count, width, height):
 def test_one_batch_of_each_size_those_with_the_most_pixels_first():
     epoch = [batch(1, 64, 64), batch(2, 96, 64), batch(2, 64, 96), batch(1, 64, 64), batch(4, 64, 64), batch(1, 96, 64)]
     found = [sizes.size_of(each) for each in sizes.one_of_each_size(epoch)]
-    assert found == [(4, 64, 64), (2, 96, 64), (2, 64, 96), (1, 96, 64), (1, 64, 64)]
+    sizes_found = [(4, 64, 64), (2, 96, 64), (2, 64, 96), (1, 96, 64), (1, 64, 64)]
+    assert found == [(*size, False) for size in sizes_found]
+    masked = tuple(dataclasses.replace(one, image=dataclasses.replace(one.image, mask_sha256="a")) for one in epoch[0])
+    assert len(sizes.one_of_each_size([*epoch, masked])) == 6  # its graph has one input more
 
 
 def test_the_largest_batches_are_those_that_no_other_dominates():
     epoch = [batch(1, 96, 96), batch(2, 64, 64), batch(1, 64, 64), batch(2, 32, 64)]
-    assert [sizes.size_of(each) for each in sizes.largest_batches(epoch)] == [(1, 96, 96), (2, 64, 64)]
+    assert [sizes.size_of(each)[:3] for each in sizes.largest_batches(epoch)] == [(1, 96, 96), (2, 64, 64)]
 
 
 # ROUND: fp8 takes 11.08 GiB for weights and 4 for AdamW at rank 16. Two images of 1024 x 512 are 5 kilotokens, each of
@@ -35,6 +38,14 @@ def test_the_largest_batches_are_those_that_no_other_dominates():
 WORK = Workload(1024 * 512, 2, 16, "adamw")
 MODEL = dataclasses.replace(ROUND, graph_gib=0.1, capture_gib=2.0)
 FP8 = EnginePlan(device="cuda", precision="fp8", dtype="bfloat16", replay=True)
+
+
+def test_a_mode_that_the_host_has_no_memory_for_is_no_room():
+    """With all recomputed and offloaded, 2.5 GiB wait on the host."""
+    plan = dataclasses.replace(FP8, recompute="all", host_gib=2.0)
+    assert with_room_for_graphs(MODEL, WORK, plan, graphs=10, have_gib=20) == plan
+    roomy = dataclasses.replace(plan, host_gib=3.0)
+    assert with_room_for_graphs(MODEL, WORK, roomy, graphs=10, have_gib=20).offload == "activations"
 
 
 @pytest.mark.parametrize(
