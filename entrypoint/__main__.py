@@ -196,10 +196,9 @@ def job(environ: Mapping[str, str], *, check: bool, card: str | None = None, rep
     with scratch.folder(os.environ, settings.data.cache_path) as temporary, notify.telling(told, environ) as ending:
         code = _job(settings, {**environ, "TMPDIR": str(temporary)}, check=check, card=card, report=report)
         ending.exit_code, ending.message = code, ""  # the trainer's own is in status.json
-        if not check:
+        if not check and code == 0:  # the last line of any other end has its exit code
             said = receipt(settings.output.output_path, started=began, price=settings.finish.price_per_hour)
-            fetch = how_to_fetch(settings.output.output_path, environ) if code == 0 else None
-            for line in (said, fetch):
+            for line in (said, how_to_fetch(settings.output.output_path, environ)):
                 if line:
                     log.info("%s", line)
         return code
