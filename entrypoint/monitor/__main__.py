@@ -25,8 +25,8 @@ import signal
 import threading
 from pathlib import Path
 
-from entrypoint.monitor.access import PORT, SHORTEST_TOKEN, page_address
 from entrypoint.monitor.actions import Actions
+from entrypoint.monitor.beside import PORT, SHORTEST_TOKEN, page_address
 from entrypoint.monitor.documents import Served
 from entrypoint.monitor.live import Live
 from entrypoint.monitor.server import give_way, listen, serve

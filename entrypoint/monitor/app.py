@@ -41,7 +41,6 @@ PAGE = Path(__file__).parent / "page"
 LARGEST_PAGE_FILE = 1 << 20
 OWN_HEADER = "x-kiln-page"  # which no form can send, and no other site's script without being allowed to
 LARGEST_BODY = 4096  # bytes of a request
-YEAR_S = 31_536_000
 TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 # Nothing runs, loads or connects but what this server sends; no other page can hold this one in a frame.
 HEADERS = {
@@ -93,7 +92,8 @@ class Door:
         allowed = self._access.allows(headers)
         if allowed:
             return None
-        if allowed is None and path == "/":
+        # Before anything is taken: an old cookie must not cost its owner the door while others try tokens.
+        if path == "/" and "authorization" not in headers:
             return page_file("enter.html", status=401)
         if allowed is not None and not self._access.bucket.take():
             return too_many()
@@ -155,7 +155,7 @@ class Site:
         secure = "; Secure" if is_secure else ""
         # Without a path: the browser takes the folder that it has asked in, whatever a proxy calls it.
         own = f"{self._access.cookie_name}={self._access.cookie}"
-        response.headers["set-cookie"] = f"{own}; HttpOnly; SameSite=Strict; Max-Age={YEAR_S}{secure}"
+        response.headers["set-cookie"] = f"{own}; HttpOnly; SameSite=Strict{secure}"
         return response
 
     async def events(self, request: Request) -> Response:

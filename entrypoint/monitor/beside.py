@@ -17,15 +17,23 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from entrypoint.monitor.access import SHORTEST_TOKEN, page_address
 from entrypoint.settings.row import Secret
 from entrypoint.system.environment import child_environment
 from trainer.spec.errors import SettingsError, UnreachableError
 
 log = logging.getLogger("entrypoint.monitor")
+PORT = 8675  # MONITOR_PORT
+SHORTEST_TOKEN = 16  # characters of MONITOR_TOKEN: more than anybody can try
 FIRST_PAUSE_S = 1.0  # before it is started again; doubled with each
 LONGEST_PAUSE_S = 60.0
 STEADY_S = 60.0  # a process that lived so long was well
+
+
+def page_address(environment: Mapping[str, str], *, port: int, token: str = "") -> str:
+    """The address of the page on this machine; on RunPod, that of its proxy. `token`: where it may be shown."""
+    pod = environment.get("RUNPOD_POD_ID", "").strip()
+    place = f"https://{pod}-{port}.proxy.runpod.net/" if pod else f"http://localhost:{port}/"
+    return f"{place}#{token}" if token else place
 
 
 @dataclass(frozen=True)

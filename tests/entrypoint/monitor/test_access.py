@@ -82,6 +82,32 @@ def test_the_comparison_takes_all_of_the_text():
     assert Access("another-token-12345", port=1).cookie != access.cookie
 
 
+def test_a_cookie_is_for_one_process_and_one_session(fresh):
+    """Jobs with the same MONITOR_TOKEN do not take each other's."""
+    access = Access(TOKEN, port=1)
+    assert access.allows({"cookie": f"kiln_monitor_1={access.cookie}"})
+    assert Access(TOKEN, port=1).allows({"cookie": f"kiln_monitor_1={access.cookie}"}) is False
+    body = json.dumps({"token": TOKEN}).encode()
+    entered = fresh.ask("/enter", method="POST", body=body, headers={})
+    assert "Max-Age" not in entered.headers["set-cookie"] and "Expires" not in entered.headers["set-cookie"]
+
+
+@pytest.mark.parametrize("odd", ["a[1]=x", "{}=1", "x y=1", "kiln", "=", 'q="', "\xe4=\xf6"])
+def test_odd_cookies_of_other_programs_on_this_host_change_nothing(odd):
+    access = Access(TOKEN, port=1)
+    assert access.allows({"cookie": f"{odd}; kiln_monitor_1={access.cookie}; {odd}"})
+    assert access.allows({"cookie": odd}) is None
+
+
+def test_an_old_cookie_finds_the_door_while_others_try_tokens(fresh):
+    for _ in range(40):
+        last = fresh.ask("/health", headers=WRONG).status
+    assert last == 429
+    door = fresh.ask("/", headers={"Cookie": f"kiln_monitor_{fresh.port}=old"})
+    assert door.status == 401 and b"Token of this job" in door.body
+    assert fresh.ask("/", headers=WRONG).status == 429
+
+
 # ---- limits
 
 
@@ -120,6 +146,7 @@ def test_a_request_of_another_site_changes_nothing(fresh):
     for foreign in (
         {"Sec-Fetch-Site": "cross-site"},
         {"Sec-Fetch-Site": "same-site"},
+        {**host, "Sec-Fetch-Site": "cross-site", "Origin": f"http://127.0.0.1:{fresh.port}"},
         {**host, "Origin": "https://evil.example"},
         {**host, "Origin": "null"},
         {**host, "Origin": f"http://127.0.0.1:{fresh.port + 1}"},
@@ -128,6 +155,9 @@ def test_a_request_of_another_site_changes_nothing(fresh):
         assert refused.status == 403 and "set-cookie" not in refused.headers, foreign
     for own in (
         {"Sec-Fetch-Site": "same-origin"},
+        # A proxy that asks for another host, and does not say for which it was asked.
+        {"Sec-Fetch-Site": "same-origin", "Host": "inside:1", "Origin": "https://outside.example"},
+        {"Sec-Fetch-Site": "none", "Host": "inside:1", "Origin": "https://outside.example"},
         {**host, "Origin": f"http://127.0.0.1:{fresh.port}"},
         {
             "Host": "inside:1",
