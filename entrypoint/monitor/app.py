@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
@@ -121,6 +121,8 @@ class Site:
         self._access = access
         self._streams = Streams(live)
         self._small = SmallImages()
+        # One picture is made at a time: they must not take the cores, nor the threads by which everything else is read.
+        self._pictures = CapacityLimiter(1)
         self._page_names = {path.name for path in PAGE.iterdir() if path.suffix in TYPES}
 
     def routes(self) -> list[Route]:
@@ -172,7 +174,7 @@ class Site:
         path = await self._sample_path(request)
         made = b""
         if path is not None and not path.is_symlink():
-            made = await to_thread.run_sync(self._small.sample, path)
+            made = await to_thread.run_sync(self._small.sample, path, limiter=self._pictures)
         if not made:
             return nothing()
         return Response(made, media_type="image/jpeg", headers={"cache-control": "private, max-age=86400"})
@@ -192,7 +194,7 @@ class Site:
 
     async def picture(self, request: Request) -> Response:
         await self._streams.look()
-        made = await to_thread.run_sync(self._picture, request.path_params["number"])
+        made = await to_thread.run_sync(self._picture, request.path_params["number"], limiter=self._pictures)
         if not made:
             return nothing()
         return Response(made, media_type="image/jpeg")

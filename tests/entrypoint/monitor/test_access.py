@@ -4,12 +4,14 @@ import concurrent.futures
 import json
 import os
 import socket
+import threading
 import time
 
 import pytest
 
 from entrypoint.monitor.access import Access, Bucket
 from entrypoint.monitor.app import HEADERS
+from entrypoint.report import samples as small_images
 from tests.support.finished_runs import finished_run
 from tests.support.monitor import TOKEN, WITH_TOKEN, serving
 
@@ -275,3 +277,29 @@ def test_of_the_dataset_only_images_of_the_run_are_shown(page):
         assert page.ask(f"/images?first={first}").status == 200
     for number in ("0", "2", "99999999999999999999", "-1", "x", "..%2f0"):
         assert page.ask(f"/picture/{number}").status == 404
+
+
+def test_pictures_that_are_slow_hold_up_nothing_else(fresh, monkeypatch):
+    """More of them at once than there are threads for everything else: one is made after another."""
+    at_once = []
+
+    def slow(_path, _width):
+        at_once.append(len(at_once))
+        drawing.wait(20)
+        return b"\xff\xd8"
+
+    drawing = threading.Event()
+    monkeypatch.setattr(small_images, "thumbnail", slow)
+    with concurrent.futures.ThreadPoolExecutor(60) as pool:
+        asked = [pool.submit(fresh.ask, f"/small/step-000000{step}-0{prompt}.png")
+                 for step in (20, 40) for prompt in (0, 1) for _ in range(14)]  # fmt: skip
+        try:
+            while not at_once:
+                time.sleep(0.01)
+            time.sleep(0.5)
+            began = time.monotonic()
+            assert fresh.ask("/file/x.safetensors").status == 200 and time.monotonic() - began < 5
+            assert len(at_once) == 1
+        finally:
+            drawing.set()
+        assert {answer.result().status for answer in asked} == {200}
