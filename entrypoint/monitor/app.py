@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 from anyio import CapacityLimiter, to_thread
@@ -35,7 +36,7 @@ from entrypoint.monitor.sample_list import SmallImages
 from entrypoint.monitor.stream import Streams
 from trainer.spec.values import as_integer
 from trainer.storage import own_files
-from trainer.storage.read import read_regular
+from trainer.storage.read import has_link, read_regular
 
 PAGE = Path(__file__).parent / "page"
 LARGEST_PAGE_FILE = 1 << 20
@@ -173,7 +174,7 @@ class Site:
     async def small_sample(self, request: Request) -> Response:
         path = await self._sample_path(request)
         made = b""
-        if path is not None and not path.is_symlink():
+        if path is not None and not has_link(path):
             made = await to_thread.run_sync(self._small.sample, path, limiter=self._pictures)
         if not made:
             return nothing()
@@ -190,7 +191,8 @@ class Site:
         await self._streams.look()
         first = as_integer(request.query_params.get("first", "0"))
         live, begin = self._live, max(0, first or 0)
-        return JSONResponse(await to_thread.run_sync(live.dataset.page, begin, live.plan))
+        page = partial(live.dataset.page, begin, live.plan, inside=live.pictures_inside)
+        return JSONResponse(await to_thread.run_sync(page))
 
     async def picture(self, request: Request) -> Response:
         await self._streams.look()
@@ -203,7 +205,7 @@ class Site:
         images = self._live.dataset.images
         if number >= len(images):
             return b""
-        path = find_image(images[number], self._live.plan)
+        path = find_image(images[number], self._live.plan, inside=self._live.pictures_inside)
         if path is None:
             return b""
         return self._small.get(path, lambda: picture(path, images[number]), kind=f"{number} ")

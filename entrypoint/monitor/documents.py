@@ -15,7 +15,7 @@ from entrypoint.report.sections import settings
 from trainer.spec.plan import Plan
 from trainer.storage import run_records
 from trainer.storage.own_files import REPORT_NAME, RUN_LOG, SHEET_NAME
-from trainer.storage.read import is_regular
+from trainer.storage.read import has_link, is_regular
 
 BETWEEN_STEPS = ("training", "sampling")  # phases in which the trainer looks at what is asked for
 ENDED = ("done", "stopped", "failed")
@@ -98,7 +98,7 @@ def checkpoints_document(out: Path, shown: ShownRun) -> Document:
     for file in lora_files(out, shown.name) if shown.name else ():
         loras.append({"name": file.path.name, "step": None if file.step == NO_STEP else file.step, "bytes": file.bytes})
     others = _other_files(out, shown)
-    files = [name for name, path in others.items() if is_regular(path) and not path.is_symlink()]
+    files = [name for name, path in others.items() if is_regular(path) and not has_link(path)]
     return {"loras": loras, "files": files}
 
 

@@ -17,7 +17,7 @@ from trainer.data.decode import DAMAGED
 from trainer.spec.log_lines import escaped
 from trainer.spec.messages.secrets import without_secrets
 from trainer.storage import own_files
-from trainer.storage.read import open_regular
+from trainer.storage.read import open_unlinked
 
 HEAD_BYTES = 1 << 16  # of a PNG, that hold its size and its texts
 WIDTH = 384  # pixels of a small image
@@ -80,7 +80,7 @@ def _version(path: Path) -> tuple[str, int, int] | None:
 
 def _look_into(path: Path) -> SampleHead | None:
     try:
-        with open_regular(path) as file:
+        with open_unlinked(path) as file:
             image = Image.open(io.BytesIO(file.read(HEAD_BYTES)), formats=("PNG",))
     except (*DAMAGED, Image.DecompressionBombError):
         return None

@@ -14,6 +14,7 @@ from entrypoint.monitor.app import HEADERS
 from entrypoint.report import samples as small_images
 from tests.support.finished_runs import finished_run
 from tests.support.monitor import TOKEN, WITH_TOKEN, serving
+from trainer.storage.own_files import DATASET_VIEW as DATASET
 
 BEHIND = ("/events", "/sample/step-00000020-00.png", "/small/step-00000020-00.png", "/file/x.safetensors", "/images")
 WRONG = {"Authorization": "Bearer not-the-token-at-all"}
@@ -242,6 +243,59 @@ def test_a_link_or_a_fifo_by_a_name_of_the_run_is_not_served(fresh, tmp_path):
     for name in ("file/x.safetensors", "sample/step-00000020-00.png", "small/step-00000020-00.png", "file/run.log"):
         assert fresh.ask(f"/{name}").status == 404, name
     assert {event.name for event in fresh.events()} >= {"status", "samples"}  # and nothing has waited for it
+
+
+@pytest.mark.parametrize("name", ["run.log", "metrics.jsonl", "plan.json", "status.json", "sample", DATASET])
+def test_no_link_of_the_folder_is_followed_by_what_viewers_are_told(tmp_path, name):
+    """A file or folder of the run is moved outside, and a link is left in its place."""
+    out = tmp_path / "out"
+    out.mkdir()
+    finished_run(out)
+    (out / "run.log").write_text("a line\n")
+    (out / name).rename(tmp_path / "outside")
+    (out / name).symlink_to(tmp_path / "outside")
+    with serving(out) as page:
+        told = {event.name: event.data for event in page.events()}
+        for kind in ("sample", "small"):
+            assert (page.ask(f"/{kind}/step-00000020-00.png").status == 404) == (name == "sample")
+    gone = {
+        "run.log": not told.get("log", {}).get("text"),
+        "metrics.jsonl": told["history"]["columns"]["step"] == [],
+        "plan.json": told["plan"]["settings"] == [],
+        "status.json": told["status"]["phase"] == "preparing",
+        "sample": told["samples"]["images"] == [],
+        DATASET: told["dataset"]["images"] == 0,
+    }
+    assert gone[name], told
+    assert name not in told["checkpoints"]["files"]
+
+
+def test_a_run_outside_of_the_folder_is_not_shown(tmp_path):
+    out = tmp_path / "out"
+    (out / "runs").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    finished_run(tmp_path / "elsewhere")
+    (out / "runs" / "x").symlink_to(tmp_path / "elsewhere")
+    status = json.loads((tmp_path / "elsewhere" / "status.json").read_text())
+    (out / "status.json").write_text(json.dumps({**status, "run_folder": "runs/x"}))
+    with serving(out) as page:
+        told = {event.name: event.data for event in page.events()}
+        assert (
+            told["plan"]["settings"] == []
+            and told["samples"]["images"] == []
+            and told["history"]["columns"]["step"] == []
+        )
+        assert page.ask("/file/metrics.jsonl").status == 404
+        assert page.ask("/sample/step-00000020-00.png").status == 404
+
+
+def test_a_folder_may_be_named_by_a_link(tmp_path):
+    (tmp_path / "out").mkdir()
+    finished_run(tmp_path / "out")
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    with serving(tmp_path / "link") as page:
+        assert page.ask("/file/x.safetensors").status == 200
+        assert page.ask("/small/step-00000020-00.png").status == 200
 
 
 def test_files_come_as_downloads_whole_and_in_ranges(page):
