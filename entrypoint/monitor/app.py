@@ -4,7 +4,7 @@
 | --- | --- |
 | `.` | the page; the door where nobody has shown a token yet |
 | `page/NAME` | its style and scripts, which are public: they hold nothing of a job |
-| `action/NAME` | POST: save, sample or stop now (`actions`) |
+| `action/NAME` | POST: save, sample or stop now (`actions`); 409 with the reason where the job cannot |
 | `enter` | POST {"token"}: a cookie for the token |
 | `events` | live events (`stream`) |
 | `sample/NAME`, `small/NAME` | a sample as it is, or as a small JPEG |
@@ -29,11 +29,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from entrypoint.monitor.access import Access, is_from_another_site
 from entrypoint.monitor.actions import Actions
 from entrypoint.monitor.dataset import find_image, picture
-from entrypoint.monitor.documents import downloads
+from entrypoint.monitor.documents import downloads, why_not
 from entrypoint.monitor.files import file_response
 from entrypoint.monitor.live import Live
 from entrypoint.monitor.sample_list import SmallImages
 from entrypoint.monitor.stream import Streams
+from trainer.process.vitals import BETWEEN_SAVES_S
 from trainer.spec.values import as_integer
 from trainer.storage import own_files
 from trainer.storage.read import has_link, read_regular
@@ -162,6 +163,8 @@ class Site:
         return response
 
     async def events(self, request: Request) -> Response:
+        if request.method == "HEAD":
+            return Response(media_type="text/event-stream")
         if self._streams.is_full:
             return Response("Too many viewers.\n", 503, {"Retry-After": "10"})
         last = request.headers.get("last-event-id", "")
@@ -169,7 +172,9 @@ class Site:
 
     async def sample(self, request: Request) -> Response:
         path = await self._sample_path(request)
-        return nothing() if path is None else await file_response(path, request.headers, media_type="image/png")
+        if path is None:
+            return nothing()
+        return await file_response(path, request.headers, media_type="image/png", method=request.method)
 
     async def small_sample(self, request: Request) -> Response:
         path = await self._sample_path(request)
@@ -216,14 +221,23 @@ class Site:
         path = found.get(request.path_params["name"])
         if path is None:
             return nothing()
-        return await file_response(path, request.headers, media_type="application/octet-stream")
+        kind = "application/octet-stream"
+        return await file_response(path, request.headers, media_type=kind, method=request.method)
 
     async def action(self, request: Request) -> Response:
         """Nothing that a form of another site could send: a token or a strict cookie, and this page's own header."""
         if request.headers.get(OWN_HEADER) is None:
             return Response(f"A request needs the header {OWN_HEADER}.\n", 403)
-        if self._actions is None or not self._actions.ask(request.path_params["name"]):
+        name = request.path_params["name"]
+        if self._actions is None or name not in self._actions.names:
             return nothing()
+        await self._streams.look()
+        reason = why_not(name, self._live.shown.phase, self._live.plan)
+        if not reason and self._actions.is_too_soon(name):
+            reason = f"A save was asked for less than {BETWEEN_SAVES_S:.0f} s ago."
+        if reason:
+            return Response(f"{reason}\n", 409)
+        self._actions.ask(name)
         return Response(status_code=202)
 
     async def health(self, _request: Request) -> Response:

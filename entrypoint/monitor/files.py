@@ -21,8 +21,11 @@ PIECE = 1 << 18  # bytes
 _RANGE = re.compile(r"bytes=(\d{0,15})-(\d{0,15})")
 
 
-async def file_response(path: Path, headers: Mapping[str, str], *, media_type: str) -> Response:
-    """The file, or the range of it that the request's `headers` ask for; 404 for a link, a folder or nothing."""
+async def file_response(path: Path, headers: Mapping[str, str], *, media_type: str, method: str = "GET") -> Response:
+    """The file, or the range of it that the request's `headers` ask for; 404 for a link, a folder or nothing.
+
+    `method`: for HEAD the headers alone, and nothing is read.
+    """
     try:
         file = await to_thread.run_sync(open_unlinked, path)
     except OSError:
@@ -47,6 +50,9 @@ async def file_response(path: Path, headers: Mapping[str, str], *, media_type: s
         status = 206
         own["Content-Range"] = f"bytes {first}-{last}/{found.st_size}"
     own["Content-Length"] = str(last - first + 1)
+    if method == "HEAD":
+        file.close()
+        return Response(status_code=status, headers=own, media_type=media_type)
     return StreamingResponse(_pieces(file, first, last), status, headers=own, media_type=media_type)
 
 

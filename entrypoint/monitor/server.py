@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -22,7 +23,7 @@ from entrypoint.monitor.access import Access
 from entrypoint.monitor.actions import Actions
 from entrypoint.monitor.app import make_app
 from entrypoint.monitor.live import Live
-from trainer.spec.errors import UnreachableError
+from trainer.spec.errors import SettingsError, UnreachableError
 
 log = logging.getLogger("entrypoint.monitor")
 FIRST_TO_BE_KILLED = b"1000"  # proc(5)
@@ -118,12 +119,21 @@ def connections_with(access: Access) -> type[Connection]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that waits for connections. Raises UnreachableError where the port is taken, or not to be had."""
+    """A socket that waits for connections.
+
+    Raises UnreachableError where the port is taken, SettingsError where this port or address can never be had.
+    """
     try:
         return socket.create_server((host, port), backlog=128)
     except OSError as problem:
-        raise UnreachableError(
-            f"The monitor page cannot listen on port {port} of {host}: {problem.strerror}. Fix: choose another port."
+        place = f"The monitor page cannot listen on port {port} of {host}"
+        if problem.errno == errno.EADDRINUSE:
+            raise UnreachableError(f"{place}: another program has it. Fix: choose another port.") from problem
+        if problem.errno in (errno.EACCES, errno.EPERM):
+            below = "ports below 1024 are for the administrator" if port < 1024 else "this user may not"
+            raise SettingsError(f"{place}: {below}. Fix: choose a port of 1024 or above.") from problem
+        raise SettingsError(
+            f"{place}: this machine has no such address ({problem.strerror}). Fix: choose 127.0.0.1 or 0.0.0.0."
         ) from problem
 
 

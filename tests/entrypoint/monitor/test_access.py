@@ -9,11 +9,15 @@ import time
 
 import pytest
 
+from entrypoint.monitor import files
 from entrypoint.monitor.access import Access, Bucket
+from entrypoint.monitor.actions import Actions
 from entrypoint.monitor.app import HEADERS
+from entrypoint.monitor.stream import TICK_S
 from entrypoint.report import samples as small_images
 from tests.support.finished_runs import finished_run
 from tests.support.monitor import TOKEN, WITH_TOKEN, serving
+from trainer.process.vitals import SAVE, STOP, VARIABLE, Vitals
 from trainer.storage.own_files import DATASET_VIEW as DATASET
 
 BEHIND = ("/events", "/sample/step-00000020-00.png", "/small/step-00000020-00.png", "/file/x.safetensors", "/images")
@@ -357,3 +361,48 @@ def test_pictures_that_are_slow_hold_up_nothing_else(fresh, monkeypatch):
         finally:
             drawing.set()
         assert {answer.result().status for answer in asked} == {200}
+
+
+def test_what_the_job_cannot_do_now_is_refused_with_the_reason(tmp_path):
+    finished_run(tmp_path)
+    vitals, path = Vitals.make()
+    own = {**WITH_TOKEN, "X-Kiln-Page": "1"}
+    with serving(tmp_path, actions=Actions({VARIABLE: path})) as page:
+
+        def asked(name, phase):
+            status = json.loads((tmp_path / "status.json").read_text())
+            (tmp_path / "status.json").write_text(json.dumps({**status, "phase": phase}))
+            time.sleep(TICK_S)
+            answer = page.ask(f"/action/{name}", method="POST", body=b"", headers=own)
+            return answer.status, answer.body.decode()
+
+        assert asked("save", "done") == (409, "The job has ended (done).\n")
+        assert asked("stop", "failed")[0] == 409 and vitals.read(STOP) is None
+        assert asked("save", "caching") == (409, "The job is not training now (phase: caching).\n")
+        assert vitals.read(SAVE) is None
+        assert asked("save", "training") == (202, "")
+        assert asked("save", "training") == (409, "A save was asked for less than 30 s ago.\n")
+        assert asked("nothing", "training")[0] == 404
+        assert asked("stop", "caching")[0] == 202 and vitals.read(STOP) is not None
+    vitals.close()
+
+
+def test_head_reads_no_file_and_holds_no_stream(page, monkeypatch):
+    def pieces(*_):
+        raise AssertionError("the file is read")
+
+    monkeypatch.setattr(files, "_pieces", pieces)
+    size = (page.folder / "x.safetensors").stat().st_size
+    answer = page.ask("/file/x.safetensors", method="HEAD")
+    assert (answer.status, answer.headers["content-length"], answer.body) == (200, str(size), b"")
+    part = page.ask("/file/x.safetensors", method="HEAD", headers={**WITH_TOKEN, "Range": "bytes=0-9"})
+    assert (part.status, part.headers["content-length"]) == (206, "10")
+    began = time.monotonic()
+    events = page.ask("/events", method="HEAD")
+    assert events.status == 200 and events.headers["content-type"].startswith("text/event-stream")
+    with socket.create_connection(("127.0.0.1", page.port), timeout=5) as connection:
+        connection.sendall(f"HEAD /events HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n".encode())
+        connection.sendall(b"Connection: close\r\n\r\n")
+        while connection.recv(4096):
+            pass
+    assert time.monotonic() - began < 5
