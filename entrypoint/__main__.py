@@ -42,6 +42,7 @@ from entrypoint.report import start as job_report
 from entrypoint.report.receipt import receipt
 from entrypoint.settings import Settings, given, help_env, json_schema, read_settings
 from entrypoint.system import cards, environment, hardware, prices, secrets
+from entrypoint.system.raw_value import raw_value
 from entrypoint.trackers import beside as trackers
 from trainer import __version__
 from trainer.base_model import model_folder
@@ -206,7 +207,7 @@ def job(environ: Mapping[str, str], *, check: bool, card: str | None = None, rep
 
 def _whom_to_tell_all_the_same(environ: Mapping[str, str]) -> notify.Job | None:
     """The same where other settings cannot be used."""
-    own = {name: farewell.raw_value(environ, name) for name in ("WEBHOOK_URL", "WEBHOOK_SECRET")}
+    own = {name: raw_value(environ, name) for name in ("WEBHOOK_URL", "WEBHOOK_SECRET")}
     own |= {"BASE_MODEL": next(iter(base_models())), "OUTPUT_PATH": str(farewell.output_path(environ))}
     try:
         return _whom_to_tell(read_settings(own))

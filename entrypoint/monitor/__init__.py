@@ -4,8 +4,8 @@ It reads the output folder and nothing else, through the readers of `trainer.sto
 Training never waits for it, and whatever becomes of it, the job goes on and ends as it would.
 
 Read `numbers` and `log_tail` (files that grow), `sample_list`, `dataset` and `documents` (the other files of a run, as
-JSON), `live` (what has changed), `access` (where the page is and who may look), `files` (downloads), `stream` (live
-events), `app` (the addresses), `actions` (what may be asked of the job), `server` (the socket), `__main__` (the
-process) and `beside` (what the entrypoint sees of it). `page/` is the page itself: HTML, CSS
+JSON), `live` (what has changed), `access` (who may look), `files` (downloads), `stream` (live events), `app` (the
+addresses), `actions` (what may be asked of the job), `server` (the socket and its connections), `__main__` (the
+process) and `beside` (what the entrypoint sees of it, and where the page is). `page/` is the page itself: HTML, CSS
 and JavaScript as the browser gets them, without a build.
 """

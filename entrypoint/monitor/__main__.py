@@ -25,8 +25,8 @@ import signal
 import threading
 from pathlib import Path
 
-from entrypoint.monitor.access import PORT, SHORTEST_TOKEN, page_address
 from entrypoint.monitor.actions import Actions
+from entrypoint.monitor.beside import LISTENS, PORT, SHORTEST_TOKEN, page_address
 from entrypoint.monitor.documents import Served
 from entrypoint.monitor.live import Live
 from entrypoint.monitor.server import give_way, listen, serve
@@ -90,6 +90,8 @@ def beside() -> int:
     actions = Actions(os.environ)
     served = Served(Path(job["out"]), started=job["started"], price=job["price"], actions=actions.names)
     listening = listen("0.0.0.0", job["port"])  # noqa: S104 # nosec B104 (of a container)
+    sys.stdout.write(f"{LISTENS}\n")
+    sys.stdout.flush()
     serve(listening, Live(served), job["token"], actions)
     return 0
 

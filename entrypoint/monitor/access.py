@@ -1,9 +1,9 @@
-"""Where the page is, and who may look: whoever has the token.
+"""Who may look: whoever has the token.
 
 A browser changes it for a cookie; other programs send it with each request.
 
 The token is in the part of the address after `#`, which no browser sends to any server: no log of a proxy has it. The
-page sends it in the body of one request and gets a cookie, which is not the token: its digest, for this server alone.
+page sends it in the body of one request and gets a cookie, which is not the token: its digest, for this process alone.
 
 Every comparison takes the same time, whatever was sent. Wrong tokens cost a place in a bucket that refills slowly;
 where it is empty, the answer is 429, and nothing but a comparison is done for it. A right token is served all the same:
@@ -15,23 +15,16 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from http.cookies import CookieError, SimpleCookie
 from urllib.parse import urlsplit
 
-PORT = 8675  # MONITOR_PORT
-SHORTEST_TOKEN = 16  # characters of MONITOR_TOKEN: more than anybody can try
+from starlette.requests import cookie_parser
+
 PURPOSE = b"kiln monitor cookie"
 BEARER = "bearer "
-
-
-def page_address(environment: Mapping[str, str], *, port: int, token: str = "") -> str:
-    """The address of the page on this machine; on RunPod, that of its proxy. `token`: where it may be shown."""
-    pod = environment.get("RUNPOD_POD_ID", "").strip()
-    place = f"https://{pod}-{port}.proxy.runpod.net/" if pod else f"http://localhost:{port}/"
-    return f"{place}#{token}" if token else place
 
 
 @dataclass
@@ -60,12 +53,15 @@ class Bucket:
 
 
 class Access:
-    """What one server asks of those who look. `port` tells the cookies of servers on one host apart."""
+    """What one server asks of those who look. `port` tells the cookies of servers on one host apart.
+
+    A cookie is for this process alone: jobs with the same MONITOR_TOKEN do not take each other's.
+    """
 
     def __init__(self, token: str, *, port: int, bucket: Bucket | None = None) -> None:
         self._token = token.encode()
         self.cookie_name = f"kiln_monitor_{port}"
-        self.cookie = hmac.new(self._token, PURPOSE, hashlib.sha256).hexdigest()
+        self.cookie = hmac.new(self._token, PURPOSE + secrets.token_bytes(32), hashlib.sha256).hexdigest()
         self.bucket = bucket or Bucket()
 
     def is_token(self, text: str) -> bool:
@@ -76,24 +72,22 @@ class Access:
         shown = headers.get("authorization", "")
         if shown[: len(BEARER)].lower() == BEARER:
             return self.is_token(shown[len(BEARER) :].strip())
-        cookies: SimpleCookie = SimpleCookie()
-        try:
-            cookies.load(headers.get("cookie", ""))
-        except CookieError:
+        # Not http.cookies, which gives up at the first odd one: programs on all ports of localhost share their cookies.
+        cookie = cookie_parser(headers.get("cookie", "")).get(self.cookie_name)
+        if cookie is None:
             return None
-        if self.cookie_name not in cookies:
-            return None
-        return hmac.compare_digest(self.cookie.encode(), cookies[self.cookie_name].value.encode())
+        return hmac.compare_digest(self.cookie.encode(), cookie.encode("utf-8", "surrogatepass"))
 
 
 def is_from_another_site(headers: Mapping[str, str]) -> bool:
     """Whether a page of another site has sent a request that changes something.
 
-    Browsers say so themselves (Fetch Metadata); older ones name the origin, which must be the host that was asked.
+    Browsers say so themselves (Fetch Metadata), and that alone decides: a proxy may ask for another host than they did.
+    Older ones name the origin, which must be the host that was asked.
     """
     fetch = headers.get("sec-fetch-site")
-    if fetch is not None and fetch not in ("same-origin", "none"):
-        return True
+    if fetch is not None:
+        return fetch not in ("same-origin", "none")
     origin = headers.get("origin")
     if origin is None:
         return False

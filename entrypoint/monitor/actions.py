@@ -20,14 +20,23 @@ class Actions:
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._vitals = vitals.Vitals.of(environment)
+        self._asked: dict[str, float] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
         return () if self._vitals is None else tuple(PLACES)
 
+    def is_too_soon(self, name: str) -> bool:
+        """Whether the trainer would leave the request out: a save so soon after the last one."""
+        if name != "save" or name not in self._asked:
+            return False
+        return time.monotonic() - self._asked[name] < vitals.BETWEEN_SAVES_S
+
     def ask(self, name: str) -> bool:
         """Whether there is such a request; makes it."""
         if self._vitals is None or name not in PLACES:
             return False
-        self._vitals.write(PLACES[name], time.monotonic())
+        now = time.monotonic()
+        self._vitals.write(PLACES[name], now)
+        self._asked[name] = now
         return True

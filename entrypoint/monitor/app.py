@@ -4,7 +4,7 @@
 | --- | --- |
 | `.` | the page; the door where nobody has shown a token yet |
 | `page/NAME` | its style and scripts, which are public: they hold nothing of a job |
-| `action/NAME` | POST: save, sample or stop now (`actions`) |
+| `action/NAME` | POST: save, sample or stop now (`actions`); 409 with the reason where the job cannot |
 | `enter` | POST {"token"}: a cookie for the token |
 | `events` | live events (`stream`) |
 | `sample/NAME`, `small/NAME` | a sample as it is, or as a small JPEG |
@@ -15,9 +15,10 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
@@ -28,20 +29,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from entrypoint.monitor.access import Access, is_from_another_site
 from entrypoint.monitor.actions import Actions
 from entrypoint.monitor.dataset import find_image, picture
-from entrypoint.monitor.documents import downloads
+from entrypoint.monitor.documents import downloads, why_not
 from entrypoint.monitor.files import file_response
 from entrypoint.monitor.live import Live
 from entrypoint.monitor.sample_list import SmallImages
 from entrypoint.monitor.stream import Streams
+from trainer.process.vitals import BETWEEN_SAVES_S
 from trainer.spec.values import as_integer
 from trainer.storage import own_files
-from trainer.storage.read import read_regular
+from trainer.storage.read import has_link, read_regular
 
 PAGE = Path(__file__).parent / "page"
 LARGEST_PAGE_FILE = 1 << 20
 OWN_HEADER = "x-kiln-page"  # which no form can send, and no other site's script without being allowed to
 LARGEST_BODY = 4096  # bytes of a request
-YEAR_S = 31_536_000
 TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 # Nothing runs, loads or connects but what this server sends; no other page can hold this one in a frame.
 HEADERS = {
@@ -93,7 +94,8 @@ class Door:
         allowed = self._access.allows(headers)
         if allowed:
             return None
-        if allowed is None and path == "/":
+        # Before anything is taken: an old cookie must not cost its owner the door while others try tokens.
+        if path == "/" and "authorization" not in headers:
             return page_file("enter.html", status=401)
         if allowed is not None and not self._access.bucket.take():
             return too_many()
@@ -121,6 +123,8 @@ class Site:
         self._access = access
         self._streams = Streams(live)
         self._small = SmallImages()
+        # One picture is made at a time: they must not take the cores, nor the threads by which everything else is read.
+        self._pictures = CapacityLimiter(1)
         self._page_names = {path.name for path in PAGE.iterdir() if path.suffix in TYPES}
 
     def routes(self) -> list[Route]:
@@ -155,10 +159,12 @@ class Site:
         secure = "; Secure" if is_secure else ""
         # Without a path: the browser takes the folder that it has asked in, whatever a proxy calls it.
         own = f"{self._access.cookie_name}={self._access.cookie}"
-        response.headers["set-cookie"] = f"{own}; HttpOnly; SameSite=Strict; Max-Age={YEAR_S}{secure}"
+        response.headers["set-cookie"] = f"{own}; HttpOnly; SameSite=Strict{secure}"
         return response
 
     async def events(self, request: Request) -> Response:
+        if request.method == "HEAD":
+            return Response(media_type="text/event-stream")
         if self._streams.is_full:
             return Response("Too many viewers.\n", 503, {"Retry-After": "10"})
         last = request.headers.get("last-event-id", "")
@@ -166,13 +172,15 @@ class Site:
 
     async def sample(self, request: Request) -> Response:
         path = await self._sample_path(request)
-        return nothing() if path is None else await file_response(path, request.headers, media_type="image/png")
+        if path is None:
+            return nothing()
+        return await file_response(path, request.headers, media_type="image/png", method=request.method)
 
     async def small_sample(self, request: Request) -> Response:
         path = await self._sample_path(request)
         made = b""
-        if path is not None and not path.is_symlink():
-            made = await to_thread.run_sync(self._small.sample, path)
+        if path is not None and not has_link(path):
+            made = await to_thread.run_sync(self._small.sample, path, limiter=self._pictures)
         if not made:
             return nothing()
         return Response(made, media_type="image/jpeg", headers={"cache-control": "private, max-age=86400"})
@@ -188,11 +196,12 @@ class Site:
         await self._streams.look()
         first = as_integer(request.query_params.get("first", "0"))
         live, begin = self._live, max(0, first or 0)
-        return JSONResponse(await to_thread.run_sync(live.dataset.page, begin, live.plan))
+        page = partial(live.dataset.page, begin, live.plan, inside=live.pictures_inside)
+        return JSONResponse(await to_thread.run_sync(page))
 
     async def picture(self, request: Request) -> Response:
         await self._streams.look()
-        made = await to_thread.run_sync(self._picture, request.path_params["number"])
+        made = await to_thread.run_sync(self._picture, request.path_params["number"], limiter=self._pictures)
         if not made:
             return nothing()
         return Response(made, media_type="image/jpeg")
@@ -201,7 +210,7 @@ class Site:
         images = self._live.dataset.images
         if number >= len(images):
             return b""
-        path = find_image(images[number], self._live.plan)
+        path = find_image(images[number], self._live.plan, inside=self._live.pictures_inside)
         if path is None:
             return b""
         return self._small.get(path, lambda: picture(path, images[number]), kind=f"{number} ")
@@ -212,14 +221,23 @@ class Site:
         path = found.get(request.path_params["name"])
         if path is None:
             return nothing()
-        return await file_response(path, request.headers, media_type="application/octet-stream")
+        kind = "application/octet-stream"
+        return await file_response(path, request.headers, media_type=kind, method=request.method)
 
     async def action(self, request: Request) -> Response:
         """Nothing that a form of another site could send: a token or a strict cookie, and this page's own header."""
         if request.headers.get(OWN_HEADER) is None:
             return Response(f"A request needs the header {OWN_HEADER}.\n", 403)
-        if self._actions is None or not self._actions.ask(request.path_params["name"]):
+        name = request.path_params["name"]
+        if self._actions is None or name not in self._actions.names:
             return nothing()
+        await self._streams.look()
+        reason = why_not(name, self._live.shown.phase, self._live.plan)
+        if not reason and self._actions.is_too_soon(name):
+            reason = f"A save was asked for less than {BETWEEN_SAVES_S:.0f} s ago."
+        if reason:
+            return Response(f"{reason}\n", 409)
+        self._actions.ask(name)
         return Response(status_code=202)
 
     async def health(self, _request: Request) -> Response:

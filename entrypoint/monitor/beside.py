@@ -17,15 +17,26 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from entrypoint.monitor.access import SHORTEST_TOKEN, page_address
 from entrypoint.settings.row import Secret
 from entrypoint.system.environment import child_environment
 from trainer.spec.errors import SettingsError, UnreachableError
+from trainer.spec.log_lines import escaped
 
 log = logging.getLogger("entrypoint.monitor")
+PORT = 8675  # MONITOR_PORT
+SHORTEST_TOKEN = 16  # characters of MONITOR_TOKEN: more than anybody can try
+LISTENS = "listens"  # what the process prints as soon as it does
+LONGEST_LINE = 4096  # characters of what it prints
 FIRST_PAUSE_S = 1.0  # before it is started again; doubled with each
 LONGEST_PAUSE_S = 60.0
 STEADY_S = 60.0  # a process that lived so long was well
+
+
+def page_address(environment: Mapping[str, str], *, port: int, token: str = "") -> str:
+    """The address of the page on this machine; on RunPod, that of its proxy. `token`: where it may be shown."""
+    pod = environment.get("RUNPOD_POD_ID", "").strip()
+    place = f"https://{pod}-{port}.proxy.runpod.net/" if pod else f"http://localhost:{port}/"
+    return f"{place}#{token}" if token else place
 
 
 @dataclass(frozen=True)
@@ -55,10 +66,9 @@ def showing(
         return
     own = secrets.token_urlsafe(SHORTEST_TOKEN)
     job = Job(str(out), port, token.reveal() if token else own, price)
-    keeper = Keeper(job, environment)
-    keeper.start()
     address = page_address(environment, port=port, token="" if token else own)
-    log.info("The monitor page of this job: %s", address)
+    keeper = Keeper(job, environment, address)
+    keeper.start()
     try:
         yield
     finally:
@@ -66,16 +76,19 @@ def showing(
 
 
 class Keeper(threading.Thread):
-    """Starts the process, waits for its end, and starts it again."""
+    """Starts the process, waits for its end, and starts it again. Logs `address` once, when it is one."""
 
-    def __init__(self, job: Job, environment: Mapping[str, str]) -> None:
+    def __init__(self, job: Job, environment: Mapping[str, str], address: str) -> None:
         super().__init__(daemon=True, name="monitor")
         self._job = job
+        self._address = address
+        self._is_address_told = False
+        self._last_line = ""  # of the process that has ended
         self._environment = child_environment(environment)
         self._closing = threading.Event()
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
-        self._told: set[str] = set()
+        self._told: set[int | None] = set()
 
     def run(self) -> None:
         pause = FIRST_PAUSE_S
@@ -100,9 +113,10 @@ class Keeper(threading.Thread):
                     [sys.executable, "-m", "entrypoint.monitor", "--beside"],
                     env=self._environment,
                     stdin=subprocess.PIPE,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
                     text=True,
+                    errors="replace",
                 )
             except OSError:  # no memory, too many processes
                 return None
@@ -111,7 +125,21 @@ class Keeper(threading.Thread):
         with contextlib.suppress(OSError):
             process.stdin.write(f"{json.dumps(asdict(self._job))}\n")
             process.stdin.flush()
+        self._listen(process)
         return process.wait()
+
+    def _listen(self, process: subprocess.Popen[str]) -> None:
+        """Read what the process says until it ends: that it listens, and at last why it does not."""
+        assert process.stdout
+        self._last_line = ""
+        with contextlib.suppress(OSError, ValueError), process.stdout:
+            while line := process.stdout.readline(LONGEST_LINE):
+                text = line.strip()
+                if text != LISTENS:
+                    self._last_line = text or self._last_line
+                elif not self._is_address_told and not self._closing.is_set():
+                    self._is_address_told = True
+                    log.info("The monitor page of this job: %s", self._address)
 
     def _tell(self, code: int | None) -> None:
         """Log each kind of failure once: the job's log is not about its page."""
@@ -120,11 +148,18 @@ class Keeper(threading.Thread):
             text = "The monitor page cannot be started: no process could be made."
         elif code == UnreachableError.exit_code:
             text = f"MONITOR_PORT={port} is taken by another program. The monitor page comes when it is free."
+        elif code == SettingsError.exit_code:
+            text = f"MONITOR_PORT={port} cannot be had: {self._said()}"
         else:
-            text = f"The process of the monitor page has ended ({code}). It is started again."
-        if text not in self._told:
-            self._told.add(text)
+            text = f"The process of the monitor page has ended ({code}): {self._said()} It is started again."
+        if code not in self._told:
+            self._told.add(code)
             log.warning("%s Training is not affected. MONITOR_PORT chooses another port; 0 is off.", text)
+
+    def _said(self) -> str:
+        """The last line of the process, as the job's log may have it."""
+        said = escaped(self._last_line.replace(self._job.token, "…")).rpartition(" ERROR ")[2] or "it has said nothing"
+        return said if said.endswith(".") else f"{said}."
 
     def close(self) -> None:
         """End the process at once: it has nothing to lose."""

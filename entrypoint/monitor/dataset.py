@@ -15,7 +15,7 @@ from entrypoint.report.samples import QUALITY
 from trainer.data.decode import UnusableImageError, open_upright
 from trainer.spec.plan import Plan
 from trainer.storage import own_files
-from trainer.storage.read import is_regular, read_text
+from trainer.storage.read import is_regular, read_regular
 
 LARGEST_VIEW = 1 << 28  # bytes
 PAGE_ROWS = 60
@@ -36,7 +36,8 @@ class TrainedImages:
         """Read the file anew; nothing where it is missing or damaged."""
         self.head, self.images, self.skipped = {}, [], []
         try:
-            rows = [json.loads(line) for line in read_text(path, limit=LARGEST_VIEW).splitlines()]
+            data = read_regular(path, limit=LARGEST_VIEW, links=False)
+            rows = [json.loads(line) for line in data.decode().splitlines()]
         except (OSError, ValueError, RecursionError):
             return
         if not rows or not all(isinstance(row, dict) for row in rows) or own_files.DATASET_VIEW_MARK not in rows[0]:
@@ -51,22 +52,25 @@ class TrainedImages:
         skipped = [[clean(str(row.get("name", ""))), clean(str(row["reason"]))] for row in self.skipped]
         return {**found, "reader": self.head.get("reader", ""), "limit": self.head.get("limit", 0), "list": skipped}
 
-    def page(self, first: int, plan: Plan | None) -> Document:
+    def page(self, first: int, plan: Plan | None, *, inside: Path | None = None) -> Document:
         """The rows from number `first` on, as many as a page shows. `here`: whether the image is on this machine."""
         rows = []
         for number, row in enumerate(self.images[first : first + PAGE_ROWS], first):
             shown = {key: row[key] for key in row if key in SHOWN}
             shown["name"] = clean(str(row.get("name", "")))
             shown["captions"] = [clean(str(text)) for text in row.get("captions", [])]
-            rows.append({**shown, "number": number, "here": find_image(row, plan) is not None})
+            rows.append({**shown, "number": number, "here": find_image(row, plan, inside=inside) is not None})
         return {"first": first, "total": len(self.images), "rows": rows}
 
 
 SHOWN = ("size", "views", "bucket", "tokens", "mask", "held_out", "regularisation")
 
 
-def find_image(row: Document, plan: Plan | None) -> Path | None:
-    """The image of a row on this machine, inside the folder of its source; None where it is not here."""
+def find_image(row: Document, plan: Plan | None, *, inside: Path | None = None) -> Path | None:
+    """The image of a row on this machine, inside the folder of its source; None where it is not here.
+
+    `inside`: where the plan has come with a folder from elsewhere, nothing but what is in that folder is shown.
+    """
     try:
         dataset, subset = row["place"]
         source = plan.data.datasets[dataset].subsets[subset].source if plan is not None else None
@@ -79,6 +83,10 @@ def find_image(row: Document, plan: Plan | None) -> Path | None:
         folder = Path(source.path).resolve()
         path = (folder / name).resolve()
     except (OSError, ValueError, RuntimeError):
+        return None
+    if folder == folder.parent:  # the root: somebody has changed the plan
+        return None
+    if inside is not None and not path.is_relative_to(inside):
         return None
     return path if path.is_relative_to(folder) and is_regular(path) else None
 

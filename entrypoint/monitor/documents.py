@@ -15,7 +15,7 @@ from entrypoint.report.sections import settings
 from trainer.spec.plan import Plan
 from trainer.storage import run_records
 from trainer.storage.own_files import REPORT_NAME, RUN_LOG, SHEET_NAME
-from trainer.storage.read import is_regular
+from trainer.storage.read import has_link, is_regular
 
 BETWEEN_STEPS = ("training", "sampling")  # phases in which the trainer looks at what is asked for
 ENDED = ("done", "stopped", "failed")
@@ -44,6 +44,11 @@ class ShownRun:
     home: Path = Path()
     total: int = 0  # steps; 0: unknown
 
+    @property
+    def phase(self) -> str:
+        phase = self.status.get("phase")
+        return phase if isinstance(phase, str) else "preparing"
+
 
 def status_document(served: Served, shown: ShownRun, plan: Plan | None, *, last_step: int) -> Document:
     """Where the job is, how long it takes, and what it costs. Times in Unix seconds, durations in seconds."""
@@ -51,8 +56,7 @@ def status_document(served: Served, shown: ShownRun, plan: Plan | None, *, last_
     found: Document = {key: status[key] for key in SAID if isinstance(status.get(key), int | float)}
     if isinstance(status.get("output"), str):
         found["output"] = status["output"]
-    phase = status.get("phase")
-    found["phase"] = phase if isinstance(phase, str) else "preparing"
+    found["phase"] = shown.phase
     if isinstance(status.get("exit_code"), int):
         found["exit_code"] = status["exit_code"]
     if isinstance(status.get("message"), str):
@@ -68,17 +72,21 @@ def status_document(served: Served, shown: ShownRun, plan: Plan | None, *, last_
     if began and ends:
         found["seconds"] = max(0.0, ends - began)
     found |= _cost(found, served.price)
-    found["actions"] = [name for name in served.actions if _is_possible(name, found["phase"], plan)]
+    found["actions"] = [name for name in served.actions if not why_not(name, found["phase"], plan)]
     return found
 
 
-def _is_possible(action: str, phase: str, plan: Plan | None) -> bool:
-    """Whether the job can do now what the page may ask for."""
+def why_not(action: str, phase: str, plan: Plan | None) -> str:
+    """Why the job cannot do now what the page may ask for, in a sentence; "" where it can."""
     if phase in ENDED:
-        return False
+        return f"The job has ended ({phase})."
     if action == "stop":
-        return True
-    return phase in BETWEEN_STEPS and (action != "sample" or (plan is not None and bool(plan.prompts)))
+        return ""
+    if phase not in BETWEEN_STEPS:
+        return f"The job is not training now (phase: {clean(phase)})."
+    if action == "sample" and (plan is None or not plan.prompts):
+        return "The job has no prompts to sample (SAMPLE_PROMPTS)."
+    return ""
 
 
 def _cost(found: Mapping[str, Any], price: float | None) -> Document:
@@ -98,7 +106,7 @@ def checkpoints_document(out: Path, shown: ShownRun) -> Document:
     for file in lora_files(out, shown.name) if shown.name else ():
         loras.append({"name": file.path.name, "step": None if file.step == NO_STEP else file.step, "bytes": file.bytes})
     others = _other_files(out, shown)
-    files = [name for name, path in others.items() if is_regular(path) and not path.is_symlink()]
+    files = [name for name, path in others.items() if is_regular(path) and not has_link(path)]
     return {"loras": loras, "files": files}
 
 

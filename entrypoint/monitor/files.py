@@ -15,16 +15,19 @@ from urllib.parse import quote
 from anyio import to_thread
 from starlette.responses import Response, StreamingResponse
 
-from trainer.storage.read import open_regular
+from trainer.storage.read import open_unlinked
 
 PIECE = 1 << 18  # bytes
 _RANGE = re.compile(r"bytes=(\d{0,15})-(\d{0,15})")
 
 
-async def file_response(path: Path, headers: Mapping[str, str], *, media_type: str) -> Response:
-    """The file, or the range of it that the request's `headers` ask for; 404 for a link, a folder or nothing."""
+async def file_response(path: Path, headers: Mapping[str, str], *, media_type: str, method: str = "GET") -> Response:
+    """The file, or the range of it that the request's `headers` ask for; 404 for a link, a folder or nothing.
+
+    `method`: for HEAD the headers alone, and nothing is read.
+    """
     try:
-        file = await to_thread.run_sync(_opened, path)
+        file = await to_thread.run_sync(open_unlinked, path)
     except OSError:
         return Response("There is no such file.\n", 404)
     found = os.fstat(file.fileno())
@@ -47,6 +50,9 @@ async def file_response(path: Path, headers: Mapping[str, str], *, media_type: s
         status = 206
         own["Content-Range"] = f"bytes {first}-{last}/{found.st_size}"
     own["Content-Length"] = str(last - first + 1)
+    if method == "HEAD":
+        file.close()
+        return Response(status_code=status, headers=own, media_type=media_type)
     return StreamingResponse(_pieces(file, first, last), status, headers=own, media_type=media_type)
 
 
@@ -60,16 +66,6 @@ def asked_range(text: str, size: int) -> tuple[int, int] | None:
     else:
         first, last = int(match[1]), min(int(match[2] or size - 1), size - 1)
     return (first, last) if first <= last else None
-
-
-def _opened(path: Path) -> io.BufferedReader:
-    """The file itself. Raises OSError, also for a link: it may lead anywhere."""
-    file = open_regular(path)
-    here, opened = os.lstat(path), os.fstat(file.fileno())
-    if (here.st_dev, here.st_ino) != (opened.st_dev, opened.st_ino):
-        file.close()
-        raise OSError(f"{path} is a link")
-    return file
 
 
 async def _pieces(file: io.BufferedReader, first: int, last: int) -> AsyncIterator[bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 from entrypoint.monitor.dataset import TrainedImages
@@ -21,6 +22,7 @@ from entrypoint.monitor.sample_list import SampleList
 from entrypoint.report.gather import run_of
 from trainer.spec.plan import Plan
 from trainer.storage import json_files, own_files, run_records
+from trainer.storage.read import has_link
 
 CLOCK_SKEW_S = 1.0  # between this process and the trainer, of the same machine
 
@@ -31,9 +33,10 @@ class Live:
     """Everything that viewers are told, and its versions. `look` reads what has changed; `lock` is held meanwhile."""
 
     def __init__(self, served: Served) -> None:
-        self.served = served
+        # The folder itself may be named by a link; nothing in it is one.
+        self.served = replace(served, out=served.out.resolve())
         self.lock = threading.Lock()
-        self.shown = ShownRun(home=served.out)
+        self.shown = ShownRun(home=self.served.out)
         self.numbers = Numbers()
         self.log = LogTail()
         self.documents: dict[str, tuple[int, bytes]] = {}  # name → version, JSON
@@ -43,6 +46,11 @@ class Live:
         self._stamps: dict[str, tuple[Stamp | None, ...]] = {}
         self.versions = 0  # how often a document has changed
         self.instance = os.urandom(8).hex()
+
+    @property
+    def pictures_inside(self) -> Path | None:
+        """Where images of the dataset are shown from: wherever a job's plan says; beside no job, this folder alone."""
+        return None if self.served.started else self.served.out
 
     def look(self) -> None:
         """Read what has changed since the last look."""
@@ -55,16 +63,16 @@ class Live:
             self._find_run()
         home = self.shown.home
         if self._has_changed("record", home / run_records.RECORD):
-            total = (json_files.read_object(home / run_records.RECORD) or {}).get("total")
+            total = (json_files.read_object(_own(home / run_records.RECORD)) or {}).get("total")
             self.shown.total = total if isinstance(total, int) and self.shown.name else 0
         if self._has_changed("plan", home / "plan.json"):
-            self.plan = run_records.read_plan(home / "plan.json") if self.shown.name else None
+            self.plan = run_records.read_plan(_own(home / "plan.json")) if self.shown.name else None
             self._publish("plan", plan_document(self.plan))
         if self.shown.name:
             self.numbers.read_on(home / "metrics.jsonl")
         self.log.read_on(out / own_files.RUN_LOG)
         if self._has_changed("samples", home / "sample"):
-            folder = home / "sample" if self.shown.name else Path(os.devnull)
+            folder = _own(home / "sample") if self.shown.name else Path(os.devnull)
             self._publish("samples", self._samples.read(folder))
         if self._has_changed("dataset", home / own_files.DATASET_VIEW):
             self.dataset.read(home / own_files.DATASET_VIEW if self.shown.name else Path(os.devnull))
@@ -76,13 +84,15 @@ class Live:
     def _find_run(self) -> None:
         """The run that is trained; none as long as status.json is that of an earlier start."""
         out = self.served.out
-        status = json_files.read_object(out / "status.json") or {}
+        status = json_files.read_object(_own(out / "status.json")) or {}
         began = status.get("started")
         if not isinstance(began, int | float) or began < self.served.started - CLOCK_SKEW_S:
             status = {}
         name, home = run_of(out, status)
+        if _own(home) != home:
+            name, home = "", out
         if not name and not self.served.started:  # a folder without its status.json
-            plan = run_records.read_plan(home / "plan.json")
+            plan = run_records.read_plan(_own(home / "plan.json"))
             name = plan.output.name if plan else ""
         if (name, home) != (self.shown.name, self.shown.home):
             for what in ("record", "plan", "samples", "dataset", "checkpoints"):
@@ -105,6 +115,11 @@ class Live:
         if name not in self.documents or self.documents[name][1] != data:
             self.versions += 1
             self.documents[name] = (self.versions, data)
+
+
+def _own(path: Path) -> Path:
+    """`path`; where a link leads there, what nothing can be read from."""
+    return Path(os.devnull) if has_link(path) else path
 
 
 def _stamp(path: Path) -> Stamp | None:

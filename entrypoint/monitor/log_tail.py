@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from trainer.storage.read import open_regular
+from trainer.storage.read import open_unlinked
 
 MOST_KEPT = 1 << 17  # bytes
 
@@ -22,7 +22,7 @@ class LogTail:
     def read_on(self, path: Path) -> bool:
         """Read what is new in `path`; whether anything is."""
         try:
-            with open_regular(path) as file:
+            with open_unlinked(path) as file:
                 found = os.fstat(file.fileno())
                 is_other = found.st_ino != self._inode or found.st_size < self.end
                 if is_other:

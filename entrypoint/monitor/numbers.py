@@ -13,7 +13,7 @@ from array import array
 from pathlib import Path
 from typing import Any
 
-from trainer.storage.read import open_regular
+from trainer.storage.read import open_unlinked
 
 COLUMNS = ("step", "loss", "lr", "grad_norm", "prodigy_d", "images_per_second", "memory_gib")
 MOST_POINTS = 2000  # of a curve, when a viewer comes
@@ -50,7 +50,7 @@ class Numbers:
     def read_on(self, path: Path) -> bool:
         """Read what is new in `path`; whether anything is."""
         try:
-            with open_regular(path) as file:
+            with open_unlinked(path) as file:
                 found = os.fstat(file.fileno())
                 is_other = found.st_ino != self._inode or found.st_size < self._offset
                 if is_other:

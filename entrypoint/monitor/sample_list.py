@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from trainer.data.decode import DAMAGED
 from trainer.spec.log_lines import escaped
 from trainer.spec.messages.secrets import without_secrets
 from trainer.storage import own_files
-from trainer.storage.read import open_regular
+from trainer.storage.read import open_unlinked
 
 HEAD_BYTES = 1 << 16  # of a PNG, that hold its size and its texts
 WIDTH = 384  # pixels of a small image
@@ -81,7 +80,7 @@ def _version(path: Path) -> tuple[str, int, int] | None:
 
 def _look_into(path: Path) -> SampleHead | None:
     try:
-        with open_regular(path) as file:
+        with open_unlinked(path) as file:
             image = Image.open(io.BytesIO(file.read(HEAD_BYTES)), formats=("PNG",))
     except (*DAMAGED, Image.DecompressionBombError):
         return None
@@ -96,12 +95,11 @@ def clean(text: str) -> str:
 
 
 class SmallImages:
-    """Small images, kept in memory as long as there is room. One is made at a time: they must not take the cores."""
+    """Small images, kept in memory as long as there is room. For one thread at a time."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[tuple[str, int, int], bytes] = OrderedDict()
         self._bytes = 0
-        self._turn = threading.Lock()
 
     def sample(self, path: Path) -> bytes:
         """A JPEG of the sample in `path`; b"" where it cannot be read."""
@@ -113,13 +111,12 @@ class SmallImages:
         if version is None:
             return b""
         key = (f"{kind}{path}", *version[1:])
-        with self._turn:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key]
-            made = make()
-            self._kept[key] = made
-            self._bytes += len(made)
-            while self._bytes > MOST_SMALL_BYTES:
-                self._bytes -= len(self._kept.popitem(last=False)[1])
-            return made
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        made = make()
+        self._kept[key] = made
+        self._bytes += len(made)
+        while self._bytes > MOST_SMALL_BYTES:
+            self._bytes -= len(self._kept.popitem(last=False)[1])
+        return made

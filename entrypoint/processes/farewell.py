@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from entrypoint import DEFAULT_OUTPUT_PATH
+from entrypoint.system.raw_value import raw_value
 from trainer.process import guard
 from trainer.process.guard import Ending
 from trainer.storage.json_files import read_object
@@ -33,7 +34,7 @@ def say(ending: Ending) -> None:
     status_path = output_path(os.environ) / "status.json"
     status = read_object(status_path) or {}
     is_own = isinstance(status.get("started"), float) and status["started"] >= ending.started
-    message = ending.cause or f"Stopped by {guard.signal_name(ending.stop or 0)}{_where(status, is_own=is_own)}."
+    message = ending.cause or f"{ending.stopped_how}{_where(status, is_own=is_own)}."
     has_said = is_own and status.get("phase") in ("stopped", "failed")
     is_stop = ending.stop is not None and ending.exit_code == 128 + ending.stop
     if (is_stop or ending.cause) and not has_said:
@@ -46,18 +47,6 @@ def say(ending: Ending) -> None:
 def output_path(environ: Mapping[str, str]) -> Path:
     """OUTPUT_PATH, even if other settings are invalid."""
     return Path(raw_value(environ, "OUTPUT_PATH") or DEFAULT_OUTPUT_PATH).expanduser()
-
-
-def raw_value(environ: Mapping[str, str], name: str) -> str:
-    """A variable from the environment, or from CONFIG_JSON; not checked."""
-    if value := environ.get(name, "").strip():
-        return value
-    try:
-        config = json.loads(environ.get("CONFIG_JSON", ""))
-    except (ValueError, RecursionError):
-        return ""
-    found = config.get(name) if isinstance(config, dict) else None
-    return found.strip() if isinstance(found, str) else ""
 
 
 def _where(status: Mapping[str, Any], *, is_own: bool) -> str:

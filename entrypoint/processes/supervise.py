@@ -20,9 +20,10 @@ from dataclasses import asdict, dataclass, replace
 
 from entrypoint.fetch import http
 from entrypoint.processes import places
-from entrypoint.processes.farewell import output_path, raw_value
+from entrypoint.processes.farewell import output_path
 from entrypoint.processes.pod import asked_to_end, start_ssh
 from entrypoint.settings.variables.finish import ACTIONS, FinishSettings
+from entrypoint.system.raw_value import raw_value
 from trainer.process import guard, vitals
 from trainer.spec.errors import SettingsError, StorageError
 from trainer.storage import json_files, own_files

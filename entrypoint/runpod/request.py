@@ -17,6 +17,7 @@ from entrypoint.settings import checks, read_settings
 from entrypoint.settings.variables import CONFIG_JSON, NAMES, ROWS
 from entrypoint.settings.variables.engine import BACKENDS
 from entrypoint.system import cards, secrets
+from entrypoint.system.raw_value import raw_value
 from trainer.spec.documents.forms import parse
 from trainer.spec.errors import SettingsError
 from trainer.spec.messages.secrets import without_secrets
@@ -79,7 +80,7 @@ def with_backend(image: str, backend: str) -> str:
 
 def ports(variables: Mapping[str, str]) -> list[str]:
     """What a pod opens: SSH, and the monitor page, which RunPod's proxy serves."""
-    page = variables.get("MONITOR_PORT", "").strip() or ROWS["MONITOR_PORT"].default
+    page = raw_value(variables, "MONITOR_PORT", is_number=True) or ROWS["MONITOR_PORT"].default
     return [SSH_PORT] if page == "0" else [SSH_PORT, f"{page}/http"]
 
 

@@ -274,6 +274,9 @@ NO_TERMS = {
         "what the monitor page reads",
     ),
     **dict.fromkeys(("Server", "Keeper"), "the process of the monitor page, and what starts it again"),
+    **dict.fromkeys(
+        ("Connection", "OwnConnection"), "a connection to the monitor page, which uvicorn asks for as a class"
+    ),
     **dict.fromkeys(("Known", "HidingStream"), "how known secrets are kept out of what is printed"),
     "PartlyJoinedProcessor": "one case of a class of diffusers",
     **dict.fromkeys(("Card", "TorchKernels"), "what a card, and this torch, can do"),

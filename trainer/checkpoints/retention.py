@@ -23,14 +23,20 @@ class CheckpointRetention:
     """Keeps the newest states in `home`, and the LoRA files of the newest saves in `out`, of those that `record` lists.
 
     0 keeps all. What `record` calls finished stays in any case: the end of a run before it was asked for more.
+
+    `every`: a save at a multiple of so many steps is scheduled; 0: none is. The others, which were asked for or come
+    from a stop, are counted apart: they push no scheduled LoRA file out.
     """
 
-    def __init__(self, out: Path, home: Path, record: RunRecord, *, keep_states: int, keep_loras: int) -> None:
+    def __init__(
+        self, out: Path, home: Path, record: RunRecord, *, keep_states: int, keep_loras: int, every: int = 0
+    ) -> None:
         self.out = out
         self.home = home
         self.record = record
         self.keep_states = keep_states
         self.keep_loras = keep_loras
+        self.every = every
 
     def write(self, write: Callable[[], None], step: int) -> None:
         """Call `write`, which saves `step`, and prune. If the disk is full, prune all but the newest state and retry.
@@ -54,14 +60,21 @@ class CheckpointRetention:
         before = self._count()
         self.record.disown_states(state_files.prune(self.home / "state", keep_states, own=self.record.states))
         saves = self._saves()
-        steps = sorted(set(saves.values()) - set(self.record.finished))
-        outdated_steps = steps[:-keep_loras] if keep_loras else []
+        outdated_steps: list[int] = []
+        if keep_loras:
+            steps = sorted(set(saves.values()) - set(self.record.finished))
+            scheduled = [step for step in steps if self._is_scheduled(step)]
+            others = [step for step in steps if not self._is_scheduled(step)]
+            outdated_steps = scheduled[:-keep_loras] + others[:-keep_loras]
         outdated = [name for name, step in saves.items() if step in outdated_steps]
         for name in outdated:
             (self.out / name).unlink(missing_ok=True)
         self.record.disown(outdated)
         atomic.remove_leftovers(self.out, self.record.files.__contains__)
         return before - self._count()
+
+    def _is_scheduled(self, step: int) -> bool:
+        return self.every > 0 and step % self.every == 0
 
     def saved_steps(self) -> list[int]:
         """The steps whose LoRA files are there."""

@@ -129,6 +129,10 @@ class BackgroundWriter:
         self.join()
         self._running = self._thread.submit(task)
 
+    @property
+    def is_busy(self) -> bool:
+        return self._running is not None and not self._running.done()
+
     def check(self) -> None:
         """Raise what the task has raised, if it is over. Does not wait."""
         if self._running is not None and self._running.done():

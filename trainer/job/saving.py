@@ -75,7 +75,10 @@ class Saver:
         self.last_saved: int | None = None  # step of the newest state that this process wrote
         keep = self.plan.output.keep_checkpoints
         states, loras = (KEPT_STATES, 0) if keep == AUTO else (keep, keep)
-        self.retention = CheckpointRetention(self.out, self.home, self.record, keep_states=states, keep_loras=loras)
+        every = self.plan.output.save_every
+        self.retention = CheckpointRetention(
+            self.out, self.home, self.record, keep_states=states, keep_loras=loras, every=every
+        )
 
     def saved_step(self) -> int | None:
         return self.last_saved

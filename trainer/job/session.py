@@ -72,6 +72,9 @@ class Session:
     watchdog: Watchdog
     workers: Workers
 
+    def __post_init__(self) -> None:
+        self.workers.requests.is_saving = lambda: self.saver.writer.is_busy
+
     def predict(self, noisy_BCHW: torch.Tensor, t_B: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
         """The denoiser's prediction (B, C, H, W) for noisy latents at times `t_B`."""
         text = self.training_state.texts.encode_trained(batch.text, batch.captions)

@@ -47,7 +47,8 @@ class Ending(NamedTuple):
     """How a guarded program ended.
 
     `stop`: the signal that asked for it (SIGTERM for SIGHUP, which means the same). `killed`: by us, since it did not
-    answer in time. `cause`: what is known of a kill that was not ours, in one sentence.
+    answer in time. `cause`: what is known of a kill that was not ours, in one sentence. `on_page`: the monitor page
+    asked for it.
     """
 
     exit_code: int
@@ -56,6 +57,12 @@ class Ending(NamedTuple):
     limit_reached: bool = False
     killed: bool = False
     cause: str = ""
+    on_page: bool = False
+
+    @property
+    def stopped_how(self) -> str:
+        """For a sentence: "Stopped by SIGTERM"."""
+        return stopped_how(self.stop or 0, on_page=self.on_page)
 
     def line(self) -> str:
         """What to print where the program could not; "" where it has said itself how it ended."""
@@ -63,12 +70,17 @@ class Ending(NamedTuple):
             return f"{self.cause} [exit {self.exit_code}]"
         if not self.killed or self.stop is None:
             return ""
-        return f"Stopped by {signal_name(self.stop)}. [exit {self.exit_code}]"
+        return f"{self.stopped_how}. [exit {self.exit_code}]"
 
 
 def signal_name(number: int) -> str:
     """ "Ctrl-C" for SIGINT: that is what people press."""
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+def stopped_how(number: int, *, on_page: bool) -> str:
+    """For a sentence. `number`: of the signal by which the program learns it."""
+    return "Stopped on the monitor page" if on_page else f"Stopped by {signal_name(number)}"
 
 
 def say(ending: Ending) -> None:
@@ -189,6 +201,7 @@ class _Watch:
         self.stop: int | None = None
         self.stopped_at = 0.0
         self.limit_reached = False
+        self.on_page = False
         self.killed_at: float | None = None
 
     def run(self) -> Ending:
@@ -240,6 +253,7 @@ class _Watch:
             self._ask(signal.SIGTERM)
         if self.stop is None and self.vitals.read(STOP) is not None:
             self.limit_reached = True  # a pod is not to start the job again
+            self.on_page = True
             print_text(STOP_ASKED)
             self._ask(signal.SIGTERM)
         if self.stop is None or self.killed_at is not None:
@@ -267,7 +281,15 @@ class _Watch:
         elif code < 0:
             cause = f"The program was ended by {signal.Signals(-code).name}."
             code = 128 - code
-        return Ending(code, self.started, stop, limit_reached=self.limit_reached, killed=is_killed, cause=cause)
+        return Ending(
+            code,
+            self.started,
+            stop,
+            limit_reached=self.limit_reached,
+            killed=is_killed,
+            cause=cause,
+            on_page=self.on_page,
+        )
 
 
 def _end_children(strangers: set[int]) -> None:

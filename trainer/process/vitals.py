@@ -27,6 +27,7 @@ SAMPLE = 256
 STOP = 320
 SCRATCH = 4096
 LONGEST_PATH = 4096
+BETWEEN_SAVES_S = 30.0  # of those that the monitor page asks for
 ANSWERED_GRACE_S = 300.0  # a trainer that has noticed the stop finishes its step and saves: a slow volume takes minutes
 
 

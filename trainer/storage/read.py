@@ -44,12 +44,30 @@ def open_regular(path: Path) -> io.BufferedReader:
         raise
 
 
-def read_regular(path: Path, *, limit: int) -> bytes:
-    """The bytes of a regular file of at most `limit` bytes.
+def has_link(path: Path) -> bool:
+    """Whether the file, or a folder on the way to it, is a symbolic link: it may lead anywhere."""
+    return os.path.realpath(path) != str(path.absolute())
+
+
+def open_unlinked(path: Path) -> io.BufferedReader:
+    """As `open_regular`, and raises OSError (errno ELOOP) as well where `has_link`, also of a file that changes now."""
+    file = open_regular(path)
+    try:
+        here, opened = os.lstat(path), os.fstat(file.fileno())
+        if has_link(path) or (here.st_dev, here.st_ino) != (opened.st_dev, opened.st_ino):
+            raise OSError(errno.ELOOP, "a link, not a file", str(path))
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def read_regular(path: Path, *, limit: int, links: bool = True) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes. `links`: whether its name may have a link in it.
 
     Raises OSError as `open_regular`; where the file is larger, "larger than 1 MiB" (errno EFBIG).
     """
-    with open_regular(path) as file:
+    with open_regular(path) if links else open_unlinked(path) as file:
         if os.fstat(file.fileno()).st_size > limit:
             raise _too_large(path, limit)
         # One byte more than allowed: a file may grow meanwhile, and those of /proc have no size.

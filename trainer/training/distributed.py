@@ -53,7 +53,7 @@ class Workers:
         self.folder = folder or Path()
         self._stop = stop or StopFlag()
         self._all_stopping = False
-        self._requests = PageRequests(self._stop.vitals)
+        self.requests = PageRequests(self._stop.vitals)
         self._asked = NOTHING
         self._turns = 0  # how often the first process worked alone
         self._parent = os.getppid()
@@ -76,7 +76,7 @@ class Workers:
 
     def asked(self) -> NowDue:
         """What was asked for on the monitor page since the last step; all processes have the same answer."""
-        return self._asked if self.size > 1 else self._requests.take()
+        return self._asked if self.size > 1 else self.requests.take()
 
     def connect(self, device: str) -> None:
         """Meet the other processes, on `device` (a torch device type). Takes the memory that NCCL needs now.
@@ -137,7 +137,7 @@ class Workers:
         if self.size == 1:
             loss = torch.cat(list(losses)).mean()
             return torch.stack([loss, torch.full_like(loss, own_images), *3 * [torch.zeros_like(loss)]])
-        asked = self._requests.take()
+        asked = self.requests.take()
         own_totals = (0.0, float(own_images), float(self._stop.requested), float(asked.save), float(asked.sample))
         # They are the same in nearly all steps. A copy to the device would wait for it.
         if self._own_totals is None or self._own_totals[0] != own_totals:

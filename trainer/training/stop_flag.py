@@ -10,8 +10,8 @@ import threading
 import time
 from types import FrameType
 
-from trainer.process.guard import PR_SET_PDEATHSIG, print_text, signal_name
-from trainer.process.vitals import Vitals
+from trainer.process.guard import PR_SET_PDEATHSIG, print_text, stopped_how
+from trainer.process.vitals import STOP, Vitals
 from trainer.spec.errors import StopRequestedError
 
 
@@ -70,4 +70,5 @@ class StopFlag:
 
     def _problem(self, where: str) -> StopRequestedError:
         number = self.signal or signal.SIGTERM
-        return StopRequestedError(f"Stopped by {signal_name(number)}{where}.", exit_code=128 + number)
+        on_page = self.vitals is not None and self.vitals.read(STOP) is not None
+        return StopRequestedError(f"{stopped_how(number, on_page=on_page)}{where}.", exit_code=128 + number)

@@ -24,7 +24,13 @@ async function act(name) {
   const said = byId("acted");
   try {
     const answer = await fetch(`action/${name}`, { method: "POST", headers: { "X-Kiln-Page": "1" } });
-    said.textContent = answer.ok ? DONE[name] : "The job cannot do this now.";
+    if (answer.ok) {
+      said.textContent = DONE[name];
+    } else if (answer.status === 409) {
+      said.textContent = `Not now: ${(await answer.text()).trim()}`;
+    } else {
+      said.textContent = `The request was refused (${answer.status}).`;
+    }
   } catch {
     said.textContent = "The server does not answer.";
   }

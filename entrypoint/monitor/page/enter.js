@@ -21,6 +21,12 @@ async function enter(token) {
     location.reload();
   } else if (answer.status === 429) {
     refuse("Too many wrong tokens. Wait a moment, then try again.");
+  } else if (answer.status === 403) {
+    refuse("The server takes this for a request of another site. Open the page itself, not in another page.");
+  } else if (answer.status === 503) {
+    refuse("The server has too many connections. Wait a moment, then try again.");
+  } else if (answer.status !== 401) {
+    refuse(`The server cannot answer (${answer.status}). Wait a moment, then try again.`);
   } else {
     refuse("This is not the token of this job.");
   }

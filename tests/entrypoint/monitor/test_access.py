@@ -4,14 +4,21 @@ import concurrent.futures
 import json
 import os
 import socket
+import threading
 import time
 
 import pytest
 
+from entrypoint.monitor import files
 from entrypoint.monitor.access import Access, Bucket
+from entrypoint.monitor.actions import Actions
 from entrypoint.monitor.app import HEADERS
+from entrypoint.monitor.stream import TICK_S
+from entrypoint.report import samples as small_images
 from tests.support.finished_runs import finished_run
 from tests.support.monitor import TOKEN, WITH_TOKEN, serving
+from trainer.process.vitals import SAVE, STOP, VARIABLE, Vitals
+from trainer.storage.own_files import DATASET_VIEW as DATASET
 
 BEHIND = ("/events", "/sample/step-00000020-00.png", "/small/step-00000020-00.png", "/file/x.safetensors", "/images")
 WRONG = {"Authorization": "Bearer not-the-token-at-all"}
@@ -82,6 +89,32 @@ def test_the_comparison_takes_all_of_the_text():
     assert Access("another-token-12345", port=1).cookie != access.cookie
 
 
+def test_a_cookie_is_for_one_process_and_one_session(fresh):
+    """Jobs with the same MONITOR_TOKEN do not take each other's."""
+    access = Access(TOKEN, port=1)
+    assert access.allows({"cookie": f"kiln_monitor_1={access.cookie}"})
+    assert Access(TOKEN, port=1).allows({"cookie": f"kiln_monitor_1={access.cookie}"}) is False
+    body = json.dumps({"token": TOKEN}).encode()
+    entered = fresh.ask("/enter", method="POST", body=body, headers={})
+    assert "Max-Age" not in entered.headers["set-cookie"] and "Expires" not in entered.headers["set-cookie"]
+
+
+@pytest.mark.parametrize("odd", ["a[1]=x", "{}=1", "x y=1", "kiln", "=", 'q="', "\xe4=\xf6"])
+def test_odd_cookies_of_other_programs_on_this_host_change_nothing(odd):
+    access = Access(TOKEN, port=1)
+    assert access.allows({"cookie": f"{odd}; kiln_monitor_1={access.cookie}; {odd}"})
+    assert access.allows({"cookie": odd}) is None
+
+
+def test_an_old_cookie_finds_the_door_while_others_try_tokens(fresh):
+    for _ in range(40):
+        last = fresh.ask("/health", headers=WRONG).status
+    assert last == 429
+    door = fresh.ask("/", headers={"Cookie": f"kiln_monitor_{fresh.port}=old"})
+    assert door.status == 401 and b"Token of this job" in door.body
+    assert fresh.ask("/", headers=WRONG).status == 429
+
+
 # ---- limits
 
 
@@ -120,6 +153,7 @@ def test_a_request_of_another_site_changes_nothing(fresh):
     for foreign in (
         {"Sec-Fetch-Site": "cross-site"},
         {"Sec-Fetch-Site": "same-site"},
+        {**host, "Sec-Fetch-Site": "cross-site", "Origin": f"http://127.0.0.1:{fresh.port}"},
         {**host, "Origin": "https://evil.example"},
         {**host, "Origin": "null"},
         {**host, "Origin": f"http://127.0.0.1:{fresh.port + 1}"},
@@ -128,6 +162,9 @@ def test_a_request_of_another_site_changes_nothing(fresh):
         assert refused.status == 403 and "set-cookie" not in refused.headers, foreign
     for own in (
         {"Sec-Fetch-Site": "same-origin"},
+        # A proxy that asks for another host, and does not say for which it was asked.
+        {"Sec-Fetch-Site": "same-origin", "Host": "inside:1", "Origin": "https://outside.example"},
+        {"Sec-Fetch-Site": "none", "Host": "inside:1", "Origin": "https://outside.example"},
         {**host, "Origin": f"http://127.0.0.1:{fresh.port}"},
         {
             "Host": "inside:1",
@@ -212,6 +249,59 @@ def test_a_link_or_a_fifo_by_a_name_of_the_run_is_not_served(fresh, tmp_path):
     assert {event.name for event in fresh.events()} >= {"status", "samples"}  # and nothing has waited for it
 
 
+@pytest.mark.parametrize("name", ["run.log", "metrics.jsonl", "plan.json", "status.json", "sample", DATASET])
+def test_no_link_of_the_folder_is_followed_by_what_viewers_are_told(tmp_path, name):
+    """A file or folder of the run is moved outside, and a link is left in its place."""
+    out = tmp_path / "out"
+    out.mkdir()
+    finished_run(out)
+    (out / "run.log").write_text("a line\n")
+    (out / name).rename(tmp_path / "outside")
+    (out / name).symlink_to(tmp_path / "outside")
+    with serving(out) as page:
+        told = {event.name: event.data for event in page.events()}
+        for kind in ("sample", "small"):
+            assert (page.ask(f"/{kind}/step-00000020-00.png").status == 404) == (name == "sample")
+    gone = {
+        "run.log": not told.get("log", {}).get("text"),
+        "metrics.jsonl": told["history"]["columns"]["step"] == [],
+        "plan.json": told["plan"]["settings"] == [],
+        "status.json": told["status"]["phase"] == "preparing",
+        "sample": told["samples"]["images"] == [],
+        DATASET: told["dataset"]["images"] == 0,
+    }
+    assert gone[name], told
+    assert name not in told["checkpoints"]["files"]
+
+
+def test_a_run_outside_of_the_folder_is_not_shown(tmp_path):
+    out = tmp_path / "out"
+    (out / "runs").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    finished_run(tmp_path / "elsewhere")
+    (out / "runs" / "x").symlink_to(tmp_path / "elsewhere")
+    status = json.loads((tmp_path / "elsewhere" / "status.json").read_text())
+    (out / "status.json").write_text(json.dumps({**status, "run_folder": "runs/x"}))
+    with serving(out) as page:
+        told = {event.name: event.data for event in page.events()}
+        assert (
+            told["plan"]["settings"] == []
+            and told["samples"]["images"] == []
+            and told["history"]["columns"]["step"] == []
+        )
+        assert page.ask("/file/metrics.jsonl").status == 404
+        assert page.ask("/sample/step-00000020-00.png").status == 404
+
+
+def test_a_folder_may_be_named_by_a_link(tmp_path):
+    (tmp_path / "out").mkdir()
+    finished_run(tmp_path / "out")
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    with serving(tmp_path / "link") as page:
+        assert page.ask("/file/x.safetensors").status == 200
+        assert page.ask("/small/step-00000020-00.png").status == 200
+
+
 def test_files_come_as_downloads_whole_and_in_ranges(page):
     whole = (page.folder / "x.safetensors").read_bytes()
     answer = page.ask("/file/x.safetensors")
@@ -245,3 +335,74 @@ def test_of_the_dataset_only_images_of_the_run_are_shown(page):
         assert page.ask(f"/images?first={first}").status == 200
     for number in ("0", "2", "99999999999999999999", "-1", "x", "..%2f0"):
         assert page.ask(f"/picture/{number}").status == 404
+
+
+def test_pictures_that_are_slow_hold_up_nothing_else(fresh, monkeypatch):
+    """More of them at once than there are threads for everything else: one is made after another."""
+    at_once = []
+
+    def slow(_path, _width):
+        at_once.append(len(at_once))
+        drawing.wait(20)
+        return b"\xff\xd8"
+
+    drawing = threading.Event()
+    monkeypatch.setattr(small_images, "thumbnail", slow)
+    with concurrent.futures.ThreadPoolExecutor(60) as pool:
+        asked = [pool.submit(fresh.ask, f"/small/step-000000{step}-0{prompt}.png")
+                 for step in (20, 40) for prompt in (0, 1) for _ in range(14)]  # fmt: skip
+        try:
+            while not at_once:
+                time.sleep(0.01)
+            time.sleep(0.5)
+            began = time.monotonic()
+            assert fresh.ask("/file/x.safetensors").status == 200 and time.monotonic() - began < 5
+            assert len(at_once) == 1
+        finally:
+            drawing.set()
+        assert {answer.result().status for answer in asked} == {200}
+
+
+def test_what_the_job_cannot_do_now_is_refused_with_the_reason(tmp_path):
+    finished_run(tmp_path)
+    vitals, path = Vitals.make()
+    own = {**WITH_TOKEN, "X-Kiln-Page": "1"}
+    with serving(tmp_path, actions=Actions({VARIABLE: path})) as page:
+
+        def asked(name, phase):
+            status = json.loads((tmp_path / "status.json").read_text())
+            (tmp_path / "status.json").write_text(json.dumps({**status, "phase": phase}))
+            time.sleep(TICK_S)
+            answer = page.ask(f"/action/{name}", method="POST", body=b"", headers=own)
+            return answer.status, answer.body.decode()
+
+        assert asked("save", "done") == (409, "The job has ended (done).\n")
+        assert asked("stop", "failed")[0] == 409 and vitals.read(STOP) is None
+        assert asked("save", "caching") == (409, "The job is not training now (phase: caching).\n")
+        assert vitals.read(SAVE) is None
+        assert asked("save", "training") == (202, "")
+        assert asked("save", "training") == (409, "A save was asked for less than 30 s ago.\n")
+        assert asked("nothing", "training")[0] == 404
+        assert asked("stop", "caching")[0] == 202 and vitals.read(STOP) is not None
+    vitals.close()
+
+
+def test_head_reads_no_file_and_holds_no_stream(page, monkeypatch):
+    def pieces(*_):
+        raise AssertionError("the file is read")
+
+    monkeypatch.setattr(files, "_pieces", pieces)
+    size = (page.folder / "x.safetensors").stat().st_size
+    answer = page.ask("/file/x.safetensors", method="HEAD")
+    assert (answer.status, answer.headers["content-length"], answer.body) == (200, str(size), b"")
+    part = page.ask("/file/x.safetensors", method="HEAD", headers={**WITH_TOKEN, "Range": "bytes=0-9"})
+    assert (part.status, part.headers["content-length"]) == (206, "10")
+    began = time.monotonic()
+    events = page.ask("/events", method="HEAD")
+    assert events.status == 200 and events.headers["content-type"].startswith("text/event-stream")
+    with socket.create_connection(("127.0.0.1", page.port), timeout=5) as connection:
+        connection.sendall(f"HEAD /events HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n".encode())
+        connection.sendall(b"Connection: close\r\n\r\n")
+        while connection.recv(4096):
+            pass
+    assert time.monotonic() - began < 5

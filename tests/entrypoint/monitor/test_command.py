@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from entrypoint.monitor.access import page_address
+from entrypoint.monitor.beside import page_address
 from tests.support.finished_runs import finished_run
 from tests.support.monitor import Page
 from tests.support.programs import basic_environment

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from entrypoint.fetch import http
-from entrypoint.runpod import __main__, download
+from entrypoint.runpod import __main__, download, request
 from entrypoint.runpod import api as runpod_api
 from entrypoint.runpod.api import RunPod
 from entrypoint.system.prices import read_offers
@@ -58,6 +58,22 @@ def test_the_template_is_made_once_and_then_updated(server, command):
     ]
     assert command("template", *IMAGE, "--backend", "rocm")[0] == 0
     assert {t["category"] for t in server.templates.values()} == {"NVIDIA", "AMD"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "port"),
+    [
+        ({}, "8675"),
+        ({"MONITOR_PORT": "9000"}, "9000"),
+        ({"CONFIG_JSON": '{"MONITOR_PORT": "9000"}'}, "9000"),
+        ({"CONFIG_JSON": '{"MONITOR_PORT": 9000}'}, "9000"),
+        ({"CONFIG_JSON": '{"MONITOR_PORT": 0}'}, None),
+        ({"CONFIG_JSON": '{"MONITOR_PORT": 9000}', "MONITOR_PORT": "9001"}, "9001"),
+        ({"CONFIG_JSON": "{"}, "8675"),
+    ],
+)
+def test_a_pod_opens_the_port_of_the_monitor_page_wherever_it_is_named(variables, port):
+    assert request.ports(variables) == ["22/tcp", *([f"{port}/http"] if port else [])]
 
 
 def test_a_pod_gets_the_variables_of_the_environment(server, command):

@@ -49,6 +49,16 @@ def test_only_what_the_run_wrote_is_removed(folder):
     assert RunRecord(folder).files == ["x-step00000012.safetensors", "x-step00000016.safetensors"]
 
 
+def test_a_save_that_was_asked_for_pushes_no_scheduled_one_out(folder):
+    record = RunRecord(folder)
+    for step in (13, 14, 15):
+        record.own(f"x-step{step:08d}.safetensors")
+        (folder / f"x-step{step:08d}.safetensors").write_bytes(b"LoRA")
+    CheckpointRetention(folder, folder, record, keep_states=2, keep_loras=2, every=4).prune(2, 2)
+    kept = [f"x-step{step:08d}.safetensors" for step in (12, 14, 15, 16)]
+    assert left(folder) == sorted([*MINE, *kept])
+
+
 def test_all_lora_files_and_two_states_may_stay(folder):
     retention = CheckpointRetention(folder, folder, RunRecord(folder), keep_states=2, keep_loras=0)
     assert retention.prune(2, 0) == 2

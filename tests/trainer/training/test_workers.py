@@ -103,7 +103,7 @@ def test_what_the_page_asks_of_the_first_is_due_in_both_after_the_same_step(pair
     def meet(workers):
         vitals, _ = Vitals.make()
         if workers.is_first:
-            workers._requests = PageRequests(vitals)
+            workers.requests = PageRequests(vitals)
         told = []
         for number in range(4):
             if workers.is_first and number == 1:

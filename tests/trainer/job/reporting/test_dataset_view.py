@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,13 @@ def test_no_row_leads_out_of_the_folder_of_its_source(trained):
     ):  # fmt: skip
         assert find_image({**inside, **changed}, plan) is None, changed
     assert find_image(inside, None) is None
+    # A folder from elsewhere may name any place of this machine.
+    assert find_image(inside, plan, inside=out) is None and find_image(inside, plan, inside=folder.resolve())
+    source = replace(plan.data.datasets[0].subsets[0].source, path="/")
+    subset = replace(plan.data.datasets[0].subsets[0], source=source)
+    dataset = replace(plan.data.datasets[0], subsets=(subset,))
+    changed = replace(plan, data=replace(plan.data, datasets=(dataset,)))
+    assert find_image({**inside, "file": str(folder / "wide.png").lstrip("/")}, changed) is None
     for numbers in (
         {"bucket": [0, 0]},
         {"scaled": [0, 0]},
