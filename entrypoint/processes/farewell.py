@@ -22,12 +22,12 @@ from trainer.process.guard import Ending
 from trainer.storage.json_files import read_object
 
 GO_ON = "Start the same command again to go on: it resumes automatically."
-OTHER_COMMANDS = frozenset({"check", "--check", "--gpu", "--help-env", "--version", "-h", "--help", "sample", "export"})
+JOB_ARGUMENTS = frozenset({"train", "-v", "--verbose"})  # any other is of a command that has no status.json
 
 
 def say(ending: Ending) -> None:
     """Print the last line and complete status.json, so far as the program has not done both."""
-    if OTHER_COMMANDS & set(sys.argv[1:]):
+    if not JOB_ARGUMENTS.issuperset(sys.argv[1:]):
         guard.say(ending)
         return
     status_path = output_path(os.environ) / "status.json"
