@@ -124,16 +124,16 @@ def _run(arguments: list[str], environ: Mapping[str, str], known: Known) -> int:
             print("--json belongs to --check or --help-env", file=sys.stderr)  # noqa: T201
             return 64
         logging.getLogger().addHandler(report)
-    code = supervise.supervised(lambda: _exit_code(environ, check=check, card=options.gpu, report=report), environ)
+
+    def run() -> int:
+        return _ended(lambda: job(environ, check=check, card=options.gpu, report=report))
+
+    code = run() if check else supervise.supervised(run, environ)  # ON_FINISH is of a job
     if options.json:
         logging.getLogger().removeHandler(report)
         with contextlib.suppress(BrokenPipeError):
             print(report.to_json(code), flush=True)  # noqa: T201
     return code
-
-
-def _exit_code(environ: Mapping[str, str], *, check: bool, card: str | None, report: CheckReport) -> int:
-    return _ended(lambda: job(environ, check=check, card=card, report=report))
 
 
 def _ended(run: Callable[[], int]) -> int:

@@ -208,10 +208,69 @@ def test_each_place_says_what_the_end_means_there(place, action, words):
     assert said is None if words is None else words in said
 
 
-def test_a_limit_ends_the_job_and_the_pod(server, pod):
-    ended = guard.Ending(143, time.time(), signal.SIGTERM, limit_reached=True)
-    assert supervise.supervised(lambda: 0, pod, times=QUICK, run=lambda job: ended) == 143
+LIMITED = guard.Ending(143, 0.0, signal.SIGTERM, limit_reached=True)  # also by the monitor page
+
+
+@pytest.mark.parametrize("action", ["stop", "terminate", "wait"])
+def test_a_limit_ends_the_job_and_the_pod_but_not_its_volume(server, pod, action, caplog):
+    """The page and the log promise that the same command resumes."""
+    own = {**pod, "ON_FINISH": action}
+    assert supervise.supervised(lambda: 0, own, times=QUICK, run=lambda job: LIMITED) == 143
     assert state(server) == "EXITED"
+    assert ("in place of ON_FINISH=terminate" in caplog.text) == (action == "terminate")
+
+
+def test_a_done_pod_that_waits_waits_once_when_it_is_started_again(server, pod, caplog):
+    waits = {**pod, "ON_FINISH": "wait"}
+    assert supervised(lambda: 0, waits, times=QUICK) == 0
+    server.add_pod("pod1")
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        assert supervised(lambda: 0, waits, times=QUICK) == 0
+    assert "This job is already done" in caplog.text and "ON_FINISH=wait keeps" not in caplog.text
+    assert state(server) == "EXITED"
+
+
+def limited(tmp_path, **more):
+    """The settings of a job with MAX_COST, which is reached after 0.1 s."""
+    job = {"BASE_MODEL": "mini-flux", "DATASET_NAME": str(tmp_path), "OUTPUT_PATH": str(tmp_path / "output")}
+    return job | {"ON_FINISH": "wait", "MAX_COST": "1", "PRICE_PER_HOUR": "36000"} | more
+
+
+def test_no_pod_waits_beyond_its_limit_of_money(server, pod, tmp_path):
+    began = time.monotonic()
+    times = dataclasses.replace(QUICK, linger=60.0)
+    assert supervise.supervised(lambda: 0, pod | limited(tmp_path), times=times, run=lambda job: LIMITED) == 143
+    assert time.monotonic() - began < 20 and state(server) == "EXITED"
+
+
+def test_no_container_waits_beyond_its_limit_of_money(tmp_path):
+    began = time.monotonic()
+    assert supervised(lambda: 0, limited(tmp_path), times=dataclasses.replace(QUICK, linger=60.0)) == 0
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("action", ["wait", "idle"])
+@pytest.mark.parametrize("code", [143, 130])
+def test_elsewhere_a_stopped_job_ends_its_container(action, code, caplog):
+    """Its parent would kill it in the middle of the wait."""
+    began = time.monotonic()
+    with caplog.at_level("INFO"):
+        assert supervised(lambda: code, {"ON_FINISH": action}) == code
+    assert time.monotonic() - began < 5
+    assert "the container exits now" in caplog.text and "keeps the container" not in caplog.text
+
+
+@pytest.mark.parametrize("action", ["wait", "idle", "terminate"])
+@pytest.mark.parametrize("arguments", [["check"], ["--check"], ["--gpu", "RTX 4090"], ["quote"], ["--help-env"]])
+def test_nothing_of_on_finish_happens_for_other_commands(server, pod, programs, tmp_path, arguments, action):
+    """No wait, no stop of the pod, no record of an attempt."""
+    place = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG")}
+    job = {"BASE_MODEL": "none-such", "DATASET_NAME": str(tmp_path), "PYTHONPATH": str(ROOT), "ON_FINISH": action}
+    process = programs.start("-m", "entrypoint", *arguments, environment={**place, **pod, **job})
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == (0 if arguments == ["--help-env"] else 78), printed
+    assert state(server) == "RUNNING" and not (Path(pod["OUTPUT_PATH"]) / "pod.json").exists()
 
 
 def finish(**asked):
