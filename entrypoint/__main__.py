@@ -198,11 +198,20 @@ def job(environ: Mapping[str, str], *, check: bool, card: str | None = None, rep
         ending.exit_code, ending.message = code, ""  # the trainer's own is in status.json
         if not check:
             said = receipt(settings.output.output_path, started=began, price=settings.finish.price_per_hour)
-            fetch = how_to_fetch(settings.output.output_path, environ) if code == 0 else None
-            for line in (said, fetch):
-                if line:
-                    log.info("%s", line)
+            if said:
+                log.info("%s", said)
+            if code == 0:
+                _say_how_to_fetch(settings, environ)
         return code
+
+
+def _say_how_to_fetch(settings: Settings, environ: Mapping[str, str]) -> None:
+    """A warning where the results are lost with the pod."""
+    action, uploaded_to = supervise.asked_action(environ), settings.finish.push_to_hub
+    text = how_to_fetch(settings.output.output_path, environ, action=action, uploaded_to=uploaded_to)
+    is_lost = action == "terminate" and uploaded_to is None
+    if text:
+        log.log(logging.WARNING if is_lost else logging.INFO, "%s", text)
 
 
 def _whom_to_tell_all_the_same(environ: Mapping[str, str]) -> notify.Job | None:

@@ -38,6 +38,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 MAX_ATTEMPTS = 5  # without a training step between them
 CONSOLE = "https://console.runpod.io/pods"
 FOREVER_S = 1e9
+HOW_TO_COPY = (
+    "Its results are in %s: copy them from the mounted folder, or with docker cp. The page of the job has ended; "
+    "python -m entrypoint monitor serves it again."
+)
 ANSWER_S = 2.5  # how long this process may take to end after a signal, while it waits or talks to RunPod
 
 
@@ -138,6 +142,8 @@ def _finished_elsewhere(code: int, action: str, environ: Mapping[str, str], time
         log.info("The job ended with %d; ON_FINISH=idle keeps the container until it is stopped.", code)
     elif action == "wait" and seconds:
         log.info("The job ended with %d; ON_FINISH=wait keeps the container %.0f minutes.", code, seconds / 60)
+    if seconds:
+        log.info(HOW_TO_COPY, output_path(environ))
     if said:
         log.warning("%s", said)
     if seconds:

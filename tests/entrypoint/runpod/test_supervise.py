@@ -184,9 +184,11 @@ def test_wait_keeps_the_pod_for_a_while_and_then_stops_it(server, pod):
     assert time.monotonic() - began >= QUICK.linger and state(server) == "EXITED"
 
 
-def test_wait_elsewhere_ends_after_a_while_or_with_a_signal():
+def test_wait_elsewhere_ends_after_a_while_or_with_a_signal(caplog):
     began = time.monotonic()
-    assert supervised(lambda: 4, {"ON_FINISH": "wait"}, times=QUICK) == 4
+    with caplog.at_level("INFO"):
+        assert supervised(lambda: 4, {"ON_FINISH": "wait", "OUTPUT_PATH": "/there"}, times=QUICK) == 4
+    assert "results are in /there" in caplog.text and "docker cp" in caplog.text
     assert time.monotonic() - began >= QUICK.linger
 
 
