@@ -185,14 +185,16 @@ def job(environ: Mapping[str, str], *, check: bool, card: str | None = None, rep
     # In a pod the job is a process of its own: what it tells its parent is not what the supervisor tells its own.
     if vitals.VARIABLE in os.environ:
         environ = {**environ, vitals.VARIABLE: os.environ[vitals.VARIABLE]}
+    began = time.time()
+    vitals.write_began(environ, began)
     try:
         settings = read_settings(environ)
     except SettingsError:
         with notify.telling(None if check else _whom_to_tell_all_the_same(environ), environ):
             raise
-    supervise.set_limit(settings.finish, environ)
+    supervise.set_limit(settings.finish, environ, began=began)
     monitor.check_token(settings.finish.monitor_token)
-    told, began = None if check else _whom_to_tell(settings), time.time()
+    told = None if check else _whom_to_tell(settings)
     with scratch.folder(os.environ, settings.data.cache_path) as temporary, notify.telling(told, environ) as ending:
         code = _job(settings, {**environ, "TMPDIR": str(temporary)}, check=check, card=card, report=report)
         ending.exit_code, ending.message = code, ""  # the trainer's own is in status.json

@@ -86,7 +86,7 @@ def _write(path: Path, status: Mapping[str, Any], ending: Ending, message: str, 
     ended = {"phase": "failed" if ending.cause else "stopped", "exit_code": ending.exit_code, "message": message}
     values = {**status, **ended, "updated": round(time.time(), 3)}
     if not is_own:  # of what an earlier start wrote, its run and step still hold
-        values["started"] = round(ending.started, 3)
+        values["started"] = values["job_started"] = round(ending.started, 3)
     temporary = path.with_name(".status.kiln.tmp.json")  # as trainer.storage.atomic names it, which removes it
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

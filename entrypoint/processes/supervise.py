@@ -181,11 +181,11 @@ def asked_action(environ: Mapping[str, str]) -> str:
 # ---- limits of time and money
 
 
-def set_limit(asked: FinishSettings, environ: Mapping[str, str]) -> None:
+def set_limit(asked: FinishSettings, environ: Mapping[str, str], *, began: float) -> None:
     """Have the parent of this process stop the job when MAX_RUNTIME or MAX_COST is reached: it saves and ends.
 
-    The parent does it whatever this process and the trainer are busy with. Raises SettingsError for a cost without a
-    price.
+    The parent does it whatever this process and the trainer are busy with. `began`: this start of the job, in Unix
+    seconds. Raises SettingsError for a cost without a price.
     """
     if asked.max_cost is not None and not asked.price_per_hour:
         raise SettingsError("MAX_COST needs PRICE_PER_HOUR, the price of this machine in the same currency.")
@@ -200,7 +200,7 @@ def set_limit(asked: FinishSettings, environ: Mapping[str, str]) -> None:
     if shared is None:
         log.warning("This system has no way to end the job after MAX_RUNTIME or MAX_COST: watch it yourself.")
         return
-    shared.write(vitals.LIMIT, time.monotonic() + min(hours) * 3600)
+    shared.write(vitals.LIMIT, time.monotonic() + began - time.time() + min(hours) * 3600)
     shared.close()
     log.info("This job will end after %.2f hours at the latest.", min(hours))
 

@@ -41,9 +41,11 @@ def test_before_training(said):
 
 
 def test_what_an_earlier_start_has_reached_stays(said):
-    _, status = said(STOPPED, {"started": 1.0, "phase": "done", "exit_code": 0, "run": "x", "step": 40})
+    _, status = said(
+        STOPPED, {"started": 1.0, "job_started": 0.5, "phase": "done", "exit_code": 0, "run": "x", "step": 40}
+    )
     assert (status["phase"], status["run"], status["step"], status["exit_code"]) == ("stopped", "x", 40, 143)
-    assert "before training began" in status["message"]
+    assert "before training began" in status["message"] and status["job_started"] == STARTED
 
 
 def test_a_trainer_that_did_not_answer(said):

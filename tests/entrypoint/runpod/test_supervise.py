@@ -14,7 +14,7 @@ from entrypoint.fetch import http
 from entrypoint.processes import places, supervise
 from entrypoint.processes.supervise import Times
 from entrypoint.settings.variables.finish import FinishSettings
-from trainer.process import guard
+from trainer.process import guard, vitals
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -287,7 +287,7 @@ def test_the_parent_ends_a_job_at_its_limit_whatever_it_does(tmp_path):
     os.mkfifo(pipe)
 
     def work():
-        supervise.set_limit(finish(max_runtime=0.2 / 3600), os.environ)
+        supervise.set_limit(finish(max_runtime=0.2 / 3600), os.environ, began=time.time())
         pipe.read_text()
         return 0
 
@@ -296,9 +296,20 @@ def test_the_parent_ends_a_job_at_its_limit_whatever_it_does(tmp_path):
     assert (ended.exit_code, ended.limit_reached) == (143, True) and time.monotonic() - began < 3
 
 
+def test_a_limit_counts_from_the_start_of_the_job():
+    """What its receipt and its report count from: half an hour has gone by."""
+
+    def work():
+        supervise.set_limit(finish(max_runtime=1.0), os.environ, began=time.time() - 1800)
+        left = vitals.Vitals.of(os.environ).read(vitals.LIMIT) - time.monotonic()
+        return int(1790 < left <= 1800)
+
+    assert guard.guarded(work).exit_code == 1
+
+
 def test_a_cost_needs_a_price():
     with pytest.raises(supervise.SettingsError, match="PRICE_PER_HOUR"):
-        supervise.set_limit(finish(max_cost=3.0), {})
+        supervise.set_limit(finish(max_cost=3.0), {}, began=time.time())
 
 
 # --- the whole program, as a pod starts it again and again
