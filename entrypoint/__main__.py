@@ -125,16 +125,16 @@ def _run(arguments: list[str], environ: Mapping[str, str], known: Known) -> int:
             print("--json belongs to --check or --help-env", file=sys.stderr)  # noqa: T201
             return 64
         logging.getLogger().addHandler(report)
-    code = supervise.supervised(lambda: _exit_code(environ, check=check, card=options.gpu, report=report), environ)
+
+    def run() -> int:
+        return _ended(lambda: job(environ, check=check, card=options.gpu, report=report))
+
+    code = run() if check else supervise.supervised(run, environ)  # ON_FINISH is of a job
     if options.json:
         logging.getLogger().removeHandler(report)
         with contextlib.suppress(BrokenPipeError):
             print(report.to_json(code), flush=True)  # noqa: T201
     return code
-
-
-def _exit_code(environ: Mapping[str, str], *, check: bool, card: str | None, report: CheckReport) -> int:
-    return _ended(lambda: job(environ, check=check, card=card, report=report))
 
 
 def _ended(run: Callable[[], int]) -> int:
@@ -186,23 +186,34 @@ def job(environ: Mapping[str, str], *, check: bool, card: str | None = None, rep
     # In a pod the job is a process of its own: what it tells its parent is not what the supervisor tells its own.
     if vitals.VARIABLE in os.environ:
         environ = {**environ, vitals.VARIABLE: os.environ[vitals.VARIABLE]}
+    began = time.time()
+    vitals.write_began(environ, began)
     try:
         settings = read_settings(environ)
     except SettingsError:
         with notify.telling(None if check else _whom_to_tell_all_the_same(environ), environ):
             raise
-    supervise.set_limit(settings.finish, environ)
+    supervise.set_limit(settings.finish, environ, began=began)
     monitor.check_token(settings.finish.monitor_token)
-    told, began = None if check else _whom_to_tell(settings), time.time()
+    told = None if check else _whom_to_tell(settings)
     with scratch.folder(os.environ, settings.data.cache_path) as temporary, notify.telling(told, environ) as ending:
         code = _job(settings, {**environ, "TMPDIR": str(temporary)}, check=check, card=card, report=report)
         ending.exit_code, ending.message = code, ""  # the trainer's own is in status.json
         if not check and code == 0:  # the last line of any other end has its exit code
             said = receipt(settings.output.output_path, started=began, price=settings.finish.price_per_hour)
-            for line in (said, how_to_fetch(settings.output.output_path, environ)):
-                if line:
-                    log.info("%s", line)
+            if said:
+                log.info("%s", said)
+            _say_how_to_fetch(settings, environ)
         return code
+
+
+def _say_how_to_fetch(settings: Settings, environ: Mapping[str, str]) -> None:
+    """A warning where the results are lost with the pod."""
+    action, uploaded_to = supervise.asked_action(environ), settings.finish.push_to_hub
+    text = how_to_fetch(settings.output.output_path, environ, action=action, uploaded_to=uploaded_to)
+    is_lost = action == "terminate" and uploaded_to is None
+    if text:
+        log.log(logging.WARNING if is_lost else logging.INFO, "%s", text)
 
 
 def _whom_to_tell_all_the_same(environ: Mapping[str, str]) -> notify.Job | None:

@@ -24,7 +24,7 @@ EVENTS = "events.out.tfevents"  # then the time, the host's name and the process
 # no training step draws from them.
 UNSEEDED = "random"
 # Measured anew in each run.
-CLOCKS = ("started", "updated", "images_per_second", "eta_s", "spent")
+CLOCKS = ("started", "job_started", "updated", "images_per_second", "eta_s", "spent")
 # Written by the operating system's clock, or where a process was when it was killed.
 MEASURED = ("images_per_second", "memory_gib")  # in TensorBoard's files
 NOT_READ = ("run.json", "crashes.json", "hang.txt", ".lock")

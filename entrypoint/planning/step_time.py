@@ -125,7 +125,7 @@ def _workload(plan: Plan, dataset: Dataset) -> Workload:
 
 
 def _round_seconds(plan: Plan, footprint: Footprint, speed: Speed) -> float:
-    """Of one sample of each prompt. A rough figure: samples are drawn without captured or compiled steps."""
+    """Of one sample of each prompt. A rough figure: their passes are taken for those of a step."""
     engine = plan.engine
     streams = "weights" if engine.offload == "weights" else "none"
     forward_only = Strategy(engine.precision, "none", 0, streams, 0.0)

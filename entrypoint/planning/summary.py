@@ -67,19 +67,21 @@ def log_summary(plan: Plan, *, token: str | None, hub_cache: Path, estimate_capt
     elif choice.run is not None and choice.run.step:
         say(f"Run {choice.plan.output.name} goes on: it is at step {choice.run.step:,}.")
     sampler = make_sampler(local_plan, scanned)
-    for line in describe(local_plan, sampler):
+    lengths = _lengths(local_plan, sampler)
+    for line in _describe(lengths, sampler):
         say(line)
     first = choice.run.step if choice.run is not None else 0
-    quoted = _quoted(local_plan, sampler, first=first, images=len(scanned.images))
+    quoted = _quoted(lengths, sampler, first=first, images=len(scanned.images))
     for line in quoted.lines:
         say(line)
     if quoted.warning:
         say(quoted.warning, logging.WARNING)
-    figures = {"images": {"found": scanned.num_found, "used": len(scanned.images)}, **_figures(local_plan, sampler)}
+    figures = {"images": {"found": scanned.num_found, "used": len(scanned.images)}, **_figures(lengths, sampler)}
     figures["quote"] = quoted.figures
     for line in long_captions(local_plan, sampler, hub_cache=hub_cache, estimate=estimate_captions):
         say(line, logging.WARNING)
-    for warning in sanity.warnings(local_plan, _length(local_plan, sampler, images=len(scanned.images))):
+    length = sanity.Length(lengths.total, lengths.steps_per_epoch, len(scanned.images))
+    for warning in sanity.warnings(local_plan, length):
         say(warning, logging.WARNING)
     return Summary(tuple(lines), figures)
 
@@ -124,24 +126,39 @@ def predicted_quote(
     plan: Plan, sampler: EpochSampler, *, first: int, images: int
 ) -> tuple[Plan, int, quote.Quote | None]:
     """The plan with its lengths, its steps, and the quote for those after `first`. `images`: to encode."""
-    steps_per_epoch = _steps_per_epoch(plan, sampler)
-    plan, _ = automatic.with_lengths(
+    lengths = _lengths(plan, sampler)
+    return lengths.plan, lengths.total, _predict(lengths, sampler, first=first, images=images)
+
+
+def _predict(lengths: _Lengths, sampler: EpochSampler, *, first: int, images: int) -> quote.Quote | None:
+    return quote.predict(lengths.plan, first=first, total=lengths.total, images=images, examples=sampler.buckets)
+
+
+class _Lengths(NamedTuple):
+    """How long a job is with its images."""
+
+    plan: Plan  # with its lengths
+    chosen: list[str]  # lines about those that were chosen
+    steps_per_epoch: int  # of the optimiser
+    total: int
+
+
+def _lengths(plan: Plan, sampler: EpochSampler) -> _Lengths:
+    batches_per_step = plan.train.gradient_accumulation * plan.engine.num_gpus
+    steps_per_epoch = max(1, math.ceil(sampler.batches_per_epoch / batches_per_step))
+    plan, chosen = automatic.with_lengths(
         plan, images_per_epoch=sampler.subject_examples_per_epoch, steps_per_epoch=steps_per_epoch
     )
     total = plan.train.max_steps or plan.train.max_epochs * steps_per_epoch
-    return plan, total, quote.predict(plan, first=first, total=total, images=images, examples=sampler.buckets)
+    return _Lengths(plan, list(chosen), steps_per_epoch, total)
 
 
-def _figures(plan: Plan, sampler: EpochSampler) -> dict[str, Any]:
-    """What `describe` says, as numbers."""
-    steps_per_epoch = _steps_per_epoch(plan, sampler)
-    plan, _ = automatic.with_lengths(
-        plan, images_per_epoch=sampler.subject_examples_per_epoch, steps_per_epoch=steps_per_epoch
-    )
+def _figures(lengths: _Lengths, sampler: EpochSampler) -> dict[str, Any]:
+    """What `_describe` says, as numbers."""
+    plan, _, steps_per_epoch, total = lengths
     shapes = []
     for (dataset, (width, height)), examples in sorted(sampler.buckets.items()):
         shapes.append({"dataset": dataset, "width": width, "height": height, "examples": examples})
-    total = plan.train.max_steps or plan.train.max_epochs * steps_per_epoch
     figures = {
         "shapes": shapes,
         "steps": total,
@@ -165,9 +182,10 @@ class _Quoted(NamedTuple):
     figures: dict[str, Any] | None
 
 
-def _quoted(plan: Plan, sampler: EpochSampler, *, first: int, images: int) -> _Quoted:
+def _quoted(lengths: _Lengths, sampler: EpochSampler, *, first: int, images: int) -> _Quoted:
     """How long the steps after `first` take and what they cost. `images`: to encode."""
-    plan, total, predicted = predicted_quote(plan, sampler, first=first, images=images)
+    plan, total = lengths.plan, lengths.total
+    predicted = _predict(lengths, sampler, first=first, images=images)
     if first >= total:
         return _Quoted([], None, None)
     lines = quote.describe(plan, predicted, first=first, total=total)
@@ -221,14 +239,11 @@ def local_copy(source: Source, *, cache: Path, token: str | None, hub_cache: Pat
     return Path(fetch.fetch_source(source, cache=cache, token=token).path)
 
 
-def describe(plan: Plan, sampler: EpochSampler) -> list[str]:
+def _describe(lengths: _Lengths, sampler: EpochSampler) -> list[str]:
     """Lines for the log: shapes, steps, saves and samples, and the size of the files."""
-    lines = sampler.describe()
-    steps_per_epoch = _steps_per_epoch(plan, sampler)
-    plan, chosen = automatic.with_lengths(
-        plan, images_per_epoch=sampler.subject_examples_per_epoch, steps_per_epoch=steps_per_epoch
-    )
-    lines += [*chosen, *outlook.describe_length(plan, steps_per_epoch=steps_per_epoch)]
+    plan = lengths.plan
+    lines = [*sampler.describe(), *lengths.chosen]
+    lines += outlook.describe_length(plan, steps_per_epoch=lengths.steps_per_epoch)
     footprint = base_models()[plan.model.base][1].footprint
     if footprint:
         lora_bytes = memory_model.lora_bytes(plan) or 0.0
@@ -240,21 +255,6 @@ def describe(plan: Plan, sampler: EpochSampler) -> list[str]:
             f"{human_size(state_bytes)}."
         )
     return lines
-
-
-def _length(plan: Plan, sampler: EpochSampler, *, images: int) -> sanity.Length:
-    """How long the job is with these images."""
-    steps_per_epoch = _steps_per_epoch(plan, sampler)
-    plan, _ = automatic.with_lengths(
-        plan, images_per_epoch=sampler.subject_examples_per_epoch, steps_per_epoch=steps_per_epoch
-    )
-    return sanity.Length(plan.train.max_steps or plan.train.max_epochs * steps_per_epoch, steps_per_epoch, images)
-
-
-def _steps_per_epoch(plan: Plan, sampler: EpochSampler) -> int:
-    """Optimiser steps."""
-    batches_per_step = plan.train.gradient_accumulation * plan.engine.num_gpus
-    return max(1, math.ceil(sampler.batches_per_epoch / batches_per_step))
 
 
 def _scan(plan: Plan, written: Written) -> Scan:

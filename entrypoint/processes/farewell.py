@@ -23,12 +23,12 @@ from trainer.process.guard import Ending
 from trainer.storage.json_files import read_object
 
 GO_ON = "Start the same command again to go on: it resumes automatically."
-OTHER_COMMANDS = frozenset({"check", "--check", "--gpu", "--help-env", "--version", "-h", "--help", "sample", "export"})
+JOB_ARGUMENTS = frozenset({"train", "-v", "--verbose"})  # any other is of a command that has no status.json
 
 
 def say(ending: Ending) -> None:
     """Print the last line and complete status.json, so far as the program has not done both."""
-    if OTHER_COMMANDS & set(sys.argv[1:]):
+    if not JOB_ARGUMENTS.issuperset(sys.argv[1:]):
         guard.say(ending)
         return
     status_path = output_path(os.environ) / "status.json"
@@ -75,7 +75,7 @@ def _write(path: Path, status: Mapping[str, Any], ending: Ending, message: str, 
     ended = {"phase": "failed" if ending.cause else "stopped", "exit_code": ending.exit_code, "message": message}
     values = {**status, **ended, "updated": round(time.time(), 3)}
     if not is_own:  # of what an earlier start wrote, its run and step still hold
-        values["started"] = round(ending.started, 3)
+        values["started"] = values["job_started"] = round(ending.started, 3)
     temporary = path.with_name(".status.kiln.tmp.json")  # as trainer.storage.atomic names it, which removes it
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ from entrypoint.fetch import http
 from entrypoint.processes import places
 from entrypoint.processes.farewell import output_path
 from entrypoint.processes.pod import asked_to_end, start_ssh
+from entrypoint.settings import read_settings
 from entrypoint.settings.variables.finish import ACTIONS, FinishSettings
 from entrypoint.system.raw_value import raw_value
 from trainer.process import guard, vitals
@@ -33,10 +34,15 @@ log = logging.getLogger(__name__)
 
 
 PERMANENT_FAILURES = (64, 65, 77, 78)  # exit codes that another start would give again
+STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # exit codes: whoever stops a job wants the container to end
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 MAX_ATTEMPTS = 5  # without a training step between them
 CONSOLE = "https://console.runpod.io/pods"
 FOREVER_S = 1e9
+HOW_TO_COPY = (
+    "Its results are in %s: copy them from the mounted folder, or with docker cp. The page of the job has ended; "
+    "python -m entrypoint monitor serves it again."
+)
 ANSWER_S = 2.5  # how long this process may take to end after a signal, while it waits or talks to RunPod
 
 
@@ -77,15 +83,15 @@ def supervised(
 ) -> int:
     """Do `job`, then what ON_FINISH says; returns the exit code of `job`. `run`: how it is done in a pod."""
     times, action = times or USUAL, asked_action(environ)
+    began = time.monotonic()
     pod = environ.get("RUNPOD_POD_ID", "")
     if not pod:
-        return _finished_elsewhere(job(), action, environ, times)
+        return _finished_elsewhere(job(), action, environ, times, began=began)
     start_ssh(environ)
     before = _opened(environ)
     if before.attempts > MAX_ATTEMPTS:
         log.error("%d attempts without progress: giving up. Delete pod.json to start over.", MAX_ATTEMPTS)
-        # Terminating would delete the volume, and with it what is not done or not uploaded yet: stop instead.
-        return _end(75, "stop" if action == "terminate" else action, pod, environ, times)
+        return _end(75, _keeping_volume(action), pod, environ, times, began=began)
     if before.attempts > 1:
         pause = min(times.first_pause * 2 ** (before.attempts - 2), times.longest_pause)
         log.warning("Attempt %d of %d, in %.0f s.", before.attempts, MAX_ATTEMPTS, pause)
@@ -109,21 +115,60 @@ def supervised(
         )
         if stopped := _wait(times.linger):
             return stopped
-    return _end(code, action, pod, environ, times)
+        if action == "wait":  # it has
+            action = "stop"
+    if not done:
+        action = _keeping_volume(action)
+    return _end(code, action, pod, environ, times, began=began)
 
 
-def _finished_elsewhere(code: int, action: str, environ: Mapping[str, str], times: Times) -> int:
+def _keeping_volume(action: str) -> str:
+    """`action` for a job that is not done: terminating would delete the volume, and what it has saved with it."""
+    if action != "terminate":
+        return action
+    log.warning(
+        "The job is not done: the pod is stopped, in place of ON_FINISH=terminate, so that its volume stays and the "
+        "same job can go on."
+    )
+    return "stop"
+
+
+def _finished_elsewhere(code: int, action: str, environ: Mapping[str, str], times: Times, *, began: float) -> int:
     """ON_FINISH where this is no pod of RunPod: the container exits, now or later. Returns `code`."""
     said = places.what_follows(action, environ)
-    if action == "idle":
+    seconds = 0.0 if code in STOPPED else _linger(action, environ, times, began=began)
+    if action in ("idle", "wait") and code in STOPPED:
+        log.info("The job was stopped (%d): the container exits now, whatever ON_FINISH=%s says.", code, action)
+    elif action == "idle":
         log.info("The job ended with %d; ON_FINISH=idle keeps the container until it is stopped.", code)
-    elif action == "wait":
-        log.info("The job ended with %d; ON_FINISH=wait keeps the container %.0f minutes.", code, times.linger / 60)
+    elif action == "wait" and seconds:
+        log.info("The job ended with %d; ON_FINISH=wait keeps the container %.0f minutes.", code, seconds / 60)
+    if seconds:
+        log.info(HOW_TO_COPY, output_path(environ))
     if said:
         log.warning("%s", said)
-    if action in ("idle", "wait"):
-        _wait(None if action == "idle" else times.linger)
+    if seconds:
+        _wait(seconds)
     return code
+
+
+def _linger(action: str, environ: Mapping[str, str], times: Times, *, began: float) -> float:
+    """How many seconds the container stays after its job: not beyond MAX_COST where it waits.
+
+    `began`: this start, by the monotonic clock.
+    """
+    if action == "idle":
+        return FOREVER_S
+    if action != "wait":
+        return 0.0
+    with suppress(SettingsError):  # then no limit was set either
+        finish = read_settings(environ).finish
+        if finish.max_cost is not None and finish.price_per_hour:
+            left = began + finish.max_cost / finish.price_per_hour * 3600 - time.monotonic()
+            if left < times.linger:
+                log.info("ON_FINISH=wait does not wait beyond MAX_COST=%g.", finish.max_cost)
+            return min(max(left, 0.0), times.linger)
+    return times.linger
 
 
 def asked_action(environ: Mapping[str, str]) -> str:
@@ -137,11 +182,11 @@ def asked_action(environ: Mapping[str, str]) -> str:
 # ---- limits of time and money
 
 
-def set_limit(asked: FinishSettings, environ: Mapping[str, str]) -> None:
+def set_limit(asked: FinishSettings, environ: Mapping[str, str], *, began: float) -> None:
     """Have the parent of this process stop the job when MAX_RUNTIME or MAX_COST is reached: it saves and ends.
 
-    The parent does it whatever this process and the trainer are busy with. Raises SettingsError for a cost without a
-    price.
+    The parent does it whatever this process and the trainer are busy with. `began`: this start of the job, in Unix
+    seconds. Raises SettingsError for a cost without a price.
     """
     if asked.max_cost is not None and not asked.price_per_hour:
         raise SettingsError("MAX_COST needs PRICE_PER_HOUR, the price of this machine in the same currency.")
@@ -156,7 +201,7 @@ def set_limit(asked: FinishSettings, environ: Mapping[str, str]) -> None:
     if shared is None:
         log.warning("This system has no way to end the job after MAX_RUNTIME or MAX_COST: watch it yourself.")
         return
-    shared.write(vitals.LIMIT, time.monotonic() + min(hours) * 3600)
+    shared.write(vitals.LIMIT, time.monotonic() + began - time.time() + min(hours) * 3600)
     shared.close()
     log.info("This job will end after %.2f hours at the latest.", min(hours))
 
@@ -204,15 +249,14 @@ def _write(environ: Mapping[str, str], diary: PodRecord) -> None:
 # ---- the end of a pod
 
 
-def _end(code: int, action: str, pod: str, environ: Mapping[str, str], times: Times) -> int:
+def _end(code: int, action: str, pod: str, environ: Mapping[str, str], times: Times, *, began: float) -> int:
     """Do what ON_FINISH says; returns `code` if the container is to exit, else when a signal arrives."""
     if action == "exit":
         return code
     if action == "wait":
-        log.info(
-            "The job ended with %d; ON_FINISH=wait keeps the pod %.0f minutes, then stops it.", code, times.linger / 60
-        )
-        if stopped := _wait(times.linger):
+        seconds = _linger(action, environ, times, began=began)
+        log.info("The job ended with %d; ON_FINISH=wait keeps the pod %.0f minutes, then stops it.", code, seconds / 60)
+        if stopped := _wait(seconds):
             return stopped
         action = "stop"
     with _signalled() as received:  # RunPod's stop may send its signal before it has answered

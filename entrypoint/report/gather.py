@@ -113,8 +113,8 @@ class Gathered:
         return sum(wait for wait in waits if 0 < wait < PAUSE_S)
 
     def start_seconds(self) -> float:
-        """How long the last start of the job took, from its first moment on."""
-        began, ended = self.status.get("started"), self.status.get("updated")
+        """How long the last start of the job took, from the entrypoint's first moment on, as the receipt has it."""
+        began, ended = self.status.get("job_started", self.status.get("started")), self.status.get("updated")
         if not isinstance(began, int | float) or not isinstance(ended, int | float):
             return 0.0
         return max(0.0, ended - began)

@@ -33,7 +33,8 @@ def receipt(out: Path, *, started: float, price: float | None) -> str | None:
     went = ", ".join(f"{phase} {duration(seconds)}" for phase, seconds in longest if seconds >= 0.5)
     whole = now - started
     cost = f", which cost {price * whole / HOUR_S:.2f} at {price:g} an hour" if price else ""
-    return f"Receipt: {_steps(status)}{duration(whole)} in all{cost}. Where the time went: {went}."
+    where = f" Where the time went: {went}." if went else ""
+    return f"Receipt: {_steps(status)}{duration(whole)} in all{cost}.{where}"
 
 
 def _steps(status: dict[str, object]) -> str:

@@ -16,6 +16,7 @@ from entrypoint.report.elements import bullets, clock_if_known, number, pairs, q
 from entrypoint.report.gather import NO_STEP, Gathered, LoraFile, Sample
 from entrypoint.report.samples import data_address, thumbnail
 from trainer import __version__
+from trainer.spec.messages.usage import prompting
 from trainer.spec.plan import AUTO, Plan
 from trainer.storage.atomic import human_size
 
@@ -113,7 +114,7 @@ def how_to_use(run: Gathered) -> str:
         return ""
     name = run.final.path.name
     lines = [
-        f"<p>{text(usage.prompting(run))}</p>",
+        f"<p>{text(prompting(run.triggers))}</p>",
         f"<p><b>ComfyUI:</b> copy <code>{text(name)}</code> to <code>models/loras</code>. "
         f"<b>Forge, A1111:</b> to <code>models/Lora</code>, and write "
         f"<code>&lt;lora:{text(run.final.path.stem)}:1&gt;</code> into the prompt.</p>",

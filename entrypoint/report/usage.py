@@ -6,9 +6,9 @@ import json
 
 from entrypoint.report.gather import Gathered
 from entrypoint.system.environment import REPOSITORY
+from trainer.spec.messages.usage import DIFFUSERS_SUFFIX
 from trainer.spec.plan import Prompt
 
-DIFFUSERS_SUFFIX = "-diffusers"  # of the file with diffusers' key names, where there are two
 LOCAL_BASE = "FOLDER_OF_THE_BASE_MODEL"
 
 
@@ -74,11 +74,3 @@ def _numbers(prompt: Prompt, *, has_guidance: bool) -> list[str]:
     found += [f"num_inference_steps={prompt.steps}", f"width={prompt.width}", f"height={prompt.height}"]
     found.append(f'generator=torch.Generator("cpu").manual_seed({prompt.seed})')
     return found
-
-
-def prompting(run: Gathered) -> str:
-    """How to begin a prompt."""
-    if not run.triggers:
-        return "Write prompts like your captions. Start with strength 1, and lower it to 0.6 where it is too strong."
-    words = " or ".join(f"“{word}”" for word in run.triggers)
-    return f"Begin the prompt with {words}. Start with strength 1, and lower it to 0.6 where it is too strong."

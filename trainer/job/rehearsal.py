@@ -151,9 +151,9 @@ class Rehearsal:
                 self.snapshots.copy((self.lora_modules(), state))
             self.runner.clear()
             # Launched steps find their memory in pieces that steps of other sizes leave behind, and so do captured ones
-            # that are captured again: so an attempt does without a reserve, and launched steps are tried again after a
-            # small one. With offloading more stays on the device from the second pass on, when it is known how much
-            # goes to the host.
+            # that are captured again where samples needed more memory: so an attempt does without a reserve, and
+            # launched steps are tried again after a small one. With offloading more stays on the device from the second
+            # pass on, when it is known how much goes to the host.
             eager = self.device == "cuda" and not self.runner.capturing
             self.reserved_bytes = rehearsal_reserve(self.device, eager=eager)
             reserve = torch.empty(self.reserved_bytes, dtype=torch.uint8, device=self.device)

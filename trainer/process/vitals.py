@@ -10,6 +10,7 @@ reader never waits for a writer, and needs no room on any disk:
 | limit | the entrypoint | the moment at which MAX_RUNTIME or MAX_COST is reached |
 | save, sample | the monitor page | the moment at which somebody asked for it; the trainer looks between two steps |
 | stop | the monitor page | the moment at which somebody asked the job to save and end |
+| began | the entrypoint | when this start of the job began (Unix seconds): from then on it costs time and money |
 | scratch | the entrypoint | the folder of temporary files, to be removed after the program |
 """
 
@@ -25,6 +26,7 @@ LIMIT = 128
 SAVE = 192
 SAMPLE = 256
 STOP = 320
+BEGAN = 384
 SCRATCH = 4096
 LONGEST_PATH = 4096
 BETWEEN_SAVES_S = 30.0  # of those that the monitor page asks for
@@ -103,4 +105,23 @@ def prolong(environment: Mapping[str, str], seconds: float) -> None:
     vitals = Vitals.of(environment)
     if vitals is not None:
         vitals.allow((vitals.read(GRACE) or 0.0) + seconds)
+        vitals.close()
+
+
+def began(environment: Mapping[str, str]) -> float | None:
+    """When the entrypoint began this start of the job, in Unix seconds; None where none has said so."""
+    vitals = Vitals.of(environment)
+    if vitals is None:
+        return None
+    try:
+        return vitals.read(BEGAN)
+    finally:
+        vitals.close()
+
+
+def write_began(environment: Mapping[str, str], moment: float) -> None:
+    """Tell all processes of the job when it began."""
+    vitals = Vitals.of(environment)
+    if vitals is not None:
+        vitals.write(BEGAN, moment)
         vitals.close()

@@ -41,9 +41,11 @@ def test_before_training(said):
 
 
 def test_what_an_earlier_start_has_reached_stays(said):
-    _, status = said(STOPPED, {"started": 1.0, "phase": "done", "exit_code": 0, "run": "x", "step": 40})
+    _, status = said(
+        STOPPED, {"started": 1.0, "job_started": 0.5, "phase": "done", "exit_code": 0, "run": "x", "step": 40}
+    )
     assert (status["phase"], status["run"], status["step"], status["exit_code"]) == ("stopped", "x", 40, 143)
-    assert "before training began" in status["message"]
+    assert "before training began" in status["message"] and status["job_started"] == STARTED
 
 
 def test_a_trainer_that_did_not_answer(said):
@@ -94,6 +96,20 @@ def test_the_status_of_another_job_is_left_alone(said, tmp_path):
 def test_other_commands_write_nothing(said, monkeypatch, arguments):
     monkeypatch.setattr(sys, "argv", ["entrypoint", *arguments])
     assert said(STOPPED) == ("Stopped by SIGTERM. [exit 143]\n", None)
+
+
+@pytest.mark.parametrize("arguments", [["monitor", "output"], ["quote"], ["quote", "--json"], ["shell"], ["trian"]])
+def test_the_status_of_a_finished_job_stays(said, monkeypatch, arguments):
+    """Ctrl-C ends the monitor page, long after the job whose folder it shows."""
+    monkeypatch.setattr(sys, "argv", ["entrypoint", *arguments])
+    done = {"started": 1.0, "phase": "done", "exit_code": 0, "run": "x", "step": 40}
+    assert said(Ending(130, STARTED, signal.SIGINT, killed=True), done) == ("Stopped by Ctrl-C. [exit 130]\n", done)
+
+
+@pytest.mark.parametrize("arguments", [["train"], ["-v"], ["train", "--verbose"]])
+def test_train_is_a_job_with_and_without_its_name(said, monkeypatch, arguments):
+    monkeypatch.setattr(sys, "argv", ["entrypoint", *arguments])
+    assert said(STOPPED)[1]["exit_code"] == 143
 
 
 def test_the_folder_may_stand_in_one_variable_with_all_others(tmp_path):

@@ -18,6 +18,7 @@ from entrypoint.report.gather import gather
 from entrypoint.report.page import page
 from entrypoint.report.sections import MOST_EMBEDDED, chosen_steps
 from tests.support.finished_runs import ODD, write_sample
+from trainer.spec.messages.usage import prompting
 
 ALIVE = ("script", "iframe", "object", "embed", "form", "input", "link", "base")
 
@@ -83,6 +84,12 @@ def test_it_has_all_that_people_look_for(finished):
         assert words in text, words
     svgs = [a["aria-label"] for tag, a in Reader(written(finished)).elements if tag == "svg"]
     assert svgs[0] == "Loss, step 1 to 40" and len(svgs) == 3
+
+
+def test_the_prompt_begins_as_the_log_says(finished):
+    run = gather(finished)
+    assert prompting(run.triggers) in " ".join(Reader(written(finished)).texts)
+    assert prompting([]).startswith("Write prompts like your captions; start with strength 1")
 
 
 def test_it_tells_no_place_of_this_machine(finished):

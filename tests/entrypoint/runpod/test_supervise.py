@@ -14,7 +14,7 @@ from entrypoint.fetch import http
 from entrypoint.processes import places, supervise
 from entrypoint.processes.supervise import Times
 from entrypoint.settings.variables.finish import FinishSettings
-from trainer.process import guard
+from trainer.process import guard, vitals
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -184,9 +184,11 @@ def test_wait_keeps_the_pod_for_a_while_and_then_stops_it(server, pod):
     assert time.monotonic() - began >= QUICK.linger and state(server) == "EXITED"
 
 
-def test_wait_elsewhere_ends_after_a_while_or_with_a_signal():
+def test_wait_elsewhere_ends_after_a_while_or_with_a_signal(caplog):
     began = time.monotonic()
-    assert supervised(lambda: 4, {"ON_FINISH": "wait"}, times=QUICK) == 4
+    with caplog.at_level("INFO"):
+        assert supervised(lambda: 4, {"ON_FINISH": "wait", "OUTPUT_PATH": "/there"}, times=QUICK) == 4
+    assert "results are in /there" in caplog.text and "docker cp" in caplog.text
     assert time.monotonic() - began >= QUICK.linger
 
 
@@ -208,10 +210,69 @@ def test_each_place_says_what_the_end_means_there(place, action, words):
     assert said is None if words is None else words in said
 
 
-def test_a_limit_ends_the_job_and_the_pod(server, pod):
-    ended = guard.Ending(143, time.time(), signal.SIGTERM, limit_reached=True)
-    assert supervise.supervised(lambda: 0, pod, times=QUICK, run=lambda job: ended) == 143
+LIMITED = guard.Ending(143, 0.0, signal.SIGTERM, limit_reached=True)  # also by the monitor page
+
+
+@pytest.mark.parametrize("action", ["stop", "terminate", "wait"])
+def test_a_limit_ends_the_job_and_the_pod_but_not_its_volume(server, pod, action, caplog):
+    """The page and the log promise that the same command resumes."""
+    own = {**pod, "ON_FINISH": action}
+    assert supervise.supervised(lambda: 0, own, times=QUICK, run=lambda job: LIMITED) == 143
     assert state(server) == "EXITED"
+    assert ("in place of ON_FINISH=terminate" in caplog.text) == (action == "terminate")
+
+
+def test_a_done_pod_that_waits_waits_once_when_it_is_started_again(server, pod, caplog):
+    waits = {**pod, "ON_FINISH": "wait"}
+    assert supervised(lambda: 0, waits, times=QUICK) == 0
+    server.add_pod("pod1")
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        assert supervised(lambda: 0, waits, times=QUICK) == 0
+    assert "This job is already done" in caplog.text and "ON_FINISH=wait keeps" not in caplog.text
+    assert state(server) == "EXITED"
+
+
+def limited(tmp_path, **more):
+    """The settings of a job with MAX_COST, which is reached after 0.1 s."""
+    job = {"BASE_MODEL": "mini-flux", "DATASET_NAME": str(tmp_path), "OUTPUT_PATH": str(tmp_path / "output")}
+    return job | {"ON_FINISH": "wait", "MAX_COST": "1", "PRICE_PER_HOUR": "36000"} | more
+
+
+def test_no_pod_waits_beyond_its_limit_of_money(server, pod, tmp_path):
+    began = time.monotonic()
+    times = dataclasses.replace(QUICK, linger=60.0)
+    assert supervise.supervised(lambda: 0, pod | limited(tmp_path), times=times, run=lambda job: LIMITED) == 143
+    assert time.monotonic() - began < 20 and state(server) == "EXITED"
+
+
+def test_no_container_waits_beyond_its_limit_of_money(tmp_path):
+    began = time.monotonic()
+    assert supervised(lambda: 0, limited(tmp_path), times=dataclasses.replace(QUICK, linger=60.0)) == 0
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("action", ["wait", "idle"])
+@pytest.mark.parametrize("code", [143, 130])
+def test_elsewhere_a_stopped_job_ends_its_container(action, code, caplog):
+    """Its parent would kill it in the middle of the wait."""
+    began = time.monotonic()
+    with caplog.at_level("INFO"):
+        assert supervised(lambda: code, {"ON_FINISH": action}) == code
+    assert time.monotonic() - began < 5
+    assert "the container exits now" in caplog.text and "keeps the container" not in caplog.text
+
+
+@pytest.mark.parametrize("action", ["wait", "idle", "terminate"])
+@pytest.mark.parametrize("arguments", [["check"], ["--check"], ["--gpu", "RTX 4090"], ["quote"], ["--help-env"]])
+def test_nothing_of_on_finish_happens_for_other_commands(server, pod, programs, tmp_path, arguments, action):
+    """No wait, no stop of the pod, no record of an attempt."""
+    place = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG")}
+    job = {"BASE_MODEL": "none-such", "DATASET_NAME": str(tmp_path), "PYTHONPATH": str(ROOT), "ON_FINISH": action}
+    process = programs.start("-m", "entrypoint", *arguments, environment={**place, **pod, **job})
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == (0 if arguments == ["--help-env"] else 78), printed
+    assert state(server) == "RUNNING" and not (Path(pod["OUTPUT_PATH"]) / "pod.json").exists()
 
 
 def finish(**asked):
@@ -226,7 +287,7 @@ def test_the_parent_ends_a_job_at_its_limit_whatever_it_does(tmp_path):
     os.mkfifo(pipe)
 
     def work():
-        supervise.set_limit(finish(max_runtime=0.2 / 3600), os.environ)
+        supervise.set_limit(finish(max_runtime=0.2 / 3600), os.environ, began=time.time())
         pipe.read_text()
         return 0
 
@@ -235,9 +296,20 @@ def test_the_parent_ends_a_job_at_its_limit_whatever_it_does(tmp_path):
     assert (ended.exit_code, ended.limit_reached) == (143, True) and time.monotonic() - began < 3
 
 
+def test_a_limit_counts_from_the_start_of_the_job():
+    """What its receipt and its report count from: half an hour has gone by."""
+
+    def work():
+        supervise.set_limit(finish(max_runtime=1.0), os.environ, began=time.time() - 1800)
+        left = vitals.Vitals.of(os.environ).read(vitals.LIMIT) - time.monotonic()
+        return int(1790 < left <= 1800)
+
+    assert guard.guarded(work).exit_code == 1
+
+
 def test_a_cost_needs_a_price():
     with pytest.raises(supervise.SettingsError, match="PRICE_PER_HOUR"):
-        supervise.set_limit(finish(max_cost=3.0), {})
+        supervise.set_limit(finish(max_cost=3.0), {}, began=time.time())
 
 
 # --- the whole program, as a pod starts it again and again

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from trainer.job.reporting.status import clock
+from trainer.spec.messages.usage import DIFFUSERS_SUFFIX, prompting
 from trainer.spec.plan import Plan
 from trainer.storage.atomic import human_size
 from trainer.storage.own_files import SHEET_NAME
-
-DIFFUSERS_SUFFIX = "-diffusers"  # of the file with diffusers' key names, where there are two
 
 
 def closing_lines(final: Path, plan: Plan, *, steps: int, samples: Path, seconds: float) -> list[str]:
@@ -27,8 +26,7 @@ def closing_lines(final: Path, plan: Plan, *, steps: int, samples: Path, seconds
     lines.append(
         f"Strength in a prompt of Forge and A1111: <lora:{final.stem}:1>; in ComfyUI: strength_model of LoraLoader."
     )
-    trigger = f"Begin the prompt with {' or '.join(map(repr, words))}" if words else "Write prompts like your captions"
-    lines.append(f"{trigger}; start with strength 1, and lower it to 0.6 where the LoRA is too strong.")
+    lines.append(prompting(words))
     if (samples / SHEET_NAME).is_file():
         lines.append(f"Compare the steps on {samples / SHEET_NAME}: an earlier one may be better.")
     return lines

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from trainer.process import vitals
 from trainer.spec.errors import KilnError, StopRequestedError
 from trainer.spec.log_lines import safe_lines
 from trainer.storage import atomic
@@ -20,7 +22,10 @@ class Status:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "status.json"
-        self._values: dict[str, Any] = {"phase": "starting", "started": round(time.time(), 3)}
+        now = time.time()
+        self._began = vitals.began(os.environ) or now  # a download may come before the trainer
+        times = {"started": round(now, 3), "job_started": round(self._began, 3)}
+        self._values: dict[str, Any] = {"phase": "starting", **times}
         self._since = time.monotonic()  # the beginning of the phase
         self._spent: dict[str, float] = {}  # seconds of this start by phase
         self.step = 0  # the last one done; the file follows every few seconds, and when the job ends
@@ -60,8 +65,8 @@ class Status:
             self.update({**values, "phase": phase, "exit_code": problem.exit_code, "message": safe_lines(str(problem))})
 
     def seconds(self) -> float:
-        """How long this start of the job has taken so far."""
-        return time.time() - float(self._values["started"])
+        """How long this start of the job has taken so far, with what came before the trainer."""
+        return time.time() - self._began
 
 
 def clock(seconds: float) -> str:

@@ -1,4 +1,5 @@
 """Texts that people and other programs read: without secrets.
 
-Read `secrets`: how an address is shown, what secrets look like, and how known ones are found in any text.
+Read `secrets`: how an address is shown, what secrets look like, and how known ones are found in any text. `usage` says
+how to prompt with a finished LoRA.
 """
