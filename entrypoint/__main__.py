@@ -303,7 +303,9 @@ def _trained(plan: Plan, settings: Settings, environ: Mapping[str, str], *, toke
     with page, trackers.tracking(tracker, out, own) as tracked:
         with Trainers(plan, environment=environ) as trainers:
             code = tracked.exit_code = trainers.run(_fetched(plan, settings, token=token))
-        if code not in (128 + signal.SIGTERM, 128 + signal.SIGINT):  # then somebody waits for the end of this process
+        # Then somebody waits for the end of this process, also if the LoRA was complete by then.
+        is_stopped = trainers.stopped or code in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+        if not is_stopped:
             job_report.write(out, environ, started=began, price=price)
     return code
 

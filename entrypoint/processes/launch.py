@@ -73,6 +73,7 @@ class Trainers:
         self._plan = plan
         self._environment = environment
         self._open = contextlib.ExitStack()
+        self.stopped = False  # a signal has asked the job to end: somebody waits for that
 
     def __enter__(self) -> Trainers:
         shared, path = _shared(self._environment)
@@ -106,6 +107,7 @@ class Trainers:
         stopped_at: list[float] = []
 
         def forward(number: int, _frame: FrameType | None) -> None:
+            self.stopped = True
             stopped_at.append(time.monotonic())
             team.children[0].send_signal(number)
 

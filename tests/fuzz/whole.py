@@ -235,6 +235,8 @@ def _is_escaped(text: str) -> bool:
 class _Trainers:
     """In place of the processes: `launch` does their work; None: a check, which has none."""
 
+    stopped = False
+
     def __init__(self, launch: Callable[[Plan], int] | None, _plan: Plan, *, environment: Mapping[str, str]) -> None:
         if launch is None:
             raise UnexpectedError("A check began to train.")

@@ -148,7 +148,8 @@ def waiting(tmp_path, monkeypatch):
     """In place of Python: a program that notes its number, waits for the end of its input, and keeps the plan."""
     program = tmp_path / "python"
     program.write_text(f'#!/bin/sh\necho $$ > {tmp_path}/$KILN_RANK.new\nmv {tmp_path}/$KILN_RANK.new '
-                       f'{tmp_path}/$KILN_RANK\ncat > {tmp_path}/told\ncp "$4" {tmp_path}/plan.json\n')  # fmt: skip
+                       f'{tmp_path}/$KILN_RANK\ncat > {tmp_path}/told\ncp "$4" {tmp_path}/$KILN_RANK.plan\n'
+                       f'mv {tmp_path}/$KILN_RANK.plan {tmp_path}/plan.json\n')  # fmt: skip
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
 
@@ -190,7 +191,8 @@ def test_a_stop_that_comes_before_a_trainer_listens_is_no_traceback(job_of_two, 
     monkeypatch.setattr(launch, "_begin", lambda child: os.kill(os.getpid(), number))
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        assert launch.launch(one, environment={"PATH": os.environ["PATH"]}) == code
+        with launch.Trainers(one, environment={"PATH": os.environ["PATH"]}) as trainers:
+            assert not trainers.stopped and trainers.run(one) == code and trainers.stopped
     finally:
         signal.signal(signal.SIGINT, before)
     assert "Traceback" not in capfd.readouterr().err
