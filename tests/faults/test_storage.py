@@ -106,11 +106,12 @@ def test_a_single_failure_is_no_end(run, tiny):
 
 @pytest.mark.alone
 def test_saving_lets_training_go_on(run, tiny):
-    """The stall of a save is the time of the copies: at most 50 ms each, on a volume whose every flush takes 0.05 s.
+    """The stall of a save is the time of the copies: at most 50 ms each, on a volume whose every flush takes 0.02 s.
 
-    Slower ones, and a save of this tiny job would not be over when the next begins, which has to wait for it.
+    Slower ones, and a save of this tiny job, with some fifteen flushes, would not be over when the next begins twelve
+    steps later, which has to wait for it: on a fast machine half a second.
     """
-    slow = {"kind": "slow_sync", "step": 1, "seconds": 0.05, "times": 10_000}
+    slow = {"kind": "slow_sync", "step": 1, "seconds": 0.02, "times": 10_000}
     assert run(slow, output={"save_every": 12}) == 0, run.said()
     stalls = [
         float(line.split("training paused for ")[1].split()[0])
@@ -120,7 +121,7 @@ def test_saving_lets_training_go_on(run, tiny):
     print(f"\nstalls of the saves in ms: {stalls}")
     assert len(stalls) == 2 and max(stalls) <= 50
     times = [r["time"] for r in run.metrics()]
-    flushes = 0.05 * 6
+    flushes = 0.02 * 15
     assert times[12] - times[11] < flushes, "the step after a save did not wait for it"
     assert run.final == tiny.reference
 
