@@ -37,6 +37,9 @@ def run(arguments: Sequence[str], environment: Mapping[str, str], *, cwd: str | 
     try:
         _forget()
         _set_up(arguments, environment, cwd)
+        # Until here Ctrl-C ends the process, as it does an interpreter that has not begun.
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         code = _ended(arguments)
         threading._shutdown()  # waits for threads, as the interpreter does
         atexit._run_exitfuncs()
@@ -56,7 +59,7 @@ def _forget() -> None:
         if number not in (signal.SIGKILL, signal.SIGSTOP) and callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
     signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     # The tracker of a parent that has read images in worker processes: its pipe is among the files that were closed.
     resource_tracker._resource_tracker._fd = None
