@@ -21,7 +21,6 @@ import argparse
 import json
 import logging
 import secrets
-import signal
 import threading
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from entrypoint.monitor.beside import LISTENS, PORT, SHORTEST_TOKEN, page_addres
 from entrypoint.monitor.documents import Served
 from entrypoint.monitor.live import Live
 from entrypoint.monitor.server import give_way, listen, serve
+from entrypoint.processes.side_process import leave_stops_to_the_job
 from trainer.process import streams
 from trainer.spec.commands.ending import exit_code_of
 from trainer.spec.commands.parser import Parser
@@ -76,8 +76,7 @@ def _port(text: str) -> int:
 
 def beside() -> int:
     """Serve beside a job, until standard input ends; returns the exit code where it cannot."""
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):  # the entrypoint decides when this process ends
-        signal.signal(number, signal.SIG_IGN)
+    leave_stops_to_the_job()
     job = json.loads(sys.stdin.readline())
     log_to(logging.StreamHandler(), "%(asctime)s %(levelname)s %(message)s")
 

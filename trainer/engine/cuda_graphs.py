@@ -185,6 +185,7 @@ class GraphStep(EagerStep):
 
     def _drop_captured(self) -> None:
         """Use no graph any more that has been captured; they go when the pool does."""
+        self.has_dropped = self.has_dropped or bool(self.captured)
         self.pool.dropped += [captured.graph for captured in self.captured.values()]
         self.pool.dropped += [captured.graph for captured in self.calls.captured.values()]
         self.captured.clear()
@@ -350,7 +351,6 @@ class GraphStep(EagerStep):
             with self.pool.allocating():
                 self._pass(step_function, inputs)
             if torch.cuda.memory_allocated() > allocated:
-                self.has_dropped = bool(self.captured)
                 self._drop_captured()
         finally:
             self.flat_grad.copy_(before)

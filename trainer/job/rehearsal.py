@@ -164,7 +164,7 @@ class Rehearsal:
                 tried += large
             for batch in tried:
                 self._add_gradient(batch)
-            if self.runner.has_dropped:
+            if self.runner.capturing and self.runner.has_dropped:
                 for batch in tried:
                     self._add_gradient(batch)
             if self.runner.capturing:

@@ -181,6 +181,9 @@ def test_a_first_pass_that_leaves_something_in_the_pool_drops_the_graphs_before(
     runner._warm_up(work, {"x": torch.ones(5)})
     assert not runner.captured and not runner.flat_grad.any()
     assert runner.pool.dropped == ["its graph"]  # it goes with the pool
+    assert runner.has_dropped
+    runner.reset()
+    assert not runner.has_dropped
 
 
 def test_a_pool_that_a_failed_capture_has_broken_is_renewed_before_another_attempt(runner, passes):
@@ -191,7 +194,7 @@ def test_a_pool_that_a_failed_capture_has_broken_is_renewed_before_another_attem
     runner.pool.is_broken = True
     first = runner.pool
     step(runner, 5)
-    assert runner.pool is not first and runner.capturing and len(runner.captured) == 1
+    assert runner.pool is not first and runner.capturing and len(runner.captured) == 1 and runner.has_dropped
     with runner.sampling(torch.nn.Module(), Decoder()):
         runner.pool.is_broken = True
     assert not runner.pool.is_broken and not runner.captured
