@@ -39,9 +39,9 @@ async function act(name) {
 function ask(name) {
   const question = byId("question");
   byId("question-text").textContent = QUESTIONS[name];
-  question.returnValue = "no";
-  question.onclose = () => {
-    if (question.returnValue === "yes") {
+  // Not at "close": that event comes later, when the next question may be open already.
+  question.querySelector("form").onsubmit = (event) => {
+    if (event.submitter?.value === "yes") {
       act(name);
     }
   };
