@@ -20,6 +20,7 @@ loading, scan: reading the cache, and scanning a dataset
 layouts: loading models from files of every layout
 state: writing states
 monitor: how much the monitor page slows training, with 20 viewers
+picture: no measurement, but the picture of docs/performance.md, from rows of `peers`
 screenshots: no measurement, but pictures of the monitor page for docs/
 same: no measurement, but the proof that a refactoring changes no result (`make same BASE=<commit>`)
 """
