@@ -11,6 +11,7 @@ peers: steps of other trainers in the same run
 memory: predicted and measured peaks
 parity: gradients of each precision against bf16
 kernels: the kernels of the 8-bit engine, one by one
+attention: the kernels of attention that torch can choose from
 gpus: a step on one GPU and on several
 concept: how well a miniature learns in each precision
 job: a full-size model, and whole jobs on it
