@@ -7,14 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import multiprocessing
 import os
 import resource
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +29,7 @@ from trainer.data.hygiene.looks import Looks
 from trainer.data.hygiene.remarks import remarks
 from trainer.data.records import WARNING, ImageRecord, Scan, Skipped
 from trainer.process import memory_kills
+from trainer.process.pool import KilledWorkerError, in_processes
 from trainer.spec.errors import UnreachableError
 from trainer.spec.plan import DataPlan, Dataset, Subset
 from trainer.spec.values import many, printable, some
@@ -151,12 +148,11 @@ def _examine(file: Path) -> _FileInfo | str:
 
 
 def _enter_worker() -> None:
-    """Bound the memory that a hostile file can take, and end when the trainer does.
+    """Bound the memory that a hostile file can take.
 
     The warnings of codecs are silenced: the reason for a skipped image goes to the report, not to the terminal.
     """
     warnings.simplefilter("ignore")
-    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     statm = Path("/proc/self/statm")
     if statm.exists():
         used = int(statm.read_text(encoding="ascii").split()[0]) * resource.getpagesize()
@@ -167,13 +163,6 @@ def _enter_worker() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard_limit))
 
 
-def _end_with_parent() -> None:
-    """Where the trainer is killed, a worker would wait for its next file for ever."""
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os._exit(1)
-
-
 def _examine_all(files: Sequence[Path], *, cpu_workers: int, progress: Progress | None) -> Iterator[_FileInfo | str]:
     """`_examine` of each file, in order."""
     if cpu_workers <= 0 or not files:
@@ -182,24 +171,17 @@ def _examine_all(files: Sequence[Path], *, cpu_workers: int, progress: Progress 
             if progress:
                 progress(done, len(files))
         return
-    cpu_workers = min(cpu_workers, len(files))
-    done = 0
     kills_before = memory_kills.count()
-    # spawn: a fork would copy locks that threads of this process hold.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(cpu_workers, mp_context=context, initializer=_enter_worker) as pool:
-        try:
-            for info in pool.map(_examine, files):
-                yield info
-                done += 1
-                if progress:
-                    progress(done, len(files))
-        except BrokenProcessPool as problem:
-            # The pool does not tell which file it was: name all that were under way.
-            suspects = ", ".join(printable(str(f)) for f in files[done : done + 2 * cpu_workers + 1])
-            raise UnreachableError(
-                f"A process that reads images {memory_kills.explain(kills_before)} It read one of: {suspects}."
-            ) from problem
+    try:
+        infos = in_processes(_examine, files, count=cpu_workers, enter=_enter_worker)
+        for done, info in enumerate(infos, 1):
+            yield info
+            if progress:
+                progress(done, len(files))
+    except KilledWorkerError as problem:
+        raise UnreachableError(
+            f"A process that reads images {memory_kills.explain(kills_before)} It read {printable(str(problem.thing))}."
+        ) from problem
 
 
 # ---- putting it together
