@@ -29,6 +29,7 @@ from typing import Any
 from entrypoint import bake
 from entrypoint.dataset_config.manifest import read_manifest
 from entrypoint.fetch import flash_attention, http, public_addresses
+from entrypoint.fetch.captioner import fetch_captioner
 from entrypoint.fetch.fetch import fetch_model, fetch_source
 from entrypoint.monitor import beside as monitor
 from entrypoint.notify import beside as notify
@@ -46,6 +47,7 @@ from entrypoint.system.raw_value import raw_value
 from entrypoint.trackers import beside as trackers
 from trainer import __version__
 from trainer.base_model import model_folder
+from trainer.data.folders.own_output import Written
 from trainer.process import scratch, streams, vitals
 from trainer.spec.commands.parser import Parser
 from trainer.spec.errors import KilnError, NoAcceleratorError, SettingsError, StopRequestedError
@@ -379,7 +381,11 @@ def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
         # Without the key that an address may hold: nobody needs it from here on.
         return dataclasses.replace(fetched[source], location=source.public)
 
-    return dataclasses.replace(plan.map_sources(local), model=model)
+    plan = dataclasses.replace(plan.map_sources(local), model=model)
+    # Only now it is known whether an image lacks a caption.
+    places = {"OUTPUT_PATH": Path(plan.output.path), "CACHE_PATH": cache, "HF_HOME": hub_cache.parent}
+    captioner = fetch_captioner(plan.data, cache=cache, written=Written(places), **access)
+    return dataclasses.replace(plan, data=dataclasses.replace(plan.data, captioner=captioner))
 
 
 if __name__ == "__main__":

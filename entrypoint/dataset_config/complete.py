@@ -142,6 +142,7 @@ def _complete_subset(
         repeats_chosen=settings.num_repeats is not None or subset.repeats_chosen,
         trigger_word=trigger_word or None,
         caption_dropout_rate=dropout_rate,
+        caption_prompt=subset.caption_prompt or settings.caption_prompt,
     )
 
 

@@ -59,6 +59,8 @@ class TrainedImages:
             shown = {key: row[key] for key in row if key in SHOWN}
             shown["name"] = clean(str(row.get("name", "")))
             shown["captions"] = [clean(str(text)) for text in row.get("captions", [])]
+            if "captioned_by" in row:
+                shown["captioned_by"] = clean(str(row["captioned_by"]))
             rows.append({**shown, "number": number, "here": find_image(row, plan, inside=inside) is not None})
         return {"first": first, "total": len(self.images), "rows": rows}
 

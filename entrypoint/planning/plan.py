@@ -18,6 +18,7 @@ from entrypoint.dataset_config.complete import complete_datasets, fill_trigger, 
 from entrypoint.dataset_config.manifest import Manifest
 from entrypoint.dataset_config.sources import HUB_ID
 from entrypoint.planning import sanity, single_files, starting_point, text_encoders
+from entrypoint.planning.captioner import captioner_plan
 from entrypoint.planning.engine_choice import engine_plan
 from entrypoint.planning.step_time import quote_plan, refuse_too_short
 from entrypoint.planning.targets import check_targets
@@ -92,7 +93,7 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
     )
     plan = Plan(
         model=model_plan,
-        data=DataPlan(datasets, strict=settings.data.strict_dataset),
+        data=_data_plan(settings, datasets, facts, notes),
         lora=lora,
         optim=optim,
         train=_training_plan(settings, facts, notes),
@@ -119,6 +120,13 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
     reasons = tuple(without_secrets(reason) for reason in notes.reasons)
     warnings = tuple(without_secrets(warning) for warning in notes.warnings)
     return dataclasses.replace(plan, reasons=reasons, details=tuple(notes.details), warnings=warnings)
+
+
+def _data_plan(settings: Settings, datasets: tuple[Dataset, ...], facts: Facts, notes: Notes) -> DataPlan:
+    """The datasets, and the model that captions their images."""
+    longest = settings.training.max_token_length
+    captioner = captioner_plan(settings.data, datasets, facts, max_tokens=longest, notes=notes)
+    return DataPlan(datasets, strict=settings.data.strict_dataset, captioner=captioner)
 
 
 def _left_to_hardware(settings: Settings) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from entrypoint.fetch import archive, fetch, flash_attention, http, hub, hub_choice, local_weights
 from entrypoint.fetch.http import RetryPolicy
-from entrypoint.planning import single_files
+from entrypoint.planning import captioner, single_files
 from entrypoint.settings.checks import nearest_existing
 from trainer.base_model import model_folder, weight_kinds, without_weights
 from trainer.data.folder_listing import list_folder
@@ -93,6 +93,7 @@ def preflight(plan: Plan, *, token: str | None, hub_cache: Path, retries: RetryP
         logger.info("To fetch: FlashAttention 4 with its compiler, %s.", human_size(flash_attention.INSTALL_BYTES))
         space.add("CACHE_PATH", "FlashAttention 4", flash_attention.INSTALL_BYTES)
     attempt(partial(_check_model, plan, space, token=token, hub_cache=hub_cache, retries=retries))
+    attempt(partial(_check_captioner, plan, space, token=token, hub_cache=hub_cache, retries=retries))
     for source, cache_bytes in _cache_bytes_per_image(plan).items():
         if any(isinstance(problem, UnreachableError) for problem in problems):
             # It has been waited for long enough once: the same network will not answer the next request either.
@@ -222,6 +223,15 @@ def _download_bytes(repo: hub.Repo, patterns: tuple[str, ...], space: NeededSpac
 
 def _weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in files_below(folder) if path.suffix == ".safetensors")
+
+
+def _check_captioner(
+    plan: Plan, space: NeededSpace, *, token: str | None, hub_cache: Path, retries: RetryPolicy
+) -> None:
+    """Check the model that captions images, and add the space that it will take, where it is needed."""
+    written = Written(space.places)
+    needed = captioner.check(plan, written=written, token=token, hub_cache=hub_cache, retries=retries)
+    space.add("HF_HOME", "the weights of the model that captions", needed)
 
 
 # ---- the sources of images

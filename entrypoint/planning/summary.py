@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from entrypoint.fetch import archive, fetch, http
+from entrypoint.planning import captioner
 from entrypoint.system import environment
 from trainer.data import caption_length
 from trainer.data.epochs import EpochSampler
@@ -57,10 +58,16 @@ def log_summary(plan: Plan, *, token: str | None, hub_cache: Path, estimate_capt
     if found is None:
         return Summary()
     local_plan, scanned = found
+    captions = captioner.outlook(local_plan, scanned, token=token, hub_cache=hub_cache)
+    scanned = captions.scanned
     for line in scanned.report().splitlines():
         level = logging.WARNING if WARNING in line or line.startswith("  skipped ") else logging.INFO
         say(line.replace(WARNING, ""), level)
-    choice = choose(plan, content_changes=content_changes(fingerprint(scanned.images), None))
+    for line in captions.lines:
+        say(line)
+    # Captions that are still to be made are content: which run this is, the trainer knows once it has them.
+    compare = None if captions.missing else content_changes(fingerprint(scanned.images), None)
+    choice = choose(plan, content_changes=compare)
     text = choice.describe()
     if text and choice.plan.output.name != plan.output.name:  # the settings alone did not say so
         say(text)
@@ -76,7 +83,8 @@ def log_summary(plan: Plan, *, token: str | None, hub_cache: Path, estimate_capt
         say(line)
     if quoted.warning:
         say(quoted.warning, logging.WARNING)
-    figures = {"images": {"found": scanned.num_found, "used": len(scanned.images)}, **_figures(lengths, sampler)}
+    images = {"found": scanned.num_found, "used": len(scanned.images), "to_caption": captions.missing}
+    figures = {"images": images, **_figures(lengths, sampler)}
     figures["quote"] = quoted.figures
     for line in long_captions(local_plan, sampler, hub_cache=hub_cache, estimate=estimate_captions):
         say(line, logging.WARNING)

@@ -23,6 +23,7 @@ from entrypoint.settings.checks import Notes
 from entrypoint.settings.variables import CONFIG_JSON, NAMES, ROWS, SECRETS
 from entrypoint.system.environment import REPOSITORY
 from trainer.spec.documents.forms import parse_text
+from trainer.spec.rules.captioners import SHORT_NAMES
 from trainer.spec.values import Problems, is_text, nearest, show
 
 Rule = Callable[[str], str | None]  # a text → why it may not be in a request, as the rest of a sentence; None: it may
@@ -53,6 +54,14 @@ def _hub_name(text: str) -> str | None:
     if HUB_ID.fullmatch(text) and "/" in text and not text.lower().endswith(".safetensors"):
         return None
     return f"{OWN_FILE}. Fix: a repository of the Hub, owner/name"
+
+
+def _captioner(text: str) -> str | None:
+    """A short name, or a repository, maybe with a revision."""
+    if text.lower() in SHORT_NAMES:
+        return None
+    name, _, revision = text.partition("@")
+    return _hub_name(name) or (_revision(revision) if revision else None)
 
 
 def _hub_dataset(text: str) -> str | None:
@@ -134,6 +143,9 @@ RULES: dict[str, Rule] = {
     "TRIGGER_WORD": _anything,
     "IMAGE_COLUMN": _anything,
     "CAPTION_COLUMN": _anything,
+    "CAPTION_WITH": _captioner,
+    "CAPTION_PROMPT": _anything,
+    "CAPTION_WRITE": _refused("writes beside images on the worker, where they are lost. Fix: remove it"),
     "DATASET_SPLIT": _word,
     "DATASET_SUBSET": _word,
     "DATASET_REVISION": _revision,

@@ -31,7 +31,7 @@ from trainer.data.records import WARNING, ImageRecord, Scan, Skipped
 from trainer.process import memory_kills
 from trainer.process.pool import KilledWorkerError, in_processes
 from trainer.spec.errors import UnreachableError
-from trainer.spec.plan import DataPlan, Dataset, Subset
+from trainer.spec.plan import CaptionerPlan, DataPlan, Dataset, Subset
 from trainer.spec.values import many, printable, some
 from trainer.storage.read import read_regular
 
@@ -41,6 +41,7 @@ WORKER_MEMORY_BYTES = 4 << 30
 MAX_CPU_WORKERS = 16
 
 TOO_SMALL = "smaller than one step of bucket_reso_steps, and bucket_no_upscale forbids enlarging it"
+FOLDER_NAME = "the name of its folder"  # a caption's place
 NO_MASK = "no mask of the same stem in conditioning_data_dir"
 
 # A kind of `LeftOutName` → what to do if it was meant otherwise.
@@ -106,7 +107,7 @@ def scan(data: DataPlan, *, cpu_workers: int, progress: Progress | None = None, 
     unused: list[str] = []
     problems: list[str] = []
     for listing in listings:
-        of_subset = _combine(listing, examined)
+        of_subset = _combine(listing, examined, data.captioner)
         images += of_subset.images
         skipped += of_subset.skipped
         notes_of_all += of_subset.notes
@@ -200,7 +201,7 @@ class _Listing:
     parts: list[tuple[int, Subset]] = field(default_factory=list)  # number in the dataset; as in `reading.parts`
 
 
-def _combine(listing: _Listing, examined: dict[Path, _FileInfo | str]) -> Scan:
+def _combine(listing: _Listing, examined: dict[Path, _FileInfo | str], captioner: CaptionerPlan | None = None) -> Scan:
     """Images with captions and masks, the skipped ones, notes, and what is left out, of one subset."""
     subset = listing.subset_plan
     folder = listing.folder
@@ -209,7 +210,7 @@ def _combine(listing: _Listing, examined: dict[Path, _FileInfo | str]) -> Scan:
         part = listing.reading.part_of(name)
         words = listing.parts[part][1].class_tokens if part is not None else None
         if words and name not in found.captions:
-            found.captions[name] = Caption(words, "class_tokens", "the name of its folder")
+            found.captions[name] = Caption(words, "class_tokens", FOLDER_NAME)
     images = []
     skipped = []
     for name, reason in folder.skipped:
@@ -234,7 +235,7 @@ def _combine(listing: _Listing, examined: dict[Path, _FileInfo | str]) -> Scan:
         own = [image for image in images if listing.reading.part_of(image.name) == part]
         if own or not listing.parts:
             plan = subset if part is None else listing.parts[part][1]
-            said = [*_part_notes(own, found.captions, plan), *remarks(own, looks, listing.dataset_plan)]
+            said = [*_part_notes(own, found.captions, plan, captioner), *remarks(own, looks, listing.dataset_plan)]
             notes += [f"{_title(listing, part)}: {note}" for note in said]
     notes += [f"{title}: {note}" for note in [*findings.notes, *folder.note_unread(found.read)]]
     unused = [*findings.unused, *(f"{printable(item.name)}: {item.reason}" for item in folder.left_out)]
@@ -247,11 +248,13 @@ def _combine(listing: _Listing, examined: dict[Path, _FileInfo | str]) -> Scan:
     )
 
 
-def _part_notes(images: Sequence[ImageRecord], captions: dict[str, Caption], subset: Subset) -> list[str]:
+def _part_notes(
+    images: Sequence[ImageRecord], captions: dict[str, Caption], subset: Subset, captioner: CaptionerPlan | None
+) -> list[str]:
     """What is to be said of the images that share the settings of `subset`."""
     findings = Findings()
     own = {image.name: captions[image.name] for image in images if image.name in captions}
-    note_captions([image.name for image in images], own, subset, findings)
+    note_captions([image.name for image in images], own, subset, findings, captioner=captioner)
     return findings.notes + _notes(images, subset)
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.captioning.captioning import caption_images
+from trainer.captioning.requests import wanting
 from trainer.checkpoints import state_files
 from trainer.checkpoints.open_run import OpenRun, open_run
 from trainer.data import caption_length
@@ -67,8 +69,12 @@ def steps_per_epoch(plan: Plan, sampler: EpochSampler) -> int:
     return math.ceil(sampler.batches_per_epoch / (plan.train.gradient_accumulation * plan.engine.num_gpus))
 
 
-def find_run(plan: Plan, *, status: Status) -> tuple[OpenRun, Scan]:
-    """Scan the images and open the run that this job is, in the plan's output folder. Raises DataError."""
+def find_run(plan: Plan, *, status: Status, check_in: Callable[[], None]) -> tuple[OpenRun, Scan]:
+    """Scan the images, caption those that a model is to caption, and open the run that this job is.
+
+    Captions are content, as images are: so they are made before it is known which run of the output folder this is.
+    Raises DataError, and what `caption_images` raises.
+    """
     status.phase("reading the dataset")
     opened: list[OpenRun] = []
 
@@ -82,7 +88,17 @@ def find_run(plan: Plan, *, status: Status) -> tuple[OpenRun, Scan]:
         return home / "dataset-report.txt"
 
     written = Written({"OUTPUT_PATH": Path(plan.output.path), "CACHE_PATH": Path(plan.output.cache)})
-    scanned = scan_and_report(plan.data, report=report_place, seed=plan.train.seed, written=written)
+
+    def captioned(scanned: Scan) -> Scan:
+        if any(wanting(scanned.images, scanned.data)):
+            status.phase("captioning")
+        return caption_images(
+            scanned, scanned.data, cache=Path(plan.output.cache), engine=plan.engine, check_in=check_in
+        )
+
+    scanned = scan_and_report(
+        plan.data, report=report_place, seed=plan.train.seed, written=written, captioned=captioned
+    )
     return opened[0], scanned
 
 
@@ -167,15 +183,23 @@ def with_lengths(plan: Plan, sampler: EpochSampler, record: RunRecord) -> Plan:
 
 
 def scan_and_report(
-    data: DataPlan, *, report: Path | Callable[[Scan], Path], seed: int = 0, written: Written | None = None
+    data: DataPlan,
+    *,
+    report: Path | Callable[[Scan], Path],
+    seed: int = 0,
+    written: Written | None = None,
+    captioned: Callable[[Scan], Scan] | None = None,
 ) -> Scan:
     """The usable images; logs a summary, and writes the whole list to `report` and to a .csv file beside it.
 
     `seed` is the run's, for the captions of the report. `written`: the folders that this job writes to, which are no
-    sources. Raises DataError.
+    sources. `captioned`: adds the captions that a model makes, to a dataset that can be used. Raises DataError.
     """
     started = time.monotonic()
     scanned = scan(data, cpu_workers=cpu_workers(), written=written)
+    taken = time.monotonic() - started
+    if captioned is not None and scanned.is_usable(strict=data.strict):
+        scanned = captioned(scanned)
     report = report if isinstance(report, Path) else report(scanned)
     write_report(scanned, scanned.data, text=report, seed=seed)
     scanned.check(strict=data.strict)
@@ -184,7 +208,7 @@ def scan_and_report(
         if WARNING in line or line.startswith("  skipped "):
             level = logging.WARNING
         log.log(level, "%s", line.replace(WARNING, ""))
-    log.info("Scanned the images in %.1f s.", time.monotonic() - started)
+    log.info("Scanned the images in %.1f s.", taken)
     return scanned
 
 

@@ -4,7 +4,8 @@ The steps of a run, in order:
 1. Lock the output folder, so that no second job writes there; open run.log and status.json; refuse a crash loop.
 2. Bring single files into a model folder (`base_model.single_file`), and draw missing class images.
 3. Scan the images. Settings and images together say which run of the folder this is, or that it is a new one
-   (`storage.choose_run`): open it and write its plan.json (`checkpoints.open_run`).
+   (`storage.choose_run`): open it and write its plan.json (`checkpoints.open_run`). Before that, a model captions the
+   images that have no caption, where CAPTION_WITH asks for it (`captioning`).
 4. Find the state to resume from: the newest of the run; else the folder that PARAMS_RESUME_FROM names. A LoRA file
    there gives the weights alone (step 7).
 5. Encode into the cache (`prepare`). The encoders are freed before the denoiser loads. A run that has all its steps
@@ -160,7 +161,7 @@ def _prepare(plan: Plan, stop: StopFlag, *, status: Status, watchdog: Watchdog) 
     plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, path=model_folder))
     check_targets(plan)
     plan = draw_class_images(plan, status=status, check_in=check_in)
-    opened, scanned = find_run(plan, status=status)
+    opened, scanned = find_run(plan, status=status, check_in=check_in)
     output = opened.plan.output
     status.update({"run": output.name, "run_folder": output.folder or "."})
     state = resumable_state(opened.plan, opened.home, fingerprint(scanned.images))

@@ -92,6 +92,10 @@ class Subset:
     metadata_file: str | None = None
     caption_extension: str = ".caption"
     class_tokens: str | None = None
+    # Whether the model of `DataPlan.captioner` captions images that have none, and what it is asked. The caption itself
+    # is part of the images' fingerprint.
+    auto_caption: bool = neutral(True)
+    caption_prompt: str | None = neutral(None)
     trigger_word: str | None = None
     caption_prefix: str | None = None
     caption_suffix: str | None = None
@@ -146,9 +150,29 @@ class Dataset:
 
 
 @dataclass(frozen=True)
+class CaptionerPlan:
+    """The model that captions images without a caption (CAPTION_WITH). What it writes is in the fingerprint."""
+
+    source: str  # Hub repository or local folder
+    revision: str | None = None
+    commit: str | None = None  # filled by fetch
+    path: str = ""  # local folder; filled by fetch. "": every caption is known already
+    max_tokens: int = 256  # of a caption, by the model's own tokenizer
+    words: int = 120  # that it is asked for
+    overwrite: bool = False  # CAPTION_OVERWRITE: also images that have a caption
+    write: bool = False  # CAPTION_WRITE: beside the images as well
+
+    @property
+    def name(self) -> str:
+        """For reports and the page, which have no paths of this machine."""
+        return self.source.rstrip("/").rpartition("/")[2] if self.source.startswith("/") else self.source
+
+
+@dataclass(frozen=True)
 class DataPlan:
     datasets: tuple[Dataset, ...]
     strict: bool = False  # any unusable image stops the job
+    captioner: CaptionerPlan | None = field(default=None, metadata={"neutral": True})
 
     @property
     def subsets(self) -> list[Subset]:
@@ -270,6 +294,7 @@ class QuotePlan:
     round_s: float = 0.0  # drawing a sample of each prompt
     start_s: float = 0.0  # to the first step, with everything on this machine, without encoding
     image_s: float = 0.0  # encoding an image and its caption
+    caption_s: float = 0.0  # captioning an image
     price_per_hour: float | None = None
     limit_hours: float | None = None  # of MAX_RUNTIME or MAX_COST, whichever comes first
     limit: str = ""  # that one in words

@@ -79,6 +79,8 @@ VALUES: dict[str, Any] = {
     "caption_extension": ".txt",
     "class_tokens": "dog",
     "trigger_word": "zot",
+    "auto_caption": False,
+    "caption_prompt": "style",
     "is_reg": True,
     "alpha_mask": True,
     "metadata_file": "meta.jsonl",

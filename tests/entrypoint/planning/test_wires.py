@@ -20,6 +20,7 @@ from tests.support.machines import CPU, LARGE_GPU
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 HUB = {"BASE_MODEL": "mini-flux", "DATASET_NAME": "someone/pictures", "BACKEND": "cpu"}
 SDXL = {**HUB, "BASE_MODEL": "mini-sdxl"}
+CAPTIONED = {**HUB, "CAPTION_WITH": "org/model"}
 ADAMW = {**HUB, "PARAMS_OPTIMIZER_TYPE": "adamw"}
 HELD_OUT = {**HUB, "DATASET_CONFIG": '{"datasets": [{"resolution": 64, "validation_split": 0.5, "subsets": [{}]}]}'}
 GPU = {**HUB, "BACKEND": "cuda"}
@@ -51,6 +52,14 @@ PLANNED = {
     "IMAGE_COLUMN": (HUB, "picture", of_source("image_column"), "picture"),
     "CAPTION_COLUMN": (HUB, "words", of_source("caption_column"), "words"),
     "TRIGGER_WORD": (HUB, "ohwx", of_subset("trigger_word"), "ohwx"),
+    "CAPTION_WITH": (HUB, "org/model@v2", lambda p: p.data.captioner and p.data.captioner.source, "org/model"),
+    "CAPTION_PROMPT": (CAPTIONED, "style", of_subset("caption_prompt"), "style"),
+    "CAPTION_MAX_TOKENS": (CAPTIONED, "33", lambda plan: plan.data.captioner.max_tokens, 33),
+    "CAPTION_OVERWRITE": (CAPTIONED, "true", lambda plan: plan.data.captioner.overwrite, True),
+    "CAPTION_WRITE": (
+        {**CAPTIONED, "DATASET_NAME": str(Path(__file__).parent)}, "true",
+        lambda plan: plan.data.captioner.write, True,
+    ),
     "STRICT_DATASET": (HUB, "true", field("data.strict"), True),
     "CACHE_PATH": (HUB, "/somewhere/cache", field("output.cache"), "/somewhere/cache"),
     "PARAMS_BATCH_SIZE": (HUB, "3", lambda plan: plan.data.datasets[0].batch_size, 3),
