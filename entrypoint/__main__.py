@@ -88,25 +88,11 @@ def _run(arguments: list[str], environ: Mapping[str, str], known: Known) -> int:
         except OSError as problem:
             print(f"{program[0]} cannot be started: {problem.strerror}.", file=sys.stderr)  # noqa: T201
             return 78
-    parser = Parser(
-        prog="python -m entrypoint",
-        description="Train a LoRA as the environment says: BASE_MODEL, DATASET_NAME, OUTPUT_PATH and more.",
-    )
-    commands = "train; check: validate, plan and preflight alone; quote: time and money on GPUs to rent; "
-    commands += "sample, export: as python -m trainer.sample and trainer.export; monitor: the monitor page of a job's "
-    commands += "folder; shell: bash; each with the arguments that follow"
-    choices = ("train", "check", "quote", *PROGRAMS)
-    parser.add_argument("command", nargs="?", choices=choices, default="train", help=commands)
-    parser.add_argument("--check", action="store_true", help="the same as the command check")
-    parser.add_argument("-v", "--verbose", action="store_true", help="say also which memory modes were not taken")
-    plans_for = "check for a card that is not here: a name like 'RTX 4090', '2 x RTX 3090', or a size like '12 GB'"
-    parser.add_argument("--gpu", metavar="CARD", help=plans_for)
-    prices_file = "for quote: a JSON object of GPUs and their prices an hour, in place of approximate ones"
-    parser.add_argument("--prices", metavar="FILE", type=Path, help=prices_file)
-    parser.add_argument("--help-env", action="store_true", help="print every variable with default, range and meaning")
-    as_json = "print JSON: of a check or a quote what it found, of --help-env a JSON schema (docs/agents.md)"
-    parser.add_argument("--json", action="store_true", help=as_json)
-    parser.add_argument("--version", action="version", version=f"kiln {__version__}")
+    if arguments[:1] == ["job"]:
+        from entrypoint.engines import command  # imports the Hub's client, which is slow: only now
+
+        return command.main(arguments[1:], environ, known)
+    parser = _parser()
     try:
         options = parser.parse_args(arguments)
     except SystemExit as stop:
@@ -137,6 +123,30 @@ def _run(arguments: list[str], environ: Mapping[str, str], known: Known) -> int:
         with contextlib.suppress(BrokenPipeError):
             print(report.to_json(code), flush=True)  # noqa: T201
     return code
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m entrypoint",
+        description="Train a LoRA as the environment says: BASE_MODEL, DATASET_NAME, OUTPUT_PATH and more.",
+    )
+    commands = "train; check: validate, plan and preflight alone; quote: time and money on GPUs to rent; "
+    commands += "sample, export: as python -m trainer.sample and trainer.export; monitor: the monitor page of a job's "
+    commands += "folder; shell: bash; job: print or start the job for an engine (docs/engines.md); each with the "
+    commands += "arguments that follow"
+    choices = ("train", "check", "quote", "job", *PROGRAMS)
+    parser.add_argument("command", nargs="?", choices=choices, default="train", help=commands)
+    parser.add_argument("--check", action="store_true", help="the same as the command check")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say also which memory modes were not taken")
+    plans_for = "check for a card that is not here: a name like 'RTX 4090', '2 x RTX 3090', or a size like '12 GB'"
+    parser.add_argument("--gpu", metavar="CARD", help=plans_for)
+    prices_file = "for quote: a JSON object of GPUs and their prices an hour, in place of approximate ones"
+    parser.add_argument("--prices", metavar="FILE", type=Path, help=prices_file)
+    parser.add_argument("--help-env", action="store_true", help="print every variable with default, range and meaning")
+    as_json = "print JSON: of a check or a quote what it found, of --help-env a JSON schema (docs/agents.md)"
+    parser.add_argument("--json", action="store_true", help=as_json)
+    parser.add_argument("--version", action="version", version=f"kiln {__version__}")
+    return parser
 
 
 def _ended(run: Callable[[], int]) -> int:

@@ -40,7 +40,7 @@ LAYERS = {  # from the bottom; packages on one layer do not import each other
         ("runpod",),
         ("report",),
         ("processes",),
-        ("notify", "trackers", "monitor"),
+        ("notify", "trackers", "monitor", "engines"),
         ("bake", "health", "unprivileged"),
         ("__main__",),
     ),

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted(path for folder in ("entrypoint", "trainer") for path in (ROOT / folder).rglob("*.py"))
 VENDORS = r"nvidia|amd|rocm|geforce|radeon|hopper|ampere|mi[23]\d\dx?|gfx\d\w+|[ah]100|h200"
 WITH_VENDORS = {
+    "entrypoint/engines/gpu_names.py",
     "entrypoint/settings/variables/engine.py",
     "entrypoint/system/cards.py",
     "entrypoint/system/hardware.py",
