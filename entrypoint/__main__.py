@@ -117,7 +117,10 @@ def _run(arguments: list[str], environ: Mapping[str, str], known: Known) -> int:
     def run() -> int:
         return _ended(lambda: job(environ, check=check, card=options.gpu, report=report))
 
-    code = run() if check else supervise.supervised(run, environ)  # ON_FINISH is of a job
+    def page_afterwards(seconds: float) -> contextlib.AbstractContextManager[None]:
+        return monitor.showing_after(environ, seconds)
+
+    code = run() if check else supervise.supervised(run, environ, serving=page_afterwards)  # ON_FINISH is of a job
     if options.json:
         logging.getLogger().removeHandler(report)
         with contextlib.suppress(BrokenPipeError):

@@ -27,12 +27,16 @@ RUN_FILES = ("report.html", "README.md", "plan.json", "metrics.jsonl", REPORT_NA
 
 @dataclass(frozen=True)
 class Served:
-    """What a server shows. `started`: of the job that it runs beside (Unix seconds); 0 for a folder alone."""
+    """What a server shows. `started`: of the job that it runs beside (Unix seconds); 0 for a folder alone.
+
+    `is_own_plan`: the plan was made by this very program, which may have read images from anywhere.
+    """
 
     out: Path
     started: float = 0.0
     price: float | None = None  # of the machine, an hour
     actions: tuple[str, ...] = ()
+    is_own_plan: bool = False
 
 
 @dataclass

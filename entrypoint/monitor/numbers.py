@@ -13,9 +13,10 @@ from array import array
 from pathlib import Path
 from typing import Any
 
+from trainer.spec.messages import noise_bands
 from trainer.storage.read import open_unlinked
 
-COLUMNS = ("step", "loss", "lr", "grad_norm", "prodigy_d", "images_per_second", "memory_gib")
+COLUMNS = ("step", "loss", "lr", "grad_norm", "prodigy_d", "images_per_second", "memory_gib", *noise_bands.KEYS)
 MOST_POINTS = 2000  # of a curve, when a viewer comes
 LONGEST_READ = 1 << 24  # bytes at once
 DIGITS = 6  # significant, of what is sent

@@ -16,6 +16,7 @@ from entrypoint.report.elements import bullets, clock_if_known, number, pairs, q
 from entrypoint.report.gather import NO_STEP, Gathered, LoraFile, Sample
 from entrypoint.report.samples import data_address, thumbnail
 from trainer import __version__
+from trainer.spec.messages import noise_bands
 from trainer.spec.messages.usage import prompting
 from trainer.spec.plan import AUTO, Plan
 from trainer.storage.atomic import human_size
@@ -223,6 +224,7 @@ def curves(run: Gathered) -> str:
         loss_lines.append(Line("validation", "held", validations, dots=True))
     charts = [
         Chart("Loss", loss_lines, marks=saves),
+        Chart("Loss by noise level, smoothed", _by_noise(run), marks=saves),
         Chart("Learning rate", [Line("learning rate", "plain", rates)], logarithmic=_spans_decades(rates)),
         Chart("Size of the gradient", [Line("gradient", "plain", _column(run, "grad_norm"))]),
     ]
@@ -238,6 +240,16 @@ def curves(run: Gathered) -> str:
     if skipped:
         parts.append(f"<p>{skipped} steps were skipped, because their numbers were not finite or far off.</p>")
     return "".join(parts)
+
+
+def _by_noise(run: Gathered) -> list[Line]:
+    """A curve for each band of noise levels."""
+    lines = []
+    for place, key in enumerate(noise_bands.KEYS):
+        points = _column(run, key)
+        if points:
+            lines.append(Line(noise_bands.label(key), f"band{place}", smoothed(points)))
+    return lines
 
 
 def _legend(chart: Chart) -> str:

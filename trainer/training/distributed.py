@@ -4,8 +4,8 @@ The first process prepares the data, samples, saves and logs. The others train o
 wait (`Workers.on_first`) while it does something alone.
 
 In each step every process computes its own micro-batches; then `Workers.mean_gradient` sums over all processes:
-1. five fp32 numbers: the losses of the images, their count, and whether the first process was asked to stop, and on
-   the monitor page to save or to sample;
+1. a few fp32 numbers: the losses of the images, their count, whether the first process was asked to stop, and on the
+   monitor page to save or to sample; and losses and counts again for each band of noise levels (`band_losses`);
 2. the gradient of all adapters, one flat fp32 tensor, each process's mean weighted by the number of its images.
 Afterwards all hold the same gradient and take the same optimiser step, so they keep the same weights and optimiser
 state, and saving one copy is enough. `Workers.check_same` compares the weights' bits at the start and at each save.
@@ -23,6 +23,7 @@ import datetime
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ import torch.distributed as dist
 
 from trainer.spec.errors import KilnError, PeerError, SettingsError, StopRequestedError
 from trainer.spec.plan import RANK_VARIABLE, TEAM_VARIABLE
+from trainer.training import band_losses
 from trainer.training.page_requests import NOTHING, NowDue, PageRequests
 from trainer.training.stop_flag import StopFlag
 
@@ -37,6 +39,16 @@ from trainer.training.stop_flag import StopFlag
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 NO_TIMEOUT = datetime.timedelta(days=100)  # torch has no word for "none"
 POLL_INTERVAL_S = 0.05
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """The numbers of one step, over the images of all processes."""
+
+    loss: float  # the mean
+    images: int
+    norm: float  # of the gradient, before clipping
+    band_losses: tuple[float | None, ...] = ()  # the mean by noise level; None: a band without images
 
 
 class Workers:
@@ -127,38 +139,44 @@ class Workers:
         if largest != smallest:
             raise KilnError(f"The {self.size} processes have different weights, which must not happen.")
 
-    def mean_gradient(self, flat_grad: torch.Tensor, losses: Sequence[torch.Tensor]) -> torch.Tensor:
+    def mean_gradient(
+        self, flat_grad: torch.Tensor, losses: Sequence[torch.Tensor], times: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
         """Replace `flat_grad`, the mean over this process's images, by the mean over those of all processes.
 
-        `losses`: (B,) for each of this process's micro-batches. Returns a tensor (5,) for `read_totals`: mean loss,
-        number of images, how many processes were asked to stop, to save, to sample. Nothing here waits for the device.
+        `losses`, `times`: (B,) for each of this process's micro-batches; times are noise levels, 0 to 1. Returns a
+        tensor (T,) for `read_totals`: mean loss, number of images, how many processes were asked to stop, to save, to
+        sample; and what `band_losses.sums` gives. Nothing here waits for the device.
         """
         own_images = sum(len(losses_B) for losses_B in losses)
+        bands_2K = band_losses.sums(losses, times, flat_grad.device)
         if self.size == 1:
             loss = torch.cat(list(losses)).mean()
-            return torch.stack([loss, torch.full_like(loss, own_images), *3 * [torch.zeros_like(loss)]])
+            totals_5 = torch.stack([loss, torch.full_like(loss, own_images), *3 * [torch.zeros_like(loss)]])
+            return torch.cat([totals_5, bands_2K])
         asked = self.requests.take()
         own_totals = (0.0, float(own_images), float(self._stop.requested), float(asked.save), float(asked.sample))
         # They are the same in nearly all steps. A copy to the device would wait for it.
         if self._own_totals is None or self._own_totals[0] != own_totals:
             self._own_totals = own_totals, torch.tensor(own_totals, device=flat_grad.device)
-        totals_5 = self._own_totals[1].clone()
+        totals_T = torch.cat([self._own_totals[1], bands_2K])
         if losses:
-            totals_5[0] = torch.cat(list(losses)).sum()
+            totals_T[0] = torch.cat(list(losses)).sum()
         flat_grad.mul_(own_images)
         with _peer_errors():
-            dist.all_reduce(totals_5)
+            dist.all_reduce(totals_T)
             dist.all_reduce(flat_grad)
-        flat_grad.div_(totals_5[1])
-        totals_5[0] /= totals_5[1]
-        return totals_5
+        flat_grad.div_(totals_T[1])
+        totals_T[0] /= totals_T[1]
+        return totals_T
 
-    def read_totals(self, step_totals_5: torch.Tensor, norm: torch.Tensor) -> tuple[float, int, float]:
-        """Mean loss over the images of all processes, their number, and `norm` (a scalar). Waits for the device."""
-        loss, images, stopping, saves, samples, norm_value = torch.cat([step_totals_5, norm[None]]).tolist()
+    def read_totals(self, step_totals_T: torch.Tensor, norm: torch.Tensor) -> StepTotals:
+        """The step's numbers, and `norm` (a scalar) among them. Waits for the device."""
+        numbers = torch.cat([norm[None], step_totals_T]).tolist()
+        norm_value, loss, images, stopping, saves, samples = numbers[:6]
         self._all_stopping = stopping > 0
         self._asked = NowDue(save=saves > 0, sample=samples > 0)
-        return loss, round(images), norm_value
+        return StepTotals(loss, round(images), norm_value, band_losses.means(numbers[6:]))
 
     def _largest(self, values: list[int]) -> list[int]:
         """For each place in `values`, the largest value of any process there."""

@@ -55,7 +55,7 @@ class FinishSettings:
     on_finish: str | None = row(
         "ON_FINISH",
         "choice",
-        meaning="at the end: exit; stop or terminate the pod; idle: keep the container; wait: half an hour, then stop",
+        meaning="at the end: exit; stop or terminate the rented machine; idle: keep it; wait: half an hour, then stop",
         choices=lambda: ACTIONS,
         if_unset="stop on a RunPod pod, else exit",
     )

@@ -10,6 +10,7 @@ from entrypoint.monitor.actions import Actions
 from tests.support.finished_runs import finished_run, write_sample
 from tests.support.monitor import TOKEN, serving
 from trainer.process.vitals import SAVE, STOP, VARIABLE, Vitals
+from trainer.spec.messages.noise_bands import KEYS
 
 if browser.find() is None:
     warnings.warn("No Chromium is here: the monitor page is NOT tested in a browser.", stacklevel=1)
@@ -101,6 +102,22 @@ def test_curves_are_read_with_the_keyboard(opened):
     opened.press("ArrowRight")
     assert texts(opened, "#chart-loss output")[0].startswith("step 2: as measured 0.5")
     assert "step 1 to 40" in opened.value("document.querySelector('#chart-loss svg').getAttribute('aria-label')")
+
+
+def test_the_loss_by_noise_level_is_a_curve_for_each_band(page, opened):
+    assert opened.value("document.getElementById('chart-noise')") is None  # an older run has none
+    rows = []
+    for step in range(41, 49):
+        band = KEYS[step % 2 * 3]  # the first and the last
+        rows.append(json.dumps({"step": step, "epoch": 1, "lr": 1e-4, "loss": 0.5, band: step / 100, "time": 1.0}))
+    with (page.folder / "metrics.jsonl").open("a") as file:
+        file.write("\n" + "\n".join(rows) + "\n")
+    opened.wait_for("document.querySelectorAll('#chart-noise path').length === 2")
+    assert texts(opened, "#chart-noise .key") == ["0–25 % noise", "75–100 % noise"]
+    opened.value("document.querySelector('#chart-noise svg').focus()")
+    opened.press("Home")
+    # Of 41 and 43 the later is shown: (0.9 · 0.1 · 0.41 + 0.1 · 0.43) / (1 - 0.9²), smoothed with 0.9.
+    assert texts(opened, "#chart-noise output") == ["step 42: 0–25 % noise 0.42, 75–100 % noise 0.4205"]
 
 
 def test_what_the_job_writes_appears(page, opened):

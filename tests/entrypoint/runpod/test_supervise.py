@@ -195,12 +195,12 @@ def test_wait_elsewhere_ends_after_a_while_or_with_a_signal(caplog):
 @pytest.mark.parametrize(
     ("place", "action", "words"),
     [
-        ({"VAST_CONTAINERLABEL": "C.123"}, "stop", "vastai stop instance 123 does"),
-        ({"CONTAINER_ID": "77", "CONTAINER_API_KEY": "k"}, "terminate", "vastai destroy instance 77 does"),
-        ({"VAST_CONTAINERLABEL": "x; rm"}, "exit", "vastai stop instance ID does"),
+        ({"VAST_CONTAINERLABEL": "C.123"}, "stop", "vastai stop instance 123, or its console does that."),
+        ({"CONTAINER_ID": "77", "CONTAINER_API_KEY": "k"}, "terminate", "vastai destroy instance 77, or its console"),
+        ({"VAST_CONTAINERLABEL": "x; rm"}, "exit", "vastai stop instance ID, or its console does that; so does ON_FIN"),
         ({"JOB_ID": "6", "ACCELERATOR": "a10g"}, "stop", "ends the job, and its bill"),
         ({"JOB_ID": "6", "ACCELERATOR": "a10g"}, "wait", "bills until the container exits"),
-        ({}, "terminate", "ON_FINISH=terminate works on a pod of RunPod only"),
+        ({}, "terminate", "ON_FINISH=terminate works on RunPod and Vast.ai only"),
         ({"JOB_ID": "6"}, "exit", None),
         ({}, "wait", None),
     ],
