@@ -11,15 +11,16 @@ import os
 import shutil
 import uuid
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from entrypoint.fetch import archive, fetch, flash_attention, http, hub, hub_choice, local_weights
 from entrypoint.fetch.http import RetryPolicy
 from entrypoint.planning import single_files
-from entrypoint.settings.checks import nearest_existing
+from entrypoint.settings.checks import nearest_existing, raise_together
 from trainer.base_model import model_folder, weight_kinds, without_weights
 from trainer.data.folder_listing import list_folder
 from trainer.data.folders import formats
@@ -34,17 +35,11 @@ from trainer.storage.atomic import human_size, storage_error
 from trainer.storage.json_files import LONGEST_NAME_BYTES
 from trainer.storage.read import files_below
 
+if TYPE_CHECKING:
+    from entrypoint.fetch.doors.files import Arrival
+
 logger = logging.getLogger(__name__)
 
-# Where problems of several types are found, the first of these gives the exit code: what only the user can correct
-# comes before what another start may cure.
-ERRORS_BY_PRIORITY: tuple[type[KilnError], ...] = (
-    SettingsError,
-    GatedError,
-    DataError,
-    StorageError,
-    UnreachableError,
-)
 # Estimates, for the largest of the families.
 LATENT_BYTES_PER_PIXEL = 2  # mean and deviation of 16 channels in float32 for 8 × 8 pixels: 2 * 16 * 4 / 64
 VALUES_PER_TOKEN = 4096  # width of T5-XXL's output
@@ -69,10 +64,18 @@ class NeededSpace:
             self.parts[variable][what] = self.parts[variable].get(what, 0) + size
 
 
-def preflight(plan: Plan, *, token: str | None, hub_cache: Path, retries: RetryPolicy = http.USUAL) -> bool:
+def preflight(
+    plan: Plan,
+    *,
+    token: str | None,
+    hub_cache: Path,
+    arrivals: Sequence[Arrival] = (),
+    retries: RetryPolicy = http.USUAL,
+) -> bool:
     """Check all that can be checked before the first large download; asks the network only for what no cache has.
 
-    `hub_cache` is where downloads from the Hub are kept (HF_HOME/hub). Returns whether anything will be downloaded to
+    `hub_cache` is where downloads from the Hub are kept (HF_HOME/hub). `arrivals`: files that are still to come from
+    other services, and are checked already. Returns whether anything will be downloaded to
     it. Raises one error with all problems in its message: SettingsError, GatedError, DataError, StorageError or
     UnreachableError, the first of these that applies.
     """
@@ -88,6 +91,10 @@ def preflight(plan: Plan, *, token: str | None, hub_cache: Path, retries: RetryP
         except OSError as problem:
             problems.append(storage_error(problem, Path(str(problem.filename or "."))))
 
+    for arrival in arrivals:
+        if size := arrival.missing_bytes:
+            logger.info("To fetch: %s, %s.", arrival.named, human_size(size))
+            space.add("CACHE_PATH", f"the file of {arrival.variable}", size)
     attempt(partial(_check_resume, plan.lora.resume_from))
     if plan.engine.attention == "flash_4" and not flash_attention.is_installed(places["CACHE_PATH"]):
         logger.info("To fetch: FlashAttention 4 with its compiler, %s.", human_size(flash_attention.INSTALL_BYTES))
@@ -103,20 +110,8 @@ def preflight(plan: Plan, *, token: str | None, hub_cache: Path, retries: RetryP
             attempt(partial(_check_writable, variable, places[variable]))
     if not any(isinstance(p, StorageError) for p in problems):
         problems += _full_volumes(space, all_known=not problems)
-    _raise_all(problems)
+    raise_together(problems)
     return bool(space.parts["HF_HOME"])
-
-
-def _raise_all(problems: list[KilnError]) -> None:
-    """Raise one error with the messages of all, each once, in the order of ERRORS_BY_PRIORITY."""
-    if not problems:
-        return
-    ordered = sorted(problems, key=lambda problem: ERRORS_BY_PRIORITY.index(type(problem)))
-    messages = list(dict.fromkeys(str(problem) for problem in ordered))
-    message = messages[0]
-    if len(messages) > 1:
-        message = "\n".join(f"- {line}" for line in messages)
-    raise type(ordered[0])(message) from problems[0]
 
 
 def _cache_bytes_per_image(plan: Plan) -> dict[Source, int]:
