@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from entrypoint.fetch import http
-from entrypoint.fetch.doors import civitai, service, web
+from entrypoint.fetch.doors import service
 from entrypoint.fetch.doors.keys import Keys
 from entrypoint.fetch.doors.offer import Offer, refusal
 from entrypoint.fetch.http import RetryPolicy
@@ -68,7 +68,7 @@ def announce(variable: str, named: str, text: str, keys: Keys, *, cache: Path, r
     Raises SettingsError (nothing there, or no .safetensors file), GatedError, UnreachableError, StorageError.
     """
     place = cache / "files" / hashlib.sha256(service.identity(text).encode()).hexdigest()[:16]
-    key = civitai.KEY if civitai.is_one(text) else web.key_for(text)
+    key = service.key_for(text)
     here = _complete(place)
     try:
         policy = replace(retries, budget=min(PATIENCE_S, retries.budget)) if here else retries

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from entrypoint.fetch.doors import civitai, web
+from entrypoint.fetch.doors import buckets, civitai, shares, web
 from entrypoint.fetch.doors.keys import Keys
 from entrypoint.fetch.doors.offer import Offer
 from entrypoint.fetch.http import RetryPolicy
@@ -10,7 +10,7 @@ from entrypoint.fetch.http import RetryPolicy
 
 def is_address(text: str) -> bool:
     """Whether `text` names a file of a service, and nothing on this machine and no repository of the Hub."""
-    return text.lower().startswith(("http://", "https://")) or civitai.is_one(text)
+    return text.lower().startswith(("http://", "https://")) or civitai.is_one(text) or buckets.is_one(text)
 
 
 def ask(named: str, text: str, keys: Keys, *, retries: RetryPolicy) -> Offer:
@@ -20,13 +20,28 @@ def ask(named: str, text: str, keys: Keys, *, retries: RetryPolicy) -> Offer:
     """
     if civitai.is_one(text):
         return civitai.ask(named, text, keys, retries=retries)
+    if buckets.is_one(text):
+        return buckets.ask(named, text, keys.clouds, retries=retries)
+    if shares.is_one(text):
+        return shares.ask(named, text, retries=retries)
     return web.ask(named, text, keys, retries=retries)
+
+
+def key_for(text: str) -> str:
+    """What gives access to the file that `text` names, for messages: what to set."""
+    if civitai.is_one(text):
+        return civitai.KEY
+    if buckets.is_one(text):
+        return buckets.KEY_OF[buckets.SCHEMES[text.partition("://")[0].lower()]]
+    return shares.KEY if shares.is_one(text) else web.key_for(text)
 
 
 def identity(text: str) -> str:
     """What stays the same of an address where its signature changes: under this, a file is kept."""
     if civitai.is_one(text):
         return text
+    if shares.is_one(text):
+        return shares.identity(text)
     before, question, query = text.partition("?")
     return f"{before}{question}{_without_signature(query)}"
 

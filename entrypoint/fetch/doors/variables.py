@@ -6,6 +6,7 @@ import concurrent.futures
 import dataclasses
 import os
 import re
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,15 @@ def fields() -> list[tuple[str, str, str]]:
     return found
 
 
-def arrive(settings: Settings, *, retries: RetryPolicy) -> tuple[Settings, tuple[Arrival, ...]]:
+def arrive(
+    settings: Settings, environ: Mapping[str, str], *, retries: RetryPolicy
+) -> tuple[Settings, tuple[Arrival, ...]]:
     """The settings with a path for each address, and the files on their way to these paths.
 
     Only headers are downloaded, and the LoRA file to start from. Raises one error with the problems of all:
     SettingsError, GatedError, UnreachableError, StorageError.
     """
-    keys, cache = Keys.of(settings), settings.data.cache_path
+    keys, cache = Keys.of(settings, environ), settings.data.cache_path
     asked: dict[tuple[str, str], concurrent.futures.Future[Arrival]] = {}
     changed: dict[str, dict[str, Any]] = {"model": {}, "adapter": {}}
     problems: list[KilnError] = []

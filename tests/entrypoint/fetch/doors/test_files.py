@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
 import threading
 
@@ -16,6 +15,7 @@ from entrypoint.fetch.doors.keys import Keys
 from entrypoint.fetch.doors.offer import Offer
 from tests.support.raw_server import RawServer, answer
 from tests.support.shelf import XML, Civitai, Shelf
+from tests.support.small_weights import small_weights
 from trainer.spec.errors import GatedError, SettingsError, UnreachableError
 from trainer.storage import safetensors_header
 
@@ -23,19 +23,7 @@ QUICK = http.RetryPolicy(budget=3.0, unreached=0.2, first_wait=0.01, longest_wai
 TOKEN = "cAnary-token-1"
 
 
-def weights(seed=0, *, count=3, metadata=None):
-    """The bytes of a small safetensors file: some 120 KB of tensors."""
-    header, end = {}, 0
-    for number in range(count):
-        header[f"block.{number}.weight"] = {"dtype": "F16", "shape": [100, 200], "data_offsets": [end, end + 40_000]}
-        end += 40_000
-    if metadata:
-        header["__metadata__"] = metadata
-    text = json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + bytes((i * 7 + seed) % 256 for i in range(end))
-
-
-DATA = weights()
+DATA = small_weights()
 
 
 @pytest.fixture
@@ -77,7 +65,7 @@ def refused(kind, text, place, keys=Keys(), retries=QUICK):  # noqa: B008
 
 
 def test_the_header_comes_first_and_the_rest_when_it_is_wanted(shelf, tmp_path):
-    shelf.files["/big.safetensors"] = big = weights(count=60)
+    shelf.files["/big.safetensors"] = big = small_weights(count=60)
     arrival = announce(f"{shelf.url}/big.safetensors", tmp_path)
     assert arrival.path.name == "big.safetensors" and arrival.missing_bytes == len(big)
     header = safetensors_header.read_header(arrival.path)
@@ -104,9 +92,9 @@ def test_another_signature_is_the_same_file_and_another_query_is_another(shelf, 
 
 def test_a_file_that_has_changed_is_brought_to_a_place_of_its_own(shelf, tmp_path):
     first = whole(f"{shelf.url}/lora.safetensors", tmp_path)
-    shelf.files["/lora.safetensors"] = weights(1)
+    shelf.files["/lora.safetensors"] = small_weights(1)
     second = whole(f"{shelf.url}/lora.safetensors", tmp_path)
-    assert second != first and second.read_bytes() == weights(1) and first.read_bytes() == DATA
+    assert second != first and second.read_bytes() == small_weights(1) and first.read_bytes() == DATA
 
 
 @pytest.mark.parametrize("gone", ["silent", "expired"])
@@ -212,7 +200,7 @@ def test_a_server_that_crawls_or_leads_astray_is_given_up(tmp_path):
 
 def test_a_file_of_the_hub_is_compared_with_the_hash_that_it_states(shelf, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", shelf.url)
-    stated = {"X-Linked-ETag": f'"{hashlib.sha256(weights(5)).hexdigest()}"', "Location": "/lora.safetensors"}
+    stated = {"X-Linked-ETag": f'"{hashlib.sha256(small_weights(5)).hexdigest()}"', "Location": "/lora.safetensors"}
     shelf.rules["/o/m/resolve/main/x.safetensors"] = lambda _: (302, stated, b"")
     text = refused(UnreachableError, f"{shelf.url}/o/m/resolve/main/x.safetensors", tmp_path, Keys(hub=TOKEN))
     assert "is not the announced one" in text
@@ -264,13 +252,15 @@ def test_the_token_goes_to_civitai_and_not_to_its_storage(site, tmp_path):
 
 
 def test_other_bytes_than_civitai_states_are_not_used(site, tmp_path):
-    site.files["/storage/9"] = weights(3)
+    site.files["/storage/9"] = small_weights(3)
     assert "is not the announced one" in refused(UnreachableError, "civitai:123", tmp_path)
-    assert not any(file.read_bytes() == weights(3) for file in tmp_path.rglob("*.safetensors"))
+    assert not any(file.read_bytes() == small_weights(3) for file in tmp_path.rglob("*.safetensors"))
 
 
 def test_several_files_of_a_version(site, tmp_path):
-    site.add(5, {1: ("full.safetensors", weights(1)), 2: ("small.safetensors", weights(2)), 3: ("x.zip", b"PK")})
+    site.add(
+        5, {1: ("full.safetensors", small_weights(1)), 2: ("small.safetensors", small_weights(2)), 3: ("x.zip", b"PK")}
+    )
     assert announce("civitai:5", tmp_path).path.name == "full.safetensors"  # the primary one
     assert announce("civitai:5/2", tmp_path).path.name == "small.safetensors"
     assert "no file 8. It has 1 (full" in refused(SettingsError, "civitai:5/8", tmp_path)
