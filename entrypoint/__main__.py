@@ -30,6 +30,9 @@ from entrypoint import bake
 from entrypoint.dataset_config.manifest import read_manifest
 from entrypoint.fetch import flash_attention, http, public_addresses
 from entrypoint.fetch.captioner import fetch_captioner
+from entrypoint.fetch.doors import variables as doors
+from entrypoint.fetch.doors.files import Arrival
+from entrypoint.fetch.doors.keys import Keys
 from entrypoint.fetch.fetch import fetch_model, fetch_source
 from entrypoint.monitor import beside as monitor
 from entrypoint.notify import beside as notify
@@ -174,7 +177,7 @@ def quote(environ: Mapping[str, str], *, prices_file: Path | None, as_json: bool
     from entrypoint.planning import offers  # imports the Hub's client, which is slow: only now
 
     public_addresses.guard(environ)
-    settings = read_settings(environ)
+    settings, _ = doors.arrive(read_settings(environ), environ, retries=_checking())
     manifest = read_manifest(settings.data.dataset_config, settings.output.sample_prompts)
     offered, unknown = prices.read_offers(prices_file) if prices_file else (prices.OFFERS, [])
     # A limit is no reason to leave a GPU out: the table marks those that go beyond it.
@@ -251,6 +254,9 @@ def _job(
     settings: Settings, environ: Mapping[str, str], *, check: bool, card: str | None, report: CheckReport | None
 ) -> int:
     """`job`, with a place for temporary files."""
+    retries = _checking() if check else http.USUAL
+    keys = Keys.of(settings, environ)
+    settings, arrivals = doors.arrive(settings, environ, retries=retries)
     manifest = read_manifest(settings.data.dataset_config, settings.output.sample_prompts)
     detected = _card_to_check_for(card) if card is not None else hardware.detect()
     kernels = hardware.TorchKernels() if card is None and detected.vendor != "cpu" else None
@@ -289,8 +295,7 @@ def _job(
         summary = log_summary(plan, token=token, hub_cache=hub_cache, estimate_captions=True)
         if report is not None:
             report.figures = summary.figures
-    retries = dataclasses.replace(http.USUAL, budget=CHECK_RETRIES_S) if check else http.USUAL
-    fetches = preflight(plan, token=token, hub_cache=hub_cache, retries=retries)
+    fetches = preflight(plan, token=token, hub_cache=hub_cache, arrivals=arrivals, keys=keys, retries=retries)
     if fetches and not check:  # otherwise the trainer reads the images at once, and says the same
         plan = dataclasses.replace(plan, printed=log_summary(plan, token=token, hub_cache=hub_cache).lines)
     if kernels is not None and plan.engine.device != "cpu":
@@ -301,10 +306,24 @@ def _job(
         if check:
             log.info("Checked: this job can run. Nothing was downloaded or trained.")
             return 0
-        return _trained(plan, settings, environ, token=token) or uploaded()
+        access = Access(token, keys, arrivals)
+        return _trained(plan, settings, environ, access) or uploaded()
 
 
-def _trained(plan: Plan, settings: Settings, environ: Mapping[str, str], *, token: str | None) -> int:
+def _checking() -> http.RetryPolicy:
+    return dataclasses.replace(http.USUAL, budget=CHECK_RETRIES_S)
+
+
+@dataclasses.dataclass(frozen=True)
+class Access:
+    """What a job fetches with, and the files that are on their way already."""
+
+    token: str | None = dataclasses.field(repr=False)
+    keys: Keys
+    arrivals: tuple[Arrival, ...]
+
+
+def _trained(plan: Plan, settings: Settings, environ: Mapping[str, str], access: Access) -> int:
     """Fetch what is missing, train beside the page and the tracker, and write the report; the trainer's exit code."""
     began, out = time.time(), Path(plan.output.path)
     tracker, own = settings.finish.log_with, {}
@@ -317,7 +336,7 @@ def _trained(plan: Plan, settings: Settings, environ: Mapping[str, str], *, toke
     page = monitor.showing(settings.finish.monitor_port, settings.finish.monitor_token, environ, out=out, price=price)
     with page, trackers.tracking(tracker, out, own) as tracked:
         with Trainers(plan, environment=environ) as trainers:
-            code = tracked.exit_code = trainers.run(_fetched(plan, settings, token=token))
+            code = tracked.exit_code = trainers.run(_fetched(plan, settings, access))
         # Then somebody waits for the end of this process, also if the LoRA was complete by then.
         is_stopped = trainers.stopped or code in (128 + signal.SIGTERM, 128 + signal.SIGINT)
         if not is_stopped:
@@ -373,8 +392,8 @@ def _chosen(plan: Plan, asked: str) -> tuple[Plan, Path | None]:
     return dataclasses.replace(choice.plan, reasons=tuple(reasons)), None if text else choice.done
 
 
-def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
-    """The plan with local paths for the model and all sources, which are fetched at the same time."""
+def _fetched(plan: Plan, settings: Settings, access: Access) -> Plan:
+    """The plan with local paths for the model, all sources and files, which are fetched at the same time."""
     hub_cache = settings.model.hf_home / "hub"
     cache = Path(plan.output.cache)
     patterns = model_folder.file_patterns(get_family(plan.model.family).FACTS, plan.model.parts)
@@ -383,12 +402,13 @@ def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
         sources |= dict.fromkeys(subset.source for subset in dataset.subsets)
     cancelled = threading.Event()
     retries = dataclasses.replace(http.USUAL, cancelled=cancelled)
-    access: dict[str, Any] = {"token": token, "hub_cache": hub_cache, "retries": retries}
-    model, fetched = http.both(
-        lambda: fetch_model(plan.model, patterns=patterns, **access),
-        lambda: {source: fetch_source(source, cache=cache, **access) for source in sources},
-        cancelled=cancelled,
-    )
+    common: dict[str, Any] = {"token": access.token, "hub_cache": hub_cache, "retries": retries}
+
+    def bring() -> dict[Source, Source]:
+        doors.bring_all(access.arrivals, retries=retries)
+        return {source: fetch_source(source, cache=cache, keys=access.keys, **common) for source in sources}
+
+    model, fetched = http.both(lambda: fetch_model(plan.model, patterns=patterns, **common), bring, cancelled=cancelled)
 
     def local(source: Source, _dataset: Dataset) -> Source:
         # Without the key that an address may hold: nobody needs it from here on.

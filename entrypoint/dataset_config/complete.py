@@ -21,7 +21,12 @@ from trainer.spec.values import show
 # Pixels. With a shorter side, the default limits of buckets (256 to 1024, in steps of 64) leave hardly a bucket.
 MIN_SIDE_FOR_DEFAULT_BUCKETS = 512
 NO_SOURCE = Source("", "")
-SOURCE_WORDS = {"hub": "a dataset of the Hub", "folder": "a folder", "archive": "an archive"}
+SOURCE_WORDS = {
+    "hub": "a dataset of the Hub",
+    "folder": "a folder",
+    "archive": "an archive",
+    "bucket": "files in a bucket",
+}
 
 
 def complete_datasets(

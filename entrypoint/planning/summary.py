@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from entrypoint.fetch import archive, fetch, http
+from entrypoint.fetch.doors import folders
 from entrypoint.planning import captioner
 from entrypoint.system import environment
 from trainer.data import caption_length
@@ -241,6 +242,8 @@ def local_copy(source: Source, *, cache: Path, token: str | None, hub_cache: Pat
         repo = fetch.dataset_repo(source, token=token, hub_cache=hub_cache, retries=http.USUAL)
         cached = fetch.cached_dataset(source, repo, cache)
         return cached[1] if cached else None
+    if source.kind == "bucket":
+        return folders.known(source.location, cache)
     if fetch.is_url(source):
         folder = fetch.known_download(source, cache)
         return archive.content_root(folder) if folder else None

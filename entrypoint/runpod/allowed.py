@@ -158,6 +158,8 @@ RULES: dict[str, Rule] = {
     "CACHE_PATH": _refused(OWN_PLACE),
     "HF_HOME": _refused(OWN_PLACE),
     "PARAMS_RESUME_FROM": _refused(f"{OWN_FILE}. Fix: remove it"),
+    "CIVITAI_TOKEN": _refused("is for files of weights by address, and a request names none. Fix: remove it"),
+    "DOWNLOAD_TOKENS": _refused("is for addresses that ask for a login. Fix: an address that needs none"),
     "HF_TOKEN_FILE": _refused(f"{OWN_FILE}. Fix: HF_TOKEN with the token itself"),
     "WEBHOOK_URL": _webhooks,
     "WEBHOOK_SECRET": _key,

@@ -54,6 +54,7 @@ def allowed_values(row: Row) -> str:
         "name": "letters, digits, space, dot, dash and underscore; 128 at most",
         "secret": "letters, digits and underscores",
         "key": "letters, digits and signs, without blanks",
+        "tokens": "host=token, with commas between them",
         "addresses": "addresses (https://...) with blanks between them",
         "text": "text",
     }[row.kind]
@@ -156,6 +157,20 @@ def _secret(text: str, _: Row) -> Secret | None:
     return Secret(text) if text else None
 
 
+def _tokens(text: str, _: Row) -> dict[str, Secret]:
+    """host=token pairs: what is wrong with one is said without it."""
+    found = {}
+    for number, pair in enumerate((part.strip() for part in text.split(",") if part.strip()), 1):
+        host, equals, token = pair.partition("=")
+        host = host.strip().lower().removeprefix("https://").rstrip("/")
+        if not equals or problem_of(f"https://{host}") or "/" in host or "@" in host:
+            raise EnvError(f"has a pair, number {number}, that does not begin with the name of a host and =")
+        if not _TOKEN_TEXT.fullmatch(token.strip()):
+            raise EnvError(f"has no token, or one with spaces, for the host {host}")
+        found[host] = Secret(token.strip())
+    return found
+
+
 def _addresses(text: str, _: Row) -> tuple[Secret, ...]:
     """Addresses that nobody may see: what is wrong with one is said without it."""
     found = [word.strip("\"'<>,;") for word in re.split(r"[\s,;]+(?=https?://|$)|\s+", text) if word.strip("\"'<>,;")]
@@ -249,6 +264,7 @@ PARSERS: dict[str, Callable[[str, Row], Any]] = {
     "numbers": _numbers,
     "secret": _secret,
     "key": _secret,
+    "tokens": _tokens,
     "addresses": _addresses,
     "pairs": _pairs,
 }

@@ -32,6 +32,7 @@ _WORDS = re.compile(
 _NOT_SECRET = re.compile(r"(?i)(^(old)?pwd|_file|_path|_sock|_dir|_home)$")  # these hold places
 _PAIR = re.compile(r"""(?<![\w-])["']?([A-Za-z_][\w-]{0,63})["']?\s*[:=]\s*["']?([^"'\s,}]{6,})""")
 _PLAIN = re.compile(r"(?i)true|false|none|null|[0-9]{1,7}|/.*|auto")  # what a key of that name holds otherwise
+BY_HOST = "DOWNLOAD_TOKENS"  # host=token pairs: each token is a secret of its own
 MAX_TOKEN_FILE_BYTES = 10_000
 
 
@@ -58,6 +59,8 @@ def _secrets_of(name: str, value: str) -> set[str]:
     found = in_addresses(value) if "://" in value or ":\\/\\/" in value else set()
     if is_secret(name):
         found |= _lines(value) | in_paths(value)
+        if name == BY_HOST:
+            found |= {pair.partition("=")[2].strip() for pair in value.split(",")} - {""}
     if name == CONFIG_JSON:
         found |= _secrets_of_config(value)
     return found

@@ -60,7 +60,7 @@ def public(url: str) -> str:
 class Source:
     """Where images come from."""
 
-    kind: str  # folder | archive | hub | generated
+    kind: str  # folder | archive | bucket | hub | generated
     # Path, URL, Hub dataset id, or the prompt to generate from. The essence has it without secrets.
     location: str = field(metadata={"essence_from": "public"})
     revision: str | None = None

@@ -276,7 +276,7 @@ def test_what_looks_like_a_path_is_a_folder(name):
         "a.rar",
         "a.tar.zst",
         "a.7z",
-        "s3://bucket/a.zip",
+        "ftp://bucket/a.zip",
         "ftp://x.org/a.zip",
         "https://",
         "https://x.org/a.rar",
