@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from bench.step import FLUX, SD3, SDXL, Z_IMAGE
+from bench.step import FLUX, QWEN_IMAGE, SD3, SDXL, Z_IMAGE
 from trainer.checkpoints import state_files
 from trainer.checkpoints.snapshots import Snapshots
 from trainer.engine import adapters as lora
@@ -38,6 +38,7 @@ def adapters(name: str, rank: int) -> tuple[dict[str, torch.Tensor], dict[str, A
     """The adapters' tensors by peft's names, and the optimiser's state for them."""
     from diffusers import (
         FluxTransformer2DModel,
+        QwenImageTransformer2DModel,
         SD3Transformer2DModel,
         UNet2DConditionModel,
         ZImageTransformer2DModel,
@@ -50,6 +51,7 @@ def adapters(name: str, rank: int) -> tuple[dict[str, torch.Tensor], dict[str, A
             "sd3": lambda: SD3Transformer2DModel(**SD3),
             "sdxl": lambda: UNet2DConditionModel(**SDXL),
             "z_image": lambda: ZImageTransformer2DModel(**Z_IMAGE),
+            "qwen_image": lambda: QwenImageTransformer2DModel(**QWEN_IMAGE),
         }
         model = make[name]().requires_grad_(False)
         facts = kind.FACTS

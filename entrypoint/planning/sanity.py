@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import PurePath
 
 from entrypoint.settings import Settings
 from entrypoint.settings.checks import Notes
@@ -129,6 +130,15 @@ def _unfit_weights(request: Request) -> str | None:
     if not request.model.caution or request.is_given("MODEL_PATH"):
         return None
     return f"BASE_MODEL={request.plan.model.base} {request.model.caution}."
+
+
+def _unfit_file(request: Request) -> str | None:
+    path = request.settings.model.model_path or ""
+    name = PurePath(path).name.lower()
+    for word, what in request.facts.name_cautions.items():
+        if word in name:
+            return f"MODEL_PATH={path} is {what}, by its name. Fix: a file of {request.plan.model.base}."
+    return None
 
 
 def _resolution(request: Request) -> str | None:
@@ -339,6 +349,7 @@ ROWS: tuple[Callable[[Request], str | None], ...] = (
     _caption_dropout,
     _tag_dropout,
     _unfit_weights,
+    _unfit_file,
     _resolution,
     _noise_offset,
     _ema_decay,

@@ -3,7 +3,13 @@
 from pathlib import Path
 
 import torch
-from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline, ZImagePipeline
+from diffusers import (
+    FluxPipeline,
+    QwenImagePipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    ZImagePipeline,
+)
 
 from trainer.spec.family import get_family
 
@@ -12,6 +18,7 @@ PIPELINES = {
     "sdxl": StableDiffusionXLPipeline,
     "sd3": StableDiffusion3Pipeline,
     "z_image": ZImagePipeline,
+    "qwen_image": QwenImagePipeline,
 }
 FAMILIES = ("flux", "sdxl", "sd3")  # those with CLIP
 
@@ -36,6 +43,11 @@ def encoded(name, pipe, captions):
         tokens, pooled, _ = pipe.encode_prompt(
             captions, captions, device="cpu", max_sequence_length=pipe.tokenizer_2.model_max_length
         )
+    elif name == "qwen_image":
+        tokens_BLD, mask_BL = pipe.encode_prompt(captions, device="cpu")
+        if mask_BL is None:
+            mask_BL = torch.ones(tokens_BLD.shape[:2])
+        return {"tokens": [tokens[mask.bool()] for tokens, mask in zip(tokens_BLD, mask_BL, strict=True)]}
     elif name == "z_image":
         texts, _ = pipe.encode_prompt(captions, device="cpu", do_classifier_free_guidance=False)
         return {"tokens": texts}
@@ -52,6 +64,8 @@ def encoded(name, pipe, captions):
 def random_text(name, denoiser, length, *, generator=None):
     """The embeddings of one made-up caption of `length` tokens, as the family's `predict` takes them."""
     config = denoiser.config
+    if name == "qwen_image":
+        return {"tokens": torch.randn(1, length, config.joint_attention_dim, generator=generator)}
     if name == "z_image":
         filled = -(-length // 32) * 32
         tokens = torch.randn(1, filled, config.cap_feat_dim, generator=generator)

@@ -34,6 +34,8 @@ CONSTRUCTION_ERRORS = (
 )
 WEIGHT_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 TIED_SLACK = 1.01  # weights that share their numbers count once in a model, and may count twice in its files
+# The language model inside one that also reads images: its names by newer versions of transformers → by older ones.
+INNER_MODEL = {r"^model\.language_model\.": "model."}
 FIX = "Fix: download the model's folder again, or take another model"
 
 
@@ -101,6 +103,7 @@ def load_model(kind: ConfigKind, folder: Path, *, device: str | None, dtype: tor
             device_map=device,
             local_files_only=True,
             trust_remote_code=False,
+            key_mapping=INNER_MODEL if kind.whole_type else None,
         )
     else:
         model = model_class.from_pretrained(
@@ -194,7 +197,7 @@ def _check_fit(skeleton: torch.nn.Module, folder: Path, library: str) -> None:
 def _short(name: str) -> str:
     """Versions of transformers differ in whether the first level is part of a text encoder's names, and so do files of
     a language model with its output layer and without."""
-    return name.removeprefix("text_model.").removeprefix("model.")
+    return name.removeprefix("text_model.").removeprefix("model.").removeprefix("language_model.")
 
 
 def _entries(folder: Path, library: str) -> dict[str, Entry]:

@@ -58,6 +58,21 @@ def test_a_distilled_base_is_warned_of_unless_other_weights_are_named():
     assert warnings(on=LARGE_GPU, BASE_MODEL="z-image-turbo", MODEL_PATH="someone/z-image-de-turbo") == ""
 
 
+@pytest.mark.parametrize(
+    ("path", "what"),
+    [
+        ("Qwen/Qwen-Image-Edit-2509", "edits images"),
+        ("someone/Qwen-Image-Lightning-merged", "distilled to few steps"),
+        ("someone/qwen-image-finetune", None),
+        ("edit/qwen-image", None),
+    ],
+)
+def test_a_file_whose_name_alone_tells_it_from_a_base_model_is_warned_of(path, what):
+    found = warnings(on=LARGE_GPU, BASE_MODEL="qwen-image", MODEL_PATH=path)
+    assert (f"MODEL_PATH={path} is " in found) == (what is not None)
+    assert what is None or what in found
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_default_of_an_optimizer_is_usual(name):
     spec = OPTIMIZERS[name]

@@ -18,6 +18,7 @@ from bench.original_names import (
     hugging_face,
     miniature,
     original,
+    qwen_image_files,
     under,
     vae_original,
     weights,
@@ -34,7 +35,7 @@ from trainer.lora_files import convert, peft_bridge
 from trainer.sample import apply_loras
 from trainer.spec.family import get_family
 
-FAMILIES = ("flux", "sdxl", "sd3", "z_image")
+FAMILIES = ("flux", "sdxl", "sd3", "z_image", "qwen_image")
 PARTS = {"vae": "VAE_PATH", "clip_l": "CLIP_L_PATH", "clip_g": "CLIP_G_PATH", "t5": "T5_PATH"}
 
 
@@ -52,6 +53,8 @@ def a_file_for_each_part(name, folder):
         return flux_files(folder, torch.bfloat16)
     if name == "z_image":
         return z_image_files(folder, torch.bfloat16)
+    if name == "qwen_image":
+        return qwen_image_files(folder, torch.bfloat16)
     save_file(under("model.diffusion_model.", original(name)), folder / "denoiser.safetensors")
     asked = {"MODEL_PATH": str(folder / "denoiser.safetensors")}
     for part, place in get_family(name).FACTS.parts.items():
@@ -172,7 +175,7 @@ def test_every_layout_with_every_format(name, layout, to, read_once, tmp_path):
 @pytest.mark.parametrize(
     ("base", "to"),
     [
-        often(base, to, now=to == ("native" if base == "z-image" else "kohya") and "large" not in base)
+        often(base, to, now=to == ("native" if base in ("z-image", "qwen-image") else "kohya") and "large" not in base)
         for base in VARIANTS
         for to in convert.KEY_FORMATS
     ],
@@ -198,7 +201,7 @@ OF_TEXT = (
 )
 # Layers with adapters in a published model, counted by hand. Flux: 12 in a double block, 5 in a single one. SD3: 12 in
 # a block, 3 less in the last, 4 more with a second attention. SDXL: 10 in each of 70 blocks, 2 in each of 11
-# transformers. Z-Image: 7 in a block.
+# transformers. Z-Image: 7 in a block. Qwen-Image: 12 in a block.
 MODULES = {
     **dict.fromkeys(("flux-dev", "flux-krea", "flux-schnell"), 19 * 12 + 38 * 5),
     "sd3-medium": 24 * 12 - 3,
@@ -206,6 +209,7 @@ MODULES = {
     "sd3.5-large": 38 * 12 - 3,
     "sdxl-base": 70 * 10 + 11 * 2,
     "z-image": 30 * 7,
+    "qwen-image": 60 * 12,
 }
 
 

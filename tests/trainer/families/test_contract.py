@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline, QwenImagePipeline
 
 from tests.support import models
 from tests.support.miniatures import PIPELINES, encoded, folder, pipeline
@@ -30,8 +30,8 @@ class Case:
 
     channels: int
     size: tuple[int, int]  # of latents, height and width
-    scale: float  # latents are (the VAE's - shift) * scale
-    shift: float
+    scale: float = 1.0  # latents are (the VAE's - shift) * scale
+    shift: float = 0.0
     cfg: float = 1.0  # how far the pipeline goes from the negative caption; 1: it computes none
     guidance: float = 1.0  # embedded
     denoiser: str = "transformer"  # the pipeline's name for it
@@ -44,6 +44,7 @@ CASES = {
     "sd3": Case(16, (6, 10), 1.5305, 0.0609, cfg=4.0, encoders=3),
     "sdxl": Case(4, (8, 12), 0.13025, 0.0, cfg=5.0, denoiser="unet", more={"add_watermarker": False}),
     "z_image": Case(16, (6, 10), 0.3611, 0.1159, cfg=4.0, encoders=1),
+    "qwen_image": Case(16, (6, 10), cfg=4.0, encoders=1),
 }
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}  # as SDXL ships
 every_family = pytest.mark.parametrize("name", CASES)
@@ -74,6 +75,8 @@ def scheduler_of(name, prediction="epsilon"):
         return models.flux_scheduler()
     if name == "sd3":
         return FlowMatchEulerDiscreteScheduler(shift=3.0)
+    if name == "qwen_image":
+        return models.qwen_image_scheduler()
     if name == "z_image":
         return FlowMatchEulerDiscreteScheduler(shift=6.0)
     return EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading", prediction_type=prediction)
@@ -126,6 +129,28 @@ def denoising_euler(scheduler, x_BCHW, guided):
     return x_BCHW
 
 
+def packed(name, latents_BCHW):
+    """Latents as the pipeline takes and returns them."""
+    if name == "flux":
+        return FluxPipeline._pack_latents(latents_BCHW, *latents_BCHW.shape)
+    if name == "qwen_image":
+        return QwenImagePipeline._pack_latents(latents_BCHW, *latents_BCHW.shape)
+    return latents_BCHW
+
+
+def guided_by(name, told_BCHW, plain_BCHW):
+    """What the pipeline makes of the predictions with the caption and with the negative one."""
+    found_BCHW = plain_BCHW + CASES[name].cfg * (told_BCHW - plain_BCHW)
+    if name != "qwen_image":
+        return found_BCHW
+    # Each token gets the length that it has with the caption alone. A token is a patch of 2 x 2.
+    length_B1HW = [
+        torch.nn.functional.lp_pool2d(each.square().sum(dim=1, keepdim=True), 1, 2).sqrt()
+        for each in (told_BCHW, found_BCHW)
+    ]
+    return found_BCHW * (length_B1HW[0] / length_B1HW[1]).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+
+
 def prompt_arguments(name, text, nothing):
     """What the pipeline is called with: embeddings, negative ones, and how far to go from these."""
     case = CASES[name]
@@ -133,6 +158,10 @@ def prompt_arguments(name, text, nothing):
         real = text["real"]
         positive, negative = ([t["tokens"][i, real[i]] for i in range(len(real))] for t in (text, nothing))
         return {"prompt_embeds": positive, "negative_prompt_embeds": negative, "guidance_scale": case.cfg - 1}
+    if name == "qwen_image":
+        masks = [~t["padding"] for t in (text, nothing)]
+        found = {"prompt_embeds": text["tokens"], "prompt_embeds_mask": masks[0], "true_cfg_scale": case.cfg}
+        return {**found, "negative_prompt_embeds": nothing["tokens"], "negative_prompt_embeds_mask": masks[1]}
     found = {"prompt_embeds": text["tokens"], "pooled_prompt_embeds": text["pooled"]}
     if name == "flux":
         return {**found, "guidance_scale": case.guidance}
@@ -142,7 +171,10 @@ def prompt_arguments(name, text, nothing):
 
 @pytest.mark.parametrize(
     ("name", "prediction"),
-    [("flux", None), ("sd3", None), ("sdxl", "epsilon"), ("sdxl", "v_prediction"), ("z_image", None)],
+    [
+        *(("flux", None), ("sd3", None), ("sdxl", "epsilon"), ("sdxl", "v_prediction"), ("z_image", None)),
+        ("qwen_image", None),
+    ],
 )
 def test_euler_steps_with_predict_are_those_of_the_pipeline(name, prediction, text):
     case, denoiser = CASES[name], small(name, "denoiser")
@@ -150,14 +182,11 @@ def test_euler_steps_with_predict_are_those_of_the_pipeline(name, prediction, te
     nothing = {k: torch.randn_like(v) if v.is_floating_point() else v for k, v in text.items()}
     start_BCHW = torch.randn(2, case.channels, height, width)
     scheduler = scheduler_of(name, prediction)
-    latents = start_BCHW
-    if name == "flux":
-        latents = FluxPipeline._pack_latents(start_BCHW, 2, case.channels, height, width)
     expected = pipeline_of(name, denoiser, scheduler)(
         num_inference_steps=STEPS,
         height=8 * height,
         width=8 * width,
-        latents=latents,
+        latents=packed(name, start_BCHW),
         output_type="latent",
         **prompt_arguments(name, text, nothing),
     ).images
@@ -166,24 +195,27 @@ def test_euler_steps_with_predict_are_those_of_the_pipeline(name, prediction, te
         told = predicted(name, denoiser, noisy_BCHW, t_B, text)
         if case.cfg == 1.0:
             return told
-        plain = predicted(name, denoiser, noisy_BCHW, t_B, nothing)
-        return plain + case.cfg * (told - plain)
+        return guided_by(name, told, predicted(name, denoiser, noisy_BCHW, t_B, nothing))
 
     euler = denoising_euler if prediction else flow_euler
-    got = euler(scheduler, start_BCHW, guided)
-    if name == "flux":
-        got = FluxPipeline._pack_latents(got, 2, case.channels, height, width)
+    got = packed(name, euler(scheduler, start_BCHW, guided))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("name", "negative"), [("flux", ""), ("sd3", "blue"), ("sdxl", ""), ("sdxl", "a blue ring"), ("z_image", "blue")]
+    ("name", "negative"),
+    [
+        *(("flux", ""), ("sd3", "blue"), ("sdxl", ""), ("sdxl", "a blue ring"), ("z_image", "blue")),
+        *(("qwen_image", ""), ("qwen_image", "a blue ring")),
+    ],
 )
 def test_samples_are_those_of_the_whole_pipeline(name, negative, capfd):
     kind, pipe, plain = get_family(name), pipeline(name), CASES[name].cfg == 1.0
     pipe.set_progress_bar_config(disable=True)
     options = {"guidance_scale": 2.5 if plain else 4.0}
-    if not plain:
+    if name == "qwen_image":
+        options = {"true_cfg_scale": 4.0, "negative_prompt": negative}
+    elif not plain:
         options["negative_prompt"] = negative or None
     if name in ("flux", "sd3"):
         options["max_sequence_length"] = getattr(pipe, f"tokenizer_{CASES[name].encoders}").model_max_length
@@ -222,6 +254,13 @@ def test_latents_are_what_the_pipeline_decodes(name):
     case, vae = CASES[name], small(name, "vae")
     pixels_BCHW = torch.rand(2, 3, 32, 48) * 2 - 1
     mean_BCHW, std_BCHW = get_family(name).encode_images(vae, pixels_BCHW).chunk(2, dim=1)
+    if name == "qwen_image":  # one frame, and statistics of each channel
+        with torch.no_grad():
+            spread = vae.encode(pixels_BCHW.unsqueeze(2)).latent_dist
+        usual_mean, usual_std = torch.tensor([vae.config.latents_mean, vae.config.latents_std])[..., None, None]
+        torch.testing.assert_close(mean_BCHW * usual_std + usual_mean, spread.mean.squeeze(2), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(std_BCHW * usual_std, spread.std.squeeze(2))
+        return
     with torch.no_grad():
         spread = vae.encode(pixels_BCHW).latent_dist
         # As the pipelines do before they decode.

@@ -15,6 +15,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer, T5Tokenizer
 
+from trainer.families import qwen_image
 from trainer.families.miniatures.scenes import caption, random_scene
 
 CLIP_LENGTH = 77
@@ -26,6 +27,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
+# Qwen-Image's, whose tokenizer has no template of its own here.
+DESCRIPTION = (qwen_image.BEFORE, qwen_image.AFTER)
+DESCRIPTION_LENGTH = 96  # tokens that its miniature is trained with, of which 34 are dropped
 CHAT_MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 START = "<|startoftext|>"
 END = "<|endoftext|>"
@@ -74,7 +78,7 @@ def t5_tokenizer(texts: list[str], *, size: int = 700) -> T5Tokenizer:
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=T5_LENGTH)
 
 
-def qwen_tokenizer(texts: list[str], *, merges: int = 380) -> Qwen2Tokenizer:
+def qwen_tokenizer(texts: list[str], *, merges: int = 380, template: str | None = CHAT_TEMPLATE) -> Qwen2Tokenizer:
     """A `Qwen2Tokenizer` in the real one's order: bytes, at most `merges` merges, and the marks of a conversation."""
     like = Qwen2Tokenizer().backend_tokenizer
     draft = Tokenizer(models.BPE())
@@ -95,9 +99,14 @@ def qwen_tokenizer(texts: list[str], *, merges: int = 380) -> Qwen2Tokenizer:
         added_tokens_decoder=marks,
         eos_token=CHAT_MARKS[2],
         pad_token=CHAT_MARKS[0],
-        chat_template=CHAT_TEMPLATE,
+        chat_template=template,
         model_max_length=131072,
     )
+
+
+def description_tokenizer(texts: list[str]) -> Qwen2Tokenizer:
+    """One that knows the words of Qwen-Image's template: they are as many tokens as in the real one."""
+    return qwen_tokenizer([*texts, *DESCRIPTION * len(texts)], merges=560, template=None)
 
 
 def in_chat(texts: Sequence[str]) -> list[str]:
@@ -106,10 +115,12 @@ def in_chat(texts: Sequence[str]) -> list[str]:
 
 
 def new_tokenizers(kinds: Sequence[str]) -> list[PreTrainedTokenizerBase]:
-    """Tokenizers of these kinds: "clip" is CLIP-L's, "clip!" is CLIP-G's, which pads with "!", "t5" and "qwen"."""
+    """Tokenizers of these kinds: "clip" is CLIP-L's, "clip!" is CLIP-G's, which pads with "!"; "t5"; "qwen"; and
+    "qwen, described", which knows Qwen-Image's template.
+    """
     texts = corpus()
     makers = {"clip": clip_tokenizer, "clip!": lambda texts: clip_tokenizer(texts, pad="!"), "t5": t5_tokenizer}
-    makers["qwen"] = qwen_tokenizer
+    makers |= {"qwen": qwen_tokenizer, "qwen, described": description_tokenizer}
     return [makers[kind](texts) for kind in kinds]
 
 
@@ -118,7 +129,7 @@ def load_tokenizers(folder: Path, kinds: Sequence[str]) -> list[PreTrainedTokeni
     tokenizers: list[PreTrainedTokenizerBase] = []
     for number, kind in enumerate(kinds, start=1):
         place = folder / ("tokenizer" if number == 1 else f"tokenizer_{number}")
-        tokenizer_class = {"t5": T5Tokenizer, "qwen": Qwen2Tokenizer}.get(kind, CLIPTokenizer)
+        tokenizer_class = {"t5": T5Tokenizer, "clip": CLIPTokenizer, "clip!": CLIPTokenizer}.get(kind, Qwen2Tokenizer)
         tokenizers.append(tokenizer_class.from_pretrained(place))
     return tokenizers
 
@@ -126,12 +137,13 @@ def load_tokenizers(folder: Path, kinds: Sequence[str]) -> list[PreTrainedTokeni
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> torch.Tensor:
     """Ids (B, L) as int16, cut or padded to the tokenizer's length: as calling it does, but several times as fast.
 
-    Of Qwen's tokenizer: the captions as messages, padded to `QWEN_LENGTH`.
+    Of Qwen's tokenizers: the captions in their template.
     """
     length = tokenizer.model_max_length
     if isinstance(tokenizer, Qwen2Tokenizer):
-        length = QWEN_LENGTH
-        texts = in_chat(texts)
+        length = QWEN_LENGTH if tokenizer.chat_template else DESCRIPTION_LENGTH
+        before, after = DESCRIPTION
+        texts = in_chat(texts) if tokenizer.chat_template else [f"{before}{text}{after}" for text in texts]
     end = tokenizer.eos_token_id
     backend = tokenizer.backend_tokenizer
     backend.no_padding()

@@ -17,7 +17,7 @@ from trainer.spec.family import get_family
 from trainer.spec.memory_model import RESIDENT_REGIONS
 from trainer.spec.plan import EnginePlan
 
-FAMILIES = ["flux", "sdxl", "sd3", "z_image"]
+FAMILIES = ["flux", "sdxl", "sd3", "z_image", "qwen_image"]
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +74,9 @@ def step(name, denoiser, through, seed=3):
         ("z_image", "fp8"),
         ("z_image", "int8"),
         ("z_image", "nf4"),
+        ("qwen_image", "fp8"),
+        ("qwen_image", "int8"),
+        ("qwen_image", "nf4"),
     ],
 )
 def test_a_step_has_the_same_bits_with_weight_streaming(name, precision, policy):
