@@ -51,6 +51,7 @@ from entrypoint.trackers import beside as trackers
 from trainer import __version__
 from trainer.base_model import model_folder
 from trainer.data.folders.own_output import Written
+from trainer.network import addresses
 from trainer.process import scratch, streams, vitals
 from trainer.spec.commands.parser import Parser
 from trainer.spec.errors import KilnError, NoAcceleratorError, SettingsError, StopRequestedError
@@ -109,7 +110,8 @@ def _run(arguments: list[str], environ: Mapping[str, str], known: Known) -> int:
     log_to(logging.StreamHandler(), "%(asctime)s %(levelname)s %(message)s", level=level, known=known)
     if options.command == "quote":
         return _ended(lambda: quote(environ, prices_file=options.prices, as_json=options.json))
-    check = options.check or options.command == "check" or options.gpu is not None
+    prefetch = options.command == "prefetch" and not options.check
+    check = options.check or options.command == "check" or (options.gpu is not None and not prefetch)
     report = CheckReport(known)
     if options.json:
         if not check:
@@ -118,12 +120,15 @@ def _run(arguments: list[str], environ: Mapping[str, str], known: Known) -> int:
         logging.getLogger().addHandler(report)
 
     def run() -> int:
-        return _ended(lambda: job(environ, check=check, card=options.gpu, report=report))
+        return _ended(lambda: job(environ, check=check, prefetch=prefetch, card=options.gpu, report=report))
 
     def page_afterwards(seconds: float) -> contextlib.AbstractContextManager[None]:
         return monitor.showing_after(environ, seconds)
 
-    code = run() if check else supervise.supervised(run, environ, serving=page_afterwards)  # ON_FINISH is of a job
+    if prefetch:
+        code = supervise.without_attempts(run, environ)
+    else:
+        code = run() if check else supervise.supervised(run, environ, serving=page_afterwards)  # ON_FINISH is of a job
     if options.json:
         logging.getLogger().removeHandler(report)
         with contextlib.suppress(BrokenPipeError):
@@ -136,11 +141,12 @@ def _parser() -> Parser:
         prog="python -m entrypoint",
         description="Train a LoRA as the environment says: BASE_MODEL, DATASET_NAME, OUTPUT_PATH and more.",
     )
-    commands = "train; check: validate, plan and preflight alone; quote: time and money on GPUs to rent; "
+    commands = "train; check: validate, plan and preflight alone; prefetch: bring all that is to be downloaded, without "
+    commands += "a GPU; quote: time and money on GPUs to rent; "
     commands += "sample, export: as python -m trainer.sample and trainer.export; monitor: the monitor page of a job's "
     commands += "folder; shell: bash; job: print or start the job for an engine (docs/engines.md); each with the "
     commands += "arguments that follow"
-    choices = ("train", "check", "quote", "job", *PROGRAMS)
+    choices = ("train", "check", "prefetch", "quote", "job", *PROGRAMS)
     parser.add_argument("command", nargs="?", choices=choices, default="train", help=commands)
     parser.add_argument("--check", action="store_true", help="the same as the command check")
     parser.add_argument("-v", "--verbose", action="store_true", help="say also which memory modes were not taken")
@@ -195,10 +201,18 @@ def quote(environ: Mapping[str, str], *, prices_file: Path | None, as_json: bool
     return streams.output_code()
 
 
-def job(environ: Mapping[str, str], *, check: bool, card: str | None = None, report: CheckReport | None = None) -> int:
+def job(
+    environ: Mapping[str, str],
+    *,
+    check: bool,
+    prefetch: bool = False,
+    card: str | None = None,
+    report: CheckReport | None = None,
+) -> int:
     """The whole job; returns the trainer's exit code, or 0. Raises the errors of `trainer.spec.errors`.
 
-    `card`: the name of one to check for, in place of what this machine has. `report`: is told the plan and its figures.
+    `prefetch`: all that the job downloads is brought, and nothing is trained. `card`: the name of one to check for, in
+    place of what this machine has. `report`: is told the plan and its figures.
     """
     public_addresses.guard(environ)
     # In a pod the job is a process of its own: what it tells its parent is not what the supervisor tells its own.
@@ -209,15 +223,16 @@ def job(environ: Mapping[str, str], *, check: bool, card: str | None = None, rep
     try:
         settings = read_settings(environ)
     except SettingsError:
-        with notify.telling(None if check else _whom_to_tell_all_the_same(environ), environ):
+        with notify.telling(None if check or prefetch else _whom_to_tell_all_the_same(environ), environ):
             raise
     supervise.set_limit(settings.finish, environ, began=began)
     monitor.check_token(settings.finish.monitor_token)
-    told = None if check else _whom_to_tell(settings)
+    told = None if check or prefetch else _whom_to_tell(settings)
     with scratch.folder(os.environ, settings.data.cache_path) as temporary, notify.telling(told, environ) as ending:
-        code = _job(settings, {**environ, "TMPDIR": str(temporary)}, check=check, card=card, report=report)
+        own = {**environ, "TMPDIR": str(temporary)}
+        code = _job(settings, own, check=check, prefetch=prefetch, card=card, report=report)
         ending.exit_code, ending.message = code, ""  # the trainer's own is in status.json
-        if not check and code == 0:  # the last line of any other end has its exit code
+        if not check and not prefetch and code == 0:  # the last line of any other end has its exit code
             said = receipt(settings.output.output_path, started=began, price=settings.finish.price_per_hour)
             if said:
                 log.info("%s", said)
@@ -228,6 +243,8 @@ def job(environ: Mapping[str, str], *, check: bool, card: str | None = None, rep
 def _say_how_to_fetch(settings: Settings, environ: Mapping[str, str]) -> None:
     """A warning where the results are lost with the pod."""
     action, uploaded_to = supervise.asked_action(environ), settings.finish.push_to_hub
+    if uploaded_to is None and settings.finish.upload_to is not None:
+        uploaded_to = addresses.shown(settings.finish.upload_to)
     text = how_to_fetch(settings.output.output_path, environ, action=action, uploaded_to=uploaded_to)
     is_lost = action == "terminate" and uploaded_to is None
     if text:
@@ -251,7 +268,13 @@ def _whom_to_tell(settings: Settings) -> notify.Job | None:
 
 
 def _job(
-    settings: Settings, environ: Mapping[str, str], *, check: bool, card: str | None, report: CheckReport | None
+    settings: Settings,
+    environ: Mapping[str, str],
+    *,
+    check: bool,
+    prefetch: bool,
+    card: str | None,
+    report: CheckReport | None,
 ) -> int:
     """`job`, with a place for temporary files."""
     retries = _checking() if check else http.USUAL
@@ -265,7 +288,7 @@ def _job(
         hardware.check_torch(detected, hardware.torch_version())
     plan = dataclasses.replace(plan, model=bake.with_baked(plan.model))
     missing = _missing_accelerator(plan, backend=settings.engine.backend)
-    if missing and not check:
+    if missing and not check and not prefetch:
         raise missing
     plan, done = _chosen(plan, given.describe(settings))
     if report is not None:
@@ -279,11 +302,15 @@ def _job(
     token = settings.model.hf_token.reveal() if settings.model.hf_token else None
     write_token = settings.finish.hf_write_token.reveal() if settings.finish.hf_write_token else token
     push = upload.job(settings.finish.push_to_hub, write_token, plan, creates=not check)
+    targets = [
+        job for job in (push, upload.store_job(settings.finish.upload_to, environ, plan, creates=not check)) if job
+    ]
     if done:
         log.info("This job is done: %s. %s", done, choose_run.HOW_TO_GO_ON)
-        if check or push is None or upload.is_done(push, done):
+        left = [job for job in targets if not upload.is_done(job, done)]
+        if check or prefetch or not left:
             return 0
-        with upload.beside(push, environ) as uploaded:
+        with upload.all_beside(left, environ) as uploaded:
             return uploaded()
 
     from entrypoint.planning.preflight import preflight  # imports the Hub's client, which is slow: only now
@@ -298,15 +325,19 @@ def _job(
     fetches = preflight(plan, token=token, hub_cache=hub_cache, arrivals=arrivals, keys=keys, retries=retries)
     if fetches and not check:  # otherwise the trainer reads the images at once, and says the same
         plan = dataclasses.replace(plan, printed=log_summary(plan, token=token, hub_cache=hub_cache).lines)
+    access = Access(token, keys, arrivals)
+    if prefetch:
+        _fetched(plan, settings, access)
+        log.info("Fetched: all that this job downloads is here, and is checked. Nothing was trained.")
+        return 0
     if kernels is not None and plan.engine.device != "cpu":
         hardware.check_kernels(detected, kernels.names())
     if missing:
         raise missing
-    with upload.beside(push, environ) as uploaded:
+    with upload.all_beside(targets, environ) as uploaded:
         if check:
             log.info("Checked: this job can run. Nothing was downloaded or trained.")
             return 0
-        access = Access(token, keys, arrivals)
         return _trained(plan, settings, environ, access) or uploaded()
 
 

@@ -136,6 +136,22 @@ def _in_time(
     return ending
 
 
+def without_attempts(job: Callable[[], int], environ: Mapping[str, str], *, times: Times | None = None) -> int:
+    """Do `job`, which fills the volume and trains nothing, then what ON_FINISH says. Attempts are those of training.
+
+    A pod is never terminated here: that would delete what was brought.
+    """
+    times, began = times or USUAL, time.monotonic()
+    action, pod = asked_action(environ), environ.get("RUNPOD_POD_ID", "")
+    if not pod:
+        return job()
+    start_ssh(environ)
+    code = job()
+    if code in STOPPED:
+        return code
+    return _end(code, "stop" if action == "terminate" else action, pod, environ, times, began=began)
+
+
 def _keeping_volume(action: str) -> str:
     """`action` for a job that is not done: terminating would delete the volume, and what it has saved with it."""
     if action != "terminate":

@@ -161,6 +161,7 @@ RULES: dict[str, Rule] = {
     "CIVITAI_TOKEN": _refused("is for files of weights by address, and a request names none. Fix: remove it"),
     "DOWNLOAD_TOKENS": _refused("is for addresses that ask for a login. Fix: an address that needs none"),
     "HF_TOKEN_FILE": _refused(f"{OWN_FILE}. Fix: HF_TOKEN with the token itself"),
+    "UPLOAD_TO": problem_of,
     "WEBHOOK_URL": _webhooks,
     "WEBHOOK_SECRET": _key,
     "LOG_WITH": _refused("sends to an account, and a request has none. Fix: remove it, or WEBHOOK_URL"),

@@ -32,6 +32,7 @@ LOCATIONS = (
     "DATASET_CONFIG",
     "SAMPLE_PROMPTS",
     "PARAMS_RESUME_FROM",
+    "UPLOAD_TO",
 )
 NUMBERS = ("integer", "auto_integer", "auto_count", "number", "numbers", "size")
 NOTHING = ("none", "null", "nil", "undefined", "n/a")  # what forms and programs write for no value

@@ -79,3 +79,22 @@ def test_a_lora_by_address_is_where_training_goes_on(job, shelf, tmp_path):
     assert code == 0 and "the rank of the LoRA file" in printed and "Started from the weights of" in printed, printed
     code, printed = job.run(PARAMS_RESUME_FROM=f"{shelf.url}/x.safetensors", PARAMS_NETWORK_DIM="8")
     assert code == 78 and "has rank 4" in printed, printed
+
+
+def test_prefetch_brings_all_and_the_job_downloads_nothing(job, shelf, named, tmp_path):
+    _, by_address = named
+    cache = {"CACHE_PATH": str(tmp_path / "cache")}
+    code, printed = job.run("prefetch", **by_address, **cache)
+    assert code == 0 and "Fetched: all that this job downloads is here" in printed, printed
+    assert not job.out.exists() or not (job.out / "plan.json").exists()
+    shelf.asked.clear()
+    shelf.rules = dict.fromkeys(shelf.files, lambda request: (500, {}, b"") if request.command != "GET" else None)
+    code, printed = job.run(**by_address, **cache)
+    assert code == 0 and "x.safetensors" in printed, printed
+    assert len(shelf.asked) == len(shelf.files)  # whether they have changed
+
+
+def test_prefetch_of_a_full_size_model_needs_no_gpu_and_names_what_is_wrong(job, shelf, tmp_path):
+    shelf.files["/a.safetensors"] = b"version https://git-lfs.github.com/spec/v1"
+    code, printed = job.run("prefetch", BASE_MODEL="sdxl", MODEL_PATH=f"{shelf.url}/a.safetensors")
+    assert code == 78 and "Git LFS pointer" in printed and "No GPU" not in printed, printed

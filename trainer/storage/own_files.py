@@ -86,6 +86,7 @@ OF_JOB: dict[str, Test | None] = {
 OF_RUN: dict[str, Test | None] = {
     "plan.json": is_plan,
     "upload.json": has_keys("repo", "file"),
+    "stored.json": has_keys("repo", "file"),
     run_records.RECORD: lambda path: run_records.read_record(path.parent) is not None,
     REPORT_NAME: None,
     "report.html": is_html_report,

@@ -34,8 +34,8 @@ class Offer:
     version: str | None = None
 
 
-def refusal(named: str, response: httpx.Response, *, key: str) -> KilnError:
-    """The error for an answer that is no file. `named`: the variable with its value; `key`: what gives access there."""
+def refusal(named: str, response: httpx.Response, *, key: str, writes: bool = False) -> KilnError:
+    """The error for a refusal. `named`: the variable with its value; `key`: what gives access; `writes`: for a PUT."""
     status = response.status_code
     said = _said(response)
     code = response.headers.get("x-ms-error-code", "") or next(iter(_CODE.findall(said)), "")
@@ -52,6 +52,11 @@ def refusal(named: str, response: httpx.Response, *, key: str) -> KilnError:
         return GatedError(f"{named}: the key is not accepted ({reason}). Copy it again{_clock(code)}: {key}.")
     if status == 401:
         return GatedError(f"{named}: the server asks for a login (401). Set {key}.")
+    if status in (402, 413, 507) or code in ("EntityTooLarge", "QuotaExceeded", "AccountBeingCreated"):
+        return GatedError(f"{named}: the service takes no more ({reason}). Free storage there, or name another place.")
+    if status == 403 and writes:
+        why = "the key may not, or a signature has expired"
+        return GatedError(f"{named}: nothing may be written there ({reason}): {why}. Set {key}.")
     if status == 403:
         return GatedError(
             f"{named}: the server forbids it ({reason}): it is not public, a signature has expired, or the key may "
