@@ -17,6 +17,7 @@ if __name__ == "__main__" and sys.argv[1:2] != ["shell"]:
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import logging
 import signal
@@ -38,6 +39,8 @@ from entrypoint.planning.plan import make_plan
 from entrypoint.processes import farewell, supervise, upload
 from entrypoint.processes.launch import Trainers
 from entrypoint.processes.pod import how_to_fetch
+from entrypoint.queue import run as queue
+from entrypoint.queue.jobs import QUEUED, expand, tell_queue
 from entrypoint.report import start as job_report
 from entrypoint.report.receipt import receipt
 from entrypoint.settings import Settings, given, help_env, json_schema, read_settings
@@ -54,7 +57,7 @@ from trainer.spec.log_lines import log_to
 from trainer.spec.messages.secrets import Known
 from trainer.spec.plan import Dataset, Plan, Source
 from trainer.spec.rules import outlook
-from trainer.spec.values import as_integer, inside, show, span
+from trainer.spec.values import as_integer, inside, show, some, span
 from trainer.storage import choose_run
 
 log = logging.getLogger("entrypoint")
@@ -113,9 +116,10 @@ def _run(arguments: list[str], environ: Mapping[str, str], known: Known) -> int:
         logging.getLogger().addHandler(report)
 
     def run() -> int:
-        return _ended(lambda: job(environ, check=check, card=options.gpu, report=report))
+        return _ended(lambda: jobs(environ, check=check, card=options.gpu, report=report), environ)
 
-    code = run() if check else supervise.supervised(run, environ)  # ON_FINISH is of a job
+    # ON_FINISH is of a job, or of the whole queue.
+    code = run() if check or environ.get(QUEUED) else supervise.supervised(run, environ)
     if options.json:
         logging.getLogger().removeHandler(report)
         with contextlib.suppress(BrokenPipeError):
@@ -147,8 +151,8 @@ def _parser() -> Parser:
     return parser
 
 
-def _ended(run: Callable[[], int]) -> int:
-    """Do `run`; log its errors and turn them into exit codes."""
+def _ended(run: Callable[[], int], environ: Mapping[str, str] | None = None) -> int:
+    """Do `run`; log its errors and turn them into exit codes. `environ`: of a job, which may be one of a queue."""
     try:
         return run()
     except StopRequestedError as problem:
@@ -157,6 +161,8 @@ def _ended(run: Callable[[], int]) -> int:
     except KilnError as problem:
         log.error("%s", problem)
         log.error("%s [exit %d]", problem.advice, problem.exit_code)
+        if environ is not None:
+            tell_queue(environ, str(problem))
         return problem.exit_code
     except Exception:
         log.exception("Unexpected error.")
@@ -169,22 +175,47 @@ def quote(environ: Mapping[str, str], *, prices_file: Path | None, as_json: bool
     from entrypoint.planning import offers  # imports the Hub's client, which is slow: only now
 
     public_addresses.guard(environ)
-    settings = read_settings(environ)
-    manifest = read_manifest(settings.data.dataset_config, settings.output.sample_prompts)
     offered, unknown = prices.read_offers(prices_file) if prices_file else (prices.OFFERS, [])
-    # A limit is no reason to leave a GPU out: the table marks those that go beyond it.
-    unlimited = dataclasses.replace(settings.finish, max_runtime=None, max_cost=None)
-    asked = dataclasses.replace(settings, finish=unlimited)
-    table = offers.make_table(
-        offered,
-        lambda found: make_plan(asked, manifest, found, now=_now(environ)),
-        finish=settings.finish,
-        token=settings.model.hf_token.reveal() if settings.model.hf_token else None,
-        hub_cache=settings.model.hf_home / "hub",
-    )
+
+    def table_of(own: Mapping[str, str]) -> offers.Table:
+        settings = read_settings(own)
+        manifest = read_manifest(settings.data.dataset_config, settings.output.sample_prompts)
+        # A limit is no reason to leave a GPU out: the table marks those that go beyond it.
+        unlimited = dataclasses.replace(settings.finish, max_runtime=None, max_cost=None)
+        asked = dataclasses.replace(settings, finish=unlimited)
+        return offers.make_table(
+            offered,
+            lambda found: make_plan(asked, manifest, found, now=_now(own)),
+            finish=settings.finish,
+            token=settings.model.hf_token.reveal() if settings.model.hf_token else None,
+            hub_cache=settings.model.hf_home / "hub",
+        )
+
+    each = [queued.environ for queued in expand(environ)] or [environ]
+    table = offers.together([table_of(own) for own in each])
     with contextlib.suppress(BrokenPipeError):  # the reader (head, less) has closed the pipe
         print(offers.as_json(table, unknown) if as_json else offers.as_text(table, unknown), flush=True)  # noqa: T201
     return streams.output_code()
+
+
+def jobs(environ: Mapping[str, str], *, check: bool, card: str | None = None, report: CheckReport | None = None) -> int:
+    """One job, or all jobs of JOBS, SWEEP and a BASE_MODEL with several names; see `job`."""
+    public_addresses.guard(environ)
+    queued = expand(environ)
+    if not queued:
+        return job(environ, check=check, card=card, report=report)
+    if not check:
+        return queue.run_all(queued, environ)
+    codes = []
+    for one in queued:
+        log.info("---- %s (%s)", one.name, one.place)
+        codes.append(_ended(functools.partial(job, one.environ, check=True, card=card, report=report)))
+        if report is not None:
+            report.queue.append({"name": one.name, "exit_code": codes[-1], "job": report.figures})
+    wrong = [one.name for one, code in zip(queued, codes, strict=True) if code]
+    if wrong:
+        log.error("%d of %d jobs cannot run: %s.", len(wrong), len(queued), some(wrong))
+    return next((code for code in codes if code), 0)
 
 
 def job(environ: Mapping[str, str], *, check: bool, card: str | None = None, report: CheckReport | None = None) -> int:

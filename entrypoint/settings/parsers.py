@@ -47,6 +47,7 @@ def allowed_values(row: Row) -> str:
         "switch": "true, false",
         "auto_switch": "auto, true, false",
         "pairs": "key=value pairs with spaces between them",
+        "sweep": "NAME=value,value with spaces between them",
         "names": "names with commas between them",
         "numbers": f"numbers with commas between them, {limits} each",
         "path": "path",
@@ -251,4 +252,5 @@ PARSERS: dict[str, Callable[[str, Row], Any]] = {
     "key": _secret,
     "addresses": _addresses,
     "pairs": _pairs,
+    "sweep": _text,
 }

@@ -65,7 +65,13 @@ def test_a_page_of_the_hub_names_no_revision_that_leads_out_of_a_folder():
 def test_a_variable_without_a_rule_is_refused():
     assert set(RULES) <= set(NAMES)
     texts = {name for name, row in ROWS.items() if row.kind in ("text", "path")}
-    assert texts - set(OPENED) == {*("TRIGGER_WORD", "IMAGE_COLUMN", "CAPTION_COLUMN"), *NAMES_WITHOUT_SLASH}
+    assert texts - set(OPENED) == {
+        *("TRIGGER_WORD", "IMAGE_COLUMN", "CAPTION_COLUMN"),
+        *NAMES_WITHOUT_SLASH,
+        "JOBS",
+    }
+    assert "several jobs" in refusal(JOBS="https://example.com/jobs.jsonl")
+    assert "several jobs" in refusal(SWEEP="PARAMS_SEED=1,2")
     assert RULES.keys() & {"VAE_PATH", "CLIP_L_PATH", "CLIP_G_PATH"} == set()
     assert "VAE_PATH='org/vae' names a file on the worker" in refusal(VAE_PATH="org/vae")
 
