@@ -17,6 +17,7 @@ if __name__ == "__main__" and sys.argv[1:2] != ["shell"]:
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import logging
 import signal
@@ -42,6 +43,8 @@ from entrypoint.planning.plan import make_plan
 from entrypoint.processes import farewell, supervise, upload
 from entrypoint.processes.launch import Trainers
 from entrypoint.processes.pod import how_to_fetch
+from entrypoint.queue import run as queue
+from entrypoint.queue.jobs import QUEUED, expand, tell_queue
 from entrypoint.report import start as job_report
 from entrypoint.report.receipt import receipt
 from entrypoint.settings import Settings, given, help_env, json_schema, read_settings
@@ -60,7 +63,7 @@ from trainer.spec.log_lines import log_to
 from trainer.spec.messages.secrets import Known
 from trainer.spec.plan import Dataset, Plan, Source
 from trainer.spec.rules import outlook
-from trainer.spec.values import as_integer, inside, show, span
+from trainer.spec.values import as_integer, inside, show, some, span
 from trainer.storage import choose_run
 
 log = logging.getLogger("entrypoint")
@@ -120,15 +123,17 @@ def _run(arguments: list[str], environ: Mapping[str, str], known: Known) -> int:
         logging.getLogger().addHandler(report)
 
     def run() -> int:
-        return _ended(lambda: job(environ, check=check, prefetch=prefetch, card=options.gpu, report=report))
+        return _ended(lambda: jobs(environ, check=check, prefetch=prefetch, card=options.gpu, report=report), environ)
 
     def page_afterwards(seconds: float) -> contextlib.AbstractContextManager[None]:
         return monitor.showing_after(environ, seconds)
 
     if prefetch:
         code = supervise.without_attempts(run, environ)
+    elif check or environ.get(QUEUED):  # ON_FINISH is of a job, or of the whole queue
+        code = run()
     else:
-        code = run() if check else supervise.supervised(run, environ, serving=page_afterwards)  # ON_FINISH is of a job
+        code = supervise.supervised(run, environ, serving=page_afterwards)
     if options.json:
         logging.getLogger().removeHandler(report)
         with contextlib.suppress(BrokenPipeError):
@@ -141,8 +146,8 @@ def _parser() -> Parser:
         prog="python -m entrypoint",
         description="Train a LoRA as the environment says: BASE_MODEL, DATASET_NAME, OUTPUT_PATH and more.",
     )
-    commands = "train; check: validate, plan and preflight alone; prefetch: bring all that is to be downloaded, without "
-    commands += "a GPU; quote: time and money on GPUs to rent; "
+    commands = "train; check: validate, plan and preflight alone; prefetch: bring all that is to be downloaded, "
+    commands += "without a GPU; quote: time and money on GPUs to rent; "
     commands += "sample, export: as python -m trainer.sample and trainer.export; monitor: the monitor page of a job's "
     commands += "folder; shell: bash; job: print or start the job for an engine (docs/engines.md); each with the "
     commands += "arguments that follow"
@@ -161,8 +166,8 @@ def _parser() -> Parser:
     return parser
 
 
-def _ended(run: Callable[[], int]) -> int:
-    """Do `run`; log its errors and turn them into exit codes."""
+def _ended(run: Callable[[], int], environ: Mapping[str, str] | None = None) -> int:
+    """Do `run`; log its errors and turn them into exit codes. `environ`: of a job, which may be one of a queue."""
     try:
         return run()
     except StopRequestedError as problem:
@@ -171,6 +176,8 @@ def _ended(run: Callable[[], int]) -> int:
     except KilnError as problem:
         log.error("%s", problem)
         log.error("%s [exit %d]", problem.advice, problem.exit_code)
+        if environ is not None:
+            tell_queue(environ, str(problem))
         return problem.exit_code
     except Exception:
         log.exception("Unexpected error.")
@@ -183,22 +190,55 @@ def quote(environ: Mapping[str, str], *, prices_file: Path | None, as_json: bool
     from entrypoint.planning import offers  # imports the Hub's client, which is slow: only now
 
     public_addresses.guard(environ)
-    settings, _ = doors.arrive(read_settings(environ), environ, retries=_checking())
-    manifest = read_manifest(settings.data.dataset_config, settings.output.sample_prompts)
     offered, unknown = prices.read_offers(prices_file) if prices_file else (prices.OFFERS, [])
-    # A limit is no reason to leave a GPU out: the table marks those that go beyond it.
-    unlimited = dataclasses.replace(settings.finish, max_runtime=None, max_cost=None)
-    asked = dataclasses.replace(settings, finish=unlimited)
-    table = offers.make_table(
-        offered,
-        lambda found: make_plan(asked, manifest, found, now=_now(environ)),
-        finish=settings.finish,
-        token=settings.model.hf_token.reveal() if settings.model.hf_token else None,
-        hub_cache=settings.model.hf_home / "hub",
-    )
+
+    def table_of(own: Mapping[str, str]) -> offers.Table:
+        settings, _ = doors.arrive(read_settings(own), own, retries=_checking())
+        manifest = read_manifest(settings.data.dataset_config, settings.output.sample_prompts)
+        # A limit is no reason to leave a GPU out: the table marks those that go beyond it.
+        unlimited = dataclasses.replace(settings.finish, max_runtime=None, max_cost=None)
+        asked = dataclasses.replace(settings, finish=unlimited)
+        return offers.make_table(
+            offered,
+            lambda found: make_plan(asked, manifest, found, now=_now(own)),
+            finish=settings.finish,
+            token=settings.model.hf_token.reveal() if settings.model.hf_token else None,
+            hub_cache=settings.model.hf_home / "hub",
+        )
+
+    each = [queued.environ for queued in expand(environ)] or [environ]
+    table = offers.together([table_of(own) for own in each])
     with contextlib.suppress(BrokenPipeError):  # the reader (head, less) has closed the pipe
         print(offers.as_json(table, unknown) if as_json else offers.as_text(table, unknown), flush=True)  # noqa: T201
     return streams.output_code()
+
+
+def jobs(
+    environ: Mapping[str, str],
+    *,
+    check: bool,
+    prefetch: bool = False,
+    card: str | None = None,
+    report: CheckReport | None = None,
+) -> int:
+    """One job, or all jobs of JOBS, SWEEP and a BASE_MODEL with several names; see `job`."""
+    public_addresses.guard(environ)
+    queued = expand(environ)
+    one_job = functools.partial(job, check=check, prefetch=prefetch, card=card, report=report)
+    if not queued:
+        return one_job(environ)
+    if not check and not prefetch:
+        return queue.run_all(queued, environ)
+    codes = []
+    for one in queued:
+        log.info("---- %s (%s)", one.name, one.place)
+        codes.append(_ended(functools.partial(one_job, one.environ)))
+        if report is not None:
+            report.queue.append({"name": one.name, "exit_code": codes[-1], "job": report.figures})
+    wrong = [one.name for one, code in zip(queued, codes, strict=True) if code]
+    if wrong:
+        log.error("%d of %d jobs cannot run: %s.", len(wrong), len(queued), some(wrong))
+    return next((code for code in codes if code), 0)
 
 
 def job(

@@ -9,5 +9,5 @@ the command line.
 
 No secret is in any text that is made here: each engine's own way of secrets carries them.
 
-Imports settings, system, dataset_config, planning, runpod and processes.
+Imports settings, system, dataset_config, planning, runpod, processes and queue.
 """

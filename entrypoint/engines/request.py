@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from entrypoint.planning import offers
 from entrypoint.planning.plan import make_plan
+from entrypoint.queue.jobs import expand
 from entrypoint.runpod import request as pod_request
 from entrypoint.settings import Settings, read_settings
 from entrypoint.system import cards, prices, secrets
@@ -21,6 +22,7 @@ from trainer.spec.rules.quote import HOUR_S
 from trainer.spec.values import nearest, some
 
 STOPPED_EXIT_CODE = 143
+LIMITS = ("MAX_COST", "MAX_RUNTIME", "PRICE_PER_HOUR")  # of a whole queue
 MOST_CARDS = 4  # in an engine's list of what will do
 SPARE = 2.0  # a limit of time is this many times the predicted time, and an hour for downloads
 LEAST_HOURS = 2.0
@@ -78,13 +80,15 @@ def read_request(
     shown = secrets.shown(given)
     hidden = {name: value for name, value in given.items() if shown[name] != value}
     variables = {name: value for name, value in given.items() if name not in hidden}
-    settings = read_settings(given)
+    queued = expand(given)
+    each = [job.environ for job in queued] or [given]
+    settings = read_settings({**each[0], **{name: given[name] for name in LIMITS if name in given}})
     if settings.engine.backend not in ("auto", "cuda"):
         raise SettingsError(f"BACKEND={settings.engine.backend}: jobs for engines are for CUDA alone. Fix: unset it.")
     count = options.count or settings.engine.num_gpus or 1
     if count > 1:
         variables["NUM_GPUS"] = str(count)
-    choices = choose_cards({**given, **variables}, options, names, count=count)
+    choices = choose_cards([{**own, "NUM_GPUS": str(count)} for own in each], options, names, count=count)
     limited = settings.finish.max_cost is not None or settings.finish.max_runtime is not None
     request = Request(
         name=options.name,
@@ -104,22 +108,14 @@ def read_request(
 
 
 def choose_cards(
-    variables: Mapping[str, str], options: argparse.Namespace, names: Mapping[str, object], *, count: int
+    jobs: Sequence[Mapping[str, str]], options: argparse.Namespace, names: Mapping[str, object], *, count: int
 ) -> tuple[Choice, ...]:
-    """The GPUs of an engine that fit: the one of --gpu, else by the predicted cost of the whole job.
+    """The GPUs of an engine that fit all jobs: the one of --gpu, else by the predicted cost of the whole.
 
     The costs are RunPod's, or those of --prices: they only order what the engine is asked for.
     """
     offered = _offered(options, names, count=count)
-    settings, manifest = pod_request.plannable(variables)
-    now = datetime.datetime.now(datetime.UTC)
-    table = offers.make_table(
-        offered,
-        lambda hardware: make_plan(settings, manifest, hardware, now=now),
-        finish=settings.finish,
-        token=None,
-        hub_cache=Path(settings.model.hf_home) / "hub",
-    )
+    table = offers.together([_table(variables, offered) for variables in jobs])
     found: list[Choice] = []
     for row in table.rows:
         if row.why_not or len(found) == MOST_CARDS:
@@ -130,6 +126,18 @@ def choose_cards(
         if hardware.name not in [choice.card for choice in found]:
             found.append(Choice(hardware.name, memory_mib, row.way, hours))
     return tuple(found)
+
+
+def _table(variables: Mapping[str, str], offered: Sequence[Offer]) -> offers.Table:
+    settings, manifest = pod_request.plannable(variables)
+    now = datetime.datetime.now(datetime.UTC)
+    return offers.make_table(
+        offered,
+        lambda hardware: make_plan(settings, manifest, hardware, now=now),
+        finish=settings.finish,
+        token=None,
+        hub_cache=Path(settings.model.hf_home) / "hub",
+    )
 
 
 def _offered(options: argparse.Namespace, names: Mapping[str, object], *, count: int) -> Sequence[Offer]:

@@ -165,6 +165,8 @@ RULES: dict[str, Rule] = {
     "WEBHOOK_URL": _webhooks,
     "WEBHOOK_SECRET": _key,
     "LOG_WITH": _refused("sends to an account, and a request has none. Fix: remove it, or WEBHOOK_URL"),
+    "JOBS": _refused("makes several jobs of one request. Fix: send a request for each"),
+    "SWEEP": _refused("makes several jobs of one request. Fix: send a request for each"),
     "MONITOR_PORT": _refused("opens a port of the worker. Fix: remove it"),
     "MONITOR_TOKEN": _refused("is for a page that a request does not have. Fix: remove it"),
     "ON_FINISH": _refused("is the operator's choice. Fix: remove it"),

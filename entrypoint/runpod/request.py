@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from entrypoint.dataset_config.documents import is_inline
 from entrypoint.dataset_config.manifest import Manifest, read_manifest
 from entrypoint.planning.plan import make_plan
 from entrypoint.settings import Settings, checks, read_settings
@@ -110,8 +111,11 @@ def job_variables(environ: Mapping[str, str], *, env: Sequence[str] = (), secret
         value = variables.get(name, "")
         if value.endswith(".json") and Path(value).is_file():
             variables[name] = json.dumps(_tree(name, Path(value).read_text(encoding="utf-8")))
-    for name in PATH_VARIABLES:
-        if name in variables:
+    jobs = variables.get("JOBS", "")
+    if jobs and not is_inline(jobs) and Path(jobs).expanduser().is_file():
+        variables["JOBS"] = Path(jobs).expanduser().read_text(encoding="utf-8")
+    for name in (*PATH_VARIABLES, "JOBS"):
+        if name in variables and not is_inline(variables[name]):
             _refuse_local_path(name, variables[name])
     config = variables.get("DATASET_CONFIG", "")
     if config.startswith("{"):

@@ -47,6 +47,7 @@ def allowed_values(row: Row) -> str:
         "switch": "true, false",
         "auto_switch": "auto, true, false",
         "pairs": "key=value pairs with spaces between them",
+        "sweep": "NAME=value,value with spaces between them",
         "names": "names with commas between them",
         "numbers": f"numbers with commas between them, {limits} each",
         "path": "path",
@@ -267,4 +268,5 @@ PARSERS: dict[str, Callable[[str, Row], Any]] = {
     "tokens": _tokens,
     "addresses": _addresses,
     "pairs": _pairs,
+    "sweep": _text,
 }

@@ -6,7 +6,8 @@ from entrypoint import __main__ as entrypoint
 
 TOKEN = "hf_" + "Ab3" * 10
 HOOK = "https://hooks.example.com/services/T0123/B0123/Zx9Zx9Zx9Zx9"
-KEYED = "https://me:pA55word99@example.com/images.zip"
+PASSWORD = "pA55word99"
+KEYED = f"https://me:{PASSWORD}@example.com/images.zip"
 # A text with what shells, YAML and Kubernetes take for theirs.
 TRIGGER = 'it\'s "a" $(zot) $HOME: {x}'
 JOB = {

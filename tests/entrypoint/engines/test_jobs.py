@@ -312,3 +312,11 @@ def test_kubernetes_values_are_not_taken_for_references(job):
     assert values["TRIGGER_WORD"] == TRIGGER.replace("$(", "$$(")
     assert container["livenessProbe"]["exec"]["command"][-1] == "entrypoint.health"
     assert json.loads(json.dumps(container["resources"]["limits"])) == {"nvidia.com/gpu": "1"}
+
+
+def test_a_queue_travels_as_text_to_a_card_that_all_its_jobs_fit_on(job, tmp_path):
+    (tmp_path / "jobs.jsonl").write_text('{"PARAMS_BATCH_SIZE": 1}\n{"PARAMS_BATCH_SIZE": 24}\n')
+    task = yaml.safe_load(job("sky", JOBS=str(tmp_path / "jobs.jsonl"), BASE_MODEL="flux,sdxl"))
+    assert task["envs"]["JOBS"] == (tmp_path / "jobs.jsonl").read_text() and task["envs"]["BASE_MODEL"] == "flux,sdxl"
+    wanted = {entry["accelerators"] for entry in task["resources"]["ordered"]}
+    assert wanted and not {"RTXA4000:1", "RTXA5000:1", "RTX4090:1", "L4:1"} & wanted

@@ -146,6 +146,8 @@ NOT_PLANNED = {
     "MONITOR_PORT": ("9000", "9000"),
     "MONITOR_TOKEN": ("abcdefghijklmnop", "***"),
     "ON_FINISH": ("idle", "idle"),
+    "JOBS": ("jobs.jsonl", "jobs.jsonl"),
+    "SWEEP": ("PARAMS_SEED=1,2", "PARAMS_SEED=1,2"),
 }
 
 

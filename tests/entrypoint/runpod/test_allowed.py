@@ -68,7 +68,10 @@ def test_a_variable_without_a_rule_is_refused():
     assert texts - set(OPENED) == {
         *("TRIGGER_WORD", "IMAGE_COLUMN", "CAPTION_COLUMN", "CAPTION_PROMPT"),
         *NAMES_WITHOUT_SLASH,
+        "JOBS",
     }
+    assert "several jobs" in refusal(JOBS="https://example.com/jobs.jsonl")
+    assert "several jobs" in refusal(SWEEP="PARAMS_SEED=1,2")
     assert RULES.keys() & {"VAE_PATH", "CLIP_L_PATH", "CLIP_G_PATH"} == set()
     assert "VAE_PATH='org/vae' names a file on the worker" in refusal(VAE_PATH="org/vae")
 

@@ -46,6 +46,7 @@ OUTPUT_PATH OUTPUT_NAME SAMPLE_PROMPTS PARAMS_SAMPLE_EVERY_N_STEPS PARAMS_SAVE_E
 PARAMS_VALIDATE_EVERY_N_STEPS KEEP_CHECKPOINTS PARAMS_SAVE_PRECISION
 PUSH_TO_HUB HF_WRITE_TOKEN UPLOAD_TO WEBHOOK_URL WEBHOOK_SECRET LOG_WITH MONITOR_PORT MONITOR_TOKEN ON_FINISH
 MAX_RUNTIME MAX_COST PRICE_PER_HOUR
+JOBS SWEEP
 HF_TOKEN_FILE HUGGING_FACE_HUB_TOKEN CONFIG_JSON
 """
 
@@ -90,7 +91,7 @@ def test_every_default_has_the_type_of_its_field(section):
 
 def test_every_section_has_a_heading_in_help():
     headings = re.findall(r"^\| \*\*(\w+)\*\* \|", help_env(), re.MULTILINE)
-    assert headings == ["model", "data", "training", "adapter", "engine", "output", "finish"]
+    assert headings == ["model", "data", "training", "adapter", "engine", "output", "finish", "many"]
 
 
 def test_help_lists_every_variable_with_its_default_and_its_meaning():
