@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -433,7 +433,13 @@ def _output_plan(
         save_precision=settings.save_precision,
         requested=settings.output_name or "",
         resume_with_changes=resume_with_changes,
+        sample_strengths=_other_strengths(settings.sample_strengths),
     )
+
+
+def _other_strengths(asked: Sequence[float]) -> tuple[float, ...]:
+    """Each once, in order, with as many digits as a file's name has; 1 is drawn anyway."""
+    return tuple(sorted({round(strength, 3) for strength in asked} - {1.0}))
 
 
 def _with_default_name(plan: Plan, *, now: datetime) -> Plan:

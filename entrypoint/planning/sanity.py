@@ -295,6 +295,16 @@ def _prompts_without_samples(request: Request) -> str | None:
     return "SAMPLE_PROMPTS has no effect: PARAMS_SAMPLE_EVERY_N_STEPS=0 draws no samples."
 
 
+def _strengths_without_samples(request: Request) -> str | None:
+    if not request.is_given("SAMPLE_STRENGTHS"):
+        return None
+    if request.plan.output.sample_every == 0:
+        return "SAMPLE_STRENGTHS has no effect: PARAMS_SAMPLE_EVERY_N_STEPS=0 draws no samples."
+    if not request.plan.output.sample_strengths:
+        return "SAMPLE_STRENGTHS has no effect: samples are drawn with strength 1 anyway."
+    return None
+
+
 def _samples_without_prompts(request: Request) -> str | None:
     every = request.plan.output.sample_every
     if not request.is_given("PARAMS_SAMPLE_EVERY_N_STEPS") or every in (0, AUTO) or request.plan.prompts:
@@ -368,6 +378,7 @@ ROWS: tuple[Callable[[Request], str | None], ...] = (
     _epochs_beside_steps,
     _checkpoints_without_saves,
     _prompts_without_samples,
+    _strengths_without_samples,
     _samples_without_prompts,
     _held_out_for_nothing,
     _webhook_secret,

@@ -134,12 +134,12 @@ def how_to_use(run: Gathered) -> str:
 
 
 def sample_grid(run: Gathered) -> str:
-    """A row for each prompt, a column for each step."""
+    """A row for each prompt, a column for each step, and after them the strengths."""
     if not run.samples:
         return ""
     every = {sample.step for sample in run.samples}
     steps = chosen_steps(every)
-    rows = _by_prompt(run.samples, steps)
+    rows = _by_prompt(run, steps)
     width = _width(sum(len(row) for row in rows))
     left = MOST_EMBEDDED
     parts = []
@@ -160,17 +160,16 @@ def sample_grid(run: Gathered) -> str:
     return "".join(parts)
 
 
-def _by_prompt(samples: Iterable[Sample], steps: Sequence[int]) -> list[list[Sample]]:
-    """The samples of these steps: by prompt, and then by step."""
-    shown: dict[int, dict[int, Sample]] = {}
-    for sample in samples:
+def _by_prompt(run: Gathered, steps: Sequence[int]) -> list[list[Sample]]:
+    """The samples of these steps: by prompt, and then by step; then those of other strengths, the weakest first."""
+    shown: dict[int, list[Sample]] = {}
+    for sample in sorted(run.samples, key=lambda sample: sample.step):
         if sample.step in steps:
-            shown.setdefault(sample.number, {})[sample.step] = sample
-    rows = []
-    for number_of_prompt in sorted(shown):
-        of_prompt = shown[number_of_prompt]
-        rows.append([of_prompt[step] for step in sorted(of_prompt)])
-    return rows
+            shown.setdefault(sample.number, []).append(sample)
+    for sample in sorted(run.at_strengths, key=lambda sample: sample.strength):
+        if sample.number in shown:
+            shown[sample.number].append(sample)
+    return [shown[number_of_prompt] for number_of_prompt in sorted(shown)]
 
 
 def _width(count: int) -> int:
@@ -185,6 +184,8 @@ def _sample_cell(sample: Sample, jpeg: bytes) -> str:
     label = "before training"
     if sample.step > 0:
         label = f"step {sample.step:,}"
+    if sample.strength != 1:
+        label += f", strength {sample.strength:g}"
     image = f"<span class=missing>{text(sample.path.name)}</span>"
     if jpeg:
         alternative = f"{label}: {sample.prompt}"

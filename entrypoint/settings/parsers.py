@@ -149,6 +149,8 @@ def _names(text: str, _: Row) -> tuple[str, ...] | None:
 
 
 def _numbers(text: str, row: Row) -> tuple[float, ...]:
+    if not text:
+        return ()
     return tuple(float(_in_range(as_number(part.strip()), row, "number")) for part in text.split(","))
 
 

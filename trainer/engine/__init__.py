@@ -22,7 +22,8 @@ How a step runs, end to end:
 Between two steps, samples and validation run in the memory of the captured steps (`graph_pool`, `pooled_calls`).
 
 Read `load`, `quantization/`, `adapters`, `fused_linear`, `kernels/`, `memory/`, `execution`, `cuda_graphs`. The design
-and the figures are in docs/engine.md. `encoders` loads text encoders and the VAE, and `device` limits and frees memory.
+and the figures are in docs/engine.md. `encoders` loads text encoders and the VAE, `device` limits and frees memory, and
+`adapter_strength` lets the adapters act more or less for samples.
 
 Knows no model family. Imports `trainer.spec`, `trainer.storage`, `trainer.lora_files` and `trainer.base_model`.
 """

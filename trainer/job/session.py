@@ -274,6 +274,7 @@ class Session:
                 stop=self.stop,
                 check_in=self.watchdog.heartbeat,
                 around=self.runner.sampling,
+                strengths=(1.0, *(self.plan.output.sample_strengths if step == self.total else ())),
             )
 
         with metrics.aside(is_round=True):

@@ -269,6 +269,7 @@ class OutputPlan:
     requested: str = ""  # OUTPUT_NAME; empty: not set. `name` may have a number besides
     folder: str = ""  # of this run below `path`: see trainer.storage.run_records
     resume_with_changes: bool = False  # RESUME_WITH_CHANGES
+    sample_strengths: tuple[float, ...] = ()  # of the LoRA besides 1, at which the last samples are drawn too
 
 
 @dataclass(frozen=True)

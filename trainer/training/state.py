@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from trainer.engine import adapter_strength
 from trainer.engine import adapters as lora
 from trainer.engine.memory.weight_streaming import WeightStreamer
 from trainer.spec.errors import SettingsError
@@ -134,6 +135,10 @@ class TrainingState:
             # overwritten with a copy, and sampling leaves no trace in the run.
             optimizers.set_training(self.optimizer, True)
             self._overwrite(weights)
+
+    def at_strength(self, strength: float) -> contextlib.AbstractContextManager[None]:
+        """Inside, all adapters act with this strength; 0 is the base model. Afterwards the former bits."""
+        return adapter_strength.at_strength([self.denoiser, *self.texts.models.values()], strength)
 
     def _overwrite(self, values: list[torch.Tensor]) -> None:
         with torch.no_grad():

@@ -95,6 +95,28 @@ def test_two_steps_are_compared_with_a_slider(opened):
     assert opened.value("document.querySelectorAll('.two img')[1].style.clipPath") == "inset(0px 0px 0px 100%)"
 
 
+def test_two_strengths_are_compared_too(page, opened):
+    for strength in (0.0, 0.5):
+        write_sample(page.folder / "sample", 40, 0, strength=strength)
+    opened.wait_for("document.querySelectorAll('#grid thead th').length === 5")
+    heads = ["step 0", "step 20", "step 40", "step 40, strength 0 (the base)", "step 40, strength 0.5"]
+    assert texts(opened, "#grid thead th") == heads and texts(opened, "#compare-before option") == heads
+    assert texts(opened, ".compare h3") == ["Compare two steps or strengths"]
+    assert texts(opened, ".two .side") == ["step 0", "step 40"]  # unless others are chosen
+    choose = "(id, place) => { const s = document.getElementById(id); s.selectedIndex = place; "
+    choose += "s.dispatchEvent(new Event('change')); }"
+    opened.value(f"({choose})('compare-before', 3)")
+    opened.value(f"({choose})('compare-after', 4)")
+    assert texts(opened, ".two .side") == heads[3:]
+    sources = opened.value("[...document.querySelectorAll('.two img')].map((image) => image.src)")
+    assert [source.rpartition("/")[2].partition("?")[0] for source in sources] == [
+        "step-00000040-00-at-0.png", "step-00000040-00-at-0.5.png",
+    ]  # fmt: skip
+    opened.wait_for("[...document.querySelectorAll('.two img')].every((image) => image.naturalWidth === 64)")
+    opened.value("document.querySelector('#grid tbody tr td:last-child button').click()")
+    assert "Step 40, strength 0.5." in texts(opened, "#viewer p")[1]
+
+
 def test_curves_are_read_with_the_keyboard(opened):
     opened.value("document.querySelector('#chart-loss svg').focus()")
     opened.press("Home")

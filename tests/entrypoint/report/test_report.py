@@ -88,6 +88,18 @@ def test_it_has_all_that_people_look_for(finished):
     assert svgs[0] == "Loss, step 1 to 40" and len(svgs) == 3
 
 
+def test_the_samples_at_other_strengths_follow_those_of_the_steps(finished):
+    for strength in (0.5, 0.0):
+        write_sample(finished / "sample", 40, 0, strength=strength)
+        write_sample(finished / "sample", 20, 0, strength=strength)  # of a run that was shorter
+    run = gather(finished)
+    assert {sample.strength for sample in run.samples} == {1.0} and len(run.at_strengths) == 2
+    captions = re.findall("<figcaption>([^<]*)</figcaption></figure>", written(finished))
+    first = captions[: captions.index("step 40, strength 0.5") + 1]
+    assert first == ["before training", "step 20", "step 40", "step 40, strength 0", "step 40, strength 0.5"]
+    assert sum("strength" in caption for caption in captions) == 2
+
+
 def test_the_loss_by_noise_level_has_a_curve_for_each_band(finished):
     rows = []
     for step in range(41, 49):

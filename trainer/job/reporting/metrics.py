@@ -24,7 +24,7 @@ from trainer.job.reporting.status import Status, clock
 from trainer.spec.log_lines import escaped
 from trainer.spec.messages import noise_bands
 from trainer.spec.plan import Plan
-from trainer.storage import atomic, json_files
+from trainer.storage import atomic, json_files, own_files
 from trainer.storage.read import read_regular
 from trainer.training.loop import Step
 
@@ -87,12 +87,15 @@ class Metrics:
 
     def samples(self, step: int, files: Sequence[Path]) -> None:
         """Show the samples of `step` on TensorBoard, which compares them over the steps."""
-        for number, path in enumerate(files):
+        for path in files:
+            known = own_files.read_sample_name(path.name)
             image = read_sample(path)
-            if image is None:
+            if known is None or image is None:
                 continue
+            _, number, strength = known
+            tag = f"sample/{number:02d}" if strength == 1 else f"sample/{number:02d} at {strength:g}"
             pixels = np.asarray(image.convert("RGB"))
-            self._board.add_image(f"sample/{number:02d}", pixels, step, dataformats="HWC")
+            self._board.add_image(tag, pixels, step, dataformats="HWC")
         self._board.flush()
 
     def step(

@@ -92,4 +92,8 @@ def _samples(plan: Plan, total: int) -> str:
     if rounds > 2:
         when = f"at step 0, every {every:,} steps, and at the end"
     images = "image" if len(plan.prompts) == 1 else "images"
-    return f"Samples: {rounds:,} rounds of {len(plan.prompts)} {images}, {when}."
+    text = f"Samples: {rounds:,} rounds of {len(plan.prompts)} {images}, {when}"
+    if plan.output.sample_strengths:
+        listed = ", ".join(f"{strength:g}" for strength in plan.output.sample_strengths)
+        text += f"; there also with strength {listed}"
+    return f"{text}."

@@ -145,12 +145,12 @@ def test_the_loss_by_noise_level_is_on_tensorboard_and_a_resumed_run_goes_on_wit
         metrics.close()
 
     steps(0, [(0.5, None, None, 0.125), (0.25, None, 0.75, None), (9.0,) * 4])
+    assert board()[0]["loss_noise_75_100"] == [(1, 0.125), (3, 9.0)]
     steps(2, [None, (None, None, None, 2.0)])
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [[row.get(key) for key in KEYS] for row in rows] == [
         [0.5, None, None, 0.125], [0.25, None, 0.75, None], [None] * 4, [None, None, None, 2.0],
     ]  # fmt: skip
-    assert board()[0]["loss_noise_75_100"] == [(1, 0.125), (4, 2.0)]
 
 
 def test_other_optimisers_have_no_estimate(tmp_path, board):
