@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 KINDS = published.KINDS
 MINIATURE = str(Path(__file__).with_name("miniatures") / "qwen_image")
 
-# The numbers of weights are those of the architecture. The GiB are computed, not measured on a GPU: `none` from the bytes
-# that autograd saves of one block of full width on a CPU (bf16, rank 16, without fused blocks: 154 kB for each token),
+# The numbers of weights are those of the architecture. The GiB are computed, not measured on a GPU: `none` from what
+# autograd saves of one block of full width on a CPU (bf16, rank 16, without fused blocks: 154 kB for each token),
 # the others from the sizes of the products' outputs (9 times the width, for each token), of attention's and of inputs.
 FOOTPRINT = Footprint(
     block_weights=20.384e9,
