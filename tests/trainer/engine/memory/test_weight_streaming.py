@@ -13,6 +13,7 @@ from trainer.engine.encoders import load_text_encoders, load_vae
 from trainer.engine.load import place_denoiser
 from trainer.engine.memory import checkpointing, weight_streaming
 from trainer.engine.memory.weight_streaming import WeightStreamer
+from trainer.families import qwen_vae
 from trainer.spec.family import get_family
 from trainer.spec.memory_model import RESIDENT_REGIONS
 from trainer.spec.plan import EnginePlan
@@ -46,7 +47,7 @@ def model(name, precision, *, streamed):
 def inputs(name, denoiser, seed):
     torch.manual_seed(seed)
     text = {key: value.bfloat16() for key, value in random_text(name, denoiser, 8).items()}
-    channels = denoiser.config.in_channels // 4 if name == "flux" else denoiser.config.in_channels
+    channels = denoiser.config.in_channels // 4 if name in ("flux", "qwen_image") else denoiser.config.in_channels
     return torch.randn(1, channels, 16, 16), text
 
 
@@ -158,7 +159,18 @@ def test_the_longest_list_of_layers_is_streamed():
     assert weight_streaming.stream_layers(whole.requires_grad_(False), "cpu").regions == list(whole.many)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def test_a_large_sample_is_decoded_in_the_tiles_of_256_pixels_that_a_vae_of_videos_has():
+    seen = []
+    for tiled in (False, True):
+        vae = load_vae(get_family("qwen_image"), miniature("qwen_image"), EnginePlan(tile_vae=tiled))
+        vae.decoder.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[-2:])))
+        with torch.no_grad():
+            qwen_vae.decode_latents(vae, torch.zeros(1, vae.config.z_dim, 80, 80))
+        assert max(seen) == ((32 if tiled else 80),) * 2 and (len(seen) > 1) is tiled
+        seen.clear()
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "qwen_image"])
 def test_a_large_sample_is_decoded_in_tiles_of_512_pixels(name):
     seen = []
     for tiled in (False, True):
