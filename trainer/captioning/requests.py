@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.captioning import kinds
-from trainer.data.captions import own_trigger
+from trainer.data.captions import FOLDER_NAME, own_trigger
 from trainer.data.records import ImageRecord
-from trainer.data.scan import FOLDER_NAME
 from trainer.spec.plan import CaptionerPlan, DataPlan, Subset
 from trainer.spec.rules import captioners
 from trainer.spec.rules.captioners import TAGGER

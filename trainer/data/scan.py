@@ -19,7 +19,7 @@ from trainer.data.buckets import fit
 from trainer.data.caption_files.find import find_captions
 from trainer.data.caption_files.findings import Findings
 from trainer.data.caption_files.notes import note_captions
-from trainer.data.captions import Caption
+from trainer.data.captions import FOLDER_NAME, Caption
 from trainer.data.decode import UnusableImageError
 from trainer.data.folder_listing import Folder, LeftOutName, list_folder
 from trainer.data.folders import leftovers
@@ -41,7 +41,6 @@ WORKER_MEMORY_BYTES = 4 << 30
 MAX_CPU_WORKERS = 16
 
 TOO_SMALL = "smaller than one step of bucket_reso_steps, and bucket_no_upscale forbids enlarging it"
-FOLDER_NAME = "the name of its folder"  # a caption's place
 NO_MASK = "no mask of the same stem in conditioning_data_dir"
 
 # A kind of `LeftOutName` → what to do if it was meant otherwise.
