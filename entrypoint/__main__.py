@@ -21,20 +21,16 @@ import functools
 import json
 import logging
 import signal
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from entrypoint import bake
 from entrypoint.dataset_config.manifest import read_manifest
 from entrypoint.fetch import flash_attention, http, public_addresses
-from entrypoint.fetch.captioner import fetch_captioner
 from entrypoint.fetch.doors import variables as doors
-from entrypoint.fetch.doors.files import Arrival
 from entrypoint.fetch.doors.keys import Keys
-from entrypoint.fetch.fetch import fetch_model, fetch_source
+from entrypoint.fetch.everything import Access, fetch_all
 from entrypoint.monitor import beside as monitor
 from entrypoint.notify import beside as notify
 from entrypoint.planning import starting_point
@@ -52,16 +48,14 @@ from entrypoint.system import cards, environment, hardware, prices, secrets
 from entrypoint.system.raw_value import raw_value
 from entrypoint.trackers import beside as trackers
 from trainer import __version__
-from trainer.base_model import model_folder
-from trainer.data.folders.own_output import Written
 from trainer.network import addresses
 from trainer.process import scratch, streams, vitals
 from trainer.spec.commands.parser import Parser
 from trainer.spec.errors import KilnError, NoAcceleratorError, SettingsError, StopRequestedError
-from trainer.spec.family import base_models, get_family
+from trainer.spec.family import base_models
 from trainer.spec.log_lines import log_to
 from trainer.spec.messages.secrets import Known
-from trainer.spec.plan import Dataset, Plan, Source
+from trainer.spec.plan import Plan
 from trainer.spec.rules import outlook
 from trainer.spec.values import as_integer, inside, show, some, span
 from trainer.storage import choose_run
@@ -333,18 +327,9 @@ def _job(
     plan, done = _chosen(plan, given.describe(settings))
     if report is not None:
         report.plan = plan
-    for reason in plan.reasons:
-        log.info("%s", reason)
-    for detail in plan.details:
-        log.debug("%s", detail)
-    for warning in plan.warnings:
-        log.warning("%s", warning)
+    _say(plan)
     token = settings.model.hf_token.reveal() if settings.model.hf_token else None
-    write_token = settings.finish.hf_write_token.reveal() if settings.finish.hf_write_token else token
-    push = upload.job(settings.finish.push_to_hub, write_token, plan, creates=not check)
-    targets = [
-        job for job in (push, upload.store_job(settings.finish.upload_to, environ, plan, creates=not check)) if job
-    ]
+    targets = _targets(plan, settings, environ, token=token, creates=not check)
     if done:
         log.info("This job is done: %s. %s", done, choose_run.HOW_TO_GO_ON)
         left = [job for job in targets if not upload.is_done(job, done)]
@@ -367,7 +352,7 @@ def _job(
         plan = dataclasses.replace(plan, printed=log_summary(plan, token=token, hub_cache=hub_cache).lines)
     access = Access(token, keys, arrivals)
     if prefetch:
-        _fetched(plan, settings, access)
+        fetch_all(plan, settings, access)
         log.info("Fetched: all that this job downloads is here, and is checked. Nothing was trained.")
         return 0
     if kernels is not None and plan.engine.device != "cpu":
@@ -381,17 +366,27 @@ def _job(
         return _trained(plan, settings, environ, access) or uploaded()
 
 
+def _say(plan: Plan) -> None:
+    for reason in plan.reasons:
+        log.info("%s", reason)
+    for detail in plan.details:
+        log.debug("%s", detail)
+    for warning in plan.warnings:
+        log.warning("%s", warning)
+
+
+def _targets(
+    plan: Plan, settings: Settings, environ: Mapping[str, str], *, token: str | None, creates: bool
+) -> list[upload.Job]:
+    """Where the results go: a repository of the Hub, a bucket, both or neither."""
+    write_token = settings.finish.hf_write_token.reveal() if settings.finish.hf_write_token else token
+    push = upload.job(settings.finish.push_to_hub, write_token, plan, creates=creates)
+    store = upload.store_job(settings.finish.upload_to, environ, plan, creates=creates)
+    return [target for target in (push, store) if target is not None]
+
+
 def _checking() -> http.RetryPolicy:
     return dataclasses.replace(http.USUAL, budget=CHECK_RETRIES_S)
-
-
-@dataclasses.dataclass(frozen=True)
-class Access:
-    """What a job fetches with, and the files that are on their way already."""
-
-    token: str | None = dataclasses.field(repr=False)
-    keys: Keys
-    arrivals: tuple[Arrival, ...]
 
 
 def _trained(plan: Plan, settings: Settings, environ: Mapping[str, str], access: Access) -> int:
@@ -407,7 +402,7 @@ def _trained(plan: Plan, settings: Settings, environ: Mapping[str, str], access:
     page = monitor.showing(settings.finish.monitor_port, settings.finish.monitor_token, environ, out=out, price=price)
     with page, trackers.tracking(tracker, out, own) as tracked:
         with Trainers(plan, environment=environ) as trainers:
-            code = tracked.exit_code = trainers.run(_fetched(plan, settings, access))
+            code = tracked.exit_code = trainers.run(fetch_all(plan, settings, access))
         # Then somebody waits for the end of this process, also if the LoRA was complete by then.
         is_stopped = trainers.stopped or code in (128 + signal.SIGTERM, 128 + signal.SIGINT)
         if not is_stopped:
@@ -461,35 +456,6 @@ def _chosen(plan: Plan, asked: str) -> tuple[Plan, Path | None]:
     if text:
         reasons.insert(0, text)
     return dataclasses.replace(choice.plan, reasons=tuple(reasons)), None if text else choice.done
-
-
-def _fetched(plan: Plan, settings: Settings, access: Access) -> Plan:
-    """The plan with local paths for the model, all sources and files, which are fetched at the same time."""
-    hub_cache = settings.model.hf_home / "hub"
-    cache = Path(plan.output.cache)
-    patterns = model_folder.file_patterns(get_family(plan.model.family).FACTS, plan.model.parts)
-    sources: dict[Source, None] = {}  # each once, in order
-    for dataset in plan.data.datasets:
-        sources |= dict.fromkeys(subset.source for subset in dataset.subsets)
-    cancelled = threading.Event()
-    retries = dataclasses.replace(http.USUAL, cancelled=cancelled)
-    common: dict[str, Any] = {"token": access.token, "hub_cache": hub_cache, "retries": retries}
-
-    def bring() -> dict[Source, Source]:
-        doors.bring_all(access.arrivals, retries=retries)
-        return {source: fetch_source(source, cache=cache, keys=access.keys, **common) for source in sources}
-
-    model, fetched = http.both(lambda: fetch_model(plan.model, patterns=patterns, **common), bring, cancelled=cancelled)
-
-    def local(source: Source, _dataset: Dataset) -> Source:
-        # Without the key that an address may hold: nobody needs it from here on.
-        return dataclasses.replace(fetched[source], location=source.public)
-
-    plan = dataclasses.replace(plan.map_sources(local), model=model)
-    # Only now it is known whether an image lacks a caption.
-    places = {"OUTPUT_PATH": Path(plan.output.path), "CACHE_PATH": cache, "HF_HOME": hub_cache.parent}
-    captioner = fetch_captioner(plan.data, cache=cache, written=Written(places), **access)
-    return dataclasses.replace(plan, data=dataclasses.replace(plan.data, captioner=captioner))
 
 
 if __name__ == "__main__":

@@ -136,7 +136,13 @@ def _in_time(
     return ending
 
 
-def without_attempts(job: Callable[[], int], environ: Mapping[str, str], *, times: Times | None = None) -> int:
+def without_attempts(
+    job: Callable[[], int],
+    environ: Mapping[str, str],
+    *,
+    times: Times | None = None,
+    serving: Serving = lambda _: nullcontext(),
+) -> int:
     """Do `job`, which fills the volume and trains nothing, then what ON_FINISH says. Attempts are those of training.
 
     A pod is never terminated here: that would delete what was brought.
@@ -149,7 +155,8 @@ def without_attempts(job: Callable[[], int], environ: Mapping[str, str], *, time
     code = job()
     if code in STOPPED:
         return code
-    return _end(code, "stop" if action == "terminate" else action, pod, environ, times, began=began)
+    action = "stop" if action == "terminate" else action
+    return _end(code, action, pod, environ, times, began=began, serving=serving)
 
 
 def _keeping_volume(action: str) -> str:

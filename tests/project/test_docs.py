@@ -267,9 +267,7 @@ NO_TERMS = {
     **dict.fromkeys(("Prompt", "PromptRequest"), "a prompt line, which the documents call a prompt"),
     **dict.fromkeys(("Length", "Request"), "what a row of a table of sanity checks looks at"),
     **dict.fromkeys(("Reader", "Cut", "PredictionMarks"), "what one function finds in a caption or a file"),
-    **dict.fromkeys(
-        ("Made", "Store", "Answers", "Outlook"), "captions that a model has made, and how many are missing"
-    ),
+    **dict.fromkeys(("Made", "Answers", "Outlook"), "captions that a model has made, and how many are missing"),
     **dict.fromkeys(("Way", "TextTokens", "Named"), "how a captioning model is named, loaded and asked"),
     "Loader": "YAML without types that surprise",
     **dict.fromkeys(("AskedColumns", "Compared", "NamedBase"), "what one function hands to the next"),
