@@ -27,7 +27,7 @@ from pathlib import Path
 
 from entrypoint import bake
 from entrypoint.dataset_config.manifest import read_manifest
-from entrypoint.fetch import flash_attention, http, public_addresses
+from entrypoint.fetch import flash_attention, http
 from entrypoint.fetch.doors import variables as doors
 from entrypoint.fetch.doors.keys import Keys
 from entrypoint.fetch.everything import Access, fetch_all
@@ -44,7 +44,7 @@ from entrypoint.queue.jobs import QUEUED, expand, tell_queue
 from entrypoint.report import start as job_report
 from entrypoint.report.receipt import receipt
 from entrypoint.settings import Settings, given, help_env, json_schema, read_settings
-from entrypoint.system import cards, environment, hardware, prices, secrets
+from entrypoint.system import cards, environment, hardware, prices, public_addresses, secrets
 from entrypoint.system.raw_value import raw_value
 from entrypoint.trackers import beside as trackers
 from trainer import __version__

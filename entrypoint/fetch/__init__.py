@@ -5,7 +5,6 @@ that need no repository), `packages` (what the images lack) and `flash_attention
 in five modules: `hub_choice` (which files are downloaded), `hub_layout` (which of them belong to the subset and the
 split), `hub_rows` (the images and captions are written), `hub_folder` (rows from image files and archives) and
 `hub_columns` (which columns hold images and captions). `captioner` brings the model that captions images.
-`public_addresses` bounds where a job may connect to whose addresses come from a stranger.
 
 Imports `entrypoint.settings`, `entrypoint.system` and `entrypoint.dataset_config`.
 """

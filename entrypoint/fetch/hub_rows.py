@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from entrypoint.fetch import hub_folder, hub_layout, public_addresses
+from entrypoint.fetch import hub_folder, hub_layout
 from entrypoint.fetch.archive import Budget, Limits
 from entrypoint.fetch.hub_choice import ARCHIVES, CARDS, IMAGE_SUFFIXES, MOST_NAMED, STREAMED, is_metadata
 from entrypoint.fetch.hub_columns import (
@@ -32,6 +32,7 @@ from entrypoint.fetch.hub_columns import (
     unused_columns,
     value_of,
 )
+from entrypoint.system import public_addresses
 from trainer.data.caption_files.formats import AskedColumns
 from trainer.spec.errors import DataError, KilnError, SettingsError, StorageError
 from trainer.spec.values import show, some

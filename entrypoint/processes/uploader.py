@@ -22,12 +22,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from entrypoint.fetch import http, public_addresses
+from entrypoint.fetch import http
 from entrypoint.processes.store import Store
 from entrypoint.processes.upload import POLL_S, STALL_TIMEOUT_S, Job, current_run, identity_of
 from entrypoint.report.card import card
 from entrypoint.report.gather import gather_run
-from entrypoint.system import secrets
+from entrypoint.system import public_addresses, secrets
 from trainer.network import addresses
 from trainer.network.errors import HopelessError, TransientError
 from trainer.spec.errors import GatedError, KilnError, SettingsError, StorageError, UnreachableError

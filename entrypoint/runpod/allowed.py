@@ -17,11 +17,11 @@ from typing import Any
 
 from entrypoint.dataset_config.documents import is_inline, read_text
 from entrypoint.dataset_config.sources import ARCHIVES, AT_REVISION, HUB_ID, classify
-from entrypoint.fetch.public_addresses import problem_of
 from entrypoint.settings import clean, names
 from entrypoint.settings.checks import Notes
 from entrypoint.settings.variables import CONFIG_JSON, NAMES, ROWS, SECRETS
 from entrypoint.system.environment import REPOSITORY
+from entrypoint.system.public_addresses import problem_of
 from trainer.spec.documents.forms import parse_text
 from trainer.spec.rules.captioners import SHORT_NAMES
 from trainer.spec.values import Problems, is_text, nearest, show

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from entrypoint.fetch import public_addresses
 from entrypoint.runpod.allowed import KEY_RULES, PACKAGED_IMAGES, RULES, variables_of
 from entrypoint.runpod.serverless import job_environment
 from entrypoint.settings.clean import LOCATIONS
 from entrypoint.settings.variables import CONFIG_JSON, NAMES, ROWS
+from entrypoint.system import public_addresses
 from trainer.spec.errors import SettingsError
 
 ROOT = Path(__file__).resolve().parents[3]
