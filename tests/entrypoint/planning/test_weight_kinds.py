@@ -66,7 +66,10 @@ OTHERS = {
     "chroma": ({"distilled_guidance_layer.in_proj.weight": F16}, "is Chroma"),
     "flux 2": ({"double_stream_modulation_img.lin.weight": F16}, "is Flux.2"),
     "wan": ({"blocks.0.self_attn.q.weight": F16}, "is Wan"),
-    "qwen": (under("model.diffusion_model.", {"txt_norm.weight": F16}), "is Qwen-Image"),
+    "qwen": (
+        under("model.diffusion_model.", {"txt_in.text_norm.weight": F16}),
+        "is Qwen-Image 2.1, another architecture",
+    ),
     "nf4": (
         {"double_blocks.0.img_attn.qkv.weight.quant_state.bitsandbytes__nf4": F16},
         "is quantised by bitsandbytes (nf4), which is not read",

@@ -166,6 +166,8 @@ def test_every_layout_with_every_format(name, layout, to, read_once, tmp_path):
         if (part, name) == ("clip_l", "sd3"):  # whose projection is another from a file
             continue
         got, want = weights(folder / place), weights(miniature(name) / place)
+        if part == "qwen2_5_vl" and "norm.weight" in got:  # the language model alone is taken from a file
+            want = {key.removeprefix("model."): value for key, value in want.items() if key.startswith("model.")}
         assert got.keys() == want.keys(), part
         allowed = 0.07 if "fp8" in layout else 0.01 if "bf16" in layout or "part" in layout else 1e-3
         for key in want:
