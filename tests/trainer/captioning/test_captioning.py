@@ -301,3 +301,12 @@ def test_a_caption_in_the_cache_is_read_without_trust(tmp_path):
     for content in ("{}", "[1]", "{", json.dumps({"text": 1, "model": "m"})):
         path.write_text(content)
         assert store.read("ab" * 32) is None
+
+
+def test_a_file_that_comes_while_the_model_looks_is_not_replaced(images, tagger, tmp_path):
+    data = plan(images, tagger, write=True)
+    found = scan(data, cpu_workers=0)
+    (images / "c.txt").write_text("written meanwhile")
+    done = caption_images(found, found.data, cache=tmp_path / "cache", engine=EnginePlan(), check_in=lambda: None)
+    assert (images / "c.txt").read_text() == "written meanwhile"
+    assert any("not written beside the images: c.png (c.txt is there)" in note for note in done.notes)

@@ -21,7 +21,6 @@ SHORT_NAMES = {
     "wd": "SmilingWolf/wd-eva02-large-tagger-v3",
 }
 FLORENCE2, QWEN3_VL, LLAVA, TAGGER = "florence2", "qwen3_vl", "llava", "tagger"
-KINDS = (FLORENCE2, QWEN3_VL, LLAVA, TAGGER)
 INSTRUCTED = (QWEN3_VL, LLAVA)  # they read CAPTION_PROMPT as an instruction
 # transformers' class of each kind that it loads, by which config.json names it.
 CLASSES = {
