@@ -90,30 +90,8 @@ def _run(arguments: list[str], environ: Mapping[str, str], known: Known) -> int:
         except OSError as problem:
             print(f"{program[0]} cannot be started: {problem.strerror}.", file=sys.stderr)  # noqa: T201
             return 78
-    parser = Parser(
-        prog="python -m entrypoint",
-        description="Train a LoRA as the environment says: BASE_MODEL, DATASET_NAME, OUTPUT_PATH and more.",
-    )
-    commands = (
-        "train; check: validate, plan and preflight alone; prefetch: bring all that is to be downloaded, without a "
-    )
-    commands += "GPU; quote: time and money on GPUs to rent; "
-    commands += "sample, export: as python -m trainer.sample and trainer.export; monitor: the monitor page of a job's "
-    commands += "folder; shell: bash; each with the arguments that follow"
-    choices = ("train", "check", "prefetch", "quote", *PROGRAMS)
-    parser.add_argument("command", nargs="?", choices=choices, default="train", help=commands)
-    parser.add_argument("--check", action="store_true", help="the same as the command check")
-    parser.add_argument("-v", "--verbose", action="store_true", help="say also which memory modes were not taken")
-    plans_for = "check for a card that is not here: a name like 'RTX 4090', '2 x RTX 3090', or a size like '12 GB'"
-    parser.add_argument("--gpu", metavar="CARD", help=plans_for)
-    prices_file = "for quote: a JSON object of GPUs and their prices an hour, in place of approximate ones"
-    parser.add_argument("--prices", metavar="FILE", type=Path, help=prices_file)
-    parser.add_argument("--help-env", action="store_true", help="print every variable with default, range and meaning")
-    as_json = "print JSON: of a check or a quote what it found, of --help-env a JSON schema (docs/agents.md)"
-    parser.add_argument("--json", action="store_true", help=as_json)
-    parser.add_argument("--version", action="version", version=f"kiln {__version__}")
     try:
-        options = parser.parse_args(arguments)
+        options = _parser().parse_args(arguments)
     except SystemExit as stop:
         return 64 if stop.code else streams.output_code()
     if options.help_env:
@@ -146,6 +124,33 @@ def _run(arguments: list[str], environ: Mapping[str, str], known: Known) -> int:
         with contextlib.suppress(BrokenPipeError):
             print(report.to_json(code), flush=True)  # noqa: T201
     return code
+
+
+def _parser() -> Parser:
+    """The command line."""
+    parser = Parser(
+        prog="python -m entrypoint",
+        description="Train a LoRA as the environment says: BASE_MODEL, DATASET_NAME, OUTPUT_PATH and more.",
+    )
+    commands = (
+        "train; check: validate, plan and preflight alone; prefetch: bring all that is to be downloaded, without a "
+    )
+    commands += "GPU; quote: time and money on GPUs to rent; "
+    commands += "sample, export: as python -m trainer.sample and trainer.export; monitor: the monitor page of a job's "
+    commands += "folder; shell: bash; each with the arguments that follow"
+    choices = ("train", "check", "prefetch", "quote", *PROGRAMS)
+    parser.add_argument("command", nargs="?", choices=choices, default="train", help=commands)
+    parser.add_argument("--check", action="store_true", help="the same as the command check")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say also which memory modes were not taken")
+    plans_for = "check for a card that is not here: a name like 'RTX 4090', '2 x RTX 3090', or a size like '12 GB'"
+    parser.add_argument("--gpu", metavar="CARD", help=plans_for)
+    prices_file = "for quote: a JSON object of GPUs and their prices an hour, in place of approximate ones"
+    parser.add_argument("--prices", metavar="FILE", type=Path, help=prices_file)
+    parser.add_argument("--help-env", action="store_true", help="print every variable with default, range and meaning")
+    as_json = "print JSON: of a check or a quote what it found, of --help-env a JSON schema (docs/agents.md)"
+    parser.add_argument("--json", action="store_true", help=as_json)
+    parser.add_argument("--version", action="version", version=f"kiln {__version__}")
+    return parser
 
 
 def _ended(run: Callable[[], int]) -> int:
@@ -280,18 +285,9 @@ def _job(
     plan, done = _chosen(plan, given.describe(settings))
     if report is not None:
         report.plan = plan
-    for reason in plan.reasons:
-        log.info("%s", reason)
-    for detail in plan.details:
-        log.debug("%s", detail)
-    for warning in plan.warnings:
-        log.warning("%s", warning)
+    _log_decisions(plan)
     token = settings.model.hf_token.reveal() if settings.model.hf_token else None
-    write_token = settings.finish.hf_write_token.reveal() if settings.finish.hf_write_token else token
-    push = upload.job(settings.finish.push_to_hub, write_token, plan, creates=not check)
-    targets = [
-        job for job in (push, upload.store_job(settings.finish.upload_to, environ, plan, creates=not check)) if job
-    ]
+    targets = _targets(settings, environ, plan, token=token, creates=not check)
     if done:
         log.info("This job is done: %s. %s", done, choose_run.HOW_TO_GO_ON)
         left = [job for job in targets if not upload.is_done(job, done)]
@@ -326,6 +322,26 @@ def _job(
             log.info("Checked: this job can run. Nothing was downloaded or trained.")
             return 0
         return _trained(plan, settings, environ, access) or uploaded()
+
+
+def _log_decisions(plan: Plan) -> None:
+    for reason in plan.reasons:
+        log.info("%s", reason)
+    for detail in plan.details:
+        log.debug("%s", detail)
+    for warning in plan.warnings:
+        log.warning("%s", warning)
+
+
+def _targets(
+    settings: Settings, environ: Mapping[str, str], plan: Plan, *, token: str | None, creates: bool
+) -> list[upload.Job]:
+    """Where the results are uploaded to. Raises SettingsError."""
+    finish = settings.finish
+    write_token = finish.hf_write_token.reveal() if finish.hf_write_token else token
+    push = upload.job(finish.push_to_hub, write_token, plan, creates=creates)
+    stored = upload.store_job(finish.upload_to, environ, plan, creates=creates)
+    return [target for target in (push, stored) if target]
 
 
 def _checking() -> http.RetryPolicy:
