@@ -93,9 +93,8 @@ def _run(arguments: list[str], environ: Mapping[str, str], known: Known) -> int:
         from entrypoint.engines import command  # imports the Hub's client, which is slow: only now
 
         return command.main(arguments[1:], environ, known)
-    parser = _parser()
     try:
-        options = parser.parse_args(arguments)
+        options = _parser().parse_args(arguments)
     except SystemExit as stop:
         return 64 if stop.code else streams.output_code()
     if options.help_env:

@@ -29,6 +29,9 @@ from trainer.spec.messages.secrets import without_secrets
 PASSWORD, KEY, SIGNATURE, TOKEN = "cAnary-pass+1/x", "cAnary-key-2", "cAnarySig3%2Fx", "hf_cAnaryTOKEN44444"
 STRANGERS = {
     "DB_PASS": "cAnary-db-55", "GITHUB_TOKEN": "ghp_cAnary666666666666666", "AWS_SECRET_ACCESS_KEY": "cAnary/aws+77777",
+    "AZURE_STORAGE_CONNECTION_STRING": "AccountName=me;AccountKey=cAnaryAzureKey+12/3==;EndpointSuffix=core.net",
+    "AZURE_STORAGE_SAS_TOKEN": "sv=2024&sig=cAnarySasToken123", "AWS_ACCESS_KEY_ID": "AKIAcAnary1234567890",
+    "GOOGLE_SERVICE_ACCOUNT_KEY": '{"private_key": "cAnaryGoogleKey1234"}',
     "RUNPOD_API_KEY": "rpa_cAnary8888888", "DATABASE_URL": "postgres://me:cAnary-url-99@db/x",
     "SERVICE_AUTH": "cAnary auth 10", "TLS_PRIVATE_KEY": "-----BEGIN KEY-----\ncAnaryKEY11aaaa\n-----END KEY-----",
 }  # fmt: skip
@@ -336,3 +339,20 @@ def test_processes_that_read_images_inherit_no_secret(base, tmp_path):
     code, printed, _ = run(["--check"], environ, tmp_path, change=change)
     assert code == 0, printed
     assert "PATH=" in seen.read_text() and leaks(seen.read_text()) == []
+
+
+@pytest.mark.parametrize("name", ["MODEL_PATH", "VAE_PATH", "PARAMS_RESUME_FROM", "DATASET_NAME", "UPLOAD_TO"])
+def test_a_bucket_whose_keys_are_not_accepted(base, tmp_path, server, name):
+    """Whatever the library says of a request, no key is in it."""
+    clouds = {"AWS_ENDPOINT_URL": f"{server}/403", "AWS_REGION": "x"}
+    value = "s3://my-bucket/a/x.zip" if name == "DATASET_NAME" else "s3://my-bucket/a/x.safetensors"
+    code, printed, written = run(["--check"], {**base, **clouds, name: value}, tmp_path)
+    assert code == 77 and f"{name}=s3://my-bucket/a/x." in printed and "AWS_ACCESS_KEY_ID" in printed, printed
+    assert leaks(printed + written) == []
+
+
+def test_the_keys_of_pairs_are_hidden_one_by_one():
+    known = secrets.known({**STRANGERS, "DOWNLOAD_TOKENS": "a.example.com=cAnaryHostKey1,b.example.com=cAnaryHostKey2"})
+    for text in ("key cAnaryAzureKey+12/3== is", "Bearer cAnaryHostKey2", "cAnaryHostKey1"):
+        assert leaks(known.hide(text)) == [], text
+    assert known.hide("the account of me") == "the account of me"
