@@ -19,6 +19,7 @@ from entrypoint.settings.clean import without_quotes
 from entrypoint.settings.variables import NAMES, ROWS, SECRETS, section_rows
 from entrypoint.system.secrets import known
 from trainer.spec.errors import SettingsError
+from trainer.spec.family import base_models
 from trainer.spec.messages.secrets import without_secrets
 from trainer.spec.values import nearest, show, some
 
@@ -68,8 +69,11 @@ def expand(environ: Mapping[str, str]) -> tuple[QueuedJob, ...]:
     for name, text in lists.items():
         if text and not environ.get(name, "").strip():
             notes.add(f"CONFIG_JSON: {name} makes several jobs of it. Fix: set the variable {name} itself.")
-    lines = _lines(lists["JOBS"], notes) if lists["JOBS"] else [("", {})]
     sweeps = _sweeps(lists["SWEEP"], notes)
+    any_base = (bases or list(base_models()))[0]
+    _note_problems({**environ, "JOBS": "", "SWEEP": "", "BASE_MODEL": any_base}, notes)
+    notes.raise_if_any("The queue cannot be used")  # before an address is asked
+    lines = _lines(lists["JOBS"], notes) if lists["JOBS"] else [("", {})]
     notes.raise_if_any("The queue cannot be used")
     labels = _labels([variables for _, variables in lines])
     found: list[tuple[str, str, dict[str, str]]] = []  # name, place, what is given
@@ -189,13 +193,7 @@ def _checked(
         taken[name] = place
         job = QueuedJob(name, place, given, _environment(name, given, environ, written))
         jobs.append(job)
-        try:
-            read_settings(job.environ)
-        except SettingsError as problem:
-            lines = [line.strip() for line in str(problem).splitlines()]
-            problems = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
-            for text in problems or [str(problem)]:
-                notes.add(f"{place}: {text}")
+        _note_problems(job.environ, notes, place=place)
     folders: dict[Path, str] = {}
     for job in jobs:
         if job.out in folders:
@@ -205,6 +203,17 @@ def _checked(
         folders[job.out] = job.place
     notes.raise_if_any("The queue cannot be used")
     return tuple(jobs)
+
+
+def _note_problems(environ: Mapping[str, str], notes: Notes, *, place: str = "") -> None:
+    """Add what is wrong with the variables of one job, or of all of them."""
+    try:
+        read_settings(environ)
+    except SettingsError as problem:
+        lines = [line.strip() for line in str(problem).splitlines()]
+        problems = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
+        for text in problems or [str(problem)]:
+            notes.add(f"{place}: {text}" if place else text)
 
 
 def _numbered(name: str) -> Iterator[str]:

@@ -115,6 +115,12 @@ def test_a_sweep_that_cannot_be_used_is_refused(sweep, said):
     assert said in refusal(SWEEP=sweep)
 
 
+def test_what_is_wrong_with_the_common_variables_is_said_once_and_before_an_address_is_asked():
+    said = refusal(JOBS="https://host.invalid/jobs.jsonl", PARAMS_SEED="many")
+    assert said.count("PARAMS_SEED='many'") == 1 and "line" not in said
+    assert refusal(SWEEP="PARAMS_NETWORK_DIM=8,16,32", PARAMS_SEED="many").count("PARAMS_SEED='many'") == 1
+
+
 def test_two_jobs_in_one_folder_are_refused():
     assert "one folder for each" in refusal(
         JOBS=lines({"OUTPUT_PATH": "/w/a"}, {"OUTPUT_PATH": "/w/a", "PARAMS_SEED": 1})
