@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from entrypoint.report.metric_rows import VALIDATION, metric_row
 from trainer.data.decode import read_sample
 from trainer.spec.family import BaseModel, Facts, base_models, get_family
 from trainer.spec.plan import Plan
@@ -192,17 +192,13 @@ def _made_by(home: Path) -> dict[str, str]:
 def _metrics(path: Path) -> tuple[tuple[dict[str, float], ...], tuple[tuple[int, float], ...]]:
     steps, validations = [], []
     for line in _text(path).splitlines():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):  # the last line of a process that was killed
+        row = metric_row(line)
+        if row is None:  # the last line of a process that was killed
             continue
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            continue
-        numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
-        if "validation_loss" in numbers:
-            validations.append((row["step"], numbers["validation_loss"]))
+        if VALIDATION in row:
+            validations.append((int(row["step"]), row[VALIDATION]))
         else:
-            steps.append(numbers)
+            steps.append(row)
     return tuple(steps), tuple(validations)
 
 

@@ -30,12 +30,14 @@ function columns() {
   return new Map([...found].sort(([a], [b]) => a - b));
 }
 
+// Strengths are mostly those of the last step, which then need not be named.
 function nameOf(key) {
   const [step, , , , strength] = columns().get(key);
   if (strength === 1) {
     return `step ${count(step)}`;
   }
-  return strength === 0 ? `step ${count(step)}, strength 0 (the base)` : `step ${count(step)}, strength ${strength}`;
+  const name = strength === 0 ? "strength 0: base" : `strength ${strength}`;
+  return step === Math.max(...shown.images.map((image) => image[0])) ? name : `step ${count(step)}, ${name}`;
 }
 
 function allColumns() {
@@ -105,7 +107,7 @@ function open(prompt, key) {
   viewer.replaceChildren(
     element("img", { src: address(image, "sample"), alt: about(prompt, key) }),
     element("p", {}, prompt.text),
-    element("p", { class: "quiet" }, `${nameOf(key).replace("step", "Step")}. ${prompt.settings}`),
+    element("p", { class: "quiet" }, `${capital(nameOf(key))}. ${prompt.settings}`),
     element("div", { class: "row" },
       button("Earlier", go(own[at - 1])),
       button("Later", go(own[at + 1])),
@@ -123,6 +125,10 @@ function open(prompt, key) {
     viewer.showModal();
   }
   viewer.focus(); // the arrow keys go on from here
+}
+
+function capital(text) {
+  return text[0].toUpperCase() + text.slice(1);
 }
 
 function button(text, onclick) {

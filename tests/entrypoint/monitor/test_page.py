@@ -99,7 +99,7 @@ def test_two_strengths_are_compared_too(page, opened):
     for strength in (0.0, 0.5):
         write_sample(page.folder / "sample", 40, 0, strength=strength)
     opened.wait_for("document.querySelectorAll('#grid thead th').length === 5")
-    heads = ["step 0", "step 20", "step 40", "step 40, strength 0 (the base)", "step 40, strength 0.5"]
+    heads = ["step 0", "step 20", "step 40", "strength 0: base", "strength 0.5"]
     assert texts(opened, "#grid thead th") == heads and texts(opened, "#compare-before option") == heads
     assert texts(opened, ".compare h3") == ["Compare two steps or strengths"]
     assert texts(opened, ".two .side") == ["step 0", "step 40"]  # unless others are chosen
@@ -114,7 +114,11 @@ def test_two_strengths_are_compared_too(page, opened):
     ]  # fmt: skip
     opened.wait_for("[...document.querySelectorAll('.two img')].every((image) => image.naturalWidth === 64)")
     opened.value("document.querySelector('#grid tbody tr td:last-child button').click()")
-    assert "Step 40, strength 0.5." in texts(opened, "#viewer p")[1]
+    assert "Strength 0.5. " in texts(opened, "#viewer p")[1]
+    opened.value("document.getElementById('viewer').close()")
+    write_sample(page.folder / "sample", 60, 0)  # the run was made longer
+    opened.wait_for("document.querySelectorAll('#grid thead th').length === 6")
+    assert texts(opened, "#grid thead th")[4:] == ["step 40, strength 0: base", "step 40, strength 0.5"]
 
 
 def test_curves_are_read_with_the_keyboard(opened):
