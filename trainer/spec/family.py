@@ -185,9 +185,6 @@ class Facts:
     # Whether regions that have no fused forward passes are compiled where steps are captured in CUDA graphs.
     # docs/lab-notes.md has the measurements.
     compiles: bool = True
-    # Whether captions have different numbers of tokens. A graph would have to be captured for each number, so steps are
-    # launched.
-    captions_vary: bool = False
     max_token_lengths: tuple[int, ...] = (CLIP_TOKENS,)  # values of PARAMS_MAX_TOKEN_LENGTH; the first is the default
     hub_tags: tuple[str, ...] = ()  # of a model card on the Hub, by which people find LoRAs of this family
     attention_backends: bool = True  # False: it calls torch's attention, whichever backend diffusers is set to
