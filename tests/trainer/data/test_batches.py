@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from trainer.data.batches import MicroBatch, geometry, longest_caption, micro_ba
 from trainer.data.cache import Cache
 from trainer.data.epochs import Example
 from trainer.data.records import ImageRecord, View
+from trainer.job.session import Session
 
 
 def example(number, *, view=None, weight=1.0):
@@ -91,6 +93,27 @@ def test_all_batches_of_a_run_can_have_captions_of_one_length(cache):
             "tokens": (1, 64, 2), "pooled": (1, 5), "padding": (1, 64),
         }  # fmt: skip
         assert (~text["padding"]).sum() == rows and not text["tokens"][text["padding"]].any()
+
+
+@pytest.mark.parametrize(("capturing", "wanted"), [(True, {64}), (False, {3, 64})])
+def test_a_run_fills_captions_up_only_where_its_steps_are_captured(cache, capturing, wanted):
+    examples = tuple(example(number) for number in range(3))
+    made = cache(examples)
+    save_file({"tokens": torch.ones(64, 2), "pooled": torch.ones(5)}, made.text_path("caption 2"))
+    run = SimpleNamespace(
+        plan=SimpleNamespace(train=SimpleNamespace(gradient_accumulation=1), engine=SimpleNamespace(device="cpu")),
+        workers=SimpleNamespace(size=1, process_rank=0),
+        sampler=SimpleNamespace(
+            epoch=lambda _: [(one,) for one in examples], all_captions=lambda: [one.caption for one in examples]
+        ),
+        runner=SimpleNamespace(capturing=capturing),
+        cache=made,
+        total=3,
+        steps_per_epoch=3,
+    )
+    steps = list(Session.groups(run, 0))
+    assert {batch.text["tokens"].shape[1] for _, group in steps for batch in group} == wanted
+    assert {"padding" in batch.text for _, group in steps for batch in group} == {capturing}
 
 
 def test_sizes_are_those_of_the_paper_height_first_and_top_before_left():
