@@ -30,6 +30,7 @@ from entrypoint import bake
 from entrypoint.dataset_config.manifest import read_manifest
 from entrypoint.fetch import flash_attention, http, public_addresses
 from entrypoint.fetch.fetch import fetch_model, fetch_source
+from entrypoint.fetch.training_adapter import fetch_training_adapter
 from entrypoint.monitor import beside as monitor
 from entrypoint.notify import beside as notify
 from entrypoint.planning import starting_point
@@ -370,7 +371,7 @@ def _fetched(plan: Plan, settings: Settings, *, token: str | None) -> Plan:
     retries = dataclasses.replace(http.USUAL, cancelled=cancelled)
     access: dict[str, Any] = {"token": token, "hub_cache": hub_cache, "retries": retries}
     model, fetched = http.both(
-        lambda: fetch_model(plan.model, patterns=patterns, **access),
+        lambda: fetch_training_adapter(fetch_model(plan.model, patterns=patterns, **access), **access),
         lambda: {source: fetch_source(source, cache=cache, **access) for source in sources},
         cancelled=cancelled,
     )

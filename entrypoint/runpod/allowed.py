@@ -18,6 +18,7 @@ from typing import Any
 from entrypoint.dataset_config.documents import is_inline, read_text
 from entrypoint.dataset_config.sources import ARCHIVES, AT_REVISION, HUB_ID, classify
 from entrypoint.fetch.public_addresses import problem_of
+from entrypoint.fetch.training_adapter import ON_THE_HUB
 from entrypoint.settings import clean, names
 from entrypoint.settings.checks import Notes
 from entrypoint.settings.variables import CONFIG_JSON, NAMES, ROWS, SECRETS
@@ -53,6 +54,10 @@ def _hub_name(text: str) -> str | None:
     if HUB_ID.fullmatch(text) and "/" in text and not text.lower().endswith(".safetensors"):
         return None
     return f"{OWN_FILE}. Fix: a repository of the Hub, owner/name"
+
+
+def _hub_file(text: str) -> str | None:
+    return None if ON_THE_HUB.fullmatch(text) else f"{OWN_FILE}. Fix: a file of the Hub, owner/name/file.safetensors"
 
 
 def _hub_dataset(text: str) -> str | None:
@@ -145,6 +150,7 @@ RULES: dict[str, Rule] = {
     "OUTPUT_PATH": _refused(OWN_PLACE),
     "CACHE_PATH": _refused(OWN_PLACE),
     "HF_HOME": _refused(OWN_PLACE),
+    "PARAMS_TRAINING_ADAPTER": _hub_file,
     "PARAMS_RESUME_FROM": _refused(f"{OWN_FILE}. Fix: remove it"),
     "HF_TOKEN_FILE": _refused(f"{OWN_FILE}. Fix: HF_TOKEN with the token itself"),
     "WEBHOOK_URL": _webhooks,

@@ -31,6 +31,7 @@ LOCATIONS = (
     "DATASET_CONFIG",
     "SAMPLE_PROMPTS",
     "PARAMS_RESUME_FROM",
+    "PARAMS_TRAINING_ADAPTER",
 )
 NUMBERS = ("integer", "auto_integer", "auto_count", "number", "numbers", "size")
 NOTHING = ("none", "null", "nil", "undefined", "n/a")  # what forms and programs write for no value

@@ -347,9 +347,14 @@ def _shared_input_linear(x: Tensor, *flat: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def _flatten(layers: Sequence[torch.nn.Module], dtype: torch.dtype) -> list[Tensor | None] | None:
-    """The fields of `_Fp8Layer` for all layers, one after another; None if one of them cannot be fused."""
+    """The fields of `_Fp8Layer` for all layers, one after another; None if one of them cannot be fused.
+
+    One with a hook cannot (`trainer.engine.training_adapter`).
+    """
     flat: list[Tensor | None] = []
     for layer in layers:
+        if not torch.compiler.is_compiling() and layer._forward_hooks:  # they are called with the module alone
+            return None
         base: torch.nn.Module = layer
         weights: tuple[Tensor | None, Tensor | None] | None = (None, None)
         if isinstance(layer, LoraLinear):

@@ -78,6 +78,7 @@ def sample(
         training_state.inference_weights(),
         torch.no_grad(),
         without_new_compilation(),
+        training_state.as_used(),
     ):
         count = draw_all(folder, plan.prompts, step=step, draw=partial(draw, vae), stopped=lambda: stop.requested)
     log.info("Drew %d samples of step %d in %.1f s.", count, step, time.monotonic() - started)
