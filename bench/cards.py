@@ -32,8 +32,7 @@ TITLES = {"flux": "Flux.1, 1280 x 768", "sdxl": "SDXL, 1024 x 1024", "sd3": "SD3
 
 def chosen(facts: Facts, footprint: Footprint, hardware: Hardware, workload: Workload) -> Strategy:
     """What the planner chooses for a job that leaves everything to `auto`."""
-    captured = hardware.can_capture and not facts.captions_vary
-    compiles = facts.compiles or not captured
+    compiles = facts.compiles or not hardware.can_capture
     candidates = memory_model.candidates(footprint, workload, hardware.auto_precisions)
     allowed: list[Strategy] = []
     for strategy in candidates:
@@ -45,7 +44,7 @@ def chosen(facts: Facts, footprint: Footprint, hardware: Hardware, workload: Wor
         allowed,
         have_gib=hardware.memory_gib,
         host_gib=hardware.host_memory_gib * PINNED_HOST_SHARE,
-        captured=captured,
+        captured=hardware.can_capture,
     )
 
 
@@ -70,7 +69,7 @@ def _ten_shapes(facts: Facts, footprint: Footprint, hardware: Hardware, workload
 
     Each is captured as a CUDA graph of its own. Where steps are not captured, shapes change nothing in the plan.
     """
-    if not hardware.can_capture or facts.captions_vary or one.offload == "weights":
+    if not hardware.can_capture or one.offload == "weights":
         return one
     plan = EnginePlan(
         precision=one.precision,

@@ -13,11 +13,12 @@ from entrypoint.fetch.doors import variables as doors
 from entrypoint.fetch.doors.files import Arrival
 from entrypoint.fetch.doors.keys import Keys
 from entrypoint.fetch.fetch import fetch_model, fetch_source
+from entrypoint.fetch.training_adapter import fetch_training_adapter
 from entrypoint.settings import Settings
 from trainer.base_model import model_folder
 from trainer.data.folders.own_output import Written
 from trainer.spec.family import get_family
-from trainer.spec.plan import Dataset, Plan, Source
+from trainer.spec.plan import Dataset, ModelPlan, Plan, Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +42,14 @@ def fetch_all(plan: Plan, settings: Settings, access: Access) -> Plan:
     retries = dataclasses.replace(http.USUAL, cancelled=cancelled)
     common: dict[str, Any] = {"token": access.token, "hub_cache": hub_cache, "retries": retries}
 
+    def bring_model() -> ModelPlan:
+        return fetch_training_adapter(fetch_model(plan.model, patterns=patterns, **common), **common)
+
     def bring() -> dict[Source, Source]:
         doors.bring_all(access.arrivals, retries=retries)
         return {source: fetch_source(source, cache=cache, keys=access.keys, **common) for source in sources}
 
-    model, fetched = http.both(lambda: fetch_model(plan.model, patterns=patterns, **common), bring, cancelled=cancelled)
+    model, fetched = http.both(bring_model, bring, cancelled=cancelled)
 
     def local(source: Source, _dataset: Dataset) -> Source:
         # Without the key that an address may hold: nobody needs it from here on.

@@ -62,7 +62,7 @@ def engine_plan(
         device=hardware.device,
         num_gpus=_num_gpus(settings, hardware, notes),
         # Text encoders that train tokenise captions inside the step, which no CUDA graph can hold.
-        replay=hardware.can_capture and not any(settings.training.text_encoder_lr) and not facts.captions_vary,
+        replay=hardware.can_capture and not any(settings.training.text_encoder_lr),
         attention=_attention(settings, hardware, facts, model, notes),
         memory_limit_gib=settings.engine.memory_limit_gib,
         step_timeout_s=settings.engine.step_timeout,

@@ -17,6 +17,7 @@ from typing import Any
 from entrypoint.dataset_config.complete import complete_datasets, fill_trigger, trigger_of
 from entrypoint.dataset_config.manifest import Manifest
 from entrypoint.dataset_config.sources import HUB_ID
+from entrypoint.fetch import training_adapter
 from entrypoint.planning import sanity, single_files, starting_point, text_encoders
 from entrypoint.planning.captioner import captioner_plan
 from entrypoint.planning.engine_choice import engine_plan
@@ -92,7 +93,7 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
         notes=notes,
     )
     plan = Plan(
-        model=model_plan,
+        model=_with_training_adapter(model_plan, settings.adapter, notes),
         data=_data_plan(settings, datasets, facts, notes),
         lora=lora,
         optim=optim,
@@ -190,6 +191,25 @@ def _model_plan(
             f"{source}. Fix: remove it."
         )
     return ModelPlan(settings.base_model, family_name, source, revision=settings.model_revision, parts=parts)
+
+
+def _with_training_adapter(model: ModelPlan, settings: AdapterSettings, notes: Notes) -> ModelPlan:
+    """The model, with the LoRA that is merged into it while it trains, if one is named."""
+    name = settings.training_adapter
+    if name is None:
+        return model
+    if settings.lora_type == "dora":
+        notes.add(
+            f"{training_adapter.VARIABLE} does not go with PARAMS_LORA_TYPE=dora: its magnitudes would be those of the "
+            "merged weights, which nobody has who uses the LoRA. Fix: PARAMS_LORA_TYPE=lora."
+        )
+    if is_file(name):
+        name = absolute(name)
+        if problem := training_adapter.problem_of(Path(name), model.family):
+            notes.add(f"{training_adapter.VARIABLE}={name} {problem}")
+    elif problem := training_adapter.named(name):
+        notes.add(problem)
+    return dataclasses.replace(model, training_adapter=name)
 
 
 def _model_source_problem(source: str) -> str | None:

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from entrypoint.fetch import archive, fetch, flash_attention, http, hub, hub_choice, local_weights
+from entrypoint.fetch import archive, fetch, flash_attention, http, hub, hub_choice, local_weights, training_adapter
 from entrypoint.fetch.doors import folders
 from entrypoint.fetch.doors.keys import NO_KEYS, Keys
 from entrypoint.fetch.http import RetryPolicy
@@ -104,6 +104,7 @@ def preflight(
         space.add("CACHE_PATH", "FlashAttention 4", flash_attention.INSTALL_BYTES)
     attempt(partial(_check_model, plan, space, token=token, hub_cache=hub_cache, retries=retries))
     attempt(partial(_check_captioner, plan, space, token=token, hub_cache=hub_cache, retries=retries))
+    attempt(partial(_check_training_adapter, plan.model, space, token=token, hub_cache=hub_cache, retries=retries))
     for source, cache_bytes in _cache_bytes_per_image(plan).items():
         if any(isinstance(problem, UnreachableError) for problem in problems):
             # It has been waited for long enough once: the same network will not answer the next request either.
@@ -153,6 +154,22 @@ def _check_model(plan: Plan, space: NeededSpace, *, token: str | None, hub_cache
     keep = AUTOMATIC_CHECKPOINTS if plan.output.keep_checkpoints == AUTO else plan.output.keep_checkpoints
     kept = keep + 1  # while one is written, the oldest is still there
     space.add("OUTPUT_PATH", f"{kept} checkpoints", (lora_bytes + state_bytes) * kept + lora_bytes)
+
+
+def _check_training_adapter(
+    model: ModelPlan, space: NeededSpace, *, token: str | None, hub_cache: Path, retries: RetryPolicy
+) -> None:
+    """That the file is on the Hub or in the cache, and its bytes; a local file has been read for the plan."""
+    name = model.training_adapter
+    if name is None or Path(name).is_absolute():
+        return
+    repo, file = training_adapter.repository(name, token=token, hub_cache=hub_cache, retries=retries)
+    if training_adapter.cached(repo, file) is not None:
+        return
+    listing, remote = training_adapter.describe(repo, file)
+    hub.check_access(repo, listing, file)
+    logger.info("To fetch: %s from %s, %s.", file, repo.name, human_size(remote.size))
+    space.add("HF_HOME", file, hub.missing_bytes(repo, [remote]))
 
 
 def _save_bytes(plan: Plan, model_bytes: int) -> tuple[float, float]:

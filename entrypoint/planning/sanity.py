@@ -127,7 +127,7 @@ def _tag_dropout(request: Request) -> str | None:
 
 
 def _unfit_weights(request: Request) -> str | None:
-    if not request.model.caution or request.is_given("MODEL_PATH"):
+    if not request.model.caution or request.is_given("MODEL_PATH") or request.plan.model.training_adapter:
         return None
     return f"BASE_MODEL={request.plan.model.base} {request.model.caution}."
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from entrypoint.dataset_config.documents import is_inline, read_text
 from entrypoint.dataset_config.sources import ARCHIVES, AT_REVISION, HUB_ID, classify
+from entrypoint.fetch.training_adapter import ON_THE_HUB
 from entrypoint.settings import clean, names
 from entrypoint.settings.checks import Notes
 from entrypoint.settings.variables import CONFIG_JSON, NAMES, ROWS, SECRETS
@@ -62,6 +63,10 @@ def _captioner(text: str) -> str | None:
         return None
     name, _, revision = text.partition("@")
     return _hub_name(name) or (_revision(revision) if revision else None)
+
+
+def _hub_file(text: str) -> str | None:
+    return None if ON_THE_HUB.fullmatch(text) else f"{OWN_FILE}. Fix: a file of the Hub, owner/name/file.safetensors"
 
 
 def _hub_dataset(text: str) -> str | None:
@@ -157,6 +162,7 @@ RULES: dict[str, Rule] = {
     "OUTPUT_PATH": _refused(OWN_PLACE),
     "CACHE_PATH": _refused(OWN_PLACE),
     "HF_HOME": _refused(OWN_PLACE),
+    "PARAMS_TRAINING_ADAPTER": _hub_file,
     "PARAMS_RESUME_FROM": _refused(f"{OWN_FILE}. Fix: remove it"),
     "CIVITAI_TOKEN": _refused("is for files of weights by address, and a request names none. Fix: remove it"),
     "DOWNLOAD_TOKENS": _refused("is for addresses that ask for a login. Fix: an address that needs none"),

@@ -36,6 +36,7 @@ SSH_PORT = "22/tcp"  # to download the results with rsync
 PATH_VARIABLES = (
     *("DATASET_NAME", "DATASET_CONFIG", "SAMPLE_PROMPTS", "MODEL_PATH", "MODEL_CONFIG_PATH", "VAE_PATH"),
     *("CLIP_L_PATH", "CLIP_G_PATH", "T5_PATH", "TEXT_ENCODER_PATH", "PARAMS_RESUME_FROM"),
+    "PARAMS_TRAINING_ADAPTER",
 )
 PATH_KEYS = ("image_dir", "metadata_file", "conditioning_data_dir")  # of dataset.json
 SOURCE_KEYS = (*PATH_KEYS, "dataset", "revision", "split", "image_column", "caption_column")

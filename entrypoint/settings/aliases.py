@@ -64,6 +64,7 @@ VARIABLES: dict[str, str] = {
     "linear_alpha": "PARAMS_NETWORK_ALPHA",
     "network_weights": "PARAMS_RESUME_FROM",
     "init_lora": "PARAMS_RESUME_FROM",
+    "assistant_lora_path": "PARAMS_TRAINING_ADAPTER",
     "output_dir": "OUTPUT_PATH",
     "output_folder": "OUTPUT_PATH",
     "save_name": "OUTPUT_NAME",

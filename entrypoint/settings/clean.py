@@ -33,6 +33,7 @@ LOCATIONS = (
     "SAMPLE_PROMPTS",
     "PARAMS_RESUME_FROM",
     "UPLOAD_TO",
+    "PARAMS_TRAINING_ADAPTER",
 )
 NUMBERS = ("integer", "auto_integer", "auto_count", "number", "numbers", "size")
 NOTHING = ("none", "null", "nil", "undefined", "n/a")  # what forms and programs write for no value

@@ -4,7 +4,8 @@ How a step runs, end to end:
 
 1. `load` brings the denoiser to the device block by block, quantises its frozen weights (`quantization/`) and puts
    fused forward passes on its blocks (`fused_linear`, `rope`), if their kernels pass the self-test (`kernels/`).
-   `adapters` adds the LoRA, and `flat_parameters` joins its parameters for the optimiser.
+   `adapters` adds the LoRA, and `flat_parameters` joins its parameters for the optimiser. A `training_adapter` is
+   merged into the weights before they are quantised, and subtracted where samples are drawn.
 2. `execution.Engine` installs the planned memory mode on the regions: checkpointing, activation offload, weight
    streaming (`memory/`), compilation, and the attention kernel (`attention/`).
 3. A step calls `cuda_graphs.GraphStep` or `EagerStep` with a micro-batch, which runs in the engine's contexts:

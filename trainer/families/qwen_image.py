@@ -120,7 +120,6 @@ FACTS = Facts(
     hub_tags=("qwen-image",),
     kinds=published.KINDS,
     same_sizes=published.same_sizes,
-    captions_vary=True,
     prompt_steps=30,
     prompt_guidance=1.0,
     prompt_cfg=4.0,

@@ -79,6 +79,7 @@ def sample(
         training_state.inference_weights(),
         torch.no_grad(),
         without_new_compilation(),
+        training_state.as_used(),
     ):
         count = 0
         for strength in strengths:

@@ -2,6 +2,9 @@
 
 A step's size is its number of images and their width and height. Photographs fall into many buckets, and the last batch
 of a bucket may be smaller, so a run has up to some dozens of them. Each is captured as a CUDA graph of its own.
+
+Captions of different lengths make no further sizes: in captured steps, all are filled up to the longest of the run
+(`trainer.data.batches.text_lengths`).
 """
 
 from __future__ import annotations

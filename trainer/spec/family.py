@@ -186,9 +186,6 @@ class Facts:
     # Whether regions that have no fused forward passes are compiled where steps are captured in CUDA graphs.
     # docs/lab-notes.md has the measurements.
     compiles: bool = True
-    # Whether captions have different numbers of tokens. A graph would have to be captured for each number, so steps are
-    # launched.
-    captions_vary: bool = False
     max_token_lengths: tuple[int, ...] = (CLIP_TOKENS,)  # values of PARAMS_MAX_TOKEN_LENGTH; the first is the default
     # A word in the name of a file of weights → what such a file is, where its tensors do not tell it from a base model.
     name_cautions: dict[str, str] = field(default_factory=dict)

@@ -49,6 +49,9 @@ class ModelPlan:
     path: str = neutral("")  # local folder in diffusers layout; filled by fetch
     # Key of Facts.parts → file or folder to take instead; "": without that part.
     parts: dict[str, str] = field(default_factory=dict)
+    # A LoRA that is part of the weights while they train: a file, or one of the Hub (owner/name/file.safetensors).
+    training_adapter: str | None = None
+    training_adapter_path: str = neutral("")  # its local file; filled by fetch
 
 
 def public(url: str) -> str:

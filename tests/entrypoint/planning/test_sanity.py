@@ -54,7 +54,9 @@ def test_the_defaults_of_a_model_make_sense(base):
 
 def test_a_distilled_base_is_warned_of_unless_other_weights_are_named():
     found = warnings(on=LARGE_GPU, BASE_MODEL="z-image-turbo")
-    assert "BASE_MODEL=z-image-turbo is distilled" in found and "Fix: BASE_MODEL=z-image, " in found
+    assert "BASE_MODEL=z-image-turbo is distilled" in found and "Fix: PARAMS_TRAINING_ADAPTER=ostris/" in found
+    adapter = re.search(r"PARAMS_TRAINING_ADAPTER=(\S+),", found)
+    assert adapter and warnings(on=LARGE_GPU, BASE_MODEL="z-image-turbo", PARAMS_TRAINING_ADAPTER=adapter[1]) == ""
     assert warnings(on=LARGE_GPU, BASE_MODEL="z-image-turbo", MODEL_PATH="someone/z-image-de-turbo") == ""
 
 

@@ -102,6 +102,7 @@ PLANNED = {
     "PARAMS_NETWORK_ALPHA": (HUB, "2.5", field("lora.alpha"), 2.5),
     "PARAMS_SPLIT_QKV": (HUB, "true", field("lora.split_qkv"), True),
     "PARAMS_TARGET_MODULES": (HUB, "attn.to_q,proj_mlp", field("lora.targets"), ("attn.to_q", "proj_mlp")),
+    "PARAMS_TRAINING_ADAPTER": (HUB, "a/b/c.safetensors", field("model.training_adapter"), "a/b/c.safetensors"),
     "RESUME_WITH_CHANGES": (HUB, "true", field("output.resume_with_changes"), True),
     "BACKEND": ({**GPU, "BACKEND": ""}, "cpu", field("engine.device"), "cpu"),
     "NUM_GPUS": (GPU, "2", field("engine.num_gpus"), 2),

@@ -16,7 +16,7 @@ from trainer.spec.rules.resume_rules import changes
 # Fields that a resumed run may change. Everything else decides which weights come out. Written down here a second time,
 # so that a field does not become neutral by a slip.
 NEUTRAL = {
-    "model": {"commit", "path"},
+    "model": {"commit", "path", "training_adapter_path"},
     "data": {"captioner"},
     "data.datasets.subsets": {"repeats_chosen", "part_of", "folder", "auto_caption", "caption_prompt"},
     "data.datasets.subsets.source": {"commit", "path", "named_in"},

@@ -32,6 +32,7 @@ PLACE = re.compile(
     r"data\.datasets\[\d+\]\.subsets\[\d+\]\.(source\.(kind|location|revision)|metadata_file|conditioning_data_dir)"
 )
 MODEL_PLACES = ("model.source", "model.revision", "model.parts")
+TRAINING_ADAPTER = "model.training_adapter"  # a place as well, where there was one and is one
 # Chosen by the hardware where the variable is `auto`: a card of another kind does not begin the run anew.
 HARDWARE_KEYS = re.compile(r"engine\.(device|precision|dtype)|data\.datasets\[\d+\]\.batch_size")
 # Essence key → variable. Fields of `train` are their variables in small letters.
@@ -40,6 +41,7 @@ VARIABLES = {
     "model.source": "MODEL_PATH",
     "model.revision": "MODEL_REVISION",
     "model.parts": "VAE_PATH, CLIP_L_PATH, CLIP_G_PATH, T5_PATH, TEXT_ENCODER_PATH, MODEL_PATH",
+    TRAINING_ADAPTER: "PARAMS_TRAINING_ADAPTER",
     "lora.kind": "PARAMS_LORA_TYPE",
     "lora.rank": "PARAMS_NETWORK_DIM",
     "lora.alpha": "PARAMS_NETWORK_ALPHA",
@@ -66,8 +68,10 @@ DATASET_VARIABLES = {  # ends of keys of `data` → variable
     "num_repeats": "PARAMS_NUM_REPEATS",
 }
 SHOWN_CHARACTERS = 120  # of a value in a line
-# What a state fixes: with another value of these, its tensors have no place.
-FIXED_KEYS = ("model.family", "lora.kind", "lora.rank", "lora.split_qkv", "lora.targets", "optim.name")
+# What a state fixes: with another value of these, its tensors have no place, or were trained on top of other weights.
+FIXED_KEYS = (
+    *("model.family", TRAINING_ADAPTER, "lora.kind", "lora.rank", "lora.split_qkv", "lora.targets", "optim.name"),
+)
 # Arguments of optimisers that only change how the next step is computed from the same state.
 FREE_ARGUMENTS = (
     "betas",
@@ -113,7 +117,7 @@ def changes(begun: dict[str, Any], plan: Plan) -> Changes:
             kind = "steps"
         elif PLACE.fullmatch(key):
             kind = "places"
-        elif key in MODEL_PLACES:
+        elif key in MODEL_PLACES or (key == TRAINING_ADAPTER and begun.get(key) and now[key]):
             kind = "model"
         elif HARDWARE_KEYS.fullmatch(key) and variable(key) in plan.automatic:
             kind = "hardware"
