@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from entrypoint.dataset_config.sources import ARCHIVES, no_such_folder
-from entrypoint.fetch import archive, http, hub, hub_choice, hub_folder, hub_rows, local_weights
+from entrypoint.fetch import archive, http, hub, local_weights
 from entrypoint.fetch.doors import folders, service
 from entrypoint.fetch.doors.keys import NO_KEYS, Keys
 from entrypoint.fetch.doors.offer import Offer, refusal
 from entrypoint.fetch.http import RetryPolicy
+from entrypoint.fetch.hub_dataset import hub_choice, hub_folder, hub_rows
 from entrypoint.system import public_addresses
 from trainer.base_model import model_folder, without_weights
 from trainer.network import addresses

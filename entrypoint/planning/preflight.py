@@ -17,10 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from entrypoint.fetch import archive, fetch, flash_attention, http, hub, hub_choice, local_weights, training_adapter
+from entrypoint.fetch import archive, fetch, flash_attention, http, hub, local_weights, training_adapter
 from entrypoint.fetch.doors import folders
 from entrypoint.fetch.doors.keys import NO_KEYS, Keys
 from entrypoint.fetch.http import RetryPolicy
+from entrypoint.fetch.hub_dataset import hub_choice
 from entrypoint.planning import captioner, single_files
 from entrypoint.settings.checks import nearest_existing, raise_together
 from trainer.base_model import model_folder, weight_kinds, without_weights

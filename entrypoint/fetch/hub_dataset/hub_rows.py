@@ -1,7 +1,7 @@
 """Turn a dataset of the Hub into a folder of image files with captions, row by row.
 
 `datasets` reads tables that hold images; `hub_folder` reads image files and archives. A child process does it
-(`python -m entrypoint.fetch.hub_rows`), without secrets and without network: its libraries take 300 MB that would stay
+(`python -m entrypoint.fetch.hub_dataset.hub_rows`), without secrets and without network: its libraries take 300 MB that would stay
 for the whole training, and a damaged file may crash them.
 """
 
@@ -20,10 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from entrypoint.fetch import hub_folder, hub_layout
 from entrypoint.fetch.archive import Budget, Limits
-from entrypoint.fetch.hub_choice import ARCHIVES, CARDS, IMAGE_SUFFIXES, MOST_NAMED, STREAMED, is_metadata
-from entrypoint.fetch.hub_columns import (
+from entrypoint.fetch.hub_dataset import hub_folder, hub_layout
+from entrypoint.fetch.hub_dataset.hub_choice import ARCHIVES, CARDS, IMAGE_SUFFIXES, MOST_NAMED, STREAMED, is_metadata
+from entrypoint.fetch.hub_dataset.hub_columns import (
     MOST_COLUMNS,
     find_caption_column,
     find_image_column,
@@ -72,7 +72,12 @@ def unpack(snapshot: Path, target: Path, asked: Asked) -> dict[str, Any]:
         kept = {k: os.environ[k] for k in ("PATH", "LANG", "LD_LIBRARY_PATH", "TMPDIR") if k in os.environ}
         kept |= {"PYTHONPATH": str(Path(__file__).parents[2]), "HOME": scratch, "HF_HOME": scratch}
         kept |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "USE_TORCH": "0"}
-        command = [sys.executable, "-m", "entrypoint.fetch.hub_rows", json.dumps({**job, "scratch": scratch})]
+        command = [
+            sys.executable,
+            "-m",
+            "entrypoint.fetch.hub_dataset.hub_rows",
+            json.dumps({**job, "scratch": scratch}),
+        ]
         done = subprocess.run(  # noqa: S603
             command,
             env=kept,
