@@ -64,7 +64,7 @@ def _fastest(facts: Facts, footprint: Footprint, hardware: Hardware, smallest: W
     return memory_model.fastest_batch(footprint, tried)
 
 
-def _ten_shapes(facts: Facts, footprint: Footprint, hardware: Hardware, workload: Workload, one: Strategy) -> Strategy:
+def _ten_shapes(footprint: Footprint, hardware: Hardware, workload: Workload, one: Strategy) -> Strategy:
     """`one`, changed as a job changes it whose images have ten shapes, of at most the size of `workload`.
 
     Each is captured as a CUDA graph of its own. Where steps are not captured, shapes change nothing in the plan.
@@ -122,7 +122,7 @@ def family_rows(family: str) -> list[list[str]]:
             rows.append([card, "does not fit", "", f"{strategy.gib:.1f}", *[""] * 7])
             continue
         taken = step_seconds(footprint, one, strategy, speed)
-        many = _ten_shapes(facts, footprint, hardware, one, strategy)
+        many = _ten_shapes(footprint, hardware, one, strategy)
         taken_many = step_seconds(footprint, one, many, speed)
         workload, faster = _fastest(facts, footprint, hardware, one)
         taken_faster = step_seconds(footprint, workload, faster, speed)

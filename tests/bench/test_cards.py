@@ -68,12 +68,12 @@ def test_ten_shapes_have_room_for_their_graphs_where_one_shape_fits(card, family
     facts, footprint, workload = facts_of(family)
     hardware = hardware_of(card)
     one = cards.chosen(facts, footprint, hardware, workload)
-    ten = cards._ten_shapes(facts, footprint, hardware, workload, one)
+    ten = cards._ten_shapes(footprint, hardware, workload, one)
     assert cards._fits(hardware, ten) or not cards._fits(hardware, one)
     graphs_gib = 9 * footprint.graph_gib
     assert ten == one if one.offload == "weights" else ten.gib <= one.gib + graphs_gib + 1e-6
     more = dataclasses.replace(hardware, memory_gib=hardware.memory_gib + 1)
-    roomy = cards._ten_shapes(facts, footprint, more, workload, one)
+    roomy = cards._ten_shapes(footprint, more, workload, one)
     assert (roomy.recompute, roomy.kept_blocks, roomy.offload) == (one.recompute, one.kept_blocks, one.offload)
 
 

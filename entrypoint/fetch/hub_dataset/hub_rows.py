@@ -1,8 +1,8 @@
 """Turn a dataset of the Hub into a folder of image files with captions, row by row.
 
-`datasets` reads tables that hold images; `hub_folder` reads image files and archives. A child process does it
-(`python -m entrypoint.fetch.hub_dataset.hub_rows`), without secrets and without network: its libraries take 300 MB that would stay
-for the whole training, and a damaged file may crash them.
+`datasets` reads tables that hold images; `hub_folder` reads image files and archives. A child process does it (`python
+-m entrypoint.fetch.hub_dataset.hub_rows`), without secrets and without network: its libraries take 300 MB that would
+stay for the whole training, and a damaged file may crash them.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def unpack(snapshot: Path, target: Path, asked: Asked) -> dict[str, Any]:
     job: dict[str, Any] = {"snapshot": str(snapshot), "target": str(target), "asked": asdict(asked)}
     with tempfile.TemporaryDirectory() as scratch:
         kept = {k: os.environ[k] for k in ("PATH", "LANG", "LD_LIBRARY_PATH", "TMPDIR") if k in os.environ}
-        kept |= {"PYTHONPATH": str(Path(__file__).parents[2]), "HOME": scratch, "HF_HOME": scratch}
+        kept |= {"PYTHONPATH": str(Path(__file__).parents[3]), "HOME": scratch, "HF_HOME": scratch}
         kept |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "USE_TORCH": "0"}
         command = [
             sys.executable,
