@@ -31,6 +31,9 @@ from entrypoint.dataset_config.manifest import read_manifest
 from entrypoint.fetch import flash_attention, http, public_addresses
 from entrypoint.fetch.fetch import fetch_model, fetch_source
 from entrypoint.monitor import beside as monitor
+from entrypoint.nodes import cluster
+from entrypoint.nodes.group import Nodes
+from entrypoint.nodes.terms import terms_of
 from entrypoint.notify import beside as notify
 from entrypoint.planning import starting_point
 from entrypoint.planning.check_report import CheckReport
@@ -195,11 +198,21 @@ def job(environ: Mapping[str, str], *, check: bool, card: str | None = None, rep
             raise
     supervise.set_limit(settings.finish, environ, began=began)
     monitor.check_token(settings.finish.monitor_token)
-    told = None if check else _whom_to_tell(settings)
-    with scratch.folder(os.environ, settings.data.cache_path) as temporary, notify.telling(told, environ) as ending:
-        code = _job(settings, {**environ, "TMPDIR": str(temporary)}, check=check, card=card, report=report)
+    place = cluster.find_place(settings.engine.nodes, environ)
+    settings = dataclasses.replace(settings, engine=dataclasses.replace(settings.engine, nodes=place.count))
+    told = _whom_to_tell(settings) if place.is_first and not check else None
+    with (
+        scratch.folder(os.environ, settings.data.cache_path) as temporary,
+        notify.telling(told, environ) as ending,
+        Nodes(
+            cluster.Place() if check else place, timeout_s=settings.engine.nodes_timeout, environment=environ
+        ) as nodes,
+    ):
+        own = {**environ, "TMPDIR": str(temporary)}
+        code = _job(settings, own, nodes, check=check, card=card, report=report)
+        code = nodes.end(code, "")
         ending.exit_code, ending.message = code, ""  # the trainer's own is in status.json
-        if not check and code == 0:  # the last line of any other end has its exit code
+        if not check and code == 0 and nodes.is_first:  # the last line of any other end has its exit code
             said = receipt(settings.output.output_path, started=began, price=settings.finish.price_per_hour)
             if said:
                 log.info("%s", said)
@@ -233,7 +246,13 @@ def _whom_to_tell(settings: Settings) -> notify.Job | None:
 
 
 def _job(
-    settings: Settings, environ: Mapping[str, str], *, check: bool, card: str | None, report: CheckReport | None
+    settings: Settings,
+    environ: Mapping[str, str],
+    nodes: Nodes,
+    *,
+    check: bool,
+    card: str | None,
+    report: CheckReport | None,
 ) -> int:
     """`job`, with a place for temporary files."""
     manifest = read_manifest(settings.data.dataset_config, settings.output.sample_prompts)
@@ -246,18 +265,16 @@ def _job(
     missing = _missing_accelerator(plan, backend=settings.engine.backend)
     if missing and not check:
         raise missing
-    plan, done = _chosen(plan, given.describe(settings))
+    done = None
+    if nodes.is_first:  # which alone looks into OUTPUT_PATH
+        plan, done = _chosen(plan, given.describe(settings))
     if report is not None:
         report.plan = plan
-    for reason in plan.reasons:
-        log.info("%s", reason)
-    for detail in plan.details:
-        log.debug("%s", detail)
-    for warning in plan.warnings:
-        log.warning("%s", warning)
+    _log_plan(plan, environ)
+    if nodes.several and not _agreed(plan, done, nodes):
+        return 0
     token = settings.model.hf_token.reveal() if settings.model.hf_token else None
-    write_token = settings.finish.hf_write_token.reveal() if settings.finish.hf_write_token else token
-    push = upload.job(settings.finish.push_to_hub, write_token, plan, creates=not check)
+    push = _push(settings, plan, token, creates=not check) if nodes.is_first else None
     if done:
         log.info("This job is done: %s. %s", done, choose_run.HOW_TO_GO_ON)
         if check or push is None or upload.is_done(push, done):
@@ -286,10 +303,50 @@ def _job(
         if check:
             log.info("Checked: this job can run. Nothing was downloaded or trained.")
             return 0
-        return _trained(plan, settings, environ, token=token) or uploaded()
+        if not nodes.is_first:
+            return _trained_for_first(plan, settings, environ, nodes, token=token)
+        return _trained(plan, settings, environ, nodes, token=token) or uploaded()
 
 
-def _trained(plan: Plan, settings: Settings, environ: Mapping[str, str], *, token: str | None) -> int:
+def _push(settings: Settings, plan: Plan, token: str | None, *, creates: bool) -> upload.Job | None:
+    write_token = settings.finish.hf_write_token.reveal() if settings.finish.hf_write_token else token
+    return upload.job(settings.finish.push_to_hub, write_token, plan, creates=creates)
+
+
+def _agreed(plan: Plan, done: Path | None, nodes: Nodes) -> bool:
+    """Whether there is something to do here: all nodes have met, or this first one goes on to upload what is done."""
+    if done:
+        nodes.dismiss(f"This job is done: {done}.")
+        return True
+    return nodes.agree(terms_of(plan))
+
+
+def _log_plan(plan: Plan, environ: Mapping[str, str]) -> None:
+    for reason in plan.reasons:
+        log.info("%s", reason)
+    for detail in plan.details:
+        log.debug("%s", detail)
+    for warning in plan.warnings:
+        log.warning("%s", warning)
+    engine = plan.engine
+    if engine.nodes > 1:
+        text = "NODES: %d machines with NUM_GPUS=%d each train together: %d micro-batches a step."
+        log.info(text, engine.nodes, engine.num_gpus, engine.processes * plan.train.gradient_accumulation)
+    elif hint := cluster.hint(environ):
+        log.info("%s", hint)
+
+
+def _trained_for_first(
+    plan: Plan, settings: Settings, environ: Mapping[str, str], nodes: Nodes, *, token: str | None
+) -> int:
+    """`_trained` on another node than the first, which alone writes into OUTPUT_PATH and shows the page."""
+    if plan.engine.attention == "flash_4":
+        flash_attention.install(Path(plan.output.cache))
+    with Trainers(plan, environment=environ, nodes=nodes) as trainers:
+        return trainers.run(_fetched(plan, settings, token=token))
+
+
+def _trained(plan: Plan, settings: Settings, environ: Mapping[str, str], nodes: Nodes, *, token: str | None) -> int:
     """Fetch what is missing, train beside the page and the tracker, and write the report; the trainer's exit code."""
     began, out = time.time(), Path(plan.output.path)
     tracker, own = settings.finish.log_with, {}
@@ -301,7 +358,7 @@ def _trained(plan: Plan, settings: Settings, environ: Mapping[str, str], *, toke
     price = settings.finish.price_per_hour
     page = monitor.showing(settings.finish.monitor_port, settings.finish.monitor_token, environ, out=out, price=price)
     with page, trackers.tracking(tracker, out, own) as tracked:
-        with Trainers(plan, environment=environ) as trainers:
+        with Trainers(plan, environment=environ, nodes=nodes) as trainers:
             code = tracked.exit_code = trainers.run(_fetched(plan, settings, token=token))
         # Then somebody waits for the end of this process, also if the LoRA was complete by then.
         is_stopped = trainers.stopped or code in (128 + signal.SIGTERM, 128 + signal.SIGINT)
