@@ -15,7 +15,7 @@ from tests.support.jobs import Job
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 LONG = {"PARAMS_MAX_STEPS": "3000", "PARAMS_SAVE_EVERY_N_STEPS": "10"}
-SILENCE_S = 30 + 10  # how long a machine without a network may go unnoticed, and what ending takes
+SILENCE_S = 30 + 30  # how long a machine without a network may go unnoticed, and what ending takes on a busy machine
 
 
 def environ(process):
