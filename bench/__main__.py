@@ -13,6 +13,7 @@ parity: gradients of each precision against bf16
 kernels: the kernels of the 8-bit engine, one by one
 attention: the kernels of attention that torch can choose from
 gpus: a step on one GPU and on several
+nodes: faults on several machines: time to end, to go on, and work lost
 concept: how well a miniature learns in each precision
 job: a full-size model, and whole jobs on it
 reach: all targets of docs/performance.md, on all accelerators
@@ -40,6 +41,7 @@ HELPERS = (
     "browser",
     "cards",
     "full_size",
+    "network",
     "original_names",
     "others",
     "report",

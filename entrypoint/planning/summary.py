@@ -153,7 +153,7 @@ class _Lengths(NamedTuple):
 
 
 def _lengths(plan: Plan, sampler: EpochSampler) -> _Lengths:
-    batches_per_step = plan.train.gradient_accumulation * plan.engine.num_gpus
+    batches_per_step = plan.train.gradient_accumulation * plan.engine.processes
     steps_per_epoch = max(1, math.ceil(sampler.batches_per_epoch / batches_per_step))
     plan, chosen = automatic.with_lengths(
         plan, images_per_epoch=sampler.subject_examples_per_epoch, steps_per_epoch=steps_per_epoch

@@ -287,8 +287,15 @@ def set_limit(asked: FinishSettings, environ: Mapping[str, str], *, began: float
 # ---- the record of attempts
 
 
+def _is_another_node(environ: Mapping[str, str]) -> bool:
+    """Whether this pod is one of a cluster that trains together, and not its first, which alone keeps the record."""
+    return raw_value(environ, "NODES") not in ("", "1") and environ.get("NODE_RANK", "0").strip() not in ("", "0")
+
+
 def _opened(environ: Mapping[str, str]) -> PodRecord:
     """The record, with this start counted."""
+    if _is_another_node(environ):
+        return PodRecord(attempts=1)
     out = output_path(environ)
     with suppress(StorageError):
         json_files.set_aside_unless(out / "pod.json", own_files.has_keys("attempts", "step"))
@@ -318,6 +325,8 @@ def _reached(environ: Mapping[str, str]) -> tuple[str, int]:
 
 
 def _write(environ: Mapping[str, str], diary: PodRecord) -> None:
+    if _is_another_node(environ):
+        return
     try:
         write_text(output_path(environ) / "pod.json", json.dumps(asdict(diary)))
     except StorageError as problem:

@@ -442,7 +442,7 @@ def settings(plan: Plan) -> list[tuple[str, object]]:
         ("Weight decay", f"{optim.weight_decay:g}"),
         ("Steps", train.max_steps or ""),
         ("Epochs", epochs),
-        ("Batch size", f"{dataset.batch_size} × {train.gradient_accumulation} × {engine.num_gpus}"),
+        ("Batch size", f"{dataset.batch_size} × {train.gradient_accumulation} × {engine.processes}"),
         ("Resolution", f"{dataset.resolution[0]}×{dataset.resolution[1]}"),
         ("Timesteps", train.timestep_sampling),
         ("Noise offset", f"{train.noise_offset:g}"),

@@ -38,7 +38,7 @@ LAYERS = {  # from the bottom; packages on one layer do not import each other
         ("fetch",),
         ("planning",),
         ("runpod",),
-        ("report",),
+        ("report", "nodes"),
         ("processes",),
         ("notify", "trackers", "monitor"),
         ("queue",),

@@ -233,6 +233,7 @@ OPENS = {
     "entrypoint/fetch/local_weights.py": "what was downloaded",
     "entrypoint/health.py": "/proc",
     "entrypoint/monitor/server.py": "/proc",
+    "entrypoint/nodes/interfaces.py": "/proc",
     "entrypoint/planning/preflight.py": "its own probe",
     "entrypoint/processes/farewell.py": "the lock, in a process that has a limit of time",
     "entrypoint/processes/launch.py": "in its own temporary folder",

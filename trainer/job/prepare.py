@@ -16,7 +16,7 @@ from trainer.captioning.requests import wanting
 from trainer.checkpoints import state_files
 from trainer.checkpoints.open_run import OpenRun, open_run
 from trainer.data import caption_length
-from trainer.data.cache import Cache
+from trainer.data.cache import ALONE, Cache, Share
 from trainer.data.encode import fill_images, fill_texts, open_cache
 from trainer.data.epochs import EpochSampler
 from trainer.data.folders.own_output import Written
@@ -66,7 +66,7 @@ class PreparedData:
 
 def steps_per_epoch(plan: Plan, sampler: EpochSampler) -> int:
     """Optimiser steps; the last one of an epoch may have fewer batches."""
-    return math.ceil(sampler.batches_per_epoch / (plan.train.gradient_accumulation * plan.engine.num_gpus))
+    return math.ceil(sampler.batches_per_epoch / (plan.train.gradient_accumulation * plan.engine.processes))
 
 
 def find_run(plan: Plan, *, status: Status, check_in: Callable[[], None]) -> tuple[OpenRun, Scan]:
@@ -106,11 +106,9 @@ def prepare_data(
     run: OpenRun,
     scanned: Scan,
     *,
-    status: Status,
     state: state_files.State | None,
-    check_in: Callable[[], None],
 ) -> PreparedData:
-    """Encode the images and their captions into the cache; the plan gets the lengths that were left to `auto`."""
+    """Everything but the encoding (`fill_cache`); the plan gets the lengths that were left to `auto`."""
     plan = dataclasses.replace(run.plan, data=scanned.data)  # with the subsets that the names of folders make
     sampler = make_sampler(plan, scanned)
     for line in sampler.describe():
@@ -131,14 +129,12 @@ def prepare_data(
     note_long_captions(plan, sampler, scanned=scanned, report=run.home / "dataset-report.txt")
     for warning in sanity.warnings(plan, sanity.Length(data.total, data.steps_per_epoch, len(scanned.images))):
         log.warning("%s", warning)
-    if sampler.batches_per_epoch < plan.engine.num_gpus:
+    if sampler.batches_per_epoch < plan.engine.processes:
         log.warning(
-            "An epoch has only %d batches: with NUM_GPUS=%d, some GPUs are idle.",
+            "An epoch has only %d batches: with %d processes (NUM_GPUS, NODES), some GPUs are idle.",
             sampler.batches_per_epoch,
-            plan.engine.num_gpus,
+            plan.engine.processes,
         )
-    status.phase("encoding")
-    fill_cache(data, check_in=check_in)
     return data
 
 
@@ -242,8 +238,8 @@ def make_sampler(plan: Plan, scanned: Scan) -> EpochSampler:
     )
 
 
-def fill_cache(data: PreparedData, *, check_in: Callable[[], None]) -> None:
-    """Encode every caption, prompt and image that the run will use, and that the cache lacks."""
+def fill_cache(data: PreparedData, *, check_in: Callable[[], None], share: Share = ALONE) -> None:
+    """Encode every caption, prompt and image that the run will use, and that the cache lacks; of that, `share`."""
     plan = data.plan
     family = get_family(plan.model.family)
     model = Path(plan.model.path)
@@ -256,8 +252,10 @@ def fill_cache(data: PreparedData, *, check_in: Callable[[], None]) -> None:
         engine=plan.engine,
         check_in=check_in,
         max_tokens=plan.train.max_token_length,
+        share=share,
     )
-    fill_images(data.cache, data.sampler, family=family, model=model, engine=plan.engine, check_in=check_in)
+    engine = plan.engine
+    fill_images(data.cache, data.sampler, family=family, model=model, engine=engine, check_in=check_in, share=share)
 
 
 def prompt_texts(prompts: Sequence[Prompt]) -> list[str]:

@@ -25,7 +25,8 @@ VERSION = 2
 
 # Environment variables by which the entrypoint tells a trainer its place among several.
 RANK_VARIABLE = "KILN_RANK"  # number of this process, from 0; absent: the only one
-TEAM_VARIABLE = "KILN_TEAM"  # folder that the processes of a job share
+TEAM_VARIABLE = "KILN_TEAM"  # folder that the processes of a machine share
+FIRST_NODE_VARIABLE = "KILN_FIRST_NODE"  # address of the first machine; absent: the only one
 
 AUTO = -1  # a number that the trainer chooses once it knows the images (trainer.spec.rules.automatic)
 VARIANTS = 8  # of an image with random crops or colours, and of a caption with random wording
@@ -239,7 +240,8 @@ class TrainPlan:
 @dataclass(frozen=True)
 class EnginePlan:
     device: str = "cpu"  # a torch device type
-    num_gpus: int = 1  # processes that train together, each on a device of its own
+    num_gpus: int = 1  # processes of each machine that train together, each on a device of its own
+    nodes: int = 1  # machines
     precision: str = "fp32"  # an entry of trainer.spec.weight_formats
     dtype: str = "float32"  # torch's name of what activations are computed in
     # What the backward pass recomputes: a key of trainer.engine.memory.checkpointing.POLICIES.
@@ -256,6 +258,11 @@ class EnginePlan:
     attention: str = neutral("native")
     memory_limit_gib: float | None = neutral(None)
     step_timeout_s: float | None = neutral(None)  # None: by the usual time of a step; 0: no limit
+
+    @property
+    def processes(self) -> int:
+        """That train together, on all machines."""
+        return self.num_gpus * self.nodes
 
 
 @dataclass(frozen=True)

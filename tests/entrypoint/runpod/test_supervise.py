@@ -382,3 +382,17 @@ def test_the_cost_ends_the_job_with_its_state_saved(server, container, pod):
     codes, printed = container(PARAMS_MAX_STEPS="4000", MAX_COST="0.04", PRICE_PER_HOUR="2.4")  # a minute
     assert codes == [143] and "MAX_COST is reached" in printed, printed
     assert (Path(pod["OUTPUT_PATH"]) / "state").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "counts"),
+    [
+        ({"NODES": "auto", "NODE_RANK": "1"}, False),
+        ({"CONFIG_JSON": '{"NODES": "2"}', "NODE_RANK": "1"}, False),
+        ({"NODES": "auto", "NODE_RANK": "0"}, True),
+        ({"NODE_RANK": "1"}, True),  # as a cluster says it, unasked
+    ],
+)
+def test_of_pods_that_train_together_the_first_alone_counts_attempts(server, pod, nodes, counts):
+    assert supervised(lambda: 75, {**pod, **nodes}, times=QUICK) == 75
+    assert (Path(pod["OUTPUT_PATH"]) / "pod.json").exists() is counts

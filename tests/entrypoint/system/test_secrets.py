@@ -14,6 +14,7 @@ import httpx  # noqa: F401 (once, and not in each fork)
 import pytest
 
 import entrypoint.__main__ as entrypoint_main
+import entrypoint.job as entrypoint_job
 from entrypoint.dataset_config.manifest import read_manifest
 from entrypoint.planning import summary
 from entrypoint.planning.plan import make_plan
@@ -67,7 +68,7 @@ def run(arguments, environ, folder, *, change=lambda: None):
             sys.stdout = os.fdopen(1, "w", buffering=1)
             sys.stderr = os.fdopen(2, "w", buffering=1)
             logging.getLogger().handlers.clear()
-            entrypoint_main.CHECK_RETRIES_S = 0.0
+            entrypoint_job.CHECK_RETRIES_S = 0.0
             summary.cpu_workers = lambda: 0
             os.environ.clear()
             os.environ.update(environ)
@@ -194,7 +195,7 @@ def test_a_bug_whose_traceback_quotes_everything(base, tmp_path):
             encoded = base64.b64encode(f"u:{TOKEN}".encode()).decode()
             raise RuntimeError(f"{everything} {everything!r} {json.dumps(everything)} {encoded}")
 
-        entrypoint_main.make_plan = crash
+        entrypoint_job.make_plan = crash
 
     everything = {
         **base,

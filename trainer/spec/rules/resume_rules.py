@@ -20,8 +20,8 @@ from trainer.spec.errors import SettingsError
 from trainer.spec.plan import AUTO, Plan
 
 # Their product is the number of batches in a step. Each process takes its share of them, so a run may resume on another
-# number of GPUs as long as the product stays the same.
-BATCHES_PER_STEP_KEYS = ("engine.num_gpus", "train.gradient_accumulation")
+# number of GPUs or machines as long as the product stays the same.
+BATCHES_PER_STEP_KEYS = ("engine.num_gpus", "engine.nodes", "train.gradient_accumulation")
 ADDED_KEYS = {"train.max_token_length": 77}  # that older states lack → the value that they were trained with
 RETIRED_KEYS = ("engine.attention",)  # in the essences of older states; neutral today
 STEP_KEYS = ("train.max_epochs", "train.max_steps")
@@ -53,6 +53,7 @@ VARIABLES = {
     "engine.device": "BACKEND",
     "engine.dtype": "PARAMS_PRECISION",
     "engine.num_gpus": "NUM_GPUS",
+    "engine.nodes": "NODES",
     "version": "Kiln's format of plans",
 }
 DATASET_VARIABLES = {  # ends of keys of `data` → variable
@@ -263,12 +264,12 @@ def check_named_state(plan: Plan, begun: dict[str, Any], *, step: int, places_di
     if plan.output.resume_with_changes:
         check_fits(begun, plan, step=step, lora=None)
         return
-    gpus = any(text.startswith(("NUM_GPUS", "PARAMS_GRADIENT_ACCUMULATION")) for text in changed)
+    gpus = any(text.startswith(("NUM_GPUS", "NODES", "PARAMS_GRADIENT_ACCUMULATION")) for text in changed)
     raise SettingsError(
         f"PARAMS_RESUME_FROM={resume_from} is the state of a run with other settings, at step {step}. What differs "
         "(then → now):\n  "
         + "\n  ".join(changed)
-        + ("\nNUM_GPUS times PARAMS_GRADIENT_ACCUMULATION must stay the same." if gpus else "")
+        + ("\nNODES times NUM_GPUS times PARAMS_GRADIENT_ACCUMULATION must stay the same." if gpus else "")
         + "\nPut it back; or set RESUME_WITH_CHANGES=true to go on with these changes; or name a LoRA file of that run "
         "to start from its weights alone."
     )
