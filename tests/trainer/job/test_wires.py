@@ -852,6 +852,7 @@ ELSEWHERE = {  # variable → the test that holds its wire
     "PARAMS_MAX_GRAD_NORM": "test_wires.py::test_a_limit_of_the_gradient_holds_and_0_is_no_limit",
     "PARAMS_EMA_DECAY": "test_wires.py::test_the_average_is_in_the_file_the_samples_and_the_validation",
     "PARAMS_RESUME_FROM": "test_job_loop.py::test_a_job_has_the_losses_of_a_straightforward_loop_and_ends_with",
+    "PARAMS_TRAINING_ADAPTER": "../../jobs/test_training_adapter.py::test_the_lora_trains_on_top_of_it_and_is_drawn",
     "PARAMS_OFFLOAD": "test_wires.py::test_offloading_and_compiling_are_what_the_engine_does",
     "PARAMS_COMPILE": "test_wires.py::test_offloading_and_compiling_are_what_the_engine_does",
     "PARAMS_SAVE_PRECISION": "test_verify.py::test_a_wrong_file_keeps_its_lora_and_the_state_and_is_not_tried_again",
@@ -862,4 +863,4 @@ def test_every_parameter_has_a_wire():
     assert {*FORMULAS, *SEEN, *ELSEWHERE} >= {name for name in ROWS if name.startswith("PARAMS_")}
     for place in ELSEWHERE.values():
         file, _, name = place.partition("::")
-        assert f"def {name}" in Path(__file__).with_name(file).read_text()
+        assert f"def {name}" in (Path(__file__).parent / file).read_text()
