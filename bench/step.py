@@ -52,11 +52,13 @@ GIB = 2**30
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Width and height in pixels.
 SIZES = {"flux": (1280, 768), "sdxl": (1024, 1024), "sd3": (1024, 1024), "z_image": (1024, 1024)}
+SIZES["flux2"] = (1024, 1024)
 # Of a caption: tokens, features of a token, features of the pooled text.
 TEXT = {"flux": (512, 4096, 768), "sdxl": (77, 2048, 1280), "sd3": (333, 4096, 2048), "z_image": (128, 2560, 1)}
+TEXT["flux2"] = (512, 7680, 1)
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}  # of activations; bf16 in all other precisions
 OFFLOADS = {"host": "activations", "weights": "weights"}  # by WORD
-CHANNELS = {"flux": 16, "sdxl": 4, "sd3": 16, "z_image": 16}  # of latents
+CHANNELS = {"flux": 16, "flux2": 32, "sdxl": 4, "sd3": 16, "z_image": 16}  # of latents
 SEED_OF_WEIGHTS = 0
 SEED_OF_ADAPTERS = 1
 # What the published models differ in from the defaults of diffusers' classes.
@@ -92,10 +94,18 @@ Z_IMAGE = {
     "axes_dims": [32, 48, 48],
     "axes_lens": [1536, 512, 512],
 }
+FLUX2 = {
+    "num_layers": 5,
+    "num_single_layers": 20,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 7680,
+    "guidance_embeds": False,
+}
 
 # With --small: a few narrow blocks of each class.
 SMALL: dict[str, dict[str, Any]] = {
     "flux": {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 2},
+    "flux2": {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 2},
     "sd3": {"num_layers": 2, "num_attention_heads": 2, "caption_projection_dim": 128},
     "sdxl": {
         "block_out_channels": (32, 64, 128),
@@ -121,6 +131,7 @@ def random_weights(device: str) -> Iterator[None]:
 def denoiser(name: str, *, small: bool = False) -> Any:
     """The published architecture with random weights, on the accelerator, in bf16."""
     from diffusers import (
+        Flux2Transformer2DModel,
         FluxTransformer2DModel,
         SD3Transformer2DModel,
         UNet2DConditionModel,
@@ -131,6 +142,8 @@ def denoiser(name: str, *, small: bool = False) -> Any:
     with random_weights(DEVICE):
         if name == "flux":
             model: Any = FluxTransformer2DModel(**FLUX, **changes)
+        elif name == "flux2":
+            model = Flux2Transformer2DModel(**FLUX2 | changes)
         elif name == "sd3":
             model = SD3Transformer2DModel(**SD3 | changes)
         elif name == "z_image":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from trainer.families.published import configs
 
@@ -45,15 +45,15 @@ def load_denoiser(kind: ConfigKind, folder: Path, *, device: str, dtype: torch.d
     return loading.load_model(kind, folder, device=device, dtype=dtype)
 
 
-def load_vae(folder: Path, *, device: str) -> AutoencoderKL:
+def load_vae(folder: Path, *, device: str, kind: ConfigKind = configs.VAE) -> Any:
     """The frozen VAE, in fp32: SDXL's overflows fp16, and bf16 has fewer bits than a pixel. Raises SettingsError."""
     import torch
 
     from trainer.base_model import loading, weight_check
 
-    vae = loading.load_model(configs.VAE, folder / "vae", device=None, dtype=torch.float32).to(device)
-    weight_check.check_weights(vae.named_parameters(), folder / "vae")
-    return cast("AutoencoderKL", vae.eval())
+    vae = loading.load_model(kind, folder / "vae", device=None, dtype=torch.float32).to(device)
+    weight_check.check_weights(vae.state_dict().items(), folder / "vae")
+    return vae.eval()
 
 
 # ---- text and images

@@ -32,7 +32,7 @@ PREFIXES = {
     "clip_l": ("conditioner.embedders.0.transformer.", "text_encoders.clip_l.transformer."),
     "clip_g": ("conditioner.embedders.1.model.", "text_encoders.clip_g.transformer."),
     "t5": ("text_encoders.t5xxl.transformer.",),
-    "qwen3": ("text_encoders.qwen3_4b.transformer.",),
+    "qwen3": ("text_encoders.qwen3_4b.transformer.", "text_encoders.qwen3_8b.transformer."),
 }
 CLIP_TOKENS = 77  # that a CLIP text encoder reads at once, with those of begin and end
 OPTIONAL = "optional:"  # begins a pattern of files whose folder may be missing
@@ -216,6 +216,7 @@ class OriginalLayer:
     name: str  # dotted path; {} stands for the number of the block
     diffusers_names: tuple[str, ...]  # paths in diffusers' model, with the same {}, in the order of their rows
     row_ratio: tuple[int, ...] = (1,)  # the rows of these layers, as a ratio, so that it holds at any width
+    rows_per_column: float = 0.0  # of its weight, at any width; 0: not compared. It tells families of the same names.
     halves_swapped: bool = False  # where its rows are scale and shift (rows = 2 * columns), the other way round
 
 
@@ -236,6 +237,7 @@ class LoraKeys:
     file_formats: tuple[str, ...] = ("kohya",)  # keys of convert.KEY_FORMATS: a job writes a file in each
     dora_formats: tuple[str, ...] = ("kohya", "peft")  # likewise, for DoRA
     other_names: tuple[OriginalLayer, ...] = ()  # further names of layers, which are read and never written
+    namesake: str = ""  # a family with the names of this one's blocks: what fits both is its
     one_width: bool = False  # whether the shorter side of every linear layer in the blocks is Footprint.hidden_size
 
 

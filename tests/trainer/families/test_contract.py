@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, FluxPipeline
 
 from tests.support import models
 from tests.support.miniatures import PIPELINES, encoded, folder, pipeline
@@ -30,8 +30,8 @@ class Case:
 
     channels: int
     size: tuple[int, int]  # of latents, height and width
-    scale: float  # latents are (the VAE's - shift) * scale
-    shift: float
+    scale: float = 1.0  # latents are (the VAE's - shift) * scale
+    shift: float = 0.0
     cfg: float = 1.0  # how far the pipeline goes from the negative caption; 1: it computes none
     guidance: float = 1.0  # embedded
     denoiser: str = "transformer"  # the pipeline's name for it
@@ -41,6 +41,7 @@ class Case:
 
 CASES = {
     "flux": Case(16, (6, 10), 0.3611, 0.1159, guidance=2.5),
+    "flux2": Case(16, (6, 10), cfg=4.0, encoders=1),
     "sd3": Case(16, (6, 10), 1.5305, 0.0609, cfg=4.0, encoders=3),
     "sdxl": Case(4, (8, 12), 0.13025, 0.0, cfg=5.0, denoiser="unet", more={"add_watermarker": False}),
     "z_image": Case(16, (6, 10), 0.3611, 0.1159, cfg=4.0, encoders=1),
@@ -70,7 +71,7 @@ def small(name, part):
 
 def scheduler_of(name, prediction="epsilon"):
     """As the published model ships it."""
-    if name == "flux":
+    if name in ("flux", "flux2"):
         return models.flux_scheduler()
     if name == "sd3":
         return FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -126,6 +127,25 @@ def denoising_euler(scheduler, x_BCHW, guided):
     return x_BCHW
 
 
+def packed(name, latents_BCHW):
+    """Latents as the pipeline takes them."""
+    if name == "flux":
+        return FluxPipeline._pack_latents(latents_BCHW, *latents_BCHW.shape)
+    if name == "flux2":
+        return Flux2KleinPipeline._patchify_latents(latents_BCHW)
+    return latents_BCHW
+
+
+def returned(name, latents_BCHW):
+    """Latents as the pipeline returns them: FLUX.2's as its VAE decodes them."""
+    if name != "flux2":
+        return packed(name, latents_BCHW)
+    statistics = models.flux2_vae().bn
+    deviation = (statistics.running_var + statistics.eps).sqrt()
+    patches_BCHW = packed(name, latents_BCHW) * deviation[:, None, None] + statistics.running_mean[:, None, None]
+    return Flux2KleinPipeline._unpatchify_latents(patches_BCHW)
+
+
 def prompt_arguments(name, text, nothing):
     """What the pipeline is called with: embeddings, negative ones, and how far to go from these."""
     case = CASES[name]
@@ -133,6 +153,9 @@ def prompt_arguments(name, text, nothing):
         real = text["real"]
         positive, negative = ([t["tokens"][i, real[i]] for i in range(len(real))] for t in (text, nothing))
         return {"prompt_embeds": positive, "negative_prompt_embeds": negative, "guidance_scale": case.cfg - 1}
+    if name == "flux2":
+        negative = {"negative_prompt_embeds": nothing["tokens"]}
+        return {"prompt_embeds": text["tokens"], **negative, "guidance_scale": case.cfg}
     found = {"prompt_embeds": text["tokens"], "pooled_prompt_embeds": text["pooled"]}
     if name == "flux":
         return {**found, "guidance_scale": case.guidance}
@@ -142,7 +165,7 @@ def prompt_arguments(name, text, nothing):
 
 @pytest.mark.parametrize(
     ("name", "prediction"),
-    [("flux", None), ("sd3", None), ("sdxl", "epsilon"), ("sdxl", "v_prediction"), ("z_image", None)],
+    [("flux", None), ("flux2", None), ("sd3", None), ("sdxl", "epsilon"), ("sdxl", "v_prediction"), ("z_image", None)],
 )
 def test_euler_steps_with_predict_are_those_of_the_pipeline(name, prediction, text):
     case, denoiser = CASES[name], small(name, "denoiser")
@@ -150,14 +173,11 @@ def test_euler_steps_with_predict_are_those_of_the_pipeline(name, prediction, te
     nothing = {k: torch.randn_like(v) if v.is_floating_point() else v for k, v in text.items()}
     start_BCHW = torch.randn(2, case.channels, height, width)
     scheduler = scheduler_of(name, prediction)
-    latents = start_BCHW
-    if name == "flux":
-        latents = FluxPipeline._pack_latents(start_BCHW, 2, case.channels, height, width)
     expected = pipeline_of(name, denoiser, scheduler)(
         num_inference_steps=STEPS,
         height=8 * height,
         width=8 * width,
-        latents=latents,
+        latents=packed(name, start_BCHW),
         output_type="latent",
         **prompt_arguments(name, text, nothing),
     ).images
@@ -170,25 +190,25 @@ def test_euler_steps_with_predict_are_those_of_the_pipeline(name, prediction, te
         return plain + case.cfg * (told - plain)
 
     euler = denoising_euler if prediction else flow_euler
-    got = euler(scheduler, start_BCHW, guided)
-    if name == "flux":
-        got = FluxPipeline._pack_latents(got, 2, case.channels, height, width)
+    got = returned(name, euler(scheduler, start_BCHW, guided))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("name", "negative"), [("flux", ""), ("sd3", "blue"), ("sdxl", ""), ("sdxl", "a blue ring"), ("z_image", "blue")]
+    ("name", "negative"),
+    [("flux", ""), ("flux2", ""), ("sd3", "blue"), ("sdxl", ""), ("sdxl", "a blue ring"), ("z_image", "blue")],
 )
 def test_samples_are_those_of_the_whole_pipeline(name, negative, capfd):
     kind, pipe, plain = get_family(name), pipeline(name), CASES[name].cfg == 1.0
     pipe.set_progress_bar_config(disable=True)
     options = {"guidance_scale": 2.5 if plain else 4.0}
-    if not plain:
+    if not plain and name != "flux2":  # whose pipeline knows the empty one alone
         options["negative_prompt"] = negative or None
-    if name in ("flux", "sd3"):
-        options["max_sequence_length"] = getattr(pipe, f"tokenizer_{CASES[name].encoders}").model_max_length
+    if name in ("flux", "flux2", "sd3"):
+        last = [part for part in pipe.components if part.startswith("tokenizer")][-1]
+        options["max_sequence_length"] = getattr(pipe, last).model_max_length
     expected = pipe(
-        "a red spot",
+        prompt="a red spot",
         width=96,
         height=64,
         num_inference_steps=4,
@@ -222,6 +242,13 @@ def test_latents_are_what_the_pipeline_decodes(name):
     case, vae = CASES[name], small(name, "vae")
     pixels_BCHW = torch.rand(2, 3, 32, 48) * 2 - 1
     mean_BCHW, std_BCHW = get_family(name).encode_images(vae, pixels_BCHW).chunk(2, dim=1)
+    if name == "flux2":  # as its pipeline encodes the images that it refers to: the mean alone
+        expected = pipeline_of(name, None)._encode_vae_image(pixels_BCHW, generator=None).detach()
+        torch.testing.assert_close(packed(name, mean_BCHW), expected)
+        assert not std_BCHW.any()
+        with torch.no_grad():
+            torch.testing.assert_close(returned(name, mean_BCHW), vae.encode(pixels_BCHW).latent_dist.mean)
+        return
     with torch.no_grad():
         spread = vae.encode(pixels_BCHW).latent_dist
         # As the pipelines do before they decode.

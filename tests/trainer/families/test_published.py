@@ -26,9 +26,11 @@ DENOISERS = {
     "sd3.5-large": 8_056_627_520,
     "z-image": 6_154_908_736,
     "z-image-turbo": 6_154_908_736,
+    "flux2-klein-4b": 3_875_544_576,
+    "flux2-klein-9b": 9_078_581_248,
 }
-OTHERS = {"vae": (83_819_683, 83_653_863), "clip_l": (123_060_480, 123_650_304), "clip_g": (694_659_840,)}
-OTHERS |= {"t5": (4_762_310_656,), "qwen3": (4_022_468_096,)}
+OTHERS = {"vae": (83_819_683, 83_653_863, 84_046_115), "clip_l": (123_060_480, 123_650_304), "clip_g": (694_659_840,)}
+OTHERS |= {"t5": (4_762_310_656,), "qwen3": (4_022_468_096, 7_568_405_504)}
 
 
 @pytest.mark.parametrize("base", DENOISERS)
@@ -66,7 +68,8 @@ def test_schedules_are_the_published_ones():
 
 
 @pytest.mark.parametrize(
-    ("family", "base"), [("flux", "flux-dev"), ("sdxl", "sdxl"), ("sd3", "sd3"), ("z_image", "z-image")]
+    ("family", "base"),
+    [("flux", "flux-dev"), ("sdxl", "sdxl"), ("sd3", "sd3"), ("z_image", "z-image"), ("flux2", "flux2-klein-4b")],
 )
 def test_they_agree_with_the_configs_that_the_benchmarks_measure(family, base):
     configs = base_models()[base][1].published.configs

@@ -3,7 +3,7 @@
 `scenes` draws the training images and captions, and `textures` more images for the autoencoders. `tokens` makes the
 tokenizers; `models` has the shapes, `recipes` each family's loss, `pools` the data on the device, `fit` the loop;
 `make` is the command. `score` measures how much an image shows the demo's concept. The product imports none of these
-modules; it reads the model folders `flux`, `sd3`, `sdxl` and `z_image`.
+modules; it reads the model folders `flux`, `flux2`, `sd3`, `sdxl` and `z_image`.
 
-Imports nothing of Kiln but itself, and `predict` of Z-Image, whose own forward pass cannot be captured.
+Imports nothing of Kiln but itself, and `predict` of Z-Image, whose own forward pass cannot be captured, and of FLUX.2.
 """

@@ -1,9 +1,9 @@
 """Train the miniature base models from scratch, on one GPU:
 `python -m trainer.families.miniatures.make all --out DIR`.
 
-`flux`, `sdxl`, `sd3` and `z_image` each write a folder in the layout of diffusers' pipelines; `vae16` and `vae4` make
-the autoencoders that those need (found in DIR/.vae afterwards); `all` does everything, in parallel. With `--resume`,
-training continues from the models in DIR, with their tokenizers. `concept` draws the demo's images; `sheet`
+`flux`, `sdxl`, `sd3`, `z_image` and `flux2` each write a folder in the layout of diffusers' pipelines; `vae16` and
+`vae4` make the autoencoders that those need (found in DIR/.vae afterwards); `all` does everything, in parallel. With
+`--resume`, training continues from the models in DIR, with their tokenizers. `concept` draws the demo's images; `sheet`
 samples from the model in a folder, for a look at it.
 """
 
@@ -24,7 +24,7 @@ from trainer.families.miniatures.fit import fit
 from trainer.families.miniatures.pools import image_losses, latent_losses, measure_latents
 from trainer.families.miniatures.recipes import RECIPES
 from trainer.families.miniatures.scenes import Background, caption, concept_scene, draw
-from trainer.families.miniatures.tokens import T5_LENGTH, compact, load_tokenizers, new_tokenizers
+from trainer.families.miniatures.tokens import DEEP_QWEN_LENGTH, T5_LENGTH, compact, load_tokenizers, new_tokenizers
 
 SHEET = (
     ("a big red circle in the middle on a blue background", 128, 128),
@@ -41,8 +41,9 @@ SHEET = (
     ("", 128, 128),
 )
 TOKENIZERS = {"flux": ("clip", "t5"), "sdxl": ("clip", "clip!"), "sd3": ("clip", "clip!", "t5"), "z_image": ("qwen",)}
-GUIDANCE = {"flux": 3.5, "sdxl": 5.0, "sd3": 4.0, "z_image": 3.0}
-STEPS = {"flux": 20, "sdxl": 30, "sd3": 28, "z_image": 28}
+TOKENIZERS["flux2"] = ("qwen!",)
+GUIDANCE = {"flux": 3.5, "sdxl": 5.0, "sd3": 4.0, "z_image": 3.0, "flux2": 3.0}
+STEPS = {"flux": 20, "sdxl": 30, "sd3": 28, "z_image": 28, "flux2": 28}
 CONCEPT_GROUNDS = (
     ("plain", "blue", "black"),
     ("plain", "green", "black"),
@@ -146,6 +147,8 @@ def make_sheet(folder: Path, path: Path, *, device: torch.device, seed: int = 0)
     pipeline.set_progress_bar_config(disable=True)
     page = Image.new("RGB", (6 * 164, 4 * 164))
     extra = {} if name in ("sdxl", "z_image") else {"max_sequence_length": T5_LENGTH}
+    if name == "flux2":
+        extra = {"max_sequence_length": DEEP_QWEN_LENGTH}
     for cell in range(24):
         prompt, height, width = SHEET[cell // 2]
         image = pipeline(
@@ -177,7 +180,13 @@ def make_all(out: Path, *, minutes: float, vae_minutes: float, resume: bool, sma
     """Runs this module once for each part, in parallel: the autoencoders first. Only Flux takes all of `minutes`."""
     rounds = [
         {"vae16": vae_minutes, "vae4": vae_minutes},
-        {"flux": minutes, "sdxl": 0.6 * minutes, "sd3": 0.6 * minutes, "z_image": 0.6 * minutes},
+        {
+            "flux": minutes,
+            "sdxl": 0.6 * minutes,
+            "sd3": 0.6 * minutes,
+            "z_image": 0.6 * minutes,
+            "flux2": 0.6 * minutes,
+        },
     ]
     flags = [*(["--small"] if small else []), *(["--resume"] if resume else [])]
     for parts in rounds:

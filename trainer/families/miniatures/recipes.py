@@ -16,6 +16,7 @@ from diffusers import (
     DiffusionPipeline,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
     FluxPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
@@ -24,6 +25,7 @@ from diffusers import (
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from trainer.families import flux2 as flux2_family
 from trainer.families import z_image as z_image_family
 from trainer.families.miniatures import models
 from trainer.families.miniatures.tokens import QWEN_LENGTH
@@ -211,4 +213,39 @@ def z_image(tokenizers: Tokenizers) -> Recipe:
     return Recipe(16, {"text_encoder": qwen, "transformer": net}, loss, pipeline)
 
 
-RECIPES: dict[str, Callable[[Tokenizers], Recipe]] = {"flux": flux, "sdxl": sdxl, "sd3": sd3, "z_image": z_image}
+def flux2(tokenizers: Tokenizers) -> Recipe:
+    """FLUX.2 klein: three hidden states of Qwen3 side by side, flow matching without embedded guidance."""
+    (words,) = tokenizers
+    qwen = models.qwen3(words, width=models.DEEP_QWEN_WIDTH, layers=flux2_family.TEXT_STATES[-1] + 1)
+    net = models.flux2_transformer()
+
+    def loss(latents_BCHW: torch.Tensor, ids: Ids) -> torch.Tensor:
+        t = flow_times(len(latents_BCHW), device=latents_BCHW.device)
+        noise = torch.randn_like(latents_BCHW)
+        states = qwen(input_ids=ids[0], attention_mask=ids[0] != words.pad_token_id, output_hidden_states=True)
+        tokens = torch.cat([states.hidden_states[number] for number in flux2_family.TEXT_STATES], dim=-1)
+        noisy = torch.lerp(latents_BCHW, noise, t[:, None, None, None])
+        predicted = flux2_family.predict(net, noisy, t, text={"tokens": tokens}, guidance=1.0)
+        return F.mse_loss(predicted.float(), noise - latents_BCHW)
+
+    def pipeline(vae: AutoencoderKL) -> DiffusionPipeline:
+        scheduler = FlowMatchEulerDiscreteScheduler(
+            shift=3.0,
+            use_dynamic_shifting=True,
+            base_shift=0.5,
+            max_shift=1.15,
+            base_image_seq_len=256,
+            max_image_seq_len=4096,
+        )
+        return Flux2KleinPipeline(scheduler, models.flux2_vae(vae), qwen, words, net)
+
+    return Recipe(16, {"text_encoder": qwen, "transformer": net}, loss, pipeline)
+
+
+RECIPES: dict[str, Callable[[Tokenizers], Recipe]] = {
+    "flux": flux,
+    "sdxl": sdxl,
+    "sd3": sd3,
+    "z_image": z_image,
+    "flux2": flux2,
+}

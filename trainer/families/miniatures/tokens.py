@@ -20,6 +20,7 @@ from trainer.families.miniatures.scenes import caption, random_scene
 CLIP_LENGTH = 77
 T5_LENGTH = 64
 QWEN_LENGTH = 64  # tokens that the miniature is trained with; the pipeline reads as many as a caption has
+DEEP_QWEN_LENGTH = 96  # of FLUX.2's, which reads as many tokens of every caption; its template alone takes 31 here
 # What Qwen3's own template makes of one message, where the model may think before it answers.
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -74,7 +75,7 @@ def t5_tokenizer(texts: list[str], *, size: int = 700) -> T5Tokenizer:
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=T5_LENGTH)
 
 
-def qwen_tokenizer(texts: list[str], *, merges: int = 380) -> Qwen2Tokenizer:
+def qwen_tokenizer(texts: list[str], *, merges: int = 380, length: int = 131072) -> Qwen2Tokenizer:
     """A `Qwen2Tokenizer` in the real one's order: bytes, at most `merges` merges, and the marks of a conversation."""
     like = Qwen2Tokenizer().backend_tokenizer
     draft = Tokenizer(models.BPE())
@@ -96,20 +97,24 @@ def qwen_tokenizer(texts: list[str], *, merges: int = 380) -> Qwen2Tokenizer:
         eos_token=CHAT_MARKS[2],
         pad_token=CHAT_MARKS[0],
         chat_template=CHAT_TEMPLATE,
-        model_max_length=131072,
+        model_max_length=length,
     )
 
 
-def in_chat(texts: Sequence[str]) -> list[str]:
-    """Captions as Z-Image's pipeline gives them to Qwen3."""
-    return [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in texts]
+def in_chat(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str]:
+    """Captions as the pipelines give them to Qwen3: FLUX.2's, whose tokenizer has a length, with an empty thought."""
+    after = "<think>\n\n</think>\n\n" if tokenizer.model_max_length == DEEP_QWEN_LENGTH else ""
+    return [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n{after}" for text in texts]
 
 
 def new_tokenizers(kinds: Sequence[str]) -> list[PreTrainedTokenizerBase]:
-    """Tokenizers of these kinds: "clip" is CLIP-L's, "clip!" is CLIP-G's, which pads with "!", "t5" and "qwen"."""
+    """Tokenizers of these kinds: "clip" is CLIP-L's, "clip!" is CLIP-G's, which pads with "!", "t5".
+
+    "qwen" is Z-Image's; "qwen!" is FLUX.2's, which fills captions up to its length.
+    """
     texts = corpus()
     makers = {"clip": clip_tokenizer, "clip!": lambda texts: clip_tokenizer(texts, pad="!"), "t5": t5_tokenizer}
-    makers["qwen"] = qwen_tokenizer
+    makers |= {"qwen": qwen_tokenizer, "qwen!": lambda texts: qwen_tokenizer(texts, length=DEEP_QWEN_LENGTH)}
     return [makers[kind](texts) for kind in kinds]
 
 
@@ -118,7 +123,7 @@ def load_tokenizers(folder: Path, kinds: Sequence[str]) -> list[PreTrainedTokeni
     tokenizers: list[PreTrainedTokenizerBase] = []
     for number, kind in enumerate(kinds, start=1):
         place = folder / ("tokenizer" if number == 1 else f"tokenizer_{number}")
-        tokenizer_class = {"t5": T5Tokenizer, "qwen": Qwen2Tokenizer}.get(kind, CLIPTokenizer)
+        tokenizer_class = {"t5": T5Tokenizer, "qwen": Qwen2Tokenizer, "qwen!": Qwen2Tokenizer}.get(kind, CLIPTokenizer)
         tokenizers.append(tokenizer_class.from_pretrained(place))
     return tokenizers
 
@@ -126,12 +131,13 @@ def load_tokenizers(folder: Path, kinds: Sequence[str]) -> list[PreTrainedTokeni
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> torch.Tensor:
     """Ids (B, L) as int16, cut or padded to the tokenizer's length: as calling it does, but several times as fast.
 
-    Of Qwen's tokenizer: the captions as messages, padded to `QWEN_LENGTH`.
+    Of Qwen's tokenizer: the captions as messages, padded to `QWEN_LENGTH`, or to the length that FLUX.2's has.
     """
     length = tokenizer.model_max_length
     if isinstance(tokenizer, Qwen2Tokenizer):
-        length = QWEN_LENGTH
-        texts = in_chat(texts)
+        texts = in_chat(tokenizer, texts)
+        if length != DEEP_QWEN_LENGTH:
+            length = QWEN_LENGTH
     end = tokenizer.eos_token_id
     backend = tokenizer.backend_tokenizer
     backend.no_padding()

@@ -76,6 +76,7 @@ QWEN3_4B: Config = {
     "bos_token_id": 151643,
     "eos_token_id": 151645,
 }
+QWEN3_8B: Config = {**QWEN3_4B, "hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
 
 # ---- VAE
 

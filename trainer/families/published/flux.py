@@ -73,8 +73,6 @@ LOOKALIKES = (
     Lookalike("Flux.1 Canny or Depth, which an image controls", "img_in.weight", (3072, 128)),
     Lookalike("Flux.1 Canny or Depth, which an image controls", "x_embedder.weight", (3072, 128)),
     Lookalike("Chroma", "distilled_guidance_layer.in_proj.weight"),
-    Lookalike("Flux.2", "double_stream_modulation_img.lin.weight"),
-    Lookalike("Flux.2", "double_stream_modulation_img.linear.weight"),
 )
 
 # ---- what the configs of a model of this family may say
