@@ -6,11 +6,14 @@ say. What depends on the number of steps is in `trainer.spec.rules.sanity`, whic
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from entrypoint.settings import Settings
 from entrypoint.settings.checks import Notes
+from trainer.base_model import configs
 from trainer.spec.family import BaseModel, Facts
 from trainer.spec.optimizers import OPTIMIZERS
 from trainer.spec.plan import AUTO, Plan
@@ -129,6 +132,29 @@ def _unfit_weights(request: Request) -> str | None:
     if not request.model.caution or request.is_given("MODEL_PATH"):
         return None
     return f"BASE_MODEL={request.plan.model.base} {request.model.caution}."
+
+
+def _distilled_weights(request: Request) -> str | None:
+    """By what the file or the repository is called, or by what the folder's index says: its tensors have no mark."""
+    path = request.settings.model.model_path
+    model = request.model
+    if path is None or not model.distilled_names:
+        return None
+    said_by = "its name"
+    is_distilled = re.search(model.distilled_names, Path(path).name.lower()) is not None
+    index = Path(path) / "model_index.json"
+    if index.is_file():
+        try:
+            is_distilled = configs.read_object(index).get("is_distilled") is True
+            said_by = "its model_index.json"
+        except ValueError:  # reported where the folder is checked
+            return None
+    if not is_distilled:
+        return None
+    return (
+        f"MODEL_PATH={path} is distilled to few steps, by {said_by}. Training undoes that: images become blurred. Fix: "
+        f"the weights of {model.source}, whose LoRAs work on the distilled ones as well."
+    )
 
 
 def _resolution(request: Request) -> str | None:
@@ -339,6 +365,7 @@ ROWS: tuple[Callable[[Request], str | None], ...] = (
     _caption_dropout,
     _tag_dropout,
     _unfit_weights,
+    _distilled_weights,
     _resolution,
     _noise_offset,
     _ema_decay,

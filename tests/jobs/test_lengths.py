@@ -1,15 +1,15 @@
-"""A whole job whose captions and images have many sizes, on the family that reads captions as long as they are."""
+"""Whole jobs whose captions and images have many sizes, on the families that read captions by a language model."""
 
 import shutil
 import signal
 
+import pytest
 from safetensors import safe_open
 
-from tests.support.miniatures import pipeline
+from tests.support.miniatures import base, pipeline
 from trainer.storage.digests import sha256
 
 ASKED = {
-    "BASE_MODEL": "mini-z-image",
     "PARAMS_OPTIMIZER_TYPE": "adamw",
     "PARAMS_LEARNING_RATE": "0.01",
     "PARAMS_BATCH_SIZE": "3",
@@ -20,7 +20,11 @@ ASKED = {
 }
 
 
-def test_photographs_and_captions_of_many_sizes_train_stop_resume_and_are_drawn(job, tmp_path, photographs):
+# Whether a caption's tokens are as many as it has; and the layers of the miniature that get adapters.
+@pytest.mark.parametrize(("name", "varies", "layers"), [("z_image", True, 6 * 7), ("flux2", False, 2 * 12 + 4 * 2)])
+def test_photographs_and_captions_of_many_sizes_train_stop_resume_and_are_drawn(
+    job, tmp_path, photographs, name, varies, layers
+):
     images = tmp_path / "photographs"
     images.mkdir()
     for number, photograph in enumerate(
@@ -28,7 +32,7 @@ def test_photographs_and_captions_of_many_sizes_train_stop_resume_and_are_drawn(
     ):
         shutil.copy(photograph, images / f"{number}.jpg")
         (images / f"{number}.txt").write_text("a photograph of something, seen from one side; " * (number % 4 + 1))
-    asked = {**ASKED, "DATASET_NAME": str(images), "CACHE_PATH": str(tmp_path / "cache")}
+    asked = {**ASKED, "BASE_MODEL": base(name), "DATASET_NAME": str(images), "CACHE_PATH": str(tmp_path / "cache")}
     whole = tmp_path / "whole"
     code, printed = job.run(**asked, OUTPUT_PATH=str(whole))
     assert code == 0 and "Shapes: " in printed, printed
@@ -36,7 +40,7 @@ def test_photographs_and_captions_of_many_sizes_train_stop_resume_and_are_drawn(
     for path in (tmp_path / "cache" / "text").rglob("*.safetensors"):
         with safe_open(path, "pt") as file:
             lengths.add(file.get_slice("tokens").get_shape()[0])
-    assert len(lengths) >= 3 and all(length % 32 == 0 for length in lengths)
+    assert all(length % 32 == 0 for length in lengths) and (len(lengths) >= 3 if varies else len(lengths) == 1)
 
     process = job.start(**asked)
     job.wait_for_step(process, 5)
@@ -49,10 +53,10 @@ def test_photographs_and_captions_of_many_sizes_train_stop_resume_and_are_drawn(
     assert sha256(job.out / "x.safetensors") == sha256(whole / "x.safetensors")
     drawn = sorted(path.name for path in (whole / "sample").glob("step-*.png"))
     assert drawn == [f"step-{step:08}-00.png" for step in (0, 10, 20)]
-    for name in drawn:
-        assert sha256(job.out / "sample" / name) == sha256(whole / "sample" / name)
+    for file in drawn:
+        assert sha256(job.out / "sample" / file) == sha256(whole / "sample" / file)
 
-    pipe = pipeline("z_image")
+    pipe = pipeline(name)
     pipe.load_lora_weights(whole / "x.safetensors")  # raises for a key that it does not know
-    loaded = {name for name, _ in pipe.transformer.named_modules() if name.endswith(".lora_A.default_0")}
-    assert len(loaded) == 6 * 7
+    loaded = {path for path, _ in pipe.transformer.named_modules() if path.endswith(".lora_A.default_0")}
+    assert len(loaded) == layers

@@ -127,7 +127,9 @@ def lookalike(entries: Entries) -> str | None:
     bare = bare_names(entries, "denoiser")
     for name in family_names():
         for other in get_family(name).FACTS.lookalikes:
-            if other.tensor in bare and _fits(bare[other.tensor].shape, other):
+            if other.tensor not in bare or bare.keys() & set(other.lacks):
+                continue
+            if _fits(bare[other.tensor].shape, other):
                 return other.what
     for tensor, what in OTHER_MODELS.items():
         if tensor in entries or tensor in bare:
@@ -214,6 +216,7 @@ CLIP_LAYERS = (
 )
 QWEN3_LAYERS = ("model.layers.0.self_attn.q_norm.weight", "layers.0.self_attn.q_norm.weight")
 QWEN3_TOKENS = ("model.embed_tokens.weight", "embed_tokens.weight")
+QWEN3_NAMES = {1024: "Qwen3-0.6B", 2048: "Qwen3-1.7B", 2560: "Qwen3-4B", 4096: "Qwen3-8B", 5120: "Qwen3-14B"}
 T5_LAYER = "encoder.block.0.layer.0.SelfAttention.q.weight"
 T5_TOKENS = ("shared.weight", "encoder.embed_tokens.weight")
 CLIP_L_WIDTH = 768
@@ -291,7 +294,11 @@ def _size_problem(part: str, bare: Entries, config: Mapping[str, int]) -> str | 
     if part == "qwen3":
         shape = _first_shape(bare, QWEN3_TOKENS)
         if shape is not None and shape[-1] != config["hidden_size"]:
-            return f"is another Qwen3, of width {shape[-1]}; this base model's has {config['hidden_size']}"
+            found, wanted = (QWEN3_NAMES.get(width, "a Qwen3") for width in (shape[-1], config["hidden_size"]))
+            return (
+                f"is {found}, of width {shape[-1]}; this base model reads by {wanted}, of width "
+                f"{config['hidden_size']}. Fix: the file of that one"
+            )
         return None
     tokens = _first_shape(bare, TOKENS)
     if tokens is not None and tokens[-1] != config["hidden_size"]:

@@ -112,6 +112,7 @@ class Lookalike:
     what: str  # for messages
     tensor: str  # that it has, by its original name or by diffusers'
     shape: tuple[int | None, ...] | None = None  # of that tensor; None: any
+    lacks: tuple[str, ...] = ()  # tensors of a third model, which has `tensor` too
 
 
 # ---- base models and families
@@ -143,6 +144,7 @@ class BaseModel:
     aliases: tuple[str, ...] = ()  # further names that people write for it; `source` is one without being listed
     published: Published | None = None  # its configs, for jobs whose weights are local files; None: a miniature
     licence: Licence | None = None  # None: a miniature, which is a part of this program
+    distilled_names: str = ""  # pattern of names, in small letters, that files of a version distilled from it have
     caution: str = ""  # why its own weights are no good start for training, with the fix; for a warning of the plan
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from typing import Any
 
 import pytest
@@ -56,6 +57,32 @@ def test_a_distilled_base_is_warned_of_unless_other_weights_are_named():
     found = warnings(on=LARGE_GPU, BASE_MODEL="z-image-turbo")
     assert "BASE_MODEL=z-image-turbo is distilled" in found and "Fix: BASE_MODEL=z-image, " in found
     assert warnings(on=LARGE_GPU, BASE_MODEL="z-image-turbo", MODEL_PATH="someone/z-image-de-turbo") == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "distilled"),
+    [
+        ("black-forest-labs/FLUX.2-klein-4B", True),
+        ("org/flux-2-klein-9b-fp8", True),
+        ("black-forest-labs/FLUX.2-klein-base-4B", False),
+        ("org/flux-2-klein-base-9b-fp8", False),
+    ],
+)
+def test_distilled_weights_under_the_bases_name_are_warned_of(name, distilled):
+    found = warnings(on=LARGE_GPU, BASE_MODEL="flux2-klein-4b", MODEL_PATH=name)
+    assert (f"MODEL_PATH={name} is distilled to few steps, by its name" in found) == distilled
+    assert ("Fix: the weights of black-forest-labs/FLUX.2-klein-base-4B" in found) == distilled
+    assert "distilled" not in warnings(on=LARGE_GPU, BASE_MODEL="z-image", MODEL_PATH=name)
+
+
+@pytest.mark.parametrize("distilled", [True, False])
+def test_a_folder_says_itself_whether_it_is_distilled(tmp_path, distilled):
+    folder = tmp_path / "flux-2-klein-4b"
+    shutil.copytree(base_models()["mini-flux2"][1].source, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"is_distilled": distilled}))
+    found = warnings(on=LARGE_GPU, BASE_MODEL="flux2-klein-4b", MODEL_PATH=str(folder))
+    assert ("is distilled to few steps, by its model_index.json" in found) == distilled
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

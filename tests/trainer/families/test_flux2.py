@@ -1,6 +1,7 @@
 """FLUX.2's conventions against diffusers: template, statistics, guidance, LoRA files. More: test_contract.py."""
 
 import copy
+import dataclasses
 import json
 import shutil
 
@@ -11,7 +12,11 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from safetensors.torch import save_file
 from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
 
+from entrypoint.dataset_config.manifest import read_manifest
+from entrypoint.planning.plan import make_plan
+from entrypoint.settings.read import read_settings
 from tests.support import models
+from tests.support.machines import HOME, NOW
 from tests.support.miniatures import folder, pipeline
 from trainer.base_model import loading
 from trainer.engine import adapters
@@ -149,6 +154,17 @@ def test_the_schedule_of_a_sample_has_the_shift_of_its_size_and_steps():
     t = torch.linspace(1, 1 / 50, 50)
     shift = torch.tensor(mu).exp()
     torch.testing.assert_close(scheduler.sigmas[:50], shift * t / (1 + (shift - 1) * t))
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize(("base", "gib"), [("flux2-klein-4b", 8.0), ("flux2-klein-9b", 12.0)])
+def test_the_published_models_train_on_home_cards_with_their_encoder_streamed(base, gib, tmp_path):
+    settings = read_settings({"BASE_MODEL": base, "DATASET_NAME": "org/images"})
+    card = dataclasses.replace(HOME, memory_gib=gib)
+    engine = make_plan(settings, read_manifest(None, None), card, now=NOW).engine
+    assert engine.stream_encoders and engine.precision == "fp8"
 
 
 # ---- LoRA files
