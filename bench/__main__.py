@@ -11,7 +11,9 @@ peers: steps of other trainers in the same run
 memory: predicted and measured peaks
 parity: gradients of each precision against bf16
 kernels: the kernels of the 8-bit engine, one by one
+attention: the kernels of attention that torch can choose from
 gpus: a step on one GPU and on several
+nodes: faults on several machines: time to end, to go on, and work lost
 concept: how well a miniature learns in each precision
 job: a full-size model, and whole jobs on it
 reach: all targets of docs/performance.md, on all accelerators
@@ -20,6 +22,7 @@ loading, scan: reading the cache, and scanning a dataset
 layouts: loading models from files of every layout
 state: writing states
 monitor: how much the monitor page slows training, with 20 viewers
+picture: no measurement, but the picture of docs/performance.md, from rows of `peers`
 screenshots: no measurement, but pictures of the monitor page for docs/
 same: no measurement, but the proof that a refactoring changes no result (`make same BASE=<commit>`)
 """
@@ -38,6 +41,7 @@ HELPERS = (
     "browser",
     "cards",
     "full_size",
+    "network",
     "original_names",
     "others",
     "report",

@@ -18,6 +18,7 @@ from entrypoint.system.speeds import SPEEDS
 from trainer.spec import memory_model
 from trainer.spec.family import Facts, Footprint, get_family
 from trainer.spec.memory_model import Strategy, Workload
+from trainer.spec.plan import EnginePlan
 from trainer.spec.strategies import described, memory_mode
 
 # The rows of the tables; `entrypoint.system.speeds` has the figures of more cards.
@@ -25,13 +26,13 @@ SHOWN = (
     *("RTX 3060", "RTX 3090", "RTX 4090", "RTX 5090", "A100 40GB", "L40S", "RTX A6000"),
     *("H100", "H200", "B200", "MI300X", "MI325X"),
 )
+SHAPES = 10
 TITLES = {"flux": "Flux.1, 1280 x 768", "sdxl": "SDXL, 1024 x 1024", "sd3": "SD3 medium, 1024 x 1024"}
 
 
 def chosen(facts: Facts, footprint: Footprint, hardware: Hardware, workload: Workload) -> Strategy:
     """What the planner chooses for a job that leaves everything to `auto`."""
-    captured = hardware.can_capture and not facts.captions_vary
-    compiles = facts.compiles or not captured
+    compiles = facts.compiles or not hardware.can_capture
     candidates = memory_model.candidates(footprint, workload, hardware.auto_precisions)
     allowed: list[Strategy] = []
     for strategy in candidates:
@@ -43,7 +44,7 @@ def chosen(facts: Facts, footprint: Footprint, hardware: Hardware, workload: Wor
         allowed,
         have_gib=hardware.memory_gib,
         host_gib=hardware.host_memory_gib * PINNED_HOST_SHARE,
-        captured=captured,
+        captured=hardware.can_capture,
     )
 
 
@@ -63,6 +64,45 @@ def _fastest(facts: Facts, footprint: Footprint, hardware: Hardware, smallest: W
     return memory_model.fastest_batch(footprint, tried)
 
 
+def _ten_shapes(footprint: Footprint, hardware: Hardware, workload: Workload, one: Strategy) -> Strategy:
+    """`one`, changed as a job changes it whose images have ten shapes, of at most the size of `workload`.
+
+    Each is captured as a CUDA graph of its own. Where steps are not captured, shapes change nothing in the plan.
+    """
+    if not hardware.can_capture or one.offload == "weights":
+        return one
+    plan = EnginePlan(
+        precision=one.precision,
+        recompute=one.recompute,
+        kept_blocks=one.kept_blocks,
+        offload=one.offload,
+        turned_weights=one.transposed,
+        host_gib=hardware.host_memory_gib * PINNED_HOST_SHARE,
+        compile=memory_mode(one.recompute, one.offload).needs_compiler,
+    )
+    changed = memory_model.with_room_for_graphs(
+        footprint, workload, plan, graphs=SHAPES - 1, have_gib=hardware.memory_gib
+    )
+    gib = memory_model.predict_peak_gib(
+        footprint,
+        workload,
+        precision=changed.precision,
+        recompute=changed.recompute,
+        kept_blocks=changed.kept_blocks,
+        offload=changed.offload,
+        transposed=changed.turned_weights,
+    )
+    gib += (SHAPES - 1) * footprint.graph_gib
+    return Strategy(
+        changed.precision,
+        changed.recompute,
+        changed.kept_blocks,
+        changed.offload,
+        gib,
+        transposed=changed.turned_weights,
+    )
+
+
 def _way(strategy: Strategy) -> str:
     copies = ", transposed weight copies" if strategy.transposed else ""
     return f"{described(strategy.recompute, strategy.kept_blocks, strategy.offload)}{copies}"
@@ -79,15 +119,18 @@ def family_rows(family: str) -> list[list[str]]:
         hardware, speed = hardware_of(card), SPEEDS[card]
         strategy = chosen(facts, footprint, hardware, one)
         if not _fits(hardware, strategy):
-            rows.append([card, "does not fit", "", f"{strategy.gib:.1f}", "", "", "", "", ""])
+            rows.append([card, "does not fit", "", f"{strategy.gib:.1f}", *[""] * 7])
             continue
         taken = step_seconds(footprint, one, strategy, speed)
+        many = _ten_shapes(footprint, hardware, one, strategy)
+        taken_many = step_seconds(footprint, one, many, speed)
         workload, faster = _fastest(facts, footprint, hardware, one)
         taken_faster = step_seconds(footprint, workload, faster, speed)
-        assert taken is not None and taken_faster is not None, family
+        assert taken is not None and taken_many is not None and taken_faster is not None, family
+        row = [card, strategy.precision, _way(strategy), f"{strategy.gib:.1f}", f"{taken:.2f}"]
+        row += ["the same" if _way(many) == _way(strategy) else _way(many), f"{taken_many:.2f}"]
         images_s = workload.batch / taken_faster
-        row = [card, strategy.precision, _way(strategy), f"{strategy.gib:.1f}", f"{taken:.2f}", str(workload.batch)]
-        rows.append([*row, _way(faster), f"{faster.gib:.1f}", f"{images_s:.2f}"])
+        rows.append([*row, str(workload.batch), _way(faster), f"{faster.gib:.1f}", f"{images_s:.2f}"])
     return rows
 
 
@@ -98,8 +141,9 @@ def _table(columns: list[str], rows: list[list[str]]) -> str:
 
 def tables() -> str:
     """The tables of docs/performance.md, in Markdown."""
-    columns = ["card", "weights", "batch 1: memory mode", "GiB", "s a step, predicted", "batch of `auto`"]
-    columns += ["its memory mode", "GiB", "images/s, predicted"]
+    columns = ["card", "weights", "batch 1: memory mode", "GiB", "s a step, predicted"]
+    columns += ["with ten shapes: memory mode", "s a step, predicted"]
+    columns += ["batch of `auto`", "its memory mode", "GiB", "images/s, predicted"]
     parts: list[str] = []
     for family, title in TITLES.items():
         parts.append(f"{title}:\n\n{_table(columns, family_rows(family))}")

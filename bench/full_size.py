@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bench import original_names as original
-from bench.step import FLUX, FLUX2, SD3, SDXL, Z_IMAGE
+from bench.step import FLUX, FLUX2, QWEN_IMAGE, SD3, SDXL, Z_IMAGE
 from trainer.base_model import loading
 from trainer.spec.family import get_family
 
@@ -59,6 +59,17 @@ QWEN3 = {
     "rope_theta": 1000000,
     "tie_word_embeddings": True,
 }
+QWEN2_5_VL = {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "rope_theta": 1000000,
+    "rope_scaling": {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"},
+}
+VIDEO_VAE = {"base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
 
 
 # Family → part → its published config. The keys that are missing are the miniature's.
@@ -73,6 +84,11 @@ FULL = {
     },
     "sd3": {"denoiser": SD3, "vae": VAE, "clip_l": {**CLIP, **HEADS}, "clip_g": CLIP_G, "t5": T5},
     "z_image": {"denoiser": Z_IMAGE, "vae": VAE, "qwen3": QWEN3},
+    "qwen_image": {
+        "denoiser": {**QWEN_IMAGE, "in_channels": 64, "out_channels": 16, "joint_attention_dim": 3584},
+        "vae": {**VIDEO_VAE, "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16},
+        "qwen2_5_vl": QWEN2_5_VL,
+    },
 }
 
 

@@ -45,11 +45,12 @@ def step(bench: Bench, engine: Engine, batch: int, workers: Workers, *, number: 
         wait()
         workers.all_agree(True)
     started = time.monotonic()
-    step_totals_5 = workers.mean_gradient(bench.runner.flat_grad, [loss.expand(batch)])
+    losses, times = [loss.expand(batch)], [torch.full((batch,), 0.5, device=DEVICE)]
+    step_totals_T = workers.mean_gradient(bench.runner.flat_grad, losses, times)
     if apart:
         wait()
     seconds = time.monotonic() - started
-    workers.read_totals(step_totals_5, torch.nn.utils.clip_grad_norm_(bench.optimizer_params, 1.0))
+    workers.read_totals(step_totals_T, torch.nn.utils.clip_grad_norm_(bench.optimizer_params, 1.0))
     bench.optimizer.step()
     bench.runner.clear()
     return seconds

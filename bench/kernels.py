@@ -63,11 +63,18 @@ def cases(tokens: int, width: int) -> dict[str, Case]:
     qkv, head = normal(1, tokens, 3 * width), normal(HEAD_DIM)
     angles = torch.randn(tokens, HEAD_DIM, device=DEVICE)  # for cosines and sines
     gradients = [normal(1, tokens, width // HEAD_DIM, HEAD_DIM) for _ in range(3)]
+    rms = (x, vector, None, 0.0, 1e-6)
+    heads = (x[None], head, torch.randn(1, tokens, HEAD_DIM // 2, 2, device=DEVICE))
     return {
         "quantize_rows": (fused_linear.quantize_rows, (x, None, FP8)),
         "norm_rows": (fused_linear.norm_rows, (*norm, FP8, True)),
         "norm_gradient, of one": (fused_linear.norm_gradient, (*norm, x.clone(), None, None, x.clone(), True)),
         "norm_gradient, of two": (fused_linear.norm_gradient, (*norm, x.clone(), x.clone(), None, x.clone(), True)),
+        "norm_rows, RMS": (fused_linear.norm_rows, (*rms, FP8, True)),
+        "norm_gradient, RMS": (fused_linear.norm_gradient, (*rms, x.clone(), x.clone(), x.clone(), x.clone(), True)),
+        "norm_residual": (fused_linear.norm_residual_kernel, (x[None], x.clone()[None], vector, 1e-6)),
+        "swiglu_rows": (fused_linear.swiglu_rows, (hidden, hidden.clone(), FP8, True)),
+        "swiglu_gradient": (fused_linear.swiglu_gradient, (hidden, hidden.clone(), hidden.clone(), True)),
         "gelu_rows": (fused_linear.gelu_rows, (None, hidden, False, FP8, True)),
         "gelu_rows, with left": (fused_linear.gelu_rows, (x, hidden, False, FP8, True)),
         "gelu_rows, GEGLU": (fused_linear.gelu_rows, (None, geglu_y, True, FP8, True)),
@@ -76,6 +83,8 @@ def cases(tokens: int, width: int) -> dict[str, Case]:
         "gelu_gradient, GEGLU": (fused_linear.gelu_gradient, (None, geglu_y, hidden, True, True)),
         "rotate": (rope.rotate, (qkv, head, head, None, None, None, angles, angles, 1e-6)),
         "rotate_gradient": (rope.rotate_gradient, (qkv, head, head, angles, angles, *gradients, 0, 1e-6)),
+        "rotate_heads": (rope.rotate_heads, (*heads, 1e-6)),
+        "rotate_heads_gradient": (rope.rotate_heads_gradient, (*heads, gradients[0], 1e-6)),
     }
 
 

@@ -1,12 +1,18 @@
 """How much the monitor page slows training: a miniature job whose steps are timed with and without viewers.
 
-python -m bench monitor [--viewers 20] [--rounds 12] [--window 8]
+python -m bench monitor [--viewers 20] [--rounds 60] [--window 2.5]
 
 One job trains all the time. In each round it has no viewer for `--window` seconds and then `--viewers` of them, which
-follow every event and get a page of numbers each; or the other way round, in turns. A row is the mean step of each half
-over all rounds, how much slower the second is (the median of the rounds, with the quartiles), and what the server took
-of one core. The viewers are sockets that are read by this process: what they cost is counted, too. Steps of a miniature
-take milliseconds, and it shares the cores with everything here: a worse case than any GPU.
+follow every event and get a page of numbers each; or the other way round, in turns: what else the machine does meets
+both halves alike. A row has, with and without viewers,
+
+- the median step, in milliseconds, and how much slower it is with them: the median of the rounds, and between which
+  bounds that lies with 95 % confidence (by the binomial distribution of the ranks);
+- the same of the time that the trainer's process spends on a core for each step, which other programs do not lengthen;
+- what the server takes of one core.
+
+The viewers are sockets that are read by this process: what they cost is counted, too. Steps of a miniature take
+milliseconds, and it shares the cores with everything here: a worse case than any GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +20,9 @@ from __future__ import annotations
 import argparse
 import bisect
 import contextlib
+import itertools
 import json
+import math
 import os
 import selectors
 import signal
@@ -24,6 +32,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +42,16 @@ from bench.report import Report
 ROOT = Path(__file__).parents[1]
 CONCEPT = ROOT / "trainer/families/miniatures/concept"
 TOKEN = "the-token-of-a-bench"
-SETTLE_S = 1.0  # of each window, not counted: viewers come and go
+SETTLE_S = 0.5  # of each window, not counted: viewers come and go
+LIKELY = 1.96  # standard deviations, for 95 %
 START_S = 300.0
 
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--viewers", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--window", type=float, default=8.0, help="seconds")
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--window", type=float, default=2.5, help="seconds")
     parser.add_argument("--markdown", type=Path)
     flags = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
@@ -55,15 +66,21 @@ def measure(folder: Path, *, viewers: int, rounds: int, window: float) -> dict[s
     out = folder / "output"
     try:
         wait_for(job, lambda: len(step_times(out)) > 20 and server_of(port) is not None)
-        windows: dict[str, list[tuple[float, float]]] = {"without": [], "with": []}
-        seconds_of_core = {"without": 0.0, "with": 0.0}
+        server, trainer = server_of(port), trainer_of(job.pid)
+        if server is None or trainer is None:
+            raise RuntimeError("the job has lost its page or its trainer")
+        seen: dict[str, list[Window]] = {"without": [], "with": []}
         for number in range(rounds):
             order = ("without", "with") if number % 2 == 0 else ("with", "without")
             for kind in order:
-                began, before = time.time(), cpu_seconds(port)
-                watch(port, viewers if kind == "with" else 0, window)
-                windows[kind].append((began + SETTLE_S, time.time()))
-                seconds_of_core[kind] += cpu_seconds(port) - before
+                opened = watch(port, viewers if kind == "with" else 0, SETTLE_S)
+                began, of_server, of_trainer = time.time(), core_seconds(server), core_seconds(trainer)
+                follow(opened, window)
+                ended = time.time()
+                seen[kind].append(
+                    Window(began, ended, core_seconds(server) - of_server, core_seconds(trainer) - of_trainer)
+                )
+                close(opened)
         times = step_times(out)
     finally:
         job.send_signal(signal.SIGTERM)
@@ -71,19 +88,50 @@ def measure(folder: Path, *, viewers: int, rounds: int, window: float) -> dict[s
             job.wait(60)
         job.kill()
         job.wait()
-    means = {kind: [mean_step(times, *each) for each in pairs] for kind, pairs in windows.items()}
-    slower = [100 * (b / a - 1) for a, b in zip(means["without"], means["with"], strict=True)]
-    low, middle, high = statistics.quantiles(slower, n=4)
-    return {
-        "viewers": viewers,
-        "rounds": rounds,
-        "step_ms_without": round(1000 * statistics.mean(means["without"]), 2),
-        "step_ms_with": round(1000 * statistics.mean(means["with"]), 2),
-        "slower_percent": round(middle, 2),
-        "quartiles": [round(low, 2), round(high, 2)],
-        "core_percent_without": round(100 * seconds_of_core["without"] / (rounds * window), 2),
-        "core_percent_with": round(100 * seconds_of_core["with"] / (rounds * window), 2),
-    }
+    row: dict[str, Any] = {"viewers": viewers, "rounds": rounds}
+    row |= compared("step", seen, lambda window: median_step(times, window.began, window.ended))
+    row |= compared("core", seen, lambda window: core_step(times, window))
+    for kind, windows in seen.items():
+        share = sum(window.server_s for window in windows) / sum(window.ended - window.began for window in windows)
+        row[f"server_percent_{kind}"] = round(100 * share, 2)
+    return row
+
+
+@dataclass(frozen=True)
+class Window:
+    """A few seconds of the job, in Unix seconds, and what two processes spent on a core meanwhile."""
+
+    began: float
+    ended: float
+    server_s: float
+    trainer_s: float
+
+
+def compared(what: str, seen: dict[str, list[Window]], measure: Callable[[Window], float]) -> dict[str, Any]:
+    """Medians with and without viewers, in milliseconds, and how much slower it is with them, in percent.
+
+    A round in which other programs have left no time for steps counts for neither half.
+    """
+    values: dict[str, list[float]] = {"without": [], "with": []}
+    for without, watched in zip(seen["without"], seen["with"], strict=True):
+        pair = measure(without), measure(watched)
+        if all(map(math.isfinite, pair)):
+            values["without"].append(pair[0])
+            values["with"].append(pair[1])
+    slower = sorted(100 * (b / a - 1) for a, b in zip(values["without"], values["with"], strict=True))
+    found: dict[str, Any] = {}
+    for kind, measured in values.items():
+        found[f"{what}_ms_{kind}"] = round(1000 * statistics.median(measured), 2)
+    low, high = likely_ranks(len(slower))
+    found[f"{what}_slower_percent"] = round(statistics.median(slower), 2)
+    found[f"{what}_between"] = [round(slower[low], 2), round(slower[high], 2)]
+    return found
+
+
+def likely_ranks(count: int) -> tuple[int, int]:
+    """Places, from 0, between which the median of what `count` sorted values are drawn from lies with 95 %."""
+    half = LIKELY * math.sqrt(count) / 2
+    return max(0, math.floor(count / 2 - half)), min(count - 1, math.ceil(count / 2 + half))
 
 
 def start(folder: Path, port: int) -> subprocess.Popen[bytes]:
@@ -122,30 +170,52 @@ def step_times(out: Path) -> list[float]:
     return [json.loads(line)["time"] for line in lines if line.endswith("}")]
 
 
-def mean_step(times: list[float], began: float, ended: float) -> float:
-    """Seconds of a step between two moments."""
-    first, last = bisect.bisect_left(times, began), bisect.bisect_right(times, ended) - 1
-    return (times[last] - times[first]) / (last - first)
+def median_step(times: list[float], began: float, ended: float) -> float:
+    """Seconds of the median step that ends between two moments; NaN of fewer than two."""
+    inside = times[bisect.bisect_left(times, began) : bisect.bisect_right(times, ended)]
+    if len(inside) < 2:
+        return math.nan
+    return statistics.median(after - before for before, after in itertools.pairwise(inside))
 
 
-def watch(port: int, viewers: int, seconds: float) -> None:
-    """For so many seconds, follow the events with so many connections."""
-    end = time.monotonic() + seconds
+def core_step(times: list[float], window: Window) -> float:
+    """Seconds on a core for each step of a window; NaN where there was none."""
+    count = bisect.bisect_right(times, window.ended) - bisect.bisect_left(times, window.began)
+    return window.trainer_s / count if count else math.nan
+
+
+def watch(port: int, viewers: int, seconds: float) -> dict[socket.socket, int]:
+    """So many connections that follow the events, after so many seconds; and the bytes that each has received."""
     request = f"GET /events HTTP/1.1\r\nHost: bench\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode()
-    with selectors.DefaultSelector() as selector, contextlib.ExitStack() as opened:
-        received: dict[int, int] = {}
-        for _ in range(viewers):
-            connection = opened.enter_context(socket.create_connection(("127.0.0.1", port)))
-            connection.sendall(request)
+    opened = {}
+    for _ in range(viewers):
+        connection = socket.create_connection(("127.0.0.1", port))
+        connection.sendall(request)
+        opened[connection] = 0
+    follow(opened, seconds)
+    return opened
+
+
+def follow(opened: dict[socket.socket, int], seconds: float) -> None:
+    """Read what comes for so many seconds."""
+    end = time.monotonic() + seconds
+    with selectors.DefaultSelector() as selector:
+        for connection in opened:
             selector.register(connection, selectors.EVENT_READ)
-            received[connection.fileno()] = 0
-        while time.monotonic() < end:
-            for key, _ in selector.select(0.2) if viewers else []:
-                received[key.fd] += len(os.read(key.fd, 1 << 16))
-            if not viewers:
-                time.sleep(0.2)
-    if any(count < 1000 for count in received.values()):
-        raise RuntimeError(f"a viewer was not served: {sorted(received.values())}")
+        while (left := end - time.monotonic()) > 0:
+            if not opened:
+                time.sleep(left)
+            for key, _ in selector.select(left):
+                assert isinstance(key.fileobj, socket.socket)
+                opened[key.fileobj] += len(key.fileobj.recv(1 << 16))
+
+
+def close(opened: dict[socket.socket, int]) -> None:
+    """Raises RuntimeError where one was not served."""
+    for connection in opened:
+        connection.close()
+    if not all(opened.values()):
+        raise RuntimeError(f"a viewer was not served: {sorted(opened.values())}")
 
 
 def server_of(port: int) -> int | None:
@@ -164,7 +234,27 @@ def server_of(port: int) -> int | None:
     return None
 
 
-def cpu_seconds(port: int) -> float:
-    """What the server has taken of the cores so far."""
-    fields = Path(f"/proc/{server_of(port)}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def trainer_of(job: int) -> int | None:
+    """The process that trains, among those that the process `job` and its children have started."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    for process in parents:
+        above = process
+        while above in parents and above != job:
+            above = parents[above]
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+            if above == job and b"trainer" in words:
+                return process
+    return None
+
+
+def core_seconds(process: int) -> float:
+    """What all threads of a process have spent on cores so far."""
+    total = 0
+    for path in Path(f"/proc/{process}/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # a thread that has ended
+            total += int(path.read_text().split()[0])
+    return total / 1e9

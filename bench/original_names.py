@@ -167,6 +167,39 @@ def flux2_original(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return out
 
 
+def wan_vae(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A VAE of videos as Wan-Video/Wan2.1 names it, and as ComfyUI's file of Qwen-Image's VAE does: by places in lists.
+
+    A level of the decoder has three residual blocks, and all but the last an upsampler.
+    """
+    blocks = (
+        (r"(en|de)coder\.mid_block\.resnets\.(\d)", lambda m: f"{m[1]}coder.middle.{2 * int(m[2])}"),
+        (r"(en|de)coder\.mid_block\.attentions\.0", lambda m: f"{m[1]}coder.middle.1"),
+        (r"encoder\.down_blocks\.(\d+)", lambda m: f"encoder.downsamples.{m[1]}"),
+        (r"decoder\.up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"decoder.upsamples.{4 * int(m[1]) + int(m[2])}"),
+        (r"decoder\.up_blocks\.(\d)\.upsamplers\.0", lambda m: f"decoder.upsamples.{4 * int(m[1]) + 3}"),
+    )
+    layers = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6"}
+    layers["conv_shortcut"] = "shortcut"
+    ends = {"conv_in": "conv1", "norm_out": "head.0", "conv_out": "head.2"}
+    out = {}
+    for ours, tensor in state.items():
+        theirs = ours
+        for pattern, place in blocks:
+            theirs, found = re.subn(rf"^{pattern}", place, theirs)
+            if found:
+                break
+        path, _, kind = theirs.rpartition(".")
+        above, _, layer = path.rpartition(".")
+        if theirs != ours and layer in layers:
+            path = f"{above}.{layers[layer]}"
+        elif layer in ends:
+            path = f"{above}.{ends[layer]}"
+        path = {"quant_conv": "conv1", "post_quant_conv": "conv2"}.get(path, path)
+        out[f"{path}.{kind}"] = tensor
+    return out
+
+
 def sdxl_original(state: dict[str, torch.Tensor], *, per_level: int) -> dict[str, torch.Tensor]:
     """As Stability-AI/generative-models names them, by their place in a list; `per_level` resnets to a level."""
     down, up = per_level + 1, per_level + 1
@@ -256,28 +289,34 @@ def denoiser(name: str, state: dict[str, torch.Tensor], config: dict[str, Any]) 
     """A denoiser's tensors under their original names. `config`: of diffusers' model."""
     if name == "sdxl":
         return sdxl_original(state, per_level=config["layers_per_block"])
+    if name == "qwen_image":
+        return dict(state)
     originals = {"flux": flux_original, "flux2": flux2_original, "sd3": sd3_original, "z_image": z_image_original}
     return originals[name](state)
 
 
 def whole_file(name: str, parts: dict[str, dict[str, torch.Tensor]], config: dict[str, Any]) -> dict[str, torch.Tensor]:
     """A whole model in one file: each part (a key of `trainer.spec.family.PREFIXES`) from diffusers' names."""
-    found = {"denoiser": denoiser(name, parts["denoiser"], config), "vae": vae_original(parts["vae"])}
+    vae = wan_vae if name == "qwen_image" else vae_original
+    found = {"denoiser": denoiser(name, parts["denoiser"], config), "vae": vae(parts["vae"])}
     if "clip_l" in parts:
         found["clip_l"] = hugging_face(parts["clip_l"])
     if "qwen3" in parts:
         found["qwen3"] = under("model.", parts["qwen3"])
+    if "qwen2_5_vl" in parts:
+        found["qwen2_5_vl"] = parts["qwen2_5_vl"]
     if "clip_g" in parts:
         found["clip_g"] = open_clip(parts["clip_g"]) if name == "sdxl" else hugging_face(parts["clip_g"])
     if "t5" in parts:
         found["t5"] = parts["t5"]
     prefixes = {
         "denoiser": "model.diffusion_model.",
-        "vae": "vae." if name in ("flux", "flux2", "z_image") else "first_stage_model.",
+        "vae": "vae." if name in ("flux", "flux2", "z_image", "qwen_image") else "first_stage_model.",
         "clip_l": "conditioner.embedders.0.transformer." if name == "sdxl" else "text_encoders.clip_l.transformer.",
         "clip_g": "conditioner.embedders.1.model." if name == "sdxl" else "text_encoders.clip_g.transformer.",
         "t5": "text_encoders.t5xxl.transformer.",
         "qwen3": "text_encoders.qwen3_4b.transformer.",
+        "qwen2_5_vl": "text_encoders.qwen25_7b.transformer.",
     }
     return {k: v for part, state in found.items() for k, v in under(prefixes[part], state).items()}
 
@@ -335,6 +374,19 @@ def flux2_files(folder: Path, dtype: torch.dtype) -> dict[str, str]:
         ),
         "VAE_PATH": ("flux2-vae.safetensors", vae_original(weights(own / "vae"))),
         "TEXT_ENCODER_PATH": ("qwen_3_4b.safetensors", under("model.", weights(own / "text_encoder"))),
+    }
+    for name, state in parts.values():
+        save_file(under("", state), folder / name)
+    return {variable: str(folder / name) for variable, (name, _) in parts.items()}
+
+
+def qwen_image_files(folder: Path, dtype: torch.dtype) -> dict[str, str]:
+    """The three files that users of Qwen-Image have, and the variables that name them."""
+    own = miniature("qwen_image")
+    parts = {
+        "MODEL_PATH": ("qwen_image_bf16.safetensors", {k: v.to(dtype) for k, v in original("qwen_image").items()}),
+        "VAE_PATH": ("qwen_image_vae.safetensors", wan_vae(weights(own / "vae"))),
+        "TEXT_ENCODER_PATH": ("qwen_2.5_vl_7b.safetensors", weights(own / "text_encoder")),
     }
     for name, state in parts.values():
         save_file(under("", state), folder / name)

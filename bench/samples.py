@@ -81,7 +81,7 @@ def main(arguments: list[str]) -> None:
     family = asked.family
     plan = shapes.default_plan(family, asked.limit, 1, dict(s.split("=", 1) for s in asked.settings))
     side = 256 if asked.small else 1024
-    epoch = shapes.epoch_of(2, 1, side=side)
+    epoch = shapes.epoch_of(2, 1, sides=(side,))
     job = shapes.Job(plan, epoch, small=asked.small)
     generator = torch.Generator().manual_seed(0)
     made = [shapes.micro_batch(plan, each, generator) for each in epoch]

@@ -2,11 +2,13 @@
 
     python -m bench shapes --family flux --limit 23
     python -m bench shapes --family sdxl --limit 8 --batch 4 --shapes 1,10
+    python -m bench shapes --family sd3 --limit 12 --sides 512,768,1024 --masks
 
 A full-size denoiser with random weights, under a cap of the device's memory, as `auto` plans it for the default
 settings (Prodigy, rank 32) and the default dataset.json; rehearsed and trained by the job's own code. The sizes are
-those of its buckets around 1024 x 1024, nearest to the square first. With `--batch` above 1, the last batch of each
-bucket has fewer images, so that each shape comes in two sizes.
+those of its buckets around 1024 x 1024 (or around each of `--sides`, as with several resolutions), nearest to the
+square first. With `--batch` above 1, the last batch of each bucket has fewer images, so that each shape comes in two
+sizes. `--masks`: every second image weighs its loss by a mask, so that each shape comes with one and without.
 
 `step_s`: mean seconds of a step after the first epoch. `against_one`: that, for as many tokens, divided by the same of
 one shape. `before_s`: seconds of the rehearsal and the first epoch, less those of as many usual
@@ -20,7 +22,8 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -61,7 +64,8 @@ GIB = 2**30
 
 def shapes(count: int, *, side: int = 1024) -> list[tuple[int, int]]:
     """Widths and heights of the default dataset.json's buckets, nearest to the square first."""
-    found = bucket_sizes((side, side), smallest=side // 4, largest=2 * side, step=side // 16)
+    step = 64 if side >= 512 else 16
+    found = bucket_sizes((side, side), smallest=side // 4, largest=2 * side, step=step)
     return sorted(found, key=lambda size: (abs(math.log(size[0] / size[1])), size))[:count]
 
 
@@ -79,15 +83,20 @@ def default_plan(family: str, limit: float | None, batch: int, settings: dict[st
     return make_plan(read_settings(asked), read_manifest(None, None), detect(), now=now)
 
 
-def epoch_of(count: int, batch: int, *, side: int = 1024, images: int = 2) -> list[Batch]:
-    """An epoch: `images` batches of each of `count` shapes; with a `batch` above 1, one with half as many images."""
+def epoch_of(count: int, batch: int, *, sides: Sequence[int] = (1024,), masks: bool = False) -> list[Batch]:
+    """An epoch: two batches of each of `count` shapes around each side; with a `batch` above 1, a smaller one too.
+
+    `masks`: one of the two has them.
+    """
     epoch: list[Batch] = []
-    for number, size in enumerate(shapes(count, side=side)):
-        record = ImageRecord(f"{number}.png", Path(), "", *size, dataset=0, subset=0, caption="")
-        example = Example(record, View(size, size, (0, 0)), "")
-        epoch += [(example,) * batch] * images
-        if batch > 1:
-            epoch.append((example,) * (batch // 2))
+    for side in sides:
+        for number, size in enumerate(shapes(count, side=side)):
+            record = ImageRecord(f"{number}.png", Path(), "", *size, dataset=0, subset=0, caption="")
+            example = Example(record, View(size, size, (0, 0)), "")
+            masked = replace(example, image=replace(record, mask_sha256="alpha" if masks else None))
+            epoch += [(example,) * batch, (masked,) * batch]
+            if batch > 1:
+                epoch.append((example,) * (batch // 2))
     return epoch
 
 
@@ -105,7 +114,10 @@ def micro_batch(plan: Plan, batch: Batch, generator: torch.Generator) -> MicroBa
     moments_B2CHW = torch.cat([normal(count, steps.CHANNELS[family], height // 8, width // 8)] * 2, dim=1)
     text = {"tokens": normal(count, length, features).to(dtype), "pooled": normal(count, pooled).to(dtype)}
     geometry_B6 = torch.tensor([[height, width, 0, 0, height, width]] * count, dtype=torch.float32)
-    made = MicroBatch(moments_B2CHW, text, geometry_B6, None, torch.ones(count), ("random",) * count)
+    mask_B1HW = None
+    if sizes.size_of(batch)[-1]:
+        mask_B1HW = torch.rand(count, 1, *moments_B2CHW.shape[2:], generator=generator)
+    made = MicroBatch(moments_B2CHW, text, geometry_B6, mask_B1HW, torch.ones(count), ("random",) * count)
     return made.each(torch.Tensor.pin_memory) if torch.cuda.is_available() else made
 
 
@@ -211,12 +223,11 @@ class Job:
             yield time.monotonic()
 
 
-def measure(plan: Plan, count: int, batch: int, *, small: bool = False) -> dict[str, Any]:
+def measure(plan: Plan, count: int, epoch: list[Batch], *, small: bool = False) -> dict[str, Any]:
     """The row of one number of shapes."""
     row: dict[str, Any] = {"shapes": count, "sizes": 0}
     torch.compiler.reset()
     steps.free()
-    epoch = epoch_of(count, batch, side=256 if small else 1024)
     generator = torch.Generator().manual_seed(0)
     by_size: dict[sizes.StepSize, MicroBatch] = {}
     for each in sizes.one_of_each_size(epoch):
@@ -257,15 +268,19 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--limit", type=float, help="cap of the device's memory, in GiB")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--shapes", default="1,10,20", help="how many, with commas")
+    parser.add_argument("--sides", default="1024", help="of the square that buckets are made around, with commas")
+    parser.add_argument("--masks", action="store_true")
     parser.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="of the job, such as PARAMS_PRECISION=bf16")
     asked = parser.parse_intermixed_args(arguments)
     counts = [int(count) for count in asked.shapes.split(",")]
+    sides = [int(side) // (4 if asked.small else 1) for side in asked.sides.split(",")]
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     plan = default_plan(asked.family, asked.limit, asked.batch, dict(s.split("=", 1) for s in asked.settings))
     report = Report(f"{asked.family}: many shapes, {asked.limit or 'all'} GiB, batch {asked.batch}", asked.markdown)
     one_s: float | None = None
     for count in counts:
-        row = measure(plan, count, asked.batch, small=asked.small)
+        epoch = epoch_of(count, asked.batch, sides=sides, masks=asked.masks)
+        row = measure(plan, count, epoch, small=asked.small)
         if count == 1:
             one_s = row.get("s_per_kilotoken")
         if one_s and "s_per_kilotoken" in row:

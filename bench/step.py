@@ -51,14 +51,13 @@ RANK = 16
 GIB = 2**30
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Width and height in pixels.
-SIZES = {"flux": (1280, 768), "sdxl": (1024, 1024), "sd3": (1024, 1024), "z_image": (1024, 1024)}
-SIZES["flux2"] = (1024, 1024)
+SIZES = {"flux": (1280, 768)} | dict.fromkeys(("flux2", "sdxl", "sd3", "z_image", "qwen_image"), (1024, 1024))
 # Of a caption: tokens, features of a token, features of the pooled text.
 TEXT = {"flux": (512, 4096, 768), "sdxl": (77, 2048, 1280), "sd3": (333, 4096, 2048), "z_image": (128, 2560, 1)}
-TEXT["flux2"] = (512, 7680, 1)
+TEXT |= {"flux2": (512, 7680, 1), "qwen_image": (128, 3584, 1)}
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}  # of activations; bf16 in all other precisions
 OFFLOADS = {"host": "activations", "weights": "weights"}  # by WORD
-CHANNELS = {"flux": 16, "flux2": 32, "sdxl": 4, "sd3": 16, "z_image": 16}  # of latents
+CHANNELS = {"flux": 16, "flux2": 32, "sdxl": 4, "sd3": 16, "z_image": 16, "qwen_image": 16}  # of latents
 SEED_OF_WEIGHTS = 0
 SEED_OF_ADAPTERS = 1
 # What the published models differ in from the defaults of diffusers' classes.
@@ -101,6 +100,7 @@ FLUX2 = {
     "joint_attention_dim": 7680,
     "guidance_embeds": False,
 }
+QWEN_IMAGE = {"num_layers": 60, "num_attention_heads": 24, "attention_head_dim": 128, "axes_dims_rope": (16, 56, 56)}
 
 # With --small: a few narrow blocks of each class.
 SMALL: dict[str, dict[str, Any]] = {
@@ -113,6 +113,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "attention_head_dim": (1, 2, 4),
     },
     "z_image": {"dim": 256, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2},
+    "qwen_image": {"num_layers": 2, "num_attention_heads": 2},
 }
 
 
@@ -133,6 +134,7 @@ def denoiser(name: str, *, small: bool = False) -> Any:
     from diffusers import (
         Flux2Transformer2DModel,
         FluxTransformer2DModel,
+        QwenImageTransformer2DModel,
         SD3Transformer2DModel,
         UNet2DConditionModel,
         ZImageTransformer2DModel,
@@ -148,6 +150,8 @@ def denoiser(name: str, *, small: bool = False) -> Any:
             model = SD3Transformer2DModel(**SD3 | changes)
         elif name == "z_image":
             model = ZImageTransformer2DModel(**Z_IMAGE | changes)
+        elif name == "qwen_image":
+            model = QwenImageTransformer2DModel(**QWEN_IMAGE | changes)
         else:
             model = UNet2DConditionModel(**SDXL | changes)
     return model.requires_grad_(False).train()

@@ -55,7 +55,8 @@ log = logging.getLogger(__name__)
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "kiln"  # noqa: PTH111 (never raises)
 SEED = 42  # the default of --seed, as of PARAMS_SEED
 MAX_SEED = 2**32 - 1
-PARTS = [part for part in OPTIONS if part != "denoiser"]  # those with an option of their own
+# Option → the part that it names: of several that share one, the last stands for the one that the family has.
+PARTS = {option: part for part, option in OPTIONS.items() if part != "denoiser"}
 
 
 def sample_command(arguments: list[str]) -> int:
@@ -78,9 +79,9 @@ def sample_command(arguments: list[str]) -> int:
         metavar="MODEL|FOLDER",
         help="if --base is a file: the value of BASE_MODEL, or a folder, that has what no file holds",
     )
-    for part in PARTS:
+    for option, part in PARTS.items():
         parser.add_argument(
-            OPTIONS[part], dest=part, metavar="FILE", help="this part of the model from a file or folder of its own"
+            option, dest=part, metavar="FILE", help="this part of the model from a file or folder of its own"
         )
     parser.add_argument(
         "--max-token-length",
@@ -292,7 +293,7 @@ def _max_token_length(asked: int | None, lora_paths: Sequence[Path], facts: Fact
 
 def _find_base(options: argparse.Namespace, lora_paths: Sequence[tuple[Path, float]]) -> NamedBase:
     """The base model by --base and the options for its parts."""
-    parts = {part: getattr(options, part) for part in PARTS if getattr(options, part) is not None}
+    parts = {part: getattr(options, part) for part in PARTS.values() if getattr(options, part) is not None}
 
     def lora_family() -> str | None:
         return read_family(lora_paths[0][0], None)[0] if lora_paths else None

@@ -24,11 +24,12 @@ from trainer.engine.quantization.frozen_linear import FrozenLinear, freeze
 from trainer.spec.family import BaseModel, Family, get_family
 from trainer.spec.weight_formats import supported_formats
 
-FAMILIES = ("flux", "sd3", "sdxl")
+FAMILIES = ("flux", "sd3", "sdxl", "z_image")
 SHALLOW: dict[str, dict[str, Any]] = {
     "flux": {"num_layers": 1, "num_single_layers": 1},
     "sd3": {"num_layers": 3},  # the last block has no text output; of SD3.5 medium, the first has a second attention
     "sdxl": {"transformer_layers_per_block": [1, 1, 1]},
+    "z_image": {"n_layers": 1, "n_refiner_layers": 1},
 }
 BATCH = 2
 FORMATS = ("fp8", "int8", "int8-storage", "fp8-storage")  # those whose arithmetic has kernels of ours
@@ -54,13 +55,14 @@ def all_cases() -> list[Case]:
     return cases + [Case("flux", "flux", "fp8", rank=rank) for rank in (4, 64, 128)]
 
 
-# Every kernel, and the widest rows: those of Flux.1; GEGLU in SDXL.
+# Every kernel, and the widest rows: those of Flux.1; GEGLU in SDXL; RMSNorm and SwiGLU in Z-Image.
 SAMPLE = (
     Case("flux", "flux", "fp8"),
     Case("flux", "flux", "fp8", rank=128),
     Case("flux", "flux", "int8"),
     Case("flux", "flux", "int8-storage"),
     Case("sdxl", "sdxl", "fp8"),
+    Case("z_image", "z-image", "fp8"),
 )
 
 
@@ -184,7 +186,11 @@ def _step(family: Family, model: Any, case: Case) -> None:
         return torch.empty(shape, device="meta", dtype=dtype)
 
     noisy = empty(BATCH, step.CHANNELS[case.family], height // 8, width // 8, dtype=torch.float32).requires_grad_()
-    text = {"tokens": empty(BATCH, length, features), "pooled": empty(BATCH, pooled_features)}
+    text = {
+        "tokens": empty(BATCH, length, features),
+        "pooled": empty(BATCH, pooled_features),
+        "real": empty(BATCH, length, dtype=torch.bool),
+    }
     t = empty(BATCH, dtype=torch.float32)
     geometry = empty(BATCH, 6, dtype=torch.float32)
     with AdapterCast(model, torch.bfloat16)():
@@ -198,7 +204,9 @@ def _self_test(dtype: torch.dtype) -> None:
 
     comparisons = (
         self_test._norm_comparisons(normal, dtype),
+        self_test._rms_comparisons(normal, dtype),
         self_test._gelu_comparisons(normal, dtype),
+        self_test._swiglu_comparisons(normal, dtype),
         self_test._rope_comparisons(normal),
     )
     for comparison in comparisons:

@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction, MockTensor
 
 ALIGNMENT = 16  # bytes of an address, or of an integer: Triton compiles its multiples, and 1, separately
 LAUNCH = JITFunction.run
-KERNEL_MODULES = ("norm_gelu_triton", "quantize_triton", "rope_triton")
+KERNEL_MODULES = ("norm_gelu_triton", "quantize_triton", "rope_triton", "swiglu_triton")
 FP8 = ("float8_e4m3fn", "float8_e4m3fnuz")
 
 

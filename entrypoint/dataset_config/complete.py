@@ -21,7 +21,12 @@ from trainer.spec.values import show
 # Pixels. With a shorter side, the default limits of buckets (256 to 1024, in steps of 64) leave hardly a bucket.
 MIN_SIDE_FOR_DEFAULT_BUCKETS = 512
 NO_SOURCE = Source("", "")
-SOURCE_WORDS = {"hub": "a dataset of the Hub", "folder": "a folder", "archive": "an archive"}
+SOURCE_WORDS = {
+    "hub": "a dataset of the Hub",
+    "folder": "a folder",
+    "archive": "an archive",
+    "bucket": "files in a bucket",
+}
 
 
 def complete_datasets(
@@ -142,6 +147,7 @@ def _complete_subset(
         repeats_chosen=settings.num_repeats is not None or subset.repeats_chosen,
         trigger_word=trigger_word or None,
         caption_dropout_rate=dropout_rate,
+        caption_prompt=subset.caption_prompt or settings.caption_prompt,
     )
 
 

@@ -75,6 +75,8 @@ SHARED_KEYS = {
     "random_crop": _FLAG,
     "caption_extension": _TEXT,
     "class_tokens": _TEXT,
+    "auto_caption": _FLAG,
+    "caption_prompt": _TEXT,
     "trigger_word": _TEXT,  # "": none, whatever TRIGGER_WORD is
 }
 # Of a subset alone: where its images come from (LOCATION_KEYS, HUB_KEYS, COLUMN_KEYS, CLASS_KEYS), and what they are

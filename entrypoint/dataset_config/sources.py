@@ -22,9 +22,8 @@ HUB_ID = re.compile(r"(\w[\w.-]{0,95}/)?\w[\w.-]{0,95}", re.ASCII)  # org/name, 
 AT_REVISION = re.compile(rf"({HUB_ID.pattern})@([\w./-]+)", re.ASCII)
 WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
+BUCKETS = ("s3", "gs", "gcs", "az", "azure")  # schemes of addresses in buckets
 SHARING_HOSTS = {  # services whose links open a page in a browser and give programs no file
-    "drive.google.com": "Google Drive",
-    "docs.google.com": "Google Drive",
     "photos.app.goo.gl": "Google Photos",
     "photos.google.com": "Google Photos",
     "onedrive.live.com": "OneDrive",
@@ -44,7 +43,7 @@ MOST_NEAR = 3  # names of folders that a message suggests
 class Place:
     """Where images are."""
 
-    kind: str  # folder | archive | hub
+    kind: str  # folder | archive | bucket | hub
     location: str  # absolute path, URL or Hub id
     revision: str | None = None  # of the Hub dataset, where its name has one
     note: str | None = None  # how the name was understood, if not as it is written
@@ -210,11 +209,13 @@ def _archive_url(location: str) -> Place:
     url = urlsplit(location)
     shown = show(public(location))
     host = (url.hostname or "").lower()
-    if url.scheme.lower() not in ("http", "https") or not url.hostname:
+    if url.scheme.lower() not in ("http", "https", *BUCKETS) or not url.hostname:
         raise ValueError(
-            f"{shown} cannot be downloaded. Allowed: http and https URLs. Fix: download it, and "
-            "name the folder or the archive"
+            f"{shown} cannot be downloaded. Allowed: http and https URLs, s3://, gs:// and az://. Fix: download it, "
+            "and name the folder or the archive"
         )
+    if url.scheme.lower() in BUCKETS and url.hostname:
+        return _in_bucket(location)
     if url.username or url.password:
         raise ValueError("a URL with a password in it would end up in plan.json. Fix: download the archive yourself")
     if host in SHARING_HOSTS:
@@ -224,13 +225,18 @@ def _archive_url(location: str) -> Place:
         )
     if OTHER_ARCHIVES.search(url.path) and not url.path.lower().endswith(ARCHIVES):
         raise ValueError(_other_archive(public(location)))
-    if host.endswith("dropbox.com") and "dl=0" in url.query:
-        return Place(
-            "archive",
-            location.replace("dl=0", "dl=1"),
-            note="the Dropbox link is read with dl=1, which gives the file itself",
-        )
     if host == "github.com" and "/blob/" in url.path:
         raw = location.replace("/blob/", "/raw/", 1)
         return Place("archive", raw, note=f"the GitHub page is read as its file, {public(raw)}")
     return Place("archive", location)
+
+
+def _in_bucket(location: str) -> Place:
+    """An archive in a bucket, or all files below a name in it."""
+    if re.search(r"[?#@]", location):
+        raise ValueError(f"{show(public(location))} has more than a bucket and a path. Fix: keys go into variables")
+    if location.lower().endswith(ARCHIVES):
+        return Place("archive", location)
+    if OTHER_ARCHIVES.search(location):
+        raise ValueError(_other_archive(location))
+    return Place("bucket", location)

@@ -12,25 +12,28 @@ import json
 import logging
 import os
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from entrypoint.dataset_config.sources import ARCHIVES, no_such_folder
-from entrypoint.fetch import archive, http, hub, hub_choice, hub_folder, hub_rows, local_weights, public_addresses
+from entrypoint.fetch import archive, http, hub, local_weights
+from entrypoint.fetch.doors import folders, service
+from entrypoint.fetch.doors.keys import NO_KEYS, Keys
+from entrypoint.fetch.doors.offer import Offer, refusal
 from entrypoint.fetch.http import RetryPolicy
+from entrypoint.fetch.hub_dataset import hub_choice, hub_folder, hub_rows
+from entrypoint.system import public_addresses
 from trainer.base_model import model_folder, without_weights
 from trainer.network import addresses
 from trainer.spec.errors import DataError, GatedError, SettingsError, UnreachableError
 from trainer.spec.family import Facts, get_family
 from trainer.spec.plan import ModelPlan, Source
-from trainer.spec.values import as_integer, printable, some
+from trainer.spec.values import printable, some
 from trainer.storage.atomic import human_size
 from trainer.storage.folders import build_folder, completed, locked, naming, read_json, storage_error, write_text
 from trainer.storage.read import open_regular, special_kind
-from trainer.storage.safe_names import is_safe
 
 if TYPE_CHECKING:
     import httpx
@@ -99,13 +102,15 @@ def fetch_source(
     *,
     cache: Path,
     token: str | None,
+    keys: Keys = NO_KEYS,
     hub_cache: Path | None = None,
     retries: RetryPolicy = http.USUAL,
 ) -> Source:
     """`source` with `path` filled in (and `commit`, if it is from the Hub): a folder of image files.
 
-    Archives and Hub datasets become folders in `cache`/datasets, named by their content, so that the next run finds
-    them. Raises SettingsError, DataError (no or dangerous content), GatedError, UnreachableError, StorageError.
+    Archives, Hub datasets and what is in buckets become folders in `cache`/datasets, named by their content, so that
+    the next run finds them. `token`: the Hub's; `keys`: those of other services. Raises SettingsError, DataError (no or
+    dangerous content), GatedError, UnreachableError, StorageError.
     """
     if source.kind == "generated":
         return source  # the trainer draws these images
@@ -113,7 +118,11 @@ def fetch_source(
         return replace(source, path=str(local_folder(source)))
     with naming("CACHE_PATH"):
         if source.kind == "archive":
-            return replace(source, path=str(_archive_folder(source, cache=cache, token=token, retries=retries)))
+            keys = replace(keys, hub=token)
+            return replace(source, path=str(_archive_folder(source, cache=cache, keys=keys, retries=retries)))
+        if source.kind == "bucket":
+            folder = folders.bring(named(source), source.location, keys, cache=cache, retries=retries)
+            return replace(source, path=str(folder))
         return _hub_dataset(source, cache=cache, token=token, hub_cache=hub_cache, retries=retries)
 
 
@@ -171,7 +180,8 @@ def named(source: Source) -> str:
 
 
 def is_url(source: Source) -> bool:
-    return source.location.lower().startswith(("http://", "https://"))
+    """Whether it is an address, of whichever service: local paths begin with a slash."""
+    return "://" in source.location
 
 
 def local_model(model: ModelPlan) -> Path | None:
@@ -314,9 +324,9 @@ def _log_hub_dataset(name: str, commit: str, facts: dict[str, Any]) -> None:
         logger.warning("%s: %s", name, note)
 
 
-def _archive_folder(source: Source, *, cache: Path, token: str | None, retries: RetryPolicy) -> Path:
+def _archive_folder(source: Source, *, cache: Path, keys: Keys, retries: RetryPolicy) -> Path:
     if is_url(source):
-        folder = _downloaded_archive(source, cache=cache, token=token, retries=retries)
+        folder = _downloaded_archive(source, cache=cache, keys=keys, retries=retries)
     else:
         path = local_archive(source)
         try:
@@ -364,24 +374,21 @@ def known_download(source: Source, cache: Path) -> Path | None:
 
 
 def _download_place(source: Source, cache: Path) -> Path:
-    return cache / "downloads" / hashlib.sha256(source.location.encode()).hexdigest()[:16]
+    return cache / "downloads" / hashlib.sha256(service.identity(source.location).encode()).hexdigest()[:16]
 
 
-def _downloaded_archive(source: Source, *, cache: Path, token: str | None, retries: RetryPolicy) -> Path:
+def _downloaded_archive(source: Source, *, cache: Path, keys: Keys, retries: RetryPolicy) -> Path:
     """The folder of a remote archive, downloaded unless the server says that it has not changed."""
     from trainer.network.client import open_client
 
-    url, name = source.location, PurePosixPath(urlsplit(source.location).path).name
-    if not is_safe(name):
-        name = "archive"
     place = _download_place(source, cache)
     with locked(place / "lock"), open_client(timeout=retries.timeout) as client:
         folder = known_download(source, cache)
         version = (read_json(place / "known.json") or {}).get("version")
         try:
             policy = replace(retries, budget=min(SHORT_BUDGET_S, retries.budget)) if folder else retries
-            remote = remote_archive(client, source, token=token, retries=policy)
-        except UnreachableError as problem:
+            remote = remote_archive(source, keys, retries=policy)
+        except (UnreachableError, GatedError) as problem:
             if folder is None:
                 raise
             logger.warning("%s Using what was downloaded before.", problem)
@@ -394,10 +401,11 @@ def _downloaded_archive(source: Source, *, cache: Path, token: str | None, retri
                 continue
             if other != part or remote.version is None:  # it belongs to another version
                 other.unlink()
-        limits: dict[str, Any] = {"most": archive.USUAL.total, "version": remote.version}
-        job = http.Download(
-            url, place / "whole" / name, part, addresses.shown(url), remote.headers, remote.size, **limits
-        )
+        stated = None if remote.digest else remote.version
+        limits: dict[str, Any] = {"most": archive.USUAL.total, "version": stated, "digest": remote.digest}
+        shown = addresses.shown(source.location)
+        whole = place / "whole" / remote.name
+        job = http.Download(remote.url, whole, part, shown, remote.headers, remote.size, **limits)
         digest = http.download(client, job, retries=retries, refuse=partial(_refuse_address, source))
         folder = _unpacked(job.path, digest, cache)
         job.path.unlink()
@@ -405,52 +413,10 @@ def _downloaded_archive(source: Source, *, cache: Path, token: str | None, retri
     return folder
 
 
-@dataclass(frozen=True)
-class RemoteArchive:
-    """What a server says about a file. `version` (ETag or date) changes with its content; None: the server gives
-    none.
-    """
-
-    size: int | None  # bytes
-    version: str | None
-    headers: dict[str, str] = field(repr=False)  # of the request; may hold a token
-
-
-def remote_archive(client: httpx.Client, source: Source, *, token: str | None, retries: RetryPolicy) -> RemoteArchive:
-    """Ask for the first byte of a remote archive, because signed addresses refuse HEAD requests.
-
-    Raises SettingsError (refused, missing), UnreachableError.
-    """
-    from trainer.network.client import CONTENT, Content
-
-    url = source.location
-    if problem := addresses.problem_of(url):
-        raise SettingsError(f"{named(source)}: {problem}. Correct the address.")
-    to_hub = token is not None and url.startswith(f"{addresses.hub_endpoint(os.environ)}/")
-    headers = {"Authorization": f"Bearer {token}"} if to_hub else {}  # no other server may see the token
-
-    def ask() -> RemoteArchive:
-        first = {**headers, "Range": "bytes=0-0", "Accept-Encoding": "identity"}
-        with client.stream("GET", url, headers=first, extensions={CONTENT: Content()}) as response:
-            http.check_status(response, "the server")
-            if response.status_code not in (200, 206):
-                _refuse_address(source, response)
-            if response.headers.get("content-type", "").startswith("text/html"):
-                raise SettingsError(
-                    f"{named(source)}: the address gives a web page, and not an archive. Download the archive "
-                    "yourself and name the file, or use the address of the file itself."
-                )
-            length = response.headers.get(
-                *("content-length", "") if response.status_code == 200 else ("content-range", "")
-            )
-            size = as_integer(length.rpartition("/")[2])
-            version = response.headers.get("etag") or response.headers.get("last-modified")
-        return RemoteArchive(size if size is not None and size >= 0 else None, version, headers)
-
-    return http.persist(ask, what=addresses.shown(url), retries=retries)
+def remote_archive(source: Source, keys: Keys, *, retries: RetryPolicy) -> Offer:
+    """What its service says of a remote archive. Raises SettingsError, GatedError, UnreachableError."""
+    return service.ask(named(source), source.location, keys, retries=retries)
 
 
 def _refuse_address(source: Source, response: httpx.Response) -> None:
-    status = response.status_code
-    why = {401: "needs a login", 403: "forbids it (has a signed address expired?)", 404: "has no such file"}
-    raise SettingsError(f"{named(source)}: the server {why.get(status, 'refuses it')} ({status}). Check the address.")
+    raise refusal(named(source), response, key=service.key_for(source.location))

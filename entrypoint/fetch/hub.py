@@ -39,6 +39,7 @@ PARALLEL_FILES = 8
 COMMIT = re.compile(r"[0-9a-f]{40}")
 ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 REPOSITORY = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
+LICENCE = re.compile(r"[\w.-]{2,60}", re.ASCII)
 MOST_FILES = 200_000  # of a repository, as of an archive
 LARGEST_FILE = 2**50  # bytes
 TRUE = ("1", "ON", "YES", "TRUE")  # as huggingface_hub reads its variables
@@ -55,6 +56,7 @@ class Repo:
     token: str | None = field(default=None, repr=False)
     cache: Path | None = None  # None: the one that HF_HOME and HF_HUB_CACHE point to
     retries: RetryPolicy = http.USUAL
+    revision_named: str = ""  # what named the revision, for messages; "": MODEL_REVISION or DATASET_REVISION
 
     @property
     def folder(self) -> Path:
@@ -75,7 +77,7 @@ class Repo:
 
     @property
     def revision_variable(self) -> str:
-        return f"{self.kind.upper()}_REVISION"
+        return self.revision_named or f"{self.kind.upper()}_REVISION"
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class Listing:
 
     commit: str
     files: tuple[RemoteFile, ...]
+    licence: str = ""  # as its page names it; "": it names none
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,14 @@ def _listing(repo: Repo, answer: Any) -> Listing:
         except DataError as problem:
             raise _impossible(repo, f"an impossible file ({printable(str(problem))})") from problem
         files.append(file)
-    return Listing(commit, tuple(files))
+    return Listing(commit, tuple(files), _licence(answer))
+
+
+def _licence(answer: dict[str, Any]) -> str:
+    """The licence that a repository's card names: a short word such as apache-2.0; "" where it is none."""
+    card = answer.get("cardData")
+    named = card.get("license_name") or card.get("license") if isinstance(card, dict) else None
+    return named if isinstance(named, str) and LICENCE.fullmatch(named) else ""
 
 
 def _remote_file(sibling: Any) -> RemoteFile | None:

@@ -86,8 +86,9 @@ def beside() -> int:
 
     give_way()
     threading.Thread(target=leave, daemon=True).start()
-    actions = Actions(os.environ)
-    served = Served(Path(job["out"]), started=job["started"], price=job["price"], actions=actions.names)
+    actions = Actions(os.environ) if job["started"] else None  # nobody hears what is asked for after the end
+    names = actions.names if actions else ()
+    served = Served(Path(job["out"]), started=job["started"], price=job["price"], actions=names, is_own_plan=True)
     listening = listen("0.0.0.0", job["port"])  # noqa: S104 # nosec B104 (of a container)
     sys.stdout.write(f"{LISTENS}\n")
     sys.stdout.flush()

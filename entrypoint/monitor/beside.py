@@ -14,9 +14,11 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from entrypoint.settings import read_settings
 from entrypoint.settings.row import Secret
 from entrypoint.system.environment import child_environment
 from trainer.spec.errors import SettingsError, UnreachableError
@@ -26,6 +28,7 @@ log = logging.getLogger("entrypoint.monitor")
 PORT = 8675  # MONITOR_PORT
 SHORTEST_TOKEN = 16  # characters of MONITOR_TOKEN: more than anybody can try
 LISTENS = "listens"  # what the process prints as soon as it does
+VAST_PORT = "VAST_TCP_PORT_"  # Vast.ai's variables for the ports of a container, as they are outside
 LONGEST_LINE = 4096  # characters of what it prints
 FIRST_PAUSE_S = 1.0  # before it is started again; doubled with each
 LONGEST_PAUSE_S = 60.0
@@ -33,15 +36,27 @@ STEADY_S = 60.0  # a process that lived so long was well
 
 
 def page_address(environment: Mapping[str, str], *, port: int, token: str = "") -> str:
-    """The address of the page on this machine; on RunPod, that of its proxy. `token`: where it may be shown."""
+    """The address of the page on this machine; on RunPod that of its proxy, on Vast.ai the one outside.
+
+    `token`: where it may be shown.
+    """
     pod = environment.get("RUNPOD_POD_ID", "").strip()
-    place = f"https://{pod}-{port}.proxy.runpod.net/" if pod else f"http://localhost:{port}/"
+    own = environment.get("PUBLIC_IPADDR", "").strip()
+    outside = environment.get(f"{VAST_PORT}{port}", "").strip()  # the port that Vast.ai has chosen for it
+    place = f"http://localhost:{port}/"
+    if pod:
+        place = f"https://{pod}-{port}.proxy.runpod.net/"
+    elif own and outside:
+        place = f"http://{own}:{outside}/"
     return f"{place}#{token}" if token else place
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the process needs. It comes through a pipe: the token is a secret."""
+    """What the process needs. It comes through a pipe: the token is a secret.
+
+    `started`: in Unix seconds; 0 of a job that has ended.
+    """
 
     out: str
     port: int
@@ -58,16 +73,30 @@ def check_token(token: Secret | None) -> None:
 
 @contextmanager
 def showing(
-    port: int, token: Secret | None, environment: Mapping[str, str], *, out: Path, price: float | None
+    port: int,
+    token: Secret | None,
+    environment: Mapping[str, str],
+    *,
+    out: Path,
+    price: float | None,
+    until: float | None = None,
 ) -> Iterator[None]:
-    """Inside the context, the page of the job in `out` is served on `port`; 0: it is not."""
+    """Inside the context, the page of the job in `out` is served on `port`; 0: it is not.
+
+    `until`: of a job that has ended, when that is over, in Unix seconds.
+    """
     if not port:
         yield
         return
     own = secrets.token_urlsafe(SHORTEST_TOKEN)
     job = Job(str(out), port, token.reveal() if token else own, price)
+    words = "The monitor page of this job: "
+    if until is not None:
+        job = replace(job, started=0.0)
+        words = f"The monitor page is served until {time.strftime('%Y-%m-%d %H:%M', time.gmtime(until))} UTC, "
+        words += "for downloads: "
     address = page_address(environment, port=port, token="" if token else own)
-    keeper = Keeper(job, environment, address)
+    keeper = Keeper(job, environment, f"{words}{address}")
     keeper.start()
     try:
         yield
@@ -75,13 +104,28 @@ def showing(
         keeper.close()
 
 
-class Keeper(threading.Thread):
-    """Starts the process, waits for its end, and starts it again. Logs `address` once, when it is one."""
+@contextmanager
+def showing_after(environment: Mapping[str, str], seconds: float) -> Iterator[None]:
+    """Inside the context, for so many seconds, the page of the job that has ended is served, if it has one."""
+    try:
+        settings = read_settings(environment)
+        check_token(settings.finish.monitor_token)
+    except SettingsError:  # the job has said it, and has nothing to show
+        yield
+        return
+    finish, out = settings.finish, settings.output.output_path
+    page: dict[str, Any] = {"out": out, "price": finish.price_per_hour, "until": time.time() + seconds}
+    with showing(finish.monitor_port, finish.monitor_token, environment, **page):
+        yield
 
-    def __init__(self, job: Job, environment: Mapping[str, str], address: str) -> None:
+
+class Keeper(threading.Thread):
+    """Starts the process, waits for its end, and starts it again. Logs `line`, with its address, when that is one."""
+
+    def __init__(self, job: Job, environment: Mapping[str, str], line: str) -> None:
         super().__init__(daemon=True, name="monitor")
         self._job = job
-        self._address = address
+        self._line = line
         self._is_address_told = False
         self._last_line = ""  # of the process that has ended
         self._environment = child_environment(environment)
@@ -139,7 +183,7 @@ class Keeper(threading.Thread):
                     self._last_line = text or self._last_line
                 elif not self._is_address_told and not self._closing.is_set():
                     self._is_address_told = True
-                    log.info("The monitor page of this job: %s", self._address)
+                    log.info("%s", self._line)
 
     def _tell(self, code: int | None) -> None:
         """Log each kind of failure once: the job's log is not about its page."""
@@ -154,7 +198,8 @@ class Keeper(threading.Thread):
             text = f"The process of the monitor page has ended ({code}): {self._said()} It is started again."
         if code not in self._told:
             self._told.add(code)
-            log.warning("%s Training is not affected. MONITOR_PORT chooses another port; 0 is off.", text)
+            unaffected = " Training is not affected." if self._job.started else ""
+            log.warning("%s%s MONITOR_PORT chooses another port; 0 is off.", text, unaffected)
 
     def _said(self) -> str:
         """The last line of the process, as the job's log may have it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from entrypoint.monitor.numbers import Document
 from entrypoint.monitor.sample_list import clean
-from entrypoint.report.samples import QUALITY
+from entrypoint.report.samples import fitted, jpeg
 from trainer.data.decode import UnusableImageError, open_upright
 from trainer.spec.plan import Plan
 from trainer.storage import own_files
@@ -59,6 +58,8 @@ class TrainedImages:
             shown = {key: row[key] for key in row if key in SHOWN}
             shown["name"] = clean(str(row.get("name", "")))
             shown["captions"] = [clean(str(text)) for text in row.get("captions", [])]
+            if "captioned_by" in row:
+                shown["captioned_by"] = clean(str(row["captioned_by"]))
             rows.append({**shown, "number": number, "here": find_image(row, plan, inside=inside) is not None})
         return {"first": first, "total": len(self.images), "rows": rows}
 
@@ -97,19 +98,15 @@ def picture(path: Path, row: Document) -> bytes:
         image, _ = open_upright(path)
     except (UnusableImageError, OSError):
         return b""
-    scale = min(1.0, WIDTH / image.width)
-    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    small = image.resize(size, Image.Resampling.BOX)
-    box = _crop_box(row, size)
-    if box is not None and box != (0, 0, *size):
+    small = fitted(image, WIDTH, image.height, resampling=Image.Resampling.BOX)
+    box = _crop_box(row, small.size)
+    if box is not None and box != (0, 0, *small.size):
         dark = Image.eval(small, lambda value: int(value * OUTSIDE))
         dark.paste(small.crop(box), box[:2])
         left, top, right, bottom = box
         ImageDraw.Draw(dark).rectangle((left, top, right - 1, bottom - 1), outline=FRAME)
         small = dark
-    out = io.BytesIO()
-    small.save(out, "JPEG", quality=QUALITY)
-    return out.getvalue()
+    return jpeg(small, optimize=False)
 
 
 def _crop_box(row: Document, size: tuple[int, int]) -> tuple[int, int, int, int] | None:

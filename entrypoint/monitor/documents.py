@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from entrypoint.monitor.numbers import Document
@@ -19,7 +20,14 @@ from trainer.storage.read import has_link, is_regular
 
 BETWEEN_STEPS = ("training", "sampling")  # phases in which the trainer looks at what is asked for
 ENDED = ("done", "stopped", "failed")
-SAID = ("step", "epoch", "loss", "skipped", "images_per_second", "eta_s", "started", "updated", "saved_step", "output")
+# Keys of status.json that the page gets, and their types.
+NUMBERS = ("step", "epoch", "loss", "skipped", "images_per_second", "eta_s", "started", "updated", "saved_step")
+SAID: dict[str, type | UnionType] = {
+    **dict.fromkeys(NUMBERS, int | float),
+    "output": str,
+    "exit_code": int,
+    "message": str,
+}
 # What can be downloaded beside the LoRA files and the samples: those of the job, then those of the run.
 JOB_FILES = (RUN_LOG, "status.json")
 RUN_FILES = ("report.html", "README.md", "plan.json", "metrics.jsonl", REPORT_NAME, "dataset-report.csv")
@@ -27,12 +35,16 @@ RUN_FILES = ("report.html", "README.md", "plan.json", "metrics.jsonl", REPORT_NA
 
 @dataclass(frozen=True)
 class Served:
-    """What a server shows. `started`: of the job that it runs beside (Unix seconds); 0 for a folder alone."""
+    """What a server shows. `started`: of the job that it runs beside (Unix seconds); 0 for a folder alone.
+
+    `is_own_plan`: the plan was made by this very program, which may have read images from anywhere.
+    """
 
     out: Path
     started: float = 0.0
     price: float | None = None  # of the machine, an hour
     actions: tuple[str, ...] = ()
+    is_own_plan: bool = False
 
 
 @dataclass
@@ -52,28 +64,42 @@ class ShownRun:
 
 def status_document(served: Served, shown: ShownRun, plan: Plan | None, *, last_step: int) -> Document:
     """Where the job is, how long it takes, and what it costs. Times in Unix seconds, durations in seconds."""
-    status = shown.status
-    found: Document = {key: status[key] for key in SAID if isinstance(status.get(key), int | float)}
-    if isinstance(status.get("output"), str):
-        found["output"] = status["output"]
+    found = _said(shown.status)
     found["phase"] = shown.phase
-    if isinstance(status.get("exit_code"), int):
-        found["exit_code"] = status["exit_code"]
-    if isinstance(status.get("message"), str):
-        found["message"] = clean(status["message"])
-    found["ended"] = found["phase"] in ENDED
+    found["ended"] = shown.phase in ENDED
     found["run"] = shown.name
     found["total"] = shown.total
     found["step"] = max(found.get("step", 0), last_step)
-    found["model"] = plan.model.base if plan else ""
-    found["triggers"] = sorted({s.trigger_word for s in plan.data.subsets if s.trigger_word}) if plan else []
-    began = found.get("started") or served.started or None
-    ends = found.get("updated") if found["ended"] else time.time()
+    found |= _subject(plan)
+    began = found.get("started") or served.started
+    ends = time.time()
+    if found["ended"]:
+        ends = found.get("updated", 0.0)
     if began and ends:
         found["seconds"] = max(0.0, ends - began)
     found |= _cost(found, served.price)
-    found["actions"] = [name for name in served.actions if not why_not(name, found["phase"], plan)]
+    found["actions"] = [name for name in served.actions if not why_not(name, shown.phase, plan)]
     return found
+
+
+def _said(status: Mapping[str, Any]) -> Document:
+    """What status.json says, as far as it has the type that it should have."""
+    found: Document = {}
+    for key, kind in SAID.items():
+        value = status.get(key)
+        if isinstance(value, kind):
+            found[key] = value
+    if "message" in found:
+        found["message"] = clean(found["message"])
+    return found
+
+
+def _subject(plan: Plan | None) -> Document:
+    """What is trained: the base model and the trigger words."""
+    if plan is None:
+        return {"model": "", "triggers": []}
+    words = {subset.trigger_word for subset in plan.data.subsets if subset.trigger_word}
+    return {"model": plan.model.base, "triggers": sorted(words)}
 
 
 def why_not(action: str, phase: str, plan: Plan | None) -> str:

@@ -49,8 +49,8 @@ class Live:
 
     @property
     def pictures_inside(self) -> Path | None:
-        """Where images of the dataset are shown from: wherever a job's plan says; beside no job, this folder alone."""
-        return None if self.served.started else self.served.out
+        """Where images of the dataset are shown from: wherever a job's plan says; of any other, this folder alone."""
+        return None if self.served.is_own_plan else self.served.out
 
     def look(self) -> None:
         """Read what has changed since the last look."""

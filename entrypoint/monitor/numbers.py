@@ -6,16 +6,17 @@ replaces the file, which begins a new `generation`.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from array import array
 from pathlib import Path
 from typing import Any
 
+from entrypoint.report.metric_rows import VALIDATION, metric_row
+from trainer.spec.messages import noise_bands
 from trainer.storage.read import open_unlinked
 
-COLUMNS = ("step", "loss", "lr", "grad_norm", "prodigy_d", "images_per_second", "memory_gib")
+COLUMNS = ("step", "loss", "lr", "grad_norm", "prodigy_d", "images_per_second", "memory_gib", *noise_bands.KEYS)
 MOST_POINTS = 2000  # of a curve, when a viewer comes
 LONGEST_READ = 1 << 24  # bytes at once
 DIGITS = 6  # significant, of what is sent
@@ -69,21 +70,16 @@ class Numbers:
         return is_other or bool(whole)
 
     def _add(self, line: bytes) -> None:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+        row = metric_row(line)
+        if row is None:
             return
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            return
-        loss = row.get("validation_loss")
-        if isinstance(loss, int | float):
+        if VALIDATION in row:
             self._before_validation.append(len(self._columns["step"]))
             self._validation[0].append(row["step"])
-            self._validation[1].append(loss)
+            self._validation[1].append(row[VALIDATION])
             return
         for name, column in self._columns.items():
-            value = row.get(name)
-            column.append(value if isinstance(value, int | float) else math.nan)
+            column.append(row.get(name, math.nan))
 
     def history(self) -> Document:
         """All of it, as means of as many steps as make at most MOST_POINTS points. `every`: how many."""

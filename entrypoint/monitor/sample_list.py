@@ -41,21 +41,24 @@ class SampleList:
         self._known: dict[tuple[str, int, int], SampleHead] = {}
 
     def read(self, folder: Path) -> Document:
-        """The samples by prompt and step: `prompts` (text, settings, size) and `images` (step, prompt, name)."""
+        """The samples by prompt, step and strength of the LoRA.
+
+        `prompts` (text, settings, size), and `images` (step, prompt, name, version, strength).
+        """
         prompts: dict[int, Document] = {}
         found: list[list[Any]] = []
         known: dict[tuple[str, int, int], SampleHead] = {}
         for path in _sample_paths(folder):
-            match = own_files.SAMPLE_NAME.fullmatch(path.name)
+            name = own_files.read_sample_name(path.name)
             key = _version(path)
-            if match is None or key is None:
+            if name is None or key is None:
                 continue
             shown = self._known.get(key) or _look_into(path)
             if shown is None:  # is being written, or damaged
                 continue
             known[key] = shown
-            step, number = int(match[1]), int(match[2])
-            found.append([step, number, path.name, key[1]])
+            step, number, strength = name
+            found.append([step, number, path.name, key[1], strength])
             size = [shown.width, shown.height]
             prompts[number] = {"number": number, "text": shown.prompt, "settings": shown.settings, "size": size}
         self._known = known

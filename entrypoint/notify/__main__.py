@@ -11,13 +11,12 @@ import sys
 import time
 from pathlib import Path
 
-from entrypoint.fetch import public_addresses
 from entrypoint.notify.beside import Job
 from entrypoint.notify.delivery import NAME, Pace, Queue, Teller, digest_of
 from entrypoint.notify.events import Watch
 from entrypoint.notify.messages import wants
 from entrypoint.processes.side_process import Instructions, leave_stops_to_the_job
-from entrypoint.system import secrets
+from entrypoint.system import public_addresses, secrets
 from trainer.spec.log_lines import log_to
 from trainer.spec.messages.secrets import Known, without_secrets
 

@@ -10,6 +10,7 @@ Each `auto`, and each default that depends on something else, is decided in one 
 | which file each part of the model comes from | `single_files` |
 | rank, targets and q/k/v of a LoRA file to start from; whether a state can be resumed | `starting_point` |
 | which layers get adapters | `targets` |
+| which model captions images that have no caption, and what a check says of it | `captioner` |
 | which text encoders train, and how fast | `text_encoders` |
 | device, precision, memory mode, batch size, compilation, attention | `engine_choice` |
 | whether a batch fits in any memory mode, and the largest that does | `memory_refusal` |

@@ -22,6 +22,7 @@ class CheckReport(logging.Handler):
         self.setFormatter(LineFormatter("%(message)s", known=known))
         self.plan: Plan | None = None
         self.figures: Mapping[str, Any] | None = None
+        self.queue: list[dict[str, Any]] = []  # a check of several jobs: the name, exit code and figures of each
         self._known = known
         self._messages: dict[int, list[str]] = {logging.INFO: [], logging.WARNING: [], logging.ERROR: []}
 
@@ -45,6 +46,8 @@ class CheckReport(logging.Handler):
             "job": self.figures,
             "plan": plan,
         }
+        if self.queue:
+            report["queue"] = self.queue
         return self._known.hide(json.dumps(report, indent=2, ensure_ascii=False))
 
 

@@ -61,8 +61,9 @@ def engine_plan(
     plan = EnginePlan(
         device=hardware.device,
         num_gpus=_num_gpus(settings, hardware, notes),
+        nodes=settings.engine.nodes or 1,  # auto: the entrypoint has asked the cluster before
         # Text encoders that train tokenise captions inside the step, which no CUDA graph can hold.
-        replay=hardware.can_capture and not any(settings.training.text_encoder_lr) and not facts.captions_vary,
+        replay=hardware.can_capture and not any(settings.training.text_encoder_lr),
         attention=_attention(settings, hardware, facts, model, notes),
         memory_limit_gib=settings.engine.memory_limit_gib,
         step_timeout_s=settings.engine.step_timeout,

@@ -98,8 +98,30 @@ def make_table(
     rows: list[Row] = []
     for row, plan in planned:
         rows.append(row if plan is None else _with_quote(row, plan, found))
-    rows.sort(key=lambda row: (bool(row.why_not), row.cost is None, row.cost or row.offer.per_hour))
+    rows.sort(key=_order)
     return Table(tuple(rows), found is None, finish)
+
+
+def together(tables: Sequence[Table]) -> Table:
+    """What several jobs take, one after another, on each GPU that can do all of them."""
+    if len(tables) == 1:
+        return tables[0]
+    rows: list[Row] = []
+    for first in tables[0].rows:
+        own = [next(row for row in table.rows if row.offer == first.offer) for table in tables]
+        refused = [row.why_not for row in own if row.why_not]
+        seconds = [row.total_s for row in own]
+        row = Row(first.offer, first.memory_gib, f"{len(own)} jobs", refused[0] if refused else "")
+        if not refused:
+            total = None if None in seconds else sum(time for time in seconds if time is not None)
+            row = row._replace(steps=sum(one.steps or 0 for one in own), total_s=total)
+        rows.append(row)
+    rows.sort(key=_order)
+    return Table(tuple(rows), any(table.assumed_steps for table in tables), tables[0].finish)
+
+
+def _order(row: Row) -> tuple[bool, bool, float]:
+    return bool(row.why_not), row.cost is None, row.cost or row.offer.per_hour
 
 
 def _with_quote(row: Row, plan: Plan, found: tuple[Plan, Scan] | None) -> Row:
@@ -149,7 +171,8 @@ def as_text(table: Table, unknown: Sequence[str]) -> str:
         step = "" if row.step_s is None else f"{row.step_s:.2f}"
         time = "" if row.total_s is None else quote.duration(row.total_s)
         money = "" if row.cost is None else f"{row.cost:.2f}"
-        cells = (row.offer.card, f"{row.memory_gib:.0f}", row.way, str(row.batch), step, time, price, money)
+        batch = "" if row.batch is None else str(row.batch)
+        cells = (row.offer.card, f"{row.memory_gib:.0f}", row.way, batch, step, time, price, money)
         lines.append((*cells, ", ".join(table.marks(row))))
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]

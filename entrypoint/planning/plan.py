@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from typing import Any
 from entrypoint.dataset_config.complete import complete_datasets, fill_trigger, trigger_of
 from entrypoint.dataset_config.manifest import Manifest
 from entrypoint.dataset_config.sources import HUB_ID
+from entrypoint.fetch import training_adapter
 from entrypoint.planning import sanity, single_files, starting_point, text_encoders
+from entrypoint.planning.captioner import captioner_plan
 from entrypoint.planning.engine_choice import engine_plan
 from entrypoint.planning.step_time import quote_plan, refuse_too_short
 from entrypoint.planning.targets import check_targets
@@ -91,8 +93,8 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
         notes=notes,
     )
     plan = Plan(
-        model=model_plan,
-        data=DataPlan(datasets, strict=settings.data.strict_dataset),
+        model=_with_training_adapter(model_plan, settings.adapter, notes),
+        data=_data_plan(settings, datasets, facts, notes),
         lora=lora,
         optim=optim,
         train=_training_plan(settings, facts, notes),
@@ -119,6 +121,13 @@ def make_plan(settings: Settings, manifest: Manifest, hardware: Hardware, *, now
     reasons = tuple(without_secrets(reason) for reason in notes.reasons)
     warnings = tuple(without_secrets(warning) for warning in notes.warnings)
     return dataclasses.replace(plan, reasons=reasons, details=tuple(notes.details), warnings=warnings)
+
+
+def _data_plan(settings: Settings, datasets: tuple[Dataset, ...], facts: Facts, notes: Notes) -> DataPlan:
+    """The datasets, and the model that captions their images."""
+    longest = settings.training.max_token_length
+    captioner = captioner_plan(settings.data, datasets, facts, max_tokens=longest, notes=notes)
+    return DataPlan(datasets, strict=settings.data.strict_dataset, captioner=captioner)
 
 
 def _left_to_hardware(settings: Settings) -> tuple[str, ...]:
@@ -182,6 +191,25 @@ def _model_plan(
             f"{source}. Fix: remove it."
         )
     return ModelPlan(settings.base_model, family_name, source, revision=settings.model_revision, parts=parts)
+
+
+def _with_training_adapter(model: ModelPlan, settings: AdapterSettings, notes: Notes) -> ModelPlan:
+    """The model, with the LoRA that is merged into it while it trains, if one is named."""
+    name = settings.training_adapter
+    if name is None:
+        return model
+    if settings.lora_type == "dora":
+        notes.add(
+            f"{training_adapter.VARIABLE} does not go with PARAMS_LORA_TYPE=dora: its magnitudes would be those of the "
+            "merged weights, which nobody has who uses the LoRA. Fix: PARAMS_LORA_TYPE=lora."
+        )
+    if is_file(name):
+        name = absolute(name)
+        if problem := training_adapter.problem_of(Path(name), model.family):
+            notes.add(f"{training_adapter.VARIABLE}={name} {problem}")
+    elif problem := training_adapter.named(name):
+        notes.add(problem)
+    return dataclasses.replace(model, training_adapter=name)
 
 
 def _model_source_problem(source: str) -> str | None:
@@ -425,7 +453,13 @@ def _output_plan(
         save_precision=settings.save_precision,
         requested=settings.output_name or "",
         resume_with_changes=resume_with_changes,
+        sample_strengths=_other_strengths(settings.sample_strengths),
     )
+
+
+def _other_strengths(asked: Sequence[float]) -> tuple[float, ...]:
+    """Each once, in order, with as many digits as a file's name has; 1 is drawn anyway."""
+    return tuple(sorted({round(strength, 3) for strength in asked} - {1.0}))
 
 
 def _with_default_name(plan: Plan, *, now: datetime) -> Plan:

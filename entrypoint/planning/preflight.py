@@ -11,15 +11,19 @@ import os
 import shutil
 import uuid
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from entrypoint.fetch import archive, fetch, flash_attention, http, hub, hub_choice, local_weights
+from entrypoint.fetch import archive, fetch, flash_attention, http, hub, local_weights, training_adapter
+from entrypoint.fetch.doors import folders
+from entrypoint.fetch.doors.keys import NO_KEYS, Keys
 from entrypoint.fetch.http import RetryPolicy
-from entrypoint.planning import single_files
-from entrypoint.settings.checks import nearest_existing
+from entrypoint.fetch.hub_dataset import hub_choice
+from entrypoint.planning import captioner, single_files
+from entrypoint.settings.checks import nearest_existing, raise_together
 from trainer.base_model import model_folder, weight_kinds, without_weights
 from trainer.data.folder_listing import list_folder
 from trainer.data.folders import formats
@@ -34,17 +38,11 @@ from trainer.storage.atomic import human_size, storage_error
 from trainer.storage.json_files import LONGEST_NAME_BYTES
 from trainer.storage.read import files_below
 
+if TYPE_CHECKING:
+    from entrypoint.fetch.doors.files import Arrival
+
 logger = logging.getLogger(__name__)
 
-# Where problems of several types are found, the first of these gives the exit code: what only the user can correct
-# comes before what another start may cure.
-ERRORS_BY_PRIORITY: tuple[type[KilnError], ...] = (
-    SettingsError,
-    GatedError,
-    DataError,
-    StorageError,
-    UnreachableError,
-)
 # Estimates, for the largest of the families.
 LATENT_BYTES_PER_PIXEL = 2  # mean and deviation of 16 channels in float32 for 8 × 8 pixels: 2 * 16 * 4 / 64
 VALUES_PER_TOKEN = 4096  # width of T5-XXL's output
@@ -69,12 +67,21 @@ class NeededSpace:
             self.parts[variable][what] = self.parts[variable].get(what, 0) + size
 
 
-def preflight(plan: Plan, *, token: str | None, hub_cache: Path, retries: RetryPolicy = http.USUAL) -> bool:
+def preflight(
+    plan: Plan,
+    *,
+    token: str | None,
+    hub_cache: Path,
+    arrivals: Sequence[Arrival] = (),
+    keys: Keys = NO_KEYS,
+    retries: RetryPolicy = http.USUAL,
+) -> bool:
     """Check all that can be checked before the first large download; asks the network only for what no cache has.
 
-    `hub_cache` is where downloads from the Hub are kept (HF_HOME/hub). Returns whether anything will be downloaded to
-    it. Raises one error with all problems in its message: SettingsError, GatedError, DataError, StorageError or
-    UnreachableError, the first of these that applies.
+    `hub_cache` is where downloads from the Hub are kept (HF_HOME/hub). `arrivals`: files that are still to come from
+    other services, and are checked already. `keys`: of these services, `token`: of the Hub. Returns whether anything
+    will be downloaded to HF_HOME. Raises one error with all problems in its message: SettingsError, GatedError,
+    DataError, StorageError or UnreachableError, the first of these that applies.
     """
     places = {"OUTPUT_PATH": Path(plan.output.path), "CACHE_PATH": Path(plan.output.cache), "HF_HOME": hub_cache}
     space = NeededSpace(places)
@@ -88,35 +95,29 @@ def preflight(plan: Plan, *, token: str | None, hub_cache: Path, retries: RetryP
         except OSError as problem:
             problems.append(storage_error(problem, Path(str(problem.filename or "."))))
 
+    for arrival in arrivals:
+        if size := arrival.missing_bytes:
+            logger.info("To fetch: %s, %s.", arrival.named, human_size(size))
+            space.add("CACHE_PATH", f"the file of {arrival.variable}", size)
     attempt(partial(_check_resume, plan.lora.resume_from))
     if plan.engine.attention == "flash_4" and not flash_attention.is_installed(places["CACHE_PATH"]):
         logger.info("To fetch: FlashAttention 4 with its compiler, %s.", human_size(flash_attention.INSTALL_BYTES))
         space.add("CACHE_PATH", "FlashAttention 4", flash_attention.INSTALL_BYTES)
     attempt(partial(_check_model, plan, space, token=token, hub_cache=hub_cache, retries=retries))
+    attempt(partial(_check_captioner, plan, space, token=token, hub_cache=hub_cache, retries=retries))
+    attempt(partial(_check_training_adapter, plan.model, space, token=token, hub_cache=hub_cache, retries=retries))
     for source, cache_bytes in _cache_bytes_per_image(plan).items():
         if any(isinstance(problem, UnreachableError) for problem in problems):
             # It has been waited for long enough once: the same network will not answer the next request either.
             retries = replace(retries, budget=0.0)
-        attempt(partial(_check_source, source, cache_bytes, space, token=token, retries=retries))
+        attempt(partial(_check_source, source, cache_bytes, space, token=token, keys=keys, retries=retries))
     for variable in ("OUTPUT_PATH", "CACHE_PATH", "HF_HOME"):
         if variable != "HF_HOME" or space.parts["HF_HOME"]:
             attempt(partial(_check_writable, variable, places[variable]))
     if not any(isinstance(p, StorageError) for p in problems):
         problems += _full_volumes(space, all_known=not problems)
-    _raise_all(problems)
+    raise_together(problems)
     return bool(space.parts["HF_HOME"])
-
-
-def _raise_all(problems: list[KilnError]) -> None:
-    """Raise one error with the messages of all, each once, in the order of ERRORS_BY_PRIORITY."""
-    if not problems:
-        return
-    ordered = sorted(problems, key=lambda problem: ERRORS_BY_PRIORITY.index(type(problem)))
-    messages = list(dict.fromkeys(str(problem) for problem in ordered))
-    message = messages[0]
-    if len(messages) > 1:
-        message = "\n".join(f"- {line}" for line in messages)
-    raise type(ordered[0])(message) from problems[0]
 
 
 def _cache_bytes_per_image(plan: Plan) -> dict[Source, int]:
@@ -154,6 +155,22 @@ def _check_model(plan: Plan, space: NeededSpace, *, token: str | None, hub_cache
     keep = AUTOMATIC_CHECKPOINTS if plan.output.keep_checkpoints == AUTO else plan.output.keep_checkpoints
     kept = keep + 1  # while one is written, the oldest is still there
     space.add("OUTPUT_PATH", f"{kept} checkpoints", (lora_bytes + state_bytes) * kept + lora_bytes)
+
+
+def _check_training_adapter(
+    model: ModelPlan, space: NeededSpace, *, token: str | None, hub_cache: Path, retries: RetryPolicy
+) -> None:
+    """That the file is on the Hub or in the cache, and its bytes; a local file has been read for the plan."""
+    name = model.training_adapter
+    if name is None or Path(name).is_absolute():
+        return
+    repo, file = training_adapter.repository(name, token=token, hub_cache=hub_cache, retries=retries)
+    if training_adapter.cached(repo, file) is not None:
+        return
+    listing, remote = training_adapter.describe(repo, file)
+    hub.check_access(repo, listing, file)
+    logger.info("To fetch: %s from %s, %s.", file, repo.name, human_size(remote.size))
+    space.add("HF_HOME", file, hub.missing_bytes(repo, [remote]))
 
 
 def _save_bytes(plan: Plan, model_bytes: int) -> tuple[float, float]:
@@ -224,11 +241,20 @@ def _weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in files_below(folder) if path.suffix == ".safetensors")
 
 
+def _check_captioner(
+    plan: Plan, space: NeededSpace, *, token: str | None, hub_cache: Path, retries: RetryPolicy
+) -> None:
+    """Check the model that captions images, and add the space that it will take, where it is needed."""
+    written = Written(space.places)
+    needed = captioner.check(plan, written=written, token=token, hub_cache=hub_cache, retries=retries)
+    space.add("HF_HOME", "the weights of the model that captions", needed)
+
+
 # ---- the sources of images
 
 
 def _check_source(
-    source: Source, cache_bytes: int, space: NeededSpace, *, token: str | None, retries: RetryPolicy
+    source: Source, cache_bytes: int, space: NeededSpace, *, token: str | None, keys: Keys, retries: RetryPolicy
 ) -> None:
     """Check one source of images, and add the space that it and its encoded images will take.
 
@@ -245,8 +271,10 @@ def _check_source(
             raise DataError(f"{fetch.named(source)}: {_without_images(source, names)}")
     elif source.kind == "hub":
         count = _check_hub_dataset(source, space, token=token, retries=retries) // TYPICAL_IMAGE_BYTES
+    elif source.kind == "bucket":
+        count = _check_bucket(source, space, keys, retries=retries)
     elif fetch.is_url(source):
-        count = _check_url(source, space, token=token, retries=retries) // TYPICAL_IMAGE_BYTES
+        count = _check_url(source, space, replace(keys, hub=token), retries=retries) // TYPICAL_IMAGE_BYTES
     else:
         path = fetch.local_archive(source)
         if not archive.has_file(path, formats.READABLE_SUFFIXES):
@@ -298,14 +326,25 @@ def _check_hub_dataset(source: Source, space: NeededSpace, *, token: str | None,
     return size
 
 
-def _check_url(source: Source, space: NeededSpace, *, token: str | None, retries: RetryPolicy) -> int:
-    """The bytes of an archive that will be downloaded; 0 if an earlier run has unpacked it."""
-    from trainer.network.client import open_client
+def _check_bucket(source: Source, space: NeededSpace, keys: Keys, *, retries: RetryPolicy) -> int:
+    """The number of images in a bucket that will be downloaded; 0 if an earlier run has them."""
+    if folders.known(source.location, space.places["CACHE_PATH"]) is not None:
+        return 0
+    found = folders.listing(fetch.named(source), source.location, keys, retries=retries)
+    images = [name for name, _ in found if name.lower().endswith(tuple(formats.READABLE_SUFFIXES))]
+    if not images:
+        raise DataError(f"{fetch.named(source)}: {formats.why_none([name for name, _ in found])}")
+    size = sum(size for _, size in found)
+    logger.info("To fetch: %s, %d files, %s.", fetch.named(source), len(found), human_size(size))
+    space.add("CACHE_PATH", "the files of the bucket", size)
+    return len(images)
 
+
+def _check_url(source: Source, space: NeededSpace, keys: Keys, *, retries: RetryPolicy) -> int:
+    """The bytes of an archive that will be downloaded; 0 if an earlier run has unpacked it."""
     if fetch.known_download(source, space.places["CACHE_PATH"]) is not None:
         return 0
-    with open_client(timeout=retries.timeout) as client:
-        size = fetch.remote_archive(client, source, token=token, retries=retries).size or 0
+    size = fetch.remote_archive(source, keys, retries=retries).size or 0
     # The download stays until it is unpacked, so that both are there at once.
     space.add("CACHE_PATH", "the download and its images", size * (1 + UNPACKED_BYTES_PER_ARCHIVE_BYTE))
     return size

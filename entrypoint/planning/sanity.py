@@ -7,9 +7,9 @@ say. What depends on the number of steps is in `trainer.spec.rules.sanity`, whic
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from entrypoint.settings import Settings
 from entrypoint.settings.checks import Notes
@@ -129,32 +129,42 @@ def _tag_dropout(request: Request) -> str | None:
 
 
 def _unfit_weights(request: Request) -> str | None:
-    if not request.model.caution or request.is_given("MODEL_PATH"):
+    if not request.model.caution or request.is_given("MODEL_PATH") or request.plan.model.training_adapter:
         return None
     return f"BASE_MODEL={request.plan.model.base} {request.model.caution}."
 
 
-def _distilled_weights(request: Request) -> str | None:
+def _unfit_file(request: Request) -> str | None:
     """By what the file or the repository is called, or by what the folder's index says: its tensors have no mark."""
     path = request.settings.model.model_path
-    model = request.model
-    if path is None or not model.distilled_names:
+    if path is None or not request.facts.name_cautions:
         return None
-    said_by = "its name"
-    is_distilled = re.search(model.distilled_names, Path(path).name.lower()) is not None
-    index = Path(path) / "model_index.json"
-    if index.is_file():
-        try:
-            is_distilled = configs.read_object(index).get("is_distilled") is True
-            said_by = "its model_index.json"
-        except ValueError:  # reported where the folder is checked
-            return None
-    if not is_distilled:
+    found = _said_by_index(Path(path) / "model_index.json")
+    if found is None:
+        found = _said_by_name(PurePath(path).name.lower(), request.facts.name_cautions)
+    if not found:
         return None
-    return (
-        f"MODEL_PATH={path} is distilled to few steps, by {said_by}. Training undoes that: images become blurred. Fix: "
-        f"the weights of {model.source}, whose LoRAs work on the distilled ones as well."
-    )
+    return f"MODEL_PATH={path} is {found}. Fix: the weights of {request.model.source}."
+
+
+def _said_by_index(index: Path) -> str | None:
+    """What a folder's index says that its model is: "" for a base model; None where it says nothing."""
+    if not index.is_file():
+        return None
+    try:
+        is_distilled = configs.read_object(index).get("is_distilled")
+    except ValueError:  # reported where the folder is checked
+        return ""
+    if is_distilled is None:
+        return None
+    return "distilled to few steps, which training undoes, by its model_index.json" if is_distilled else ""
+
+
+def _said_by_name(name: str, cautions: Mapping[str, str]) -> str:
+    for pattern, what in cautions.items():
+        if re.search(pattern, name):
+            return f"{what}, by its name"
+    return ""
 
 
 def _resolution(request: Request) -> str | None:
@@ -311,6 +321,16 @@ def _prompts_without_samples(request: Request) -> str | None:
     return "SAMPLE_PROMPTS has no effect: PARAMS_SAMPLE_EVERY_N_STEPS=0 draws no samples."
 
 
+def _strengths_without_samples(request: Request) -> str | None:
+    if not request.is_given("SAMPLE_STRENGTHS"):
+        return None
+    if request.plan.output.sample_every == 0:
+        return "SAMPLE_STRENGTHS has no effect: PARAMS_SAMPLE_EVERY_N_STEPS=0 draws no samples."
+    if not request.plan.output.sample_strengths:
+        return "SAMPLE_STRENGTHS has no effect: samples are drawn with strength 1 anyway."
+    return None
+
+
 def _samples_without_prompts(request: Request) -> str | None:
     every = request.plan.output.sample_every
     if not request.is_given("PARAMS_SAMPLE_EVERY_N_STEPS") or every in (0, AUTO) or request.plan.prompts:
@@ -365,7 +385,7 @@ ROWS: tuple[Callable[[Request], str | None], ...] = (
     _caption_dropout,
     _tag_dropout,
     _unfit_weights,
-    _distilled_weights,
+    _unfit_file,
     _resolution,
     _noise_offset,
     _ema_decay,
@@ -384,6 +404,7 @@ ROWS: tuple[Callable[[Request], str | None], ...] = (
     _epochs_beside_steps,
     _checkpoints_without_saves,
     _prompts_without_samples,
+    _strengths_without_samples,
     _samples_without_prompts,
     _held_out_for_nothing,
     _webhook_secret,

@@ -53,8 +53,10 @@ def choose_parts(settings: ModelSettings, facts: Facts, notes: Notes) -> dict[st
         "clip_l": ("CLIP_L_PATH", settings.clip_l_path),
         "clip_g": ("CLIP_G_PATH", settings.clip_g_path),
         "t5": ("T5_PATH", settings.t5_path),
-        "qwen3": ("TEXT_ENCODER_PATH", settings.text_encoder_path),
     }
+    language_models = [part for part in facts.parts if weight_kinds.VARIABLES[part] == "TEXT_ENCODER_PATH"]
+    for part in language_models or ["qwen3"]:  # the latter to say that the base model has no such part
+        part_paths[part] = ("TEXT_ENCODER_PATH", settings.text_encoder_path)
     for part, (variable, path) in part_paths.items():
         if path is None:
             continue

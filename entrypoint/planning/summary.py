@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from entrypoint.fetch import archive, fetch, http
+from entrypoint.fetch.doors import folders
+from entrypoint.planning import captioner
 from entrypoint.system import environment
 from trainer.data import caption_length
 from trainer.data.epochs import EpochSampler
@@ -57,10 +59,16 @@ def log_summary(plan: Plan, *, token: str | None, hub_cache: Path, estimate_capt
     if found is None:
         return Summary()
     local_plan, scanned = found
+    captions = captioner.outlook(local_plan, scanned, token=token, hub_cache=hub_cache)
+    scanned = captions.scanned
     for line in scanned.report().splitlines():
         level = logging.WARNING if WARNING in line or line.startswith("  skipped ") else logging.INFO
         say(line.replace(WARNING, ""), level)
-    choice = choose(plan, content_changes=content_changes(fingerprint(scanned.images), None))
+    for line in captions.lines:
+        say(line)
+    # Captions that are still to be made are content: which run this is, the trainer knows once it has them.
+    compare = None if captions.missing else content_changes(fingerprint(scanned.images), None)
+    choice = choose(plan, content_changes=compare)
     text = choice.describe()
     if text and choice.plan.output.name != plan.output.name:  # the settings alone did not say so
         say(text)
@@ -76,7 +84,8 @@ def log_summary(plan: Plan, *, token: str | None, hub_cache: Path, estimate_capt
         say(line)
     if quoted.warning:
         say(quoted.warning, logging.WARNING)
-    figures = {"images": {"found": scanned.num_found, "used": len(scanned.images)}, **_figures(lengths, sampler)}
+    images = {"found": scanned.num_found, "used": len(scanned.images), "to_caption": captions.missing}
+    figures = {"images": images, **_figures(lengths, sampler)}
     figures["quote"] = quoted.figures
     for line in long_captions(local_plan, sampler, hub_cache=hub_cache, estimate=estimate_captions):
         say(line, logging.WARNING)
@@ -144,7 +153,7 @@ class _Lengths(NamedTuple):
 
 
 def _lengths(plan: Plan, sampler: EpochSampler) -> _Lengths:
-    batches_per_step = plan.train.gradient_accumulation * plan.engine.num_gpus
+    batches_per_step = plan.train.gradient_accumulation * plan.engine.processes
     steps_per_epoch = max(1, math.ceil(sampler.batches_per_epoch / batches_per_step))
     plan, chosen = automatic.with_lengths(
         plan, images_per_epoch=sampler.subject_examples_per_epoch, steps_per_epoch=steps_per_epoch
@@ -233,6 +242,8 @@ def local_copy(source: Source, *, cache: Path, token: str | None, hub_cache: Pat
         repo = fetch.dataset_repo(source, token=token, hub_cache=hub_cache, retries=http.USUAL)
         cached = fetch.cached_dataset(source, repo, cache)
         return cached[1] if cached else None
+    if source.kind == "bucket":
+        return folders.known(source.location, cache)
     if fetch.is_url(source):
         folder = fetch.known_download(source, cache)
         return archive.content_root(folder) if folder else None

@@ -21,10 +21,12 @@ from pathlib import Path
 from types import FrameType
 
 from entrypoint.fetch import flash_attention
+from entrypoint.nodes.cluster import Place
+from entrypoint.nodes.group import Nodes
 from entrypoint.system.environment import FORWARDED, VISIBLE, child_environment
 from entrypoint.system.private_folders import compile_caches
 from trainer.process import memory_kills, vitals
-from trainer.process.guard import KILLED_EXIT_CODE
+from trainer.process.guard import KILLED_EXIT_CODE, stopped_how
 from trainer.process.memory_kills import Counts
 from trainer.process.vitals import Vitals
 from trainer.spec.errors import HangError, KilnError, PeerError, StorageError
@@ -46,6 +48,7 @@ class Team:
     shared: Vitals
     kills_before: Counts = field(default_factory=memory_kills.count)
     children: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    nodes: Nodes = field(default_factory=lambda: Nodes(Place()))
     held_bytes: dict[str, int] = field(default_factory=dict)  # the memory of each, at most
 
     @property
@@ -68,10 +71,11 @@ class Trainers:
     They get no secrets and need no network: what they read is on local paths by the time that they begin.
     """
 
-    def __init__(self, plan: Plan, *, environment: Mapping[str, str]) -> None:
-        """`plan`: for what it says of processes and caches; what is trained is said to `run`."""
+    def __init__(self, plan: Plan, *, environment: Mapping[str, str], nodes: Nodes | None = None) -> None:
+        """`plan`: for what it says of processes and caches; what is trained is said to `run`. `nodes`: have met."""
         self._plan = plan
         self._environment = environment
+        self._nodes = nodes or Nodes(Place())
         self._open = contextlib.ExitStack()
         self.stopped = False  # a signal has asked the job to end: somebody waits for that
 
@@ -79,14 +83,15 @@ class Trainers:
         shared, path = _shared(self._environment)
         self._open.callback(shared.close)
         self._team = Team(Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix="kiln-"))), shared)
+        self._team.nodes = self._nodes
         self._open.callback(self._end_all)
         # A list of arguments, no shell: nothing in the plan can become a command.
         arguments = [sys.executable, "-m", "trainer", "--wait", str(self._team.plan_path)]
         # They inherit it blocked, and take it once they have a handler: before that, Ctrl-C would be a traceback.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            for own in _environments(self._plan, self._team.folder, self._environment):
-                if not self._team.children:
+            for own in _environments(self._plan, self._team.folder, self._environment, self._nodes):
+                if not self._team.children and self._nodes.is_first:
                     own[vitals.VARIABLE] = path
                 self._team.children.append(subprocess.Popen(arguments, env=own, stdin=subprocess.PIPE))  # noqa: S603
         finally:
@@ -100,30 +105,37 @@ class Trainers:
         """Let them train `plan`; the exit code is 75 if they hung or were killed, 128 + n if signal n ended them.
 
         With NUM_GPUS above 1, the first process leads: it gets the signals, and when it ends, the job ends. If another
-        one fails, the rest is stopped, and its exit code is the job's.
+        one fails, the rest is stopped, and its exit code is the job's. Of several nodes, this is so for the first
+        process of the first node; the other nodes end when that one says how.
         """
         team = self._team
+        nodes = self._nodes
+        nodes.share(team.folder)
         team.plan_path.write_text(plan.to_json(), encoding="utf-8")
         stopped_at: list[float] = []
 
         def forward(number: int, _frame: FrameType | None) -> None:
             self.stopped = True
             stopped_at.append(time.monotonic())
-            team.children[0].send_signal(number)
+            nodes.ask_stop(number)
+            if nodes.is_first:
+                team.children[0].send_signal(number)
 
         before = {number: signal.signal(number, forward) for number in FORWARDED}
-        team.shared.allow(START_GRACE_S)  # from here on a stop is passed on
+        nodes.watch_from_here()
+        # From here on a stop is passed on. The first node may save as long as it likes.
+        team.shared.allow(START_GRACE_S if nodes.is_first else vitals.ANSWERED_GRACE_S)
         try:
             for child in team.children:
                 _begin(child)
-            outcome = _watch(team)
+            outcome = _watch(team) if nodes.is_first else _watch_other(team)
         finally:
             self._end_all()
             for number, handler in before.items():
                 signal.signal(number, handler)
             # The grace counts from the signal on; a trainer that was stopped in order leaves us time to say so.
             team.shared.allow(time.monotonic() - stopped_at[0] + LEAVE_S if stopped_at else 0)
-        return _reported(plan, team, outcome)
+        return _reported(plan, team, _agreed(team, outcome))
 
     def _end_all(self) -> None:
         for child in self._team.children:
@@ -153,8 +165,8 @@ def _shared(environment: Mapping[str, str]) -> tuple[Vitals, str]:
     return shared, environment[vitals.VARIABLE]
 
 
-def _environments(plan: Plan, folder: Path, environment: Mapping[str, str]) -> list[dict[str, str]]:
-    """The environment of each process."""
+def _environments(plan: Plan, folder: Path, environment: Mapping[str, str], nodes: Nodes) -> list[dict[str, str]]:
+    """The environment of each process of this node."""
     size = plan.engine.num_gpus
     cache = Path(plan.output.cache)
     common = child_environment(environment)
@@ -162,24 +174,58 @@ def _environments(plan: Plan, folder: Path, environment: Mapping[str, str]) -> l
     common |= compile_caches(common, cache, scratch=folder)
     if plan.engine.attention == "flash_4":
         common |= flash_attention.environment(cache, common)
-    if size == 1:
+    if size == 1 and not nodes.several:
         return [common]
-    return [{**common, **member_environment(common, folder, rank, size=size)} for rank in range(size)]
+    found = []
+    for rank in range(size):
+        member = member_environment(common, folder, rank, size=size, node=nodes.place.rank)
+        found.append({**common, **member, **nodes.trainer_environment()})
+    return found
 
 
-def member_environment(environment: Mapping[str, str], folder: Path, process_rank: int, *, size: int) -> dict[str, str]:
-    """The variables that make a process number `process_rank` of `size`: its device, and how to reach the others."""
-    own = {RANK_VARIABLE: str(process_rank), TEAM_VARIABLE: str(folder)}
+def member_environment(
+    environment: Mapping[str, str], folder: Path, local_rank: int, *, size: int, node: int = 0
+) -> dict[str, str]:
+    """The variables of a process, number `local_rank` of the `size` of a node: its device, and who the others are."""
+    own = {RANK_VARIABLE: str(node * size + local_rank), TEAM_VARIABLE: str(folder)}
     for name in VISIBLE:
         if environment.get(name) or name == VISIBLE[-1]:
             devices = [device.strip() for device in environment.get(name, "").split(",") if device.strip()]
-            own[name] = devices[process_rank] if process_rank < len(devices) else str(process_rank)
+            own[name] = devices[local_rank] if local_rank < len(devices) else str(local_rank)
     own |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     # NCCL must not kill a process that waits for another: our own watchdog finds the one that hangs.
     own["TORCH_NCCL_ENABLE_MONITORING"] = "0"
     if "OMP_NUM_THREADS" not in environment:
         own["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // size))
     return own
+
+
+def _watch_other(team: Team) -> Outcome:
+    """The same on another node than the first: until a trainer fails here, or the first node says how the job ended."""
+    nodes = team.nodes
+    while nodes.verdict is None:
+        failed = [i for i, child in enumerate(team.children) if child.poll()]
+        if failed:
+            return _end_all(team, failed)
+        time.sleep(0.2)
+    return Outcome(nodes.verdict.code, message=nodes.verdict.message or "Node 0 has done its work.")
+
+
+def _agreed(team: Team, outcome: Outcome) -> Outcome:
+    """What a failure here is to all nodes. The other nodes learn it."""
+    nodes = team.nodes
+    if not nodes.several or not outcome.code or (nodes.verdict and outcome.message):
+        return outcome
+    code, message = _explained(team, outcome)
+    if not message:
+        is_stop = code in _stopped()
+        message = (
+            f"{stopped_how(code - 128, on_page=False)}." if is_stop else f"Its trainer ended with exit code {code}."
+        )
+    verdict = nodes.verdict or nodes.report(code, message)
+    if verdict.code == code and nodes.is_first and not outcome.blamed:
+        return outcome  # the first trainer has said how it ended
+    return Outcome(verdict.code, outcome.blamed, verdict.message)
 
 
 def _watch(team: Team) -> Outcome:
@@ -198,6 +244,11 @@ def _watch(team: Team) -> Outcome:
             return _end_all(team, failed)
         if first.returncode == 0:
             return Outcome(0)
+        if team.nodes.verdict is not None:
+            first.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                first.wait(timeout=GRACE_S)
+            return Outcome(team.nodes.verdict.code, message=team.nodes.verdict.message)
         for i, child in enumerate(children):
             name = f"trainer {i}" if len(children) > 1 else "the trainer"
             held = memory_kills.resident(child.pid)
@@ -249,7 +300,7 @@ def _end_all(team: Team, failed: Sequence[int]) -> Outcome:
         time.sleep(0.5 if len(children) > 1 else 0)
         _log_stacks(team.folder)
     if not blamed:
-        return Outcome(KilnError.exit_code)
+        return Outcome(PeerError.exit_code if team.nodes.several else KilnError.exit_code)
     return Outcome(_code(children[blamed[0]]), blamed[0])
 
 
@@ -257,10 +308,12 @@ def _code(child: subprocess.Popen[bytes]) -> int:
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
-def _reported(plan: Plan, team: Team, outcome: Outcome) -> int:
-    """The job's exit code. Logs why a process ended, and puts it into status.json, where it could not do so itself."""
+def _explained(team: Team, outcome: Outcome) -> tuple[int, str]:
+    """The exit code, and why a process ended where it could not say so itself."""
     code = outcome.code
     message = outcome.message
+    if message:
+        return code, message
     who = "The trainer" if len(team.children) == 1 else f"Process {outcome.blamed} of {len(team.children)}"
     if code == KILLED:
         code = KILLED_EXIT_CODE
@@ -269,11 +322,19 @@ def _reported(plan: Plan, team: Team, outcome: Outcome) -> int:
         )
     elif code > 128 and code not in _stopped():
         message = f"{who} was ended by {signal.Signals(code - 128).name}: a library or the driver crashed."
-    elif outcome.blamed:
-        own_status = folders.read_json(team.folder / f"rank-{outcome.blamed}" / "status.json") or {}
+    elif outcome.blamed or not team.nodes.is_first:  # the first process of all writes its own into OUTPUT_PATH
+        rank = team.nodes.place.rank * len(team.children) + outcome.blamed
+        own_status = folders.read_json(team.folder / f"rank-{rank}" / "status.json") or {}
         message = own_status.get("message") or f"{who} ended with exit code {code}."
+    return code, message
+
+
+def _reported(plan: Plan, team: Team, outcome: Outcome) -> int:
+    """The job's exit code. Logs why a process ended, and puts it into status.json, where it could not do so itself."""
+    code, message = _explained(team, outcome)
     if message:
-        log.error("%s [exit %d]", message, code)
+        log.log(logging.INFO if code in (0, *_stopped()) else logging.ERROR, "%s [exit %d]", message, code)
+    if message and team.nodes.is_first:  # the others write nothing there
         status = Path(plan.output.path) / "status.json"
         with contextlib.suppress(StorageError):
             ended = {"phase": "failed", "exit_code": code, "message": message}

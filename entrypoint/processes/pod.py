@@ -49,7 +49,7 @@ def asked_to_end(action: str, pod: str, environ: Mapping[str, str], retries: Ret
 def how_to_fetch(out: Path, environ: Mapping[str, str], *, action: str, uploaded_to: str | None) -> str | None:
     """How the owner of this pod gets the results of a job that is done; None where this is no pod.
 
-    `action`: what ON_FINISH does with the pod. `uploaded_to`: PUSH_TO_HUB.
+    `action`: what ON_FINISH does with the pod. `uploaded_to`: PUSH_TO_HUB, or UPLOAD_TO.
     """
     pod = environ.get("RUNPOD_POD_ID", "")
     if not pod:
@@ -58,7 +58,8 @@ def how_to_fetch(out: Path, environ: Mapping[str, str], *, action: str, uploaded
         text = "ON_FINISH=terminate deletes this pod now, with its volume and everything on it but a network volume."
         if uploaded_to is None:
             return f"{text} Nothing was uploaded, since PUSH_TO_HUB is not set."
-        return f"{text} The results are in {uploaded_to} on the Hub."
+        on_the_hub = "" if "://" in uploaded_to else " on the Hub"
+        return f"{text} The results are in {uploaded_to}{on_the_hub}."
     text = (
         f"To fetch the results: python -m entrypoint.runpod fetch {pod} on your computer, which starts the pod again "
     )

@@ -1,10 +1,11 @@
-"""ON_FINISH: when a job ends, exit; or stop, terminate or keep the rented pod that it runs in.
+"""ON_FINISH: when a job ends, exit; or stop, terminate or keep the rented machine that it runs on.
 
 By then its uploads and webhooks are done, or were given up: they belong to the job, and each has a limit of time.
 
 A pod restarts a container that exits, for ever, and bills for it. So a job in a pod is supervised: when nothing is left
 to do, the pod is ended through RunPod's API; a job that fails is tried again a few times, with growing pauses. The
-attempts are counted in pod.json in OUTPUT_PATH, which outlives the container.
+attempts are counted in pod.json in OUTPUT_PATH, which outlives the container. An instance of Vast.ai is ended through
+its API as well, but is not started again by itself. Whoever waits serves the monitor page meanwhile, for downloads.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 
 from entrypoint.fetch import http
@@ -39,10 +40,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 MAX_ATTEMPTS = 5  # without a training step between them
 CONSOLE = "https://console.runpod.io/pods"
 FOREVER_S = 1e9
-HOW_TO_COPY = (
-    "Its results are in %s: copy them from the mounted folder, or with docker cp. The page of the job has ended; "
-    "python -m entrypoint monitor serves it again."
-)
+HOW_TO_COPY = "Its results are in %s: copy them from the mounted folder, or with docker cp."
 ANSWER_S = 2.5  # how long this process may take to end after a signal, while it waits or talks to RunPod
 
 
@@ -55,6 +53,7 @@ class Times:
     linger: float = 1800.0  # a pod started after its job is done stays this long, so that results can be fetched
     farewell: float = 300.0  # how long a pod may take to send the signal after its stop was accepted
     retries: http.RetryPolicy = http.USUAL
+    page: float = 86_400.0  # the monitor page is served so long at most, where the container stays for ever
 
 
 USUAL = Times()
@@ -70,6 +69,10 @@ class PodRecord:
     run: str = ""  # that was at this step
 
 
+# Inside what it returns, the monitor page of the ended job is served, as it says, for so many seconds.
+Serving = Callable[[float], AbstractContextManager[object]]
+
+
 def _in_a_process_of_its_own(job: Callable[[], int]) -> guard.Ending:
     return guard.guarded(job, "entrypoint.processes.farewell")
 
@@ -80,27 +83,28 @@ def supervised(
     *,
     times: Times | None = None,
     run: Callable[[Callable[[], int]], guard.Ending] = _in_a_process_of_its_own,
+    serving: Serving = lambda _: nullcontext(),
 ) -> int:
-    """Do `job`, then what ON_FINISH says; returns the exit code of `job`. `run`: how it is done in a pod."""
+    """Do `job`, then what ON_FINISH says; returns the exit code of `job`. `run`: how it is done on a rented machine."""
     times, action = times or USUAL, asked_action(environ)
     began = time.monotonic()
     pod = environ.get("RUNPOD_POD_ID", "")
+    if not pod and places.place(environ) == places.VAST:
+        return _on_vast(_in_time(job, environ, run), action, environ, times, began=began, serving=serving)
     if not pod:
-        return _finished_elsewhere(job(), action, environ, times, began=began)
+        return _finished_elsewhere(job(), action, environ, times, began=began, serving=serving)
     start_ssh(environ)
     before = _opened(environ)
     if before.attempts > MAX_ATTEMPTS:
         log.error("%d attempts without progress: giving up. Delete pod.json to start over.", MAX_ATTEMPTS)
-        return _end(75, _keeping_volume(action), pod, environ, times, began=began)
+        return _end(75, _keeping_volume(action), pod, environ, times, began=began, serving=serving)
     if before.attempts > 1:
         pause = min(times.first_pause * 2 ** (before.attempts - 2), times.longest_pause)
         log.warning("Attempt %d of %d, in %.0f s.", before.attempts, MAX_ATTEMPTS, pause)
         if code := _wait(pause):
             return code
     reached = _reached(environ)
-    vitals.allow(environ, FOREVER_S)  # the parent of the job's own process ends it in time
-    ending = run(job)
-    vitals.allow(environ, 0)
+    ending = _in_time(job, environ, run)
     code = ending.exit_code
     done = code == 0 or (before.done and code == 75)  # a pod may be started without GPUs, only to fetch results
     if not done and code not in PERMANENT_FAILURES and not ending.limit_reached:
@@ -113,13 +117,46 @@ def supervised(
             "This job is already done. The pod stays for %.0f minutes, so that you can fetch its results.",
             times.linger / 60,
         )
-        if stopped := _wait(times.linger):
+        if stopped := _stay(times.linger, times, serving):
             return stopped
         if action == "wait":  # it has
             action = "stop"
     if not done:
         action = _keeping_volume(action)
-    return _end(code, action, pod, environ, times, began=began)
+    return _end(code, action, pod, environ, times, began=began, serving=serving)
+
+
+def _in_time(
+    job: Callable[[], int], environ: Mapping[str, str], run: Callable[[Callable[[], int]], guard.Ending]
+) -> guard.Ending:
+    """Do `job` in a process of its own, whose parent ends it in time; so this one outlives a limit."""
+    vitals.allow(environ, FOREVER_S)
+    ending = run(job)
+    vitals.allow(environ, 0)
+    return ending
+
+
+def without_attempts(
+    job: Callable[[], int],
+    environ: Mapping[str, str],
+    *,
+    times: Times | None = None,
+    serving: Serving = lambda _: nullcontext(),
+) -> int:
+    """Do `job`, which fills the volume and trains nothing, then what ON_FINISH says. Attempts are those of training.
+
+    A pod is never terminated here: that would delete what was brought.
+    """
+    times, began = times or USUAL, time.monotonic()
+    action, pod = asked_action(environ), environ.get("RUNPOD_POD_ID", "")
+    if not pod:
+        return job()
+    start_ssh(environ)
+    code = job()
+    if code in STOPPED:
+        return code
+    action = "stop" if action == "terminate" else action
+    return _end(code, action, pod, environ, times, began=began, serving=serving)
 
 
 def _keeping_volume(action: str) -> str:
@@ -127,14 +164,44 @@ def _keeping_volume(action: str) -> str:
     if action != "terminate":
         return action
     log.warning(
-        "The job is not done: the pod is stopped, in place of ON_FINISH=terminate, so that its volume stays and the "
-        "same job can go on."
+        "The job is not done: the machine is stopped, in place of ON_FINISH=terminate, so that its volume stays and "
+        "the same job can go on."
     )
     return "stop"
 
 
-def _finished_elsewhere(code: int, action: str, environ: Mapping[str, str], times: Times, *, began: float) -> int:
-    """ON_FINISH where this is no pod of RunPod: the container exits, now or later. Returns `code`."""
+def _on_vast(
+    ending: guard.Ending, action: str, environ: Mapping[str, str], times: Times, *, began: float, serving: Serving
+) -> int:
+    """ON_FINISH on an instance of Vast.ai, after the job has ended so. Returns its exit code."""
+    code = ending.exit_code
+    if code in STOPPED and not ending.limit_reached:  # whoever did that ends the container
+        return code
+    if action == "wait":
+        seconds = _linger(action, environ, times, began=began)
+        log.info("The job ended with %d; ON_FINISH=wait stops the instance in %.0f minutes.", code, seconds / 60)
+        if _stay(seconds, times, serving):
+            return code
+        action = "stop"
+    if code != 0:
+        action = _keeping_volume(action)
+    if action in ("stop", "terminate"):
+        with _signalled() as received:
+            if places.asked_to_end(action, environ, times.retries):
+                log.info("Asked Vast.ai to %s this instance; the job ended with %d.", action, code)
+                _arrived(received, times.farewell)
+                return code
+    log.error("%s", places.what_follows(action, environ))
+    if action == "idle":
+        log.info("The job ended with %d; ON_FINISH=idle keeps the container until it is stopped.", code)
+        _stay(FOREVER_S, times, serving)
+    return code
+
+
+def _finished_elsewhere(
+    code: int, action: str, environ: Mapping[str, str], times: Times, *, began: float, serving: Serving
+) -> int:
+    """ON_FINISH on a machine that cannot be ended from here: the container exits, now or later. Returns `code`."""
     said = places.what_follows(action, environ)
     seconds = 0.0 if code in STOPPED else _linger(action, environ, times, began=began)
     if action in ("idle", "wait") and code in STOPPED:
@@ -148,8 +215,19 @@ def _finished_elsewhere(code: int, action: str, environ: Mapping[str, str], time
     if said:
         log.warning("%s", said)
     if seconds:
-        _wait(seconds)
+        _stay(seconds, times, serving)
     return code
+
+
+def _stay(seconds: float, times: Times, serving: Serving) -> int:
+    """Wait, and serve the monitor page; returns 128 + the number of a signal that ends the wait, else 0."""
+    served = min(seconds, times.page)
+    with serving(served):
+        stopped = _wait(served)
+    if stopped or seconds <= served:
+        return stopped
+    log.info("The monitor page has ended. python -m entrypoint monitor serves it again.")
+    return _wait(seconds - served)
 
 
 def _linger(action: str, environ: Mapping[str, str], times: Times, *, began: float) -> float:
@@ -209,8 +287,15 @@ def set_limit(asked: FinishSettings, environ: Mapping[str, str], *, began: float
 # ---- the record of attempts
 
 
+def _is_another_node(environ: Mapping[str, str]) -> bool:
+    """Whether this pod is one of a cluster that trains together, and not its first, which alone keeps the record."""
+    return raw_value(environ, "NODES") not in ("", "1") and environ.get("NODE_RANK", "0").strip() not in ("", "0")
+
+
 def _opened(environ: Mapping[str, str]) -> PodRecord:
     """The record, with this start counted."""
+    if _is_another_node(environ):
+        return PodRecord(attempts=1)
     out = output_path(environ)
     with suppress(StorageError):
         json_files.set_aside_unless(out / "pod.json", own_files.has_keys("attempts", "step"))
@@ -240,6 +325,8 @@ def _reached(environ: Mapping[str, str]) -> tuple[str, int]:
 
 
 def _write(environ: Mapping[str, str], diary: PodRecord) -> None:
+    if _is_another_node(environ):
+        return
     try:
         write_text(output_path(environ) / "pod.json", json.dumps(asdict(diary)))
     except StorageError as problem:
@@ -249,24 +336,37 @@ def _write(environ: Mapping[str, str], diary: PodRecord) -> None:
 # ---- the end of a pod
 
 
-def _end(code: int, action: str, pod: str, environ: Mapping[str, str], times: Times, *, began: float) -> int:
+def _end(
+    code: int,
+    action: str,
+    pod: str,
+    environ: Mapping[str, str],
+    times: Times,
+    *,
+    began: float,
+    serving: Serving,
+) -> int:
     """Do what ON_FINISH says; returns `code` if the container is to exit, else when a signal arrives."""
     if action == "exit":
+        return code
+    stays = "The job ended with %d; the container stays. python -m entrypoint.runpod stop %s ends it."
+    if action == "idle":
+        log.info(stays, code, pod)
+        _stay(FOREVER_S, times, serving)
         return code
     if action == "wait":
         seconds = _linger(action, environ, times, began=began)
         log.info("The job ended with %d; ON_FINISH=wait keeps the pod %.0f minutes, then stops it.", code, seconds / 60)
-        if stopped := _wait(seconds):
+        if stopped := _stay(seconds, times, serving):
             return stopped
         action = "stop"
     with _signalled() as received:  # RunPod's stop may send its signal before it has answered
-        if action in ("stop", "terminate"):
-            if asked_to_end(action, pod, environ, times.retries):
-                log.info("Asked RunPod to %s this pod; the job ended with %d.", action, code)
-                if _arrived(received, times.farewell):
-                    return code
-            log.error("THIS POD IS NOT STOPPED AND COSTS MONEY: %s it at %s (%s).", action, CONSOLE, pod)
-        log.info("The job ended with %d; the container stays. python -m entrypoint.runpod stop %s ends it.", code, pod)
+        if asked_to_end(action, pod, environ, times.retries):
+            log.info("Asked RunPod to %s this pod; the job ended with %d.", action, code)
+            if _arrived(received, times.farewell):
+                return code
+        log.error("THIS POD IS NOT STOPPED AND COSTS MONEY: %s it at %s (%s).", action, CONSOLE, pod)
+        log.info(stays, code, pod)
         _arrived(received, None)
     return code
 

@@ -1,8 +1,9 @@
-"""PUSH_TO_HUB: a process uploads the LoRA files, the samples and a model card to a repository of the Hub.
+"""PUSH_TO_HUB and UPLOAD_TO: a process for each uploads the LoRA files, the samples and a model card.
 
-Only that process has the token, which it gets through a pipe. During training it uploads each save; a failure there is
-only logged. At the end it uploads the final files in one commit, and upload.json in the run's folder records which file
-the repository has. If that fails, starting the job again uploads them without training.
+The one uploads to a repository of the Hub, the other to a bucket. Only that process has the keys, which it gets through
+a pipe. During training it uploads each save; a failure there is only logged. At the end it uploads the final files, and
+a file in the run's folder (upload.json, stored.json) records which file is there. If that fails, starting the job again
+uploads them without training.
 
 The process may end at any moment (out of memory, a crash of the client's native part): then the entrypoint starts
 another one for the final files, which does without the client's Xet protocol. Whatever happens to it, the job's exit
@@ -22,12 +23,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from entrypoint.fetch import http
+from entrypoint.fetch.doors.keys import CLOUDS
+from entrypoint.processes import store
 from entrypoint.system.environment import child_environment
 from trainer.network import addresses
 from trainer.spec.errors import GatedError, KilnError, SettingsError, UnreachableError
@@ -37,7 +41,7 @@ from trainer.storage.folders import read_json
 from trainer.storage.safe_names import is_safe
 
 log = logging.getLogger("entrypoint.processes.upload")
-MARKER = "upload.json"
+MARKER, STORE_MARKER = "upload.json", "stored.json"
 POLL_S = 2.0  # between two looks for a new save
 STALL_TIMEOUT_S = 60.0  # a connection that transfers nothing for this long is closed
 STARTUP_S = 60.0  # for the process to be there, on a busy machine
@@ -53,22 +57,38 @@ AT_START, AT_END = http.USUAL, http.RetryPolicy(budget=1800.0, first_wait=2.0, l
 class Job:
     """What to upload, and where to: the process reads it from its standard input."""
 
-    repo: str
+    repo: str = field(repr=False)  # an address may be signed
     token: str = field(repr=False)
     out: str  # folder
     name: str  # of the LoRA file, without .safetensors, as far as it is known when the job starts
     base: str  # Hub repository of the base model; "" if it is none
     folder: str = ""  # of the run, below `out`; as far as it is known, too
     started: float = 0.0  # Unix seconds; an older status.json is another job's
-    creates: bool = True  # a private repository, if it does not exist
+    creates: bool = True  # a private repository, if it does not exist; in a bucket, the manifest
     at_start: http.RetryPolicy = AT_START
     at_end: http.RetryPolicy = AT_END
+    variable: str = "PUSH_TO_HUB"  # or UPLOAD_TO: then `repo` is an address
+    clouds: dict[str, str] = field(default_factory=dict, repr=False)  # the variables of the bucket's service
+
+    @property
+    def where(self) -> str:
+        """The place, for people."""
+        return self.repo if self.variable == "PUSH_TO_HUB" else addresses.shown(self.repo)
+
+    @property
+    def label(self) -> str:
+        return f"{self.variable}={self.where}"
+
+    @property
+    def marker(self) -> str:
+        """The file in the run's folder that records what is there."""
+        return MARKER if self.variable == "PUSH_TO_HUB" else STORE_MARKER
 
 
 def is_done(job: Job, final: Path) -> bool:
     """Whether the repository has this very file."""
-    marker = read_json(Path(job.out) / job.folder / MARKER) or {}
-    return marker.get("repo") == job.repo and marker.get("file") == identity_of(final)
+    marker = read_json(Path(job.out) / job.folder / job.marker) or {}
+    return marker.get("repo") == job.where and marker.get("file") == identity_of(final)
 
 
 def current_run(job: Job) -> tuple[str, Path] | None:
@@ -103,6 +123,19 @@ def job(repo: str | None, token: str | None, plan: Plan, *, creates: bool = True
     return Job(repo, token, output.path, output.name, base, folder=output.folder, started=time.time(), creates=creates)
 
 
+def store_job(address: str | None, environ: Mapping[str, str], plan: Plan, *, creates: bool = True) -> Job | None:
+    """The same for UPLOAD_TO. Raises SettingsError where that is no place for files."""
+    if address is None:
+        return None
+    if problem := store.problem_of(address):
+        raise SettingsError(f"UPLOAD_TO={addresses.shown(address)} {problem}.")
+    known = base_models()[plan.model.base][1].source
+    base = "" if Path(known).is_absolute() else known
+    output, clouds = plan.output, {name: value for name, value in environ.items() if name.startswith(CLOUDS)}
+    about: dict[str, Any] = {"folder": output.folder, "started": time.time(), "creates": creates}
+    return Job(address, "", output.path, output.name, base, variable="UPLOAD_TO", clouds=clouds, **about)
+
+
 @contextmanager
 def beside(job: Job | None, environment: Mapping[str, str]) -> Iterator[Callable[[], int]]:
     """Inside the context, saves are uploaded. Yields a function that uploads the final files: 0, 75, 77 or 78.
@@ -121,6 +154,19 @@ def beside(job: Job | None, environment: Mapping[str, str]) -> Iterator[Callable
         yield process.finish
     finally:
         process.end()
+
+
+@contextmanager
+def all_beside(jobs: Sequence[Job], environment: Mapping[str, str]) -> Iterator[Callable[[], int]]:
+    """`beside` for several places. What fails at one is no reason not to upload to the next: the first code counts."""
+    with contextlib.ExitStack() as stack:
+        uploads = [stack.enter_context(beside(job, environment)) for job in jobs]
+
+        def finish() -> int:
+            codes = [upload() for upload in uploads]
+            return next((code for code in codes if code), 0)
+
+        yield finish
 
 
 class _Process:
@@ -177,9 +223,8 @@ class _Process:
             log.warning("The uploading process %s.", _how_it_ended(code))
             # The native part of the client is what crashes, hangs and takes memory: the next does without it.
             self.environment["HF_HUB_DISABLE_XET"] = "1"
-        log.error(
-            "The LoRA is in %s, but not in %s. Start the same job again to upload it.", self.job.out, self.job.repo
-        )
+        text = "The LoRA is in %s, but not in %s. Start the same job again to upload it."
+        log.error(text, self.job.out, self.job.where)
         return code if code in SAID_WHY else UnreachableError.exit_code
 
     def _final(self) -> int | None:

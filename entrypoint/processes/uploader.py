@@ -16,21 +16,22 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from entrypoint.fetch import http, public_addresses
-from entrypoint.processes.upload import MARKER, POLL_S, STALL_TIMEOUT_S, Job, current_run, identity_of
+from entrypoint.fetch import http
+from entrypoint.processes.store import Store
+from entrypoint.processes.upload import POLL_S, STALL_TIMEOUT_S, Job, current_run, identity_of
 from entrypoint.report.card import card
 from entrypoint.report.gather import gather_run
+from entrypoint.system import public_addresses, secrets
 from trainer.network import addresses
 from trainer.network.errors import HopelessError, TransientError
 from trainer.spec.errors import GatedError, KilnError, SettingsError, StorageError, UnreachableError
 from trainer.spec.log_lines import log_to
-from trainer.spec.messages.secrets import Known
 from trainer.storage import own_files, run_records
 from trainer.storage.atomic import VOLUME_ERRORS
 from trainer.storage.folders import write_text
@@ -50,38 +51,33 @@ CLIENT_ERRORS = (
 )
 
 
+class Target(Protocol):
+    """A place that takes files: a repository of the Hub, or a bucket."""
+
+    def check(self) -> None:
+        """Whether files may be written there. Raises TransientError, and KilnErrors for what no other try mends."""
+
+    def send(self, title: str, files: Mapping[str, Path], texts: Mapping[str, str], *, final: bool) -> str:
+        """Write files and texts by their names; returns what tells this state of the place from others."""
+
+
 class Uploader:
-    """Commits to the repository of a job."""
+    """Uploads the saves and the final files of a job."""
 
     def __init__(self, job: Job, ended: threading.Event) -> None:
-        from huggingface_hub import HfApi
-
-        _use_our_client()
         self.job, self.out = job, Path(job.out)
-        self.api = HfApi(token=job.token)
         self.ended = ended  # training is over: uploads of saves give up
         self._seen: set[tuple[int | str, ...]] = set()
+        self.target = _target_of(job)
 
     def check(self, retries: http.RetryPolicy | None = None) -> None:
-        """Check that the token may write to the repository; create it if it does not exist.
+        """Check that the place may be written to. Raises GatedError, SettingsError, UnreachableError."""
 
-        Raises GatedError, SettingsError, UnreachableError.
-        """
-        from huggingface_hub.errors import RepositoryNotFoundError
+        def call() -> str:
+            self.target.check()
+            return ""
 
-        repo = self.job.repo
-
-        def call() -> None:
-            try:
-                self.api.auth_check(repo, write=True)
-            except RepositoryNotFoundError as problem:
-                if problem.response.status_code != 404:  # 401: no access, or an unknown token
-                    raise
-                if self.job.creates:
-                    self.api.create_repo(repo, private=True, exist_ok=True)
-                    log.info("Created the private repository %s.", repo)
-
-        self._persist(lambda: str(self._translated(call)), retries or self.job.at_start)
+        self._persist(call, retries or self.job.at_start)
 
     def saves(self) -> None:
         """Upload the files of the newest save, unless they were tried already."""
@@ -119,46 +115,95 @@ class Uploader:
         try:
             identity = identity_of(main)
             self.check(self.job.at_end)  # the repository may be gone by now, and the token revoked
-            commit = self._commit(main.stem, [*others, main], (name, home), retries=self.job.at_end)
+            commit = self._commit(main.stem, [*others, main], (name, home), retries=self.job.at_end, final=True)
         except OSError as problem:
             why = f"{problem.filename} cannot be read: {problem.strerror}"
-            raise UnreachableError(f"PUSH_TO_HUB={self.job.repo}: {why}.") from problem
-        marker = {"repo": self.job.repo, "commit": commit, "file": identity}
+            raise UnreachableError(f"{self.job.label}: {why}.") from problem
+        name_of_marker = self.job.marker
+        marker = {"repo": self.job.where, "commit": commit, "file": identity}
         try:
-            write_text(home / MARKER, json.dumps(marker))
+            write_text(home / name_of_marker, json.dumps(marker))
         except StorageError as problem:
-            log.warning("Uploaded, but %s cannot be written: the next start uploads again. %s", MARKER, problem)
-        log.info("Uploaded to %s/%s at commit %s.", self.api.endpoint, self.job.repo, commit)
+            text = "Uploaded, but %s cannot be written: the next start uploads again. %s"
+            log.warning(text, name_of_marker, problem)
+        if self.job.variable == "UPLOAD_TO":
+            log.info("Uploaded to %s; the SHA-256 of the LoRA is %s.", self.job.where, commit)
+        else:
+            log.info("Uploaded to %s/%s at commit %s.", addresses.hub_endpoint(os.environ), self.job.repo, commit)
 
-    def _commit(self, title: str, paths: list[Path], run: tuple[str, Path], *, retries: http.RetryPolicy) -> str:
-        """Commit `paths`, the samples and the card of a run, which has a name and a folder; returns the commit's hash.
-        The client skips files that are there.
+    def _commit(
+        self, title: str, paths: list[Path], run: tuple[str, Path], *, retries: http.RetryPolicy, final: bool = False
+    ) -> str:
+        """Send `paths`, the samples and the card of a run, which has a name and a folder; returns what `send` returns.
+
+        Files that are there are skipped.
         """
-        from huggingface_hub import CommitOperationAdd
-
         name, home = run
         # Not what a user has put there.
         samples = sorted(p for p in (home / "sample").glob("*.png") if own_files.is_in_samples(p.name) and _is_own(p))
         folder = (home / "sample").relative_to(self.out).as_posix()  # of a further run: runs/<name>/sample
         about = replace(gather_run(self.out, home, name), header=dict(read_header(paths[-1]).metadata))
-        text = card(about, samples=folder if samples else None, base=self.job.base, place=self.job.repo)
-        files = {**{p.name: p for p in paths}, **{f"{folder}/{p.name}": p for p in samples}}
+        text = card(about, samples=folder if samples else None, base=self.job.base, place=self.job.where)
+        files = {**{f"{folder}/{p.name}": p for p in samples}, **{p.name: p for p in paths}}
 
         def attempt() -> str:
             for path in files.values():
                 path.stat()  # raises OSError: an older save may have been removed
-            return str(self._translated(call))
-
-        def call() -> str:
-            operations = [CommitOperationAdd(name, path) for name, path in files.items()]
-            card_file = CommitOperationAdd("README.md", text.encode())
-            done = self.api.create_commit(self.job.repo, [*operations, card_file], commit_message=f"Kiln: {title}")
-            return str(done.oid)
+            return self.target.send(title, files, {"README.md": text}, final=final)
 
         return self._persist(attempt, retries)
 
     def _persist(self, attempt: Callable[[], str], retries: http.RetryPolicy) -> str:
-        return http.persist(attempt, what=f"PUSH_TO_HUB={self.job.repo}", retries=retries, cancelled=self.ended)
+        return http.persist(attempt, what=self.job.label, retries=retries, cancelled=self.ended)
+
+
+def _target_of(job: Job) -> Target:
+    from trainer.network.client import open_client
+
+    if job.variable == "UPLOAD_TO":
+        return Store(job, open_client(timeout=STALL_TIMEOUT_S))
+    return _Repository(job)
+
+
+class _Repository:
+    """A repository of the Hub, through its client."""
+
+    def __init__(self, job: Job) -> None:
+        from huggingface_hub import HfApi
+
+        _use_our_client()
+        self.job = job
+        self.api = HfApi(token=job.token)
+
+    def check(self) -> None:
+        """Check that the token may write to the repository; create it if it does not exist."""
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        repo = self.job.repo
+
+        def call() -> None:
+            try:
+                self.api.auth_check(repo, write=True)
+            except RepositoryNotFoundError as problem:
+                if problem.response.status_code != 404:  # 401: no access, or an unknown token
+                    raise
+                if self.job.creates:
+                    self.api.create_repo(repo, private=True, exist_ok=True)
+                    log.info("Created the private repository %s.", repo)
+
+        self._translated(call)
+
+    def send(self, title: str, files: Mapping[str, Path], texts: Mapping[str, str], *, final: bool) -> str:  # noqa: ARG002
+        """One commit; returns its hash."""
+        from huggingface_hub import CommitOperationAdd
+
+        def call() -> str:
+            operations = [CommitOperationAdd(name, path) for name, path in files.items()]
+            operations += [CommitOperationAdd(name, text.encode()) for name, text in texts.items()]
+            done = self.api.create_commit(self.job.repo, operations, commit_message=f"Kiln: {title}")
+            return str(done.oid)
+
+        return str(self._translated(call))
 
     def _translated(self, call: Callable[[], Any]) -> Any:
         """`call`, with the client's errors turned into ours, without their texts: they may hold signed addresses."""
@@ -234,7 +279,7 @@ def main() -> int:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is no answer
     job: dict[str, Any] = json.loads(sys.stdin.readline())
-    known = Known([job["token"]])
+    known = secrets.known({"HF_WRITE_TOKEN": job["token"], "UPLOAD_TO": job["repo"], **job["clouds"]})
     log_to(logging.StreamHandler(), "%(asctime)s %(levelname)s %(message)s", known=known)
     job |= {k: http.RetryPolicy(**job[k]) for k in ("at_start", "at_end")}
     ended, final = threading.Event(), threading.Event()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from entrypoint.report.metric_rows import VALIDATION, metric_row
 from trainer.data.decode import read_sample
 from trainer.spec.family import BaseModel, Facts, base_models, get_family
 from trainer.spec.plan import Plan
@@ -33,6 +33,7 @@ class Sample:
     path: Path
     prompt: str  # its text
     settings: str  # seed, steps, size and the rest, as the file says it
+    strength: float = 1.0  # of the LoRA
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Gathered:
     steps: tuple[dict[str, float], ...] = ()  # a row for each step, from metrics.jsonl
     validations: tuple[tuple[int, float], ...] = ()  # step, loss
     samples: tuple[Sample, ...] = ()
+    at_strengths: tuple[Sample, ...] = ()  # of the last step that has them: with other strengths than 1
     loras: tuple[LoraFile, ...] = ()  # by step; the finished one last
     images: tuple[dict[str, str], ...] = ()  # the rows of dataset-report.csv
     dataset_lines: tuple[str, ...] = ()  # the first lines of dataset-report.txt: counts and notes
@@ -145,6 +147,9 @@ def gather_run(out: Path, home: Path, name: str, status: dict[str, Any] | None =
     loras = lora_files(out, name) if name else ()
     steps, validations = _metrics(home / "metrics.jsonl")
     table = _text(home / own_files.REPORT_NAME)
+    samples = _samples(home / "sample")
+    others = [sample for sample in samples if sample.strength != 1]
+    newest = max((sample.step for sample in others), default=0)
     return Gathered(
         out,
         home,
@@ -155,7 +160,8 @@ def gather_run(out: Path, home: Path, name: str, status: dict[str, Any] | None =
         made_by=_made_by(home),
         steps=steps,
         validations=validations,
-        samples=_samples(home / "sample"),
+        samples=tuple(sample for sample in samples if sample.strength == 1),
+        at_strengths=tuple(sample for sample in others if sample.step == newest),
         loras=loras,
         images=_images(home / "dataset-report.csv"),
         dataset_lines=tuple(table.partition("\n\n")[0].splitlines()),
@@ -186,17 +192,13 @@ def _made_by(home: Path) -> dict[str, str]:
 def _metrics(path: Path) -> tuple[tuple[dict[str, float], ...], tuple[tuple[int, float], ...]]:
     steps, validations = [], []
     for line in _text(path).splitlines():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):  # the last line of a process that was killed
+        row = metric_row(line)
+        if row is None:  # the last line of a process that was killed
             continue
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            continue
-        numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
-        if "validation_loss" in numbers:
-            validations.append((row["step"], numbers["validation_loss"]))
+        if VALIDATION in row:
+            validations.append((int(row["step"]), row[VALIDATION]))
         else:
-            steps.append(numbers)
+            steps.append(row)
     return tuple(steps), tuple(validations)
 
 
@@ -207,15 +209,15 @@ def _samples(folder: Path) -> tuple[Sample, ...]:
     except OSError:
         return ()
     for path in paths:
-        match = own_files.SAMPLE_NAME.fullmatch(path.name)
-        if match is None or path.is_symlink():
+        known = own_files.read_sample_name(path.name)
+        if known is None or path.is_symlink():
             continue
         image = read_sample(path)
         if image is None:
             continue
         prompt = str(image.info.get("prompt_text", ""))
         settings = str(image.info.get("parameters", "")).rpartition("\n")[2]
-        found.append(Sample(int(match[1]), int(match[2]), path, prompt, settings))
+        found.append(Sample(known[0], known[1], path, prompt, settings, known[2]))
     return tuple(found)
 
 

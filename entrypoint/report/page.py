@@ -12,9 +12,9 @@ from entrypoint.report.gather import Gathered
 MARK = "<!-- Written by Kiln -->"  # by which a job knows its own report
 STYLE = """
 :root{color-scheme:light dark;--ink:#1b1b1f;--quiet:#5d5d66;--paper:#fdfdfc;--card:#f3f2ef;--line:#d9d7d2;
---blue:#2457c5;--warm:#b3540a;--good:#1e7a3c;--bad:#b3261e}
+--blue:#2457c5;--warm:#b3540a;--good:#1e7a3c;--bad:#b3261e;--plum:#8a2f8f}
 @media (prefers-color-scheme:dark){:root{--ink:#ececf0;--quiet:#a3a3ad;--paper:#151518;--card:#202025;--line:#3a3a42;
---blue:#8ab0ff;--warm:#ffb066;--good:#6fd493;--bad:#ff8a80}}
+--blue:#8ab0ff;--warm:#ffb066;--good:#6fd493;--bad:#ff8a80;--plum:#e3a0e8}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
 main{max-width:1080px;margin:0 auto;padding:1.25rem 1rem 4rem}
@@ -53,14 +53,18 @@ polyline{fill:none;stroke-width:1.6;stroke-linejoin:round}
 polyline.raw{stroke:var(--quiet);stroke-width:.8;opacity:.5}
 polyline.smooth,polyline.plain{stroke:var(--blue)}
 polyline.held{stroke:var(--warm);stroke-dasharray:4 3}circle.held{fill:var(--warm)}
+polyline.band0{stroke:var(--good)}polyline.band1{stroke:var(--blue);stroke-dasharray:9 3}
+polyline.band2{stroke:var(--plum);stroke-dasharray:5 3}polyline.band3{stroke:var(--warm);stroke-dasharray:2 3}
 .grid{stroke:var(--line);stroke-width:1}.mark{stroke:var(--quiet);stroke-width:1;stroke-dasharray:2 4;opacity:.6}
 .tick{fill:var(--quiet);font-size:11px}
 .key::before{content:"";display:inline-block;width:1.2rem;border-top:3px solid;margin:0 .3rem .2rem .8rem}
 .key.raw::before{color:var(--quiet)}.key.smooth::before,.key.plain::before{color:var(--blue)}
-.key.held::before{color:var(--warm)}
+.key.held::before,.key.band3::before{color:var(--warm)}.key.band0::before{color:var(--good)}
+.key.band1::before{color:var(--blue);border-top-style:dashed}.key.band2::before{color:var(--plum);border-top-style:dashed}
+.key.band3::before{border-top-style:dotted}
 @media (max-width:520px){.facts{grid-template-columns:1fr 1fr}h1{font-size:1.5rem}}
 @media print{:root{--ink:#000;--quiet:#444;--paper:#fff;--card:#f4f4f4;--line:#ccc;--blue:#1b49a8;--warm:#8f4308;
---good:#14602d;--bad:#8f1e17}nav{display:none}.strip,.wide,pre{overflow:visible;flex-wrap:wrap}pre{white-space:pre-wrap}
+--good:#14602d;--bad:#8f1e17;--plum:#6d2272}nav{display:none}.strip,.wide,pre{overflow:visible;flex-wrap:wrap}pre{white-space:pre-wrap}
 figure,tr{break-inside:avoid}h2,h3{break-after:avoid}.strip figure{width:120px}main{max-width:none;padding:0}}
 """
 

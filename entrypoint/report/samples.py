@@ -1,4 +1,4 @@
-"""Samples for people: small JPEGs of a bounded size, for the report and for messages."""
+"""Images for people: small JPEGs of a bounded size, for the report, messages and the monitor page."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def thumbnail(path: Path, width: int) -> bytes:
     image = read_sample(path)
     if image is None:
         return b""
-    return _jpeg(_fitted(image, width, 2 * width))
+    return jpeg(fitted(image, width, 2 * width))
 
 
-def data_address(jpeg: bytes) -> str:
+def data_address(content: bytes) -> str:
     """A JPEG as an address that holds all of it."""
-    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode('ascii')}"
+    return f"data:image/jpeg;base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def side_by_side(paths: Sequence[Path], *, height: int, longest: int) -> bytes:
@@ -35,7 +35,7 @@ def side_by_side(paths: Sequence[Path], *, height: int, longest: int) -> bytes:
     for path in paths:
         image = read_sample(path)
         if image is not None:
-            images.append(_fitted(image, longest, height))
+            images.append(fitted(image, longest, height))
     if not images:
         return b""
     width = sum(image.width for image in images) + MARGIN * (len(images) - 1)
@@ -44,18 +44,20 @@ def side_by_side(paths: Sequence[Path], *, height: int, longest: int) -> bytes:
     for image in images:
         row.paste(image, (left, 0))
         left += image.width + MARGIN
-    return _jpeg(_fitted(row, longest, height))
+    return jpeg(fitted(row, longest, height))
 
 
-def _fitted(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The image inside a box; never enlarged."""
+def fitted(
+    image: Image.Image, width: int, height: int, *, resampling: Image.Resampling = Image.Resampling.LANCZOS
+) -> Image.Image:
+    """The image inside a box, in RGB; never enlarged."""
     scale = min(1.0, width / image.width, height / image.height)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    return image.convert("RGB").resize(size, resampling)
 
 
-def _jpeg(image: Image.Image) -> bytes:
-    """Without metadata: the prompt is beside the image, and a path is nowhere."""
+def jpeg(image: Image.Image, *, optimize: bool = True) -> bytes:
+    """Without metadata: the prompt is beside the image, and a path is nowhere. `optimize`: smaller, in more time."""
     out = io.BytesIO()
-    image.save(out, "JPEG", quality=QUALITY, optimize=True)
+    image.save(out, "JPEG", quality=QUALITY, optimize=optimize)
     return out.getvalue()

@@ -16,6 +16,7 @@ from entrypoint.report.elements import bullets, clock_if_known, number, pairs, q
 from entrypoint.report.gather import NO_STEP, Gathered, LoraFile, Sample
 from entrypoint.report.samples import data_address, thumbnail
 from trainer import __version__
+from trainer.spec.messages import noise_bands
 from trainer.spec.messages.usage import prompting
 from trainer.spec.plan import AUTO, Plan
 from trainer.storage.atomic import human_size
@@ -133,12 +134,12 @@ def how_to_use(run: Gathered) -> str:
 
 
 def sample_grid(run: Gathered) -> str:
-    """A row for each prompt, a column for each step."""
+    """A row for each prompt, a column for each step, and after them the strengths."""
     if not run.samples:
         return ""
     every = {sample.step for sample in run.samples}
     steps = chosen_steps(every)
-    rows = _by_prompt(run.samples, steps)
+    rows = _by_prompt(run, steps)
     width = _width(sum(len(row) for row in rows))
     left = MOST_EMBEDDED
     parts = []
@@ -159,17 +160,16 @@ def sample_grid(run: Gathered) -> str:
     return "".join(parts)
 
 
-def _by_prompt(samples: Iterable[Sample], steps: Sequence[int]) -> list[list[Sample]]:
-    """The samples of these steps: by prompt, and then by step."""
-    shown: dict[int, dict[int, Sample]] = {}
-    for sample in samples:
+def _by_prompt(run: Gathered, steps: Sequence[int]) -> list[list[Sample]]:
+    """The samples of these steps: by prompt, and then by step; then those of other strengths, the weakest first."""
+    shown: dict[int, list[Sample]] = {}
+    for sample in sorted(run.samples, key=lambda sample: sample.step):
         if sample.step in steps:
-            shown.setdefault(sample.number, {})[sample.step] = sample
-    rows = []
-    for number_of_prompt in sorted(shown):
-        of_prompt = shown[number_of_prompt]
-        rows.append([of_prompt[step] for step in sorted(of_prompt)])
-    return rows
+            shown.setdefault(sample.number, []).append(sample)
+    for sample in sorted(run.at_strengths, key=lambda sample: sample.strength):
+        if sample.number in shown:
+            shown[sample.number].append(sample)
+    return [shown[number_of_prompt] for number_of_prompt in sorted(shown)]
 
 
 def _width(count: int) -> int:
@@ -184,6 +184,8 @@ def _sample_cell(sample: Sample, jpeg: bytes) -> str:
     label = "before training"
     if sample.step > 0:
         label = f"step {sample.step:,}"
+    if sample.strength != 1:
+        label += f", strength {sample.strength:g}"
     image = f"<span class=missing>{text(sample.path.name)}</span>"
     if jpeg:
         alternative = f"{label}: {sample.prompt}"
@@ -223,6 +225,7 @@ def curves(run: Gathered) -> str:
         loss_lines.append(Line("validation", "held", validations, dots=True))
     charts = [
         Chart("Loss", loss_lines, marks=saves),
+        Chart("Loss by noise level, smoothed", _by_noise(run), marks=saves),
         Chart("Learning rate", [Line("learning rate", "plain", rates)], logarithmic=_spans_decades(rates)),
         Chart("Size of the gradient", [Line("gradient", "plain", _column(run, "grad_norm"))]),
     ]
@@ -238,6 +241,16 @@ def curves(run: Gathered) -> str:
     if skipped:
         parts.append(f"<p>{skipped} steps were skipped, because their numbers were not finite or far off.</p>")
     return "".join(parts)
+
+
+def _by_noise(run: Gathered) -> list[Line]:
+    """A curve for each band of noise levels."""
+    lines = []
+    for place, key in enumerate(noise_bands.KEYS):
+        points = _column(run, key)
+        if points:
+            lines.append(Line(noise_bands.label(key), f"band{place}", smoothed(points)))
+    return lines
 
 
 def _legend(chart: Chart) -> str:
@@ -429,7 +442,7 @@ def settings(plan: Plan) -> list[tuple[str, object]]:
         ("Weight decay", f"{optim.weight_decay:g}"),
         ("Steps", train.max_steps or ""),
         ("Epochs", epochs),
-        ("Batch size", f"{dataset.batch_size} × {train.gradient_accumulation} × {engine.num_gpus}"),
+        ("Batch size", f"{dataset.batch_size} × {train.gradient_accumulation} × {engine.processes}"),
         ("Resolution", f"{dataset.resolution[0]}×{dataset.resolution[1]}"),
         ("Timesteps", train.timestep_sampling),
         ("Noise offset", f"{train.noise_offset:g}"),

@@ -183,7 +183,7 @@ def deploy(options: argparse.Namespace, api: RunPod, environ: Mapping[str, str])
         raise SettingsError(
             f"--cloud {options.cloud} has no {gpu['name']}: `python -m entrypoint.runpod gpus` lists those it has."
         )
-    variables = request.job_variables(options, environ)
+    variables = request.job_variables(environ, env=options.env, secret=options.secret)
     variables["PRICE_PER_HOUR"] = f"{price_per_hour:.4g}"
     if options.max_cost is not None:
         variables["MAX_COST"] = f"{options.max_cost:g}"

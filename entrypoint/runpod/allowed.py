@@ -17,12 +17,14 @@ from typing import Any
 
 from entrypoint.dataset_config.documents import is_inline, read_text
 from entrypoint.dataset_config.sources import ARCHIVES, AT_REVISION, HUB_ID, classify
-from entrypoint.fetch.public_addresses import problem_of
+from entrypoint.fetch.training_adapter import ON_THE_HUB
 from entrypoint.settings import clean, names
 from entrypoint.settings.checks import Notes
 from entrypoint.settings.variables import CONFIG_JSON, NAMES, ROWS, SECRETS
 from entrypoint.system.environment import REPOSITORY
+from entrypoint.system.public_addresses import problem_of
 from trainer.spec.documents.forms import parse_text
+from trainer.spec.rules.captioners import SHORT_NAMES
 from trainer.spec.values import Problems, is_text, nearest, show
 
 Rule = Callable[[str], str | None]  # a text → why it may not be in a request, as the rest of a sentence; None: it may
@@ -53,6 +55,18 @@ def _hub_name(text: str) -> str | None:
     if HUB_ID.fullmatch(text) and "/" in text and not text.lower().endswith(".safetensors"):
         return None
     return f"{OWN_FILE}. Fix: a repository of the Hub, owner/name"
+
+
+def _captioner(text: str) -> str | None:
+    """A short name, or a repository, maybe with a revision."""
+    if text.lower() in SHORT_NAMES:
+        return None
+    name, _, revision = text.partition("@")
+    return _hub_name(name) or (_revision(revision) if revision else None)
+
+
+def _hub_file(text: str) -> str | None:
+    return None if ON_THE_HUB.fullmatch(text) else f"{OWN_FILE}. Fix: a file of the Hub, owner/name/file.safetensors"
 
 
 def _hub_dataset(text: str) -> str | None:
@@ -134,6 +148,9 @@ RULES: dict[str, Rule] = {
     "TRIGGER_WORD": _anything,
     "IMAGE_COLUMN": _anything,
     "CAPTION_COLUMN": _anything,
+    "CAPTION_WITH": _captioner,
+    "CAPTION_PROMPT": _anything,
+    "CAPTION_WRITE": _refused("writes beside images on the worker, where they are lost. Fix: remove it"),
     "DATASET_SPLIT": _word,
     "DATASET_SUBSET": _word,
     "DATASET_REVISION": _revision,
@@ -145,11 +162,17 @@ RULES: dict[str, Rule] = {
     "OUTPUT_PATH": _refused(OWN_PLACE),
     "CACHE_PATH": _refused(OWN_PLACE),
     "HF_HOME": _refused(OWN_PLACE),
+    "PARAMS_TRAINING_ADAPTER": _hub_file,
     "PARAMS_RESUME_FROM": _refused(f"{OWN_FILE}. Fix: remove it"),
+    "CIVITAI_TOKEN": _refused("is for files of weights by address, and a request names none. Fix: remove it"),
+    "DOWNLOAD_TOKENS": _refused("is for addresses that ask for a login. Fix: an address that needs none"),
     "HF_TOKEN_FILE": _refused(f"{OWN_FILE}. Fix: HF_TOKEN with the token itself"),
+    "UPLOAD_TO": problem_of,
     "WEBHOOK_URL": _webhooks,
     "WEBHOOK_SECRET": _key,
     "LOG_WITH": _refused("sends to an account, and a request has none. Fix: remove it, or WEBHOOK_URL"),
+    "JOBS": _refused("makes several jobs of one request. Fix: send a request for each"),
+    "SWEEP": _refused("makes several jobs of one request. Fix: send a request for each"),
     "MONITOR_PORT": _refused("opens a port of the worker. Fix: remove it"),
     "MONITOR_TOKEN": _refused("is for a page that a request does not have. Fix: remove it"),
     "ON_FINISH": _refused("is the operator's choice. Fix: remove it"),

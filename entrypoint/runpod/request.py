@@ -7,13 +7,14 @@ import datetime
 import json
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from entrypoint.dataset_config.manifest import read_manifest
+from entrypoint.dataset_config.documents import is_inline
+from entrypoint.dataset_config.manifest import Manifest, read_manifest
 from entrypoint.planning.plan import make_plan
-from entrypoint.settings import checks, read_settings
+from entrypoint.settings import Settings, checks, read_settings
 from entrypoint.settings.variables import CONFIG_JSON, NAMES, ROWS
 from entrypoint.settings.variables.engine import BACKENDS
 from entrypoint.system import cards, secrets
@@ -35,6 +36,7 @@ SSH_PORT = "22/tcp"  # to download the results with rsync
 PATH_VARIABLES = (
     *("DATASET_NAME", "DATASET_CONFIG", "SAMPLE_PROMPTS", "MODEL_PATH", "MODEL_CONFIG_PATH", "VAE_PATH"),
     *("CLIP_L_PATH", "CLIP_G_PATH", "T5_PATH", "TEXT_ENCODER_PATH", "PARAMS_RESUME_FROM"),
+    "PARAMS_TRAINING_ADAPTER",
 )
 PATH_KEYS = ("image_dir", "metadata_file", "conditioning_data_dir")  # of dataset.json
 SOURCE_KEYS = (*PATH_KEYS, "dataset", "revision", "split", "image_column", "caption_column")
@@ -84,7 +86,7 @@ def ports(variables: Mapping[str, str]) -> list[str]:
     return [SSH_PORT] if page == "0" else [SSH_PORT, f"{page}/http"]
 
 
-def job_variables(options: argparse.Namespace, environ: Mapping[str, str]) -> dict[str, str]:
+def job_variables(environ: Mapping[str, str], *, env: Sequence[str] = (), secret: Sequence[str] = ()) -> dict[str, str]:
     """The job's variables: those of the environment, then --env, then --secret. Raises SettingsError.
 
     Small local files (the token, dataset.json, prompts) travel as text, because a pod cannot read this machine's disk.
@@ -93,12 +95,12 @@ def job_variables(options: argparse.Namespace, environ: Mapping[str, str]) -> di
     for name in NAMES:
         if environ.get(name, "").strip() and name not in LOCAL_PATHS:
             variables[name] = environ[name]
-    for text in options.env:
+    for text in env:
         name, value = _pair(text, "--env")
         if name not in NAMES:
             raise SettingsError(f"--env {name}: no such variable. `python -m entrypoint --help-env` lists all.")
         variables[name] = value
-    for text in options.secret:
+    for text in secret:
         name, secret = _pair(text, "--secret")
         variables[name] = f"{{{{ {FROM_RUNPOD}{secret} }}}}"
     if token_file := variables.pop("HF_TOKEN_FILE", ""):
@@ -110,8 +112,11 @@ def job_variables(options: argparse.Namespace, environ: Mapping[str, str]) -> di
         value = variables.get(name, "")
         if value.endswith(".json") and Path(value).is_file():
             variables[name] = json.dumps(_tree(name, Path(value).read_text(encoding="utf-8")))
-    for name in PATH_VARIABLES:
-        if name in variables:
+    jobs = variables.get("JOBS", "")
+    if jobs and not is_inline(jobs) and Path(jobs).expanduser().is_file():
+        variables["JOBS"] = Path(jobs).expanduser().read_text(encoding="utf-8")
+    for name in (*PATH_VARIABLES, "JOBS"):
+        if name in variables and not is_inline(variables[name]):
             _refuse_local_path(name, variables[name])
     config = variables.get("DATASET_CONFIG", "")
     if config.startswith("{"):
@@ -164,6 +169,16 @@ def card_summary(variables: Mapping[str, str], gpu: Mapping[str, Any], *, count:
         hardware = cards.hardware_of(f"{count} x {gpu['id']}")
     except SettingsError:
         return [f"{gpu['name']} is not a known card, so its memory is not checked."]
+    settings, manifest = plannable(variables)
+    plan = make_plan(settings, manifest, hardware, now=datetime.datetime.now(datetime.UTC))
+    return [*plan.warnings, *(line for line in plan.reasons if line.startswith(MEMORY_LINES))]
+
+
+def plannable(variables: Mapping[str, str]) -> tuple[Settings, Manifest]:
+    """The settings and documents of a job elsewhere, by which the planner can tell whether it fits on a card.
+
+    Which images they are does not matter here.
+    """
     visible = {name: value for name, value in variables.items() if FROM_RUNPOD not in value}
     for name in PATH_VARIABLES:
         if visible.get(name, "").startswith(VOLUME_PATH):
@@ -171,11 +186,9 @@ def card_summary(variables: Mapping[str, str], gpu: Mapping[str, Any], *, count:
     config = visible.get("DATASET_CONFIG")
     if config is not None and config.startswith("{"):
         config = json.dumps(_without_sources(_tree("DATASET_CONFIG", config)))
-    visible["DATASET_NAME"] = "any/images"  # which images they are does not matter here
+    visible["DATASET_NAME"] = "any/images"
     settings = read_settings(visible)
-    manifest = read_manifest(config, settings.output.sample_prompts)
-    plan = make_plan(settings, manifest, hardware, now=datetime.datetime.now(datetime.UTC))
-    return [*plan.warnings, *(line for line in plan.reasons if line.startswith(MEMORY_LINES))]
+    return settings, read_manifest(config, settings.output.sample_prompts)
 
 
 def _without_sources(document: Any) -> Any:

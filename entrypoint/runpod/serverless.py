@@ -17,10 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from entrypoint.fetch import public_addresses
 from entrypoint.runpod.allowed import TOKENS, variables_of
 from entrypoint.settings.variables import ALIASES, CONFIG_JSON, NAMES, SECRETS
-from entrypoint.system import environment, secrets
+from entrypoint.system import environment, public_addresses, secrets
 from trainer.spec.errors import KilnError
 from trainer.spec.log_lines import log_to
 

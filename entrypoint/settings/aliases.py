@@ -64,6 +64,7 @@ VARIABLES: dict[str, str] = {
     "linear_alpha": "PARAMS_NETWORK_ALPHA",
     "network_weights": "PARAMS_RESUME_FROM",
     "init_lora": "PARAMS_RESUME_FROM",
+    "assistant_lora_path": "PARAMS_TRAINING_ADAPTER",
     "output_dir": "OUTPUT_PATH",
     "output_folder": "OUTPUT_PATH",
     "save_name": "OUTPUT_NAME",
@@ -110,8 +111,8 @@ _DATASET_KEY_NAMES = """
 enable_bucket min_bucket_reso max_bucket_reso bucket_reso_steps bucket_no_upscale validation_split validation_seed
 resize_interpolation class_tokens caption_prefix caption_suffix caption_separator keep_tokens keep_tokens_separator
 secondary_separator shuffle_caption enable_wildcard caption_dropout_every_n_epochs caption_tag_dropout_rate flip_aug
-color_aug random_crop caption_extension is_reg alpha_mask metadata_file conditioning_data_dir image_dir class_prompt
-num_class_images
+color_aug random_crop caption_extension auto_caption is_reg alpha_mask metadata_file conditioning_data_dir image_dir
+class_prompt num_class_images
 """
 DATASET_KEYS = tuple(_DATASET_KEY_NAMES.split())
 # Another trainer's name → what to write instead, where the meaning is not the same.

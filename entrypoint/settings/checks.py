@@ -8,12 +8,23 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainer.spec.errors import DataError, GatedError, KilnError, SettingsError, StorageError, UnreachableError
 from trainer.spec.values import Problems
+
+# Where problems of several types are found, the first of these gives the exit code: what only the user can correct
+# comes before what another start may cure.
+ERRORS_BY_PRIORITY: tuple[type[KilnError], ...] = (
+    SettingsError,
+    GatedError,
+    DataError,
+    StorageError,
+    UnreachableError,
+)
 
 
 @dataclass
@@ -33,6 +44,18 @@ class Notes(Problems):
     def warn(self, text: str) -> None:
         """Add a warning: a sentence that names the variable, file or row, its value, and what is usual."""
         self.warnings.append(text)
+
+
+def raise_together(problems: Sequence[KilnError]) -> None:
+    """Raise one error with the messages of all, each once, in the order of ERRORS_BY_PRIORITY; none for no problem."""
+    if not problems:
+        return
+    ordered = sorted(problems, key=lambda problem: ERRORS_BY_PRIORITY.index(type(problem)))
+    messages = list(dict.fromkeys(str(problem) for problem in ordered))
+    message = messages[0]
+    if len(messages) > 1:
+        message = "\n".join(f"- {line}" for line in messages)
+    raise type(ordered[0])(message) from problems[0]
 
 
 # ---- names

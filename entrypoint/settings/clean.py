@@ -28,9 +28,12 @@ LOCATIONS = (
     "T5_PATH",
     "TEXT_ENCODER_PATH",
     "DATASET_NAME",
+    "CAPTION_WITH",
     "DATASET_CONFIG",
     "SAMPLE_PROMPTS",
     "PARAMS_RESUME_FROM",
+    "UPLOAD_TO",
+    "PARAMS_TRAINING_ADAPTER",
 )
 NUMBERS = ("integer", "auto_integer", "auto_count", "number", "numbers", "size")
 NOTHING = ("none", "null", "nil", "undefined", "n/a")  # what forms and programs write for no value
@@ -84,6 +87,8 @@ def clean(text: str, row: Row) -> str:
 
 def _without_own_name(text: str, row: Row) -> str:
     """`NAME=value` as the value of NAME is a line of an env file; a whole file is refused."""
+    if row.kind == "sweep":  # names of others are what it is made of
+        return text
     named = _ASSIGNMENT.findall(text[:MAX_CHARACTERS])
     others = [name for name in named if name in NAMES and name != row.name]
     if others:

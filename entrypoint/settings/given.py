@@ -35,6 +35,8 @@ def _shown(value: Any, *, secret: bool) -> str:
         return str(value).lower()
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, tuple) and all(isinstance(item, float) for item in value):
+        return ",".join(f"{item:g}" for item in value)
     text = one_line(str(value)) if isinstance(value, str | int | Path) else one_line(repr(value))
     if text.startswith(("{", "[")):
         return "(a document)"

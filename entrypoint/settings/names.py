@@ -36,7 +36,7 @@ def variables(environ: Mapping[str, str], notes: Notes) -> dict[str, str]:
     found = {name: text for name, text in texts.items() if name in NAMES}
     for name in sorted(texts.keys() - found.keys() - OTHER_PROGRAMS):
         _read_other_name(name, texts[name], found, notes)
-    return {**_read_config_json(texts.get(CONFIG_JSON, ""), notes), **found}
+    return {**from_json(texts.get(CONFIG_JSON, ""), notes), **found}
 
 
 # ---- names in the environment
@@ -148,11 +148,14 @@ def _with_prefix(bare: str) -> str:
 # ---- CONFIG_JSON
 
 
-def _read_config_json(text: str, notes: Notes) -> dict[str, str]:
-    """The variables in CONFIG_JSON, as text. Its values are never shown: a token may be among them."""
+def from_json(text: str, notes: Notes, *, where: str = CONFIG_JSON) -> dict[str, str]:
+    """The variables in CONFIG_JSON, or in the object at `where`, as text.
+
+    Its values are never shown: a token may be among them.
+    """
     if not text:
         return {}
-    config = _load_config(text, notes)
+    config = _load_config(text, notes, where=where)
     found: dict[str, str] = {}
     others: dict[str, str] = {}
     for name, value in config.items():
@@ -171,18 +174,18 @@ def _read_config_json(text: str, notes: Notes) -> dict[str, str]:
                 _take(name, value_text, meant, found, notes)
         elif isinstance(config[name], dict):
             fix = 'write its variables beside the others, as in {"TRIGGER_WORD": "zot", "PARAMS_SEED": 1}.'
-            notes.add(f"{CONFIG_JSON}: {show(name)} holds an object, and no variable has that name. Fix: {fix}")
+            notes.add(f"{where}: {show(name)} holds an object, and no variable has that name. Fix: {fix}")
         elif plain(name) in NEAR:
-            notes.add(f"{CONFIG_JSON}: {show(name)} {_as_refusal(NEAR[plain(name)])}.")
+            notes.add(f"{where}: {show(name)} {_as_refusal(NEAR[plain(name)])}.")
         else:
             guess = nearest(name, NAMES) or nearest(f"{PREFIX}{name}", NAMES)
             fix = f"did you mean {guess}?" if guess else "remove it."
-            notes.add(f"{CONFIG_JSON}: {show(name)} is not a variable. Fix: {fix} {HELP}")
+            notes.add(f"{where}: {show(name)} is not a variable. Fix: {fix} {HELP}")
     return found
 
 
-def _load_config(text: str, notes: Notes) -> dict[str, Any]:
-    """The object in CONFIG_JSON; empty, with a problem in `notes`, if it is none."""
+def _load_config(text: str, notes: Notes, *, where: str) -> dict[str, Any]:
+    """The object in CONFIG_JSON, or at `where`; empty, with a problem in `notes`, if it is none."""
     mended = clean.without_quotes(text)
     config = None
     reason = "it is another kind of value"
@@ -190,7 +193,7 @@ def _load_config(text: str, notes: Notes) -> dict[str, Any]:
         config = load_json(mended)
     except ValueError as problem:
         reason = str(problem)
-        config = _load_relaxed(mended, notes)
+        config = _load_relaxed(mended, notes, where=where)
     if isinstance(config, dict):
         return config
     allowed = f"Allowed: an object like {CONFIG_EXAMPLE}."
@@ -200,11 +203,11 @@ def _load_config(text: str, notes: Notes) -> dict[str, Any]:
         )
     elif mended.startswith(("/", "./", "~")):
         allowed = f"It is a path. Fix: put the text of that file here, an object like {CONFIG_EXAMPLE}."
-    notes.add(f"{CONFIG_JSON} is not a JSON object: {reason}. {allowed}")
+    notes.add(f"{where} is not a JSON object: {reason}. {allowed}")
     return {}
 
 
-def _load_relaxed(text: str, notes: Notes) -> Any:
+def _load_relaxed(text: str, notes: Notes, *, where: str) -> Any:
     """JSON5, also with the backslashes before its quotes that a shell left; None if it is not that either."""
     for candidate in (text, text.replace('\\"', '"')):
         if not candidate.startswith("{"):
@@ -213,6 +216,6 @@ def _load_relaxed(text: str, notes: Notes) -> Any:
             config = load_json5(candidate)
         except ValueError:
             continue
-        notes.reasons.append(f"{CONFIG_JSON}: read as JSON5, since it is not strict JSON")
+        notes.reasons.append(f"{where}: read as JSON5, since it is not strict JSON")
         return config
     return None

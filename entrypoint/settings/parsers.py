@@ -47,6 +47,7 @@ def allowed_values(row: Row) -> str:
         "switch": "true, false",
         "auto_switch": "auto, true, false",
         "pairs": "key=value pairs with spaces between them",
+        "sweep": "NAME=value,value with spaces between them",
         "names": "names with commas between them",
         "numbers": f"numbers with commas between them, {limits} each",
         "path": "path",
@@ -54,6 +55,7 @@ def allowed_values(row: Row) -> str:
         "name": "letters, digits, space, dot, dash and underscore; 128 at most",
         "secret": "letters, digits and underscores",
         "key": "letters, digits and signs, without blanks",
+        "tokens": "host=token, with commas between them",
         "addresses": "addresses (https://...) with blanks between them",
         "text": "text",
     }[row.kind]
@@ -147,6 +149,8 @@ def _names(text: str, _: Row) -> tuple[str, ...] | None:
 
 
 def _numbers(text: str, row: Row) -> tuple[float, ...]:
+    if not text:
+        return ()
     return tuple(float(_in_range(as_number(part.strip()), row, "number")) for part in text.split(","))
 
 
@@ -154,6 +158,20 @@ def _secret(text: str, _: Row) -> Secret | None:
     if text and not _TOKEN_TEXT.fullmatch(text):
         raise EnvError("has spaces or characters that do not occur in tokens")
     return Secret(text) if text else None
+
+
+def _tokens(text: str, _: Row) -> dict[str, Secret]:
+    """host=token pairs: what is wrong with one is said without it."""
+    found = {}
+    for number, pair in enumerate((part.strip() for part in text.split(",") if part.strip()), 1):
+        host, equals, token = pair.partition("=")
+        host = host.strip().lower().removeprefix("https://").rstrip("/")
+        if not equals or problem_of(f"https://{host}") or "/" in host or "@" in host:
+            raise EnvError(f"has a pair, number {number}, that does not begin with the name of a host and =")
+        if not _TOKEN_TEXT.fullmatch(token.strip()):
+            raise EnvError(f"has no token, or one with spaces, for the host {host}")
+        found[host] = Secret(token.strip())
+    return found
 
 
 def _addresses(text: str, _: Row) -> tuple[Secret, ...]:
@@ -249,6 +267,8 @@ PARSERS: dict[str, Callable[[str, Row], Any]] = {
     "numbers": _numbers,
     "secret": _secret,
     "key": _secret,
+    "tokens": _tokens,
     "addresses": _addresses,
     "pairs": _pairs,
+    "sweep": _text,
 }

@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-# Kinds of variables whose text is secret: a token of the Hub; another key; addresses, whose paths are keys.
-SECRET_KINDS = ("secret", "key", "addresses")
+# Kinds of variables whose text is secret: a token of the Hub; another key; keys by their hosts; addresses, whose paths
+# are keys.
+SECRET_KINDS = ("secret", "key", "tokens", "addresses")
 LARGEST_COUNT = 10**8  # of steps, epochs and the like: more than any job has, so that a slip of the pen is refused
 
 

@@ -62,6 +62,7 @@ def _allowed(row: Row) -> dict[str, Any]:
         "size": {"anyOf": [integer, sides]},
         "switch": {"type": "boolean"},
         "auto_switch": {"anyOf": [AUTO, {"type": "boolean"}]},
+        "sweep": {"type": "string", "examples": ["PARAMS_NETWORK_DIM=8,32 PARAMS_D_COEF=1,2"]},
         "pairs": {"type": "string", "examples": ["key=value other=1e-4"]},
         "names": {"type": "string", "examples": ["one,two"]},
         "numbers": {"type": "string", "examples": ["0.5,1"]},

@@ -52,7 +52,9 @@ NETWORK = (
 )
 PACKAGE_INDEX_PREFIX = "PIP_"  # which only pip needs
 HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")  # which only `trainer.sample` reads itself
-PAGE = ("MONITOR_TOKEN", "RUNPOD_POD_ID")  # what its own command needs to serve the monitor page, and to say where
+# What its own command needs to serve the monitor page, and to say where.
+PAGE = ("MONITOR_TOKEN", "RUNPOD_POD_ID", "PUBLIC_IPADDR")
+PAGE_PORTS = "VAST_TCP_PORT_"
 # How our programs run; the environment may set these otherwise.
 DEFAULTS = {
     # OpenMP threads that spin while they wait make a CPU step many times slower once another program wants a core.
@@ -105,7 +107,8 @@ def package_index(environment: Mapping[str, str]) -> dict[str, str]:
 def tool_environment(tool: str, environment: Mapping[str, str]) -> dict[str, str]:
     """`environment` for the command `tool`: sample, which downloads models, export, or monitor."""
     if tool == "monitor":
-        return child_environment(environment) | {name: environment[name] for name in PAGE if name in environment}
+        own = {name: value for name, value in environment.items() if name in PAGE or name.startswith(PAGE_PORTS)}
+        return child_environment(environment) | own
     if tool != "sample":
         return child_environment(environment)
     tokens = {name: environment[name] for name in HUB_TOKENS if name in environment}

@@ -24,6 +24,7 @@ from entrypoint.system.environment import VISIBLE, child_environment
 from trainer.spec.errors import SettingsError, UnreachableError
 from trainer.spec.weight_formats import PRECISIONS, supported_formats
 
+HOST_SHARE = "KILN_HOST_SHARE"  # how many jobs of a queue share this host (entrypoint.queue.run)
 GIB = 2**30
 
 # Precisions by speed (`python -m bench step`, docs/performance.md). Those that lose more than rounding come last. On
@@ -365,7 +366,10 @@ def _host(root: Path) -> Hardware:
     quota = _read(root / "sys/fs/cgroup/cpu.max").split()  # microseconds of CPU time in each period, or "max"; period
     if len(quota) == 2 and quota[0].isdecimal() and quota[1].isdecimal() and int(quota[1]):
         cores = min(cores, max(1, round(int(quota[0]) / int(quota[1]))))
-    memory_gib = min(sizes) / GIB
+    share = os.environ.get(HOST_SHARE, "")
+    jobs = int(share) if share.isdecimal() and int(share) else 1
+    memory_gib = min(sizes) / GIB / jobs
+    cores = max(1, cores // jobs)
     return Hardware("cpu", platform.machine(), memory_gib, 0, "", memory_gib, cores)
 
 

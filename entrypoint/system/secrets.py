@@ -26,12 +26,14 @@ from trainer.storage.read import read_regular
 
 # A variable of another program, or a key of JSON, with one of these words in its name holds a secret.
 _WORDS = re.compile(
-    r"(?i)(token(?!iz)|secret|passw|passphrase|credential|api_?key|access_?key|private_?key|authorization)"
+    r"(?i)(token(?!iz)|secret|passw|passphrase|credential|api_?key|access_?key|private_?key|authorization|connection_?string)"
     r"|(^|_|-)(pass|pwd|key|keys|auth|pat|dsn|jwt|bearer|signature|cookie|webhook)($|_|-)"
 )
 _NOT_SECRET = re.compile(r"(?i)(^(old)?pwd|_file|_path|_sock|_dir|_home)$")  # these hold places
 _PAIR = re.compile(r"""(?<![\w-])["']?([A-Za-z_][\w-]{0,63})["']?\s*[:=]\s*["']?([^"'\s,}]{6,})""")
 _PLAIN = re.compile(r"(?i)true|false|none|null|[0-9]{1,7}|/.*|auto")  # what a key of that name holds otherwise
+BY_HOST = "DOWNLOAD_TOKENS"  # host=token pairs: each token is a secret of its own
+MIN_KEY = 12  # characters of a key among pairs: shorter values are names and protocols
 MAX_TOKEN_FILE_BYTES = 10_000
 
 
@@ -58,6 +60,9 @@ def _secrets_of(name: str, value: str) -> set[str]:
     found = in_addresses(value) if "://" in value or ":\\/\\/" in value else set()
     if is_secret(name):
         found |= _lines(value) | in_paths(value)
+        if name == BY_HOST or name.endswith("CONNECTION_STRING"):
+            pairs = re.split("[,;]", value)
+            found |= {key for key in (pair.partition("=")[2].strip() for pair in pairs) if len(key) >= MIN_KEY}
     if name == CONFIG_JSON:
         found |= _secrets_of_config(value)
     return found

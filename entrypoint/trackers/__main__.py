@@ -17,9 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
-from entrypoint.fetch import public_addresses
 from entrypoint.processes.side_process import HAS_FAILED, Instructions, leave_stops_to_the_job
-from entrypoint.system import secrets
+from entrypoint.system import public_addresses, secrets
 from entrypoint.trackers import install
 from entrypoint.trackers.beside import FOUND, TRACKER, Job
 from entrypoint.trackers.feed import Feed

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from entrypoint.report.gather import Sample, gather_run
+from entrypoint.report.metric_rows import VALIDATION, metric_row
 from entrypoint.report.sections import settings, without_places
 from trainer.spec.errors import StorageError
 from trainer.spec.log_lines import escaped
@@ -89,8 +90,8 @@ class Feed:
         """Hand over what is new, and remember it."""
         before = dict(self._sent)
         for row in self._rows():
-            step = row.pop("step")
-            key = "validation" if "validation_loss" in row else "step"
+            step = int(row.pop("step"))
+            key = "validation" if VALIDATION in row else "step"
             if step > self._sent[key]:
                 tracker.numbers(step, {name: value for name, value in row.items() if name not in ("time", "epoch")})
                 self._sent[key] = step
@@ -106,7 +107,7 @@ class Feed:
         began = status.get("started")
         return status if isinstance(began, int | float) and began >= self._started - 1 else {}
 
-    def _rows(self) -> Iterator[dict[str, Any]]:
+    def _rows(self) -> Iterator[dict[str, float]]:
         """The lines of metrics.jsonl since the last time; all of them where another file has the name now."""
         if self._home is None:
             return
@@ -122,12 +123,9 @@ class Feed:
         whole = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)
         for line in whole.splitlines():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                yield {key: value for key, value in row.items() if isinstance(value, int | float)}
+            row = metric_row(line)
+            if row is not None:
+                yield row
 
     def _samples(self) -> list[tuple[int, list[Sample]]]:
         """The steps whose samples are complete, and not sent yet."""

@@ -62,6 +62,21 @@ def test_smaller_images_are_predicted_from_larger_ones_within_sixteen_per_cent(c
     assert step_seconds(footprint, workload, strategy, SPEEDS[card]) == pytest.approx(seconds, rel=0.16)
 
 
+@pytest.mark.parametrize("family", cards.TITLES)
+@pytest.mark.parametrize("card", CARDS.split("|"))
+def test_ten_shapes_have_room_for_their_graphs_where_one_shape_fits(card, family):
+    facts, footprint, workload = facts_of(family)
+    hardware = hardware_of(card)
+    one = cards.chosen(facts, footprint, hardware, workload)
+    ten = cards._ten_shapes(footprint, hardware, workload, one)
+    assert cards._fits(hardware, ten) or not cards._fits(hardware, one)
+    graphs_gib = 9 * footprint.graph_gib
+    assert ten == one if one.offload == "weights" else ten.gib <= one.gib + graphs_gib + 1e-6
+    more = dataclasses.replace(hardware, memory_gib=hardware.memory_gib + 1)
+    roomy = cards._ten_shapes(footprint, more, workload, one)
+    assert (roomy.recompute, roomy.kept_blocks, roomy.offload) == (one.recompute, one.kept_blocks, one.offload)
+
+
 def test_a_card_that_is_too_small_is_said_to_be():
     facts, footprint, workload = facts_of("flux")
     tiny = dataclasses.replace(hardware_of("RTX 3060"), memory_gib=2.0)

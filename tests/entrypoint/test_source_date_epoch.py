@@ -2,13 +2,13 @@
 
 import pytest
 
-from entrypoint.__main__ import _now
+from entrypoint.job import now
 from trainer.spec.errors import SettingsError
 
 
 @pytest.mark.parametrize("text", ["0", "1700000000", " 1700000000 ", "253402300799"])
 def test_a_second_is_the_time(text):
-    assert _now({"SOURCE_DATE_EPOCH": text}).timestamp() == int(text)
+    assert now({"SOURCE_DATE_EPOCH": text}).timestamp() == int(text)
 
 
 @pytest.mark.parametrize(
@@ -16,10 +16,10 @@ def test_a_second_is_the_time(text):
 )
 def test_anything_else_is_refused_by_name(text):
     with pytest.raises(SettingsError, match=r"SOURCE_DATE_EPOCH=.* is not a time\. Allowed: a whole number") as caught:
-        _now({"SOURCE_DATE_EPOCH": text})
+        now({"SOURCE_DATE_EPOCH": text})
     assert len(str(caught.value)) < 300 and "\x1b" not in str(caught.value)
 
 
 @pytest.mark.parametrize("environ", [{}, {"SOURCE_DATE_EPOCH": ""}, {"SOURCE_DATE_EPOCH": "  "}])
 def test_without_one_it_is_the_clock(environ):
-    assert _now(environ).year >= 2024
+    assert now(environ).year >= 2024

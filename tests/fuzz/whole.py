@@ -19,8 +19,8 @@ from unittest import mock
 
 from entrypoint import __main__ as entrypoint
 from entrypoint.dataset_config import manifest
-from entrypoint.fetch import hub_rows
 from entrypoint.fetch.http import RetryPolicy
+from entrypoint.fetch.hub_dataset import hub_rows
 from entrypoint.planning import summary
 from entrypoint.settings.variables import NAMES
 from tests.fuzz import draw, sandbox

@@ -101,10 +101,54 @@ def test_norm_and_rotary_embedding_are_as_in_plain_torch(heads, dim, several):
         assert error(found, wanted) < 2e-3
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_rms_norms_are_as_in_plain_torch(width, count):
+    from trainer.engine.kernels import norm_gelu_triton
+
+    x, weight = normal(300, width) * 3 + 1, normal(2, width).float()
+    agree(norm_gelu_triton.norm_rows, quantize.norm_rows, (x, weight, None, 0.0, 1e-6, FP8))
+    gs = [*(normal(300, width, seed=2 + i) for i in range(count)), *[None] * (3 - count)]
+    for residual in (None, normal(300, width, seed=9)):
+        options = (x, weight, None, 0.0, 1e-6, *gs, residual, True)
+        found, wanted = norm_gelu_triton.norm_gradient(*options), quantize.norm_gradient(*options)
+        assert error(found[0], wanted[0]) < 2e-3 and error(found[1], wanted[1]) < 1e-3
+    options = (normal(2, 150, width, seed=5), x.view(2, 150, width), weight, 1e-6)
+    assert error(norm_gelu_triton.norm_residual(*options), quantize.norm_residual(*options)) < 2e-3
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("width", [100, 2560, 10240])
+def test_swiglu_and_its_gradient_are_as_in_plain_torch(width, joined):
+    from trainer.engine.kernels import swiglu_triton
+
+    both = normal(300, 2 * width) * 2
+    both[3], both[5, 7] = 0, 100
+    a, b = both.chunk(2, -1) if joined else (half.contiguous() for half in both.chunk(2, -1))
+    agree(swiglu_triton.swiglu_rows, quantize.swiglu_rows, (a, b, FP8))
+    options = (a, b, normal(300, width, seed=2))
+    found, wanted = swiglu_triton.swiglu_gradient(*options, True), quantize.swiglu_gradient(*options, True)
+    assert all(error(*pair) < 2e-3 for pair in zip(found, wanted, strict=True))
+    assert all(map(torch.equal, swiglu_triton.swiglu_gradient(*options, False)[:2], found[:2]))
+
+
+@pytest.mark.parametrize(("heads", "dim"), [(30, 128), (3, 16)])
+def test_rotated_heads_are_as_in_plain_torch(heads, dim):
+    from trainer.engine.kernels import rope_reference, rope_triton
+
+    given = normal(2, 133, heads * dim), normal(dim, seed=1), normal(2, 133, dim // 2, 2, seed=2).float()
+    g = normal(2, 133, heads, dim, seed=3)
+    found, wanted = (module.rotate_heads(*given, 1e-6) for module in (rope_triton, rope_reference))
+    assert found.shape == wanted.shape and error(found, wanted) < 1e-3
+    found, wanted = (module.rotate_heads_gradient(*given, g, 1e-6) for module in (rope_triton, rope_reference))
+    assert found.shape == wanted.shape and error(found, wanted) < 2e-3
+
+
 FULL_WIDTH = {
     "flux": {"num_layers": 1, "num_single_layers": 2},
     "sd3": {"num_layers": 2},
     "sdxl": {"transformer_layers_per_block": (1, 1, 1), "layers_per_block": 1},
+    "z_image": {"n_layers": 2, "n_refiner_layers": 1},
 }
 
 

@@ -50,6 +50,21 @@ def numbers(job):
     return {row["step"]: (row["loss"], row["grad_norm"], row["lr"]) for row in job.metrics() if "loss" in row}
 
 
+def test_two_processes_encode_what_one_does(two):
+    """Each its share of images and captions, to the same bytes."""
+    files = []
+    for number in ("2", "1"):
+        cache = two.folder / f"cache-{number}"
+        output = two.folder / f"output-{number}"
+        paths = {"CACHE_PATH": str(cache), "OUTPUT_PATH": str(output), "PARAMS_MAX_STEPS": "1"}
+        code, printed = two.run(NUM_GPUS=number, PARAMS_CAPTION_DROPOUT_RATE="0.5", **paths)
+        assert code == 0, printed
+        encoded = [*cache.glob("latents/*/*"), *cache.glob("text/*/*")]
+        files.append({path.relative_to(cache): path.read_bytes() for path in encoded})
+    assert files[0] == files[1] and len(files[0]) > 6
+    assert "Encoded 3 of 6 latents" in (two.folder / "output-2" / "run.log").read_text()
+
+
 def test_a_killed_worker_ends_the_job_and_sigterm_saves_it_and_the_steps_between_are_the_same(two):
     """The worker's own end is told, without a hang; 143 with the state of the step for SIGTERM."""
     process = two.start(**LONG)

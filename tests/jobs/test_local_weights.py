@@ -23,6 +23,7 @@ from trainer.spec.family import BaseModel, base_models, get_family
 ROOT = Path(__file__).parents[2]
 NOWHERE = "http://127.0.0.1:9"  # refuses every connection
 CLIP, T5, QWEN = "openai/clip-vit-large-patch14", "google-t5/t5-large", "Qwen/Qwen3-4B"
+QWEN_VL = "Qwen/Qwen2.5-VL-7B-Instruct"
 
 
 def vocabularies() -> dict[str, dict[str, bytes]]:
@@ -37,6 +38,7 @@ def vocabularies() -> dict[str, dict[str, bytes]]:
         },
         T5: {"tokenizer.json": (miniature("flux") / "tokenizer_2" / "tokenizer.json").read_bytes()},
         QWEN: {"tokenizer.json": (miniature("z_image") / "tokenizer" / "tokenizer.json").read_bytes()},
+        QWEN_VL: {"tokenizer.json": (miniature("qwen_image") / "tokenizer" / "tokenizer.json").read_bytes()},
     }
 
 

@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from entrypoint.fetch import hub_rows
-from entrypoint.fetch.hub_choice import choose
-from entrypoint.fetch.hub_columns import find_caption_column
-from entrypoint.fetch.hub_rows import Asked, write_dataset
+from entrypoint.fetch.hub_dataset import hub_rows
+from entrypoint.fetch.hub_dataset.hub_choice import choose
+from entrypoint.fetch.hub_dataset.hub_columns import find_caption_column
+from entrypoint.fetch.hub_dataset.hub_rows import Asked, write_dataset
 from trainer.spec.errors import DataError, SettingsError
 
 TEXT = datasets.Value("string")

@@ -49,6 +49,8 @@ MODULES: dict[str, tuple[str, ...]] = {
     "trainer/families/sd3.py": FAMILIES,
     "trainer/families/sdxl.py": FAMILIES,
     "trainer/families/z_image.py": FAMILIES,
+    "trainer/families/qwen_image.py": FAMILIES,
+    "trainer/families/qwen_vae.py": FAMILIES,
     "entrypoint/planning/plan.py": (*PLANNING, "entrypoint/settings"),
     "entrypoint/planning/engine_choice.py": PLANNING,
 }

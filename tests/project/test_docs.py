@@ -28,6 +28,11 @@ USERS = (  # the documents for users
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")))
 # Variables that no table has, and names of the code.
 OTHERS = {"SOURCE_DATE_EPOCH", "HEALTH_PATIENCE_MINUTES", "HF_HUB_OFFLINE", "WEIGHT_FORMATS", "MEMORY_MODES"}
+OTHERS |= {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_ENDPOINT_URL"}
+OTHERS |= {"AWS_SKIP_SIGNATURE", "GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_SKIP_SIGNATURE", "AZURE_SKIP_SIGNATURE"}
+OTHERS |= {"AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN"}
+OTHERS |= {"AZURE_STORAGE_CONNECTION_STRING", "GOOGLE_SERVICE_ACCOUNT_KEY", "AWS_WEB_IDENTITY_TOKEN_FILE"}
+OTHERS |= {"AZURE_CLIENT_ID", "AZURE_CLIENT_SECRET", "AZURE_TENANT_ID", "AZURE_STORAGE_ENDPOINT"}
 OTHERS |= {"HF_ENDPOINT", "KILN_REQUESTS_USE_HF_TOKEN", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"}
 OTHERS |= {"WANDB_API_KEY", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_BASE_URL", "WANDB_MODE", "TRACKIO_SPACE_ID"}
 OTHERS |= {"MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_TOKEN", "MLFLOW_EXPERIMENT_NAME"}
@@ -245,6 +250,7 @@ def test_a_term_of_the_glossary_stands_once_and_is_explained():
 PRODUCT = ("trainer", "entrypoint")
 # Public classes that are no terms: one module uses them, as a record of what its functions pass on, and explains them.
 NO_TERMS = {
+    **dict.fromkeys(("Keys", "Version", "Place", "Target"), "parts of an address or a request to a service"),
     **dict.fromkeys(("AdaptedModels", "Backward", "Session"), "parts of a run, passed between two modules"),
     **dict.fromkeys(("PreparedData", "Folder", "AdapterShape"), "the result of one function"),
     **dict.fromkeys(("AskedColumns", "Columns", "Decoded", "ImageNames", "Inspected"), "the result of one function"),
@@ -261,6 +267,8 @@ NO_TERMS = {
     **dict.fromkeys(("Prompt", "PromptRequest"), "a prompt line, which the documents call a prompt"),
     **dict.fromkeys(("Length", "Request"), "what a row of a table of sanity checks looks at"),
     **dict.fromkeys(("Reader", "Cut", "PredictionMarks"), "what one function finds in a caption or a file"),
+    **dict.fromkeys(("Made", "Answers", "Outlook"), "captions that a model has made, and how many are missing"),
+    **dict.fromkeys(("Way", "TextTokens", "Named"), "how a captioning model is named, loaded and asked"),
     "Loader": "YAML without types that surprise",
     **dict.fromkeys(("AskedColumns", "Compared", "NamedBase"), "what one function hands to the next"),
     **dict.fromkeys(("LightTokenizer", "Encoded"), "a tokenizer without its library, and what it returns"),
@@ -283,9 +291,9 @@ NO_TERMS = {
     **dict.fromkeys(("Budget", "Limits", "Names"), "bounds on archives"),
     **dict.fromkeys(("Cached", "Listing", "RemoteFile", "Repo"), "records of the Hub's client"),
     **dict.fromkeys(("Asked", "Found", "Layout", "Place"), "how a dataset was named, and what was found of it"),
-    **dict.fromkeys(("Download", "Hash", "RemoteArchive", "SshHost"), "records of downloads"),
+    **dict.fromkeys(("Download", "Hash", "SshHost"), "records of downloads"),
     **dict.fromkeys(("Job", "Uploader", "Times", "Identity"), "parts of one process"),
-    **dict.fromkeys(("Background", "Recipe", "Scene", "Thing"), "contents of the miniatures' drawings"),
+    **dict.fromkeys(("Background", "OneFrame", "Recipe", "Scene", "Thing"), "contents of the miniatures' drawings"),
 }
 
 

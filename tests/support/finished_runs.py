@@ -9,17 +9,18 @@ from PIL import Image, PngImagePlugin
 from safetensors.numpy import save
 
 from tests.support.plans import job_plan
+from trainer.storage import own_files
 
 ODD = 'a <script>alert("1")</script> & [x](http://x) `code` | \u202e\x1b[31m 正面 =1+1'
 
 
-def write_sample(folder, step, number, text=ODD):
+def write_sample(folder, step, number, text=ODD, *, strength=1.0):
     folder.mkdir(exist_ok=True)
     info = PngImagePlugin.PngInfo()
     info.add_itxt("prompt_text", text)
     info.add_itxt("parameters", f"{text}\nSteps: 4, Seed: 7, Size: 64x48")
     pixels = np.full((48, 64, 3), step % 255, np.uint8)
-    Image.fromarray(pixels).save(folder / f"step-{step:08d}-{number:02d}.png", pnginfo=info)
+    Image.fromarray(pixels).save(folder / own_files.sample_name(step, number, strength), pnginfo=info)
 
 
 def finished_run(tmp_path):

@@ -167,6 +167,13 @@ def z_image_denoiser():
 
 
 @pytest.fixture
+def qwen_image_denoiser():
+    from tests.support import models
+
+    return models.qwen_image_denoiser()
+
+
+@pytest.fixture
 def sdxl_denoiser():
     from tests.support import models
 

@@ -68,6 +68,7 @@ class Hub:
 
     def __init__(self) -> None:
         self.repos: dict[tuple[str, str], Repo] = {}
+        self.cards: dict[tuple[str, str], dict[str, str]] = {}  # what a repository's page says of it, by kind and name
         self.plain: dict[str, bytes] = {}  # path → content, for what is no repository
         self.faults: list[Fault] = []
         self.log: list[Asked] = []
@@ -84,6 +85,7 @@ class Hub:
             fault.released.set()
         with self.lock:
             self.repos, self.plain, self.faults, self.log = {}, {}, [], []
+            self.cards = {}
             self.granted, self.known_tokens, self.down = set(), set(), False
             self.writers, self.large = set(), {}
 
@@ -252,6 +254,7 @@ class _Handler(BaseHTTPRequestHandler):
             siblings.append(entry)
         gated = "manual" if repo.gated else False
         body = {"id": name, "sha": commit, "private": repo.private, "gated": gated, "siblings": siblings, "tags": []}
+        body["cardData"] = self.hub.cards.get((kind[:-1], name), {})
         self._send(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
 
     def _resolve(self, path: str, token: str) -> None:

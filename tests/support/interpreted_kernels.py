@@ -91,6 +91,19 @@ def norms(dispatch: object, dtype: torch.dtype) -> Compared:
     found, again = dispatch.norm_gradient(x, scale, shift, 1.0, EPS, g1, g2, None, residual, True)
     yield "norm_gradient", error(found, gradient + residual.double())
     yield "norm_gradient: rows", other_bytes(again, rows)
+    # Without a shift, RMSNorm.
+    x = (x.double() + 1).bfloat16()
+    hat = x.double().requires_grad_()
+    modulated = hat * (hat.square().mean(-1, keepdim=True) + EPS).rsqrt()
+    modulated = modulated * scale.double().repeat_interleave(per_image, 0)
+    values, scales, rows = dispatch.norm_rows(x, scale, None, 0.0, EPS, dtype, True, 32)
+    yield "norm_rows, RMS: 16 bits", error(rows, modulated.detach())
+    yield "norm_rows, RMS: 8 bits", error(values[:, :WIDTH].float() * scales, modulated.detach())
+    (gradient,) = torch.autograd.grad(modulated, hat, g1.double() + g2.double())
+    for name, past in (("", None), (" and a residual", residual)):
+        found, again = dispatch.norm_gradient(x, scale, None, 0.0, EPS, g1, g2, None, past, True)
+        yield f"norm_gradient, RMS{name}", error(found, gradient if past is None else gradient + past.double())
+    yield "norm_gradient, RMS: rows", other_bytes(again, rows)
 
 
 def gelus(dispatch: object, dtype: torch.dtype) -> Compared:
@@ -116,6 +129,39 @@ def gelus(dispatch: object, dtype: torch.dtype) -> Compared:
         yield f"{name}_gradient: rows", other_bytes(again, rows)
         if left is not None:
             yield f"{name}_gradient: left", other_bytes(of_left, g[:, :width])
+
+
+def swiglus(dispatch: object, dtype: torch.dtype) -> Compared:
+    """Of halves of one row, as a joined layer leaves them, and of two layers' outputs."""
+    joined = normal(2, 2 * GELU)
+    for name, a, b in (("joined", *joined.chunk(2, -1)), ("separate", normal(2, GELU), normal(2, GELU))):
+        exact = [half.double().requires_grad_() for half in (a, b)]
+        wanted = F.silu(exact[0]) * exact[1]
+        values, scales, rows = dispatch.swiglu_rows(a, b, dtype, True, 16)
+        yield f"swiglu_rows, {name}: 16 bits", error(rows, wanted.detach())
+        yield f"swiglu_rows, {name}: 8 bits", error(values[:, :GELU].float() * scales, wanted.detach())
+        g = normal(2, GELU)
+        gradients = torch.autograd.grad(wanted, exact, g.double())
+        *found, again = dispatch.swiglu_gradient(a, b, g, True)
+        for of, got, gradient in zip("ab", found, gradients, strict=True):
+            yield f"swiglu_gradient, {name}: of {of}", error(got, gradient)
+        yield f"swiglu_gradient, {name}: rows", other_bytes(again, rows)
+
+
+def head_rotations(dispatch: object) -> Compared:
+    """Each pair of a head's features as one complex number; other angles in each image."""
+    x, weight, g = normal(2, TOKENS, HEADS * HEAD_DIM), normal(HEAD_DIM), normal(2, TOKENS, HEADS, HEAD_DIM)
+    angles = torch.rand(2, TOKENS, HEAD_DIM // 2) * 6
+    turns = torch.polar(torch.ones_like(angles), angles)
+    exact = x.double().requires_grad_()
+    heads = exact.unflatten(2, (HEADS, HEAD_DIM))
+    heads = heads * (heads.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight.double()
+    pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2)).contiguous())
+    wanted = torch.view_as_real(pairs * turns.to(torch.complex128)[:, :, None]).flatten(-2)
+    given = x, weight, torch.view_as_real(turns)
+    yield "rotate_heads: 16 bits", error(dispatch.rotate_heads(*given, EPS), wanted.detach())
+    (gradient,) = torch.autograd.grad(wanted, exact, g.double())
+    yield "rotate_heads_gradient", error(dispatch.rotate_heads_gradient(*given, g, EPS), gradient)
 
 
 def quantisation(dispatch: object, reference: object, dtype: torch.dtype) -> Compared:
@@ -199,6 +245,9 @@ def residuals(dispatch: object) -> Compared:
     exact = gate.double()[:, None] * y.double()
     yield "gated_residual", error(dispatch.gated_residual(x, gate, y), x.double() + exact)
     yield "gated_residual, without x", error(dispatch.gated_residual(None, gate, y), exact)
+    y_hat = y.double() * (y.double().square().mean(-1, keepdim=True) + EPS).rsqrt()
+    wanted = x.double() + gate.double()[:, None] * y_hat
+    yield "norm_residual", error(dispatch.norm_residual(x, y, gate, EPS), wanted)
 
 
 def main() -> None:
@@ -210,11 +259,12 @@ def main() -> None:
 
     dispatch._on_cpu = lambda _arguments: False
     torch.manual_seed(0)
-    compared = dict(rotations(dispatch)) | dict(residuals(dispatch))
+    compared = dict(rotations(dispatch)) | dict(head_rotations(dispatch)) | dict(residuals(dispatch))
     for dtype in (torch.float8_e4m3fn, torch.float8_e4m3fnuz):
         for comparisons in (
             norms(dispatch, dtype),
             gelus(dispatch, dtype),
+            swiglus(dispatch, dtype),
             quantisation(dispatch, reference, dtype),
             adapter_columns(dispatch, reference, dtype),
         ):

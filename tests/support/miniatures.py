@@ -6,6 +6,7 @@ import torch
 from diffusers import (
     Flux2KleinPipeline,
     FluxPipeline,
+    QwenImagePipeline,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     ZImagePipeline,
@@ -19,6 +20,7 @@ PIPELINES = {
     "sdxl": StableDiffusionXLPipeline,
     "sd3": StableDiffusion3Pipeline,
     "z_image": ZImagePipeline,
+    "qwen_image": QwenImagePipeline,
 }
 FAMILIES = ("flux", "sdxl", "sd3")  # those with CLIP
 
@@ -46,6 +48,11 @@ def encoded(name, pipe, captions):
     elif name == "flux2":
         texts, _ = pipe.encode_prompt(captions, device="cpu", max_sequence_length=pipe.tokenizer.model_max_length)
         return {"tokens": texts}
+    elif name == "qwen_image":
+        tokens_BLD, mask_BL = pipe.encode_prompt(captions, device="cpu")
+        if mask_BL is None:
+            mask_BL = torch.ones(tokens_BLD.shape[:2])
+        return {"tokens": [tokens[mask.bool()] for tokens, mask in zip(tokens_BLD, mask_BL, strict=True)]}
     elif name == "z_image":
         texts, _ = pipe.encode_prompt(captions, device="cpu", do_classifier_free_guidance=False)
         return {"tokens": texts}
@@ -62,6 +69,8 @@ def encoded(name, pipe, captions):
 def random_text(name, denoiser, length, *, generator=None):
     """The embeddings of one made-up caption of `length` tokens, as the family's `predict` takes them."""
     config = denoiser.config
+    if name == "qwen_image":
+        return {"tokens": torch.randn(1, length, config.joint_attention_dim, generator=generator)}
     if name == "z_image":
         filled = -(-length // 32) * 32
         tokens = torch.randn(1, filled, config.cap_feat_dim, generator=generator)

@@ -4,15 +4,18 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     ZImageTransformer2DModel,
 )
 
 from trainer.data.batches import stack_texts
+from trainer.spec.family import get_family
 
 
 def flux_denoiser():
@@ -189,6 +192,23 @@ def flux2_denoiser(*, guidance_embeds=False):
     return model.requires_grad_(False).eval()
 
 
+def qwen_image_denoiser():
+    """Three double blocks of width 32."""
+    torch.manual_seed(0)
+    model = QwenImageTransformer2DModel(
+        in_channels=64,
+        out_channels=16,
+        num_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        axes_dims_rope=(4, 6, 6),
+    )
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model.requires_grad_(False).eval()
+
+
 def flux2_vae():
     """Every channel of 2 x 2 latents has its own mean and deviation."""
     torch.manual_seed(1)
@@ -201,3 +221,21 @@ def flux2_vae():
 def flux2_text():
     torch.manual_seed(2)
     return {"tokens": torch.randn(2, 7, 24)}
+
+
+def qwen_image_vae():
+    """With the published means and deviations of the latents' channels."""
+    torch.manual_seed(1)
+    return AutoencoderKLQwenImage(base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1).eval()
+
+
+def qwen_image_text():
+    """Captions of 7 and 11 tokens."""
+    torch.manual_seed(2)
+    return stack_texts([{"tokens": torch.randn(count, 24)} for count in (7, 11)])
+
+
+def qwen_image_scheduler():
+    """As Qwen-Image ships it."""
+    config = get_family("qwen_image").FACTS.models["qwen-image"].published.configs["scheduler/scheduler_config.json"]
+    return FlowMatchEulerDiscreteScheduler.from_config(config)

@@ -19,7 +19,7 @@ from typing import Any
 import diffusers
 from PIL import Image
 
-from bench.step import FLUX, FLUX2, SD3, SDXL, Z_IMAGE, random_weights
+from bench.step import FLUX, FLUX2, QWEN_IMAGE, SD3, SDXL, Z_IMAGE, random_weights
 from entrypoint.dataset_config.manifest import read_manifest
 from entrypoint.planning.plan import make_plan
 from entrypoint.settings.read import read_settings
@@ -43,6 +43,7 @@ WIDE: dict[str, dict[str, Any]] = {  # what the denoisers have in common with th
     "sdxl": {**SDXL, "transformer_layers_per_block": (1, 1, 2), "cross_attention_dim": 128, "norm_num_groups": 32,
              "projection_class_embeddings_input_dim": 6 * 256 + 64},
     "z_image": {**Z_IMAGE, "n_layers": 3, "n_refiner_layers": 1, "cap_feat_dim": 64},
+    "qwen_image": {**QWEN_IMAGE, "num_layers": 2, "joint_attention_dim": 64},
 }  # fmt: skip
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 T5_LENGTH = 512  # tokens, as the published pipelines have them

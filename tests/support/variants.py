@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     ZImageTransformer2DModel,
@@ -39,6 +40,10 @@ _Z_IMAGE = {
     "in_channels": 16, "dim": 3840, "n_layers": 30, "n_refiner_layers": 2, "n_heads": 30, "n_kv_heads": 30,
     "cap_feat_dim": 2560, "axes_dims": (32, 48, 48), "axes_lens": (1536, 512, 512),
 }  # fmt: skip
+_QWEN_IMAGE = {
+    "patch_size": 2, "in_channels": 64, "out_channels": 16, "num_layers": 60, "attention_head_dim": 128,
+    "num_attention_heads": 24, "joint_attention_dim": 3584, "axes_dims_rope": (16, 56, 56),
+}  # fmt: skip
 LARGE = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "qk_norm": "rms_norm"}
 # BASE_MODEL → its family, and the architecture in its config.json.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -58,6 +63,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sd3.5-large": ("sd3", {**_SD3, **LARGE}),
     "sdxl-base": ("sdxl", _SDXL),
     "z-image": ("z_image", _Z_IMAGE),
+    "qwen-image": ("qwen_image", _QWEN_IMAGE),
 }
 CLASSES = {
     "flux": FluxTransformer2DModel,
@@ -65,6 +71,7 @@ CLASSES = {
     "sd3": SD3Transformer2DModel,
     "sdxl": UNet2DConditionModel,
     "z_image": ZImageTransformer2DModel,
+    "qwen_image": QwenImageTransformer2DModel,
 }
 # Only the widths differ: numbers of layers, classes of blocks, norms and conditions are the published ones.
 NARROW = {
@@ -85,6 +92,9 @@ NARROW = {
         "cross_attention_dim": 24, "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 6 * 4 + 20,
     },
     "z_image": {"dim": 24, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 24, "axes_dims": [4, 4, 4]},
+    "qwen_image": {
+        "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 24, "axes_dims_rope": (2, 2, 4),
+    },
 }  # fmt: skip
 
 

@@ -85,10 +85,12 @@ def _check_class(config: Mapping[str, Any], kind: ConfigKind) -> Mapping[str, An
     known = (*kind.names, *kind.saved_as)
     if not isinstance(names, list | tuple) or any(name not in known for name in names):
         raise ValueError(f"says architectures={show(names)}; allowed is {some(known)}")
-    whole, _, inner = (kind.model_type or "").partition("_")
     found = config.get("model_type", kind.model_type)
-    if found == whole and inner and isinstance(config.get("text_config"), dict):  # of CLIP with its image encoder
-        return dict(config["text_config"])
+    if found == kind.whole_type and found is not None:  # a model with an image encoder besides
+        if isinstance(config.get("text_config"), dict):
+            return dict(config["text_config"])
+        if config.keys() >= set(kind.required):  # older versions had all keys on one level
+            return config
     if found != kind.model_type:
         raise ValueError(f"says model_type={show(found)}; allowed is {kind.model_type}")
     return config

@@ -33,6 +33,9 @@ CONSTRUCTION_ERRORS = (
     *(AttributeError, RuntimeError, AssertionError, StrictDataclassError),
 )
 WEIGHT_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+TIED_SLACK = 1.01  # weights that share their numbers count once in a model, and may count twice in its files
+# The language model inside one that also reads images: its names by newer versions of transformers → by older ones.
+INNER_MODEL = {r"^model\.language_model\.": "model."}
 FIX = "Fix: download the model's folder again, or take another model"
 
 
@@ -100,6 +103,7 @@ def load_model(kind: ConfigKind, folder: Path, *, device: str | None, dtype: tor
             device_map=device,
             local_files_only=True,
             trust_remote_code=False,
+            key_mapping=INNER_MODEL if kind.whole_type else None,
         )
     else:
         model = model_class.from_pretrained(
@@ -111,6 +115,53 @@ def load_model(kind: ConfigKind, folder: Path, *, device: str | None, dtype: tor
             local_files_only=True,
         )
     return model.requires_grad_(False)
+
+
+def load_whole(
+    class_name: str,
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    weights: int,
+    device: str,
+    dtype: torch.dtype,
+    quantization: Any = None,
+) -> Any:
+    """A frozen model of transformers with several parts, whose `config` was checked, from the files in `folder`.
+
+    `weights`: how many numbers these files have. `quantization`: a config of transformers, by which weights are
+    quantised as they are loaded. Raises ValueError, as the rest of a sentence about the folder, where the weights are
+    not those that the config describes: none is made up.
+    """
+    model_class: Any = getattr(importlib.import_module("transformers"), class_name)
+    try:
+        own_config = model_class.config_class(**config)
+        with torch.device("meta"):  # sizes alone, before memory is taken for them
+            described = sum(parameter.numel() for parameter in model_class(own_config).parameters())
+    except CONSTRUCTION_ERRORS as problem:
+        raise ValueError(f"no model is as config.json says: {_reason(problem)}") from problem
+    if described > weights * TIED_SLACK:
+        raise ValueError(f"config.json describes {described:,} weights, and its files have {weights:,}")
+    try:
+        model, report = model_class.from_pretrained(
+            folder,
+            config=own_config,
+            dtype=dtype,
+            device_map=device,
+            quantization_config=quantization,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (*CONSTRUCTION_ERRORS, OSError) as problem:
+        raise ValueError(f"its weights do not load: {_reason(problem)}") from problem
+    wrong = sorted([*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])])
+    if wrong:
+        raise ValueError(f"its weights lack {wrong[0]}, and {len(wrong) - 1} more, which config.json describes")
+    return model.requires_grad_(False).eval()
 
 
 def _reason(problem: Exception) -> str:
@@ -146,7 +197,7 @@ def _check_fit(skeleton: torch.nn.Module, folder: Path, library: str) -> None:
 def _short(name: str) -> str:
     """Versions of transformers differ in whether the first level is part of a text encoder's names, and so do files of
     a language model with its output layer and without."""
-    return name.removeprefix("text_model.").removeprefix("model.")
+    return name.removeprefix("text_model.").removeprefix("model.").removeprefix("language_model.")
 
 
 def _entries(folder: Path, library: str) -> dict[str, Entry]:

@@ -19,7 +19,7 @@ from trainer.spec.plan import ModelPlan
 LEFT_OUT = "none"  # the value of --t5 and the others that leaves the part out
 # Part → the option that names its file.
 OPTIONS = {"denoiser": "--base", "vae": "--vae", "clip_l": "--clip-l", "clip_g": "--clip-g", "t5": "--t5"}
-OPTIONS["qwen3"] = "--text-encoder"
+OPTIONS |= {"qwen3": "--text-encoder", "qwen2_5_vl": "--text-encoder"}
 CONFIG = "--config "
 
 
@@ -189,7 +189,9 @@ def _config(asked: Asked, file: Path, facts: Facts, bare: weight_kinds.Entries) 
 def _chosen_parts(asked: Asked, facts: Facts, model: BaseModel | None) -> dict[str, str]:
     """`ModelPlan.parts` by the options for one part. Raises SettingsError for the first that cannot be used."""
     parts = {}
-    for part, path in asked.parts.items():
+    for asked_part, path in asked.parts.items():
+        same = [part for part in facts.parts if OPTIONS[part] == OPTIONS[asked_part]]
+        part = same[0] if same else asked_part
         problem = _part_problem(part, path, facts, model)
         if problem is not None:
             raise SettingsError(f"{OPTIONS[part]} {path} {problem}.")

@@ -3,7 +3,7 @@
 CACHE_PATH/weights/KEY holds one converted part; CACHE_PATH/models/KEY is a whole model of links to parts. Both keys
 are digests of everything that decides the content, so jobs share them and nothing in them is ever out of date.
 
-A part is a key of `Family.FACTS.parts`: denoiser, vae, clip_l, clip_g, t5, qwen3.
+A part is a key of `Family.FACTS.parts`: denoiser, vae, clip_l, clip_g, t5, qwen3, qwen2_5_vl.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from trainer.storage.read import files_below
 log = logging.getLogger(__name__)
 VERSION = 1  # of the conversion; a change of it converts all files again
 FP16_VARIANT = ".fp16"  # in the names of copies in 16 bits: diffusers' `variant`
+LANGUAGE_MODELS = ("qwen3", "qwen2_5_vl")
 State = dict[str, torch.Tensor]
 
 
@@ -198,7 +199,11 @@ def _load_state(part: str, path: Path, family: Family, *, config: dict[str, Any]
         state = {name: tensor for name, tensor in state.items() if name not in MARKS}  # which are no weights
     if part == "denoiser" and family.FACTS.landmarks[0] in state:
         return _convert(lambda: family.from_original(state, config))
-    if part == "vae" and "decoder.conv_norm_out.weight" not in state:
+    if part == "vae" and "decoder.head.0.gamma" in state:  # Wan's names, which Qwen-Image's file has too
+        from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers  # slow to import
+
+        return _convert(lambda: dict(convert_wan_vae_to_diffusers(state)))
+    if part == "vae" and not state.keys() & {"decoder.conv_norm_out.weight", "decoder.norm_out.gamma"}:
         return _convert(lambda: _vae_from_original(state, config))
     if part == "clip_g" and {"transformer.resblocks.0.ln_1.weight", "text_projection"} <= state.keys():
         from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint  # slow to import
@@ -236,8 +241,8 @@ def _fit(state: State, model: torch.nn.Module, *, part: str) -> State:
     Raises ValueError for tensors that are missing, have another shape, or (in a denoiser) belong to no layer.
     """
     rest = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
-    if part == "qwen3":  # with its output layer it has one level more, which transformers leaves out without it
-        rest = {name.removeprefix("model."): tensor for name, tensor in rest.items()}
+    if part in LANGUAGE_MODELS:  # with its output layer it has one level more, which transformers leaves out without it
+        rest = {name.removeprefix("model.").removeprefix("language_model."): t for name, t in rest.items()}
     if part == "clip_l":
         # Every tool reads CLIP-L from single files without its own projection: the identity takes its place.
         rest.pop("text_projection.weight", None)

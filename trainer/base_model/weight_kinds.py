@@ -12,9 +12,9 @@ from trainer.storage.safetensors_header import Entry, Header
 
 Entries = Mapping[str, Entry]
 VARIABLES = {"denoiser": "MODEL_PATH", "vae": "VAE_PATH", "clip_l": "CLIP_L_PATH", "clip_g": "CLIP_G_PATH"}
-VARIABLES |= {"t5": "T5_PATH", "qwen3": "TEXT_ENCODER_PATH"}
+VARIABLES |= {"t5": "T5_PATH", "qwen3": "TEXT_ENCODER_PATH", "qwen2_5_vl": "TEXT_ENCODER_PATH"}
 PART_NAMES = {"denoiser": "the denoiser", "vae": "a VAE", "clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
-PART_NAMES["qwen3"] = "Qwen3"
+PART_NAMES |= {"qwen3": "Qwen3", "qwen2_5_vl": "Qwen2.5-VL"}
 CLIPS = ("clip_l", "clip_g")
 LARGE_LAYER = 2**16  # weights; a smaller tensor of integers may be a mark or a table of positions
 SCALES = (".scale_weight", ".weight_scale")  # of a layer in FP8
@@ -93,7 +93,6 @@ ADDITIONS: tuple[tuple[Callable[[Entries], bool], str, str], ...] = (
 OTHER_MODELS = {
     "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": "Stable Diffusion 1.x",
     "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight": "Stable Diffusion 2.x",
-    "txt_norm.weight": "Qwen-Image",
     "txt_in.individual_token_refiner.blocks.0.self_attn.qkv.weight": "HunyuanVideo",
     "blocks.0.self_attn.q.weight": "Wan",
     "patchify_proj.weight": "LTX-Video",
@@ -214,8 +213,12 @@ CLIP_LAYERS = (
     "encoder.layers.0.self_attn.q_proj.weight",
     "transformer.resblocks.0.attn.in_proj_weight",
 )
-QWEN3_LAYERS = ("model.layers.0.self_attn.q_norm.weight", "layers.0.self_attn.q_norm.weight")
-QWEN3_TOKENS = ("model.embed_tokens.weight", "embed_tokens.weight")
+# Before a language model's names: alone, with its output layer, and in a model that also reads images.
+LEVELS = ("", "model.", "model.language_model.")
+QWEN3_LAYERS = tuple(f"{level}layers.0.self_attn.q_norm.weight" for level in LEVELS)
+QWEN2_5_VL_LAYERS = tuple(f"{level}layers.0.self_attn.q_proj.bias" for level in LEVELS)
+QWEN_TOKENS = tuple(f"{level}embed_tokens.weight" for level in LEVELS)
+VAE_LAYERS = ("decoder.conv_in.weight", "decoder.conv1.weight")  # the latter: of Wan, and so of Qwen-Image
 QWEN3_NAMES = {1024: "Qwen3-0.6B", 2048: "Qwen3-1.7B", 2560: "Qwen3-4B", 4096: "Qwen3-8B", 5120: "Qwen3-14B"}
 T5_LAYER = "encoder.block.0.layer.0.SelfAttention.q.weight"
 T5_TOKENS = ("shared.weight", "encoder.embed_tokens.weight")
@@ -229,10 +232,12 @@ def part_of(entries: Entries) -> str | None:
         return "t5"
     if any(name in entries for name in QWEN3_LAYERS):
         return "qwen3"
+    if any(name in entries for name in QWEN2_5_VL_LAYERS):
+        return "qwen2_5_vl"
     if any(name in entries for name in CLIP_LAYERS):
         shape = _first_shape(entries, TOKENS)
         return "clip_l" if shape is None or shape[-1] <= CLIP_L_WIDTH else "clip_g"
-    if "decoder.conv_in.weight" in entries:
+    if any(name in entries for name in VAE_LAYERS):
         return "vae"
     return None
 
@@ -280,25 +285,16 @@ def _naming(part: str, names: Mapping[str, str] | None) -> str:
 def _size_problem(part: str, bare: Entries, config: Mapping[str, int]) -> str | None:
     """Whether a part has the sizes that the base model needs."""
     if part == "vae":
-        if "encoder.conv_in.weight" not in bare:
-            return "is a decoder alone. Fix: a VAE with its encoder"
-        channels = bare["decoder.conv_in.weight"].shape[1]
-        if channels != config["latent_channels"]:
-            return f"is a VAE of {channels} channels; this base model's has {config['latent_channels']}"
-        return None
+        return _vae_problem(bare, config)
     if part == "t5":
         shape = _first_shape(bare, T5_TOKENS)
         if shape is not None and shape != (config["vocab_size"], config["d_model"]):
             return f"is another T5, of {shape[0]} tokens and width {shape[-1]}. Fix: T5 v1.1 XXL (t5xxl)"
         return None
-    if part == "qwen3":
-        shape = _first_shape(bare, QWEN3_TOKENS)
+    if part in ("qwen3", "qwen2_5_vl"):
+        shape = _first_shape(bare, QWEN_TOKENS)
         if shape is not None and shape[-1] != config["hidden_size"]:
-            found, wanted = (QWEN3_NAMES.get(width, "a Qwen3") for width in (shape[-1], config["hidden_size"]))
-            return (
-                f"is {found}, of width {shape[-1]}; this base model reads by {wanted}, of width "
-                f"{config['hidden_size']}. Fix: the file of that one"
-            )
+            return _other_width(part, shape[-1], config["hidden_size"])
         return None
     tokens = _first_shape(bare, TOKENS)
     if tokens is not None and tokens[-1] != config["hidden_size"]:
@@ -306,4 +302,28 @@ def _size_problem(part: str, bare: Entries, config: Mapping[str, int]) -> str | 
     positions = _first_shape(bare, POSITIONS)
     if positions is not None and positions[0] != config["max_position_embeddings"]:
         return f"is a CLIP for {positions[0]} tokens (Long-CLIP); this base model reads 77"
+    return None
+
+
+def _other_width(part: str, width: int, wanted: int) -> str:
+    """What a text encoder of another width is. Qwen3 has sizes with names."""
+    if part != "qwen3":
+        return f"is another {PART_NAMES[part]}, of width {width}; this base model's has {wanted}"
+    found, needed = QWEN3_NAMES.get(width, "a Qwen3"), QWEN3_NAMES.get(wanted, "a Qwen3")
+    return f"is {found}, of width {width}; this base model reads by {needed}, of width {wanted}. Fix: that one's file"
+
+
+def _vae_problem(bare: Entries, config: Mapping[str, int]) -> str | None:
+    """Whether a VAE is of images or of videos, as the base model's is, and has as many channels."""
+    decoder = next(name for name in VAE_LAYERS if name in bare)
+    if decoder.replace("decoder", "encoder") not in bare:
+        return "is a decoder alone. Fix: a VAE with its encoder"
+    shape = bare[decoder].shape
+    wanted = "videos" if "z_dim" in config else "images"
+    found = "videos" if len(shape) == 5 else "images"
+    if found != wanted:
+        return f"is a VAE of {found}; this base model's is one of {wanted}"
+    channels = config["z_dim"] if "z_dim" in config else config["latent_channels"]
+    if shape[1] != channels:
+        return f"is a VAE of {shape[1]} channels; this base model's has {channels}"
     return None

@@ -46,7 +46,8 @@ def open_run(plan: Plan, images: Sequence[ImageRecord]) -> OpenRun:
     out = Path(plan.output.path)
     prints = fingerprint(images)
     model = _model_digest(plan)
-    choice = choose(plan, content_changes=content_changes(prints, model))
+    adapter = digests.sha256(Path(plan.model.training_adapter_path)) if plan.model.training_adapter_path else None
+    choice = choose(plan, content_changes=content_changes(prints, model, adapter))
     _log_choice(plan, choice)
     home = choice.home
     if choice.plan.output.folder:
@@ -70,6 +71,8 @@ def open_run(plan: Plan, images: Sequence[ImageRecord]) -> OpenRun:
         "used": used,
     }
     values |= {"data": prints, "model": model, "listing": run_records.listing_digest(plan)}
+    if adapter is not None:
+        values["training_adapter"] = adapter
     values["essence"] = choice.plan.essence()
     if "states" not in record.values:  # of a version that did not list them
         values["states"] = [path.name for path in run_records.state_folders(home / "state")]

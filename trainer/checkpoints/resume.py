@@ -63,9 +63,13 @@ def total_steps(state: state_files.State, *, steps_per_epoch: int) -> int:
 
 def _warn_of_other_software(state: state_files.State, engine: EnginePlan) -> None:
     """Log what the state was made with if that differs: it is why the bytes of this run will differ."""
-    gpus_then = state.tree["essence"].get("engine.num_gpus", 1)  # older states lack the key
-    then = {**state.tree["made_by"], "NUM_GPUS": gpus_then}
-    now = {**made_by(engine.attention), "NUM_GPUS": engine.num_gpus}
+    essence = state.tree["essence"]  # of older states, which lack these keys: of one GPU, of one machine
+    then = {
+        **state.tree["made_by"],
+        "NUM_GPUS": essence.get("engine.num_gpus", 1),
+        "NODES": essence.get("engine.nodes", 1),
+    }
+    now = {**made_by(engine.attention), "NUM_GPUS": engine.num_gpus, "NODES": engine.nodes}
     for key, value in then.items():
         if value != now[key]:
             log.warning(

@@ -4,10 +4,10 @@ The life of one image, which is also the order to read the modules in:
 
 1. `folder_listing` sorts the names in a subset's folder into images, masks and other files. `folders` has what names
    mean: kohya's folders, masks, what a job wrote.
-2. `scan` reads and decodes every file once, in worker processes (`decode`), and takes the captions from sidecar and
-   metadata files (`caption_files`). `hygiene` says what is odd in how images look. Each image is used, with its
-   SHA-256, its upright size and its caption, or skipped for a named reason. `records` has the classes that describe
-   it; `report` writes all of it for the user.
+2. `scan` reads and decodes every file once (`decode`), in other processes (`trainer.process.pool`), and takes captions
+   from sidecar and metadata files (`caption_files`). `hygiene` says what is odd in how images look. Each image is used,
+   with its SHA-256, its upright size and its caption, or skipped for a named reason. `records` has the classes that
+   describe it; `report` writes all of it for the user.
 3. `buckets` chooses the size that the image is trained at. Images of one bucket can share a batch.
 4. `epochs` draws the image's variants: up to 8 views (crop, flip, colours) and up to 8 captions (by the pipeline in
    `captions`). `EpochSampler.epoch` picks one of each for every occurrence and groups these into batches.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar, cast
@@ -64,8 +64,11 @@ def prefetched(items: Iterator[T], depth: int = 2) -> Iterator[T]:
             yield cast(T, item)
 
 
-def micro_batch(cache: Cache, batch: Batch) -> MicroBatch:
-    """Read one batch from the cache. An image without a mask, among images with one, is trained everywhere."""
+def micro_batch(cache: Cache, batch: Batch, lengths: Mapping[str, int] | None = None) -> MicroBatch:
+    """Read one batch from the cache. An image without a mask, among images with one, is trained everywhere.
+
+    `lengths`: see `stack_texts`.
+    """
     images: list[Item] = []
     texts: list[Item] = []
     for example in batch:
@@ -77,7 +80,7 @@ def micro_batch(cache: Cache, batch: Batch) -> MicroBatch:
         mask_B1HW = torch.stack([image.get("mask", ones_1HW) for image in images])
     return MicroBatch(
         moments_B2CHW=_stack(images, "moments"),
-        text=stack_texts(texts),
+        text=stack_texts(texts, lengths),
         geometry_B6=torch.tensor([geometry(example) for example in batch], dtype=torch.float32),
         mask_B1HW=mask_B1HW,
         weight_B=torch.tensor([example.weight for example in batch]),
@@ -91,20 +94,58 @@ def _stack(items: list[Item], name: str) -> torch.Tensor:
     return torch.stack([item[name] for item in items])
 
 
-def stack_texts(items: list[Item]) -> dict[str, torch.Tensor]:
+def stack_texts(items: list[Item], lengths: Mapping[str, int] | None = None) -> dict[str, torch.Tensor]:
     """The tensors of several captions, under their names.
 
     Where captions differ in length, the shorter ones get zeros at their end, and `padding` (B, L) is true there.
     Otherwise there is no `padding`: attention without a mask is faster.
+
+    `lengths`: those of `text_lengths`. The tensors of these names become so long, and there is a `padding` in any case,
+    so that all batches of one size are captured as one CUDA graph.
     """
+    lengths = lengths or {}
     text = {}
     for name in items[0]:
         rows = [item[name] for item in items]
-        text[name] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) if rows[0].ndim else torch.stack(rows)
-        lengths_B = torch.tensor([len(row) for row in rows if row.ndim])
-        if len(lengths_B.unique()) > 1:
-            text["padding"] = torch.arange(text[name].shape[1]) >= lengths_B[:, None]
+        if not rows[0].ndim:
+            text[name] = torch.stack(rows)
+            continue
+        lengths_B = torch.tensor([len(row) for row in rows])
+        longest = max(int(lengths_B.max()), lengths.get(name, 0))
+        stacked = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        missing = stacked.new_zeros(len(rows), longest - stacked.shape[1], *stacked.shape[2:])
+        text[name] = torch.cat([stacked, missing], dim=1)
+        if name in lengths or len(lengths_B.unique()) > 1:
+            text["padding"] = torch.arange(longest) >= lengths_B[:, None]
     return text
+
+
+def longest_caption(captions: Sequence[str], cache: Cache) -> str | None:
+    """The caption with the most tokens; None where all have as many, as in most families."""
+    sizes = _sizes(captions, cache)
+    if len(set(sizes.values())) < 2:
+        return None
+    return max(sizes, key=lambda caption: sizes[caption])
+
+
+def text_lengths(captions: Sequence[str], cache: Cache) -> dict[str, int]:
+    """Name of a tensor → its rows in the longest of `captions`, for the tensors that are not equally long in all."""
+    longest = longest_caption(captions, cache)
+    if longest is None:
+        return {}
+    sizes = _sizes(captions, cache)
+    shortest = min(sizes, key=lambda caption: sizes[caption])
+    long_item, short_item = (caching.load(cache.text_path(caption)) for caption in (longest, shortest))
+    lengths = {}
+    for name, tensor in long_item.items():
+        if tensor.ndim and len(tensor) != len(short_item[name]):
+            lengths[name] = len(tensor)
+    return lengths
+
+
+def _sizes(captions: Sequence[str], cache: Cache) -> dict[str, int]:
+    """The bytes of each caption's file: they grow with its tokens."""
+    return {caption: cache.text_path(caption).stat().st_size for caption in captions}
 
 
 def geometry(example: Example) -> tuple[int, int, int, int, int, int]:

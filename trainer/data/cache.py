@@ -11,6 +11,7 @@ Letters: B images, H × W pixels, h × w latents, C channels of the latents.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -61,16 +62,45 @@ class Cache:
         return self.folder / subfolder / key[:2] / f"{key}.safetensors"
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which part of the work on a cache this process does: of `count` processes, number `index`.
+
+    `merge`: numbers → for each place the largest that one of these processes has there; all must call it.
+
+    All processes know the same missing items and make the same batches of them, and each encodes every `count`-th
+    batch: which images are encoded together decides the last bits, so the cache gets the same bytes as from one.
+    """
+
+    index: int = 0
+    count: int = 1
+    merge: Callable[[list[int]], list[int]] = list
+
+
+ALONE = Share()
+
+
+def find_missing(items: Sequence[A], place: Callable[[A], Path], share: Share = ALONE, *, threads: int = 1) -> list[A]:
+    """Those of `items` whose file, at `place`, is missing or damaged; each process of `share` looks at its part."""
+    is_missing = [0] * len(items)
+    own = range(share.index, len(items), share.count)
+    with ThreadPoolExecutor(threads) as pool:
+        for i, is_intact in _map_ahead(pool, lambda i: _is_intact(place(items[i])), own):
+            is_missing[i] = int(not is_intact)
+    return [item for item, missing in zip(items, share.merge(is_missing), strict=True) if missing]
+
+
 def encode_images(
     cache: Cache,
-    variants: Iterable[Variant],
+    variants: Sequence[Variant],
     *,
     encode: Callable[[torch.Tensor], torch.Tensor],
     cpu_workers: int,
     max_megapixels: float,
     check_in: Callable[[], None],
+    share: Share = ALONE,
 ) -> tuple[int, list[tuple[ImageRecord, str]]]:
-    """Encode the variants that the cache lacks; return how many were encoded, and the unusable images with reasons.
+    """Encode this process's part of the variants; return how many it encoded, and its unusable images with reasons.
 
     `encode`: pixels (B, 3, H, W) in [-1, 1] → moments (B, 2C, h, w): mean and deviation. Encodes as many images of one
     size at once as have `max_megapixels` together, at least one. `check_in` is called between batches and may raise.
@@ -78,13 +108,13 @@ def encode_images(
     """
     encoded = 0
     unusable: list[tuple[ImageRecord, str]] = []
+    batches = list(_batches(variants, max_megapixels))[share.index :: share.count]
     with ThreadPoolExecutor(cpu_workers) as pool:
-        checked = _map_ahead(pool, lambda variant: _is_intact(cache.image_path(*variant)), variants)
-        missing = (variant for variant, is_intact in checked if not is_intact)
-        for batch in _batches(_map_ahead(pool, _render, missing), max_megapixels):
+        results = _map_ahead(pool, _render, itertools.chain.from_iterable(batches))
+        for batch in batches:
             check_in()
             rendered: list[tuple[Variant, Pixels]] = []
-            for variant, result in batch:
+            for variant, result in itertools.islice(results, len(batch)):
                 if isinstance(result, str):
                     unusable.append((variant[0], result))
                 else:
@@ -110,20 +140,22 @@ def _encode_batch(
 
 def encode_texts(
     cache: Cache,
-    captions: Iterable[str],
+    captions: Sequence[str],
     *,
     encode: Callable[[list[str]], list[Item]],
     batch_size: int,
     check_in: Callable[[], None],
+    share: Share = ALONE,
 ) -> int:
-    """Encode the captions that the cache lacks; return how many. `check_in` is called between batches and may raise."""
-    missing = [caption for caption in dict.fromkeys(captions) if not _is_intact(cache.text_path(caption))]
-    for start in range(0, len(missing), batch_size):
+    """Encode this process's part of the captions; return how many. `check_in` is called between batches, may raise."""
+    encoded = 0
+    for start in range(share.index * batch_size, len(captions), share.count * batch_size):
         check_in()
-        batch = missing[start : start + batch_size]
+        batch = list(captions[start : start + batch_size])
         for caption, item in zip(batch, encode(batch), strict=True):
             _write(cache.text_path(caption), item)
-    return len(missing)
+        encoded += len(batch)
+    return encoded
 
 
 def any_missing(paths: Iterable[Path]) -> bool:
@@ -153,17 +185,17 @@ def _shrink_mask(mask_HW: np.ndarray, size: torch.Size) -> torch.Tensor:
     return shrunk_11hw[0]
 
 
-def _batches(rendered: Iterable[tuple[Variant, B]], max_megapixels: float) -> Iterator[list[tuple[Variant, B]]]:
+def _batches(variants: Iterable[Variant], max_megapixels: float) -> Iterator[list[Variant]]:
     """Neighbours of the same size together, until they have `max_megapixels`."""
-    batch: list[tuple[Variant, B]] = []
-    for (image, view), value in rendered:
+    batch: list[Variant] = []
+    for image, view in variants:
         if batch:
-            (_, first_view), _ = batch[0]
+            first_view = batch[0][1]
             pixels = len(batch) * view.size[0] * view.size[1]
             if first_view.size != view.size or pixels >= max_megapixels * 1e6:
                 yield batch
                 batch = []
-        batch.append(((image, view), value))
+        batch.append((image, view))
     if batch:
         yield batch
 

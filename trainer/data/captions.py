@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from trainer.spec.plan import Subset
 from trainer.spec.prompts import TRIGGER_PLACEHOLDER
 
+FOLDER_NAME = "the name of its folder"  # `Caption.file` of words that kohya's folders give
 # Unicode noncharacters, which `clean` keeps out of captions, stand for the escaped {{ and }}, and for the trigger word.
 OPEN_BRACE = "\ufdd0"
 CLOSE_BRACE = "\ufdd1"

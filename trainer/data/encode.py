@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from trainer.data import cache as caching
-from trainer.data.cache import Cache
+from trainer.data.cache import Cache, Share
 from trainer.data.epochs import EpochSampler
 from trainer.data.scan import cpu_workers
 from trainer.engine.device import release
@@ -52,23 +52,36 @@ def fill_texts(
     engine: EnginePlan,
     check_in: Callable[[], None],
     max_tokens: int = CLIP_TOKENS,
+    share: Share = caching.ALONE,
 ) -> None:
-    """Encode the captions that the cache lacks. `check_in` is called between batches and may raise."""
-    if not caching.any_missing(cache.text_path(caption) for caption in dict.fromkeys(captions)):
-        log.info("All %d captions are in the cache.", len(set(captions)))
+    """Encode the captions that the cache lacks. `check_in` is called between batches and may raise.
+
+    `share`: this process's part, which may be nothing.
+    """
+    unique = list(dict.fromkeys(captions))
+    missing = caching.find_missing(unique, cache.text_path, share)
+    if not missing:
+        log.info("All %d captions are in the cache.", len(unique))
+        return
+    if engine.stream_encoders:  # from the host's memory, which may not have room for a copy of each process
+        if share.index:
+            return
+        share = caching.ALONE
+    if share.index * CAPTION_BATCH_SIZE >= len(missing):  # all are others' work
         return
     started = time.monotonic()
     encoders = load_text_encoders(family, model, engine)
     count = caching.encode_texts(
         cache,
-        captions,
+        missing,
         encode=partial(family.encode_text, encoders, max_tokens=max_tokens),
         batch_size=CAPTION_BATCH_SIZE,
         check_in=check_in,
+        share=share,
     )
     del encoders
     release()
-    log.info("Encoded %d of %d captions in %.1f s.", count, len(set(captions)), time.monotonic() - started)
+    log.info("Encoded %d of %d captions in %.1f s.", count, len(unique), time.monotonic() - started)
 
 
 def fill_images(
@@ -79,25 +92,28 @@ def fill_images(
     model: Path,
     engine: EnginePlan,
     check_in: Callable[[], None],
+    share: Share = caching.ALONE,
 ) -> None:
     """Encode the image variants that the cache lacks. `check_in` is called between batches and may raise.
 
-    Raises DataError for an image that decoded in the scan and does not any more.
+    `share`: this process's part. Raises DataError for an image that decoded in the scan and does not any more.
     """
     variants = list(sampler.all_image_variants())
-    if not caching.any_missing(cache.image_path(image, view) for image, view in variants):
+    missing = caching.find_missing(variants, lambda v: cache.image_path(*v), share, threads=cpu_workers())
+    if not missing:
         log.info("All %d latents are in the cache.", len(variants))
         return
     started = time.monotonic()
     vae = family.load_vae(model, device=engine.device)
     count, unusable = caching.encode_images(
         cache,
-        variants,
+        missing,
         encode=partial(family.encode_images, vae),
         cpu_workers=cpu_workers(),
         # Tiles are for little memory: then one image at a time.
         max_megapixels=0.0 if engine.tile_vae else ENCODE_BATCH_MEGAPIXELS,
         check_in=check_in,
+        share=share,
     )
     del vae
     release()

@@ -68,10 +68,11 @@ def _moved(old: dict[str, str], new: dict[str, str]) -> dict[str, str]:
     return moved
 
 
-def content_changes(prints: dict[str, str], model: str | None) -> ContentChanges:
+def content_changes(prints: dict[str, str], model: str | None, training_adapter: str | None = None) -> ContentChanges:
     """For `choose_run.choose`: what differs between a run and a job in images, captions and weights, wherever they are.
 
-    `model`: a digest of the base model's files; None where they are not at hand, and not compared.
+    `model`: a digest of the base model's files; None where they are not at hand, and not compared. `training_adapter`:
+    likewise of PARAMS_TRAINING_ADAPTER.
     """
 
     def changed(run: Run, found: Changes) -> list[str]:
@@ -82,6 +83,8 @@ def content_changes(prints: dict[str, str], model: str | None) -> ContentChanges
             lines += [*found.places, *differences]
         if found.model and model is not None and run.record.get("model") != model:
             lines += found.model
+        if training_adapter is not None and run.record.get("training_adapter") != training_adapter:
+            lines.append("the file of PARAMS_TRAINING_ADAPTER has changed")
         return lines
 
     return changed

@@ -17,6 +17,7 @@ MAX_UNUSABLE_SHARE = 0.10
 
 MOST_PROBLEMS = 20  # in one message
 
+MADE_BY = "made by "  # the start of `ImageRecord.caption_file` for a caption of a model
 WARNING = "WARNING: "  # the start of a note that the log shows as a warning
 
 
@@ -41,6 +42,7 @@ class ImageRecord:
     convention: str | None = None
     caption_file: str = ""  # where the caption was read: "a.txt", or "metadata.csv, row 2"
     caption_encoding: str = ""  # of that file
+    captioned_by: str = ""  # the model that made the caption (CAPTION_WITH)
 
     @property
     def key(self) -> str:
@@ -125,8 +127,18 @@ class Scan:
             source = "no caption"
             if image.caption is not None:
                 source = f"caption from {printable(image.caption_file)}"
+            if image.captioned_by and image.caption_file.startswith(MADE_BY):
+                source = f"caption {printable(image.caption_file)}"
             lines.append(f"  {printable(image.key)}: {image.width}x{image.height}, {source}")
         return lines
+
+    def is_usable(self, *, strict: bool) -> bool:
+        """Whether `check` raises nothing."""
+        try:
+            self.check(strict=strict)
+        except DataError:
+            return False
+        return True
 
     def check(self, *, strict: bool) -> None:
         """Raises DataError if captions cannot be read, or if there are too few usable images.

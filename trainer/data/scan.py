@@ -7,14 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import multiprocessing
 import os
 import resource
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +19,7 @@ from trainer.data.buckets import fit
 from trainer.data.caption_files.find import find_captions
 from trainer.data.caption_files.findings import Findings
 from trainer.data.caption_files.notes import note_captions
-from trainer.data.captions import Caption
+from trainer.data.captions import FOLDER_NAME, Caption
 from trainer.data.decode import UnusableImageError
 from trainer.data.folder_listing import Folder, LeftOutName, list_folder
 from trainer.data.folders import leftovers
@@ -33,8 +29,9 @@ from trainer.data.hygiene.looks import Looks
 from trainer.data.hygiene.remarks import remarks
 from trainer.data.records import WARNING, ImageRecord, Scan, Skipped
 from trainer.process import memory_kills
+from trainer.process.pool import KilledWorkerError, in_processes
 from trainer.spec.errors import UnreachableError
-from trainer.spec.plan import DataPlan, Dataset, Subset
+from trainer.spec.plan import CaptionerPlan, DataPlan, Dataset, Subset
 from trainer.spec.values import many, printable, some
 from trainer.storage.read import read_regular
 
@@ -109,7 +106,7 @@ def scan(data: DataPlan, *, cpu_workers: int, progress: Progress | None = None, 
     unused: list[str] = []
     problems: list[str] = []
     for listing in listings:
-        of_subset = _combine(listing, examined)
+        of_subset = _combine(listing, examined, data.captioner)
         images += of_subset.images
         skipped += of_subset.skipped
         notes_of_all += of_subset.notes
@@ -151,12 +148,11 @@ def _examine(file: Path) -> _FileInfo | str:
 
 
 def _enter_worker() -> None:
-    """Bound the memory that a hostile file can take, and end when the trainer does.
+    """Bound the memory that a hostile file can take.
 
     The warnings of codecs are silenced: the reason for a skipped image goes to the report, not to the terminal.
     """
     warnings.simplefilter("ignore")
-    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     statm = Path("/proc/self/statm")
     if statm.exists():
         used = int(statm.read_text(encoding="ascii").split()[0]) * resource.getpagesize()
@@ -167,13 +163,6 @@ def _enter_worker() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard_limit))
 
 
-def _end_with_parent() -> None:
-    """Where the trainer is killed, a worker would wait for its next file for ever."""
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os._exit(1)
-
-
 def _examine_all(files: Sequence[Path], *, cpu_workers: int, progress: Progress | None) -> Iterator[_FileInfo | str]:
     """`_examine` of each file, in order."""
     if cpu_workers <= 0 or not files:
@@ -182,24 +171,17 @@ def _examine_all(files: Sequence[Path], *, cpu_workers: int, progress: Progress 
             if progress:
                 progress(done, len(files))
         return
-    cpu_workers = min(cpu_workers, len(files))
-    done = 0
     kills_before = memory_kills.count()
-    # spawn: a fork would copy locks that threads of this process hold.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(cpu_workers, mp_context=context, initializer=_enter_worker) as pool:
-        try:
-            for info in pool.map(_examine, files):
-                yield info
-                done += 1
-                if progress:
-                    progress(done, len(files))
-        except BrokenProcessPool as problem:
-            # The pool does not tell which file it was: name all that were under way.
-            suspects = ", ".join(printable(str(f)) for f in files[done : done + 2 * cpu_workers + 1])
-            raise UnreachableError(
-                f"A process that reads images {memory_kills.explain(kills_before)} It read one of: {suspects}."
-            ) from problem
+    try:
+        infos = in_processes(_examine, files, count=cpu_workers, enter=_enter_worker)
+        for done, info in enumerate(infos, 1):
+            yield info
+            if progress:
+                progress(done, len(files))
+    except KilledWorkerError as problem:
+        raise UnreachableError(
+            f"A process that reads images {memory_kills.explain(kills_before)} It read {printable(str(problem.thing))}."
+        ) from problem
 
 
 # ---- putting it together
@@ -218,7 +200,7 @@ class _Listing:
     parts: list[tuple[int, Subset]] = field(default_factory=list)  # number in the dataset; as in `reading.parts`
 
 
-def _combine(listing: _Listing, examined: dict[Path, _FileInfo | str]) -> Scan:
+def _combine(listing: _Listing, examined: dict[Path, _FileInfo | str], captioner: CaptionerPlan | None = None) -> Scan:
     """Images with captions and masks, the skipped ones, notes, and what is left out, of one subset."""
     subset = listing.subset_plan
     folder = listing.folder
@@ -227,7 +209,7 @@ def _combine(listing: _Listing, examined: dict[Path, _FileInfo | str]) -> Scan:
         part = listing.reading.part_of(name)
         words = listing.parts[part][1].class_tokens if part is not None else None
         if words and name not in found.captions:
-            found.captions[name] = Caption(words, "class_tokens", "the name of its folder")
+            found.captions[name] = Caption(words, "class_tokens", FOLDER_NAME)
     images = []
     skipped = []
     for name, reason in folder.skipped:
@@ -252,7 +234,7 @@ def _combine(listing: _Listing, examined: dict[Path, _FileInfo | str]) -> Scan:
         own = [image for image in images if listing.reading.part_of(image.name) == part]
         if own or not listing.parts:
             plan = subset if part is None else listing.parts[part][1]
-            said = [*_part_notes(own, found.captions, plan), *remarks(own, looks, listing.dataset_plan)]
+            said = [*_part_notes(own, found.captions, plan, captioner), *remarks(own, looks, listing.dataset_plan)]
             notes += [f"{_title(listing, part)}: {note}" for note in said]
     notes += [f"{title}: {note}" for note in [*findings.notes, *folder.note_unread(found.read)]]
     unused = [*findings.unused, *(f"{printable(item.name)}: {item.reason}" for item in folder.left_out)]
@@ -265,11 +247,13 @@ def _combine(listing: _Listing, examined: dict[Path, _FileInfo | str]) -> Scan:
     )
 
 
-def _part_notes(images: Sequence[ImageRecord], captions: dict[str, Caption], subset: Subset) -> list[str]:
+def _part_notes(
+    images: Sequence[ImageRecord], captions: dict[str, Caption], subset: Subset, captioner: CaptionerPlan | None
+) -> list[str]:
     """What is to be said of the images that share the settings of `subset`."""
     findings = Findings()
     own = {image.name: captions[image.name] for image in images if image.name in captions}
-    note_captions([image.name for image in images], own, subset, findings)
+    note_captions([image.name for image in images], own, subset, findings, captioner=captioner)
     return findings.notes + _notes(images, subset)
 
 

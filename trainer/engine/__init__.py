@@ -4,7 +4,8 @@ How a step runs, end to end:
 
 1. `load` brings the denoiser to the device block by block, quantises its frozen weights (`quantization/`) and puts
    fused forward passes on its blocks (`fused_linear`, `rope`), if their kernels pass the self-test (`kernels/`).
-   `adapters` adds the LoRA, and `flat_parameters` joins its parameters for the optimiser.
+   `adapters` adds the LoRA, and `flat_parameters` joins its parameters for the optimiser. A `training_adapter` is
+   merged into the weights before they are quantised, and subtracted where samples are drawn.
 2. `execution.Engine` installs the planned memory mode on the regions: checkpointing, activation offload, weight
    streaming (`memory/`), compilation, and the attention kernel (`attention/`).
 3. A step calls `cuda_graphs.GraphStep` or `EagerStep` with a micro-batch, which runs in the engine's contexts:
@@ -22,7 +23,8 @@ How a step runs, end to end:
 Between two steps, samples and validation run in the memory of the captured steps (`graph_pool`, `pooled_calls`).
 
 Read `load`, `quantization/`, `adapters`, `fused_linear`, `kernels/`, `memory/`, `execution`, `cuda_graphs`. The design
-and the figures are in docs/engine.md. `encoders` loads text encoders and the VAE, and `device` limits and frees memory.
+and the figures are in docs/engine.md. `encoders` loads text encoders and the VAE, `device` limits and frees memory, and
+`adapter_strength` lets the adapters act more or less for samples.
 
 Knows no model family. Imports `trainer.spec`, `trainer.storage`, `trainer.lora_files` and `trainer.base_model`.
 """

@@ -44,10 +44,11 @@ def load_vae(family: Family, model: Path, engine: EnginePlan) -> Any:
     vae = family.load_vae(model, device=engine.device)
     if engine.tile_vae:
         vae.enable_tiling()
-        # diffusers' default is the size that the model was trained with, so that most images would be one tile.
-        downscaling = 2 ** (len(vae.config.block_out_channels) - 1)
-        vae.tile_sample_min_size = TILE_SIDE
-        vae.tile_latent_min_size = TILE_SIDE // downscaling
+        if hasattr(vae, "tile_sample_min_size"):
+            # diffusers' default is the size that the model was trained with, so that most images would be one tile.
+            downscaling = 2 ** (len(vae.config.block_out_channels) - 1)
+            vae.tile_sample_min_size = TILE_SIDE
+            vae.tile_latent_min_size = TILE_SIDE // downscaling
     return vae
 
 

@@ -1,4 +1,4 @@
-"""FP8 layers fused with the operation before them: a norm with its modulation, a GELU, or none.
+"""FP8 layers fused with the operation before them: a norm with its modulation, a GELU, a SwiGLU, or none.
 
 One kernel computes the operation and quantises its result, once for all layers that read it. The layers' LoRA terms are
 columns of their products (`trainer.engine.quantization`).
@@ -26,7 +26,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.engine.kernels.dispatch import gated_residual as gated_residual_kernel
-from trainer.engine.kernels.dispatch import gelu_gradient, gelu_rows, norm_gradient, norm_rows, quantize_rows
+from trainer.engine.kernels.dispatch import (
+    gelu_gradient,
+    gelu_rows,
+    norm_gradient,
+    norm_rows,
+    quantize_rows,
+    swiglu_gradient,
+    swiglu_rows,
+)
+from trainer.engine.kernels.dispatch import norm_residual as norm_residual_kernel
+from trainer.engine.kernels.reference import normalized
 from trainer.engine.quantization.formats import FORWARD_UP_FACTOR, fp8_gradient, fp8_product
 from trainer.engine.quantization.frozen_linear import FrozenLinear
 from trainer.engine.quantization.lora_linear import LoraLinear
@@ -140,7 +150,7 @@ def _layer_gradients(
 
 
 class _NormLinear(torch.autograd.Function):
-    """Layers on LayerNorm(x) * (scale_offset + scale) + shift.
+    """Layers on LayerNorm(x) * (scale_offset + scale) + shift; without a shift, on RMSNorm(x) * (scale_offset + scale).
 
     Returns x as well, for the residual connection. So the gradient that reaches x past the norm arrives here, and the
     kernel adds it without another pass over it. Saves x, scale, shift and h.
@@ -148,7 +158,7 @@ class _NormLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, scale_offset: float, eps: float, *flat: Any
+        ctx: Any, x: Tensor, scale: Tensor, shift: Tensor | None, scale_offset: float, eps: float, *flat: Any
     ) -> tuple[Tensor, ...]:
         layers = _unflatten(flat)
         in_features = x.shape[1]
@@ -180,12 +190,15 @@ class _NormLinear(torch.autograd.Function):
 
 
 def _modulation_gradients(
-    x: Tensor, scale: Tensor, shift: Tensor, g_rows: Iterable[Tensor], eps: float
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, scale: Tensor, shift: Tensor | None, g_rows: Iterable[Tensor], eps: float
+) -> tuple[Tensor, Tensor | None]:
     """The gradients of scale and shift, (B, K) each."""
     g = sum(g.float() for g in g_rows).view(len(scale), -1, x.shape[1])  # type: ignore[union-attr]  # a tensor
-    x_hat = F.layer_norm(x.float(), x.shape[1:], eps=eps).view_as(g)
-    return (g * x_hat).sum(1).to(scale.dtype), g.sum(1).to(shift.dtype)
+    if shift is None:
+        x_hat, _ = normalized(x, eps, centred=False)
+        return (g * x_hat.view_as(g)).sum(1).to(scale.dtype), None
+    x_hat = F.layer_norm(x.float(), x.shape[1:], eps=eps)
+    return (g * x_hat.view_as(g)).sum(1).to(scale.dtype), g.sum(1).to(shift.dtype)
 
 
 class _GeluLinear(torch.autograd.Function):
@@ -216,6 +229,29 @@ class _GeluLinear(torch.autograd.Function):
         if left is None:  # g_left is an empty tensor then
             return None, gy, None, *of_layers
         return g_left, gy, None, *of_layers
+
+
+class _SwigluLinear(torch.autograd.Function):
+    """One layer on silu(a) * b (see `kernels.reference.swiglu_rows`). Saves a, b and h."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, *flat: Any) -> Tensor:
+        layers = _unflatten(flat)
+        keep_rows = layers[0].down_RK is not None
+        x8, x_scale, rows = swiglu_rows(a, b, flat[0].dtype, keep_rows, _padding(layers, a.shape[1]))
+        (output,), h = _linears(rows, x8, x_scale, layers, a.shape[1])
+        ctx.save_for_backward(a, b, h, *flat)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        a, b, h, *flat = ctx.saved_tensors
+        layers = _unflatten(flat)
+        gs = [g.contiguous()]
+        gh, up_gradients = _adapter_gradients(gs, layers, h)
+        (g_rows,) = _input_gradients(gs, layers, gh, a.shape[1])
+        ga, gb, rows = swiglu_gradient(a, b, g_rows, gh is not None)
+        return ga, gb, *_layer_gradients(rows, gh, up_gradients, layers)
 
 
 class _SharedInputLinear(torch.autograd.Function):
@@ -261,10 +297,32 @@ class _GatedResidual(torch.autograd.Function):
         return g, g_gate, g_y
 
 
+class _NormResidual(torch.autograd.Function):
+    """x + weight * RMSNorm(y). Saves y and weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.eps = eps
+        ctx.save_for_backward(y, weight)
+        return norm_residual_kernel(x, y, weight, eps)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        y, weight = ctx.saved_tensors
+        y_MK, g_MK = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (y, g))
+        gy = g_weight = None
+        if ctx.needs_input_grad[1]:
+            gy, _ = norm_gradient(y_MK, weight, None, 0.0, ctx.eps, g_MK, None, None, None, False)
+            gy = gy.view_as(y)
+        if ctx.needs_input_grad[2]:  # where the modulation has an adapter
+            g_weight, _ = _modulation_gradients(y_MK, weight, None, [g_MK], ctx.eps)
+        return g, gy, g_weight, None
+
+
 # torch.compile takes these into its graph without tracing them, and differentiates by their backward functions.
 @torch.compiler.allow_in_graph
 def _norm_linear(
-    x: Tensor, scale: Tensor, shift: Tensor, scale_offset: float, eps: float, *flat: Tensor | None
+    x: Tensor, scale: Tensor, shift: Tensor | None, scale_offset: float, eps: float, *flat: Tensor | None
 ) -> tuple[Tensor, ...]:
     outputs: tuple[Tensor, ...] = _NormLinear.apply(x, scale, shift, scale_offset, eps, *flat)
     return outputs
@@ -277,15 +335,26 @@ def _gelu_linear(left: Tensor | None, y: Tensor, geglu: bool, *flat: Tensor | No
 
 
 @torch.compiler.allow_in_graph
+def _swiglu_linear(a: Tensor, b: Tensor, *flat: Tensor | None) -> Tensor:
+    output: Tensor = _SwigluLinear.apply(a, b, *flat)
+    return output
+
+
+@torch.compiler.allow_in_graph
 def _shared_input_linear(x: Tensor, *flat: Tensor | None) -> tuple[Tensor, ...]:
     outputs: tuple[Tensor, ...] = _SharedInputLinear.apply(x, *flat)
     return outputs
 
 
 def _flatten(layers: Sequence[torch.nn.Module], dtype: torch.dtype) -> list[Tensor | None] | None:
-    """The fields of `_Fp8Layer` for all layers, one after another; None if one of them cannot be fused."""
+    """The fields of `_Fp8Layer` for all layers, one after another; None if one of them cannot be fused.
+
+    One with a hook cannot (`trainer.engine.training_adapter`).
+    """
     flat: list[Tensor | None] = []
     for layer in layers:
+        if not torch.compiler.is_compiling() and layer._forward_hooks:  # they are called with the module alone
+            return None
         base: torch.nn.Module = layer
         weights: tuple[Tensor | None, Tensor | None] | None = (None, None)
         if isinstance(layer, LoraLinear):
@@ -328,6 +397,32 @@ def norm_linear(
     return [*(y.view(*x_BTD.shape[:-1], -1) for y in outputs), x_MD.view(x_BTD.shape)]
 
 
+def rms_linear(x_BTD: Tensor, norm: Any, scale_BD: Tensor | None, layers: Sequence[torch.nn.Module]) -> list[Tensor]:
+    """The outputs of `layers`, (B, T, N) each, on RMSNorm(x) * (1 + scale); and x itself, as in `norm_linear`."""
+    flat = _flatten(layers, x_BTD.dtype)
+    if flat is None:
+        y = norm(x_BTD)
+        if scale_BD is not None:
+            y = y * (1 + scale_BD[:, None])
+        return [*(layer(y) for layer in layers), x_BTD]
+    weight_BD = norm.weight[None]
+    if scale_BD is not None:
+        weight_BD = weight_BD.float() * (1 + scale_BD.float())
+    x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    *outputs, x_MD = _norm_linear(x_MD, weight_BD, None, 0.0, norm.eps, *flat)
+    return [*(y.view(*x_BTD.shape[:-1], -1) for y in outputs), x_MD.view(x_BTD.shape)]
+
+
+def swiglu_linear(a_BTK: Tensor, b_BTK: Tensor, layer: torch.nn.Module) -> Tensor:
+    """The output of `layer`, (B, T, N), on silu(a) * b."""
+    flat = _flatten([layer], a_BTK.dtype)
+    if flat is None:
+        output: Tensor = layer(F.silu(a_BTK) * b_BTK)
+        return output
+    a_MK, b_MK = (half.reshape(-1, half.shape[-1]) for half in (a_BTK, b_BTK))
+    return _swiglu_linear(a_MK, b_MK, *flat).view(*a_BTK.shape[:-1], -1)
+
+
 def gelu_linear(
     y_BTK: Tensor, layer: torch.nn.Module, *, geglu: bool = False, left_BTL: Tensor | None = None
 ) -> Tensor:
@@ -365,6 +460,18 @@ def gated_residual(x_BTD: Tensor, gate_BD: Tensor, y_BTD: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # which fuses it with the operations around it
         return torch.addcmul(x_BTD, gate_BD[:, None], y_BTD)
     output: Tensor = _GatedResidual.apply(x_BTD, gate_BD, y_BTD)
+    return output
+
+
+def norm_residual(x_BTD: Tensor, norm: Any, gate_BD: Tensor | None, y_BTD: Tensor) -> Tensor:
+    """x + gate * RMSNorm(y), in one kernel. `norm`: with its weight. Without a gate, x + RMSNorm(y)."""
+    if torch.compiler.is_compiling() or x_BTD.dtype == torch.float32:  # the compiler fuses it with what is around it
+        y_BTD = norm(y_BTD)
+        return x_BTD + (y_BTD if gate_BD is None else gate_BD[:, None] * y_BTD)
+    weight_BD = norm.weight[None]
+    if gate_BD is not None:
+        weight_BD = weight_BD.float() * gate_BD.float()
+    output: Tensor = _NormResidual.apply(x_BTD, y_BTD, weight_BD, norm.eps)
     return output
 
 

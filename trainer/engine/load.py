@@ -24,6 +24,7 @@ from trainer.engine.kernels import self_test
 from trainer.engine.memory.weight_streaming import WeightStreamer
 from trainer.engine.quantization.formats import WEIGHT_FORMATS, weight_format_for
 from trainer.engine.quantization.frozen_linear import freeze
+from trainer.engine.training_adapter import TrainingAdapter
 from trainer.spec.family import Family
 from trainer.spec.plan import EnginePlan
 from trainer.storage import safetensors_header
@@ -57,6 +58,7 @@ def place_denoiser(
     streamed: Sequence[torch.nn.Module] = (),
     forwards: Mapping[type, type] | None = None,
     folder: Path | None = None,
+    training_adapter: TrainingAdapter | None = None,
 ) -> WeightStreamer | None:
     """Bring the denoiser to `device` block by block, quantised for `precision`, with projections fused.
 
@@ -65,7 +67,8 @@ def place_denoiser(
     `dtype`: of activations, and of weights that are not quantised. `fused`, `targets`: see
     `adapters.fuse_projections`. `rank`: of the adapters for which FP8 weights get columns. `streamed`: regions whose
     weights stay on the host; their streamer is returned. `forwards`: see `Family.fused_forwards`. `folder`: of the
-    weights' files, for messages. Raises SettingsError for weights that are no numbers.
+    weights' files, for messages. `training_adapter`: merged into the weights before they are quantised. Raises
+    SettingsError for weights that are no numbers, and for an adapter of another model.
     """
     weight_format = weight_format_for(precision, device)
 
@@ -83,11 +86,15 @@ def place_denoiser(
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             tensor.data = tensor.to(device, dtype if tensor.is_floating_point() else None)
     weight_check.check_weights(_weights_of(denoiser, outside), folder)
+    if training_adapter:
+        training_adapter.merge((name, module) for name, module in denoiser.named_modules() if module in outside)
     del outside
     for name, block in blocks:
         block.to(device, dtype)
         # Before the weights are fused and quantised: they still have the names of the file.
         weight_check.check_weights(((f"{name}.{own}", weight) for own, weight in block.named_parameters()), folder)
+        if training_adapter:
+            training_adapter.merge((f"{name}.{own}", layer) for own, layer in block.named_modules())
         adapters.fuse_projections([(name, block)], fused=fused, targets=targets)
         if weight_format is not None:
             freeze(block, weight_format, column_rank(name))
@@ -103,6 +110,8 @@ def place_denoiser(
                 weight_check.check_weights(region.named_parameters(), folder)
                 streamer.add_region(region)
         streamer.allocate_slots()
+    if training_adapter:
+        training_adapter.check_merged()
     denoiser.to(device)
     _channels_last(denoiser, device)
     return streamer
@@ -135,7 +144,14 @@ def _channels_last(module: torch.nn.Module, device: str) -> None:
 
 
 def load_denoiser(
-    family: Family, model: Path, plan: EnginePlan, *, fused: adapters.Fused, targets: Sequence[str], rank: int = 0
+    family: Family,
+    model: Path,
+    plan: EnginePlan,
+    *,
+    fused: adapters.Fused,
+    targets: Sequence[str],
+    rank: int = 0,
+    training_adapter: TrainingAdapter | None = None,
 ) -> tuple[Any, WeightStreamer | None]:
     """The denoiser in folder `model`, placed as `plan` says (`place_denoiser`), and its weight streamer, if any."""
     denoiser = family.load_denoiser(model, device="cpu", dtype=stored_dtype(model / family.FACTS.parts["denoiser"]))
@@ -154,6 +170,7 @@ def load_denoiser(
         streamed=family.regions(denoiser) if plan.offload == "weights" else (),
         forwards=forwards,
         folder=model / family.FACTS.parts["denoiser"],
+        training_adapter=training_adapter,
     )
     return denoiser, streamer
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.engine.kernels.dispatch import rotate, rotate_gradient
+from trainer.engine.kernels.dispatch import rotate, rotate_gradient, rotate_heads, rotate_heads_gradient
 from trainer.engine.memory.activation_offload import without_graph
 
 Source = tuple[Tensor, Any, Any]  # qkv, (B, T, 3HD): all heads of q, of k, of v; the RMSNorms of queries and keys
@@ -98,6 +98,35 @@ def _kernel_arguments(sources: list[Source], cos_sin_TD: CosSin) -> tuple[Any, .
         qkv, second_norm_q, second_norm_k = sources[1]
         second = (qkv, second_norm_q.weight, second_norm_k.weight)
     return first, norm_q.weight, norm_k.weight, *second, *cos_sin_TD, norm_q.eps
+
+
+class _HeadNormRope(torch.autograd.Function):
+    """`kernels.rope_reference.rotate_heads`. Saves its inputs only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, turns: Tensor, eps: float) -> Tensor:
+        ctx.eps = eps
+        ctx.save_for_backward(x, weight, turns)
+        return rotate_heads(x, weight, turns, eps)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, turns = ctx.saved_tensors
+        return rotate_heads_gradient(x, weight, turns, g, ctx.eps), None, None, None
+
+
+@torch.compiler.allow_in_graph
+def _head_norm_rope(x: Tensor, weight: Tensor, turns: Tensor, eps: float) -> Tensor:
+    rotated: Tensor = _HeadNormRope.apply(x, weight, turns, eps)
+    return rotated
+
+
+def head_norm_rope(x_BTF: Tensor, norm: Any, turns_BTR2: Tensor) -> Tensor:
+    """The queries or keys of a projection of their own, normalised by head and rotated, (B, T, H, D).
+
+    `turns`: cosine and sine of each token's angles, in each image. `norm`: one that `can_fuse_rope` takes.
+    """
+    return _head_norm_rope(x_BTF, norm.weight, turns_BTR2, norm.eps)
 
 
 def rope_attention(

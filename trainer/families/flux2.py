@@ -83,8 +83,6 @@ TEXT_STATES = (9, 18, 27)  # of Qwen3: hidden states that many layers in
 BEFORE, AFTER = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 TEMPLATE_TOKENS = 12  # 3 before: <|im_start|>, user, a new line; 9 after, of which a pair of new lines is one
 
-DISTILLED = "klein-?(4b|9b)"  # the names of those that are trained here have `base` between
-
 FACTS = Facts(
     name="flux2",
     models={
@@ -94,7 +92,6 @@ FACTS = Facts(
             footprint=KLEIN_4B,
             aliases=("flux2-klein", "flux2-klein-base-4b", "flux.2-klein-base-4b", "flux.2-klein-4b"),
             published=published.KLEIN_4B,
-            distilled_names=DISTILLED,
             licence=licences.APACHE,
         ),
         "flux2-klein-9b": BaseModel(
@@ -104,7 +101,6 @@ FACTS = Facts(
             gated=True,
             aliases=("flux2-klein-base-9b", "flux.2-klein-base-9b", "flux.2-klein-9b"),
             published=published.KLEIN_9B,
-            distilled_names=DISTILLED,
             licence=licences.flux2("black-forest-labs/FLUX.2-klein-base-9B"),
         ),
         "mini-flux2": BaseModel(MINIATURE, files_gib=0.0, resolution=128, defaults={"steps": 20}),
@@ -147,6 +143,7 @@ FACTS = Facts(
     landmarks=("double_stream_modulation_img.lin.weight", "double_stream_modulation_img.linear.weight"),
     text_readers={"tokenizer": ("Qwen3", TEXT_TOKENS - TEMPLATE_TOKENS)},
     lookalikes=published.LOOKALIKES,
+    name_cautions=published.NAME_CAUTIONS,
     pipelines=published.PIPELINES,
     hub_tags=("flux2",),
     kinds=published.KINDS,

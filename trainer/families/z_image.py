@@ -41,9 +41,10 @@ if TYPE_CHECKING:
 KINDS = published.KINDS
 MINIATURE = str(Path(__file__).with_name("miniatures") / "z_image")
 
-# The numbers of weights are those of the architecture. The GiB are computed, not measured on a GPU: `none` and the
-# working memory from the tensors that autograd saves of one block on a CPU, without fused blocks and uncompiled; the
-# others from the sizes of the products' outputs (12.3 times the width, for each token), of attention's, and of inputs.
+# The numbers of weights are those of the architecture. The GiB are computed, not measured on a GPU: `none` from the
+# tensors that autograd saves of one block on a CPU, fused (15.4 times the width, for each token) and as diffusers has
+# it, uncompiled; the others from the sizes of the products' outputs (12.3 times the width), of attention's, and of
+# inputs.
 FOOTPRINT = Footprint(
     block_weights=6.142e9,
     other_weights=0.013e9,
@@ -53,13 +54,13 @@ FOOTPRINT = Footprint(
     peft_weights_per_rank=2.189e6,
     region_count=34,
     text_tokens=512,
-    saved_gib={"none": 7.8, "products": 2.71, "attention": 0.44, "all": 0.22, "host": 0.02},
+    saved_gib={"none": 3.4, "products": 2.71, "attention": 0.44, "all": 0.22, "host": 0.02},
     working_gib=0.3,
     largest_region_weights=0.181e9,
     fp8_weights=6.016e9,
     encoder_weights=4.02e9,
     hidden_size=3840,
-    unfused_factor=1.0,
+    unfused_factor=2.3,
 )
 
 TEXT_TOKENS = 512  # the default of diffusers' pipeline
@@ -87,11 +88,12 @@ FACTS = Facts(
             aliases=("zimage-turbo",),
             published=published.TURBO,
             licence=licences.APACHE,
-            # Other trainers merge an adapter while they train that undoes the distillation (ostris' training adapter).
             caution=(
                 "is distilled to few steps, which training on its own weights undoes: images become blurred. Fix: "
-                "BASE_MODEL=z-image, whose LoRAs work on Turbo as well, at a strength of 1 to 2; or MODEL_PATH=the "
-                "file of a Turbo without distillation, such as ostris/Z-Image-De-Turbo"
+                "PARAMS_TRAINING_ADAPTER=ostris/zimage_turbo_training_adapter/"
+                "zimage_turbo_training_adapter_v2.safetensors, which is part of the weights while they train and of "
+                "nothing else; or BASE_MODEL=z-image, whose LoRAs work on Turbo as well, at a strength of 1 to 2; or "
+                "MODEL_PATH=the file of a Turbo without distillation, such as ostris/Z-Image-De-Turbo"
             ),
         ),
         "mini-z-image": BaseModel(MINIATURE, files_gib=0.0, resolution=128, defaults={"cfg": 3.0}),
@@ -127,7 +129,6 @@ FACTS = Facts(
     hub_tags=("z-image",),
     kinds=published.KINDS,
     same_sizes=published.same_sizes,
-    captions_vary=True,
     prompt_steps=30,
     prompt_guidance=1.0,
     prompt_cfg=5.0,  # guidance_scale=4 of diffusers' pipeline, which counts from 0
@@ -227,7 +228,11 @@ def regions(denoiser: ZImageTransformer2DModel) -> list[torch.nn.Module]:
 
 
 def fused_forwards() -> dict[type, type]:
-    return {}
+    from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
+
+    from trainer.families.fused_blocks.z_image import FusedZImageBlock
+
+    return {ZImageTransformerBlock: FusedZImageBlock}
 
 
 # ---- prediction

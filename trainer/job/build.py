@@ -21,13 +21,14 @@ import torch
 from trainer.base_model import loading
 from trainer.checkpoints.open_run import OpenRun
 from trainer.checkpoints.snapshots import Snapshots
-from trainer.engine import adapters, flat_parameters
+from trainer.engine import adapters, flat_parameters, training_adapter
 from trainer.engine.cuda_graphs import EagerStep, GraphStep
 from trainer.engine.device import torch_dtype
 from trainer.engine.execution import Engine
 from trainer.engine.load import load_denoiser
 from trainer.engine.memory.weight_streaming import WeightStreamer
 from trainer.engine.quantization.cast_adapters import AdapterCast
+from trainer.engine.training_adapter import TrainingAdapter
 from trainer.job import saving, sizes
 from trainer.job.prepare import PreparedData
 from trainer.job.session import Session
@@ -58,6 +59,7 @@ class AdaptedModels:
     weight_streamer: WeightStreamer | None
     texts: TextEncoders
     groups: list[tuple[list[torch.nn.Parameter], dict[str, float]]]
+    training_adapter: TrainingAdapter | None = None
 
 
 def make_session(
@@ -167,6 +169,7 @@ def build_training_state(plan: Plan, family: Family, *, model: Path, total: int)
             scale=LOSS_SCALE.get(plan.engine.dtype, 1.0),
         ),
         weight_streamer=adapted.weight_streamer,
+        training_adapter=adapted.training_adapter,
         untrained_norms=untrained_norms(adapted.denoiser, family) if plan.lora.kind == "dora" else {},
     )
 
@@ -227,11 +230,26 @@ def load_adapted_models(plan: Plan, family: Family, model: Path) -> AdaptedModel
     # Room for adapter columns next to the frozen weights. DoRA scales the weights' rows, so its adapters cannot be
     # part of the product.
     column_rank = 0 if lora.kind == "dora" else lora.rank
+    adapter = None
+    if plan.model.training_adapter_path:
+        adapter = training_adapter.load(Path(plan.model.training_adapter_path), family.FACTS)
     denoiser, weight_streamer = load_denoiser(
-        family, model, plan.engine, fused=fused, targets=lora.targets, rank=column_rank
+        family,
+        model,
+        plan.engine,
+        fused=fused,
+        targets=lora.targets,
+        rank=column_rank,
+        training_adapter=adapter,
     )
     groups: list[tuple[list[torch.nn.Parameter], dict[str, float]]] = []
     groups.append((add_adapters(denoiser, family.blocks(denoiser), targets=lora.targets, fused=fused), {}))
+    if adapter:
+        adapter.place(denoiser, fused=fused, device=plan.engine.device, dtype=torch_dtype(plan.engine))
+        log.info(
+            "Merged %s into %d layers. The LoRA trains on top of it and does not have it; samples are drawn without.",
+            plan.model.training_adapter, len(adapter.merged),
+        )  # fmt: skip
     texts = text_encoders.load(
         model,
         plan.optim.text_encoders,
@@ -244,7 +262,7 @@ def load_adapted_models(plan: Plan, family: Family, model: Path) -> AdaptedModel
         blocks = text_encoders.blocks(encoder)
         params = add_adapters(encoder, blocks, targets=text_encoders.TARGETS, fused={})
         groups.append((params, {"lr": plan.optim.text_encoders[component]}))
-    return AdaptedModels(denoiser, weight_streamer, texts, groups)
+    return AdaptedModels(denoiser, weight_streamer, texts, groups, adapter)
 
 
 def make_optimizer(plan: OptimPlan, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -19,6 +19,7 @@ from trainer.training.distributed import Workers
 
 FILE_NAME = "prepared.json"
 PATH_FIELDS = ("file", "mask_file")  # of ImageRecord
+OTHER_FIELDS = ("state_digest", "cache_mark", "shares_cache")  # of HandedOver
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class HandedOver:
     plan: Plan
     state: Path | None  # the folder of the state to resume from
     images: tuple[ImageRecord, ...]
+    state_digest: str = ""  # of its JSON file, which has the digest of the other one
+    cache_mark: str = ""  # what the file CACHE_MARK in the first machine's cache says, where there are several
+    shares_cache: bool = True  # whether the cache of this machine is the first one's
 
     def to_json(self) -> str:
         rows = []
@@ -35,7 +39,8 @@ class HandedOver:
             row = dataclasses.asdict(image)
             rows.append({key: str(value) if isinstance(value, Path) else value for key, value in row.items()})
         state = str(self.state) if self.state else None
-        return json.dumps({"plan": self.plan.to_json(), "state": state, "images": rows})
+        others = {name: getattr(self, name) for name in OTHER_FIELDS}
+        return json.dumps({"plan": self.plan.to_json(), "state": state, "images": rows, **others})
 
     @staticmethod
     def from_json(text: str) -> HandedOver:
@@ -47,7 +52,8 @@ class HandedOver:
                     row[field] = Path(row[field])
             images.append(ImageRecord(**row))
         state = Path(raw["state"]) if raw["state"] else None
-        return HandedOver(Plan.from_json(raw["plan"]), state, tuple(images))
+        others = {name: raw[name] for name in OTHER_FIELDS}
+        return HandedOver(Plan.from_json(raw["plan"]), state, tuple(images), **others)
 
 
 def hand_over(workers: Workers, data: HandedOver) -> None:

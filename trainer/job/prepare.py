@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.captioning.captioning import caption_images
+from trainer.captioning.requests import wanting
 from trainer.checkpoints import state_files
 from trainer.checkpoints.open_run import OpenRun, open_run
 from trainer.data import caption_length
-from trainer.data.cache import Cache
+from trainer.data.cache import ALONE, Cache, Share
 from trainer.data.encode import fill_images, fill_texts, open_cache
 from trainer.data.epochs import EpochSampler
 from trainer.data.folders.own_output import Written
@@ -64,11 +66,15 @@ class PreparedData:
 
 def steps_per_epoch(plan: Plan, sampler: EpochSampler) -> int:
     """Optimiser steps; the last one of an epoch may have fewer batches."""
-    return math.ceil(sampler.batches_per_epoch / (plan.train.gradient_accumulation * plan.engine.num_gpus))
+    return math.ceil(sampler.batches_per_epoch / (plan.train.gradient_accumulation * plan.engine.processes))
 
 
-def find_run(plan: Plan, *, status: Status) -> tuple[OpenRun, Scan]:
-    """Scan the images and open the run that this job is, in the plan's output folder. Raises DataError."""
+def find_run(plan: Plan, *, status: Status, check_in: Callable[[], None]) -> tuple[OpenRun, Scan]:
+    """Scan the images, caption those that a model is to caption, and open the run that this job is.
+
+    Captions are content, as images are: so they are made before it is known which run of the output folder this is.
+    Raises DataError, and what `caption_images` raises.
+    """
     status.phase("reading the dataset")
     opened: list[OpenRun] = []
 
@@ -82,7 +88,17 @@ def find_run(plan: Plan, *, status: Status) -> tuple[OpenRun, Scan]:
         return home / "dataset-report.txt"
 
     written = Written({"OUTPUT_PATH": Path(plan.output.path), "CACHE_PATH": Path(plan.output.cache)})
-    scanned = scan_and_report(plan.data, report=report_place, seed=plan.train.seed, written=written)
+
+    def captioned(scanned: Scan) -> Scan:
+        if any(wanting(scanned.images, scanned.data)):
+            status.phase("captioning")
+        return caption_images(
+            scanned, scanned.data, cache=Path(plan.output.cache), engine=plan.engine, check_in=check_in
+        )
+
+    scanned = scan_and_report(
+        plan.data, report=report_place, seed=plan.train.seed, written=written, captioned=captioned
+    )
     return opened[0], scanned
 
 
@@ -90,11 +106,9 @@ def prepare_data(
     run: OpenRun,
     scanned: Scan,
     *,
-    status: Status,
     state: state_files.State | None,
-    check_in: Callable[[], None],
 ) -> PreparedData:
-    """Encode the images and their captions into the cache; the plan gets the lengths that were left to `auto`."""
+    """Everything but the encoding (`fill_cache`); the plan gets the lengths that were left to `auto`."""
     plan = dataclasses.replace(run.plan, data=scanned.data)  # with the subsets that the names of folders make
     sampler = make_sampler(plan, scanned)
     for line in sampler.describe():
@@ -115,14 +129,12 @@ def prepare_data(
     note_long_captions(plan, sampler, scanned=scanned, report=run.home / "dataset-report.txt")
     for warning in sanity.warnings(plan, sanity.Length(data.total, data.steps_per_epoch, len(scanned.images))):
         log.warning("%s", warning)
-    if sampler.batches_per_epoch < plan.engine.num_gpus:
+    if sampler.batches_per_epoch < plan.engine.processes:
         log.warning(
-            "An epoch has only %d batches: with NUM_GPUS=%d, some GPUs are idle.",
+            "An epoch has only %d batches: with %d processes (NUM_GPUS, NODES), some GPUs are idle.",
             sampler.batches_per_epoch,
-            plan.engine.num_gpus,
+            plan.engine.processes,
         )
-    status.phase("encoding")
-    fill_cache(data, check_in=check_in)
     return data
 
 
@@ -167,15 +179,23 @@ def with_lengths(plan: Plan, sampler: EpochSampler, record: RunRecord) -> Plan:
 
 
 def scan_and_report(
-    data: DataPlan, *, report: Path | Callable[[Scan], Path], seed: int = 0, written: Written | None = None
+    data: DataPlan,
+    *,
+    report: Path | Callable[[Scan], Path],
+    seed: int = 0,
+    written: Written | None = None,
+    captioned: Callable[[Scan], Scan] | None = None,
 ) -> Scan:
     """The usable images; logs a summary, and writes the whole list to `report` and to a .csv file beside it.
 
     `seed` is the run's, for the captions of the report. `written`: the folders that this job writes to, which are no
-    sources. Raises DataError.
+    sources. `captioned`: adds the captions that a model makes, to a dataset that can be used. Raises DataError.
     """
     started = time.monotonic()
     scanned = scan(data, cpu_workers=cpu_workers(), written=written)
+    taken = time.monotonic() - started
+    if captioned is not None and scanned.is_usable(strict=data.strict):
+        scanned = captioned(scanned)
     report = report if isinstance(report, Path) else report(scanned)
     write_report(scanned, scanned.data, text=report, seed=seed)
     scanned.check(strict=data.strict)
@@ -184,7 +204,7 @@ def scan_and_report(
         if WARNING in line or line.startswith("  skipped "):
             level = logging.WARNING
         log.log(level, "%s", line.replace(WARNING, ""))
-    log.info("Scanned the images in %.1f s.", time.monotonic() - started)
+    log.info("Scanned the images in %.1f s.", taken)
     return scanned
 
 
@@ -218,8 +238,8 @@ def make_sampler(plan: Plan, scanned: Scan) -> EpochSampler:
     )
 
 
-def fill_cache(data: PreparedData, *, check_in: Callable[[], None]) -> None:
-    """Encode every caption, prompt and image that the run will use, and that the cache lacks."""
+def fill_cache(data: PreparedData, *, check_in: Callable[[], None], share: Share = ALONE) -> None:
+    """Encode every caption, prompt and image that the run will use, and that the cache lacks; of that, `share`."""
     plan = data.plan
     family = get_family(plan.model.family)
     model = Path(plan.model.path)
@@ -232,8 +252,10 @@ def fill_cache(data: PreparedData, *, check_in: Callable[[], None]) -> None:
         engine=plan.engine,
         check_in=check_in,
         max_tokens=plan.train.max_token_length,
+        share=share,
     )
-    fill_images(data.cache, data.sampler, family=family, model=model, engine=plan.engine, check_in=check_in)
+    engine = plan.engine
+    fill_images(data.cache, data.sampler, family=family, model=model, engine=engine, check_in=check_in, share=share)
 
 
 def prompt_texts(prompts: Sequence[Prompt]) -> list[str]:

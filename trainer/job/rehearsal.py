@@ -21,7 +21,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,14 +42,6 @@ from trainer.training.objective import Objective
 from trainer.training.state import TrainingState
 
 log = logging.getLogger(__name__)
-
-
-def longest_caption(captions: Sequence[str], cache: Cache) -> str | None:
-    """The caption with the most tokens; None where all have as many, as in most families."""
-    sizes = {caption: cache.text_path(caption).stat().st_size for caption in captions}
-    if len(set(sizes.values())) < 2:
-        return None
-    return max(sizes, key=lambda caption: sizes[caption])
 
 
 @dataclass
@@ -77,19 +69,19 @@ class Rehearsal:
         sizes = " or ".join(f"{len(batch)} images of {batch[0].view.size}" for batch in largest)
         smallest = min(epoch, key=lambda batch: len(batch) * math.prod(batch[0].view.size))
 
-        longest = longest_caption(captions, cache)
+        longest = batches.longest_caption(captions, cache)
 
-        def read(some: Sequence[Batch]) -> list[MicroBatch]:
+        def read(some: Sequence[Batch], lengths: Mapping[str, int] | None = None) -> list[MicroBatch]:
             """Each with the longest caption as its first one: all captions of a batch are padded to it."""
             made = []
             for first, *others in some:
                 if longest is not None:
                     first = dataclasses.replace(first, caption=longest)
-                made.append(batches.micro_batch(cache, (first, *others)))
+                made.append(batches.micro_batch(cache, (first, *others), lengths))
             return made
 
         self.run_steps(
-            read(one_of_each_size(epoch)) if self.runner.capturing else [],
+            read(one_of_each_size(epoch), batches.text_lengths(captions, cache)) if self.runner.capturing else [],
             read(largest),
             read([smallest]),
             problem=f"The largest batch ({sizes}) does not fit in memory.",

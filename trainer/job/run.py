@@ -4,17 +4,18 @@ The steps of a run, in order:
 1. Lock the output folder, so that no second job writes there; open run.log and status.json; refuse a crash loop.
 2. Bring single files into a model folder (`base_model.single_file`), and draw missing class images.
 3. Scan the images. Settings and images together say which run of the folder this is, or that it is a new one
-   (`storage.choose_run`): open it and write its plan.json (`checkpoints.open_run`).
+   (`storage.choose_run`): open it and write its plan.json (`checkpoints.open_run`). Before that, a model captions the
+   images that have no caption, where CAPTION_WITH asks for it (`captioning`).
 4. Find the state to resume from: the newest of the run; else the folder that PARAMS_RESUME_FROM names. A LoRA file
    there gives the weights alone (step 7).
-5. Encode into the cache (`prepare`). The encoders are freed before the denoiser loads. A run that has all its steps
-   already ends here.
-6. Hand the prepared data to the other processes (`handover`).
+5. Hand the images and the plan to the other processes (`handover`; `several_nodes` for those of other machines). A run
+   that has all its steps already ends here.
+6. Encode into the cache (`prepare`), each process its share. The encoders are freed before the denoiser loads.
 7. Load the denoiser, put adapters on it, make the optimiser (`build`).
 8. Rehearse: memory runs out here or never (`rehearsal`).
 9. Restore the state, if there is one.
 10. Train, save, sample; export and verify the final LoRA (`session`).
-Other processes than the first begin at 6, and do 7 to 10 in step with it.
+Other processes than the first begin at 5, and do the rest in step with it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +43,12 @@ from trainer.data.identity import fingerprint
 from trainer.data.records import Scan
 from trainer.engine.attention import flash_attention_4
 from trainer.engine.device import limit_memory, release
+from trainer.job import several_nodes
 from trainer.job.build import adapter_summary, build_training_state, check_targets, make_session
 from trainer.job.class_images import draw_class_images
 from trainer.job.crash_loop import CrashLog
 from trainer.job.handover import HandedOver, hand_over, receive
-from trainer.job.prepare import PreparedData, find_run, is_over, make_sampler, prepare_data
+from trainer.job.prepare import PreparedData, fill_cache, find_run, is_over, make_sampler, prepare_data
 from trainer.job.reporting.status import Status
 from trainer.job.watchdog import OUTSIDE_STEPS_TIMEOUT_S, Watchdog
 from trainer.process import memory_kills, streams
@@ -72,7 +75,9 @@ def run(plan: Plan, stop: StopFlag) -> None:
 
     Raises the errors of `trainer.spec.errors`; StopRequestedError after a signal, with the state saved.
     """
-    workers = distributed.workers_from_environment(plan.engine.num_gpus, os.environ, stop)
+    workers = distributed.workers_from_environment(
+        plan.engine.processes, os.environ, stop, per_node=plan.engine.num_gpus
+    )
     if plan.engine.attention == "flash_4":
         flash_attention_4.import_in_background()
     if workers.is_first:
@@ -112,8 +117,10 @@ def _run_first(plan: Plan, stop: StopFlag, workers: Workers) -> None:
             if is_over(opened, data):
                 _report_over(opened, data, status)
                 return
-            state = data.state
-            hand_over(workers, HandedOver(data.plan, state.folder if state else None, data.scan.images))
+            hand_over(workers, several_nodes.to_hand_over(data))
+            status.phase("encoding")
+            _encode(data, workers, check_in=partial(_check_in, watchdog, stop))
+            several_nodes.give_state(workers, data.state)
             _train(opened, data, stop, status=status, watchdog=watchdog, workers=workers)
 
 
@@ -136,15 +143,21 @@ def _run_other(plan: Plan, stop: StopFlag, workers: Workers) -> None:
     It keeps a status of its own, in the folder that the processes share. Its watchdog only guards against a wait
     without end: if any process hangs, the first one's watchdog ends the job.
     """
-    out = Path(plan.output.path)
+    # Only the first machine writes into OUTPUT_PATH.
+    out = workers.own_folder if workers.node else Path(plan.output.path)
+    out.mkdir(parents=True, exist_ok=True)
     watchdog = Watchdog(0.0 if plan.engine.step_timeout_s == 0 else OUTSIDE_STEPS_TIMEOUT_S)
     handed = receive(workers, watchdog.heartbeat)
     log_file = _log_file(out / "run.log", f"[process {workers.process_rank}] ")
     with log_file, _report_ending(Status(workers.own_folder)) as status:
         crashes = CrashLog(out, plan, step=lambda: status.step)
         with watchdog.watching(workers.own_folder, status.ended), crashes.counted(), _as_job_errors(out):
-            data = _received(handed)
             own = workers.own_folder
+            workers.meet(handed.plan.engine.device, watchdog.heartbeat)
+            handed = several_nodes.on_this_node(plan, handed, workers, status=status, check_in=watchdog.heartbeat)
+            data = _received(handed)
+            _encode(data, workers, with_first=handed.shares_cache, check_in=watchdog.heartbeat)
+            data = dataclasses.replace(data, state=several_nodes.take_state(workers, handed))
             opened = OpenRun(data.plan, own, own, RunRecord(own), was_done=False)
             _train(opened, data, stop, status=status, watchdog=watchdog, workers=workers)
 
@@ -160,14 +173,14 @@ def _prepare(plan: Plan, stop: StopFlag, *, status: Status, watchdog: Watchdog) 
     plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, path=model_folder))
     check_targets(plan)
     plan = draw_class_images(plan, status=status, check_in=check_in)
-    opened, scanned = find_run(plan, status=status)
+    opened, scanned = find_run(plan, status=status, check_in=check_in)
     output = opened.plan.output
     status.update({"run": output.name, "run_folder": output.folder or "."})
     state = resumable_state(opened.plan, opened.home, fingerprint(scanned.images))
     if state is not None:
         status.step = state.step
         status.update({"step": state.step, "saved_step": state.step})
-    return opened, prepare_data(opened, scanned, status=status, state=state, check_in=check_in)
+    return opened, prepare_data(opened, scanned, state=state)
 
 
 def _received(handed: HandedOver) -> PreparedData:
@@ -182,8 +195,18 @@ def _received(handed: HandedOver) -> PreparedData:
         precision=plan.engine.dtype,
         max_tokens=plan.train.max_token_length,
     )
-    state = state_files.read(handed.state) if handed.state else None
-    return PreparedData(plan, scanned, sampler, cache, state)
+    return PreparedData(plan, scanned, sampler, cache, None)
+
+
+def _encode(data: PreparedData, workers: Workers, *, with_first: bool = True, check_in: Callable[[], None]) -> None:
+    """Each process encodes its share of what the cache lacks; returns when all have.
+
+    `with_first`: whether this machine's cache is the first one's.
+    """
+    workers.meet(data.plan.engine.device, check_in)
+    workers.wait_for_all(check_in)  # another machine may have to read its images first
+    fill_cache(data, check_in=check_in, share=workers.share_cache(with_first))
+    workers.wait_for_all(check_in)
 
 
 def _train(

@@ -25,7 +25,7 @@ from trainer.job.reporting.contact_sheet import contact_sheet
 from trainer.spec.family import Family
 from trainer.spec.plan import Plan, Prompt
 from trainer.storage import atomic, json_files, own_files
-from trainer.storage.own_files import SAMPLE_NAME, SHEET_NAME
+from trainer.storage.own_files import SHEET_NAME
 from trainer.training.objective import scheduler_changes
 from trainer.training.state import TrainingState
 from trainer.training.stop_flag import StopFlag
@@ -44,8 +44,9 @@ def sample(
     stop: StopFlag,
     check_in: Callable[[], None],
     around: Callable[[Any, Any], contextlib.AbstractContextManager[None]],
+    strengths: Sequence[float] = (1.0,),
 ) -> None:
-    """Draw those samples of `step` that are missing into `folder`, with the weights to use.
+    """Draw those samples of `step` that are missing into `folder`, with the weights to use, at these strengths.
 
     Looks for a stop, and calls `check_in`, before each image. `around`: `EagerStep.sampling`. Raises
     torch.OutOfMemoryError; what is drawn by then stays.
@@ -78,8 +79,19 @@ def sample(
         training_state.inference_weights(),
         torch.no_grad(),
         without_new_compilation(),
+        training_state.as_used(),
     ):
-        count = draw_all(folder, plan.prompts, step=step, draw=partial(draw, vae), stopped=lambda: stop.requested)
+        count = 0
+        for strength in strengths:
+            with training_state.at_strength(strength):
+                count += draw_all(
+                    folder,
+                    plan.prompts,
+                    step=step,
+                    draw=partial(draw, vae),
+                    stopped=lambda: stop.requested,
+                    strength=strength,
+                )
     log.info("Drew %d samples of step %d in %.1f s.", count, step, time.monotonic() - started)
 
 
@@ -91,22 +103,23 @@ def draw_all(
     draw: Callable[[Prompt], Image.Image],
     stopped: Callable[[], bool],
     labels: Mapping[int, str] | None = None,
+    strength: float = 1.0,
 ) -> int:
     """Draw the prompts that have no image of `step` yet, and renew the contact sheet; return how many.
 
     Each goes into `folder` as step-00000100-00.png with its prompt in the PNG. `stopped` is asked before each.
-    `labels`: of the sheet's columns, see `contact_sheet`.
+    `labels`: of the sheet's columns, see `contact_sheet`. `strength`: of the LoRA, with which `draw` draws.
     """
     saved: list[Future[None]] = []
     with ThreadPoolExecutor(1, "png") as thread:  # an image is compressed while the next one is drawn
         for number, prompt in enumerate(prompts):
-            path = folder / f"step-{step:08d}-{number:02d}.png"
+            path = folder / own_files.sample_name(step, number, strength)
             if is_of(path, prompt):
                 continue
             if stopped():
                 break
             json_files.set_aside_unless(path, lambda _: False, "is damaged, or another image than this prompt's")
-            saved.append(thread.submit(_save, draw(prompt), path, _png_info(prompt, step)))
+            saved.append(thread.submit(_save, draw(prompt), path, _png_info(prompt, step, strength)))
     for writing in saved:
         writing.result()
     if saved:
@@ -123,10 +136,10 @@ def set_aside_outdated(folder: Path, prompts: Sequence[Prompt]) -> None:
     """Move the images of prompts that have changed since into `folder`/earlier, so that no row shows two prompts."""
     moved = 0
     for path in sorted(folder.glob("step-*.png")):
-        match = SAMPLE_NAME.fullmatch(path.name)
-        if match is None:
+        known = own_files.read_sample_name(path.name)
+        if known is None:
             continue
-        number = int(match[2])
+        number = known[1]
         if number < len(prompts) and is_of(path, prompts[number]):
             continue
         earlier = folder / "earlier"
@@ -140,7 +153,7 @@ def set_aside_outdated(folder: Path, prompts: Sequence[Prompt]) -> None:
         moved += 1
     if moved:
         log.info("prompts.txt has changed: %d images of earlier prompts are in %s.", moved, folder / "earlier")
-        if any(SAMPLE_NAME.fullmatch(path.name) for path in folder.iterdir()):
+        if any(own_files.read_sample_name(path.name) for path in folder.iterdir()):
             contact_sheet(folder, prompts)
         elif own_files.is_sheet(folder / SHEET_NAME):
             (folder / SHEET_NAME).unlink()
@@ -167,11 +180,13 @@ def _parameters(prompt: Prompt) -> str:
     )
 
 
-def _png_info(prompt: Prompt, step: int) -> PngImagePlugin.PngInfo:
+def _png_info(prompt: Prompt, step: int, strength: float) -> PngImagePlugin.PngInfo:
     """A text chunk with everything, and each value in one of its own."""
     info = PngImagePlugin.PngInfo()
     info.add_itxt("parameters", _parameters(prompt))
     info.add_itxt("prompt_text", prompt.text)
     info.add_text("step", str(step))
     info.add_text("seed", str(prompt.seed))
+    if strength != 1:
+        info.add_text("lora_strength", f"{strength:g}")
     return info

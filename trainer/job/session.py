@@ -215,6 +215,7 @@ class Session:
         """The epoch (from 1) and this process's micro-batches of each step after `first`."""
         per_step = self.plan.train.gradient_accumulation * self.workers.size  # the last step of an epoch has the rest
         pinned = self.plan.engine.device == "cuda"  # for copies to the device that nothing waits for
+        lengths = batches.text_lengths(self.sampler.all_captions(), self.cache)
         epoch_batches: list[Batch] = []
         for done in range(first, self.total):
             epoch, index = divmod(done, self.steps_per_epoch)
@@ -223,7 +224,8 @@ class Session:
             step_batches = epoch_batches[index * per_step : (index + 1) * per_step]
             group = []
             for batch in step_batches[self.workers.process_rank :: self.workers.size]:
-                micro_batch = batches.micro_batch(self.cache, batch)
+                # Captured steps are of one length of captions; launched ones need no padding.
+                micro_batch = batches.micro_batch(self.cache, batch, lengths if self.runner.capturing else None)
                 group.append(micro_batch.each(torch.Tensor.pin_memory) if pinned else micro_batch)
             yield epoch + 1, group
 
@@ -274,6 +276,7 @@ class Session:
                 stop=self.stop,
                 check_in=self.watchdog.heartbeat,
                 around=self.runner.sampling,
+                strengths=(1.0, *(self.plan.output.sample_strengths if step == self.total else ())),
             )
 
         with metrics.aside(is_round=True):

@@ -2,6 +2,9 @@
 
 A step's size is its number of images and their width and height. Photographs fall into many buckets, and the last batch
 of a bucket may be smaller, so a run has up to some dozens of them. Each is captured as a CUDA graph of its own.
+
+Captions of different lengths make no further sizes: in captured steps, all are filled up to the longest of the run
+(`trainer.data.batches.text_lengths`).
 """
 
 from __future__ import annotations
@@ -61,9 +64,8 @@ def engine_plan_for(plan: Plan, epoch: Sequence[Batch]) -> EnginePlan:
     footprint = base_models()[plan.model.base][1].footprint
     if len(sizes) == 1:
         return engine
-    counted = f"{len(sizes)} sizes of steps"
     if not engine.replay or footprint is None or engine.device != "cuda":
-        log.info("%s.", counted)
+        log.info("Steps come in %d sizes, by shape and number of images.", len(sizes))
         return engine
     workloads = [_workload(plan, batch) for batch in sizes]
     largest = max(workloads, key=lambda workload: workload.kilotokens(footprint))
@@ -74,8 +76,8 @@ def engine_plan_for(plan: Plan, epoch: Sequence[Batch]) -> EnginePlan:
     if now != before:
         now += f" (instead of {before})"
     log.info(
-        "%s, each captured as a CUDA graph: %.1f GiB of the device's memory besides. Memory mode: %s.",
-        counted, graphs * footprint.graph_gib, now,
+        "%d sizes of steps, each captured as a CUDA graph: %.1f GiB of the device's memory besides. Memory mode: %s.",
+        len(sizes), graphs * footprint.graph_gib, now,
     )  # fmt: skip
     return changed
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, MutableMapping
@@ -19,7 +20,7 @@ from trainer.process.vitals import Vitals
 
 log = logging.getLogger(__name__)
 VARIABLES = ("TMPDIR", "TEMP", "TMP")  # in the order in which Python looks
-USUAL = ("/tmp", "/var/tmp")  # noqa: S108 # nosec B108 (used only through mkdtemp)
+USUAL = ("/tmp", "/var/tmp")  # noqa: S108 # nosec B108 (used only through _try)
 PROBE_BYTES = 2**20  # more than the plan and the stacks of all processes
 NAME = "tmp"  # below the cache folder
 
@@ -28,10 +29,6 @@ NAME = "tmp"  # below the cache folder
 def folder(environment: MutableMapping[str, str], cache: Path) -> Iterator[Path]:
     """Inside, TMPDIR in `environment` is a new folder of this job. Raises OSError where no place can be written."""
     made = _make(environment, cache)
-    vitals = Vitals.of(environment)
-    if vitals is not None:
-        vitals.write_scratch(str(made))
-        vitals.close()
     before = environment.get("TMPDIR")
     environment["TMPDIR"] = str(made)
     tempfile.tempdir, remembered = str(made), tempfile.tempdir
@@ -52,7 +49,7 @@ def _make(environment: Mapping[str, str], cache: Path) -> Path:
     refused = []
     for what, name in [*named, *((usual, usual) for usual in USUAL)]:
         try:
-            made = _try(Path(name))
+            made = _try(Path(name), environment)
         except OSError as problem:
             refused.append(f"{what} cannot be used ({problem.strerror or problem})")
             continue
@@ -61,14 +58,19 @@ def _make(environment: Mapping[str, str], cache: Path) -> Path:
         return made
     place = cache / NAME
     place.mkdir(parents=True, exist_ok=True)
-    made = _try(place)
+    made = _try(place, environment)
     log.warning("%s: temporary files go to the cache folder, %s.", "; ".join(refused), place)
     return made
 
 
-def _try(place: Path) -> Path:
-    """A new folder in `place`. Raises OSError if it cannot be made, or takes no megabyte."""
-    made = Path(tempfile.mkdtemp(prefix="kiln-", dir=os.path.abspath(place)))  # noqa: PTH100 (no links followed)
+def _try(place: Path, environment: Mapping[str, str]) -> Path:
+    """A new folder in `place`, closed to others. Raises OSError if it cannot be made, or takes no megabyte."""
+    made = Path(os.path.abspath(place)) / f"kiln-{secrets.token_hex(8)}"  # noqa: PTH100 (no links followed)
+    vitals = Vitals.of(environment)
+    if vitals is not None:  # before it is there: a stop at any moment leaves no folder that the parent does not know
+        vitals.write_scratch(str(made))
+        vitals.close()
+    made.mkdir(mode=0o700)
     try:
         probe = made / "probe"
         probe.write_bytes(bytes(PROBE_BYTES))

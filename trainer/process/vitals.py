@@ -86,7 +86,9 @@ class Vitals:
         self._has_answered = True
 
     def write_scratch(self, folder: str) -> None:
-        os.pwrite(self._descriptor, os.fsencode(folder)[:LONGEST_PATH], SCRATCH)
+        """In place of what was there. A path that no system takes is none: cut off, it would be that of another one."""
+        name = os.fsencode(folder)
+        os.pwrite(self._descriptor, (name if len(name) < LONGEST_PATH else b"").ljust(LONGEST_PATH, b"\0"), SCRATCH)
 
     def read_scratch(self) -> str:
         return os.fsdecode(os.pread(self._descriptor, LONGEST_PATH, SCRATCH).strip(b"\0"))

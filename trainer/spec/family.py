@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PACKAGE = "trainer.families"
 FOLDER = Path(__file__).resolve().parents[1] / "families"
-SHARED = ("common",)  # modules in that folder that several families use and that are none themselves
+SHARED = ("common", "qwen_vae")  # modules in that folder that several families use and that are none themselves
 # In a single file with several parts, the names of a part's tensors begin with one of these.
 PREFIXES = {
     "denoiser": ("model.diffusion_model.",),
@@ -33,6 +33,7 @@ PREFIXES = {
     "clip_g": ("conditioner.embedders.1.model.", "text_encoders.clip_g.transformer."),
     "t5": ("text_encoders.t5xxl.transformer.",),
     "qwen3": ("text_encoders.qwen3_4b.transformer.", "text_encoders.qwen3_8b.transformer."),
+    "qwen2_5_vl": ("text_encoders.qwen25_7b.transformer.",),
 }
 CLIP_TOKENS = 77  # that a CLIP text encoder reads at once, with those of begin and end
 OPTIONAL = "optional:"  # begins a pattern of files whose folder may be missing
@@ -144,7 +145,6 @@ class BaseModel:
     aliases: tuple[str, ...] = ()  # further names that people write for it; `source` is one without being listed
     published: Published | None = None  # its configs, for jobs whose weights are local files; None: a miniature
     licence: Licence | None = None  # None: a miniature, which is a part of this program
-    distilled_names: str = ""  # pattern of names, in small letters, that files of a version distilled from it have
     caution: str = ""  # why its own weights are no good start for training, with the fix; for a warning of the plan
 
     @property
@@ -187,10 +187,10 @@ class Facts:
     # Whether regions that have no fused forward passes are compiled where steps are captured in CUDA graphs.
     # docs/lab-notes.md has the measurements.
     compiles: bool = True
-    # Whether captions have different numbers of tokens. A graph would have to be captured for each number, so steps are
-    # launched.
-    captions_vary: bool = False
     max_token_lengths: tuple[int, ...] = (CLIP_TOKENS,)  # values of PARAMS_MAX_TOKEN_LENGTH; the first is the default
+    # A pattern of the name, in small letters, of a file of weights → what such a file is, where its tensors do not tell
+    # it from a base model.
+    name_cautions: dict[str, str] = field(default_factory=dict)
     hub_tags: tuple[str, ...] = ()  # of a model card on the Hub, by which people find LoRAs of this family
     attention_backends: bool = True  # False: it calls torch's attention, whichever backend diffusers is set to
 

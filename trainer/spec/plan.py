@@ -25,7 +25,8 @@ VERSION = 2
 
 # Environment variables by which the entrypoint tells a trainer its place among several.
 RANK_VARIABLE = "KILN_RANK"  # number of this process, from 0; absent: the only one
-TEAM_VARIABLE = "KILN_TEAM"  # folder that the processes of a job share
+TEAM_VARIABLE = "KILN_TEAM"  # folder that the processes of a machine share
+FIRST_NODE_VARIABLE = "KILN_FIRST_NODE"  # address of the first machine; absent: the only one
 
 AUTO = -1  # a number that the trainer chooses once it knows the images (trainer.spec.rules.automatic)
 VARIANTS = 8  # of an image with random crops or colours, and of a caption with random wording
@@ -49,6 +50,9 @@ class ModelPlan:
     path: str = neutral("")  # local folder in diffusers layout; filled by fetch
     # Key of Facts.parts → file or folder to take instead; "": without that part.
     parts: dict[str, str] = field(default_factory=dict)
+    # A LoRA that is part of the weights while they train: a file, or one of the Hub (owner/name/file.safetensors).
+    training_adapter: str | None = None
+    training_adapter_path: str = neutral("")  # its local file; filled by fetch
 
 
 def public(url: str) -> str:
@@ -60,7 +64,7 @@ def public(url: str) -> str:
 class Source:
     """Where images come from."""
 
-    kind: str  # folder | archive | hub | generated
+    kind: str  # folder | archive | bucket | hub | generated
     # Path, URL, Hub dataset id, or the prompt to generate from. The essence has it without secrets.
     location: str = field(metadata={"essence_from": "public"})
     revision: str | None = None
@@ -92,6 +96,10 @@ class Subset:
     metadata_file: str | None = None
     caption_extension: str = ".caption"
     class_tokens: str | None = None
+    # Whether the model of `DataPlan.captioner` captions images that have none, and what it is asked. The caption itself
+    # is part of the images' fingerprint.
+    auto_caption: bool = neutral(True)
+    caption_prompt: str | None = neutral(None)
     trigger_word: str | None = None
     caption_prefix: str | None = None
     caption_suffix: str | None = None
@@ -146,9 +154,29 @@ class Dataset:
 
 
 @dataclass(frozen=True)
+class CaptionerPlan:
+    """The model that captions images without a caption (CAPTION_WITH). What it writes is in the fingerprint."""
+
+    source: str  # Hub repository or local folder
+    revision: str | None = None
+    commit: str | None = None  # filled by fetch
+    path: str = ""  # local folder; filled by fetch. "": every caption is known already
+    max_tokens: int = 256  # of a caption, by the model's own tokenizer
+    words: int = 120  # that it is asked for
+    overwrite: bool = False  # CAPTION_OVERWRITE: also images that have a caption
+    write: bool = False  # CAPTION_WRITE: beside the images as well
+
+    @property
+    def name(self) -> str:
+        """For reports and the page, which have no paths of this machine."""
+        return self.source.rstrip("/").rpartition("/")[2] if self.source.startswith("/") else self.source
+
+
+@dataclass(frozen=True)
 class DataPlan:
     datasets: tuple[Dataset, ...]
     strict: bool = False  # any unusable image stops the job
+    captioner: CaptionerPlan | None = field(default=None, metadata={"neutral": True})
 
     @property
     def subsets(self) -> list[Subset]:
@@ -212,7 +240,8 @@ class TrainPlan:
 @dataclass(frozen=True)
 class EnginePlan:
     device: str = "cpu"  # a torch device type
-    num_gpus: int = 1  # processes that train together, each on a device of its own
+    num_gpus: int = 1  # processes of each machine that train together, each on a device of its own
+    nodes: int = 1  # machines
     precision: str = "fp32"  # an entry of trainer.spec.weight_formats
     dtype: str = "float32"  # torch's name of what activations are computed in
     # What the backward pass recomputes: a key of trainer.engine.memory.checkpointing.POLICIES.
@@ -230,6 +259,11 @@ class EnginePlan:
     memory_limit_gib: float | None = neutral(None)
     step_timeout_s: float | None = neutral(None)  # None: by the usual time of a step; 0: no limit
 
+    @property
+    def processes(self) -> int:
+        """That train together, on all machines."""
+        return self.num_gpus * self.nodes
+
 
 @dataclass(frozen=True)
 class OutputPlan:
@@ -245,6 +279,7 @@ class OutputPlan:
     requested: str = ""  # OUTPUT_NAME; empty: not set. `name` may have a number besides
     folder: str = ""  # of this run below `path`: see trainer.storage.run_records
     resume_with_changes: bool = False  # RESUME_WITH_CHANGES
+    sample_strengths: tuple[float, ...] = ()  # of the LoRA besides 1, at which the last samples are drawn too
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,9 @@ from trainer.storage import json_files
 
 # The volume's fault, not the program's: full, over quota, failing, read-only.
 VOLUME_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+NO_RENAME = (errno.ENOTSUP, errno.ENOSYS)  # mounts of a bucket that keep only whole, new files
+# Folders of some network volumes and buckets cannot be flushed: there a name is as safe as the volume makes it.
+NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 TEMPORARY = re.compile(r"\.(?P<stem>.+?)(\.[0-9a-f]{8,16})?\.kiln\.tmp(?P<suffix>(\.[^.]+)?)", re.DOTALL)
 GIB = 2**30
 MIB = 2**20
@@ -54,6 +57,9 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     except OSError as problem:
         if problem.errno in VOLUME_ERRORS:
             raise storage_error(problem, path) from problem
+        if problem.errno in NO_RENAME:
+            text = f"{path}: {problem.strerror}. This volume cannot rename files, and without that no save is safe."
+            raise StorageError(f"{text} Fix: put OUTPUT_PATH and CACHE_PATH on another (docs/engines.md).") from problem
         raise
     finally:
         with contextlib.suppress(OSError):
@@ -117,6 +123,9 @@ def flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as problem:
+        if problem.errno not in NO_FLUSH or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 

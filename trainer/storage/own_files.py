@@ -21,6 +21,8 @@ HEAD_BYTES = 4096  # that are enough to tell what a file is
 RUN_LOG = "run.log"
 SHEET_NAME = "contact-sheet.png"
 SAMPLE_NAME = re.compile(r"step-([0-9]{8})-([0-9]{2,})\.png")  # step, number of the prompt
+# The same with another strength of the LoRA than 1.
+AT_STRENGTH_NAME = re.compile(r"step-([0-9]{8})-([0-9]{2,})-at-([0-9]+(?:\.[0-9]+)?)\.png")
 REPORT_NAME = "dataset-report.txt"
 DATASET_VIEW = "dataset-images.jsonl"
 DATASET_VIEW_MARK = "kiln_dataset"  # the first key of its first line
@@ -86,6 +88,7 @@ OF_JOB: dict[str, Test | None] = {
 OF_RUN: dict[str, Test | None] = {
     "plan.json": is_plan,
     "upload.json": has_keys("repo", "file"),
+    "stored.json": has_keys("repo", "file"),
     run_records.RECORD: lambda path: run_records.read_record(path.parent) is not None,
     REPORT_NAME: None,
     "report.html": is_html_report,
@@ -112,7 +115,24 @@ def set_aside_no_folders(home: Path, names: tuple[str, ...] = FOLDERS) -> None:
 
 def is_in_samples(name: str) -> bool:
     """Whether a run writes a file of this name into the folder of its samples."""
-    return name == SHEET_NAME or SAMPLE_NAME.fullmatch(name) is not None
+    return name == SHEET_NAME or read_sample_name(name) is not None
+
+
+def sample_name(step: int, number: int, strength: float = 1.0) -> str:
+    """The file of a sample: of a step, the prompt of that number, and a strength of the LoRA."""
+    suffix = "" if strength == 1 else f"-at-{strength:g}"
+    return f"step-{step:08d}-{number:02d}{suffix}.png"
+
+
+def read_sample_name(name: str) -> tuple[int, int, float] | None:
+    """Step, number of the prompt and strength, of such a name; None of any other."""
+    match = SAMPLE_NAME.fullmatch(name)
+    if match is not None:
+        return int(match[1]), int(match[2]), 1.0
+    match = AT_STRENGTH_NAME.fullmatch(name)
+    if match is not None:
+        return int(match[1]), int(match[2]), float(match[3])
+    return None
 
 
 def set_aside_samples(folder: Path) -> None:

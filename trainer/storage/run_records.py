@@ -295,7 +295,7 @@ def free_name(out: Path, name: str, runs: Collection[Run], *, reused: str = "") 
 def listing_digest(plan: Plan) -> str:
     """A digest of the names, sizes and times of the files in the local sources of images, without the job's own.
 
-    Equal digests spare a finished job the look into each image.
+    And of a local training adapter. Equal digests spare a finished job the look into each image.
     """
     own = [Path(plan.output.path).absolute(), Path(plan.output.cache).absolute()]
     rows: list[Any] = []
@@ -306,6 +306,9 @@ def listing_digest(plan: Plan) -> str:
                 places.append(subset.source.location)
             for place in places:
                 rows.append(_listing(Path(place).expanduser().absolute(), own) if place else None)
+    adapter = plan.model.training_adapter
+    if adapter and Path(adapter).is_absolute():
+        rows.append(_listing(Path(adapter), own))
     return digests.digest(rows)
 
 

@@ -63,14 +63,17 @@ def read_header(path: Path) -> Header:
         raise ValueError(f"it cannot be read: {problem.strerror}") from problem
 
 
-def parse_header(path: Path) -> Header:
-    """`read_header` for callers that report failing volumes themselves: raises ValueError, and OSError as it is."""
+def parse_header(path: Path, *, size: int | None = None) -> Header:
+    """`read_header` for callers that report failing volumes themselves: raises ValueError, and OSError as it is.
+
+    `size`: of the whole file in bytes, where only its beginning is in `path`.
+    """
     # O_NONBLOCK: opening a FIFO would wait for a writer.
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         status = os.fstat(file.fileno())
         if kind := special_kind(status.st_mode):
             raise ValueError(f"it is {kind} and not a file")
-        size = status.st_size
+        size = status.st_size if size is None else size
         length = int.from_bytes(file.read(LENGTH_BYTES), "little")
         if size < LENGTH_BYTES or length > min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
             raise ValueError("it is not a safetensors file, or it was cut off")

@@ -86,10 +86,11 @@ class Backward:
     # The first micro-batch of the step of that number, already on the device and noised.
     prefetched: tuple[int, MicroBatch, NoisedBatch] | None = None
 
-    def __call__(self, group: list[MicroBatch], number: int) -> list[torch.Tensor]:
+    def __call__(self, group: list[MicroBatch], number: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Add the gradient of the mean over the group's images, times the loss scale, in step `number`.
 
-        Returns the losses (B,) of each micro-batch. Raises OutOfMemoryError where not even one image fits.
+        Returns the losses (B,) and the noise levels (B,) of each micro-batch. Raises OutOfMemoryError where not even
+        one image fits.
         """
         while True:
             try:
@@ -138,10 +139,10 @@ class Backward:
             return None
         return prefetched[1:]
 
-    def group_gradient(self, group: list[MicroBatch], number: int) -> list[torch.Tensor]:
+    def group_gradient(self, group: list[MicroBatch], number: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """`__call__` without a second attempt. Raises torch.OutOfMemoryError."""
         images = sum(len(batch.names) for batch in group)
-        losses = []
+        losses, times = [], []
         for index, batch in enumerate(group):
             on_device, noised = self._take_prefetched(number) or self._noised(batch, number, index)
             count = len(batch.names)
@@ -151,7 +152,8 @@ class Backward:
                 rows = slice(start, start + at_once)
                 pieces.append(self._piece(on_device.part(rows), noised.part(rows), images))
             losses.append(torch.cat(pieces))
-        return losses
+            times.append(noised.t_B)
+        return losses, times
 
     def _piece(self, batch: MicroBatch, noised: NoisedBatch, images: int) -> torch.Tensor:
         """Forward and backward pass of images that are computed at once; returns their losses (B,)."""

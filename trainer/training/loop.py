@@ -6,8 +6,8 @@ One step, in order:
 2. The next group is read from the cache, and its first micro-batch is sent to the device, while that still computes.
 3. `Workers.mean_gradient` replaces the gradient by the mean over the images of all processes (`distributed`).
 4. The gradient is clipped.
-5. `Workers.read_totals` reads loss, number of images and gradient norm: the only place where a step waits for the
-   device.
+5. `Workers.read_totals` reads loss, also by noise level, number of images and gradient norm: the only place where a
+   step waits for the device.
 6. `StepGuard` decides by these numbers whether the optimiser steps. Every process has the same numbers, so all decide
    the same.
 """
@@ -45,6 +45,7 @@ class Step:
     loss: float  # mean over these images
     grad_norm: float  # before clipping
     skipped: bool = False  # the numbers were bad, and the weights are unchanged
+    band_losses: tuple[float | None, ...] = ()  # by noise level (`noise_bands.KEYS`); None: a band without images
 
 
 def train(
@@ -83,7 +84,7 @@ def train(
     upcoming = next(remaining, None)
     while upcoming is not None:
         epoch, group = upcoming
-        losses = backward(group, number)
+        losses, times = backward(group, number)
         try:
             upcoming = next(remaining, None)
         except (OSError, ValueError, KilnError) as problem:
@@ -94,9 +95,10 @@ def train(
             backward.prefetch(upcoming[1], number + 1)
         if guard.scale != 1:
             runner.flat_grad.div_(guard.scale)
-        step_totals_5 = workers.mean_gradient(runner.flat_grad, losses)
+        step_totals_T = workers.mean_gradient(runner.flat_grad, losses, times)
         clipped = torch.nn.utils.clip_grad_norm_(params, max_grad_norm or float("inf"))
-        loss, images, norm = workers.read_totals(step_totals_5, clipped)  # the step's one wait for the device
+        totals = workers.read_totals(step_totals_T, clipped)  # the step's one wait for the device
+        loss, norm = totals.loss, totals.norm
         overflow = guard.overflows(loss, norm)
         objection = None
         if not overflow:
@@ -109,7 +111,8 @@ def train(
             _skip(number, group, losses, loss=loss, guard=guard, params=params, workers=workers, objection=objection)
         schedule.step()
         runner.clear()
-        yield Step(number, epoch, images, loss, norm, skipped=overflow or objection is not None)
+        is_skipped = overflow or objection is not None
+        yield Step(number, epoch, totals.images, loss, norm, skipped=is_skipped, band_losses=totals.band_losses)
         number += 1
     if unread:
         raise unread

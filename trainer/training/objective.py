@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,23 @@ from trainer.base_model import loading
 from trainer.spec.errors import SettingsError
 from trainer.spec.family import Facts
 from trainer.spec.plan import TrainPlan
+
+
+class ShiftLine(NamedTuple):
+    """How a shift grows with the tokens of an image: by exp(mu), where mu lies on a line through two points."""
+
+    few: int  # tokens
+    at_few: float
+    many: int
+    at_many: float
+
+    def shift(self, tokens: int) -> float:
+        slope = (self.at_many - self.at_few) / (self.many - self.few)
+        return math.exp(self.at_few + (tokens - self.few) * slope)
+
+
+# As the models' own schedules are shifted: diffusers' `calculate_shift`, with the numbers of the schedulers' configs.
+SHIFT_LINES = {"flux_shift": ShiftLine(256, 0.5, 4096, 1.15), "qwen_shift": ShiftLine(256, 0.5, 8192, 0.9)}
 
 
 @dataclass(frozen=True)
@@ -66,11 +83,10 @@ class FlowMatching:
         return NoisedBatch(noisy_BCHW, noise_BCHW - clean_BCHW, t_B, self.weight(t_B))
 
     def times(self, count: int, *, tokens: int, generator: torch.Generator) -> torch.Tensor:
-        """`count` times in (0, 1). `tokens`: of one image after 2×2 patches; used by flux_shift only.
+        """`count` times in (0, 1). `tokens`: of one image after 2×2 patches; used by SHIFT_LINES only.
 
         uniform; sigmoid and logit_normal: sigmoid of a standard normal; shift: that, moved towards noise by
-        s·t / (1 + (s - 1)·t); flux_shift: the same with the s = exp(mu) of Flux.1, where mu grows linearly from 0.5
-        at 256 tokens to 1.15 at 4,096 (diffusers' `calculate_shift`).
+        s·t / (1 + (s - 1)·t); flux_shift, qwen_shift: the same with an s that grows with the image.
         """
         device = generator.device
         if self.sampling == "uniform":
@@ -80,9 +96,8 @@ class FlowMatching:
             return t_B
         if self.sampling == "shift":
             return shifted(t_B, self.shift)
-        if self.sampling == "flux_shift":
-            mu = 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)
-            return shifted(t_B, math.exp(mu))
+        if self.sampling in SHIFT_LINES:
+            return shifted(t_B, SHIFT_LINES[self.sampling].shift(tokens))
         raise ValueError(f"unknown timestep sampling {self.sampling}")
 
     def weight(self, t_B: torch.Tensor) -> torch.Tensor:

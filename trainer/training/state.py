@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
+from trainer.engine import adapter_strength
 from trainer.engine import adapters as lora
 from trainer.engine.memory.weight_streaming import WeightStreamer
+from trainer.engine.training_adapter import TrainingAdapter
 from trainer.spec.errors import SettingsError
 from trainer.training import optimizers, random_state
 from trainer.training.ema import Ema
@@ -37,6 +39,7 @@ class TrainingState:
     ema: Ema | None
     guard: StepGuard
     weight_streamer: WeightStreamer | None = None  # of the denoiser's weights, where they stay in the host's memory
+    training_adapter: TrainingAdapter | None = None  # a LoRA that is part of the frozen weights; it does not change
     # With DoRA: the norms of the rows of the layers that do not train, but that a file keeps as one with one that does.
     untrained_norms: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -134,6 +137,14 @@ class TrainingState:
             # overwritten with a copy, and sampling leaves no trace in the run.
             optimizers.set_training(self.optimizer, True)
             self._overwrite(weights)
+
+    def at_strength(self, strength: float) -> contextlib.AbstractContextManager[None]:
+        """Inside, all adapters act with this strength; 0 is the base model. Afterwards the former bits."""
+        return adapter_strength.at_strength([self.denoiser, *self.texts.models.values()], strength)
+
+    def as_used(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the frozen weights are those that the LoRA will be used with: without a training adapter."""
+        return self.training_adapter.without() if self.training_adapter else contextlib.nullcontext()
 
     def _overwrite(self, values: list[torch.Tensor]) -> None:
         with torch.no_grad():

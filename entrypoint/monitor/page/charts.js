@@ -11,6 +11,7 @@ const BOTTOM = 22;
 const SPIKES = 0.005; // share of the points at each end that may lie outside: one spike must not flatten a curve
 const CHARTS = [
   { id: "loss", title: "Loss", columns: ["loss"], smooth: true, validation: true },
+  { id: "noise", title: "Loss by noise level, smoothed", bands: /^loss_noise_(\d+)_(\d+)$/ },
   { id: "lr", title: "Learning rate", columns: ["lr"], logarithmic: true },
   { id: "d", title: "Prodigy’s step size d", columns: ["prodigy_d"], logarithmic: true },
   { id: "norm", title: "Gradient norm", columns: ["grad_norm"], smooth: true, logarithmic: true },
@@ -52,6 +53,9 @@ function control() {
 }
 
 function linesOf(chart, series) {
+  if (chart.bands) {
+    return bandsOf(chart, series);
+  }
   const points = series.points(chart.columns[0]).filter(([, value]) => !chart.logarithmic || value > 0);
   const lines = [];
   if (chart.smooth) {
@@ -66,10 +70,23 @@ function linesOf(chart, series) {
   return lines;
 }
 
+// A curve for each band that has had an image; a step of few images is in few bands.
+function bandsOf(chart, series) {
+  const lines = [];
+  for (const name of Object.keys(series.columns)) {
+    const match = chart.bands.exec(name);
+    const points = match ? series.points(name) : [];
+    if (points.length) {
+      lines.push({ style: `band${lines.length}`, name: `${match[1]}–${match[2]} % noise`, points: smoothed(points, weight) });
+    }
+  }
+  return lines;
+}
+
 function drawOne(place, chart, series) {
   const lines = linesOf(chart, series);
   let holder = byId(`chart-${chart.id}`);
-  if (!lines[0].points.length) {
+  if (!lines.length || !lines[0].points.length) {
     holder?.remove();
     return;
   }
@@ -85,9 +102,10 @@ function drawOne(place, chart, series) {
   const last = lines.map((line) => `${line.name} ${figure(line.points.at(-1)[1])}`).join(", ");
   svg.setAttribute("aria-label", `${chart.title}, step ${frame.first} to ${frame.last}. Last: ${last}. Arrow keys read it.`);
   const keys = holder.querySelector(".keys");
-  keys.replaceChildren(...(lines.length > 1 ? lines.map((line) => element("span", { class: `key ${line.style}` }, line.name)) : []));
+  keys.replaceChildren(...(chart.bands || lines.length > 1 ? lines.map((line) => element("span", { class: `key ${line.style}` }, line.name)) : []));
   if (holder.at === undefined) {
-    holder.querySelector("output").textContent = `now ${figure(lines.at(chart.smooth ? 1 : 0).points.at(-1)[1])}`;
+    const main = lines[chart.smooth ? 1 : 0].points.at(-1)[1];
+    holder.querySelector("output").textContent = chart.bands ? "" : `now ${figure(main)}`;
   } else {
     point(holder, holder.at);
   }

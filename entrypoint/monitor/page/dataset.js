@@ -58,6 +58,7 @@ function item(row) {
   if (row.regularisation) notes.push("regularisation image");
   if (row.mask) notes.push("with mask");
   if (row.views > 1) notes.push(`${row.views} views`);
+  if (row.captioned_by) notes.push(`caption by ${row.captioned_by}`);
   const where = row.bucket ? `${width}×${height}, trained at ${row.bucket[0]}×${row.bucket[1]}` : `${width}×${height}, not used`;
   const captions = row.captions.map((text, i) => caption(text, row.tokens?.[i]));
   const rest = captions.slice(1);

@@ -1,7 +1,9 @@
-// Samples as a grid of prompts and steps, one in full size, and two steps under a slider.
+// Samples as a grid of prompts and columns, one in full size, and two columns under a slider. A column is a step, or a
+// strength of the LoRA of one.
 import { byId, count, element } from "./dom.js";
 
-const MOST_COLUMNS = 12; // of the grid; all steps can be compared
+const MOST_COLUMNS = 12; // steps of the grid; all can be compared
+const AFTER_STEPS = 1e12;
 let shown = { prompts: [], images: [] };
 let chosen = { prompt: null, before: null, after: null };
 
@@ -14,12 +16,41 @@ export function showSamples(found) {
   compare();
 }
 
-function steps() {
-  return [...new Set(shown.images.map(([step]) => step))].sort((a, b) => a - b);
+// The number of an image's column: that of its step, and behind the steps those with other strengths.
+function keyOf([step, , , , strength]) {
+  return strength === 1 ? step : AFTER_STEPS + 1000 * (step + strength / 100);
 }
 
-// The first, the last, and evenly between them.
-function columns(all) {
+// A sample of each column, in order.
+function columns() {
+  const found = new Map();
+  for (const image of shown.images) {
+    found.set(keyOf(image), image);
+  }
+  return new Map([...found].sort(([a], [b]) => a - b));
+}
+
+// Strengths are mostly those of the last step, which then need not be named.
+function nameOf(key) {
+  const [step, , , , strength] = columns().get(key);
+  if (strength === 1) {
+    return `step ${count(step)}`;
+  }
+  const name = strength === 0 ? "strength 0: base" : `strength ${strength}`;
+  return step === Math.max(...shown.images.map((image) => image[0])) ? name : `step ${count(step)}, ${name}`;
+}
+
+function allColumns() {
+  return [...columns().keys()];
+}
+
+// Of the steps the first, the last, and evenly between them; then every strength.
+function shownColumns(all) {
+  const steps = all.filter((key) => key < AFTER_STEPS);
+  return [...fewer(steps), ...all.slice(steps.length)];
+}
+
+function fewer(all) {
   if (all.length <= MOST_COLUMNS) {
     return all;
   }
@@ -30,53 +61,53 @@ function columns(all) {
   return [...found];
 }
 
-function imageOf(step, prompt) {
-  return shown.images.find(([at, number]) => at === step && number === prompt);
+function imageOf(key, prompt) {
+  return shown.images.find((image) => keyOf(image) === key && image[1] === prompt);
 }
 
 function address(image, folder) {
   return `${folder}/${image[2]}?v=${image[3]}`;
 }
 
-function about(prompt, step) {
-  return `${prompt.text || `prompt ${prompt.number}`}, step ${count(step)}`;
+function about(prompt, key) {
+  return `${prompt.text || `prompt ${prompt.number}`}, ${nameOf(key)}`;
 }
 
 function grid() {
-  const all = steps();
-  const columnsShown = columns(all);
-  const head = element("tr", {}, element("td"), ...columnsShown.map((step) => element("th", { scope: "col" }, `step ${count(step)}`)));
+  const all = allColumns();
+  const columnsShown = shownColumns(all);
+  const head = element("tr", {}, element("td"), ...columnsShown.map((key) => element("th", { scope: "col" }, nameOf(key))));
   const rows = shown.prompts.map((prompt) => {
-    const cells = columnsShown.map((step) => {
-      const image = imageOf(step, prompt.number);
-      return element("td", {}, image ? small(prompt, step, image) : "");
+    const cells = columnsShown.map((key) => {
+      const image = imageOf(key, prompt.number);
+      return element("td", {}, image ? small(prompt, key, image) : "");
     });
     const title = element("th", { scope: "row" }, element("span", { title: prompt.text }, prompt.text || `prompt ${prompt.number}`));
     return element("tr", {}, title, ...cells);
   });
   const table = element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows));
-  const note = all.length > columnsShown.length ? element("p", { class: "quiet" }, `${columnsShown.length} of ${all.length} steps. All can be compared above.`) : "";
-  return element("div", {}, element("div", { class: "samples", tabindex: 0, "aria-label": "Samples by prompt and step" }, table), note);
+  const note = all.length > columnsShown.length ? element("p", { class: "quiet" }, `${columnsShown.length} of ${all.length} columns. All can be compared above.`) : "";
+  return element("div", {}, element("div", { class: "samples", tabindex: 0, "aria-label": "Samples by prompt, step and strength" }, table), note);
 }
 
-function small(prompt, step, image) {
+function small(prompt, key, image) {
   const [width, height] = prompt.size;
-  const picture = element("img", { src: address(image, "small"), alt: about(prompt, step), loading: "lazy", width, height });
-  return element("button", { type: "button", onclick: () => open(prompt, step) }, picture);
+  const picture = element("img", { src: address(image, "small"), alt: about(prompt, key), loading: "lazy", width, height });
+  return element("button", { type: "button", onclick: () => open(prompt, key) }, picture);
 }
 
 // ---- one sample in full size
 
-function open(prompt, step) {
+function open(prompt, key) {
   const viewer = byId("viewer");
-  const own = steps().filter((at) => imageOf(at, prompt.number));
-  const at = own.indexOf(step);
-  const image = imageOf(step, prompt.number);
+  const own = allColumns().filter((other) => imageOf(other, prompt.number));
+  const at = own.indexOf(key);
+  const image = imageOf(key, prompt.number);
   const go = (other) => (other === undefined ? null : () => open(prompt, other));
   viewer.replaceChildren(
-    element("img", { src: address(image, "sample"), alt: about(prompt, step) }),
+    element("img", { src: address(image, "sample"), alt: about(prompt, key) }),
     element("p", {}, prompt.text),
-    element("p", { class: "quiet" }, `Step ${count(step)}. ${prompt.settings}`),
+    element("p", { class: "quiet" }, `${capital(nameOf(key))}. ${prompt.settings}`),
     element("div", { class: "row" },
       button("Earlier", go(own[at - 1])),
       button("Later", go(own[at + 1])),
@@ -96,14 +127,18 @@ function open(prompt, step) {
   viewer.focus(); // the arrow keys go on from here
 }
 
+function capital(text) {
+  return text[0].toUpperCase() + text.slice(1);
+}
+
 function button(text, onclick) {
   return element("button", { type: "button", disabled: !onclick, ...(onclick ? { onclick } : {}) }, text);
 }
 
-// ---- two steps under a slider
+// ---- two columns under a slider
 
 function compare() {
-  const all = steps();
+  const all = allColumns();
   const place = byId("compare");
   place.hidden = all.length < 2;
   if (all.length < 2) {
@@ -121,19 +156,20 @@ function compare() {
 }
 
 function comparison(all) {
-  const after = chosen.after ?? all.at(-1); // the newest one, unless another was chosen
+  const newest = all.filter((key) => key < AFTER_STEPS).at(-1) ?? all.at(-1);
+  const after = chosen.after ?? newest; // unless another was chosen
   const prompt = shown.prompts.find((found) => found.number === chosen.prompt);
-  const own = all.filter((step) => imageOf(step, prompt.number));
+  const own = all.filter((key) => imageOf(key, prompt.number));
   const left = own.includes(chosen.before) ? chosen.before : own[0];
   const right = own.includes(after) ? after : own.at(-1);
   const names = shown.prompts.map((found) => [found.number, found.text || `prompt ${found.number}`]);
-  const numbers = own.map((step) => [step, count(step)]);
+  const choices = own.map((key) => [key, nameOf(key)]);
   return element("div", { class: "compare" },
-    element("h3", {}, "Compare two steps"),
+    element("h3", {}, all.at(-1) < AFTER_STEPS ? "Compare two steps" : "Compare two steps or strengths"),
     element("div", { class: "row" },
       choice("compare-prompt", "Prompt", names, chosen.prompt, (value) => { chosen.prompt = value; }),
-      choice("compare-before", "Left", numbers, left, (value) => { chosen.before = value; }),
-      choice("compare-after", "Right", numbers, right, (value) => { chosen.after = value === all.at(-1) ? null : value; }),
+      choice("compare-before", "Left", choices, left, (value) => { chosen.before = value; }),
+      choice("compare-after", "Right", choices, right, (value) => { chosen.after = value === newest ? null : value; }),
     ),
     under(prompt, left, right),
   );
@@ -151,18 +187,18 @@ function choice(id, name, options, value, chose) {
 let share = 50; // percent of the left image
 
 function under(prompt, left, right) {
-  const images = [left, right].map((step) => element("img", { src: address(imageOf(step, prompt.number), "sample"), alt: about(prompt, step), width: prompt.size[0], height: prompt.size[1] }));
+  const images = [left, right].map((key) => element("img", { src: address(imageOf(key, prompt.number), "sample"), alt: about(prompt, key), width: prompt.size[0], height: prompt.size[1] }));
   const divider = element("span", { class: "divider" });
   const slider = element("input", { id: "compare-slider", type: "range", min: 0, max: 100, value: share, "aria-label": "How much of the left image is seen" });
   const move = () => {
     share = Number(slider.value);
     images[1].style.clipPath = `inset(0 0 0 ${share}%)`;
     divider.style.left = `${share}%`;
-    slider.setAttribute("aria-valuetext", `${share} % step ${left}, the rest step ${right}`);
+    slider.setAttribute("aria-valuetext", `${share} % ${nameOf(left)}, the rest ${nameOf(right)}`);
   };
   slider.addEventListener("input", move);
   const box = element("div", { class: "two" }, ...images, divider,
-    element("span", { class: "side before" }, `step ${count(left)}`), element("span", { class: "side after" }, `step ${count(right)}`));
+    element("span", { class: "side before" }, nameOf(left)), element("span", { class: "side after" }, nameOf(right)));
   box.addEventListener("pointermove", (event) => {
     if (event.buttons || event.pointerType === "mouse") {
       const edge = box.getBoundingClientRect();

@@ -1,6 +1,6 @@
 """Every environment variable: a module and a frozen dataclass for each group of the table in docs/variables.md.
 
-In the order of the table: `model`, `data`, `training`, `adapter`, `engine`, `output`, `finish`.
+In the order of the table: `model`, `data`, `training`, `adapter`, `engine`, `output`, `finish`, `many`.
 
 Reading (`settings.read`), `--help-env` and the table in docs/variables.md all come from the rows here. A field has
 the name of its variable, in small letters and without PARAMS_. A row's default is text, as a user would write it; an
@@ -26,6 +26,7 @@ from entrypoint.settings.variables.adapter import AdapterSettings
 from entrypoint.settings.variables.data import DataSettings
 from entrypoint.settings.variables.engine import EngineSettings
 from entrypoint.settings.variables.finish import FinishSettings
+from entrypoint.settings.variables.many import ManySettings
 from entrypoint.settings.variables.model import ModelSettings
 from entrypoint.settings.variables.output import OutputSettings
 from entrypoint.settings.variables.training import TrainingSettings
@@ -42,6 +43,7 @@ class Settings:
     engine: EngineSettings
     output: OutputSettings
     finish: FinishSettings
+    many: ManySettings
     given: frozenset[str] = frozenset()  # the variables that the user has set
     reasons: tuple[str, ...] = ()  # what was read otherwise than it is written, for the log
     warnings: tuple[str, ...] = ()  # what is set, but not read

@@ -45,6 +45,12 @@ class AdapterSettings:
         meaning="ends of the names of the layers that get adapters; * in them stands for any characters but a dot",
         if_unset="the model's; or the resumed file's",
     )
+    training_adapter: str | None = row(
+        "PARAMS_TRAINING_ADAPTER",
+        "text",
+        meaning="a LoRA that is part of the base model while it trains and not in the result: a .safetensors file, or "
+        "one of the Hub (owner/name/file.safetensors); for models that were distilled to few steps",
+    )
     resume_from: str | None = row(
         "PARAMS_RESUME_FROM",
         "text",

@@ -18,8 +18,8 @@ class DataSettings:
     dataset_name: str | None = row(
         "DATASET_NAME",
         "text",
-        meaning="Hub dataset, folder, or .zip or .tar archive (path or URL); needed unless DATASET_CONFIG names "
-        "sources",
+        meaning="Hub dataset, folder, .zip or .tar archive (path or address), or folder of a bucket (s3, gs, az); "
+        "needed unless DATASET_CONFIG names sources",
     )
     dataset_config: str | None = row(
         "DATASET_CONFIG",
@@ -44,6 +44,33 @@ class DataSettings:
         "TRIGGER_WORD",
         "text",
         meaning="put before every caption or in the place of [trigger], and before this program's own prompts",
+    )
+    caption_with: str | None = row(
+        "CAPTION_WITH",
+        "text",
+        meaning="model that captions images which have no caption: florence-2, qwen3-vl, joycaption, wd, another Hub "
+        "repository of their kinds (owner/name@revision), or a folder",
+    )
+    caption_prompt: str | None = row(
+        "CAPTION_PROMPT",
+        "text",
+        meaning="what it is asked: subject, style, plain, or a text in which {trigger} stands for the trigger word; of "
+        "a tagger, tags that it leaves out",
+        if_unset="subject with a trigger word, else plain",
+    )
+    caption_max_tokens: int | None = row(
+        "CAPTION_MAX_TOKENS",
+        "integer",
+        meaning="tokens of a caption at most",
+        low=8,
+        high=1024,
+        if_unset="what the text encoder reads, up to 256",
+    )
+    caption_overwrite: bool = row(
+        "CAPTION_OVERWRITE", "switch", default="false", meaning="caption also images that have a caption"
+    )
+    caption_write: bool = row(
+        "CAPTION_WRITE", "switch", default="false", meaning="write these captions beside the images of folders as well"
     )
     strict_dataset: bool = row(
         "STRICT_DATASET", "switch", default="false", meaning="stop at an unusable image instead of skipping it"

@@ -23,7 +23,28 @@ class EngineSettings:
         "BACKEND", "choice", default="auto", meaning="what to run on", choices=lambda: ("auto", *BACKENDS)
     )
     num_gpus: int = row(
-        "NUM_GPUS", "auto_integer", default="auto", meaning="GPUs to train on; auto: one", low=1, high=64
+        "NUM_GPUS",
+        "auto_integer",
+        default="auto",
+        meaning="GPUs to train on, of each machine; auto: one",
+        low=1,
+        high=64,
+    )
+    nodes: int = row(
+        "NODES",
+        "auto_integer",
+        default="1",
+        meaning="machines that train together; auto: as many as the cluster's own variables say (docs/nodes.md)",
+        low=1,
+        high=1024,
+    )
+    nodes_timeout: float = row(
+        "NODES_TIMEOUT",
+        "number",
+        default="900",
+        meaning="seconds that the machines wait for each other at the start, before the job ends with 75",
+        low=1,
+        high=1e6,
     )
     precision: str = row(
         "PARAMS_PRECISION",

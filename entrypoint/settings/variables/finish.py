@@ -23,6 +23,12 @@ class FinishSettings:
     hf_write_token: Secret | None = row(
         "HF_WRITE_TOKEN", "secret", meaning="token that may write to PUSH_TO_HUB", if_unset="HF_TOKEN"
     )
+    upload_to: str | None = row(
+        "UPLOAD_TO",
+        "text",
+        meaning="folder of a bucket (s3, gs, az) that the same files are uploaded to; or an https address signed for "
+        "PUT, which takes the LoRA alone",
+    )
     webhook_url: tuple[Secret, ...] = row(
         "WEBHOOK_URL",
         "addresses",
@@ -55,7 +61,7 @@ class FinishSettings:
     on_finish: str | None = row(
         "ON_FINISH",
         "choice",
-        meaning="at the end: exit; stop or terminate the pod; idle: keep the container; wait: half an hour, then stop",
+        meaning="at the end: exit; stop or terminate the rented machine; idle: keep it; wait: half an hour, then stop",
         choices=lambda: ACTIONS,
         if_unset="stop on a RunPod pod, else exit",
     )

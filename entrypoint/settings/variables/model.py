@@ -18,7 +18,8 @@ class ModelSettings:
     model_path: str | None = row(
         "MODEL_PATH",
         "text",
-        meaning="folder in diffusers layout, Hub repository, or .safetensors file, instead of the base model's own",
+        meaning="folder in diffusers layout, Hub repository, or .safetensors file (path or address), instead of the "
+        "base model's own",
     )
     model_config_path: str | None = row(
         "MODEL_CONFIG_PATH",
@@ -48,5 +49,11 @@ class ModelSettings:
         "secret",
         meaning="access token of the Hugging Face Hub; also HUGGING_FACE_HUB_TOKEN, or HF_TOKEN_FILE with a file's "
         "path",
+    )
+    civitai_token: Secret | None = row(
+        "CIVITAI_TOKEN", "key", meaning="key of an account at Civitai, for files that ask for a login"
+    )
+    download_tokens: dict[str, Secret] = row(
+        "DOWNLOAD_TOKENS", "tokens", meaning="tokens of other hosts whose https addresses are named, each for its host"
     )
     hf_home: Path = row("HF_HOME", "path", default="/workspace/hf", meaning="where downloads are kept")

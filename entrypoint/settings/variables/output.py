@@ -36,6 +36,14 @@ class OutputSettings:
         low=0,
         high=LARGEST_COUNT,
     )
+    sample_strengths: tuple[float, ...] = row(
+        "SAMPLE_STRENGTHS",
+        "numbers",
+        meaning="strengths of the LoRA, besides 1, at which the last samples are drawn too; 0 is the base model",
+        low=0,
+        high=4,
+        if_unset="none",
+    )
     save_every_n_steps: int = row(
         "PARAMS_SAVE_EVERY_N_STEPS",
         "auto_count",

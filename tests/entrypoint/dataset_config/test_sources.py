@@ -51,7 +51,6 @@ def test_the_address_of_a_dataset_is_its_name(written: str, name: str, revision:
             "https://huggingface.co/datasets/owner/name/resolve/main/a.zip?download=true",
             "https://huggingface.co/datasets/owner/name/resolve/main/a.zip?download=true",
         ),
-        ("https://www.dropbox.com/s/x/a.zip?dl=0", "https://www.dropbox.com/s/x/a.zip?dl=1"),
         ("https://github.com/x/y/blob/main/a.zip", "https://github.com/x/y/raw/main/a.zip"),
     ],
 )
@@ -66,9 +65,10 @@ def test_a_page_of_an_archive_is_the_archive(written: str, url: str) -> None:
         ("https://huggingface.co/owner/model", "not the page of a dataset"),
         ("https://huggingface.co/datasets/owner/name/blob/main/a.png", "a part of the Hub dataset owner/name"),
         ("https://huggingface.co/datasets/owner/name/tree/main/images", "a part of the Hub dataset owner/name"),
-        ("https://drive.google.com/file/d/1x/view?usp=sharing", "a page of Google Drive.*download the files"),
         ("https://1drv.ms/u/s!abc", "OneDrive"),
-        ("s3://bucket/photos", "Allowed: http and https URLs. Fix: download it"),
+        ("ftp://bucket/photos", "Allowed: http and https URLs, s3://, gs:// and az://. Fix: download it"),
+        ("s3://bucket/photos.rar", "an archive of a format that is not read"),
+        ("s3://bucket/a.zip?X-Amz-Signature=1", "keys go into variables"),
         ("C:\\Users\\me\\photos", r"a path of Windows.*mount the folder .*-v \"C:\\Users\\me\\photos:/data\""),
         ("c:/Users/me/photos/", r"a path of Windows.*:/data"),
         ("\\\\server\\share\\photos", "a path of Windows"),
@@ -88,8 +88,29 @@ def test_what_cannot_be_taken_is_refused_with_the_fix(written: str, told: str) -
         classify(written)
 
 
+@pytest.mark.parametrize(
+    ("written", "kind"),
+    [
+        ("s3://bucket/photos", "bucket"),
+        ("gs://bucket", "bucket"),
+        ("az://box/photos/", "bucket"),
+        ("s3://bucket/photos.ZIP", "archive"),
+        ("https://drive.google.com/file/d/1x/view?usp=sharing", "archive"),
+        ("https://www.dropbox.com/s/x/a.zip?dl=0", "archive"),
+    ],
+)
+def test_buckets_and_shared_links(written: str, kind: str) -> None:
+    place = classify(written)
+    assert (place.kind, place.location) == (kind, written)
+
+
 def test_keys_in_addresses_are_not_repeated() -> None:
-    for url in ("https://drive.google.com/x?key=canary", "https://x.org/a.rar?key=canary", "ftp://x.org/a?key=canary"):
+    for url in (
+        "https://1drv.ms/x?key=canary",
+        "s3://b/x?key=canary",
+        "https://x.org/a.rar?key=canary",
+        "ftp://x.org/a?key=canary",
+    ):
         with pytest.raises(ValueError, match=r".") as caught:
             classify(url)
         assert "canary" not in str(caught.value)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from entrypoint.fetch import fetch, hub_rows
+from entrypoint.fetch import fetch
+from entrypoint.fetch.hub_dataset import hub_rows
 from trainer.spec.plan import Source
 
 SOURCE = Source(

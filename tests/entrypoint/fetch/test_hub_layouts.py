@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from entrypoint.fetch.hub_rows import Asked, write_dataset
+from entrypoint.fetch.hub_dataset.hub_rows import Asked, write_dataset
 from trainer.data.scan import scan
 from trainer.spec.errors import DataError, SettingsError
 from trainer.spec.plan import DataPlan, Dataset, Source, Subset

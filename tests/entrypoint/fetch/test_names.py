@@ -22,7 +22,7 @@ from PIL import Image
 from entrypoint.fetch import hub
 from entrypoint.fetch.fetch import fetch_source, known_download
 from entrypoint.fetch.http import RetryPolicy
-from entrypoint.fetch.hub_rows import Asked, write_dataset
+from entrypoint.fetch.hub_dataset.hub_rows import Asked, write_dataset
 from entrypoint.runpod.download import commands, ssh_host
 from tests.support.raw_server import RawServer, answer
 from trainer.spec.errors import DataError, KilnError, SettingsError, UnreachableError

@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -12,7 +13,7 @@ import pytest
 from entrypoint.monitor import files
 from entrypoint.monitor.access import Access, Bucket
 from entrypoint.monitor.actions import Actions
-from entrypoint.monitor.app import HEADERS
+from entrypoint.monitor.app import HEADERS, Site
 from entrypoint.monitor.stream import TICK_S
 from entrypoint.report import samples as small_images
 from tests.support.finished_runs import finished_run
@@ -51,6 +52,40 @@ def test_nothing_is_served_without_the_token(fresh, path):
         assert fresh.ask(path, headers=headers).status == 401, headers
     if path != "/events":  # which does not end
         assert fresh.ask(path).status == 200
+
+
+PUBLIC = {"/page/{name}", "/enter"}  # the door itself, and what it is drawn with
+
+
+def routes(live):
+    """Every address that the page has, with names that exist, and the methods that it takes."""
+    known = {"name": "step-00000020-00.png", "number": "0"}
+    for route in Site(live, Access(TOKEN, port=1), None).routes():
+        path = re.sub(r"\{(\w+)(:\w+)?\}", lambda match: known[match[1]], route.path)
+        for method in route.methods - {"HEAD"}:
+            yield route.path, path, method
+
+
+@pytest.mark.parametrize("headers", [{}, WRONG], ids=["no token", "a wrong token"])
+def test_no_address_of_the_page_is_open(fresh, headers):
+    """Whatever addresses there will be."""
+    closed = 0
+    for template, path, method in routes(fresh.live):
+        if template not in PUBLIC:
+            answer = fresh.ask(path, method=method, body=b"" if method == "POST" else None, headers=headers)
+            assert answer.status == 401 and b"zot" not in answer.body, (method, path)
+            closed += 1
+    assert closed >= 9
+
+
+def test_no_address_that_changes_something_takes_a_request_of_another_site(fresh):
+    """Nor with the token, which a browser would send along as a cookie."""
+    changing = [(path, method) for _, path, method in routes(fresh.live) if method != "GET"]
+    assert len(changing) == 2
+    for path, method in changing:
+        for foreign in ({"Sec-Fetch-Site": "cross-site"}, {"Host": "own", "Origin": "https://evil.example"}):
+            sent = {**WITH_TOKEN, "X-Kiln-Page": "1", **foreign}
+            assert fresh.ask(path, method=method, body=b"{}", headers=sent).status == 403, (path, foreign)
 
 
 def test_the_token_is_not_taken_from_the_address(fresh):
@@ -135,6 +170,21 @@ def test_a_thousand_wrong_tokens_in_a_second_are_refused_and_a_right_one_is_serv
     body = json.dumps({"token": TOKEN}).encode()
     assert fresh.ask("/enter", method="POST", body=body, headers={}).status == 204
     assert fresh.ask("/enter", method="POST", body=b"{}", headers={}).status == 429
+
+
+def test_a_thousand_requests_of_the_owner_at_once_are_served_and_a_viewer_is_told_meanwhile(fresh):
+    def asked(number):
+        return fresh.ask(BEHIND[1 + number % 4]).status
+
+    seen = fresh.stream(until="never")
+    next(seen)
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        statuses = pool.map(asked, range(1000))
+        with (fresh.live.served.out / "run.log").open("a") as file:
+            file.write("2026-01-01 00:00:00,000 INFO a line of this time\n")
+        while "a line of this time" not in str(next(seen).data):
+            pass
+        assert set(statuses) == {200}
 
 
 def test_a_bucket_refills_with_time():

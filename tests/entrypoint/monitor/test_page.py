@@ -10,6 +10,7 @@ from entrypoint.monitor.actions import Actions
 from tests.support.finished_runs import finished_run, write_sample
 from tests.support.monitor import TOKEN, serving
 from trainer.process.vitals import SAVE, STOP, VARIABLE, Vitals
+from trainer.spec.messages.noise_bands import KEYS
 
 if browser.find() is None:
     warnings.warn("No Chromium is here: the monitor page is NOT tested in a browser.", stacklevel=1)
@@ -94,6 +95,32 @@ def test_two_steps_are_compared_with_a_slider(opened):
     assert opened.value("document.querySelectorAll('.two img')[1].style.clipPath") == "inset(0px 0px 0px 100%)"
 
 
+def test_two_strengths_are_compared_too(page, opened):
+    for strength in (0.0, 0.5):
+        write_sample(page.folder / "sample", 40, 0, strength=strength)
+    opened.wait_for("document.querySelectorAll('#grid thead th').length === 5")
+    heads = ["step 0", "step 20", "step 40", "strength 0: base", "strength 0.5"]
+    assert texts(opened, "#grid thead th") == heads and texts(opened, "#compare-before option") == heads
+    assert texts(opened, ".compare h3") == ["Compare two steps or strengths"]
+    assert texts(opened, ".two .side") == ["step 0", "step 40"]  # unless others are chosen
+    choose = "(id, place) => { const s = document.getElementById(id); s.selectedIndex = place; "
+    choose += "s.dispatchEvent(new Event('change')); }"
+    opened.value(f"({choose})('compare-before', 3)")
+    opened.value(f"({choose})('compare-after', 4)")
+    assert texts(opened, ".two .side") == heads[3:]
+    sources = opened.value("[...document.querySelectorAll('.two img')].map((image) => image.src)")
+    assert [source.rpartition("/")[2].partition("?")[0] for source in sources] == [
+        "step-00000040-00-at-0.png", "step-00000040-00-at-0.5.png",
+    ]  # fmt: skip
+    opened.wait_for("[...document.querySelectorAll('.two img')].every((image) => image.naturalWidth === 64)")
+    opened.value("document.querySelector('#grid tbody tr td:last-child button').click()")
+    assert "Strength 0.5. " in texts(opened, "#viewer p")[1]
+    opened.value("document.getElementById('viewer').close()")
+    write_sample(page.folder / "sample", 60, 0)  # the run was made longer
+    opened.wait_for("document.querySelectorAll('#grid thead th').length === 6")
+    assert texts(opened, "#grid thead th")[4:] == ["step 40, strength 0: base", "step 40, strength 0.5"]
+
+
 def test_curves_are_read_with_the_keyboard(opened):
     opened.value("document.querySelector('#chart-loss svg').focus()")
     opened.press("Home")
@@ -101,6 +128,22 @@ def test_curves_are_read_with_the_keyboard(opened):
     opened.press("ArrowRight")
     assert texts(opened, "#chart-loss output")[0].startswith("step 2: as measured 0.5")
     assert "step 1 to 40" in opened.value("document.querySelector('#chart-loss svg').getAttribute('aria-label')")
+
+
+def test_the_loss_by_noise_level_is_a_curve_for_each_band(page, opened):
+    assert opened.value("document.getElementById('chart-noise')") is None  # an older run has none
+    rows = []
+    for step in range(41, 49):
+        band = KEYS[step % 2 * 3]  # the first and the last
+        rows.append(json.dumps({"step": step, "epoch": 1, "lr": 1e-4, "loss": 0.5, band: step / 100, "time": 1.0}))
+    with (page.folder / "metrics.jsonl").open("a") as file:
+        file.write("\n" + "\n".join(rows) + "\n")
+    opened.wait_for("document.querySelectorAll('#chart-noise path').length === 2")
+    assert texts(opened, "#chart-noise .key") == ["0–25 % noise", "75–100 % noise"]
+    opened.value("document.querySelector('#chart-noise svg').focus()")
+    opened.press("Home")
+    # Of 41 and 43 the later is shown: (0.9 · 0.1 · 0.41 + 0.1 · 0.43) / (1 - 0.9²), smoothed with 0.9.
+    assert texts(opened, "#chart-noise output") == ["step 42: 0–25 % noise 0.42, 75–100 % noise 0.4205"]
 
 
 def test_what_the_job_writes_appears(page, opened):

@@ -10,6 +10,7 @@ from entrypoint.monitor.log_tail import MOST_KEPT, LogTail
 from entrypoint.monitor.numbers import Numbers
 from tests.support.finished_runs import finished_run, write_sample
 from tests.support.monitor import serving
+from trainer.spec.messages.noise_bands import KEYS
 
 
 def row(step, **more):
@@ -75,7 +76,7 @@ def test_what_changes_is_told_and_nothing_else(page):
     assert news["rows"] == {
         "columns": {
             "step": [41], "loss": [pytest.approx(1 / 41, 1e-5)], "lr": [1e-4], "grad_norm": [0.5],
-            "prodigy_d": [None], "images_per_second": [None], "memory_gib": [None],
+            "prodigy_d": [None], "images_per_second": [None], "memory_gib": [None], **{key: [None] for key in KEYS},
         },
         "validation": [[41, 0.5]],
     }  # fmt: skip

@@ -55,7 +55,9 @@ def test_the_defaults_of_a_model_make_sense(base):
 
 def test_a_distilled_base_is_warned_of_unless_other_weights_are_named():
     found = warnings(on=LARGE_GPU, BASE_MODEL="z-image-turbo")
-    assert "BASE_MODEL=z-image-turbo is distilled" in found and "Fix: BASE_MODEL=z-image, " in found
+    assert "BASE_MODEL=z-image-turbo is distilled" in found and "Fix: PARAMS_TRAINING_ADAPTER=ostris/" in found
+    adapter = re.search(r"PARAMS_TRAINING_ADAPTER=(\S+),", found)
+    assert adapter and warnings(on=LARGE_GPU, BASE_MODEL="z-image-turbo", PARAMS_TRAINING_ADAPTER=adapter[1]) == ""
     assert warnings(on=LARGE_GPU, BASE_MODEL="z-image-turbo", MODEL_PATH="someone/z-image-de-turbo") == ""
 
 
@@ -70,7 +72,7 @@ def test_a_distilled_base_is_warned_of_unless_other_weights_are_named():
 )
 def test_distilled_weights_under_the_bases_name_are_warned_of(name, distilled):
     found = warnings(on=LARGE_GPU, BASE_MODEL="flux2-klein-4b", MODEL_PATH=name)
-    assert (f"MODEL_PATH={name} is distilled to few steps, by its name" in found) == distilled
+    assert (f"MODEL_PATH={name} is distilled to few steps" in found) == distilled
     assert ("Fix: the weights of black-forest-labs/FLUX.2-klein-base-4B" in found) == distilled
     assert "distilled" not in warnings(on=LARGE_GPU, BASE_MODEL="z-image", MODEL_PATH=name)
 
@@ -82,7 +84,22 @@ def test_a_folder_says_itself_whether_it_is_distilled(tmp_path, distilled):
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"is_distilled": distilled}))
     found = warnings(on=LARGE_GPU, BASE_MODEL="flux2-klein-4b", MODEL_PATH=str(folder))
-    assert ("is distilled to few steps, by its model_index.json" in found) == distilled
+    assert ("is distilled to few steps, which training undoes, by its model_index.json" in found) == distilled
+
+
+@pytest.mark.parametrize(
+    ("path", "what"),
+    [
+        ("Qwen/Qwen-Image-Edit-2509", "edits images"),
+        ("someone/Qwen-Image-Lightning-merged", "distilled to few steps"),
+        ("someone/qwen-image-finetune", None),
+        ("edit/qwen-image", None),
+    ],
+)
+def test_a_file_whose_name_alone_tells_it_from_a_base_model_is_warned_of(path, what):
+    found = warnings(on=LARGE_GPU, BASE_MODEL="qwen-image", MODEL_PATH=path)
+    assert (f"MODEL_PATH={path} is " in found) == (what is not None)
+    assert what is None or what in found
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -258,7 +275,7 @@ def test_sentences_name_variables_that_exist_and_end_with_a_point():
 
 def test_no_row_is_left_out_of_its_table():
     for module, first in ((sanity, "_learning_rate"), (steps_sanity, "_warmup_longer_than_the_job")):
-        helpers = {"_no_effect", "_sentences"}
+        helpers = {"_no_effect", "_sentences", "_said_by_index", "_said_by_name"}
         functions = {name for name, value in vars(module).items() if name.startswith("_") and callable(value)}
         rows = {row.__name__ for row in module.ROWS}
         assert first in rows and functions - helpers - rows == set()

@@ -69,7 +69,10 @@ OTHERS = {
         "is of another family: holds no denoiser for BASE_MODEL=flux-dev. Fix: BASE_MODEL=flux2-klein-4b",
     ),
     "wan": ({"blocks.0.self_attn.q.weight": F16}, "is Wan"),
-    "qwen": (under("model.diffusion_model.", {"txt_norm.weight": F16}), "is Qwen-Image"),
+    "qwen": (
+        under("model.diffusion_model.", {"txt_in.text_norm.weight": F16}),
+        "is Qwen-Image 2.1, another architecture",
+    ),
     "nf4": (
         {"double_blocks.0.img_attn.qkv.weight.quant_state.bitsandbytes__nf4": F16},
         "is quantised by bitsandbytes (nf4), which is not read",

@@ -20,6 +20,7 @@ from tests.support.machines import CPU, LARGE_GPU
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 HUB = {"BASE_MODEL": "mini-flux", "DATASET_NAME": "someone/pictures", "BACKEND": "cpu"}
 SDXL = {**HUB, "BASE_MODEL": "mini-sdxl"}
+CAPTIONED = {**HUB, "CAPTION_WITH": "org/model"}
 ADAMW = {**HUB, "PARAMS_OPTIMIZER_TYPE": "adamw"}
 HELD_OUT = {**HUB, "DATASET_CONFIG": '{"datasets": [{"resolution": 64, "validation_split": 0.5, "subsets": [{}]}]}'}
 GPU = {**HUB, "BACKEND": "cuda"}
@@ -51,6 +52,14 @@ PLANNED = {
     "IMAGE_COLUMN": (HUB, "picture", of_source("image_column"), "picture"),
     "CAPTION_COLUMN": (HUB, "words", of_source("caption_column"), "words"),
     "TRIGGER_WORD": (HUB, "ohwx", of_subset("trigger_word"), "ohwx"),
+    "CAPTION_WITH": (HUB, "org/model@v2", lambda p: p.data.captioner and p.data.captioner.source, "org/model"),
+    "CAPTION_PROMPT": (CAPTIONED, "style", of_subset("caption_prompt"), "style"),
+    "CAPTION_MAX_TOKENS": (CAPTIONED, "33", lambda plan: plan.data.captioner.max_tokens, 33),
+    "CAPTION_OVERWRITE": (CAPTIONED, "true", lambda plan: plan.data.captioner.overwrite, True),
+    "CAPTION_WRITE": (
+        {**CAPTIONED, "DATASET_NAME": str(Path(__file__).parent)}, "true",
+        lambda plan: plan.data.captioner.write, True,
+    ),
     "STRICT_DATASET": (HUB, "true", field("data.strict"), True),
     "CACHE_PATH": (HUB, "/somewhere/cache", field("output.cache"), "/somewhere/cache"),
     "PARAMS_BATCH_SIZE": (HUB, "3", lambda plan: plan.data.datasets[0].batch_size, 3),
@@ -93,9 +102,11 @@ PLANNED = {
     "PARAMS_NETWORK_ALPHA": (HUB, "2.5", field("lora.alpha"), 2.5),
     "PARAMS_SPLIT_QKV": (HUB, "true", field("lora.split_qkv"), True),
     "PARAMS_TARGET_MODULES": (HUB, "attn.to_q,proj_mlp", field("lora.targets"), ("attn.to_q", "proj_mlp")),
+    "PARAMS_TRAINING_ADAPTER": (HUB, "a/b/c.safetensors", field("model.training_adapter"), "a/b/c.safetensors"),
     "RESUME_WITH_CHANGES": (HUB, "true", field("output.resume_with_changes"), True),
     "BACKEND": ({**GPU, "BACKEND": ""}, "cpu", field("engine.device"), "cpu"),
     "NUM_GPUS": (GPU, "2", field("engine.num_gpus"), 2),
+    "NODES": (GPU, "3", field("engine.nodes"), 3),
     "PARAMS_PRECISION": (GPU, "fp16", lambda p: (p.engine.precision, p.engine.dtype), ("fp16", "float16")),
     "PARAMS_GRADIENT_CHECKPOINTING": (GPU, "true", field("engine.recompute"), "all"),
     "PARAMS_OFFLOAD": (GPU, "weights", field("engine.offload"), "weights"),
@@ -130,6 +141,7 @@ NOT_PLANNED = {
     "HF_TOKEN": ("hf_abcdefgh", "***"),
     "HF_WRITE_TOKEN": ("hf_abcdefgh", "***"),
     "HF_HOME": ("/somewhere/hf", "/somewhere/hf"),
+    "NODES_TIMEOUT": ("60", "60.0"),
     "PUSH_TO_HUB": ("me/lora", "me/lora"),
     "WEBHOOK_URL": ("https://example.com/x", "(***,)"),
     "WEBHOOK_SECRET": ("abcdef", "***"),
@@ -137,6 +149,8 @@ NOT_PLANNED = {
     "MONITOR_PORT": ("9000", "9000"),
     "MONITOR_TOKEN": ("abcdefghijklmnop", "***"),
     "ON_FINISH": ("idle", "idle"),
+    "JOBS": ("jobs.jsonl", "jobs.jsonl"),
+    "SWEEP": ("PARAMS_SEED=1,2", "PARAMS_SEED=1,2"),
 }
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ from entrypoint.report.gather import gather
 from entrypoint.report.page import page
 from entrypoint.report.sections import MOST_EMBEDDED, chosen_steps
 from tests.support.finished_runs import ODD, write_sample
+from trainer.spec.messages.noise_bands import KEYS
 from trainer.spec.messages.usage import prompting
 
 ALIVE = ("script", "iframe", "object", "embed", "form", "input", "link", "base")
@@ -84,6 +86,33 @@ def test_it_has_all_that_people_look_for(finished):
         assert words in text, words
     svgs = [a["aria-label"] for tag, a in Reader(written(finished)).elements if tag == "svg"]
     assert svgs[0] == "Loss, step 1 to 40" and len(svgs) == 3
+
+
+def test_the_samples_at_other_strengths_follow_those_of_the_steps(finished):
+    for strength in (0.5, 0.0):
+        write_sample(finished / "sample", 40, 0, strength=strength)
+        write_sample(finished / "sample", 20, 0, strength=strength)  # of a run that was shorter
+    run = gather(finished)
+    assert {sample.strength for sample in run.samples} == {1.0} and len(run.at_strengths) == 2
+    captions = re.findall("<figcaption>([^<]*)</figcaption></figure>", written(finished))
+    first = captions[: captions.index("step 40, strength 0.5") + 1]
+    assert first == ["before training", "step 20", "step 40", "step 40, strength 0", "step 40, strength 0.5"]
+    assert sum("strength" in caption for caption in captions) == 2
+
+
+def test_the_loss_by_noise_level_has_a_curve_for_each_band(finished):
+    rows = []
+    for step in range(41, 49):
+        rows.append(json.dumps({"step": step, "loss": 0.5, KEYS[step % 2 * 3]: 0.1 * step, "time": 1.0}))
+    path = finished / "metrics.jsonl"
+    path.write_text(path.read_text() + "\n" + "\n".join(rows))
+    text = written(finished)
+    svgs = [a["aria-label"] for tag, a in Reader(text).elements if tag == "svg"]
+    assert svgs[1] == "Loss by noise level, smoothed, step 41 to 48"
+    assert re.findall(r"<span class='key (band\d)'>([^<]*)", text) == [
+        ("band0", "0–25 % noise"), ("band3", "75–100 % noise"),
+    ]  # fmt: skip
+    assert text.count('<polyline class="band') == 2
 
 
 def test_the_prompt_begins_as_the_log_says(finished):

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from entrypoint.fetch import public_addresses
 from entrypoint.runpod.allowed import KEY_RULES, PACKAGED_IMAGES, RULES, variables_of
 from entrypoint.runpod.serverless import job_environment
 from entrypoint.settings.clean import LOCATIONS
 from entrypoint.settings.variables import CONFIG_JSON, NAMES, ROWS
+from entrypoint.system import public_addresses
 from trainer.spec.errors import SettingsError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -29,7 +29,7 @@ def may_be_a_name(name: str, path: str) -> bool:
     """Of the Hub: an empty folder is where the job starts, so that such a name leads to nothing on the worker."""
     if name in ("DATASET_NAME", "dataset"):
         return path == "models/x.safetensors"
-    return name in ("MODEL_PATH", "MODEL_CONFIG_PATH") and path == "org/images.zip"
+    return name in ("MODEL_PATH", "MODEL_CONFIG_PATH", "CAPTION_WITH") and path == "org/images.zip"
 
 
 NAMES_WITHOUT_SLASH = ("DATASET_SPLIT", "DATASET_SUBSET", "DATASET_REVISION", "MODEL_REVISION")
@@ -65,7 +65,13 @@ def test_a_page_of_the_hub_names_no_revision_that_leads_out_of_a_folder():
 def test_a_variable_without_a_rule_is_refused():
     assert set(RULES) <= set(NAMES)
     texts = {name for name, row in ROWS.items() if row.kind in ("text", "path")}
-    assert texts - set(OPENED) == {*("TRIGGER_WORD", "IMAGE_COLUMN", "CAPTION_COLUMN"), *NAMES_WITHOUT_SLASH}
+    assert texts - set(OPENED) == {
+        *("TRIGGER_WORD", "IMAGE_COLUMN", "CAPTION_COLUMN", "CAPTION_PROMPT"),
+        *NAMES_WITHOUT_SLASH,
+        "JOBS",
+    }
+    assert "several jobs" in refusal(JOBS="https://example.com/jobs.jsonl")
+    assert "several jobs" in refusal(SWEEP="PARAMS_SEED=1,2")
     assert RULES.keys() & {"VAE_PATH", "CLIP_L_PATH", "CLIP_G_PATH"} == set()
     assert "VAE_PATH='org/vae' names a file on the worker" in refusal(VAE_PATH="org/vae")
 
@@ -120,6 +126,8 @@ def test_a_document_that_is_no_object_becomes_no_path(text):
         {**BASE, "DATASET_NAME": "org/images@refs/pr/1", "DATASET_SPLIT": "train", "MODEL_PATH": "org/model"},
         {**BASE, "DATASET_NAME": "https://huggingface.co/datasets/org/images/tree/main", "T5_PATH": "none"},
         {**BASE, "DATASET_NAME": "hf://datasets/org/images", "PUSH_TO_HUB": "me/lora", "HF_TOKEN": "hf_abcdefgh"},
+        {**BASE, "CAPTION_WITH": "joycaption", "CAPTION_PROMPT": "Name {trigger}.", "CAPTION_OVERWRITE": True},
+        {**BASE, "CAPTION_WITH": "org/model@v1.2", "CAPTION_MAX_TOKENS": 99},
         {**BASE, "PARAMS_OPTIMIZER_ARGS": "betas=0.9,0.99", "PARAMS_TARGET_MODULES": "to_q,to_k", "MAX_RUNTIME": 1.5},
     ],
 )
@@ -142,6 +150,15 @@ def test_documents_are_handed_on_as_they_were_checked():
 @pytest.mark.parametrize("text", ["a\0b", "\ud800", "x" * 200_000])
 def test_what_no_environment_holds_is_refused(text):
     assert "TRIGGER_WORD" in refusal(TRIGGER_WORD=text)
+
+
+def test_a_request_writes_no_captions_beside_images_of_the_worker():
+    assert "CAPTION_WRITE" in refusal(CAPTION_WITH="joycaption", CAPTION_WRITE=True)
+
+
+@pytest.mark.parametrize("text", ["org/model@../../x", "org/model@a b", "joycaption@/etc", "/opt/model", "~/model"])
+def test_a_request_captions_with_a_model_of_the_hub_alone(text):
+    assert "CAPTION_WITH" in refusal(CAPTION_WITH=text)
 
 
 def test_all_problems_are_named_at_once_and_no_token_is_shown():

@@ -195,12 +195,12 @@ def test_wait_elsewhere_ends_after_a_while_or_with_a_signal(caplog):
 @pytest.mark.parametrize(
     ("place", "action", "words"),
     [
-        ({"VAST_CONTAINERLABEL": "C.123"}, "stop", "vastai stop instance 123 does"),
-        ({"CONTAINER_ID": "77", "CONTAINER_API_KEY": "k"}, "terminate", "vastai destroy instance 77 does"),
-        ({"VAST_CONTAINERLABEL": "x; rm"}, "exit", "vastai stop instance ID does"),
+        ({"VAST_CONTAINERLABEL": "C.123"}, "stop", "vastai stop instance 123, or its console does that."),
+        ({"CONTAINER_ID": "77", "CONTAINER_API_KEY": "k"}, "terminate", "vastai destroy instance 77, or its console"),
+        ({"VAST_CONTAINERLABEL": "x; rm"}, "exit", "vastai stop instance ID, or its console does that; so does ON_FIN"),
         ({"JOB_ID": "6", "ACCELERATOR": "a10g"}, "stop", "ends the job, and its bill"),
         ({"JOB_ID": "6", "ACCELERATOR": "a10g"}, "wait", "bills until the container exits"),
-        ({}, "terminate", "ON_FINISH=terminate works on a pod of RunPod only"),
+        ({}, "terminate", "ON_FINISH=terminate works on RunPod and Vast.ai only"),
         ({"JOB_ID": "6"}, "exit", None),
         ({}, "wait", None),
     ],
@@ -382,3 +382,17 @@ def test_the_cost_ends_the_job_with_its_state_saved(server, container, pod):
     codes, printed = container(PARAMS_MAX_STEPS="4000", MAX_COST="0.04", PRICE_PER_HOUR="2.4")  # a minute
     assert codes == [143] and "MAX_COST is reached" in printed, printed
     assert (Path(pod["OUTPUT_PATH"]) / "state").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "counts"),
+    [
+        ({"NODES": "auto", "NODE_RANK": "1"}, False),
+        ({"CONFIG_JSON": '{"NODES": "2"}', "NODE_RANK": "1"}, False),
+        ({"NODES": "auto", "NODE_RANK": "0"}, True),
+        ({"NODE_RANK": "1"}, True),  # as a cluster says it, unasked
+    ],
+)
+def test_of_pods_that_train_together_the_first_alone_counts_attempts(server, pod, nodes, counts):
+    assert supervised(lambda: 75, {**pod, **nodes}, times=QUICK) == 75
+    assert (Path(pod["OUTPUT_PATH"]) / "pod.json").exists() is counts

@@ -40,6 +40,10 @@ def test_no_secret_is_in_it(variables, secret):
     assert next(iter(variables)) in text and secret not in text
 
 
+def test_numbers_are_listed_as_they_are_written():
+    assert "SAMPLE_STRENGTHS=0,0.5. The other" in described(SAMPLE_STRENGTHS="[0, 0.50]")
+
+
 def test_a_long_value_is_cut():
     text = described(TRIGGER_WORD="x" * 200)
     assert "x" * 60 + "…" in text and "x" * 61 not in text

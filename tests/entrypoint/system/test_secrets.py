@@ -14,6 +14,7 @@ import httpx  # noqa: F401 (once, and not in each fork)
 import pytest
 
 import entrypoint.__main__ as entrypoint_main
+import entrypoint.job as entrypoint_job
 from entrypoint.dataset_config.manifest import read_manifest
 from entrypoint.planning import summary
 from entrypoint.planning.plan import make_plan
@@ -29,6 +30,9 @@ from trainer.spec.messages.secrets import without_secrets
 PASSWORD, KEY, SIGNATURE, TOKEN = "cAnary-pass+1/x", "cAnary-key-2", "cAnarySig3%2Fx", "hf_cAnaryTOKEN44444"
 STRANGERS = {
     "DB_PASS": "cAnary-db-55", "GITHUB_TOKEN": "ghp_cAnary666666666666666", "AWS_SECRET_ACCESS_KEY": "cAnary/aws+77777",
+    "AZURE_STORAGE_CONNECTION_STRING": "AccountName=me;AccountKey=cAnaryAzureKey+12/3==;EndpointSuffix=core.net",
+    "AZURE_STORAGE_SAS_TOKEN": "sv=2024&sig=cAnarySasToken123", "AWS_ACCESS_KEY_ID": "AKIAcAnary1234567890",
+    "GOOGLE_SERVICE_ACCOUNT_KEY": '{"private_key": "cAnaryGoogleKey1234"}',
     "RUNPOD_API_KEY": "rpa_cAnary8888888", "DATABASE_URL": "postgres://me:cAnary-url-99@db/x",
     "SERVICE_AUTH": "cAnary auth 10", "TLS_PRIVATE_KEY": "-----BEGIN KEY-----\ncAnaryKEY11aaaa\n-----END KEY-----",
 }  # fmt: skip
@@ -64,7 +68,7 @@ def run(arguments, environ, folder, *, change=lambda: None):
             sys.stdout = os.fdopen(1, "w", buffering=1)
             sys.stderr = os.fdopen(2, "w", buffering=1)
             logging.getLogger().handlers.clear()
-            entrypoint_main.CHECK_RETRIES_S = 0.0
+            entrypoint_job.CHECK_RETRIES_S = 0.0
             summary.cpu_workers = lambda: 0
             os.environ.clear()
             os.environ.update(environ)
@@ -152,18 +156,21 @@ def test_an_address_alone_in_a_variable(base, tmp_path, name):
 
 
 @pytest.mark.parametrize("status", [301, 401, 403, 404, 200, 500])
-@pytest.mark.parametrize("name", ["DATASET_NAME", "DATASET_CONFIG", "SAMPLE_PROMPTS", "image_dir"])
+@pytest.mark.parametrize(
+    "name", ["DATASET_NAME", "DATASET_CONFIG", "SAMPLE_PROMPTS", "image_dir", "PARAMS_RESUME_FROM"]
+)
 def test_a_server_that_refuses(base, tmp_path, server, name, status):
     """A login is refused by itself, so that the key in the query is what is sent."""
     url = (
         f"{server}/{status}/x.{'zip' if name in ('DATASET_NAME', 'image_dir') else 'json'}?token={KEY}&sig={SIGNATURE}"
     )
-    changes = {name: url}
+    host = server.removeprefix("http://")
+    changes = {name: url, "DOWNLOAD_TOKENS": f"{host}={KEY}", "CIVITAI_TOKEN": KEY}
     if name == "image_dir":
         document = {"datasets": [{"resolution": 64, "subsets": [{"image_dir": url}]}]}
         changes = {"DATASET_CONFIG": json.dumps(document), "DATASET_NAME": ""}
     code, printed, written = run(["--check"], {**base, **changes}, tmp_path)
-    assert code in (75, 78) and "127.0.0.1" in printed, printed
+    assert code in (75, 77, 78) and "127.0.0.1" in printed, printed
     assert leaks(printed + written) == []
 
 
@@ -188,7 +195,7 @@ def test_a_bug_whose_traceback_quotes_everything(base, tmp_path):
             encoded = base64.b64encode(f"u:{TOKEN}".encode()).decode()
             raise RuntimeError(f"{everything} {everything!r} {json.dumps(everything)} {encoded}")
 
-        entrypoint_main.make_plan = crash
+        entrypoint_job.make_plan = crash
 
     everything = {
         **base,
@@ -333,3 +340,20 @@ def test_processes_that_read_images_inherit_no_secret(base, tmp_path):
     code, printed, _ = run(["--check"], environ, tmp_path, change=change)
     assert code == 0, printed
     assert "PATH=" in seen.read_text() and leaks(seen.read_text()) == []
+
+
+@pytest.mark.parametrize("name", ["MODEL_PATH", "VAE_PATH", "PARAMS_RESUME_FROM", "DATASET_NAME", "UPLOAD_TO"])
+def test_a_bucket_whose_keys_are_not_accepted(base, tmp_path, server, name):
+    """Whatever the library says of a request, no key is in it."""
+    clouds = {"AWS_ENDPOINT_URL": f"{server}/403", "AWS_REGION": "x"}
+    value = "s3://my-bucket/a/x.zip" if name == "DATASET_NAME" else "s3://my-bucket/a/x.safetensors"
+    code, printed, written = run(["--check"], {**base, **clouds, name: value}, tmp_path)
+    assert code == 77 and f"{name}=s3://my-bucket/a/x." in printed and "AWS_ACCESS_KEY_ID" in printed, printed
+    assert leaks(printed + written) == []
+
+
+def test_the_keys_of_pairs_are_hidden_one_by_one():
+    known = secrets.known({**STRANGERS, "DOWNLOAD_TOKENS": "a.example.com=cAnaryHostKey1,b.example.com=cAnaryHostKey2"})
+    for text in ("key cAnaryAzureKey+12/3== is", "Bearer cAnaryHostKey2", "cAnaryHostKey1"):
+        assert leaks(known.hide(text)) == [], text
+    assert known.hide("the account of me") == "the account of me"

@@ -162,6 +162,25 @@ def system(fault, due):
         _around(os, name, before=fail)
 
 
+def bucket(fault, due):
+    """The volume is a bucket behind a mount: no locks, folders that cannot be flushed; with "rename", no renames."""
+    import fcntl
+    import stat
+
+    def refuse(*_):
+        if due():
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    def refuse_folder(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            refuse()
+
+    _around(fcntl, "flock", before=refuse)
+    _around(os, "fsync", before=refuse_folder)
+    if fault.get("rename"):
+        _around(os, "rename", before=refuse)
+
+
 def kill_at(fault, due):
     """SIGKILL just before the call number `skip` + 1 that changes files."""
     skip = [fault["skip"]]
@@ -219,7 +238,7 @@ def forget(fault, due):
 KINDS = {
     f.__name__: f
     for f in (
-        loss, grad, latents, param, oom, crash, sleep, hold_lock, stop_process, signals, system, kill_at, slow_sync,
-        buffers, clock_backwards, forget,
+        loss, grad, latents, param, oom, crash, sleep, hold_lock, stop_process, signals, system, bucket, kill_at,
+        slow_sync, buffers, clock_backwards, forget,
     )
 }  # fmt: skip

@@ -49,13 +49,13 @@ def clip_files(place: Path) -> list[Path]:
     return [place / "vocab.json", place / "merges.txt"]
 
 
-@pytest.fixture(scope="module", params=["CLIP's two files", "CLIP", "T5", "Qwen"])
+@pytest.fixture(scope="module", params=["CLIP's two files", "CLIP", "T5", "Qwen", "Qwen2.5-VL"])
 def both(request, tmp_path_factory):
     if request.param == "CLIP's two files":
         place = tmp_path_factory.mktemp("clip")
         return LightTokenizer(clip_files(place)), AutoTokenizer.from_pretrained(place)
-    if request.param == "Qwen":
-        place = miniature("z_image") / "tokenizer"
+    if request.param.startswith("Qwen"):
+        place = miniature("z_image" if request.param == "Qwen" else "qwen_image") / "tokenizer"
         return LightTokenizer([place / "tokenizer.json"]), AutoTokenizer.from_pretrained(place)
     place = miniature("flux") / ("tokenizer" if request.param == "CLIP" else "tokenizer_2")
     return LightTokenizer([place / "tokenizer.json"]), AutoTokenizer.from_pretrained(place)

@@ -21,6 +21,7 @@ from bench.original_names import (
     flux_files,
     miniature,
     original,
+    qwen_image_files,
     under,
     vae_original,
     weights,
@@ -35,7 +36,7 @@ from trainer.spec.family import get_family
 from trainer.spec.plan import TrainPlan
 from trainer.training.objective import make_objective
 
-FAMILIES = ("flux", "flux2", "sdxl", "sd3", "z_image")
+FAMILIES = ("flux", "flux2", "sdxl", "sd3", "z_image", "qwen_image")
 
 
 # ---- through the product
@@ -78,6 +79,81 @@ def test_flux2_as_three_files(tmp_path, dtype):
     assert all(torch.equal(got[k], want[k].to(dtype)) for k in want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_qwen_image_as_three_files(tmp_path, dtype):
+    """The VAE under Wan's names; of the text encoder, the language model alone."""
+    folder = model_folder(tmp_path, "qwen_image", **qwen_image_files(tmp_path, dtype))
+    equal(folder, "qwen_image", ("vae",))
+    got, want = weights(folder / "transformer"), weights(miniature("qwen_image") / "transformer")
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[k], want[k].to(dtype)) for k in want)
+    whole = weights(miniature("qwen_image") / "text_encoder")
+    texts = {k.removeprefix("model."): v for k, v in whole.items() if k.startswith("model.")}
+    read = weights(folder / "text_encoder")
+    assert read.keys() == texts.keys() and all(torch.equal(read[k], texts[k]) for k in texts)
+
+
+def test_scaled_fp8_of_the_denoiser_and_of_the_language_model(tmp_path):
+    """As ComfyUI's fp8_scaled files have it: a scale for each layer, a mark, and for some a scale of the input."""
+    files = qwen_image_files(tmp_path, torch.bfloat16)
+    scales = {}
+    for variable in ("MODEL_PATH", "TEXT_ENCODER_PATH"):
+        state = load_file(files[variable])
+        small = {}
+        for key, tensor in state.items():
+            if not key.endswith("proj.weight") or "visual" in key:
+                small[key] = tensor
+                continue
+            factor = tensor.float().abs().max() / 448
+            small[key] = (tensor.float() / factor).to(torch.float8_e4m3fn)
+            layer = key.removesuffix(".weight")
+            small |= {f"{layer}.scale_weight": factor.reshape(1), f"{layer}.scale_input": torch.ones(1)}
+            scales[key.removeprefix("model.")] = small[key].float() * factor
+        save_file(small | {"scaled_fp8": torch.empty(2, dtype=torch.float8_e4m3fn)}, files[variable])
+    folder = model_folder(tmp_path, "qwen_image", **files)
+    read = weights(folder / "transformer") | weights(folder / "text_encoder")
+    assert len(scales) > 30
+    for key, expected in scales.items():
+        assert torch.equal(read[key], expected.bfloat16()), key
+
+
+def test_parts_of_other_models_are_named(tmp_path):
+    """By the family they are of, before anything is converted."""
+    (tmp_path / "z").mkdir()
+    files = qwen_image_files(tmp_path, torch.float16)
+    others = z_image_files(tmp_path / "z", torch.float16)
+    refused = {
+        ("VAE_PATH", others["VAE_PATH"]): r"is a VAE of images; this base model's is one of videos",
+        ("TEXT_ENCODER_PATH", others["TEXT_ENCODER_PATH"]): r"is Qwen3, not Qwen2\.5-VL",
+        ("TEXT_ENCODER_PATH", files["VAE_PATH"]): r"is a VAE, not Qwen2\.5-VL\. Fix: VAE_PATH=this file",
+        ("MODEL_PATH", others["MODEL_PATH"]): r"is of another family.*Fix: BASE_MODEL=",
+    }
+    for (variable, path), words in refused.items():
+        with pytest.raises(SettingsError, match=words):
+            model_folder(tmp_path, "qwen_image", BASE_MODEL="qwen-image", **{variable: path})
+    with pytest.raises(SettingsError, match=r"is a VAE of videos; this base model's is one of images"):
+        model_folder(tmp_path, "z_image", BASE_MODEL="z-image", VAE_PATH=files["VAE_PATH"])
+    narrow = {k: v[..., :32].contiguous() for k, v in load_file(files["TEXT_ENCODER_PATH"]).items()}
+    save_file(narrow, tmp_path / "narrow.safetensors")
+    with pytest.raises(SettingsError, match=r"is another Qwen2\.5-VL, of width 32; this base model's has 3584"):
+        model_folder(
+            tmp_path, "qwen_image", BASE_MODEL="qwen-image", TEXT_ENCODER_PATH=str(tmp_path / "narrow.safetensors")
+        )
+
+
+@pytest.mark.parametrize(
+    ("tensor", "what"),
+    [
+        ("__index_timestep_zero__", "Qwen-Image-Edit-2511"),
+        ("time_text_embed.addition_t_embedding.weight", "Qwen-Image-Layered"),
+    ],
+)
+def test_models_that_only_look_like_qwen_image_are_named(tmp_path, tensor, what):
+    save_file(original("qwen_image") | {tensor: torch.zeros(2, 4)}, tmp_path / "x.safetensors")
+    with pytest.raises(SettingsError, match=rf"is {what}.*, which is not trained here"):
+        model_folder(tmp_path, "qwen_image", MODEL_PATH=str(tmp_path / "x.safetensors"))
+
+
 def test_what_is_no_language_model_or_another_one_is_refused(tmp_path):
     files = z_image_files(tmp_path, torch.float16)
     with pytest.raises(SettingsError, match=r"TEXT_ENCODER_PATH=.* is a VAE, not Qwen3\. Fix: VAE_PATH=this file"):
@@ -105,13 +181,14 @@ def test_fp8_becomes_bf16_with_its_scales(tmp_path):
         assert torch.equal(got[key].float(), (tensor.float() / factor).to(torch.float8_e4m3fn).float() * factor), key
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "z_image", "flux2"])
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "z_image", "flux2", "qwen_image"])
 def test_a_whole_checkpoint_as_one_file(tmp_path, name):
     save_file(checkpoint(name), tmp_path / "all.safetensors")
     bare = tmp_path / "bare"  # what remains is small: nothing but the file has weights
     shutil.copytree(miniature(name), bare, ignore=shutil.ignore_patterns("*.safetensors"))
     folder = model_folder(tmp_path, name, MODEL_PATH=str(tmp_path / "all.safetensors"), MODEL_CONFIG_PATH=str(bare))
-    equal(folder, name, tuple(get_family(name).FACTS.parts))
+    # Of Qwen2.5-VL's tensors, those of the language model are taken: below, it gives the same texts.
+    equal(folder, name, tuple(part for part in get_family(name).FACTS.parts if part != "qwen2_5_vl"))
     kind = get_family(name)
     same = [kind.load_denoiser(f, device="cpu", dtype=torch.float32) for f in (folder, miniature(name))]
     pairs = zip(same[0].named_parameters(), same[1].named_parameters(), strict=True)

@@ -3,17 +3,18 @@
 import dataclasses
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from trainer.data import batches
-from trainer.data.batches import MicroBatch, geometry, micro_batch, stack_texts
+from trainer.data.batches import MicroBatch, geometry, longest_caption, micro_batch, stack_texts, text_lengths
 from trainer.data.cache import Cache
 from trainer.data.epochs import Example
 from trainer.data.records import ImageRecord, View
-from trainer.job.rehearsal import longest_caption
+from trainer.job.session import Session
 
 
 def example(number, *, view=None, weight=1.0):
@@ -72,11 +73,47 @@ def test_the_rehearsal_has_the_longest_caption_of_all(cache):
     examples = tuple(example(number) for number in range(3))
     made = cache(examples)
     captions = [one.caption for one in examples]
-    assert longest_caption(captions, made) is None
+    assert longest_caption(captions, made) is None and text_lengths(captions, made) == {}
     save_file({"tokens": torch.ones(64, 2), "pooled": torch.ones(5)}, made.text_path("caption 2"))
     assert longest_caption(captions, made) == "caption 2"
     first = dataclasses.replace(examples[0], caption="caption 2")
     assert micro_batch(made, (first, examples[1])).text["tokens"].shape == (2, 64, 2)
+
+
+def test_all_batches_of_a_run_can_have_captions_of_one_length(cache):
+    """Else each length would be captured as a CUDA graph of its own. What has one length in any case stays as it is."""
+    examples = tuple(example(number) for number in range(3))
+    made = cache(examples)
+    save_file({"tokens": torch.ones(64, 2), "pooled": torch.ones(5)}, made.text_path("caption 2"))
+    lengths = text_lengths([one.caption for one in examples], made)
+    assert lengths == {"tokens": 64}
+    for one, rows in ((examples[0], 3), (examples[2], 64)):
+        text = micro_batch(made, (one,), lengths).text
+        assert {name: tuple(tensor.shape) for name, tensor in text.items()} == {
+            "tokens": (1, 64, 2), "pooled": (1, 5), "padding": (1, 64),
+        }  # fmt: skip
+        assert (~text["padding"]).sum() == rows and not text["tokens"][text["padding"]].any()
+
+
+@pytest.mark.parametrize(("capturing", "wanted"), [(True, {64}), (False, {3, 64})])
+def test_a_run_fills_captions_up_only_where_its_steps_are_captured(cache, capturing, wanted):
+    examples = tuple(example(number) for number in range(3))
+    made = cache(examples)
+    save_file({"tokens": torch.ones(64, 2), "pooled": torch.ones(5)}, made.text_path("caption 2"))
+    run = SimpleNamespace(
+        plan=SimpleNamespace(train=SimpleNamespace(gradient_accumulation=1), engine=SimpleNamespace(device="cpu")),
+        workers=SimpleNamespace(size=1, process_rank=0),
+        sampler=SimpleNamespace(
+            epoch=lambda _: [(one,) for one in examples], all_captions=lambda: [one.caption for one in examples]
+        ),
+        runner=SimpleNamespace(capturing=capturing),
+        cache=made,
+        total=3,
+        steps_per_epoch=3,
+    )
+    steps = list(Session.groups(run, 0))
+    assert {batch.text["tokens"].shape[1] for _, group in steps for batch in group} == wanted
+    assert {"padding" in batch.text for _, group in steps for batch in group} == {capturing}
 
 
 def test_sizes_are_those_of_the_paper_height_first_and_top_before_left():

@@ -207,8 +207,9 @@ def variants(make_folder):
 
 
 def encode(cache, variants, seen, *, megapixels=0.012288, check_in=lambda: None):
+    missing = caching.find_missing(variants, lambda v: cache.image_path(*v), threads=2)
     return caching.encode_images(
-        cache, variants, encode=encode_moments(seen), cpu_workers=2, max_megapixels=megapixels, check_in=check_in
+        cache, missing, encode=encode_moments(seen), cpu_workers=2, max_megapixels=megapixels, check_in=check_in
     )
 
 
@@ -259,6 +260,44 @@ def test_an_encoder_that_returns_another_number_of_latents_is_an_error(variants,
         )
 
 
+def test_several_processes_share_the_batches_of_one_and_write_the_same_bytes(variants, tmp_path):
+    """Which images are encoded together decides the last bits: so it does not depend on the number of processes."""
+    alone, shared = Cache(tmp_path / "alone", "v", "e"), Cache(tmp_path / "shared", "v", "e")
+    together = []
+    encode(alone, variants, together)
+    each = [[], [], []]
+    for index, seen in enumerate(each):
+        share = caching.Share(index, 3)
+        options = {"cpu_workers": 2, "max_megapixels": 0.012288, "check_in": lambda: None, "share": share}
+        count, _ = caching.encode_images(shared, variants, encode=encode_moments(seen), **options)
+        assert count == sum(shape[0] for shape in seen)
+    assert [batch for seen in each for batch in seen] == together
+    for variant in variants:
+        assert alone.image_path(*variant).read_bytes() == shared.image_path(*variant).read_bytes()
+    parts = [caching.Share(index, 2) for index in range(2)]
+    texts = [[], []]
+    for share, seen in zip(parts, texts, strict=True):
+
+        def encoder(captions, seen=seen):
+            seen.append(captions)
+            return [{"tokens": torch.zeros(1)} for _ in captions]
+
+        caching.encode_texts(shared, list("abcde"), encode=encoder, batch_size=2, check_in=lambda: None, share=share)
+    assert texts == [[["a", "b"], ["e"]], [["c", "d"]]]
+
+
+def test_each_process_looks_at_its_part_of_the_cache_and_all_know_what_is_missing(tmp_path):
+    (tmp_path / "b").touch()
+    names, seen = list("abcd"), []
+
+    def merge(own):
+        seen.append(own)
+        return [max(pair) for pair in zip(own, [0, 1, 0, 1], strict=True)]
+
+    assert caching.find_missing(names, tmp_path.joinpath, caching.Share(0, 2, merge)) == ["a", "b", "c", "d"]
+    assert seen == [[1, 0, 1, 0]]
+
+
 def test_a_mask_is_stored_at_the_size_of_the_latents_by_the_share_of_its_pixels(variants, tmp_path):
     from PIL import Image
 
@@ -285,7 +324,8 @@ def test_each_caption_is_encoded_once_in_batches_of_the_size_asked_for(tmp_path)
         return [{"tokens": torch.full((2,), float(len(caption)))} for caption in captions]
 
     def run(captions):
-        return caching.encode_texts(cache, captions, encode=encoder, batch_size=2, check_in=lambda: checks.append(1))
+        missing = caching.find_missing(list(dict.fromkeys(captions)), cache.text_path)
+        return caching.encode_texts(cache, missing, encode=encoder, batch_size=2, check_in=lambda: checks.append(1))
 
     assert run(["a", "bb", "a", "ccc", "dddd", "eeeee"]) == 5 and len(checks) == 3
     assert seen == [["a", "bb"], ["ccc", "dddd"], ["eeeee"]]

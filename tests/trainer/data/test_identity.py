@@ -24,6 +24,7 @@ WITHOUT_EFFECT = {
     "has_alpha": "follows from the bytes",
     "mask_file": "the mask's bytes are in the fingerprint",
     "caption_file": "where the caption was read",
+    "captioned_by": "who made the caption; the caption is in the fingerprint",
     "caption_encoding": "how the caption was read; the caption is in the fingerprint",
 }
 

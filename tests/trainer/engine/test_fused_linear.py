@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
 from torch.utils.checkpoint import checkpoint
 
-from tests.support.variants import CLASSES, config
+from tests.support.variants import CLASSES, VARIANTS, config
 from trainer.engine import adapters, fused_linear, rope
 from trainer.engine.kernels import reference
 from trainer.engine.load import place_denoiser
@@ -29,6 +29,7 @@ WIDE = {  # sides that are multiples of 16, as FP8 needs, where variants.NARROW 
         "transformer_layers_per_block": (1, 1, 1),
         "cross_attention_dim": 32,
     },
+    "z-image": {"dim": 48, "n_heads": 3, "n_kv_heads": 3, "n_layers": 3, "cap_feat_dim": 32, "axes_dims": [4, 6, 6]},
 }
 
 
@@ -37,19 +38,28 @@ def error(found, wanted):
 
 
 def model(base, seed=0):
-    name = base.split("-")[0].split(".")[0]
+    name, _ = VARIANTS[base]
     torch.manual_seed(seed)
     denoiser = CLASSES[name](**{**config(base, narrow=True), **WIDE[base]}).requires_grad_(False)
     return get_family(name), denoiser
+
+
+def texts(options, dtype):
+    """Two captions; where they may differ in length, they do: of 40 tokens and of 7, filled up to 64 and to 32."""
+    if "cap_feat_dim" in options:
+        tokens = torch.arange(64)
+        real, padding = torch.stack([tokens < 40, tokens < 7]), torch.stack([tokens >= 64, tokens >= 32])
+        return {"tokens": torch.randn(2, 64, options["cap_feat_dim"]).to(dtype), "real": real, "padding": padding}
+    width = options.get("joint_attention_dim") or options["cross_attention_dim"]
+    pooled = options.get("pooled_projection_dim") or 20
+    return {"tokens": torch.randn(2, 6, width).to(dtype), "pooled": torch.randn(2, pooled).to(dtype)}
 
 
 def predicted(family, denoiser, dtype):
     """The model's output for one batch, and a loss's gradients of what trains."""
     torch.manual_seed(3)
     options = denoiser.config
-    width = options.get("joint_attention_dim") or options["cross_attention_dim"]
-    pooled = options.get("pooled_projection_dim") or 20
-    text = {"tokens": torch.randn(2, 6, width).to(dtype), "pooled": torch.randn(2, pooled).to(dtype)}
+    text = texts(options, dtype)
     channels = options["in_channels"] // (4 if family.FACTS.name == "flux" else 1)
     noisy, geometry = torch.randn(2, channels, 8, 8), torch.full((2, 6), 64.0)
     out = family.predict(denoiser, noisy, torch.tensor([0.6, 0.3]), text=text, guidance=1.0, geometry_B6=geometry)
@@ -99,6 +109,22 @@ def test_fused_blocks_compute_what_diffusers_blocks_do(base, joined):
     # Gates and sums in one operation round once where diffusers' two round twice.
     assert error(other, plain) < 1e-6 and gradients.keys() == wanted.keys()
     assert all(error(gradients[n], wanted[n]) < 1e-5 for n in wanted)
+
+
+def test_the_modulations_of_z_image_train_too():
+    """Through scales and gates, which one kernel each multiplies in."""
+    found = {}
+    for way, precision, dtype in [("full", "fp32", torch.float32), ("ours", "fp8", torch.bfloat16)]:
+        family, denoiser = model("z-image")
+        targets = ("adaLN_modulation.0", "attention.to_q")
+        forwards = family.fused_forwards()
+        adapted(family, denoiser, precision=precision, dtype=dtype, forwards=forwards, targets=targets)
+        found[way] = predicted(family, denoiser, dtype)[1]
+        stored = denoiser.layers[0].adaLN_modulation[0].base_layer
+        assert way == "full" or (stored.weight_format, stored.in_fp8) == ("fp8-storage", False)
+    names = [name for name in found["full"] if "adaLN_modulation" in name]
+    assert len(names) == 2 * (3 + 2) and found["ours"].keys() == found["full"].keys()  # layers and refiners of images
+    assert max(error(found["ours"][name], found["full"][name]) for name in names) < 0.2
 
 
 @pytest.mark.parametrize("base", WIDE)
@@ -166,6 +192,44 @@ def test_norm_linear_is_the_norm_then_the_layers(plus, count):
     wanted = [f.linear(rows, *pair) for f, pair in zip(frozen[:count], weights, strict=False)]
     found = fused_linear._norm_linear(x, scale, shift, plus, 1e-6, *flat[: 6 * count])
     assert_same(found, (*wanted, x), leaves)
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_norm_linear_without_a_shift_is_the_rms_norm_then_the_layers(images):
+    torch.manual_seed(0)
+    frozen, weights, flat = layers((64, 96), (64, 32))
+    x = (torch.randn(12, 64) * 3 + 1).bfloat16().requires_grad_()
+    scale = torch.randn(images, 64).requires_grad_()
+    hat = F.rms_norm(x.float(), (64,), eps=1e-6).view(images, -1, 64)
+    rows = (hat * scale[:, None]).view(12, 64).bfloat16()
+    wanted = [f.linear(rows, *pair) for f, pair in zip(frozen, weights, strict=True)]
+    found = fused_linear._norm_linear(x, scale, None, 0.0, 1e-6, *flat)
+    assert_same(found, (*wanted, x), [x, scale, *(t for pair in weights for t in pair)])
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_swiglu_linear_is_the_swiglu_then_the_layer(joined):
+    torch.manual_seed(0)
+    frozen, weights, flat = layers((64, 48))
+    both = (torch.randn(12, 128) * 2).bfloat16().requires_grad_()
+    a, b = both.chunk(2, -1) if joined else (part.contiguous() for part in both.chunk(2, -1))
+    rows = (F.silu(a.float()) * b.float()).bfloat16()
+    found, wanted = fused_linear._swiglu_linear(a, b, *flat), frozen[0].linear(rows, *weights[0])
+    assert_same([found], [wanted], [both, *weights[0]])
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_norm_residual_is_the_norm_the_gate_and_the_sum(gated):
+    torch.manual_seed(0)
+    norm = torch.nn.RMSNorm(64, eps=1e-5).requires_grad_(False)
+    torch.nn.init.normal_(norm.weight)
+    x, y = (torch.randn(2, 6, 64).requires_grad_() for _ in range(2))
+    gate = torch.randn(2, 64).requires_grad_() if gated else None
+    wanted = fused_linear.norm_residual(x, norm, gate, y)  # in fp32 by the modules
+    found = fused_linear.norm_residual(x.bfloat16(), norm, None if gate is None else gate.bfloat16(), y.bfloat16())
+    assert error(found, wanted) < 5e-3
+    for a, b in zip(gradients([found], [x, gate, y]), gradients([wanted], [x, gate, y]), strict=True):
+        assert error(a, b) < 0.01
 
 
 @pytest.mark.parametrize("left", [0, 32])

@@ -12,7 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, FluxPipeline
+from diffusers import (
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    FluxPipeline,
+    QwenImagePipeline,
+)
 
 from tests.support import models
 from tests.support.miniatures import PIPELINES, encoded, folder, pipeline
@@ -45,6 +51,7 @@ CASES = {
     "sd3": Case(16, (6, 10), 1.5305, 0.0609, cfg=4.0, encoders=3),
     "sdxl": Case(4, (8, 12), 0.13025, 0.0, cfg=5.0, denoiser="unet", more={"add_watermarker": False}),
     "z_image": Case(16, (6, 10), 0.3611, 0.1159, cfg=4.0, encoders=1),
+    "qwen_image": Case(16, (6, 10), cfg=4.0, encoders=1),
 }
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}  # as SDXL ships
 every_family = pytest.mark.parametrize("name", CASES)
@@ -75,6 +82,8 @@ def scheduler_of(name, prediction="epsilon"):
         return models.flux_scheduler()
     if name == "sd3":
         return FlowMatchEulerDiscreteScheduler(shift=3.0)
+    if name == "qwen_image":
+        return models.qwen_image_scheduler()
     if name == "z_image":
         return FlowMatchEulerDiscreteScheduler(shift=6.0)
     return EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading", prediction_type=prediction)
@@ -131,6 +140,8 @@ def packed(name, latents_BCHW):
     """Latents as the pipeline takes them."""
     if name == "flux":
         return FluxPipeline._pack_latents(latents_BCHW, *latents_BCHW.shape)
+    if name == "qwen_image":
+        return QwenImagePipeline._pack_latents(latents_BCHW, *latents_BCHW.shape)
     if name == "flux2":
         return Flux2KleinPipeline._patchify_latents(latents_BCHW)
     return latents_BCHW
@@ -146,6 +157,19 @@ def returned(name, latents_BCHW):
     return Flux2KleinPipeline._unpatchify_latents(patches_BCHW)
 
 
+def guided_by(name, told_BCHW, plain_BCHW):
+    """What the pipeline makes of the predictions with the caption and with the negative one."""
+    found_BCHW = plain_BCHW + CASES[name].cfg * (told_BCHW - plain_BCHW)
+    if name != "qwen_image":
+        return found_BCHW
+    # Each token gets the length that it has with the caption alone. A token is a patch of 2 x 2.
+    length_B1HW = [
+        torch.nn.functional.lp_pool2d(each.square().sum(dim=1, keepdim=True), 1, 2).sqrt()
+        for each in (told_BCHW, found_BCHW)
+    ]
+    return found_BCHW * (length_B1HW[0] / length_B1HW[1]).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+
+
 def prompt_arguments(name, text, nothing):
     """What the pipeline is called with: embeddings, negative ones, and how far to go from these."""
     case = CASES[name]
@@ -156,6 +180,10 @@ def prompt_arguments(name, text, nothing):
     if name == "flux2":
         negative = {"negative_prompt_embeds": nothing["tokens"]}
         return {"prompt_embeds": text["tokens"], **negative, "guidance_scale": case.cfg}
+    if name == "qwen_image":
+        masks = [~t["padding"] for t in (text, nothing)]
+        found = {"prompt_embeds": text["tokens"], "prompt_embeds_mask": masks[0], "true_cfg_scale": case.cfg}
+        return {**found, "negative_prompt_embeds": nothing["tokens"], "negative_prompt_embeds_mask": masks[1]}
     found = {"prompt_embeds": text["tokens"], "pooled_prompt_embeds": text["pooled"]}
     if name == "flux":
         return {**found, "guidance_scale": case.guidance}
@@ -165,7 +193,10 @@ def prompt_arguments(name, text, nothing):
 
 @pytest.mark.parametrize(
     ("name", "prediction"),
-    [("flux", None), ("flux2", None), ("sd3", None), ("sdxl", "epsilon"), ("sdxl", "v_prediction"), ("z_image", None)],
+    [
+        *(("flux", None), ("flux2", None), ("sd3", None), ("sdxl", "epsilon"), ("sdxl", "v_prediction")),
+        *(("z_image", None), ("qwen_image", None)),
+    ],
 )
 def test_euler_steps_with_predict_are_those_of_the_pipeline(name, prediction, text):
     case, denoiser = CASES[name], small(name, "denoiser")
@@ -186,8 +217,7 @@ def test_euler_steps_with_predict_are_those_of_the_pipeline(name, prediction, te
         told = predicted(name, denoiser, noisy_BCHW, t_B, text)
         if case.cfg == 1.0:
             return told
-        plain = predicted(name, denoiser, noisy_BCHW, t_B, nothing)
-        return plain + case.cfg * (told - plain)
+        return guided_by(name, told, predicted(name, denoiser, noisy_BCHW, t_B, nothing))
 
     euler = denoising_euler if prediction else flow_euler
     got = returned(name, euler(scheduler, start_BCHW, guided))
@@ -196,13 +226,18 @@ def test_euler_steps_with_predict_are_those_of_the_pipeline(name, prediction, te
 
 @pytest.mark.parametrize(
     ("name", "negative"),
-    [("flux", ""), ("flux2", ""), ("sd3", "blue"), ("sdxl", ""), ("sdxl", "a blue ring"), ("z_image", "blue")],
+    [
+        *(("flux", ""), ("flux2", ""), ("sd3", "blue"), ("sdxl", ""), ("sdxl", "a blue ring"), ("z_image", "blue")),
+        *(("qwen_image", ""), ("qwen_image", "a blue ring")),
+    ],
 )
 def test_samples_are_those_of_the_whole_pipeline(name, negative, capfd):
     kind, pipe, plain = get_family(name), pipeline(name), CASES[name].cfg == 1.0
     pipe.set_progress_bar_config(disable=True)
     options = {"guidance_scale": 2.5 if plain else 4.0}
-    if not plain and name != "flux2":  # whose pipeline knows the empty one alone
+    if name == "qwen_image":
+        options = {"true_cfg_scale": 4.0, "negative_prompt": negative}
+    elif not plain and name != "flux2":  # whose pipeline knows the empty one alone
         options["negative_prompt"] = negative or None
     if name in ("flux", "flux2", "sd3"):
         last = [part for part in pipe.components if part.startswith("tokenizer")][-1]
@@ -248,6 +283,13 @@ def test_latents_are_what_the_pipeline_decodes(name):
         assert not std_BCHW.any()
         with torch.no_grad():
             torch.testing.assert_close(returned(name, mean_BCHW), vae.encode(pixels_BCHW).latent_dist.mean)
+        return
+    if name == "qwen_image":  # one frame, and statistics of each channel
+        with torch.no_grad():
+            spread = vae.encode(pixels_BCHW.unsqueeze(2)).latent_dist
+        usual_mean, usual_std = torch.tensor([vae.config.latents_mean, vae.config.latents_std])[..., None, None]
+        torch.testing.assert_close(mean_BCHW * usual_std + usual_mean, spread.mean.squeeze(2), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(std_BCHW * usual_std, spread.std.squeeze(2))
         return
     with torch.no_grad():
         spread = vae.encode(pixels_BCHW).latent_dist

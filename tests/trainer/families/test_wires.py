@@ -62,6 +62,7 @@ def test_sd3_has_both_above_the_tokens_of_t5_and_side_by_side_in_the_pooled_outp
         ),
         ("sd3", {"JointTransformerBlock": "FusedJointBlock"}, set()),
         ("sdxl", {"BasicTransformerBlock": "FusedBasicBlock"}, {"ResnetBlock2D"}),
+        ("z_image", {"ZImageTransformerBlock": "FusedZImageBlock"}, set()),
     ],
 )
 def test_regions_are_all_blocks_and_those_with_attention_are_fused(name, fused, others):

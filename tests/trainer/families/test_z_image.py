@@ -44,12 +44,14 @@ def test_the_velocity_is_that_of_the_models_own_forward_pass(denoiser, lengths, 
     noisy, t = torch.randn(count, 16, *size), torch.rand(count)
     with torch.no_grad():
         got = z_image.predict(denoiser, noisy, t, text=stack_texts(items))
+        filled = z_image.predict(denoiser, noisy, t, text=stack_texts(items, {"tokens": 128, "real": 128}))
         # As the pipeline calls it: lists, one frame, the time reversed; and it negates what comes back.
         own = denoiser(
             list(noisy.unsqueeze(2)), 1 - t, [item["tokens"][item["real"]] for item in items], return_dict=False
         )[0]
     expected = -torch.stack(own).squeeze(2)
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    for ours in (got, filled):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
 def test_an_image_does_not_see_the_captions_of_others(denoiser):
@@ -61,6 +63,29 @@ def test_an_image_does_not_see_the_captions_of_others(denoiser):
         for i, item in enumerate(items):
             alone = z_image.predict(denoiser, noisy[i : i + 1], t[i : i + 1], text=stack_texts([item]))
             torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [64, 160])
+def test_captions_that_are_filled_up_for_captured_steps_change_neither_velocity_nor_gradients(length):
+    """In float64: what is filled up is not attended to, and the image stands where it stood."""
+    torch.manual_seed(1)
+    denoiser = models.z_image_denoiser().double()
+    adapters.add_adapters(
+        denoiser, z_image.blocks(denoiser), targets=z_image.FACTS.targets, fused={}, rank=2, alpha=2.0, seed=7
+    )
+    params = [p for p in denoiser.parameters() if p.requires_grad]
+    for p in params:
+        p.data = torch.randn_like(p, dtype=torch.float64) * 0.3
+    items = captions([5, 40])
+    noisy, t = torch.randn(2, 16, 6, 10).double(), torch.rand(2).double()
+    found = []
+    for lengths in (None, {"tokens": length, "real": length}):
+        got = z_image.predict(denoiser, noisy, t, text=stack_texts(items, lengths))
+        found.append([got, *torch.autograd.grad(got.square().sum(), params)])
+    assert stack_texts(items, lengths)["tokens"].shape[1] == length
+    for alone, filled in zip(*found, strict=True):
+        assert alone.abs().max() > 0
+        torch.testing.assert_close(filled, alone, rtol=1e-9, atol=1e-9 * alone.abs().max().item())
 
 
 def test_captions_of_one_length_are_attended_to_without_a_mask(denoiser):

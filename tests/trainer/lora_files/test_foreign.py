@@ -185,7 +185,11 @@ LORA = "lora_unet_double_blocks_0_img_attn_proj"
             "a VAE",
         ),
         ("flux", ["lora_unet_blocks_0_self_attn_q.lora_down.weight"], "a LoRA for Wan"),
-        ("flux", ["transformer.transformer_blocks.0.img_mlp.net.0.proj.lora_A.weight"], "a LoRA for Qwen-Image"),
+        (
+            "flux",
+            ["transformer.transformer_blocks.0.img_mlp.net.0.proj.lora_A.weight"],
+            "it looks like a LoRA for qwen_image, and flux is needed",
+        ),
         (
             "flux",
             ["diffusion_model.layers.0.attention.to_q.lora_A.weight"],

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from trainer.process import scratch
+from trainer.process.vitals import VARIABLE, Vitals
 
 
 def test_the_named_place_is_used_and_left_clean(tmp_path, caplog):
@@ -58,3 +59,40 @@ def test_python_itself_uses_the_place(tmp_path, monkeypatch):
     with scratch.folder({}, tmp_path / "cache") as made:
         assert tempfile.gettempdir() == str(made)
     assert tempfile.gettempdir() == before
+
+
+@pytest.fixture
+def guarded(monkeypatch):
+    """What the parent of this process would see, and the environment by which this process finds it."""
+    vitals, path = Vitals.make()
+    monkeypatch.setenv(VARIABLE, path)
+    yield vitals
+    vitals.close()
+
+
+def test_the_parent_knows_the_folder_before_it_is_there(tmp_path, guarded, monkeypatch):
+    """A stop that comes between the two would leave it behind."""
+    seen = []
+    make = Path.mkdir
+
+    def watched(self, *given, **named):
+        seen.append((guarded.read_scratch(), str(self), self.exists()))
+        make(self, *given, **named)
+
+    monkeypatch.setattr(Path, "mkdir", watched)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with scratch.folder(os.environ, tmp_path / "cache") as made:
+        assert seen == [(str(made), str(made), False)] and made.stat().st_mode & 0o777 == 0o700
+
+
+def test_the_parent_knows_the_place_that_was_taken_after_all(tmp_path, guarded, monkeypatch):
+    """It is shorter than the one that could not be written."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / ("a" * 200) / "missing"))
+    monkeypatch.setattr(scratch, "USUAL", (str(tmp_path),))
+    with scratch.folder(os.environ, tmp_path / "cache") as made:
+        assert made.parent == tmp_path and guarded.read_scratch() == str(made)
+
+
+def test_a_path_that_is_too_long_is_not_cut_to_that_of_another_folder(guarded):
+    guarded.write_scratch("/tmp/" + "a/" * 3000)
+    assert guarded.read_scratch() == ""

@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
-from trainer.spec.plan import DataPlan, Dataset, Plan, Prompt, Source, Subset
+from trainer.spec.plan import CaptionerPlan, DataPlan, Dataset, Plan, Prompt, Source, Subset
 from trainer.spec.rules.resume_rules import changes
 
 # Fields that a resumed run may change. Everything else decides which weights come out. Written down here a second time,
 # so that a field does not become neutral by a slip.
 NEUTRAL = {
-    "model": {"commit", "path"},
-    "data.datasets.subsets": {"repeats_chosen", "part_of", "folder"},
+    "model": {"commit", "path", "training_adapter_path"},
+    "data": {"captioner"},
+    "data.datasets.subsets": {"repeats_chosen", "part_of", "folder", "auto_caption", "caption_prompt"},
     "data.datasets.subsets.source": {"commit", "path", "named_in"},
     "train": {"max_skipped_steps"},
     "engine": {
@@ -64,6 +65,8 @@ def each_field(value: Any, path: str = ""):
             yield path, field.name, dataclasses.replace(value, quote=dataclasses.replace(inner, card="another"))
         elif below == "output":
             yield path, field.name, dataclasses.replace(value, output=dataclasses.replace(inner, name="another"))
+        elif below == "data.captioner":
+            yield path, field.name, dataclasses.replace(value, captioner=CaptionerPlan("org/model"))
         elif below == "prompts":
             yield path, field.name, dataclasses.replace(value, prompts=())
         elif dataclasses.is_dataclass(inner):

@@ -148,6 +148,16 @@ def folder(plan):
     return Path(dataset.subsets[0].source.location)
 
 
+def test_a_local_training_adapter_counts_too(plan, tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"x")
+    named = dataclasses.replace(plan, model=dataclasses.replace(plan.model, training_adapter=str(path)))
+    before = run_records.listing_digest(named)
+    assert before != run_records.listing_digest(plan)
+    path.write_bytes(b"xy")
+    assert run_records.listing_digest(named) != before
+
+
 def test_every_file_counts_with_its_name_its_size_and_its_time(plan, folder):
     before = run_records.listing_digest(plan)
     path = folder / "0.txt"

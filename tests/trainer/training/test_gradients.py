@@ -72,7 +72,7 @@ OBJECTIVE = FlowMatching("sigmoid", noise_offset=0.1, weighting="cosmap")
 
 def expected(group, number, *, first=0, stride=1, scale=1.0):
     """By the definition, in one graph: the mean over all images of the group, times the loss scale."""
-    model, losses = Model(), []
+    model, losses, times = Model(), [], []
     for i, one in enumerate(group):
         generator = seeded(torch.Generator(), SEED, number, first + stride * i)
         mean, deviation = one.moments_B2CHW.chunk(2, dim=1)
@@ -86,8 +86,9 @@ def expected(group, number, *, first=0, stride=1, scale=1.0):
             error = error * one.mask_B1HW
         weight = 2 / (math.pi * (1 - 2 * t + 2 * t**2))
         losses.append(error.mean((1, 2, 3)) * weight * one.weight_B)
+        times.append(t)
     (torch.cat(losses).mean() * scale).backward()
-    return torch.cat([p.grad.reshape(-1) for p in model.params]), losses
+    return torch.cat([p.grad.reshape(-1) for p in model.params]), losses, times
 
 
 def backward(model, **fields):
@@ -96,9 +97,10 @@ def backward(model, **fields):
 
 
 def check(found, one, number=4, group=GROUP, **keys):
-    gradient, losses = expected(group, number, **keys)
+    gradient, losses, times = expected(group, number, **keys)
     assert torch.allclose(one.runner.flat_grad, gradient, rtol=1e-4, atol=1e-5)
-    assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(found, losses, strict=True))
+    assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(found[0], losses, strict=True))
+    assert all(map(torch.equal, found[1], times)) and len(found[1]) == len(times)
 
 
 @pytest.mark.parametrize(("first", "stride"), [(0, 1), (1, 2), (2, 3)])

@@ -1,5 +1,6 @@
 """What the loop does around a step: clipping, the schedule, skipped steps and their words, errors while reading."""
 
+import dataclasses
 import logging
 import math
 
@@ -10,7 +11,7 @@ from trainer.data.batches import MicroBatch
 from trainer.engine.cuda_graphs import EagerStep
 from trainer.spec.errors import DataError, NumbersError
 from trainer.training import loop
-from trainer.training.distributed import Workers
+from trainer.training.distributed import StepTotals, Workers
 from trainer.training.loop import train
 from trainer.training.objective import NoisedBatch
 from trainer.training.step_guard import StepGuard
@@ -36,7 +37,8 @@ def run(groups, *, guard=None, clip=0.0, weight=None, rate=0.25, course=None, **
     optimizer = torch.optim.SGD([weight], lr=rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, course or (lambda _: 1.0))
     steps = train(
-        groups, predict=lambda noisy, t, given: noisy * 0 + weight, objective=Line(), params=[weight],
+        groups, predict=lambda noisy, t, given: noisy * 0 + weight, params=[weight],
+        objective=keywords.pop("objective", Line()),
         optimizer=optimizer, schedule=schedule, max_grad_norm=clip, guard=guard or StepGuard(), device="cpu", seed=0,
         first_step=keywords.pop("first_step", 1), **keywords,
     )  # fmt: skip
@@ -55,6 +57,20 @@ def test_steps_count_their_epoch_their_images_their_loss_and_the_norm_before_cli
     assert (second.number, second.epoch, second.images) == (8, 2, 1)
     assert second.loss == pytest.approx(1.25**2) and second.grad_norm == pytest.approx(2.5)
     assert w2 == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_step_has_the_loss_of_each_band_of_noise_levels():
+    """By hand: w is 0, so the loss of an image is m²; its noise level is drawn by the objective."""
+
+    class Drawn(Line):
+        def add_noise(self, latents, generator):
+            noised = super().add_noise(latents, generator)
+            return dataclasses.replace(noised, t_B=torch.tensor([0.3, 0.26, 0.8])[: len(latents)])
+
+    groups = [(1, [batch(2.0, 4.0, 3.0), batch(6.0)]), (1, [batch(math.nan, 1.0)])]
+    first, second = [step for step, _, _ in run(groups, objective=Drawn(), rate=0.0)]
+    assert first.band_losses == (None, pytest.approx((4 + 16 + 36) / 3), None, pytest.approx(9.0))
+    assert second.skipped and second.band_losses[0] is second.band_losses[2] is None
 
 
 def test_zero_does_not_clip():
@@ -132,7 +148,7 @@ def test_the_numbers_of_all_processes_decide():
 
     class Two(Workers):
         def read_totals(self, totals, norm):
-            return math.inf, 9, 1.5
+            return StepTotals(math.inf, 9, 1.5)
 
     ((step, weight, _),) = run([(1, [batch(1.0)])], workers=Two(size=1))
     assert (step.loss, step.images, step.grad_norm, step.skipped) == (math.inf, 9, 1.5, True) and weight == 0.0

@@ -14,7 +14,7 @@ from trainer.process.vitals import SAMPLE, SAVE, Vitals
 from trainer.spec.errors import KilnError, PeerError, SettingsError, StopRequestedError
 from trainer.spec.plan import RANK_VARIABLE, TEAM_VARIABLE
 from trainer.training import distributed
-from trainer.training.distributed import Workers, process_rank, workers_from_environment
+from trainer.training.distributed import StepTotals, Workers, process_rank, workers_from_environment
 from trainer.training.page_requests import NOTHING, NowDue, PageRequests
 from trainer.training.stop_flag import StopFlag
 
@@ -75,26 +75,33 @@ def test_answers_and_weights_are_compared_over_both(pair):
 
 
 def test_the_step_is_the_mean_over_the_images_of_both(pair):
-    """By hand: losses 1, 2, 3 and 6 here, with the mean gradient (1, 2); 10 there, with (6, -8)."""
+    """By hand: losses 1, 2, 3 and 6 here, with the mean gradient (1, 2); 10 there, with (6, -8).
 
-    def step(workers, losses, gradient):
+    Noise levels: 0.1, 0.9, 0.24 and 1 here, 0.75 there, so that the bands have 1 and 3; none; none; 2, 6 and 10.
+    """
+
+    def step(workers, losses, times, gradient):
         flat = torch.tensor(gradient)
-        totals = workers.mean_gradient(flat, [torch.tensor(values) for values in losses])
-        return [*workers.read_totals(totals, torch.tensor(7.0)), flat.tolist(), workers.stopping]
+        totals_T = workers.mean_gradient(flat, list(map(torch.tensor, losses)), list(map(torch.tensor, times)))
+        found = workers.read_totals(totals_T, torch.tensor(7.0))
+        return [found.loss, found.images, found.norm, flat.tolist(), workers.stopping, found.band_losses]
 
     def meet(workers):
         first = workers.is_first
-        own = ([[1.0, 2.0, 3.0], [6.0]], [1.0, 2.0]) if first else ([[10.0]], [6.0, -8.0])
+        own = ([[1.0, 2.0, 3.0], [6.0]], [[0.1, 0.9, 0.24], [1.0]], [1.0, 2.0])
+        own = own if first else ([[10.0]], [[0.75]], [6.0, -8.0])
         told = [step(workers, *own), step(workers, *own)]
-        told.append(step(workers, *(own if first else ([], [0.0, 0.0]))))  # nothing for the second to do
+        told.append(step(workers, *(own if first else ([], [], [0.0, 0.0]))))  # nothing for the second to do
         if first:
             workers._stop.signal = 15
         assert workers.stopping is False  # not before all know
         told.append(step(workers, *own))
         return told
 
-    both = [22 / 5, 5, 7.0, pytest.approx([2.0, 0.0]), False]
-    expected = [both, both, [12 / 4, 4, 7.0, [1.0, 2.0], False], [*both[:4], True]]
+    bands = (2.0, None, None, pytest.approx(6.0))
+    both = [22 / 5, 5, 7.0, pytest.approx([2.0, 0.0]), False, bands]
+    alone = [12 / 4, 4, 7.0, [1.0, 2.0], False, (2.0, None, None, 4.0)]
+    expected = [both, both, alone, [*both[:4], True, bands]]
     mine, theirs = pair(meet)
     assert mine == [[pytest.approx(row[0]), *row[1:]] for row in expected] and theirs == mine
 
@@ -109,7 +116,7 @@ def test_what_the_page_asks_of_the_first_is_due_in_both_after_the_same_step(pair
             if workers.is_first and number == 1:
                 vitals.write(SAVE, 1.0)
                 vitals.write(SAMPLE, 2.0)
-            totals = workers.mean_gradient(torch.zeros(2), [torch.ones(1)])
+            totals = workers.mean_gradient(torch.zeros(2), [torch.ones(1)], [torch.ones(1)])
             workers.read_totals(totals, torch.tensor(1.0))
             told.append(workers.asked())
         vitals.close()
@@ -127,7 +134,7 @@ def test_a_process_that_has_ended_is_an_error_of_its_own(pair):
             for _ in range(3):
                 workers.all_agree(True)
         with pytest.raises(PeerError):
-            workers.mean_gradient(torch.zeros(2), [torch.ones(1)])
+            workers.mean_gradient(torch.zeros(2), [torch.ones(1)], [torch.ones(1)])
         return "told"
 
     assert pair(meet)[0] == "told"
@@ -144,8 +151,10 @@ def test_a_process_alone_asks_nobody():
     alone = Workers(stop=flag)
     alone.connect("cpu")
     flat = torch.tensor([3.0])
-    totals = alone.mean_gradient(flat, [torch.tensor([1.0, 2.0]), torch.tensor([6.0])])
-    assert alone.read_totals(totals, torch.tensor(0.5)) == (3.0, 3, 0.5) and flat.tolist() == [3.0]
+    times = [torch.tensor([0.0, 0.5]), torch.tensor([0.5])]
+    totals = alone.mean_gradient(flat, [torch.tensor([1.0, 2.0]), torch.tensor([6.0])], times)
+    assert alone.read_totals(totals, torch.tensor(0.5)) == StepTotals(3.0, 3, 0.5, (1.0, None, 4.0, None))
+    assert flat.tolist() == [3.0]
     assert alone.all_agree(True) and not alone.all_agree(False) and not alone.stopping
     flag.signal = 15
     assert alone.stopping and differ(alone, [math.nan]) is None
@@ -189,13 +198,8 @@ def test_the_place_of_a_process_is_in_its_environment():
     assert workers_from_environment(1, given, flag).stopping and process_rank({}) == 0
     flat = torch.zeros(1)
     assert second._stop is flag and not second.stopping and workers_from_environment(1, {}, flag).is_first
-    assert workers_from_environment(1, {}, flag).mean_gradient(flat, [torch.ones(2)]).tolist() == [
-        1.0,
-        2.0,
-        0.0,
-        0.0,
-        0.0,
-    ]
+    totals = workers_from_environment(1, {}, flag).mean_gradient(flat, [torch.ones(2)], [torch.zeros(2)])
+    assert totals[:5].tolist() == [1.0, 2.0, 0.0, 0.0, 0.0]
 
 
 def test_of_an_error_of_torch_the_first_lines_are_told_without_its_hints():

@@ -6,13 +6,22 @@ from collections.abc import Mapping, Sequence
 
 from trainer.data.caption_files.findings import Findings
 from trainer.data.captions import Caption, own_trigger
-from trainer.spec.plan import Subset
+from trainer.spec.plan import CaptionerPlan, Subset
 from trainer.spec.prompts import TRIGGER_PLACEHOLDER
 from trainer.spec.values import many, some
 
+CAPTION_THEM = "CAPTION_WITH has a model caption such images"
 
-def note_captions(images: Sequence[str], captions: Mapping[str, Caption], subset: Subset, findings: Findings) -> None:
-    """Add notes about the captions of `images` to `findings`."""
+
+def note_captions(
+    images: Sequence[str],
+    captions: Mapping[str, Caption],
+    subset: Subset,
+    findings: Findings,
+    *,
+    captioner: CaptionerPlan | None = None,
+) -> None:
+    """Add notes about the captions of `images` to `findings`. `captioner`: makes those that are missing."""
     own = {}  # captions of their own, not class_tokens
     for image in images:
         if image in captions and captions[image].origin != "class_tokens":
@@ -20,7 +29,7 @@ def note_captions(images: Sequence[str], captions: Mapping[str, Caption], subset
     if subset.source.kind == "generated":
         findings.notes.append(f"the caption of {many(len(images), 'image')} is class_prompt {subset.class_tokens!r}")
     else:
-        _note_missing(images, own, subset, findings)
+        _note_missing(images, own, subset, findings, captioner=captioner if subset.auto_caption else None)
     empty = [image for image, caption in own.items() if not caption.text]
     if empty:
         findings.warn(f"no text in {many(len(empty), 'caption')}: trained without caption: {some(empty)}")
@@ -34,10 +43,23 @@ def note_captions(images: Sequence[str], captions: Mapping[str, Caption], subset
     _note_options(list(captions.values()), subset, findings)
 
 
-def _note_missing(images: Sequence[str], own: Mapping[str, Caption], subset: Subset, findings: Findings) -> None:
+def _note_missing(
+    images: Sequence[str],
+    own: Mapping[str, Caption],
+    subset: Subset,
+    findings: Findings,
+    *,
+    captioner: CaptionerPlan | None,
+) -> None:
     findings.notes.insert(0, f"{many(len(images), 'image')}, {many(len(own), 'caption')}")
     missing = [image for image in images if image not in own]
+    if captioner is not None and captioner.overwrite and own:
+        count = many(len(own), "caption")
+        findings.notes.append(f"CAPTION_OVERWRITE=true: {count} replaced by those of {captioner.name}")
     if not missing:
+        return
+    if captioner is not None and not (subset.is_reg and subset.class_tokens):
+        findings.notes.append(f"{many(len(missing), 'caption')} missing: {captioner.name} makes them: {some(missing)}")
         return
     if subset.part_of is not None and not own and subset.class_tokens:
         return  # said with the folder's name, which gives the words
@@ -45,17 +67,19 @@ def _note_missing(images: Sequence[str], own: Mapping[str, Caption], subset: Sub
     if subset.class_tokens:
         findings.notes.append(f"{count} missing: class_tokens {subset.class_tokens!r} is used: {some(missing)}")
     elif own_trigger(subset):
-        text = f"{count} missing: the trigger word {own_trigger(subset)!r} alone is used: {some(missing)}"
+        text = f"{count} missing: the trigger word {own_trigger(subset)!r} alone is used: {some(missing)}. "
+        text += CAPTION_THEM
         if own:
             findings.warn(text)
         else:
             findings.notes.append(text)
     elif own or subset.is_reg:
-        findings.warn(f"{count} missing: trained without caption: {some(missing)}")
+        findings.warn(f"{count} missing: trained without caption: {some(missing)}. {CAPTION_THEM}")
     else:
         findings.warn(
             "no captions at all and no class_tokens: the model learns these images without words, and no word will "
-            f"call them up: {some(missing)}. Add .txt files, or set class_tokens or TRIGGER_WORD."
+            f"call them up: {some(missing)}. Add .txt files, have a model caption them (CAPTION_WITH), or set "
+            "class_tokens or TRIGGER_WORD."
         )
 
 

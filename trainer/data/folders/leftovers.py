@@ -47,7 +47,7 @@ SAMPLE_FOLDERS = ("sample", "samples", "training_samples", "validation_images", 
 DOUBTFUL_FOLDERS = frozenset((*MASK_FOLDERS, *MAP_FOLDERS, *SMALL_FOLDERS, *SAMPLE_FOLDERS))
 # The names that trainers give to samples: sd-scripts, ai-toolkit, OneTrainer, SimpleTuner, Kiln.
 SAMPLE_NAME = re.compile(
-    r".*_(e\d{6}|\d{6})_\d{2}_\d{14}(_\d+)?|\d{9,}__\d{9}_\d+|.*-training-sample-.*|step_\d+_.*|step-\d{8}-\d{2,}"
+    r".*_(e\d{6}|\d{6})_\d{2}_\d{14}(_\d+)?|\d{9,}__\d{9}_\d+|.*-training-sample-.*|step_\d+_.*|step-\d{8}-\d{2,}(-at-[\d.]+)?"
     r"|contact-sheet"
 )
 KINDS = ("mask", "map", "preview", "sample")  # of a `Companion`

@@ -1,8 +1,8 @@
 """Triton kernels around the FP8 products, their references in plain torch, and the self-test that compares the two.
 
-Read `reference` and `rope_reference` for the arithmetic. `quantize_triton`, `norm_gelu_triton` and `rope_triton` do the
-same on a GPU. `dispatch` is the only place that chooses between the two, and `self_test` decides before a job whether
-its GPU may use them. Imports `trainer.spec.adapter_columns` and nothing else of ours.
+Read `reference` and `rope_reference` for the arithmetic. `quantize_triton`, `norm_gelu_triton`, `swiglu_triton` and
+`rope_triton` do the same on a GPU. `dispatch` is the only place that chooses between the two, and `self_test` decides
+before a job whether its GPU may use them. Imports `trainer.spec.adapter_columns` and nothing else of ours.
 
 Letters: M rows (tokens of B images), K input and N output features, R the adapter's rank, H heads of D features.
 
@@ -17,13 +17,19 @@ norm, a GELU) can write its result in 8 bits at once, instead of 16 bits that an
     dequantize_rows         values (N, K), scales -> weight in 16 bits      modulations, storage formats, verification
     transpose               W (N, K) -> Wᵀ (K, N), in bytes                 the backward pass
     append_adapter_columns  h (M, R), B (N, R) -> columns of x8 and w8      each FP8 product with an adapter, both ways
-    norm_rows               x -> LayerNorm and modulation, quantised        fused_linear.norm_linear
-    norm_gradient           g, x -> gx, and the rows again                  its backward pass
+    norm_rows               x -> LayerNorm and modulation, quantised;       fused_linear.norm_linear
+                            without a shift RMSNorm                         fused_linear.rms_linear
+    norm_gradient           g, x -> gx, and the rows again                  their backward pass
+    norm_residual           x, y, weight -> x + weight * RMSNorm(y)         fused_linear.norm_residual
     gelu_rows               y -> GELU or GEGLU, quantised                   fused_linear.gelu_linear
     gelu_gradient           g, y -> gy, and the rows again                  its backward pass
+    swiglu_rows             a, b -> silu(a) * b, quantised                  fused_linear.swiglu_linear
+    swiglu_gradient         g, a, b -> ga, gb, and the rows again           its backward pass
     gated_residual          x, gate, y -> x + gate * y                      fused_linear.gated_residual
     rotate                  qkv -> RMSNorm by head and rotary embedding     rope.norm_rope
     rotate_gradient         gq, gk, gv, qkv -> gradient of qkv              its backward pass
+    rotate_heads            q (or k) -> the same, of a separate layer       rope.head_norm_rope
+    rotate_heads_gradient   g, q -> gradient of q                           its backward pass
 
 Adapters need the inputs of products in 16 bits as well. Forward kernels write these rows too (`keep_rows`), from the
 same values that they quantise. They are not saved: the gradient's kernel reads x or y anyway and writes them again.

@@ -45,14 +45,19 @@ gated_residual: Callable[..., Tensor] = reference.gated_residual
 gelu_gradient: Callable[..., tuple[Tensor, Tensor, Tensor]] = reference.gelu_gradient
 gelu_rows: Callable[..., tuple[Tensor, Tensor, Tensor]] = reference.gelu_rows
 norm_gradient: Callable[..., tuple[Tensor, Tensor]] = reference.norm_gradient
+norm_residual: Callable[..., Tensor] = reference.norm_residual
 norm_rows: Callable[..., tuple[Tensor, Tensor, Tensor]] = reference.norm_rows
 quantize_rows: Callable[..., tuple[Tensor, Tensor]] = reference.quantize_rows
 rotate: Callable[..., tuple[Tensor, Tensor, Tensor]] = rope_reference.rotate
 rotate_gradient: Callable[..., Tensor] = rope_reference.rotate_gradient
+rotate_heads: Callable[..., Tensor] = rope_reference.rotate_heads
+rotate_heads_gradient: Callable[..., Tensor] = rope_reference.rotate_heads_gradient
+swiglu_gradient: Callable[..., tuple[Tensor, Tensor, Tensor]] = reference.swiglu_gradient
+swiglu_rows: Callable[..., tuple[Tensor, Tensor, Tensor]] = reference.swiglu_rows
 transpose: Callable[..., Tensor] = reference.transpose
 
 if importlib.util.find_spec("triton"):
-    from trainer.engine.kernels import norm_gelu_triton, quantize_triton, rope_triton
+    from trainer.engine.kernels import norm_gelu_triton, quantize_triton, rope_triton, swiglu_triton
 
     append_adapter_columns = _by_device(quantize_triton.append_adapter_columns, append_adapter_columns)
     can_dequantize = _by_device(quantize_triton.can_dequantize, can_dequantize)
@@ -61,8 +66,13 @@ if importlib.util.find_spec("triton"):
     gelu_gradient = _by_device(norm_gelu_triton.gelu_gradient, gelu_gradient)
     gelu_rows = _by_device(norm_gelu_triton.gelu_rows, gelu_rows)
     norm_gradient = _by_device(norm_gelu_triton.norm_gradient, norm_gradient)
+    norm_residual = _by_device(norm_gelu_triton.norm_residual, norm_residual)
     norm_rows = _by_device(norm_gelu_triton.norm_rows, norm_rows)
     quantize_rows = _by_device(quantize_triton.quantize_rows, quantize_rows)
     rotate = _by_device(rope_triton.rotate, rotate)
     rotate_gradient = _by_device(rope_triton.rotate_gradient, rotate_gradient)
+    rotate_heads = _by_device(rope_triton.rotate_heads, rotate_heads)
+    rotate_heads_gradient = _by_device(rope_triton.rotate_heads_gradient, rotate_heads_gradient)
+    swiglu_gradient = _by_device(swiglu_triton.swiglu_gradient, swiglu_gradient)
+    swiglu_rows = _by_device(swiglu_triton.swiglu_rows, swiglu_rows)
     transpose = _by_device(quantize_triton.transpose, transpose)

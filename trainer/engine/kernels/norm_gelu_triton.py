@@ -35,12 +35,13 @@ def _row_scale(amax, MAX_VALUE: tl.constexpr):  # type: ignore[no-untyped-def]  
 
 
 @triton.jit
-def _normalize(x, row, k, inside, K: tl.constexpr, EPS: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton reads annotations
-    """LayerNorm of one row without weights, (x - mean) / std, and 1 / std; in fp32."""
+def _normalize(x, row, k, inside, K: tl.constexpr, EPS: tl.constexpr, CENTRED: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton reads annotations
+    """LayerNorm of one row without weights, (x - mean) / std, and 1 / std; if not CENTRED, RMSNorm. In fp32."""
     value = tl.load(x + row * K + k, mask=inside, other=0.0).to(tl.float32)
-    centred = tl.where(inside, value - tl.sum(value, axis=0) / K, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / K + EPS)
-    return centred * rstd, rstd
+    if CENTRED:
+        value = tl.where(inside, value - tl.sum(value, axis=0) / K, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(value * value, axis=0) / K + EPS)
+    return value * rstd, rstd
 
 
 # Grid: one program a row, which holds the whole row: it is read once for mean, variance and maximum. Reads the row of x
@@ -61,14 +62,16 @@ def _norm_rows(  # type: ignore[no-untyped-def]  # Triton reads annotations
     EPS: tl.constexpr,
     MAX_VALUE: tl.constexpr,
     KEEP_ROWS: tl.constexpr,
+    CENTRED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     image = row // tokens
     k = tl.arange(0, BLOCK)
     inside = k < K
-    x_hat, _ = _normalize(x, row, k, inside, K, EPS)
-    weight = SCALE_OFFSET + tl.load(scale + image * K + k, mask=inside, other=0.0).to(tl.float32)
-    value = x_hat * weight + tl.load(shift + image * K + k, mask=inside, other=0.0).to(tl.float32)
+    x_hat, _ = _normalize(x, row, k, inside, K, EPS, CENTRED)
+    value = x_hat * (SCALE_OFFSET + tl.load(scale + image * K + k, mask=inside, other=0.0).to(tl.float32))
+    if CENTRED:
+        value += tl.load(shift + image * K + k, mask=inside, other=0.0).to(tl.float32)
     # Quantise what was rounded to 16 bits: the rows that adapters read are those that the 8 bits stand for.
     rounded = value.to(x.dtype.element_ty)
     if KEEP_ROWS:
@@ -83,7 +86,7 @@ def _norm_rows(  # type: ignore[no-untyped-def]  # Triton reads annotations
 def norm_rows(
     x_MK: torch.Tensor,
     scale_BK: torch.Tensor,
-    shift_BK: torch.Tensor,
+    shift_BK: torch.Tensor | None,
     scale_offset: float,
     eps: float,
     dtype: torch.dtype,
@@ -100,7 +103,7 @@ def norm_rows(
     wrap_triton(_norm_rows)[(rows,)](
         x_MK,
         scale_BK.contiguous(),
-        shift_BK.contiguous(),
+        x_MK if shift_BK is None else shift_BK.contiguous(),
         out,
         scales,
         modulated if keep_rows else x_MK,
@@ -112,6 +115,7 @@ def norm_rows(
         eps,
         reference.max_value(dtype),
         keep_rows,
+        shift_BK is not None,
         num_warps=_num_warps(block),
     )
     return out, scales, modulated
@@ -143,15 +147,19 @@ def _norm_gradient(  # type: ignore[no-untyped-def]  # Triton reads annotations
     HAS_G2: tl.constexpr,
     HAS_G3: tl.constexpr,
     KEEP_ROWS: tl.constexpr,
+    CENTRED: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     image = row // tokens
     k = tl.arange(0, BLOCK)
     inside = k < K
-    x_hat, rstd = _normalize(x, row, k, inside, K, EPS)
+    x_hat, rstd = _normalize(x, row, k, inside, K, EPS, CENTRED)
     weight = SCALE_OFFSET + tl.load(scale + image * K + k, mask=inside, other=0.0).to(tl.float32)
     if KEEP_ROWS:
-        value = x_hat * weight + tl.load(shift + image * K + k, mask=inside, other=0.0).to(tl.float32)
+        value = x_hat * weight
+        if CENTRED:
+            value += tl.load(shift + image * K + k, mask=inside, other=0.0).to(tl.float32)
         tl.store(modulated + row * K + k, value.to(x.dtype.element_ty), mask=inside)
     g = tl.load(g1 + row * K + k, mask=inside, other=0.0).to(tl.float32)
     if HAS_G2:
@@ -160,8 +168,13 @@ def _norm_gradient(  # type: ignore[no-untyped-def]  # Triton reads annotations
         g += tl.load(g3 + row * K + k, mask=inside, other=0.0).to(tl.float32)
     g *= weight
     # LayerNorm's gradient (arXiv 1607.06450): g without its mean and without its projection on x_hat.
-    gx = rstd * (g - tl.sum(g, axis=0) / K - x_hat * (tl.sum(g * x_hat, axis=0) / K))
-    gx += tl.load(residual_grad + row * K + k, mask=inside, other=0.0).to(tl.float32)
+    # RMSNorm's keeps the mean.
+    along_x_hat = x_hat * (tl.sum(g * x_hat, axis=0) / K)
+    if CENTRED:
+        g -= tl.sum(g, axis=0) / K
+    gx = rstd * (g - along_x_hat)
+    if HAS_RESIDUAL:
+        gx += tl.load(residual_grad + row * K + k, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * K + k, gx.to(out.dtype.element_ty), mask=inside)
 
 
@@ -169,13 +182,13 @@ def _norm_gradient(  # type: ignore[no-untyped-def]  # Triton reads annotations
 def norm_gradient(
     x_MK: torch.Tensor,
     scale_BK: torch.Tensor,
-    shift_BK: torch.Tensor,
+    shift_BK: torch.Tensor | None,
     scale_offset: float,
     eps: float,
     g1_MK: torch.Tensor,
     g2_MK: torch.Tensor | None,
     g3_MK: torch.Tensor | None,
-    residual_grad_MK: torch.Tensor,
+    residual_grad_MK: torch.Tensor | None,
     keep_rows: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`reference.norm_gradient` in one kernel: the gradient of x (M, K), and rows (M, K) or empty."""
@@ -188,11 +201,11 @@ def norm_gradient(
     wrap_triton(_norm_gradient)[(rows,)](
         x_MK,
         scale_BK.contiguous(),
-        shift_BK.contiguous(),
+        x_MK if shift_BK is None else shift_BK.contiguous(),
         g1_MK,
         g1_MK if g2_MK is None else g2_MK.contiguous(),
         g1_MK if g3_MK is None else g3_MK.contiguous(),
-        residual_grad_MK.contiguous(),
+        g1_MK if residual_grad_MK is None else residual_grad_MK.contiguous(),
         out,
         modulated if keep_rows else x_MK,
         rows // scale_BK.shape[0],
@@ -203,9 +216,45 @@ def norm_gradient(
         g2_MK is not None,
         g3_MK is not None,
         keep_rows,
+        shift_BK is not None,
+        residual_grad_MK is not None,
         num_warps=_num_warps(block),
     )
     return out, modulated
+
+
+# Grid: one program a row. Reads the rows of x and y, and the image's weight; writes x + weight * RMSNorm(y).
+@triton.jit
+def _norm_residual(x, y, weight, out, tokens, K: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton reads annotations
+    row = tl.program_id(0).to(tl.int64)
+    image = row // tokens
+    k = tl.arange(0, BLOCK)
+    inside = k < K
+    y_hat, _ = _normalize(y, row, k, inside, K, EPS, False)
+    value = tl.load(x + row * K + k, mask=inside, other=0.0).to(tl.float32)
+    value += y_hat * tl.load(weight + image * K + k, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * K + k, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton_op("kiln::norm_residual", mutates_args={})
+def norm_residual(x_BTK: torch.Tensor, y_BTK: torch.Tensor, weight_BK: torch.Tensor, eps: float) -> torch.Tensor:
+    """`reference.norm_residual` in one kernel."""
+    x_BTK = x_BTK.contiguous()
+    out = torch.empty_like(x_BTK)
+    rows = out.numel() // out.shape[-1]
+    block = triton.next_power_of_2(out.shape[-1])
+    wrap_triton(_norm_residual)[(rows,)](
+        x_BTK,
+        y_BTK.contiguous(),
+        weight_BK.contiguous(),
+        out,
+        rows // weight_BK.shape[0],
+        out.shape[-1],
+        block,
+        eps,
+        num_warps=_num_warps(block),
+    )
+    return out
 
 
 @triton.jit

@@ -152,7 +152,7 @@ Rows = torch.Tensor
 def norm_rows(
     x_MK: torch.Tensor,
     scale_BK: torch.Tensor,
-    shift_BK: torch.Tensor,
+    shift_BK: torch.Tensor | None,
     scale_offset: float,
     eps: float,
     dtype: torch.dtype,
@@ -161,41 +161,57 @@ def norm_rows(
 ) -> tuple[torch.Tensor, torch.Tensor, Rows]:
     """Quantise LayerNorm(x) * (scale_offset + scale) + shift: values (M, K + padding), scales (M, 1), rows (M, K).
 
-    scale_offset: 1 for a modulation, 0 for the norm's own weight. Each of the B images has M / B rows of x.
+    Without a shift it is RMSNorm (arXiv 1910.07467), which does not centre x. scale_offset: 1 for a modulation, 0 for
+    the norm's own weight. Each of the B images has M / B rows of x.
     """
-    x_hat_MK = F.layer_norm(x_MK.float(), x_MK.shape[1:], eps=eps)
+    if shift_BK is None:
+        x_hat_MK, _ = normalized(x_MK, eps, centred=False)
+    else:
+        x_hat_MK = F.layer_norm(x_MK.float(), x_MK.shape[1:], eps=eps)
     rows_MK = _modulate(x_hat_MK, scale_BK, shift_BK, scale_offset).to(x_MK.dtype)
     values_MF, row_scale_M1 = quantize_rows(rows_MK, None, dtype, padding)
     return values_MF, row_scale_M1, rows_MK if keep_rows else x_MK.new_empty(0)
 
 
+def normalized(x_MK: torch.Tensor, eps: float, *, centred: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """LayerNorm, or RMSNorm if not `centred`, without weights, in fp32; and what each row was multiplied by (M, 1)."""
+    x_MK = x_MK.float()
+    if centred:
+        x_MK = x_MK - x_MK.mean(-1, keepdim=True)
+    rstd_M1 = (x_MK.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return x_MK * rstd_M1, rstd_M1
+
+
 def norm_gradient(
     x_MK: torch.Tensor,
     scale_BK: torch.Tensor,
-    shift_BK: torch.Tensor,
+    shift_BK: torch.Tensor | None,
     scale_offset: float,
     eps: float,
     g1_MK: torch.Tensor,
     g2_MK: torch.Tensor | None,
     g3_MK: torch.Tensor | None,
-    residual_grad_MK: torch.Tensor,
+    residual_grad_MK: torch.Tensor | None,
     keep_rows: bool,
 ) -> tuple[torch.Tensor, Rows]:
     """The gradient of x (M, K), and the rows of `norm_rows` again.
 
     g1 to g3: gradients of the rows from the layers that read them, added here. residual_grad: the gradient that reaches
-    x past the norm, added here as well.
+    x past the norm, added here as well. Without a shift: RMSNorm's.
     """
     gradients = [g.float() for g in (g1_MK, g2_MK, g3_MK) if g is not None]
     g_MK = torch.stack(gradients).sum(0)
     g_MK = _modulate(g_MK, scale_BK, None, scale_offset)
-    centred_MK = x_MK.float() - x_MK.float().mean(-1, keepdim=True)
-    rstd_M1 = (centred_MK.square().mean(-1, keepdim=True) + eps).rsqrt()
-    x_hat_MK = centred_MK * rstd_M1
-    # LayerNorm's gradient (arXiv 1607.06450): g without its mean and without its projection on x_hat.
+    x_hat_MK, rstd_M1 = normalized(x_MK, eps, centred=shift_BK is not None)
+    # LayerNorm's gradient (arXiv 1607.06450): g without its mean and without its projection on x_hat. RMSNorm's keeps
+    # the mean.
     along_x_hat_MK = x_hat_MK * (g_MK * x_hat_MK).mean(-1, keepdim=True)
-    gx_MK = rstd_M1 * (g_MK - g_MK.mean(-1, keepdim=True) - along_x_hat_MK)
-    gx_MK = (gx_MK + residual_grad_MK.float()).to(x_MK.dtype)
+    if shift_BK is not None:
+        g_MK = g_MK - g_MK.mean(-1, keepdim=True)
+    gx_MK = rstd_M1 * (g_MK - along_x_hat_MK)
+    if residual_grad_MK is not None:
+        gx_MK = gx_MK + residual_grad_MK.float()
+    gx_MK = gx_MK.to(x_MK.dtype)
     if not keep_rows:
         return gx_MK, x_MK.new_empty(0)
     return gx_MK, _modulate(x_hat_MK, scale_BK, shift_BK, scale_offset).to(x_MK.dtype)
@@ -260,3 +276,30 @@ def gated_residual(x_BTK: torch.Tensor | None, gate_BK: torch.Tensor, y_BTK: tor
     if x_BTK is None:
         return y_BTK * gate_BK[:, None]
     return torch.addcmul(x_BTK, gate_BK[:, None], y_BTK)
+
+
+def norm_residual(x_BTK: torch.Tensor, y_BTK: torch.Tensor, weight_BK: torch.Tensor, eps: float) -> torch.Tensor:
+    """x + weight * RMSNorm(y), rounded once. The norm of an output that is gated and added: Z-Image's sandwich."""
+    y_hat_BTK, _ = normalized(y_BTK, eps, centred=False)
+    return (x_BTK.float() + weight_BK.float()[:, None] * y_hat_BTK).to(x_BTK.dtype)
+
+
+def swiglu_rows(
+    a_MK: torch.Tensor, b_MK: torch.Tensor, dtype: torch.dtype, keep_rows: bool, padding: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, Rows]:
+    """Quantise silu(a) * b (arXiv 2002.05202): values (M, K + padding), scales (M, 1), rows (M, K)."""
+    rows_MK = (F.silu(a_MK.float()) * b_MK.float()).to(a_MK.dtype)
+    values_MF, row_scale_M1 = quantize_rows(rows_MK, None, dtype, padding)
+    return values_MF, row_scale_M1, rows_MK if keep_rows else a_MK.new_empty(0)
+
+
+def swiglu_gradient(
+    a_MK: torch.Tensor, b_MK: torch.Tensor, g_MK: torch.Tensor, keep_rows: bool
+) -> tuple[torch.Tensor, torch.Tensor, Rows]:
+    """From g (M, K), the gradient of `swiglu_rows`' rows: the gradients of a and of b, and those rows again."""
+    a, b, g = a_MK.float(), b_MK.float(), g_MK.float()
+    sigmoid = a.sigmoid()
+    ga = g * b * sigmoid * (1 + a * (1 - sigmoid))
+    gb = g * a * sigmoid
+    rows = (a * sigmoid * b).to(a_MK.dtype) if keep_rows else a_MK.new_empty(0)
+    return ga.to(a_MK.dtype), gb.to(b_MK.dtype), rows

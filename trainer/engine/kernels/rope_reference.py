@@ -76,3 +76,33 @@ def rotate_gradient(
 def _rms_norm(x_BTHD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
     x = x_BTHD.float()
     return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight_D.float()
+
+
+def rotate_heads(x_BTF: torch.Tensor, weight_D: torch.Tensor, turns_BTR2: torch.Tensor, eps: float) -> torch.Tensor:
+    """The queries or the keys of one projection, normalised by head and rotated: (B, T, H, D).
+
+    For models whose q, k and v are separate layers, and whose angles differ from image to image. F = H D features.
+    turns: cosine and sine for each of the R = D / 2 pairs of a token, in fp32.
+    """
+    x = _rms_norm(x_BTF.unflatten(2, (-1, len(weight_D))), weight_D, eps)
+    return _turned(x, turns_BTR2).to(x_BTF.dtype)
+
+
+def rotate_heads_gradient(
+    x_BTF: torch.Tensor, weight_D: torch.Tensor, turns_BTR2: torch.Tensor, g_BTHD: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """The gradient of x (B, T, F) from that of `rotate_heads`' result. The norm's weight is frozen and gets none."""
+    back_BTR2 = turns_BTR2 * turns_BTR2.new_tensor([1.0, -1.0])
+    g = _turned(g_BTHD.float(), back_BTR2) * weight_D.float()
+    x = x_BTF.float().unflatten(2, (-1, len(weight_D)))
+    rstd = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    x_hat = x * rstd
+    g = rstd * (g - x_hat * (g * x_hat).mean(-1, keepdim=True))
+    return g.flatten(2).to(x_BTF.dtype)
+
+
+def _turned(x_BTHD: torch.Tensor, turns_BTR2: torch.Tensor) -> torch.Tensor:
+    """Each pair of features as a point that is rotated: (a, b) -> (a cos - b sin, b cos + a sin)."""
+    a, b = x_BTHD.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = turns_BTR2[:, :, None].unbind(-1)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)

@@ -220,3 +220,95 @@ def rotate_gradient(
         num_warps=4,
     )
     return out
+
+
+# Grid: (tokens of all images, groups of 8 heads). Reads one token's heads and the rotation of each of their pairs;
+# writes the heads, normalised and rotated.
+@triton.jit
+def _rotate_heads(  # type: ignore[no-untyped-def]  # Triton reads annotations
+    x, weight, turns, out, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, EPS: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    d = tl.arange(0, D)[None, :]
+    inside = (head < H) & (d < D)
+    place = row * H * D + head * D + d
+    cos, sin = _turn(turns, row, D)
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    rstd = 1.0 / tl.sqrt(tl.sum(value * value, axis=1) / D + EPS)
+    a, b = _pairs(value * rstd[:, None] * tl.load(weight + d).to(tl.float32), D, HEADS)
+    value = tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), (HEADS, D))
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _turn(turns, row, D: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton reads annotations
+    """Cosines and sines, (1, D / 2) each, of one token."""
+    pair = tl.arange(0, D // 2)[None, :]
+    return tl.load(turns + row * D + 2 * pair), tl.load(turns + row * D + 2 * pair + 1)
+
+
+@triton_op("kiln::rotate_heads", mutates_args={})
+def rotate_heads(x_BTF: torch.Tensor, weight_D: torch.Tensor, turns_BTR2: torch.Tensor, eps: float) -> torch.Tensor:
+    """`rope_reference.rotate_heads` in one kernel."""
+    x_BTF = x_BTF.contiguous()
+    images, tokens, features = x_BTF.shape
+    heads = features // len(weight_D)
+    out = torch.empty(images, tokens, heads, len(weight_D), device=x_BTF.device, dtype=x_BTF.dtype)
+    wrap_triton(_rotate_heads)[(images * tokens, triton.cdiv(heads, HEADS_PER_PROGRAM))](
+        x_BTF,
+        weight_D,
+        turns_BTR2.contiguous(),
+        out,
+        heads,
+        len(weight_D),
+        HEADS_PER_PROGRAM,
+        eps,
+        num_warps=4,
+    )
+    return out
+
+
+# Grid: as `_rotate_heads`. Reads x again, and the gradient of the rotated heads; writes the gradient of x.
+@triton.jit
+def _rotate_heads_gradient(  # type: ignore[no-untyped-def]  # Triton reads annotations
+    x, weight, turns, g, out, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, EPS: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    d = tl.arange(0, D)[None, :]
+    inside = (head < H) & (d < D)
+    place = row * H * D + head * D + d
+    cos, sin = _turn(turns, row, D)
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    rstd = (1.0 / tl.sqrt(tl.sum(value * value, axis=1) / D + EPS))[:, None]
+    a, b = _pairs(tl.load(g + place, mask=inside, other=0.0).to(tl.float32), D, HEADS)
+    back = tl.reshape(tl.join(a * cos + b * sin, b * cos - a * sin), (HEADS, D))
+    back *= tl.load(weight + d).to(tl.float32)
+    hat = value * rstd
+    value = rstd * (back - hat * (tl.sum(back * hat, axis=1) / D)[:, None])
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton_op("kiln::rotate_heads_gradient", mutates_args={})
+def rotate_heads_gradient(
+    x_BTF: torch.Tensor, weight_D: torch.Tensor, turns_BTR2: torch.Tensor, g_BTHD: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """`rope_reference.rotate_heads_gradient` in one kernel."""
+    x_BTF = x_BTF.contiguous()
+    images, tokens, features = x_BTF.shape
+    heads = features // len(weight_D)
+    out = torch.empty_like(x_BTF)
+    wrap_triton(_rotate_heads_gradient)[(images * tokens, triton.cdiv(heads, HEADS_PER_PROGRAM))](
+        x_BTF,
+        weight_D,
+        turns_BTR2.contiguous(),
+        g_BTHD.contiguous(),
+        out,
+        heads,
+        len(weight_D),
+        HEADS_PER_PROGRAM,
+        eps,
+        num_warps=4,
+    )
+    return out

@@ -53,7 +53,9 @@ def _comparisons(device: str, dtype: torch.dtype) -> Iterator[Comparison]:
         return torch.randn(*shape, device=device, generator=generator).bfloat16()
 
     yield from _norm_comparisons(normal, dtype)
+    yield from _rms_comparisons(normal, dtype)
     yield from _gelu_comparisons(normal, dtype)
+    yield from _swiglu_comparisons(normal, dtype)
     yield from _rope_comparisons(normal)
 
 
@@ -69,6 +71,26 @@ def _norm_comparisons(normal: Callable[..., Tensor], dtype: torch.dtype) -> Iter
     yield "append_adapter_columns", found, expected
     backward = (x, scale, shift, 1.0, 1e-6, g, residual_grad, None, residual_grad, True)
     yield "norm_gradient", dispatch.norm_gradient(*backward), reference.norm_gradient(*backward)
+
+
+def _rms_comparisons(normal: Callable[..., Tensor], dtype: torch.dtype) -> Iterator[Comparison]:
+    x, g = (normal(ROWS, IN_FEATURES) for _ in range(2))
+    weight = normal(2, IN_FEATURES)
+    forward = (x, weight, None, 0.0, 1e-6, dtype, True)
+    yield "norm_rows", _dequantized(dispatch.norm_rows(*forward)), _dequantized(reference.norm_rows(*forward))
+    for residual_grad in (None, normal(ROWS, IN_FEATURES)):
+        backward = (x, weight, None, 0.0, 1e-6, g, None, None, residual_grad, True)
+        yield "norm_gradient", dispatch.norm_gradient(*backward), reference.norm_gradient(*backward)
+    added = (normal(2, ROWS // 2, IN_FEATURES), x.view(2, -1, IN_FEATURES), weight, 1e-6)
+    yield "norm_residual", [dispatch.norm_residual(*added)], [reference.norm_residual(*added)]
+
+
+def _swiglu_comparisons(normal: Callable[..., Tensor], dtype: torch.dtype) -> Iterator[Comparison]:
+    a, b = normal(ROWS, 2 * GELU_FEATURES).chunk(2, -1)
+    forward = (a, b, dtype, True)
+    yield "swiglu_rows", _dequantized(dispatch.swiglu_rows(*forward)), _dequantized(reference.swiglu_rows(*forward))
+    backward = (a, b, normal(ROWS, GELU_FEATURES), True)
+    yield "swiglu_gradient", dispatch.swiglu_gradient(*backward), reference.swiglu_gradient(*backward)
 
 
 def _gelu_comparisons(normal: Callable[..., Tensor], dtype: torch.dtype) -> Iterator[Comparison]:
@@ -95,6 +117,12 @@ def _rope_comparisons(normal: Callable[..., Tensor]) -> Iterator[Comparison]:
     backward = (second, second_q, second_k, cos, sin, gq, gk, gv, FIRST_TOKENS, 1e-6)
     found = dispatch.rotate_gradient(*backward)
     yield "rotate_gradient", [found], [rope_reference.rotate_gradient(*backward)]
+    turns = normal(2, FIRST_TOKENS, HEAD_DIM // 2, 2).float()  # other angles in each image
+    heads = (normal(2, FIRST_TOKENS, HEADS * HEAD_DIM), first_q, turns)
+    yield "rotate_heads", [dispatch.rotate_heads(*heads, 1e-6)], [rope_reference.rotate_heads(*heads, 1e-6)]
+    of_heads = (*heads, gq[:, :FIRST_TOKENS], 1e-6)
+    found = dispatch.rotate_heads_gradient(*of_heads)
+    yield "rotate_heads_gradient", [found], [rope_reference.rotate_heads_gradient(*of_heads)]
 
 
 def _adapter_column_parts(

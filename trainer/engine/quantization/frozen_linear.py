@@ -21,6 +21,8 @@ from trainer.engine.kernels.dispatch import transpose
 from trainer.engine.quantization.formats import MIN_LARGEST_WEIGHT, STORAGE_ONLY, WEIGHT_FORMATS
 from trainer.spec.adapter_columns import fits_adapter_columns, padding_for
 
+MODULATIONS = ("norm", "modulation")  # parts of the names of layers that compute scales, shifts and gates
+
 
 @contextlib.contextmanager
 def dequantized_matmul(model: torch.nn.Module) -> Iterator[None]:
@@ -179,8 +181,8 @@ class FrozenLinear(torch.nn.Module):
 def freeze(block: torch.nn.Module, weight_format: str, rank: Callable[[str], int] = lambda _: 0) -> None:
     """Replace the linear layers in `block` by frozen ones, in place.
 
-    Layers whose sides are not multiples of what the format needs stay as they are. Modulations (their names contain
-    "norm") only store 8 bits and multiply in 16: they have one row an image, so FP8 products would save nothing.
+    Layers whose sides are not multiples of what the format needs stay as they are. Modulations (`MODULATIONS`) only
+    store 8 bits and multiply in 16: they have one row an image, so FP8 products would save nothing.
     `rank`: of the adapter that the layer of this name will get; 0 for none.
     """
     if weight_format == "torchao":
@@ -190,7 +192,8 @@ def freeze(block: torch.nn.Module, weight_format: str, rank: Callable[[str], int
     for name, layer in list(block.named_modules()):
         if not isinstance(layer, torch.nn.Linear):
             continue
-        layer_format = storage_format if "norm" in name else weight_format
+        is_modulation = any(part in name for part in MODULATIONS)
+        layer_format = storage_format if is_modulation else weight_format
         multiple = WEIGHT_FORMATS[layer_format].multiple
         if layer.in_features % multiple or layer.out_features % multiple:
             continue

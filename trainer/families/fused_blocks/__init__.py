@@ -5,6 +5,7 @@ FP8 layers: its weights, names and results stay, only the operations are grouped
 never passes, but some pipelines do, are handed to diffusers' own forward pass. No block of these families has a
 dropout.
 
-Read `projections`, then `flux` (the only one with a rotary embedding), then `sd3` and `sdxl`. Imports `trainer.engine`
+Read `projections`, then `flux` (joined projections and a rotary embedding), then `sd3`, `sdxl` and `z_image` (RMSNorm,
+a rotary embedding that differs from image to image, SwiGLU). Imports `trainer.engine`
 and diffusers. The parameters are named as diffusers names them.
 """

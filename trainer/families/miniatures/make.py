@@ -1,10 +1,10 @@
 """Train the miniature base models from scratch, on one GPU:
 `python -m trainer.families.miniatures.make all --out DIR`.
 
-`flux`, `sdxl`, `sd3`, `z_image` and `flux2` each write a folder in the layout of diffusers' pipelines; `vae16` and
-`vae4` make the autoencoders that those need (found in DIR/.vae afterwards); `all` does everything, in parallel. With
-`--resume`, training continues from the models in DIR, with their tokenizers. `concept` draws the demo's images; `sheet`
-samples from the model in a folder, for a look at it.
+`flux`, `sdxl`, `sd3`, `z_image`, `flux2` and `qwen_image` each write a folder in the layout of diffusers' pipelines;
+`vae16`, `vae4` and `vae_video` make the autoencoders that those need (found in DIR/.vae afterwards); `all` does
+everything, in parallel. With `--resume`, training continues from the models in DIR, with their tokenizers. `concept`
+draws the demo's images; `sheet` samples from the model in a folder, for a look at it.
 """
 
 import argparse
@@ -14,16 +14,17 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage, DiffusionPipeline
 from PIL import Image
 
-from trainer.families.miniatures import models
+from trainer.families.miniatures import models, qwen
 from trainer.families.miniatures.fit import fit
 from trainer.families.miniatures.pools import image_losses, latent_losses, measure_latents
-from trainer.families.miniatures.recipes import RECIPES
-from trainer.families.miniatures.scenes import Background, caption, concept_scene, draw
+from trainer.families.miniatures.recipes import RECIPES, Recipe
+from trainer.families.miniatures.scenes import Background, caption, concept_scene, draw, random_scene
 from trainer.families.miniatures.tokens import DEEP_QWEN_LENGTH, T5_LENGTH, compact, load_tokenizers, new_tokenizers
 
 SHEET = (
@@ -41,9 +42,9 @@ SHEET = (
     ("", 128, 128),
 )
 TOKENIZERS = {"flux": ("clip", "t5"), "sdxl": ("clip", "clip!"), "sd3": ("clip", "clip!", "t5"), "z_image": ("qwen",)}
-TOKENIZERS["flux2"] = ("qwen!",)
-GUIDANCE = {"flux": 3.5, "sdxl": 5.0, "sd3": 4.0, "z_image": 3.0, "flux2": 3.0}
-STEPS = {"flux": 20, "sdxl": 30, "sd3": 28, "z_image": 28, "flux2": 28}
+TOKENIZERS |= {"flux2": ("qwen!",), "qwen_image": ("qwen, described",)}
+GUIDANCE = {"flux": 3.5, "sdxl": 5.0, "sd3": 4.0, "z_image": 3.0, "flux2": 3.0, "qwen_image": 3.0}
+STEPS = {"flux": 20, "sdxl": 30, "sd3": 28, "z_image": 28, "flux2": 28, "qwen_image": 28}
 CONCEPT_GROUNDS = (
     ("plain", "blue", "black"),
     ("plain", "green", "black"),
@@ -58,6 +59,7 @@ CONCEPT_GROUNDS = (
     ("fading", "blue", "white"),
     ("striped", "blue", "yellow"),
 )
+VIDEO = "video"  # the folder of the autoencoder of videos
 VAE_PRIOR = {16: (0.35, 2.2), 4: (0.0, 6.0)}
 
 
@@ -99,6 +101,42 @@ def make_vae(channels: int, *, out: Path, deadline: float, resume: bool, small: 
     vae.half().save_pretrained(place)
 
 
+def make_video_vae(*, out: Path, deadline: float, resume: bool, small: bool, device: torch.device) -> None:
+    """The same for an autoencoder of videos, whose config has the mean and the deviation of each channel of latents."""
+    torch.manual_seed(200 + resume)
+    place = out / ".vae" / VIDEO
+    vae = AutoencoderKLQwenImage.from_pretrained(place, dtype=torch.float32) if resume else qwen.new_vae()
+    mean, std = VAE_PRIOR[16]
+    count, batch = (64, 4) if small else (6000, 48)
+    one_frame = qwen.OneFrame(vae).to(device)
+    losses = image_losses(
+        one_frame, count=count, batch=batch, device=device, prior_mean=mean, prior_std=std, weight=1e-3
+    )
+    fit(
+        losses,
+        [one_frame],
+        seconds=deadline - time.monotonic(),
+        peak_rate=1.5e-3,
+        device=device,
+        report=lambda text: say(f"vae_video: {text}"),
+    )
+    vae.half().float()
+    rng = random.Random(2)
+    scenes = [random_scene(rng) for _ in range(100)]
+    qwen.normalise(vae, draw(scenes, height=128, width=128, device=device) * 2 - 1)
+    mean, std, error = measure_latents(qwen.OneFrame(vae).to(device), count=100, device=device)
+    say(f"vae_video: latents {mean:.4f} ± {std:.4f}, error {error:.4f} of 1")
+    vae.half().save_pretrained(place)
+
+
+def load_vae(out: Path, recipe: Recipe) -> Any:
+    """The autoencoder that a family's recipe needs, as one of images, in fp32."""
+    if recipe.of_videos:
+        vae = AutoencoderKLQwenImage.from_pretrained(out / ".vae" / VIDEO, dtype=torch.float32)
+        return qwen.OneFrame(vae)
+    return AutoencoderKL.from_pretrained(out / ".vae" / str(recipe.latent_channels), dtype=torch.float32)
+
+
 def make_family(
     name: str, *, out: Path, deadline: float, resume: bool, size: tuple[int, int], device: torch.device
 ) -> None:
@@ -114,8 +152,7 @@ def make_family(
         old = DiffusionPipeline.from_pretrained(out / name, dtype=torch.float32)
         for part, module in recipe.modules.items():
             module.load_state_dict(getattr(old, part).state_dict())
-    place = out / ".vae" / str(recipe.latent_channels)
-    vae = AutoencoderKL.from_pretrained(place, dtype=torch.float32).to(device).requires_grad_(False)
+    vae = load_vae(out, recipe).to(device).requires_grad_(False)
     for module in recipe.modules.values():
         module.to(device)
     start = time.monotonic()
@@ -146,9 +183,12 @@ def make_sheet(folder: Path, path: Path, *, device: torch.device, seed: int = 0)
     pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32).to(device)
     pipeline.set_progress_bar_config(disable=True)
     page = Image.new("RGB", (6 * 164, 4 * 164))
-    extra = {} if name in ("sdxl", "z_image") else {"max_sequence_length": T5_LENGTH}
+    extra: dict[str, Any] = {} if name in ("sdxl", "z_image") else {"max_sequence_length": T5_LENGTH}
+    scale = {"true_cfg_scale" if name == "qwen_image" else "guidance_scale": GUIDANCE[name]}
     if name == "flux2":
         extra = {"max_sequence_length": DEEP_QWEN_LENGTH}
+    if name == "qwen_image":
+        extra = {"negative_prompt": ""}
     for cell in range(24):
         prompt, height, width = SHEET[cell // 2]
         image = pipeline(
@@ -156,7 +196,7 @@ def make_sheet(folder: Path, path: Path, *, device: torch.device, seed: int = 0)
             height=height,
             width=width,
             num_inference_steps=STEPS[name],
-            guidance_scale=GUIDANCE[name],
+            **scale,
             generator=torch.Generator().manual_seed(seed + cell),
             **extra,
         ).images[0]
@@ -179,14 +219,8 @@ def make_concept(out: Path) -> None:
 def make_all(out: Path, *, minutes: float, vae_minutes: float, resume: bool, small: bool) -> None:
     """Runs this module once for each part, in parallel: the autoencoders first. Only Flux takes all of `minutes`."""
     rounds = [
-        {"vae16": vae_minutes, "vae4": vae_minutes},
-        {
-            "flux": minutes,
-            "sdxl": 0.6 * minutes,
-            "sd3": 0.6 * minutes,
-            "z_image": 0.6 * minutes,
-            "flux2": 0.6 * minutes,
-        },
+        {"vae16": vae_minutes, "vae4": vae_minutes, "vae_video": vae_minutes},
+        {"flux": minutes} | dict.fromkeys(("sdxl", "sd3", "z_image", "flux2", "qwen_image"), 0.6 * minutes),
     ]
     flags = [*(["--small"] if small else []), *(["--resume"] if resume else [])]
     for parts in rounds:
@@ -201,7 +235,7 @@ def main() -> None:
     """The command line."""
     begun = time.monotonic()
     parser = argparse.ArgumentParser(prog="make", description=__doc__)
-    parser.add_argument("what", choices=[*RECIPES, "all", "vae16", "vae4", "concept", "sheet"])
+    parser.add_argument("what", choices=[*RECIPES, "all", "vae16", "vae4", "vae_video", "concept", "sheet"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=8.0, help="wall time of the families, everything included")
     parser.add_argument("--vae-minutes", type=float, default=3.0)
@@ -221,6 +255,8 @@ def main() -> None:
             make_all(out, minutes=chosen.minutes, vae_minutes=chosen.vae_minutes, resume=chosen.resume, small=small)
         case "vae16" | "vae4":
             make_vae(int(chosen.what[3:]), out=out, deadline=deadline, resume=chosen.resume, small=small, device=device)
+        case "vae_video":
+            make_video_vae(out=out, deadline=deadline, resume=chosen.resume, small=small, device=device)
         case "concept":
             make_concept(out)
         case "sheet":

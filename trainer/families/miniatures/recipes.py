@@ -7,6 +7,7 @@ and scale. `ids` holds one (B, L) tensor of token ids for each tokenizer.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from trainer.families import flux2 as flux2_family
+from trainer.families import qwen_image as qwen_image_family
 from trainer.families import z_image as z_image_family
 from trainer.families.miniatures import models
+from trainer.families.miniatures import qwen as qwen_parts
 from trainer.families.miniatures.tokens import QWEN_LENGTH
 
 Ids = Sequence[torch.Tensor]
@@ -41,7 +44,8 @@ class Recipe:
     latent_channels: int
     modules: dict[str, nn.Module]
     loss: Callable[[torch.Tensor, Ids], torch.Tensor]
-    pipeline: Callable[[AutoencoderKL], DiffusionPipeline]
+    pipeline: Callable[[Any], DiffusionPipeline]  # of the autoencoder
+    of_videos: bool = False  # whether the autoencoder is one of videos
 
 
 def flow_times(count: int, *, device: torch.device) -> torch.Tensor:
@@ -242,10 +246,38 @@ def flux2(tokenizers: Tokenizers) -> Recipe:
     return Recipe(16, {"text_encoder": qwen, "transformer": net}, loss, pipeline)
 
 
+def qwen_image(tokenizers: Tokenizers) -> Recipe:
+    """Qwen-Image: the last hidden states of Qwen2.5-VL, flow matching."""
+    (words,) = tokenizers
+    qwen = qwen_parts.text_encoder(words)
+    net = qwen_parts.transformer()
+
+    def loss(latents_BCHW: torch.Tensor, ids: Ids) -> torch.Tensor:
+        t = flow_times(len(latents_BCHW), device=latents_BCHW.device)
+        noise = torch.randn_like(latents_BCHW)
+        real_BL = ids[0] != words.pad_token_id
+        states = qwen(input_ids=ids[0], attention_mask=real_BL, output_hidden_states=True).hidden_states[-1]
+        dropped = qwen_image_family.DROPPED_TOKENS
+        predicted = qwen_image_family.predict(
+            net,
+            torch.lerp(latents_BCHW, noise, t[:, None, None, None]),
+            t,
+            text={"tokens": states[:, dropped:], "padding": ~real_BL[:, dropped:]},
+        )
+        return F.mse_loss(predicted.float(), noise - latents_BCHW)
+
+    def pipeline(vae: Any) -> DiffusionPipeline:
+        return qwen_parts.pipeline(vae, qwen, words, net)
+
+    channels = qwen_parts.LATENT_CHANNELS
+    return Recipe(channels, {"text_encoder": qwen, "transformer": net}, loss, pipeline, of_videos=True)
+
+
 RECIPES: dict[str, Callable[[Tokenizers], Recipe]] = {
     "flux": flux,
     "sdxl": sdxl,
     "sd3": sd3,
     "z_image": z_image,
     "flux2": flux2,
+    "qwen_image": qwen_image,
 }

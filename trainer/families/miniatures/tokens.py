@@ -15,6 +15,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer, T5Tokenizer
 
+from trainer.families import qwen_image
 from trainer.families.miniatures.scenes import caption, random_scene
 
 CLIP_LENGTH = 77
@@ -27,6 +28,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
+# Qwen-Image's, whose tokenizer has no template of its own here.
+DESCRIPTION = (qwen_image.BEFORE, qwen_image.AFTER)
+DESCRIPTION_LENGTH = 96  # tokens that its miniature is trained with, of which 34 are dropped
 CHAT_MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 START = "<|startoftext|>"
 END = "<|endoftext|>"
@@ -75,7 +79,9 @@ def t5_tokenizer(texts: list[str], *, size: int = 700) -> T5Tokenizer:
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=T5_LENGTH)
 
 
-def qwen_tokenizer(texts: list[str], *, merges: int = 380, length: int = 131072) -> Qwen2Tokenizer:
+def qwen_tokenizer(
+    texts: list[str], *, merges: int = 380, length: int = 131072, template: str | None = CHAT_TEMPLATE
+) -> Qwen2Tokenizer:
     """A `Qwen2Tokenizer` in the real one's order: bytes, at most `merges` merges, and the marks of a conversation."""
     like = Qwen2Tokenizer().backend_tokenizer
     draft = Tokenizer(models.BPE())
@@ -96,25 +102,36 @@ def qwen_tokenizer(texts: list[str], *, merges: int = 380, length: int = 131072)
         added_tokens_decoder=marks,
         eos_token=CHAT_MARKS[2],
         pad_token=CHAT_MARKS[0],
-        chat_template=CHAT_TEMPLATE,
+        chat_template=template,
         model_max_length=length,
     )
 
 
-def in_chat(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str]:
-    """Captions as the pipelines give them to Qwen3: FLUX.2's, whose tokenizer has a length, with an empty thought."""
-    after = "<think>\n\n</think>\n\n" if tokenizer.model_max_length == DEEP_QWEN_LENGTH else ""
-    return [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n{after}" for text in texts]
+def description_tokenizer(texts: list[str]) -> Qwen2Tokenizer:
+    """One that knows the words of Qwen-Image's template: they are as many tokens as in the real one."""
+    return qwen_tokenizer([*texts, *DESCRIPTION * len(texts)], merges=560, template=None)
+
+
+def in_template(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str]:
+    """Captions as the pipelines give them to Qwen: FLUX.2's, whose tokenizer has a length, with an empty thought."""
+    before, after = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+    if tokenizer.chat_template is None:
+        before, after = DESCRIPTION
+    elif tokenizer.model_max_length == DEEP_QWEN_LENGTH:
+        after += "<think>\n\n</think>\n\n"
+    return [f"{before}{text}{after}" for text in texts]
 
 
 def new_tokenizers(kinds: Sequence[str]) -> list[PreTrainedTokenizerBase]:
-    """Tokenizers of these kinds: "clip" is CLIP-L's, "clip!" is CLIP-G's, which pads with "!", "t5".
+    """Tokenizers of these kinds: "clip" is CLIP-L's, "clip!" is CLIP-G's, which pads with "!"; "t5".
 
-    "qwen" is Z-Image's; "qwen!" is FLUX.2's, which fills captions up to its length.
+    "qwen" is Z-Image's; "qwen!" is FLUX.2's, which fills captions up to its length; "qwen, described" is Qwen-Image's,
+    which knows its template.
     """
     texts = corpus()
     makers = {"clip": clip_tokenizer, "clip!": lambda texts: clip_tokenizer(texts, pad="!"), "t5": t5_tokenizer}
     makers |= {"qwen": qwen_tokenizer, "qwen!": lambda texts: qwen_tokenizer(texts, length=DEEP_QWEN_LENGTH)}
+    makers["qwen, described"] = description_tokenizer
     return [makers[kind](texts) for kind in kinds]
 
 
@@ -123,7 +140,7 @@ def load_tokenizers(folder: Path, kinds: Sequence[str]) -> list[PreTrainedTokeni
     tokenizers: list[PreTrainedTokenizerBase] = []
     for number, kind in enumerate(kinds, start=1):
         place = folder / ("tokenizer" if number == 1 else f"tokenizer_{number}")
-        tokenizer_class = {"t5": T5Tokenizer, "qwen": Qwen2Tokenizer, "qwen!": Qwen2Tokenizer}.get(kind, CLIPTokenizer)
+        tokenizer_class = {"t5": T5Tokenizer, "clip": CLIPTokenizer, "clip!": CLIPTokenizer}.get(kind, Qwen2Tokenizer)
         tokenizers.append(tokenizer_class.from_pretrained(place))
     return tokenizers
 
@@ -131,12 +148,14 @@ def load_tokenizers(folder: Path, kinds: Sequence[str]) -> list[PreTrainedTokeni
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> torch.Tensor:
     """Ids (B, L) as int16, cut or padded to the tokenizer's length: as calling it does, but several times as fast.
 
-    Of Qwen's tokenizer: the captions as messages, padded to `QWEN_LENGTH`, or to the length that FLUX.2's has.
+    Of Qwen's tokenizers: the captions in their template, padded to what their miniature is trained with.
     """
     length = tokenizer.model_max_length
     if isinstance(tokenizer, Qwen2Tokenizer):
-        texts = in_chat(tokenizer, texts)
-        if length != DEEP_QWEN_LENGTH:
+        texts = in_template(tokenizer, texts)
+        if tokenizer.chat_template is None:
+            length = DESCRIPTION_LENGTH
+        elif length != DEEP_QWEN_LENGTH:
             length = QWEN_LENGTH
     end = tokenizer.eos_token_id
     backend = tokenizer.backend_tokenizer

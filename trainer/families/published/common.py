@@ -1,10 +1,12 @@
-"""Text encoders, VAEs and tokenizers that several families share."""
+"""Text encoders, VAEs, tokenizers and warnings that several families share."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from trainer.spec.family import Config, Tokenizer
+
+DISTILLED = "distilled to few steps, which training on its weights undoes"  # a value of `Facts.name_cautions`
 
 # ---- text encoders
 
@@ -78,6 +80,29 @@ QWEN3_4B: Config = {
 }
 QWEN3_8B: Config = {**QWEN3_4B, "hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
 
+# The language model of it: what reads images is neither needed nor loaded.
+QWEN2_5_VL_7B: Config = {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "model_type": "qwen2_5_vl",
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "hidden_act": "silu",
+    "max_position_embeddings": 128000,
+    "max_window_layers": 28,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "rope_scaling": {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"},
+    "attention_dropout": 0.0,
+    "use_sliding_window": False,
+    "sliding_window": 32768,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+}
+
 # ---- VAE
 
 
@@ -101,6 +126,27 @@ def vae(*, latent_channels: int, scaling_factor: float, shift_factor: float | No
         "use_post_quant_conv": quant_conv,
     }
 
+
+# The mean and the deviation of each of its latents' channels, with which denoisers' latents are normalised, are the
+# defaults of diffusers' class.
+QWEN_VAE: Config = {
+    "_class_name": "AutoencoderKLQwenImage",
+    "base_dim": 96,
+    "z_dim": 16,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attn_scales": [],
+    "temperal_downsample": [False, True, True],
+    "dropout": 0.0,
+    "latents_mean": [
+        *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+        *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+    ],
+    "latents_std": [
+        *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+        *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
+    ],
+}
 
 # ---- tokenizers
 
@@ -149,6 +195,12 @@ QWEN3_TOKENIZER = Tokenizer(
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
     },
+)
+QWEN2_5_VL_TOKENIZER = Tokenizer(
+    name="Qwen2.5-VL",
+    repository="Qwen/Qwen2.5-VL-7B-Instruct",
+    files=("tokenizer.json",),
+    config=QWEN3_TOKENIZER.config,
 )
 
 

@@ -79,33 +79,50 @@ def _is_plain_rope(value: Any) -> bool:
     return value.get("rope_type", "default") == "default" and _ROPE_BASE.fits(value.get("rope_theta"))
 
 
-_QWEN3: Rules = {
+def _is_image_rope(value: Any) -> bool:
+    """Those of a language model that also reads images: a text token has the same place in time, height and width."""
+    keys = {"rope_theta", "rope_type", "type", "mrope_section", "mrope_interleaved"}
+    if not isinstance(value, dict) or not value.keys() <= keys:
+        return False
+    if any(value.get(key, "default") not in ("default", "mrope") for key in ("rope_type", "type")):
+        return False
+    if not _ROPE_BASE.fits(value.get("rope_theta", 1)) or not FLAG.fits(value.get("mrope_interleaved", False)):
+        return False
+    return each(whole(1, 1024), 3, 3).fits(value.get("mrope_section"))
+
+
+_LANGUAGE_MODEL: Rules = {
     "vocab_size": whole(1, 10**6),
     "hidden_size": WIDTH,
     "intermediate_size": WIDTH,
     "num_hidden_layers": whole(2, 200),
     "num_attention_heads": HEADS,
     "num_key_value_heads": HEADS,
-    "head_dim": whole(2, 1024),
     "hidden_act": only("silu"),
     "max_position_embeddings": whole(512, 10**7),
     "rms_norm_eps": EPSILON,
     "rope_theta": _ROPE_BASE,
-    "rope_scaling": NOTHING,
-    "rope_parameters": Rule('{"rope_type": "default", "rope_theta": a number from 1 to 1e12}', _is_plain_rope),
-    "attention_bias": FLAG,
     "attention_dropout": only(0, 0.0),
     "use_sliding_window": FALSE,
     "sliding_window": optional(whole(1, 10**7)),
     "max_window_layers": whole(0, 200),
     "layer_types": optional(each(only("full_attention"), 2, 200)),
     "initializer_range": number(0, 10),
-    "tie_word_embeddings": FLAG,
     "use_cache": FLAG,
     "pad_token_id": _TOKEN,
     "bos_token_id": _TOKEN,
     "eos_token_id": _TOKEN,
 }
+_QWEN3: Rules = {
+    **_LANGUAGE_MODEL,
+    "head_dim": whole(2, 1024),
+    "rope_scaling": NOTHING,
+    "rope_parameters": Rule('{"rope_type": "default", "rope_theta": a number from 1 to 1e12}', _is_plain_rope),
+    "attention_bias": FLAG,
+    "tie_word_embeddings": FLAG,
+}
+_IMAGE_ROPE = Rule('{"rope_type": "default", "mrope_section": three whole numbers, …}', _is_image_rope)
+_QWEN2_5_VL: Rules = {**_LANGUAGE_MODEL, "rope_scaling": _IMAGE_ROPE, "rope_parameters": _IMAGE_ROPE}
 
 
 def _clip_differing(config: Mapping[str, Any]) -> str | None:
@@ -126,6 +143,23 @@ def _qwen3_differing(config: Mapping[str, Any]) -> str | None:
         return "num_attention_heads is not a multiple of num_key_value_heads"
     if "rope_parameters" not in config and "rope_theta" not in config:
         return "it has neither rope_theta nor rope_parameters"
+    layers = config.get("layer_types")
+    if layers is not None and len(layers) != config["num_hidden_layers"]:
+        return "layer_types has not num_hidden_layers entries"
+    return None
+
+
+def _qwen2_5_vl_differing(config: Mapping[str, Any]) -> str | None:
+    heads = config["num_attention_heads"]
+    if heads % config["num_key_value_heads"]:
+        return "num_attention_heads is not a multiple of num_key_value_heads"
+    if config["hidden_size"] % heads:
+        return "hidden_size is not a multiple of num_attention_heads"
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    if rope is None:
+        return "it has neither rope_scaling nor rope_parameters"
+    if 2 * sum(rope["mrope_section"]) != config["hidden_size"] // heads:
+        return "the sum of mrope_section is not half of hidden_size / num_attention_heads"
     layers = config.get("layer_types")
     if layers is not None and len(layers) != config["num_hidden_layers"]:
         return "layer_types has not num_hidden_layers entries"
@@ -162,6 +196,18 @@ QWEN3 = ConfigKind(
     differing=_qwen3_differing,
 )
 
+# The language model of one that also reads images: captions are all that it gets here.
+QWEN2_5_VL = ConfigKind(
+    *("transformers", ("Qwen2_5_VLTextModel", "Qwen2_5_VLForConditionalGeneration"), _QWEN2_5_VL),
+    required=(
+        *("vocab_size", "hidden_size", "intermediate_size"),
+        *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    ),
+    model_type="qwen2_5_vl_text",
+    saved_as=("Qwen2_5_VLModel",),
+    differing=_qwen2_5_vl_differing,
+)
+
 # ---- tokenizers, whose files `trainer.base_model.tokenizer_files` checks
 
 CLIP_TOKENIZER = ConfigKind("transformers", ("CLIPTokenizer", "CLIPTokenizerFast"), {})
@@ -194,6 +240,33 @@ VAE = ConfigKind(
         "mid_block_add_attention": FLAG,
     },
     required=("block_out_channels", "down_block_types", "up_block_types", "latent_channels"),
+)
+
+
+def _qwen_vae_differing(config: Mapping[str, Any]) -> str | None:
+    for key in ("latents_mean", "latents_std"):
+        if len(config[key]) != config["z_dim"]:
+            return f"{key} has not z_dim entries"
+    return None
+
+
+# Of Qwen-Image and others: a VAE of videos, which sees an image as one frame.
+QWEN_VAE = ConfigKind(
+    *("diffusers", ("AutoencoderKLQwenImage",)),
+    rules={
+        "base_dim": whole(1, 4096),
+        "z_dim": whole(1, 256),
+        "dim_mult": each(whole(1, 64), _LEVELS, _LEVELS),
+        "num_res_blocks": whole(1, 16),
+        "attn_scales": each(number(0, 1024), 0, 0),
+        "temperal_downsample": each(FLAG, _LEVELS - 1, _LEVELS - 1),
+        "dropout": only(0, 0.0),
+        "input_channels": only(3),
+        "latents_mean": each(number(-1e6, 1e6), 1, 256),
+        "latents_std": each(number(1e-6, 1e6), 1, 256),
+    },
+    required=("base_dim", "z_dim", "latents_mean", "latents_std"),
+    differing=_qwen_vae_differing,
 )
 
 # ---- schedulers, of whichever class: those that train and sample here take what they know

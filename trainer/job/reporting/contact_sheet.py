@@ -1,4 +1,4 @@
-"""All samples of a run in one image: a row for each prompt, a column for each step.
+"""All samples of a run in one image: a row for each prompt, a column for each step, and for each strength after it.
 
 Every thumbnail is as wide as its column, and a row is as high as its prompt's images, so that images of several shapes
 leave no gaps.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
@@ -16,7 +17,7 @@ from trainer.data.decode import read_sample
 from trainer.spec.plan import Prompt
 from trainer.spec.values import one_line
 from trainer.storage import atomic, json_files, own_files
-from trainer.storage.own_files import SAMPLE_NAME, SHEET_NAME
+from trainer.storage.own_files import SHEET_NAME, read_sample_name
 
 # Pixels.
 COLUMN_WIDTH = 384  # of a thumbnail, where there are few columns
@@ -34,26 +35,22 @@ def contact_sheet(folder: Path, prompts: Sequence[Prompt], *, labels: Mapping[in
 
     `labels`: step → what stands above its column, where it is not the step of a job.
     """
-    images: dict[tuple[int, int], Path] = {}  # step, number of the prompt
-    for path in folder.glob("step-*.png"):
-        match = SAMPLE_NAME.fullmatch(path.name)
-        if match and int(match[2]) < len(prompts):
-            images[int(match[1]), int(match[2])] = path
-    steps = sorted({step for step, _ in images})
+    images = _images(folder, most=len(prompts))
+    columns = sorted({column for column, _ in images})
     column_width = COLUMN_WIDTH
-    if steps:
-        column_width = max(MIN_COLUMN_WIDTH, min(COLUMN_WIDTH, (MAX_WIDTH - MARGIN) // len(steps) - MARGIN))
-    width = max(MARGIN + len(steps) * (column_width + MARGIN), MIN_WIDTH)
+    if columns:
+        column_width = max(MIN_COLUMN_WIDTH, min(COLUMN_WIDTH, (MAX_WIDTH - MARGIN) // len(columns) - MARGIN))
+    width = max(MARGIN + len(columns) * (column_width + MARGIN), MIN_WIDTH)
     heights = [round(column_width * prompt.height / prompt.width) for prompt in prompts]
     height = LINE_HEIGHT + 2 * MARGIN + sum(2 * LINE_HEIGHT + row + MARGIN for row in heights)
     sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(FONT_SIZE)
-    lefts = {step: MARGIN + column * (column_width + MARGIN) for column, step in enumerate(steps)}
-    for step, left in lefts.items():
-        label = "before training" if step == 0 else f"step {step}, strength 1"
-        if labels and step in labels:
-            label = labels[step]
+    lefts = {column: MARGIN + place * (column_width + MARGIN) for place, column in enumerate(columns)}
+    for column, left in lefts.items():
+        label = _label(column)
+        if labels and column.step in labels:
+            label = labels[column.step]
         pen.text((left, MARGIN), _shortened(label, column_width, font), "black", font)
     top = LINE_HEIGHT + MARGIN
     for number, prompt in enumerate(prompts):
@@ -61,8 +58,8 @@ def contact_sheet(folder: Path, prompts: Sequence[Prompt], *, labels: Mapping[in
         pen.text((MARGIN, top + LINE_HEIGHT), _shortened(_settings(prompt), width - 2 * MARGIN, font), "gray", font)
         top += 2 * LINE_HEIGHT
         size = (column_width, heights[number])
-        for step, left in lefts.items():
-            image = read_sample(images[step, number]) if (step, number) in images else None
+        for column, left in lefts.items():
+            image = read_sample(images[column, number]) if (column, number) in images else None
             if image is None:
                 pen.rectangle((left, top, left + size[0] - 1, top + size[1] - 1), EMPTY)
             else:
@@ -74,6 +71,33 @@ def contact_sheet(folder: Path, prompts: Sequence[Prompt], *, labels: Mapping[in
     with atomic.replacing(folder / SHEET_NAME) as temporary:
         sheet.save(temporary, pnginfo=info)
     return folder / SHEET_NAME
+
+
+class _Column(NamedTuple):
+    """What the images of a column have in common. In the order of the sheet: strength 1 before all others."""
+
+    step: int
+    is_other: bool  # strength than 1
+    strength: float
+
+
+def _images(folder: Path, *, most: int) -> dict[tuple[_Column, int], Path]:
+    """The samples by column and number of the prompt, which is below `most`."""
+    found = {}
+    for path in folder.glob("step-*.png"):
+        known = read_sample_name(path.name)
+        if known is not None and known[1] < most:
+            step, number, strength = known
+            found[_Column(step, strength != 1, strength), number] = path
+    return found
+
+
+def _label(column: _Column) -> str:
+    if column.is_other and column.strength == 0:
+        return f"step {column.step}, strength 0: the base"
+    if column.step == 0:
+        return "before training"
+    return f"step {column.step}, strength {column.strength:g}"
 
 
 def _settings(prompt: Prompt) -> str:

@@ -56,6 +56,8 @@ def _images(scanned: Scan, data: DataPlan, sampler: EpochSampler, *, reader: Rea
             row |= {"bucket": own[0].size, "scaled": own[0].scaled, "offset": own[0].offset}
         if reader is not None:
             row["tokens"] = [reader.count(text) for text in texts]
+        if image.captioned_by:
+            row["captioned_by"] = image.captioned_by
         if image.mask_sha256:
             row["mask"] = True
         if image.key in held_out:

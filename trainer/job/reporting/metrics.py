@@ -22,8 +22,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from trainer.data.decode import read_sample
 from trainer.job.reporting.status import Status, clock
 from trainer.spec.log_lines import escaped
+from trainer.spec.messages import noise_bands
 from trainer.spec.plan import Plan
-from trainer.storage import atomic, json_files
+from trainer.storage import atomic, json_files, own_files
 from trainer.storage.read import read_regular
 from trainer.training.loop import Step
 
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 ROW_KEYS = frozenset(
     (
         *("step", "epoch", "lr", "loss", "grad_norm", "skipped", "compiled", "validation_loss", "time"),
-        *("prodigy_d", "images_per_second", "memory_gib"),
+        *("prodigy_d", "images_per_second", "memory_gib", *noise_bands.KEYS),
     )
 )
 LARGEST_METRICS = 1 << 30  # bytes: some ten million steps
@@ -86,12 +87,15 @@ class Metrics:
 
     def samples(self, step: int, files: Sequence[Path]) -> None:
         """Show the samples of `step` on TensorBoard, which compares them over the steps."""
-        for number, path in enumerate(files):
+        for path in files:
+            known = own_files.read_sample_name(path.name)
             image = read_sample(path)
-            if image is None:
+            if known is None or image is None:
                 continue
+            _, number, strength = known
+            tag = f"sample/{number:02d}" if strength == 1 else f"sample/{number:02d} at {strength:g}"
             pixels = np.asarray(image.convert("RGB"))
-            self._board.add_image(f"sample/{number:02d}", pixels, step, dataformats="HWC")
+            self._board.add_image(tag, pixels, step, dataformats="HWC")
         self._board.flush()
 
     def step(
@@ -111,6 +115,8 @@ class Metrics:
         else:
             row |= {"loss": step.loss, "grad_norm": step.grad_norm}
         recorded = dict(row)
+        if not step.skipped:
+            recorded |= _by_noise(step)
         if compiled is not None:
             recorded["compiled"] = compiled
         if estimate is not None:
@@ -203,6 +209,12 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # in KiB on Linux
+
+
+def _by_noise(step: Step) -> dict[str, float]:
+    """The loss of each band of noise levels that an image of the step was in."""
+    pairs = zip(noise_bands.KEYS, step.band_losses, strict=False)
+    return {key: loss for key, loss in pairs if loss is not None}
 
 
 def _columns() -> int:

@@ -92,4 +92,4 @@ def with_lengths(
 def images_per_step(plan: Plan) -> int:
     """Of all GPUs; with several datasets, the largest batch size counts."""
     batch_size = max(dataset.batch_size for dataset in plan.data.datasets)
-    return batch_size * plan.train.gradient_accumulation * plan.engine.num_gpus
+    return batch_size * plan.train.gradient_accumulation * plan.engine.processes

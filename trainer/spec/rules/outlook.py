@@ -44,7 +44,7 @@ def describe_shapes(examples: Mapping[tuple[int, int], int]) -> str:
 def describe_length(plan: Plan, *, steps_per_epoch: int) -> list[str]:
     """Steps, saves and samples of a plan whose lengths are all numbers."""
     total = plan.train.max_steps or plan.train.max_epochs * steps_per_epoch
-    batches_per_step = plan.train.gradient_accumulation * plan.engine.num_gpus
+    batches_per_step = plan.train.gradient_accumulation * plan.engine.processes
     batch_sizes = sorted({dataset.batch_size * batches_per_step for dataset in plan.data.datasets})
     per_step = " or ".join(str(size) for size in batch_sizes)
     epochs = f"{total / steps_per_epoch:.3g}"
@@ -92,4 +92,8 @@ def _samples(plan: Plan, total: int) -> str:
     if rounds > 2:
         when = f"at step 0, every {every:,} steps, and at the end"
     images = "image" if len(plan.prompts) == 1 else "images"
-    return f"Samples: {rounds:,} rounds of {len(plan.prompts)} {images}, {when}."
+    text = f"Samples: {rounds:,} rounds of {len(plan.prompts)} {images}, {when}"
+    if plan.output.sample_strengths:
+        listed = ", ".join(f"{strength:g}" for strength in plan.output.sample_strengths)
+        text += f"; there also with strength {listed}"
+    return f"{text}."

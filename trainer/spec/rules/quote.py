@@ -48,11 +48,11 @@ def predict(
 
 
 def rounds_left(plan: Plan, step: int, total: int) -> int:
-    """Rounds of samples that come after `step`: at multiples of the interval from 0 on, and at the end."""
+    """Rounds of samples after `step`: at multiples of the interval from 0 on, and at the end one for each strength."""
     every = plan.output.sample_every
     if not every or not plan.prompts or step >= total:
         return 0
-    return (total - 1) // every - step // every + 1
+    return (total - 1) // every - step // every + 1 + len(plan.output.sample_strengths)
 
 
 def next_round(plan: Plan, step: int, total: int) -> int | None:

@@ -20,8 +20,8 @@ from trainer.spec.errors import SettingsError
 from trainer.spec.plan import AUTO, Plan
 
 # Their product is the number of batches in a step. Each process takes its share of them, so a run may resume on another
-# number of GPUs as long as the product stays the same.
-BATCHES_PER_STEP_KEYS = ("engine.num_gpus", "train.gradient_accumulation")
+# number of GPUs or machines as long as the product stays the same.
+BATCHES_PER_STEP_KEYS = ("engine.num_gpus", "engine.nodes", "train.gradient_accumulation")
 ADDED_KEYS = {"train.max_token_length": 77}  # that older states lack → the value that they were trained with
 RETIRED_KEYS = ("engine.attention",)  # in the essences of older states; neutral today
 STEP_KEYS = ("train.max_epochs", "train.max_steps")
@@ -32,6 +32,7 @@ PLACE = re.compile(
     r"data\.datasets\[\d+\]\.subsets\[\d+\]\.(source\.(kind|location|revision)|metadata_file|conditioning_data_dir)"
 )
 MODEL_PLACES = ("model.source", "model.revision", "model.parts")
+TRAINING_ADAPTER = "model.training_adapter"  # a place as well, where there was one and is one
 # Chosen by the hardware where the variable is `auto`: a card of another kind does not begin the run anew.
 HARDWARE_KEYS = re.compile(r"engine\.(device|precision|dtype)|data\.datasets\[\d+\]\.batch_size")
 # Essence key → variable. Fields of `train` are their variables in small letters.
@@ -40,6 +41,7 @@ VARIABLES = {
     "model.source": "MODEL_PATH",
     "model.revision": "MODEL_REVISION",
     "model.parts": "VAE_PATH, CLIP_L_PATH, CLIP_G_PATH, T5_PATH, TEXT_ENCODER_PATH, MODEL_PATH",
+    TRAINING_ADAPTER: "PARAMS_TRAINING_ADAPTER",
     "lora.kind": "PARAMS_LORA_TYPE",
     "lora.rank": "PARAMS_NETWORK_DIM",
     "lora.alpha": "PARAMS_NETWORK_ALPHA",
@@ -51,6 +53,7 @@ VARIABLES = {
     "engine.device": "BACKEND",
     "engine.dtype": "PARAMS_PRECISION",
     "engine.num_gpus": "NUM_GPUS",
+    "engine.nodes": "NODES",
     "version": "Kiln's format of plans",
 }
 DATASET_VARIABLES = {  # ends of keys of `data` → variable
@@ -66,8 +69,10 @@ DATASET_VARIABLES = {  # ends of keys of `data` → variable
     "num_repeats": "PARAMS_NUM_REPEATS",
 }
 SHOWN_CHARACTERS = 120  # of a value in a line
-# What a state fixes: with another value of these, its tensors have no place.
-FIXED_KEYS = ("model.family", "lora.kind", "lora.rank", "lora.split_qkv", "lora.targets", "optim.name")
+# What a state fixes: with another value of these, its tensors have no place, or were trained on top of other weights.
+FIXED_KEYS = (
+    *("model.family", TRAINING_ADAPTER, "lora.kind", "lora.rank", "lora.split_qkv", "lora.targets", "optim.name"),
+)
 # Arguments of optimisers that only change how the next step is computed from the same state.
 FREE_ARGUMENTS = (
     "betas",
@@ -113,7 +118,7 @@ def changes(begun: dict[str, Any], plan: Plan) -> Changes:
             kind = "steps"
         elif PLACE.fullmatch(key):
             kind = "places"
-        elif key in MODEL_PLACES:
+        elif key in MODEL_PLACES or (key == TRAINING_ADAPTER and begun.get(key) and now[key]):
             kind = "model"
         elif HARDWARE_KEYS.fullmatch(key) and variable(key) in plan.automatic:
             kind = "hardware"
@@ -259,12 +264,12 @@ def check_named_state(plan: Plan, begun: dict[str, Any], *, step: int, places_di
     if plan.output.resume_with_changes:
         check_fits(begun, plan, step=step, lora=None)
         return
-    gpus = any(text.startswith(("NUM_GPUS", "PARAMS_GRADIENT_ACCUMULATION")) for text in changed)
+    gpus = any(text.startswith(("NUM_GPUS", "NODES", "PARAMS_GRADIENT_ACCUMULATION")) for text in changed)
     raise SettingsError(
         f"PARAMS_RESUME_FROM={resume_from} is the state of a run with other settings, at step {step}. What differs "
         "(then → now):\n  "
         + "\n  ".join(changed)
-        + ("\nNUM_GPUS times PARAMS_GRADIENT_ACCUMULATION must stay the same." if gpus else "")
+        + ("\nNODES times NUM_GPUS times PARAMS_GRADIENT_ACCUMULATION must stay the same." if gpus else "")
         + "\nPut it back; or set RESUME_WITH_CHANGES=true to go on with these changes; or name a LoRA file of that run "
         "to start from its weights alone."
     )

@@ -104,7 +104,7 @@ def _step_larger_than_the_dataset(plan: Plan, length: Length) -> str | None:
         return None
     batch = max(dataset.batch_size for dataset in plan.data.datasets)
     pieces = plan.train.gradient_accumulation
-    step = batch * pieces * plan.engine.num_gpus
+    step = batch * pieces * plan.engine.processes
     if step <= length.images or pieces * batch == 1:
         return None
     parts = f"{batch} images a batch, PARAMS_GRADIENT_ACCUMULATION={pieces}"

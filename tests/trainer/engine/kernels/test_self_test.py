@@ -11,10 +11,15 @@ FP8 = [torch.float8_e4m3fn, torch.float8_e4m3fnuz]
 KERNELS = [
     "norm_rows",
     "norm_gradient",
+    "norm_residual",
     "gelu_rows",
     "gelu_gradient",
+    "swiglu_rows",
+    "swiglu_gradient",
     "rotate",
     "rotate_gradient",
+    "rotate_heads",
+    "rotate_heads_gradient",
 ]
 
 

@@ -18,7 +18,7 @@ TRAINED_ON = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", 
 WITHOUT_FP8 = {"sm_80", "sm_86"}
 KERNEL = re.compile(r"@triton\.jit\ndef _(\w+)\(.*?(?=\n@|\n#|\ndef |\Z)", re.S)
 # Kernels that write FP8, and so have no work where there is none.
-OF_FP8 = {"append_adapter_columns", "norm_rows", "gelu_rows"}
+OF_FP8 = {"append_adapter_columns", "norm_rows", "gelu_rows", "swiglu_rows"}
 # Relative errors: bf16 rounds a number by at most 2**-8, on average by 0.17 %; FP8 by 2**-4, on average by 2.6 %.
 # A term in adapter columns is a little less precise than bf16.
 ALLOWED_16_BITS, ALLOWED_8_BITS, ALLOWED_COLUMNS = 3e-3, 0.03, 8e-3
@@ -62,7 +62,7 @@ def check(rows, code, errors):
 
 @pytest.mark.timeout(600)
 def test_each_kernel_compiles_for_each_target_and_fits_it():
-    assert set(TARGETS) == TRAINED_ON and len(all_kernels()) == 11
+    assert set(TARGETS) == TRAINED_ON and len(all_kernels()) == 16
     check(*run_python("-m", "bench", "targets"))
 
 

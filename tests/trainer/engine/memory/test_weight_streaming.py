@@ -13,11 +13,12 @@ from trainer.engine.encoders import load_text_encoders, load_vae
 from trainer.engine.load import place_denoiser
 from trainer.engine.memory import checkpointing, weight_streaming
 from trainer.engine.memory.weight_streaming import WeightStreamer
+from trainer.families import qwen_vae
 from trainer.spec.family import get_family
 from trainer.spec.memory_model import RESIDENT_REGIONS
 from trainer.spec.plan import EnginePlan
 
-FAMILIES = ["flux", "flux2", "sdxl", "sd3", "z_image"]
+FAMILIES = ["flux", "flux2", "sdxl", "sd3", "z_image", "qwen_image"]
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +47,9 @@ def model(name, precision, *, streamed):
 def inputs(name, denoiser, seed):
     torch.manual_seed(seed)
     text = {key: value.bfloat16() for key, value in random_text(name, denoiser, 8).items()}
-    channels = denoiser.config.in_channels // 4 if name.startswith("flux") else denoiser.config.in_channels
+    channels = denoiser.config.in_channels
+    if name in ("flux", "flux2", "qwen_image"):
+        channels //= 4
     return torch.randn(1, channels, 16, 16), text
 
 
@@ -77,6 +80,9 @@ def step(name, denoiser, through, seed=3):
         ("z_image", "fp8"),
         ("z_image", "int8"),
         ("z_image", "nf4"),
+        ("qwen_image", "fp8"),
+        ("qwen_image", "int8"),
+        ("qwen_image", "nf4"),
     ],
 )
 def test_a_step_has_the_same_bits_with_weight_streaming(name, precision, policy):
@@ -158,7 +164,18 @@ def test_the_longest_list_of_layers_is_streamed():
     assert weight_streaming.stream_layers(whole.requires_grad_(False), "cpu").regions == list(whole.many)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def test_a_large_sample_is_decoded_in_the_tiles_of_256_pixels_that_a_vae_of_videos_has():
+    seen = []
+    for tiled in (False, True):
+        vae = load_vae(get_family("qwen_image"), miniature("qwen_image"), EnginePlan(tile_vae=tiled))
+        vae.decoder.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[-2:])))
+        with torch.no_grad():
+            qwen_vae.decode_latents(vae, torch.zeros(1, vae.config.z_dim, 80, 80))
+        assert max(seen) == ((32 if tiled else 80),) * 2 and (len(seen) > 1) is tiled
+        seen.clear()
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "qwen_image"])
 def test_a_large_sample_is_decoded_in_tiles_of_512_pixels(name):
     seen = []
     for tiled in (False, True):

@@ -9,6 +9,7 @@ from tests.support.plans import job_plan
 from trainer.job.reporting.closing import closing_lines
 from trainer.job.reporting.contact_sheet import COLUMN_WIDTH, EMPTY, MARGIN, MAX_WIDTH, contact_sheet
 from trainer.spec.plan import Prompt
+from trainer.storage import own_files
 
 
 def prompt(width, height, text="a pot", **changes):
@@ -30,6 +31,17 @@ def sheet(tmp_path):
             return np.asarray(image.convert("RGB"))
 
     return make
+
+
+def test_strengths_are_columns_after_the_step_of_strength_1(tmp_path):
+    """By colour, from left to right, and with a column of their own each."""
+    columns = [(0, 1.0, 10), (40, 1.0, 60), (40, 0.0, 110), (40, 0.5, 160)]
+    for step, strength, red in columns:
+        Image.new("RGB", (64, 64), (red, 0, 0)).save(tmp_path / own_files.sample_name(step, 0, strength))
+    with Image.open(contact_sheet(tmp_path, [prompt(64, 64)])) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    lefts = [np.argwhere((pixels == (red, 0, 0)).all(-1))[:, 1].min() for _, _, red in columns]
+    assert lefts == [MARGIN + place * (COLUMN_WIDTH + MARGIN) for place in range(4)]
 
 
 def width_of(pixels, colour):

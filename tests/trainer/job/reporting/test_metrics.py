@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import logging
 import os
 import pty
@@ -16,6 +17,7 @@ from tests.support.drawings import draw
 from tests.support.plans import job_plan
 from trainer.job.reporting.metrics import Metrics, plan_as_markdown
 from trainer.job.reporting.status import Status
+from trainer.spec.messages.noise_bands import KEYS
 from trainer.training.loop import Step
 
 
@@ -132,6 +134,23 @@ def test_tensorboard_has_speed_memory_and_prodigys_estimate(tmp_path, board):
     assert [step for step, _ in scalars["prodigy_d"]] == [1, 2] and scalars["prodigy_d"][1][1] == pytest.approx(2e-4)
     assert scalars["validation_loss"] == [(2, 0.125)] and scalars["lr"][0][1] == pytest.approx(2e-4)
     assert scalars["images_per_second"][-1][0] == 2 and scalars["memory_gib"][-1][1] > 0.05
+
+
+def test_the_loss_by_noise_level_is_on_tensorboard_and_a_resumed_run_goes_on_with_it(tmp_path, board):
+    def steps(first, bands):
+        metrics = Metrics(tmp_path, Status(tmp_path), total_steps=9, first_step=first)
+        for number, found in enumerate(bands, first + 1):
+            step = Step(number, 1, 2, loss=0.25, grad_norm=1.0, skipped=found is None, band_losses=found or (1.0,) * 4)
+            metrics.step(step, learning_rate=2e-4)
+        metrics.close()
+
+    steps(0, [(0.5, None, None, 0.125), (0.25, None, 0.75, None), (9.0,) * 4])
+    assert board()[0]["loss_noise_75_100"] == [(1, 0.125), (3, 9.0)]
+    steps(2, [None, (None, None, None, 2.0)])
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [[row.get(key) for key in KEYS] for row in rows] == [
+        [0.5, None, None, 0.125], [0.25, None, 0.75, None], [None] * 4, [None, None, None, 2.0],
+    ]  # fmt: skip
 
 
 def test_other_optimisers_have_no_estimate(tmp_path, board):

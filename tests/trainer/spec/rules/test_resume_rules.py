@@ -234,3 +234,20 @@ def test_a_named_state_goes_on_with_changes_that_it_fits(plan):
     both = replaced(replaced(asked, "train", seed=7), "engine", num_gpus=4)
     with pytest.raises(SettingsError, match=r"PARAMS_SEED(?s:.)*must stay the same\."):
         check_named_state(both, begun, step=3)
+
+
+def test_a_state_is_not_resumed_on_top_of_another_training_adapter(plan):
+    """The same file elsewhere is told by its content, as the base model is; one where there was none is another run."""
+    first = replaced(plan, "model", training_adapter="/a/v1.safetensors")
+    second = replaced(plan, "model", training_adapter="/a/v2.safetensors")
+    text = "PARAMS_TRAINING_ADAPTER: /a/v1.safetensors → /a/v2.safetensors"
+    moved = changes(first.essence(), second)
+    assert moved.model == (text,) and moved.settings == ()
+    assert changes(plan.essence(), first).settings == ("PARAMS_TRAINING_ADAPTER: not set → /a/v1.safetensors",)
+    assert changes(first.essence(), plan).settings == ("PARAMS_TRAINING_ADAPTER: /a/v1.safetensors → not set",)
+    with pytest.raises(SettingsError, match=r"It fits PARAMS_TRAINING_ADAPTER=/a/v1\.safetensors"):
+        check_fits(first.essence(), second, step=3, lora=None)
+    with pytest.raises(SettingsError, match=text):
+        check_named_state(replaced(second, "lora", resume_from="/state"), first.essence(), step=3)
+    older = {key: value for key, value in plan.essence().items() if key != "model.training_adapter"}
+    assert changes(older, plan).settings == ()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from entrypoint.fetch.public_addresses import is_public, problem_of
+from entrypoint.system.public_addresses import is_public, problem_of
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -133,7 +133,7 @@ def server():
 WAYS = """
 import asyncio, json, socket, sys, urllib.request
 import httpx
-from entrypoint.fetch import public_addresses
+from entrypoint.system import public_addresses
 port, environment = int(sys.argv[1]), json.loads(sys.argv[2])
 resolve = socket.getaddrinfo
 def rebound(host, *arguments, **options):  # as a name server would that gives an address inside

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from entrypoint.fetch import archive, hub_choice
-from entrypoint.fetch.hub_choice import IMAGE_SUFFIXES, MOST_NAMED, is_metadata
-from entrypoint.fetch.hub_columns import CAPTIONS
-from entrypoint.fetch.hub_layout import Layout
+from entrypoint.fetch import archive
+from entrypoint.fetch.hub_dataset import hub_choice
+from entrypoint.fetch.hub_dataset.hub_choice import IMAGE_SUFFIXES, MOST_NAMED, is_metadata
+from entrypoint.fetch.hub_dataset.hub_columns import CAPTIONS
+from entrypoint.fetch.hub_dataset.hub_layout import Layout
 from trainer.data.caption_files.findings import Findings
 from trainer.data.caption_files.formats import IMAGE_NAMES, SUFFIXES, AskedColumns, normal, parse_json, read_records
 from trainer.data.caption_files.matching import ImageNames

@@ -1,8 +1,8 @@
 """Turn a dataset of the Hub into a folder of image files with captions, row by row.
 
-`datasets` reads tables that hold images; `hub_folder` reads image files and archives. A child process does it
-(`python -m entrypoint.fetch.hub_rows`), without secrets and without network: its libraries take 300 MB that would stay
-for the whole training, and a damaged file may crash them.
+`datasets` reads tables that hold images; `hub_folder` reads image files and archives. A child process does it (`python
+-m entrypoint.fetch.hub_dataset.hub_rows`), without secrets and without network: its libraries take 300 MB that would
+stay for the whole training, and a damaged file may crash them.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from entrypoint.fetch import hub_folder, hub_layout, public_addresses
 from entrypoint.fetch.archive import Budget, Limits
-from entrypoint.fetch.hub_choice import ARCHIVES, CARDS, IMAGE_SUFFIXES, MOST_NAMED, STREAMED, is_metadata
-from entrypoint.fetch.hub_columns import (
+from entrypoint.fetch.hub_dataset import hub_folder, hub_layout
+from entrypoint.fetch.hub_dataset.hub_choice import ARCHIVES, CARDS, IMAGE_SUFFIXES, MOST_NAMED, STREAMED, is_metadata
+from entrypoint.fetch.hub_dataset.hub_columns import (
     MOST_COLUMNS,
     find_caption_column,
     find_image_column,
@@ -32,6 +32,7 @@ from entrypoint.fetch.hub_columns import (
     unused_columns,
     value_of,
 )
+from entrypoint.system import public_addresses
 from trainer.data.caption_files.formats import AskedColumns
 from trainer.spec.errors import DataError, KilnError, SettingsError, StorageError
 from trainer.spec.values import show, some
@@ -69,9 +70,14 @@ def unpack(snapshot: Path, target: Path, asked: Asked) -> dict[str, Any]:
     job: dict[str, Any] = {"snapshot": str(snapshot), "target": str(target), "asked": asdict(asked)}
     with tempfile.TemporaryDirectory() as scratch:
         kept = {k: os.environ[k] for k in ("PATH", "LANG", "LD_LIBRARY_PATH", "TMPDIR") if k in os.environ}
-        kept |= {"PYTHONPATH": str(Path(__file__).parents[2]), "HOME": scratch, "HF_HOME": scratch}
+        kept |= {"PYTHONPATH": str(Path(__file__).parents[3]), "HOME": scratch, "HF_HOME": scratch}
         kept |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "USE_TORCH": "0"}
-        command = [sys.executable, "-m", "entrypoint.fetch.hub_rows", json.dumps({**job, "scratch": scratch})]
+        command = [
+            sys.executable,
+            "-m",
+            "entrypoint.fetch.hub_dataset.hub_rows",
+            json.dumps({**job, "scratch": scratch}),
+        ]
         done = subprocess.run(  # noqa: S603
             command,
             env=kept,

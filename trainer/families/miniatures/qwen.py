@@ -1,0 +1,134 @@
+"""The miniature of Qwen-Image: its modules and its recipe. Shapes: B images, C channels, H and W, L tokens, D features.
+
+Its autoencoder is one of videos. `OneFrame` gives it the interface of one of images, by which `pools` and `make` train
+all autoencoders and read their latents.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLQwenImage,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import nn
+from transformers import (
+    PreTrainedTokenizerBase,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+)
+
+LATENT_CHANNELS = 16
+WIDTH = 64
+
+
+class OneFrame(nn.Module):
+    """An autoencoder of videos as one of images. Its latents are already normalised."""
+
+    usual: torch.Tensor  # mean and deviation of the latents' channels, (2, C, 1, 1)
+
+    def __init__(self, vae: AutoencoderKLQwenImage) -> None:
+        super().__init__()
+        self.vae = vae
+        self.config = SimpleNamespace(shift_factor=None, scaling_factor=1.0)
+        numbers = torch.tensor([vae.config.latents_mean, vae.config.latents_std])[..., None, None]
+        self.register_buffer("usual", numbers, persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.vae.parameters()).dtype
+
+    def encode(self, pixels_BCHW: torch.Tensor) -> SimpleNamespace:
+        moments_BCHW = self.vae.encode(pixels_BCHW.unsqueeze(2)).latent_dist.parameters.squeeze(2)
+        mean_C11, std_C11 = self.usual.to(moments_BCHW.dtype)
+        mean_BCHW, log_variance_BCHW = moments_BCHW.chunk(2, dim=1)
+        scaled = [(mean_BCHW - mean_C11) / std_C11, log_variance_BCHW - 2 * std_C11.log()]
+        return SimpleNamespace(latent_dist=DiagonalGaussianDistribution(torch.cat(scaled, dim=1)))
+
+    def decode(self, latents_BCHW: torch.Tensor) -> SimpleNamespace:
+        mean_C11, std_C11 = self.usual.to(latents_BCHW.dtype)
+        frames = self.vae.decode((latents_BCHW * std_C11 + mean_C11).unsqueeze(2)).sample
+        return SimpleNamespace(sample=frames.squeeze(2))
+
+
+def new_vae() -> AutoencoderKLQwenImage:
+    """Four levels and two residual blocks each, as the published one; its latents are not normalised yet."""
+    return AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=LATENT_CHANNELS,
+        dim_mult=[1, 2, 4, 4],
+        num_res_blocks=2,
+        latents_mean=[0.0] * LATENT_CHANNELS,
+        latents_std=[1.0] * LATENT_CHANNELS,
+    )
+
+
+@torch.no_grad()
+def normalise(vae: AutoencoderKLQwenImage, pixels_BCHW: torch.Tensor) -> None:
+    """Write the mean and the deviation of each channel of these images' latents into the config."""
+    latents_BCHW = vae.encode(pixels_BCHW.unsqueeze(2)).latent_dist.sample().squeeze(2)
+    mean_C, std_C = latents_BCHW.mean(dim=(0, 2, 3)), latents_BCHW.std(dim=(0, 2, 3))
+    vae.register_to_config(
+        latents_mean=[round(value, 4) for value in mean_C.tolist()],
+        latents_std=[round(value, 4) for value in std_C.tolist()],
+    )
+
+
+def text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+    """Three layers with grouped queries, and as good as nothing that reads images."""
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": WIDTH,
+        "intermediate_size": 3 * WIDTH,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]},
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    images: dict[str, Any] = {
+        "depth": 1,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_heads": 1,
+        "out_hidden_size": WIDTH,
+    }
+    images |= {"patch_size": 2, "fullatt_block_indexes": [0]}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=images, tie_word_embeddings=True)
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def transformer() -> QwenImageTransformer2DModel:
+    """Four blocks, 128 wide."""
+    model = QwenImageTransformer2DModel(
+        in_channels=4 * LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(8, 12, 12),
+    )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and (name.endswith("_mod.1") or name in ("norm_out.linear", "proj_out")):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    return model
+
+
+def pipeline(
+    vae: OneFrame, qwen: nn.Module, words: PreTrainedTokenizerBase, net: QwenImageTransformer2DModel
+) -> DiffusionPipeline:
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+    )
+    return QwenImagePipeline(scheduler, vae.vae, qwen, words, net)
