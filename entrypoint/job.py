@@ -138,13 +138,7 @@ def _job(
     retries = checking() if check else http.USUAL
     keys = Keys.of(settings, environ)
     settings, arrivals = doors.arrive(settings, environ, retries=retries)
-    manifest = read_manifest(settings.data.dataset_config, settings.output.sample_prompts)
-    detected = _card_to_check_for(card) if card is not None else hardware.detect()
-    kernels = hardware.TorchKernels() if card is None and detected.vendor != "cpu" else None
-    plan = make_plan(settings, manifest, detected, now=now(environ))
-    if kernels is not None and plan.engine.device != "cpu":
-        hardware.check_torch(detected, hardware.torch_version())
-    plan = dataclasses.replace(plan, model=bake.with_baked(plan.model))
+    plan, detected, kernels = _planned(settings, environ, card)
     missing = _missing_accelerator(plan, backend=settings.engine.backend)
     if missing and not check and not prefetch:
         raise missing
@@ -159,12 +153,7 @@ def _job(
     token = settings.model.hf_token.reveal() if settings.model.hf_token else None
     targets = _targets(plan, settings, environ, token=token, creates=not check) if nodes.is_first else []
     if done:
-        log.info("This job is done: %s. %s", done, choose_run.HOW_TO_GO_ON)
-        left = [job for job in targets if not upload.is_done(job, done)]
-        if check or prefetch or not left:
-            return 0
-        with upload.all_beside(left, environ) as uploaded:
-            return uploaded()
+        return _finished(done, [] if check or prefetch else targets, environ)
 
     from entrypoint.planning.preflight import preflight  # imports the Hub's client, which is slow: only now
     from entrypoint.planning.summary import log_summary
@@ -183,7 +172,7 @@ def _job(
         fetch_all(plan, settings, access)
         log.info("Fetched: all that this job downloads is here, and is checked. Nothing was trained.")
         return 0
-    if kernels is not None and plan.engine.device != "cpu":
+    if kernels is not None:
         hardware.check_kernels(detected, kernels.names())
     if missing:
         raise missing
@@ -194,6 +183,31 @@ def _job(
         if not nodes.is_first:
             return _trained_for_first(plan, settings, environ, nodes, access)
         return _trained(plan, settings, environ, nodes, access) or uploaded()
+
+
+def _planned(
+    settings: Settings, environ: Mapping[str, str], card: str | None
+) -> tuple[Plan, hardware.Hardware, hardware.TorchKernels | None]:
+    """The plan, the hardware it is for, and, where a GPU of this machine trains, what tells what torch can run here."""
+    manifest = read_manifest(settings.data.dataset_config, settings.output.sample_prompts)
+    detected = _card_to_check_for(card) if card is not None else hardware.detect()
+    kernels = hardware.TorchKernels() if card is None and detected.vendor != "cpu" else None
+    plan = make_plan(settings, manifest, detected, now=now(environ))
+    if plan.engine.device == "cpu":
+        kernels = None
+    if kernels is not None:
+        hardware.check_torch(detected, hardware.torch_version())
+    return dataclasses.replace(plan, model=bake.with_baked(plan.model)), detected, kernels
+
+
+def _finished(done: Path, targets: list[upload.Job], environ: Mapping[str, str]) -> int:
+    """The run is complete: upload what is not there yet."""
+    log.info("This job is done: %s. %s", done, choose_run.HOW_TO_GO_ON)
+    left = [job for job in targets if not upload.is_done(job, done)]
+    if not left:
+        return 0
+    with upload.all_beside(left, environ) as uploaded:
+        return uploaded()
 
 
 def _agreed(plan: Plan, done: Path | None, nodes: Nodes) -> bool:

@@ -44,6 +44,7 @@ LAYERS = {  # from the bottom; packages on one layer do not import each other
         ("queue",),
         ("engines",),
         ("bake", "health", "unprivileged"),
+        ("job",),
         ("__main__",),
     ),
 }

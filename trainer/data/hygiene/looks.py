@@ -1,4 +1,4 @@
-"""What a scan sees in one decoded image: a hash of its looks, its sharpness, black bars. Needs Pillow alone.
+"""What a scan sees in one decoded image: a hash of its looks, its sharpness, black bars, and faces. Needs Pillow alone.
 
 The image may come at a part of its size, as `trainer.data.decode.inspect` decodes JPEGs. It takes less time
 than the decoding.
@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from PIL import Image, ImageChops
+
+from trainer.data.hygiene.faces import Face, find_faces
 
 SIDE = 320  # pixels of the longer side of what is looked at
 LEAST_SIDE = 12  # pixels of the shorter side, from which tiles and bars mean something
@@ -31,6 +33,7 @@ class Looks(NamedTuple):
     hash: int | None  # 64 bits; None: too even to compare
     sharpness: float | None
     has_bars: bool
+    faces: tuple[Face, ...] = ()  # none where no detector is installed
 
 
 def look(image: Image.Image) -> Looks | None:
@@ -39,11 +42,12 @@ def look(image: Image.Image) -> Looks | None:
         grey = image.convert("L")
     except ValueError:
         return None
+    faces = find_faces(grey)
     if max(grey.size) > SIDE:
         grey.thumbnail((SIDE, SIDE), Image.Resampling.BOX)
     if min(grey.size) < LEAST_SIDE:
         return None
-    return Looks(_hash(grey), _sharpness(grey), _has_bars(grey))
+    return Looks(_hash(grey), _sharpness(grey), _has_bars(grey), faces)
 
 
 def _hash(grey: Image.Image) -> int | None:

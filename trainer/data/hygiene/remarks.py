@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from trainer.data.buckets import fit
+from trainer.data.buckets import Fit, fit
+from trainer.data.hygiene.faces import Face
 from trainer.data.hygiene.looks import Looks
 from trainer.data.records import ImageRecord
 from trainer.spec.plan import Dataset
@@ -16,6 +17,7 @@ from trainer.spec.values import many, some
 BLURRED = 0.2
 ALIKE_BITS = 4  # two hashes that differ in no more belong to images that look the same
 BANDS = ALIKE_BITS + 1  # of which at least one is equal in two such hashes, so that not all pairs are compared
+LEAST_OF_FACE = 0.9  # of each side of a face's box that the crop keeps: the box is larger than the face
 ENLARGED = 2.0  # times each side: from there on an image is blurred by it
 
 
@@ -28,6 +30,7 @@ def remarks(images: Sequence[ImageRecord], looks: Mapping[str, Looks | None], da
     blurred = []
     barred = []
     small = []
+    beheaded = []
     for image in images:
         seen = looks.get(image.name)
         if seen is not None and seen.sharpness is not None and seen.sharpness < BLURRED:
@@ -37,13 +40,27 @@ def remarks(images: Sequence[ImageRecord], looks: Mapping[str, Looks | None], da
         cut = fit((image.width, image.height), dataset)
         if cut is not None and cut.scaled[0] > ENLARGED * image.width:
             small.append(f"{image.name} ({image.width}x{image.height})")
+        if seen is not None and cut is not None and any(_is_cut_off(face, cut) for face in seen.faces):
+            beheaded.append(image.name)
     if blurred:
         lines.append(f"{many(len(blurred), 'image')} blurred everywhere, used all the same: {some(blurred)}")
     if barred:
         lines.append(f"{many(len(barred), 'image')} with black bars, which are learnt too: {some(barred)}")
+    if beheaded:
+        lines.append(f"{many(len(beheaded), 'image')} with a face that the crop cuts off: {some(beheaded)}")
     if small:
         lines.append(f"{many(len(small), 'image')} enlarged more than {ENLARGED:g} times: {some(small)}")
     return lines
+
+
+def _is_cut_off(face: Face, cut: Fit) -> bool:
+    """Whether the crop at the centre loses a part of a face."""
+    for low, high, scaled, size in zip(face[:2], face[2:], cut.scaled, cut.size, strict=True):
+        begin = (scaled - size) / 2
+        kept = min(high * scaled, begin + size) - max(low * scaled, begin)
+        if kept < LEAST_OF_FACE * (high - low) * scaled:
+            return True
+    return False
 
 
 def near_duplicates(images: Sequence[ImageRecord], looks: Mapping[str, Looks | None]) -> Iterator[tuple[str, str]]:
