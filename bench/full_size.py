@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bench import original_names as original
-from bench.step import FLUX, QWEN_IMAGE, SD3, SDXL, Z_IMAGE
+from bench.step import FLUX, FLUX2, QWEN_IMAGE, SD3, SDXL, Z_IMAGE
 from trainer.base_model import loading
 from trainer.spec.family import get_family
 
@@ -24,6 +24,10 @@ VAE = {
     "shift_factor": 0.1159,
     "use_quant_conv": False,
     "use_post_quant_conv": False,
+}
+FLUX2_VAE = {
+    **{key: VAE[key] for key in ("block_out_channels", "down_block_types", "up_block_types", "layers_per_block")},
+    "latent_channels": 32,
 }
 CLIP = {"vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
 CLIP_G = {
@@ -71,6 +75,7 @@ VIDEO_VAE = {"base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blo
 # Family → part → its published config. The keys that are missing are the miniature's.
 FULL = {
     "flux": {"denoiser": FLUX, "vae": VAE, "clip_l": {**CLIP, **HEADS}, "t5": T5},
+    "flux2": {"denoiser": FLUX2, "vae": FLUX2_VAE, "qwen3": QWEN3},
     "sdxl": {
         "denoiser": SDXL,
         "vae": {**VAE, "latent_channels": 4, "use_quant_conv": True, "use_post_quant_conv": True},

@@ -130,6 +130,43 @@ def z_image_original(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return out
 
 
+def flux2_original(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As black-forest-labs/flux2 names and joins them."""
+    names = {"x_embedder": "img_in", "context_embedder": "txt_in", "proj_out": "final_layer.linear"}
+    names |= {"timestep_embedder.linear_1": "time_in.in_layer", "timestep_embedder.linear_2": "time_in.out_layer"}
+    names |= {"guidance_embedder.linear_1": "guidance_in.in_layer"}
+    names |= {"guidance_embedder.linear_2": "guidance_in.out_layer", "time_guidance_embed.": ""}
+    names |= {"modulation_img.linear": "modulation_img.lin", "modulation_txt.linear": "modulation_txt.lin"}
+    names |= {"stream_modulation.linear": "stream_modulation.lin"}
+    names |= {"single_transformer_blocks": "single_blocks", "transformer_blocks": "double_blocks"}
+    names |= {"attn.to_qkv_mlp_proj": "linear1", "attn.to_out.weight": "linear2.weight"}
+    names |= {"attn.to_out.0": "img_attn.proj", "attn.to_add_out": "txt_attn.proj"}
+    names |= {"ff.linear_in": "img_mlp.0", "ff.linear_out": "img_mlp.2"}
+    names |= {"ff_context.linear_in": "txt_mlp.0", "ff_context.linear_out": "txt_mlp.2"}
+    for ours, theirs in (("q", "query"), ("k", "key")):
+        names[f"attn.norm_added_{ours}.weight"] = f"txt_attn.norm.{theirs}_norm.scale"
+        names[f"attn.norm_{ours}.weight"] = f"img_attn.norm.{theirs}_norm.scale"
+    out: dict[str, torch.Tensor] = {}
+    for ours, tensor in state.items():
+        block, _, layer = ours.rpartition(".attn.")
+        if layer in ("to_q.weight", "add_q_proj.weight"):
+            stream = "img" if layer == "to_q.weight" else "txt"
+            parts = tuple(f"{block}.attn.{layer.removesuffix('.weight').replace('q', x)}" for x in "qkv")
+            out |= join(state, f"{block.replace('transformer_', 'double_')}.{stream}_attn.qkv", parts)
+        elif layer in ("to_k.weight", "to_v.weight", "add_k_proj.weight", "add_v_proj.weight"):
+            continue
+        elif ours == "norm_out.linear.weight":
+            out["final_layer.adaLN_modulation.1.weight"] = swap_halves(tensor)
+        else:
+            theirs = ours
+            for before, after in names.items():
+                theirs = theirs.replace(before, after)
+            if theirs.startswith("single_blocks"):
+                theirs = theirs.replace(".img_attn.norm.", ".norm.")
+            out[theirs] = tensor
+    return out
+
+
 def wan_vae(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A VAE of videos as Wan-Video/Wan2.1 names it, and as ComfyUI's file of Qwen-Image's VAE does: by places in lists.
 
@@ -205,6 +242,9 @@ def vae_original(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     out = {}
     for ours, tensor in state.items():
         name = ours.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+        if "bn.running_mean" in state:  # FLUX.2's
+            name = re.sub("^quant_conv", "encoder.quant_conv", name)
+            name = re.sub("^post_quant_conv", "decoder.post_quant_conv", name)
         name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
         name = re.sub(r"down_blocks\.(\d)\.resnets", r"down.\1.block", name)
         name = re.sub(r"up_blocks\.(\d)\.resnets", lambda m: f"up.{levels - int(m[1])}.block", name)
@@ -251,7 +291,8 @@ def denoiser(name: str, state: dict[str, torch.Tensor], config: dict[str, Any]) 
         return sdxl_original(state, per_level=config["layers_per_block"])
     if name == "qwen_image":
         return dict(state)
-    return {"flux": flux_original, "sd3": sd3_original, "z_image": z_image_original}[name](state)
+    originals = {"flux": flux_original, "flux2": flux2_original, "sd3": sd3_original, "z_image": z_image_original}
+    return originals[name](state)
 
 
 def whole_file(name: str, parts: dict[str, dict[str, torch.Tensor]], config: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -270,7 +311,7 @@ def whole_file(name: str, parts: dict[str, dict[str, torch.Tensor]], config: dic
         found["t5"] = parts["t5"]
     prefixes = {
         "denoiser": "model.diffusion_model.",
-        "vae": "vae." if name in ("flux", "z_image", "qwen_image") else "first_stage_model.",
+        "vae": "vae." if name in ("flux", "flux2", "z_image", "qwen_image") else "first_stage_model.",
         "clip_l": "conditioner.embedders.0.transformer." if name == "sdxl" else "text_encoders.clip_l.transformer.",
         "clip_g": "conditioner.embedders.1.model." if name == "sdxl" else "text_encoders.clip_g.transformer.",
         "t5": "text_encoders.t5xxl.transformer.",
@@ -316,6 +357,22 @@ def z_image_files(folder: Path, dtype: torch.dtype) -> dict[str, str]:
     parts = {
         "MODEL_PATH": ("z_image_bf16.safetensors", {k: v.to(dtype) for k, v in original("z_image").items()}),
         "VAE_PATH": ("ae.safetensors", vae_original(weights(own / "vae"))),
+        "TEXT_ENCODER_PATH": ("qwen_3_4b.safetensors", under("model.", weights(own / "text_encoder"))),
+    }
+    for name, state in parts.values():
+        save_file(under("", state), folder / name)
+    return {variable: str(folder / name) for variable, (name, _) in parts.items()}
+
+
+def flux2_files(folder: Path, dtype: torch.dtype) -> dict[str, str]:
+    """The three files that users of FLUX.2 klein have, and the variables that name them."""
+    own = miniature("flux2")
+    parts = {
+        "MODEL_PATH": (
+            "flux-2-klein-base-4b.safetensors",
+            {k: v.to(dtype) for k, v in original("flux2").items()},
+        ),
+        "VAE_PATH": ("flux2-vae.safetensors", vae_original(weights(own / "vae"))),
         "TEXT_ENCODER_PATH": ("qwen_3_4b.safetensors", under("model.", weights(own / "text_encoder"))),
     }
     for name, state in parts.values():

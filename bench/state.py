@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from bench.step import FLUX, QWEN_IMAGE, SD3, SDXL, Z_IMAGE
+from bench.step import FLUX, FLUX2, QWEN_IMAGE, SD3, SDXL, Z_IMAGE
 from trainer.checkpoints import state_files
 from trainer.checkpoints.snapshots import Snapshots
 from trainer.engine import adapters as lora
@@ -37,6 +37,7 @@ GB = 1e9
 def adapters(name: str, rank: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The adapters' tensors by peft's names, and the optimiser's state for them."""
     from diffusers import (
+        Flux2Transformer2DModel,
         FluxTransformer2DModel,
         QwenImageTransformer2DModel,
         SD3Transformer2DModel,
@@ -48,6 +49,7 @@ def adapters(name: str, rank: int) -> tuple[dict[str, torch.Tensor], dict[str, A
     with torch.device("meta"):
         make: dict[str, Callable[[], Any]] = {
             "flux": lambda: FluxTransformer2DModel(**FLUX),
+            "flux2": lambda: Flux2Transformer2DModel(**FLUX2),
             "sd3": lambda: SD3Transformer2DModel(**SD3),
             "sdxl": lambda: UNet2DConditionModel(**SDXL),
             "z_image": lambda: ZImageTransformer2DModel(**Z_IMAGE),

@@ -51,13 +51,13 @@ RANK = 16
 GIB = 2**30
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Width and height in pixels.
-SIZES = {"flux": (1280, 768)} | dict.fromkeys(("sdxl", "sd3", "z_image", "qwen_image"), (1024, 1024))
+SIZES = {"flux": (1280, 768)} | dict.fromkeys(("flux2", "sdxl", "sd3", "z_image", "qwen_image"), (1024, 1024))
 # Of a caption: tokens, features of a token, features of the pooled text.
 TEXT = {"flux": (512, 4096, 768), "sdxl": (77, 2048, 1280), "sd3": (333, 4096, 2048), "z_image": (128, 2560, 1)}
-TEXT["qwen_image"] = (128, 3584, 1)
+TEXT |= {"flux2": (512, 7680, 1), "qwen_image": (128, 3584, 1)}
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}  # of activations; bf16 in all other precisions
 OFFLOADS = {"host": "activations", "weights": "weights"}  # by WORD
-CHANNELS = {"flux": 16, "sdxl": 4, "sd3": 16, "z_image": 16, "qwen_image": 16}  # of latents
+CHANNELS = {"flux": 16, "flux2": 32, "sdxl": 4, "sd3": 16, "z_image": 16, "qwen_image": 16}  # of latents
 SEED_OF_WEIGHTS = 0
 SEED_OF_ADAPTERS = 1
 # What the published models differ in from the defaults of diffusers' classes.
@@ -93,11 +93,19 @@ Z_IMAGE = {
     "axes_dims": [32, 48, 48],
     "axes_lens": [1536, 512, 512],
 }
+FLUX2 = {
+    "num_layers": 5,
+    "num_single_layers": 20,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 7680,
+    "guidance_embeds": False,
+}
 QWEN_IMAGE = {"num_layers": 60, "num_attention_heads": 24, "attention_head_dim": 128, "axes_dims_rope": (16, 56, 56)}
 
 # With --small: a few narrow blocks of each class.
 SMALL: dict[str, dict[str, Any]] = {
     "flux": {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 2},
+    "flux2": {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 2},
     "sd3": {"num_layers": 2, "num_attention_heads": 2, "caption_projection_dim": 128},
     "sdxl": {
         "block_out_channels": (32, 64, 128),
@@ -124,6 +132,7 @@ def random_weights(device: str) -> Iterator[None]:
 def denoiser(name: str, *, small: bool = False) -> Any:
     """The published architecture with random weights, on the accelerator, in bf16."""
     from diffusers import (
+        Flux2Transformer2DModel,
         FluxTransformer2DModel,
         QwenImageTransformer2DModel,
         SD3Transformer2DModel,
@@ -135,6 +144,8 @@ def denoiser(name: str, *, small: bool = False) -> Any:
     with random_weights(DEVICE):
         if name == "flux":
             model: Any = FluxTransformer2DModel(**FLUX, **changes)
+        elif name == "flux2":
+            model = Flux2Transformer2DModel(**FLUX2 | changes)
         elif name == "sd3":
             model = SD3Transformer2DModel(**SD3 | changes)
         elif name == "z_image":

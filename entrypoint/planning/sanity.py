@@ -6,12 +6,14 @@ say. What depends on the number of steps is in `trainer.spec.rules.sanity`, whic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 from entrypoint.settings import Settings
 from entrypoint.settings.checks import Notes
+from trainer.base_model import configs
 from trainer.spec.family import BaseModel, Facts
 from trainer.spec.optimizers import OPTIMIZERS
 from trainer.spec.plan import AUTO, Plan
@@ -133,12 +135,36 @@ def _unfit_weights(request: Request) -> str | None:
 
 
 def _unfit_file(request: Request) -> str | None:
-    path = request.settings.model.model_path or ""
-    name = PurePath(path).name.lower()
-    for word, what in request.facts.name_cautions.items():
-        if word in name:
-            return f"MODEL_PATH={path} is {what}, by its name. Fix: a file of {request.plan.model.base}."
-    return None
+    """By what the file or the repository is called, or by what the folder's index says: its tensors have no mark."""
+    path = request.settings.model.model_path
+    if path is None or not request.facts.name_cautions:
+        return None
+    found = _said_by_index(Path(path) / "model_index.json")
+    if found is None:
+        found = _said_by_name(PurePath(path).name.lower(), request.facts.name_cautions)
+    if not found:
+        return None
+    return f"MODEL_PATH={path} is {found}. Fix: the weights of {request.model.source}."
+
+
+def _said_by_index(index: Path) -> str | None:
+    """What a folder's index says that its model is: "" for a base model; None where it says nothing."""
+    if not index.is_file():
+        return None
+    try:
+        is_distilled = configs.read_object(index).get("is_distilled")
+    except ValueError:  # reported where the folder is checked
+        return ""
+    if is_distilled is None:
+        return None
+    return "distilled to few steps, which training undoes, by its model_index.json" if is_distilled else ""
+
+
+def _said_by_name(name: str, cautions: Mapping[str, str]) -> str:
+    for pattern, what in cautions.items():
+        if re.search(pattern, name):
+            return f"{what}, by its name"
+    return ""
 
 
 def _resolution(request: Request) -> str | None:

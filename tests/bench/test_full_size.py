@@ -42,9 +42,9 @@ def test_the_full_size_is_that_of_the_published_models(name, tmp_path):
     models = full_size.write_configs(tmp_path / "model", name, full_size.FULL[name])
     counts = {part: sum(p.numel() for p in model.parameters()) for part, model in models.items()}
     published = {"clip_l": 123_060_480, "clip_g": 694_659_840, "t5": 4_762_310_656}
-    published |= {"vae": 83_653_863 if name == "sdxl" else 83_819_683}
+    published |= {"vae": {"sdxl": 83_653_863, "flux2": 84_046_115}.get(name, 83_819_683)}
     denoisers = {"flux": 11_901_408_320, "sdxl": 2_567_463_684, "sd3": 2_028_328_000, "z_image": 6_154_908_736}
-    denoisers["qwen_image"] = 20_430_401_088
+    denoisers |= {"flux2": 3_875_544_576, "qwen_image": 20_430_401_088}
     published |= {"denoiser": denoisers[name], "qwen3": 4_022_468_096, "qwen2_5_vl": 7_070_619_136}
     if name == "qwen_image":
         published["vae"] = 126_892_531

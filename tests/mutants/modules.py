@@ -45,6 +45,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "trainer/engine/flat_parameters.py": (*ENGINE, "trainer/training"),
     "trainer/engine/quantization": ENGINE,
     "trainer/families/flux.py": FAMILIES,
+    "trainer/families/flux2.py": FAMILIES,
     "trainer/families/sd3.py": FAMILIES,
     "trainer/families/sdxl.py": FAMILIES,
     "trainer/families/z_image.py": FAMILIES,

@@ -139,6 +139,13 @@ def text():
 
 
 @pytest.fixture
+def flux2_denoiser():
+    from tests.support import models
+
+    return models.flux2_denoiser()
+
+
+@pytest.fixture
 def sd3_denoiser():
     from tests.support import models
 

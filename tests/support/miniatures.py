@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from diffusers import (
+    Flux2KleinPipeline,
     FluxPipeline,
     QwenImagePipeline,
     StableDiffusion3Pipeline,
@@ -15,6 +16,7 @@ from trainer.spec.family import get_family
 
 PIPELINES = {
     "flux": FluxPipeline,
+    "flux2": Flux2KleinPipeline,
     "sdxl": StableDiffusionXLPipeline,
     "sd3": StableDiffusion3Pipeline,
     "z_image": ZImagePipeline,
@@ -43,6 +45,9 @@ def encoded(name, pipe, captions):
         tokens, pooled, _ = pipe.encode_prompt(
             captions, captions, device="cpu", max_sequence_length=pipe.tokenizer_2.model_max_length
         )
+    elif name == "flux2":
+        texts, _ = pipe.encode_prompt(captions, device="cpu", max_sequence_length=pipe.tokenizer.model_max_length)
+        return {"tokens": texts}
     elif name == "qwen_image":
         tokens_BLD, mask_BL = pipe.encode_prompt(captions, device="cpu")
         if mask_BL is None:
@@ -70,6 +75,8 @@ def random_text(name, denoiser, length, *, generator=None):
         filled = -(-length // 32) * 32
         tokens = torch.randn(1, filled, config.cap_feat_dim, generator=generator)
         return {"tokens": tokens, "real": torch.arange(filled)[None] < length}
+    if name == "flux2":
+        return {"tokens": torch.randn(1, length, config.joint_attention_dim, generator=generator)}
     if name == "sdxl":
         wide = config.cross_attention_dim
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim

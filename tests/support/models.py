@@ -3,8 +3,10 @@
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -171,6 +173,25 @@ def z_image_text():
     return stack_texts(items)
 
 
+def flux2_denoiser(*, guidance_embeds=False):
+    """Two double and two single blocks of width 32; as klein's, without embedded guidance."""
+    torch.manual_seed(0)
+    model = Flux2Transformer2DModel(
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
+    )
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model.requires_grad_(False).eval()
+
+
 def qwen_image_denoiser():
     """Three double blocks of width 32."""
     torch.manual_seed(0)
@@ -186,6 +207,20 @@ def qwen_image_denoiser():
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     return model.requires_grad_(False).eval()
+
+
+def flux2_vae():
+    """Every channel of 2 x 2 latents has its own mean and deviation."""
+    torch.manual_seed(1)
+    vae = AutoencoderKLFlux2(block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=16, layers_per_block=1)
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.1, 3.0)
+    return vae.eval()
+
+
+def flux2_text():
+    torch.manual_seed(2)
+    return {"tokens": torch.randn(2, 7, 24)}
 
 
 def qwen_image_vae():

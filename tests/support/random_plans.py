@@ -19,7 +19,7 @@ from typing import Any
 import diffusers
 from PIL import Image
 
-from bench.step import FLUX, QWEN_IMAGE, SD3, SDXL, Z_IMAGE, random_weights
+from bench.step import FLUX, FLUX2, QWEN_IMAGE, SD3, SDXL, Z_IMAGE, random_weights
 from entrypoint.dataset_config.manifest import read_manifest
 from entrypoint.planning.plan import make_plan
 from entrypoint.settings.read import read_settings
@@ -38,6 +38,7 @@ PICTURES = 3 * [(96, 64)] + 3 * [(64, 64)]  # two buckets; one picture is held o
 WIDE: dict[str, dict[str, Any]] = {  # what the denoisers have in common with the published ones: all but their depth
     "flux": {**FLUX, "num_layers": 1, "num_single_layers": 3, "num_attention_heads": 24, "attention_head_dim": 128,
              "axes_dims_rope": (16, 56, 56)},
+    "flux2": {**FLUX2, "num_layers": 1, "num_single_layers": 3, "in_channels": 64, "joint_attention_dim": 96},
     "sd3": {**SD3, "num_layers": 4},
     "sdxl": {**SDXL, "transformer_layers_per_block": (1, 1, 2), "cross_attention_dim": 128, "norm_num_groups": 32,
              "projection_class_embeddings_input_dim": 6 * 256 + 64},

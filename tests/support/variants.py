@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -17,6 +18,10 @@ _FLUX = {
     "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128,
     "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768,
     "axes_dims_rope": (16, 56, 56),
+}  # fmt: skip
+_FLUX2 = {
+    "in_channels": 128, "num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24,
+    "joint_attention_dim": 7680, "guidance_embeds": False,
 }  # fmt: skip
 _SD3 = {
     "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24,
@@ -45,6 +50,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "flux-dev": ("flux", {**_FLUX, "guidance_embeds": True}),
     "flux-krea": ("flux", {**_FLUX, "guidance_embeds": True}),
     "flux-schnell": ("flux", {**_FLUX, "guidance_embeds": False}),
+    "flux2-klein-4b": ("flux2", _FLUX2),
+    "flux2-klein-9b": (
+        "flux2",
+        {**_FLUX2, "num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288},
+    ),
     "sd3-medium": ("sd3", _SD3),
     "sd3.5-medium": (
         "sd3",
@@ -57,6 +67,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 CLASSES = {
     "flux": FluxTransformer2DModel,
+    "flux2": Flux2Transformer2DModel,
     "sd3": SD3Transformer2DModel,
     "sdxl": UNet2DConditionModel,
     "z_image": ZImageTransformer2DModel,
@@ -67,6 +78,10 @@ NARROW = {
     "flux": {
         "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 24, "pooled_projection_dim": 20,
         "axes_dims_rope": (2, 2, 4),
+    },
+    "flux2": {
+        "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 24, "axes_dims_rope": (2, 2, 2, 2),
+        "timestep_guidance_channels": 16, "in_channels": 64,
     },
     "sd3": {
         "sample_size": 8, "pos_embed_max_size": 8, "attention_head_dim": 8, "num_attention_heads": 2,

@@ -204,14 +204,25 @@ def _load_state(part: str, path: Path, family: Family, *, config: dict[str, Any]
 
         return _convert(lambda: dict(convert_wan_vae_to_diffusers(state)))
     if part == "vae" and not state.keys() & {"decoder.conv_norm_out.weight", "decoder.norm_out.gamma"}:
-        from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint  # slow to import
-
-        return _convert(lambda: dict(convert_ldm_vae_checkpoint(state, config)))
+        return _convert(lambda: _vae_from_original(state, config))
     if part == "clip_g" and {"transformer.resblocks.0.ln_1.weight", "text_projection"} <= state.keys():
         from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint  # slow to import
 
         return _convert(lambda: dict(convert_open_clip_checkpoint(None, state, prefix="")))
     return state
+
+
+def _vae_from_original(state: State, config: dict[str, Any]) -> State:
+    """A VAE's tensors by diffusers' names. FLUX.2's has its first and last convolution inside, and statistics."""
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint  # slow to import
+
+    outside = {}
+    for name, tensor in state.items():
+        name = name.removeprefix("encoder.") if name.startswith("encoder.quant_conv.") else name
+        name = name.removeprefix("decoder.") if name.startswith("decoder.post_quant_conv.") else name
+        outside[name] = tensor
+    statistics = {name: tensor for name, tensor in state.items() if name.startswith("bn.")}
+    return dict(convert_ldm_vae_checkpoint(outside, config)) | statistics
 
 
 def _convert(function: Callable[[], State]) -> State:

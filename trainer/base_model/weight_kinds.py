@@ -126,7 +126,9 @@ def lookalike(entries: Entries) -> str | None:
     bare = bare_names(entries, "denoiser")
     for name in family_names():
         for other in get_family(name).FACTS.lookalikes:
-            if other.tensor in bare and _fits(bare[other.tensor].shape, other):
+            if other.tensor not in bare or bare.keys() & set(other.lacks):
+                continue
+            if _fits(bare[other.tensor].shape, other):
                 return other.what
     for tensor, what in OTHER_MODELS.items():
         if tensor in entries or tensor in bare:
@@ -217,6 +219,7 @@ QWEN3_LAYERS = tuple(f"{level}layers.0.self_attn.q_norm.weight" for level in LEV
 QWEN2_5_VL_LAYERS = tuple(f"{level}layers.0.self_attn.q_proj.bias" for level in LEVELS)
 QWEN_TOKENS = tuple(f"{level}embed_tokens.weight" for level in LEVELS)
 VAE_LAYERS = ("decoder.conv_in.weight", "decoder.conv1.weight")  # the latter: of Wan, and so of Qwen-Image
+QWEN3_NAMES = {1024: "Qwen3-0.6B", 2048: "Qwen3-1.7B", 2560: "Qwen3-4B", 4096: "Qwen3-8B", 5120: "Qwen3-14B"}
 T5_LAYER = "encoder.block.0.layer.0.SelfAttention.q.weight"
 T5_TOKENS = ("shared.weight", "encoder.embed_tokens.weight")
 CLIP_L_WIDTH = 768
@@ -291,7 +294,7 @@ def _size_problem(part: str, bare: Entries, config: Mapping[str, int]) -> str | 
     if part in ("qwen3", "qwen2_5_vl"):
         shape = _first_shape(bare, QWEN_TOKENS)
         if shape is not None and shape[-1] != config["hidden_size"]:
-            return f"is another {PART_NAMES[part]}, of width {shape[-1]}; this base model's has {config['hidden_size']}"
+            return _other_width(part, shape[-1], config["hidden_size"])
         return None
     tokens = _first_shape(bare, TOKENS)
     if tokens is not None and tokens[-1] != config["hidden_size"]:
@@ -300,6 +303,14 @@ def _size_problem(part: str, bare: Entries, config: Mapping[str, int]) -> str | 
     if positions is not None and positions[0] != config["max_position_embeddings"]:
         return f"is a CLIP for {positions[0]} tokens (Long-CLIP); this base model reads 77"
     return None
+
+
+def _other_width(part: str, width: int, wanted: int) -> str:
+    """What a text encoder of another width is. Qwen3 has sizes with names."""
+    if part != "qwen3":
+        return f"is another {PART_NAMES[part]}, of width {width}; this base model's has {wanted}"
+    found, needed = QWEN3_NAMES.get(width, "a Qwen3"), QWEN3_NAMES.get(wanted, "a Qwen3")
+    return f"is {found}, of width {width}; this base model reads by {needed}, of width {wanted}. Fix: that one's file"
 
 
 def _vae_problem(bare: Entries, config: Mapping[str, int]) -> str | None:

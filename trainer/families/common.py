@@ -52,7 +52,7 @@ def load_vae(folder: Path, *, device: str, kind: ConfigKind = configs.VAE) -> An
     from trainer.base_model import loading, weight_check
 
     vae = loading.load_model(kind, folder / "vae", device=None, dtype=torch.float32).to(device)
-    weight_check.check_weights(vae.named_parameters(), folder / "vae")
+    weight_check.check_weights(vae.state_dict().items(), folder / "vae")
     return vae.eval()
 
 

@@ -88,9 +88,9 @@ def read_family(path: Path, family_name: str | None) -> tuple[str, dict[str, str
         header = safetensors_header.read_header(path)
     except ValueError as problem:
         raise SettingsError(f"{path}: {problem}.") from problem
-    name = family_name or contents.likely_family(header.entries, header.metadata)
+    shapes = {key: entry.shape for key, entry in header.entries.items()}
+    name = family_name or contents.likely_family(shapes, header.metadata)
     if name is None:
-        shapes = {key: entry.shape for key, entry in header.entries.items()}
         what = other_kinds.describe(shapes) or "no key names a layer of them"
         if model := other_kinds.other_model(shapes):
             what = f"it is one for {model}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ PLAIN_NAME = re.compile(r"\w+")
 REPEATED_GROUP = re.compile(r"\)[*+?{]|\(\?")
 REPEAT = re.compile(r"[*+{]")
 LONGEST_PATTERN = 300  # characters
+SAME_FORM = 1e-3  # relative difference of two forms that are one
 MOST_REPEATS = 3  # each multiplies the time by the length of a module's name
 Shapes = Mapping[str, tuple[int, ...]]  # of the tensors, by their keys
 
@@ -76,6 +77,7 @@ def assemble(shapes: Shapes, family_name: str, metadata: Mapping[str, str]) -> l
         raise ValueError(description)
     layers: dict[str, LayerTensors] = {}
     unknown = []
+    misfits = False
     for key in shapes:
         split = split_key(key)
         layer = find_layer(split[0], family_name) if split else None
@@ -87,7 +89,9 @@ def assemble(shapes: Shapes, family_name: str, metadata: Mapping[str, str]) -> l
         if role in tensors.keys:
             raise ValueError(f"it has {stem} twice, as {tensors.keys[role]} and as {key}")
         tensors.keys[role] = key
-    _check_family(shapes, unknown, family_name, metadata)
+    for tensors in layers.values():
+        misfits = misfits or not _has_form(tensors.layer, _form(tensors.stem, shapes))
+    _check_family(shapes, unknown, family_name, metadata, misfits=misfits)
     modules: dict[str, str] = {}
     for tensors in layers.values():
         _check_shapes(tensors, shapes, family_name)
@@ -98,14 +102,19 @@ def assemble(shapes: Shapes, family_name: str, metadata: Mapping[str, str]) -> l
     return list(layers.values())
 
 
-def _check_family(shapes: Shapes, unknown: list[str], family_name: str, metadata: Mapping[str, str]) -> None:
-    """Raises ValueError for a file of another model, and for keys that name no layer."""
+def _check_family(
+    shapes: Shapes, unknown: list[str], family_name: str, metadata: Mapping[str, str], *, misfits: bool
+) -> None:
+    """Raises ValueError for a file of another model, and for keys that name no layer.
+
+    `misfits`: whether a layer has other sides than this family's.
+    """
     declared = declared_family(metadata)
     likely = likely_family(shapes, metadata)
     fix = f"Fix: name a LoRA for {family_name}"
     if unknown and (model := other_kinds.other_model(shapes)):
         raise ValueError(f"it is a LoRA for {model}, and {family_name} is needed. {fix}")
-    if likely not in (None, family_name) and (unknown or declared == likely):
+    if likely not in (None, family_name) and (unknown or misfits or declared == likely):
         raise ValueError(f"it looks like a LoRA for {likely}, and {family_name} is needed. {fix}")
     if unknown:
         raise ValueError(
@@ -281,18 +290,39 @@ def declared_family(metadata: Mapping[str, str]) -> str | None:
     return None
 
 
-def likely_family(keys: Iterable[str], metadata: Mapping[str, str]) -> str | None:
+def likely_family(shapes: Shapes, metadata: Mapping[str, str]) -> str | None:
     """The family whose layers the keys name; None if they name none of any family.
 
     Families share names. Among those with the most matches the header decides; without one, the family of whose layers
-    the file has the larger share.
+    the file has the larger share. A layer whose weight has other sides than a family's is none of that family's.
     """
-    stems = [split[0] for key in keys if (split := split_key(key))]
+    stems = [split[0] for key in shapes if (split := split_key(key))]
+    forms = {stem: _form(stem, shapes) for stem in dict.fromkeys(stems)}
     declared = declared_family(metadata)
     scores: dict[str, tuple[int, bool, float]] = {}
     for name in family_names():
-        layers = [layer for stem in stems if (layer := find_layer(stem, name))]
+        found = [(find_layer(stem, name), forms[stem]) for stem in stems]
+        layers = [layer for layer, form in found if layer is not None and _has_form(layer, form)]
         originals = {layer.original.name for layer in layers if layer.original}
         scores[name] = (len(layers), declared == name, len(originals) / len(get_family(name).LORA_KEYS.layers))
     best = max(scores, key=lambda name: scores[name])
+    namesake = get_family(best).LORA_KEYS.namesake
+    if namesake and scores[namesake][:2] == scores[best][:2]:
+        best = namesake
     return best if scores[best][0] else None
+
+
+def _form(stem: str, shapes: Shapes) -> float:
+    """How many rows the weight of this stem has for each column; 0 where that cannot be told."""
+    down = shapes.get(f"{stem}.lora_down.weight", shapes.get(f"{stem}.lora_A.weight", ()))
+    up = shapes.get(f"{stem}.lora_up.weight", shapes.get(f"{stem}.lora_B.weight", ()))
+    if len(down) != 2 or len(up) != 2 or not down[1]:
+        return 0.0
+    return up[0] / down[1]
+
+
+def _has_form(layer: Layer, form: float) -> bool:
+    """Whether a weight of this form can be the layer's."""
+    if layer.original is None or layer.part is not None or not layer.original.rows_per_column or not form:
+        return True
+    return abs(form / layer.original.rows_per_column - 1) < SAME_FORM

@@ -63,7 +63,6 @@ PARTS = (
 )
 # Models that no family of ours is. The second is what their layers are called in LoRA files, with _ for dots.
 OTHER_MODELS = (
-    ("Flux2", r"single_stream_modulation|double_stream_modulation|attn_to_qkv_mlp_proj|ff_linear_in"),
     ("Chroma", r"distilled_guidance_layer"),
     ("HiDream", r"(double|single)_stream_blocks"),
     ("HunyuanVideo", r"double_blocks_\d+_(img|txt)_attn_(qkv_proj|q_proj)|individual_token_refiner|txt_in_c_embedder"),

@@ -32,7 +32,7 @@ PREFIXES = {
     "clip_l": ("conditioner.embedders.0.transformer.", "text_encoders.clip_l.transformer."),
     "clip_g": ("conditioner.embedders.1.model.", "text_encoders.clip_g.transformer."),
     "t5": ("text_encoders.t5xxl.transformer.",),
-    "qwen3": ("text_encoders.qwen3_4b.transformer.",),
+    "qwen3": ("text_encoders.qwen3_4b.transformer.", "text_encoders.qwen3_8b.transformer."),
     "qwen2_5_vl": ("text_encoders.qwen25_7b.transformer.",),
 }
 CLIP_TOKENS = 77  # that a CLIP text encoder reads at once, with those of begin and end
@@ -113,6 +113,7 @@ class Lookalike:
     what: str  # for messages
     tensor: str  # that it has, by its original name or by diffusers'
     shape: tuple[int | None, ...] | None = None  # of that tensor; None: any
+    lacks: tuple[str, ...] = ()  # tensors of a third model, which has `tensor` too
 
 
 # ---- base models and families
@@ -187,7 +188,8 @@ class Facts:
     # docs/lab-notes.md has the measurements.
     compiles: bool = True
     max_token_lengths: tuple[int, ...] = (CLIP_TOKENS,)  # values of PARAMS_MAX_TOKEN_LENGTH; the first is the default
-    # A word in the name of a file of weights → what such a file is, where its tensors do not tell it from a base model.
+    # A pattern of the name, in small letters, of a file of weights → what such a file is, where its tensors do not tell
+    # it from a base model.
     name_cautions: dict[str, str] = field(default_factory=dict)
     hub_tags: tuple[str, ...] = ()  # of a model card on the Hub, by which people find LoRAs of this family
     attention_backends: bool = True  # False: it calls torch's attention, whichever backend diffusers is set to
@@ -216,6 +218,7 @@ class OriginalLayer:
     name: str  # dotted path; {} stands for the number of the block
     diffusers_names: tuple[str, ...]  # paths in diffusers' model, with the same {}, in the order of their rows
     row_ratio: tuple[int, ...] = (1,)  # the rows of these layers, as a ratio, so that it holds at any width
+    rows_per_column: float = 0.0  # of its weight, at any width; 0: not compared. It tells families of the same names.
     halves_swapped: bool = False  # where its rows are scale and shift (rows = 2 * columns), the other way round
 
 
@@ -236,6 +239,7 @@ class LoraKeys:
     file_formats: tuple[str, ...] = ("kohya",)  # keys of convert.KEY_FORMATS: a job writes a file in each
     dora_formats: tuple[str, ...] = ("kohya", "peft")  # likewise, for DoRA
     other_names: tuple[OriginalLayer, ...] = ()  # further names of layers, which are read and never written
+    namesake: str = ""  # a family with the names of this one's blocks: what fits both is its
     one_width: bool = False  # whether the shorter side of every linear layer in the blocks is Footprint.hidden_size
 
 

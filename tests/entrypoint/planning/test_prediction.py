@@ -16,7 +16,7 @@ def planned(tmp_path, job_plan):
     """`planned(tensors, metadata, **variables)`: the plan of a job on a file of SDXL with these."""
 
     def plan(tensors, metadata, family="sdxl", **variables):
-        names = ("input_blocks.0.0.weight",) if family == "sdxl" else ("double_blocks.0.img_attn.qkv.weight",)
+        names = ("input_blocks.0.0.weight",) if family == "sdxl" else ("single_blocks.0.modulation.lin.weight",)
         state = {name: torch.zeros(1) for name in (*names, *tensors)}
         save_file(state, tmp_path / "x.safetensors", metadata)
         return job_plan(family, MODEL_PATH=str(tmp_path / "x.safetensors"), **variables)

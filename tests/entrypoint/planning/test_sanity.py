@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from typing import Any
 
 import pytest
@@ -58,6 +59,32 @@ def test_a_distilled_base_is_warned_of_unless_other_weights_are_named():
     adapter = re.search(r"PARAMS_TRAINING_ADAPTER=(\S+),", found)
     assert adapter and warnings(on=LARGE_GPU, BASE_MODEL="z-image-turbo", PARAMS_TRAINING_ADAPTER=adapter[1]) == ""
     assert warnings(on=LARGE_GPU, BASE_MODEL="z-image-turbo", MODEL_PATH="someone/z-image-de-turbo") == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "distilled"),
+    [
+        ("black-forest-labs/FLUX.2-klein-4B", True),
+        ("org/flux-2-klein-9b-fp8", True),
+        ("black-forest-labs/FLUX.2-klein-base-4B", False),
+        ("org/flux-2-klein-base-9b-fp8", False),
+    ],
+)
+def test_distilled_weights_under_the_bases_name_are_warned_of(name, distilled):
+    found = warnings(on=LARGE_GPU, BASE_MODEL="flux2-klein-4b", MODEL_PATH=name)
+    assert (f"MODEL_PATH={name} is distilled to few steps" in found) == distilled
+    assert ("Fix: the weights of black-forest-labs/FLUX.2-klein-base-4B" in found) == distilled
+    assert "distilled" not in warnings(on=LARGE_GPU, BASE_MODEL="z-image", MODEL_PATH=name)
+
+
+@pytest.mark.parametrize("distilled", [True, False])
+def test_a_folder_says_itself_whether_it_is_distilled(tmp_path, distilled):
+    folder = tmp_path / "flux-2-klein-4b"
+    shutil.copytree(base_models()["mini-flux2"][1].source, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"is_distilled": distilled}))
+    found = warnings(on=LARGE_GPU, BASE_MODEL="flux2-klein-4b", MODEL_PATH=str(folder))
+    assert ("is distilled to few steps, which training undoes, by its model_index.json" in found) == distilled
 
 
 @pytest.mark.parametrize(
@@ -248,7 +275,7 @@ def test_sentences_name_variables_that_exist_and_end_with_a_point():
 
 def test_no_row_is_left_out_of_its_table():
     for module, first in ((sanity, "_learning_rate"), (steps_sanity, "_warmup_longer_than_the_job")):
-        helpers = {"_no_effect", "_sentences"}
+        helpers = {"_no_effect", "_sentences", "_said_by_index", "_said_by_name"}
         functions = {name for name, value in vars(module).items() if name.startswith("_") and callable(value)}
         rows = {row.__name__ for row in module.ROWS}
         assert first in rows and functions - helpers - rows == set()

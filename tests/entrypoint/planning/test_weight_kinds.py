@@ -64,7 +64,10 @@ OTHERS = {
     "inpainting": ({"input_blocks.0.0.weight": meta(320, 9, 3, 3)}, "is a model that paints into images"),
     "fill": ({"img_in.weight": meta(3072, 384)}, "is Flux.1 Fill"),
     "chroma": ({"distilled_guidance_layer.in_proj.weight": F16}, "is Chroma"),
-    "flux 2": ({"double_stream_modulation_img.lin.weight": F16}, "is Flux.2"),
+    "flux 2": (
+        {"double_stream_modulation_img.lin.weight": F16, "double_blocks.0.img_attn.qkv.weight": F16},
+        "is of another family: holds no denoiser for BASE_MODEL=flux-dev. Fix: BASE_MODEL=flux2-klein-4b",
+    ),
     "wan": ({"blocks.0.self_attn.q.weight": F16}, "is Wan"),
     "qwen": (
         under("model.diffusion_model.", {"txt_in.text_norm.weight": F16}),
@@ -106,6 +109,10 @@ def test_a_file_that_is_no_base_model_is_said_to_be_what_it_is(refusal, tmp_path
         ("sd3.5-medium", "sd3", "BASE_MODEL=sd3"),
         ("flux-dev", "sdxl", "BASE_MODEL=sdxl"),
         ("sdxl", "flux-dev", "BASE_MODEL=flux"),
+        ("flux-dev", "flux2-klein-9b", "BASE_MODEL=flux2-klein-9b"),
+        ("flux2-klein-4b", "flux-dev", "BASE_MODEL=flux"),
+        ("flux2-klein-4b", "flux2-klein-9b", "BASE_MODEL=flux2-klein-9b"),
+        ("flux2-klein-9b", "flux2-klein-4b", "BASE_MODEL=flux2-klein-4b"),
     ],
 )
 def test_a_file_of_another_base_model_names_that_one(refusal, tmp_path, asked, actual, fix):
@@ -156,6 +163,37 @@ def test_a_part_that_is_another_is_said(refusal, tmp_path, variable, part, base,
     asked = "sd3" if part == "vae" else base
     said = refusal(asked, **{variable: zeros(tmp_path / "file.safetensors", state)})
     assert f"{variable}=" in said and expected in said
+
+
+@pytest.mark.parametrize(
+    ("asked", "given", "expected"),
+    [
+        ("flux2-klein-9b", "flux2-klein-4b", "is Qwen3-4B, of width 2560; this base model reads by Qwen3-8B"),
+        ("flux2-klein-4b", "flux2-klein-9b", "is Qwen3-8B, of width 4096; this base model reads by Qwen3-4B"),
+    ],
+)
+def test_a_text_encoder_of_another_size_is_named(refusal, tmp_path, asked, given, expected):
+    state = full_size_files.parts(given)["qwen3"]
+    said = refusal(asked, TEXT_ENCODER_PATH=zeros(tmp_path / "file.safetensors", state))
+    assert "TEXT_ENCODER_PATH=" in said and expected in said
+
+
+def test_flux2_klein_of_the_width_of_flux1_passes(tmp_path):
+    (tmp_path / "images").mkdir()
+    common = {"DATASET_NAME": str(tmp_path / "images"), "BACKEND": "cpu"}
+    found = full_size_files.parts("flux2-klein-4b")
+    files = {
+        "MODEL_PATH": zeros(tmp_path / "klein.safetensors", full_size_files.denoiser("flux2-klein-4b")),
+        "VAE_PATH": zeros(tmp_path / "vae.safetensors", found["vae"]),
+        "TEXT_ENCODER_PATH": zeros(tmp_path / "qwen.safetensors", found["qwen3"]),
+    }
+    assert set(planned({"BASE_MODEL": "flux2-klein-4b", **common, **files}).parts) == {"denoiser", "vae", "qwen3"}
+
+
+def test_the_vae_of_flux1_is_not_this_ones(refusal, tmp_path):
+    state = full_size_files.parts("flux-dev")["vae"]
+    said = refusal("flux2-klein-4b", VAE_PATH=zeros(tmp_path / "ae.safetensors", state))
+    assert "is a VAE of 16 channels; this base model's has 32" in said
 
 
 def test_the_files_that_are_right_pass(tmp_path):

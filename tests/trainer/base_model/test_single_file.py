@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from bench.layouts import memory_taken
 from bench.original_names import (
     checkpoint,
+    flux2_files,
     flux_files,
     miniature,
     original,
@@ -35,7 +36,7 @@ from trainer.spec.family import get_family
 from trainer.spec.plan import TrainPlan
 from trainer.training.objective import make_objective
 
-FAMILIES = ("flux", "sdxl", "sd3", "z_image", "qwen_image")
+FAMILIES = ("flux", "flux2", "sdxl", "sd3", "z_image", "qwen_image")
 
 
 # ---- through the product
@@ -65,6 +66,15 @@ def test_z_image_as_three_files(tmp_path, dtype):
     folder = model_folder(tmp_path, "z_image", **z_image_files(tmp_path, dtype))
     equal(folder, "z_image", ("vae", "qwen3"))
     got, want = weights(folder / "transformer"), weights(miniature("z_image") / "transformer")
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[k], want[k].to(dtype)) for k in want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_flux2_as_three_files(tmp_path, dtype):
+    folder = model_folder(tmp_path, "flux2", **flux2_files(tmp_path, dtype))
+    equal(folder, "flux2", ("vae", "qwen3"))
+    got, want = weights(folder / "transformer"), weights(miniature("flux2") / "transformer")
     assert got.keys() == want.keys()
     assert all(torch.equal(got[k], want[k].to(dtype)) for k in want)
 
@@ -171,7 +181,7 @@ def test_fp8_becomes_bf16_with_its_scales(tmp_path):
         assert torch.equal(got[key].float(), (tensor.float() / factor).to(torch.float8_e4m3fn).float() * factor), key
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "z_image", "qwen_image"])
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "z_image", "flux2", "qwen_image"])
 def test_a_whole_checkpoint_as_one_file(tmp_path, name):
     save_file(checkpoint(name), tmp_path / "all.safetensors")
     bare = tmp_path / "bare"  # what remains is small: nothing but the file has weights

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from bench import layouts
 from bench.original_names import (
     checkpoint,
+    flux2_files,
     flux_files,
     hugging_face,
     miniature,
@@ -35,7 +36,7 @@ from trainer.lora_files import convert, peft_bridge
 from trainer.sample import apply_loras
 from trainer.spec.family import get_family
 
-FAMILIES = ("flux", "sdxl", "sd3", "z_image", "qwen_image")
+FAMILIES = ("flux", "flux2", "sdxl", "sd3", "z_image", "qwen_image")
 PARTS = {"vae": "VAE_PATH", "clip_l": "CLIP_L_PATH", "clip_g": "CLIP_G_PATH", "t5": "T5_PATH"}
 
 
@@ -51,6 +52,8 @@ def one_file(name, folder, dtype):
 def a_file_for_each_part(name, folder):
     if name == "flux":
         return flux_files(folder, torch.bfloat16)
+    if name == "flux2":
+        return flux2_files(folder, torch.bfloat16)
     if name == "z_image":
         return z_image_files(folder, torch.bfloat16)
     if name == "qwen_image":
@@ -126,7 +129,7 @@ def assert_round_trip(name, folder, to, file):
     assert verified.worst < 1e-6 and verified.output < 1e-4
     apply_loras(plain, [(convert.load(file, name), 1.0)], component=prefix)
     after, expected = output(name, plain), output(name, trained)
-    assert (expected - before).norm() > 0.01 * before.norm()
+    assert (expected - before).norm() > 0.005 * before.norm()
     assert (after - expected).norm() < 1e-4 * expected.norm()
     return modules
 
@@ -177,7 +180,7 @@ def test_every_layout_with_every_format(name, layout, to, read_once, tmp_path):
 @pytest.mark.parametrize(
     ("base", "to"),
     [
-        often(base, to, now=to == ("native" if base in ("z-image", "qwen-image") else "kohya") and "large" not in base)
+        often(base, to, now=to == get_family(VARIANTS[base][0]).LORA_KEYS.file_formats[0] and "large" not in base)
         for base in VARIANTS
         for to in convert.KEY_FORMATS
     ],
@@ -203,9 +206,11 @@ OF_TEXT = (
 )
 # Layers with adapters in a published model, counted by hand. Flux: 12 in a double block, 5 in a single one. SD3: 12 in
 # a block, 3 less in the last, 4 more with a second attention. SDXL: 10 in each of 70 blocks, 2 in each of 11
-# transformers. Z-Image: 7 in a block. Qwen-Image: 12 in a block.
+# transformers. Z-Image: 7 in a block. Qwen-Image: 12 in a block. FLUX.2: 12 in a double block, 2 in a single one.
 MODULES = {
     **dict.fromkeys(("flux-dev", "flux-krea", "flux-schnell"), 19 * 12 + 38 * 5),
+    "flux2-klein-4b": 5 * 12 + 20 * 2,
+    "flux2-klein-9b": 8 * 12 + 24 * 2,
     "sd3-medium": 24 * 12 - 3,
     "sd3.5-medium": 24 * 12 - 3 + 13 * 4,
     "sd3.5-large": 38 * 12 - 3,

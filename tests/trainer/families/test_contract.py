@@ -12,7 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline, QwenImagePipeline
+from diffusers import (
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    FluxPipeline,
+    QwenImagePipeline,
+)
 
 from tests.support import models
 from tests.support.miniatures import PIPELINES, encoded, folder, pipeline
@@ -41,6 +47,7 @@ class Case:
 
 CASES = {
     "flux": Case(16, (6, 10), 0.3611, 0.1159, guidance=2.5),
+    "flux2": Case(16, (6, 10), cfg=4.0, encoders=1),
     "sd3": Case(16, (6, 10), 1.5305, 0.0609, cfg=4.0, encoders=3),
     "sdxl": Case(4, (8, 12), 0.13025, 0.0, cfg=5.0, denoiser="unet", more={"add_watermarker": False}),
     "z_image": Case(16, (6, 10), 0.3611, 0.1159, cfg=4.0, encoders=1),
@@ -71,7 +78,7 @@ def small(name, part):
 
 def scheduler_of(name, prediction="epsilon"):
     """As the published model ships it."""
-    if name == "flux":
+    if name in ("flux", "flux2"):
         return models.flux_scheduler()
     if name == "sd3":
         return FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -130,12 +137,24 @@ def denoising_euler(scheduler, x_BCHW, guided):
 
 
 def packed(name, latents_BCHW):
-    """Latents as the pipeline takes and returns them."""
+    """Latents as the pipeline takes them."""
     if name == "flux":
         return FluxPipeline._pack_latents(latents_BCHW, *latents_BCHW.shape)
     if name == "qwen_image":
         return QwenImagePipeline._pack_latents(latents_BCHW, *latents_BCHW.shape)
+    if name == "flux2":
+        return Flux2KleinPipeline._patchify_latents(latents_BCHW)
     return latents_BCHW
+
+
+def returned(name, latents_BCHW):
+    """Latents as the pipeline returns them: FLUX.2's as its VAE decodes them."""
+    if name != "flux2":
+        return packed(name, latents_BCHW)
+    statistics = models.flux2_vae().bn
+    deviation = (statistics.running_var + statistics.eps).sqrt()
+    patches_BCHW = packed(name, latents_BCHW) * deviation[:, None, None] + statistics.running_mean[:, None, None]
+    return Flux2KleinPipeline._unpatchify_latents(patches_BCHW)
 
 
 def guided_by(name, told_BCHW, plain_BCHW):
@@ -158,6 +177,9 @@ def prompt_arguments(name, text, nothing):
         real = text["real"]
         positive, negative = ([t["tokens"][i, real[i]] for i in range(len(real))] for t in (text, nothing))
         return {"prompt_embeds": positive, "negative_prompt_embeds": negative, "guidance_scale": case.cfg - 1}
+    if name == "flux2":
+        negative = {"negative_prompt_embeds": nothing["tokens"]}
+        return {"prompt_embeds": text["tokens"], **negative, "guidance_scale": case.cfg}
     if name == "qwen_image":
         masks = [~t["padding"] for t in (text, nothing)]
         found = {"prompt_embeds": text["tokens"], "prompt_embeds_mask": masks[0], "true_cfg_scale": case.cfg}
@@ -172,8 +194,8 @@ def prompt_arguments(name, text, nothing):
 @pytest.mark.parametrize(
     ("name", "prediction"),
     [
-        *(("flux", None), ("sd3", None), ("sdxl", "epsilon"), ("sdxl", "v_prediction"), ("z_image", None)),
-        ("qwen_image", None),
+        *(("flux", None), ("flux2", None), ("sd3", None), ("sdxl", "epsilon"), ("sdxl", "v_prediction")),
+        *(("z_image", None), ("qwen_image", None)),
     ],
 )
 def test_euler_steps_with_predict_are_those_of_the_pipeline(name, prediction, text):
@@ -198,14 +220,14 @@ def test_euler_steps_with_predict_are_those_of_the_pipeline(name, prediction, te
         return guided_by(name, told, predicted(name, denoiser, noisy_BCHW, t_B, nothing))
 
     euler = denoising_euler if prediction else flow_euler
-    got = packed(name, euler(scheduler, start_BCHW, guided))
+    got = returned(name, euler(scheduler, start_BCHW, guided))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("name", "negative"),
     [
-        *(("flux", ""), ("sd3", "blue"), ("sdxl", ""), ("sdxl", "a blue ring"), ("z_image", "blue")),
+        *(("flux", ""), ("flux2", ""), ("sd3", "blue"), ("sdxl", ""), ("sdxl", "a blue ring"), ("z_image", "blue")),
         *(("qwen_image", ""), ("qwen_image", "a blue ring")),
     ],
 )
@@ -215,12 +237,13 @@ def test_samples_are_those_of_the_whole_pipeline(name, negative, capfd):
     options = {"guidance_scale": 2.5 if plain else 4.0}
     if name == "qwen_image":
         options = {"true_cfg_scale": 4.0, "negative_prompt": negative}
-    elif not plain:
+    elif not plain and name != "flux2":  # whose pipeline knows the empty one alone
         options["negative_prompt"] = negative or None
-    if name in ("flux", "sd3"):
-        options["max_sequence_length"] = getattr(pipe, f"tokenizer_{CASES[name].encoders}").model_max_length
+    if name in ("flux", "flux2", "sd3"):
+        last = [part for part in pipe.components if part.startswith("tokenizer")][-1]
+        options["max_sequence_length"] = getattr(pipe, last).model_max_length
     expected = pipe(
-        "a red spot",
+        prompt="a red spot",
         width=96,
         height=64,
         num_inference_steps=4,
@@ -254,6 +277,13 @@ def test_latents_are_what_the_pipeline_decodes(name):
     case, vae = CASES[name], small(name, "vae")
     pixels_BCHW = torch.rand(2, 3, 32, 48) * 2 - 1
     mean_BCHW, std_BCHW = get_family(name).encode_images(vae, pixels_BCHW).chunk(2, dim=1)
+    if name == "flux2":  # as its pipeline encodes the images that it refers to: the mean alone
+        expected = pipeline_of(name, None)._encode_vae_image(pixels_BCHW, generator=None).detach()
+        torch.testing.assert_close(packed(name, mean_BCHW), expected)
+        assert not std_BCHW.any()
+        with torch.no_grad():
+            torch.testing.assert_close(returned(name, mean_BCHW), vae.encode(pixels_BCHW).latent_dist.mean)
+        return
     if name == "qwen_image":  # one frame, and statistics of each channel
         with torch.no_grad():
             spread = vae.encode(pixels_BCHW.unsqueeze(2)).latent_dist

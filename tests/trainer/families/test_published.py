@@ -26,11 +26,13 @@ DENOISERS = {
     "sd3.5-large": 8_056_627_520,
     "z-image": 6_154_908_736,
     "z-image-turbo": 6_154_908_736,
+    "flux2-klein-4b": 3_875_544_576,
+    "flux2-klein-9b": 9_078_581_248,
     "qwen-image": 20_430_401_088,
     "qwen-image-2512": 20_430_401_088,
 }
-OTHERS = {"vae": (83_819_683, 83_653_863, 126_892_531), "clip_l": (123_060_480, 123_650_304), "clip_g": (694_659_840,)}
-OTHERS |= {"t5": (4_762_310_656,), "qwen3": (4_022_468_096,)}
+OTHERS = {"vae": (83_819_683, 83_653_863, 84_046_115, 126_892_531), "clip_l": (123_060_480, 123_650_304)}
+OTHERS |= {"clip_g": (694_659_840,), "t5": (4_762_310_656,), "qwen3": (4_022_468_096, 7_568_405_504)}
 # Of Qwen2.5-VL-7B's 8,292,166,656 without what reads images and without the output layer.
 OTHERS |= {"qwen2_5_vl": (8_292_166_656 - 676_550_144 - 3584 * 152064,)}
 
@@ -71,7 +73,10 @@ def test_schedules_are_the_published_ones():
 
 @pytest.mark.parametrize(
     ("family", "base"),
-    [("flux", "flux-dev"), ("sdxl", "sdxl"), ("sd3", "sd3"), ("z_image", "z-image"), ("qwen_image", "qwen-image")],
+    [
+        *(("flux", "flux-dev"), ("flux2", "flux2-klein-4b"), ("sdxl", "sdxl"), ("sd3", "sd3")),
+        *(("z_image", "z-image"), ("qwen_image", "qwen-image")),
+    ],
 )
 def test_they_agree_with_the_configs_that_the_benchmarks_measure(family, base):
     configs = base_models()[base][1].published.configs

@@ -185,6 +185,9 @@ def test_an_export_has_the_type_of_the_file_unless_another_is_asked_for(flux_den
         ("sd3.5-medium", False),
         ("sd3.5-large", False),
         ("z-image", False),
+        ("flux2-klein-4b", False),
+        ("flux2-klein-4b", True),
+        ("flux2-klein-9b", False),
         ("qwen-image", False),
     ],
 )

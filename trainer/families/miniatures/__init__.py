@@ -3,8 +3,8 @@
 `scenes` draws the training images and captions, and `textures` more images for the autoencoders. `tokens` makes the
 tokenizers; `models` has the shapes, `qwen` those of Qwen-Image, `recipes` each family's loss, `pools` the data on the
 device, `fit` the loop; `make` is the command. `score` measures how much an image shows the demo's concept. The product
-imports none of these modules; it reads the model folders `flux`, `sd3`, `sdxl`, `z_image` and `qwen_image`.
+imports none of these modules; it reads the model folders `flux`, `flux2`, `sd3`, `sdxl`, `z_image` and `qwen_image`.
 
-Imports nothing of Kiln but itself, and two families: `predict` of Z-Image, whose own forward pass cannot be captured,
-and that of Qwen-Image, with its template.
+Imports nothing of Kiln but itself, and three families: `predict` of Z-Image, whose own forward pass cannot be captured,
+that of FLUX.2, and that of Qwen-Image, with its template.
 """

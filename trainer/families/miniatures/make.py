@@ -1,10 +1,10 @@
 """Train the miniature base models from scratch, on one GPU:
 `python -m trainer.families.miniatures.make all --out DIR`.
 
-`flux`, `sdxl`, `sd3`, `z_image` and `qwen_image` each write a folder in the layout of diffusers' pipelines; `vae16`,
-`vae4` and `vae_video` make the autoencoders that those need (found in DIR/.vae afterwards); `all` does everything, in
-parallel. With `--resume`, training continues from the models in DIR, with their tokenizers. `concept` draws the demo's
-images; `sheet` samples from the model in a folder, for a look at it.
+`flux`, `sdxl`, `sd3`, `z_image`, `flux2` and `qwen_image` each write a folder in the layout of diffusers' pipelines;
+`vae16`, `vae4` and `vae_video` make the autoencoders that those need (found in DIR/.vae afterwards); `all` does
+everything, in parallel. With `--resume`, training continues from the models in DIR, with their tokenizers. `concept`
+draws the demo's images; `sheet` samples from the model in a folder, for a look at it.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from trainer.families.miniatures.fit import fit
 from trainer.families.miniatures.pools import image_losses, latent_losses, measure_latents
 from trainer.families.miniatures.recipes import RECIPES, Recipe
 from trainer.families.miniatures.scenes import Background, caption, concept_scene, draw, random_scene
-from trainer.families.miniatures.tokens import T5_LENGTH, compact, load_tokenizers, new_tokenizers
+from trainer.families.miniatures.tokens import DEEP_QWEN_LENGTH, T5_LENGTH, compact, load_tokenizers, new_tokenizers
 
 SHEET = (
     ("a big red circle in the middle on a blue background", 128, 128),
@@ -42,9 +42,9 @@ SHEET = (
     ("", 128, 128),
 )
 TOKENIZERS = {"flux": ("clip", "t5"), "sdxl": ("clip", "clip!"), "sd3": ("clip", "clip!", "t5"), "z_image": ("qwen",)}
-GUIDANCE = {"qwen_image": 3.0, "flux": 3.5, "sdxl": 5.0, "sd3": 4.0, "z_image": 3.0}
-TOKENIZERS["qwen_image"] = ("qwen, described",)
-STEPS = {"qwen_image": 28, "flux": 20, "sdxl": 30, "sd3": 28, "z_image": 28}
+TOKENIZERS |= {"flux2": ("qwen!",), "qwen_image": ("qwen, described",)}
+GUIDANCE = {"flux": 3.5, "sdxl": 5.0, "sd3": 4.0, "z_image": 3.0, "flux2": 3.0, "qwen_image": 3.0}
+STEPS = {"flux": 20, "sdxl": 30, "sd3": 28, "z_image": 28, "flux2": 28, "qwen_image": 28}
 CONCEPT_GROUNDS = (
     ("plain", "blue", "black"),
     ("plain", "green", "black"),
@@ -183,8 +183,10 @@ def make_sheet(folder: Path, path: Path, *, device: torch.device, seed: int = 0)
     pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32).to(device)
     pipeline.set_progress_bar_config(disable=True)
     page = Image.new("RGB", (6 * 164, 4 * 164))
-    extra: dict[str, Any] = {} if name in ("sdxl", "z_image", "qwen_image") else {"max_sequence_length": T5_LENGTH}
+    extra: dict[str, Any] = {} if name in ("sdxl", "z_image") else {"max_sequence_length": T5_LENGTH}
     scale = {"true_cfg_scale" if name == "qwen_image" else "guidance_scale": GUIDANCE[name]}
+    if name == "flux2":
+        extra = {"max_sequence_length": DEEP_QWEN_LENGTH}
     if name == "qwen_image":
         extra = {"negative_prompt": ""}
     for cell in range(24):
@@ -218,7 +220,7 @@ def make_all(out: Path, *, minutes: float, vae_minutes: float, resume: bool, sma
     """Runs this module once for each part, in parallel: the autoencoders first. Only Flux takes all of `minutes`."""
     rounds = [
         {"vae16": vae_minutes, "vae4": vae_minutes, "vae_video": vae_minutes},
-        {"flux": minutes} | dict.fromkeys(("sdxl", "sd3", "z_image", "qwen_image"), 0.6 * minutes),
+        {"flux": minutes} | dict.fromkeys(("sdxl", "sd3", "z_image", "flux2", "qwen_image"), 0.6 * minutes),
     ]
     flags = [*(["--small"] if small else []), *(["--resume"] if resume else [])]
     for parts in rounds:

@@ -2,6 +2,8 @@
 
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -27,6 +29,7 @@ T5_WIDTH = 128
 CLIP_L_WIDTH = 64
 CLIP_G_WIDTH = 64
 QWEN_WIDTH = 64
+DEEP_QWEN_WIDTH = 32
 
 
 def vae(latent_channels: int, *, scaling_factor: float = 1.0, shift_factor: float | None = None) -> AutoencoderKL:
@@ -86,14 +89,34 @@ def t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
     )
 
 
-def qwen3(tokenizer: Qwen2Tokenizer) -> Qwen3Model:
-    """Qwen3 with grouped queries; of its three layers, the last one's output is not used."""
+def flux2_vae(vae: AutoencoderKL) -> AutoencoderKLFlux2:
+    """FLUX.2's autoencoder with the weights of one of 16 channels. Its statistics are that one's shift and scale."""
+    config = vae.config
+    own = AutoencoderKLFlux2(
+        down_block_types=config.down_block_types,
+        up_block_types=config.up_block_types,
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        latent_channels=config.latent_channels,
+        norm_num_groups=config.norm_num_groups,
+        sample_size=config.sample_size,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    own.bn.running_mean.fill_(config.shift_factor)
+    own.bn.running_var.fill_(config.scaling_factor**-2 - own.bn.eps)
+    own.load_state_dict(vae.state_dict() | own.bn.state_dict(prefix="bn."))
+    return own
+
+
+def qwen3(tokenizer: Qwen2Tokenizer, *, width: int = QWEN_WIDTH, layers: int = 3) -> Qwen3Model:
+    """Qwen3 with grouped queries. The last layer's output is not used."""
     return Qwen3Model(
         Qwen3Config(
             vocab_size=len(tokenizer),
-            hidden_size=QWEN_WIDTH,
-            intermediate_size=3 * QWEN_WIDTH,
-            num_hidden_layers=3,
+            hidden_size=width,
+            intermediate_size=3 * width,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=32,
@@ -124,6 +147,24 @@ def z_image_transformer() -> ZImageTransformer2DModel:
         if isinstance(module, nn.Linear) and ("adaLN_modulation" in name or name == "all_final_layer.2-1.linear"):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
+    return model
+
+
+def flux2_transformer() -> Flux2Transformer2DModel:
+    """Two double and four single blocks, 128 wide, without embedded guidance, as in klein."""
+    model = Flux2Transformer2DModel(
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=3 * DEEP_QWEN_WIDTH,
+        axes_dims_rope=(8, 8, 8, 8),
+        guidance_embeds=False,
+    )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and ("modulation" in name or name in ("norm_out.linear", "proj_out")):
+            nn.init.zeros_(module.weight)
     return model
 
 

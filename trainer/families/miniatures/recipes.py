@@ -17,6 +17,7 @@ from diffusers import (
     DiffusionPipeline,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
     FluxPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
@@ -25,6 +26,7 @@ from diffusers import (
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from trainer.families import flux2 as flux2_family
 from trainer.families import qwen_image as qwen_image_family
 from trainer.families import z_image as z_image_family
 from trainer.families.miniatures import models
@@ -215,6 +217,35 @@ def z_image(tokenizers: Tokenizers) -> Recipe:
     return Recipe(16, {"text_encoder": qwen, "transformer": net}, loss, pipeline)
 
 
+def flux2(tokenizers: Tokenizers) -> Recipe:
+    """FLUX.2 klein: three hidden states of Qwen3 side by side, flow matching without embedded guidance."""
+    (words,) = tokenizers
+    qwen = models.qwen3(words, width=models.DEEP_QWEN_WIDTH, layers=flux2_family.TEXT_STATES[-1] + 1)
+    net = models.flux2_transformer()
+
+    def loss(latents_BCHW: torch.Tensor, ids: Ids) -> torch.Tensor:
+        t = flow_times(len(latents_BCHW), device=latents_BCHW.device)
+        noise = torch.randn_like(latents_BCHW)
+        states = qwen(input_ids=ids[0], attention_mask=ids[0] != words.pad_token_id, output_hidden_states=True)
+        tokens = torch.cat([states.hidden_states[number] for number in flux2_family.TEXT_STATES], dim=-1)
+        noisy = torch.lerp(latents_BCHW, noise, t[:, None, None, None])
+        predicted = flux2_family.predict(net, noisy, t, text={"tokens": tokens}, guidance=1.0)
+        return F.mse_loss(predicted.float(), noise - latents_BCHW)
+
+    def pipeline(vae: AutoencoderKL) -> DiffusionPipeline:
+        scheduler = FlowMatchEulerDiscreteScheduler(
+            shift=3.0,
+            use_dynamic_shifting=True,
+            base_shift=0.5,
+            max_shift=1.15,
+            base_image_seq_len=256,
+            max_image_seq_len=4096,
+        )
+        return Flux2KleinPipeline(scheduler, models.flux2_vae(vae), qwen, words, net)
+
+    return Recipe(16, {"text_encoder": qwen, "transformer": net}, loss, pipeline)
+
+
 def qwen_image(tokenizers: Tokenizers) -> Recipe:
     """Qwen-Image: the last hidden states of Qwen2.5-VL, flow matching."""
     (words,) = tokenizers
@@ -242,5 +273,11 @@ def qwen_image(tokenizers: Tokenizers) -> Recipe:
     return Recipe(channels, {"text_encoder": qwen, "transformer": net}, loss, pipeline, of_videos=True)
 
 
-RECIPES: dict[str, Callable[[Tokenizers], Recipe]] = {"flux": flux, "sdxl": sdxl, "sd3": sd3, "z_image": z_image}
-RECIPES["qwen_image"] = qwen_image
+RECIPES: dict[str, Callable[[Tokenizers], Recipe]] = {
+    "flux": flux,
+    "sdxl": sdxl,
+    "sd3": sd3,
+    "z_image": z_image,
+    "flux2": flux2,
+    "qwen_image": qwen_image,
+}

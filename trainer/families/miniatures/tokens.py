@@ -21,6 +21,7 @@ from trainer.families.miniatures.scenes import caption, random_scene
 CLIP_LENGTH = 77
 T5_LENGTH = 64
 QWEN_LENGTH = 64  # tokens that the miniature is trained with; the pipeline reads as many as a caption has
+DEEP_QWEN_LENGTH = 96  # of FLUX.2's, which reads as many tokens of every caption; its template alone takes 31 here
 # What Qwen3's own template makes of one message, where the model may think before it answers.
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -78,7 +79,9 @@ def t5_tokenizer(texts: list[str], *, size: int = 700) -> T5Tokenizer:
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=T5_LENGTH)
 
 
-def qwen_tokenizer(texts: list[str], *, merges: int = 380, template: str | None = CHAT_TEMPLATE) -> Qwen2Tokenizer:
+def qwen_tokenizer(
+    texts: list[str], *, merges: int = 380, length: int = 131072, template: str | None = CHAT_TEMPLATE
+) -> Qwen2Tokenizer:
     """A `Qwen2Tokenizer` in the real one's order: bytes, at most `merges` merges, and the marks of a conversation."""
     like = Qwen2Tokenizer().backend_tokenizer
     draft = Tokenizer(models.BPE())
@@ -100,7 +103,7 @@ def qwen_tokenizer(texts: list[str], *, merges: int = 380, template: str | None 
         eos_token=CHAT_MARKS[2],
         pad_token=CHAT_MARKS[0],
         chat_template=template,
-        model_max_length=131072,
+        model_max_length=length,
     )
 
 
@@ -109,18 +112,26 @@ def description_tokenizer(texts: list[str]) -> Qwen2Tokenizer:
     return qwen_tokenizer([*texts, *DESCRIPTION * len(texts)], merges=560, template=None)
 
 
-def in_chat(texts: Sequence[str]) -> list[str]:
-    """Captions as Z-Image's pipeline gives them to Qwen3."""
-    return [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in texts]
+def in_template(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str]:
+    """Captions as the pipelines give them to Qwen: FLUX.2's, whose tokenizer has a length, with an empty thought."""
+    before, after = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+    if tokenizer.chat_template is None:
+        before, after = DESCRIPTION
+    elif tokenizer.model_max_length == DEEP_QWEN_LENGTH:
+        after += "<think>\n\n</think>\n\n"
+    return [f"{before}{text}{after}" for text in texts]
 
 
 def new_tokenizers(kinds: Sequence[str]) -> list[PreTrainedTokenizerBase]:
-    """Tokenizers of these kinds: "clip" is CLIP-L's, "clip!" is CLIP-G's, which pads with "!"; "t5"; "qwen"; and
-    "qwen, described", which knows Qwen-Image's template.
+    """Tokenizers of these kinds: "clip" is CLIP-L's, "clip!" is CLIP-G's, which pads with "!"; "t5".
+
+    "qwen" is Z-Image's; "qwen!" is FLUX.2's, which fills captions up to its length; "qwen, described" is Qwen-Image's,
+    which knows its template.
     """
     texts = corpus()
     makers = {"clip": clip_tokenizer, "clip!": lambda texts: clip_tokenizer(texts, pad="!"), "t5": t5_tokenizer}
-    makers |= {"qwen": qwen_tokenizer, "qwen, described": description_tokenizer}
+    makers |= {"qwen": qwen_tokenizer, "qwen!": lambda texts: qwen_tokenizer(texts, length=DEEP_QWEN_LENGTH)}
+    makers["qwen, described"] = description_tokenizer
     return [makers[kind](texts) for kind in kinds]
 
 
@@ -137,13 +148,15 @@ def load_tokenizers(folder: Path, kinds: Sequence[str]) -> list[PreTrainedTokeni
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> torch.Tensor:
     """Ids (B, L) as int16, cut or padded to the tokenizer's length: as calling it does, but several times as fast.
 
-    Of Qwen's tokenizers: the captions in their template.
+    Of Qwen's tokenizers: the captions in their template, padded to what their miniature is trained with.
     """
     length = tokenizer.model_max_length
     if isinstance(tokenizer, Qwen2Tokenizer):
-        length = QWEN_LENGTH if tokenizer.chat_template else DESCRIPTION_LENGTH
-        before, after = DESCRIPTION
-        texts = in_chat(texts) if tokenizer.chat_template else [f"{before}{text}{after}" for text in texts]
+        texts = in_template(tokenizer, texts)
+        if tokenizer.chat_template is None:
+            length = DESCRIPTION_LENGTH
+        elif length != DEEP_QWEN_LENGTH:
+            length = QWEN_LENGTH
     end = tokenizer.eos_token_id
     backend = tokenizer.backend_tokenizer
     backend.no_padding()

@@ -1,10 +1,12 @@
-"""Text encoders, VAEs and tokenizers that several families share."""
+"""Text encoders, VAEs, tokenizers and warnings that several families share."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from trainer.spec.family import Config, Tokenizer
+
+DISTILLED = "distilled to few steps, which training on its weights undoes"  # a value of `Facts.name_cautions`
 
 # ---- text encoders
 
@@ -76,6 +78,7 @@ QWEN3_4B: Config = {
     "bos_token_id": 151643,
     "eos_token_id": 151645,
 }
+QWEN3_8B: Config = {**QWEN3_4B, "hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
 
 # The language model of it: what reads images is neither needed nor loaded.
 QWEN2_5_VL_7B: Config = {

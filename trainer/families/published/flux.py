@@ -67,14 +67,14 @@ def _flux(*, guidance: bool) -> Published:
 DEV = _flux(guidance=True)  # and Krea
 SCHNELL = _flux(guidance=False)
 
+# FLUX.2 klein 4B has these, and is as wide as Flux.1; its latents have 128 channels.
+OF_FLUX2 = ("double_stream_modulation_img.lin.weight", "double_stream_modulation_img.linear.weight")
 LOOKALIKES = (
     Lookalike("Flux.1 Fill, which paints into images", "img_in.weight", (3072, 384)),
     Lookalike("Flux.1 Fill, which paints into images", "x_embedder.weight", (3072, 384)),
-    Lookalike("Flux.1 Canny or Depth, which an image controls", "img_in.weight", (3072, 128)),
-    Lookalike("Flux.1 Canny or Depth, which an image controls", "x_embedder.weight", (3072, 128)),
+    Lookalike("Flux.1 Canny or Depth, which an image controls", "img_in.weight", (3072, 128), lacks=OF_FLUX2),
+    Lookalike("Flux.1 Canny or Depth, which an image controls", "x_embedder.weight", (3072, 128), lacks=OF_FLUX2),
     Lookalike("Chroma", "distilled_guidance_layer.in_proj.weight"),
-    Lookalike("Flux.2", "double_stream_modulation_img.lin.weight"),
-    Lookalike("Flux.2", "double_stream_modulation_img.linear.weight"),
 )
 
 # ---- what the configs of a model of this family may say

@@ -21,6 +21,19 @@ def flux_dev(repository: str) -> Licence:
     )
 
 
+def flux2(repository: str) -> Licence:
+    """Of FLUX.2 dev and klein 9B, each of which has a copy in its own repository."""
+    return Licence(
+        id="other",
+        name="flux-non-commercial-license",
+        link=f"https://huggingface.co/{repository}/blob/main/LICENSE.md",
+        allows=(
+            "Non-commercial use of the model and of LoRAs of it; images may be used commercially, but not to train a "
+            "model that competes with it."
+        ),
+    )
+
+
 APACHE = Licence(
     id="apache-2.0",
     name="Apache License 2.0",

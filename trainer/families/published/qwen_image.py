@@ -64,13 +64,12 @@ LOOKALIKES = (
     Lookalike("Qwen-Image-Layered, which draws layers", "time_text_embed.addition_t_embedding.weight"),
     Lookalike("Qwen-Image 2.1, another architecture", "txt_in.text_norm.weight"),
 )
-_DISTILLED = "distilled to few steps, which training on its weights undoes"
 NAME_CAUTIONS = {
     "edit": "a model that edits images, for which LoRAs train with pairs of images",
-    "lightning": _DISTILLED,
-    "turbo": _DISTILLED,
-    "rapid": _DISTILLED,
-    "distill": _DISTILLED,
+    "lightning": common.DISTILLED,
+    "turbo": common.DISTILLED,
+    "rapid": common.DISTILLED,
+    "distill": common.DISTILLED,
 }
 
 # ---- what the configs of a model of this family may say

@@ -18,7 +18,7 @@ from trainer.spec.family import get_family
 from trainer.spec.memory_model import RESIDENT_REGIONS
 from trainer.spec.plan import EnginePlan
 
-FAMILIES = ["flux", "sdxl", "sd3", "z_image", "qwen_image"]
+FAMILIES = ["flux", "flux2", "sdxl", "sd3", "z_image", "qwen_image"]
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,9 @@ def model(name, precision, *, streamed):
 def inputs(name, denoiser, seed):
     torch.manual_seed(seed)
     text = {key: value.bfloat16() for key, value in random_text(name, denoiser, 8).items()}
-    channels = denoiser.config.in_channels // 4 if name in ("flux", "qwen_image") else denoiser.config.in_channels
+    channels = denoiser.config.in_channels
+    if name in ("flux", "flux2", "qwen_image"):
+        channels //= 4
     return torch.randn(1, channels, 16, 16), text
 
 
@@ -72,6 +74,9 @@ def step(name, denoiser, through, seed=3):
         *((n, "bf16") for n in FAMILIES),
         ("flux", "fp8"),
         ("flux", "nf4"),
+        ("flux2", "fp8"),
+        ("flux2", "int8"),
+        ("flux2", "nf4"),
         ("z_image", "fp8"),
         ("z_image", "int8"),
         ("z_image", "nf4"),

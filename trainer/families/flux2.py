@@ -1,0 +1,382 @@
+"""FLUX.2 klein base (4B, 9B): double blocks, then single ones, over text and image tokens; trained by flow matching.
+
+Three things differ from Flux.1. A caption is a message to Qwen3, filled up to 512 tokens, and three of its hidden
+states, side by side, are the text. All blocks of a kind share one modulation. And latents are normalised channel by
+channel, after 2 x 2 of them have become one, by the running statistics of the VAE's BatchNorm.
+
+torch and diffusers are imported inside the functions: a plan needs only FACTS.
+
+Shapes: B batch, C channels of latents, H and W their height and width, L tokens, D features.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.families import common
+from trainer.families.published import flux2 as published
+from trainer.families.published import licences
+from trainer.spec.family import (
+    CLIP_TOKENS,
+    BaseModel,
+    ClipOutput,
+    Facts,
+    Footprint,
+    LoraKeys,
+    OriginalLayer,
+    tokenizer_files,
+    weights,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
+    from PIL import Image
+
+    from trainer.spec.plan import Prompt
+
+KINDS = published.KINDS
+TEXT_TOKENS = 512  # the default of diffusers' pipeline
+MINIATURE = str(Path(__file__).with_name("miniatures") / "flux2")
+
+
+def _footprint(*, width: int, double: int, single: int, other_weights: float, encoder_weights: float) -> Footprint:
+    """Of a model of so many blocks. The numbers of weights are those of the architecture.
+
+    The GiB are computed, not measured on a GPU: `none` from the tensors that autograd saves of one block of each kind
+    on a CPU, without fused blocks and uncompiled; the others from the sizes of the products' outputs, of attention's,
+    and of inputs; the working memory as one block's saved tensors and a sixth.
+    """
+    gib_per_kilotoken = 2 * width * 1024 / 2**30  # one tensor of this width in 16 bits
+    blocks = double + single
+    return Footprint(
+        block_weights=(26 * double + 13 * single) * width**2,
+        other_weights=other_weights,
+        adapter_weights_per_rank=(34 * double + 15 * single) * width,
+        kohya_weights_per_rank=(34 * double + 15 * single) * width,
+        split_kohya_weights_per_rank=(50 * double + 15 * single) * width,
+        peft_weights_per_rank=(38 * double + 15 * single) * width,
+        region_count=blocks,
+        text_tokens=TEXT_TOKENS,
+        saved_gib={
+            "none": (24.3 * double + 25.3 * single) * gib_per_kilotoken,
+            "products": (13 * double + 12 * single) * gib_per_kilotoken,
+            "attention": 2 * blocks * gib_per_kilotoken,
+            "all": blocks * gib_per_kilotoken,
+            "host": 0.02,
+        },
+        working_gib=30 * gib_per_kilotoken,
+        largest_region_weights=26 * width**2,
+        fp8_weights=(26 * double + 13 * single) * width**2,
+        encoder_weights=encoder_weights,
+        hidden_size=width,
+        unfused_factor=1.0,
+    )
+
+
+KLEIN_4B = _footprint(width=3072, double=5, single=20, other_weights=0.195e9, encoder_weights=4.02e9)
+KLEIN_9B = _footprint(width=4096, double=8, single=24, other_weights=0.354e9, encoder_weights=7.57e9)
+
+TEXT_STATES = (9, 18, 27)  # of Qwen3: hidden states that many layers in
+# What Qwen3's chat template makes of one message with enable_thinking=False: the thought is there, and empty.
+BEFORE, AFTER = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+TEMPLATE_TOKENS = 12  # 3 before: <|im_start|>, user, a new line; 9 after, of which a pair of new lines is one
+
+FACTS = Facts(
+    name="flux2",
+    models={
+        "flux2-klein-4b": BaseModel(
+            "black-forest-labs/FLUX.2-klein-base-4B",
+            files_gib=14.9,
+            footprint=KLEIN_4B,
+            aliases=("flux2-klein", "flux2-klein-base-4b", "flux.2-klein-base-4b", "flux.2-klein-4b"),
+            published=published.KLEIN_4B,
+            licence=licences.APACHE,
+        ),
+        "flux2-klein-9b": BaseModel(
+            "black-forest-labs/FLUX.2-klein-base-9B",
+            files_gib=32.3,
+            footprint=KLEIN_9B,
+            gated=True,
+            aliases=("flux2-klein-base-9b", "flux.2-klein-base-9b", "flux.2-klein-9b"),
+            published=published.KLEIN_9B,
+            licence=licences.flux2("black-forest-labs/FLUX.2-klein-base-9B"),
+        ),
+        "mini-flux2": BaseModel(MINIATURE, files_gib=0.0, resolution=128, defaults={"steps": 20}),
+    },
+    files=(
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        *weights("transformer", "vae", "text_encoder"),
+        *tokenizer_files("tokenizer"),
+    ),
+    multiple=16,
+    objective="flow",
+    # musubi-tuner's default for this model is this shift too, by the name flux2_shift.
+    timestep_samplings=("flux_shift", "shift", "sigmoid", "logit_normal", "uniform"),
+    flow_shift=3.0,
+    targets=(
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+        "ff.linear_in",
+        "ff.linear_out",
+        "ff_context.linear_in",
+        "ff_context.linear_out",
+        "attn.to_qkv_mlp_proj",
+        "attn.to_out",
+    ),
+    lora_prefix="transformer",
+    architecture="flux-2",
+    base_version="flux2",
+    fused_targets={
+        "attn.to_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+        "attn.to_added_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    },
+    parts={"denoiser": "transformer", "vae": "vae", "qwen3": "text_encoder"},
+    landmarks=("double_stream_modulation_img.lin.weight", "double_stream_modulation_img.linear.weight"),
+    text_readers={"tokenizer": ("Qwen3", TEXT_TOKENS - TEMPLATE_TOKENS)},
+    lookalikes=published.LOOKALIKES,
+    name_cautions=published.NAME_CAUTIONS,
+    pipelines=published.PIPELINES,
+    hub_tags=("flux2",),
+    kinds=published.KINDS,
+    same_sizes=published.same_sizes,
+    prompt_steps=50,
+    prompt_guidance=1.0,
+    prompt_cfg=4.0,
+)
+
+# ---- text
+
+
+def load_encoders(folder: Path, *, device: str, dtype: torch.dtype) -> Flux2KleinPipeline:
+    """A Flux2KleinPipeline of the tokenizer and Qwen3 alone, without the layers whose output is not used."""
+    from diffusers import Flux2KleinPipeline
+
+    from trainer.base_model.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(folder / "tokenizer", KINDS["tokenizer"])
+    encoder = common.load_encoder(
+        KINDS["text_encoder"], folder / "text_encoder", tokenizer=tokenizer, device=device, dtype=dtype
+    )
+    del encoder.layers[TEXT_STATES[-1] + 1 :]  # one more than is used: the last layer's output gets normalised
+    encoder.config.num_hidden_layers = len(encoder.layers)
+    return Flux2KleinPipeline(scheduler=None, vae=None, transformer=None, tokenizer=tokenizer, text_encoder=encoder)
+
+
+def encode_text(
+    encoders: Flux2KleinPipeline,
+    captions: list[str],
+    *,
+    max_tokens: int = CLIP_TOKENS,  # noqa: ARG001 (of CLIP; this family has none)
+) -> list[dict[str, torch.Tensor]]:
+    """Three hidden states of Qwen3 side by side: `tokens` (L, 3 * its width), L the same for every caption."""
+    import torch
+
+    length = min(TEXT_TOKENS, encoders.tokenizer.model_max_length)
+    # The template is written out: one that a tokenizer brings along is a program of its repository.
+    texts = [f"{BEFORE}{caption}{AFTER}" for caption in captions]
+    with torch.no_grad(), common.without_warnings():
+        read = encoders.tokenizer(
+            texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).to(encoders.text_encoder.device)
+        states = encoders.text_encoder(
+            input_ids=read.input_ids, attention_mask=read.attention_mask, output_hidden_states=True, use_cache=False
+        ).hidden_states
+    tokens_BLD = torch.cat([states[number] for number in TEXT_STATES], dim=-1)
+    return [{"tokens": tokens_LD.cpu()} for tokens_LD in tokens_BLD]
+
+
+def with_clip_outputs(
+    text: dict[str, torch.Tensor],
+    outputs: dict[str, ClipOutput],  # noqa: ARG001 (there is no CLIP)
+) -> dict[str, torch.Tensor]:
+    return text
+
+
+# ---- images
+
+
+def load_vae(folder: Path, *, device: str) -> AutoencoderKLFlux2:
+    vae: AutoencoderKLFlux2 = common.load_vae(folder, device=device, kind=KINDS["vae"])
+    return vae
+
+
+def encode_images(vae: AutoencoderKLFlux2, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+    """The mean of the latents' distribution, normalised, and a deviation of 0.
+
+    The model was trained on means: those who made it, diffusers and the other trainers draw nothing from the VAE.
+    """
+    import torch
+
+    with torch.no_grad():
+        latents_BCHW = vae.encode(pixels_BCHW.to(vae.device, vae.dtype)).latent_dist.mean
+    mean_1C11, std_1C11 = _statistics(vae)
+    normal_BCHW = _from_patches((_to_patches(latents_BCHW) - mean_1C11) / std_1C11).float()
+    return torch.cat([normal_BCHW, torch.zeros_like(normal_BCHW)], dim=1)
+
+
+def _statistics(vae: AutoencoderKLFlux2) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation (1, 4C, 1, 1) of each channel of 2 x 2 latents."""
+    shape = (1, -1, 1, 1)
+    variance = vae.bn.running_var.view(shape) + vae.config.batch_norm_eps
+    return vae.bn.running_mean.view(shape), variance.sqrt()
+
+
+def _to_patches(latents_BCHW: torch.Tensor) -> torch.Tensor:
+    """2 x 2 latents become one: (B, 4C, H/2, W/2)."""
+    b, c, h, w = latents_BCHW.shape
+    return latents_BCHW.view(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(b, c * 4, h // 2, w // 2)
+
+
+def _from_patches(patches_BCHW: torch.Tensor) -> torch.Tensor:
+    """The reverse of `_to_patches`."""
+    b, c, h, w = patches_BCHW.shape
+    return patches_BCHW.reshape(b, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3).reshape(b, c // 4, h * 2, w * 2)
+
+
+# ---- the denoiser
+
+
+def load_denoiser(folder: Path, *, device: str, dtype: torch.dtype) -> Flux2Transformer2DModel:
+    denoiser: Flux2Transformer2DModel = common.load_denoiser(
+        KINDS["transformer"], folder / "transformer", device=device, dtype=dtype
+    )
+    return denoiser
+
+
+def from_original(
+    state: dict[str, torch.Tensor],
+    config: dict[str, Any],  # noqa: ARG001 (the names suffice)
+) -> dict[str, torch.Tensor]:
+    from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers as convert
+
+    return dict(convert(dict(state)))
+
+
+def blocks(denoiser: Flux2Transformer2DModel) -> list[tuple[str, torch.nn.Module]]:
+    double = [(f"transformer_blocks.{i}", b) for i, b in enumerate(denoiser.transformer_blocks)]
+    return double + [(f"single_transformer_blocks.{i}", b) for i, b in enumerate(denoiser.single_transformer_blocks)]
+
+
+def regions(denoiser: Flux2Transformer2DModel) -> list[torch.nn.Module]:
+    return [block for _, block in blocks(denoiser)]
+
+
+def fused_forwards() -> dict[type, type]:
+    return {}
+
+
+def predict(
+    denoiser: Flux2Transformer2DModel,
+    noisy_BCHW: torch.Tensor,
+    t_B: torch.Tensor,
+    *,
+    text: dict[str, torch.Tensor],
+    guidance: float,
+    geometry_B6: torch.Tensor | None = None,  # noqa: ARG001 (the model gets the patches' positions, no sizes)
+) -> torch.Tensor:
+    """The velocity (noise - latents). `guidance`: the embedded scale; klein has no such embedding.
+
+    A place has four coordinates: an image's patches differ in the second and third, the text's tokens in the fourth.
+    """
+    import torch
+
+    patches_BCHW = _to_patches(noisy_BCHW)
+    b, _, rows, columns = patches_BCHW.shape
+    length = text["tokens"].shape[1]
+    places_HW4 = torch.zeros(rows, columns, 4, device=noisy_BCHW.device)
+    places_HW4[..., 1] = torch.arange(rows, device=noisy_BCHW.device)[:, None]
+    places_HW4[..., 2] = torch.arange(columns, device=noisy_BCHW.device)
+    places_L4 = torch.zeros(length, 4, device=noisy_BCHW.device)
+    places_L4[:, 3] = torch.arange(length, device=noisy_BCHW.device)
+    out_BTD = denoiser(
+        hidden_states=common.traced(patches_BCHW.flatten(2).transpose(1, 2).to(denoiser.dtype)),
+        timestep=t_B,
+        guidance=t_B.new_full((b,), guidance) if denoiser.config.guidance_embeds else None,
+        encoder_hidden_states=common.traced(text["tokens"].to(denoiser.dtype)),
+        txt_ids=places_L4,
+        img_ids=places_HW4.flatten(0, 1),
+        return_dict=False,
+    )[0]
+    return _from_patches(out_BTD.transpose(1, 2).unflatten(2, (rows, columns)))
+
+
+# ---- samples
+
+
+def sample(
+    denoiser: Flux2Transformer2DModel,
+    vae: AutoencoderKLFlux2,
+    folder: Path,
+    *,
+    prompt: Prompt,
+    text: dict[str, torch.Tensor],
+    negative: dict[str, torch.Tensor],
+    scheduler: dict[str, Any] | None = None,
+) -> Image.Image:
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+
+    pipe = Flux2KleinPipeline(
+        scheduler=common.load_scheduler(FlowMatchEulerDiscreteScheduler, folder, KINDS["scheduler"], scheduler),
+        vae=vae,
+        transformer=denoiser,
+        **common.without_text_encoders(LORA_KEYS.encoders),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    latents_BCHW = pipe(
+        prompt_embeds=text["tokens"],
+        negative_prompt_embeds=negative["tokens"],
+        guidance_scale=prompt.cfg,
+        num_inference_steps=prompt.steps,
+        width=prompt.width,
+        height=prompt.height,
+        generator=torch.Generator("cpu").manual_seed(prompt.seed),
+        output_type="latent",
+    ).images
+    return common.to_image(pipe, vae.decode(latents_BCHW.float()).sample)
+
+
+# ---- key names of LoRA files. Original: the modules of black-forest-labs/flux2, which kohya's and ComfyUI's keys name.
+_DOUBLE = "transformer_blocks.{}"
+_SINGLE = "single_transformer_blocks.{}"
+_TIME = "time_guidance_embed"
+
+LORA_KEYS = LoraKeys(
+    layers=(
+        OriginalLayer("double_blocks.{}.img_attn.qkv", tuple(f"{_DOUBLE}.attn.to_{x}" for x in "qkv"), (1, 1, 1)),
+        OriginalLayer("double_blocks.{}.txt_attn.qkv", tuple(f"{_DOUBLE}.attn.add_{x}_proj" for x in "qkv"), (1, 1, 1)),
+        OriginalLayer("double_blocks.{}.img_attn.proj", (f"{_DOUBLE}.attn.to_out.0",)),
+        OriginalLayer("double_blocks.{}.txt_attn.proj", (f"{_DOUBLE}.attn.to_add_out",)),
+        OriginalLayer("double_blocks.{}.img_mlp.0", (f"{_DOUBLE}.ff.linear_in",), rows_per_column=6.0),
+        OriginalLayer("double_blocks.{}.img_mlp.2", (f"{_DOUBLE}.ff.linear_out",), rows_per_column=1 / 3),
+        OriginalLayer("double_blocks.{}.txt_mlp.0", (f"{_DOUBLE}.ff_context.linear_in",), rows_per_column=6.0),
+        OriginalLayer("double_blocks.{}.txt_mlp.2", (f"{_DOUBLE}.ff_context.linear_out",), rows_per_column=1 / 3),
+        OriginalLayer("single_blocks.{}.linear1", (f"{_SINGLE}.attn.to_qkv_mlp_proj",), rows_per_column=9.0),
+        OriginalLayer("single_blocks.{}.linear2", (f"{_SINGLE}.attn.to_out",), rows_per_column=1 / 4),
+        OriginalLayer("double_stream_modulation_img.lin", ("double_stream_modulation_img.linear",)),
+        OriginalLayer("double_stream_modulation_txt.lin", ("double_stream_modulation_txt.linear",)),
+        OriginalLayer("single_stream_modulation.lin", ("single_stream_modulation.linear",)),
+        OriginalLayer("img_in", ("x_embedder",)),
+        OriginalLayer("txt_in", ("context_embedder",)),
+        OriginalLayer("time_in.in_layer", (f"{_TIME}.timestep_embedder.linear_1",)),
+        OriginalLayer("time_in.out_layer", (f"{_TIME}.timestep_embedder.linear_2",)),
+        OriginalLayer("guidance_in.in_layer", (f"{_TIME}.guidance_embedder.linear_1",)),
+        OriginalLayer("guidance_in.out_layer", (f"{_TIME}.guidance_embedder.linear_2",)),
+        OriginalLayer("final_layer.linear", ("proj_out",)),
+        OriginalLayer("final_layer.adaLN_modulation.1", ("norm_out.linear",), halves_swapped=True),
+    ),
+    encoders={"text_encoder": "qwen3"},  # no tool trains it
+    namesake="flux",
+    one_width=True,
+    file_formats=("native",),  # ComfyUI and diffusers read it; musubi-tuner alone wants kohya's keys
+    dora_formats=("native", "peft"),
+)
