@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from entrypoint import __main__ as entrypoint
-from entrypoint import bake, health
+from entrypoint import bake, health, job
 from entrypoint.runpod import __main__ as runpod
 from tests.support.drawings import draw
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 )
 def test_the_first_argument_chooses(monkeypatch, arguments, check):
     asked = []
-    monkeypatch.setattr(entrypoint, "job", lambda environ, *, check, card, report: asked.append(check) or 0)
+    monkeypatch.setattr(entrypoint, "job", lambda environ, *, check, prefetch, card, report: asked.append(check) or 0)
     assert entrypoint.main(arguments) == 0
     assert asked == [check]
 
@@ -73,7 +73,7 @@ def test_a_check_can_be_read_by_a_program(photographs, monkeypatch, capsys, capl
     caplog.set_level("INFO")
     report = printed_report(capsys, "check", "--gpu", "RTX 4090")
     assert report["exit_code"] == 78 and "MODEL_PATH" in report["errors"][0]
-    assert report["job"]["images"] == {"found": 2, "used": 2} and report["job"]["steps"] == 1000
+    assert report["job"]["images"] == {"found": 2, "used": 2, "to_caption": 0} and report["job"]["steps"] == 1000
     assert report["plan"]["model"]["base"] == "flux" and report["plan"]["engine"]["device"] == "cuda"
     assert any(line.startswith("PARAMS_PRECISION: ") for line in report["messages"])
     monkeypatch.setenv("BASE_MODEL", "mini-flux")
@@ -89,7 +89,7 @@ def test_what_stops_a_check_is_in_its_report_and_no_secret(photographs, monkeypa
     report = printed_report(capsys, "--check")
     assert report["plan"] is None and report["job"] is None and "PARAMS_NETWORK_DIM='many'" in report["errors"][0]
     monkeypatch.delenv("PARAMS_NETWORK_DIM")
-    monkeypatch.setattr(entrypoint, "CHECK_RETRIES_S", 0.0)
+    monkeypatch.setattr(job, "CHECK_RETRIES_S", 0.0)
     report = printed_report(capsys, "--check")
     assert report["errors"] and report["plan"]["model"]["base"] == "flux" and "canary" not in json.dumps(report)
 
@@ -109,7 +109,7 @@ def test_a_card_that_cannot_train_is_refused(photographs, caplog, card, message)
 
 @pytest.mark.parametrize("arguments", [["trian"], ["check", "more"]])
 def test_an_unknown_command_is_a_wrong_command_line(monkeypatch, capsys, arguments):
-    monkeypatch.setattr(entrypoint, "job", lambda environ, *, check, card, report: pytest.fail("it ran"))
+    monkeypatch.setattr(entrypoint, "job", lambda environ, *, check, prefetch, card, report: pytest.fail("it ran"))
     assert entrypoint.main(arguments) == 64
     assert "train" in capsys.readouterr().err
 
@@ -306,5 +306,5 @@ def test_a_null_byte_is_a_wrong_command_line(card):
 
 def test_a_check_for_a_card_names_it(caplog):
     with caplog.at_level("INFO"):
-        entrypoint._card_to_check_for("RTX 4090")
+        job._card_to_check_for("RTX 4090")
     assert "Checking for RTX 4090: 1 × nvidia 8.9, 24 GiB each" in caplog.text

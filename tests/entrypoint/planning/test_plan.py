@@ -216,7 +216,7 @@ def test_a_name_that_no_subset_takes_is_refused():
     assert "every subset" in refusal(config=config({"dataset": "org/other"}))
 
 
-@pytest.mark.parametrize("name", ["a/b/c", "pictures.rar", "s3://a/b.zip"])
+@pytest.mark.parametrize("name", ["a/b/c", "pictures.rar", "ftp://a/b.zip"])
 def test_a_name_that_is_none_is_refused(name):
     assert f"DATASET_NAME: {name!r}" in refusal(DATASET_NAME=name)
 
