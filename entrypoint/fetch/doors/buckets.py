@@ -150,9 +150,14 @@ def listed(named: str, place: Place, clouds: Mapping[str, str]) -> Iterator[tupl
 
 
 def endpoint(service: str, clouds: Mapping[str, str]) -> str:
-    """The address of a service where it is not the usual one: the same bucket is another one there."""
-    option = "base_url" if service == "gs" else "endpoint"
-    return next((clouds[name].strip() for name in NAMES[service][option] if clouds.get(name, "").strip()), "")
+    """The address and the account of a service where these are not the usual ones: the same name is another bucket."""
+    given = _connection(clouds) if service == "az" else {}
+    for option in ("endpoint", "base_url", "account_name"):
+        for variable in NAMES[service].get(option, ()):
+            if value := clouds.get(variable, "").strip():
+                given[option] = value
+                break
+    return " ".join(given[option] for option in ("endpoint", "base_url", "account_name") if option in given)
 
 
 # ---- the library

@@ -243,6 +243,11 @@ def test_the_same_name_at_another_endpoint_is_another_folder(server, tmp_path):
     brought(server, tmp_path)
     assert folders.known("s3://mine/set", tmp_path, server.keys) is not None
     assert folders.known("s3://mine/set", tmp_path, {**server.keys, "AWS_ENDPOINT_URL": "https://other.host"}) is None
+    joined = "AccountName=me;AccountKey=cAnary"
+    by_name, by_connection = {"AZURE_STORAGE_ACCOUNT": "me"}, {"AZURE_STORAGE_CONNECTION_STRING": joined}
+    assert buckets.endpoint("az", by_name) == buckets.endpoint("az", by_connection) == "me"
+    assert buckets.endpoint("gs", {"GOOGLE_BASE_URL": "https://other.host"}) == "https://other.host"
+    assert buckets.endpoint("s3", {}) == ""
 
 
 def test_a_check_sees_what_is_new_in_a_bucket_and_a_key_that_no_longer_serves(server, tmp_path, caplog):
