@@ -10,9 +10,10 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from entrypoint.settings.checks import absolute, is_file, is_folder
+from trainer.network import addresses
 from trainer.spec.plan import public
 from trainer.spec.values import printable, show, similar
 
@@ -156,12 +157,19 @@ def _windows_path(location: str) -> Place:
 
 
 def _file_url(location: str) -> Place:
-    url = urlsplit(location)
+    url = _split(location)
     if url.netloc not in ("", "localhost") or not url.path.startswith("/"):
         raise ValueError(f"{show(location)} is not a path on this machine. Fix: write the path without file:")
     path = unquote(url.path)
     found = classify(path, hub=False)
     return Place(found.kind, found.location, note=f"{location} is the path {path}")
+
+
+def _split(location: str) -> SplitResult:
+    try:
+        return urlsplit(location)
+    except ValueError as problem:
+        raise ValueError(f"{show(public(location))} is no address: its host is not written as one") from problem
 
 
 def _hub_page(location: str) -> Place | None:
@@ -206,8 +214,11 @@ def _hub_page(location: str) -> Place | None:
 
 def _archive_url(location: str) -> Place:
     """`location`, if it can be downloaded. Raises ValueError."""
-    url = urlsplit(location)
     shown = show(public(location))
+    is_web = location.lower().startswith(("http://", "https://"))
+    if is_web and (problem := addresses.problem_of(location)):
+        raise ValueError(f"{shown} is no address: {problem}. Fix: copy it again")
+    url = _split(location)
     host = (url.hostname or "").lower()
     if url.scheme.lower() not in ("http", "https", *BUCKETS) or not url.hostname:
         raise ValueError(

@@ -335,11 +335,16 @@ def _check_content(
         part.restart()
         raise TransientError("the server cannot resume here; starting again")
     version = response.headers.get("etag") or response.headers.get("last-modified")
-    if job.version is not None and version is not None and version != job.version:
+    if job.version is not None and version is not None and _bare(version) != _bare(job.version):
         part.restart()
         raise TransientError("the file has changed on the server; starting again")
     if response.status_code == 200 and part.size:  # it ignores ranges
         part.restart()
+
+
+def _bare(version: str) -> str:
+    """An ETag as all servers write it: lists of some have it without quotes, and proxies call it weak."""
+    return version.strip().removeprefix("W/").strip('"')
 
 
 def _continues(response: httpx.Response, offset: int, size: int | None) -> bool:

@@ -327,15 +327,17 @@ def _check_hub_dataset(source: Source, space: NeededSpace, *, token: str | None,
 
 
 def _check_bucket(source: Source, space: NeededSpace, keys: Keys, *, retries: RetryPolicy) -> int:
-    """The number of images in a bucket that will be downloaded; 0 if an earlier run has them."""
-    if folders.known(source.location, space.places["CACHE_PATH"]) is not None:
+    """The number of images in a bucket that will be downloaded; 0 if an earlier run has all that is there now."""
+    named = fetch.named(source)
+    _, found = folders.missing(named, source.location, keys, cache=space.places["CACHE_PATH"], retries=retries)
+    if not found:
         return 0
-    found = folders.listing(fetch.named(source), source.location, keys, retries=retries)
-    images = [name for name, _ in found if name.lower().endswith(tuple(formats.READABLE_SUFFIXES))]
+    names = [name for name, _, _ in found]
+    images = [name for name in names if name.lower().endswith(tuple(formats.READABLE_SUFFIXES))]
     if not images:
-        raise DataError(f"{fetch.named(source)}: {formats.why_none([name for name, _ in found])}")
-    size = sum(size for _, size in found)
-    logger.info("To fetch: %s, %d files, %s.", fetch.named(source), len(found), human_size(size))
+        raise DataError(f"{named}: {formats.why_none(names)}")
+    size = sum(size for _, size, _ in found)
+    logger.info("To fetch: %s, %d files, %s.", named, len(found), human_size(size))
     space.add("CACHE_PATH", "the files of the bucket", size)
     return len(images)
 

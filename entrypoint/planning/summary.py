@@ -243,7 +243,7 @@ def local_copy(source: Source, *, cache: Path, token: str | None, hub_cache: Pat
         cached = fetch.cached_dataset(source, repo, cache)
         return cached[1] if cached else None
     if source.kind == "bucket":
-        return folders.known(source.location, cache)
+        return folders.known(source.location, cache, os.environ)
     if fetch.is_url(source):
         folder = fetch.known_download(source, cache)
         return archive.content_root(folder) if folder else None

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from entrypoint.fetch import http
 from entrypoint.fetch.doors import buckets
 from entrypoint.fetch.doors.offer import refusal
+from trainer.network import addresses
 from trainer.network.errors import TransientError
 from trainer.spec.errors import SettingsError
 from trainer.spec.values import as_integer
@@ -42,8 +43,10 @@ def problem_of(address: str) -> str | None:
     """Why files cannot be put to `address`, as the rest of a sentence; None if they may be."""
     if buckets.is_one(address):
         return None
-    if urlsplit(address).scheme not in ("http", "https"):
+    if not address.lower().startswith(("http://", "https://")):
         return "is neither a folder of a bucket (s3://BUCKET/PATH, gs://, az://) nor a signed https address"
+    if problem := addresses.problem_of(address):
+        return f"cannot be asked: {problem}. Fix: copy the signed address again"
     if "?" not in address:
         return "has no signature, so that nobody may write there. Fix: make an address that is signed for PUT"
     return None

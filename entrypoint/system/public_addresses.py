@@ -2,8 +2,10 @@
 
 An address can lead inside in many ways: by a name that resolves to 127.0.0.1, by one that resolves to something else
 when it is asked for again, by a redirect, by 2130706433 or ::ffff:10.0.0.1 in the place of a name, or by a link in a
-file that a library follows. So what counts is the address that a socket is connected to, whoever does it: `guard` adds
-an audit hook, which Python calls before each connection, and which no library can go around or take away.
+file that a library follows. So what counts is the address that a socket is connected to: `guard` adds an audit hook,
+which Python calls before each connection of one of its sockets, and which no code can take away. Libraries that connect
+by compiled code of their own are not seen by it: obstore is the one that we have, and `doors.buckets` does not call it
+in a guarded process.
 
 `problem_of` says beforehand what is wrong with an address as it is written.
 """

@@ -18,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 from entrypoint import __main__ as entrypoint
+from entrypoint import job
 from entrypoint.dataset_config import manifest
 from entrypoint.fetch.http import RetryPolicy
 from entrypoint.fetch.hub_dataset import hub_rows
@@ -220,9 +221,9 @@ def _entrypoint(case: Case, *, launch: Callable[..., int] | None) -> int:
             )
     with (
         mock.patch.object(summary, "cpu_workers", lambda: 0),  # no other processes
-        mock.patch.object(entrypoint, "CHECK_RETRIES_S", 0.0),
-        mock.patch.object(entrypoint.http, "USUAL", NO_RETRIES),
-        mock.patch.object(entrypoint, "Trainers", functools.partial(_Trainers, launch)),
+        mock.patch.object(job, "CHECK_RETRIES_S", 0.0),
+        mock.patch.object(job.http, "USUAL", NO_RETRIES),
+        mock.patch.object(job, "Trainers", functools.partial(_Trainers, launch)),
     ):
         return entrypoint.main([str(argument).replace("\0", "") for argument in case["arguments"]])
 

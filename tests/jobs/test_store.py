@@ -187,6 +187,9 @@ def test_saves_come_while_training_goes_on_and_all_is_there_at_the_end(job, serv
         ("ftp://host/x", "neither a folder of a bucket"),
         ("/some/folder", "neither a folder of a bucket"),
         ("https://host/x", "has no signature"),
+        ("https://[x/y?sig=1", "its host or port is not written as one"),
+        ("https://h:99999/y?sig=1", "its host or port is not written as one"),
+        ("https://a b/y?sig=1", "its host has a blank"),
     ],
 )
 def test_what_is_no_place_for_files_is_refused(job, address, said):

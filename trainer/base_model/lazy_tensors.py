@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch.utils._pytree import tree_map_only
 
 from trainer.base_model import weight_check
-from trainer.storage import safetensors_writer
+from trainer.storage import safetensors_header, safetensors_writer
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale")  # of a layer in files with scaled fp8 (ComfyUI)
@@ -72,9 +72,10 @@ def _read_part(read: Callable[[], Any], i: int) -> torch.Tensor:
 def load_file(path: Path, prefix: str) -> dict[str, torch.Tensor]:
     """Lazy tensors of a safetensors file whose names begin with `prefix`, which is removed.
 
-    fp8 weights become bf16, times their scale where the file has one. Raises ValueError for a damaged file, and for
-    other kinds of quantisation.
+    fp8 weights become bf16, times their scale where the file has one. Raises ValueError for a damaged file, for one
+    that was never downloaded, and for other kinds of quantisation.
     """
+    safetensors_header.check_is_here(safetensors_header.read_header(path))
     tensors: dict[str, torch.Tensor] = {}
     try:
         with safe_open(path, framework="pt") as file:

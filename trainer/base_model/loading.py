@@ -213,7 +213,12 @@ def _entries(folder: Path, library: str) -> dict[str, Entry]:
     for file in files:
         if problem := "is missing" if not file.is_file() else model_folder.damage(file):
             raise ValueError(f"{file.name} {problem}")
-        entries |= safetensors_header.read_header(file).entries
+        header = safetensors_header.read_header(file)
+        try:
+            safetensors_header.check_is_here(header)
+        except ValueError as missing:
+            raise ValueError(f"{file.name}: {missing}") from missing
+        entries |= header.entries
     return entries
 
 

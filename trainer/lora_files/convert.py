@@ -49,6 +49,7 @@ def load(
     that a DoRA file has beside those that trained, in a layer that files keep as one.
     """
     header = safetensors_header.read_header(path)
+    safetensors_header.check_is_here(header)
     ignored = other_kinds.bundled_embeddings(header.entries) if without_embeddings else []
     contents.read_layers(header, family_name, ignored=ignored)
     try:

@@ -50,6 +50,14 @@ def problem_of(address: str, *, schemes: tuple[str, ...] = SCHEMES) -> str | Non
     return _host_problem(host)
 
 
+def host_of(address: str) -> str:
+    """The host of an address in small letters; "" where it has none that can be read. It never raises."""
+    try:
+        return urlsplit(address).hostname or ""
+    except ValueError:
+        return ""
+
+
 def _host_problem(host: str) -> str | None:
     if not host:
         return "it names no host"

@@ -44,7 +44,8 @@ def in_processes(
     """`function` of each thing, in order, by at most `count` processes that call `enter` first and end with this one.
 
     Things and results are small: kilobytes, which a pipe takes without waiting. Raises what `function` raises, with its
-    stack as a note, and KilledWorkerError where a process was killed.
+    stack as a note (a RuntimeError with its name and text where it cannot be pickled), and KilledWorkerError where a
+    process was killed.
     """
     context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads of this process hold
     workers: list[_Worker] = []
@@ -94,9 +95,23 @@ def _hand_out(worker: _Worker, waiting: deque[int], things: Sequence[Any]) -> No
 def _received(worker: _Worker, things: Sequence[Any]) -> Any:
     """Whether the function failed, and its result or what it raised."""
     try:
-        return worker.pipe.recv()
+        failed, result = worker.pipe.recv()
+        if failed:
+            result = _as_raised(worker.pipe, result)
     except (EOFError, ConnectionResetError):
         raise KilledWorkerError(things[worker.under_way[0]]) from None
+    return failed, result
+
+
+def _as_raised(pipe: Connection, told: RuntimeError) -> Exception:
+    """The error that follows `told` in the pipe; `told` itself where it has not come through, or not whole."""
+    try:
+        problem = pipe.recv()
+    except (EOFError, ConnectionResetError):
+        raise
+    except Exception:  # noqa: BLE001 (to make it anew, code of its class is called, which may raise anything)
+        return told
+    return problem if isinstance(problem, Exception) else told
 
 
 def _serve(pipe: Connection, function: Callable[[Any], Any], enter: Callable[[], None]) -> None:
@@ -112,8 +127,21 @@ def _serve(pipe: Connection, function: Callable[[Any], Any], enter: Callable[[],
             answer = (False, function(thing))
         except Exception as problem:  # noqa: BLE001 (raised again by whoever asked for it)
             problem.add_note(traceback.format_exc())
-            answer = (True, problem)
+            _send_error(pipe, problem)
+            continue
         pipe.send(answer)
+
+
+def _send_error(pipe: Connection, problem: Exception) -> None:
+    """Send its name and text, which always come through, and then the error itself, if it can be pickled."""
+    told = RuntimeError(f"{type(problem).__name__}: {problem}")
+    for note in problem.__notes__:
+        told.add_note(note)
+    pipe.send((True, told))
+    try:
+        pipe.send(problem)
+    except Exception:  # noqa: BLE001 (pickling calls code of its class, which may raise anything)
+        pipe.send(None)
 
 
 def _end_with_parent() -> None:

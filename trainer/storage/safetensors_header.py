@@ -20,6 +20,7 @@ from trainer.storage.read import special_kind
 
 LENGTH_BYTES = 8  # of the number at the start of a file
 MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
+OUTLINE = "kiln_outline"  # a key of __metadata__: the file has a header, and a hole in the place of its tensors
 MOST_DIGITS = 30  # of a number in a header
 MOST_SIDES = 8  # of a tensor; a convolution's weight has four
 BITS = {  # of one value of each type that the format has
@@ -114,6 +115,12 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if isinstance(text, str) and not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ValueError("its safetensors header is damaged: it has half of a character")
     return found
+
+
+def check_is_here(header: Header) -> None:
+    """Raises ValueError for an outline, whose header may be planned with, and whose tensors are zeros."""
+    if OUTLINE in header.metadata:
+        raise ValueError("it was never downloaded: only its header is here. Fix: name its address again")
 
 
 def check_layout(header: Header) -> None:

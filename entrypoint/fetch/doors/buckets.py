@@ -8,6 +8,7 @@ Keys, regions and endpoints come from the variables that the tools of each servi
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from urllib.parse import quote
 from entrypoint.fetch.doors import web
 from entrypoint.fetch.doors.offer import Offer
 from entrypoint.fetch.http import RetryPolicy
+from entrypoint.system import public_addresses
 from trainer.network import addresses
 from trainer.spec.errors import DataError, GatedError, KilnError, SettingsError, UnreachableError
 from trainer.spec.values import printable
@@ -115,26 +117,47 @@ def signed(named: str, place: Place, method: str, clouds: Mapping[str, str]) -> 
         return str(sign(_store(named, place, clouds), method, place.path, VALID))
 
 
-def listed(named: str, place: Place, clouds: Mapping[str, str]) -> Iterator[tuple[str, int]]:
-    """Names and bytes of all files below a prefix. Raises GatedError, SettingsError, UnreachableError."""
+def listed(named: str, place: Place, clouds: Mapping[str, str]) -> Iterator[tuple[str, int, str]]:
+    """Names, bytes and versions (ETags, or dates where there are none) of all files below a prefix.
+
+    Consoles and mounts make empty files where they show folders, which are left out. Raises GatedError, SettingsError,
+    UnreachableError.
+    """
     import obstore
 
     prefix = place.path.rstrip("/")
-    names = Names()
-    count = 0
+    found: list[tuple[PurePosixPath, int, str]] = []
+    folders: set[PurePosixPath] = {PurePosixPath()}
     with _errors(named, place):
         store = _store(named, place, clouds)
         for batch in obstore.list(store, prefix or None):
             for entry in batch:
-                name = PurePosixPath(entry["path"]).relative_to(prefix) if prefix else PurePosixPath(entry["path"])
-                count += 1
-                if count > MOST_FILES:
+                path = PurePosixPath(entry["path"])
+                name = path.relative_to(prefix) if prefix else path
+                found.append((name, int(entry["size"]), entry["e_tag"] or entry["last_modified"].isoformat()))
+                folders.update(name.parents)
+                if len(found) > MOST_FILES:
                     raise SettingsError(f"{named}: more than {MOST_FILES:,} files. Pack them into archives.")
-                try:
-                    names.add(str(name), folder=False)
-                except DataError as problem:
-                    raise SettingsError(f"{named}: {printable(str(problem))}. Rename it in the bucket.") from problem
-                yield str(name), int(entry["size"])
+    names = Names()
+    for name, size, version in found:
+        if size == 0 and name in folders:
+            continue
+        try:
+            names.add(str(name), folder=False)
+        except DataError as problem:
+            raise SettingsError(f"{named}: {printable(str(problem))}. Rename it in the bucket.") from problem
+        yield str(name), size, version
+
+
+def endpoint(service: str, clouds: Mapping[str, str]) -> str:
+    """The address and the account of a service where these are not the usual ones: the same name is another bucket."""
+    given = _connection(clouds) if service == "az" else {}
+    for option in ("endpoint", "base_url", "account_name"):
+        for variable in NAMES[service].get(option, ()):
+            if value := clouds.get(variable, "").strip():
+                given[option] = value
+                break
+    return " ".join(given[option] for option in ("endpoint", "base_url", "account_name") if option in given)
 
 
 # ---- the library
@@ -143,6 +166,10 @@ def listed(named: str, place: Place, clouds: Mapping[str, str]) -> Iterator[tupl
 def _store(named: str, place: Place, clouds: Mapping[str, str]) -> Any:
     from obstore.store import AzureStore, GCSStore, S3Store
 
+    if os.environ.get(public_addresses.VARIABLE):  # the library connects by itself, past the guard of Python's sockets
+        raise SettingsError(
+            f"{named}: a request may name nothing in a bucket. Fix: a signed https address of one file or archive."
+        )
     options: dict[str, Any] = {}
     for option, variables in NAMES[place.service].items():
         for variable in variables:

@@ -48,7 +48,7 @@ def is_one(text: str) -> bool:
     lower = text.lower()
     if lower.startswith(("civitai:", "urn:air:")) or re.match(r"air:[\w.-]+:[\w.-]+:civitai:", lower):
         return True
-    return "://" in lower and (urlsplit(lower).hostname or "") in HOSTS
+    return "://" in lower and addresses.host_of(lower) in HOSTS
 
 
 def parse(text: str) -> Version:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
+import shutil
 import threading
+import uuid
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,34 +21,56 @@ from entrypoint.fetch.doors.keys import Keys
 from entrypoint.fetch.doors.offer import refusal
 from entrypoint.fetch.http import RetryPolicy
 from trainer.spec.errors import DataError, GatedError, UnreachableError
-from trainer.storage.folders import build_folder, completed, read_json, storage_error, write_text
+from trainer.storage.folders import build_folder, completed, locked, read_json, storage_error, write_text
 
 if TYPE_CHECKING:
     import httpx
 
 logger = logging.getLogger(__name__)
+Listed = tuple[str, int, str]  # a file's name, bytes and version
+DATE = re.compile(r"\d{4}-\d\d-\d\dT")  # the beginning of a version that is no ETag
 PARALLEL_FILES = 8
 PATIENCE_S = 10.0  # for a silent service, where the folder is here
 
 
-def listing(named: str, location: str, keys: Keys, *, retries: RetryPolicy) -> list[tuple[str, int]]:
-    """Names and bytes of the files; with none of them, DataError. Raises what `buckets.listed` raises."""
+def listing(named: str, location: str, keys: Keys, *, retries: RetryPolicy) -> list[Listed]:
+    """The files below a name; with none of them, DataError. Raises what `buckets.listed` raises."""
     found = sorted(http.persist(partial(_listed, named, location, keys), what=named, retries=retries))
     if not found:
         raise DataError(f"{named}: there is no file of this name, and none below it. Check the path in the bucket.")
     return found
 
 
-def _listed(named: str, location: str, keys: Keys) -> list[tuple[str, int]]:
+def _listed(named: str, location: str, keys: Keys) -> list[Listed]:
     return list(buckets.listed(named, buckets.parse(named, location), keys.clouds))
 
 
-def known(location: str, cache: Path) -> Path | None:
+def known(location: str, cache: Path, clouds: Mapping[str, str]) -> Path | None:
     """The folder of an earlier run."""
-    record = read_json(_place(location, cache) / "known.json") or {}
+    record = read_json(_place(location, cache, clouds) / "known.json") or {}
     folder = cache / "datasets" / str(record.get("folder"))
     is_name = isinstance(record.get("folder"), str) and str(record["folder"]).isalnum()
     return folder if is_name and completed(folder) is not None else None
+
+
+def missing(named: str, location: str, keys: Keys, *, cache: Path, retries: RetryPolicy) -> tuple[Path, list[Listed]]:
+    """The folder for what is in the bucket now, and the files to download for it: none where it is complete.
+
+    Where the bucket cannot be listed and an earlier run has brought it, that folder, and the log says so. Raises what
+    `listing` raises.
+    """
+    before = known(location, cache, keys.clouds)
+    try:
+        policy = replace(retries, budget=min(PATIENCE_S, retries.budget)) if before else retries
+        found = listing(named, location, keys, retries=policy)
+    except (UnreachableError, GatedError) as problem:
+        if before is None:
+            raise
+        logger.warning("%s Using what was downloaded before.", problem)
+        return before, []
+    content = [_identity(location, keys.clouds), found]
+    folder = cache / "datasets" / hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+    return folder, [] if completed(folder) is not None else found
 
 
 def bring(named: str, location: str, keys: Keys, *, cache: Path, retries: RetryPolicy) -> Path:
@@ -53,57 +79,71 @@ def bring(named: str, location: str, keys: Keys, *, cache: Path, retries: RetryP
     Each file that has come stays where a job is stopped. Raises DataError, GatedError, SettingsError, UnreachableError,
     StorageError.
     """
-    before = known(location, cache)
-    try:
-        policy = replace(retries, budget=min(PATIENCE_S, retries.budget)) if before else retries
-        found = listing(named, location, keys, retries=policy)
-    except (UnreachableError, GatedError) as problem:
-        if before is None:
-            raise
-        logger.warning("%s Using what was downloaded before.", problem)
-        return before
-    name = hashlib.sha256(json.dumps([location, found]).encode()).hexdigest()[:32]
-    folder = cache / "datasets" / name
-    if completed(folder) is None:
-        build_folder(folder, partial(_fill, named, location, found, keys, cache, retries))
-    write_text(_place(location, cache) / "known.json", json.dumps({"folder": name}))
+    place = _place(location, cache, keys.clouds)
+    with locked(place / "lock") as has_lock:
+        folder, found = missing(named, location, keys, cache=cache, retries=retries)
+        if found:
+            # Without locks, another job may be at work on files of the same names.
+            staging = place / ("files" if has_lock else f"files-{uuid.uuid4().hex[:8]}")
+            build_folder(folder, partial(_fill, named, location, found, keys, staging, retries))
+            shutil.rmtree(staging, ignore_errors=True)
+        write_text(place / "known.json", json.dumps({"folder": folder.name}))
     return folder
 
 
-def _place(location: str, cache: Path) -> Path:
-    return cache / "downloads" / hashlib.sha256(location.encode()).hexdigest()[:16]
+def _identity(location: str, clouds: Mapping[str, str]) -> str:
+    return f"{location} {buckets.endpoint(buckets.parse(location, location).service, clouds)}".rstrip()
+
+
+def _place(location: str, cache: Path, clouds: Mapping[str, str]) -> Path:
+    return cache / "downloads" / hashlib.sha256(_identity(location, clouds).encode()).hexdigest()[:16]
 
 
 def _fill(
-    named: str, location: str, found: list[tuple[str, int]], keys: Keys, cache: Path, retries: RetryPolicy, target: Path
+    named: str, location: str, found: list[Listed], keys: Keys, staging: Path, retries: RetryPolicy, target: Path
 ) -> dict[str, Any]:
-    """Download the files beside their folder, where each stays until all are there, and put them into `target`."""
+    """Download the files into `staging`, where each stays until all are there, and put them into `target`.
+
+    There they are named by their versions too, so that no file goes on with the bytes of another one.
+    """
     from trainer.network.client import open_client
 
-    place, staging = buckets.parse(named, location), _place(location, cache)
+    place = buckets.parse(named, location)
     cancelled = retries.cancelled or threading.Event()
-    progress = http.Progress(named, sum(size for _, size in found))
+    progress = http.Progress(named, sum(size for _, size, _ in found))
 
     def refuse(response: httpx.Response) -> None:
         raise refusal(named, response, key=buckets.KEY_OF[place.service])
 
-    def one(name: str, size: int) -> None:
+    def one(name: str, size: int, version: str) -> None:
         url = buckets.signed(named, place.below(name), "GET", keys.clouds)
-        part = staging / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.part"
-        job = http.Download(url, staging / "files" / name, part, f"{named}: {name}", size=size)
+        staged = _staged(staging, name, version)
+        part = staged.with_suffix(".part")
+        stated = None if DATE.match(version) else version
+        job = http.Download(url, staged, part, f"{named}: {name}", size=size, version=stated)
         http.download(client, job, retries=retries, refuse=refuse, progress=progress, cancelled=cancelled)
 
     with open_client(timeout=retries.timeout) as client:
-        missing = [(name, size) for name, size in found if not _is_here(staging / "files" / name, size)]
-        jobs = [partial(one, name, size) for name, size in missing]
+        jobs = []
+        for name, size, version in found:
+            # Of an empty file there is nothing to ask for; some are the marks of empty folders.
+            if size > 0 and not _is_here(_staged(staging, name, version), size):
+                jobs.append(partial(one, name, size, version))
         http.in_parallel(jobs, workers=PARALLEL_FILES, cancelled=cancelled)
     try:
-        for name, _ in found:
+        for name, size, version in found:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            (staging / "files" / name).rename(target / name)
+            if size > 0:
+                _staged(staging, name, version).rename(target / name)
+            else:
+                (target / name).touch()
     except OSError as problem:
         raise storage_error(problem, target) from problem
     return {"files": len(found)}
+
+
+def _staged(staging: Path, name: str, version: str) -> Path:
+    return staging / f"{hashlib.sha256(json.dumps([name, version]).encode()).hexdigest()[:32]}.whole"
 
 
 def _is_here(path: Path, size: int) -> bool:

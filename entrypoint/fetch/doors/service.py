@@ -47,16 +47,28 @@ def identity(text: str) -> str:
 
 
 def _without_signature(query: str) -> str:
-    kept = []
-    for pair in query.partition("#")[0].split("&"):
-        name = pair.partition("=")[0].lower()
-        if not name.startswith(("x-amz-", "x-goog-", "awsaccesskeyid", "googleaccessid")) and name not in SIGNATURES:
-            kept.append(pair)
-    return "&".join(kept)
+    """A query without its signature, and what stands beside that. Where there is none, all of it may tell files apart:
+    `token`, `policy` or `si` are names of many things.
+    """
+    pairs = query.partition("#")[0].split("&")
+    names = [pair.partition("=")[0].lower() for pair in pairs]
+    left_out: set[str] = set()
+    for signature, beside in SIGNATURES.items():
+        if signature in names:
+            left_out |= {signature, *beside}
+    for beginning in SIGNATURE_BEGINNINGS:
+        if f"{beginning}signature" in names:
+            left_out |= {name for name in names if name.startswith(beginning)}
+    return "&".join(pair for pair, name in zip(pairs, names, strict=True) if name not in left_out)
 
 
-# Of signed addresses of Azure, CloudFront, S3's older kind, and of share links.
-SIGNATURES = (
-    *("signature", "expires", "policy", "key-pair-id", "token", "sig", "se", "st", "sp", "sv", "sr", "spr", "ske"),
-    *("skoid", "sktid", "skt", "sks", "skv", "sip", "si", "ss", "srt", "rlkey"),
-)
+SIGNATURE_BEGINNINGS = ("x-amz-", "x-goog-")  # of all that S3 and Google sign with
+# The parameter with a signature → those that come with it: of S3's and Google's older kinds, and of CloudFront; of
+# Azure's SAS.
+SIGNATURES = {
+    "signature": ("awsaccesskeyid", "googleaccessid", "expires", "policy", "key-pair-id"),
+    "sig": (
+        *("st", "se", "sp", "sv", "sr", "spr", "sip", "si", "ss", "srt", "sdd"),
+        *("skoid", "sktid", "skt", "ske", "sks", "skv", "saoid", "suoid", "scid"),
+    ),
+}

@@ -15,6 +15,7 @@ from entrypoint.fetch import http
 from entrypoint.fetch.doors import web
 from entrypoint.fetch.doors.offer import Offer, refusal
 from entrypoint.fetch.http import RetryPolicy
+from trainer.network import addresses
 from trainer.spec.errors import GatedError, SettingsError, UnreachableError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _ID = re.compile(r"[\w-]{10,100}")
 
 
 def is_one(text: str) -> bool:
-    return "://" in text and (urlsplit(text).hostname or "").lower() in (*DRIVE_HOSTS, *DROPBOX_HOSTS)
+    return "://" in text and addresses.host_of(text) in (*DRIVE_HOSTS, *DROPBOX_HOSTS)
 
 
 def identity(text: str) -> str:

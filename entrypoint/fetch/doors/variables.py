@@ -55,7 +55,10 @@ def arrive(
             if text is None:
                 continue
             text = _usual(text)
-            if service.is_address(text):
+            is_web = text.lower().startswith(("http://", "https://"))
+            if is_web and (problem := addresses.problem_of(text)):
+                problems.append(SettingsError(f"{variable}={addresses.shown(text)}: {problem}. Correct the address."))
+            elif service.is_address(text):
                 named = f"{variable}={addresses.shown(text)}"
                 job = pool.submit(_announced, variable, named, text, keys, cache, retries)
                 asked[section, field] = job

@@ -12,14 +12,17 @@ import zipfile
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from entrypoint.fetch import flash_attention
+from entrypoint.fetch import flash_attention, http
+from entrypoint.fetch.doors.keys import Keys
 from entrypoint.fetch.fetch import fetch_model, fetch_source
 from entrypoint.planning.preflight import _cache_bytes_per_image, preflight
+from tests.support.bucket_server import Buckets
 from trainer.base_model.model_folder import check_folder, problems
 from trainer.spec.errors import DataError, KilnError, SettingsError, StorageError
 from trainer.spec.family import get_family
@@ -403,3 +406,26 @@ def test_an_archive_of_a_terabyte_is_refused_and_not_read(plan: Plan, tmp_path: 
         file.truncate(1 << 40)
     with pytest.raises(DataError, match="the archive has more than 100"):
         check(with_source(plan, Source("archive", str(tmp_path / "a.zip"))), tmp_path)
+
+
+def test_a_bucket_that_an_earlier_run_has_brought_is_listed_again(plan: Plan, tmp_path: Path, caplog: Any) -> None:
+    quick = http.RetryPolicy(budget=0.2, first_wait=0.01, timeout=5.0)
+    hub_cache = tmp_path / "volume" / "hf" / "hub"
+    source = Source("bucket", "s3://mine/set")
+    plan = with_source(plan, source)
+    caplog.set_level("INFO")
+    with Buckets() as server:
+        server.objects["mine/set/a.png"] = b"a" * 1000
+        keys = Keys(clouds=server.keys)
+        preflight(plan, token=None, hub_cache=hub_cache, keys=keys, retries=quick)
+        assert "To fetch: DATASET_NAME=s3://mine/set, 1 files" in caplog.text
+        fetch_source(source, cache=Path(plan.output.cache), token=None, keys=keys, retries=quick)
+        caplog.clear()
+        preflight(plan, token=None, hub_cache=hub_cache, keys=keys, retries=quick)
+        assert "To fetch: DATASET_NAME" not in caplog.text
+        server.objects["mine/set/b.png"] = b"b" * 1000
+        preflight(plan, token=None, hub_cache=hub_cache, keys=keys, retries=quick)
+        assert "To fetch: DATASET_NAME=s3://mine/set, 2 files" in caplog.text
+        revoked = Keys(clouds={**server.keys, "AWS_ACCESS_KEY_ID": "AKIAcAnaryOther12345"})
+        preflight(plan, token=None, hub_cache=hub_cache, keys=revoked, retries=quick)
+        assert "the key may not do this there" in caplog.text and "Using what was downloaded before" in caplog.text

@@ -172,6 +172,9 @@ def test_weights_that_the_config_does_not_describe_are_named_before_they_are_loa
         save_file(kept, path, {"format": "pt"})
         with pytest.raises(SettingsError, match=words):
             loading.load_model(FACTS.kinds["text_encoder"], path.parent, device="cpu", dtype=torch.float32)
+    save_file(tensors, path, {"format": "pt", safetensors_header.OUTLINE: "not downloaded yet"})
+    with pytest.raises(SettingsError, match=r"model.safetensors: it was never downloaded"):
+        loading.load_model(FACTS.kinds["text_encoder"], path.parent, device="cpu", dtype=torch.float32)
 
 
 @pytest.mark.parametrize(

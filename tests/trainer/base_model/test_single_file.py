@@ -34,6 +34,7 @@ from trainer.sample import sample_command
 from trainer.spec.errors import SettingsError
 from trainer.spec.family import get_family
 from trainer.spec.plan import TrainPlan
+from trainer.storage.safetensors_header import OUTLINE
 from trainer.training.objective import make_objective
 
 FAMILIES = ("flux", "flux2", "sdxl", "sd3", "z_image", "qwen_image")
@@ -91,6 +92,13 @@ def test_qwen_image_as_three_files(tmp_path, dtype):
     texts = {k.removeprefix("model."): v for k, v in whole.items() if k.startswith("model.")}
     read = weights(folder / "text_encoder")
     assert read.keys() == texts.keys() and all(torch.equal(read[k], texts[k]) for k in texts)
+
+
+def test_a_file_of_which_only_the_header_came_is_never_read_as_zeros(tmp_path):
+    files = flux_files(tmp_path, torch.float16)
+    save_file(load_file(files["VAE_PATH"]), files["VAE_PATH"], {OUTLINE: "not downloaded yet"})
+    with pytest.raises(SettingsError, match=r"ae.safetensors.*it was never downloaded"):
+        model_folder(tmp_path, "flux", **files)
 
 
 def test_scaled_fp8_of_the_denoiser_and_of_the_language_model(tmp_path):

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from trainer.lora_files import convert, key_names
 from trainer.lora_files.weights import LoraWeights
+from trainer.storage.safetensors_header import OUTLINE
 
 OUT = "lora_unet_double_blocks_0_img_attn_proj"
 TO_OUT = "transformer.transformer_blocks.0.attn.to_out.0"
@@ -53,6 +54,12 @@ def test_embeddings_that_a_file_has_besides_are_left_out_where_that_is_asked_for
     found = convert.load(path, "flux", without_embeddings=True)
     assert list(found) == [TO_OUT]
     torch.testing.assert_close(found[TO_OUT].delta(), torch.tensor([[7.0, 10.0], [15.0, 22.0]]) / 2)
+
+
+def test_a_file_of_which_only_the_header_came_is_refused(tmp_path):
+    path = written(tmp_path, layer(), {OUTLINE: "not downloaded yet"})
+    with pytest.raises(ValueError, match="it was never downloaded"):
+        convert.load(path, "flux")
 
 
 @pytest.mark.parametrize("problem", [OSError("gone"), convert.SafetensorError("torn")])

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import warnings
 
@@ -47,6 +48,33 @@ def killed_at_five(number):
     return number
 
 
+class OddError(Exception):
+    """As many libraries' are: pickled, it would be made again from its text alone."""
+
+    def __init__(self, number, file):
+        super().__init__(f"{number} in {file} is odd")
+
+
+class LockedError(Exception):
+    """Holds what cannot be pickled."""
+
+    def __init__(self, text):
+        super().__init__(text)
+        self.lock = threading.Lock()
+
+
+def odd(number):
+    if number == 2:
+        raise OddError(number, "x.png")
+    return number
+
+
+def locked(number):
+    if number == 2:
+        raise LockedError("2 is locked")
+    return number
+
+
 def warned(number):
     warnings.warn("old", stacklevel=1)
     return number
@@ -71,6 +99,18 @@ def test_what_is_raised_comes_in_its_place_with_its_stack():
         next(found)
     assert "in refused_from_five" in raised.value.__notes__[0]
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize(
+    ("function", "said"), [(odd, "OddError: 2 in x.png is odd"), (locked, "LockedError: 2 is locked")]
+)
+def test_an_error_that_cannot_be_pickled_comes_with_its_name_and_text(function, said):
+    found = in_processes(function, range(5), count=2, enter=nothing)
+    assert [next(found), next(found)] == [0, 1]
+    with pytest.raises(RuntimeError) as raised:
+        next(found)
+    assert str(raised.value) == said
+    assert f"in {function.__name__}" in raised.value.__notes__[0]
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import concurrent.futures
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -20,6 +22,7 @@ from tests.support.drawings import draw
 from tests.support.small_weights import small_weights
 from trainer.spec.errors import DataError, GatedError, SettingsError, UnreachableError
 from trainer.spec.plan import Source
+from trainer.storage.folders import locked
 
 QUICK = http.RetryPolicy(budget=3.0, unreached=0.2, first_wait=0.01, longest_wait=0.02, timeout=5.0)
 ODD = "odd/x y+é%20'(1).safetensors"
@@ -177,6 +180,97 @@ def test_a_folder_of_a_bucket_becomes_a_folder_and_goes_on_where_it_was_stopped(
     assert fetched() == folder and asked() == []
     server.objects["mine/set/10_dog/9.txt"] = b"new"
     assert fetched() != folder
+
+
+def held(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def brought(server, cache, location="s3://mine/set", **changes):
+    keys = Keys(clouds={**server.keys, **changes})
+    found = held(folders.bring("X=s3", location, keys, cache=cache, retries=QUICK))
+    return {name: data for name, data in found.items() if not name.startswith(".kiln")}
+
+
+def test_a_file_of_the_same_size_that_has_changed_is_another_one(server, tmp_path):
+    server.objects["mine/set/a.txt"] = b"a dog"
+    assert brought(server, tmp_path) == {"a.txt": b"a dog"}
+    server.objects["mine/set/a.txt"] = b"a cat"
+    assert brought(server, tmp_path) == {"a.txt": b"a cat"}
+
+
+def test_a_download_does_not_go_on_with_the_bytes_of_a_file_that_has_changed(server, tmp_path):
+    server.objects["mine/set/a.png"] = b"a" * 100_000
+    server.cuts["/mine/set/a.png"] = [50_000]
+    once = dataclasses.replace(QUICK, budget=0.0)
+    with pytest.raises(UnreachableError):
+        folders.bring("X=s3", "s3://mine/set", Keys(clouds=server.keys), cache=tmp_path, retries=once)
+    assert [path.stat().st_size for path in tmp_path.rglob("*.part")] == [50_000]
+    server.objects["mine/set/a.png"] = b"b" * 100_000
+    assert brought(server, tmp_path) == {"a.png": b"b" * 100_000}
+
+
+def test_a_file_that_changes_after_the_listing_is_not_taken(server, tmp_path):
+    server.objects["mine/set/a.txt"] = b"a dog"
+    listed = server.list
+    server.list = lambda *asked: (listed(*asked), server.objects.update({"mine/set/a.txt": b"a cat"}))[0]
+    with pytest.raises(UnreachableError, match="has changed on the server"):
+        brought(server, tmp_path)
+    server.list = listed
+    assert brought(server, tmp_path) == {"a.txt": b"a cat"}
+
+
+def test_two_jobs_bring_one_folder_one_after_the_other(server, tmp_path):
+    server.objects["mine/set/a.png"] = b"a" * 100_000
+    place = folders._place("s3://mine/set", tmp_path, server.keys)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with locked(place / "lock"):
+            other = pool.submit(brought, server, tmp_path)
+            with pytest.raises(concurrent.futures.TimeoutError):
+                other.result(timeout=0.5)
+            assert server.asked == []
+        assert other.result() == {"a.png": b"a" * 100_000}
+
+
+def test_marks_of_folders_are_no_files(server, tmp_path):
+    for name in ("set/", "set/sub/", "set/sub/a.txt", "set/empty.txt"):
+        server.objects[f"mine/{name}"] = b"a dog" if name == "set/sub/a.txt" else b""
+    assert brought(server, tmp_path) == {"sub/a.txt": b"a dog", "empty.txt": b""}
+
+
+def test_the_same_name_at_another_endpoint_is_another_folder(server, tmp_path):
+    server.objects["mine/set/a.txt"] = b"a dog"
+    brought(server, tmp_path)
+    assert folders.known("s3://mine/set", tmp_path, server.keys) is not None
+    assert folders.known("s3://mine/set", tmp_path, {**server.keys, "AWS_ENDPOINT_URL": "https://other.host"}) is None
+    joined = "AccountName=me;AccountKey=cAnary"
+    by_name, by_connection = {"AZURE_STORAGE_ACCOUNT": "me"}, {"AZURE_STORAGE_CONNECTION_STRING": joined}
+    assert buckets.endpoint("az", by_name) == buckets.endpoint("az", by_connection) == "me"
+    assert buckets.endpoint("gs", {"GOOGLE_BASE_URL": "https://other.host"}) == "https://other.host"
+    assert buckets.endpoint("s3", {}) == ""
+
+
+def test_a_check_sees_what_is_new_in_a_bucket_and_a_key_that_no_longer_serves(server, tmp_path, caplog):
+    server.objects["mine/set/a.png"] = b"a" * 1000
+    brought(server, tmp_path)
+    keys = Keys(clouds=server.keys)
+
+    def missing(keys=keys):
+        return folders.missing("X=s3", "s3://mine/set", keys, cache=tmp_path, retries=QUICK)[1]
+
+    assert missing() == []
+    server.objects["mine/set/b.png"] = b"b" * 1000
+    assert [name for name, _, _ in missing()] == ["a.png", "b.png"]
+    assert missing(Keys(clouds={**server.keys, "AWS_ACCESS_KEY_ID": "AKIAcAnaryOther12345"})) == []
+    assert "Using what was downloaded before" in caplog.text
+
+
+def test_a_guarded_process_does_not_ask_a_library_that_connects_by_itself(server, monkeypatch):
+    monkeypatch.setenv("KILN_PUBLIC_ADDRESSES", "1")
+    said = refused(SettingsError, lambda: buckets.ask("X=s3", f"s3://mine/{ODD}", server.keys, retries=QUICK))
+    assert "a request may name nothing in a bucket" in said
+    refused(SettingsError, lambda: list(buckets.listed("X=s3", buckets.parse("X=s3", "s3://mine/odd"), server.keys)))
+    assert server.asked == []
 
 
 def test_a_bucket_without_such_a_folder_and_names_that_lead_out(server, tmp_path):

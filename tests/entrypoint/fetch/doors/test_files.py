@@ -6,13 +6,15 @@ import dataclasses
 import hashlib
 import logging
 import threading
+from urllib.parse import quote
 
 import pytest
 
 from entrypoint.fetch import http
-from entrypoint.fetch.doors import civitai, files, service
+from entrypoint.fetch.doors import civitai, files, service, shares, variables
 from entrypoint.fetch.doors.keys import Keys
 from entrypoint.fetch.doors.offer import Offer
+from entrypoint.settings.read import read_settings
 from tests.support.raw_server import RawServer, answer
 from tests.support.shelf import XML, Civitai, Shelf
 from tests.support.small_weights import small_weights
@@ -61,6 +63,18 @@ def refused(kind, text, place, keys=Keys(), retries=QUICK):  # noqa: B008
     return said
 
 
+@pytest.mark.parametrize(
+    "address", ["https://[x/a.safetensors", "https://h:99999/a.safetensors", "s3://[x/a", "ftp://[x"]
+)
+def test_an_address_that_is_none_is_named_and_no_traceback(tmp_path, address):
+    assert "[x" not in address or not (civitai.is_one(address) or shares.is_one(address))
+    if not service.is_address(address):
+        return
+    settings = read_settings({"BASE_MODEL": "mini-flux", "DATASET_NAME": str(tmp_path), "MODEL_PATH": address})
+    with pytest.raises(SettingsError, match=r"MODEL_PATH.*not written as"):
+        variables.arrive(settings, {}, retries=QUICK)
+
+
 # ---- https
 
 
@@ -90,11 +104,78 @@ def test_another_signature_is_the_same_file_and_another_query_is_another(shelf, 
     assert announce(f"{shelf.url}/lora.safetensors?X-Amz-Signature=bbbbbb&id=2", tmp_path).path != first
 
 
+def test_a_parameter_counts_as_a_signature_only_beside_one(shelf):
+    def same(first, second):
+        return service.identity(f"{shelf.url}/d?{first}") == service.identity(f"{shelf.url}/d?{second}")
+
+    for name in ("token", "st", "se", "sp", "si", "sv", "policy", "expires", "x-amz-meta-model"):
+        assert not same(f"{name}=A", f"{name}=B"), name
+    assert same("si=A&sv=1&sig=aaaa", "si=B&sv=2&sig=bbbb")
+    assert same("Policy=A&Key-Pair-Id=K&Signature=aaaa", "Policy=B&Key-Pair-Id=K&Signature=bbbb")
+    assert same("X-Amz-Date=1&X-Amz-Signature=aaaa", "X-Amz-Date=2&X-Amz-Signature=bbbb")
+    assert same("X-Goog-Date=1&X-Goog-Signature=aaaa", "X-Goog-Date=2&X-Goog-Signature=bbbb")
+    assert not same("id=1&sig=aaaa", "id=2&sig=aaaa") and not same("token=A&sig=a", "token=B&sig=a")
+
+
 def test_a_file_that_has_changed_is_brought_to_a_place_of_its_own(shelf, tmp_path):
     first = whole(f"{shelf.url}/lora.safetensors", tmp_path)
     shelf.files["/lora.safetensors"] = small_weights(1)
     second = whole(f"{shelf.url}/lora.safetensors", tmp_path)
     assert second != first and second.read_bytes() == small_weights(1) and first.read_bytes() == DATA
+
+
+def without_version(shelf, path="/lora.safetensors"):
+    """Let the server say nothing by which a content is known: neither an ETag nor a date."""
+
+    def rule(request):
+        status, headers, body = shelf.answer(request, path, "")
+        return status, {name: value for name, value in headers.items() if name != "ETag"}, body
+
+    shelf.rules[path] = rule
+
+
+def test_an_outline_never_takes_the_place_of_a_whole_file(shelf, tmp_path):
+    without_version(shelf)
+    first = whole(f"{shelf.url}/lora.safetensors", tmp_path)
+    again = announce(f"{shelf.url}/lora.safetensors", tmp_path)
+    assert again.path == first and again.missing_bytes == 0 and first.read_bytes() == DATA
+    shelf.files["/lora.safetensors"] = small_weights(1)
+    second = whole(f"{shelf.url}/lora.safetensors", tmp_path)
+    assert second != first and second.read_bytes() == small_weights(1) and first.read_bytes() == DATA
+
+
+def test_a_file_that_is_as_it_was_before_it_changed_is_still_here(shelf, tmp_path):
+    first = whole(f"{shelf.url}/lora.safetensors", tmp_path)
+    shelf.files["/lora.safetensors"] = small_weights(1)
+    whole(f"{shelf.url}/lora.safetensors", tmp_path)
+    shelf.files["/lora.safetensors"] = DATA
+    again = announce(f"{shelf.url}/lora.safetensors", tmp_path)
+    assert again.path == first and again.missing_bytes == 0 and first.read_bytes() == DATA
+    shelf.rules["/lora.safetensors"] = lambda _: (503, {}, b"")
+    offline = announce(f"{shelf.url}/lora.safetensors", tmp_path, retries=dataclasses.replace(QUICK, budget=0.1))
+    assert offline.path == first  # the newest, as the server said last
+
+
+def test_what_another_job_brings_while_the_server_is_asked_stays(shelf, tmp_path, monkeypatch):
+    ask = service.ask
+
+    def slowly(*arguments, **named):
+        offer = ask(*arguments, **named)
+        monkeypatch.setattr(service, "ask", ask)
+        whole(f"{shelf.url}/lora.safetensors", tmp_path)
+        return offer
+
+    monkeypatch.setattr(service, "ask", slowly)
+    without_version(shelf)
+    arrival = announce(f"{shelf.url}/lora.safetensors", tmp_path)
+    assert arrival.path.read_bytes() == DATA and arrival.missing_bytes == 0
+
+
+def test_a_file_that_was_changed_here_is_set_aside_and_brought_again(shelf, tmp_path):
+    first = whole(f"{shelf.url}/lora.safetensors", tmp_path)
+    first.write_bytes(DATA[:1000])
+    assert whole(f"{shelf.url}/lora.safetensors", tmp_path) == first and first.read_bytes() == DATA
+    assert [path.stat().st_size for path in first.parent.iterdir() if path != first] == [1000]
 
 
 @pytest.mark.parametrize("gone", ["silent", "expired"])
@@ -219,6 +300,14 @@ def test_the_name_of_the_file_is_the_servers_and_leads_nowhere(shelf, tmp_path):
         shelf.disposition["/lora.safetensors"] = said
         path = announce(f"{shelf.url}/lora.safetensors?{len(said)}", tmp_path).path
         assert path.name == name and tmp_path in path.parents and ".." not in str(path)
+
+
+@pytest.mark.parametrize("letter", ["a", "é"])
+def test_a_name_that_is_too_long_for_a_volume_is_shortened(shelf, tmp_path, letter):
+    said = letter * (254 // len(letter.encode()))
+    shelf.disposition["/lora.safetensors"] = f"attachment; filename*=UTF-8''{quote(said)}"
+    path = whole(f"{shelf.url}/lora.safetensors", tmp_path)
+    assert path.read_bytes() == DATA and path.name == f"{said[: 180 // len(letter.encode())]}.safetensors"
 
 
 # ---- Civitai
