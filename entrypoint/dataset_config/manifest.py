@@ -17,6 +17,7 @@ tests fail until then.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from entrypoint.dataset_config import shapes
 from entrypoint.dataset_config.documents import is_inline, label, read_text
 from entrypoint.dataset_config.sources import HUB_ID, classify
 from entrypoint.settings.checks import absolute, is_file, is_folder
+from trainer.base_model.model_folder import FILE, PICKLES
+from trainer.data.folders import formats
 from trainer.spec.documents.forms import parse_text
 from trainer.spec.documents.prompt_trees import parse_tree
 from trainer.spec.plan import Dataset, Source, Subset
@@ -331,9 +334,8 @@ def _subset(inherited: Mapping[str, Any], own: Mapping[str, Any], where: str, pr
     merged = {**inherited, **own}
     if not merged.get("caption_separator", ","):
         problems.add(f'{where}.caption_separator is empty. Fix: "," for example.')
-    extension = merged.get("caption_extension", ".")
-    if not extension.startswith("."):
-        problems.add(f"{where}.caption_extension {show(extension)} has no dot. Fix: .txt for example.")
+    if problem := _problem_of_extension(merged.get("caption_extension", ".txt")):
+        problems.add(f"{where}.caption_extension {show(merged['caption_extension'])} {problem}. Fix: .txt for example.")
     values = {name: value for name, value in merged.items() if name in SHARED_KEYS or name in OWN_KEYS}
     if "class_prompt" in own:
         if not values.setdefault("is_reg", True):
@@ -346,6 +348,23 @@ def _subset(inherited: Mapping[str, Any], own: Mapping[str, Any], where: str, pr
     if values.get("is_reg") and own.get("trigger_word"):
         problems.add(f"{where}: regularisation images get no trigger word. Fix: remove trigger_word.")
     return Subset(_source(own, where, problems), repeats_chosen="num_repeats" in own, **values)
+
+
+def _problem_of_extension(extension: str) -> str | None:
+    """Why captions cannot be in files with this extension, as the rest of a sentence.
+
+    CAPTION_WRITE writes files of this name: with the extension of an image, it would replace the image.
+    """
+    if not extension.startswith("."):
+        return "has no dot"
+    if not re.fullmatch(r"(\.[^./\\\x00-\x1f]+)+", extension):
+        return "is no extension of a file"
+    last = f".{extension.rpartition('.')[2]}"
+    if any(pattern.fullmatch(last) for pattern in (formats.READABLE, formats.UNREADABLE, formats.VIDEO)):
+        return "is that of images or videos, and captions are text"
+    if last.lower() in (FILE, *PICKLES):
+        return "is that of models, and captions are text"
+    return None
 
 
 def _source(own: Mapping[str, Any], where: str, problems: Problems) -> Source:

@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 from entrypoint.fetch import http
-from entrypoint.fetch.doors.keys import CLOUDS
 from entrypoint.processes import store
 from entrypoint.system.environment import child_environment
 from trainer.network import addresses
@@ -131,7 +130,7 @@ def store_job(address: str | None, environ: Mapping[str, str], plan: Plan, *, cr
         raise SettingsError(f"UPLOAD_TO={addresses.shown(address)} {problem}.")
     known = base_models()[plan.model.base][1].source
     base = "" if Path(known).is_absolute() else known
-    output, clouds = plan.output, {name: value for name, value in environ.items() if name.startswith(CLOUDS)}
+    output, clouds = plan.output, store.keys_for(address, environ)
     about: dict[str, Any] = {"folder": output.folder, "started": time.time(), "creates": creates}
     return Job(address, "", output.path, output.name, base, variable="UPLOAD_TO", clouds=clouds, **about)
 

@@ -57,8 +57,8 @@ class Target(Protocol):
     def check(self) -> None:
         """Whether files may be written there. Raises TransientError, and KilnErrors for what no other try mends."""
 
-    def send(self, title: str, files: Mapping[str, Path], texts: Mapping[str, str], *, final: bool) -> str:
-        """Write files and texts by their names; returns what tells this state of the place from others."""
+    def send(self, title: str, files: Mapping[str, Path], texts: Mapping[str, str], *, run: str, final: bool) -> str:
+        """Write files and texts of a run by their names; returns what tells this state of the place from others."""
 
 
 class Uploader:
@@ -69,15 +69,20 @@ class Uploader:
         self.ended = ended  # training is over: uploads of saves give up
         self._seen: set[tuple[int | str, ...]] = set()
         self.target = _target_of(job)
+        self._is_checked = False
 
     def check(self, retries: http.RetryPolicy | None = None) -> None:
         """Check that the place may be written to. Raises GatedError, SettingsError, UnreachableError."""
 
         def call() -> str:
-            self.target.check()
+            self._check_target()
             return ""
 
         self._persist(call, retries or self.job.at_start)
+
+    def _check_target(self) -> None:
+        self.target.check()
+        self._is_checked = True
 
     def saves(self) -> None:
         """Upload the files of the newest save, unless they were tried already."""
@@ -149,7 +154,9 @@ class Uploader:
         def attempt() -> str:
             for path in files.values():
                 path.stat()  # raises OSError: an older save may have been removed
-            return self.target.send(title, files, {"README.md": text}, final=final)
+            if not self._is_checked:  # nobody answered when the job began
+                self._check_target()
+            return self.target.send(title, files, {"README.md": text}, run=name, final=final)
 
         return self._persist(attempt, retries)
 
@@ -193,7 +200,15 @@ class _Repository:
 
         self._translated(call)
 
-    def send(self, title: str, files: Mapping[str, Path], texts: Mapping[str, str], *, final: bool) -> str:  # noqa: ARG002
+    def send(
+        self,
+        title: str,
+        files: Mapping[str, Path],
+        texts: Mapping[str, str],
+        *,
+        run: str,  # noqa: ARG002
+        final: bool,  # noqa: ARG002
+    ) -> str:
         """One commit; returns its hash."""
         from huggingface_hub import CommitOperationAdd
 
@@ -297,7 +312,7 @@ def main() -> int:
         uploader = Uploader(Job(**job), ended)
         uploader.check()
     except UnreachableError as problem:
-        log.warning("%s Training continues without uploads.", problem)
+        log.warning("%s Training continues; each save tries to upload again.", problem)
     except KilnError as problem:
         _answer(answers, known.hide(f"{type(problem).__name__}: {' '.join(str(problem).split())}"))
         return problem.exit_code

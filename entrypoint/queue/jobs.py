@@ -12,12 +12,15 @@ from typing import NamedTuple
 
 from entrypoint import DEFAULT_OUTPUT_PATH
 from entrypoint.dataset_config.documents import read_text
+from entrypoint.fetch.doors import buckets
+from entrypoint.processes import store
 from entrypoint.settings import names, read_settings
 from entrypoint.settings.aliases import meant_variable
 from entrypoint.settings.checks import Notes
 from entrypoint.settings.clean import without_quotes
 from entrypoint.settings.variables import NAMES, ROWS, SECRETS, section_rows
 from entrypoint.system.secrets import known
+from trainer.network import addresses
 from trainer.spec.errors import SettingsError
 from trainer.spec.family import base_models
 from trainer.spec.messages.secrets import without_secrets
@@ -27,6 +30,7 @@ MOST_JOBS = 1000
 QUEUED = "KILN_QUEUED"  # set for the jobs of a queue, to the file that `tell_queue` writes
 # Of the whole queue: a job cannot have its own.
 WHOLE = ("JOBS", "SWEEP", "ON_FINISH", "MONITOR_PORT", "MONITOR_TOKEN", "LOG_WITH", "CONFIG_JSON")
+SIGNED = "UPLOAD_TO"  # may hold a signature, which no name of a job may show
 LONGEST_NAME = 100  # characters
 MOST_PARTS = 3  # of a name
 
@@ -130,7 +134,7 @@ def _sweeps(text: str, notes: Notes) -> list[dict[str, str]]:
             guess = nearest(name, ROWS)
             fix = f"did you mean {guess}?" if guess and guess != name else "write PARAMS_NETWORK_DIM=8,32."
             notes.add(f"SWEEP: {show(word)} is no variable with values. Fix: {fix}")
-        elif variable in WHOLE or variable in SECRETS or variable.endswith("_PATH"):
+        elif variable in (*WHOLE, *SECRETS, SIGNED) or variable.endswith("_PATH"):
             notes.add(f"SWEEP: {variable} is the same for all jobs. Fix: remove it, or use JOBS.")
         else:
             parts = values.split("|") if "|" in values else values.split(",")
@@ -151,7 +155,7 @@ def _labels(lines: Sequence[Mapping[str, str]]) -> list[str]:
         return [""]
     varying = []
     for name in dict.fromkeys(name for line in lines for name in line):
-        is_plain = name not in SECRETS and not name.startswith("OUTPUT_") and name != "BASE_MODEL"
+        is_plain = name not in SECRETS and not name.startswith("OUTPUT_") and name not in ("BASE_MODEL", SIGNED)
         if is_plain and len({line.get(name) for line in lines}) > 1:
             varying.append(name)
     if len({line.get("BASE_MODEL") for line in lines}) > 1:
@@ -201,8 +205,28 @@ def _checked(
                 f"{job.place}: OUTPUT_PATH={job.out} is that of {folders[job.out]} too. Fix: one folder for each."
             )
         folders[job.out] = job.place
+    _note_shared_uploads(jobs, notes)
     notes.raise_if_any("The queue cannot be used")
     return tuple(jobs)
+
+
+def _note_shared_uploads(jobs: Sequence[QueuedJob], notes: Notes) -> None:
+    """Add the jobs that would replace each other's files in a bucket, or at one signed address."""
+    taken: dict[str, str] = {}
+    for job in jobs:
+        address = without_quotes(job.environ.get("UPLOAD_TO", ""))
+        if store.problem_of(address) is not None:  # the job says so
+            continue
+        place = address.partition("?")[0].rstrip("/")
+        if place in taken:
+            fix = (
+                "UPLOAD_TO=s3://BUCKET/FOLDER gives each job a folder; or a line of JOBS with an own UPLOAD_TO for each"
+            )
+            notes.add(
+                f"{job.place}: UPLOAD_TO={addresses.shown(address)} is that of {taken[place]} too, and one would "
+                f"replace the other's files. Fix: {fix}."
+            )
+        taken[place] = job.place
 
 
 def _note_problems(environ: Mapping[str, str], notes: Notes, *, place: str = "") -> None:
@@ -236,6 +260,9 @@ def _environment(
         own["OUTPUT_NAME"] = f"{common}-{name}" if common else name
     if "PUSH_TO_HUB" not in given and written.get("PUSH_TO_HUB"):  # saves and model cards would collide
         own["PUSH_TO_HUB"] = f"{written['PUSH_TO_HUB']}-{name}"
+    place = without_quotes(written.get("UPLOAD_TO", ""))
+    if "UPLOAD_TO" not in given and buckets.is_one(place):
+        own["UPLOAD_TO"] = f"{place.rstrip('/')}/{name}"
     return own | {"ON_FINISH": "exit"}
 
 

@@ -142,6 +142,25 @@ def _refused(problem: str) -> Rule:
     return lambda _: problem
 
 
+# What no request may say, whatever the value. Nor is a worker's own value one for every stranger's job.
+REFUSED = {
+    "CAPTION_WRITE": "writes beside images on the worker, where they are lost. Fix: remove it",
+    "OUTPUT_PATH": OWN_PLACE,
+    "CACHE_PATH": OWN_PLACE,
+    "HF_HOME": OWN_PLACE,
+    "PARAMS_RESUME_FROM": f"{OWN_FILE}. Fix: remove it",
+    "CIVITAI_TOKEN": "is for files of weights by address, and a request names none. Fix: remove it",
+    "DOWNLOAD_TOKENS": "is for addresses that ask for a login. Fix: an address that needs none",
+    "HF_TOKEN_FILE": f"{OWN_FILE}. Fix: HF_TOKEN with the token itself",
+    "LOG_WITH": "sends to an account, and a request has none. Fix: remove it, or WEBHOOK_URL",
+    "JOBS": "makes several jobs of one request. Fix: send a request for each",
+    "SWEEP": "makes several jobs of one request. Fix: send a request for each",
+    "NODES": "waits for other machines, and a request runs on one. Fix: remove it",
+    "NODES_TIMEOUT": "waits for other machines, and a request runs on one. Fix: remove it",
+    "MONITOR_PORT": "opens a port of the worker. Fix: remove it",
+    "MONITOR_TOKEN": "is for a page that a request does not have. Fix: remove it",
+    "ON_FINISH": "is the operator's choice. Fix: remove it",
+}
 RULES: dict[str, Rule] = {
     **{row.name: _anything for row in ROWS.values() if row.kind in INLINE_KINDS},
     **dict.fromkeys(TOKENS, _token),
@@ -150,7 +169,6 @@ RULES: dict[str, Rule] = {
     "CAPTION_COLUMN": _anything,
     "CAPTION_WITH": _captioner,
     "CAPTION_PROMPT": _anything,
-    "CAPTION_WRITE": _refused("writes beside images on the worker, where they are lost. Fix: remove it"),
     "DATASET_SPLIT": _word,
     "DATASET_SUBSET": _word,
     "DATASET_REVISION": _revision,
@@ -159,23 +177,11 @@ RULES: dict[str, Rule] = {
     "MODEL_PATH": _hub_name,
     "MODEL_CONFIG_PATH": _hub_name,
     "T5_PATH": _none,
-    "OUTPUT_PATH": _refused(OWN_PLACE),
-    "CACHE_PATH": _refused(OWN_PLACE),
-    "HF_HOME": _refused(OWN_PLACE),
     "PARAMS_TRAINING_ADAPTER": _hub_file,
-    "PARAMS_RESUME_FROM": _refused(f"{OWN_FILE}. Fix: remove it"),
-    "CIVITAI_TOKEN": _refused("is for files of weights by address, and a request names none. Fix: remove it"),
-    "DOWNLOAD_TOKENS": _refused("is for addresses that ask for a login. Fix: an address that needs none"),
-    "HF_TOKEN_FILE": _refused(f"{OWN_FILE}. Fix: HF_TOKEN with the token itself"),
     "UPLOAD_TO": problem_of,
     "WEBHOOK_URL": _webhooks,
     "WEBHOOK_SECRET": _key,
-    "LOG_WITH": _refused("sends to an account, and a request has none. Fix: remove it, or WEBHOOK_URL"),
-    "JOBS": _refused("makes several jobs of one request. Fix: send a request for each"),
-    "SWEEP": _refused("makes several jobs of one request. Fix: send a request for each"),
-    "MONITOR_PORT": _refused("opens a port of the worker. Fix: remove it"),
-    "MONITOR_TOKEN": _refused("is for a page that a request does not have. Fix: remove it"),
-    "ON_FINISH": _refused("is the operator's choice. Fix: remove it"),
+    **{name: _refused(problem) for name, problem in REFUSED.items()},
 }
 DOCUMENTS = {  # with the format of a text whose form does not tell, and what to write instead of a path
     "DATASET_CONFIG": ("json", "the object itself"),

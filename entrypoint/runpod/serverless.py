@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from entrypoint.runpod.allowed import TOKENS, variables_of
+from entrypoint.runpod.allowed import REFUSED, TOKENS, variables_of
 from entrypoint.settings.variables import ALIASES, CONFIG_JSON, NAMES, SECRETS
 from entrypoint.system import environment, public_addresses, secrets
 from trainer.spec.errors import KilnError
@@ -28,8 +28,9 @@ log = logging.getLogger("entrypoint.runpod.serverless")
 # The operator's: whether requests without a token of their own may download with the worker's.
 LENDS_TOKEN = "KILN_REQUESTS_USE_HF_TOKEN"  # noqa: S105 (the name of a variable)
 WORKER_TOKENS = ("HF_TOKEN", *ALIASES)
-# Of the worker's own variables, these are no defaults for requests: places, tokens, and where results go.
-NOT_DEFAULTS = ("OUTPUT_PATH", "CACHE_PATH", "HF_HOME", "ON_FINISH", "PUSH_TO_HUB", "LOG_WITH", CONFIG_JSON, *SECRETS)
+# Of the worker's own variables, these are no defaults for requests: what a request may not say, tokens, and where
+# results go.
+NOT_DEFAULTS = (*REFUSED, "PUSH_TO_HUB", "UPLOAD_TO", CONFIG_JSON, *SECRETS)
 # The worker's libraries would keep files in places that these name, where the next request finds them.
 OWN_PLACES = ("HOME", "TMPDIR", "TEMP", "TMP", "XDG_CACHE_HOME")
 HUB = ("HF_ENDPOINT", "HF_HUB_OFFLINE")  # of all that begins with HF_

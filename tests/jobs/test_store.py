@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -15,9 +16,14 @@ from PIL import Image
 from safetensors.numpy import save
 
 from entrypoint.fetch import http
+from entrypoint.fetch.doors.buckets import SCHEMES
+from entrypoint.fetch.doors.keys import CLOUDS
 from entrypoint.processes import upload
-from tests.support.bucket_server import SAS, Buckets
-from trainer.spec.errors import GatedError, SettingsError
+from entrypoint.processes.store import VARIABLES, Store, keys_for
+from entrypoint.processes.uploader import Uploader
+from tests.support.bucket_server import SAS, Buckets, etag
+from trainer.network.client import open_client
+from trainer.spec.errors import GatedError, SettingsError, UnreachableError
 
 QUICK = http.RetryPolicy(budget=1.0, first_wait=0.05, longest_wait=0.2, timeout=2.0)
 
@@ -59,6 +65,19 @@ def below(server, prefix="mine/runs/x/"):
     return {name.removeprefix(prefix): data for name, data in server.objects.items() if name.startswith(prefix)}
 
 
+def row_of(data):
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "etag": etag(data)}
+
+
+def store(server, out, name="x"):
+    what = dataclasses.replace(asked(server, out), name=name)
+    return Store(what, open_client(timeout=5.0))
+
+
+def manifest_of(server):
+    return json.loads(below(server)["manifest.json"])
+
+
 def test_the_final_files_and_a_manifest_that_tells_their_hashes(server, out, tmp_path):
     what = asked(server, out)
     assert uploaded(what, tmp_path) == 0
@@ -69,7 +88,7 @@ def test_the_final_files_and_a_manifest_that_tells_their_hashes(server, out, tmp
     assert manifest["complete"] is True and manifest["files"].keys() == names
     for name in names:
         assert there[name] == (out / name).read_bytes()
-        assert manifest["files"][name] == {"bytes": len(there[name]), "sha256": hashlib.sha256(there[name]).hexdigest()}
+        assert manifest["files"][name] == row_of(there[name])
     assert upload.is_done(what, out / "x.safetensors")
     assert not upload.is_done(dataclasses.replace(what, repo="s3://mine/other"), out / "x.safetensors")
     assert "cAnary" not in (out / "stored.json").read_text() + repr(what)
@@ -149,6 +168,90 @@ def test_an_address_that_is_signed_for_put_takes_the_lora(server, out, tmp_path,
     assert uploaded(asked(server, out, signed, clouds={}), tmp_path) == 77
     said = capfd.readouterr().err
     assert "signature has expired" in said and "X-Amz-Signature=" not in said
+
+
+def test_two_jobs_in_one_folder_keep_each_others_rows_and_are_complete_together(server, out):
+    lora(out, "y", 3)
+    first, second = store(server, out), store(server, out, "y")
+    first.check()
+    second.check()
+    first.send("x", {"x.safetensors": out / "x.safetensors"}, {}, run="x", final=True)
+    assert manifest_of(server)["complete"] is False, "y has not ended"
+    assert manifest_of(server)["runs"]["x"]["complete"] is True
+    second.send("y", {"y.safetensors": out / "y.safetensors"}, {}, run="y", final=True)
+    manifest = manifest_of(server)
+    assert manifest["complete"] is True and manifest["files"].keys() == {"x.safetensors", "y.safetensors"}
+    store(server, out).check()
+    assert manifest_of(server)["complete"] is False and manifest_of(server)["files"] == manifest["files"]
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_what_another_job_writes_between_our_reading_and_our_writing_is_not_lost(server, out, knows):
+    server.knows_conditions = knows
+    lora(out, "y", 3)
+    first, second = store(server, out), store(server, out, "y")
+    waiting = [lambda: second.send("y", {"y.safetensors": out / "y.safetensors"}, {}, run="y", final=True)]
+
+    def write_first(request):
+        if knows and request.command == "PUT" and waiting:
+            waiting.pop()()
+
+    server.rules["/mine/runs/x/manifest.json"] = write_first
+    first.send("x", {"x.safetensors": out / "x.safetensors"}, {}, run="x", final=True)
+    wanted = {"x.safetensors", "y.safetensors"} if knows else {"x.safetensors"}
+    assert manifest_of(server)["files"].keys() == wanted and (waiting == []) is knows
+
+
+def test_a_file_that_another_job_has_replaced_by_one_of_equal_size_is_sent_again(server, out):
+    mine, files = store(server, out), {"sample/a.png": out / "a.png", "x.safetensors": out / "x.safetensors"}
+    (out / "a.png").write_bytes(b"mine!")
+    mine.send("x", files, {}, run="x", final=False)
+    server.objects["mine/runs/x/sample/a.png"] = b"other"
+    mine.send("x", files, {}, run="x", final=True)
+    assert below(server)["sample/a.png"] == b"mine!"
+    assert manifest_of(server)["files"]["sample/a.png"] == row_of(b"mine!")
+
+
+def test_a_run_that_turns_out_to_have_another_name_leaves_the_earlier_one_complete(server, out):
+    files = {"x.safetensors": out / "x.safetensors"}
+    store(server, out).send("x", files, {}, run="x", final=True)
+    later = store(server, out)
+    later.check()
+    later.send("x-2", files, {}, run="x-2", final=True)
+    assert {name: run["complete"] for name, run in manifest_of(server)["runs"].items()} == {"x": True, "x-2": True}
+
+
+def test_a_key_that_may_not_list_uploads_and_one_that_may_not_read_replaces_no_manifest(server, out, tmp_path):
+    server.may_list = False
+    assert uploaded(asked(server, out), tmp_path) == 0
+    assert below(server)["x.safetensors"] == (out / "x.safetensors").read_bytes()
+    before = below(server)["manifest.json"]
+    server.may_read = False
+    with pytest.raises(GatedError, match="may not read the manifest"):
+        uploaded(asked(server, out), tmp_path)
+    assert below(server)["manifest.json"] == before
+
+
+def test_a_service_that_answers_only_later_loses_no_row_of_earlier_jobs(server, out):
+    store(server, out, "old").send("old", {"old.safetensors": out / "x.safetensors"}, {}, run="old", final=True)
+    started = time.time()
+    lora(out, "x-step00000004", 4)
+    (out / "status.json").write_text(json.dumps({"started": started, "run": "x", "run_folder": "."}))
+    uploading = Uploader(asked(server, out, started=started - 1), threading.Event())
+    server.rules["/mine/runs/x/manifest.json"] = lambda _: (503, {}, b"")
+    with pytest.raises(UnreachableError):
+        uploading.check()
+    del server.rules["/mine/runs/x/manifest.json"]
+    uploading.saves()
+    assert manifest_of(server)["files"].keys() >= {"old.safetensors", "x-step00000004.safetensors"}
+
+
+def test_the_uploading_process_gets_the_keys_of_its_service_alone():
+    every = {f"{begin}{name}": "1" for begin in CLOUDS for name in ("KEY", "REGION")}
+    assert {*VARIABLES.values()} == {*CLOUDS}
+    for scheme, service in SCHEMES.items():
+        assert keys_for(f"{scheme}://b/x", every).keys() == {n for n in every if n.startswith(VARIABLES[service])}
+    assert keys_for("https://host/x?sig=1", every) == {}
 
 
 def test_azure_takes_blocks_by_a_sas_token(server, out, tmp_path):

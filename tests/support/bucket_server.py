@@ -34,6 +34,9 @@ class Buckets(Shelf):
         self.late = timedelta()  # how much later than the client this server thinks it is
         self.broken_puts: list[tuple[int, str]] = []  # answers to the next PUTs in place of taking them
         self.spoiled = False  # takes bytes, and keeps others
+        self.may_list = True  # the key; without that, a file that is not there is forbidden
+        self.may_read = True
+        self.knows_conditions = True
 
     @property
     def keys(self) -> dict[str, str]:
@@ -57,6 +60,8 @@ class Buckets(Shelf):
         if not key:
             return self.list(bucket, dict(parse_qsl(urlsplit(request.path).query)).get("prefix", ""))
         name = f"{bucket}/{key}"
+        if not self.may_read or (name not in self.objects and not self.may_list):
+            return 403, {}, XML.format("AccessDenied", "Access Denied").encode()
         if name not in self.objects:
             return 404, {}, XML.format("NoSuchKey", "no such key").encode()
         self.files[path] = self.objects[name]
@@ -66,13 +71,19 @@ class Buckets(Shelf):
         if self.broken_puts:
             status, code = self.broken_puts.pop(0)
             return status, {}, XML.format(code, "no").encode()
+        needed, unwanted = request.headers.get("If-Match"), request.headers.get("If-None-Match")
+        if (needed or unwanted) and not self.knows_conditions:
+            return 501, {}, XML.format("NotImplemented", "no").encode()
+        there = self.objects.get(name)
+        if (unwanted and there is not None) or (needed and (there is None or needed != etag(there))):
+            return 412, {}, XML.format("PreconditionFailed", "no").encode()
         body: bytes = request.body  # type: ignore[attr-defined]
         announced = request.headers.get("Content-MD5")
         if announced and base64.b64decode(announced) != hashlib.md5(body).digest():
             return 400, {}, XML.format("BadDigest", "no").encode()
         self.sizes.append(len(body))
         self.objects[name] = body[:-1] + b"?" if self.spoiled and body else body
-        return 200, {"ETag": f'"{hashlib.md5(self.objects[name]).hexdigest()}"'}, b""
+        return 200, {"ETag": etag(self.objects[name])}, b""
 
     def list(self, bucket: str, prefix: str) -> Answer:
         rows = ""
@@ -117,3 +128,7 @@ class Buckets(Shelf):
         if not hmac.compare_digest(hmac.new(key, text.encode(), hashlib.sha256).hexdigest(), signature):
             return 403, {}, XML.format("SignatureDoesNotMatch", "no").encode()
         return None
+
+
+def etag(data: bytes) -> str:
+    return f'"{hashlib.md5(data).hexdigest()}"'

@@ -205,9 +205,9 @@ def field(number: int, value: int | bytes | str) -> bytes:
 
 
 def tensor(name: str, values: np.ndarray) -> bytes:
-    """TensorProto: dims, data_type (1 float, 7 int64), name, raw_data."""
-    kind = 7 if values.dtype == np.int64 else 1
-    content = values if kind == 7 else values.astype("<f4")
+    """TensorProto: dims, data_type (1 float, 7 int64, 10 float16), name, raw_data."""
+    kind = {np.dtype(np.int64): 7, np.dtype(np.float16): 10}.get(values.dtype, 1)
+    content = values if kind != 1 else values.astype("<f4")
     dims = b"".join(field(1, side) for side in values.shape)
     return dims + field(2, kind) + field(8, name) + field(9, content.tobytes())
 
@@ -220,11 +220,11 @@ def node(operation: str, inputs: Sequence[str], output: str, **attributes: int) 
     return content
 
 
-def value_info(name: str, shape: Sequence[int | str]) -> bytes:
+def value_info(name: str, shape: Sequence[int | str], *, kind: int = 1) -> bytes:
     dims = b""
     for side in shape:
         dims += field(1, field(1, side) if isinstance(side, int) else field(2, side))
-    return field(1, name) + field(2, field(1, field(1, 1) + field(2, dims)))
+    return field(1, name) + field(2, field(1, field(1, kind) + field(2, dims)))
 
 
 def tagger_weights(tags: int, side: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -234,9 +234,14 @@ def tagger_weights(tags: int, side: int, seed: int) -> tuple[np.ndarray, np.ndar
     return matrix, rng.normal(size=tags).astype(np.float32)
 
 
-def onnx_model(tags: int, *, side: int, seed: int) -> bytes:
-    """sigmoid(means of columns and rows of a (B, side, side, 3) image, times a matrix, plus a bias)."""
+def onnx_model(tags: int, *, side: int, seed: int, batch: int | str = "batch", kind: int = 1) -> bytes:
+    """sigmoid(means of columns and rows of a (B, side, side, 3) image, times a matrix, plus a bias).
+
+    `kind` of the numbers: 1 float, 10 float16.
+    """
     matrix, bias = tagger_weights(tags, side, seed)
+    if kind == 10:
+        matrix, bias = matrix.astype(np.float16), bias.astype(np.float16)
     graph = b"".join(
         field(1, one)
         for one in (
@@ -251,7 +256,8 @@ def onnx_model(tags: int, *, side: int, seed: int) -> bytes:
     )
     constants = {"rows": np.array([1]), "wide": np.array([2]), "matrix": matrix, "bias": bias}
     graph += field(2, "tagger") + b"".join(field(5, tensor(name, value)) for name, value in constants.items())
-    graph += field(11, value_info("input", ["batch", side, side, 3])) + field(12, value_info("output", ["batch", tags]))
+    graph += field(11, value_info("input", [batch, side, side, 3], kind=kind))
+    graph += field(12, value_info("output", [batch, tags], kind=kind))
     return field(1, 8) + field(7, graph) + field(8, field(1, "") + field(2, 18))
 
 

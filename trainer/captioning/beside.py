@@ -27,6 +27,8 @@ def write_beside(before: Scan, after: Scan, data: DataPlan) -> list[str]:
     if captioner is None or not captioner.write:
         return []
     stems = Counter(folded(_without_suffix(image)) for image in before.images)
+    images = {folded(str(image.file)) for image in before.images}
+    taken: set[str] = set()
     written = []
     kept = []
     for old, new in zip(before.images, after.images, strict=True):
@@ -34,7 +36,12 @@ def write_beside(before: Scan, after: Scan, data: DataPlan) -> list[str]:
         if not new.captioned_by or new.caption == old.caption or subset.source.kind != "folder":
             continue
         target = _target(old, extension=subset.caption_extension, is_shared=stems[folded(_without_suffix(old))] > 1)
-        if ", row " in old.caption_file:
+        if folded(str(target)) in taken:  # two images shared a file: the others get their own
+            target = old.file.with_name(old.file.name + subset.caption_extension)
+        taken.add(folded(str(target)))
+        if folded(str(target)) in images:
+            kept.append(f"{new.name} ({target.name} is an image)")
+        elif ", row " in old.caption_file:
             kept.append(f"{new.name} ({old.caption_file} has its caption)")
         elif os.path.lexists(target) and not captioner.overwrite:
             kept.append(f"{new.name} ({target.name} is there)")

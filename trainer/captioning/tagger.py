@@ -31,6 +31,7 @@ GENERAL_THRESHOLD, CHARACTER_THRESHOLD = 0.35, 0.85
 LARGEST_TABLE = 1 << 24  # bytes
 LARGEST_MODEL = 1 << 31  # bytes: protobuf takes no more
 LARGEST_SIDE = 2048
+TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}  # of pixels; 255 is exact in both
 # Tags in which an underscore is part of a face.
 KAOMOJI = frozenset(
     (
@@ -98,18 +99,39 @@ class Tagger:
 
     def __init__(self, folder: Path, *, threads: int) -> None:
         self.tags = read_tags(folder / TAGS)
-        self._session, self._input, self.side = _open(folder / ONNX, threads=threads)
+        self._path = folder / ONNX
+        self._session, self._input = _open(self._path, threads=threads)
+        self.side = int(self._input.shape[1])
+        self._type = TYPES[self._input.type]
 
     def probabilities(self, images: Sequence[Image.Image]) -> np.ndarray:
         """Of each tag for each image: (B, T)."""
-        pixels_BSS3 = np.stack([square(image, self.side) for image in images])
-        (found_BT,) = self._session.run(None, {self._input: pixels_BSS3})
+        pixels_BSS3 = np.stack([square(image, self.side) for image in images]).astype(self._type)
+        size = len(images)
+        if self._input.shape[0] == 1:  # exported for one image at a time
+            size = 1
+        answers = []
+        for start in range(0, len(images), size):
+            answers.append(self._run(pixels_BSS3[start : start + size]))
+        found_BT = np.concatenate(answers)
         if found_BT.shape != (len(images), len(self.tags)):
             raise SettingsError(
                 f"{ONNX} gives {found_BT.shape[-1]} numbers for an image, and {TAGS} has {len(self.tags)} tags: these "
                 "files do not belong together."
             )
         return np.asarray(found_BT, dtype=np.float64)
+
+    def _run(self, pixels_BSS3: np.ndarray) -> np.ndarray:
+        try:
+            (found,) = self._session.run(None, {self._input.name: pixels_BSS3})
+        except _errors() as problem:
+            raise SettingsError(f"{self._path}: onnxruntime cannot run it: {str(problem)[:200]}") from problem
+        if found.ndim != 2 or len(found) != len(pixels_BSS3):
+            raise SettingsError(
+                f"{self._path} gives {list(found.shape)} for {len(pixels_BSS3)} images; a tagger gives a number for "
+                "each tag of each image. Take one of SmilingWolf's."
+            )
+        return np.asarray(found)
 
     def captions(
         self, images: Sequence[Image.Image], model: str, *, prompt: str, left_out: Collection[str]
@@ -122,8 +144,8 @@ class Tagger:
         return answers
 
 
-def _open(path: Path, *, threads: int) -> tuple[Any, str, int]:
-    """A session, the name of its input, and the side of the square that it reads."""
+def _open(path: Path, *, threads: int) -> tuple[Any, Any]:
+    """A session, and its input, as the library describes it: name, shape, type."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -144,7 +166,13 @@ def _open(path: Path, *, threads: int) -> tuple[Any, str, int]:
             f"{path} reads {[found.shape for found in inputs]}; a tagger reads images as [number, side, side, 3] and "
             "gives one output. Take one of SmilingWolf's."
         )
-    return session, inputs[0].name, shape[1]
+    if isinstance(shape[0], int) and shape[0] != 1:
+        raise SettingsError(
+            f"{path} reads {shape[0]} images at once, no more and no fewer. Export it for one, or for any number."
+        )
+    if inputs[0].type not in TYPES:
+        raise SettingsError(f"{path} reads {inputs[0].type}. Allowed: {', '.join(TYPES)}. Take one of SmilingWolf's.")
+    return session, inputs[0]
 
 
 def _errors() -> tuple[type[Exception], ...]:

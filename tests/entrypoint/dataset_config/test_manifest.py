@@ -566,3 +566,23 @@ def test_a_file_that_says_null_is_refused(tmp_path, text):
     (tmp_path / "data.json").write_text(text)
     with pytest.raises(SettingsError, match="it is null, but must be an object"):
         read_manifest(str(tmp_path / "data.json"), None)
+
+
+@pytest.mark.parametrize(
+    ("extension", "says"),
+    [
+        ("txt", "has no dot"),
+        (".", "is no extension of a file"),
+        ("./x", "is no extension of a file"),
+        (".PNG", "is that of images or videos"),
+        (".caption.jpg", "is that of images or videos"),
+        (".heic", "is that of images or videos"),
+        (".mp4", "is that of images or videos"),
+        (".safetensors", "is that of models"),
+        (".ckpt", "is that of models"),
+    ],
+)
+def test_captions_are_in_no_files_of_images_and_models(extension, says):
+    text = json.dumps({"general": {"caption_extension": extension}, "datasets": [{"subsets": [{}]}]})
+    with pytest.raises(SettingsError, match=says):
+        read_manifest(text, None)

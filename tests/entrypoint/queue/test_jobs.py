@@ -108,6 +108,7 @@ def test_all_that_is_wrong_is_named_with_its_line_before_anything_starts():
         ("PARAMS_NETWORK_DIM=8,8", "one twice"),
         ("HF_TOKEN=hf_a,hf_b", "the same for all jobs"),
         ("OUTPUT_PATH=/a,/b", "the same for all jobs"),
+        ("UPLOAD_TO=https://h/a?sig=1,https://h/b?sig=2", "the same for all jobs"),
         ("PARAMS_NETWORK_DIM=8,none-such", "PARAMS_NETWORK_DIM='none-such': PARAMS_NETWORK_DIM='none-such'"),
     ],
 )
@@ -141,6 +142,27 @@ def test_each_job_uploads_to_a_repository_of_its_own_and_limits_are_the_queues()
     jobs = expand(COMMON | more | {"SWEEP": "PARAMS_SEED=1,2"})
     assert [job.environ["PUSH_TO_HUB"] for job in jobs] == ["you/loras-seed-1", "you/loras-seed-2"]
     assert all("MAX_COST" not in job.environ and "MAX_RUNTIME" not in job.environ for job in jobs)
+
+
+@pytest.mark.parametrize("folder", ["s3://mine/loras", "'s3://mine/loras/'", "az://mine/loras", "gs://mine/loras"])
+def test_each_job_uploads_to_a_folder_of_its_own(folder):
+    jobs = expand(COMMON | {"UPLOAD_TO": folder, "SWEEP": "PARAMS_SEED=1,2"})
+    start = folder.strip("'").rstrip("/")
+    assert [job.environ["UPLOAD_TO"] for job in jobs] == [f"{start}/seed-1", f"{start}/seed-2"]
+    own = [{"UPLOAD_TO": "s3://other/a"}, {"UPLOAD_TO": "https://host/b?sig=1"}, {"PARAMS_SEED": 1}]
+    jobs = expand(COMMON | {"UPLOAD_TO": folder, "JOBS": lines(*own)})
+    given = [job.environ["UPLOAD_TO"] for job in jobs]
+    assert given == ["s3://other/a", "https://host/b?sig=1", f"{start}/{jobs[2].name}"]
+    assert "sig" not in " ".join(job.name for job in jobs)
+
+
+def test_one_signed_address_does_not_take_the_lora_of_every_job():
+    said = refusal(UPLOAD_TO="https://host/lora?X-Amz-Signature=cAnary", SWEEP="PARAMS_SEED=1,2")
+    assert "PARAMS_SEED='2': UPLOAD_TO=https://host/lora" in said and "PARAMS_SEED='1' too" in said
+    assert "Fix: UPLOAD_TO=s3://BUCKET/FOLDER" in said and "cAnary" not in said
+    twice = [{"UPLOAD_TO": "https://host/a?sig=1"}, {"UPLOAD_TO": "https://host/a?sig=2"}]
+    assert "JOBS, line 2: UPLOAD_TO" in refusal(JOBS=lines(*twice))
+    assert "UPLOAD_TO" in refusal(JOBS=lines({"UPLOAD_TO": "s3://mine/a"}), SWEEP="PARAMS_SEED=1,2")
 
 
 # ---- what became of them

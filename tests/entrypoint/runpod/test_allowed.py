@@ -76,6 +76,33 @@ def test_a_variable_without_a_rule_is_refused():
     assert "VAE_PATH='org/vae' names a file on the worker" in refusal(VAE_PATH="org/vae")
 
 
+# A file of the operator's image, for all jobs. A request names none.
+OPERATORS_FILES = {"VAE_PATH", "CLIP_L_PATH", "CLIP_G_PATH", "TEXT_ENCODER_PATH"}
+WORTH_A_TRY = (
+    *("1", "true", "auto", "none", "exit", "org/name", "org/name/x.safetensors", "https://example.com/x.zip?sig=1"),
+    *('["a dog"]', "PARAMS_SEED=1,2", '{"PARAMS_SEED": 1}', "hf_" + "a" * 30, "64", "wandb"),
+)
+
+
+def may_say(name):
+    for text in WORTH_A_TRY:
+        try:
+            if variables_of({**BASE, name: text, **({"HF_TOKEN": "hf_" + "a" * 30} if name != "HF_TOKEN" else {})}):
+                return True
+        except SettingsError:
+            continue
+    return False
+
+
+@pytest.mark.parametrize("name", sorted({*NAMES} - {CONFIG_JSON}))
+def test_what_a_request_may_not_say_the_worker_does_not_say_for_it(name):
+    own = job_environment(BASE, {name: "cAnary"}, folder=Path("/work/x"), output="/out")
+    is_default = own.get(name) == "cAnary"
+    if is_default:
+        assert may_say(name) or name in OPERATORS_FILES
+        assert name not in ("PUSH_TO_HUB", "UPLOAD_TO")
+
+
 @pytest.mark.parametrize("name", ["HF_ENDPOINT", "HTTPS_PROXY", "LD_PRELOAD", "PYTHONPATH", "PUBLIC_KEY", "LOG_LEVEL"])
 def test_a_request_has_our_variables_alone(name):
     assert f"{name} is not a variable of Kiln" in refusal(**{name: "x"})

@@ -260,6 +260,25 @@ def test_no_file_is_replaced_unless_that_is_asked_for(images, tagger, tmp_path):
     assert (images / "metadata.csv").read_text() == "file_name,text\nc.png,a row\n"
 
 
+def test_two_images_that_share_a_file_get_one_each_where_it_is_replaced(images, tagger, tmp_path):
+    Image.new("RGB", (40, 30), "black").save(images / "a.jpg")  # a.txt is the caption of a.jpg and of a.png
+    found = run(plan(images, tagger, overwrite=True, write=True), tmp_path / "cache")
+    made = captions(found)
+    assert made["a.jpg"] != made["a.png"]
+    assert (images / "a.txt").read_text().strip() == made["a.jpg"]
+    assert (images / "a.png.txt").read_text().strip() == made["a.png"]
+    read = dataclasses.replace(plan(images, tagger), captioner=None)
+    assert captions(scan(read, cpu_workers=0)) == made
+
+
+def test_an_image_is_never_replaced_by_its_caption(images, tagger, tmp_path):
+    before = {path.name: path.read_bytes() for path in images.glob("*.png")}
+    subset = Subset(Source("folder", str(images), path=str(images)), caption_extension=".png")
+    found = run(plan(images, tagger, subset=subset, overwrite=True, write=True), tmp_path / "cache")
+    assert {path.name: path.read_bytes() for path in images.glob("*.png")} == before
+    assert any("b.png (b.png is an image)" in note for note in found.notes)
+
+
 def test_a_prompt_that_florence_2_does_not_follow_is_refused(images, tmp_path):
     from tests.support.captioners import make_florence2
 

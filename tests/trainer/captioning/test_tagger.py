@@ -122,6 +122,40 @@ def test_another_onnx_file_is_refused(tmp_path, content, says):
         Tagger(folder, threads=1)
 
 
+@pytest.mark.parametrize(("changes", "tolerance"), [({"batch": 1}, 2e-4), ({"kind": 10}, 2e-2)])
+def test_a_tagger_for_one_image_and_one_of_float16_are_read(tmp_path, changes, tolerance):
+    folder = make_tagger(tmp_path)
+    (folder / "model.onnx").write_bytes(onnx_model(len(TAGGER_TAGS), side=SIDE, seed=4, **changes))
+    rng = np.random.default_rng(3)
+    images = [Image.fromarray(rng.integers(0, 256, (90, 60, 3), dtype=np.uint8)) for _ in range(3)]
+    found = Tagger(folder, threads=1).probabilities(images)
+    assert found.shape == (3, len(TAGGER_TAGS))
+    for image, row in zip(images, found, strict=True):
+        assert row == pytest.approx(reference(image, 4), abs=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"batch": 4}, "reads 4 images at once"),
+        ({"kind": 11}, r"reads tensor\(double\)|no model that onnxruntime reads"),
+    ],
+)
+def test_a_tagger_of_another_batch_or_type_is_refused(tmp_path, changes, says):
+    folder = make_tagger(tmp_path)
+    (folder / "model.onnx").write_bytes(onnx_model(len(TAGGER_TAGS), side=SIDE, seed=4, **changes))
+    with pytest.raises(SettingsError, match=says):
+        Tagger(folder, threads=1)
+
+
+def test_a_tagger_that_fails_while_it_runs_is_named(tmp_path):
+    folder = make_tagger(tmp_path)
+    tagger = Tagger(folder, threads=1)
+    tagger.side = 8
+    with pytest.raises(SettingsError, match=r"model.onnx: onnxruntime cannot run it"):
+        tagger.probabilities([Image.new("RGB", (8, 8))])
+
+
 def test_a_table_without_its_columns_is_refused(tmp_path):
     folder = make_tagger(tmp_path)
     (folder / "selected_tags.csv").write_text("a,b\n1,2\n")

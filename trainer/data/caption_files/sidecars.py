@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -39,7 +40,8 @@ class Sidecars:
 def find_sidecars(images: Sequence[str], skipped: Iterable[str], others: Sequence[str], *, extension: str) -> Sidecars:
     """Match the files `others` to `images`, and to `skipped` ones. All names are relative to one folder.
 
-    The caption of `a.png` is `a.txt` or else `a.png.txt`, with the first extension that exists.
+    The caption of `a.png` is `a.txt` or else `a.png.txt`, with the first extension that exists. Where `a.jpg` is there
+    too, `a.txt` may be that of either, so `a.png.txt` comes first.
     """
     tried = extensions(extension)
     by_base: dict[str, list[str]] = {}  # folded name without extension → files with the extension of a caption
@@ -47,10 +49,12 @@ def find_sidecars(images: Sequence[str], skipped: Iterable[str], others: Sequenc
         base, ending = _split(other, tried)
         if ending in tried or ending in OTHER_EXTENSIONS:
             by_base.setdefault(folded(base), []).append(other)
+    stems = Counter(folded(_split(image, (image,))[0]) for image in images)
     found = Sidecars()
     known: set[str] = set()
     for image in images:
-        files = _files_of(image, by_base, tried)
+        is_shared = stems[folded(_split(image, (image,))[0])] > 1
+        files = _files_of(image, by_base, tried, is_shared=is_shared)
         known.update(files)
         read = [file for file in files if _split(file, tried)[1] in tried]
         if read:
@@ -86,8 +90,11 @@ def _split(name: str, tried: Sequence[str]) -> tuple[str, str]:
     return base, f".{ending.lower()}"
 
 
-def _files_of(image: str, by_base: dict[str, list[str]], tried: Sequence[str]) -> list[str]:
-    """The text files of an image, best first: by extension, then `a.txt` before `a.png.txt`, then by spelling."""
+def _files_of(image: str, by_base: dict[str, list[str]], tried: Sequence[str], *, is_shared: bool = False) -> list[str]:
+    """The text files of an image, best first: by extension, then `a.txt` before `a.png.txt`, then by spelling.
+
+    `is_shared`: another image has the same name but for its suffix; then `a.png.txt` comes before `a.txt`.
+    """
     stem = _split(image, (image,))[0]
     files = [*by_base.get(folded(stem), ()), *by_base.get(folded(image), ())]
     # Where names differ in case alone, each image has its own file.
@@ -96,4 +103,7 @@ def _files_of(image: str, by_base: dict[str, list[str]], tried: Sequence[str]) -
     if len(files) < 2:
         return files
     order = (*tried, *OTHER_EXTENSIONS)
-    return sorted(files, key=lambda file: (order.index(_split(file, tried)[1]), _split(file, tried)[0] != stem, file))
+    first = stem
+    if is_shared:
+        first = image
+    return sorted(files, key=lambda file: (order.index(_split(file, tried)[1]), _split(file, tried)[0] != first, file))
