@@ -204,6 +204,8 @@ def jobs(
     codes = []
     for one in queued:
         log.info("---- %s (%s)", one.name, one.place)
+        if report is not None:  # one that is refused has neither
+            report.plan, report.figures = None, None
         codes.append(_ended(functools.partial(one_job, one.environ)))
         if report is not None:
             report.queue.append({"name": one.name, "exit_code": codes[-1], "job": report.figures})

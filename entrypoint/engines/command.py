@@ -23,9 +23,12 @@ from trainer.spec.errors import SettingsError
 from trainer.spec.log_lines import log_to, safe_lines
 from trainer.spec.messages.secrets import Known
 from trainer.spec.values import as_number, show
+from trainer.storage import json_files
 from trainer.storage.folders import write_text
+from trainer.storage.read import read_text
 
 log = logging.getLogger(__name__)
+LONGEST_FILE = 1 << 24  # bytes, of a job
 DISK_GB = 150  # base models, cache, states and results, and the image
 
 
@@ -35,12 +38,18 @@ class Engine(NamedTuple):
     names: Mapping[str, object]  # its GPUs; empty: whatever the site has
     make: Callable[[Request, argparse.Namespace], Document]
     storage: str  # what --storage means there
+    has_nodes: bool = True  # whether it starts one job on several machines
 
 
 ENGINES: Mapping[str, Engine] = {
     "sky": Engine(sky.NAMES, lambda request, _: sky.make(request), "a volume of SkyPilot, or a bucket (s3://, gs://)"),
     "dstack": Engine(dstack.NAMES, lambda request, _: dstack.make(request), "a volume of dstack"),
-    "hf": Engine(hugging_face.NAMES, lambda request, _: hugging_face.make(request), "hf://buckets/OWNER/NAME"),
+    "hf": Engine(
+        hugging_face.NAMES,
+        lambda request, _: hugging_face.make(request),
+        "hf://buckets/OWNER/NAME",
+        has_nodes=False,
+    ),
     "k8s": Engine(
         kubernetes.NAMES,
         lambda request, options: kubernetes.make(request, kind=options.kind, queue=options.queue),
@@ -51,9 +60,13 @@ ENGINES: Mapping[str, Engine] = {
         lambda request, options: slurm.make(request, container=options.container, gres=options.gres),
         "a folder that every node sees",
     ),
-    "vast": Engine(vast.NAMES, lambda request, _: vast.make(request), "the number of a volume that you rent"),
-    "modal": Engine(modal.NAMES, lambda request, _: modal.make(request), "a Volume (default: kiln)"),
-    "runpod": Engine(runpod.NAMES, lambda request, _: runpod.make(request), "the id of a network volume"),
+    "vast": Engine(
+        vast.NAMES, lambda request, _: vast.make(request), "the number of a volume that you rent", has_nodes=False
+    ),
+    "modal": Engine(modal.NAMES, lambda request, _: modal.make(request), "a Volume (default: kiln)", has_nodes=False),
+    "runpod": Engine(
+        runpod.NAMES, lambda request, _: runpod.make(request), "the id of a network volume", has_nodes=False
+    ),
 }
 
 
@@ -99,6 +112,11 @@ def _job(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     """Print the job; with --run, this process becomes the engine's tool."""
     engine = ENGINES[options.engine]
     request, hidden = read_request(options, environ, engine.names)
+    if request.nodes > 1 and not engine.has_nodes:
+        able = ", ".join(name for name, one in ENGINES.items() if one.has_nodes)
+        raise SettingsError(
+            f"NODES={request.nodes}: {options.engine} starts a job on one machine. Fix: remove NODES, or use {able}."
+        )
     document = engine.make(request, options)
     _refuse_secrets(document, hidden)
     for note in document.notes:
@@ -117,9 +135,18 @@ def _become(document: Document, environ: Mapping[str, str]) -> NoReturn:
         )
     for command in document.before:
         log.warning("Once, before the first job: %s", command)
-    write_text(Path(document.name), document.text)
+    path = Path(document.name)
+    json_files.set_aside_unless(path, lambda found: _text_of(found) == document.text, "has another job, or was edited")
+    write_text(path, document.text)
     words = list(document.start)
     os.execvpe(words[0], words, dict(environ))  # noqa: S606 (what the user asks for)
+
+
+def _text_of(path: Path) -> str | None:
+    try:
+        return read_text(path, limit=LONGEST_FILE)
+    except (OSError, ValueError):
+        return None
 
 
 def _refuse_secrets(document: Document, hidden: Mapping[str, str]) -> None:

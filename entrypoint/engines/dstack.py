@@ -44,6 +44,8 @@ def make(request: Request) -> Document:
         "max_duration": f"{round(request.hours + 0.5)}h",
         "stop_duration": f"{GRACE_S}s",
     }
+    if request.nodes > 1:
+        task["nodes"] = request.nodes
     if request.storage:
         task["volumes"] = [f"{request.storage}:/workspace"]
     notes = []

@@ -6,6 +6,7 @@ https://www.kubeflow.org/docs/components/trainer/, https://kueue.sigs.k8s.io/doc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from entrypoint.engines.again import loop, with_image_variables
@@ -25,7 +26,11 @@ def make(request: Request, *, kind: str, queue: str) -> Document:
     if queue:
         labels["kueue.x-k8s.io/queue-name"] = queue
     metadata = {"name": request.name, "labels": labels}
-    tree = _job(request, metadata) if kind == "job" else _train_job(request, metadata)
+    trees = [_train_job(request, metadata)]
+    if kind == "job":
+        trees = [_job(request, metadata)]
+        if request.nodes > 1:
+            trees.insert(0, _service(request))
     before = []
     if request.secrets:
         echoed = "; ".join(f"printf '%s=%s\\n' {name} \"${name}\"" for name in request.secrets)
@@ -36,7 +41,7 @@ def make(request: Request, *, kind: str, queue: str) -> Document:
     file = f"{request.name}.k8s.yaml"
     start = ("kubectl", "apply", "-f", file)
     return Document(
-        file, as_yaml(tree), start, "kubectl", "https://kubernetes.io/docs/tasks/tools", tuple(before), tuple(notes)
+        file, as_yaml(*trees), start, "kubectl", "https://kubernetes.io/docs/tasks/tools", tuple(before), tuple(notes)
     )
 
 
@@ -57,7 +62,7 @@ def _job(request: Request, metadata: dict[str, Any]) -> dict[str, Any]:
         "name": "trainer",
         "image": request.image,
         "args": ["train"],
-        "env": _environment(request),
+        "env": _environment(request, _meeting_point(request)),
         "resources": _resources(request),
         "volumeMounts": _mounts(),
         "livenessProbe": {
@@ -76,8 +81,27 @@ def _job(request: Request, metadata: dict[str, Any]) -> dict[str, Any]:
         "containers": [container],
         "volumes": _volumes(request),
     }
-    spec = {"backoffLimit": TRIES, "podFailurePolicy": {"rules": policy}, "template": {"spec": pod}}
+    # All pods of several end together, and each counts as a failure.
+    spec: dict[str, Any] = {"backoffLimit": TRIES * request.nodes, "podFailurePolicy": {"rules": policy}}
+    if request.nodes > 1:
+        spec |= {"completionMode": "Indexed", "completions": request.nodes, "parallelism": request.nodes}
+        pod["subdomain"] = request.name
+    spec["template"] = {"spec": pod}
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
+
+
+def _service(request: Request) -> dict[str, Any]:
+    """A headless service gives the pods of an indexed Job names, also those that are not ready."""
+    selector = {"batch.kubernetes.io/job-name": request.name}
+    spec = {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": selector}
+    return {"apiVersion": "v1", "kind": "Service", "metadata": {"name": request.name}, "spec": spec}
+
+
+def _meeting_point(request: Request) -> dict[str, str]:
+    """What an indexed Job does not say: how many pods there are, and the name of the first."""
+    if request.nodes == 1:
+        return {}
+    return {"NODES": str(request.nodes), "MASTER_ADDR": f"{request.name}-0.{request.name}"}
 
 
 def _train_job(request: Request, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -85,8 +109,8 @@ def _train_job(request: Request, metadata: dict[str, Any]) -> dict[str, Any]:
     trainer = {
         "image": request.image,
         "command": ["sh", "-c", loop(with_image_variables())],
-        "env": _environment(request),
-        "numNodes": 1,
+        "env": _environment(request, {}),
+        "numNodes": request.nodes,
         "resourcesPerNode": _resources(request),
     }
     pod = {
@@ -101,9 +125,9 @@ def _train_job(request: Request, metadata: dict[str, Any]) -> dict[str, Any]:
     return {"apiVersion": "trainer.kubeflow.org/v1alpha1", "kind": "TrainJob", "metadata": metadata, "spec": spec}
 
 
-def _environment(request: Request) -> list[dict[str, Any]]:
+def _environment(request: Request, more: Mapping[str, str]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    for name, value in request.variables.items():
+    for name, value in {**request.variables, **more}.items():
         # Kubernetes would read $(NAME) as a reference to another variable.
         found.append({"name": name, "value": value.replace("$(", "$$(")})
     for name in request.secrets:

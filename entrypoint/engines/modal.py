@@ -6,7 +6,7 @@ the job ends with is an error, which ends the run. https://modal.com/docs/refere
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 
 from entrypoint.engines.again import PAUSE_S, START, TRIES
 from entrypoint.engines.documents import Document
@@ -70,17 +70,23 @@ def make(request: Request) -> Document:
         name = MODAL[choice.card]
         gpus.append(f"{name}:{request.count}" if request.count > 1 else name)
     text = TEMPLATE.format(
-        variables=json.dumps(dict(request.variables), indent=4),
-        secrets=json.dumps(list(request.secrets)),
-        name=json.dumps(request.name),
-        image=json.dumps(request.image),
-        storage=json.dumps(request.storage or "kiln"),
-        gpu=json.dumps(gpus if len(gpus) > 1 else gpus[0]),
+        variables=_literal(request.variables),
+        secrets=repr(list(request.secrets)),
+        name=repr(request.name),
+        image=repr(request.image),
+        storage=repr(request.storage or "kiln"),
+        gpu=repr(gpus if len(gpus) > 1 else gpus[0]),
         timeout=min(LONGEST_S, round(request.hours * 3600)),
         tries=TRIES,
         pause=PAUSE_S,
-        start=json.dumps(START.split()),
+        start=repr(START.split()),
         again=KILLED_EXIT_CODE,
     )
     file = f"{request.name.replace('-', '_')}_modal.py"
     return Document(file, text, ("modal", "run", "--detach", file), "modal", "pip install modal")
+
+
+def _literal(values: Mapping[str, str]) -> str:
+    """A dict of Python, an entry a line."""
+    lines = [f"    {name!r}: {value!r},\n" for name, value in values.items()]
+    return "{\n" + "".join(lines) + "}"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from entrypoint.planning import offers
 from entrypoint.planning.plan import make_plan
-from entrypoint.queue.jobs import expand
+from entrypoint.queue.jobs import expand, whole_limits
 from entrypoint.runpod import request as pod_request
 from entrypoint.settings import Settings, read_settings
 from entrypoint.system import cards, prices, secrets
@@ -22,7 +22,6 @@ from trainer.spec.rules.quote import HOUR_S
 from trainer.spec.values import nearest, some
 
 STOPPED_EXIT_CODE = 143
-LIMITS = ("MAX_COST", "MAX_RUNTIME", "PRICE_PER_HOUR")  # of a whole queue
 MOST_CARDS = 4  # in an engine's list of what will do
 SPARE = 2.0  # a limit of time is this many times the predicted time, and an hour for downloads
 LEAST_HOURS = 2.0
@@ -42,6 +41,7 @@ class Choice(NamedTuple):
 class Request:
     """A job for an engine. `variables` are shown, `secrets` are names alone; `cards` come best first.
 
+    `count`: GPUs of each of the `nodes`, which find each other by what NODES among the variables says.
     `again`: the exit codes after which the same job is to be started again. `hours`: after which the engine may end it.
     `storage`: what the engine mounts at /workspace, by its own name or address; "" for nothing that lasts.
     """
@@ -52,6 +52,7 @@ class Request:
     secrets: tuple[str, ...]
     cards: tuple[Choice, ...]
     count: int
+    nodes: int
     hours: float
     again: tuple[int, ...]
     storage: str
@@ -77,18 +78,27 @@ def read_request(
     the engine can do the job.
     """
     given = pod_request.job_variables(environ, env=options.env)
+    if options.count:
+        given["NUM_GPUS"] = str(options.count)
     shown = secrets.shown(given)
     hidden = {name: value for name, value in given.items() if shown[name] != value}
     variables = {name: value for name, value in given.items() if name not in hidden}
     queued = expand(given)
     each = [job.environ for job in queued] or [given]
-    settings = read_settings({**each[0], **{name: given[name] for name in LIMITS if name in given}})
-    if settings.engine.backend not in ("auto", "cuda"):
-        raise SettingsError(f"BACKEND={settings.engine.backend}: jobs for engines are for CUDA alone. Fix: unset it.")
-    count = options.count or settings.engine.num_gpus or 1
-    if count > 1:
-        variables["NUM_GPUS"] = str(count)
-    choices = choose_cards([{**own, "NUM_GPUS": str(count)} for own in each], options, names, count=count)
+    settings = read_settings({**each[0], **whole_limits(given)})
+    engines = [read_settings(own).engine for own in each]
+    for engine in engines:
+        if engine.backend not in ("auto", "cuda"):
+            raise SettingsError(f"BACKEND={engine.backend}: jobs for engines are for CUDA alone. Fix: unset it.")
+    nodes = settings.engine.nodes
+    if nodes == 0:
+        raise SettingsError("NODES=auto: an engine must be told how many machines. Fix: a number, such as NODES=2.")
+    if nodes > 1:  # each engine says it to the machines that it starts
+        variables["NODES"] = "auto"
+    gpus = [engine.num_gpus or 1 for engine in engines]
+    count = options.count or max(gpus)
+    planned = [{**own, "NUM_GPUS": str(number)} for own, number in zip(each, gpus, strict=True)]
+    choices = choose_cards(planned, options, names, count=count)
     limited = settings.finish.max_cost is not None or settings.finish.max_runtime is not None
     request = Request(
         name=options.name,
@@ -97,6 +107,7 @@ def read_request(
         secrets=tuple(hidden),
         cards=choices,
         count=count,
+        nodes=nodes,
         hours=options.hours or _hours(settings, choices),
         # A job that has reached MAX_COST ends with 143 as well, and must not begin to cost again.
         again=(KILLED_EXIT_CODE,) if limited else (KILLED_EXIT_CODE, STOPPED_EXIT_CODE),

@@ -1,17 +1,18 @@
 """SkyPilot: a managed job, which SkyPilot starts again on another machine when its own is taken away.
 
 Its `recover_on_exit_codes` names the exit codes after which the job is started again on the same terms; every other
-code ends it at once. https://docs.skypilot.co/en/latest/examples/managed-jobs.html
+code ends it at once. It does so without a limit and without a pause, which is right after a machine was taken away
+(143). 75 is therefore tried again inside the container, where both are ours. https://docs.skypilot.co/en/latest/examples/managed-jobs.html
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from entrypoint.engines.again import IMAGE_VARIABLES, with_image_variables
+from entrypoint.engines.again import IMAGE_VARIABLES, loop, with_image_variables
 from entrypoint.engines.documents import Document, as_yaml
 from entrypoint.engines.gpu_names import SKY
-from entrypoint.engines.request import Request
+from entrypoint.engines.request import STOPPED_EXIT_CODE, Request
 
 NAMES = SKY
 
@@ -21,15 +22,20 @@ def make(request: Request) -> Document:
     wanted = []
     for choice in request.cards:
         wanted.append({"accelerators": f"{SKY[choice.card]}:{request.count}"})
+    recovery: dict[str, Any] = {"max_restarts_on_errors": 0}
+    if STOPPED_EXIT_CODE in request.again:
+        recovery["recover_on_exit_codes"] = [STOPPED_EXIT_CODE]
     resources: dict[str, Any] = {
         "image_id": f"docker:{request.image}",
         "disk_size": request.disk_gb,
         "use_spot": request.spot,
-        "job_recovery": {"max_restarts_on_errors": 0, "recover_on_exit_codes": list(request.again)},
+        "job_recovery": recovery,
         **({"ordered": wanted} if len(wanted) > 1 else wanted[0]),
     }
     places = {name: IMAGE_VARIABLES[name] for name in ("OUTPUT_PATH", "CACHE_PATH", "HF_HOME")}
     task: dict[str, Any] = {"name": request.name, "resources": resources, "envs": {**places, **request.variables}}
+    if request.nodes > 1:
+        task["num_nodes"] = request.nodes
     if request.secrets:
         task["secrets"] = dict.fromkeys(request.secrets)
     if "://" in request.storage:
@@ -37,7 +43,7 @@ def make(request: Request) -> Document:
         task["file_mounts"] = {"/workspace": {"source": request.storage, "mode": "MOUNT_CACHED"}}
     elif request.storage:
         task["volumes"] = {"/workspace": request.storage}
-    task["run"] = f"mkdir -p /workspace && cd /workspace\nexec {with_image_variables()}\n"
+    task["run"] = f"mkdir -p /workspace && cd /workspace || exit 74\n{loop(with_image_variables())}"
     file = f"{request.name}.yaml"
     start = ["sky", "jobs", "launch", "--yes"]
     for name in request.secrets:

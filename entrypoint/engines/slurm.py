@@ -1,8 +1,9 @@
 """Slurm: a batch script, with pyxis or apptainer for the container.
 
 The step gets SIGTERM before the limit of time (`--signal` without `B:`), and saves. The script then asks for the same
-job again (`scontrol requeue`) where its exit code says that another try may do. Slurm itself requeues after the loss of
-a node and after a preemption (`--requeue`). `scancel` signals the script as well, which then asks for nothing.
+job again (`scontrol requeue`) where its exit code says that another try may do: after 75 with a pause, until the job
+has been started again RESTARTS times. Slurm itself requeues after the loss of a node and after a preemption
+(`--requeue`). `scancel` signals the script as well, which then asks for nothing.
 https://slurm.schedmd.com/sbatch.html
 """
 
@@ -10,11 +11,13 @@ from __future__ import annotations
 
 import shlex
 
-from entrypoint.engines.again import IMAGE_VARIABLES, START
+from entrypoint.engines.again import IMAGE_VARIABLES, PAUSE_S, START
 from entrypoint.engines.documents import GRACE_S, Document
-from entrypoint.engines.request import Request
+from entrypoint.engines.request import STOPPED_EXIT_CODE, Request
+from trainer.process.guard import KILLED_EXIT_CODE
 from trainer.spec.errors import SettingsError
 
+RESTARTS = 20  # many, since Slurm counts preemptions and limits of time too
 NAMES: dict[str, object] = {}  # sites name their GPUs as they like
 
 
@@ -30,8 +33,8 @@ def make(request: Request, *, container: str, gres: str) -> Document:
     lines = [
         "#!/bin/bash",
         f"#SBATCH --job-name={request.name}",
-        "#SBATCH --nodes=1",
-        "#SBATCH --ntasks=1",
+        f"#SBATCH --nodes={request.nodes}",
+        "#SBATCH --ntasks-per-node=1",
         f"#SBATCH --cpus-per-task={8 * request.count}",
         f"#SBATCH --gres={gres or 'gpu'}:{request.count}",
         f"#SBATCH --time={minutes}",
@@ -47,7 +50,6 @@ def make(request: Request, *, container: str, gres: str) -> Document:
         lines.append(f"export {name}={shlex.quote(value)}")
     for name in ("OUTPUT_PATH", "CACHE_PATH", "HF_HOME", "XDG_CACHE_HOME"):
         lines.append(f"export {name}={IMAGE_VARIABLES[name]}")
-    again = "|".join(str(code) for code in request.again)
     # Without --export=ALL, srun would hand on what sbatch's --export says, and not what this script has set.
     lines += [
         "cancelled=",
@@ -56,15 +58,28 @@ def make(request: Request, *, container: str, gres: str) -> Document:
         "step=$!",
         'wait "$step"; code=$?',
         'while kill -0 "$step" 2>/dev/null; do wait "$step"; code=$?; done',
-        'case "$code" in',
-        f'  {again}) [ -n "$cancelled" ] || scontrol requeue "$SLURM_JOB_ID" ;;',
-        "esac",
+        *_again(request),
         'exit "$code"',
         "",
     ]
     file = f"{request.name}.sbatch"
     notes = [f"The image needs the driver of CUDA 13. {container}: docs/engines.md says how it gets the image."]
     return Document(file, "\n".join(lines), ("sbatch", file), "sbatch", "Slurm's own package", notes=tuple(notes))
+
+
+def _again(request: Request) -> list[str]:
+    """Lines that ask for the same job again. After 143 at once: the limit of time is near."""
+    requeue = '[ -n "$cancelled" ] || scontrol requeue "$SLURM_JOB_ID"'
+    lines = ['case "$code" in', f"  {KILLED_EXIT_CODE})"]
+    lines += [
+        f'    if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {RESTARTS} ]; then',
+        f"      sleep {PAUSE_S} & wait $!",
+        f"      {requeue}",
+        "    fi ;;",
+    ]
+    if STOPPED_EXIT_CODE in request.again:
+        lines.append(f"  {STOPPED_EXIT_CODE}) {requeue} ;;")
+    return [*lines, "esac"]
 
 
 def _step(request: Request, container: str) -> str:

@@ -18,7 +18,7 @@ from entrypoint.settings import names, read_settings
 from entrypoint.settings.aliases import meant_variable
 from entrypoint.settings.checks import Notes
 from entrypoint.settings.clean import without_quotes
-from entrypoint.settings.variables import NAMES, ROWS, SECRETS, section_rows
+from entrypoint.settings.variables import CONFIG_JSON, ROWS, SECRETS, section_rows
 from entrypoint.system.secrets import known
 from trainer.network import addresses
 from trainer.spec.errors import SettingsError
@@ -31,6 +31,8 @@ QUEUED = "KILN_QUEUED"  # set for the jobs of a queue, to the file that `tell_qu
 # Of the whole queue: a job cannot have its own.
 WHOLE = ("JOBS", "SWEEP", "ON_FINISH", "MONITOR_PORT", "MONITOR_TOKEN", "LOG_WITH", "CONFIG_JSON")
 SIGNED = "UPLOAD_TO"  # may hold a signature, which no name of a job may show
+LIMITS = ("MAX_COST", "MAX_RUNTIME", "PRICE_PER_HOUR")  # beside the jobs: of the whole queue; in a line: of one job
+UPLOADS = ("PUSH_TO_HUB", "UPLOAD_TO")
 LONGEST_NAME = 100  # characters
 MOST_PARTS = 3  # of a name
 
@@ -52,10 +54,28 @@ class QueuedJob(NamedTuple):
         """Of all that decides the result: a job of the same name with other variables is another one."""
         finish = {row.name for row in section_rows("finish").values()}
         decisive = []
-        for name, value in sorted(self.environ.items()):
-            if name in NAMES and name not in finish and name not in SECRETS:
+        # As they are meant: a name of another trainer decides as much as ours.
+        for name, value in names.variables(self.environ, Notes()).items():
+            if name != CONFIG_JSON and name not in finish and name not in SECRETS:
                 decisive.append(f"{name}={value}")
-        return hashlib.sha256("\0".join(decisive).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        return _digest(sorted(decisive))
+
+    @property
+    def uploads(self) -> str:
+        """A digest of the places that the results are uploaded to, whose addresses may hold keys; "" without any."""
+        meant = names.variables(self.environ, Notes())
+        places = [f"{name}={meant[name]}" for name in UPLOADS if name in meant]
+        return _digest(places) if places else ""
+
+
+def _digest(texts: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def whole_limits(environ: Mapping[str, str]) -> dict[str, str]:
+    """The limits of a whole queue, and the price they count by: the common ones, "" where there are none."""
+    common = names.variables(environ, Notes())
+    return {name: common.get(name, "") for name in LIMITS}
 
 
 def expand(environ: Mapping[str, str]) -> tuple[QueuedJob, ...]:
@@ -232,7 +252,11 @@ def _note_shared_uploads(jobs: Sequence[QueuedJob], notes: Notes) -> None:
 def _note_problems(environ: Mapping[str, str], notes: Notes, *, place: str = "") -> None:
     """Add what is wrong with the variables of one job, or of all of them."""
     try:
-        read_settings(environ)
+        nodes = read_settings(environ).engine.nodes
+        if nodes != 1:
+            raise SettingsError(
+                f"NODES={nodes or 'auto'}: a queue runs on one machine. Fix: remove NODES, or start this job by itself."
+            )
     except SettingsError as problem:
         lines = [line.strip() for line in str(problem).splitlines()]
         problems = [line.removeprefix("- ") for line in lines if line.startswith("- ")]

@@ -22,7 +22,7 @@ WAITING, RUNNING, DONE, FAILED, STOPPED = ("waiting", "running", "done", "failed
 
 @dataclass
 class Entry:
-    """What became of one job. `seconds`: of all its starts."""
+    """What became of one job. `seconds`: of all its starts. `uploads`: where to, by `QueuedJob.uploads`."""
 
     digest: str
     state: str = WAITING
@@ -30,6 +30,7 @@ class Entry:
     seconds: float = 0.0
     starts: int = 0
     message: str = ""
+    uploads: str = ""
 
 
 @dataclass
@@ -54,8 +55,9 @@ class QueueRecord:
         return record
 
     def is_done(self, job: QueuedJob) -> bool:
-        """Whether it has ended with 0, and its folder still says so."""
-        if self.entries[job.name].state != DONE:
+        """Whether it has ended with 0, its folder still says so, and its results are where they are wanted now."""
+        entry = self.entries[job.name]
+        if entry.state != DONE or (job.uploads and entry.uploads != job.uploads):
             return False
         return (json_files.read_object(job.out / "status.json") or {}).get("phase") == "done"
 

@@ -23,7 +23,7 @@ from entrypoint.processes import farewell, supervise
 from entrypoint.processes.supervise import FOREVER_S, PERMANENT_FAILURES
 from entrypoint.queue import record as states
 from entrypoint.queue import sheet, table
-from entrypoint.queue.jobs import QUEUED, QueuedJob, describe
+from entrypoint.queue.jobs import QUEUED, QueuedJob, describe, whole_limits
 from entrypoint.queue.record import QueueRecord
 from entrypoint.settings import names, read_settings
 from entrypoint.settings.checks import Notes
@@ -42,6 +42,7 @@ TICK_S = 0.2
 MIRROR_S = 5.0  # between two copies of a running job's status
 TOKEN_CHARACTERS = 16
 LONGEST_MESSAGE = 1 << 16  # bytes
+ENDING_S = 3.0  # for the table and the last status, if a stop is asked for: a dead volume must not hold the end up
 
 
 @dataclass
@@ -64,35 +65,43 @@ class Queue:
     slots: Sequence[Mapping[str, str]]
     record: QueueRecord
     stopped: int = 0  # the signal that asked for it
+    stopped_at: float = 0.0  # monotonic
     running: list[Running] = field(default_factory=list)
     mirrored_at: float = 0.0
 
     def run(self) -> int:
         """All jobs that are not done; the exit code of the queue."""
-        with tempfile.TemporaryDirectory(prefix="kiln-queue-") as folder:
-            return self._run(Path(folder))
-
-    def _run(self, folder: Path) -> int:
-        waiting = [job for job in self.jobs if not self.record.is_done(job)]
-        log.info("%s %d to do, %d at a time.", describe(self.jobs), len(waiting), len(self.slots))
-        vitals.allow(os.environ, FOREVER_S)  # each job is ended in time by a parent of its own
         before = {number: signal.signal(number, self._forward) for number in FORWARDED}
         try:
-            while self.running or (waiting and not self.stopped):
-                free = sorted({*range(len(self.slots))} - {running.slot for running in self.running})
-                if waiting and free and not self.stopped:
-                    self._start(waiting.pop(0), free[0], folder)
-                    continue
-                time.sleep(TICK_S)
-                self._look()
+            with tempfile.TemporaryDirectory(prefix="kiln-queue-") as folder:
+                self._run(Path(folder))
+                # Before anything else: the parent (trainer.process.guard) kills at once what is allowed nothing.
+                waited = time.monotonic() - self.stopped_at if self.stopped else 0.0
+                vitals.allow(os.environ, waited + ENDING_S)
+                code = self._ended()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            vitals.allow(os.environ, 0)
-        return self._ended()
+            if not self.stopped:  # else it would kill this process at its next look, on its way out
+                vitals.allow(os.environ, 0)
+        return code
+
+    def _run(self, folder: Path) -> None:
+        """Start and watch jobs until all have ended. `folder`: for what they say to the queue."""
+        waiting = [job for job in self.jobs if not self.record.is_done(job)]
+        log.info("%s %d to do, %d at a time.", describe(self.jobs), len(waiting), len(self.slots))
+        vitals.allow(os.environ, FOREVER_S)  # each job is ended in time by a parent of its own
+        while self.running or (waiting and not self.stopped):
+            free = sorted({*range(len(self.slots))} - {running.slot for running in self.running})
+            if waiting and free and not self.stopped:
+                self._start(waiting.pop(0), free[0], folder)
+                continue
+            time.sleep(TICK_S)
+            self._look()
 
     def _forward(self, number: int, _frame: FrameType | None) -> None:
-        self.stopped = number
+        if not self.stopped:
+            self.stopped, self.stopped_at = number, time.monotonic()
         for running in self.running:
             running.process.send_signal(number)
 
@@ -118,6 +127,8 @@ class Queue:
             self.running.append(Running(job, slot, process, time.monotonic(), told))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if self.stopped:  # since before the mask, when there was no process to tell
+            process.send_signal(self.stopped)
 
     def _look(self) -> None:
         """Record the jobs that have ended, and copy the status of one that runs."""
@@ -135,7 +146,7 @@ class Queue:
         entry.exit_code = code
         entry.seconds = round(entry.seconds + time.monotonic() - running.began, 1)
         if code == 0:
-            entry.state = states.DONE
+            entry.state, entry.uploads = states.DONE, running.job.uploads
         elif code in (128 + signal.SIGTERM, 128 + signal.SIGINT):
             entry.state = states.STOPPED
         else:
@@ -156,25 +167,27 @@ class Queue:
             self._write_status(min(found, key=lambda status: status["updated"]))
 
     def _ended(self) -> int:
-        """Write the table and the sheet; returns the exit code."""
+        """Write the last status, the table and, unless a stop leaves no time, the sheet; returns the exit code."""
         code = exit_code([self.record.entries[job.name] for job in self.jobs], self.stopped)
-        rows = table.rows(self.jobs, self.record)
-        try:
-            write_text(self.out / table.NAME, table.as_markdown(rows))
-            sheet.write(self.out, self.jobs)
-        except StorageError as problem:
-            log.warning("%s", problem)
-        for line in table.as_text(rows):
-            log.info("%s", line)
         done = sum(self.record.entries[job.name].state == states.DONE for job in self.jobs)
         message = f"{done} of {len(self.jobs)} jobs are done: {self.out / table.NAME}."
         if code:
             message += " The same command goes on with the others."
-        log.log(logging.ERROR if code and not self.stopped else logging.INFO, "%s [exit %d]", message, code)
         phase = "done"
         if code:
             phase = "stopped" if self.stopped else "failed"
+        # First: the table of many jobs takes seconds.
         self._write_status({"phase": phase, "exit_code": code, "message": message, "step": done, "run": "queue"})
+        rows = table.rows(self.jobs, self.record)
+        try:
+            write_text(self.out / table.NAME, table.as_markdown(rows))
+            if not self.stopped:
+                sheet.write(self.out, self.jobs)
+        except StorageError as problem:
+            log.warning("%s", problem)
+        for line in table.as_text(rows):
+            log.info("%s", line)
+        log.log(logging.ERROR if code and not self.stopped else logging.INFO, "%s [exit %d]", message, code)
         return code
 
     def _write_status(self, status: Mapping[str, Any]) -> None:
@@ -200,9 +213,7 @@ def run_all(jobs: Sequence[QueuedJob], environ: Mapping[str, str]) -> int:
     job runs in OUTPUT_PATH.
     """
     began = time.time()
-    common = names.variables(environ, Notes())
-    own = {name: common.get(name, "") for name in ("MAX_COST", "MAX_RUNTIME", "PRICE_PER_HOUR")}
-    finish = read_settings({**jobs[0].environ, **own}).finish
+    finish = read_settings({**jobs[0].environ, **whole_limits(environ)}).finish
     if vitals.VARIABLE in os.environ:
         environ = {**environ, vitals.VARIABLE: os.environ[vitals.VARIABLE]}
     supervise.set_limit(finish, environ, began=began)
@@ -230,9 +241,10 @@ def exit_code(entries: Sequence[states.Entry], stopped: int) -> int:
 def slots_of(jobs: Sequence[QueuedJob], found: Hardware, environ: Mapping[str, str]) -> list[dict[str, str]]:
     """The variables for each job that runs at the same time: one for each GPU, unless a job takes several itself."""
     port = read_settings(jobs[0].environ).finish.monitor_port
-    token = (
-        {} if environ.get("MONITOR_TOKEN", "").strip() else {"MONITOR_TOKEN": secrets.token_urlsafe(TOKEN_CHARACTERS)}
-    )
+    common = names.variables(environ, Notes())  # those of CONFIG_JSON too
+    token = {}
+    if "MONITOR_TOKEN" not in common:
+        token["MONITOR_TOKEN"] = secrets.token_urlsafe(TOKEN_CHARACTERS)
     one = [{"MONITOR_PORT": str(port), **token}]
     for job in jobs:
         engine = read_settings(job.environ).engine
@@ -247,7 +259,7 @@ def slots_of(jobs: Sequence[QueuedJob], found: Hardware, environ: Mapping[str, s
     for i in range(count):
         device = devices[i] if i < len(devices) else str(i)
         own = {name: device, "MONITOR_PORT": str(port + i if port else 0), **token, HOST_SHARE: str(count)}
-        if price := environ.get("PRICE_PER_HOUR", "").strip():
+        if price := common.get("PRICE_PER_HOUR"):
             with suppress(ValueError):
                 own["PRICE_PER_HOUR"] = f"{float(price) / count:.6g}"
         slots.append(own)

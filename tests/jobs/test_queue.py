@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -53,6 +55,29 @@ def test_an_unknown_variable_ends_the_queue_before_any_job(job):
     printed, _ = process.communicate(timeout=240)
     assert process.returncode == 78 and "JOBS, line 2" in printed and "did you mean PARAMS_SEED" in printed
     assert not (job.out / "queue.json").exists()
+
+
+def test_a_stopped_queue_leaves_its_table_and_no_temporary_folder(job, tmp_path):
+    (tmp_path / "tmp").mkdir()
+    job.environment.pop("OUTPUT_NAME", None)
+    seeds = ",".join(map(str, range(100)))  # many, so that the table takes its time
+    own = {**job.environment, "SWEEP": f"PARAMS_SEED={seeds}", "TMPDIR": str(tmp_path / "tmp")}
+    words = [sys.executable, "-m", "entrypoint"]  # a program of its own, which looks for its temporary folder anew
+    process = subprocess.Popen(words, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while not (job.out / "queue.json").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(1.0)
+    assert list((tmp_path / "tmp").glob("kiln-queue-*"))
+    process.send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and time.monotonic() < asked + 8, printed
+    assert "0 of 100 jobs are done" in printed and "| seed-99 |" in (job.out / "queue.md").read_text()
+    status = json.loads((job.out / "status.json").read_text())
+    assert (status["phase"], status["exit_code"], status["run"]) == ("stopped", 143, "queue")
+    assert not list((tmp_path / "tmp").glob("kiln-queue-*"))
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from entrypoint.engines import again, gpu_names
+from entrypoint.nodes.cluster import find_place
 from entrypoint.processes.supervise import PERMANENT_FAILURES
 from entrypoint.system.cards import card_of, hardware_of
 from tests.support.engine_jobs import ENGINES, HOOK, KEYED, TOKEN, TRIGGER, printed
@@ -120,22 +121,73 @@ def test_run_needs_the_tool_and_then_becomes_it(tmp_path, monkeypatch, capsys, c
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "told").read_text().split() == ["jobs", "launch", "--yes", "--secret", "HF_TOKEN", "kiln.yaml"]
     assert (tmp_path / "token").read_text() == TOKEN, "by the tool's environment"
-    assert TOKEN not in (tmp_path / "kiln.yaml").read_text()
+    text = (tmp_path / "kiln.yaml").read_text()
+    assert TOKEN not in text
+
+    subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert not list(tmp_path.glob("*.set-aside")), "the same again"
+    (tmp_path / "kiln.yaml").write_text("mine\n")
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "kiln.yaml.set-aside" in done.stderr
+    assert (tmp_path / "kiln.yaml.set-aside").read_text() == "mine\n" and (tmp_path / "kiln.yaml").read_text() == text
+
+
+# ---- several machines
+
+
+def test_several_machines_are_the_engines_own_and_find_each_other(job):
+    sky = yaml.safe_load(job("sky", NODES="2"))
+    assert sky["num_nodes"] == 2 and sky["envs"]["NODES"] == "auto"
+    dstack = yaml.safe_load(job("dstack", NODES="2"))
+    assert dstack["nodes"] == 2 and "NODES=auto" in dstack["env"]
+    slurm = job("slurm", NODES="2").splitlines()
+    assert {"#SBATCH --nodes=2", "#SBATCH --ntasks-per-node=1", "export NODES=auto"} <= {*slurm}
+    trainer = yaml.safe_load(job("k8s", "--kind", "trainjob", NODES="2"))["spec"]["trainer"]
+    assert trainer["numNodes"] == 2 and {"name": "NODES", "value": "auto"} in trainer["env"]
+
+
+def test_kubernetes_starts_an_indexed_job_whose_pods_have_names(job):
+    service, tree = yaml.safe_load_all(job("k8s", NODES="3", CONFIG_JSON='{"PARAMS_SEED": 1}'))
+    spec, pod = tree["spec"], tree["spec"]["template"]["spec"]
+    assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 3, 3)
+    assert service["spec"]["clusterIP"] == "None" and service["metadata"]["name"] == pod["subdomain"]
+    assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": tree["metadata"]["name"]}
+    values = {entry["name"]: entry.get("value", "") for entry in pod["containers"][0]["env"]}
+    # The place that each pod finds, from what Kubernetes tells it.
+    place = find_place(int(values["NODES"]), {**values, "JOB_COMPLETION_INDEX": "2"})
+    assert (place.rank, place.count, place.address) == (2, 3, "kiln-0.kiln")
+    assert spec["backoffLimit"] == 3 * yaml.safe_load(job("k8s"))["spec"]["backoffLimit"]
+
+
+@pytest.mark.parametrize("engine", ["hf", "vast", "modal", "runpod"])
+def test_an_engine_of_single_machines_refuses_several(capsys, caplog, engine):
+    code, out, err = printed(capsys, caplog, engine, NODES="2")
+    assert code == 78 and not out and f"NODES=2: {engine} starts a job on one machine" in err
+    code, out, err = printed(capsys, caplog, engine, CONFIG_JSON='{"NODES": 2}')
+    assert code == 78 and not out and "NODES=2" in err
+
+
+def test_an_engine_must_be_told_how_many_machines(capsys, caplog):
+    code, _, err = printed(capsys, caplog, "slurm", NODES="auto")
+    assert code == 78 and "NODES=auto" in err and "NODES=2" in err
 
 
 # ---- exit codes: each engine's own way
 
 
-def test_sky_recovers_after_75_and_143_and_no_other_code(job):
-    recovery = yaml.safe_load(job("sky"))["resources"]["job_recovery"]
-    assert recovery == {"max_restarts_on_errors": 0, "recover_on_exit_codes": [75, 143]}
+def test_sky_recovers_after_143_alone_and_75_is_tried_again_inside(job):
+    """SkyPilot counts no restart after a code of `recover_on_exit_codes`, so 75 there would cost money for ever."""
+    task = yaml.safe_load(job("sky"))
+    recovery = task["resources"]["job_recovery"]
+    assert recovery == {"max_restarts_on_errors": 0, "recover_on_exit_codes": [143]}
     assert not {*PERMANENT_FAILURES} & {*recovery["recover_on_exit_codes"]}
+    assert again.loop(again.with_image_variables()) in task["run"]
 
 
 def test_a_job_that_has_reached_its_limit_of_money_is_not_begun_again(job):
     limits = {"MAX_COST": "5", "PRICE_PER_HOUR": "1"}
-    assert yaml.safe_load(job("sky", **limits))["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
-    assert "  75) [" in job("slurm", **limits)
+    assert yaml.safe_load(job("sky", **limits))["resources"]["job_recovery"] == {"max_restarts_on_errors": 0}
+    assert "  75)" in job("slurm", **limits) and "  143)" not in job("slurm", **limits)
     rules = yaml.safe_load(job("k8s", **limits))["spec"]["podFailurePolicy"]["rules"]
     assert 143 in rules[1]["onExitCodes"]["values"] and rules[1]["action"] == "FailJob"
 
@@ -200,14 +252,38 @@ def test_slurm_requeues_where_another_try_may_do(job, tmp_path, code, container)
     text = job("slurm", "--container", container)
     program(tmp_path, "srun", f'env > {tmp_path}/env; printf "%s\\n" "$@" > {tmp_path}/step; exit {code}')
     environment = program(tmp_path, "scontrol", f'echo "$@" > {tmp_path}/requeued')
-    environment |= {"SLURM_JOB_ID": "17", "HF_TOKEN": TOKEN}
+    program(tmp_path, "sleep", f'echo "$@" > {tmp_path}/paused')
+    environment |= {"SLURM_JOB_ID": "17", "HF_TOKEN": TOKEN, "SLURM_RESTART_COUNT": "19"}
     (tmp_path / "job").write_text(text)
     done = subprocess.run(["bash", tmp_path / "job"], env=environment, capture_output=True, text=True, timeout=30)
     assert done.returncode == code, done.stderr
     asked = (tmp_path / "requeued").read_text() if (tmp_path / "requeued").exists() else ""
     assert asked == ("requeue 17\n" if code in (75, 143) else "")
+    assert (tmp_path / "paused").exists() == (code == 75), "the limit of time is near after 143"
     assert f"TRIGGER_WORD={TRIGGER}\n" in (tmp_path / "env").read_text()
     assert "/shared/kiln:/workspace" in (tmp_path / "step").read_text()
+
+
+@pytest.mark.parametrize(("code", "requeues"), [(75, False), (143, True)])
+def test_slurm_gives_up_after_75_when_the_job_was_started_again_often(job, tmp_path, code, requeues):
+    program(tmp_path, "srun", f"exit {code}")
+    environment = program(tmp_path, "scontrol", f"echo > {tmp_path}/requeued")
+    (tmp_path / "job").write_text(job("slurm"))
+    own = environment | {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "20"}
+    assert subprocess.run(["bash", tmp_path / "job"], env=own, timeout=30).returncode == code
+    assert (tmp_path / "requeued").exists() == requeues
+
+
+def test_slurm_does_not_requeue_what_was_cancelled_in_the_pause(job, tmp_path):
+    program(tmp_path, "srun", "exit 75")
+    program(tmp_path, "sleep", f"echo > {tmp_path}/pauses; exec {shutil.which('sleep')} 20")
+    environment = program(tmp_path, "scontrol", f"echo > {tmp_path}/requeued") | {"SLURM_JOB_ID": "17"}
+    (tmp_path / "job").write_text(job("slurm"))
+    process = subprocess.Popen(["bash", tmp_path / "job"], env=environment)
+    while not (tmp_path / "pauses").exists():
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(15) == 75 and not (tmp_path / "requeued").exists()
 
 
 def test_slurm_does_not_requeue_what_was_cancelled(job, tmp_path):
@@ -225,7 +301,7 @@ def test_slurm_does_not_requeue_what_was_cancelled(job, tmp_path):
 SBATCH = {
     "job-name": r"[\w-]+",
     "nodes": r"\d+",
-    "ntasks": r"\d+",
+    "ntasks-per-node": r"\d+",
     "cpus-per-task": r"\d+",
     "gres": r"[a-z]\w*(:\w+)?:\d+",
     "time": r"\d+",  # minutes
@@ -288,10 +364,12 @@ def test_vast_creates_an_instance_from_the_first_offer(job, tmp_path):
 
 
 def test_modal_gets_a_program_with_all_variables(job):
-    text = job("modal")
+    prompts = '["a \U0001f600"]'
+    text = job("modal", SAMPLE_PROMPTS=prompts)
     compile(text, "kiln_modal.py", "exec")
     values = {}
     exec(text[text.index("VARIABLES =") : text.index("app =")], values)
+    assert values["VARIABLES"]["SAMPLE_PROMPTS"] == prompts
     assert values["VARIABLES"]["TRIGGER_WORD"] == TRIGGER and values["SECRETS"] == ["HF_TOKEN", "WEBHOOK_URL"]
 
 
@@ -320,3 +398,24 @@ def test_a_queue_travels_as_text_to_a_card_that_all_its_jobs_fit_on(job, tmp_pat
     assert task["envs"]["JOBS"] == (tmp_path / "jobs.jsonl").read_text() and task["envs"]["BASE_MODEL"] == "flux,sdxl"
     wanted = {entry["accelerators"] for entry in task["resources"]["ordered"]}
     assert wanted and not {"RTXA4000:1", "RTXA5000:1", "RTX4090:1", "L4:1"} & wanted
+
+
+def test_a_queue_has_as_many_gpus_as_its_largest_job(job):
+    lines = '{"PARAMS_SEED": 1}\n{"NUM_GPUS": 2}\n'
+    task = yaml.safe_load(job("sky", JOBS=lines))
+    wanted = task["resources"].get("ordered", [task["resources"]])
+    assert all(entry["accelerators"].endswith(":2") for entry in wanted)
+    assert "NUM_GPUS" not in task["envs"], "the first job asks for one"
+
+
+def test_the_limits_of_a_queue_are_the_common_ones_also_in_config_json(job):
+    def minutes_and_recovery(**variables):
+        text = job("slurm", **variables)
+        (minutes,) = [line.partition("=")[2] for line in text.splitlines() if line.startswith("#SBATCH --time")]
+        return int(minutes), "  143)" in text
+
+    lines = '{"MAX_RUNTIME": 1}\n{"PARAMS_SEED": 1}\n'
+    assert minutes_and_recovery(JOBS=lines, MAX_RUNTIME="7") == (450, False)
+    assert minutes_and_recovery(JOBS=lines, CONFIG_JSON='{"MAX_RUNTIME": 7}') == (450, False)
+    minutes, recovers = minutes_and_recovery(JOBS=lines)
+    assert minutes != 90 and recovers, "the first line's limit is that of the first job"

@@ -22,19 +22,20 @@ for wanted in task["resources"].get("ordered", [{}]):
 import sky
 recovery = [r.job_recovery for r in sky.Task.from_yaml_config({**task, "file_mounts": {}}, secrets_overrides=[
     (name, "x") for name in task["secrets"]]).resources]
-print(json.dumps([task["envs"]["TRIGGER_WORD"], recovery[0]["recover_on_exit_codes"]]))
+print(json.dumps([task["envs"]["TRIGGER_WORD"], recovery[0]["recover_on_exit_codes"], task.get("num_nodes")]))
 """
 DSTACK = """
 import json, sys, yaml
 from dstack._internal.core.models.configurations import parse_apply_configuration
 task = parse_apply_configuration(yaml.safe_load(sys.stdin))
-print(json.dumps([task.env["TRIGGER_WORD"], [event.value for event in task.retry.on_events]]))
+print(json.dumps([task.env["TRIGGER_WORD"], [event.value for event in task.retry.on_events], task.nodes]))
 """
 KUBERNETES = """
 import json, sys, kubernetes_validate, yaml
-tree = yaml.safe_load(sys.stdin)
-kubernetes_validate.validate(tree, "1.37", strict=True)
-print(json.dumps([tree["kind"]]))
+trees = list(yaml.safe_load_all(sys.stdin))
+for tree in trees:
+    kubernetes_validate.validate(tree, "1.37", strict=True)
+print(json.dumps([tree["kind"] for tree in trees]))
 """
 TRAINJOB = """
 import json, sys, yaml
@@ -88,20 +89,24 @@ def asked(capsys, caplog):
 
 
 def test_skypilot_takes_the_task(asked):
-    assert asked(SKY, "sky") == [TRIGGER, [75, 143]]
+    assert asked(SKY, "sky") == [TRIGGER, [143], None]
+    assert asked(SKY, "sky", "--env", "NODES=2")[2] == 2
     assert asked(SKY, "sky", "--gpu", "H100", "--count", "2", "--spot")
 
 
 def test_dstack_takes_the_task(asked):
-    assert asked(DSTACK, "dstack", "--spot") == [TRIGGER, ["no-capacity", "interruption"]]
+    assert asked(DSTACK, "dstack", "--spot") == [TRIGGER, ["no-capacity", "interruption"], None]
+    assert asked(DSTACK, "dstack", "--env", "NODES=2")[2] == 2
 
 
 def test_kubernetes_takes_the_job(asked):
     assert asked(KUBERNETES, "k8s", "--queue", "team") == ["Job"]
+    assert asked(KUBERNETES, "k8s", "--env", "NODES=2") == ["Service", "Job"]
 
 
 def test_kubeflow_takes_the_trainjob(asked):
     assert asked(TRAINJOB, "k8s", "--kind", "trainjob", "--queue", "team") == ["team"]
+    assert asked(TRAINJOB, "k8s", "--kind", "trainjob", "--queue", "team", "--env", "NODES=2") == ["team"]
 
 
 def test_vast_takes_the_search_and_the_instance(asked):

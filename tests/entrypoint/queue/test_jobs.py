@@ -122,6 +122,15 @@ def test_what_is_wrong_with_the_common_variables_is_said_once_and_before_an_addr
     assert refusal(SWEEP="PARAMS_NETWORK_DIM=8,16,32", PARAMS_SEED="many").count("PARAMS_SEED='many'") == 1
 
 
+@pytest.mark.parametrize("nodes", ["2", "auto"])
+def test_a_queue_of_several_machines_is_refused(nodes):
+    said = refusal(SWEEP="PARAMS_SEED=1,2", NODES=nodes)
+    assert said.count(f"NODES={nodes}: a queue runs on one machine") == 1
+    said = refusal(JOBS=lines({"PARAMS_SEED": 1}, {"PARAMS_SEED": 2, "NODES": nodes}))
+    assert f"JOBS, line 2: NODES={nodes}" in said and "line 1" not in said
+    assert expand(COMMON | {"SWEEP": "PARAMS_SEED=1,2", "NODES": "1"})
+
+
 def test_two_jobs_in_one_folder_are_refused():
     assert "one folder for each" in refusal(
         JOBS=lines({"OUTPUT_PATH": "/w/a"}, {"OUTPUT_PATH": "/w/a", "PARAMS_SEED": 1})
@@ -182,6 +191,37 @@ def test_another_start_goes_on_with_what_is_not_done(tmp_path):
     assert not any(QueueRecord.opened(tmp_path, other).is_done(job) for job in other), "other settings: another job"
 
 
+@pytest.mark.parametrize(
+    "of", [lambda dim: {"NETWORK_DIM": dim}, lambda dim: {"CONFIG_JSON": f'{{"lora_rank": {dim}}}'}]
+)
+def test_a_job_is_another_one_by_what_its_variables_mean(of):
+    def digest(**more):
+        return expand(COMMON | {"SWEEP": "PARAMS_SEED=1"} | more)[0].digest
+
+    assert digest(**of("8")) == digest(PARAMS_NETWORK_DIM="8") != digest(**of("32"))
+    assert digest(MAX_COST="5", PRICE_PER_HOUR="1", CONFIG_JSON='{"MONITOR_PORT": 0}') == digest()
+
+
+def test_a_job_that_is_done_is_started_once_more_where_its_results_are_wanted_elsewhere(tmp_path):
+    def opened(**more):
+        (job,) = expand(COMMON | {"OUTPUT_PATH": str(tmp_path), "SWEEP": "PARAMS_SEED=1"} | more)
+        return job, QueueRecord.opened(tmp_path, [job])
+
+    job, record = opened(PUSH_TO_HUB="you/loras")
+    job.out.mkdir()
+    (job.out / "status.json").write_text('{"phase": "done"}')
+    record.entries[job.name] = Entry(job.digest, state=DONE, uploads=job.uploads)
+    record.write()
+
+    def is_done(**more):
+        job, record = opened(**more)
+        return record.is_done(job)
+
+    assert is_done(PUSH_TO_HUB="you/loras") and is_done()
+    assert not is_done(PUSH_TO_HUB="you/others")
+    assert not is_done(PUSH_TO_HUB="you/loras", UPLOAD_TO="s3://bucket/loras")
+
+
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"jobs": 3}', '{"jobs": {"seed-1": {"state": []}}}'])
 def test_a_damaged_record_begins_anew(tmp_path, damage):
     jobs = expand(COMMON | {"OUTPUT_PATH": str(tmp_path), "SWEEP": "PARAMS_SEED=1,2"})
@@ -224,6 +264,14 @@ def test_each_gpu_gets_a_job_with_its_share_of_the_host(monkeypatch):
     assert len(run.slots_of(jobs, hardware_of("RTX 4090"), {})) == 1
 
 
+def test_a_price_and_a_token_in_config_json_are_those_of_the_queue():
+    jobs = expand(COMMON | {"SWEEP": "PARAMS_SEED=1,2"})
+    config = {"CONFIG_JSON": json.dumps({"PRICE_PER_HOUR": 3, "MONITOR_TOKEN": "opens-the-page-of-all"})}
+    slots = run.slots_of(jobs, hardware_of("2 x RTX 4090"), config)
+    assert [slot["PRICE_PER_HOUR"] for slot in slots] == ["1.5", "1.5"]
+    assert all("MONITOR_TOKEN" not in slot for slot in slots), "each job has the one of CONFIG_JSON"
+
+
 def missing(*_, **__):
     raise FileNotFoundError
 
@@ -239,6 +287,18 @@ def test_a_check_looks_at_all_jobs(tmp_path, capsys, caplog):
     assert [one["name"] for one in found["queue"]] == ["mini-flux", "mini-sdxl"]
     assert code == found["queue"][0]["exit_code"] == found["queue"][1]["exit_code"] != 0
     assert "2 of 2 jobs cannot run" in caplog.text and not (tmp_path / "out").exists()
+
+
+def test_a_check_shows_no_figures_of_another_job(tmp_path, capsys):
+    places = {"OUTPUT_PATH": str(tmp_path / "out"), "CACHE_PATH": str(tmp_path), "HF_HOME": str(tmp_path)}
+    images = os.path.abspath("trainer/families/miniatures/concept")
+    lines_of_jobs = lines({"PARAMS_SEED": 1}, {"PARAMS_RESUME_FROM": str(tmp_path / "none.safetensors")})
+    queued = {"BASE_MODEL": "mini-flux", "DATASET_NAME": images, "JOBS": lines_of_jobs, "MONITOR_PORT": "0"}
+    assert entrypoint.main(["--check", "--json"], {"PATH": os.environ["PATH"], **places, **queued}) != 0
+    found = json.loads(capsys.readouterr().out)
+    good, bad = found["queue"]
+    assert good["exit_code"] == 0 and good["job"] is not None
+    assert bad["exit_code"] != 0 and bad["job"] is None and found["plan"] is None
 
 
 def test_a_quote_is_the_sum_of_all_jobs(tmp_path, capsys):

@@ -49,6 +49,21 @@ def test_two_jobs_run_at_a_time_and_the_third_when_one_has_ended(queue, caplog, 
     assert status["phase"] == "failed" and status["exit_code"] in (65, 78)
 
 
+def test_a_stop_that_comes_while_a_job_is_made_ready_reaches_it(queue, tmp_path, monkeypatch):
+    made = queue(JOBS=json.dumps({"DATASET_NAME": str(tmp_path / "none")}) + "\n")
+    write = QueueRecord.write
+
+    def stopped(record):
+        monkeypatch.setattr(QueueRecord, "write", write)
+        write(record)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(QueueRecord, "write", stopped)
+    assert made.run() == 143
+    (found,) = json.loads((tmp_path / "output" / "queue.json").read_text())["jobs"].values()
+    assert (found["state"], found["exit_code"]) == ("stopped", 143), "it did not run to its end, 65"
+
+
 def test_a_stop_reaches_all_jobs_that_run(queue, caplog, tmp_path):
     images = "trainer/families/miniatures/concept"
     made = queue(DATASET_NAME=os.path.abspath(images), SWEEP="PARAMS_SEED=1,2,3", PARAMS_MAX_STEPS="100000")
