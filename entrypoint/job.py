@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from entrypoint import bake
@@ -74,7 +74,7 @@ def job(
             raise
     supervise.set_limit(settings.finish, environ, began=began)
     monitor.check_token(settings.finish.monitor_token)
-    place = cluster.find_place(settings.engine.nodes, environ)
+    place = _place(settings, environ, alone=check or prefetch)
     settings = dataclasses.replace(settings, engine=dataclasses.replace(settings.engine, nodes=place.count))
     alone = check or prefetch
     told = _whom_to_tell(settings) if place.is_first and not alone else None
@@ -95,6 +95,19 @@ def job(
                 log.info("%s", said)
             _say_how_to_fetch(settings, environ)
         return code
+
+
+def _place(settings: Settings, environ: Mapping[str, str], *, alone: bool) -> cluster.Place:
+    """This node's place; `alone`: also on a machine of no cluster. Raises SettingsError, and tells whom to tell."""
+    asked = settings.engine.nodes
+    if alone and not cluster.is_in_one(environ):
+        return cluster.Place(count=asked or 1)
+    told = None if alone or cluster.is_another(str(asked), environ) else _whom_to_tell(settings)
+    try:
+        return cluster.find_place(asked, environ)
+    except SettingsError:
+        with notify.telling(told, environ):
+            raise
 
 
 def _say_how_to_fetch(settings: Settings, environ: Mapping[str, str]) -> None:
@@ -148,7 +161,7 @@ def _job(
     if report is not None:
         report.plan = plan
     _say(plan, environ)
-    if nodes.several and not _agreed(plan, done, nodes):
+    if nodes.several and not _agreed(plan, done, nodes, arrived=[arrival.path for arrival in arrivals]):
         return 0
     token = settings.model.hf_token.reveal() if settings.model.hf_token else None
     targets = _targets(plan, settings, environ, token=token, creates=not check) if nodes.is_first else []
@@ -210,12 +223,15 @@ def _finished(done: Path, targets: list[upload.Job], environ: Mapping[str, str])
         return uploaded()
 
 
-def _agreed(plan: Plan, done: Path | None, nodes: Nodes) -> bool:
-    """Whether there is something to do here: all nodes have met, or this first one goes on to upload what is done."""
+def _agreed(plan: Plan, done: Path | None, nodes: Nodes, *, arrived: Collection[Path]) -> bool:
+    """Whether there is something to do here: all nodes have met, or this first one goes on to upload what is done.
+
+    `arrived`: the files that come from addresses.
+    """
     if done:
         nodes.dismiss(f"This job is done: {done}.")
         return True
-    return nodes.agree(terms_of(plan))
+    return nodes.agree(terms_of(plan, arrived=arrived))
 
 
 def _say(plan: Plan, environ: Mapping[str, str]) -> None:
@@ -249,6 +265,7 @@ def checking() -> http.RetryPolicy:
 
 def _trained_for_first(plan: Plan, settings: Settings, environ: Mapping[str, str], nodes: Nodes, access: Access) -> int:
     """`_trained` on another node than the first, which alone writes into OUTPUT_PATH and shows the page."""
+    supervise.has_met(environ)
     if plan.engine.attention == "flash_4":
         flash_attention.install(Path(plan.output.cache))
     with Trainers(plan, environment=environ, nodes=nodes) as trainers:

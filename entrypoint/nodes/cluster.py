@@ -87,7 +87,7 @@ def find_place(asked: int, environ: Mapping[str, str]) -> Place:
     """
     if asked == 1:
         return Place()
-    given = {name: value.strip() for name, value in environ.items() if value.strip()}
+    given = _given(environ)
     cluster = _cluster(given)
     if cluster is None:
         if asked == 0 and "MASTER_ADDR" not in given and "WORLD_SIZE" not in given:
@@ -118,9 +118,24 @@ def find_place(asked: int, environ: Mapping[str, str]) -> Place:
     return Place(rank, count, first_host(given[address_name]), port, said_by)
 
 
+def is_another(asked: str, environ: Mapping[str, str]) -> bool:
+    """Whether this is another node than the first, as far as that is said, be the variables right or not.
+
+    `asked`: NODES as it was given. For those who cannot wait until everything has been checked.
+    """
+    given = _given(environ)
+    cluster = _cluster(given)
+    return asked not in ("", "1") and cluster is not None and as_integer(given[cluster.rank]) not in (None, 0)
+
+
+def is_in_one(environ: Mapping[str, str]) -> bool:
+    """Whether a cluster says which node this is."""
+    return _cluster(_given(environ)) is not None
+
+
 def hint(environ: Mapping[str, str]) -> str | None:
     """What to say where NODES is 1 and a cluster's variables are there; None without such variables."""
-    given = {name: value.strip() for name, value in environ.items() if value.strip()}
+    given = _given(environ)
     cluster = _cluster(given)
     if cluster is None or not cluster.count:
         return None
@@ -141,6 +156,10 @@ def first_host(text: str) -> str:
     if match:
         return match[1] + match[2] + match[3]
     return first.partition(",")[0].partition("/")[0]
+
+
+def _given(environ: Mapping[str, str]) -> dict[str, str]:
+    return {name: value.strip() for name, value in environ.items() if value.strip()}
 
 
 def _cluster(given: Mapping[str, str]) -> Cluster | None:

@@ -84,10 +84,13 @@ class Nodes:
         self._changed = threading.Condition()
         self._closed = threading.Event()
         self._begun = False  # all have met
+        self._dismissed = False  # this first node goes on alone
         self._told_stop = False
         self._training = False  # the main thread looks at `verdict` itself
         self._folder: Path | None = None
         self._sent: set[str] = set()
+        self._early: dict[str, bytes] = {}  # files that came while this node still fetches
+        self._files = threading.Lock()
         self._gone: set[int] = set()
         self._undo = contextlib.ExitStack()
 
@@ -135,10 +138,14 @@ class Nodes:
         return True
 
     def dismiss(self, message: str) -> None:
-        """There is nothing to do: the others, who may not come at all, need not wait."""
+        """There is nothing to train: the others, who may not come at all, need not wait.
+
+        This first node may go on, to upload what is done: how that ends is its own exit code.
+        """
         log.info("Telling the other nodes that this job is done, for %.0f s at most.", min(DISMISS_S, self.timeout_s))
         self._collect(min(DISMISS_S, self.timeout_s))
         self.end(0, message)
+        self._dismissed = True
 
     def _gather(self, terms: Terms) -> None:
         """The first node's part of `agree`."""
@@ -219,6 +226,8 @@ class Nodes:
                 time.sleep(meeting.RETRY_S)
                 continue
             if "end" in message:
+                if message.get("last") is True:
+                    vitals.write_last(self._environment)
                 self.verdict = Verdict(int(message["end"]), str(message["message"]))
                 self._raise_verdict()
             break
@@ -243,7 +252,11 @@ class Nodes:
 
     def share(self, folder: Path) -> None:
         """Until the end, what the first trainer leaves for the others in its folder also comes to their folders."""
-        self._folder = folder
+        with self._files:
+            self._folder = folder
+            for name, content in self._early.items():
+                self._put(folder / name, content)
+            self._early.clear()
 
     def watch_from_here(self) -> None:
         """From here on the main thread looks at `verdict`, and stops are passed to the trainers."""
@@ -285,7 +298,7 @@ class Nodes:
         while not self._closed.wait(TICK_S):
             if self.stop is not None and not self._told_stop:
                 self._told_stop = True
-                self._send_all({"stop": int(self.stop)})
+                self._send_all({"stop": int(self.stop), "last": vitals.is_last(self._environment)})
             if self.is_first and self._folder is not None:
                 self._send_files(self._folder)
             if time.monotonic() > pinged + PING_S:
@@ -305,11 +318,18 @@ class Nodes:
             with contextlib.suppress(LostError):  # the thread that listens there learns it too
                 link.send(message, content)
 
+    def _send_verdict(self, verdict: Verdict) -> None:
+        """With it comes whether the engine is to leave it at that: a limit ends all machines, and their bill."""
+        last = vitals.is_last(self._environment)
+        self._send_all({"end": verdict.code, "message": verdict.message, "last": last})
+
     def _listen(self, rank: int, link: Connection) -> None:
         """Until the connection to node `rank` ends."""
         try:
             while True:
                 message, content = link.receive()
+                if message.get("last") is True:
+                    vitals.write_last(self._environment)
                 if "stop" in message:
                     self._on_stop_elsewhere(rank, int(message["stop"]))
                 elif "file" in message:
@@ -353,11 +373,15 @@ class Nodes:
     def _take_file(self, name: str, content: bytes) -> None:
         if "/" in name or not name.startswith(SHARED_FILES):
             return
-        while self._folder is None and not self._closed.wait(TICK_S):
-            continue  # this node still fetches
-        if self._folder is not None:
-            with contextlib.suppress(OSError), atomic.replacing(self._folder / name) as temporary:
-                temporary.write_bytes(content)
+        with self._files:
+            if self._folder is None:  # what else the first node says must be heard meanwhile
+                self._early[name] = content
+            else:
+                self._put(self._folder / name, content)
+
+    def _put(self, path: Path, content: bytes) -> None:
+        with contextlib.suppress(OSError), atomic.replacing(path) as temporary:  # the job has ended
+            temporary.write_bytes(content)
 
     # ---- the end
 
@@ -368,7 +392,7 @@ class Nodes:
             self.verdict = verdict
             self._changed.notify_all()
         if self.is_first:
-            self._send_all({"end": verdict.code, "message": verdict.message})
+            self._send_verdict(verdict)
         if not self._training and not self._closed.is_set():
             os.kill(os.getpid(), signal.SIGUSR1)
             threading.Thread(target=self._leave, args=(verdict,), name="nodes", daemon=True).start()
@@ -395,7 +419,8 @@ class Nodes:
             return
         self.ask_stop(number)
         code = 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
-        raise StopRequestedError(f"{stopped_how(number, on_page=False)} before training began.", exit_code=code)
+        when = "after training" if self._training else "before training began"
+        raise StopRequestedError(f"{stopped_how(number, on_page=False)} {when}.", exit_code=code)
 
     def __exit__(
         self, kind: type[BaseException] | None, problem: BaseException | None, _traceback: TracebackType | None
@@ -413,13 +438,13 @@ class Nodes:
                 self._raise_verdict()  # it was raised inside a library, which has made another error of it
 
     def end(self, code: int, message: str) -> int:
-        """The last word of this node; returns the exit code of all."""
-        if not self.several:
+        """The last word of this node; returns the exit code of all, or its own where it has dismissed the others."""
+        if not self.several or self._dismissed:
             return code
         if self.verdict is None:
             if self.is_first:
                 self.verdict = Verdict(code, message)
-                self._send_all({"end": code, "message": message})
+                self._send_verdict(self.verdict)
             elif code:
                 self._send_all({"ended": code, "message": message})
                 self._wait(PART_S)

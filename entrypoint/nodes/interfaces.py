@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import fcntl
 import ipaddress
 import socket
@@ -9,7 +10,9 @@ import struct
 from contextlib import suppress
 from pathlib import Path
 
-SIOCGIFADDR = 0x8915  # linux/sockios.h
+SIOCGIFCONF = 0x8912  # linux/sockios.h: all IPv4 addresses, also the second ones of an interface
+IFREQ_BYTES = 40  # struct ifreq: a name of 16 bytes, a family, a port, the address, and what fills up its union
+MOST_ADDRESSES = 1024
 IPV6_TABLE = Path("/proc/net/if_inet6")
 
 
@@ -19,12 +22,14 @@ def interface_of(address: str) -> str | None:
     if wanted.version == 6:
         return _ipv6_interface(wanted)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode()[:15])
-            with suppress(OSError):  # an interface without an IPv4 address
-                answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, request)
-                if socket.inet_ntoa(answer[20:24]) == address:  # struct ifreq: the name, a family, a port, four bytes
-                    return name
+        found = array.array("B", bytes(MOST_ADDRESSES * IFREQ_BYTES))
+        request = struct.pack("iP", len(found), found.buffer_info()[0])  # struct ifconf
+        used, _ = struct.unpack("iP", fcntl.ioctl(probe.fileno(), SIOCGIFCONF, request))
+    raw = found.tobytes()
+    for start in range(0, used, IFREQ_BYTES):
+        if raw[start + 20 : start + 24] == wanted.packed:
+            name = raw[start : start + 16].partition(b"\0")[0].decode()
+            return name.partition(":")[0]  # eth0:1 is a label of an address of eth0
     return "lo" if wanted.is_loopback else None
 
 

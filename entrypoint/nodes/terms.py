@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from trainer import __version__
@@ -25,8 +25,12 @@ LOCAL_KINDS = ("folder", "archive")
 Terms = dict[str, str]
 
 
-def terms_of(plan: Plan) -> Terms:
-    """Name → value, as text. None of it is a secret."""
+def terms_of(plan: Plan, *, arrived: Collection[Path] = ()) -> Terms:
+    """Name → value, as text. None of it is a secret.
+
+    `arrived`: files of the model that come from an address, where some nodes may have the whole file, and others only
+    its outline. Their names hold digests of the address and of the version, so the plan says which file it is.
+    """
     terms = {"Kiln": f"{__version__}, code {_code()[:12]}"}
     for package in PACKAGES:
         terms[package] = importlib.metadata.version(package)
@@ -39,8 +43,11 @@ def terms_of(plan: Plan) -> Terms:
     for source in sources:
         if source.kind in LOCAL_KINDS and "://" not in source.location:
             terms[f"files of {source.location}"] = _listing(Path(source.location))
+    from_addresses = {path.resolve() for path in arrived}
     for place in (plan.model.source, *plan.model.parts.values()):
         if place and os.path.isabs(place):  # noqa: PTH117 (a repository's name is no path)
+            if Path(place).resolve() in from_addresses:
+                continue
             terms[f"files of {place}"] = _listing(Path(place))
     return terms
 

@@ -36,10 +36,12 @@ class Row(NamedTuple):
     steps: int | None = None
     step_s: float | None = None
     total_s: float | None = None
+    machines: int = 1  # NODES: each costs the price of the offer
 
     @property
     def cost(self) -> float | None:
-        return None if self.total_s is None else self.offer.per_hour * self.total_s / quote.HOUR_S
+        """Of all machines together."""
+        return None if self.total_s is None else self.machines * self.offer.per_hour * self.total_s / quote.HOUR_S
 
 
 class Table(NamedTuple):
@@ -53,7 +55,7 @@ class Table(NamedTuple):
         """What is special about a row, in words."""
         marks = [name for name, best in (("cheapest", self.cheapest), ("fastest", self.fastest)) if best is row]
         max_cost, max_hours = self.finish.max_cost, self.finish.max_runtime
-        if max_cost is not None and row.cost is not None and row.cost > max_cost:
+        if max_cost is not None and row.cost is not None and row.cost > max_cost * row.machines:  # each ends at its own
             marks.append(f"above MAX_COST={max_cost:g}")
         if max_hours is not None and row.total_s is not None and row.total_s > max_hours * quote.HOUR_S:
             marks.append(f"above MAX_RUNTIME={max_hours:g}")
@@ -128,7 +130,7 @@ def _with_quote(row: Row, plan: Plan, found: tuple[Plan, Scan] | None) -> Row:
     """The row with the plan's way and what it takes."""
     engine = plan.engine
     way = f"{engine.precision}, {described(engine.recompute, engine.kept_blocks, engine.offload)}"
-    row = row._replace(way=way, batch=plan.data.datasets[0].batch_size)
+    row = row._replace(way=way, batch=plan.data.datasets[0].batch_size, machines=engine.nodes)
     if found is None:
         steps = plan.train.max_steps or ASSUMED_STEPS
         plan = dataclasses.replace(plan, output=dataclasses.replace(plan.output, sample_every=0))
@@ -186,6 +188,9 @@ def _notes(table: Table, unknown: Sequence[str]) -> list[str]:
     if table.assumed_steps:
         steps = next(row.steps for row in table.rows if row.steps is not None)
         notes.append(f"The images are not on this machine: time and money are for {steps:,} steps without samples.")
+    machines = max(row.machines for row in table.rows)
+    if machines > 1:
+        notes.append(f"Time and money are those of {machines} machines together (NODES); the price is that of one.")
     if any(row.offer.seen for row in table.rows):
         notes.append(
             f"Prices are approximate: US dollars of {prices.SOURCE}, as seen in the month beside them. Today's: python "
@@ -215,6 +220,7 @@ def as_json(table: Table, unknown: Sequence[str]) -> str:
                 "step_seconds": None if row.step_s is None else round(row.step_s, 3),
                 "seconds": None if row.total_s is None else round(row.total_s),
                 "price_per_hour": row.offer.per_hour,
+                "machines": row.machines,
                 "price_seen": row.offer.seen or None,
                 "cost": None if row.cost is None else round(row.cost, 2),
                 "marks": table.marks(row),

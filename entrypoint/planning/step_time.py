@@ -69,7 +69,10 @@ def step_seconds(footprint: Footprint, workload: Workload, strategy: Strategy, s
 def quote_plan(plan: Plan, footprint: Footprint | None, hardware: Hardware, finish: FinishSettings) -> QuotePlan:
     """What the job is predicted to take on this hardware, as far as that is known, with its price and its limit."""
     limit_hours, limit = _limit(finish)
-    known = QuotePlan(price_per_hour=finish.price_per_hour, limit_hours=limit_hours, limit=limit)
+    price = finish.price_per_hour
+    if price is not None:
+        price *= plan.engine.nodes
+    known = QuotePlan(price_per_hour=price, limit_hours=limit_hours, limit=limit)
     speed = speed_of(hardware)
     # How much slower DoRA is, and text encoders that train, was not measured.
     if footprint is None or speed is None or plan.lora.kind == "dora" or plan.optim.text_encoders:
@@ -88,7 +91,7 @@ def quote_plan(plan: Plan, footprint: Footprint | None, hardware: Hardware, fini
         round_s=_round_seconds(plan, footprint, speed),
         start_s=START_S,
         image_s=(CAPTION_S + LATENT_S_PER_MEGAPIXEL * megapixels) * slower,
-        price_per_hour=finish.price_per_hour,
+        price_per_hour=price,
         limit_hours=limit_hours,
         limit=limit,
     )

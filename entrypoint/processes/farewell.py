@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from entrypoint import DEFAULT_OUTPUT_PATH
+from entrypoint.nodes import cluster
 from entrypoint.system.raw_value import raw_value
 from trainer.process import guard
 from trainer.process.guard import Ending
@@ -28,7 +29,9 @@ JOB_ARGUMENTS = frozenset({"train", "-v", "--verbose"})  # any other is of a com
 
 def say(ending: Ending) -> None:
     """Print the last line and complete status.json, so far as the program has not done both."""
-    if not JOB_ARGUMENTS.issuperset(sys.argv[1:]):
+    is_job = JOB_ARGUMENTS.issuperset(sys.argv[1:])
+    # Of machines that train together the first one alone writes status.json, and knows how far training has come.
+    if not is_job or cluster.is_another(raw_value(os.environ, "NODES", is_number=True), os.environ):
         guard.say(ending)
         return
     status_path = output_path(os.environ) / "status.json"

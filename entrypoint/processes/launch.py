@@ -38,6 +38,7 @@ GRACE_S = 5.0  # for the first process to finish cleanly when another has failed
 LEAVE_S = 1.0  # for this process to end after a trainer that was stopped
 START_GRACE_S = 2.0  # for a trainer that is stopped before it says how long it may take
 KILLED = 128 + signal.SIGKILL
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 @dataclass
@@ -135,6 +136,8 @@ class Trainers:
                 signal.signal(number, handler)
             # The grace counts from the signal on; a trainer that was stopped in order leaves us time to say so.
             team.shared.allow(time.monotonic() - stopped_at[0] + LEAVE_S if stopped_at else 0)
+            if nodes.several and not stopped_at:  # while the first uploads, a stop of it is one of all
+                nodes.keep_grace()
         return _reported(plan, team, _agreed(team, outcome))
 
     def _end_all(self) -> None:
@@ -179,6 +182,9 @@ def _environments(plan: Plan, folder: Path, environment: Mapping[str, str], node
     found = []
     for rank in range(size):
         member = member_environment(common, folder, rank, size=size, node=nodes.place.rank)
+        if nodes.several:  # the loopback device leads to no other machine
+            for name in INTERFACES:
+                del member[name]
         found.append({**common, **member, **nodes.trainer_environment()})
     return found
 
@@ -192,7 +198,7 @@ def member_environment(
         if environment.get(name) or name == VISIBLE[-1]:
             devices = [device.strip() for device in environment.get(name, "").split(",") if device.strip()]
             own[name] = devices[local_rank] if local_rank < len(devices) else str(local_rank)
-    own |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    own |= dict.fromkeys(INTERFACES, "lo")
     # NCCL must not kill a process that waits for another: our own watchdog finds the one that hangs.
     own["TORCH_NCCL_ENABLE_MONITORING"] = "0"
     if "OMP_NUM_THREADS" not in environment:
@@ -208,7 +214,12 @@ def _watch_other(team: Team) -> Outcome:
         if failed:
             return _end_all(team, failed)
         time.sleep(0.2)
-    return Outcome(nodes.verdict.code, message=nodes.verdict.message or "Node 0 has done its work.")
+    code, message = nodes.verdict.code, nodes.verdict.message
+    if not message:
+        message = f"Node 0 has ended with exit code {code}: its log has the reason."
+        if code == 0:
+            message = "Node 0 has done its work."
+    return Outcome(code, message=message)
 
 
 def _agreed(team: Team, outcome: Outcome) -> Outcome:

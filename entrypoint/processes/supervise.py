@@ -4,8 +4,10 @@ By then its uploads and webhooks are done, or were given up: they belong to the 
 
 A pod restarts a container that exits, for ever, and bills for it. So a job in a pod is supervised: when nothing is left
 to do, the pod is ended through RunPod's API; a job that fails is tried again a few times, with growing pauses. The
-attempts are counted in pod.json in OUTPUT_PATH, which outlives the container. An instance of Vast.ai is ended through
-its API as well, but is not started again by itself. Whoever waits serves the monitor page meanwhile, for downloads.
+attempts are counted in pod.json in OUTPUT_PATH, which outlives the container. Of several pods that train together, the
+first does this; another one counts, in CACHE_PATH, the starts at which it did not find the first. An instance of
+Vast.ai is ended through its API as well, but is not started again by itself. Whoever waits serves the monitor page
+meanwhile, for downloads.
 """
 
 from __future__ import annotations
@@ -18,8 +20,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
+from entrypoint import DEFAULT_CACHE_PATH
 from entrypoint.fetch import http
+from entrypoint.nodes import cluster
 from entrypoint.processes import places
 from entrypoint.processes.farewell import output_path
 from entrypoint.processes.pod import asked_to_end, start_ssh
@@ -96,7 +101,7 @@ def supervised(
     start_ssh(environ)
     before = _opened(environ)
     if before.attempts > MAX_ATTEMPTS:
-        log.error("%d attempts without progress: giving up. Delete pod.json to start over.", MAX_ATTEMPTS)
+        log.error("%d attempts without progress: giving up. Delete %s to start over.", MAX_ATTEMPTS, _record(environ))
         return _end(75, _keeping_volume(action), pod, environ, times, began=began, serving=serving)
     if before.attempts > 1:
         pause = min(times.first_pause * 2 ** (before.attempts - 2), times.longest_pause)
@@ -141,6 +146,7 @@ def without_attempts(
     environ: Mapping[str, str],
     *,
     times: Times | None = None,
+    run: Callable[[Callable[[], int]], guard.Ending] = _in_a_process_of_its_own,
     serving: Serving = lambda _: nullcontext(),
 ) -> int:
     """Do `job`, which fills the volume and trains nothing, then what ON_FINISH says. Attempts are those of training.
@@ -152,8 +158,9 @@ def without_attempts(
     if not pod:
         return job()
     start_ssh(environ)
-    code = job()
-    if code in STOPPED:
+    ending = _in_time(job, environ, run)
+    code = ending.exit_code
+    if code in STOPPED and not ending.limit_reached:
         return code
     action = "stop" if action == "terminate" else action
     return _end(code, action, pod, environ, times, began=began, serving=serving)
@@ -288,18 +295,30 @@ def set_limit(asked: FinishSettings, environ: Mapping[str, str], *, began: float
 
 
 def _is_another_node(environ: Mapping[str, str]) -> bool:
-    """Whether this pod is one of a cluster that trains together, and not its first, which alone keeps the record."""
-    return raw_value(environ, "NODES") not in ("", "1") and environ.get("NODE_RANK", "0").strip() not in ("", "0")
+    """Whether this pod is one of a cluster that trains together, and not its first, which alone knows of progress."""
+    return cluster.is_another(raw_value(environ, "NODES", is_number=True), environ)
+
+
+def _record(environ: Mapping[str, str]) -> Path:
+    """Where attempts are counted. CACHE_PATH may be one volume for several pods."""
+    if not _is_another_node(environ):
+        return output_path(environ) / "pod.json"
+    cache = Path(raw_value(environ, "CACHE_PATH") or DEFAULT_CACHE_PATH).expanduser()
+    return cache / f"pod-{environ.get('RUNPOD_POD_ID', '')}.json"
+
+
+def has_met(environ: Mapping[str, str]) -> None:
+    """On another node than the first: all are here. From now on the first one counts the attempts."""
+    if environ.get("RUNPOD_POD_ID") and _is_another_node(environ):
+        _write(environ, PodRecord())
 
 
 def _opened(environ: Mapping[str, str]) -> PodRecord:
     """The record, with this start counted."""
-    if _is_another_node(environ):
-        return PodRecord(attempts=1)
-    out = output_path(environ)
+    place = _record(environ)
     with suppress(StorageError):
-        json_files.set_aside_unless(out / "pod.json", own_files.has_keys("attempts", "step"))
-    known = read_json(out / "pod.json") or {}
+        json_files.set_aside_unless(place, own_files.has_keys("attempts", "step"))
+    known = read_json(place) or {}
     run, step = _reached(environ)
     with suppress(TypeError):
         before = PodRecord(**known)
@@ -313,7 +332,9 @@ def _opened(environ: Mapping[str, str]) -> PodRecord:
 
 
 def _reached(environ: Mapping[str, str]) -> tuple[str, int]:
-    """The run that was trained last, and its last step."""
+    """The run that was trained last, and its last step; nothing on another node than the first, which writes them."""
+    if _is_another_node(environ):
+        return "", 0
     status = read_json(output_path(environ) / "status.json") or {}
     run = status.get("run")
     step = status.get("step")
@@ -326,9 +347,9 @@ def _reached(environ: Mapping[str, str]) -> tuple[str, int]:
 
 def _write(environ: Mapping[str, str], diary: PodRecord) -> None:
     if _is_another_node(environ):
-        return
+        diary = replace(diary, done=False)  # it has no results for which it should stay when it is started again
     try:
-        write_text(output_path(environ) / "pod.json", json.dumps(asdict(diary)))
+        write_text(_record(environ), json.dumps(asdict(diary)))
     except StorageError as problem:
         log.warning("Cannot count the attempts of this pod: %s", problem)
 

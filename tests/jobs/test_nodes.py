@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from bench.network import Network, why_not
+from tests.support.captioners import make_tagger
 from tests.support.faults.moments import descendants
 from tests.support.jobs import Job
 
@@ -243,6 +244,17 @@ def test_other_images_on_one_machine_are_named(machines, images):
     two.jobs[1].environment["DATASET_NAME"] = str(other)
     codes, printed, _ = two.start().ended()
     assert codes == [78, 78] and "DATASET_NAME: " in printed[0] and "files of " in printed[1], printed
+
+
+def test_captions_of_a_model_are_made_once_and_are_those_of_all(machines, photographs):
+    """The other machine has its own cache."""
+    two = machines(2, shared=False)
+    dogs = two.first.folder / "dogs"
+    shutil.copytree(photographs / "dog", dogs, ignore=shutil.ignore_patterns("*.txt"))
+    asked = {"CAPTION_WITH": str(make_tagger(two.first.folder / "tagger")), "CAPTION_MAX_TOKENS": "12"}
+    asked |= {"DATASET_NAME": str(dogs), "PARAMS_MAX_STEPS": "2"}
+    printed = two.run(**asked)
+    assert "Captioned 5 images" in printed[0] and "Captioned" not in printed[1], printed
 
 
 def test_a_node_that_does_not_come_is_named(machines):

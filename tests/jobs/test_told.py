@@ -109,6 +109,17 @@ def test_settings_that_cannot_be_used_are_told_as_well(job, receiver, where):
     )
 
 
+def test_a_place_that_nothing_tells_is_told_and_a_check_needs_none(job, receiver):
+    """As on a laptop, for a job that is to run on two machines."""
+    code, printed = job.run(NODES="2", WEBHOOK_URL=receiver.address)
+    assert code == 78 and "nothing says which node this is" in printed, printed
+    assert told(receiver) == ["failed"] and "NODES=2" in json.loads(receiver.got[0].body)["data"]["message"]
+    code, printed = job.run("--check", NODES="2")
+    assert code == 0 and "2 machines with NUM_GPUS=1 each train together" in printed, printed
+    code, printed = job.run("--check", NODES="2", NODE_RANK="7", MASTER_ADDR="127.0.0.1")
+    assert code == 78 and "NODE_RANK=7" in printed, printed
+
+
 def test_a_check_tells_nobody(job, receiver):
     code, printed = job.run("--check", WEBHOOK_URL=receiver.address, LOG_WITH="wandb")
     assert code == 0 and receiver.got == [] and "wandb" not in printed.replace("LOG_WITH=wandb", "")

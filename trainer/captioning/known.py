@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 
 from trainer.captioning.requests import STAND_INS, identity, request_for, wanting
@@ -78,6 +79,25 @@ def with_captions(scanned: Scan, answers: Answers, captioner: CaptionerPlan) -> 
             f"{some(unusable)}. Write these yourself, or change CAPTION_PROMPT."
         )
     return dataclasses.replace(scanned, images=tuple(images), notes=tuple(notes))
+
+
+def with_captions_of(images: Iterable[ImageRecord], scanned: Scan) -> Scan:
+    """The scan with the captions that the model has made on another machine, for the same images (name and content).
+
+    `images`: the finished scan of that machine.
+    """
+    captioner = scanned.data.captioner
+    if captioner is None:
+        return scanned
+    known = {}
+    for image in images:
+        if image.captioned_by and image.caption is not None:
+            known[image.key, image.sha256] = Made(image.caption, image.captioned_by)
+    made = {}
+    for image in wanting(scanned.images, scanned.data):
+        if (image.key, image.sha256) in known:
+            made[image.key] = known[image.key, image.sha256]
+    return with_captions(scanned, Answers(made), captioner)
 
 
 def mark_own_work(scanned: Scan, data: DataPlan, cache: Path) -> Scan:

@@ -2,8 +2,8 @@
 
 They may see the first machine's folders (a network volume) or not (a disk of its own on each machine), and find out:
 - CACHE_PATH: the first machine writes a mark into its cache. A machine that reads the same mark uses that cache, and
-  encodes its share into it. Another one scans its own copy of the dataset, compares it with what the first one found,
-  and encodes everything for itself.
+  encodes its share into it. Another one scans its own copy of the dataset, takes the captions that a model has made on
+  the first one (CAPTION_WITH), compares all of it with what that one found, and encodes everything for itself.
 - the state to resume from: a machine that does not have it, with the same digest, gets it through the network. So it
   is enough that the first machine sees OUTPUT_PATH.
 - the base model: every machine has fetched its own, and converts it where it comes in single files.
@@ -16,9 +16,11 @@ import dataclasses
 import secrets
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from trainer.base_model.single_file import convert_single_files
+from trainer.captioning.known import with_captions_of
 from trainer.checkpoints import state_files
 from trainer.data.folders.own_output import Written
 from trainer.data.identity import fingerprint, fingerprint_differences
@@ -81,7 +83,11 @@ def _prepared_here(
     here = draw_class_images(dataclasses.replace(plan, data=own.data), status=status, check_in=check_in)
     written = Written({"OUTPUT_PATH": Path(own.output.path), "CACHE_PATH": cache})
     scanned = scan_and_report(
-        here.data, report=workers.own_folder / "dataset-report.txt", seed=plan.train.seed, written=written
+        here.data,
+        report=workers.own_folder / "dataset-report.txt",
+        seed=plan.train.seed,
+        written=written,
+        captioned=partial(with_captions_of, handed.images),
     )
     different = fingerprint_differences(fingerprint(handed.images), fingerprint(scanned.images))
     if different:

@@ -28,7 +28,7 @@ from contextlib import suppress
 from typing import NamedTuple, NoReturn
 
 from trainer.process import memory_kills
-from trainer.process.vitals import GRACE, LIMIT, STOP, VARIABLE, Vitals
+from trainer.process.vitals import GRACE, LAST, LIMIT, STOP, VARIABLE, Vitals
 
 STOPS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 TICK_S = 1.0  # between two looks at the limit of time, without a signal
@@ -285,7 +285,7 @@ class _Watch:
             code,
             self.started,
             stop,
-            limit_reached=self.limit_reached,
+            limit_reached=self.limit_reached or self.vitals.read(LAST) is not None,
             killed=is_killed,
             cause=cause,
             on_page=self.on_page,

@@ -10,6 +10,7 @@ reader never waits for a writer, and needs no room on any disk:
 | limit | the entrypoint | the moment at which MAX_RUNTIME or MAX_COST is reached |
 | save, sample | the monitor page | the moment at which somebody asked for it; the trainer looks between two steps |
 | stop | the monitor page | the moment at which somebody asked the job to save and end |
+| last | the entrypoint | that no other start is to follow: a limit, or somebody, has ended the job on another machine |
 | began | the entrypoint | when this start of the job began (Unix seconds): from then on it costs time and money |
 | scratch | the entrypoint | the folder of temporary files, to be removed after the program |
 """
@@ -17,6 +18,7 @@ reader never waits for a writer, and needs no room on any disk:
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 
 VARIABLE = "KILN_ALIVE"
@@ -27,6 +29,7 @@ SAVE = 192
 SAMPLE = 256
 STOP = 320
 BEGAN = 384
+LAST = 448
 SCRATCH = 4096
 LONGEST_PATH = 4096
 BETWEEN_SAVES_S = 30.0  # of those that the monitor page asks for
@@ -126,4 +129,25 @@ def write_began(environment: Mapping[str, str], moment: float) -> None:
     vitals = Vitals.of(environment)
     if vitals is not None:
         vitals.write(BEGAN, moment)
+        vitals.close()
+
+
+def write_last(environment: Mapping[str, str]) -> None:
+    """Tell the parent, if there is one, that no other start of the job is to follow this one."""
+    vitals = Vitals.of(environment)
+    if vitals is not None:
+        vitals.write(LAST, 1)
+        vitals.close()
+
+
+def is_last(environment: Mapping[str, str]) -> bool:
+    """Whether the job ends for good: by MAX_RUNTIME or MAX_COST, or since somebody asked for that."""
+    vitals = Vitals.of(environment)
+    if vitals is None:
+        return False
+    try:
+        limit = vitals.read(LIMIT)
+        is_over = limit is not None and time.monotonic() > limit
+        return is_over or vitals.read(STOP) is not None or vitals.read(LAST) is not None
+    finally:
         vitals.close()

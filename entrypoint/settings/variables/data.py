@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # ruff: noqa: RUF009 (`row` only makes a dataclasses.field)
+from entrypoint import DEFAULT_CACHE_PATH
 from entrypoint.settings.row import LARGEST_COUNT, row
 
 FROM_DATASET_CONFIG = "dataset.json's"  # what applies where an overriding variable is not set
@@ -75,7 +76,7 @@ class DataSettings:
     strict_dataset: bool = row(
         "STRICT_DATASET", "switch", default="false", meaning="stop at an unusable image instead of skipping it"
     )
-    cache_path: Path = row("CACHE_PATH", "path", default="/workspace/cache", meaning="where encoded images are kept")
+    cache_path: Path = row("CACHE_PATH", "path", default=DEFAULT_CACHE_PATH, meaning="where encoded images are kept")
     batch_size: int | None = row(
         "PARAMS_BATCH_SIZE",
         "auto_integer",

@@ -1,22 +1,21 @@
 """Nodes on the loopback device, in one process: who comes, who is refused, what is made of what a stranger sends."""
 
+import dataclasses
 import socket
+import subprocess
+import sys
 import threading
 
 import pytest
 
+from bench.network import why_not
 from entrypoint.nodes import meeting
 from entrypoint.nodes.cluster import Place
 from entrypoint.nodes.interfaces import interface_of
 from entrypoint.nodes.terms import differences, refusal, terms_of
 from entrypoint.nodes.wire import LARGEST_LINE, Connection, LostError
+from tests.support.ports import free_port
 from trainer.spec.errors import UnreachableError
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture
@@ -85,6 +84,26 @@ def test_the_interface_of_an_address_is_found():
     assert interface_of("127.0.0.1") == "lo" and interface_of("192.0.2.77") is None
 
 
+SECOND = """
+set -e
+ip link set lo up
+ip link add dummy7 type bridge
+ip addr add 10.77.0.1/24 dev dummy7
+ip addr add 10.77.0.2/24 dev dummy7
+ip addr add 10.77.1.3/32 dev dummy7 label dummy7:x
+ip link set dummy7 up
+exec "$@"
+"""
+
+
+@pytest.mark.skipif(bool(why_not()), reason=why_not())
+@pytest.mark.parametrize("address", ["10.77.0.1", "10.77.0.2", "10.77.1.3"])
+def test_the_interface_of_its_second_address_is_found(address):
+    program = "import sys; from entrypoint.nodes.interfaces import interface_of; print(interface_of(sys.argv[1]))"
+    command = ["unshare", "-rn", "bash", "-c", SECOND, "second", sys.executable, "-c", program, address]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "dummy7\n"
+
+
 def test_terms_name_what_differs(job_plan, images):
     plan = job_plan("flux")
     terms = terms_of(plan)
@@ -93,3 +112,20 @@ def test_terms_name_what_differs(job_plan, images):
     lines = differences(terms, {2: other, 1: terms})
     assert lines == [f"PARAMS_SEED: {terms['PARAMS_SEED']} on node 0, 7 on node 2"]
     assert "PARAMS_SEED" in refusal(lines) and "same image" in refusal(lines)
+
+
+def test_a_file_from_an_address_is_the_same_whole_and_as_an_outline(job_plan, tmp_path):
+    """A machine that was replaced has still to fetch what the others have; the path tells the address and version."""
+    plan = job_plan("flux")
+    file = tmp_path / "files" / "0123456789abcdef" / "0123456789ab" / "vae.safetensors"
+    file.parent.mkdir(parents=True)
+    plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, parts={"vae": str(file)}))
+    found = []
+    for content in (b"outline of the file", b"the whole file"):
+        file.write_bytes(content)
+        found.append((terms_of(plan), terms_of(plan, arrived=[file])))
+    (local, arrived), (other_local, other_arrived) = found
+    assert differences(arrived, {1: other_arrived}) == []
+    assert len(differences(local, {1: other_local})) == 1  # a file of the user's own is compared
+    elsewhere = dataclasses.replace(plan, model=dataclasses.replace(plan.model, parts={"vae": f"{file}2"}))
+    assert differences(arrived, {1: terms_of(elsewhere, arrived=[tmp_path / f"{file}2"])}) != []

@@ -68,6 +68,19 @@ def test_time_money_and_steps_belong_together_and_are_those_of_a_check(quoted, t
     )
 
 
+def test_several_machines_cost_the_price_of_each(quoted, tmp_path):
+    """MAX_COST is what each of them may cost."""
+    file = offers(tmp_path, H100=3.0)
+    code, printed = quoted("--json", "--prices", file, NODES="2", PARAMS_MAX_STEPS="1000", MAX_COST="1000")
+    (row,) = json.loads(printed)["gpus"]
+    assert code == 0 and row["machines"] == 2
+    assert row["cost"] == pytest.approx(2 * 3.0 * row["seconds"] / 3600, abs=0.01)
+    limit = str(0.75 * row["cost"])  # less than both cost together, more than one of them
+    marks = json.loads(quoted("--json", "--prices", file, MAX_COST=limit)[1])["gpus"][0]["marks"]
+    assert not any("MAX_COST" in mark for mark in marks)
+    assert "those of 2 machines together" in quoted("--prices", file)[1]
+
+
 def test_a_gpu_that_is_too_small_says_why_and_comes_last(quoted, tmp_path):
     _, printed = quoted("--json", "--prices", offers(tmp_path, RTX_3070=0.01, H100=3.0), PARAMS_BATCH_SIZE="64")
     rows = json.loads(printed)["gpus"]

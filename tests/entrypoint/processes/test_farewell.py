@@ -71,6 +71,16 @@ def test_a_trainer_that_had_no_handler_yet(said):
     assert "Stopped by SIGTERM before training began." in printed and status["exit_code"] == 143
 
 
+def test_of_machines_that_train_together_the_first_alone_writes_the_status(said, monkeypatch):
+    """Another one does not know how far training has come, and may see the same volume."""
+    monkeypatch.setenv("NODES", "auto")
+    monkeypatch.setenv("SKYPILOT_NODE_RANK", "1")
+    status = {"started": 1001.0, "phase": "training", "step": 9}
+    assert said(STOPPED, status) == ("Stopped by SIGTERM. [exit 143]\n", status)
+    monkeypatch.setenv("SKYPILOT_NODE_RANK", "0")
+    assert said(STOPPED, status)[1]["phase"] == "stopped"
+
+
 @pytest.mark.parametrize("code", [0, 74])
 def test_who_ended_otherwise_has_said_so(said, code):
     printed, _ = said(Ending(code, STARTED, signal.SIGTERM))

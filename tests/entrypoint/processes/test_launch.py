@@ -13,9 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from entrypoint.nodes.cluster import Place
+from entrypoint.nodes.group import STOP_GRACE_S, Nodes
 from entrypoint.processes import launch
 from entrypoint.processes.launch import member_environment
 from entrypoint.system.environment import RANKS, child_environment
+from trainer.process import vitals
 from trainer.process.vitals import Vitals
 from trainer.spec.errors import KilnError, PeerError, UnreachableError
 
@@ -209,3 +212,15 @@ def job_of_two(tmp_path):
 
     model, output = ModelPlan("a", "a", "a"), OutputPlan(str(tmp_path), "x", "cache")
     return Plan(model, DataPlan(()), LoraPlan(), OptimPlan(), TrainPlan(), EnginePlan(num_gpus=2), output)
+
+
+@pytest.mark.parametrize(("several", "left"), [(False, 0.0), (True, STOP_GRACE_S)])
+def test_a_stop_of_the_first_of_several_machines_while_it_uploads_is_passed_on(waiting, job_of_two, several, left):
+    """It has to tell the others; alone, there is nothing that a kill would lose."""
+    shared, path = Vitals.make()
+    environment = {"PATH": os.environ["PATH"], vitals.VARIABLE: path}
+    nodes = Nodes(Place(0, 2 if several else 1, "127.0.0.1"), environment=environment)
+    nodes.trainer_environment = dict  # no other machine has come
+    with launch.Trainers(job_of_two, environment=environment, nodes=nodes) as trainers:
+        assert trainers.run(job_of_two) == 0
+    assert shared.read(vitals.GRACE) == left

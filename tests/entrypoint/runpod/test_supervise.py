@@ -302,7 +302,7 @@ def test_a_limit_counts_from_the_start_of_the_job():
     def work():
         supervise.set_limit(finish(max_runtime=1.0), os.environ, began=time.time() - 1800)
         left = vitals.Vitals.of(os.environ).read(vitals.LIMIT) - time.monotonic()
-        return int(1790 < left <= 1800)
+        return int(1790 < left < 1801)  # it is kept in milliseconds
 
     assert guard.guarded(work).exit_code == 1
 
@@ -394,5 +394,56 @@ def test_the_cost_ends_the_job_with_its_state_saved(server, container, pod):
     ],
 )
 def test_of_pods_that_train_together_the_first_alone_counts_attempts(server, pod, nodes, counts):
+    pod["CACHE_PATH"] = str(Path(pod["OUTPUT_PATH"]).parent / "cache")
     assert supervised(lambda: 75, {**pod, **nodes}, times=QUICK) == 75
     assert (Path(pod["OUTPUT_PATH"]) / "pod.json").exists() is counts
+
+
+@pytest.fixture
+def another(pod, tmp_path):
+    """The environment of a pod that trains together with others, and is not the first."""
+    return {**pod, "NODES": "auto", "NODE_RANK": "1", "CACHE_PATH": str(tmp_path / "cache")}
+
+
+def test_a_pod_that_never_finds_the_first_again_ends(server, another):
+    """That one may have been stopped for good."""
+    codes = []
+    while state(server) == "RUNNING" and len(codes) < 9:
+        codes.append(supervised(lambda: 75, another, times=QUICK))
+    assert codes == [75] * (supervise.MAX_ATTEMPTS + 1) and state(server) == "EXITED"
+    assert not Path(another["OUTPUT_PATH"]).exists()
+
+
+def test_a_pod_that_finds_the_first_leaves_it_to_that_one_to_give_up(server, another):
+    def job():
+        supervise.has_met(another)
+        return 75
+
+    for _ in range(2 * supervise.MAX_ATTEMPTS):
+        assert supervised(job, another, times=QUICK) == 75
+    assert state(server) == "RUNNING"
+
+
+def test_what_ends_the_first_pod_for_good_ends_another(server, another):
+    """As its entrypoint learns from the first one: the same exit code as of a stop that means nothing."""
+
+    def job():
+        vitals.write_last(os.environ)
+        return 143
+
+    ended = guard.guarded(job)
+    assert (ended.exit_code, ended.limit_reached) == (143, True)
+    assert supervise.supervised(lambda: 0, another, times=QUICK, run=lambda job: ended) == 143
+    assert state(server) == "EXITED"
+
+
+@pytest.mark.parametrize("action", ["stop", "terminate"])
+def test_a_limit_ends_the_pod_that_only_fetches(server, pod, action):
+    def job():
+        supervise.set_limit(finish(max_runtime=0.2 / 3600), os.environ, began=time.time())
+        time.sleep(60)
+        return 0
+
+    began = time.monotonic()
+    assert supervise.without_attempts(job, {**pod, "ON_FINISH": action}, times=QUICK) == 143
+    assert time.monotonic() - began < 20 and state(server) == "EXITED"

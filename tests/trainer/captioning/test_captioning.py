@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from tests.support.captioners import make_llava, make_tagger
 from trainer.captioning import captioning
 from trainer.captioning.captioning import caption_images
-from trainer.captioning.known import find_answers, may_lack_captions
+from trainer.captioning.known import find_answers, may_lack_captions, with_captions_of
 from trainer.captioning.requests import request_for
 from trainer.captioning.store import Made, Store
 from trainer.data.folders.own_output import Written
@@ -329,3 +330,18 @@ def test_a_file_that_comes_while_the_model_looks_is_not_replaced(images, tagger,
     done = caption_images(found, found.data, cache=tmp_path / "cache", engine=EnginePlan(), check_in=lambda: None)
     assert (images / "c.txt").read_text() == "written meanwhile"
     assert any("not written beside the images: c.png (c.txt is there)" in note for note in done.notes)
+
+
+def test_another_machine_takes_the_captions_of_the_first_for_the_same_images(images, tagger, tmp_path):
+    data = plan(images, tagger)
+    first = run(data, tmp_path / "cache")
+    copy = tmp_path / "copy"
+    shutil.copytree(images, copy)
+    (copy / "c.png").unlink()
+    write(copy, "c.png", seed=99)  # another image of that name
+    here = scan(plan(copy, tagger), cpu_workers=0)
+    found = with_captions_of(first.images, here)
+    same = {name: text for name, text in captions(first).items() if name != "c.png"}
+    assert captions(found) == {**same, "c.png": None}
+    assert {image.captioned_by for image in found.images if image.name == "b.png"} == {"tagger"}
+    assert captions(with_captions_of((), here)) == captions(here)
