@@ -74,9 +74,9 @@ def test_another_jobs_status_and_none_give_no_receipt(tmp_path, clocks):
 
 
 def test_a_job_ends_with_its_receipt(tmp_path, monkeypatch, caplog):
-    from entrypoint import __main__ as entrypoint
+    from entrypoint import job as entrypoint
 
-    def trained(settings, environ, **_):
+    def trained(settings, environ, nodes, **_):
         Status(settings.output.output_path).ended(None)
         return 0
 
