@@ -30,9 +30,10 @@ from entrypoint.planning.check_report import CheckReport
 from entrypoint.planning.plan import make_plan
 from entrypoint.processes import supervise
 from entrypoint.queue import run as queue
-from entrypoint.queue.jobs import QUEUED, expand, tell_queue
+from entrypoint.queue.jobs import expand, tell_queue
 from entrypoint.settings import help_env, json_schema, read_settings
 from entrypoint.system import environment, prices, public_addresses, secrets
+from entrypoint.system.environment import QUEUED
 from trainer import __version__
 from trainer.process import streams
 from trainer.spec.commands.parser import Parser

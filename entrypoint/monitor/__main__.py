@@ -88,7 +88,8 @@ def beside() -> int:
     threading.Thread(target=leave, daemon=True).start()
     actions = Actions(os.environ) if job["started"] else None  # nobody hears what is asked for after the end
     names = actions.names if actions else ()
-    served = Served(Path(job["out"]), started=job["started"], price=job["price"], actions=names, is_own_plan=True)
+    about = {"started": job["started"], "price": job["price"], "is_queued": job["is_queued"]}
+    served = Served(Path(job["out"]), actions=names, is_own_plan=True, **about)
     listening = listen("0.0.0.0", job["port"])  # noqa: S104 # nosec B104 (of a container)
     sys.stdout.write(f"{LISTENS}\n")
     sys.stdout.flush()

@@ -20,7 +20,7 @@ from typing import Any
 
 from entrypoint.settings import read_settings
 from entrypoint.settings.row import Secret
-from entrypoint.system.environment import child_environment
+from entrypoint.system.environment import QUEUED, child_environment
 from trainer.spec.errors import SettingsError, UnreachableError
 from trainer.spec.log_lines import escaped
 
@@ -63,6 +63,7 @@ class Job:
     token: str = field(repr=False)
     price: float | None = None
     started: float = field(default_factory=time.time)
+    is_queued: bool = False  # one of several jobs: a stop ends them all
 
 
 def check_token(token: Secret | None) -> None:
@@ -89,7 +90,7 @@ def showing(
         yield
         return
     own = secrets.token_urlsafe(SHORTEST_TOKEN)
-    job = Job(str(out), port, token.reveal() if token else own, price)
+    job = Job(str(out), port, token.reveal() if token else own, price, is_queued=bool(environment.get(QUEUED)))
     words = "The monitor page of this job: "
     if until is not None:
         job = replace(job, started=0.0)

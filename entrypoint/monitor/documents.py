@@ -45,6 +45,7 @@ class Served:
     price: float | None = None  # of the machine, an hour
     actions: tuple[str, ...] = ()
     is_own_plan: bool = False
+    is_queued: bool = False  # the job is one of a queue
 
 
 @dataclass
@@ -78,6 +79,7 @@ def status_document(served: Served, shown: ShownRun, plan: Plan | None, *, last_
     if began and ends:
         found["seconds"] = max(0.0, ends - began)
     found |= _cost(found, served.price)
+    found["queued"] = served.is_queued
     found["actions"] = [name for name in served.actions if not why_not(name, shown.phase, plan)]
     return found
 

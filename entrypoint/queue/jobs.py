@@ -19,6 +19,7 @@ from entrypoint.settings.aliases import meant_variable
 from entrypoint.settings.checks import Notes
 from entrypoint.settings.clean import without_quotes
 from entrypoint.settings.variables import CONFIG_JSON, ROWS, SECRETS, section_rows
+from entrypoint.system.environment import QUEUED
 from entrypoint.system.secrets import known
 from trainer.network import addresses
 from trainer.spec.errors import SettingsError
@@ -27,7 +28,6 @@ from trainer.spec.messages.secrets import without_secrets
 from trainer.spec.values import nearest, show, some
 
 MOST_JOBS = 1000
-QUEUED = "KILN_QUEUED"  # set for the jobs of a queue, to the file that `tell_queue` writes
 # Of the whole queue: a job cannot have its own.
 WHOLE = ("JOBS", "SWEEP", "ON_FINISH", "MONITOR_PORT", "MONITOR_TOKEN", "LOG_WITH", "CONFIG_JSON")
 SIGNED = "UPLOAD_TO"  # may hold a signature, which no name of a job may show

@@ -23,15 +23,15 @@ from entrypoint.processes import farewell, supervise
 from entrypoint.processes.supervise import FOREVER_S, PERMANENT_FAILURES
 from entrypoint.queue import record as states
 from entrypoint.queue import sheet, table
-from entrypoint.queue.jobs import QUEUED, QueuedJob, describe, whole_limits
+from entrypoint.queue.jobs import QueuedJob, describe, whole_limits
 from entrypoint.queue.record import QueueRecord
 from entrypoint.settings import names, read_settings
 from entrypoint.settings.checks import Notes
 from entrypoint.system import hardware
-from entrypoint.system.environment import FORWARDED, REPOSITORY, VISIBLE
+from entrypoint.system.environment import FORWARDED, QUEUED, REPOSITORY, VISIBLE
 from entrypoint.system.hardware import HOST_SHARE, Hardware
 from trainer.process import vitals
-from trainer.process.guard import KILLED_EXIT_CODE
+from trainer.process.guard import KILLED_EXIT_CODE, stopped_how
 from trainer.spec.errors import StorageError
 from trainer.storage import json_files, locks
 from trainer.storage.folders import write_text
@@ -155,6 +155,9 @@ class Queue:
         self.record.write()
         level = logging.INFO if code == 0 else logging.ERROR
         log.log(level, "---- %s has ended with %d.", running.job.name, code)
+        if entry.state == states.STOPPED and not self.stopped and not _was_its_own_limit(running.job, entry.message):
+            log.info("A stop of %s is one of the whole queue.", running.job.name)
+            self._forward(code - 128, None)
 
     def _mirror(self) -> None:
         """Copy the status of the running job that was silent longest: the health check and a pod's record read it."""
@@ -196,6 +199,12 @@ class Queue:
             write_text(
                 self.out / "status.json", json.dumps({"started": now, "updated": now, **status}, indent=2) + "\n"
             )
+
+
+def _was_its_own_limit(job: QueuedJob, message: str) -> bool:
+    """Whether a job was stopped by a limit of its own line, and by nobody: whoever stops one wants to end it all."""
+    has_limit = any(name in job.given for name in ("MAX_COST", "MAX_RUNTIME"))
+    return has_limit and stopped_how(signal.SIGTERM, on_page=True) not in message
 
 
 def _why(running: Running) -> str:

@@ -20,6 +20,7 @@ from trainer.spec.messages.secrets import in_addresses
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # signals that the entrypoint passes on to its children
+QUEUED = "KILN_QUEUED"  # set for the jobs of a queue, to the file in which a job says why it has ended
 # Clusters and other launchers set these to tell a process that it is one of several. Libraries act on them, although
 # our processes are none of theirs.
 RANKS = (

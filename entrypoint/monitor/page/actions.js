@@ -6,13 +6,16 @@ const QUESTIONS = {
   sample: "Draw the samples after this step? Training waits meanwhile.",
   stop: "Stop the job after this step? It saves, and the same command resumes it.",
 };
+const OF_A_QUEUE = "Stop the queue after this step? This job saves, the jobs after it do not begin, and the same command goes on.";
+let isQueued = false;
 const DONE = {
   save: "Asked: the job saves after this step.",
   sample: "Asked: the job samples after this step.",
   stop: "Asked: the job saves and ends after this step.",
 };
 
-export function showActions(names) {
+export function showActions(names, queued) {
+  isQueued = queued === true;
   const place = byId("actions");
   place.hidden = !names.length;
   for (const button of place.querySelectorAll("button")) {
@@ -38,7 +41,7 @@ async function act(name) {
 
 function ask(name) {
   const question = byId("question");
-  byId("question-text").textContent = QUESTIONS[name];
+  byId("question-text").textContent = name === "stop" && isQueued ? OF_A_QUEUE : QUESTIONS[name];
   // Not at "close": that event comes later, when the next question may be open already.
   question.querySelector("form").onsubmit = (event) => {
     if (event.submitter?.value === "yes") {

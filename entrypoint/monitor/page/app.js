@@ -22,7 +22,7 @@ const on = {
   status(found) {
     status = found;
     showStatus(status, series);
-    showActions(status.actions);
+    showActions(status.actions, status.queued);
   },
   history(found) {
     series.begin(found);

@@ -10,7 +10,7 @@ import pytest
 
 from entrypoint.queue.jobs import expand
 from entrypoint.queue.record import QueueRecord
-from entrypoint.queue.run import Queue
+from entrypoint.queue.run import Queue, _was_its_own_limit
 from tests.support.programs import basic_environment
 
 
@@ -76,3 +76,30 @@ def test_a_stop_reaches_all_jobs_that_run(queue, caplog, tmp_path):
     found = json.loads((tmp_path / "output" / "queue.json").read_text())["jobs"]
     assert [one["state"] for one in found.values()] == ["stopped", "stopped", "waiting"]
     assert [one["exit_code"] for one in found.values()] == [143, 143, None]
+
+
+def test_a_stop_of_one_job_ends_the_queue(queue, caplog, tmp_path):
+    images = "trainer/families/miniatures/concept"
+    made = queue(DATASET_NAME=os.path.abspath(images), SWEEP="PARAMS_SEED=1,2,3", PARAMS_MAX_STEPS="100000")
+    timer = threading.Timer(4.0, lambda: made.running[0].process.terminate())
+    timer.start()
+    try:
+        assert made.run() == 143
+    finally:
+        timer.cancel()
+    found = json.loads((tmp_path / "output" / "queue.json").read_text())["jobs"]
+    assert [one["state"] for one in found.values()] == ["stopped", "stopped", "waiting"]
+    assert "is one of the whole queue" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("line", "message", "goes_on"),
+    [
+        ({"MAX_RUNTIME": "1"}, "Stopped by SIGTERM.", True),
+        ({"MAX_RUNTIME": "1"}, "Stopped on the monitor page at step 3.", False),
+        ({}, "Stopped by SIGTERM.", False),
+    ],
+)
+def test_a_limit_of_a_line_ends_that_job_alone(queue, line, message, goes_on):
+    made = queue(JOBS="".join(f"{json.dumps({'PARAMS_SEED': seed, **line})}\n" for seed in (1, 2)), PRICE_PER_HOUR="1")
+    assert _was_its_own_limit(made.jobs[0], message) is goes_on
