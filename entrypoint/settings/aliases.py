@@ -302,7 +302,8 @@ def value_aliases(variable: str) -> Mapping[str, str]:
         return {}
     spellings: dict[str, str] = {}
     for name, (_, model) in base_models().items():
-        for alias in (model.source, model.source.rpartition("/")[2], *model.aliases):
+        sources = () if model.is_miniature else (model.source, model.source.rpartition("/")[2])
+        for alias in (*sources, *model.aliases):
             spellings.setdefault(plain_value(alias), name)
     return spellings
 

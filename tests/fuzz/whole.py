@@ -238,7 +238,9 @@ class _Trainers:
 
     stopped = False
 
-    def __init__(self, launch: Callable[[Plan], int] | None, _plan: Plan, *, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, launch: Callable[[Plan], int] | None, _plan: Plan, *, environment: Mapping[str, str], nodes: object
+    ) -> None:
         if launch is None:
             raise UnexpectedError("A check began to train.")
         self.run = launch

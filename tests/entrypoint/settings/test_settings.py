@@ -243,6 +243,18 @@ def test_text_with_undecodable_bytes_is_refused():
 # ---- names
 
 
+def test_no_name_of_a_family_or_of_a_folder_means_a_miniature():
+    """Somebody who writes it wants the real one."""
+    for name, (family, model) in base_models().items():
+        if model.is_miniature:
+            for text in (family, family.replace("_", "-"), family.replace("_", " "), model.source):
+                try:
+                    chosen = read(BASE_MODEL=text).model.base_model
+                except SettingsError:
+                    continue
+                assert chosen != name, text
+
+
 def test_an_unknown_parameter_is_refused_with_the_nearest_name():
     assert "did you mean PARAMS_LEARNING_SCHEDULER?" in refusal(PARAMS_LEARN_SCHEDULER="cosine")
 

@@ -35,6 +35,7 @@ WITHOUT_EFFECT = {
     "part_of": "where the image is listed",
     "convention": "how often it is repeated",
     "caption_file": "where the caption was read",
+    "captioned_by": "the caption has an item of its own",
     "caption_encoding": "how the caption was read; the caption has an item of its own",
 }
 

@@ -174,11 +174,13 @@ SOURCES = {
     "class_prompt": ("a dog", {}, ("generated", "a dog")),
     "num_class_images": (7, {"class_prompt": "a dog"}, 7),
 }
+# What decides which images a model captions, and by what prompt: tests/trainer/captioning/test_captioning.py.
+CAPTIONING = ("auto_caption", "caption_prompt")
 PLACES = [(level, name) for level, keys in LEVELS.items() for name in keys if name in KEYS]
 
 
 def test_every_key_has_a_row():
-    assert {*KEYS, *SOURCES} == {name for keys in LEVELS.values() for name in keys}
+    assert {*KEYS, *SOURCES, *CAPTIONING} == {name for keys in LEVELS.values() for name in keys}
 
 
 @pytest.mark.parametrize(("level", "name"), PLACES)
