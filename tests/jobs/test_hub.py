@@ -605,11 +605,11 @@ def test_an_archive_that_is_cut_goes_on(hub: Hub, client: Client) -> None:
     assert cut.fired == 2 and hub.sent() <= 1.1 * len(hub.plain["/files/p.zip"])
 
 
-@pytest.mark.parametrize("status", [403, 404, 410])
-def test_an_address_that_refuses(hub: Hub, client: Client, status: int) -> None:
+@pytest.mark.parametrize(("status", "code"), [(401, 77), (403, 77), (404, 78), (410, 78)])  # 77: a key is missing
+def test_an_address_that_refuses(hub: Hub, client: Client, status: int, code: int) -> None:
     hub.fault("/files/p.zip", status=status)
     done = client.source("archive", f"{hub.endpoint}/files/p.zip?secret=s3cret")
-    assert done.code == 78 and str(status) in done.data["message"] and "s3cret" not in done.data["message"] + done.log
+    assert done.code == code and str(status) in done.data["message"] and "s3cret" not in done.data["message"] + done.log
 
 
 def test_the_token_is_not_sent_to_other_places(hub: Hub, client: Client) -> None:
