@@ -90,13 +90,16 @@ def _set_up(arguments: Sequence[str], environment: Mapping[str, str], cwd: str |
 
 
 def _show(text: bytes, which: str) -> None:
-    """Put `text` where /proc/self/cmdline ("arg") or environ ("env") is read: the kernel knows the place, not more."""
+    """Put `text` where /proc/self/cmdline ("arg") or environ ("env") is read: the kernel knows the place, not more.
+
+    What is too long is cut, with a zero at the end: without it, the kernel shows the first argument alone.
+    """
     with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
         fields = file.read().rpartition(")")[2].split()
     first = {"arg": 45, "env": 47}[which]
     begin, end = int(fields[first]), int(fields[first + 1])
     if begin:
-        ctypes.memmove(begin, text.ljust(end - begin, b"\0"), end - begin)
+        ctypes.memmove(begin, text[: end - begin - 1].ljust(end - begin, b"\0"), end - begin)
 
 
 def _ended(arguments: Sequence[str]) -> int:
