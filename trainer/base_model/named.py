@@ -19,7 +19,7 @@ from trainer.spec.plan import ModelPlan
 LEFT_OUT = "none"  # the value of --t5 and the others that leaves the part out
 # Part → the option that names its file.
 OPTIONS = {"denoiser": "--base", "vae": "--vae", "clip_l": "--clip-l", "clip_g": "--clip-g", "t5": "--t5"}
-OPTIONS |= {"qwen3": "--text-encoder", "qwen2_5_vl": "--text-encoder"}
+OPTIONS |= dict.fromkeys(weight_kinds.LANGUAGE_MODELS, "--text-encoder")
 CONFIG = "--config "
 
 

@@ -20,6 +20,7 @@ import torch
 
 from trainer.base_model import configs, lazy_tensors, loading, weight_check
 from trainer.base_model.loading import WEIGHT_FILES
+from trainer.base_model.weight_kinds import LANGUAGE_MODELS
 from trainer.spec.errors import SettingsError, StorageError
 from trainer.spec.family import PREFIXES, Family, get_family
 from trainer.spec.plan import ModelPlan
@@ -31,7 +32,6 @@ from trainer.storage.read import files_below
 log = logging.getLogger(__name__)
 VERSION = 1  # of the conversion; a change of it converts all files again
 FP16_VARIANT = ".fp16"  # in the names of copies in 16 bits: diffusers' `variant`
-LANGUAGE_MODELS = ("qwen3", "qwen2_5_vl")
 State = dict[str, torch.Tensor]
 
 

@@ -11,8 +11,9 @@ from trainer.spec.family import PREFIXES, Facts, Lookalike, Published, base_mode
 from trainer.storage.safetensors_header import Entry, Header
 
 Entries = Mapping[str, Entry]
+LANGUAGE_MODELS = ("qwen3", "qwen2_5_vl")  # text encoders that one variable names: a base model has one at most
 VARIABLES = {"denoiser": "MODEL_PATH", "vae": "VAE_PATH", "clip_l": "CLIP_L_PATH", "clip_g": "CLIP_G_PATH"}
-VARIABLES |= {"t5": "T5_PATH", "qwen3": "TEXT_ENCODER_PATH", "qwen2_5_vl": "TEXT_ENCODER_PATH"}
+VARIABLES |= {"t5": "T5_PATH"} | dict.fromkeys(LANGUAGE_MODELS, "TEXT_ENCODER_PATH")
 PART_NAMES = {"denoiser": "the denoiser", "vae": "a VAE", "clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
 PART_NAMES |= {"qwen3": "Qwen3", "qwen2_5_vl": "Qwen2.5-VL"}
 CLIPS = ("clip_l", "clip_g")
@@ -291,7 +292,7 @@ def _size_problem(part: str, bare: Entries, config: Mapping[str, int]) -> str | 
         if shape is not None and shape != (config["vocab_size"], config["d_model"]):
             return f"is another T5, of {shape[0]} tokens and width {shape[-1]}. Fix: T5 v1.1 XXL (t5xxl)"
         return None
-    if part in ("qwen3", "qwen2_5_vl"):
+    if part in LANGUAGE_MODELS:
         shape = _first_shape(bare, QWEN_TOKENS)
         if shape is not None and shape[-1] != config["hidden_size"]:
             return _other_width(part, shape[-1], config["hidden_size"])
