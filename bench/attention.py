@@ -6,8 +6,8 @@
 Heads are as many as make a width of 1,280 (dim 64) or 3,072 (dim 128). `error`: the worst relative error of output and
 gradients, against float64, with two heads. `again`: whether a second backward pass has the same bits. `negative`:
 whether the gradients are numbers where all logits are about -120; cuDNN's backward pass on compute capability 9.0 gives
-NaN there, where 64 of 128 keys are left over (NVIDIA/cudnn-frontend#628). `--deterministic`: with
-`torch.use_deterministic_algorithms(True)`.
+NaN there, where 64 of 128 keys are left over (NVIDIA/cudnn-frontend#628). `trainer.engine.attention.cudnn_fix` avoids
+it; `--as-torch-has-it` shows it. `--deterministic`: with `torch.use_deterministic_algorithms(True)`.
 """
 
 from __future__ import annotations
@@ -116,10 +116,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--dim", type=int, nargs="+", choices=WIDTHS, default=[64, 128])
     parser.add_argument("--kernels", nargs="+", choices=[*KERNELS, FLASH_4], default=["cudnn", "flash", "efficient"])
     parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--as-torch-has-it", action="store_true", help="without cudnn_fix")
     parser.add_argument("--markdown", type=Path, help="file to write the table to")
     asked = parser.parse_args(arguments)
     torch.use_deterministic_algorithms(asked.deterministic)
-    cudnn_fix.apply_fix()
+    if not asked.as_torch_has_it:
+        cudnn_fix.apply_fix()
     report = Report(f"attention on {DEVICE}, cuDNN {torch.backends.cudnn.version()}", asked.markdown)
     for kernel in asked.kernels:
         flash_attention_4.set_enabled(kernel == FLASH_4)

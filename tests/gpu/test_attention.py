@@ -171,3 +171,29 @@ def seconds(work, times=20):
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / times / 1e3
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "masked"])
+@pytest.mark.parametrize("shared", [1, 3], ids=["all heads", "grouped heads"])
+@pytest.mark.parametrize("tokens", [1984, 4032, 4096])
+def test_low_logits_leave_gradients_numbers(tokens, shared, masked, kind):
+    """cuDNN's backward pass gives NaN where 64 of 128 keys are left over and a row's logits are all below -88."""
+    apply_fix()
+    generator = torch.Generator("cuda").manual_seed(tokens)
+    q, k, v, g = (placed(tokens, 64, generator) for _ in "qkvg")
+    q, k = 0.1 * q, 0.1 * k
+    q[..., 0], k[..., 0] = 1.0, -120 * 8.0  # logits of about -120
+    k, v = k[:, : HEADS // shared], v[:, : HEADS // shared]
+    mask = None
+    if masked:
+        mask = torch.zeros(2, 1, 1, tokens, device="cuda", dtype=torch.bfloat16)
+        mask[1, ..., -100:] = -torch.inf
+    results = []
+    for dtype, backend in ((torch.bfloat16, SDPBackend.CUDNN_ATTENTION), (torch.float64, SDPBackend.MATH)):
+        given = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
+        with sdpa_kernel(backend):
+            bias = mask if mask is None else mask.to(dtype)
+            out = scaled_dot_product_attention(*given, attn_mask=bias, enable_gqa=shared > 1)
+        results.append([out, *torch.autograd.grad(out, given, g.to(dtype))])
+    for found, wanted in zip(*results, strict=True):
+        assert found.isfinite().all() and (found.double() - wanted).norm() < 2e-2 * wanted.norm()
