@@ -10,6 +10,7 @@ those of its buckets around 1024 x 1024 (or around each of `--sides`, as with se
 square first. With `--batch` above 1, the last batch of each bucket has fewer images, so that each shape comes in two
 sizes. `--masks`: every second image weighs its loss by a mask, so that each shape comes with one and without.
 
+`weights`: a hash of the adapters after the last step, the same in each run with PARAMS_DETERMINISTIC=true.
 `step_s`: mean seconds of a step after the first epoch. `against_one`: that, for as many tokens, divided by the same of
 one shape. `before_s`: seconds of the rehearsal and the first epoch, less those of as many usual
 steps. `reserved_gib`: the peak of what torch holds; `device_gib`: what the device has in use then, with the driver's.
@@ -18,6 +19,7 @@ steps. `reserved_gib`: the peak of what torch holds; `device_gib`: what the devi
 from __future__ import annotations
 
 import datetime
+import hashlib
 import logging
 import math
 import statistics
@@ -43,7 +45,7 @@ from trainer.data.batches import MicroBatch
 from trainer.data.buckets import bucket_sizes
 from trainer.data.epochs import Batch, Example
 from trainer.data.records import ImageRecord, View
-from trainer.engine.device import limit_memory, torch_dtype
+from trainer.engine.device import set_up, torch_dtype
 from trainer.engine.execution import Engine
 from trainer.engine.load import place_denoiser
 from trainer.job import build, sizes
@@ -143,7 +145,7 @@ class Job:
         with patch.object(build, "load_denoiser", partial(self._placed, denoiser)):
             self.state = build.build_training_state(plan, self.family, model=Path(), total=1000)
         steps.free()
-        limit_memory(plan.engine.device, plan.engine.memory_limit_gib)
+        set_up(plan.engine)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         self.engine = Engine(
@@ -252,6 +254,9 @@ def measure(plan: Plan, count: int, epoch: list[Batch], *, small: bool = False) 
     assert footprint is not None
     tokens = [Workload(math.prod(b[0].view.size), len(b), 1, "").kilotokens(footprint) for b in epoch]
     row["s_per_kilotoken"] = round(usual_s / statistics.mean(tokens), 4)
+    with torch.no_grad():
+        flat = torch.cat([p.flatten() for p in job.state.optimizer_params])
+    row["weights"] = hashlib.sha256(flat.cpu().numpy().tobytes()).hexdigest()[:8]
     row["mode"] = described(*job.engine.fallbacks[0])
     row["compiled"] = job.engine.compiled
     row["captured"] = f"{len(getattr(job.runner, 'captured', ()))} of {len(by_size)}" if job.runner.capturing else "no"

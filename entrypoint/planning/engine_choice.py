@@ -65,6 +65,7 @@ def engine_plan(
         # Text encoders that train tokenise captions inside the step, which no CUDA graph can hold.
         replay=hardware.can_capture and not any(settings.training.text_encoder_lr),
         attention=_attention(settings, hardware, facts, model, notes),
+        deterministic=settings.engine.deterministic,
         memory_limit_gib=settings.engine.memory_limit_gib,
         step_timeout_s=settings.engine.step_timeout,
     )

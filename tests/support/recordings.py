@@ -64,6 +64,7 @@ class Recording:
     inputs: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # of the denoiser, by phase
     updates: list[Update] = field(default_factory=list)
     passes: list[str] = field(default_factory=list)  # the phase of each forward pass of a norm in the first block
+    deterministic: set[bool] = field(default_factory=set)  # whether these had only deterministic kernels
     first: dict[str, torch.Tensor] = field(default_factory=dict)  # the adapters as they were made
 
     @property
@@ -196,7 +197,12 @@ def _listen(recording: Recording, session: Any) -> None:
     norm = next(
         m for m in session.engine.regions[0].modules() if isinstance(m, (torch.nn.LayerNorm, torch.nn.GroupNorm))
     )
-    norm.register_forward_pre_hook(lambda *_: recording.passes.append(phase[0]))
+
+    def note(*_: object) -> None:
+        recording.passes.append(phase[0])
+        recording.deterministic.add(torch.are_deterministic_algorithms_enabled())
+
+    norm.register_forward_pre_hook(note)
     session.predict = at_prediction
     state.optimizer.register_step_pre_hook(before_step)
     state.optimizer.register_step_post_hook(after_step)

@@ -1,10 +1,12 @@
-"""The accelerator's memory: its limit, what the rehearsal leaves free, and how it is released."""
+"""The accelerator: determinism, and its memory: the limit, what the rehearsal leaves free, and how it is released."""
 
 from __future__ import annotations
 
 import gc
+import os
 
 import torch
+import torch.utils.deterministic
 
 from trainer.spec.memory_model import USABLE_SHARE
 from trainer.spec.plan import EnginePlan
@@ -14,6 +16,19 @@ from trainer.spec.plan import EnginePlan
 # its memory already, and needs only the minimum.
 MIN_RESERVE_BYTES = 2**26
 EAGER_RESERVE_DIVISOR = 64
+
+
+def set_up(plan: EnginePlan) -> None:
+    """What holds for everything that this process computes: the cap of memory, and determinism.
+
+    Where torch has no deterministic kernel for something, it raises RuntimeError, which names that.
+    """
+    limit_memory(plan.device, plan.memory_limit_gib)
+    if plan.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it before its first product
+        # Nothing reads memory before it is written; to fill it takes time.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # of a module's class
+    torch.use_deterministic_algorithms(plan.deterministic)
 
 
 def limit_memory(device: str, gib: float | None) -> None:

@@ -8,7 +8,7 @@ Shapes: B batch, C channels, H and W height and width (of pixels, or of latents:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,8 +105,28 @@ def decode_latents(vae: AutoencoderKL, latents_BCHW: torch.Tensor) -> torch.Tens
     latents_BCHW = latents_BCHW.float() / vae.config.scaling_factor
     if vae.config.shift_factor is not None:
         latents_BCHW = latents_BCHW + vae.config.shift_factor
-    pixels_BCHW: torch.Tensor = vae.decode(latents_BCHW).sample
-    return pixels_BCHW
+    return decoded(vae, latents_BCHW)
+
+
+def decoded(
+    vae: Any, latents: torch.Tensor, decode: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Pixels in fp32 of latents on the VAE's own scale, by `decode`, or by `vae.decode`; computed in the VAE's dtype.
+
+    A VAE in fp16 that overflows, as SDXL's first one does, decodes again in fp32, and stays in it.
+    """
+    import torch
+
+    def plainly(latents: torch.Tensor) -> torch.Tensor:
+        pixels: torch.Tensor = vae.decode(latents).sample
+        return pixels
+
+    decode = decode or plainly
+    pixels = decode(latents.to(vae.dtype))
+    if vae.dtype == torch.float16 and not pixels.isfinite().all():
+        vae.float()
+        pixels = decode(latents.float())
+    return pixels.float()
 
 
 # ---- sampling

@@ -342,7 +342,7 @@ def sample(
         generator=torch.Generator("cpu").manual_seed(prompt.seed),
         output_type="latent",
     ).images
-    return common.to_image(pipe, vae.decode(latents_BCHW.float()).sample)
+    return common.to_image(pipe, common.decoded(vae, latents_BCHW.float()))
 
 
 # ---- key names of LoRA files. Original: the modules of black-forest-labs/flux2, which kohya's and ComfyUI's keys name.

@@ -45,18 +45,18 @@ def decode_latents(vae: AutoencoderKLQwenImage, latents_BCHW: torch.Tensor) -> t
     """Pixels (B, 3, 8H, 8W) in [-1, 1]; reverses `encode_images`."""
     usual_mean_C11, usual_std_C11 = _usual(vae)
     latents_BCFHW = (latents_BCHW.float() * usual_std_C11 + usual_mean_C11).unsqueeze(2)
-    pixels_BCFHW: torch.Tensor
-    if vae.use_tiling:
-        pixels_BCFHW = vae.decode(latents_BCFHW).sample
-    else:
-        pixels_BCFHW = vae.decoder(vae.post_quant_conv(latents_BCFHW)).clamp(-1, 1)
-    return pixels_BCFHW.squeeze(2)
+
+    def at_once(latents_BCFHW: torch.Tensor) -> torch.Tensor:
+        pixels_BCFHW: torch.Tensor = vae.decoder(vae.post_quant_conv(latents_BCFHW)).clamp(-1, 1)
+        return pixels_BCFHW
+
+    return common.decoded(vae, latents_BCFHW, None if vae.use_tiling else at_once).squeeze(2)
 
 
 def _usual(vae: AutoencoderKLQwenImage) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and deviation of each channel over the images that the VAE was made for, (C, 1, 1)."""
     import torch
 
-    numbers = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=vae.device, dtype=vae.dtype)
+    numbers = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=vae.device)
     mean_C11, std_C11 = numbers[..., None, None]
     return mean_C11, std_C11

@@ -42,7 +42,7 @@ from trainer.data.encode import open_cache
 from trainer.data.identity import fingerprint
 from trainer.data.records import Scan
 from trainer.engine.attention import flash_attention_4
-from trainer.engine.device import limit_memory, release
+from trainer.engine.device import release, set_up
 from trainer.job import several_nodes
 from trainer.job.build import adapter_summary, build_training_state, check_targets, make_session
 from trainer.job.class_images import draw_class_images
@@ -168,7 +168,7 @@ def _prepare(plan: Plan, stop: StopFlag, *, status: Status, watchdog: Watchdog) 
     def check_in() -> None:
         _check_in(watchdog, stop)
 
-    limit_memory(plan.engine.device, plan.engine.memory_limit_gib)
+    set_up(plan.engine)
     model_folder = str(convert_single_files(plan.model, Path(plan.output.cache)))
     plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, path=model_folder))
     check_targets(plan)
@@ -186,7 +186,7 @@ def _prepare(plan: Plan, stop: StopFlag, *, status: Status, watchdog: Watchdog) 
 def _received(handed: HandedOver) -> PreparedData:
     """What the first process has prepared, in this one."""
     plan = handed.plan
-    limit_memory(plan.engine.device, plan.engine.memory_limit_gib)
+    set_up(plan.engine)
     scanned = Scan(handed.images, (), ())
     sampler = make_sampler(plan, scanned)
     cache = open_cache(

@@ -256,6 +256,7 @@ class EnginePlan:
     replay: bool = neutral(False)  # steps are captured as CUDA graphs, where no weights are streamed
     # An attention backend of diffusers, or flash_4 (trainer.engine.attention.flash_attention_4).
     attention: str = neutral("native")
+    deterministic: bool = neutral(False)  # only kernels that give the same bits each time
     memory_limit_gib: float | None = neutral(None)
     step_timeout_s: float | None = neutral(None)  # None: by the usual time of a step; 0: no limit
 

@@ -74,6 +74,12 @@ class EngineSettings:
         meaning="implementation of attention, by diffusers' names; flash_4: FlashAttention 4 (docs/docker.md)",
         choices=lambda: ("auto", *ATTENTION),
     )
+    deterministic: bool = row(
+        "PARAMS_DETERMINISTIC",
+        "switch",
+        default="false",
+        meaning="only kernels that give the same bits each time: a resumed run ends with the same bytes on a GPU too",
+    )
     memory_limit_gib: float | None = row(
         "MEMORY_LIMIT_GIB", "number", meaning="GiB of a device that may be used", above=0, high=100_000, if_unset="all"
     )

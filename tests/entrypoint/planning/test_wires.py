@@ -112,6 +112,7 @@ PLANNED = {
     "PARAMS_OFFLOAD": (GPU, "weights", field("engine.offload"), "weights"),
     "PARAMS_COMPILE": (GPU, "false", field("engine.compile"), False),
     "PARAMS_ATTENTION": (HUB, "_native_math", field("engine.attention"), "_native_math"),
+    "PARAMS_DETERMINISTIC": (HUB, "true", field("engine.deterministic"), True),
     "MEMORY_LIMIT_GIB": (GPU, "20", field("engine.memory_limit_gib"), 20.0),
     "PARAMS_STEP_TIMEOUT": (HUB, "0", field("engine.step_timeout_s"), 0.0),
     "OUTPUT_PATH": (HUB, "/somewhere/out", field("output.path"), "/somewhere/out"),

@@ -23,7 +23,7 @@ NEUTRAL = {
     "train": {"max_skipped_steps"},
     "engine": {
         "recompute", "kept_blocks", "offload", "turned_weights", "stream_encoders", "host_gib", "tile_vae", "compile",
-        "replay", "attention", "memory_limit_gib", "step_timeout_s",
+        "replay", "attention", "deterministic", "memory_limit_gib", "step_timeout_s",
     },
     "": {"output", "prompts", "reasons", "automatic", "warnings", "given", "printed", "quote", "details"},
 }  # fmt: skip

@@ -13,7 +13,9 @@ import importlib.util
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 from torch import Tensor
+from torch._library.triton import set_wrap_triton_enabled
 
 from trainer.engine.kernels import reference, rope_reference
 
@@ -29,11 +31,21 @@ def _on_cpu(arguments: tuple[object, ...]) -> bool:
 
 
 def _by_device(kernel: Callable[..., Result], plain: Callable[..., Result]) -> Callable[..., Result]:
-    """`kernel` on an accelerator, `plain` on a CPU."""
+    """`kernel` on an accelerator, `plain` on a CPU.
+
+    Only the compiler needs to see an operator. Elsewhere its own function is called, without torch's dispatcher, on
+    which the host spends several times as long as on the launch itself.
+    """
+    launch: Callable[..., Result] = getattr(kernel, "_init_fn", kernel)
 
     @functools.wraps(plain)
     def chosen(*args: object) -> Result:
-        return plain(*args) if _on_cpu(args) else kernel(*args)
+        if _on_cpu(args):
+            return plain(*args)
+        if torch.compiler.is_compiling():
+            return kernel(*args)
+        with set_wrap_triton_enabled(enabled=False):
+            return launch(*args)
 
     return chosen
 
