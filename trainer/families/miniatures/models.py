@@ -69,6 +69,16 @@ def clip(tokenizer: CLIPTokenizer, *, width: int, layers: int, projected: bool) 
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
 
 
+def deep_qwen3(tokenizer: Qwen2Tokenizer, *, layers: int) -> Qwen3Model:
+    """Qwen3 as deep as FLUX.2 reads it. It is not trained, as it would cost three times as much as the denoiser.
+
+    With large embeddings, each state is mostly the token's own and a little of what stands before it.
+    """
+    model = qwen3(tokenizer, width=DEEP_QWEN_WIDTH, layers=layers)
+    nn.init.normal_(model.embed_tokens.weight)
+    return model.requires_grad_(False)
+
+
 def t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
     """T5 v1.1's encoder (gated GELU), two layers."""
     return T5EncoderModel(

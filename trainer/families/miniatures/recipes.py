@@ -220,7 +220,7 @@ def z_image(tokenizers: Tokenizers) -> Recipe:
 def flux2(tokenizers: Tokenizers) -> Recipe:
     """FLUX.2 klein: three hidden states of Qwen3 side by side, flow matching without embedded guidance."""
     (words,) = tokenizers
-    qwen = models.qwen3(words, width=models.DEEP_QWEN_WIDTH, layers=flux2_family.TEXT_STATES[-1] + 1)
+    qwen = models.deep_qwen3(words, layers=flux2_family.TEXT_STATES[-1] + 1)
     net = models.flux2_transformer()
 
     def loss(latents_BCHW: torch.Tensor, ids: Ids) -> torch.Tensor:
