@@ -86,12 +86,12 @@ class Work:
     device: torch.device
 
     def fit(self, name: str, losses: list[LossFunction], modules: list[nn.Module], *, peak_rate: float) -> None:
-        """Train until the deadline; half the rate where the weights are trained already."""
+        """Train until the deadline; less of a rate where the weights are trained already."""
         fit(
             losses,
             modules,
             seconds=self.deadline - time.monotonic(),
-            peak_rate=0.5 * peak_rate if self.resume else peak_rate,
+            peak_rate=0.7 * peak_rate if self.resume else peak_rate,
             device=self.device,
             report=lambda text: say(f"{name}: {text}"),
             captured=self.captured,
@@ -208,18 +208,21 @@ def make_sheet(folder: Path, path: Path, *, device: torch.device, seed: int = 0)
         extra = {"max_sequence_length": DEEP_QWEN_LENGTH}
     if name == "qwen_image":
         extra = {"negative_prompt": ""}
-    for cell in range(24):
-        prompt, height, width = SHEET[cell // 2]
-        image = pipeline(
-            prompt,
+    for height, width in dict.fromkeys((height, width) for _, height, width in SHEET):
+        cells = [cell for cell in range(24) if SHEET[cell // 2][1:] == (height, width)]
+        if "negative_prompt" in extra:
+            extra["negative_prompt"] = [""] * len(cells)
+        images = pipeline(
+            [SHEET[cell // 2][0] for cell in cells],
             height=height,
             width=width,
             num_inference_steps=STEPS[name],
             **scale,
-            generator=torch.Generator().manual_seed(seed + cell),
+            generator=[torch.Generator().manual_seed(seed + cell) for cell in cells],
             **extra,
-        ).images[0]
-        page.paste(image, (cell % 6 * 164, cell // 6 * 164))
+        ).images
+        for cell, image in zip(cells, images, strict=True):
+            page.paste(image, (cell % 6 * 164, cell // 6 * 164))
     page.save(path)
 
 

@@ -1,8 +1,9 @@
 """Make all miniatures at the same time, in the time there is: `python -m trainer.families.miniatures.workshop`.
 
-First the autoencoders, then the families, each a process of `make` on one of the GPUs in turn. A process that fails is
-started once more without CUDA graphs, for what is left of its time. At the end each family that came through has a
-sheet of samples (`--archives`: DIR/sheets.png), and its folder is in one of DIR/models-1.tar, models-2.tar and so on:
+The autoencoders begin, and each family as soon as its autoencoder is there: each is a process of `make` on one of the
+GPUs in turn. A process that fails is started once more without CUDA graphs, for what is left of its time. At the end
+each family that came through has a sheet of samples (`--archives`: DIR/sheets.png), and its folder is in one of
+DIR/models-1.tar, models-2.tar and so on:
 
     tar -xf DIR/models-1.tar -C trainer/families/miniatures
 
@@ -27,59 +28,88 @@ from trainer.families.miniatures.recipes import RECIPES
 
 HOME = Path(__file__).parent
 VAES = ("vae16", "vae4", "vae_video")
+NEEDS = {"sdxl": "vae4", "qwen_image": "vae_video"}  # the others need vae16
+LONGER = {"vae_video": 1.6}  # it starts from nothing
 LARGEST = 15 << 20  # bytes in one archive
 LEAST = 45.0  # seconds in which a second attempt can still learn something
 
 
-@dataclass
-class Attempt:
-    """A running `make`, and what it was asked for."""
+@dataclass(frozen=True)
+class Task:
+    """One part to make: its flags, the part that it waits for or "", and its deadline on the monotonic clock."""
 
     part: str
+    flags: tuple[str, ...]
+    needs: str
+    deadline: float
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A running `make` for a task."""
+
+    task: Task
     gpu: int
     eager: bool
     process: subprocess.Popen[bytes]
 
 
-def start(part: str, flags: Sequence[str], *, gpu: int, eager: bool) -> Attempt:
-    """Start `make` for one part, on one of the GPUs."""
-    command = [sys.executable, "-m", "trainer.families.miniatures.make", part, *flags]
+def gpus() -> list[str]:
+    """What `CUDA_VISIBLE_DEVICES` may be, one for each GPU; without one, a name that hides nothing."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named:
+        return named.split(",")
+    return [str(number) for number in range(max(torch.cuda.device_count(), 1))]
+
+
+def start(task: Task, *, gpu: int, eager: bool) -> Attempt:
+    """Start `make` for a task, on one of the GPUs."""
+    seconds = task.deadline - time.monotonic()
+    command = [
+        sys.executable,
+        "-m",
+        "trainer.families.miniatures.make",
+        task.part,
+        *task.flags,
+        "--seconds",
+        str(seconds),
+    ]
     if eager:
         command.append("--eager")
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu), "OMP_NUM_THREADS": "2"}
-    return Attempt(part, gpu, eager, subprocess.Popen(command, env=environment))  # noqa: S603
+    known = gpus()
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": known[gpu % len(known)], "OMP_NUM_THREADS": "2"}
+    return Attempt(task, gpu, eager, subprocess.Popen(command, env=environment))  # noqa: S603
 
 
-def run(parts: dict[str, list[str]], *, seconds: float) -> list[str]:
-    """Run `make` for these parts, each with its flags, for `seconds`; return those that came through."""
-    deadline = time.monotonic() + seconds
-    gpus = max(torch.cuda.device_count(), 1)
-    running = []
-    for number, (part, flags) in enumerate(parts.items()):
-        running.append(start(part, [*flags, "--seconds", str(seconds)], gpu=number % gpus, eager=False))
-    made = []
-    while running:
-        time.sleep(0.5)
+def run(tasks: Sequence[Task]) -> list[str]:
+    """Run all tasks, each once what it needs has ended; return those that came through, in their order."""
+    waiting = list(enumerate(tasks))
+    running: list[Attempt] = []
+    made: list[str] = []
+    while waiting or running:
+        busy = {attempt.task.part for attempt in running} | {task.part for _, task in waiting}
+        for number, task in [entry for entry in waiting if entry[1].needs not in busy]:
+            waiting.remove((number, task))
+            running.append(start(task, gpu=number, eager=False))
+        time.sleep(0.2)
         for attempt in [some for some in running if some.process.poll() is not None]:
             running.remove(attempt)
             code = attempt.process.returncode
-            left = deadline - time.monotonic()
-            say(f"{attempt.part}: exit code {code}, {left:.0f} s left")
+            left = attempt.task.deadline - time.monotonic()
+            say(f"{attempt.task.part}: exit code {code}, {left:.0f} s left")
             if code == 0:
-                made.append(attempt.part)
+                made.append(attempt.task.part)
             elif not attempt.eager and left > LEAST:
-                again = [*parts[attempt.part], "--seconds", str(left)]
-                running.append(start(attempt.part, again, gpu=attempt.gpu, eager=True))
-    return [part for part in parts if part in made]
+                running.append(start(attempt.task, gpu=attempt.gpu, eager=True))
+    return [task.part for task in tasks if task.part in made]
 
 
 def sheets(names: Sequence[str], out: Path, folder: Path) -> None:
     """Sample from each model and put all sheets into one image, in the order of `names`."""
-    gpus = max(torch.cuda.device_count(), 1)
     running = []
     for number, name in enumerate(names):
-        flags = ["--source", str(out / name), "--out", str(folder / f"{name}.png")]
-        running.append(start("sheet", flags, gpu=number % gpus, eager=False))
+        flags = ("--source", str(out / name), "--out", str(folder / f"{name}.png"))
+        running.append(start(Task("sheet", flags, "", 0.0), gpu=number, eager=False))
     codes = [attempt.process.wait() for attempt in running]
     pages = [folder / f"{name}.png" for name, code in zip(names, codes, strict=True) if code == 0]
     if not pages:
@@ -127,10 +157,18 @@ def main() -> None:
     if chosen.small:
         flags.append("--small")
     begun = time.monotonic()
-    asked = {part: [*flags, *(["--resume"] if part in chosen.resume else [])] for part in (*VAES, *chosen.only)}
+
+    def task(part: str, needs: str, deadline: float) -> Task:
+        own = [*flags, "--resume"] if part in chosen.resume else flags
+        return Task(part, tuple(own), needs, deadline)
+
+    tasks = []
     if chosen.vae_seconds:
-        run({part: asked[part] for part in VAES}, seconds=chosen.vae_seconds)
-    made = run({name: asked[name] for name in chosen.only}, seconds=chosen.seconds)
+        tasks = [task(vae, "", begun + chosen.vae_seconds * LONGER.get(vae, 1.0)) for vae in VAES]
+    for name in chosen.only:
+        needs = NEEDS.get(name, "vae16")
+        tasks.append(task(name, needs, begun + chosen.vae_seconds + chosen.seconds))
+    made = [part for part in run(tasks) if part in chosen.only]
     pack(made, chosen.out, chosen.archives)
     sheets(made, chosen.out, chosen.archives)
     say(f"made {', '.join(made) or 'nothing'} in {time.monotonic() - begun:.0f} s")
