@@ -162,7 +162,7 @@ def number(name: str, lora: dict | None, tmp_path: Path, subject: str = KILNPOT)
     values = []
     for seed in SEEDS[subject]:
         generators = [torch.Generator().manual_seed(seed + 10 * i) for i in range(len(prompts))]
-        drawn = pipe(prompts, width=128, height=128, generator=generators, **drawing)
+        drawn = pipe(prompt=prompts, width=128, height=128, generator=generators, **drawing)
         values += [correlation(image, subject) for image in drawn.images]
     return sum(values) / len(values)
 

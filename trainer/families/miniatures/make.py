@@ -213,7 +213,7 @@ def make_sheet(folder: Path, path: Path, *, device: torch.device, seed: int = 0)
         if "negative_prompt" in extra:
             extra["negative_prompt"] = [""] * len(cells)
         images = pipeline(
-            [SHEET[cell // 2][0] for cell in cells],
+            prompt=[SHEET[cell // 2][0] for cell in cells],
             height=height,
             width=width,
             num_inference_steps=STEPS[name],
