@@ -119,9 +119,7 @@ def flux2_vae(vae: AutoencoderKL) -> AutoencoderKLFlux2:
     return own
 
 
-def qwen3(
-    tokenizer: Qwen2Tokenizer, *, width: int = QWEN_WIDTH, layers: int = 3, spread: float = 0.02
-) -> Qwen3Model:
+def qwen3(tokenizer: Qwen2Tokenizer, *, width: int = QWEN_WIDTH, layers: int = 3, spread: float = 0.02) -> Qwen3Model:
     """Qwen3 with grouped queries. The last layer's output is not used. `spread`: the new weights' deviation."""
     return Qwen3Model(
         Qwen3Config(
