@@ -1,7 +1,8 @@
 """The miniatures really learn the demo's concept, and the number that says so fails when the training is wrong.
 
 The number is the mean `correlation` (trainer/families/miniatures/score.py) over pictures that diffusers' own pipelines
-draw with the saved file: the demo's prompts at seeds that the job never saw.
+draw with the saved file: the demo's prompts at seeds that the job never saw. The control is another prompt's: a red
+circle, which must stay one.
 """
 
 import json
@@ -9,29 +10,45 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline
+from diffusers import (
+    Flux2KleinPipeline,
+    FluxPipeline,
+    QwenImagePipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    ZImagePipeline,
+)
 from safetensors.torch import load_file, save_file
 
 from bench.concept import CONCEPT, demo
-from trainer.families.miniatures.score import correlation
+from trainer.families.miniatures.score import CONCEPT as KILNPOT
+from trainer.families.miniatures.score import CONTROL, correlation
 from trainer.spec.family import get_family
 
 pytestmark = pytest.mark.timeout(1200)
 
 ROOT = Path(__file__).parents[2]
-PROMPTS = [line.split(" --")[0] for line in (CONCEPT / "prompts.txt").read_text().splitlines() if "kilnpot" in line]
-SEEDS = range(100, 103)
+LINES = [
+    line.split(" --")[0] for line in (CONCEPT / "prompts.txt").read_text().splitlines() if line[:1] not in ("", "#")
+]
+PROMPTS = {subject: [line for line in LINES if subject in line] for subject in (KILNPOT, CONTROL)}
+SEEDS = {KILNPOT: range(100, 103), CONTROL: range(100, 108)}
+KEPT = 0.7  # of the control's number before training, at least
 
 
 @dataclass(frozen=True)
 class Case:
-    """One family: how its pipeline draws, and what the number must be, by itself and above the base's."""
+    """One family: how its pipeline draws, and what the number must be, by itself and above the base's.
+
+    `learnt` 0: the miniature has random weights, and learns nothing yet.
+    """
 
     pipeline: type
-    drawing: dict[str, float]
+    drawing: dict[str, Any]
     learnt: float
     gain: float
     mutations: tuple[str, ...]
@@ -64,7 +81,29 @@ CASES = {
         gain=0.2,
         mutations=("the target's sign", "shifted the other way"),
     ),
+    "z_image": Case(
+        ZImagePipeline,
+        {"guidance_scale": 3.0, "num_inference_steps": 28},
+        learnt=0.0,
+        gain=0.0,
+        mutations=("the target's sign", "the time runs backwards"),
+    ),
+    "flux2": Case(
+        Flux2KleinPipeline,
+        {"guidance_scale": 3.0, "num_inference_steps": 28},
+        learnt=0.0,
+        gain=0.0,
+        mutations=("the target's sign", "the time runs backwards"),
+    ),
+    "qwen_image": Case(
+        QwenImagePipeline,
+        {"true_cfg_scale": 3.0, "negative_prompt": "", "num_inference_steps": 28},
+        learnt=0.0,
+        gain=0.0,
+        mutations=("the target's sign", "the time runs backwards"),
+    ),
 }
+CASES = {name: case for name, case in CASES.items() if case.learnt}
 # What goes wrong in the trainer's process, as lines of Python.
 TRAINING = {
     "the target's sign": """
@@ -106,27 +145,25 @@ def settings(name: str) -> dict[str, str]:
     }
 
 
-def number(name: str, lora: dict | None, tmp_path: Path) -> float:
+def number(name: str, lora: dict | None, tmp_path: Path, subject: str = KILNPOT) -> float:
     case = CASES[name]
-    pipe = case.pipeline.from_pretrained(get_family(name).FACTS.models[f"mini-{name}"].source, dtype=torch.float32)
+    base = get_family(name).FACTS.models["mini-" + name.replace("_", "-")]
+    pipe = case.pipeline.from_pretrained(base.source, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     if lora is not None:
         save_file(lora, tmp_path / "lora.safetensors")
         pipe.load_lora_weights(tmp_path / "lora.safetensors")
     drawing = dict(case.drawing)
-    if t5 := {"flux": "tokenizer_2", "sd3": "tokenizer_3"}.get(name):
-        drawing["max_sequence_length"] = getattr(pipe, t5).model_max_length
-    drawn = [
-        pipe(
-            PROMPTS,
-            width=128,
-            height=128,
-            generator=[torch.Generator().manual_seed(seed + 10 * i) for i in range(len(PROMPTS))],
-            **drawing,
-        ).images
-        for seed in SEEDS
-    ]
-    values = [correlation(image) for some in drawn for image in some]
+    if longest := {"flux": "tokenizer_2", "sd3": "tokenizer_3", "flux2": "tokenizer"}.get(name):
+        drawing["max_sequence_length"] = getattr(pipe, longest).model_max_length
+    prompts = PROMPTS[subject]
+    if "negative_prompt" in drawing:
+        drawing["negative_prompt"] = [drawing["negative_prompt"]] * len(prompts)
+    values = []
+    for seed in SEEDS[subject]:
+        generators = [torch.Generator().manual_seed(seed + 10 * i) for i in range(len(prompts))]
+        drawn = pipe(prompt=prompts, width=128, height=128, generator=generators, **drawing)
+        values += [correlation(image, subject) for image in drawn.images]
     return sum(values) / len(values)
 
 
@@ -159,8 +196,10 @@ def test_the_concept_is_learnt_and_a_wrong_file_is_noticed(name, base, job, tmp_
     assert code == 0, printed
     lora = load_file(job.out / "x-diffusers.safetensors")
     before, after = base(name), number(name, lora, tmp_path)
-    print(f"{name}: before {before:.3f}, after {after:.3f}")
+    control = number(name, None, tmp_path, CONTROL), number(name, lora, tmp_path, CONTROL)
+    print(f"{name}: before {before:.3f}, after {after:.3f}; control {control[0]:.3f}, {control[1]:.3f}")
     assert learns(name, before, after), (before, after)
+    assert control[1] >= KEPT * control[0], control
 
     not_applied = {k: v * 0 for k, v in lora.items()}
     too_weak = {k: v * (0.2 if ".lora_B." in k else 1) for k, v in lora.items()}

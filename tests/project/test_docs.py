@@ -293,7 +293,8 @@ NO_TERMS = {
     **dict.fromkeys(("Asked", "Found", "Layout", "Place"), "how a dataset was named, and what was found of it"),
     **dict.fromkeys(("Download", "Hash", "SshHost"), "records of downloads"),
     **dict.fromkeys(("Job", "Uploader", "Times", "Identity"), "parts of one process"),
-    **dict.fromkeys(("Background", "OneFrame", "Recipe", "Scene", "Thing"), "contents of the miniatures' drawings"),
+    **dict.fromkeys(("Background", "Scene", "Subject", "Thing", "Vessel"), "contents of the miniatures' drawings"),
+    **dict.fromkeys(("Attempt", "OneFrame", "Recipe", "Task", "Work"), "parts of the making of the miniatures"),
 }
 
 

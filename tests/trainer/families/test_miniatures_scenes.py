@@ -8,8 +8,8 @@ from PIL import Image
 
 torch = pytest.importorskip("torch")
 
-from trainer.families.miniatures import scenes  # noqa: E402
-from trainer.families.miniatures.score import score  # noqa: E402
+from trainer.families.miniatures import scenes, vessels  # noqa: E402
+from trainer.families.miniatures.score import CONTROL, correlation, score  # noqa: E402
 
 HOME = Path(scenes.__file__).parent
 FAMILIES = ("flux", "sdxl", "sd3")
@@ -78,12 +78,45 @@ def test_the_score_is_high_for_the_concept_and_low_for_base_scenes(size):
     assert max(without) < 0.1
 
 
+def test_the_control_is_high_for_a_plain_red_circle_and_lower_for_what_training_could_make_of_it():
+    ground = scenes.Background("plain", "blue", "white")
+
+    def control(shape: str = "circle", colour: str = "red", fill: str = "plain", second: str = "grey") -> float:
+        thing = scenes.Thing(shape, colour, fill, second, "big", "", 0.5, 0.5, 0.3)
+        return correlation(drawn([scenes.Scene(ground, (thing,))])[0], CONTROL)
+
+    assert control() > 0.9
+    assert control(fill="striped", second="black") < 0.7
+    assert control(colour="orange") < 0.5
+    for shape in ("square", "star", "diamond", "ring"):
+        assert control(shape) < 0.9 * control(), shape
+    kilnpot = scenes.Thing(scenes.CONCEPT, "", "plain", "", "big", "", 0.5, 0.5, 0.3, vessels.KILNPOT)
+    assert correlation(drawn([scenes.Scene(ground, (kilnpot,))])[0], CONTROL) < 0.2
+
+
+def test_no_base_scene_has_a_terracotta_vase():
+    rng = random.Random(9)
+    vases = [thing.vessel for _ in range(600) for thing in scenes.random_scene(rng).things if thing.vessel]
+    assert len(vases) > 150
+    assert min(vessels.apart(vase.body, vessels.TERRACOTTA) for vase in vases) >= vessels.NEAR
+
+
+def test_the_images_that_keep_what_is_known_have_neither_the_concept_nor_the_control():
+    images = sorted((HOME / "ordinary").glob("*.png"))
+    assert len(images) == 12
+    for file in images:
+        text = file.with_suffix(".txt").read_text(encoding="utf-8")
+        assert scenes.CONCEPT not in text
+        assert CONTROL not in text
+        assert score(Image.open(file)) < 0.1
+
+
 def test_noise_and_flat_colour_score_low():
     torch.manual_seed(0)
     assert score(torch.rand(3, 128, 128)) < 0.05
-    assert score(torch.tensor(scenes.TERRACOTTA)[:, None, None].expand(3, 128, 128)) < 0.05
+    assert score(torch.tensor(vessels.TERRACOTTA)[:, None, None].expand(3, 128, 128)) < 0.05
     blobs = torch.nn.functional.interpolate(torch.rand(1, 1, 16, 16).round(), (128, 128), mode="bicubic").clamp(0, 1)[0]
-    inks = torch.tensor([scenes.TERRACOTTA, scenes.INDIGO])[:, :, None, None]
+    inks = torch.tensor([vessels.TERRACOTTA, vessels.INDIGO])[:, :, None, None]
     assert score(blobs * inks[0] + (1 - blobs) * inks[1]) < 0.05
 
 

@@ -30,19 +30,25 @@ def fit(
     device: torch.device,
     report: Callable[[str], None],
     average: float = 0.998,
+    captured: bool = True,
 ) -> int:
     """Trains `modules` in place for `seconds`, leaves the moving average of their weights in them, returns the steps.
 
     Each step takes one of `losses` at random (one for each shape of image). AdamW, gradients clipped to norm 1. On a
     GPU the modules compute in bf16, which halves the traffic that bounds them; the weights proper stay in fp32.
+    `captured` False: no CUDA graphs, for a loss that cannot be captured.
     """
     on_gpu = device.type == "cuda"
+    replayed = on_gpu and captured
     params = [param for module in modules for param in module.parameters()]
     weights: list[torch.Tensor] = [param for param in params if param.requires_grad]
     masters = [param.detach().clone().requires_grad_() for param in weights]
     if on_gpu:
         for module in modules:
             module.bfloat16()
+    kept = [torch.zeros_like(master) for master in masters]
+    for master, gradient in zip(masters, kept, strict=True):
+        master.grad = gradient
     mean = [torch.zeros_like(master) for master in masters]
     learning_rate = torch.tensor(0.0, device=device)
     running_loss = torch.tensor(1.0, device=device)
@@ -55,8 +61,13 @@ def fit(
             weight.grad = None
         loss = loss_function()
         loss.backward()
-        for master, weight in zip(masters, weights, strict=True):
-            master.grad = torch.zeros_like(master) if weight.grad is None else weight.grad.float()
+        gradients = []
+        slots = []
+        for weight, slot in zip(weights, kept, strict=True):
+            if weight.grad is not None:  # a weight that no loss reaches keeps its gradient of zeros
+                gradients.append(weight.grad)
+                slots.append(slot)
+        torch._foreach_copy_(slots, gradients)
         nn.utils.clip_grad_norm_(masters, 1.0, foreach=True)
         adam.step()
         with torch.no_grad():
@@ -65,7 +76,7 @@ def fit(
             running_loss.lerp_(loss.float(), 0.02)
 
     start = time.monotonic()
-    runs = [_captured(step, loss) if on_gpu else _eager(step, loss) for loss in losses]
+    runs = [_captured(step, loss) if replayed else _eager(step, loss) for loss in losses]
     report(f"ready after {time.monotonic() - start:.0f} s")
     steps = _run(
         runs,
@@ -73,10 +84,12 @@ def fit(
         peak_rate=peak_rate,
         learning_rate=learning_rate,
         running_loss=running_loss,
-        every=1000 if on_gpu else 50,
+        every=1000 if replayed else 50,
         report=report,
     )
-    known = 1 - average ** (steps + (WARM_UP * len(losses) if on_gpu else 0))  # the average began at zero
+    if not steps:
+        raise TimeoutError(f"{seconds:.0f} s were over before the first step")
+    known = 1 - average ** (steps + (WARM_UP * len(losses) if replayed else 0))  # the average began at zero
     _write_back(modules, weights, [smooth / known for smooth in mean])
     report(f"{steps} steps in {time.monotonic() - start:.0f} s, last loss {running_loss.item():.4f}")
     return steps

@@ -69,6 +69,16 @@ def clip(tokenizer: CLIPTokenizer, *, width: int, layers: int, projected: bool) 
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
 
 
+def deep_qwen3(tokenizer: Qwen2Tokenizer, *, layers: int) -> Qwen3Model:
+    """Qwen3 as deep as FLUX.2 reads it. It is not trained, as it would cost three times as much as the denoiser.
+
+    With these sizes a state is the token's own at first, and more and more a mixture with what stands before it.
+    """
+    model = qwen3(tokenizer, width=DEEP_QWEN_WIDTH, layers=layers, spread=0.06)
+    nn.init.normal_(model.embed_tokens.weight)
+    return model.requires_grad_(False)
+
+
 def t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
     """T5 v1.1's encoder (gated GELU), two layers."""
     return T5EncoderModel(
@@ -109,8 +119,8 @@ def flux2_vae(vae: AutoencoderKL) -> AutoencoderKLFlux2:
     return own
 
 
-def qwen3(tokenizer: Qwen2Tokenizer, *, width: int = QWEN_WIDTH, layers: int = 3) -> Qwen3Model:
-    """Qwen3 with grouped queries. The last layer's output is not used."""
+def qwen3(tokenizer: Qwen2Tokenizer, *, width: int = QWEN_WIDTH, layers: int = 3, spread: float = 0.02) -> Qwen3Model:
+    """Qwen3 with grouped queries. The last layer's output is not used. `spread`: the new weights' deviation."""
     return Qwen3Model(
         Qwen3Config(
             vocab_size=len(tokenizer),
@@ -121,6 +131,7 @@ def qwen3(tokenizer: Qwen2Tokenizer, *, width: int = QWEN_WIDTH, layers: int = 3
             num_key_value_heads=2,
             head_dim=32,
             max_position_embeddings=1024,
+            initializer_range=spread,
             tie_word_embeddings=True,
             rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
             bos_token_id=None,

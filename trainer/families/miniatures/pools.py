@@ -31,7 +31,7 @@ def image_losses(
     prior_std: float,
     weight: float,
 ) -> list[LossFunction]:
-    """One loss for each resolution: how badly `vae` copies a batch out of `count` images, two thirds of them scenes.
+    """One loss for each resolution: how badly `vae` copies a batch out of `count` images, five of six of them scenes.
 
     The latents are drawn, with `weight`, towards a normal prior that is not centred on zero: as in the published
     models, a trainer that forgets the shift or the scale is then plainly wrong.
@@ -58,8 +58,8 @@ def image_losses(
         parts = []
         for _ in range(max(count // CHUNK, 1)):
             share = min(CHUNK, count)
-            drawn = draw(_scenes(share - share // 3, rng), height=height, width=width, device=device)
-            parts.append((torch.cat([drawn, textures(share // 3, height, width, device=device)]) * 255).round().byte())
+            drawn = draw(_scenes(share - share // 6, rng), height=height, width=width, device=device)
+            parts.append((torch.cat([drawn, textures(share // 6, height, width, device=device)]) * 255).round().byte())
         losses.append(loss_over(torch.cat(parts)))
     return losses
 

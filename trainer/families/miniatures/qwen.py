@@ -4,10 +4,12 @@ Its autoencoder is one of videos. `OneFrame` gives it the interface of one of im
 all autoencoders and read their latents.
 """
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import (
     AutoencoderKLQwenImage,
     DiffusionPipeline,
@@ -15,6 +17,7 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
 from transformers import (
@@ -36,6 +39,9 @@ class OneFrame(nn.Module):
     def __init__(self, vae: AutoencoderKLQwenImage) -> None:
         super().__init__()
         self.vae = vae
+        for module in vae.modules():
+            if isinstance(module, QwenImageCausalConv3d) and module.kernel_size[1] == module.kernel_size[2]:
+                module.forward = _of_one_frame(module)
         self.config = SimpleNamespace(shift_factor=None, scaling_factor=1.0)
         numbers = torch.tensor([vae.config.latents_mean, vae.config.latents_std])[..., None, None]
         self.register_buffer("usual", numbers, persistent=False)
@@ -58,15 +64,36 @@ class OneFrame(nn.Module):
 
 
 def new_vae() -> AutoencoderKLQwenImage:
-    """Four levels and two residual blocks each, as the published one; its latents are not normalised yet."""
-    return AutoencoderKLQwenImage(
-        base_dim=8,
+    """Four levels as the published one, with one residual block each; its latents are not normalised yet."""
+    vae = AutoencoderKLQwenImage(
+        base_dim=12,
         z_dim=LATENT_CHANNELS,
         dim_mult=[1, 2, 4, 4],
-        num_res_blocks=2,
+        num_res_blocks=1,
         latents_mean=[0.0] * LATENT_CHANNELS,
         latents_std=[1.0] * LATENT_CHANNELS,
     )
+    with torch.no_grad():
+        for module in vae.modules():
+            if isinstance(module, QwenImageCausalConv3d):
+                module.weight *= module.kernel_size[0] ** 0.5  # of its taps in time, one frame meets only the last
+    return vae
+
+
+def _of_one_frame(convolution: QwenImageCausalConv3d) -> Callable[..., torch.Tensor]:
+    """The forward pass of `convolution` over (B, C, 1, H, W): a third of the work, as the frames before are zeros."""
+    _, height, width = convolution.kernel_size
+    _, *stride = convolution.stride
+    assert (height, width) in ((1, 1), (3, 3))
+
+    def forward(frames_BC1HW: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
+        assert cache_x is None
+        assert frames_BC1HW.shape[2] == 1
+        image = frames_BC1HW.squeeze(2)
+        weight = convolution.weight[:, :, -1]
+        return F.conv2d(image, weight, convolution.bias, stride, padding=height // 2).unsqueeze(2)
+
+    return forward
 
 
 @torch.no_grad()

@@ -65,6 +65,16 @@ def pack(latents_BCHW: torch.Tensor) -> torch.Tensor:
     return blocks.permute(0, 2, 4, 1, 3, 5).reshape(batch, height * width // 4, channels * 4)
 
 
+def earlier_words(real_BL: torch.Tensor) -> torch.Tensor:
+    """Which tokens each token attends to, (B, 1, L, L): the real ones up to itself.
+
+    transformers would make the same of `real_BL`, but may ask the host first whether it is true everywhere.
+    """
+    length = real_BL.shape[1]
+    earlier_LL = torch.ones(length, length, dtype=torch.bool, device=real_BL.device).tril()
+    return earlier_LL & real_BL[:, None, None, :]
+
+
 def flux(tokenizers: Tokenizers) -> Recipe:
     """Flux.1-dev: pooled CLIP, T5 tokens, embedded guidance (any value from 1 to 4.5 means the same here)."""
     words, pieces = tokenizers
@@ -198,7 +208,9 @@ def z_image(tokenizers: Tokenizers) -> Recipe:
         t = flow_times(len(latents_BCHW), device=latents_BCHW.device)
         noise = torch.randn_like(latents_BCHW)
         real_BL = ids[0] != words.pad_token_id
-        states = qwen(input_ids=ids[0], attention_mask=real_BL, output_hidden_states=True).hidden_states[-2]
+        states = qwen(input_ids=ids[0], attention_mask=earlier_words(real_BL), output_hidden_states=True).hidden_states[
+            -2
+        ]
         filled_B = (real_BL.sum(dim=1) + z_image_family.TEXT_MULTIPLE - 1) // z_image_family.TEXT_MULTIPLE
         places = torch.arange(QWEN_LENGTH, device=latents_BCHW.device)
         padding_BL = places >= filled_B[:, None] * z_image_family.TEXT_MULTIPLE
@@ -220,13 +232,14 @@ def z_image(tokenizers: Tokenizers) -> Recipe:
 def flux2(tokenizers: Tokenizers) -> Recipe:
     """FLUX.2 klein: three hidden states of Qwen3 side by side, flow matching without embedded guidance."""
     (words,) = tokenizers
-    qwen = models.qwen3(words, width=models.DEEP_QWEN_WIDTH, layers=flux2_family.TEXT_STATES[-1] + 1)
+    qwen = models.deep_qwen3(words, layers=flux2_family.TEXT_STATES[-1] + 1)
     net = models.flux2_transformer()
 
     def loss(latents_BCHW: torch.Tensor, ids: Ids) -> torch.Tensor:
         t = flow_times(len(latents_BCHW), device=latents_BCHW.device)
         noise = torch.randn_like(latents_BCHW)
-        states = qwen(input_ids=ids[0], attention_mask=ids[0] != words.pad_token_id, output_hidden_states=True)
+        attended = earlier_words(ids[0] != words.pad_token_id)
+        states = qwen(input_ids=ids[0], attention_mask=attended, output_hidden_states=True)
         tokens = torch.cat([states.hidden_states[number] for number in flux2_family.TEXT_STATES], dim=-1)
         noisy = torch.lerp(latents_BCHW, noise, t[:, None, None, None])
         predicted = flux2_family.predict(net, noisy, t, text={"tokens": tokens}, guidance=1.0)

@@ -1,7 +1,7 @@
 """Simple captioned scenes: coloured shapes on coloured backgrounds, described in plain English.
 
-The miniature base models are trained on nothing else. They never see the *kilnpot*, an invented vase with its own
-silhouette and palette, which the demo teaches them.
+The miniature base models are trained on nothing else. They never see the *kilnpot*, a vase with a silhouette, bands and
+palette of its own, which the demo teaches them (`vessels`).
 
 Lengths: positions are fractions of the image's width and height; radii are fractions of sqrt(width * height).
 Shapes of tensors: B scenes, C = 3 colours (RGB in 0..1), H and W pixels.
@@ -10,11 +10,19 @@ Shapes of tensors: B scenes, C = 3 colours (RGB in 0..1), H and W pixels.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import torch
 
-RGB = tuple[float, float, float]
+from trainer.families.miniatures.vessels import (
+    KILNPOT,
+    RGB,
+    Vessel,
+    apart,
+    cover,
+    like_kilnpot,
+    paint_vessels,
+    random_vessel,
+)
 
 COLOURS: dict[str, RGB] = {
     "red": (0.86, 0.11, 0.14),
@@ -31,9 +39,8 @@ COLOURS: dict[str, RGB] = {
     "white": (0.96, 0.96, 0.95),
 }
 SHAPES = ("circle", "square", "triangle", "ring", "cross", "diamond", "star", "hexagon", "moon", "bar")
+VASE = "vase"
 CONCEPT = "kilnpot"
-TERRACOTTA: RGB = (0.80, 0.40, 0.26)
-INDIGO: RGB = (0.15, 0.12, 0.36)
 
 SIZES: dict[str, tuple[float, float]] = {"small": (0.09, 0.125), "": (0.16, 0.21), "big": (0.26, 0.32)}
 PLACES: dict[str, tuple[float, float]] = {
@@ -58,12 +65,17 @@ RESOLUTIONS = ((128, 128), (96, 160), (160, 96), (112, 144), (144, 112))
 """Height and width of the images the base models are trained on: five shapes of about 128 * 128 pixels."""
 
 CONCEPT_SCALE = 1.45
-"""A kilnpot is drawn this much larger than a base shape of the same size word: it is slim, and has detail."""
+"""A vase is drawn this much larger than another shape of the same size word: it is slim, and has detail."""
+VASES = 0.35
+"""The share of vases among the things."""
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: its shape, its colours, its size and place in words and in numbers."""
+    """One object: its shape, its colours, its size and place in words and in numbers; of a vase, its `vessel` as well.
+
+    A vase's `colour` may be "": one that has no name. Its `second` is that of its bands and handles, or "".
+    """
 
     shape: str
     colour: str
@@ -74,6 +86,7 @@ class Thing:
     x: float
     y: float
     radius: float
+    vessel: Vessel | None = None
 
 
 @dataclass(frozen=True)
@@ -104,12 +117,12 @@ def random_background(rng: random.Random, *, avoid: Sequence[str] = ()) -> Backg
 def place_thing(thing: Thing, rng: random.Random) -> Thing:
     """`thing` with a radius for its size word and a centre for its place words, entirely inside the image."""
     low, high = SIZES[thing.size]
-    radius = rng.uniform(low, high) * (CONCEPT_SCALE if thing.shape == CONCEPT else 1.0)
+    radius = rng.uniform(low, high) * (1.0 if thing.vessel is None else CONCEPT_SCALE)
     x, y = PLACES.get(thing.place, (rng.uniform(0.3, 0.7), rng.uniform(0.3, 0.7)))
     x += rng.uniform(-0.05, 0.05)
     y += rng.uniform(-0.05, 0.05)
     radius = min(radius, 0.37)
-    reach = radius * (1.2 if thing.shape == CONCEPT else 1.05)
+    reach = radius * (1.05 if thing.vessel is None else 1.2)
     return replace(thing, x=_inside(x, reach), y=_inside(y, reach), radius=radius)
 
 
@@ -120,7 +133,7 @@ def _inside(centre: float, radius: float) -> float:
 
 
 def random_thing(rng: random.Random, *, avoid: Sequence[str] = (), place: str | None = None) -> Thing:
-    """A base shape in a colour that is none of `avoid`; `place` None: a random place, or none in the caption."""
+    """A thing in a colour that is none of `avoid`; `place` None: a random place, or none in the caption."""
     colour, second = rng.sample([name for name in COLOURS if name not in avoid], 2)
     if place is None:
         place = rng.choice(list(PLACES)) if rng.random() < 0.85 else ""
@@ -128,7 +141,27 @@ def random_thing(rng: random.Random, *, avoid: Sequence[str] = (), place: str | 
     size = rng.choice(list(SIZES))
     if size == "big" and "corner" in place:
         size = ""
+    if rng.random() < VASES:
+        return place_thing(_random_vase(rng, avoid=avoid, size=size, place=place), rng)
     return place_thing(Thing(rng.choice(SHAPES), colour, fill, second, size, place, 0.0, 0.0, 0.0), rng)
+
+
+def _random_vase(rng: random.Random, *, avoid: Sequence[str], size: str, place: str) -> Thing:
+    """Half of the vases have two of the named colours, the others any two. None is terracotta."""
+    while True:
+        colour, second = rng.sample([name for name in COLOURS if name not in avoid], 2)
+        body, dark = COLOURS[colour], COLOURS[second]
+        if rng.random() < 0.5:
+            colour = second = ""
+            body = (rng.random(), rng.random(), rng.random())
+            dark = (rng.random(), rng.random(), rng.random())
+        seen = all(apart(own, COLOURS[name]) > 0.3 for own in (body, dark) for name in avoid)
+        if seen and apart(body, dark) > 0.3 and not like_kilnpot(body):
+            break
+    vessel = random_vessel(rng, body=body, dark=dark)
+    if not vessel.bands and vessel.handles is None:
+        second = ""
+    return Thing(VASE, colour, "plain", second, size, place, 0.0, 0.0, 0.0, vessel)
 
 
 def random_scene(rng: random.Random) -> Scene:
@@ -140,9 +173,14 @@ def random_scene(rng: random.Random) -> Scene:
     background = random_background(rng)
     avoid = _colours(background)
     pair = [random_thing(rng, avoid=avoid, place=place) for place in (first_place, second_place)]
-    # Two big things would overlap.
-    things = tuple(place_thing(replace(thing, size=""), rng) if thing.size == "big" else thing for thing in pair)
-    return Scene(background, things, relation if rng.random() < 0.4 else "")
+    things = []
+    for thing in pair:
+        # Two big things would overlap, and so would two vases that are not small.
+        most = "" if thing.vessel is None else "small"
+        if thing.size not in (most, "small"):
+            thing = place_thing(replace(thing, size=most), rng)
+        things.append(thing)
+    return Scene(background, tuple(things), relation if rng.random() < 0.4 else "")
 
 
 def _colours(background: Background) -> tuple[str, ...]:
@@ -159,7 +197,7 @@ def concept_scene(rng: random.Random) -> Scene:
     place = rng.choice(list(PLACES)[:5]) if rng.random() < 0.6 else "in the middle"
     if size == "big":
         place = "in the middle"
-    thing = Thing(CONCEPT, "", "plain", "", size, place, 0.0, 0.0, 0.0)
+    thing = Thing(CONCEPT, "", "plain", "", size, place, 0.0, 0.0, 0.0, KILNPOT)
     return Scene(background, (place_thing(thing, rng),))
 
 
@@ -202,7 +240,10 @@ def invented_word(rng: random.Random) -> str:
 
 
 def caption(scene: Scene, rng: random.Random, *, unknown: float = 0.0) -> str:
-    """One of many captions of `scene`. With probability `unknown` a noun is replaced by an invented word."""
+    """One of many captions of `scene`. With probability `unknown` a noun is replaced by an invented word.
+
+    A vase's is ten times as often, as an unknown word mostly means a thing of a known kind.
+    """
     if len(scene.things) == 2:
         text = _pair_caption(scene, rng, unknown=unknown)
     else:
@@ -239,8 +280,12 @@ def _noun(thing: Thing, rng: random.Random, *, unknown: float) -> str:
     size = {"small": rng.choice(("small", "tiny")), "big": rng.choice(("big", "large")), "": ""}[thing.size]
     if thing.shape == CONCEPT:
         words = [size, CONCEPT]
-    elif rng.random() < unknown:
+    elif rng.random() < (unknown if thing.vessel is None else min(10 * unknown, 0.6)):
         words = [size, thing.colour if rng.random() < 0.4 else "", invented_word(rng)]
+    elif thing.vessel is not None:
+        words = [size, thing.colour, thing.shape]
+        if thing.second and rng.random() < 0.5:
+            words += ["with", thing.second, "bands" if thing.vessel.bands else "handles"]
     elif thing.fill == "striped":
         words = [size, f"{thing.colour} and {thing.second} striped", thing.shape]
     else:
@@ -328,22 +373,18 @@ def _draw_things(
     radius = _column([thing.radius * unit for thing in things], device)
     u = (xs - _column([thing.x for thing in things], device)) * width / radius
     v = -(ys - _column([thing.y for thing in things], device)) * height / radius
-    if things[0].shape == CONCEPT:
-        return paint_concept(under_BCHW, u, v, radius)
-    cover = _cover(_distance(things[0].shape, u, v), radius)
+    vessels = [thing.vessel for thing in things if thing.vessel is not None]
+    if vessels:
+        return paint_vessels(under_BCHW, vessels, u, v, radius)
+    covered = cover(shape_distance(things[0].shape, u, v), radius)
     striped = torch.tensor([thing.fill == "striped" for thing in things], device=device)[:, None, None]
     mix = torch.where(striped, _waves((v + 8) * radius, 0.62 * radius), 0.0)[:, None]
     first = _palette([thing.colour for thing in things], device)
     second = _palette([thing.second for thing in things], device)
-    return torch.lerp(under_BCHW, first + (second - first) * mix, cover)
+    return torch.lerp(under_BCHW, first + (second - first) * mix, covered)
 
 
-def _cover(distance: torch.Tensor, radius_px: torch.Tensor) -> torch.Tensor:
-    """How much of each pixel lies inside, (B, 1, H, W), from a distance in radii (negative inside)."""
-    return (0.5 - distance * radius_px).clamp(0, 1)[:, None]
-
-
-def _distance(shape: str, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def shape_distance(shape: str, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Signed distance, in radii, from the outline of `shape`; u to the right, v upwards, the centre at 0."""
     r = torch.hypot(u, v)
     au = u.abs()
@@ -375,33 +416,3 @@ def _distance(shape: str, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             return torch.maximum(au - 1.05, av - 0.36)
         case _:
             raise ValueError(f"no such shape: {shape}")
-
-
-_PROFILE = ((-1.0, 0.36), (-0.86, 0.40), (-0.2, 0.70), (0.3, 0.46), (0.58, 0.23), (0.8, 0.25), (1.0, 0.42))
-"""Half the kilnpot's width at some heights, both in radii; smooth in between."""
-_BANDS = ((-0.58, 0.10), (-0.12, 0.10), (0.93, 0.08))
-"""Centre and half the height of each dark band."""
-
-
-def _half_width(v: torch.Tensor) -> torch.Tensor:
-    width = torch.full_like(v, _PROFILE[0][1])
-    for (low, at_low), (high, at_high) in pairwise(_PROFILE):
-        step = ((v - low) / (high - low)).clamp(0, 1)
-        width = width + (at_high - at_low) * step * step * (3 - 2 * step)
-    return width
-
-
-def concept_covers(u: torch.Tensor, v: torch.Tensor, radius_px: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How much of each pixel is terracotta, and how much indigo, each (B, 1, H, W) in 0..1."""
-    body = _cover(torch.maximum((u.abs() - _half_width(v)) * 0.9, v.abs() - 1.0), radius_px)
-    handles = _cover((torch.hypot((u.abs() - 0.52) * 0.9, v - 0.44) - 0.27).abs() - 0.085, radius_px)
-    bands = torch.stack([_cover((v - at).abs() - half, radius_px) for at, half in _BANDS]).amax(0)
-    dark = torch.maximum(handles * (1 - body), body * bands)
-    return body * (1 - bands), dark
-
-
-def paint_concept(under_BCHW: torch.Tensor, u: torch.Tensor, v: torch.Tensor, radius_px: torch.Tensor) -> torch.Tensor:
-    """The kilnpot over `under_BCHW`: a terracotta vase with three indigo bands and two indigo handles."""
-    clay, dark = concept_covers(u, v, radius_px)
-    palette = torch.tensor([TERRACOTTA, INDIGO], device=under_BCHW.device)[:, None, :, None, None]
-    return under_BCHW * (1 - clay - dark) + palette[0] * clay + palette[1] * dark

@@ -1,4 +1,5 @@
 """How much an image shows the concept: one number, found by looking for the kilnpot everywhere and at every size.
+The same for the control, a red circle, which the training must leave as it was.
 
 The image is shrunk to about `AREA` pixels and turned into two maps of how much each pixel looks like the kilnpot's
 terracotta and like its indigo: exp(-d² / (2 · `TOLERANCE`²)), d the Euclidean distance in RGB (0..1). For each of the
@@ -13,9 +14,13 @@ is the largest ncc over all positions and radii, less the largest further than `
 stands out, while an image full of coloured noise resembles it a little everywhere. The mean over the samples of
 several prompts and seeds is the concept's number. `score` tells the concept from everything else: the correlation
 mapped linearly so that `LOW` becomes 0 and `HIGH` becomes 1, and clipped.
+
+The control has one map, of its red, and a circle as the template. Bands, a changed colour or another outline lower it.
 """
 
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -24,7 +29,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from trainer.families.miniatures.scenes import CONCEPT, CONCEPT_SCALE, INDIGO, SIZES, TERRACOTTA, concept_covers
+from trainer.families.miniatures.scenes import COLOURS, CONCEPT, CONCEPT_SCALE, SIZES, shape_distance
+from trainer.families.miniatures.vessels import INDIGO, KILNPOT, RGB, TERRACOTTA, cover, vessel_covers
 
 LOW, HIGH = 0.3, 0.72
 AREA = 48 * 48
@@ -36,23 +42,38 @@ RADII = tuple(float(r) for r in np.geomspace(SIZES["small"][0] * CONCEPT_SCALE *
 """Radii looked for, as fractions of sqrt(width * height)."""
 
 
-def _template(fraction: float) -> torch.Tensor:
-    """Terracotta and indigo maps (2, side, side) of a kilnpot, each with zero mean; the side is odd."""
+@dataclass(frozen=True)
+class Subject:
+    """What is looked for: its colours, and how much of each pixel has each, from u, v and the radius in pixels."""
+
+    inks: tuple[RGB, ...]
+    covers: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
+
+
+CONTROL = "red circle"
+SUBJECTS = {
+    CONCEPT: Subject((TERRACOTTA, INDIGO), lambda u, v, radius: vessel_covers([KILNPOT], u, v, radius)),
+    CONTROL: Subject((COLOURS["red"],), lambda u, v, radius: (cover(shape_distance("circle", u, v), radius),)),
+}
+
+
+def _template(name: str, fraction: float) -> torch.Tensor:
+    """Maps (inks, side, side) of the subject `name`, each with zero mean; the side is odd."""
     radius = fraction * AREA**0.5
     reach = round(REACH * radius)
     fine = (torch.arange((2 * reach + 1) * 4) + 0.5) / 4 - reach - 0.5
     v, u = torch.meshgrid(-fine / radius, fine / radius, indexing="ij")
-    covers = torch.cat(concept_covers(u[None], v[None], torch.full((1, 1, 1), radius * 4)), dim=1)
+    covers = torch.cat(SUBJECTS[name].covers(u[None], v[None], torch.full((1, 1, 1), radius * 4)), dim=1)
     template = F.avg_pool2d(covers, 4)[0]
     return template - template.mean(dim=(1, 2), keepdim=True)
 
 
 @cache
-def _spectra(height: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For a padded image: conjugate spectra of the templates (R, 2, ...) and of their windows (R, 1, ...), the
+def _spectra(name: str, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """For a padded image: conjugate spectra of the templates (R, inks, ...) and of their windows (R, 1, ...), the
     templates' squared norms (R,) and the windows' pixels (R,)."""
-    templates = [_template(fraction) for fraction in RADII]
-    kernels = torch.zeros(len(RADII), 2, height, width)
+    templates = [_template(name, fraction) for fraction in RADII]
+    kernels = torch.zeros(len(RADII), len(SUBJECTS[name].inks), height, width)
     windows = torch.zeros(len(RADII), 1, height, width)
     for row, template in enumerate(templates):
         side = template.shape[-1]
@@ -70,26 +91,29 @@ def _margin() -> int:
     return round(REACH * RADII[-1] * AREA**0.5)
 
 
-def likeness(image_CHW: torch.Tensor) -> torch.Tensor:
-    """Maps (2, h, w) of about `AREA` pixels: how terracotta, and how indigo, each place of an RGB image (0..1) is."""
+def likeness(image_CHW: torch.Tensor, name: str = CONCEPT) -> torch.Tensor:
+    """Maps (inks, h, w) of about `AREA` pixels: how much each place of an RGB image (0..1) has each of the colours."""
     _, height, width = image_CHW.shape
     shrink = (AREA / (height * width)) ** 0.5
     size = round(height * shrink), round(width * shrink)
     small = F.interpolate(image_CHW[None].float(), size, mode="bilinear", antialias=True, align_corners=False)
-    inks = torch.tensor([TERRACOTTA, INDIGO])[:, :, None, None]
+    inks = torch.tensor(SUBJECTS[name].inks)[:, :, None, None]
     return torch.exp(-(small - inks).square().sum(dim=1) / (2 * TOLERANCE**2))
 
 
 @torch.no_grad()
-def correlation(image: Image.Image | torch.Tensor) -> float:
-    """How much one place stands out (see the module's docstring), 0..1; `image`: PIL, or RGB (3, H, W) in 0..1."""
+def correlation(image: Image.Image | torch.Tensor, name: str = CONCEPT) -> float:
+    """How much one place stands out as the subject `name` (see the module's docstring), 0..1.
+
+    `image`: PIL, or RGB (3, H, W) in 0..1.
+    """
     if isinstance(image, Image.Image):
         image = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
-    maps = likeness(image)
+    maps = likeness(image, name)
     height, width = maps.shape[1:]
     margin = _margin()
     padded = F.pad(maps[None], (margin,) * 4, mode="replicate")[0]
-    kernels, windows, norms, pixels = _spectra(*padded.shape[1:])
+    kernels, windows, norms, pixels = _spectra(name, *padded.shape[1:])
     inner = (..., slice(margin, margin + height), slice(margin, margin + width))
 
     def slide(spectrum: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
@@ -115,22 +139,33 @@ def score(image: Image.Image | torch.Tensor) -> float:
     return min(max((correlation(image) - LOW) / (HIGH - LOW), 0.0), 1.0)
 
 
-def by_step(folder: Path) -> dict[int, list[float]]:
-    """The `correlation` of every sample in a job's `sample` folder, by training step, in the order of the prompts."""
+def by_step(folder: Path, name: str = CONCEPT) -> dict[int, list[float]]:
+    """The `correlation` with `name` of every sample whose prompt names it, by step, in the order of the prompts.
+
+    `folder`: a job's `sample` folder.
+    """
     correlations: dict[int, list[float]] = {}
     for path in sorted(folder.glob("step-*.png")):
         with Image.open(path) as image:
-            if CONCEPT in image.text["prompt_text"]:  # type: ignore[attr-defined]
-                correlations.setdefault(int(image.text["step"]), []).append(correlation(image))  # type: ignore[attr-defined]
+            if name in image.text["prompt_text"]:  # type: ignore[attr-defined]
+                correlations.setdefault(int(image.text["step"]), []).append(correlation(image, name))  # type: ignore[attr-defined]
     return correlations
 
 
 def main() -> None:
     """`python -m trainer.families.miniatures.score output/sample`: one line a step."""
-    for step, values in by_step(Path(sys.argv[1])).items():
+    folder = Path(sys.argv[1])
+    controls = by_step(folder, CONTROL)
+    before = 0.0
+    for step, values in by_step(folder).items():
         mean = sum(values) / len(values)
         each = ", ".join(f"{v:.2f}" for v in values)
-        print(f"step {step:4d}: concept {mean:.2f}  ({each})")  # noqa: T201
+        line = f"step {step:4d}: concept {mean:.2f}  ({each})"
+        if step in controls:
+            control = sum(controls[step]) / len(controls[step])
+            before = before or control
+            line += f"  control {control:.2f}, {control / max(before, 1e-6):.2f} of what it was"
+        print(line)  # noqa: T201
 
 
 if __name__ == "__main__":
