@@ -17,10 +17,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--precision", nargs="+", default=["fp8"])
     asked = parser.parse_args(arguments)
-    report = Report(f"{asked.family}: predicted and measured peaks", asked.markdown)
+    report = Report(f"{asked.base or asked.family}: predicted and measured peaks", asked.markdown)
     for precision in asked.precision:
         step.free()
-        bench = step.Bench(asked.family, precision, small=asked.small)
+        bench = step.Bench(asked.family, precision, base=asked.base, small=asked.small)
         for mode in MEMORY_MODES:
             if not mode.weights_on_device:
                 continue

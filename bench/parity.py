@@ -24,12 +24,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--precision", nargs="+", default=list(PRECISIONS[1:]))
     parser.add_argument("--against", default=PRECISIONS[0])
     asked = parser.parse_args(arguments)
-    report = Report(f"{asked.family}: gradients against {asked.against}", asked.markdown)
+    report = Report(f"{asked.base or asked.family}: gradients against {asked.against}", asked.markdown)
     reference: list[torch.Tensor] = []
     for precision in (asked.against, *asked.precision):
         step.free()
         weights, *words = precision.split("+")
-        bench = step.Bench(asked.family, weights, small=asked.small)
+        bench = step.Bench(asked.family, weights, base=asked.base, small=asked.small)
         engine = bench.engine({"all", "eager", *words})
         scale = LOSS_SCALE.get(str(bench.dtype).removeprefix("torch."), 1.0)
         passes: list[list[torch.Tensor]] = []

@@ -49,6 +49,7 @@ def options(description: str | None) -> argparse.ArgumentParser:
     """A parser with the options that all measurements of a model have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", required=True, help="a module of trainer.families")
+    parser.add_argument("--base", default="", help="a value of BASE_MODEL of that family; its first if none is named")
     parser.add_argument("--markdown", type=Path, help="file to write the table to")
     parser.add_argument(
         "--small",

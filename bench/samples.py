@@ -39,8 +39,11 @@ GIB = 2**30
 def vae_of(folder: Path, family: str, *, small: bool) -> Any:
     """Writes the configs of a model into `folder`; returns its VAE with random weights."""
     skeleton: Any = full_size.write_configs(folder, family, {} if small else full_size.FULL[family])["vae"]
+    config = dict(skeleton.config)
+    if "latent_channels" in config:  # a miniature may have others than the denoiser
+        config["latent_channels"] = steps.CHANNELS[family]
     with steps.random_weights(steps.DEVICE):
-        vae = type(skeleton).from_config(skeleton.config)
+        vae = type(skeleton).from_config(config)
     return vae.float().eval().requires_grad_(False)
 
 
@@ -84,7 +87,8 @@ def main(arguments: list[str]) -> None:
     asked = parser.parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     family = asked.family
-    plan = shapes.default_plan(family, asked.limit, 1, dict(s.split("=", 1) for s in asked.settings))
+    base = asked.base or steps.first_base(family)
+    plan = shapes.default_plan(base, asked.limit, 1, dict(s.split("=", 1) for s in asked.settings))
     side = 256 if asked.small else 1024
     epoch = shapes.epoch_of(2, 1, sides=(side,))
     job = shapes.Job(plan, epoch, small=asked.small)
@@ -96,7 +100,7 @@ def main(arguments: list[str]) -> None:
     for seed in range(asked.pictures):
         prompts.append(Prompt("", side, side, seed, facts.prompt_steps, facts.prompt_guidance, facts.prompt_cfg))
     texts = [on_device(made[seed % len(made)]) for seed in range(asked.pictures)]
-    report = Report(f"{family}: samples, {asked.limit or 'all'} GiB", asked.markdown)
+    report = Report(f"{base}: samples, {asked.limit or 'all'} GiB", asked.markdown)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "model"
         vae = vae_of(folder, family, small=asked.small)

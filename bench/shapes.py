@@ -71,10 +71,10 @@ def shapes(count: int, *, side: int = 1024) -> list[tuple[int, int]]:
     return sorted(found, key=lambda size: (abs(math.log(size[0] / size[1])), size))[:count]
 
 
-def default_plan(family: str, limit: float | None, batch: int, settings: dict[str, str]) -> Plan:
-    """What a job with default settings plans on this machine."""
+def default_plan(base: str, limit: float | None, batch: int, settings: dict[str, str]) -> Plan:
+    """What a job with default settings plans on this machine. `base`: a value of BASE_MODEL."""
     asked = {
-        "BASE_MODEL": family,
+        "BASE_MODEL": base,
         "DATASET_NAME": "org/photographs",
         "PARAMS_BATCH_SIZE": str(batch),
         "PARAMS_MAX_STEPS": "1000",
@@ -108,13 +108,14 @@ def micro_batch(plan: Plan, batch: Batch, generator: torch.Generator) -> MicroBa
     dtype = torch_dtype(plan.engine)
     width, height = batch[0].view.size
     count = len(batch)
-    length, features, pooled = steps.TEXT[family]
+    length, features, pooled = steps.text_sizes(family, plan.model.base)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
     moments_B2CHW = torch.cat([normal(count, steps.CHANNELS[family], height // 8, width // 8)] * 2, dim=1)
     text = {"tokens": normal(count, length, features).to(dtype), "pooled": normal(count, pooled).to(dtype)}
+    text["real"] = torch.ones(count, length, dtype=torch.bool)  # all tokens are the caption's
     geometry_B6 = torch.tensor([[height, width, 0, 0, height, width]] * count, dtype=torch.float32)
     mask_B1HW = None
     if sizes.size_of(batch)[-1]:
@@ -141,7 +142,7 @@ class Job:
         self.family = get_family(plan.model.family)
         if torch.cuda.is_available():
             torch.cuda.set_per_process_memory_fraction(1.0)  # the weights are made in 16 bits
-        denoiser = steps.denoiser(self.family.FACTS.name, small=small)
+        denoiser = steps.denoiser(self.family.FACTS.name, base=plan.model.base, small=small)
         with patch.object(build, "load_denoiser", partial(self._placed, denoiser)):
             self.state = build.build_training_state(plan, self.family, model=Path(), total=1000)
         steps.free()
@@ -280,8 +281,9 @@ def main(arguments: list[str]) -> None:
     counts = [int(count) for count in asked.shapes.split(",")]
     sides = [int(side) // (4 if asked.small else 1) for side in asked.sides.split(",")]
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    plan = default_plan(asked.family, asked.limit, asked.batch, dict(s.split("=", 1) for s in asked.settings))
-    report = Report(f"{asked.family}: many shapes, {asked.limit or 'all'} GiB, batch {asked.batch}", asked.markdown)
+    base = asked.base or steps.first_base(asked.family)
+    plan = default_plan(base, asked.limit, asked.batch, dict(s.split("=", 1) for s in asked.settings))
+    report = Report(f"{base}: many shapes, {asked.limit or 'all'} GiB, batch {asked.batch}", asked.markdown)
     one_s: float | None = None
     for count in counts:
         epoch = epoch_of(count, asked.batch, sides=sides, masks=asked.masks)

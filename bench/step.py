@@ -2,8 +2,9 @@
 
     python -m bench step --family FAMILY PRECISION+POLICY[+WORD]…:BATCH …
 
-FAMILY: flux (1280 x 768 pixels), sdxl or sd3 (1024 x 1024). PRECISION: a value of PARAMS_PRECISION. POLICY: what the
-backward pass recomputes (all, attention, products, none; trainer.engine.memory.checkpointing). WORD:
+FAMILY: flux (1280 x 768 pixels), or flux2, qwen_image, sd3, sdxl, z_image (1024 x 1024). PRECISION: a value of
+PARAMS_PRECISION. POLICY: what the backward pass recomputes (all, attention, products, none;
+trainer.engine.memory.checkpointing). WORD:
 
 host     saved activations are offloaded to host memory
 weights  the frozen weights are streamed from host memory as well
@@ -129,45 +130,50 @@ def random_weights(device: str) -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
-def denoiser(name: str, *, small: bool = False) -> Any:
-    """The published architecture with random weights, on the accelerator, in bf16."""
-    from diffusers import (
-        Flux2Transformer2DModel,
-        FluxTransformer2DModel,
-        QwenImageTransformer2DModel,
-        SD3Transformer2DModel,
-        UNet2DConditionModel,
-        ZImageTransformer2DModel,
-    )
+def first_base(name: str) -> str:
+    """The first of a family's models, which is measured where none is named."""
+    return next(iter(get_family(name).FACTS.models))
 
-    changes = SMALL[name] if small else {}
+
+def denoiser_config(name: str, base: str) -> dict[str, Any]:
+    """The published config of a family's model. `base`: a value of BASE_MODEL; the family's first if it is empty."""
+    facts = get_family(name).FACTS
+    published = facts.models[base or first_base(name)].published
+    assert published is not None, f"{base} has no published config"
+    return dict(published.configs[f"{facts.parts['denoiser']}/config.json"])
+
+
+def text_sizes(name: str, base: str) -> tuple[int, int, int]:
+    """`TEXT` of a family, with the features that this model of it reads."""
+    length, features, pooled_features = TEXT[name]
+    return length, denoiser_config(name, base).get("joint_attention_dim", features), pooled_features
+
+
+def denoiser(name: str, *, base: str = "", small: bool = False) -> Any:
+    """The published architecture with random weights, on the accelerator, in bf16."""
+    import diffusers
+
+    config = denoiser_config(name, base)
+    model_class = getattr(diffusers, config.pop("_class_name"))
+    if small:
+        config |= SMALL[name]
     with random_weights(DEVICE):
-        if name == "flux":
-            model: Any = FluxTransformer2DModel(**FLUX, **changes)
-        elif name == "flux2":
-            model = Flux2Transformer2DModel(**FLUX2 | changes)
-        elif name == "sd3":
-            model = SD3Transformer2DModel(**SD3 | changes)
-        elif name == "z_image":
-            model = ZImageTransformer2DModel(**Z_IMAGE | changes)
-        elif name == "qwen_image":
-            model = QwenImageTransformer2DModel(**QWEN_IMAGE | changes)
-        else:
-            model = UNet2DConditionModel(**SDXL | changes)
+        model = model_class(**config)
     return model.requires_grad_(False).train()
 
 
 class Bench:
     """A denoiser with adapters, in one precision, and the optimiser that trains them."""
 
-    def __init__(self, name: str, precision: str, *, small: bool = False) -> None:
+    def __init__(self, name: str, precision: str, *, base: str = "", small: bool = False) -> None:
         self.name = name
+        self.base = base or first_base(name)
         self.family = get_family(name)
         self.precision = precision
         self.small = small
         self.size = SIZES[name]
         self.dtype = DTYPES.get(precision, torch.bfloat16)
-        self.model = denoiser(name, small=small)
+        self.model = denoiser(name, base=self.base, small=small)
         fused = self.family.FACTS.fused_targets
         targets = self.family.FACTS.targets
         place_denoiser(
@@ -223,7 +229,7 @@ class Bench:
         """A random batch. `scale`: of the loss, as with fp16."""
         generator = torch.Generator(DEVICE).manual_seed(seed)
         width, height = (128, 128) if self.small else self.size
-        length, features, pooled_features = TEXT[self.name]
+        length, features, pooled_features = text_sizes(self.name, self.base)
 
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, device=DEVICE, generator=generator)
@@ -322,7 +328,7 @@ def measure(bench: Bench, variant: str, batch: int, *, times: int = 5) -> dict[s
             profile(lambda: bench.step(engine, batch))
     except torch.OutOfMemoryError:
         row["peak_gib"] = "out of memory"
-    footprint = next(model.footprint for model in bench.family.FACTS.models.values())
+    footprint = bench.family.FACTS.models[bench.base].footprint
     if footprint is not None and not bench.small:
         if policy_of(words) not in footprint.saved_gib:
             return row
@@ -379,7 +385,7 @@ def main(arguments: list[str]) -> None:
         help="PRECISION+POLICY[+host|+weights][+turned][+replay][+narrow][+plain][+native][+eager][+profile]:BATCH",
     )
     asked = parser.parse_args(arguments)
-    report = Report(f"{asked.family}: a step", asked.markdown)
+    report = Report(f"{asked.base or asked.family}: a step", asked.markdown)
     torch._dynamo.config.cache_size_limit = 64
     bench: Bench | None = None
     for argument in asked.what:
@@ -390,7 +396,7 @@ def main(arguments: list[str]) -> None:
             free()
             if asked.limit:
                 torch.cuda.set_per_process_memory_fraction(1.0)
-            bench = Bench(asked.family, precision, small=asked.small)
+            bench = Bench(asked.family, precision, base=asked.base, small=asked.small)
             bench.size = tuple(asked.size or bench.size)
             print(json.dumps(counted(bench)), flush=True)
         limit_memory(DEVICE, asked.limit)  # not while the model is created, in 16 bits

@@ -24,9 +24,10 @@ from trainer.engine.quantization.frozen_linear import FrozenLinear, freeze
 from trainer.spec.family import BaseModel, Family, get_family
 from trainer.spec.weight_formats import supported_formats
 
-FAMILIES = ("flux", "sd3", "sdxl", "z_image")
+FAMILIES = ("flux", "flux2", "sd3", "sdxl", "z_image")
 SHALLOW: dict[str, dict[str, Any]] = {
     "flux": {"num_layers": 1, "num_single_layers": 1},
+    "flux2": {"num_layers": 1, "num_single_layers": 1},
     "sd3": {"num_layers": 3},  # the last block has no text output; of SD3.5 medium, the first has a second attention
     "sdxl": {"transformer_layers_per_block": [1, 1, 1]},
     "z_image": {"n_layers": 1, "n_refiner_layers": 1},
@@ -55,7 +56,8 @@ def all_cases() -> list[Case]:
     return cases + [Case("flux", "flux", "fp8", rank=rank) for rank in (4, 64, 128)]
 
 
-# Every kernel, and the widest rows: those of Flux.1; GEGLU in SDXL; RMSNorm and SwiGLU in Z-Image.
+# Every kernel, and the widest rows: those of Flux.1; GEGLU in SDXL; RMSNorm and SwiGLU in Z-Image;
+# SwiGLU behind attention's output in FLUX.2.
 SAMPLE = (
     Case("flux", "flux", "fp8"),
     Case("flux", "flux", "fp8", rank=128),
@@ -63,6 +65,7 @@ SAMPLE = (
     Case("flux", "flux", "int8-storage"),
     Case("sdxl", "sdxl", "fp8"),
     Case("z_image", "z-image", "fp8"),
+    Case("flux2", "flux2-klein-4b", "fp8"),
 )
 
 
@@ -179,7 +182,7 @@ def _freeze(block: torch.nn.Module, weight_format: str, rank: int) -> None:
 
 def _step(family: Family, model: Any, case: Case) -> None:
     """Forward and backward pass. The input needs a gradient, so that layers without adapters have a backward pass."""
-    length, features, pooled_features = step.TEXT[case.family]
+    length, features, pooled_features = step.text_sizes(case.family, case.model)
     width, height = step.SIZES[case.family]
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

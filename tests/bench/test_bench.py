@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import bench
-from bench import others, peers, reach
+from bench import others, peers, reach, step
 from bench.__main__ import HELPERS, main
 
 NAMES = [m.name for m in pkgutil.iter_modules(bench.__path__) if m.name not in HELPERS]
@@ -32,6 +32,8 @@ def test_every_measurement_can_be_called(name):
         (["parity", "--precision", "fp8", "nf4"], 3),
         (["memory", "--batch", "1"], 4),
         (["prepare", "--pictures", "6"], 1),
+        (["shapes", "--shapes", "1,2"], 2),
+        (["samples", "--pictures", "1", "--rounds", "2"], 2),
     ],
 )
 def test_a_measurement_prints_its_rows_and_writes_its_table(tmp_path, capsys, name, what, rows):
@@ -41,6 +43,21 @@ def test_a_measurement_prints_its_rows_and_writes_its_table(tmp_path, capsys, na
     assert len(printed) >= rows
     lines = [line for line in table.read_text().splitlines() if line.startswith("|")]
     assert len(lines) == rows + 2 and len({line.count("|") for line in lines}) == 1
+
+
+@pytest.mark.slow
+def test_a_measurement_knows_the_other_models_of_a_family(capsys):
+    assert main(["step", "--family", "flux2", "--base", "flux2-klein-9b", "--small", "bf16+all+eager:1"]) == 0
+    assert main(["shapes", "--family", "flux2", "--base", "flux2-klein-9b", "--small", "--shapes", "1"]) == 0
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert sum("step_s" in row for row in printed) == 2
+
+
+def test_each_family_is_measured_at_the_size_of_its_first_model():
+    klein = step.denoiser_config("flux2", "")
+    assert klein["num_attention_heads"] == 24 and klein == step.denoiser_config("flux2", "flux2-klein-4b")
+    assert step.text_sizes("flux2", "flux2-klein-9b") == (512, 3 * 4096, 1)
+    assert step.text_sizes("z_image", "") == (128, 2560, 1)
 
 
 @pytest.mark.slow

@@ -286,7 +286,7 @@ NO_TERMS = {
         ("Connection", "OwnConnection"), "a connection to the monitor page, which uvicorn asks for as a class"
     ),
     **dict.fromkeys(("Known", "HidingStream"), "how known secrets are kept out of what is printed"),
-    "PartlyJoinedProcessor": "one case of a class of diffusers",
+    **dict.fromkeys(("PartlyJoinedProcessor", "PartlyJoinedFlux2Processor"), "one case of a class of diffusers"),
     **dict.fromkeys(("Card", "TorchKernels"), "what a card, and this torch, can do"),
     **dict.fromkeys(("Budget", "Limits", "Names"), "bounds on archives"),
     **dict.fromkeys(("Cached", "Listing", "RemoteFile", "Repo"), "records of the Hub's client"),

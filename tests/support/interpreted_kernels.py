@@ -132,20 +132,29 @@ def gelus(dispatch: object, dtype: torch.dtype) -> Compared:
 
 
 def swiglus(dispatch: object, dtype: torch.dtype) -> Compared:
-    """Of halves of one row, as a joined layer leaves them, and of two layers' outputs."""
+    """Of halves of one row, as a joined layer leaves them, and of two layers' outputs; behind other features too."""
     joined = normal(2, 2 * GELU)
-    for name, a, b in (("joined", *joined.chunk(2, -1)), ("separate", normal(2, GELU), normal(2, GELU))):
+    halves = {"joined": joined.chunk(2, -1), "separate": (normal(2, GELU), normal(2, GELU))}
+    for name, left, (a, b) in (
+        ("joined", None, halves["joined"]),
+        ("separate", None, halves["separate"]),
+        ("with left", normal(2, LEFT), halves["joined"]),
+    ):
         exact = [half.double().requires_grad_() for half in (a, b)]
         wanted = F.silu(exact[0]) * exact[1]
-        values, scales, rows = dispatch.swiglu_rows(a, b, dtype, True, 16)
-        yield f"swiglu_rows, {name}: 16 bits", error(rows, wanted.detach())
-        yield f"swiglu_rows, {name}: 8 bits", error(values[:, :GELU].float() * scales, wanted.detach())
-        g = normal(2, GELU)
-        gradients = torch.autograd.grad(wanted, exact, g.double())
-        *found, again = dispatch.swiglu_gradient(a, b, g, True)
+        width = 0 if left is None else LEFT
+        row = wanted.detach() if left is None else torch.cat([left.double(), wanted.detach()], 1)
+        values, scales, rows = dispatch.swiglu_rows(left, a, b, dtype, True, 16)
+        yield f"swiglu_rows, {name}: 16 bits", error(rows, row)
+        yield f"swiglu_rows, {name}: 8 bits", error(values[:, : width + GELU].float() * scales, row)
+        g = normal(2, width + GELU)
+        gradients = torch.autograd.grad(wanted, exact, g[:, width:].double())
+        *found, of_left, again = dispatch.swiglu_gradient(left, a, b, g, True)
         for of, got, gradient in zip("ab", found, gradients, strict=True):
             yield f"swiglu_gradient, {name}: of {of}", error(got, gradient)
         yield f"swiglu_gradient, {name}: rows", other_bytes(again, rows)
+        if left is not None:
+            yield f"swiglu_gradient, {name}: left", other_bytes(of_left, g[:, :width])
 
 
 def head_rotations(dispatch: object) -> Compared:
@@ -207,7 +216,8 @@ def adapter_columns(dispatch: object, reference: object, dtype: torch.dtype) -> 
 def rotations(dispatch: object) -> Compared:
     """Each pair of a head's features as one complex number."""
     tokens = TOKENS + MORE_TOKENS
-    first, second = normal(2, TOKENS, 3 * HEADS * HEAD_DIM), normal(2, MORE_TOKENS, 3 * HEADS * HEAD_DIM)
+    first = normal(2, TOKENS, 3 * HEADS * HEAD_DIM)
+    second = normal(2, MORE_TOKENS, 3 * HEADS * HEAD_DIM + 24)[..., :-24]  # a part of wider rows
     weights = [normal(HEAD_DIM) for _ in range(4)]
     angles = torch.rand(tokens, HEAD_DIM // 2) * 6
     cos, sin = (part(angles).repeat_interleave(2, 1) for part in (torch.cos, torch.sin))

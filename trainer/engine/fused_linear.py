@@ -232,26 +232,31 @@ class _GeluLinear(torch.autograd.Function):
 
 
 class _SwigluLinear(torch.autograd.Function):
-    """One layer on silu(a) * b (see `kernels.reference.swiglu_rows`). Saves a, b and h."""
+    """One layer on [left, silu(a) * b] (see `kernels.reference.swiglu_rows`). Saves left, a, b and h."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, *flat: Any) -> Tensor:
+    def forward(ctx: Any, left: Tensor | None, a: Tensor, b: Tensor, *flat: Any) -> Tensor:
         layers = _unflatten(flat)
+        ctx.in_features = a.shape[1] + (0 if left is None else left.shape[1])
         keep_rows = layers[0].down_RK is not None
-        x8, x_scale, rows = swiglu_rows(a, b, flat[0].dtype, keep_rows, _padding(layers, a.shape[1]))
-        (output,), h = _linears(rows, x8, x_scale, layers, a.shape[1])
-        ctx.save_for_backward(a, b, h, *flat)
+        padding = _padding(layers, ctx.in_features)
+        x8, x_scale, rows = swiglu_rows(left, a, b, flat[0].dtype, keep_rows, padding)
+        (output,), h = _linears(rows, x8, x_scale, layers, ctx.in_features)
+        ctx.save_for_backward(left, a, b, h, *flat)
         return output
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        a, b, h, *flat = ctx.saved_tensors
+        left, a, b, h, *flat = ctx.saved_tensors
         layers = _unflatten(flat)
         gs = [g.contiguous()]
         gh, up_gradients = _adapter_gradients(gs, layers, h)
-        (g_rows,) = _input_gradients(gs, layers, gh, a.shape[1])
-        ga, gb, rows = swiglu_gradient(a, b, g_rows, gh is not None)
-        return ga, gb, *_layer_gradients(rows, gh, up_gradients, layers)
+        (g_rows,) = _input_gradients(gs, layers, gh, ctx.in_features)
+        ga, gb, g_left, rows = swiglu_gradient(left, a, b, g_rows, gh is not None)
+        of_layers = _layer_gradients(rows, gh, up_gradients, layers)
+        if left is None:  # g_left is an empty tensor then
+            return None, ga, gb, *of_layers
+        return g_left, ga, gb, *of_layers
 
 
 class _SharedInputLinear(torch.autograd.Function):
@@ -335,8 +340,8 @@ def _gelu_linear(left: Tensor | None, y: Tensor, geglu: bool, *flat: Tensor | No
 
 
 @torch.compiler.allow_in_graph
-def _swiglu_linear(a: Tensor, b: Tensor, *flat: Tensor | None) -> Tensor:
-    output: Tensor = _SwigluLinear.apply(a, b, *flat)
+def _swiglu_linear(left: Tensor | None, a: Tensor, b: Tensor, *flat: Tensor | None) -> Tensor:
+    output: Tensor = _SwigluLinear.apply(left, a, b, *flat)
     return output
 
 
@@ -413,14 +418,18 @@ def rms_linear(x_BTD: Tensor, norm: Any, scale_BD: Tensor | None, layers: Sequen
     return [*(y.view(*x_BTD.shape[:-1], -1) for y in outputs), x_MD.view(x_BTD.shape)]
 
 
-def swiglu_linear(a_BTK: Tensor, b_BTK: Tensor, layer: torch.nn.Module) -> Tensor:
-    """The output of `layer`, (B, T, N), on silu(a) * b."""
+def swiglu_linear(a_BTK: Tensor, b_BTK: Tensor, layer: torch.nn.Module, *, left_BTL: Tensor | None = None) -> Tensor:
+    """The output of `layer`, (B, T, N), on [left, silu(a) * b]."""
     flat = _flatten([layer], a_BTK.dtype)
     if flat is None:
-        output: Tensor = layer(F.silu(a_BTK) * b_BTK)
+        x = F.silu(a_BTK) * b_BTK
+        if left_BTL is not None:
+            x = torch.cat([left_BTL, x], -1)
+        output: Tensor = layer(x)
         return output
     a_MK, b_MK = (half.reshape(-1, half.shape[-1]) for half in (a_BTK, b_BTK))
-    return _swiglu_linear(a_MK, b_MK, *flat).view(*a_BTK.shape[:-1], -1)
+    left_ML = None if left_BTL is None else left_BTL.reshape(-1, left_BTL.shape[-1])
+    return _swiglu_linear(left_ML, a_MK, b_MK, *flat).view(*a_BTK.shape[:-1], -1)
 
 
 def gelu_linear(

@@ -44,9 +44,10 @@ MINIATURE = str(Path(__file__).with_name("miniatures") / "flux2")
 def _footprint(*, width: int, double: int, single: int, other_weights: float, encoder_weights: float) -> Footprint:
     """Of a model of so many blocks. The numbers of weights are those of the architecture.
 
-    The GiB are computed, not measured on a GPU: `none` from the tensors that autograd saves of one block of each kind
-    on a CPU, without fused blocks and uncompiled; the others from the sizes of the products' outputs, of attention's,
-    and of inputs; the working memory as one block's saved tensors and a sixth.
+    The GiB are computed, not measured on a GPU: `none`, `products` and what is saved without fused blocks from the
+    tensors that autograd saves of one fused or other block of each kind on a CPU, uncompiled; the others from the sizes
+    of attention's output and of inputs; the working memory as the saved tensors of a block that is not fused and a
+    sixth.
     """
     gib_per_kilotoken = 2 * width * 1024 / 2**30  # one tensor of this width in 16 bits
     blocks = double + single
@@ -60,8 +61,8 @@ def _footprint(*, width: int, double: int, single: int, other_weights: float, en
         region_count=blocks,
         text_tokens=TEXT_TOKENS,
         saved_gib={
-            "none": (24.3 * double + 25.3 * single) * gib_per_kilotoken,
-            "products": (13 * double + 12 * single) * gib_per_kilotoken,
+            "none": (17.1 * double + 14.5 * single) * gib_per_kilotoken,
+            "products": (14.1 * double + 12.5 * single) * gib_per_kilotoken,
             "attention": 2 * blocks * gib_per_kilotoken,
             "all": blocks * gib_per_kilotoken,
             "host": 0.02,
@@ -71,7 +72,7 @@ def _footprint(*, width: int, double: int, single: int, other_weights: float, en
         fp8_weights=(26 * double + 13 * single) * width**2,
         encoder_weights=encoder_weights,
         hidden_size=width,
-        unfused_factor=1.0,
+        unfused_factor=(26.2 * double + 26.5 * single) / (17.1 * double + 14.5 * single),
     )
 
 
@@ -246,9 +247,13 @@ def _from_patches(patches_BCHW: torch.Tensor) -> torch.Tensor:
 
 
 def load_denoiser(folder: Path, *, device: str, dtype: torch.dtype) -> Flux2Transformer2DModel:
+    from trainer.families.fused_blocks.flux2 import PartlyJoinedFlux2Processor
+
     denoiser: Flux2Transformer2DModel = common.load_denoiser(
         KINDS["transformer"], folder / "transformer", device=device, dtype=dtype
     )
+    for block in denoiser.transformer_blocks:
+        block.attn.set_processor(PartlyJoinedFlux2Processor())
     return denoiser
 
 
@@ -271,7 +276,14 @@ def regions(denoiser: Flux2Transformer2DModel) -> list[torch.nn.Module]:
 
 
 def fused_forwards() -> dict[type, type]:
-    return {}
+    from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransformerBlock, Flux2TransformerBlock
+
+    from trainer.families.fused_blocks.flux2 import FusedFlux2DoubleBlock, FusedFlux2SingleBlock
+
+    return {
+        Flux2TransformerBlock: FusedFlux2DoubleBlock,
+        Flux2SingleTransformerBlock: FusedFlux2SingleBlock,
+    }
 
 
 def predict(

@@ -22,6 +22,13 @@ from trainer.spec.family import get_family
 FP8 = torch.float8_e4m3fn
 WIDE = {  # sides that are multiples of 16, as FP8 needs, where variants.NARROW has smaller ones
     "flux-dev": {"attention_head_dim": 16, "axes_dims_rope": (4, 4, 8), "num_layers": 2, "num_single_layers": 2},
+    "flux2-klein-4b": {
+        "attention_head_dim": 16,
+        "axes_dims_rope": (4, 4, 4, 4),
+        "joint_attention_dim": 48,
+        "num_layers": 2,
+        "num_single_layers": 2,
+    },
     "sd3-medium": {"num_layers": 3},
     "sd3.5-medium": {"num_layers": 3, "dual_attention_layers": (0, 1)},
     "sdxl-base": {
@@ -60,7 +67,7 @@ def predicted(family, denoiser, dtype):
     torch.manual_seed(3)
     options = denoiser.config
     text = texts(options, dtype)
-    channels = options["in_channels"] // (4 if family.FACTS.name == "flux" else 1)
+    channels = options["in_channels"] // (4 if family.FACTS.name in ("flux", "flux2", "qwen_image") else 1)
     noisy, geometry = torch.randn(2, channels, 8, 8), torch.full((2, 6), 64.0)
     out = family.predict(denoiser, noisy, torch.tensor([0.6, 0.3]), text=text, guidance=1.0, geometry_B6=geometry)
     out.float().square().mean().backward()
@@ -207,15 +214,18 @@ def test_norm_linear_without_a_shift_is_the_rms_norm_then_the_layers(images):
     assert_same(found, (*wanted, x), [x, scale, *(t for pair in weights for t in pair)])
 
 
+@pytest.mark.parametrize("left", [0, 32])
 @pytest.mark.parametrize("joined", [True, False])
-def test_swiglu_linear_is_the_swiglu_then_the_layer(joined):
+def test_swiglu_linear_is_the_swiglu_then_the_layer(joined, left):
     torch.manual_seed(0)
-    frozen, weights, flat = layers((64, 48))
+    frozen, weights, flat = layers((64 + left, 48))
     both = (torch.randn(12, 128) * 2).bfloat16().requires_grad_()
+    left_rows = torch.randn(12, left).bfloat16().requires_grad_() if left else None
     a, b = both.chunk(2, -1) if joined else (part.contiguous() for part in both.chunk(2, -1))
     rows = (F.silu(a.float()) * b.float()).bfloat16()
-    found, wanted = fused_linear._swiglu_linear(a, b, *flat), frozen[0].linear(rows, *weights[0])
-    assert_same([found], [wanted], [both, *weights[0]])
+    rows = rows if left_rows is None else torch.cat([left_rows, rows], -1)
+    found, wanted = fused_linear._swiglu_linear(left_rows, a, b, *flat), frozen[0].linear(rows, *weights[0])
+    assert_same([found], [wanted], [left_rows, both, *weights[0]])
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -277,18 +287,23 @@ def block(base="flux-dev"):
     width = denoiser.inner_dim
     x, y = (torch.randn(2, n, width).bfloat16().requires_grad_() for n in (16, 6))
     cos_sin = torch.randn(22, 16), torch.randn(22, 16)
+    if base.startswith("flux2"):  # text and image are one sequence, and the modulation is there
+        x = torch.randn(2, 22, width).bfloat16().requires_grad_()
+        return denoiser.single_transformer_blocks[0], (x, None, torch.randn(2, 3 * width).bfloat16(), cos_sin)
     return denoiser.single_transformer_blocks[0], (x, y, torch.randn(2, width).bfloat16(), cos_sin)
 
 
+@pytest.mark.parametrize("base", ["flux-dev", "flux2-klein-4b"])
 @pytest.mark.parametrize("policy", checkpointing.POLICIES)
-def test_recomputing_changes_no_bit(policy):
-    original, inputs = block()
+def test_recomputing_changes_no_bit(policy, base):
+    original, inputs = block(base)
     found = []
     for name in ("none", policy):
         one = copy.deepcopy(original)
         checkpointing.apply([one], [name], compiled=False)
         leaves = [*inputs[:2], *(p for p in one.parameters() if p.requires_grad)]
         outs = one(*inputs)
+        outs = outs if isinstance(outs, tuple) else (outs,)
         found.append([*outs, *gradients(outs, leaves)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 

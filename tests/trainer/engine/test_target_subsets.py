@@ -38,6 +38,8 @@ WIDE = {  # sides that are multiples of 16, as FP8 needs, where variants.NARROW 
         "cross_attention_dim": 32,
     },
 }
+FLUX2 = {"attention_head_dim": 16, "axes_dims_rope": (4, 4, 4, 4), "num_layers": 2, "num_single_layers": 2}
+SMALL = {**WIDE, "flux2-klein-4b": FLUX2}
 # Weight format → type of activations, and the least cosine of the median gradient with that of full precision.
 FORMATS = {
     "fp32": (torch.float32, 1.0),
@@ -63,7 +65,7 @@ def loaded(tmp_path_factory):
         torch.manual_seed(0)
         folder = tmp_path_factory.mktemp("model")
         place = folder / get_family(VARIANTS[base][0]).FACTS.parts["denoiser"]
-        CLASSES[VARIANTS[base][0]](**{**config(base, narrow=True), **WIDE[base]}).save_pretrained(place)
+        CLASSES[VARIANTS[base][0]](**{**config(base, narrow=True), **SMALL[base]}).save_pretrained(place)
         return folder
 
     def load(base):
@@ -93,7 +95,7 @@ def gradients(family, denoiser, dtype):
     width = options.get("joint_attention_dim") or options["cross_attention_dim"]
     pooled = options.get("pooled_projection_dim") or 20
     text = {"tokens": torch.randn(2, 6, width).to(dtype), "pooled": torch.randn(2, pooled).to(dtype)}
-    channels = options["in_channels"] // (4 if family.FACTS.name == "flux" else 1)
+    channels = options["in_channels"] // (4 if family.FACTS.name in ("flux", "flux2") else 1)
     noisy, geometry = torch.randn(2, channels, 8, 8), torch.full((2, 6), 64.0)
     out = family.predict(denoiser, noisy, torch.tensor([0.6, 0.3]), text=text, guidance=1.0, geometry_B6=geometry)
     if torch.is_grad_enabled():
@@ -293,15 +295,16 @@ def test_any_of_many_subsets_trains_as_diffusers_with_peft_trains_it(loaded, fol
 
 @pytest.mark.parametrize("precision", FORMATS)
 @pytest.mark.parametrize("targets", [PUBLISHED, ("attn.add_q_proj", "add_k_proj", "add_v_proj"), ("attn.to_q",)])
-def test_image_or_text_alone_may_have_joined_projections(targets, precision, loaded):
-    check_gradients(loaded, "flux-dev", targets, joined=True, kind="lora", precision=precision)
+@pytest.mark.parametrize("base", ["flux-dev", "flux2-klein-4b"])
+def test_image_or_text_alone_may_have_joined_projections(base, targets, precision, loaded):
+    check_gradients(loaded, base, targets, joined=True, kind="lora", precision=precision)
 
 
 def test_the_default_targets_run_diffusers_own_attention(loaded, monkeypatch):
     family, trained = adapted(
         loaded, "flux-dev", targets=get_family("flux").FACTS.targets, joined=True, kind="lora", precision="fp32"
     )
-    monkeypatch.setattr("trainer.families.fused_blocks.flux._attention", None)
+    monkeypatch.setattr("trainer.families.fused_blocks.flux.joint_attention", None)
     gradients(family, trained, torch.float32)
 
 

@@ -60,6 +60,14 @@ def test_sd3_has_both_above_the_tokens_of_t5_and_side_by_side_in_the_pooled_outp
             {"FluxTransformerBlock": "FusedDoubleBlock", "FluxSingleTransformerBlock": "FusedSingleBlock"},
             set(),
         ),
+        (
+            "flux2",
+            {
+                "Flux2TransformerBlock": "FusedFlux2DoubleBlock",
+                "Flux2SingleTransformerBlock": "FusedFlux2SingleBlock",
+            },
+            set(),
+        ),
         ("sd3", {"JointTransformerBlock": "FusedJointBlock"}, set()),
         ("sdxl", {"BasicTransformerBlock": "FusedBasicBlock"}, {"ResnetBlock2D"}),
         ("z_image", {"ZImageTransformerBlock": "FusedZImageBlock"}, set()),

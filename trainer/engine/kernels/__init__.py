@@ -23,8 +23,8 @@ norm, a GELU) can write its result in 8 bits at once, instead of 16 bits that an
     norm_residual           x, y, weight -> x + weight * RMSNorm(y)         fused_linear.norm_residual
     gelu_rows               y -> GELU or GEGLU, quantised                   fused_linear.gelu_linear
     gelu_gradient           g, y -> gy, and the rows again                  its backward pass
-    swiglu_rows             a, b -> silu(a) * b, quantised                  fused_linear.swiglu_linear
-    swiglu_gradient         g, a, b -> ga, gb, and the rows again           its backward pass
+    swiglu_rows             left, a, b -> [left, silu(a) * b], quantised    fused_linear.swiglu_linear
+    swiglu_gradient         g, a, b -> ga, gb, g_left, and the rows again   its backward pass
     gated_residual          x, gate, y -> x + gate * y                      fused_linear.gated_residual
     rotate                  qkv -> RMSNorm by head and rotary embedding     rope.norm_rope
     rotate_gradient         gq, gk, gv, qkv -> gradient of qkv              its backward pass

@@ -64,7 +64,7 @@ rotate: Callable[..., tuple[Tensor, Tensor, Tensor]] = rope_reference.rotate
 rotate_gradient: Callable[..., Tensor] = rope_reference.rotate_gradient
 rotate_heads: Callable[..., Tensor] = rope_reference.rotate_heads
 rotate_heads_gradient: Callable[..., Tensor] = rope_reference.rotate_heads_gradient
-swiglu_gradient: Callable[..., tuple[Tensor, Tensor, Tensor]] = reference.swiglu_gradient
+swiglu_gradient: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = reference.swiglu_gradient
 swiglu_rows: Callable[..., tuple[Tensor, Tensor, Tensor]] = reference.swiglu_rows
 transpose: Callable[..., Tensor] = reference.transpose
 

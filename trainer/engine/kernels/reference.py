@@ -285,21 +285,31 @@ def norm_residual(x_BTK: torch.Tensor, y_BTK: torch.Tensor, weight_BK: torch.Ten
 
 
 def swiglu_rows(
-    a_MK: torch.Tensor, b_MK: torch.Tensor, dtype: torch.dtype, keep_rows: bool, padding: int = 0
+    left_ML: torch.Tensor | None,
+    a_MK: torch.Tensor,
+    b_MK: torch.Tensor,
+    dtype: torch.dtype,
+    keep_rows: bool,
+    padding: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, Rows]:
-    """Quantise silu(a) * b (arXiv 2002.05202): values (M, K + padding), scales (M, 1), rows (M, K)."""
-    rows_MK = (F.silu(a_MK.float()) * b_MK.float()).to(a_MK.dtype)
-    values_MF, row_scale_M1 = quantize_rows(rows_MK, None, dtype, padding)
-    return values_MF, row_scale_M1, rows_MK if keep_rows else a_MK.new_empty(0)
+    """Quantise [left, silu(a) * b] (arXiv 2002.05202): values (M, L + K + padding), scales (M, 1), rows (M, L + K)."""
+    rows = (F.silu(a_MK.float()) * b_MK.float()).to(a_MK.dtype)
+    if left_ML is not None:
+        rows = torch.cat([left_ML, rows], -1)
+    values, row_scale_M1 = quantize_rows(rows, None, dtype, padding)
+    return values, row_scale_M1, rows if keep_rows else a_MK.new_empty(0)
 
 
 def swiglu_gradient(
-    a_MK: torch.Tensor, b_MK: torch.Tensor, g_MK: torch.Tensor, keep_rows: bool
-) -> tuple[torch.Tensor, torch.Tensor, Rows]:
-    """From g (M, K), the gradient of `swiglu_rows`' rows: the gradients of a and of b, and those rows again."""
-    a, b, g = a_MK.float(), b_MK.float(), g_MK.float()
+    left_ML: torch.Tensor | None, a_MK: torch.Tensor, b_MK: torch.Tensor, g: torch.Tensor, keep_rows: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Rows]:
+    """From g (M, L + K), the gradient of `swiglu_rows`' rows: those of a, of b and of left, and those rows again."""
+    left_features = 0 if left_ML is None else left_ML.shape[1]
+    a, b, g_MK = a_MK.float(), b_MK.float(), g[:, left_features:].float()
     sigmoid = a.sigmoid()
-    ga = g * b * sigmoid * (1 + a * (1 - sigmoid))
-    gb = g * a * sigmoid
+    ga = g_MK * b * sigmoid * (1 + a * (1 - sigmoid))
+    gb = g_MK * a * sigmoid
     rows = (a * sigmoid * b).to(a_MK.dtype) if keep_rows else a_MK.new_empty(0)
-    return ga.to(a_MK.dtype), gb.to(b_MK.dtype), rows
+    if keep_rows and left_ML is not None:
+        rows = torch.cat([left_ML, rows], -1)
+    return ga.to(a_MK.dtype), gb.to(b_MK.dtype), g[:, :left_features].clone(), rows

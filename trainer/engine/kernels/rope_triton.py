@@ -48,7 +48,7 @@ def _norm_rotate_gradient(g, x, weight, cos, sin, EPS: tl.constexpr, D: tl.const
 
 # Grid: (tokens of one source, groups of 8 heads). Reads one token's queries and keys, and values with COPY_VALUES, from
 # a row of qkv, which has all heads of q, then of k, then of v; writes them at the token's position in the joined
-# sequence.
+# sequence. Rows of qkv are `row_stride` elements apart.
 @triton.jit
 def _rotate(  # type: ignore[no-untyped-def]  # Triton reads annotations
     qkv,
@@ -59,6 +59,7 @@ def _rotate(  # type: ignore[no-untyped-def]  # Triton reads annotations
     q,
     k,
     v,
+    row_stride,
     tokens,
     total,
     offset,
@@ -77,18 +78,26 @@ def _rotate(  # type: ignore[no-untyped-def]  # Triton reads annotations
     inside = (head < H) & (d < D)
     angle_offset = position * D + d + 0 * head
     c, s = tl.load(cos + angle_offset).to(tl.float32), tl.load(sin + angle_offset).to(tl.float32)
-    x = tl.load(qkv + row * 3 * H * D + head_offset, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(qkv + row * row_stride + head_offset, mask=inside, other=0.0).to(tl.float32)
     y = _norm_rotate(x, tl.load(weight_q + d).to(tl.float32), c, s, EPS, D, HEADS)
     tl.store(q + out_offset + head_offset, y.to(q.dtype.element_ty), mask=inside)
-    x = tl.load(qkv + row * 3 * H * D + H * D + head_offset, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(qkv + row * row_stride + H * D + head_offset, mask=inside, other=0.0).to(tl.float32)
     y = _norm_rotate(x, tl.load(weight_k + d).to(tl.float32), c, s, EPS, D, HEADS)
     tl.store(k + out_offset + head_offset, y.to(k.dtype.element_ty), mask=inside)
     if COPY_VALUES:
         tl.store(
             v + out_offset + head_offset,
-            tl.load(qkv + row * 3 * H * D + 2 * H * D + head_offset, mask=inside),
+            tl.load(qkv + row * row_stride + 2 * H * D + head_offset, mask=inside),
             mask=inside,
         )
+
+
+def _evenly_spaced(qkv_BTF: torch.Tensor) -> torch.Tensor:
+    """The same, copied only if the rows of all images are not one distance apart: they may be parts of wider rows."""
+    row_stride = qkv_BTF.stride(1)
+    if qkv_BTF.stride(2) == 1 and qkv_BTF.stride(0) == row_stride * qkv_BTF.shape[1]:
+        return qkv_BTF
+    return qkv_BTF.contiguous()
 
 
 @triton_op("kiln::rotate", mutates_args={})
@@ -114,8 +123,9 @@ def rotate(
     offset = 0
     for qkv, norm_q, norm_k in ((first, weight_q, weight_k), (second, second_q, second_k)):
         if qkv is not None and norm_q is not None and norm_k is not None:
+            rows = _evenly_spaced(qkv)
             wrap_triton(_rotate)[(images * qkv.shape[1], triton.cdiv(heads, HEADS_PER_PROGRAM))](
-                qkv.contiguous(),
+                rows,
                 norm_q,
                 norm_k,
                 cos_TD.contiguous(),
@@ -123,6 +133,7 @@ def rotate(
                 q,
                 k,
                 q if second is None else v,
+                rows.stride(1),
                 qkv.shape[1],
                 total,
                 offset,
@@ -150,6 +161,7 @@ def _rotate_gradient(  # type: ignore[no-untyped-def]  # Triton reads annotation
     gk,
     gv,
     out,
+    row_stride,
     tokens,
     total,
     offset,
@@ -167,11 +179,11 @@ def _rotate_gradient(  # type: ignore[no-untyped-def]  # Triton reads annotation
     inside = (head < H) & (d < D)
     angle_offset = position * D + d + 0 * head
     c, s = tl.load(cos + angle_offset).to(tl.float32), tl.load(sin + angle_offset).to(tl.float32)
-    x = tl.load(qkv + row * 3 * H * D + head_offset, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(qkv + row * row_stride + head_offset, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(gq + grad_offset + head_offset, mask=inside, other=0.0).to(tl.float32)
     g = _norm_rotate_gradient(g, x, tl.load(weight_q + d).to(tl.float32), c, s, EPS, D, HEADS)
     tl.store(out + row * 3 * H * D + head_offset, g.to(out.dtype.element_ty), mask=inside)
-    x = tl.load(qkv + row * 3 * H * D + H * D + head_offset, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(qkv + row * row_stride + H * D + head_offset, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(gk + grad_offset + head_offset, mask=inside, other=0.0).to(tl.float32)
     g = _norm_rotate_gradient(g, x, tl.load(weight_k + d).to(tl.float32), c, s, EPS, D, HEADS)
     tl.store(out + row * 3 * H * D + H * D + head_offset, g.to(out.dtype.element_ty), mask=inside)
@@ -198,8 +210,8 @@ def rotate_gradient(
     """`rope_reference.rotate_gradient` in one kernel."""
     head_dim = len(weight_q)
     heads = gq.shape[2]
-    qkv = qkv.contiguous()
-    out = torch.empty_like(qkv)
+    qkv = _evenly_spaced(qkv)
+    out = torch.empty(qkv.shape, device=qkv.device, dtype=qkv.dtype)
     wrap_triton(_rotate_gradient)[(qkv.shape[0] * qkv.shape[1], triton.cdiv(heads, HEADS_PER_PROGRAM))](
         qkv,
         weight_q,
@@ -210,6 +222,7 @@ def rotate_gradient(
         gk.contiguous(),
         gv.contiguous(),
         out,
+        qkv.stride(1),
         qkv.shape[1],
         cos_TD.shape[0],
         offset,

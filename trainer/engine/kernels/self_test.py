@@ -87,10 +87,13 @@ def _rms_comparisons(normal: Callable[..., Tensor], dtype: torch.dtype) -> Itera
 
 def _swiglu_comparisons(normal: Callable[..., Tensor], dtype: torch.dtype) -> Iterator[Comparison]:
     a, b = normal(ROWS, 2 * GELU_FEATURES).chunk(2, -1)
-    forward = (a, b, dtype, True)
-    yield "swiglu_rows", _dequantized(dispatch.swiglu_rows(*forward)), _dequantized(reference.swiglu_rows(*forward))
-    backward = (a, b, normal(ROWS, GELU_FEATURES), True)
-    yield "swiglu_gradient", dispatch.swiglu_gradient(*backward), reference.swiglu_gradient(*backward)
+    for left in (None, normal(ROWS, LEFT_FEATURES)):
+        forward = (left, a, b, dtype, True)
+        yield "swiglu_rows", _dequantized(dispatch.swiglu_rows(*forward)), _dequantized(reference.swiglu_rows(*forward))
+        g = normal(ROWS, GELU_FEATURES + (0 if left is None else LEFT_FEATURES))
+        backward = (left, a, b, g, True)
+        found = [t for t in dispatch.swiglu_gradient(*backward) if t.numel()]  # as of GELU
+        yield "swiglu_gradient", found, [t for t in reference.swiglu_gradient(*backward) if t.numel()]
 
 
 def _gelu_comparisons(normal: Callable[..., Tensor], dtype: torch.dtype) -> Iterator[Comparison]:

@@ -1,11 +1,12 @@
-"""Forward passes of diffusers' blocks with fused FP8 kernels, one module a family; `projections` has the shared parts.
+"""Forward passes of diffusers' blocks with fused FP8 kernels, one module a family; `projections` and
+`joint_attention` have the shared parts.
 
 A block gets one of these classes by assignment to its `__class__` (`trainer.engine.fused_linear.install`), if it has
 FP8 layers: its weights, names and results stay, only the operations are grouped differently. Arguments that training
 never passes, but some pipelines do, are handed to diffusers' own forward pass. No block of these families has a
 dropout.
 
-Read `projections`, then `flux` (joined projections and a rotary embedding), then `sd3`, `sdxl` and `z_image` (RMSNorm,
-a rotary embedding that differs from image to image, SwiGLU). Imports `trainer.engine`
-and diffusers. The parameters are named as diffusers names them.
+Read `projections`, then `joint_attention` and `flux` (joined projections and a rotary embedding), then `flux2` (a
+modulation for all blocks, SwiGLU), `sd3`, `sdxl` and `z_image` (RMSNorm, a rotary embedding that differs from image to
+image). Imports `trainer.engine` and diffusers. The parameters are named as diffusers names them.
 """
