@@ -72,7 +72,7 @@ def shapes(count: int, *, side: int = 1024) -> list[tuple[int, int]]:
 def default_plan(family: str, limit: float | None, batch: int, settings: dict[str, str]) -> Plan:
     """What a job with default settings plans on this machine."""
     asked = {
-        "BASE_MODEL": family,
+        "BASE_MODEL": steps.base_of(family),
         "DATASET_NAME": "org/photographs",
         "PARAMS_BATCH_SIZE": str(batch),
         "PARAMS_MAX_STEPS": "1000",
@@ -111,14 +111,28 @@ def micro_batch(plan: Plan, batch: Batch, generator: torch.Generator) -> MicroBa
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
+    real_BN = torch.ones(count, length, dtype=torch.bool)  # all tokens are the caption's
     moments_B2CHW = torch.cat([normal(count, steps.CHANNELS[family], height // 8, width // 8)] * 2, dim=1)
-    text = {"tokens": normal(count, length, features).to(dtype), "pooled": normal(count, pooled).to(dtype)}
+    text = {
+        "tokens": normal(count, length, features).to(dtype),
+        "pooled": normal(count, pooled).to(dtype),
+        "real": real_BN,
+    }
     geometry_B6 = torch.tensor([[height, width, 0, 0, height, width]] * count, dtype=torch.float32)
     mask_B1HW = None
     if sizes.size_of(batch)[-1]:
         mask_B1HW = torch.rand(count, 1, *moments_B2CHW.shape[2:], generator=generator)
     made = MicroBatch(moments_B2CHW, text, geometry_B6, mask_B1HW, torch.ones(count), ("random",) * count)
     return made.each(torch.Tensor.pin_memory) if torch.cuda.is_available() else made
+
+
+def micro_batches(plan: Plan, epoch: list[Batch]) -> list[MicroBatch]:
+    """One for each batch of `epoch`; those of a size are the same one."""
+    generator = torch.Generator().manual_seed(0)
+    by_size: dict[sizes.StepSize, MicroBatch] = {}
+    for each in sizes.one_of_each_size(epoch):
+        by_size[sizes.size_of(each)] = micro_batch(plan, each, generator)
+    return [by_size[sizes.size_of(each)] for each in epoch]
 
 
 def objective_of(family: str) -> Objective:
@@ -132,10 +146,14 @@ def objective_of(family: str) -> Objective:
 
 
 class Job:
-    """Everything that a job trains with, on a random denoiser instead of one from files."""
+    """Everything that a job trains with, on a random denoiser instead of one from files.
 
-    def __init__(self, plan: Plan, epoch: list[Batch], *, small: bool = False) -> None:
+    `workers`: the processes that train it together.
+    """
+
+    def __init__(self, plan: Plan, epoch: list[Batch], *, small: bool = False, workers: Workers | None = None) -> None:
         self.plan = plan
+        self.workers = workers or Workers()
         self.family = get_family(plan.model.family)
         if torch.cuda.is_available():
             torch.cuda.set_per_process_memory_fraction(1.0)  # the weights are made in 16 bits
@@ -189,7 +207,7 @@ class Job:
             self.engine,
             self.runner,
             self.state,
-            Workers(),
+            self.workers,
             self.snapshots,
             self.predict,
             self.objective,
@@ -204,7 +222,7 @@ class Job:
         )
 
     def train(self, made: list[MicroBatch]) -> Iterator[float]:
-        """All steps; yields when each is done, by `time.monotonic`."""
+        """A step for each of this process's micro-batches; yields when each is done, by `time.monotonic`."""
         done = loop.train(
             ((1, [batch]) for batch in made),
             predict=self.predict,
@@ -218,6 +236,7 @@ class Job:
             seed=0,
             first_step=1,
             runner=self.runner,
+            workers=self.workers,
         )
         for _ in done:
             yield time.monotonic()
@@ -228,12 +247,8 @@ def measure(plan: Plan, count: int, epoch: list[Batch], *, small: bool = False) 
     row: dict[str, Any] = {"shapes": count, "sizes": 0}
     torch.compiler.reset()
     steps.free()
-    generator = torch.Generator().manual_seed(0)
-    by_size: dict[sizes.StepSize, MicroBatch] = {}
-    for each in sizes.one_of_each_size(epoch):
-        by_size[sizes.size_of(each)] = micro_batch(plan, each, generator)
-    made = [by_size[sizes.size_of(each)] for each in epoch]
-    row["sizes"] = len(by_size)
+    made = micro_batches(plan, epoch)
+    row["sizes"] = len(set(map(id, made)))
     job = Job(plan, epoch, small=small)
     started = time.monotonic()
     try:
@@ -254,7 +269,7 @@ def measure(plan: Plan, count: int, epoch: list[Batch], *, small: bool = False) 
     row["s_per_kilotoken"] = round(usual_s / statistics.mean(tokens), 4)
     row["mode"] = described(*job.engine.fallbacks[0])
     row["compiled"] = job.engine.compiled
-    row["captured"] = f"{len(getattr(job.runner, 'captured', ()))} of {len(by_size)}" if job.runner.capturing else "no"
+    row["captured"] = f"{len(getattr(job.runner, 'captured', ()))} of {row['sizes']}" if job.runner.capturing else "no"
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         row["reserved_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 2)

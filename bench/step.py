@@ -117,6 +117,11 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
+def base_of(family: str, *, small: bool = False) -> str:
+    """The value of BASE_MODEL of a family's first published model; of its miniature, with `small`."""
+    return next(name for name, model in get_family(family).FACTS.models.items() if model.is_miniature == small)
+
+
 @contextlib.contextmanager
 def random_weights(device: str) -> Iterator[None]:
     """Models that are created inside have random weights, the same each time, on `device` and in bf16."""
