@@ -10,7 +10,8 @@ other shapes than the first. With `--what`, steps of one size in a variant of `p
 
 `batch`: images on each GPU. `images_s`: images per second of all GPUs. `of_linear`: that, relative to the first row of
 the same batch and shapes times the number of GPUs. `sum_ms`: how long all processes take to sum the gradient when they
-begin at the same moment. `shape_waits`: the share of a step in which a process waits because another one has a larger
+begin at the same moment, and `reduce_ms` the part of it that moves the gradient: what overlapping it with the backward
+pass could hide at most. `shape_waits`: the share of a step in which a process waits because another one has a larger
 shape, if a step takes as long as its pixels are many. With `--small`, on the CPU.
 """
 
@@ -22,7 +23,9 @@ import math
 import random
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,7 +65,7 @@ def of_job(asked: argparse.Namespace, count: int, batch: int, workers: Workers) 
     seconds = times[-1] - times[len(made) - 1]
     images = sum(len(of_one.names) for step in measured for of_one in step)
     row["step_s"] = round(seconds / len(measured), 4)
-    row["sum_ms"] = sum_ms(job.runner.flat_grad, batch, workers)
+    row |= sums(job.runner.flat_grad, batch, workers)
     row["images_s"] = round(images / seconds, 3)
     row["shape_waits"] = round(waits(measured), 4)
     row["parameters_m"] = round(job.runner.flat_grad.numel() / 1e6, 1)
@@ -89,18 +92,27 @@ def waits(measured: list[list[MicroBatch]]) -> float:
     return 1 - used / longest
 
 
-def sum_ms(flat_grad: torch.Tensor, batch: int, workers: Workers) -> float:
-    """Milliseconds until all processes have the mean gradient, if they begin at once."""
+def sums(flat_grad: torch.Tensor, batch: int, workers: Workers) -> dict[str, float]:
+    """Milliseconds until all processes have the mean gradient, if they begin at once, and of its all-reduce alone."""
     numbers = torch.zeros(batch, device=DEVICE)
-    seconds = []
-    for _ in range(SUMS):
-        wait()
-        workers.all_agree(True)
-        started = time.monotonic()
-        workers.mean_gradient(flat_grad, [numbers], [numbers])
-        wait()
-        seconds.append(time.monotonic() - started)
-    return round(1000 * statistics.median(seconds), 2)
+
+    def reduce() -> None:
+        if workers.size > 1:
+            torch.distributed.all_reduce(flat_grad)
+
+    def in_ms(task: Callable[[], object]) -> float:
+        seconds = []
+        for _ in range(SUMS):
+            wait()
+            workers.all_agree(True)
+            started = time.monotonic()
+            task()
+            wait()
+            seconds.append(time.monotonic() - started)
+        return round(1000 * statistics.median(seconds), 2)
+
+    whole = in_ms(partial(workers.mean_gradient, flat_grad, [numbers], [numbers]))
+    return {"sum_ms": whole, "reduce_ms": in_ms(reduce)}
 
 
 # ---- steps of one shape, in any variant
@@ -120,7 +132,8 @@ def of_variant(bench: Bench, asked: argparse.Namespace, batch: int, workers: Wor
         step(bench, engine, batch, workers, number=3 + number)
     wait()
     seconds = (time.monotonic() - started) / asked.steps
-    row |= {"step_s": round(seconds, 4), "sum_ms": sum_ms(bench.runner.flat_grad, batch, workers)}
+    row["step_s"] = round(seconds, 4)
+    row |= sums(bench.runner.flat_grad, batch, workers)
     row["images_s"] = round(workers.size * batch / seconds, 3)
     workers.check_same(bench.optimizer_params)
     return row
