@@ -16,8 +16,9 @@ gpus: a step on one GPU and on several
 nodes: faults on several machines: time to end, to go on, and work lost
 concept: how well a miniature learns in each precision
 job: a full-size model, and whole jobs on it
+minute: a person's whole job on several GPUs, and where each second goes
 reach: all targets of docs/performance.md, on all accelerators
-prepare: encoding images and captions
+prepare: encoding images and captions, on one GPU and on several
 loading, scan: reading the cache, and scanning a dataset
 layouts: loading models from files of every layout
 state: writing states
@@ -41,6 +42,7 @@ HELPERS = (
     "browser",
     "cards",
     "full_size",
+    "members",
     "network",
     "original_names",
     "others",

@@ -1,65 +1,152 @@
 """The same training step on one GPU and on several, with the gradient averaged over processes as in a job.
 
-    python -m bench gpus --family FAMILY --batch 1 4 --gpus 1 2 4 [--what PRECISION+POLICY[+WORD]…] [--size W H]
+    python -m bench gpus --family FAMILY --gpus 1 2 4 --shapes 1,10 [--batch 1 4] [--side 512] [--set NAME=VALUE …]
+    python -m bench gpus --family FAMILY --gpus 1 2 4 --what PRECISION+POLICY[+WORD]… [--batch 1 4] [--size W H]
 
-Starts one process for each GPU, as a job does. `batch`: images on each GPU. `images_s`: images per second of all GPUs.
-`of_linear`: that, relative to the first row of the same batch times the number of GPUs. `sum_ms`: from the end of the
-backward pass until all processes have the mean gradient. WORD: as for `bench step` (replay: a CUDA graph). With
-`--small`, on the CPU.
+Starts one process for each GPU, as a job does. With `--shapes`, a job's own steps: planned by `auto` for the default
+settings (or `--set`), rehearsed and trained by the job's code (`python -m bench shapes`), with so many sizes of images
+side by side. Each epoch is shuffled and each process takes every N-th batch of it, so that in a step most of them have
+other shapes than the first. With `--what`, steps of one size in a variant of `python -m bench step`.
+
+`batch`: images on each GPU. `images_s`: images per second of all GPUs. `of_linear`: that, relative to the first row of
+the same batch and shapes times the number of GPUs. `sum_ms`: how long all processes take to sum the gradient when they
+begin at the same moment, and `reduce_ms` the part of it that moves the gradient: what overlapping it with the backward
+pass could hide at most. `shape_waits`: the share of a step in which a process waits because another one has a larger
+shape, if a step takes as long as its pixels are many. With `--small`, on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
+import math
+import random
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
+from bench import shapes
+from bench.members import connected, rows, wait
 from bench.report import Report, options
-from bench.step import DEVICE, Bench, free
-from entrypoint.processes.launch import member_environment
-from entrypoint.system.environment import child_environment
+from bench.step import DEVICE, Bench, base_of, free
+from trainer.data.batches import MicroBatch
 from trainer.engine.execution import Engine
-from trainer.training import distributed
+from trainer.spec.errors import KilnError
 from trainer.training.distributed import Workers
-from trainer.training.stop_flag import StopFlag
+
+SUMS = 5  # of which the median is taken
 
 
-def step(bench: Bench, engine: Engine, batch: int, workers: Workers, *, number: int, apart: bool = False) -> float:
-    """A step as in `trainer.training.loop.train`; returns the seconds until the mean gradient was there.
+# ---- steps of a job, with images of several shapes
 
-    `apart`: wait for the backward pass of all processes first, so that these seconds are those of the averaging alone.
-    """
-    loss = bench.backward(engine, batch, seed=number * workers.size + workers.process_rank)
-    if apart:
-        wait()
-        workers.all_agree(True)
+
+def of_job(asked: argparse.Namespace, count: int, batch: int, workers: Workers) -> dict[str, Any]:
+    """The row of `count` shapes."""
+    row: dict[str, Any] = {"shapes": count, "batch": batch, "gpus": workers.size}
+    settings = dict(setting.split("=", 1) for setting in asked.set)
+    plan = shapes.default_plan(base_of(asked.family), None, batch, settings)
+    plan = replace(plan, engine=replace(plan.engine, num_gpus=workers.size))
+    epoch = shapes.epoch_of(count, batch, sides=[256 if asked.small else asked.side])
+    made = shapes.micro_batches(plan, epoch)
+    job = shapes.Job(plan, epoch, small=asked.small, workers=workers)
+    try:
+        job.rehearse(epoch, made)
+    except KilnError as problem:
+        return {**row, "images_s": str(problem).splitlines()[0][:100]}
+    rounds = math.ceil(asked.steps / len(made))
+    steps = [step for number in range(rounds + 1) for step in shuffled(made, workers.size, number)]
+    times = list(job.train([step[workers.process_rank] for step in steps]))
+    measured = steps[len(made) :]
+    seconds = times[-1] - times[len(made) - 1]
+    images = sum(len(of_one.names) for step in measured for of_one in step)
+    row["step_s"] = round(seconds / len(measured), 4)
+    row |= sums(job.runner.flat_grad, batch, workers)
+    row["images_s"] = round(images / seconds, 3)
+    row["shape_waits"] = round(waits(measured), 4)
+    row["parameters_m"] = round(job.runner.flat_grad.numel() / 1e6, 1)
+    row["captured"] = job.runner.capturing
+    workers.check_same(job.state.optimizer_params)
+    job.runner.release()
+    return row
+
+
+def shuffled(made: list[MicroBatch], size: int, number: int) -> list[list[MicroBatch]]:
+    """The steps of an epoch of `size` times the batches, in its own order: each step has a batch for every process."""
+    order = made * size
+    random.Random(number).shuffle(order)
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def waits(measured: list[list[MicroBatch]]) -> float:
+    """The share of the time that processes wait for the one with the largest batch, by numbers of pixels."""
+    used = longest = 0
+    for step in measured:
+        pixels = [of_one.moments_B2CHW.numel() for of_one in step]
+        used += sum(pixels)
+        longest += len(pixels) * max(pixels)
+    return 1 - used / longest
+
+
+def sums(flat_grad: torch.Tensor, batch: int, workers: Workers) -> dict[str, float]:
+    """Milliseconds until all processes have the mean gradient, if they begin at once, and of its all-reduce alone."""
+    numbers = torch.zeros(batch, device=DEVICE)
+
+    def reduce() -> None:
+        if workers.size > 1:
+            torch.distributed.all_reduce(flat_grad)
+
+    def in_ms(task: Callable[[], object]) -> float:
+        seconds = []
+        for _ in range(SUMS):
+            wait()
+            workers.all_agree(True)
+            started = time.monotonic()
+            task()
+            wait()
+            seconds.append(time.monotonic() - started)
+        return round(1000 * statistics.median(seconds), 2)
+
+    whole = in_ms(partial(workers.mean_gradient, flat_grad, [numbers], [numbers]))
+    return {"sum_ms": whole, "reduce_ms": in_ms(reduce)}
+
+
+# ---- steps of one shape, in any variant
+
+
+def of_variant(bench: Bench, asked: argparse.Namespace, batch: int, workers: Workers) -> dict[str, Any]:
+    """The row of `--what`."""
+    engine = bench.engine(set(asked.what.split("+")))
+    row: dict[str, Any] = {"what": asked.what, "batch": batch, "gpus": workers.size}
+    if not workers.all_agree(fits(bench, engine, batch)):
+        return {**row, "images_s": "out of memory"}
+    for number in range(3):
+        step(bench, engine, batch, workers, number=number)
+    wait()
     started = time.monotonic()
+    for number in range(asked.steps):
+        step(bench, engine, batch, workers, number=3 + number)
+    wait()
+    seconds = (time.monotonic() - started) / asked.steps
+    row["step_s"] = round(seconds, 4)
+    row |= sums(bench.runner.flat_grad, batch, workers)
+    row["images_s"] = round(workers.size * batch / seconds, 3)
+    workers.check_same(bench.optimizer_params)
+    return row
+
+
+def step(bench: Bench, engine: Engine, batch: int, workers: Workers, *, number: int) -> None:
+    """A step as in `trainer.training.loop.train`."""
+    loss = bench.backward(engine, batch, seed=number * workers.size + workers.process_rank)
     losses, times = [loss.expand(batch)], [torch.full((batch,), 0.5, device=DEVICE)]
     step_totals_T = workers.mean_gradient(bench.runner.flat_grad, losses, times)
-    if apart:
-        wait()
-    seconds = time.monotonic() - started
     workers.read_totals(step_totals_T, torch.nn.utils.clip_grad_norm_(bench.optimizer_params, 1.0))
     bench.optimizer.step()
     bench.runner.clear()
-    return seconds
-
-
-def wait() -> None:
-    """Wait until the device has finished."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
 
 
 def fits(bench: Bench, engine: Engine, batch: int) -> bool:
@@ -74,61 +161,36 @@ def fits(bench: Bench, engine: Engine, batch: int) -> bool:
         bench.runner.clear()
 
 
+# ---- processes
+
+
 def member(asked: argparse.Namespace, size: int) -> None:
-    """One of the processes. The first of them prints a row for each batch."""
-    workers = distributed.workers_from_environment(size, os.environ, StopFlag())
+    """One of the processes. The first of them prints the rows."""
     torch._dynamo.config.cache_size_limit = 64
-    words = set(asked.what.split("+"))
-    bench = Bench(asked.family, asked.what.split("+")[0], small=asked.small)
-    bench.size = tuple(asked.size or bench.size)
-    workers.connect(DEVICE)
-    for batch in asked.batch:
-        free()
-        engine = bench.engine(words)
-        row: dict[str, Any] = {"what": asked.what, "batch": batch, "gpus": size}
-        if not workers.all_agree(fits(bench, engine, batch)):
-            row["images_s"] = "out of memory"
-        else:
-            for number in range(3):
-                step(bench, engine, batch, workers, number=number)
-            wait()
-            started = time.monotonic()
-            for number in range(asked.steps):
-                step(bench, engine, batch, workers, number=3 + number)
-            wait()
-            seconds = (time.monotonic() - started) / asked.steps
-            sums = [step(bench, engine, batch, workers, number=number, apart=True) for number in range(5)]
-            row |= {"step_s": round(seconds, 4), "sum_ms": round(1000 * statistics.median(sums), 2)}
-            row["images_s"] = round(size * batch / seconds, 3)
-        if workers.is_first:
-            print(json.dumps(row), flush=True)
-    workers.check_same(bench.optimizer_params)
+    workers = connected(size)
+    if asked.shapes:
+        for batch in asked.batch:
+            for count in map(int, asked.shapes.split(",")):
+                torch.compiler.reset()
+                free()
+                tell(of_job(asked, count, batch, workers), workers)
+    else:
+        bench = Bench(asked.family, asked.what.split("+")[0], small=asked.small)
+        bench.size = tuple(asked.size or bench.size)
+        for batch in asked.batch:
+            free()
+            tell(of_variant(bench, asked, batch, workers), workers)
     workers.disconnect()
 
 
-def rows(arguments: list[str], size: int) -> Iterator[dict[str, Any]]:
-    """Start `size` processes; the rows that the first of them prints."""
-    with tempfile.TemporaryDirectory(prefix="kiln-") as folder, contextlib.ExitStack() as started:
-        children: list[subprocess.Popen[str]] = []
-        for process_rank in range(size):
-            environment = child_environment(os.environ)
-            environment |= member_environment(environment, Path(folder), process_rank, size=size)
-            command = [sys.executable, "-m", "bench", "gpus", *arguments, "--gpus", str(size), "--member"]
-            out = subprocess.DEVNULL if process_rank else subprocess.PIPE
-            children.append(started.enter_context(subprocess.Popen(command, env=environment, stdout=out, text=True)))
-            started.callback(children[-1].kill)  # no effect on a process that has ended
-        assert children[0].stdout is not None
-        for line in children[0].stdout:
-            if line.startswith("{"):
-                yield json.loads(line)
-        codes = [child.wait(timeout=60) for child in children]
-        if any(codes):
-            raise SystemExit(f"Of {size} processes, these exit codes came: {codes}.")
+def tell(row: dict[str, Any], workers: Workers) -> None:
+    if workers.is_first:
+        print(json.dumps(row), flush=True)
 
 
 def main(arguments: list[str]) -> None:
     parser = options(__doc__)
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 4], help="images on each GPU")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1], help="images on each GPU")
     parser.add_argument(
         "--gpus",
         nargs="+",
@@ -136,31 +198,41 @@ def main(arguments: list[str]) -> None:
         default=[1, 2, 4],
         help="numbers of GPUs; the first is the reference for of_linear",
     )
+    parser.add_argument("--shapes", help="how many, with commas, such as 1,10: steps of a job")
+    parser.add_argument(
+        "--side", type=int, default=1024, help="of the square that the shapes are made around, in pixels"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="of the job")
     words = "PRECISION+POLICY[+host|+weights][+turned][+replay][+plain][+eager]"
     parser.add_argument("--what", default="fp8+all", help=words)
-    parser.add_argument("--size", type=int, nargs=2, help="width and height in pixels")
-    parser.add_argument("--steps", type=int, default=20, help="steps that are measured")
+    parser.add_argument("--size", type=int, nargs=2, help="width and height in pixels, with --what")
+    parser.add_argument("--steps", type=int, default=20, help="steps that are measured, at least")
     parser.add_argument("--member", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
     if asked.member:
         member(asked, asked.gpus[0])
         return
     report = Report(f"{asked.family}: on several GPUs", asked.markdown)
-    images_s_of_one: dict[int, float] = {}  # batch → of one GPU, by the first row
+    reference: dict[tuple[int, int], float] = {}  # shapes, batch → images a second of one GPU, by the first row
     for size in asked.gpus:
-        for row in rows(_member_arguments(asked), size):
+        for row in rows("gpus", _member_arguments(asked), size):
             if isinstance(row["images_s"], float):
-                reference = images_s_of_one.setdefault(row["batch"], row["images_s"] / size)
-                row["of_linear"] = round(row["images_s"] / (size * reference), 3)
+                of_one = reference.setdefault((row.get("shapes", 1), row["batch"]), row["images_s"] / size)
+                row["of_linear"] = round(row["images_s"] / (size * of_one), 3)
             report.row(row)
 
 
 def _member_arguments(asked: argparse.Namespace) -> list[str]:
     """The arguments of each process."""
-    arguments = ["--family", asked.family, "--what", asked.what, "--steps", str(asked.steps)]
-    arguments += ["--batch", *map(str, asked.batch)]
+    arguments = ["--family", asked.family, "--steps", str(asked.steps), "--batch", *map(str, asked.batch)]
     if asked.small:
         arguments.append("--small")
+    if asked.shapes:
+        arguments += ["--shapes", asked.shapes, "--side", str(asked.side)]
+        for setting in asked.set:
+            arguments += ["--set", setting]
+        return arguments
+    arguments += ["--what", asked.what]
     if asked.size:
         arguments += ["--size", *map(str, asked.size)]
     return arguments

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from bench.shapes import shapes as bucket_shapes
-from bench.step import free, random_weights
+from bench.step import base_of, free, random_weights
 from trainer.spec.family import get_family
 
 IMAGES = 20
@@ -40,8 +40,9 @@ def write_model(folder: Path, name: str) -> None:
     models = full_size.write_configs(folder, name, full_size.FULL[name])
     for path in folder.glob("tokenizer*/tokenizer_config.json"):
         config = json.loads(path.read_text())
-        tokens = next(count for start, count in MAX_TOKENS.items() if config["tokenizer_class"].startswith(start))
-        path.write_text(json.dumps({**config, "model_max_length": tokens}))
+        for start, tokens in MAX_TOKENS.items():
+            if config["tokenizer_class"].startswith(start):
+                path.write_text(json.dumps({**config, "model_max_length": tokens}))
     for part, skeleton in models.items():
         started = time.monotonic()
         subfolder = get_family(name).FACTS.parts[part]
@@ -68,7 +69,7 @@ def write_images(folder: Path, shapes: int) -> None:
 
 
 def run(folder: Path, name: str, settings: dict[str, str], number: int) -> dict[str, Any]:
-    """Run one job; returns the row to print."""
+    """Run one job on the BASE_MODEL `name`; returns the row to print."""
     out = folder / f"out-{time.time_ns()}"
     variables = {
         "BASE_MODEL": name,
@@ -84,6 +85,7 @@ def run(folder: Path, name: str, settings: dict[str, str], number: int) -> dict[
     started = time.time()
     code = subprocess.run([sys.executable, "-m", "entrypoint"], env=environment, check=False).returncode
     row: dict[str, Any] = {"job": number, "exit": code, "seconds": round(time.time() - started, 1)}
+    row |= {"started": started, "out": str(out)}
     if code == 0:
         row |= _step_times(out / "metrics.jsonl", started)
     row["reserved_gib"] = _reserved_gib(out / "run.log")
@@ -129,4 +131,4 @@ def main(arguments: list[str]) -> None:
         return
     settings = dict(setting.split("=", 1) for setting in flags.settings)
     for number in range(1, 3 if flags.again else 2):
-        print(json.dumps(run(flags.folder, flags.family, settings, number)), flush=True)
+        print(json.dumps(run(flags.folder, base_of(flags.family), settings, number)), flush=True)

@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> None:
     asked = parser.parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     family = asked.family
-    base = asked.base or steps.first_base(family)
+    base = asked.base or steps.base_of(family)
     plan = shapes.default_plan(base, asked.limit, 1, dict(s.split("=", 1) for s in asked.settings))
     side = 256 if asked.small else 1024
     epoch = shapes.epoch_of(2, 1, sides=(side,))

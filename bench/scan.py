@@ -12,6 +12,7 @@ import resource
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +39,17 @@ def main(arguments: list[str]) -> None:
 def draw(folder: Path, count: int, side: int) -> None:
     """`count` different JPEG files with captions, of five aspect ratios."""
     rng = np.random.default_rng(0)
-    for i in range(count):
+    coarse_8 = rng.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+
+    def write(i: int) -> None:
         width = round(side * ASPECTS[i % len(ASPECTS)] ** 0.5)
-        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        coarse = Image.fromarray(coarse_8[i])
         coarse.resize((width, side * side // width)).save(folder / f"{i:06}.jpg")
         (folder / f"{i:06}.txt").write_text(f"picture {i}, some tag, another tag", encoding="utf-8")
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for _ in pool.map(write, range(count)):
+            pass
 
 
 def measure(folder: Path, cpu_workers: int) -> dict[str, float]:

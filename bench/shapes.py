@@ -124,6 +124,15 @@ def micro_batch(plan: Plan, batch: Batch, generator: torch.Generator) -> MicroBa
     return made.each(torch.Tensor.pin_memory) if torch.cuda.is_available() else made
 
 
+def micro_batches(plan: Plan, epoch: list[Batch]) -> list[MicroBatch]:
+    """One for each batch of `epoch`; those of a size are the same one."""
+    generator = torch.Generator().manual_seed(0)
+    by_size: dict[sizes.StepSize, MicroBatch] = {}
+    for each in sizes.one_of_each_size(epoch):
+        by_size[sizes.size_of(each)] = micro_batch(plan, each, generator)
+    return [by_size[sizes.size_of(each)] for each in epoch]
+
+
 def objective_of(family: str) -> Objective:
     """The family's objective, by the schedule that SDXL was trained with."""
     if family != "sdxl":
@@ -135,10 +144,14 @@ def objective_of(family: str) -> Objective:
 
 
 class Job:
-    """Everything that a job trains with, on a random denoiser instead of one from files."""
+    """Everything that a job trains with, on a random denoiser instead of one from files.
 
-    def __init__(self, plan: Plan, epoch: list[Batch], *, small: bool = False) -> None:
+    `workers`: the processes that train it together.
+    """
+
+    def __init__(self, plan: Plan, epoch: list[Batch], *, small: bool = False, workers: Workers | None = None) -> None:
         self.plan = plan
+        self.workers = workers or Workers()
         self.family = get_family(plan.model.family)
         if torch.cuda.is_available():
             torch.cuda.set_per_process_memory_fraction(1.0)  # the weights are made in 16 bits
@@ -192,7 +205,7 @@ class Job:
             self.engine,
             self.runner,
             self.state,
-            Workers(),
+            self.workers,
             self.snapshots,
             self.predict,
             self.objective,
@@ -207,7 +220,7 @@ class Job:
         )
 
     def train(self, made: list[MicroBatch]) -> Iterator[float]:
-        """All steps; yields when each is done, by `time.monotonic`."""
+        """A step for each of this process's micro-batches; yields when each is done, by `time.monotonic`."""
         done = loop.train(
             ((1, [batch]) for batch in made),
             predict=self.predict,
@@ -221,6 +234,7 @@ class Job:
             seed=0,
             first_step=1,
             runner=self.runner,
+            workers=self.workers,
         )
         for _ in done:
             yield time.monotonic()
@@ -231,12 +245,8 @@ def measure(plan: Plan, count: int, epoch: list[Batch], *, small: bool = False) 
     row: dict[str, Any] = {"shapes": count, "sizes": 0}
     torch.compiler.reset()
     steps.free()
-    generator = torch.Generator().manual_seed(0)
-    by_size: dict[sizes.StepSize, MicroBatch] = {}
-    for each in sizes.one_of_each_size(epoch):
-        by_size[sizes.size_of(each)] = micro_batch(plan, each, generator)
-    made = [by_size[sizes.size_of(each)] for each in epoch]
-    row["sizes"] = len(by_size)
+    made = micro_batches(plan, epoch)
+    row["sizes"] = len(set(map(id, made)))
     job = Job(plan, epoch, small=small)
     started = time.monotonic()
     try:
@@ -260,7 +270,7 @@ def measure(plan: Plan, count: int, epoch: list[Batch], *, small: bool = False) 
     row["weights"] = hashlib.sha256(flat.cpu().numpy().tobytes()).hexdigest()[:8]
     row["mode"] = described(*job.engine.fallbacks[0])
     row["compiled"] = job.engine.compiled
-    row["captured"] = f"{len(getattr(job.runner, 'captured', ()))} of {len(by_size)}" if job.runner.capturing else "no"
+    row["captured"] = f"{len(getattr(job.runner, 'captured', ()))} of {row['sizes']}" if job.runner.capturing else "no"
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         row["reserved_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 2)
@@ -281,7 +291,7 @@ def main(arguments: list[str]) -> None:
     counts = [int(count) for count in asked.shapes.split(",")]
     sides = [int(side) // (4 if asked.small else 1) for side in asked.sides.split(",")]
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    base = asked.base or steps.first_base(asked.family)
+    base = asked.base or steps.base_of(asked.family)
     plan = default_plan(base, asked.limit, asked.batch, dict(s.split("=", 1) for s in asked.settings))
     report = Report(f"{base}: many shapes, {asked.limit or 'all'} GiB, batch {asked.batch}", asked.markdown)
     one_s: float | None = None

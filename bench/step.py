@@ -118,6 +118,11 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
+def base_of(family: str, *, small: bool = False) -> str:
+    """The value of BASE_MODEL of a family's first published model; of its miniature, with `small`."""
+    return next(name for name, model in get_family(family).FACTS.models.items() if model.is_miniature == small)
+
+
 @contextlib.contextmanager
 def random_weights(device: str) -> Iterator[None]:
     """Models that are created inside have random weights, the same each time, on `device` and in bf16."""
@@ -130,15 +135,10 @@ def random_weights(device: str) -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
-def first_base(name: str) -> str:
-    """The first of a family's models, which is measured where none is named."""
-    return next(iter(get_family(name).FACTS.models))
-
-
 def denoiser_config(name: str, base: str) -> dict[str, Any]:
     """The published config of a family's model. `base`: a value of BASE_MODEL; the family's first if it is empty."""
     facts = get_family(name).FACTS
-    published = facts.models[base or first_base(name)].published
+    published = facts.models[base or base_of(name)].published
     assert published is not None, f"{base} has no published config"
     return dict(published.configs[f"{facts.parts['denoiser']}/config.json"])
 
@@ -167,7 +167,7 @@ class Bench:
 
     def __init__(self, name: str, precision: str, *, base: str = "", small: bool = False) -> None:
         self.name = name
-        self.base = base or first_base(name)
+        self.base = base or base_of(name)
         self.family = get_family(name)
         self.precision = precision
         self.small = small

@@ -183,11 +183,14 @@ def _label(lora_paths: Sequence[tuple[Path, float]]) -> str:
 def _draw_all(out: Path, prompts: Sequence[Prompt], draw: Callable[[Prompt], Any], *, label: str) -> None:
     """Draw all prompts into `out`, and say which file has which. `label`: above the images of the sheet."""
     from trainer.job import sampling
+    from trainer.job.reporting.contact_sheet import contact_sheet
 
     for old in _drawn_before(out):
-        old.unlink()  # draw_all skips images that exist
+        old.unlink()  # those that exist are not missing
     try:
-        sampling.draw_all(out, prompts, step=0, draw=draw, stopped=lambda: False, labels={0: label})
+        wanted = [number for _, number in sampling.missing(out, prompts, step=0)]
+        sampling.draw_all(out, prompts, wanted, step=0, draw=draw, stopped=lambda: False)
+        contact_sheet(out, prompts, labels={0: label})
     except OSError as problem:
         raise StorageError(f"--out {out} cannot be written: {problem.strerror or problem}.") from problem
     for number, prompt in enumerate(prompts):

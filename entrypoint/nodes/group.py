@@ -49,7 +49,7 @@ PART_S = 3.0  # for the others to read the last word
 STOP_GRACE_S = 8.0  # for this process to tell the others of a stop before there is anything to save
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # What the first trainer leaves in its folder for the others, by the first part of the name (trainer.training).
-SHARED_FILES = ("prepared", "turn", "store")
+SHARED_FILES = ("prepared", "turn", "store", "stop")
 
 
 class NodesEndedError(KilnError):

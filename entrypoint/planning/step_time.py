@@ -128,13 +128,16 @@ def _workload(plan: Plan, dataset: Dataset) -> Workload:
 
 
 def _round_seconds(plan: Plan, footprint: Footprint, speed: Speed) -> float:
-    """Of one sample of each prompt. A rough figure: their passes are taken for those of a step."""
+    """Of one sample of each prompt, each process drawing its share. A rough figure: their passes are taken for those of
+    a step.
+    """
     engine = plan.engine
     streams = "weights" if engine.offload == "weights" else "none"
     forward_only = Strategy(engine.precision, "none", 0, streams, 0.0)
-    seconds = 0.0
-    for prompt in plan.prompts:
+    seconds = [0.0] * engine.processes
+    for number, prompt in enumerate(plan.prompts):
         one = Workload(prompt.width * prompt.height, 1, plan.lora.rank, plan.optim.name)
         passes = prompt.steps * (2 if prompt.cfg != 1.0 else 1)
-        seconds += passes * FORWARD * (step_seconds(footprint, one, forward_only, speed) or 0.0)
-    return seconds
+        taken = passes * FORWARD * (step_seconds(footprint, one, forward_only, speed) or 0.0)
+        seconds[number % engine.processes] += taken
+    return max(seconds)

@@ -50,6 +50,18 @@ def numbers(job):
     return {row["step"]: (row["loss"], row["grad_norm"], row["lr"]) for row in job.metrics() if "loss" in row}
 
 
+def with_prompts(job, steps):
+    """Samples of three prompts of three shapes, and of these with the base model at the end."""
+    prompts = job.folder / "prompts.txt"
+    shapes = ("--w 64 --h 64", "--w 96 --h 64 --d 7", "--w 64 --h 96 --d 8")
+    prompts.write_text("\n".join(f"a red spot {shape} --s {steps}" for shape in shapes))
+    job.environment |= {"SAMPLE_PROMPTS": str(prompts), "SAMPLE_STRENGTHS": "0", "PARAMS_SAMPLE_EVERY_N_STEPS": "4"}
+
+
+def samples(job):
+    return {path.name: path.read_bytes() for path in (job.out / "sample").glob("step-*.png")}
+
+
 def test_two_processes_encode_what_one_does(two):
     """Each its share of images and captions, to the same bytes."""
     files = []
@@ -63,6 +75,48 @@ def test_two_processes_encode_what_one_does(two):
         files.append({path.relative_to(cache): path.read_bytes() for path in encoded})
     assert files[0] == files[1] and len(files[0]) > 6
     assert "Encoded 3 of 6 latents" in (two.folder / "output-2" / "run.log").read_text()
+
+
+def test_two_processes_draw_the_images_that_one_draws(two):
+    """Each its share, at the same strengths; those that are there already are not drawn again."""
+    with_prompts(two, steps=2)
+    code, printed = two.run(PARAMS_MAX_STEPS="4")
+    # The first says what it has drawn, and all are there.
+    assert code == 0 and "Drew 2 of 3 samples of step 0" in printed and "Drew 3 of 6 samples of step 4" in printed
+    together = samples(two)
+    names = [f"step-{step:08d}-{number:02d}" for step in (0, 4) for number in range(3)]
+    assert sorted(together) == sorted([f"{n}.png" for n in names] + [f"{n}-at-0.png" for n in names[3:]])
+    for name in (*names[:3], *names[3:5]):
+        (two.out / "sample" / f"{name}.png").unlink()
+    # It begins with the weights of step 4, of which all samples but one are missing.
+    one = {"NUM_GPUS": "1", "PARAMS_GRADIENT_ACCUMULATION": "2"}
+    code, printed = two.run(PARAMS_MAX_STEPS="6", **one)
+    assert code == 0 and "Resumed at step 4 of 6" in printed and "Drew 2 samples of step 4" in printed, printed
+    alone = samples(two)
+    two.environment["OUTPUT_PATH"] = str(two.folder / "one")
+    code, printed = two.run(PARAMS_MAX_STEPS="1", **one)
+    assert code == 0, printed
+    alone = samples(two) | alone
+    assert {name: alone[name] for name in together} == together
+
+
+@pytest.mark.slow
+def test_a_stop_while_samples_are_drawn_ends_the_round_of_all(two):
+    """Nothing is lost, and the images that were drawn by then stay."""
+    with_prompts(two, steps=200)
+    two.environment["PARAMS_MAX_STEPS"] = "8"
+    process = two.start()
+    while not any("-00000004-" in name for name in samples(two)):
+        assert process.poll() is None, process.printed()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and "Traceback" not in printed, printed
+    before = samples(two)
+    assert (two.out / "state" / "step-00000005").is_dir()
+    code, printed = two.run()
+    assert code == 0 and "Resumed at step 5 of 8" in printed, printed
+    assert before.items() <= samples(two).items() and len(samples(two)) > len(before)
 
 
 def test_a_killed_worker_ends_the_job_and_sigterm_saves_it_and_the_steps_between_are_the_same(two):

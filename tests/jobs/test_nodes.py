@@ -108,16 +108,25 @@ def same(a, b):
     return a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
 
 
+def samples(job):
+    return {path.name: path.read_bytes() for path in (job.out / "sample").glob("step-*.png")}
+
+
 def states(folder):
     return sorted(int(path.name[-8:]) for path in (folder / "state").glob("step-*"))
 
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_two_machines_train_what_two_gpus_of_one_do(machines, shared):
-    """To the bit, whether they share a volume or not; only the first writes results."""
+    """To the bit, whether they share a volume or not; only the first writes results, also what the other one draws."""
     two = machines(2, shared=shared)
+    prompts = two.first.folder / "prompts.txt"
+    prompts.write_text("a red spot --w 64 --h 64 --s 2\na blue one --w 96 --h 64 --s 2 --d 7")
+    for job in two.jobs:
+        job.environment |= {"SAMPLE_PROMPTS": str(prompts), "PARAMS_SAMPLE_EVERY_N_STEPS": "100"}
     printed = two.run()
-    together, rows = two.weights(), numbers(two.first)
+    together, rows, drawn = two.weights(), numbers(two.first), samples(two.first)
+    assert len(drawn) == 4 and "Drew 1 of 2 samples of step 0" in printed[0]
     assert "node 1 of 2, by SKYPILOT_NODE_RANK, SKYPILOT_NUM_NODES, SKYPILOT_NODE_IPS" in printed[1]
     assert "2 machines with NUM_GPUS=1 each train together: 2 micro-batches a step" in printed[0]
     if not shared:
@@ -127,7 +136,7 @@ def test_two_machines_train_what_two_gpus_of_one_do(machines, shared):
     code, said = two.first.run(NUM_GPUS="2", OUTPUT_PATH=str(two.first.folder / "one"))
     assert code == 0, said
     two.first.environment["OUTPUT_PATH"] = str(two.first.folder / "one")
-    assert same(two.weights(), together) and numbers(two.first) == rows
+    assert same(two.weights(), together) and numbers(two.first) == rows and samples(two.first) == drawn
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -1,12 +1,20 @@
-"""Sample images during a job: prompts at fixed seeds, drawn with the weights so far."""
+"""Sample images during a job: prompts at fixed seeds, drawn with the weights so far.
+
+Several processes draw a round together. The first one looks which samples are missing and tells the others
+(`share_out`); of this list each draws every N-th one (`sample`), all at once. An image depends on its prompt, its seed
+and the weights alone, and these have the same bits in all processes, so it does not matter who draws it. On the first
+machine each is written to its place as soon as it is drawn; those of other machines come through the network at the end
+of the round (`collect`).
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -26,32 +34,82 @@ from trainer.spec.family import Family
 from trainer.spec.plan import Plan, Prompt
 from trainer.storage import atomic, json_files, own_files
 from trainer.storage.own_files import SHEET_NAME
+from trainer.storage.read import read_regular
+from trainer.training.distributed import Workers
 from trainer.training.objective import scheduler_changes
 from trainer.training.state import TrainingState
-from trainer.training.stop_flag import StopFlag
 
 log = logging.getLogger(__name__)
+LARGEST_SAMPLE = 1 << 30  # bytes of a PNG file
+Wanted = list[tuple[float, int]]  # samples of a step: strength of the LoRA, number of the prompt
+
+
+def share_out(
+    step: int, folder: Path, *, prompts: Sequence[Prompt], strengths: Sequence[float], workers: Workers
+) -> tuple[Path, Wanted]:
+    """Where samples go, and those of `step` that the first process misses there; none after a stop.
+
+    `folder`: of this process's run. All processes must call it, and all get the same samples.
+    """
+    found: Wanted = []
+    if workers.is_first and not workers.notices_stop():
+        found = missing(folder, prompts, step=step, strengths=strengths)
+    told = json.loads(workers.from_process(0, json.dumps([str(folder), found]).encode()))
+    of_first = Path(told[0])
+    return of_first if workers.node == 0 else folder, [(strength, number) for strength, number in told[1]]
+
+
+def missing(folder: Path, prompts: Sequence[Prompt], *, step: int, strengths: Sequence[float] = (1.0,)) -> Wanted:
+    """The samples of `step` that `folder` lacks. What has the name of one and is not it is set aside."""
+    found: Wanted = []
+    for strength in strengths:
+        for number, prompt in enumerate(prompts):
+            path = folder / own_files.sample_name(step, number, strength)
+            if not is_of(path, prompt):
+                json_files.set_aside_unless(path, lambda _: False, "is damaged, or another image than this prompt's")
+                found.append((strength, number))
+    return found
+
+
+def collect(step: int, folder: Path, wanted: Wanted, *, workers: Workers) -> int:
+    """Bring what other machines have drawn of `wanted` to the first one; how many there are now in `folder`.
+
+    All processes must call it. Each sample is looked for at the process whose share it was.
+    """
+    count = 0
+    for place, (strength, number) in enumerate(wanted):
+        path = folder / own_files.sample_name(step, number, strength)
+        owner = place % workers.size
+        if workers.node_of(owner) != 0:
+            is_mine = owner == workers.process_rank and path.exists()
+            content = workers.from_process(owner, read_regular(path, limit=LARGEST_SAMPLE) if is_mine else b"")
+            if workers.is_first and content:
+                with atomic.replacing(path) as temporary:
+                    temporary.write_bytes(content)
+        count += path.exists()
+    return count
 
 
 def sample(
     step: int,
+    wanted: Wanted,
     *,
     plan: Plan,
     family: Family,
     training_state: TrainingState,
     cache: Cache,
     folder: Path,
-    stop: StopFlag,
+    workers: Workers,
     check_in: Callable[[], None],
     around: Callable[[Any, Any], contextlib.AbstractContextManager[None]],
-    strengths: Sequence[float] = (1.0,),
 ) -> None:
-    """Draw those samples of `step` that are missing into `folder`, with the weights to use, at these strengths.
+    """Draw this process's share of the samples `wanted` of `step` into `folder`, with the weights to use.
 
     Looks for a stop, and calls `check_in`, before each image. `around`: `EagerStep.sampling`. Raises
-    torch.OutOfMemoryError; what is drawn by then stays.
+    torch.OutOfMemoryError; what is drawn by then stays, and is not drawn again.
     """
     started = time.monotonic()
+    own = wanted[workers.process_rank :: workers.size]
     device = plan.engine.device
     dtype = torch_dtype(plan.engine)
     model = Path(plan.model.path)
@@ -82,48 +140,49 @@ def sample(
         training_state.as_used(),
     ):
         count = 0
-        for strength in strengths:
+        for strength in dict.fromkeys(strength for strength, _ in own):
+            numbers = [number for other, number in own if other == strength]
             with training_state.at_strength(strength):
                 count += draw_all(
                     folder,
                     plan.prompts,
+                    numbers,
                     step=step,
                     draw=partial(draw, vae),
-                    stopped=lambda: stop.requested,
+                    stopped=workers.notices_stop,
                     strength=strength,
                 )
-    log.info("Drew %d samples of step %d in %.1f s.", count, step, time.monotonic() - started)
+    of_all = f"{count} of {len(wanted)}" if workers.size > 1 else str(count)
+    log.info("Drew %s samples of step %d in %.1f s.", of_all, step, time.monotonic() - started)
 
 
 def draw_all(
     folder: Path,
     prompts: Sequence[Prompt],
+    numbers: Sequence[int],
     *,
     step: int,
     draw: Callable[[Prompt], Image.Image],
     stopped: Callable[[], bool],
-    labels: Mapping[int, str] | None = None,
     strength: float = 1.0,
 ) -> int:
-    """Draw the prompts that have no image of `step` yet, and renew the contact sheet; return how many.
+    """Draw the prompts of these numbers that have no image of `step` in `folder` yet; return how many.
 
-    Each goes into `folder` as step-00000100-00.png with its prompt in the PNG. `stopped` is asked before each.
-    `labels`: of the sheet's columns, see `contact_sheet`. `strength`: of the LoRA, with which `draw` draws.
+    Each is written as step-00000100-00.png with its prompt in the PNG. `stopped` is asked before each. `strength`: of
+    the LoRA, with which `draw` draws.
     """
     saved: list[Future[None]] = []
     with ThreadPoolExecutor(1, "png") as thread:  # an image is compressed while the next one is drawn
-        for number, prompt in enumerate(prompts):
+        for number in numbers:
+            prompt = prompts[number]
             path = folder / own_files.sample_name(step, number, strength)
-            if is_of(path, prompt):
+            if is_of(path, prompt):  # drawn before memory ran out
                 continue
             if stopped():
                 break
-            json_files.set_aside_unless(path, lambda _: False, "is damaged, or another image than this prompt's")
             saved.append(thread.submit(_save, draw(prompt), path, _png_info(prompt, step, strength)))
     for writing in saved:
         writing.result()
-    if saved:
-        contact_sheet(folder, prompts, labels=labels)
     return len(saved)
 
 

@@ -27,6 +27,7 @@ from trainer.engine.execution import Engine
 from trainer.job import sampling
 from trainer.job.rehearsal import Rehearsal
 from trainer.job.reporting.closing import closing_lines
+from trainer.job.reporting.contact_sheet import contact_sheet
 from trainer.job.reporting.metrics import Metrics, plan_as_markdown
 from trainer.job.reporting.status import Status
 from trainer.job.saving import Saver
@@ -109,7 +110,7 @@ class Session:
     def train(self, status: Status, *, first: int) -> Path | None:
         """All steps after `first`, with what is due between them; then the final LoRA, whose path is returned.
 
-        Of several processes only the first validates, saves, samples and exports; the others wait for it.
+        Of several processes only the first validates, saves and exports; the others wait for it. All draw samples.
         """
         every = self.plan.output
         if self.workers.is_first:
@@ -121,7 +122,7 @@ class Session:
             status.update({"first_step": first})
             metrics.describe(plan_as_markdown(self.plan))
             if every.sample_every and first % every.sample_every == 0:
-                self.on_first(partial(self.sample, first, status=status, metrics=metrics))
+                self.sample(first, status=status, metrics=metrics)
             status.phase("training")
             for step in self.steps(first):
                 is_last = step.number == self.total
@@ -144,7 +145,7 @@ class Session:
                     self.save(step.number, step.epoch)
                 # The last samples follow the export.
                 if (due(step.number, every.sample_every, self.total) or asked.sample) and not is_last:
-                    self.on_first(partial(self.sample, step.number, status=status, metrics=metrics))
+                    self.sample(step.number, status=status, metrics=metrics)
                     status.phase("training")
                 if self.workers.stopping and not is_last:
                     if not saved:  # the stop was requested while a sample was drawn
@@ -156,15 +157,9 @@ class Session:
                     return None
                 self.saver.writer.check()
                 self.watchdog.step()
-            self.watchdog.heartbeat()
-            self.workers.disconnect()
-            self.saver.writer.join()
-            if not self.workers.is_first:
+            final = self.finish(status, metrics)
+            if final is None:
                 return None
-            status.phase("exporting")
-            final = self.export()
-            if every.sample_every:
-                self.sample(self.total, status=status, metrics=metrics)
         if self.plan.engine.device == "cuda":
             log.info("Peak of reserved GPU memory: %.2f GiB.", torch.cuda.max_memory_reserved() / 2**30)
         for line in closing_lines(
@@ -172,6 +167,18 @@ class Session:
         ):
             log.info("%s", line)
         return final
+
+    def finish(self, status: Status, metrics: Metrics) -> Path | None:
+        """After the last step: the first process exports the LoRA, whose path it returns; all draw the last samples."""
+        self.watchdog.heartbeat()
+        self.saver.writer.join()
+        status.phase("exporting")
+        exported: list[Path] = []
+        self.on_first(lambda: exported.append(self.export()))
+        if self.plan.output.sample_every:
+            self.sample(self.total, status=status, metrics=metrics)
+        self.workers.disconnect()
+        return exported[0] if exported else None
 
     def metrics(self, status: Status, first: int) -> Metrics:
         return Metrics(
@@ -260,23 +267,33 @@ class Session:
             self.saver.save(step, epoch)
 
     def sample(self, step: int, *, status: Status, metrics: Metrics) -> None:
-        """Draw the samples of `step` that are missing."""
-        if not self.plan.prompts or self.stop.requested:
+        """Draw the samples of `step` that are missing: all processes at once, each its share."""
+        prompts = self.plan.prompts
+        if not prompts:
+            return
+        folder, wanted = sampling.share_out(
+            step,
+            self.home / "sample",
+            prompts=prompts,
+            strengths=(1.0, *(self.plan.output.sample_strengths if step == self.total else ())),
+            workers=self.workers,
+        )
+        if not wanted:
             return
         status.phase("sampling")
 
         def draw() -> None:
             sampling.sample(
                 step,
+                wanted,
                 plan=self.plan,
                 family=self.family,
                 training_state=self.training_state,
                 cache=self.cache,
-                folder=self.home / "sample",
-                stop=self.stop,
+                folder=folder,
+                workers=self.workers,
                 check_in=self.watchdog.heartbeat,
                 around=self.runner.sampling,
-                strengths=(1.0, *(self.plan.output.sample_strengths if step == self.total else ())),
             )
 
         with metrics.aside(is_round=True):
@@ -284,7 +301,12 @@ class Session:
                 self._with_room(draw)
             except torch.OutOfMemoryError as problem:  # training is worth more than a sample
                 log.warning("Not enough memory to draw all samples of step %d; training continues: %s", step, problem)
-        metrics.samples(step, sorted((self.home / "sample").glob(f"step-{step:08d}-*.png")))
+            # No sign of life here: a process that stands still is not waited for without end.
+            self.workers.wait_for_all(self.workers.notices_stop)
+            if sampling.collect(step, folder, wanted, workers=self.workers) and self.workers.is_first:
+                contact_sheet(folder, prompts)
+        if self.workers.is_first:
+            metrics.samples(step, sorted(folder.glob(f"step-{step:08d}-*.png")))
 
     def export(self) -> Path:
         """Write the final LoRA; returns its path. Raises FileMismatchError where it is not what was trained."""

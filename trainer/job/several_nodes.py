@@ -119,7 +119,7 @@ def give_state(workers: Workers, state: state_files.State | None) -> None:
     if state is None or workers.size == workers.per_node or workers.all_agree(True):
         return
     for name in STATE_FILES:
-        workers.from_first(read_regular(state.folder / name, limit=LARGEST_STATE_FILE))
+        workers.from_process(0, read_regular(state.folder / name, limit=LARGEST_STATE_FILE))
 
 
 def take_state(workers: Workers, handed: HandedOver) -> state_files.State | None:
@@ -134,7 +134,7 @@ def take_state(workers: Workers, handed: HandedOver) -> state_files.State | None
     folder = workers.own_folder / handed.state.name
     folder.mkdir(parents=True, exist_ok=True)
     for name in STATE_FILES:
-        (folder / name).write_bytes(workers.from_first(b""))
+        (folder / name).write_bytes(workers.from_process(0, b""))
     return state_files.read(folder)
 
 

@@ -1,7 +1,7 @@
 """Several processes, each with one GPU, train one LoRA: who does what, and what is summed when.
 
-The first process prepares the data, samples, saves and logs. The others train on the data that it has prepared, and
-wait (`Workers.on_first`) while it does something alone. All encode into the cache, each its share.
+The first process prepares the data, saves and logs. The others train on the data that it has prepared, and wait
+(`Workers.on_first`) while it does something alone. All encode into the cache and draw samples, each its share.
 
 The processes of one machine share a folder. Of several machines (nodes), each has such a folder, and what the first
 process leaves in its own for the others comes to all of them (entrypoint/nodes/group.py).
@@ -48,6 +48,7 @@ NO_TIMEOUT = datetime.timedelta(days=100)  # torch has no word for "none"
 STORE_TIMEOUT = datetime.timedelta(minutes=5)
 POLL_INTERVAL_S = 0.05
 BROADCAST_BYTES = 1 << 28  # at once
+STOP_NOTICED = "stop-noticed"  # in the folder of the processes, once the first was asked to stop
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,11 @@ class Workers:
     @property
     def node(self) -> int:
         """The number of this process's machine, from 0."""
-        return self.process_rank // self.per_node
+        return self.node_of(self.process_rank)
+
+    def node_of(self, process_rank: int) -> int:
+        """The number of a process's machine, from 0."""
+        return process_rank // self.per_node
 
     @property
     def leads_node(self) -> bool:
@@ -115,6 +120,16 @@ class Workers:
     def stopping(self) -> bool:
         """Whether the first process was asked to stop. Between two steps all processes have the same answer."""
         return self._all_stopping if self.size > 1 else self._stop.requested
+
+    def notices_stop(self) -> bool:
+        """Whether a stop was asked for, while something is done that not every process does.
+
+        The others learn it from the first a moment later, so it must not decide what all of them do.
+        """
+        noticed = self.folder / STOP_NOTICED
+        if self._stop.requested and self.is_first and self.size > 1:
+            noticed.touch()
+        return self._stop.requested or (not self.is_first and noticed.exists())
 
     def asked(self) -> NowDue:
         """What was asked for on the monitor page since the last step; all processes have the same answer."""
@@ -192,7 +207,7 @@ class Workers:
         """Whether `answer` is true in every process."""
         return not any(self._largest([int(not answer)]))
 
-    def wait_for_all(self, check_in: Callable[[], None]) -> None:
+    def wait_for_all(self, check_in: Callable[[], object]) -> None:
         """Return when all processes are here; `check_in` is called meanwhile, and may raise."""
         if self.size == 1:
             return
@@ -223,13 +238,18 @@ class Workers:
                 share = Share(ranks.index(self.process_rank), len(ranks), partial(self._largest, group=group))
         return share
 
-    def from_first(self, content: bytes) -> bytes:
-        """`content` of the first process, in all of them."""
-        size = self._largest([len(content) if self.is_first else 0])[0]
-        received_N = torch.frombuffer(bytearray(content if self.is_first else size), dtype=torch.uint8)
+    def from_process(self, process_rank: int, content: bytes) -> bytes:
+        """`content` of that process, in all of them."""
+        if self.size == 1:
+            return content
+        is_giver = self.process_rank == process_rank
+        size = self._largest([len(content) if is_giver else 0])[0]
+        if not size:
+            return b""
+        received_N = torch.frombuffer(bytearray(content if is_giver else size), dtype=torch.uint8)
         with _peer_errors():
             for piece_N in received_N.split(BROADCAST_BYTES):
-                dist.broadcast(piece_N, 0)
+                dist.broadcast(piece_N, process_rank)
         return received_N.numpy().tobytes()
 
     def check_same(self, params: Sequence[torch.Tensor]) -> None:

@@ -60,6 +60,8 @@ def test_guidance_takes_two_passes_and_twice_the_steps_twice_the_time(quoted):
     assert round_s(dataclasses.replace(prompt, cfg=4.0)) == pytest.approx(2 * once)
     assert round_s(dataclasses.replace(prompt, steps=40)) == pytest.approx(2 * once)
     assert round_s(prompt, prompt) == pytest.approx(2 * once)
+    plan = dataclasses.replace(plan, engine=dataclasses.replace(plan.engine, num_gpus=2))  # each draws every second one
+    assert round_s(prompt, prompt, prompt) == pytest.approx(2 * once)
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,33 @@ def test_what_the_page_asks_of_the_first_is_due_in_both_after_the_same_step(pair
     assert mine == theirs == [NOTHING, NowDue(save=True, sample=True), NOTHING, NOTHING]
 
 
+def test_what_one_process_says_reaches_all(pair):
+    content = bytes(range(256)) * 5
+
+    def meet(workers):
+        said = [workers.from_process(giver, content[workers.process_rank :]) for giver in (0, 1)]
+        return [*said, workers.from_process(1, b"")]
+
+    mine, theirs = pair(meet)
+    assert mine == theirs == [content, content[1:], b""]
+    assert Workers().from_process(0, content) == content
+
+
+def test_a_stop_of_the_first_is_noticed_by_all_between_two_steps(tmp_path):
+    """Of any other process by that one alone: it is told in the next step."""
+    first, second = Workers(0, 2, tmp_path), Workers(1, 2, tmp_path)
+    assert not first.notices_stop() and not second.notices_stop()
+    second._stop.signal = 15
+    assert second.notices_stop() and not first.notices_stop()
+    third = Workers(1, 2, tmp_path)
+    first._stop.signal = 15
+    assert not third.notices_stop()  # the first has not looked yet
+    assert first.notices_stop() and third.notices_stop() and not third.stopping
+    alone = Workers(folder=tmp_path / "none")
+    alone._stop.signal = 15
+    assert alone.notices_stop()
+
+
 def test_a_process_that_has_ended_is_an_error_of_its_own(pair):
     def meet(workers):
         if not workers.is_first:

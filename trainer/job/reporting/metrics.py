@@ -53,7 +53,7 @@ class Metrics:
         *,
         total_steps: int,
         first_step: int,
-        rounds_left: Callable[[int], int] = lambda _: 0,
+        rounds_left: Callable[[int], float] = lambda _: 0,
         next_round: Callable[[int], int | None] = lambda _: None,
         round_s: float = 0.0,
     ) -> None:

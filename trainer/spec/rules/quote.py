@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -47,12 +48,20 @@ def predict(
     return Quote(step, known.start_s + images * known.image_s, (total - first) * step, rounds * known.round_s)
 
 
-def rounds_left(plan: Plan, step: int, total: int) -> int:
-    """Rounds of samples after `step`: at multiples of the interval from 0 on, and at the end one for each strength."""
+def rounds_left(plan: Plan, step: int, total: int) -> float:
+    """Rounds of samples after `step`: at multiples of the interval from 0 on, and at the end.
+
+    The last counts for as many as it takes the time of: it has all strengths. With one process that is a round for
+    each; several draw at once, and have idle places in fewer of them.
+    """
     every = plan.output.sample_every
     if not every or not plan.prompts or step >= total:
         return 0
-    return (total - 1) // every - step // every + 1 + len(plan.output.sample_strengths)
+    processes = plan.engine.processes
+    in_round = len(plan.prompts)
+    in_last = in_round * (1 + len(plan.output.sample_strengths))
+    last = math.ceil(in_last / processes) / math.ceil(in_round / processes)
+    return (total - 1) // every - step // every + last
 
 
 def next_round(plan: Plan, step: int, total: int) -> int | None:

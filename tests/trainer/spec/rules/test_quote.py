@@ -69,6 +69,16 @@ def test_rounds_that_are_left_are_those_that_a_job_draws(plan, every, total):
         assert quote.next_round(plan, step, total) == min((later for later in drawn if later > step), default=None)
 
 
+@pytest.mark.parametrize(("processes", "last"), [(1, 3), (2, 3), (3, 2), (5, 3), (8, 2), (16, 1)])
+def test_the_last_round_has_all_strengths_which_processes_draw_side_by_side(plan, processes, last):
+    """Four prompts at strength 1, 0.5 and 0: twelve images, each process every N-th."""
+    output = dataclasses.replace(plan.output, sample_strengths=(0.5, 0.0))
+    engine = dataclasses.replace(plan.engine, num_gpus=processes)
+    plan = dataclasses.replace(plan, output=output, engine=engine, prompts=plan.prompts[:1] * 4)
+    assert quote.rounds_left(plan, 399, 400) == pytest.approx(last)
+    assert quote.rounds_left(plan, 299, 400) == pytest.approx(last + 1)
+
+
 def test_what_is_not_known_is_said_to_come(plan):
     unknown = dataclasses.replace(plan, quote=QuotePlan())
     assert of(unknown) is None
