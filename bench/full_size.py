@@ -94,7 +94,8 @@ FULL = {
 
 # ---- a model in the file layout that users have
 
-CLASS_KEYS = ("_class_name", "architectures", "model_type")  # of a config.json: they name the model's class
+# Of the miniature's config.json: what names the model's class, and the tokens that its tokenizer has at other numbers.
+OWN_KEYS = ("_class_name", "architectures", "model_type", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def write_configs(folder: Path, name: str, changes: dict[str, dict[str, Any]]) -> dict[str, torch.nn.Module]:
@@ -110,8 +111,8 @@ def write_configs(folder: Path, name: str, changes: dict[str, dict[str, Any]]) -
         path = folder / subfolder / "config.json"
         if part in changes:
             config = json.loads(path.read_text())
-            class_keys = {key: config[key] for key in CLASS_KEYS if key in config}
-            path.write_text(json.dumps({**class_keys, **changes[part]}))
+            own = {key: config[key] for key in OWN_KEYS if key in config}
+            path.write_text(json.dumps({**changes[part], **own}))
         kind = facts.kinds[subfolder]
         models[part] = loading.empty_model(kind, path.parent)
         if kind.library == "diffusers":

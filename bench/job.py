@@ -33,16 +33,22 @@ SIDE = 768  # pixels
 MAX_TOKENS = {"CLIP": 77, "T5": 512}  # by the start of the tokenizer's class
 
 
-def write_model(folder: Path, name: str) -> None:
-    """A model folder with random weights, made on the accelerator part by part."""
+def write_folder(folder: Path, name: str) -> dict[str, Any]:
+    """A model folder without weights, with the tokenizers' usual lengths; returns its parts on the device "meta"."""
     from bench import full_size  # imports diffusers' models
 
     models = full_size.write_configs(folder, name, full_size.FULL[name])
     for path in folder.glob("tokenizer*/tokenizer_config.json"):
         config = json.loads(path.read_text())
-        for start, tokens in MAX_TOKENS.items():
+        for start, count in MAX_TOKENS.items():
             if config["tokenizer_class"].startswith(start):
-                path.write_text(json.dumps({**config, "model_max_length": tokens}))
+                path.write_text(json.dumps({**config, "model_max_length": count}))
+    return models
+
+
+def write_model(folder: Path, name: str) -> None:
+    """A model folder with random weights, made on the accelerator part by part."""
+    models = write_folder(folder, name)
     for part, skeleton in models.items():
         started = time.monotonic()
         subfolder = get_family(name).FACTS.parts[part]
