@@ -22,6 +22,7 @@ _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")
 _SHOWN_CHARACTERS = 80  # of a value in a message
 MAX_READ_CHARACTERS = 4_000  # of a value, of which a message shows the beginning
+SHOWN_PROBLEMS = 100  # in one message: more than a person writes, and less than a file of the wrong kind has
 SHOWN_NAMES = 5  # in a message; the report of the dataset has all of them
 LONGEST_NAME = 160  # characters of a name in a message
 # Controls, surrogates and separators of lines; and marks that nobody sees, or that turn the direction of what follows.
@@ -40,9 +41,13 @@ class Problems:
         self.lines.append(line)
 
     def raise_if_any(self, heading: str) -> None:
-        """Raises SettingsError with one line for each problem."""
-        if self.lines:
-            raise SettingsError("\n  - ".join([f"{heading}:", *self.lines]))
+        """Raises SettingsError with one line for each of the first problems."""
+        if not self.lines:
+            return
+        shown = [f"{heading}:", *self.lines[:SHOWN_PROBLEMS]]
+        if len(self.lines) > SHOWN_PROBLEMS:
+            shown.append(f"and {len(self.lines) - SHOWN_PROBLEMS} more")
+        raise SettingsError("\n  - ".join(shown))
 
 
 def as_integer(text: str) -> int | None:

@@ -108,6 +108,15 @@ def test_all_problems_are_told_at_once():
     assert Problems().lines == []
 
 
+def test_of_a_file_with_thousands_of_problems_the_first_are_told():
+    problems = Problems([f"line {number}" for number in range(1, 4001)])
+    with pytest.raises(SettingsError) as raised:
+        problems.raise_if_any("JOBS")
+    lines = str(raised.value).split("\n")
+    assert (lines[0], lines[1], lines[100], lines[101]) == ("JOBS:", "  - line 1", "  - line 100", "  - and 3900 more")
+    assert len(lines) == 102
+
+
 def test_a_value_is_shown_in_eighty_characters_and_without_a_token():
     assert shorten("a" * 80) == "a" * 80 and shorten("a" * 81) == "a" * 79 + "…"
     assert show("x" * 78) == repr("x" * 78) and len(show("x" * 200)) == 80 and show("x" * 200).endswith("…")
