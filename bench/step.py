@@ -51,13 +51,16 @@ RANK = 16
 GIB = 2**30
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Width and height in pixels.
-SIZES = {"flux": (1280, 768)} | dict.fromkeys(("flux2", "sdxl", "sd3", "z_image", "qwen_image"), (1024, 1024))
-# Of a caption: tokens, features of a token, features of the pooled text.
-TEXT = {"flux": (512, 4096, 768), "sdxl": (77, 2048, 1280), "sd3": (333, 4096, 2048), "z_image": (128, 2560, 1)}
-TEXT |= {"flux2": (512, 7680, 1), "qwen_image": (128, 3584, 1)}
+SQUARE = ("flux2", "sdxl", "sd3", "z_image", "qwen_image", "krea2")
+SIZES = {"flux": (1280, 768)} | dict.fromkeys(SQUARE, (1024, 1024))
+# Of a caption: tokens, features of a token (of Krea 2: its states, and features of each), features of the pooled text.
+TEXT: dict[str, tuple[int, tuple[int, ...], int]]
+TEXT = {"flux": (512, (4096,), 768), "sdxl": (77, (2048,), 1280), "sd3": (333, (4096,), 2048)}
+TEXT |= {"z_image": (128, (2560,), 1), "flux2": (512, (7680,), 1), "qwen_image": (128, (3584,), 1)}
+TEXT["krea2"] = (128, (12, 2560), 1)
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}  # of activations; bf16 in all other precisions
 OFFLOADS = {"host": "activations", "weights": "weights"}  # by WORD
-CHANNELS = {"flux": 16, "flux2": 32, "sdxl": 4, "sd3": 16, "z_image": 16, "qwen_image": 16}  # of latents
+CHANNELS = {"flux": 16, "flux2": 32, "sdxl": 4, "sd3": 16, "z_image": 16, "qwen_image": 16, "krea2": 16}  # of latents
 SEED_OF_WEIGHTS = 0
 SEED_OF_ADAPTERS = 1
 # What the published models differ in from the defaults of diffusers' classes.
@@ -101,6 +104,7 @@ FLUX2 = {
     "guidance_embeds": False,
 }
 QWEN_IMAGE = {"num_layers": 60, "num_attention_heads": 24, "attention_head_dim": 128, "axes_dims_rope": (16, 56, 56)}
+KREA2: dict[str, Any] = {}  # it is the default
 
 # With --small: a few narrow blocks of each class.
 SMALL: dict[str, dict[str, Any]] = {
@@ -114,6 +118,7 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "z_image": {"dim": 256, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2},
     "qwen_image": {"num_layers": 2, "num_attention_heads": 2},
+    "krea2": {"num_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 1, "intermediate_size": 1024},
 }
 
 
@@ -134,6 +139,7 @@ def denoiser(name: str, *, small: bool = False) -> Any:
     from diffusers import (
         Flux2Transformer2DModel,
         FluxTransformer2DModel,
+        Krea2Transformer2DModel,
         QwenImageTransformer2DModel,
         SD3Transformer2DModel,
         UNet2DConditionModel,
@@ -152,6 +158,8 @@ def denoiser(name: str, *, small: bool = False) -> Any:
             model = ZImageTransformer2DModel(**Z_IMAGE | changes)
         elif name == "qwen_image":
             model = QwenImageTransformer2DModel(**QWEN_IMAGE | changes)
+        elif name == "krea2":
+            model = Krea2Transformer2DModel(**KREA2 | changes)
         else:
             model = UNet2DConditionModel(**SDXL | changes)
     return model.requires_grad_(False).train()
@@ -233,7 +241,7 @@ class Bench:
             "noisy": normal(*shape),
             "target": normal(*shape),
             "t": torch.rand(batch, device=DEVICE, generator=generator),
-            "tokens": normal(batch, length, features).to(self.dtype),
+            "tokens": normal(batch, length, *features).to(self.dtype),
             "pooled": normal(batch, pooled_features).to(self.dtype),
             "real": torch.ones(batch, length, device=DEVICE, dtype=torch.bool),  # all tokens are the caption's
             "geometry": torch.tensor([[height, width, 0, 0, height, width]] * batch, device=DEVICE).float(),

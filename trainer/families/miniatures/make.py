@@ -1,10 +1,10 @@
 """Train the miniature base models from scratch, on one GPU:
 `python -m trainer.families.miniatures.make all --out DIR`.
 
-`flux`, `sdxl`, `sd3`, `z_image`, `flux2` and `qwen_image` each write a folder in the layout of diffusers' pipelines;
-`vae16`, `vae4` and `vae_video` make the autoencoders that those need (found in DIR/.vae afterwards); `all` does
-everything, in parallel. With `--resume`, training continues from the models in DIR, with their tokenizers. `concept`
-draws the demo's images; `sheet` samples from the model in a folder, for a look at it.
+`flux`, `sdxl`, `sd3`, `z_image`, `flux2`, `qwen_image` and `krea2` each write a folder in the layout of diffusers'
+pipelines; `vae16`, `vae4` and `vae_video` make the autoencoders that those need (found in DIR/.vae afterwards); `all`
+does everything, in parallel. With `--resume`, training continues from the models in DIR, with their tokenizers.
+`concept` draws the demo's images; `sheet` samples from the model in a folder, for a look at it.
 """
 
 import argparse
@@ -42,9 +42,10 @@ SHEET = (
     ("", 128, 128),
 )
 TOKENIZERS = {"flux": ("clip", "t5"), "sdxl": ("clip", "clip!"), "sd3": ("clip", "clip!", "t5"), "z_image": ("qwen",)}
-TOKENIZERS |= {"flux2": ("qwen!",), "qwen_image": ("qwen, described",)}
+TOKENIZERS |= {"flux2": ("qwen!",), "qwen_image": ("qwen, described",), "krea2": ("qwen, described",)}
 GUIDANCE = {"flux": 3.5, "sdxl": 5.0, "sd3": 4.0, "z_image": 3.0, "flux2": 3.0, "qwen_image": 3.0}
-STEPS = {"flux": 20, "sdxl": 30, "sd3": 28, "z_image": 28, "flux2": 28, "qwen_image": 28}
+GUIDANCE["krea2"] = 2.0  # counted from 0
+STEPS = {"flux": 20, "sdxl": 30, "sd3": 28, "z_image": 28, "flux2": 28, "qwen_image": 28, "krea2": 28}
 CONCEPT_GROUNDS = (
     ("plain", "blue", "black"),
     ("plain", "green", "black"),
@@ -187,7 +188,7 @@ def make_sheet(folder: Path, path: Path, *, device: torch.device, seed: int = 0)
     scale = {"true_cfg_scale" if name == "qwen_image" else "guidance_scale": GUIDANCE[name]}
     if name == "flux2":
         extra = {"max_sequence_length": DEEP_QWEN_LENGTH}
-    if name == "qwen_image":
+    if name in ("qwen_image", "krea2"):
         extra = {"negative_prompt": ""}
     for cell in range(24):
         prompt, height, width = SHEET[cell // 2]
@@ -220,7 +221,7 @@ def make_all(out: Path, *, minutes: float, vae_minutes: float, resume: bool, sma
     """Runs this module once for each part, in parallel: the autoencoders first. Only Flux takes all of `minutes`."""
     rounds = [
         {"vae16": vae_minutes, "vae4": vae_minutes, "vae_video": vae_minutes},
-        {"flux": minutes} | dict.fromkeys(("sdxl", "sd3", "z_image", "flux2", "qwen_image"), 0.6 * minutes),
+        {"flux": minutes} | dict.fromkeys(("sdxl", "sd3", "z_image", "flux2", "qwen_image", "krea2"), 0.6 * minutes),
     ]
     flags = [*(["--small"] if small else []), *(["--resume"] if resume else [])]
     for parts in rounds:

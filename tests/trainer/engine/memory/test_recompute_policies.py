@@ -56,7 +56,7 @@ def step(name, policy):
     adapters.add_adapters(denoiser, family.blocks(denoiser), targets=targets, fused={}, rank=2, alpha=1.0, seed=1)
     regions = family.regions(denoiser)
     checkpointing.apply(regions, [policy] * len(regions), compiled=False)
-    width = 16 if name in ("flux", "flux2", "qwen_image") else denoiser.config.in_channels
+    width = 16 if name in ("flux", "flux2", "qwen_image", "krea2") else denoiser.config.in_channels
     torch.manual_seed(0)
     text = random_text(name, denoiser, 7)
     geometry = torch.tensor([[128.0, 128, 0, 0, 128, 128]])
