@@ -58,6 +58,7 @@ TEXT: dict[str, tuple[int, tuple[int, ...], int]]
 TEXT = {"flux": (512, (4096,), 768), "sdxl": (77, (2048,), 1280), "sd3": (333, (4096,), 2048)}
 TEXT |= {"z_image": (128, (2560,), 1), "flux2": (512, (7680,), 1), "qwen_image": (128, (3584,), 1)}
 TEXT["krea2"] = (128, (12, 2560), 1)
+SMALL_TEXT = {"krea2": (16, (12, 64), 1)}  # with --small
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}  # of activations; bf16 in all other precisions
 OFFLOADS = {"host": "activations", "weights": "weights"}  # by WORD
 CHANNELS = {"flux": 16, "flux2": 32, "sdxl": 4, "sd3": 16, "z_image": 16, "qwen_image": 16, "krea2": 16}  # of latents
@@ -118,7 +119,16 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "z_image": {"dim": 256, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2},
     "qwen_image": {"num_layers": 2, "num_attention_heads": 2},
-    "krea2": {"num_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 1, "intermediate_size": 1024},
+    "krea2": {
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 512,
+        "text_hidden_dim": 64,
+        "text_num_attention_heads": 2,
+        "text_num_key_value_heads": 2,
+        "text_intermediate_size": 128,
+    },
 }
 
 
@@ -231,7 +241,8 @@ class Bench:
         """A random batch. `scale`: of the loss, as with fp16."""
         generator = torch.Generator(DEVICE).manual_seed(seed)
         width, height = (128, 128) if self.small else self.size
-        length, features, pooled_features = TEXT[self.name]
+        sizes = TEXT | SMALL_TEXT if self.small else TEXT
+        length, features, pooled_features = sizes[self.name]
 
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, device=DEVICE, generator=generator)

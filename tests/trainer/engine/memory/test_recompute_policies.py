@@ -19,9 +19,9 @@ from trainer.spec.strategies import POLICIES
 OF_A_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 PRODUCTS = ("addmm", "convolution", ATTENTION)
-# FLUX.2's layers have no bias. In 16 bits their products are `mm`, as an adapter's are, and no policy keeps them; FP8's
-# are `fp8_product`, which the policy `products` keeps.
-WITHOUT_BIAS = ("flux2",)
+# Layers of FLUX.2 and Krea 2 have no bias. In 16 bits their products are `mm`, as an adapter's are, and no policy keeps
+# them; FP8's are `fp8_product`, which the policy `products` keeps.
+WITHOUT_BIAS = ("flux2", "krea2")
 NORMS = ("native_layer_norm", "native_group_norm", "rsqrt")
 
 
